@@ -1,0 +1,103 @@
+//! Output that stands under its final name whole or not at all.
+//!
+//! Everything is written under a hidden temporary name in the same directory (so that the rename
+//! stays inside one file system), flushed to the device, and only then renamed.
+
+mod directory;
+mod file;
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, ErrorKind, Write as _};
+use std::path::{Path, PathBuf};
+use std::process;
+
+pub use directory::AtomicDir;
+pub(crate) use file::AtomicFile;
+
+use crate::Error;
+
+/// Writes `bytes` to `path`: afterwards the file holds all of them, or what it held before.
+///
+/// # Errors
+/// [`Error::Io`], for instance on a full disk; nothing is left behind then.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let mut file = AtomicFile::create(path)?;
+    file.write_all(bytes).map_err(Error::io(path))?;
+    file.commit()
+}
+
+/// Makes something new beside `path` with `create`, under a name that nothing has yet.
+fn create_sibling<T>(
+    path: &Path,
+    suffix: &str,
+    create: impl Fn(&Path) -> io::Result<T>,
+) -> Result<(PathBuf, T), Error> {
+    let name = path.file_name().ok_or_else(|| Error::unwritable(path, "it ends in no name"))?;
+    // A run that was killed may have left a name of the same process id: try the next number.
+    for attempt in 0_u32.. {
+        let mut sibling = OsString::from(".");
+        sibling.push(name);
+        sibling.push(format!(".{}-{attempt}.{suffix}", process::id()));
+        let sibling = path.with_file_name(sibling);
+        match create(&sibling) {
+            Ok(created) => return Ok((sibling, created)),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(Error::io(path)(error)),
+        }
+    }
+    Err(Error::unwritable(path, "every temporary name beside it is taken"))
+}
+
+/// The directory that holds `path`; `.` for a bare name.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Makes the names in a directory durable. Elsewhere than on Unix a directory cannot be opened.
+fn sync_directory(path: &Path) -> Result<(), Error> {
+    if cfg!(unix) {
+        let synced = File::open(path).and_then(|directory| directory.sync_all());
+        synced.map_err(Error::io(path))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn replaces_a_file_and_leaves_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("loss.svg");
+        write_atomic(&path, b"first, longer").unwrap();
+        write_atomic(&path, b"second").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"second");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn passes_over_names_that_a_killed_run_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let left = format!(".loss.svg.{}-0.tmp", process::id());
+        fs::write(directory.path().join(&left), b"half").unwrap();
+        let path = directory.path().join("loss.svg");
+        write_atomic(&path, b"whole").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"whole");
+        assert_eq!(fs::read(directory.path().join(left)).unwrap(), b"half");
+    }
+
+    #[test]
+    fn names_the_target_in_errors() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = write_atomic(&directory.path().join("no/such/file"), b"x").unwrap_err();
+        assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("no/such/file")), "{error}");
+        let error = write_atomic(Path::new(".."), b"x").unwrap_err();
+        assert!(matches!(error, Error::Unwritable { .. }), "{error}");
+    }
+}

@@ -1,0 +1,231 @@
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use super::{create_sibling, parent, sync_directory};
+use crate::Error;
+
+/// A directory that appears under its final name, with all its files, on
+/// [`commit`](AtomicDir::commit); dropped before, it leaves nothing.
+///
+/// A process that is killed leaves a hidden `.NAME.PID-N.tmp` beside the final name, which may be
+/// deleted.
+#[derive(Debug)]
+pub struct AtomicDir {
+    target: PathBuf,
+    temporary: PathBuf,
+    replace: bool,
+    committed: bool,
+}
+
+impl AtomicDir {
+    /// Starts a new directory that will be called `path`; missing parents are created.
+    ///
+    /// # Errors
+    /// [`Error::Unwritable`] when something is there already, other than an empty directory;
+    /// [`Error::Io`] when the parent cannot be written to.
+    pub fn create(path: &Path) -> Result<AtomicDir, Error> {
+        AtomicDir::new(path, false)
+    }
+
+    /// Starts a directory that will stand in place of the one at `path`, if there is one. The old one
+    /// stays as it is until [`commit`](AtomicDir::commit), which deletes it **with everything in
+    /// it**: only for directories that this program owns. A symbolic link is replaced, not followed.
+    ///
+    /// # Errors
+    /// [`Error::Unwritable`] when a file is there; [`Error::Io`] when the parent cannot be written
+    /// to.
+    pub fn replace(path: &Path) -> Result<AtomicDir, Error> {
+        AtomicDir::new(path, true)
+    }
+
+    fn new(path: &Path, replace: bool) -> Result<AtomicDir, Error> {
+        match fs::read_dir(path) {
+            Ok(mut entries) => {
+                if !replace && entries.next().is_some() {
+                    return Err(Error::unwritable(path, "the directory exists and is not empty; name a new one"));
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) if error.kind() == ErrorKind::NotADirectory => {
+                return Err(Error::unwritable(path, "a file is in the way"));
+            }
+            Err(error) => return Err(Error::io(path)(error)),
+        }
+        fs::create_dir_all(parent(path)).map_err(Error::io(path))?;
+        let (temporary, ()) = create_sibling(path, "tmp", |path| fs::create_dir(path))?;
+        Ok(AtomicDir { target: path.to_path_buf(), temporary, replace, committed: false })
+    }
+
+    /// The temporary directory to write into.
+    pub fn path(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Makes all files durable and gives the directory its final name.
+    ///
+    /// An old directory is first moved aside, so for an instant none has the name; if the new one
+    /// then cannot be renamed, the old one is moved back.
+    ///
+    /// # Errors
+    /// [`Error::Io`]. Whatever fails, the old directory is not deleted before the new one has its
+    /// name; where it cannot be moved back or deleted, it is in the hidden `.NAME.PID-N.old` beside it.
+    pub fn commit(mut self) -> Result<(), Error> {
+        sync_tree(&self.temporary)?;
+        let aside = if self.replace { move_aside(&self.target)? } else { None };
+        if let Err(source) = fs::rename(&self.temporary, &self.target) {
+            if let Some(aside) = &aside {
+                fs::rename(aside.join(OLD), &self.target).map_err(Error::io(aside))?;
+                fs::remove_dir(aside).map_err(Error::io(aside))?;
+            }
+            return Err(Error::io(&self.target)(source));
+        }
+        self.committed = true;
+        sync_directory(parent(&self.target))?;
+        if let Some(aside) = aside {
+            fs::remove_dir_all(&aside).map_err(Error::io(&aside))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for AtomicDir {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Nothing can be done about a failure here, and the error that led here matters more.
+            let _ = fs::remove_dir_all(&self.temporary);
+        }
+    }
+}
+
+/// What the old directory is called inside the one that it is moved into.
+const OLD: &str = "old";
+
+/// Moves what is at `path` into a new hidden directory beside it, which is returned.
+fn move_aside(path: &Path) -> Result<Option<PathBuf>, Error> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    // Renaming into a directory of our own cannot hit a name that someone else took meanwhile.
+    let (aside, ()) = create_sibling(path, "old", |aside| fs::create_dir(aside))?;
+    match fs::rename(path, aside.join(OLD)) {
+        Ok(()) => Ok(Some(aside)),
+        Err(source) => {
+            fs::remove_dir(&aside).map_err(Error::io(&aside))?;
+            Err(Error::io(path)(source))
+        }
+    }
+}
+
+/// Flushes every file and directory below `directory`, whoever wrote it.
+fn sync_tree(directory: &Path) -> Result<(), Error> {
+    for entry in fs::read_dir(directory).map_err(Error::io(directory))? {
+        let entry = entry.map_err(Error::io(directory))?;
+        let path = entry.path();
+        let kind = entry.file_type().map_err(Error::io(&path))?;
+        if kind.is_dir() {
+            sync_tree(&path)?;
+        } else if kind.is_file() {
+            let synced = File::open(&path).and_then(|file| file.sync_all());
+            synced.map_err(Error::io(&path))?;
+        }
+    }
+    sync_directory(directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let entries = fs::read_dir(directory).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn appears_whole_on_commit() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("run/adapter");
+        let directory = AtomicDir::create(&path).unwrap();
+        fs::create_dir(directory.path().join("nested")).unwrap();
+        fs::write(directory.path().join("nested/a"), b"1").unwrap();
+        assert!(!path.exists());
+        directory.commit().unwrap();
+        assert_eq!(fs::read(path.join("nested/a")).unwrap(), b"1");
+        assert_eq!(names(&scratch.path().join("run")), ["adapter"]);
+    }
+
+    #[test]
+    fn replaces_the_old_directory_as_a_whole() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("adapter");
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("stale"), b"old").unwrap();
+        let directory = AtomicDir::replace(&path).unwrap();
+        fs::write(directory.path().join("fresh"), b"new").unwrap();
+        assert_eq!(names(&path), ["stale"]);
+        directory.commit().unwrap();
+        assert_eq!(names(&path), ["fresh"]);
+        assert_eq!(names(scratch.path()), ["adapter"]);
+    }
+
+    #[test]
+    fn leaves_nothing_when_dropped() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("adapter");
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("kept"), b"old").unwrap();
+        let directory = AtomicDir::replace(&path).unwrap();
+        fs::write(directory.path().join("half"), b"ne").unwrap();
+        drop(directory);
+        assert_eq!(names(scratch.path()), ["adapter"]);
+        assert_eq!(names(&path), ["kept"]);
+    }
+
+    #[test]
+    fn puts_the_old_directory_back_when_the_new_one_is_gone() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("adapter");
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("kept"), b"old").unwrap();
+        let directory = AtomicDir::replace(&path).unwrap();
+        fs::remove_dir(directory.path()).unwrap();
+        let error = directory.commit().unwrap_err();
+        assert!(matches!(error, Error::Io { .. }), "{error}");
+        assert_eq!(names(scratch.path()), ["adapter"]);
+        assert_eq!(names(&path), ["kept"]);
+    }
+
+    #[test]
+    fn does_not_take_over_what_it_does_not_own() {
+        let scratch = tempfile::tempdir().unwrap();
+        let error = AtomicDir::create(scratch.path().join("..").as_path()).unwrap_err();
+        assert!(matches!(error, Error::Unwritable { .. }), "{error}");
+
+        let file = scratch.path().join("thesis.tex");
+        fs::write(&file, b"years of work").unwrap();
+        for start in [AtomicDir::create, AtomicDir::replace] {
+            let error = start(&file).unwrap_err();
+            assert!(matches!(error, Error::Unwritable { .. }), "{error}");
+        }
+        let error = AtomicDir::create(scratch.path()).unwrap_err();
+        assert!(error.to_string().contains("not empty"), "{error}");
+        assert_eq!(names(scratch.path()), ["thesis.tex"]);
+    }
+
+    /// Between `create` and `commit`, someone else may have written there.
+    #[test]
+    fn create_never_replaces() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("model");
+        let directory = AtomicDir::create(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("other"), b"x").unwrap();
+        let error = directory.commit().unwrap_err();
+        assert!(matches!(error, Error::Io { .. }), "{error}");
+        assert_eq!(names(&path), ["other"]);
+        assert_eq!(names(scratch.path()), ["model"]);
+    }
+}

@@ -1,0 +1,78 @@
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use super::{create_sibling, parent, sync_directory};
+use crate::Error;
+
+/// A file that appears under its final name on [`commit`](AtomicFile::commit); dropped before, it
+/// leaves nothing.
+pub(crate) struct AtomicFile {
+    path: PathBuf,
+    temporary: PathBuf,
+    file: File,
+    committed: bool,
+}
+
+impl AtomicFile {
+    pub(crate) fn create(path: &Path) -> Result<AtomicFile, Error> {
+        if path.is_dir() {
+            return Err(Error::unwritable(path, "it is a directory"));
+        }
+        let (temporary, file) =
+            create_sibling(path, "tmp", |temporary| OpenOptions::new().write(true).create_new(true).open(temporary))?;
+        Ok(AtomicFile { path: path.to_path_buf(), temporary, file, committed: false })
+    }
+
+    pub(crate) fn commit(mut self) -> Result<(), Error> {
+        // A full disk may show only here, when the system writes back what it accepted.
+        self.file.sync_all().map_err(Error::io(&self.path))?;
+        fs::rename(&self.temporary, &self.path).map_err(Error::io(&self.path))?;
+        self.committed = true;
+        sync_directory(parent(&self.path))
+    }
+}
+
+impl Write for AtomicFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Nothing can be done about a failure here, and the error that led here matters more.
+            let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keeps_the_old_file_unless_committed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("model.safetensors");
+        fs::write(&path, b"old").unwrap();
+        let mut file = AtomicFile::create(&path).unwrap();
+        file.write_all(b"half of the ne").unwrap();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
+        drop(file);
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn refuses_a_directory_before_anything_is_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = AtomicFile::create(directory.path()).err().unwrap();
+        assert!(matches!(error, Error::Unwritable { .. }), "{error}");
+    }
+}

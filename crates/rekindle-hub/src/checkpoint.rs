@@ -1,0 +1,314 @@
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Component, Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::error::quoted;
+use crate::index::{INDEX_FILE, SINGLE_FILE, ShardIndex};
+use crate::{Error, SafetensorsFile, TensorView, read_json};
+
+/// A model directory in the Hugging Face layout, its weights memory-mapped.
+///
+/// The directory holds `config.json` and either `model.safetensors` or
+/// `model.safetensors.index.json` with the shards that it names; when it has both, the single file
+/// counts, as in transformers. As there, too, every tensor of a shard belongs to the checkpoint,
+/// listed in the index or not. The files must not be changed in place while they are open (see
+/// [`SafetensorsFile`]).
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    config: Value,
+    files: Vec<SafetensorsFile>,
+    /// The position in `files` of each tensor's file.
+    file_of: BTreeMap<String, usize>,
+}
+
+impl Checkpoint {
+    /// Reads the configuration and maps the weights at `path`, checking all headers and the index.
+    ///
+    /// # Errors
+    /// - [`Error::NotFound`]: `path` is no directory. Names of models on the hub are not looked up.
+    /// - [`Error::Missing`]: no configuration, no weights, a shard that the index names, or tensors
+    ///   that the index places in a shard and that are not there; all of them at once.
+    /// - [`Error::Malformed`]: JSON with line and column; a truncated or inconsistent file; a tensor
+    ///   that is in two shards.
+    /// - [`Error::Unsupported`]: pickled weights (`pytorch_model.bin`), or a dtype that is not read.
+    /// - [`Error::Io`]: the system refused.
+    pub fn open(path: &Path) -> Result<Checkpoint, Error> {
+        check_directory(path)?;
+        let config = read_config(path)?;
+        let single = path.join(SINGLE_FILE);
+        let index = path.join(INDEX_FILE);
+        let files = if single.exists() {
+            vec![SafetensorsFile::open(&single)?]
+        } else if index.exists() {
+            open_shards(path, &index)?
+        } else {
+            return Err(no_weights(path));
+        };
+        let file_of = locate(&files)?;
+        Ok(Checkpoint { path: path.to_path_buf(), config, files, file_of })
+    }
+
+    /// The directory, as it was given.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `config.json`, always an object.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.file_of.keys().map(String::as_str)
+    }
+
+    /// The tensor called `name`, if there is one.
+    pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
+        self.files[*self.file_of.get(name)?].get(name)
+    }
+
+    /// Bytes of all tensors together, as stored.
+    pub fn total_bytes(&self) -> u64 {
+        self.files.iter().map(SafetensorsFile::total_bytes).sum()
+    }
+}
+
+fn check_directory(path: &Path) -> Result<(), Error> {
+    let reason = match fs::metadata(path) {
+        Ok(about) if about.is_dir() => return Ok(()),
+        Ok(_) => "it is a file; give the directory that holds config.json and the weights",
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            if is_hub_name(path) {
+                "there is no such directory, and names of models on the Hugging Face hub are not \
+                 read by this version; download the model and give its local directory"
+            } else {
+                "there is no such directory; give one that holds config.json and the weights"
+            }
+        }
+        Err(error) => return Err(Error::io(path)(error)),
+    };
+    Err(Error::NotFound { path: path.to_path_buf(), reason: reason.to_owned() })
+}
+
+/// Whether `path` could be `organization/model`.
+fn is_hub_name(path: &Path) -> bool {
+    let mut components = path.components();
+    let two = [components.next(), components.next()];
+    components.next().is_none() && two.iter().all(|c| matches!(c, Some(Component::Normal(_))))
+}
+
+fn read_config(directory: &Path) -> Result<Value, Error> {
+    let path = directory.join("config.json");
+    if !path.exists() {
+        let way_out = if directory.join("adapter_config.json").exists() {
+            "it holds a PEFT adapter: give it as the adapter, and its base model as the model"
+        } else {
+            "give a model directory in the Hugging Face layout"
+        };
+        return Err(Error::missing(directory, format!("config.json; {way_out}")));
+    }
+    let config: Value = read_json(&path)?;
+    if !config.is_object() {
+        return Err(Error::malformed(&path, "it is not a JSON object"));
+    }
+    Ok(config)
+}
+
+fn open_shards(directory: &Path, index_path: &Path) -> Result<Vec<SafetensorsFile>, Error> {
+    let index = ShardIndex::read(index_path)?;
+    let shards = index.shards();
+    let absent = quoted(shards.iter().copied().filter(|shard| !directory.join(shard).exists()));
+    if !absent.is_empty() {
+        return Err(Error::missing(
+            directory,
+            format!("shards that {INDEX_FILE} names: {absent}; copy or download them again"),
+        ));
+    }
+    let mut files = BTreeMap::new();
+    for shard in shards {
+        files.insert(shard, SafetensorsFile::open(&directory.join(shard))?);
+    }
+    let lost = index.weight_map.iter().filter(|(tensor, shard)| files[shard.as_str()].get(tensor).is_none());
+    let lost: Vec<_> = lost.map(|(tensor, shard)| format!("{tensor:?} in {shard:?}")).collect();
+    if !lost.is_empty() {
+        return Err(Error::missing(directory, format!("tensors that {INDEX_FILE} lists: {}", lost.join(", "))));
+    }
+    Ok(files.into_values().collect())
+}
+
+/// What to say about a directory without safetensors: often there are weights of another kind.
+fn no_weights(directory: &Path) -> Error {
+    for pickled in ["pytorch_model.bin", "pytorch_model.bin.index.json"] {
+        if directory.join(pickled).exists() {
+            return Error::Unsupported {
+                path: directory.join(pickled),
+                reason: "pickled weights can run code when they are read; \
+                         convert the checkpoint to safetensors"
+                    .to_owned(),
+            };
+        }
+    }
+    Error::missing(directory, format!("weights: there is neither {SINGLE_FILE} nor {INDEX_FILE}"))
+}
+
+fn locate(files: &[SafetensorsFile]) -> Result<BTreeMap<String, usize>, Error> {
+    let mut file_of = BTreeMap::new();
+    for (position, file) in files.iter().enumerate() {
+        for name in file.names() {
+            if let Some(other) = file_of.insert(name.to_owned(), position) {
+                let other = files[other].path().file_name().unwrap_or_default();
+                return Err(Error::malformed(file.path(), format!("its tensor {name:?} is in {other:?} as well")));
+            }
+        }
+    }
+    Ok(file_of)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Dtype, TensorSpec, write_safetensors};
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    fn write_weights(path: &Path, names: &[&str]) {
+        let spec = |name: &&str| TensorSpec::new(*name, Dtype::U8, [2]);
+        let tensors: Vec<_> = names.iter().map(spec).collect();
+        write_safetensors(path, &BTreeMap::new(), &tensors, |index, out| out.write_all(&[index as u8; 2])).unwrap();
+    }
+
+    /// A directory with a configuration and these shards, whose index lists all they hold.
+    fn sharded(shards: &[(&str, &[&str])]) -> TempDir {
+        let scratch = tempfile::tempdir().unwrap();
+        fs::write(scratch.path().join("config.json"), "{}").unwrap();
+        let mut weight_map = json!({});
+        for (shard, names) in shards {
+            write_weights(&scratch.path().join(shard), names);
+            for name in *names {
+                weight_map[name] = json!(shard);
+            }
+        }
+        let index = json!({"metadata": {}, "weight_map": weight_map});
+        fs::write(scratch.path().join(INDEX_FILE), index.to_string()).unwrap();
+        scratch
+    }
+
+    fn two_shards() -> TempDir {
+        sharded(&[("1.safetensors", &["c", "a"]), ("2.safetensors", &["b"])])
+    }
+
+    #[track_caller]
+    fn message(path: &Path, expected: &str) -> Error {
+        let error = Checkpoint::open(path).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+        error
+    }
+
+    #[test]
+    fn opens_shards_as_one() {
+        let scratch = two_shards();
+        let checkpoint = Checkpoint::open(scratch.path()).unwrap();
+        assert_eq!(checkpoint.path(), scratch.path());
+        assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["a", "b", "c"]);
+        assert_eq!(checkpoint.total_bytes(), 6);
+        assert_eq!(checkpoint.get("a").unwrap().data, [1, 1]);
+        assert_eq!(checkpoint.get("b").unwrap().data, [0, 0]);
+        assert!(checkpoint.get("d").is_none());
+    }
+
+    #[test]
+    fn prefers_the_single_file() {
+        let scratch = two_shards();
+        write_weights(&scratch.path().join(SINGLE_FILE), &["only"]);
+        let checkpoint = Checkpoint::open(scratch.path()).unwrap();
+        assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["only"]);
+    }
+
+    #[test]
+    fn a_shard_may_hold_more_than_the_index_lists() {
+        let scratch = two_shards();
+        write_weights(&scratch.path().join("2.safetensors"), &["b", "extra"]);
+        let checkpoint = Checkpoint::open(scratch.path()).unwrap();
+        assert_eq!(checkpoint.get("extra").unwrap().data, [1, 1]);
+    }
+
+    #[test]
+    fn says_where_it_looked() {
+        let hub = Path::new("Qwen/Qwen3-0.6B-no-such-model");
+        let error = message(hub, "download the model and give its local directory");
+        assert!(matches!(error, Error::NotFound { .. }), "{error}");
+        message(Path::new("/no/such/model"), "\"/no/such/model\": there is no such directory;");
+
+        let scratch = two_shards();
+        let error = message(&scratch.path().join("1.safetensors"), "it is a file");
+        assert!(matches!(error, Error::NotFound { .. }), "{error}");
+    }
+
+    #[test]
+    fn names_what_a_directory_lacks() {
+        let scratch = tempfile::tempdir().unwrap();
+        let error = message(scratch.path(), "lacks config.json; give a model directory");
+        assert!(matches!(error, Error::Missing { .. }), "{error}");
+        fs::write(scratch.path().join("adapter_config.json"), "{}").unwrap();
+        message(scratch.path(), "holds a PEFT adapter");
+
+        fs::write(scratch.path().join("config.json"), "{}").unwrap();
+        let error = message(scratch.path(), "neither model.safetensors nor");
+        assert!(matches!(error, Error::Missing { .. }), "{error}");
+        fs::write(scratch.path().join("pytorch_model.bin"), "").unwrap();
+        let error = message(scratch.path(), "pytorch_model.bin\" is not supported");
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+        message(scratch.path(), "convert the checkpoint to safetensors");
+    }
+
+    #[test]
+    fn refuses_a_broken_configuration() {
+        let scratch = two_shards();
+        let config = scratch.path().join("config.json");
+        fs::write(&config, "{\n\"hidden_size\" 64}").unwrap();
+        message(scratch.path(), "line 2 column 15");
+        fs::write(&config, "[]").unwrap();
+        message(scratch.path(), "not a JSON object");
+    }
+
+    #[test]
+    fn names_every_missing_shard() {
+        let scratch = two_shards();
+        fs::remove_file(scratch.path().join("1.safetensors")).unwrap();
+        fs::remove_file(scratch.path().join("2.safetensors")).unwrap();
+        let error = message(scratch.path(), r#""1.safetensors", "2.safetensors""#);
+        assert!(matches!(error, Error::Missing { .. }), "{error}");
+    }
+
+    #[test]
+    fn names_every_tensor_that_its_shard_lacks() {
+        let scratch = two_shards();
+        write_weights(&scratch.path().join("1.safetensors"), &["x"]);
+        let error = message(scratch.path(), r#""a" in "1.safetensors", "c" in "1.safetensors""#);
+        assert!(matches!(error, Error::Missing { .. }), "{error}");
+    }
+
+    #[test]
+    fn refuses_a_tensor_in_two_shards() {
+        let scratch = two_shards();
+        write_weights(&scratch.path().join("2.safetensors"), &["a", "b"]);
+        let error =
+            message(scratch.path(), r#"2.safetensors" is malformed: its tensor "a" is in "1.safetensors" as well"#);
+        assert!(matches!(error, Error::Malformed { .. }), "{error}");
+    }
+
+    #[test]
+    fn refuses_a_truncated_shard() {
+        let scratch = two_shards();
+        let shard = scratch.path().join("2.safetensors");
+        let whole = fs::read(&shard).unwrap();
+        fs::write(&shard, &whole[..whole.len() - 1]).unwrap();
+        let error = message(scratch.path(), "2.safetensors\" is malformed: truncated");
+        assert!(matches!(error, Error::Malformed { .. }), "{error}");
+    }
+}

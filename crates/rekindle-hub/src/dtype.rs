@@ -1,0 +1,150 @@
+use std::fmt;
+
+/// The element type of a stored tensor, with the names of the safetensors format.
+///
+/// The variants are ordered as the reference implementation orders them (by alignment, then by its
+/// own list), because that order decides where a tensor lies in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Dtype {
+    /// One byte, 0 or 1.
+    Bool,
+    /// Unsigned 8-bit integer; packed 4-bit weights are stored as these.
+    U8,
+    /// Signed 8-bit integer.
+    I8,
+    /// 8-bit float with 5 exponent and 2 mantissa bits.
+    F8E5M2,
+    /// 8-bit float with 4 exponent and 3 mantissa bits.
+    F8E4M3,
+    /// Signed 16-bit integer.
+    I16,
+    /// Unsigned 16-bit integer.
+    U16,
+    /// IEEE 754 half precision.
+    F16,
+    /// The upper half of an `F32`.
+    BF16,
+    /// Signed 32-bit integer.
+    I32,
+    /// Unsigned 32-bit integer.
+    U32,
+    /// IEEE 754 single precision.
+    F32,
+    /// IEEE 754 double precision.
+    F64,
+    /// Signed 64-bit integer.
+    I64,
+    /// Unsigned 64-bit integer.
+    U64,
+}
+
+impl Dtype {
+    /// Bytes per element.
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::Bool | Dtype::U8 | Dtype::I8 | Dtype::F8E5M2 | Dtype::F8E4M3 => 1,
+            Dtype::I16 | Dtype::U16 | Dtype::F16 | Dtype::BF16 => 2,
+            Dtype::I32 | Dtype::U32 | Dtype::F32 => 4,
+            Dtype::F64 | Dtype::I64 | Dtype::U64 => 8,
+        }
+    }
+
+    /// The dtype that a header calls `name`; `None` for one that is not read.
+    pub(crate) fn from_name(name: &str) -> Option<Dtype> {
+        ALL.into_iter().find(|dtype| dtype.name() == name)
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Dtype::Bool => "BOOL",
+            Dtype::U8 => "U8",
+            Dtype::I8 => "I8",
+            Dtype::F8E5M2 => "F8_E5M2",
+            Dtype::F8E4M3 => "F8_E4M3",
+            Dtype::I16 => "I16",
+            Dtype::U16 => "U16",
+            Dtype::F16 => "F16",
+            Dtype::BF16 => "BF16",
+            Dtype::I32 => "I32",
+            Dtype::U32 => "U32",
+            Dtype::F32 => "F32",
+            Dtype::F64 => "F64",
+            Dtype::I64 => "I64",
+            Dtype::U64 => "U64",
+        }
+    }
+
+    /// Bytes of a tensor of this `shape`; `None` when the count does not fit a `usize`.
+    pub(crate) fn bytes_of(self, shape: &[usize]) -> Option<usize> {
+        shape.iter().try_fold(1_usize, |product, &extent| product.checked_mul(extent))?.checked_mul(self.size())
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.pad(self.name())
+    }
+}
+
+const ALL: [Dtype; 15] = [
+    Dtype::Bool,
+    Dtype::U8,
+    Dtype::I8,
+    Dtype::F8E5M2,
+    Dtype::F8E4M3,
+    Dtype::I16,
+    Dtype::U16,
+    Dtype::F16,
+    Dtype::BF16,
+    Dtype::I32,
+    Dtype::U32,
+    Dtype::F32,
+    Dtype::F64,
+    Dtype::I64,
+    Dtype::U64,
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Names, sizes and order are those of the reference implementation.
+    #[test]
+    fn agrees_with_the_reference() {
+        use safetensors::Dtype as Reference;
+        let reference = [
+            Reference::BOOL,
+            Reference::U8,
+            Reference::I8,
+            Reference::F8_E5M2,
+            Reference::F8_E4M3,
+            Reference::I16,
+            Reference::U16,
+            Reference::F16,
+            Reference::BF16,
+            Reference::I32,
+            Reference::U32,
+            Reference::F32,
+            Reference::F64,
+            Reference::I64,
+            Reference::U64,
+        ];
+        assert!(reference.is_sorted() && ALL.is_sorted());
+        for (ours, theirs) in ALL.into_iter().zip(reference) {
+            assert_eq!(ours.to_string(), theirs.to_string());
+            assert_eq!(ours.size() * 8, theirs.bitsize());
+            assert_eq!(Dtype::from_name(ours.name()), Some(ours));
+        }
+        assert_eq!(Dtype::from_name("F4"), None);
+    }
+
+    #[test]
+    fn counts_bytes_without_overflow() {
+        assert_eq!(Dtype::F32.bytes_of(&[2, 3]), Some(24));
+        assert_eq!(Dtype::F64.bytes_of(&[]), Some(8));
+        assert_eq!(Dtype::BF16.bytes_of(&[5, 0]), Some(0));
+        assert_eq!(Dtype::F32.bytes_of(&[usize::MAX, 2]), None);
+        assert_eq!(Dtype::F32.bytes_of(&[usize::MAX / 2]), None);
+    }
+}

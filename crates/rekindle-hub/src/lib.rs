@@ -1,0 +1,58 @@
+//! Checkpoints on disk: sharded safetensors, read by memory map and written atomically.
+//!
+//! [`Checkpoint`] opens a model directory in the Hugging Face layout (`config.json` beside
+//! `model.safetensors` or its shards), [`SafetensorsFile`] a single file such as an adapter. Both
+//! check every header before they hand out a tensor, and read no weight until it is asked for.
+//! [`write_safetensors`] and [`write_sharded`] write the same files, one tensor at a time;
+//! [`write_atomic`] and [`AtomicDir`] see to it that a file or directory stands under its final
+//! name whole or not at all.
+//!
+//! ```
+//! use rekindle_hub::{AtomicDir, Checkpoint, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec};
+//! use rekindle_hub::{write_atomic, write_f32, write_sharded};
+//!
+//! # fn main() -> Result<(), rekindle_hub::Error> {
+//! # let scratch = tempfile::tempdir().expect("a temporary directory");
+//! # let out = scratch.path().join("model");
+//! let tensors = [TensorSpec::new("model.norm.weight", Dtype::BF16, [4])];
+//! let metadata = [("format".to_owned(), "pt".to_owned())].into();
+//!
+//! let directory = AtomicDir::create(&out)?;
+//! write_atomic(&directory.path().join("config.json"), br#"{"model_type": "qwen3"}"#)?;
+//! write_sharded(directory.path(), DEFAULT_MAX_SHARD_SIZE, &metadata, &tensors, |index, out| {
+//!     write_f32(out, tensors[index].dtype, &[1.0, 0.5, 0.25, -2.0])
+//! })?;
+//! directory.commit()?;
+//!
+//! let checkpoint = Checkpoint::open(&out)?;
+//! assert_eq!(checkpoint.config()["model_type"], "qwen3");
+//! let norm = checkpoint.get("model.norm.weight").expect("it was just written");
+//! assert_eq!(norm.shape, [4]);
+//! assert_eq!(norm.to_f32()?, [1.0, 0.5, 0.25, -2.0]);
+//! # Ok(())
+//! # }
+//! ```
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod atomic;
+mod checkpoint;
+mod dtype;
+mod error;
+mod header;
+mod index;
+mod json;
+mod safetensors_file;
+mod sharded;
+mod tensor;
+mod write;
+
+pub use atomic::{AtomicDir, write_atomic};
+pub use checkpoint::Checkpoint;
+pub use dtype::Dtype;
+pub use error::Error;
+pub use json::read_json;
+pub use safetensors_file::SafetensorsFile;
+pub use sharded::{DEFAULT_MAX_SHARD_SIZE, write_sharded};
+pub use tensor::{TensorView, write_f32};
+pub use write::{TensorSpec, write_safetensors};

@@ -1,0 +1,142 @@
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+
+use crate::header::{Entry, Header};
+use crate::{Error, TensorView};
+
+/// One safetensors file, memory-mapped, its header checked.
+///
+/// Tensors are read from disk when their bytes are touched. The file must not be changed in place
+/// while it is open: truncating it makes a later read fail with a signal. This crate's own writers
+/// replace files by renaming, which leaves an open one intact.
+pub struct SafetensorsFile {
+    path: PathBuf,
+    map: Mmap,
+    header: Header,
+}
+
+impl SafetensorsFile {
+    /// Maps the file at `path` and checks its header; nothing else is read.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] when it is truncated or contradicts itself, [`Error::Unsupported`] for a
+    /// dtype that is not read, [`Error::Io`] when it cannot be opened.
+    pub fn open(path: &Path) -> Result<SafetensorsFile, Error> {
+        // Asked before opening: opening a named pipe would wait for a writer.
+        let about = fs::metadata(path).map_err(Error::io(path))?;
+        if !about.is_file() {
+            return Err(Error::malformed(path, "it is not a regular file"));
+        }
+        let file = File::open(path).map_err(Error::io(path))?;
+        let map = map(&file).map_err(Error::io(path))?;
+        let header = Header::parse(path, &map)?;
+        Ok(SafetensorsFile { path: path.to_path_buf(), map, header })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file's own notes (`__metadata__`), such as `format = pt`; empty when it has none.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.header.metadata
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.header.tensors.keys().map(String::as_str)
+    }
+
+    /// The tensor called `name`, if there is one.
+    pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
+        let (name, entry) = self.header.tensors.get_key_value(name)?;
+        let Entry { dtype, shape, range } = entry;
+        Some(TensorView { name, dtype: *dtype, shape, data: &self.map[range.clone()] })
+    }
+
+    /// Bytes of all tensors together.
+    pub fn total_bytes(&self) -> u64 {
+        let bytes = self.header.tensors.values().map(|entry| entry.range.len());
+        bytes.sum::<usize>() as u64
+    }
+}
+
+impl fmt::Debug for SafetensorsFile {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("SafetensorsFile")
+            .field("path", &self.path)
+            .field("header", &self.header)
+            .finish_non_exhaustive()
+    }
+}
+
+#[allow(unsafe_code)]
+fn map(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: the map is private and read-only, and is only ever seen as plain bytes, for which
+    // every value is valid. What remains is that nobody changes the file underneath, which no
+    // process can enforce; `SafetensorsFile` asks it of its callers, and `AtomicFile` keeps to it.
+    unsafe { Mmap::map(file) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Dtype, TensorSpec, write_f32, write_safetensors};
+
+    fn write_sample(path: &Path) {
+        let tensors = [
+            TensorSpec::new("lora_A.weight", Dtype::F32, [1, 3]),
+            TensorSpec::new("lora_B.weight", Dtype::BF16, [3, 1]),
+        ];
+        let metadata = [("format".to_owned(), "pt".to_owned())].into();
+        write_safetensors(path, &metadata, &tensors, |index, out| {
+            write_f32(out, tensors[index].dtype, &[1.0, -2.0, index as f32])
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn reads_tensors_and_metadata() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("adapter_model.safetensors");
+        write_sample(&path);
+        let file = SafetensorsFile::open(&path).unwrap();
+        assert_eq!(file.path(), path);
+        assert_eq!(file.metadata()["format"], "pt");
+        assert_eq!(file.names().collect::<Vec<_>>(), ["lora_A.weight", "lora_B.weight"]);
+        assert_eq!(file.total_bytes(), 12 + 6);
+        let b = file.get("lora_B.weight").unwrap();
+        assert_eq!((b.dtype, b.shape), (Dtype::BF16, &[3, 1][..]));
+        assert_eq!(b.to_f32().unwrap(), [1.0, -2.0, 1.0]);
+        assert!(file.get("lora_C.weight").is_none());
+    }
+
+    #[test]
+    fn refuses_every_truncation() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.safetensors");
+        write_sample(&path);
+        let whole = fs::read(&path).unwrap();
+        for length in 0..whole.len() {
+            fs::write(&path, &whole[..length]).unwrap();
+            let error = SafetensorsFile::open(&path).unwrap_err();
+            assert!(matches!(error, Error::Malformed { .. }), "{length}: {error}");
+            assert!(error.to_string().contains("truncated"), "{length}: {error}");
+        }
+    }
+
+    #[test]
+    fn refuses_what_is_no_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = SafetensorsFile::open(directory.path()).unwrap_err();
+        assert!(matches!(error, Error::Malformed { .. }), "{error}");
+        let error = SafetensorsFile::open(&directory.path().join("none")).unwrap_err();
+        assert!(matches!(error, Error::Io { .. }), "{error}");
+    }
+}

@@ -1,0 +1,160 @@
+use std::fmt;
+use std::io::{self, Write};
+
+use half::{bf16, f16};
+
+use crate::{Dtype, Error};
+
+/// One stored tensor, borrowed from the memory map of its file.
+#[derive(Clone, Copy)]
+pub struct TensorView<'a> {
+    /// Its name in the file.
+    pub name: &'a str,
+    /// Its stored element type.
+    pub dtype: Dtype,
+    /// Its extents, outermost first; a scalar has none.
+    pub shape: &'a [usize],
+    /// Its elements, row-major and little-endian, at any alignment.
+    pub data: &'a [u8],
+}
+
+impl TensorView<'_> {
+    /// The elements as f32, row-major: F16 and BF16 exactly, F64 rounded to nearest.
+    ///
+    /// # Errors
+    /// [`Error::NotFloat`] for any other dtype.
+    pub fn to_f32(&self) -> Result<Vec<f32>, Error> {
+        match self.dtype {
+            Dtype::F32 => Ok(decode(self.data, f32::from_le_bytes)),
+            Dtype::BF16 => Ok(decode(self.data, |b| bf16::from_le_bytes(b).to_f32())),
+            Dtype::F16 => Ok(decode(self.data, |b| f16::from_le_bytes(b).to_f32())),
+            Dtype::F64 => Ok(decode(self.data, |b| f64::from_le_bytes(b) as f32)),
+            dtype => Err(Error::NotFloat { name: self.name.to_owned(), dtype }),
+        }
+    }
+}
+
+impl fmt::Debug for TensorView<'_> {
+    /// Leaves out the elements: there may be a billion of them.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("TensorView")
+            .field("name", &self.name)
+            .field("dtype", &self.dtype)
+            .field("shape", &self.shape)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Writes `values` as elements of `dtype`, rounded to nearest even: the inverse of
+/// [`TensorView::to_f32`].
+///
+/// # Errors
+/// Those of `out`, and [`io::ErrorKind::InvalidInput`] when `dtype` is none of F64, F32, F16, BF16.
+pub fn write_f32(out: &mut (impl Write + ?Sized), dtype: Dtype, values: &[f32]) -> io::Result<()> {
+    match dtype {
+        Dtype::F32 => encode(out, values, f32::to_le_bytes),
+        Dtype::BF16 => encode(out, values, |v| bf16::from_f32(v).to_le_bytes()),
+        Dtype::F16 => encode(out, values, |v| f16::from_f32(v).to_le_bytes()),
+        Dtype::F64 => encode(out, values, |v| f64::from(v).to_le_bytes()),
+        dtype => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("floats are written as F64, F32, F16 or BF16, not as {dtype}"),
+        )),
+    }
+}
+
+/// Goes through arrays of bytes because the elements of a mapped file need not be aligned.
+fn decode<const SIZE: usize>(data: &[u8], element: impl Fn([u8; SIZE]) -> f32) -> Vec<f32> {
+    let (elements, _) = data.as_chunks::<SIZE>();
+    elements.iter().map(|&bytes| element(bytes)).collect()
+}
+
+fn encode<const SIZE: usize>(
+    out: &mut (impl Write + ?Sized),
+    values: &[f32],
+    element: impl Fn(f32) -> [u8; SIZE],
+) -> io::Result<()> {
+    const BLOCK: usize = 4096;
+    let mut bytes = Vec::with_capacity(BLOCK.min(values.len()) * SIZE);
+    for block in values.chunks(BLOCK) {
+        bytes.clear();
+        bytes.extend(block.iter().flat_map(|&value| element(value)));
+        out.write_all(&bytes)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(dtype: Dtype, data: &[u8]) -> TensorView<'_> {
+        TensorView { name: "w", dtype, shape: &[2], data }
+    }
+
+    /// Bit patterns written out by hand: 1.5 and −2.
+    #[test]
+    fn reads_every_float_little_endian() {
+        let cases: [(Dtype, &[u8]); 4] = [
+            (Dtype::F32, &[0, 0, 0xC0, 0x3F, 0, 0, 0, 0xC0]),
+            (Dtype::BF16, &[0xC0, 0x3F, 0, 0xC0]),
+            (Dtype::F16, &[0, 0x3E, 0, 0xC0]),
+            (Dtype::F64, &[0, 0, 0, 0, 0, 0, 0xF8, 0x3F, 0, 0, 0, 0, 0, 0, 0, 0xC0]),
+        ];
+        for (dtype, bytes) in cases {
+            assert_eq!(view(dtype, bytes).to_f32().unwrap(), [1.5, -2.0], "{dtype}");
+            let mut written = Vec::new();
+            write_f32(&mut written, dtype, &[1.5, -2.0]).unwrap();
+            assert_eq!(written, bytes, "{dtype}");
+        }
+    }
+
+    #[test]
+    fn reads_at_every_alignment() {
+        let mut bytes = [0; 16];
+        for offset in 0..8 {
+            bytes[offset..offset + 4].copy_from_slice(&1.5_f32.to_le_bytes());
+            bytes[offset + 4..offset + 8].copy_from_slice(&(-2.0_f32).to_le_bytes());
+            let values = view(Dtype::F32, &bytes[offset..offset + 8]).to_f32();
+            assert_eq!(values.unwrap(), [1.5, -2.0], "offset {offset}");
+        }
+    }
+
+    #[test]
+    fn keeps_special_values_and_rounds_to_even() {
+        let bits = |dtype, value: f32| {
+            let mut bytes = Vec::new();
+            write_f32(&mut bytes, dtype, &[value]).unwrap();
+            u16::from_le_bytes([bytes[0], bytes[1]])
+        };
+        // 1 + 2⁻⁸ is half-way between two BF16 (8 significant bits): the even one is 1.
+        assert_eq!(bits(Dtype::BF16, 1.0 + f32::powi(2.0, -8)), 0x3F80);
+        assert_eq!(bits(Dtype::BF16, 1.0 + 3.0 * f32::powi(2.0, -8)), 0x3F82);
+        // 65520 is half-way between the largest F16 and the next power of two.
+        assert_eq!(bits(Dtype::F16, 65520.0), 0x7C00);
+        assert_eq!(bits(Dtype::F16, f32::powi(2.0, -24)), 0x0001);
+
+        let f16_bits = [0x7C00_u16, 0xFC00, 0x0001, 0x8000].map(u16::to_le_bytes);
+        let values = view(Dtype::F16, f16_bits.as_flattened()).to_f32().unwrap();
+        assert_eq!(values[..2], [f32::INFINITY, f32::NEG_INFINITY]);
+        assert_eq!(values[2], f32::powi(2.0, -24));
+        assert_eq!(values[3].to_bits(), (-0.0_f32).to_bits());
+    }
+
+    #[test]
+    fn spans_several_blocks() {
+        let values: Vec<f32> = (0..10_001).map(|i| i as f32).collect();
+        let mut bytes = Vec::new();
+        write_f32(&mut bytes, Dtype::F32, &values).unwrap();
+        assert_eq!(view(Dtype::F32, &bytes).to_f32().unwrap(), values);
+    }
+
+    #[test]
+    fn refuses_integers_by_name() {
+        let error = view(Dtype::I32, &[0; 8]).to_f32().unwrap_err();
+        assert!(matches!(&error, Error::NotFloat { name, dtype: Dtype::I32 } if name == "w"), "{error}");
+        let error = write_f32(&mut Vec::new(), Dtype::U8, &[1.0]).unwrap_err();
+        assert!(error.to_string().contains("not as U8"), "{error}");
+    }
+}
