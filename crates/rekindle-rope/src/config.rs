@@ -1,0 +1,221 @@
+use serde_json::{Map, Value};
+
+use crate::parse::Window;
+use crate::reader::Reader;
+use crate::{Error, Scaling, Tables};
+
+/// transformers takes this when a configuration (Llama 2's, for one) names no `rope_theta`.
+const DEFAULT_THETA: f64 = 10_000.0;
+
+/// The rotary embedding of one model: how many dimensions of a head turn, how fast, and how that is scaled.
+///
+/// Pair i of the `rotary_dim / 2` pairs turns by `position · inv_freq[i]`, where unscaled
+/// `inv_freq[i] = rope_theta^(−2i / rotary_dim)`; [`Scaling`] has the other rules. Equal to transformers'
+/// `ROPE_INIT_FUNCTIONS` (golden: `goldens/rope.json`).
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeConfig {
+    rotary_dim: usize,
+    theta: f64,
+    scaling: Scaling,
+}
+
+impl RopeConfig {
+    /// Reads the position settings of a model's `config.json`.
+    ///
+    /// Takes `rope_parameters` (transformers 5: with `rope_theta` and `partial_rotary_factor` inside) or `rope_scaling`
+    /// (transformers 4: those two beside it); `type` is the old name of `rope_type`, and inner values win over outer
+    /// ones. Without either the type is `default`. For `llama3`, `yarn` and `longrope` an
+    /// `original_max_position_embeddings` beside the object wins over the one inside, and `max_position_embeddings`
+    /// stands in when there is none.
+    ///
+    /// # Errors
+    /// [`Error::UnknownType`] for a `rope_type` outside the supported ones; [`Error::Parameters`] with one sentence
+    /// for each parameter that is missing, ill-typed, out of range, or without effect for the type;
+    /// [`Error::Conflict`] when both spellings are present with different meanings.
+    pub fn from_config(config: &Value, head_dim: usize) -> Result<Self, Error> {
+        let config = config.as_object().ok_or_else(|| one_problem("config.json is not a JSON object"))?;
+        let five = section(config, "rope_parameters")?;
+        let four = section(config, "rope_scaling")?;
+        match (five, four) {
+            (Some(five), Some(four)) => {
+                let five = Self::parse(config, "rope_parameters", five, head_dim)?;
+                let four = Self::parse(config, "rope_scaling", four, head_dim)?;
+                if five == four { Ok(five) } else { Err(Error::Conflict) }
+            }
+            (Some(five), None) => Self::parse(config, "rope_parameters", five, head_dim),
+            (None, Some(four)) => Self::parse(config, "rope_scaling", four, head_dim),
+            (None, None) => Self::parse(config, "rope_scaling", &Map::new(), head_dim),
+        }
+    }
+
+    /// Dimensions of a head that turn: `head_dim · partial_rotary_factor`, even. The rest pass unchanged.
+    pub fn rotary_dim(&self) -> usize {
+        self.rotary_dim
+    }
+
+    /// The base of the frequencies, `rope_theta`.
+    pub fn theta(&self) -> f64 {
+        self.theta
+    }
+
+    /// The scaling rule with its parameters.
+    pub fn scaling(&self) -> &Scaling {
+        &self.scaling
+    }
+
+    /// Radians per position of each of the `rotary_dim / 2` pairs, computed in f64 and rounded to f32 once.
+    ///
+    /// `seq_len` is the longest sequence of the whole run; only `dynamic` and `longrope` look at it.
+    pub fn inv_freq(&self, seq_len: usize) -> Vec<f32> {
+        self.scaling.inv_freq(self.theta, self.rotary_dim, seq_len).into_iter().map(|f| f as f32).collect()
+    }
+
+    /// What cos and sin are multiplied with: 1 except for `yarn` and `longrope`.
+    pub fn attention_factor(&self) -> f64 {
+        self.scaling.attention_factor()
+    }
+
+    /// The cos/sin tables of positions `0 .. seq_len`, with the frequencies of a run whose longest sequence that is.
+    pub fn tables(&self, seq_len: usize) -> Tables {
+        Tables::new(&self.inv_freq(seq_len), self.attention_factor(), seq_len)
+    }
+
+    fn parse(
+        config: &Map<String, Value>,
+        name: &'static str,
+        parameters: &Map<String, Value>,
+        head_dim: usize,
+    ) -> Result<Self, Error> {
+        let mut outer = Reader::new("", config);
+        let mut inner = Reader::new(name, parameters);
+
+        let theta = inner.positive("rope_theta").or_else(|| outer.positive("rope_theta")).unwrap_or(DEFAULT_THETA);
+        if theta <= 1.0 {
+            outer.problem("rope_theta", &format!("is {theta}; expected a number above 1"));
+        }
+        let partial = inner.positive("partial_rotary_factor");
+        let partial = partial.or_else(|| outer.positive("partial_rotary_factor")).unwrap_or(1.0);
+        let rotary_dim = (head_dim as f64 * partial) as usize;
+        if rotary_dim < 2 || !rotary_dim.is_multiple_of(2) || rotary_dim > head_dim {
+            let what = format!(
+                "{partial} of head_dim {head_dim} makes {rotary_dim} rotary dimensions; expected an even number from 2 to {head_dim}"
+            );
+            outer.problem("partial_rotary_factor", &what);
+        }
+
+        let window = Window {
+            max: outer.count("max_position_embeddings"),
+            outer_original: outer.count("original_max_position_embeddings"),
+        };
+        let scaling = Scaling::read(&mut inner, parameters, window, rotary_dim)?;
+
+        let problems = [inner.into_problems(), outer.into_problems()].concat();
+        match scaling {
+            Some(scaling) if problems.is_empty() => Ok(Self { rotary_dim, theta, scaling }),
+            _ => Err(Error::Parameters { problems }),
+        }
+    }
+}
+
+/// The object under `key`, if it is there and not null.
+fn section<'a>(config: &'a Map<String, Value>, key: &str) -> Result<Option<&'a Map<String, Value>>, Error> {
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Object(map)) => Ok(Some(map)),
+        Some(other) => Err(one_problem(&format!("{key} is {other}; expected an object or null"))),
+    }
+}
+
+fn one_problem(problem: &str) -> Error {
+    Error::Parameters { problems: vec![problem.to_owned()] }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn message(config: Value) -> String {
+        RopeConfig::from_config(&config, 8).expect_err("the configuration is wrong").to_string()
+    }
+
+    #[test]
+    fn nothing_given_is_the_default_with_theta_10000() {
+        let rope = RopeConfig::from_config(&json!({}), 4).expect("valid");
+        assert_eq!(rope.inv_freq(1), [1.0, 0.01]);
+        assert_eq!(rope.attention_factor(), 1.0);
+        assert_eq!(rope.rotary_dim(), 4);
+    }
+
+    #[test]
+    fn inner_theta_wins_over_the_outer_one() {
+        let config = json!({ "rope_theta": 7.0, "rope_parameters": { "rope_type": "default", "rope_theta": 100.0 } });
+        assert_eq!(RopeConfig::from_config(&config, 4).expect("valid").theta(), 100.0);
+    }
+
+    #[test]
+    fn both_spellings_must_agree() {
+        let five = json!({ "rope_type": "linear", "factor": 2.0, "rope_theta": 100.0 });
+        let same =
+            json!({ "rope_theta": 100.0, "rope_parameters": five, "rope_scaling": { "type": "linear", "factor": 2 } });
+        assert!(RopeConfig::from_config(&same, 8).is_ok());
+        let other =
+            json!({ "rope_theta": 100.0, "rope_parameters": five, "rope_scaling": { "type": "linear", "factor": 4 } });
+        assert_eq!(RopeConfig::from_config(&other, 8), Err(Error::Conflict));
+    }
+
+    #[test]
+    fn an_unknown_type_is_named() {
+        let text = message(json!({ "rope_scaling": { "type": "lineer", "factor": 2.0 } }));
+        assert_eq!(
+            text,
+            "rope_type \"lineer\" is not supported; supported: default, linear, dynamic, yarn, llama3, longrope"
+        );
+    }
+
+    #[test]
+    fn every_bad_parameter_is_listed() {
+        let text = message(json!({
+            "max_position_embeddings": 64,
+            "rope_parameters": { "rope_type": "llama3", "factor": "8", "low_freq_factor": 1.0, "beta_fast": 32 }
+        }));
+        assert!(text.contains("rope_parameters.factor is \"8\"; expected a number above 0"), "{text}");
+        assert!(text.contains("rope_parameters.high_freq_factor is missing"), "{text}");
+        assert!(text.contains("rope_parameters.beta_fast has no effect with rope_type \"llama3\""), "{text}");
+    }
+
+    #[test]
+    fn parameters_without_a_type_are_refused() {
+        let text = message(json!({ "rope_scaling": { "factor": 2.0 } }));
+        assert!(text.contains("rope_scaling.rope_type is missing"), "{text}");
+    }
+
+    #[test]
+    fn parameters_per_layer_type_are_refused() {
+        let text = message(json!({ "rope_parameters": { "sliding_attention": { "rope_type": "default" } } }));
+        assert!(text.contains("rope_parameters.sliding_attention is an object"), "{text}");
+    }
+
+    #[test]
+    fn an_odd_rotary_dimension_is_refused() {
+        let text = message(json!({ "partial_rotary_factor": 0.4 }));
+        assert!(text.contains("0.4 of head_dim 8 makes 3 rotary dimensions"), "{text}");
+    }
+
+    #[test]
+    fn dynamic_needs_the_window_and_more_than_one_pair() {
+        let config = json!({ "rope_scaling": { "type": "dynamic", "factor": 2.0 }, "partial_rotary_factor": 0.25 });
+        let text = message(config);
+        assert!(text.contains("max_position_embeddings is missing"), "{text}");
+        assert!(text.contains("at least 4"), "{text}");
+    }
+
+    #[test]
+    fn longrope_lists_have_one_factor_per_pair() {
+        let config = json!({ "max_position_embeddings": 64, "rope_scaling": {
+            "type": "longrope", "factor": 2.0, "short_factor": [1, 1, 1, 1], "long_factor": [1, 2, 3] } });
+        let text = message(config);
+        assert!(text.contains("rope_scaling.long_factor is [1,2,3]; expected a list of 4 numbers"), "{text}");
+    }
+}
