@@ -1,0 +1,74 @@
+//! bitsandbytes tensors in a checkpoint: their keys, their JSON and their types on disk.
+//!
+//! A 4-bit weight `q_proj.weight` lies under these keys ([`FourBitWeight`]):
+//!
+//! | key | stored as | holds |
+//! |---|---|---|
+//! | `q_proj.weight` | `quant_storage`, u8 `[⌈n/2⌉, 1]` by default | packed codes |
+//! | `q_proj.weight.absmax` | f32 or, doubly quantized, u8 `[blocks]` | scales |
+//! | `q_proj.weight.quant_map` | f32 `[16]` | the code table |
+//! | `q_proj.weight.nested_absmax`, `.nested_quant_map` | f32 `[⌈blocks/256⌉]`, `[256]` | double quantization |
+//! | `q_proj.weight.quant_state.bitsandbytes__nf4` (`__fp4`) | u8, JSON | shape, dtype, blocksize, offset |
+//!
+//! and an 8-bit one under these ([`read_int8`], [`write_int8`]):
+//!
+//! | key | stored as | holds |
+//! |---|---|---|
+//! | `q_proj.weight` | i8 `[out, in]` | codes |
+//! | `q_proj.SCB` | f32 `[out]` | scales |
+//! | `q_proj.weight_format` | u8 `[]` | 0, row-major |
+//!
+//! Nothing here opens a file: a reader is given a look-up of tensors by key, a writer returns tensors.
+
+mod four_bit;
+mod int8;
+mod quant_state;
+mod raw;
+
+pub use four_bit::FourBitWeight;
+pub use int8::{read_int8, write_int8};
+pub use raw::{RawDtype, RawTensor};
+
+use crate::QuantType;
+
+/// The weight that `key` belongs to, when `key` is one of those beside a quantized weight.
+///
+/// `…q_proj.weight.absmax` and `…q_proj.SCB` belong to `…q_proj.weight`.
+pub fn owner(key: &str) -> Option<String> {
+    let four_bit = FOUR_BIT_SUFFIXES.into_iter().find_map(|suffix| key.strip_suffix(suffix));
+    let four_bit = four_bit
+        .or_else(|| QuantType::ALL.into_iter().find_map(|quant_type| key.strip_suffix(quant_state_suffix(quant_type))));
+    let int8 = || INT8_SUFFIXES.into_iter().find_map(|suffix| key.strip_suffix(suffix));
+    four_bit.map(str::to_owned).or_else(|| int8().map(|module| format!("{module}.weight")))
+}
+
+const ABSMAX: &str = ".absmax";
+const QUANT_MAP: &str = ".quant_map";
+const NESTED_ABSMAX: &str = ".nested_absmax";
+const NESTED_QUANT_MAP: &str = ".nested_quant_map";
+const FOUR_BIT_SUFFIXES: [&str; 4] = [ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP];
+const SCB: &str = ".SCB";
+const WEIGHT_FORMAT: &str = ".weight_format";
+const INT8_SUFFIXES: [&str; 2] = [SCB, WEIGHT_FORMAT];
+
+const fn quant_state_suffix(quant_type: QuantType) -> &'static str {
+    match quant_type {
+        QuantType::Nf4 => ".quant_state.bitsandbytes__nf4",
+        QuantType::Fp4 => ".quant_state.bitsandbytes__fp4",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_name_their_weight() {
+        for key in ["a.weight.absmax", "a.weight.nested_quant_map", "a.weight.quant_state.bitsandbytes__fp4", "a.SCB"] {
+            assert_eq!(owner(key).as_deref(), Some("a.weight"), "{key}");
+        }
+        for key in ["a.weight", "a.bias", "absmax", "a.weight.quant_state.bitsandbytes__int4"] {
+            assert_eq!(owner(key), None, "{key}");
+        }
+    }
+}

@@ -1,0 +1,143 @@
+use std::sync::{Arc, LazyLock};
+
+use crate::Error;
+
+/// The 256 ascending values of an 8-bit code; a clone shares them.
+///
+/// The dynamic maps have a float's shape within 8 bits (arXiv:1511.04561, arXiv:2110.02861): decade
+/// i = 0..7 is divided evenly, into 2ⁱ parts for the signed and 2^(i+1) for the unsigned map, and
+///
+/// value = 10^(i−6) · midpoint of a part of [0.1, 1],
+///
+/// negated as well in the signed map, plus 0 and 1.
+///
+/// Source: `create_dynamic_map` of bitsandbytes 0.50, on PyTorch's `linspace`; held by
+/// `goldens/dynamic.safetensors`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DynamicMap(Arc<Table>);
+
+#[derive(Debug, PartialEq)]
+struct Table {
+    values: [f32; 256],
+    /// Code c begins above `bounds[c − 1]`.
+    bounds: [f32; 255],
+}
+
+impl DynamicMap {
+    /// The map over [−1, 1]: scales and the first moment of optimizers.
+    pub fn signed() -> Self {
+        static MAP: LazyLock<DynamicMap> = LazyLock::new(|| DynamicMap::of(dynamic_values(true)));
+        MAP.clone()
+    }
+
+    /// The map over [0, 1]: the second moment of optimizers.
+    pub fn unsigned() -> Self {
+        static MAP: LazyLock<DynamicMap> = LazyLock::new(|| DynamicMap::of(dynamic_values(false)));
+        MAP.clone()
+    }
+
+    /// A map read from a file.
+    ///
+    /// # Errors
+    /// [`Error::Map`] unless the values are finite and ascending.
+    pub fn from_values(values: [f32; 256]) -> Result<Self, Error> {
+        let out_of_order = |i: &usize| !values[*i].is_finite() || (*i > 0 && values[*i] < values[*i - 1]);
+        match (0..256).find(out_of_order) {
+            Some(index) => Err(Error::Map { index, value: values[index] }),
+            None => Ok(Self::of(values)),
+        }
+    }
+
+    /// The values by code.
+    pub fn values(&self) -> &[f32; 256] {
+        &self.0.values
+    }
+
+    /// The code of the value nearest to `x`; halfway between two, the even one; 0 when `x` is NaN.
+    #[inline(always)]
+    pub(crate) fn code(&self, x: f32) -> u8 {
+        let mut code = 0;
+        for step in [128, 64, 32, 16, 8, 4, 2, 1] {
+            let above = x > self.0.bounds[(code + step - 1) & 255];
+            code += if above { step } else { 0 };
+        }
+        code as u8
+    }
+
+    fn of(values: [f32; 256]) -> Self {
+        let bounds = std::array::from_fn(|code| {
+            let midpoint = (values[code] + values[code + 1]) * 0.5;
+            // bitsandbytes' binary search always ends on an even code, which keeps both its midpoints.
+            if code % 2 == 0 { midpoint } else { midpoint.next_down() }
+        });
+        Self(Arc::new(Table { values, bounds }))
+    }
+}
+
+fn dynamic_values(signed: bool) -> [f32; 256] {
+    let mut values = vec![0.0, 1.0];
+    for (decade, scale) in [1e-6_f32, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0].into_iter().enumerate() {
+        let parts = 1 << if signed { decade } else { decade + 1 };
+        for part in 0..parts {
+            let midpoint = (boundary(part, parts + 1) + boundary(part + 1, parts + 1)) / 2.0;
+            values.push(scale * midpoint);
+            if signed {
+                values.push(-scale * midpoint);
+            }
+        }
+    }
+    values.sort_by(f32::total_cmp);
+    values.try_into().expect("2 + 2·(1 + 2 + … + 64) = 2 + (2 + 4 + … + 128) = 256 values")
+}
+
+/// Point `i` of `linspace(0.1, 1, points)`: the first half counts from the start, the rest from the end. PyTorch's
+/// compiler fuses each product with its sum.
+fn boundary(i: usize, points: usize) -> f32 {
+    let step = (1.0 - 0.1_f32) / (points - 1) as f32;
+    if i < points / 2 { step.mul_add(i as f32, 0.1) } else { (-step).mul_add((points - 1 - i) as f32, 1.0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_have_256_distinct_values() {
+        for (map, first, zero) in [(DynamicMap::signed(), -0.992_968_74, 127), (DynamicMap::unsigned(), 0.0, 0)] {
+            let values = map.values();
+            assert!(values.windows(2).all(|w| w[0] < w[1]));
+            assert_eq!((values[0], values[zero], values[255]), (first, 0.0, 1.0));
+            for (code, &value) in values.iter().enumerate() {
+                assert_eq!(usize::from(map.code(value)), code);
+            }
+        }
+    }
+
+    #[test]
+    fn ties_go_to_the_even_code() {
+        for map in [DynamicMap::signed(), DynamicMap::unsigned()] {
+            for code in 0..255 {
+                let midpoint = (map.values()[code] + map.values()[code + 1]) * 0.5;
+                let even = if code % 2 == 0 { code } else { code + 1 };
+                assert_eq!(usize::from(map.code(midpoint)), even, "midpoint {midpoint}");
+                assert_eq!(usize::from(map.code(midpoint.next_down())), code);
+                assert_eq!(usize::from(map.code(midpoint.next_up())), code + 1);
+            }
+        }
+    }
+
+    #[test]
+    fn values_outside_the_map_take_its_ends() {
+        assert_eq!([-5.0, 5.0, f32::NAN].map(|x| DynamicMap::signed().code(x)), [0, 255, 0]);
+        assert_eq!(DynamicMap::unsigned().code(-0.5), 0);
+    }
+
+    #[test]
+    fn a_map_must_ascend() {
+        let mut values = *DynamicMap::signed().values();
+        values.swap(9, 10);
+        assert_eq!(DynamicMap::from_values(values), Err(Error::Map { index: 10, value: values[10] }));
+        values[3] = f32::NAN;
+        assert!(matches!(DynamicMap::from_values(values), Err(Error::Map { index: 3, .. })));
+    }
+}

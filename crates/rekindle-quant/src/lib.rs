@@ -1,0 +1,45 @@
+//! NF4, FP4 and 8-bit weight formats, bit-exact with bitsandbytes.
+//!
+//! This crate is the plain Rust specification of what bitsandbytes' CUDA backend computes: the same codes,
+//! the same scales and the same decoded bits, down to the rounding of the hardware's approximate reciprocal.
+//! It needs no GPU and knows nothing of language models.
+//!
+//! ```
+//! use rekindle_quant::{QuantConfig, QuantizedTensor};
+//!
+//! let weight: Vec<f32> = (0..4096).map(|i| (i as f32 * 0.37).sin() * 0.02).collect();
+//! let packed = QuantizedTensor::quantize(&weight, &[64, 64], &QuantConfig::default())?;
+//! let restored: Vec<f32> = packed.dequantize();
+//! assert_eq!(packed.codes().len(), 2048);
+//! assert!(weight.iter().zip(&restored).all(|(w, r)| (w - r).abs() < 0.004));
+//! # Ok::<(), rekindle_quant::Error>(())
+//! ```
+//!
+//! | module | format |
+//! |---|---|
+//! | [`four_bit`] | NF4 and FP4 blocks: two codes a byte, one f32 scale a block |
+//! | [`double_quant`] | those scales in 8 bits |
+//! | [`blockwise`] | dynamic 8-bit blocks, the optimizer-state format |
+//! | [`int8`] | LLM.int8() weights: one scale a row |
+//! | [`bnb`] | the names and JSON these have in a checkpoint |
+
+mod absmax;
+pub mod blockwise;
+pub mod bnb;
+mod config;
+pub mod double_quant;
+mod dynamic_map;
+mod element;
+mod error;
+pub mod four_bit;
+pub mod int8;
+mod reciprocal;
+mod tensor;
+
+pub use config::{Blocksize, QuantConfig, QuantType};
+pub use double_quant::DoubleQuant;
+pub use dynamic_map::DynamicMap;
+pub use element::{Dtype, Element};
+pub use error::Error;
+pub use int8::Int8Tensor;
+pub use tensor::{Absmax, QuantizedTensor};

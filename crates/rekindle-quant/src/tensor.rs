@@ -1,0 +1,193 @@
+use std::borrow::Cow;
+
+use crate::{Blocksize, DoubleQuant, Dtype, Element, Error, QuantConfig, QuantType, four_bit};
+
+/// A 4-bit tensor: packed codes, scales, and the shape and type of the dense tensor it stands for.
+///
+/// Its parts always match one another: `codes` `[⌈n/2⌉]` and `absmax` `[⌈n/blocksize⌉]` for the n > 0 elements of
+/// `shape`. The formats are those of [`four_bit`] and [`double_quant`](crate::double_quant).
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantizedTensor {
+    shape: Vec<usize>,
+    dtype: Dtype,
+    quant_type: QuantType,
+    blocksize: Blocksize,
+    codes: Vec<u8>,
+    absmax: Absmax,
+}
+
+/// The block scales of a [`QuantizedTensor`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum Absmax {
+    /// As they are, in f32.
+    Single(Vec<f32>),
+    /// Quantized to 8 bits.
+    Double(DoubleQuant),
+}
+
+impl QuantizedTensor {
+    /// Quantizes the row-major `values` of a tensor of `shape`.
+    ///
+    /// # Errors
+    /// [`Error::Empty`], or [`Error::Length`] when `values` does not fill `shape`.
+    pub fn quantize<T: Element>(values: &[T], shape: &[usize], config: &QuantConfig) -> Result<Self, Error> {
+        let expected = element_count(shape)?;
+        if values.len() != expected {
+            return Err(length(shape, config.blocksize, "elements", expected, values.len()));
+        }
+        let (codes, absmax) = four_bit::encode(values, config.quant_type, config.blocksize);
+        let absmax =
+            if config.double_quant { Absmax::Double(DoubleQuant::quantize(&absmax)) } else { Absmax::Single(absmax) };
+        Self::from_parts(shape.to_vec(), T::DTYPE, config.quant_type, config.blocksize, codes, absmax)
+    }
+
+    /// A tensor read from a file; `dtype` is that of the dense tensor it was made from.
+    ///
+    /// # Errors
+    /// [`Error::Empty`], or [`Error::Length`] when `codes` or `absmax` does not match `shape`.
+    pub fn from_parts(
+        shape: Vec<usize>,
+        dtype: Dtype,
+        quant_type: QuantType,
+        blocksize: Blocksize,
+        codes: Vec<u8>,
+        absmax: Absmax,
+    ) -> Result<Self, Error> {
+        let elements = element_count(&shape)?;
+        let packed = elements.div_ceil(2);
+        if codes.len() != packed {
+            return Err(length(&shape, blocksize, "packed bytes", packed, codes.len()));
+        }
+        let blocks = blocksize.blocks(elements);
+        if absmax.len() != blocks {
+            return Err(length(&shape, blocksize, "absmax values", blocks, absmax.len()));
+        }
+        Ok(Self { shape, dtype, quant_type, blocksize, codes, absmax })
+    }
+
+    /// The dense tensor, row-major.
+    pub fn dequantize<T: Element>(&self) -> Vec<T> {
+        let mut out = vec![T::default(); self.elements()];
+        self.dequantize_into(&mut out);
+        out
+    }
+
+    /// Writes the dense tensor to `out`.
+    ///
+    /// # Panics
+    /// When `out` has not the tensor's number of elements.
+    pub fn dequantize_into<T: Element>(&self, out: &mut [T]) {
+        assert_eq!(out.len(), self.elements(), "output of a tensor of shape {:?}", self.shape);
+        four_bit::decode(&self.codes, &self.absmax.values(), self.quant_type, self.blocksize, out);
+    }
+
+    /// Shape of the dense tensor.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Type of the dense tensor that was quantized.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// How the tensor is quantized.
+    pub fn config(&self) -> QuantConfig {
+        let double_quant = matches!(self.absmax, Absmax::Double(_));
+        QuantConfig { quant_type: self.quant_type, blocksize: self.blocksize, double_quant }
+    }
+
+    /// Two codes a byte, the even element in the high nibble.
+    pub fn codes(&self) -> &[u8] {
+        &self.codes
+    }
+
+    /// One scale a block.
+    pub fn absmax(&self) -> &Absmax {
+        &self.absmax
+    }
+
+    /// Elements of the dense tensor.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Bytes of codes and scales; the tables that all tensors of a type share are not counted.
+    pub fn byte_len(&self) -> usize {
+        self.codes.len() + self.absmax.byte_len()
+    }
+
+    /// Bits that an element takes, scales included.
+    pub fn bits_per_weight(&self) -> f64 {
+        8.0 * self.byte_len() as f64 / self.elements() as f64
+    }
+}
+
+impl Absmax {
+    /// The scales in f32.
+    pub fn values(&self) -> Cow<'_, [f32]> {
+        match self {
+            Self::Single(absmax) => Cow::Borrowed(absmax),
+            Self::Double(double) => Cow::Owned(double.absmax()),
+        }
+    }
+
+    /// Bytes of the scales, the offset of double quantization included.
+    pub fn byte_len(&self) -> usize {
+        match self {
+            Self::Single(absmax) => 4 * absmax.len(),
+            Self::Double(double) => double.codes().len() + 4 * double.nested_absmax().len() + 4,
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Single(absmax) => absmax.len(),
+            Self::Double(double) => double.codes().len(),
+        }
+    }
+}
+
+fn element_count(shape: &[usize]) -> Result<usize, Error> {
+    // A product beyond usize matches no slice: the length check reports it.
+    match shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size)) {
+        _ if shape.contains(&0) => Err(Error::Empty { shape: shape.to_vec() }),
+        count => Ok(count.unwrap_or(usize::MAX)),
+    }
+}
+
+fn length(shape: &[usize], blocksize: Blocksize, part: &'static str, expected: usize, got: usize) -> Error {
+    Error::Length { shape: shape.to_vec(), rule: format!("blocksize {}", blocksize.get()), part, expected, got }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_must_match_the_shape() {
+        let build = |shape: &[usize], codes, absmax| {
+            let absmax = Absmax::Single(vec![1.0; absmax]);
+            let parts = (Dtype::Bf16, QuantType::Nf4, Blocksize::B64, vec![0; codes]);
+            QuantizedTensor::from_parts(shape.to_vec(), parts.0, parts.1, parts.2, parts.3, absmax)
+        };
+        assert!(build(&[5, 13], 33, 2).is_ok());
+        assert_eq!(
+            build(&[5, 13], 33, 3).expect_err("65 elements are two blocks").to_string(),
+            "shape [5, 13] with blocksize 64 needs 2 absmax values, got 3; the tensor is damaged or of another shape"
+        );
+        assert!(build(&[5, 13], 32, 2).is_err());
+        assert!(build(&[usize::MAX, 3], 33, 2).is_err(), "a product that overflows");
+        assert_eq!(build(&[7, 0, usize::MAX], 0, 0), Err(Error::Empty { shape: vec![7, 0, usize::MAX] }));
+        assert!(build(&[], 1, 1).is_ok(), "a scalar has one element");
+    }
+
+    #[test]
+    fn large_tensors_take_the_bits_that_the_config_says() {
+        let config = QuantConfig::default();
+        let tensor = QuantizedTensor::quantize(&vec![0.5f32; 1 << 20], &[1024, 1024], &config).expect("shape fits");
+        // The offset's 32 bits come on top.
+        assert_eq!(tensor.bits_per_weight(), config.bits_per_weight() + 32.0 / (1 << 20) as f64);
+        assert_eq!(tensor.config(), config);
+    }
+}

@@ -1,0 +1,303 @@
+//! Every format against what bitsandbytes' CUDA backend made of the same input, bit for bit.
+//!
+//! `goldens/make.py` wrote the files; `goldens/goldens.json` has the versions it ran with.
+
+use std::path::PathBuf;
+
+use half::{bf16, f16};
+use rekindle_quant::bnb::{FourBitWeight, RawDtype, RawTensor};
+use rekindle_quant::{
+    Absmax, Blocksize, DoubleQuant, DynamicMap, Element, Int8Tensor, QuantConfig, QuantType, QuantizedTensor,
+    blockwise, four_bit,
+};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+#[test]
+fn four_bit_codes_and_scales() {
+    let file = Golden::open("four_bit");
+    for case in file.cases() {
+        match file.input_dtype(&case) {
+            Dtype::F32 => four_bit_case::<f32>(&file, &case),
+            Dtype::F16 => four_bit_case::<f16>(&file, &case),
+            dtype => {
+                assert_eq!(dtype, Dtype::BF16);
+                four_bit_case::<bf16>(&file, &case);
+            }
+        }
+    }
+}
+
+fn four_bit_case<T: GoldenElement>(file: &Golden, case: &Case) {
+    let quant_type: QuantType = case.text("quant_type").parse().expect("a known type");
+    let config = QuantConfig { quant_type, blocksize: case.blocksize(), double_quant: case.flag("double_quant") };
+    let (shape, values) = file.input::<T>(case);
+    let (codes, absmax) = four_bit::encode(&values, quant_type, config.blocksize);
+    same_bytes(case, "packed", &codes, file.bytes(case, "packed"));
+
+    let absmax = if config.double_quant {
+        let offset = file.floats(case, "offset")[0];
+        let ours = DoubleQuant::quantize(&absmax);
+        let ulps = ours.offset().to_bits().abs_diff(offset.to_bits());
+        assert!(ulps <= 2, "{}: offset {} is {ulps} ulp beside {offset}", case.name(), ours.offset());
+        let double = DoubleQuant::with_offset(&absmax, offset);
+        same_bytes(case, "absmax", double.codes(), file.bytes(case, "absmax"));
+        same_floats(case, "nested_absmax", double.nested_absmax(), &file.floats(case, "nested_absmax"));
+        Absmax::Double(double)
+    } else {
+        same_floats(case, "absmax", &absmax, &file.floats(case, "absmax"));
+        Absmax::Single(absmax)
+    };
+    let tensor = QuantizedTensor::from_parts(shape, T::DTYPE, quant_type, config.blocksize, codes, absmax)
+        .expect("parts match the shape");
+    if file.has(case, "decoded") {
+        same_elements(case, &tensor.dequantize::<T>(), &file.elements::<T>(case, "decoded"));
+    }
+    round_trip(file, case, tensor);
+}
+
+/// The stored tensors read as `tensor`, and are written again byte for byte.
+fn round_trip(file: &Golden, case: &Case, tensor: QuantizedTensor) {
+    let storage = match case.text("quant_storage") {
+        "uint8" => RawDtype::U8,
+        "float16" => RawDtype::F16,
+        "bfloat16" => RawDtype::Bf16,
+        other => {
+            assert_eq!(other, "float32");
+            RawDtype::F32
+        }
+    };
+    let packed_shape = case.shape("packed_shape");
+    let find = |key: &str| {
+        if key == "w" {
+            let bytes = file.bytes(case, "packed").into();
+            return Some(RawTensor { dtype: storage, shape: packed_shape.clone(), bytes });
+        }
+        let (name, field) = match key.strip_prefix("w.")? {
+            "nested_quant_map" => ("nested_quant_map".to_owned(), ""),
+            state if state.starts_with("quant_state.") => {
+                if !state.ends_with(case.text("quant_type")) {
+                    return None;
+                }
+                (format!("{}.quant_state", case.name()), "")
+            }
+            field => (format!("{}.", case.name()), field),
+        };
+        let view = file.tensors().tensor(&format!("{name}{field}")).ok()?;
+        let dtype = if view.dtype() == Dtype::U8 { RawDtype::U8 } else { RawDtype::F32 };
+        Some(RawTensor { dtype, shape: view.shape().to_vec(), bytes: view.data().to_vec().into() })
+    };
+    let weight = FourBitWeight::read("w", find).expect("readable").expect("present");
+    // Bytes, since a scale can be infinite and a decoded scale NaN.
+    assert_eq!(weight.tensor.codes(), tensor.codes(), "{}", case.name());
+    assert_eq!(weight.tensor.shape(), tensor.shape(), "{}", case.name());
+    assert_eq!(weight.tensor.config(), tensor.config(), "{}", case.name());
+    for (suffix, written) in weight.write() {
+        assert_eq!(Some(written), find(&format!("w{suffix}")), "{} {suffix}", case.name());
+    }
+}
+
+#[test]
+fn dynamic_maps_codes_and_scales() {
+    let file = Golden::open("dynamic");
+    let maps = [("signed", DynamicMap::signed()), ("unsigned", DynamicMap::unsigned())];
+    for (name, map) in &maps {
+        let view = file.tensors().tensor(&format!("map.{name}")).expect("both maps are stored");
+        let stored: Vec<f32> = view.data().as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+        assert_eq!(map.values()[..], stored, "{name} map");
+    }
+    for case in file.cases() {
+        let map = &maps.iter().find(|(name, _)| *name == case.text("map")).expect("one of the two").1;
+        match file.input_dtype(&case) {
+            Dtype::F32 => dynamic_case::<f32>(&file, &case, map),
+            Dtype::F16 => dynamic_case::<f16>(&file, &case, map),
+            dtype => {
+                assert_eq!(dtype, Dtype::BF16);
+                dynamic_case::<bf16>(&file, &case, map);
+            }
+        }
+    }
+}
+
+fn dynamic_case<T: GoldenElement>(file: &Golden, case: &Case, map: &DynamicMap) {
+    let (_, values) = file.input::<T>(case);
+    let (codes, absmax) = blockwise::encode(&values, map, case.blocksize());
+    same_bytes(case, "codes", &codes, file.bytes(case, "codes"));
+    same_floats(case, "absmax", &absmax, &file.floats(case, "absmax"));
+    if file.has(case, "decoded") {
+        let mut decoded = vec![T::default(); values.len()];
+        blockwise::decode(&codes, &absmax, map, case.blocksize(), &mut decoded);
+        same_elements(case, &decoded, &file.elements::<T>(case, "decoded"));
+    }
+}
+
+#[test]
+fn int8_codes_and_scales() {
+    let file = Golden::open("int8");
+    for case in file.cases() {
+        match file.input_dtype(&case) {
+            Dtype::F32 => int8_case::<f32>(&file, &case),
+            Dtype::F16 => int8_case::<f16>(&file, &case),
+            dtype => {
+                assert_eq!(dtype, Dtype::BF16);
+                int8_case::<bf16>(&file, &case);
+            }
+        }
+    }
+}
+
+fn int8_case<T: GoldenElement>(file: &Golden, case: &Case) {
+    let (shape, values) = file.input::<T>(case);
+    let tensor = Int8Tensor::quantize(&values, [shape[0], shape[1]]).expect("shape fits");
+    let codes: Vec<u8> = tensor.codes().iter().map(|&code| code as u8).collect();
+    same_bytes(case, "codes", &codes, file.bytes(case, "codes"));
+    same_floats(case, "SCB", tensor.scb(), &file.floats(case, "SCB"));
+    if file.has(case, "decoded") {
+        same_elements(case, &tensor.dequantize::<f32>(), &file.elements::<f32>(case, "decoded"));
+    }
+}
+
+fn same_bytes(case: &Case, field: &str, ours: &[u8], theirs: &[u8]) {
+    assert_eq!(ours.len(), theirs.len(), "{} {field}: length", case.name());
+    let differing: Vec<_> = (0..ours.len()).filter(|&i| ours[i] != theirs[i]).collect();
+    if let Some(&first) = differing.first() {
+        panic!(
+            "{} {field}: {} of {} bytes differ, first at {first}: {:#04x}, bitsandbytes has {:#04x}",
+            case.name(),
+            differing.len(),
+            ours.len(),
+            ours[first],
+            theirs[first]
+        );
+    }
+}
+
+fn same_floats(case: &Case, field: &str, ours: &[f32], theirs: &[f32]) {
+    assert_eq!(ours.len(), theirs.len(), "{} {field}: length", case.name());
+    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
+        assert!(a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan(), "{} {field}[{i}]: {a} is not {b}", case.name());
+    }
+}
+
+fn same_elements<T: GoldenElement>(case: &Case, ours: &[T], theirs: &[T]) {
+    let wide = |values: &[T]| {
+        let mut wide = vec![0.0; values.len()];
+        T::widen(values, &mut wide);
+        wide
+    };
+    same_floats(case, "decoded", &wide(ours), &wide(theirs));
+}
+
+/// One of the golden files.
+struct Golden {
+    name: &'static str,
+    bytes: Vec<u8>,
+}
+
+struct Case(Value);
+
+trait GoldenElement: Element {
+    fn from_bytes(bytes: &[u8]) -> Vec<Self>;
+}
+
+impl GoldenElement for f32 {
+    fn from_bytes(bytes: &[u8]) -> Vec<Self> {
+        bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+    }
+}
+
+impl GoldenElement for f16 {
+    fn from_bytes(bytes: &[u8]) -> Vec<Self> {
+        bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b)).collect()
+    }
+}
+
+impl GoldenElement for bf16 {
+    fn from_bytes(bytes: &[u8]) -> Vec<Self> {
+        bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b)).collect()
+    }
+}
+
+impl Golden {
+    fn open(name: &'static str) -> Self {
+        let path = folder().join(format!("{name}.safetensors"));
+        let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        Self { name, bytes }
+    }
+
+    fn tensors(&self) -> SafeTensors<'_> {
+        SafeTensors::deserialize(&self.bytes).expect("a safetensors file")
+    }
+
+    fn cases(&self) -> Vec<Case> {
+        let path = folder().join("goldens.json");
+        let json = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let index: Value = serde_json::from_str(&json).expect("JSON");
+        let cases = index[self.name].as_array().expect("a list of cases");
+        assert!(!cases.is_empty(), "no cases of {}", self.name);
+        cases.iter().cloned().map(Case).collect()
+    }
+
+    fn view(&self, case: &Case, field: &str) -> Option<safetensors::tensor::TensorView<'_>> {
+        let tensors = SafeTensors::deserialize(&self.bytes).expect("a safetensors file");
+        tensors.tensor(&format!("{}.{field}", case.name())).ok()
+    }
+
+    fn has(&self, case: &Case, field: &str) -> bool {
+        self.view(case, field).is_some()
+    }
+
+    fn bytes(&self, case: &Case, field: &str) -> &[u8] {
+        self.view(case, field).unwrap_or_else(|| panic!("{} has no {field}", case.name())).data()
+    }
+
+    fn floats(&self, case: &Case, field: &str) -> Vec<f32> {
+        self.elements(case, field)
+    }
+
+    fn elements<T: GoldenElement>(&self, case: &Case, field: &str) -> Vec<T> {
+        T::from_bytes(self.bytes(case, field))
+    }
+
+    fn input_view(&self, case: &Case) -> safetensors::tensor::TensorView<'_> {
+        let tensors = SafeTensors::deserialize(&self.bytes).expect("a safetensors file");
+        tensors.tensor(&format!("input.{}", case.text("input"))).expect("inputs are stored")
+    }
+
+    fn input_dtype(&self, case: &Case) -> Dtype {
+        self.input_view(case).dtype()
+    }
+
+    fn input<T: GoldenElement>(&self, case: &Case) -> (Vec<usize>, Vec<T>) {
+        let view = self.input_view(case);
+        (view.shape().to_vec(), T::from_bytes(view.data()))
+    }
+}
+
+impl Case {
+    fn name(&self) -> &str {
+        self.text("name")
+    }
+
+    fn text(&self, key: &str) -> &str {
+        self.0[key].as_str().unwrap_or_else(|| panic!("case {} has no text {key}", self.0))
+    }
+
+    fn flag(&self, key: &str) -> bool {
+        self.0[key].as_bool().unwrap_or_else(|| panic!("case {} has no flag {key}", self.0))
+    }
+
+    fn blocksize(&self) -> Blocksize {
+        let size = self.0["blocksize"].as_u64().unwrap_or_else(|| panic!("case {} has no blocksize", self.0));
+        Blocksize::try_from(size).expect("supported")
+    }
+
+    fn shape(&self, key: &str) -> Vec<usize> {
+        let sizes = self.0[key].as_array().unwrap_or_else(|| panic!("case {} has no {key}", self.0));
+        sizes.iter().map(|size| size.as_u64().expect("a size") as usize).collect()
+    }
+}
+
+fn folder() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("goldens")
+}
