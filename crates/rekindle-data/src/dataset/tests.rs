@@ -1,0 +1,151 @@
+use super::*;
+use crate::ErrorKind;
+use crate::test_support::{BRACKETS, CHATML, checkpoint, tokenizer, write_json, write_rows};
+
+const ROWS: &str =
+    "{\"input_ids\": [1, 2, 3]}\n\n{\"input_ids\": [1, 2, 3, 4, 5, 6], \"labels\": [-100, -100, -100, 4, 5, 6]}\n";
+
+fn load(rows: &str, options: EncodeOptions) -> Result<(Dataset, LoadReport), String> {
+    let (_dir, path) = write_rows(rows);
+    Dataset::load(&path, None, &options).map_err(|error| {
+        assert_eq!(error.kind(), ErrorKind::Data);
+        error.to_string().replace(&path.display().to_string(), "rows.jsonl")
+    })
+}
+
+fn at_most(max_seq_length: usize, overlong: Overlong) -> EncodeOptions {
+    EncodeOptions { max_seq_length, overlong, vocab_size: None }
+}
+
+fn vocabulary(size: usize) -> EncodeOptions {
+    EncodeOptions { vocab_size: Some(size), ..EncodeOptions::default() }
+}
+
+#[test]
+fn the_report_counts() {
+    let (dataset, report) = load(ROWS, at_most(6, Overlong::Error)).expect("loads");
+    assert_eq!(dataset.examples.iter().map(|example| example.line).collect::<Vec<_>>(), [1, 3]);
+    assert_eq!(report.to_string(), "2 rows (input_ids), 9 tokens, 5 trained; longest row 6 (line 3)");
+}
+
+#[test]
+fn a_long_row_is_an_error_that_names_the_choices() {
+    assert_eq!(
+        load(ROWS, at_most(5, Overlong::Error)).expect_err("too long"),
+        "rows.jsonl:3: has 6 tokens, more than max_seq_length = 5; raise it, or set data.overlong = \"drop\" | \
+         \"truncate\" | \"split\""
+    );
+}
+
+#[test]
+fn long_rows_can_be_dropped() {
+    let (dataset, report) = load(ROWS, at_most(5, Overlong::Drop)).expect("loads");
+    assert_eq!(dataset.examples.len(), 1);
+    assert_eq!(report.to_string(), "2 rows (input_ids), 3 tokens, 2 trained; longest row 6 (line 3); 1 dropped");
+}
+
+#[test]
+fn long_rows_can_be_cut() {
+    let (dataset, report) = load(ROWS, at_most(5, Overlong::Truncate)).expect("loads");
+    assert_eq!(dataset.examples[1].labels, [-100, -100, -100, 4, 5]);
+    assert_eq!((report.truncated, report.dropped), (1, 0));
+    // Nothing to learn is left of the second row.
+    let (dataset, report) = load(ROWS, at_most(3, Overlong::Truncate)).expect("loads");
+    assert_eq!((dataset.examples.len(), report.truncated, report.dropped), (1, 0, 1));
+}
+
+#[test]
+fn long_rows_can_be_split() {
+    let (dataset, report) = load(ROWS, at_most(4, Overlong::Split)).expect("loads");
+    let pieces: Vec<_> = dataset.examples[1..].iter().map(|piece| (piece.input_ids.as_slice(), piece.line)).collect();
+    assert_eq!(pieces, [(&[1, 2, 3, 4][..], 3), (&[4, 5, 6][..], 3)]);
+    assert_eq!(
+        report.to_string(),
+        "2 rows (input_ids), 10 tokens, 5 trained; longest row 6 (line 3); 1 split (3 examples)"
+    );
+}
+
+#[test]
+fn a_row_without_a_label_is_named_and_a_file_of_them_too() {
+    let none = "{\"input_ids\": [1, 2], \"labels\": [1, -100]}\n";
+    assert_eq!(
+        load(&format!("{ROWS}{none}"), EncodeOptions::default()).expect_err("nothing to learn"),
+        "rows.jsonl:4: no label counts: the row has nothing to learn (the first token never does)"
+    );
+    assert_eq!(
+        load(&none.repeat(3), EncodeOptions::default()).expect_err("nothing to learn"),
+        "rows.jsonl: all labels are ignored: no row has a token to learn"
+    );
+}
+
+#[test]
+fn ids_beyond_the_vocabulary_are_named() {
+    load(ROWS, vocabulary(7)).expect("6 is the largest id");
+    assert_eq!(
+        load(ROWS, vocabulary(6)).expect_err("beyond"),
+        "rows.jsonl:3: token id 6 is beyond the model's vocabulary of 6 (0 to 5); was the row made with another \
+         tokenizer?"
+    );
+    let error = load("{\"input_ids\": [1, 2], \"labels\": [-100, 9]}", vocabulary(6)).expect_err("beyond");
+    assert!(error.starts_with("rows.jsonl:1: label 9 is beyond the model's vocabulary of 6 (0 to 5)"), "{error}");
+}
+
+#[test]
+fn nothing_to_load_is_an_error() {
+    assert_eq!(
+        load("\n", EncodeOptions::default()).expect_err("empty"),
+        "rows.jsonl: the dataset is empty; expected one JSON object per line"
+    );
+    assert_eq!(
+        load(ROWS, at_most(2, Overlong::Drop)).expect_err("all dropped"),
+        "rows.jsonl: no row is left: each is longer than max_seq_length = 2 (the longest has 6 tokens)"
+    );
+}
+
+#[test]
+fn a_length_that_leaves_nothing_to_predict_is_refused() {
+    let error = Dataset::load(Path::new("x"), None, &at_most(1, Overlong::Drop)).expect_err("an option");
+    assert_eq!(error.kind(), ErrorKind::Options);
+    assert_eq!(error.to_string(), "max_seq_length = 1 leaves nothing to predict; it must be at least 2");
+}
+
+#[test]
+fn kinds_of_rows_may_be_mixed() {
+    let (_dir, tokenizer) = tokenizer(CHATML);
+    let (_rows, path) = write_rows(
+        "{\"text\": \"ab\"}\n{\"prompt\": \"a\", \"completion\": \"b\"}\n\
+         {\"messages\": [{\"role\": \"user\", \"content\": \"Q\"}, {\"role\": \"assistant\", \"content\": \"A\"}]}\n",
+    );
+    let (_, report) = Dataset::load(&path, Some(&tokenizer), &vocabulary(tokenizer.vocab_size())).expect("loads");
+    // "ab" and "b" with an end token each, "A" with end token and newline.
+    assert_eq!((report.formats.len(), report.trained_tokens), (3, 3 + 2 + 3));
+}
+
+#[test]
+fn a_row_that_the_template_refuses_is_a_data_error() {
+    let (_dir, tokenizer) = tokenizer(BRACKETS);
+    let (_rows, path) = write_rows("{\"messages\": [{\"role\": \"assistant\", \"content\": \"A\"}]}");
+    let error = Dataset::load(&path, Some(&tokenizer), &EncodeOptions::default()).expect_err("refused");
+    assert_eq!(error.kind(), ErrorKind::Data);
+    let expected =
+        "rows.jsonl:1: the chat template failed: user and assistant must take turns (line 10 of the template)";
+    assert!(error.to_string().ends_with(expected), "{error}");
+}
+
+#[test]
+fn what_the_checkpoint_lacks_is_not_the_rows_fault() {
+    let dir = checkpoint();
+    let tokenizer = Tokenizer::from_dir(dir.path()).expect("valid");
+    let (_rows, path) = write_rows("{\"messages\": [{\"role\": \"assistant\", \"content\": \"A\"}]}");
+    let error = Dataset::load(&path, Some(&tokenizer), &EncodeOptions::default()).expect_err("no template");
+    assert_eq!(error.kind(), ErrorKind::Tokenizer);
+    assert!(error.to_string().contains("this checkpoint has no chat template"), "{error}");
+    let error = Dataset::load(&path, None, &EncodeOptions::default()).expect_err("no tokenizer");
+    assert!(error.to_string().ends_with("needs a tokenizer; only \"input_ids\" does without"), "{error}");
+
+    write_json(dir.path(), "tokenizer_config.json", &serde_json::json!({}));
+    let tokenizer = Tokenizer::from_dir(dir.path()).expect("valid");
+    let (_rows, path) = write_rows("{\"text\": \"ab\"}");
+    let (_, report) = Dataset::load(&path, Some(&tokenizer), &EncodeOptions::default()).expect("loads");
+    assert!(report.to_string().ends_with("; texts have no end token, the checkpoint names none"), "{report}");
+}

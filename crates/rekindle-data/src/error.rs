@@ -1,0 +1,86 @@
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What went wrong while reading a tokenizer, a template or a dataset.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file of the checkpoint is missing, broken or contradicts another.
+    #[error("{path}: {message}")]
+    Tokenizer {
+        /// The file or directory at fault.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        message: String,
+    },
+    /// The chat template does not parse, or refused the messages outside a dataset.
+    #[error("chat template: {0}")]
+    Template(String),
+    /// A dataset cannot be opened or read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The dataset.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// One line of a dataset.
+    #[error("{path}:{line}: {message}")]
+    Row {
+        /// The dataset.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: usize,
+        /// What is wrong and what to do.
+        message: String,
+    },
+    /// A dataset as a whole.
+    #[error("{path}: {message}")]
+    Dataset {
+        /// The dataset.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        message: String,
+    },
+    /// An option that cannot be met by any dataset.
+    #[error("{0}")]
+    Options(String),
+}
+
+/// Whose fault an [`Error`] is, which is what a program's exit code depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The checkpoint's tokenizer or chat template.
+    Tokenizer,
+    /// The dataset: a file, a row or a token id.
+    Data,
+    /// An option of the caller.
+    Options,
+}
+
+/// A result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// Whose fault it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Error::Tokenizer { .. } | Error::Template(_) => ErrorKind::Tokenizer,
+            Error::Read { .. } | Error::Row { .. } | Error::Dataset { .. } => ErrorKind::Data,
+            Error::Options(_) => ErrorKind::Options,
+        }
+    }
+
+    pub(crate) fn tokenizer(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
+        Error::Tokenizer { path: path.as_ref().to_owned(), message: message.into() }
+    }
+
+    pub(crate) fn row(path: &Path, line: usize, message: impl Into<String>) -> Self {
+        Error::Row { path: path.to_owned(), line, message: message.into() }
+    }
+
+    pub(crate) fn dataset(path: &Path, message: impl Into<String>) -> Self {
+        Error::Dataset { path: path.to_owned(), message: message.into() }
+    }
+}

@@ -1,0 +1,56 @@
+//! Training rows, chat templates and loss masks: everything between a JSONL file and token ids.
+//!
+//! [`Tokenizer`] reads a checkpoint's tokenizer and [`ChatTemplate`]; [`Dataset::load`] turns each line of a file into an
+//! [`Example`], token ids with a label beside each; [`Order`] says in which sequence the examples are visited. Nothing
+//! here knows of tensors.
+//!
+//! A label stands beside the token it equals: the label of position `i` is predicted from the tokens before `i`, so the
+//! first label of an example never counts, and [`IGNORED`] marks the others that do not.
+//!
+//! ```
+//! use rekindle_data::{Dataset, EncodeOptions, Order};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let dir = tempfile::tempdir()?;
+//! let path = dir.path().join("train.jsonl");
+//! std::fs::write(&path, "{\"input_ids\": [5, 6, 7, 2], \"labels\": [-100, -100, 7, 2]}\n{\"input_ids\": [8, 9]}\n")?;
+//!
+//! // Pretokenized rows need no tokenizer; `messages`, `prompt` + `completion` and `text` do.
+//! let options = EncodeOptions { max_seq_length: 512, vocab_size: Some(16), ..EncodeOptions::default() };
+//! let (dataset, report) = Dataset::load(&path, None, &options)?;
+//! assert_eq!((report.rows, report.tokens, report.trained_tokens), (2, 6, 3));
+//!
+//! for index in Order::new(dataset.examples.len(), true, 42).epoch(0) {
+//!     let example = &dataset.examples[index];
+//!     assert_eq!(example.input_ids.len(), example.labels.len());
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+mod dataset;
+mod encode;
+mod error;
+mod jsonl;
+mod message;
+mod order;
+mod overlong;
+mod row;
+mod spans;
+mod stream;
+mod template;
+#[cfg(test)]
+mod test_support;
+mod tokenizer;
+
+pub use dataset::{Dataset, EncodeOptions, LoadReport};
+pub use encode::{Example, IGNORED};
+pub use error::{Error, ErrorKind, Result};
+pub use jsonl::{RowReader, read_jsonl};
+pub use message::Message;
+pub use order::Order;
+pub use overlong::Overlong;
+pub use row::{Row, RowContent, RowFormat};
+pub use stream::StreamDecoder;
+pub use template::{ChatTemplate, RenderOptions};
+pub use tokenizer::{Tokenizer, eos_token_ids};

@@ -1,0 +1,154 @@
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+/// The roles that a chat template may be asked for.
+pub(crate) const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+
+/// One turn of a conversation, as a chat template sees it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Message {
+    /// `system`, `developer`, `user`, `assistant` or `tool`.
+    pub role: String,
+    /// The text; may be empty beside `tool_calls`.
+    pub content: String,
+    /// Everything else of the turn (`tool_calls`, `reasoning_content`, `name` …), handed to the template as it is.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Message {
+    /// A turn with text only.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Message { role: role.into(), content: content.into(), extra: Map::new() }
+    }
+
+    pub(crate) fn is_assistant(&self) -> bool {
+        self.role == "assistant"
+    }
+
+    /// Reads one element of a `messages` list; `what` names it in errors.
+    pub(crate) fn from_json(value: Value, what: &str) -> Result<Self, String> {
+        let Value::Object(mut fields) = value else {
+            return Err(format!("{what} is {}, not an object with \"role\" and \"content\"", type_name(&value)));
+        };
+        let role = match fields.shift_remove("role") {
+            Some(Value::String(role)) => role,
+            Some(other) => return Err(format!("{what}.role is {}, not a string", type_name(&other))),
+            None => return Err(format!("{what} has no \"role\"; its keys: {}", quoted_keys(&fields))),
+        };
+        if !ROLES.contains(&role.as_str()) {
+            return Err(format!("{what}.role {role:?} is unknown; known: {}", ROLES.join(", ")));
+        }
+        let content = match fields.shift_remove("content") {
+            Some(Value::String(text)) => Some(text),
+            Some(Value::Array(parts)) => Some(join_parts(&parts, what)?),
+            Some(Value::Null) | None => None,
+            Some(other) => {
+                return Err(format!("{what}.content is {}, not a string or a list of text parts", type_name(&other)));
+            }
+        };
+        let calls = fields.get("tool_calls").is_some_and(|calls| !calls.is_null());
+        let spoken = matches!(role.as_str(), "user" | "assistant");
+        match content {
+            // Templates join the content to other text; transformers users write "" there, other tools null or nothing.
+            None if calls => Ok(Message { role, content: String::new(), extra: fields }),
+            None => Err(format!("{what} ({role}) has no \"content\"")),
+            // An empty system prompt or tool result says something; an empty question or answer is a broken row.
+            Some(text) if text.trim().is_empty() && spoken && !calls => {
+                Err(format!("{what} ({role}) is empty; remove the row or fill it in"))
+            }
+            Some(content) => Ok(Message { role, content, extra: fields }),
+        }
+    }
+}
+
+/// Joins `[{"type": "text", "text": …}, …]`.
+fn join_parts(parts: &[Value], what: &str) -> Result<String, String> {
+    let mut text = String::new();
+    for (index, part) in parts.iter().enumerate() {
+        match (part.get("type").and_then(Value::as_str), part.get("text").and_then(Value::as_str)) {
+            (Some("text"), Some(piece)) => text.push_str(piece),
+            (Some(kind), _) if kind != "text" => {
+                return Err(format!("{what}.content[{index}] has type {kind:?}; only \"text\" is supported"));
+            }
+            _ => return Err(format!("{what}.content[{index}] is not of the form {{\"type\": \"text\", \"text\": …}}")),
+        }
+    }
+    Ok(text)
+}
+
+/// What a JSON value is, with its article.
+pub(crate) fn type_name(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// The keys of an object for an error message.
+pub(crate) fn quoted_keys(fields: &Map<String, Value>) -> String {
+    if fields.is_empty() {
+        return "none".to_owned();
+    }
+    fields.keys().map(|key| format!("{key:?}")).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn error(value: Value) -> String {
+        Message::from_json(value, "messages[1]").expect_err("a broken message")
+    }
+
+    #[test]
+    fn text_parts_are_joined_and_other_fields_kept() {
+        let value = json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            "name": "Ann"});
+        let message = Message::from_json(value, "m").expect("valid");
+        assert_eq!(message.content, "ab");
+        assert_eq!(message.extra["name"], "Ann");
+    }
+
+    #[test]
+    fn a_call_of_a_tool_needs_no_content() {
+        let value = json!({"role": "assistant", "content": null, "tool_calls": [{"name": "clock"}]});
+        assert_eq!(Message::from_json(value, "m").expect("valid").content, "");
+    }
+
+    #[test]
+    fn errors_name_the_place_and_the_way_out() {
+        assert_eq!(
+            error(json!({"role": "asistant", "content": "x"})),
+            "messages[1].role \"asistant\" is unknown; known: system, developer, user, assistant, tool"
+        );
+        assert_eq!(error(json!("hi")), "messages[1] is a string, not an object with \"role\" and \"content\"");
+        assert_eq!(
+            error(json!({"from": "human", "value": "x"})),
+            "messages[1] has no \"role\"; its keys: \"from\", \"value\""
+        );
+        assert_eq!(error(json!({"role": 3})), "messages[1].role is a number, not a string");
+        assert_eq!(error(json!({"role": "user"})), "messages[1] (user) has no \"content\"");
+        assert_eq!(
+            error(json!({"role": "user", "content": " \n"})),
+            "messages[1] (user) is empty; remove the row or fill it in"
+        );
+        assert_eq!(
+            error(json!({"role": "user", "content": 4})),
+            "messages[1].content is a number, not a string or a list of text parts"
+        );
+        assert_eq!(
+            error(json!({"role": "user", "content": [{"type": "image", "url": "x"}]})),
+            "messages[1].content[0] has type \"image\"; only \"text\" is supported"
+        );
+        assert_eq!(
+            error(json!({"role": "user", "content": ["x"]})),
+            "messages[1].content[0] is not of the form {\"type\": \"text\", \"text\": …}"
+        );
+    }
+}

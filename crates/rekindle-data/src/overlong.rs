@@ -1,0 +1,83 @@
+use serde::{Deserialize, Serialize};
+
+use crate::encode::{Example, IGNORED};
+
+/// What happens to a row with more than `max_seq_length` tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Overlong {
+    /// Loading fails and names the row.
+    #[default]
+    Error,
+    /// The row is left out.
+    Drop,
+    /// The first `max_seq_length` tokens are kept.
+    Truncate,
+    /// The row becomes several examples. Each begins with the last token of the one before it, with that token's label
+    /// ignored, so that every label of the row still counts exactly once.
+    Split,
+}
+
+/// Keeps the first `max` tokens.
+pub(crate) fn truncate(mut example: Example, max: usize) -> Example {
+    example.input_ids.truncate(max);
+    example.labels.truncate(max);
+    example
+}
+
+/// Pieces of at most `max` tokens (`max` ≥ 2) that share one token at each cut.
+pub(crate) fn split(example: &Example, max: usize) -> Vec<Example> {
+    let len = example.input_ids.len();
+    let mut pieces = Vec::new();
+    let mut start = 0;
+    loop {
+        let end = len.min(start + max);
+        let mut labels = example.labels[start..end].to_vec();
+        if start > 0 {
+            labels[0] = IGNORED;
+        }
+        pieces.push(Example { input_ids: example.input_ids[start..end].to_vec(), labels, line: example.line });
+        if end == len {
+            return pieces;
+        }
+        start = end - 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_keep_every_label_once() {
+        for (len, max) in [(2_u32, 2), (7, 2), (7, 3), (9, 3), (10, 4), (5, 5), (6, 5)] {
+            let row = Example { input_ids: (0..len).collect(), labels: (0..len as i32).collect(), line: 1 };
+            let pieces = split(&row, max);
+            assert!(pieces.iter().all(|piece| (2..=max).contains(&piece.input_ids.len())), "{pieces:?}");
+            let counted: Vec<i32> =
+                pieces.iter().flat_map(|piece| &piece.labels[1..]).copied().filter(|&label| label != IGNORED).collect();
+            assert_eq!(counted, (1..len as i32).collect::<Vec<_>>());
+            // What a label is predicted from directly is the same token as in the whole row.
+            for piece in &pieces {
+                for pair in piece.input_ids.windows(2) {
+                    assert_eq!(pair[1], pair[0] + 1);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn names_are_lowercase() {
+        for (value, name) in [
+            (Overlong::Error, "\"error\""),
+            (Overlong::Drop, "\"drop\""),
+            (Overlong::Truncate, "\"truncate\""),
+            (Overlong::Split, "\"split\""),
+        ] {
+            assert_eq!(serde_json::to_string(&value).expect("serializable"), name);
+            assert_eq!(serde_json::from_str::<Overlong>(name).expect("known"), value);
+        }
+        let error = serde_json::from_str::<Overlong>("\"cut\"").expect_err("unknown");
+        assert!(error.to_string().contains("`error`, `drop`, `truncate`, `split`"), "{error}");
+    }
+}

@@ -1,0 +1,154 @@
+use std::ops::Range;
+
+use crate::message::Message;
+use crate::template::{ChatTemplate, RenderOptions};
+
+/// A conversation's text and which of it the assistant says.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Conversation {
+    pub(crate) text: String,
+    /// Byte ranges of the assistant turns, in order and apart.
+    pub(crate) spans: Vec<Range<usize>>,
+}
+
+/// Stands for a turn's content while its place is sought: private-use characters, so no template rewrites it.
+const MARK: &str = "\u{f5a3}\u{f1c7}\u{f5a3}";
+
+/// Renders `messages` and locates the assistant turns from `from` on.
+///
+/// Turn `i` begins where the rendering of `messages[..i]` with the generation prompt ends, which is where a model takes
+/// over, and ends where the rendering of `messages[..=i]` ends: its end token is inside, and so is what the template
+/// writes after that token before the next turn (ChatML's newline).
+///
+/// Some templates write a turn differently once others follow it (they drop its reasoning), so that the two renderings
+/// are no beginnings of the whole. Then the turn's content is replaced by a mark, which shows what stands before and
+/// after it in the whole; see [`span_by_mark`].
+pub(crate) fn locate(
+    template: &ChatTemplate,
+    messages: &[Message],
+    from: usize,
+    options: &RenderOptions,
+) -> Result<Conversation, String> {
+    let text = template.try_render(messages, options).map_err(|error| format!("the chat template failed: {error}"))?;
+    let mut spans: Vec<Range<usize>> = Vec::new();
+    for (turn, message) in messages.iter().enumerate().skip(from) {
+        if !message.is_assistant() {
+            continue;
+        }
+        let span = span(template, messages, turn, &text, options).map_err(|reason| {
+            format!("cannot tell what of the chat template's output is messages[{turn}]: {reason}")
+        })?;
+        if spans.last().is_some_and(|last| last.end > span.start) {
+            return Err(format!("the chat template mixes messages[{turn}] with the assistant turn before it"));
+        }
+        spans.push(span);
+    }
+    Ok(Conversation { text, spans })
+}
+
+fn span(
+    template: &ChatTemplate,
+    messages: &[Message],
+    turn: usize,
+    text: &str,
+    options: &RenderOptions,
+) -> Result<Range<usize>, String> {
+    // A template may refuse an incomplete conversation; then the mark decides.
+    let prompt = template.try_render(&messages[..turn], &with_generation_prompt(options)).ok();
+    let up_to = template.try_render(&messages[..=turn], options).ok();
+    if let (Some(prompt), Some(up_to)) = (&prompt, &up_to)
+        && up_to.len() > prompt.len()
+        && up_to.starts_with(prompt)
+        && text.starts_with(up_to)
+    {
+        return Ok(prompt.len()..up_to.len());
+    }
+    let marked = Marked::new(template, messages, turn, text, options)?;
+    span_by_mark(template, messages, turn, text, options, prompt.as_deref(), &marked)
+}
+
+/// The span of a turn whose content stands between `marked.before` and `marked.after` in the whole.
+///
+/// - It begins at the end of the longest common beginning of the prompt and `before`, provided the prompt differs from
+///   the whole only in how it opens the turn; else at the content.
+/// - It ends after what the rendering of `messages[..=turn]` puts behind the content, as far as the whole has it too.
+fn span_by_mark(
+    template: &ChatTemplate,
+    messages: &[Message],
+    turn: usize,
+    text: &str,
+    options: &RenderOptions,
+    prompt: Option<&str>,
+    marked: &Marked,
+) -> Result<Range<usize>, String> {
+    let before = marked.before.as_str();
+    let history = template.try_render(&messages[..turn], options).ok();
+    let start = match (prompt, history) {
+        (Some(prompt), Some(history)) if before.starts_with(&history) && prompt.starts_with(&history) => {
+            common_prefix(prompt, before)
+        }
+        _ => before.len(),
+    };
+    let content_end = text.len() - marked.after.len();
+    let ending = template
+        .try_render(&with_mark(&messages[..=turn], turn), options)
+        .map_err(|error| format!("it cannot be rendered as the last message: {error}"))?;
+    let (_, ending) = ending.split_once(MARK).ok_or("it is not shown when it is the last message")?;
+    let ending = ending.strip_prefix(marked.joint.as_str()).unwrap_or(ending);
+    let end = content_end + common_prefix(ending, &marked.after);
+    if start < end { Ok(start..end) } else { Err("nothing of it is shown".to_owned()) }
+}
+
+/// What stands around a turn's content in the rendering of the whole.
+struct Marked {
+    before: String,
+    after: String,
+    /// What a template writes between a content and the calls after it, but not where the content is empty.
+    joint: String,
+}
+
+impl Marked {
+    fn new(
+        template: &ChatTemplate,
+        messages: &[Message],
+        turn: usize,
+        text: &str,
+        options: &RenderOptions,
+    ) -> Result<Self, String> {
+        let marked = template
+            .try_render(&with_mark(messages, turn), options)
+            .map_err(|error| format!("its place could not be marked: {error}"))?;
+        let parts: Vec<&str> = marked.split(MARK).collect();
+        let &[before, after] = parts.as_slice() else {
+            return Err(format!("its content is shown {} times", parts.len() - 1));
+        };
+        let rest = text.strip_prefix(before).unwrap_or_default();
+        let joint = match after.strip_suffix(rest) {
+            Some(joint) if messages[turn].content.trim().is_empty() => joint,
+            _ => "",
+        };
+        let after = &after[joint.len()..];
+        if before.len() + after.len() > text.len() || !text.starts_with(before) || !text.ends_with(after) {
+            return Err("the text around it depends on its content".to_owned());
+        }
+        Ok(Marked { before: before.to_owned(), after: after.to_owned(), joint: joint.to_owned() })
+    }
+}
+
+fn with_mark(messages: &[Message], turn: usize) -> Vec<Message> {
+    let mut messages = messages.to_vec();
+    messages[turn].content = MARK.to_owned();
+    messages
+}
+
+fn with_generation_prompt(options: &RenderOptions) -> RenderOptions {
+    RenderOptions { add_generation_prompt: true, ..options.clone() }
+}
+
+/// Length in bytes, on a character boundary, of the longest common beginning.
+fn common_prefix(a: &str, b: &str) -> usize {
+    a.chars().zip(b.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum()
+}
+
+#[cfg(test)]
+mod tests;

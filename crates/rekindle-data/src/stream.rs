@@ -1,0 +1,130 @@
+use crate::error::Result;
+use crate::tokenizer::Tokenizer;
+
+/// Decodes a growing sequence of ids, in pieces that together are the text of the whole.
+///
+/// A token may end in the middle of a character, and a decoder may treat the first token of a text differently; so ids
+/// are decoded in a window that begins with tokens already shown, and a piece that ends in an incomplete character waits.
+#[derive(Debug)]
+pub struct StreamDecoder<'a> {
+    tokenizer: &'a Tokenizer,
+    skip_special: bool,
+    /// `ids[..context]` were shown before; they only give the others their surroundings.
+    ids: Vec<u32>,
+    context: usize,
+    /// Bytes of the window's text that were shown.
+    shown: usize,
+}
+
+impl<'a> StreamDecoder<'a> {
+    pub(crate) fn new(tokenizer: &'a Tokenizer, skip_special: bool) -> Self {
+        StreamDecoder { tokenizer, skip_special, ids: Vec::new(), context: 0, shown: 0 }
+    }
+
+    /// Takes the next id and gives the text that is certain by now, if any is new.
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder fails.
+    pub fn push(&mut self, id: u32) -> Result<Option<String>> {
+        self.ids.push(id);
+        let text = self.tokenizer.decode(&self.ids, self.skip_special)?;
+        let certain = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
+        let piece = self.show(certain);
+        if !text.is_empty() && certain.len() == text.len() {
+            self.ids.drain(..self.context);
+            self.context = self.ids.len();
+            self.shown = self.tokenizer.decode(&self.ids, self.skip_special)?.len();
+        }
+        Ok(piece)
+    }
+
+    /// Gives what still waited, with `U+FFFD` for bytes that never became a character.
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder fails.
+    pub fn finish(mut self) -> Result<Option<String>> {
+        let text = self.tokenizer.decode(&self.ids, self.skip_special)?;
+        Ok(self.show(&text))
+    }
+
+    fn show(&mut self, text: &str) -> Option<String> {
+        // A decoder that takes back what it gave can leave `shown` inside a character.
+        let from = (self.shown..text.len()).find(|&at| text.is_char_boundary(at))?;
+        self.shown = text.len();
+        Some(text[from..].to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use crate::Tokenizer;
+    use crate::test_support::{CHATML, tokenizer, write_json};
+
+    /// Pieces and rest of a stream over `ids`.
+    fn stream(ids: &[u32], skip_special: bool) -> (Vec<Option<String>>, Option<String>) {
+        let (_dir, tokenizer) = tokenizer(CHATML);
+        let mut decoder = tokenizer.stream_decoder(skip_special);
+        let pieces = ids.iter().map(|&id| decoder.push(id).expect("decodable")).collect();
+        (pieces, decoder.finish().expect("decodable"))
+    }
+
+    #[test]
+    fn pieces_make_up_the_text() {
+        let (_dir, tokenizer) = tokenizer(CHATML);
+        for text in ["", "hello  world", "grüße 🦀🦀!", "日本語\n<|im_end|> x", "a\u{fffd}b"] {
+            let ids = tokenizer.encode(text, false).expect("encodable");
+            let (pieces, rest) = stream(&ids, false);
+            assert_eq!(pieces.into_iter().chain([rest]).flatten().collect::<String>(), text);
+        }
+    }
+
+    #[test]
+    fn a_character_waits_for_its_last_byte() {
+        let (_dir, tokenizer) = tokenizer(CHATML);
+        let ids = tokenizer.encode("🦀", false).expect("encodable");
+        assert_eq!(ids.len(), 4);
+        let (pieces, rest) = stream(&ids, false);
+        assert_eq!((pieces, rest), (vec![None, None, None, Some("🦀".to_owned())], None));
+        let (pieces, rest) = stream(&ids[..3], false);
+        assert_eq!((pieces, rest), (vec![None; 3], Some("\u{fffd}".to_owned())));
+    }
+
+    #[test]
+    fn special_tokens_are_shown_or_not() {
+        let (_dir, tokenizer) = tokenizer(CHATML);
+        let ids = tokenizer.encode("a<|im_end|>b", false).expect("encodable");
+        let text = |skip| stream(&ids, skip).0.into_iter().flatten().collect::<Vec<_>>();
+        assert_eq!(text(true), ["a", "b"]);
+        assert_eq!(text(false), ["a", "<|im_end|>", "b"]);
+    }
+
+    /// The decoder of a Llama 2 checkpoint: words carry their space, which the first loses; unknown characters are bytes.
+    #[test]
+    fn words_keep_their_spaces_and_bytes_wait() {
+        let vocab = json!({"<unk>": 0, "▁a": 1, "b": 2, "<0xC3>": 3, "<0xA9>": 4, "<0x62>": 5});
+        let decoders = json!([
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]);
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = json!({
+            "version": "1.0", "added_tokens": [],
+            "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>", "byte_fallback": true},
+            "decoder": {"type": "Sequence", "decoders": decoders},
+        });
+        write_json(dir.path(), "tokenizer.json", &file);
+        let tokenizer = Tokenizer::from_dir(dir.path()).expect("valid");
+        let pieces = |ids: &[u32]| {
+            let mut decoder = tokenizer.stream_decoder(true);
+            ids.iter().map(|&id| decoder.push(id).expect("decodable").unwrap_or_default()).collect::<Vec<_>>()
+        };
+        assert_eq!(pieces(&[1, 1, 2, 3, 4, 1]), ["a", " a", "b", "", "é", " a"]);
+        assert_eq!(pieces(&[2, 3, 2]), ["b", "", "\u{fffd}b"]);
+        // A byte that was shown becomes part of a run that is no UTF-8: what was shown stays.
+        assert_eq!(pieces(&[5, 3, 5, 1]), ["b", "", "", "\u{fffd}\u{fffd} a"]);
+    }
+}

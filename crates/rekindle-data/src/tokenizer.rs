@@ -1,0 +1,198 @@
+use std::path::{Path, PathBuf};
+
+use tokenizers::{Encoding, PostProcessor, PostProcessorWrapper};
+
+use crate::error::{Error, Result};
+use crate::stream::StreamDecoder;
+use crate::template::ChatTemplate;
+
+mod checkpoint;
+
+pub use checkpoint::eos_token_ids;
+
+/// A checkpoint's tokenizer: text to token ids and back, its special tokens and its chat template.
+///
+/// Padding and truncation that `tokenizer.json` may ask for are turned off: rows are never padded, and what is too long
+/// is [`Overlong`](crate::Overlong)'s to decide.
+pub struct Tokenizer {
+    /// Without its post-processor, which would trim spaces off the offsets that loss masks are made from.
+    inner: tokenizers::Tokenizer,
+    post_processor: Option<PostProcessorWrapper>,
+    vocab_size: usize,
+    bos_id: Option<u32>,
+    eos_id: Option<u32>,
+    eos_ids: Vec<u32>,
+    /// A template that does not parse is an error only for who needs it.
+    chat_template: Option<Result<ChatTemplate, String>>,
+    dir: PathBuf,
+}
+
+/// Token ids and where in the text each begins.
+pub(crate) struct Encoded {
+    pub(crate) ids: Vec<u32>,
+    /// Byte offsets; `None` for tokens that the post-processor added.
+    pub(crate) starts: Vec<Option<usize>>,
+}
+
+impl Tokenizer {
+    /// Reads a checkpoint directory.
+    ///
+    /// - `tokenizer.json`: the tokenizer itself.
+    /// - `tokenizer_config.json`, then `special_tokens_map.json`: `bos_token`, `eos_token` …
+    /// - `chat_template.jinja`, else `chat_template` in `tokenizer_config.json` (a string, or the one named `default`).
+    /// - `generation_config.json`, else `config.json`, else `eos_token`: the ids that end a generation.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when `tokenizer.json` is missing, a file is broken or a special token is not in the
+    /// vocabulary.
+    pub fn from_dir(dir: &Path) -> Result<Self> {
+        let (mut inner, path) = read_tokenizer(dir)?;
+        let post_processor = inner.get_post_processor().cloned();
+        inner.with_post_processor(None::<PostProcessorWrapper>);
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|error| Error::tokenizer(&path, error.to_string()))?;
+
+        let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        if vocab_size == 0 || vocab_size > i32::MAX as usize {
+            return Err(Error::tokenizer(&path, format!("a vocabulary of {vocab_size} tokens cannot be used")));
+        }
+        let special = checkpoint::special_tokens(dir)?;
+        let id_of = |name: &str| match special.get(name) {
+            None => Ok(None),
+            Some(token) => inner.token_to_id(token).map(Some).ok_or_else(|| {
+                Error::tokenizer(dir, format!("{name} {token:?} is not in the vocabulary of tokenizer.json"))
+            }),
+        };
+        let (bos_id, eos_id) = (id_of("bos_token")?, id_of("eos_token")?);
+        let eos_ids = checkpoint::eos_token_ids(dir)?.unwrap_or_else(|| eos_id.into_iter().collect());
+        let chat_template = checkpoint::chat_template(dir)?.map(|(path, source)| {
+            ChatTemplate::with_special_tokens(&source, &special).map_err(|error| format!("{}: {error}", path.display()))
+        });
+        let eos_id = eos_id.or(eos_ids.first().copied());
+        Ok(Tokenizer { inner, post_processor, vocab_size, bos_id, eos_id, eos_ids, chat_template, dir: dir.to_owned() })
+    }
+
+    /// Token ids of `text`. Special tokens written in the text become their ids either way; `add_special_tokens` adds
+    /// those that the tokenizer puts around a text (its BOS, say).
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the tokenizer has no token for a piece of the text.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        Ok(self.encode_with_starts(text, add_special_tokens)?.ids)
+    }
+
+    /// The text of token ids; ids that the tokenizer does not know are left out, special tokens with `skip_special`.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the tokenizer's decoder fails.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        self.inner.decode(ids, skip_special).map_err(|error| self.error(format!("cannot decode {ids:?}: {error}")))
+    }
+
+    /// Decodes ids one at a time.
+    pub fn stream_decoder(&self, skip_special: bool) -> StreamDecoder<'_> {
+        StreamDecoder::new(self, skip_special)
+    }
+
+    /// One more than the largest token id.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// The id of `bos_token`.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos_id
+    }
+
+    /// The id that ends a text: `eos_token`, or the first of [`eos_ids`](Self::eos_ids) where none is named.
+    pub fn eos_id(&self) -> Option<u32> {
+        self.eos_id
+    }
+
+    /// The ids that end a generation.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos_ids
+    }
+
+    /// The id of a token, by its text.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Whether the checkpoint has a chat template (which may still not parse).
+    pub fn has_chat_template(&self) -> bool {
+        self.chat_template.is_some()
+    }
+
+    /// The chat template.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when there is none or it does not parse.
+    pub fn chat_template(&self) -> Result<&ChatTemplate> {
+        match &self.chat_template {
+            Some(Ok(template)) => Ok(template),
+            Some(Err(message)) => Err(self.error(message.clone())),
+            None => Err(self.error(
+                "this checkpoint has no chat template; add a chat_template.jinja, or use rows with \"prompt\" and \
+                 \"completion\" or \"text\"",
+            )),
+        }
+    }
+
+    /// The tokenizer's files in the checkpoint, for whoever saves it elsewhere.
+    pub fn files(&self) -> Vec<PathBuf> {
+        checkpoint::FILES.iter().map(|name| self.dir.join(name)).filter(|path| path.is_file()).collect()
+    }
+
+    pub(crate) fn encode_with_starts(&self, text: &str, add_special_tokens: bool) -> Result<Encoded> {
+        let fail = |error: tokenizers::Error| self.error(format!("cannot encode a text: {error}"));
+        let encoding = self.inner.encode(text, false).map_err(fail)?;
+        let mut starts: Vec<Option<usize>> = encoding.get_offsets().iter().map(|&(start, _)| Some(start)).collect();
+        let Some(post_processor) = self.post_processor.as_ref().filter(|_| add_special_tokens) else {
+            return Ok(Encoded { ids: encoding.get_ids().to_vec(), starts });
+        };
+        let processed = post_processor.process(encoding, None, true).map_err(fail)?;
+        starts = spread(starts, &processed);
+        Ok(Encoded { ids: processed.get_ids().to_vec(), starts })
+    }
+
+    fn error(&self, message: impl Into<String>) -> Error {
+        Error::tokenizer(&self.dir, message)
+    }
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("dir", &self.dir)
+            .field("vocab_size", &self.vocab_size)
+            .finish_non_exhaustive()
+    }
+}
+
+fn read_tokenizer(dir: &Path) -> Result<(tokenizers::Tokenizer, PathBuf)> {
+    let path = dir.join("tokenizer.json");
+    if !path.is_file() {
+        let message = if !dir.is_dir() {
+            "there is no such directory"
+        } else if dir.join("tokenizer.model").is_file() {
+            "has a tokenizer.model but no tokenizer.json; save the fast tokenizer of transformers beside it"
+        } else {
+            "has no tokenizer.json"
+        };
+        return Err(Error::tokenizer(dir, message));
+    }
+    let inner = tokenizers::Tokenizer::from_file(&path)
+        .map_err(|error| Error::tokenizer(&path, format!("not a tokenizer: {error}")))?;
+    Ok((inner, path))
+}
+
+/// Gives each token of `processed` its start; the post-processor adds tokens but neither drops nor reorders any.
+fn spread(starts: Vec<Option<usize>>, processed: &Encoding) -> Vec<Option<usize>> {
+    let mut starts = starts.into_iter();
+    let added = processed.get_special_tokens_mask();
+    added.iter().map(|&added| if added == 1 { None } else { starts.next().flatten() }).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,114 @@
+//! The files around `tokenizer.json`.
+
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// What belongs to a tokenizer in a checkpoint.
+pub(crate) const FILES: [&str; 8] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "generation_config.json",
+];
+
+/// `bos_token`, `eos_token`, `unk_token` … by name. A token is a string, or an object with its text under `content`.
+pub(crate) fn special_tokens(dir: &Path) -> Result<BTreeMap<String, String>> {
+    let mut tokens = BTreeMap::new();
+    for file in ["tokenizer_config.json", "special_tokens_map.json"] {
+        for (name, value) in read_object(&dir.join(file))?.into_iter().flatten() {
+            // `add_bos_token` is a boolean, not a token.
+            let text = value.as_str().or_else(|| value.get("content")?.as_str());
+            if let Some(text) = text.filter(|_| name.ends_with("_token")) {
+                tokens.entry(name).or_insert_with(|| text.to_owned());
+            }
+        }
+    }
+    Ok(tokens)
+}
+
+/// `eos_token_id` of a checkpoint directory, a number or a list: from `generation_config.json`, else `config.json`.
+///
+/// # Errors
+/// [`Error::Tokenizer`] when the file is broken or holds anything but token ids.
+pub fn eos_token_ids(dir: &Path) -> Result<Option<Vec<u32>>> {
+    for file in ["generation_config.json", "config.json"] {
+        let path = dir.join(file);
+        let Some(value) = read_object(&path)?.and_then(|mut fields| fields.shift_remove("eos_token_id")) else {
+            continue;
+        };
+        let ids = match &value {
+            Value::Null => continue,
+            Value::Array(values) => values.iter().map(token_id).collect(),
+            single => token_id(single).map(|id| vec![id]),
+        };
+        return ids.map(Some).ok_or_else(|| {
+            Error::tokenizer(path, format!("eos_token_id is {value}; expected a token id or a list of them"))
+        });
+    }
+    Ok(None)
+}
+
+/// The template's source and the file it stands in.
+pub(crate) fn chat_template(dir: &Path) -> Result<Option<(PathBuf, String)>> {
+    let path = dir.join("chat_template.jinja");
+    match std::fs::read_to_string(&path) {
+        Ok(source) => return Ok(Some((path, source))),
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(Error::tokenizer(path, error.to_string())),
+    }
+    let path = dir.join("tokenizer_config.json");
+    let template = read_object(&path)?.and_then(|mut fields| fields.shift_remove("chat_template"));
+    match template {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(source)) => Ok(Some((path, source))),
+        Some(Value::Array(named)) => match named_template(&named) {
+            Ok(source) => Ok(Some((path, source))),
+            Err(message) => Err(Error::tokenizer(path, message)),
+        },
+        Some(_) => Err(Error::tokenizer(path, "chat_template is neither a string nor a list of named ones")),
+    }
+}
+
+/// Of `[{"name": …, "template": …}, …]` the one named `default`, or the only one.
+fn named_template(named: &[Value]) -> Result<String, String> {
+    let mut templates = Vec::new();
+    for entry in named {
+        match (entry.get("name").and_then(Value::as_str), entry.get("template").and_then(Value::as_str)) {
+            (Some(name), Some(template)) => templates.push((name, template)),
+            _ => return Err("chat_template has an entry without \"name\" and \"template\"".to_owned()),
+        }
+    }
+    match (templates.iter().find(|(name, _)| *name == "default"), templates.as_slice()) {
+        (Some((_, template)), _) | (None, [(_, template)]) => Ok((*template).to_owned()),
+        _ => {
+            let names = templates.iter().map(|(name, _)| format!("{name:?}")).collect::<Vec<_>>().join(", ");
+            Err(format!("chat_template names no \"default\", only: {names}; choose one as chat_template.jinja"))
+        }
+    }
+}
+
+fn token_id(value: &Value) -> Option<u32> {
+    value.as_u64().and_then(|id| u32::try_from(id).ok())
+}
+
+/// The object in a JSON file, `None` when there is no such file.
+fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::tokenizer(path, error.to_string())),
+    };
+    match serde_json::from_slice(&bytes) {
+        Ok(fields) => Ok(Some(fields)),
+        Err(error) => Err(Error::tokenizer(path, format!("invalid JSON: {error}"))),
+    }
+}
