@@ -1,0 +1,305 @@
+//! Trainable parameters and their gradients: flat `f32` buffers with named views.
+//!
+//! One buffer for all values and one for all gradients make the optimizer, the global norm and (later)
+//! the reduction over ranks one pass each. Layers keep [`ParamRef`]s, not tensors: a view is made where
+//! it is read and gone before the optimizer writes, so that the write happens in place.
+
+use core::ops::Range;
+
+use burn::tensor::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+use crate::matmul::Form;
+use crate::tensors::{from_f32, to_f32};
+use crate::{Path, cpu, matmul};
+
+/// Where a parameter lies: a row-major matrix in the flat buffers. Vectors have one row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParamRef {
+    offset: usize,
+    rows: usize,
+    cols: usize,
+}
+
+impl ParamRef {
+    /// Rows and columns.
+    pub fn dims(self) -> [usize; 2] {
+        [self.rows, self.cols]
+    }
+
+    /// The elements in the flat buffers.
+    pub fn range(self) -> Range<usize> {
+        self.offset..self.offset + self.rows * self.cols
+    }
+
+    /// `self` and `next` as one matrix with the rows of both, if they touch and are equally wide.
+    pub fn join(self, next: Self) -> Option<Self> {
+        (self.range().end == next.offset && self.cols == next.cols)
+            .then_some(Self { rows: self.rows + next.rows, ..self })
+    }
+}
+
+/// A parameter's name and properties.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParamInfo {
+    /// Full name, such as `layers.0.q_proj.lora_A.weight`.
+    pub name: String,
+    /// Shape as saved; one or two axes.
+    pub shape: Vec<usize>,
+    /// Where it lies.
+    pub at: ParamRef,
+    /// Whether weight decay applies.
+    pub decays: bool,
+}
+
+/// Collects parameters before the flat buffer is made.
+#[derive(Debug, Default)]
+pub struct ParamsBuilder {
+    infos: Vec<ParamInfo>,
+    values: Vec<f32>,
+}
+
+impl ParamsBuilder {
+    /// Appends a parameter of one or two axes.
+    ///
+    /// # Panics
+    /// When `values` do not fill `shape`.
+    pub fn push(&mut self, name: impl Into<String>, shape: &[usize], decays: bool, values: &[f32]) -> ParamRef {
+        let (rows, cols) = match *shape {
+            [n] => (1, n),
+            [rows, cols] => (rows, cols),
+            _ => panic!("a parameter has one or two axes, not {shape:?}"),
+        };
+        assert_eq!(values.len(), rows * cols, "values of shape {shape:?}");
+        let at = ParamRef { offset: self.values.len(), rows, cols };
+        self.values.extend_from_slice(values);
+        self.infos.push(ParamInfo { name: name.into(), shape: shape.to_vec(), at, decays });
+        at
+    }
+
+    /// Whether nothing was pushed.
+    pub fn is_empty(&self) -> bool {
+        self.infos.is_empty()
+    }
+
+    /// Moves everything to `device`. Views are read in `dtype`.
+    pub fn build(self, device: &Device, dtype: DType) -> Params {
+        let numel = self.values.len();
+        Params { infos: self.infos, values: from_f32(self.values, [numel], device, DType::F32), dtype }
+    }
+}
+
+/// The trainable parameters of a model, `f32`.
+#[derive(Clone, Debug)]
+pub struct Params {
+    infos: Vec<ParamInfo>,
+    values: Tensor<1>,
+    dtype: DType,
+}
+
+impl Params {
+    /// No parameters.
+    pub fn none(device: &Device, dtype: DType) -> Self {
+        ParamsBuilder::default().build(device, dtype)
+    }
+
+    /// Names, shapes and places, in order.
+    pub fn infos(&self) -> &[ParamInfo] {
+        &self.infos
+    }
+
+    /// Number of trainable scalars.
+    pub fn numel(&self) -> usize {
+        self.values.dims()[0]
+    }
+
+    /// A parameter as a matrix in the compute dtype.
+    pub fn matrix(&self, at: ParamRef) -> Tensor<2> {
+        self.values.clone().slice([at.range()]).reshape(at.dims()).cast(self.dtype)
+    }
+
+    /// The values of a parameter on the host.
+    pub fn values(&self, at: ParamRef) -> Vec<f32> {
+        to_f32(self.values.clone().slice([at.range()]))
+    }
+
+    /// All values on the host, in order.
+    pub fn all_values(&self) -> Vec<f32> {
+        to_f32(self.values.clone())
+    }
+
+    /// Replaces all values; `values` has [`numel`](Self::numel) elements.
+    pub fn set_all_values(&mut self, values: Vec<f32>) {
+        let numel = self.numel();
+        assert_eq!(values.len(), numel, "one value for every parameter");
+        let device = self.values.device();
+        self.values = from_f32(values, [numel], &device, DType::F32);
+    }
+
+    /// Zero gradients for every parameter.
+    pub fn zero_grads(&self) -> Grads {
+        let device = self.values.device();
+        Grads { flat: Tensor::zeros([self.numel()], (&device, DType::F32)) }
+    }
+
+    pub(crate) fn flat_mut(&mut self) -> &mut Tensor<1> {
+        &mut self.values
+    }
+
+    /// Longest runs of parameters that agree on weight decay.
+    pub(crate) fn decay_ranges(&self) -> Vec<(Range<usize>, bool)> {
+        let mut runs: Vec<(Range<usize>, bool)> = Vec::new();
+        for info in &self.infos {
+            let range = info.at.range();
+            match runs.last_mut() {
+                Some((run, decays)) if *decays == info.decays && run.end == range.start => run.end = range.end,
+                _ => runs.push((range, info.decays)),
+            }
+        }
+        runs
+    }
+}
+
+/// Gradients of [`Params`], summed over whatever is added before the optimizer reads them.
+#[derive(Clone, Debug)]
+pub struct Grads {
+    flat: Tensor<1>,
+}
+
+impl Grads {
+    /// Adds a gradient.
+    pub fn add(&mut self, at: ParamRef, grad: Tensor<2>) {
+        assert_eq!(grad.dims(), at.dims(), "gradient and parameter shapes");
+        self.update(at, |old| old + grad.cast(DType::F32));
+    }
+
+    /// Adds `alpha · aᵀ · b`, the gradient of a weight `[out, in]` from `[rows, out]` and `[rows, in]`.
+    pub fn add_tn(&mut self, at: ParamRef, alpha: f32, a: &Tensor<2>, b: &Tensor<2>) {
+        match (Path::of(&self.flat), Path::of(a)) {
+            (Path::Cpu, Path::Cpu) => cpu::with_mut(&mut self.flat, |flat| {
+                cpu::matmul::into_slice(&mut flat[at.range()], 1.0, alpha, a, b, Form::Tn);
+            }),
+            _ => {
+                let grad = matmul::tn(a, b).cast(DType::F32);
+                self.update(at, |old| old + grad * alpha);
+            }
+        }
+    }
+
+    /// Adds the sum over the rows of `dy`, the gradient of a bias.
+    pub fn add_row_sum(&mut self, at: ParamRef, dy: &Tensor<2>) {
+        self.add(at, dy.clone().cast(DType::F32).sum_dim(0));
+    }
+
+    /// √Σ g²; on [`Path::Cpu`] summed in `f64` over chunks of fixed size.
+    pub fn norm(&self) -> f64 {
+        let sum: f64 = if Path::of(&self.flat) == Path::Cpu {
+            let flat = cpu::View::of(&self.flat);
+            let flat = flat.as_slice();
+            let parts: Vec<f64> = flat
+                .par_chunks(cpu::CHUNK)
+                .map(|chunk| {
+                    cpu::simd(
+                        #[inline(always)]
+                        || chunk.iter().map(|&g| f64::from(g) * f64::from(g)).sum(),
+                    )
+                })
+                .collect();
+            parts.iter().sum()
+        } else if self.flat.dims()[0] == 0 {
+            0.0
+        } else {
+            let squares = self.flat.clone() * self.flat.clone();
+            f64::from(squares.sum().into_scalar::<f32>())
+        };
+        sum.sqrt()
+    }
+
+    /// A gradient on the host.
+    pub fn values(&self, at: ParamRef) -> Vec<f32> {
+        to_f32(self.flat.clone().slice([at.range()]))
+    }
+
+    /// All gradients on the host, in the order of the parameters.
+    pub fn all_values(&self) -> Vec<f32> {
+        to_f32(self.flat.clone())
+    }
+
+    pub(crate) fn flat(&self) -> &Tensor<1> {
+        &self.flat
+    }
+
+    fn update(&mut self, at: ParamRef, f: impl FnOnce(Tensor<2>) -> Tensor<2>) {
+        let old = self.flat.clone().slice([at.range()]).reshape(at.dims());
+        let new = f(old).reshape([at.rows * at.cols]);
+        self.flat.inplace(|flat| flat.slice_assign([at.range()], new));
+    }
+}
+
+/// A weight of a layer.
+#[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a few hundred of them, each read once a step")]
+pub enum Weight {
+    /// Read only, in the compute dtype.
+    Frozen(Tensor<2>),
+    /// One of the trainable parameters.
+    Trained(ParamRef),
+}
+
+impl Weight {
+    /// The weight as a matrix in the compute dtype.
+    pub fn matrix(&self, params: &Params) -> Tensor<2> {
+        match self {
+            Self::Frozen(tensor) => tensor.clone(),
+            Self::Trained(at) => params.matrix(*at),
+        }
+    }
+
+    /// A weight with one row as a vector in the compute dtype.
+    pub fn vector(&self, params: &Params) -> Tensor<1> {
+        self.matrix(params).squeeze_dim(0)
+    }
+
+    /// Rows and columns; a vector has one row.
+    pub fn dims(&self) -> [usize; 2] {
+        match self {
+            Self::Frozen(tensor) => tensor.dims(),
+            Self::Trained(at) => at.dims(),
+        }
+    }
+
+    /// Where its gradient goes, if it is trained.
+    pub fn trained(&self) -> Option<ParamRef> {
+        match self {
+            Self::Frozen(_) => None,
+            Self::Trained(at) => Some(*at),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gradients_add_up_where_they_belong() {
+        let device = Device::flex();
+        let mut builder = ParamsBuilder::default();
+        let a = builder.push("a", &[2, 3], true, &[0.0; 6]);
+        let b = builder.push("b", &[1, 3], true, &[1.0; 3]);
+        let c = builder.push("c", &[3], false, &[2.0; 3]);
+        assert_eq!(a.join(b).map(ParamRef::dims), Some([3, 3]));
+        assert_eq!(a.join(c), None, "they do not touch");
+        let params = builder.build(&device, DType::F32);
+        assert_eq!(params.decay_ranges(), [(0..9, true), (9..12, false)]);
+        let mut grads = params.zero_grads();
+        let dy = from_f32(vec![1.0, 2.0, 3.0, 4.0], [2, 2], &device, DType::F32);
+        let x = from_f32(vec![1.0, 0.0, 1.0, 0.0, 1.0, 1.0], [2, 3], &device, DType::F32);
+        grads.add_tn(a, 2.0, &dy, &x);
+        grads.add_row_sum(c, &x);
+        grads.add_row_sum(c, &x);
+        assert_eq!(grads.all_values(), [2.0, 6.0, 8.0, 4.0, 8.0, 12.0, 0.0, 0.0, 0.0, 2.0, 2.0, 4.0]);
+        assert!((grads.norm() - 352f64.sqrt()).abs() < 1e-12);
+        assert_eq!(params.values(b), [1.0; 3]);
+    }
+}

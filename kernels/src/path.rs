@@ -1,0 +1,59 @@
+//! Which implementation of an operation a tensor takes.
+
+use core::cell::Cell;
+
+use burn::tensor::{DType, Device, Tensor};
+
+/// An implementation of the operations of this crate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// Loops over `f32` slices of the CPU backend, with runtime SIMD dispatch.
+    Cpu,
+    /// Plain Burn operations: any device, any float dtype, and autodiff.
+    Portable,
+}
+
+thread_local! {
+    static PORTABLE_ONLY: Cell<bool> = const { Cell::new(false) };
+}
+
+impl Path {
+    /// The path of `tensor`: [`Path::Cpu`] for plain `f32` tensors of the CPU backend.
+    pub fn of<const D: usize>(tensor: &Tensor<D>) -> Self {
+        // Devices compare equal with and without autodiff.
+        let plain = tensor.dtype() == DType::F32 && tensor.device() == Device::flex() && !tensor.is_autodiff();
+        if plain && !PORTABLE_ONLY.get() { Self::Cpu } else { Self::Portable }
+    }
+
+    /// Runs `f` with [`Path::Portable`] for every operation that it calls on this thread.
+    ///
+    /// A number that is wrong outside and right inside points at the other path.
+    pub fn portable_only<R>(f: impl FnOnce() -> R) -> R {
+        /// Puts the switch back on the way out, also out of a panic.
+        struct Restore(bool);
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                PORTABLE_ONLY.set(self.0);
+            }
+        }
+        let _restore = Restore(PORTABLE_ONLY.replace(true));
+        f()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_switch_holds_for_its_scope_and_survives_panics() {
+        let x = Tensor::<1>::zeros([1], (&Device::flex(), DType::F32));
+        assert_eq!(Path::of(&x), Path::Cpu);
+        Path::portable_only(|| {
+            Path::portable_only(|| assert_eq!(Path::of(&x), Path::Portable));
+            assert_eq!(Path::of(&x), Path::Portable, "the inner scope does not end the outer one");
+        });
+        let _ = std::panic::catch_unwind(|| Path::portable_only(|| panic!("on purpose")));
+        assert_eq!(Path::of(&x), Path::Cpu);
+    }
+}

@@ -1,0 +1,149 @@
+//! What the tests of the operations share: repeatable inputs, the ways an operation is run, and the rule
+//! by which a result is judged.
+//!
+//! A [`Case`] is one operation on one set of inputs. It is computed three times: by the crate, and twice by
+//! a plain formula in Burn's operations with Burn's own gradients, in `f64` (the truth) and in the dtype
+//! under test (the naive result).
+// Each test binary uses a part of this.
+#![allow(dead_code)]
+
+pub(crate) mod adamw;
+pub(crate) mod attention;
+pub(crate) mod embedding;
+pub(crate) mod linear;
+pub(crate) mod linear_cross_entropy;
+pub(crate) mod rms_norm;
+pub(crate) mod rope;
+pub(crate) mod swiglu;
+
+mod place;
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use rekindle_kernels::Path;
+
+pub(crate) use place::{Layout, Place};
+
+/// Results by name: forward values and gradients.
+pub(crate) type Results = Vec<(&'static str, Vec<f64>)>;
+
+/// One operation on one set of inputs.
+pub(crate) trait Case: std::fmt::Debug {
+    /// By the plain formula and Burn's gradients, computed in `dtype`.
+    fn naive(&self, dtype: DType) -> Results;
+
+    /// By the crate.
+    fn ours(&self, place: &Place) -> Results;
+
+    /// By Burn's gradients of the crate's forward, where the forward can be differentiated.
+    fn differentiated(&self) -> Option<Results> {
+        None
+    }
+}
+
+/// Checks a case in `f32` on the CPU: both paths, every layout of the operands, and Burn's gradients of
+/// the portable forward.
+pub(crate) fn check(case: &impl Case) {
+    check_in(case, &Layout::ALL);
+}
+
+/// [`check`] in some layouts, for cases that are large.
+pub(crate) fn check_in(case: &impl Case, layouts: &[Layout]) {
+    let (truth, naive) = (case.naive(DType::F64), case.naive(DType::F32));
+    for &layout in layouts {
+        let place = || Place::new(Device::flex(), DType::F32, layout);
+        let cpu = place();
+        judge(&format!("{case:?} cpu {layout:?}"), &case.ours(&cpu), &naive, &truth, 2.0, F32_FLOOR);
+        cpu.assert_unchanged();
+        let portable = place();
+        let results = Path::portable_only(|| case.ours(&portable));
+        judge(&format!("{case:?} portable {layout:?}"), &results, &naive, &truth, 2.0, F32_FLOOR);
+        portable.assert_unchanged();
+    }
+    if let Some(results) = case.differentiated() {
+        judge(&format!("{case:?} differentiated"), &results, &naive, &truth, 2.0, F32_FLOOR);
+    }
+}
+
+/// Four units in the last place of the largest value: what a few roundings of the largest term cost, for
+/// results in which the naive computation happens to be exact.
+pub(crate) const F32_FLOOR: f64 = 4.0 * (f32::EPSILON as f64);
+
+/// The house rule: no element is further from the truth than `factor` times the worst element of the naive
+/// result is, plus `floor` times the largest true value. Returns the largest error of `got` in units of
+/// the naive result's.
+pub(crate) fn judge(what: &str, got: &Results, naive: &Results, truth: &Results, factor: f64, floor: f64) -> f64 {
+    let named = |results: &Results, name: &str| -> Vec<f64> {
+        let found = results.iter().find(|(n, _)| *n == name);
+        found.unwrap_or_else(|| panic!("{what}: no result {name}")).1.clone()
+    };
+    for (name, _) in truth {
+        named(got, name);
+    }
+    let mut worst = 0.0f64;
+    for (name, got) in got {
+        let (naive, truth) = (named(naive, name), named(truth, name));
+        assert_eq!((got.len(), naive.len()), (truth.len(), truth.len()), "{what}: length of {name}");
+        let naive_error = naive.iter().zip(&truth).fold(0.0, |e: f64, (n, t)| e.max((n - t).abs()));
+        let largest = truth.iter().fold(0.0, |m: f64, t| m.max(t.abs()));
+        let bound = factor * naive_error + floor * largest;
+        for (i, (g, t)) in got.iter().zip(&truth).enumerate() {
+            // Written so that a NaN fails.
+            let within = (g - t).abs() <= bound;
+            assert!(within, "{what}: {name}[{i}] is {g}, not {t}: off by {:e} of {bound:e}", (g - t).abs());
+            if naive_error > 0.0 {
+                worst = worst.max((g - t).abs() / naive_error);
+            }
+        }
+    }
+    worst
+}
+
+/// Where the plain formulas run: the CPU with Burn's autodiff.
+pub(crate) struct Oracle {
+    device: Device,
+    dtype: DType,
+}
+
+impl Oracle {
+    pub(crate) fn new(dtype: DType) -> Self {
+        Self { device: Device::flex().autodiff(), dtype }
+    }
+
+    /// A tensor whose gradient is wanted.
+    pub(crate) fn leaf<const D: usize>(&self, values: &[f32], shape: [usize; D]) -> Tensor<D> {
+        self.constant(values, shape).require_grad()
+    }
+
+    /// A tensor without a gradient.
+    pub(crate) fn constant<const D: usize>(&self, values: &[f32], shape: [usize; D]) -> Tensor<D> {
+        let data = TensorData::new(values.to_vec(), shape).try_cast(self.dtype).expect("floats cast to floats");
+        Tensor::from_data(data, (&self.device, self.dtype))
+    }
+}
+
+/// The values of a tensor on the host.
+pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
+    tensor.into_data_as::<f64>().try_into_vec().expect("cast to f64 just before")
+}
+
+/// The gradient of a leaf on the host.
+pub(crate) fn grad<const D: usize>(leaf: &Tensor<D>, grads: &burn::tensor::Gradients) -> Vec<f64> {
+    values(leaf.grad(grads).expect("the leaf takes part in the loss"))
+}
+
+/// Repeatable numbers in (−1, 1).
+pub(crate) fn noise(seed: u64, n: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03;
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 40) as f32 / (1u64 << 24) as f32) * 2.0 - 1.0
+        })
+        .collect()
+}
+
+/// `values` as `dtype` holds them, so that the truth starts from the same inputs.
+pub(crate) fn rounded(values: Vec<f32>, dtype: DType) -> Vec<f32> {
+    let n = values.len();
+    rekindle_kernels::to_f32(rekindle_kernels::from_f32(values, [n], &Device::flex(), dtype))
+}

@@ -1,0 +1,130 @@
+//! The rotation, with and without the per-head norm before it.
+
+use burn::tensor::{DType, Tensor};
+use rekindle_kernels::from_f32;
+use rekindle_kernels::rope::{self, Angles, Norm};
+
+use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
+
+pub(crate) struct Rope {
+    tokens: usize,
+    heads: usize,
+    head_dim: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    x: Vec<f32>,
+    dy: Vec<f32>,
+    norm: Option<Vec<f32>>,
+}
+
+const EPS: f64 = 1e-6;
+
+impl Rope {
+    /// `rotary_dim` channels of each head turn; positions restart once, as at the border of two documents.
+    pub(crate) fn new([tokens, heads, head_dim]: [usize; 3], rotary_dim: usize, norm: bool, dtype: DType) -> Self {
+        let half = rotary_dim / 2;
+        let angle = |i: usize| {
+            let (token, channel) = (i / half, i % half);
+            let position = if token > tokens / 2 { token - tokens / 2 } else { token + 1000 };
+            position as f64 * 1e4f64.powf(-(channel as f64) / half as f64)
+        };
+        let table = |f: fn(f64) -> f64| (0..tokens * half).map(|i| f(angle(i)) as f32).collect();
+        let input = |seed, n| rounded(noise(seed, n), dtype);
+        let n = tokens * heads * head_dim;
+        Self {
+            tokens,
+            heads,
+            head_dim,
+            cos: table(f64::cos),
+            sin: table(f64::sin),
+            x: input(1, n),
+            dy: input(2, n),
+            norm: norm.then(|| input(3, head_dim)),
+        }
+    }
+
+    fn shape(&self) -> [usize; 2] {
+        [self.tokens, self.heads * self.head_dim]
+    }
+
+    fn angles(&self, device: &burn::tensor::Device) -> Angles {
+        let shape = [self.tokens, self.cos.len() / self.tokens];
+        let table = |values: &[f32]| from_f32(values.to_vec(), shape, device, DType::F32);
+        Angles { cos: table(&self.cos), sin: table(&self.sin) }
+    }
+
+    fn graph(&self, dtype: DType, turn: impl Fn(Tensor<2>, Option<&Tensor<1>>, &Oracle) -> Tensor<2>) -> Results {
+        let oracle = Oracle::new(dtype);
+        let x = oracle.leaf(&self.x, self.shape());
+        let weight = self.norm.as_ref().map(|weight| oracle.leaf(weight, [self.head_dim]));
+        let y = turn(x.clone(), weight.as_ref(), &oracle);
+        let grads = (y.clone() * oracle.constant(&self.dy, self.shape())).sum().backward();
+        let mut results = vec![("y", values(y)), ("dx", grad(&x, &grads))];
+        results.extend(weight.map(|weight| ("dw", grad(&weight, &grads))));
+        results
+    }
+
+    /// y = x ∘ C + (x · R) ∘ S: R is the signed permutation that brings each channel its partner, C and S
+    /// hold cos and sin of every channel, 1 and 0 where it does not turn.
+    fn plain(&self, x: Tensor<2>, oracle: &Oracle) -> Tensor<2> {
+        let [tokens, width] = self.shape();
+        let half = self.cos.len() / tokens;
+        let (mut c, mut s) = (vec![1.0; tokens * width], vec![0.0; tokens * width]);
+        let mut r = vec![0.0; width * width];
+        for channel in (0..width).filter(|channel| channel % self.head_dim < 2 * half) {
+            let place = channel % self.head_dim;
+            let (partner, sign) = if place < half { (channel + half, -1.0) } else { (channel - half, 1.0) };
+            r[partner * width + channel] = sign;
+            for token in 0..tokens {
+                c[token * width + channel] = self.cos[token * half + place % half];
+                s[token * width + channel] = self.sin[token * half + place % half];
+            }
+        }
+        let partners = x.clone().matmul(oracle.constant(&r, [width, width]));
+        x * oracle.constant(&c, [tokens, width]) + partners * oracle.constant(&s, [tokens, width])
+    }
+}
+
+impl Case for Rope {
+    fn naive(&self, dtype: DType) -> Results {
+        self.graph(dtype, |x, weight, oracle| {
+            let x = match weight {
+                None => x,
+                Some(weight) => {
+                    let rows = x.reshape([self.tokens * self.heads, self.head_dim]);
+                    super::rms_norm::plain(&rows, weight, EPS).reshape(self.shape())
+                }
+            };
+            self.plain(x, oracle)
+        })
+    }
+
+    fn ours(&self, place: &Place) -> Results {
+        let angles = self.angles(&place.device);
+        let norm = self.norm.as_ref().map(|weight| Norm { weight: place.vector(weight), eps: EPS });
+        let x = || place.matrix(&self.x, self.shape());
+        let (y, rstd) = rope::forward(x(), self.head_dim, norm.as_ref(), &angles);
+        let saved = norm.as_ref().map(|norm| (norm, x(), rstd.as_ref().expect("a norm saves rstd")));
+        let (dx, dw) = rope::backward(place.matrix(&self.dy, self.shape()), self.head_dim, saved, &angles, true);
+        let mut results = vec![("y", values(y)), ("dx", values(dx))];
+        results.extend(dw.map(|dw| ("dw", values(dw))));
+        results
+    }
+
+    fn differentiated(&self) -> Option<Results> {
+        Some(self.graph(DType::F32, |x, weight, _| {
+            let angles = self.angles(&burn::tensor::Device::flex());
+            let norm = weight.map(|weight| Norm { weight: weight.clone(), eps: EPS });
+            rope::forward(x, self.head_dim, norm.as_ref(), &angles).0
+        }))
+    }
+}
+
+impl std::fmt::Debug for Rope {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [tokens, _] = self.shape();
+        let rotary_dim = 2 * self.cos.len() / tokens;
+        write!(f, "rope {tokens} × {} × {}, {rotary_dim} turn, ", self.heads, self.head_dim)?;
+        write!(f, "norm {}", self.norm.is_some())
+    }
+}

@@ -1,0 +1,71 @@
+//! The portable path in bf16 and f16: no result is further from the truth (`f64`, from the same rounded
+//! inputs) than twice the plain computation in that dtype is.
+
+mod common;
+
+use burn::tensor::{DType, Device};
+use common::attention::Attention;
+use common::embedding::Embedding;
+use common::linear::Linear;
+use common::linear_cross_entropy::LinearCrossEntropy;
+use common::rms_norm::RmsNorm;
+use common::rope::Rope;
+use common::swiglu::SwiGlu;
+use common::{Case, Layout, Place, judge};
+
+/// The dtypes, with what rounding to them once costs, in units of the value.
+const DTYPES: [(DType, f64); 2] = [(DType::BF16, 1.0 / 256.0), (DType::F16, 1.0 / 2048.0)];
+
+fn check<C: Case>(case: impl Fn(DType) -> C) {
+    for (dtype, rounding) in DTYPES {
+        let case = case(dtype);
+        let (truth, naive) = (case.naive(DType::F64), case.naive(dtype));
+        for layout in [Layout::Owned, Layout::Shared, Layout::Columns, Layout::Transposed] {
+            let place = Place::new(Device::flex(), dtype, layout);
+            let what = format!("{case:?} {dtype:?} {layout:?}");
+            judge(&what, &case.ours(&place), &naive, &truth, 2.0, rounding);
+            place.assert_unchanged();
+        }
+    }
+}
+
+#[test]
+fn linear() {
+    check(|dtype| Linear::new([3, 5, 7], dtype));
+    check(|dtype| Linear::new([40, 33, 65], dtype));
+}
+
+#[test]
+fn rms_norm() {
+    check(|dtype| RmsNorm::new([5, 24], false, dtype));
+    check(|dtype| RmsNorm::new([40, 129], true, dtype));
+}
+
+#[test]
+fn rope() {
+    check(|dtype| Rope::new([9, 3, 24], 16, false, dtype));
+    check(|dtype| Rope::new([21, 2, 64], 64, true, dtype));
+}
+
+#[test]
+fn swiglu() {
+    check(|dtype| SwiGlu::new([3, 7], dtype));
+    check(|dtype| SwiGlu::new([40, 33], dtype));
+}
+
+#[test]
+fn attention() {
+    check(|dtype| Attention::new(&[7, 1, 30], 4, 2, 24, dtype));
+    check(|dtype| Attention::new(&[130], 2, 1, 64, dtype));
+}
+
+#[test]
+fn embedding() {
+    check(|dtype| Embedding::new(11, 7, &[3, 10, 3, 0, 3, 9], dtype));
+}
+
+#[test]
+fn linear_cross_entropy() {
+    check(|dtype| LinearCrossEntropy::new([9, 5, 13], dtype, |_| true));
+    check(|dtype| LinearCrossEntropy::new([41, 33, 70], dtype, |t| t % 3 != 1));
+}

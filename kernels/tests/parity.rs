@@ -1,0 +1,94 @@
+//! Every hand-written forward and backward in `f32` on the CPU, on both paths and in every layout, against
+//! Burn's autodiff of the plain formula: the error against `f64` is at most twice that of the plain `f32`
+//! computation (see `common::judge`).
+
+mod common;
+
+use burn::tensor::DType::F32;
+use common::adamw::AdamW;
+use common::attention::Attention;
+use common::embedding::Embedding;
+use common::linear::Linear;
+use common::linear_cross_entropy::LinearCrossEntropy;
+use common::rms_norm::RmsNorm;
+use common::rope::Rope;
+use common::swiglu::SwiGlu;
+use common::{Layout, check, check_in};
+
+#[test]
+fn linear() {
+    // Below and above the size from which threads share a product, split by rows and by columns.
+    for sizes in [[1, 1, 1], [3, 5, 7], [1, 200, 40], [129, 33, 65], [100, 49, 70], [33, 250, 48]] {
+        check(&Linear::new(sizes, F32));
+    }
+}
+
+#[test]
+fn rms_norm() {
+    // Rows are handed out by 32, channels summed by 16.
+    for shape in [[1, 2], [3, 5], [33, 16], [64, 40], [70, 129]] {
+        check(&RmsNorm::new(shape, false, F32));
+        check(&RmsNorm::new(shape, true, F32));
+    }
+}
+
+#[test]
+fn rope() {
+    for (shape, rotary_dim) in [([1, 1, 2], 2), ([5, 3, 6], 6), ([37, 2, 24], 16), ([33, 4, 64], 64), ([7, 5, 10], 2)] {
+        check(&Rope::new(shape, rotary_dim, false, F32));
+        check(&Rope::new(shape, rotary_dim, true, F32));
+    }
+}
+
+#[test]
+fn swiglu() {
+    // The last is more than one chunk of 16,384 elements.
+    for shape in [[1, 1], [3, 7], [40, 33], [130, 127]] {
+        check(&SwiGlu::new(shape, F32));
+    }
+}
+
+#[test]
+fn attention() {
+    // Blocks hold 128 queries: 128 fills one, 129 and 300 need more.
+    check(&Attention::new(&[1], 1, 1, 1, F32));
+    check(&Attention::new(&[1, 1, 5], 2, 2, 24, F32));
+    check(&Attention::new(&[17, 1, 30], 4, 2, 24, F32));
+    check(&Attention::new(&[33, 16], 4, 1, 64, F32));
+    check_in(&Attention::new(&[128, 129], 2, 1, 24, F32), &[Layout::Owned, Layout::Columns]);
+    check_in(&Attention::new(&[2, 300, 3], 4, 2, 64, F32), &[Layout::Owned, Layout::Columns]);
+}
+
+#[test]
+fn embedding() {
+    check(&Embedding::new(1, 1, &[0], F32));
+    check(&Embedding::new(11, 7, &[3, 10, 3, 0, 3, 9], F32));
+    check(&Embedding::new(50, 33, &(0..70).map(|t| t * t % 50).collect::<Vec<_>>(), F32));
+}
+
+#[test]
+fn linear_cross_entropy() {
+    let counted: [fn(usize) -> bool; 6] = [|_| true, |t| t >= 3, |t| t < 6, |t| t % 3 != 1, |t| t == 4, |_| false];
+    for counts in counted {
+        check(&LinearCrossEntropy::new([9, 5, 13], F32, counts));
+        check(&LinearCrossEntropy::new([41, 33, 70], F32, counts));
+    }
+    check(&LinearCrossEntropy::new([1, 1, 1], F32, |_| true));
+}
+
+#[test]
+fn linear_cross_entropy_in_several_chunks() {
+    // From 65,537 entries on a chunk is 64 rows: 150 rows are three chunks, 130 counted ones too.
+    for counts in [|_| true, |t: usize| t % 10 > 1 || t > 130] {
+        check_in(&LinearCrossEntropy::new([150, 8, 65_600], F32, counts), &[Layout::Owned]);
+    }
+}
+
+#[test]
+fn adamw() {
+    let params: &[_] = &[(7, true), (1, true), (30, false), (9, true), (20_000, false), (17_000, true)];
+    for weight_decay in [0.0, 0.1] {
+        check_in(&AdamW { params, weight_decay }, &[Layout::Owned]);
+        check_in(&AdamW { params: &[(5, false)], weight_decay }, &[Layout::Owned]);
+    }
+}

@@ -1,0 +1,99 @@
+//! The portable path on wgpu, forward and backward, against the same truth as the CPU's.
+//!
+//! A binary of its own: without an adapter it says so instead of passing. `REKINDLE_REQUIRE_WGPU=1` makes
+//! that a failure. It prefers a software adapter (Debian's `mesa-vulkan-drivers`), which every machine can have.
+
+mod common;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+use burn::tensor::{DType, Device, DeviceKind, DeviceType};
+use common::adamw::AdamW;
+use common::attention::Attention;
+use common::embedding::Embedding;
+use common::linear::Linear;
+use common::linear_cross_entropy::LinearCrossEntropy;
+use common::rms_norm::RmsNorm;
+use common::rope::Rope;
+use common::swiglu::SwiGlu;
+use common::{Case, Layout, Place, judge};
+
+const F32: DType = DType::F32;
+
+/// The factor of the house rule.
+const FACTOR: f64 = 2.0;
+
+/// Twelve units in the last place of the largest value, instead of the CPU's four: Vulkan lets `exp` be off
+/// by 3 + 2·|x| units. Measured on Mesa 22.3's llvmpipe: at most 6.2 (dgate of SwiGLU with gates up to 8).
+const FLOOR: f64 = 3.0 * common::F32_FLOOR;
+
+fn main() -> ExitCode {
+    let Some(device) = adapter() else {
+        println!("not run: no Vulkan adapter");
+        let required = std::env::var_os("REKINDLE_REQUIRE_WGPU").is_some_and(|value| value == "1");
+        return if required { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+    };
+    if let Some(identity) = device.identity() {
+        println!("on {} ({})", identity.name, identity.fingerprint);
+    }
+    let mut tally = Tally::default();
+    let mut check = |case: &dyn Case| tally.add(case, &device);
+
+    check(&Linear::new([3, 5, 7], F32));
+    check(&Linear::new([129, 33, 65], F32));
+    check(&RmsNorm::new([3, 5], false, F32));
+    check(&RmsNorm::new([70, 129], true, F32));
+    check(&Rope::new([5, 3, 6], 6, false, F32));
+    check(&Rope::new([37, 2, 24], 16, true, F32));
+    check(&SwiGlu::new([3, 7], F32));
+    check(&SwiGlu::new([130, 127], F32));
+    check(&Attention::new(&[17, 1, 30], 4, 2, 24, F32));
+    check(&Attention::new(&[2, 150], 4, 1, 64, F32));
+    check(&Embedding::new(11, 7, &[3, 10, 3, 0, 3, 9], F32));
+    check(&LinearCrossEntropy::new([9, 5, 13], F32, |t| t % 3 != 1));
+    check(&LinearCrossEntropy::new([41, 33, 70], F32, |_| true));
+    check(&LinearCrossEntropy::new([5, 3, 7], F32, |_| false));
+    check(&AdamW { params: &[(7, true), (30, false), (2000, true)], weight_decay: 0.1 });
+
+    println!("{} passed, {} failed", tally.passed, tally.failed);
+    if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The software adapter, or the first other one.
+fn adapter() -> Option<Device> {
+    let found = Device::enumerate(DeviceType::Wgpu).into_vec();
+    let software = Device::wgpu(DeviceKind::Cpu);
+    if found.contains(&software) { Some(software) } else { found.into_iter().next() }
+}
+
+#[derive(Default)]
+struct Tally {
+    passed: usize,
+    failed: usize,
+}
+
+impl Tally {
+    fn add(&mut self, case: &dyn Case, device: &Device) {
+        let (truth, naive) = (case.naive(DType::F64), case.naive(F32));
+        for layout in [Layout::Owned, Layout::Shared, Layout::Columns, Layout::Transposed] {
+            let what = format!("{case:?} {layout:?}");
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                let place = Place::new(device.clone(), F32, layout);
+                let worst = judge(&what, &case.ours(&place), &naive, &truth, FACTOR, FLOOR);
+                place.assert_unchanged();
+                worst
+            }));
+            match outcome {
+                Ok(worst) => {
+                    println!("ok      {what}: {worst:.1} × the CPU's plain error");
+                    self.passed += 1;
+                }
+                Err(_) => {
+                    println!("FAILED  {what}");
+                    self.failed += 1;
+                }
+            }
+        }
+    }
+}
