@@ -1,0 +1,78 @@
+//! The values that A and B start from.
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::{Factors, InitLoraWeights, LoraConfig};
+
+/// A and B of a new adapter for the linear `module` with `[out, in]` weight.
+///
+/// A is uniform in ±1/√in (Kaiming-uniform with a = √5, as PEFT), normal with standard deviation 1/r for
+/// `"gaussian"`; B is zero, or uniform in ±1/√r with `init_lora_weights = false`.
+///
+/// The numbers come from a ChaCha stream keyed by `random_state` and the module's name: adding a target
+/// changes no other adapter's start.
+pub fn initial_factors(config: &LoraConfig, module: &str, in_features: usize, out_features: usize) -> Factors {
+    let r = config.r;
+    let mut rng = ChaCha8Rng::seed_from_u64(config.random_state);
+    rng.set_stream(fnv1a(module));
+    let mut uniform = |n: usize, bound: f64| -> Vec<f32> {
+        (0..n).map(|_| ((rng.random::<f64>() * 2.0 - 1.0) * bound) as f32).collect()
+    };
+    let a_bound = 1.0 / (in_features as f64).sqrt();
+    match &config.init_lora_weights {
+        InitLoraWeights::Random => {
+            let a = uniform(r * in_features, a_bound);
+            let b = uniform(out_features * r, 1.0 / (r as f64).sqrt());
+            Factors { r, a, b }
+        }
+        InitLoraWeights::Gaussian => {
+            let a = (0..r * in_features).map(|_| (normal(&mut rng) / r as f64) as f32).collect();
+            Factors { r, a, b: vec![0.0; out_features * r] }
+        }
+        // Another method's adapter is only ever loaded; `validate` refuses to start one.
+        InitLoraWeights::Default | InitLoraWeights::Other(_) => {
+            Factors { r, a: uniform(r * in_features, a_bound), b: vec![0.0; out_features * r] }
+        }
+    }
+}
+
+/// A standard normal number (Box–Muller).
+fn normal(rng: &mut ChaCha8Rng) -> f64 {
+    let u: f64 = 1.0 - rng.random::<f64>();
+    let v: f64 = rng.random();
+    (-2.0 * u.ln()).sqrt() * (core::f64::consts::TAU * v).cos()
+}
+
+/// The 64-bit FNV-1a hash.
+fn fnv1a(text: &str) -> u64 {
+    text.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_start_depends_on_the_module_alone() {
+        let config = LoraConfig::new(4);
+        let one = initial_factors(&config, "model.layers.0.self_attn.q_proj", 16, 8);
+        assert_eq!(
+            one,
+            initial_factors(&config.clone().target_modules(["q_proj"]), "model.layers.0.self_attn.q_proj", 16, 8)
+        );
+        assert_ne!(one.a, initial_factors(&config, "model.layers.1.self_attn.q_proj", 16, 8).a);
+        assert_ne!(one.a, initial_factors(&config.random_state(1), "model.layers.0.self_attn.q_proj", 16, 8).a);
+        assert!(one.a.iter().all(|a| a.abs() <= 0.25) && one.a.iter().any(|a| a.abs() > 0.2));
+        assert!(one.b.iter().all(|&b| b == 0.0));
+    }
+
+    #[test]
+    fn gaussian_has_the_documented_deviation() {
+        let config = LoraConfig::new(8).init_lora_weights(InitLoraWeights::Gaussian);
+        let a = initial_factors(&config, "q_proj", 4096, 1).a;
+        let variance = a.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>() / a.len() as f64;
+        // 32,768 samples: the relative error of a variance has deviation √(2/n) = 0.8 %; five of them.
+        assert!((variance * 64.0 - 1.0).abs() < 0.04, "{variance}");
+    }
+}

@@ -1,0 +1,489 @@
+//! PEFT's files: `adapter_config.json` and the tensor names of `adapter_model.safetensors`.
+//!
+//! The field list is that of PEFT 0.21; fields that a later version adds are kept as they are.
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+
+use crate::{Error, InitLoraWeights, LoraConfig, TargetModules};
+
+/// The file beside the adapter's tensors that says how they are applied.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// The adapter's tensors.
+pub const TENSORS_FILE: &str = "adapter_model.safetensors";
+
+/// The content of an `adapter_config.json`.
+///
+/// What is not understood here is kept and written back, unless it would change the result: then reading fails.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterConfig {
+    fields: Map<String, Value>,
+    lora: LoraConfig,
+}
+
+/// One of the two matrices of an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Factor {
+    /// `lora_A`, `[r, in]`.
+    A,
+    /// `lora_B`, `[out, r]`.
+    B,
+}
+
+/// The key of a matrix in `adapter_model.safetensors`.
+///
+/// ```
+/// use rekindle_lora::peft::{Factor, tensor_key};
+///
+/// let key = tensor_key("model.layers.0.self_attn.q_proj", Factor::A);
+/// assert_eq!(key, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
+/// ```
+pub fn tensor_key(module: &str, factor: Factor) -> String {
+    format!("{PREFIX}{module}{}", factor.suffix())
+}
+
+/// The module and the matrix that a key names; `None` for a key of another kind.
+pub fn parse_tensor_key(key: &str) -> Option<(&str, Factor)> {
+    let inner = key.strip_prefix(PREFIX)?;
+    let parsed = [Factor::A, Factor::B].into_iter().find_map(|f| Some((inner.strip_suffix(f.suffix())?, f)))?;
+    (!parsed.0.is_empty()).then_some(parsed)
+}
+
+const PREFIX: &str = "base_model.model.";
+
+impl Factor {
+    pub(crate) fn suffix(self) -> &'static str {
+        match self {
+            Self::A => ".lora_A.weight",
+            Self::B => ".lora_B.weight",
+        }
+    }
+}
+
+/// Fields that change which weights are used or how, unless they are null, false or empty.
+const UNSUPPORTED: [&str; 19] = [
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "layers_pattern",
+    "lora_bias",
+    "megatron_config",
+    "modules_to_save",
+    "monteclora_config",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+];
+
+/// Fields that are read, or that say nothing about a trained adapter's result.
+const SUPPORTED: [&str; 23] = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+];
+
+/// Initializations that also replace the base weights, which PEFT repeats whenever it loads such an adapter.
+const CHANGES_BASE: [&str; 5] = ["pissa", "olora", "loftq", "corda", "lora_ga"];
+
+impl AdapterConfig {
+    /// The file for an adapter that was made from `lora` on the linears `modules` (their full names).
+    ///
+    /// `"all-linear"` is written as the last segments of `modules`, as a list: not every program that reads adapters
+    /// knows the word, and PEFT too resolves it before it saves.
+    pub fn new(lora: &LoraConfig, base_model_name_or_path: Option<&str>, modules: &[String]) -> Self {
+        let mut lora = lora.clone();
+        if lora.target_modules == TargetModules::AllLinear {
+            let mut names: Vec<&str> = modules.iter().map(|m| m.rsplit('.').next().unwrap_or(m)).collect();
+            names.sort_unstable();
+            names.dedup();
+            lora.target_modules = names.into();
+        }
+        let fields = json!({
+            "alpha_pattern": {},
+            "auto_mapping": null,
+            "base_model_name_or_path": base_model_name_or_path,
+            "bias": lora.bias,
+            "fan_in_fan_out": false,
+            "inference_mode": true,
+            "init_lora_weights": lora.init_lora_weights,
+            "layers_pattern": null,
+            "layers_to_transform": lora.layers_to_transform,
+            "loftq_config": {},
+            "lora_alpha": number(lora.lora_alpha),
+            "lora_dropout": lora.lora_dropout,
+            "modules_to_save": null,
+            "peft_type": "LORA",
+            "r": lora.r,
+            "rank_pattern": {},
+            "revision": null,
+            "target_modules": lora.target_modules,
+            "task_type": "CAUSAL_LM",
+            "use_dora": false,
+            "use_rslora": lora.use_rslora,
+        });
+        Self { fields: fields.as_object().expect("the literal above is an object").clone(), lora }
+    }
+
+    /// Reads the text of an `adapter_config.json`. Absent fields have PEFT's defaults (`r` and `lora_alpha` are 8).
+    ///
+    /// # Errors
+    /// [`Error::AdapterConfig`] with one sentence for each field that is malformed, or that changes the result and is
+    /// not supported.
+    pub fn from_json(text: &str) -> Result<Self, Error> {
+        let fields: Map<String, Value> =
+            serde_json::from_str(text).map_err(|error| problems(vec![format!("not a JSON object: {error}")]))?;
+        let mut reader = Reader { fields: &fields, problems: Vec::new() };
+        let lora = reader.lora();
+        if !reader.problems.is_empty() {
+            return Err(problems(reader.problems));
+        }
+        Ok(Self { fields, lora })
+    }
+
+    /// The text of the file: indented by two and sorted by key, as PEFT writes it.
+    pub fn to_json(&self) -> String {
+        let mut value = Value::Object(self.fields.clone());
+        value.sort_all_objects();
+        format!("{value:#}")
+    }
+
+    /// The arguments that the adapter was made with; those that the file does not carry (`random_state`,
+    /// `use_gradient_checkpointing`) have their defaults.
+    pub fn lora(&self) -> &LoraConfig {
+        &self.lora
+    }
+
+    /// The name or path of the model that the adapter belongs to.
+    pub fn base_model_name_or_path(&self) -> Option<&str> {
+        self.fields.get("base_model_name_or_path").and_then(Value::as_str)
+    }
+
+    /// Fields that are neither null, false nor empty and that PEFT 0.21 does not have, to be named in a log: they are
+    /// kept, but nothing acts on them.
+    pub fn unknown_fields(&self) -> Vec<&str> {
+        let known = |key: &&str| UNSUPPORTED.contains(key) || SUPPORTED.contains(key);
+        let set = self.fields.iter().filter(|(_, value)| is_set(value)).map(|(key, _)| key.as_str());
+        set.filter(|key| !known(key)).collect()
+    }
+}
+
+struct Reader<'a> {
+    fields: &'a Map<String, Value>,
+    problems: Vec<String>,
+}
+
+impl Reader<'_> {
+    fn lora(&mut self) -> LoraConfig {
+        self.choice("peft_type", &["LORA"], true);
+        self.choice("task_type", &["CAUSAL_LM"], false);
+        self.choice("bias", &["none"], false);
+        for key in UNSUPPORTED {
+            if let Some(value) = self.fields.get(key).filter(|value| is_set(value)) {
+                self.problems.push(format!("{key} = {value} is not supported"));
+            }
+        }
+        let r = self.typed("r", "a rank of at least 1").unwrap_or(8);
+        if r == 0 {
+            self.problems.push("r is 0; expected a rank of at least 1".to_owned());
+        }
+        let lora_dropout = self.typed("lora_dropout", "a probability").unwrap_or(0.0);
+        if !(0.0..1.0).contains(&lora_dropout) {
+            self.problems.push(format!("lora_dropout is {lora_dropout}; expected at least 0 and below 1"));
+        }
+        let layers: Option<Layers> = self.typed("layers_to_transform", "a block number or a list of them");
+        // PEFT takes an empty list for "every block".
+        let layers_to_transform = layers.map(Layers::into_list).filter(|layers| !layers.is_empty());
+        let target_modules = self.target_modules();
+        if layers_to_transform.is_some() && !matches!(target_modules, TargetModules::Names(_)) {
+            self.problems.push("layers_to_transform needs target_modules to be a list of names".to_owned());
+        }
+        LoraConfig {
+            r,
+            lora_alpha: self.typed("lora_alpha", "a number").unwrap_or(8.0),
+            use_rslora: self.typed("use_rslora", "true or false").unwrap_or(false),
+            lora_dropout,
+            target_modules,
+            layers_to_transform,
+            init_lora_weights: self.init(),
+            ..LoraConfig::default()
+        }
+    }
+
+    fn target_modules(&mut self) -> TargetModules {
+        let targets = self.typed("target_modules", "a list of names or a string");
+        if targets.is_none() && !self.fields.get("target_modules").is_some_and(is_set) {
+            self.problems.push("target_modules is missing".to_owned());
+        }
+        targets.unwrap_or(TargetModules::AllLinear)
+    }
+
+    fn init(&mut self) -> InitLoraWeights {
+        let init = self.typed("init_lora_weights", "true, false or a name").unwrap_or_default();
+        if let InitLoraWeights::Other(name) = &init
+            && CHANGES_BASE.iter().any(|method| name.starts_with(method))
+        {
+            self.problems.push(format!(
+                "init_lora_weights = \"{name}\" changes the base weights and is not supported; in PEFT, save the \
+                 adapter with path_initial_model_for_weight_conversion to make it a plain one"
+            ));
+        }
+        init
+    }
+
+    /// The field must be one of the words; if it is not `required` it may be absent too.
+    fn choice(&mut self, key: &str, words: &[&str], required: bool) {
+        match self.fields.get(key) {
+            None | Some(Value::Null) if required => self.problems.push(format!("{key} is missing")),
+            None | Some(Value::Null) => {}
+            Some(value) if value.as_str().is_some_and(|word| words.contains(&word)) => {}
+            Some(value) => self.problems.push(format!("{key} = {value} is not supported; supported: {words:?}")),
+        }
+    }
+
+    fn typed<T: DeserializeOwned>(&mut self, key: &str, expected: &str) -> Option<T> {
+        let value = self.fields.get(key).filter(|value| !value.is_null())?;
+        let typed = serde_json::from_value(value.clone()).ok();
+        if typed.is_none() {
+            self.problems.push(format!("{key} is {value}; expected {expected}"));
+        }
+        typed
+    }
+}
+
+#[derive(serde::Deserialize)]
+#[serde(untagged)]
+enum Layers {
+    One(usize),
+    Many(Vec<usize>),
+}
+
+impl Layers {
+    fn into_list(self) -> Vec<usize> {
+        match self {
+            Self::One(layer) => vec![layer],
+            Self::Many(layers) => layers,
+        }
+    }
+}
+
+/// Whether a field says more than "off".
+fn is_set(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::Array(list) => !list.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+        Value::String(text) => !text.is_empty(),
+        Value::Bool(true) | Value::Number(_) => true,
+    }
+}
+
+/// 32 rather than 32.0, since PEFT declares `lora_alpha` as an integer.
+fn number(value: f64) -> Value {
+    if value.fract() == 0.0 && value.abs() < 2f64.powi(53) { json!(value as i64) } else { json!(value) }
+}
+
+fn problems(problems: Vec<String>) -> Error {
+    Error::AdapterConfig { problems }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Written by PEFT 0.21.2: `get_peft_model(LlamaForCausalLM(…), LoraConfig(task_type="CAUSAL_LM", r=4,
+    /// lora_alpha=8, target_modules=["q_proj", "down_proj"])).save_pretrained(…)`.
+    const WRITTEN_BY_PEFT: &str = r#"{
+  "alora_invocation_tokens": null,
+  "alpha_pattern": {},
+  "arrow_config": null,
+  "auto_mapping": null,
+  "base_model_name_or_path": null,
+  "bias": "none",
+  "corda_config": null,
+  "ensure_weight_tying": false,
+  "eva_config": null,
+  "exclude_modules": null,
+  "fan_in_fan_out": false,
+  "inference_mode": true,
+  "init_lora_weights": true,
+  "kasa_config": null,
+  "layer_replication": null,
+  "layers_pattern": null,
+  "layers_to_transform": null,
+  "loftq_config": {},
+  "lora_alpha": 8,
+  "lora_bias": false,
+  "lora_dropout": 0.0,
+  "lora_ga_config": null,
+  "megatron_config": null,
+  "megatron_core": "megatron.core",
+  "modules_to_save": null,
+  "monteclora_config": null,
+  "peft_type": "LORA",
+  "peft_version": "0.21.2",
+  "qalora_group_size": 16,
+  "r": 4,
+  "rank_pattern": {},
+  "revision": null,
+  "target_modules": [
+    "q_proj",
+    "down_proj"
+  ],
+  "target_parameters": null,
+  "task_type": "CAUSAL_LM",
+  "trainable_token_indices": null,
+  "use_bdlora": null,
+  "use_dora": false,
+  "use_qalora": false,
+  "use_rslora": false,
+  "velora_config": null
+}"#;
+
+    fn with(changes: Value) -> Result<AdapterConfig, Error> {
+        let mut fields: Map<String, Value> = serde_json::from_str(WRITTEN_BY_PEFT).expect("JSON");
+        fields.extend(changes.as_object().expect("an object").clone());
+        AdapterConfig::from_json(&Value::Object(fields).to_string())
+    }
+
+    fn message(changes: Value) -> String {
+        with(changes).expect_err("the file must be refused").to_string()
+    }
+
+    #[test]
+    fn a_file_by_peft_is_read_and_written_back_byte_for_byte() {
+        let config = AdapterConfig::from_json(WRITTEN_BY_PEFT).expect("valid");
+        let expected = LoraConfig::new(4).lora_alpha(8.0).target_modules(["q_proj", "down_proj"]);
+        assert_eq!(config.lora(), &expected);
+        assert_eq!(config.unknown_fields(), Vec::<&str>::new());
+        assert_eq!(config.to_json(), WRITTEN_BY_PEFT);
+    }
+
+    #[test]
+    fn a_new_file_has_the_values_that_peft_writes() {
+        let lora = LoraConfig::new(4).lora_alpha(8.0).target_modules(["q_proj", "down_proj"]);
+        let ours = AdapterConfig::new(&lora, None, &[]).fields;
+        let theirs: Map<String, Value> = serde_json::from_str(WRITTEN_BY_PEFT).expect("JSON");
+        for (key, value) in &ours {
+            assert_eq!(Some(value), theirs.get(key), "{key}");
+        }
+        // What is left out must be off, so that PEFT's default stands for it.
+        let left_out = theirs.iter().filter(|(key, value)| !ours.contains_key(*key) && is_set(value));
+        let left_out: Vec<&str> = left_out.map(|(key, _)| key.as_str()).collect();
+        assert_eq!(left_out, ["megatron_core", "peft_version", "qalora_group_size"]);
+    }
+
+    #[test]
+    fn a_new_file_reads_back_as_it_was() {
+        let lora = LoraConfig::new(8).lora_alpha(12.5).use_rslora(true).lora_dropout(0.1).target_modules(["q_proj"]);
+        let lora = lora.layers_to_transform([1, 2]).init_lora_weights(InitLoraWeights::Gaussian);
+        let config = AdapterConfig::new(&lora, Some("Qwen/Qwen3-0.6B"), &[]);
+        let again = AdapterConfig::from_json(&config.to_json()).expect("valid");
+        assert_eq!(again.lora(), &lora);
+        assert_eq!(again.base_model_name_or_path(), Some("Qwen/Qwen3-0.6B"));
+    }
+
+    #[test]
+    fn all_linear_is_written_as_a_list() {
+        let modules = ["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"];
+        let lora = LoraConfig::new(4).target_modules("all-linear");
+        let config = AdapterConfig::new(&lora, None, &modules.map(str::to_owned));
+        assert_eq!(config.lora().target_modules, ["q_proj", "up_proj"].into());
+        assert_eq!(config.fields["target_modules"], json!(["q_proj", "up_proj"]));
+    }
+
+    #[test]
+    fn every_unsupported_field_is_listed() {
+        let text = message(json!({
+            "use_dora": true, "bias": "all", "modules_to_save": ["lm_head"], "rank_pattern": { "q_proj": 8 },
+            "task_type": "SEQ_CLS", "init_lora_weights": "pissa_niter_16", "r": "4",
+            "target_modules": ".*q_proj", "layers_to_transform": 0
+        }));
+        for part in [
+            "use_dora = true is not supported",
+            "layers_to_transform needs target_modules to be a list",
+            "bias = \"all\" is not supported",
+            "modules_to_save = [\"lm_head\"] is not supported",
+            "rank_pattern = {\"q_proj\":8} is not supported",
+            "task_type = \"SEQ_CLS\" is not supported",
+            "init_lora_weights = \"pissa_niter_16\" changes the base weights",
+            "r is \"4\"; expected a rank of at least 1",
+        ] {
+            assert!(text.contains(part), "no {part:?} in {text}");
+        }
+    }
+
+    #[test]
+    fn each_unsupported_field_is_refused_alone_and_accepted_when_empty() {
+        for key in UNSUPPORTED {
+            let text = message(json!({ key: { "x": 1 } }));
+            assert_eq!(text, format!("adapter_config.json: {key} = {{\"x\":1}} is not supported"));
+            assert!(with(json!({ key: [] })).is_ok(), "{key}");
+        }
+    }
+
+    #[test]
+    fn initializations_that_leave_the_base_alone_are_kept() {
+        for name in ["eva", "orthogonal", "mica"] {
+            let config = with(json!({ "init_lora_weights": name })).expect("valid");
+            assert_eq!(config.fields["init_lora_weights"], name);
+        }
+    }
+
+    #[test]
+    fn unknown_fields_are_kept_and_named() {
+        let config = with(json!({ "from_the_future": { "a": 1 }, "off": false })).expect("valid");
+        assert_eq!(config.unknown_fields(), ["from_the_future"]);
+        assert!(config.to_json().contains("\"from_the_future\": {\n    \"a\": 1\n  }"));
+    }
+
+    #[test]
+    fn absent_fields_have_pefts_defaults() {
+        let config = AdapterConfig::from_json(r#"{"peft_type": "LORA", "target_modules": "all-linear"}"#);
+        let config = config.expect("valid");
+        assert_eq!((config.lora().r, config.lora().lora_alpha), (8, 8.0));
+        assert_eq!(config.lora().target_modules, TargetModules::AllLinear);
+        let text = AdapterConfig::from_json("{}").expect_err("empty").to_string();
+        assert_eq!(text, "adapter_config.json: peft_type is missing; target_modules is missing");
+        let text = AdapterConfig::from_json("[").expect_err("malformed").to_string();
+        assert!(text.starts_with("adapter_config.json: not a JSON object: "), "{text}");
+    }
+
+    #[test]
+    fn tensor_keys_are_parsed_back() {
+        for factor in [Factor::A, Factor::B] {
+            let key = tensor_key("model.layers.0.mlp.up_proj", factor);
+            assert_eq!(parse_tensor_key(&key), Some(("model.layers.0.mlp.up_proj", factor)));
+        }
+        assert_eq!(parse_tensor_key("base_model.model.lm_head.weight"), None);
+        assert_eq!(parse_tensor_key("base_model.model..lora_A.weight"), None);
+        assert_eq!(parse_tensor_key("model.layers.0.mlp.up_proj.lora_A.weight"), None);
+    }
+}
