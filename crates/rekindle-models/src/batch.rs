@@ -1,0 +1,74 @@
+//! Documents one after another, ready for a model.
+
+/// The label of a token that does not count in the loss.
+pub const IGNORED: i32 = -100;
+
+/// One or more documents, one after another.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Token ids, `[tokens]`.
+    pub input_ids: Vec<u32>,
+    /// What each token is to predict: the label of the token after it in its document, [`IGNORED`] for none.
+    pub targets: Vec<i32>,
+    /// Where documents begin and end, `[documents + 1]`.
+    pub cu_seqlens: Vec<u32>,
+    /// Each token's place in its document, `[tokens]`.
+    pub positions: Vec<u32>,
+    /// Each document's number within the optimizer step; dropout depends on it.
+    pub rows: Vec<u32>,
+}
+
+impl Batch {
+    /// A batch of `(input_ids, labels)` documents.
+    ///
+    /// `labels[i]` stands beside `input_ids[i]` and is predicted from the tokens before i, so a document's
+    /// first label never counts. `first_row` is the number of the first document within the optimizer step.
+    ///
+    /// # Panics
+    /// When a document's labels are not as many as its ids.
+    pub fn from_rows<'a>(documents: impl IntoIterator<Item = (&'a [u32], &'a [i32])>, first_row: u32) -> Self {
+        let mut batch = Self { cu_seqlens: vec![0], ..Self::default() };
+        for (number, (ids, labels)) in documents.into_iter().enumerate() {
+            assert_eq!(ids.len(), labels.len(), "one label for every token");
+            batch.input_ids.extend_from_slice(ids);
+            batch.targets.extend(labels.iter().skip(1));
+            if !ids.is_empty() {
+                batch.targets.push(IGNORED);
+            }
+            batch.positions.extend(0..ids.len() as u32);
+            batch.cu_seqlens.push(batch.input_ids.len() as u32);
+            batch.rows.push(first_row + number as u32);
+        }
+        batch
+    }
+
+    /// Number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.input_ids.len()
+    }
+
+    /// Number of tokens that count in the loss.
+    pub fn counted(&self) -> usize {
+        self.targets.iter().filter(|&&t| t != IGNORED).count()
+    }
+
+    /// Token ranges of the documents.
+    pub fn documents(&self) -> impl Iterator<Item = core::ops::Range<usize>> + '_ {
+        self.cu_seqlens.windows(2).map(|w| w[0] as usize..w[1] as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_move_to_the_token_that_predicts_them() {
+        let batch = Batch::from_rows([(&[5, 6, 7][..], &[5, -100, 7][..]), (&[8], &[8]), (&[1, 2], &[1, 2])], 4);
+        assert_eq!(batch.targets, [-100, 7, -100, -100, 2, -100]);
+        assert_eq!(batch.cu_seqlens, [0, 3, 4, 6]);
+        assert_eq!(batch.positions, [0, 1, 2, 0, 0, 1]);
+        assert_eq!(batch.rows, [4, 5, 6]);
+        assert_eq!(batch.counted(), 2);
+    }
+}

@@ -1,0 +1,227 @@
+//! One decoder block, forward and backward.
+//!
+//! h₂ = x + o_proj(attention(rope(norm(q)), rope(norm(k)), v)), with q, k, v of input_layernorm(x);
+//! y = h₂ + down_proj(silu(gate) ∘ up), with gate, up of post_attention_layernorm(h₂).
+
+use burn::tensor::Tensor;
+use rekindle_kernels::attention::{self, Heads};
+use rekindle_kernels::rope::{self, Angles, Norm};
+use rekindle_kernels::{Grads, Params, Weight, rms_norm, swiglu};
+use rekindle_lora::{Dropout, LinearGroup};
+
+use crate::cache::LayerCache;
+
+/// A decoder block's weights.
+#[derive(Clone, Debug)]
+pub(crate) struct Block {
+    pub(crate) input_layernorm: Weight,
+    pub(crate) qkv: LinearGroup,
+    /// Norms of queries and keys, `[head_dim]` each.
+    pub(crate) qk_norm: Option<(Weight, Weight)>,
+    pub(crate) o: LinearGroup,
+    pub(crate) post_attention_layernorm: Weight,
+    pub(crate) gate_up: LinearGroup,
+    pub(crate) down: LinearGroup,
+    pub(crate) heads: Heads,
+    pub(crate) eps: f64,
+}
+
+/// What all blocks share while a batch goes through.
+#[derive(Clone, Copy)]
+pub(crate) struct Context<'a> {
+    pub(crate) params: &'a Params,
+    pub(crate) angles: &'a Angles,
+    pub(crate) cu_seqlens: &'a [u32],
+    pub(crate) dropout: Option<Dropout<'a>>,
+}
+
+/// What a block keeps for its backward. Outputs of norms and of SwiGLU are made again.
+pub(crate) struct Saved {
+    /// `[tokens, hidden]`.
+    x: Tensor<2>,
+    rstd: Tensor<1>,
+    qkv: rekindle_lora::Saved,
+    /// q and k before their norms, with the norms' rstd.
+    qk: Option<[(Tensor<2>, Tensor<1>); 2]>,
+    attention: attention::Saved,
+    o: rekindle_lora::Saved,
+    /// `[tokens, hidden]`.
+    h2: Tensor<2>,
+    rstd2: Tensor<1>,
+    gate_up: rekindle_lora::Saved,
+    /// `[tokens, intermediate]`.
+    gate: Tensor<2>,
+    /// `[tokens, intermediate]`.
+    up: Tensor<2>,
+    down: rekindle_lora::Saved,
+}
+
+impl Block {
+    /// Whether anything in here is trained.
+    pub(crate) fn is_trained(&self) -> bool {
+        let qk = self.qk_norm.iter().flat_map(|(q, k)| [q, k]);
+        let mut norms = qk.chain([&self.input_layernorm, &self.post_attention_layernorm]);
+        self.groups().into_iter().any(LinearGroup::is_trained) || norms.any(|w| w.trained().is_some())
+    }
+
+    /// The groups of linears in the order of the forward pass.
+    pub(crate) fn groups(&self) -> [&LinearGroup; 4] {
+        [&self.qkv, &self.o, &self.gate_up, &self.down]
+    }
+
+    /// As [`groups`](Self::groups).
+    pub(crate) fn groups_mut(&mut self) -> [&mut LinearGroup; 4] {
+        [&mut self.qkv, &mut self.o, &mut self.gate_up, &mut self.down]
+    }
+
+    /// The block's output for x `[tokens, hidden]`.
+    pub(crate) fn forward(&self, ctx: Context<'_>, x: Tensor<2>) -> (Tensor<2>, Saved) {
+        let (n, rstd) = rms_norm::forward(&x, &self.input_layernorm.vector(ctx.params), self.eps);
+        let Projected { q, k, v, qkv, qk } = self.project(ctx, &n);
+        let (o, lse) = attention::forward(&q, &k, &v, self.heads, ctx.cu_seqlens);
+        let (delta, saved_o) = one(self.o.forward(ctx.params, &o, ctx.dropout));
+        let norm2 = self.post_attention_layernorm.vector(ctx.params);
+        let (h2, n2, rstd2) = rms_norm::add_forward(&x, delta, &norm2, self.eps);
+        let (gate, up, gate_up) = two(self.gate_up.forward(ctx.params, &n2, ctx.dropout));
+        let act = swiglu::forward(&gate, &up);
+        let (delta, down) = one(self.down.forward(ctx.params, &act, ctx.dropout));
+        let y = delta + h2.clone();
+        let attention = attention::Saved { q, k, v, o, lse };
+        (y, Saved { x, rstd, qkv, qk, attention, o: saved_o, h2, rstd2, gate_up, gate, up, down })
+    }
+
+    /// The block's output for the next tokens of one document, whose earlier keys and values are in `cache`.
+    pub(crate) fn decode(&self, ctx: Context<'_>, x: Tensor<2>, cache: &mut LayerCache) -> Tensor<2> {
+        let (n, _) = rms_norm::forward(&x, &self.input_layernorm.vector(ctx.params), self.eps);
+        let Projected { q, k, v, .. } = self.project(ctx, &n);
+        let (k, v) = cache.append(k, v);
+        let o = attention::forward_cached(&q, &k, &v, self.heads);
+        let (delta, _) = one(self.o.forward(ctx.params, &o, None));
+        let norm2 = self.post_attention_layernorm.vector(ctx.params);
+        let (h2, n2, _) = rms_norm::add_forward(&x, delta, &norm2, self.eps);
+        let (gate, up, _) = two(self.gate_up.forward(ctx.params, &n2, None));
+        let (delta, _) = one(self.down.forward(ctx.params, &swiglu::forward(&gate, &up), None));
+        delta + h2
+    }
+
+    /// Adds the gradients of what is trained; returns the gradient to x if `want_dx`.
+    pub(crate) fn backward(
+        &self,
+        ctx: Context<'_>,
+        saved: Saved,
+        dy: Tensor<2>,
+        grads: &mut Grads,
+        want_dx: bool,
+    ) -> Option<Tensor<2>> {
+        let params = ctx.params;
+        let Saved { x, rstd, qkv, qk, attention, o, h2, rstd2, gate_up, gate, up, down } = saved;
+
+        let act = swiglu::forward(&gate, &up);
+        let d_act = backward(&self.down, ctx, grads, &act, &down, core::slice::from_ref(&dy));
+        drop(act);
+        let (d_gate, d_up) = swiglu::backward(&d_act, gate, up);
+        let norm2 = self.post_attention_layernorm.vector(params);
+        let n2 = rms_norm::recompute(&h2, &norm2, &rstd2);
+        let dn2 = backward(&self.gate_up, ctx, grads, &n2, &gate_up, &[d_gate, d_up]);
+        if let Some(at) = self.post_attention_layernorm.trained() {
+            grads.add(at, rms_norm::weight_grad(&dn2, &h2, &rstd2).unsqueeze());
+        }
+        let dh2 = rms_norm::backward(&dn2, &h2, &norm2, &rstd2, Some(dy));
+
+        let d_o = backward(&self.o, ctx, grads, &attention.o, &o, core::slice::from_ref(&dh2));
+        let (dq, dk, dv) = attention::backward(&d_o, &attention, self.heads, ctx.cu_seqlens);
+        drop(attention);
+        let (dq, dk) = self.turn_back(ctx, dq, dk, qk, grads);
+        let norm1 = self.input_layernorm.vector(params);
+        let n = rms_norm::recompute(&x, &norm1, &rstd);
+        let want_dn = want_dx || self.input_layernorm.trained().is_some();
+        let dn = self.qkv.backward(params, grads, &n, &qkv, &[dq, dk, dv], ctx.dropout, want_dn)?;
+        if let Some(at) = self.input_layernorm.trained() {
+            grads.add(at, rms_norm::weight_grad(&dn, &x, &rstd).unsqueeze());
+        }
+        want_dx.then(|| rms_norm::backward(&dn, &x, &norm1, &rstd, Some(dh2)))
+    }
+
+    /// q, k, v of the normalized input, q and k normalized and turned.
+    fn project(&self, ctx: Context<'_>, n: &Tensor<2>) -> Projected {
+        let (ys, qkv) = self.qkv.forward(ctx.params, n, ctx.dropout);
+        let [q, k, v] = ys.try_into().expect("q, k and v");
+        let head_dim = self.heads.head_dim;
+        match self.norms(ctx.params) {
+            None => {
+                let (q, _) = rope::forward(q, head_dim, None, ctx.angles);
+                let (k, _) = rope::forward(k, head_dim, None, ctx.angles);
+                Projected { q, k, v, qkv, qk: None }
+            }
+            Some(norms) => {
+                let turn = |x: Tensor<2>, norm: &Norm| {
+                    let (y, rstd) = rope::forward(x.clone(), head_dim, Some(norm), ctx.angles);
+                    (y, (x, rstd.expect("a norm leaves its rstd")))
+                };
+                let ((q, saved_q), (k, saved_k)) = (turn(q, &norms[0]), turn(k, &norms[1]));
+                Projected { q, k, v, qkv, qk: Some([saved_q, saved_k]) }
+            }
+        }
+    }
+
+    /// The gradients to q and k as the linears made them.
+    fn turn_back(
+        &self,
+        ctx: Context<'_>,
+        dq: Tensor<2>,
+        dk: Tensor<2>,
+        qk: Option<[(Tensor<2>, Tensor<1>); 2]>,
+        grads: &mut Grads,
+    ) -> (Tensor<2>, Tensor<2>) {
+        let head_dim = self.heads.head_dim;
+        let (Some(norms), Some([q, k]), Some(weights)) = (self.norms(ctx.params), qk, &self.qk_norm) else {
+            let (dq, _) = rope::backward(dq, head_dim, None, ctx.angles, false);
+            let (dk, _) = rope::backward(dk, head_dim, None, ctx.angles, false);
+            return (dq, dk);
+        };
+        let mut back = |dy, norm: &Norm, (x, rstd): (Tensor<2>, Tensor<1>), weight: &Weight| {
+            let trained = weight.trained();
+            let (dx, dw) = rope::backward(dy, head_dim, Some((norm, x, &rstd)), ctx.angles, trained.is_some());
+            if let (Some(at), Some(dw)) = (trained, dw) {
+                grads.add(at, dw.unsqueeze());
+            }
+            dx
+        };
+        (back(dq, &norms[0], q, &weights.0), back(dk, &norms[1], k, &weights.1))
+    }
+
+    fn norms(&self, params: &Params) -> Option<[Norm; 2]> {
+        let norm = |weight: &Weight| Norm { weight: weight.vector(params), eps: self.eps };
+        self.qk_norm.as_ref().map(|(q, k)| [norm(q), norm(k)])
+    }
+}
+
+struct Projected {
+    q: Tensor<2>,
+    k: Tensor<2>,
+    v: Tensor<2>,
+    qkv: rekindle_lora::Saved,
+    qk: Option<[(Tensor<2>, Tensor<1>); 2]>,
+}
+
+fn one((ys, saved): (Vec<Tensor<2>>, rekindle_lora::Saved)) -> (Tensor<2>, rekindle_lora::Saved) {
+    let [y] = ys.try_into().expect("a group of one");
+    (y, saved)
+}
+
+fn two((ys, saved): (Vec<Tensor<2>>, rekindle_lora::Saved)) -> (Tensor<2>, Tensor<2>, rekindle_lora::Saved) {
+    let [a, b] = ys.try_into().expect("a group of two");
+    (a, b, saved)
+}
+
+/// The backward of a group whose input's gradient is always needed.
+fn backward(
+    group: &LinearGroup,
+    ctx: Context<'_>,
+    grads: &mut Grads,
+    x: &Tensor<2>,
+    saved: &rekindle_lora::Saved,
+    dys: &[Tensor<2>],
+) -> Tensor<2> {
+    group.backward(ctx.params, grads, x, saved, dys, ctx.dropout, true).expect("asked for")
+}

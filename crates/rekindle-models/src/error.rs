@@ -1,0 +1,35 @@
+use std::path::PathBuf;
+
+/// Why a model cannot be read, built or run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// `config.json` describes something that is not supported, one sentence each.
+    #[error("{}: {}", .path.display(), .problems.join("; "))]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// One sentence for each value.
+        problems: Vec<String>,
+    },
+    /// The checkpoint's tensors are not those of its configuration, one sentence each.
+    #[error("{}: {}", .path.display(), .problems.join("; "))]
+    Tensors {
+        /// The checkpoint's directory.
+        path: PathBuf,
+        /// One sentence for each tensor that is missing, unexpected or misshaped.
+        problems: Vec<String>,
+    },
+    /// The checkpoint cannot be read, or the result not be written.
+    #[error(transparent)]
+    File(#[from] rekindle_hub::Error),
+    /// The adapter does not fit or cannot be read.
+    #[error(transparent)]
+    Lora(#[from] rekindle_lora::Error),
+    /// An argument that this model cannot take.
+    #[error("{0}")]
+    Argument(String),
+    /// A row that this model cannot take.
+    #[error("{0}")]
+    Row(String),
+}

@@ -1,0 +1,105 @@
+//! Generation with a key/value cache.
+
+use rekindle_kernels::{embedding, matmul, rms_norm, to_f32};
+
+use crate::block::Context;
+use crate::cache::LayerCache;
+use crate::sample::Sampler;
+use crate::{CausalLm, Error};
+
+/// How tokens are chosen and when to stop.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerationConfig {
+    /// At most this many tokens.
+    pub max_new_tokens: usize,
+    /// 0 takes the most likely token; above, logits are divided by it before the draw.
+    pub temperature: f32,
+    /// Draw from the k most likely tokens only; 0 for all.
+    pub top_k: usize,
+    /// Draw from the smallest set of most likely tokens whose probabilities reach this sum.
+    pub top_p: f32,
+    /// Seed of the draws.
+    pub seed: u64,
+    /// Tokens that end the text.
+    pub eos_ids: Vec<u32>,
+}
+
+impl Default for GenerationConfig {
+    /// 128 tokens, greedy.
+    fn default() -> Self {
+        Self { max_new_tokens: 128, temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, eos_ids: Vec::new() }
+    }
+}
+
+/// Why generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// The model chose one of [`GenerationConfig::eos_ids`].
+    EndToken,
+    /// `max_new_tokens` or the model's `max_seq_length` was reached.
+    Length,
+    /// The caller asked for it.
+    Caller,
+}
+
+impl CausalLm {
+    /// Continues `prompt`; `on_token` gets every new token as it is chosen and returns whether to go on.
+    ///
+    /// Returns the new tokens, an end token included.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an empty prompt, one as long as `max_seq_length`, or numbers out of range;
+    /// [`Error::Row`] for ids beyond the vocabulary.
+    pub fn generate(
+        &self,
+        prompt: &[u32],
+        config: &GenerationConfig,
+        mut on_token: impl FnMut(u32) -> bool,
+    ) -> Result<(Vec<u32>, StopReason), Error> {
+        let mut sampler = Sampler::new(config)?;
+        self.check_ids(prompt).map_err(Error::Row)?;
+        let limit = self.max_seq_length();
+        if prompt.is_empty() || prompt.len() >= limit {
+            return Err(Error::Argument(format!(
+                "the prompt has {} tokens; it must have 1 to {} (max_seq_length - 1)",
+                prompt.len(),
+                limit - 1
+            )));
+        }
+        let room = config.max_new_tokens.min(limit - prompt.len());
+        let mut caches = vec![LayerCache::new(prompt.len() + room); self.blocks.len()];
+        let mut new = Vec::new();
+        let mut pending = prompt.to_vec();
+        let mut position = 0;
+        while new.len() < room {
+            let logits = self.decode(&pending, position, &mut caches);
+            position += pending.len();
+            let id = sampler.next(&logits);
+            new.push(id);
+            let go_on = on_token(id);
+            if config.eos_ids.contains(&id) {
+                return Ok((new, StopReason::EndToken));
+            }
+            if !go_on {
+                return Ok((new, StopReason::Caller));
+            }
+            pending = vec![id];
+        }
+        Ok((new, StopReason::Length))
+    }
+
+    /// Logits after the last of `ids`, which stand at `position` and on; their keys and values go to `caches`.
+    fn decode(&self, ids: &[u32], position: usize, caches: &mut [LayerCache]) -> Vec<f32> {
+        let positions: Vec<u32> = (position..position + ids.len()).map(|p| p as u32).collect();
+        let angles = self.angles(&positions);
+        let ctx = Context { params: &self.params, angles: &angles, cu_seqlens: &[], dropout: None };
+        let mut h = embedding::forward(&self.embed.matrix(&self.params), ids);
+        for (block, cache) in self.blocks.iter().zip(caches) {
+            h = block.decode(ctx, h, cache);
+        }
+        let last = h.narrow(0, ids.len() - 1, 1); // [1, hidden]
+        let (n, _) = rms_norm::forward(&last, &self.norm.vector(&self.params), self.config.rms_norm_eps);
+        let head = self.head.as_ref().unwrap_or(&self.embed);
+        to_f32(matmul::nt(&n, &head.matrix(&self.params)))
+    }
+}

@@ -1,0 +1,306 @@
+//! A causal language model: embedding, decoder blocks, final norm and head.
+
+use burn::tensor::{DType, Device, Tensor};
+use rekindle_kernels::dropout::{Key, Token};
+use rekindle_kernels::rope::Angles;
+use rekindle_kernels::{Grads, Params, ParamsBuilder, Weight, embedding, from_f32, linear_cross_entropy, rms_norm};
+use rekindle_lora::{Adapter, LoraConfig, initial_factors, match_targets, peft::AdapterConfig};
+use rekindle_rope::Tables;
+
+use crate::block::{Block, Context, Saved};
+use crate::names::Projection;
+use crate::{Batch, Error, ModelConfig};
+
+/// A Qwen2, Qwen3 or Llama model with its trainable parameters.
+///
+/// Either all weights are trained, or none until [`add_adapter`](Self::add_adapter).
+#[derive(Debug)]
+pub struct CausalLm {
+    pub(crate) config: ModelConfig,
+    pub(crate) embed: Weight,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) norm: Weight,
+    /// `None` when the embedding table is the output layer.
+    pub(crate) head: Option<Weight>,
+    pub(crate) params: Params,
+    pub(crate) tables: Tables,
+    pub(crate) device: Device,
+    pub(crate) dtype: DType,
+    pub(crate) lora: Option<LoraConfig>,
+    /// Where the weights came from, written into adapters.
+    pub(crate) name_or_path: String,
+}
+
+/// What dropout masks of a step depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepKey {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Number of the optimizer step.
+    pub step: u32,
+}
+
+#[allow(clippy::large_enum_variant, reason = "one entry a block")]
+enum Tape {
+    /// Everything the backward needs.
+    Whole(Box<Saved>),
+    /// The block's input; the rest is computed again.
+    Input(Tensor<2>),
+}
+
+impl CausalLm {
+    /// The model's numbers.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Where the weights lie.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The dtype of frozen weights and activations.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The longest document that a batch may hold.
+    pub fn max_seq_length(&self) -> usize {
+        self.tables.seq_len
+    }
+
+    /// The trainable parameters.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// The trainable parameters, for the optimizer.
+    pub fn params_mut(&mut self) -> &mut Params {
+        &mut self.params
+    }
+
+    /// The configuration of the adapter, if there is one.
+    pub fn lora(&self) -> Option<&LoraConfig> {
+        self.lora.as_ref()
+    }
+
+    /// Whether the blocks with an adapter recompute their activations in the backward pass instead of keeping them;
+    /// without an adapter this changes nothing.
+    pub fn set_gradient_checkpointing(&mut self, on: bool) {
+        if let Some(lora) = &mut self.lora {
+            lora.use_gradient_checkpointing = on;
+        }
+    }
+
+    /// Number of scalars in all weights, adapters not counted.
+    pub fn num_parameters(&self) -> usize {
+        crate::names::needed(&self.config).iter().map(|n| n.shape.iter().product::<usize>()).sum()
+    }
+
+    /// `(full name, in, out)` of every linear of the blocks.
+    pub fn linears(&self) -> Vec<(String, usize, usize)> {
+        (0..self.config.num_hidden_layers)
+            .flat_map(|layer| Projection::ALL.map(|p| (p.module(layer), p.shape(&self.config))))
+            .map(|(name, [out, input])| (name, input, out))
+            .collect()
+    }
+
+    /// Puts a new adapter on the linears that `config` targets, replacing any there was.
+    ///
+    /// # Errors
+    /// [`Error::Lora`] for a configuration that is invalid or matches nothing, [`Error::Argument`] when all
+    /// weights are trained.
+    pub fn add_adapter(&mut self, config: &LoraConfig) -> Result<(), Error> {
+        config.validate()?;
+        let linears = self.linears();
+        let names: Vec<&str> = linears.iter().map(|(name, ..)| name.as_str()).collect();
+        let targets = match_targets(config, &names)?;
+        let factors = targets
+            .into_iter()
+            .map(|name| {
+                let (_, input, out) = linears.iter().find(|(n, ..)| *n == name).expect("a target is a linear");
+                let factors = initial_factors(config, &name, *input, *out);
+                (name, factors)
+            })
+            .collect();
+        let config = AdapterConfig::new(config, Some(&self.name_or_path), &[]);
+        self.place(Adapter { config, factors })
+    }
+
+    /// Puts a saved adapter on the model, replacing any there was.
+    ///
+    /// # Errors
+    /// [`Error::Lora`] when the files are unreadable or do not match this model exactly.
+    pub fn load_adapter(&mut self, dir: &std::path::Path) -> Result<(), Error> {
+        let adapter = Adapter::load(dir, &self.linears())?;
+        self.place(adapter)
+    }
+
+    /// The adapter as it is now, if there is one.
+    pub fn adapter(&self) -> Option<Adapter> {
+        let lora = self.lora.as_ref()?;
+        let mut factors = std::collections::BTreeMap::new();
+        for info in self.params.infos() {
+            let Some(module) = info.name.strip_suffix(".lora_A.weight") else { continue };
+            let b = self.params.infos().iter().find(|i| i.name == format!("{module}.lora_B.weight"))?;
+            let values = |at| self.params.values(at);
+            factors.insert(
+                module.to_owned(),
+                rekindle_lora::Factors { r: info.shape[0], a: values(info.at), b: values(b.at) },
+            );
+        }
+        let modules: Vec<String> = factors.keys().cloned().collect();
+        Some(Adapter { config: AdapterConfig::new(lora, Some(&self.name_or_path), &modules), factors })
+    }
+
+    fn place(&mut self, adapter: Adapter) -> Result<(), Error> {
+        if self.lora.is_none() && self.params.numel() > 0 {
+            return Err(Error::Argument(
+                "all weights are trained; an adapter goes onto a model loaded with full_finetuning = false".to_owned(),
+            ));
+        }
+        let lora = adapter.config.lora().clone();
+        let scale = lora.scale();
+        let mut params = ParamsBuilder::default();
+        let groups = self.blocks.iter_mut().flat_map(Block::groups_mut);
+        for (site, group) in groups.enumerate() {
+            group.adapt(&mut params, site as u32, |linear| {
+                adapter.factors.get(&linear.name).map(|factors| (factors.clone(), scale))
+            });
+        }
+        self.params = params.build(&self.device, self.dtype);
+        self.lora = Some(lora);
+        Ok(())
+    }
+
+    /// Σ nll over the counted tokens of `batch`; adds the gradients of `grad_scale · Σ nll` to `grads`.
+    ///
+    /// `key` turns on dropout. Documents are independent: how they are split into batches changes nothing.
+    ///
+    /// # Errors
+    /// [`Error::Row`] for a token id beyond the vocabulary or a document beyond `max_seq_length`.
+    pub fn forward_backward(
+        &self,
+        batch: &Batch,
+        grad_scale: f32,
+        grads: &mut Grads,
+        key: Option<StepKey>,
+    ) -> Result<f64, Error> {
+        self.check(batch)?;
+        let p = self.lora.as_ref().map_or(0.0, |lora| lora.lora_dropout as f32);
+        let tokens = key.filter(|_| p > 0.0).map(|key| (key, tokens(batch)));
+        let dropout = tokens.as_ref().map(|(key, tokens)| Key { p, seed: key.seed, step: key.step, tokens });
+        let angles = self.angles(&batch.positions);
+        let ctx = Context { params: &self.params, angles: &angles, cu_seqlens: &batch.cu_seqlens, dropout };
+        let recompute = self.lora.as_ref().is_some_and(|lora| lora.use_gradient_checkpointing);
+        let embed_trained = self.embed.trained().is_some();
+        let lowest = if embed_trained { 0 } else { self.lowest_trained() };
+
+        let mut h = embedding::forward(&self.embed.matrix(&self.params), &batch.input_ids);
+        let mut tape = Vec::with_capacity(self.blocks.len());
+        for (i, block) in self.blocks.iter().enumerate() {
+            let input = h.clone();
+            let (y, saved) = block.forward(ctx, h);
+            h = y;
+            if i >= lowest {
+                tape.push(if recompute { Tape::Input(input) } else { Tape::Whole(Box::new(saved)) });
+            }
+        }
+        let norm = self.norm.vector(&self.params);
+        let (n, rstd) = rms_norm::forward(&h, &norm, self.config.rms_norm_eps);
+        let head = self.head.as_ref().unwrap_or(&self.embed);
+        let head_grad = head.trained().map(|at| (&mut *grads, at));
+        let (nll, dn) = linear_cross_entropy::forward_backward(
+            &n,
+            &head.matrix(&self.params),
+            &batch.targets,
+            grad_scale,
+            head_grad,
+        );
+        if let Some(at) = self.norm.trained() {
+            grads.add(at, rms_norm::weight_grad(&dn, &h, &rstd).unsqueeze());
+        }
+        let mut dh = rms_norm::backward(&dn, &h, &norm, &rstd, None);
+        for (i, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
+            let saved = match tape.pop().expect("one entry for every block from the lowest trained") {
+                Tape::Whole(saved) => *saved,
+                Tape::Input(x) => block.forward(ctx, x).1,
+            };
+            match block.backward(ctx, saved, dh, grads, i > lowest || embed_trained) {
+                Some(dx) => dh = dx,
+                None => return Ok(sum(&nll)),
+            }
+        }
+        if let Some(at) = self.embed.trained() {
+            grads.add(at, embedding::backward(dh, &batch.input_ids, self.config.vocab_size));
+        }
+        Ok(sum(&nll))
+    }
+
+    /// The negative log-likelihood of every target of `batch`, 0 where it does not count. No dropout.
+    ///
+    /// # Errors
+    /// As [`forward_backward`](Self::forward_backward).
+    pub fn nll(&self, batch: &Batch) -> Result<Vec<f32>, Error> {
+        self.check(batch)?;
+        let angles = self.angles(&batch.positions);
+        let ctx = Context { params: &self.params, angles: &angles, cu_seqlens: &batch.cu_seqlens, dropout: None };
+        let mut h = embedding::forward(&self.embed.matrix(&self.params), &batch.input_ids);
+        for block in &self.blocks {
+            h = block.forward(ctx, h).0;
+        }
+        let (n, _) = rms_norm::forward(&h, &self.norm.vector(&self.params), self.config.rms_norm_eps);
+        let head = self.head.as_ref().unwrap_or(&self.embed);
+        Ok(linear_cross_entropy::forward(&n, &head.matrix(&self.params), &batch.targets))
+    }
+
+    /// Cosines and sines for tokens at these positions, `[tokens, rotary_dim / 2]`.
+    pub(crate) fn angles(&self, positions: &[u32]) -> Angles {
+        let half = self.tables.half;
+        let rows = |table: &[f32]| {
+            let values = positions.iter().flat_map(|&p| &table[p as usize * half..][..half]).copied().collect();
+            from_f32(values, [positions.len(), half], &self.device, DType::F32)
+        };
+        Angles { cos: rows(&self.tables.cos), sin: rows(&self.tables.sin) }
+    }
+
+    pub(crate) fn check_ids(&self, ids: &[u32]) -> Result<(), String> {
+        let vocab = self.config.vocab_size;
+        match ids.iter().find(|&&id| id as usize >= vocab) {
+            Some(id) => Err(format!("token id {id} is beyond the model's vocabulary of {vocab}")),
+            None => Ok(()),
+        }
+    }
+
+    fn check(&self, batch: &Batch) -> Result<(), Error> {
+        for (document, row) in batch.documents().zip(&batch.rows) {
+            let limit = self.max_seq_length();
+            let fail = |problem: String| Error::Row(format!("row {row} of the step: {problem}"));
+            if document.len() > limit {
+                return Err(fail(format!("{} tokens are more than max_seq_length {limit}", document.len())));
+            }
+            self.check_ids(&batch.input_ids[document.clone()]).map_err(fail)?;
+            let targets = batch.targets[document].iter().filter(|&&t| t != crate::IGNORED);
+            self.check_ids(&targets.map(|&t| t as u32).collect::<Vec<_>>()).map_err(fail)?;
+        }
+        Ok(())
+    }
+
+    /// The first block with something to train; nothing below it needs a backward.
+    fn lowest_trained(&self) -> usize {
+        self.blocks.iter().position(Block::is_trained).unwrap_or(self.blocks.len())
+    }
+}
+
+fn tokens(batch: &Batch) -> Vec<Token> {
+    batch
+        .documents()
+        .zip(&batch.rows)
+        .flat_map(|(document, &row)| document.map(move |t| (t, row)))
+        .map(|(t, row)| Token { row, position: batch.positions[t] })
+        .collect()
+}
+
+fn sum(nll: &[f32]) -> f64 {
+    nll.iter().map(|&x| f64::from(x)).sum()
+}
