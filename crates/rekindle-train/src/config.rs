@@ -1,0 +1,178 @@
+//! The numbers of a run, under the names of Hugging Face's `TrainingArguments`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+
+/// How a run trains. `deny_unknown_fields`: a misspelt key is an error.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SftConfig {
+    /// Rows of one forward and backward pass. Default 8.
+    pub per_device_train_batch_size: usize,
+    /// Rows of one pass in evaluation. Default 8.
+    pub per_device_eval_batch_size: usize,
+    /// Passes of one optimizer step. Default 1.
+    pub gradient_accumulation_steps: usize,
+    /// Passes over the data, when `max_steps` is absent. Default 3.
+    pub num_train_epochs: f64,
+    /// Optimizer steps; overrides `num_train_epochs`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<usize>,
+    /// The schedule's peak. Default 2e-4 for adapters, 2e-5 when all weights are trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub learning_rate: Option<f64>,
+    /// How the learning rate moves. Default linear.
+    pub lr_scheduler_type: LrSchedulerType,
+    /// Steps of linear warm-up from 0. Default 0.
+    pub warmup_steps: usize,
+    /// Warm-up as a share of all steps, when `warmup_steps` is 0. Default 0.
+    pub warmup_ratio: f64,
+    /// Decoupled weight decay, on matrices only. Default 0.01.
+    pub weight_decay: f64,
+    /// Default 0.9.
+    pub adam_beta1: f64,
+    /// Default 0.999.
+    pub adam_beta2: f64,
+    /// Default 1e-8.
+    pub adam_epsilon: f64,
+    /// The global gradient norm is clipped to this; 0 turns clipping off. Default 1.
+    pub max_grad_norm: f64,
+    /// Steps between log lines. Default 1. The metrics file has every step.
+    pub logging_steps: usize,
+    /// Steps between evaluations; without it the evaluation set is looked at once, at the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_steps: Option<usize>,
+    /// Steps between saves into `checkpoint-N`; without it only the end is saved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_steps: Option<usize>,
+}
+
+/// The shape of a learning-rate schedule; the formulas are Hugging Face's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LrSchedulerType {
+    /// Always the peak, without warm-up.
+    Constant,
+    /// The peak after the warm-up.
+    ConstantWithWarmup,
+    /// Falls on a line to 0 at the last step.
+    #[default]
+    Linear,
+    /// Falls on half a cosine to 0 at the last step.
+    Cosine,
+}
+
+impl Default for SftConfig {
+    fn default() -> Self {
+        Self {
+            per_device_train_batch_size: 8,
+            per_device_eval_batch_size: 8,
+            gradient_accumulation_steps: 1,
+            num_train_epochs: 3.0,
+            max_steps: None,
+            learning_rate: None,
+            lr_scheduler_type: LrSchedulerType::Linear,
+            warmup_steps: 0,
+            warmup_ratio: 0.0,
+            weight_decay: 0.01,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            logging_steps: 1,
+            eval_steps: None,
+            save_steps: None,
+        }
+    }
+}
+
+impl SftConfig {
+    /// Checks every number.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with one sentence for each that is out of range.
+    pub fn validate(&self) -> Result<(), Error> {
+        let mut problems = Vec::new();
+        let mut check = |ok: bool, name: &str, value: &dyn core::fmt::Display, range: &str| {
+            if !ok {
+                problems.push(format!("{name} is {value}; it must be {range}"));
+            }
+        };
+        let positive = "at least 1";
+        for (name, value) in [
+            ("per_device_train_batch_size", self.per_device_train_batch_size),
+            ("per_device_eval_batch_size", self.per_device_eval_batch_size),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps),
+            ("logging_steps", self.logging_steps),
+        ] {
+            check(value > 0, name, &value, positive);
+        }
+        for (name, value) in
+            [("max_steps", self.max_steps), ("eval_steps", self.eval_steps), ("save_steps", self.save_steps)]
+        {
+            check(value != Some(0), name, &0, positive);
+        }
+        let epochs = self.num_train_epochs;
+        check(epochs.is_finite() && epochs > 0.0, "num_train_epochs", &epochs, "above 0");
+        let lr = self.learning_rate.unwrap_or(0.0);
+        check(lr.is_finite() && lr >= 0.0, "learning_rate", &lr, "at least 0");
+        for (name, value) in
+            [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2), ("warmup_ratio", self.warmup_ratio)]
+        {
+            check((0.0..1.0).contains(&value), name, &value, "at least 0 and below 1");
+        }
+        for (name, value) in [
+            ("weight_decay", self.weight_decay),
+            ("adam_epsilon", self.adam_epsilon),
+            ("max_grad_norm", self.max_grad_norm),
+        ] {
+            check(value.is_finite() && value >= 0.0, name, &value, "at least 0");
+        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::Config(problems)) }
+    }
+
+    /// Rows of one optimizer step.
+    pub fn rows_per_step(&self) -> usize {
+        self.per_device_train_batch_size * self.gradient_accumulation_steps
+    }
+
+    /// Optimizer steps of a run over `rows` rows.
+    pub fn total_steps(&self, rows: usize) -> usize {
+        let all = (self.num_train_epochs * rows as f64).ceil() as usize;
+        self.max_steps.unwrap_or_else(|| all.div_ceil(self.rows_per_step()).max(1))
+    }
+
+    /// Steps of warm-up in a run of `total` steps.
+    pub fn resolved_warmup(&self, total: usize) -> usize {
+        if self.warmup_steps > 0 { self.warmup_steps } else { (self.warmup_ratio * total as f64).ceil() as usize }
+    }
+
+    /// The schedule's peak.
+    pub fn resolved_learning_rate(&self, full_finetuning: bool) -> f64 {
+        self.learning_rate.unwrap_or(if full_finetuning { 2e-5 } else { 2e-4 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_cover_all_epochs() {
+        let config =
+            SftConfig { per_device_train_batch_size: 2, gradient_accumulation_steps: 3, ..SftConfig::default() };
+        assert_eq!(config.total_steps(7), 4, "21 rows in sixes");
+        assert_eq!(SftConfig { max_steps: Some(9), ..config }.total_steps(7), 9);
+    }
+
+    #[test]
+    fn every_bad_number_is_named() {
+        let config = SftConfig { logging_steps: 0, adam_beta1: 1.0, learning_rate: Some(-1.0), ..SftConfig::default() };
+        let text = config.validate().unwrap_err().to_string();
+        for part in ["logging_steps is 0", "adam_beta1 is 1;", "learning_rate is -1"] {
+            assert!(text.contains(part), "{text}");
+        }
+        SftConfig::default().validate().unwrap();
+    }
+}

@@ -1,0 +1,29 @@
+//! The trainer: optimizer step, schedules, evaluation, metrics and the training loop.
+//!
+//! [`Trainer`] runs a whole job over a [`Dataset`](rekindle_data::Dataset); [`Optimizer`] is one optimizer
+//! step over given micro-batches, for loops of your own; [`evaluate`] is the loss of a dataset.
+//!
+//! The loss of a step is Σ nll ÷ counted tokens of the whole step, so that any split of the same rows into
+//! micro-batches gives the same gradient.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod config;
+mod error;
+mod evaluate;
+mod metrics;
+mod optimizer;
+mod plot;
+mod save;
+mod schedule;
+mod trainer;
+
+pub use config::{LrSchedulerType, SftConfig};
+pub use error::Error;
+pub use evaluate::{Evaluation, RowLoss, evaluate};
+pub use metrics::{EvalMetrics, MetricsFile, StepMetrics};
+pub use optimizer::{AdamW, Optimizer, StepResult};
+pub use plot::{Series, loss_svg};
+pub use save::save_result;
+pub use schedule::lr_factor;
+pub use trainer::{Event, Report, Trainer};

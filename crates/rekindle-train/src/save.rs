@@ -1,0 +1,75 @@
+//! Writing what a run produced.
+
+use std::path::{Path, PathBuf};
+
+use rekindle_hub::{AtomicDir, Dtype, write_atomic};
+use rekindle_lora::peft::{CONFIG_FILE, TENSORS_FILE};
+use rekindle_models::CausalLm;
+
+use crate::Error;
+
+/// Writes the trained result to `dir`: PEFT's files for an adapter, a whole checkpoint in `dtype` when all weights
+/// were trained; with copies of `companions`, such as the tokenizer's files.
+///
+/// `dir` appears whole or not at all. One that is there is replaced if it holds an earlier result of the same kind
+/// and nothing else.
+///
+/// # Errors
+/// [`Error::File`] when `dir` holds anything else, or the system refuses; [`Error::Model`] likewise.
+pub fn save_result(model: &CausalLm, dir: &Path, companions: &[PathBuf], dtype: Dtype) -> Result<(), Error> {
+    let adapter = model.adapter();
+    check_replaceable(dir, companions, adapter.is_some())?;
+    let target = AtomicDir::replace(dir)?;
+    match adapter {
+        Some(adapter) => adapter.save(target.path()).map_err(rekindle_models::Error::from)?,
+        None => model.save(target.path(), dtype)?,
+    }
+    for file in companions {
+        let Some(name) = file.file_name() else { continue };
+        let bytes = std::fs::read(file).map_err(|source| Error::Io { path: file.clone(), source })?;
+        write_atomic(&target.path().join(name), &bytes)?;
+    }
+    target.commit()?;
+    Ok(())
+}
+
+/// Refuses a directory with anything in it that an earlier save of this kind did not write.
+fn check_replaceable(dir: &Path, companions: &[PathBuf], adapter: bool) -> Result<(), Error> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Ok(()) };
+    let names: Vec<String> = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    let companion = |name: &str| companions.iter().any(|file| file.file_name().is_some_and(|f| f == name));
+    let weights = |name: &str| name.starts_with("model") && name.contains(".safetensors");
+    let ours = |name: &str| {
+        companion(name) || if adapter { [CONFIG_FILE, TENSORS_FILE].contains(&name) } else { name == "config.json" || weights(name) }
+    };
+    match names.iter().find(|name| !ours(name)) {
+        None => Ok(()),
+        Some(name) => Err(rekindle_hub::Error::Unwritable {
+            path: dir.to_owned(),
+            reason: format!("it holds \"{name}\", which saving would remove; give a new directory"),
+        }
+        .into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_earlier_result_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let companions = [PathBuf::from("base/tokenizer.json")];
+        let check = |adapter| check_replaceable(dir.path(), &companions, adapter);
+        check(true).unwrap();
+        for name in [CONFIG_FILE, TENSORS_FILE, "tokenizer.json"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        check(true).unwrap();
+        assert!(check(false).unwrap_err().to_string().contains("adapter_"), "a model does not replace an adapter");
+        std::fs::write(dir.path().join("config.json"), "").unwrap();
+        let error = check(true).unwrap_err().to_string();
+        assert!(error.contains("it holds \"config.json\", which saving would remove"), "{error}");
+        check_replaceable(&dir.path().join("absent"), &companions, true).unwrap();
+    }
+}
