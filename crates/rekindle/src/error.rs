@@ -1,0 +1,62 @@
+/// Anything that can go wrong, from loading to saving.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Arguments that contradict each other or cannot be met.
+    #[error("{0}")]
+    Argument(String),
+    /// The device cannot be opened.
+    #[error(transparent)]
+    Device(#[from] rekindle_kernels::DeviceError),
+    /// The dataset, the tokenizer or the chat template.
+    #[error(transparent)]
+    Data(#[from] rekindle_data::Error),
+    /// A checkpoint or a result on disk.
+    #[error(transparent)]
+    File(#[from] rekindle_hub::Error),
+    /// The model or its adapter.
+    #[error(transparent)]
+    Model(#[from] rekindle_models::Error),
+    /// The run.
+    #[error(transparent)]
+    Train(#[from] rekindle_train::Error),
+}
+
+/// What an [`Error`] is about, which is what a program's exit code depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A model, adapter or file that is missing, broken or cannot be written; a run that diverged.
+    Failed,
+    /// An argument or a configuration.
+    Configuration,
+    /// A dataset, a row or a token id.
+    Data,
+}
+
+impl Error {
+    /// What it is about.
+    pub fn kind(&self) -> ErrorKind {
+        use rekindle_models::Error as Model;
+        use rekindle_train::Error as Train;
+        match self {
+            Self::Argument(_) | Self::Device(_) => ErrorKind::Configuration,
+            Self::Data(error) => match error.kind() {
+                rekindle_data::ErrorKind::Data => ErrorKind::Data,
+                rekindle_data::ErrorKind::Options => ErrorKind::Configuration,
+                _ => ErrorKind::Failed,
+            },
+            Self::File(_) => ErrorKind::Failed,
+            Self::Model(error) | Self::Train(Train::Model(error)) => match error {
+                Model::Argument(_) => ErrorKind::Configuration,
+                Model::Lora(rekindle_lora::Error::Config { .. } | rekindle_lora::Error::Targets { .. }) => {
+                    ErrorKind::Configuration
+                }
+                Model::Row(_) => ErrorKind::Data,
+                _ => ErrorKind::Failed,
+            },
+            Self::Train(Train::Config(_) | Train::NothingToTrain) => ErrorKind::Configuration,
+            Self::Train(_) => ErrorKind::Failed,
+        }
+    }
+}

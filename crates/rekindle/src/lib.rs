@@ -1,0 +1,39 @@
+//! Fine-tune language models in Rust.
+//!
+//! Load a checkpoint, put a LoRA adapter on it, train it, save what the rest of the ecosystem reads:
+//!
+//! ```no_run
+//! use rekindle::{DataFile, FastLanguageModel, LoraConfig, SftConfig, SftTrainer};
+//!
+//! # fn main() -> Result<(), rekindle::Error> {
+//! let (model, tokenizer) = FastLanguageModel::from_pretrained("models/Qwen3-0.6B").max_seq_length(2048).load()?;
+//! let mut model = model.get_peft_model(LoraConfig::new(16).lora_alpha(32.0))?;
+//! let config = SftConfig { max_steps: Some(60), ..SftConfig::default() };
+//! let report = SftTrainer::new(&mut model, &tokenizer, DataFile::new("train.jsonl"), config).train()?;
+//! println!("final loss {:.3}", report.steps.last().map_or(f64::NAN, |step| step.loss));
+//! model.save_pretrained("out")?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The layers underneath are crates of their own: `rekindle-kernels`, `rekindle-rope`, `rekindle-lora`,
+//! `rekindle-models`, `rekindle-data`, `rekindle-train` and `rekindle-hub`.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod error;
+mod model;
+mod pretrained;
+mod sft;
+
+pub use error::{Error, ErrorKind};
+pub use model::{Generated, Model};
+pub use pretrained::{Dtype, FastLanguageModel, Loader};
+pub use sft::{DataFile, SftTrainer};
+
+pub use rekindle_data::{Dataset, Example, IGNORED, LoadReport, Message, Overlong, RenderOptions, Tokenizer};
+pub use rekindle_hub::{AtomicDir, write_atomic};
+pub use rekindle_kernels::{DeviceKind, parse_device};
+pub use rekindle_lora::{BLOCK_LINEARS, Bias, InitLoraWeights, LoraConfig, TargetModules};
+pub use rekindle_models::{CausalLm, GenerationConfig, ModelConfig, StopReason};
+pub use rekindle_train::{EvalMetrics, Evaluation, Event, LrSchedulerType, Report, RowLoss, SftConfig, StepMetrics};

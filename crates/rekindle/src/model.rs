@@ -1,0 +1,126 @@
+//! A loaded model and what can be done with it.
+
+use std::path::{Path, PathBuf};
+
+use rekindle_data::{Dataset, EncodeOptions, LoadReport, Tokenizer, eos_token_ids};
+use rekindle_hub::Dtype;
+use rekindle_lora::LoraConfig;
+use rekindle_models::{CausalLm, GenerationConfig, StopReason};
+use rekindle_train::{Evaluation, evaluate, save_result};
+
+use crate::pretrained::tokenizer_files;
+use crate::{DataFile, Error};
+
+/// A model with its place on disk.
+#[derive(Debug)]
+pub struct Model {
+    inner: CausalLm,
+    path: PathBuf,
+}
+
+/// What [`Model::generate`] made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Generated {
+    /// The new tokens, an end token included.
+    pub ids: Vec<u32>,
+    /// Why it ended.
+    pub stop: StopReason,
+}
+
+impl Model {
+    pub(crate) fn new(inner: CausalLm, path: &Path) -> Self {
+        Self { inner, path: path.to_owned() }
+    }
+
+    /// The checkpoint's directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The model underneath.
+    pub fn causal_lm(&self) -> &CausalLm {
+        &self.inner
+    }
+
+    /// The model underneath, for training loops of your own.
+    pub fn causal_lm_mut(&mut self) -> &mut CausalLm {
+        &mut self.inner
+    }
+
+    /// The model with a new adapter; only the adapter is trained.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a configuration that is invalid or matches nothing.
+    pub fn get_peft_model(mut self, config: LoraConfig) -> Result<Self, Error> {
+        self.inner.add_adapter(&config)?;
+        Ok(self)
+    }
+
+    /// The model with an adapter from PEFT's files.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the files are unreadable or do not match this model exactly.
+    pub fn load_adapter(mut self, dir: impl AsRef<Path>) -> Result<Self, Error> {
+        self.inner.load_adapter(dir.as_ref())?;
+        Ok(self)
+    }
+
+    /// Writes the adapter, or the whole model when all weights are trained, with the tokenizer's files.
+    ///
+    /// # Errors
+    /// [`Error::Train`] when the system refuses; a directory that stood there before is then untouched.
+    pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<(), Error> {
+        Ok(save_result(&self.inner, dir.as_ref(), &tokenizer_files(&self.path), Dtype::F32)?)
+    }
+
+    /// The loss of every row of `data`. Rows longer than the model's `max_seq_length` are errors.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for rows that cannot be read or do not fit.
+    pub fn evaluate(
+        &self,
+        tokenizer: Option<&Tokenizer>,
+        data: &DataFile,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Evaluation, Error> {
+        let (dataset, _) = self.encode(tokenizer, data)?;
+        Ok(evaluate(&self.inner, &dataset.examples, 8, progress)?)
+    }
+
+    /// Continues `prompt` token by token; `on_token` returns whether to go on.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a prompt that is empty, too long or beyond the vocabulary.
+    pub fn generate(
+        &self,
+        prompt: &[u32],
+        config: &GenerationConfig,
+        on_token: impl FnMut(u32) -> bool,
+    ) -> Result<Generated, Error> {
+        let (ids, stop) = self.inner.generate(prompt, config, on_token)?;
+        Ok(Generated { ids, stop })
+    }
+
+    /// The ids that end a generation, from the checkpoint's `generation_config.json` or `config.json`.
+    ///
+    /// Where there is a tokenizer, [`Tokenizer::eos_ids`] also knows its `eos_token`.
+    ///
+    /// # Errors
+    /// [`Error::Data`] when the file is broken.
+    pub fn eos_ids(&self) -> Result<Vec<u32>, Error> {
+        Ok(eos_token_ids(&self.path)?.unwrap_or_default())
+    }
+
+    /// The rows of `data` as this model takes them, and what was found in the file.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for rows that cannot be read or do not fit.
+    pub fn encode(&self, tokenizer: Option<&Tokenizer>, data: &DataFile) -> Result<(Dataset, LoadReport), Error> {
+        let options = EncodeOptions {
+            max_seq_length: self.inner.max_seq_length(),
+            overlong: data.overlong,
+            vocab_size: Some(self.inner.config().vocab_size),
+        };
+        Ok(Dataset::load(&data.path, tokenizer, &options)?)
+    }
+}

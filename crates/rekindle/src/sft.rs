@@ -1,0 +1,147 @@
+//! `SftTrainer`: supervised fine-tuning on a file of rows.
+
+use std::path::PathBuf;
+
+use rekindle_data::{Dataset, LoadReport, Overlong, Tokenizer};
+use rekindle_train::{Event, Report, SftConfig, Trainer};
+
+use crate::pretrained::tokenizer_files;
+use crate::{Error, Model};
+
+/// A JSONL file of rows, and what happens to rows that are too long.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataFile {
+    /// The file.
+    pub path: PathBuf,
+    /// Default: an error that names the row.
+    pub overlong: Overlong,
+}
+
+impl DataFile {
+    /// A file in which no row may be longer than the model's `max_seq_length`.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), overlong: Overlong::Error }
+    }
+
+    /// What happens to longer rows.
+    #[must_use]
+    pub fn overlong(mut self, overlong: Overlong) -> Self {
+        self.overlong = overlong;
+        self
+    }
+}
+
+/// Trains what is trainable in a model on the rows of a file.
+pub struct SftTrainer<'a> {
+    model: &'a mut Model,
+    tokenizer: Option<&'a Tokenizer>,
+    train: DataFile,
+    eval: Option<DataFile>,
+    config: SftConfig,
+    shuffle: bool,
+    seed: u64,
+    output_dir: Option<PathBuf>,
+    on_event: Box<dyn FnMut(Event<'_>) + 'a>,
+    on_data: OnData<'a>,
+}
+
+type OnData<'a> = Box<dyn FnMut(&DataFile, &LoadReport) + 'a>;
+
+impl<'a> SftTrainer<'a> {
+    /// A run over `train`. `tokenizer` may be `None` for pretokenized rows.
+    pub fn new(
+        model: &'a mut Model,
+        tokenizer: impl Into<Option<&'a Tokenizer>>,
+        train: DataFile,
+        config: SftConfig,
+    ) -> Self {
+        Self {
+            model,
+            tokenizer: tokenizer.into(),
+            train,
+            eval: None,
+            config,
+            shuffle: true,
+            seed: 3407,
+            output_dir: None,
+            on_event: Box::new(|_| ()),
+            on_data: Box::new(|_, _| ()),
+        }
+    }
+
+    /// Evaluates these rows every `eval_steps` and at the end.
+    #[must_use]
+    pub fn eval_dataset(mut self, eval: DataFile) -> Self {
+        self.eval = Some(eval);
+        self
+    }
+
+    /// Whether each epoch has its own order. Default true.
+    #[must_use]
+    pub fn shuffle(mut self, shuffle: bool) -> Self {
+        self.shuffle = shuffle;
+        self
+    }
+
+    /// Seed of the order and of dropout. Default 3407.
+    #[must_use]
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Where `metrics.jsonl`, `loss.svg` and `adapter/` (or `model/`) are written; without it, nothing is.
+    #[must_use]
+    pub fn output_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.output_dir = Some(dir.into());
+        self
+    }
+
+    /// Is told about every step, evaluation and save.
+    #[must_use]
+    pub fn on_event(mut self, on_event: impl FnMut(Event<'_>) + 'a) -> Self {
+        self.on_event = Box::new(on_event);
+        self
+    }
+
+    /// Is told what was found in each file of rows.
+    #[must_use]
+    pub fn on_data(mut self, on_data: impl FnMut(&DataFile, &LoadReport) + 'a) -> Self {
+        self.on_data = Box::new(on_data);
+        self
+    }
+
+    /// Encodes the rows and runs to the end.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for rows that cannot be used, [`Error::Train`] for everything after that.
+    pub fn train(mut self) -> Result<Report, Error> {
+        let train = self.encode(&self.train.clone())?;
+        let eval = self.eval.clone().map(|file| self.encode(&file)).transpose()?;
+        let companions = tokenizer_files(self.model.path());
+        let mut trainer = Trainer::new(self.model.causal_lm_mut(), train, self.config)
+            .shuffle(self.shuffle)
+            .seed(self.seed)
+            .companions(companions)
+            .on_event(self.on_event);
+        if let Some(eval) = eval {
+            trainer = trainer.eval_dataset(eval);
+        }
+        if let Some(dir) = self.output_dir {
+            trainer = trainer.output_dir(dir);
+        }
+        Ok(trainer.train()?)
+    }
+
+    fn encode(&mut self, file: &DataFile) -> Result<Dataset, Error> {
+        let (dataset, report) = self.model.encode(self.tokenizer, file)?;
+        (self.on_data)(file, &report);
+        Ok(dataset)
+    }
+}
+
+impl core::fmt::Debug for SftTrainer<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("SftTrainer").field("train", &self.train).field("config", &self.config).finish_non_exhaustive()
+    }
+}
