@@ -15,6 +15,19 @@ pub enum DeviceKind {
     Wgpu(Option<usize>),
 }
 
+impl core::fmt::Display for DeviceKind {
+    /// The word that [`parse`] reads.
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+            Self::Wgpu(None) => f.write_str("wgpu"),
+            Self::Wgpu(Some(index)) => write!(f, "wgpu:{index}"),
+        }
+    }
+}
+
 /// A device that cannot be named or opened.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum DeviceError {
@@ -113,6 +126,9 @@ mod tests {
     fn words() {
         assert_eq!(parse("cuda:3"), Ok(DeviceKind::Cuda(3)));
         assert_eq!(parse("wgpu"), Ok(DeviceKind::Wgpu(None)));
+        for word in ["auto", "cpu", "cuda:1", "wgpu", "wgpu:2"] {
+            assert_eq!(parse(word).map(|kind| kind.to_string()), Ok(word.to_owned()));
+        }
         for bad in ["gpu", "cuda:x", "cpu:0", "", "auto:1"] {
             assert_eq!(parse(bad), Err(DeviceError::Unknown(bad.to_owned())));
         }

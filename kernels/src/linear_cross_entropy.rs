@@ -17,7 +17,7 @@ use crate::{Grads, ParamRef, Path, cpu, portable};
 /// The target of a row that does not count.
 pub const IGNORED: i32 = -100;
 
-/// Logits held at once: 8 Mi values, 32 MiB.
+/// Logits held at once, but never fewer than 64 rows of them: 8 Mi values, 32 MiB.
 const CHUNK_LOGITS: usize = 8 << 20;
 
 /// The negative log-likelihood of every target, 0 where it does not count, `[tokens]`.
@@ -58,15 +58,15 @@ pub fn forward_backward(
             grads.add_tn(*param, 1.0, &dlogits, &hidden);
         }
     }
+    if rows.len() == targets.len() && !rows.is_empty() {
+        return (nll, Tensor::cat(parts, 0));
+    }
     let device = h.device();
     let zeros = Tensor::zeros(h.dims(), (&device, h.dtype()));
-    if parts.is_empty() {
+    if rows.is_empty() {
         return (nll, zeros);
     }
     let dh = Tensor::cat(parts, 0);
-    if rows.len() == targets.len() {
-        return (nll, dh);
-    }
     let dh = zeros.select_assign(0, indices(&rows, h), dh, burn::tensor::IndexingUpdateOp::Add);
     (nll, dh)
 }

@@ -79,6 +79,7 @@ pub(crate) fn backward(
     let (dq_out, dk_out, dv_out) = (Shared::new(&mut dq), Shared::new(&mut dk), Shared::new(&mut dv));
     let tasks: Vec<(usize, usize, usize)> = cu_seqlens
         .windows(2)
+        .filter(|w| w[0] < w[1])
         .flat_map(|w| (0..kv_heads).map(move |g| (w[0] as usize, (w[1] - w[0]) as usize, g)))
         .collect();
     tasks.into_par_iter().for_each(|(start, length, kv_head)| {

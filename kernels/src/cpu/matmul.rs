@@ -62,7 +62,7 @@ pub(crate) fn into_slice(out: &mut [f32], beta: f32, alpha: f32, a: &Tensor<2>, 
     let a = if form == Form::Tn { a.t() } else { a };
     let b = if form == Form::Nt { b.t() } else { b };
     let turned: Vec<f32>;
-    let b = if sums_by_lanes((m, n), a, b) {
+    let b = if sums_by_lanes((m, n, k), a, b) {
         turned = (0..k * n).map(|i| b.data[i / n + i % n * b.col_stride as usize]).collect();
         Mat::rows(&turned, n)
     } else {
@@ -74,8 +74,40 @@ pub(crate) fn into_slice(out: &mut [f32], beta: f32, alpha: f32, a: &Tensor<2>, 
 /// Whether the `gemm` crate would sum this product in another order than larger ones: few results of operands that
 /// both run along k are dot products over SIMD lanes. A token's result would then depend on how many tokens it came
 /// with; with b turned to run along n it does not. A single row, as in decoding, has nothing to agree with.
-fn sums_by_lanes((m, n): (usize, usize), a: Mat<'_>, b: Mat<'_>) -> bool {
-    m > 1 && n > 1 && m * n <= 256 && a.col_stride == 1 && b.row_stride == 1
+fn sums_by_lanes(sizes: (usize, usize, usize), a: Mat<'_>, b: Mat<'_>) -> bool {
+    let (m, n, _) = sizes;
+    let smallest = match split(sizes) {
+        None => m * n,
+        Some(Split { by_rows, length, part }) => {
+            let tail = length - (length.div_ceil(part) - 1) * part;
+            tail * if by_rows { n } else { m }
+        }
+    };
+    m > 1 && n > 1 && smallest <= 256 && a.col_stride == 1 && b.row_stride == 1
+}
+
+/// How a product is cut for the threads: `length` rows or columns of the result, `part` for each.
+struct Split {
+    by_rows: bool,
+    length: usize,
+    part: usize,
+}
+
+/// `None` where one thread is enough.
+fn split((m, n, k): (usize, usize, usize)) -> Option<Split> {
+    /// Below this many multiply–adds a thread costs more than it saves.
+    const SERIAL: usize = 64 * 64 * 64;
+    /// The unit of a split: a multiple of every microkernel's tile.
+    const TILE: usize = 48;
+    let threads = rayon::current_num_threads();
+    let by_rows = m >= n;
+    let length = if by_rows { m } else { n };
+    let mut part = length.div_ceil(threads).next_multiple_of(TILE);
+    // A single row or column left over would be a matrix–vector product, which is summed in another order.
+    while length % part == 1 && length > 1 {
+        part += TILE;
+    }
+    (threads > 1 && m * n * k > SERIAL).then_some(Split { by_rows, length, part })
 }
 
 /// As [`gemm`], split over the threads of the pool.
@@ -88,21 +120,13 @@ pub(crate) fn parallel(
     a: Mat<'_>,
     b: Mat<'_>,
 ) {
-    /// Below this many multiply–adds a thread costs more than it saves.
-    const SERIAL: usize = 64 * 64 * 64;
-    /// The unit of a split: a multiple of every microkernel's tile.
-    const TILE: usize = 48;
-    let threads = rayon::current_num_threads();
-    if threads == 1 || m * n * k <= SERIAL {
+    let Some(Split { by_rows, length, part }) = split((m, n, k)) else {
         return gemm(out, out_stride, (m, n, k), beta, alpha, a, b);
-    }
+    };
     Mat::rows(out, out_stride).assert_holds(m, n);
     a.assert_holds(m, k);
     b.assert_holds(k, n);
     let target = Shared::new(out);
-    let by_rows = m >= n;
-    let length = if by_rows { m } else { n };
-    let part = length.div_ceil(threads).next_multiple_of(TILE);
     (0..length.div_ceil(part)).into_par_iter().for_each(|i| {
         let (start, size) = (i * part, part.min(length - i * part));
         let skip = |mat: Mat<'_>, by: isize| mat.data.as_ptr().wrapping_offset(start as isize * by);
@@ -185,10 +209,11 @@ mod tests {
             let values = (0..rows * cols).map(|i| ((i * 7919 + 13) % 1009) as f32 / 1009.0 - 0.5).collect();
             from_f32(values, [rows, cols], &Device::flex(), DType::F32)
         };
-        for (out, input) in [(4, 40), (28, 40), (96, 40), (40, 52)] {
+        for (out, input) in [(4, 40), (28, 40), (96, 40), (40, 52), (48, 1024), (300, 64)] {
             let (x, w) = (matrix(210, input), matrix(out, input));
             let whole = to_f32(product(&x, &w, Form::Nt));
-            for rows in [2, 7, 19, 48] {
+            // 49 and 97 rows leave a thread with a single one.
+            for rows in [2, 7, 19, 48, 49, 97] {
                 let part = to_f32(product(&x.clone().narrow(0, 50, rows), &w, Form::Nt));
                 assert_eq!(part, whole[50 * out..][..rows * out], "{rows} rows of {input}, {out} wide");
             }
