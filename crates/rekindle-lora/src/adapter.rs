@@ -5,8 +5,8 @@ use std::path::Path;
 
 use rekindle_hub::{Dtype, SafetensorsFile, TensorSpec, write_atomic, write_f32, write_safetensors};
 
-use crate::Error;
 use crate::peft::{AdapterConfig, CONFIG_FILE, Factor, TENSORS_FILE, parse_tensor_key, tensor_key};
+use crate::{Error, match_targets};
 
 /// A `[r, in]` and B `[out, r]` of one adapted linear, row-major.
 #[derive(Clone, Debug, PartialEq)]
@@ -74,6 +74,13 @@ impl Adapter {
             let a = read(Factor::A, [r, *in_features])?;
             let b = read(Factor::B, [*out_features, r])?;
             factors.insert(module.to_owned(), Factors { r, a, b });
+        }
+        // A pattern that only Python's regular expressions understand cannot be checked; its tensors still are.
+        let names: Vec<&str> = linears.iter().map(|(name, ..)| name.as_str()).collect();
+        for module in match_targets(config.lora(), &names).unwrap_or_default() {
+            if !factors.contains_key(&module) {
+                problems.push(format!("tensor \"{}\" is missing", tensor_key(&module, Factor::A)));
+            }
         }
         if factors.is_empty() && problems.is_empty() {
             problems.push("holds no adapter tensors".to_owned());

@@ -113,6 +113,17 @@ impl LinearGroup {
         self.a = joined;
     }
 
+    /// The factors of every adapted linear as they are now, by the linear's name.
+    pub fn factors(&self, params: &Params) -> Vec<(String, Factors)> {
+        let adapted = self.linears.iter().filter_map(|linear| Some((linear, linear.adapter?)));
+        adapted
+            .map(|(linear, Placed { a, b, .. })| {
+                let factors = Factors { r: a.dims()[0], a: params.values(a), b: params.values(b) };
+                (linear.name.clone(), factors)
+            })
+            .collect()
+    }
+
     /// Whether anything in here is trained.
     pub fn is_trained(&self) -> bool {
         let trained = |w: &Weight| w.trained().is_some();

@@ -181,6 +181,11 @@ impl AdapterConfig {
         &self.lora
     }
 
+    /// The arguments, to be changed where they say nothing about the adapter itself.
+    pub fn lora_mut(&mut self) -> &mut LoraConfig {
+        &mut self.lora
+    }
+
     /// The name or path of the model that the adapter belongs to.
     pub fn base_model_name_or_path(&self) -> Option<&str> {
         self.fields.get("base_model_name_or_path").and_then(Value::as_str)

@@ -41,6 +41,9 @@ pub struct ModelConfig {
     pub json: Value,
 }
 
+/// Far beyond any model; a broken file must not fill the memory with names of layers.
+const MOST_LAYERS: usize = 10_000;
+
 /// Which linears of a block carry a bias.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Biases {
@@ -93,6 +96,12 @@ impl ModelConfig {
         let rms_norm_eps = reader.number("rms_norm_eps", 1e-6);
         let tie_word_embeddings = reader.flag("tie_word_embeddings", false);
         let max_position_embeddings = reader.size("max_position_embeddings", Some(2048));
+        if num_hidden_layers > MOST_LAYERS {
+            reader.problems.push(format!("num_hidden_layers is {num_hidden_layers}; expected at most {MOST_LAYERS}"));
+        }
+        if !(rms_norm_eps.is_finite() && rms_norm_eps >= 0.0) {
+            reader.problems.push(format!("rms_norm_eps is {rms_norm_eps}; expected at least 0"));
+        }
         let rope = match RopeConfig::from_config(json, head_dim.max(2)) {
             Ok(rope) => Some(rope),
             Err(error) => {

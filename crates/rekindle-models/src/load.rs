@@ -52,7 +52,7 @@ impl CausalLm {
             tables,
             device: device.clone(),
             dtype: *dtype,
-            lora: None,
+            adapter_config: None,
             name_or_path: checkpoint.path().display().to_string(),
             config,
         })

@@ -26,7 +26,7 @@ pub struct CausalLm {
     pub(crate) tables: Tables,
     pub(crate) device: Device,
     pub(crate) dtype: DType,
-    pub(crate) lora: Option<LoraConfig>,
+    pub(crate) adapter_config: Option<AdapterConfig>,
     /// Where the weights came from, written into adapters.
     pub(crate) name_or_path: String,
 }
@@ -81,14 +81,19 @@ impl CausalLm {
 
     /// The configuration of the adapter, if there is one.
     pub fn lora(&self) -> Option<&LoraConfig> {
-        self.lora.as_ref()
+        self.adapter_config.as_ref().map(AdapterConfig::lora)
+    }
+
+    /// What the adapter's `adapter_config.json` says, if there is an adapter.
+    pub fn adapter_config(&self) -> Option<&AdapterConfig> {
+        self.adapter_config.as_ref()
     }
 
     /// Whether the blocks with an adapter recompute their activations in the backward pass instead of keeping them;
     /// without an adapter this changes nothing.
     pub fn set_gradient_checkpointing(&mut self, on: bool) {
-        if let Some(lora) = &mut self.lora {
-            lora.use_gradient_checkpointing = on;
+        if let Some(config) = &mut self.adapter_config {
+            config.lora_mut().use_gradient_checkpointing = on;
         }
     }
 
@@ -116,14 +121,13 @@ impl CausalLm {
         let names: Vec<&str> = linears.iter().map(|(name, ..)| name.as_str()).collect();
         let targets = match_targets(config, &names)?;
         let factors = targets
-            .into_iter()
+            .iter()
             .map(|name| {
-                let (_, input, out) = linears.iter().find(|(n, ..)| *n == name).expect("a target is a linear");
-                let factors = initial_factors(config, &name, *input, *out);
-                (name, factors)
+                let (_, input, out) = linears.iter().find(|(n, ..)| n == name).expect("a target is a linear");
+                (name.clone(), initial_factors(config, name, *input, *out))
             })
             .collect();
-        let config = AdapterConfig::new(config, Some(&self.name_or_path), &[]);
+        let config = AdapterConfig::new(config, Some(&self.name_or_path), &targets);
         self.place(Adapter { config, factors })
     }
 
@@ -138,29 +142,19 @@ impl CausalLm {
 
     /// The adapter as it is now, if there is one.
     pub fn adapter(&self) -> Option<Adapter> {
-        let lora = self.lora.as_ref()?;
-        let mut factors = std::collections::BTreeMap::new();
-        for info in self.params.infos() {
-            let Some(module) = info.name.strip_suffix(".lora_A.weight") else { continue };
-            let b = self.params.infos().iter().find(|i| i.name == format!("{module}.lora_B.weight"))?;
-            let values = |at| self.params.values(at);
-            factors.insert(
-                module.to_owned(),
-                rekindle_lora::Factors { r: info.shape[0], a: values(info.at), b: values(b.at) },
-            );
-        }
-        let modules: Vec<String> = factors.keys().cloned().collect();
-        Some(Adapter { config: AdapterConfig::new(lora, Some(&self.name_or_path), &modules), factors })
+        let config = self.adapter_config.clone()?;
+        let groups = self.blocks.iter().flat_map(Block::groups);
+        let factors = groups.flat_map(|group| group.factors(&self.params)).collect();
+        Some(Adapter { config, factors })
     }
 
     fn place(&mut self, adapter: Adapter) -> Result<(), Error> {
-        if self.lora.is_none() && self.params.numel() > 0 {
+        if self.adapter_config.is_none() && self.params.numel() > 0 {
             return Err(Error::Argument(
                 "all weights are trained; an adapter goes onto a model loaded with full_finetuning = false".to_owned(),
             ));
         }
-        let lora = adapter.config.lora().clone();
-        let scale = lora.scale();
+        let scale = adapter.config.lora().scale();
         let mut params = ParamsBuilder::default();
         let groups = self.blocks.iter_mut().flat_map(Block::groups_mut);
         for (site, group) in groups.enumerate() {
@@ -169,7 +163,7 @@ impl CausalLm {
             });
         }
         self.params = params.build(&self.device, self.dtype);
-        self.lora = Some(lora);
+        self.adapter_config = Some(adapter.config);
         Ok(())
     }
 
@@ -187,12 +181,12 @@ impl CausalLm {
         key: Option<StepKey>,
     ) -> Result<f64, Error> {
         self.check(batch)?;
-        let p = self.lora.as_ref().map_or(0.0, |lora| lora.lora_dropout as f32);
+        let p = self.lora().map_or(0.0, |lora| lora.lora_dropout as f32);
         let tokens = key.filter(|_| p > 0.0).map(|key| (key, tokens(batch)));
         let dropout = tokens.as_ref().map(|(key, tokens)| Key { p, seed: key.seed, step: key.step, tokens });
         let angles = self.angles(&batch.positions);
         let ctx = Context { params: &self.params, angles: &angles, cu_seqlens: &batch.cu_seqlens, dropout };
-        let recompute = self.lora.as_ref().is_some_and(|lora| lora.use_gradient_checkpointing);
+        let recompute = self.lora().is_some_and(|lora| lora.use_gradient_checkpointing);
         let embed_trained = self.embed.trained().is_some();
         let lowest = if embed_trained { 0 } else { self.lowest_trained() };
 
