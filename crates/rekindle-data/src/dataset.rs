@@ -113,7 +113,12 @@ impl Loader<'_> {
                 self.report.no_end_token |= tokenizer.eos_id().is_none();
                 Ok(())
             }
-            _ => Ok(()),
+            (RowContent::InputIds { .. }, _) => Ok(()),
+            (_, None) => Err(Error::Tokenizer {
+                path: "tokenizer.json".into(),
+                message: "the checkpoint has none, but these rows are text; only rows of \"input_ids\" do without"
+                    .to_owned(),
+            }),
         }
     }
 

@@ -53,4 +53,4 @@ pub use overlong::Overlong;
 pub use row::{Row, RowContent, RowFormat};
 pub use stream::StreamDecoder;
 pub use template::{ChatTemplate, RenderOptions};
-pub use tokenizer::{Tokenizer, eos_token_ids};
+pub use tokenizer::{COMPANION_FILES, Tokenizer, companion_files, eos_token_ids};

@@ -8,7 +8,7 @@ use crate::template::ChatTemplate;
 
 mod checkpoint;
 
-pub use checkpoint::eos_token_ids;
+pub use checkpoint::{COMPANION_FILES, companion_files, eos_token_ids};
 
 /// A checkpoint's tokenizer: text to token ids and back, its special tokens and its chat template.
 ///
@@ -141,7 +141,7 @@ impl Tokenizer {
 
     /// The tokenizer's files in the checkpoint, for whoever saves it elsewhere.
     pub fn files(&self) -> Vec<PathBuf> {
-        checkpoint::FILES.iter().map(|name| self.dir.join(name)).filter(|path| path.is_file()).collect()
+        companion_files(&self.dir)
     }
 
     pub(crate) fn encode_with_starts(&self, text: &str, add_special_tokens: bool) -> Result<Encoded> {

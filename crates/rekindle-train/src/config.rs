@@ -129,6 +129,18 @@ impl SftConfig {
         ] {
             check(value.is_finite() && value >= 0.0, name, &value, "at least 0");
         }
+        let rows = self.per_device_train_batch_size.checked_mul(self.gradient_accumulation_steps);
+        if rows.is_none_or(|rows| rows > u32::MAX as usize) {
+            problems.push("per_device_train_batch_size · gradient_accumulation_steps is beyond 2³²".to_owned());
+        }
+        let warmup = self.warmup_steps > 0 || self.warmup_ratio > 0.0;
+        if warmup && self.lr_scheduler_type == LrSchedulerType::Constant {
+            problems.push(
+                "lr_scheduler_type = \"constant\" has no warm-up; write \"constant_with_warmup\", or leave \
+                 warmup_steps and warmup_ratio out"
+                    .to_owned(),
+            );
+        }
         if problems.is_empty() { Ok(()) } else { Err(Error::Config(problems)) }
     }
 

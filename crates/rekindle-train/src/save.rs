@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use rekindle_data::COMPANION_FILES;
 use rekindle_hub::{AtomicDir, Dtype, write_atomic};
 use rekindle_lora::peft::{CONFIG_FILE, TENSORS_FILE};
 use rekindle_models::CausalLm;
@@ -18,7 +19,7 @@ use crate::Error;
 /// [`Error::File`] when `dir` holds anything else, or the system refuses; [`Error::Model`] likewise.
 pub fn save_result(model: &CausalLm, dir: &Path, companions: &[PathBuf], dtype: Dtype) -> Result<(), Error> {
     let adapter = model.adapter();
-    check_replaceable(dir, companions, adapter.is_some())?;
+    check_replaceable(dir, adapter.is_some())?;
     let target = AtomicDir::replace(dir)?;
     match adapter {
         Some(adapter) => adapter.save(target.path()).map_err(rekindle_models::Error::from)?,
@@ -34,13 +35,17 @@ pub fn save_result(model: &CausalLm, dir: &Path, companions: &[PathBuf], dtype: 
 }
 
 /// Refuses a directory with anything in it that an earlier save of this kind did not write.
-fn check_replaceable(dir: &Path, companions: &[PathBuf], adapter: bool) -> Result<(), Error> {
+pub(crate) fn check_replaceable(dir: &Path, adapter: bool) -> Result<(), Error> {
     let Ok(entries) = std::fs::read_dir(dir) else { return Ok(()) };
     let names: Vec<String> = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
-    let companion = |name: &str| companions.iter().any(|file| file.file_name().is_some_and(|f| f == name));
     let weights = |name: &str| name.starts_with("model") && name.contains(".safetensors");
     let ours = |name: &str| {
-        companion(name) || if adapter { [CONFIG_FILE, TENSORS_FILE].contains(&name) } else { name == "config.json" || weights(name) }
+        COMPANION_FILES.contains(&name)
+            || if adapter {
+                [CONFIG_FILE, TENSORS_FILE].contains(&name)
+            } else {
+                name == "config.json" || weights(name)
+            }
     };
     match names.iter().find(|name| !ours(name)) {
         None => Ok(()),
@@ -59,8 +64,7 @@ mod tests {
     #[test]
     fn only_an_earlier_result_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
-        let companions = [PathBuf::from("base/tokenizer.json")];
-        let check = |adapter| check_replaceable(dir.path(), &companions, adapter);
+        let check = |adapter| check_replaceable(dir.path(), adapter);
         check(true).unwrap();
         for name in [CONFIG_FILE, TENSORS_FILE, "tokenizer.json"] {
             std::fs::write(dir.path().join(name), "").unwrap();
@@ -70,6 +74,6 @@ mod tests {
         std::fs::write(dir.path().join("config.json"), "").unwrap();
         let error = check(true).unwrap_err().to_string();
         assert!(error.contains("it holds \"config.json\", which saving would remove"), "{error}");
-        check_replaceable(&dir.path().join("absent"), &companions, true).unwrap();
+        check_replaceable(&dir.path().join("absent"), true).unwrap();
     }
 }

@@ -8,6 +8,7 @@ use rekindle_hub::{Dtype, write_atomic};
 use rekindle_models::{Batch, CausalLm};
 
 use crate::evaluate::batch;
+use crate::save::check_replaceable;
 use crate::{
     AdamW, Error, EvalMetrics, Evaluation, MetricsFile, Optimizer, Series, SftConfig, StepMetrics, evaluate, loss_svg,
     lr_factor, save_result,
@@ -123,6 +124,7 @@ impl<'a> Trainer<'a> {
         let total = self.config.total_steps(self.train.examples.len());
         let warmup = self.config.resolved_warmup(total);
         let peak = self.config.resolved_learning_rate(full);
+        self.check_output(full, total)?;
         let mut optimizer = Optimizer::new(self.model, AdamW::from(&self.config), self.seed)?;
         let mut metrics_file = match &self.output_dir {
             Some(dir) => {
@@ -134,6 +136,7 @@ impl<'a> Trainer<'a> {
         let mut rows = self.rows();
         let mut report = Report { steps: Vec::new(), evals: Vec::new(), saved: None };
         let start = Instant::now();
+        let mut seen = 0;
         for step in 0..total {
             let began = Instant::now();
             let chosen: Vec<usize> = rows.by_ref().take(self.config.rows_per_step()).collect();
@@ -146,10 +149,10 @@ impl<'a> Trainer<'a> {
                     return Err(Error::NonFinite { step: step + 1, what, value, lines });
                 }
             }
-            let seen = ((step + 1) * self.config.rows_per_step()) as f64;
+            seen += chosen.len();
             let metrics = StepMetrics {
                 step: step + 1,
-                epoch: seen / self.train.examples.len() as f64,
+                epoch: seen as f64 / self.train.examples.len() as f64,
                 loss: result.loss,
                 grad_norm: result.grad_norm,
                 learning_rate: lr,
@@ -169,21 +172,39 @@ impl<'a> Trainer<'a> {
                 self.evaluate(done, &mut metrics_file, &mut report)?;
             }
             if due(self.config.save_steps) && done < total {
-                self.save(&format!("checkpoint-{done}"))?;
+                self.save(&checkpoint_name(done))?;
             }
         }
-        report.saved = self.save(if full { "model" } else { "adapter" })?;
+        report.saved = self.save(result_name(full))?;
         if let Some(dir) = &self.output_dir {
             write_atomic(&dir.join("loss.svg"), plot(&report).as_bytes())?;
         }
         Ok(report)
     }
 
+    /// Refuses, before any work is done, what would be found out when results are written or asked for.
+    fn check_output(&self, full: bool, total: usize) -> Result<(), Error> {
+        let mut problems = Vec::new();
+        if self.config.eval_steps.is_some() && self.eval.is_none() {
+            problems.push("eval_steps needs rows to evaluate".to_owned());
+        }
+        if self.config.save_steps.is_some() && self.output_dir.is_none() {
+            problems.push("save_steps needs an output_dir".to_owned());
+        }
+        if !problems.is_empty() {
+            return Err(Error::Config(problems));
+        }
+        let Some(dir) = &self.output_dir else { return Ok(()) };
+        check_replaceable(&dir.join(result_name(full)), !full)?;
+        let saves = self.config.save_steps.into_iter().flat_map(|every| (every..total).step_by(every));
+        saves.map(|step| check_replaceable(&dir.join(checkpoint_name(step)), !full)).collect()
+    }
+
     /// Row numbers from the first to the last of the run; `num_train_epochs` may end in the middle of a step.
     fn rows(&self) -> impl Iterator<Item = usize> + use<> {
         let count = self.train.examples.len();
         let limit = match self.config.max_steps {
-            Some(steps) => steps * self.config.rows_per_step(),
+            Some(steps) => steps.saturating_mul(self.config.rows_per_step()),
             None => (self.config.num_train_epochs * count as f64).ceil() as usize,
         };
         Order::new(count, self.shuffle, self.seed).from_cursor(0).take(limit)
@@ -215,6 +236,14 @@ impl<'a> Trainer<'a> {
         (self.on_event)(Event::Saved(&path));
         Ok(Some(path))
     }
+}
+
+fn result_name(full: bool) -> &'static str {
+    if full { "model" } else { "adapter" }
+}
+
+fn checkpoint_name(step: usize) -> String {
+    format!("checkpoint-{step}")
 }
 
 fn plot(report: &Report) -> String {

@@ -2,13 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use rekindle_data::{Dataset, EncodeOptions, LoadReport, Tokenizer, eos_token_ids};
+use burn::tensor::DType;
+
+use rekindle_data::{Dataset, EncodeOptions, LoadReport, Tokenizer, companion_files, eos_token_ids};
 use rekindle_hub::Dtype;
+use rekindle_kernels::DeviceKind;
 use rekindle_lora::LoraConfig;
 use rekindle_models::{CausalLm, GenerationConfig, StopReason};
 use rekindle_train::{Evaluation, evaluate, save_result};
 
-use crate::pretrained::tokenizer_files;
 use crate::{DataFile, Error};
 
 /// A model with its place on disk.
@@ -16,6 +18,7 @@ use crate::{DataFile, Error};
 pub struct Model {
     inner: CausalLm,
     path: PathBuf,
+    device: DeviceKind,
 }
 
 /// What [`Model::generate`] made.
@@ -28,8 +31,22 @@ pub struct Generated {
 }
 
 impl Model {
-    pub(crate) fn new(inner: CausalLm, path: &Path) -> Self {
-        Self { inner, path: path.to_owned() }
+    pub(crate) fn new(inner: CausalLm, path: &Path, device: DeviceKind) -> Self {
+        Self { inner, path: path.to_owned(), device }
+    }
+
+    /// Where it computes, never [`DeviceKind::Auto`].
+    pub fn device(&self) -> DeviceKind {
+        self.device
+    }
+
+    /// What it computes in, never [`Dtype::Auto`](crate::Dtype::Auto).
+    pub fn dtype(&self) -> crate::Dtype {
+        match self.inner.dtype() {
+            DType::BF16 => crate::Dtype::Bf16,
+            DType::F16 => crate::Dtype::F16,
+            _ => crate::Dtype::F32,
+        }
     }
 
     /// The checkpoint's directory.
@@ -70,7 +87,7 @@ impl Model {
     /// # Errors
     /// [`Error::Train`] when the system refuses; a directory that stood there before is then untouched.
     pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<(), Error> {
-        Ok(save_result(&self.inner, dir.as_ref(), &tokenizer_files(&self.path), Dtype::F32)?)
+        Ok(save_result(&self.inner, dir.as_ref(), &companion_files(&self.path), Dtype::F32)?)
     }
 
     /// The loss of every row of `data`. Rows longer than the model's `max_seq_length` are errors.

@@ -1,6 +1,6 @@
 //! `FastLanguageModel::from_pretrained`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use burn::tensor::{DType, Device};
 use rekindle_data::Tokenizer;
@@ -122,7 +122,7 @@ impl Loader {
                 progress(done, total);
             }
         })?;
-        Ok(Model::new(model, &self.path))
+        Ok(Model::new(model, &self.path, kind))
     }
 }
 
@@ -144,9 +144,4 @@ fn resolve(asked: Dtype, device: &Device, kind: DeviceKind, full_finetuning: boo
         return Err(Error::Argument(format!("dtype {dtype:?} is not supported by {device:?}; use dtype \"f32\"")));
     }
     Ok(dtype)
-}
-
-/// Tokenizer files of `dir` that a saved model carries along; empty when there is no tokenizer.
-pub(crate) fn tokenizer_files(dir: &Path) -> Vec<PathBuf> {
-    Tokenizer::from_dir(dir).map(|tokenizer| tokenizer.files()).unwrap_or_default()
 }

@@ -2,10 +2,9 @@
 
 use std::path::PathBuf;
 
-use rekindle_data::{Dataset, LoadReport, Overlong, Tokenizer};
+use rekindle_data::{Dataset, LoadReport, Overlong, Tokenizer, companion_files};
 use rekindle_train::{Event, Report, SftConfig, Trainer};
 
-use crate::pretrained::tokenizer_files;
 use crate::{Error, Model};
 
 /// A JSONL file of rows, and what happens to rows that are too long.
@@ -118,7 +117,7 @@ impl<'a> SftTrainer<'a> {
     pub fn train(mut self) -> Result<Report, Error> {
         let train = self.encode(&self.train.clone())?;
         let eval = self.eval.clone().map(|file| self.encode(&file)).transpose()?;
-        let companions = tokenizer_files(self.model.path());
+        let companions = companion_files(self.model.path());
         let mut trainer = Trainer::new(self.model.causal_lm_mut(), train, self.config)
             .shuffle(self.shuffle)
             .seed(self.seed)
