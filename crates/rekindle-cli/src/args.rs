@@ -1,0 +1,209 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Parser, Subcommand};
+use rekindle::{DeviceKind, Dtype, parse_device};
+
+use crate::overrides::Override;
+
+/// Fine-tune language models in Rust.
+#[derive(Debug, Parser)]
+#[command(name = "rekindle", version, after_help = OVERVIEW)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Fine-tune the built-in example model and show what changed, in under a minute
+    Quickstart(QuickstartArgs),
+    /// Train what a run file describes
+    Train(TrainArgs),
+    /// Measure a model's loss on a file of rows
+    Eval(EvalArgs),
+    /// Continue a prompt or answer a message
+    Generate(GenerateArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct QuickstartArgs {
+    /// Where to put the example, and what it makes. A former quickstart there is replaced
+    #[arg(long, value_name = "DIR", default_value = "rekindle-quickstart")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = RUN_FILE)]
+pub(crate) struct TrainArgs {
+    /// The run file
+    #[arg(value_name = "RUN.toml")]
+    pub(crate) run_file: PathBuf,
+    /// Replaces or adds a key of the run file; the value is TOML, or else text as it is
+    #[arg(value_name = "section.key=value")]
+    pub(crate) overrides: Vec<Override>,
+    /// Load everything, print the resolved configuration and what would be trained, and write nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = EVAL)]
+pub(crate) struct EvalArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Rows, one JSON object a line: messages, prompt + completion, text, or input_ids (+ labels)
+    #[arg(long, value_name = "F.jsonl")]
+    pub(crate) data: PathBuf,
+    /// Also print the loss of every row
+    #[arg(long)]
+    pub(crate) per_row: bool,
+    /// Print one JSON object: loss, perplexity, tokens, and nll and tokens of every row
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = GENERATE)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) prompt: PromptArgs,
+    /// The most tokens to make
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) max_new_tokens: usize,
+    /// 0 always takes the most likely token; 1 draws from the model's own probabilities
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub(crate) temperature: f32,
+    /// Draw from the K most likely tokens only; 0 for all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub(crate) top_k: usize,
+    /// Draw from the fewest most likely tokens whose probabilities reach P
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub(crate) top_p: f32,
+    /// Seed of the draws
+    #[arg(long, value_name = "S", default_value_t = 3407)]
+    pub(crate) seed: u64,
+    /// Print one JSON object, text and ids, instead of text as it is made
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct PromptArgs {
+    /// Text to continue
+    #[arg(long, value_name = "T")]
+    pub(crate) prompt: Option<String>,
+    /// A user's message to answer, put into the model's chat template
+    #[arg(long, value_name = "T")]
+    pub(crate) chat: Option<String>,
+    /// Token ids to continue, separated by commas; needs no tokenizer
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',')]
+    pub(crate) prompt_ids: Option<Vec<u32>>,
+}
+
+/// What to load, and where to compute.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ModelArgs {
+    /// A checkpoint directory in the Hugging Face layout
+    #[arg(long, value_name = "M")]
+    pub(crate) model: PathBuf,
+    /// An adapter directory in PEFT's format
+    #[arg(long, value_name = "A")]
+    pub(crate) adapter: Option<PathBuf>,
+    /// Dtype of weights and activations; auto is f32 on the CPU and wgpu, bf16 on CUDA
+    #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtype())]
+    pub(crate) dtype: Dtype,
+    /// The most tokens of a row, or of prompt and answer together [default: 2048, or the model's own limit if lower]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_seq_length: Option<usize>,
+    /// auto, cpu, cuda[:N] or wgpu[:N]
+    #[arg(long, value_name = "D", default_value = "auto", value_parser = parse_device)]
+    pub(crate) device: DeviceKind,
+}
+
+fn dtype() -> impl TypedValueParser<Value = Dtype> {
+    PossibleValuesParser::new(["auto", "f32", "bf16", "f16"]).map(|name| match name.as_str() {
+        "f32" => Dtype::F32,
+        "bf16" => Dtype::Bf16,
+        "f16" => Dtype::F16,
+        _ => Dtype::Auto,
+    })
+}
+
+const OVERVIEW: &str = "\
+Start here:
+  rekindle quickstart
+
+Results are printed to stdout, progress to stderr.
+Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data.";
+
+const RUN_FILE: &str = r#"Example of a run file; all that is not commented out is needed:
+  # output_dir = "outputs/run"      # default: outputs/ and the name of the run file
+  # seed = 3407
+  # device = "auto"                 # auto | cpu | cuda[:N] | wgpu[:N]
+
+  [model]
+  name_or_path = "models/Qwen3-0.6B"
+  # max_seq_length = 2048
+  # dtype = "auto"                  # auto | bf16 | f16 | f32
+  # full_finetuning = false         # true trains all weights; leave [lora] out then
+
+  [lora]
+  r = 16                            # lora_alpha, lora_dropout, use_rslora, target_modules ...
+  # init_from = "outputs/first/adapter"   # go on with this adapter instead of a new one
+
+  [data]
+  train = "train.jsonl"
+  # eval = "heldout.jsonl"
+  # shuffle = true
+  # overlong = "error"              # error | drop | truncate | split
+
+  [train]                           # names as in Hugging Face's TrainingArguments
+  # per_device_train_batch_size = 8, num_train_epochs = 3 or max_steps, learning_rate,
+  # lr_scheduler_type, warmup_steps, eval_steps, save_steps, logging_steps ...
+
+Relative paths are relative to the current directory, not to the run file.
+A run writes into output_dir: adapter/ (or model/ when all weights were trained), metrics.jsonl, loss.svg and
+run.toml, the configuration with all defaults filled in. What an earlier run left there is replaced.
+The last line on stdout is the path of the adapter or model.
+
+Examples:
+  rekindle train run.toml --dry-run
+  rekindle train run.toml train.learning_rate=1e-4 train.max_steps=200 output_dir=outputs/second"#;
+
+const EVAL: &str = "\
+Examples:
+  rekindle eval --model models/Qwen3-0.6B --data heldout.jsonl
+  rekindle eval --model models/Qwen3-0.6B --adapter outputs/run/adapter --data heldout.jsonl --json";
+
+const GENERATE: &str = "\
+Examples:
+  rekindle generate --model models/Qwen3-0.6B --chat 'What is a whale?'
+  rekindle generate --model models/Qwen3-0.6B --adapter outputs/run/adapter --prompt 'Once' --temperature 0.8 --top-p 0.95";
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn one_prompt_is_needed_and_only_one() {
+        let parse = |more: &[&str]| Args::try_parse_from(["rekindle", "generate", "--model", "m"].iter().chain(more));
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--prompt", "a", "--chat", "b"]).is_err());
+        let Command::Generate(args) = parse(&["--prompt-ids", "1,2,3"]).unwrap().command else { panic!("generate") };
+        assert_eq!(args.prompt.prompt_ids, Some(vec![1, 2, 3]));
+        assert_eq!((args.temperature, args.model.dtype, args.model.device), (0.0, Dtype::Auto, DeviceKind::Auto));
+    }
+}

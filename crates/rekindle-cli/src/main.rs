@@ -1,0 +1,44 @@
+//! The `rekindle` command: a quickstart, training from a run file, evaluation and generation.
+//!
+//! Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed (a model or adapter that is
+//! missing or broken, a result that cannot be written, a run that diverged), 2 usage or configuration, 3 data.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod args;
+mod chat;
+mod dry_run;
+mod eval;
+mod failure;
+mod generate;
+mod nearest;
+mod open;
+mod output;
+mod overrides;
+mod progress;
+mod quickstart;
+mod reader;
+mod run_file;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Args, Command};
+
+fn main() -> ExitCode {
+    let result = match Args::parse().command {
+        Command::Quickstart(args) => quickstart::run(&args),
+        Command::Train(args) => train::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Generate(args) => generate::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("error: {failure}");
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! Loading a model with what lies beside it.
+
+use std::path::Path;
+
+use rekindle::{Error, FastLanguageModel, Loader, Model, Tokenizer};
+
+use crate::args::ModelArgs;
+use crate::failure::Failure;
+use crate::progress;
+
+/// The model that the command line names, with its adapter.
+pub(crate) fn open(args: &ModelArgs) -> Result<(Model, Option<Tokenizer>), Failure> {
+    let loader = FastLanguageModel::from_pretrained(&args.model).dtype(args.dtype).device(args.device);
+    let loader = match args.max_seq_length {
+        Some(length) => loader.max_seq_length(length),
+        None => loader,
+    };
+    let (model, tokenizer) = load(loader, &args.model)?;
+    let model = match &args.adapter {
+        Some(adapter) => model.load_adapter(adapter)?,
+        None => model,
+    };
+    Ok((model, tokenizer))
+}
+
+/// The model of `loader`, which reads `path`. A checkpoint without `tokenizer.json` will do for token ids.
+pub(crate) fn load(loader: Loader, path: &Path) -> Result<(Model, Option<Tokenizer>), Failure> {
+    let has_tokenizer = path.join("tokenizer.json").is_file();
+    // The tokenizer is read first: it is the quicker of the two to fail.
+    let tokenizer = has_tokenizer.then(|| Tokenizer::from_dir(path)).transpose().map_err(Error::from)?;
+    let model = loader.on_progress(progress::loading()).load_model()?;
+    eprintln!("device {}, dtype {:?}", model.device(), model.causal_lm().dtype());
+    Ok((model, tokenizer))
+}

@@ -1,0 +1,226 @@
+//! Tables of a run file into structs: every unknown key and every wrong type is named, not only the first.
+
+use serde::de::value::Error as ValueError;
+use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor};
+use serde::forward_to_deserialize_any;
+use toml::{Table, Value};
+
+use crate::nearest::{hint, nearest};
+
+/// Reads sections and collects what is wrong with them, one sentence each.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    /// The keys of each section; the top of the file is the section `""`.
+    known: Vec<(&'static str, Vec<&'static str>)>,
+    pub(crate) problems: Vec<String>,
+}
+
+impl Reader {
+    pub(crate) fn new(known: Vec<(&'static str, Vec<&'static str>)>) -> Self {
+        Self { known, problems: Vec::new() }
+    }
+
+    /// Reads `section`, leaving at their defaults the keys that are unknown or of the wrong type.
+    ///
+    /// `T` has a default for every field, so that each key can be tried alone.
+    pub(crate) fn read<T: DeserializeOwned + Default>(&mut self, section: &str, table: Table) -> T {
+        let mut good = Table::new();
+        for (key, value) in table {
+            if !self.keys(section).contains(&key.as_str()) {
+                let problem = self.unknown(section, &key);
+                self.problems.push(problem);
+                continue;
+            }
+            match Table::from_iter([(key.clone(), value.clone())]).try_into::<T>() {
+                Ok(_) => _ = good.insert(key, value),
+                Err(error) => {
+                    let problem = wrong_value(&place(section, &key), &value, error.message());
+                    self.problems.push(problem);
+                }
+            }
+        }
+        good.try_into().unwrap_or_else(|error| {
+            self.problems.push(error.message().to_owned());
+            T::default()
+        })
+    }
+
+    fn keys(&self, section: &str) -> &[&'static str] {
+        self.known.iter().find(|(name, _)| *name == section).map_or(&[], |(_, keys)| keys)
+    }
+
+    fn unknown(&self, section: &str, key: &str) -> String {
+        let place = place(section, key);
+        // From the last section to the top, where "train" is a section and not the key of [data].
+        if let Some((home, _)) = self.known.iter().rev().find(|(_, keys)| keys.contains(&key)) {
+            return match *home {
+                "" => format!("{place} is unknown; {key} stands at the top of the file, before the first section"),
+                home => format!("{place} is unknown; {key} belongs into [{home}]"),
+            };
+        }
+        if let Some((_, why)) = ELSEWHERE.iter().find(|(name, _)| *name == key) {
+            return format!("{place} is unknown; {why}");
+        }
+        let here = self.keys(section);
+        // A name that is far from everything here may be a slip in a key of another section.
+        let everywhere = || self.known.iter().flat_map(|(home, keys)| keys.iter().map(move |name| (*home, *name)));
+        match nearest(key, here.iter().copied()) {
+            Some(name) => format!("{place} is unknown; nearest: \"{name}\""),
+            None => match nearest(key, everywhere().map(|(_, name)| name)) {
+                Some(name) => {
+                    let home = everywhere().find(|(_, other)| *other == name).map_or("", |(home, _)| home);
+                    format!("{place} is unknown; nearest: \"{name}\" {}", describe(home))
+                }
+                None => format!("{place} is unknown; known: {}", here.join(", ")),
+            },
+        }
+    }
+}
+
+/// Keys that other trainers have, and what to write here.
+const ELSEWHERE: [(&str, &str); 8] = [
+    ("load_in_4bit", "this version loads 16-bit and 32-bit weights only"),
+    ("load_in_8bit", "this version loads 16-bit and 32-bit weights only"),
+    ("bf16", "write dtype = \"bf16\" in [model]"),
+    ("fp16", "write dtype = \"f16\" in [model]"),
+    ("optim", "the optimizer is AdamW"),
+    ("packing", "rows are never padded, so there is nothing to pack"),
+    ("dataset_text_field", "rows with plain text have it under \"text\""),
+    ("gradient_checkpointing", "write use_gradient_checkpointing in [lora]"),
+];
+
+/// `[section] key`.
+fn place(section: &str, key: &str) -> String {
+    if section.is_empty() { format!("key \"{key}\"") } else { format!("[{section}] key \"{key}\"") }
+}
+
+fn describe(section: &str) -> String {
+    if section.is_empty() { "at the top of the file".to_owned() } else { format!("in [{section}]") }
+}
+
+/// What serde says about a value, for people.
+fn wrong_value(place: &str, value: &Value, message: &str) -> String {
+    let Some((problem, expected)) = message.trim().split_once(", expected ") else {
+        return format!("{place} = {value}: {message}");
+    };
+    if problem.starts_with("unknown variant") {
+        let choice: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
+        let word = value.as_str().unwrap_or_default();
+        return format!("{place} = {value}: expected one of {}{}", choice.join(", "), hint_near(word, &choice));
+    }
+    let expected = match expected {
+        "usize" | "u64" | "u32" | "i64" => "a whole number, 0 or above",
+        "f64" | "f32" => "a number",
+        "a boolean" => "true or false",
+        "a string" | "path string" => "text in quotes",
+        "a map" => "a section",
+        other => other,
+    };
+    format!("{place} = {value}: expected {expected}")
+}
+
+fn hint_near(word: &str, choice: &[&str]) -> String {
+    nearest(word, choice.iter().copied()).map(|_| hint(word, choice)).unwrap_or_default()
+}
+
+/// The names of the fields that serde's derive reads into `T`.
+pub(crate) fn fields_of<T: DeserializeOwned>() -> Vec<&'static str> {
+    let mut fields = Vec::new();
+    // The probe always fails: it is only there to be told the names.
+    let _ = T::deserialize(FieldProbe(&mut fields));
+    fields
+}
+
+struct FieldProbe<'a>(&'a mut Vec<&'static str>);
+
+impl<'de> Deserializer<'de> for FieldProbe<'_> {
+    type Error = ValueError;
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        fields: &'static [&'static str],
+        _visitor: V,
+    ) -> Result<V::Value, ValueError> {
+        self.0.extend_from_slice(fields);
+        Err(ValueError::custom("only the names were asked for"))
+    }
+
+    fn deserialize_any<V: Visitor<'de>>(self, _visitor: V) -> Result<V::Value, ValueError> {
+        Err(ValueError::custom("not a struct"))
+    }
+
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
+        newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rekindle::{LoraConfig, SftConfig};
+
+    use super::*;
+
+    fn problems(section: &str, text: &str) -> Vec<String> {
+        let known = vec![("", vec!["seed"]), ("lora", fields_of::<LoraConfig>()), ("train", fields_of::<SftConfig>())];
+        let mut reader = Reader::new(known);
+        let table = text.parse().unwrap();
+        match section {
+            "lora" => _ = reader.read::<LoraConfig>("lora", table),
+            _ => _ = reader.read::<SftConfig>("train", table),
+        }
+        reader.problems
+    }
+
+    #[test]
+    fn fields_come_from_serde() {
+        let fields = fields_of::<SftConfig>();
+        assert!(fields.contains(&"per_device_train_batch_size") && fields.contains(&"max_steps"), "{fields:?}");
+        assert!(fields_of::<String>().is_empty());
+    }
+
+    #[test]
+    fn good_keys_are_read_beside_bad_ones() {
+        let mut reader = Reader::new(vec![("train", fields_of::<SftConfig>())]);
+        let table = "max_steps = 4\nlearning_rate = 1\nwarmup_steps = -1".parse().unwrap();
+        let config: SftConfig = reader.read("train", table);
+        assert_eq!((config.max_steps, config.learning_rate, config.warmup_steps), (Some(4), Some(1.0), 0));
+        assert_eq!(reader.problems, ["[train] key \"warmup_steps\" = -1: expected a whole number, 0 or above"]);
+    }
+
+    #[test]
+    fn every_unknown_key_is_told_the_nearest() {
+        assert_eq!(
+            problems("train", "learning_rat = 1e-4\nmaxsteps = 3\nr = 8\nseed = 1\nlora_alfa = 2\noptim = \"x\""),
+            [
+                "[train] key \"learning_rat\" is unknown; nearest: \"learning_rate\"",
+                "[train] key \"lora_alfa\" is unknown; nearest: \"lora_alpha\" in [lora]",
+                "[train] key \"maxsteps\" is unknown; nearest: \"max_steps\"",
+                "[train] key \"optim\" is unknown; the optimizer is AdamW",
+                "[train] key \"r\" is unknown; r belongs into [lora]",
+                "[train] key \"seed\" is unknown; seed stands at the top of the file, before the first section",
+            ]
+        );
+    }
+
+    #[test]
+    fn every_wrong_type_names_key_value_and_what_was_expected() {
+        assert_eq!(
+            problems("train", "max_steps = \"ten\"\nlearning_rate = true\nlr_scheduler_type = \"cosin\""),
+            [
+                "[train] key \"learning_rate\" = true: expected a number",
+                "[train] key \"lr_scheduler_type\" = \"cosin\": expected one of constant, constant_with_warmup, linear, \
+                 cosine; nearest: \"cosine\"",
+                "[train] key \"max_steps\" = \"ten\": expected a whole number, 0 or above",
+            ]
+        );
+        assert_eq!(
+            problems("lora", "use_rslora = 1\nlayers_to_transform = \"x\""),
+            [
+                "[lora] key \"layers_to_transform\" = \"x\": layers_to_transform must be a block number or a list of them",
+                "[lora] key \"use_rslora\" = 1: expected true or false",
+            ]
+        );
+    }
+}

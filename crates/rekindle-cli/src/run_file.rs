@@ -1,0 +1,207 @@
+//! `RUN.toml`: what a run trains, on what, and how.
+
+use std::path::{Path, PathBuf};
+
+use rekindle::{DataFile, Dtype, LoraConfig, Overlong, SftConfig, parse_device};
+use serde::{Deserialize, Serialize};
+use toml::Table;
+
+use crate::failure::Failure;
+use crate::overrides::Override;
+use crate::reader::{Reader, fields_of};
+
+/// A run with every default filled in.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct RunConfig {
+    pub(crate) output_dir: PathBuf,
+    pub(crate) seed: u64,
+    pub(crate) device: String,
+    pub(crate) model: ModelSection,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) lora: Option<LoraSection>,
+    pub(crate) data: DataSection,
+    pub(crate) train: SftConfig,
+}
+
+/// The arguments of `from_pretrained`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct ModelSection {
+    pub(crate) name_or_path: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) max_seq_length: Option<usize>,
+    pub(crate) dtype: Dtype,
+    pub(crate) full_finetuning: bool,
+}
+
+/// The arguments of `get_peft_model`, or an adapter to go on with.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct LoraSection {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) init_from: Option<PathBuf>,
+    #[serde(flatten)]
+    pub(crate) config: LoraConfig,
+    /// The keys that were written out, which an adapter to go on with must agree with.
+    #[serde(skip)]
+    pub(crate) given: Vec<String>,
+}
+
+/// The rows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct DataSection {
+    pub(crate) train: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) eval: Option<PathBuf>,
+    pub(crate) shuffle: bool,
+    pub(crate) overlong: Overlong,
+}
+
+impl Default for DataSection {
+    fn default() -> Self {
+        Self { train: PathBuf::new(), eval: None, shuffle: true, overlong: Overlong::default() }
+    }
+}
+
+impl DataSection {
+    pub(crate) fn train_file(&self) -> DataFile {
+        DataFile::new(&self.train).overlong(self.overlong)
+    }
+
+    pub(crate) fn eval_file(&self) -> Option<DataFile> {
+        self.eval.as_ref().map(|path| DataFile::new(path).overlong(self.overlong))
+    }
+}
+
+/// The top of the file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Top {
+    output_dir: Option<PathBuf>,
+    seed: u64,
+    device: String,
+    model: Table,
+    lora: Option<Table>,
+    data: Table,
+    train: Table,
+}
+
+impl Default for Top {
+    fn default() -> Self {
+        let (model, data, train) = Default::default();
+        Self { output_dir: None, seed: 3407, device: "auto".to_owned(), model, lora: None, data, train }
+    }
+}
+
+/// The part of `[lora]` that is not an argument of `get_peft_model`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Start {
+    init_from: Option<PathBuf>,
+}
+
+impl RunConfig {
+    /// Reads the file at `path` with `overrides` put in.
+    pub(crate) fn load(path: &Path, overrides: &[Override]) -> Result<Self, Failure> {
+        let name = path.display();
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| Failure::Configuration(format!("cannot read the run file {name}: {error}")))?;
+        let stem = path.file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy());
+        Self::parse(&text, &stem, overrides).map_err(|problems| {
+            let (count, list) = (problems.len(), problems.join("\n  "));
+            let message = if count == 1 { format!("{name}: {list}") } else { format!("{name}:\n  {list}") };
+            Failure::Configuration(message)
+        })
+    }
+
+    /// Reads the text of a run file called `stem`; every problem in it is one sentence.
+    pub(crate) fn parse(text: &str, stem: &str, overrides: &[Override]) -> Result<Self, Vec<String>> {
+        let mut table = text.parse::<Table>().map_err(|error| vec![error.to_string().trim_end().to_owned()])?;
+        for change in overrides {
+            change.apply(&mut table).map_err(|problem| vec![problem])?;
+        }
+        let lora_keys = [fields_of::<LoraConfig>(), fields_of::<Start>()].concat();
+        let mut reader = Reader::new(vec![
+            ("", fields_of::<Top>()),
+            ("model", fields_of::<ModelSection>()),
+            ("lora", lora_keys),
+            ("data", fields_of::<DataSection>()),
+            ("train", fields_of::<SftConfig>()),
+        ]);
+        let top: Top = reader.read("", table);
+        let config = Self {
+            output_dir: top.output_dir.unwrap_or_else(|| Path::new("outputs").join(stem)),
+            seed: top.seed,
+            device: top.device,
+            model: reader.read("model", top.model),
+            lora: top.lora.map(|table| LoraSection::read(&mut reader, table, top.seed)),
+            data: reader.read("data", top.data),
+            train: reader.read("train", top.train),
+        };
+        let mut problems = reader.problems;
+        // A key that could not be read is at its default here; what follows from that would only confuse.
+        if problems.is_empty() {
+            config.check(&mut problems);
+        }
+        if problems.is_empty() { Ok(config) } else { Err(problems) }
+    }
+
+    /// The text of a run file that says the same.
+    pub(crate) fn to_toml(&self) -> String {
+        toml::to_string(self).expect("a configuration holds only what TOML can")
+    }
+
+    fn check(&self, problems: &mut Vec<String>) {
+        if self.model.name_or_path.as_os_str().is_empty() {
+            problems.push("[model] name_or_path is missing; give the directory of a checkpoint".to_owned());
+        }
+        if self.data.train.as_os_str().is_empty() {
+            problems.push("[data] train is missing; give a JSONL file of rows".to_owned());
+        }
+        if let Err(error) = parse_device(&self.device) {
+            problems.push(error.to_string());
+        }
+        match (&self.lora, self.model.full_finetuning) {
+            (None, false) => problems.push(
+                "nothing to train: add a section [lora] (for instance with r = 16) to train an adapter, or write \
+                 full_finetuning = true in [model] to train all weights"
+                    .to_owned(),
+            ),
+            (Some(_), true) => problems.push(
+                "[lora] and full_finetuning = true exclude each other; remove [lora] to train all weights, or \
+                 full_finetuning to train an adapter"
+                    .to_owned(),
+            ),
+            _ => {}
+        }
+        if let Some(LoraSection { init_from: None, config, .. }) = &self.lora
+            && let Err(error) = config.validate()
+        {
+            problems.push(format!("[lora] {error}"));
+        }
+        if let Err(error) = self.train.validate() {
+            problems.push(format!("[train] {error}"));
+        }
+        if self.train.eval_steps.is_some() && self.data.eval.is_none() {
+            problems.push("[train] eval_steps needs rows to evaluate; give eval = \"…\" in [data]".to_owned());
+        }
+    }
+}
+
+impl LoraSection {
+    /// A new adapter is drawn from the run's seed unless `random_state` is given.
+    fn read(reader: &mut Reader, mut table: Table, seed: u64) -> Self {
+        let start = fields_of::<Start>();
+        let start: Table = start.into_iter().filter_map(|key| table.remove_entry(key)).collect();
+        let Start { init_from } = reader.read("lora", start);
+        let given: Vec<String> = table.keys().cloned().collect();
+        let mut config: LoraConfig = reader.read("lora", table);
+        if !given.iter().any(|key| key == "random_state") {
+            config.random_state = seed;
+        }
+        Self { init_from, config, given }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,93 @@
+use super::*;
+
+const LEAST: &str = "[model]\nname_or_path = \"m\"\n[lora]\n[data]\ntrain = \"t.jsonl\"\n";
+
+fn parse(text: &str) -> Result<RunConfig, Vec<String>> {
+    RunConfig::parse(text, "first", &[])
+}
+
+#[test]
+fn the_least_file_has_every_default() {
+    let config = parse(LEAST).unwrap();
+    assert_eq!(config.output_dir, Path::new("outputs/first"));
+    assert_eq!((config.seed, config.device.as_str()), (3407, "auto"));
+    assert_eq!((config.model.dtype, config.model.full_finetuning, config.data.shuffle), (Dtype::Auto, false, true));
+    assert_eq!(config.lora.unwrap().config, LoraConfig::default());
+    assert_eq!(config.train, SftConfig::default());
+}
+
+#[test]
+fn what_is_written_is_read_back() {
+    let text = "output_dir = \"o\"\nseed = 5\ndevice = \"cpu\"\n[model]\nname_or_path = \"m\"\nmax_seq_length = 64\n\
+                dtype = \"bf16\"\n[lora]\nr = 4\ntarget_modules = \"all-linear\"\ninit_from = \"a\"\n[data]\n\
+                train = \"t.jsonl\"\neval = \"e.jsonl\"\nshuffle = false\noverlong = \"split\"\n[train]\nmax_steps = 3\n\
+                lr_scheduler_type = \"cosine\"\nlearning_rate = 1e-3\neval_steps = 2\n";
+    let config = parse(text).unwrap();
+    let again = parse(&config.to_toml()).unwrap();
+    assert_eq!(again.to_toml(), config.to_toml());
+    let lora = again.lora.unwrap();
+    assert_eq!((lora.config.r, lora.config.random_state), (4, 5), "the run's seed is the adapter's");
+    assert_eq!(lora.init_from.as_deref(), Some(Path::new("a")));
+    assert_eq!((again.train.lr_scheduler_type, again.train.max_steps), (LrSchedulerType::Cosine, Some(3)));
+    assert_eq!((again.data.overlong, again.data.shuffle), (Overlong::Split, false));
+}
+
+#[test]
+fn overrides_come_last_and_may_add_a_section() {
+    let text = "[model]\nname_or_path = \"m\"\n[data]\ntrain = \"t.jsonl\"\n[train]\nmax_steps = 3\n";
+    let overrides: Vec<Override> =
+        ["lora.r=2", "train.max_steps=9", "output_dir=x/y"].iter().map(|text| text.parse().unwrap()).collect();
+    let config = RunConfig::parse(text, "first", &overrides).unwrap();
+    assert_eq!((config.lora.unwrap().config.r, config.train.max_steps), (2, Some(9)));
+    assert_eq!(config.output_dir, Path::new("x/y"));
+}
+
+#[test]
+fn neither_or_both_ways_of_training_are_errors() {
+    let neither = parse("[model]\nname_or_path = \"m\"\n[data]\ntrain = \"t.jsonl\"\n").unwrap_err();
+    assert!(neither[0].contains("[lora]") && neither[0].contains("full_finetuning = true"), "{neither:?}");
+    let both = parse(&LEAST.replace("\"m\"", "\"m\"\nfull_finetuning = true")).unwrap_err();
+    assert!(both[0].contains("exclude each other"), "{both:?}");
+    let full = "[model]\nname_or_path = \"m\"\nfull_finetuning = true\n[data]\ntrain = \"t.jsonl\"\n";
+    assert!(parse(full).unwrap().lora.is_none());
+}
+
+#[test]
+fn all_problems_are_listed() {
+    let text =
+        "devise = \"cpu\"\nlora = 3\n[model]\nfull_finetunning = true\ntrain = \"t\"\n[trian]\n[data]\nsuffle = 1\n";
+    assert_eq!(
+        parse(text).unwrap_err(),
+        [
+            "key \"devise\" is unknown; nearest: \"device\"",
+            "key \"lora\" = 3: expected a section",
+            "key \"trian\" is unknown; nearest: \"train\"",
+            "[model] key \"full_finetunning\" is unknown; nearest: \"full_finetuning\"",
+            "[model] key \"train\" is unknown; train belongs into [data]",
+            "[data] key \"suffle\" is unknown; nearest: \"shuffle\"",
+        ]
+    );
+}
+
+#[test]
+fn what_is_missing_or_out_of_range_is_named() {
+    let text = "device = \"gpu\"\n[lora]\nr = 0\n[train]\nlogging_steps = 0\neval_steps = 5\nlr_scheduler_type = \"constant\"\nwarmup_steps = 3\n";
+    let problems = parse(text).unwrap_err().join("\n");
+    for part in [
+        "[model] name_or_path is missing",
+        "[data] train is missing",
+        "device \"gpu\" is unknown",
+        "[lora] r is 0",
+        "[train] logging_steps is 0",
+        "eval_steps needs rows",
+        "\"constant\" has no warm-up",
+    ] {
+        assert!(problems.contains(part), "{part}: {problems}");
+    }
+}
+
+#[test]
+fn broken_toml_names_the_line() {
+    let problem = parse("seed = 1\ndevice = \n").unwrap_err().join("");
+    assert!(problem.contains("line 2"), "{problem}");
+}

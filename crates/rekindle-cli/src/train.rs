@@ -1,0 +1,180 @@
+//! `rekindle train`.
+
+use std::path::{Path, PathBuf};
+
+use rekindle::{
+    BLOCK_LINEARS, Error, FastLanguageModel, LoraConfig, Model, Report, SftTrainer, TargetModules, Tokenizer,
+    parse_device, write_atomic,
+};
+use toml::{Table, Value};
+
+use crate::args::TrainArgs;
+use crate::failure::Failure;
+use crate::progress::{Progress, duration};
+use crate::run_file::{LoraSection, RunConfig};
+use crate::{dry_run, open, output};
+
+pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
+    let config = RunConfig::load(&args.run_file, &args.overrides)?;
+    let mut job = Job::open(config)?;
+    if args.dry_run {
+        return dry_run::print(&job);
+    }
+    let resolved = write_resolved(&job.config, &args.run_file)?;
+    let report = job.fit()?;
+    summarize(&report, &job.config.output_dir, &resolved);
+    match &report.saved {
+        Some(path) => output::line(&path.display().to_string()),
+        None => Ok(()),
+    }
+}
+
+/// A model that is ready to be trained, with the configuration completed by what the model says.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) config: RunConfig,
+    pub(crate) model: Model,
+    pub(crate) tokenizer: Option<Tokenizer>,
+}
+
+impl Job {
+    pub(crate) fn open(mut config: RunConfig) -> Result<Self, Failure> {
+        let section = &config.model;
+        let mut loader = FastLanguageModel::from_pretrained(&section.name_or_path)
+            .dtype(section.dtype)
+            .device(parse_device(&config.device).map_err(Error::from)?)
+            .full_finetuning(section.full_finetuning);
+        if let Some(length) = section.max_seq_length {
+            loader = loader.max_seq_length(length);
+        }
+        let (mut model, tokenizer) = open::load(loader, &section.name_or_path)?;
+        if let Some(lora) = &mut config.lora {
+            model = adapt(model, lora)?;
+        }
+        config.device = model.device().to_string();
+        config.model.dtype = model.dtype();
+        config.model.max_seq_length = Some(model.causal_lm().max_seq_length());
+        config.train.learning_rate = Some(config.train.resolved_learning_rate(config.lora.is_none()));
+        Ok(Self { config, model, tokenizer })
+    }
+
+    /// Trains to the end and writes the result into `output_dir`.
+    pub(crate) fn fit(&mut self) -> Result<Report, Failure> {
+        let Self { config, model, tokenizer } = self;
+        let mut progress = Progress::new(config.train.logging_steps);
+        let mut trainer = SftTrainer::new(model, tokenizer.as_ref(), config.data.train_file(), config.train.clone())
+            .shuffle(config.data.shuffle)
+            .seed(config.seed)
+            .output_dir(&config.output_dir)
+            .on_data(|file, report| eprintln!("{}: {report}", file.path.display()))
+            .on_event(|event| progress.event(&event));
+        if let Some(eval) = config.data.eval_file() {
+            trainer = trainer.eval_dataset(eval);
+        }
+        Ok(trainer.train()?)
+    }
+}
+
+/// Puts a new adapter on the model, or the one to go on with; `lora` then says what that adapter is.
+fn adapt(model: Model, lora: &mut LoraSection) -> Result<Model, Failure> {
+    let Some(dir) = &lora.init_from else {
+        return Ok(model.get_peft_model(lora.config.clone())?);
+    };
+    let mut model = model.load_adapter(dir)?;
+    let loaded = model.causal_lm().lora().expect("an adapter was just loaded").clone();
+    let problems = contradictions(lora, &loaded);
+    if !problems.is_empty() {
+        return Err(Failure::Configuration(format!(
+            "[lora] contradicts the adapter in {}: {}; leave these keys out to go on with it, or init_from to begin a new one",
+            dir.display(),
+            problems.join(", ")
+        )));
+    }
+    model.causal_lm_mut().set_gradient_checkpointing(lora.config.use_gradient_checkpointing);
+    lora.config = LoraConfig {
+        random_state: lora.config.random_state,
+        use_gradient_checkpointing: lora.config.use_gradient_checkpointing,
+        ..loaded
+    };
+    Ok(model)
+}
+
+/// Keys that the run file gives and the adapter has otherwise.
+fn contradictions(asked: &LoraSection, loaded: &LoraConfig) -> Vec<String> {
+    let (ours, theirs) = (comparable(&asked.config), comparable(loaded));
+    let show = |value: Option<&Value>| value.map_or_else(|| "none".to_owned(), Value::to_string);
+    let differing = asked.given.iter().filter(|key| ours.get(*key) != theirs.get(*key));
+    differing.map(|key| format!("{key} = {} but it has {}", show(ours.get(key)), show(theirs.get(key)))).collect()
+}
+
+/// What an adapter is, without what is chosen anew by each run, and with one order and spelling of the targets.
+fn comparable(config: &LoraConfig) -> Table {
+    let mut config = config.clone();
+    match &mut config.target_modules {
+        TargetModules::Names(names) => names.sort_unstable(),
+        TargetModules::AllLinear => {
+            let mut names = BLOCK_LINEARS;
+            names.sort_unstable();
+            config.target_modules = names.into();
+        }
+        TargetModules::Regex(_) => {}
+    }
+    let mut table = Table::try_from(config).expect("a configuration is a table");
+    for key in ["random_state", "use_gradient_checkpointing"] {
+        table.remove(key);
+    }
+    table
+}
+
+/// Writes the resolved configuration before anything is trained; the run file itself is never written over.
+fn write_resolved(config: &RunConfig, run_file: &Path) -> Result<PathBuf, Failure> {
+    let dir = &config.output_dir;
+    std::fs::create_dir_all(dir).map_err(|source| Failure::File { path: dir.clone(), source })?;
+    let same =
+        |path: &Path| path.canonicalize().is_ok_and(|path| run_file.canonicalize().is_ok_and(|file| file == path));
+    let mut path = dir.join("run.toml");
+    if same(&path) {
+        path = dir.join("run.resolved.toml");
+    }
+    write_atomic(&path, config.to_toml().as_bytes()).map_err(Error::from)?;
+    Ok(path)
+}
+
+fn summarize(report: &Report, dir: &Path, resolved: &Path) {
+    if let (Some(first), Some(last)) = (report.steps.first(), report.steps.last()) {
+        let time = duration(last.seconds);
+        eprintln!(
+            "{} steps in {time}, loss {:.3} at the first and {:.3} at the last",
+            last.step, first.loss, last.loss
+        );
+    }
+    let [metrics, plot] = ["metrics.jsonl", "loss.svg"].map(|name| dir.join(name));
+    eprintln!("numbers {}  plot {}  configuration {}", metrics.display(), plot.display(), resolved.display());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn section(text: &str) -> LoraSection {
+        let text = format!("[model]\nname_or_path = \"m\"\n[data]\ntrain = \"t\"\n[lora]\ninit_from = \"a\"\n{text}");
+        RunConfig::parse(&text, "run", &[]).unwrap().lora.unwrap()
+    }
+
+    #[test]
+    fn only_what_is_given_can_contradict() {
+        let loaded = LoraConfig::new(8).lora_alpha(32.0).target_modules(["v_proj", "q_proj"]);
+        assert_eq!(contradictions(&section(""), &loaded), Vec::<String>::new());
+        let agrees =
+            "r = 8\ntarget_modules = [\"q_proj\", \"v_proj\"]\nrandom_state = 9\nuse_gradient_checkpointing = true";
+        assert_eq!(contradictions(&section(agrees), &loaded), Vec::<String>::new());
+        assert_eq!(
+            contradictions(&section("r = 4\nlora_alpha = 16\ntarget_modules = [\"q_proj\"]"), &loaded),
+            [
+                "lora_alpha = 16.0 but it has 32.0",
+                "r = 4 but it has 8",
+                "target_modules = [\"q_proj\"] but it has [\"q_proj\", \"v_proj\"]",
+            ]
+        );
+    }
+}
