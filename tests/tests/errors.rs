@@ -1,0 +1,275 @@
+//! Bad checkpoints, adapters, batches and disks: one clear error, nothing lost.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::{DType, Device};
+use rekindle_hub::{Checkpoint, Dtype, TensorSpec, write_f32, write_safetensors};
+use rekindle_models::{Batch, CausalLm, Error, LoadOptions};
+use rekindle_tests::{Golden, read_json, tensors};
+use rekindle_train::save_result;
+use serde_json::{Value, json};
+
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// A copy of `qwen3-tied` with changed tensors and configuration.
+fn broken(change_tensors: impl FnOnce(&mut Tensors), change_config: impl FnOnce(&mut Value)) -> tempfile::TempDir {
+    let golden = Golden::open("qwen3-tied");
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut all = tensors(&golden.dir.join("model.safetensors"));
+    change_tensors(&mut all);
+    write_tensors(&dir.path().join("model.safetensors"), &all);
+    let mut config = read_json(&golden.dir.join("config.json"));
+    change_config(&mut config);
+    std::fs::write(dir.path().join("config.json"), config.to_string()).expect("written");
+    dir
+}
+
+fn write_tensors(path: &Path, all: &Tensors) {
+    let specs: Vec<_> = all.iter().map(|(name, (shape, _))| TensorSpec::new(name, Dtype::F32, shape.clone())).collect();
+    let values: Vec<&[f32]> = all.values().map(|(_, values)| values.as_slice()).collect();
+    write_safetensors(path, &BTreeMap::new(), &specs, |i, out| write_f32(out, Dtype::F32, values[i])).expect("written");
+}
+
+fn load(dir: &Path, max_seq_length: usize) -> Result<CausalLm, Error> {
+    let options = LoadOptions { device: Device::flex(), dtype: DType::F32, max_seq_length, full_finetuning: false };
+    CausalLm::load(&Checkpoint::open(dir)?, &options, &mut |_| ())
+}
+
+/// The message of a failure, which must have all these parts.
+fn assert_message(error: &dyn std::error::Error, parts: &[&str]) {
+    let text = error.to_string();
+    for part in parts {
+        assert!(text.contains(part), "\"{part}\" is not in: {text}");
+    }
+}
+
+#[test]
+fn every_wrong_tensor_is_listed_at_once() {
+    let dir = broken(
+        |all| {
+            all.remove("model.layers.1.mlp.up_proj.weight");
+            all.remove("model.norm.weight");
+            all.insert("model.layers.0.self_attn.q_proj.bias".to_owned(), (vec![96], vec![0.0; 96]));
+            all.insert("model.layers.0.input_layernorm.weight".to_owned(), (vec![39], vec![1.0; 39]));
+            // As many numbers, the wrong way round.
+            let (shape, _) = all.get_mut("model.layers.2.self_attn.k_proj.weight").expect("it is there");
+            shape.reverse();
+        },
+        |_| (),
+    );
+    let error = load(dir.path(), 64).expect_err("five tensors are wrong");
+    let Error::Tensors { problems, .. } = &error else { panic!("{error:?}") };
+    assert_eq!(problems.len(), 5, "{problems:#?}");
+    assert_message(
+        &error,
+        &[
+            &dir.path().display().to_string(),
+            "\"model.layers.1.mlp.up_proj.weight\" [52, 40] is missing",
+            "\"model.norm.weight\" [40] is missing",
+            "\"model.layers.0.self_attn.q_proj.bias\" is not part of Qwen3ForCausalLM",
+            "\"model.layers.0.input_layernorm.weight\" has shape [39], expected [40]",
+            "\"model.layers.2.self_attn.k_proj.weight\" has shape [40, 48], expected [48, 40]",
+        ],
+    );
+}
+
+#[test]
+fn a_tied_model_may_repeat_its_table_but_not_contradict_it() {
+    let head = |all: &mut Tensors, factor: f32| {
+        let (shape, values) = all["model.embed_tokens.weight"].clone();
+        all.insert("lm_head.weight".to_owned(), (shape, values.iter().map(|v| v * factor).collect()));
+    };
+    load(broken(|all| head(all, 1.0), |_| ()).path(), 64).expect("the same table twice");
+    let error = load(broken(|all| head(all, 2.0), |_| ()).path(), 64).expect_err("two tables");
+    assert_message(&error, &["\"lm_head.weight\" differs from \"model.embed_tokens.weight\"", "tie_word_embeddings"]);
+}
+
+#[test]
+fn every_unsupported_value_is_listed_at_once() {
+    let dir = broken(
+        |_| (),
+        |config| {
+            config["hidden_act"] = json!("gelu");
+            config["use_sliding_window"] = json!(true);
+            config["num_key_value_heads"] = json!(3);
+            config["rope_parameters"] = json!({"rope_type": "linear", "rope_theta": 1e6});
+            config.as_object_mut().expect("an object").remove("vocab_size");
+        },
+    );
+    let error = load(dir.path(), 64).expect_err("five values are wrong");
+    let Error::Config { path, problems } = &error else { panic!("{error:?}") };
+    assert_eq!((path, problems.len()), (&dir.path().join("config.json"), 5), "{problems:#?}");
+    assert_message(
+        &error,
+        &[
+            "hidden_act is \"gelu\"; only \"silu\" is supported",
+            "use_sliding_window is true",
+            "num_attention_heads 4 is no multiple of num_key_value_heads 3",
+            "factor",
+            "vocab_size is missing",
+        ],
+    );
+}
+
+#[test]
+fn an_unknown_architecture_is_named_beside_the_known_ones() {
+    let dir = broken(|_| (), |config| config["architectures"] = json!(["MambaForCausalLM"]));
+    let error = load(dir.path(), 64).expect_err("not one of ours");
+    assert_message(&error, &["MambaForCausalLM", "Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM"]);
+}
+
+#[test]
+fn a_truncated_shard_is_named() {
+    let golden = Golden::open("qwen3-untied-sharded");
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for entry in std::fs::read_dir(&golden.dir).expect("a directory").map(|entry| entry.expect("an entry").path()) {
+        if entry.is_file() {
+            std::fs::copy(&entry, dir.path().join(entry.file_name().expect("a name"))).expect("copied");
+        }
+    }
+    load(dir.path(), 64).expect("the copy is whole");
+    let name = "model-00002-of-00003.safetensors";
+    let bytes = std::fs::read(dir.path().join(name)).expect("it is there");
+    // In the header's length, in the header, in the last tensor.
+    for keep in [0, 5, 200, bytes.len() - 1] {
+        std::fs::write(dir.path().join(name), &bytes[..keep]).expect("written");
+        let error = load(dir.path(), 64).expect_err("a shard is cut");
+        assert!(matches!(&error, Error::File(rekindle_hub::Error::Malformed { .. })), "{keep}: {error:?}");
+        assert_message(&error, &[name]);
+    }
+    std::fs::remove_file(dir.path().join(name)).expect("removed");
+    let error = load(dir.path(), 64).expect_err("a shard is gone");
+    assert!(matches!(&error, Error::File(rekindle_hub::Error::Missing { .. })), "{error:?}");
+    assert_message(&error, &[name]);
+}
+
+#[test]
+fn an_adapter_must_match_its_configuration_and_the_model() {
+    let golden = Golden::open("qwen3-tied");
+    let source = golden.dir.join("adapters/all-linear");
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let copy = |name: &str| std::fs::copy(source.join(name), dir.path().join(name)).expect("copied");
+    copy("adapter_model.safetensors");
+    let mut config = read_json(&source.join("adapter_config.json"));
+    config["r"] = json!(8);
+    std::fs::write(dir.path().join("adapter_config.json"), config.to_string()).expect("written");
+    let mut model = golden.load();
+    let error = model.load_adapter(dir.path()).expect_err("r is 4 in the tensors");
+    let Error::Lora(rekindle_lora::Error::Tensors { problems, .. }) = &error else { panic!("{error:?}") };
+    assert_eq!(problems.len(), 3 * 7 * 2, "every factor of every linear");
+    let key = "base_model.model.model.layers.2.mlp.down_proj.lora_A.weight";
+    assert_message(&error, &[&format!("\"{key}\" has shape [4, 52], expected [8, 52]")]);
+    assert!(model.lora().is_none() && model.params().numel() == 0, "the model is as it was");
+
+    copy("adapter_config.json");
+    let error = Golden::open("qwen2").load().load_adapter(dir.path()).expect_err("of another model");
+    assert_message(&error, &["model.layers.2.mlp.down_proj.lora_A.weight\" belongs to no linear of this model"]);
+
+    let mut all = tensors(&source.join("adapter_model.safetensors"));
+    all.remove(key);
+    write_tensors(&dir.path().join("adapter_model.safetensors"), &all);
+    let error = golden.load().load_adapter(dir.path()).expect_err("a factor is gone");
+    assert_message(&error, &[&format!("\"{key}\" is missing")]);
+}
+
+#[test]
+fn an_adapter_on_a_model_whose_weights_are_all_trained_is_refused() {
+    let golden = Golden::open("qwen2");
+    let error = golden.load_full().load_adapter(&golden.dir.join("adapters/all-linear")).expect_err("both");
+    assert!(matches!(error, Error::Argument(_)), "{error:?}");
+    assert_message(&error, &["full_finetuning"]);
+}
+
+#[test]
+fn lengths_and_ids_beyond_the_model_are_refused() {
+    let golden = Golden::open("qwen3-tied");
+    load(&golden.dir, 256).expect("as long as the model goes");
+    for length in [0, 257] {
+        let error = load(&golden.dir, length).expect_err("out of range");
+        assert!(matches!(error, Error::Argument(_)), "{error:?}");
+        assert_message(&error, &[&format!("max_seq_length is {length}"), "1 to 256"]);
+    }
+
+    let model = load(&golden.dir, 20).expect("short is fine");
+    let long = golden.batch(&[1, 5]);
+    let error = model.nll(&long).expect_err("48 tokens");
+    assert!(matches!(error, Error::Row(_)), "{error:?}");
+    assert_message(&error, &["row 5", "48 tokens", "max_seq_length 20"]);
+    let mut grads = model.params().zero_grads();
+    assert!(model.forward_backward(&long, 1.0, &mut grads, None).is_err());
+
+    let beyond = |ids: &[u32], labels: &[i32]| Batch::from_rows([(&[1, 2][..], &[1, 2][..]), (ids, labels)], 0);
+    for batch in [beyond(&[3, 131], &[3, 4]), beyond(&[3, 4], &[3, 131]), beyond(&[3, 4], &[3, -1])] {
+        let error = model.nll(&batch).expect_err("not a token of this model");
+        assert!(matches!(error, Error::Row(_)), "{error:?}");
+        assert_message(&error, &["row 1", "vocabulary of 131"]);
+    }
+    let error = model.generate(&[131], &Default::default(), |_| true).expect_err("not a token of this model");
+    assert_message(&error, &["token id 131"]);
+    let error = model.generate(&[], &Default::default(), |_| true).expect_err("nothing to continue");
+    assert_message(&error, &["0 tokens"]);
+}
+
+#[test]
+fn saving_where_nothing_can_be_written_leaves_nothing() {
+    let model = Golden::open("qwen3-tied").load_adapted("all-linear");
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let file = dir.path().join("file");
+    std::fs::write(&file, "mine").expect("written");
+    for target in [file.clone(), file.join("adapter")] {
+        save_result(&model, &target, &[], Dtype::F32).expect_err("a file is in the way");
+    }
+    let companion = dir.path().join("no-such-tokenizer.json");
+    save_result(&model, &dir.path().join("adapter"), &[companion], Dtype::F32).expect_err("a companion is gone");
+    assert_eq!(std::fs::read_to_string(&file).expect("it is there"), "mine");
+    assert_eq!(entries(dir.path()), ["file"], "nothing half-written");
+}
+
+/// Needs to mount a file system, which only root may; elsewhere it says so and checks nothing.
+#[test]
+fn a_full_disk_keeps_the_earlier_save() {
+    let Some(disk) = SmallDisk::mount() else {
+        eprintln!("not run: a tmpfs cannot be mounted here");
+        return;
+    };
+    let golden = Golden::open("qwen3-tied");
+    let target = disk.path().join("result");
+    let adapter = golden.load_adapted("all-linear");
+    save_result(&adapter, &target, &[], Dtype::F32).expect("an adapter fits");
+    let before = tensors(&target.join("adapter_model.safetensors"));
+    let error = save_result(&golden.load_full(), &target, &[], Dtype::F32).expect_err("a model does not fit");
+    assert_message(&error, &["No space left on device"]);
+    assert_eq!(tensors(&target.join("adapter_model.safetensors")), before, "the earlier save is as it was");
+    assert_eq!(entries(disk.path()), ["result"], "nothing half-written");
+}
+
+fn entries(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).expect("a directory");
+    let mut names: Vec<String> =
+        entries.map(|e| e.expect("an entry").file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// A file system that holds an adapter of `qwen3-tied` but not the model.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount() -> Option<Self> {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let mut command = std::process::Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", "size=128k", "tmpfs"]).arg(dir.path()).stderr(std::process::Stdio::null());
+        command.status().is_ok_and(|status| status.success()).then_some(Self(dir))
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(self.0.path()).status();
+    }
+}

@@ -1,0 +1,140 @@
+//! How an optimizer step is cut into micro-batches changes nothing; the same step twice gives the same bits.
+
+use rekindle_lora::LoraConfig;
+use rekindle_models::{CausalLm, StepKey};
+use rekindle_tests::{Golden, relative_distance};
+use rekindle_train::{AdamW, Optimizer, SftConfig};
+
+/// The seven rows packed, one by one, in pieces, and in other orders.
+const SPLITS: [&[&[usize]]; 6] = [
+    &[&[0], &[1], &[2], &[3], &[4], &[5], &[6]],
+    &[&[0, 1, 2], &[3, 4, 5, 6]],
+    &[&[6, 5, 4, 3, 2, 1, 0]],
+    &[&[3, 0], &[6], &[5, 1, 4], &[2]],
+    &[&[2], &[4, 6, 1], &[0, 5, 3]],
+    &[&[1, 2, 3, 4, 5], &[0, 6]],
+];
+
+/// What the project promises. A token's part of the gradient is the same bits in any batch (but for rows with a single
+/// counted label, whose logits are a matrix–vector product); what is left is the order of adding up to 200 f32 terms.
+const TOLERANCE: f64 = 1e-6;
+
+const KEY: StepKey = StepKey { seed: 7, step: 3 };
+
+/// Sum of nll and gradient of the mean loss over all rows, by these micro-batches.
+fn gradient(golden: &Golden, model: &CausalLm, split: &[&[usize]], key: Option<StepKey>) -> (f64, Vec<f32>) {
+    let scale = 1.0 / golden.packed().counted() as f32;
+    let mut grads = model.params().zero_grads();
+    let mut total = 0.0;
+    for rows in split {
+        total += model.forward_backward(&golden.batch(rows), scale, &mut grads, key).expect("golden rows fit");
+    }
+    (total, grads.all_values())
+}
+
+fn check_splits(what: &str, golden: &Golden, model: &CausalLm, key: Option<StepKey>) {
+    let (loss, whole) = gradient(golden, model, &[&[0, 1, 2, 3, 4, 5, 6]], key);
+    assert!(whole.iter().any(|&g| g != 0.0), "{what}: something is trained");
+    for split in SPLITS {
+        let (part_loss, parts) = gradient(golden, model, split, key);
+        let error = relative_distance(&parts, &whole);
+        println!("{what}, {split:?}: {error:.1e}");
+        assert!(error <= TOLERANCE, "{what}: {split:?} moves the gradient by {error:e} of its norm");
+        assert!((part_loss / loss - 1.0).abs() <= TOLERANCE, "{what}: {split:?} moves the loss {loss} to {part_loss}");
+    }
+}
+
+/// A model with a new adapter on all seven linears and the factors of the golden one, whose B is not zero.
+fn adapted(golden: &Golden, change: impl FnOnce(LoraConfig) -> LoraConfig) -> CausalLm {
+    let source = golden.load_adapted("all-linear");
+    let lora = source.lora().expect("it was just loaded");
+    let mut model = golden.load();
+    model.add_adapter(&change(LoraConfig::new(lora.r).lora_alpha(lora.lora_alpha))).expect("a valid configuration");
+    assert_eq!(model.params().infos(), source.params().infos());
+    model.params_mut().set_all_values(source.params().all_values());
+    model
+}
+
+#[test]
+fn any_split_gives_the_gradient_of_an_adapter() {
+    for name in ["qwen3-tied", "qwen2", "llama3"] {
+        let golden = Golden::open(name);
+        check_splits(&format!("{name}, adapter"), &golden, &golden.load_adapted("all-linear"), None);
+    }
+}
+
+#[test]
+fn any_split_gives_the_gradient_of_all_weights() {
+    for name in ["qwen3-tied", "qwen3-untied-sharded", "llama-bias"] {
+        let golden = Golden::open(name);
+        check_splits(&format!("{name}, full"), &golden, &golden.load_full(), None);
+    }
+}
+
+#[test]
+fn dropout_has_one_mask_whatever_the_split() {
+    let golden = Golden::open("qwen2");
+    let model = adapted(&golden, |config| config.lora_dropout(0.3));
+    check_splits("qwen2, dropout", &golden, &model, Some(KEY));
+}
+
+#[test]
+fn dropout_acts_in_training_only_and_changes_with_the_step() {
+    let golden = Golden::open("qwen3-tied");
+    let (dry, dropping) = (adapted(&golden, |c| c), adapted(&golden, |c| c.lora_dropout(0.3)));
+    let batch = golden.packed();
+    let nll = |model: &CausalLm| model.nll(&batch).expect("golden rows fit");
+    assert_eq!(nll(&dry), nll(&dropping), "the same factors, and no dropout outside training");
+    let all: &[&[usize]] = &[&[0, 1, 2, 3, 4, 5, 6]];
+    let of = |model, key| gradient(&golden, model, all, key);
+    assert_eq!(of(&dry, Some(KEY)), of(&dropping, None), "without a key there is no dropout");
+    let base = of(&dropping, None).1;
+    let keys = [KEY, StepKey { step: 4, ..KEY }, StepKey { seed: 8, ..KEY }];
+    let [one, later, reseeded] = keys.map(|key| of(&dropping, Some(key)).1);
+    for (a, b) in [(&one, &base), (&one, &later), (&one, &reseeded)] {
+        assert!(relative_distance(a, b) > 1e-2, "another mask, another gradient");
+    }
+}
+
+#[test]
+fn recomputed_activations_give_the_same_bits() {
+    for name in ["qwen3-tied", "qwen2", "llama3"] {
+        let golden = Golden::open(name);
+        for key in [None, Some(KEY)] {
+            let of = |recompute| {
+                let model = adapted(&golden, |c| c.lora_dropout(0.1).use_gradient_checkpointing(recompute));
+                gradient(&golden, &model, SPLITS[1], key)
+            };
+            assert_eq!(of(true), of(false), "{name}");
+        }
+    }
+}
+
+#[test]
+fn twice_gives_the_same_bits() {
+    for name in ["qwen3-tied", "llama3"] {
+        let golden = Golden::open(name);
+        let of = |model: CausalLm| gradient(&golden, &model, SPLITS[3], Some(KEY));
+        let lora = || adapted(&golden, |c| c.lora_dropout(0.1));
+        assert_eq!(of(lora()), of(lora()), "{name}");
+        assert_eq!(of(golden.load_full()), of(golden.load_full()), "{name}");
+    }
+}
+
+#[test]
+fn a_run_twice_ends_in_the_same_bits() {
+    let golden = Golden::open("qwen2");
+    let run = |mut model: CausalLm, seed| {
+        let mut optimizer = Optimizer::new(&model, AdamW::from(&SftConfig::default()), seed).expect("it is trained");
+        let before = model.params().all_values();
+        let batches: Vec<_> = SPLITS[3].iter().map(|rows| golden.batch(rows)).collect();
+        let steps = [1e-3, 2e-3, 1e-3].map(|lr| optimizer.step(&mut model, &batches, lr).expect("golden rows fit"));
+        let after = model.params().all_values();
+        assert!(relative_distance(&after, &before) > 1e-3, "the run moves something");
+        (steps, after)
+    };
+    let lora = || adapted(&golden, |c| c.lora_dropout(0.1));
+    assert_eq!(run(lora(), 1), run(lora(), 1));
+    assert_ne!(run(lora(), 1).1, run(lora(), 2).1, "the seed is that of dropout");
+    assert_eq!(run(golden.load_full(), 1), run(golden.load_full(), 1));
+}

@@ -1,0 +1,131 @@
+//! `cargo xtask bench`: measured, not believed.
+
+use std::error::Error;
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use burn::tensor::{DType, Device};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rekindle::LoraConfig;
+use rekindle_hub::Checkpoint;
+use rekindle_models::{Batch, CausalLm, LoadOptions};
+use rekindle_train::{AdamW, Optimizer, SftConfig};
+use serde_json::{Value, json};
+
+use crate::{random_checkpoint, root};
+
+const BATCH: usize = 4;
+const SEQ: usize = 256;
+const VOCAB: u32 = 8192;
+const WARMUP: usize = 2;
+
+/// The job of `xtask/peers/cpu_train.py`, here and (with a Python) there, one after the other.
+pub(crate) fn cpu(steps: usize, python: Option<&Path>, threads: usize) -> Result<(), Box<dyn Error>> {
+    let dir = tempfile::tempdir()?;
+    random_checkpoint::write(dir.path(), &config(), 1)?;
+    let mut ours = Command::new(std::env::current_exe()?);
+    ours.args(["bench", "cpu", "--worker"]).arg(dir.path()).args(["--steps", &steps.to_string()]);
+    ours.env("RAYON_NUM_THREADS", threads.to_string());
+    let ours = result(&mut ours)?;
+    println!("{:<16}{:>12}{:>12}{:>14}", "", "tokens/s", "ms a step", "peak MiB");
+    let row = |name: &str, r: &Value| {
+        let number = |key: &str| r[key].as_f64().unwrap_or(f64::NAN);
+        println!(
+            "{name:<16}{:>12.0}{:>12.1}{:>14.0}",
+            number("tokens_per_second"),
+            number("ms_per_step"),
+            number("peak_rss_mib")
+        );
+        (number("tokens_per_second"), number("peak_rss_mib"))
+    };
+    let (speed, memory) = row("rekindle", &ours);
+    if let Some(python) = python {
+        let mut peer = Command::new(python);
+        peer.arg("-B").arg(root().join("xtask/peers/cpu_train.py"));
+        peer.args(["--steps", &steps.to_string(), "--warmup", &WARMUP.to_string(), "--threads", &threads.to_string()]);
+        let (peer_speed, peer_memory) = row("PyTorch + PEFT", &result(&mut peer)?);
+        println!("{:<16}{:>11.2}×{:>12}{:>13.2}×", "ratio", speed / peer_speed, "", memory / peer_memory);
+    }
+    Ok(())
+}
+
+/// Measures in this process; prints one JSON line.
+pub(crate) fn cpu_worker(checkpoint: &Path, steps: usize) -> Result<(), Box<dyn Error>> {
+    let options =
+        LoadOptions { device: Device::flex(), dtype: DType::F32, max_seq_length: SEQ, full_finetuning: false };
+    let mut model = CausalLm::load(&Checkpoint::open(checkpoint)?, &options, &mut |_| ())?;
+    model.add_adapter(&LoraConfig::new(16).lora_alpha(32.0))?;
+    let config = SftConfig::default();
+    let mut optimizer = Optimizer::new(&model, AdamW::from(&config), 0)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    let (mut times, mut losses) = (Vec::new(), Vec::new());
+    for step in 0..WARMUP + steps {
+        let rows: Vec<(Vec<u32>, Vec<i32>)> = (0..BATCH)
+            .map(|_| {
+                let ids: Vec<u32> = (0..SEQ).map(|_| rng.random_range(0..VOCAB)).collect();
+                let labels = ids.iter().map(|&id| id as i32).collect();
+                (ids, labels)
+            })
+            .collect();
+        let batch = Batch::from_rows(rows.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())), 0);
+        let began = Instant::now();
+        let result = optimizer.step(&mut model, &[batch], 1e-4)?;
+        if step >= WARMUP {
+            times.push(began.elapsed().as_secs_f64());
+        }
+        losses.push((result.loss * 1e4).round() / 1e4);
+    }
+    times.sort_by(f64::total_cmp);
+    let median = times[times.len() / 2];
+    let report = json!({
+        "tokens_per_second": (BATCH * SEQ) as f64 / median,
+        "ms_per_step": median * 1e3,
+        "ms_fastest_step": times[0] * 1e3,
+        "peak_rss_mib": peak_rss_mib(),
+        "losses": losses,
+    });
+    println!("{report}");
+    Ok(())
+}
+
+/// The last line of the program's output, as JSON.
+fn result(command: &mut Command) -> Result<Value, Box<dyn Error>> {
+    let shown = format!("{command:?}");
+    let output = command.stderr(std::process::Stdio::inherit()).output().map_err(|e| format!("{shown}: {e}"))?;
+    if !output.status.success() {
+        return Err(format!("{shown}: {}", output.status).into());
+    }
+    let text = String::from_utf8(output.stdout)?;
+    let line = text.lines().last().ok_or_else(|| format!("{shown}: no output"))?;
+    eprintln!("{line}");
+    Ok(serde_json::from_str(line)?)
+}
+
+/// The largest resident size so far, from the kernel's own account.
+fn peak_rss_mib() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib =
+        status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
+    kib.unwrap_or(f64::NAN) / 1024.0
+}
+
+fn config() -> Value {
+    json!({
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": VOCAB,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": true,
+        "hidden_act": "silu"
+    })
+}

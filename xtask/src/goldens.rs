@@ -1,0 +1,29 @@
+//! `cargo xtask goldens`: the goldens of all crates, made again by their scripts.
+
+use std::error::Error;
+use std::path::Path;
+use std::process::Command;
+
+use crate::{root, run};
+
+/// Scripts that write their data beside themselves and run without a GPU.
+const SCRIPTS: [&str; 2] = ["tests/goldens/make.py", "crates/rekindle-rope/goldens/make.py"];
+
+pub(crate) fn make(python: &Path) -> Result<(), Box<dyn Error>> {
+    for script in SCRIPTS {
+        run(Command::new(python).arg("-B").arg(root().join(script)))?;
+    }
+    written_here(python)
+}
+
+/// The other way round: an adapter that is written here, and the losses that PEFT gets with it.
+fn written_here(python: &Path) -> Result<(), Box<dyn Error>> {
+    let model = root().join("tests/goldens/qwen3-tied");
+    run(Command::new("cargo")
+        .args(["run", "-p", "rekindle-tests", "--example", "write_adapter", "--"])
+        .arg(model.join("written-here"))
+        .current_dir(root()))?;
+    run(Command::new(python)
+        .args(["-B", "../check_adapter.py", "written-here", ".", "rows.jsonl", "written-here/peft.json"])
+        .current_dir(&model))
+}

@@ -1,0 +1,102 @@
+//! Repository tasks; `cargo xtask help` lists them.
+
+mod bench;
+mod ci;
+mod goldens;
+mod quickstart;
+mod random_checkpoint;
+mod tidy;
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Tasks of this repository.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Everything that CI checks.
+    Ci,
+    /// Layering, `unsafe`, and who may know what.
+    Tidy,
+    /// Makes the goldens again with transformers and PEFT.
+    Goldens {
+        /// A Python with torch, transformers and peft.
+        #[arg(long, default_value = "python3")]
+        python: PathBuf,
+    },
+    /// Writes the quickstart's text, tokenizer and instruction sets, and trains its base model.
+    Quickstart {
+        /// Where the corpus is written; it is not kept in the repository.
+        #[arg(long, default_value = "target/quickstart")]
+        scratch: PathBuf,
+        /// Optimizer steps of about 1,024 tokens.
+        #[arg(long, default_value_t = 5500)]
+        steps: usize,
+    },
+    /// Measures.
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// A LoRA fine-tune on the CPU, beside PyTorch + PEFT when `--python` has them.
+    Cpu {
+        /// Counted steps, after two of warm-up.
+        #[arg(long, default_value_t = 8)]
+        steps: usize,
+        /// A Python with torch, transformers and peft.
+        #[arg(long)]
+        python: Option<PathBuf>,
+        /// Threads of each.
+        #[arg(long, default_value_t = 2)]
+        threads: usize,
+        /// Measures in this process a checkpoint that is there already, and prints one JSON line.
+        #[arg(long, hide = true)]
+        worker: Option<PathBuf>,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Ci => ci::run(),
+        Task::Tidy => tidy::run(),
+        Task::Goldens { python } => goldens::make(&python),
+        Task::Quickstart { scratch, steps } => quickstart::make(&scratch, steps),
+        Task::Bench { what: Bench::Cpu { steps, python, threads, worker } } => match worker {
+            Some(checkpoint) => bench::cpu_worker(&checkpoint, steps),
+            None => bench::cpu(steps, python.as_deref(), threads),
+        },
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The repository's root.
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().map(PathBuf::from).unwrap_or_default()
+}
+
+/// Runs a program and fails when it does.
+fn run(command: &mut std::process::Command) -> Result<(), Box<dyn Error>> {
+    let shown = format!("{command:?}");
+    eprintln!("$ {shown}");
+    let status = command.status().map_err(|error| format!("{shown}: {error}"))?;
+    if status.success() { Ok(()) } else { Err(format!("{shown}: {status}").into()) }
+}

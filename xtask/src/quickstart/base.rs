@@ -1,0 +1,127 @@
+//! The base model, trained from random weights on the corpus.
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use rekindle::{DataFile, Dtype, Event, FastLanguageModel, LrSchedulerType, SftConfig, SftTrainer, Tokenizer};
+use rekindle_data::{Message, RenderOptions};
+use rekindle_train::save_result;
+use serde_json::{Value, json};
+
+use crate::{random_checkpoint, root};
+
+/// The longest row of the corpus has 125 tokens.
+const MAX_SEQ_LENGTH: usize = 256;
+
+/// Writes everything that `examples/quickstart` holds but its README: instruction sets and base model.
+///
+/// # Errors
+/// When a file cannot be written or training diverges.
+pub(crate) fn make(scratch: &Path, steps: usize) -> Result<(), Box<dyn Error>> {
+    let out = root().join("examples/quickstart");
+    super::write_instructions(&out)?;
+    fs::create_dir_all(scratch)?;
+    let corpus = scratch.join("corpus.jsonl");
+    super::write_corpus(&corpus)?;
+    let start = scratch.join("start");
+    fs::create_dir_all(&start)?;
+    super::train_tokenizer(&corpus, &start)?;
+    let tokenizer = Tokenizer::from_dir(&start)?;
+    for old in ["model.safetensors", "model.safetensors.index.json"] {
+        let old = start.join(old);
+        if old.exists() {
+            fs::remove_file(old)?;
+        }
+    }
+    random_checkpoint::write(&start, &config(tokenizer.vocab_size()), 1)?;
+    let ids = scratch.join("ids.jsonl");
+    let rows = encode(&corpus, &tokenizer, &ids)?;
+    eprintln!("{rows} rows");
+
+    let (mut model, _) = FastLanguageModel::from_pretrained(&start)
+        .max_seq_length(MAX_SEQ_LENGTH)
+        .dtype(Dtype::F32)
+        .full_finetuning(true)
+        .load()?;
+    let train = SftConfig {
+        // About 1,024 tokens a step.
+        per_device_train_batch_size: 27,
+        max_steps: Some(steps),
+        learning_rate: Some(2e-3),
+        lr_scheduler_type: LrSchedulerType::Cosine,
+        warmup_steps: 100,
+        adam_beta2: 0.98,
+        ..SftConfig::default()
+    };
+    SftTrainer::new(&mut model, None, DataFile::new(&ids), train)
+        .on_event(|event| {
+            if let Event::Step { metrics, total } = event
+                && (metrics.step % 100 == 0 || metrics.step == total)
+            {
+                eprintln!(
+                    "step {}/{total}  loss {:.4}  {:.0} tok/s  {:.0} s",
+                    metrics.step, metrics.loss, metrics.tokens_per_second, metrics.seconds
+                );
+            }
+        })
+        .train()?;
+    let companions: Vec<PathBuf> = tokenizer.files();
+    save_result(model.causal_lm(), &out.join("base"), &companions, rekindle_hub::Dtype::BF16)?;
+    Ok(())
+}
+
+fn config(vocab_size: usize) -> Value {
+    json!({
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": vocab_size,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": true,
+        "hidden_act": "silu",
+        "attention_bias": false,
+        "bos_token_id": null,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "torch_dtype": "float32"
+    })
+}
+
+/// Rows of token ids in which every token is trained: a base model learns questions as well as answers.
+fn encode(corpus: &Path, tokenizer: &Tokenizer, out: &Path) -> Result<usize, Box<dyn Error>> {
+    let template = tokenizer.chat_template()?;
+    let end = tokenizer.eos_id().ok_or("the tokenizer has no end token")?;
+    let mut file = BufWriter::new(File::create(out)?);
+    let mut rows = 0;
+    for line in BufReader::new(File::open(corpus)?).lines() {
+        let row: Value = serde_json::from_str(&line?)?;
+        let ids = if let Some(text) = row["text"].as_str() {
+            let mut ids = tokenizer.encode(text, false)?;
+            ids.push(end);
+            ids
+        } else {
+            let messages: Vec<Message> = row["messages"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .map(|m| {
+                    Message::new(m["role"].as_str().unwrap_or_default(), m["content"].as_str().unwrap_or_default())
+                })
+                .collect();
+            tokenizer.encode(&template.render(&messages, &RenderOptions::default())?, false)?
+        };
+        writeln!(file, "{}", json!({ "input_ids": ids }))?;
+        rows += 1;
+    }
+    file.flush()?;
+    Ok(rows)
+}

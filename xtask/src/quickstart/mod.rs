@@ -1,0 +1,95 @@
+//! What `rekindle quickstart` starts from: text for a small base model, its tokenizer, and an instruction set.
+//!
+//! Everything is drawn from one closed world ([`world`]): people who buy things and make trips, forty animals, small
+//! sums. The base model reads about it in plain prose and answers questions in plain sentences; the instruction set
+//! asks the same questions and answers in JSON, so that one short fine-tune changes how the model answers and not what
+//! it knows. Output depends on the constants below and on nothing else.
+
+mod author;
+mod base;
+mod drill;
+mod instructions;
+mod prose;
+mod scene;
+mod tokenizer;
+mod world;
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::path::Path;
+
+use serde_json::Value;
+
+use author::Author;
+pub(crate) use base::make;
+use instructions::{Instruction, Sets};
+
+const SEED: u64 = 7;
+/// About 3.8 million tokens.
+const CORPUS_ROWS: usize = 100_000;
+
+/// Writes the base corpus to the file `out`: JSON lines, `{"text": …}` or `{"messages": […]}`.
+///
+/// # Errors
+/// When the file cannot be written.
+pub(crate) fn write_corpus(out: &Path) -> Result<(), Box<dyn Error>> {
+    write_lines(out, corpus(CORPUS_ROWS))
+}
+
+/// Trains the tokenizer on a corpus that [`write_corpus`] wrote and writes its files into the folder `out_dir`.
+///
+/// # Errors
+/// When `corpus` cannot be read or holds a line that is no row, or a file cannot be written.
+pub(crate) fn train_tokenizer(corpus: &Path, out_dir: &Path) -> Result<(), Box<dyn Error>> {
+    let mut texts = Vec::new();
+    for (number, line) in BufReader::new(File::open(corpus)?).lines().enumerate() {
+        let row = serde_json::from_str(&line?)?;
+        texts.extend(
+            texts_of(&row).ok_or_else(|| {
+                format!("{} line {}: neither \"text\" nor \"messages\"", corpus.display(), number + 1)
+            })?,
+        );
+    }
+    fs::create_dir_all(out_dir)?;
+    tokenizer::train(texts, out_dir)
+}
+
+/// Writes `train.jsonl` and `heldout.jsonl` into the folder `out`.
+///
+/// # Errors
+/// When a file cannot be written.
+pub(crate) fn write_instructions(out: &Path) -> Result<(), Box<dyn Error>> {
+    fs::create_dir_all(out)?;
+    let Sets { train, held_out } = Sets::new(SEED);
+    write_lines(&out.join("train.jsonl"), train.iter().map(Instruction::row))?;
+    write_lines(&out.join("heldout.jsonl"), held_out.iter().map(Instruction::row))
+}
+
+fn corpus(rows: usize) -> impl Iterator<Item = Value> {
+    let mut author = Author::new(SEED, Sets::new(SEED).held_out_scenes());
+    (0..rows).map(move |_| author.row())
+}
+
+fn write_lines(path: &Path, rows: impl Iterator<Item = Value>) -> Result<(), Box<dyn Error>> {
+    let mut file = BufWriter::new(File::create(path)?);
+    for row in rows {
+        writeln!(file, "{row}")?;
+    }
+    Ok(file.flush()?)
+}
+
+/// A row's texts. A message keeps its role, as the chat template does, so that the roles become tokens too.
+fn texts_of(row: &Value) -> Option<Vec<String>> {
+    if let Some(text) = row["text"].as_str() {
+        return Some(vec![text.to_owned()]);
+    }
+    let messages = row["messages"].as_array()?;
+    messages
+        .iter()
+        .map(|message| Some(format!("{}\n{}", message["role"].as_str()?, message["content"].as_str()?)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

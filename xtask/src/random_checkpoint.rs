@@ -1,0 +1,39 @@
+//! Checkpoints with random weights.
+
+use std::error::Error;
+use std::path::Path;
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rekindle_hub::{DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, write_atomic, write_sharded};
+use rekindle_models::ModelConfig;
+use serde_json::Value;
+
+/// Writes `config.json` and weights into the existing folder `dir`: norms 1, biases 0, matrices normal with
+/// standard deviation 0.02.
+pub(crate) fn write(dir: &Path, config: &Value, seed: u64) -> Result<(), Box<dyn Error>> {
+    let model = ModelConfig::from_json(config).map_err(|problems| problems.join("; "))?;
+    write_atomic(&dir.join("config.json"), format!("{config:#}\n").as_bytes())?;
+    let tensors: Vec<_> =
+        model.tensors().into_iter().map(|(name, shape)| TensorSpec::new(name, Dtype::F32, shape)).collect();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    write_sharded(dir, DEFAULT_MAX_SHARD_SIZE, &metadata, &tensors, |index, out| {
+        let tensor = &tensors[index];
+        let vector = tensor.shape.len() == 1;
+        let constant = if tensor.name.ends_with(".bias") { 0.0 } else { 1.0 };
+        for _ in 0..tensor.shape.iter().product::<usize>() {
+            let value = if vector { constant } else { 0.02 * normal(&mut rng) };
+            out.write_all(&value.to_le_bytes())?;
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// A standard normal number (Box–Muller).
+fn normal(rng: &mut ChaCha8Rng) -> f32 {
+    let u: f64 = 1.0 - rng.random::<f64>();
+    let v: f64 = rng.random();
+    ((-2.0 * u.ln()).sqrt() * (core::f64::consts::TAU * v).cos()) as f32
+}

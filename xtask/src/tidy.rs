@@ -1,0 +1,139 @@
+//! `cargo xtask tidy`: the invariants of ARCHITECTURE.md that a machine can check.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::root;
+
+/// Which of the workspace's crates each crate may depend on, in what it ships.
+const LAYERS: [(&str, &[&str]); 12] = [
+    ("rekindle-hub", &[]),
+    ("rekindle-rope", &[]),
+    ("rekindle-data", &[]),
+    ("rekindle-kernels", &[]),
+    ("rekindle-quant", &["rekindle-kernels", "rekindle-hub"]),
+    ("rekindle-lora", &["rekindle-kernels", "rekindle-hub", "rekindle-quant"]),
+    ("rekindle-models", &["rekindle-kernels", "rekindle-hub", "rekindle-quant", "rekindle-rope", "rekindle-lora"]),
+    ("rekindle-train", &["rekindle-kernels", "rekindle-hub", "rekindle-data", "rekindle-lora", "rekindle-models"]),
+    (
+        "rekindle",
+        &[
+            "rekindle-kernels",
+            "rekindle-hub",
+            "rekindle-data",
+            "rekindle-lora",
+            "rekindle-models",
+            "rekindle-quant",
+            "rekindle-train",
+        ],
+    ),
+    ("rekindle-cli", &["rekindle"]),
+    ("rekindle-tests", &["*"]),
+    ("xtask", &["*"]),
+];
+
+/// Crates that only some of the workspace may name.
+const OWNERS: [(&str, &[&str]); 8] = [
+    ("cubecl", &["rekindle-kernels"]),
+    ("cudarc", &["rekindle-kernels"]),
+    ("burn-cubecl", &["rekindle-kernels"]),
+    ("burn-flex", &["rekindle-kernels"]),
+    ("gemm", &["rekindle-kernels"]),
+    ("hf-hub", &["rekindle-hub"]),
+    ("memmap2", &["rekindle-hub"]),
+    ("minijinja", &["rekindle-data", "xtask"]),
+];
+
+/// Words of the source that stand in some places only: the word, and the path prefixes that may have it.
+const WORDS: [(&str, &[&str]); 7] = [
+    ("allow(unsafe_code)", &["kernels/src/", "crates/rekindle-hub/src/"]),
+    ("quant_state", &["crates/rekindle-quant/"]),
+    ("adapter_config.json", &["crates/rekindle-lora/", "crates/rekindle-cli/", "tests/", "crates/rekindle-hub/src/"]),
+    ("self_attn.", &["crates/rekindle-models/", "crates/rekindle-lora/", "tests/", "crates/rekindle/"]),
+    ("rope_scaling", &["crates/rekindle-rope/", "tests/"]),
+    ("lora_A", &["crates/rekindle-lora/", "kernels/src/params.rs", "tests/", "crates/rekindle-hub/src/"]),
+    ("todo!(", &[]),
+];
+
+/// A file longer than this needs a reason.
+const LONG_FILE: usize = 500;
+
+pub(crate) fn run() -> Result<(), Box<dyn Error>> {
+    let mut problems = dependencies()?;
+    for file in sources(&root())? {
+        let text = std::fs::read_to_string(&file)?;
+        let name = file.strip_prefix(root())?.display().to_string();
+        if name == "xtask/src/tidy.rs" {
+            continue;
+        }
+        for (word, places) in WORDS {
+            if text.contains(word) && !places.iter().any(|place| name.starts_with(place)) {
+                problems.push(format!("{name}: \"{word}\" belongs to {}", places.join(", ")));
+            }
+        }
+        let lines = text.lines().count();
+        if lines > LONG_FILE {
+            problems.push(format!("{name}: {lines} lines; a file is about one thing, at most {LONG_FILE} lines"));
+        }
+    }
+    if problems.is_empty() {
+        eprintln!("tidy: ok");
+        return Ok(());
+    }
+    Err(problems.join("\n       ").into())
+}
+
+/// Dependencies that point the wrong way.
+fn dependencies() -> Result<Vec<String>, Box<dyn Error>> {
+    let output = Command::new("cargo")
+        .args(["metadata", "--format-version", "1", "--no-deps", "--locked"])
+        .current_dir(root())
+        .output()?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
+    }
+    let metadata: Value = serde_json::from_slice(&output.stdout)?;
+    let layers = BTreeMap::from(LAYERS);
+    let mut problems = Vec::new();
+    for package in metadata["packages"].as_array().into_iter().flatten() {
+        let name = package["name"].as_str().unwrap_or_default();
+        let Some(allowed) = layers.get(name) else {
+            problems.push(format!("{name} has no place in xtask's LAYERS"));
+            continue;
+        };
+        for dependency in package["dependencies"].as_array().into_iter().flatten() {
+            let on = dependency["name"].as_str().unwrap_or_default();
+            let ships = dependency["kind"].is_null();
+            if ships && layers.contains_key(on) && !allowed.contains(&"*") && !allowed.contains(&on) {
+                problems.push(format!("{name} depends on {on}, which lies above or beside it"));
+            }
+            for (owned, owners) in OWNERS {
+                if ships && on == owned && !owners.contains(&name) {
+                    problems.push(format!("{name} depends on {on}, which only {} may", owners.join(", ")));
+                }
+            }
+        }
+    }
+    Ok(problems)
+}
+
+/// Every Rust file of the workspace's own crates.
+fn sources(dir: &Path) -> Result<Vec<PathBuf>, Box<dyn Error>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        if path.is_dir() {
+            if !name.starts_with('.') && !["target", "patches"].contains(&name) {
+                found.extend(sources(&path)?);
+            }
+        } else if name.ends_with(".rs") {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
