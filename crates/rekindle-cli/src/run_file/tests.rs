@@ -1,3 +1,5 @@
+use rekindle::LrSchedulerType;
+
 use super::*;
 
 const LEAST: &str = "[model]\nname_or_path = \"m\"\n[lora]\n[data]\ntrain = \"t.jsonl\"\n";
