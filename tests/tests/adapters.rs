@@ -87,3 +87,27 @@ fn we_still_write_the_adapter_that_peft_read() {
         assert!(relative_distance(now, then) <= 1e-3, "{key}");
     }
 }
+
+/// Not every program that reads adapters knows the word, and PEFT too resolves it before it saves.
+#[test]
+fn all_linear_is_saved_as_names() {
+    let mut model = Golden::open("qwen3-tied").load();
+    model.add_adapter(&LoraConfig::new(2).target_modules("all-linear")).expect("a valid configuration");
+    let mut names = rekindle_lora::BLOCK_LINEARS;
+    names.sort_unstable();
+    let config = model.adapter().expect("it was just added").config;
+    assert_eq!(config.lora().target_modules, names.into());
+}
+
+#[test]
+fn a_module_without_its_tensors_is_missing() {
+    let golden = Golden::open("qwen3-tied");
+    let mut model = golden.load();
+    model.add_adapter(&LoraConfig::new(2)).expect("a valid configuration");
+    let mut adapter = model.adapter().expect("it was just added");
+    adapter.factors.remove("model.layers.1.mlp.up_proj");
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    adapter.save(dir.path()).expect("the disk has room");
+    let error = golden.load().load_adapter(dir.path()).expect_err("incomplete").to_string();
+    assert!(error.contains("model.layers.1.mlp.up_proj.lora_A.weight\" is missing"), "{error}");
+}

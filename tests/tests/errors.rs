@@ -5,6 +5,7 @@ use std::path::Path;
 
 use burn::tensor::{DType, Device};
 use rekindle_hub::{Checkpoint, Dtype, TensorSpec, write_f32, write_safetensors};
+use rekindle_lora::LoraConfig;
 use rekindle_models::{Batch, CausalLm, Error, LoadOptions};
 use rekindle_tests::{Golden, read_json, tensors};
 use rekindle_train::save_result;
@@ -238,7 +239,9 @@ fn a_full_disk_keeps_the_earlier_save() {
     let adapter = golden.load_adapted("all-linear");
     save_result(&adapter, &target, &[], Dtype::F32).expect("an adapter fits");
     let before = tensors(&target.join("adapter_model.safetensors"));
-    let error = save_result(&golden.load_full(), &target, &[], Dtype::F32).expect_err("a model does not fit");
+    let mut larger = golden.load();
+    larger.add_adapter(&LoraConfig::new(32)).expect("valid");
+    let error = save_result(&larger, &target, &[], Dtype::F32).expect_err("a larger adapter does not fit");
     assert_message(&error, &["No space left on device"]);
     assert_eq!(tensors(&target.join("adapter_model.safetensors")), before, "the earlier save is as it was");
     assert_eq!(entries(disk.path()), ["result"], "nothing half-written");
@@ -252,7 +255,7 @@ fn entries(dir: &Path) -> Vec<String> {
     names
 }
 
-/// A file system that holds an adapter of `qwen3-tied` but not the model.
+/// A file system that holds an adapter of `qwen3-tied` with r = 4, but not one with r = 32.
 struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {

@@ -1,9 +1,12 @@
 //! Repository tasks; `cargo xtask help` lists them.
 
+#[cfg(feature = "models")]
 mod bench;
 mod ci;
 mod goldens;
+#[cfg(feature = "models")]
 mod quickstart;
+#[cfg(feature = "models")]
 mod random_checkpoint;
 mod tidy;
 
@@ -33,6 +36,7 @@ enum Task {
         #[arg(long, default_value = "python3")]
         python: PathBuf,
     },
+    #[cfg(feature = "models")]
     /// Writes the quickstart's text, tokenizer and instruction sets, and trains its base model.
     Quickstart {
         /// Where the corpus is written; it is not kept in the repository.
@@ -42,6 +46,7 @@ enum Task {
         #[arg(long, default_value_t = 5500)]
         steps: usize,
     },
+    #[cfg(feature = "models")]
     /// Measures.
     Bench {
         #[command(subcommand)]
@@ -49,6 +54,7 @@ enum Task {
     },
 }
 
+#[cfg(feature = "models")]
 #[derive(Subcommand)]
 enum Bench {
     /// A LoRA fine-tune on the CPU, beside PyTorch + PEFT when `--python` has them.
@@ -73,7 +79,9 @@ fn main() -> ExitCode {
         Task::Ci => ci::run(),
         Task::Tidy => tidy::run(),
         Task::Goldens { python } => goldens::make(&python),
+        #[cfg(feature = "models")]
         Task::Quickstart { scratch, steps } => quickstart::make(&scratch, steps),
+        #[cfg(feature = "models")]
         Task::Bench { what: Bench::Cpu { steps, python, threads, worker } } => match worker {
             Some(checkpoint) => bench::cpu_worker(&checkpoint, steps),
             None => bench::cpu(steps, python.as_deref(), threads),

@@ -84,7 +84,7 @@ impl CausalLm {
         self.adapter_config.as_ref().map(AdapterConfig::lora)
     }
 
-    /// What the adapter's `adapter_config.json` says, if there is an adapter.
+    /// What the adapter's file says, if there is an adapter.
     pub fn adapter_config(&self) -> Option<&AdapterConfig> {
         self.adapter_config.as_ref()
     }

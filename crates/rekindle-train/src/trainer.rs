@@ -196,8 +196,8 @@ impl<'a> Trainer<'a> {
         }
         let Some(dir) = &self.output_dir else { return Ok(()) };
         check_replaceable(&dir.join(result_name(full)), !full)?;
-        let saves = self.config.save_steps.into_iter().flat_map(|every| (every..total).step_by(every));
-        saves.map(|step| check_replaceable(&dir.join(checkpoint_name(step)), !full)).collect()
+        let mut saves = self.config.save_steps.into_iter().flat_map(|every| (every..total).step_by(every));
+        saves.try_for_each(|step| check_replaceable(&dir.join(checkpoint_name(step)), !full))
     }
 
     /// Row numbers from the first to the last of the run; `num_train_epochs` may end in the middle of a step.

@@ -19,6 +19,7 @@
 //! The layers underneath are crates of their own: `rekindle-kernels`, `rekindle-rope`, `rekindle-lora`,
 //! `rekindle-models`, `rekindle-data`, `rekindle-train` and `rekindle-hub`.
 
+#![warn(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod error;

@@ -77,7 +77,6 @@ fn bad_rows_are_3_and_named_by_line() {
         ("empty", String::new(), vec!["empty.jsonl"]),
         ("ignored", "{\"input_ids\": [1, 2], \"labels\": [-100, -100]}\n".to_owned(), vec!["labels are ignored"]),
         ("vocabulary", format!("{good}{{\"input_ids\": [1, 131]}}\n"), vec![":2:", "131", "vocabulary"]),
-        ("text", "{\"text\": \"hello\"}\n".to_owned(), vec![":1:", "tokenizer"]),
     ] {
         let file = scratch.write(&format!("{name}.jsonl"), text);
         let line = format!("eval --device cpu --model {} --data {file} --json", golden("qwen3-tied").display());
@@ -86,6 +85,9 @@ fn bad_rows_are_3_and_named_by_line() {
     }
     let missing = format!("data.train={}", scratch.path("missing.jsonl").display());
     scratch.train(&[&missing]).fails(3, &["missing.jsonl"]);
+    // The model lacks what the rows need, which is not the rows' fault.
+    let text = scratch.write("text.jsonl", "{\"text\": \"hello\"}\n");
+    scratch.train(&[&format!("data.train={text}")]).fails(1, &["tokenizer.json", "input_ids"]);
 }
 
 #[test]
