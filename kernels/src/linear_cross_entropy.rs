@@ -1,4 +1,4 @@
-//! The head and the loss together: nll = −log softmax(h · Wᵀ)[target], without ever holding all logits.
+//! The head and the loss together: nll = −log softmax(h · Wᵀ) at the target, without ever holding all logits.
 //!
 //! Only rows whose target counts are touched. They go through in chunks: logits, log-sum-exp, and, when
 //! gradients are wanted, dlogits = grad_scale · (softmax − onehot) in place, dh = dlogits · W and

@@ -121,7 +121,7 @@ pub(crate) struct ModelArgs {
     /// The most tokens of a row, or of prompt and answer together [default: 2048, or the model's own limit if lower]
     #[arg(long, value_name = "N")]
     pub(crate) max_seq_length: Option<usize>,
-    /// auto, cpu, cuda[:N] or wgpu[:N]
+    /// auto, cpu, cuda, cuda:N, wgpu or wgpu:N
     #[arg(long, value_name = "D", default_value = "auto", value_parser = parse_device)]
     pub(crate) device: DeviceKind,
 }
