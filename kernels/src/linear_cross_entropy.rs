@@ -10,8 +10,9 @@
 //! # Dtypes
 //! Logits and everything after them in `f32`.
 
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::Tensor;
 
+use crate::tensors::indices;
 use crate::{Grads, ParamRef, Path, cpu, portable};
 
 /// The target of a row that does not count.
@@ -67,7 +68,7 @@ pub fn forward_backward(
         return (nll, zeros);
     }
     let dh = Tensor::cat(parts, 0);
-    let dh = zeros.select_assign(0, indices(&rows, h), dh, burn::tensor::IndexingUpdateOp::Add);
+    let dh = zeros.select_assign(0, indices(rows.iter().copied(), h), dh, burn::tensor::IndexingUpdateOp::Add);
     (nll, dh)
 }
 
@@ -85,7 +86,7 @@ fn pick(h: &Tensor<2>, targets: &[i32], rows: &[usize]) -> (Tensor<2>, Vec<u32>)
     let hidden = if last - first + 1 == rows.len() {
         h.clone().narrow(0, first, rows.len())
     } else {
-        h.clone().select(0, indices(rows, h))
+        h.clone().select(0, indices(rows.iter().copied(), h))
     };
     (hidden, rows.iter().map(|&t| targets[t] as u32).collect())
 }
@@ -94,10 +95,4 @@ fn scatter(nll: &mut [f32], rows: &[usize], losses: Vec<f32>) {
     for (&row, loss) in rows.iter().zip(losses) {
         nll[row] = loss;
     }
-}
-
-fn indices(rows: &[usize], like: &Tensor<2>) -> Tensor<1, Int> {
-    let rows: Vec<i32> = rows.iter().map(|&r| r as i32).collect();
-    let count = rows.len();
-    Tensor::from_data(TensorData::new(rows, [count]), (&like.device().inner(), DType::I32))
 }

@@ -123,9 +123,7 @@ pub(crate) fn parallel(
     let Some(Split { by_rows, length, part }) = split((m, n, k)) else {
         return gemm(out, out_stride, (m, n, k), beta, alpha, a, b);
     };
-    Mat::rows(out, out_stride).assert_holds(m, n);
-    a.assert_holds(m, k);
-    b.assert_holds(k, n);
+    assert_bounds(out, out_stride, (m, n, k), a, b);
     let target = Shared::new(out);
     (0..length.div_ceil(part)).into_par_iter().for_each(|i| {
         let (start, size) = (i * part, part.min(length - i * part));
@@ -150,13 +148,17 @@ pub(crate) fn gemm(
     a: Mat<'_>,
     b: Mat<'_>,
 ) {
-    Mat::rows(out, out_stride).assert_holds(m, n);
-    a.assert_holds(m, k);
-    b.assert_holds(k, n);
-    // SAFETY: the three assertions above.
+    assert_bounds(out, out_stride, (m, n, k), a, b);
+    // SAFETY: the assertions above.
     unsafe {
         raw(out.as_mut_ptr(), out_stride, (m, n, k), beta, alpha, (a.data.as_ptr(), a), (b.data.as_ptr(), b));
     }
+}
+
+fn assert_bounds(out: &[f32], out_stride: usize, (m, n, k): (usize, usize, usize), a: Mat<'_>, b: Mat<'_>) {
+    Mat::rows(out, out_stride).assert_holds(m, n);
+    a.assert_holds(m, k);
+    b.assert_holds(k, n);
 }
 
 /// # Safety
