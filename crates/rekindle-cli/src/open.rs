@@ -17,10 +17,19 @@ pub(crate) fn open(args: &ModelArgs) -> Result<(Model, Option<Tokenizer>), Failu
     };
     let (model, tokenizer) = load(loader, &args.model)?;
     let model = match &args.adapter {
-        Some(adapter) => model.load_adapter(adapter)?,
+        Some(adapter) => load_adapter(model, adapter)?,
         None => model,
     };
     Ok((model, tokenizer))
+}
+
+/// The model with the adapter in `dir`; names what its configuration says that has no effect here.
+pub(crate) fn load_adapter(model: Model, dir: &Path) -> Result<Model, Failure> {
+    let model = model.load_adapter(dir)?;
+    for field in model.causal_lm().adapter_config().into_iter().flat_map(|config| config.unknown_fields()) {
+        eprintln!("{}: \"{field}\" is not known and has no effect", dir.display());
+    }
+    Ok(model)
 }
 
 /// The model of `loader`, which reads `path`. A checkpoint without `tokenizer.json` will do for token ids.

@@ -80,7 +80,7 @@ fn adapt(model: Model, lora: &mut LoraSection) -> Result<Model, Failure> {
     let Some(dir) = &lora.init_from else {
         return Ok(model.get_peft_model(lora.config.clone())?);
     };
-    let mut model = model.load_adapter(dir)?;
+    let mut model = open::load_adapter(model, dir)?;
     let loaded = model.causal_lm().lora().expect("an adapter was just loaded").clone();
     let problems = contradictions(lora, &loaded);
     if !problems.is_empty() {
