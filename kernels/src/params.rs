@@ -108,6 +108,11 @@ impl Params {
         &self.infos
     }
 
+    /// The dtype that views are read in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// Number of trainable scalars.
     pub fn numel(&self) -> usize {
         self.values.dims()[0]
@@ -233,47 +238,6 @@ impl Grads {
         let old = self.flat.clone().slice([at.range()]).reshape(at.dims());
         let new = f(old).reshape([at.rows * at.cols]);
         self.flat.inplace(|flat| flat.slice_assign([at.range()], new));
-    }
-}
-
-/// A weight of a layer.
-#[derive(Clone, Debug)]
-#[allow(clippy::large_enum_variant, reason = "a few hundred of them, each read once a step")]
-pub enum Weight {
-    /// Read only, in the compute dtype.
-    Frozen(Tensor<2>),
-    /// One of the trainable parameters.
-    Trained(ParamRef),
-}
-
-impl Weight {
-    /// The weight as a matrix in the compute dtype.
-    pub fn matrix(&self, params: &Params) -> Tensor<2> {
-        match self {
-            Self::Frozen(tensor) => tensor.clone(),
-            Self::Trained(at) => params.matrix(*at),
-        }
-    }
-
-    /// A weight with one row as a vector in the compute dtype.
-    pub fn vector(&self, params: &Params) -> Tensor<1> {
-        self.matrix(params).squeeze_dim(0)
-    }
-
-    /// Rows and columns; a vector has one row.
-    pub fn dims(&self) -> [usize; 2] {
-        match self {
-            Self::Frozen(tensor) => tensor.dims(),
-            Self::Trained(at) => at.dims(),
-        }
-    }
-
-    /// Where its gradient goes, if it is trained.
-    pub fn trained(&self) -> Option<ParamRef> {
-        match self {
-            Self::Frozen(_) => None,
-            Self::Trained(at) => Some(*at),
-        }
     }
 }
 

@@ -10,6 +10,7 @@ use common::attention::Attention;
 use common::embedding::Embedding;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
+use common::packed::{Kind, Packed};
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
 use common::swiglu::SwiGlu;
@@ -20,6 +21,17 @@ fn linear() {
     // Below and above the size from which threads share a product, split by rows and by columns.
     for sizes in [[1, 1, 1], [3, 5, 7], [1, 200, 40], [129, 33, 65], [100, 49, 70], [33, 250, 48]] {
         check(&Linear::new(sizes, F32));
+    }
+}
+
+#[test]
+fn packed() {
+    // Odd widths put block borders and nibbles anywhere in a row; the last is several scratches long on the CPU.
+    for kind in Kind::ALL {
+        for sizes in [[1, 1, 1], [3, 5, 7], [2, 33, 65], [33, 64, 40]] {
+            check(&Packed::new(sizes, kind, F32));
+        }
+        check_in(&Packed::new([4, 700, 1001], kind, F32), &[Layout::Owned]);
     }
 }
 

@@ -14,6 +14,7 @@ use common::attention::Attention;
 use common::embedding::Embedding;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
+use common::packed::{Kind, Packed};
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
 use common::swiglu::SwiGlu;
@@ -42,6 +43,10 @@ fn main() -> ExitCode {
 
     check(&Linear::new([3, 5, 7], F32));
     check(&Linear::new([129, 33, 65], F32));
+    for kind in Kind::ALL {
+        check(&Packed::new([3, 5, 7], kind, F32));
+        check(&Packed::new([4, 96, 130], kind, F32));
+    }
     check(&RmsNorm::new([3, 5], false, F32));
     check(&RmsNorm::new([70, 129], true, F32));
     check(&Rope::new([5, 3, 6], 6, false, F32));

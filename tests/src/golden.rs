@@ -73,12 +73,7 @@ impl Golden {
 
     /// The model with options other than `f32` on the CPU, frozen.
     pub fn load_with(&self, change: impl FnOnce(&mut LoadOptions)) -> CausalLm {
-        let mut options = LoadOptions {
-            device: Device::flex(),
-            dtype: DType::F32,
-            max_seq_length: MAX_SEQ_LENGTH,
-            full_finetuning: false,
-        };
+        let mut options = LoadOptions::new(Device::flex(), DType::F32, MAX_SEQ_LENGTH);
         change(&mut options);
         let checkpoint = Checkpoint::open(&self.dir).expect("a golden checkpoint opens");
         CausalLm::load(&checkpoint, &options, &mut |_| ()).expect("a golden checkpoint loads")

@@ -33,7 +33,7 @@ fn write_tensors(path: &Path, all: &Tensors) {
 }
 
 fn load(dir: &Path, max_seq_length: usize) -> Result<CausalLm, Error> {
-    let options = LoadOptions { device: Device::flex(), dtype: DType::F32, max_seq_length, full_finetuning: false };
+    let options = LoadOptions::new(Device::flex(), DType::F32, max_seq_length);
     CausalLm::load(&Checkpoint::open(dir)?, &options, &mut |_| ())
 }
 

@@ -80,6 +80,11 @@ fn an_adapter_of_qwen3() {
 }
 
 #[test]
+fn an_adapter_over_nf4_codes() {
+    check("quantized/qwen3-tied-nf4-double", "lora", "adapter_model.safetensors");
+}
+
+#[test]
 fn a_fresh_adapter_of_llama3() {
     check("llama3", "lora-fresh", "adapter_model.safetensors");
 }

@@ -53,8 +53,7 @@ pub(crate) fn cpu(steps: usize, python: Option<&Path>, threads: usize) -> Result
 
 /// Measures in this process; prints one JSON line.
 pub(crate) fn cpu_worker(checkpoint: &Path, steps: usize) -> Result<(), Box<dyn Error>> {
-    let options =
-        LoadOptions { device: Device::flex(), dtype: DType::F32, max_seq_length: SEQ, full_finetuning: false };
+    let options = LoadOptions::new(Device::flex(), DType::F32, SEQ);
     let mut model = CausalLm::load(&Checkpoint::open(checkpoint)?, &options, &mut |_| ())?;
     model.add_adapter(&LoraConfig::new(16).lora_alpha(32.0))?;
     let config = SftConfig::default();

@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use rekindle::{DeviceKind, Dtype, parse_device};
 
 use crate::overrides::Override;
+use crate::run_file::ModelSection;
 
 /// Fine-tune language models in Rust.
 #[derive(Debug, Parser)]
@@ -26,6 +27,10 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Continue a prompt or answer a message
     Generate(GenerateArgs),
+    /// Write a checkpoint with its linears in 4-bit or 8-bit codes, as bitsandbytes reads them
+    Quantize(QuantizeArgs),
+    /// Say what a checkpoint or adapter holds, without loading it
+    Inspect(InspectArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -93,6 +98,39 @@ pub(crate) struct GenerateArgs {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(after_help = QUANTIZE)]
+pub(crate) struct QuantizeArgs {
+    /// A checkpoint directory with 16-bit or 32-bit weights
+    #[arg(long, value_name = "M")]
+    pub(crate) model: PathBuf,
+    /// nf4, fp4 or int8
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) to: String,
+    /// Where to put the quantized checkpoint; a directory that is not there yet, or an earlier result
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Weights that share a scale, a power of two from 32 to 4096 [default: 64]
+    #[arg(long, value_name = "N")]
+    pub(crate) blocksize: Option<usize>,
+    /// Whether the scales of 4-bit codes are quantized too [default: true]
+    #[arg(long, value_name = "BOOL")]
+    pub(crate) double_quant: Option<bool>,
+    /// Modules that stay dense, separated by commas [default: lm_head]
+    #[arg(long, value_name = "A,B", value_delimiter = ',')]
+    pub(crate) skip_modules: Option<Vec<String>>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct InspectArgs {
+    /// A directory with a checkpoint or with an adapter
+    #[arg(value_name = "PATH")]
+    pub(crate) path: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub(crate) struct PromptArgs {
     /// Text to continue
@@ -118,12 +156,55 @@ pub(crate) struct ModelArgs {
     /// Dtype of weights and activations; auto is f32 on the CPU and wgpu, bf16 on CUDA
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtype())]
     pub(crate) dtype: Dtype,
+    #[command(flatten)]
+    pub(crate) quant: QuantArgs,
     /// The most tokens of a row, or of prompt and answer together [default: 2048, or the model's own limit if lower]
     #[arg(long, value_name = "N")]
     pub(crate) max_seq_length: Option<usize>,
     /// auto, cpu, cuda, cuda:N, wgpu or wgpu:N
     #[arg(long, value_name = "D", default_value = "auto", value_parser = parse_device)]
     pub(crate) device: DeviceKind,
+}
+
+/// How the linears of the model are kept.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct QuantArgs {
+    /// Keep the linears in 4-bit codes, quantized while loading
+    #[arg(long = "load-in-4bit")]
+    pub(crate) load_in_4bit: bool,
+    /// Keep the linears in LLM.int8() codes
+    #[arg(long = "load-in-8bit")]
+    pub(crate) load_in_8bit: bool,
+    /// The 4-bit data type, nf4 or fp4 [default: nf4]
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) quant_type: Option<String>,
+    /// Weights that share a scale, a power of two from 32 to 4096 [default: 64]
+    #[arg(long, value_name = "N")]
+    pub(crate) blocksize: Option<usize>,
+    /// Whether the scales of 4-bit codes are quantized too [default: true]
+    #[arg(long, value_name = "BOOL")]
+    pub(crate) double_quant: Option<bool>,
+    /// Modules that stay dense, separated by commas [default: lm_head]
+    #[arg(long, value_name = "A,B", value_delimiter = ',')]
+    pub(crate) skip_modules: Option<Vec<String>>,
+}
+
+impl ModelArgs {
+    /// The same as `[model]` of a run file.
+    pub(crate) fn section(&self) -> ModelSection {
+        ModelSection {
+            name_or_path: self.model.clone(),
+            max_seq_length: self.max_seq_length,
+            dtype: self.dtype,
+            load_in_4bit: self.quant.load_in_4bit,
+            load_in_8bit: self.quant.load_in_8bit,
+            quant_type: self.quant.quant_type.clone(),
+            blocksize: self.quant.blocksize,
+            double_quant: self.quant.double_quant,
+            skip_modules: self.quant.skip_modules.clone(),
+            ..ModelSection::default()
+        }
+    }
 }
 
 fn dtype() -> impl TypedValueParser<Value = Dtype> {
@@ -151,6 +232,8 @@ const RUN_FILE: &str = r#"Example of a run file; all that is not commented out i
   name_or_path = "models/Qwen3-0.6B"
   # max_seq_length = 2048
   # dtype = "auto"                  # auto | bf16 | f16 | f32
+  # load_in_4bit = false            # true: QLoRA; with quant_type, blocksize, double_quant, skip_modules
+  # load_in_8bit = false
   # full_finetuning = false         # true trains all weights; leave [lora] out then
 
   [lora]
@@ -185,6 +268,13 @@ const GENERATE: &str = "\
 Examples:
   rekindle generate --model models/Qwen3-0.6B --chat 'What is a whale?'
   rekindle generate --model models/Qwen3-0.6B --adapter outputs/run/adapter --prompt 'Once' --temperature 0.8 --top-p 0.95";
+
+const QUANTIZE: &str = "\
+The result loads here and in transformers with bitsandbytes.
+
+Examples:
+  rekindle quantize --model models/Qwen3-0.6B --to nf4 --out models/Qwen3-0.6B-nf4
+  rekindle quantize --model models/Qwen3-0.6B --to int8 --out models/Qwen3-0.6B-int8";
 
 #[cfg(test)]
 mod tests {

@@ -1,4 +1,4 @@
-//! The `rekindle` command: a quickstart, training from a run file, evaluation and generation.
+//! The `rekindle` command: a quickstart, training from a run file, evaluation, generation, quantization.
 //!
 //! Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed (a model or adapter that is
 //! missing or broken, a result that cannot be written, a run that diverged), 2 usage or configuration, 3 data.
@@ -11,11 +11,13 @@ mod dry_run;
 mod eval;
 mod failure;
 mod generate;
+mod inspect;
 mod nearest;
 mod open;
 mod output;
 mod overrides;
 mod progress;
+mod quantize;
 mod quickstart;
 mod reader;
 mod run_file;
@@ -33,6 +35,8 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

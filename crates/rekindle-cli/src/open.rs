@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rekindle::{Error, FastLanguageModel, Loader, Model, Tokenizer};
+use rekindle::{Error, Loader, Model, Tokenizer};
 
 use crate::args::ModelArgs;
 use crate::failure::Failure;
@@ -10,12 +10,7 @@ use crate::progress;
 
 /// The model that the command line names, with its adapter.
 pub(crate) fn open(args: &ModelArgs) -> Result<(Model, Option<Tokenizer>), Failure> {
-    let loader = FastLanguageModel::from_pretrained(&args.model).dtype(args.dtype).device(args.device);
-    let loader = match args.max_seq_length {
-        Some(length) => loader.max_seq_length(length),
-        None => loader,
-    };
-    let (model, tokenizer) = load(loader, &args.model)?;
+    let (model, tokenizer) = load(args.section().loader(args.device)?, &args.model)?;
     let model = match &args.adapter {
         Some(adapter) => load_adapter(model, adapter)?,
         None => model,
@@ -39,5 +34,6 @@ pub(crate) fn load(loader: Loader, path: &Path) -> Result<(Model, Option<Tokeniz
     let tokenizer = has_tokenizer.then(|| Tokenizer::from_dir(path)).transpose().map_err(Error::from)?;
     let model = loader.on_progress(progress::loading()).load_model()?;
     eprintln!("device {}, dtype {:?}", model.device(), model.causal_lm().dtype());
+    eprintln!("{}", model.memory_report());
     Ok((model, tokenizer))
 }

@@ -63,8 +63,9 @@ impl Progress {
 
 /// Follows the loading of weights: nothing off a terminal.
 pub(crate) fn loading() -> impl FnMut(u64, u64) + 'static {
-    let bar =
-        stderr().is_terminal().then(|| ProgressBar::no_length().with_style(style("loading {bar:30} {percent} %")));
+    let bar = stderr()
+        .is_terminal()
+        .then(|| ProgressBar::no_length().with_style(style("loading {bar:30} {bytes} of {total_bytes}  {eta} left")));
     move |done, total| {
         if let Some(bar) = &bar {
             bar.set_length(total);

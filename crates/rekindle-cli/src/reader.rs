@@ -78,9 +78,10 @@ impl Reader {
 }
 
 /// Keys that other trainers have, and what to write here.
-const ELSEWHERE: [(&str, &str); 8] = [
-    ("load_in_4bit", "this version loads 16-bit and 32-bit weights only"),
-    ("load_in_8bit", "this version loads 16-bit and 32-bit weights only"),
+const ELSEWHERE: [(&str, &str); 9] = [
+    ("bnb_4bit_quant_type", "write quant_type = \"nf4\" or \"fp4\" in [model]"),
+    ("bnb_4bit_use_double_quant", "write double_quant in [model]"),
+    ("bnb_4bit_compute_dtype", "codes are decoded to dtype in [model]"),
     ("bf16", "write dtype = \"bf16\" in [model]"),
     ("fp16", "write dtype = \"f16\" in [model]"),
     ("optim", "the optimizer is AdamW"),

@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use rekindle::{DataFile, Dtype, LoraConfig, Overlong, SftConfig, parse_device};
+use rekindle::{
+    Blocksize, DataFile, DeviceKind, Dtype, FastLanguageModel, Loader, LoraConfig, Overlong, QuantConfig, SftConfig,
+    parse_device,
+};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
@@ -32,6 +35,65 @@ pub(crate) struct ModelSection {
     pub(crate) max_seq_length: Option<usize>,
     pub(crate) dtype: Dtype,
     pub(crate) full_finetuning: bool,
+    #[serde(skip_serializing_if = "is_false")]
+    pub(crate) load_in_4bit: bool,
+    #[serde(skip_serializing_if = "is_false")]
+    pub(crate) load_in_8bit: bool,
+    #[serde(skip_serializing_if = "is_false")]
+    pub(crate) load_in_16bit: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) quant_type: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) blocksize: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) double_quant: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) skip_modules: Option<Vec<String>>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+impl ModelSection {
+    /// The loader that these arguments describe.
+    pub(crate) fn loader(&self, device: DeviceKind) -> Result<Loader, rekindle::Error> {
+        let mut loader = FastLanguageModel::from_pretrained(&self.name_or_path)
+            .dtype(self.dtype)
+            .device(device)
+            .full_finetuning(self.full_finetuning)
+            .load_in_4bit(self.load_in_4bit)
+            .load_in_8bit(self.load_in_8bit)
+            .load_in_16bit(self.load_in_16bit);
+        if let Some(length) = self.max_seq_length {
+            loader = loader.max_seq_length(length);
+        }
+        if let Some(config) = self.quant_config()? {
+            loader = loader.quant_config(config);
+        }
+        if let Some(modules) = &self.skip_modules {
+            loader = loader.skip_modules(modules);
+        }
+        Ok(loader)
+    }
+
+    /// The 4-bit format, if any part of it is given.
+    fn quant_config(&self) -> Result<Option<QuantConfig>, rekindle::Error> {
+        if self.quant_type.is_none() && self.blocksize.is_none() && self.double_quant.is_none() {
+            return Ok(None);
+        }
+        let mut config = QuantConfig::default();
+        let wrong = |error: rekindle::QuantError| rekindle::Error::Argument(error.to_string());
+        if let Some(name) = &self.quant_type {
+            config.quant_type = name.parse().map_err(wrong)?;
+        }
+        if let Some(size) = self.blocksize {
+            config.blocksize = Blocksize::new(size).map_err(wrong)?;
+        }
+        config.double_quant = self.double_quant.unwrap_or(config.double_quant);
+        Ok(Some(config))
+    }
 }
 
 /// The arguments of `get_peft_model`, or an adapter to go on with.
@@ -158,8 +220,13 @@ impl RunConfig {
         if self.data.train.as_os_str().is_empty() {
             problems.push("[data] train is missing; give a JSONL file of rows".to_owned());
         }
-        if let Err(error) = parse_device(&self.device) {
-            problems.push(error.to_string());
+        match parse_device(&self.device) {
+            Err(error) => problems.push(error.to_string()),
+            Ok(device) => {
+                if let Err(error) = self.model.loader(device).and_then(|loader| loader.check()) {
+                    problems.push(format!("[model] {error}"));
+                }
+            }
         }
         match (&self.lora, self.model.full_finetuning) {
             (None, false) => problems.push(

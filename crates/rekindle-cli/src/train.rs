@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use rekindle::{
-    BLOCK_LINEARS, Error, FastLanguageModel, LoraConfig, Model, Report, SftTrainer, TargetModules, Tokenizer,
-    parse_device, write_atomic,
+    BLOCK_LINEARS, Error, LoraConfig, Model, Report, SftTrainer, TargetModules, Tokenizer, parse_device, write_atomic,
 };
 use toml::{Table, Value};
 
@@ -39,15 +38,8 @@ pub(crate) struct Job {
 
 impl Job {
     pub(crate) fn open(mut config: RunConfig) -> Result<Self, Failure> {
-        let section = &config.model;
-        let mut loader = FastLanguageModel::from_pretrained(&section.name_or_path)
-            .dtype(section.dtype)
-            .device(parse_device(&config.device).map_err(Error::from)?)
-            .full_finetuning(section.full_finetuning);
-        if let Some(length) = section.max_seq_length {
-            loader = loader.max_seq_length(length);
-        }
-        let (mut model, tokenizer) = open::load(loader, &section.name_or_path)?;
+        let loader = config.model.loader(parse_device(&config.device).map_err(Error::from)?)?;
+        let (mut model, tokenizer) = open::load(loader, &config.model.name_or_path)?;
         if let Some(lora) = &mut config.lora {
             model = adapt(model, lora)?;
         }

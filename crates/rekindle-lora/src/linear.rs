@@ -33,6 +33,8 @@ pub type Dropout<'a> = dropout::Key<'a>;
 ///
 /// y_j = x·W_jᵀ + b_j + s_j·(dropout(x)·A_jᵀ)·B_jᵀ
 ///
+/// W_j is dense or in codes ([`Weight::Packed`]), which is QLoRA (arXiv:2305.14314).
+///
 /// The A's lie one after another in the flat buffer and are applied as one wide product; the dense
 /// W + s·B·A is never formed, and no gradient of a frozen W is computed.
 ///
@@ -138,13 +140,8 @@ impl LinearGroup {
             .linears
             .iter()
             .map(|linear| {
-                let weight = linear.weight.matrix(params);
-                let y = match &linear.bias {
-                    Some(bias) => {
-                        matmul::nt_add(matmul::broadcast_rows(&bias.vector(params), x.dims()[0]), 1.0, x, &weight)
-                    }
-                    None => matmul::nt(x, &weight),
-                };
+                let bias = linear.bias.as_ref().map(|bias| bias.vector(params));
+                let y = linear.weight.nt(params, x, bias.as_ref());
                 match (linear.adapter, &xa) {
                     (Some(adapter), Some(xa)) => {
                         let part = adapter.columns(xa, &mut first);
@@ -184,11 +181,7 @@ impl LinearGroup {
                 dxa.push(matmul::nn(dy, &params.matrix(adapter.b)) * adapter.scale); // [tokens, r]
             }
             if want_dx {
-                let weight = linear.weight.matrix(params);
-                dx = Some(match dx {
-                    None => matmul::nn(dy, &weight),
-                    Some(dx) => matmul::nn_add(dx, 1.0, dy, &weight),
-                });
+                dx = Some(linear.weight.nn(params, dy, dx));
             }
         }
         if let Some(a) = self.a {

@@ -86,9 +86,6 @@ impl ModelConfig {
         reader.only("attention_dropout", &Value::from(0.0));
         reader.only("use_sliding_window", &Value::from(false));
         reader.full_attention_only();
-        if reader.json.get("quantization_config").is_some_and(|v| !v.is_null()) {
-            reader.problems.push("quantization_config: quantized checkpoints are not read by this version".to_owned());
-        }
         let biases = (family.biases)(&mut reader);
         let intermediate_size = reader.size("intermediate_size", None);
         let num_hidden_layers = reader.size("num_hidden_layers", None);

@@ -1,13 +1,17 @@
 //! From a checkpoint to a model, tensor by tensor.
 
+use std::collections::BTreeMap;
+
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
 use rekindle_kernels::attention::Heads;
-use rekindle_kernels::{ParamsBuilder, Weight, from_f32};
+use rekindle_kernels::{PackedWeight, ParamsBuilder, Weight, from_f32};
 use rekindle_lora::{Linear, LinearGroup};
+use rekindle_quant::Origin;
 
 use crate::block::Block;
 use crate::names::{self, EMBED, HEAD, NORM, Needed, Projection};
+use crate::quantization::{LoadIn, Plan, Quantization, stored_bytes};
 use crate::{CausalLm, Error, ModelConfig};
 
 /// How a checkpoint is loaded.
@@ -21,6 +25,18 @@ pub struct LoadOptions {
     pub max_seq_length: usize,
     /// Whether all weights are trained, in `f32`.
     pub full_finetuning: bool,
+    /// How the linears of the blocks are kept. `None` is dense, or as a quantized checkpoint has them.
+    pub load_in: Option<LoadIn>,
+    /// Linears that stay dense when the others are quantized, as transformers' `llm_int8_skip_modules`. `None` is
+    /// `lm_head`.
+    pub skip_modules: Option<Vec<String>>,
+}
+
+impl LoadOptions {
+    /// Frozen weights, dense unless the checkpoint is quantized.
+    pub fn new(device: Device, dtype: DType, max_seq_length: usize) -> Self {
+        Self { device, dtype, max_seq_length, full_finetuning: false, load_in: None, skip_modules: None }
+    }
 }
 
 impl CausalLm {
@@ -31,10 +47,24 @@ impl CausalLm {
     /// for a `max_seq_length` beyond what the model was made for.
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions, progress: &mut dyn FnMut(u64)) -> Result<Self, Error> {
         let config = ModelConfig::from_checkpoint(checkpoint)?;
-        let LoadOptions { device, dtype, max_seq_length, full_finetuning } = options;
+        let LoadOptions { device, dtype, max_seq_length, full_finetuning, load_in, skip_modules } = options;
         check_length(&config, *max_seq_length)?;
-        check_tensors(checkpoint, &config)?;
-        let mut source = Source { checkpoint, options, params: ParamsBuilder::default(), progress };
+        let plan = Plan::of(checkpoint, *load_in, skip_modules.as_deref())?;
+        if let (true, Some(_)) = (full_finetuning, &plan) {
+            return Err(Error::Argument(format!(
+                "full_finetuning trains dense weights, and this would be a quantized model ({}); give a 16-bit \
+                 checkpoint without load_in_4bit and load_in_8bit, or train an adapter",
+                load_in.map_or("the checkpoint is quantized", LoadIn::argument)
+            )));
+        }
+        check_tensors(checkpoint, &config, plan.as_ref())?;
+        let quantization = plan.as_ref().map(|plan| Quantization {
+            config: plan.config.clone(),
+            origins: BTreeMap::new(),
+            dtypes: BTreeMap::new(),
+        });
+        let params = ParamsBuilder::default();
+        let mut source = Source { checkpoint, options, plan, quantization, params, progress };
         let embed = source.weight(EMBED)?;
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| source.block(&config, layer))
@@ -53,6 +83,7 @@ impl CausalLm {
             device: device.clone(),
             dtype: *dtype,
             adapter_config: None,
+            quantization: source.quantization,
             name_or_path: checkpoint.path().display().to_string(),
             config,
         })
@@ -62,6 +93,8 @@ impl CausalLm {
 struct Source<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a LoadOptions,
+    plan: Option<Plan>,
+    quantization: Option<Quantization>,
     params: ParamsBuilder,
     progress: &'a mut dyn FnMut(u64),
 }
@@ -98,16 +131,30 @@ impl Source<'_> {
     fn group(&mut self, c: &ModelConfig, layer: usize, projections: &[Projection]) -> Result<LinearGroup, Error> {
         let linears = projections.iter().map(|projection| {
             let name = projection.module(layer);
-            let weight = self.weight(&format!("{name}.weight"))?;
+            let weight = self.linear(&format!("{name}.weight"), &projection.shape(c))?;
             let bias = projection.has_bias(c).then(|| self.weight(&format!("{name}.bias"))).transpose()?;
             Ok(Linear::new(name, weight, bias))
         });
         Ok(LinearGroup::new(linears.collect::<Result<_, Error>>()?))
     }
 
+    /// The weight of a linear, in codes if it is among those that are quantized.
+    fn linear(&mut self, name: &str, shape: &[usize]) -> Result<Weight, Error> {
+        let codes = self.plan.as_ref().map(|plan| plan.codes(self.checkpoint, name, shape)).transpose()?.flatten();
+        let Some(stored) = codes else { return self.weight(name) };
+        (self.progress)(stored_bytes(self.checkpoint, name));
+        let (origin, codes) = Origin::take(stored).expect("the weight of a linear is a matrix, as was checked");
+        let quantization = self.quantization.as_mut().expect("there is a plan");
+        quantization.origins.insert(name.to_owned(), origin);
+        Ok(Weight::Packed(PackedWeight::new(codes, &self.options.device)))
+    }
+
     fn weight(&mut self, name: &str) -> Result<Weight, Error> {
         let view = self.checkpoint.get(name).expect("every needed tensor was checked to be there");
         (self.progress)(view.data.len() as u64);
+        if let Some(quantization) = &mut self.quantization {
+            quantization.dtypes.insert(name.to_owned(), view.dtype);
+        }
         if self.options.full_finetuning {
             // As in transformers' Trainer: norms and biases, the vectors, take no weight decay.
             let decays = view.shape.len() > 1;
@@ -144,12 +191,18 @@ fn check_length(config: &ModelConfig, max_seq_length: usize) -> Result<(), Error
 }
 
 /// Compares what the checkpoint has with what the configuration needs.
-fn check_tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(), Error> {
+pub(crate) fn check_tensors(checkpoint: &Checkpoint, config: &ModelConfig, plan: Option<&Plan>) -> Result<(), Error> {
+    let in_codes = |name: &str| plan.is_some_and(|plan| plan.is_stored(name));
     let needed = names::needed(config);
     let mut problems = Vec::new();
     for Needed { name, shape } in &needed {
         match checkpoint.get(name) {
             None => problems.push(format!("tensor \"{name}\" {shape:?} is missing")),
+            // Checked when its codes are read.
+            Some(_) if in_codes(name) && Projection::is_linear(name) => {}
+            Some(_) if in_codes(name) => {
+                problems.push(format!("tensor \"{name}\" is quantized; only the linears of the blocks are read so"));
+            }
             Some(view) if view.shape != shape.as_slice() => {
                 problems.push(format!("tensor \"{name}\" has shape {:?}, expected {shape:?}", view.shape));
             }
@@ -161,6 +214,9 @@ fn check_tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(), Er
     }
     let known: std::collections::BTreeSet<&str> = needed.iter().map(|n| n.name.as_str()).collect();
     for name in checkpoint.names().filter(|name| !known.contains(name)) {
+        if rekindle_quant::bnb::owner(name).is_some_and(|weight| in_codes(&weight) && known.contains(weight.as_str())) {
+            continue;
+        }
         // Old Llama checkpoints carry the rotary frequencies, which follow from the configuration.
         if name.ends_with("rotary_emb.inv_freq") {
             continue;

@@ -9,6 +9,7 @@ use rekindle_rope::Tables;
 
 use crate::block::{Block, Context, Saved};
 use crate::names::Projection;
+use crate::quantization::Quantization;
 use crate::{Batch, Error, ModelConfig};
 
 /// A Qwen2, Qwen3 or Llama model with its trainable parameters.
@@ -27,6 +28,7 @@ pub struct CausalLm {
     pub(crate) device: Device,
     pub(crate) dtype: DType,
     pub(crate) adapter_config: Option<AdapterConfig>,
+    pub(crate) quantization: Option<Quantization>,
     /// Where the weights came from, written into adapters.
     pub(crate) name_or_path: String,
 }

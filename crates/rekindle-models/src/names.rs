@@ -42,6 +42,15 @@ impl Projection {
         format!("model.layers.{layer}.{part}")
     }
 
+    /// Whether `name` is the weight of a linear of some block.
+    pub(crate) fn is_linear(name: &str) -> bool {
+        let parts = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+        parts.is_some_and(|(layer, _)| {
+            let layer = layer.parse().unwrap_or(usize::MAX);
+            Self::ALL.iter().any(|p| name.strip_suffix(".weight") == Some(&p.module(layer)))
+        })
+    }
+
     /// `[out, in]`.
     pub(crate) fn shape(self, c: &ModelConfig) -> [usize; 2] {
         let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);

@@ -4,9 +4,11 @@ use std::path::Path;
 
 use rekindle_hub::{DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, write_atomic, write_f32, write_sharded};
 use rekindle_kernels::{Weight, to_f32};
+use rekindle_quant::bnb::StoredWeight;
 use serde_json::Value;
 
 use crate::names::{self, EMBED, HEAD, NORM, Projection};
+use crate::quantization::hub_dtype;
 use crate::{CausalLm, Error};
 
 impl CausalLm {
@@ -15,16 +17,21 @@ impl CausalLm {
     /// # Errors
     /// [`Error::File`] when the system refuses.
     pub fn save(&self, dir: &Path, dtype: Dtype) -> Result<(), Error> {
-        let needed = names::needed(&self.config);
-        let specs: Vec<_> = needed.iter().map(|n| TensorSpec::new(n.name.clone(), dtype, n.shape.clone())).collect();
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
+        let (specs, sources): (Vec<_>, Vec<_>) = self.files(dtype)?.into_iter().unzip();
+        let mut last = Codes::default();
         write_sharded(dir, DEFAULT_MAX_SHARD_SIZE, &metadata, &specs, |index, out| {
-            let weight = self.find(&needed[index].name).expect("every needed tensor has its weight");
-            let values = match weight {
-                Weight::Frozen(tensor) => to_f32(tensor.clone()),
-                Weight::Trained(at) => self.params.values(*at),
-            };
-            write_f32(out, dtype, &values)
+            let name = &sources[index];
+            match self.find(name).expect("every needed tensor has its weight") {
+                Weight::Frozen(tensor) => write_f32(out, specs[index].dtype, &to_f32(tensor.clone())),
+                Weight::Trained(at) => write_f32(out, specs[index].dtype, &self.params.values(*at)),
+                Weight::Packed(_) => {
+                    let stored = last.of(name, || self.stored(name)).map_err(std::io::Error::other)?;
+                    let tensors = stored.write(name);
+                    let found = tensors.iter().find(|(key, _)| *key == specs[index].name);
+                    out.write_all(&found.expect("the keys follow from the format").1.bytes)
+                }
+            }
         })?;
         let mut json = self.config.json.clone();
         if let Value::Object(fields) = &mut json {
@@ -34,14 +41,44 @@ impl CausalLm {
                 _ => "float32",
             };
             let key = if fields.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
-            fields.insert(key.to_owned(), Value::from(name));
+            if let Some(quantization) = &self.quantization {
+                // The dense tensors stay what they were, and so does what the file says of them.
+                fields.insert("quantization_config".to_owned(), quantization.config.to_json());
+            } else {
+                fields.insert(key.to_owned(), Value::from(name));
+            }
         }
         write_atomic(&dir.join("config.json"), format!("{json:#}\n").as_bytes())?;
         Ok(())
     }
 
+    /// What each tensor in the files will be, with the name of the weight that it belongs to.
+    fn files(&self, dtype: Dtype) -> Result<Vec<(TensorSpec, String)>, Error> {
+        let mut list = Vec::new();
+        for needed in names::needed(&self.config) {
+            if let Some(Weight::Packed(_)) = self.find(&needed.name) {
+                for (key, tensor) in self.stored(&needed.name)?.write(&needed.name) {
+                    list.push((TensorSpec::new(key, hub_dtype(tensor.dtype), tensor.shape), needed.name.clone()));
+                }
+                continue;
+            }
+            let as_read = self.quantization.as_ref().and_then(|q| q.dtypes.get(&needed.name).copied());
+            list.push((TensorSpec::new(needed.name.clone(), as_read.unwrap_or(dtype), needed.shape), needed.name));
+        }
+        Ok(list)
+    }
+
+    /// The codes of the weight `name` as they are written.
+    fn stored(&self, name: &str) -> Result<StoredWeight, Error> {
+        let quantization = self.quantization.as_ref().expect("a model with codes says where they came from");
+        let origin = quantization.origins.get(name).expect("every weight in codes has its origin");
+        let Some(Weight::Packed(packed)) = self.find(name) else { unreachable!("\"{name}\" is in codes") };
+        let codes = std::sync::Arc::unwrap_or_clone(packed.codes());
+        origin.restore(codes).map_err(|error| Error::Argument(format!("tensor \"{name}\": {error}")))
+    }
+
     /// The weight with this name in a checkpoint.
-    fn find(&self, name: &str) -> Option<&Weight> {
+    pub(crate) fn find(&self, name: &str) -> Option<&Weight> {
         match name {
             EMBED => return Some(&self.embed),
             NORM => return Some(&self.norm),
@@ -64,5 +101,19 @@ impl CausalLm {
         .into_iter()
         .find(|(part, _)| names::norm(layer, part) == name)?
         .1
+    }
+}
+
+/// The weight in codes that was written last: its tensors mostly come one after another.
+#[derive(Default)]
+struct Codes(Option<(String, StoredWeight)>);
+
+impl Codes {
+    fn of(&mut self, name: &str, make: impl FnOnce() -> Result<StoredWeight, Error>) -> Result<&StoredWeight, Error> {
+        if self.0.as_ref().is_none_or(|(last, _)| last != name) {
+            self.0 = None;
+            self.0 = Some((name.to_owned(), make()?));
+        }
+        Ok(&self.0.as_ref().expect("just made").1)
     }
 }

@@ -19,6 +19,7 @@ fn main() {
         pool.install(|| {
             run::<f32>("f32");
             run::<bf16>("bf16");
+            products();
         });
     }
 }
@@ -55,14 +56,34 @@ fn run<T: Element>(dtype: &str) {
     report(&format!("{dtype} int8 decode"), bytes, || int8.dequantize_into(black_box(&mut out)));
 }
 
-/// Prints the best of seven runs after one that warms up.
-fn report(name: &str, bytes: usize, mut work: impl FnMut()) {
+/// The product of 8-bit weights and activations, of which four columns have an outlier.
+fn products() {
+    let [rows, columns] = [4096, 4096];
+    let weight: Vec<f32> = (0..rows * columns).map(|i| (i as f32 * 0.37).sin() * 0.02).collect();
+    let weight = Int8Tensor::quantize(&weight, [rows, columns]).expect("shape fits");
+    for tokens in [1, 16, 128] {
+        let mut x: Vec<f32> = (0..tokens * columns).map(|i| (i as f32 * 0.71).sin() * 3.0).collect();
+        for column in [3, 99, 1000, 4000] {
+            x[column] = 20.0;
+        }
+        let mut out = vec![0.0f32; tokens * rows];
+        let best = best(|| weight.matmul(black_box(&x), 6.0, black_box(&mut out)));
+        let operations = 2.0 * (tokens * rows * columns) as f64;
+        println!("  int8 product, {tokens:>3} tokens {:6.1} GOP/s", operations / best.as_secs_f64() / 1e9);
+    }
+}
+
+fn report(name: &str, bytes: usize, work: impl FnMut()) {
+    println!("  {name:<20} {:6.2} GB/s", bytes as f64 / best(work).as_secs_f64() / 1e9);
+}
+
+/// The best time of seven runs after one that warms up.
+fn best(mut work: impl FnMut()) -> Duration {
     work();
-    let time = |work: &mut dyn FnMut()| {
+    let mut time = || {
         let start = Instant::now();
         work();
         start.elapsed()
     };
-    let best = (0..7).map(|_| time(&mut work)).min().unwrap_or(Duration::ZERO);
-    println!("  {name:<20} {:6.2} GB/s", bytes as f64 / best.as_secs_f64() / 1e9);
+    (0..7).map(|_| time()).min().unwrap_or(Duration::ZERO)
 }

@@ -6,8 +6,8 @@ Needs a CUDA device, torch, numpy, safetensors and bitsandbytes 0.50.2. Every in
 what bitsandbytes made of it, so that the reader depends on no random generator. The values come from
 numpy's PCG64 with the seeds below; a second run on the same versions writes the same bytes.
 
-Files: four_bit.safetensors, dynamic.safetensors, int8.safetensors (tensors "<case>.<field>" and
-"input.<name>"), goldens.json (versions and the list of cases).
+Files: four_bit.safetensors, dynamic.safetensors, int8.safetensors, int8_matmul.safetensors (tensors
+"<case>.<field>" and "input.<name>"), goldens.json (versions and the list of cases).
 """
 
 import json
@@ -221,6 +221,60 @@ def int8():
     return golden
 
 
+def activations(shape, seed, dtype, outliers=()):
+    """Hidden states: bell-shaped, below 6, with `outliers` (row, column, value) put in."""
+    values = normal(shape, seed, scale=1.0).clamp(-5.5, 5.5)
+    for row, column, value in outliers:
+        values[row, column] = value
+    return values.to(dtype)
+
+
+def int8_matmul():
+    golden = Golden()
+
+    def case(name, x, out_features, threshold=6.0, product=True):
+        golden.input(name, x)
+        x = x.cuda()
+        weight = normal((out_features, x.shape[1]), 1000 + out_features).cuda().to(torch.float16)
+        codes, scb, _ = F.int8_vectorwise_quant(weight)
+        x_codes, x_scale, columns = F.int8_vectorwise_quant(x.to(torch.float16), threshold=threshold)
+        golden.put(name, CB=codes, SCB=scb, CA=x_codes, SCA=x_scale)
+        if columns is not None:
+            golden.put(name, columns=columns)
+        if product:
+            state = bnb.MatmulLtState()
+            state.CB, state.SCB, state.has_fp16_weights, state.is_training = codes, scb, False, False
+            golden.put(name, out=bnb.matmul(x, codes, state=state, threshold=threshold))
+        golden.cases.append({"name": name, "input": name, "threshold": threshold})
+
+    few = [(0, 3, 7.25), (2, 40, -60.0), (4, 3, 6.0), (1, 17, -5.996), (3, 61, 30.0)]
+    for short, dtype in DTYPES.items():
+        case(f"plain_{short}", activations((7, 96), 11, dtype), 36)
+        case(f"few_{short}", activations((5, 64), 12, dtype, few), 48)
+        # A size that cuBLASLt does not take: bitsandbytes multiplies the codes in f32.
+        case(f"odd_{short}", activations((5, 311), 13, dtype, [(4, 310, 9.5), (0, 0, -6.25)]), 17)
+        case(f"no_decomposition_{short}", activations((4, 128), 14, dtype, [(1, 5, 20.0)]), 24, threshold=0.0)
+    half = torch.float16
+    case("one_token", activations((1, 1024), 15, half, [(0, c, 8.0 + c / 64) for c in range(5, 1024, 97)]), 40)
+    case("every_column", activations((3, 160), 16, half, [(1, c, 6.0 + c / 16) for c in range(160)]), 32)
+    case("low_threshold", activations((6, 256), 17, half), 32, threshold=2.5)
+    # Sums of products beyond 2^24, which f32 rounds.
+    case("wide", activations((3, 4096), 18, half, [(2, 4095, 31.0)]) * 0.25 + 3.0, 12)
+    case("long", activations((70, 512), 19, half, [(r, 100, 50.0 - r) for r in range(70)]), 68)
+    edges = activations((8, 64), 20, half, [(0, 9, 6.0), (0, 10, -6.0), (0, 11, 5.996)])
+    edges[1] = 0.0
+    edges[2] = -0.0
+    edges[3] *= 2.0**-24
+    edges[4, 7] = float("inf")
+    edges[5, 8] = float("nan")
+    edges[6] = float("nan")
+    edges[7] = 6.5
+    case("edges", edges[:7].contiguous(), 8, product=False)
+    case("edges_every_column", edges.contiguous(), 8, product=False)
+    case("edges_no_decomposition", edges.contiguous(), 8, threshold=0.0, product=False)
+    return golden
+
+
 def main():
     out = pathlib.Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
@@ -232,7 +286,7 @@ def main():
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
-    for name, make in (("four_bit", four_bit), ("dynamic", dynamic), ("int8", int8)):
+    for name, make in (("four_bit", four_bit), ("dynamic", dynamic), ("int8", int8), ("int8_matmul", int8_matmul)):
         golden = make()
         save_file(golden.tensors, out / f"{name}.safetensors")
         index[name] = golden.cases

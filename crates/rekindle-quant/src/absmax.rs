@@ -8,19 +8,26 @@ const LANES: usize = 32;
 pub(crate) fn largest_magnitude(block: &[f32], floor: f32) -> f32 {
     let mut lanes = [floor; LANES];
     let (groups, rest) = block.as_chunks::<LANES>();
-    for group in groups.iter().map(|group| group.as_slice()).chain([rest]) {
-        for (lane, &x) in lanes.iter_mut().zip(group) {
-            *lane = if x.abs() > *lane { x.abs() } else { *lane };
-        }
+    for group in groups {
+        lanes = std::array::from_fn(|i| larger(group[i].abs(), lanes[i]));
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = larger(x.abs(), *lane);
     }
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
-            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
+            lanes[i] = larger(lanes[i + width], lanes[i]);
         }
         width /= 2;
     }
     flush(lanes[0])
+}
+
+/// The larger one; `b` when `a` is NaN.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 
 use crate::absmax::largest_magnitude;
 use crate::reciprocal::{flush, flush_signed, reciprocal};
+use crate::simd::dispatch;
 use crate::{Blocksize, DynamicMap, Element};
 
 /// Elements that one task of the thread pool works on: the largest block size times four.
@@ -20,14 +21,20 @@ const TASK: usize = 16_384;
 
 /// Quantizes `values`: codes `[n]` and absmax `[⌈n/blocksize⌉]`.
 pub fn encode<T: Element>(values: &[T], map: &DynamicMap, blocksize: Blocksize) -> (Vec<u8>, Vec<f32>) {
-    let mut codes = vec![0; values.len()];
-    let mut absmax = vec![0.0; blocksize.blocks(values.len())];
-    values
-        .par_chunks(TASK)
-        .zip(codes.par_chunks_mut(TASK))
-        .zip(absmax.par_chunks_mut(TASK / blocksize.get()))
-        .for_each(|((values, codes), absmax)| encode_blocks(values, map, blocksize, codes, absmax));
-    (codes, absmax)
+    encode_with(values, T::widen, map, blocksize)
+}
+
+/// [`encode`] of anything that `widen` makes f32 of.
+pub(crate) fn encode_with<T: Sync>(
+    values: &[T],
+    widen: impl Fn(&[T], &mut [f32]) + Copy + Sync,
+    map: &DynamicMap,
+    blocksize: Blocksize,
+) -> (Vec<u8>, Vec<f32>) {
+    match map.look_up() {
+        Some(code) => encode_by(values, widen, code, blocksize),
+        None => encode_by(values, widen, |x| map.code(x), blocksize),
+    }
 }
 
 /// Writes the values of `codes` to `out`.
@@ -48,9 +55,32 @@ pub fn decode<T: Element>(codes: &[u8], absmax: &[f32], map: &DynamicMap, blocks
     );
 }
 
-fn encode_blocks<T: Element>(
+fn encode_by<T: Sync>(
     values: &[T],
-    map: &DynamicMap,
+    widen: impl Fn(&[T], &mut [f32]) + Copy + Sync,
+    code: impl Fn(f32) -> u8 + Copy + Sync,
+    blocksize: Blocksize,
+) -> (Vec<u8>, Vec<f32>) {
+    let mut codes = vec![0; values.len()];
+    let mut absmax = vec![0.0; blocksize.blocks(values.len())];
+    values
+        .par_chunks(TASK)
+        .zip(codes.par_chunks_mut(TASK))
+        .zip(absmax.par_chunks_mut(TASK / blocksize.get()))
+        .for_each(|((values, codes), absmax)| {
+            dispatch(
+                #[inline(always)]
+                || encode_blocks(values, widen, code, blocksize, codes, absmax),
+            )
+        });
+    (codes, absmax)
+}
+
+#[inline(always)]
+fn encode_blocks<T>(
+    values: &[T],
+    widen: impl Fn(&[T], &mut [f32]),
+    code_of: impl Fn(f32) -> u8,
     blocksize: Blocksize,
     codes: &mut [u8],
     absmax: &mut [f32],
@@ -59,12 +89,14 @@ fn encode_blocks<T: Element>(
     let blocks = values.chunks(blocksize.get()).zip(codes.chunks_mut(blocksize.get())).zip(absmax);
     for ((values, codes), absmax) in blocks {
         let block = &mut wide[..values.len()];
-        T::widen(values, block);
+        widen(values, block);
         let floor = if block.len() == blocksize.get() { -f32::MAX } else { 0.0 };
         *absmax = largest_magnitude(block, floor);
         let inverse = reciprocal(*absmax);
+        // Apart, since this loop is arithmetic and the next one look-ups.
+        block.iter_mut().for_each(|x| *x = flush(*x) * inverse);
         for (code, &x) in codes.iter_mut().zip(&*block) {
-            *code = map.code(flush(x) * inverse);
+            *code = code_of(x);
         }
     }
 }

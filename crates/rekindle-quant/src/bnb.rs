@@ -18,16 +18,23 @@
 //! | `q_proj.SCB` | f32 `[out]` | scales |
 //! | `q_proj.weight_format` | u8 `[]` | 0, row-major |
 //!
+//! [`QuantizationConfig`] is what the checkpoint's config.json says of them.
+//!
 //! Nothing here opens a file: a reader is given a look-up of tensors by key, a writer returns tensors.
 
+mod config;
 mod four_bit;
 mod int8;
 mod quant_state;
 mod raw;
+mod skip;
+mod stored;
 
+pub use config::{Format, QuantizationConfig};
 pub use four_bit::FourBitWeight;
 pub use int8::{read_int8, write_int8};
 pub use raw::{RawDtype, RawTensor};
+pub use stored::StoredWeight;
 
 use crate::QuantType;
 

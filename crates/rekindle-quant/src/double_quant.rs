@@ -30,9 +30,11 @@ impl DoubleQuant {
 
     /// Quantizes `absmax` around `offset`.
     pub fn with_offset(absmax: &[f32], offset: f32) -> Self {
-        let centred: Vec<f32> = absmax.iter().map(|a| a - offset).collect();
         let (map, blocksize) = (DynamicMap::signed(), Blocksize::B256);
-        let (codes, nested_absmax) = blockwise::encode(&centred, &map, blocksize);
+        let centre = |absmax: &[f32], centred: &mut [f32]| {
+            centred.iter_mut().zip(absmax).for_each(|(centred, absmax)| *centred = absmax - offset);
+        };
+        let (codes, nested_absmax) = blockwise::encode_with(absmax, centre, &map, blocksize);
         Self { codes, nested_absmax, blocksize, offset, map }
     }
 
@@ -71,6 +73,11 @@ impl DoubleQuant {
     /// One 8-bit code a 4-bit block.
     pub fn codes(&self) -> &[u8] {
         &self.codes
+    }
+
+    /// As [`codes`](Self::codes).
+    pub fn into_codes(self) -> Vec<u8> {
+        self.codes
     }
 
     /// One scale for each `blocksize` codes.

@@ -1,6 +1,9 @@
-use std::sync::{Arc, LazyLock};
+mod buckets;
+
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use crate::Error;
+use buckets::Buckets;
 
 /// The 256 ascending values of an 8-bit code; a clone shares them.
 ///
@@ -13,14 +16,23 @@ use crate::Error;
 ///
 /// Source: `create_dynamic_map` of bitsandbytes 0.50, on PyTorch's `linspace`; held by
 /// `goldens/dynamic.safetensors`.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct DynamicMap(Arc<Table>);
 
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 struct Table {
     values: [f32; 256],
     /// Code c begins above `bounds[c − 1]`.
     bounds: [f32; 255],
+    /// 256 KiB, made for the first tensor that is encoded with the map.
+    buckets: OnceLock<Option<Buckets>>,
+}
+
+/// Maps of the same values are the same.
+impl PartialEq for DynamicMap {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.values == other.0.values
+    }
 }
 
 impl DynamicMap {
@@ -53,6 +65,11 @@ impl DynamicMap {
         &self.0.values
     }
 
+    /// [`code`](Self::code) by one look-up instead of a search, for maps that allow it: both dynamic ones do.
+    pub(crate) fn look_up(&self) -> Option<impl Fn(f32) -> u8 + Copy + Sync + '_> {
+        self.0.buckets.get_or_init(|| Buckets::new(&self.0.bounds)).as_ref().map(Buckets::code)
+    }
+
     /// The code of the value nearest to `x`; halfway between two, the even one; 0 when `x` is NaN.
     #[inline(always)]
     pub(crate) fn code(&self, x: f32) -> u8 {
@@ -70,7 +87,7 @@ impl DynamicMap {
             // bitsandbytes' binary search always ends on an even code, which keeps both its midpoints.
             if code % 2 == 0 { midpoint } else { midpoint.next_down() }
         });
-        Self(Arc::new(Table { values, bounds }))
+        Self(Arc::new(Table { values, bounds, buckets: OnceLock::new() }))
     }
 }
 
@@ -124,6 +141,21 @@ mod tests {
                 assert_eq!(usize::from(map.code(midpoint.next_up())), code + 1);
             }
         }
+    }
+
+    /// Both ends of every bucket, the bounds, and their neighbours.
+    #[test]
+    fn look_up_finds_what_the_search_finds() {
+        for map in [DynamicMap::signed(), DynamicMap::unsigned()] {
+            let look_up = map.look_up().expect("bounds are far enough apart");
+            let ends = (0..=0xffffu32).flat_map(|b| [b << 16, b << 16 | 1, b << 16 | 0x8000, b << 16 | 0xffff]);
+            let bounds = map.0.bounds.iter().flat_map(|b| [b.next_down(), *b, b.next_up()]);
+            for x in ends.map(f32::from_bits).chain(bounds) {
+                assert_eq!(look_up(x), map.code(x), "{x} of bits {:#x}", x.to_bits());
+            }
+        }
+        let linear = DynamicMap::from_values(std::array::from_fn(|i| i as f32 * 1e-3 + 1.0)).expect("ascends");
+        assert!(linear.look_up().is_none());
     }
 
     #[test]

@@ -38,6 +38,14 @@ impl Dtype {
             Self::Bf16 => "bfloat16",
         }
     }
+
+    /// Bytes of an element.
+    pub const fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
 }
 
 impl std::str::FromStr for Dtype {
@@ -81,13 +89,31 @@ impl Element for bf16 {
 
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
-        bf16::from_f32(value)
+        // As `bf16::from_f32`, without its branch.
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+        Self::from_bits((if value.is_nan() { bits | 0x0040_0000 } else { rounded } >> 16) as u16)
     }
 
     #[inline(always)]
     fn widen(from: &[Self], to: &mut [f32]) {
         for (wide, narrow) in to.iter_mut().zip(from) {
             *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_rounds_to_nearest_even() {
+        for upper in 0..=u16::MAX {
+            for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let x = f32::from_bits(u32::from(upper) << 16 | lower);
+                assert_eq!(<bf16 as Element>::from_f32(x).to_bits(), bf16::from_f32(x).to_bits(), "{x}");
+            }
         }
     }
 }

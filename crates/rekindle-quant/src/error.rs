@@ -52,6 +52,21 @@ pub enum Error {
         /// Its value.
         value: f32,
     },
+    /// A `quantization_config` that transformers would refuse.
+    #[error("{reason}")]
+    Config {
+        /// The key, what is wrong with it and what was expected.
+        reason: String,
+    },
+    /// A checkpoint that something else than bitsandbytes quantized.
+    #[error(
+        "quant_method {got:?} is not read; \"bitsandbytes\" (nf4, fp4, int8) is: \
+         use such a checkpoint, or the unquantized one and quantize while loading"
+    )]
+    QuantMethod {
+        /// The method of the checkpoint.
+        got: String,
+    },
     /// A tensor that the checkpoint lacks.
     #[error("checkpoint has no {key:?}, which {name:?} needs; is this a bitsandbytes checkpoint with all its shards?")]
     MissingKey {
@@ -68,4 +83,10 @@ pub enum Error {
         /// What is wrong with it and what was expected.
         reason: String,
     },
+}
+
+impl Error {
+    pub(crate) fn config(key: &str, reason: &str) -> Self {
+        Self::Config { reason: format!("{key} {reason}") }
+    }
 }

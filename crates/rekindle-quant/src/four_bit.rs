@@ -29,6 +29,7 @@ mod pack;
 use rayon::prelude::*;
 
 use crate::reciprocal::{flush, flush_signed};
+use crate::simd::dispatch;
 use crate::{Blocksize, Element, QuantType};
 
 /// Elements that one task of the thread pool works on: the largest block size times four.
@@ -36,22 +37,31 @@ const TASK: usize = 16_384;
 
 /// Quantizes `values`: packed codes `[⌈n/2⌉]` and absmax `[⌈n/blocksize⌉]`.
 pub fn encode<T: Element>(values: &[T], quant_type: QuantType, blocksize: Blocksize) -> (Vec<u8>, Vec<f32>) {
+    encode_with(values, T::widen, quant_type, blocksize)
+}
+
+/// [`encode`] of anything that `widen` makes f32 of.
+pub(crate) fn encode_with<T: Sync>(
+    values: &[T],
+    widen: impl Fn(&[T], &mut [f32]) + Copy + Sync,
+    quant_type: QuantType,
+    blocksize: Blocksize,
+) -> (Vec<u8>, Vec<f32>) {
     let mut codes = vec![0; values.len().div_ceil(2)];
     let mut absmax = vec![0.0; blocksize.blocks(values.len())];
     let tasks =
         values.par_chunks(TASK).zip(codes.par_chunks_mut(TASK / 2)).zip(absmax.par_chunks_mut(TASK / blocksize.get()));
-    let arch = pulp::Arch::new();
     match quant_type {
         QuantType::Nf4 => tasks.for_each(|((values, codes), absmax)| {
-            arch.dispatch(
+            dispatch(
                 #[inline(always)]
-                || pack::encode::<T, codebook::Nf4>(values, blocksize, codes, absmax),
+                || pack::encode::<T, codebook::Nf4>(values, widen, blocksize, codes, absmax),
             )
         }),
         QuantType::Fp4 => tasks.for_each(|((values, codes), absmax)| {
-            arch.dispatch(
+            dispatch(
                 #[inline(always)]
-                || pack::encode::<T, codebook::Fp4>(values, blocksize, codes, absmax),
+                || pack::encode::<T, codebook::Fp4>(values, widen, blocksize, codes, absmax),
             )
         }),
     }

@@ -12,15 +12,24 @@
 //! Rows of zeros, NaN elements, and ±∞ (which an f32 weight above 65,504 becomes) get code 0; a row with an
 //! infinity has an infinite scale and decodes to NaN and infinities; the scale of a row of nothing but NaN is −0.
 //!
+//! # Products
+//! Training multiplies by the decoded weight. [`Int8Tensor::matmul`] is the product of inference, which quantizes
+//! the activations too.
+//!
 //! Source: bitsandbytes 0.50 `kInt8VectorQuant`, `int8_vectorwise_dequant` (arXiv:2208.07339); held by
 //! `goldens/int8.safetensors`. Its training backward scales by `SCB · f32(1/127)` instead, which differs by an ulp.
 
-use half::f16;
+mod activations;
+mod matmul;
+
+pub use activations::Activations;
 use rayon::prelude::*;
 
 use crate::absmax::largest_magnitude;
+use crate::little_endian::{widen_bf16, widen_f16, widen_f32};
 use crate::reciprocal::reciprocal;
-use crate::{Element, Error};
+use crate::simd::dispatch;
+use crate::{Dtype, Element, Error};
 
 /// A weight `[out, in]` as LLM.int8() stores it.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,14 +46,40 @@ impl Int8Tensor {
     /// [`Error::Empty`], or [`Error::Length`] when `values` does not fill `shape`.
     pub fn quantize<T: Element>(values: &[T], shape: [usize; 2]) -> Result<Self, Error> {
         check(shape, "elements", element_count(shape)?, values.len())?;
+        Ok(Self::encode(values, T::widen, shape))
+    }
+
+    /// [`quantize`](Self::quantize) of a weight as it lies in a file: little-endian elements of `dtype` at any
+    /// address. Nothing of the dense weight is copied but a row for each thread.
+    ///
+    /// # Errors
+    /// [`Error::Empty`], or [`Error::Length`] when `bytes` does not fill `shape`.
+    pub fn quantize_le_bytes(bytes: &[u8], dtype: Dtype, shape: [usize; 2]) -> Result<Self, Error> {
+        check(shape, "bytes", element_count(shape)?.saturating_mul(dtype.size()), bytes.len())?;
+        Ok(match dtype {
+            Dtype::F32 => Self::encode(bytes.as_chunks().0, widen_f32, shape),
+            Dtype::F16 => Self::encode(bytes.as_chunks().0, widen_f16, shape),
+            Dtype::Bf16 => Self::encode(bytes.as_chunks().0, widen_bf16, shape),
+        })
+    }
+
+    fn encode<T: Sync>(values: &[T], widen: impl Fn(&[T], &mut [f32]) + Sync, shape: [usize; 2]) -> Self {
         let mut codes = vec![0; values.len()];
         let mut scb = vec![0.0; shape[0]];
-        values
-            .par_chunks(shape[1])
-            .zip(codes.par_chunks_mut(shape[1]))
-            .zip(&mut scb)
-            .for_each_init(Vec::new, |row, ((values, codes), scb)| *scb = encode_row(values, row, codes));
-        Ok(Self { shape, codes, scb })
+        values.par_chunks(shape[1]).zip(codes.par_chunks_mut(shape[1])).zip(&mut scb).for_each_init(
+            || vec![0.0; shape[1]],
+            |row, ((values, codes), scb)| {
+                dispatch(
+                    #[inline(always)]
+                    || {
+                        widen(values, row);
+                        row.iter_mut().for_each(|x| *x = round_to_f16(*x));
+                        *scb = encode_row(row, codes);
+                    },
+                );
+            },
+        );
+        Self { shape, codes, scb }
     }
 
     /// A weight read from a file: `codes` `[out · in]`, `scb` `[out]`.
@@ -73,9 +108,10 @@ impl Int8Tensor {
         let columns = self.shape[1];
         out.par_chunks_mut(columns).zip(self.codes.par_chunks(columns)).zip(&self.scb).for_each(
             |((out, codes), &scb)| {
-                for (out, &code) in out.iter_mut().zip(codes) {
-                    *out = T::from_f32(f32::from(code) * scb * (1.0 / 127.0));
-                }
+                dispatch(
+                    #[inline(always)]
+                    || out.iter_mut().zip(codes).for_each(|(out, &code)| *out = T::from_f32(decoded(code, scb))),
+                );
             },
         );
     }
@@ -95,27 +131,52 @@ impl Int8Tensor {
         &self.scb
     }
 
+    /// Codes and scales.
+    pub fn into_parts(self) -> (Vec<i8>, Vec<f32>) {
+        (self.codes, self.scb)
+    }
+
     /// Bytes of codes and scales.
     pub fn byte_len(&self) -> usize {
         self.codes.len() + 4 * self.scb.len()
     }
 }
 
-/// Rounds `values` to f16 in `row`, codes them and returns the scale.
-fn encode_row<T: Element>(values: &[T], row: &mut Vec<f32>, codes: &mut [i8]) -> f32 {
-    row.resize(values.len(), 0.0);
-    T::widen(values, row);
-    row.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32());
+#[inline(always)]
+fn decoded(code: i8, scb: f32) -> f32 {
+    f32::from(code) * scb * (1.0 / 127.0)
+}
+
+/// Codes a row of f16 values and returns its scale.
+#[inline(always)]
+fn encode_row(row: &[f32], codes: &mut [i8]) -> f32 {
     let scb = match largest_magnitude(row, 0.0) {
         0.0 if row.iter().all(|x| x.is_nan()) => -0.0,
         max => max,
     };
     let scale = 127.0 * reciprocal(scb);
-    for (code, x) in codes.iter_mut().zip(row) {
-        *code = (*x * scale).round_ties_even() as i8; // NaN becomes 0
+    for (code, &x) in codes.iter_mut().zip(row) {
+        *code = (x * scale).round_ties_even() as i8; // NaN becomes 0
     }
     scb
 }
+
+/// The nearest value of f16, ties to even, without leaving vectors of f32.
+#[inline(always)]
+fn round_to_f16(x: f32) -> f32 {
+    let (bits, magnitude) = (x.to_bits(), x.abs());
+    // f16 keeps 10 of f32's 23 bits of mantissa; below its normal range it counts in units of 2⁻²⁴, the ulp of 1/2.
+    let normal = f32::from_bits(bits.wrapping_add(0xfff + (bits >> 13 & 1)) & !0x1fff);
+    let subnormal = (magnitude + 0.5 - 0.5).copysign(x);
+    let rounded = if magnitude < F16_MIN_NORMAL { subnormal } else { normal };
+    let finite = if magnitude >= F16_OVERFLOW { f32::INFINITY.copysign(x) } else { rounded };
+    if x.is_nan() { x } else { finite }
+}
+
+const F16_MIN_NORMAL: f32 = 1.0 / (1 << 14) as f32;
+
+/// Halfway between the largest f16 and the next power of two.
+const F16_OVERFLOW: f32 = 65_520.0;
 
 fn element_count(shape: [usize; 2]) -> Result<usize, Error> {
     match shape[0].checked_mul(shape[1]) {
@@ -149,6 +210,27 @@ mod tests {
     #[test]
     fn constant_is_the_one_of_bitsandbytes() {
         assert_eq!((1.0f32 / 127.0).to_bits(), (7.874_015_748_698_502e-3_f64 as f32).to_bits());
+    }
+
+    #[test]
+    fn rounds_as_f16() {
+        for half in 0..=u16::MAX {
+            let x = half::f16::from_bits(half).to_f32();
+            for x in [x, x.next_up(), x.next_down(), x * 1.000_244_1, x * 1.000_244_2, x + 0.5 / (1 << 24) as f32] {
+                let (ours, theirs) = (round_to_f16(x), half::f16::from_f32(x).to_f32());
+                assert!(ours.to_bits() == theirs.to_bits() || x.is_nan() && ours.is_nan(), "{x}: {ours}, not {theirs}");
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_of_a_file_quantize_as_their_values() {
+        let values: Vec<half::bf16> = (0..5 * 131).map(|i| half::bf16::from_f32((i as f32 * 0.7).sin())).collect();
+        let file: Vec<u8> = [7].into_iter().chain(values.iter().flat_map(|v| v.to_le_bytes())).collect();
+        let ours = Int8Tensor::quantize_le_bytes(&file[1..], Dtype::Bf16, [5, 131]);
+        assert_eq!(ours, Int8Tensor::quantize(&values, [5, 131]));
+        assert!(Int8Tensor::quantize_le_bytes(&file[1..], Dtype::F32, [5, 131]).is_err());
+        assert!(Int8Tensor::quantize_le_bytes(&file[1..], Dtype::Bf16, [usize::MAX, 1]).is_err());
     }
 
     #[test]

@@ -33,7 +33,11 @@ mod element;
 mod error;
 pub mod four_bit;
 pub mod int8;
+#[cfg(feature = "linear")]
+mod linear;
+mod little_endian;
 mod reciprocal;
+mod simd;
 mod tensor;
 
 pub use config::{Blocksize, QuantConfig, QuantType};
@@ -42,4 +46,6 @@ pub use dynamic_map::DynamicMap;
 pub use element::{Dtype, Element};
 pub use error::Error;
 pub use int8::Int8Tensor;
+#[cfg(feature = "linear")]
+pub use linear::{Origin, QuantLinear};
 pub use tensor::{Absmax, QuantizedTensor};

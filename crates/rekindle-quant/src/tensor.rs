@@ -1,5 +1,6 @@
 use std::borrow::Cow;
 
+use crate::little_endian::{widen_bf16, widen_f16, widen_f32};
 use crate::{Blocksize, DoubleQuant, Dtype, Element, Error, QuantConfig, QuantType, four_bit};
 
 /// A 4-bit tensor: packed codes, scales, and the shape and type of the dense tensor it stands for.
@@ -35,10 +36,37 @@ impl QuantizedTensor {
         if values.len() != expected {
             return Err(length(shape, config.blocksize, "elements", expected, values.len()));
         }
-        let (codes, absmax) = four_bit::encode(values, config.quant_type, config.blocksize);
+        Self::from_encoded(four_bit::encode(values, config.quant_type, config.blocksize), shape, T::DTYPE, config)
+    }
+
+    /// [`quantize`](Self::quantize) of a tensor as it lies in a file: little-endian elements of `dtype` at any
+    /// address. Nothing of the dense tensor is copied but a block at a time.
+    ///
+    /// # Errors
+    /// [`Error::Empty`], or [`Error::Length`] when `bytes` does not fill `shape`.
+    pub fn quantize_le_bytes(bytes: &[u8], dtype: Dtype, shape: &[usize], config: &QuantConfig) -> Result<Self, Error> {
+        let expected = element_count(shape)?.saturating_mul(dtype.size());
+        if bytes.len() != expected {
+            return Err(length(shape, config.blocksize, "bytes", expected, bytes.len()));
+        }
+        let (quant_type, blocksize) = (config.quant_type, config.blocksize);
+        let encoded = match dtype {
+            Dtype::F32 => four_bit::encode_with(bytes.as_chunks().0, widen_f32, quant_type, blocksize),
+            Dtype::F16 => four_bit::encode_with(bytes.as_chunks().0, widen_f16, quant_type, blocksize),
+            Dtype::Bf16 => four_bit::encode_with(bytes.as_chunks().0, widen_bf16, quant_type, blocksize),
+        };
+        Self::from_encoded(encoded, shape, dtype, config)
+    }
+
+    fn from_encoded(
+        (codes, absmax): (Vec<u8>, Vec<f32>),
+        shape: &[usize],
+        dtype: Dtype,
+        config: &QuantConfig,
+    ) -> Result<Self, Error> {
         let absmax =
             if config.double_quant { Absmax::Double(DoubleQuant::quantize(&absmax)) } else { Absmax::Single(absmax) };
-        Self::from_parts(shape.to_vec(), T::DTYPE, config.quant_type, config.blocksize, codes, absmax)
+        Self::from_parts(shape.to_vec(), dtype, config.quant_type, config.blocksize, codes, absmax)
     }
 
     /// A tensor read from a file; `dtype` is that of the dense tensor it was made from.
@@ -79,6 +107,11 @@ impl QuantizedTensor {
     pub fn dequantize_into<T: Element>(&self, out: &mut [T]) {
         assert_eq!(out.len(), self.elements(), "output of a tensor of shape {:?}", self.shape);
         four_bit::decode(&self.codes, &self.absmax.values(), self.quant_type, self.blocksize, out);
+    }
+
+    /// Shape and type of the dense tensor, codes and scales.
+    pub fn into_parts(self) -> (Vec<usize>, Dtype, Vec<u8>, Absmax) {
+        (self.shape, self.dtype, self.codes, self.absmax)
     }
 
     /// Shape of the dense tensor.
@@ -180,6 +213,29 @@ mod tests {
         assert!(build(&[usize::MAX, 3], 33, 2).is_err(), "a product that overflows");
         assert_eq!(build(&[7, 0, usize::MAX], 0, 0), Err(Error::Empty { shape: vec![7, 0, usize::MAX] }));
         assert!(build(&[], 1, 1).is_ok(), "a scalar has one element");
+    }
+
+    /// One byte past every alignment, as a memory map may have it.
+    #[test]
+    fn bytes_of_a_file_quantize_as_their_values() {
+        fn check<T: Element>(to_bytes: impl Fn(T) -> Vec<u8>) {
+            let values: Vec<T> = (0..3 * 1711).map(|i| T::from_f32((i as f32 * 0.73).sin() * 0.02)).collect();
+            let file: Vec<u8> = [7].into_iter().chain(values.iter().flat_map(|&v| to_bytes(v))).collect();
+            for quant_type in QuantType::ALL {
+                for double_quant in [false, true] {
+                    let config = QuantConfig { quant_type, double_quant, ..QuantConfig::default() };
+                    let ours = QuantizedTensor::quantize_le_bytes(&file[1..], T::DTYPE, &[3, 1711], &config);
+                    assert_eq!(ours, QuantizedTensor::quantize(&values, &[3, 1711], &config), "{:?}", T::DTYPE);
+                }
+            }
+            let short = QuantizedTensor::quantize_le_bytes(&file[2..], T::DTYPE, &[3, 1711], &QuantConfig::default());
+            let message = short.expect_err("a byte is missing").to_string();
+            let needed = 5133 * T::DTYPE.size();
+            assert!(message.contains(&format!("needs {needed} bytes, got {}", needed - 1)), "{message}");
+        }
+        check::<f32>(|v| v.to_le_bytes().to_vec());
+        check::<half::f16>(|v| v.to_le_bytes().to_vec());
+        check::<half::bf16>(|v| v.to_le_bytes().to_vec());
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use half::{bf16, f16};
 use rekindle_quant::bnb::{FourBitWeight, RawDtype, RawTensor};
+use rekindle_quant::int8::Activations;
 use rekindle_quant::{
     Absmax, Blocksize, DoubleQuant, DynamicMap, Element, Int8Tensor, QuantConfig, QuantType, QuantizedTensor,
     blockwise, four_bit,
@@ -51,7 +52,7 @@ fn four_bit_case<T: GoldenElement>(file: &Golden, case: &Case) {
     let tensor = QuantizedTensor::from_parts(shape, T::DTYPE, quant_type, config.blocksize, codes, absmax)
         .expect("parts match the shape");
     if file.has(case, "decoded") {
-        same_elements(case, &tensor.dequantize::<T>(), &file.elements::<T>(case, "decoded"));
+        same_elements(case, "decoded", &tensor.dequantize::<T>(), &file.elements::<T>(case, "decoded"));
     }
     round_trip(file, case, tensor);
 }
@@ -127,7 +128,7 @@ fn dynamic_case<T: GoldenElement>(file: &Golden, case: &Case, map: &DynamicMap) 
     if file.has(case, "decoded") {
         let mut decoded = vec![T::default(); values.len()];
         blockwise::decode(&codes, &absmax, map, case.blocksize(), &mut decoded);
-        same_elements(case, &decoded, &file.elements::<T>(case, "decoded"));
+        same_elements(case, "decoded", &decoded, &file.elements::<T>(case, "decoded"));
     }
 }
 
@@ -153,8 +154,46 @@ fn int8_case<T: GoldenElement>(file: &Golden, case: &Case) {
     same_bytes(case, "codes", &codes, file.bytes(case, "codes"));
     same_floats(case, "SCB", tensor.scb(), &file.floats(case, "SCB"));
     if file.has(case, "decoded") {
-        same_elements(case, &tensor.dequantize::<f32>(), &file.elements::<f32>(case, "decoded"));
+        same_elements(case, "decoded", &tensor.dequantize::<f32>(), &file.elements::<f32>(case, "decoded"));
     }
+}
+
+#[test]
+fn int8_activations_and_products() {
+    let file = Golden::open("int8_matmul");
+    for case in file.cases() {
+        match file.input_dtype(&case) {
+            Dtype::F32 => int8_matmul_case::<f32>(&file, &case),
+            Dtype::F16 => int8_matmul_case::<f16>(&file, &case),
+            dtype => {
+                assert_eq!(dtype, Dtype::BF16);
+                int8_matmul_case::<bf16>(&file, &case);
+            }
+        }
+    }
+}
+
+fn int8_matmul_case<T: GoldenElement>(file: &Golden, case: &Case) {
+    let (shape, x) = file.input::<T>(case);
+    let threshold = case.0["threshold"].as_f64().expect("a threshold") as f32;
+    let quantized = Activations::quantize(&x, shape[1], threshold);
+    let codes: Vec<u8> = quantized.codes().iter().map(|&code| code as u8).collect();
+    same_bytes(case, "CA", &codes, file.bytes(case, "CA"));
+    same_floats(case, "SCA", quantized.sca(), &file.floats(case, "SCA"));
+    if file.has(case, "columns") {
+        let columns = file.bytes(case, "columns").as_chunks().0.iter().map(|&b| i64::from_le_bytes(b) as usize);
+        assert_eq!(quantized.outlier_columns(), columns.collect::<Vec<_>>(), "{}", case.name());
+    }
+    if !file.has(case, "out") {
+        return;
+    }
+    let scb = file.floats(case, "SCB");
+    let codes = file.bytes(case, "CB").iter().map(|&byte| byte as i8).collect();
+    let weight = Int8Tensor::from_parts([scb.len(), shape[1]], codes, scb).expect("parts match");
+    let mut out = vec![T::default(); shape[0] * weight.shape()[0]];
+    weight.matmul(&x, threshold, &mut out);
+    // Also where outliers are added: cuBLAS sums them in an order of its own, but its f32 sum rounds to the same bits.
+    same_elements(case, "out", &out, &file.elements::<T>(case, "out"));
 }
 
 fn same_bytes(case: &Case, field: &str, ours: &[u8], theirs: &[u8]) {
@@ -179,13 +218,14 @@ fn same_floats(case: &Case, field: &str, ours: &[f32], theirs: &[f32]) {
     }
 }
 
-fn same_elements<T: GoldenElement>(case: &Case, ours: &[T], theirs: &[T]) {
-    let wide = |values: &[T]| {
-        let mut wide = vec![0.0; values.len()];
-        T::widen(values, &mut wide);
-        wide
-    };
-    same_floats(case, "decoded", &wide(ours), &wide(theirs));
+fn same_elements<T: GoldenElement>(case: &Case, field: &str, ours: &[T], theirs: &[T]) {
+    same_floats(case, field, &wide(ours), &wide(theirs));
+}
+
+fn wide<T: GoldenElement>(values: &[T]) -> Vec<f32> {
+    let mut wide = vec![0.0; values.len()];
+    T::widen(values, &mut wide);
+    wide
 }
 
 /// One of the golden files.

@@ -24,6 +24,6 @@ pub use evaluate::{Evaluation, RowLoss, evaluate};
 pub use metrics::{EvalMetrics, MetricsFile, StepMetrics};
 pub use optimizer::{AdamW, Optimizer, StepResult};
 pub use plot::{Series, loss_svg};
-pub use save::save_result;
+pub use save::{save_result, write_result};
 pub use schedule::lr_factor;
 pub use trainer::{Event, Report, Trainer};

@@ -19,19 +19,35 @@ use crate::Error;
 /// [`Error::File`] when `dir` holds anything else, or the system refuses; [`Error::Model`] likewise.
 pub fn save_result(model: &CausalLm, dir: &Path, companions: &[PathBuf], dtype: Dtype) -> Result<(), Error> {
     let adapter = model.adapter();
-    check_replaceable(dir, adapter.is_some())?;
+    write_result(dir, adapter.is_some(), companions, |target| match adapter {
+        Some(adapter) => Ok(adapter.save(target).map_err(rekindle_models::Error::from)?),
+        None => Ok(model.save(target, dtype)?),
+    })
+}
+
+/// Makes `dir` with what `write` puts into the directory that it is given, and copies of `companions`.
+///
+/// `dir` appears whole or not at all. One that is there is replaced if it holds an earlier result of the same kind,
+/// adapter or checkpoint, and nothing else.
+///
+/// # Errors
+/// [`Error::File`] when `dir` holds anything else, or the system refuses, and those of `write`.
+pub fn write_result<T>(
+    dir: &Path,
+    is_adapter: bool,
+    companions: &[PathBuf],
+    write: impl FnOnce(&Path) -> Result<T, Error>,
+) -> Result<T, Error> {
+    check_replaceable(dir, is_adapter)?;
     let target = AtomicDir::replace(dir)?;
-    match adapter {
-        Some(adapter) => adapter.save(target.path()).map_err(rekindle_models::Error::from)?,
-        None => model.save(target.path(), dtype)?,
-    }
+    let written = write(target.path())?;
     for file in companions {
         let Some(name) = file.file_name() else { continue };
         let bytes = std::fs::read(file).map_err(|source| Error::Io { path: file.clone(), source })?;
         write_atomic(&target.path().join(name), &bytes)?;
     }
     target.commit()?;
-    Ok(())
+    Ok(written)
 }
 
 /// Refuses a directory with anything in it that an earlier save of this kind did not write.

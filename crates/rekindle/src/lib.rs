@@ -23,18 +23,25 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod error;
+mod inspect;
 mod model;
 mod pretrained;
+mod quantize;
 mod sft;
 
 pub use error::{Error, ErrorKind};
+pub use inspect::{Inspection, inspect};
 pub use model::{Generated, Model};
 pub use pretrained::{Dtype, FastLanguageModel, Loader};
+pub use quantize::quantize;
 pub use sft::{DataFile, SftTrainer};
 
 pub use rekindle_data::{Dataset, Example, IGNORED, LoadReport, Message, Overlong, RenderOptions, Tokenizer};
 pub use rekindle_hub::{AtomicDir, write_atomic};
 pub use rekindle_kernels::{DeviceKind, parse_device};
 pub use rekindle_lora::{BLOCK_LINEARS, Bias, InitLoraWeights, LoraConfig, TargetModules};
-pub use rekindle_models::{CausalLm, GenerationConfig, ModelConfig, StopReason};
+pub use rekindle_models::{
+    CausalLm, GenerationConfig, LoadIn, MemoryClass, MemoryLine, MemoryReport, ModelConfig, StopReason,
+};
+pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
 pub use rekindle_train::{EvalMetrics, Evaluation, Event, LrSchedulerType, Report, RowLoss, SftConfig, StepMetrics};

@@ -8,7 +8,7 @@ use rekindle_data::{Dataset, EncodeOptions, LoadReport, Tokenizer, companion_fil
 use rekindle_hub::Dtype;
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::LoraConfig;
-use rekindle_models::{CausalLm, GenerationConfig, StopReason};
+use rekindle_models::{CausalLm, GenerationConfig, MemoryReport, StopReason};
 use rekindle_train::{Evaluation, evaluate, save_result};
 
 use crate::{DataFile, Error};
@@ -52,6 +52,11 @@ impl Model {
     /// The checkpoint's directory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What its weights take in memory, by class.
+    pub fn memory_report(&self) -> MemoryReport {
+        self.inner.memory_report()
     }
 
     /// The model underneath.

@@ -6,7 +6,8 @@ use burn::tensor::{DType, Device};
 use rekindle_data::Tokenizer;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{DeviceKind, open_device};
-use rekindle_models::{CausalLm, LoadOptions, ModelConfig};
+use rekindle_models::{CausalLm, LoadIn, LoadOptions, ModelConfig};
+use rekindle_quant::QuantConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Model};
@@ -24,6 +25,11 @@ impl FastLanguageModel {
             dtype: Dtype::Auto,
             device: DeviceKind::Auto,
             full_finetuning: false,
+            load_in_4bit: false,
+            load_in_8bit: false,
+            load_in_16bit: false,
+            quant_config: None,
+            skip_modules: None,
             progress: None,
         }
     }
@@ -52,6 +58,11 @@ pub struct Loader {
     dtype: Dtype,
     device: DeviceKind,
     full_finetuning: bool,
+    load_in_4bit: bool,
+    load_in_8bit: bool,
+    load_in_16bit: bool,
+    quant_config: Option<QuantConfig>,
+    skip_modules: Option<Vec<String>>,
     progress: Option<Box<dyn FnMut(u64, u64)>>,
 }
 
@@ -83,6 +94,41 @@ impl Loader {
         self
     }
 
+    /// Whether the linears of the blocks are kept in 4-bit codes, quantized while loading: NF4 in blocks of 64 with
+    /// double quantization unless [`quant_config`](Self::quant_config) says otherwise. Default false, or true for a
+    /// checkpoint that is 4-bit already, which is loaded as it is.
+    pub fn load_in_4bit(mut self, load_in_4bit: bool) -> Self {
+        self.load_in_4bit = load_in_4bit;
+        self
+    }
+
+    /// Whether the linears of the blocks are kept in LLM.int8() codes. Default false, or true for a checkpoint that
+    /// is 8-bit already.
+    pub fn load_in_8bit(mut self, load_in_8bit: bool) -> Self {
+        self.load_in_8bit = load_in_8bit;
+        self
+    }
+
+    /// Whether all weights are kept dense, in [`dtype`](Self::dtype). This is the default; asking for it refuses a
+    /// checkpoint that is quantized.
+    pub fn load_in_16bit(mut self, load_in_16bit: bool) -> Self {
+        self.load_in_16bit = load_in_16bit;
+        self
+    }
+
+    /// The 4-bit format; needs [`load_in_4bit`](Self::load_in_4bit). What the codes are decoded to and computed in is
+    /// [`dtype`](Self::dtype).
+    pub fn quant_config(mut self, quant_config: QuantConfig) -> Self {
+        self.quant_config = Some(quant_config);
+        self
+    }
+
+    /// Modules that stay dense when the others are quantized. Default `lm_head`; embeddings and norms always do.
+    pub fn skip_modules(mut self, modules: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.skip_modules = Some(modules.into_iter().map(Into::into).collect());
+        self
+    }
+
     /// Is told the bytes read so far and in all.
     pub fn on_progress(mut self, progress: impl FnMut(u64, u64) + 'static) -> Self {
         self.progress = Some(Box::new(progress));
@@ -105,6 +151,7 @@ impl Loader {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn load_model(mut self) -> Result<Model, Error> {
+        let load_in = self.load_in()?;
         let checkpoint = Checkpoint::open(&self.path)?;
         let limit = ModelConfig::from_checkpoint(&checkpoint)?.max_position_embeddings;
         let (device, kind) = open_device(self.device)?;
@@ -114,6 +161,8 @@ impl Loader {
             device,
             max_seq_length: self.max_seq_length.unwrap_or(MAX_SEQ_LENGTH.min(limit)),
             full_finetuning: self.full_finetuning,
+            load_in,
+            skip_modules: self.skip_modules.take(),
         };
         let (mut done, total) = (0, checkpoint.total_bytes());
         let model = CausalLm::load(&checkpoint, &options, &mut |bytes| {
@@ -123,6 +172,38 @@ impl Loader {
             }
         })?;
         Ok(Model::new(model, &self.path, kind))
+    }
+
+    /// Whether the arguments agree with one another, before anything is read.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for two ways of loading at once, or a 4-bit format without 4-bit loading.
+    pub fn check(&self) -> Result<(), Error> {
+        self.load_in()?;
+        Ok(())
+    }
+
+    /// How the linears are kept, if anything was asked for.
+    fn load_in(&self) -> Result<Option<LoadIn>, Error> {
+        let asked = [
+            (self.load_in_4bit, LoadIn::FourBit(self.quant_config)),
+            (self.load_in_8bit, LoadIn::EightBit),
+            (self.load_in_16bit, LoadIn::SixteenBit),
+        ];
+        let asked: Vec<LoadIn> = asked.into_iter().filter_map(|(on, load_in)| on.then_some(load_in)).collect();
+        match asked[..] {
+            [first, second, ..] => Err(Error::Argument(format!(
+                "{} and {} exclude each other; set one of them",
+                first.argument(),
+                second.argument()
+            ))),
+            [one] if self.quant_config.is_none() || self.load_in_4bit => Ok(Some(one)),
+            [] if self.quant_config.is_none() => Ok(None),
+            _ => Err(Error::Argument(
+                "quant_type, blocksize and double_quant describe 4-bit codes; set load_in_4bit = true with them"
+                    .to_owned(),
+            )),
+        }
     }
 }
 

@@ -61,6 +61,19 @@ pub(crate) fn into_slice(out: &mut [f32], beta: f32, alpha: f32, a: &Tensor<2>, 
     let b = Mat { data: vb.matrix().0, row_stride: brs, col_stride: bcs };
     let a = if form == Form::Tn { a.t() } else { a };
     let b = if form == Form::Nt { b.t() } else { b };
+    into_strided(out, n, (m, n, k), beta, alpha, a, b);
+}
+
+/// `out ← beta · out + alpha · a · b` with `out_stride` elements from row to row of `out`; `beta` is 0 or 1.
+pub(crate) fn into_strided(
+    out: &mut [f32],
+    out_stride: usize,
+    (m, n, k): (usize, usize, usize),
+    beta: f32,
+    alpha: f32,
+    a: Mat<'_>,
+    b: Mat<'_>,
+) {
     let turned: Vec<f32>;
     let b = if sums_by_lanes((m, n, k), a, b) {
         turned = (0..k * n).map(|i| b.data[i / n + i % n * b.col_stride as usize]).collect();
@@ -68,7 +81,7 @@ pub(crate) fn into_slice(out: &mut [f32], beta: f32, alpha: f32, a: &Tensor<2>, 
     } else {
         b
     };
-    parallel(out, n, (m, n, k), beta, alpha, a, b);
+    parallel(out, out_stride, (m, n, k), beta, alpha, a, b);
 }
 
 /// Whether the `gemm` crate would sum this product in another order than larger ones: few results of operands that

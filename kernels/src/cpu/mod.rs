@@ -9,6 +9,7 @@ pub(crate) mod attention;
 mod exp;
 pub(crate) mod linear_cross_entropy;
 pub(crate) mod matmul;
+pub(crate) mod packed;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod swiglu;

@@ -12,6 +12,7 @@ pub(crate) mod attention;
 pub(crate) mod embedding;
 pub(crate) mod linear;
 pub(crate) mod linear_cross_entropy;
+pub(crate) mod packed;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod swiglu;

@@ -12,8 +12,8 @@ use crate::{Absmax, DoubleQuant, DynamicMap, Error, QuantType, QuantizedTensor, 
 pub struct FourBitWeight {
     /// The weight.
     pub tensor: QuantizedTensor,
-    storage: RawDtype,
-    packed_shape: Vec<usize>,
+    pub(crate) storage: RawDtype,
+    pub(crate) packed_shape: Vec<usize>,
 }
 
 impl FourBitWeight {
@@ -116,6 +116,7 @@ impl<'a, F: Fn(&str) -> Option<RawTensor<'a>>> Parts<'_, F> {
         if found == expected {
             return Ok(());
         }
+        let found = &found[..found.len().min(17)]; // enough to see that there are too many
         let reason = format!("is {found:?}, expected the values of {}: {expected:?}", quant_type.name());
         Err(stored(&self.key(QUANT_MAP), reason))
     }

@@ -18,8 +18,8 @@ pub fn read_int8<'a>(module: &str, find: impl Fn(&str) -> Option<RawTensor<'a>>)
     if let Some(format) = find(&format_key) {
         format.expect(RawDtype::U8, &format_key)?;
         if *format.bytes != [0] {
-            let reason =
-                format!("is {:?}, expected [0] (row-major); save the model anew with bitsandbytes", format.bytes);
+            let found = &format.bytes[..format.bytes.len().min(4)]; // enough to see what it is
+            let reason = format!("is {found:?}, expected [0] (row-major); save the model anew with bitsandbytes");
             return Err(stored(&format_key, reason));
         }
     }

@@ -1,17 +1,18 @@
 //! The loops over one task's blocks.
 
 use super::codebook::Codebook;
+use crate::Blocksize;
 use crate::absmax::largest_magnitude;
 use crate::reciprocal::{flush, reciprocal};
-use crate::{Blocksize, Element};
 
 /// Elements whose codes are found together; divides every block size.
 const GROUP: usize = 32;
 
 /// Encodes whole blocks, of which the last may be short.
 #[inline(always)]
-pub(super) fn encode<T: Element, C: Codebook>(
+pub(super) fn encode<T, C: Codebook>(
     values: &[T],
+    widen: impl Fn(&[T], &mut [f32]),
     blocksize: Blocksize,
     codes: &mut [u8],
     absmax: &mut [f32],
@@ -20,7 +21,7 @@ pub(super) fn encode<T: Element, C: Codebook>(
     let blocks = values.chunks(blocksize.get()).zip(codes.chunks_mut(blocksize.get() / 2)).zip(absmax);
     for ((values, codes), absmax) in blocks {
         let block = &mut wide[..values.len()];
-        T::widen(values, block);
+        widen(values, block);
         // A short block is padded with zeros, which count towards its maximum.
         let floor = if block.len() == blocksize.get() { -f32::MAX } else { 0.0 };
         *absmax = largest_magnitude(block, floor);

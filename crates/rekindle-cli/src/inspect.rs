@@ -1,0 +1,13 @@
+//! `rekindle inspect`.
+
+use crate::args::InspectArgs;
+use crate::failure::Failure;
+use crate::output;
+
+pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
+    let found = rekindle::inspect(&args.path)?;
+    if args.json {
+        return output::line(&serde_json::to_string(&found).expect("facts are JSON"));
+    }
+    output::line(&found.to_string())
+}

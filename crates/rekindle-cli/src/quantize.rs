@@ -1,0 +1,36 @@
+//! `rekindle quantize`.
+
+use rekindle::{Blocksize, Error, LoadIn, QuantConfig, QuantType};
+
+use crate::args::QuantizeArgs;
+use crate::failure::Failure;
+use crate::{output, progress};
+
+pub(crate) fn run(args: &QuantizeArgs) -> Result<(), Failure> {
+    let load_in = format(args)?;
+    let skip = args.skip_modules.as_deref();
+    let report = rekindle::quantize(&args.model, load_in, skip, &args.out, &mut progress::loading())?;
+    eprintln!("{report}");
+    output::line(&args.out.display().to_string())
+}
+
+fn format(args: &QuantizeArgs) -> Result<LoadIn, Failure> {
+    if args.to == "int8" {
+        if args.blocksize.is_some() || args.double_quant.is_some() {
+            return Err(Failure::Configuration(
+                "int8 has one scale a row; leave out --blocksize and --double-quant, or quantize --to nf4".to_owned(),
+            ));
+        }
+        return Ok(LoadIn::EightBit);
+    }
+    let quant_type = args
+        .to
+        .parse::<QuantType>()
+        .map_err(|_| Failure::Configuration(format!("--to {} is unknown; use one of nf4, fp4, int8", args.to)))?;
+    let mut config = QuantConfig { quant_type, ..QuantConfig::default() };
+    if let Some(size) = args.blocksize {
+        config.blocksize = Blocksize::new(size).map_err(|error| Error::Argument(error.to_string()))?;
+    }
+    config.double_quant = args.double_quant.unwrap_or(config.double_quant);
+    Ok(LoadIn::FourBit(Some(config)))
+}

@@ -1,0 +1,216 @@
+//! What the weights of a model take, by class: in memory once it is loaded, or in a checkpoint that is not.
+
+use core::fmt;
+
+use rekindle_hub::{Checkpoint, Dtype};
+use rekindle_kernels::Weight;
+use rekindle_quant::bnb;
+use serde::Serialize;
+
+use crate::names::{self, EMBED, HEAD, Projection};
+use crate::{CausalLm, ModelConfig};
+
+/// A kind of weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryClass {
+    /// Codes of quantized linears.
+    PackedCodes,
+    /// What their codes are scaled with, code tables and descriptions included where a file has them.
+    Scales,
+    /// Linears of the blocks that are not quantized.
+    DenseLinears,
+    /// The embedding table and the output layer.
+    EmbeddingsAndHead,
+    /// Vectors.
+    NormsAndBiases,
+    /// Trainable factors of an adapter.
+    Adapter,
+}
+
+impl MemoryClass {
+    const ALL: [Self; 6] = [
+        Self::PackedCodes,
+        Self::Scales,
+        Self::DenseLinears,
+        Self::EmbeddingsAndHead,
+        Self::NormsAndBiases,
+        Self::Adapter,
+    ];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::PackedCodes => "packed codes",
+            Self::Scales => "scales",
+            Self::DenseLinears => "dense linears",
+            Self::EmbeddingsAndHead => "embeddings and head",
+            Self::NormsAndBiases => "norms and biases",
+            Self::Adapter => "adapter",
+        }
+    }
+
+    /// The class of a dense tensor of the model.
+    fn of(name: &str) -> Self {
+        match name {
+            EMBED | HEAD => Self::EmbeddingsAndHead,
+            _ if Projection::is_linear(name) => Self::DenseLinears,
+            _ => Self::NormsAndBiases,
+        }
+    }
+}
+
+/// One line of a [`MemoryReport`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct MemoryLine {
+    /// What.
+    pub class: MemoryClass,
+    /// Scalars of the model that it stands for; of the scales none, since the codes stand for the same ones.
+    pub weights: u64,
+    /// Bytes that it takes.
+    pub bytes: u64,
+}
+
+/// Bytes of a model's weights, by class; classes without any are left out.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct MemoryReport {
+    /// In the order of [`MemoryClass`].
+    pub lines: Vec<MemoryLine>,
+}
+
+impl MemoryReport {
+    /// What the tensors of a checkpoint take on disk. Only headers are read.
+    pub fn of_checkpoint(checkpoint: &Checkpoint, config: &ModelConfig) -> Self {
+        let mut report = Self::default();
+        let owners: std::collections::BTreeSet<String> = checkpoint.names().filter_map(bnb::owner).collect();
+        for needed in names::needed(config) {
+            let Some(view) = checkpoint.get(&needed.name) else { continue };
+            let quantized = owners.contains(&needed.name);
+            let class = if quantized { MemoryClass::PackedCodes } else { MemoryClass::of(&needed.name) };
+            report.add(class, needed.shape.iter().product(), view.data.len());
+        }
+        for name in checkpoint.names().filter(|name| bnb::owner(name).is_some()) {
+            report.add(MemoryClass::Scales, 0, checkpoint.get(name).map_or(0, |view| view.data.len()));
+        }
+        report
+    }
+
+    /// All bytes.
+    pub fn bytes(&self) -> u64 {
+        self.lines.iter().map(|line| line.bytes).sum()
+    }
+
+    /// All scalars of the model.
+    pub fn weights(&self) -> u64 {
+        self.lines.iter().map(|line| line.weights).sum()
+    }
+
+    /// Bits that a quantized weight takes, scales included; `None` when nothing is quantized.
+    pub fn bits_per_quantized_weight(&self) -> Option<f64> {
+        let codes = self.line(MemoryClass::PackedCodes)?;
+        let scales = self.line(MemoryClass::Scales).map_or(0, |line| line.bytes);
+        Some(8.0 * (codes.bytes + scales) as f64 / codes.weights as f64)
+    }
+
+    /// The share of the bytes of a 16-bit model that is saved; negative for wider weights.
+    pub fn saving(&self) -> f64 {
+        1.0 - self.bytes() as f64 / (2.0 * self.weights() as f64)
+    }
+
+    /// The line of a class.
+    pub fn line(&self, class: MemoryClass) -> Option<&MemoryLine> {
+        self.lines.iter().find(|line| line.class == class)
+    }
+
+    fn add(&mut self, class: MemoryClass, weights: usize, bytes: usize) {
+        let (weights, bytes) = (weights as u64, bytes as u64);
+        match self.lines.iter_mut().find(|line| line.class == class) {
+            Some(line) => {
+                line.weights += weights;
+                line.bytes += bytes;
+            }
+            None => self.lines.push(MemoryLine { class, weights, bytes }),
+        }
+        self.lines.sort_by_key(|line| MemoryClass::ALL.iter().position(|class| *class == line.class));
+    }
+}
+
+impl CausalLm {
+    /// What the weights of this model take in memory. Trained ones count their `f32` values, not their gradients.
+    pub fn memory_report(&self) -> MemoryReport {
+        let mut report = MemoryReport::default();
+        let size = self.dtype.size();
+        let mut trained = 0;
+        for needed in names::needed(&self.config) {
+            let elements: usize = needed.shape.iter().product();
+            match self.find(&needed.name).expect("every needed tensor has its weight") {
+                Weight::Packed(packed) => {
+                    let (codes, scales) = packed.bytes();
+                    report.add(MemoryClass::PackedCodes, elements, codes);
+                    report.add(MemoryClass::Scales, 0, scales);
+                }
+                Weight::Frozen(_) => report.add(MemoryClass::of(&needed.name), elements, size * elements),
+                Weight::Trained(_) => {
+                    trained += elements;
+                    report.add(MemoryClass::of(&needed.name), elements, Dtype::F32.size() * elements);
+                }
+            }
+        }
+        let adapter = self.params.numel() - trained;
+        if adapter > 0 {
+            report.add(MemoryClass::Adapter, adapter, Dtype::F32.size() * adapter);
+        }
+        report
+    }
+}
+
+impl fmt::Display for MemoryReport {
+    /// A table.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:<20} {:>14} {:>12} {:>12}", "", "weights", "bytes", "bits/weight")?;
+        for line in &self.lines {
+            let bits = match line.class {
+                MemoryClass::Scales => self.line(MemoryClass::PackedCodes).map(|codes| (line.bytes, codes.weights)),
+                _ => Some((line.bytes, line.weights)),
+            };
+            let bits =
+                bits.map_or_else(String::new, |(bytes, weights)| format!("{:.3}", 8.0 * bytes as f64 / weights as f64));
+            let weights = if line.weights == 0 { String::new() } else { line.weights.to_string() };
+            writeln!(f, "{:<20} {weights:>14} {:>12} {bits:>12}", line.class.label(), size(line.bytes))?;
+        }
+        let bits = 8.0 * self.bytes() as f64 / self.weights() as f64;
+        write!(f, "{:<20} {:>14} {:>12} {bits:>12.3}", "total", self.weights(), size(self.bytes()))?;
+        match 100.0 * self.saving() {
+            saved if saved >= 0.05 => write!(f, "  {saved:.1} % less than at 16 bits"),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Bytes for people, in powers of 1,000.
+fn size(bytes: u64) -> String {
+    match bytes {
+        0..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_by_hand() {
+        let mut report = MemoryReport::default();
+        report.add(MemoryClass::EmbeddingsAndHead, 1000, 2000);
+        report.add(MemoryClass::Scales, 0, 125);
+        report.add(MemoryClass::PackedCodes, 8000, 4000);
+        assert_eq!((report.weights(), report.bytes()), (9000, 6125));
+        assert_eq!(report.bits_per_quantized_weight(), Some(8.0 * 4125.0 / 8000.0));
+        assert_eq!(report.saving(), 1.0 - 6125.0 / 18000.0);
+        let text = report.to_string();
+        assert!(text.contains("packed codes                   8000       4.0 kB        4.000\n"), "{text}");
+        assert!(text.contains("scales                                    0.1 kB        0.125\n"), "{text}");
+        assert!(text.ends_with("66.0 % less than at 16 bits"), "{text}");
+    }
+}

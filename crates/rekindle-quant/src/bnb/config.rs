@@ -1,0 +1,331 @@
+use serde_json::{Map, Value, json};
+
+use super::RawDtype;
+use super::skip::SkipPattern;
+use crate::{Dtype, Error, QuantConfig, QuantType};
+
+/// `quantization_config` of a checkpoint's config.json, with the keys of transformers' `BitsAndBytesConfig`.
+///
+/// Keys that are not named here, and the order of all, are kept for writing: what was read is written back as it was.
+/// Absent keys have transformers' defaults. The block size is not among the keys: each weight's quant_state has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantizationConfig {
+    format: Format,
+    compute_dtype: Dtype,
+    quant_storage: RawDtype,
+    threshold: f32,
+    has_fp16_weight: bool,
+    skip_modules: Option<Vec<SkipPattern>>,
+    entries: Map<String, Value>,
+}
+
+/// How the linears of a checkpoint are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// `load_in_4bit`.
+    FourBit {
+        /// `bnb_4bit_quant_type`.
+        quant_type: QuantType,
+        /// `bnb_4bit_use_double_quant`.
+        double_quant: bool,
+    },
+    /// `load_in_8bit`: LLM.int8().
+    Int8,
+}
+
+/// LLM.int8()'s outlier threshold.
+const THRESHOLD: f32 = 6.0;
+
+/// What transformers leaves unquantized when the list is null: the output layer of a causal language model.
+const DEFAULT_SKIP: &str = "lm_head";
+
+impl QuantizationConfig {
+    /// Reads the value of `quantization_config`.
+    ///
+    /// As transformers does, a file that lacks `quant_method` is taken for bitsandbytes' when it asks for 4 or 8 bits.
+    /// `_load_in_4bit` and `_load_in_8bit` count when the names without underscore are absent.
+    ///
+    /// # Errors
+    /// [`Error::QuantMethod`] for another method, [`Error::QuantType`], and [`Error::Config`] for values of another
+    /// type, for both formats at once and for none.
+    pub fn parse(value: &Value) -> Result<Self, Error> {
+        let entries = value
+            .as_object()
+            .ok_or_else(|| Error::config("quantization_config", &format!("is {}, expected an object", shown(value))))?;
+        let keys = Keys(entries);
+        match keys.get("quant_method") {
+            None => {}
+            Some(Value::String(method)) if method == "bitsandbytes" => {}
+            Some(Value::String(method)) => return Err(Error::QuantMethod { got: shortened(method) }),
+            Some(other) => return Err(keys.expected("quant_method", other, "a string")),
+        }
+        let four_bit = keys.flag("load_in_4bit")?.or(keys.flag("_load_in_4bit")?).unwrap_or(false);
+        let eight_bit = keys.flag("load_in_8bit")?.or(keys.flag("_load_in_8bit")?).unwrap_or(false);
+        let format = match (four_bit, eight_bit) {
+            (true, false) => Format::FourBit {
+                quant_type: keys.text("bnb_4bit_quant_type")?.unwrap_or(QuantType::Fp4.name()).parse()?,
+                double_quant: keys.flag("bnb_4bit_use_double_quant")?.unwrap_or(false),
+            },
+            (false, true) => Format::Int8,
+            (true, true) => {
+                return Err(Error::config("load_in_4bit and load_in_8bit", "are both true; one of them must be"));
+            }
+            (false, false) => {
+                return Err(Error::config("load_in_4bit or load_in_8bit", "must be true; neither is"));
+            }
+        };
+        Ok(Self {
+            format,
+            compute_dtype: keys.text("bnb_4bit_compute_dtype")?.unwrap_or(Dtype::F32.name()).parse()?,
+            quant_storage: match keys.text("bnb_4bit_quant_storage")? {
+                None => RawDtype::U8,
+                Some(name) => storage(name)?,
+            },
+            threshold: keys.threshold()?,
+            has_fp16_weight: keys.flag("llm_int8_has_fp16_weight")?.unwrap_or(false),
+            skip_modules: keys.skip_modules()?,
+            entries: entries.clone(),
+        })
+    }
+
+    /// For a checkpoint that is quantized to four bits. `skip_modules` are left as they are; with `None`, `lm_head`.
+    pub fn four_bit(config: &QuantConfig, compute_dtype: Dtype, skip_modules: Option<Vec<String>>) -> Self {
+        let format = Format::FourBit { quant_type: config.quant_type, double_quant: config.double_quant };
+        Self::new(format, compute_dtype, skip_modules)
+    }
+
+    /// For a checkpoint that is quantized with LLM.int8(). `skip_modules` are left as they are; with `None`,
+    /// `lm_head`.
+    pub fn int8(skip_modules: Option<Vec<String>>) -> Self {
+        Self::new(Format::Int8, Dtype::F32, skip_modules)
+    }
+
+    fn new(format: Format, compute_dtype: Dtype, skip_modules: Option<Vec<String>>) -> Self {
+        let (quant_type, double_quant) = match format {
+            Format::FourBit { quant_type, double_quant } => (quant_type, double_quant),
+            Format::Int8 => (QuantType::Fp4, false),
+        };
+        let eight_bit = format == Format::Int8;
+        // All keys that transformers writes, sorted as it sorts them.
+        let entries = [
+            ("_load_in_4bit", json!(!eight_bit)),
+            ("_load_in_8bit", json!(eight_bit)),
+            ("bnb_4bit_compute_dtype", json!(compute_dtype.name())),
+            ("bnb_4bit_quant_storage", json!("uint8")),
+            ("bnb_4bit_quant_type", json!(quant_type.name())),
+            ("bnb_4bit_use_double_quant", json!(double_quant)),
+            ("llm_int8_enable_fp32_cpu_offload", json!(false)),
+            ("llm_int8_has_fp16_weight", json!(false)),
+            ("llm_int8_skip_modules", json!(skip_modules)),
+            ("llm_int8_threshold", json!(THRESHOLD)),
+            ("load_in_4bit", json!(!eight_bit)),
+            ("load_in_8bit", json!(eight_bit)),
+            ("quant_method", json!("bitsandbytes")),
+        ];
+        // A name that is no readable expression is taken by its letters; transformers, too, finds no such module.
+        let pattern = |name: &String| SkipPattern::parse(name).unwrap_or_else(|_| SkipPattern::literal(name));
+        Self {
+            format,
+            compute_dtype,
+            quant_storage: RawDtype::U8,
+            threshold: THRESHOLD,
+            has_fp16_weight: false,
+            skip_modules: skip_modules.as_ref().map(|names| names.iter().map(pattern).collect()),
+            entries: entries.map(|(key, value)| (key.to_owned(), value)).into_iter().collect(),
+        }
+    }
+
+    /// The value to write.
+    pub fn to_json(&self) -> Value {
+        Value::Object(self.entries.clone())
+    }
+
+    /// How the linears are stored.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// `bnb_4bit_compute_dtype`: what 4-bit weights are decoded to for a product.
+    pub fn compute_dtype(&self) -> Dtype {
+        self.compute_dtype
+    }
+
+    /// `bnb_4bit_quant_storage`: the type that packed codes are viewed as.
+    pub fn quant_storage(&self) -> RawDtype {
+        self.quant_storage
+    }
+
+    /// `llm_int8_threshold`: the smallest magnitude of an outlier activation.
+    pub fn threshold(&self) -> f32 {
+        self.threshold
+    }
+
+    /// `llm_int8_has_fp16_weight`: whether the weights stay 16-bit and are quantized at each product.
+    pub fn has_fp16_weight(&self) -> bool {
+        self.has_fp16_weight
+    }
+
+    /// Whether the linear `module` (`model.layers.0.mlp.up_proj`, without `.weight`) is left unquantized.
+    ///
+    /// The rule is that of transformers 5: an entry of `llm_int8_skip_modules` matches as a regular expression from the
+    /// start of the name to the end of a component (`model.layers.1` not in `model.layers.11`), or as the end of the
+    /// name. Without a list, `lm_head` is skipped. Embeddings are no linears and never quantized.
+    pub fn skips(&self, module: &str) -> bool {
+        match &self.skip_modules {
+            None => module.ends_with(DEFAULT_SKIP),
+            Some(patterns) => patterns.iter().any(|pattern| pattern.skips(module)),
+        }
+    }
+}
+
+fn storage(name: &str) -> Result<RawDtype, Error> {
+    Ok(match name {
+        "uint8" => RawDtype::U8,
+        "int8" => RawDtype::I8,
+        "float16" => RawDtype::F16,
+        "bfloat16" => RawDtype::Bf16,
+        "float32" => RawDtype::F32,
+        "float64" => RawDtype::F64,
+        _ => {
+            let known = "uint8, int8, float16, bfloat16, float32 or float64";
+            return Err(Error::config(
+                "bnb_4bit_quant_storage",
+                &format!("is {:?}, expected {known}", shortened(name)),
+            ));
+        }
+    })
+}
+
+struct Keys<'a>(&'a Map<String, Value>);
+
+impl<'a> Keys<'a> {
+    /// `None` when absent or null, which means the default.
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.0.get(key).filter(|value| !value.is_null())
+    }
+
+    fn flag(&self, key: &str) -> Result<Option<bool>, Error> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.as_bool().map(Some).ok_or_else(|| self.expected(key, value, "true or false"))
+    }
+
+    fn text(&self, key: &str) -> Result<Option<&'a str>, Error> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.as_str().map(Some).ok_or_else(|| self.expected(key, value, "a string"))
+    }
+
+    fn threshold(&self) -> Result<f32, Error> {
+        let key = "llm_int8_threshold";
+        let Some(value) = self.get(key) else { return Ok(THRESHOLD) };
+        let threshold = value.as_f64().filter(|t| (0.0..=f64::from(f32::MAX)).contains(t));
+        threshold.map(|t| t as f32).ok_or_else(|| self.expected(key, value, "a number from 0 up"))
+    }
+
+    fn skip_modules(&self) -> Result<Option<Vec<SkipPattern>>, Error> {
+        let key = "llm_int8_skip_modules";
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let names = value.as_array().ok_or_else(|| self.expected(key, value, "a list of module names"))?;
+        let pattern = |name: &Value| {
+            SkipPattern::parse(name.as_str().ok_or_else(|| self.expected(key, name, "a list of module names"))?)
+        };
+        names.iter().map(pattern).collect::<Result<_, _>>().map(Some)
+    }
+
+    fn expected(&self, key: &str, value: &Value, expected: &str) -> Error {
+        Error::config(key, &format!("is {}, expected {expected}", shown(value)))
+    }
+}
+
+/// JSON for a message.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Array(_) => "a list".to_owned(),
+        Value::Object(_) => "an object".to_owned(),
+        Value::String(text) => format!("{:?}", shortened(text)),
+        other => other.to_string(),
+    }
+}
+
+/// Text for a message, which a damaged file must not flood.
+fn shortened(text: &str) -> String {
+    text.chars().take(40).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As a 4-bit checkpoint on the Hub has it.
+    const NF4: &str = r#"{"_load_in_4bit":true,"_load_in_8bit":false,"bnb_4bit_compute_dtype":"bfloat16","bnb_4bit_quant_storage":"uint8","bnb_4bit_quant_type":"nf4","bnb_4bit_use_double_quant":true,"llm_int8_enable_fp32_cpu_offload":false,"llm_int8_has_fp16_weight":false,"llm_int8_skip_modules":["lm_head","model.layers.3.mlp"],"llm_int8_threshold":6.0,"load_in_4bit":true,"load_in_8bit":false,"quant_method":"bitsandbytes","someone":{"s":"note"}}"#;
+
+    fn parse(json: &str) -> Result<QuantizationConfig, Error> {
+        QuantizationConfig::parse(&serde_json::from_str(json).expect("JSON"))
+    }
+
+    #[test]
+    fn reads_and_rewrites_every_key() {
+        let config = parse(NF4).expect("valid");
+        assert_eq!(config.format(), Format::FourBit { quant_type: QuantType::Nf4, double_quant: true });
+        assert_eq!((config.compute_dtype(), config.quant_storage()), (Dtype::Bf16, RawDtype::U8));
+        assert_eq!((config.threshold(), config.has_fp16_weight()), (6.0, false));
+        assert!(config.skips("lm_head") && config.skips("model.layers.3.mlp.up_proj"));
+        assert!(!config.skips("model.layers.30.mlp.up_proj"));
+        assert_eq!(config.to_json().to_string(), NF4);
+    }
+
+    #[test]
+    fn defaults_are_those_of_transformers() {
+        let config = parse(r#"{"load_in_4bit": true}"#).expect("valid");
+        assert_eq!(config.format(), Format::FourBit { quant_type: QuantType::Fp4, double_quant: false });
+        assert_eq!((config.compute_dtype(), config.threshold()), (Dtype::F32, 6.0));
+        assert!(config.skips("lm_head") && !config.skips("model.layers.0.mlp.up_proj"));
+        let config = parse(r#"{"quant_method": "bitsandbytes", "_load_in_8bit": true, "llm_int8_skip_modules": []}"#);
+        let config = config.expect("valid");
+        assert_eq!(config.format(), Format::Int8);
+        assert!(!config.skips("lm_head"), "an empty list skips nothing");
+    }
+
+    #[test]
+    fn new_ones_read_back() {
+        let skip = ["lm_head".to_owned(), "score".to_owned()];
+        let config = QuantizationConfig::four_bit(&QuantConfig::default(), Dtype::Bf16, Some(skip.to_vec()));
+        let text = config.to_json().to_string();
+        assert_eq!(
+            text,
+            NF4.replace(r#""model.layers.3.mlp""#, r#""score""#).replace(r#","someone":{"s":"note"}"#, "")
+        );
+        assert_eq!(parse(&text), Ok(config));
+        let odd = QuantizationConfig::int8(Some(vec!["a(b".to_owned()]));
+        assert!(odd.skips("a(b.c") && !odd.skips("ab"));
+        let int8 = QuantizationConfig::int8(None);
+        assert_eq!((int8.format(), int8.threshold()), (Format::Int8, 6.0));
+        assert!(int8.to_json()["llm_int8_skip_modules"].is_null() && int8.skips("lm_head"));
+    }
+
+    #[test]
+    fn errors_name_key_and_way_out() {
+        for (from, to, message) in [
+            (
+                r#""bitsandbytes""#,
+                r#""gptq""#,
+                r#"quant_method "gptq" is not read; "bitsandbytes" (nf4, fp4, int8) is"#,
+            ),
+            (r#""bitsandbytes""#, "7", "quant_method is 7, expected a string"),
+            (r#""load_in_8bit":false"#, r#""load_in_8bit":true"#, "load_in_4bit and load_in_8bit are both true"),
+            (r#""load_in_4bit":true,"load"#, r#""load_in_4bit":false,"load"#, "must be true; neither is"),
+            (r#""load_in_4bit":true,"load"#, r#""load_in_4bit":1,"load"#, "load_in_4bit is 1, expected true or false"),
+            (r#""nf4""#, r#""int4""#, r#"unknown quant_type "int4""#),
+            (r#""bfloat16""#, r#""float8""#, r#"dtype "float8""#),
+            (r#""uint8""#, r#""int4""#, r#"bnb_4bit_quant_storage is "int4", expected uint8"#),
+            ("6.0", "-1", "llm_int8_threshold is -1, expected a number from 0 up"),
+            ("6.0", "1e39", "llm_int8_threshold is 1e+39"),
+            (r#"["lm_head","#, r#"[3,"#, "llm_int8_skip_modules is 3, expected a list"),
+            (r#""lm_head","#, r#""a|b","#, r#"llm_int8_skip_modules has "a|b""#),
+        ] {
+            assert!(NF4.contains(from), "{from}");
+            let error = parse(&NF4.replace(from, to)).expect_err(to).to_string();
+            assert!(error.contains(message), "{to}: {error}");
+        }
+        assert!(parse("[]").expect_err("a list").to_string().contains("is a list, expected an object"));
+    }
+}

@@ -1,0 +1,43 @@
+use super::{FourBitWeight, RawTensor, read_int8, write_int8};
+use crate::{Error, Int8Tensor};
+
+/// A quantized weight of a checkpoint, in either format.
+#[derive(Debug, Clone, PartialEq)]
+pub enum StoredWeight {
+    /// NF4 or FP4.
+    FourBit(FourBitWeight),
+    /// LLM.int8().
+    Int8(Int8Tensor),
+}
+
+impl StoredWeight {
+    /// Reads the weight `name` (`…q_proj.weight`); `find` gives the tensor of a key. `None` when the checkpoint holds
+    /// no quantized weight of that name.
+    ///
+    /// # Errors
+    /// As [`FourBitWeight::read`] and [`read_int8`].
+    pub fn read<'a>(name: &str, find: impl Fn(&str) -> Option<RawTensor<'a>>) -> Result<Option<Self>, Error> {
+        if let Some(weight) = FourBitWeight::read(name, &find)? {
+            return Ok(Some(Self::FourBit(weight)));
+        }
+        let Some(module) = name.strip_suffix(".weight") else { return Ok(None) };
+        Ok(read_int8(module, find)?.map(Self::Int8))
+    }
+
+    /// The tensors to write, by key.
+    pub fn write(&self, name: &str) -> Vec<(String, RawTensor<'_>)> {
+        let (prefix, tensors) = match self {
+            Self::FourBit(weight) => (name, weight.write()),
+            Self::Int8(tensor) => (name.strip_suffix(".weight").unwrap_or(name), write_int8(tensor)),
+        };
+        tensors.into_iter().map(|(suffix, tensor)| (format!("{prefix}{suffix}"), tensor)).collect()
+    }
+
+    /// Shape of the dense weight.
+    pub fn shape(&self) -> Vec<usize> {
+        match self {
+            Self::FourBit(weight) => weight.tensor.shape().to_vec(),
+            Self::Int8(tensor) => tensor.shape().to_vec(),
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! A linear layer over a quantized weight, and the way of its codes to a device.
+
+use burn::tensor::{Device, Tensor};
+use rekindle_kernels::{PackedWeight, Params, Weight, packed};
+
+use crate::bnb::{FourBitWeight, RawDtype, StoredWeight};
+use crate::{Absmax, Blocksize, DoubleQuant, Dtype, DynamicMap, Error, Int8Tensor, QuantType, QuantizedTensor};
+
+/// A frozen linear layer whose weight is 4-bit, 8-bit or dense: y = x·Wᵀ + b.
+///
+/// The codes are the only copy that stays; products decode a few rows of W at a time.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use rekindle_quant::{QuantConfig, QuantLinear, QuantizedTensor};
+///
+/// let weight: Vec<f32> = (0..32 * 64).map(|i| (i as f32 * 0.37).sin() * 0.02).collect();
+/// let packed = QuantizedTensor::quantize(&weight, &[32, 64], &QuantConfig::default())?;
+/// let device = Device::flex();
+/// let linear = QuantLinear::four_bit(packed, None, &device)?;
+/// let x = Tensor::<2>::ones([3, 64], &device);
+/// let y = linear.forward(&x);
+/// assert_eq!(linear.backward(&y).dims(), [3, 64]);
+/// # Ok::<(), rekindle_quant::Error>(())
+/// ```
+///
+/// # Shapes
+/// W `[out, in]`, b `[out]`; x `[tokens, in]`, y `[tokens, out]`.
+///
+/// # Dtypes
+/// Codes as stored; decoded in `f32` and rounded once to the dtype of x, in which the product is taken with `f32`
+/// sums.
+///
+/// # Gradients
+/// To x: dx = dy·W. Nothing is saved, and neither W nor b is trained.
+#[derive(Debug, Clone)]
+pub struct QuantLinear {
+    weight: Weight,
+    bias: Option<Tensor<1>>,
+    params: Params,
+}
+
+impl QuantLinear {
+    /// Over an NF4 or FP4 weight.
+    ///
+    /// # Errors
+    /// [`Error::Length`] when the weight is no matrix.
+    pub fn four_bit(weight: QuantizedTensor, bias: Option<Tensor<1>>, device: &Device) -> Result<Self, Error> {
+        let (_, codes) = Origin::take(StoredWeight::FourBit(FourBitWeight::new(weight)))?;
+        Ok(Self::over(Weight::Packed(PackedWeight::new(codes, device)), bias, device))
+    }
+
+    /// Over an LLM.int8() weight.
+    pub fn int8(weight: Int8Tensor, bias: Option<Tensor<1>>, device: &Device) -> Self {
+        Self::over(Weight::Packed(PackedWeight::new(int8_codes(weight), device)), bias, device)
+    }
+
+    /// Over a dense weight, `[out, in]`.
+    pub fn dense(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
+        let device = weight.device();
+        Self::over(Weight::Frozen(weight), bias, &device)
+    }
+
+    fn over(weight: Weight, bias: Option<Tensor<1>>, device: &Device) -> Self {
+        Self { weight, bias, params: Params::none(device, burn::tensor::DType::F32) }
+    }
+
+    /// y for x.
+    pub fn forward(&self, x: &Tensor<2>) -> Tensor<2> {
+        self.weight.nt(&self.params, x, self.bias.as_ref())
+    }
+
+    /// The gradient to x from that to y.
+    pub fn backward(&self, dy: &Tensor<2>) -> Tensor<2> {
+        self.weight.nn(&self.params, dy, None)
+    }
+
+    /// `[out, in]`.
+    pub fn dims(&self) -> [usize; 2] {
+        self.weight.dims()
+    }
+}
+
+/// What a checkpoint says of a quantized weight beside its codes and scales, so that it can be written as it was read.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Origin {
+    /// NF4 or FP4.
+    FourBit {
+        /// The 4-bit data type.
+        quant_type: QuantType,
+        /// Type of the dense weight.
+        dtype: Dtype,
+        /// Type in which the packed codes are stored.
+        storage: RawDtype,
+        /// Shape of the stored codes.
+        packed_shape: Vec<usize>,
+    },
+    /// LLM.int8().
+    Int8,
+}
+
+impl Origin {
+    /// Parts a weight into what computes and what only a file needs.
+    ///
+    /// # Errors
+    /// [`Error::Stored`] when a 4-bit weight is no matrix.
+    pub fn take(weight: StoredWeight) -> Result<(Self, packed::Codes), Error> {
+        let FourBitWeight { tensor, storage, packed_shape } = match weight {
+            StoredWeight::Int8(tensor) => return Ok((Self::Int8, int8_codes(tensor))),
+            StoredWeight::FourBit(weight) => weight,
+        };
+        let config = tensor.config();
+        let (shape, dtype, codes, absmax) = tensor.into_parts();
+        let dims: [usize; 2] = shape.as_slice().try_into().map_err(|_| Error::Stored {
+            key: "weight".to_owned(),
+            reason: format!("has shape {shape:?}; a linear layer's weight is [out, in]"),
+        })?;
+        let absmax = match absmax {
+            Absmax::Single(absmax) => packed::Absmax::Single(absmax),
+            Absmax::Double(double) => packed::Absmax::Double {
+                map: Box::new(*double.map().values()),
+                nested: double.nested_absmax().to_vec(),
+                blocksize: double.blocksize().get(),
+                offset: double.offset(),
+                codes: double.into_codes(),
+            },
+        };
+        let format = packed::Format::FourBit {
+            codes,
+            table: crate::four_bit::values(config.quant_type),
+            blocksize: config.blocksize.get(),
+            absmax,
+        };
+        let origin = Self::FourBit { quant_type: config.quant_type, dtype, storage, packed_shape };
+        Ok((origin, packed::Codes { dims, format }))
+    }
+
+    /// The weight that [`take`](Self::take) parted.
+    ///
+    /// # Errors
+    /// As the constructors of the formats, for codes of another weight.
+    pub fn restore(&self, codes: packed::Codes) -> Result<StoredWeight, Error> {
+        let dims = codes.dims;
+        match (self, codes.format) {
+            (Self::Int8, packed::Format::Int8 { codes, scales, .. }) => {
+                Ok(StoredWeight::Int8(Int8Tensor::from_parts(dims, codes, scales)?))
+            }
+            (
+                Self::FourBit { quant_type, dtype, storage, packed_shape },
+                packed::Format::FourBit { codes, blocksize, absmax, .. },
+            ) => {
+                let absmax = match absmax {
+                    packed::Absmax::Single(absmax) => Absmax::Single(absmax),
+                    packed::Absmax::Double { codes, map, nested, blocksize, offset } => {
+                        let (map, blocksize) = (DynamicMap::from_values(*map)?, Blocksize::new(blocksize)?);
+                        Absmax::Double(DoubleQuant::from_parts(codes, nested, blocksize, offset, map)?)
+                    }
+                };
+                let (shape, blocksize) = (dims.to_vec(), Blocksize::new(blocksize)?);
+                let tensor = QuantizedTensor::from_parts(shape, *dtype, *quant_type, blocksize, codes, absmax)?;
+                let (storage, packed_shape) = (*storage, packed_shape.clone());
+                Ok(StoredWeight::FourBit(FourBitWeight { tensor, storage, packed_shape }))
+            }
+            (_, format) => Err(Error::Stored {
+                key: "weight".to_owned(),
+                reason: format!("was read as {self:?} and holds {}", format.name()),
+            }),
+        }
+    }
+}
+
+/// value = (code · SCB) · (1/127), in this order, as bitsandbytes computes it.
+fn int8_codes(tensor: Int8Tensor) -> packed::Codes {
+    let dims = tensor.shape();
+    let (codes, scales) = tensor.into_parts();
+    packed::Codes { dims, format: packed::Format::Int8 { codes, scales, factor: 1.0 / 127.0 } }
+}

@@ -1,0 +1,259 @@
+//! Every reader of quantization metadata on damaged input: an error or a value, never a panic, and never more memory
+//! than the input justifies.
+//!
+//! The damage is drawn from a seeded generator, so that a failure names a case that fails again.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::borrow::Cow;
+use std::cell::Cell;
+
+use rekindle_quant::bnb::{
+    FourBitWeight, QuantizationConfig, RawDtype, RawTensor, StoredWeight, read_int8, write_int8,
+};
+use rekindle_quant::{Blocksize, Int8Tensor, QuantConfig, QuantType, QuantizedTensor};
+
+/// Damaged inputs for each reader.
+const CASES: u64 = 20_000;
+
+#[test]
+fn four_bit_weights() {
+    let seeds: Vec<Checkpoint> = QuantType::ALL
+        .into_iter()
+        .flat_map(|quant_type| [false, true].map(|double_quant| (quant_type, double_quant)))
+        .map(|(quant_type, double_quant)| {
+            let config = QuantConfig { quant_type, blocksize: Blocksize::ALL[0], double_quant };
+            let tensor = QuantizedTensor::quantize(&weights(35 * 17), &[35, 17], &config).expect("shape fits");
+            FourBitWeight::new(tensor)
+                .write()
+                .into_iter()
+                .map(|(suffix, raw)| (format!("w{suffix}"), owned(raw)))
+                .collect()
+        })
+        .collect();
+    let mut accepted = 0;
+    damaged(&seeds, |checkpoint| {
+        let read = FourBitWeight::read("w", |key| find(checkpoint, key));
+        if let Ok(Some(weight)) = read {
+            accepted += 1;
+            // What is accepted can be decoded, and is written as it was read; the code table counts by value, where
+            // -0 is 0.
+            assert_eq!(weight.tensor.dequantize::<f32>().len(), weight.tensor.elements());
+            for (suffix, raw) in weight.write() {
+                if !suffix.contains("quant_state") && suffix != ".quant_map" {
+                    assert_eq!(find(checkpoint, &format!("w{suffix}")).map(|raw| raw.bytes), Some(raw.bytes));
+                }
+            }
+        }
+    });
+    assert!(accepted > CASES / 10, "only {accepted} were readable");
+}
+
+#[test]
+fn int8_weights() {
+    let tensor = Int8Tensor::quantize(&weights(11 * 23), [11, 23]).expect("shape fits");
+    let seed = write_int8(&tensor).into_iter().map(|(suffix, raw)| (format!("w{suffix}"), owned(raw))).collect();
+    let mut accepted = 0;
+    damaged(&[seed], |checkpoint| {
+        if let Ok(Some(tensor)) = read_int8("w", |key| find(checkpoint, key)) {
+            accepted += 1;
+            assert_eq!(tensor.dequantize::<f32>().len(), tensor.codes().len());
+        }
+        let either = StoredWeight::read("w.weight", |key| find(checkpoint, key));
+        assert!(either.is_err() || either.is_ok_and(|weight| weight.is_none_or(|weight| !weight.shape().is_empty())));
+    });
+    assert!(accepted > CASES / 10, "only {accepted} were readable");
+}
+
+/// The text of `quantization_config`, damaged before and after it is JSON.
+#[test]
+fn quantization_configs() {
+    let skip = ["lm_head", "model.layers.1", r"model\.layers\.\d+\.mlp"].map(str::to_owned).to_vec();
+    let four_bit = QuantConfig::default();
+    let dtype = rekindle_quant::Dtype::Bf16;
+    let seeds = [QuantizationConfig::four_bit(&four_bit, dtype, Some(skip)), QuantizationConfig::int8(None)];
+    let seeds = seeds.map(|config| config.to_json().to_string().into_bytes());
+    let mut accepted = 0;
+    for case in 0..2 * CASES {
+        let mut random = Random::new(case);
+        let mut text = seeds[random.below(seeds.len())].clone();
+        for _ in 0..=random.below(3) {
+            damage_json(&mut text, &mut random);
+        }
+        let Ok(value) = serde_json::from_slice(&text) else { continue };
+        let (read, memory) = measured(|| QuantizationConfig::parse(&value));
+        // Keys and values are kept for writing; serde_json's map takes some 100 bytes for an entry of 5.
+        let justified = 8192 + 64 * text.len();
+        assert!(memory <= justified, "case {case}: {memory} bytes for {} of text", text.len());
+        if let Ok(config) = read {
+            accepted += 1;
+            assert_eq!(config.to_json(), value, "case {case}");
+            config.skips("model.layers.11.mlp.up_proj");
+        }
+    }
+    assert!(accepted > CASES / 20, "only {accepted} were readable");
+}
+
+#[test]
+fn memory_is_counted() {
+    assert_eq!(measured(|| drop(vec![0u8; 1000])).1, 1000);
+    assert_eq!(measured(|| (vec![0u8; 1000], Box::new(7u64))).1, 1008);
+}
+
+type Checkpoint = Vec<(String, RawTensor<'static>)>;
+
+/// Calls `read` with checkpoints of one to three faults each.
+fn damaged(seeds: &[Checkpoint], mut read: impl FnMut(&Checkpoint)) {
+    for case in 0..CASES {
+        let mut random = Random::new(case);
+        let mut checkpoint = seeds[random.below(seeds.len())].clone();
+        for _ in 0..=random.below(3) {
+            damage(&mut checkpoint, &mut random);
+        }
+        let bytes: usize = checkpoint.iter().map(|(key, raw)| key.len() + raw.bytes.len() + 8 * raw.shape.len()).sum();
+        let ((), memory) = measured(|| read(&checkpoint));
+        // A byte holds two codes, which decode to 8 bytes; the rest is copies and messages.
+        let justified = 16_384 + 12 * bytes;
+        assert!(memory <= justified, "case {case}: {memory} bytes for {bytes} of tensors");
+    }
+}
+
+fn damage(checkpoint: &mut Checkpoint, random: &mut Random) {
+    let at = random.below(checkpoint.len());
+    let other = checkpoint[random.below(checkpoint.len())].1.clone();
+    let several = checkpoint.len() > 1;
+    let (key, raw) = &mut checkpoint[at];
+    let bytes = raw.bytes.to_mut();
+    match random.below(10) {
+        0 | 1 if !bytes.is_empty() => {
+            let at = random.below(bytes.len());
+            bytes[at] ^= 1 << random.below(8);
+        }
+        2 => bytes.truncate(random.below(bytes.len() + 1)),
+        3 => bytes.extend(std::iter::repeat_n(random.next() as u8, random.below(64))),
+        4 => raw.dtype = RawDtype::ALL[random.below(RawDtype::ALL.len())],
+        5 => raw.shape = (0..random.below(4)).map(|_| ABSURD_SIZES[random.below(ABSURD_SIZES.len())]).collect(),
+        6 => raw.shape.reverse(),
+        7 => *raw = other,
+        8 if several && random.below(8) == 0 => drop(checkpoint.remove(at)),
+        _ if key.contains("quant_state") => damage_json(bytes, random),
+        _ => {}
+    }
+}
+
+const ABSURD_SIZES: [usize; 7] = [0, 1, 2, 595, 1 << 32, usize::MAX / 2, usize::MAX];
+
+/// Values that no writer has: beyond every integer and float, of other types, deeply nested.
+const ABSURD_JSON: [&str; 16] = [
+    "0",
+    "-1",
+    "3",
+    "64",
+    "1e999",
+    "1e308",
+    "-0.0",
+    "18446744073709551615",
+    "99999999999999999999999999",
+    "null",
+    "true",
+    "\"\"",
+    "\"nf4\"",
+    "[]",
+    "{}",
+    "[9223372036854775807, 9223372036854775807, 4]",
+];
+
+fn damage_json(text: &mut Vec<u8>, random: &mut Random) {
+    let at = random.below(text.len() + 1);
+    match random.below(6) {
+        // The value behind a colon, or the whole text.
+        0..=2 => {
+            let colons: Vec<usize> = (0..text.len()).filter(|&i| text[i] == b':').collect();
+            let absurd = ABSURD_JSON[random.below(ABSURD_JSON.len())].as_bytes();
+            let Some(&colon) = colons.get(random.below(colons.len().max(1))) else { return };
+            let value = colon + 1;
+            let list = text[value..].iter().take_while(|&&byte| byte == b' ').count();
+            let end = if text.get(value + list) == Some(&b'[') { b"]}" } else { b",}" };
+            let len = text[value..].iter().position(|byte| end.contains(byte)).unwrap_or(0);
+            let len = if end[0] == b']' { (len + 1).min(text.len() - value) } else { len };
+            text.splice(value..value + len, absurd.iter().copied());
+        }
+        3 if at < text.len() => text[at] = random.next() as u8,
+        4 => text.truncate(at),
+        _ => {
+            let depth = random.below(200);
+            let nested = [b"[".repeat(depth), b"]".repeat(depth)].concat();
+            text.splice(at..at, nested);
+        }
+    }
+}
+
+fn find<'a>(checkpoint: &'a Checkpoint, key: &str) -> Option<RawTensor<'a>> {
+    let (_, raw) = checkpoint.iter().find(|(k, _)| k == key)?;
+    Some(RawTensor { dtype: raw.dtype, shape: raw.shape.clone(), bytes: Cow::Borrowed(&raw.bytes) })
+}
+
+fn owned(raw: RawTensor<'_>) -> RawTensor<'static> {
+    RawTensor { dtype: raw.dtype, shape: raw.shape, bytes: Cow::Owned(raw.bytes.into_owned()) }
+}
+
+fn weights(len: usize) -> Vec<f32> {
+    (0..len).map(|i| (i as f32 * 0.7).sin() * 0.03).collect()
+}
+
+struct Random(u64);
+
+impl Random {
+    fn new(case: u64) -> Self {
+        let mut random = Self(case.wrapping_mul(2).wrapping_add(0x9e37_79b9_7f4a_7c15));
+        random.next();
+        random
+    }
+
+    /// xorshift64*.
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 8
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+}
+
+/// The result of `work`, and the most memory it held at once on this thread.
+fn measured<T>(work: impl FnOnce() -> T) -> (T, usize) {
+    let before = HELD.get();
+    MOST.set(before);
+    let result = work();
+    (result, MOST.get().saturating_sub(before))
+}
+
+thread_local! {
+    static HELD: Cell<usize> = const { Cell::new(0) };
+    static MOST: Cell<usize> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[expect(unsafe_code, reason = "the trait is unsafe; every call goes on to the system's allocator as it came")]
+// SAFETY: as `System`, to which every call goes with its arguments.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let held = HELD.get().saturating_add(layout.size());
+        HELD.set(held);
+        MOST.set(MOST.get().max(held));
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        HELD.set(HELD.get().saturating_sub(layout.size()));
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}

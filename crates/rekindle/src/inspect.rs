@@ -1,0 +1,144 @@
+//! What a directory holds, from its headers alone.
+
+use core::fmt;
+use std::path::Path;
+
+use rekindle_hub::{Checkpoint, SafetensorsFile};
+use rekindle_lora::peft::{AdapterConfig, CONFIG_FILE, TENSORS_FILE};
+use rekindle_models::{MemoryReport, ModelConfig};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::Error;
+
+/// A checkpoint's or an adapter's facts.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Inspection {
+    /// A model.
+    Checkpoint {
+        /// The entry of `architectures`.
+        architecture: String,
+        /// Layers, sizes and heads, as in `config.json`.
+        shape: Value,
+        /// The dtype that `config.json` names.
+        dtype: Option<String>,
+        /// What `quantization_config` says, if there is one.
+        quantization: Option<Value>,
+        /// Bytes on disk, by class.
+        memory: MemoryReport,
+    },
+    /// An adapter in PEFT's format.
+    Adapter {
+        /// The base model's name.
+        base_model_name_or_path: Option<String>,
+        /// Rank.
+        r: usize,
+        /// The numerator of the scale.
+        lora_alpha: f64,
+        /// What B·A·x is multiplied with.
+        scale: f64,
+        /// The linears that it is on, by the last part of their names.
+        target_modules: Vec<String>,
+        /// Tensors in the file.
+        tensors: usize,
+        /// Scalars in them.
+        parameters: u64,
+        /// Bytes on disk.
+        bytes: u64,
+    },
+}
+
+/// Reads the headers of the checkpoint or adapter in the directory `path`; no weight is touched.
+///
+/// # Errors
+/// [`Error::File`] and [`Error::Model`] for a directory that holds neither, or a broken one.
+pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection, Error> {
+    let path = path.as_ref();
+    if path.join(CONFIG_FILE).exists() && !path.join("config.json").exists() {
+        return adapter(path);
+    }
+    let checkpoint = Checkpoint::open(path)?;
+    let config = ModelConfig::from_checkpoint(&checkpoint)?;
+    let json = checkpoint.config();
+    let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| json.get(key)?.as_str());
+    Ok(Inspection::Checkpoint {
+        architecture: config.architecture.clone(),
+        shape: serde_json::json!({
+            "num_hidden_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.max_position_embeddings,
+            "tie_word_embeddings": config.tie_word_embeddings,
+        }),
+        dtype: dtype.map(str::to_owned),
+        quantization: json.get("quantization_config").filter(|v| !v.is_null()).cloned(),
+        memory: MemoryReport::of_checkpoint(&checkpoint, &config),
+    })
+}
+
+fn adapter(path: &Path) -> Result<Inspection, Error> {
+    let json: Value = rekindle_hub::read_json(&path.join(CONFIG_FILE))?;
+    let config = AdapterConfig::from_json(&json.to_string()).map_err(rekindle_models::Error::from)?;
+    let file = SafetensorsFile::open(&path.join(TENSORS_FILE))?;
+    let views = || file.names().filter_map(|name| file.get(name));
+    let lora = config.lora();
+    let mut targets: Vec<String> = file
+        .names()
+        .filter_map(|name| name.split_once(".lora_A"))
+        .filter_map(|(module, _)| module.rsplit('.').next())
+        .map(str::to_owned)
+        .collect();
+    targets.sort_unstable();
+    targets.dedup();
+    Ok(Inspection::Adapter {
+        base_model_name_or_path: config.base_model_name_or_path().map(str::to_owned),
+        r: lora.r,
+        lora_alpha: lora.lora_alpha,
+        scale: lora.scale(),
+        target_modules: targets,
+        tensors: views().count(),
+        parameters: views().map(|view| view.shape.iter().product::<usize>() as u64).sum(),
+        bytes: file.total_bytes(),
+    })
+}
+
+impl fmt::Display for Inspection {
+    /// Facts a line each; for a checkpoint also the table of its bytes.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Checkpoint { architecture, shape, dtype, quantization, memory } => {
+                writeln!(f, "{architecture}, {}", dtype.as_deref().unwrap_or("no dtype given"))?;
+                for (key, value) in shape.as_object().into_iter().flatten() {
+                    writeln!(f, "{key} {value}")?;
+                }
+                if let Some(quantization) = quantization {
+                    writeln!(f, "quantization_config {quantization}")?;
+                }
+                if let Some(bits) = memory.bits_per_quantized_weight() {
+                    writeln!(f, "{bits:.3} bits a quantized weight")?;
+                }
+                write!(f, "{memory}")
+            }
+            Self::Adapter {
+                base_model_name_or_path,
+                r,
+                lora_alpha,
+                scale,
+                target_modules,
+                tensors,
+                parameters,
+                bytes,
+            } => {
+                writeln!(f, "LoRA adapter, r {r}, lora_alpha {lora_alpha}, scale {scale}")?;
+                writeln!(f, "base model {}", base_model_name_or_path.as_deref().unwrap_or("not named"))?;
+                writeln!(f, "on {}", target_modules.join(", "))?;
+                write!(f, "{parameters} parameters in {tensors} tensors, {bytes} bytes")
+            }
+        }
+    }
+}

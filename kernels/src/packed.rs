@@ -1,0 +1,270 @@
+//! Frozen weights kept as codes: the codes are the only copy that stays, and products decode a few rows at a time.
+//!
+//! Two families of codes, which between them cover bitsandbytes' weights:
+//!
+//! - [`Format::FourBit`]: value = table\[code\] · absmax of the code's block; blocks run over the flattened matrix,
+//!   two codes lie in a byte, the even element in the high nibble. absmax itself may be coded in 8 bits:
+//!   absmax = map\[code\] · nested + offset, a rounding after the product and one after the sum.
+//! - [`Format::Int8`]: value = (code · scale of the row) · factor.
+//!
+//! What the tables hold is the business of whoever makes the codes (`rekindle-quant`).
+//!
+//! # Shapes
+//! W `[out, in]`; x, dx `[tokens, in]`; y, dy `[tokens, out]`.
+//!
+//! # Dtypes
+//! Decoded in `f32`, subnormals flushed to zero as on a GPU, rounded once to the dtype of x; products as in
+//! [`matmul`](crate::matmul).
+//!
+//! # Gradients
+//! To x alone: dx = dy·W. Nothing is saved.
+
+use std::sync::Arc;
+
+use burn::tensor::{DType, Device, Tensor};
+
+use crate::{Path, cpu, portable};
+
+/// A weight as codes, on the host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Codes {
+    /// `[out, in]`.
+    pub dims: [usize; 2],
+    /// What the codes mean.
+    pub format: Format,
+}
+
+/// What the codes of a weight mean.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Format {
+    /// Two codes a byte, a scale for each block.
+    FourBit {
+        /// `⌈out · in / 2⌉` bytes.
+        codes: Vec<u8>,
+        /// What the sixteen codes stand for.
+        table: [f32; 16],
+        /// Elements that share a scale: a power of two, at least 2.
+        blocksize: usize,
+        /// `⌈out · in / blocksize⌉` scales.
+        absmax: Absmax,
+    },
+    /// One code a byte, a scale for each row.
+    Int8 {
+        /// `out · in` codes.
+        codes: Vec<i8>,
+        /// `out` scales.
+        scales: Vec<f32>,
+        /// What every value is multiplied with last.
+        factor: f32,
+    },
+}
+
+impl Format {
+    /// What it is, in a word.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::FourBit { .. } => "4-bit codes",
+            Self::Int8 { .. } => "8-bit codes",
+        }
+    }
+}
+
+/// The scales of 4-bit blocks.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Absmax {
+    /// As they are.
+    Single(Vec<f32>),
+    /// In 8 bits.
+    Double {
+        /// One for each block.
+        codes: Vec<u8>,
+        /// What the codes stand for.
+        map: Box<[f32; 256]>,
+        /// One for every `blocksize` codes.
+        nested: Vec<f32>,
+        /// Codes that share a nested scale: a power of two.
+        blocksize: usize,
+        /// Added last.
+        offset: f32,
+    },
+}
+
+impl Codes {
+    /// Bytes of the codes, and of their scales.
+    pub fn bytes(&self) -> (usize, usize) {
+        match &self.format {
+            Format::FourBit { codes, absmax: Absmax::Single(absmax), .. } => (codes.len(), 4 * absmax.len()),
+            Format::FourBit { codes, absmax: Absmax::Double { codes: absmax, nested, .. }, .. } => {
+                (codes.len(), absmax.len() + 4 * nested.len() + 4)
+            }
+            Format::Int8 { codes, scales, .. } => (codes.len(), 4 * scales.len()),
+        }
+    }
+
+    /// # Panics
+    /// When the lengths do not follow from `dims`.
+    fn check(&self) {
+        let [rows, cols] = self.dims;
+        let elements = rows * cols;
+        match &self.format {
+            Format::FourBit { codes, blocksize, absmax, .. } => {
+                assert!(blocksize.is_power_of_two() && *blocksize >= 2, "a block of {blocksize} codes");
+                assert_eq!(codes.len(), elements.div_ceil(2), "packed codes of {rows} × {cols}");
+                let blocks = elements.div_ceil(*blocksize);
+                match absmax {
+                    Absmax::Single(absmax) => assert_eq!(absmax.len(), blocks, "scales of {rows} × {cols}"),
+                    Absmax::Double { codes, nested, blocksize, .. } => {
+                        assert!(blocksize.is_power_of_two(), "a block of {blocksize} scales");
+                        assert_eq!(codes.len(), blocks, "scales of {rows} × {cols}");
+                        assert_eq!(nested.len(), blocks.div_ceil(*blocksize), "nested scales of {rows} × {cols}");
+                    }
+                }
+            }
+            Format::Int8 { codes, scales, .. } => {
+                assert_eq!((codes.len(), scales.len()), (elements, rows), "codes and scales of {rows} × {cols}");
+            }
+        }
+    }
+}
+
+/// Codes where they are used: in plain memory on the CPU, as words on another device.
+#[derive(Clone, Debug)]
+pub struct PackedWeight {
+    device: Device,
+    place: Place,
+}
+
+#[derive(Clone, Debug)]
+enum Place {
+    Host(Arc<Codes>),
+    Device(Arc<portable::packed::Words>),
+}
+
+impl PackedWeight {
+    /// Moves `codes` to `device`.
+    ///
+    /// # Panics
+    /// When the lengths of the codes and scales do not follow from their shape.
+    pub fn new(codes: Codes, device: &Device) -> Self {
+        codes.check();
+        let place = if *device == Device::flex() {
+            Place::Host(Arc::new(codes))
+        } else {
+            Place::Device(Arc::new(portable::packed::Words::new(&codes, device)))
+        };
+        Self { device: device.clone(), place }
+    }
+
+    /// `[out, in]`.
+    pub fn dims(&self) -> [usize; 2] {
+        match &self.place {
+            Place::Host(codes) => codes.dims,
+            Place::Device(words) => words.dims(),
+        }
+    }
+
+    /// The codes on the host.
+    pub fn codes(&self) -> Arc<Codes> {
+        match &self.place {
+            Place::Host(codes) => Arc::clone(codes),
+            Place::Device(words) => Arc::new(words.codes()),
+        }
+    }
+
+    /// Bytes of the codes, and of their scales.
+    pub fn bytes(&self) -> (usize, usize) {
+        match &self.place {
+            Place::Host(codes) => codes.bytes(),
+            Place::Device(words) => words.bytes(),
+        }
+    }
+
+    /// The whole matrix.
+    pub fn decode(&self, dtype: DType) -> Tensor<2> {
+        self.rows(0..self.dims()[0], dtype)
+    }
+
+    /// `x · Wᵀ + bias`.
+    pub fn nt(&self, x: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
+        match (&self.place, Path::of(x)) {
+            (Place::Host(codes), Path::Cpu) => cpu::packed::nt(codes, x, bias),
+            _ => portable::packed::nt(self.dims(), |rows| self.rows(rows, x.dtype()), x, bias),
+        }
+    }
+
+    /// `dy · W`, added to `dx` if there is one.
+    pub fn nn(&self, dy: &Tensor<2>, dx: Option<Tensor<2>>) -> Tensor<2> {
+        match (&self.place, Path::of(dy)) {
+            (Place::Host(codes), Path::Cpu) => cpu::packed::nn(codes, dy, dx),
+            _ => portable::packed::nn(self.dims(), |rows| self.rows(rows, dy.dtype()), dy, dx),
+        }
+    }
+
+    /// Some rows of the matrix.
+    fn rows(&self, rows: core::ops::Range<usize>, dtype: DType) -> Tensor<2> {
+        match &self.place {
+            Place::Host(codes) => {
+                let shape = [rows.len(), codes.dims[1]];
+                let mut values = vec![0.0; shape[0] * shape[1]];
+                cpu::packed::decode_rows(codes, rows, &mut values);
+                crate::from_f32(values, shape, &self.device, dtype)
+            }
+            Place::Device(words) => words.rows(rows, dtype),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::tests::noise;
+
+    /// Devices other than the CPU keep words; on the CPU they can be looked at without one.
+    #[test]
+    fn words_decode_as_bytes_do() {
+        let device = Device::flex();
+        let bytes = |seed, n| noise(seed, n).into_iter().map(|x| (x * 128.0) as i8).collect::<Vec<_>>();
+        let unsigned = |seed, n| bytes(seed, n).into_iter().map(i8::cast_unsigned).collect::<Vec<u8>>();
+        for dims in [[1usize, 1], [5, 13], [9, 64], [33, 129]] {
+            let n = dims[0] * dims[1];
+            let blocks = n.div_ceil(32);
+            let absmax = [
+                Absmax::Single(noise(1, blocks)),
+                Absmax::Double {
+                    codes: unsigned(2, blocks),
+                    map: Box::new(noise(3, 256).try_into().expect("256 values")),
+                    nested: noise(4, blocks.div_ceil(8)),
+                    blocksize: 8,
+                    offset: 0.25,
+                },
+            ];
+            let table = noise(5, 16).try_into().expect("16 values");
+            let mut formats = absmax
+                .map(|absmax| {
+                    let codes = unsigned(6, n.div_ceil(2));
+                    Format::FourBit { codes, table, blocksize: 32, absmax }
+                })
+                .to_vec();
+            formats.push(Format::Int8 { codes: bytes(7, n), scales: noise(8, dims[0]), factor: 1.0 / 127.0 });
+            for format in formats {
+                let codes = Codes { dims, format };
+                let words = portable::packed::Words::new(&codes, &device);
+                assert_eq!(words.codes(), codes);
+                for rows in [0..dims[0], dims[0] / 2..dims[0], 0..dims[0].div_ceil(3)] {
+                    let mut expected = vec![0.0; rows.len() * dims[1]];
+                    cpu::packed::decode_rows(&codes, rows.clone(), &mut expected);
+                    let got = crate::to_f32(words.rows(rows.clone(), DType::F32));
+                    assert_eq!(got, expected, "rows {rows:?} of {dims:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "packed codes of 3 × 5")]
+    fn lengths_follow_from_the_shape() {
+        let absmax = Absmax::Single(vec![1.0]);
+        let format = Format::FourBit { codes: vec![0; 7], table: [0.0; 16], blocksize: 32, absmax };
+        PackedWeight::new(Codes { dims: [3, 5], format }, &Device::flex());
+    }
+}

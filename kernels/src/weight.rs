@@ -1,0 +1,69 @@
+//! A weight of a layer, in whichever way it is kept, and the products with it.
+
+use burn::tensor::Tensor;
+
+use crate::{PackedWeight, ParamRef, Params, matmul};
+
+/// A weight of a layer, `[out, in]`; a vector has one row.
+#[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a few hundred of them, each read once a step")]
+pub enum Weight {
+    /// Read only, in the compute dtype.
+    Frozen(Tensor<2>),
+    /// Read only, as codes that are decoded where they are used.
+    Packed(PackedWeight),
+    /// One of the trainable parameters.
+    Trained(ParamRef),
+}
+
+impl Weight {
+    /// The weight as a matrix in the compute dtype. Of codes this is the whole decoded matrix: for a product use
+    /// [`nt`](Self::nt) and [`nn`](Self::nn), which never hold it.
+    pub fn matrix(&self, params: &Params) -> Tensor<2> {
+        match self {
+            Self::Frozen(tensor) => tensor.clone(),
+            Self::Packed(packed) => packed.decode(params.dtype()),
+            Self::Trained(at) => params.matrix(*at),
+        }
+    }
+
+    /// A weight with one row as a vector in the compute dtype.
+    pub fn vector(&self, params: &Params) -> Tensor<1> {
+        self.matrix(params).squeeze_dim(0)
+    }
+
+    /// Rows and columns; a vector has one row.
+    pub fn dims(&self) -> [usize; 2] {
+        match self {
+            Self::Frozen(tensor) => tensor.dims(),
+            Self::Packed(packed) => packed.dims(),
+            Self::Trained(at) => at.dims(),
+        }
+    }
+
+    /// Where its gradient goes, if it is trained.
+    pub fn trained(&self) -> Option<ParamRef> {
+        match self {
+            Self::Frozen(_) | Self::Packed(_) => None,
+            Self::Trained(at) => Some(*at),
+        }
+    }
+
+    /// A linear layer's result: `x · Wᵀ + bias`, `[tokens, in] → [tokens, out]`.
+    pub fn nt(&self, params: &Params, x: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
+        match (self, bias) {
+            (Self::Packed(packed), _) => packed.nt(x, bias),
+            (_, None) => matmul::nt(x, &self.matrix(params)),
+            (_, Some(bias)) => matmul::nt_add(matmul::broadcast_rows(bias, x.dims()[0]), 1.0, x, &self.matrix(params)),
+        }
+    }
+
+    /// A linear layer's gradient to its input: `dy · W`, `[tokens, out] → [tokens, in]`, added to `dx` if there is one.
+    pub fn nn(&self, params: &Params, dy: &Tensor<2>, dx: Option<Tensor<2>>) -> Tensor<2> {
+        match (self, dx) {
+            (Self::Packed(packed), dx) => packed.nn(dy, dx),
+            (_, None) => matmul::nn(dy, &self.matrix(params)),
+            (_, Some(dx)) => matmul::nn_add(dx, 1.0, dy, &self.matrix(params)),
+        }
+    }
+}
