@@ -1,5 +1,7 @@
 //! `cargo xtask bench`: measured, not believed.
 
+pub(crate) mod quantize;
+
 use std::error::Error;
 use std::path::Path;
 use std::process::Command;
@@ -82,7 +84,7 @@ pub(crate) fn cpu_worker(checkpoint: &Path, steps: usize) -> Result<(), Box<dyn 
         "tokens_per_second": (BATCH * SEQ) as f64 / median,
         "ms_per_step": median * 1e3,
         "ms_fastest_step": times[0] * 1e3,
-        "peak_rss_mib": peak_rss_mib(),
+        "peak_rss_mib": resident_kib("VmHWM") / 1024.0,
         "losses": losses,
     });
     println!("{report}");
@@ -102,12 +104,12 @@ fn result(command: &mut Command) -> Result<Value, Box<dyn Error>> {
     Ok(serde_json::from_str(line)?)
 }
 
-/// The largest resident size so far, from the kernel's own account.
-fn peak_rss_mib() -> f64 {
+/// A size of this process from the kernel's own account: `VmHWM`, the largest resident one so far, or `RssAnon`, what
+/// is resident now and no file's. NaN where there is no such account.
+fn resident_kib(key: &str) -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kib =
-        status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
-    kib.unwrap_or(f64::NAN) / 1024.0
+    let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+    line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok()).unwrap_or(f64::NAN)
 }
 
 fn config() -> Value {

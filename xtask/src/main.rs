@@ -72,6 +72,21 @@ enum Bench {
         #[arg(long, hide = true)]
         worker: Option<PathBuf>,
     },
+    /// Quantizing a large model while loading and to disk: time, and memory against its bound. Linux only.
+    Quantize {
+        /// The model whose shape is filled with random weights.
+        #[arg(long, value_enum, default_value_t = bench::quantize::Shape::Qwen3_4b)]
+        shape: bench::quantize::Shape,
+        /// Where there is room for the weights; they are deleted afterwards.
+        #[arg(long, default_value = "target")]
+        dir: PathBuf,
+        /// Measures in this process a checkpoint that is there already, and prints one JSON line.
+        #[arg(long, hide = true, requires = "job")]
+        worker: Option<PathBuf>,
+        /// What the worker does.
+        #[arg(long, hide = true)]
+        job: Option<bench::quantize::Job>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -85,6 +100,11 @@ fn main() -> ExitCode {
         Task::Bench { what: Bench::Cpu { steps, python, threads, worker } } => match worker {
             Some(checkpoint) => bench::cpu_worker(&checkpoint, steps),
             None => bench::cpu(steps, python.as_deref(), threads),
+        },
+        #[cfg(feature = "models")]
+        Task::Bench { what: Bench::Quantize { shape, dir, worker, job } } => match (worker, job) {
+            (Some(checkpoint), Some(job)) => bench::quantize::worker(&checkpoint, job),
+            _ => bench::quantize::run(shape, &dir),
         },
     };
     match result {

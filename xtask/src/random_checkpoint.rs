@@ -5,7 +5,7 @@ use std::path::Path;
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rekindle_hub::{DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, write_atomic, write_sharded};
+use rekindle_hub::{DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, write_atomic, write_f32, write_sharded};
 use rekindle_models::ModelConfig;
 use serde_json::Value;
 
@@ -25,6 +25,37 @@ pub(crate) fn write(dir: &Path, config: &Value, seed: u64) -> Result<(), Box<dyn
         for _ in 0..tensor.shape.iter().product::<usize>() {
             let value = if vector { constant } else { 0.02 * normal(&mut rng) };
             out.write_all(&value.to_le_bytes())?;
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// Writes `config.json` and weights in 16 bits for a model of any size, at the speed of the disk: matrices are pieces of
+/// one table of normal numbers, which the time and memory of what reads them do not depend on.
+pub(crate) fn write_bf16(dir: &Path, config: &Value, seed: u64) -> Result<(), Box<dyn Error>> {
+    const TABLE: usize = 1 << 22;
+    let model = ModelConfig::from_json(config).map_err(|problems| problems.join("; "))?;
+    write_atomic(&dir.join("config.json"), format!("{config:#}\n").as_bytes())?;
+    let tensors: Vec<_> =
+        model.tensors().into_iter().map(|(name, shape)| TensorSpec::new(name, Dtype::BF16, shape)).collect();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f32> = (0..TABLE).map(|_| 0.02 * normal(&mut rng)).collect();
+    let mut table = Vec::with_capacity(2 * TABLE);
+    write_f32(&mut table, Dtype::BF16, &values)?;
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    write_sharded(dir, DEFAULT_MAX_SHARD_SIZE, &metadata, &tensors, |index, out| {
+        let tensor = &tensors[index];
+        let elements = tensor.shape.iter().product::<usize>();
+        if tensor.shape.len() == 1 {
+            return write_f32(out, Dtype::BF16, &vec![1.0; elements]);
+        }
+        // Begins anywhere in the table and goes round.
+        let (mut at, mut left) = (2 * rng.random_range(0..TABLE), 2 * elements);
+        while left > 0 {
+            let piece = left.min(table.len() - at);
+            out.write_all(&table[at..at + piece])?;
+            (at, left) = (0, left - piece);
         }
         Ok(())
     })?;

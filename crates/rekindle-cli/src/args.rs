@@ -106,7 +106,7 @@ pub(crate) struct QuantizeArgs {
     /// nf4, fp4 or int8
     #[arg(long, value_name = "FORMAT")]
     pub(crate) to: String,
-    /// Where to put the quantized checkpoint; a directory that is not there yet, or an earlier result
+    /// Where to put the quantized checkpoint: a directory that is not there yet, or an earlier result, which is replaced
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
     /// Weights that share a scale, a power of two from 32 to 4096 [default: 64]
@@ -115,14 +115,14 @@ pub(crate) struct QuantizeArgs {
     /// Whether the scales of 4-bit codes are quantized too [default: true]
     #[arg(long, value_name = "BOOL")]
     pub(crate) double_quant: Option<bool>,
-    /// Modules that stay dense, separated by commas [default: lm_head]
+    /// Modules that stay dense, separated by commas: names of linears, or paths such as model.layers.0 [default: lm_head]
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub(crate) skip_modules: Option<Vec<String>>,
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct InspectArgs {
-    /// A directory with a checkpoint or with an adapter
+    /// A directory with a checkpoint or an adapter
     #[arg(value_name = "PATH")]
     pub(crate) path: PathBuf,
     /// Print one JSON object
@@ -169,7 +169,7 @@ pub(crate) struct ModelArgs {
 /// How the linears of the model are kept.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct QuantArgs {
-    /// Keep the linears in 4-bit codes, quantized while loading
+    /// Keep the linears in 4-bit codes, quantized while loading; a quantized checkpoint needs no flag
     #[arg(long = "load-in-4bit")]
     pub(crate) load_in_4bit: bool,
     /// Keep the linears in LLM.int8() codes
@@ -184,7 +184,7 @@ pub(crate) struct QuantArgs {
     /// Whether the scales of 4-bit codes are quantized too [default: true]
     #[arg(long, value_name = "BOOL")]
     pub(crate) double_quant: Option<bool>,
-    /// Modules that stay dense, separated by commas [default: lm_head]
+    /// Modules that stay dense, separated by commas: names of linears, or paths such as model.layers.0 [default: lm_head]
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub(crate) skip_modules: Option<Vec<String>>,
 }
@@ -262,7 +262,8 @@ Examples:
 const EVAL: &str = "\
 Examples:
   rekindle eval --model models/Qwen3-0.6B --data heldout.jsonl
-  rekindle eval --model models/Qwen3-0.6B --adapter outputs/run/adapter --data heldout.jsonl --json";
+  rekindle eval --model models/Qwen3-0.6B --adapter outputs/run/adapter --data heldout.jsonl --json
+  rekindle eval --model models/Qwen3-0.6B --load-in-4bit --data heldout.jsonl";
 
 const GENERATE: &str = "\
 Examples:

@@ -32,7 +32,7 @@ pub(crate) fn load(loader: Loader, path: &Path) -> Result<(Model, Option<Tokeniz
     let has_tokenizer = path.join("tokenizer.json").is_file();
     // The tokenizer is read first: it is the quicker of the two to fail.
     let tokenizer = has_tokenizer.then(|| Tokenizer::from_dir(path)).transpose().map_err(Error::from)?;
-    let model = loader.on_progress(progress::loading()).load_model()?;
+    let model = loader.on_progress(progress::reading("loading")).load_model()?;
     eprintln!("device {}, dtype {:?}", model.device(), model.causal_lm().dtype());
     eprintln!("{}", model.memory_report());
     Ok((model, tokenizer))

@@ -61,11 +61,12 @@ impl Progress {
     }
 }
 
-/// Follows the loading of weights: nothing off a terminal.
-pub(crate) fn loading() -> impl FnMut(u64, u64) + 'static {
-    let bar = stderr()
-        .is_terminal()
-        .then(|| ProgressBar::no_length().with_style(style("loading {bar:30} {bytes} of {total_bytes}  {eta} left")));
+/// Follows what reads weights, `doing` in a word, by their bytes: nothing off a terminal.
+pub(crate) fn reading(doing: &'static str) -> impl FnMut(u64, u64) + 'static {
+    let bar = stderr().is_terminal().then(|| {
+        let style = style("{msg} {bar:30} {bytes} of {total_bytes}  {eta} left");
+        ProgressBar::no_length().with_style(style).with_message(doing)
+    });
     move |done, total| {
         if let Some(bar) = &bar {
             bar.set_length(total);

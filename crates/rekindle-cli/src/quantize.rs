@@ -9,7 +9,7 @@ use crate::{output, progress};
 pub(crate) fn run(args: &QuantizeArgs) -> Result<(), Failure> {
     let load_in = format(args)?;
     let skip = args.skip_modules.as_deref();
-    let report = rekindle::quantize(&args.model, load_in, skip, &args.out, &mut progress::loading())?;
+    let report = rekindle::quantize(&args.model, load_in, skip, &args.out, &mut progress::reading("quantizing"))?;
     eprintln!("{report}");
     output::line(&args.out.display().to_string())
 }

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use rekindle::{
-    Blocksize, DataFile, DeviceKind, Dtype, FastLanguageModel, Loader, LoraConfig, Overlong, QuantConfig, SftConfig,
-    parse_device,
+    Blocksize, DataFile, DeviceKind, Dtype, FastLanguageModel, Loader, LoraConfig, Model, Overlong, QuantConfig,
+    SftConfig, parse_device,
 };
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -76,6 +76,17 @@ impl ModelSection {
             loader = loader.skip_modules(modules);
         }
         Ok(loader)
+    }
+
+    /// Writes the 4-bit format out where this quantized `model`; a checkpoint that came in codes has its own.
+    pub(crate) fn fill_quant_config(&mut self, model: &Model) {
+        let has_its_own = model.causal_lm().config().json.get("quantization_config").is_some_and(|v| !v.is_null());
+        if self.load_in_4bit && !has_its_own {
+            let QuantConfig { quant_type, blocksize, double_quant } = QuantConfig::default();
+            self.quant_type.get_or_insert_with(|| quant_type.name().to_owned());
+            self.blocksize.get_or_insert(blocksize.get());
+            self.double_quant.get_or_insert(double_quant);
+        }
     }
 
     /// The 4-bit format, if any part of it is given.

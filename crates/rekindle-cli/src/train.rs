@@ -46,6 +46,7 @@ impl Job {
         config.device = model.device().to_string();
         config.model.dtype = model.dtype();
         config.model.max_seq_length = Some(model.causal_lm().max_seq_length());
+        config.model.fill_quant_config(&model);
         config.train.learning_rate = Some(config.train.resolved_learning_rate(config.lora.is_none()));
         Ok(Self { config, model, tokenizer })
     }

@@ -20,7 +20,7 @@
 //! | [`four_bit`] | NF4 and FP4 blocks: two codes a byte, one f32 scale a block |
 //! | [`double_quant`] | those scales in 8 bits |
 //! | [`blockwise`] | dynamic 8-bit blocks, the optimizer-state format |
-//! | [`int8`] | LLM.int8() weights: one scale a row |
+//! | [`int8`] | LLM.int8() weights: one scale a row; their product with 8-bit activations |
 //! | [`bnb`] | the names and JSON these have in a checkpoint |
 
 mod absmax;

@@ -1,10 +1,13 @@
 //! A linear layer over a quantized weight, and the way of its codes to a device.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use half::{bf16, f16};
 use rekindle_kernels::{PackedWeight, Params, Weight, packed};
 
 use crate::bnb::{FourBitWeight, RawDtype, StoredWeight};
-use crate::{Absmax, Blocksize, DoubleQuant, Dtype, DynamicMap, Error, Int8Tensor, QuantType, QuantizedTensor};
+use crate::{
+    Absmax, Blocksize, DoubleQuant, Dtype, DynamicMap, Element, Error, Int8Tensor, QuantType, QuantizedTensor,
+};
 
 /// A frozen linear layer whose weight is 4-bit, 8-bit or dense: y = x·Wᵀ + b.
 ///
@@ -62,7 +65,7 @@ impl QuantLinear {
     }
 
     fn over(weight: Weight, bias: Option<Tensor<1>>, device: &Device) -> Self {
-        Self { weight, bias, params: Params::none(device, burn::tensor::DType::F32) }
+        Self { weight, bias, params: Params::none(device, DType::F32) }
     }
 
     /// y for x.
@@ -73,6 +76,34 @@ impl QuantLinear {
     /// The gradient to x from that to y.
     pub fn backward(&self, dy: &Tensor<2>) -> Tensor<2> {
         self.weight.nn(&self.params, dy, None)
+    }
+
+    /// y for x at inference with 8-bit activations, [`Int8Tensor::matmul`], to which b is added in the dtype of x; `None`
+    /// unless the weight is LLM.int8(). Threshold 6 is LLM.int8()'s; 0 turns the outlier decomposition off.
+    ///
+    /// It has no gradient: [`backward`](Self::backward) is that of [`forward`](Self::forward). It computes on the host,
+    /// on copies of x and of the codes, and then moves y to the device of x.
+    ///
+    /// # Shapes
+    /// x `[tokens, in]`, y `[tokens, out]`.
+    ///
+    /// # Dtypes
+    /// x and y `f32`, `f16` or `bf16`.
+    pub fn forward_int8(&self, x: &Tensor<2>, threshold: f32) -> Option<Tensor<2>> {
+        let Weight::Packed(packed) = &self.weight else { return None };
+        let codes = packed.codes();
+        let packed::Format::Int8 { codes: int8, scales, .. } = &codes.format else { return None };
+        let weight = Int8Tensor::from_parts(codes.dims, int8.clone(), scales.clone())
+            .expect("codes and scales were checked against their shape");
+        let y = match x.dtype() {
+            DType::F16 => int8_product::<f16>(&weight, x, threshold),
+            DType::BF16 => int8_product::<bf16>(&weight, x, threshold),
+            _ => int8_product::<f32>(&weight, x, threshold),
+        };
+        Some(match &self.bias {
+            None => y,
+            Some(bias) => y + bias.clone().unsqueeze(),
+        })
     }
 
     /// `[out, in]`.
@@ -167,6 +198,14 @@ impl Origin {
             }),
         }
     }
+}
+
+fn int8_product<T: Element + burn::tensor::Element>(weight: &Int8Tensor, x: &Tensor<2>, threshold: f32) -> Tensor<2> {
+    let ([tokens, _], [out, _]) = (x.dims(), weight.shape());
+    let x_values: Vec<T> = x.clone().into_data().try_into_vec().expect("the data has the tensor's dtype");
+    let mut y = vec![T::default(); tokens * out];
+    weight.matmul(&x_values, threshold, &mut y);
+    Tensor::from_data(TensorData::new(y, [tokens, out]), (&x.device(), x.dtype()))
 }
 
 /// value = (code · SCB) · (1/127), in this order, as bitsandbytes computes it.

@@ -99,8 +99,7 @@ fn double_quantization_of_bell_shaped_weights() {
         let (_, absmax) = four_bit::encode(&values, QuantType::Nf4, blocksize);
         let scales = DoubleQuant::quantize(&absmax).absmax();
         let worst = absmax.iter().zip(&scales).map(|(a, b)| (a - b).abs() / a).fold(0.0, f32::max);
-        eprintln!("{worst}");
-        assert!(worst <= bound || true, "{blocksize:?}: {worst}");
+        assert!(worst <= bound, "{blocksize:?}: {worst}");
     }
 }
 

@@ -4,6 +4,7 @@ use core::fmt;
 use std::path::Path;
 
 use rekindle_hub::{Checkpoint, SafetensorsFile};
+use rekindle_lora::BLOCK_LINEARS;
 use rekindle_lora::peft::{AdapterConfig, CONFIG_FILE, TENSORS_FILE};
 use rekindle_models::{MemoryReport, ModelConfig};
 use serde::Serialize;
@@ -27,6 +28,12 @@ pub enum Inspection {
         quantization: Option<Value>,
         /// Bytes on disk, by class.
         memory: MemoryReport,
+        /// Bytes of all tensors.
+        bytes: u64,
+        /// Bits that a quantized weight takes, scales included.
+        bits_per_quantized_weight: Option<f64>,
+        /// The share of the bytes of a 16-bit model that is saved; negative for wider weights.
+        saving: f64,
     },
     /// An adapter in PEFT's format.
     Adapter {
@@ -62,6 +69,7 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection, Error> {
     let config = ModelConfig::from_checkpoint(&checkpoint)?;
     let json = checkpoint.config();
     let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| json.get(key)?.as_str());
+    let memory = MemoryReport::of_checkpoint(&checkpoint, &config);
     Ok(Inspection::Checkpoint {
         architecture: config.architecture.clone(),
         shape: serde_json::json!({
@@ -77,7 +85,10 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection, Error> {
         }),
         dtype: dtype.map(str::to_owned),
         quantization: json.get("quantization_config").filter(|v| !v.is_null()).cloned(),
-        memory: MemoryReport::of_checkpoint(&checkpoint, &config),
+        bytes: memory.bytes(),
+        bits_per_quantized_weight: memory.bits_per_quantized_weight(),
+        saving: memory.saving(),
+        memory,
     })
 }
 
@@ -87,20 +98,14 @@ fn adapter(path: &Path) -> Result<Inspection, Error> {
     let file = SafetensorsFile::open(&path.join(TENSORS_FILE))?;
     let views = || file.names().filter_map(|name| file.get(name));
     let lora = config.lora();
-    let mut targets: Vec<String> = file
-        .names()
-        .filter_map(|name| name.split_once(".lora_A"))
-        .filter_map(|(module, _)| module.rsplit('.').next())
-        .map(str::to_owned)
-        .collect();
-    targets.sort_unstable();
-    targets.dedup();
+    let adapted = |linear: &&str| file.names().any(|name| name.contains(&format!(".{linear}.")));
+    let targets = BLOCK_LINEARS.iter().filter(|linear| adapted(linear)).map(|&linear| linear.to_owned());
     Ok(Inspection::Adapter {
         base_model_name_or_path: config.base_model_name_or_path().map(str::to_owned),
         r: lora.r,
         lora_alpha: lora.lora_alpha,
         scale: lora.scale(),
-        target_modules: targets,
+        target_modules: targets.collect(),
         tensors: views().count(),
         parameters: views().map(|view| view.shape.iter().product::<usize>() as u64).sum(),
         bytes: file.total_bytes(),
@@ -111,7 +116,9 @@ impl fmt::Display for Inspection {
     /// Facts a line each; for a checkpoint also the table of its bytes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Checkpoint { architecture, shape, dtype, quantization, memory } => {
+            Self::Checkpoint {
+                architecture, shape, dtype, quantization, memory, bits_per_quantized_weight, ..
+            } => {
                 writeln!(f, "{architecture}, {}", dtype.as_deref().unwrap_or("no dtype given"))?;
                 for (key, value) in shape.as_object().into_iter().flatten() {
                     writeln!(f, "{key} {value}")?;
@@ -119,7 +126,7 @@ impl fmt::Display for Inspection {
                 if let Some(quantization) = quantization {
                     writeln!(f, "quantization_config {quantization}")?;
                 }
-                if let Some(bits) = memory.bits_per_quantized_weight() {
+                if let Some(bits) = bits_per_quantized_weight {
                     writeln!(f, "{bits:.3} bits a quantized weight")?;
                 }
                 write!(f, "{memory}")

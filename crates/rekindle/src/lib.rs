@@ -28,6 +28,7 @@ mod model;
 mod pretrained;
 mod quantize;
 mod sft;
+mod skip;
 
 pub use error::{Error, ErrorKind};
 pub use inspect::{Inspection, inspect};

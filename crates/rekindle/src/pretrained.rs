@@ -10,7 +10,7 @@ use rekindle_models::{CausalLm, LoadIn, LoadOptions, ModelConfig};
 use rekindle_quant::QuantConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Model};
+use crate::{Error, Model, skip};
 
 /// The entry point, named as in Unsloth.
 #[derive(Debug)]
@@ -123,7 +123,9 @@ impl Loader {
         self
     }
 
-    /// Modules that stay dense when the others are quantized. Default `lm_head`; embeddings and norms always do.
+    /// Modules that stay dense when the others are quantized: names of linears, or paths from the start such as
+    /// `model.layers.0`, as in transformers' `llm_int8_skip_modules`. One that matches nothing is an error. Default
+    /// `lm_head`; embeddings and norms are never quantized.
     pub fn skip_modules(mut self, modules: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.skip_modules = Some(modules.into_iter().map(Into::into).collect());
         self
@@ -153,13 +155,16 @@ impl Loader {
     pub fn load_model(mut self) -> Result<Model, Error> {
         let load_in = self.load_in()?;
         let checkpoint = Checkpoint::open(&self.path)?;
-        let limit = ModelConfig::from_checkpoint(&checkpoint)?.max_position_embeddings;
+        let config = ModelConfig::from_checkpoint(&checkpoint)?;
+        if let Some(modules) = &self.skip_modules {
+            skip::check(modules, &config)?;
+        }
         let (device, kind) = open_device(self.device)?;
         let dtype = resolve(self.dtype, &device, kind, self.full_finetuning)?;
         let options = LoadOptions {
             dtype,
             device,
-            max_seq_length: self.max_seq_length.unwrap_or(MAX_SEQ_LENGTH.min(limit)),
+            max_seq_length: self.max_seq_length.unwrap_or(MAX_SEQ_LENGTH.min(config.max_position_embeddings)),
             full_finetuning: self.full_finetuning,
             load_in,
             skip_modules: self.skip_modules.take(),
@@ -200,8 +205,7 @@ impl Loader {
             [one] if self.quant_config.is_none() || self.load_in_4bit => Ok(Some(one)),
             [] if self.quant_config.is_none() => Ok(None),
             _ => Err(Error::Argument(
-                "quant_type, blocksize and double_quant describe 4-bit codes; set load_in_4bit = true with them"
-                    .to_owned(),
+                "quant_type, blocksize and double_quant describe 4-bit codes; they need load_in_4bit".to_owned(),
             )),
         }
     }

@@ -4,16 +4,17 @@ use std::path::Path;
 
 use rekindle_data::companion_files;
 use rekindle_hub::Checkpoint;
-use rekindle_models::{LoadIn, MemoryReport};
+use rekindle_models::{LoadIn, MemoryReport, ModelConfig};
 use rekindle_train::write_result;
+use serde_json::Value;
 
-use crate::Error;
+use crate::{Error, skip};
 
 /// Writes the checkpoint in `model` to `out` with its linears in codes, as transformers with bitsandbytes reads it,
 /// the tokenizer's files included. `skip_modules` stay dense; `None` is `lm_head`. `progress` is told the bytes read so
 /// far and in all.
 ///
-/// `out` appears whole or not at all; an earlier checkpoint there is replaced.
+/// `out` appears whole or not at all; an earlier quantized checkpoint there is replaced, a dense one never.
 ///
 /// # Errors
 /// [`Error::File`] and [`Error::Model`] for a checkpoint that is missing, broken, not supported or quantized already,
@@ -27,6 +28,10 @@ pub fn quantize(
 ) -> Result<MemoryReport, Error> {
     let model = model.as_ref();
     let checkpoint = Checkpoint::open(model)?;
+    if let Some(modules) = skip_modules {
+        skip::check(modules, &ModelConfig::from_checkpoint(&checkpoint)?)?;
+    }
+    spare_dense(out.as_ref())?;
     let (mut done, total) = (0, checkpoint.total_bytes());
     let report = write_result(out.as_ref(), false, &companion_files(model), |dir| {
         Ok(rekindle_models::quantize(&checkpoint, load_in, skip_modules, dir, &mut |bytes| {
@@ -35,4 +40,21 @@ pub fn quantize(
         })?)
     })?;
     Ok(report)
+}
+
+/// Refuses a directory with weights that no quantization made, which could not be had back: `model` itself, perhaps.
+fn spare_dense(out: &Path) -> Result<(), Error> {
+    let config = out.join("config.json");
+    if !config.exists() {
+        return Ok(());
+    }
+    let json: Value = rekindle_hub::read_json(&config)?;
+    if json.get("quantization_config").is_some_and(|v| !v.is_null()) {
+        return Ok(());
+    }
+    Err(rekindle_hub::Error::Unwritable {
+        path: out.to_owned(),
+        reason: "it holds a checkpoint that is not quantized, which would be lost; give a new directory".to_owned(),
+    }
+    .into())
 }

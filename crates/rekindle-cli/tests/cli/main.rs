@@ -3,6 +3,8 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod errors;
+mod quantize_errors;
+mod quantized;
 mod quickstart;
 mod results;
 mod training;
@@ -92,5 +94,16 @@ impl Scratch {
     fn train(&self, more: &[&str]) -> Done {
         let file = self.path("run.toml").display().to_string();
         rekindle(["train", &file].iter().chain(more))
+    }
+
+    /// Quantizes `qwen3-tied` into the directory named as the format and gives its path.
+    fn quantize(&self, to: &str, more: &str) -> String {
+        let (model, out) = (golden("qwen3-tied"), self.path(to).display().to_string());
+        let done = run(&format!("quantize --model {} --to {to} --out {out} {more}", model.display())).ok();
+        assert_eq!(done.stdout, format!("{out}\n"));
+        for part in ["packed codes", "scales", "total", "less than at 16 bits"] {
+            assert!(done.stderr.contains(part), "{part}: {}", done.stderr);
+        }
+        out
     }
 }

@@ -1,0 +1,217 @@
+//! `QuantLinear` against Burn's gradients of the decoded weight, and the way of codes to a device and back.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use half::{bf16, f16};
+use rekindle_kernels::{PackedWeight, Path, packed};
+use rekindle_quant::bnb::{FourBitWeight, StoredWeight};
+use rekindle_quant::{Blocksize, Element, Int8Tensor, Origin, QuantConfig, QuantLinear, QuantType, QuantizedTensor};
+
+/// tokens, out, in: one of everything, nothing even, whole blocks, several tasks of the CPU path.
+const SHAPES: [[usize; 3]; 4] = [[1, 1, 1], [3, 5, 13], [7, 64, 64], [5, 33, 1029]];
+
+/// Four units in the last place of the largest value, for results that the naive computation happens to have exact.
+const FLOOR: f64 = 4.0 * f32::EPSILON as f64;
+
+/// Repeatable numbers in (−1, 1).
+fn noise(seed: u64, n: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 40) as f32 / (1u64 << 24) as f32) * 2.0 - 1.0
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+/// Every kind of weight that a file can hold, made from one dense weight of the type `T`.
+fn stored<T: Element>([out, input]: [usize; 2]) -> Vec<StoredWeight> {
+    let dense: Vec<T> = noise(1, out * input).into_iter().map(|x| T::from_f32(0.05 * x)).collect();
+    let mut weights = vec![StoredWeight::Int8(Int8Tensor::quantize(&dense, [out, input]).unwrap())];
+    for quant_type in QuantType::ALL {
+        for double_quant in [false, true] {
+            for blocksize in [Blocksize::B64, Blocksize::new(32).unwrap()] {
+                let config = QuantConfig { quant_type, blocksize, double_quant };
+                let tensor = QuantizedTensor::quantize(&dense, &[out, input], &config).unwrap();
+                weights.push(StoredWeight::FourBit(FourBitWeight::new(tensor)));
+            }
+        }
+    }
+    weights
+}
+
+fn decoded<T: Element>(weight: &StoredWeight) -> Vec<T> {
+    match weight {
+        StoredWeight::FourBit(weight) => weight.tensor.dequantize(),
+        StoredWeight::Int8(weight) => weight.dequantize(),
+    }
+}
+
+fn linear(weight: StoredWeight, bias: Option<Tensor<1>>) -> QuantLinear {
+    match weight {
+        StoredWeight::FourBit(weight) => QuantLinear::four_bit(weight.tensor, bias, &Device::flex()).unwrap(),
+        StoredWeight::Int8(weight) => QuantLinear::int8(weight, bias, &Device::flex()),
+    }
+}
+
+fn tensor<const D: usize>(values: &[f32], shape: [usize; D], dtype: DType, device: &Device) -> Tensor<D> {
+    let data = TensorData::new(values.to_vec(), shape).try_cast(dtype).unwrap();
+    Tensor::from_data(data, (device, dtype))
+}
+
+fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
+    tensor.into_data_as::<f64>().try_into_vec().unwrap()
+}
+
+/// y and the gradient to x, by Burn from the decoded weight in `dtype`.
+fn naive([tokens, out, input]: [usize; 3], weight: &[f32], dtype: DType) -> [Vec<f64>; 2] {
+    let device = Device::flex().autodiff();
+    let x = tensor(&noise(2, tokens * input), [tokens, input], dtype, &device).require_grad();
+    let weight = tensor(weight, [out, input], dtype, &device);
+    let bias = tensor(&noise(3, out), [1, out], dtype, &device);
+    let dy = tensor(&noise(4, tokens * out), [tokens, out], dtype, &device);
+    let y = x.clone().matmul(weight.transpose()) + bias;
+    let grads = (y.clone() * dy).sum().backward();
+    [values(y), values(x.grad(&grads).unwrap())]
+}
+
+fn ours([tokens, out, input]: [usize; 3], linear: &QuantLinear) -> [Vec<f64>; 2] {
+    let device = Device::flex();
+    let x = tensor(&noise(2, tokens * input), [tokens, input], DType::F32, &device);
+    let dy = tensor(&noise(4, tokens * out), [tokens, out], DType::F32, &device);
+    [values(linear.forward(&x)), values(linear.backward(&dy))]
+}
+
+/// No element may be further from the truth than twice the worst of the naive computation.
+fn judge(what: &str, got: &[Vec<f64>; 2], naive: &[Vec<f64>; 2], truth: &[Vec<f64>; 2]) {
+    for (part, name) in ["y", "dx"].into_iter().enumerate() {
+        let error = |of: &[f64]| of.iter().zip(&truth[part]).fold(0.0, |e: f64, (a, t)| e.max((a - t).abs()));
+        let largest = truth[part].iter().fold(0.0, |m: f64, t| m.max(t.abs()));
+        let bound = 2.0 * error(&naive[part]) + FLOOR * largest;
+        assert_eq!(got[part].len(), truth[part].len(), "{what}: {name}");
+        assert!(got[part].iter().all(|v| v.is_finite()), "{what}: {name}");
+        let error = error(&got[part]);
+        assert!(error <= bound, "{what}: {name} is off by {error:e} of {bound:e}");
+    }
+}
+
+#[test]
+fn forward_and_gradient_are_those_of_the_decoded_weight() {
+    for shape @ [_, out, input] in SHAPES {
+        let bias = || Some(tensor(&noise(3, out), [out], DType::F32, &Device::flex()));
+        let dense = noise(5, out * input);
+        let matrix = tensor(&dense, [out, input], DType::F32, &Device::flex());
+        let mut cases = vec![("dense".to_owned(), QuantLinear::dense(matrix, bias()), dense)];
+        for weight in stored::<f32>([out, input]) {
+            let name = match &weight {
+                StoredWeight::FourBit(weight) => format!("{:?}", weight.tensor.config()),
+                StoredWeight::Int8(_) => "int8".to_owned(),
+            };
+            let dense = decoded(&weight);
+            cases.push((name, linear(weight, bias()), dense));
+        }
+        for (name, linear, weight) in cases {
+            assert_eq!(linear.dims(), [out, input]);
+            let (truth, naive) = (naive(shape, &weight, DType::F64), naive(shape, &weight, DType::F32));
+            judge(&format!("{name} {shape:?}"), &ours(shape, &linear), &naive, &truth);
+            let portable = Path::portable_only(|| ours(shape, &linear));
+            judge(&format!("{name} {shape:?} portable"), &portable, &naive, &truth);
+        }
+    }
+}
+
+#[test]
+fn a_layer_decodes_the_bits_of_the_codec() {
+    fn check<T: Element + burn::tensor::Element>(dtype: DType) {
+        for [_, out, input] in SHAPES {
+            for weight in stored::<T>([out, input]) {
+                let expected: Vec<T> = decoded(&weight);
+                let (_, codes) = Origin::take(weight.clone()).unwrap();
+                let matrix = PackedWeight::new(codes, &Device::flex()).decode(dtype);
+                let got: Vec<T> = matrix.into_data().try_into_vec().unwrap();
+                assert!(got == expected, "{:?} of {weight:?}", T::DTYPE);
+            }
+        }
+    }
+    check::<f32>(DType::F32);
+    check::<f16>(DType::F16);
+    check::<bf16>(DType::BF16);
+}
+
+#[test]
+fn a_weight_comes_back_as_it_was_taken() {
+    for [_, out, input] in SHAPES {
+        for weight in stored::<bf16>([out, input]) {
+            let (origin, codes) = Origin::take(weight.clone()).unwrap();
+            let packed = PackedWeight::new(codes, &Device::flex());
+            assert_eq!(origin.restore(packed::Codes::clone(&packed.codes())).unwrap(), weight);
+        }
+    }
+    let [int8, nf4, ..] = &stored::<f32>([3, 8])[..] else { panic!("two kinds") };
+    let (_, codes) = Origin::take(int8.clone()).unwrap();
+    let error = Origin::take(nf4.clone()).unwrap().0.restore(codes).unwrap_err().to_string();
+    assert!(error.contains("was read as FourBit") && error.contains("holds 8-bit codes"), "{error}");
+    let vector = QuantizedTensor::quantize(&noise(1, 64), &[64], &QuantConfig::default()).unwrap();
+    let error = QuantLinear::four_bit(vector, None, &Device::flex()).unwrap_err().to_string();
+    assert!(error.contains("[out, in]"), "{error}");
+}
+
+#[test]
+fn eight_bit_activations_are_the_codec_s_product() {
+    fn check<T: Element + burn::tensor::Element>(dtype: DType) {
+        let (tokens, out, input) = (6, 21, 130);
+        let mut x: Vec<f32> = noise(2, tokens * input).into_iter().map(|x| 2.0 * x).collect();
+        x[3 * input + 7] = 40.0;
+        let x: Vec<T> = x.into_iter().map(T::from_f32).collect();
+        let weight = Int8Tensor::quantize(&noise(1, out * input), [out, input]).unwrap();
+        let on = |device: &Device| Tensor::<2>::from_data(TensorData::new(x.clone(), [tokens, input]), (device, dtype));
+        for threshold in [6.0, 0.0] {
+            let mut expected = vec![T::default(); tokens * out];
+            weight.matmul(&x, threshold, &mut expected);
+            let linear = QuantLinear::int8(weight.clone(), None, &Device::flex());
+            let y = linear.forward_int8(&on(&Device::flex()), threshold).unwrap();
+            assert_eq!(y.dtype(), dtype);
+            assert!(y.into_data().try_into_vec::<T>().unwrap() == expected, "{dtype:?}, threshold {threshold}");
+
+            let bias = tensor(&noise(3, out), [out], dtype, &Device::flex());
+            let linear = QuantLinear::int8(weight.clone(), Some(bias.clone()), &Device::flex());
+            let y = values(linear.forward_int8(&on(&Device::flex()), threshold).unwrap());
+            let sum = Tensor::<2>::from_data(TensorData::new(expected, [tokens, out]), (&Device::flex(), dtype));
+            assert_eq!(y, values(sum + bias.unsqueeze()));
+        }
+    }
+    check::<f32>(DType::F32);
+    check::<f16>(DType::F16);
+    check::<bf16>(DType::BF16);
+}
+
+/// A code of an activation is off by half a step of SCA/127 at most, so a product by half a step for each weight; the
+/// outlier column has none. The result is rounded to f16 besides.
+#[test]
+fn eight_bit_activations_stay_near_the_exact_product() {
+    let [tokens, out, input] = [4, 9, 96];
+    let mut x = noise(2, tokens * input);
+    x[5] = 30.0;
+    let weight = Int8Tensor::quantize(&noise(1, out * input), [out, input]).unwrap();
+    let dense: Vec<f32> = weight.dequantize();
+    let linear = QuantLinear::int8(weight, None, &Device::flex());
+    let x = tensor(&x, [tokens, input], DType::F32, &Device::flex());
+    let (exact, y) = (values(linear.forward(&x)), values(linear.forward_int8(&x, 6.0).unwrap()));
+    for (i, (exact, y)) in exact.iter().zip(&y).enumerate() {
+        let row = &dense[(i % out) * input..][..input];
+        let sum: f64 = row.iter().map(|w| f64::from(w.abs())).sum();
+        // |x| < 1 but for the outlier, x itself is rounded to f16 first, and 2⁻⁸ is f16's step in a sum of 16 or less.
+        let bound = (0.5 / 127.0 + 2f64.powi(-11)) * sum + 2f64.powi(-8);
+        assert!((exact - y).abs() <= bound, "{i}: {y} for {exact}, bound {bound}");
+    }
+}
+
+#[test]
+fn eight_bit_activations_are_for_eight_bit_weights() {
+    let x = Tensor::<2>::ones([2, 8], &Device::flex());
+    for weight in stored::<f32>([3, 8]) {
+        let is_int8 = matches!(weight, StoredWeight::Int8(_));
+        assert_eq!(linear(weight, None).forward_int8(&x, 6.0).is_some(), is_int8);
+    }
+    assert!(QuantLinear::dense(Tensor::ones([3, 8], &Device::flex()), None).forward_int8(&x, 6.0).is_none());
+}

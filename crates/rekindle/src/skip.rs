@@ -1,0 +1,55 @@
+//! Whether `skip_modules` names anything.
+
+use rekindle_lora::BLOCK_LINEARS;
+use rekindle_models::ModelConfig;
+use rekindle_quant::bnb::QuantizationConfig;
+
+use crate::Error;
+
+/// Refuses entries that match no module of the model: what they were meant to keep dense would be quantized.
+pub(crate) fn check(skip_modules: &[String], config: &ModelConfig) -> Result<(), Error> {
+    let tensors = config.tensors();
+    let modules = || tensors.iter().filter_map(|(name, _)| name.strip_suffix(".weight")).chain([HEAD]);
+    let idle = |entry: &&String| {
+        let alone = QuantizationConfig::int8(Some(vec![(*entry).clone()]));
+        !modules().any(|module| alone.skips(module))
+    };
+    let idle: Vec<String> = skip_modules.iter().filter(idle).map(|entry| format!("{entry:?}")).collect();
+    if idle.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Argument(format!(
+        "skip_modules {} matches no module of this model; name linears ({}, {HEAD}) or a path from the start, such as \
+         \"model.layers.0.mlp\"",
+        idle.join(", "),
+        BLOCK_LINEARS.join(", "),
+    )))
+}
+
+/// Tied models have no such tensor, and lists name it all the same.
+const HEAD: &str = "lm_head";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_must_match_something() {
+        let json = serde_json::json!({
+            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": 12, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8,
+            "vocab_size": 8, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 8,
+            "tie_word_embeddings": true, "hidden_act": "silu"
+        });
+        let config = ModelConfig::from_json(&json).unwrap();
+        let check = |entries: &[&str]| check(&entries.iter().map(ToString::to_string).collect::<Vec<_>>(), &config);
+        check(&[]).unwrap();
+        check(&["lm_head", "embed_tokens", "down_proj", "model.layers.11", r"model\.layers\.\d+\.mlp"]).unwrap();
+        let error = check(&["q_porj", "v_proj", "model.layers.12", "mlp"]).unwrap_err().to_string();
+        assert!(
+            error.starts_with("skip_modules \"q_porj\", \"model.layers.12\", \"mlp\" matches no module"),
+            "{error}"
+        );
+        assert!(error.contains("q_proj") && error.contains("lm_head"), "{error}");
+    }
+}
