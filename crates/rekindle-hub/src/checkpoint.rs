@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -29,7 +29,7 @@ impl Checkpoint {
     /// Reads the configuration and maps the weights at `path`, checking all headers and the index.
     ///
     /// # Errors
-    /// - [`Error::NotFound`]: `path` is no directory. Names of models on the hub are not looked up.
+    /// - [`Error::NotFound`]: `path` is no directory. Names on the hub are for [`resolve`](crate::resolve).
     /// - [`Error::Missing`]: no configuration, no weights, a shard that the index names, or tensors
     ///   that the index places in a shard and that are not there; all of them at once.
     /// - [`Error::Malformed`]: JSON with line and column; a truncated or inconsistent file; a tensor
@@ -78,28 +78,16 @@ impl Checkpoint {
     }
 }
 
-fn check_directory(path: &Path) -> Result<(), Error> {
+pub(crate) fn check_directory(path: &Path) -> Result<(), Error> {
     let reason = match fs::metadata(path) {
         Ok(about) if about.is_dir() => return Ok(()),
         Ok(_) => "it is a file; give the directory that holds config.json and the weights",
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            if is_hub_name(path) {
-                "there is no such directory, and names of models on the Hugging Face hub are not \
-                 read by this version; download the model and give its local directory"
-            } else {
-                "there is no such directory; give one that holds config.json and the weights"
-            }
+            "there is no such directory; give one that holds config.json and the weights"
         }
         Err(error) => return Err(Error::io(path)(error)),
     };
     Err(Error::NotFound { path: path.to_path_buf(), reason: reason.to_owned() })
-}
-
-/// Whether `path` could be `organization/model`.
-fn is_hub_name(path: &Path) -> bool {
-    let mut components = path.components();
-    let two = [components.next(), components.next()];
-    components.next().is_none() && two.iter().all(|c| matches!(c, Some(Component::Normal(_))))
 }
 
 fn read_config(directory: &Path) -> Result<Value, Error> {
@@ -239,10 +227,8 @@ mod tests {
 
     #[test]
     fn says_where_it_looked() {
-        let hub = Path::new("Qwen/Qwen3-0.6B-no-such-model");
-        let error = message(hub, "download the model and give its local directory");
+        let error = message(Path::new("/no/such/model"), "\"/no/such/model\": there is no such directory;");
         assert!(matches!(error, Error::NotFound { .. }), "{error}");
-        message(Path::new("/no/such/model"), "\"/no/such/model\": there is no such directory;");
 
         let scratch = two_shards();
         let error = message(&scratch.path().join("1.safetensors"), "it is a file");

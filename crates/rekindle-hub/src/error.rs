@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use crate::Dtype;
 
-/// What can be wrong with a checkpoint or with writing one.
+/// What can be wrong with a checkpoint, with writing one, or with getting one from the hub.
 ///
 /// The message of every variant is complete on its own line: it names the file and the cause, so a
 /// caller need not print the chain of sources as well.
@@ -65,6 +65,17 @@ pub enum Error {
         reason: String,
     },
 
+    /// A name on the Hugging Face hub could not be turned into files.
+    #[error("{name}: {reason}")]
+    Hub {
+        /// What kind of obstacle it is.
+        kind: HubErrorKind,
+        /// `organization/model`, as it was given.
+        name: String,
+        /// What happened, and what to do.
+        reason: String,
+    },
+
     /// The operating system refused: permissions, a full disk, a failing device.
     #[error("{path:?}: {source}")]
     Io {
@@ -75,7 +86,41 @@ pub enum Error {
     },
 }
 
+/// What stands between a name on the hub and its files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HubErrorKind {
+    /// The name or the revision is not one that the hub could have.
+    Name,
+    /// The hub has no such repository, revision or file, or hides it from this token.
+    NotFound,
+    /// The licence has not been accepted, or the token is not good for it.
+    Denied,
+    /// The repository holds no weights that are read: pickled ones, or none.
+    Weights,
+    /// The hub cannot be reached, or connections to it break.
+    Network,
+    /// The network may not be used, and the files are not in the cache.
+    Offline,
+    /// The hub answers with an error of its own, or with something else than its protocol.
+    Response,
+    /// What arrived is not what the hub announced.
+    Checksum,
+    /// The disk of the cache is too small.
+    Space,
+    /// Another program holds a file of the cache.
+    Busy,
+}
+
 impl Error {
+    /// What kept a name on the hub from being turned into files; `None` for every other error.
+    pub fn hub_kind(&self) -> Option<HubErrorKind> {
+        match self {
+            Error::Hub { kind, .. } => Some(*kind),
+            _ => None,
+        }
+    }
+
     /// For `map_err`: attaches the file to an error of the system.
     pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Error {
         move |source| Error::Io { path: path.to_path_buf(), source }

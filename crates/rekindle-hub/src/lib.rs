@@ -1,11 +1,14 @@
-//! Checkpoints on disk: sharded safetensors, read by memory map and written atomically.
+//! Checkpoints on disk and on the Hugging Face hub: sharded safetensors, read by memory map and
+//! written atomically.
 //!
 //! [`Checkpoint`] opens a model directory in the Hugging Face layout (`config.json` beside
 //! `model.safetensors` or its shards), [`SafetensorsFile`] a single file such as an adapter. Both
 //! check every header before they hand out a tensor, and read no weight until it is asked for.
 //! [`write_safetensors`] and [`write_sharded`] write the same files, one tensor at a time;
 //! [`write_atomic`] and [`AtomicDir`] see to it that a file or directory stands under its final
-//! name whole or not at all.
+//! name whole or not at all. [`resolve`] turns a name on the hub into such a directory, in the
+//! cache that is shared with Python; [`cache`] lists and prunes that. Both are the feature
+//! `network`, which is on by default.
 //!
 //! ```
 //! use rekindle_hub::{AtomicDir, Checkpoint, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec};
@@ -36,10 +39,14 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod atomic;
+#[cfg(feature = "network")]
+pub mod cache;
 mod checkpoint;
 mod dtype;
 mod error;
 mod header;
+#[cfg(feature = "network")]
+mod hub;
 mod index;
 mod json;
 mod safetensors_file;
@@ -50,7 +57,9 @@ mod write;
 pub use atomic::{AtomicDir, write_atomic};
 pub use checkpoint::Checkpoint;
 pub use dtype::Dtype;
-pub use error::Error;
+pub use error::{Error, HubErrorKind};
+#[cfg(feature = "network")]
+pub use hub::{HubOptions, Resolved, adapter_base, resolve};
 pub use json::read_json;
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::{DEFAULT_MAX_SHARD_SIZE, write_sharded};

@@ -1,0 +1,185 @@
+//! Names on the Hugging Face hub, turned into directories.
+
+mod adapter;
+mod api;
+mod checksum;
+mod download;
+mod environment;
+mod failure;
+mod fetch;
+mod layout;
+mod name;
+mod select;
+mod space;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::check_directory;
+use crate::{Error, HubErrorKind};
+
+use failure::Request;
+use name::RepoName;
+
+pub use adapter::adapter_base;
+pub(crate) use environment::Environment;
+pub(crate) use layout::{CachedRepo, INCOMPLETE};
+
+/// How a name on the hub is resolved. What is left out follows the environment, as in Python's
+/// `huggingface_hub`.
+#[derive(Default)]
+pub struct HubOptions<'a> {
+    /// A branch, tag or commit. Default `main`.
+    pub revision: Option<String>,
+    /// Default `HF_TOKEN`, or what the file `HF_TOKEN_PATH` or `token` in `HF_HOME` holds.
+    pub token: Option<String>,
+    /// Default `HF_HUB_CACHE`, or `hub` in `HF_HOME`, or `~/.cache/huggingface/hub`.
+    pub cache_dir: Option<PathBuf>,
+    /// Whether the network is left alone. Default false, or what `HF_HUB_OFFLINE` says.
+    pub local_files_only: bool,
+    /// Where the hub is. Default `HF_ENDPOINT`, or `https://huggingface.co`.
+    pub endpoint: Option<String>,
+    /// Is told the bytes that are here, and those of all files that are being downloaded; not
+    /// called when nothing is.
+    pub on_progress: Option<Box<dyn FnMut(u64, u64) + 'a>>,
+}
+
+/// Where the files of a name are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resolved {
+    /// The directory that was given, or a snapshot in the cache.
+    pub path: PathBuf,
+    /// The commit that the snapshot is of; `None` for a directory.
+    pub commit: Option<String>,
+    /// What the user should be told: the hub was out of reach, and the cache was taken instead.
+    pub notice: Option<String>,
+}
+
+/// The revision that is meant when none is given.
+const MAIN: &str = "main";
+
+/// Turns `name` into a directory with a model or an adapter.
+///
+/// A directory stays what it is. `organization/model` becomes its snapshot in the cache that is
+/// shared with Python, after the files that are needed and missing were downloaded: configuration,
+/// tokenizer, chat template, and weights in safetensors, never pickled ones. Several files come at
+/// once; an interrupted download goes on where it ended; every file is held against the checksum
+/// that the hub gives. When the hub is out of reach and the cache has a snapshot, that is taken,
+/// with a notice.
+///
+/// ```no_run
+/// use rekindle_hub::{Checkpoint, HubOptions, resolve};
+///
+/// # fn main() -> Result<(), rekindle_hub::Error> {
+/// let options = HubOptions {
+///     on_progress: Some(Box::new(|done, total| eprint!("\r{done} of {total} bytes"))),
+///     ..HubOptions::default()
+/// };
+/// let model = resolve("unsloth/Qwen3-4B-Thinking-2507", options)?;
+/// let checkpoint = Checkpoint::open(&model.path)?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// [`Error::Hub`], whose kind says what stands in the way; [`Error::NotFound`] for a path that is
+/// no directory; [`Error::Io`] for a cache that cannot be written.
+pub fn resolve(name: &str, options: HubOptions<'_>) -> Result<Resolved, Error> {
+    let directory = Path::new(name);
+    if directory.exists() || is_path(name) {
+        check_directory(directory)?;
+        return Ok(Resolved { path: directory.to_path_buf(), commit: None, notice: None });
+    }
+    let name = RepoName::parse(name)?;
+    let environment = Environment::read();
+    let token = options.token.or(environment.token);
+    let request = Request {
+        endpoint: options.endpoint.map_or(environment.endpoint, |given| given.trim_end_matches('/').to_owned()),
+        revision: options.revision.unwrap_or_else(|| MAIN.to_owned()),
+        has_token: token.is_some(),
+        name,
+    };
+    if !layout::stays_below(&request.revision) {
+        let reason = format!("revision {:?} is neither a branch, a tag nor a commit", request.revision);
+        return Err(request.error(HubErrorKind::Name, reason));
+    }
+    let repo = CachedRepo::new(&options.cache_dir.unwrap_or(environment.cache_dir), &request.name.folder());
+    let offline = if options.local_files_only { Some("local_files_only") } else { environment.offline };
+    if let Some(reason) = offline {
+        return cached(&request, &repo).map_err(|state| {
+            let revision = &request.revision;
+            let reason = format!("{reason} is set, and {state} (revision {revision:?}); unset it to download");
+            request.error(HubErrorKind::Offline, reason)
+        });
+    }
+    if layout::is_commit(&request.revision)
+        && let Ok(resolved) = cached(&request, &repo)
+    {
+        return Ok(resolved);
+    }
+    download::download(request, repo, token, options.on_progress)
+}
+
+/// Whether `name` can only be meant as a path.
+fn is_path(name: &str) -> bool {
+    Path::new(name).is_absolute() || name.starts_with(['.', '~']) || name.contains('\\') || name.ends_with('/')
+}
+
+/// The snapshot that the cache has, if it can be loaded; otherwise what the cache has instead.
+fn cached(request: &Request, repo: &CachedRepo) -> Result<Resolved, String> {
+    let snapshot = repo.commit_of(&request.revision).map(|commit| (repo.snapshot(&commit), commit));
+    let Some((path, commit)) = snapshot.filter(|(path, _)| path.is_dir()) else {
+        return Err(format!("there is neither such a directory nor {:?} in the cache", repo.path()));
+    };
+    match layout::lacks(&path) {
+        Some(missing) => Err(format!("its snapshot {path:?} lacks {missing}")),
+        None => Ok(Resolved { path, commit: Some(commit), notice: None }),
+    }
+}
+
+impl fmt::Debug for HubOptions<'_> {
+    /// Without the token.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HubOptions")
+            .field("revision", &self.revision)
+            .field("cache_dir", &self.cache_dir)
+            .field("local_files_only", &self.local_files_only)
+            .field("endpoint", &self.endpoint)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_stays_what_it_is() {
+        let scratch = tempfile::tempdir().unwrap();
+        let resolved = resolve(scratch.path().to_str().unwrap(), HubOptions::default()).unwrap();
+        assert_eq!(resolved, Resolved { path: scratch.path().to_path_buf(), commit: None, notice: None });
+    }
+
+    #[test]
+    fn a_path_is_not_asked_of_the_hub() {
+        for path in ["/no/such/model", "./runs/1", "../model", "~/model", "runs/model/", r"C:\model"] {
+            let error = resolve(path, HubOptions::default()).unwrap_err();
+            assert!(matches!(error, Error::NotFound { .. }), "{error}");
+        }
+        let error = resolve("Cargo.toml", HubOptions::default()).unwrap_err();
+        assert!(error.to_string().contains("it is a file"), "{error}");
+    }
+
+    #[test]
+    fn refuses_a_revision_that_leaves_the_cache() {
+        let options = HubOptions { revision: Some("../../x".to_owned()), ..HubOptions::default() };
+        let error = resolve("org/model", options).unwrap_err();
+        assert_eq!(error.hub_kind(), Some(HubErrorKind::Name), "{error}");
+    }
+
+    #[test]
+    fn shows_no_token() {
+        let options = HubOptions { token: Some("hf_secret".to_owned()), ..HubOptions::default() };
+        assert!(!format!("{options:?}").contains("secret"));
+    }
+}

@@ -1,0 +1,206 @@
+//! The requests that a download consists of.
+//!
+//! hf-hub looks up repositories, revisions and files. What it cannot do is done here, on the HTTP
+//! client that it brings along: its downloads neither resume nor compare checksums nor give up on a
+//! silent server; and it follows the redirect to the storage, so that the size and the checksum in
+//! the hub's own answer are lost.
+
+use std::time::Duration;
+
+use hf_hub::{HFClient, HFRepository, RepoTypeModel};
+use reqwest::header::{CONTENT_LENGTH, ETAG, HeaderMap, LOCATION, RANGE};
+use reqwest::redirect::Policy;
+use reqwest::{Client, ClientBuilder, RequestBuilder, Response, StatusCode, Url};
+
+use crate::{Error, HubErrorKind};
+
+use super::checksum::Checksum;
+use super::failure::{Failure, Refusal, Request};
+use super::layout::is_commit;
+
+/// The connection to one repository.
+#[derive(Debug)]
+pub(crate) struct Api {
+    repository: HFRepository<RepoTypeModel>,
+    /// Follows redirects, without the token once they lead to another host.
+    client: Client,
+    /// Follows none.
+    staying: Client,
+    token: Option<String>,
+    request: Request,
+}
+
+/// A file of a commit, as the hub announces it.
+#[derive(Clone, Debug)]
+pub(crate) struct RemoteFile {
+    pub(crate) name: String,
+    /// What its blob is called in the cache.
+    pub(crate) etag: String,
+    pub(crate) size: u64,
+    pub(crate) checksum: Option<Checksum>,
+}
+
+/// How long to wait for a connection, and for the next bytes on one.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Redirects within the hub, after a repository was renamed.
+const MOST_REDIRECTS: usize = 5;
+
+impl Api {
+    pub(crate) fn new(request: Request, token: Option<String>) -> Result<Api, Error> {
+        let unusable = |error: reqwest::Error| request.insecure(&error);
+        let endpoint = &request.endpoint;
+        let builder = || {
+            let builder = Client::builder()
+                .user_agent(concat!("rekindle/", env!("CARGO_PKG_VERSION")))
+                .connect_timeout(CONNECT_TIMEOUT)
+                .read_timeout(READ_TIMEOUT);
+            without_proxy_at_home(builder, endpoint)
+        };
+        let client = builder().build().map_err(unusable)?;
+        let staying = builder().redirect(Policy::none()).build().map_err(unusable)?;
+        let hub = HFClient::builder().endpoint(endpoint).client(client.clone());
+        // Retrying is ours, for all requests alike.
+        let mut hub = hub.cache_enabled(false).retry_max_attempts(0);
+        if let Some(token) = &token {
+            hub = hub.token(token);
+        }
+        let hub = hub.build().map_err(|error| {
+            let reason = format!("{endpoint:?} is no address ({error}); set HF_ENDPOINT to one like \"https://host\"");
+            request.error(HubErrorKind::Network, reason)
+        })?;
+        let repository = hub.model(&request.name.organization, &request.name.model);
+        Ok(Api { repository, client, staying, token, request })
+    }
+
+    pub(crate) fn request(&self) -> &Request {
+        &self.request
+    }
+
+    /// The commit that the revision stands at, and the names of all its files.
+    pub(crate) async fn files(&self) -> Result<(String, Vec<String>), Failure> {
+        let asked = self.repository.info().revision(&self.request.revision).send().await;
+        let info = asked.map_err(|error| self.request.failure(error))?;
+        let commit = info.sha.filter(|sha| is_commit(sha)).ok_or_else(|| self.strange("it names no commit"))?;
+        let files = info.siblings.ok_or_else(|| self.strange("it lists no files"))?;
+        Ok((commit, files.into_iter().map(|file| file.rfilename).collect()))
+    }
+
+    /// Branches and tags, for an error that could name a better one; empty where they are not told.
+    pub(crate) async fn revisions(&self) -> Vec<String> {
+        match self.repository.list_refs().send().await {
+            Ok(refs) => refs.branches.into_iter().chain(refs.tags).map(|reference| reference.name).collect(),
+            Err(_) => Vec::new(),
+        }
+    }
+
+    /// Size and checksum of a file.
+    pub(crate) async fn describe(&self, commit: &str, file: &str) -> Result<RemoteFile, Failure> {
+        let mut url = self.url(commit, file)?;
+        for _ in 0..MOST_REDIRECTS {
+            let answer = self.send(self.staying.head(url.clone())).await?;
+            match relative_redirect(&answer) {
+                Some(within) => url = url.join(&within).map_err(|error| self.strange(&error.to_string()))?,
+                None => return self.announced(file, answer),
+            }
+        }
+        Err(self.strange(&format!("{file} is redirected more than {MOST_REDIRECTS} times")))
+    }
+
+    /// The contents of a file from `start` on, and where they really begin: a server need not know
+    /// ranges.
+    pub(crate) async fn contents(
+        &self,
+        commit: &str,
+        file: &RemoteFile,
+        start: u64,
+    ) -> Result<(u64, Response), Failure> {
+        let url = self.url(commit, &file.name)?;
+        if start > 0 {
+            let range = format!("bytes={start}-{}", file.size - 1);
+            let answer = self.send(self.client.get(url.clone()).header(RANGE, range)).await?;
+            match answer.status() {
+                StatusCode::PARTIAL_CONTENT => return Ok((start, answer)),
+                // The storage has something else than it had.
+                StatusCode::RANGE_NOT_SATISFIABLE => {}
+                _ => return Ok((0, self.accepted(answer)?)),
+            }
+        }
+        let answer = self.send(self.client.get(url)).await?;
+        Ok((0, self.accepted(answer)?))
+    }
+
+    async fn send(&self, mut request: RequestBuilder) -> Result<Response, Failure> {
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token);
+        }
+        request.send().await.map_err(|error| self.request.unreachable(&error))
+    }
+
+    fn accepted(&self, answer: Response) -> Result<Response, Failure> {
+        if answer.status().is_success() {
+            return Ok(answer);
+        }
+        let header = |name| text(answer.headers(), name);
+        let (code, message) = (header("x-error-code"), header("x-error-message"));
+        Err(self.request.refused(&Refusal { status: answer.status().as_u16(), code, message }))
+    }
+
+    fn url(&self, commit: &str, file: &str) -> Result<Url, Failure> {
+        let Request { name, endpoint, .. } = &self.request;
+        let mut url = Url::parse(&format!("{endpoint}/{name}/resolve/{commit}"))
+            .map_err(|error| self.strange(&error.to_string()))?;
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.push(file);
+        }
+        Ok(url)
+    }
+
+    fn announced(&self, file: &str, answer: Response) -> Result<RemoteFile, Failure> {
+        let answer = if answer.status().is_redirection() { answer } else { self.accepted(answer)? };
+        let (status, headers) = (answer.status(), answer.headers());
+        // Of a redirect, the plain length and tag are its own.
+        let size = text(headers, "x-linked-size").or_else(|| match status.is_success() {
+            true => text(headers, CONTENT_LENGTH.as_str()),
+            false => None,
+        });
+        let size = size.and_then(|size| size.parse().ok());
+        let size = size.ok_or_else(|| self.strange(&format!("it does not tell the size of {file}")))?;
+        let etag = text(headers, "x-linked-etag").or_else(|| text(headers, ETAG.as_str()));
+        let etag = etag.as_deref().map(|etag| etag.trim_start_matches("W/").trim_matches('"'));
+        let etag = etag.filter(|etag| is_plain(etag));
+        let etag = etag.ok_or_else(|| self.strange(&format!("it gives {file} no tag that could name it")))?;
+        Ok(RemoteFile { name: file.to_owned(), etag: etag.to_owned(), size, checksum: Checksum::of_etag(etag) })
+    }
+
+    fn strange(&self, what: &str) -> Failure {
+        let reason = format!("{} does not answer as the hub does: {what}; check HF_ENDPOINT", self.request.endpoint);
+        Failure { error: self.request.error(HubErrorKind::Response, reason), transient: false }
+    }
+}
+
+/// A proxy cannot reach what this machine calls by its own address.
+fn without_proxy_at_home(builder: ClientBuilder, endpoint: &str) -> ClientBuilder {
+    let host = Url::parse(endpoint).ok().and_then(|url| url.host_str().map(str::to_owned));
+    match host.as_deref() {
+        Some("localhost" | "127.0.0.1" | "[::1]") => builder.no_proxy(),
+        _ => builder,
+    }
+}
+
+/// Where the hub sends on to another path of its own.
+fn relative_redirect(answer: &Response) -> Option<String> {
+    let location = text(answer.headers(), LOCATION.as_str()).filter(|_| answer.status().is_redirection())?;
+    (location.starts_with('/') && !location.starts_with("//")).then_some(location)
+}
+
+fn text(headers: &HeaderMap, name: &str) -> Option<String> {
+    headers.get(name)?.to_str().ok().map(str::to_owned)
+}
+
+/// Whether a tag can be a file's name.
+fn is_plain(etag: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    !etag.is_empty() && etag.len() <= 128 && !etag.starts_with('.') && etag.bytes().all(plain)
+}

@@ -1,0 +1,150 @@
+//! All files of a commit that are needed, several at once.
+
+use std::fs;
+use std::panic::resume_unwind;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
+use std::thread;
+
+use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
+use tokio::runtime::Builder;
+
+use crate::error::quoted;
+use crate::index::{INDEX_FILE, ShardIndex};
+use crate::{Error, HubErrorKind};
+
+use super::api::{Api, RemoteFile};
+use super::failure::{DELAYS, FIRST_DELAYS, Request, retry};
+use super::fetch::{Fetcher, Progress};
+use super::layout::{CachedRepo, create_dir};
+use super::select::{Selection, select};
+use super::{MAIN, Resolved, cached, space};
+
+/// How many files are on their way at once.
+const AT_ONCE: usize = 8;
+
+/// How many branches and tags an error lists.
+const MOST_REVISIONS: usize = 10;
+
+/// Looks the revision up, downloads what the cache lacks, and makes the snapshot.
+pub(crate) fn download(
+    request: Request,
+    repo: CachedRepo,
+    token: Option<String>,
+    mut on_progress: Option<Box<dyn FnMut(u64, u64) + '_>>,
+) -> Result<Resolved, Error> {
+    let runtime = Builder::new_multi_thread().worker_threads(AT_ONCE).enable_all().build();
+    let runtime = runtime.map_err(|source| Error::Io { path: repo.path(), source })?;
+    let (progress, updates) = mpsc::channel();
+    // The caller may be inside a runtime of its own, and its callback need not be sent to threads.
+    thread::scope(|scope| {
+        let worker = scope.spawn(move || runtime.block_on(run(request, repo, token, progress)));
+        let (mut done, mut total) = (0_i64, 0);
+        for update in updates {
+            match update {
+                Progress::Total(bytes) => total = bytes,
+                Progress::Arrived(bytes) => done += bytes,
+            }
+            if let Some(on_progress) = &mut on_progress {
+                on_progress(u64::try_from(done).unwrap_or(0), total);
+            }
+        }
+        worker.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })
+}
+
+async fn run(
+    request: Request,
+    repo: CachedRepo,
+    token: Option<String>,
+    progress: Sender<Progress>,
+) -> Result<Resolved, Error> {
+    let api = Api::new(request.clone(), token)?;
+    let (commit, all) = match retry(&FIRST_DELAYS, || api.files()).await {
+        Ok(found) => found,
+        Err(error) => return without_hub(&request, &repo, &api, error).await,
+    };
+    let Selection { mut files, sharded } =
+        select(&all).map_err(|reason| request.error(HubErrorKind::Weights, reason))?;
+    // Keeps pruning away. A cache that cannot be written can still have everything.
+    let lock = repo.use_lock().ok();
+    if let Some(lock) = &lock {
+        let _ = lock.lock_shared();
+    }
+    let snapshot = repo.snapshot(&commit);
+    let fetcher = Arc::new(Fetcher { api, repo, commit });
+    if sharded {
+        let (unheard, _) = mpsc::channel();
+        bring(&fetcher, vec![INDEX_FILE.to_owned()], &unheard).await?;
+        let index = ShardIndex::read(&snapshot.join(INDEX_FILE))?;
+        files.extend(index.shards().into_iter().map(str::to_owned));
+    }
+    bring(&fetcher, files, &progress).await?;
+    fetcher.repo.write_reference(&request.revision, &fetcher.commit)?;
+    Ok(Resolved { path: snapshot, commit: Some(fetcher.commit.clone()), notice: None })
+}
+
+/// Downloads those of `files` that the snapshot lacks, and links them into it.
+async fn bring(fetcher: &Arc<Fetcher>, files: Vec<String>, progress: &Sender<Progress>) -> Result<(), Error> {
+    let Fetcher { api, repo, commit } = &**fetcher;
+    let snapshot = repo.snapshot(commit);
+    let lacking = files.into_iter().filter(|file| !snapshot.join(file).exists());
+    let lacking = at_once(lacking, |file| {
+        let fetcher = fetcher.clone();
+        async move { retry(&DELAYS, || fetcher.api.describe(&fetcher.commit, &file)).await }
+    })
+    .await?;
+    let mut absent: Vec<_> = lacking.iter().filter(|file| !repo.blob(&file.etag).exists()).cloned().collect();
+    // Files with the same contents are one blob.
+    absent.sort_by(|a, b| a.etag.cmp(&b.etag));
+    absent.dedup_by(|a, b| a.etag == b.etag);
+    if !absent.is_empty() {
+        create_dir(&repo.blobs())?;
+        let here = |file: &RemoteFile| fs::metadata(repo.incomplete(&file.etag)).map_or(0, |about| about.len());
+        let needed = absent.iter().map(|file| file.size.saturating_sub(here(file)));
+        space::check(api.request(), &repo.blobs(), needed.fold(0, u64::saturating_add))?;
+        let _ = progress.send(Progress::Total(absent.iter().map(|file| file.size).sum()));
+    }
+    at_once(absent, |file| {
+        let (fetcher, progress) = (fetcher.clone(), progress.clone());
+        async move { fetcher.fetch(&file, &progress).await }
+    })
+    .await?;
+    lacking.iter().try_for_each(|file| repo.link(commit, &file.name, &file.etag))
+}
+
+/// Runs a task for every item, some at once, until one fails.
+async fn at_once<I, T, F>(items: impl IntoIterator<Item = I>, task: impl Fn(I) -> F) -> Result<Vec<T>, Error>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, Error>> + Send + 'static,
+{
+    let tasks = stream::iter(items).map(|item| tokio::spawn(task(item))).buffer_unordered(AT_ONCE);
+    let results = tasks.map(|ended| ended.unwrap_or_else(|error| resume_unwind(error.into_panic())));
+    results.try_collect().await
+}
+
+/// What there is without an answer to the first request: the cache, or the error and what helps.
+async fn without_hub(request: &Request, repo: &CachedRepo, api: &Api, error: Error) -> Result<Resolved, Error> {
+    match error.hub_kind() {
+        Some(HubErrorKind::Network | HubErrorKind::Response) => match cached(request, repo) {
+            Ok(resolved) => {
+                let commit = resolved.commit.as_deref().unwrap_or_default();
+                let notice = format!("{error}; using commit {commit} from the cache");
+                Ok(Resolved { notice: Some(notice), ..resolved })
+            }
+            Err(_) => Err(error),
+        },
+        Some(HubErrorKind::NotFound) if request.revision != MAIN => {
+            let revisions = api.revisions().await;
+            if revisions.is_empty() {
+                return Err(error);
+            }
+            let listed = quoted(revisions.iter().take(MOST_REVISIONS).map(String::as_str));
+            let more = if revisions.len() > MOST_REVISIONS { ", …" } else { "" };
+            let reason = format!("it has no branch, tag or commit {:?}; it has {listed}{more}", request.revision);
+            Err(request.error(HubErrorKind::NotFound, reason))
+        }
+        _ => Err(error),
+    }
+}

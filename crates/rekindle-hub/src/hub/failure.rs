@@ -1,0 +1,235 @@
+//! What a request that failed means to the user.
+
+use std::error::Error as StdError;
+use std::time::Duration;
+
+use hf_hub::HFError;
+use tokio::time::sleep;
+
+use crate::{Error, HubErrorKind};
+
+use super::name::RepoName;
+
+/// A request that failed, and whether the same request may succeed soon.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) error: Error,
+    pub(crate) transient: bool,
+}
+
+/// Repeats what fails for a passing reason, once after each of the delays.
+pub(crate) async fn retry<T, F>(delays: &[Duration], mut attempt: impl FnMut() -> F) -> Result<T, Error>
+where
+    F: Future<Output = Result<T, Failure>>,
+{
+    for &delay in delays {
+        match attempt().await {
+            Err(failure) if failure.transient => sleep(delay).await,
+            settled => return settled.map_err(|failure| failure.error),
+        }
+    }
+    attempt().await.map_err(|failure| failure.error)
+}
+
+/// Patience enough for a network that is gone for a moment.
+pub(crate) const DELAYS: [Duration; 4] =
+    [Duration::from_millis(200), Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(20)];
+
+/// Less for the first request: often there is no network at all.
+pub(crate) const FIRST_DELAYS: [Duration; 2] = [DELAYS[0], DELAYS[1]];
+
+/// Whom and what a request was about.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    pub(crate) name: RepoName,
+    pub(crate) endpoint: String,
+    pub(crate) revision: String,
+    pub(crate) has_token: bool,
+}
+
+/// What the hub said to a request that it did not meet.
+#[derive(Debug, Default)]
+pub(crate) struct Refusal {
+    pub(crate) status: u16,
+    /// `X-Error-Code`.
+    pub(crate) code: Option<String>,
+    /// `X-Error-Message`, or `error` of the body.
+    pub(crate) message: Option<String>,
+}
+
+impl Request {
+    pub(crate) fn error(&self, kind: HubErrorKind, reason: impl Into<String>) -> Error {
+        Error::Hub { kind, name: self.name.to_string(), reason: reason.into() }
+    }
+
+    /// What an error of hf-hub means.
+    pub(crate) fn failure(&self, error: HFError) -> Failure {
+        match error {
+            HFError::Http { context }
+            | HFError::AuthRequired { context }
+            | HFError::Forbidden { context }
+            | HFError::Conflict { context }
+            | HFError::RateLimited { context, .. }
+            | HFError::RepoNotFound { context: Some(context), .. }
+            | HFError::RevisionNotFound { context: Some(context), .. }
+            | HFError::EntryNotFound { context: Some(context), .. } => self.refused(&Refusal {
+                status: context.status.as_u16(),
+                code: context.error_code,
+                message: context.server_message,
+            }),
+            HFError::Request { source, .. } => self.unreachable(&source),
+            other => {
+                let reason = format!("{} does not answer as the hub does ({other}); check HF_ENDPOINT", self.endpoint);
+                Failure { error: self.error(HubErrorKind::Response, reason), transient: false }
+            }
+        }
+    }
+
+    /// No answer arrived, or not all of it.
+    pub(crate) fn unreachable(&self, error: &reqwest::Error) -> Failure {
+        let endpoint = &self.endpoint;
+        let cause = innermost(error);
+        if error.is_builder() {
+            let reason = format!("{endpoint:?} is no address ({cause}); set HF_ENDPOINT to one like \"https://host\"");
+            return Failure { error: self.error(HubErrorKind::Network, reason), transient: false };
+        }
+        if error.is_decode() && !error.is_timeout() && cause.is::<serde_json::Error>() {
+            let reason = format!("{endpoint} does not answer as the hub does ({cause}); check HF_ENDPOINT");
+            return Failure { error: self.error(HubErrorKind::Response, reason), transient: false };
+        }
+        let what = if error.is_timeout() { "no answer in time".to_owned() } else { cause.to_string() };
+        let verb = if error.is_connect() { "cannot reach" } else { "lost the connection to" };
+        let reason =
+            format!("{verb} {endpoint}: {what}; check the network, and HF_ENDPOINT and HTTPS_PROXY if they are set");
+        Failure { error: self.error(HubErrorKind::Network, reason), transient: true }
+    }
+
+    /// No client could be made: it reads the system's certificates.
+    pub(crate) fn insecure(&self, error: &reqwest::Error) -> Error {
+        let cause = innermost(error);
+        let reason = format!(
+            "no secure connection can be made ({cause}); install the system's CA certificates, or set SSL_CERT_FILE"
+        );
+        self.error(HubErrorKind::Network, reason)
+    }
+
+    /// The hub answered, with an error.
+    pub(crate) fn refused(&self, refusal: &Refusal) -> Failure {
+        let Request { name, endpoint, revision, has_token } = self;
+        let said = refusal.message.as_deref().map(|message| format!(" ({message})")).unwrap_or_default();
+        let (kind, reason) = match (refusal.code.as_deref(), refusal.status) {
+            (Some("GatedRepo"), _) if *has_token => (
+                HubErrorKind::Denied,
+                format!(
+                    "its licence has not been accepted with this token{said}; accept it at {endpoint}/{name} and wait \
+                     until access is granted, with a token that may read gated repositories"
+                ),
+            ),
+            (Some("GatedRepo"), _) => (
+                HubErrorKind::Denied,
+                format!(
+                    "it is gated; accept its licence at {endpoint}/{name}, make a token at \
+                     {endpoint}/settings/tokens, and set HF_TOKEN to it"
+                ),
+            ),
+            (Some("RevisionNotFound"), _) => {
+                (HubErrorKind::NotFound, format!("it has no branch, tag or commit {revision:?}"))
+            }
+            (Some("EntryNotFound"), _) => {
+                (HubErrorKind::NotFound, format!("{endpoint} lists a file that it does not have{said}"))
+            }
+            (Some("RepoNotFound"), _) | (None, 404) => {
+                let private = match has_token {
+                    true => "if it is private, the token must be one that may read it",
+                    false => "if it is private, set HF_TOKEN",
+                };
+                (
+                    HubErrorKind::NotFound,
+                    format!(
+                        "{endpoint} has no such model, and there is no such directory; check the spelling, and {private}"
+                    ),
+                )
+            }
+            (_, 401) if *has_token => (
+                HubErrorKind::Denied,
+                format!(
+                    "{endpoint} does not accept the token{said}; make one at {endpoint}/settings/tokens and set HF_TOKEN"
+                ),
+            ),
+            // The hub does not tell strangers whether a private repository exists.
+            (_, 401) => (
+                HubErrorKind::Denied,
+                format!("{endpoint} has no such model, or it is private{said}; check the spelling, or set HF_TOKEN"),
+            ),
+            (_, 403) => (
+                HubErrorKind::Denied,
+                format!("{endpoint} refuses access{said}; ask its owner, or set HF_TOKEN to a token that may read it"),
+            ),
+            (_, 429) => (
+                HubErrorKind::Response,
+                format!(
+                    "{endpoint} refuses so many requests{said}; wait some minutes, or set HF_TOKEN for a higher limit"
+                ),
+            ),
+            (_, status) => {
+                (HubErrorKind::Response, format!("{endpoint} answers with status {status}{said}; try again later"))
+            }
+        };
+        let transient = matches!(refusal.status, 408 | 429 | 500 | 502 | 503 | 504);
+        Failure { error: self.error(kind, reason), transient }
+    }
+}
+
+/// What the system said; the errors around it only tell which layer passed it on.
+fn innermost(error: &reqwest::Error) -> &(dyn StdError + 'static) {
+    let mut cause: &(dyn StdError + 'static) = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(has_token: bool, status: u16, code: Option<&str>) -> Failure {
+        let request = Request {
+            name: RepoName::parse("org/model").unwrap(),
+            endpoint: "https://hub".to_owned(),
+            revision: "main".to_owned(),
+            has_token,
+        };
+        let code = code.map(str::to_owned);
+        request.refused(&Refusal { status, code, message: Some("server's words".to_owned()) })
+    }
+
+    #[test]
+    fn says_what_to_do() {
+        let cases = [
+            (false, 401, Some("GatedRepo"), HubErrorKind::Denied, "accept its licence at https://hub/org/model"),
+            (true, 403, Some("GatedRepo"), HubErrorKind::Denied, "with this token (server's words); accept it"),
+            (
+                false,
+                401,
+                Some("RepoNotFound"),
+                HubErrorKind::NotFound,
+                "no such model, and there is no such directory; check the spelling",
+            ),
+            (false, 401, None, HubErrorKind::Denied, "or set HF_TOKEN"),
+            (true, 401, None, HubErrorKind::Denied, "does not accept the token"),
+            (true, 403, None, HubErrorKind::Denied, "refuses access (server's words)"),
+            (true, 404, Some("RevisionNotFound"), HubErrorKind::NotFound, "no branch, tag or commit \"main\""),
+            (true, 404, None, HubErrorKind::NotFound, "the token must be one that may read it"),
+            (true, 429, None, HubErrorKind::Response, "wait some minutes"),
+            (true, 503, None, HubErrorKind::Response, "status 503"),
+        ];
+        for (has_token, status, code, kind, expected) in cases {
+            let Failure { error, transient } = refused(has_token, status, code);
+            assert_eq!(error.hub_kind(), Some(kind), "{error}");
+            assert!(error.to_string().starts_with("org/model: "), "{error}");
+            assert!(error.to_string().contains(expected), "{error}");
+            assert_eq!(transient, status == 429 || status == 503);
+        }
+    }
+}

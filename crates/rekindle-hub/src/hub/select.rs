@@ -1,0 +1,146 @@
+//! Which files of a repository are needed.
+
+use crate::error::quoted;
+use crate::index::{INDEX_FILE, SINGLE_FILE};
+
+pub(crate) const CONFIG: &str = "config.json";
+pub(crate) const ADAPTER_CONFIG: &str = "adapter_config.json";
+pub(crate) const ADAPTER_FILE: &str = "adapter_model.safetensors";
+
+/// What tokenizers of every kind consist of, and what stands beside a model.
+const SMALL_FILES: [&str; 14] = [
+    CONFIG,
+    "generation_config.json",
+    ADAPTER_CONFIG,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// The files to download.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Selection {
+    pub(crate) files: Vec<String>,
+    /// Whether an index among them names more.
+    pub(crate) sharded: bool,
+}
+
+/// Chooses from all files of a repository; those in its folders are never needed.
+///
+/// # Errors
+/// Why a repository is neither a model nor an adapter that can be read, and a way out.
+pub(crate) fn select(all: &[String]) -> Result<Selection, String> {
+    let has = |name: &str| all.iter().any(|file| file == name);
+    let is_model = has(CONFIG) && (has(SINGLE_FILE) || has(INDEX_FILE));
+    let is_adapter = has(ADAPTER_CONFIG) && has(ADAPTER_FILE);
+    if !is_model && !is_adapter {
+        return Err(unreadable(all));
+    }
+    let mut files: Vec<_> = SMALL_FILES.into_iter().filter(|name| has(name)).map(str::to_owned).collect();
+    // Where both are, `Checkpoint::open` takes the single file.
+    let sharded = is_model && !has(SINGLE_FILE);
+    if is_model {
+        files.push(if sharded { INDEX_FILE } else { SINGLE_FILE }.to_owned());
+    }
+    if is_adapter {
+        files.push(ADAPTER_FILE.to_owned());
+    }
+    Ok(Selection { files, sharded })
+}
+
+fn unreadable(all: &[String]) -> String {
+    let ending = |endings: &[&str]| {
+        let found = all.iter().filter(|file| endings.iter().any(|ending| file.ends_with(ending)));
+        found.map(String::as_str).collect::<Vec<_>>()
+    };
+    let weights = ending(&[".safetensors"]);
+    let pickled = ending(&[".bin", ".pt", ".pth", ".ckpt", ".pkl"]);
+    let gguf = ending(&[".gguf"]);
+    if !weights.is_empty() {
+        let lacks = if weights.contains(&ADAPTER_FILE) { ADAPTER_CONFIG } else { CONFIG };
+        let found = quoted(weights.into_iter().take(3));
+        return format!(
+            "it holds {found} but no {lacks} with {SINGLE_FILE} or {INDEX_FILE} beside it at its top; \
+             give a model or an adapter in transformers' layout"
+        );
+    }
+    if !pickled.is_empty() {
+        return format!(
+            "its weights are pickled ({}), and pickles can run code when they are read; \
+             give a repository, or a revision, with safetensors",
+            quoted(pickled.into_iter().take(3))
+        );
+    }
+    if !gguf.is_empty() {
+        return "it holds GGUF files, which are not read; give the repository that they were made from".to_owned();
+    }
+    "it holds no weights; give the repository of a model or of an adapter".to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn select_of(all: &[&str]) -> Result<Selection, String> {
+        select(&all.iter().map(|file| (*file).to_owned()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn takes_what_is_needed_and_nothing_else() {
+        let found = select_of(&[
+            ".gitattributes",
+            "README.md",
+            "config.json",
+            "consolidated.safetensors",
+            "merges.txt",
+            "model.safetensors",
+            "onnx/model.onnx",
+            "original/config.json",
+            "pytorch_model.bin",
+            "tokenizer.json",
+            "training_args.bin",
+        ]);
+        let files = ["config.json", "tokenizer.json", "merges.txt", "model.safetensors"];
+        assert_eq!(found, Ok(Selection { files: files.map(str::to_owned).into(), sharded: false }));
+    }
+
+    #[test]
+    fn shards_come_by_their_index() {
+        let found = select_of(&["config.json", INDEX_FILE, "model-00001-of-00002.safetensors"]).unwrap();
+        assert_eq!(found.files, ["config.json", INDEX_FILE]);
+        assert!(found.sharded);
+        let both = select_of(&["config.json", INDEX_FILE, SINGLE_FILE]).unwrap();
+        assert_eq!(both.files, ["config.json", SINGLE_FILE]);
+    }
+
+    #[test]
+    fn takes_an_adapter() {
+        let found = select_of(&["README.md", ADAPTER_CONFIG, ADAPTER_FILE, "chat_template.jinja"]).unwrap();
+        assert_eq!(found.files, [ADAPTER_CONFIG, "chat_template.jinja", ADAPTER_FILE]);
+        assert!(!found.sharded);
+    }
+
+    #[test]
+    fn refuses_other_weights_by_name() {
+        let cases: [(&[&str], &str); 6] = [
+            (&["config.json", "pytorch_model.bin"], "pickled (\"pytorch_model.bin\")"),
+            (&["adapter_config.json", "adapter_model.bin"], "\"adapter_model.bin\""),
+            (&["config.json", "m.Q4_K_M.gguf"], "holds GGUF"),
+            (&["README.md"], "no weights"),
+            (&["model.safetensors"], "but no config.json"),
+            (&["adapter_model.safetensors"], "but no adapter_config.json"),
+        ];
+        for (all, expected) in cases {
+            let reason = select_of(all).unwrap_err();
+            assert!(reason.contains(expected), "{reason}");
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Whether the disk of the cache has room.
+
+use std::path::Path;
+
+use crate::{Error, HubErrorKind};
+
+use super::failure::Request;
+
+/// Checks that `needed` more bytes fit beside `directory`'s contents.
+///
+/// # Errors
+/// [`HubErrorKind::Space`], with both numbers. A file system that does not tell passes.
+pub(crate) fn check(request: &Request, directory: &Path, needed: u64) -> Result<(), Error> {
+    match fs4::available_space(directory) {
+        Ok(free) if free < needed => Err(full(request, directory, needed, free)),
+        _ => Ok(()),
+    }
+}
+
+fn full(request: &Request, directory: &Path, needed: u64, free: u64) -> Error {
+    let reason =
+        format!("{} are to be downloaded and {} are free at {directory:?}; {WAY_OUT}", bytes(needed), bytes(free));
+    request.error(HubErrorKind::Space, reason)
+}
+
+/// What to do about a full disk.
+pub(crate) const WAY_OUT: &str = "make room, or set HF_HUB_CACHE to a directory on another disk";
+
+/// `n` in the unit that leaves up to three digits before the point.
+pub(crate) fn bytes(n: u64) -> String {
+    let mut scaled = n as f64;
+    for unit in ["bytes", "kB", "MB", "GB"] {
+        if scaled < 999.95 {
+            return if unit == "bytes" { format!("{n} bytes") } else { format!("{scaled:.1} {unit}") };
+        }
+        scaled /= 1000.0;
+    }
+    format!("{scaled:.1} TB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scales_bytes() {
+        let cases = [
+            (0, "0 bytes"),
+            (999, "999 bytes"),
+            (1_000, "1.0 kB"),
+            (999_949, "999.9 kB"),
+            (999_950, "1.0 MB"),
+            (8_044_936_192, "8.0 GB"),
+            (u64::MAX, "18446744.1 TB"),
+        ];
+        for (n, expected) in cases {
+            assert_eq!(bytes(n), expected);
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! The layout of the cache, and doing without the hub.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Command;
+
+use rekindle_hub::cache::{Prune, list, prune};
+use rekindle_hub::{HubErrorKind, HubOptions, adapter_base, resolve};
+
+use crate::Client;
+use crate::server::{COMMIT, Server};
+
+const MODEL: [(&str, &[u8]); 6] = [
+    ("README.md", b"# A model"),
+    ("config.json", b"{\"model_type\": \"qwen3\"}"),
+    ("model.safetensors", b"weights"),
+    ("original/params.json", b"{}"),
+    ("pytorch_model.bin", b"pickled"),
+    ("tokenizer.json", b"{}"),
+];
+
+#[test]
+fn lays_files_where_python_looks() {
+    let server = Server::start(&MODEL);
+    let client = Client::of(&server);
+    let resolved = client.resolve().unwrap();
+    assert_eq!(resolved.path, client.repo().join("snapshots").join(COMMIT));
+    assert_eq!((resolved.commit.as_deref(), resolved.notice), (Some(COMMIT), None));
+    assert_eq!(fs::read_to_string(client.repo().join("refs/main")).unwrap(), COMMIT);
+
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir(&resolved.path).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        let remote = server.hub().files[&name].clone();
+        assert_eq!(fs::read(entry.path()).unwrap(), remote.bytes);
+        #[cfg(unix)]
+        assert_eq!(fs::read_link(entry.path()).unwrap(), Path::new("../../blobs").join(remote.etag()));
+        found.insert(name);
+    }
+    let needed = ["config.json", "model.safetensors", "tokenizer.json"];
+    assert_eq!(found, needed.map(str::to_owned).into());
+}
+
+#[test]
+fn asks_once_when_everything_is_there() {
+    let server = Server::start(&MODEL);
+    let mut client = Client::of(&server);
+    let first = client.resolve().unwrap();
+    server.requests();
+    assert_eq!(client.resolve().unwrap(), first);
+    assert_eq!(server.requests(), ["GET /api/models/org/model/revision/main"]);
+    // A commit's files do not change.
+    client.revision = Some(COMMIT);
+    assert_eq!(client.resolve().unwrap(), first);
+    assert!(server.requests().is_empty());
+}
+
+/// What Python's library, or a run that was killed, left.
+#[test]
+fn completes_a_snapshot() {
+    let server = Server::start(&MODEL);
+    let client = Client::of(&server);
+    let path = client.resolve().unwrap().path;
+    fs::remove_file(path.join("tokenizer.json")).unwrap();
+    fs::remove_file(path.join("config.json")).unwrap();
+    let etag = server.hub().files["config.json"].etag();
+    fs::remove_file(client.repo().join("blobs").join(&etag)).unwrap();
+    server.requests();
+    client.resolve().unwrap();
+    assert!(path.join("tokenizer.json").exists());
+    let fetched: Vec<_> = server.requests().into_iter().filter(|request| request.starts_with("GET /org")).collect();
+    // Of the tokenizer only the link is gone.
+    assert_eq!(fetched, [format!("GET /org/model/resolve/{COMMIT}/config.json")]);
+}
+
+#[test]
+fn does_without_the_hub() {
+    let server = Server::start(&MODEL);
+    let mut client = Client::of(&server);
+    client.local_files_only = true;
+    client.fails(HubErrorKind::Offline, "local_files_only is set, and there is neither such a directory nor ");
+
+    client.local_files_only = false;
+    let online = client.resolve().unwrap();
+    server.requests();
+    client.local_files_only = true;
+    assert_eq!(client.resolve().unwrap(), online);
+    client.revision = Some("v2");
+    client.fails(HubErrorKind::Offline, "(revision \"v2\")");
+    client.revision = None;
+    fs::remove_file(online.path.join("model.safetensors")).unwrap();
+    client.fails(HubErrorKind::Offline, "lacks its weights");
+    assert!(server.requests().is_empty());
+}
+
+#[test]
+fn takes_the_cache_when_the_hub_is_out_of_reach() {
+    let server = Server::start(&MODEL);
+    let mut client = Client::of(&server);
+    let online = client.resolve().unwrap();
+    client.endpoint = nobody();
+    let offline = client.resolve().unwrap();
+    assert_eq!(offline.path, online.path);
+    let notice = offline.notice.unwrap();
+    assert!(notice.contains(&format!("cannot reach {}: ", client.endpoint)), "{notice}");
+    assert!(notice.ends_with(&format!("using commit {COMMIT} from the cache")), "{notice}");
+}
+
+#[test]
+fn says_that_nobody_answers() {
+    let server = Server::start(&MODEL);
+    let mut client = Client::of(&server);
+    client.endpoint = nobody();
+    client.fails(HubErrorKind::Network, "onnection refused");
+    client.endpoint = "http://no-such-host.invalid".to_owned();
+    client.fails(HubErrorKind::Network, "cannot reach http://no-such-host.invalid: ");
+    client.endpoint = "huggingface.co".to_owned();
+    client.fails(HubErrorKind::Network, "is no address");
+}
+
+/// The address of a port that was free just now.
+fn nobody() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    format!("http://{}", listener.local_addr().unwrap())
+}
+
+#[test]
+fn an_adapter_leads_to_its_base() {
+    let config = br#"{"peft_type": "LORA", "base_model_name_or_path": "org/base"}"#;
+    let server = Server::start(&[("adapter_config.json", config), ("adapter_model.safetensors", b"lora")]);
+    let client = Client::of(&server);
+    let adapter = client.resolve().unwrap().path;
+    assert!(adapter.join("adapter_model.safetensors").exists());
+    assert_eq!(adapter_base(&adapter).unwrap().as_deref(), Some("org/base"));
+}
+
+#[test]
+fn keeps_revisions_apart_and_prunes_the_old() {
+    let server = Server::start(&MODEL);
+    let mut client = Client::of(&server);
+    server.hub().revisions.insert("refs/pr/1".to_owned(), COMMIT.to_owned());
+    client.revision = Some("refs/pr/1");
+    let requested = client.resolve().unwrap();
+    assert_eq!(fs::read_to_string(client.repo().join("refs/refs/pr/1")).unwrap(), COMMIT);
+    assert!(server.requests()[0].ends_with("/revision/refs%2Fpr%2F1"));
+
+    let old = client.repo().join("snapshots").join("f".repeat(40));
+    fs::create_dir(&old).unwrap();
+    fs::write(client.repo().join("blobs/half.incomplete"), [0; 100]).unwrap();
+    let models = list(client.scratch.path()).unwrap();
+    assert_eq!(models.len(), 1);
+    assert_eq!(models[0].revisions.len(), 2);
+    assert_eq!(models[0].revisions[0].references, ["refs/pr/1"]);
+    assert_eq!(prune(client.scratch.path(), Prune::Unreferenced).unwrap().bytes, 100);
+    assert!(!old.exists());
+    client.local_files_only = true;
+    assert_eq!(client.resolve().unwrap(), requested);
+}
+
+/// Runs the test below in a process with variables of its own.
+#[test]
+fn obeys_the_environment() {
+    let server = Server::start(&MODEL);
+    server.hub().token = Some("hf_file".to_owned());
+    let home = tempfile::tempdir().unwrap();
+    fs::write(home.path().join("token"), "hf_file\n").unwrap();
+    let run = |offline: &str| {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", "cache::in_a_process_of_its_own"]).env("REKINDLE_HUB_TEST", "1");
+        for variable in ["HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"] {
+            child.env_remove(variable);
+        }
+        child.env("HF_ENDPOINT", &server.endpoint).env("HF_HOME", home.path()).env("HF_HUB_OFFLINE", offline);
+        child.output().unwrap().status.success()
+    };
+    assert!(!run("1"), "nothing is cached yet");
+    assert!(server.requests().is_empty());
+    assert!(run("0"));
+    assert!(home.path().join("hub/models--org--model/refs/main").exists());
+    server.requests();
+    assert!(run("1"));
+    assert!(server.requests().is_empty());
+}
+
+#[test]
+fn in_a_process_of_its_own() {
+    if std::env::var_os("REKINDLE_HUB_TEST").is_some() {
+        resolve("org/model", HubOptions::default()).unwrap();
+    }
+}

@@ -1,0 +1,319 @@
+//! A hub on loopback: one model's API, and the storage that large files are redirected to.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use sha1::{Digest, Sha1};
+use sha2::Sha256;
+
+pub(crate) const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// One file of the model.
+#[derive(Clone, Default)]
+pub(crate) struct RemoteFile {
+    pub(crate) bytes: Vec<u8>,
+    /// Whether it is in the storage for large files.
+    pub(crate) is_large: bool,
+    /// Where the next answers end, counted from the file's start.
+    pub(crate) cuts: Vec<usize>,
+    /// What is announced instead of the size.
+    pub(crate) size: Option<u64>,
+    /// What is sent instead of the bytes.
+    pub(crate) sent: Option<Vec<u8>>,
+}
+
+impl RemoteFile {
+    /// The tag that the hub gives: a checksum.
+    pub(crate) fn etag(&self) -> String {
+        match self.is_large {
+            true => hex(&Sha256::digest(&self.bytes)),
+            false => {
+                let header = format!("blob {}\0", self.bytes.len());
+                hex(&Sha1::new_with_prefix(header).chain_update(&self.bytes).finalize())
+            }
+        }
+    }
+}
+
+/// What the hub holds, how it behaves, and what it was asked.
+pub(crate) struct Hub {
+    pub(crate) files: BTreeMap<String, RemoteFile>,
+    /// Where branches and tags stand.
+    pub(crate) revisions: BTreeMap<String, String>,
+    /// Who may read; everyone if empty.
+    pub(crate) token: Option<String>,
+    /// Whether the licence must be accepted, which nobody has.
+    pub(crate) is_gated: bool,
+    /// Whether `Range` is obeyed.
+    pub(crate) has_ranges: bool,
+    /// The status of the next answers.
+    pub(crate) failures: Vec<u16>,
+    /// An older name, which is redirected.
+    pub(crate) old_name: Option<String>,
+    /// How many answers of the storage must be under way before one begins, and how many were.
+    pub(crate) wait_for: usize,
+    pub(crate) most_at_once: usize,
+    at_once: usize,
+    /// Method, path and range of every request.
+    pub(crate) requests: Vec<String>,
+    /// Whether the storage was told a token.
+    pub(crate) leaked_token: bool,
+}
+
+pub(crate) struct Server {
+    pub(crate) endpoint: String,
+    hub: Arc<Mutex<Hub>>,
+}
+
+impl Server {
+    /// Serves `org/model` with these files; those in safetensors are large.
+    pub(crate) fn start(files: &[(&str, &[u8])]) -> Server {
+        let files = files.iter().map(|(name, bytes)| {
+            let is_large = name.ends_with(".safetensors");
+            ((*name).to_owned(), RemoteFile { bytes: bytes.to_vec(), is_large, ..RemoteFile::default() })
+        });
+        let hub = Arc::new(Mutex::new(Hub {
+            files: files.collect(),
+            revisions: [("main".to_owned(), COMMIT.to_owned())].into(),
+            token: None,
+            is_gated: false,
+            has_ranges: true,
+            failures: Vec::new(),
+            old_name: None,
+            wait_for: 0,
+            most_at_once: 0,
+            at_once: 0,
+            requests: Vec::new(),
+            leaked_token: false,
+        }));
+        // Two ports are two hosts: a token must not go from one to the other.
+        let (front, storage) = (listen(), listen());
+        let storage_address = address(&storage);
+        let endpoint = address(&front);
+        for (listener, is_storage) in [(front, false), (storage, true)] {
+            let (hub, storage_address) = (hub.clone(), storage_address.clone());
+            thread::spawn(move || {
+                for stream in listener.incoming().flatten() {
+                    let (hub, storage_address) = (hub.clone(), storage_address.clone());
+                    // A client that went away is its own affair.
+                    thread::spawn(move || answer(&stream, &hub, &storage_address, is_storage).ok());
+                }
+            });
+        }
+        Server { endpoint, hub }
+    }
+
+    pub(crate) fn hub(&self) -> MutexGuard<'_, Hub> {
+        self.hub.lock().unwrap()
+    }
+
+    pub(crate) fn file(&self, name: &str, change: impl FnOnce(&mut RemoteFile)) {
+        change(self.hub().files.get_mut(name).unwrap());
+    }
+
+    /// The requests since the last call.
+    pub(crate) fn requests(&self) -> Vec<String> {
+        std::mem::take(&mut self.hub().requests)
+    }
+}
+
+fn listen() -> TcpListener {
+    TcpListener::bind("127.0.0.1:0").unwrap()
+}
+
+fn address(listener: &TcpListener) -> String {
+    format!("http://{}", listener.local_addr().unwrap())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+struct Request {
+    method: String,
+    path: String,
+    authorization: Option<String>,
+    range: Option<String>,
+}
+
+fn read(stream: &TcpStream) -> Option<Request> {
+    let mut lines = BufReader::new(stream).lines().map_while(Result::ok);
+    let first = lines.next()?;
+    let mut words = first.split(' ').map(str::to_owned);
+    let mut request = Request { method: words.next()?, path: words.next()?, authorization: None, range: None };
+    for line in lines.take_while(|line| !line.is_empty()) {
+        let (name, value) = line.split_once(':')?;
+        match name.to_ascii_lowercase().as_str() {
+            "authorization" => request.authorization = Some(value.trim().to_owned()),
+            "range" => request.range = Some(value.trim().to_owned()),
+            _ => {}
+        }
+    }
+    Some(request)
+}
+
+fn answer(mut stream: &TcpStream, hub: &Mutex<Hub>, storage: &str, is_storage: bool) -> std::io::Result<()> {
+    let Some(request) = read(stream) else { return Ok(()) };
+    let reply = {
+        let mut hub = hub.lock().unwrap();
+        let range = request.range.as_deref().map(|range| format!(" {range}")).unwrap_or_default();
+        hub.requests.push(format!("{} {}{range}", request.method, request.path));
+        hub.leaked_token |= is_storage && request.authorization.is_some();
+        if is_storage { hub.stored(&request) } else { hub.reply(&request, storage) }
+    };
+    let is_transfer = is_storage && request.method == "GET";
+    if is_transfer {
+        wait_for_others(hub);
+    }
+    let mut head = format!("HTTP/1.1 {} -\r\nConnection: close\r\n", reply.status);
+    head += &format!("Content-Length: {}\r\n", reply.body.len());
+    for (name, value) in &reply.headers {
+        head += &format!("{name}: {value}\r\n");
+    }
+    stream.write_all(format!("{head}\r\n").as_bytes())?;
+    if request.method != "HEAD" {
+        let end = reply.cut.unwrap_or(reply.body.len()).min(reply.body.len());
+        stream.write_all(&reply.body[..end])?;
+    }
+    if is_transfer {
+        hub.lock().unwrap().at_once -= 1;
+    }
+    Ok(())
+}
+
+/// Begins when enough answers are under way, or when they seem not to come.
+fn wait_for_others(hub: &Mutex<Hub>) {
+    hub.lock().unwrap().at_once += 1;
+    let since = Instant::now();
+    loop {
+        let mut hub = hub.lock().unwrap();
+        hub.most_at_once = hub.most_at_once.max(hub.at_once);
+        if hub.most_at_once >= hub.wait_for || since.elapsed() > Duration::from_secs(3) {
+            return;
+        }
+        drop(hub);
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[derive(Default)]
+struct Reply {
+    status: u16,
+    headers: Vec<(&'static str, String)>,
+    body: Vec<u8>,
+    /// After how much of the body the connection ends.
+    cut: Option<usize>,
+}
+
+fn error(status: u16, code: &str) -> Reply {
+    let headers = if code.is_empty() { vec![] } else { vec![("X-Error-Code", code.to_owned())] };
+    Reply { status, headers, body: br#"{"error": "the server's words"}"#.to_vec(), ..Reply::default() }
+}
+
+impl Hub {
+    fn reply(&mut self, request: &Request, storage: &str) -> Reply {
+        if let Some(status) = self.failures.pop() {
+            return error(status, "");
+        }
+        let right = self.token.as_ref().map(|token| format!("Bearer {token}"));
+        if right.is_some() && request.authorization != right {
+            // As the hub: without a token it does not tell what is private from what is not there.
+            return error(401, if request.authorization.is_some() { "" } else { "RepoNotFound" });
+        }
+        let mut path = request.path.clone();
+        if let Some(old) = &self.old_name
+            && path.contains(old.as_str())
+        {
+            path = path.replace(old.as_str(), "org/model");
+            return Reply { status: 307, headers: vec![("Location", path)], ..Reply::default() };
+        }
+        if path == "/api/models/org/model/refs" {
+            return self.refs();
+        }
+        if let Some(revision) = path.strip_prefix("/api/models/org/model/revision/") {
+            return self.info(revision);
+        }
+        match path.strip_prefix("/org/model/resolve/").and_then(|rest| rest.split_once('/')) {
+            Some((revision, file)) if self.commit_of(revision).is_some() => self.resolve(file, request, storage),
+            _ => error(404, "RepoNotFound"),
+        }
+    }
+
+    fn commit_of(&self, revision: &str) -> Option<&str> {
+        match revision {
+            COMMIT => Some(COMMIT),
+            name => self.revisions.get(&name.replace("%2F", "/")).map(String::as_str),
+        }
+    }
+
+    fn refs(&self) -> Reply {
+        let branches = self
+            .revisions
+            .keys()
+            .map(|name| serde_json::json!({"name": name, "ref": format!("refs/heads/{name}"), "targetCommit": COMMIT}));
+        let branches: Vec<_> = branches.collect();
+        let body = serde_json::json!({"branches": branches, "tags": [], "converts": []});
+        Reply { status: 200, body: body.to_string().into_bytes(), ..Reply::default() }
+    }
+
+    fn info(&self, revision: &str) -> Reply {
+        let Some(commit) = self.commit_of(revision) else { return error(404, "RevisionNotFound") };
+        let files: Vec<_> = self.files.keys().map(|name| serde_json::json!({"rfilename": name})).collect();
+        let body = serde_json::json!({"id": "org/model", "sha": commit, "siblings": files});
+        Reply { status: 200, body: body.to_string().into_bytes(), ..Reply::default() }
+    }
+
+    fn resolve(&mut self, file: &str, request: &Request, storage: &str) -> Reply {
+        if self.is_gated {
+            return error(if request.authorization.is_some() { 403 } else { 401 }, "GatedRepo");
+        }
+        let Some(remote) = self.files.get(file) else { return error(404, "EntryNotFound") };
+        let size = remote.size.unwrap_or(remote.bytes.len() as u64);
+        let etag = remote.etag();
+        let commit = ("X-Repo-Commit", COMMIT.to_owned());
+        if remote.is_large {
+            let headers = vec![
+                ("Location", format!("{storage}/{file}?signature=x")),
+                ("ETag", "\"the redirect's own\"".to_owned()),
+                ("X-Linked-ETag", format!("\"{etag}\"")),
+                ("X-Linked-Size", size.to_string()),
+                commit,
+            ];
+            return Reply { status: 302, headers, body: b"Found. Redirecting".to_vec(), ..Reply::default() };
+        }
+        let mut reply = self.contents(file, request);
+        reply.headers.extend([("ETag", format!("\"{etag}\"")), commit]);
+        reply
+    }
+
+    fn stored(&mut self, request: &Request) -> Reply {
+        let file = request.path.trim_start_matches('/').split('?').next().unwrap_or_default().to_owned();
+        let mut reply = self.contents(&file, request);
+        // A storage has tags of its own.
+        reply.headers.push(("ETag", "\"storage-1\"".to_owned()));
+        reply
+    }
+
+    fn contents(&mut self, file: &str, request: &Request) -> Reply {
+        let has_ranges = self.has_ranges;
+        let Some(remote) = self.files.get_mut(file) else { return error(404, "") };
+        let mut body = remote.sent.clone().unwrap_or_else(|| remote.bytes.clone());
+        let (mut status, mut start, mut headers) = (200, 0, vec![]);
+        if let Some(range) = request.range.as_deref().filter(|_| has_ranges) {
+            let from = range.strip_prefix("bytes=").and_then(|range| range.split('-').next()).unwrap();
+            start = from.parse().unwrap();
+            headers.push(("Content-Range", format!("bytes {start}-{}/{}", body.len() - 1, body.len())));
+            body.drain(..start);
+            status = 206;
+        }
+        let cut = match request.method.as_str() {
+            "GET" if !remote.cuts.is_empty() => Some(remote.cuts.remove(0).saturating_sub(start)),
+            _ => None,
+        };
+        Reply { status, headers, body, cut }
+    }
+}
