@@ -1,0 +1,331 @@
+// Causal attention over documents of any length, forward, for Hopper: FlashAttention-3's scheme (arXiv:2407.08608).
+//
+// Math, for query row i of a document and query head h, which reads key and value head h / (heads / kv_heads):
+//   s[j] = scale q[i] . k[j] for j <= i in the same document;  lse[i] = ln sum_j exp s[j];  o[i] = sum_j exp(s[j] - lse[i]) v[j]
+// Scores, softmax and sums are f32 (exp2, with log2 e folded into the scale; scale > 0); probabilities are rounded to T for the
+// second product, sums are not.
+//
+// Layout: q [tokens, heads * HEAD_DIM], k and v [tokens, kv_heads * HEAD_DIM], o like q, each with its own row stride, which is a
+// multiple of 8 elements; pointers on 16 bytes; lse f32 [heads, tokens]. Documents lie one after another. Tiles reach past a
+// document's end into its neighbour: what is read there is masked and nothing is written there, but it must be finite.
+//
+// Compile for sm_90a with -DT=bf16|f16 -DHEAD_DIM=64|128.
+// Launch attention_fwd_sm90: grid min(multiprocessors, n_tiles * heads), block 384, dynamic shared memory
+// 6 * 128 * HEAD_DIM * 2 + 128 bytes (196,736 or 98,432: raise the limit first). Arguments:
+//   q_map, k_map, v_map  CUtensorMap by value, from cuTensorMapEncodeTiled with BFLOAT16 or FLOAT16, rank 3, the slice's base,
+//                        dims {64, tokens, its heads * HEAD_DIM / 64}, byte strides {row stride * 2, 128},
+//                        box {64, 128, HEAD_DIM / 64}, element strides {1, 1, 1}, INTERLEAVE_NONE, SWIZZLE_128B,
+//                        L2_PROMOTION_L2_128B, FLOAT_OOB_FILL_NONE
+//   T* o, f32* lse
+//   const int4* tiles    one for each 128 query rows of each document: {first row, document's start, document's end, 0};
+//                        for start, end in cu_seqlens: for row in (start..end).step_by(128); sorted by start - row, so that
+//                        the longest work comes first
+//   u32* tickets         two, zero before the first launch; every launch leaves them zero. Launches that may overlap need
+//                        tickets of their own
+//   int tokens, heads, kv_heads, ldo, n_tiles, f32 scale
+// A block is a producer warp and two warpgroups of 64 query rows each; blocks draw (tile, head) items from the tickets. The same
+// inputs give the same bits.
+//
+// Floor, 4 x 2048 tokens, 32/8 heads x 128: 4 * 4 * 32 * 2048^2 * 128 / 2 = 137 GFLOP at 790 TFLOP/s = 174 us; 169 MB at
+// 4.3 TB/s = 39 us.
+// Status, NVIDIA H200, 2026-11-23, against cuDNN through PyTorch 2.11 in the same run (medians of 30):
+//   4 x 2048, 32/8 x 128    228 us  602 TFLOP/s  76% of the floor    cuDNN   261 us  527
+//   1 x 8192, 32/8 x 128    783 us  702 TFLOP/s  89%                 cuDNN   929 us  592
+//   1 x 32768, 32/8 x 128 14314 us  615 TFLOP/s  78%                 cuDNN 15026 us  585
+//   2 x 512, 16/8 x 128      26 us (the launch from Python in it)    cuDNN    35 us
+//   4 x 2048, 32/8 x 64     171 us  403 TFLOP/s  51%                 cuDNN   181 us  379
+// 168 registers at entry (240 a consumer thread, 24 a producer one), no local memory.
+// Tests: o and lse against float32 on fresh random data, at most 0.83 (bf16, 128), 0.64 (bf16, 64) and 0.73 (f16) of the naive
+// computation's error; lengths 1 to 2048 with every tail, 50 documents of length 1, groups of 1, 2, 4 and 7, slices of one buffer,
+// poisoned outputs, repeated runs bit-equal; compute-sanitizer memcheck clean.
+// Tried: nothing else; this is the first form measured.
+
+#define TILE 128    // query rows of a work item, and keys of a step
+#define STAGES 2
+#define HALVES (HEAD_DIM / 64)
+#define TILE_BYTES (TILE * HEAD_DIM * 2)
+#define CONSUMERS 256
+
+// Shared memory, in bytes from a base aligned to 1024. Each tile is HALVES panels of [128 rows][64 columns] of 16 bits,
+// its 16-byte chunks swizzled over 128 bytes as TMA and wgmma agree on.
+#define Q_AT 0
+#define K_AT (STAGES * TILE_BYTES)
+#define V_AT (2 * STAGES * TILE_BYTES)
+#define BARRIERS_AT (3 * STAGES * TILE_BYTES)
+#define Q_FULL (BARRIERS_AT)
+#define Q_EMPTY (BARRIERS_AT + 16)
+#define K_FULL (BARRIERS_AT + 32)
+#define K_EMPTY (BARRIERS_AT + 48)
+#define V_FULL (BARRIERS_AT + 64)
+#define V_EMPTY (BARRIERS_AT + 80)
+#define ITEMS (BARRIERS_AT + 96)
+
+DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// A stage of a two-slot ring and the parity to wait for.
+struct Ring {
+    u32 count;
+    DEVICE u32 slot() const { return count % STAGES; }
+    DEVICE u32 parity() const { return count / STAGES % 2; }
+};
+
+#define REG8(d, i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define REG32(d) REG8(d, 0), REG8(d, 8), REG8(d, 16), REG8(d, 24)
+#define REG64(d) REG32(d), REG8(d, 32), REG8(d, 40), REG8(d, 48), REG8(d, 56)
+
+// d = a bT (+ d where `add`), both operands with the summed index contiguous.
+DEVICE void wgmma(f32 (&d)[64], u64 a, u64 b, int add) {
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, %66, 0; " WGMMA(128) ACC64 ", %64, %65, add, 1, 1, 0, 0; }"
+                 : REG64(d)
+                 : "l"(a), "l"(b), "r"(add));
+}
+// d += a b, a in registers, b with its columns contiguous.
+DEVICE void wgmma(f32 (&d)[64], const u32* a, u64 b) {
+    asm volatile(WGMMA(128) ACC64 ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+                 : REG64(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+DEVICE void wgmma(f32 (&d)[32], const u32* a, u64 b) {
+    asm volatile(WGMMA(64) ACC32 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : REG32(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// The scores of 64 queries (one warpgroup's) and a tile of keys.
+DEVICE void scores(f32 (&s)[64], u64 q, u64 k) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 16; i++) {
+        const u32 step = (i / 4 * (TILE * 128) + i % 4 * 32) >> 4;
+        wgmma(s, q + step, k + step, i > 0);
+    }
+    wgmma_commit();
+}
+DEVICE void add_values(f32 (&o)[HEAD_DIM / 2], const u32 (&p)[32], u64 v) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < TILE / 16; i++) wgmma(o, p + 4 * i, v + (i * 2048 >> 4));
+    wgmma_commit();
+}
+
+// Replaces scores by their exponentials against the running maximum, and carries maximum and sum; `correction` is what
+// earlier sums and outputs are to be multiplied by. Element 4j + 2r + c of a thread is row lane/4 + 8r, key 8j + 2(lane%4) + c.
+template <bool FIRST> DEVICE void softmax(f32 (&s)[64], f32 (&m)[2], f32 (&l)[2], f32 (&correction)[2], f32 scale_log2) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        f32 a = fmaxf(s[2 * r], s[2 * r + 1]), b = fmaxf(s[2 * r + 4], s[2 * r + 5]);
+#pragma unroll
+        for (int j = 2; j < 16; j += 2) {
+            a = fmaxf(a, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+            b = fmaxf(b, fmaxf(s[4 * j + 2 * r + 4], s[4 * j + 2 * r + 5]));
+        }
+        a = fmaxf(a, b);
+        a = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 1));
+        a = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 2));
+        if (!FIRST) {
+            a = fmaxf(a, m[r]);
+            correction[r] = exp2_approx((m[r] - a) * scale_log2);
+        }
+        m[r] = a;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const f32 shift = m[r] * scale_log2;
+        f32 sum[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                f32& x = s[4 * j + 2 * r + c];
+                x = exp2_approx(fmaf(x, scale_log2, -shift));
+                sum[c] += x;
+            }
+        }
+        l[r] = FIRST ? sum[0] + sum[1] : fmaf(l[r], correction[r], sum[0] + sum[1]);
+    }
+}
+DEVICE void pack(u32 (&p)[32], const f32 (&s)[64]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+}
+
+// Loads tiles in the order the consumers take them, always as far ahead as the rings allow.
+DEVICE void produce(u32 base, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map, const int4* tiles,
+                    u32* tickets, int heads, int kv_heads, int items) {
+    Ring q_ring = {0}, k_ring = {0}, v_ring = {0};
+    int item = blockIdx.x;
+    for (;; q_ring.count++) {
+        const u32 q_slot = q_ring.slot();
+        if (item >= items) {
+            barrier_wait(base + Q_EMPTY + 8 * q_slot, q_ring.parity() ^ 1);
+            asm volatile("st.shared.u32 [%0], %1;" ::"r"(base + ITEMS + 4 * q_slot), "r"(-1) : "memory");
+            barrier_arrive(base + Q_FULL + 8 * q_slot);
+            break;
+        }
+        const int next = gridDim.x + atomicAdd(&tickets[0], 1);
+        const int4 tile = tiles[item / heads];
+        const int head = item % heads;
+        const int kv_panel = head / (heads / kv_heads) * HALVES;
+        const int last = (tile.x - tile.y) / TILE;
+
+        auto load = [&](Ring& ring, const TensorMap* map, u32 at, u32 full, u32 empty, int j) {
+            const u32 slot = ring.slot();
+            barrier_wait(base + empty + 8 * slot, ring.parity() ^ 1);
+            barrier_expect(base + full + 8 * slot, TILE_BYTES);
+            tma_load(base + at + slot * TILE_BYTES, map, base + full + 8 * slot, tile.y + j * TILE, kv_panel);
+            ring.count++;
+        };
+        load(k_ring, k_map, K_AT, K_FULL, K_EMPTY, last);
+        barrier_wait(base + Q_EMPTY + 8 * q_slot, q_ring.parity() ^ 1);
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(base + ITEMS + 4 * q_slot), "r"(item) : "memory");
+        barrier_expect(base + Q_FULL + 8 * q_slot, TILE_BYTES);
+        tma_load(base + Q_AT + q_slot * TILE_BYTES, q_map, base + Q_FULL + 8 * q_slot, tile.x, head * HALVES);
+        for (int j = last; j >= 0; j--) {
+            if (j > 0) load(k_ring, k_map, K_AT, K_FULL, K_EMPTY, j - 1);
+            load(v_ring, v_map, V_AT, V_FULL, V_EMPTY, j);
+        }
+        item = next;
+    }
+    // The last block to finish leaves the tickets as the next launch needs them.
+    __threadfence();
+    if (atomicAdd(&tickets[1], 1) == gridDim.x - 1) {
+        tickets[0] = 0;
+        tickets[1] = 0;
+    }
+}
+
+// o (64 rows of one warpgroup) over its row sums, through the query tile's shared memory, so that rows leave in 16-byte pieces.
+DEVICE void store_output(T* o, const f32 (&acc)[HEAD_DIM / 2], const f32 (&inverse)[2], u32 stage, int row_in_tile, int row,
+                         int end, int column, int ldo) {
+    const int lane = threadIdx.x % 32;
+    const int r = row_in_tile + lane % 16;
+#pragma unroll
+    for (int j = 0; j < HEAD_DIM / 16; j++) {
+        u32 x[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = pack2<T>(acc[8 * j + 2 * i] * inverse[i % 2], acc[8 * j + 2 * i + 1] * inverse[i % 2]);
+        const int chunk = 2 * j + lane / 16;
+        const u32 at = stage + chunk / 8 * (TILE * 128) + r * 128 + (chunk % 8 ^ r % 8) * 16;
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]),
+                     "r"(x[3])
+                     : "memory");
+    }
+    __syncwarp();
+    const int chunks = HEAD_DIM / 8;
+#pragma unroll
+    for (int i = 0; i < chunks / 2; i++) {
+        const int rr = row_in_tile + i * (32 / chunks) + lane / chunks, chunk = lane % chunks;
+        const u32 at = stage + chunk / 8 * (TILE * 128) + rr * 128 + (chunk % 8 ^ rr % 8) * 16;
+        uint4 x;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at) : "memory");
+        if (row + rr < end) *reinterpret_cast<uint4*>(o + (u64)(row + rr) * ldo + column + chunk * 8) = x;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    attention_fwd_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                       const __grid_constant__ TensorMap v_map, T* o, f32* lse, const int4* tiles, u32* tickets, int tokens,
+                       int heads, int kv_heads, int ldo, int n_tiles, f32 scale) {
+    extern __shared__ __align__(1024) u8 shared[];
+    const u32 base = (u32)__cvta_generic_to_shared(shared);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(base + Q_FULL + 8 * i, 1);
+            barrier_init(base + K_FULL + 8 * i, 1);
+            barrier_init(base + V_FULL + 8 * i, 1);
+            // A warp arrives when its own part of the products is done.
+            barrier_init(base + Q_EMPTY + 8 * i, CONSUMERS / 32);
+            barrier_init(base + K_EMPTY + 8 * i, CONSUMERS / 32);
+            barrier_init(base + V_EMPTY + 8 * i, CONSUMERS / 32);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (threadIdx.x < 128) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == 0) produce(base, &q_map, &k_map, &v_map, tiles, tickets, heads, kv_heads, n_tiles * heads);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+        const int row_in_tile = group * 64 + warp * 16;
+        const f32 scale_log2 = scale * 1.4426950408889634f;
+        Ring q_ring = {0}, k_ring = {0}, v_ring = {0};
+        // Turns: a warpgroup issues its products while the other one computes exponentials. Group 0 begins.
+        if (group == 1) named_arrive(1, CONSUMERS);
+
+        for (;; q_ring.count++) {
+            const u32 q_slot = q_ring.slot();
+            barrier_wait(base + Q_FULL + 8 * q_slot, q_ring.parity());
+            int item;
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(item) : "r"(base + ITEMS + 4 * q_slot) : "memory");
+            if (item < 0) break;
+            const int4 tile = tiles[item / heads];
+            const int head = item % heads;
+            const u64 q = descriptor(base + Q_AT + q_slot * TILE_BYTES + group * 64 * 128, 0);
+
+            auto k_slot = [&]() { return descriptor(base + K_AT + k_ring.slot() * TILE_BYTES, 0); };
+            auto v_slot = [&]() { return descriptor(base + V_AT + v_ring.slot() * TILE_BYTES, TILE * 128); };
+            auto wait_full = [&](const Ring& ring, u32 full) { barrier_wait(base + full + 8 * ring.slot(), ring.parity()); };
+            auto release = [&](Ring& ring, u32 empty) {
+                if (lane == 0) barrier_arrive(base + empty + 8 * ring.slot());
+                ring.count++;
+            };
+
+            f32 acc[HEAD_DIM / 2], s[64], m[2], l[2], correction[2];
+            u32 p[32];
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 2; i++) acc[i] = 0.0f;
+
+            // The diagonal tile. Keys past the document's end are past every valid query too, so one mask does for both.
+            wait_full(k_ring, K_FULL);
+            scores(s, q, k_slot());
+            wgmma_wait<0>(s);
+            release(k_ring, K_EMPTY);
+#pragma unroll
+            for (int i = 0; i < 64; i++) {
+                const int key = i / 4 * 8 + lane % 4 * 2 + i % 2, query = row_in_tile + lane / 4 + i / 2 % 2 * 8;
+                if (key > query) s[i] = -__int_as_float(0x7f800000);
+            }
+            softmax<true>(s, m, l, correction, scale_log2);
+            pack(p, s);
+
+            for (int j = (tile.x - tile.y) / TILE; j > 0; j--) {
+                wait_full(k_ring, K_FULL);
+                named_sync(1 + group, CONSUMERS);
+                scores(s, q, k_slot());
+                wait_full(v_ring, V_FULL);
+                add_values(acc, p, v_slot());
+                named_arrive(2 - group, CONSUMERS);
+                wgmma_wait<1>(s);
+                release(k_ring, K_EMPTY);
+                softmax<false>(s, m, l, correction, scale_log2);
+                wgmma_wait<0>(acc);
+                release(v_ring, V_EMPTY);
+                pack(p, s);
+#pragma unroll
+                for (int i = 0; i < HEAD_DIM / 2; i++) acc[i] *= correction[i / 2 % 2];
+            }
+            wait_full(v_ring, V_FULL);
+            add_values(acc, p, v_slot());
+            f32 inverse[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                l[r] += __shfl_xor_sync(0xffffffffu, l[r], 1);
+                l[r] += __shfl_xor_sync(0xffffffffu, l[r], 2);
+                inverse[r] = 1.0f / l[r];
+                const int row = tile.x + row_in_tile + lane / 4 + 8 * r;
+                if (lane % 4 == 0 && row < tile.z) lse[(u64)head * tokens + row] = m[r] * scale + __logf(l[r]);
+            }
+            wgmma_wait<0>(acc);
+            release(v_ring, V_EMPTY);
+            store_output(o, acc, inverse, base + Q_AT + q_slot * TILE_BYTES, row_in_tile, tile.x, tile.z, head * HEAD_DIM, ldo);
+            // The next tile of queries comes through the asynchronous proxy into what was just written and read.
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            __syncwarp();
+            if (lane == 0) barrier_arrive(base + Q_EMPTY + 8 * q_slot);
+        }
+    }
+}

@@ -1,0 +1,59 @@
+// Dropout from a counter-based generator; kernels/src/dropout.rs, the same mask bit for bit.
+//
+// y = x·keep where bits ≥ threshold, 0 elsewhere; bits = word (channel mod 4) of Philox4x32-10 (Salmon et al., SC 2011)
+// with counter (channel / 4, position, row, step) and the 64-bit key seed ⊕ site·0x9E3779B97F4A7C15 (wrapping);
+// threshold = ⌊p·2³²⌋, keep = 1 / (1 − p) in f32. The backward is the same function.
+//
+// Layout: x, y [tokens, width] of T, row-major, each with its row stride in elements; token_rows, positions u32
+// [tokens]. Pointers 16-byte aligned, strides multiples of 8, any width. y may be x.
+//
+// Launch: grid ceil(tokens·ceil(width / N) / 256), block 256, dynamic shared memory 0; N = 8 for 16-bit T, 4 for f32
+//   dropout(x, token_rows, positions, y, u64 key, u32 step, u32 threshold, f32 keep, i32 tokens, width, ldx, ldy)
+//
+// Bytes → floor on an H200 at 4.25 TB/s, and measured, bf16 8192 × 2560, 2026-11-23: 84 MB → 19.7 µs: 27.6 µs, 71 %.
+// The integer units decide: 20 products and 20 logic operations for four elements. No spills from sm_80 to sm_120.
+//
+// Mask and values bit-exact against the published vectors and the CPU's formula; memcheck and racecheck clean.
+//
+// Tried: a generator call after the other, which repeats the keys' additions: 28.9 µs.
+
+const int N = Vec<T>::N;
+
+// Counters side by side, so that they share the keys of the rounds.
+template <int COUNT> DEVICE void philox(uint4 (&counters)[COUNT], u64 key) {
+    u32 k0 = (u32)key, k1 = (u32)(key >> 32);
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            const uint4 c = counters[i];
+            const u64 a = (u64)c.x * 0xD2511F53u, b = (u64)c.z * 0xCD9E8D57u;
+            counters[i] = make_uint4((u32)(b >> 32) ^ c.y ^ k0, (u32)b, (u32)(a >> 32) ^ c.w ^ k1, (u32)a);
+        }
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+dropout(const T* x, const u32* token_rows, const u32* positions, T* y, u64 key, u32 step, u32 threshold, f32 keep,
+        int tokens, int width, int ldx, int ldy) {
+    const Place p = place<N>(blockIdx.x * 256 + threadIdx.x, width);
+    if (p.row >= (u32)tokens) return;
+    const uint4 raw = load_part(at(x, p.row, ldx, p.col), p.n);
+    const u32 position = positions[p.row], row = token_rows[p.row];
+    uint4 bits[N / 4];
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) bits[i] = make_uint4((u32)p.col / 4 + i, position, row, step);
+    philox(bits, key);
+    f32 v[N];
+    unpack16<T>(raw, v);
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        v[4 * i] = bits[i].x >= threshold ? v[4 * i] * keep : 0.0f;
+        v[4 * i + 1] = bits[i].y >= threshold ? v[4 * i + 1] * keep : 0.0f;
+        v[4 * i + 2] = bits[i].z >= threshold ? v[4 * i + 2] * keep : 0.0f;
+        v[4 * i + 3] = bits[i].w >= threshold ? v[4 * i + 3] * keep : 0.0f;
+    }
+    store_part(at(y, p.row, ldy, p.col), p.n, pack16<T>(v));
+}

@@ -1,0 +1,127 @@
+// Shared by every kernel file: the loader puts this text before each of them, so no file includes anything.
+//
+// T, the dtype of activations, comes from the loader as -DT=bf16, -DT=f16 or -DT=f32.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef float f32;
+struct bf16 { u16 bits; };
+struct f16 { u16 bits; };
+
+#define DEVICE __device__ __forceinline__
+
+DEVICE f32 to_f32(f32 x) { return x; }
+DEVICE f32 to_f32(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+DEVICE f32 to_f32(f16 x) {
+    f32 y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+
+// Rounds to nearest, ties to even.
+template <typename To> DEVICE To from_f32(f32 x);
+template <> DEVICE f32 from_f32<f32>(f32 x) { return x; }
+template <> DEVICE bf16 from_f32<bf16>(f32 x) {
+    bf16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+}
+template <> DEVICE f16 from_f32<f16>(f32 x) {
+    f16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+}
+
+// Two values in one register, the first in the low half.
+template <typename To> DEVICE u32 pack2(f32 lo, f32 hi);
+template <> DEVICE u32 pack2<bf16>(f32 lo, f32 hi) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+    return y;
+}
+template <> DEVICE u32 pack2<f16>(f32 lo, f32 hi) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+    return y;
+}
+
+// 16 bytes of T: 8 values of a 16-bit dtype, 4 of f32.
+template <typename E> struct Vec { static const int N = 16 / sizeof(E); };
+
+template <typename E> DEVICE void load16(const E* p, f32 (&out)[Vec<E>::N]) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+    const E* e = reinterpret_cast<const E*>(&raw);
+#pragma unroll
+    for (int i = 0; i < Vec<E>::N; i++) out[i] = to_f32(e[i]);
+}
+// Values to the 16 bytes that hold them, and back.
+template <typename E> DEVICE uint4 pack16(const f32 (&v)[8]) {
+    return make_uint4(pack2<E>(v[0], v[1]), pack2<E>(v[2], v[3]), pack2<E>(v[4], v[5]), pack2<E>(v[6], v[7]));
+}
+template <typename E> DEVICE uint4 pack16(const f32 (&v)[4]) {
+    return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+}
+template <typename E> DEVICE void unpack16(const uint4& raw, f32 (&out)[Vec<E>::N]) {
+    const E* e = reinterpret_cast<const E*>(&raw);
+#pragma unroll
+    for (int i = 0; i < Vec<E>::N; i++) out[i] = to_f32(e[i]);
+}
+template <typename E> DEVICE void store16(E* p, const f32 (&in)[Vec<E>::N]) {
+    *reinterpret_cast<uint4*>(p) = pack16<E>(in);
+}
+
+// The first n values at p in 16 bytes, zeros after them; one access when they fill it.
+template <typename E> DEVICE uint4 load_part(const E* p, int n) {
+    if (n >= Vec<E>::N) return *reinterpret_cast<const uint4*>(p);
+    uint4 raw = make_uint4(0, 0, 0, 0);
+    E* e = reinterpret_cast<E*>(&raw);
+#pragma unroll
+    for (int i = 0; i < Vec<E>::N; i++)
+        if (i < n) e[i] = p[i];
+    return raw;
+}
+template <typename E> DEVICE void store_part(E* p, int n, const uint4& raw) {
+    if (n >= Vec<E>::N) {
+        *reinterpret_cast<uint4*>(p) = raw;
+        return;
+    }
+    const E* e = reinterpret_cast<const E*>(&raw);
+#pragma unroll
+    for (int i = 0; i < Vec<E>::N; i++)
+        if (i < n) p[i] = e[i];
+}
+
+// Where the i-th group of N values of a matrix `width` wide lies, counting row by row; the last group of a row
+// may be short. Matrices have fewer than 2^32 groups.
+struct Place { u32 row; int col; int n; };
+template <int N> DEVICE Place place(u32 i, int width) {
+    const u32 groups = (u32)(width + N - 1) / N, row = i / groups;
+    const int col = (int)(i - row * groups) * N;
+    return {row, col, min(N, width - col)};
+}
+template <typename E> DEVICE E* at(E* p, u32 row, int ld, int col) { return p + ((long long)row * ld + col); }
+
+DEVICE f32 warp_sum(f32 x) {
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+    return x;
+}
+DEVICE f32 warp_max(f32 x) {
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, o));
+    return x;
+}
+
+// The sum over the block, in every thread; `shared` has one f32 a warp. Every thread must arrive.
+DEVICE f32 block_sum(f32 x, f32* shared) {
+    x = warp_sum(x);
+    const int warps = (blockDim.x + 31) / 32;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    f32 sum = 0.0f;
+    for (int w = 0; w < warps; w++) sum += shared[w];
+    return sum;
+}

@@ -1,0 +1,69 @@
+// What the attention kernels for compute capability 9.0 share: barriers, the copy engine, wgmma. The loader puts this
+// text after prelude.cuh and before each of them.
+
+// What cuTensorMapEncodeTiled fills.
+struct __align__(64) TensorMap { u64 words[16]; };
+
+// Barriers in shared memory, by their addresses there.
+DEVICE void barrier_init(u32 bar, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals));
+}
+DEVICE void barrier_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
+DEVICE void barrier_expect(u32 bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+DEVICE void barrier_wait(u32 bar, u32 parity) {
+    u32 done;
+    do {
+        asm volatile(
+            "{ .reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+            : "=r"(done)
+            : "r"(bar), "r"(parity)
+            : "memory");
+    } while (!done);
+}
+
+DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// One box of the map, from row `row` and column 64 * `panel`.
+DEVICE void tma_load(u32 to, const TensorMap* map, u32 bar, int row, int panel) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+        "l"(map), "r"(0), "r"(row), "r"(panel), "r"(bar)
+        : "memory");
+}
+
+// wgmma's spelling for T, and lists of 32 and 64 accumulators.
+#define STRING_(x) #x
+#define STRING(x) STRING_(x)
+#define WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." STRING(T) "." STRING(T) " "
+#define ACC32 \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define ACC64 \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most PENDING groups run; the compiler may not read or move `d` across it.
+template <int PENDING, int N> DEVICE void wgmma_wait(f32 (&d)[N]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// A wgmma descriptor: 128-byte swizzle, 1024 bytes between groups of 8 rows, `panel` bytes between panels of 64 columns
+// (read for a transposed operand alone).
+DEVICE u64 descriptor(u32 at, u32 panel) {
+    return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)(panel >> 4) << 16 | (u64)(at >> 4);
+}
+
+DEVICE f32 exp2_approx(f32 x) {
+    f32 y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+

@@ -1,0 +1,272 @@
+//! One device: its context, its two streams, and the error that sticks.
+
+use std::ffi::CStr;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use cudarc::driver::sys;
+
+use super::arena::Arena;
+use super::blaslt::Blas;
+use super::driver::{Failed, Handle, driver, lock};
+use super::kernels::Kernels;
+use super::{CudaError, Library, find};
+
+/// A CUDA device. Cloning gives another handle of the same one.
+#[derive(Clone)]
+pub struct Cuda(pub(super) Arc<Inner>);
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// The product's name.
+    pub name: String,
+    /// Major number of the compute capability.
+    pub major: u32,
+    /// Minor number of the compute capability.
+    pub minor: u32,
+    /// Streaming multiprocessors.
+    pub sm_count: u32,
+    /// The most shared memory that one block can have, bytes.
+    pub shared_per_block: usize,
+    /// Device memory, bytes.
+    pub total_memory: usize,
+}
+
+pub(super) struct Inner {
+    pub(super) facts: Facts,
+    pub(super) device: sys::CUdevice,
+    context: Handle<sys::CUcontext>,
+    pub(super) compute: Handle<sys::CUstream>,
+    pub(super) copy: Handle<sys::CUstream>,
+    pub(super) arena: Mutex<Arena>,
+    pub(super) kernels: Kernels,
+    pub(super) blas: OnceLock<Option<Blas>>,
+    pub(super) deterministic: AtomicBool,
+    pub(super) capturing: AtomicBool,
+    synchronous: AtomicBool,
+    failed: AtomicBool,
+    error: Mutex<Option<CudaError>>,
+}
+
+/// How many CUDA devices there are; 0 where there is no driver.
+pub fn count() -> usize {
+    let mut count = 0;
+    let counted = start().is_ok_and(|()| driver!(cuDeviceGetCount(&mut count)).is_ok());
+    if counted { usize::try_from(count).unwrap_or(0) } else { 0 }
+}
+
+impl Cuda {
+    /// Opens a device by its index.
+    ///
+    /// The context is the device's primary one, which every other library in the process uses too, so that they can
+    /// pass addresses to each other.
+    ///
+    /// # Errors
+    /// When the driver, the device, or the memory for a context is missing.
+    pub fn open(index: usize) -> Result<Self, CudaError> {
+        let facts = facts(index)?;
+        let opened = || -> Result<Inner, Failed> {
+            let device = device(index)?;
+            let mut context = core::ptr::null_mut();
+            driver!(cuDevicePrimaryCtxRetain(&mut context, device))?;
+            driver!(cuCtxSetCurrent(context))?;
+            let stream = || {
+                let mut stream = core::ptr::null_mut();
+                let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+                driver!(cuStreamCreate(&mut stream, flags)).map(|()| Handle(stream))
+            };
+            Ok(Inner {
+                device,
+                context: Handle(context),
+                compute: stream()?,
+                copy: stream()?,
+                arena: Mutex::new(Arena::reserve(device, facts.total_memory)?),
+                facts: facts.clone(),
+                kernels: Kernels::default(),
+                blas: OnceLock::new(),
+                deterministic: AtomicBool::new(false),
+                capturing: AtomicBool::new(false),
+                synchronous: AtomicBool::new(std::env::var_os("REKINDLE_CUDA_SYNC").is_some_and(|v| v == "1")),
+                failed: AtomicBool::new(false),
+                error: Mutex::new(None),
+            })
+        };
+        let inner = opened().map_err(|failed| failed.during(format!("opening cuda:{index}")))?;
+        Ok(Self(Arc::new(inner)))
+    }
+
+    /// What the device is.
+    pub fn facts(&self) -> &Facts {
+        &self.0.facts
+    }
+
+    /// Whether equal calls must give equal bits from run to run. It fixes the choice of algorithm of every product that
+    /// has not run yet, instead of timing the candidates.
+    pub fn set_deterministic(&self, on: bool) {
+        self.0.deterministic.store(on, Relaxed);
+    }
+
+    /// Whether [`Cuda::set_deterministic`] is on.
+    pub fn is_deterministic(&self) -> bool {
+        self.0.deterministic.load(Relaxed)
+    }
+
+    /// The first error since the last [`Cuda::take_error`]. Does not wait for the device.
+    ///
+    /// # Errors
+    /// That error.
+    pub fn check(&self) -> Result<(), CudaError> {
+        if !self.0.failed.load(Relaxed) {
+            return Ok(());
+        }
+        lock(&self.0.error).clone().map_or(Ok(()), Err)
+    }
+
+    /// Removes the error, so that operations run again. After a fault of the device, as opposed to a refusal, they will
+    /// fail again: the context is lost.
+    pub fn take_error(&self) -> Option<CudaError> {
+        let mut error = lock(&self.0.error);
+        self.0.failed.store(false, Relaxed);
+        error.take()
+    }
+
+    /// Waits for everything queued so far.
+    ///
+    /// # Errors
+    /// The first error, including a fault of the device in what was queued. `REKINDLE_CUDA_SYNC=1` waits after every
+    /// launch, so that the fault is found at the launch that caused it.
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        self.check()?;
+        self.run("waiting for the device", || {
+            driver!(cuStreamSynchronize(self.compute()))?;
+            driver!(cuStreamSynchronize(self.0.copy.0))
+        });
+        self.check()
+    }
+
+    /// The compute stream, for libraries that take one.
+    pub fn stream(&self) -> u64 {
+        self.compute() as u64
+    }
+
+    pub(super) fn context(&self) -> sys::CUcontext {
+        self.0.context.0
+    }
+
+    pub(super) fn compute(&self) -> sys::CUstream {
+        self.0.compute.0
+    }
+
+    /// Does something with the driver unless an error sticks, and keeps the error of it. Answers whether it was done.
+    pub(super) fn run(&self, operation: &str, work: impl FnOnce() -> Result<(), Failed>) -> bool {
+        if self.0.failed.load(Relaxed) {
+            return false;
+        }
+        let mut done = self.bind().and_then(|()| work());
+        if self.0.synchronous.load(Relaxed) && !self.0.capturing.load(Relaxed) {
+            done = done.and_then(|()| driver!(cuStreamSynchronize(self.compute())));
+        }
+        done.map_err(|failed| self.fail(failed.during(operation))).is_ok()
+    }
+
+    /// Keeps an error, if it is the first.
+    pub(super) fn fail(&self, error: CudaError) {
+        lock(&self.0.error).get_or_insert(error);
+        self.0.failed.store(true, Relaxed);
+    }
+
+    pub(super) fn has_failed(&self) -> bool {
+        self.0.failed.load(Relaxed)
+    }
+
+    /// Makes the context current on this thread, which the driver's calls ask for.
+    pub(super) fn bind(&self) -> Result<(), Failed> {
+        driver!(cuCtxSetCurrent(self.0.context.0))
+    }
+}
+
+impl core::fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "Cuda({})", self.0.facts)
+    }
+}
+
+impl core::fmt::Display for Facts {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let Self { name, major, minor, sm_count, total_memory, .. } = self;
+        write!(f, "{name}, sm_{major}{minor}, {sm_count} SMs, {}", super::error::bytes(*total_memory))
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure here; the process that lost its device is about to say so elsewhere.
+        let _ = driver!(cuCtxSetCurrent(self.context.0));
+        for stream in [self.compute, self.copy] {
+            let _ = driver!(cuStreamSynchronize(stream.0));
+        }
+        self.blas.take();
+        self.kernels.unload();
+        lock(&self.arena).release();
+        for stream in [self.compute, self.copy] {
+            let _ = driver!(cuStreamDestroy_v2(stream.0));
+        }
+        let _ = driver!(cuDevicePrimaryCtxRelease_v2(self.device));
+    }
+}
+
+/// The facts of a device, without opening it.
+pub(super) fn facts(index: usize) -> Result<Facts, CudaError> {
+    start()?;
+    let found = count();
+    if index >= found {
+        return Err(CudaError::NoDevice { index, found });
+    }
+    let read = || -> Result<Facts, Failed> {
+        use sys::CUdevice_attribute as A;
+        let device = device(index)?;
+        let attribute = |attribute| {
+            let mut value = 0;
+            driver!(cuDeviceGetAttribute(&mut value, attribute, device)).map(|()| value.unsigned_abs())
+        };
+        let mut name = [0; 128];
+        driver!(cuDeviceGetName(name.as_mut_ptr(), 127, device))?;
+        let mut total_memory = 0;
+        driver!(cuDeviceTotalMem_v2(&mut total_memory, device))?;
+        Ok(Facts {
+            // SAFETY: the last byte is never written, so the text ends within the array.
+            name: unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned(),
+            major: attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            minor: attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            sm_count: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared_per_block: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+            total_memory,
+        })
+    };
+    read().map_err(|failed| failed.during(format!("reading the properties of cuda:{index}")))
+}
+
+/// The newest CUDA version that the driver supports, as 1000 × major + 10 × minor.
+pub(super) fn driver_version() -> Result<i32, CudaError> {
+    find::ensure(Library::Driver)?;
+    let mut version = 0;
+    driver!(cuDriverGetVersion(&mut version)).map_err(|failed| failed.during("asking the driver's version"))?;
+    Ok(version)
+}
+
+/// Starts the driver. Older ones lack functions that would be called, which must be found before they are.
+fn start() -> Result<(), CudaError> {
+    let version = driver_version()?;
+    if version < 12080 {
+        let found = format!("{}.{}", version / 1000, version % 1000 / 10);
+        return Err(CudaError::DriverTooOld { found, needed: "12.8" });
+    }
+    driver!(cuInit(0)).map_err(|failed| failed.during("starting the NVIDIA driver"))
+}
+
+fn device(index: usize) -> Result<sys::CUdevice, Failed> {
+    let mut device = 0;
+    driver!(cuDeviceGet(&mut device, i32::try_from(index).unwrap_or(i32::MAX)))?;
+    Ok(device)
+}

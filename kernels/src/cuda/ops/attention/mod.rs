@@ -1,0 +1,185 @@
+//! Causal grouped-query attention over documents that lie one after another.
+
+mod general;
+mod sm90;
+mod tables;
+
+use super::{ACTIVATIONS, check_dims};
+use crate::cuda::{Arch, Array, AttentionKernel, Cuda, DType, Facts, Ints};
+use tables::{Document, Table};
+
+/// Heads of one attention layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Heads {
+    /// Query heads; a multiple of `kv_heads`.
+    pub(crate) heads: usize,
+    /// Key/value heads.
+    pub(crate) kv_heads: usize,
+    /// Channels of a head.
+    pub(crate) head_dim: usize,
+    /// What scores are multiplied with, usually 1 / √head_dim.
+    pub(crate) scale: f32,
+}
+
+/// Which kernels do the work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Engine {
+    /// wgmma and bulk copies: compute capability 9.0, 16-bit dtypes, heads of 64 or 128 channels.
+    Sm90,
+    /// mma.sync: any card, 16-bit dtypes, heads of 64 or 128 channels.
+    MmaSync,
+    /// No tensor cores: f32, and other sizes of heads.
+    Plain,
+}
+
+impl Engine {
+    /// The fastest for a card, a dtype and a size of heads.
+    pub(crate) fn fastest(facts: &Facts, dtype: DType, head_dim: usize) -> Self {
+        match (dtype, head_dim) {
+            (DType::Bf16 | DType::F16, 64 | 128) if [facts.major, facts.minor] == [9, 0] => Self::Sm90,
+            (DType::Bf16 | DType::F16, 64 | 128) => Self::MmaSync,
+            _ => Self::Plain,
+        }
+    }
+}
+
+/// Where a batch's documents lie, as the kernels' tables of tiles on the device: made once a batch, used by every layer
+/// of its kind.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    cuda: Cuda,
+    heads: Heads,
+    dtype: DType,
+    engine: Engine,
+    /// Rows of q; of k and v.
+    tokens: [usize; 2],
+    tables: Ints,
+    forward: Table,
+    dq: Table,
+    dkdv: Table,
+    /// Two counters of [`Engine::Sm90`], which every launch leaves at 0.
+    tickets: Ints,
+}
+
+impl Plan {
+    /// For documents whose borders are `cu_seqlens`, from 0 on.
+    pub(crate) fn new(cuda: &Cuda, cu_seqlens: &[u32], heads: Heads, dtype: DType) -> Self {
+        Self::with(cuda, cu_seqlens, heads, dtype, Engine::fastest(cuda.facts(), dtype, heads.head_dim))
+    }
+
+    /// [`Plan::new`] with an engine of choice, for comparisons.
+    pub(crate) fn with(cuda: &Cuda, cu_seqlens: &[u32], heads: Heads, dtype: DType, engine: Engine) -> Self {
+        let documents: Vec<_> = cu_seqlens.windows(2).map(|w| Document::whole(w[0] as usize, w[1] as usize)).collect();
+        let tokens = cu_seqlens.last().map_or(0, |&end| end as usize);
+        Self::of(cuda, &documents, [tokens; 2], heads, dtype, engine)
+    }
+
+    fn of(cuda: &Cuda, documents: &[Document], tokens: [usize; 2], heads: Heads, dtype: DType, engine: Engine) -> Self {
+        let Heads { heads: n, kv_heads, head_dim, .. } = heads;
+        assert!(kv_heads > 0 && n % kv_heads == 0, "{n} heads share {kv_heads} key/value heads");
+        assert!(
+            head_dim.is_multiple_of(8) && head_dim <= 256,
+            "heads of {head_dim} channels; the kernels take multiples of 8 up to 256"
+        );
+        let mut words = Vec::new();
+        let arch = arch(cuda);
+        let kernels = [AttentionKernel::Fwd, AttentionKernel::BwdDq, AttentionKernel::BwdDkdv];
+        let [forward, dq, dkdv] = kernels.map(|kernel| {
+            let rows = tables::rows(kernel, engine, head_dim, arch);
+            Table::append(&mut words, documents, engine, rows, kernel)
+        });
+        let tables = Ints::from_slice(cuda, &words, "attention tiles");
+        let tickets = Ints::from_slice(cuda, &[0u32; 2], "attention tickets");
+        Self { cuda: cuda.clone(), heads, dtype, engine, tokens, tables, forward, dq, dkdv, tickets }
+    }
+
+    fn check(&self, q: &Array, k: &Array, v: &Array) {
+        let Heads { heads, kv_heads, head_dim, .. } = self.heads;
+        check_dims("q", q, [self.tokens[0], heads * head_dim]);
+        check_dims("k", k, [self.tokens[1], kv_heads * head_dim]);
+        check_dims("v", v, [self.tokens[1], kv_heads * head_dim]);
+        assert_eq!([q.dtype(), k.dtype(), v.dtype()], [self.dtype; 3], "dtypes of q, k and v");
+    }
+
+    /// An uninitialized matrix `[heads, tokens]` of statistics.
+    fn statistics(&self) -> Array {
+        Array::dense(&self.cuda, [self.heads.heads, self.tokens[0]], DType::F32, ACTIVATIONS)
+    }
+}
+
+/// Attention inside each document: o `[tokens, heads · head_dim]`, and lse, f32 `[heads, tokens]`.
+pub(crate) fn forward(q: &Array, k: &Array, v: &Array, plan: &Plan) -> (Array, Array) {
+    let lse = plan.statistics();
+    (run(q, k, v, Some(&lse), plan), lse)
+}
+
+/// Attention of new tokens, the last rows of one document whose keys and values are all given: o.
+///
+/// q `[new, heads · head_dim]`; k, v `[past + new, kv_heads · head_dim]`.
+pub(crate) fn forward_cached(q: &Array, k: &Array, v: &Array, heads: Heads) -> Array {
+    let (cuda, [new, all]) = (q.cuda(), [q.rows(), k.rows()]);
+    assert!(new <= all, "{new} new tokens of {all}");
+    let engine = match Engine::fastest(cuda.facts(), q.dtype(), heads.head_dim) {
+        // Its tables have no place for a past.
+        Engine::Sm90 => Engine::MmaSync,
+        engine => engine,
+    };
+    let document = Document { query: 0, key: 0, queries: new, past: all - new };
+    run(q, k, v, None, &Plan::of(cuda, &[document], [new, all], heads, q.dtype(), engine))
+}
+
+/// `(dq, dk, dv)`, from what [`forward`] took and gave.
+pub(crate) fn backward(
+    d_o: &Array,
+    q: &Array,
+    k: &Array,
+    v: &Array,
+    o: &Array,
+    lse: &Array,
+    plan: &Plan,
+) -> (Array, Array, Array) {
+    plan.check(q, k, v);
+    check_dims("o", o, q.dims());
+    check_dims("d_o", d_o, q.dims());
+    check_dims("lse", lse, [plan.heads.heads, plan.tokens[0]]);
+    let [q, k, v, o, d_o] = [q, k, v, o, d_o].map(Array::aligned);
+    let grads = [&q, &k, &v].map(super::like);
+    if plan.tokens[0] == 0 {
+        return grads.into();
+    }
+    let inputs = Inputs { q, k, v, o, d_o, lse: lse.contiguous(), delta: plan.statistics() };
+    match plan.engine {
+        Engine::Sm90 => sm90::backward(&inputs, &grads, plan),
+        Engine::MmaSync | Engine::Plain => general::backward(&inputs, &grads, plan),
+    }
+    grads.into()
+}
+
+fn run(q: &Array, k: &Array, v: &Array, lse: Option<&Array>, plan: &Plan) -> Array {
+    plan.check(q, k, v);
+    let [q, k, v] = [q, k, v].map(Array::aligned);
+    let o = super::like(&q);
+    if plan.tokens[0] == 0 {
+        return o;
+    }
+    match plan.engine {
+        Engine::Sm90 => sm90::forward(&q, &k, &v, &o, lse.expect("only cached tokens go without"), plan),
+        Engine::MmaSync | Engine::Plain => general::forward(&q, &k, &v, &o, lse, plan),
+    }
+    o
+}
+
+fn arch(cuda: &Cuda) -> Arch {
+    Arch::new(cuda.facts().major, cuda.facts().minor)
+}
+
+/// What a backward reads, and scratch memory for the row sums of d_o ∘ o.
+struct Inputs {
+    q: Array,
+    k: Array,
+    v: Array,
+    o: Array,
+    d_o: Array,
+    lse: Array,
+    delta: Array,
+}

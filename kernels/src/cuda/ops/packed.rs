@@ -1,0 +1,213 @@
+//! Frozen weights as codes on the device. A product decodes the whole weight into scratch memory, which goes back at
+//! once for the next one, and leaves the rest to cuBLASLt.
+
+use std::sync::Arc;
+
+use super::{blocks, int, kernel, matmul};
+use crate::cuda::{Array, Buffer, Cuda, CudaError, DType, Form, args};
+
+/// Groups of eight values that one block of the decoders takes.
+const GROUPS: usize = 512;
+
+/// A weight `[out, in]` as codes. Cloning gives another handle of the same memory.
+#[derive(Clone, Debug)]
+pub(crate) struct PackedArray {
+    dims: [usize; 2],
+    codes: Arc<Buffer>,
+    /// f32 scales, or the codes of scales.
+    scales: Arc<Buffer>,
+    format: Format,
+}
+
+/// The scales of 4-bit blocks, on the host.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Absmax<'a> {
+    /// As they are.
+    Single(&'a [f32]),
+    /// map\[code\] · nested + offset.
+    Double {
+        /// One for each block.
+        codes: &'a [u8],
+        /// What the codes stand for.
+        map: &'a [f32; 256],
+        /// One for every `blocksize` codes.
+        nested: &'a [f32],
+        /// Codes that share a nested scale: a power of two.
+        blocksize: usize,
+        /// Added last.
+        offset: f32,
+    },
+}
+
+#[derive(Clone, Debug)]
+enum Format {
+    /// `table`: what the sixteen codes stand for.
+    FourBit {
+        table: Arc<Buffer>,
+        block_shift: u32,
+        double: Option<Double>,
+    },
+    Int8,
+}
+
+/// The second level of scales.
+#[derive(Clone, Debug)]
+struct Double {
+    map: Arc<Buffer>,
+    nested: Arc<Buffer>,
+    shift: u32,
+    offset: f32,
+}
+
+impl PackedArray {
+    /// Two codes a byte, the even element in the high nibble; `blocksize` elements of the flattened matrix share a scale.
+    ///
+    /// # Panics
+    /// When lengths do not follow from `dims`, or `blocksize` is not a power of two from 32 on.
+    pub(crate) fn four_bit(
+        cuda: &Cuda,
+        dims: [usize; 2],
+        codes: &[u8],
+        table: &[f32; 16],
+        blocksize: usize,
+        absmax: Absmax<'_>,
+    ) -> Self {
+        let elements = dims[0] * dims[1];
+        let n_blocks = elements.div_ceil(blocksize);
+        assert!(
+            blocksize.is_power_of_two() && blocksize >= 32,
+            "blocks of {blocksize} codes; the kernels take 32, 64, …"
+        );
+        assert_eq!(codes.len(), elements.div_ceil(2), "packed codes of {} × {}", dims[0], dims[1]);
+        let (scales, double) = match absmax {
+            Absmax::Single(absmax) => {
+                assert_eq!(absmax.len(), n_blocks, "scales of {} × {}", dims[0], dims[1]);
+                (floats(cuda, absmax, SCALES), None)
+            }
+            Absmax::Double { codes, map, nested, blocksize, offset } => {
+                assert!(blocksize.is_power_of_two(), "blocks of {blocksize} scales");
+                assert_eq!(codes.len(), n_blocks, "scales of {} × {}", dims[0], dims[1]);
+                assert_eq!(nested.len(), n_blocks.div_ceil(blocksize), "nested scales of {} × {}", dims[0], dims[1]);
+                let (map, nested) = (floats(cuda, map, SCALES), floats(cuda, nested, SCALES));
+                let double = Double { map, nested, shift: blocksize.ilog2(), offset };
+                (Arc::new(cuda.uploaded(codes, SCALES)), Some(double))
+            }
+        };
+        let format = Format::FourBit { table: floats(cuda, table, SCALES), block_shift: blocksize.ilog2(), double };
+        Self { dims, codes: Arc::new(cuda.uploaded(codes, CODES)), scales, format }
+    }
+
+    /// One code a byte, one scale a row; value = (code · scale) · (1 / 127).
+    ///
+    /// # Panics
+    /// When lengths do not follow from `dims`.
+    pub(crate) fn int8(cuda: &Cuda, dims: [usize; 2], codes: &[i8], scales: &[f32]) -> Self {
+        assert_eq!(codes.len(), dims[0] * dims[1], "codes of {} × {}", dims[0], dims[1]);
+        assert_eq!(scales.len(), dims[0], "scales of {} × {}", dims[0], dims[1]);
+        let bytes: Vec<u8> = codes.iter().map(|code| code.cast_unsigned()).collect();
+        let codes = Arc::new(cuda.uploaded(&bytes, CODES));
+        Self { dims, codes, scales: floats(cuda, scales, SCALES), format: Format::Int8 }
+    }
+
+    /// `[out, in]`.
+    pub(crate) fn dims(&self) -> [usize; 2] {
+        self.dims
+    }
+
+    /// Bytes of the codes, and of their scales.
+    pub(crate) fn bytes(&self) -> (usize, usize) {
+        let nested = match &self.format {
+            Format::FourBit { double: Some(double), .. } => double.nested.bytes() + 4,
+            _ => 0,
+        };
+        (self.codes.bytes(), self.scales.bytes() + nested)
+    }
+
+    /// The codes as they were given, after waiting for everything queued so far.
+    ///
+    /// # Errors
+    /// The first error of the device since the last one that was taken.
+    pub(crate) fn download_codes(&self) -> Result<Vec<u8>, CudaError> {
+        let mut codes = vec![0; self.codes.bytes()];
+        self.codes.cuda().download(&self.codes, &mut codes)?;
+        Ok(codes)
+    }
+
+    /// The whole matrix, in `scratch` if it is given.
+    pub(crate) fn decode(&self, dtype: DType, scratch: Option<Array>) -> Array {
+        let (cuda, [rows, cols]) = (self.codes.cuda(), self.dims);
+        let w = scratch.unwrap_or_else(|| Array::empty(cuda, self.dims, dtype, "decoded weight"));
+        super::check_dims("the scratch", &w, self.dims);
+        assert!(w.dtype() == dtype && w.is_aligned(), "scratch is of {} and begins at 16 bytes", dtype.name());
+        let grid = [blocks((rows * cols.div_ceil(8)).div_ceil(GROUPS)), 1, 1];
+        let (codes, scales) = (self.codes.ptr(), self.scales.ptr());
+        let [out, width, ld] = [int(rows), int(cols), int(w.ld())];
+        match &self.format {
+            Format::FourBit { table, block_shift, double: None } => {
+                kernel(cuda, FILE, "dequant_4bit", dtype).launch(
+                    grid,
+                    [256, 1, 1],
+                    0,
+                    args![codes, scales, table.ptr(), w.ptr(), out, width, ld, *block_shift],
+                );
+            }
+            Format::FourBit { table, block_shift, double: Some(Double { map, nested, shift, offset }) } => {
+                kernel(cuda, FILE, "dequant_4bit_double", dtype).launch(
+                    grid,
+                    [256, 1, 1],
+                    0,
+                    args![
+                        codes,
+                        scales,
+                        map.ptr(),
+                        nested.ptr(),
+                        *offset,
+                        table.ptr(),
+                        w.ptr(),
+                        out,
+                        width,
+                        ld,
+                        *block_shift,
+                        *shift
+                    ],
+                );
+            }
+            Format::Int8 => {
+                kernel(cuda, FILE, "dequant_int8", dtype).launch(
+                    grid,
+                    [256, 1, 1],
+                    0,
+                    args![codes, scales, w.ptr(), out, width, ld],
+                );
+            }
+        }
+        w
+    }
+
+    /// `x · Wᵀ + bias`.
+    pub(crate) fn nt(&self, x: &Array, bias: Option<&Array>) -> Array {
+        let w = self.decode(x.dtype(), None);
+        match bias {
+            Some(bias) => matmul::product_bias(x, &w, Form::Nt, bias),
+            None => matmul::product(x, &w, Form::Nt),
+        }
+    }
+
+    /// `dy · W`, added to `dx` if there is one.
+    pub(crate) fn nn(&self, dy: &Array, dx: Option<Array>) -> Array {
+        let w = self.decode(dy.dtype(), None);
+        match dx {
+            Some(dx) => matmul::product_add(dx, 1.0, dy, &w, Form::Nn),
+            None => matmul::product(dy, &w, Form::Nn),
+        }
+    }
+}
+
+const FILE: &str = "dequant.cu";
+const CODES: &str = "packed weights";
+const SCALES: &str = "scales of packed weights";
+
+fn floats(cuda: &Cuda, values: &[f32], label: &'static str) -> Arc<Buffer> {
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    Arc::new(cuda.uploaded(&bytes, label))
+}
