@@ -5,22 +5,31 @@
 //! # Dtypes
 //! Parameters, gradients and both moments in `f32`; the bias corrections in `f64`.
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::Tensor as BurnTensor;
 
-use crate::{Grads, Params, Path, cpu, portable};
+use crate::cuda::ops;
+use crate::{Device, Grads, Params, Path, Tensor, cpu, params, portable};
 
 /// First and second moments of every parameter.
 #[derive(Clone, Debug)]
 pub struct State {
-    pub(crate) m: Tensor<1>,
-    pub(crate) v: Tensor<1>,
+    m: Tensor<1>,
+    v: Tensor<1>,
 }
 
 impl State {
     /// Zero moments for `numel` parameters.
     pub fn new(numel: usize, device: &Device) -> Self {
-        let zeros = Tensor::zeros([numel], (device, DType::F32));
-        Self { m: zeros.clone(), v: zeros }
+        let zeros = || params::zeros(numel, device, "optimizer state");
+        Self { m: zeros(), v: zeros() }
+    }
+
+    /// Both moments in Burn's tensors.
+    fn burn(&mut self) -> Moments<'_> {
+        match (&mut self.m, &mut self.v) {
+            (Tensor::Burn(m), Tensor::Burn(v)) => Moments { m, v },
+            _ => panic!("the operands of one operation lie on one device"),
+        }
     }
 }
 
@@ -43,13 +52,85 @@ pub struct Step {
     pub grad_scale: f64,
 }
 
+/// [`State`] in Burn's tensors.
+pub(crate) struct Moments<'a> {
+    pub(crate) m: &'a mut BurnTensor<1>,
+    pub(crate) v: &'a mut BurnTensor<1>,
+}
+
+/// The global norm of the gradients of a step, before they were clipped.
+#[derive(Debug)]
+pub struct Norm(Where);
+
+#[derive(Debug)]
+enum Where {
+    Host(f64),
+    Cuda(ops::adamw::Clip),
+}
+
+impl Norm {
+    /// Its value. Waits for the device; after an error of the device it is NaN.
+    pub fn value(&self) -> f64 {
+        match &self.0 {
+            Where::Host(norm) => *norm,
+            Where::Cuda(clip) => clip.read().map_or(f64::NAN, |norm| norm.norm.into()),
+        }
+    }
+}
+
+/// Clips the gradients by their global norm and changes the parameters and moments by one step:
+/// g ← g · grad_scale · min(1, `max_grad_norm` / (norm + 1e-6)), as PyTorch clips; 0 for no clipping.
+///
+/// When the norm is not finite nothing changes. On CUDA the host does not wait for the norm.
+pub fn clipped_step(params: &mut Params, grads: &Grads, state: &mut State, step: &Step, max_grad_norm: f64) -> Norm {
+    let Tensor::Cuda(g) = grads.flat() else {
+        let norm = grads.norm() * step.grad_scale;
+        if norm.is_finite() {
+            let clip = if max_grad_norm > 0.0 { (max_grad_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
+            self::step(params, grads, state, &Step { grad_scale: step.grad_scale * clip, ..*step });
+        }
+        return Norm(Where::Host(norm));
+    };
+    let clip = ops::adamw::norm(g, max_grad_norm as f32, step.grad_scale as f32);
+    cuda_step(params, grads, state, step, &clip);
+    Norm(Where::Cuda(clip))
+}
+
 /// Changes the parameters and moments by one step.
 pub fn step(params: &mut Params, grads: &Grads, state: &mut State, step: &Step) {
+    if let Tensor::Cuda(g) = grads.flat() {
+        let clip = ops::adamw::norm(g, 0.0, step.grad_scale as f32);
+        return cuda_step(params, grads, state, step, &clip);
+    }
     for (range, decays) in params.decay_ranges() {
         let step = if decays { *step } else { Step { weight_decay: 0.0, ..*step } };
         match Path::of(grads.flat()) {
-            Path::Cpu => cpu::adamw::step(params.flat_mut(), grads.flat(), state, &step, range),
-            Path::Portable => portable::adamw::step(params.flat_mut(), grads.flat(), state, &step, range),
+            Path::Cpu => cpu::adamw::step(params.flat_mut(), grads.flat().burn(), state.burn(), &step, range),
+            _ => portable::adamw::step(params.flat_mut(), grads.flat().burn(), state.burn(), &step, range),
+        }
+    }
+}
+
+fn cuda_step(params: &mut Params, grads: &Grads, state: &State, step: &Step, clip: &ops::adamw::Clip) {
+    for (range, decays) in params.decay_ranges() {
+        let step = if decays { *step } else { Step { weight_decay: 0.0, ..*step } };
+        let part = |flat: &Tensor<1>| flat.cuda().part(range.start, [1, range.len()]);
+        let [p, g, m, v] = [params.flat(), grads.flat(), &state.m, &state.v].map(part);
+        ops::adamw::step(&p, &g, &m, &v, &step.into(), clip);
+    }
+    params.refresh();
+}
+
+impl From<Step> for ops::adamw::Step {
+    fn from(step: Step) -> Self {
+        let (step_size, root_correction) = step.corrections();
+        Self {
+            keep: (1.0 - step.lr * step.weight_decay) as f32,
+            step_size: step_size as f32,
+            root_correction: root_correction as f32,
+            beta1: [step.beta1 as f32, (1.0 - step.beta1) as f32],
+            beta2: [step.beta2 as f32, (1.0 - step.beta2) as f32],
+            eps: step.eps as f32,
         }
     }
 }

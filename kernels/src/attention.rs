@@ -15,11 +15,13 @@
 //! # Gradients
 //! To q, k and v. Saved: q, k, v, o and lse. Scores exist for one block of queries at a time.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor as BurnTensor};
 
-use crate::{Path, cpu, portable};
+use crate::cuda::ops;
+use crate::tensor::cuda_dtype;
+use crate::{Device, Path, Tensor, cpu, portable};
 
-/// Queries whose scores are held at once.
+/// Queries whose scores are held at once on the CPU and in Burn's operations.
 pub(crate) const QUERIES: usize = 128;
 
 /// Heads of one attention layer.
@@ -35,19 +37,65 @@ pub struct Heads {
     pub scale: f32,
 }
 
+impl Heads {
+    /// Whether attention with these heads runs on `device`; on CUDA a head has a multiple of 8 channels, up to 256.
+    pub fn supported_by(&self, device: &Device) -> bool {
+        match device {
+            Device::Burn(_) => true,
+            Device::Cuda(_) => self.head_dim.is_multiple_of(8) && self.head_dim <= 256,
+        }
+    }
+}
+
+impl From<Heads> for ops::attention::Heads {
+    fn from(Heads { heads, kv_heads, head_dim, scale }: Heads) -> Self {
+        Self { heads, kv_heads, head_dim, scale }
+    }
+}
+
+/// Where the documents of a batch begin and end, made once for all layers.
+#[derive(Clone, Debug)]
+pub struct Documents {
+    cu_seqlens: Vec<u32>,
+    /// The order in which a GPU takes the blocks of queries.
+    plan: Option<ops::attention::Plan>,
+}
+
+impl Documents {
+    /// Documents with these cumulative lengths, from 0 to the number of tokens, for layers with these heads that
+    /// compute in `dtype`.
+    pub fn new(cu_seqlens: &[u32], heads: Heads, device: &Device, dtype: DType) -> Self {
+        let plan = match device {
+            Device::Burn(_) => None,
+            Device::Cuda(cuda) => Some(ops::attention::Plan::new(cuda, cu_seqlens, heads.into(), cuda_dtype(dtype))),
+        };
+        Self { cu_seqlens: cu_seqlens.to_vec(), plan }
+    }
+
+    fn plan(&self) -> &ops::attention::Plan {
+        self.plan.as_ref().expect("the operands of one operation lie on one device")
+    }
+}
+
 /// Attention inside each document: `(o, lse)`.
 pub fn forward(
     q: &Tensor<2>,
     k: &Tensor<2>,
     v: &Tensor<2>,
     heads: Heads,
-    cu_seqlens: &[u32],
+    documents: &Documents,
 ) -> (Tensor<2>, Tensor<2>) {
     check(q, k, v, heads);
-    assert_eq!(cu_seqlens.last().map_or(0, |&n| n as usize), q.dims()[0], "cu_seqlens end at the last token");
-    let documents: Vec<Document> =
-        cu_seqlens.windows(2).map(|w| Document::whole(w[0] as usize, (w[1] - w[0]) as usize)).collect();
-    run(q, k, v, heads, &documents)
+    let last = documents.cu_seqlens.last().map_or(0, |&n| n as usize);
+    assert_eq!(last, q.dims()[0], "cu_seqlens end at the last token");
+    if let Tensor::Cuda(q) = q {
+        let (o, lse) = ops::attention::forward(q, k.cuda(), v.cuda(), documents.plan());
+        return (o.into(), lse.into());
+    }
+    let ranges = documents.cu_seqlens.windows(2);
+    let whole: Vec<Document> = ranges.map(|w| Document::whole(w[0] as usize, (w[1] - w[0]) as usize)).collect();
+    let (o, lse) = run(q.burn(), k.burn(), v.burn(), heads, &whole);
+    (o.into(), lse.into())
 }
 
 /// Attention of new tokens, the last rows of one document whose keys and values are all given: `o`.
@@ -55,9 +103,12 @@ pub fn forward(
 /// q `[new, heads · head_dim]`; k, v `[past + new, kv_heads · head_dim]`.
 pub fn forward_cached(q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>, heads: Heads) -> Tensor<2> {
     check(q, k, v, heads);
+    if let Tensor::Cuda(q) = q {
+        return ops::attention::forward_cached(q, k.cuda(), v.cuda(), heads.into()).into();
+    }
     let (new, all) = (q.dims()[0], k.dims()[0]);
     let document = Document { query: 0, key: 0, queries: new, past: all - new };
-    run(q, k, v, heads, &[document]).0
+    run(q.burn(), k.burn(), v.burn(), heads, &[document]).0.into()
 }
 
 /// What [`forward`] saves for [`backward`].
@@ -76,11 +127,35 @@ pub struct Saved {
 }
 
 /// `(dq, dk, dv)`.
-pub fn backward(d_o: &Tensor<2>, saved: &Saved, heads: Heads, cu_seqlens: &[u32]) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
-    match Path::of(d_o) {
-        Path::Cpu => cpu::attention::backward(d_o, saved, heads, cu_seqlens),
-        Path::Portable => portable::attention::backward(d_o, saved, heads, cu_seqlens),
+pub fn backward(
+    d_o: &Tensor<2>,
+    saved: &Saved,
+    heads: Heads,
+    documents: &Documents,
+) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
+    let path = Path::of(d_o);
+    if path == Path::Cuda {
+        let [q, k, v, o, lse] = [&saved.q, &saved.k, &saved.v, &saved.o, &saved.lse].map(Tensor::cuda);
+        let (dq, dk, dv) = ops::attention::backward(d_o.cuda(), q, k, v, o, lse, documents.plan());
+        return (dq.into(), dk.into(), dv.into());
     }
+    let [q, k, v, o, lse] = [&saved.q, &saved.k, &saved.v, &saved.o, &saved.lse].map(|t| t.burn().clone());
+    let (d_o, saved, cu_seqlens) = (d_o.burn(), Parts { q, k, v, o, lse }, &documents.cu_seqlens);
+    let (dq, dk, dv) = match path {
+        Path::Cpu => cpu::attention::backward(d_o, &saved, heads, cu_seqlens),
+        _ => portable::attention::backward(d_o, &saved, heads, cu_seqlens),
+    };
+    (dq.into(), dk.into(), dv.into())
+}
+
+/// [`Saved`] in Burn's tensors.
+#[derive(Clone, Debug)]
+pub(crate) struct Parts {
+    pub(crate) q: BurnTensor<2>,
+    pub(crate) k: BurnTensor<2>,
+    pub(crate) v: BurnTensor<2>,
+    pub(crate) o: BurnTensor<2>,
+    pub(crate) lse: BurnTensor<2>,
 }
 
 /// Where a document's rows lie in q and in k, v.
@@ -102,10 +177,16 @@ impl Document {
     }
 }
 
-fn run(q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>, heads: Heads, documents: &[Document]) -> (Tensor<2>, Tensor<2>) {
-    match Path::of(q) {
+fn run(
+    q: &BurnTensor<2>,
+    k: &BurnTensor<2>,
+    v: &BurnTensor<2>,
+    heads: Heads,
+    documents: &[Document],
+) -> (BurnTensor<2>, BurnTensor<2>) {
+    match Path::of_burn(q) {
         Path::Cpu => cpu::attention::forward(q, k, v, heads, documents),
-        Path::Portable => portable::attention::forward(q, k, v, heads, documents),
+        _ => portable::attention::forward(q, k, v, heads, documents),
     }
 }
 

@@ -1,11 +1,67 @@
 //! The words that name devices, and opening what they name.
 
-use burn::tensor::Device;
+use burn::tensor::{DType, Device as BurnDevice};
 
-/// A device by name: `auto`, `cpu`, `cuda[:N]`, `wgpu[:N]`.
+use crate::cuda::{Cuda, CudaError};
+
+/// Where tensors lie and operations run.
+#[derive(Clone, Debug)]
+pub enum Device {
+    /// The CPU or a GPU through wgpu: a device of Burn.
+    Burn(BurnDevice),
+    /// An NVIDIA GPU, through kernels and cuBLASLt.
+    Cuda(Cuda),
+}
+
+impl Device {
+    /// The CPU.
+    pub fn cpu() -> Self {
+        Self::Burn(BurnDevice::flex())
+    }
+
+    /// Whether activations can have this dtype.
+    pub fn supports_dtype(&self, dtype: DType) -> bool {
+        match self {
+            Self::Burn(device) => device.supports_dtype(dtype),
+            Self::Cuda(_) => matches!(dtype, DType::F32 | DType::F16 | DType::BF16),
+        }
+    }
+
+    /// The first error of a CUDA device since the last call; a device of Burn reports its own where they happen.
+    ///
+    /// Operations on CUDA do not return errors: after the first one nothing more runs, and what is read back is NaN.
+    ///
+    /// # Errors
+    /// [`DeviceError::Cuda`].
+    pub fn check(&self) -> Result<(), DeviceError> {
+        match self {
+            Self::Burn(_) => Ok(()),
+            Self::Cuda(cuda) => cuda.check().map_err(DeviceError::from),
+        }
+    }
+
+    /// Waits for everything queued so far.
+    ///
+    /// # Errors
+    /// [`DeviceError::Cuda`].
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        match self {
+            Self::Burn(_) => Ok(()),
+            Self::Cuda(cuda) => cuda.synchronize().map_err(DeviceError::from),
+        }
+    }
+}
+
+impl From<BurnDevice> for Device {
+    fn from(device: BurnDevice) -> Self {
+        Self::Burn(device)
+    }
+}
+
+/// A device's name: `auto`, `cpu`, `cuda[:N]`, `wgpu[:N]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceKind {
-    /// CUDA where this build and this machine have it, else the CPU.
+    /// The CPU, until whole models have run on CUDA.
     Auto,
     /// The CPU.
     Cpu,
@@ -37,6 +93,9 @@ pub enum DeviceError {
     /// This binary was built without the backend.
     #[error("device \"{0}\" is not in this build; build with `--features {0}` or use device \"cpu\"")]
     NotBuilt(&'static str),
+    /// The CUDA runtime refuses, or an operation on the device failed.
+    #[error("{0}")]
+    Cuda(Box<CudaError>),
     /// The backend is there, the device is not.
     #[error("device \"{name}\" is not on this machine ({found} found); use device \"cpu\" or another index")]
     Absent {
@@ -45,6 +104,12 @@ pub enum DeviceError {
         /// How many devices of the kind there are.
         found: usize,
     },
+}
+
+impl From<CudaError> for DeviceError {
+    fn from(error: CudaError) -> Self {
+        Self::Cuda(Box::new(error))
+    }
 }
 
 /// Reads a device's name.
@@ -68,43 +133,28 @@ pub fn parse(name: &str) -> Result<DeviceKind, DeviceError> {
 
 /// Opens a device; also says which kind it is, never [`DeviceKind::Auto`].
 ///
-/// `auto` is the first CUDA device, else the CPU: wgpu also lists software renderers, which are slower than the
-/// CPU's own path, so it is only taken by name.
+/// `auto` is the CPU. CUDA is taken by name: its kernels have run on a card one by one, whole models on it have not
+/// yet. So is wgpu, which also lists software renderers that are slower than the CPU's own path.
 ///
 /// # Errors
-/// [`DeviceError::NotBuilt`] when the backend's feature is off, [`DeviceError::Absent`] when the machine
-/// has no such device.
+/// [`DeviceError::NotBuilt`] when the backend's feature is off, [`DeviceError::Absent`] and [`DeviceError::Cuda`] when
+/// the machine has no such device or cannot use it.
 pub fn open(kind: DeviceKind) -> Result<(Device, DeviceKind), DeviceError> {
     let device = match kind {
-        DeviceKind::Auto => return open(DeviceKind::Cuda(0)).or_else(|_| open(DeviceKind::Cpu)),
-        DeviceKind::Cpu => Device::flex(),
-        DeviceKind::Cuda(index) => cuda(index)?,
-        DeviceKind::Wgpu(index) => wgpu(index)?,
+        DeviceKind::Auto => return open(DeviceKind::Cpu),
+        DeviceKind::Cpu => Device::cpu(),
+        DeviceKind::Cuda(index) => Device::Cuda(Cuda::open(index)?),
+        DeviceKind::Wgpu(index) => Device::Burn(wgpu(index)?),
     };
     Ok((device, kind))
 }
 
-#[cfg(feature = "cuda")]
-fn cuda(index: usize) -> Result<Device, DeviceError> {
-    let found = Device::enumerate(burn::tensor::DeviceType::Cuda).into_vec().len();
-    if index < found {
-        Ok(Device::cuda(index))
-    } else {
-        Err(DeviceError::Absent { name: format!("cuda:{index}"), found })
-    }
-}
-
-#[cfg(not(feature = "cuda"))]
-fn cuda(_: usize) -> Result<Device, DeviceError> {
-    Err(DeviceError::NotBuilt("cuda"))
-}
-
 #[cfg(feature = "wgpu")]
-fn wgpu(index: Option<usize>) -> Result<Device, DeviceError> {
+fn wgpu(index: Option<usize>) -> Result<BurnDevice, DeviceError> {
     use burn::tensor::{DeviceKind, DeviceType};
-    let found = Device::enumerate(DeviceType::Wgpu).into_vec();
+    let found = BurnDevice::enumerate(DeviceType::Wgpu).into_vec();
     match index {
-        None if !found.is_empty() => Ok(Device::wgpu(DeviceKind::DefaultDevice)),
+        None if !found.is_empty() => Ok(BurnDevice::wgpu(DeviceKind::DefaultDevice)),
         Some(index) if index < found.len() => Ok(found[index].clone()),
         _ => Err(DeviceError::Absent {
             name: index.map_or_else(|| "wgpu".to_owned(), |i| format!("wgpu:{i}")),
@@ -114,7 +164,7 @@ fn wgpu(index: Option<usize>) -> Result<Device, DeviceError> {
 }
 
 #[cfg(not(feature = "wgpu"))]
-fn wgpu(_: Option<usize>) -> Result<Device, DeviceError> {
+fn wgpu(_: Option<usize>) -> Result<BurnDevice, DeviceError> {
     Err(DeviceError::NotBuilt("wgpu"))
 }
 

@@ -1,21 +1,31 @@
 //! Token embeddings: row `ids[t]` of the table `[vocab, hidden]` for each token t.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, IndexingUpdateOp, Tensor as BurnTensor};
 
-use crate::tensors::indices;
+use crate::cuda::{Ints, ops};
+use crate::tensor::indices;
+use crate::{Grads, ParamRef, Tensor};
 
 /// `[tokens, hidden]`: the rows of `table` that `ids` name.
 ///
 /// The caller has checked that every id is below the table's height.
 pub fn forward(table: &Tensor<2>, ids: &[u32]) -> Tensor<2> {
-    table.clone().select(0, indices(ids.iter().map(|&id| id as usize), table))
+    match table {
+        Tensor::Burn(table) => table.clone().select(0, indices(ids.iter().map(|&id| id as usize), table)).into(),
+        Tensor::Cuda(table) => ops::embedding::forward(table, &Ints::from_slice(table.cuda(), ids, "token ids")).into(),
+    }
 }
 
-/// The gradient to the table, `[vocab, hidden]` in `f32`: rows of `dy` summed by id, in order.
-pub fn backward(dy: Tensor<2>, ids: &[u32], vocab: usize) -> Tensor<2> {
-    let [_, hidden] = dy.dims();
-    let device = dy.device();
-    let zeros = Tensor::<2>::zeros([vocab, hidden], (&device, DType::F32));
-    let at = indices(ids.iter().map(|&id| id as usize), &dy);
-    zeros.select_assign(0, at, dy.cast(DType::F32), burn::tensor::IndexingUpdateOp::Add)
+/// Adds the gradient to the table, in `f32`: rows of `dy` summed by id, in order.
+pub fn backward(dy: Tensor<2>, ids: &[u32], grads: &mut Grads, table: ParamRef) {
+    match dy {
+        Tensor::Cuda(dy) => ops::embedding::accumulate(&grads.array(table), &dy, ids),
+        Tensor::Burn(dy) => {
+            let [vocab, hidden] = table.dims();
+            let zeros = BurnTensor::<2>::zeros([vocab, hidden], (&dy.device(), DType::F32));
+            let at = indices(ids.iter().map(|&id| id as usize), &dy);
+            let grad = zeros.select_assign(0, at, dy.cast(DType::F32), IndexingUpdateOp::Add);
+            grads.add(table, grad.into());
+        }
+    }
 }

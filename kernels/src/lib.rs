@@ -1,4 +1,4 @@
-//! Fused operations on Burn tensors, each a hand-written forward and backward.
+//! Fused operations, each a hand-written forward and backward.
 //!
 //! Every operation is a pair of plain functions: `forward` returns its result and what the backward
 //! needs, `backward` takes that and the gradient of the result. There is no tape in here; whoever
@@ -6,20 +6,21 @@
 //! one after another and are told apart by `cu_seqlens`, their cumulative lengths. There is no batch
 //! axis and no padding.
 //!
-//! Each operation exists twice: in plain Burn operations for every device and dtype ([`Path::Portable`]),
-//! and for `f32` on the CPU as loops over slices ([`Path::Cpu`]). [`Path::of`] tells which one a tensor takes.
+//! Each operation exists three times: in plain Burn operations for every device and dtype of Burn
+//! ([`Path::Portable`]), for `f32` on the CPU as loops over slices ([`Path::Cpu`]), and as kernels and cuBLASLt products
+//! on an NVIDIA GPU ([`Path::Cuda`]). [`Path::of`] tells which one a [`Tensor`] takes.
 //!
 //! ```
-//! use burn::tensor::{Device, Tensor};
-//! use rekindle_kernels::rms_norm;
+//! use rekindle_kernels::{Device, from_f32, rms_norm, to_f32};
+//! use burn::tensor::DType;
 //!
-//! let device = Device::flex();
-//! let x = Tensor::<2>::from_data([[3.0f32, 4.0]], &device);
-//! let weight = Tensor::<1>::from_data([1.0f32, 2.0], &device);
+//! let device = Device::cpu();
+//! let x = from_f32(vec![3.0, 4.0], [1, 2], &device, DType::F32);
+//! let weight = from_f32(vec![1.0, 2.0], [2], &device, DType::F32);
 //! let (y, _rstd) = rms_norm::forward(&x, &weight, 0.0);
 //! let rms = (12.5f32).sqrt();
 //! let expected = [3.0 / rms, 2.0 * 4.0 / rms];
-//! for (got, want) in y.into_data().try_to_vec::<f32>().unwrap().iter().zip(expected) {
+//! for (got, want) in to_f32(y).iter().zip(expected) {
 //!     assert!((got - want).abs() < 1e-6);
 //! }
 //! ```
@@ -27,6 +28,7 @@
 pub mod adamw;
 pub mod attention;
 mod cpu;
+pub mod cuda;
 mod device;
 pub mod dropout;
 pub mod embedding;
@@ -38,13 +40,15 @@ mod path;
 mod portable;
 pub mod rms_norm;
 pub mod rope;
+mod rows;
 pub mod swiglu;
-mod tensors;
+mod tensor;
 mod weight;
 
-pub use device::{DeviceError, DeviceKind, open as open_device, parse as parse_device};
+pub use device::{Device, DeviceError, DeviceKind, open as open_device, parse as parse_device};
 pub use packed::PackedWeight;
 pub use params::{Grads, ParamInfo, ParamRef, Params, ParamsBuilder};
 pub use path::Path;
-pub use tensors::{from_f32, to_f32};
+pub use rows::Rows;
+pub use tensor::{Tensor, from_f32, from_le_bytes, to_f32};
 pub use weight::Weight;

@@ -10,30 +10,60 @@
 //! # Dtypes
 //! Logits and everything after them in `f32`.
 
-use burn::tensor::Tensor;
+use burn::tensor::{IndexingUpdateOp, Tensor as BurnTensor};
 
-use crate::tensors::indices;
-use crate::{Grads, ParamRef, Path, cpu, portable};
+use crate::cuda::{Array, ops};
+use crate::tensor::indices;
+use crate::{Grads, ParamRef, Path, Tensor, cpu, portable};
 
 /// The target of a row that does not count.
 pub const IGNORED: i32 = -100;
 
-/// Logits held at once, but never fewer than 64 rows of them: 8 Mi values, 32 MiB.
+/// Logits held at once on the CPU and in Burn's operations, but never fewer than 64 rows of them: 8 Mi values, 32 MiB.
 const CHUNK_LOGITS: usize = 8 << 20;
 
-/// The negative log-likelihood of every target, 0 where it does not count, `[tokens]`.
-pub fn forward(h: &Tensor<2>, weight: &Tensor<2>, targets: &[i32]) -> Vec<f32> {
+/// The negative log-likelihood of every target, 0 where it does not count. On CUDA it is still on its way.
+#[derive(Clone, Debug)]
+pub struct Losses(Where);
+
+#[derive(Clone, Debug)]
+enum Where {
+    Host(Vec<f32>),
+    Cuda(Array),
+}
+
+impl Losses {
+    /// One number for every token. Waits for the device; after an error of the device they are NaN.
+    pub fn values(self) -> Vec<f32> {
+        match self.0 {
+            Where::Host(nll) => nll,
+            Where::Cuda(nll) => crate::to_f32(Tensor::<1>::Cuda(nll)),
+        }
+    }
+
+    /// Their sum, in `f64`.
+    pub fn sum(self) -> f64 {
+        self.values().iter().map(|&x| f64::from(x)).sum()
+    }
+}
+
+/// The losses of `targets`, `[tokens]`.
+pub fn forward(h: &Tensor<2>, weight: &Tensor<2>, targets: &[i32]) -> Losses {
+    if let Tensor::Cuda(h) = h {
+        return Losses(Where::Cuda(ops::cross_entropy::forward(h, weight.cuda(), targets)));
+    }
+    let (h, weight) = (h.burn(), weight.burn());
     let rows = counted(targets);
     let mut nll = vec![0.0; targets.len()];
     for chunk in rows.chunks(chunk_rows(weight)) {
         let (h, targets) = pick(h, targets, chunk);
-        let losses = match Path::of(&h) {
+        let losses = match Path::of_burn(&h) {
             Path::Cpu => cpu::linear_cross_entropy::forward(&h, weight, &targets),
-            Path::Portable => portable::linear_cross_entropy::forward(&h, weight, &targets),
+            _ => portable::linear_cross_entropy::forward(&h, weight, &targets),
         };
         scatter(&mut nll, chunk, losses);
     }
-    nll
+    Losses(Where::Host(nll))
 }
 
 /// As [`forward`], and the gradient of `grad_scale · Σ nll` to h; that to W goes to `weight_grad`.
@@ -43,37 +73,45 @@ pub fn forward_backward(
     targets: &[i32],
     grad_scale: f32,
     mut weight_grad: Option<(&mut Grads, ParamRef)>,
-) -> (Vec<f32>, Tensor<2>) {
+) -> (Losses, Tensor<2>) {
+    if let Tensor::Cuda(h) = h {
+        let dw = weight_grad.map(|(grads, at)| grads.array(at));
+        let (nll, dh) = ops::cross_entropy::forward_backward(h, weight.cuda(), targets, grad_scale, dw.as_ref());
+        return (Losses(Where::Cuda(nll)), dh.into());
+    }
+    let (h, weight) = (h.burn(), weight.burn());
     let rows = counted(targets);
     let mut nll = vec![0.0; targets.len()];
     let mut parts = Vec::new();
     for chunk in rows.chunks(chunk_rows(weight)) {
         let (hidden, targets) = pick(h, targets, chunk);
-        let (losses, dlogits) = match Path::of(&hidden) {
+        let (losses, dlogits) = match Path::of_burn(&hidden) {
             Path::Cpu => cpu::linear_cross_entropy::forward_dlogits(&hidden, weight, &targets, grad_scale),
-            Path::Portable => portable::linear_cross_entropy::forward_dlogits(&hidden, weight, &targets, grad_scale),
+            _ => portable::linear_cross_entropy::forward_dlogits(&hidden, weight, &targets, grad_scale),
         };
         scatter(&mut nll, chunk, losses);
-        parts.push(crate::matmul::nn(&dlogits, weight));
+        let dlogits = Tensor::from(dlogits);
+        parts.push(crate::matmul::nn(&dlogits, &weight.clone().into()).into_burn());
         if let Some((grads, param)) = weight_grad.as_mut() {
-            grads.add_tn(*param, 1.0, &dlogits, &hidden);
+            grads.add_tn(*param, 1.0, &dlogits, &hidden.into());
         }
     }
+    let nll = Losses(Where::Host(nll));
     if rows.len() == targets.len() && !rows.is_empty() {
-        return (nll, Tensor::cat(parts, 0));
+        return (nll, BurnTensor::cat(parts, 0).into());
     }
     let device = h.device();
-    let zeros = Tensor::zeros(h.dims(), (&device, h.dtype()));
+    let zeros = BurnTensor::zeros(h.dims(), (&device, h.dtype()));
     if rows.is_empty() {
-        return (nll, zeros);
+        return (nll, zeros.into());
     }
-    let dh = Tensor::cat(parts, 0);
-    let dh = zeros.select_assign(0, indices(rows.iter().copied(), h), dh, burn::tensor::IndexingUpdateOp::Add);
-    (nll, dh)
+    let dh = BurnTensor::cat(parts, 0);
+    let dh = zeros.select_assign(0, indices(rows.iter().copied(), h), dh, IndexingUpdateOp::Add);
+    (nll, dh.into())
 }
 
 /// Rows of one chunk of logits: bounded by their size, a multiple of 64 where more than one chunk is needed.
-fn chunk_rows(weight: &Tensor<2>) -> usize {
+fn chunk_rows(weight: &BurnTensor<2>) -> usize {
     (CHUNK_LOGITS / weight.dims()[0]).max(64) / 64 * 64
 }
 
@@ -81,7 +119,7 @@ fn counted(targets: &[i32]) -> Vec<usize> {
     (0..targets.len()).filter(|&t| targets[t] != IGNORED).collect()
 }
 
-fn pick(h: &Tensor<2>, targets: &[i32], rows: &[usize]) -> (Tensor<2>, Vec<u32>) {
+fn pick(h: &BurnTensor<2>, targets: &[i32], rows: &[usize]) -> (BurnTensor<2>, Vec<u32>) {
     let (first, last) = (rows[0], rows[rows.len() - 1]);
     let hidden = if last - first + 1 == rows.len() {
         h.clone().narrow(0, first, rows.len())

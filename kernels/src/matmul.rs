@@ -7,16 +7,14 @@
 //! # Dtypes
 //! Operands share one float dtype; accumulation is `f32` on [`Path::Cpu`].
 
-use burn::tensor::Tensor;
+use burn::tensor::Tensor as BurnTensor;
 
-use crate::{Path, cpu, portable};
+use crate::cuda::{self, ops};
+use crate::{Path, Tensor, cpu, portable};
 
 /// `a · bᵀ`: `[m, k] × [n, k] → [m, n]`.
 pub fn nt(a: &Tensor<2>, b: &Tensor<2>) -> Tensor<2> {
-    match Path::of(a) {
-        Path::Cpu => cpu::matmul::product(a, b, Form::Nt),
-        Path::Portable => portable::matmul::product(a, b, Form::Nt),
-    }
+    product(a, b, Form::Nt)
 }
 
 /// `y + alpha · a · bᵀ`.
@@ -24,12 +22,17 @@ pub fn nt_add(y: Tensor<2>, alpha: f32, a: &Tensor<2>, b: &Tensor<2>) -> Tensor<
     add(y, alpha, a, b, Form::Nt)
 }
 
+/// `a · bᵀ + bias`, the bias added to every row.
+pub fn nt_bias(a: &Tensor<2>, b: &Tensor<2>, bias: &Tensor<1>) -> Tensor<2> {
+    if let Tensor::Cuda(a) = a {
+        return ops::matmul::product_bias(a, b.cuda(), cuda::Form::Nt, bias.cuda()).into();
+    }
+    nt_add(broadcast_rows(bias.burn(), a.dims()[0]).into(), 1.0, a, b)
+}
+
 /// `a · b`: `[m, k] × [k, n] → [m, n]`.
 pub fn nn(a: &Tensor<2>, b: &Tensor<2>) -> Tensor<2> {
-    match Path::of(a) {
-        Path::Cpu => cpu::matmul::product(a, b, Form::Nn),
-        Path::Portable => portable::matmul::product(a, b, Form::Nn),
-    }
+    product(a, b, Form::Nn)
 }
 
 /// `y + alpha · a · b`.
@@ -39,14 +42,11 @@ pub fn nn_add(y: Tensor<2>, alpha: f32, a: &Tensor<2>, b: &Tensor<2>) -> Tensor<
 
 /// `aᵀ · b`: `[k, m] × [k, n] → [m, n]`.
 pub fn tn(a: &Tensor<2>, b: &Tensor<2>) -> Tensor<2> {
-    match Path::of(a) {
-        Path::Cpu => cpu::matmul::product(a, b, Form::Tn),
-        Path::Portable => portable::matmul::product(a, b, Form::Tn),
-    }
+    product(a, b, Form::Tn)
 }
 
 /// `bias` in every one of `rows` rows: `[n] → [rows, n]`, the start of a product with bias.
-pub fn broadcast_rows(bias: &Tensor<1>, rows: usize) -> Tensor<2> {
+pub(crate) fn broadcast_rows(bias: &BurnTensor<1>, rows: usize) -> BurnTensor<2> {
     let [n] = bias.dims();
     bias.clone().reshape([1, n]).repeat_dim(0, rows)
 }
@@ -72,18 +72,37 @@ impl Form {
     }
 }
 
+impl From<Form> for cuda::Form {
+    fn from(form: Form) -> Self {
+        match form {
+            Form::Nt => Self::Nt,
+            Form::Nn => Self::Nn,
+            Form::Tn => Self::Tn,
+        }
+    }
+}
+
+fn product(a: &Tensor<2>, b: &Tensor<2>, form: Form) -> Tensor<2> {
+    match Path::of(a) {
+        Path::Cpu => cpu::matmul::product(a.burn(), b.burn(), form).into(),
+        Path::Portable => portable::matmul::product(a.burn(), b.burn(), form).into(),
+        Path::Cuda => ops::matmul::product(a.cuda(), b.cuda(), form.into()).into(),
+    }
+}
+
 fn add(y: Tensor<2>, alpha: f32, a: &Tensor<2>, b: &Tensor<2>, form: Form) -> Tensor<2> {
     match Path::of(&y) {
-        Path::Cpu => cpu::matmul::product_add(y, alpha, a, b, form),
-        Path::Portable => y + portable::matmul::product(a, b, form) * alpha,
+        Path::Cpu => cpu::matmul::product_add(y.into_burn(), alpha, a.burn(), b.burn(), form).into(),
+        Path::Portable => (y.into_burn() + portable::matmul::product(a.burn(), b.burn(), form) * alpha).into(),
+        Path::Cuda => ops::matmul::product_add(y.into_cuda(), alpha, a.cuda(), b.cuda(), form.into()).into(),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensors::{from_f32, to_f32};
-    use burn::tensor::{DType, Device};
+    use crate::{Device, from_f32, to_f32};
+    use burn::tensor::DType;
 
     /// A plain triple loop in f64.
     fn naive(a: &[f32], b: &[f32], (m, n, k): (usize, usize, usize), form: Form) -> Vec<f64> {
@@ -94,7 +113,7 @@ mod tests {
 
     #[test]
     fn every_form_matches_a_plain_loop() {
-        let device = Device::flex();
+        let device = Device::cpu();
         for (m, n, k) in [(1, 1, 1), (3, 5, 7), (129, 33, 65), (1, 70, 40), (257, 16, 31)] {
             let a = crate::cpu::tests::noise(1, m * k);
             let b = crate::cpu::tests::noise(2, n * k);
@@ -107,8 +126,8 @@ mod tests {
                 let ta = from_f32(a.clone(), sa, &device, DType::F32);
                 let tb = from_f32(b.clone(), sb, &device, DType::F32);
                 let want = naive(&a, &b, (m, n, k), form);
-                let got = to_f32(cpu::matmul::product(&ta, &tb, form));
-                let portable = to_f32(portable::matmul::product(&ta, &tb, form));
+                let got = to_f32(product(&ta, &tb, form));
+                let portable = to_f32(Path::portable_only(|| product(&ta, &tb, form)));
                 // |error| of a length-k f32 dot product of numbers below 1 is under k · 2⁻²³.
                 let bound = k as f64 * 2f64.powi(-23) + 1e-7;
                 for ((g, p), w) in got.iter().zip(&portable).zip(&want) {
@@ -126,9 +145,9 @@ mod tests {
 
     #[test]
     fn column_slices_are_read_where_they_are() {
-        let device = Device::flex();
+        let device = Device::cpu();
         let wide = from_f32((0..12).map(|i| i as f32).collect(), [3, 4], &device, DType::F32);
-        let part = wide.slice([0..3, 1..3]);
+        let part = wide.columns(1, 2);
         let eye = from_f32(vec![1.0, 0.0, 0.0, 1.0], [2, 2], &device, DType::F32);
         assert_eq!(to_f32(nt(&part, &eye)), [1.0, 2.0, 5.0, 6.0, 9.0, 10.0]);
     }

@@ -21,9 +21,11 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device as BurnDevice, Tensor as BurnTensor};
 
-use crate::{Path, cpu, portable};
+use crate::cuda::ops;
+use crate::tensor::cuda_dtype;
+use crate::{Device, Path, Tensor, cpu, portable};
 
 /// A weight as codes, on the host.
 #[derive(Clone, Debug, PartialEq)]
@@ -101,6 +103,24 @@ impl Codes {
         }
     }
 
+    /// Leaves everything but the codes themselves.
+    fn take_bytes(&mut self) {
+        match &mut self.format {
+            Format::FourBit { codes, .. } => *codes = Vec::new(),
+            Format::Int8 { codes, .. } => *codes = Vec::new(),
+        }
+    }
+
+    /// Undoes [`take_bytes`](Self::take_bytes).
+    fn with_bytes(&self, bytes: Vec<u8>) -> Self {
+        let mut whole = self.clone();
+        match &mut whole.format {
+            Format::FourBit { codes, .. } => *codes = bytes,
+            Format::Int8 { codes, .. } => *codes = bytes.into_iter().map(u8::cast_signed).collect(),
+        }
+        whole
+    }
+
     /// # Panics
     /// When the lengths do not follow from `dims`.
     fn check(&self) {
@@ -127,17 +147,16 @@ impl Codes {
     }
 }
 
-/// Codes where they are used: in plain memory on the CPU, as words on another device.
+/// Codes where they are used: in plain memory on the CPU, as words on another device of Burn, as bytes on CUDA.
 #[derive(Clone, Debug)]
-pub struct PackedWeight {
-    device: Device,
-    place: Place,
-}
+pub struct PackedWeight(Place);
 
 #[derive(Clone, Debug)]
 enum Place {
     Host(Arc<Codes>),
-    Device(Arc<portable::packed::Words>),
+    Burn(Arc<portable::packed::Words>),
+    /// With what else the codes had on the host, which is small.
+    Cuda(ops::packed::PackedArray, Arc<Codes>),
 }
 
 impl PackedWeight {
@@ -145,71 +164,117 @@ impl PackedWeight {
     ///
     /// # Panics
     /// When the lengths of the codes and scales do not follow from their shape.
-    pub fn new(codes: Codes, device: &Device) -> Self {
+    pub fn new(mut codes: Codes, device: &Device) -> Self {
         codes.check();
-        let place = if *device == Device::flex() {
-            Place::Host(Arc::new(codes))
-        } else {
-            Place::Device(Arc::new(portable::packed::Words::new(&codes, device)))
-        };
-        Self { device: device.clone(), place }
+        Self(match device {
+            Device::Burn(device) if *device == BurnDevice::flex() => Place::Host(Arc::new(codes)),
+            Device::Burn(device) => Place::Burn(Arc::new(portable::packed::Words::new(&codes, device))),
+            Device::Cuda(cuda) => {
+                let array = match &codes.format {
+                    Format::Int8 { codes: bytes, scales, .. } => {
+                        ops::packed::PackedArray::int8(cuda, codes.dims, bytes, scales)
+                    }
+                    Format::FourBit { codes: bytes, table, blocksize, absmax } => {
+                        let absmax = match absmax {
+                            Absmax::Single(absmax) => ops::packed::Absmax::Single(absmax),
+                            Absmax::Double { codes, map, nested, blocksize, offset } => ops::packed::Absmax::Double {
+                                codes,
+                                map,
+                                nested,
+                                blocksize: *blocksize,
+                                offset: *offset,
+                            },
+                        };
+                        ops::packed::PackedArray::four_bit(cuda, codes.dims, bytes, table, *blocksize, absmax)
+                    }
+                };
+                codes.take_bytes();
+                Place::Cuda(array, Arc::new(codes))
+            }
+        })
     }
 
     /// `[out, in]`.
     pub fn dims(&self) -> [usize; 2] {
-        match &self.place {
+        match &self.0 {
             Place::Host(codes) => codes.dims,
-            Place::Device(words) => words.dims(),
+            Place::Burn(words) => words.dims(),
+            Place::Cuda(array, _) => array.dims(),
         }
     }
 
-    /// The codes on the host.
+    /// The codes on the host. After an error of a CUDA device they are zeros, and [`Device::check`] says what happened.
     pub fn codes(&self) -> Arc<Codes> {
-        match &self.place {
+        match &self.0 {
             Place::Host(codes) => Arc::clone(codes),
-            Place::Device(words) => Arc::new(words.codes()),
+            Place::Burn(words) => Arc::new(words.codes()),
+            Place::Cuda(array, rest) => {
+                let bytes = array.download_codes().unwrap_or_else(|_| vec![0; array.bytes().0]);
+                Arc::new(rest.with_bytes(bytes))
+            }
         }
     }
 
     /// Bytes of the codes, and of their scales.
     pub fn bytes(&self) -> (usize, usize) {
-        match &self.place {
+        match &self.0 {
             Place::Host(codes) => codes.bytes(),
-            Place::Device(words) => words.bytes(),
+            Place::Burn(words) => words.bytes(),
+            Place::Cuda(array, _) => array.bytes(),
         }
     }
 
     /// The whole matrix.
     pub fn decode(&self, dtype: DType) -> Tensor<2> {
-        self.rows(0..self.dims()[0], dtype)
+        match &self.0 {
+            Place::Cuda(array, _) => array.decode(cuda_dtype(dtype), None).into(),
+            _ => self.rows(0..self.dims()[0], dtype).into(),
+        }
+    }
+
+    /// Some rows of the matrix, in `f32`.
+    pub fn decode_rows(&self, first: usize, count: usize) -> Tensor<2> {
+        match &self.0 {
+            Place::Cuda(array, _) => Tensor::from(array.decode(cuda_dtype(DType::F32), None)).rows(first, count),
+            _ => self.rows(first..first + count, DType::F32).into(),
+        }
     }
 
     /// `x · Wᵀ + bias`.
     pub fn nt(&self, x: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
-        match (&self.place, Path::of(x)) {
-            (Place::Host(codes), Path::Cpu) => cpu::packed::nt(codes, x, bias),
-            _ => portable::packed::nt(self.dims(), |rows| self.rows(rows, x.dtype()), x, bias),
+        if let (Place::Cuda(array, _), Tensor::Cuda(x)) = (&self.0, x) {
+            return array.nt(x, bias.map(Tensor::cuda)).into();
+        }
+        let (x, bias) = (x.burn(), bias.map(Tensor::burn));
+        match (&self.0, Path::of_burn(x)) {
+            (Place::Host(codes), Path::Cpu) => cpu::packed::nt(codes, x, bias).into(),
+            _ => portable::packed::nt(self.dims(), |rows| self.rows(rows, x.dtype()), x, bias).into(),
         }
     }
 
     /// `dy · W`, added to `dx` if there is one.
     pub fn nn(&self, dy: &Tensor<2>, dx: Option<Tensor<2>>) -> Tensor<2> {
-        match (&self.place, Path::of(dy)) {
-            (Place::Host(codes), Path::Cpu) => cpu::packed::nn(codes, dy, dx),
-            _ => portable::packed::nn(self.dims(), |rows| self.rows(rows, dy.dtype()), dy, dx),
+        if let (Place::Cuda(array, _), Tensor::Cuda(dy)) = (&self.0, dy) {
+            return array.nn(dy, dx.map(Tensor::into_cuda)).into();
+        }
+        let (dy, dx) = (dy.burn(), dx.map(Tensor::into_burn));
+        match (&self.0, Path::of_burn(dy)) {
+            (Place::Host(codes), Path::Cpu) => cpu::packed::nn(codes, dy, dx).into(),
+            _ => portable::packed::nn(self.dims(), |rows| self.rows(rows, dy.dtype()), dy, dx).into(),
         }
     }
 
-    /// Some rows of the matrix.
-    fn rows(&self, rows: core::ops::Range<usize>, dtype: DType) -> Tensor<2> {
-        match &self.place {
+    /// Some rows of the matrix, in Burn's tensor.
+    fn rows(&self, rows: core::ops::Range<usize>, dtype: DType) -> BurnTensor<2> {
+        match &self.0 {
             Place::Host(codes) => {
                 let shape = [rows.len(), codes.dims[1]];
                 let mut values = vec![0.0; shape[0] * shape[1]];
                 cpu::packed::decode_rows(codes, rows, &mut values);
-                crate::from_f32(values, shape, &self.device, dtype)
+                crate::from_f32(values, shape, &Device::cpu(), dtype).into_burn()
             }
-            Place::Device(words) => words.rows(rows, dtype),
+            Place::Burn(words) => words.rows(rows, dtype),
+            Place::Cuda(..) => panic!("the operands of one operation lie on one device"),
         }
     }
 }
@@ -222,7 +287,7 @@ mod tests {
     /// Devices other than the CPU keep words; on the CPU they can be looked at without one.
     #[test]
     fn words_decode_as_bytes_do() {
-        let device = Device::flex();
+        let device = BurnDevice::flex();
         let bytes = |seed, n| noise(seed, n).into_iter().map(|x| (x * 128.0) as i8).collect::<Vec<_>>();
         let unsigned = |seed, n| bytes(seed, n).into_iter().map(i8::cast_unsigned).collect::<Vec<u8>>();
         for dims in [[1usize, 1], [5, 13], [9, 64], [33, 129]] {
@@ -253,7 +318,7 @@ mod tests {
                 for rows in [0..dims[0], dims[0] / 2..dims[0], 0..dims[0].div_ceil(3)] {
                     let mut expected = vec![0.0; rows.len() * dims[1]];
                     cpu::packed::decode_rows(&codes, rows.clone(), &mut expected);
-                    let got = crate::to_f32(words.rows(rows.clone(), DType::F32));
+                    let got = crate::to_f32(Tensor::from(words.rows(rows.clone(), DType::F32)));
                     assert_eq!(got, expected, "rows {rows:?} of {dims:?}");
                 }
             }
@@ -265,6 +330,6 @@ mod tests {
     fn lengths_follow_from_the_shape() {
         let absmax = Absmax::Single(vec![1.0]);
         let format = Format::FourBit { codes: vec![0; 7], table: [0.0; 16], blocksize: 32, absmax };
-        PackedWeight::new(Codes { dims: [3, 5], format }, &Device::flex());
+        PackedWeight::new(Codes { dims: [3, 5], format }, &Device::cpu());
     }
 }

@@ -6,12 +6,13 @@
 
 use core::ops::Range;
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Tensor as BurnTensor};
 use rayon::prelude::*;
 
+use crate::cuda::{Array, ops};
 use crate::matmul::Form;
-use crate::tensors::{from_f32, to_f32};
-use crate::{Path, cpu, matmul};
+use crate::tensor::cuda_dtype;
+use crate::{Device, Path, Tensor, cpu, from_f32, matmul, to_f32};
 
 /// Where a parameter lies: a row-major matrix in the flat buffers. Vectors have one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +86,10 @@ impl ParamsBuilder {
     /// Moves everything to `device`. Views are read in `dtype`.
     pub fn build(self, device: &Device, dtype: DType) -> Params {
         let numel = self.values.len();
-        Params { infos: self.infos, values: from_f32(self.values, [numel], device, DType::F32), dtype }
+        let values = from_f32(self.values, [numel], device, DType::F32);
+        let mut params = Params { infos: self.infos, values, dtype, compute: None };
+        params.refresh();
+        params
     }
 }
 
@@ -95,6 +99,8 @@ pub struct Params {
     infos: Vec<ParamInfo>,
     values: Tensor<1>,
     dtype: DType,
+    /// On CUDA, the values in the compute dtype where that is not `f32`: views of it cost nothing.
+    compute: Option<Array>,
 }
 
 impl Params {
@@ -120,12 +126,17 @@ impl Params {
 
     /// A parameter as a matrix in the compute dtype.
     pub fn matrix(&self, at: ParamRef) -> Tensor<2> {
-        self.values.clone().slice([at.range()]).reshape(at.dims()).cast(self.dtype)
+        match (&self.values, &self.compute) {
+            (Tensor::Burn(values), _) => values.clone().slice([at.range()]).reshape(at.dims()).cast(self.dtype).into(),
+            (Tensor::Cuda(values), compute) => {
+                compute.as_ref().unwrap_or(values).part(at.range().start, at.dims()).into()
+            }
+        }
     }
 
     /// The values of a parameter on the host.
     pub fn values(&self, at: ParamRef) -> Vec<f32> {
-        to_f32(self.values.clone().slice([at.range()]))
+        part(&self.values, at)
     }
 
     /// All values on the host, in order.
@@ -137,18 +148,36 @@ impl Params {
     pub fn set_all_values(&mut self, values: Vec<f32>) {
         let numel = self.numel();
         assert_eq!(values.len(), numel, "one value for every parameter");
-        let device = self.values.device();
-        self.values = from_f32(values, [numel], &device, DType::F32);
+        self.values = from_f32(values, [numel], &self.values.device(), DType::F32);
+        self.refresh();
     }
 
     /// Zero gradients for every parameter.
     pub fn zero_grads(&self) -> Grads {
-        let device = self.values.device();
-        Grads { flat: Tensor::zeros([self.numel()], (&device, DType::F32)) }
+        Grads { flat: zeros(self.numel(), &self.values.device(), "gradients") }
     }
 
-    pub(crate) fn flat_mut(&mut self) -> &mut Tensor<1> {
-        &mut self.values
+    pub(crate) fn flat(&self) -> &Tensor<1> {
+        &self.values
+    }
+
+    pub(crate) fn flat_mut(&mut self) -> &mut BurnTensor<1> {
+        match &mut self.values {
+            Tensor::Burn(values) => values,
+            Tensor::Cuda(_) => panic!("parameters of a CUDA device are changed there"),
+        }
+    }
+
+    /// Brings the copy in the compute dtype up to date.
+    pub(crate) fn refresh(&mut self) {
+        if let Tensor::Cuda(values) = &self.values
+            && self.dtype != DType::F32
+        {
+            match &self.compute {
+                Some(compute) => ops::elementwise::copy_into(values, compute),
+                None => self.compute = Some(ops::elementwise::cast(values, cuda_dtype(self.dtype))),
+            }
+        }
     }
 
     /// Longest runs of parameters that agree on weight decay.
@@ -175,17 +204,23 @@ impl Grads {
     /// Adds a gradient.
     pub fn add(&mut self, at: ParamRef, grad: Tensor<2>) {
         assert_eq!(grad.dims(), at.dims(), "gradient and parameter shapes");
-        self.update(at, |old| old + grad.cast(DType::F32));
+        match grad {
+            Tensor::Burn(grad) => self.update(at, |old| old + grad.cast(DType::F32)),
+            Tensor::Cuda(grad) => ops::elementwise::accumulate(&self.array(at), &grad),
+        }
     }
 
     /// Adds `alpha · aᵀ · b`, the gradient of a weight `[out, in]` from `[rows, out]` and `[rows, in]`.
     pub fn add_tn(&mut self, at: ParamRef, alpha: f32, a: &Tensor<2>, b: &Tensor<2>) {
-        match (Path::of(&self.flat), Path::of(a)) {
-            (Path::Cpu, Path::Cpu) => cpu::with_mut(&mut self.flat, |flat| {
-                cpu::matmul::into_slice(&mut flat[at.range()], 1.0, alpha, a, b, Form::Tn);
+        match (&mut self.flat, Path::of(a)) {
+            (Tensor::Cuda(_), _) => {
+                ops::matmul::accumulate(&self.array(at), alpha, a.cuda(), b.cuda(), Form::Tn.into());
+            }
+            (Tensor::Burn(flat), Path::Cpu) if Path::of_burn(flat) == Path::Cpu => cpu::with_mut(flat, |flat| {
+                cpu::matmul::into_slice(&mut flat[at.range()], 1.0, alpha, a.burn(), b.burn(), Form::Tn);
             }),
             _ => {
-                let grad = matmul::tn(a, b).cast(DType::F32);
+                let grad = matmul::tn(a, b).into_burn().cast(DType::F32);
                 self.update(at, |old| old + grad * alpha);
             }
         }
@@ -193,13 +228,20 @@ impl Grads {
 
     /// Adds the sum over the rows of `dy`, the gradient of a bias.
     pub fn add_row_sum(&mut self, at: ParamRef, dy: &Tensor<2>) {
-        self.add(at, dy.clone().cast(DType::F32).sum_dim(0));
+        match dy {
+            Tensor::Burn(dy) => self.add(at, dy.clone().cast(DType::F32).sum_dim(0).into()),
+            Tensor::Cuda(dy) => ops::reduce::add_column_sums(dy, &self.array(at)),
+        }
     }
 
-    /// √Σ g²; on [`Path::Cpu`] summed in `f64` over chunks of fixed size.
+    /// √Σ g²; on [`Path::Cpu`] summed in `f64` over chunks of fixed size. Waits for the device.
     pub fn norm(&self) -> f64 {
-        let sum: f64 = if Path::of(&self.flat) == Path::Cpu {
-            let flat = cpu::View::of(&self.flat);
+        let flat = match &self.flat {
+            Tensor::Cuda(flat) => return ops::adamw::norm(flat, 0.0, 1.0).read().map_or(f64::NAN, |n| n.norm.into()),
+            Tensor::Burn(flat) => flat,
+        };
+        let sum: f64 = if Path::of_burn(flat) == Path::Cpu {
+            let flat = cpu::View::of(flat);
             let flat = flat.as_slice();
             let parts: Vec<f64> = flat
                 .par_chunks(cpu::CHUNK)
@@ -211,10 +253,10 @@ impl Grads {
                 })
                 .collect();
             parts.iter().sum()
-        } else if self.flat.dims()[0] == 0 {
+        } else if flat.dims()[0] == 0 {
             0.0
         } else {
-            let squares = self.flat.clone() * self.flat.clone();
+            let squares = flat.clone() * flat.clone();
             f64::from(squares.sum().into_scalar::<f32>())
         };
         sum.sqrt()
@@ -222,7 +264,7 @@ impl Grads {
 
     /// A gradient on the host.
     pub fn values(&self, at: ParamRef) -> Vec<f32> {
-        to_f32(self.flat.clone().slice([at.range()]))
+        part(&self.flat, at)
     }
 
     /// All gradients on the host, in the order of the parameters.
@@ -234,11 +276,33 @@ impl Grads {
         &self.flat
     }
 
-    fn update(&mut self, at: ParamRef, f: impl FnOnce(Tensor<2>) -> Tensor<2>) {
-        let old = self.flat.clone().slice([at.range()]).reshape(at.dims());
-        let new = f(old).reshape([at.rows * at.cols]);
-        self.flat.inplace(|flat| flat.slice_assign([at.range()], new));
+    /// The place of a gradient on a CUDA device.
+    pub(crate) fn array(&self, at: ParamRef) -> Array {
+        self.flat.cuda().part(at.range().start, at.dims())
     }
+
+    fn update(&mut self, at: ParamRef, f: impl FnOnce(BurnTensor<2>) -> BurnTensor<2>) {
+        let Tensor::Burn(flat) = &mut self.flat else { panic!("the operands of one operation lie on one device") };
+        let old = flat.clone().slice([at.range()]).reshape(at.dims());
+        let new = f(old).reshape([at.rows * at.cols]);
+        flat.inplace(|flat| flat.slice_assign([at.range()], new));
+    }
+}
+
+/// A flat buffer of zeros; `label` names its use in reports of a CUDA device's memory.
+pub(crate) fn zeros(numel: usize, device: &Device, label: &'static str) -> Tensor<1> {
+    match device {
+        Device::Burn(device) => BurnTensor::zeros([numel], (device, DType::F32)).into(),
+        Device::Cuda(cuda) => Array::zeros(cuda, [1, numel], crate::cuda::DType::F32, label).into(),
+    }
+}
+
+/// Some elements of a flat buffer on the host.
+fn part(flat: &Tensor<1>, at: ParamRef) -> Vec<f32> {
+    to_f32(match flat {
+        Tensor::Burn(flat) => Tensor::<1>::Burn(flat.clone().slice([at.range()])),
+        Tensor::Cuda(flat) => Tensor::Cuda(flat.part(at.range().start, [1, at.range().len()])),
+    })
 }
 
 #[cfg(test)]
@@ -247,7 +311,7 @@ mod tests {
 
     #[test]
     fn gradients_add_up_where_they_belong() {
-        let device = Device::flex();
+        let device = Device::cpu();
         let mut builder = ParamsBuilder::default();
         let a = builder.push("a", &[2, 3], true, &[0.0; 6]);
         let b = builder.push("b", &[1, 3], true, &[1.0; 3]);

@@ -2,15 +2,19 @@
 
 use core::cell::Cell;
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, Tensor as BurnTensor};
+
+use crate::Tensor;
 
 /// An implementation of the operations of this crate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
     /// Loops over `f32` slices of the CPU backend, with runtime SIMD dispatch.
     Cpu,
-    /// Plain Burn operations: any device, any float dtype, and autodiff.
+    /// Plain Burn operations: any device of Burn, any float dtype, and autodiff.
     Portable,
+    /// Kernels and cuBLASLt on an NVIDIA GPU.
+    Cuda,
 }
 
 thread_local! {
@@ -18,8 +22,16 @@ thread_local! {
 }
 
 impl Path {
-    /// The path of `tensor`: [`Path::Cpu`] for plain `f32` tensors of the CPU backend.
+    /// The path of `tensor`: [`Path::Cuda`] for arrays, [`Path::Cpu`] for plain `f32` tensors of the CPU backend.
     pub fn of<const D: usize>(tensor: &Tensor<D>) -> Self {
+        match tensor {
+            Tensor::Burn(tensor) => Self::of_burn(tensor),
+            Tensor::Cuda(_) => Self::Cuda,
+        }
+    }
+
+    /// The path of a tensor of Burn.
+    pub(crate) fn of_burn<const D: usize>(tensor: &BurnTensor<D>) -> Self {
         // Devices compare equal with and without autodiff.
         let plain = tensor.dtype() == DType::F32 && tensor.device() == Device::flex() && !tensor.is_autodiff();
         if plain && !PORTABLE_ONLY.get() { Self::Cpu } else { Self::Portable }
@@ -47,7 +59,7 @@ mod tests {
 
     #[test]
     fn the_switch_holds_for_its_scope_and_survives_panics() {
-        let x = Tensor::<1>::zeros([1], (&Device::flex(), DType::F32));
+        let x = Tensor::from(BurnTensor::<1>::zeros([1], (&Device::flex(), DType::F32)));
         assert_eq!(Path::of(&x), Path::Cpu);
         Path::portable_only(|| {
             Path::portable_only(|| assert_eq!(Path::of(&x), Path::Portable));

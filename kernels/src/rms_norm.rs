@@ -13,21 +13,25 @@
 //! # Gradients
 //! To x and, on demand, to the weight. Saved: x and rstd; y is cheap to make again.
 
-use burn::tensor::Tensor;
-
-use crate::{Path, cpu, portable};
+use crate::cuda::ops;
+use crate::{Path, Tensor, cpu, portable};
 
 /// Normalizes each row: `(y, rstd)`.
 pub fn forward(x: &Tensor<2>, weight: &Tensor<1>, eps: f64) -> (Tensor<2>, Tensor<1>) {
     match Path::of(x) {
-        Path::Cpu => cpu::rms_norm::forward(x, weight, eps as f32),
-        Path::Portable => portable::rms_norm::forward(x, weight, eps),
+        Path::Cpu => wrap(cpu::rms_norm::forward(x.burn(), weight.burn(), eps as f32)),
+        Path::Portable => wrap(portable::rms_norm::forward(x.burn(), weight.burn(), eps)),
+        Path::Cuda => wrap(ops::rms_norm::forward(x.cuda(), weight.cuda(), eps as f32)),
     }
 }
 
 /// Adds `delta` to the residual stream and normalizes the sum: `(x + delta, y, rstd)`.
 pub fn add_forward(x: &Tensor<2>, delta: Tensor<2>, weight: &Tensor<1>, eps: f64) -> (Tensor<2>, Tensor<2>, Tensor<1>) {
-    let sum = delta + x.clone();
+    if let Tensor::Cuda(x) = x {
+        let (sum, y, rstd) = ops::rms_norm::add_forward(x, delta.into_cuda(), weight.cuda(), eps as f32);
+        return (sum.into(), y.into(), rstd.into());
+    }
+    let sum = delta.plus(x);
     let (y, rstd) = forward(&sum, weight, eps);
     (sum, y, rstd)
 }
@@ -35,8 +39,9 @@ pub fn add_forward(x: &Tensor<2>, delta: Tensor<2>, weight: &Tensor<1>, eps: f64
 /// y again, from what [`forward`] saved.
 pub fn recompute(x: &Tensor<2>, weight: &Tensor<1>, rstd: &Tensor<1>) -> Tensor<2> {
     match Path::of(x) {
-        Path::Cpu => cpu::rms_norm::recompute(x, weight, rstd),
-        Path::Portable => portable::rms_norm::recompute(x, weight, rstd),
+        Path::Cpu => cpu::rms_norm::recompute(x.burn(), weight.burn(), rstd.burn()).into(),
+        Path::Portable => portable::rms_norm::recompute(x.burn(), weight.burn(), rstd.burn()).into(),
+        Path::Cuda => ops::rms_norm::recompute(x.cuda(), weight.cuda(), rstd.cuda()).into(),
     }
 }
 
@@ -48,16 +53,28 @@ pub fn backward(
     rstd: &Tensor<1>,
     residual: Option<Tensor<2>>,
 ) -> Tensor<2> {
-    match Path::of(x) {
-        Path::Cpu => cpu::rms_norm::backward(dy, x, weight, rstd, residual),
-        Path::Portable => portable::rms_norm::backward(dy, x, weight, rstd, residual),
+    let path = Path::of(x);
+    if path == Path::Cuda {
+        let residual = residual.map(Tensor::into_cuda);
+        return ops::rms_norm::backward(dy.cuda(), x.cuda(), weight.cuda(), rstd.cuda(), residual).into();
+    }
+    let residual = residual.map(Tensor::into_burn);
+    let (dy, x, weight, rstd) = (dy.burn(), x.burn(), weight.burn(), rstd.burn());
+    match path {
+        Path::Cpu => cpu::rms_norm::backward(dy, x, weight, rstd, residual).into(),
+        _ => portable::rms_norm::backward(dy, x, weight, rstd, residual).into(),
     }
 }
 
-/// The gradient to the weight, `[hidden]`.
+/// The gradient to the weight, `[hidden]`, in `f32` on CUDA.
 pub fn weight_grad(dy: &Tensor<2>, x: &Tensor<2>, rstd: &Tensor<1>) -> Tensor<1> {
     match Path::of(x) {
-        Path::Cpu => cpu::rms_norm::weight_grad(dy, x, rstd),
-        Path::Portable => portable::rms_norm::weight_grad(dy, x, rstd),
+        Path::Cpu => cpu::rms_norm::weight_grad(dy.burn(), x.burn(), rstd.burn()).into(),
+        Path::Portable => portable::rms_norm::weight_grad(dy.burn(), x.burn(), rstd.burn()).into(),
+        Path::Cuda => ops::rms_norm::weight_grad(dy.cuda(), x.cuda(), rstd.cuda()).into(),
     }
+}
+
+fn wrap<A: Into<Tensor<2>>, B: Into<Tensor<1>>>((y, rstd): (A, B)) -> (Tensor<2>, Tensor<1>) {
+    (y.into(), rstd.into())
 }

@@ -9,22 +9,27 @@
 //! # Gradients
 //! Saved: gate and up; act is made again where it is needed.
 
-use burn::tensor::Tensor;
-
-use crate::{Path, cpu, portable};
+use crate::cuda::ops;
+use crate::{Path, Tensor, cpu, portable};
 
 /// `silu(gate) ∘ up`.
 pub fn forward(gate: &Tensor<2>, up: &Tensor<2>) -> Tensor<2> {
     match Path::of(gate) {
-        Path::Cpu => cpu::swiglu::forward(gate, up),
-        Path::Portable => portable::swiglu::forward(gate, up),
+        Path::Cpu => cpu::swiglu::forward(gate.burn(), up.burn()).into(),
+        Path::Portable => portable::swiglu::forward(gate.burn(), up.burn()).into(),
+        Path::Cuda => ops::swiglu::forward(gate.cuda(), up.cuda()).into(),
     }
 }
 
 /// `(dgate, dup)`, written over gate and up where nothing else holds them.
 pub fn backward(dact: &Tensor<2>, gate: Tensor<2>, up: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
     match Path::of(&gate) {
-        Path::Cpu => cpu::swiglu::backward(dact, gate, up),
-        Path::Portable => portable::swiglu::backward(dact, gate, up),
+        Path::Cpu => wrap(cpu::swiglu::backward(dact.burn(), gate.into_burn(), up.into_burn())),
+        Path::Portable => wrap(portable::swiglu::backward(dact.burn(), gate.into_burn(), up.into_burn())),
+        Path::Cuda => wrap(ops::swiglu::backward(dact.cuda(), gate.into_cuda(), up.into_cuda())),
     }
+}
+
+fn wrap<A: Into<Tensor<2>>>((dgate, dup): (A, A)) -> (Tensor<2>, Tensor<2>) {
+    (dgate.into(), dup.into())
 }

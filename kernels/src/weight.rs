@@ -1,8 +1,9 @@
 //! A weight of a layer, in whichever way it is kept, and the products with it.
 
-use burn::tensor::Tensor;
+use crate::{PackedWeight, ParamRef, Params, Tensor, matmul, to_f32};
 
-use crate::{PackedWeight, ParamRef, Params, matmul};
+/// Elements on the host at a time.
+const ROWS_AT_ONCE: usize = 4 << 20;
 
 /// A weight of a layer, `[out, in]`; a vector has one row.
 #[derive(Clone, Debug)]
@@ -29,7 +30,7 @@ impl Weight {
 
     /// A weight with one row as a vector in the compute dtype.
     pub fn vector(&self, params: &Params) -> Tensor<1> {
-        self.matrix(params).squeeze_dim(0)
+        self.matrix(params).row_vector()
     }
 
     /// Rows and columns; a vector has one row.
@@ -39,6 +40,25 @@ impl Weight {
             Self::Packed(packed) => packed.dims(),
             Self::Trained(at) => at.dims(),
         }
+    }
+
+    /// ‖w‖² of every row of a frozen weight, in `f32` from `f64` sums. Some rows at a time are decoded or copied.
+    ///
+    /// # Panics
+    /// For a trained weight, whose rows change.
+    pub fn row_norms_squared(&self) -> Vec<f32> {
+        let [rows, cols] = self.dims();
+        let step = (ROWS_AT_ONCE / cols.max(1)).max(1);
+        let part = |first: usize| {
+            let count = step.min(rows - first);
+            to_f32(match self {
+                Self::Frozen(tensor) => tensor.rows(first, count),
+                Self::Packed(packed) => packed.decode_rows(first, count),
+                Self::Trained(_) => panic!("the rows of a trained weight change"),
+            })
+        };
+        let norm = |row: &[f32]| row.iter().map(|&w| f64::from(w) * f64::from(w)).sum::<f64>() as f32;
+        (0..rows).step_by(step).flat_map(|first| part(first).chunks_exact(cols).map(norm).collect::<Vec<_>>()).collect()
     }
 
     /// Where its gradient goes, if it is trained.
@@ -54,7 +74,7 @@ impl Weight {
         match (self, bias) {
             (Self::Packed(packed), _) => packed.nt(x, bias),
             (_, None) => matmul::nt(x, &self.matrix(params)),
-            (_, Some(bias)) => matmul::nt_add(matmul::broadcast_rows(bias, x.dims()[0]), 1.0, x, &self.matrix(params)),
+            (_, Some(bias)) => matmul::nt_bias(x, &self.matrix(params), bias),
         }
     }
 

@@ -3,7 +3,7 @@
 
 mod common;
 
-use burn::tensor::{DType, Device};
+use burn::tensor::DType;
 use common::attention::Attention;
 use common::embedding::Embedding;
 use common::linear::Linear;
@@ -11,17 +11,15 @@ use common::linear_cross_entropy::LinearCrossEntropy;
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
 use common::swiglu::SwiGlu;
-use common::{Case, Layout, Place, judge};
-
-/// The dtypes, with what rounding to them once costs, in units of the value.
-const DTYPES: [(DType, f64); 2] = [(DType::BF16, 1.0 / 256.0), (DType::F16, 1.0 / 2048.0)];
+use common::{Case, LOW_DTYPES, Layout, Place, judge};
+use rekindle_kernels::Device;
 
 fn check<C: Case>(case: impl Fn(DType) -> C) {
-    for (dtype, rounding) in DTYPES {
+    for (dtype, rounding) in LOW_DTYPES {
         let case = case(dtype);
         let (truth, naive) = (case.naive(DType::F64), case.naive(dtype));
         for layout in [Layout::Owned, Layout::Shared, Layout::Columns, Layout::Transposed] {
-            let place = Place::new(Device::flex(), dtype, layout);
+            let place = Place::new(Device::cpu(), dtype, layout);
             let what = format!("{case:?} {dtype:?} {layout:?}");
             judge(&what, &case.ours(&place), &naive, &truth, 2.0, rounding);
             place.assert_unchanged();

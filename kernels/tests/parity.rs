@@ -100,7 +100,8 @@ fn linear_cross_entropy_in_several_chunks() {
 fn adamw() {
     let params: &[_] = &[(7, true), (1, true), (30, false), (9, true), (20_000, false), (17_000, true)];
     for weight_decay in [0.0, 0.1] {
-        check_in(&AdamW { params, weight_decay }, &[Layout::Owned]);
-        check_in(&AdamW { params: &[(5, false)], weight_decay }, &[Layout::Owned]);
+        check_in(&AdamW { params, weight_decay, max_grad_norm: None }, &[Layout::Owned]);
+        check_in(&AdamW { params, weight_decay, max_grad_norm: Some(1.0) }, &[Layout::Owned]);
+        check_in(&AdamW { params: &[(5, false)], weight_decay, max_grad_norm: None }, &[Layout::Owned]);
     }
 }

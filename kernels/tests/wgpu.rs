@@ -8,7 +8,7 @@ mod common;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
-use burn::tensor::{DType, Device, DeviceKind, DeviceType};
+use burn::tensor::{DType, Device as BurnDevice, DeviceKind, DeviceType};
 use common::adamw::AdamW;
 use common::attention::Attention;
 use common::embedding::Embedding;
@@ -19,6 +19,7 @@ use common::rms_norm::RmsNorm;
 use common::rope::Rope;
 use common::swiglu::SwiGlu;
 use common::{Case, Layout, Place, judge};
+use rekindle_kernels::Device;
 
 const F32: DType = DType::F32;
 
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         println!("on {} ({})", identity.name, identity.fingerprint);
     }
     let mut tally = Tally::default();
+    let device = device.into();
     let mut check = |case: &dyn Case| tally.add(case, &device);
 
     check(&Linear::new([3, 5, 7], F32));
@@ -59,16 +61,16 @@ fn main() -> ExitCode {
     check(&LinearCrossEntropy::new([9, 5, 13], F32, |t| t % 3 != 1));
     check(&LinearCrossEntropy::new([41, 33, 70], F32, |_| true));
     check(&LinearCrossEntropy::new([5, 3, 7], F32, |_| false));
-    check(&AdamW { params: &[(7, true), (30, false), (2000, true)], weight_decay: 0.1 });
+    check(&AdamW { params: &[(7, true), (30, false), (2000, true)], weight_decay: 0.1, max_grad_norm: None });
 
     println!("{} passed, {} failed", tally.passed, tally.failed);
     if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// The software adapter, or the first other one.
-fn adapter() -> Option<Device> {
-    let found = Device::enumerate(DeviceType::Wgpu).into_vec();
-    let software = Device::wgpu(DeviceKind::Cpu);
+fn adapter() -> Option<BurnDevice> {
+    let found = BurnDevice::enumerate(DeviceType::Wgpu).into_vec();
+    let software = BurnDevice::wgpu(DeviceKind::Cpu);
     if found.contains(&software) { Some(software) } else { found.into_iter().next() }
 }
 

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{DType, Device};
+use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, SafetensorsFile};
+use rekindle_kernels::Device;
 use rekindle_models::{Batch, CausalLm, LoadOptions};
 use serde_json::Value;
 
@@ -73,7 +74,7 @@ impl Golden {
 
     /// The model with options other than `f32` on the CPU, frozen.
     pub fn load_with(&self, change: impl FnOnce(&mut LoadOptions)) -> CausalLm {
-        let mut options = LoadOptions::new(Device::flex(), DType::F32, MAX_SEQ_LENGTH);
+        let mut options = LoadOptions::new(Device::cpu(), DType::F32, MAX_SEQ_LENGTH);
         change(&mut options);
         let checkpoint = Checkpoint::open(&self.dir).expect("a golden checkpoint opens");
         CausalLm::load(&checkpoint, &options, &mut |_| ()).expect("a golden checkpoint loads")

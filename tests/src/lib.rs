@@ -5,8 +5,10 @@
 
 mod compare;
 mod golden;
+mod trajectory;
 mod written;
 
 pub use compare::{assert_nll, relative_distance, worst_nll};
 pub use golden::{Golden, MODELS, Row, RowLosses, goldens, read_json, tensors};
+pub use trajectory::{Tolerances, Trajectory};
 pub use written::train_written_adapter;

@@ -27,7 +27,7 @@ fn gradient(golden: &Golden, model: &CausalLm, split: &[&[usize]], key: Option<S
     let mut grads = model.params().zero_grads();
     let mut total = 0.0;
     for rows in split {
-        total += model.forward_backward(&golden.batch(rows), scale, &mut grads, key).expect("golden rows fit");
+        total += model.forward_backward(&golden.batch(rows), scale, &mut grads, key).expect("golden rows fit").sum();
     }
     (total, grads.all_values())
 }

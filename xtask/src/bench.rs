@@ -7,11 +7,12 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use burn::tensor::{DType, Device};
+use burn::tensor::DType;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rekindle::LoraConfig;
 use rekindle_hub::Checkpoint;
+use rekindle_kernels::Device;
 use rekindle_models::{Batch, CausalLm, LoadOptions};
 use rekindle_train::{AdamW, Optimizer, SftConfig};
 use serde_json::{Value, json};
@@ -55,7 +56,7 @@ pub(crate) fn cpu(steps: usize, python: Option<&Path>, threads: usize) -> Result
 
 /// Measures in this process; prints one JSON line.
 pub(crate) fn cpu_worker(checkpoint: &Path, steps: usize) -> Result<(), Box<dyn Error>> {
-    let options = LoadOptions::new(Device::flex(), DType::F32, SEQ);
+    let options = LoadOptions::new(Device::cpu(), DType::F32, SEQ);
     let mut model = CausalLm::load(&Checkpoint::open(checkpoint)?, &options, &mut |_| ())?;
     model.add_adapter(&LoraConfig::new(16).lora_alpha(32.0))?;
     let config = SftConfig::default();

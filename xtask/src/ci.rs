@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::process::Command;
 
-use crate::{root, tidy};
+use crate::{build, root, tidy};
 
 pub(crate) fn run() -> Result<(), Box<dyn Error>> {
     cargo(&["fmt", "--all", "--check"])?;
@@ -15,8 +15,18 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
             .env("RUSTDOCFLAGS", "-D warnings")
             .current_dir(root()),
     )?;
-    cargo(&["check", "-p", "rekindle-cli", "--features", "cuda,wgpu", "--locked"])?;
+    kernels()?;
+    // Names on the hub are a feature of their own: an HTTP client is not built for the rest.
+    cargo(&["test", "-p", "rekindle-hub", "--features", "network", "--locked"])?;
+    cargo(&["check", "-p", "rekindle-cli", "--features", "wgpu", "--locked"])?;
     cargo(&["test", "-p", "rekindle-kernels", "--features", "wgpu", "--test", "wgpu", "--profile", "wgpu", "--locked"])
+}
+
+/// The CUDA kernels, by this program with its other features, which is built as the tests were.
+fn kernels() -> Result<(), Box<dyn Error>> {
+    let programs = build::programs(&["--test", "cuda", "--bin", "xtask"])?;
+    let xtask = build::named(&programs, "xtask")?;
+    crate::run(Command::new(xtask).args(["kernels", "--require"]).current_dir(root()))
 }
 
 fn cargo(arguments: &[&str]) -> Result<(), Box<dyn Error>> {

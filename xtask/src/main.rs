@@ -2,8 +2,12 @@
 
 #[cfg(feature = "models")]
 mod bench;
+mod build;
 mod ci;
 mod goldens;
+mod gpu_bundle;
+#[cfg(feature = "models")]
+mod kernels;
 #[cfg(feature = "models")]
 mod quickstart;
 #[cfg(feature = "models")]
@@ -35,6 +39,15 @@ enum Task {
         /// A Python with torch, transformers and peft.
         #[arg(long, default_value = "python3")]
         python: PathBuf,
+    },
+    /// Puts the GPU tests and the command into target/gpu, for a machine without Rust.
+    GpuBundle,
+    #[cfg(feature = "models")]
+    /// Compiles every CUDA kernel for every architecture, without a GPU.
+    Kernels {
+        /// Fails where NVRTC is missing, instead of saying "not run".
+        #[arg(long)]
+        require: bool,
     },
     #[cfg(feature = "models")]
     /// Writes the quickstart's text, tokenizer and instruction sets, and trains its base model.
@@ -94,6 +107,9 @@ fn main() -> ExitCode {
         Task::Ci => ci::run(),
         Task::Tidy => tidy::run(),
         Task::Goldens { python } => goldens::make(&python),
+        Task::GpuBundle => gpu_bundle::make(),
+        #[cfg(feature = "models")]
+        Task::Kernels { require } => kernels::check(require),
         #[cfg(feature = "models")]
         Task::Quickstart { scratch, steps } => quickstart::make(&scratch, steps),
         #[cfg(feature = "models")]

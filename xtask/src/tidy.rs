@@ -37,10 +37,8 @@ const LAYERS: [(&str, &[&str]); 12] = [
 ];
 
 /// Crates that only some of the workspace may name.
-const OWNERS: [(&str, &[&str]); 8] = [
-    ("cubecl", &["rekindle-kernels"]),
+const OWNERS: [(&str, &[&str]); 6] = [
     ("cudarc", &["rekindle-kernels"]),
-    ("burn-cubecl", &["rekindle-kernels"]),
     ("burn-flex", &["rekindle-kernels"]),
     ("gemm", &["rekindle-kernels"]),
     ("hf-hub", &["rekindle-hub"]),
@@ -49,13 +47,15 @@ const OWNERS: [(&str, &[&str]); 8] = [
 ];
 
 /// Words of the source that stand in some places only: the word, and the path prefixes that may have it.
-const WORDS: [(&str, &[&str]); 7] = [
-    ("allow(unsafe_code)", &["kernels/src/", "crates/rekindle-hub/src/"]),
+const WORDS: [(&str, &[&str]); 9] = [
+    ("cudarc", &["kernels/src/cuda/"]),
+    ("cublasLt", &["kernels/src/cuda/", "kernels/cu/"]),
+    ("allow(unsafe_code)", &["kernels/src/", "crates/rekindle-hub/"]),
     ("quant_state", &["crates/rekindle-quant/"]),
-    ("adapter_config.json", &["crates/rekindle-lora/", "crates/rekindle-cli/", "tests/", "crates/rekindle-hub/src/"]),
+    ("adapter_config.json", &["crates/rekindle-lora/", "crates/rekindle-cli/", "tests/", "crates/rekindle-hub/"]),
     ("self_attn.", &["crates/rekindle-models/", "crates/rekindle-lora/", "tests/", "crates/rekindle/"]),
     ("rope_scaling", &["crates/rekindle-rope/", "tests/"]),
-    ("lora_A", &["crates/rekindle-lora/", "kernels/src/params.rs", "tests/", "crates/rekindle-hub/src/"]),
+    ("lora_A", &["crates/rekindle-lora/", "kernels/src/params.rs", "tests/", "crates/rekindle-hub/"]),
     ("todo!(", &[]),
 ];
 
@@ -121,17 +121,17 @@ fn dependencies() -> Result<Vec<String>, Box<dyn Error>> {
     Ok(problems)
 }
 
-/// Every Rust file of the workspace's own crates.
+/// Every Rust and CUDA file of the workspace's own crates.
 fn sources(dir: &Path) -> Result<Vec<PathBuf>, Box<dyn Error>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir)? {
         let path = entry?.path();
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         if path.is_dir() {
-            if !name.starts_with('.') && !["target", "patches"].contains(&name) {
+            if !name.starts_with('.') && name != "target" {
                 found.extend(sources(&path)?);
             }
-        } else if name.ends_with(".rs") {
+        } else if [".rs", ".cu", ".cuh"].iter().any(|end| name.ends_with(end)) {
             found.push(path);
         }
     }

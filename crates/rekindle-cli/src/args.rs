@@ -27,10 +27,14 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Continue a prompt or answer a message
     Generate(GenerateArgs),
+    /// Write a checkpoint with an adapter added into its weights
+    Merge(MergeArgs),
     /// Write a checkpoint with its linears in 4-bit or 8-bit codes, as bitsandbytes reads them
     Quantize(QuantizeArgs),
     /// Say what a checkpoint or adapter holds, without loading it
     Inspect(InspectArgs),
+    /// Say what of CUDA is found on this machine, and what is missing; exit code 1 if something is
+    Doctor,
 }
 
 #[derive(Debug, clap::Args)]
@@ -95,6 +99,29 @@ pub(crate) struct GenerateArgs {
     /// Print one JSON object, text and ids, instead of text as it is made
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = MERGE)]
+pub(crate) struct MergeArgs {
+    /// An adapter directory, or the output directory of a run that trained one
+    #[arg(value_name = "RUN_OR_ADAPTER")]
+    pub(crate) adapter: PathBuf,
+    /// Where to put the merged checkpoint; a directory that is not there yet, or an earlier result
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// The base model [default: the one that the adapter was trained on]
+    #[arg(long, value_name = "M")]
+    pub(crate) model: Option<PathBuf>,
+    /// Dtype of the result; auto is that of each tensor of the base
+    #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtype())]
+    pub(crate) dtype: Dtype,
+    /// Compare the losses of adapter and merged model, and fail above a bound
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Where --verify computes: auto, cpu, cuda, cuda:N, wgpu or wgpu:N
+    #[arg(long, value_name = "D", default_value = "auto", value_parser = parse_device)]
+    pub(crate) device: DeviceKind,
 }
 
 #[derive(Debug, clap::Args)]
@@ -269,6 +296,14 @@ const GENERATE: &str = "\
 Examples:
   rekindle generate --model models/Qwen3-0.6B --chat 'What is a whale?'
   rekindle generate --model models/Qwen3-0.6B --adapter outputs/run/adapter --prompt 'Once' --temperature 0.8 --top-p 0.95";
+
+const MERGE: &str = "\
+A base in 4 or 8 bits is decoded: that is what the adapter was trained against. To merge onto the 16-bit original,
+name it with --model.
+
+Examples:
+  rekindle merge outputs/run --out models/tuned --verify
+  rekindle merge outputs/run/adapter --model models/Qwen3-0.6B --dtype bf16 --out models/tuned";
 
 const QUANTIZE: &str = "\
 The result loads here and in transformers with bitsandbytes.

@@ -13,6 +13,9 @@ pub(crate) enum Failure {
     /// Everything that the library refuses.
     #[error(transparent)]
     Library(#[from] rekindle::Error),
+    /// Something that a command looked for and that is not there.
+    #[error("{0}")]
+    Missing(String),
     /// A file or directory that this program reads or makes itself.
     #[error("{}: {source}", .path.display())]
     File { path: PathBuf, source: io::Error },
@@ -31,7 +34,7 @@ impl Failure {
                 ErrorKind::Data => 3,
                 _ => 1,
             },
-            Self::File { .. } | Self::Output(_) => 1,
+            Self::Missing(_) | Self::File { .. } | Self::Output(_) => 1,
         }
     }
 }

@@ -7,11 +7,13 @@
 
 mod args;
 mod chat;
+mod doctor;
 mod dry_run;
 mod eval;
 mod failure;
 mod generate;
 mod inspect;
+mod merge;
 mod nearest;
 mod open;
 mod output;
@@ -35,8 +37,10 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Merge(args) => merge::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Doctor => doctor::run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

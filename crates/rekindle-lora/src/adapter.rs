@@ -1,12 +1,12 @@
 //! Adapters in memory and in PEFT's files.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use rekindle_hub::{Dtype, SafetensorsFile, TensorSpec, write_atomic, write_f32, write_safetensors};
 
-use crate::peft::{AdapterConfig, CONFIG_FILE, Factor, TENSORS_FILE, parse_tensor_key, tensor_key};
-use crate::{Error, match_targets};
+use crate::peft::{AdapterConfig, CONFIG_FILE, Key, TENSORS_FILE};
+use crate::{Bias, Error, LoraConfig, match_targets};
 
 /// A `[r, in]` and B `[out, r]` of one adapted linear, row-major.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,95 +17,205 @@ pub struct Factors {
     pub a: Vec<f32>,
     /// B's values.
     pub b: Vec<f32>,
+    /// DoRA's lengths of rows, `[out]`.
+    pub magnitude: Option<Vec<f32>>,
 }
 
-/// An adapter: its configuration and the factors of every adapted linear by module name.
+/// An adapter: its configuration and everything that is trained with it, by module name.
 #[derive(Clone, Debug)]
 pub struct Adapter {
     /// What `adapter_config.json` says.
     pub config: AdapterConfig,
     /// Factors by the full name of the linear.
     pub factors: BTreeMap<String, Factors>,
+    /// Trained biases by the full name of the linear.
+    pub biases: BTreeMap<String, Vec<f32>>,
+    /// Weights that are trained whole, with their shapes, by the full name of the module, such as `lm_head`.
+    pub saved: BTreeMap<String, ([usize; 2], Vec<f32>)>,
+}
+
+/// What of a model an adapter can be on.
+#[derive(Clone, Debug, Default)]
+pub struct Modules {
+    /// Every linear of the blocks.
+    pub linears: Vec<Module>,
+    /// The modules that `modules_to_save` can name: full name and shape of the weight.
+    pub savable: Vec<(String, [usize; 2])>,
+    /// Whether those are one weight, the table of embeddings being the head.
+    pub tied: bool,
+}
+
+/// A linear of the model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Module {
+    /// Full name, such as `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// Width of its input.
+    pub input: usize,
+    /// Width of its result.
+    pub out: usize,
+    /// Whether it has a bias.
+    pub has_bias: bool,
+}
+
+impl Modules {
+    /// The linear of that name.
+    pub fn linear(&self, name: &str) -> Option<&Module> {
+        self.linears.iter().find(|linear| linear.name == name)
+    }
+
+    /// Names of the linears, in order.
+    pub fn names(&self) -> Vec<&str> {
+        self.linears.iter().map(|linear| linear.name.as_str()).collect()
+    }
+
+    /// The full names of the modules that `config.modules_to_save` names, and those that are tied to them.
+    ///
+    /// # Errors
+    /// [`Error::Targets`] for a name that this model has not.
+    pub fn saved(&self, config: &LoraConfig) -> Result<Vec<String>, Error> {
+        let modules_to_save = &config.modules_to_save;
+        if !modules_to_save.is_empty() && self.tied && config.ensure_weight_tying {
+            return Ok(self.savable.iter().map(|(name, _)| name.clone()).collect());
+        }
+        let find = |wanted: &String| {
+            let is = |name: &&(String, _)| name.0 == *wanted || name.0.ends_with(&format!(".{wanted}"));
+            self.savable.iter().find(is).map(|(name, _)| name.clone()).ok_or_else(|| {
+                let known: Vec<&str> = self.savable.iter().map(|(name, _)| name.as_str()).collect();
+                format!("modules_to_save \"{wanted}\" is none of the modules that can be saved: {}", known.join(", "))
+            })
+        };
+        let found: Vec<Result<String, String>> = modules_to_save.iter().map(find).collect();
+        let problems: Vec<String> = found.iter().filter_map(|found| found.clone().err()).collect();
+        let names: BTreeSet<String> = found.into_iter().flatten().collect();
+        if problems.is_empty() { Ok(names.into_iter().collect()) } else { Err(Error::Targets { problems }) }
+    }
+
+    /// The linears whose biases are trained.
+    pub fn biased(&self, bias: Bias, adapted: impl Fn(&str) -> bool) -> Vec<&Module> {
+        let trained = |linear: &&Module| match bias {
+            Bias::None => false,
+            Bias::All => linear.has_bias,
+            Bias::LoraOnly => linear.has_bias && adapted(&linear.name),
+        };
+        self.linears.iter().filter(trained).collect()
+    }
 }
 
 impl Adapter {
-    /// Reads an adapter directory for a model with `linears` (full name, in, out).
+    /// Reads an adapter directory for a model with `modules`.
     ///
     /// The adapted linears are those that the tensors name.
     ///
     /// # Errors
     /// [`Error::File`] and [`Error::AdapterConfig`] for unreadable files; [`Error::Tensors`] that lists every tensor
     /// which is missing, unexpected or misshaped.
-    pub fn load(dir: &Path, linears: &[(String, usize, usize)]) -> Result<Self, Error> {
+    pub fn load(dir: &Path, modules: &Modules) -> Result<Self, Error> {
         let config_path = dir.join(CONFIG_FILE);
         let value: serde_json::Value = rekindle_hub::read_json(&config_path)?;
         let config = AdapterConfig::from_json(&value.to_string())?;
         let path = dir.join(TENSORS_FILE);
         let file = SafetensorsFile::open(&path)?;
-        let r = config.lora().r;
-        let mut problems = Vec::new();
-        let mut modules: Vec<&str> = Vec::new();
-        for name in file.names() {
-            match parse_tensor_key(name) {
-                Some((module, _)) if linears.iter().any(|(linear, ..)| linear == module) => {
-                    if !modules.contains(&module) {
-                        modules.push(module);
-                    }
-                }
-                _ => problems.push(format!("tensor \"{name}\" belongs to no linear of this model")),
-            }
-        }
+        let adapted = adapted_modules(&file, &config, modules);
+        let mut reader = Reader { file: &file, read: BTreeSet::new(), problems: Vec::new() };
+
         let mut factors = BTreeMap::new();
-        for module in modules {
-            let Some((_, in_features, out_features)) = linears.iter().find(|(linear, ..)| linear == module) else {
-                continue;
-            };
-            let mut read = |factor, shape: [usize; 2]| -> Result<Vec<f32>, Error> {
-                let key = tensor_key(module, factor);
-                match file.get(&key) {
-                    None => problems.push(format!("tensor \"{key}\" is missing")),
-                    Some(tensor) if tensor.shape != shape => {
-                        problems.push(format!("tensor \"{key}\" has shape {:?}, expected {shape:?}", tensor.shape));
-                    }
-                    Some(tensor) => return Ok(tensor.to_f32()?),
-                }
-                Ok(Vec::new())
-            };
-            let a = read(Factor::A, [r, *in_features])?;
-            let b = read(Factor::B, [*out_features, r])?;
-            factors.insert(module.to_owned(), Factors { r, a, b });
+        for linear in modules.linears.iter().filter(|linear| adapted.contains(&linear.name)) {
+            let Module { name, input, out, .. } = linear;
+            let r = config.lora().rank_of(name);
+            let a = reader.take(&Key::A(name), &[r, *input])?;
+            let b = reader.take(&Key::B(name), &[*out, r])?;
+            let magnitude = config.lora().use_dora.then(|| reader.take(&Key::Magnitude(name), &[*out])).transpose()?;
+            factors.insert(name.clone(), Factors { r, a, b, magnitude });
         }
-        // A pattern that only Python's regular expressions understand cannot be checked; its tensors still are.
-        let names: Vec<&str> = linears.iter().map(|(name, ..)| name.as_str()).collect();
-        for module in match_targets(config.lora(), &names).unwrap_or_default() {
-            if !factors.contains_key(&module) {
-                problems.push(format!("tensor \"{}\" is missing", tensor_key(&module, Factor::A)));
-            }
+        let mut biases = BTreeMap::new();
+        for linear in modules.biased(config.lora().bias, |name| factors.contains_key(name)) {
+            let key = Key::bias(&linear.name, factors.contains_key(&linear.name));
+            biases.insert(linear.name.clone(), reader.take(&key, &[linear.out])?);
+        }
+        let mut saved = BTreeMap::new();
+        for name in modules.saved(config.lora())? {
+            let shape = modules.savable.iter().find(|(known, _)| *known == name).map_or([0, 0], |(_, shape)| *shape);
+            let weight = reader.take(&Key::Saved(&name), &shape)?;
+            saved.insert(name, (shape, weight));
+        }
+        let mut problems = reader.problems;
+        for name in file.names().filter(|name| !reader.read.contains(*name)) {
+            problems.push(format!("tensor \"{name}\" belongs to nothing of this model that the adapter is on"));
         }
         if factors.is_empty() && problems.is_empty() {
             problems.push("holds no adapter tensors".to_owned());
         }
-        if problems.is_empty() { Ok(Self { config, factors }) } else { Err(Error::Tensors { path, problems }) }
+        if problems.is_empty() {
+            Ok(Self { config, factors, biases, saved })
+        } else {
+            Err(Error::Tensors { path, problems })
+        }
     }
 
-    /// Writes the files that PEFT reads into the existing directory `dir`, factors in `f32`.
+    /// Writes the files that PEFT reads into the existing directory `dir`, everything in `f32`.
     ///
     /// # Errors
     /// [`Error::File`] when the system refuses; nothing half-written stands under a final name.
     pub fn save(&self, dir: &Path) -> Result<(), Error> {
-        let mut specs = Vec::new();
-        let mut values: Vec<&[f32]> = Vec::new();
-        for (module, factors) in &self.factors {
-            let r = factors.r;
-            specs.push(TensorSpec::new(tensor_key(module, Factor::A), Dtype::F32, [r, factors.a.len() / r]));
-            values.push(&factors.a);
-            specs.push(TensorSpec::new(tensor_key(module, Factor::B), Dtype::F32, [factors.b.len() / r, r]));
-            values.push(&factors.b);
+        let mut tensors: Vec<(String, Vec<usize>, &[f32])> = Vec::new();
+        for (module, Factors { r, a, b, magnitude }) in &self.factors {
+            tensors.push((Key::A(module).to_string(), vec![*r, a.len() / r], a));
+            tensors.push((Key::B(module).to_string(), vec![b.len() / r, *r], b));
+            tensors.extend(magnitude.as_ref().map(|m| (Key::Magnitude(module).to_string(), vec![m.len()], &m[..])));
         }
+        for (module, bias) in &self.biases {
+            let key = Key::bias(module, self.factors.contains_key(module));
+            tensors.push((key.to_string(), vec![bias.len()], bias));
+        }
+        for (module, (shape, weight)) in &self.saved {
+            tensors.push((Key::Saved(module).to_string(), shape.to_vec(), weight));
+        }
+        let specs: Vec<TensorSpec> =
+            tensors.iter().map(|(key, shape, _)| TensorSpec::new(key, Dtype::F32, shape.clone())).collect();
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        write_safetensors(&dir.join(TENSORS_FILE), &metadata, &specs, |i, out| write_f32(out, Dtype::F32, values[i]))?;
+        write_safetensors(&dir.join(TENSORS_FILE), &metadata, &specs, |i, out| {
+            write_f32(out, Dtype::F32, tensors[i].2)
+        })?;
         write_atomic(&dir.join(CONFIG_FILE), self.config.to_json().as_bytes())?;
         Ok(())
+    }
+}
+
+/// The linears that the file has factors for, and those that the configuration says it should have.
+fn adapted_modules(file: &SafetensorsFile, config: &AdapterConfig, modules: &Modules) -> BTreeSet<String> {
+    let named = file.names().filter_map(Key::parse).filter_map(|key| match key {
+        Key::A(module) | Key::B(module) => Some(module.to_owned()),
+        _ => None,
+    });
+    // A pattern that only Python's regular expressions understand cannot be checked; its tensors still are.
+    named.chain(match_targets(config.lora(), &modules.names()).unwrap_or_default()).collect()
+}
+
+/// Takes tensors out of a file and notes what is wrong with them.
+struct Reader<'a> {
+    file: &'a SafetensorsFile,
+    read: BTreeSet<String>,
+    problems: Vec<String>,
+}
+
+impl Reader<'_> {
+    /// The values of a tensor; none with a problem noted.
+    fn take(&mut self, key: &Key<'_>, shape: &[usize]) -> Result<Vec<f32>, Error> {
+        let key = key.to_string();
+        match self.file.get(&key) {
+            None => self.problems.push(format!("tensor \"{key}\" is missing")),
+            Some(tensor) if tensor.shape != shape => {
+                self.problems.push(format!("tensor \"{key}\" has shape {:?}, expected {shape:?}", tensor.shape));
+                self.read.insert(key);
+            }
+            Some(tensor) => {
+                let values = tensor.to_f32()?;
+                self.read.insert(key);
+                return Ok(values);
+            }
+        }
+        Ok(Vec::new())
     }
 }
 
@@ -116,23 +226,32 @@ mod tests {
 
     fn adapter() -> Adapter {
         let module = "model.layers.0.self_attn.q_proj".to_owned();
-        let factors = Factors { r: 2, a: (0..6).map(|i| i as f32).collect(), b: vec![0.5; 8] };
+        let factors =
+            Factors { r: 2, a: (0..6).map(|i| i as f32).collect(), b: vec![0.5; 8], magnitude: Some(vec![1.5; 4]) };
+        let config = LoraConfig::new(2).use_dora(true).bias(crate::Bias::LoraOnly).modules_to_save(["lm_head"]);
         Adapter {
-            config: AdapterConfig::new(&LoraConfig::new(2), Some("base"), std::slice::from_ref(&module)),
-            factors: BTreeMap::from([(module, factors)]),
+            config: AdapterConfig::new(&config.target_modules(["q_proj"]), Some("base"), std::slice::from_ref(&module)),
+            factors: BTreeMap::from([(module.clone(), factors)]),
+            biases: BTreeMap::from([(module, vec![0.25; 4])]),
+            saved: BTreeMap::from([("lm_head".to_owned(), ([3, 2], vec![1.0; 6]))]),
         }
     }
 
-    fn linears(input: usize) -> Vec<(String, usize, usize)> {
-        vec![("model.layers.0.self_attn.q_proj".to_owned(), input, 4)]
+    fn modules(layer: usize, input: usize) -> Modules {
+        let name = format!("model.layers.{layer}.self_attn.q_proj");
+        let linears = vec![Module { name, input, out: 4, has_bias: true }];
+        Modules { linears, savable: vec![("lm_head".to_owned(), [3, 2])], tied: false }
     }
 
     #[test]
     fn what_was_saved_is_loaded() {
         let dir = tempfile::tempdir().unwrap();
         adapter().save(dir.path()).unwrap();
-        let loaded = Adapter::load(dir.path(), &linears(3)).unwrap();
-        assert_eq!(loaded.factors, adapter().factors);
+        let loaded = Adapter::load(dir.path(), &modules(0, 3)).unwrap();
+        assert_eq!(
+            (&loaded.factors, &loaded.biases, &loaded.saved),
+            (&adapter().factors, &adapter().biases, &adapter().saved)
+        );
         assert_eq!(loaded.config.lora().r, 2);
     }
 
@@ -140,11 +259,13 @@ mod tests {
     fn every_wrong_tensor_is_named() {
         let dir = tempfile::tempdir().unwrap();
         adapter().save(dir.path()).unwrap();
-        let error = Adapter::load(dir.path(), &linears(5)).unwrap_err().to_string();
+        let error = Adapter::load(dir.path(), &modules(0, 5)).unwrap_err().to_string();
         assert!(error.contains("q_proj.lora_A.weight\" has shape [2, 3], expected [2, 5]"), "{error}");
-        let other = vec![("model.layers.1.self_attn.q_proj".to_owned(), 3, 4)];
-        let error = Adapter::load(dir.path(), &other).unwrap_err().to_string();
-        assert!(error.contains("lora_A.weight\" belongs to no linear of this model"), "{error}");
-        assert!(error.contains("lora_B.weight"), "{error}");
+        let error = Adapter::load(dir.path(), &modules(1, 3)).unwrap_err().to_string();
+        assert!(
+            error.contains("layers.0.self_attn.q_proj.lora_A.weight\" belongs to nothing of this model"),
+            "{error}"
+        );
+        assert!(error.contains("layers.1.self_attn.q_proj.lora_B.weight\" is missing"), "{error}");
     }
 }

@@ -1,11 +1,26 @@
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+mod bias;
+mod checkpointing;
+mod init;
+mod lists;
+mod pattern;
+mod targets;
+
+use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::error::nearest_hint;
 
+pub use bias::Bias;
+pub use checkpointing::GradientCheckpointing;
+pub use init::InitLoraWeights;
+pub use pattern::Pattern;
+pub use targets::TargetModules;
+
 /// The seven linears of a decoder block, the default of [`LoraConfig::target_modules`].
 pub const BLOCK_LINEARS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+/// What [`LoraConfig::modules_to_save`] may name.
+pub const SAVABLE: [&str; 2] = ["embed_tokens", "lm_head"];
 
 /// The arguments of `get_peft_model`, under the names that PEFT and Unsloth give them.
 ///
@@ -33,53 +48,38 @@ pub struct LoraConfig {
     pub bias: Bias,
     /// Which linears get an adapter. Default [`BLOCK_LINEARS`].
     pub target_modules: TargetModules,
+    /// Which of those get none after all: names, or a regular expression for whole names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exclude_modules: Option<TargetModules>,
     /// Block numbers that get adapters; all of them when absent. Needs a list of `target_modules`, as in PEFT.
-    #[serde(deserialize_with = "one_or_many", skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "lists::numbers", skip_serializing_if = "Option::is_none")]
     pub layers_to_transform: Option<Vec<usize>>,
+    /// What stands before the block number in a module's name, where that is not the third part of it.
+    #[serde(deserialize_with = "lists::names", skip_serializing_if = "Option::is_none")]
+    pub layers_pattern: Option<Vec<String>>,
+    /// Only the last N blocks get adapters: `layers_to_transform` without counting. Not in PEFT.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finetune_last_n_layers: Option<usize>,
+    /// Ranks of some modules instead of `r`.
+    #[serde(skip_serializing_if = "Pattern::is_empty")]
+    pub rank_pattern: Pattern<usize>,
+    /// `lora_alpha` of some modules.
+    #[serde(skip_serializing_if = "Pattern::is_empty")]
+    pub alpha_pattern: Pattern<f64>,
+    /// `embed_tokens` and `lm_head`, where they are trained whole beside the adapter and saved with it.
+    #[serde(deserialize_with = "lists::names_or_none", skip_serializing_if = "Vec::is_empty")]
+    pub modules_to_save: Vec<String>,
+    /// Whether a table and a head that are one weight stay one when `modules_to_save` names one of them. Default true;
+    /// PEFT's is false, which trains a copy of the one and leaves the other as it was.
+    pub ensure_weight_tying: bool,
+    /// Whether the rows of W + s·B·A are brought to trained lengths (DoRA, arXiv:2402.09353). Default false.
+    pub use_dora: bool,
     /// Seed of the initial A (and of dropout). Default 3407.
     pub random_state: u64,
-    /// Whether a block's activations are recomputed in the backward pass instead of being kept. Default false.
-    pub use_gradient_checkpointing: bool,
+    /// What becomes of a block's activations between its forward and its backward. Default false: they are kept.
+    pub use_gradient_checkpointing: GradientCheckpointing,
     /// How A and B start. Default true.
     pub init_lora_weights: InitLoraWeights,
-}
-
-/// Which biases of the base model are trained along with the adapter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", try_from = "String")]
-pub enum Bias {
-    /// `"none"`.
-    #[default]
-    None,
-    /// `"all"`: every bias of the model.
-    All,
-    /// `"lora_only"`: the biases of adapted linears.
-    LoraOnly,
-}
-
-/// The linears that get an adapter.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TargetModules {
-    /// A linear whose name is one of these, or ends with a dot and one of these.
-    Names(Vec<String>),
-    /// A linear whose whole name matches this regular expression.
-    Regex(String),
-    /// `"all-linear"`: every linear except the output layer, `lm_head`.
-    AllLinear,
-}
-
-/// The initial values of A and B.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum InitLoraWeights {
-    /// `true`: A uniform in ±1/√in (Kaiming with a = √5), B zero, so that training starts at the base model.
-    #[default]
-    Default,
-    /// `false`: A uniform in ±1/√in, B uniform in ±1/√r. Not the base model; for tests.
-    Random,
-    /// `"gaussian"`: A normal with standard deviation 1/r, B zero.
-    Gaussian,
-    /// Another method's name. An adapter that started with it can be loaded; a new one cannot be made.
-    Other(String),
 }
 
 impl LoraConfig {
@@ -137,10 +137,59 @@ impl LoraConfig {
         self
     }
 
-    /// Chooses recomputation of activations.
+    /// Chooses recomputation of activations: `true`, `false` or a [`GradientCheckpointing`].
     #[must_use]
-    pub fn use_gradient_checkpointing(mut self, use_gradient_checkpointing: bool) -> Self {
-        self.use_gradient_checkpointing = use_gradient_checkpointing;
+    pub fn use_gradient_checkpointing(mut self, checkpointing: impl Into<GradientCheckpointing>) -> Self {
+        self.use_gradient_checkpointing = checkpointing.into();
+        self
+    }
+
+    /// Leaves some of the targets out: a list of names, or a string with a regular expression.
+    #[must_use]
+    pub fn exclude_modules(mut self, exclude_modules: impl Into<TargetModules>) -> Self {
+        self.exclude_modules = Some(exclude_modules.into());
+        self
+    }
+
+    /// Restricts the adapters to the last `n` blocks.
+    #[must_use]
+    pub fn finetune_last_n_layers(mut self, n: usize) -> Self {
+        self.finetune_last_n_layers = Some(n);
+        self
+    }
+
+    /// Gives some modules another rank.
+    #[must_use]
+    pub fn rank_pattern<S: Into<String>>(mut self, ranks: impl IntoIterator<Item = (S, usize)>) -> Self {
+        self.rank_pattern = Pattern(ranks.into_iter().map(|(key, r)| (key.into(), r)).collect());
+        self
+    }
+
+    /// Gives some modules another `lora_alpha`.
+    #[must_use]
+    pub fn alpha_pattern<S: Into<String>>(mut self, alphas: impl IntoIterator<Item = (S, f64)>) -> Self {
+        self.alpha_pattern = Pattern(alphas.into_iter().map(|(key, alpha)| (key.into(), alpha)).collect());
+        self
+    }
+
+    /// Trains `embed_tokens` or `lm_head` whole.
+    #[must_use]
+    pub fn modules_to_save(mut self, modules: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.modules_to_save = modules.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Chooses whether a tied table and head stay tied when one of them is trained.
+    #[must_use]
+    pub fn ensure_weight_tying(mut self, ensure_weight_tying: bool) -> Self {
+        self.ensure_weight_tying = ensure_weight_tying;
+        self
+    }
+
+    /// Chooses DoRA.
+    #[must_use]
+    pub fn use_dora(mut self, use_dora: bool) -> Self {
+        self.use_dora = use_dora;
         self
     }
 
@@ -153,8 +202,22 @@ impl LoraConfig {
 
     /// What `(x·Aᵀ)·Bᵀ` is multiplied with: `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`.
     pub fn scale(&self) -> f64 {
-        let r = self.r as f64;
-        self.lora_alpha / if self.use_rslora { r.sqrt() } else { r }
+        self.scaled(self.lora_alpha, self.r)
+    }
+
+    /// The rank of the adapter of `module`.
+    pub fn rank_of(&self, module: &str) -> usize {
+        self.rank_pattern.get(module, self.r)
+    }
+
+    /// The scale of the adapter of `module`.
+    pub fn scale_of(&self, module: &str) -> f64 {
+        self.scaled(self.alpha_pattern.get(module, self.lora_alpha), self.rank_of(module))
+    }
+
+    fn scaled(&self, lora_alpha: f64, r: usize) -> f64 {
+        let r = r as f64;
+        lora_alpha / if self.use_rslora { r.sqrt() } else { r }
     }
 
     /// Checks everything that can be checked without a model.
@@ -176,11 +239,32 @@ impl LoraConfig {
                 self.lora_dropout
             ));
         }
-        if self.bias != Bias::None {
-            problems.push(format!("bias \"{}\" is not supported by this version; use \"none\"", self.bias.name()));
+        for (key, r) in &self.rank_pattern.0 {
+            if *r == 0 {
+                problems.push(format!("rank_pattern \"{key}\" is 0; it must be at least 1"));
+            }
+        }
+        for (key, alpha) in &self.alpha_pattern.0 {
+            if !(alpha.is_finite() && *alpha > 0.0) {
+                problems.push(format!("alpha_pattern \"{key}\" is {alpha}; it must be above 0"));
+            }
+        }
+        for module in self.modules_to_save.iter().filter(|module| !SAVABLE.contains(&module.as_str())) {
+            let hint = nearest_hint(module, SAVABLE);
+            problems.push(format!("modules_to_save \"{module}\" is none of embed_tokens and lm_head{hint}"));
         }
         if self.target_modules == TargetModules::Names(Vec::new()) {
             problems.push("target_modules is empty; nothing would be trained (usual: \"all-linear\")".to_owned());
+        }
+        if self.finetune_last_n_layers == Some(0) {
+            problems.push("finetune_last_n_layers is 0; leave it out to adapt every block".to_owned());
+        }
+        if self.finetune_last_n_layers.is_some() && self.layers_to_transform.is_some() {
+            problems
+                .push("finetune_last_n_layers and layers_to_transform exclude each other; leave one out".to_owned());
+        }
+        if self.layers_pattern.is_some() && self.layers_to_transform.is_none() {
+            problems.push("layers_pattern says where block numbers stand; it needs layers_to_transform".to_owned());
         }
         match (&self.layers_to_transform, &self.target_modules) {
             (Some(layers), _) if layers.is_empty() => {
@@ -211,124 +295,19 @@ impl Default for LoraConfig {
             lora_dropout: 0.0,
             bias: Bias::None,
             target_modules: BLOCK_LINEARS.into(),
+            exclude_modules: None,
             layers_to_transform: None,
+            layers_pattern: None,
+            finetune_last_n_layers: None,
+            rank_pattern: Pattern::default(),
+            alpha_pattern: Pattern::default(),
+            modules_to_save: Vec::new(),
+            ensure_weight_tying: true,
+            use_dora: false,
             random_state: 3407,
-            use_gradient_checkpointing: false,
+            use_gradient_checkpointing: GradientCheckpointing::Off,
             init_lora_weights: InitLoraWeights::Default,
         }
-    }
-}
-
-impl Bias {
-    /// The name in configuration files.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::All => "all",
-            Self::LoraOnly => "lora_only",
-        }
-    }
-}
-
-impl TryFrom<String> for Bias {
-    type Error = Error;
-
-    fn try_from(name: String) -> Result<Self, Error> {
-        let known = [Self::None, Self::All, Self::LoraOnly];
-        known.into_iter().find(|bias| bias.name() == name).ok_or_else(|| {
-            let hint = nearest_hint(&name, known.map(Self::name));
-            let problem = format!("bias \"{name}\" is none of \"none\", \"all\" and \"lora_only\"{hint}");
-            Error::Config { problems: vec![problem] }
-        })
-    }
-}
-
-impl<S: Into<String>, const N: usize> From<[S; N]> for TargetModules {
-    fn from(names: [S; N]) -> Self {
-        Self::Names(names.into_iter().map(Into::into).collect())
-    }
-}
-
-impl<S: Into<String>> From<Vec<S>> for TargetModules {
-    fn from(names: Vec<S>) -> Self {
-        Self::Names(names.into_iter().map(Into::into).collect())
-    }
-}
-
-impl From<&str> for TargetModules {
-    /// A string is a regular expression, except `"all-linear"` in any case of letters.
-    fn from(text: &str) -> Self {
-        if text.eq_ignore_ascii_case("all-linear") { Self::AllLinear } else { Self::Regex(text.to_owned()) }
-    }
-}
-
-impl Serialize for TargetModules {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::Names(names) => names.serialize(serializer),
-            Self::Regex(pattern) => serializer.serialize_str(pattern),
-            Self::AllLinear => serializer.serialize_str("all-linear"),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for TargetModules {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged, expecting = "target_modules must be a list of names or a string")]
-        enum Raw {
-            Names(Vec<String>),
-            Text(String),
-        }
-        Ok(match Raw::deserialize(deserializer)? {
-            Raw::Names(names) => Self::Names(names),
-            Raw::Text(text) => text.as_str().into(),
-        })
-    }
-}
-
-impl Serialize for InitLoraWeights {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::Default => serializer.serialize_bool(true),
-            Self::Random => serializer.serialize_bool(false),
-            Self::Gaussian => serializer.serialize_str("gaussian"),
-            Self::Other(name) => serializer.serialize_str(name),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for InitLoraWeights {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged, expecting = "init_lora_weights must be true, false or a name such as \"gaussian\"")]
-        enum Raw {
-            Flag(bool),
-            Name(String),
-        }
-        Ok(match Raw::deserialize(deserializer)? {
-            Raw::Flag(true) => Self::Default,
-            Raw::Flag(false) => Self::Random,
-            Raw::Name(name) if name == "gaussian" => Self::Gaussian,
-            Raw::Name(name) => Self::Other(name),
-        })
-    }
-}
-
-/// `3` and `[3]` are the same list.
-fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<usize>>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Raw {
-        One(usize),
-        Many(Vec<usize>),
-    }
-    match Option::<Raw>::deserialize(deserializer) {
-        Ok(raw) => Ok(raw.map(|raw| match raw {
-            Raw::One(layer) => vec![layer],
-            Raw::Many(layers) => layers,
-        })),
-        Err(_) => Err(D::Error::custom("layers_to_transform must be a block number or a list of them")),
     }
 }
 
@@ -387,10 +366,13 @@ mod tests {
 
     #[test]
     fn every_bad_argument_is_listed() {
-        let text = message(&LoraConfig::new(0).lora_dropout(1.5).bias(Bias::All).lora_alpha(f64::NAN));
+        let text = message(&LoraConfig::new(0).lora_dropout(1.5).lora_alpha(f64::NAN).modules_to_save(["lm_haed"]));
         assert!(text.contains("r is 0"), "{text}");
         assert!(text.contains("lora_dropout is 1.5"), "{text}");
-        assert!(text.contains("bias \"all\" is not supported by this version; use \"none\""), "{text}");
+        assert!(
+            text.contains("modules_to_save \"lm_haed\" is none of embed_tokens and lm_head; nearest: \"lm_head\""),
+            "{text}"
+        );
         assert!(text.contains("lora_alpha is NaN"), "{text}");
     }
 

@@ -13,7 +13,7 @@ use crate::{Factors, InitLoraWeights, LoraConfig};
 /// The numbers come from a ChaCha stream keyed by `random_state` and the module's name: adding a target
 /// changes no other adapter's start.
 pub fn initial_factors(config: &LoraConfig, module: &str, in_features: usize, out_features: usize) -> Factors {
-    let r = config.r;
+    let r = config.rank_of(module);
     let mut rng = ChaCha8Rng::seed_from_u64(config.random_state);
     rng.set_stream(fnv1a(module));
     let mut uniform = |n: usize, bound: f64| -> Vec<f32> {
@@ -24,15 +24,16 @@ pub fn initial_factors(config: &LoraConfig, module: &str, in_features: usize, ou
         InitLoraWeights::Random => {
             let a = uniform(r * in_features, a_bound);
             let b = uniform(out_features * r, 1.0 / (r as f64).sqrt());
-            Factors { r, a, b }
+            Factors { r, a, b, magnitude: None }
         }
         InitLoraWeights::Gaussian => {
             let a = (0..r * in_features).map(|_| (normal(&mut rng) / r as f64) as f32).collect();
-            Factors { r, a, b: vec![0.0; out_features * r] }
+            Factors { r, a, b: vec![0.0; out_features * r], magnitude: None }
         }
-        // Another method's adapter is only ever loaded; `validate` refuses to start one.
-        InitLoraWeights::Default | InitLoraWeights::Other(_) => {
-            Factors { r, a: uniform(r * in_features, a_bound), b: vec![0.0; out_features * r] }
+        // Methods that look at the weight are `spectral`'s business, and another method's adapter is only ever loaded.
+        _ => {
+            let (a, b) = (uniform(r * in_features, a_bound), vec![0.0; out_features * r]);
+            Factors { r, a, b, magnitude: None }
         }
     }
 }

@@ -6,37 +6,47 @@
 //! [`Adapter`] reads and writes the files that PEFT reads and writes.
 //!
 //! ```
-//! use burn::tensor::{DType, Device, Tensor};
-//! use rekindle_kernels::{ParamsBuilder, Weight};
-//! use rekindle_lora::{Linear, LinearGroup, LoraConfig, initial_factors};
+//! use burn::tensor::DType;
+//! use rekindle_kernels::{Device, ParamsBuilder, Weight, from_f32, to_f32};
+//! use rekindle_lora::{Adaptation, Linear, LinearGroup, LoraConfig, initial_factors};
 //!
-//! let device = Device::flex();
+//! let device = Device::cpu();
 //! let config = LoraConfig::new(2).lora_alpha(4.0);
-//! let weight = Weight::Frozen(Tensor::from_data([[1.0f32, 0.0, 0.0], [0.0, 1.0, 0.0]], &device));
+//! let weight = Weight::Frozen(from_f32(vec![1.0, 0.0, 0.0, 0.0, 1.0, 0.0], [2, 3], &device, DType::F32));
 //! let mut group = LinearGroup::new(vec![Linear::new("q_proj", weight, None)]);
 //! let mut params = ParamsBuilder::default();
-//! group.adapt(&mut params, 0, |linear| Some((initial_factors(&config, &linear.name, 3, 2), config.scale())));
+//! group.adapt(&mut params, 0, |linear| {
+//!     let factors = initial_factors(&config, &linear.name, 3, 2);
+//!     Adaptation { factors: Some((factors, config.scale())), bias: None }
+//! });
 //! let params = params.build(&device, DType::F32);
 //!
-//! let x = Tensor::<2>::from_data([[1.0f32, 2.0, 3.0]], &device);
+//! let x = from_f32(vec![1.0, 2.0, 3.0], [1, 3], &device, DType::F32);
 //! let (y, _saved) = group.forward(&params, &x, None);
 //! // B starts at zero, so the adapted linear starts as the base.
-//! assert_eq!(y[0].clone().into_data().try_to_vec::<f32>().unwrap(), [1.0, 2.0]);
+//! assert_eq!(to_f32(y[0].clone()), [1.0, 2.0]);
 //! ```
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod adapter;
 mod config;
+mod dora;
 mod error;
 mod init;
 mod linear;
+mod magnitude;
+mod merge;
 pub mod peft;
 mod targets;
 
-pub use adapter::{Adapter, Factors};
-pub use config::{BLOCK_LINEARS, Bias, InitLoraWeights, LoraConfig, TargetModules};
+pub use adapter::{Adapter, Factors, Module, Modules};
+pub use config::{
+    BLOCK_LINEARS, Bias, GradientCheckpointing, InitLoraWeights, LoraConfig, Pattern, SAVABLE, TargetModules,
+};
+pub use dora::initial_magnitude;
 pub use error::Error;
 pub use init::initial_factors;
-pub use linear::{Dropout, Linear, LinearGroup, Saved};
+pub use linear::{Adaptation, Dropout, Linear, LinearGroup, Saved};
+pub use merge::merge;
 pub use targets::match_targets;

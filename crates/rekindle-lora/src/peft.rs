@@ -5,7 +5,11 @@
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use crate::{Error, InitLoraWeights, LoraConfig, TargetModules};
+use crate::{Bias, Error, InitLoraWeights, LoraConfig, TargetModules};
+
+mod keys;
+
+pub use keys::Key;
 
 /// The file beside the adapter's tensors that says how they are applied.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -21,70 +25,31 @@ pub struct AdapterConfig {
     lora: LoraConfig,
 }
 
-/// One of the two matrices of an adapter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Factor {
-    /// `lora_A`, `[r, in]`.
-    A,
-    /// `lora_B`, `[out, r]`.
-    B,
-}
-
-/// The key of a matrix in `adapter_model.safetensors`.
-///
-/// ```
-/// use rekindle_lora::peft::{Factor, tensor_key};
-///
-/// let key = tensor_key("model.layers.0.self_attn.q_proj", Factor::A);
-/// assert_eq!(key, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
-/// ```
-pub fn tensor_key(module: &str, factor: Factor) -> String {
-    format!("{PREFIX}{module}{}", factor.suffix())
-}
-
-/// The module and the matrix that a key names; `None` for a key of another kind.
-pub fn parse_tensor_key(key: &str) -> Option<(&str, Factor)> {
-    let inner = key.strip_prefix(PREFIX)?;
-    let parsed = [Factor::A, Factor::B].into_iter().find_map(|f| Some((inner.strip_suffix(f.suffix())?, f)))?;
-    (!parsed.0.is_empty()).then_some(parsed)
-}
-
-const PREFIX: &str = "base_model.model.";
-
-impl Factor {
-    pub(crate) fn suffix(self) -> &'static str {
-        match self {
-            Self::A => ".lora_A.weight",
-            Self::B => ".lora_B.weight",
-        }
-    }
-}
-
 /// Fields that change which weights are used or how, unless they are null, false or empty.
-const UNSUPPORTED: [&str; 19] = [
+const UNSUPPORTED: [&str; 13] = [
     "alora_invocation_tokens",
-    "alpha_pattern",
     "arrow_config",
-    "exclude_modules",
     "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
-    "layers_pattern",
     "lora_bias",
     "megatron_config",
-    "modules_to_save",
     "monteclora_config",
-    "rank_pattern",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 ];
 
 /// Fields that are read, or that say nothing about a trained adapter's result.
-const SUPPORTED: [&str; 23] = [
+const SUPPORTED: [&str; 29] = [
+    "alpha_pattern",
+    "exclude_modules",
+    "layers_pattern",
+    "modules_to_save",
+    "rank_pattern",
+    "use_dora",
     "auto_mapping",
     "base_model_name_or_path",
     "bias",
@@ -126,30 +91,42 @@ impl AdapterConfig {
             names.dedup();
             lora.target_modules = names.into();
         }
+        if let Some(n) = lora.finetune_last_n_layers.take() {
+            // PEFT has no such argument; the blocks themselves say the same.
+            let layers: std::collections::BTreeSet<usize> = modules.iter().filter_map(|m| layer_of(m)).collect();
+            lora.layers_to_transform = Some(layers.into_iter().rev().take(n).rev().collect());
+        }
         let fields = json!({
-            "alpha_pattern": {},
+            "alpha_pattern": lora.alpha_pattern.0.iter().map(|(k, v)| (k.clone(), number(*v))).collect::<Map<_, _>>(),
             "auto_mapping": null,
             "base_model_name_or_path": base_model_name_or_path,
             "bias": lora.bias,
             "fan_in_fan_out": false,
             "inference_mode": true,
             "init_lora_weights": lora.init_lora_weights,
-            "layers_pattern": null,
+            "layers_pattern": lora.layers_pattern,
             "layers_to_transform": lora.layers_to_transform,
             "loftq_config": {},
             "lora_alpha": number(lora.lora_alpha),
             "lora_dropout": lora.lora_dropout,
-            "modules_to_save": null,
+            "modules_to_save": (!lora.modules_to_save.is_empty()).then_some(&lora.modules_to_save),
             "peft_type": "LORA",
             "r": lora.r,
-            "rank_pattern": {},
+            "rank_pattern": lora.rank_pattern,
             "revision": null,
             "target_modules": lora.target_modules,
             "task_type": "CAUSAL_LM",
-            "use_dora": false,
+            "use_dora": lora.use_dora,
             "use_rslora": lora.use_rslora,
         });
-        Self { fields: fields.as_object().expect("the literal above is an object").clone(), lora }
+        let mut fields = fields.as_object().expect("the literal above is an object").clone();
+        if let Some(excluded) = &lora.exclude_modules {
+            fields.insert("exclude_modules".to_owned(), json!(excluded));
+        }
+        if lora.ensure_weight_tying && !lora.modules_to_save.is_empty() {
+            fields.insert("ensure_weight_tying".to_owned(), Value::from(true));
+        }
+        Self { fields, lora }
     }
 
     /// Reads the text of an `adapter_config.json`. Absent fields have PEFT's defaults (`r` and `lora_alpha` are 8).
@@ -209,7 +186,6 @@ impl Reader<'_> {
     fn lora(&mut self) -> LoraConfig {
         self.choice("peft_type", &["LORA"], true);
         self.choice("task_type", &["CAUSAL_LM"], false);
-        self.choice("bias", &["none"], false);
         for key in UNSUPPORTED {
             if let Some(value) = self.fields.get(key).filter(|value| is_set(value)) {
                 self.problems.push(format!("{key} = {value} is not supported"));
@@ -223,10 +199,11 @@ impl Reader<'_> {
         if !(0.0..1.0).contains(&lora_dropout) {
             self.problems.push(format!("lora_dropout is {lora_dropout}; expected at least 0 and below 1"));
         }
-        let layers: Option<Layers> = self.typed("layers_to_transform", "a block number or a list of them");
+        let layers: Option<List<usize>> = self.typed("layers_to_transform", "a block number or a list of them");
         // PEFT takes an empty list for "every block".
-        let layers_to_transform = layers.map(Layers::into_list).filter(|layers| !layers.is_empty());
+        let layers_to_transform = layers.map(List::into_list).filter(|layers| !layers.is_empty());
         let target_modules = self.target_modules();
+        let saves = self.fields.get("modules_to_save").is_some_and(is_set);
         if layers_to_transform.is_some() && !matches!(target_modules, TargetModules::Names(_)) {
             self.problems.push("layers_to_transform needs target_modules to be a list of names".to_owned());
         }
@@ -238,6 +215,15 @@ impl Reader<'_> {
             target_modules,
             layers_to_transform,
             init_lora_weights: self.init(),
+            bias: self.bias(),
+            exclude_modules: self.typed("exclude_modules", "a list of names or a string").filter(is_not_empty),
+            layers_pattern: self.names("layers_pattern"),
+            rank_pattern: self.typed("rank_pattern", "ranks by name").unwrap_or_default(),
+            alpha_pattern: self.typed("alpha_pattern", "numbers by name").unwrap_or_default(),
+            modules_to_save: self.names("modules_to_save").unwrap_or_default(),
+            // Without such modules it means nothing.
+            ensure_weight_tying: self.typed("ensure_weight_tying", "true or false").unwrap_or(false) || !saves,
+            use_dora: self.typed("use_dora", "true or false").unwrap_or(false),
             ..LoraConfig::default()
         }
     }
@@ -250,11 +236,25 @@ impl Reader<'_> {
         targets.unwrap_or(TargetModules::AllLinear)
     }
 
+    fn bias(&mut self) -> Bias {
+        let Some(value) = self.fields.get("bias").filter(|value| !value.is_null()) else { return Bias::None };
+        let word = value.as_str().unwrap_or_default();
+        Bias::try_from(word.to_owned()).unwrap_or_else(|error| {
+            self.problems.push(error.to_string());
+            Bias::None
+        })
+    }
+
+    /// A list of names, or one; nothing and an empty list are `None`.
+    fn names(&mut self, key: &str) -> Option<Vec<String>> {
+        let list: Option<List<String>> = self.typed(key, "a list of names");
+        list.map(List::into_list).filter(|names| !names.is_empty())
+    }
+
     fn init(&mut self) -> InitLoraWeights {
-        let init = self.typed("init_lora_weights", "true, false or a name").unwrap_or_default();
-        if let InitLoraWeights::Other(name) = &init
-            && CHANGES_BASE.iter().any(|method| name.starts_with(method))
-        {
+        let init: InitLoraWeights = self.typed("init_lora_weights", "true, false or a name").unwrap_or_default();
+        let name = self.fields.get("init_lora_weights").and_then(Value::as_str).unwrap_or_default();
+        if CHANGES_BASE.iter().any(|method| name.starts_with(method)) {
             self.problems.push(format!(
                 "init_lora_weights = \"{name}\" changes the base weights and is not supported; in PEFT, save the \
                  adapter with path_initial_model_for_weight_conversion to make it a plain one"
@@ -285,18 +285,27 @@ impl Reader<'_> {
 
 #[derive(serde::Deserialize)]
 #[serde(untagged)]
-enum Layers {
-    One(usize),
-    Many(Vec<usize>),
+enum List<T> {
+    One(T),
+    Many(Vec<T>),
 }
 
-impl Layers {
-    fn into_list(self) -> Vec<usize> {
+impl<T> List<T> {
+    fn into_list(self) -> Vec<T> {
         match self {
-            Self::One(layer) => vec![layer],
-            Self::Many(layers) => layers,
+            Self::One(value) => vec![value],
+            Self::Many(values) => values,
         }
     }
+}
+
+fn is_not_empty(targets: &TargetModules) -> bool {
+    *targets != TargetModules::Names(Vec::new())
+}
+
+/// The number of the block that a linear is in.
+fn layer_of(module: &str) -> Option<usize> {
+    module.split('.').find_map(|segment| segment.parse().ok())
 }
 
 /// Whether a field says more than "off".
@@ -427,16 +436,15 @@ mod tests {
     #[test]
     fn every_unsupported_field_is_listed() {
         let text = message(json!({
-            "use_dora": true, "bias": "all", "modules_to_save": ["lm_head"], "rank_pattern": { "q_proj": 8 },
+            "use_qalora": true, "bias": "some", "rank_pattern": { "q_proj": "8" },
             "task_type": "SEQ_CLS", "init_lora_weights": "pissa_niter_16", "r": "4",
             "target_modules": ".*q_proj", "layers_to_transform": 0
         }));
         for part in [
-            "use_dora = true is not supported",
+            "use_qalora = true is not supported",
             "layers_to_transform needs target_modules to be a list",
-            "bias = \"all\" is not supported",
-            "modules_to_save = [\"lm_head\"] is not supported",
-            "rank_pattern = {\"q_proj\":8} is not supported",
+            "bias \"some\" is none of \"none\", \"all\" and \"lora_only\"",
+            "rank_pattern is {\"q_proj\":\"8\"}; expected ranks by name",
             "task_type = \"SEQ_CLS\" is not supported",
             "init_lora_weights = \"pissa_niter_16\" changes the base weights",
             "r is \"4\"; expected a rank of at least 1",
@@ -479,16 +487,5 @@ mod tests {
         assert_eq!(text, "adapter_config.json: peft_type is missing; target_modules is missing");
         let text = AdapterConfig::from_json("[").expect_err("malformed").to_string();
         assert!(text.starts_with("adapter_config.json: not a JSON object: "), "{text}");
-    }
-
-    #[test]
-    fn tensor_keys_are_parsed_back() {
-        for factor in [Factor::A, Factor::B] {
-            let key = tensor_key("model.layers.0.mlp.up_proj", factor);
-            assert_eq!(parse_tensor_key(&key), Some(("model.layers.0.mlp.up_proj", factor)));
-        }
-        assert_eq!(parse_tensor_key("base_model.model.lm_head.weight"), None);
-        assert_eq!(parse_tensor_key("base_model.model..lora_A.weight"), None);
-        assert_eq!(parse_tensor_key("model.layers.0.mlp.up_proj.lora_A.weight"), None);
     }
 }

@@ -17,41 +17,120 @@ use crate::{Error, LoraConfig, TargetModules};
 /// name selects something), for each layer that the model has not, and for a regular expression that does not compile.
 pub fn match_targets<S: AsRef<str>>(config: &LoraConfig, linears: &[S]) -> Result<Vec<String>, Error> {
     let linears: Vec<&str> = linears.iter().map(AsRef::as_ref).collect();
-    let selected = match &config.target_modules {
+    let mut selected = match &config.target_modules {
         TargetModules::AllLinear => linears.iter().copied().filter(|name| !is_output_layer(name)).collect(),
-        TargetModules::Regex(pattern) => match_pattern(pattern, &linears)?,
-        TargetModules::Names(names) => match_names(names, config.layers_to_transform.as_deref(), &linears)?,
+        TargetModules::Regex(pattern) => match_pattern("target_modules", pattern, &linears)?,
+        TargetModules::Names(names) => match_names(names, &Layers::of(config), &linears)?,
     };
+    if let Some(n) = config.finetune_last_n_layers {
+        let layers = linears.iter().filter_map(|linear| layer_index(linear)).max().map_or(0, |last| last + 1);
+        if n > layers {
+            let problem = format!("finetune_last_n_layers is {n}, and this model has {layers} layers");
+            return Err(problems(vec![problem]));
+        }
+        selected.retain(|linear| layer_index(linear).is_some_and(|layer| layer >= layers - n));
+    }
+    if let Some(excluded) = &config.exclude_modules {
+        let excluded = exclusions(excluded, &linears)?;
+        selected.retain(|linear| !excluded.contains(linear));
+    }
     if selected.is_empty() {
         return Err(problems(vec!["target_modules selects no linear of this model".to_owned()]));
+    }
+    let wrong = [
+        config.rank_pattern.problems("rank_pattern", &selected),
+        config.alpha_pattern.problems("alpha_pattern", &selected),
+    ];
+    let wrong: Vec<String> = wrong.into_iter().flatten().collect();
+    if !wrong.is_empty() {
+        return Err(problems(wrong));
     }
     Ok(selected.into_iter().map(str::to_owned).collect())
 }
 
-fn match_names<'a>(names: &[String], layers: Option<&[usize]>, linears: &[&'a str]) -> Result<Vec<&'a str>, Error> {
+/// The linears that `exclude_modules` names.
+fn exclusions<'a>(excluded: &TargetModules, linears: &[&'a str]) -> Result<Vec<&'a str>, Error> {
+    match excluded {
+        TargetModules::AllLinear => Err(problems(vec![
+            "exclude_modules \"all-linear\" leaves nothing to adapt; name the linears that stay as they are".to_owned(),
+        ])),
+        TargetModules::Regex(pattern) => match_pattern("exclude_modules", pattern, linears),
+        TargetModules::Names(names) => {
+            let unmatched = names.iter().filter(|name| !linears.iter().any(|linear| is_named(linear, name)));
+            let found: Vec<String> = unmatched.map(|name| no_match("exclude_modules", name, linears)).collect();
+            if !found.is_empty() {
+                return Err(problems(found));
+            }
+            let named = |linear: &&str| names.iter().any(|name| is_named(linear, name));
+            Ok(linears.iter().copied().filter(named).collect())
+        }
+    }
+}
+
+/// Which blocks the names of `target_modules` are looked for in.
+struct Layers<'a> {
+    /// `None` for all. PEFT takes an empty list for that, too.
+    wanted: Option<&'a [usize]>,
+    /// What stands before the number; none for the third part of a name.
+    patterns: &'a [String],
+}
+
+impl<'a> Layers<'a> {
+    fn of(config: &'a LoraConfig) -> Self {
+        let wanted = config.layers_to_transform.as_deref().filter(|layers| !layers.is_empty());
+        Self { wanted, patterns: config.layers_pattern.as_deref().unwrap_or_default() }
+    }
+
+    fn index(&self, linear: &str) -> Option<usize> {
+        if self.patterns.is_empty() {
+            return layer_index(linear);
+        }
+        let number = |pattern: &String| {
+            let segments: Vec<&str> = linear.split('.').collect();
+            // Something stands before the pattern and after the number, as in PEFT's regular expression.
+            let inner = segments.get(1..segments.len().checked_sub(1)?)?;
+            inner.windows(2).find(|pair| pair[0] == pattern)?[1].parse().ok()
+        };
+        self.patterns.iter().find_map(number)
+    }
+
+    fn contains(&self, linear: &str) -> bool {
+        self.wanted.is_none_or(|layers| self.index(linear).is_some_and(|layer| layers.contains(&layer)))
+    }
+
+    /// One sentence for each block that the model has not.
+    fn missing(&self, linears: &[&str]) -> Vec<String> {
+        let known: BTreeSet<usize> = linears.iter().filter_map(|linear| self.index(linear)).collect();
+        if known.is_empty() && self.wanted.is_some() {
+            let patterns = self.patterns.join("\", \"");
+            return vec![format!("layers_pattern \"{patterns}\" stands before no block number; nearest: \"layers\"")];
+        }
+        let last = known.last().copied().unwrap_or(0);
+        let missing = self.wanted.into_iter().flatten().filter(|layer| !known.contains(layer));
+        missing
+            .map(|layer| {
+                format!("layers_to_transform {layer} is not in this model of {} layers; nearest: {last}", known.len())
+            })
+            .collect()
+    }
+}
+
+fn match_names<'a>(names: &[String], layers: &Layers<'_>, linears: &[&'a str]) -> Result<Vec<&'a str>, Error> {
     let unmatched = names.iter().filter(|name| !linears.iter().any(|linear| is_named(linear, name)));
-    let mut found: Vec<String> = unmatched.map(|name| no_match(name, linears)).collect();
-    // PEFT takes an empty list of layers for "all".
-    let layers = layers.filter(|layers| !layers.is_empty());
-    found.extend(layers.into_iter().flat_map(|layers| missing_layers(layers, linears)));
+    let mut found: Vec<String> = unmatched.map(|name| no_match("target_modules", name, linears)).collect();
+    found.extend(layers.missing(linears));
     if !found.is_empty() {
         return Err(problems(found));
     }
-    let in_layers = |linear: &str| match layers {
-        Some(layers) => layer_index(linear).is_some_and(|layer| layers.contains(&layer)),
-        None => true,
-    };
-    let selects = |linear: &str, name: &String| linear == name || (is_named(linear, name) && in_layers(linear));
+    let selects = |linear: &str, name: &String| linear == name || (is_named(linear, name) && layers.contains(linear));
     Ok(linears.iter().copied().filter(|linear| names.iter().any(|name| selects(linear, name))).collect())
 }
 
-fn match_pattern<'a>(pattern: &str, linears: &[&'a str]) -> Result<Vec<&'a str>, Error> {
+fn match_pattern<'a>(argument: &str, pattern: &str, linears: &[&'a str]) -> Result<Vec<&'a str>, Error> {
     let regex = Regex::new(&format!(r"\A(?:{pattern})\z")).map_err(|_| {
         // The compiler's own message quotes the pattern with our anchors; name the pattern as it was written.
         let reason = Regex::new(pattern).err().map(|error| error.to_string()).unwrap_or_default();
-        problems(vec![format!(
-            "target_modules \"{pattern}\" is not a regular expression without look-around: {reason}"
-        )])
+        problems(vec![format!("{argument} \"{pattern}\" is not a regular expression without look-around: {reason}")])
     })?;
     let selected: Vec<&str> = linears.iter().copied().filter(|linear| regex.is_match(linear)).collect();
     if selected.is_empty() {
@@ -62,7 +141,7 @@ fn match_pattern<'a>(pattern: &str, linears: &[&'a str]) -> Result<Vec<&'a str>,
             format!("; names look like \"{}\"", linears.first().unwrap_or(&""))
         };
         return Err(problems(vec![format!(
-            "target_modules \"{pattern}\" matches no linear of this model from its first to its last letter{hint}"
+            "{argument} \"{pattern}\" matches no linear of this model from its first to its last letter{hint}"
         )]));
     }
     Ok(selected)
@@ -85,26 +164,14 @@ fn layer_index(linear: &str) -> Option<usize> {
     inner.iter().find(|segment| !segment.is_empty() && segment.bytes().all(|b| b.is_ascii_digit()))?.parse().ok()
 }
 
-fn missing_layers(layers: &[usize], linears: &[&str]) -> Vec<String> {
-    let known: BTreeSet<usize> = linears.iter().filter_map(|linear| layer_index(linear)).collect();
-    let last = known.last().copied().unwrap_or(0);
-    let missing = layers.iter().filter(|layer| !known.contains(layer));
-    missing
-        .map(|layer| {
-            format!("layers_to_transform {layer} is not in this model of {} layers; nearest: {last}", known.len())
-        })
-        .collect()
-}
-
-fn no_match(name: &str, linears: &[&str]) -> String {
+fn no_match(argument: &str, name: &str, linears: &[&str]) -> String {
     if name.eq_ignore_ascii_case("all-linear") {
-        return "target_modules [\"all-linear\"] is a list of one name; write \"all-linear\" without the brackets"
-            .to_owned();
+        return format!("{argument} [\"all-linear\"] is a list of one name; write \"all-linear\" without the brackets");
     }
     // Compare like with like: "q_porj" with last segments, "self_attn.q_porj" with last pairs of segments.
     let depth = name.split('.').count();
     let endings: BTreeSet<&str> = linears.iter().map(|linear| ending(linear, depth)).collect();
-    format!("target_modules \"{name}\" matches no linear of this model{}", nearest_hint(name, endings))
+    format!("{argument} \"{name}\" matches no linear of this model{}", nearest_hint(name, endings))
 }
 
 /// The last `depth` segments of a dotted name.
@@ -179,6 +246,30 @@ mod tests {
             "target_modules \"q_porj\" matches no linear of this model; nearest: \"q_proj\"; \
              target_modules \"mlp.upproj\" matches no linear of this model; nearest: \"mlp.up_proj\""
         );
+    }
+
+    #[test]
+    fn exclusions_and_last_layers_narrow_the_targets() {
+        let config = targets("all-linear").exclude_modules(["v_proj", "model.layers.1.mlp.up_proj"]);
+        assert_eq!(selected(&config).len(), 5);
+        let config = targets(["q_proj", "up_proj"]).finetune_last_n_layers(1).exclude_modules(r".*up_.*");
+        assert_eq!(selected(&config), ["model.layers.2.self_attn.q_proj"]);
+        let text = message(&targets("all-linear").exclude_modules(["v_porj"]));
+        assert!(
+            text.contains("exclude_modules \"v_porj\" matches no linear of this model; nearest: \"v_proj\""),
+            "{text}"
+        );
+        let text = message(&targets("all-linear").finetune_last_n_layers(9));
+        assert!(text.contains("finetune_last_n_layers is 9, and this model has 3 layers"), "{text}");
+    }
+
+    #[test]
+    fn a_pattern_says_where_block_numbers_stand() {
+        let mut config = targets(["q_proj"]).layers_to_transform([1]);
+        config.layers_pattern = Some(vec!["layers".to_owned()]);
+        assert_eq!(selected(&config), ["model.layers.1.self_attn.q_proj"]);
+        config.layers_pattern = Some(vec!["h".to_owned()]);
+        assert!(message(&config).contains("layers_pattern \"h\" stands before no block number"));
     }
 
     #[test]

@@ -3,10 +3,9 @@
 //! h₂ = x + o_proj(attention(rope(norm(q)), rope(norm(k)), v)), with q, k, v of input_layernorm(x);
 //! y = h₂ + down_proj(silu(gate) ∘ up), with gate, up of post_attention_layernorm(h₂).
 
-use burn::tensor::Tensor;
-use rekindle_kernels::attention::{self, Heads};
+use rekindle_kernels::attention::{self, Documents, Heads};
 use rekindle_kernels::rope::{self, Angles, Norm};
-use rekindle_kernels::{Grads, Params, Weight, rms_norm, swiglu};
+use rekindle_kernels::{Grads, Params, Tensor, Weight, rms_norm, swiglu};
 use rekindle_lora::{Dropout, LinearGroup};
 
 use crate::cache::LayerCache;
@@ -31,8 +30,15 @@ pub(crate) struct Block {
 pub(crate) struct Context<'a> {
     pub(crate) params: &'a Params,
     pub(crate) angles: &'a Angles,
-    pub(crate) cu_seqlens: &'a [u32],
+    /// `None` while decoding.
+    pub(crate) documents: Option<&'a Documents>,
     pub(crate) dropout: Option<Dropout<'a>>,
+}
+
+impl Context<'_> {
+    fn documents(&self) -> &Documents {
+        self.documents.expect("a whole batch says where its documents are")
+    }
 }
 
 /// What a block keeps for its backward. Outputs of norms and of SwiGLU are made again.
@@ -78,14 +84,14 @@ impl Block {
     pub(crate) fn forward(&self, ctx: Context<'_>, x: Tensor<2>) -> (Tensor<2>, Saved) {
         let (n, rstd) = rms_norm::forward(&x, &self.input_layernorm.vector(ctx.params), self.eps);
         let Projected { q, k, v, qkv, qk } = self.project(ctx, &n);
-        let (o, lse) = attention::forward(&q, &k, &v, self.heads, ctx.cu_seqlens);
+        let (o, lse) = attention::forward(&q, &k, &v, self.heads, ctx.documents());
         let (delta, saved_o) = one(self.o.forward(ctx.params, &o, ctx.dropout));
         let norm2 = self.post_attention_layernorm.vector(ctx.params);
         let (h2, n2, rstd2) = rms_norm::add_forward(&x, delta, &norm2, self.eps);
         let (gate, up, gate_up) = two(self.gate_up.forward(ctx.params, &n2, ctx.dropout));
         let act = swiglu::forward(&gate, &up);
         let (delta, down) = one(self.down.forward(ctx.params, &act, ctx.dropout));
-        let y = delta + h2.clone();
+        let y = delta.plus(&h2);
         let attention = attention::Saved { q, k, v, o, lse };
         (y, Saved { x, rstd, qkv, qk, attention, o: saved_o, h2, rstd2, gate_up, gate, up, down })
     }
@@ -101,7 +107,7 @@ impl Block {
         let (h2, n2, _) = rms_norm::add_forward(&x, delta, &norm2, self.eps);
         let (gate, up, _) = two(self.gate_up.forward(ctx.params, &n2, None));
         let (delta, _) = one(self.down.forward(ctx.params, &swiglu::forward(&gate, &up), None));
-        delta + h2
+        delta.plus(&h2)
     }
 
     /// Adds the gradients of what is trained; returns the gradient to x if `want_dx`.
@@ -124,12 +130,12 @@ impl Block {
         let n2 = rms_norm::recompute(&h2, &norm2, &rstd2);
         let dn2 = backward(&self.gate_up, ctx, grads, &n2, &gate_up, &[d_gate, d_up]);
         if let Some(at) = self.post_attention_layernorm.trained() {
-            grads.add(at, rms_norm::weight_grad(&dn2, &h2, &rstd2).unsqueeze());
+            grads.add(at, rms_norm::weight_grad(&dn2, &h2, &rstd2).as_row());
         }
         let dh2 = rms_norm::backward(&dn2, &h2, &norm2, &rstd2, Some(dy));
 
         let d_o = backward(&self.o, ctx, grads, &attention.o, &o, core::slice::from_ref(&dh2));
-        let (dq, dk, dv) = attention::backward(&d_o, &attention, self.heads, ctx.cu_seqlens);
+        let (dq, dk, dv) = attention::backward(&d_o, &attention, self.heads, ctx.documents());
         drop(attention);
         let (dq, dk) = self.turn_back(ctx, dq, dk, qk, grads);
         let norm1 = self.input_layernorm.vector(params);
@@ -137,7 +143,7 @@ impl Block {
         let want_dn = want_dx || self.input_layernorm.trained().is_some();
         let dn = self.qkv.backward(params, grads, &n, &qkv, &[dq, dk, dv], ctx.dropout, want_dn)?;
         if let Some(at) = self.input_layernorm.trained() {
-            grads.add(at, rms_norm::weight_grad(&dn, &x, &rstd).unsqueeze());
+            grads.add(at, rms_norm::weight_grad(&dn, &x, &rstd).as_row());
         }
         want_dx.then(|| rms_norm::backward(&dn, &x, &norm1, &rstd, Some(dh2)))
     }
@@ -147,21 +153,14 @@ impl Block {
         let (ys, qkv) = self.qkv.forward(ctx.params, n, ctx.dropout);
         let [q, k, v] = ys.try_into().expect("q, k and v");
         let head_dim = self.heads.head_dim;
-        match self.norms(ctx.params) {
-            None => {
-                let (q, _) = rope::forward(q, head_dim, None, ctx.angles);
-                let (k, _) = rope::forward(k, head_dim, None, ctx.angles);
-                Projected { q, k, v, qkv, qk: None }
-            }
-            Some(norms) => {
-                let turn = |x: Tensor<2>, norm: &Norm| {
-                    let (y, rstd) = rope::forward(x.clone(), head_dim, Some(norm), ctx.angles);
-                    (y, (x, rstd.expect("a norm leaves its rstd")))
-                };
-                let ((q, saved_q), (k, saved_k)) = (turn(q, &norms[0]), turn(k, &norms[1]));
-                Projected { q, k, v, qkv, qk: Some([saved_q, saved_k]) }
-            }
-        }
+        let Some(norms) = self.norms(ctx.params) else {
+            let [(q, _), (k, _)] = rope::forward_qk(q, k, head_dim, None, ctx.angles);
+            return Projected { q, k, v, qkv, qk: None };
+        };
+        let before = (q.clone(), k.clone());
+        let [(q, rstd_q), (k, rstd_k)] = rope::forward_qk(q, k, head_dim, Some(&norms), ctx.angles);
+        let saved = |x, rstd: Option<Tensor<1>>| (x, rstd.expect("a norm leaves its rstd"));
+        Projected { q, k, v, qkv, qk: Some([saved(before.0, rstd_q), saved(before.1, rstd_k)]) }
     }
 
     /// The gradients to q and k as the linears made them.
@@ -175,19 +174,19 @@ impl Block {
     ) -> (Tensor<2>, Tensor<2>) {
         let head_dim = self.heads.head_dim;
         let (Some(norms), Some([q, k]), Some(weights)) = (self.norms(ctx.params), qk, &self.qk_norm) else {
-            let (dq, _) = rope::backward(dq, head_dim, None, ctx.angles, false);
-            let (dk, _) = rope::backward(dk, head_dim, None, ctx.angles, false);
+            let [(dq, _), (dk, _)] = rope::backward_qk([dq, dk], head_dim, None, ctx.angles, false);
             return (dq, dk);
         };
-        let mut back = |dy, norm: &Norm, (x, rstd): (Tensor<2>, Tensor<1>), weight: &Weight| {
-            let trained = weight.trained();
-            let (dx, dw) = rope::backward(dy, head_dim, Some((norm, x, &rstd)), ctx.angles, trained.is_some());
-            if let (Some(at), Some(dw)) = (trained, dw) {
-                grads.add(at, dw.unsqueeze());
+        let trained = [&weights.0, &weights.1].map(Weight::trained);
+        let saved = [(&norms[0], q.0, &q.1), (&norms[1], k.0, &k.1)];
+        let wanted = trained.iter().any(Option::is_some);
+        let [(dq, dw_q), (dk, dw_k)] = rope::backward_qk([dq, dk], head_dim, Some(saved), ctx.angles, wanted);
+        for (at, dw) in trained.into_iter().zip([dw_q, dw_k]) {
+            if let (Some(at), Some(dw)) = (at, dw) {
+                grads.add(at, dw.as_row());
             }
-            dx
-        };
-        (back(dq, &norms[0], q, &weights.0), back(dk, &norms[1], k, &weights.1))
+        }
+        (dq, dk)
     }
 
     fn norms(&self, params: &Params) -> Option<[Norm; 2]> {

@@ -1,6 +1,7 @@
 //! The numbers of a model, from `config.json`.
 
 use rekindle_hub::Checkpoint;
+use rekindle_kernels::attention::Heads;
 use rekindle_rope::RopeConfig;
 use serde_json::Value;
 
@@ -126,6 +127,16 @@ impl ModelConfig {
         match config {
             Some(config) if reader.problems.is_empty() => Ok(config),
             _ => Err(reader.problems),
+        }
+    }
+
+    /// The heads of every attention layer.
+    pub(crate) fn heads(&self) -> Heads {
+        Heads {
+            heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+            scale: (self.head_dim as f32).sqrt().recip(),
         }
     }
 

@@ -26,6 +26,9 @@ pub enum Error {
     /// The adapter does not fit or cannot be read.
     #[error(transparent)]
     Lora(#[from] rekindle_lora::Error),
+    /// An operation failed on the device: out of memory, say.
+    #[error(transparent)]
+    Device(#[from] rekindle_kernels::DeviceError),
     /// An argument that this model cannot take.
     #[error("{0}")]
     Argument(String),

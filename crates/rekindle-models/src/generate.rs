@@ -67,7 +67,7 @@ impl CausalLm {
             )));
         }
         let room = config.max_new_tokens.min(limit - prompt.len());
-        let mut caches = vec![LayerCache::new(prompt.len() + room); self.blocks.len()];
+        let mut caches: Vec<_> = self.blocks.iter().map(|_| LayerCache::new(prompt.len() + room)).collect();
         let mut new = Vec::new();
         let mut pending = prompt.to_vec();
         let mut position = 0;
@@ -91,13 +91,13 @@ impl CausalLm {
     /// Logits after the last of `ids`, which stand at `position` and on; their keys and values go to `caches`.
     fn decode(&self, ids: &[u32], position: usize, caches: &mut [LayerCache]) -> Vec<f32> {
         let positions: Vec<u32> = (position..position + ids.len()).map(|p| p as u32).collect();
-        let angles = self.angles(&positions);
-        let ctx = Context { params: &self.params, angles: &angles, cu_seqlens: &[], dropout: None };
+        let angles = self.tables.angles(&positions);
+        let ctx = Context { params: &self.params, angles: &angles, documents: None, dropout: None };
         let mut h = embedding::forward(&self.embed.matrix(&self.params), ids);
         for (block, cache) in self.blocks.iter().zip(caches) {
             h = block.decode(ctx, h, cache);
         }
-        let last = h.narrow(0, ids.len() - 1, 1); // [1, hidden]
+        let last = h.rows(ids.len() - 1, 1); // [1, hidden]
         let (n, _) = rms_norm::forward(&last, &self.norm.vector(&self.params), self.config.rms_norm_eps);
         let head = self.head.as_ref().unwrap_or(&self.embed);
         to_f32(matmul::nt(&n, &head.matrix(&self.params)))

@@ -10,6 +10,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod adapt;
 mod batch;
 mod block;
 mod cache;
@@ -20,6 +21,7 @@ mod generate;
 pub mod llama;
 mod load;
 mod memory;
+mod merge;
 mod model;
 mod names;
 mod quantization;
@@ -35,6 +37,7 @@ pub use error::Error;
 pub use generate::{GenerationConfig, StopReason};
 pub use load::LoadOptions;
 pub use memory::{MemoryClass, MemoryLine, MemoryReport};
+pub use merge::merge;
 pub use model::{CausalLm, StepKey};
 pub use quantization::LoadIn;
 pub use quantize::quantize;

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
-use rekindle_kernels::attention::Heads;
-use rekindle_kernels::{PackedWeight, ParamsBuilder, Weight, from_f32};
+use rekindle_kernels::rope::Tables;
+use rekindle_kernels::{Device, PackedWeight, ParamsBuilder, Tensor, Weight, from_f32, from_le_bytes};
 use rekindle_lora::{Linear, LinearGroup};
 use rekindle_quant::Origin;
 
+use crate::adapt::Replaced;
 use crate::block::Block;
 use crate::names::{self, EMBED, HEAD, NORM, Needed, Projection};
 use crate::quantization::{LoadIn, Plan, Quantization, stored_bytes};
@@ -49,6 +50,12 @@ impl CausalLm {
         let config = ModelConfig::from_checkpoint(checkpoint)?;
         let LoadOptions { device, dtype, max_seq_length, full_finetuning, load_in, skip_modules } = options;
         check_length(&config, *max_seq_length)?;
+        if !config.heads().supported_by(device) {
+            return Err(Error::Argument(format!(
+                "head_dim is {}; on CUDA it is a multiple of 8, up to 256; use device \"cpu\"",
+                config.head_dim
+            )));
+        }
         let plan = Plan::of(checkpoint, *load_in, skip_modules.as_deref())?;
         if let (true, Some(_)) = (full_finetuning, &plan) {
             return Err(Error::Argument(format!(
@@ -72,7 +79,9 @@ impl CausalLm {
         let norm = source.weight(NORM)?;
         let head = if config.tie_word_embeddings { None } else { Some(source.weight(HEAD)?) };
         let tables = config.rope.tables(*max_seq_length);
+        let tables = Tables::new(tables.cos, tables.sin, tables.half, device);
         debug_assert!(*full_finetuning || source.params.is_empty());
+        device.check()?;
         Ok(Self {
             embed,
             blocks,
@@ -83,6 +92,7 @@ impl CausalLm {
             device: device.clone(),
             dtype: *dtype,
             adapter_config: None,
+            replaced: Replaced::default(),
             quantization: source.quantization,
             name_or_path: checkpoint.path().display().to_string(),
             config,
@@ -109,12 +119,7 @@ impl Source<'_> {
         } else {
             None
         };
-        let heads = Heads {
-            heads: c.num_attention_heads,
-            kv_heads: c.num_key_value_heads,
-            head_dim: c.head_dim,
-            scale: (c.head_dim as f32).sqrt().recip(),
-        };
+        let heads = c.heads();
         Ok(Block {
             input_layernorm,
             qkv,
@@ -173,8 +178,7 @@ impl Source<'_> {
         let same = matches!((view.dtype, dtype), (Dtype::BF16, DType::BF16) | (Dtype::F16, DType::F16));
         if same {
             // The bits as they are, one copy.
-            let data = TensorData::from_bytes_vec(view.data.to_vec(), shape, dtype);
-            return Ok(Tensor::from_data(data, (device, dtype)));
+            return Ok(from_le_bytes(view.data, shape, device, dtype));
         }
         Ok(from_f32(view.to_f32()?, shape, device, dtype))
     }

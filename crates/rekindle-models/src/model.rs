@@ -1,12 +1,14 @@
 //! A causal language model: embedding, decoder blocks, final norm and head.
 
-use burn::tensor::{DType, Device, Tensor};
-use rekindle_kernels::dropout::{Key, Token};
-use rekindle_kernels::rope::Angles;
-use rekindle_kernels::{Grads, Params, ParamsBuilder, Weight, embedding, from_f32, linear_cross_entropy, rms_norm};
-use rekindle_lora::{Adapter, LoraConfig, initial_factors, match_targets, peft::AdapterConfig};
-use rekindle_rope::Tables;
+use burn::tensor::DType;
+use rekindle_kernels::attention::{Documents, Heads};
+use rekindle_kernels::dropout::{Key, Token, Tokens};
+use rekindle_kernels::linear_cross_entropy::{self, Losses};
+use rekindle_kernels::rope::Tables;
+use rekindle_kernels::{Device, Grads, Params, Tensor, Weight, embedding, rms_norm};
+use rekindle_lora::{LoraConfig, peft::AdapterConfig};
 
+use crate::adapt::Replaced;
 use crate::block::{Block, Context, Saved};
 use crate::names::Projection;
 use crate::quantization::Quantization;
@@ -28,6 +30,8 @@ pub struct CausalLm {
     pub(crate) device: Device,
     pub(crate) dtype: DType,
     pub(crate) adapter_config: Option<AdapterConfig>,
+    /// The frozen weights of modules that are trained whole at present.
+    pub(crate) replaced: Replaced,
     pub(crate) quantization: Option<Quantization>,
     /// Where the weights came from, written into adapters.
     pub(crate) name_or_path: String,
@@ -68,7 +72,7 @@ impl CausalLm {
 
     /// The longest document that a batch may hold.
     pub fn max_seq_length(&self) -> usize {
-        self.tables.seq_len
+        self.tables.positions()
     }
 
     /// The trainable parameters.
@@ -91,14 +95,6 @@ impl CausalLm {
         self.adapter_config.as_ref()
     }
 
-    /// Whether the blocks with an adapter recompute their activations in the backward pass instead of keeping them;
-    /// without an adapter this changes nothing.
-    pub fn set_gradient_checkpointing(&mut self, on: bool) {
-        if let Some(config) = &mut self.adapter_config {
-            config.lora_mut().use_gradient_checkpointing = on;
-        }
-    }
-
     /// Number of scalars in all weights, adapters not counted.
     pub fn num_parameters(&self) -> usize {
         crate::names::needed(&self.config).iter().map(|n| n.shape.iter().product::<usize>()).sum()
@@ -112,83 +108,27 @@ impl CausalLm {
             .collect()
     }
 
-    /// Puts a new adapter on the linears that `config` targets, replacing any there was.
-    ///
-    /// # Errors
-    /// [`Error::Lora`] for a configuration that is invalid or matches nothing, [`Error::Argument`] when all
-    /// weights are trained.
-    pub fn add_adapter(&mut self, config: &LoraConfig) -> Result<(), Error> {
-        config.validate()?;
-        let linears = self.linears();
-        let names: Vec<&str> = linears.iter().map(|(name, ..)| name.as_str()).collect();
-        let targets = match_targets(config, &names)?;
-        let factors = targets
-            .iter()
-            .map(|name| {
-                let (_, input, out) = linears.iter().find(|(n, ..)| n == name).expect("a target is a linear");
-                (name.clone(), initial_factors(config, name, *input, *out))
-            })
-            .collect();
-        let config = AdapterConfig::new(config, Some(&self.name_or_path), &targets);
-        self.place(Adapter { config, factors })
-    }
-
-    /// Puts a saved adapter on the model, replacing any there was.
-    ///
-    /// # Errors
-    /// [`Error::Lora`] when the files are unreadable or do not match this model exactly.
-    pub fn load_adapter(&mut self, dir: &std::path::Path) -> Result<(), Error> {
-        let adapter = Adapter::load(dir, &self.linears())?;
-        self.place(adapter)
-    }
-
-    /// The adapter as it is now, if there is one.
-    pub fn adapter(&self) -> Option<Adapter> {
-        let config = self.adapter_config.clone()?;
-        let groups = self.blocks.iter().flat_map(Block::groups);
-        let factors = groups.flat_map(|group| group.factors(&self.params)).collect();
-        Some(Adapter { config, factors })
-    }
-
-    fn place(&mut self, adapter: Adapter) -> Result<(), Error> {
-        if self.adapter_config.is_none() && self.params.numel() > 0 {
-            return Err(Error::Argument(
-                "all weights are trained; an adapter goes onto a model loaded with full_finetuning = false".to_owned(),
-            ));
-        }
-        let scale = adapter.config.lora().scale();
-        let mut params = ParamsBuilder::default();
-        let groups = self.blocks.iter_mut().flat_map(Block::groups_mut);
-        for (site, group) in groups.enumerate() {
-            group.adapt(&mut params, site as u32, |linear| {
-                adapter.factors.get(&linear.name).map(|factors| (factors.clone(), scale))
-            });
-        }
-        self.params = params.build(&self.device, self.dtype);
-        self.adapter_config = Some(adapter.config);
-        Ok(())
-    }
-
-    /// Σ nll over the counted tokens of `batch`; adds the gradients of `grad_scale · Σ nll` to `grads`.
+    /// The losses of `batch`, 0 where a token does not count; adds the gradients of `grad_scale · Σ nll` to `grads`.
     ///
     /// `key` turns on dropout. Documents are independent: how they are split into batches changes nothing.
     ///
     /// # Errors
-    /// [`Error::Row`] for a token id beyond the vocabulary or a document beyond `max_seq_length`.
+    /// [`Error::Row`] for a token id beyond the vocabulary or a document beyond `max_seq_length`, [`Error::Device`]
+    /// when a device fails; on CUDA a failure may also show later, when the losses are read.
     pub fn forward_backward(
         &self,
         batch: &Batch,
         grad_scale: f32,
         grads: &mut Grads,
         key: Option<StepKey>,
-    ) -> Result<f64, Error> {
+    ) -> Result<Losses, Error> {
         self.check(batch)?;
         let p = self.lora().map_or(0.0, |lora| lora.lora_dropout as f32);
-        let tokens = key.filter(|_| p > 0.0).map(|key| (key, tokens(batch)));
+        let tokens = key.filter(|_| p > 0.0).map(|key| (key, Tokens::new(tokens(batch), &self.device)));
         let dropout = tokens.as_ref().map(|(key, tokens)| Key { p, seed: key.seed, step: key.step, tokens });
-        let angles = self.angles(&batch.positions);
-        let ctx = Context { params: &self.params, angles: &angles, cu_seqlens: &batch.cu_seqlens, dropout };
-        let recompute = self.lora().is_some_and(|lora| lora.use_gradient_checkpointing);
+        let (angles, documents) = (self.tables.angles(&batch.positions), self.documents(batch));
+        let ctx = Context { params: &self.params, angles: &angles, documents: Some(&documents), dropout };
+        let recompute = self.lora().is_some_and(|lora| lora.use_gradient_checkpointing.recomputes());
         let embed_trained = self.embed.trained().is_some();
         let lowest = if embed_trained { 0 } else { self.lowest_trained() };
 
@@ -214,7 +154,7 @@ impl CausalLm {
             head_grad,
         );
         if let Some(at) = self.norm.trained() {
-            grads.add(at, rms_norm::weight_grad(&dn, &h, &rstd).unsqueeze());
+            grads.add(at, rms_norm::weight_grad(&dn, &h, &rstd).as_row());
         }
         let mut dh = rms_norm::backward(&dn, &h, &norm, &rstd, None);
         for (i, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
@@ -224,13 +164,13 @@ impl CausalLm {
             };
             match block.backward(ctx, saved, dh, grads, i > lowest || embed_trained) {
                 Some(dx) => dh = dx,
-                None => return Ok(sum(&nll)),
+                None => return self.finished(nll),
             }
         }
         if let Some(at) = self.embed.trained() {
-            grads.add(at, embedding::backward(dh, &batch.input_ids, self.config.vocab_size));
+            embedding::backward(dh, &batch.input_ids, grads, at);
         }
-        Ok(sum(&nll))
+        self.finished(nll)
     }
 
     /// The negative log-likelihood of every target of `batch`, 0 where it does not count. No dropout.
@@ -239,25 +179,31 @@ impl CausalLm {
     /// As [`forward_backward`](Self::forward_backward).
     pub fn nll(&self, batch: &Batch) -> Result<Vec<f32>, Error> {
         self.check(batch)?;
-        let angles = self.angles(&batch.positions);
-        let ctx = Context { params: &self.params, angles: &angles, cu_seqlens: &batch.cu_seqlens, dropout: None };
+        let (angles, documents) = (self.tables.angles(&batch.positions), self.documents(batch));
+        let ctx = Context { params: &self.params, angles: &angles, documents: Some(&documents), dropout: None };
         let mut h = embedding::forward(&self.embed.matrix(&self.params), &batch.input_ids);
         for block in &self.blocks {
             h = block.forward(ctx, h).0;
         }
         let (n, _) = rms_norm::forward(&h, &self.norm.vector(&self.params), self.config.rms_norm_eps);
         let head = self.head.as_ref().unwrap_or(&self.embed);
-        Ok(linear_cross_entropy::forward(&n, &head.matrix(&self.params), &batch.targets))
+        let nll = linear_cross_entropy::forward(&n, &head.matrix(&self.params), &batch.targets).values();
+        self.finished(nll)
     }
 
-    /// Cosines and sines for tokens at these positions, `[tokens, rotary_dim / 2]`.
-    pub(crate) fn angles(&self, positions: &[u32]) -> Angles {
-        let half = self.tables.half;
-        let rows = |table: &[f32]| {
-            let values = positions.iter().flat_map(|&p| &table[p as usize * half..][..half]).copied().collect();
-            from_f32(values, [positions.len(), half], &self.device, DType::F32)
-        };
-        Angles { cos: rows(&self.tables.cos), sin: rows(&self.tables.sin) }
+    /// `result`, unless the device failed on the way to it.
+    fn finished<T>(&self, result: T) -> Result<T, Error> {
+        self.device.check()?;
+        Ok(result)
+    }
+
+    fn documents(&self, batch: &Batch) -> Documents {
+        Documents::new(&batch.cu_seqlens, self.heads(), &self.device, self.dtype)
+    }
+
+    /// The heads of every attention layer.
+    pub(crate) fn heads(&self) -> Heads {
+        self.config.heads()
     }
 
     pub(crate) fn check_ids(&self, ids: &[u32]) -> Result<(), String> {
@@ -295,8 +241,4 @@ fn tokens(batch: &Batch) -> Vec<Token> {
         .flat_map(|(document, &row)| document.map(move |t| (t, row)))
         .map(|(t, row)| Token { row, position: batch.positions[t] })
         .collect()
-}
-
-fn sum(nll: &[f32]) -> f64 {
-    nll.iter().map(|&x| f64::from(x)).sum()
 }

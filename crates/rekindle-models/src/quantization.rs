@@ -43,6 +43,19 @@ pub(crate) struct Quantization {
     pub(crate) dtypes: BTreeMap<String, Dtype>,
 }
 
+impl Quantization {
+    /// Says of `modules`, which were in codes, that they are dense from now on.
+    pub(crate) fn keep_dense<'a>(&mut self, modules: impl IntoIterator<Item = &'a String>) {
+        const SKIP: &str = "llm_int8_skip_modules";
+        let mut json = self.config.to_json();
+        // A list replaces the default, which is the head.
+        let mut names = json[SKIP].as_array().cloned().unwrap_or_else(|| vec![Value::from("lm_head")]);
+        names.extend(modules.into_iter().map(|name| Value::from(name.as_str())));
+        json[SKIP] = Value::Array(names);
+        self.config = QuantizationConfig::parse(&json).expect("only names were added");
+    }
+}
+
 /// How the linears of one checkpoint come to their codes.
 #[derive(Debug)]
 pub(crate) struct Plan {

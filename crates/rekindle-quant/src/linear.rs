@@ -1,8 +1,8 @@
 //! A linear layer over a quantized weight, and the way of its codes to a device.
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::DType;
 use half::{bf16, f16};
-use rekindle_kernels::{PackedWeight, Params, Weight, packed};
+use rekindle_kernels::{Device, PackedWeight, Params, Tensor, Weight, from_f32, packed, to_f32};
 
 use crate::bnb::{FourBitWeight, RawDtype, StoredWeight};
 use crate::{
@@ -14,14 +14,15 @@ use crate::{
 /// The codes are the only copy that stays; products decode a few rows of W at a time.
 ///
 /// ```
-/// use burn::tensor::{Device, Tensor};
+/// use burn::tensor::DType;
+/// use rekindle_kernels::{Device, from_f32};
 /// use rekindle_quant::{QuantConfig, QuantLinear, QuantizedTensor};
 ///
 /// let weight: Vec<f32> = (0..32 * 64).map(|i| (i as f32 * 0.37).sin() * 0.02).collect();
 /// let packed = QuantizedTensor::quantize(&weight, &[32, 64], &QuantConfig::default())?;
-/// let device = Device::flex();
+/// let device = Device::cpu();
 /// let linear = QuantLinear::four_bit(packed, None, &device)?;
-/// let x = Tensor::<2>::ones([3, 64], &device);
+/// let x = from_f32(vec![1.0; 3 * 64], [3, 64], &device, DType::F32);
 /// let y = linear.forward(&x);
 /// assert_eq!(linear.backward(&y).dims(), [3, 64]);
 /// # Ok::<(), rekindle_quant::Error>(())
@@ -102,7 +103,7 @@ impl QuantLinear {
         };
         Some(match &self.bias {
             None => y,
-            Some(bias) => y + bias.clone().unsqueeze(),
+            Some(bias) => y.add_row(bias),
         })
     }
 
@@ -200,12 +201,15 @@ impl Origin {
     }
 }
 
-fn int8_product<T: Element + burn::tensor::Element>(weight: &Int8Tensor, x: &Tensor<2>, threshold: f32) -> Tensor<2> {
+fn int8_product<T: Element>(weight: &Int8Tensor, x: &Tensor<2>, threshold: f32) -> Tensor<2> {
     let ([tokens, _], [out, _]) = (x.dims(), weight.shape());
-    let x_values: Vec<T> = x.clone().into_data().try_into_vec().expect("the data has the tensor's dtype");
+    // Widening is exact, and so is the way back.
+    let values: Vec<T> = to_f32(x.clone()).into_iter().map(T::from_f32).collect();
     let mut y = vec![T::default(); tokens * out];
-    weight.matmul(&x_values, threshold, &mut y);
-    Tensor::from_data(TensorData::new(y, [tokens, out]), (&x.device(), x.dtype()))
+    weight.matmul(&values, threshold, &mut y);
+    let mut wide = vec![0.0; y.len()];
+    T::widen(&y, &mut wide);
+    from_f32(wide, [tokens, out], &x.device(), x.dtype())
 }
 
 /// value = (code · SCB) · (1/127), in this order, as bitsandbytes computes it.

@@ -4,7 +4,7 @@
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use half::{bf16, f16};
-use rekindle_kernels::{PackedWeight, Path, packed};
+use rekindle_kernels::{Device as Place, PackedWeight, Path, Tensor as Ours, packed};
 use rekindle_quant::bnb::{FourBitWeight, StoredWeight};
 use rekindle_quant::{Blocksize, Element, Int8Tensor, Origin, QuantConfig, QuantLinear, QuantType, QuantizedTensor};
 
@@ -49,8 +49,10 @@ fn decoded<T: Element>(weight: &StoredWeight) -> Vec<T> {
 
 fn linear(weight: StoredWeight, bias: Option<Tensor<1>>) -> QuantLinear {
     match weight {
-        StoredWeight::FourBit(weight) => QuantLinear::four_bit(weight.tensor, bias, &Device::flex()).unwrap(),
-        StoredWeight::Int8(weight) => QuantLinear::int8(weight, bias, &Device::flex()),
+        StoredWeight::FourBit(weight) => {
+            QuantLinear::four_bit(weight.tensor, bias.map(Into::into), &Place::cpu()).unwrap()
+        }
+        StoredWeight::Int8(weight) => QuantLinear::int8(weight, bias.map(Into::into), &Place::cpu()),
     }
 }
 
@@ -79,7 +81,7 @@ fn ours([tokens, out, input]: [usize; 3], linear: &QuantLinear) -> [Vec<f64>; 2]
     let device = Device::flex();
     let x = tensor(&noise(2, tokens * input), [tokens, input], DType::F32, &device);
     let dy = tensor(&noise(4, tokens * out), [tokens, out], DType::F32, &device);
-    [values(linear.forward(&x)), values(linear.backward(&dy))]
+    [values(linear.forward(&x.into()).into()), values(linear.backward(&dy.into()).into())]
 }
 
 /// No element may be further from the truth than twice the worst of the naive computation.
@@ -101,7 +103,7 @@ fn forward_and_gradient_are_those_of_the_decoded_weight() {
         let bias = || Some(tensor(&noise(3, out), [out], DType::F32, &Device::flex()));
         let dense = noise(5, out * input);
         let matrix = tensor(&dense, [out, input], DType::F32, &Device::flex());
-        let mut cases = vec![("dense".to_owned(), QuantLinear::dense(matrix, bias()), dense)];
+        let mut cases = vec![("dense".to_owned(), QuantLinear::dense(matrix.into(), bias().map(Into::into)), dense)];
         for weight in stored::<f32>([out, input]) {
             let name = match &weight {
                 StoredWeight::FourBit(weight) => format!("{:?}", weight.tensor.config()),
@@ -127,7 +129,7 @@ fn a_layer_decodes_the_bits_of_the_codec() {
             for weight in stored::<T>([out, input]) {
                 let expected: Vec<T> = decoded(&weight);
                 let (_, codes) = Origin::take(weight.clone()).unwrap();
-                let matrix = PackedWeight::new(codes, &Device::flex()).decode(dtype);
+                let matrix = Tensor::from(PackedWeight::new(codes, &Place::cpu()).decode(dtype));
                 let got: Vec<T> = matrix.into_data().try_into_vec().unwrap();
                 assert!(got == expected, "{:?} of {weight:?}", T::DTYPE);
             }
@@ -143,7 +145,7 @@ fn a_weight_comes_back_as_it_was_taken() {
     for [_, out, input] in SHAPES {
         for weight in stored::<bf16>([out, input]) {
             let (origin, codes) = Origin::take(weight.clone()).unwrap();
-            let packed = PackedWeight::new(codes, &Device::flex());
+            let packed = PackedWeight::new(codes, &Place::cpu());
             assert_eq!(origin.restore(packed::Codes::clone(&packed.codes())).unwrap(), weight);
         }
     }
@@ -152,7 +154,7 @@ fn a_weight_comes_back_as_it_was_taken() {
     let error = Origin::take(nf4.clone()).unwrap().0.restore(codes).unwrap_err().to_string();
     assert!(error.contains("was read as FourBit") && error.contains("holds 8-bit codes"), "{error}");
     let vector = QuantizedTensor::quantize(&noise(1, 64), &[64], &QuantConfig::default()).unwrap();
-    let error = QuantLinear::four_bit(vector, None, &Device::flex()).unwrap_err().to_string();
+    let error = QuantLinear::four_bit(vector, None, &Place::cpu()).unwrap_err().to_string();
     assert!(error.contains("[out, in]"), "{error}");
 }
 
@@ -168,14 +170,14 @@ fn eight_bit_activations_are_the_codec_s_product() {
         for threshold in [6.0, 0.0] {
             let mut expected = vec![T::default(); tokens * out];
             weight.matmul(&x, threshold, &mut expected);
-            let linear = QuantLinear::int8(weight.clone(), None, &Device::flex());
-            let y = linear.forward_int8(&on(&Device::flex()), threshold).unwrap();
+            let linear = QuantLinear::int8(weight.clone(), None, &Place::cpu());
+            let y = Tensor::from(linear.forward_int8(&on(&Device::flex()).into(), threshold).unwrap());
             assert_eq!(y.dtype(), dtype);
             assert!(y.into_data().try_into_vec::<T>().unwrap() == expected, "{dtype:?}, threshold {threshold}");
 
             let bias = tensor(&noise(3, out), [out], dtype, &Device::flex());
-            let linear = QuantLinear::int8(weight.clone(), Some(bias.clone()), &Device::flex());
-            let y = values(linear.forward_int8(&on(&Device::flex()), threshold).unwrap());
+            let linear = QuantLinear::int8(weight.clone(), Some(bias.clone().into()), &Place::cpu());
+            let y = values(linear.forward_int8(&on(&Device::flex()).into(), threshold).unwrap().into());
             let sum = Tensor::<2>::from_data(TensorData::new(expected, [tokens, out]), (&Device::flex(), dtype));
             assert_eq!(y, values(sum + bias.unsqueeze()));
         }
@@ -194,9 +196,9 @@ fn eight_bit_activations_stay_near_the_exact_product() {
     x[5] = 30.0;
     let weight = Int8Tensor::quantize(&noise(1, out * input), [out, input]).unwrap();
     let dense: Vec<f32> = weight.dequantize();
-    let linear = QuantLinear::int8(weight, None, &Device::flex());
-    let x = tensor(&x, [tokens, input], DType::F32, &Device::flex());
-    let (exact, y) = (values(linear.forward(&x)), values(linear.forward_int8(&x, 6.0).unwrap()));
+    let linear = QuantLinear::int8(weight, None, &Place::cpu());
+    let x = Ours::from(tensor(&x, [tokens, input], DType::F32, &Device::flex()));
+    let (exact, y) = (values(linear.forward(&x).into()), values(linear.forward_int8(&x, 6.0).unwrap().into()));
     for (i, (exact, y)) in exact.iter().zip(&y).enumerate() {
         let row = &dense[(i % out) * input..][..input];
         let sum: f64 = row.iter().map(|w| f64::from(w.abs())).sum();
@@ -208,10 +210,12 @@ fn eight_bit_activations_stay_near_the_exact_product() {
 
 #[test]
 fn eight_bit_activations_are_for_eight_bit_weights() {
-    let x = Tensor::<2>::ones([2, 8], &Device::flex());
+    let x = Ours::from(Tensor::<2>::ones([2, 8], &Device::flex()));
     for weight in stored::<f32>([3, 8]) {
         let is_int8 = matches!(weight, StoredWeight::Int8(_));
         assert_eq!(linear(weight, None).forward_int8(&x, 6.0).is_some(), is_int8);
     }
-    assert!(QuantLinear::dense(Tensor::ones([3, 8], &Device::flex()), None).forward_int8(&x, 6.0).is_none());
+    assert!(
+        QuantLinear::dense(Tensor::<2>::ones([3, 8], &Device::flex()).into(), None).forward_int8(&x, 6.0).is_none()
+    );
 }

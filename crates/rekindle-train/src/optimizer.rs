@@ -1,6 +1,7 @@
 //! One optimizer step over given micro-batches.
 
 use rekindle_kernels::adamw;
+use rekindle_kernels::linear_cross_entropy::Losses;
 use rekindle_models::{Batch, CausalLm, StepKey};
 
 use crate::{Error, SftConfig};
@@ -70,29 +71,31 @@ impl Optimizer {
     /// Accumulates the gradient of the mean loss over all of `batches`, clips it by its global norm
     /// (times min(1, max_grad_norm / (norm + 1e-6)), as PyTorch), and moves the parameters.
     ///
-    /// When the loss or the norm is not finite the parameters stay as they are; the caller sees it in the result.
+    /// When the norm is not finite, as after a loss that is not, the parameters stay as they are; the caller sees it in
+    /// the result.
     ///
     /// # Errors
-    /// [`Error::Model`] when a batch does not fit the model.
+    /// [`Error::Model`] when a batch does not fit the model, or the device fails.
     pub fn step(&mut self, model: &mut CausalLm, batches: &[Batch], lr: f64) -> Result<StepResult, Error> {
         let counted: usize = batches.iter().map(Batch::counted).sum();
         let tokens = batches.iter().map(Batch::tokens).sum();
         let scale = 1.0 / counted.max(1) as f64;
         let key = StepKey { seed: self.seed, step: self.t as u32 };
         let mut grads = model.params().zero_grads();
-        let mut total = 0.0;
+        let mut losses = Vec::with_capacity(batches.len());
         for batch in batches {
-            total += model.forward_backward(batch, scale as f32, &mut grads, Some(key))?;
+            losses.push(model.forward_backward(batch, scale as f32, &mut grads, Some(key))?);
         }
-        let result = StepResult { loss: total * scale, grad_norm: grads.norm(), counted, tokens };
-        if !(result.loss.is_finite() && result.grad_norm.is_finite()) {
-            return Ok(result);
-        }
-        self.t += 1;
         let AdamW { beta1, beta2, eps, weight_decay, max_grad_norm } = self.config;
-        let clip = if max_grad_norm > 0.0 { (max_grad_norm / (result.grad_norm + 1e-6)).min(1.0) } else { 1.0 };
-        let step = adamw::Step { t: self.t, lr, beta1, beta2, eps, weight_decay, grad_scale: clip };
-        adamw::step(model.params_mut(), &grads, &mut self.state, &step);
+        let step = adamw::Step { t: self.t + 1, lr, beta1, beta2, eps, weight_decay, grad_scale: 1.0 };
+        let norm = adamw::clipped_step(model.params_mut(), &grads, &mut self.state, &step, max_grad_norm);
+        // Everything is queued; from here on the host waits.
+        let loss = losses.into_iter().map(Losses::sum).sum::<f64>() * scale;
+        let result = StepResult { loss, grad_norm: norm.value(), counted, tokens };
+        model.device().check().map_err(rekindle_models::Error::from)?;
+        if result.grad_norm.is_finite() {
+            self.t += 1;
+        }
         Ok(result)
     }
 }

@@ -24,6 +24,7 @@
 
 mod error;
 mod inspect;
+mod merge;
 mod model;
 mod pretrained;
 mod quantize;
@@ -32,6 +33,7 @@ mod skip;
 
 pub use error::{Error, ErrorKind};
 pub use inspect::{Inspection, inspect};
+pub use merge::{Merge, Verified};
 pub use model::{Generated, Model};
 pub use pretrained::{Dtype, FastLanguageModel, Loader};
 pub use quantize::quantize;
@@ -39,6 +41,7 @@ pub use sft::{DataFile, SftTrainer};
 
 pub use rekindle_data::{Dataset, Example, IGNORED, LoadReport, Message, Overlong, RenderOptions, Tokenizer};
 pub use rekindle_hub::{AtomicDir, write_atomic};
+pub use rekindle_kernels::cuda::{Report as CudaReport, report as cuda_report};
 pub use rekindle_kernels::{DeviceKind, parse_device};
 pub use rekindle_lora::{BLOCK_LINEARS, Bias, InitLoraWeights, LoraConfig, TargetModules};
 pub use rekindle_models::{

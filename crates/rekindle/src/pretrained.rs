@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use burn::tensor::{DType, Device};
+use burn::tensor::DType;
 use rekindle_data::Tokenizer;
 use rekindle_hub::Checkpoint;
-use rekindle_kernels::{DeviceKind, open_device};
+use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_models::{CausalLm, LoadIn, LoadOptions, ModelConfig};
 use rekindle_quant::QuantConfig;
 use serde::{Deserialize, Serialize};

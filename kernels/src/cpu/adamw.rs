@@ -6,9 +6,9 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use super::{CHUNK, View, simd, with_mut};
-use crate::adamw::{State, Step};
+use crate::adamw::{Moments, Step};
 
-pub(crate) fn step(params: &mut Tensor<1>, grads: &Tensor<1>, state: &mut State, step: &Step, range: Range<usize>) {
+pub(crate) fn step(params: &mut Tensor<1>, grads: &Tensor<1>, state: Moments<'_>, step: &Step, range: Range<usize>) {
     let (step_size, root_correction) = step.corrections();
     let (step_size, root_correction) = (step_size as f32, root_correction as f32);
     let keep = (1.0 - step.lr * step.weight_decay) as f32;
@@ -18,8 +18,8 @@ pub(crate) fn step(params: &mut Tensor<1>, grads: &Tensor<1>, state: &mut State,
     let grads = View::of(grads);
     let grads = grads.as_slice();
     with_mut(params, |p| {
-        with_mut(&mut state.m, |m| {
-            with_mut(&mut state.v, |v| {
+        with_mut(state.m, |m| {
+            with_mut(state.v, |v| {
                 p[range.clone()]
                     .par_chunks_mut(CHUNK)
                     .zip(m[range.clone()].par_chunks_mut(CHUNK))

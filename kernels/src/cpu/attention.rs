@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::exp::exp;
 use super::matmul::{Mat, gemm};
 use super::{Shared, View, dot, from_vec, simd};
-use crate::attention::{Document, Heads, QUERIES, Saved};
+use crate::attention::{Document, Heads, Parts, QUERIES};
 
 pub(crate) fn forward(
     q: &Tensor<2>,
@@ -63,7 +63,7 @@ pub(crate) fn forward(
 
 pub(crate) fn backward(
     d_o: &Tensor<2>,
-    saved: &Saved,
+    saved: &Parts,
     heads: Heads,
     cu_seqlens: &[u32],
 ) -> (Tensor<2>, Tensor<2>, Tensor<2>) {

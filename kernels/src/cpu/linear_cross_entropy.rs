@@ -7,7 +7,7 @@ use super::attention::exp_shifted;
 use super::{from_vec, into_vec, simd};
 
 pub(crate) fn forward(h: &Tensor<2>, weight: &Tensor<2>, targets: &[u32]) -> Vec<f32> {
-    let mut logits = into_vec(crate::matmul::nt(h, weight));
+    let mut logits = into_vec(super::matmul::product(h, weight, crate::matmul::Form::Nt));
     rows(
         &mut logits,
         weight.dims()[0],
@@ -19,7 +19,7 @@ pub(crate) fn forward(h: &Tensor<2>, weight: &Tensor<2>, targets: &[u32]) -> Vec
 
 pub(crate) fn forward_dlogits(h: &Tensor<2>, weight: &Tensor<2>, targets: &[u32], scale: f32) -> (Vec<f32>, Tensor<2>) {
     let vocab = weight.dims()[0];
-    let mut logits = into_vec(crate::matmul::nt(h, weight));
+    let mut logits = into_vec(super::matmul::product(h, weight, crate::matmul::Form::Nt));
     let nll = rows(
         &mut logits,
         vocab,

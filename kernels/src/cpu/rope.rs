@@ -3,9 +3,9 @@
 use burn::tensor::Tensor;
 
 use super::{View, for_rows, from_vec, into_vec};
-use crate::rope::{Angles, Direction};
+use crate::rope::{Direction, Turns};
 
-pub(crate) fn turn(x: Tensor<2>, head_dim: usize, angles: &Angles, direction: Direction) -> Tensor<2> {
+pub(crate) fn turn(x: Tensor<2>, head_dim: usize, angles: &Turns, direction: Direction) -> Tensor<2> {
     let shape @ [_, width] = x.dims();
     let [_, half] = angles.cos.dims();
     let (cos, sin) = (View::of(&angles.cos), View::of(&angles.sin));

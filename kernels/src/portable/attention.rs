@@ -2,7 +2,7 @@
 
 use burn::tensor::{Bool, DType, Tensor};
 
-use crate::attention::{Document, Heads, QUERIES, Saved};
+use crate::attention::{Document, Heads, Parts, QUERIES};
 
 pub(crate) fn forward(
     q: &Tensor<2>,
@@ -33,7 +33,7 @@ pub(crate) fn forward(
 
 pub(crate) fn backward(
     d_o: &Tensor<2>,
-    saved: &Saved,
+    saved: &Parts,
     heads: Heads,
     cu_seqlens: &[u32],
 ) -> (Tensor<2>, Tensor<2>, Tensor<2>) {

@@ -2,11 +2,9 @@
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
-use crate::tensors::to_f32;
-
 pub(crate) fn forward(h: &Tensor<2>, weight: &Tensor<2>, targets: &[u32]) -> Vec<f32> {
     let (logits, max, sum) = exponentials(h, weight);
-    to_f32(losses(logits, max, sum, &column(targets, h)))
+    host(losses(logits, max, sum, &column(targets, h)))
 }
 
 pub(crate) fn forward_dlogits(h: &Tensor<2>, weight: &Tensor<2>, targets: &[u32], scale: f32) -> (Vec<f32>, Tensor<2>) {
@@ -17,12 +15,12 @@ pub(crate) fn forward_dlogits(h: &Tensor<2>, weight: &Tensor<2>, targets: &[u32]
     let device = h.device();
     let minus = Tensor::full([targets.len(), 1], -1.0, (&device, DType::F32));
     let dlogits = softmax.scatter(1, at, minus, burn::tensor::IndexingUpdateOp::Add) * scale;
-    (to_f32(nll), dlogits.cast(h.dtype()))
+    (host(nll), dlogits.cast(h.dtype()))
 }
 
 /// Logits, their maximum and the sum of shifted exponentials, row by row.
 fn exponentials(h: &Tensor<2>, weight: &Tensor<2>) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
-    let logits = crate::matmul::nt(h, weight).cast(DType::F32); // [rows, vocab]
+    let logits = super::matmul::product(h, weight, crate::matmul::Form::Nt).cast(DType::F32); // [rows, vocab]
     let max = logits.clone().max_dim(1).detach();
     let sum = (logits.clone() - max.clone()).exp().sum_dim(1);
     (logits, max, sum)
@@ -37,4 +35,8 @@ fn column(targets: &[u32], like: &Tensor<2>) -> Tensor<2, Int> {
     let targets: Vec<i32> = targets.iter().map(|&t| t as i32).collect();
     let rows = targets.len();
     Tensor::from_data(TensorData::new(targets, [rows, 1]), (&like.device().inner(), DType::I32))
+}
+
+fn host(nll: Tensor<2>) -> Vec<f32> {
+    nll.into_data_dtype(DType::F32).try_into_vec::<f32>().expect("cast to f32 just before")
 }

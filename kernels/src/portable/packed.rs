@@ -58,12 +58,14 @@ pub(crate) struct Words {
 }
 
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a few hundred of them, each behind an `Arc`")]
 enum WordFormat {
     FourBit { table: [f32; 16], blocksize: usize, absmax: WordAbsmax },
     Int8 { scales: Tensor<1>, factor: f32 },
 }
 
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "as above")]
 enum WordAbsmax {
     Single(Tensor<1>),
     Double {
@@ -78,7 +80,10 @@ enum WordAbsmax {
 
 impl Words {
     pub(crate) fn new(codes: &Codes, device: &Device) -> Self {
-        let floats = |values: &[f32]| crate::from_f32(values.to_vec(), [values.len()], device, DType::F32);
+        let floats = |values: &[f32]| {
+            let data = TensorData::from(values);
+            Tensor::<1>::from_data(data, (device, DType::F32))
+        };
         let (words, format) = match &codes.format {
             Format::FourBit { codes, table, blocksize, absmax } => {
                 let absmax = match absmax {
@@ -116,11 +121,11 @@ impl Words {
         let format = match &self.format {
             WordFormat::FourBit { table, blocksize, absmax } => {
                 let absmax = match absmax {
-                    WordAbsmax::Single(absmax) => Absmax::Single(crate::to_f32(absmax.clone())),
+                    WordAbsmax::Single(absmax) => Absmax::Single(floats(absmax)),
                     WordAbsmax::Double { codes, blocks, map, nested, blocksize, offset } => Absmax::Double {
                         codes: self::bytes(codes, *blocks),
                         map: map.clone(),
-                        nested: crate::to_f32(nested.clone()),
+                        nested: floats(nested),
                         blocksize: *blocksize,
                         offset: *offset,
                     },
@@ -129,7 +134,7 @@ impl Words {
             }
             WordFormat::Int8 { scales, factor } => Format::Int8 {
                 codes: bytes.into_iter().map(u8::cast_signed).collect(),
-                scales: crate::to_f32(scales.clone()),
+                scales: floats(scales),
                 factor: *factor,
             },
         };
@@ -188,13 +193,17 @@ fn lookup(shifts: &[i32], words: &Tensor<1, Int>, elements: Range<usize>, table:
     let codes = words.repeat_dim(1, each).bitwise_right_shift(shifts.repeat_dim(0, last - first));
     let codes = codes.bitwise_and_scalar(table.len() as i32 - 1); // [words, codes of a word]
     let codes = codes.reshape([(last - first) * each]).narrow(0, elements.start - first * each, elements.len());
-    crate::from_f32(table.to_vec(), [table.len()], &device, DType::F32).select(0, codes)
+    Tensor::<1>::from_data(TensorData::from(table), (&device, DType::F32)).select(0, codes)
 }
 
 /// Every element `times` times in a row.
 fn repeat(x: Tensor<1>, times: usize) -> Tensor<1> {
     let [n] = x.dims();
     x.reshape([n, 1]).repeat_dim(1, times).reshape([n * times])
+}
+
+fn floats(tensor: &Tensor<1>) -> Vec<f32> {
+    tensor.clone().into_data().try_into_vec::<f32>().expect("scales are made as f32")
 }
 
 fn words(bytes: &[u8], device: &Device) -> Tensor<1, Int> {

@@ -2,9 +2,9 @@
 
 use burn::tensor::{DType, Tensor};
 
-use crate::rope::{Angles, Direction};
+use crate::rope::{Direction, Turns};
 
-pub(crate) fn turn(x: Tensor<2>, head_dim: usize, angles: &Angles, direction: Direction) -> Tensor<2> {
+pub(crate) fn turn(x: Tensor<2>, head_dim: usize, angles: &Turns, direction: Direction) -> Tensor<2> {
     let [tokens, width] = x.dims();
     let [_, half] = angles.cos.dims();
     let dtype = x.dtype();

@@ -1,16 +1,18 @@
 //! Five steps of AdamW against PyTorch's loop, scalar by scalar.
 
-use burn::tensor::{DType, Device};
+use burn::tensor::DType;
 use rekindle_kernels::adamw::{self, State, Step};
-use rekindle_kernels::{Grads, ParamRef, Params, ParamsBuilder, from_f32};
+use rekindle_kernels::{Device, Grads, ParamRef, Params, ParamsBuilder, from_f32};
 
-use super::{Case, Place, Results, noise};
+use super::{Case, Place, Results, noise, widened};
 
 /// Parameters of these sizes; those marked take part in weight decay.
 #[derive(Debug)]
 pub(crate) struct AdamW {
     pub(crate) params: &'static [(usize, bool)],
     pub(crate) weight_decay: f64,
+    /// Gradients are clipped to this norm.
+    pub(crate) max_grad_norm: Option<f64>,
 }
 
 const STEPS: u64 = 5;
@@ -50,6 +52,11 @@ impl Case for AdamW {
         let decays: Vec<bool> = decays.collect();
         for t in 1..=STEPS {
             let Step { lr, beta1, beta2, eps, weight_decay, grad_scale, .. } = self.step(t);
+            let clip = self.max_grad_norm.map_or(1.0, |max| {
+                let norm = self.grads(t).iter().map(|&g| (f64::from(g) * grad_scale).powi(2)).sum::<f64>().sqrt();
+                (max / (r(norm) + 1e-6)).min(1.0)
+            });
+            let grad_scale = r(grad_scale * clip);
             let bias_correction1 = 1.0 - beta1.powi(t as i32);
             let bias_correction2_sqrt = (1.0 - beta2.powi(t as i32)).sqrt();
             for (i, g) in self.grads(t).into_iter().enumerate() {
@@ -82,9 +89,12 @@ impl Case for AdamW {
         let mut state = State::new(params.numel(), &place.device);
         for t in 1..=STEPS {
             let grads = self.filled(&params, &places, &place.device, t);
-            adamw::step(&mut params, &grads, &mut state, &self.step(t));
+            match self.max_grad_norm {
+                None => adamw::step(&mut params, &grads, &mut state, &self.step(t)),
+                Some(max) => drop(adamw::clipped_step(&mut params, &grads, &mut state, &self.step(t), max)),
+            }
         }
-        vec![("p", params.all_values().into_iter().map(f64::from).collect())]
+        vec![("p", widened(params.all_values()))]
     }
 }
 

@@ -1,7 +1,8 @@
 //! Attention over several documents.
 
-use burn::tensor::{DType, Tensor};
-use rekindle_kernels::attention::{self, Heads, Saved};
+use burn::tensor::{DType, Tensor as BurnTensor};
+use rekindle_kernels::attention::{self, Documents, Heads, Saved};
+use rekindle_kernels::{Device, Tensor};
 
 use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
 
@@ -41,6 +42,10 @@ impl Attention {
         *self.cu_seqlens.last().expect("starts with 0") as usize
     }
 
+    fn documents(&self, device: &Device, dtype: DType) -> Documents {
+        Documents::new(&self.cu_seqlens, self.heads, device, dtype)
+    }
+
     /// Shapes of q and o, and of k and v.
     pub(crate) fn shapes(&self) -> ([usize; 2], [usize; 2]) {
         let Heads { heads, kv_heads, head_dim, .. } = self.heads;
@@ -50,7 +55,7 @@ impl Attention {
     fn graph(
         &self,
         dtype: DType,
-        attend: impl Fn(&Tensor<2>, &Tensor<2>, &Tensor<2>, &Oracle) -> (Tensor<2>, Tensor<2>),
+        attend: impl Fn(&BurnTensor<2>, &BurnTensor<2>, &BurnTensor<2>, &Oracle) -> (BurnTensor<2>, BurnTensor<2>),
     ) -> Results {
         let oracle = Oracle::new(dtype);
         let (wide, narrow) = self.shapes();
@@ -67,12 +72,18 @@ impl Attention {
     }
 
     /// One head of one document at a time, with the whole matrix of scores.
-    fn plain(&self, q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>, oracle: &Oracle) -> (Tensor<2>, Tensor<2>) {
+    fn plain(
+        &self,
+        q: &BurnTensor<2>,
+        k: &BurnTensor<2>,
+        v: &BurnTensor<2>,
+        oracle: &Oracle,
+    ) -> (BurnTensor<2>, BurnTensor<2>) {
         let Heads { heads, kv_heads, head_dim, scale } = self.heads;
         let (mut outs, mut lses) = (Vec::new(), Vec::new());
         for w in self.cu_seqlens.windows(2) {
             let (start, length) = (w[0] as usize, (w[1] - w[0]) as usize);
-            let part = |t: &Tensor<2>, head: usize| {
+            let part = |t: &BurnTensor<2>, head: usize| {
                 t.clone().slice([start..start + length, head * head_dim..(head + 1) * head_dim])
             };
             let hidden: Vec<f32> =
@@ -88,20 +99,21 @@ impl Attention {
                 of_heads.push((exp / sum.clone()).matmul(part(v, kv_head)));
                 lse_of_heads.push((max + sum.log()).transpose());
             }
-            outs.push(Tensor::cat(of_heads, 1));
-            lses.push(Tensor::cat(lse_of_heads, 0));
+            outs.push(BurnTensor::cat(of_heads, 1));
+            lses.push(BurnTensor::cat(lse_of_heads, 0));
         }
-        (Tensor::cat(outs, 0), Tensor::cat(lses, 1))
+        (BurnTensor::cat(outs, 0), BurnTensor::cat(lses, 1))
     }
 
     /// Forward and backward through the crate: `(saved, dq, dk, dv)`.
     pub(crate) fn run(&self, place: &Place) -> (Saved, Tensor<2>, Tensor<2>, Tensor<2>) {
         let (wide, narrow) = self.shapes();
         let (q, k, v) = (place.matrix(&self.q, wide), place.matrix(&self.k, narrow), place.matrix(&self.v, narrow));
-        let (o, lse) = attention::forward(&q, &k, &v, self.heads, &self.cu_seqlens);
+        let documents = self.documents(&place.device, place.dtype);
+        let (o, lse) = attention::forward(&q, &k, &v, self.heads, &documents);
         let saved = Saved { q, k, v, o, lse };
         let d_o = place.matrix(&self.d_o, wide);
-        let (dq, dk, dv) = attention::backward(&d_o, &saved, self.heads, &self.cu_seqlens);
+        let (dq, dk, dv) = attention::backward(&d_o, &saved, self.heads, &documents);
         (saved, dq, dk, dv)
     }
 }
@@ -123,13 +135,19 @@ impl Case for Attention {
     }
 
     fn differentiated(&self) -> Option<Results> {
-        Some(self.graph(DType::F32, |q, k, v, _| attention::forward(q, k, v, self.heads, &self.cu_seqlens)))
+        let documents = self.documents(&Device::cpu(), DType::F32);
+        Some(self.graph(DType::F32, |q, k, v, _| {
+            let [q, k, v] = [q, k, v].map(|t| Tensor::from(t.clone()));
+            let (o, lse) = attention::forward(&q, &k, &v, self.heads, &documents);
+            (o.into(), lse.into())
+        }))
     }
 }
 
 impl std::fmt::Debug for Attention {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Heads { heads, kv_heads, head_dim, .. } = self.heads;
-        write!(f, "attention {:?}, {heads}/{kv_heads} heads of {head_dim}", self.cu_seqlens)
+        let ends = &self.cu_seqlens[1..];
+        write!(f, "attention {heads}/{kv_heads} heads of {head_dim}, documents to {ends:?}")
     }
 }

@@ -1,9 +1,9 @@
 //! Token embeddings.
 
 use burn::tensor::DType;
-use rekindle_kernels::embedding;
+use rekindle_kernels::{ParamsBuilder, embedding};
 
-use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
+use super::{Case, Oracle, Place, Results, grad, noise, rounded, values, widened};
 
 #[derive(Debug)]
 pub(crate) struct Embedding {
@@ -46,6 +46,14 @@ impl Case for Embedding {
         let table = place.matrix(&self.table(), [self.vocab, self.hidden]);
         let y = embedding::forward(&table, &self.ids);
         let dy = place.matrix(&self.dy(), [self.ids.len(), self.hidden]);
-        vec![("y", values(y)), ("dtable", values(embedding::backward(dy, &self.ids, self.vocab)))]
+        let shape = [self.vocab, self.hidden];
+        let mut builder = ParamsBuilder::default();
+        let before = builder.push("before", &[3], true, &[0.0; 3]);
+        let at = builder.push("embed_tokens.weight", &shape, true, &self.table());
+        let after = builder.push("after", &[2], true, &[0.0; 2]);
+        let mut grads = builder.build(&place.device, place.dtype).zero_grads();
+        embedding::backward(dy, &self.ids, &mut grads, at);
+        assert_eq!((grads.values(before), grads.values(after)), (vec![0.0; 3], vec![0.0; 2]));
+        vec![("y", values(y)), ("dtable", widened(grads.values(at)))]
     }
 }

@@ -3,7 +3,7 @@
 use burn::tensor::DType;
 use rekindle_kernels::{ParamsBuilder, matmul};
 
-use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
+use super::{Case, Oracle, Place, Results, grad, noise, rounded, values, widened};
 
 /// y = x · Wᵀ + bias and out = start + α · y's product, with x `[m, k]` and W `[n, k]`.
 pub(crate) struct Linear {
@@ -66,7 +66,7 @@ impl Case for Linear {
     fn ours(&self, place: &Place) -> Results {
         let &Self { m, n, k, .. } = self;
         let (x, w, dy) = (place.matrix(&self.x, [m, k]), place.matrix(&self.w, [n, k]), place.matrix(&self.dy, [m, n]));
-        let bias = matmul::broadcast_rows(&place.vector(&self.bias), m);
+        let bias = place.vector(&self.bias);
         let added = matmul::nt_add(place.matrix(&self.start, [m, n]), ALPHA, &x, &w);
         let dx_added = matmul::nn_add(place.matrix(&self.beside, [m, k]), ALPHA, &dy, &w);
         // Gradients lie between those of neighbours, which must stay untouched.
@@ -81,16 +81,15 @@ impl Case for Linear {
         grads.add_tn(w_at, 0.75, &dy, &x);
         grads.add_row_sum(bias_at, &dy);
         assert_eq!((grads.values(before), grads.values(after)), (vec![0.0; 5], vec![0.0; 3]));
-        let wide = |values: Vec<f32>| values.into_iter().map(f64::from).collect();
         vec![
             ("product", values(matmul::nt(&x, &w))),
-            ("y", values(matmul::nt_add(bias, 1.0, &x, &w))),
+            ("y", values(matmul::nt_bias(&x, &w, &bias))),
             ("added", values(added)),
             ("dx", values(matmul::nn(&dy, &w))),
             ("dx added", values(dx_added)),
             ("dw", values(matmul::tn(&dy, &x))),
-            ("dw", wide(grads.values(w_at))),
-            ("dbias", wide(grads.values(bias_at))),
+            ("dw", widened(grads.values(w_at))),
+            ("dbias", widened(grads.values(bias_at))),
         ]
     }
 }

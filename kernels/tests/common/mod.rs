@@ -13,14 +13,15 @@ pub(crate) mod embedding;
 pub(crate) mod linear;
 pub(crate) mod linear_cross_entropy;
 pub(crate) mod packed;
+pub(crate) mod properties;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod swiglu;
 
 mod place;
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
-use rekindle_kernels::Path;
+use burn::tensor::{DType, Device as BurnDevice, Tensor as BurnTensor, TensorData};
+use rekindle_kernels::{Device, Path, Tensor, to_f32};
 
 pub(crate) use place::{Layout, Place};
 
@@ -51,7 +52,7 @@ pub(crate) fn check(case: &impl Case) {
 pub(crate) fn check_in(case: &impl Case, layouts: &[Layout]) {
     let (truth, naive) = (case.naive(DType::F64), case.naive(DType::F32));
     for &layout in layouts {
-        let place = || Place::new(Device::flex(), DType::F32, layout);
+        let place = || Place::new(Device::cpu(), DType::F32, layout);
         let cpu = place();
         judge(&format!("{case:?} cpu {layout:?}"), &case.ours(&cpu), &naive, &truth, 2.0, F32_FLOOR);
         cpu.assert_unchanged();
@@ -68,6 +69,9 @@ pub(crate) fn check_in(case: &impl Case, layouts: &[Layout]) {
 /// Four units in the last place of the largest value: what a few roundings of the largest term cost, for
 /// results in which the naive computation happens to be exact.
 pub(crate) const F32_FLOOR: f64 = 4.0 * (f32::EPSILON as f64);
+
+/// The dtypes of 16 bits, with what rounding to them once costs, in units of the value: the floor in these dtypes.
+pub(crate) const LOW_DTYPES: [(DType, f64); 2] = [(DType::BF16, 1.0 / 256.0), (DType::F16, 1.0 / 2048.0)];
 
 /// The house rule: no element is further from the truth than `factor` times the worst element of the naive
 /// result is, plus `floor` times the largest true value. Returns the largest error of `got` in units of
@@ -101,34 +105,42 @@ pub(crate) fn judge(what: &str, got: &Results, naive: &Results, truth: &Results,
 
 /// Where the plain formulas run: the CPU with Burn's autodiff.
 pub(crate) struct Oracle {
-    device: Device,
+    device: BurnDevice,
     dtype: DType,
 }
 
 impl Oracle {
     pub(crate) fn new(dtype: DType) -> Self {
-        Self { device: Device::flex().autodiff(), dtype }
+        Self { device: BurnDevice::flex().autodiff(), dtype }
     }
 
     /// A tensor whose gradient is wanted.
-    pub(crate) fn leaf<const D: usize>(&self, values: &[f32], shape: [usize; D]) -> Tensor<D> {
+    pub(crate) fn leaf<const D: usize>(&self, values: &[f32], shape: [usize; D]) -> BurnTensor<D> {
         self.constant(values, shape).require_grad()
     }
 
     /// A tensor without a gradient.
-    pub(crate) fn constant<const D: usize>(&self, values: &[f32], shape: [usize; D]) -> Tensor<D> {
+    pub(crate) fn constant<const D: usize>(&self, values: &[f32], shape: [usize; D]) -> BurnTensor<D> {
         let data = TensorData::new(values.to_vec(), shape).try_cast(self.dtype).expect("floats cast to floats");
-        Tensor::from_data(data, (&self.device, self.dtype))
+        BurnTensor::from_data(data, (&self.device, self.dtype))
     }
 }
 
 /// The values of a tensor on the host.
-pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
-    tensor.into_data_as::<f64>().try_into_vec().expect("cast to f64 just before")
+pub(crate) fn values<const D: usize>(tensor: impl Into<Tensor<D>>) -> Vec<f64> {
+    match tensor.into() {
+        Tensor::Burn(tensor) => tensor.into_data_as::<f64>().try_into_vec().expect("cast to f64 just before"),
+        array @ Tensor::Cuda(_) => widened(to_f32(array)),
+    }
+}
+
+/// The same numbers.
+pub(crate) fn widened(values: Vec<f32>) -> Vec<f64> {
+    values.into_iter().map(f64::from).collect()
 }
 
 /// The gradient of a leaf on the host.
-pub(crate) fn grad<const D: usize>(leaf: &Tensor<D>, grads: &burn::tensor::Gradients) -> Vec<f64> {
+pub(crate) fn grad<const D: usize>(leaf: &BurnTensor<D>, grads: &burn::tensor::Gradients) -> Vec<f64> {
     values(leaf.grad(grads).expect("the leaf takes part in the loss"))
 }
 
@@ -146,5 +158,5 @@ pub(crate) fn noise(seed: u64, n: usize) -> Vec<f32> {
 /// `values` as `dtype` holds them, so that the truth starts from the same inputs.
 pub(crate) fn rounded(values: Vec<f32>, dtype: DType) -> Vec<f32> {
     let n = values.len();
-    rekindle_kernels::to_f32(rekindle_kernels::from_f32(values, [n], &Device::flex(), dtype))
+    to_f32(rekindle_kernels::from_f32(values, [n], &Device::cpu(), dtype))
 }

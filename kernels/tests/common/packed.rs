@@ -65,7 +65,7 @@ impl Packed {
         let element = |i: usize| match &self.codes.format {
             Format::Int8 { codes, scales, factor } => f32::from(codes[i]) * scales[i / cols] * factor,
             Format::FourBit { codes, table, blocksize, absmax } => {
-                let code = if i % 2 == 0 { codes[i / 2] >> 4 } else { codes[i / 2] & 15 };
+                let code = if i.is_multiple_of(2) { codes[i / 2] >> 4 } else { codes[i / 2] & 15 };
                 let block = i / blocksize;
                 let scale = match absmax {
                     Absmax::Single(absmax) => absmax[block],

@@ -2,8 +2,8 @@
 
 use std::cell::RefCell;
 
-use burn::tensor::{DType, Device, Tensor};
-use rekindle_kernels::{from_f32, to_f32};
+use burn::tensor::{DType, Tensor as BurnTensor};
+use rekindle_kernels::{Device, Tensor, from_f32, to_f32};
 
 /// How a matrix operand lies in memory. An operation may not care.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,19 +12,25 @@ pub(crate) enum Layout {
     Owned,
     /// Row-major and also held by someone else, for whom it must stay as it is.
     Shared,
-    /// Columns of a wider matrix.
+    /// Columns of a wider matrix, from the second on.
     Columns,
+    /// Columns of a wider matrix whose rows begin at 16 bytes, as q, k and v lie in the result of one product.
+    Panel,
     /// Rows of a taller matrix.
     Rows,
-    /// Stored column by column.
+    /// Stored column by column; only a tensor of Burn can be.
     Transposed,
-    /// Stored last row first.
+    /// Stored last row first; only a tensor of Burn can be.
     Flipped,
 }
 
 impl Layout {
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Owned, Self::Shared, Self::Columns, Self::Rows, Self::Transposed, Self::Flipped];
+    /// Those of an array of the CUDA runtime.
+    pub(crate) const ROW_MAJOR: [Self; 5] = [Self::Owned, Self::Shared, Self::Columns, Self::Panel, Self::Rows];
+
+    /// Those of a tensor of Burn.
+    pub(crate) const ALL: [Self; 7] =
+        [Self::Owned, Self::Shared, Self::Columns, Self::Panel, Self::Rows, Self::Transposed, Self::Flipped];
 }
 
 /// A device, a dtype and a layout.
@@ -53,22 +59,26 @@ impl Place {
                 self.held.borrow_mut().push((tensor.clone(), to_f32(tensor.clone())));
                 tensor
             }
-            Layout::Columns => {
-                let mut wide = vec![OUTSIDE; rows * (cols + 3)];
-                for (wide, row) in wide.chunks_exact_mut(cols + 3).zip(values.chunks_exact(cols)) {
-                    wide[1..=cols].copy_from_slice(row);
+            Layout::Columns | Layout::Panel => {
+                let (left, width) = if self.layout == Layout::Columns { (1, cols + 3) } else { (8, cols + 17) };
+                let mut wide = vec![OUTSIDE; rows * width];
+                for (wide, row) in wide.chunks_exact_mut(width).zip(values.chunks_exact(cols)) {
+                    wide[left..left + cols].copy_from_slice(row);
                 }
-                packed(wide, [rows, cols + 3]).narrow(1, 1, cols)
+                packed(wide, [rows, width]).columns(left, cols)
             }
             Layout::Rows => {
                 let outside = vec![OUTSIDE; 2 * cols];
-                packed([&outside, values, &outside].concat(), [rows + 4, cols]).narrow(0, 2, rows)
+                packed([&outside, values, &outside].concat(), [rows + 4, cols]).rows(2, rows)
             }
             Layout::Transposed => {
                 let by_columns = (0..cols * rows).map(|i| values[i % rows * cols + i / rows]).collect();
-                packed(by_columns, [cols, rows]).transpose()
+                BurnTensor::from(packed(by_columns, [cols, rows])).transpose().into()
             }
-            Layout::Flipped => packed(values.rchunks_exact(cols).flatten().copied().collect(), [rows, cols]).flip([0]),
+            Layout::Flipped => {
+                let last_first = values.rchunks_exact(cols).flatten().copied().collect();
+                BurnTensor::from(packed(last_first, [rows, cols])).flip([0]).into()
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 //! RMSNorm, with and without the residual stream around it.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor as BurnTensor};
 use rekindle_kernels::rms_norm;
 
 use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
@@ -29,7 +29,7 @@ impl RmsNorm {
         }
     }
 
-    fn graph(&self, dtype: DType, norm: impl Fn(&Tensor<2>, &Tensor<1>) -> Tensor<2>) -> Results {
+    fn graph(&self, dtype: DType, norm: impl Fn(&BurnTensor<2>, &BurnTensor<1>) -> BurnTensor<2>) -> Results {
         let oracle = Oracle::new(dtype);
         let (x, weight) = (oracle.leaf(&self.x, self.shape), oracle.leaf(&self.weight, [self.shape[1]]));
         let dy = oracle.constant(&self.dy, self.shape);
@@ -51,7 +51,7 @@ impl RmsNorm {
 }
 
 /// x / √(mean(x²) + eps) ∘ w, as it is written.
-pub(super) fn plain(x: &Tensor<2>, weight: &Tensor<1>, eps: f64) -> Tensor<2> {
+pub(super) fn plain(x: &BurnTensor<2>, weight: &BurnTensor<1>, eps: f64) -> BurnTensor<2> {
     let rms = (x.clone().powi_scalar(2).mean_dim(1) + eps).sqrt();
     x.clone() / rms * weight.clone().unsqueeze::<2>()
 }
@@ -80,7 +80,11 @@ impl Case for RmsNorm {
     }
 
     fn differentiated(&self) -> Option<Results> {
-        Some(self.graph(DType::F32, |x, weight| rms_norm::forward(x, weight, EPS).0))
+        Some(
+            self.graph(DType::F32, |x, weight| {
+                rms_norm::forward(&x.clone().into(), &weight.clone().into(), EPS).0.into()
+            }),
+        )
     }
 }
 

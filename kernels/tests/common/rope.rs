@@ -1,8 +1,8 @@
 //! The rotation, with and without the per-head norm before it.
 
-use burn::tensor::{DType, Tensor};
-use rekindle_kernels::from_f32;
-use rekindle_kernels::rope::{self, Angles, Norm};
+use burn::tensor::{DType, Tensor as BurnTensor};
+use rekindle_kernels::Device;
+use rekindle_kernels::rope::{self, Angles, Norm, Tables};
 
 use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
 
@@ -47,13 +47,20 @@ impl Rope {
         [self.tokens, self.heads * self.head_dim]
     }
 
-    fn angles(&self, device: &burn::tensor::Device) -> Angles {
-        let shape = [self.tokens, self.cos.len() / self.tokens];
-        let table = |values: &[f32]| from_f32(values.to_vec(), shape, device, DType::F32);
-        Angles { cos: table(&self.cos), sin: table(&self.sin) }
+    /// From tables that hold the last token's angles first.
+    fn angles(&self, device: &Device) -> Angles {
+        let half = self.cos.len() / self.tokens;
+        let last_first = |table: &[f32]| table.rchunks_exact(half).flatten().copied().collect();
+        let tables = Tables::new(last_first(&self.cos), last_first(&self.sin), half, device);
+        let positions: Vec<u32> = (0..self.tokens as u32).rev().collect();
+        tables.angles(&positions)
     }
 
-    fn graph(&self, dtype: DType, turn: impl Fn(Tensor<2>, Option<&Tensor<1>>, &Oracle) -> Tensor<2>) -> Results {
+    fn graph(
+        &self,
+        dtype: DType,
+        turn: impl Fn(BurnTensor<2>, Option<&BurnTensor<1>>, &Oracle) -> BurnTensor<2>,
+    ) -> Results {
         let oracle = Oracle::new(dtype);
         let x = oracle.leaf(&self.x, self.shape());
         let weight = self.norm.as_ref().map(|weight| oracle.leaf(weight, [self.head_dim]));
@@ -66,7 +73,7 @@ impl Rope {
 
     /// y = x ∘ C + (x · R) ∘ S: R is the signed permutation that brings each channel its partner, C and S
     /// hold cos and sin of every channel, 1 and 0 where it does not turn.
-    fn plain(&self, x: Tensor<2>, oracle: &Oracle) -> Tensor<2> {
+    fn plain(&self, x: BurnTensor<2>, oracle: &Oracle) -> BurnTensor<2> {
         let [tokens, width] = self.shape();
         let half = self.cos.len() / tokens;
         let (mut c, mut s) = (vec![1.0; tokens * width], vec![0.0; tokens * width]);
@@ -113,9 +120,9 @@ impl Case for Rope {
 
     fn differentiated(&self) -> Option<Results> {
         Some(self.graph(DType::F32, |x, weight, _| {
-            let angles = self.angles(&burn::tensor::Device::flex());
-            let norm = weight.map(|weight| Norm { weight: weight.clone(), eps: EPS });
-            rope::forward(x, self.head_dim, norm.as_ref(), &angles).0
+            let angles = self.angles(&Device::cpu());
+            let norm = weight.map(|weight| Norm { weight: weight.clone().into(), eps: EPS });
+            rope::forward(x.into(), self.head_dim, norm.as_ref(), &angles).0.into()
         }))
     }
 }

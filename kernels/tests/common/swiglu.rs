@@ -1,6 +1,6 @@
 //! SwiGLU.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor as BurnTensor};
 use rekindle_kernels::swiglu;
 
 use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
@@ -19,7 +19,7 @@ impl SwiGlu {
         Self { shape, gate: input(1, 8.0), up: input(2, 1.0), dact: input(3, 1.0) }
     }
 
-    fn graph(&self, dtype: DType, act: impl Fn(&Tensor<2>, &Tensor<2>) -> Tensor<2>) -> Results {
+    fn graph(&self, dtype: DType, act: impl Fn(&BurnTensor<2>, &BurnTensor<2>) -> BurnTensor<2>) -> Results {
         let oracle = Oracle::new(dtype);
         let (gate, up) = (oracle.leaf(&self.gate, self.shape), oracle.leaf(&self.up, self.shape));
         let act = act(&gate, &up);
@@ -41,7 +41,7 @@ impl Case for SwiGlu {
     }
 
     fn differentiated(&self) -> Option<Results> {
-        Some(self.graph(DType::F32, swiglu::forward))
+        Some(self.graph(DType::F32, |gate, up| swiglu::forward(&gate.clone().into(), &up.clone().into()).into()))
     }
 }
 

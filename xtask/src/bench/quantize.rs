@@ -6,9 +6,10 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use burn::tensor::{DType, Device};
+use burn::tensor::DType;
 use clap::ValueEnum;
 use rekindle_hub::Checkpoint;
+use rekindle_kernels::Device;
 use rekindle_models::{CausalLm, LoadIn, LoadOptions, MemoryReport, quantize};
 use serde_json::{Value, json};
 
@@ -156,7 +157,7 @@ impl Job {
         match self {
             Self::LoadIn4Bit | Self::LoadIn8Bit => {
                 let options =
-                    LoadOptions { load_in: Some(load_in), ..LoadOptions::new(Device::flex(), DType::F32, 2048) };
+                    LoadOptions { load_in: Some(load_in), ..LoadOptions::new(Device::cpu(), DType::F32, 2048) };
                 let model = CausalLm::load(&checkpoint, &options, &mut |_| ())?;
                 let report = model.memory_report();
                 Ok((Some(model), report))

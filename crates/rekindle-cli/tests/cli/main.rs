@@ -2,6 +2,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod adapters;
 mod errors;
 mod quantize_errors;
 mod quantized;

@@ -1,0 +1,23 @@
+//! `rekindle merge`.
+
+use rekindle::Merge;
+
+use crate::args::MergeArgs;
+use crate::failure::Failure;
+use crate::{output, progress};
+
+pub(crate) fn run(args: &MergeArgs) -> Result<(), Failure> {
+    let mut merge = Merge::new(&args.adapter).dtype(args.dtype);
+    if let Some(base) = &args.model {
+        merge = merge.base(base);
+    }
+    merge.write(&args.out, &mut progress::reading("merging"))?;
+    if args.verify {
+        let found = merge.verify(&args.out, args.device)?;
+        eprintln!(
+            "losses of adapter and merged model differ by {:.1e} on the mean and {:.1e} at most (bound {:.0e})",
+            found.mean, found.largest, found.bound
+        );
+    }
+    output::line(&args.out.display().to_string())
+}

@@ -1,0 +1,65 @@
+//! Adapters on the command line: every option in a run file, merging, and what this machine lacks for CUDA.
+
+use crate::{Scratch, golden, rekindle, run};
+
+#[test]
+fn a_run_is_merged_and_verified() {
+    let scratch = Scratch::new();
+    scratch.train(&["lora.use_dora=true", "lora.bias=all", "lora.modules_to_save=[\"lm_head\"]"]).ok();
+    let (run_dir, out) = (scratch.path("out"), scratch.path("merged"));
+    let merge = ["merge", run_dir.to_str().unwrap(), "--out", out.to_str().unwrap(), "--verify", "--device", "cpu"];
+    let done = rekindle(merge).ok();
+    assert_eq!(done.stdout.trim(), out.display().to_string());
+    assert!(done.stderr.contains("losses of adapter and merged model differ by"), "{}", done.stderr);
+    // The same losses by the other command, to what f32 sums in another order differ by.
+    let rows = golden("qwen3-tied/rows.jsonl");
+    let loss = |more: String| {
+        let line = format!("eval --device cpu --json --data {} {more}", rows.display());
+        run(&line).json()["loss"].as_f64().unwrap()
+    };
+    let base = golden("qwen3-tied");
+    let adapted = loss(format!("--model {} --adapter {}", base.display(), scratch.path("out/adapter").display()));
+    let merged = loss(format!("--model {}", out.display()));
+    assert!((adapted - merged).abs() <= 1e-5 * adapted, "{adapted} and {merged}");
+    assert_ne!(merged, loss(format!("--model {}", base.display())));
+}
+
+#[test]
+fn merging_what_is_no_adapter_is_refused() {
+    let scratch = Scratch::new();
+    let base = golden("qwen2");
+    let out = scratch.path("merged");
+    let line = format!("merge {} --out {}", base.display(), out.display());
+    run(&line).fails(1, &["adapter_config.json"]);
+    assert!(!out.exists());
+}
+
+#[test]
+fn arguments_that_cannot_be_met_name_the_nearest() {
+    let scratch = Scratch::new();
+    for (argument, parts) in [
+        ("lora.target_modules=[\"q_porj\"]", ["\"q_porj\" matches no linear", "nearest: \"q_proj\""]),
+        ("lora.exclude_modules=[\"v_porj\"]", ["exclude_modules \"v_porj\"", "nearest: \"v_proj\""]),
+        ("lora.rank_pattern={\"q_porj\"=4}", ["rank_pattern key \"q_porj\"", "nearest: \"q_proj\""]),
+        ("lora.modules_to_save=[\"lm_haed\"]", ["modules_to_save \"lm_haed\"", "nearest: \"lm_head\""]),
+        ("lora.layers_to_transform=[99]", ["layers_to_transform 99", "nearest: 2"]),
+        ("lora.finetune_last_n_layers=9", ["finetune_last_n_layers is 9", "has 3 layers"]),
+        ("lora.bias=some", ["bias \"some\"", "\"lora_only\""]),
+        ("lora.lora_dropout=1.5", ["lora_dropout is 1.5", "below 1"]),
+        ("lora.r=0", ["r is 0", "at least 1"]),
+        ("lora.init_lora_weights=pissa", ["init_lora_weights \"pissa\" is not supported", "\"gaussian\""]),
+        ("lora.use_gradient_checkpointing=\"offload\"", ["use_gradient_checkpointing", "unsloth"]),
+    ] {
+        scratch.train(&[argument]).fails(2, &parts);
+    }
+}
+
+#[test]
+fn doctor_says_what_is_missing() {
+    let done = run("doctor");
+    let complete = done.code == 0;
+    assert_eq!(done.stderr.contains("device \"cuda\" cannot be used on this machine"), !complete, "{}", done.stderr);
+    for library in ["driver", "NVRTC", "cuBLASLt"] {
+        assert!(done.stdout.contains(library), "{library} is not in: {}", done.stdout);
+    }
+}

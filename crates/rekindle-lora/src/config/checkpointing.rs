@@ -1,0 +1,56 @@
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// What becomes of a block's activations between its forward and its backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum GradientCheckpointing {
+    /// `false`: they are kept.
+    #[default]
+    Off,
+    /// `true`: the block's input is kept, and the rest is computed again.
+    Block,
+    /// `"unsloth"`: as `true`, with the block's input in host memory. On the CPU and on wgpu the same as `true`.
+    Host,
+}
+
+impl GradientCheckpointing {
+    /// Whether activations are computed again.
+    pub fn recomputes(self) -> bool {
+        self != Self::Off
+    }
+}
+
+impl From<bool> for GradientCheckpointing {
+    fn from(on: bool) -> Self {
+        if on { Self::Block } else { Self::Off }
+    }
+}
+
+impl Serialize for GradientCheckpointing {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Off => serializer.serialize_bool(false),
+            Self::Block => serializer.serialize_bool(true),
+            Self::Host => serializer.serialize_str("unsloth"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for GradientCheckpointing {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "use_gradient_checkpointing must be true, false or \"unsloth\"")]
+        enum Raw {
+            Flag(bool),
+            Name(Unsloth),
+        }
+        #[derive(Deserialize)]
+        enum Unsloth {
+            #[serde(rename = "unsloth")]
+            Unsloth,
+        }
+        Ok(match Raw::deserialize(deserializer)? {
+            Raw::Flag(on) => on.into(),
+            Raw::Name(Unsloth::Unsloth) => Self::Host,
+        })
+    }
+}

@@ -1,0 +1,59 @@
+use indexmap::IndexMap;
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+
+/// Values for some modules instead of the one for all, by a regular expression for the end of their names.
+///
+/// As in PEFT, a key stands for a module whose name it matches from its beginning or from a dot to its end, and the
+/// first key that matches counts: `q_proj`, `layers\.0\..*_proj`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Pattern<T>(pub IndexMap<String, T>);
+
+impl<T: Copy> Pattern<T> {
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The value for `module`, or `default`.
+    pub fn get(&self, module: &str, default: T) -> T {
+        let found = self.0.iter().find(|(key, _)| compiled(key).is_ok_and(|regex| regex.is_match(module)));
+        found.map_or(default, |(_, value)| *value)
+    }
+
+    /// One sentence for each key that is no regular expression, or matches none of `modules`.
+    pub(crate) fn problems<S: AsRef<str>>(&self, argument: &str, modules: &[S]) -> Vec<String> {
+        let problem = |key: &String| match compiled(key) {
+            Err(_) => Some(format!("{argument} key \"{key}\" is not a regular expression without look-around")),
+            Ok(regex) if modules.iter().any(|module| regex.is_match(module.as_ref())) => None,
+            Ok(_) => {
+                let names = modules.iter().filter_map(|module| module.as_ref().rsplit('.').next());
+                let hint = crate::error::nearest_hint(key, names);
+                Some(format!("{argument} key \"{key}\" matches no adapted linear{hint}"))
+            }
+        };
+        self.0.keys().filter_map(problem).collect()
+    }
+}
+
+fn compiled(key: &str) -> Result<Regex, regex::Error> {
+    Regex::new(&format!(r"\A(?:.*\.)?(?:{key})\z"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_key_that_matches_the_end_counts() {
+        let text = r#"{"layers\\.0\\..*q_proj": 2, "q_proj": 3, "proj": 4}"#;
+        let pattern: Pattern<usize> = serde_json::from_str(text).expect("valid");
+        assert_eq!(pattern.get("model.layers.0.self_attn.q_proj", 8), 2);
+        assert_eq!(pattern.get("model.layers.10.self_attn.q_proj", 8), 3);
+        assert_eq!(pattern.get("model.layers.1.self_attn.v_proj", 8), 8, "a key does not begin within a name");
+        let problems = pattern.problems("rank_pattern", &["model.layers.0.self_attn.q_proj"]);
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(problems[0].contains("rank_pattern key \"proj\" matches no adapted linear"), "{problems:?}");
+    }
+}

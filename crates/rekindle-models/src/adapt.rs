@@ -1,0 +1,203 @@
+//! Adapters on a model: making, placing and taking them off.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use rekindle_kernels::{Device, ParamsBuilder, Weight, to_f32};
+use rekindle_lora::peft::AdapterConfig;
+use rekindle_lora::{
+    Adaptation, Adapter, GradientCheckpointing, Linear, LoraConfig, Module, Modules, initial_factors,
+    initial_magnitude, match_targets,
+};
+
+use crate::block::Block;
+use crate::names::{EMBED, HEAD, Projection};
+use crate::{CausalLm, Error, ModelConfig};
+
+/// The frozen weights of modules that an adapter trains whole.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Replaced {
+    embed: Option<Weight>,
+    /// Within: `None` where the table is the head.
+    head: Option<Option<Weight>>,
+}
+
+impl ModelConfig {
+    /// What an adapter can be on.
+    pub fn modules(&self) -> Modules {
+        let c = self;
+        let linear = |layer, projection: Projection| {
+            let [out, input] = projection.shape(c);
+            Module { name: projection.module(layer), input, out, has_bias: projection.has_bias(c) }
+        };
+        let linears = (0..c.num_hidden_layers).flat_map(|layer| Projection::ALL.map(|p| linear(layer, p))).collect();
+        let savable = [EMBED, HEAD].map(|name| (module(name), [c.vocab_size, c.hidden_size])).to_vec();
+        Modules { linears, savable, tied: c.tie_word_embeddings }
+    }
+}
+
+impl CausalLm {
+    /// What an adapter can be on.
+    pub fn modules(&self) -> Modules {
+        self.config.modules()
+    }
+
+    /// Puts a new adapter on the linears that `config` targets, replacing any there was.
+    ///
+    /// # Errors
+    /// [`Error::Lora`] for a configuration that is invalid or matches nothing, [`Error::Argument`] when all
+    /// weights are trained.
+    pub fn add_adapter(&mut self, config: &LoraConfig) -> Result<(), Error> {
+        config.validate()?;
+        self.remove_adapter();
+        let modules = self.modules();
+        let targets = match_targets(config, &modules.names())?;
+        let mut factors = BTreeMap::new();
+        for name in &targets {
+            let linear = self.linear(name);
+            let [out, input] = linear.weight.dims();
+            let mut start = initial_factors(config, name, input, out);
+            if config.use_dora {
+                let dense = to_f32(linear.weight.matrix(&self.params));
+                start.magnitude = Some(initial_magnitude(&dense, [out, input], &start, config.scale_of(name)));
+            }
+            factors.insert(name.clone(), start);
+        }
+        let bias = |linear: &Module| {
+            let bias = self.linear(&linear.name).bias.as_ref().expect("the module says that it has one");
+            (linear.name.clone(), to_f32(bias.matrix(&self.params)))
+        };
+        let biases = modules.biased(config.bias, |name| factors.contains_key(name)).into_iter().map(bias).collect();
+        let saved = modules.saved(config)?.into_iter().map(|name| {
+            let weight = if name == module(HEAD) { self.head.as_ref().unwrap_or(&self.embed) } else { &self.embed };
+            (name, (weight.dims(), to_f32(weight.matrix(&self.params))))
+        });
+        let saved = saved.collect();
+        let config = AdapterConfig::new(config, Some(&self.name_or_path), &targets);
+        self.place(Adapter { config, factors, biases, saved })
+    }
+
+    /// Puts a saved adapter on the model, replacing any there was.
+    ///
+    /// # Errors
+    /// [`Error::Lora`] when the files are unreadable or do not match this model exactly.
+    pub fn load_adapter(&mut self, dir: &Path) -> Result<(), Error> {
+        let adapter = Adapter::load(dir, &self.modules())?;
+        self.place(adapter)
+    }
+
+    /// The adapter as it is now, if there is one.
+    pub fn adapter(&self) -> Option<Adapter> {
+        let config = self.adapter_config.clone()?;
+        let (mut factors, mut biases) = (BTreeMap::new(), BTreeMap::new());
+        for (name, trained) in self.blocks.iter().flat_map(Block::groups).flat_map(|group| group.trained(&self.params))
+        {
+            factors.extend(trained.factors.map(|(f, _)| (name.clone(), f)));
+            biases.extend(trained.bias.map(|bias| (name, bias)));
+        }
+        let embed = self.replaced.embed.as_ref().and(self.embed.trained());
+        let mut head = self.replaced.head.as_ref().and(self.head.as_ref().and_then(Weight::trained));
+        if self.config.tie_word_embeddings && config.lora().ensure_weight_tying {
+            head = embed;
+        }
+        let saved = [(EMBED, embed), (HEAD, head)].into_iter();
+        let saved =
+            saved.filter_map(|(name, at)| Some((module(name), (at?.dims(), self.params.values(at?))))).collect();
+        Some(Adapter { config, factors, biases, saved })
+    }
+
+    /// Takes the adapter off; the model is then its base. Without an adapter nothing happens.
+    pub fn remove_adapter(&mut self) {
+        if self.adapter_config.take().is_none() {
+            return;
+        }
+        let mut params = ParamsBuilder::default();
+        for group in self.blocks.iter_mut().flat_map(Block::groups_mut) {
+            group.adapt(&mut params, 0, |_| Adaptation::default());
+        }
+        self.restore();
+        self.params = params.build(&self.device, self.dtype);
+    }
+
+    /// What becomes of activations between forward and backward in the blocks with an adapter; without an adapter this
+    /// changes nothing.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a choice that this device has not.
+    pub fn set_gradient_checkpointing(&mut self, checkpointing: GradientCheckpointing) -> Result<(), Error> {
+        self.check_checkpointing(checkpointing)?;
+        if let Some(config) = &mut self.adapter_config {
+            config.lora_mut().use_gradient_checkpointing = checkpointing;
+        }
+        Ok(())
+    }
+
+    fn place(&mut self, adapter: Adapter) -> Result<(), Error> {
+        if self.adapter_config.is_none() && self.params.numel() > 0 {
+            return Err(Error::Argument(
+                "all weights are trained; an adapter goes onto a model loaded with full_finetuning = false".to_owned(),
+            ));
+        }
+        self.check_checkpointing(adapter.config.lora().use_gradient_checkpointing)?;
+        self.restore();
+        let mut params = ParamsBuilder::default();
+        let Adapter { config, mut factors, mut biases, saved } = adapter;
+        for (site, group) in self.blocks.iter_mut().flat_map(Block::groups_mut).enumerate() {
+            group.adapt(&mut params, site as u32, |linear| Adaptation {
+                factors: factors.remove(&linear.name).map(|f| (f, config.lora().scale_of(&linear.name))),
+                bias: biases.remove(&linear.name),
+            });
+        }
+        let tied = self.config.tie_word_embeddings && config.lora().ensure_weight_tying;
+        for (name, (shape, values)) in saved {
+            if name == module(HEAD) && tied {
+                continue; // The table is the head.
+            }
+            let trained = Weight::Trained(params.push(format!("{name}.weight"), &shape, true, &values));
+            if name == module(HEAD) {
+                let head = self.head.replace(trained);
+                self.replaced.head.get_or_insert(head);
+                continue;
+            }
+            if self.config.tie_word_embeddings && !tied && self.head.is_none() {
+                // The head stays what the table was.
+                self.replaced.head = Some(self.head.replace(self.embed.clone()));
+            }
+            self.replaced.embed = Some(core::mem::replace(&mut self.embed, trained));
+        }
+        self.params = params.build(&self.device, self.dtype);
+        self.adapter_config = Some(config);
+        Ok(())
+    }
+
+    /// Puts back the frozen weights of modules that were trained whole.
+    fn restore(&mut self) {
+        if let Some(embed) = self.replaced.embed.take() {
+            self.embed = embed;
+        }
+        if let Some(head) = self.replaced.head.take() {
+            self.head = head;
+        }
+    }
+
+    fn check_checkpointing(&self, checkpointing: GradientCheckpointing) -> Result<(), Error> {
+        if let (GradientCheckpointing::Host, Device::Cuda(_)) = (checkpointing, &self.device) {
+            return Err(Error::Argument(
+                "use_gradient_checkpointing \"unsloth\" keeps block inputs in host memory, which CUDA does not do yet; \
+                 use true"
+                    .to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
+    fn linear(&self, name: &str) -> &Linear {
+        let mut linears = self.blocks.iter().flat_map(Block::groups).flat_map(|group| group.linears());
+        linears.find(|linear| linear.name == name).expect("the names are this model's")
+    }
+}
+
+/// The module of a weight.
+fn module(weight: &str) -> String {
+    weight.trim_end_matches(".weight").to_owned()
+}

@@ -1,0 +1,198 @@
+//! An adapter added into its base, as a checkpoint or in memory.
+
+use std::path::Path;
+
+use rekindle_hub::{Checkpoint, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, write_atomic, write_f32, write_sharded};
+use rekindle_kernels::{Weight, from_f32, to_f32};
+use rekindle_lora::Adapter;
+use rekindle_quant::bnb::StoredWeight;
+use serde_json::Value;
+
+use crate::block::Block;
+use crate::names::{self, EMBED, HEAD, Needed, Projection};
+use crate::quantization::Plan;
+use crate::{CausalLm, Error, ModelConfig};
+
+/// Writes `base` with `adapter` added into it, into the existing directory `dir`: W + s·B·A in `f32`, rounded once to
+/// `dtype`, or to what the tensor has in the base.
+///
+/// Codes of a quantized base are decoded: the adapter was trained against what they stand for, and the result is
+/// dense. One tensor is in memory at a time. `progress` is told the bytes of each tensor as it is read.
+///
+/// # Errors
+/// [`Error::Config`] and [`Error::Tensors`] for the base, [`Error::Lora`] for an adapter of another model,
+/// [`Error::File`] when the system refuses.
+pub fn merge(
+    base: &Checkpoint,
+    adapter: &Adapter,
+    dtype: Option<Dtype>,
+    dir: &Path,
+    progress: &mut dyn FnMut(u64),
+) -> Result<(), Error> {
+    let config = ModelConfig::from_checkpoint(base)?;
+    let plan = Plan::of(base, None, None)?;
+    crate::load::check_tensors(base, &config, plan.as_ref())?;
+    let source = Source { base, plan, adapter };
+    let needed = source.tensors(&config);
+    let specs: Vec<TensorSpec> = needed
+        .iter()
+        .map(|needed| {
+            let dtype = dtype.unwrap_or_else(|| source.dtype(needed));
+            TensorSpec::new(needed.name.clone(), dtype, needed.shape.clone())
+        })
+        .collect();
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    write_sharded(dir, DEFAULT_MAX_SHARD_SIZE, &metadata, &specs, |index, out| {
+        let needed = &needed[index];
+        let values = source.merged(needed).map_err(std::io::Error::other)?;
+        progress(source.bytes(&needed.name));
+        write_f32(out, specs[index].dtype, &values)
+    })?;
+    let mut json = base.config().clone();
+    if let Value::Object(fields) = &mut json {
+        fields.remove("quantization_config");
+        if let Some(name) = dtype.and_then(torch_name) {
+            let key = if fields.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
+            fields.insert(key.to_owned(), Value::from(name));
+        }
+        if parts(adapter, &config) {
+            fields.insert("tie_word_embeddings".to_owned(), Value::from(false));
+        }
+    }
+    write_atomic(&dir.join("config.json"), format!("{json:#}\n").as_bytes())?;
+    Ok(())
+}
+
+struct Source<'a> {
+    base: &'a Checkpoint,
+    plan: Option<Plan>,
+    adapter: &'a Adapter,
+}
+
+impl Source<'_> {
+    /// What the result holds: the base's tensors, and a head of its own where the adapter parted it from the table.
+    fn tensors(&self, config: &ModelConfig) -> Vec<Needed> {
+        let mut list = names::needed(config);
+        if parts(self.adapter, config) {
+            list.push(Needed { name: HEAD.to_owned(), shape: vec![config.vocab_size, config.hidden_size] });
+        }
+        list
+    }
+
+    fn dtype(&self, needed: &Needed) -> Dtype {
+        match self.stored(needed) {
+            Ok(Some(StoredWeight::FourBit(weight))) => match weight.tensor.dtype() {
+                rekindle_quant::Dtype::F32 => Dtype::F32,
+                rekindle_quant::Dtype::F16 => Dtype::F16,
+                rekindle_quant::Dtype::Bf16 => Dtype::BF16,
+            },
+            // LLM.int8() casts to f16 before it quantizes.
+            Ok(Some(StoredWeight::Int8(_))) => Dtype::F16,
+            _ => self.view(&needed.name).map_or(Dtype::F32, |view| view.dtype),
+        }
+    }
+
+    fn view(&self, name: &str) -> Option<rekindle_hub::TensorView<'_>> {
+        self.base.get(name).or_else(|| (name == HEAD).then(|| self.base.get(EMBED)).flatten())
+    }
+
+    fn bytes(&self, name: &str) -> u64 {
+        self.view(name).map_or(0, |view| view.data.len() as u64)
+    }
+
+    fn stored(&self, needed: &Needed) -> Result<Option<StoredWeight>, Error> {
+        match &self.plan {
+            Some(plan) if Projection::is_linear(&needed.name) => plan.codes(self.base, &needed.name, &needed.shape),
+            _ => Ok(None),
+        }
+    }
+
+    /// A tensor with what the adapter adds to it.
+    fn merged(&self, needed: &Needed) -> Result<Vec<f32>, Error> {
+        let (module, kind) = needed.name.rsplit_once('.').unwrap_or((&needed.name, ""));
+        if kind == "bias"
+            && let Some(bias) = self.adapter.biases.get(module)
+        {
+            return Ok(bias.clone());
+        }
+        if kind == "weight"
+            && let Some((_, weight)) = self.adapter.saved.get(module)
+        {
+            return Ok(weight.clone());
+        }
+        let mut values = match self.stored(needed)? {
+            Some(StoredWeight::FourBit(weight)) => weight.tensor.dequantize(),
+            Some(StoredWeight::Int8(tensor)) => tensor.dequantize(),
+            None => self.view(&needed.name).expect("every needed tensor was checked to be there").to_f32()?,
+        };
+        if let (Some(factors), &[out, input]) = (self.adapter.factors.get(module), needed.shape.as_slice()) {
+            let scale = self.adapter.config.lora().scale_of(module);
+            rekindle_lora::merge(&mut values, [out, input], factors, scale, factors.magnitude.as_deref());
+        }
+        Ok(values)
+    }
+}
+
+impl CausalLm {
+    /// Adds the adapter into the weights and takes it off: the same function, without the adapter's cost. Codes of
+    /// merged linears become dense. Without an adapter nothing happens.
+    pub fn merge_and_unload(&mut self) {
+        let Some(adapter) = self.adapter() else { return };
+        self.remove_adapter();
+        let (device, dtype) = (self.device.clone(), self.dtype);
+        let frozen = |values: Vec<f32>, shape: [usize; 2]| Weight::Frozen(from_f32(values, shape, &device, dtype));
+        for linear in self.blocks.iter_mut().flat_map(Block::groups_mut).flat_map(|group| group.linears_mut()) {
+            if let Some(factors) = adapter.factors.get(&linear.name) {
+                let shape = linear.weight.dims();
+                let mut values = to_f32(linear.weight.matrix(&self.params));
+                let scale = adapter.config.lora().scale_of(&linear.name);
+                rekindle_lora::merge(&mut values, shape, factors, scale, factors.magnitude.as_deref());
+                linear.weight = frozen(values, shape);
+                if let Some(quantization) = &mut self.quantization {
+                    quantization.origins.remove(&format!("{}.weight", linear.name));
+                }
+            }
+            if let Some(bias) = adapter.biases.get(&linear.name) {
+                linear.bias = Some(frozen(bias.clone(), [1, bias.len()]));
+            }
+        }
+        if let Some(quantization) = &mut self.quantization {
+            quantization.keep_dense(adapter.factors.keys());
+            if quantization.origins.is_empty() {
+                self.quantization = None;
+            }
+        }
+        if parts(&adapter, &self.config) {
+            self.head = Some(self.embed.clone());
+            self.config.tie_word_embeddings = false;
+            self.config.json["tie_word_embeddings"] = Value::from(false);
+        }
+        for (name, (shape, values)) in adapter.saved {
+            let weight = frozen(values, shape);
+            if name == module(EMBED) {
+                self.embed = weight;
+            } else if !self.config.tie_word_embeddings {
+                self.head = Some(weight);
+            }
+        }
+    }
+}
+
+/// Whether table and head, one weight in the base, are two once the adapter is in it.
+fn parts(adapter: &Adapter, config: &ModelConfig) -> bool {
+    config.tie_word_embeddings && !adapter.saved.is_empty() && !adapter.config.lora().ensure_weight_tying
+}
+
+fn module(weight: &str) -> &str {
+    weight.trim_end_matches(".weight")
+}
+
+/// PyTorch's name of a dtype.
+fn torch_name(dtype: Dtype) -> Option<&'static str> {
+    match dtype {
+        Dtype::BF16 => Some("bfloat16"),
+        Dtype::F16 => Some("float16"),
+        Dtype::F32 => Some("float32"),
+        _ => None,
+    }
+}

@@ -1,0 +1,307 @@
+//! The CUDA path on the first GPU, forward and backward, in f32, bf16 and f16, against the same truth as the CPU's, and
+//! what holds whatever the numbers are.
+//!
+//! A program of its own: it runs on a machine without Rust (`cargo xtask gpu-bundle`), and without a GPU it says so
+//! instead of passing. `REKINDLE_REQUIRE_CUDA=1` makes that a failure. An argument runs only what has it in its name.
+
+mod common;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use burn::tensor::DType;
+use common::adamw::AdamW;
+use common::attention::Attention;
+use common::embedding::Embedding;
+use common::linear::Linear;
+use common::linear_cross_entropy::LinearCrossEntropy;
+use common::packed::{Kind, Packed};
+use common::rms_norm::RmsNorm;
+use common::rope::Rope;
+use common::swiglu::SwiGlu;
+use common::{Case, LOW_DTYPES, Layout, Place, judge, properties};
+use rekindle_kernels::Device;
+use rekindle_kernels::cuda::Cuda;
+
+const F32: DType = DType::F32;
+
+/// The factor of the house rule.
+const FACTOR: f64 = 2.0;
+
+/// Twelve units in the last place of the largest value, instead of the CPU's four, in f32. NVIDIA's guide lets `expf` be
+/// off by 2 units, a quotient by 2 and `rsqrtf` by 2; a gradient has up to three of them in a product, which doubles
+/// where it is a difference of two.
+const FLOOR: f64 = 3.0 * common::F32_FLOOR;
+
+fn main() -> ExitCode {
+    let cuda = match Cuda::open(0) {
+        Ok(cuda) => cuda,
+        Err(reason) => {
+            println!("not run: {reason}");
+            let required = std::env::var_os("REKINDLE_REQUIRE_CUDA").is_some_and(|value| value == "1");
+            return if required { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
+    println!("on {}", cuda.facts());
+    // What a test has to say is printed in its line.
+    std::panic::set_hook(Box::new(|_| ()));
+    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
+    let mut suite = Suite { device: Device::Cuda(cuda.clone()), cuda, filter, passed: 0, failed: 0, skipped: 0 };
+    let began = Instant::now();
+    let ran = run(&mut suite);
+    let Suite { passed, failed, skipped, .. } = suite;
+    println!("{passed} passed, {failed} failed, {skipped} filtered out, {:.0} s", began.elapsed().as_secs_f64());
+    if ran.is_ok() && failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Every test; ends early when the device is lost.
+fn run(suite: &mut Suite) -> Result<(), Lost> {
+    // Products begin with scratch memory that stays. Whether they are right is asked below.
+    let _ = catch_unwind(AssertUnwindSafe(|| Linear::new([3, 5, 7], F32).ours(&owned(&suite.device, F32))));
+    suite.cuda.take_error();
+    let before = suite.cuda.memory();
+
+    operations(suite)?;
+    attentions(suite)?;
+    losses(suite)?;
+    optimizer(suite)?;
+    suite.cuda.set_deterministic(true);
+    determinism(suite)?;
+    let cuda = suite.cuda.clone();
+    suite.property("memory comes back", |_| {
+        let after = cuda.memory();
+        assert_eq!((after.in_use, after.labels), (before.in_use, before.labels), "everything was dropped");
+    })
+}
+
+fn operations(suite: &mut Suite) -> Result<(), Lost> {
+    // Rows that begin at 16 bytes and rows that do not, below and above a tile of the products.
+    for sizes in [[1, 1, 1], [3, 5, 7], [1, 200, 40], [129, 33, 65], [64, 128, 256], [33, 250, 48], [200, 264, 136]] {
+        suite.dtypes(|dtype| Linear::new(sizes, dtype))?;
+    }
+    for kind in Kind::ALL {
+        for sizes in [[1, 1, 1], [3, 5, 7], [4, 96, 130], [2, 33, 65], [33, 64, 40], [17, 256, 192]] {
+            suite.dtypes(|dtype| Packed::new(sizes, kind, dtype))?;
+        }
+    }
+    // One warp, several, and the widest row that one block takes.
+    for shape in [[1, 2], [3, 5], [33, 16], [64, 40], [70, 129], [9, 2048], [3, 16_384]] {
+        for residual in [false, true] {
+            suite.dtypes(|dtype| RmsNorm::new(shape, residual, dtype))?;
+        }
+    }
+    // 64, 128 and 256 channels that all turn have kernels of their own.
+    let ropes = [
+        ([1, 1, 2], 2),
+        ([5, 3, 6], 6),
+        ([37, 2, 24], 16),
+        ([33, 4, 64], 64),
+        ([19, 3, 128], 128),
+        ([6, 2, 256], 256),
+        ([21, 2, 128], 64),
+        ([7, 5, 10], 2),
+    ];
+    for (shape, rotary_dim) in ropes {
+        for norm in [false, true] {
+            suite.dtypes(|dtype| Rope::new(shape, rotary_dim, norm, dtype))?;
+        }
+    }
+    for shape in [[1, 1], [3, 7], [40, 33], [130, 127], [5, 3072]] {
+        suite.dtypes(|dtype| SwiGlu::new(shape, dtype))?;
+    }
+    let spread: Vec<u32> = (0..70).map(|t| t * t % 50).collect();
+    for (vocab, hidden, ids) in [(1, 1, &[0][..]), (11, 7, &[3, 10, 3, 0, 3, 9]), (50, 33, &spread), (50, 264, &spread)]
+    {
+        suite.dtypes(|dtype| Embedding::new(vocab, hidden, ids, dtype))?;
+    }
+    for dtype in ALL_DTYPES {
+        suite.property(&format!("dropout masks are the CPU's {dtype:?}"), |device| {
+            properties::dropout_masks_are_the_same_everywhere(device, dtype);
+        })?;
+    }
+    Ok(())
+}
+
+fn attentions(suite: &mut Suite) -> Result<(), Lost> {
+    // Tiles have 16, 64 or 128 rows: documents shorter than one, as long as one, and longer. A batch of single tokens is
+    // below: its true gradients to q and k are zero, and so are the plain formula's, which leaves no measure of error.
+    let batches: [(&[usize], usize, usize); 5] =
+        [(&[1, 1, 5], 2, 2), (&[17, 1, 30], 4, 2), (&[33, 16], 4, 1), (&[128, 129], 2, 1), (&[2, 300, 3], 4, 2)];
+    for head_dim in [24, 64, 128] {
+        for (lengths, heads, kv_heads) in batches {
+            suite.dtypes(|dtype| Attention::new(lengths, heads, kv_heads, head_dim, dtype))?;
+        }
+        for dtype in ALL_DTYPES {
+            let floor = LOW_DTYPES.into_iter().find(|(low, _)| *low == dtype).map_or(FLOOR, |(_, rounding)| rounding);
+            let place = |device: &Device| owned(device, dtype);
+            let named = |what: &str| format!("attention: {what}, heads of {head_dim} {dtype:?}");
+            suite.property(&named("documents without tokens change nothing"), |device| {
+                properties::documents_without_tokens_change_nothing(|| place(device), head_dim);
+            })?;
+            suite.property(&named("lonely tokens see themselves"), |device| {
+                properties::lonely_tokens_see_themselves(|| place(device), head_dim);
+            })?;
+            suite.property(&named("later tokens do not reach earlier ones"), |device| {
+                properties::later_tokens_do_not_reach_earlier_ones(|| place(device), head_dim);
+            })?;
+            suite.property(&named("cached attention gives the last rows"), |device| {
+                properties::cached_attention_gives_the_last_rows(device, dtype, head_dim, floor);
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn losses(suite: &mut Suite) -> Result<(), Lost> {
+    let counted: [fn(usize) -> bool; 6] = [|_| true, |t| t >= 3, |t| t < 6, |t| t % 3 != 1, |t| t == 4, |_| false];
+    for counts in counted {
+        suite.dtypes(|dtype| LinearCrossEntropy::new([9, 5, 13], dtype, counts))?;
+        suite.dtypes(|dtype| LinearCrossEntropy::new([41, 33, 70], dtype, counts))?;
+    }
+    suite.dtypes(|dtype| LinearCrossEntropy::new([1, 1, 1], dtype, |_| true))?;
+    suite.dtypes(|dtype| LinearCrossEntropy::new([300, 64, 1000], dtype, |t| t % 7 != 2))?;
+    // From 327,681 entries on a chunk is 128 rows: two chunks, with and without rows that are left out.
+    for counts in [|_| true, |t: usize| t != 5] {
+        let case = LinearCrossEntropy::new([130, 8, 327_690], F32, counts);
+        suite.case(&case, F32, FLOOR, &[Layout::Owned])?;
+    }
+    Ok(())
+}
+
+fn optimizer(suite: &mut Suite) -> Result<(), Lost> {
+    let params: &[_] = &[(7, true), (1, true), (30, false), (9, true), (20_000, false), (17_000, true)];
+    for weight_decay in [0.0, 0.1] {
+        // Clipped, not clipped, and a norm below the limit.
+        for max_grad_norm in [None, Some(1.0), Some(1e4)] {
+            let case = AdamW { params, weight_decay, max_grad_norm };
+            suite.case(&case, F32, FLOOR, &[Layout::Owned])?;
+        }
+    }
+    suite.property("adamw: gradients that are not finite change nothing", |device| {
+        properties::gradients_that_are_not_finite_change_nothing(device);
+    })
+}
+
+/// What only holds where equal calls give equal bits.
+fn determinism(suite: &mut Suite) -> Result<(), Lost> {
+    for dtype in ALL_DTYPES {
+        let place = |device: &Device| owned(device, dtype);
+        for head_dim in [24, 64, 128] {
+            suite.property(
+                &format!("attention: documents do not reach neighbours, heads of {head_dim} {dtype:?}"),
+                |device| {
+                    properties::documents_do_not_reach_their_neighbours(|| place(device), head_dim);
+                },
+            )?;
+            suite.property(&format!("attention: the same bits, heads of {head_dim} {dtype:?}"), |device| {
+                let case = Attention::new(&[150, 61, 400], 4, 2, head_dim, dtype);
+                properties::the_same_input_gives_the_same_bits(&case, || place(device));
+            })?;
+        }
+        suite.property(&format!("the same bits: products, norms, losses, embeddings {dtype:?}"), |device| {
+            let ids: Vec<u32> = (0..300).map(|t| t * t % 11).collect();
+            let cases: [&dyn Case; 4] = [
+                &Linear::new([300, 129, 520], dtype),
+                &RmsNorm::new([300, 129], true, dtype),
+                &LinearCrossEntropy::new([290, 33, 70], dtype, |t| t % 4 != 2),
+                &Embedding::new(11, 40, &ids, dtype),
+            ];
+            for case in cases {
+                properties::the_same_input_gives_the_same_bits(case, || place(device));
+            }
+        })?;
+    }
+    Ok(())
+}
+
+const ALL_DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+
+fn owned(device: &Device, dtype: DType) -> Place {
+    Place::new(device.clone(), dtype, Layout::Owned)
+}
+
+/// A fault that no later operation survives.
+struct Lost;
+
+struct Suite {
+    device: Device,
+    cuda: Cuda,
+    filter: String,
+    passed: usize,
+    failed: usize,
+    skipped: usize,
+}
+
+impl Suite {
+    /// A case in every dtype and every layout.
+    fn dtypes<C: Case>(&mut self, case: impl Fn(DType) -> C) -> Result<(), Lost> {
+        self.case(&case(F32), F32, FLOOR, &Layout::ROW_MAJOR)?;
+        for (dtype, rounding) in LOW_DTYPES {
+            self.case(&case(dtype), dtype, rounding, &Layout::ROW_MAJOR)?;
+        }
+        Ok(())
+    }
+
+    fn case(&mut self, case: &impl Case, dtype: DType, floor: f64, layouts: &[Layout]) -> Result<(), Lost> {
+        let device = self.device.clone();
+        self.test(&format!("{case:?} {dtype:?}"), || {
+            let (truth, naive) = (case.naive(DType::F64), case.naive(dtype));
+            let mut worst = 0.0f64;
+            for &layout in layouts {
+                let place = Place::new(device.clone(), dtype, layout);
+                let results = case.ours(&place);
+                // Before the numbers are judged, which are not there after an error.
+                device.check().unwrap_or_else(|error| panic!("{layout:?}: {error}"));
+                worst = worst.max(judge(&format!("{layout:?}"), &results, &naive, &truth, FACTOR, floor));
+                place.assert_unchanged();
+            }
+            format!("{worst:.2} × the plain error")
+        })
+    }
+
+    fn property(&mut self, name: &str, holds: impl FnOnce(&Device)) -> Result<(), Lost> {
+        let device = self.device.clone();
+        self.test(name, || {
+            holds(&device);
+            String::from("holds")
+        })
+    }
+
+    /// Runs a test and prints its line.
+    fn test(&mut self, name: &str, test: impl FnOnce() -> String) -> Result<(), Lost> {
+        if !name.contains(&self.filter) {
+            self.skipped += 1;
+            return Ok(());
+        }
+        let outcome = catch_unwind(AssertUnwindSafe(test));
+        // The device may find something wrong later than the test does.
+        let fault = self.cuda.synchronize().err();
+        match (&outcome, &fault) {
+            (Ok(said), None) => {
+                println!("ok      {name}: {said}");
+                self.passed += 1;
+            }
+            _ => {
+                let said = outcome.err().map(message).unwrap_or_default();
+                let fault = fault.map(|fault| fault.to_string()).filter(|fault| !said.contains(fault.as_str()));
+                let reasons: Vec<String> =
+                    [said].into_iter().chain(fault).filter(|reason| !reason.is_empty()).collect();
+                println!("FAILED  {name}: {}", reasons.join("; "));
+                self.failed += 1;
+            }
+        }
+        self.cuda.take_error();
+        // After a refusal the next operation runs; after a fault none does.
+        self.cuda.synchronize().map_err(|error| {
+            println!("the device is lost: {error}");
+            Lost
+        })
+    }
+}
+
+/// What a panic says.
+fn message(panic: Box<dyn std::any::Any + Send>) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
+}

@@ -1,0 +1,116 @@
+//! Optimizer steps of transformers and PEFT, and holding ours against them.
+
+use std::path::{Path, PathBuf};
+
+use rekindle_hub::Dtype;
+use rekindle_models::{Batch, CausalLm};
+use rekindle_train::{AdamW, LrSchedulerType, Optimizer, lr_factor, save_result};
+use serde_json::Value;
+
+use crate::{Golden, read_json, relative_distance, tensors};
+
+// Ten times the goldens' own spread over attention implementations, padding and float64 weights (`spread` in
+// trajectory.json: up to 1.5e-7 for losses, 3e-7 for gradient norms, 2e-6 for tensors). Measured: 6e-8, 3e-7, 3e-6.
+// The tolerances with which goldens/README.md says which mistakes are caught are 50 and more times wider.
+const CPU: Tolerances = Tolerances { loss: 1.5e-6, grad_norm: 3e-6, tensors: 2e-5 };
+
+/// How far a run may be from the golden one, relatively.
+#[derive(Clone, Copy, Debug)]
+pub struct Tolerances {
+    /// Of each step's loss.
+    pub loss: f64,
+    /// Of each step's gradient norm.
+    pub grad_norm: f64,
+    /// Of each saved tensor.
+    pub tensors: f64,
+}
+
+/// A run of `trajectory.json`.
+#[derive(Debug)]
+pub struct Trajectory {
+    dir: PathBuf,
+    json: Value,
+}
+
+impl Trajectory {
+    /// Reads the run in `dir`.
+    pub fn open(dir: &Path) -> Self {
+        Self { json: read_json(&dir.join("trajectory.json")), dir: dir.to_owned() }
+    }
+
+    /// The directory's name of the adapter that is trained.
+    pub fn adapter(&self) -> Option<&str> {
+        self.json["adapter"].as_str().map(|adapter| adapter.trim_start_matches("adapters/"))
+    }
+
+    /// Trains `model` as the run says and holds every step and the saved tensors against it.
+    pub fn check(&self, what: &str, golden: &Golden, model: &mut CausalLm, tensors_file: &str) {
+        self.check_within(CPU, what, golden, model, tensors_file);
+    }
+
+    /// [`check`](Self::check) with other tolerances than those of `f32` on the CPU.
+    pub fn check_within(
+        &self,
+        tolerances: Tolerances,
+        what: &str,
+        golden: &Golden,
+        model: &mut CausalLm,
+        tensors_file: &str,
+    ) {
+        train(tolerances, what, golden, model, &self.json);
+        compare(tolerances, what, model, &self.dir, tensors_file);
+    }
+}
+
+fn compare(tolerances: Tolerances, what: &str, model: &CausalLm, dir: &Path, tensors_file: &str) {
+    let out = tempfile::tempdir().expect("a temporary directory");
+    let saved = out.path().join("result");
+    save_result(model, &saved, &[], Dtype::F32).expect("the disk has room");
+    let (got, want) = (tensors(&saved.join(tensors_file)), tensors(&dir.join("final.safetensors")));
+    assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
+    let mut worst = 0.0f64;
+    for ((key, (shape, got)), (want_shape, want)) in got.iter().zip(want.values()) {
+        assert_eq!(shape, want_shape, "{key}");
+        let error = relative_distance(got, want);
+        worst = worst.max(error);
+        assert!(error <= tolerances.tensors, "{what}: {key} is off by {error:e}");
+    }
+    println!("{what}: tensors off by {worst:.1e}");
+}
+
+fn train(tolerances: Tolerances, what: &str, golden: &Golden, model: &mut CausalLm, trajectory: &Value) {
+    let run = &trajectory["run"];
+    let float = |value: &Value| value.as_f64().expect("a number");
+    let size = |value: &Value| value.as_u64().expect("a count") as usize;
+    let adamw = AdamW {
+        beta1: float(&run["adam_beta1"]),
+        beta2: float(&run["adam_beta2"]),
+        eps: float(&run["adam_epsilon"]),
+        weight_decay: float(&run["weight_decay"]),
+        max_grad_norm: float(&run["max_grad_norm"]),
+    };
+    let kind: LrSchedulerType = serde_json::from_value(run["lr_scheduler_type"].clone()).expect("a known schedule");
+    let mut optimizer = Optimizer::new(model, adamw, 0).expect("something is trained");
+    let steps = trajectory["steps"].as_array().expect("a list of steps");
+    assert_eq!(steps.len(), size(&run["max_steps"]));
+    for (number, expected) in steps.iter().enumerate() {
+        let micro_batches = expected["rows"].as_array().expect("rows by micro-batch");
+        let batches: Vec<Batch> = micro_batches
+            .iter()
+            .map(|rows| golden.batch(&rows.as_array().expect("rows").iter().map(&size).collect::<Vec<_>>()))
+            .collect();
+        let lr = float(&run["learning_rate"]) * lr_factor(kind, number, size(&run["warmup_steps"]), steps.len());
+        let want_lr = float(&expected["learning_rate"]);
+        assert!((lr - want_lr).abs() <= 1e-12 * want_lr, "step {}: learning rate {lr}, not {want_lr}", number + 1);
+        let result = optimizer.step(model, &batches, lr).expect("golden rows fit");
+        assert_eq!(result.counted, size(&expected["tokens"]));
+        for (part, got, tolerance) in
+            [("loss", result.loss, tolerances.loss), ("grad_norm", result.grad_norm, tolerances.grad_norm)]
+        {
+            let want = float(&expected[part]);
+            let error = (got / want - 1.0).abs();
+            println!("{what}: step {} {part} off by {error:.1e}", number + 1);
+            assert!(error <= tolerance, "{what}: step {} {part} is {got}, not {want}: off by {error:e}", number + 1);
+        }
+    }
+}

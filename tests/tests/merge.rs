@@ -1,0 +1,43 @@
+//! Merging by the library: dtypes, verification, and what is refused.
+
+use rekindle::{Dtype, Merge};
+use rekindle_kernels::DeviceKind;
+use rekindle_tests::goldens;
+
+fn merge(adapter: &str) -> Merge {
+    Merge::new(goldens().join("lora-options/qwen3-tied/adapters").join(adapter)).base(goldens().join("qwen3-tied"))
+}
+
+#[test]
+fn every_dtype_stays_within_its_bound() {
+    for adapter in ["plain", "dora", "save-both"] {
+        let mut means = Vec::new();
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            let out = tempfile::tempdir().expect("a temporary directory");
+            let merge = merge(adapter).dtype(dtype);
+            let mut seen = (0, 0);
+            merge.write(out.path().join("merged"), &mut |done, total| seen = (done, total)).expect("the disk has room");
+            assert_eq!(seen.0, seen.1, "progress ends at the end");
+            let found = merge.verify(out.path().join("merged"), DeviceKind::Cpu).expect("within the bound");
+            println!("{adapter} {dtype:?}: {found:?}");
+            means.push(found.mean);
+        }
+        assert!(means[0] < means[1] && means[1] < means[2], "coarser dtypes are further away: {means:?}");
+    }
+}
+
+#[test]
+fn another_merge_is_noticed() {
+    let out = tempfile::tempdir().expect("a temporary directory");
+    merge("plain").write(out.path().join("merged"), &mut |_, _| ()).expect("the disk has room");
+    let error = merge("rslora").verify(out.path().join("merged"), DeviceKind::Cpu).expect_err("another adapter's");
+    assert!(error.to_string().contains("more than the 1e-4 that rounding explains"), "{error}");
+}
+
+#[test]
+fn the_base_is_never_written_over() {
+    let error = merge("plain").write(goldens().join("qwen3-tied"), &mut |_, _| ()).expect_err("it is the base");
+    assert!(error.to_string().contains("is the base itself; give another directory"), "{error}");
+    let error = Merge::new(goldens().join("qwen2")).write("/nowhere", &mut |_, _| ()).expect_err("no adapter");
+    assert!(error.to_string().contains("adapter_config.json"), "{error}");
+}

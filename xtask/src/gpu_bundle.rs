@@ -1,0 +1,106 @@
+//! `cargo xtask gpu-bundle`: what a machine with a GPU and without Rust needs to run the GPU tests and the command.
+
+use std::error::Error;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::{build, root};
+
+/// All files together, as they are copied.
+const LIMIT: u64 = 40 << 20;
+
+/// Runs the tests; the other programs are for whoever looks further.
+const RUN: &str = r#"#!/bin/sh
+# Runs the GPU tests on this machine; arguments go to them (a part of a test's name runs only those).
+# Needs an NVIDIA driver, and cuBLASLt and NVRTC of CUDA 13 where the loader, CUDA_PATH or a Python environment has them.
+set -eu
+cd "$(dirname "$0")"
+for file in *.xz; do
+  if [ -e "$file" ]; then xz --decompress --force "$file"; fi
+done
+chmod +x cuda rekindle xtask
+REKINDLE_REQUIRE_CUDA=1 ./cuda "$@"
+"#;
+
+pub(crate) fn make() -> Result<(), Box<dyn Error>> {
+    let programs = build::programs(&["--release", "--test", "cuda", "--bin", "rekindle", "--bin", "xtask"])?;
+    let out = root().join("target/gpu");
+    if out.exists() {
+        fs::remove_dir_all(&out)?;
+    }
+    fs::create_dir_all(&out)?;
+    for name in ["cuda", "rekindle", "xtask"] {
+        let to = out.join(name);
+        fs::copy(build::named(&programs, name)?, &to)?;
+        crate::run(Command::new("strip").arg(&to))?;
+        compress(&to)?;
+    }
+    copy_goldens(&root().join("tests/goldens"), &out.join("goldens"))?;
+    fs::write(out.join("run.sh"), RUN)?;
+    executable(&out.join("run.sh"))?;
+    report(&out)
+}
+
+/// In the place of the file, where there is an xz.
+fn compress(file: &Path) -> Result<(), Box<dyn Error>> {
+    let there = Command::new("xz").arg("--version").stdout(Stdio::null()).status().is_ok_and(|status| status.success());
+    if !there {
+        eprintln!("no xz on this machine: {} stays as it is", file.display());
+        return Ok(());
+    }
+    crate::run(Command::new("xz").args(["--threads=0", "-6"]).arg(file))
+}
+
+/// Checkpoints, rows and what is expected of them; not the scripts that made them.
+fn copy_goldens(from: &Path, to: &Path) -> Result<(), Box<dyn Error>> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default();
+        if path.is_dir() {
+            copy_goldens(&path, &to.join(name))?;
+        } else if path.extension().is_none_or(|extension| extension != "py") {
+            fs::copy(&path, to.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(unix)]
+fn executable(file: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    fs::set_permissions(file, fs::Permissions::from_mode(0o755))
+}
+
+#[cfg(not(unix))]
+fn executable(_: &Path) -> std::io::Result<()> {
+    Ok(())
+}
+
+/// Prints the sizes, and fails when they are more than may be copied.
+fn report(out: &Path) -> Result<(), Box<dyn Error>> {
+    let mut total = 0;
+    for entry in fs::read_dir(out)? {
+        let path = entry?.path();
+        let bytes = size(&path)?;
+        total += bytes;
+        println!("{:>9.2} MiB  {}", mib(bytes), path.strip_prefix(root())?.display());
+    }
+    println!("{:>9.2} MiB", mib(total));
+    if total > LIMIT {
+        return Err(format!("the bundle has {:.1} MiB, more than {:.0}", mib(total), mib(LIMIT)).into());
+    }
+    Ok(())
+}
+
+fn size(path: &Path) -> std::io::Result<u64> {
+    if !path.is_dir() {
+        return Ok(path.metadata()?.len());
+    }
+    fs::read_dir(path)?.map(|entry| size(&entry?.path())).sum()
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / (1 << 20) as f64
+}

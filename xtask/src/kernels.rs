@@ -1,0 +1,96 @@
+//! `cargo xtask kernels`: every CUDA kernel compiled for every architecture, on a machine without a GPU.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::time::{Duration, Instant};
+
+use rekindle_kernels::cuda::{Arch, Checked, CudaError, Usage, compile_check};
+
+/// Ampere, Ada, Hopper and both Blackwells.
+const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
+
+pub(crate) fn check(require: bool) -> Result<(), Box<dyn Error>> {
+    let began = Instant::now();
+    let checked = match compile_check(&ARCHITECTURES.map(|sm| Arch { sm })) {
+        Ok(checked) => checked,
+        Err(error @ CudaError::LibraryMissing { .. }) if !require => {
+            println!("not run: {error}");
+            return Ok(());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let mut rows: BTreeMap<(&str, Arch), Row> = BTreeMap::new();
+    for variant in &checked {
+        rows.entry((variant.file, variant.arch)).or_default().add(variant);
+    }
+    println!("{:<24}{:<8}{:>9}{:>11}{:>8}{:>9}", "file", "arch", "variants", "registers", "spills", "seconds");
+    for ((file, arch), Row { variants, registers, spills, time }) in &rows {
+        let (arch, seconds) = (arch.to_string(), time.as_secs_f64());
+        println!("{file:<24}{arch:<8}{variants:>9}{registers:>11}{spills:>8}{seconds:>9.1}");
+    }
+    let problems: Vec<String> = checked.iter().flat_map(problems).collect();
+    let (count, seconds) = (checked.len(), began.elapsed().as_secs_f64());
+    println!("{count} variants in {seconds:.0} s, {} problems", problems.len());
+    if problems.is_empty() { Ok(()) } else { Err(problems.join("\n       ").into()) }
+}
+
+/// A file on an architecture: the most that any entry point of any variant takes.
+#[derive(Default)]
+struct Row {
+    variants: usize,
+    registers: u32,
+    spills: u32,
+    time: Duration,
+}
+
+impl Row {
+    fn add(&mut self, variant: &Checked) {
+        self.variants += 1;
+        self.time += variant.time;
+        for usage in variant.result.iter().flatten() {
+            self.registers = self.registers.max(usage.registers);
+            self.spills = self.spills.max(spilled(usage));
+        }
+    }
+}
+
+/// What is wrong with a variant: an error, a warning, or a spill.
+fn problems(variant: &Checked) -> Vec<String> {
+    let Checked { file, arch, defines, result, warnings, .. } = variant;
+    let place = format!("{file} for {arch} with {}", defines.join(" "));
+    let usages = match result {
+        Ok(usages) => usages,
+        Err(error) => return vec![error.to_string()],
+    };
+    let spills = usages.iter().filter(|usage| spilled(usage) > 0);
+    let spills = spills.map(|usage| format!("{place}: {} spills {} bytes", usage.entry, spilled(usage)));
+    spills.chain(warnings.iter().map(|warning| format!("{place}: {warning}"))).collect()
+}
+
+/// Bytes of registers that a thread keeps in memory.
+fn spilled(usage: &Usage) -> u32 {
+    usage.spill_stores.max(usage.spill_loads)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn variant(spill_loads: u32) -> Checked {
+        let usage = Usage { entry: "swiglu_fwd".into(), registers: 64, spill_loads, ..Usage::default() };
+        Checked {
+            file: "a.cu",
+            arch: Arch { sm: 90 },
+            defines: vec!["T=bf16".into()],
+            result: Ok(vec![usage]),
+            warnings: Vec::new(),
+            time: Duration::ZERO,
+        }
+    }
+
+    #[test]
+    fn spills_are_problems() {
+        assert!(problems(&variant(0)).is_empty());
+        assert_eq!(problems(&variant(4)), ["a.cu for sm_90a with T=bf16: swiglu_fwd spills 4 bytes"]);
+    }
+}
