@@ -29,7 +29,7 @@ impl Checkpoint {
     /// Reads the configuration and maps the weights at `path`, checking all headers and the index.
     ///
     /// # Errors
-    /// - [`Error::NotFound`]: `path` is no directory. Names on the hub are for [`resolve`](crate::resolve).
+    /// - [`Error::NotFound`]: `path` is no directory. Names on the hub are for `resolve`.
     /// - [`Error::Missing`]: no configuration, no weights, a shard that the index names, or tensors
     ///   that the index places in a shard and that are not there; all of them at once.
     /// - [`Error::Malformed`]: JSON with line and column; a truncated or inconsistent file; a tensor

@@ -6,8 +6,8 @@
 //! check every header before they hand out a tensor, and read no weight until it is asked for.
 //! [`write_safetensors`] and [`write_sharded`] write the same files, one tensor at a time;
 //! [`write_atomic`] and [`AtomicDir`] see to it that a file or directory stands under its final
-//! name whole or not at all. [`resolve`] turns a name on the hub into such a directory, in the
-//! cache that is shared with Python; [`cache`] lists and prunes that. Both are the feature
+//! name whole or not at all. `resolve` turns a name on the hub into such a directory, in the
+//! cache that is shared with Python; `cache` lists and prunes that. Both are the feature
 //! `network`, which is on by default.
 //!
 //! ```

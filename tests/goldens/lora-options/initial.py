@@ -1,5 +1,6 @@
 """Adapters that start from the weights they adapt: pissa, olora and loftq. Run by make.py."""
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -97,7 +98,8 @@ def make_loftq(directory, base, method, iterations, rows):
                 continue
             weight = linear.base_layer.weight.clone()
             plain = round_to_nf4(weight)
-            assert describe(plain)["first"][:4] == codes[name]["starts"], f"{name} is not what bitsandbytes decodes"
+            checksum = hashlib.sha256(plain.numpy().tobytes()).hexdigest()
+            assert checksum == codes[name]["sha256"], f"{name} is not what bitsandbytes decodes"
             missing = weight
             for _ in range(iterations):
                 quantized = round_to_nf4(missing)
