@@ -202,6 +202,10 @@ fn another_format_than_the_checkpoint_has_is_refused() {
             assert!(text.contains(part), "\"{part}\" is not in: {text}");
         }
     }
+    let blocks = QuantConfig { blocksize: rekindle_quant::Blocksize::B256, ..fp4 };
+    let text =
+        refused("quantized/qwen3-tied-fp4-double", |options| options.load_in = Some(LoadIn::FourBit(Some(blocks))));
+    assert!(text.contains("has blocks of 64, and blocksize 256 was asked for"), "{text}");
     // The same format, said again, is no contradiction.
     let golden = Golden::open("quantized/qwen3-tied-fp4-double");
     golden.load_with(|options| options.load_in = Some(LoadIn::FourBit(Some(fp4))));

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
 use rekindle_quant::bnb::{self, Format, FourBitWeight, QuantizationConfig, RawDtype, RawTensor, StoredWeight};
-use rekindle_quant::{Int8Tensor, Origin, QuantConfig, QuantizedTensor};
+use rekindle_quant::{Blocksize, Int8Tensor, Origin, QuantConfig, QuantizedTensor};
 use serde_json::Value;
 
 use crate::Error;
@@ -65,8 +65,8 @@ pub(crate) struct Plan {
 
 #[derive(Debug)]
 enum Source {
-    /// The weights that the checkpoint holds in codes.
-    Stored(BTreeSet<String>),
+    /// The weights that the checkpoint holds in codes, and the block size that was asked for, if any was.
+    Stored(BTreeSet<String>, Option<Blocksize>),
     FourBit(QuantConfig),
     EightBit,
 }
@@ -147,13 +147,18 @@ impl Plan {
         if skip_modules.is_some() {
             return Err(refuse("skip_modules"));
         }
-        let source = Source::Stored(checkpoint.names().filter_map(bnb::owner).collect());
+        // Each weight says its own block size; the configuration does not.
+        let blocksize = match load_in {
+            Some(LoadIn::FourBit(Some(asked))) => Some(asked.blocksize),
+            _ => None,
+        };
+        let source = Source::Stored(checkpoint.names().filter_map(bnb::owner).collect(), blocksize);
         Ok(Self { config, source })
     }
 
     /// Whether the checkpoint itself holds `name` in codes.
     pub(crate) fn is_stored(&self, name: &str) -> bool {
-        matches!(&self.source, Source::Stored(names) if names.contains(name))
+        matches!(&self.source, Source::Stored(names, _) if names.contains(name))
     }
 
     /// The codes of the weight `name` `[out, in]`; `None` when it stays dense.
@@ -165,7 +170,7 @@ impl Plan {
     ) -> Result<Option<StoredWeight>, Error> {
         let fail = |problem: String| Error::Tensors { path: checkpoint.path().to_owned(), problems: vec![problem] };
         let failed = |error: rekindle_quant::Error| fail(format!("tensor \"{name}\": {error}"));
-        if let Source::Stored(names) = &self.source {
+        if let Source::Stored(names, blocksize) = &self.source {
             if !names.contains(name) {
                 return Ok(None);
             }
@@ -175,6 +180,16 @@ impl Plan {
             if weight.shape() != shape {
                 let found = weight.shape();
                 return Err(fail(format!("tensor \"{name}\" holds codes of shape {found:?}, expected {shape:?}")));
+            }
+            if let (StoredWeight::FourBit(weight), Some(asked)) = (&weight, blocksize)
+                && weight.tensor.config().blocksize != *asked
+            {
+                return Err(Error::Argument(format!(
+                    "tensor \"{name}\" has blocks of {}, and blocksize {} was asked for; leave the 4-bit format out to \
+                     load the checkpoint as it is",
+                    weight.tensor.config().blocksize.get(),
+                    asked.get()
+                )));
             }
             return Ok(Some(weight));
         }
@@ -194,7 +209,7 @@ impl Plan {
             Source::EightBit => Int8Tensor::quantize_le_bytes(view.data, dtype, [out, input]).map(StoredWeight::Int8),
             Source::FourBit(config) => QuantizedTensor::quantize_le_bytes(view.data, dtype, view.shape, config)
                 .map(|tensor| StoredWeight::FourBit(FourBitWeight::new(tensor))),
-            Source::Stored(_) => unreachable!("what is stored is not encoded again"),
+            Source::Stored(..) => unreachable!("what is stored is not encoded again"),
         }
     }
 }
