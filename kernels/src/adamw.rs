@@ -11,7 +11,7 @@ use crate::cuda::ops;
 use crate::{Device, Grads, Params, Path, Tensor, cpu, params, portable};
 
 /// First and second moments of every parameter.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct State {
     m: Tensor<1>,
     v: Tensor<1>,

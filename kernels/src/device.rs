@@ -27,7 +27,7 @@ impl Device {
         }
     }
 
-    /// The first error of a CUDA device since the last call; a device of Burn reports its own where they happen.
+    /// The first error of a CUDA device, which stays; a device of Burn reports its own where they happen.
     ///
     /// Operations on CUDA do not return errors: after the first one nothing more runs, and what is read back is NaN.
     ///

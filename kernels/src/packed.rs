@@ -1,4 +1,5 @@
-//! Frozen weights kept as codes: the codes are the only copy that stays, and products decode a few rows at a time.
+//! Frozen weights kept as codes: the codes are the only copy that stays. Products decode a few rows at a time, on CUDA the
+//! whole weight into scratch memory that the next product takes over.
 //!
 //! Two families of codes, which between them cover bitsandbytes' weights:
 //!
@@ -45,7 +46,7 @@ pub enum Format {
         codes: Vec<u8>,
         /// What the sixteen codes stand for.
         table: [f32; 16],
-        /// Elements that share a scale: a power of two, at least 2.
+        /// Elements that share a scale: a power of two, at least 32.
         blocksize: usize,
         /// `⌈out · in / blocksize⌉` scales.
         absmax: Absmax,
@@ -56,7 +57,7 @@ pub enum Format {
         codes: Vec<i8>,
         /// `out` scales.
         scales: Vec<f32>,
-        /// What every value is multiplied with last.
+        /// What every value is multiplied with last: 1/127.
         factor: f32,
     },
 }
@@ -128,7 +129,7 @@ impl Codes {
         let elements = rows * cols;
         match &self.format {
             Format::FourBit { codes, blocksize, absmax, .. } => {
-                assert!(blocksize.is_power_of_two() && *blocksize >= 2, "a block of {blocksize} codes");
+                assert!(blocksize.is_power_of_two() && *blocksize >= 32, "a block of {blocksize} codes");
                 assert_eq!(codes.len(), elements.div_ceil(2), "packed codes of {rows} × {cols}");
                 let blocks = elements.div_ceil(*blocksize);
                 match absmax {
@@ -140,7 +141,8 @@ impl Codes {
                     }
                 }
             }
-            Format::Int8 { codes, scales, .. } => {
+            Format::Int8 { codes, scales, factor } => {
+                assert!(*factor == 1.0 / 127.0, "LLM.int8()'s factor is 1/127, not {factor}");
                 assert_eq!((codes.len(), scales.len()), (elements, rows), "codes and scales of {rows} × {cols}");
             }
         }

@@ -195,7 +195,7 @@ impl Params {
 }
 
 /// Gradients of [`Params`], summed over whatever is added before the optimizer reads them.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Grads {
     flat: Tensor<1>,
 }

@@ -19,7 +19,7 @@ pub enum Weight {
 
 impl Weight {
     /// The weight as a matrix in the compute dtype. Of codes this is the whole decoded matrix: for a product use
-    /// [`nt`](Self::nt) and [`nn`](Self::nn), which never hold it.
+    /// [`nt`](Self::nt) and [`nn`](Self::nn), which hold no more of it than they must.
     pub fn matrix(&self, params: &Params) -> Tensor<2> {
         match self {
             Self::Frozen(tensor) => tensor.clone(),

@@ -54,7 +54,9 @@ fn into_new(a: &Array, b: &Array, form: Form, dtype: DType, bias: Option<&Array>
     }
     let out = Array::empty(a.cuda(), [m, n], dtype, ACTIVATIONS);
     let gemm = Gemm::new(form, shape, a.operand(), b.operand(), out.operand());
-    a.cuda().gemm(&Gemm { bias: bias.map(Array::ptr), ..gemm });
+    // cuBLASLt reads a bias in vectors, and one of the flat buffer begins anywhere.
+    let bias = bias.map(Array::aligned);
+    a.cuda().gemm(&Gemm { bias: bias.as_ref().map(|bias| bias.ptr()), ..gemm });
     out
 }
 
