@@ -119,7 +119,7 @@ fn merged_is_unmerged() {
             let rows = &options.expect["adapters"][adapter]["merged"]["rows"];
             let mut model = options.with(adapter);
             let loaded = model.adapter().expect("just loaded");
-            model.merge_and_unload();
+            model.merge_and_unload().expect("the CPU has room");
             assert!(model.adapter().is_none());
             options.check(&format!("{adapter} merged"), &model, rows);
             // The same from disk to disk, and what the model in memory writes.
@@ -146,7 +146,7 @@ fn adapters_merge_onto_decoded_codes() {
     merge(&checkpoint, &adapter, None, out.path(), &mut |_| ()).expect("the disk has room");
     let merged = Golden { dir: out.path().to_owned(), ..Golden::open("quantized/qwen3-tied-nf4-double") };
     for model in [merged.load(), {
-        model.merge_and_unload();
+        model.merge_and_unload().expect("the CPU has room");
         model
     }] {
         let nll = model.nll(&batch).expect("golden rows fit");

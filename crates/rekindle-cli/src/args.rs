@@ -107,7 +107,7 @@ pub(crate) struct MergeArgs {
     /// An adapter directory, or the output directory of a run that trained one
     #[arg(value_name = "RUN_OR_ADAPTER")]
     pub(crate) adapter: PathBuf,
-    /// Where to put the merged checkpoint; a directory that is not there yet, or an earlier result
+    /// Where to put the merged checkpoint; a directory that is not there yet, or an empty one
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
     /// The base model [default: the one that the adapter was trained on]
@@ -119,9 +119,9 @@ pub(crate) struct MergeArgs {
     /// Compare the losses of adapter and merged model, and fail above a bound
     #[arg(long)]
     pub(crate) verify: bool,
-    /// Where --verify computes: auto, cpu, cuda, cuda:N, wgpu or wgpu:N
-    #[arg(long, value_name = "D", default_value = "auto", value_parser = parse_device)]
-    pub(crate) device: DeviceKind,
+    /// Where --verify computes: cpu, cuda, cuda:N, wgpu or wgpu:N [default: cpu]
+    #[arg(long, value_name = "D", requires = "verify", value_parser = parse_device)]
+    pub(crate) device: Option<DeviceKind>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -1,6 +1,6 @@
 //! `rekindle merge`.
 
-use rekindle::Merge;
+use rekindle::{DeviceKind, Merge};
 
 use crate::args::MergeArgs;
 use crate::failure::Failure;
@@ -13,7 +13,7 @@ pub(crate) fn run(args: &MergeArgs) -> Result<(), Failure> {
     }
     merge.write(&args.out, &mut progress::reading("merging"))?;
     if args.verify {
-        let found = merge.verify(&args.out, args.device)?;
+        let found = merge.verify(&args.out, args.device.unwrap_or(DeviceKind::Cpu))?;
         eprintln!(
             "losses of adapter and merged model differ by {:.1e} on the mean and {:.1e} at most (bound {:.0e})",
             found.mean, found.largest, found.bound

@@ -75,9 +75,6 @@ impl Modules {
     /// [`Error::Targets`] for a name that this model has not.
     pub fn saved(&self, config: &LoraConfig) -> Result<Vec<String>, Error> {
         let modules_to_save = &config.modules_to_save;
-        if !modules_to_save.is_empty() && self.tied && config.ensure_weight_tying {
-            return Ok(self.savable.iter().map(|(name, _)| name.clone()).collect());
-        }
         let find = |wanted: &String| {
             let is = |name: &&(String, _)| name.0 == *wanted || name.0.ends_with(&format!(".{wanted}"));
             self.savable.iter().find(is).map(|(name, _)| name.clone()).ok_or_else(|| {
@@ -87,7 +84,10 @@ impl Modules {
         };
         let found: Vec<Result<String, String>> = modules_to_save.iter().map(find).collect();
         let problems: Vec<String> = found.iter().filter_map(|found| found.clone().err()).collect();
-        let names: BTreeSet<String> = found.into_iter().flatten().collect();
+        let mut names: BTreeSet<String> = found.into_iter().flatten().collect();
+        if !names.is_empty() && self.tied && config.ensure_weight_tying {
+            names.extend(self.savable.iter().map(|(name, _)| name.clone()));
+        }
         if problems.is_empty() { Ok(names.into_iter().collect()) } else { Err(Error::Targets { problems }) }
     }
 
@@ -140,6 +140,13 @@ impl Adapter {
             saved.insert(name, (shape, weight));
         }
         let mut problems = reader.problems;
+        let different = |(a, b): (&(_, Vec<f32>), &(_, Vec<f32>))| a.1 != b.1;
+        if modules.tied
+            && config.lora().ensure_weight_tying
+            && saved.values().zip(saved.values().skip(1)).any(different)
+        {
+            problems.push("the tied weights that it saved differ, although ensure_weight_tying is true".to_owned());
+        }
         for name in file.names().filter(|name| !reader.read.contains(*name)) {
             problems.push(format!("tensor \"{name}\" belongs to nothing of this model that the adapter is on"));
         }

@@ -60,7 +60,7 @@ pub type Dropout<'a> = dropout::Key<'a>;
 /// # Gradients
 /// dB_j = s_j·dy_jᵀ·(x·A_jᵀ); dA_j = s_j·(dy_j·B_j)ᵀ·x; dx = Σ_j dy_j·W_j + s_j·(dy_j·B_j)·A_j;
 /// dW_j = dy_jᵀ·x and db_j = Σ_rows dy_j where those are trained.
-/// Saved: x·A ᵀ, `[tokens, Σ r_j]`, and with DoRA one `[tokens, out_j]`. x itself is handed in again.
+/// Saved: x·Aᵀ, `[tokens, Σ r_j]`, and with DoRA one `[tokens, out_j]`. x itself is handed in again.
 ///
 /// Equal to PEFT's `lora.Linear`, except that linears of a group share one dropout mask.
 #[derive(Clone, Debug)]

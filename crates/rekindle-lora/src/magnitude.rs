@@ -54,8 +54,9 @@ impl Magnitude {
         let factors = Factors { r, a: params.values(a), b: params.values(b), magnitude: None };
         let norms = dora_norm(&self.row_norms, &wa, &factors, f64::from(scale));
         let magnitude = params.values(self.at);
-        let gain = magnitude.iter().zip(&norms).map(|(m, norm)| m / norm).collect();
-        let reciprocal = norms.iter().map(|norm| norm.recip()).collect();
+        // A row without length has no direction: it stays zero, as in a merge.
+        let reciprocal: Vec<f32> = norms.iter().map(|&norm| if norm > 0.0 { norm.recip() } else { 0.0 }).collect();
+        let gain = magnitude.iter().zip(&reciprocal).map(|(m, reciprocal)| m * reciprocal).collect();
         Gain { gain: vector(gain, &device, params), reciprocal: vector(reciprocal, &device, params) }
     }
 }

@@ -5,7 +5,7 @@
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use crate::{Bias, Error, InitLoraWeights, LoraConfig, TargetModules};
+use crate::{Bias, Error, InitLoraWeights, LoraConfig, Pattern, TargetModules};
 
 mod keys;
 
@@ -91,10 +91,9 @@ impl AdapterConfig {
             names.dedup();
             lora.target_modules = names.into();
         }
-        if let Some(n) = lora.finetune_last_n_layers.take() {
-            // PEFT has no such argument; the blocks themselves say the same.
-            let layers: std::collections::BTreeSet<usize> = modules.iter().filter_map(|m| layer_of(m)).collect();
-            lora.layers_to_transform = Some(layers.into_iter().rev().take(n).rev().collect());
+        if lora.finetune_last_n_layers.take().is_some() {
+            // PEFT has no such argument; full names say the same whatever the targets were.
+            lora.target_modules = TargetModules::Names(modules.to_vec());
         }
         let fields = json!({
             "alpha_pattern": lora.alpha_pattern.0.iter().map(|(k, v)| (k.clone(), number(*v))).collect::<Map<_, _>>(),
@@ -207,9 +206,23 @@ impl Reader<'_> {
         if layers_to_transform.is_some() && !matches!(target_modules, TargetModules::Names(_)) {
             self.problems.push("layers_to_transform needs target_modules to be a list of names".to_owned());
         }
+        let rank_pattern: Pattern<usize> = self.typed("rank_pattern", "ranks by name").unwrap_or_default();
+        let alpha_pattern: Pattern<f64> = self.typed("alpha_pattern", "numbers by name").unwrap_or_default();
+        self.problems.extend(rank_pattern.invalid("rank_pattern").chain(alpha_pattern.invalid("alpha_pattern")));
+        self.problems.extend(
+            rank_pattern
+                .0
+                .iter()
+                .filter(|(_, r)| **r == 0)
+                .map(|(key, _)| format!("rank_pattern \"{key}\" is 0; expected a rank of at least 1")),
+        );
+        let lora_alpha: f64 = self.typed("lora_alpha", "a number").unwrap_or(8.0);
+        for alpha in alpha_pattern.0.values().chain([&lora_alpha]).filter(|alpha| !alpha.is_finite()) {
+            self.problems.push(format!("lora_alpha is {alpha}; expected a finite number"));
+        }
         LoraConfig {
             r,
-            lora_alpha: self.typed("lora_alpha", "a number").unwrap_or(8.0),
+            lora_alpha,
             use_rslora: self.typed("use_rslora", "true or false").unwrap_or(false),
             lora_dropout,
             target_modules,
@@ -218,8 +231,8 @@ impl Reader<'_> {
             bias: self.bias(),
             exclude_modules: self.typed("exclude_modules", "a list of names or a string").filter(is_not_empty),
             layers_pattern: self.names("layers_pattern"),
-            rank_pattern: self.typed("rank_pattern", "ranks by name").unwrap_or_default(),
-            alpha_pattern: self.typed("alpha_pattern", "numbers by name").unwrap_or_default(),
+            rank_pattern,
+            alpha_pattern,
             modules_to_save: self.names("modules_to_save").unwrap_or_default(),
             // Without such modules it means nothing.
             ensure_weight_tying: self.typed("ensure_weight_tying", "true or false").unwrap_or(false) || !saves,
@@ -301,11 +314,6 @@ impl<T> List<T> {
 
 fn is_not_empty(targets: &TargetModules) -> bool {
     *targets != TargetModules::Names(Vec::new())
-}
-
-/// The number of the block that a linear is in.
-fn layer_of(module: &str) -> Option<usize> {
-    module.split('.').find_map(|segment| segment.parse().ok())
 }
 
 /// Whether a field says more than "off".

@@ -49,9 +49,12 @@ impl CausalLm {
     /// weights are trained.
     pub fn add_adapter(&mut self, config: &LoraConfig) -> Result<(), Error> {
         config.validate()?;
-        self.remove_adapter();
         let modules = self.modules();
         let targets = match_targets(config, &modules.names())?;
+        let saved = modules.saved(config)?;
+        self.check_placeable(config.use_gradient_checkpointing)?;
+        // Nothing can be refused any more: the earlier adapter may go.
+        self.remove_adapter();
         let mut factors = BTreeMap::new();
         for name in &targets {
             let linear = self.linear(name);
@@ -68,7 +71,7 @@ impl CausalLm {
             (linear.name.clone(), to_f32(bias.matrix(&self.params)))
         };
         let biases = modules.biased(config.bias, |name| factors.contains_key(name)).into_iter().map(bias).collect();
-        let saved = modules.saved(config)?.into_iter().map(|name| {
+        let saved = saved.into_iter().map(|name| {
             let weight = if name == module(HEAD) { self.head.as_ref().unwrap_or(&self.embed) } else { &self.embed };
             (name, (weight.dims(), to_f32(weight.matrix(&self.params))))
         });
@@ -133,12 +136,7 @@ impl CausalLm {
     }
 
     fn place(&mut self, adapter: Adapter) -> Result<(), Error> {
-        if self.adapter_config.is_none() && self.params.numel() > 0 {
-            return Err(Error::Argument(
-                "all weights are trained; an adapter goes onto a model loaded with full_finetuning = false".to_owned(),
-            ));
-        }
-        self.check_checkpointing(adapter.config.lora().use_gradient_checkpointing)?;
+        self.check_placeable(adapter.config.lora().use_gradient_checkpointing)?;
         self.restore();
         let mut params = ParamsBuilder::default();
         let Adapter { config, mut factors, mut biases, saved } = adapter;
@@ -178,6 +176,15 @@ impl CausalLm {
         if let Some(head) = self.replaced.head.take() {
             self.head = head;
         }
+    }
+
+    fn check_placeable(&self, checkpointing: GradientCheckpointing) -> Result<(), Error> {
+        if self.adapter_config.is_none() && self.params.numel() > 0 {
+            return Err(Error::Argument(
+                "all weights are trained; an adapter goes onto a model loaded with full_finetuning = false".to_owned(),
+            ));
+        }
+        self.check_checkpointing(checkpointing)
     }
 
     fn check_checkpointing(&self, checkpointing: GradientCheckpointing) -> Result<(), Error> {

@@ -49,7 +49,7 @@ impl CausalLm {
     ///
     /// # Errors
     /// [`Error::Argument`] for an empty prompt, one as long as `max_seq_length`, or numbers out of range;
-    /// [`Error::Row`] for ids beyond the vocabulary.
+    /// [`Error::Row`] for ids beyond the vocabulary; [`Error::Device`] when the device fails.
     pub fn generate(
         &self,
         prompt: &[u32],
@@ -73,6 +73,7 @@ impl CausalLm {
         let mut position = 0;
         while new.len() < room {
             let logits = self.decode(&pending, position, &mut caches);
+            self.device.check()?;
             position += pending.len();
             let id = sampler.next(&logits);
             new.push(id);

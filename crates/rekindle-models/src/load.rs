@@ -15,6 +15,9 @@ use crate::names::{self, EMBED, HEAD, NORM, Needed, Projection};
 use crate::quantization::{LoadIn, Plan, Quantization, stored_bytes};
 use crate::{CausalLm, Error, ModelConfig};
 
+/// The widest row that the norms of the CUDA path take.
+const MOST_HIDDEN: usize = 16_384;
+
 /// How a checkpoint is loaded.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
@@ -50,6 +53,12 @@ impl CausalLm {
         let config = ModelConfig::from_checkpoint(checkpoint)?;
         let LoadOptions { device, dtype, max_seq_length, full_finetuning, load_in, skip_modules } = options;
         check_length(&config, *max_seq_length)?;
+        if let (Device::Cuda(_), true) = (device, config.hidden_size > MOST_HIDDEN) {
+            return Err(Error::Argument(format!(
+                "hidden_size is {}; on CUDA it is at most {MOST_HIDDEN}; use device \"cpu\"",
+                config.hidden_size
+            )));
+        }
         if !config.heads().supported_by(device) {
             return Err(Error::Argument(format!(
                 "head_dim is {}; on CUDA it is a multiple of 8, up to 256; use device \"cpu\"",

@@ -136,8 +136,11 @@ impl Source<'_> {
 impl CausalLm {
     /// Adds the adapter into the weights and takes it off: the same function, without the adapter's cost. Codes of
     /// merged linears become dense. Without an adapter nothing happens.
-    pub fn merge_and_unload(&mut self) {
-        let Some(adapter) = self.adapter() else { return };
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the device fails, as for lack of memory; the model is then of no use.
+    pub fn merge_and_unload(&mut self) -> Result<(), Error> {
+        let Some(adapter) = self.adapter() else { return Ok(()) };
         self.remove_adapter();
         let (device, dtype) = (self.device.clone(), self.dtype);
         let frozen = |values: Vec<f32>, shape: [usize; 2]| Weight::Frozen(from_f32(values, shape, &device, dtype));
@@ -175,6 +178,8 @@ impl CausalLm {
                 self.head = Some(weight);
             }
         }
+        self.device.check()?;
+        Ok(())
     }
 }
 

@@ -33,6 +33,8 @@ impl CausalLm {
                 }
             }
         })?;
+        // What is read from a device that failed is no weight.
+        self.device.check()?;
         let mut json = self.config.json.clone();
         if let Value::Object(fields) = &mut json {
             let name = match dtype {
@@ -41,6 +43,8 @@ impl CausalLm {
                 _ => "float32",
             };
             let key = if fields.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
+            // What a merged model was made from may have been quantized.
+            fields.remove("quantization_config");
             if let Some(quantization) = &self.quantization {
                 // The dense tensors stay what they were, and so does what the file says of them.
                 fields.insert("quantization_config".to_owned(), quantization.config.to_json());

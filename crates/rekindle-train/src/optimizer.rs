@@ -1,5 +1,6 @@
 //! One optimizer step over given micro-batches.
 
+use burn::tensor::DType;
 use rekindle_kernels::adamw;
 use rekindle_kernels::linear_cross_entropy::Losses;
 use rekindle_models::{Batch, CausalLm, StepKey};
@@ -59,11 +60,16 @@ impl Optimizer {
     /// Zero moments for the parameters of `model`. `seed` is that of dropout.
     ///
     /// # Errors
-    /// [`Error::NothingToTrain`].
+    /// [`Error::NothingToTrain`], and [`Error::Config`] for a model in f16.
     pub fn new(model: &CausalLm, config: AdamW, seed: u64) -> Result<Self, Error> {
         let numel = model.params().numel();
         if numel == 0 {
             return Err(Error::NothingToTrain);
+        }
+        if model.dtype() == DType::F16 {
+            let problem = "dtype \"f16\" is not trained in: its smallest value is 6e-8, and the loss is not scaled to keep \
+                           gradients above that; use \"bf16\" or \"f32\"";
+            return Err(Error::Config(vec![problem.to_owned()]));
         }
         Ok(Self { config, state: adamw::State::new(numel, model.device()), t: 0, seed })
     }

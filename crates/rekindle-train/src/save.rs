@@ -19,6 +19,8 @@ use crate::Error;
 /// [`Error::File`] when `dir` holds anything else, or the system refuses; [`Error::Model`] likewise.
 pub fn save_result(model: &CausalLm, dir: &Path, companions: &[PathBuf], dtype: Dtype) -> Result<(), Error> {
     let adapter = model.adapter();
+    // What is read from a device that failed is no adapter.
+    model.device().check().map_err(rekindle_models::Error::from)?;
     write_result(dir, adapter.is_some(), companions, |target| match adapter {
         Some(adapter) => Ok(adapter.save(target).map_err(rekindle_models::Error::from)?),
         None => Ok(model.save(target, dtype)?),

@@ -57,16 +57,13 @@ impl Merge {
     /// Writes the merged checkpoint to `out`, the tokenizer's files included. One tensor is in memory at a time.
     /// `progress` is told the bytes read so far and in all.
     ///
-    /// `out` appears whole or not at all; an earlier checkpoint there is replaced.
+    /// `out` appears whole or not at all; what is there already is never replaced.
     ///
     /// # Errors
     /// [`Error::File`] and [`Error::Model`] for an adapter or a base that is missing, broken or does not fit,
     /// [`Error::Train`] when the result cannot be written.
     pub fn write(&self, out: impl AsRef<Path>, progress: &mut dyn FnMut(u64, u64)) -> Result<(), Error> {
         let base = self.base_dir()?;
-        if out.as_ref().canonicalize().is_ok_and(|out| base.canonicalize().is_ok_and(|base| base == out)) {
-            return Err(Error::Argument(format!("{} is the base itself; give another directory", base.display())));
-        }
         let checkpoint = Checkpoint::open(&base)?;
         let modules = ModelConfig::from_checkpoint(&checkpoint)?.modules();
         let adapter = Adapter::load(&self.adapter, &modules).map_err(rekindle_models::Error::from)?;
@@ -112,10 +109,12 @@ impl Merge {
 
 impl Model {
     /// The model with its adapter added into the weights, and no adapter.
-    #[must_use]
-    pub fn merge_and_unload(mut self) -> Self {
-        self.causal_lm_mut().merge_and_unload();
-        self
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the device fails, as for lack of memory.
+    pub fn merge_and_unload(mut self) -> Result<Self, Error> {
+        self.causal_lm_mut().merge_and_unload()?;
+        Ok(self)
     }
 
     /// Writes the checkpoint that this model was loaded from with its adapter added into it, `W + s·B·A` in `f32` and
@@ -139,6 +138,13 @@ fn write_merged(
     out: &Path,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), Error> {
+    let same = out.canonicalize().is_ok_and(|out| base.path().canonicalize().is_ok_and(|base| base == out));
+    if same {
+        return Err(Error::Argument(format!("{} is the base itself; give another directory", out.display())));
+    }
+    if std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(Error::Argument(format!("{} is not empty; give a new directory", out.display())));
+    }
     let dtype = match dtype {
         Dtype::Auto => None,
         Dtype::F32 => Some(rekindle_hub::Dtype::F32),

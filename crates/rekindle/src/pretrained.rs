@@ -226,7 +226,9 @@ fn resolve(asked: Dtype, device: &Device, kind: DeviceKind, full_finetuning: boo
         Dtype::F16 => DType::F16,
     };
     if !device.supports_dtype(dtype) {
-        return Err(Error::Argument(format!("dtype {dtype:?} is not supported by {device:?}; use dtype \"f32\"")));
+        return Err(Error::Argument(format!(
+            "dtype {dtype:?} is not supported by device \"{kind}\"; use dtype \"f32\""
+        )));
     }
     Ok(dtype)
 }

@@ -22,6 +22,12 @@ impl<T: Copy> Pattern<T> {
         found.map_or(default, |(_, value)| *value)
     }
 
+    /// One sentence for each key that is no regular expression here, whatever it is in Python.
+    pub(crate) fn invalid(&self, argument: &'static str) -> impl Iterator<Item = String> {
+        let keys = self.0.keys().filter(|key| compiled(key).is_err());
+        keys.map(move |key| format!("{argument} key \"{key}\" is not a regular expression without look-around"))
+    }
+
     /// One sentence for each key that is no regular expression, or matches none of `modules`.
     pub(crate) fn problems<S: AsRef<str>>(&self, argument: &str, modules: &[S]) -> Vec<String> {
         let problem = |key: &String| match compiled(key) {
