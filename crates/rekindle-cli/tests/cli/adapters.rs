@@ -11,6 +11,9 @@ fn a_run_is_merged_and_verified() {
     let done = rekindle(merge).ok();
     assert_eq!(done.stdout.trim(), out.display().to_string());
     assert!(done.stderr.contains("losses of adapter and merged model differ by"), "{}", done.stderr);
+    // What is there is never replaced, and the name of a device means nothing where nothing is computed.
+    rekindle(merge).fails(2, &["merged is not empty; give a new directory"]);
+    run(&format!("merge {} --out elsewhere --device cpu", run_dir.display())).fails(2, &["--verify"]);
     // The same losses by the other command, to what f32 sums in another order differ by.
     let rows = golden("qwen3-tied/rows.jsonl");
     let loss = |more: String| {
