@@ -130,9 +130,10 @@ impl RowLosses {
     }
 }
 
-/// The directory of the goldens.
+/// The directory of the goldens: `REKINDLE_GOLDENS`, for a machine without the repository, or that of this crate.
 pub fn goldens() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens")
+    let elsewhere = std::env::var_os("REKINDLE_GOLDENS").map(PathBuf::from);
+    elsewhere.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens"))
 }
 
 /// The content of a JSON file.

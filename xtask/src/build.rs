@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::root;
 
-/// What `cargo build --workspace` made with these arguments: names and files.
-pub(crate) fn programs(arguments: &[&str]) -> Result<Vec<(String, PathBuf)>, Box<dyn Error>> {
+/// What `cargo build --workspace` made with these arguments: root sources and programs.
+pub(crate) fn programs(arguments: &[&str]) -> Result<Vec<(PathBuf, PathBuf)>, Box<dyn Error>> {
     let mut command = Command::new("cargo");
     command.args(["build", "--workspace", "--locked"]).args(arguments);
     command.args(["--message-format", "json-render-diagnostics"]).current_dir(root());
@@ -21,15 +21,16 @@ pub(crate) fn programs(arguments: &[&str]) -> Result<Vec<(String, PathBuf)>, Box
     let mut programs = Vec::new();
     for line in String::from_utf8(output.stdout)?.lines() {
         let message: Value = serde_json::from_str(line)?;
-        if let (Some(name), Some(file)) = (message["target"]["name"].as_str(), message["executable"].as_str()) {
-            programs.push((name.to_owned(), PathBuf::from(file)));
+        if let (Some(source), Some(program)) = (message["target"]["src_path"].as_str(), message["executable"].as_str())
+        {
+            programs.push((PathBuf::from(source), PathBuf::from(program)));
         }
     }
     Ok(programs)
 }
 
-/// One of them.
-pub(crate) fn named<'a>(programs: &'a [(String, PathBuf)], name: &str) -> Result<&'a PathBuf, Box<dyn Error>> {
-    let found = programs.iter().find(|(program, _)| program == name);
-    found.map(|(_, file)| file).ok_or_else(|| format!("cargo built no {name}").into())
+/// The one of them whose root source has this path in the repository; names may be those of several.
+pub(crate) fn of<'a>(programs: &'a [(PathBuf, PathBuf)], source: &str) -> Result<&'a PathBuf, Box<dyn Error>> {
+    let found = programs.iter().find(|(root, _)| root.ends_with(source));
+    found.map(|(_, program)| program).ok_or_else(|| format!("cargo built nothing from {source}").into())
 }

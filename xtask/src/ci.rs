@@ -25,7 +25,7 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
 /// The CUDA kernels, by this program with its other features, which is built as the tests were.
 fn kernels() -> Result<(), Box<dyn Error>> {
     let programs = build::programs(&["--test", "cuda", "--bin", "xtask"])?;
-    let xtask = build::named(&programs, "xtask")?;
+    let xtask = build::of(&programs, "xtask/src/main.rs")?;
     crate::run(Command::new(xtask).args(["kernels", "--require"]).current_dir(root()))
 }
 

@@ -10,6 +10,14 @@ use crate::{build, root};
 /// All files together, as they are copied.
 const LIMIT: u64 = 40 << 20;
 
+/// What the programs are called there, and their root sources.
+const PROGRAMS: [(&str, &str); 4] = [
+    ("test-kernels", "kernels/tests/cuda.rs"),
+    ("test-models", "tests/tests/cuda.rs"),
+    ("rekindle", "crates/rekindle-cli/src/main.rs"),
+    ("xtask", "xtask/src/main.rs"),
+];
+
 /// Runs the tests; the other programs are for whoever looks further.
 const RUN: &str = r#"#!/bin/sh
 # Runs the GPU tests on this machine; arguments go to them (a part of a test's name runs only those).
@@ -19,8 +27,12 @@ cd "$(dirname "$0")"
 for file in *.xz; do
   if [ -e "$file" ]; then xz --decompress --force "$file"; fi
 done
-chmod +x cuda rekindle xtask
-REKINDLE_REQUIRE_CUDA=1 ./cuda "$@"
+chmod +x test-kernels test-models rekindle xtask
+export REKINDLE_REQUIRE_CUDA=1 REKINDLE_GOLDENS="$PWD/goldens"
+failed=0
+./test-kernels "$@" || failed=1
+./test-models "$@" || failed=1
+exit $failed
 "#;
 
 pub(crate) fn make() -> Result<(), Box<dyn Error>> {
@@ -30,9 +42,9 @@ pub(crate) fn make() -> Result<(), Box<dyn Error>> {
         fs::remove_dir_all(&out)?;
     }
     fs::create_dir_all(&out)?;
-    for name in ["cuda", "rekindle", "xtask"] {
+    for (name, source) in PROGRAMS {
         let to = out.join(name);
-        fs::copy(build::named(&programs, name)?, &to)?;
+        fs::copy(build::of(&programs, source)?, &to)?;
         crate::run(Command::new("strip").arg(&to))?;
         compress(&to)?;
     }
