@@ -1,6 +1,8 @@
 //! `cargo xtask bench`: measured, not believed.
 
 pub(crate) mod quantize;
+pub(crate) mod shape;
+pub(crate) mod train;
 
 use std::error::Error;
 use std::path::Path;

@@ -85,11 +85,13 @@ enum Bench {
         #[arg(long, hide = true)]
         worker: Option<PathBuf>,
     },
+    /// A fine-tune of a real model's shape on a CUDA device, beside Unsloth or PEFT when `--python` has them.
+    Train(bench::train::Train),
     /// Quantizing a large model while loading and to disk: time, and memory against its bound. Linux only.
     Quantize {
         /// The model whose shape is filled with random weights.
-        #[arg(long, value_enum, default_value_t = bench::quantize::Shape::Qwen3_4b)]
-        shape: bench::quantize::Shape,
+        #[arg(long, value_enum, default_value_t = bench::shape::Shape::Qwen3_4b)]
+        shape: bench::shape::Shape,
         /// Where there is room for the weights; they are deleted afterwards.
         #[arg(long, default_value = "target")]
         dir: PathBuf,
@@ -117,6 +119,8 @@ fn main() -> ExitCode {
             Some(checkpoint) => bench::cpu_worker(&checkpoint, steps),
             None => bench::cpu(steps, python.as_deref(), threads),
         },
+        #[cfg(feature = "models")]
+        Task::Bench { what: Bench::Train(job) } => bench::train::run(&job),
         #[cfg(feature = "models")]
         Task::Bench { what: Bench::Quantize { shape, dir, worker, job } } => match (worker, job) {
             (Some(checkpoint), Some(job)) => bench::quantize::worker(&checkpoint, job),

@@ -10,6 +10,7 @@ use super::arena::Arena;
 use super::blaslt::Blas;
 use super::driver::{Failed, Handle, driver, lock};
 use super::kernels::Kernels;
+use super::profile::Span;
 use super::{CudaError, Library, find};
 
 /// A CUDA device. Cloning gives another handle of the same one.
@@ -45,6 +46,9 @@ pub(super) struct Inner {
     pub(super) deterministic: AtomicBool,
     pub(super) capturing: AtomicBool,
     synchronous: AtomicBool,
+    /// What was measured so far, while something measures.
+    pub(super) profile: Mutex<Vec<Span>>,
+    pub(super) profiling: AtomicBool,
     failed: AtomicBool,
     error: Mutex<Option<CudaError>>,
 }
@@ -88,6 +92,8 @@ impl Cuda {
                 deterministic: AtomicBool::new(false),
                 capturing: AtomicBool::new(false),
                 synchronous: AtomicBool::new(std::env::var_os("REKINDLE_CUDA_SYNC").is_some_and(|v| v == "1")),
+                profile: Mutex::default(),
+                profiling: AtomicBool::new(false),
                 failed: AtomicBool::new(false),
                 error: Mutex::new(None),
             })
@@ -163,7 +169,10 @@ impl Cuda {
         if self.0.failed.load(Relaxed) {
             return false;
         }
-        let mut done = self.bind().and_then(|()| work());
+        let mut done = self.bind().and_then(|()| match self.is_profiling() {
+            true => self.between_marks(operation, work),
+            false => work(),
+        });
         if self.0.synchronous.load(Relaxed) && !self.0.capturing.load(Relaxed) {
             done = done.and_then(|()| driver!(cuStreamSynchronize(self.compute())));
         }

@@ -1,5 +1,7 @@
 //! Matrix products of row-major matrices.
 
+use std::borrow::Cow;
+
 use super::blaslt::Blas;
 use super::{Cuda, CudaError, Library, find};
 
@@ -87,7 +89,8 @@ impl Cuda {
             return;
         };
         let mut queued = Ok(());
-        self.run("gemm", || {
+        let operation = if self.is_profiling() { Cow::Owned(name(gemm)) } else { Cow::Borrowed("gemm") };
+        self.run(&operation, || {
             queued = blas.queue(self, gemm);
             Ok(())
         });

@@ -13,17 +13,9 @@ use rekindle_kernels::Device;
 use rekindle_models::{CausalLm, LoadIn, LoadOptions, MemoryReport, quantize};
 use serde_json::{Value, json};
 
+use super::shape::Shape;
 use super::{resident_kib, result};
 use crate::random_checkpoint;
-
-/// A model whose shape is measured.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum Shape {
-    #[value(name = "qwen3-0.6b")]
-    Qwen3_0_6b,
-    #[value(name = "qwen3-4b")]
-    Qwen3_4b,
-}
 
 /// What is measured, each in a process of its own.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -66,7 +58,8 @@ pub(crate) fn run(shape: Shape, dir: &Path) -> Result<(), Box<dyn Error>> {
 
     let threads = std::thread::available_parallelism()?;
     println!(
-        "{shape:?}: {weights} weights, {:.2} GB in bf16, {threads} threads, the file in the page cache",
+        "{}: {weights} weights, {:.2} GB in bf16, {threads} threads, the file in the page cache",
+        shape.name(),
         2e-9 * weights as f64
     );
     println!(
@@ -204,31 +197,4 @@ fn free_bytes(dir: &Path) -> Result<u64, Box<dyn Error>> {
     let text = String::from_utf8_lossy(&output.stdout);
     let number = text.lines().last().and_then(|line| line.trim().parse().ok());
     number.ok_or_else(|| format!("df does not say what {} has free", dir.display()).into())
-}
-
-impl Shape {
-    /// The sizes in `config.json` of the model by this name.
-    fn config(self) -> Value {
-        let (hidden, intermediate, layers, heads) = match self {
-            Self::Qwen3_0_6b => (1024, 3072, 28, 16),
-            Self::Qwen3_4b => (2560, 9728, 36, 32),
-        };
-        json!({
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            "torch_dtype": "bfloat16",
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 151_936,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1e6,
-            "max_position_embeddings": 40_960,
-            "tie_word_embeddings": true,
-            "hidden_act": "silu"
-        })
-    }
 }

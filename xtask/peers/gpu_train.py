@@ -1,0 +1,134 @@
+"""The job of `cargo xtask bench train`, by Unsloth or by PEFT: the same weights, shapes and sizes of a step."""
+
+import argparse
+import json
+import os
+import sys
+import time
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CHECKPOINTING = {"off": False, "block": True, "host": "unsloth"}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("weights")
+    parser.add_argument("--peer", choices=["unsloth", "peft"], default="unsloth")
+    parser.add_argument("--mode", choices=["lora", "qlora", "full"], default="lora")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--checkpointing", choices=list(CHECKPOINTING), default="block")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=3)
+    return parser.parse_args()
+
+
+def write_tokenizer(path):
+    """Unsloth does not load a model without one."""
+    if os.path.exists(os.path.join(path, "tokenizer.json")):
+        return
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>"] + [f"w{i}" for i in range(2000)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(path)
+
+
+def unsloth_model(job):
+    import torch
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        job.weights,
+        max_seq_length=job.seq,
+        dtype=torch.bfloat16,
+        load_in_4bit=job.mode == "qlora",
+        load_in_16bit=job.mode == "lora",
+        full_finetuning=job.mode == "full",
+    )
+    if job.mode == "full":
+        return model
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=TARGETS,
+        use_gradient_checkpointing=CHECKPOINTING[job.checkpointing],
+        random_state=3407,
+    )
+
+
+def peft_model(job):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options = dict(dtype=torch.bfloat16, attn_implementation="sdpa", device_map={"": 0})
+    if job.mode == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model = AutoModelForCausalLM.from_pretrained(job.weights, **options)
+    if job.mode != "full":
+        config = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+    if job.checkpointing != "off":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def main():
+    job = arguments()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    # What the peers print belongs beside the one line of JSON, not before it.
+    out, sys.stdout = sys.stdout, sys.stderr
+    if job.peer == "unsloth":
+        import unsloth  # noqa: F401  (before torch and transformers, as it asks)
+    import torch
+
+    write_tokenizer(job.weights)
+    model = unsloth_model(job) if job.peer == "unsloth" else peft_model(job)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    generator = torch.Generator().manual_seed(1)
+    times, losses = [], []
+    for _ in range(job.warmup + job.steps):
+        ids = torch.randint(4, 2000, (job.batch, job.seq), generator=generator).cuda()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+        losses.append(round(float(loss.detach()), 4))
+    counted = sorted(times[job.warmup :])
+    median = counted[len(counted) // 2]
+    free, total = torch.cuda.mem_get_info()
+    report = {
+        "tokens_per_second": job.batch * job.seq / median,
+        "ms_per_step": median * 1e3,
+        "ms_fastest_step": counted[0] * 1e3,
+        "device_gib": (total - free) / 2**30,
+        "allocator_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "losses": losses,
+    }
+    print(json.dumps(report), file=out)
+
+
+if __name__ == "__main__":
+    main()

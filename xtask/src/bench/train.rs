@@ -1,0 +1,265 @@
+//! `cargo xtask bench train`: the training step of a real shape on a GPU, beside a peer when a Python has it.
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use burn::tensor::DType;
+use clap::{Args, ValueEnum};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rekindle::LoraConfig;
+use rekindle_hub::Checkpoint;
+use rekindle_kernels::cuda::{Cuda, ProfileEntry};
+use rekindle_kernels::{Device, parse_device};
+use rekindle_lora::GradientCheckpointing;
+use rekindle_models::{Batch, CausalLm, LoadIn, LoadOptions};
+use rekindle_train::{AdamW, Optimizer, SftConfig};
+use serde_json::{Value, json};
+
+use super::result;
+use super::shape::Shape;
+use crate::random_checkpoint;
+
+/// Steps before the clock counts: kernels are compiled and products planned in the first.
+const WARMUP: usize = 3;
+
+/// Token ids are below this, so that a peer's small tokenizer is no matter.
+const IDS: u32 = 2000;
+
+/// Carried along, since there may be no checkout where this runs.
+const PEER: &str = include_str!("../../peers/gpu_train.py");
+
+/// One job.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Train {
+    /// The model whose shape is filled with random weights.
+    #[arg(long, value_enum, default_value_t = Shape::Qwen3_4b)]
+    shape: Shape,
+    /// What is trained.
+    #[arg(long, value_enum, default_value_t = Mode::Lora)]
+    mode: Mode,
+    /// Rows of a step.
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
+    /// Tokens of a row.
+    #[arg(long, default_value_t = 2048)]
+    seq: usize,
+    /// What is kept for the backward.
+    #[arg(long, value_enum, default_value_t = Checkpointing::Block)]
+    checkpointing: Checkpointing,
+    /// Counted steps, after three of warm-up.
+    #[arg(long, default_value_t = 8)]
+    steps: usize,
+    /// Where to compute.
+    #[arg(long, default_value = "cuda")]
+    device: String,
+    /// Where the weights are written, and found again by the next job of that shape; without it they are deleted.
+    #[arg(long, overrides_with = "weights")]
+    weights: Option<PathBuf>,
+    /// Measures one more step by operation, and prints the longest ones.
+    #[arg(long)]
+    profile: bool,
+    /// A Python that has torch and a peer: the same job is measured there too.
+    #[arg(long)]
+    python: Option<PathBuf>,
+    /// The peer.
+    #[arg(long, value_enum, default_value_t = Peer::Unsloth)]
+    peer: Peer,
+    /// Measures in this process weights that are there already, and prints one JSON line.
+    #[arg(long, hide = true)]
+    worker: bool,
+}
+
+/// What is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// LoRA of rank 16 on all linears, over bf16.
+    Lora,
+    /// The same over NF4 with double quantization.
+    Qlora,
+    /// All weights.
+    Full,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Checkpointing {
+    /// Everything.
+    Off,
+    /// Each block's input.
+    Block,
+    /// Each block's input, in host memory.
+    Host,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Peer {
+    Unsloth,
+    Peft,
+}
+
+/// Measures ours and then the peer, each in a process of its own, and prints them side by side.
+pub(crate) fn run(job: &Train) -> Result<(), Box<dyn Error>> {
+    if job.worker {
+        return worker(job);
+    }
+    let scratch = tempfile::tempdir()?;
+    let at = job.weights.as_deref().unwrap_or(scratch.path()).join(job.shape.name());
+    if !at.join("config.json").exists() {
+        std::fs::create_dir_all(&at)?;
+        random_checkpoint::write_bf16(&at, &job.shape.config(), 1)?;
+    }
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(std::env::args_os().skip(1)).arg("--worker");
+    let ours = result(command.args(["--weights".as_ref(), at.as_os_str()]))?;
+    println!(
+        "{} {} {} × {}, checkpointing {}",
+        name(job.shape),
+        name(job.mode),
+        job.batch,
+        job.seq,
+        name(job.checkpointing)
+    );
+    println!("{:<16}{:>12}{:>12}{:>12}", "", "tokens/s", "ms a step", "GiB taken");
+    let (speed, memory) = row("rekindle", &ours);
+    if let Some(python) = &job.python {
+        let script = scratch.path().join("gpu_train.py");
+        std::fs::write(&script, PEER)?;
+        let peer = result(&mut job.peer_command(python, &script, &at))?;
+        let (peer_speed, peer_memory) = row(&name(job.peer), &peer);
+        println!("{:<16}{:>11.2}×{:>12}{:>11.2}×", "ratio", speed / peer_speed, "", memory / peer_memory);
+    }
+    Ok(())
+}
+
+/// One line of the table.
+fn row(name: &str, r: &Value) -> (f64, f64) {
+    let number = |key: &str| r[key].as_f64().unwrap_or(f64::NAN);
+    let [speed, step, memory] = ["tokens_per_second", "ms_per_step", "device_gib"].map(number);
+    println!("{name:<16}{speed:>12.0}{step:>12.1}{memory:>12.2}");
+    (speed, memory)
+}
+
+/// Measures in this process; prints one JSON line.
+fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
+    let at = job.weights.as_deref().ok_or("a worker is given its weights")?;
+    let began = Instant::now();
+    let (device, _) = rekindle_kernels::open_device(parse_device(&job.device)?)?;
+    let Device::Cuda(cuda) = &device else { return Err(format!("{} is not a CUDA device", job.device).into()) };
+    let mut options = LoadOptions::new(device.clone(), DType::BF16, job.seq);
+    options.full_finetuning = job.mode == Mode::Full;
+    options.load_in = (job.mode == Mode::Qlora).then_some(LoadIn::FourBit(None));
+    let mut model = CausalLm::load(&Checkpoint::open(at)?, &options, &mut |_| ())?;
+    if job.mode != Mode::Full {
+        model.add_adapter(
+            &LoraConfig::new(16).lora_alpha(32.0).use_gradient_checkpointing(job.checkpointing.of_lora()),
+        )?;
+    }
+    device.synchronize()?;
+    let (load_seconds, weights) = (began.elapsed().as_secs_f64(), cuda.memory().in_use);
+
+    let mut optimizer = Optimizer::new(&model, AdamW::from(&SftConfig::default()), 0)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    let (mut times, mut losses, mut first) = (Vec::new(), Vec::new(), 0.0);
+    for step in 0..WARMUP + job.steps {
+        let batch = job.random_batch(&mut rng);
+        let began = Instant::now();
+        let result = optimizer.step(&mut model, &[batch], 1e-4)?;
+        let seconds = began.elapsed().as_secs_f64();
+        match step {
+            0 => first = seconds,
+            _ if step >= WARMUP => times.push(seconds),
+            _ => {}
+        }
+        losses.push((result.loss * 1e4).round() / 1e4);
+    }
+    let memory = taken(cuda);
+    if job.profile {
+        let batch = job.random_batch(&mut rng);
+        let (stepped, entries) = cuda.profile(|| optimizer.step(&mut model, &[batch], 1e-4))?;
+        stepped?;
+        print_profile(&entries);
+    }
+    times.sort_by(f64::total_cmp);
+    let median = times[times.len() / 2];
+    let report = json!({
+        "job": format!("{} {} {}x{} {}", name(job.shape), name(job.mode), job.batch, job.seq, name(job.checkpointing)),
+        "tokens_per_second": (job.batch * job.seq) as f64 / median,
+        "ms_per_step": median * 1e3,
+        "ms_fastest_step": times[0] * 1e3,
+        "device_gib": memory,
+        "weights_gib": gib(weights),
+        "high_water_gib": gib(cuda.memory().high_water),
+        "load_seconds": load_seconds,
+        "first_step_seconds": first,
+        "losses": losses,
+        "card": cuda.facts().name,
+    });
+    println!("{report}");
+    Ok(())
+}
+
+/// What the driver says is taken of the device, the context and everything else on it included: the measure of the
+/// peers, whose allocators keep what they once had, as ours does.
+fn taken(cuda: &Cuda) -> f64 {
+    let (free, total) = cuda.device_memory();
+    gib(total - free)
+}
+
+fn gib(bytes: usize) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
+}
+
+fn print_profile(entries: &[ProfileEntry]) {
+    let total: f64 = entries.iter().map(|entry| entry.milliseconds).sum();
+    eprintln!("{:>10}{:>8}{:>8}  operation", "ms", "calls", "%");
+    for ProfileEntry { name, calls, milliseconds } in entries {
+        eprintln!("{milliseconds:>10.3}{calls:>8}{:>8.2}  {name}", 100.0 * milliseconds / total);
+    }
+    eprintln!("{total:>10.3}");
+}
+
+fn name(value: impl ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+impl Train {
+    fn random_batch(&self, rng: &mut ChaCha8Rng) -> Batch {
+        let rows: Vec<(Vec<u32>, Vec<i32>)> = (0..self.batch)
+            .map(|_| {
+                let ids: Vec<u32> = (0..self.seq).map(|_| rng.random_range(4..IDS)).collect();
+                let labels = ids.iter().map(|&id| id as i32).collect();
+                (ids, labels)
+            })
+            .collect();
+        Batch::from_rows(rows.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())), 0)
+    }
+
+    fn peer_command(&self, python: &Path, script: &Path, weights: &Path) -> Command {
+        let mut command = Command::new(python);
+        command.arg("-B").arg(script).arg(weights);
+        for (option, value) in [
+            ("--peer", name(self.peer)),
+            ("--mode", name(self.mode)),
+            ("--batch", self.batch.to_string()),
+            ("--seq", self.seq.to_string()),
+            ("--checkpointing", name(self.checkpointing)),
+            ("--steps", self.steps.to_string()),
+            ("--warmup", WARMUP.to_string()),
+        ] {
+            command.args([option, &value]);
+        }
+        command
+    }
+}
+
+impl Checkpointing {
+    fn of_lora(self) -> GradientCheckpointing {
+        match self {
+            Self::Off => GradientCheckpointing::Off,
+            Self::Block => GradientCheckpointing::Block,
+            Self::Host => GradientCheckpointing::Host,
+        }
+    }
+}
