@@ -77,19 +77,21 @@ impl Documents {
     }
 }
 
-/// Attention inside each document: `(o, lse)`.
+/// Attention inside each document: `(o, lse)`; on CUDA o has room for `room` more columns
+/// ([`stacked`](crate::stacked)).
 pub fn forward(
     q: &Tensor<2>,
     k: &Tensor<2>,
     v: &Tensor<2>,
     heads: Heads,
     documents: &Documents,
+    room: usize,
 ) -> (Tensor<2>, Tensor<2>) {
     check(q, k, v, heads);
     let last = documents.cu_seqlens.last().map_or(0, |&n| n as usize);
     assert_eq!(last, q.dims()[0], "cu_seqlens end at the last token");
     if let Tensor::Cuda(q) = q {
-        let (o, lse) = ops::attention::forward(q, k.cuda(), v.cuda(), documents.plan());
+        let (o, lse) = ops::attention::forward(q, k.cuda(), v.cuda(), documents.plan(), room);
         return (o.into(), lse.into());
     }
     let ranges = documents.cu_seqlens.windows(2);
@@ -126,17 +128,18 @@ pub struct Saved {
     pub lse: Tensor<2>,
 }
 
-/// `(dq, dk, dv)`.
+/// `(dq, dk, dv)`; on CUDA columns of one matrix with room for `room` more.
 pub fn backward(
     d_o: &Tensor<2>,
     saved: &Saved,
     heads: Heads,
     documents: &Documents,
+    room: usize,
 ) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
     let path = Path::of(d_o);
     if path == Path::Cuda {
         let [q, k, v, o, lse] = [&saved.q, &saved.k, &saved.v, &saved.o, &saved.lse].map(Tensor::cuda);
-        let (dq, dk, dv) = ops::attention::backward(d_o.cuda(), q, k, v, o, lse, documents.plan());
+        let (dq, dk, dv) = ops::attention::backward(d_o.cuda(), q, k, v, o, lse, documents.plan(), room);
         return (dq.into(), dk.into(), dv.into());
     }
     let [q, k, v, o, lse] = [&saved.q, &saved.k, &saved.v, &saved.o, &saved.lse].map(|t| t.burn().clone());

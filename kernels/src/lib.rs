@@ -17,7 +17,7 @@
 //! let device = Device::cpu();
 //! let x = from_f32(vec![3.0, 4.0], [1, 2], &device, DType::F32);
 //! let weight = from_f32(vec![1.0, 2.0], [2], &device, DType::F32);
-//! let (y, _rstd) = rms_norm::forward(&x, &weight, 0.0);
+//! let (y, _rstd) = rms_norm::forward(&x, &weight, 0.0, 0);
 //! let rms = (12.5f32).sqrt();
 //! let expected = [3.0 / rms, 2.0 * 4.0 / rms];
 //! for (got, want) in to_f32(y).iter().zip(expected) {
@@ -34,6 +34,7 @@ pub mod dropout;
 pub mod embedding;
 pub mod linear_cross_entropy;
 pub mod matmul;
+mod offload;
 pub mod packed;
 mod params;
 mod path;
@@ -41,11 +42,13 @@ mod portable;
 pub mod rms_norm;
 pub mod rope;
 mod rows;
+pub mod stacked;
 pub mod swiglu;
 mod tensor;
 mod weight;
 
 pub use device::{Device, DeviceError, DeviceKind, open as open_device, parse as parse_device};
+pub use offload::Offloaded;
 pub use packed::PackedWeight;
 pub use params::{Grads, ParamInfo, ParamRef, Params, ParamsBuilder};
 pub use path::Path;

@@ -196,6 +196,14 @@ impl PackedWeight {
         })
     }
 
+    /// The codes on a CUDA device, if they are there.
+    pub(crate) fn cuda(&self) -> Option<&ops::packed::PackedArray> {
+        match &self.0 {
+            Place::Cuda(array, _) => Some(array),
+            Place::Host(_) | Place::Burn(_) => None,
+        }
+    }
+
     /// `[out, in]`.
     pub fn dims(&self) -> [usize; 2] {
         match &self.0 {

@@ -54,13 +54,26 @@ pub struct ParamInfo {
 }
 
 /// Collects parameters before the flat buffer is made.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct ParamsBuilder {
+    device: Device,
+    dtype: DType,
     infos: Vec<ParamInfo>,
     values: Vec<f32>,
+    mirrors: Vec<ops::mirror::Mirror>,
 }
 
 impl ParamsBuilder {
+    /// For parameters on `device`, whose views are read in `dtype`.
+    pub fn new(device: &Device, dtype: DType) -> Self {
+        Self { device: device.clone(), dtype, infos: Vec::new(), values: Vec::new(), mirrors: Vec::new() }
+    }
+
+    /// The dtype that views are read in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// Appends a parameter of one or two axes.
     ///
     /// # Panics
@@ -83,11 +96,21 @@ impl ParamsBuilder {
         self.infos.is_empty()
     }
 
-    /// Moves everything to `device`. Views are read in `dtype`.
-    pub fn build(self, device: &Device, dtype: DType) -> Params {
-        let numel = self.values.len();
-        let values = from_f32(self.values, [numel], device, DType::F32);
-        let mut params = Params { infos: self.infos, values, dtype, compute: None };
+    /// Keeps `scale` times a parameter in `target` too, on a CUDA device.
+    pub(crate) fn mirror(&mut self, at: ParamRef, scale: f32, target: &Array) {
+        self.mirrors.push(ops::mirror::Mirror { first: at.offset, scale, target: target.clone() });
+    }
+
+    /// Moves everything to the device.
+    pub fn build(self) -> Params {
+        let Self { device, dtype, infos, values, mirrors } = self;
+        let numel = values.len();
+        let values = from_f32(values, [numel], &device, DType::F32);
+        let mirrors = match &device {
+            Device::Cuda(cuda) if !mirrors.is_empty() => Some(ops::mirror::Mirrors::new(cuda, mirrors)),
+            _ => None,
+        };
+        let mut params = Params { infos, values, dtype, compute: None, mirrors };
         params.refresh();
         params
     }
@@ -101,12 +124,14 @@ pub struct Params {
     dtype: DType,
     /// On CUDA, the values in the compute dtype where that is not `f32`: views of it cost nothing.
     compute: Option<Array>,
+    /// On CUDA, where else some of them are kept.
+    mirrors: Option<ops::mirror::Mirrors>,
 }
 
 impl Params {
     /// No parameters.
     pub fn none(device: &Device, dtype: DType) -> Self {
-        ParamsBuilder::default().build(device, dtype)
+        ParamsBuilder::new(device, dtype).build()
     }
 
     /// Names, shapes and places, in order.
@@ -168,15 +193,17 @@ impl Params {
         }
     }
 
-    /// Brings the copy in the compute dtype up to date.
+    /// Brings the copies of the values up to date.
     pub(crate) fn refresh(&mut self) {
-        if let Tensor::Cuda(values) = &self.values
-            && self.dtype != DType::F32
-        {
+        let Tensor::Cuda(values) = &self.values else { return };
+        if self.dtype != DType::F32 {
             match &self.compute {
                 Some(compute) => ops::elementwise::copy_into(values, compute),
                 None => self.compute = Some(ops::elementwise::cast(values, cuda_dtype(self.dtype))),
             }
+        }
+        if let Some(mirrors) = &self.mirrors {
+            mirrors.refresh(values);
         }
     }
 
@@ -312,13 +339,13 @@ mod tests {
     #[test]
     fn gradients_add_up_where_they_belong() {
         let device = Device::cpu();
-        let mut builder = ParamsBuilder::default();
+        let mut builder = ParamsBuilder::new(&device, DType::F32);
         let a = builder.push("a", &[2, 3], true, &[0.0; 6]);
         let b = builder.push("b", &[1, 3], true, &[1.0; 3]);
         let c = builder.push("c", &[3], false, &[2.0; 3]);
         assert_eq!(a.join(b).map(ParamRef::dims), Some([3, 3]));
         assert_eq!(a.join(c), None, "they do not touch");
-        let params = builder.build(&device, DType::F32);
+        let params = builder.build();
         assert_eq!(params.decay_ranges(), [(0..9, true), (9..12, false)]);
         let mut grads = params.zero_grads();
         let dy = from_f32(vec![1.0, 2.0, 3.0, 4.0], [2, 2], &device, DType::F32);

@@ -16,23 +16,30 @@
 use crate::cuda::ops;
 use crate::{Path, Tensor, cpu, portable};
 
-/// Normalizes each row: `(y, rstd)`.
-pub fn forward(x: &Tensor<2>, weight: &Tensor<1>, eps: f64) -> (Tensor<2>, Tensor<1>) {
+/// Normalizes each row: `(y, rstd)`; on CUDA y has room for `room` more columns ([`stacked`](crate::stacked)).
+pub fn forward(x: &Tensor<2>, weight: &Tensor<1>, eps: f64, room: usize) -> (Tensor<2>, Tensor<1>) {
     match Path::of(x) {
         Path::Cpu => wrap(cpu::rms_norm::forward(x.burn(), weight.burn(), eps as f32)),
         Path::Portable => wrap(portable::rms_norm::forward(x.burn(), weight.burn(), eps)),
-        Path::Cuda => wrap(ops::rms_norm::forward(x.cuda(), weight.cuda(), eps as f32)),
+        Path::Cuda => wrap(ops::rms_norm::forward(x.cuda(), weight.cuda(), eps as f32, room)),
     }
 }
 
-/// Adds `delta` to the residual stream and normalizes the sum: `(x + delta, y, rstd)`.
-pub fn add_forward(x: &Tensor<2>, delta: Tensor<2>, weight: &Tensor<1>, eps: f64) -> (Tensor<2>, Tensor<2>, Tensor<1>) {
+/// Adds `delta` to the residual stream and normalizes the sum: `(x + delta, y, rstd)`; on CUDA y has room for `room`
+/// more columns.
+pub fn add_forward(
+    x: &Tensor<2>,
+    delta: Tensor<2>,
+    weight: &Tensor<1>,
+    eps: f64,
+    room: usize,
+) -> (Tensor<2>, Tensor<2>, Tensor<1>) {
     if let Tensor::Cuda(x) = x {
-        let (sum, y, rstd) = ops::rms_norm::add_forward(x, delta.into_cuda(), weight.cuda(), eps as f32);
+        let (sum, y, rstd) = ops::rms_norm::add_forward(x, delta.into_cuda(), weight.cuda(), eps as f32, room);
         return (sum.into(), y.into(), rstd.into());
     }
     let sum = delta.plus(x);
-    let (y, rstd) = forward(&sum, weight, eps);
+    let (y, rstd) = forward(&sum, weight, eps, room);
     (sum, y, rstd)
 }
 
@@ -45,18 +52,20 @@ pub fn recompute(x: &Tensor<2>, weight: &Tensor<1>, rstd: &Tensor<1>) -> Tensor<
     }
 }
 
-/// The gradient to x, plus `residual`, the gradient that reaches x beside the norm.
+/// The gradient to x, plus `residual`, the gradient that reaches x beside the norm, in the memory of that where nothing
+/// else holds it; elsewhere, on CUDA, with room for `room` more columns.
 pub fn backward(
     dy: &Tensor<2>,
     x: &Tensor<2>,
     weight: &Tensor<1>,
     rstd: &Tensor<1>,
     residual: Option<Tensor<2>>,
+    room: usize,
 ) -> Tensor<2> {
     let path = Path::of(x);
     if path == Path::Cuda {
         let residual = residual.map(Tensor::into_cuda);
-        return ops::rms_norm::backward(dy.cuda(), x.cuda(), weight.cuda(), rstd.cuda(), residual).into();
+        return ops::rms_norm::backward(dy.cuda(), x.cuda(), weight.cuda(), rstd.cuda(), residual, room).into();
     }
     let residual = residual.map(Tensor::into_burn);
     let (dy, x, weight, rstd) = (dy.burn(), x.burn(), weight.burn(), rstd.burn());

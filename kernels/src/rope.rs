@@ -123,7 +123,7 @@ pub fn forward(x: Tensor<2>, head_dim: usize, norm: Option<&Norm>, angles: &Angl
         None => (x, None),
         Some(norm) => {
             let rows = x.reshape([tokens * width / head_dim, head_dim]);
-            let (y, rstd) = crate::rms_norm::forward(&rows.into(), &norm.weight, norm.eps);
+            let (y, rstd) = crate::rms_norm::forward(&rows.into(), &norm.weight, norm.eps, 0);
             (y.into_burn().reshape([tokens, width]), Some(rstd))
         }
     };
@@ -155,24 +155,26 @@ pub fn backward(
     let heads = [tokens * width / head_dim, head_dim];
     let (dy, x) = (Tensor::from(dx.reshape(heads)), Tensor::from(x.into_burn().reshape(heads)));
     let dw = weight_grad.then(|| crate::rms_norm::weight_grad(&dy, &x, rstd));
-    let dx = crate::rms_norm::backward(&dy, &x, &norm.weight, rstd, None);
+    let dx = crate::rms_norm::backward(&dy, &x, &norm.weight, rstd, None, 0);
     (dx.into_burn().reshape([tokens, width]).into(), dw)
 }
 
 /// q or k as the linears made it, with the rstd of its norm if there was one.
 pub type Turned = (Tensor<2>, Option<Tensor<1>>);
 
-/// [`forward`] of queries and keys together, which are one launch on CUDA. `norms` are theirs.
+/// [`forward`] of queries and keys together, which are one launch on CUDA. `norms` are theirs. Without norms they are
+/// turned in their own memory where nothing holds it but them and `v`, which may be columns of the same matrix.
 pub fn forward_qk(
     q: Tensor<2>,
     k: Tensor<2>,
+    v: &Tensor<2>,
     head_dim: usize,
     norms: Option<&[Norm; 2]>,
     angles: &Angles,
 ) -> [Turned; 2] {
     if let (Tensor::Cuda(q), Tensor::Cuda(k)) = (&q, &k) {
         let weights = norms.map(|[q, k]| (q.weight.cuda(), k.weight.cuda(), q.eps as f32));
-        let (q, k, rstd) = ops::rope::forward_qk(q, k, head_dim, weights, angles.cuda());
+        let (q, k, rstd) = ops::rope::forward_qk([q, k, v.cuda()], head_dim, weights, angles.cuda());
         let (rstd_q, rstd_k) = rstd.map_or((None, None), |(q, k)| (Some(q.into()), Some(k.into())));
         return [(q.into(), rstd_q), (k.into(), rstd_k)];
     }
@@ -180,9 +182,11 @@ pub fn forward_qk(
     [forward(q, head_dim, norm_q, angles), forward(k, head_dim, norm_k, angles)]
 }
 
-/// [`backward`] of queries and keys together. `saved` is x and rstd of each when there were norms.
+/// [`backward`] of queries and keys together, in their own memory where nothing holds it but them and `dv`. `saved` is x
+/// and rstd of each when there were norms.
 pub fn backward_qk(
     [dq, dk]: [Tensor<2>; 2],
+    dv: &Tensor<2>,
     head_dim: usize,
     saved: Option<[(&Norm, Tensor<2>, &Tensor<1>); 2]>,
     angles: &Angles,
@@ -198,7 +202,7 @@ pub fn backward_qk(
                 rstd: rstd.cuda(),
             })
         });
-        let (dq, dk, dw) = ops::rope::backward_qk(dq, dk, head_dim, norms, angles.cuda(), weight_grads);
+        let (dq, dk, dw) = ops::rope::backward_qk(dq, dk, dv.cuda(), head_dim, norms, angles.cuda(), weight_grads);
         let (dw_q, dw_k) = dw.map_or((None, None), |(q, k)| (Some(q.into()), Some(k.into())));
         return [(dq.into(), dw_q), (dk.into(), dw_k)];
     }

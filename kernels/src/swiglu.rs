@@ -7,29 +7,32 @@
 //! All `[tokens, intermediate]`.
 //!
 //! # Gradients
-//! Saved: gate and up; act is made again where it is needed.
+//! Saved: gate and up; the backward makes act again on the way.
 
 use crate::cuda::ops;
 use crate::{Path, Tensor, cpu, portable};
 
-/// `silu(gate) ∘ up`.
-pub fn forward(gate: &Tensor<2>, up: &Tensor<2>) -> Tensor<2> {
+/// `silu(gate) ∘ up`; on CUDA with room for `room` more columns ([`stacked`](crate::stacked)).
+pub fn forward(gate: &Tensor<2>, up: &Tensor<2>, room: usize) -> Tensor<2> {
     match Path::of(gate) {
         Path::Cpu => cpu::swiglu::forward(gate.burn(), up.burn()).into(),
         Path::Portable => portable::swiglu::forward(gate.burn(), up.burn()).into(),
-        Path::Cuda => ops::swiglu::forward(gate.cuda(), up.cuda()).into(),
+        Path::Cuda => ops::swiglu::forward(gate.cuda(), up.cuda(), room).into(),
     }
 }
 
-/// `(dgate, dup)`, written over gate and up where nothing else holds them.
-pub fn backward(dact: &Tensor<2>, gate: Tensor<2>, up: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
-    match Path::of(&gate) {
-        Path::Cpu => wrap(cpu::swiglu::backward(dact.burn(), gate.into_burn(), up.into_burn())),
-        Path::Portable => wrap(portable::swiglu::backward(dact.burn(), gate.into_burn(), up.into_burn())),
-        Path::Cuda => wrap(ops::swiglu::backward(dact.cuda(), gate.into_cuda(), up.into_cuda())),
+/// `(dgate, dup, act)`, written over gate, up and dact where nothing else holds them.
+pub fn backward(dact: Tensor<2>, gate: Tensor<2>, up: Tensor<2>) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
+    let path = Path::of(&gate);
+    if path == Path::Cuda {
+        let (dgate, dup, act) = ops::swiglu::backward(dact.into_cuda(), gate.into_cuda(), up.into_cuda());
+        return (dgate.into(), dup.into(), act.into());
     }
-}
-
-fn wrap<A: Into<Tensor<2>>>((dgate, dup): (A, A)) -> (Tensor<2>, Tensor<2>) {
-    (dgate.into(), dup.into())
+    let act = forward(&gate, &up, 0);
+    let (dact, gate, up) = (dact.burn(), gate.into_burn(), up.into_burn());
+    let (dgate, dup) = match path {
+        Path::Cpu => cpu::swiglu::backward(dact, gate, up),
+        _ => portable::swiglu::backward(dact, gate, up),
+    };
+    (dgate.into(), dup.into(), act)
 }

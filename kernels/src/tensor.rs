@@ -139,6 +139,16 @@ impl Tensor<2> {
         }
     }
 
+    /// The same values in memory of their own size, which nothing else reaches, on CUDA: columns that stay while the
+    /// matrix they belong to may go.
+    #[must_use]
+    pub fn detached(self) -> Self {
+        match self {
+            Self::Cuda(array) if !(array.is_unique() && array.is_whole()) => Self::Cuda(ops::elementwise::copy(&array)),
+            other => other,
+        }
+    }
+
     /// Every row multiplied by `factors` `[columns]`, element by element.
     #[must_use]
     pub fn scale_columns(self, factors: &Tensor<1>) -> Self {
@@ -159,7 +169,7 @@ impl Tensor<2> {
         }
     }
 
-    /// Matrices of one height side by side.
+    /// Matrices of one height side by side; the same memory where they lie so already.
     pub fn cat_columns(mut parts: Vec<Self>) -> Self {
         if parts.len() == 1 {
             return parts.remove(0);
@@ -168,7 +178,7 @@ impl Tensor<2> {
             Self::Burn(_) => Self::Burn(BurnTensor::cat(parts.into_iter().map(Self::into_burn).collect(), 1)),
             Self::Cuda(_) => {
                 let parts: Vec<Array> = parts.into_iter().map(Self::into_cuda).collect();
-                Self::Cuda(ops::elementwise::cat_columns(&parts))
+                Self::Cuda(Array::side_by_side(&parts, 0))
             }
         }
     }

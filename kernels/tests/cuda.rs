@@ -19,6 +19,7 @@ use common::linear_cross_entropy::LinearCrossEntropy;
 use common::packed::{Kind, Packed};
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
+use common::stacked::Stack;
 use common::swiglu::SwiGlu;
 use common::{Case, LOW_DTYPES, Layout, Place, judge, properties};
 use rekindle_kernels::Device;
@@ -83,6 +84,15 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
     for kind in Kind::ALL {
         for sizes in [[1, 1, 1], [3, 5, 7], [4, 96, 130], [2, 33, 65], [33, 64, 40], [17, 256, 192]] {
             suite.dtypes(|dtype| Packed::new(sizes, kind, dtype))?;
+        }
+    }
+    // Groups of one to three, ranks that fill the columns kept for them and that do not, a linear without factors.
+    let groups: [&[(usize, usize)]; 4] = [&[(5, 2)], &[(40, 8)], &[(48, 3), (16, 0)], &[(64, 16), (24, 8), (24, 5)]];
+    for (linears, size) in groups.into_iter().zip([[3, 7], [33, 24], [17, 64], [130, 96]]) {
+        for kind in [None, Some(Kind::FourBit), Some(Kind::FourBitDouble), Some(Kind::Int8)] {
+            for bias in [false, true] {
+                suite.dtypes(|dtype| Stack::new(size, linears, kind, bias, dtype))?;
+            }
         }
     }
     // One warp, several, and the widest row that one block takes.

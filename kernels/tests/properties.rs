@@ -56,9 +56,9 @@ fn swiglu_saturates_without_nan() {
     on_both_paths(|| {
         let row = |values: [f32; 4]| cpu().matrix(&values, [1, 4]);
         let (gate, up) = (row([-1e4, -100.0, 100.0, 1e4]), row([2.0, -3.0, 2.0, -3.0]));
-        let act = swiglu::forward(&gate, &up);
+        let act = swiglu::forward(&gate, &up, 0);
         assert_eq!(flushed(act), [0.0, 0.0, 200.0, -3e4]);
-        let (dgate, dup) = swiglu::backward(&row([1.0; 4]), gate, up);
+        let (dgate, dup, _) = swiglu::backward(row([1.0; 4]), gate, up);
         assert_eq!(flushed(dgate), [0.0, 0.0, 2.0, -3.0]);
         assert_eq!(flushed(dup), [0.0, 0.0, 100.0, 1e4]);
     });
@@ -76,9 +76,9 @@ fn the_norm_of_gradients() {
     let truth = values.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
     let naive = f64::from(values.iter().map(|g| g * g).sum::<f32>().sqrt());
     let norm = || {
-        let mut builder = ParamsBuilder::default();
+        let mut builder = ParamsBuilder::new(&Device::cpu(), F32);
         let at = builder.push("w", &[40, 1000], true, &vec![0.0; 40_000]);
-        let mut grads = builder.build(&Device::cpu(), F32).zero_grads();
+        let mut grads = builder.build().zero_grads();
         grads.add(at, from_f32(values.clone(), [40, 1000], &Device::cpu(), F32));
         grads.norm()
     };
@@ -86,7 +86,7 @@ fn the_norm_of_gradients() {
     assert!((norm() - truth).abs() <= 40_000.0 * 2f64.powi(-54) * truth);
     let portable = Path::portable_only(norm);
     assert!((portable - truth).abs() <= 2.0 * (naive - truth).abs() + F32_FLOOR * truth, "{portable} not {truth}");
-    assert_eq!(ParamsBuilder::default().build(&Device::cpu(), F32).zero_grads().norm(), 0.0);
+    assert_eq!(ParamsBuilder::new(&Device::cpu(), F32).build().zero_grads().norm(), 0.0);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use rekindle_kernels::cuda::Cuda;
 use rekindle_kernels::{Device, DeviceKind, open_device};
-use rekindle_lora::LoraConfig;
+use rekindle_lora::{GradientCheckpointing, InitLoraWeights, LoraConfig};
 use rekindle_models::{CausalLm, GenerationConfig, LoadIn};
 use rekindle_tests::{Golden, Tolerances, Trajectory, assert_nll, goldens, relative_distance};
 use rekindle_train::{AdamW, Optimizer};
@@ -163,17 +163,25 @@ fn all_weights(device: &Device) {
 fn recomputation(device: &Device) {
     let golden = Golden::open("qwen3-tied");
     let batch = golden.packed();
-    let gradients = |checkpointing: bool| {
+    let gradients = |dropout: f64, checkpointing: GradientCheckpointing| {
         let mut model = on(device, &golden);
-        let config = LoraConfig::new(4).lora_dropout(0.1).use_gradient_checkpointing(checkpointing);
-        model.add_adapter(&config.target_modules("all-linear")).expect("a valid configuration");
+        let config = LoraConfig::new(4).lora_dropout(dropout).use_gradient_checkpointing(checkpointing);
+        // Both factors random, so that every gradient is something.
+        let config = config.target_modules("all-linear").init_lora_weights(InitLoraWeights::Random);
+        model.add_adapter(&config).expect("a valid configuration");
         let mut grads = model.params().zero_grads();
         let key = rekindle_models::StepKey { seed: 7, step: 3 };
         model.forward_backward(&batch, 0.5, &mut grads, Some(key)).expect("golden rows fit").sum();
         grads.all_values()
     };
     cuda(device).set_deterministic(true);
-    assert_eq!(gradients(false), gradients(true));
+    for dropout in [0.0, 0.1] {
+        let whole = gradients(dropout, GradientCheckpointing::Off);
+        assert!(whole.iter().any(|&g| g != 0.0));
+        for recomputed in [GradientCheckpointing::Block, GradientCheckpointing::Host] {
+            assert_eq!(whole, gradients(dropout, recomputed), "{recomputed:?}, dropout {dropout}");
+        }
+    }
     cuda(device).set_deterministic(false);
 }
 

@@ -83,7 +83,7 @@ fn adapt(model: Model, lora: &mut LoraSection) -> Result<Model, Failure> {
             problems.join(", ")
         )));
     }
-    model.causal_lm_mut().set_gradient_checkpointing(lora.config.use_gradient_checkpointing).map_err(Error::from)?;
+    model.causal_lm_mut().set_gradient_checkpointing(lora.config.use_gradient_checkpointing);
     lora.config = LoraConfig {
         random_state: lora.config.random_state,
         use_gradient_checkpointing: lora.config.use_gradient_checkpointing,

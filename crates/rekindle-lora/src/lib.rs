@@ -14,12 +14,12 @@
 //! let config = LoraConfig::new(2).lora_alpha(4.0);
 //! let weight = Weight::Frozen(from_f32(vec![1.0, 0.0, 0.0, 0.0, 1.0, 0.0], [2, 3], &device, DType::F32));
 //! let mut group = LinearGroup::new(vec![Linear::new("q_proj", weight, None)]);
-//! let mut params = ParamsBuilder::default();
+//! let mut params = ParamsBuilder::new(&device, DType::F32);
 //! group.adapt(&mut params, 0, |linear| {
 //!     let factors = initial_factors(&config, &linear.name, 3, 2);
 //!     Adaptation { factors: Some((factors, config.scale())), bias: None }
 //! });
-//! let params = params.build(&device, DType::F32);
+//! let params = params.build();
 //!
 //! let x = from_f32(vec![1.0, 2.0, 3.0], [1, 3], &device, DType::F32);
 //! let (y, _saved) = group.forward(&params, &x, None);
@@ -47,6 +47,6 @@ pub use config::{
 pub use dora::initial_magnitude;
 pub use error::Error;
 pub use init::initial_factors;
-pub use linear::{Adaptation, Dropout, Linear, LinearGroup, Saved};
+pub use linear::{Adaptation, Dropout, Linear, LinearGroup, Pending, Saved};
 pub use merge::merge;
 pub use targets::match_targets;

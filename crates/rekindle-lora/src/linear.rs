@@ -1,9 +1,14 @@
 //! Linears that read the same input, each with or without an adapter.
 
-use rekindle_kernels::{Grads, ParamRef, Params, ParamsBuilder, Tensor, Weight, dropout, matmul};
+mod pass;
+
+use rekindle_kernels::stacked::{Part, Stacked};
+use rekindle_kernels::{ParamRef, Params, ParamsBuilder, Tensor, Weight, dropout};
+
+pub use pass::{Pending, Saved};
 
 use crate::Factors;
-use crate::magnitude::{self, Magnitude};
+use crate::magnitude::Magnitude;
 use crate::peft::Key;
 
 /// A linear of the base model: y = x·Wᵀ + b.
@@ -49,7 +54,8 @@ pub type Dropout<'a> = dropout::Key<'a>;
 /// of W_j + s_j·B_j·A_j have trained lengths; the equation stands in `magnitude.rs`.
 ///
 /// The A's lie one after another in the flat buffer and are applied as one wide product; the dense
-/// W + s·B·A is never formed, and no gradient of a frozen W is computed.
+/// W + s·B·A is never formed, and no gradient of a frozen W is computed. On CUDA frozen weights and their factors are
+/// one matrix ([`Stacked`]), so that the whole group is one product more than x·Aᵀ.
 ///
 /// # Shapes
 /// x `[tokens, in]`, y_j `[tokens, out_j]`, W_j `[out_j, in]`, A_j `[r_j, in]`, B_j `[out_j, r_j]`.
@@ -69,14 +75,8 @@ pub struct LinearGroup {
     /// All A's as one matrix `[Σ r, in]`.
     a: Option<ParamRef>,
     site: u32,
-}
-
-/// What [`LinearGroup::forward`] keeps.
-#[derive(Clone, Debug)]
-pub struct Saved {
-    xa: Option<Tensor<2>>,
-    /// One for each linear that has a magnitude, in order.
-    magnitudes: Vec<magnitude::Saved>,
+    /// Weights and factors as one matrix, where there is such a product.
+    stack: Option<Stacked>,
 }
 
 impl Linear {
@@ -102,7 +102,7 @@ impl Linear {
 impl LinearGroup {
     /// A group without adapters. All weights have the same width.
     pub fn new(linears: Vec<Linear>) -> Self {
-        Self { linears, a: None, site: 0 }
+        Self { linears, a: None, site: 0, stack: None }
     }
 
     /// The linears, in order.
@@ -110,9 +110,15 @@ impl LinearGroup {
         &self.linears
     }
 
-    /// The linears, whose weights and biases may be replaced by others of the same shape.
+    /// The linears, whose weights and biases may be replaced by others of the same shape until there is an adapter.
     pub fn linears_mut(&mut self) -> &mut [Linear] {
         &mut self.linears
+    }
+
+    /// Columns that x and the gradients to the results should have room for, side by side as the linears are; without
+    /// it they are copied ([`rekindle_kernels::stacked`]).
+    pub fn room(&self) -> usize {
+        self.stack.as_ref().map_or(0, Stacked::rank)
     }
 
     /// Gives each linear what `adaptation` returns for it, replacing what it had.
@@ -148,6 +154,22 @@ impl LinearGroup {
             linear.trained_bias = found.bias.map(|bias| params.push(name, &[out], false, &bias));
         }
         self.a = joined;
+        self.stack(params);
+    }
+
+    /// Brings weights and factors into one matrix where there is such a product; the weights then lie in it.
+    fn stack(&mut self, params: &mut ParamsBuilder) {
+        self.stack = None;
+        let has_magnitude = |linear: &Linear| linear.adapter.as_ref().is_some_and(|placed| placed.magnitude.is_some());
+        if self.a.is_none() || self.linears.iter().any(|l| has_magnitude(l) || l.trained_bias.is_some()) {
+            return;
+        }
+        let parts = self.linears.iter_mut().map(|linear| Part {
+            factors: linear.adapter.as_ref().map(|placed| (placed.a, placed.b, placed.scale)),
+            weight: &mut linear.weight,
+            bias: linear.bias.as_ref(),
+        });
+        self.stack = Stacked::new(parts.collect(), params);
     }
 
     /// What is trained of every linear as it is now, by the linear's name.
@@ -167,116 +189,5 @@ impl LinearGroup {
     /// Whether anything in here is trained.
     pub fn is_trained(&self) -> bool {
         self.a.is_some() || self.linears.iter().any(|l| l.weight.trained().is_some() || l.bias_grad().is_some())
-    }
-
-    /// The results of all linears for the same x.
-    pub fn forward(&self, params: &Params, x: &Tensor<2>, dropout: Option<Dropout<'_>>) -> (Vec<Tensor<2>>, Saved) {
-        let dropped = self.dropped(x, dropout);
-        let xa = self.a.map(|a| matmul::nt(&dropped, &params.matrix(a))); // [tokens, Σ r]
-        let (mut first, mut saved) = (0, Vec::new());
-        let ys = self
-            .linears
-            .iter()
-            .map(|linear| {
-                let bias = linear.bias(params);
-                let (Some(adapter), Some(xa)) = (&linear.adapter, &xa) else {
-                    return linear.weight.nt(params, x, bias.as_ref());
-                };
-                let (part, b) = (adapter.columns(xa, &mut first), params.matrix(adapter.b));
-                match &adapter.magnitude {
-                    None => {
-                        let y = linear.weight.nt(params, x, bias.as_ref());
-                        matmul::nt_add(y, adapter.scale, &part, &b)
-                    }
-                    Some(magnitude) => {
-                        let gain = magnitude.gain(params, &linear.weight, adapter.a, adapter.b, adapter.scale);
-                        let z = matmul::nt_add(linear.weight.nt(params, &dropped, None), adapter.scale, &part, &b);
-                        let beside = dropout.map(|_| {
-                            let difference = x.clone().plus(&dropped.clone().scale(-1.0));
-                            linear.weight.nt(params, &difference, None)
-                        });
-                        let (y, kept) = magnitude::forward(z, beside, gain);
-                        saved.push(kept);
-                        match bias {
-                            None => y,
-                            Some(bias) => y.add_row(&bias),
-                        }
-                    }
-                }
-            })
-            .collect();
-        (ys, Saved { xa, magnitudes: saved })
-    }
-
-    /// Adds the gradients of what is trained; returns the gradient to x if `want_dx`.
-    #[allow(clippy::too_many_arguments, reason = "the backward's inputs, each a different thing")]
-    pub fn backward(
-        &self,
-        params: &Params,
-        grads: &mut Grads,
-        x: &Tensor<2>,
-        saved: &Saved,
-        dys: &[Tensor<2>],
-        dropout: Option<Dropout<'_>>,
-        want_dx: bool,
-    ) -> Option<Tensor<2>> {
-        let mut dx: Option<Tensor<2>> = None;
-        // DoRA with dropout has two ways back to x on the base's side; this is the one through dropout(x).
-        let mut d_dropped: Option<Tensor<2>> = None;
-        let mut dxa = Vec::new();
-        let (mut first, mut kept) = (0, saved.magnitudes.iter());
-        for (linear, dy) in self.linears.iter().zip(dys) {
-            if let Some(at) = linear.weight.trained() {
-                grads.add_tn(at, 1.0, dy, x);
-            }
-            if let Some(at) = linear.bias_grad() {
-                grads.add_row_sum(at, dy);
-            }
-            // The gradient to x·Wᵀ.
-            let mut direct = dy.clone();
-            if let (Some(adapter), Some(xa)) = (&linear.adapter, &saved.xa) {
-                if let Some(magnitude) = &adapter.magnitude {
-                    let kept = kept.next().expect("the forward kept one for each magnitude");
-                    direct = kept.backward(dy, grads, magnitude.at);
-                }
-                grads.add_tn(adapter.b, adapter.scale, &direct, &adapter.columns(xa, &mut first));
-                dxa.push(matmul::nn(&direct, &params.matrix(adapter.b)).scale(adapter.scale)); // [tokens, r]
-                if let (Some(_), Some(_), true) = (&adapter.magnitude, dropout, want_dx) {
-                    let rest = direct.plus(&dy.clone().scale(-1.0));
-                    d_dropped = Some(linear.weight.nn(params, &rest, d_dropped));
-                    direct = dy.clone();
-                }
-            }
-            if want_dx {
-                dx = Some(linear.weight.nn(params, &direct, dx));
-            }
-        }
-        if let Some(a) = self.a {
-            let dxa = Tensor::cat_columns(dxa); // [tokens, Σ r]
-            grads.add_tn(a, 1.0, &dxa, &self.dropped(x, dropout));
-            dx = dx.map(|dx| match dropout {
-                None => matmul::nn_add(dx, 1.0, &dxa, &params.matrix(a)),
-                Some(key) => {
-                    let through_a = matmul::nn(&dxa, &params.matrix(a));
-                    let all = d_dropped.map_or_else(|| through_a.clone(), |d| d.plus(&through_a));
-                    dx.plus(&dropout::apply(&all, key, self.site))
-                }
-            });
-        }
-        dx
-    }
-
-    fn dropped(&self, x: &Tensor<2>, dropout: Option<Dropout<'_>>) -> Tensor<2> {
-        dropout.map_or_else(|| x.clone(), |key| dropout::apply(x, key, self.site))
-    }
-}
-
-impl Placed {
-    /// This adapter's columns of x·Aᵀ, `[tokens, r]`; moves `first` past them.
-    fn columns(&self, xa: &Tensor<2>, first: &mut usize) -> Tensor<2> {
-        let [r, _] = self.a.dims();
-        let part = xa.columns(*first, r);
-        *first += r;
-        part
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use rekindle_kernels::{Device, ParamsBuilder, Weight, to_f32};
+use rekindle_kernels::{ParamsBuilder, Weight, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{
     Adaptation, Adapter, GradientCheckpointing, Linear, LoraConfig, Module, Modules, initial_factors,
@@ -52,7 +52,7 @@ impl CausalLm {
         let modules = self.modules();
         let targets = match_targets(config, &modules.names())?;
         let saved = modules.saved(config)?;
-        self.check_placeable(config.use_gradient_checkpointing)?;
+        self.check_placeable()?;
         // Nothing can be refused any more: the earlier adapter may go.
         self.remove_adapter();
         let mut factors = BTreeMap::new();
@@ -114,31 +114,26 @@ impl CausalLm {
         if self.adapter_config.take().is_none() {
             return;
         }
-        let mut params = ParamsBuilder::default();
+        let mut params = ParamsBuilder::new(&self.device, self.dtype);
         for group in self.blocks.iter_mut().flat_map(Block::groups_mut) {
             group.adapt(&mut params, 0, |_| Adaptation::default());
         }
         self.restore();
-        self.params = params.build(&self.device, self.dtype);
+        self.params = params.build();
     }
 
     /// What becomes of activations between forward and backward in the blocks with an adapter; without an adapter this
     /// changes nothing.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] for a choice that this device has not.
-    pub fn set_gradient_checkpointing(&mut self, checkpointing: GradientCheckpointing) -> Result<(), Error> {
-        self.check_checkpointing(checkpointing)?;
+    pub fn set_gradient_checkpointing(&mut self, checkpointing: GradientCheckpointing) {
         if let Some(config) = &mut self.adapter_config {
             config.lora_mut().use_gradient_checkpointing = checkpointing;
         }
-        Ok(())
     }
 
     fn place(&mut self, adapter: Adapter) -> Result<(), Error> {
-        self.check_placeable(adapter.config.lora().use_gradient_checkpointing)?;
+        self.check_placeable()?;
         self.restore();
-        let mut params = ParamsBuilder::default();
+        let mut params = ParamsBuilder::new(&self.device, self.dtype);
         let Adapter { config, mut factors, mut biases, saved } = adapter;
         for (site, group) in self.blocks.iter_mut().flat_map(Block::groups_mut).enumerate() {
             group.adapt(&mut params, site as u32, |linear| Adaptation {
@@ -163,7 +158,7 @@ impl CausalLm {
             }
             self.replaced.embed = Some(core::mem::replace(&mut self.embed, trained));
         }
-        self.params = params.build(&self.device, self.dtype);
+        self.params = params.build();
         self.adapter_config = Some(config);
         Ok(())
     }
@@ -178,21 +173,10 @@ impl CausalLm {
         }
     }
 
-    fn check_placeable(&self, checkpointing: GradientCheckpointing) -> Result<(), Error> {
+    fn check_placeable(&self) -> Result<(), Error> {
         if self.adapter_config.is_none() && self.params.numel() > 0 {
             return Err(Error::Argument(
                 "all weights are trained; an adapter goes onto a model loaded with full_finetuning = false".to_owned(),
-            ));
-        }
-        self.check_checkpointing(checkpointing)
-    }
-
-    fn check_checkpointing(&self, checkpointing: GradientCheckpointing) -> Result<(), Error> {
-        if let (GradientCheckpointing::Host, Device::Cuda(_)) = (checkpointing, &self.device) {
-            return Err(Error::Argument(
-                "use_gradient_checkpointing \"unsloth\" keeps block inputs in host memory, which CUDA does not do yet; \
-                 use true"
-                    .to_owned(),
             ));
         }
         Ok(())

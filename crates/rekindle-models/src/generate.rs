@@ -99,7 +99,7 @@ impl CausalLm {
             h = block.decode(ctx, h, cache);
         }
         let last = h.rows(ids.len() - 1, 1); // [1, hidden]
-        let (n, _) = rms_norm::forward(&last, &self.norm.vector(&self.params), self.config.rms_norm_eps);
+        let (n, _) = rms_norm::forward(&last, &self.norm.vector(&self.params), self.config.rms_norm_eps, 0);
         let head = self.head.as_ref().unwrap_or(&self.embed);
         to_f32(matmul::nt(&n, &head.matrix(&self.params)))
     }

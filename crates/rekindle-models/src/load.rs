@@ -79,7 +79,7 @@ impl CausalLm {
             origins: BTreeMap::new(),
             dtypes: BTreeMap::new(),
         });
-        let params = ParamsBuilder::default();
+        let params = ParamsBuilder::new(device, *dtype);
         let mut source = Source { checkpoint, options, plan, quantization, params, progress };
         let embed = source.weight(EMBED)?;
         let blocks = (0..config.num_hidden_layers)
@@ -96,7 +96,7 @@ impl CausalLm {
             blocks,
             norm,
             head,
-            params: source.params.build(device, *dtype),
+            params: source.params.build(),
             tables,
             device: device.clone(),
             dtype: *dtype,

@@ -5,11 +5,11 @@ use rekindle_kernels::attention::{Documents, Heads};
 use rekindle_kernels::dropout::{Key, Token, Tokens};
 use rekindle_kernels::linear_cross_entropy::{self, Losses};
 use rekindle_kernels::rope::Tables;
-use rekindle_kernels::{Device, Grads, Params, Tensor, Weight, embedding, rms_norm};
-use rekindle_lora::{LoraConfig, peft::AdapterConfig};
+use rekindle_kernels::{Device, Grads, Params, Weight, embedding, rms_norm};
+use rekindle_lora::{GradientCheckpointing, LoraConfig, peft::AdapterConfig};
 
 use crate::adapt::Replaced;
-use crate::block::{Block, Context, Saved};
+use crate::block::{Block, Context, Kept, Saved};
 use crate::names::Projection;
 use crate::quantization::Quantization;
 use crate::{Batch, Error, ModelConfig};
@@ -46,12 +46,13 @@ pub struct StepKey {
     pub step: u32,
 }
 
+/// What waits for a block's backward.
 #[allow(clippy::large_enum_variant, reason = "one entry a block")]
 enum Tape {
-    /// Everything the backward needs.
+    /// Everything it needs.
     Whole(Box<Saved>),
-    /// The block's input; the rest is computed again.
-    Input(Tensor<2>),
+    /// A part; the rest is computed again.
+    Kept(Kept),
 }
 
 impl CausalLm {
@@ -128,22 +129,25 @@ impl CausalLm {
         let dropout = tokens.as_ref().map(|(key, tokens)| Key { p, seed: key.seed, step: key.step, tokens });
         let (angles, documents) = (self.tables.angles(&batch.positions), self.documents(batch));
         let ctx = Context { params: &self.params, angles: &angles, documents: Some(&documents), dropout };
-        let recompute = self.lora().is_some_and(|lora| lora.use_gradient_checkpointing.recomputes());
+        let checkpointing = self.lora().map_or(GradientCheckpointing::Off, |lora| lora.use_gradient_checkpointing);
         let embed_trained = self.embed.trained().is_some();
         let lowest = if embed_trained { 0 } else { self.lowest_trained() };
 
         let mut h = embedding::forward(&self.embed.matrix(&self.params), &batch.input_ids);
         let mut tape = Vec::with_capacity(self.blocks.len());
         for (i, block) in self.blocks.iter().enumerate() {
-            let input = h.clone();
             let (y, saved) = block.forward(ctx, h);
             h = y;
             if i >= lowest {
-                tape.push(if recompute { Tape::Input(input) } else { Tape::Whole(Box::new(saved)) });
+                change_last(&mut tape, Kept::settled);
+                tape.push(match checkpointing {
+                    GradientCheckpointing::Off => Tape::Whole(Box::new(saved.kept())),
+                    _ => Tape::Kept(Kept::of(saved, checkpointing, i + 1 == self.blocks.len())),
+                });
             }
         }
         let norm = self.norm.vector(&self.params);
-        let (n, rstd) = rms_norm::forward(&h, &norm, self.config.rms_norm_eps);
+        let (n, rstd) = rms_norm::forward(&h, &norm, self.config.rms_norm_eps, 0);
         let head = self.head.as_ref().unwrap_or(&self.embed);
         let head_grad = head.trained().map(|at| (&mut *grads, at));
         let (nll, dn) = linear_cross_entropy::forward_backward(
@@ -156,11 +160,15 @@ impl CausalLm {
         if let Some(at) = self.norm.trained() {
             grads.add(at, rms_norm::weight_grad(&dn, &h, &rstd).as_row());
         }
-        let mut dh = rms_norm::backward(&dn, &h, &norm, &rstd, None);
+        let room = self.blocks.iter().map(Block::room).max().unwrap_or(0);
+        let mut dh = rms_norm::backward(&dn, &h, &norm, &rstd, None, room);
+        drop((dn, h, n));
         for (i, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
-            let saved = match tape.pop().expect("one entry for every block from the lowest trained") {
+            let entry = tape.pop().expect("one entry for every block from the lowest trained");
+            change_last(&mut tape, Kept::coming);
+            let saved = match entry {
                 Tape::Whole(saved) => *saved,
-                Tape::Input(x) => block.forward(ctx, x).1,
+                Tape::Kept(kept) => block.resume(ctx, kept),
             };
             match block.backward(ctx, saved, dh, grads, i > lowest || embed_trained) {
                 Some(dx) => dh = dx,
@@ -185,7 +193,7 @@ impl CausalLm {
         for block in &self.blocks {
             h = block.forward(ctx, h).0;
         }
-        let (n, _) = rms_norm::forward(&h, &self.norm.vector(&self.params), self.config.rms_norm_eps);
+        let (n, _) = rms_norm::forward(&h, &self.norm.vector(&self.params), self.config.rms_norm_eps, 0);
         let head = self.head.as_ref().unwrap_or(&self.embed);
         let nll = linear_cross_entropy::forward(&n, &head.matrix(&self.params), &batch.targets).values();
         self.finished(nll)
@@ -231,6 +239,14 @@ impl CausalLm {
     /// The first block with something to train; nothing below it needs a backward.
     fn lowest_trained(&self) -> usize {
         self.blocks.iter().position(Block::is_trained).unwrap_or(self.blocks.len())
+    }
+}
+
+/// Changes what waits for the backward of the block below the next, if it is a part.
+fn change_last(tape: &mut Vec<Tape>, change: impl FnOnce(Kept) -> Kept) {
+    match tape.pop() {
+        Some(Tape::Kept(kept)) => tape.push(Tape::Kept(change(kept))),
+        other => tape.extend(other),
     }
 }
 

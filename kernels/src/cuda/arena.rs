@@ -85,9 +85,11 @@ impl Cuda {
         asked.map_or((0, self.0.facts.total_memory), |()| (free, total))
     }
 
-    /// Gives unused memory at the end of the arena back to the driver, after waiting for the device.
+    /// Gives unused memory at the end of the arena, and page-locked memory that nobody uses, back to the driver, after
+    /// waiting for the device.
     pub fn trim(&self) {
         if self.synchronize().is_ok() {
+            lock(&self.0.pinned).release();
             self.run("giving memory back", || lock(&self.0.arena).trim());
         }
     }

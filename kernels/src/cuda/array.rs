@@ -19,13 +19,50 @@ pub struct Array {
     cols: usize,
     /// Elements from row to row.
     ld: usize,
+    /// Elements behind each row that belong to this matrix and hold nothing yet.
+    room: usize,
+    dtype: DType,
+}
+
+/// How an [`Array`] lies in its memory.
+#[derive(Clone, Copy, Debug)]
+pub struct ArrayShape {
+    offset: usize,
+    rows: usize,
+    cols: usize,
+    ld: usize,
+    room: usize,
     dtype: DType,
 }
 
 impl Array {
+    /// The memory, if no other handle reaches it, and how the matrix lies there.
+    ///
+    /// # Errors
+    /// The matrix, when another handle reaches its memory.
+    pub fn into_buffer(self) -> Result<(Buffer, ArrayShape), Self> {
+        let Self { buffer, offset, rows, cols, ld, room, dtype } = self;
+        let shape = ArrayShape { offset, rows, cols, ld, room, dtype };
+        match Arc::try_unwrap(buffer) {
+            Ok(buffer) => Ok((buffer, shape)),
+            Err(buffer) => Err(Self { buffer, offset, rows, cols, ld, room, dtype }),
+        }
+    }
+
+    /// A matrix that lies as another one did in memory as long as its.
+    pub fn from_buffer(buffer: Buffer, ArrayShape { offset, rows, cols, ld, room, dtype }: ArrayShape) -> Self {
+        Self { buffer: Arc::new(buffer), offset, rows, cols, ld, room, dtype }
+    }
+
     /// A matrix that is not initialized; nothing reads what lies between its rows.
     pub fn empty(cuda: &Cuda, dims: [usize; 2], dtype: DType, label: &'static str) -> Self {
-        Self::strided(cuda, dims, dims[1].next_multiple_of(STRIDE), dtype, label)
+        Self::with_room(cuda, dims, 0, dtype, label)
+    }
+
+    /// A matrix that is not initialized, with room for `room` more columns.
+    pub fn with_room(cuda: &Cuda, dims: [usize; 2], room: usize, dtype: DType, label: &'static str) -> Self {
+        let whole = Self::strided(cuda, dims, (dims[1] + room).next_multiple_of(STRIDE), dtype, label);
+        Self { room, ..whole }
     }
 
     /// A matrix that is not initialized and has nothing between its rows.
@@ -116,7 +153,40 @@ impl Array {
     /// `n` columns from `first` on, in the same memory.
     pub fn columns(&self, first: usize, n: usize) -> Self {
         assert!(first + n <= self.cols, "columns {first}..{} of {}", first + n, self.cols);
-        Self { offset: self.offset + first, cols: n, ..self.clone() }
+        let room = if first + n == self.cols { self.room } else { 0 };
+        Self { offset: self.offset + first, cols: n, room, ..self.clone() }
+    }
+
+    /// How many columns there is room for behind the last one.
+    pub fn room(&self) -> usize {
+        self.room
+    }
+
+    /// The matrix with `n` columns of its room, whatever they hold.
+    pub fn widened(&self, n: usize) -> Self {
+        assert!(n <= self.room, "{n} more columns, and there is room for {}", self.room);
+        Self { cols: self.cols + n, room: self.room - n, ..self.clone() }
+    }
+
+    /// Matrices that lie side by side in one memory as one matrix, and otherwise copies of them in a new one; with room
+    /// for `room` more columns.
+    pub fn side_by_side(parts: &[Self], room: usize) -> Self {
+        let (first, last) = parts.first().zip(parts.last()).expect("there is something to put side by side");
+        let touch = |[a, b]: &[&Self; 2]| {
+            Arc::ptr_eq(&a.buffer, &b.buffer) && a.offset + a.cols == b.offset && a.ld == b.ld && a.dtype == b.dtype
+        };
+        let pairs = parts.iter().zip(&parts[1..]).map(|(a, b)| [a, b]);
+        let cols = parts.iter().map(|part| part.cols).sum();
+        if pairs.into_iter().all(|pair| touch(&pair)) && last.room >= room {
+            return Self { cols, room: last.room, ..first.clone() };
+        }
+        let whole = Self::with_room(first.cuda(), [first.rows, cols], room, first.dtype, "activations");
+        let mut column = 0;
+        for part in parts {
+            elementwise::copy_into(part, &whole.columns(column, part.cols));
+            column += part.cols;
+        }
+        whole
     }
 
     /// `n` rows from `first` on, in the same memory.
@@ -132,7 +202,7 @@ impl Array {
             "{rows} × {cols} from {first} of {:?}",
             self.dims()
         );
-        Self { offset: self.offset + first, rows, cols, ld: cols, ..self.clone() }
+        Self { offset: self.offset + first, rows, cols, ld: cols, room: 0, ..self.clone() }
     }
 
     /// Whether no other handle reaches this memory, so that it can be written without anybody noticing.
@@ -146,6 +216,11 @@ impl Array {
             let here = arrays.iter().filter(|other| Arc::ptr_eq(&array.buffer, &other.buffer)).count();
             Arc::strong_count(&array.buffer) == here
         })
+    }
+
+    /// Whether the memory holds nothing but this matrix and its room.
+    pub fn is_whole(&self) -> bool {
+        self.buffer.bytes() < (self.rows * (self.cols + self.room + STRIDE)).max(1) * self.dtype.bytes()
     }
 
     /// Whether nothing lies between the rows.
@@ -182,12 +257,13 @@ impl Array {
     pub(super) fn row_ends_as(&self, dtype: DType) -> Self {
         assert!(dtype.bytes() <= self.dtype.bytes(), "{} over {}", dtype.name(), self.dtype.name());
         let times = self.dtype.bytes() / dtype.bytes();
-        Self { offset: self.offset * times + (times - 1) * self.ld, ld: self.ld * times, dtype, ..self.clone() }
+        let offset = self.offset * times + (times - 1) * self.ld;
+        Self { offset, ld: self.ld * times, room: 0, dtype, ..self.clone() }
     }
 
     fn strided(cuda: &Cuda, [rows, cols]: [usize; 2], ld: usize, dtype: DType, label: &'static str) -> Self {
         let buffer = Arc::new(cuda.alloc(rows * ld * dtype.bytes(), label));
-        Self { buffer, offset: 0, rows, cols, ld, dtype }
+        Self { buffer, offset: 0, rows, cols, ld, room: 0, dtype }
     }
 }
 

@@ -1,7 +1,8 @@
 //! Plans for matrix products, and cuBLASLt that runs them.
 //!
 //! A product is planned once for its shape: descriptors are made, cuBLASLt proposes algorithms, and each of the first
-//! [`CANDIDATES`] is timed on the operands at hand. A planned product is one look-up and one call.
+//! [`CANDIDATES`] is timed on the operands at hand. A planned product is one look-up and one call. Shapes of nearly the
+//! same size share what was timed ([`Key::class`]): a run whose batches all differ in their tokens stops timing soon.
 //!
 //! cuBLASLt counts columns first. A row-major matrix is its transpose to it, so `d = a·b` is asked for as `dᵀ = bᵀ·aᵀ`:
 //! the operands change places and nothing is copied.
@@ -24,6 +25,9 @@ const CANDIDATES: usize = 8;
 const WARM_UP_MS: f32 = 20.0;
 const WARM_UP_CALLS: usize = 20;
 
+/// Plans that are kept. Making one again out of what was timed takes the host microseconds.
+const PLANS: usize = 4096;
+
 /// Scratch memory for split sums, which large products on Hopper use up to 32 MiB of.
 const WORKSPACE: usize = 64 << 20;
 
@@ -32,6 +36,8 @@ pub(super) struct Blas {
     handle: Handle<lt::cublasLtHandle_t>,
     workspace: u64,
     plans: Mutex<HashMap<Key, Arc<Plan>>>,
+    /// The fastest of each class of shapes.
+    timed: Mutex<HashMap<Key, lt::cublasLtMatmulAlgo_t>>,
 }
 
 /// Everything that the choice of an algorithm depends on.
@@ -39,33 +45,39 @@ pub(super) struct Blas {
 struct Key {
     form: Form,
     shape: [usize; 3],
-    ld: [usize; 3],
+    ld: [usize; 4],
     dtypes: [DType; 3],
     /// Addresses modulo 16, as the alignment that they leave.
-    alignments: [u8; 3],
+    alignments: [u8; 4],
     accumulates: bool,
     has_bias: bool,
 }
 
 struct Plan {
     descriptor: Mutex<Handle<lt::cublasLtMatmulDesc_t>>,
-    /// Of b, a and d, in the library's order.
-    layouts: [Handle<lt::cublasLtMatrixLayout_t>; 3],
+    /// Of b, a, c and d, in the library's order.
+    layouts: [Handle<lt::cublasLtMatrixLayout_t>; 4],
     algorithm: lt::cublasLtMatmulAlgo_t,
 }
 
 impl Key {
     fn of(gemm: &Gemm) -> Self {
-        let operands = [gemm.a, gemm.b, gemm.d];
+        let operands = [gemm.a, gemm.b, gemm.addend(), gemm.d];
         Self {
             form: gemm.form,
             shape: [gemm.m, gemm.n, gemm.k],
             ld: operands.map(|operand| operand.ld),
-            dtypes: operands.map(|operand| operand.dtype),
+            dtypes: [gemm.a, gemm.b, gemm.d].map(|operand| operand.dtype),
             alignments: operands.map(|operand| alignment(operand.ptr)),
             accumulates: gemm.beta != 0.0,
             has_bias: gemm.bias.is_some(),
         }
+    }
+
+    /// The key of all shapes that share an algorithm: each size rounded up to one of eight within its power of two.
+    fn class(self) -> Self {
+        let round = |size: usize| size.next_multiple_of((size.next_power_of_two() / 16).max(1));
+        Self { shape: self.shape.map(round), ..self }
     }
 }
 
@@ -84,7 +96,7 @@ impl Blas {
         // Not a `Buffer`, which would keep the device open for ever: it goes with the arena.
         let workspace = lock(&cuda.0.arena).alloc(WORKSPACE, "cuBLASLt workspace");
         let workspace = workspace.map_err(|failed| cuda.out_of_memory(failed, WORKSPACE, "cuBLASLt workspace"))?;
-        Ok(Self { handle: Handle(handle), workspace, plans: Mutex::default() })
+        Ok(Self { handle: Handle(handle), workspace, plans: Mutex::default(), timed: Mutex::default() })
     }
 
     /// Queues a product, planned before or now.
@@ -94,8 +106,12 @@ impl Blas {
         let plan = match known {
             Some(plan) => plan,
             None => {
-                let plan = Arc::new(self.plan(cuda, gemm)?);
-                lock(&self.plans).insert(key, Arc::clone(&plan));
+                let plan = Arc::new(self.plan(cuda, gemm, key.class())?);
+                let mut plans = lock(&self.plans);
+                if plans.len() >= PLANS {
+                    plans.clear();
+                }
+                plans.insert(key, Arc::clone(&plan));
                 plan
             }
         };
@@ -118,7 +134,7 @@ impl Blas {
                 return status;
             }
         }
-        let [b, a, d] = plan.layouts.map(|layout| layout.0);
+        let [b, a, c, d] = plan.layouts.map(|layout| layout.0);
         let address = |operand: Operand| operand.ptr as *mut c_void;
         // SAFETY: descriptors and layouts are alive; the scalars are f32, as the descriptor says; the workspace has the
         // size given; addresses are the device's business.
@@ -132,8 +148,8 @@ impl Blas {
                 address(gemm.a),
                 a,
                 (&raw const gemm.beta).cast(),
-                address(gemm.d),
-                d,
+                address(gemm.addend()),
+                c,
                 address(gemm.d),
                 d,
                 algorithm,
@@ -144,11 +160,19 @@ impl Blas {
         }
     }
 
-    fn plan(&self, cuda: &Cuda, gemm: &Gemm) -> Result<Plan, CudaError> {
+    fn plan(&self, cuda: &Cuda, gemm: &Gemm, class: Key) -> Result<Plan, CudaError> {
         check(gemm)?;
         let mut plan = Plan::describe(gemm).map_err(|status| failed(gemm, "cublasLtMatmulDescCreate", status))?;
-        let candidates = self.candidates(&plan, gemm)?;
         let deterministic = cuda.0.deterministic.load(Relaxed);
+        let timed = lock(&self.timed).get(&class).copied();
+        if let Some(algorithm) = timed
+            && !deterministic
+            && self.takes(&plan, &algorithm)
+        {
+            plan.algorithm = algorithm;
+            return Ok(plan);
+        }
+        let candidates = self.candidates(&plan, gemm)?;
         if cuda.0.capturing.load(Relaxed) && !deterministic {
             return Err(refused(gemm, "a product must have run once before it is captured"));
         }
@@ -157,7 +181,23 @@ impl Blas {
             false => self.fastest(cuda, &plan, &candidates, gemm)?,
         };
         plan.algorithm = candidates[fastest];
+        if !deterministic {
+            lock(&self.timed).insert(class, plan.algorithm);
+        }
         Ok(plan)
+    }
+
+    /// Whether a product can be done by an algorithm that was proposed for another one.
+    fn takes(&self, plan: &Plan, algorithm: &lt::cublasLtMatmulAlgo_t) -> bool {
+        let [b, a, c, d] = plan.layouts.map(|layout| layout.0);
+        let descriptor = lock(&plan.descriptor);
+        // SAFETY: integers, and an array of integers.
+        let mut result: lt::cublasLtMatmulHeuristicResult_t = unsafe { core::mem::zeroed() };
+        // SAFETY: live handles, and a place for the result.
+        let asked = status(unsafe {
+            lt::cublasLtMatmulAlgoCheck(self.handle.0, descriptor.0, b, a, c, d, algorithm, &mut result)
+        });
+        asked.is_ok() && result.workspaceSize <= WORKSPACE
     }
 
     /// What cuBLASLt proposes, best first by its own reckoning; never empty.
@@ -183,10 +223,10 @@ impl Blas {
                 .and_then(|()| prefer(P::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &in_f32.to_ne_bytes()))
                 .and_then(|()| prefer(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align(gemm.b)))
                 .and_then(|()| prefer(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align(gemm.a)))
-                .and_then(|()| prefer(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align(gemm.d)))
+                .and_then(|()| prefer(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align(gemm.addend())))
                 .and_then(|()| prefer(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align(gemm.d)))
                 .and_then(|()| {
-                    let [b, a, d] = plan.layouts.map(|layout| layout.0);
+                    let [b, a, c, d] = plan.layouts.map(|layout| layout.0);
                     let descriptor = lock(&plan.descriptor);
                     // SAFETY: live handles; room for as many proposals as said.
                     status(unsafe {
@@ -195,7 +235,7 @@ impl Blas {
                             descriptor.0,
                             b,
                             a,
-                            d,
+                            c,
                             d,
                             preference,
                             CANDIDATES as i32,
@@ -231,7 +271,7 @@ impl Blas {
             return Ok(0);
         }
         let mut trial = *gemm;
-        if gemm.beta != 0.0 {
+        if gemm.beta != 0.0 && gemm.c.is_none() {
             // What is added to d must vanish when it is rounded, and not be a zero that might be skipped.
             trial.alpha = f32::from_bits(1);
             trial.beta = 1.0;
@@ -276,7 +316,7 @@ impl Plan {
         // From here on `Plan` destroys what was made.
         let mut plan = Self {
             descriptor: Mutex::new(Handle(descriptor)),
-            layouts: [null; 3],
+            layouts: [null; 4],
             algorithm: lt::cublasLtMatmulAlgo_t { data: [0; 8] },
         };
         let Gemm { form, m, n, k, a, b, d, .. } = *gemm;
@@ -291,7 +331,7 @@ impl Plan {
         let b_shape = if b_transposed { [k, n] } else { [n, k] };
         let a_shape = if a_transposed { [m, k] } else { [k, m] };
         for (layout, ([rows, columns], operand)) in
-            plan.layouts.iter_mut().zip([(b_shape, b), (a_shape, a), ([n, m], d)])
+            plan.layouts.iter_mut().zip([(b_shape, b), (a_shape, a), ([n, m], gemm.addend()), ([n, m], d)])
         {
             let (rows, columns, ld) = (rows as u64, columns as u64, operand.ld as i64);
             // SAFETY: a place for the handle.

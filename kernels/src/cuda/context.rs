@@ -10,6 +10,7 @@ use super::arena::Arena;
 use super::blaslt::Blas;
 use super::driver::{Failed, Handle, driver, lock};
 use super::kernels::Kernels;
+use super::pinned::Spare;
 use super::profile::Span;
 use super::{CudaError, Library, find};
 
@@ -41,6 +42,7 @@ pub(super) struct Inner {
     pub(super) compute: Handle<sys::CUstream>,
     pub(super) copy: Handle<sys::CUstream>,
     pub(super) arena: Mutex<Arena>,
+    pub(super) pinned: Mutex<Spare>,
     pub(super) kernels: Kernels,
     pub(super) blas: OnceLock<Option<Blas>>,
     pub(super) deterministic: AtomicBool,
@@ -60,6 +62,14 @@ pub fn count() -> usize {
     if counted { usize::try_from(count).unwrap_or(0) } else { 0 }
 }
 
+/// The first device that is new enough for the kernels.
+pub fn first() -> Option<usize> {
+    (0..count()).find(|&index| facts(index).is_ok_and(|facts| facts.major >= OLDEST))
+}
+
+/// Major number of the oldest compute capability that the kernels are for.
+const OLDEST: u32 = 8;
+
 impl Cuda {
     /// Opens a device by its index.
     ///
@@ -67,9 +77,15 @@ impl Cuda {
     /// pass addresses to each other.
     ///
     /// # Errors
-    /// When the driver, the device, or the memory for a context is missing.
+    /// When the driver, NVRTC, cuBLASLt, the device, or the memory for a context is missing, or the card is too old.
     pub fn open(index: usize) -> Result<Self, CudaError> {
         let facts = facts(index)?;
+        if facts.major < OLDEST {
+            let capability = format!("{}.{}", facts.major, facts.minor);
+            return Err(CudaError::CardTooOld { index, name: facts.name, capability });
+        }
+        find::ensure(Library::Nvrtc)?;
+        find::ensure(Library::CublasLt)?;
         let opened = || -> Result<Inner, Failed> {
             let device = device(index)?;
             let mut context = core::ptr::null_mut();
@@ -87,6 +103,7 @@ impl Cuda {
                 copy: stream()?,
                 arena: Mutex::new(Arena::reserve(device, facts.total_memory)?),
                 facts: facts.clone(),
+                pinned: Mutex::default(),
                 kernels: Kernels::default(),
                 blas: OnceLock::new(),
                 deterministic: AtomicBool::new(false),
@@ -217,6 +234,7 @@ impl Drop for Inner {
         }
         self.blas.take();
         self.kernels.unload();
+        lock(&self.pinned).release();
         lock(&self.arena).release();
         for stream in [self.compute, self.copy] {
             let _ = driver!(cuStreamDestroy_v2(stream.0));

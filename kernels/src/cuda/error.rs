@@ -30,6 +30,19 @@ pub enum CudaError {
         /// How many there are.
         found: usize,
     },
+    /// The kernels are not for a card this old.
+    #[error(
+        "cuda:{index} ({name}) has compute capability {capability}, and the kernels need 8.0 or newer (Ampere); use \
+         another index or device \"cpu\""
+    )]
+    CardTooOld {
+        /// The index.
+        index: usize,
+        /// The product's name.
+        name: String,
+        /// Its compute capability.
+        capability: String,
+    },
     /// A call of a library failed.
     #[error("{operation}: {call} failed with {code} ({text})")]
     Call {

@@ -38,11 +38,11 @@ pub struct Operand {
     pub dtype: DType,
 }
 
-/// A product: `d = alpha · op(a) · op(b) + beta · d + bias`, with d `[m, n]`.
+/// A product: `d = alpha · op(a) · op(b) + beta · c + bias`, with c and d `[m, n]`; c is d unless it is given.
 ///
-/// a and b have one dtype; d has theirs or f32. Sums are f32, and f32 operands are multiplied in f32, not in TF32. Into
-/// a d of 16 bits with `beta` other than 0, cuBLASLt's algorithms for Hopper round the product before they add it: the
-/// error is that of a product and a sum, each rounded. Into f32 there is one rounding.
+/// a and b have one dtype; c and d have theirs or f32. Sums are f32, and f32 operands are multiplied in f32, not in
+/// TF32. Into a d of 16 bits with `beta` other than 0, cuBLASLt's algorithms for Hopper round the product before they
+/// add it: the error is that of a product and a sum, each rounded. Into f32 there is one rounding.
 #[derive(Clone, Copy, Debug)]
 pub struct Gemm {
     /// Which operand is transposed.
@@ -57,11 +57,13 @@ pub struct Gemm {
     pub a: Operand,
     /// The right operand.
     pub b: Operand,
+    /// What is added, where that is not what d holds.
+    pub c: Option<Operand>,
     /// The result.
     pub d: Operand,
     /// The factor of the product.
     pub alpha: f32,
-    /// The factor of what d holds before; with 0 it is not read.
+    /// The factor of c; with 0 it is not read.
     pub beta: f32,
     /// The address of `[n]` values in the dtype of d, added to every row.
     pub bias: Option<u64>,
@@ -70,7 +72,14 @@ pub struct Gemm {
 impl Gemm {
     /// A product with `alpha` 1, `beta` 0 and no bias.
     pub fn new(form: Form, [m, n, k]: [usize; 3], a: Operand, b: Operand, d: Operand) -> Self {
-        Self { form, m, n, k, a, b, d, alpha: 1.0, beta: 0.0, bias: None }
+        Self { form, m, n, k, a, b, c: None, d, alpha: 1.0, beta: 0.0, bias: None }
+    }
+}
+
+impl Gemm {
+    /// c.
+    pub(super) fn addend(&self) -> Operand {
+        self.c.unwrap_or(self.d)
     }
 }
 
@@ -127,7 +136,8 @@ pub(super) fn check(gemm: &Gemm) -> Result<(), CudaError> {
         Form::Nn => [k, n],
         Form::Tn => [m, n],
     };
-    for (name, operand, columns) in [("a", a, a_columns), ("b", b, b_columns), ("d", d, n)] {
+    let c = gemm.addend();
+    for (name, operand, columns) in [("a", a, a_columns), ("b", b, b_columns), ("c", c, n), ("d", d, n)] {
         if operand.ld < columns {
             return Err(refused(gemm, &format!("{name} has {columns} columns and its rows are {} apart", operand.ld)));
         }
@@ -135,9 +145,9 @@ pub(super) fn check(gemm: &Gemm) -> Result<(), CudaError> {
             return Err(refused(gemm, &format!("the address {:#x} of {name} splits an element", operand.ptr)));
         }
     }
-    match a.dtype == b.dtype && (d.dtype == a.dtype || d.dtype == DType::F32) && k > 0 {
+    match a.dtype == b.dtype && (d.dtype == a.dtype || d.dtype == DType::F32) && c.dtype == d.dtype && k > 0 {
         true => Ok(()),
-        false => Err(refused(gemm, "k must not be 0, a and b must have one dtype, and d that dtype or f32")),
+        false => Err(refused(gemm, "k must not be 0, a and b must have one dtype, and c and d that dtype or f32")),
     }
 }
 

@@ -41,10 +41,10 @@ mod tensor_map;
 mod transfer;
 
 pub use arena::{Buffer, MemoryUse};
-pub use array::{Array, Ints, Word};
+pub use array::{Array, ArrayShape, Ints, Word};
 pub use attention_tiles::{AttentionKernel, Tiles};
 pub use compile_check::{Checked, compile_check};
-pub use context::{Cuda, Facts, count};
+pub use context::{Cuda, Facts, count, first};
 pub use doctor::{Finding, Report, report};
 pub use error::{CudaError, Library};
 pub use event::Event;

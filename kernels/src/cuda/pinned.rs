@@ -1,10 +1,12 @@
 //! Host memory that the device copies to and from while it computes.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cudarc::driver::sys;
 
-use super::driver::{Handle, driver};
+use super::driver::{Handle, driver, lock};
+use super::error::bytes as show;
 use super::{Buffer, Cuda, CudaError, event};
 
 /// Page-locked host memory. Cloning gives another handle of the same memory.
@@ -25,16 +27,20 @@ struct Pinned {
 pub struct Ticket {
     buffer: Option<Buffer>,
     done: Handle<sys::CUevent>,
-    // A copy may still run when the ticket is gone; `Pinned` waits for the stream before it frees.
     _host: PinnedBuffer,
 }
 
 impl Cuda {
-    /// Allocates page-locked host memory. The driver takes milliseconds for it: reuse it.
+    /// At least `bytes` of page-locked host memory, of what was dropped before if something is long enough and not twice
+    /// as long: the driver takes milliseconds for new memory.
     pub fn pinned(&self, bytes: usize) -> PinnedBuffer {
-        let mut memory = core::ptr::null_mut();
-        self.run("allocating pinned host memory", || driver!(cuMemHostAlloc(&mut memory, bytes, 0)));
-        PinnedBuffer(Arc::new(Pinned { cuda: self.clone(), memory: Handle(memory.cast()), bytes }))
+        let spare = lock(&self.0.pinned).take(bytes);
+        let (memory, bytes) = spare.unwrap_or_else(|| {
+            let mut memory = core::ptr::null_mut();
+            self.run("allocating pinned host memory", || driver!(cuMemHostAlloc(&mut memory, bytes, 0)));
+            (Handle(memory.cast()), bytes)
+        });
+        PinnedBuffer(Arc::new(Pinned { cuda: self.clone(), memory, bytes }))
     }
 
     /// Begins to copy a buffer to the host, once everything queued so far on the compute stream is done.
@@ -107,6 +113,11 @@ impl Drop for Ticket {
 }
 
 impl PinnedBuffer {
+    /// The device that copies from and to it.
+    pub fn cuda(&self) -> &Cuda {
+        &self.0.cuda
+    }
+
     /// The length.
     pub fn bytes(&self) -> usize {
         self.0.bytes
@@ -143,12 +154,42 @@ impl PinnedBuffer {
     }
 }
 
+impl core::fmt::Debug for PinnedBuffer {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "PinnedBuffer({})", show(self.0.bytes))
+    }
+}
+
+impl core::fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_tuple("Ticket").field(&self.buffer).finish()
+    }
+}
+
 impl Drop for Pinned {
+    /// A copy may be on its way: the next one is queued behind it, and the host looks only after waiting.
     fn drop(&mut self) {
         if !self.memory.0.is_null() {
-            let _ = self.cuda.bind();
-            let _ = driver!(cuStreamSynchronize(self.cuda.0.copy.0));
-            let _ = driver!(cuMemFreeHost(self.memory.0.cast()));
+            lock(&self.cuda.0.pinned).0.entry(self.bytes).or_default().push(self.memory);
+        }
+    }
+}
+
+/// Page-locked memory that nobody uses, by length.
+#[derive(Default)]
+pub(super) struct Spare(BTreeMap<usize, Vec<Handle<*mut u8>>>);
+
+impl Spare {
+    fn take(&mut self, bytes: usize) -> Option<(Handle<*mut u8>, usize)> {
+        let (&length, spare) =
+            self.0.range_mut(bytes..=bytes.saturating_mul(2)).find(|(_, spare)| !spare.is_empty())?;
+        spare.pop().map(|memory| (memory, length))
+    }
+
+    /// Gives all of it back to the driver. The copy stream must have finished.
+    pub(super) fn release(&mut self) {
+        for memory in core::mem::take(&mut self.0).into_values().flatten() {
+            let _ = driver!(cuMemFreeHost(memory.0.cast()));
         }
     }
 }

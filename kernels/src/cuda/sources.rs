@@ -48,6 +48,7 @@ sources! {
     "dropout.cu" with any_dtype;
     "elementwise.cu" with any_dtype;
     "embedding.cu" with any_dtype;
+    "mirror.cu" with any_dtype;
     "qk_norm_rope.cu" with any_dtype;
     "reduce.cu" with any_dtype;
     "rms_norm.cu" with any_dtype;

@@ -75,7 +75,7 @@ impl Case for AdamW {
 
     fn ours(&self, place: &Place) -> Results {
         let start = self.values();
-        let mut builder = ParamsBuilder::default();
+        let mut builder = ParamsBuilder::new(&place.device, DType::F32);
         let mut offset = 0;
         let places: Vec<ParamRef> = self
             .params
@@ -85,7 +85,7 @@ impl Case for AdamW {
                 builder.push(format!("p{offset}"), &[n], decays, &start[offset - n..offset])
             })
             .collect();
-        let mut params = builder.build(&place.device, DType::F32);
+        let mut params = builder.build();
         let mut state = State::new(params.numel(), &place.device);
         for t in 1..=STEPS {
             let grads = self.filled(&params, &places, &place.device, t);

@@ -4,7 +4,7 @@ use burn::tensor::{DType, Tensor as BurnTensor};
 use rekindle_kernels::attention::{self, Documents, Heads, Saved};
 use rekindle_kernels::{Device, Tensor};
 
-use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
+use super::{Case, Oracle, Place, ROOM, Results, grad, noise, rounded, values};
 
 pub(crate) struct Attention {
     pub(crate) heads: Heads,
@@ -110,10 +110,10 @@ impl Attention {
         let (wide, narrow) = self.shapes();
         let (q, k, v) = (place.matrix(&self.q, wide), place.matrix(&self.k, narrow), place.matrix(&self.v, narrow));
         let documents = self.documents(&place.device, place.dtype);
-        let (o, lse) = attention::forward(&q, &k, &v, self.heads, &documents);
+        let (o, lse) = attention::forward(&q, &k, &v, self.heads, &documents, ROOM);
         let saved = Saved { q, k, v, o, lse };
         let d_o = place.matrix(&self.d_o, wide);
-        let (dq, dk, dv) = attention::backward(&d_o, &saved, self.heads, &documents);
+        let (dq, dk, dv) = attention::backward(&d_o, &saved, self.heads, &documents, ROOM);
         (saved, dq, dk, dv)
     }
 }
@@ -138,7 +138,7 @@ impl Case for Attention {
         let documents = self.documents(&Device::cpu(), DType::F32);
         Some(self.graph(DType::F32, |q, k, v, _| {
             let [q, k, v] = [q, k, v].map(|t| Tensor::from(t.clone()));
-            let (o, lse) = attention::forward(&q, &k, &v, self.heads, &documents);
+            let (o, lse) = attention::forward(&q, &k, &v, self.heads, &documents, 0);
             (o.into(), lse.into())
         }))
     }

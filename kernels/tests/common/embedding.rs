@@ -47,11 +47,11 @@ impl Case for Embedding {
         let y = embedding::forward(&table, &self.ids);
         let dy = place.matrix(&self.dy(), [self.ids.len(), self.hidden]);
         let shape = [self.vocab, self.hidden];
-        let mut builder = ParamsBuilder::default();
+        let mut builder = ParamsBuilder::new(&place.device, place.dtype);
         let before = builder.push("before", &[3], true, &[0.0; 3]);
         let at = builder.push("embed_tokens.weight", &shape, true, &self.table());
         let after = builder.push("after", &[2], true, &[0.0; 2]);
-        let mut grads = builder.build(&place.device, place.dtype).zero_grads();
+        let mut grads = builder.build().zero_grads();
         embedding::backward(dy, &self.ids, &mut grads, at);
         assert_eq!((grads.values(before), grads.values(after)), (vec![0.0; 3], vec![0.0; 2]));
         vec![("y", values(y)), ("dtable", widened(grads.values(at)))]

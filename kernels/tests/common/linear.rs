@@ -70,12 +70,12 @@ impl Case for Linear {
         let added = matmul::nt_add(place.matrix(&self.start, [m, n]), ALPHA, &x, &w);
         let dx_added = matmul::nn_add(place.matrix(&self.beside, [m, k]), ALPHA, &dy, &w);
         // Gradients lie between those of neighbours, which must stay untouched.
-        let mut builder = ParamsBuilder::default();
+        let mut builder = ParamsBuilder::new(&place.device, place.dtype);
         let before = builder.push("before", &[5], true, &[0.0; 5]);
         let w_at = builder.push("w", &[n, k], true, &self.w);
         let bias_at = builder.push("bias", &[n], false, &self.bias);
         let after = builder.push("after", &[3], true, &[0.0; 3]);
-        let mut grads = builder.build(&place.device, place.dtype).zero_grads();
+        let mut grads = builder.build().zero_grads();
         // In two parts, since gradients add up.
         grads.add_tn(w_at, 0.25, &dy, &x);
         grads.add_tn(w_at, 0.75, &dy, &x);

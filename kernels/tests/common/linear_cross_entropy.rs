@@ -49,10 +49,10 @@ impl Case for LinearCrossEntropy {
     fn ours(&self, place: &Place) -> Results {
         let h = place.matrix(&self.h, [self.targets.len(), self.hidden]);
         let weight = place.matrix(&self.weight, [self.vocab, self.hidden]);
-        let mut builder = ParamsBuilder::default();
+        let mut builder = ParamsBuilder::new(&place.device, place.dtype);
         builder.push("before", &[3], true, &[0.0; 3]);
         let at = builder.push("lm_head.weight", &[self.vocab, self.hidden], true, &self.weight);
-        let mut grads = builder.build(&place.device, place.dtype).zero_grads();
+        let mut grads = builder.build().zero_grads();
         let alone = linear_cross_entropy::forward(&h, &weight, &self.targets).values();
         let (nll, dh) =
             linear_cross_entropy::forward_backward(&h, &weight, &self.targets, GRAD_SCALE, Some((&mut grads, at)));

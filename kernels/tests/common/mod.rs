@@ -16,6 +16,7 @@ pub(crate) mod packed;
 pub(crate) mod properties;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
+pub(crate) mod stacked;
 pub(crate) mod swiglu;
 
 mod place;
@@ -65,6 +66,9 @@ pub(crate) fn check_in(case: &impl Case, layouts: &[Layout]) {
         judge(&format!("{case:?} differentiated"), &results, &naive, &truth, 2.0, F32_FLOOR);
     }
 }
+
+/// Columns that results leave room for where a device has a use for it.
+pub(crate) const ROOM: usize = 5;
 
 /// Four units in the last place of the largest value: what a few roundings of the largest term cost, for
 /// results in which the naive computation happens to be exact.

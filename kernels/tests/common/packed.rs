@@ -59,6 +59,10 @@ impl Packed {
         Self { m, codes, x: input(1, m * k), bias: input(3, n), dy: input(4, m * n), beside: input(6, m * k) }
     }
 
+    pub(crate) fn into_codes(self) -> Codes {
+        self.codes
+    }
+
     /// The weight by the definition, element by element.
     pub(crate) fn weight(&self) -> Vec<f32> {
         let [rows, cols] = self.codes.dims;

@@ -135,10 +135,10 @@ pub(crate) fn gradients_that_are_not_finite_change_nothing(device: &Device) {
     let numel = 5000;
     let step = Step { t: 1, lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, grad_scale: 0.5 };
     let trained = |bad: Option<f32>| -> (Vec<f32>, f64) {
-        let mut builder = ParamsBuilder::default();
+        let mut builder = ParamsBuilder::new(device, DType::F32);
         builder.push("a", &[numel - 7], true, &noise(1, numel - 7));
         builder.push("b", &[7], false, &noise(2, 7));
-        let mut params = builder.build(device, DType::F32);
+        let mut params = builder.build();
         let mut state = State::new(params.numel(), device);
         let clipped = |params: &mut Params, state: &mut State, values: &[f32], t: u64| {
             let mut grads = params.zero_grads();

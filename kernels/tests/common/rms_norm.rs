@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Tensor as BurnTensor};
 use rekindle_kernels::rms_norm;
 
-use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
+use super::{Case, Oracle, Place, ROOM, Results, grad, noise, rounded, values};
 
 pub(crate) struct RmsNorm {
     shape: [usize; 2],
@@ -66,25 +66,23 @@ impl Case for RmsNorm {
         let dy = place.matrix(&self.dy, self.shape);
         let (sum, y, rstd) = match &self.residual {
             None => {
-                let (y, rstd) = rms_norm::forward(&x, &weight, EPS);
+                let (y, rstd) = rms_norm::forward(&x, &weight, EPS, ROOM);
                 (x, y, rstd)
             }
-            Some((delta, _)) => rms_norm::add_forward(&x, place.matrix(delta, self.shape), &weight, EPS),
+            Some((delta, _)) => rms_norm::add_forward(&x, place.matrix(delta, self.shape), &weight, EPS, ROOM),
         };
         let again = rms_norm::recompute(&sum, &weight, &rstd);
         let beside = self.residual.as_ref().map(|(_, beside)| place.matrix(beside, self.shape));
-        let dx = rms_norm::backward(&dy, &sum, &weight, &rstd, beside);
+        let dx = rms_norm::backward(&dy, &sum, &weight, &rstd, beside, ROOM);
         let dw = rms_norm::weight_grad(&dy, &sum, &rstd);
         assert_eq!(values(y.clone()), values(again), "recomputing gives the same bits");
         vec![("sum", values(sum)), ("y", values(y)), ("dx", values(dx)), ("dw", values(dw))]
     }
 
     fn differentiated(&self) -> Option<Results> {
-        Some(
-            self.graph(DType::F32, |x, weight| {
-                rms_norm::forward(&x.clone().into(), &weight.clone().into(), EPS).0.into()
-            }),
-        )
+        Some(self.graph(DType::F32, |x, weight| {
+            rms_norm::forward(&x.clone().into(), &weight.clone().into(), EPS, 0).0.into()
+        }))
     }
 }
 

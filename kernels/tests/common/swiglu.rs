@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Tensor as BurnTensor};
 use rekindle_kernels::swiglu;
 
-use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
+use super::{Case, Oracle, Place, ROOM, Results, grad, noise, rounded, values};
 
 pub(crate) struct SwiGlu {
     shape: [usize; 2],
@@ -35,13 +35,13 @@ impl Case for SwiGlu {
 
     fn ours(&self, place: &Place) -> Results {
         let (gate, up) = (place.matrix(&self.gate, self.shape), place.matrix(&self.up, self.shape));
-        let act = swiglu::forward(&gate, &up);
-        let (dgate, dup) = swiglu::backward(&place.matrix(&self.dact, self.shape), gate, up);
-        vec![("act", values(act)), ("dgate", values(dgate)), ("dup", values(dup))]
+        let act = swiglu::forward(&gate, &up, ROOM);
+        let (dgate, dup, again) = swiglu::backward(place.matrix(&self.dact, self.shape), gate, up);
+        vec![("act", values(act)), ("act", values(again)), ("dgate", values(dgate)), ("dup", values(dup))]
     }
 
     fn differentiated(&self) -> Option<Results> {
-        Some(self.graph(DType::F32, |gate, up| swiglu::forward(&gate.clone().into(), &up.clone().into()).into()))
+        Some(self.graph(DType::F32, |gate, up| swiglu::forward(&gate.clone().into(), &up.clone().into(), 0).into()))
     }
 }
 

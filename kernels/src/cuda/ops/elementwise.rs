@@ -74,19 +74,6 @@ pub(crate) fn scale_columns(x: Array, factors: &Array) -> Array {
     y
 }
 
-/// Matrices of as many rows beside each other.
-pub(crate) fn cat_columns(parts: &[Array]) -> Array {
-    let first = parts.first().expect("there is something to put beside each other");
-    let dims = [first.rows(), parts.iter().map(Array::cols).sum()];
-    let whole = Array::empty(first.cuda(), dims, first.dtype(), ACTIVATIONS);
-    let mut column = 0;
-    for part in parts {
-        copy_into(part, &whole.columns(column, part.cols()));
-        column += part.cols();
-    }
-    whole
-}
-
 /// The values rounded to a dtype; the same memory where they have it already.
 pub(crate) fn cast(x: &Array, dtype: DType) -> Array {
     if x.dtype() == dtype {

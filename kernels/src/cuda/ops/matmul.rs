@@ -2,23 +2,76 @@
 //! `dx = product(dy, w, Nn)` and `dw = product(dy, x, Tn)`.
 
 use super::{ACTIVATIONS, check_dims, elementwise};
-use crate::cuda::{Array, DType, Form, Gemm};
+use crate::cuda::{Array, Cuda, Form, Gemm};
 
 /// The product in the operands' dtype.
 pub(crate) fn product(a: &Array, b: &Array, form: Form) -> Array {
-    into_new(a, b, form, a.dtype(), None)
+    linear(a, b, form, None, None, 0)
 }
 
 /// The product with `bias` `[1, n]`, of the operands' dtype, added to every row.
 pub(crate) fn product_bias(a: &Array, b: &Array, form: Form, bias: &Array) -> Array {
-    into_new(a, b, form, a.dtype(), Some(bias))
+    linear(a, b, form, Some(bias), None, 0)
 }
 
-/// `y + alpha · product`; y has the operands' dtype or f32.
+/// `y + alpha · product`, in the memory of y where it may be; y has the operands' dtype or f32.
 pub(crate) fn product_add(y: Array, alpha: f32, a: &Array, b: &Array, form: Form) -> Array {
-    let y = if y.is_unique() { y } else { elementwise::copy(&y) };
-    accumulate(&y, alpha, a, b, form);
-    y
+    add_onto(y, alpha, a, b, form, None)
+}
+
+/// The product with `bias` `[1, n]` added to every row and `onto` to the whole, in the memory of that where it may be;
+/// a new matrix has room for `room` more columns.
+pub(crate) fn linear(
+    a: &Array,
+    b: &Array,
+    form: Form,
+    bias: Option<&Array>,
+    onto: Option<Array>,
+    room: usize,
+) -> Array {
+    if let Some(y) = onto {
+        return add_onto(y, 1.0, a, b, form, bias);
+    }
+    let shape @ [m, n, k] = sizes(a, b, form);
+    if k == 0 {
+        let zeros = Array::zeros(a.cuda(), [m, n], a.dtype(), ACTIVATIONS);
+        return match bias {
+            Some(bias) => elementwise::add_bias(zeros, bias),
+            None => zeros,
+        };
+    }
+    let out = Array::with_room(a.cuda(), [m, n], room, a.dtype(), ACTIVATIONS);
+    let gemm = Gemm::new(form, shape, a.operand(), b.operand(), out.operand());
+    with_bias(gemm, bias, out.cuda());
+    out
+}
+
+fn add_onto(y: Array, alpha: f32, a: &Array, b: &Array, form: Form, bias: Option<&Array>) -> Array {
+    let shape @ [m, n, k] = sizes(a, b, form);
+    check_dims("the sum", &y, [m, n]);
+    if k == 0 {
+        return match bias {
+            Some(bias) => elementwise::add_bias(y, bias),
+            None => y,
+        };
+    }
+    let in_place = y.is_unique();
+    let out = if in_place { y.clone() } else { super::like(&y) };
+    let gemm = Gemm::new(form, shape, a.operand(), b.operand(), out.operand());
+    let c = (!in_place).then(|| y.operand());
+    with_bias(Gemm { alpha, beta: 1.0, c, ..gemm }, bias, out.cuda());
+    out
+}
+
+/// Queues a product with a bias `[1, n]` of the dtype of the result.
+fn with_bias(gemm: Gemm, bias: Option<&Array>, cuda: &Cuda) {
+    if let Some(bias) = bias {
+        check_dims("the bias", bias, [1, gemm.n]);
+        assert_eq!(bias.dtype(), gemm.d.dtype, "dtype of the bias");
+    }
+    // cuBLASLt reads a bias in vectors, and one of the flat buffer begins anywhere.
+    let bias = bias.map(Array::aligned);
+    cuda.gemm(&Gemm { bias: bias.as_ref().map(Array::ptr), ..gemm });
 }
 
 /// `out += alpha · product`, whoever else sees `out`: f32 gradients, mostly.
@@ -37,27 +90,6 @@ pub(super) fn product_into(out: &Array, a: &Array, b: &Array, form: Form) {
     check_dims("the product", out, [m, n]);
     assert!(k > 0, "a product of nothing has no place");
     out.cuda().gemm(&Gemm::new(form, shape, a.operand(), b.operand(), out.operand()));
-}
-
-fn into_new(a: &Array, b: &Array, form: Form, dtype: DType, bias: Option<&Array>) -> Array {
-    let shape @ [m, n, k] = sizes(a, b, form);
-    if let Some(bias) = bias {
-        check_dims("the bias", bias, [1, n]);
-        assert_eq!(bias.dtype(), dtype, "dtype of the bias");
-    }
-    if k == 0 {
-        let zeros = Array::zeros(a.cuda(), [m, n], dtype, ACTIVATIONS);
-        return match bias {
-            Some(bias) => elementwise::add_bias(zeros, bias),
-            None => zeros,
-        };
-    }
-    let out = Array::empty(a.cuda(), [m, n], dtype, ACTIVATIONS);
-    let gemm = Gemm::new(form, shape, a.operand(), b.operand(), out.operand());
-    // cuBLASLt reads a bias in vectors, and one of the flat buffer begins anywhere.
-    let bias = bias.map(Array::aligned);
-    a.cuda().gemm(&Gemm { bias: bias.as_ref().map(|bias| bias.ptr()), ..gemm });
-    out
 }
 
 /// `[m, n, k]`.

@@ -14,10 +14,12 @@ pub(crate) mod dropout;
 pub(crate) mod elementwise;
 pub(crate) mod embedding;
 pub(crate) mod matmul;
+pub(crate) mod mirror;
 pub(crate) mod packed;
 pub(crate) mod reduce;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
+pub(crate) mod stacked;
 pub(crate) mod swiglu;
 
 use super::{Array, Cuda, DType, Kernel};
@@ -52,7 +54,12 @@ fn piece_grid(x: &Array) -> [u32; 3] {
 
 /// An uninitialized matrix beside another one: its shape, dtype and device.
 fn like(x: &Array) -> Array {
-    Array::empty(x.cuda(), x.dims(), x.dtype(), ACTIVATIONS)
+    roomy(x, 0)
+}
+
+/// [`like`], with room for `room` more columns.
+fn roomy(x: &Array, room: usize) -> Array {
+    Array::with_room(x.cuda(), x.dims(), room, x.dtype(), ACTIVATIONS)
 }
 
 /// `x` itself where it may be written over, and an uninitialized matrix of its shape where not.

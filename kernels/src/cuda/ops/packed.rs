@@ -109,6 +109,11 @@ impl PackedArray {
         Self { dims, codes, scales: floats(cuda, scales, SCALES), format: Format::Int8 }
     }
 
+    /// The device that the codes are on.
+    pub(crate) fn cuda(&self) -> &Cuda {
+        self.codes.cuda()
+    }
+
     /// `[out, in]`.
     pub(crate) fn dims(&self) -> [usize; 2] {
         self.dims

@@ -1,6 +1,6 @@
 //! Root-mean-square normalization of rows, with the residual add before it.
 
-use super::{ACTIVATIONS, blocks, check_dims, int, kernel, like, reduce, target};
+use super::{ACTIVATIONS, blocks, check_dims, int, kernel, like, reduce, roomy, target};
 use crate::cuda::{Array, DType, args};
 
 /// The widest row that one block holds in its registers.
@@ -9,17 +9,17 @@ const WIDEST: usize = 16384;
 /// Rows that one block sums for the weight's gradient.
 const CHUNK: usize = 64;
 
-/// `(y, rstd)`: y of `T`, rstd f32 `[1, rows]`.
-pub(crate) fn forward(x: &Array, weight: &Array, eps: f32) -> (Array, Array) {
-    let (_, y, rstd) = run(x, None, weight, eps);
+/// `(y, rstd)`: y of `T` with room for `room` more columns, rstd f32 `[1, rows]`.
+pub(crate) fn forward(x: &Array, weight: &Array, eps: f32, room: usize) -> (Array, Array) {
+    let (_, y, rstd) = run(x, None, weight, eps, room);
     (y, rstd)
 }
 
 /// `(sum, y, rstd)` with sum = x + delta, in delta's memory where it may be.
-pub(crate) fn add_forward(x: &Array, delta: Array, weight: &Array, eps: f32) -> (Array, Array, Array) {
+pub(crate) fn add_forward(x: &Array, delta: Array, weight: &Array, eps: f32, room: usize) -> (Array, Array, Array) {
     check_dims("delta", &delta, x.dims());
     let sum = target(&delta);
-    let (sum, y, rstd) = run(x, Some((delta.aligned(), sum)), weight, eps);
+    let (sum, y, rstd) = run(x, Some((delta.aligned(), sum)), weight, eps, room);
     (sum.expect("a sum was asked for"), y, rstd)
 }
 
@@ -36,11 +36,20 @@ pub(crate) fn recompute(x: &Array, weight: &Array, rstd: &Array) -> Array {
     y
 }
 
-/// The gradient to x, plus `residual`, in whose memory it lies where it may.
-pub(crate) fn backward(dy: &Array, x: &Array, weight: &Array, rstd: &Array, residual: Option<Array>) -> Array {
+/// The gradient to x, plus `residual`, in whose memory it lies where it may; a new matrix has room for `room` more
+/// columns.
+pub(crate) fn backward(
+    dy: &Array,
+    x: &Array,
+    weight: &Array,
+    rstd: &Array,
+    residual: Option<Array>,
+    room: usize,
+) -> Array {
     check(x, weight);
     check_dims("dy", dy, x.dims());
-    let dx = residual.as_ref().map_or_else(|| like(x), target);
+    let free = residual.as_ref().filter(|residual| residual.is_unique() && residual.is_aligned());
+    let dx = free.map_or_else(|| roomy(x, room), Array::clone);
     let (dy, x, weight, residual) = (dy.aligned(), x.aligned(), weight.aligned(), residual.map(|r| r.aligned()));
     let (residual, residual_ld) = residual.as_ref().map_or((0, 0), |r| (r.ptr(), r.ld()));
     let again = 0u64;
@@ -100,9 +109,15 @@ pub(crate) fn add_weight_grad(dy: &Array, x: &Array, rstd: &Array, out: &Array) 
 }
 
 /// `delta` comes with the place of the sum.
-fn run(x: &Array, delta: Option<(Array, Array)>, weight: &Array, eps: f32) -> (Option<Array>, Array, Array) {
+fn run(
+    x: &Array,
+    delta: Option<(Array, Array)>,
+    weight: &Array,
+    eps: f32,
+    room: usize,
+) -> (Option<Array>, Array, Array) {
     check(x, weight);
-    let (x, weight, y) = (x.aligned(), weight.aligned(), like(x));
+    let (x, weight, y) = (x.aligned(), weight.aligned(), roomy(x, room));
     let rstd = Array::empty(x.cuda(), [1, x.rows()], DType::F32, ACTIVATIONS);
     let [delta_at, sum_at] = delta.as_ref().map_or([0; 2], |(delta, sum)| [delta.ptr(), sum.ptr()]);
     let [delta_ld, sum_ld] = delta.as_ref().map_or([0; 2], |(delta, sum)| [int(delta.ld()), int(sum.ld())]);

@@ -32,18 +32,20 @@ pub(crate) fn forward(
     (q.y, q.rstd)
 }
 
-/// [`forward`] of q and k: `(q, k, rstds of q and k)`. `norms` are the weights of q's and k's norm, and eps.
+/// [`forward`] of q and k: `(q, k, rstds of q and k)`. `norms` are the weights of q's and k's norm, and eps. Without
+/// them the results are in the memory of q and k where they may be, also if v lies in the same.
 pub(crate) fn forward_qk(
-    q: &Array,
-    k: &Array,
+    [q, k, v]: [&Array; 3],
     head_dim: usize,
     norms: Option<(&Array, &Array, f32)>,
     angles: &Angles,
 ) -> (Array, Array, Option<(Array, Array)>) {
+    let free = norms.is_none() && Array::are_unique(&[q, k, v]) && q.is_aligned() && k.is_aligned();
     let (q, k) = (q.aligned(), k.aligned());
     let eps = norms.map_or(0.0, |norms| norms.2);
-    let q = Turned::new(&q, like(&q), head_dim, norms.map(|norms| norms.0));
-    let k = Turned::new(&k, like(&k), head_dim, norms.map(|norms| norms.1));
+    let [to_q, to_k] = [&q, &k].map(|x| if free { x.clone() } else { like(x) });
+    let q = Turned::new(&q, to_q, head_dim, norms.map(|norms| norms.0));
+    let k = Turned::new(&k, to_k, head_dim, norms.map(|norms| norms.1));
     launch_forward(&q, Some(&k), head_dim, eps, angles);
     (q.y, k.y, q.rstd.zip(k.rstd))
 }
@@ -74,17 +76,18 @@ pub(crate) fn backward(
     (q.dx, grads.map(|[dw, _]| dw))
 }
 
-/// [`backward`] of q and k: `(dq, dk, gradients to the weights of q's and k's norm)`.
+/// [`backward`] of q and k: `(dq, dk, gradients to the weights of q's and k's norm)`. dv may lie in the same memory.
 pub(crate) fn backward_qk(
     dq: Array,
     dk: Array,
+    dv: &Array,
     head_dim: usize,
     norms: Option<[SavedNorm<'_>; 2]>,
     angles: &Angles,
     want_weight_grads: bool,
 ) -> (Array, Array, Option<(Array, Array)>) {
     // The gradients may be columns of one matrix, and then reach their memory together.
-    let free = Array::are_unique(&[&dq, &dk]) && dq.is_aligned() && dk.is_aligned();
+    let free = Array::are_unique(&[&dq, &dk, dv]) && dq.is_aligned() && dk.is_aligned();
     let [q_to, k_to] = [&dq, &dk].map(|d| if free { d.clone() } else { target(d) });
     let q = Returned::new(dq, q_to, head_dim, norms.map(|norms| norms[0]));
     let k = Returned::new(dk, k_to, head_dim, norms.map(|norms| norms[1]));

@@ -107,10 +107,11 @@ impl Plan {
     }
 }
 
-/// Attention inside each document: o `[tokens, heads · head_dim]`, and lse, f32 `[heads, tokens]`.
-pub(crate) fn forward(q: &Array, k: &Array, v: &Array, plan: &Plan) -> (Array, Array) {
+/// Attention inside each document: o `[tokens, heads · head_dim]` with room for `room` more columns, and lse, f32
+/// `[heads, tokens]`.
+pub(crate) fn forward(q: &Array, k: &Array, v: &Array, plan: &Plan, room: usize) -> (Array, Array) {
     let lse = plan.statistics();
-    (run(q, k, v, Some(&lse), plan), lse)
+    (run(q, k, v, Some(&lse), plan, room), lse)
 }
 
 /// Attention of new tokens, the last rows of one document whose keys and values are all given: o.
@@ -125,10 +126,11 @@ pub(crate) fn forward_cached(q: &Array, k: &Array, v: &Array, heads: Heads) -> A
         engine => engine,
     };
     let document = Document { query: 0, key: 0, queries: new, past: all - new };
-    run(q, k, v, None, &Plan::of(cuda, &[document], [new, all], heads, q.dtype(), engine))
+    run(q, k, v, None, &Plan::of(cuda, &[document], [new, all], heads, q.dtype(), engine), 0)
 }
 
-/// `(dq, dk, dv)`, from what [`forward`] took and gave.
+/// `(dq, dk, dv)`, from what [`forward`] took and gave: columns of one matrix with room for `room` more.
+#[allow(clippy::too_many_arguments, reason = "what the forward took and gave")]
 pub(crate) fn backward(
     d_o: &Array,
     q: &Array,
@@ -137,13 +139,17 @@ pub(crate) fn backward(
     o: &Array,
     lse: &Array,
     plan: &Plan,
+    room: usize,
 ) -> (Array, Array, Array) {
     plan.check(q, k, v);
     check_dims("o", o, q.dims());
     check_dims("d_o", d_o, q.dims());
     check_dims("lse", lse, [plan.heads.heads, plan.tokens[0]]);
     let [q, k, v, o, d_o] = [q, k, v, o, d_o].map(Array::aligned);
-    let grads = [&q, &k, &v].map(super::like);
+    let all = Array::with_room(q.cuda(), [q.rows(), q.cols() + 2 * k.cols()], room, q.dtype(), ACTIVATIONS);
+    let [dq, dk] = [(0, q.cols()), (q.cols(), k.cols())].map(|(first, cols)| all.columns(first, cols));
+    let grads = [dq, dk, all.columns(q.cols() + k.cols(), v.cols())];
+    drop(all);
     if plan.tokens[0] == 0 {
         return grads.into();
     }
@@ -155,10 +161,10 @@ pub(crate) fn backward(
     grads.into()
 }
 
-fn run(q: &Array, k: &Array, v: &Array, lse: Option<&Array>, plan: &Plan) -> Array {
+fn run(q: &Array, k: &Array, v: &Array, lse: Option<&Array>, plan: &Plan, room: usize) -> Array {
     plan.check(q, k, v);
     let [q, k, v] = [q, k, v].map(Array::aligned);
-    let o = super::like(&q);
+    let o = super::roomy(&q, room);
     if plan.tokens[0] == 0 {
         return o;
     }

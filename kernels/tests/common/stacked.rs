@@ -1,0 +1,163 @@
+//! Frozen weights and low-rank factors as one matrix, forward and backward.
+
+use burn::tensor::{DType, Tensor as BurnTensor};
+use rekindle_kernels::packed::Codes;
+use rekindle_kernels::stacked::{Part, Stacked, Wanted};
+use rekindle_kernels::{PackedWeight, ParamsBuilder, Tensor, Weight};
+
+use super::packed::{Kind, Packed};
+use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
+
+/// y_j = onto + x · W_jᵀ + bias_j + s_j · (x · A_jᵀ) · B_jᵀ, with x `[m, k]`.
+pub(crate) struct Stack {
+    m: usize,
+    k: usize,
+    linears: Vec<Linear>,
+    x: Vec<f32>,
+    /// For a stack of one.
+    onto: Option<Vec<f32>>,
+}
+
+struct Linear {
+    n: usize,
+    r: usize,
+    scale: f32,
+    w: Vec<f32>,
+    codes: Option<Codes>,
+    bias: Option<Vec<f32>>,
+    a: Vec<f32>,
+    b: Vec<f32>,
+    dy: Vec<f32>,
+}
+
+impl Stack {
+    /// `linears` are rows and rank of each; a rank of 0 is a linear without factors.
+    pub(crate) fn new(
+        [m, k]: [usize; 2],
+        linears: &[(usize, usize)],
+        kind: Option<Kind>,
+        bias: bool,
+        dtype: DType,
+    ) -> Self {
+        let linear = |(seed, &(n, r)): (u64, &(usize, usize))| {
+            let input = |part, n| rounded(noise(10 * seed + part, n), dtype);
+            let packed = kind.map(|kind| Packed::new([m, n, k], kind, dtype));
+            Linear {
+                n,
+                r,
+                scale: 0.25 * (seed + 1) as f32,
+                w: packed.as_ref().map_or_else(|| input(1, n * k), Packed::weight),
+                codes: packed.map(Packed::into_codes),
+                bias: bias.then(|| input(2, n)),
+                a: input(3, r * k),
+                b: input(4, n * r),
+                dy: input(5, m * n),
+            }
+        };
+        let onto = (linears.len() == 1).then(|| rounded(noise(7, m * linears[0].0), dtype));
+        Self { m, k, linears: (0..).zip(linears).map(linear).collect(), x: rounded(noise(9, m * k), dtype), onto }
+    }
+
+    fn name(part: &'static [&'static str; 3], index: usize) -> &'static str {
+        part[index]
+    }
+}
+
+const Y: [&str; 3] = ["y of 1", "y of 2", "y of 3"];
+const XA: [&str; 3] = ["xa of 1", "xa of 2", "xa of 3"];
+const DXA: [&str; 3] = ["dxa of 1", "dxa of 2", "dxa of 3"];
+
+impl Case for Stack {
+    fn naive(&self, dtype: DType) -> Results {
+        let (m, k) = (self.m, self.k);
+        let oracle = Oracle::new(dtype);
+        let (x, base_x) = (oracle.leaf(&self.x, [m, k]), oracle.leaf(&self.x, [m, k]));
+        let (mut results, mut loss, mut base_loss) = (Vec::new(), None, None);
+        let add = |sum: Option<BurnTensor<1>>, more: BurnTensor<1>| Some(sum.map_or(more.clone(), |sum| sum + more));
+        let mut inner = Vec::new();
+        for (i, Linear { n, r, scale, w, bias, a, b, dy, .. }) in self.linears.iter().enumerate() {
+            let w = oracle.constant(w, [*n, k]);
+            let mut y = x.clone().matmul(w.clone().transpose());
+            if let Some(bias) = bias {
+                y = y + oracle.constant(bias, [*n]).unsqueeze::<2>();
+            }
+            if *r > 0 {
+                // Through a leaf of its own, whose gradient is that to x·Aᵀ.
+                let xa = x.clone().matmul(oracle.constant(a, [*r, k]).transpose());
+                results.push((Self::name(&XA, i), values(xa.clone())));
+                let xa_leaf = oracle.leaf(&vec![0.0; m * r], [m, *r]);
+                y = y + ((xa + xa_leaf.clone()) * *scale).matmul(oracle.constant(b, [*n, *r]).transpose());
+                inner.push((Self::name(&DXA, i), xa_leaf));
+            }
+            let shown = self.onto.as_ref().map_or(y.clone(), |onto| oracle.constant(onto, [m, *n]) + y.clone());
+            results.push((Self::name(&Y, i), values(shown)));
+            let dy = oracle.constant(dy, [m, *n]);
+            loss = add(loss, (y * dy.clone()).sum());
+            base_loss = add(base_loss, (base_x.clone().matmul(w.transpose()) * dy).sum());
+        }
+        let grads = loss.expect("there is a linear").backward();
+        let base_grads = base_loss.expect("there is a linear").backward();
+        results.push(("dx", grad(&x, &grads)));
+        results.push(("dx of the base", grad(&base_x, &base_grads)));
+        results.extend(inner.into_iter().map(|(name, leaf)| (name, grad(&leaf, &grads))));
+        results
+    }
+
+    fn ours(&self, place: &Place) -> Results {
+        let (m, k) = (self.m, self.k);
+        let mut builder = ParamsBuilder::new(&place.device, place.dtype);
+        // So that parts do not begin at 16 bytes.
+        builder.push("before", &[3], true, &[7.0; 3]);
+        let weight = |Linear { n, w, codes, .. }: &Linear| match codes {
+            Some(codes) => Weight::Packed(PackedWeight::new(codes.clone(), &place.device)),
+            None => Weight::Frozen(place.matrix(w, [*n, k])),
+        };
+        let mut weights: Vec<Weight> = self.linears.iter().map(weight).collect();
+        let bias = |linear: &Linear| linear.bias.as_ref().map(|bias| Weight::Frozen(place.vector(bias).as_row()));
+        let biases: Vec<Option<Weight>> = self.linears.iter().map(bias).collect();
+        let parts = self.linears.iter().zip(&mut weights).zip(&biases);
+        let parts = parts.map(|((Linear { n, r, scale, a, b, .. }, weight), bias)| {
+            let mut factors = || (builder.push("a", &[*r, k], true, a), builder.push("b", &[*n, *r], true, b), *scale);
+            Part { weight, bias: bias.as_ref(), factors: (*r > 0).then(&mut factors) }
+        });
+        let parts = parts.collect();
+        let stack = Stacked::new(parts, &mut builder).expect("a CUDA device stacks what is frozen");
+        let _params = builder.build();
+
+        let x = place.matrix(&self.x, [m, k]);
+        let onto = self.onto.as_ref().map(|onto| place.matrix(onto, [m, self.linears[0].n]));
+        let (ys, xa) = stack.forward(&x, None, onto);
+        let dys: Vec<Tensor<2>> = self.linears.iter().map(|linear| place.matrix(&linear.dy, [m, linear.n])).collect();
+        let (dxa, dx) = stack.backward(&dys, Wanted::Whole);
+        let (again, base) = stack.backward(&dys, Wanted::Base);
+        let (none, nothing) = stack.backward(&dys, Wanted::No);
+        assert!(nothing.is_none());
+        assert_eq!(values(dxa.clone()), values(none));
+        let mut results =
+            vec![("dx", values(dx.expect("asked for"))), ("dx of the base", values(base.expect("asked for")))];
+        let mut column = 0;
+        for (i, (linear, y)) in self.linears.iter().zip(ys).enumerate() {
+            results.push((Self::name(&Y, i), values(y)));
+            if linear.r > 0 {
+                results.push((Self::name(&XA, i), values(xa.columns(column, linear.r))));
+                results.push((Self::name(&DXA, i), values(again.columns(column, linear.r))));
+                column += linear.r;
+            }
+        }
+        for (linear, weight) in self.linears.iter().zip(weights) {
+            if let Weight::Frozen(weight) = weight {
+                let expected: Vec<f64> = linear.w.iter().map(|&w| f64::from(w)).collect();
+                assert_eq!(values(weight), expected, "weights are what they were");
+            }
+        }
+        results
+    }
+}
+
+impl std::fmt::Debug for Stack {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let sizes: Vec<_> = self.linears.iter().map(|linear| (linear.n, linear.r)).collect();
+        let kind = self.linears[0].codes.as_ref().map_or("dense", |codes| codes.format.name());
+        write!(f, "stack of {sizes:?} over {} × {}, {kind}, bias {}", self.m, self.k, self.linears[0].bias.is_some())
+    }
+}
