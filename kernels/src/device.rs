@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device as BurnDevice};
 
-use crate::cuda::{Cuda, CudaError};
+use crate::cuda::{self, Cuda, CudaError};
 
 /// Where tensors lie and operations run.
 #[derive(Clone, Debug)]
@@ -61,7 +61,7 @@ impl From<BurnDevice> for Device {
 /// A device's name: `auto`, `cpu`, `cuda[:N]`, `wgpu[:N]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceKind {
-    /// The CPU, until whole models have run on CUDA.
+    /// The first NVIDIA GPU that the kernels are for, and the CPU where there is none.
     Auto,
     /// The CPU.
     Cpu,
@@ -96,6 +96,14 @@ pub enum DeviceError {
     /// The CUDA runtime refuses, or an operation on the device failed.
     #[error("{0}")]
     Cuda(Box<CudaError>),
+    /// `auto` found an NVIDIA GPU that cannot be used.
+    #[error("device \"auto\" is \"cuda:{index}\" here, and that cannot be used: {error}; or use device \"cpu\"")]
+    Auto {
+        /// Its index.
+        index: usize,
+        /// Why not.
+        error: Box<CudaError>,
+    },
     /// The backend is there, the device is not.
     #[error("device \"{name}\" is not on this machine ({found} found); use device \"cpu\" or another index")]
     Absent {
@@ -133,15 +141,20 @@ pub fn parse(name: &str) -> Result<DeviceKind, DeviceError> {
 
 /// Opens a device; also says which kind it is, never [`DeviceKind::Auto`].
 ///
-/// `auto` is the CPU. CUDA is taken by name: its kernels have run on a card one by one, whole models on it have not
-/// yet. So is wgpu, which also lists software renderers that are slower than the CPU's own path.
+/// `auto` is the first NVIDIA GPU of compute capability 8.0 or newer, and the CPU where there is none. wgpu is taken by
+/// name: it also lists software renderers that are slower than the CPU's own path.
 ///
 /// # Errors
-/// [`DeviceError::NotBuilt`] when the backend's feature is off, [`DeviceError::Absent`] and [`DeviceError::Cuda`] when
-/// the machine has no such device or cannot use it.
+/// [`DeviceError::NotBuilt`] when the backend's feature is off, [`DeviceError::Absent`], [`DeviceError::Cuda`] and
+/// [`DeviceError::Auto`] when the machine has no such device or cannot use it: a GPU that is there is not passed over
+/// in silence.
 pub fn open(kind: DeviceKind) -> Result<(Device, DeviceKind), DeviceError> {
     let device = match kind {
-        DeviceKind::Auto => return open(DeviceKind::Cpu),
+        DeviceKind::Auto => {
+            let Some(index) = cuda::first() else { return open(DeviceKind::Cpu) };
+            let cuda = Cuda::open(index).map_err(|error| DeviceError::Auto { index, error: Box::new(error) })?;
+            return Ok((Device::Cuda(cuda), DeviceKind::Cuda(index)));
+        }
         DeviceKind::Cpu => Device::cpu(),
         DeviceKind::Cuda(index) => Device::Cuda(Cuda::open(index)?),
         DeviceKind::Wgpu(index) => Device::Burn(wgpu(index)?),
