@@ -80,7 +80,9 @@ impl CausalLm {
             dtypes: BTreeMap::new(),
         });
         let params = ParamsBuilder::new(device, *dtype);
-        let mut source = Source { checkpoint, options, plan, quantization, params, progress };
+        let vectors = BTreeMap::new();
+        let mut source = Source { checkpoint, options, plan, quantization, params, vectors, progress };
+        source.load_vectors(&config)?;
         let embed = source.weight(EMBED)?;
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| source.block(&config, layer))
@@ -115,10 +117,24 @@ struct Source<'a> {
     plan: Option<Plan>,
     quantization: Option<Quantization>,
     params: ParamsBuilder,
+    /// Frozen norms and biases, by name.
+    vectors: BTreeMap<String, Weight>,
     progress: &'a mut dyn FnMut(u64),
 }
 
 impl Source<'_> {
+    /// Loads frozen norms and biases before everything else: matrices then lie side by side in a device's memory, and
+    /// what takes the place of some of them (an adapter's stack) finds room without gaps.
+    fn load_vectors(&mut self, config: &ModelConfig) -> Result<(), Error> {
+        if !self.options.full_finetuning {
+            for Needed { name, .. } in names::needed(config).into_iter().filter(|needed| needed.shape.len() == 1) {
+                let weight = self.weight(&name)?;
+                self.vectors.insert(name, weight);
+            }
+        }
+        Ok(())
+    }
+
     fn block(&mut self, c: &ModelConfig, layer: usize) -> Result<Block, Error> {
         let input_layernorm = self.weight(&names::norm(layer, "input_layernorm"))?;
         let qkv = self.group(c, layer, &[Projection::Q, Projection::K, Projection::V])?;
@@ -164,6 +180,9 @@ impl Source<'_> {
     }
 
     fn weight(&mut self, name: &str) -> Result<Weight, Error> {
+        if let Some(weight) = self.vectors.remove(name) {
+            return Ok(weight);
+        }
         let view = self.checkpoint.get(name).expect("every needed tensor was checked to be there");
         (self.progress)(view.data.len() as u64);
         if let Some(quantization) = &mut self.quantization {
