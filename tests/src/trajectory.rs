@@ -25,6 +25,15 @@ pub struct Tolerances {
     pub tensors: f64,
 }
 
+impl Tolerances {
+    /// All of them so many times as wide.
+    #[must_use]
+    pub fn times(self, factor: f64) -> Self {
+        let Self { loss, grad_norm, tensors } = self;
+        Self { loss: factor * loss, grad_norm: factor * grad_norm, tensors: factor * tensors }
+    }
+}
+
 /// A run of `trajectory.json`.
 #[derive(Debug)]
 pub struct Trajectory {
@@ -41,6 +50,13 @@ impl Trajectory {
     /// The directory's name of the adapter that is trained.
     pub fn adapter(&self) -> Option<&str> {
         self.json["adapter"].as_str().map(|adapter| adapter.trim_start_matches("adapters/"))
+    }
+
+    /// How far PyTorch's own bf16 run was from this one.
+    pub fn bf16_spread(&self) -> Tolerances {
+        let spread = read_json(&self.dir.join("bf16.json"))["spread"].clone();
+        let of = |key: &str| spread[key].as_f64().expect("a number");
+        Tolerances { loss: of("loss"), grad_norm: of("grad_norm"), tensors: of("final") }
     }
 
     /// Trains `model` as the run says and holds every step and the saved tensors against it.

@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: measured, not believed.
 
+pub(crate) mod kernels;
 pub(crate) mod quantize;
 pub(crate) mod shape;
 pub(crate) mod train;
@@ -91,6 +92,15 @@ pub(crate) fn cpu_worker(checkpoint: &Path, steps: usize) -> Result<(), Box<dyn 
         "losses": losses,
     });
     println!("{report}");
+    Ok(())
+}
+
+/// Kernels and whole steps on a CUDA device; the numbers are left in `out`.
+pub(crate) fn gpu(weights: Option<&Path>, python: Option<&Path>, out: &Path) -> Result<(), Box<dyn Error>> {
+    let kernels = kernels::run("cuda", python)?;
+    let train = train::table(weights, python)?;
+    std::fs::write(out, format!("{:#}\n", json!({"kernels": kernels, "train": train})))?;
+    println!("{}", out.display());
     Ok(())
 }
 

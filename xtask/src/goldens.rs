@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::{root, run};
 
 /// Scripts that write their data beside themselves and run without a GPU.
-const SCRIPTS: [&str; 2] = ["tests/goldens/make.py", "crates/rekindle-rope/goldens/make.py"];
+const SCRIPTS: [&str; 3] = ["tests/goldens/make.py", "tests/goldens/bf16.py", "crates/rekindle-rope/goldens/make.py"];
 
 pub(crate) fn make(python: &Path) -> Result<(), Box<dyn Error>> {
     for script in SCRIPTS {

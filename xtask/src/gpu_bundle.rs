@@ -18,9 +18,10 @@ const PROGRAMS: [(&str, &str); 4] = [
     ("xtask", "xtask/src/main.rs"),
 ];
 
-/// Runs the tests; the other programs are for whoever looks further.
+/// Runs the tests and the benchmarks.
 const RUN: &str = r#"#!/bin/sh
-# Runs the GPU tests on this machine; arguments go to them (a part of a test's name runs only those).
+# Runs the GPU tests on this machine, then the benchmarks, whose numbers it leaves in gpu.json. Arguments go to the
+# benchmarks: `--python python3` measures PyTorch and Unsloth in the same run, `--weights DIR` keeps the random weights.
 # Needs an NVIDIA driver, and cuBLASLt and NVRTC of CUDA 13 where the loader, CUDA_PATH or a Python environment has them.
 set -eu
 cd "$(dirname "$0")"
@@ -30,8 +31,9 @@ done
 chmod +x test-kernels test-models rekindle xtask
 export REKINDLE_REQUIRE_CUDA=1 REKINDLE_GOLDENS="$PWD/goldens"
 failed=0
-./test-kernels "$@" || failed=1
-./test-models "$@" || failed=1
+./test-kernels || failed=1
+./test-models || failed=1
+./xtask bench gpu "$@" || failed=1
 exit $failed
 "#;
 

@@ -85,6 +85,27 @@ enum Bench {
         #[arg(long, hide = true)]
         worker: Option<PathBuf>,
     },
+    /// The operations of a training step alone on a CUDA device, beside PyTorch's when `--python` has it.
+    Kernels {
+        /// Where to compute.
+        #[arg(long, default_value = "cuda")]
+        device: String,
+        /// A Python with torch.
+        #[arg(long)]
+        python: Option<PathBuf>,
+    },
+    /// Everything that docs/benchmarks.md has of a CUDA device: kernels and whole steps.
+    Gpu {
+        /// Where the weights are written, and found again by the next run; without it they are deleted.
+        #[arg(long)]
+        weights: Option<PathBuf>,
+        /// A Python with torch and Unsloth.
+        #[arg(long)]
+        python: Option<PathBuf>,
+        /// The numbers as JSON.
+        #[arg(long, default_value = "gpu.json")]
+        out: PathBuf,
+    },
     /// A fine-tune of a real model's shape on a CUDA device, beside Unsloth or PEFT when `--python` has them.
     Train(bench::train::Train),
     /// Quantizing a large model while loading and to disk: time, and memory against its bound. Linux only.
@@ -119,6 +140,14 @@ fn main() -> ExitCode {
             Some(checkpoint) => bench::cpu_worker(&checkpoint, steps),
             None => bench::cpu(steps, python.as_deref(), threads),
         },
+        #[cfg(feature = "models")]
+        Task::Bench { what: Bench::Kernels { device, python } } => {
+            bench::kernels::run(&device, python.as_deref()).map(|_| ())
+        }
+        #[cfg(feature = "models")]
+        Task::Bench { what: Bench::Gpu { weights, python, out } } => {
+            bench::gpu(weights.as_deref(), python.as_deref(), &out)
+        }
         #[cfg(feature = "models")]
         Task::Bench { what: Bench::Train(job) } => bench::train::run(&job),
         #[cfg(feature = "models")]

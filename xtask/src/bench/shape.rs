@@ -20,7 +20,7 @@ impl Shape {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
-    /// What `config.json` of the model by this name says.
+    /// What `config.json` of the model by this name says, but for the scaling of Llama's angles, which costs nothing.
     pub(crate) fn config(self) -> Value {
         let (hidden, intermediate, layers, heads) = match self {
             Self::Qwen3_0_6b => (1024, 3072, 28, 16),
@@ -51,13 +51,6 @@ impl Shape {
                 "vocab_size": 128_256,
                 "rms_norm_eps": 1e-5,
                 "rope_theta": 5e5,
-                "rope_scaling": {
-                    "rope_type": "llama3",
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 8192
-                },
                 "max_position_embeddings": 131_072,
                 "tie_word_embeddings": false
             });

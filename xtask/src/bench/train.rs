@@ -56,7 +56,7 @@ pub(crate) struct Train {
     #[arg(long, default_value = "cuda")]
     device: String,
     /// Where the weights are written, and found again by the next job of that shape; without it they are deleted.
-    #[arg(long, overrides_with = "weights")]
+    #[arg(long)]
     weights: Option<PathBuf>,
     /// Measures one more step by operation, and prints the longest ones.
     #[arg(long)]
@@ -99,40 +99,62 @@ enum Peer {
     Peft,
 }
 
+/// The jobs of docs/benchmarks.md: shape, mode, rows, tokens of a row, what is kept, counted steps.
+const JOBS: [(Shape, Mode, usize, usize, Checkpointing, usize); 7] = [
+    (Shape::Qwen3_4b, Mode::Lora, 4, 2048, Checkpointing::Block, 8),
+    (Shape::Qwen3_4b, Mode::Lora, 4, 2048, Checkpointing::Host, 8),
+    (Shape::Qwen3_4b, Mode::Lora, 4, 2048, Checkpointing::Off, 8),
+    (Shape::Qwen3_4b, Mode::Qlora, 4, 2048, Checkpointing::Host, 8),
+    (Shape::Qwen3_4b, Mode::Qlora, 1, 32_768, Checkpointing::Host, 4),
+    (Shape::Qwen3_0_6b, Mode::Lora, 2, 512, Checkpointing::Off, 10),
+    (Shape::Llama3_1_8b, Mode::Lora, 2, 4096, Checkpointing::Off, 6),
+];
+
+/// Every job of docs/benchmarks.md, as rows of its table; the same as JSON.
+pub(crate) fn table(weights: Option<&Path>, python: Option<&Path>) -> Result<Value, Box<dyn Error>> {
+    let scratch = tempfile::tempdir()?;
+    let weights = weights.unwrap_or(scratch.path()).to_owned();
+    let (mut rows, mut lines) = (Vec::new(), Vec::new());
+    for (shape, mode, batch, seq, checkpointing, steps) in JOBS {
+        let job = Train {
+            shape,
+            mode,
+            batch,
+            seq,
+            checkpointing,
+            steps,
+            device: "cuda".to_owned(),
+            weights: Some(weights.clone()),
+            profile: false,
+            python: python.map(Path::to_owned),
+            peer: Peer::Unsloth,
+            worker: false,
+        };
+        let (ours, peer) = job.measure()?;
+        lines.push(job.markdown(&ours, peer.as_ref()));
+        rows.push(json!({"job": job.name(), "rekindle": ours, "unsloth": peer}));
+    }
+    println!("| job | rekindle, tokens/s | Unsloth | ratio | rekindle, GiB | Unsloth | ratio |");
+    println!("|---|---|---|---|---|---|---|");
+    lines.iter().for_each(|line| println!("{line}"));
+    Ok(Value::Array(rows))
+}
+
 /// Measures ours and then the peer, each in a process of its own, and prints them side by side.
 pub(crate) fn run(job: &Train) -> Result<(), Box<dyn Error>> {
     if job.worker {
         return worker(job);
     }
-    let scratch = tempfile::tempdir()?;
-    let at = job.weights.as_deref().unwrap_or(scratch.path()).join(job.shape.name());
-    if !at.join("config.json").exists() {
-        std::fs::create_dir_all(&at)?;
-        random_checkpoint::write_bf16(&at, &job.shape.config(), 1)?;
-    }
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(std::env::args_os().skip(1)).arg("--worker");
-    let ours = result(command.args(["--weights".as_ref(), at.as_os_str()]))?;
-    println!(
-        "{} {} {} × {}, checkpointing {}",
-        name(job.shape),
-        name(job.mode),
-        job.batch,
-        job.seq,
-        name(job.checkpointing)
-    );
+    let (ours, peer) = job.measure()?;
+    println!("{}", job.name());
     println!("{:<16}{:>12}{:>12}{:>12}", "", "tokens/s", "ms a step", "GiB taken");
     let (speed, memory) = row("rekindle", &ours);
-    if let Some(python) = &job.python {
-        let script = scratch.path().join("gpu_train.py");
-        std::fs::write(&script, PEER)?;
-        let peer = result(&mut job.peer_command(python, &script, &at))?;
+    if let Some(peer) = peer {
         let (peer_speed, peer_memory) = row(&name(job.peer), &peer);
         println!("{:<16}{:>11.2}×{:>12}{:>11.2}×", "ratio", speed / peer_speed, "", memory / peer_memory);
     }
     Ok(())
 }
-
 /// One line of the table.
 fn row(name: &str, r: &Value) -> (f64, f64) {
     let number = |key: &str| r[key].as_f64().unwrap_or(f64::NAN);
@@ -184,7 +206,7 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
     times.sort_by(f64::total_cmp);
     let median = times[times.len() / 2];
     let report = json!({
-        "job": format!("{} {} {}x{} {}", name(job.shape), name(job.mode), job.batch, job.seq, name(job.checkpointing)),
+        "job": job.name(),
         "tokens_per_second": (job.batch * job.seq) as f64 / median,
         "ms_per_step": median * 1e3,
         "ms_fastest_step": times[0] * 1e3,
@@ -225,6 +247,60 @@ fn name(value: impl ValueEnum) -> String {
 }
 
 impl Train {
+    /// Ours and, where there is a Python, the peer's numbers.
+    fn measure(&self) -> Result<(Value, Option<Value>), Box<dyn Error>> {
+        let scratch = tempfile::tempdir()?;
+        let at = self.weights.as_deref().unwrap_or(scratch.path()).join(self.shape.name());
+        if !at.join("config.json").exists() {
+            std::fs::create_dir_all(&at)?;
+            random_checkpoint::write_bf16(&at, &self.shape.config(), 1)?;
+        }
+        let mut ours = Command::new(std::env::current_exe()?);
+        ours.args(["bench", "train", "--worker", "--device", &self.device, "--weights"]).arg(&at);
+        ours.args(["--shape", &self.shape.name()]).args(self.options());
+        if self.profile {
+            ours.arg("--profile");
+        }
+        let ours = result(&mut ours)?;
+        let Some(python) = &self.python else { return Ok((ours, None)) };
+        let script = scratch.path().join("gpu_train.py");
+        std::fs::write(&script, PEER)?;
+        let mut peer = Command::new(python);
+        peer.arg("-B").arg(script).arg(at).args(["--peer", &name(self.peer), "--warmup", &WARMUP.to_string()]);
+        Ok((ours, Some(result(peer.args(self.options()))?)))
+    }
+
+    /// What our worker and the peer's script are both told.
+    fn options(&self) -> Vec<String> {
+        let options = [
+            ("--mode", name(self.mode)),
+            ("--batch", self.batch.to_string()),
+            ("--seq", self.seq.to_string()),
+            ("--checkpointing", name(self.checkpointing)),
+            ("--steps", self.steps.to_string()),
+        ];
+        options.into_iter().flat_map(|(option, value)| [option.to_owned(), value]).collect()
+    }
+
+    fn name(&self) -> String {
+        let Self { shape, mode, batch, seq, checkpointing, .. } = self;
+        format!("{} {}, {batch} × {seq}, checkpointing {}", shape.name(), name(*mode), name(*checkpointing))
+    }
+
+    /// A row of the table in docs/benchmarks.md.
+    fn markdown(&self, ours: &Value, peer: Option<&Value>) -> String {
+        let number = |of: &Value, key: &str| of[key].as_f64().unwrap_or(f64::NAN);
+        let (speed, memory) = (number(ours, "tokens_per_second"), number(ours, "device_gib"));
+        let Some(peer) = peer else { return format!("| {} | {speed:.0} | | | {memory:.2} | | |", self.name()) };
+        let (peer_speed, peer_memory) = (number(peer, "tokens_per_second"), number(peer, "device_gib"));
+        format!(
+            "| {} | {speed:.0} | {peer_speed:.0} | {:.2} | {memory:.2} | {peer_memory:.2} | {:.2} |",
+            self.name(),
+            speed / peer_speed,
+            memory / peer_memory
+        )
+    }
+
     fn random_batch(&self, rng: &mut ChaCha8Rng) -> Batch {
         let rows: Vec<(Vec<u32>, Vec<i32>)> = (0..self.batch)
             .map(|_| {
@@ -234,23 +310,6 @@ impl Train {
             })
             .collect();
         Batch::from_rows(rows.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())), 0)
-    }
-
-    fn peer_command(&self, python: &Path, script: &Path, weights: &Path) -> Command {
-        let mut command = Command::new(python);
-        command.arg("-B").arg(script).arg(weights);
-        for (option, value) in [
-            ("--peer", name(self.peer)),
-            ("--mode", name(self.mode)),
-            ("--batch", self.batch.to_string()),
-            ("--seq", self.seq.to_string()),
-            ("--checkpointing", name(self.checkpointing)),
-            ("--steps", self.steps.to_string()),
-            ("--warmup", WARMUP.to_string()),
-        ] {
-            command.args([option, &value]);
-        }
-        command
     }
 }
 

@@ -1,0 +1,70 @@
+"""What PyTorch takes for the rows of `cargo xtask bench kernels`, in milliseconds, as one line of JSON."""
+
+import json
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+TOKENS, HIDDEN, INTERMEDIATE, VOCAB = 8192, 2560, 9728, 151936
+PRODUCTS = [
+    (TOKENS, 2 * INTERMEDIATE, HIDDEN),
+    (TOKENS, HIDDEN, INTERMEDIATE),
+    (TOKENS, 6144, HIDDEN),
+    (TOKENS, HIDDEN, 4096),
+    (512, VOCAB, HIDDEN),
+    (8192, 8192, 8192),
+]
+
+
+def milliseconds(run, runs=20):
+    for _ in range(3):
+        run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(runs):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / runs
+
+
+def noise(*shape):
+    return torch.rand(*shape, device="cuda", dtype=torch.bfloat16) * 2 - 1
+
+
+def attention(report):
+    """The faster of cuDNN's and FlashAttention 2."""
+    for documents, length in [(4, 2048), (1, 8192), (1, 32768)]:
+        q = noise(documents, 32, length, 128).requires_grad_()
+        k, v = (noise(documents, 8, length, 128).requires_grad_() for _ in range(2))
+        d_o = noise(documents, 32, length, 128)
+        forward, backward = [], []
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+            with sdpa_kernel(backend):
+
+                def run():
+                    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+                with torch.no_grad():
+                    forward.append(milliseconds(run))
+                o = run()
+                backward.append(milliseconds(lambda: torch.autograd.grad(o, (q, k, v), d_o, retain_graph=True)))
+        report[f"attention forward {documents} x {length}"] = min(forward)
+        report[f"attention backward {documents} x {length}"] = min(backward)
+
+
+def main():
+    report = {}
+    attention(report)
+    for m, n, k in PRODUCTS:
+        x, w, dy = noise(m, k), noise(n, k), noise(m, n)
+        report[f"product nt {m} x {n} x {k}"] = milliseconds(lambda: x @ w.t())
+        report[f"product nn {m} x {k} x {n}"] = milliseconds(lambda: dy @ w)
+    large = noise(8 * TOKENS, 16 * 1024)
+    target = torch.empty_like(large)
+    report["copy"] = milliseconds(lambda: target.copy_(large))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

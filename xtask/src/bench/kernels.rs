@@ -1,0 +1,298 @@
+//! `cargo xtask bench kernels`: operations of a training step alone on a CUDA device, against what bounds them.
+
+use std::error::Error;
+use std::path::Path;
+use std::process::Command;
+
+use burn::tensor::DType;
+use rekindle_kernels::attention::{self, Documents, Heads};
+use rekindle_kernels::cuda::Cuda;
+use rekindle_kernels::packed::{Absmax, Codes, Format};
+use rekindle_kernels::rope::{self, Norm, Tables};
+use rekindle_kernels::{
+    Device, PackedWeight, ParamsBuilder, Tensor, adamw, from_f32, from_le_bytes, linear_cross_entropy, matmul,
+    parse_device, rms_norm, swiglu,
+};
+use serde_json::{Value, json};
+
+use super::result;
+
+/// Carried along, since there may be no checkout where this runs.
+const PEER: &str = include_str!("../../peers/gpu_kernels.py");
+
+/// Measured runs of each, after three.
+const RUNS: usize = 20;
+
+/// The tokens of a step, and the sizes of Qwen3-4B.
+const TOKENS: usize = 8192;
+const HIDDEN: usize = 2560;
+const INTERMEDIATE: usize = 9728;
+const VOCAB: usize = 151_936;
+const HEADS: Heads = Heads { heads: 32, kv_heads: 8, head_dim: 128, scale: 0.088_388_35 };
+
+/// Documents of as many tokens each.
+const ATTENTION: [(usize, usize); 3] = [(4, 2048), (1, 8192), (1, 32_768)];
+
+/// Rows of x, and `[out, in]` of the weight: the linears of Qwen3-4B, stacked as they run, and a square.
+const PRODUCTS: [[usize; 3]; 6] = [
+    [TOKENS, 2 * INTERMEDIATE, HIDDEN],
+    [TOKENS, HIDDEN, INTERMEDIATE],
+    [TOKENS, 6144, HIDDEN],
+    [TOKENS, HIDDEN, 4096],
+    [512, VOCAB, HIDDEN],
+    [8192, 8192, 8192],
+];
+
+/// One measured operation.
+struct Row {
+    name: String,
+    milliseconds: f64,
+    work: Work,
+}
+
+/// What the device has to do at least.
+enum Work {
+    Bytes(f64),
+    Flops(f64),
+}
+
+/// Prints a table, with PyTorch's figures beside ours if a Python has it; the same as JSON.
+pub(crate) fn run(device: &str, python: Option<&Path>) -> Result<Value, Box<dyn Error>> {
+    let (device, _) = rekindle_kernels::open_device(parse_device(device)?)?;
+    let Device::Cuda(cuda) = &device else { return Err("these kernels run on a CUDA device".into()) };
+    let bench = Bench { device: &device, cuda };
+    let mut rows = Vec::new();
+    bench.attention(&mut rows)?;
+    bench.bandwidth(&mut rows)?;
+    bench.products(&mut rows)?;
+    let card = cuda.facts().name.clone();
+    let peers = python.map(peer).transpose()?.unwrap_or_default();
+    println!("{card}");
+    println!("{:<44}{:>10}{:>16}{:>12}{:>8}", "", "ms", "", "PyTorch", "ratio");
+    let mut report = serde_json::Map::new();
+    for Row { name, milliseconds, work } in &rows {
+        let (rate, unit) = match work {
+            Work::Bytes(bytes) => (bytes / milliseconds / 1e9, "TB/s"),
+            Work::Flops(flops) => (flops / milliseconds / 1e9, "TFLOP/s"),
+        };
+        let peer = peers[name.as_str()].as_f64();
+        let beside = peer.map_or_else(String::new, |peer| format!("{peer:>12.3}{:>7.2}×", peer / milliseconds));
+        println!("{name:<44}{milliseconds:>10.4}{rate:>9.2} {unit:<7}{beside}");
+        report.insert(name.clone(), json!({"ms": milliseconds, "rate": rate, "unit": unit, "peer_ms": peer}));
+    }
+    Ok(json!({"card": card, "rows": report}))
+}
+
+/// Milliseconds of PyTorch by our rows' names.
+fn peer(python: &Path) -> Result<Value, Box<dyn Error>> {
+    let scratch = tempfile::tempdir()?;
+    let script = scratch.path().join("gpu_kernels.py");
+    std::fs::write(&script, PEER)?;
+    result(Command::new(python).arg("-B").arg(&script))
+}
+
+struct Bench<'a> {
+    device: &'a Device,
+    cuda: &'a Cuda,
+}
+
+impl Bench<'_> {
+    /// Times `run`; of what it queues only operations whose name has `part` in it.
+    fn time(
+        &self,
+        rows: &mut Vec<Row>,
+        name: impl Into<String>,
+        work: Work,
+        part: &str,
+        mut run: impl FnMut(),
+    ) -> Result<(), Box<dyn Error>> {
+        for _ in 0..3 {
+            run();
+        }
+        let ((), entries) = self.cuda.profile(|| (0..RUNS).for_each(|_| run()))?;
+        let total: f64 = entries.iter().filter(|entry| entry.name.contains(part)).map(|entry| entry.milliseconds).sum();
+        rows.push(Row { name: name.into(), milliseconds: total / RUNS as f64, work });
+        Ok(())
+    }
+
+    fn attention(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {
+        let Heads { heads, kv_heads, head_dim, .. } = HEADS;
+        for (documents, length) in ATTENTION {
+            let tokens = documents * length;
+            let cu_seqlens: Vec<u32> = (0..=documents).map(|i| (i * length) as u32).collect();
+            let plan = Documents::new(&cu_seqlens, HEADS, self.device, DType::BF16);
+            let (q, d_o) = (self.noise(1, [tokens, heads * head_dim]), self.noise(2, [tokens, heads * head_dim]));
+            let [k, v] = [3, 4].map(|seed| self.noise(seed, [tokens, kv_heads * head_dim]));
+            // Two products over half of the scores.
+            let forward = (2 * 2 * documents * heads * head_dim) as f64 * (length as f64).powi(2) / 2.0;
+            let name = |pass: &str| format!("attention {pass} {documents} x {length}");
+            self.time(rows, name("forward"), Work::Flops(forward), "attention", || {
+                attention::forward(&q, &k, &v, HEADS, &plan, 0);
+            })?;
+            let (o, lse) = attention::forward(&q, &k, &v, HEADS, &plan, 0);
+            let saved = attention::Saved { q, k, v, o, lse };
+            self.time(rows, name("backward"), Work::Flops(2.5 * forward), "attention", || {
+                attention::backward(&d_o, &saved, HEADS, &plan, 0);
+            })?;
+        }
+        Ok(())
+    }
+
+    fn bandwidth(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {
+        let (hidden, wide) = ([TOKENS, HIDDEN], [TOKENS, INTERMEDIATE]);
+        let passes = |n: usize, [rows, cols]: [usize; 2]| Work::Bytes((2 * n * rows * cols) as f64);
+        let (x, dy, weight) = (self.noise(1, hidden), self.noise(2, hidden), self.noise(3, [1, HIDDEN]).row_vector());
+        self.time(rows, "rms_norm forward", passes(2, hidden), "", || {
+            rms_norm::forward(&x, &weight, 1e-6, 0);
+        })?;
+        // The sum goes into the memory of the copy, which is not timed.
+        self.time(rows, "rms_norm forward with residual", passes(4, hidden), "rms_norm", || {
+            rms_norm::add_forward(&x, dy.clone().detached(), &weight, 1e-6, 0);
+        })?;
+        let (_, rstd) = rms_norm::forward(&x, &weight, 1e-6, 0);
+        self.time(rows, "rms_norm backward with residual", passes(4, hidden), "rms_norm", || {
+            rms_norm::backward(&dy, &x, &weight, &rstd, Some(dy.clone().detached()), 0);
+        })?;
+        let [gate, up, dact] = [4, 5, 6].map(|seed| self.noise(seed, wide));
+        self.time(rows, "swiglu forward", passes(3, wide), "", || {
+            swiglu::forward(&gate, &up, 0);
+        })?;
+        self.time(rows, "swiglu backward, with act", passes(6, wide), "swiglu", || {
+            swiglu::backward(dact.clone(), gate.clone(), up.clone());
+        })?;
+        drop((gate, up, dact));
+        self.rope(rows)?;
+        self.loss(rows)?;
+        self.optimizer(rows)?;
+        for kind in [Kind::FourBit, Kind::Int8] {
+            let packed = PackedWeight::new(kind.codes([INTERMEDIATE, HIDDEN]), self.device);
+            let (codes, scales) = packed.bytes();
+            let bytes = (codes + scales + 2 * INTERMEDIATE * HIDDEN) as f64;
+            self.time(rows, kind.name(), Work::Bytes(bytes), "dequant", || {
+                packed.decode(DType::BF16);
+            })?;
+        }
+        let large = self.noise(7, [8 * TOKENS, 16 * 1024]);
+        self.time(rows, "copy", passes(2, [8 * TOKENS, 16 * 1024]), "copy", || {
+            let _ = large.clone().detached();
+        })
+    }
+
+    fn rope(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {
+        let Heads { heads, kv_heads, head_dim, .. } = HEADS;
+        let half = head_dim / 2;
+        let table = |f: fn(f32) -> f32| (0..2048 * half).map(|i| f(i as f32)).collect::<Vec<_>>();
+        let tables = Tables::new(table(f32::cos), table(f32::sin), half, self.device);
+        let positions: Vec<u32> = (0..TOKENS as u32).map(|t| t % 2048).collect();
+        let angles = tables.angles(&positions);
+        let norms = [8, 9].map(|seed| Norm { weight: self.noise(seed, [1, head_dim]).row_vector(), eps: 1e-6 });
+        let (q, k) = (self.noise(1, [TOKENS, heads * head_dim]), self.noise(2, [TOKENS, kv_heads * head_dim]));
+        let v = self.noise(3, [TOKENS, 1]);
+        let bytes = (2 * TOKENS * (heads + kv_heads) * head_dim) as f64;
+        self.time(rows, "q/k norm and rope forward", Work::Bytes(2.0 * bytes), "", || {
+            rope::forward_qk(q.clone(), k.clone(), &v, head_dim, Some(&norms), &angles);
+        })?;
+        let [(_, rstd_q), (_, rstd_k)] = rope::forward_qk(q.clone(), k.clone(), &v, head_dim, Some(&norms), &angles);
+        let (rstd_q, rstd_k) = rstd_q.zip(rstd_k).ok_or("a norm leaves its rstd")?;
+        self.time(rows, "q/k norm and rope backward", Work::Bytes(3.0 * bytes), "qk_norm", || {
+            let saved = [(&norms[0], q.clone(), &rstd_q), (&norms[1], k.clone(), &rstd_k)];
+            rope::backward_qk([q.clone(), k.clone()], &v, head_dim, Some(saved), &angles, false);
+        })
+    }
+
+    fn loss(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {
+        let (h, head) = (self.noise(1, [512, 64]), self.noise(2, [VOCAB, 64]));
+        let targets: Vec<i32> = (0..512).map(|t| t * 250 % VOCAB as i32).collect();
+        // f32 logits are read, and their gradient is written in bf16.
+        let bytes = (512 * VOCAB * 6) as f64;
+        self.time(rows, "cross entropy, loss and gradient", Work::Bytes(bytes), "cross_entropy", || {
+            linear_cross_entropy::forward_backward(&h, &head, &targets, 1.0, None);
+        })
+    }
+
+    fn optimizer(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {
+        let n = 64 << 20;
+        let mut builder = ParamsBuilder::new(self.device, DType::BF16);
+        builder.push("w", &[1024, n / 1024], true, &vec![0.01; n]);
+        let mut params = builder.build();
+        let grads = params.zero_grads();
+        let mut state = adamw::State::new(n, self.device);
+        let step =
+            adamw::Step { t: 1, lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, grad_scale: 1.0 };
+        self.time(rows, "adamw", Work::Bytes((28 * n) as f64), "adamw", || {
+            adamw::step(&mut params, &grads, &mut state, &step);
+        })
+    }
+
+    fn products(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {
+        for [m, n, k] in PRODUCTS {
+            let (x, w, dy) = (self.noise(1, [m, k]), self.noise(2, [n, k]), self.noise(3, [m, n]));
+            let flops = || Work::Flops((2 * m * n * k) as f64);
+            self.time(rows, format!("product nt {m} x {n} x {k}"), flops(), "", || {
+                matmul::nt(&x, &w);
+            })?;
+            self.time(rows, format!("product nn {m} x {k} x {n}"), flops(), "", || {
+                matmul::nn(&dy, &w);
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Random numbers in bf16, in (-1, 1).
+    fn noise(&self, seed: u64, dims: [usize; 2]) -> Tensor<2> {
+        // A table goes round: making gigabytes of random numbers would take longer than all else.
+        const TABLE: usize = (1 << 20) - 3;
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let n = dims[0] * dims[1];
+        if n <= TABLE {
+            return from_f32((0..n).map(|_| next()).collect(), dims, self.device, DType::BF16);
+        }
+        // The upper half of an f32 is a bf16.
+        let table: Vec<u8> = (0..TABLE).flat_map(|_| ((next().to_bits() >> 16) as u16).to_le_bytes()).collect();
+        let bytes: Vec<u8> = table.iter().copied().cycle().take(2 * n).collect();
+        from_le_bytes(&bytes, dims, self.device, DType::BF16)
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    FourBit,
+    Int8,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::FourBit => "NF4 decode, double quantization",
+            Self::Int8 => "int8 decode",
+        }
+    }
+
+    fn codes(self, dims: [usize; 2]) -> Codes {
+        let n = dims[0] * dims[1];
+        let byte = |i: usize| (i.wrapping_mul(2_654_435_761) >> 11) as u8;
+        let format = match self {
+            Self::Int8 => {
+                let codes = (0..n).map(|i| byte(i).cast_signed()).collect();
+                Format::Int8 { codes, scales: vec![0.5; dims[0]], factor: 1.0 / 127.0 }
+            }
+            Self::FourBit => Format::FourBit {
+                codes: (0..n / 2).map(byte).collect(),
+                table: core::array::from_fn(|i| i as f32 / 8.0 - 1.0),
+                blocksize: 64,
+                absmax: Absmax::Double {
+                    codes: (0..n / 64).map(byte).collect(),
+                    map: Box::new(core::array::from_fn(|i| i as f32 / 128.0 - 1.0)),
+                    nested: vec![0.1; n / 64 / 256],
+                    blocksize: 256,
+                    offset: 0.05,
+                },
+            },
+        };
+        Codes { dims, format }
+    }
+}
