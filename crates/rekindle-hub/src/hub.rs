@@ -1,6 +1,5 @@
 //! Names on the Hugging Face hub, turned into directories.
 
-mod adapter;
 mod api;
 mod checksum;
 mod download;
@@ -21,7 +20,6 @@ use crate::{Error, HubErrorKind};
 use failure::Request;
 use name::RepoName;
 
-pub use adapter::adapter_base;
 pub(crate) use environment::Environment;
 pub(crate) use layout::{CachedRepo, INCOMPLETE};
 

@@ -8,7 +8,7 @@
 //! [`write_atomic`] and [`AtomicDir`] see to it that a file or directory stands under its final
 //! name whole or not at all. `resolve` turns a name on the hub into such a directory, in the
 //! cache that is shared with Python; `cache` lists and prunes that. Both are the feature
-//! `network`, which is on by default.
+//! `network`.
 //!
 //! ```
 //! use rekindle_hub::{AtomicDir, Checkpoint, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec};
@@ -38,6 +38,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod adapter;
 mod atomic;
 #[cfg(feature = "network")]
 pub mod cache;
@@ -54,12 +55,13 @@ mod sharded;
 mod tensor;
 mod write;
 
+pub use adapter::{AdapterBase, adapter_base};
 pub use atomic::{AtomicDir, write_atomic};
 pub use checkpoint::Checkpoint;
 pub use dtype::Dtype;
 pub use error::{Error, HubErrorKind};
 #[cfg(feature = "network")]
-pub use hub::{HubOptions, Resolved, adapter_base, resolve};
+pub use hub::{HubOptions, Resolved, resolve};
 pub use json::read_json;
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::{DEFAULT_MAX_SHARD_SIZE, write_sharded};

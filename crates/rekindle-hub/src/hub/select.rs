@@ -1,10 +1,10 @@
 //! Which files of a repository are needed.
 
+use crate::adapter::ADAPTER_CONFIG;
 use crate::error::quoted;
 use crate::index::{INDEX_FILE, SINGLE_FILE};
 
 pub(crate) const CONFIG: &str = "config.json";
-pub(crate) const ADAPTER_CONFIG: &str = "adapter_config.json";
 pub(crate) const ADAPTER_FILE: &str = "adapter_model.safetensors";
 
 /// What tokenizers of every kind consist of, and what stands beside a model.

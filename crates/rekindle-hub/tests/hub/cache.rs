@@ -131,10 +131,13 @@ fn nobody() -> String {
 fn an_adapter_leads_to_its_base() {
     let config = br#"{"peft_type": "LORA", "base_model_name_or_path": "org/base"}"#;
     let server = Server::start(&[("adapter_config.json", config), ("adapter_model.safetensors", b"lora")]);
+    server.add("org/base", &MODEL);
     let client = Client::of(&server);
     let adapter = client.resolve().unwrap().path;
     assert!(adapter.join("adapter_model.safetensors").exists());
-    assert_eq!(adapter_base(&adapter).unwrap().as_deref(), Some("org/base"));
+    let base = adapter_base(&adapter).unwrap().unwrap();
+    let base = resolve(&base.name_or_path, client.options()).unwrap().path;
+    assert_eq!(fs::read(base.join("model.safetensors")).unwrap(), b"weights");
 }
 
 #[test]

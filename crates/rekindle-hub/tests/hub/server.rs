@@ -1,4 +1,6 @@
-//! A hub on loopback: one model's API, and the storage that large files are redirected to.
+//! A hub on loopback: the API of some models, and the storage that large files are redirected to.
+//!
+//! The tests of the binary include this file as well.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -10,6 +12,10 @@ use std::time::{Duration, Instant};
 use sha1::{Digest, Sha1};
 use sha2::Sha256;
 
+/// The model that tests mostly ask for.
+const MODEL: &str = "org/model";
+
+/// Where every branch of every model stands.
 pub(crate) const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// One file of the model.
@@ -39,9 +45,14 @@ impl RemoteFile {
     }
 }
 
+type Files = BTreeMap<String, RemoteFile>;
+
 /// What the hub holds, how it behaves, and what it was asked.
 pub(crate) struct Hub {
-    pub(crate) files: BTreeMap<String, RemoteFile>,
+    /// Of `org/model`.
+    pub(crate) files: Files,
+    /// Of other models, by their names.
+    others: BTreeMap<String, Files>,
     /// Where branches and tags stand.
     pub(crate) revisions: BTreeMap<String, String>,
     /// Who may read; everyone if empty.
@@ -72,12 +83,9 @@ pub(crate) struct Server {
 impl Server {
     /// Serves `org/model` with these files; those in safetensors are large.
     pub(crate) fn start(files: &[(&str, &[u8])]) -> Server {
-        let files = files.iter().map(|(name, bytes)| {
-            let is_large = name.ends_with(".safetensors");
-            ((*name).to_owned(), RemoteFile { bytes: bytes.to_vec(), is_large, ..RemoteFile::default() })
-        });
         let hub = Arc::new(Mutex::new(Hub {
-            files: files.collect(),
+            files: remote(files),
+            others: BTreeMap::new(),
             revisions: [("main".to_owned(), COMMIT.to_owned())].into(),
             token: None,
             is_gated: false,
@@ -107,6 +115,11 @@ impl Server {
         Server { endpoint, hub }
     }
 
+    /// Serves another model as well.
+    pub(crate) fn add(&self, name: &str, files: &[(&str, &[u8])]) {
+        self.hub().others.insert(name.to_owned(), remote(files));
+    }
+
     pub(crate) fn hub(&self) -> MutexGuard<'_, Hub> {
         self.hub.lock().unwrap()
     }
@@ -119,6 +132,14 @@ impl Server {
     pub(crate) fn requests(&self) -> Vec<String> {
         std::mem::take(&mut self.hub().requests)
     }
+}
+
+fn remote(files: &[(&str, &[u8])]) -> Files {
+    let files = files.iter().map(|(name, bytes)| {
+        let is_large = name.ends_with(".safetensors");
+        ((*name).to_owned(), RemoteFile { bytes: bytes.to_vec(), is_large, ..RemoteFile::default() })
+    });
+    files.collect()
 }
 
 fn listen() -> TcpListener {
@@ -228,19 +249,38 @@ impl Hub {
         if let Some(old) = &self.old_name
             && path.contains(old.as_str())
         {
-            path = path.replace(old.as_str(), "org/model");
+            path = path.replace(old.as_str(), MODEL);
             return Reply { status: 307, headers: vec![("Location", path)], ..Reply::default() };
         }
-        if path == "/api/models/org/model/refs" {
+        let (is_api, rest) = match path.strip_prefix("/api/models/") {
+            Some(rest) => (true, rest),
+            None => (false, path.trim_start_matches('/')),
+        };
+        let Some((name, rest)) = self.name_in(rest) else { return error(404, "RepoNotFound") };
+        if is_api && rest == "refs" {
             return self.refs();
         }
-        if let Some(revision) = path.strip_prefix("/api/models/org/model/revision/") {
-            return self.info(revision);
+        if let Some(revision) = rest.strip_prefix("revision/").filter(|_| is_api) {
+            return self.info(name, revision);
         }
-        match path.strip_prefix("/org/model/resolve/").and_then(|rest| rest.split_once('/')) {
-            Some((revision, file)) if self.commit_of(revision).is_some() => self.resolve(file, request, storage),
+        match rest.strip_prefix("resolve/").and_then(|rest| rest.split_once('/')) {
+            Some((revision, file)) if self.commit_of(revision).is_some() => {
+                let (name, file) = (name.to_owned(), file.to_owned());
+                self.resolve(&name, &file, request, storage)
+            }
             _ => error(404, "RepoNotFound"),
         }
+    }
+
+    /// The model that a path begins with, and what follows.
+    fn name_in<'a>(&self, path: &'a str) -> Option<(&'a str, &'a str)> {
+        let (end, _) = path.match_indices('/').nth(1)?;
+        let name = &path[..end];
+        (name == MODEL || self.others.contains_key(name)).then_some((name, &path[end + 1..]))
+    }
+
+    fn files_of(&mut self, name: &str) -> &mut Files {
+        self.others.get_mut(name).unwrap_or(&mut self.files)
     }
 
     fn commit_of(&self, revision: &str) -> Option<&str> {
@@ -260,24 +300,26 @@ impl Hub {
         Reply { status: 200, body: body.to_string().into_bytes(), ..Reply::default() }
     }
 
-    fn info(&self, revision: &str) -> Reply {
+    fn info(&self, name: &str, revision: &str) -> Reply {
         let Some(commit) = self.commit_of(revision) else { return error(404, "RevisionNotFound") };
-        let files: Vec<_> = self.files.keys().map(|name| serde_json::json!({"rfilename": name})).collect();
-        let body = serde_json::json!({"id": "org/model", "sha": commit, "siblings": files});
+        let files = self.others.get(name).unwrap_or(&self.files);
+        let files: Vec<_> = files.keys().map(|name| serde_json::json!({"rfilename": name})).collect();
+        let body = serde_json::json!({"id": name, "sha": commit, "siblings": files});
         Reply { status: 200, body: body.to_string().into_bytes(), ..Reply::default() }
     }
 
-    fn resolve(&mut self, file: &str, request: &Request, storage: &str) -> Reply {
+    fn resolve(&mut self, name: &str, file: &str, request: &Request, storage: &str) -> Reply {
         if self.is_gated {
             return error(if request.authorization.is_some() { 403 } else { 401 }, "GatedRepo");
         }
-        let Some(remote) = self.files.get(file) else { return error(404, "EntryNotFound") };
+        let Some(remote) = self.files_of(name).get(file) else { return error(404, "EntryNotFound") };
         let size = remote.size.unwrap_or(remote.bytes.len() as u64);
         let etag = remote.etag();
         let commit = ("X-Repo-Commit", COMMIT.to_owned());
         if remote.is_large {
+            let at = if name == MODEL { file.to_owned() } else { format!("{name}/{file}") };
             let headers = vec![
-                ("Location", format!("{storage}/{file}?signature=x")),
+                ("Location", format!("{storage}/{at}?signature=x")),
                 ("ETag", "\"the redirect's own\"".to_owned()),
                 ("X-Linked-ETag", format!("\"{etag}\"")),
                 ("X-Linked-Size", size.to_string()),
@@ -285,22 +327,23 @@ impl Hub {
             ];
             return Reply { status: 302, headers, body: b"Found. Redirecting".to_vec(), ..Reply::default() };
         }
-        let mut reply = self.contents(file, request);
+        let mut reply = self.contents(name, file, request);
         reply.headers.extend([("ETag", format!("\"{etag}\"")), commit]);
         reply
     }
 
     fn stored(&mut self, request: &Request) -> Reply {
-        let file = request.path.trim_start_matches('/').split('?').next().unwrap_or_default().to_owned();
-        let mut reply = self.contents(&file, request);
+        let at = request.path.trim_start_matches('/').split('?').next().unwrap_or_default();
+        let (name, file) = self.name_in(at).unwrap_or((MODEL, at));
+        let mut reply = self.contents(name, file, request);
         // A storage has tags of its own.
         reply.headers.push(("ETag", "\"storage-1\"".to_owned()));
         reply
     }
 
-    fn contents(&mut self, file: &str, request: &Request) -> Reply {
+    fn contents(&mut self, name: &str, file: &str, request: &Request) -> Reply {
         let has_ranges = self.has_ranges;
-        let Some(remote) = self.files.get_mut(file) else { return error(404, "") };
+        let Some(remote) = self.files_of(name).get_mut(file) else { return error(404, "") };
         let mut body = remote.sent.clone().unwrap_or_else(|| remote.bytes.clone());
         let (mut status, mut start, mut headers) = (200, 0, vec![]);
         if let Some(range) = request.range.as_deref().filter(|_| has_ranges) {

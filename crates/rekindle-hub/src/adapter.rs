@@ -1,3 +1,5 @@
+//! The way from an adapter to the model that it belongs to.
+
 use std::path::Path;
 
 use serde::Deserialize;
@@ -5,28 +7,40 @@ use serde::Deserialize;
 use crate::index::{INDEX_FILE, SINGLE_FILE};
 use crate::{Error, read_json};
 
-use super::select::ADAPTER_CONFIG;
+/// The file that makes a directory an adapter.
+pub(crate) const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 /// The part of an adapter's configuration that leads to its model.
 #[derive(Deserialize)]
 struct AdapterConfig {
     base_model_name_or_path: Option<String>,
+    revision: Option<String>,
 }
 
-/// The name or path of the model that the adapter in `directory` belongs to; `None` for a directory
-/// that holds no adapter, or a model beside one.
+/// The model that an adapter belongs to, as the adapter's configuration names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterBase {
+    /// Its name on the hub, or its directory where the adapter was made.
+    pub name_or_path: String,
+    /// Its branch, tag or commit, where one is given.
+    pub revision: Option<String>,
+}
+
+/// The model that the adapter in `directory` belongs to; `None` for a directory that holds no
+/// adapter, or a model beside one.
 ///
 /// # Errors
 /// [`Error::Malformed`] for a broken configuration, [`Error::Missing`] for one that names no model.
-pub fn adapter_base(directory: &Path) -> Result<Option<String>, Error> {
+pub fn adapter_base(directory: &Path) -> Result<Option<AdapterBase>, Error> {
     let path = directory.join(ADAPTER_CONFIG);
     let has_model = [SINGLE_FILE, INDEX_FILE].iter().any(|file| directory.join(file).exists());
     if has_model || !path.exists() {
         return Ok(None);
     }
     let config: AdapterConfig = read_json(&path)?;
-    match config.base_model_name_or_path.filter(|base| !base.is_empty()) {
-        Some(base) => Ok(Some(base)),
+    let given = |text: &String| !text.is_empty();
+    match config.base_model_name_or_path.filter(given) {
+        Some(name_or_path) => Ok(Some(AdapterBase { name_or_path, revision: config.revision.filter(given) })),
         None => Err(Error::missing(&path, "base_model_name_or_path; give the base model, and the adapter beside it")),
     }
 }
@@ -44,7 +58,11 @@ mod tests {
 
         write(ADAPTER_CONFIG, r#"{"r": 8, "base_model_name_or_path": "Qwen/Qwen3-0.6B"}"#);
         write("config.json", "{}");
-        assert_eq!(adapter_base(scratch.path()).unwrap().as_deref(), Some("Qwen/Qwen3-0.6B"));
+        let base = AdapterBase { name_or_path: "Qwen/Qwen3-0.6B".to_owned(), revision: None };
+        assert_eq!(adapter_base(scratch.path()).unwrap(), Some(base.clone()));
+        write(ADAPTER_CONFIG, r#"{"base_model_name_or_path": "Qwen/Qwen3-0.6B", "revision": "v1"}"#);
+        let pinned = AdapterBase { revision: Some("v1".to_owned()), ..base };
+        assert_eq!(adapter_base(scratch.path()).unwrap(), Some(pinned));
 
         for nameless in [r#"{"base_model_name_or_path": null}"#, r#"{"base_model_name_or_path": ""}"#, "{}"] {
             write(ADAPTER_CONFIG, nameless);
