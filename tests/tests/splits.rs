@@ -1,6 +1,6 @@
 //! How an optimizer step is cut into micro-batches changes nothing; the same step twice gives the same bits.
 
-use rekindle_lora::LoraConfig;
+use rekindle_lora::{GradientCheckpointing, LoraConfig};
 use rekindle_models::{CausalLm, StepKey};
 use rekindle_tests::{Golden, relative_distance};
 use rekindle_train::{AdamW, Optimizer, SftConfig};
@@ -108,6 +108,31 @@ fn recomputed_activations_give_the_same_bits() {
             assert_eq!(of(true), of(false), "{name}");
         }
     }
+}
+
+#[test]
+fn recomputing_for_all_weights_gives_the_same_bits() {
+    for name in ["qwen3-tied", "qwen2", "llama-bias"] {
+        let golden = Golden::open(name);
+        let of = |recompute: bool| {
+            let mut model = golden.load_full();
+            model.set_gradient_checkpointing(recompute.into());
+            assert_eq!(model.gradient_checkpointing().recomputes(), recompute);
+            gradient(&golden, &model, SPLITS[1], None)
+        };
+        assert_eq!(of(true), of(false), "{name}");
+    }
+}
+
+#[test]
+fn an_adapter_that_asks_for_nothing_takes_what_the_model_has() {
+    let golden = Golden::open("qwen3-tied");
+    let mut model = golden.load();
+    model.set_gradient_checkpointing(GradientCheckpointing::Host);
+    model.add_adapter(&LoraConfig::new(2)).expect("a valid configuration");
+    assert_eq!(model.gradient_checkpointing(), GradientCheckpointing::Host);
+    model.add_adapter(&LoraConfig::new(2).use_gradient_checkpointing(true)).expect("a valid configuration");
+    assert_eq!(model.gradient_checkpointing(), GradientCheckpointing::Block);
 }
 
 #[test]

@@ -167,6 +167,11 @@ impl AdapterConfig {
         self.fields.get("base_model_name_or_path").and_then(Value::as_str)
     }
 
+    /// Names the branch, tag or commit of the base model that the adapter was made on.
+    pub fn set_revision(&mut self, revision: Option<&str>) {
+        self.fields.insert("revision".to_owned(), Value::from(revision));
+    }
+
     /// Fields that are neither null, false nor empty and that PEFT 0.21 does not have, to be named in a log: they are
     /// kept, but nothing acts on them.
     pub fn unknown_fields(&self) -> Vec<&str> {

@@ -76,7 +76,8 @@ impl CausalLm {
             (name, (weight.dims(), to_f32(weight.matrix(&self.params))))
         });
         let saved = saved.collect();
-        let config = AdapterConfig::new(config, Some(&self.name_or_path), &targets);
+        let mut config = AdapterConfig::new(config, Some(&self.name_or_path), &targets);
+        config.set_revision(self.revision.as_deref());
         self.place(Adapter { config, factors, biases, saved })
     }
 
@@ -122,11 +123,21 @@ impl CausalLm {
         self.params = params.build();
     }
 
-    /// What becomes of activations between forward and backward in the blocks with an adapter; without an adapter this
-    /// changes nothing.
+    /// What becomes of activations between forward and backward: what the adapter asks for, otherwise what was set
+    /// for the model.
+    pub fn gradient_checkpointing(&self) -> GradientCheckpointing {
+        match self.lora().map(|lora| lora.use_gradient_checkpointing) {
+            None | Some(GradientCheckpointing::Off) => self.checkpointing,
+            Some(asked) => asked,
+        }
+    }
+
+    /// Sets it for the adapter or, where there is none, for the model: for training all weights, and for adapters to
+    /// come that ask for nothing.
     pub fn set_gradient_checkpointing(&mut self, checkpointing: GradientCheckpointing) {
-        if let Some(config) = &mut self.adapter_config {
-            config.lora_mut().use_gradient_checkpointing = checkpointing;
+        match &mut self.adapter_config {
+            Some(config) => config.lora_mut().use_gradient_checkpointing = checkpointing,
+            None => self.checkpointing = checkpointing,
         }
     }
 

@@ -30,6 +30,7 @@ pub mod qwen2;
 pub mod qwen3;
 mod sample;
 mod save;
+mod vocab;
 
 pub use batch::{Batch, IGNORED};
 pub use config::{Biases, ModelConfig};

@@ -6,14 +6,14 @@ use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
 use rekindle_kernels::rope::Tables;
 use rekindle_kernels::{Device, PackedWeight, ParamsBuilder, Tensor, Weight, from_f32, from_le_bytes};
-use rekindle_lora::{Linear, LinearGroup};
+use rekindle_lora::{GradientCheckpointing, Linear, LinearGroup};
 use rekindle_quant::Origin;
 
 use crate::adapt::Replaced;
 use crate::block::Block;
 use crate::names::{self, EMBED, HEAD, NORM, Needed, Projection};
 use crate::quantization::{LoadIn, Plan, Quantization, stored_bytes};
-use crate::{CausalLm, Error, ModelConfig};
+use crate::{CausalLm, Error, ModelConfig, vocab};
 
 /// The widest row that the norms of the CUDA path take.
 const MOST_HIDDEN: usize = 16_384;
@@ -34,12 +34,22 @@ pub struct LoadOptions {
     /// Linears that stay dense when the others are quantized, as transformers' `llm_int8_skip_modules`. `None` is
     /// `lm_head`.
     pub skip_modules: Option<Vec<String>>,
+    /// Rows that the embedding table and the head are brought to. New ones are the mean of the old.
+    pub resize_model_vocab: Option<usize>,
 }
 
 impl LoadOptions {
     /// Frozen weights, dense unless the checkpoint is quantized.
     pub fn new(device: Device, dtype: DType, max_seq_length: usize) -> Self {
-        Self { device, dtype, max_seq_length, full_finetuning: false, load_in: None, skip_modules: None }
+        Self {
+            device,
+            dtype,
+            max_seq_length,
+            full_finetuning: false,
+            load_in: None,
+            skip_modules: None,
+            resize_model_vocab: None,
+        }
     }
 }
 
@@ -50,8 +60,8 @@ impl CausalLm {
     /// [`Error::Config`] or [`Error::Tensors`], each a list of everything that is wrong; [`Error::Argument`]
     /// for a `max_seq_length` beyond what the model was made for.
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions, progress: &mut dyn FnMut(u64)) -> Result<Self, Error> {
-        let config = ModelConfig::from_checkpoint(checkpoint)?;
-        let LoadOptions { device, dtype, max_seq_length, full_finetuning, load_in, skip_modules } = options;
+        let mut config = ModelConfig::from_checkpoint(checkpoint)?;
+        let LoadOptions { device, dtype, max_seq_length, full_finetuning, load_in, skip_modules, .. } = options;
         check_length(&config, *max_seq_length)?;
         if let (Device::Cuda(_), true) = (device, config.hidden_size > MOST_HIDDEN) {
             return Err(Error::Argument(format!(
@@ -74,6 +84,9 @@ impl CausalLm {
             )));
         }
         check_tensors(checkpoint, &config, plan.as_ref())?;
+        if let Some(rows) = options.resize_model_vocab {
+            vocab::resize_config(&mut config, rows)?;
+        }
         let quantization = plan.as_ref().map(|plan| Quantization {
             config: plan.config.clone(),
             origins: BTreeMap::new(),
@@ -104,8 +117,10 @@ impl CausalLm {
             dtype: *dtype,
             adapter_config: None,
             replaced: Replaced::default(),
+            checkpointing: GradientCheckpointing::Off,
             quantization: source.quantization,
             name_or_path: checkpoint.path().display().to_string(),
+            revision: None,
             config,
         })
     }
@@ -188,6 +203,9 @@ impl Source<'_> {
         if let Some(quantization) = &mut self.quantization {
             quantization.dtypes.insert(name.to_owned(), view.dtype);
         }
+        if let (Some(rows), EMBED | HEAD) = (self.options.resize_model_vocab, name) {
+            return self.resized(name, &view, rows);
+        }
         if self.options.full_finetuning {
             // As in transformers' Trainer: norms and biases, the vectors, take no weight decay.
             let decays = view.shape.len() > 1;
@@ -199,6 +217,16 @@ impl Source<'_> {
             _ => unreachable!("shapes were checked"),
         };
         Ok(Weight::Frozen(self.frozen(&view, [rows, cols])?))
+    }
+
+    /// The table `view` with as many rows as the vocabulary is to have.
+    fn resized(&mut self, name: &str, view: &TensorView<'_>, rows: usize) -> Result<Weight, Error> {
+        let hidden = view.shape[1];
+        let values = vocab::resize_rows(view.to_f32()?, hidden, rows);
+        if self.options.full_finetuning {
+            return Ok(Weight::Trained(self.params.push(name, &[rows, hidden], true, &values)));
+        }
+        Ok(Weight::Frozen(from_f32(values, [rows, hidden], &self.options.device, self.options.dtype)))
     }
 
     fn frozen(&self, view: &TensorView<'_>, shape: [usize; 2]) -> Result<Tensor<2>, Error> {

@@ -32,9 +32,13 @@ pub struct CausalLm {
     pub(crate) adapter_config: Option<AdapterConfig>,
     /// The frozen weights of modules that are trained whole at present.
     pub(crate) replaced: Replaced,
+    /// What holds where an adapter asks for nothing.
+    pub(crate) checkpointing: GradientCheckpointing,
     pub(crate) quantization: Option<Quantization>,
     /// Where the weights came from, written into adapters.
     pub(crate) name_or_path: String,
+    /// Of a name on the hub: the revision that was asked for.
+    pub(crate) revision: Option<String>,
 }
 
 /// What dropout masks of a step depend on.
@@ -59,6 +63,13 @@ impl CausalLm {
     /// The model's numbers.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// What new adapters say that they belong to: a name on the hub, with the revision if one was asked for. Without
+    /// this it is the checkpoint's directory.
+    pub fn set_name_or_path(&mut self, name_or_path: impl Into<String>, revision: Option<String>) {
+        self.name_or_path = name_or_path.into();
+        self.revision = revision;
     }
 
     /// Where the weights lie.
@@ -129,7 +140,7 @@ impl CausalLm {
         let dropout = tokens.as_ref().map(|(key, tokens)| Key { p, seed: key.seed, step: key.step, tokens });
         let (angles, documents) = (self.tables.angles(&batch.positions), self.documents(batch));
         let ctx = Context { params: &self.params, angles: &angles, documents: Some(&documents), dropout };
-        let checkpointing = self.lora().map_or(GradientCheckpointing::Off, |lora| lora.use_gradient_checkpointing);
+        let checkpointing = self.gradient_checkpointing();
         let embed_trained = self.embed.trained().is_some();
         let lowest = if embed_trained { 0 } else { self.lowest_trained() };
 

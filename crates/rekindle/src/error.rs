@@ -20,6 +20,14 @@ pub enum Error {
     /// The run.
     #[error(transparent)]
     Train(#[from] rekindle_train::Error),
+    /// The model that an adapter was trained on cannot be had.
+    #[error("the base model of the adapter {}: {source}; or give the base as the model, and the adapter beside it", .adapter.display())]
+    AdapterBase {
+        /// The adapter, as it was given.
+        adapter: std::path::PathBuf,
+        /// What is wrong with its base.
+        source: Box<Error>,
+    },
 }
 
 /// What an [`Error`] is about, which is what a program's exit code depends on.
@@ -32,6 +40,8 @@ pub enum ErrorKind {
     Configuration,
     /// A dataset, a row or a token id.
     Data,
+    /// A name that the Hugging Face hub or the network did not turn into files.
+    Hub,
 }
 
 impl Error {
@@ -46,7 +56,9 @@ impl Error {
                 rekindle_data::ErrorKind::Options => ErrorKind::Configuration,
                 _ => ErrorKind::Failed,
             },
+            Self::File(error) if error.hub_kind().is_some() => ErrorKind::Hub,
             Self::File(_) => ErrorKind::Failed,
+            Self::AdapterBase { source, .. } => source.kind(),
             Self::Model(error) | Self::Train(Train::Model(error)) => match error {
                 Model::Argument(_) => ErrorKind::Configuration,
                 Model::Lora(rekindle_lora::Error::Config { .. } | rekindle_lora::Error::Targets { .. }) => {

@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::Error;
+use crate::source::find_quietly;
 
 /// A checkpoint's or an adapter's facts.
 #[derive(Clone, Debug, Serialize)]
@@ -56,12 +57,13 @@ pub enum Inspection {
     },
 }
 
-/// Reads the headers of the checkpoint or adapter in the directory `path`; no weight is touched.
+/// Reads the headers of the checkpoint or adapter in the directory `path`, or of that name on the hub; no weight is
+/// touched, but a name is downloaded whole.
 ///
 /// # Errors
 /// [`Error::File`] and [`Error::Model`] for a directory that holds neither, or a broken one.
 pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection, Error> {
-    let path = path.as_ref();
+    let path = &find_quietly(path.as_ref())?;
     if path.join(CONFIG_FILE).exists() && !path.join("config.json").exists() {
         return adapter(path);
     }

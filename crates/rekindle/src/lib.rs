@@ -6,7 +6,7 @@
 //! use rekindle::{DataFile, FastLanguageModel, LoraConfig, SftConfig, SftTrainer};
 //!
 //! # fn main() -> Result<(), rekindle::Error> {
-//! let (model, tokenizer) = FastLanguageModel::from_pretrained("models/Qwen3-0.6B").max_seq_length(2048).load()?;
+//! let (model, tokenizer) = FastLanguageModel::from_pretrained("Qwen/Qwen3-0.6B").max_seq_length(2048).load()?;
 //! let mut model = model.get_peft_model(LoraConfig::new(16).lora_alpha(32.0))?;
 //! let config = SftConfig { max_steps: Some(60), ..SftConfig::default() };
 //! let report = SftTrainer::new(&mut model, &tokenizer, DataFile::new("train.jsonl"), config).train()?;
@@ -15,6 +15,9 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! Names on the Hugging Face hub are the feature `network`, which is on by default; without it models are directories,
+//! and no HTTP client is built.
 //!
 //! The layers underneath are crates of their own: `rekindle-kernels`, `rekindle-rope`, `rekindle-lora`,
 //! `rekindle-models`, `rekindle-data`, `rekindle-train` and `rekindle-hub`.
@@ -30,20 +33,24 @@ mod pretrained;
 mod quantize;
 mod sft;
 mod skip;
+mod source;
 
 pub use error::{Error, ErrorKind};
 pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
 pub use model::{Generated, Model};
-pub use pretrained::{Dtype, FastLanguageModel, Loader};
+pub use pretrained::{Dtype, FastLanguageModel, Files, Loader};
 pub use quantize::quantize;
 pub use sft::{DataFile, SftTrainer};
+pub use source::{Fetched, Source};
 
 pub use rekindle_data::{Dataset, Example, IGNORED, LoadReport, Message, Overlong, RenderOptions, Tokenizer};
 pub use rekindle_hub::{AtomicDir, write_atomic};
+#[cfg(feature = "network")]
+pub use rekindle_hub::{HubErrorKind, cache};
 pub use rekindle_kernels::cuda::{Report as CudaReport, report as cuda_report};
 pub use rekindle_kernels::{DeviceKind, parse_device};
-pub use rekindle_lora::{BLOCK_LINEARS, Bias, InitLoraWeights, LoraConfig, TargetModules};
+pub use rekindle_lora::{BLOCK_LINEARS, Bias, GradientCheckpointing, InitLoraWeights, LoraConfig, TargetModules};
 pub use rekindle_models::{
     CausalLm, GenerationConfig, LoadIn, MemoryClass, MemoryLine, MemoryReport, ModelConfig, StopReason,
 };

@@ -9,6 +9,7 @@ use rekindle_lora::Adapter;
 use rekindle_models::{Batch, ModelConfig};
 use rekindle_train::write_result;
 
+use crate::source::{Access, find};
 use crate::{Dtype, Error, FastLanguageModel, Model};
 
 /// What to merge, and how.
@@ -31,7 +32,8 @@ pub struct Verified {
 }
 
 impl Merge {
-    /// The adapter in `adapter`: a directory in PEFT's format, or a run's output directory that holds one.
+    /// The adapter in `adapter`: a directory in PEFT's format, a run's output directory that holds one, or a name on the
+    /// hub.
     pub fn new(adapter: impl Into<PathBuf>) -> Self {
         let adapter = adapter.into();
         let inside = adapter.join("adapter");
@@ -39,7 +41,7 @@ impl Merge {
         Self { adapter, base: None, dtype: Dtype::Auto }
     }
 
-    /// The base's directory. Default: what the adapter says it was trained on. A base in 4 or 8 bits is decoded, since
+    /// The base's directory or name. Default: what the adapter says it was trained on. A base in 4 or 8 bits is decoded, since
     /// that is what the adapter was trained against; give the 16-bit original here to merge onto that.
     #[must_use]
     pub fn base(mut self, base: impl Into<PathBuf>) -> Self {
@@ -54,6 +56,30 @@ impl Merge {
         self
     }
 
+    /// Finds the adapter and its base, downloading what is missing; what is done here begins with this. `on_download` is
+    /// told the bytes that are here, and those of all files that are being downloaded, of one after the other.
+    ///
+    /// What is returned is for the user: the hub was out of reach, and the cache was taken instead.
+    ///
+    /// # Errors
+    /// [`Error::File`] for what is not there, [`Error::Argument`] for an adapter that does not name its base,
+    /// [`Error::AdapterBase`] when that cannot be had.
+    pub fn fetch(&mut self, on_download: &mut dyn FnMut(u64, u64)) -> Result<Vec<String>, Error> {
+        let access = Access::default();
+        let adapter = find(&self.adapter, None, &access, on_download)?;
+        let base = match &self.base {
+            Some(base) => find(base, None, &access, on_download)?,
+            None => {
+                let (name, revision) = named_base(&adapter.path)?;
+                let found = find(Path::new(&name), revision.as_deref(), &access, on_download);
+                found.map_err(|error| Error::AdapterBase { adapter: self.adapter.clone(), source: Box::new(error) })?
+            }
+        };
+        self.adapter = adapter.path;
+        self.base = Some(base.path);
+        Ok(adapter.notice.into_iter().chain(base.notice).collect())
+    }
+
     /// Writes the merged checkpoint to `out`, the tokenizer's files included. One tensor is in memory at a time.
     /// `progress` is told the bytes read so far and in all.
     ///
@@ -63,10 +89,10 @@ impl Merge {
     /// [`Error::File`] and [`Error::Model`] for an adapter or a base that is missing, broken or does not fit,
     /// [`Error::Train`] when the result cannot be written.
     pub fn write(&self, out: impl AsRef<Path>, progress: &mut dyn FnMut(u64, u64)) -> Result<(), Error> {
-        let base = self.base_dir()?;
+        let (base, adapter) = self.directories()?;
         let checkpoint = Checkpoint::open(&base)?;
         let modules = ModelConfig::from_checkpoint(&checkpoint)?.modules();
-        let adapter = Adapter::load(&self.adapter, &modules).map_err(rekindle_models::Error::from)?;
+        let adapter = Adapter::load(&adapter, &modules).map_err(rekindle_models::Error::from)?;
         write_merged(&checkpoint, &adapter, self.dtype, out.as_ref(), progress)
     }
 
@@ -78,8 +104,9 @@ impl Merge {
     /// loading.
     pub fn verify(&self, merged: impl AsRef<Path>, device: DeviceKind) -> Result<Verified, Error> {
         let load = |dir: &Path| FastLanguageModel::from_pretrained(dir).dtype(Dtype::F32).device(device).load_model();
+        let (base, adapter) = self.directories()?;
         // One model in memory at a time.
-        let expected = losses(&load(&self.base_dir()?)?.load_adapter(&self.adapter)?)?;
+        let expected = losses(&load(&base)?.load_adapter(&adapter)?)?;
         let got = losses(&load(merged.as_ref())?)?;
         let differences: Vec<f64> = expected.iter().zip(&got).map(|(a, b)| f64::from((a - b).abs())).collect();
         let mean = differences.iter().sum::<f64>() / differences.len().max(1) as f64;
@@ -95,16 +122,22 @@ impl Merge {
         )))
     }
 
-    fn base_dir(&self) -> Result<PathBuf, Error> {
-        if let Some(base) = &self.base {
-            return Ok(base.clone());
-        }
-        let json: serde_json::Value = rekindle_hub::read_json(&self.adapter.join(rekindle_lora::peft::CONFIG_FILE))?;
-        let named = json.get("base_model_name_or_path").and_then(|name| name.as_str()).map(PathBuf::from);
-        named.ok_or_else(|| {
-            Error::Argument(format!("{} does not say what its base model is; name it", self.adapter.display()))
-        })
+    /// Of the base and the adapter.
+    fn directories(&self) -> Result<(PathBuf, PathBuf), Error> {
+        let mut found = self.clone();
+        found.fetch(&mut |_, _| ())?;
+        Ok((found.base.expect("fetch finds it"), found.adapter))
     }
+}
+
+/// The base that the adapter in `dir` names, and its revision.
+fn named_base(dir: &Path) -> Result<(String, Option<String>), Error> {
+    let json: serde_json::Value = rekindle_hub::read_json(&dir.join(rekindle_lora::peft::CONFIG_FILE))?;
+    let text = |key: &str| json.get(key).and_then(|value| value.as_str()).filter(|text| !text.is_empty());
+    let Some(name) = text("base_model_name_or_path") else {
+        return Err(Error::Argument(format!("{} does not say what its base model is; name it", dir.display())));
+    };
+    Ok((name.to_owned(), text("revision").map(str::to_owned)))
 }
 
 impl Model {
@@ -127,7 +160,15 @@ impl Model {
         let adapter = adapter.ok_or_else(|| {
             Error::Argument("there is no adapter to merge; save_pretrained writes the model as it is".to_owned())
         })?;
-        write_merged(&Checkpoint::open(self.path())?, &adapter, dtype, dir.as_ref(), &mut |_, _| ())
+        let base = Checkpoint::open(self.path())?;
+        let (rows, had) = (self.causal_lm().config().vocab_size, ModelConfig::from_checkpoint(&base)?.vocab_size);
+        if rows != had {
+            return Err(Error::Argument(format!(
+                "the checkpoint has {had} token ids and this model {rows} (resize_model_vocab); call merge_and_unload, \
+                 then save_pretrained"
+            )));
+        }
+        write_merged(&base, &adapter, dtype, dir.as_ref(), &mut |_, _| ())
     }
 }
 

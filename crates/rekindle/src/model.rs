@@ -11,14 +11,16 @@ use rekindle_lora::LoraConfig;
 use rekindle_models::{CausalLm, GenerationConfig, MemoryReport, StopReason};
 use rekindle_train::{Evaluation, evaluate, save_result};
 
-use crate::{DataFile, Error};
+use crate::source::{Access, find};
+use crate::{DataFile, Error, Files};
 
 /// A model with its place on disk.
 #[derive(Debug)]
 pub struct Model {
     inner: CausalLm,
-    path: PathBuf,
+    files: Files,
     device: DeviceKind,
+    access: Access,
 }
 
 /// What [`Model::generate`] made.
@@ -31,8 +33,8 @@ pub struct Generated {
 }
 
 impl Model {
-    pub(crate) fn new(inner: CausalLm, path: &Path, device: DeviceKind) -> Self {
-        Self { inner, path: path.to_owned(), device }
+    pub(crate) fn new(inner: CausalLm, files: Files, device: DeviceKind, access: Access) -> Self {
+        Self { inner, files, device, access }
     }
 
     /// Where it computes, never [`DeviceKind::Auto`].
@@ -51,7 +53,18 @@ impl Model {
 
     /// The checkpoint's directory.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.files.model
+    }
+
+    /// The files that a saved model or adapter carries along: the tokenizer's, and what ends a generation.
+    pub(crate) fn companions(&self) -> Vec<PathBuf> {
+        let mut files = companion_files(self.files.tokenizer());
+        let generation =
+            companion_files(self.path()).into_iter().filter(|path| path.ends_with("generation_config.json"));
+        if !files.iter().any(|path| path.ends_with("generation_config.json")) {
+            files.extend(generation);
+        }
+        files
     }
 
     /// What its weights take in memory, by class.
@@ -78,12 +91,14 @@ impl Model {
         Ok(self)
     }
 
-    /// The model with an adapter from PEFT's files.
+    /// The model with an adapter from PEFT's files: a directory, or a name on the hub ([`Source`](crate::Source)).
     ///
     /// # Errors
-    /// [`Error::Model`] when the files are unreadable or do not match this model exactly.
-    pub fn load_adapter(mut self, dir: impl AsRef<Path>) -> Result<Self, Error> {
-        self.inner.load_adapter(dir.as_ref())?;
+    /// [`Error::File`] when they are not found, [`Error::Model`] when they are unreadable or do not match this model
+    /// exactly.
+    pub fn load_adapter(mut self, name_or_path: impl AsRef<Path>) -> Result<Self, Error> {
+        let adapter = find(name_or_path.as_ref(), None, &self.access, &mut |_, _| ())?;
+        self.inner.load_adapter(&adapter.path)?;
         Ok(self)
     }
 
@@ -92,7 +107,7 @@ impl Model {
     /// # Errors
     /// [`Error::Train`] when the system refuses; a directory that stood there before is then untouched.
     pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<(), Error> {
-        Ok(save_result(&self.inner, dir.as_ref(), &companion_files(&self.path), Dtype::F32)?)
+        Ok(save_result(&self.inner, dir.as_ref(), &self.companions(), Dtype::F32)?)
     }
 
     /// The loss of every row of `data`. Rows longer than the model's `max_seq_length` are errors.
@@ -130,7 +145,7 @@ impl Model {
     /// # Errors
     /// [`Error::Data`] when the file is broken.
     pub fn eos_ids(&self) -> Result<Vec<u32>, Error> {
-        Ok(eos_token_ids(&self.path)?.unwrap_or_default())
+        Ok(eos_token_ids(self.path())?.unwrap_or_default())
     }
 
     /// The rows of `data` as this model takes them, and what was found in the file.

@@ -6,21 +6,33 @@ use burn::tensor::DType;
 use rekindle_data::Tokenizer;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{Device, DeviceKind, open_device};
+use rekindle_lora::GradientCheckpointing;
 use rekindle_models::{CausalLm, LoadIn, LoadOptions, ModelConfig};
 use rekindle_quant::QuantConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::source::Access;
 use crate::{Error, Model, skip};
+
+mod files;
+
+pub use files::Files;
 
 /// The entry point, named as in Unsloth.
 #[derive(Debug)]
 pub struct FastLanguageModel;
 
 impl FastLanguageModel {
-    /// A checkpoint directory in the Hugging Face layout, to be loaded with the returned builder.
-    pub fn from_pretrained(path: impl Into<PathBuf>) -> Loader {
+    /// A model, to be loaded with the returned builder: a checkpoint directory in the Hugging Face layout or, where
+    /// there is no such directory, a name on the hub ([`Source`](crate::Source)). An adapter's directory or name stands
+    /// for its base with the adapter on it.
+    pub fn from_pretrained(name_or_path: impl Into<PathBuf>) -> Loader {
         Loader {
-            path: path.into(),
+            path: name_or_path.into(),
+            revision: None,
+            access: Access::default(),
+            on_download: None,
+            files: None,
             max_seq_length: None,
             dtype: Dtype::Auto,
             device: DeviceKind::Auto,
@@ -30,6 +42,9 @@ impl FastLanguageModel {
             load_in_16bit: false,
             quant_config: None,
             skip_modules: None,
+            use_gradient_checkpointing: GradientCheckpointing::Off,
+            resize_model_vocab: None,
+            fast_inference: false,
             progress: None,
         }
     }
@@ -53,7 +68,13 @@ pub enum Dtype {
 /// The arguments of `from_pretrained`.
 #[must_use = "nothing is loaded before `load`"]
 pub struct Loader {
+    /// The name or path.
     path: PathBuf,
+    revision: Option<String>,
+    access: Access,
+    on_download: Option<Box<dyn FnMut(u64, u64)>>,
+    /// Once they are found.
+    files: Option<Files>,
     max_seq_length: Option<usize>,
     dtype: Dtype,
     device: DeviceKind,
@@ -63,6 +84,9 @@ pub struct Loader {
     load_in_16bit: bool,
     quant_config: Option<QuantConfig>,
     skip_modules: Option<Vec<String>>,
+    use_gradient_checkpointing: GradientCheckpointing,
+    resize_model_vocab: Option<usize>,
+    fast_inference: bool,
     progress: Option<Box<dyn FnMut(u64, u64)>>,
 }
 
@@ -131,6 +155,28 @@ impl Loader {
         self
     }
 
+    /// What becomes of activations between forward and backward when all weights are trained, and with an adapter that
+    /// asks for nothing itself, as one from files. Default [`GradientCheckpointing::Off`].
+    pub fn use_gradient_checkpointing(mut self, checkpointing: impl Into<GradientCheckpointing>) -> Self {
+        self.use_gradient_checkpointing = checkpointing.into();
+        self
+    }
+
+    /// How many token ids the model is to have. The embedding table and the head lose their last rows, or get rows that
+    /// are the mean of those they have. Default: as many as the checkpoint has.
+    ///
+    /// Adapters learn new rows with `modules_to_save`, and need the same argument when they are loaded again.
+    pub fn resize_model_vocab(mut self, rows: usize) -> Self {
+        self.resize_model_vocab = Some(rows);
+        self
+    }
+
+    /// An engine of its own for generation, which is not there yet: `true` is an error.
+    pub fn fast_inference(mut self, fast_inference: bool) -> Self {
+        self.fast_inference = fast_inference;
+        self
+    }
+
     /// Is told the bytes read so far and in all.
     pub fn on_progress(mut self, progress: impl FnMut(u64, u64) + 'static) -> Self {
         self.progress = Some(Box::new(progress));
@@ -141,11 +187,12 @@ impl Loader {
     ///
     /// # Errors
     /// [`Error::File`] and [`Error::Model`] for a checkpoint that is missing, broken or not supported,
-    /// [`Error::Data`] for its tokenizer, [`Error::Device`] and [`Error::Argument`] for what was asked.
-    pub fn load(self) -> Result<(Model, Tokenizer), Error> {
-        let path = self.path.clone();
+    /// [`Error::Data`] for its tokenizer, [`Error::Device`] and [`Error::Argument`] for what was asked, and those of
+    /// [`fetch`](Self::fetch).
+    pub fn load(mut self) -> Result<(Model, Tokenizer), Error> {
+        let dir = self.fetch()?.tokenizer().to_owned();
         let model = self.load_model()?;
-        Ok((model, Tokenizer::from_dir(&path)?))
+        Ok((model, Tokenizer::from_dir(&dir)?))
     }
 
     /// Reads the model alone, for pretokenized rows.
@@ -154,7 +201,8 @@ impl Loader {
     /// As [`load`](Self::load).
     pub fn load_model(mut self) -> Result<Model, Error> {
         let load_in = self.load_in()?;
-        let checkpoint = Checkpoint::open(&self.path)?;
+        let files = self.fetch()?.clone();
+        let checkpoint = Checkpoint::open(&files.model)?;
         let config = ModelConfig::from_checkpoint(&checkpoint)?;
         if let Some(modules) = &self.skip_modules {
             skip::check(modules, &config)?;
@@ -168,23 +216,36 @@ impl Loader {
             full_finetuning: self.full_finetuning,
             load_in,
             skip_modules: self.skip_modules.take(),
+            resize_model_vocab: self.resize_model_vocab,
         };
         let (mut done, total) = (0, checkpoint.total_bytes());
-        let model = CausalLm::load(&checkpoint, &options, &mut |bytes| {
+        let mut model = CausalLm::load(&checkpoint, &options, &mut |bytes| {
             done += bytes;
             if let Some(progress) = &mut self.progress {
                 progress(done, total);
             }
         })?;
-        Ok(Model::new(model, &self.path, kind))
+        model.set_name_or_path(&files.name, files.revision.clone());
+        model.set_gradient_checkpointing(self.use_gradient_checkpointing);
+        if let Some(adapter) = &files.adapter {
+            model.load_adapter(adapter)?;
+        }
+        Ok(Model::new(model, files, kind, self.access))
     }
 
     /// Whether the arguments agree with one another, before anything is read.
     ///
     /// # Errors
-    /// [`Error::Argument`] for two ways of loading at once, or a 4-bit format without 4-bit loading.
+    /// [`Error::Argument`] for two ways of loading at once, a 4-bit format without 4-bit loading, or what is not there
+    /// yet.
     pub fn check(&self) -> Result<(), Error> {
         self.load_in()?;
+        if self.fast_inference {
+            return Err(Error::Argument(
+                "fast_inference = true is not there yet: generation runs the model that is trained; leave it out"
+                    .to_owned(),
+            ));
+        }
         Ok(())
     }
 

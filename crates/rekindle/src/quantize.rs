@@ -8,9 +8,10 @@ use rekindle_models::{LoadIn, MemoryReport, ModelConfig};
 use rekindle_train::write_result;
 use serde_json::Value;
 
+use crate::source::find_quietly;
 use crate::{Error, skip};
 
-/// Writes the checkpoint in `model` to `out` with its linears in codes, as transformers with bitsandbytes reads it,
+/// Writes the checkpoint in `model`, a directory or a name on the hub, to `out` with its linears in codes, as transformers with bitsandbytes reads it,
 /// the tokenizer's files included. `skip_modules` stay dense; `None` is `lm_head`. `progress` is told the bytes read so
 /// far and in all.
 ///
@@ -26,7 +27,7 @@ pub fn quantize(
     out: impl AsRef<Path>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<MemoryReport, Error> {
-    let model = model.as_ref();
+    let model = &find_quietly(model.as_ref())?;
     let checkpoint = Checkpoint::open(model)?;
     if let Some(modules) = skip_modules {
         skip::check(modules, &ModelConfig::from_checkpoint(&checkpoint)?)?;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use rekindle_data::{Dataset, LoadReport, Overlong, Tokenizer, companion_files};
+use rekindle_data::{Dataset, LoadReport, Overlong, Tokenizer};
 use rekindle_train::{Event, Report, SftConfig, Trainer};
 
 use crate::{Error, Model};
@@ -117,7 +117,7 @@ impl<'a> SftTrainer<'a> {
     pub fn train(mut self) -> Result<Report, Error> {
         let train = self.encode(&self.train.clone())?;
         let eval = self.eval.clone().map(|file| self.encode(&file)).transpose()?;
-        let companions = companion_files(self.model.path());
+        let companions = self.model.companions();
         let mut trainer = Trainer::new(self.model.causal_lm_mut(), train, self.config)
             .shuffle(self.shuffle)
             .seed(self.seed)

@@ -1,0 +1,111 @@
+//! The arguments of `from_pretrained` that say where the files come from, and the files.
+
+use std::path::{Path, PathBuf};
+
+use rekindle_hub::adapter_base;
+
+use super::Loader;
+use crate::Error;
+use crate::source::{Fetched, find};
+
+/// Where the files of a model are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Files {
+    /// The directory of the checkpoint.
+    pub model: PathBuf,
+    /// That of the adapter, when one was given as the model.
+    pub adapter: Option<PathBuf>,
+    /// What the user should be told: the hub was out of reach, and the cache was taken instead.
+    pub notices: Vec<String>,
+    /// What the checkpoint was called, and its revision where one was given.
+    pub(super) name: String,
+    pub(super) revision: Option<String>,
+}
+
+impl Files {
+    /// The directory whose tokenizer is meant: the adapter's, if it has one.
+    pub fn tokenizer(&self) -> &Path {
+        self.adapter.as_deref().filter(|adapter| adapter.join("tokenizer.json").is_file()).unwrap_or(&self.model)
+    }
+}
+
+impl Loader {
+    /// A branch, tag or commit of a name on the hub. Default `main`. Of an adapter's base, its configuration says it.
+    pub fn revision(mut self, revision: impl Into<String>) -> Self {
+        self.revision = Some(revision.into());
+        self
+    }
+
+    /// The token for private and gated repositories. Default `HF_TOKEN`, or what `huggingface-cli login` left.
+    pub fn token(mut self, token: impl Into<String>) -> Self {
+        self.access.token = Some(token.into());
+        self
+    }
+
+    /// Where downloads lie. Default `HF_HUB_CACHE`, or `hub` in `HF_HOME`, or `~/.cache/huggingface/hub`.
+    pub fn cache_dir(mut self, cache_dir: impl Into<PathBuf>) -> Self {
+        self.access.cache_dir = Some(cache_dir.into());
+        self
+    }
+
+    /// Whether the network is left alone. Default false, or what `HF_HUB_OFFLINE` says.
+    pub fn local_files_only(mut self, local_files_only: bool) -> Self {
+        self.access.local_files_only = local_files_only;
+        self
+    }
+
+    /// Is told the bytes that are here, and those of all files that are being downloaded, an adapter and its base one
+    /// after the other; not called when nothing is.
+    pub fn on_download(mut self, on_download: impl FnMut(u64, u64) + 'static) -> Self {
+        self.on_download = Some(Box::new(on_download));
+        self
+    }
+
+    /// Finds the files, downloading what is missing, once; loading begins with this.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check); [`Error::File`] for what is not there, of the kind
+    /// [`ErrorKind::Hub`](crate::ErrorKind::Hub) where a name could not be turned into files; [`Error::AdapterBase`] for
+    /// an adapter without its base.
+    pub fn fetch(&mut self) -> Result<&Files, Error> {
+        let files = match self.files.take() {
+            Some(files) => files,
+            None => self.find()?,
+        };
+        Ok(self.files.insert(files))
+    }
+
+    fn find(&mut self) -> Result<Files, Error> {
+        self.check()?;
+        let first = self.find_one(&self.path.clone(), self.revision.clone().as_deref())?;
+        let mut notices: Vec<String> = first.notice.into_iter().collect();
+        let Some(base) = adapter_base(&first.path)? else {
+            let (name, revision) = (self.path.display().to_string(), self.revision.clone());
+            return Ok(Files { model: first.path, adapter: None, notices, name, revision });
+        };
+        let adapter = first.path;
+        if self.full_finetuning {
+            return Err(Error::Argument(format!(
+                "{} is an adapter, and full_finetuning trains a whole model; merge it first, or give its base \
+                 ({}) instead",
+                self.path.display(),
+                base.name_or_path
+            )));
+        }
+        let found = self.find_one(Path::new(&base.name_or_path), base.revision.as_deref());
+        let found =
+            found.map_err(|error| Error::AdapterBase { adapter: self.path.clone(), source: Box::new(error) })?;
+        notices.extend(found.notice);
+        let (name, revision) = (base.name_or_path, base.revision);
+        Ok(Files { model: found.path, adapter: Some(adapter), notices, name, revision })
+    }
+
+    fn find_one(&mut self, name: &Path, revision: Option<&str>) -> Result<Fetched, Error> {
+        let on_download = &mut self.on_download;
+        find(name, revision, &self.access, &mut |done, total| {
+            if let Some(on_download) = on_download {
+                on_download(done, total);
+            }
+        })
+    }
+}

@@ -1,0 +1,142 @@
+//! `from_pretrained`: an adapter in the place of a model, another vocabulary, and what is refused.
+
+use std::fs;
+use std::path::Path;
+
+use rekindle::{
+    DataFile, DeviceKind, Dtype, ErrorKind, FastLanguageModel, Loader, LoraConfig, Model, SftConfig, SftTrainer,
+    Tokenizer,
+};
+use rekindle_tests::{Golden, read_json, tensors};
+use serde_json::json;
+
+const NO_TOKENIZER: Option<&Tokenizer> = None;
+const EMBED: &str = "model.embed_tokens.weight";
+
+fn loader(dir: &Path) -> Loader {
+    FastLanguageModel::from_pretrained(dir).device(DeviceKind::Cpu).dtype(Dtype::F32).max_seq_length(128)
+}
+
+fn loss(model: &Model, golden: &Golden) -> f64 {
+    let rows = DataFile::new(golden.dir.join("rows.jsonl"));
+    model.evaluate(None, &rows, &mut |_| ()).expect("golden rows fit").loss
+}
+
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir().expect("a temporary directory")
+}
+
+#[test]
+fn an_adapter_stands_for_its_base_with_it() {
+    let golden = Golden::open("qwen3-tied");
+    let (out, rows) = (scratch(), DataFile::new(golden.dir.join("rows.jsonl")));
+    let mut model = loader(&golden.dir).load_model().expect("a golden checkpoint loads");
+    model = model.get_peft_model(LoraConfig::new(4)).expect("a valid configuration");
+    let config = SftConfig { max_steps: Some(2), learning_rate: Some(1e-2), ..SftConfig::default() };
+    SftTrainer::new(&mut model, NO_TOKENIZER, rows, config).train().expect("golden rows can be trained on");
+    let adapter = out.path().join("adapter");
+    model.save_pretrained(&adapter).expect("the disk has room");
+
+    let again = loader(&adapter).use_gradient_checkpointing(true).load_model().expect("its base is named");
+    assert_eq!(loss(&again, &golden), loss(&model, &golden));
+    assert_eq!(again.path(), golden.dir);
+    assert!(again.causal_lm().gradient_checkpointing().recomputes());
+    again.save_pretrained(out.path().join("again")).expect("the disk has room");
+    let files =
+        |dir: &Path| (read_json(&dir.join("adapter_config.json")), tensors(&dir.join("adapter_model.safetensors")));
+    assert_eq!(files(&out.path().join("again")), files(&adapter));
+
+    let error = loader(&adapter).full_finetuning(true).load_model().expect_err("an adapter is no model");
+    assert_eq!(error.kind(), ErrorKind::Configuration);
+    assert!(error.to_string().contains(&golden.dir.display().to_string()), "{error}");
+}
+
+#[test]
+fn the_tokenizer_of_an_adapter_goes_before_its_bases() {
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/quickstart/base");
+    let load = |dir: &Path| FastLanguageModel::from_pretrained(dir).device(DeviceKind::Cpu).load();
+    let (model, tokenizer) = load(&base).expect("the quickstart's base loads");
+    let model = model.get_peft_model(LoraConfig::new(2)).expect("a valid configuration");
+    let out = scratch();
+    model.save_pretrained(out.path()).expect("the disk has room");
+    fs::write(out.path().join("chat_template.jinja"), "another").expect("written");
+    let rendered = |dir: &Path| {
+        let (model, tokenizer) = load(dir).expect("an adapter loads");
+        let again = scratch();
+        model.save_pretrained(again.path()).expect("the disk has room");
+        let template = fs::read_to_string(again.path().join("chat_template.jinja")).expect("it comes along");
+        (template, tokenizer.eos_ids().to_vec())
+    };
+    assert_eq!(rendered(out.path()), ("another".to_owned(), tokenizer.eos_ids().to_vec()));
+    fs::remove_file(out.path().join("tokenizer.json")).expect("it was written");
+    assert_ne!(rendered(out.path()).0, "another", "files of two tokenizers are not mixed");
+}
+
+#[test]
+fn new_tokens_are_the_mean_of_the_old() {
+    for (name, tied) in [("qwen3-tied", true), ("qwen3-untied-sharded", false)] {
+        let golden = Golden::open(name);
+        let before = loader(&golden.dir).load_model().expect("a golden checkpoint loads");
+        let (vocab, hidden) = (before.causal_lm().config().vocab_size, before.causal_lm().config().hidden_size);
+        let model = loader(&golden.dir).resize_model_vocab(vocab + 3).load_model().expect("rows can be added");
+        // Three more logits take a little of every token's probability.
+        let (was, is) = (loss(&before, &golden), loss(&model, &golden));
+        assert!(was < is && is - was < 0.1, "{name}: {was} and {is}");
+
+        // A quantized table is as dense as any other.
+        let quantized = loader(&golden.dir).load_in_4bit(true).resize_model_vocab(vocab + 3).load_model();
+        quantized.expect("rows can be added").save_pretrained(scratch().path()).expect("the disk has room");
+        let full = loader(&golden.dir).full_finetuning(true).resize_model_vocab(vocab + 3);
+        let out = scratch();
+        full.load_model().expect("rows can be added").save_pretrained(out.path()).expect("the disk has room");
+        assert_eq!(read_json(&out.path().join("config.json"))["vocab_size"], json!(vocab + 3));
+        let written = tensors(&out.path().join("model.safetensors"));
+        let heads: &[&str] = if tied { &[EMBED] } else { &[EMBED, "lm_head.weight"] };
+        for head in heads {
+            let (shape, values) = &written[*head];
+            assert_eq!(shape, &[vocab + 3, hidden]);
+            let (old, new) = values.split_at(vocab * hidden);
+            for (column, value) in new.iter().enumerate() {
+                let mean =
+                    old.iter().skip(column % hidden).step_by(hidden).map(|v| f64::from(*v)).sum::<f64>() / vocab as f64;
+                assert_eq!(*value, mean as f32, "{head} {column}");
+            }
+        }
+        // What was written is a checkpoint of that size, and can lose the rows again.
+        let shrunk = loader(out.path()).resize_model_vocab(vocab).load_model().expect("rows can be taken away");
+        assert_eq!(loss(&shrunk, &golden), was, "{name}");
+    }
+}
+
+#[test]
+fn a_vocabulary_that_does_not_fit_is_named() {
+    let golden = Golden::open("qwen3-tied");
+    let error = loader(&golden.dir).resize_model_vocab(0).load_model().expect_err("no rows are no vocabulary");
+    assert_eq!(error.kind(), ErrorKind::Configuration);
+    assert!(error.to_string().contains("resize_model_vocab is 0") && error.to_string().contains("131"), "{error}");
+
+    let resized = || loader(&golden.dir).resize_model_vocab(140).load_model().expect("rows can be added");
+    let lora = LoraConfig::new(2).modules_to_save(["embed_tokens"]);
+    let model = resized().get_peft_model(lora).expect("a valid configuration");
+    let out = scratch();
+    model.save_pretrained(out.path()).expect("the disk has room");
+    assert_eq!(loss(&resized().load_adapter(out.path()).expect("it fits"), &golden), loss(&model, &golden));
+    // Without the argument the adapter is one of another model.
+    let error = loader(out.path()).load_model().expect_err("131 rows are not 140");
+    assert!(error.to_string().contains("140") && error.to_string().contains("131"), "{error}");
+    let error = model.save_pretrained_merged(out.path().join("merged"), Dtype::Auto).expect_err("other rows");
+    assert!(error.to_string().contains("131") && error.to_string().contains("merge_and_unload"), "{error}");
+    let merged = model.merge_and_unload().expect("there is an adapter");
+    merged.save_pretrained(out.path().join("merged")).expect("the disk has room");
+    let again = loader(&out.path().join("merged")).load_model().expect("it was just written");
+    assert_eq!(loss(&again, &golden), loss(&merged, &golden));
+}
+
+#[test]
+fn an_engine_for_generation_is_not_there_yet() {
+    let error = loader(Path::new("/no/such/model")).fast_inference(true).load_model().expect_err("not there yet");
+    assert_eq!(error.kind(), ErrorKind::Configuration);
+    assert!(error.to_string().starts_with("fast_inference = true is not there yet"), "{error}");
+    let error = loader(Path::new("/no/such/model")).fast_inference(false).load_model().expect_err("no such model");
+    assert_eq!(error.kind(), ErrorKind::Failed);
+}
