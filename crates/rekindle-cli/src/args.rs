@@ -1,5 +1,7 @@
 //! The command line.
 
+mod hub;
+
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -8,6 +10,10 @@ use rekindle::{DeviceKind, Dtype, parse_device};
 
 use crate::overrides::Override;
 use crate::run_file::ModelSection;
+
+pub(crate) use hub::HubArgs;
+#[cfg(feature = "network")]
+pub(crate) use hub::{CacheCommand, CacheDir, ListArgs, PruneArgs};
 
 /// Fine-tune language models in Rust.
 #[derive(Debug, Parser)]
@@ -33,6 +39,10 @@ pub(crate) enum Command {
     Quantize(QuantizeArgs),
     /// Say what a checkpoint or adapter holds, without loading it
     Inspect(InspectArgs),
+    /// Say what the hub's cache holds, or make it smaller
+    #[cfg(feature = "network")]
+    #[command(subcommand)]
+    Cache(CacheCommand),
     /// Say what of CUDA is found on this machine, and what is missing; exit code 1 if something is
     Doctor,
 }
@@ -104,13 +114,13 @@ pub(crate) struct GenerateArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = MERGE)]
 pub(crate) struct MergeArgs {
-    /// An adapter directory, or the output directory of a run that trained one
+    /// An adapter's directory or name on the hub, or the output directory of a run that trained one
     #[arg(value_name = "RUN_OR_ADAPTER")]
     pub(crate) adapter: PathBuf,
     /// Where to put the merged checkpoint; a directory that is not there yet, or an empty one
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// The base model [default: the one that the adapter was trained on]
+    /// The base model, a directory or a name on the hub [default: the one that the adapter was trained on]
     #[arg(long, value_name = "M")]
     pub(crate) model: Option<PathBuf>,
     /// Dtype of the result; auto is that of each tensor of the base
@@ -127,7 +137,7 @@ pub(crate) struct MergeArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = QUANTIZE)]
 pub(crate) struct QuantizeArgs {
-    /// A checkpoint directory with 16-bit or 32-bit weights
+    /// A checkpoint with 16-bit or 32-bit weights: a directory, or a name on the hub
     #[arg(long, value_name = "M")]
     pub(crate) model: PathBuf,
     /// nf4, fp4 or int8
@@ -145,13 +155,17 @@ pub(crate) struct QuantizeArgs {
     /// Modules that stay dense, separated by commas: names of linears, or paths such as model.layers.0 [default: lm_head]
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub(crate) skip_modules: Option<Vec<String>>,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct InspectArgs {
-    /// A directory with a checkpoint or an adapter
-    #[arg(value_name = "PATH")]
+    /// A directory with a checkpoint or an adapter, or a name on the hub, which is downloaded whole
+    #[arg(value_name = "M")]
     pub(crate) path: PathBuf,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -174,10 +188,10 @@ pub(crate) struct PromptArgs {
 /// What to load, and where to compute.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ModelArgs {
-    /// A checkpoint directory in the Hugging Face layout
+    /// A checkpoint directory in the Hugging Face layout, or a name on the hub; an adapter stands for its base with it
     #[arg(long, value_name = "M")]
     pub(crate) model: PathBuf,
-    /// An adapter directory in PEFT's format
+    /// An adapter in PEFT's format: a directory, or a name on the hub
     #[arg(long, value_name = "A")]
     pub(crate) adapter: Option<PathBuf>,
     /// Dtype of weights and activations; auto is f32 on the CPU and wgpu, bf16 on CUDA
@@ -191,6 +205,11 @@ pub(crate) struct ModelArgs {
     /// auto, cpu, cuda, cuda:N, wgpu or wgpu:N
     #[arg(long, value_name = "D", default_value = "auto", value_parser = parse_device)]
     pub(crate) device: DeviceKind,
+    /// How many token ids the model is to have; new rows of embedding and head are the mean of the others
+    #[arg(long, value_name = "N")]
+    pub(crate) resize_model_vocab: Option<usize>,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
 }
 
 /// How the linears of the model are kept.
@@ -229,6 +248,10 @@ impl ModelArgs {
             blocksize: self.quant.blocksize,
             double_quant: self.quant.double_quant,
             skip_modules: self.quant.skip_modules.clone(),
+            resize_model_vocab: self.resize_model_vocab,
+            revision: self.hub.revision.clone(),
+            cache_dir: self.hub.cache_dir.clone(),
+            local_files_only: self.hub.local_files_only,
             ..ModelSection::default()
         }
     }
@@ -248,24 +271,28 @@ Start here:
   rekindle quickstart
 
 Results are printed to stdout, progress to stderr.
-Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data.";
+Models and adapters are directories, or names on the Hugging Face hub such as Qwen/Qwen3-0.6B. HF_HOME, HF_HUB_CACHE,
+HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are obeyed.
+Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data, 5 network or hub.";
 
 const RUN_FILE: &str = r#"Example of a run file; all that is not commented out is needed:
   # output_dir = "outputs/run"      # default: outputs/ and the name of the run file
   # seed = 3407
   # device = "auto"                 # auto | cpu | cuda[:N] | wgpu[:N]
 
-  [model]
-  name_or_path = "models/Qwen3-0.6B"
+  [model]                           # or, where that is all of it, model = "…" at the top
+  name_or_path = "Qwen/Qwen3-0.6B"  # a directory, or a name on the hub; an adapter is gone on with
+  # revision = "main"               # with token, cache_dir, local_files_only
   # max_seq_length = 2048
   # dtype = "auto"                  # auto | bf16 | f16 | f32
   # load_in_4bit = false            # true: QLoRA; with quant_type, blocksize, double_quant, skip_modules
   # load_in_8bit = false
   # full_finetuning = false         # true trains all weights; leave [lora] out then
+  # resize_model_vocab = 152000     # rows of embedding and head
 
   [lora]
   r = 16                            # lora_alpha, lora_dropout, use_rslora, target_modules ...
-  # init_from = "outputs/first/adapter"   # go on with this adapter instead of a new one
+  # init_from = "outputs/first/adapter"   # or a name: go on with this adapter instead of a new one
 
   [data]
   train = "train.jsonl"
@@ -288,13 +315,13 @@ Examples:
 
 const EVAL: &str = "\
 Examples:
-  rekindle eval --model models/Qwen3-0.6B --data heldout.jsonl
+  rekindle eval --model Qwen/Qwen3-0.6B --data heldout.jsonl
   rekindle eval --model models/Qwen3-0.6B --adapter outputs/run/adapter --data heldout.jsonl --json
   rekindle eval --model models/Qwen3-0.6B --load-in-4bit --data heldout.jsonl";
 
 const GENERATE: &str = "\
 Examples:
-  rekindle generate --model models/Qwen3-0.6B --chat 'What is a whale?'
+  rekindle generate --model Qwen/Qwen3-0.6B --chat 'What is a whale?'
   rekindle generate --model models/Qwen3-0.6B --adapter outputs/run/adapter --prompt 'Once' --temperature 0.8 --top-p 0.95";
 
 const MERGE: &str = "\

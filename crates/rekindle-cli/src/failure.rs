@@ -25,13 +25,14 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// 1 failed, 2 usage or configuration, 3 data.
+    /// 1 failed, 2 usage or configuration, 3 data, 5 network or hub.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Configuration(_) => 2,
             Self::Library(error) => match error.kind() {
                 ErrorKind::Configuration => 2,
                 ErrorKind::Data => 3,
+                ErrorKind::Hub => 5,
                 _ => 1,
             },
             Self::Missing(_) | Self::File { .. } | Self::Output(_) => 1,
@@ -51,6 +52,8 @@ mod tests {
     fn codes() {
         let missing = FastLanguageModel::from_pretrained("/no/such/model").load_model().unwrap_err();
         assert_eq!(Failure::from(missing).exit_code(), 1);
+        let name = FastLanguageModel::from_pretrained("qwen3").load_model().unwrap_err();
+        assert_eq!(Failure::from(name).exit_code(), if cfg!(feature = "network") { 5 } else { 1 });
         let tokenizer = Tokenizer::from_dir(Path::new("/no/such/model")).unwrap_err();
         assert_eq!(Failure::from(Error::from(tokenizer)).exit_code(), 1);
         let device = rekindle::parse_device("gpu").unwrap_err();

@@ -18,7 +18,8 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
         top_p: args.top_p,
         seed: args.seed,
         eos_ids: match &tokenizer {
-            Some(tokenizer) => tokenizer.eos_ids().to_vec(),
+            // An adapter's tokenizer need not know how its base ends an answer.
+            Some(tokenizer) => [tokenizer.eos_ids(), &model.eos_ids()?].concat(),
             None => model.eos_ids()?,
         },
     };

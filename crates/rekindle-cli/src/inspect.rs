@@ -2,10 +2,10 @@
 
 use crate::args::InspectArgs;
 use crate::failure::Failure;
-use crate::output;
+use crate::{fetch, output};
 
 pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
-    let found = rekindle::inspect(&args.path)?;
+    let found = rekindle::inspect(fetch::directory(args.hub.source(&args.path))?)?;
     if args.json {
         return output::line(&serde_json::to_string(&found).expect("facts are JSON"));
     }

@@ -1,17 +1,21 @@
 //! The `rekindle` command: a quickstart, training from a run file, evaluation, generation, merging, quantization, and
-//! what a checkpoint or this machine holds.
+//! what a checkpoint, the hub's cache or this machine holds.
 //!
 //! Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed (a model or adapter that is
-//! missing or broken, a result that cannot be written, a run that diverged), 2 usage or configuration, 3 data.
+//! missing or broken, a result that cannot be written, a run that diverged), 2 usage or configuration, 3 data,
+//! 5 network or hub.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod args;
+#[cfg(feature = "network")]
+mod cache;
 mod chat;
 mod doctor;
 mod dry_run;
 mod eval;
 mod failure;
+mod fetch;
 mod generate;
 mod inspect;
 mod merge;
@@ -41,6 +45,8 @@ fn main() -> ExitCode {
         Command::Merge(args) => merge::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        #[cfg(feature = "network")]
+        Command::Cache(command) => cache::run(&command),
         Command::Doctor => doctor::run(),
     };
     match result {

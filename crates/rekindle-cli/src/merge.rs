@@ -4,13 +4,14 @@ use rekindle::{DeviceKind, Merge};
 
 use crate::args::MergeArgs;
 use crate::failure::Failure;
-use crate::{output, progress};
+use crate::{fetch, output, progress};
 
 pub(crate) fn run(args: &MergeArgs) -> Result<(), Failure> {
     let mut merge = Merge::new(&args.adapter).dtype(args.dtype);
     if let Some(base) = &args.model {
         merge = merge.base(base);
     }
+    fetch::say(&merge.fetch(&mut progress::downloading())?);
     merge.write(&args.out, &mut progress::reading("merging"))?;
     if args.verify {
         let found = merge.verify(&args.out, args.device.unwrap_or(DeviceKind::Cpu))?;

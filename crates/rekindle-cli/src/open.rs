@@ -6,33 +6,54 @@ use rekindle::{Error, Loader, Model, Tokenizer};
 
 use crate::args::ModelArgs;
 use crate::failure::Failure;
-use crate::progress;
+use crate::run_file::ModelSection;
+use crate::{fetch, progress};
 
 /// The model that the command line names, with its adapter.
 pub(crate) fn open(args: &ModelArgs) -> Result<(Model, Option<Tokenizer>), Failure> {
-    let (model, tokenizer) = load(args.section().loader(args.device)?, &args.model)?;
+    let section = args.section();
+    let (model, tokenizer) = load(section.loader(args.device)?)?;
     let model = match &args.adapter {
-        Some(adapter) => load_adapter(model, adapter)?,
+        Some(_) if model.causal_lm().lora().is_some() => {
+            return Err(Failure::Configuration(format!(
+                "--model {} is an adapter, which stands for its base with it; leave --adapter out, or give the base",
+                args.model.display()
+            )));
+        }
+        Some(adapter) => load_adapter(model, &section, adapter)?,
         None => model,
     };
     Ok((model, tokenizer))
 }
 
-/// The model with the adapter in `dir`; names what its configuration says that has no effect here.
-pub(crate) fn load_adapter(model: Model, dir: &Path) -> Result<Model, Failure> {
-    let model = model.load_adapter(dir)?;
-    for field in model.causal_lm().adapter_config().into_iter().flat_map(|config| config.unknown_fields()) {
-        eprintln!("{}: \"{field}\" is not known and has no effect", dir.display());
-    }
+/// The model of `section` with the adapter at, or of, `name`.
+pub(crate) fn load_adapter(model: Model, section: &ModelSection, name: &Path) -> Result<Model, Failure> {
+    let model = model.load_adapter(fetch::directory(section.source(name))?)?;
+    name_unknown(&model, name);
     Ok(model)
 }
 
-/// The model of `loader`, which reads `path`. A checkpoint without `tokenizer.json` will do for token ids.
-pub(crate) fn load(loader: Loader, path: &Path) -> Result<(Model, Option<Tokenizer>), Failure> {
-    let has_tokenizer = path.join("tokenizer.json").is_file();
+/// Names what an adapter's configuration says that has no effect here.
+fn name_unknown(model: &Model, adapter: &Path) {
+    for field in model.causal_lm().adapter_config().into_iter().flat_map(|config| config.unknown_fields()) {
+        eprintln!("{}: \"{field}\" is not known and has no effect", adapter.display());
+    }
+}
+
+/// The model of `loader`. A checkpoint without `tokenizer.json` will do for token ids.
+pub(crate) fn load(loader: Loader) -> Result<(Model, Option<Tokenizer>), Failure> {
+    let mut loader = loader.on_download(progress::downloading());
+    let files = loader.fetch()?.clone();
+    fetch::say(&files.notices);
+    let dir = files.tokenizer();
+    let has_tokenizer = dir.join("tokenizer.json").is_file();
     // The tokenizer is read first: it is the quicker of the two to fail.
-    let tokenizer = has_tokenizer.then(|| Tokenizer::from_dir(path)).transpose().map_err(Error::from)?;
+    let tokenizer = has_tokenizer.then(|| Tokenizer::from_dir(dir)).transpose().map_err(Error::from)?;
     let model = loader.on_progress(progress::reading("loading")).load_model()?;
+    if let Some(adapter) = &files.adapter {
+        eprintln!("adapter {} on {}", adapter.display(), files.model.display());
+        name_unknown(&model, adapter);
+    }
     eprintln!("device {}, dtype {:?}", model.device(), model.causal_lm().dtype());
     eprintln!("{}", model.memory_report());
     Ok((model, tokenizer))

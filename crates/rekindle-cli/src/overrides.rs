@@ -39,7 +39,12 @@ impl FromStr for Override {
         if path.iter().any(String::is_empty) {
             return Err(format!("\"{text}\" lacks a name before \"=\"; write section.key=value"));
         }
-        Ok(Self { path, value: parse_value(value) })
+        let value = parse_value(value);
+        if path == ["model"] && value.is_str() {
+            // Short for the name alone, as in a run file; the rest of the section stays.
+            return Ok(Self { path: ["model", "name_or_path"].map(str::to_owned).into(), value });
+        }
+        Ok(Self { path, value })
     }
 }
 

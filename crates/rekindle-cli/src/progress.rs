@@ -2,7 +2,7 @@
 
 use std::io::{IsTerminal, stderr};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{DecimalBytes, ProgressBar, ProgressFinish, ProgressStyle};
 use rekindle::{EvalMetrics, Event, StepMetrics};
 
 /// Follows a training run.
@@ -73,6 +73,34 @@ pub(crate) fn reading(doing: &'static str) -> impl FnMut(u64, u64) + 'static {
             bar.set_position(done);
             if done >= total {
                 bar.finish_and_clear();
+            }
+        }
+    }
+}
+
+/// Follows downloads by their bytes: a bar on a terminal, elsewhere a line at the beginning of each and one at its end.
+pub(crate) fn downloading() -> impl FnMut(u64, u64) + 'static {
+    let is_terminal = stderr().is_terminal();
+    let mut bar: Option<ProgressBar> = None;
+    move |done, total| {
+        let current = bar.get_or_insert_with(|| {
+            if !is_terminal {
+                eprintln!("downloading {}", DecimalBytes(total));
+                return ProgressBar::hidden();
+            }
+            let style = style(
+                "downloading {bar:30} {decimal_bytes} of {decimal_total_bytes}  {decimal_bytes_per_sec}  {eta} left",
+            );
+            // What follows a failure would otherwise share its line.
+            ProgressBar::no_length().with_style(style).with_finish(ProgressFinish::AndClear)
+        });
+        current.set_length(total);
+        current.set_position(done);
+        if done >= total {
+            current.finish_and_clear();
+            bar = None;
+            if !is_terminal {
+                eprintln!("downloaded");
             }
         }
     }

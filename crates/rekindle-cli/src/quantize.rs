@@ -4,12 +4,13 @@ use rekindle::{Blocksize, Error, LoadIn, QuantConfig, QuantType};
 
 use crate::args::QuantizeArgs;
 use crate::failure::Failure;
-use crate::{output, progress};
+use crate::{fetch, output, progress};
 
 pub(crate) fn run(args: &QuantizeArgs) -> Result<(), Failure> {
     let load_in = format(args)?;
+    let model = fetch::directory(args.hub.source(&args.model))?;
     let skip = args.skip_modules.as_deref();
-    let report = rekindle::quantize(&args.model, load_in, skip, &args.out, &mut progress::reading("quantizing"))?;
+    let report = rekindle::quantize(&model, load_in, skip, &args.out, &mut progress::reading("quantizing"))?;
     eprintln!("{report}");
     output::line(&args.out.display().to_string())
 }

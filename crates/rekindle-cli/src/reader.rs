@@ -78,7 +78,7 @@ impl Reader {
 }
 
 /// Keys that other trainers have, and what to write here.
-const ELSEWHERE: [(&str, &str); 9] = [
+const ELSEWHERE: [(&str, &str); 16] = [
     ("bnb_4bit_quant_type", "write quant_type = \"nf4\" or \"fp4\" in [model]"),
     ("bnb_4bit_use_double_quant", "write double_quant in [model]"),
     ("bnb_4bit_compute_dtype", "codes are decoded to dtype in [model]"),
@@ -87,7 +87,14 @@ const ELSEWHERE: [(&str, &str); 9] = [
     ("optim", "the optimizer is AdamW"),
     ("packing", "rows are never padded, so there is nothing to pack"),
     ("dataset_text_field", "rows with plain text have it under \"text\""),
-    ("gradient_checkpointing", "write use_gradient_checkpointing in [lora]"),
+    ("gradient_checkpointing", "write use_gradient_checkpointing in [lora], or in [model] for full_finetuning"),
+    ("model_name", "write name_or_path in [model]"),
+    ("hf_token", "write token in [model], or set HF_TOKEN"),
+    ("trust_remote_code", "no code of a checkpoint is ever run; its architecture is known here or refused by name"),
+    ("device_map", "a model is on one device; write device at the top of the file"),
+    ("gpu_memory_utilization", "memory is taken as it is needed; nothing is reserved for an engine"),
+    ("max_lora_rank", "an adapter has the rank that r in [lora] says; there is no engine to reserve it in"),
+    ("use_exact_model_name", "names are always taken as they are given"),
 ];
 
 /// `[section] key`.

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use rekindle::{
-    Blocksize, DataFile, DeviceKind, Dtype, FastLanguageModel, Loader, LoraConfig, Model, Overlong, QuantConfig,
-    SftConfig, parse_device,
+    Blocksize, DataFile, DeviceKind, Dtype, FastLanguageModel, GradientCheckpointing, Loader, LoraConfig, Model,
+    Overlong, QuantConfig, SftConfig, Source, parse_device,
 };
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -49,6 +49,26 @@ pub(crate) struct ModelSection {
     pub(crate) double_quant: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) skip_modules: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "is_off")]
+    pub(crate) use_gradient_checkpointing: GradientCheckpointing,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) resize_model_vocab: Option<usize>,
+    #[serde(skip_serializing_if = "is_false")]
+    pub(crate) fast_inference: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) revision: Option<String>,
+    /// Read and never written: run files are shown to others.
+    #[serde(skip_serializing)]
+    pub(crate) token: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) cache_dir: Option<PathBuf>,
+    #[serde(skip_serializing_if = "is_false")]
+    pub(crate) local_files_only: bool,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_off(value: &GradientCheckpointing) -> bool {
+    !value.recomputes()
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
@@ -65,7 +85,10 @@ impl ModelSection {
             .full_finetuning(self.full_finetuning)
             .load_in_4bit(self.load_in_4bit)
             .load_in_8bit(self.load_in_8bit)
-            .load_in_16bit(self.load_in_16bit);
+            .load_in_16bit(self.load_in_16bit)
+            .use_gradient_checkpointing(self.use_gradient_checkpointing)
+            .fast_inference(self.fast_inference)
+            .local_files_only(self.local_files_only);
         if let Some(length) = self.max_seq_length {
             loader = loader.max_seq_length(length);
         }
@@ -75,7 +98,31 @@ impl ModelSection {
         if let Some(modules) = &self.skip_modules {
             loader = loader.skip_modules(modules);
         }
+        if let Some(rows) = self.resize_model_vocab {
+            loader = loader.resize_model_vocab(rows);
+        }
+        if let Some(revision) = &self.revision {
+            loader = loader.revision(revision);
+        }
+        if let Some(token) = &self.token {
+            loader = loader.token(token);
+        }
+        if let Some(cache_dir) = &self.cache_dir {
+            loader = loader.cache_dir(cache_dir);
+        }
         Ok(loader)
+    }
+
+    /// An adapter beside the model, to be looked for in the same way.
+    pub(crate) fn source(&self, adapter: &Path) -> Source<'static> {
+        let mut source = Source::new(adapter).local_files_only(self.local_files_only);
+        if let Some(token) = &self.token {
+            source = source.token(token);
+        }
+        if let Some(cache_dir) = &self.cache_dir {
+            source = source.cache_dir(cache_dir);
+        }
+        source
     }
 
     /// Writes the 4-bit format out where this quantized `model`; a checkpoint that came in codes has its own.
@@ -190,6 +237,7 @@ impl RunConfig {
     /// Reads the text of a run file called `stem`; every problem in it is one sentence.
     pub(crate) fn parse(text: &str, stem: &str, overrides: &[Override]) -> Result<Self, Vec<String>> {
         let mut table = text.parse::<Table>().map_err(|error| vec![error.to_string().trim_end().to_owned()])?;
+        expand_model(&mut table);
         for change in overrides {
             change.apply(&mut table).map_err(|problem| vec![problem])?;
         }
@@ -226,7 +274,9 @@ impl RunConfig {
 
     fn check(&self, problems: &mut Vec<String>) {
         if self.model.name_or_path.as_os_str().is_empty() {
-            problems.push("[model] name_or_path is missing; give the directory of a checkpoint".to_owned());
+            problems.push(
+                "[model] name_or_path is missing; give a checkpoint's directory, or its name on the hub".to_owned(),
+            );
         }
         if self.data.train.as_os_str().is_empty() {
             problems.push("[data] train is missing; give a JSONL file of rows".to_owned());
@@ -263,6 +313,13 @@ impl RunConfig {
         if self.train.eval_steps.is_some() && self.data.eval.is_none() {
             problems.push("[train] eval_steps needs rows to evaluate; give eval = \"…\" in [data]".to_owned());
         }
+    }
+}
+
+/// `model = "…"` is short for a section with the name alone.
+fn expand_model(table: &mut Table) {
+    if let Some(model) = table.get_mut("model").filter(|model| model.is_str()) {
+        *model = Table::from_iter([("name_or_path".to_owned(), model.clone())]).into();
     }
 }
 

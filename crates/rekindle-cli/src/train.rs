@@ -10,7 +10,7 @@ use toml::{Table, Value};
 use crate::args::TrainArgs;
 use crate::failure::Failure;
 use crate::progress::{Progress, duration};
-use crate::run_file::{LoraSection, RunConfig};
+use crate::run_file::{LoraSection, ModelSection, RunConfig};
 use crate::{dry_run, open, output};
 
 pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
@@ -39,9 +39,9 @@ pub(crate) struct Job {
 impl Job {
     pub(crate) fn open(mut config: RunConfig) -> Result<Self, Failure> {
         let loader = config.model.loader(parse_device(&config.device).map_err(Error::from)?)?;
-        let (mut model, tokenizer) = open::load(loader, &config.model.name_or_path)?;
+        let (mut model, tokenizer) = open::load(loader)?;
         if let Some(lora) = &mut config.lora {
-            model = adapt(model, lora)?;
+            model = adapt(model, &config.model, lora)?;
         }
         config.device = model.device().to_string();
         config.model.dtype = model.dtype();
@@ -68,19 +68,29 @@ impl Job {
     }
 }
 
-/// Puts a new adapter on the model, or the one to go on with; `lora` then says what that adapter is.
-fn adapt(model: Model, lora: &mut LoraSection) -> Result<Model, Failure> {
-    let Some(dir) = &lora.init_from else {
-        return Ok(model.get_peft_model(lora.config.clone())?);
+/// Puts a new adapter on the model, or goes on with one: that of `init_from`, or the one that was given as the model.
+/// `lora` then says what that adapter is.
+fn adapt(model: Model, section: &ModelSection, lora: &mut LoraSection) -> Result<Model, Failure> {
+    let given = model.causal_lm().lora().is_some().then_some(&section.name_or_path);
+    let (mut model, name) = match (given, &lora.init_from) {
+        (None, None) => return Ok(model.get_peft_model(lora.config.clone())?),
+        (None, Some(name)) => (open::load_adapter(model, section, name)?, name),
+        (Some(name), None) => (model, name),
+        (Some(name), Some(_)) => {
+            return Err(Failure::Configuration(format!(
+                "[model] name_or_path {} is an adapter, which is gone on with; leave init_from out, or give the base",
+                name.display()
+            )));
+        }
     };
-    let mut model = open::load_adapter(model, dir)?;
     let loaded = model.causal_lm().lora().expect("an adapter was just loaded").clone();
     let problems = contradictions(lora, &loaded);
     if !problems.is_empty() {
         return Err(Failure::Configuration(format!(
-            "[lora] contradicts the adapter in {}: {}; leave these keys out to go on with it, or init_from to begin a new one",
-            dir.display(),
-            problems.join(", ")
+            "[lora] contradicts the adapter in {}: {}; leave these keys out to go on with it, or {} to begin a new one",
+            name.display(),
+            problems.join(", "),
+            if given.is_some() { "give its base as the model" } else { "init_from" }
         )));
     }
     model.causal_lm_mut().set_gradient_checkpointing(lora.config.use_gradient_checkpointing);

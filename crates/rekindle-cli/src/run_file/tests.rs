@@ -45,6 +45,47 @@ fn overrides_come_last_and_may_add_a_section() {
 }
 
 #[test]
+fn a_model_may_be_its_name_alone() {
+    let text = LEAST.replace("[model]\nname_or_path = \"m\"", "model = \"org/model\"");
+    assert_eq!(parse(&text).unwrap().model.name_or_path, Path::new("org/model"));
+    let file = LEAST.replace("\"m\"", "\"m\"\nmax_seq_length = 64");
+    let overrides = ["model=org/other".parse().unwrap(), "model.revision=v1".parse().unwrap()];
+    for text in [&text, &file] {
+        let model = RunConfig::parse(text, "first", &overrides).unwrap().model;
+        assert_eq!((model.name_or_path.as_path(), model.revision.as_deref()), (Path::new("org/other"), Some("v1")));
+        assert_eq!(model.max_seq_length, text.contains("64").then_some(64), "the rest of the section stays");
+    }
+}
+
+#[test]
+fn a_token_is_read_and_not_written() {
+    let config = parse(&LEAST.replace("\"m\"", "\"m\"\ntoken = \"hf_secret\"")).unwrap();
+    assert_eq!(config.model.token.as_deref(), Some("hf_secret"));
+    assert!(!config.to_toml().contains("hf_secret"), "{}", config.to_toml());
+}
+
+#[test]
+fn what_other_programs_take_is_explained() {
+    let text = LEAST.replace(
+        "\"m\"",
+        "\"m\"\ntrust_remote_code = true\ndevice_map = \"auto\"\ngpu_memory_utilization = 0.9\nrandom_state = 1",
+    );
+    assert_eq!(
+        parse(&text).unwrap_err(),
+        [
+            "[model] key \"device_map\" is unknown; a model is on one device; write device at the top of the file",
+            "[model] key \"gpu_memory_utilization\" is unknown; memory is taken as it is needed; nothing is reserved for \
+             an engine",
+            "[model] key \"random_state\" is unknown; random_state belongs into [lora]",
+            "[model] key \"trust_remote_code\" is unknown; no code of a checkpoint is ever run; its architecture is known \
+             here or refused by name",
+        ]
+    );
+    let engine = parse(&LEAST.replace("\"m\"", "\"m\"\nfast_inference = true")).unwrap_err();
+    assert!(engine[0].starts_with("[model] fast_inference = true is not there yet"), "{engine:?}");
+}
+
+#[test]
 fn neither_or_both_ways_of_training_are_errors() {
     let neither = parse("[model]\nname_or_path = \"m\"\n[data]\ntrain = \"t.jsonl\"\n").unwrap_err();
     assert!(neither[0].contains("[lora]") && neither[0].contains("full_finetuning = true"), "{neither:?}");

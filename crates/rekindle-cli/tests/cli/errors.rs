@@ -43,9 +43,9 @@ fn a_missing_or_broken_model_is_1() {
     let rows = golden("qwen3-tied/rows.jsonl");
     let eval =
         |model: &str, more: &str| run(&format!("eval --device cpu --model {model} --data {} {more}", rows.display()));
-    eval("no/such/model", "").fails(1, &["no/such/model"]);
+    eval("/no/such/model", "").fails(1, &["/no/such/model"]);
     let model = golden("qwen3-tied").display().to_string();
-    eval(&model, "--adapter no/such/adapter").fails(1, &["no/such/adapter"]);
+    eval(&model, "--adapter ./no/such/adapter").fails(1, &["no/such/adapter"]);
 
     let scratch = Scratch::new();
     let dir = scratch.path("broken");

@@ -4,6 +4,8 @@
 
 mod adapters;
 mod errors;
+#[cfg(feature = "network")]
+mod hub;
 mod quantize_errors;
 mod quantized;
 mod quickstart;
@@ -46,8 +48,26 @@ impl Done {
     }
 }
 
+/// Out of the hub's reach, with an empty cache, whatever the environment says.
+fn command() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rekindle"));
+    for variable in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN"] {
+        command.env_remove(variable);
+    }
+    for variable in ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_IMPLICIT_TOKEN"] {
+        command.env_remove(variable);
+    }
+    // The port of `discard`, where nobody listens.
+    command.env("HF_ENDPOINT", "http://127.0.0.1:9").env("HF_HOME", "no/such/cache");
+    command
+}
+
 fn rekindle<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Done {
-    let output = Command::new(env!("CARGO_BIN_EXE_rekindle")).args(args).output().unwrap();
+    done(command().args(args))
+}
+
+fn done(command: &mut Command) -> Done {
+    let output = command.output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     Done { code: output.status.code().unwrap(), stdout: text(output.stdout), stderr: text(output.stderr) }
 }

@@ -62,7 +62,7 @@ fn quantize_refuses_what_it_cannot_do() {
     line("--to nf4 --skip-modules q_porj").fails(2, &["\"q_porj\" matches no module", "q_proj"]);
     line("").fails(2, &["--to"]);
     assert!(!out.exists());
-    run(&format!("quantize --model no/such/model --to nf4 --out {}", out.display())).fails(1, &["no/such/model"]);
+    run(&format!("quantize --model /no/such/model --to nf4 --out {}", out.display())).fails(1, &["/no/such/model"]);
 }
 
 #[test]

@@ -1,0 +1,76 @@
+//! What the command line says about the hub.
+
+use std::path::{Path, PathBuf};
+
+use rekindle::Source;
+
+const HEADING: &str = "Names on the Hugging Face hub";
+
+/// How a name on the hub is looked up. The token is read from the environment: command lines are seen by others.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct HubArgs {
+    /// Branch, tag or commit of the model [default: main]
+    #[arg(long, value_name = "R", help_heading = HEADING)]
+    pub(crate) revision: Option<String>,
+    /// Where downloads lie [default: HF_HUB_CACHE, or hub in HF_HOME, or ~/.cache/huggingface/hub]
+    #[arg(long, value_name = "DIR", help_heading = HEADING)]
+    pub(crate) cache_dir: Option<PathBuf>,
+    /// Leave the network alone: take what is in the cache, or fail
+    #[arg(long, help_heading = HEADING)]
+    pub(crate) local_files_only: bool,
+}
+
+impl HubArgs {
+    /// The model or adapter that is called so, or lies there.
+    pub(crate) fn source(&self, name_or_path: &Path) -> Source<'static> {
+        let mut source = Source::new(name_or_path).local_files_only(self.local_files_only);
+        if let Some(revision) = &self.revision {
+            source = source.revision(revision);
+        }
+        if let Some(cache_dir) = &self.cache_dir {
+            source = source.cache_dir(cache_dir);
+        }
+        source
+    }
+}
+
+/// `rekindle cache`.
+#[cfg(feature = "network")]
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum CacheCommand {
+    /// List models and adapters, with their revisions and bytes
+    Ls(ListArgs),
+    /// Remove revisions that no branch or tag stands at, interrupted downloads and files of no revision
+    Prune(PruneArgs),
+}
+
+/// `rekindle cache ls`.
+#[cfg(feature = "network")]
+#[derive(Debug, clap::Args)]
+pub(crate) struct ListArgs {
+    #[command(flatten)]
+    pub(crate) place: CacheDir,
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `rekindle cache prune`.
+#[cfg(feature = "network")]
+#[derive(Debug, clap::Args)]
+pub(crate) struct PruneArgs {
+    /// Remove this model instead, with all its revisions
+    #[arg(value_name = "organization/model")]
+    pub(crate) model: Option<String>,
+    #[command(flatten)]
+    pub(crate) place: CacheDir,
+}
+
+/// Which cache.
+#[cfg(feature = "network")]
+#[derive(Debug, clap::Args)]
+pub(crate) struct CacheDir {
+    /// The cache [default: HF_HUB_CACHE, or hub in HF_HOME, or ~/.cache/huggingface/hub]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache_dir: Option<PathBuf>,
+}
