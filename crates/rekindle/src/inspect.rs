@@ -64,7 +64,9 @@ pub enum Inspection {
 /// [`Error::File`] and [`Error::Model`] for a directory that holds neither, or a broken one.
 pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection, Error> {
     let path = &find_quietly(path.as_ref())?;
-    if path.join(CONFIG_FILE).exists() && !path.join("config.json").exists() {
+    // Some adapters come with their base's configuration, but without its weights.
+    let has_weights = ["model.safetensors", "model.safetensors.index.json"].iter().any(|file| path.join(file).exists());
+    if path.join(CONFIG_FILE).exists() && !has_weights {
         return adapter(path);
     }
     let checkpoint = Checkpoint::open(path)?;

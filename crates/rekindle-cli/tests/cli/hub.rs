@@ -32,7 +32,9 @@ impl Machine {
         adapter["base_model_name_or_path"] = json!("org/model");
         let factors = read("adapters/qv-rslora/adapter_model.safetensors");
         let adapter = adapter.to_string();
-        hub.add("org/adapter", &[("adapter_config.json", adapter.as_bytes()), ("adapter_model.safetensors", &factors)]);
+        // As Unsloth uploads them, with the configuration of the base.
+        let files = [("adapter_config.json", adapter.as_bytes()), ("adapter_model.safetensors", &factors)];
+        hub.add("org/adapter", &[&files[..], &[("config.json", &config)]].concat());
         Self { hub, home: tempfile::tempdir().unwrap() }
     }
 
@@ -206,7 +208,7 @@ fn the_cache_is_listed_and_pruned() {
     assert!(machine.run("cache ls").ok().stdout.contains("0 models in "));
     machine.run(&eval("org/adapter")).ok();
     let listed = machine.run("cache ls").ok().stdout;
-    for part in ["org/adapter\n", "org/model\n", COMMIT, "2 files  main\n", "2 models in "] {
+    for part in ["org/adapter\n", "org/model\n", COMMIT, "2 files  main\n", "3 files  main\n", "2 models in "] {
         assert!(listed.contains(part), "{part}: {listed}");
     }
     let lines: Vec<Value> =
