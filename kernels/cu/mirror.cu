@@ -10,7 +10,8 @@
 //   mirror(f32 x, u32 tiles)
 //
 // Bytes → floor: 4 + sizeof(T) a value, 33 M values of a Qwen3-4B adapter of rank 16 in bf16: 198 MB → 47 µs at
-// 4.25 TB/s. One launch stands for four hundred.
+// 4.25 TB/s; measured in a step 104 µs, 45 %: B goes into rows of 16 values. One launch stands for four hundred.
+// No spills from sm_80 to sm_120; memcheck clean.
 
 extern "C" __global__ void __launch_bounds__(256) mirror(const f32* x, const u32* tiles) {
     const u32* tile = tiles + (u64)blockIdx.x * 10;

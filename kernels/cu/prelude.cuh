@@ -50,12 +50,6 @@ template <> DEVICE u32 pack2<f16>(f32 lo, f32 hi) {
 // 16 bytes of T: 8 values of a 16-bit dtype, 4 of f32.
 template <typename E> struct Vec { static const int N = 16 / sizeof(E); };
 
-template <typename E> DEVICE void load16(const E* p, f32 (&out)[Vec<E>::N]) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(p);
-    const E* e = reinterpret_cast<const E*>(&raw);
-#pragma unroll
-    for (int i = 0; i < Vec<E>::N; i++) out[i] = to_f32(e[i]);
-}
 // Values to the 16 bytes that hold them, and back.
 template <typename E> DEVICE uint4 pack16(const f32 (&v)[8]) {
     return make_uint4(pack2<E>(v[0], v[1]), pack2<E>(v[2], v[3]), pack2<E>(v[4], v[5]), pack2<E>(v[6], v[7]));
@@ -67,6 +61,9 @@ template <typename E> DEVICE void unpack16(const uint4& raw, f32 (&out)[Vec<E>::
     const E* e = reinterpret_cast<const E*>(&raw);
 #pragma unroll
     for (int i = 0; i < Vec<E>::N; i++) out[i] = to_f32(e[i]);
+}
+template <typename E> DEVICE void load16(const E* p, f32 (&out)[Vec<E>::N]) {
+    unpack16<E>(*reinterpret_cast<const uint4*>(p), out);
 }
 template <typename E> DEVICE void store16(E* p, const f32 (&in)[Vec<E>::N]) {
     *reinterpret_cast<uint4*>(p) = pack16<E>(in);
@@ -124,4 +121,19 @@ DEVICE f32 block_sum(f32 x, f32* shared) {
     f32 sum = 0.0f;
     for (int w = 0; w < warps; w++) sum += shared[w];
     return sum;
+}
+
+// The end of a sum over rows by blocks of 32 × 8: each thread comes with the sums of its N columns, `sums` is the
+// block's, `tile` its first column. Those of the columns within `width` go to row blockIdx.y of `partial`.
+template <int N> DEVICE void store_column_sums(const f32 (&sum)[N], f32 (&sums)[8][32 * N], int tile, int width, f32* partial) {
+#pragma unroll
+    for (int i = 0; i < N; i++) sums[threadIdx.y][threadIdx.x * N + i] = sum[i];
+    __syncthreads();
+    const int t = threadIdx.y * 32 + threadIdx.x;
+    if (t < 32 * N && tile + t < width) {
+        f32 total = 0.0f;
+#pragma unroll
+        for (int k = 0; k < 8; k++) total += sums[k][t];
+        partial[(u64)blockIdx.y * width + tile + t] = total;
+    }
 }

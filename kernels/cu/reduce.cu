@@ -40,16 +40,7 @@ column_sums(const T* x, f32* partial, int rows, int width, int ldx, int chunk) {
 #pragma unroll
         for (int i = 0; i < N; i++) sum[i] += v[i];
     }
-#pragma unroll
-    for (int i = 0; i < N; i++) sums[threadIdx.y][threadIdx.x * N + i] = sum[i];
-    __syncthreads();
-    const int t = threadIdx.y * 32 + threadIdx.x;
-    if (t < 32 * N && tile + t < width) {
-        f32 total = 0.0f;
-#pragma unroll
-        for (int k = 0; k < 8; k++) total += sums[k][t];
-        partial[(u64)blockIdx.y * width + tile + t] = total;
-    }
+    store_column_sums(sum, sums, tile, width, partial);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

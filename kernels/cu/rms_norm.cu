@@ -170,14 +170,5 @@ rms_norm_dw(const T* dy, const T* x, const f32* rstd, f32* partial, int rows, in
 #pragma unroll
         for (int i = 0; i < N; i++) sum[i] = fmaf(a[i], b[i] * r, sum[i]);
     }
-#pragma unroll
-    for (int i = 0; i < N; i++) sums[threadIdx.y][threadIdx.x * N + i] = sum[i];
-    __syncthreads();
-    const int t = threadIdx.y * 32 + threadIdx.x;
-    if (t < 32 * N && tile + t < width) {
-        f32 total = 0.0f;
-#pragma unroll
-        for (int k = 0; k < 8; k++) total += sums[k][t];
-        partial[(u64)blockIdx.y * width + tile + t] = total;
-    }
+    store_column_sums(sum, sums, tile, width, partial);
 }

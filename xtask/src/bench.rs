@@ -97,24 +97,38 @@ pub(crate) fn cpu_worker(checkpoint: &Path, steps: usize) -> Result<(), Box<dyn 
 
 /// Kernels and whole steps on a CUDA device; the numbers are left in `out`.
 pub(crate) fn gpu(weights: Option<&Path>, python: Option<&Path>, out: &Path) -> Result<(), Box<dyn Error>> {
-    let kernels = kernels::run("cuda", python)?;
+    // In a process of its own, whose memory on the device would count as that of the steps.
+    let mut kernels = Command::new(std::env::current_exe()?);
+    kernels.args(["bench", "kernels"]);
+    if let Some(python) = python {
+        kernels.arg("--python").arg(python);
+    }
+    let (table, kernels) = output(&mut kernels)?;
+    println!("{table}");
     let train = train::table(weights, python)?;
     std::fs::write(out, format!("{:#}\n", json!({"kernels": kernels, "train": train})))?;
     println!("{}", out.display());
     Ok(())
 }
 
-/// The last line of the program's output, as JSON.
+/// The last line of the program's output, as JSON, which is shown.
 fn result(command: &mut Command) -> Result<Value, Box<dyn Error>> {
+    let (_, value) = output(command)?;
+    eprintln!("{value}");
+    Ok(value)
+}
+
+/// The program's output before its last line, and that as JSON.
+fn output(command: &mut Command) -> Result<(String, Value), Box<dyn Error>> {
     let shown = format!("{command:?}");
     let output = command.stderr(std::process::Stdio::inherit()).output().map_err(|e| format!("{shown}: {e}"))?;
     if !output.status.success() {
         return Err(format!("{shown}: {}", output.status).into());
     }
     let text = String::from_utf8(output.stdout)?;
-    let line = text.lines().last().ok_or_else(|| format!("{shown}: no output"))?;
-    eprintln!("{line}");
-    Ok(serde_json::from_str(line)?)
+    let text = text.trim_end();
+    let (before, line) = text.rsplit_once('\n').unwrap_or(("", text));
+    Ok((before.to_owned(), serde_json::from_str(line).map_err(|error| format!("{shown}: {error}: {line}"))?))
 }
 
 /// A size of this process from the kernel's own account: `VmHWM`, the largest resident one so far, or `RssAnon`, what

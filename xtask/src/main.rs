@@ -141,9 +141,7 @@ fn main() -> ExitCode {
             None => bench::cpu(steps, python.as_deref(), threads),
         },
         #[cfg(feature = "models")]
-        Task::Bench { what: Bench::Kernels { device, python } } => {
-            bench::kernels::run(&device, python.as_deref()).map(|_| ())
-        }
+        Task::Bench { what: Bench::Kernels { device, python } } => bench::kernels::run(&device, python.as_deref()),
         #[cfg(feature = "models")]
         Task::Bench { what: Bench::Gpu { weights, python, out } } => {
             bench::gpu(weights.as_deref(), python.as_deref(), &out)

@@ -56,8 +56,8 @@ enum Work {
     Flops(f64),
 }
 
-/// Prints a table, with PyTorch's figures beside ours if a Python has it; the same as JSON.
-pub(crate) fn run(device: &str, python: Option<&Path>) -> Result<Value, Box<dyn Error>> {
+/// Prints a table, with PyTorch's figures beside ours if a Python has it, and ends with one JSON line.
+pub(crate) fn run(device: &str, python: Option<&Path>) -> Result<(), Box<dyn Error>> {
     let (device, _) = rekindle_kernels::open_device(parse_device(device)?)?;
     let Device::Cuda(cuda) = &device else { return Err("these kernels run on a CUDA device".into()) };
     let bench = Bench { device: &device, cuda };
@@ -80,7 +80,8 @@ pub(crate) fn run(device: &str, python: Option<&Path>) -> Result<Value, Box<dyn 
         println!("{name:<44}{milliseconds:>10.4}{rate:>9.2} {unit:<7}{beside}");
         report.insert(name.clone(), json!({"ms": milliseconds, "rate": rate, "unit": unit, "peer_ms": peer}));
     }
-    Ok(json!({"card": card, "rows": report}))
+    println!("{}", json!({"card": card, "rows": report}));
+    Ok(())
 }
 
 /// Milliseconds of PyTorch by our rows' names.

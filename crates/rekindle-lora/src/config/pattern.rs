@@ -24,14 +24,13 @@ impl<T: Copy> Pattern<T> {
 
     /// One sentence for each key that is no regular expression here, whatever it is in Python.
     pub(crate) fn invalid(&self, argument: &'static str) -> impl Iterator<Item = String> {
-        let keys = self.0.keys().filter(|key| compiled(key).is_err());
-        keys.map(move |key| format!("{argument} key \"{key}\" is not a regular expression without look-around"))
+        self.0.keys().filter_map(move |key| checked(argument, key).err())
     }
 
     /// One sentence for each key that is no regular expression, or matches none of `modules`.
     pub(crate) fn problems<S: AsRef<str>>(&self, argument: &str, modules: &[S]) -> Vec<String> {
-        let problem = |key: &String| match compiled(key) {
-            Err(_) => Some(format!("{argument} key \"{key}\" is not a regular expression without look-around")),
+        let problem = |key: &String| match checked(argument, key) {
+            Err(problem) => Some(problem),
             Ok(regex) if modules.iter().any(|module| regex.is_match(module.as_ref())) => None,
             Ok(_) => {
                 let names = modules.iter().filter_map(|module| module.as_ref().rsplit('.').next());
@@ -41,6 +40,11 @@ impl<T: Copy> Pattern<T> {
         };
         self.0.keys().filter_map(problem).collect()
     }
+}
+
+/// The key of an argument, or what is wrong with it.
+fn checked(argument: &str, key: &str) -> Result<Regex, String> {
+    compiled(key).map_err(|_| format!("{argument} key \"{key}\" is not a regular expression without look-around"))
 }
 
 fn compiled(key: &str) -> Result<Regex, regex::Error> {
