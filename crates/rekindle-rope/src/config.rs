@@ -80,6 +80,11 @@ impl RopeConfig {
         Tables::new(&self.inv_freq(seq_len), self.attention_factor(), seq_len)
     }
 
+    /// The theta of the frequencies for sequences of `seq_len`, which only `dynamic` changes.
+    pub(crate) fn theta_at(&self, seq_len: usize) -> f64 {
+        self.scaling.theta_at(self.theta, self.rotary_dim, seq_len)
+    }
+
     fn parse(
         config: &Map<String, Value>,
         name: &'static str,
@@ -126,8 +131,21 @@ fn section<'a>(config: &'a Map<String, Value>, key: &str) -> Result<Option<&'a M
     }
 }
 
-fn one_problem(problem: &str) -> Error {
+pub(crate) fn one_problem(problem: &str) -> Error {
     Error::Parameters { problems: vec![problem.to_owned()] }
+}
+
+/// The parameters that `rope` was read from as transformers 5 spells them: type, theta and rotary share inside.
+pub(crate) fn native_parameters(config: &Value, rope: &RopeConfig) -> Map<String, Value> {
+    let sections = ["rope_parameters", "rope_scaling"].iter().filter_map(|key| config.get(*key)?.as_object());
+    let mut parameters = sections.into_iter().next().cloned().unwrap_or_default();
+    parameters.retain(|key, value| !value.is_null() && key != "type");
+    parameters.insert("rope_type".to_owned(), rope.scaling.name().into());
+    parameters.insert("rope_theta".to_owned(), rope.theta.into());
+    if let Some(partial) = config.get("partial_rotary_factor").filter(|value| !value.is_null()) {
+        parameters.entry("partial_rotary_factor").or_insert_with(|| partial.clone());
+    }
+    parameters
 }
 
 #[cfg(test)]

@@ -71,10 +71,7 @@ impl Scaling {
         match self {
             Self::Default => unscaled(theta, rotary_dim),
             Self::Linear { factor } => unscaled(theta, rotary_dim).into_iter().map(|f| f / factor).collect(),
-            Self::Dynamic { factor, window } => {
-                let growth = factor * seq_len.max(*window) as f64 / *window as f64 - (factor - 1.0);
-                unscaled(theta * growth.powf(d / (d - 2.0)), rotary_dim)
-            }
+            Self::Dynamic { .. } => unscaled(self.theta_at(theta, rotary_dim, seq_len), rotary_dim),
             Self::Yarn { factor, original, beta_fast, beta_slow, truncate, .. } => {
                 let ramp = yarn_ramp(theta, d, *original as f64, [*beta_fast, *beta_slow], *truncate);
                 let blend = |(i, f): (usize, f64)| f / factor * ramp(i) + f * (1.0 - ramp(i));
@@ -92,6 +89,36 @@ impl Scaling {
                 let factors = if seq_len > *original { long_factor } else { short_factor };
                 unscaled(theta, rotary_dim).into_iter().zip(factors).map(|(f, factor)| f / factor).collect()
             }
+        }
+    }
+
+    /// The theta that the frequencies of sequences of `seq_len` come from.
+    pub(crate) fn theta_at(&self, theta: f64, rotary_dim: usize, seq_len: usize) -> f64 {
+        let Self::Dynamic { factor, window } = self else { return theta };
+        let d = rotary_dim as f64;
+        let growth = factor * seq_len.max(*window) as f64 / *window as f64 - (factor - 1.0);
+        theta * growth.powf(d / (d - 2.0))
+    }
+
+    /// The `rope_type`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::Linear { .. } => "linear",
+            Self::Dynamic { .. } => "dynamic",
+            Self::Yarn { .. } => "yarn",
+            Self::Llama3 { .. } => "llama3",
+            Self::LongRope { .. } => "longrope",
+        }
+    }
+
+    /// P, for the rules that have it.
+    pub(crate) fn original(&self) -> Option<usize> {
+        match self {
+            Self::Yarn { original, .. } | Self::Llama3 { original, .. } | Self::LongRope { original, .. } => {
+                Some(*original)
+            }
+            _ => None,
         }
     }
 

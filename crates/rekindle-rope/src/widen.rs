@@ -1,0 +1,271 @@
+use core::fmt;
+
+use serde_json::{Map, Value, json};
+
+use crate::config::{native_parameters, one_problem};
+use crate::positions::describe;
+use crate::{Error, Positions, RopeConfig, RopeScaling, Scaling};
+
+/// How far `auto` goes: this many times the window.
+pub const MOST_AUTO: f64 = 4.0;
+
+/// What was done to a model's positions.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Widened {
+    /// The window before: `max_position_embeddings` after the native scaling.
+    pub from: usize,
+    /// What replaces the model's own window and parameters.
+    pub positions: Positions,
+    /// The parameters as a [`RopeScaling::Table`] that gives the same once more for the same length.
+    pub request: Map<String, Value>,
+}
+
+impl fmt::Display for Widened {
+    /// `yarn, factor 4: window 256 -> 1024`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        describe(&self.request, f)?;
+        write!(f, ": window {} -> {}", self.from, self.positions.max_position_embeddings)
+    }
+}
+
+/// The positions of a model that is to take `length` tokens, or `None` where its own do.
+///
+/// `config` is the model's `config.json`, `window` its `max_position_embeddings`, W below. W counts the native scaling;
+/// a native yarn reaches at least to its P · factor, whatever `max_position_embeddings` says. Nothing happens up to W,
+/// unless a table is given. Beyond, s = length / W, and with `auto`, or the name of the native type, the native scaling
+/// is widened. P is `original_max_position_embeddings`, and every other parameter is kept:
+///
+/// | native | widened | so that |
+/// |---|---|---|
+/// | llama3 | factor · s | pairs slower than `low_freq_factor` turns in P reach at `length` the angles that they reached at W; those faster than `high_freq_factor` are as they were |
+/// | yarn | factor · s, and with it the attention factor, unless that is given | the same, with `beta_slow` and `beta_fast` |
+/// | longrope | factor · s; pair i's `long_factor` λᵢ · s^γᵢ, γᵢ = ln λᵢ / ln factor within 0 and 1 | a pair that was not stretched is not, one that was stretched in full is by s more, the others in proportion |
+/// | dynamic | its own rule, at `length` | |
+/// | linear | an error | `config.json` does not say whether W counts its factor |
+/// | none | `linear` and `dynamic` with factor s, `yarn` with factor s and P = W; `auto`: [`RopeScaling::BEST`] | |
+///
+/// Another method by name than the native one is an error: only a table replaces a native scaling. In a table a missing
+/// P is the native one or W, and a missing `factor` of linear, dynamic, yarn and longrope is what `length` needs.
+///
+/// dynamic and longrope choose by a length. It is taken once, here: what comes out is the theta that dynamic has at
+/// `length`, as type `default`, and a longrope whose short factors are its long ones. So rows of every length, later
+/// runs, and programs that look at each batch find the same frequencies.
+///
+/// # Errors
+/// [`Error::TooFar`] for `auto` beyond [`MOST_AUTO`] · W, [`Error::NothingToScale`] for a name within W,
+/// [`Error::Replaces`] and [`Error::UnknownWindow`] for a native scaling that is not to be widened so,
+/// [`Error::BeyondSaved`], and [`Error::Parameters`] for a table that makes no sense.
+pub fn widen(
+    config: &Value,
+    head_dim: usize,
+    window: usize,
+    length: usize,
+    choice: &RopeScaling,
+) -> Result<Option<Widened>, Error> {
+    let model = Model::new(config, head_dim, window)?;
+    let name = match choice {
+        RopeScaling::Table(table) => return model.table(table, length).map(Some),
+        RopeScaling::Saved(saved) => return model.saved(saved, length).map(Some),
+        RopeScaling::Auto if length <= model.window => return Ok(None),
+        RopeScaling::Auto => {
+            model.check_auto(length)?;
+            None
+        }
+        RopeScaling::Linear => Some("linear"),
+        RopeScaling::Dynamic => Some("dynamic"),
+        RopeScaling::Yarn => Some("yarn"),
+    };
+    if let Some(name) = name
+        && length <= model.window
+    {
+        return Err(Error::NothingToScale { name: name.to_owned(), length, window: model.window });
+    }
+    let native = model.rope.scaling().name();
+    let parameters = match (native, name) {
+        ("default", Some(name)) => model.unscaled(name, length),
+        ("default", None) => match RopeScaling::BEST {
+            RopeScaling::Linear => model.unscaled("linear", length),
+            RopeScaling::Dynamic => model.unscaled("dynamic", length),
+            _ => model.unscaled("yarn", length),
+        },
+        (native, Some(name)) if name != native => {
+            return Err(Error::Replaces { name: name.to_owned(), native: native.to_owned() });
+        }
+        ("linear", _) => return Err(model.unknown_window(length)),
+        _ => model.widened(length),
+    };
+    model.finish(parameters, length).map(Some)
+}
+
+/// What a model says of itself.
+struct Model {
+    head_dim: usize,
+    rope: RopeConfig,
+    /// Native parameters as transformers 5 spells them, with `rope_theta`, P and the factor where they were implied.
+    parameters: Map<String, Value>,
+    /// After the native scaling.
+    window: usize,
+    /// `max_position_embeddings`, which dynamic counts from.
+    max_position_embeddings: usize,
+}
+
+impl Model {
+    fn new(config: &Value, head_dim: usize, window: usize) -> Result<Self, Error> {
+        let mut config = config.clone();
+        if let Value::Object(fields) = &mut config {
+            fields.insert("max_position_embeddings".to_owned(), window.into());
+        }
+        let rope = RopeConfig::from_config(&config, head_dim)?;
+        let mut parameters = native_parameters(&config, &rope);
+        let mut reach = window;
+        if let Some(original) = rope.scaling().original() {
+            parameters.insert(ORIGINAL.to_owned(), original.into());
+            let factor = number(&parameters, "factor").unwrap_or(window as f64 / original as f64);
+            parameters.insert("factor".to_owned(), factor.into());
+            if matches!(rope.scaling(), Scaling::Yarn { .. }) {
+                reach = reach.max((factor * original as f64).round() as usize);
+            }
+        }
+        Ok(Self { head_dim, rope, parameters, window: reach, max_position_embeddings: window })
+    }
+
+    fn check_auto(&self, length: usize) -> Result<(), Error> {
+        if length as f64 <= MOST_AUTO * self.window as f64 {
+            return Ok(());
+        }
+        let native = self.rope.scaling().name();
+        let insist = match native {
+            "default" => "name a method (linear, dynamic or yarn)".to_owned(),
+            "dynamic" | "yarn" => format!("name its method (rope_scaling = \"{native}\")"),
+            _ => format!("give its parameters (rope_scaling = {{ rope_type = \"{native}\", ... }})"),
+        };
+        Err(Error::TooFar { length, window: self.window, insist })
+    }
+
+    fn unknown_window(&self, length: usize) -> Error {
+        let factor = number(&self.parameters, "factor").unwrap_or(1.0);
+        let grown = factor * self.growth(length);
+        Error::UnknownWindow { length, window: self.window, factor: factor.to_string(), grown: grown.to_string() }
+    }
+
+    /// s.
+    fn growth(&self, length: usize) -> f64 {
+        length as f64 / self.window as f64
+    }
+
+    /// The parameters of `name` for a model without a scaling of its own.
+    fn unscaled(&self, name: &str, length: usize) -> Map<String, Value> {
+        let mut parameters =
+            Map::from_iter([("rope_type".to_owned(), name.into()), ("factor".to_owned(), self.growth(length).into())]);
+        if name == "yarn" {
+            parameters.insert(ORIGINAL.to_owned(), self.window.into());
+        }
+        parameters
+    }
+
+    /// The native parameters for `length`.
+    fn widened(&self, length: usize) -> Map<String, Value> {
+        let mut parameters = self.parameters.clone();
+        let growth = self.growth(length);
+        if let Scaling::Dynamic { .. } = self.rope.scaling() {
+            return parameters;
+        }
+        let factor = number(&parameters, "factor").unwrap_or(1.0);
+        parameters.insert("factor".to_owned(), (factor * growth).into());
+        if let Scaling::LongRope { long_factor, .. } = self.rope.scaling() {
+            let stretch = |divisor: f64| {
+                let share = if factor > 1.0 { (divisor.ln() / factor.ln()).clamp(0.0, 1.0) } else { 1.0 };
+                divisor * growth.powf(share)
+            };
+            let wider: Vec<f64> = long_factor.iter().map(|&divisor| stretch(divisor)).collect();
+            parameters.insert("short_factor".to_owned(), json!(wider));
+            parameters.insert("long_factor".to_owned(), json!(wider));
+        }
+        parameters
+    }
+
+    fn table(&self, table: &Map<String, Value>, length: usize) -> Result<Widened, Error> {
+        let mut table: Map<String, Value> = table.clone();
+        table.retain(|_, value| !value.is_null());
+        if let Some(name) = table.remove("type") {
+            table.entry("rope_type").or_insert(name);
+        }
+        let Some(name) = table.get("rope_type").cloned() else {
+            return Err(one_problem("rope_scaling.rope_type is missing"));
+        };
+        let native = self.rope.scaling();
+        let reach = self.window.max(length) as f64;
+        match name.as_str().unwrap_or_default() {
+            "linear" if !table.contains_key("factor") && *native == Scaling::Default => {
+                table.insert("factor".to_owned(), (reach / self.window as f64).into());
+            }
+            "dynamic" => {
+                if length <= self.max_position_embeddings {
+                    let window = self.max_position_embeddings;
+                    return Err(Error::NothingToScale { name: "dynamic".to_owned(), length, window });
+                }
+                table.entry("factor").or_insert_with(|| (reach / self.max_position_embeddings as f64).into());
+            }
+            "yarn" | "longrope" | "llama3" => {
+                let original = native.original().unwrap_or(self.window);
+                let original = table.entry(ORIGINAL).or_insert_with(|| original.into()).as_f64();
+                if name != "llama3"
+                    && let Some(original) = original
+                {
+                    table.entry("factor").or_insert_with(|| (reach / original).into());
+                }
+            }
+            _ => {}
+        }
+        self.finish(table, length)
+    }
+
+    fn saved(&self, saved: &Positions, length: usize) -> Result<Widened, Error> {
+        if length > saved.max_position_embeddings {
+            return Err(Error::BeyondSaved { length, window: saved.max_position_embeddings });
+        }
+        saved.rope(self.head_dim)?;
+        Ok(Widened { from: self.window, positions: saved.clone(), request: saved.parameters.clone() })
+    }
+
+    /// `parameters` with theta and the rotary share of the model, checked, and made independent of later lengths.
+    fn finish(&self, mut parameters: Map<String, Value>, length: usize) -> Result<Widened, Error> {
+        for key in ["rope_theta", "partial_rotary_factor"] {
+            if let Some(own) = self.parameters.get(key) {
+                parameters.entry(key).or_insert_with(|| own.clone());
+            }
+        }
+        let config = json!({
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_scaling": parameters,
+        });
+        let rope = RopeConfig::from_config(&config, self.head_dim)?;
+        let mut fixed = parameters.clone();
+        match rope.scaling() {
+            Scaling::Dynamic { .. } => {
+                fixed.insert("rope_type".to_owned(), "default".into());
+                fixed.insert("rope_theta".to_owned(), rope.theta_at(length).into());
+                fixed.remove("factor");
+            }
+            Scaling::LongRope { original, .. } if length > *original => {
+                fixed.insert("short_factor".to_owned(), parameters["long_factor"].clone());
+            }
+            Scaling::LongRope { .. } => {
+                fixed.insert("long_factor".to_owned(), parameters["short_factor"].clone());
+            }
+            _ => {}
+        }
+        let positions = Positions { max_position_embeddings: self.window.max(length), parameters: fixed };
+        positions.rope(self.head_dim)?;
+        Ok(Widened { from: self.window, positions, request: parameters })
+    }
+}
+
+const ORIGINAL: &str = "original_max_position_embeddings";
+
+fn number(parameters: &Map<String, Value>, key: &str) -> Option<f64> {
+    parameters.get(key).and_then(Value::as_f64)
+}
+
+#[cfg(test)]
+mod tests;
