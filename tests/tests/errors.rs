@@ -189,11 +189,12 @@ fn an_adapter_on_a_model_whose_weights_are_all_trained_is_refused() {
 #[test]
 fn lengths_and_ids_beyond_the_model_are_refused() {
     let golden = Golden::open("qwen3-tied");
-    load(&golden.dir, 256).expect("as long as the model goes");
-    for length in [0, 257] {
+    assert!(load(&golden.dir, 256).expect("as long as the model goes").widened().is_none());
+    load(&golden.dir, 4 * 256).expect("as long as it is taken without asking");
+    for (length, part) in [(0, "at least 1"), (4 * 256 + 1, "insist with rope_scaling")] {
         let error = load(&golden.dir, length).expect_err("out of range");
         assert!(matches!(error, Error::Argument(_)), "{error:?}");
-        assert_message(&error, &[&format!("max_seq_length is {length}"), "1 to 256"]);
+        assert_message(&error, &[&format!("max_seq_length is {length}"), part]);
     }
 
     let model = load(&golden.dir, 20).expect("short is fine");

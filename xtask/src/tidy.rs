@@ -54,7 +54,7 @@ const WORDS: [(&str, &[&str]); 9] = [
     ("quant_state", &["crates/rekindle-quant/"]),
     ("adapter_config.json", &["crates/rekindle-lora/", "crates/rekindle-cli/", "tests/", "crates/rekindle-hub/"]),
     ("self_attn.", &["crates/rekindle-models/", "crates/rekindle-lora/", "tests/", "crates/rekindle/"]),
-    ("rope_scaling", &["crates/rekindle-rope/", "tests/"]),
+    ("rope_parameters", &["crates/rekindle-rope/", "tests/", "crates/rekindle-cli/tests/", "crates/rekindle-hub/"]),
     ("lora_A", &["crates/rekindle-lora/", "kernels/src/params.rs", "tests/", "crates/rekindle-hub/"]),
     ("todo!(", &[]),
 ];

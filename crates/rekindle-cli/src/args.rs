@@ -6,9 +6,10 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, Subcommand};
-use rekindle::{DeviceKind, Dtype, parse_device};
+use rekindle::{DeviceKind, Dtype, RopeScaling, parse_device};
 
-use crate::overrides::Override;
+use crate::nearest::nearest;
+use crate::overrides::{Override, parse_value};
 use crate::run_file::ModelSection;
 
 pub(crate) use hub::HubArgs;
@@ -202,6 +203,9 @@ pub(crate) struct ModelArgs {
     /// The most tokens of a row, or of prompt and answer together [default: 2048, or the model's own limit if lower]
     #[arg(long, value_name = "N")]
     pub(crate) max_seq_length: Option<usize>,
+    /// How a longer --max-seq-length than the model's own is reached: auto, linear, dynamic, yarn or {rope_type="yarn", factor=4.0} [default: auto, or as the adapter was trained]
+    #[arg(long, value_name = "METHOD", value_parser = rope_scaling)]
+    pub(crate) rope_scaling: Option<RopeScaling>,
     /// auto, cpu, cuda, cuda:N, wgpu or wgpu:N
     #[arg(long, value_name = "D", default_value = "auto", value_parser = parse_device)]
     pub(crate) device: DeviceKind,
@@ -241,6 +245,7 @@ impl ModelArgs {
         ModelSection {
             name_or_path: self.model.clone(),
             max_seq_length: self.max_seq_length,
+            rope_scaling: self.rope_scaling.clone(),
             dtype: self.dtype,
             load_in_4bit: self.quant.load_in_4bit,
             load_in_8bit: self.quant.load_in_8bit,
@@ -254,6 +259,17 @@ impl ModelArgs {
             local_files_only: self.hub.local_files_only,
             ..ModelSection::default()
         }
+    }
+}
+
+/// A name, or the parameters as a table of TOML.
+fn rope_scaling(text: &str) -> Result<RopeScaling, String> {
+    match parse_value(text) {
+        toml::Value::String(name) => name.parse().map_err(|error: rekindle::RopeError| {
+            let near = nearest(&name, RopeScaling::NAMES).map(|near| format!("; nearest: \"{near}\""));
+            format!("{error}{}", near.unwrap_or_default())
+        }),
+        value => value.try_into().map_err(|error| error.message().to_owned()),
     }
 }
 
@@ -284,6 +300,7 @@ const RUN_FILE: &str = r#"Example of a run file; all that is not commented out i
   name_or_path = "Qwen/Qwen3-0.6B"  # a directory, or a name on the hub; an adapter is gone on with
   # revision = "main"               # with token, cache_dir, local_files_only
   # max_seq_length = 2048
+  # rope_scaling = "auto"           # for more than the model's window: auto | linear | dynamic | yarn | { rope_type = ... }
   # dtype = "auto"                  # auto | bf16 | f16 | f32
   # load_in_4bit = false            # true: QLoRA; with quant_type, blocksize, double_quant, skip_modules
   # load_in_8bit = false

@@ -18,6 +18,7 @@ pub(crate) fn print(job: &Job) -> Result<(), Failure> {
     let eval = config.data.eval_file().map(|file| encode(&file)).transpose()?;
 
     let mut facts = vec![trainable(job)];
+    facts.extend(model.causal_lm().widened().map(|widened| format!("rope_scaling {widened}")));
     facts.push(format!("{}: {found}", config.data.train.display()));
     if let Some((dataset, found)) = &eval {
         facts.push(format!("{}: {found}", dataset.path.display()));

@@ -12,15 +12,24 @@ use crate::{fetch, progress};
 /// The model that the command line names, with its adapter.
 pub(crate) fn open(args: &ModelArgs) -> Result<(Model, Option<Tokenizer>), Failure> {
     let section = args.section();
-    let (model, tokenizer) = load(section.loader(args.device)?)?;
-    let model = match &args.adapter {
+    let mut loader = section.loader(args.device)?;
+    let adapter = args.adapter.as_ref().map(|name| fetch::directory(section.source(name))).transpose()?;
+    if let Some(adapter) = &adapter {
+        loader = loader.for_adapter(adapter);
+    }
+    let (model, tokenizer) = load(loader)?;
+    let model = match &adapter {
         Some(_) if model.causal_lm().lora().is_some() => {
             return Err(Failure::Configuration(format!(
                 "--model {} is an adapter, which stands for its base with it; leave --adapter out, or give the base",
                 args.model.display()
             )));
         }
-        Some(adapter) => load_adapter(model, &section, adapter)?,
+        Some(dir) => {
+            let model = model.load_adapter(dir)?;
+            name_unknown(&model, dir);
+            model
+        }
         None => model,
     };
     Ok((model, tokenizer))
@@ -55,6 +64,9 @@ pub(crate) fn load(loader: Loader) -> Result<(Model, Option<Tokenizer>), Failure
         name_unknown(&model, adapter);
     }
     eprintln!("device {}, dtype {:?}", model.device(), model.causal_lm().dtype());
+    if let Some(widened) = model.causal_lm().widened() {
+        eprintln!("rope_scaling {widened}");
+    }
     eprintln!("{}", model.memory_report());
     Ok((model, tokenizer))
 }

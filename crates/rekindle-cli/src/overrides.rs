@@ -49,7 +49,7 @@ impl FromStr for Override {
 }
 
 /// The value as TOML, or the text itself.
-fn parse_value(text: &str) -> Value {
+pub(crate) fn parse_value(text: &str) -> Value {
     let plain = || Value::String(text.to_owned());
     match format!("value = {text}").parse::<Table>() {
         // A line break in the text could have begun another key.

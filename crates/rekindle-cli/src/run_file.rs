@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rekindle::{
     Blocksize, DataFile, DeviceKind, Dtype, FastLanguageModel, GradientCheckpointing, Loader, LoraConfig, Model,
-    Overlong, QuantConfig, SftConfig, Source, parse_device,
+    Overlong, QuantConfig, RopeScaling, SftConfig, Source, parse_device,
 };
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -49,6 +49,8 @@ pub(crate) struct ModelSection {
     pub(crate) double_quant: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) skip_modules: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) rope_scaling: Option<RopeScaling>,
     #[serde(skip_serializing_if = "is_off")]
     pub(crate) use_gradient_checkpointing: GradientCheckpointing,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -91,6 +93,9 @@ impl ModelSection {
             .local_files_only(self.local_files_only);
         if let Some(length) = self.max_seq_length {
             loader = loader.max_seq_length(length);
+        }
+        if let Some(rope_scaling) = &self.rope_scaling {
+            loader = loader.rope_scaling(rope_scaling.clone());
         }
         if let Some(config) = self.quant_config()? {
             loader = loader.quant_config(config);

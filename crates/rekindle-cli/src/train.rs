@@ -11,7 +11,7 @@ use crate::args::TrainArgs;
 use crate::failure::Failure;
 use crate::progress::{Progress, duration};
 use crate::run_file::{LoraSection, ModelSection, RunConfig};
-use crate::{dry_run, open, output};
+use crate::{dry_run, fetch, open, output};
 
 pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let config = RunConfig::load(&args.run_file, &args.overrides)?;
@@ -38,7 +38,10 @@ pub(crate) struct Job {
 
 impl Job {
     pub(crate) fn open(mut config: RunConfig) -> Result<Self, Failure> {
-        let loader = config.model.loader(parse_device(&config.device).map_err(Error::from)?)?;
+        let mut loader = config.model.loader(parse_device(&config.device).map_err(Error::from)?)?;
+        if let Some(start) = config.lora.as_ref().and_then(|lora| lora.init_from.as_ref()) {
+            loader = loader.for_adapter(fetch::directory(config.model.source(start))?);
+        }
         let (mut model, tokenizer) = open::load(loader)?;
         if let Some(lora) = &mut config.lora {
             model = adapt(model, &config.model, lora)?;
@@ -46,6 +49,9 @@ impl Job {
         config.device = model.device().to_string();
         config.model.dtype = model.dtype();
         config.model.max_seq_length = Some(model.causal_lm().max_seq_length());
+        if let Some(widened) = model.causal_lm().widened() {
+            config.model.rope_scaling = Some(widened.request.clone().into());
+        }
         config.model.fill_quant_config(&model);
         config.train.learning_rate = Some(config.train.resolved_learning_rate(config.lora.is_none()));
         Ok(Self { config, model, tokenizer })

@@ -84,8 +84,10 @@ impl CausalLm {
     /// Puts a saved adapter on the model, replacing any there was.
     ///
     /// # Errors
-    /// [`Error::Lora`] when the files are unreadable or do not match this model exactly.
+    /// [`Error::Lora`] when the files are unreadable or do not match this model exactly, [`Error::Argument`] when it was
+    /// trained with other positions.
     pub fn load_adapter(&mut self, dir: &Path) -> Result<(), Error> {
+        self.check_positions(dir)?;
         let adapter = Adapter::load(dir, &self.modules())?;
         self.place(adapter)
     }

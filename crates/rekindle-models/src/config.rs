@@ -2,7 +2,7 @@
 
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::attention::Heads;
-use rekindle_rope::RopeConfig;
+use rekindle_rope::{RopeConfig, RopeScaling, Widened, widen};
 use serde_json::Value;
 
 use crate::{Error, family};
@@ -128,6 +128,23 @@ impl ModelConfig {
             Some(config) if reader.problems.is_empty() => Ok(config),
             _ => Err(reader.problems),
         }
+    }
+
+    /// This model for documents of up to `length` tokens, and what that took: nothing within its window, unless
+    /// `rope_scaling` is a table. The rules are those of [`widen`].
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a length that `rope_scaling` does not reach.
+    pub fn widened(mut self, length: usize, rope_scaling: &RopeScaling) -> Result<(Self, Option<Widened>), Error> {
+        let argument = |error: rekindle_rope::Error| Error::Argument(error.to_string());
+        let widened = widen(&self.json, self.head_dim, self.max_position_embeddings, length, rope_scaling);
+        let widened = widened.map_err(argument)?;
+        if let Some(widened) = &widened {
+            self.rope = widened.positions.rope(self.head_dim).map_err(argument)?;
+            self.max_position_embeddings = widened.positions.max_position_embeddings();
+            widened.positions.apply(&mut self.json);
+        }
+        Ok((self, widened))
     }
 
     /// The heads of every attention layer.

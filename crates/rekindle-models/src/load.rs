@@ -8,6 +8,7 @@ use rekindle_kernels::rope::Tables;
 use rekindle_kernels::{Device, PackedWeight, ParamsBuilder, Tensor, Weight, from_f32, from_le_bytes};
 use rekindle_lora::{GradientCheckpointing, Linear, LinearGroup};
 use rekindle_quant::Origin;
+use rekindle_rope::RopeScaling;
 
 use crate::adapt::Replaced;
 use crate::block::Block;
@@ -27,6 +28,8 @@ pub struct LoadOptions {
     pub dtype: DType,
     /// The longest document; the rotary tables are made for it.
     pub max_seq_length: usize,
+    /// How positions beyond the model's window are made.
+    pub rope_scaling: RopeScaling,
     /// Whether all weights are trained, in `f32`.
     pub full_finetuning: bool,
     /// How the linears of the blocks are kept. `None` is dense, or as a quantized checkpoint has them.
@@ -45,6 +48,7 @@ impl LoadOptions {
             device,
             dtype,
             max_seq_length,
+            rope_scaling: RopeScaling::default(),
             full_finetuning: false,
             load_in: None,
             skip_modules: None,
@@ -58,11 +62,14 @@ impl CausalLm {
     ///
     /// # Errors
     /// [`Error::Config`] or [`Error::Tensors`], each a list of everything that is wrong; [`Error::Argument`]
-    /// for a `max_seq_length` beyond what the model was made for.
+    /// for a `max_seq_length` that `rope_scaling` does not reach.
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions, progress: &mut dyn FnMut(u64)) -> Result<Self, Error> {
-        let mut config = ModelConfig::from_checkpoint(checkpoint)?;
+        let config = ModelConfig::from_checkpoint(checkpoint)?;
         let LoadOptions { device, dtype, max_seq_length, full_finetuning, load_in, skip_modules, .. } = options;
-        check_length(&config, *max_seq_length)?;
+        if *max_seq_length == 0 {
+            return Err(Error::Argument("max_seq_length is 0; give at least 1".to_owned()));
+        }
+        let (mut config, widened) = config.widened(*max_seq_length, &options.rope_scaling)?;
         if let (Device::Cuda(_), true) = (device, config.hidden_size > MOST_HIDDEN) {
             return Err(Error::Argument(format!(
                 "hidden_size is {}; on CUDA it is at most {MOST_HIDDEN}; use device \"cpu\"",
@@ -121,6 +128,7 @@ impl CausalLm {
             quantization: source.quantization,
             name_or_path: checkpoint.path().display().to_string(),
             revision: None,
+            widened,
             config,
         })
     }
@@ -238,16 +246,6 @@ impl Source<'_> {
         }
         Ok(from_f32(view.to_f32()?, shape, device, dtype))
     }
-}
-
-fn check_length(config: &ModelConfig, max_seq_length: usize) -> Result<(), Error> {
-    let limit = config.max_position_embeddings;
-    if max_seq_length == 0 || max_seq_length > limit {
-        return Err(Error::Argument(format!(
-            "max_seq_length is {max_seq_length}; this model takes 1 to {limit} (max_position_embeddings)"
-        )));
-    }
-    Ok(())
 }
 
 /// Compares what the checkpoint has with what the configuration needs.

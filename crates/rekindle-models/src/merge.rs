@@ -6,6 +6,7 @@ use rekindle_hub::{Checkpoint, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, write_
 use rekindle_kernels::{Weight, from_f32, to_f32};
 use rekindle_lora::Adapter;
 use rekindle_quant::bnb::StoredWeight;
+use rekindle_rope::Positions;
 use serde_json::Value;
 
 use crate::block::Block;
@@ -17,7 +18,8 @@ use crate::{CausalLm, Error, ModelConfig};
 /// `dtype`, or to what the tensor has in the base.
 ///
 /// Codes of a quantized base are decoded: the adapter was trained against what they stand for, and the result is
-/// dense. One tensor is in memory at a time. `progress` is told the bytes of each tensor as it is read.
+/// dense. One tensor is in memory at a time. `positions` are those that the adapter was trained with, if not the base's.
+/// `progress` is told the bytes of each tensor as it is read.
 ///
 /// # Errors
 /// [`Error::Config`] and [`Error::Tensors`] for the base, [`Error::Lora`] for an adapter of another model,
@@ -25,6 +27,7 @@ use crate::{CausalLm, Error, ModelConfig};
 pub fn merge(
     base: &Checkpoint,
     adapter: &Adapter,
+    positions: Option<&Positions>,
     dtype: Option<Dtype>,
     dir: &Path,
     progress: &mut dyn FnMut(u64),
@@ -49,6 +52,9 @@ pub fn merge(
         write_f32(out, specs[index].dtype, &values)
     })?;
     let mut json = base.config().clone();
+    if let Some(positions) = positions {
+        positions.apply(&mut json);
+    }
     if let Value::Object(fields) = &mut json {
         fields.remove("quantization_config");
         if let Some(name) = dtype.and_then(torch_name) {

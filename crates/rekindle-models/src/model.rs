@@ -7,6 +7,7 @@ use rekindle_kernels::linear_cross_entropy::{self, Losses};
 use rekindle_kernels::rope::Tables;
 use rekindle_kernels::{Device, Grads, Params, Weight, embedding, rms_norm};
 use rekindle_lora::{GradientCheckpointing, LoraConfig, peft::AdapterConfig};
+use rekindle_rope::Widened;
 
 use crate::adapt::Replaced;
 use crate::block::{Block, Context, Kept, Saved};
@@ -35,6 +36,8 @@ pub struct CausalLm {
     /// What holds where an adapter asks for nothing.
     pub(crate) checkpointing: GradientCheckpointing,
     pub(crate) quantization: Option<Quantization>,
+    /// What was done to the checkpoint's positions, if anything.
+    pub(crate) widened: Option<Widened>,
     /// Where the weights came from, written into adapters.
     pub(crate) name_or_path: String,
     /// Of a name on the hub: the revision that was asked for.
@@ -85,6 +88,11 @@ impl CausalLm {
     /// The longest document that a batch may hold.
     pub fn max_seq_length(&self) -> usize {
         self.tables.positions()
+    }
+
+    /// What `rope_scaling` did to the positions of the checkpoint, if anything.
+    pub fn widened(&self) -> Option<&Widened> {
+        self.widened.as_ref()
     }
 
     /// The trainable parameters.

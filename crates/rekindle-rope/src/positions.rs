@@ -70,14 +70,11 @@ impl Positions {
         config.remove("original_max_position_embeddings");
         let older = ["rope_theta", "rope_scaling"].iter().any(|key| config.contains_key(*key));
         if older {
-            let mut scaling = self.parameters.clone();
-            let theta = scaling.remove("rope_theta").unwrap_or_default();
-            if let Some(partial) = scaling.remove("partial_rotary_factor") {
-                config.insert("partial_rotary_factor".to_owned(), partial);
-            }
-            let default = scaling.get("rope_type").and_then(Value::as_str) == Some("default");
-            config.insert("rope_theta".to_owned(), theta);
-            config.insert("rope_scaling".to_owned(), if default { Value::Null } else { scaling.into() });
+            let (beside, inside): (Map<String, Value>, Map<String, Value>) =
+                self.parameters.clone().into_iter().partition(|(key, _)| BESIDE.contains(&key.as_str()));
+            let default = inside.get("rope_type").and_then(Value::as_str) == Some("default");
+            config.extend(beside);
+            config.insert("rope_scaling".to_owned(), if default { Value::Null } else { inside.into() });
         }
         config.insert("rope_parameters".to_owned(), self.parameters.clone().into());
     }
@@ -89,6 +86,9 @@ impl fmt::Display for Positions {
         describe(&self.parameters, f)
     }
 }
+
+/// What transformers 4 has beside `rope_scaling`.
+const BESIDE: [&str; 2] = ["rope_theta", "partial_rotary_factor"];
 
 /// The type with what tells it best apart from others of its type.
 pub(crate) fn describe(parameters: &Map<String, Value>, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -235,6 +235,7 @@ impl Model {
                 parameters.entry(key).or_insert_with(|| own.clone());
             }
         }
+        let parameters = in_order(parameters);
         let config = json!({
             "max_position_embeddings": self.max_position_embeddings,
             "rope_scaling": parameters,
@@ -262,6 +263,14 @@ impl Model {
 }
 
 const ORIGINAL: &str = "original_max_position_embeddings";
+
+/// The keys that say most first, the rest by name: files have their tables in any order.
+fn in_order(parameters: Map<String, Value>) -> Map<String, Value> {
+    let first = ["rope_type", "rope_theta", "factor"];
+    let mut entries: Vec<(String, Value)> = parameters.into_iter().collect();
+    entries.sort_by_key(|(key, _)| (first.iter().position(|name| name == key).unwrap_or(first.len()), key.clone()));
+    entries.into_iter().collect()
+}
 
 fn number(parameters: &Map<String, Value>, key: &str) -> Option<f64> {
     parameters.get(key).and_then(Value::as_f64)

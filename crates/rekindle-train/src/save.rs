@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use rekindle_data::COMPANION_FILES;
 use rekindle_hub::{AtomicDir, Dtype, write_atomic};
 use rekindle_lora::peft::{CONFIG_FILE, TENSORS_FILE};
-use rekindle_models::CausalLm;
+use rekindle_models::{CausalLm, Positions, save_positions};
 
 use crate::Error;
 
@@ -22,7 +22,12 @@ pub fn save_result(model: &CausalLm, dir: &Path, companions: &[PathBuf], dtype: 
     // What is read from a device that failed is no adapter.
     model.device().check().map_err(rekindle_models::Error::from)?;
     write_result(dir, adapter.is_some(), companions, |target| match adapter {
-        Some(adapter) => Ok(adapter.save(target).map_err(rekindle_models::Error::from)?),
+        Some(adapter) => {
+            if let Some(widened) = model.widened() {
+                save_positions(&widened.positions, target)?;
+            }
+            Ok(adapter.save(target).map_err(rekindle_models::Error::from)?)
+        }
         None => Ok(model.save(target, dtype)?),
     })
 }
@@ -60,7 +65,7 @@ pub(crate) fn check_replaceable(dir: &Path, adapter: bool) -> Result<(), Error> 
     let ours = |name: &str| {
         COMPANION_FILES.contains(&name)
             || if adapter {
-                [CONFIG_FILE, TENSORS_FILE].contains(&name)
+                [CONFIG_FILE, TENSORS_FILE, Positions::FILE].contains(&name)
             } else {
                 name == "config.json" || weights(name)
             }
@@ -84,7 +89,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let check = |adapter| check_replaceable(dir.path(), adapter);
         check(true).unwrap();
-        for name in [CONFIG_FILE, TENSORS_FILE, "tokenizer.json"] {
+        for name in [CONFIG_FILE, TENSORS_FILE, Positions::FILE, "tokenizer.json"] {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
         check(true).unwrap();

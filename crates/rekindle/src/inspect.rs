@@ -6,7 +6,7 @@ use std::path::Path;
 use rekindle_hub::{Checkpoint, SafetensorsFile};
 use rekindle_lora::BLOCK_LINEARS;
 use rekindle_lora::peft::{AdapterConfig, CONFIG_FILE, TENSORS_FILE};
-use rekindle_models::{MemoryReport, ModelConfig};
+use rekindle_models::{MemoryReport, ModelConfig, saved_positions};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -46,6 +46,8 @@ pub enum Inspection {
         lora_alpha: f64,
         /// What B·A·x is multiplied with.
         scale: f64,
+        /// The window and RoPE parameters that it was trained with, if they are not its base's own.
+        positions: Option<Value>,
         /// The linears that it is on, by the last part of their names.
         target_modules: Vec<String>,
         /// Tensors in the file.
@@ -85,6 +87,7 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection, Error> {
             "head_dim": config.head_dim,
             "vocab_size": config.vocab_size,
             "max_position_embeddings": config.max_position_embeddings,
+            "rope_type": config.rope.scaling().name(),
             "tie_word_embeddings": config.tie_word_embeddings,
         }),
         dtype: dtype.map(str::to_owned),
@@ -109,6 +112,7 @@ fn adapter(path: &Path) -> Result<Inspection, Error> {
         r: lora.r,
         lora_alpha: lora.lora_alpha,
         scale: lora.scale(),
+        positions: saved_positions(path)?.map(|positions| positions.to_json()),
         target_modules: targets.collect(),
         tensors: views().count(),
         parameters: views().map(|view| view.shape.iter().product::<usize>() as u64).sum(),
@@ -140,6 +144,7 @@ impl fmt::Display for Inspection {
                 r,
                 lora_alpha,
                 scale,
+                positions,
                 target_modules,
                 tensors,
                 parameters,
@@ -148,6 +153,9 @@ impl fmt::Display for Inspection {
                 writeln!(f, "LoRA adapter, r {r}, lora_alpha {lora_alpha}, scale {scale}")?;
                 writeln!(f, "base model {}", base_model_name_or_path.as_deref().unwrap_or("not named"))?;
                 writeln!(f, "on {}", target_modules.join(", "))?;
+                if let Some(positions) = positions {
+                    writeln!(f, "positions {positions}")?;
+                }
                 write!(f, "{parameters} parameters in {tensors} tensors, {bytes} bytes")
             }
         }

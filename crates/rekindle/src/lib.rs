@@ -52,7 +52,8 @@ pub use rekindle_kernels::cuda::{Report as CudaReport, report as cuda_report};
 pub use rekindle_kernels::{DeviceKind, parse_device};
 pub use rekindle_lora::{BLOCK_LINEARS, Bias, GradientCheckpointing, InitLoraWeights, LoraConfig, TargetModules};
 pub use rekindle_models::{
-    CausalLm, GenerationConfig, LoadIn, MemoryClass, MemoryLine, MemoryReport, ModelConfig, StopReason,
+    CausalLm, GenerationConfig, LoadIn, MemoryClass, MemoryLine, MemoryReport, ModelConfig, Positions, RopeError,
+    RopeScaling, StopReason, Widened,
 };
 pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
 pub use rekindle_train::{EvalMetrics, Evaluation, Event, LrSchedulerType, Report, RowLoss, SftConfig, StepMetrics};

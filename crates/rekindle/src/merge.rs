@@ -6,7 +6,7 @@ use rekindle_data::companion_files;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::Adapter;
-use rekindle_models::{Batch, ModelConfig};
+use rekindle_models::{Batch, ModelConfig, Positions, saved_positions};
 use rekindle_train::write_result;
 
 use crate::source::{Access, find};
@@ -92,8 +92,9 @@ impl Merge {
         let (base, adapter) = self.directories()?;
         let checkpoint = Checkpoint::open(&base)?;
         let modules = ModelConfig::from_checkpoint(&checkpoint)?.modules();
+        let positions = saved_positions(&adapter)?;
         let adapter = Adapter::load(&adapter, &modules).map_err(rekindle_models::Error::from)?;
-        write_merged(&checkpoint, &adapter, self.dtype, out.as_ref(), progress)
+        write_merged(&checkpoint, &adapter, positions.as_ref(), self.dtype, out.as_ref(), progress)
     }
 
     /// Compares the losses of the checkpoint in `merged` with those of the base with the adapter, on rows of
@@ -103,11 +104,12 @@ impl Merge {
     /// [`Error::Argument`] when the mean difference is above what one rounding to the dtype can explain, and those of
     /// loading.
     pub fn verify(&self, merged: impl AsRef<Path>, device: DeviceKind) -> Result<Verified, Error> {
-        let load = |dir: &Path| FastLanguageModel::from_pretrained(dir).dtype(Dtype::F32).device(device).load_model();
+        let load = |dir: &Path| FastLanguageModel::from_pretrained(dir).dtype(Dtype::F32).device(device);
         let (base, adapter) = self.directories()?;
         // One model in memory at a time.
-        let expected = losses(&load(&base)?.load_adapter(&adapter)?)?;
-        let got = losses(&load(merged.as_ref())?)?;
+        let base = load(&base).for_adapter(&adapter).load_model()?;
+        let expected = losses(&base.load_adapter(&adapter)?)?;
+        let got = losses(&load(merged.as_ref()).load_model()?)?;
         let differences: Vec<f64> = expected.iter().zip(&got).map(|(a, b)| f64::from((a - b).abs())).collect();
         let mean = differences.iter().sum::<f64>() / differences.len().max(1) as f64;
         let largest = differences.iter().copied().fold(0.0, f64::max);
@@ -168,13 +170,15 @@ impl Model {
                  then save_pretrained"
             )));
         }
-        write_merged(&base, &adapter, dtype, dir.as_ref(), &mut |_, _| ())
+        let positions = self.causal_lm().widened().map(|widened| &widened.positions);
+        write_merged(&base, &adapter, positions, dtype, dir.as_ref(), &mut |_, _| ())
     }
 }
 
 fn write_merged(
     base: &Checkpoint,
     adapter: &Adapter,
+    positions: Option<&Positions>,
     dtype: Dtype,
     out: &Path,
     progress: &mut dyn FnMut(u64, u64),
@@ -194,7 +198,7 @@ fn write_merged(
     };
     let (mut done, total) = (0, base.total_bytes());
     write_result(out, false, &companion_files(base.path()), |dir| {
-        Ok(rekindle_models::merge(base, adapter, dtype, dir, &mut |bytes| {
+        Ok(rekindle_models::merge(base, adapter, positions, dtype, dir, &mut |bytes| {
             done += bytes;
             progress(done.min(total), total);
         })?)

@@ -7,7 +7,7 @@ use rekindle_data::Tokenizer;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::GradientCheckpointing;
-use rekindle_models::{CausalLm, LoadIn, LoadOptions, ModelConfig};
+use rekindle_models::{CausalLm, LoadIn, LoadOptions, ModelConfig, RopeScaling, saved_positions};
 use rekindle_quant::QuantConfig;
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +34,8 @@ impl FastLanguageModel {
             on_download: None,
             files: None,
             max_seq_length: None,
+            rope_scaling: None,
+            adapter: None,
             dtype: Dtype::Auto,
             device: DeviceKind::Auto,
             full_finetuning: false,
@@ -76,6 +78,8 @@ pub struct Loader {
     /// Once they are found.
     files: Option<Files>,
     max_seq_length: Option<usize>,
+    rope_scaling: Option<RopeScaling>,
+    adapter: Option<PathBuf>,
     dtype: Dtype,
     device: DeviceKind,
     full_finetuning: bool,
@@ -94,9 +98,23 @@ pub struct Loader {
 const MAX_SEQ_LENGTH: usize = 2048;
 
 impl Loader {
-    /// The longest row. Default 2,048, or less if the model was made for less.
+    /// The longest row. Default 2,048, or less if the model was made for less. More than that is reached by
+    /// [`rope_scaling`](Self::rope_scaling).
     pub fn max_seq_length(mut self, max_seq_length: usize) -> Self {
         self.max_seq_length = Some(max_seq_length);
+        self
+    }
+
+    /// How positions beyond the model's window are made. Default [`RopeScaling::Auto`], or what the adapter named in
+    /// [`for_adapter`](Self::for_adapter) was trained with. What was done is [`CausalLm::widened`].
+    pub fn rope_scaling(mut self, rope_scaling: impl Into<RopeScaling>) -> Self {
+        self.rope_scaling = Some(rope_scaling.into());
+        self
+    }
+
+    /// The adapter that will be put on the model: a window that was widened when it was trained is widened alike.
+    pub fn for_adapter(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.adapter = Some(dir.into());
         self
     }
 
@@ -209,10 +227,18 @@ impl Loader {
         }
         let (device, kind) = open_device(self.device)?;
         let dtype = resolve(self.dtype, &device, kind, self.full_finetuning)?;
+        let adapter = self.adapter.as_deref().or(files.adapter.as_deref());
+        let saved = adapter.map(saved_positions).transpose()?.flatten();
+        let window = match (&saved, &self.rope_scaling) {
+            (Some(saved), None) => saved.max_position_embeddings(),
+            _ => config.max_position_embeddings,
+        };
+        let saved = saved.map(RopeScaling::Saved);
         let options = LoadOptions {
             dtype,
             device,
-            max_seq_length: self.max_seq_length.unwrap_or(MAX_SEQ_LENGTH.min(config.max_position_embeddings)),
+            max_seq_length: self.max_seq_length.unwrap_or(MAX_SEQ_LENGTH.min(window)),
+            rope_scaling: self.rope_scaling.take().or(saved).unwrap_or_default(),
             full_finetuning: self.full_finetuning,
             load_in,
             skip_modules: self.skip_modules.take(),

@@ -3,6 +3,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod adapters;
+mod context;
 mod errors;
 #[cfg(feature = "network")]
 mod hub;

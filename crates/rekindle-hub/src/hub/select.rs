@@ -8,10 +8,11 @@ pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const ADAPTER_FILE: &str = "adapter_model.safetensors";
 
 /// What tokenizers of every kind consist of, and what stands beside a model.
-const SMALL_FILES: [&str; 14] = [
+const SMALL_FILES: [&str; 15] = [
     CONFIG,
     "generation_config.json",
     ADAPTER_CONFIG,
+    "rope_parameters.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

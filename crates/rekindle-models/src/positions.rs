@@ -1,0 +1,49 @@
+//! The positions that an adapter was trained with, beside its files.
+
+use std::path::Path;
+
+use rekindle_hub::{read_json, write_atomic};
+use rekindle_rope::Positions;
+
+use crate::{CausalLm, Error, ModelConfig};
+
+/// Writes [`Positions::FILE`] into the adapter's directory `dir`: an adapter has no `config.json` to say it in.
+///
+/// # Errors
+/// [`Error::File`] when the system refuses.
+pub fn save_positions(positions: &Positions, dir: &Path) -> Result<(), Error> {
+    let text = format!("{:#}\n", positions.to_json());
+    Ok(write_atomic(&dir.join(Positions::FILE), text.as_bytes())?)
+}
+
+/// The positions that the adapter in `dir` was trained with, if they were not its base's own.
+///
+/// # Errors
+/// [`Error::File`] and [`Error::Config`] for a file that is broken.
+pub fn saved_positions(dir: &Path) -> Result<Option<Positions>, Error> {
+    let path = dir.join(Positions::FILE);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let positions = Positions::from_json(&read_json(&path)?);
+    positions.map(Some).map_err(|error| Error::Config { path, problems: vec![error.to_string()] })
+}
+
+impl CausalLm {
+    /// Fails unless this model has the positions that the adapter in `dir` was trained with.
+    pub(crate) fn check_positions(&self, dir: &Path) -> Result<(), Error> {
+        let Some(saved) = saved_positions(dir)? else { return Ok(()) };
+        let ModelConfig { head_dim, rope, .. } = &self.config;
+        let wanted = saved.rope(*head_dim).map_err(|error| Error::Argument(error.to_string()))?;
+        if wanted == *rope {
+            return Ok(());
+        }
+        let ours = self.widened.as_ref().map_or("its own".to_owned(), |widened| widened.positions.to_string());
+        Err(Error::Argument(format!(
+            "the adapter in {} was trained with RoPE {saved} ({}), and the model that it goes onto has {ours}; load that \
+             with the parameters of the file and without another choice of its own",
+            dir.display(),
+            Positions::FILE,
+        )))
+    }
+}
