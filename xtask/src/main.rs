@@ -12,6 +12,8 @@ mod kernels;
 mod quickstart;
 #[cfg(feature = "models")]
 mod random_checkpoint;
+#[cfg(feature = "models")]
+mod rope;
 mod tidy;
 
 use std::error::Error;
@@ -58,6 +60,17 @@ enum Task {
         /// Optimizer steps of about 1,024 tokens.
         #[arg(long, default_value_t = 5500)]
         steps: usize,
+    },
+    #[cfg(feature = "models")]
+    /// Takes the quickstart's base model beyond its window with every method, and prints the tables of
+    /// docs/context-extension.md.
+    Rope {
+        /// Optimizer steps of the short fine-tune, of 2,048 tokens each.
+        #[arg(long, default_value_t = 60)]
+        steps: usize,
+        /// Documents that are measured.
+        #[arg(long, default_value_t = 96)]
+        documents: usize,
     },
     #[cfg(feature = "models")]
     /// Measures.
@@ -135,6 +148,8 @@ fn main() -> ExitCode {
         Task::Kernels { require } => kernels::check(require),
         #[cfg(feature = "models")]
         Task::Quickstart { scratch, steps } => quickstart::make(&scratch, steps),
+        #[cfg(feature = "models")]
+        Task::Rope { steps, documents } => rope::measure(steps, documents),
         #[cfg(feature = "models")]
         Task::Bench { what: Bench::Cpu { steps, python, threads, worker } } => match worker {
             Some(checkpoint) => bench::cpu_worker(&checkpoint, steps),

@@ -98,30 +98,29 @@ fn config(vocab_size: usize) -> Value {
 
 /// Rows of token ids in which every token is trained: a base model learns questions as well as answers.
 fn encode(corpus: &Path, tokenizer: &Tokenizer, out: &Path) -> Result<usize, Box<dyn Error>> {
-    let template = tokenizer.chat_template()?;
-    let end = tokenizer.eos_id().ok_or("the tokenizer has no end token")?;
     let mut file = BufWriter::new(File::create(out)?);
     let mut rows = 0;
     for line in BufReader::new(File::open(corpus)?).lines() {
         let row: Value = serde_json::from_str(&line?)?;
-        let ids = if let Some(text) = row["text"].as_str() {
-            let mut ids = tokenizer.encode(text, false)?;
-            ids.push(end);
-            ids
-        } else {
-            let messages: Vec<Message> = row["messages"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .map(|m| {
-                    Message::new(m["role"].as_str().unwrap_or_default(), m["content"].as_str().unwrap_or_default())
-                })
-                .collect();
-            tokenizer.encode(&template.render(&messages, &RenderOptions::default())?, false)?
-        };
-        writeln!(file, "{}", json!({ "input_ids": ids }))?;
+        writeln!(file, "{}", json!({ "input_ids": ids(&row, tokenizer)? }))?;
         rows += 1;
     }
     file.flush()?;
     Ok(rows)
+}
+
+/// A row of the corpus as the base model reads it, an end token included.
+pub(super) fn ids(row: &Value, tokenizer: &Tokenizer) -> Result<Vec<u32>, Box<dyn Error>> {
+    if let Some(text) = row["text"].as_str() {
+        let mut ids = tokenizer.encode(text, false)?;
+        ids.push(tokenizer.eos_id().ok_or("the tokenizer has no end token")?);
+        return Ok(ids);
+    }
+    let messages: Vec<Message> = row["messages"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|m| Message::new(m["role"].as_str().unwrap_or_default(), m["content"].as_str().unwrap_or_default()))
+        .collect();
+    Ok(tokenizer.encode(&tokenizer.chat_template()?.render(&messages, &RenderOptions::default())?, false)?)
 }

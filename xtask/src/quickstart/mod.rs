@@ -19,6 +19,8 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
 
+use rand::RngExt;
+use rekindle::Tokenizer;
 use serde_json::Value;
 
 use author::Author;
@@ -64,6 +66,35 @@ pub(crate) fn write_instructions(out: &Path) -> Result<(), Box<dyn Error>> {
     let Sets { train, held_out } = Sets::new(SEED);
     write_lines(&out.join("train.jsonl"), train.iter().map(Instruction::row))?;
     write_lines(&out.join("heldout.jsonl"), held_out.iter().map(Instruction::row))
+}
+
+/// Documents of exactly `length` tokens for the base model: rows of the corpus that it was not trained on, drawn with
+/// `seed`, one after another until the document is full. Every other row, on the mean, is an earlier one of its document
+/// again, so that what is far behind is worth looking at.
+///
+/// # Errors
+/// When the tokenizer cannot read a row.
+pub(crate) fn long_documents(
+    tokenizer: &Tokenizer,
+    seed: u64,
+    count: usize,
+    length: usize,
+) -> Result<Vec<Vec<u32>>, Box<dyn Error>> {
+    let mut author = Author::new(seed, Sets::new(SEED).held_out_scenes());
+    let mut document = || {
+        let mut rows: Vec<Vec<u32>> = Vec::new();
+        while rows.iter().map(Vec::len).sum::<usize>() < length {
+            let again = !rows.is_empty() && author.rng.random_bool(0.5);
+            rows.push(match again {
+                true => rows[author.rng.random_range(0..rows.len())].clone(),
+                false => base::ids(&author.row(), tokenizer)?,
+            });
+        }
+        let mut ids = rows.concat();
+        ids.truncate(length);
+        Ok(ids)
+    };
+    (0..count).map(|_| document()).collect()
 }
 
 fn corpus(rows: usize) -> impl Iterator<Item = Value> {
