@@ -111,9 +111,7 @@ impl Adapter {
     /// [`Error::File`] and [`Error::AdapterConfig`] for unreadable files; [`Error::Tensors`] that lists every tensor
     /// which is missing, unexpected or misshaped.
     pub fn load(dir: &Path, modules: &Modules) -> Result<Self, Error> {
-        let config_path = dir.join(CONFIG_FILE);
-        let value: serde_json::Value = rekindle_hub::read_json(&config_path)?;
-        let config = AdapterConfig::from_json(&value.to_string())?;
+        let config = AdapterConfig::open(dir)?;
         let path = dir.join(TENSORS_FILE);
         let file = SafetensorsFile::open(&path)?;
         let adapted = adapted_modules(&file, &config, modules);

@@ -2,6 +2,7 @@ mod bias;
 mod checkpointing;
 mod init;
 mod lists;
+mod loftq;
 mod pattern;
 mod targets;
 
@@ -13,6 +14,7 @@ use crate::error::nearest_hint;
 pub use bias::Bias;
 pub use checkpointing::GradientCheckpointing;
 pub use init::InitLoraWeights;
+pub use loftq::LoftqConfig;
 pub use pattern::Pattern;
 pub use targets::TargetModules;
 
@@ -80,6 +82,9 @@ pub struct LoraConfig {
     pub use_gradient_checkpointing: GradientCheckpointing,
     /// How A and B start. Default true.
     pub init_lora_weights: InitLoraWeights,
+    /// Arguments of `init_lora_weights` = `"loftq"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loftq_config: Option<LoftqConfig>,
 }
 
 impl LoraConfig {
@@ -276,11 +281,10 @@ impl LoraConfig {
             ),
             _ => {}
         }
-        if let InitLoraWeights::Other(name) = &self.init_lora_weights {
-            let hint = nearest_hint(name, ["gaussian"]);
-            problems.push(format!(
-                "init_lora_weights \"{name}\" is not supported by this version; use true, false or \"gaussian\"{hint}"
-            ));
+        problems.extend(self.init_lora_weights.problem());
+        problems.extend(self.loftq_config.and_then(LoftqConfig::problem));
+        if self.loftq_config.is_some() && self.init_lora_weights != InitLoraWeights::Loftq {
+            problems.push("loftq_config is for init_lora_weights = \"loftq\"; leave it out".to_owned());
         }
         if problems.is_empty() { Ok(()) } else { Err(Error::Config { problems }) }
     }
@@ -307,6 +311,7 @@ impl Default for LoraConfig {
             random_state: 3407,
             use_gradient_checkpointing: GradientCheckpointing::Off,
             init_lora_weights: InitLoraWeights::Default,
+            loftq_config: None,
         }
     }
 }
@@ -391,6 +396,37 @@ mod tests {
     #[test]
     fn an_unknown_init_names_the_choices() {
         let config = LoraConfig::new(4).init_lora_weights(InitLoraWeights::Other("gausian".to_owned()));
-        assert!(message(&config).ends_with("use true, false or \"gaussian\"; nearest: \"gaussian\""));
+        assert!(message(&config).ends_with("\"olora\" or \"loftq\"; nearest: \"gaussian\""), "{}", message(&config));
+    }
+
+    #[test]
+    fn loftq_takes_what_its_codes_can_give() {
+        let config = |init: &str, loftq: serde_json::Value| {
+            let json = json!({ "init_lora_weights": init, "loftq_config": loftq });
+            serde_json::from_value::<LoraConfig>(json).expect("well-formed")
+        };
+        config("loftq", json!({})).validate().expect("valid");
+        config("loftq", json!({ "loftq_bits": 8, "loftq_iter": 1 })).validate().expect("valid");
+        assert!(message(&config("loftq", json!({ "loftq_iter": 5 }))).contains("loftq_iter is 5; only 1"));
+        assert!(message(&config("loftq", json!({ "loftq_bits": 2 }))).contains("loftq_bits is 2; bases have"));
+        assert!(message(&config("pissa", json!({}))).contains("loftq_config is for init_lora_weights = \"loftq\""));
+    }
+
+    #[test]
+    fn every_init_is_written_as_it_is_read() {
+        for (name, init) in [
+            (json!(true), InitLoraWeights::Default),
+            (json!(false), InitLoraWeights::Random),
+            (json!("pissa"), InitLoraWeights::Pissa),
+            (json!("pissa_niter_16"), InitLoraWeights::PissaNiter(16)),
+            (json!("olora"), InitLoraWeights::Olora),
+            (json!("loftq"), InitLoraWeights::Loftq),
+            (json!("pissa_niter_"), InitLoraWeights::Other("pissa_niter_".to_owned())),
+        ] {
+            let config: LoraConfig = serde_json::from_value(json!({ "init_lora_weights": name })).expect("valid");
+            assert_eq!(config.init_lora_weights, init);
+            assert_eq!(serde_json::to_value(&config).expect("serializes")["init_lora_weights"], name);
+            assert_eq!(config.validate().is_err(), matches!(init, InitLoraWeights::Other(_)));
+        }
     }
 }

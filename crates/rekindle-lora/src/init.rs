@@ -14,8 +14,7 @@ use crate::{Factors, InitLoraWeights, LoraConfig};
 /// changes no other adapter's start.
 pub fn initial_factors(config: &LoraConfig, module: &str, in_features: usize, out_features: usize) -> Factors {
     let r = config.rank_of(module);
-    let mut rng = ChaCha8Rng::seed_from_u64(config.random_state);
-    rng.set_stream(fnv1a(module));
+    let mut rng = stream(config, module);
     let mut uniform = |n: usize, bound: f64| -> Vec<f32> {
         (0..n).map(|_| ((rng.random::<f64>() * 2.0 - 1.0) * bound) as f32).collect()
     };
@@ -30,7 +29,7 @@ pub fn initial_factors(config: &LoraConfig, module: &str, in_features: usize, ou
             let a = (0..r * in_features).map(|_| (normal(&mut rng) / r as f64) as f32).collect();
             Factors { r, a, b: vec![0.0; out_features * r], magnitude: None }
         }
-        // Methods that look at the weight are `spectral`'s business, and another method's adapter is only ever loaded.
+        // Methods that look at the weight are `spectral.rs`'s business, and another method's adapter is only ever loaded.
         _ => {
             let (a, b) = (uniform(r * in_features, a_bound), vec![0.0; out_features * r]);
             Factors { r, a, b, magnitude: None }
@@ -38,8 +37,15 @@ pub fn initial_factors(config: &LoraConfig, module: &str, in_features: usize, ou
     }
 }
 
+/// The random numbers of `module`.
+pub(crate) fn stream(config: &LoraConfig, module: &str) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(config.random_state);
+    rng.set_stream(fnv1a(module));
+    rng
+}
+
 /// A standard normal number (Box–Muller).
-fn normal(rng: &mut ChaCha8Rng) -> f64 {
+pub(crate) fn normal(rng: &mut ChaCha8Rng) -> f64 {
     let u: f64 = 1.0 - rng.random::<f64>();
     let v: f64 = rng.random();
     (-2.0 * u.ln()).sqrt() * (core::f64::consts::TAU * v).cos()

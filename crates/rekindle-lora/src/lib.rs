@@ -38,15 +38,19 @@ mod linear;
 mod magnitude;
 mod merge;
 pub mod peft;
+mod spectral;
+mod svd;
 mod targets;
 
 pub use adapter::{Adapter, Factors, Module, Modules};
 pub use config::{
-    BLOCK_LINEARS, Bias, GradientCheckpointing, InitLoraWeights, LoraConfig, Pattern, SAVABLE, TargetModules,
+    BLOCK_LINEARS, Bias, GradientCheckpointing, InitLoraWeights, LoftqConfig, LoraConfig, Pattern, SAVABLE,
+    TargetModules,
 };
 pub use dora::initial_magnitude;
 pub use error::Error;
 pub use init::initial_factors;
 pub use linear::{Adaptation, Dropout, Linear, LinearGroup, Pending, Saved};
 pub use merge::merge;
+pub use spectral::{Start, loftq, taken, to_plain};
 pub use targets::match_targets;

@@ -2,6 +2,8 @@
 //!
 //! The field list is that of PEFT 0.21; fields that a later version adds are kept as they are.
 
+use std::path::Path;
+
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
@@ -96,7 +98,7 @@ impl AdapterConfig {
             lora.target_modules = TargetModules::Names(modules.to_vec());
         }
         let fields = json!({
-            "alpha_pattern": lora.alpha_pattern.0.iter().map(|(k, v)| (k.clone(), number(*v))).collect::<Map<_, _>>(),
+            "alpha_pattern": alphas(&lora),
             "auto_mapping": null,
             "base_model_name_or_path": base_model_name_or_path,
             "bias": lora.bias,
@@ -144,6 +146,15 @@ impl AdapterConfig {
         Ok(Self { fields, lora })
     }
 
+    /// Reads the file of the adapter in `dir`, as [`from_json`](Self::from_json).
+    ///
+    /// # Errors
+    /// [`Error::File`] when there is none, and those of `from_json`.
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        let value: Value = rekindle_hub::read_json(&dir.join(CONFIG_FILE))?;
+        Self::from_json(&value.to_string())
+    }
+
     /// The text of the file: indented by two and sorted by key, as PEFT writes it.
     pub fn to_json(&self) -> String {
         let mut value = Value::Object(self.fields.clone());
@@ -160,6 +171,41 @@ impl AdapterConfig {
     /// The arguments, to be changed where they say nothing about the adapter itself.
     pub fn lora_mut(&mut self) -> &mut LoraConfig {
         &mut self.lora
+    }
+
+    /// The file of the adapter in its plain form: one that a loader neither takes out of the base nor quantizes for.
+    /// `doubled` is for [`to_plain`](crate::to_plain): twice the rank at the same scale.
+    #[must_use]
+    pub fn plain(&self, doubled: bool) -> Self {
+        let mut plain = self.clone();
+        let lora = &mut plain.lora;
+        lora.init_lora_weights = InitLoraWeights::Default;
+        if doubled {
+            let grown = if lora.use_rslora { core::f64::consts::SQRT_2 } else { 2.0 };
+            lora.r *= 2;
+            lora.lora_alpha *= grown;
+            lora.rank_pattern.0.values_mut().for_each(|r| *r *= 2);
+            lora.alpha_pattern.0.values_mut().for_each(|alpha| *alpha *= grown);
+        }
+        let changed = [
+            ("init_lora_weights", json!(true)),
+            ("r", json!(lora.r)),
+            ("lora_alpha", number(lora.lora_alpha)),
+            ("rank_pattern", json!(lora.rank_pattern)),
+            ("alpha_pattern", alphas(lora)),
+        ];
+        plain.fields.extend(changed.map(|(key, value)| (key.to_owned(), value)));
+        plain
+    }
+
+    /// What the file says of the codes that the adapter was made for, by LoftQ; `None` for any other adapter.
+    pub fn codes(&self) -> Option<&Map<String, Value>> {
+        self.fields.get("loftq_config").and_then(Value::as_object).filter(|codes| !codes.is_empty())
+    }
+
+    /// Says what codes the adapter was made for. PEFT keeps the object and acts on it only where it makes a new adapter.
+    pub fn set_codes(&mut self, codes: Map<String, Value>) {
+        self.fields.insert("loftq_config".to_owned(), Value::Object(codes));
     }
 
     /// The name or path of the model that the adapter belongs to.
@@ -326,6 +372,10 @@ fn is_set(value: &Value) -> bool {
         Value::String(text) => !text.is_empty(),
         Value::Bool(true) | Value::Number(_) => true,
     }
+}
+
+fn alphas(lora: &LoraConfig) -> Value {
+    lora.alpha_pattern.0.iter().map(|(key, alpha)| (key.clone(), number(*alpha))).collect()
 }
 
 /// 32 rather than 32.0, since PEFT declares `lora_alpha` as an integer.

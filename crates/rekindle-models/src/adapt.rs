@@ -6,7 +6,7 @@ use std::path::Path;
 use rekindle_kernels::{ParamsBuilder, Weight, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{
-    Adaptation, Adapter, GradientCheckpointing, Linear, LoraConfig, Module, Modules, initial_factors,
+    Adaptation, Adapter, GradientCheckpointing, InitLoraWeights, Linear, LoraConfig, Module, Modules,
     initial_magnitude, match_targets,
 };
 
@@ -44,22 +44,27 @@ impl CausalLm {
 
     /// Puts a new adapter on the linears that `config` targets, replacing any there was.
     ///
+    /// With `init_lora_weights` = `"pissa"`, `"pissa_niter_N"` or `"olora"` the base loses what the adapter starts with
+    /// ([`rekindle_lora::taken`]), until the adapter is taken off. [`adapter`](Self::adapter) stands for the same function
+    /// on the base as it was. Where the weights are bf16, what is left of them is rounded once more.
+    ///
     /// # Errors
     /// [`Error::Lora`] for a configuration that is invalid or matches nothing, [`Error::Argument`] when all
-    /// weights are trained.
+    /// weights are trained or the base cannot start such an adapter, [`Error::File`] when its checkpoint is gone.
     pub fn add_adapter(&mut self, config: &LoraConfig) -> Result<(), Error> {
         config.validate()?;
         let modules = self.modules();
         let targets = match_targets(config, &modules.names())?;
         let saved = modules.saved(config)?;
         self.check_placeable()?;
+        let source = self.start_source(config, &targets)?;
         // Nothing can be refused any more: the earlier adapter may go.
         self.remove_adapter();
         let mut factors = BTreeMap::new();
-        for name in &targets {
+        let starts = self.starts(config, &targets, source)?;
+        for (name, mut start) in targets.iter().zip(starts) {
             let linear = self.linear(name);
             let [out, input] = linear.weight.dims();
-            let mut start = initial_factors(config, name, input, out);
             if config.use_dora {
                 let dense = to_f32(linear.weight.matrix(&self.params));
                 start.magnitude = Some(initial_magnitude(&dense, [out, input], &start, config.scale_of(name)));
@@ -78,6 +83,9 @@ impl CausalLm {
         let saved = saved.collect();
         let mut config = AdapterConfig::new(config, Some(&self.name_or_path), &targets);
         config.set_revision(self.revision.as_deref());
+        if config.lora().init_lora_weights == InitLoraWeights::Loftq {
+            config.set_codes(self.codes(&targets[0]).expect("the source is in codes"));
+        }
         self.place(Adapter { config, factors, biases, saved })
     }
 
@@ -89,16 +97,24 @@ impl CausalLm {
     pub fn load_adapter(&mut self, dir: &Path) -> Result<(), Error> {
         self.check_positions(dir)?;
         let adapter = Adapter::load(dir, &self.modules())?;
+        self.check_placeable()?;
+        self.check_codes(dir, &adapter)?;
+        self.remove_adapter();
         self.place(adapter)
     }
 
-    /// The adapter as it is now, if there is one.
+    /// The adapter as it is now, if there is one: for the base as its checkpoint has it. One that the base lost a part to
+    /// has twice the rank here ([`rekindle_lora::to_plain`]).
     pub fn adapter(&self) -> Option<Adapter> {
-        let config = self.adapter_config.clone()?;
+        let mut config = self.adapter_config.clone()?;
+        let init = &config.lora().init_lora_weights;
+        if init.changes_base() || *init == InitLoraWeights::Loftq {
+            config = config.plain(init.changes_base());
+        }
         let (mut factors, mut biases) = (BTreeMap::new(), BTreeMap::new());
         for (name, trained) in self.blocks.iter().flat_map(Block::groups).flat_map(|group| group.trained(&self.params))
         {
-            factors.extend(trained.factors.map(|(f, _)| (name.clone(), f)));
+            factors.extend(trained.factors.map(|(f, _)| (name.clone(), self.taken.plain(&name, f))));
             biases.extend(trained.bias.map(|bias| (name, bias)));
         }
         let embed = self.replaced.embed.as_ref().and(self.embed.trained());
@@ -123,6 +139,7 @@ impl CausalLm {
         }
         self.restore();
         self.params = params.build();
+        self.put_back();
     }
 
     /// What becomes of activations between forward and backward: what the adapter asks for, otherwise what was set
@@ -195,7 +212,7 @@ impl CausalLm {
         Ok(())
     }
 
-    fn linear(&self, name: &str) -> &Linear {
+    pub(crate) fn linear(&self, name: &str) -> &Linear {
         let mut linears = self.blocks.iter().flat_map(Block::groups).flat_map(|group| group.linears());
         linears.find(|linear| linear.name == name).expect("the names are this model's")
     }

@@ -31,6 +31,7 @@ pub mod qwen2;
 pub mod qwen3;
 mod sample;
 mod save;
+mod start;
 mod vocab;
 
 pub use batch::{Batch, IGNORED};
@@ -45,3 +46,4 @@ pub use positions::{save_positions, saved_positions};
 pub use quantization::LoadIn;
 pub use quantize::quantize;
 pub use rekindle_rope::{Error as RopeError, Positions, RopeScaling, Widened};
+pub use start::{TrainedOn, trained_on};

@@ -14,6 +14,7 @@ use crate::adapt::Replaced;
 use crate::block::Block;
 use crate::names::{self, EMBED, HEAD, NORM, Needed, Projection};
 use crate::quantization::{LoadIn, Plan, Quantization, stored_bytes};
+use crate::start::Taken;
 use crate::{CausalLm, Error, ModelConfig, vocab};
 
 /// The widest row that the norms of the CUDA path take.
@@ -129,6 +130,8 @@ impl CausalLm {
             name_or_path: checkpoint.path().display().to_string(),
             revision: None,
             widened,
+            path: checkpoint.path().to_owned(),
+            taken: Taken::default(),
             config,
         })
     }
@@ -224,7 +227,7 @@ impl Source<'_> {
             [rows, cols] => [rows, cols],
             _ => unreachable!("shapes were checked"),
         };
-        Ok(Weight::Frozen(self.frozen(&view, [rows, cols])?))
+        Ok(Weight::Frozen(frozen(&view, [rows, cols], &self.options.device, self.options.dtype)?))
     }
 
     /// The table `view` with as many rows as the vocabulary is to have.
@@ -236,16 +239,21 @@ impl Source<'_> {
         }
         Ok(Weight::Frozen(from_f32(values, [rows, hidden], &self.options.device, self.options.dtype)))
     }
+}
 
-    fn frozen(&self, view: &TensorView<'_>, shape: [usize; 2]) -> Result<Tensor<2>, Error> {
-        let (device, dtype) = (&self.options.device, self.options.dtype);
-        let same = matches!((view.dtype, dtype), (Dtype::BF16, DType::BF16) | (Dtype::F16, DType::F16));
-        if same {
-            // The bits as they are, one copy.
-            return Ok(from_le_bytes(view.data, shape, device, dtype));
-        }
-        Ok(from_f32(view.to_f32()?, shape, device, dtype))
+/// The tensor as it is frozen.
+pub(crate) fn frozen(
+    view: &TensorView<'_>,
+    shape: [usize; 2],
+    device: &Device,
+    dtype: DType,
+) -> Result<Tensor<2>, Error> {
+    let same = matches!((view.dtype, dtype), (Dtype::BF16, DType::BF16) | (Dtype::F16, DType::F16));
+    if same {
+        // The bits as they are, one copy.
+        return Ok(from_le_bytes(view.data, shape, device, dtype));
     }
+    Ok(from_f32(view.to_f32()?, shape, device, dtype))
 }
 
 /// Compares what the checkpoint has with what the configuration needs.

@@ -18,8 +18,9 @@ use crate::{CausalLm, Error, ModelConfig};
 /// `dtype`, or to what the tensor has in the base.
 ///
 /// Codes of a quantized base are decoded: the adapter was trained against what they stand for, and the result is
-/// dense. One tensor is in memory at a time. `positions` are those that the adapter was trained with, if not the base's.
-/// `progress` is told the bytes of each tensor as it is read.
+/// dense. For an adapter that starts from what codes miss (LoftQ) those codes are made of a dense base here. One tensor
+/// is in memory at a time. `positions` are those that the adapter was trained with, if not the base's. `progress` is
+/// told the bytes of each tensor as it is read.
 ///
 /// # Errors
 /// [`Error::Config`] and [`Error::Tensors`] for the base, [`Error::Lora`] for an adapter of another model,
@@ -33,7 +34,7 @@ pub fn merge(
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), Error> {
     let config = ModelConfig::from_checkpoint(base)?;
-    let plan = Plan::of(base, None, None)?;
+    let plan = crate::start::plan(base, adapter)?;
     crate::load::check_tensors(base, &config, plan.as_ref())?;
     let source = Source { base, plan, adapter };
     let needed = source.tensors(&config);
@@ -86,7 +87,9 @@ impl Source<'_> {
     }
 
     fn dtype(&self, needed: &Needed) -> Dtype {
-        match self.stored(needed) {
+        // Codes that are made here stand for a tensor that has a dtype.
+        let in_base = self.plan.as_ref().is_some_and(|plan| plan.is_stored(&needed.name));
+        match if in_base { self.stored(needed) } else { Ok(None) } {
             Ok(Some(StoredWeight::FourBit(weight))) => match weight.tensor.dtype() {
                 rekindle_quant::Dtype::F32 => Dtype::F32,
                 rekindle_quant::Dtype::F16 => Dtype::F16,

@@ -1,5 +1,7 @@
 //! A causal language model: embedding, decoder blocks, final norm and head.
 
+use std::path::PathBuf;
+
 use burn::tensor::DType;
 use rekindle_kernels::attention::{Documents, Heads};
 use rekindle_kernels::dropout::{Key, Token, Tokens};
@@ -13,6 +15,7 @@ use crate::adapt::Replaced;
 use crate::block::{Block, Context, Kept, Saved};
 use crate::names::Projection;
 use crate::quantization::Quantization;
+use crate::start::Taken;
 use crate::{Batch, Error, ModelConfig};
 
 /// A Qwen2, Qwen3 or Llama model with its trainable parameters.
@@ -42,6 +45,10 @@ pub struct CausalLm {
     pub(crate) name_or_path: String,
     /// Of a name on the hub: the revision that was asked for.
     pub(crate) revision: Option<String>,
+    /// The directory of the checkpoint.
+    pub(crate) path: PathBuf,
+    /// What the adapter took out of the base.
+    pub(crate) taken: Taken,
 }
 
 /// What dropout masks of a step depend on.

@@ -50,7 +50,9 @@ pub use rekindle_hub::{AtomicDir, write_atomic};
 pub use rekindle_hub::{HubErrorKind, cache};
 pub use rekindle_kernels::cuda::{Report as CudaReport, report as cuda_report};
 pub use rekindle_kernels::{DeviceKind, parse_device};
-pub use rekindle_lora::{BLOCK_LINEARS, Bias, GradientCheckpointing, InitLoraWeights, LoraConfig, TargetModules};
+pub use rekindle_lora::{
+    BLOCK_LINEARS, Bias, GradientCheckpointing, InitLoraWeights, LoftqConfig, LoraConfig, TargetModules,
+};
 pub use rekindle_models::{
     CausalLm, GenerationConfig, LoadIn, MemoryClass, MemoryLine, MemoryReport, ModelConfig, Positions, RopeError,
     RopeScaling, StopReason, Widened,

@@ -107,7 +107,7 @@ impl Merge {
         let load = |dir: &Path| FastLanguageModel::from_pretrained(dir).dtype(Dtype::F32).device(device);
         let (base, adapter) = self.directories()?;
         // One model in memory at a time.
-        let base = load(&base).for_adapter(&adapter).load_model()?;
+        let base = load(&base).for_adapter(&adapter).in_codes_of(&adapter)?.load_model()?;
         let expected = losses(&base.load_adapter(&adapter)?)?;
         let got = losses(&load(merged.as_ref()).load_model()?)?;
         let differences: Vec<f64> = expected.iter().zip(&got).map(|(a, b)| f64::from((a - b).abs())).collect();

@@ -1,13 +1,16 @@
 //! `FastLanguageModel::from_pretrained`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
 use rekindle_data::Tokenizer;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::GradientCheckpointing;
-use rekindle_models::{CausalLm, LoadIn, LoadOptions, ModelConfig, RopeScaling, saved_positions};
+use rekindle_lora::peft::AdapterConfig;
+use rekindle_models::{
+    CausalLm, LoadIn, LoadOptions, ModelConfig, RopeScaling, TrainedOn, saved_positions, trained_on,
+};
 use rekindle_quant::QuantConfig;
 use serde::{Deserialize, Serialize};
 
@@ -193,6 +196,25 @@ impl Loader {
     pub fn fast_inference(mut self, fast_inference: bool) -> Self {
         self.fast_inference = fast_inference;
         self
+    }
+
+    /// Quantizes a dense base while loading as the adapter in `dir` needs it, if it starts from what codes miss (LoftQ).
+    ///
+    /// # Errors
+    /// [`Error::Model`] for an adapter whose configuration cannot be read.
+    pub(crate) fn in_codes_of(mut self, dir: &Path) -> Result<Self, Error> {
+        let stored = Checkpoint::open(&self.path)?.config().get("quantization_config").is_some_and(|v| !v.is_null());
+        match trained_on(&AdapterConfig::open(dir).map_err(rekindle_models::Error::from)?)? {
+            Some(TrainedOn { load_in, skip_modules }) if !stored => {
+                self.load_in_8bit = load_in == LoadIn::EightBit;
+                if let LoadIn::FourBit(config) = load_in {
+                    (self.load_in_4bit, self.quant_config) = (true, config);
+                }
+                self.skip_modules = skip_modules;
+                Ok(self)
+            }
+            _ => Ok(self),
+        }
     }
 
     /// Is told the bytes read so far and in all.

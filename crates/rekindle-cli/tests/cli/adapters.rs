@@ -27,6 +27,45 @@ fn a_run_is_merged_and_verified() {
     assert_ne!(merged, loss(format!("--model {}", base.display())));
 }
 
+/// Adapters that start from the weights are saved and merged for the base as it was.
+#[test]
+fn starts_from_weights_are_run_and_merged() {
+    for (number, arguments) in [
+        &["lora.init_lora_weights=pissa_niter_4"][..],
+        &["lora.init_lora_weights=olora", "lora.use_rslora=true"],
+        &["lora.init_lora_weights=loftq", "model.load_in_4bit=true"],
+    ]
+    .iter()
+    .enumerate()
+    {
+        let scratch = Scratch::new();
+        scratch.train(arguments).ok();
+        let (run_dir, out) = (scratch.path("out"), scratch.path("merged"));
+        let done = run(&format!("merge {} --out {} --verify --device cpu", run_dir.display(), out.display())).ok();
+        assert!(done.stderr.contains("losses of adapter and merged model differ by"), "{}", done.stderr);
+        let resolved = std::fs::read_to_string(run_dir.join("run.toml")).unwrap();
+        let name = arguments[0].split('=').next_back().unwrap();
+        assert!(resolved.contains(&format!("init_lora_weights = \"{name}\"")), "{resolved}");
+        let rows = golden("qwen3-tied/rows.jsonl");
+        let adapter = run_dir.join("adapter");
+        let eval = |more: &str| {
+            let model = golden("qwen3-tied");
+            let (model, adapter, rows) = (model.display(), adapter.display(), rows.display());
+            run(&format!("eval --device cpu --json --data {rows} --model {model} --adapter {adapter}{more}"))
+        };
+        let merged =
+            run(&format!("eval --device cpu --json --data {} --model {}", rows.display(), out.display())).json();
+        let adapted = if number == 2 {
+            eval("").fails(2, &["(loftq)", "load_in_4bit"]);
+            eval(" --load-in-4bit").json()
+        } else {
+            eval("").json()
+        };
+        let (adapted, merged) = (adapted["loss"].as_f64().unwrap(), merged["loss"].as_f64().unwrap());
+        assert!((adapted - merged).abs() <= 1e-5 * adapted, "{arguments:?}: {adapted} and {merged}");
+    }
+}
+
 #[test]
 fn merging_what_is_no_adapter_is_refused() {
     let scratch = Scratch::new();
@@ -50,7 +89,10 @@ fn arguments_that_cannot_be_met_name_the_nearest() {
         ("lora.bias=some", ["bias \"some\"", "\"lora_only\""]),
         ("lora.lora_dropout=1.5", ["lora_dropout is 1.5", "below 1"]),
         ("lora.r=0", ["r is 0", "at least 1"]),
-        ("lora.init_lora_weights=pissa", ["init_lora_weights \"pissa\" is not supported", "\"gaussian\""]),
+        ("lora.init_lora_weights=pisa", ["init_lora_weights \"pisa\" is not supported", "nearest: \"pissa\""]),
+        ("lora.init_lora_weights=pissa_niter_x", ["\"pissa_niter_N\" with a number", "nearest: \"pissa_niter_16\""]),
+        ("lora.init_lora_weights=loftq", ["is dense", "load_in_4bit"]),
+        ("lora.loftq_config={loftq_iter=2}", ["loftq_iter is 2", "only 1"]),
         ("lora.use_gradient_checkpointing=\"offload\"", ["use_gradient_checkpointing", "unsloth"]),
     ] {
         scratch.train(&[argument]).fails(2, &parts);

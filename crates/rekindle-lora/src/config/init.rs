@@ -1,5 +1,7 @@
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::error::nearest_hint;
+
 /// The initial values of A and B.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum InitLoraWeights {
@@ -10,8 +12,36 @@ pub enum InitLoraWeights {
     Random,
     /// `"gaussian"`: A normal with standard deviation 1/r, B zero.
     Gaussian,
+    /// `"pissa"`: the r principal singular triplets of the weight, which the base loses (arXiv:2404.02948).
+    Pissa,
+    /// `"pissa_niter_N"`: the same by N rounds of a randomized iteration.
+    PissaNiter(u32),
+    /// `"olora"`: the first r columns and rows of the weight's QR decomposition, which the base loses (arXiv:2406.01775).
+    Olora,
+    /// `"loftq"`: what the codes of a weight that is quantized while loading miss of it (arXiv:2310.08659).
+    Loftq,
     /// Another method's name. An adapter that started with it can be loaded; a new one cannot be made.
     Other(String),
+}
+
+/// The names that can be asked for.
+const NAMES: [&str; 5] = ["gaussian", "pissa", "pissa_niter_16", "olora", "loftq"];
+
+impl InitLoraWeights {
+    /// Whether the base loses what the adapter starts with.
+    pub fn changes_base(&self) -> bool {
+        matches!(self, Self::Pissa | Self::PissaNiter(_) | Self::Olora)
+    }
+
+    /// What is wrong with it for a new adapter.
+    pub(super) fn problem(&self) -> Option<String> {
+        let Self::Other(name) = self else { return None };
+        let hint = nearest_hint(name, NAMES);
+        Some(format!(
+            "init_lora_weights \"{name}\" is not supported; use true, false, \"gaussian\", \"pissa\", \
+             \"pissa_niter_N\" with a number for N, \"olora\" or \"loftq\"{hint}"
+        ))
+    }
 }
 
 impl Serialize for InitLoraWeights {
@@ -20,6 +50,10 @@ impl Serialize for InitLoraWeights {
             Self::Default => serializer.serialize_bool(true),
             Self::Random => serializer.serialize_bool(false),
             Self::Gaussian => serializer.serialize_str("gaussian"),
+            Self::Pissa => serializer.serialize_str("pissa"),
+            Self::PissaNiter(rounds) => serializer.collect_str(&format_args!("pissa_niter_{rounds}")),
+            Self::Olora => serializer.serialize_str("olora"),
+            Self::Loftq => serializer.serialize_str("loftq"),
             Self::Other(name) => serializer.serialize_str(name),
         }
     }
@@ -36,8 +70,14 @@ impl<'de> Deserialize<'de> for InitLoraWeights {
         Ok(match Raw::deserialize(deserializer)? {
             Raw::Flag(true) => Self::Default,
             Raw::Flag(false) => Self::Random,
-            Raw::Name(name) if name == "gaussian" => Self::Gaussian,
-            Raw::Name(name) => Self::Other(name),
+            Raw::Name(name) => match (name.as_str(), name.strip_prefix("pissa_niter_").map(str::parse)) {
+                ("gaussian", _) => Self::Gaussian,
+                ("pissa", _) => Self::Pissa,
+                ("olora", _) => Self::Olora,
+                ("loftq", _) => Self::Loftq,
+                (_, Some(Ok(rounds))) => Self::PissaNiter(rounds),
+                _ => Self::Other(name),
+            },
         })
     }
 }

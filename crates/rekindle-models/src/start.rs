@@ -1,0 +1,258 @@
+//! Where new adapters start, what some of them take out of the base, and how it comes back.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::DType;
+use rekindle_hub::Checkpoint;
+use rekindle_kernels::packed::{Absmax, Format};
+use rekindle_kernels::{Device, Weight, from_f32, to_f32};
+use rekindle_lora::peft::AdapterConfig;
+use rekindle_lora::{Adapter, Factors, InitLoraWeights, LoraConfig, Start, initial_factors, loftq, taken, to_plain};
+use rekindle_quant::{Blocksize, Origin, QuantConfig};
+use serde_json::{Map, Value, json};
+
+use crate::block::Block;
+use crate::load::frozen;
+use crate::quantization::{LoadIn, Plan};
+use crate::{CausalLm, Error};
+
+/// What the adapter on the model took out of the base.
+#[derive(Debug, Default)]
+pub(crate) struct Taken {
+    /// By the linear's name.
+    parts: BTreeMap<String, Part>,
+    /// Where the weights are read again.
+    checkpoint: Option<Checkpoint>,
+}
+
+#[derive(Debug)]
+struct Part {
+    factors: Factors,
+    /// The weight as it was, where that is not in the checkpoint.
+    kept: Option<Weight>,
+}
+
+impl Taken {
+    /// The factors for the base as it was.
+    pub(crate) fn plain(&self, module: &str, now: Factors) -> Factors {
+        self.parts.get(module).map_or_else(|| now.clone(), |part| to_plain(&now, &part.factors))
+    }
+}
+
+impl CausalLm {
+    /// The checkpoint for an adapter that starts from weights; `None` for one that does not.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the targets are not kept as `config.init_lora_weights` needs them.
+    pub(crate) fn start_source(&self, config: &LoraConfig, targets: &[String]) -> Result<Option<Checkpoint>, Error> {
+        let init = &config.init_lora_weights;
+        let needs_codes = *init == InitLoraWeights::Loftq;
+        if !needs_codes && !init.changes_base() {
+            return Ok(None);
+        }
+        let in_codes = |name: &&String| matches!(self.linear(name).weight, Weight::Packed(_));
+        let name = json!(init);
+        if let (Some(linear), true) = (targets.iter().find(in_codes), init.changes_base()) {
+            return Err(Error::Argument(format!(
+                "init_lora_weights {name} takes a part out of the base weights, and {linear} is kept in codes, which \
+                 cannot give it exactly; use \"loftq\" on a base that is quantized while loading, or load it in 16 bits"
+            )));
+        }
+        if let (Some(linear), true) = (targets.iter().find(|name| !in_codes(name)), needs_codes) {
+            return Err(Error::Argument(format!(
+                "init_lora_weights {name} starts from what codes miss of a weight, and {linear} is dense; add \
+                 load_in_4bit or load_in_8bit, leave the linear out of the targets, or use \"pissa\""
+            )));
+        }
+        let checkpoint = Checkpoint::open(&self.path)?;
+        if needs_codes && checkpoint.config().get("quantization_config").is_some_and(|v| !v.is_null()) {
+            return Err(Error::Argument(format!(
+                "init_lora_weights {name} starts from what codes miss of a weight, and {} holds nothing but the codes; \
+                 load the 16-bit checkpoint that it was made from with load_in_4bit or load_in_8bit",
+                self.path.display()
+            )));
+        }
+        self.check_loftq_bits(config, &targets[0])?;
+        Ok(Some(checkpoint))
+    }
+
+    fn check_loftq_bits(&self, config: &LoraConfig, target: &str) -> Result<(), Error> {
+        let (Some(asked), Some(codes)) = (config.loftq_config, self.codes(target)) else { return Ok(()) };
+        if codes["loftq_bits"] == json!(asked.loftq_bits) {
+            return Ok(());
+        }
+        Err(Error::Argument(format!(
+            "loftq_bits is {}, and the base is in codes of {} bits; leave it out, or load the base with {}",
+            asked.loftq_bits,
+            codes["loftq_bits"],
+            if asked.loftq_bits == 8 { "load_in_8bit" } else { "load_in_4bit" }
+        )))
+    }
+
+    /// The first factors of every target; of those that the base loses, it loses them here. `source` is what
+    /// [`start_source`](Self::start_source) gave.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a weight that is not finite; the base is then as it was.
+    pub(crate) fn starts(
+        &mut self,
+        config: &LoraConfig,
+        targets: &[String],
+        source: Option<Checkpoint>,
+    ) -> Result<Vec<Factors>, Error> {
+        let Some(checkpoint) = source else {
+            let start = |name: &String| {
+                let [out, input] = self.linear(name).weight.dims();
+                initial_factors(config, name, input, out)
+            };
+            return Ok(targets.iter().map(start).collect());
+        };
+        let starts = targets.iter().map(|name| match config.init_lora_weights {
+            InitLoraWeights::Loftq => self.missed(config, name, &checkpoint),
+            _ => self.take(config, name, &checkpoint),
+        });
+        let starts: Result<Vec<Factors>, Error> = starts.collect();
+        self.taken.checkpoint = Some(checkpoint);
+        if starts.is_err() {
+            self.put_back();
+        }
+        starts
+    }
+
+    /// What codes miss of a weight.
+    fn missed(&self, config: &LoraConfig, name: &str, checkpoint: &Checkpoint) -> Result<Factors, Error> {
+        let Weight::Packed(packed) = &self.linear(name).weight else { unreachable!("the source was checked") };
+        let view = checkpoint.get(&format!("{name}.weight")).expect("the codes were made from it");
+        let w = view.to_f32()?;
+        let decoded = to_f32(packed.decode(DType::F32));
+        self.device.check()?;
+        check_finite(name, &w)?;
+        Ok(loftq(config, name, &w, packed.dims(), 1, |_| decoded.clone()).factors)
+    }
+
+    fn take(&mut self, config: &LoraConfig, name: &str, checkpoint: &Checkpoint) -> Result<Factors, Error> {
+        let weight = self.linear(name).weight.clone();
+        let shape = weight.dims();
+        let w = to_f32(weight.matrix(&self.params));
+        self.device.check()?;
+        check_finite(name, &w)?;
+        let stored = match checkpoint.get(&format!("{name}.weight")) {
+            Some(view) if view.shape == shape => to_f32(frozen(&view, shape, &Device::cpu(), self.dtype)?) == w,
+            _ => false,
+        };
+        let Start { factors, base } = taken(config, name, &w, shape).expect("the source is for nothing else");
+        let base = Weight::Frozen(from_f32(base, shape, &self.device, self.dtype));
+        self.set_weight(name, base);
+        let kept = (!stored).then_some(weight);
+        self.taken.parts.insert(name.to_owned(), Part { factors: factors.clone(), kept });
+        Ok(factors)
+    }
+
+    /// Gives the base back what the adapter took. There is no adapter at this time.
+    pub(crate) fn put_back(&mut self) {
+        let Taken { parts, checkpoint } = core::mem::take(&mut self.taken);
+        for (name, part) in parts {
+            let weight = part.kept.unwrap_or_else(|| {
+                let checkpoint = checkpoint.as_ref().expect("it is opened before anything is taken");
+                let view = checkpoint.get(&format!("{name}.weight")).expect("the weight was compared with it");
+                let shape = self.linear(&name).weight.dims();
+                Weight::Frozen(frozen(&view, shape, &self.device, self.dtype).expect("it has been read before"))
+            });
+            self.set_weight(&name, weight);
+        }
+    }
+
+    /// What the codes of `linear` are, as adapters made for them say it; `None` for a dense weight.
+    pub(crate) fn codes(&self, linear: &str) -> Option<Map<String, Value>> {
+        let Weight::Packed(packed) = &self.linear(linear).weight else { return None };
+        let quantization = self.quantization.as_ref().expect("a model with codes says where they came from");
+        let skipped = quantization.config.to_json()["llm_int8_skip_modules"].clone();
+        let codes = match (&packed.codes().format, &quantization.origins[&format!("{linear}.weight")]) {
+            (Format::FourBit { blocksize, absmax, .. }, Origin::FourBit { quant_type, .. }) => json!({
+                "loftq_bits": 4, "loftq_iter": 1, "quant_type": quant_type.name(), "blocksize": blocksize,
+                "double_quant": matches!(absmax, Absmax::Double { .. }), "skip_modules": skipped,
+            }),
+            _ => json!({ "loftq_bits": 8, "loftq_iter": 1, "skip_modules": skipped }),
+        };
+        codes.as_object().cloned()
+    }
+
+    /// Refuses an adapter that was made for other codes than those of this model.
+    pub(crate) fn check_codes(&self, dir: &Path, adapter: &Adapter) -> Result<(), Error> {
+        let Some(wanted) = adapter.config.codes() else { return Ok(()) };
+        let Some(TrainedOn { load_in, .. }) = trained_on(&adapter.config)? else { return Ok(()) };
+        let same = |found: &Map<String, Value>| {
+            ["loftq_bits", "quant_type", "blocksize", "double_quant"]
+                .iter()
+                .all(|key| found.get(*key) == wanted.get(*key))
+        };
+        let fits = |name: &&String| self.codes(name).is_some_and(|found| same(&found));
+        let Some(linear) = adapter.factors.keys().find(|name| !fits(name)) else { return Ok(()) };
+        Err(Error::Argument(format!(
+            "the adapter in {} starts from what codes miss of their weights (loftq), and {linear} is not in these codes: \
+             {}; load the base with {}",
+            dir.display(),
+            Value::from(wanted.clone()),
+            load_in.argument()
+        )))
+    }
+
+    fn set_weight(&mut self, name: &str, weight: Weight) {
+        let linears = self.blocks.iter_mut().flat_map(Block::groups_mut).flat_map(|group| group.linears_mut());
+        linears.filter(|linear| linear.name == name).for_each(|linear| linear.weight = weight.clone());
+    }
+}
+
+/// The base that an adapter was made for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrainedOn {
+    /// Its codes.
+    pub load_in: LoadIn,
+    /// The modules that stayed dense.
+    pub skip_modules: Option<Vec<String>>,
+}
+
+/// The codes that a LoftQ adapter was made for; `None` for any other adapter.
+///
+/// # Errors
+/// [`Error::Argument`] for codes that are not known here.
+pub fn trained_on(config: &AdapterConfig) -> Result<Option<TrainedOn>, Error> {
+    // PEFT leaves these alone: there it is an argument, and nothing says what the codes were.
+    let Some(codes) = config.codes().filter(|codes| codes.contains_key("skip_modules")) else { return Ok(None) };
+    let unknown =
+        || Error::Argument(format!("loftq_config {} names codes that are not known", Value::from(codes.clone())));
+    let skip_modules = serde_json::from_value(codes["skip_modules"].clone()).map_err(|_| unknown())?;
+    if codes.get("loftq_bits") == Some(&json!(8)) {
+        return Ok(Some(TrainedOn { load_in: LoadIn::EightBit, skip_modules }));
+    }
+    let size = codes.get("blocksize").and_then(Value::as_u64).and_then(|size| Blocksize::new(size as usize).ok());
+    let quant_type = codes.get("quant_type").and_then(Value::as_str).and_then(|name| name.parse().ok());
+    let double_quant = codes.get("double_quant").and_then(Value::as_bool);
+    match (quant_type, size, double_quant) {
+        (Some(quant_type), Some(blocksize), Some(double_quant)) => {
+            let load_in = LoadIn::FourBit(Some(QuantConfig { quant_type, blocksize, double_quant }));
+            Ok(Some(TrainedOn { load_in, skip_modules }))
+        }
+        _ => Err(unknown()),
+    }
+}
+
+/// How `base` is read for a merge with an adapter: in the codes that it was made for, if it was made for any.
+pub(crate) fn plan(base: &Checkpoint, adapter: &Adapter) -> Result<Option<Plan>, Error> {
+    let stored = Plan::of(base, None, None)?;
+    match (stored, trained_on(&adapter.config)?) {
+        (None, Some(on)) => Plan::of(base, Some(on.load_in), on.skip_modules.as_deref()),
+        (stored, _) => Ok(stored),
+    }
+}
+
+fn check_finite(name: &str, w: &[f32]) -> Result<(), Error> {
+    match w.iter().find(|w| !w.is_finite()) {
+        None => Ok(()),
+        Some(value) => Err(Error::Argument(format!(
+            "tensor \"{name}.weight\" holds {value}; an adapter starts from a weight that is finite (use \
+             init_lora_weights = true)"
+        ))),
+    }
+}
