@@ -31,12 +31,21 @@ pub(crate) fn print(job: &Job) -> Result<(), Failure> {
     output::line(&format!("{}\n{comments}# a dry run: nothing was written", config.to_toml()))
 }
 
-fn trainable(job: &Job) -> String {
+/// How much is trained, and what it takes beside the weights.
+pub(crate) fn trainable(job: &Job) -> String {
     let model = job.model.causal_lm();
     let trained = model.params().numel();
     let all = model.num_parameters() + if model.lora().is_some() { trained } else { 0 };
     let share = 100.0 * trained as f64 / all as f64;
-    format!("{trained} of {all} parameters are trained ({share:.2} %)")
+    // Parameters, gradients and both moments are f32.
+    let mb = |numbers: usize| 4e-6 * (numbers * trained) as f64;
+    format!(
+        "{trained} of {all} parameters are trained ({share:.2} %): {:.1} MB, {:.1} MB of gradients and {:.1} MB of \
+         optimizer state",
+        mb(1),
+        mb(1),
+        mb(2)
+    )
 }
 
 fn steps(job: &Job, train: &Dataset) -> String {

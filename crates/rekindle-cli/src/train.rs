@@ -19,6 +19,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     if args.dry_run {
         return dry_run::print(&job);
     }
+    eprintln!("{}", dry_run::trainable(&job));
     let resolved = write_resolved(&job.config, &args.run_file)?;
     let report = job.fit()?;
     summarize(&report, &job.config.output_dir, &resolved);
@@ -79,7 +80,10 @@ impl Job {
 fn adapt(model: Model, section: &ModelSection, lora: &mut LoraSection) -> Result<Model, Failure> {
     let given = model.causal_lm().lora().is_some().then_some(&section.name_or_path);
     let (mut model, name) = match (given, &lora.init_from) {
-        (None, None) => return Ok(model.get_peft_model(lora.config.clone())?),
+        (None, None) => {
+            lora.config.advice().iter().for_each(|advice| eprintln!("[lora] {advice}"));
+            return Ok(model.get_peft_model(lora.config.clone())?);
+        }
         (None, Some(name)) => (open::load_adapter(model, section, name)?, name),
         (Some(name), None) => (model, name),
         (Some(name), Some(_)) => {

@@ -1,3 +1,4 @@
+mod advice;
 mod bias;
 mod checkpointing;
 mod init;

@@ -67,6 +67,22 @@ fn starts_from_weights_are_run_and_merged() {
 }
 
 #[test]
+fn what_is_seldom_meant_is_said_and_done() {
+    let scratch = Scratch::new();
+    let done = scratch.train(&["lora.lora_alpha=32", "lora.target_modules=[\"q_proj\"]"]).ok();
+    for part in [
+        "[lora] target_modules are attention's alone",
+        "[lora] lora_alpha is 32 at r = 2, a scale of 16; usual are r and 2r: 2 or 4",
+        "parameters are trained (",
+        "MB of optimizer state",
+    ] {
+        assert!(done.stderr.contains(part), "{part}: {}", done.stderr);
+    }
+    let done = scratch.train(&["lora.lora_alpha=4"]).ok();
+    assert!(!done.stderr.contains("[lora]"), "{}", done.stderr);
+}
+
+#[test]
 fn merging_what_is_no_adapter_is_refused() {
     let scratch = Scratch::new();
     let base = golden("qwen2");
