@@ -24,10 +24,11 @@ const ADAPTER: &str = "adapter_model.safetensors";
 
 type Check = fn(&Device);
 
-const CHECKS: [(&str, Check); 10] = [
+const CHECKS: [(&str, Check); 11] = [
     ("losses of every model", losses),
     ("losses over codes", losses_over_codes),
     ("losses of every LoRA option", losses_of_options),
+    ("starts from the weights", starts),
     ("greedy generation", generation),
     ("packed rows have the losses of rows alone", packing),
     ("optimizer steps", steps),
@@ -116,6 +117,48 @@ fn losses_of_options(device: &Device) {
             assert!(near, "{base}/{adapter}");
         }
     }
+}
+
+/// What pissa and olora take out of the base they leave the function, and the base gets back; loftq is the CPU's.
+fn starts(device: &Device) {
+    let golden = Golden::open("qwen3-tied");
+    let batch = golden.packed();
+    let losses = |model: &CausalLm| model.nll(&batch).expect("golden rows fit");
+    let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs().max(1.0));
+    let adamw = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
+    let trained = |model: &mut CausalLm| {
+        let mut optimizer = Optimizer::new(model, adamw, 0).expect("something is trained");
+        for _ in 0..3 {
+            optimizer.step(model, std::slice::from_ref(&batch), 1e-2).expect("golden rows fit");
+        }
+        losses(model)
+    };
+    let config = |init| LoraConfig::new(4).lora_alpha(6.0).init_lora_weights(init);
+    let base = losses(&golden.load());
+    for init in [InitLoraWeights::Pissa, InitLoraWeights::Olora] {
+        let mut model = on(device, &golden);
+        // An adapter before it: its weights then lie in a stack.
+        model.add_adapter(&LoraConfig::new(2)).expect("a valid configuration");
+        model.add_adapter(&config(init.clone())).expect("a valid configuration");
+        assert!(near(&losses(&model), &base), "{init:?}: the start");
+        let after = trained(&mut model);
+        assert!(!near(&after, &base), "{init:?}: training is felt");
+        let out = tempfile::tempdir().expect("a temporary directory");
+        model.adapter().expect("it is on").save(out.path()).expect("the disk has room");
+        model.load_adapter(out.path()).expect("it was just written");
+        assert!(near(&losses(&model), &after), "{init:?}: the saved adapter");
+        model.remove_adapter();
+        assert!(near(&losses(&model), &base), "{init:?}: the base");
+    }
+    let started = |device: &Device| {
+        let mut model = golden.load_with(|options| {
+            options.device = device.clone();
+            options.load_in = Some(LoadIn::FourBit(None));
+        });
+        model.add_adapter(&config(InitLoraWeights::Loftq)).expect("a valid configuration");
+        losses(&model)
+    };
+    assert!(near(&started(device), &started(&Device::cpu())), "loftq");
 }
 
 fn generation(device: &Device) {

@@ -12,7 +12,8 @@ use crate::quantization::hub_dtype;
 use crate::{CausalLm, Error};
 
 impl CausalLm {
-    /// Writes `config.json` and the weights, as `dtype`, into the existing directory `dir`.
+    /// Writes `config.json` and the weights, as `dtype`, into the existing directory `dir`: those under the adapter, if there
+    /// is one, which is what a pissa or olora adapter left of them.
     ///
     /// # Errors
     /// [`Error::File`] when the system refuses.
