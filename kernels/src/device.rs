@@ -97,13 +97,8 @@ pub enum DeviceError {
     #[error("{0}")]
     Cuda(Box<CudaError>),
     /// `auto` found an NVIDIA GPU that cannot be used.
-    #[error("device \"auto\" is \"cuda:{index}\" here, and that cannot be used: {error}; or use device \"cpu\"")]
-    Auto {
-        /// Its index.
-        index: usize,
-        /// Why not.
-        error: Box<CudaError>,
-    },
+    #[error("device \"auto\" found an NVIDIA driver or GPU that cannot be used: {0}; or use device \"cpu\"")]
+    Auto(Box<CudaError>),
     /// The backend is there, the device is not.
     #[error("device \"{name}\" is not on this machine ({found} found); use device \"cpu\" or another index")]
     Absent {
@@ -151,8 +146,9 @@ pub fn parse(name: &str) -> Result<DeviceKind, DeviceError> {
 pub fn open(kind: DeviceKind) -> Result<(Device, DeviceKind), DeviceError> {
     let device = match kind {
         DeviceKind::Auto => {
-            let Some(index) = cuda::first() else { return open(DeviceKind::Cpu) };
-            let cuda = Cuda::open(index).map_err(|error| DeviceError::Auto { index, error: Box::new(error) })?;
+            let unusable = |error| DeviceError::Auto(Box::new(error));
+            let Some(index) = cuda::first().map_err(unusable)? else { return open(DeviceKind::Cpu) };
+            let cuda = Cuda::open(index).map_err(unusable)?;
             return Ok((Device::Cuda(cuda), DeviceKind::Cuda(index)));
         }
         DeviceKind::Cpu => Device::cpu(),

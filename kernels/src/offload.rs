@@ -41,6 +41,8 @@ impl Offloaded {
         // In memory of its own, which goes back when the copy is done.
         match tensor.detached() {
             Tensor::Cuda(array) => match array.into_buffer() {
+                // There is no memory of no bytes.
+                Ok((buffer, shape)) if buffer.bytes() == 0 => Self::here(Array::from_buffer(buffer, shape).into()),
                 Ok((buffer, shape)) => {
                     let (cuda, bytes) = (buffer.cuda().clone(), buffer.bytes());
                     let host = cuda.pinned(bytes);

@@ -62,9 +62,25 @@ pub fn count() -> usize {
     if counted { usize::try_from(count).unwrap_or(0) } else { 0 }
 }
 
-/// The first device that is new enough for the kernels.
-pub fn first() -> Option<usize> {
-    (0..count()).find(|&index| facts(index).is_ok_and(|facts| facts.major >= OLDEST))
+/// The first device that is new enough for the kernels; `None` where there is no driver or no such device.
+///
+/// # Errors
+/// For a driver that is too old or does not start.
+pub fn first() -> Result<Option<usize>, CudaError> {
+    const NO_DEVICE: i32 = sys::CUresult::CUDA_ERROR_NO_DEVICE as i32;
+    if find::ensure(Library::Driver).is_err() {
+        return Ok(None);
+    }
+    match start() {
+        Err(CudaError::Call { code: NO_DEVICE, .. }) => return Ok(None),
+        started => started?,
+    }
+    for index in 0..count() {
+        if facts(index)?.major >= OLDEST {
+            return Ok(Some(index));
+        }
+    }
+    Ok(None)
 }
 
 /// Major number of the oldest compute capability that the kernels are for.

@@ -55,7 +55,8 @@ fn add_onto(y: Array, alpha: f32, a: &Array, b: &Array, form: Form, bias: Option
             None => y,
         };
     }
-    let in_place = y.is_unique();
+    // With a bias a product cannot be timed on y, whose values must stay what they are.
+    let in_place = y.is_unique() && bias.is_none();
     let out = if in_place { y.clone() } else { super::like(&y) };
     let gemm = Gemm::new(form, shape, a.operand(), b.operand(), out.operand());
     let c = (!in_place).then(|| y.operand());
