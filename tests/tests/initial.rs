@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use rekindle::{DeviceKind, FastLanguageModel};
 use rekindle_hub::{Checkpoint, Dtype};
 use rekindle_lora::{Adapter, Factors, InitLoraWeights, LoraConfig};
 use rekindle_models::{CausalLm, LoadIn, merge};
@@ -273,12 +274,21 @@ fn loftq_starts_nearer_to_the_base_than_its_codes() {
         let error = golden.load().load_adapter(&saved).expect_err("the base is dense").to_string();
         assert!(error.contains("(loftq)") && error.contains(load_in.argument()), "{error}");
 
+        // The adapter brings the codes of its base along.
+        let loader =
+            FastLanguageModel::from_pretrained(&golden.dir).device(DeviceKind::Cpu).dtype(rekindle::Dtype::F32);
+        let brought = loader.for_adapter(&saved).load_model().and_then(|model| model.load_adapter(&saved));
+        assert_eq!(losses(brought.expect("the base is quantized as the adapter says").causal_lm()), trained);
+
         // Onto the codes that it was trained on, made of the dense checkpoint again.
         let checkpoint = Checkpoint::open(&golden.dir).expect("a golden checkpoint opens");
         let adapter = Adapter::load(&saved, &model.modules()).expect("it was just written");
         let merged = out.path().join("merged");
         std::fs::create_dir(&merged).expect("the disk has room");
         merge(&checkpoint, &adapter, None, None, &merged, &mut |_| ()).expect("the disk has room");
+        let others = Checkpoint::open(&goldens().join("quantized/qwen3-tied-fp4")).expect("a golden checkpoint opens");
+        let error = merge(&others, &adapter, None, None, &out.path().join("wrong"), &mut |_| ());
+        assert!(error.is_err(), "{load_in:?}: these are other codes");
         model.merge_and_unload().expect("the CPU has room");
         for merged in [Golden { dir: merged, ..Golden::open(BASE) }.load(), model] {
             assert!(apart(&losses(&merged), &trained) < 1e-5, "{load_in:?}: {:e}", apart(&losses(&merged), &trained));

@@ -44,13 +44,17 @@ impl Job {
             loader = loader.for_adapter(fetch::directory(config.model.source(start))?);
         }
         let (mut model, tokenizer) = open::load(loader)?;
+        let given = model.causal_lm().lora().is_some();
+        let starts_from_adapter = given || config.lora.as_ref().is_some_and(|lora| lora.init_from.is_some());
         if let Some(lora) = &mut config.lora {
             model = adapt(model, &config.model, lora)?;
         }
         config.device = model.device().to_string();
         config.model.dtype = model.dtype();
         config.model.max_seq_length = Some(model.causal_lm().max_seq_length());
-        if let Some(widened) = model.causal_lm().widened() {
+        // An adapter that is gone on with says it itself, with a window that a table could not give.
+        let from_adapter = config.model.rope_scaling.is_none() && starts_from_adapter;
+        if let Some(widened) = model.causal_lm().widened().filter(|_| !from_adapter) {
             config.model.rope_scaling = Some(widened.request.clone().into());
         }
         config.model.fill_quant_config(&model);

@@ -58,7 +58,8 @@ impl CausalLm {
         let saved = modules.saved(config)?;
         self.check_placeable()?;
         let source = self.start_source(config, &targets)?;
-        // Nothing can be refused any more: the earlier adapter may go.
+        // From here on only the device can fail, or a weight that is not finite where the adapter starts from it: the
+        // earlier adapter may go.
         self.remove_adapter();
         let mut factors = BTreeMap::new();
         let starts = self.starts(config, &targets, source)?;

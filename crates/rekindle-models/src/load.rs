@@ -132,6 +132,7 @@ impl CausalLm {
             widened,
             path: checkpoint.path().to_owned(),
             taken: Taken::default(),
+            merged: false,
             config,
         })
     }

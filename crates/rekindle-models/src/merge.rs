@@ -143,6 +143,11 @@ impl Source<'_> {
 }
 
 impl CausalLm {
+    /// Whether an adapter was merged into the weights, which are then no longer those of the checkpoint.
+    pub fn is_merged(&self) -> bool {
+        self.merged
+    }
+
     /// Adds the adapter into the weights and takes it off: the same function, without the adapter's cost. Codes of
     /// merged linears become dense. Without an adapter nothing happens.
     ///
@@ -151,6 +156,7 @@ impl CausalLm {
     pub fn merge_and_unload(&mut self) -> Result<(), Error> {
         let Some(adapter) = self.adapter() else { return Ok(()) };
         self.remove_adapter();
+        self.merged = true;
         let (device, dtype) = (self.device.clone(), self.dtype);
         let frozen = |values: Vec<f32>, shape: [usize; 2]| Weight::Frozen(from_f32(values, shape, &device, dtype));
         for linear in self.blocks.iter_mut().flat_map(Block::groups_mut).flat_map(|group| group.linears_mut()) {

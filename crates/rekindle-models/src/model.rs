@@ -49,6 +49,8 @@ pub struct CausalLm {
     pub(crate) path: PathBuf,
     /// What the adapter took out of the base.
     pub(crate) taken: Taken,
+    /// Whether the weights have an adapter in them that the checkpoint has not.
+    pub(crate) merged: bool,
 }
 
 /// What dropout masks of a step depend on.

@@ -238,12 +238,13 @@ pub fn trained_on(config: &AdapterConfig) -> Result<Option<TrainedOn>, Error> {
     }
 }
 
-/// How `base` is read for a merge with an adapter: in the codes that it was made for, if it was made for any.
+/// How `base` is read for a merge with an adapter: in the codes that it was made for, if it was made for any. A base that
+/// is in other codes already is an error.
 pub(crate) fn plan(base: &Checkpoint, adapter: &Adapter) -> Result<Option<Plan>, Error> {
     let stored = Plan::of(base, None, None)?;
-    match (stored, trained_on(&adapter.config)?) {
-        (None, Some(on)) => Plan::of(base, Some(on.load_in), on.skip_modules.as_deref()),
-        (stored, _) => Ok(stored),
+    match trained_on(&adapter.config)? {
+        None => Ok(stored),
+        Some(on) => Plan::of(base, Some(on.load_in), on.skip_modules.as_deref().filter(|_| stored.is_none())),
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use rekindle_data::companion_files;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::Adapter;
@@ -10,7 +9,7 @@ use rekindle_models::{Batch, ModelConfig, Positions, saved_positions};
 use rekindle_train::write_result;
 
 use crate::source::{Access, find};
-use crate::{Dtype, Error, FastLanguageModel, Model};
+use crate::{Dtype, Error, FastLanguageModel, Files, Model};
 
 /// What to merge, and how.
 #[derive(Clone, Debug)]
@@ -93,8 +92,9 @@ impl Merge {
         let checkpoint = Checkpoint::open(&base)?;
         let modules = ModelConfig::from_checkpoint(&checkpoint)?.modules();
         let positions = saved_positions(&adapter)?;
+        let companions = Files::of(&base, &adapter).companions();
         let adapter = Adapter::load(&adapter, &modules).map_err(rekindle_models::Error::from)?;
-        write_merged(&checkpoint, &adapter, positions.as_ref(), self.dtype, out.as_ref(), progress)
+        write_merged(&checkpoint, &adapter, positions.as_ref(), &companions, self.dtype, out.as_ref(), progress)
     }
 
     /// Compares the losses of the checkpoint in `merged` with those of the base with the adapter, on rows of
@@ -107,7 +107,7 @@ impl Merge {
         let load = |dir: &Path| FastLanguageModel::from_pretrained(dir).dtype(Dtype::F32).device(device);
         let (base, adapter) = self.directories()?;
         // One model in memory at a time.
-        let base = load(&base).for_adapter(&adapter).in_codes_of(&adapter)?.load_model()?;
+        let base = load(&base).for_adapter(&adapter).load_model()?;
         let expected = losses(&base.load_adapter(&adapter)?)?;
         let got = losses(&load(merged.as_ref()).load_model()?)?;
         let differences: Vec<f64> = expected.iter().zip(&got).map(|(a, b)| f64::from((a - b).abs())).collect();
@@ -170,8 +170,15 @@ impl Model {
                  then save_pretrained"
             )));
         }
+        if self.causal_lm().is_merged() {
+            return Err(Error::Argument(
+                "an earlier adapter was merged into this model, and its checkpoint has it not; call merge_and_unload, \
+                 then save_pretrained"
+                    .to_owned(),
+            ));
+        }
         let positions = self.causal_lm().widened().map(|widened| &widened.positions);
-        write_merged(&base, &adapter, positions, dtype, dir.as_ref(), &mut |_, _| ())
+        write_merged(&base, &adapter, positions, &self.companions(), dtype, dir.as_ref(), &mut |_, _| ())
     }
 }
 
@@ -179,6 +186,7 @@ fn write_merged(
     base: &Checkpoint,
     adapter: &Adapter,
     positions: Option<&Positions>,
+    companions: &[PathBuf],
     dtype: Dtype,
     out: &Path,
     progress: &mut dyn FnMut(u64, u64),
@@ -197,7 +205,7 @@ fn write_merged(
         Dtype::F16 => Some(rekindle_hub::Dtype::F16),
     };
     let (mut done, total) = (0, base.total_bytes());
-    write_result(out, false, &companion_files(base.path()), |dir| {
+    write_result(out, false, companions, |dir| {
         Ok(rekindle_models::merge(base, adapter, positions, dtype, dir, &mut |bytes| {
             done += bytes;
             progress(done.min(total), total);

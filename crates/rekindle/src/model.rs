@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
 
-use rekindle_data::{Dataset, EncodeOptions, LoadReport, Tokenizer, companion_files, eos_token_ids};
+use rekindle_data::{Dataset, EncodeOptions, LoadReport, Tokenizer, eos_token_ids};
 use rekindle_hub::Dtype;
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::LoraConfig;
@@ -58,13 +58,7 @@ impl Model {
 
     /// The files that a saved model or adapter carries along: the tokenizer's, and what ends a generation.
     pub(crate) fn companions(&self) -> Vec<PathBuf> {
-        let mut files = companion_files(self.files.tokenizer());
-        let generation =
-            companion_files(self.path()).into_iter().filter(|path| path.ends_with("generation_config.json"));
-        if !files.iter().any(|path| path.ends_with("generation_config.json")) {
-            files.extend(generation);
-        }
-        files
+        self.files.companions()
     }
 
     /// What its weights take in memory, by class.

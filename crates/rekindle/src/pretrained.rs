@@ -1,6 +1,6 @@
 //! `FastLanguageModel::from_pretrained`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use burn::tensor::DType;
 use rekindle_data::Tokenizer;
@@ -8,9 +8,7 @@ use rekindle_hub::Checkpoint;
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::GradientCheckpointing;
 use rekindle_lora::peft::AdapterConfig;
-use rekindle_models::{
-    CausalLm, LoadIn, LoadOptions, ModelConfig, RopeScaling, TrainedOn, saved_positions, trained_on,
-};
+use rekindle_models::{CausalLm, LoadIn, LoadOptions, ModelConfig, RopeScaling, saved_positions, trained_on};
 use rekindle_quant::QuantConfig;
 use serde::{Deserialize, Serialize};
 
@@ -115,7 +113,9 @@ impl Loader {
         self
     }
 
-    /// The adapter that will be put on the model: a window that was widened when it was trained is widened alike.
+    /// The adapter that will be put on the model: a window that was widened when it was trained is widened alike, and a
+    /// dense base is quantized as an adapter asks for that starts from what codes miss (LoftQ), unless
+    /// [`load_in_4bit`](Self::load_in_4bit) and its like say how.
     pub fn for_adapter(mut self, dir: impl Into<PathBuf>) -> Self {
         self.adapter = Some(dir.into());
         self
@@ -198,25 +198,6 @@ impl Loader {
         self
     }
 
-    /// Quantizes a dense base while loading as the adapter in `dir` needs it, if it starts from what codes miss (LoftQ).
-    ///
-    /// # Errors
-    /// [`Error::Model`] for an adapter whose configuration cannot be read.
-    pub(crate) fn in_codes_of(mut self, dir: &Path) -> Result<Self, Error> {
-        let stored = Checkpoint::open(&self.path)?.config().get("quantization_config").is_some_and(|v| !v.is_null());
-        match trained_on(&AdapterConfig::open(dir).map_err(rekindle_models::Error::from)?)? {
-            Some(TrainedOn { load_in, skip_modules }) if !stored => {
-                self.load_in_8bit = load_in == LoadIn::EightBit;
-                if let LoadIn::FourBit(config) = load_in {
-                    (self.load_in_4bit, self.quant_config) = (true, config);
-                }
-                self.skip_modules = skip_modules;
-                Ok(self)
-            }
-            _ => Ok(self),
-        }
-    }
-
     /// Is told the bytes read so far and in all.
     pub fn on_progress(mut self, progress: impl FnMut(u64, u64) + 'static) -> Self {
         self.progress = Some(Box::new(progress));
@@ -240,16 +221,23 @@ impl Loader {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn load_model(mut self) -> Result<Model, Error> {
-        let load_in = self.load_in()?;
+        let mut load_in = self.load_in()?;
         let files = self.fetch()?.clone();
         let checkpoint = Checkpoint::open(&files.model)?;
+        let adapter = files.adapter.as_deref().or(self.adapter.as_deref());
         let config = ModelConfig::from_checkpoint(&checkpoint)?;
         if let Some(modules) = &self.skip_modules {
             skip::check(modules, &config)?;
         }
         let (device, kind) = open_device(self.device)?;
         let dtype = resolve(self.dtype, &device, kind, self.full_finetuning)?;
-        let adapter = self.adapter.as_deref().or(files.adapter.as_deref());
+        let stored = checkpoint.config().get("quantization_config").is_some_and(|config| !config.is_null());
+        if let (Some(adapter), None, false) = (adapter, load_in, stored)
+            && let Some(on) = trained_on(&AdapterConfig::open(adapter).map_err(rekindle_models::Error::from)?)?
+        {
+            load_in = Some(on.load_in);
+            self.skip_modules = self.skip_modules.take().or(on.skip_modules);
+        }
         let saved = adapter.map(saved_positions).transpose()?.flatten();
         let window = match (&saved, &self.rope_scaling) {
             (Some(saved), None) => saved.max_position_embeddings(),

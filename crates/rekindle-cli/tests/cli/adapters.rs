@@ -56,8 +56,10 @@ fn starts_from_weights_are_run_and_merged() {
         let merged =
             run(&format!("eval --device cpu --json --data {} --model {}", rows.display(), out.display())).json();
         let adapted = if number == 2 {
-            eval("").fails(2, &["(loftq)", "load_in_4bit"]);
-            eval(" --load-in-4bit").json()
+            eval(" --load-in-8bit").fails(2, &["(loftq)", "load_in_4bit"]);
+            let asked = eval(" --load-in-4bit").json();
+            assert_eq!(eval("").json(), asked, "the adapter says how its base is loaded");
+            asked
         } else {
             eval("").json()
         };

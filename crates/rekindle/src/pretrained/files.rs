@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use rekindle_data::companion_files;
 use rekindle_hub::adapter_base;
 
 use super::Loader;
@@ -23,6 +24,22 @@ pub struct Files {
 }
 
 impl Files {
+    /// A checkpoint and an adapter that lie here.
+    pub(crate) fn of(model: &Path, adapter: &Path) -> Self {
+        let (model, adapter) = (model.to_owned(), Some(adapter.to_owned()));
+        Self { name: model.display().to_string(), model, adapter, notices: Vec::new(), revision: None }
+    }
+
+    /// The files that a saved model or adapter carries along: the tokenizer's, and what ends a generation.
+    pub(crate) fn companions(&self) -> Vec<PathBuf> {
+        let is_generation = |path: &PathBuf| path.ends_with("generation_config.json");
+        let mut files = companion_files(self.tokenizer());
+        if !files.iter().any(is_generation) {
+            files.extend(companion_files(&self.model).into_iter().filter(is_generation));
+        }
+        files
+    }
+
     /// The directory whose tokenizer is meant: the adapter's, if it has one.
     pub fn tokenizer(&self) -> &Path {
         self.adapter.as_deref().filter(|adapter| adapter.join("tokenizer.json").is_file()).unwrap_or(&self.model)
