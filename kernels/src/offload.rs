@@ -31,6 +31,11 @@ struct Away {
 }
 
 impl Offloaded {
+    /// Whether host memory is another than that of `tensor`, so that going there frees any.
+    pub fn frees(tensor: &Tensor<2>) -> bool {
+        matches!(tensor, Tensor::Cuda(_))
+    }
+
     /// A matrix that stays on its device.
     pub fn here(tensor: Tensor<2>) -> Self {
         Self(State::Here(tensor))

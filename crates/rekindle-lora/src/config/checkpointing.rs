@@ -8,7 +8,7 @@ pub enum GradientCheckpointing {
     Off,
     /// `true`: the block's input is kept, and the rest is computed again.
     Block,
-    /// `"unsloth"`: as `true`, with the block's input in host memory. On the CPU and on wgpu the same as `true`.
+    /// `"unsloth"`: more is kept than with `true`, in host memory. On the CPU and on wgpu the same as `true`.
     Host,
 }
 

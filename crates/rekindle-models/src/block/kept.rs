@@ -31,7 +31,8 @@ impl Kept {
         let (o, lse) = (attention.o, attention.lse);
         let put = |tensor| if soon { Offloaded::here(tensor) } else { Offloaded::begin(tensor) };
         let down = down.is_small().then(|| down.detached());
-        if checkpointing != GradientCheckpointing::Host {
+        // Where nothing can go anywhere, keeping more would only take more.
+        if checkpointing != GradientCheckpointing::Host || !Offloaded::frees(&x) {
             return Self { x: Offloaded::here(x), middle: None, down };
         }
         let middle = saved_o.is_small().then(|| saved_o.detached());
