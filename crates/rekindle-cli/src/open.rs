@@ -6,7 +6,6 @@ use rekindle::{Error, Loader, Model, Tokenizer};
 
 use crate::args::ModelArgs;
 use crate::failure::Failure;
-use crate::run_file::ModelSection;
 use crate::{fetch, progress};
 
 /// The model that the command line names, with its adapter.
@@ -18,26 +17,22 @@ pub(crate) fn open(args: &ModelArgs) -> Result<(Model, Option<Tokenizer>), Failu
         loader = loader.for_adapter(adapter);
     }
     let (model, tokenizer) = load(loader)?;
-    let model = match &adapter {
+    let model = match args.adapter.as_ref().zip(adapter) {
         Some(_) if model.causal_lm().lora().is_some() => {
             return Err(Failure::Configuration(format!(
                 "--model {} is an adapter, which stands for its base with it; leave --adapter out, or give the base",
                 args.model.display()
             )));
         }
-        Some(dir) => {
-            let model = model.load_adapter(dir)?;
-            name_unknown(&model, dir);
-            model
-        }
+        Some((name, dir)) => load_adapter(model, name, &dir)?,
         None => model,
     };
     Ok((model, tokenizer))
 }
 
-/// The model of `section` with the adapter at, or of, `name`.
-pub(crate) fn load_adapter(model: Model, section: &ModelSection, name: &Path) -> Result<Model, Failure> {
-    let model = model.load_adapter(fetch::directory(section.source(name))?)?;
+/// The model with the adapter called `name`, which lies in `dir`.
+pub(crate) fn load_adapter(model: Model, name: &Path, dir: &Path) -> Result<Model, Failure> {
+    let model = model.load_adapter(dir)?;
     name_unknown(&model, name);
     Ok(model)
 }

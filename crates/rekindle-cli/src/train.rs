@@ -40,14 +40,15 @@ pub(crate) struct Job {
 impl Job {
     pub(crate) fn open(mut config: RunConfig) -> Result<Self, Failure> {
         let mut loader = config.model.loader(parse_device(&config.device).map_err(Error::from)?)?;
-        if let Some(start) = config.lora.as_ref().and_then(|lora| lora.init_from.as_ref()) {
-            loader = loader.for_adapter(fetch::directory(config.model.source(start))?);
+        let start = config.lora.as_ref().and_then(|lora| lora.init_from.as_ref());
+        let start = start.map(|name| fetch::directory(config.model.source(name))).transpose()?;
+        if let Some(dir) = &start {
+            loader = loader.for_adapter(dir);
         }
         let (mut model, tokenizer) = open::load(loader)?;
-        let given = model.causal_lm().lora().is_some();
-        let starts_from_adapter = given || config.lora.as_ref().is_some_and(|lora| lora.init_from.is_some());
+        let starts_from_adapter = start.is_some() || model.causal_lm().lora().is_some();
         if let Some(lora) = &mut config.lora {
-            model = adapt(model, &config.model, lora)?;
+            model = adapt(model, &config.model, lora, start.as_deref())?;
         }
         config.device = model.device().to_string();
         config.model.dtype = model.dtype();
@@ -79,16 +80,16 @@ impl Job {
     }
 }
 
-/// Puts a new adapter on the model, or goes on with one: that of `init_from`, or the one that was given as the model.
-/// `lora` then says what that adapter is.
-fn adapt(model: Model, section: &ModelSection, lora: &mut LoraSection) -> Result<Model, Failure> {
-    let given = model.causal_lm().lora().is_some().then_some(&section.name_or_path);
-    let (mut model, name) = match (given, &lora.init_from) {
+/// Puts a new adapter on the model, or goes on with one: that of `init_from`, which lies in `start`, or the one that was
+/// given as the model. `lora` then says what that adapter is.
+fn adapt(model: Model, section: &ModelSection, lora: &mut LoraSection, start: Option<&Path>) -> Result<Model, Failure> {
+    let given = model.causal_lm().lora().is_some().then_some(&*section.name_or_path);
+    let (mut model, name) = match (given, lora.init_from.as_deref().zip(start)) {
         (None, None) => {
             lora.config.advice().iter().for_each(|advice| eprintln!("[lora] {advice}"));
             return Ok(model.get_peft_model(lora.config.clone())?);
         }
-        (None, Some(name)) => (open::load_adapter(model, section, name)?, name),
+        (None, Some((name, dir))) => (open::load_adapter(model, name, dir)?, name),
         (Some(name), None) => (model, name),
         (Some(name), Some(_)) => {
             return Err(Failure::Configuration(format!(
