@@ -5,12 +5,14 @@ pub(crate) mod quantize;
 pub(crate) mod shape;
 pub(crate) mod train;
 
+use core::ops::Range;
 use std::error::Error;
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
 use burn::tensor::DType;
+use clap::ValueEnum;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rekindle::LoraConfig;
@@ -67,14 +69,7 @@ pub(crate) fn cpu_worker(checkpoint: &Path, steps: usize) -> Result<(), Box<dyn 
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let (mut times, mut losses) = (Vec::new(), Vec::new());
     for step in 0..WARMUP + steps {
-        let rows: Vec<(Vec<u32>, Vec<i32>)> = (0..BATCH)
-            .map(|_| {
-                let ids: Vec<u32> = (0..SEQ).map(|_| rng.random_range(0..VOCAB)).collect();
-                let labels = ids.iter().map(|&id| id as i32).collect();
-                (ids, labels)
-            })
-            .collect();
-        let batch = Batch::from_rows(rows.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())), 0);
+        let batch = random_batch(&mut rng, [BATCH, SEQ], 0..VOCAB);
         let began = Instant::now();
         let result = optimizer.step(&mut model, &[batch], 1e-4)?;
         if step >= WARMUP {
@@ -93,6 +88,23 @@ pub(crate) fn cpu_worker(checkpoint: &Path, steps: usize) -> Result<(), Box<dyn 
     });
     println!("{report}");
     Ok(())
+}
+
+/// Rows of random tokens, all of which count.
+fn random_batch(rng: &mut ChaCha8Rng, [rows, length]: [usize; 2], ids: Range<u32>) -> Batch {
+    let rows: Vec<(Vec<u32>, Vec<i32>)> = (0..rows)
+        .map(|_| {
+            let ids: Vec<u32> = (0..length).map(|_| rng.random_range(ids.clone())).collect();
+            let labels = ids.iter().map(|&id| id as i32).collect();
+            (ids, labels)
+        })
+        .collect();
+    Batch::from_rows(rows.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())), 0)
+}
+
+/// What the command line calls a value.
+fn name(value: impl ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
 /// Kernels and whole steps on a CUDA device; the numbers are left in `out`.

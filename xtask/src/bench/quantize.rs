@@ -14,7 +14,7 @@ use rekindle_models::{CausalLm, LoadIn, LoadOptions, MemoryReport, quantize};
 use serde_json::{Value, json};
 
 use super::shape::Shape;
-use super::{resident_kib, result};
+use super::{name, resident_kib, result};
 use crate::random_checkpoint;
 
 /// What is measured, each in a process of its own.
@@ -59,7 +59,7 @@ pub(crate) fn run(shape: Shape, dir: &Path) -> Result<(), Box<dyn Error>> {
     let threads = std::thread::available_parallelism()?;
     println!(
         "{}: {weights} weights, {:.2} GB in bf16, {threads} threads, the file in the page cache",
-        shape.name(),
+        name(shape),
         2e-9 * weights as f64
     );
     println!(
@@ -69,9 +69,9 @@ pub(crate) fn run(shape: Shape, dir: &Path) -> Result<(), Box<dyn Error>> {
     let mut broken = Vec::new();
     for job in Job::value_variants() {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["bench", "quantize", "--worker"]).arg(scratch.path()).args(["--job", &job.name()]);
-        if !row(&job.name(), &result(&mut command)?) {
-            broken.push(job.name());
+        command.args(["bench", "quantize", "--worker"]).arg(scratch.path()).args(["--job", &name(*job)]);
+        if !row(&name(*job), &result(&mut command)?) {
+            broken.push(name(*job));
         }
     }
     println!("bound: packed + the largest tensor of the file + {:.0} MB, of anonymous memory", ALLOWANCE / 1e6);
@@ -137,10 +137,6 @@ pub(crate) fn worker(dir: &Path, job: Job) -> Result<(), Box<dyn Error>> {
 }
 
 impl Job {
-    fn name(self) -> String {
-        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
-    }
-
     fn run(self, dir: &Path) -> Result<(Option<CausalLm>, MemoryReport), Box<dyn Error>> {
         let checkpoint = Checkpoint::open(dir)?;
         let load_in = match self {

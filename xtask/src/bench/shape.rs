@@ -15,11 +15,6 @@ pub(crate) enum Shape {
 }
 
 impl Shape {
-    /// What the command line calls it.
-    pub(crate) fn name(self) -> String {
-        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
-    }
-
     /// What `config.json` of the model by this name says, but for the scaling of Llama's angles, which costs nothing.
     pub(crate) fn config(self) -> Value {
         let (hidden, intermediate, layers, heads) = match self {

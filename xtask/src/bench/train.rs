@@ -1,5 +1,6 @@
 //! `cargo xtask bench train`: the training step of a real shape on a GPU, beside a peer when a Python has it.
 
+use core::ops::Range;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,26 +8,26 @@ use std::time::Instant;
 
 use burn::tensor::DType;
 use clap::{Args, ValueEnum};
-use rand::{RngExt, SeedableRng};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rekindle::LoraConfig;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::cuda::{Cuda, ProfileEntry};
 use rekindle_kernels::{Device, parse_device};
 use rekindle_lora::GradientCheckpointing;
-use rekindle_models::{Batch, CausalLm, LoadIn, LoadOptions};
+use rekindle_models::{CausalLm, LoadIn, LoadOptions};
 use rekindle_train::{AdamW, Optimizer, SftConfig};
 use serde_json::{Value, json};
 
-use super::result;
 use super::shape::Shape;
+use super::{name, random_batch, result};
 use crate::random_checkpoint;
 
 /// Steps before the clock counts: kernels are compiled and products planned in the first.
 const WARMUP: usize = 3;
 
-/// Token ids are below this, so that a peer's small tokenizer is no matter.
-const IDS: u32 = 2000;
+/// Token ids, so few that a peer's small tokenizer is no matter.
+const IDS: Range<u32> = 4..2000;
 
 /// Carried along, since there may be no checkout where this runs.
 const PEER: &str = include_str!("../../peers/gpu_train.py");
@@ -185,7 +186,7 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let (mut times, mut losses, mut first) = (Vec::new(), Vec::new(), 0.0);
     for step in 0..WARMUP + job.steps {
-        let batch = job.random_batch(&mut rng);
+        let batch = random_batch(&mut rng, [job.batch, job.seq], IDS);
         let began = Instant::now();
         let result = optimizer.step(&mut model, &[batch], 1e-4)?;
         let seconds = began.elapsed().as_secs_f64();
@@ -198,7 +199,7 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
     }
     let memory = taken(cuda);
     if job.profile {
-        let batch = job.random_batch(&mut rng);
+        let batch = random_batch(&mut rng, [job.batch, job.seq], IDS);
         let (stepped, entries) = cuda.profile(|| optimizer.step(&mut model, &[batch], 1e-4))?;
         stepped?;
         print_profile(&entries);
@@ -242,22 +243,18 @@ fn print_profile(entries: &[ProfileEntry]) {
     eprintln!("{total:>10.3}");
 }
 
-fn name(value: impl ValueEnum) -> String {
-    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
-}
-
 impl Train {
     /// Ours and, where there is a Python, the peer's numbers.
     fn measure(&self) -> Result<(Value, Option<Value>), Box<dyn Error>> {
         let scratch = tempfile::tempdir()?;
-        let at = self.weights.as_deref().unwrap_or(scratch.path()).join(self.shape.name());
+        let at = self.weights.as_deref().unwrap_or(scratch.path()).join(name(self.shape));
         if !at.join("config.json").exists() {
             std::fs::create_dir_all(&at)?;
             random_checkpoint::write_bf16(&at, &self.shape.config(), 1)?;
         }
         let mut ours = Command::new(std::env::current_exe()?);
         ours.args(["bench", "train", "--worker", "--device", &self.device, "--weights"]).arg(&at);
-        ours.args(["--shape", &self.shape.name()]).args(self.options());
+        ours.args(["--shape", &name(self.shape)]).args(self.options());
         if self.profile {
             ours.arg("--profile");
         }
@@ -284,7 +281,7 @@ impl Train {
 
     fn name(&self) -> String {
         let Self { shape, mode, batch, seq, checkpointing, .. } = self;
-        format!("{} {}, {batch} × {seq}, checkpointing {}", shape.name(), name(*mode), name(*checkpointing))
+        format!("{} {}, {batch} × {seq}, checkpointing {}", name(*shape), name(*mode), name(*checkpointing))
     }
 
     /// A row of the table in docs/benchmarks.md.
@@ -299,17 +296,6 @@ impl Train {
             speed / peer_speed,
             memory / peer_memory
         )
-    }
-
-    fn random_batch(&self, rng: &mut ChaCha8Rng) -> Batch {
-        let rows: Vec<(Vec<u32>, Vec<i32>)> = (0..self.batch)
-            .map(|_| {
-                let ids: Vec<u32> = (0..self.seq).map(|_| rng.random_range(4..IDS)).collect();
-                let labels = ids.iter().map(|&id| id as i32).collect();
-                (ids, labels)
-            })
-            .collect();
-        Batch::from_rows(rows.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())), 0)
     }
 }
 
