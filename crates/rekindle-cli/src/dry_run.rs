@@ -20,12 +20,12 @@ pub(crate) fn print(job: &Job) -> Result<(), Failure> {
     let mut facts = vec![trainable(job)];
     facts.extend(model.causal_lm().widened().map(|widened| format!("rope_scaling {widened}")));
     facts.push(format!("{}: {found}", config.data.train.display()));
-    if let Some((dataset, found)) = &eval {
-        facts.push(format!("{}: {found}", dataset.path.display()));
+    if let (Some(path), Some((_, found))) = (&config.data.eval, &eval) {
+        facts.push(format!("{}: {found}", path.display()));
     }
     facts.push(steps(job, &train));
-    for example in train.examples.iter().take(SHOWN) {
-        facts.extend(show(example, tokenizer.as_ref()));
+    for example in train.examples().take(SHOWN) {
+        facts.extend(show(&example, tokenizer.as_ref()));
     }
     let comments: String = facts.iter().map(|fact| format!("# {fact}\n")).collect();
     output::line(&format!("{}\n{comments}# a dry run: nothing was written", config.to_toml()))
@@ -50,10 +50,10 @@ pub(crate) fn trainable(job: &Job) -> String {
 
 fn steps(job: &Job, train: &Dataset) -> String {
     let config = &job.config.train;
-    let total = config.total_steps(train.examples.len());
+    let total = config.total_steps(train.len());
     let rows = config.rows_per_step();
     let epochs = match config.max_steps {
-        Some(steps) => steps as f64 * rows as f64 / train.examples.len() as f64,
+        Some(steps) => steps as f64 * rows as f64 / train.len() as f64,
         None => config.num_train_epochs,
     };
     let warmup = config.resolved_warmup(total);
@@ -61,11 +61,11 @@ fn steps(job: &Job, train: &Dataset) -> String {
 }
 
 /// An example and, where that is not all of it, the part that is learned.
-fn show(example: &Example, tokenizer: Option<&Tokenizer>) -> Vec<String> {
+fn show(example: &Example<'_>, tokenizer: Option<&Tokenizer>) -> Vec<String> {
     let learned: Vec<u32> = example
         .input_ids
         .iter()
-        .zip(&example.labels)
+        .zip(example.labels)
         .filter(|(_, label)| **label != IGNORED)
         .map(|(id, _)| *id)
         .collect();
@@ -73,7 +73,7 @@ fn show(example: &Example, tokenizer: Option<&Tokenizer>) -> Vec<String> {
         let text = tokenizer.and_then(|tokenizer| tokenizer.decode(ids, false).ok());
         shorten(&text.map_or_else(|| format!("{ids:?}"), |text| format!("{text:?}")))
     };
-    let mut lines = vec![format!("line {}: {}", example.line, text(&example.input_ids))];
+    let mut lines = vec![format!("line {}: {}", example.line, text(example.input_ids))];
     if learned.len() < example.input_ids.len() {
         lines.push(format!("line {}, learned: {}", example.line, text(&learned)));
     }

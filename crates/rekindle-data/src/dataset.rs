@@ -4,20 +4,18 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::encode::{Example, encode};
+use crate::encode::{Encoded, Example, encode};
 use crate::error::{Error, Result};
 use crate::jsonl::{RowReader, no_rows};
 use crate::overlong::{self, Overlong};
 use crate::row::{RowContent, RowFormat};
 use crate::tokenizer::Tokenizer;
 
-/// A file of encoded rows.
+/// Encoded rows, in the order of their file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dataset {
-    /// In the order of the file.
-    pub examples: Vec<Example>,
-    /// The file.
-    pub path: PathBuf,
+    examples: Vec<Encoded>,
+    path: PathBuf,
 }
 
 /// What a row must fit into.
@@ -67,6 +65,26 @@ pub struct LoadReport {
 }
 
 impl Dataset {
+    /// How many examples there are.
+    #[allow(clippy::len_without_is_empty, reason = "loading refuses a dataset without examples")]
+    pub fn len(&self) -> usize {
+        self.examples.len()
+    }
+
+    /// An example.
+    ///
+    /// # Panics
+    /// When there are not that many.
+    pub fn example(&self, index: usize) -> Example<'_> {
+        let Encoded { input_ids, labels, line } = &self.examples[index];
+        Example { input_ids, labels, line: *line, path: &self.path }
+    }
+
+    /// All examples, in order.
+    pub fn examples(&self) -> impl ExactSizeIterator<Item = Example<'_>> + Clone {
+        (0..self.len()).map(|index| self.example(index))
+    }
+
     /// Reads and encodes a JSONL file. Only rows of `input_ids` do without a `tokenizer`.
     ///
     /// # Errors
@@ -99,7 +117,7 @@ struct Loader<'a> {
     path: &'a Path,
     options: &'a EncodeOptions,
     report: LoadReport,
-    examples: Vec<Example>,
+    examples: Vec<Encoded>,
     /// Lines without a label that counts; an error, but which depends on the rest of the file.
     untrained: Vec<usize>,
 }
@@ -122,7 +140,7 @@ impl Loader<'_> {
         }
     }
 
-    fn add(&mut self, example: Example) -> Result<()> {
+    fn add(&mut self, example: Encoded) -> Result<()> {
         let len = example.input_ids.len();
         self.report.rows += 1;
         if len > self.report.longest {
@@ -141,7 +159,7 @@ impl Loader<'_> {
     }
 
     /// Does with a row that is too long what the options say.
-    fn fit(&mut self, example: Example) -> Result<()> {
+    fn fit(&mut self, example: Encoded) -> Result<()> {
         let max = self.options.max_seq_length;
         match self.options.overlong {
             Overlong::Error => {
@@ -171,7 +189,7 @@ impl Loader<'_> {
         Ok(())
     }
 
-    fn check_vocabulary(&self, example: &Example) -> Result<()> {
+    fn check_vocabulary(&self, example: &Encoded) -> Result<()> {
         let Some(vocab_size) = self.options.vocab_size else { return Ok(()) };
         let fits = |id: u32| (id as usize) < vocab_size;
         // Every label but −100 is an id; a negative one was refused when the row was read.
@@ -215,7 +233,7 @@ impl Loader<'_> {
         }
         report.examples = examples.len();
         report.tokens = examples.iter().map(|example| example.input_ids.len()).sum();
-        report.trained_tokens = examples.iter().map(Example::trained_tokens).sum();
+        report.trained_tokens = examples.iter().map(Encoded::trained_tokens).sum();
         Ok((Dataset { examples, path: path.to_owned() }, report))
     }
 }

@@ -1,29 +1,52 @@
+use std::path::Path;
+
 use crate::error::Error;
 use crate::row::RowContent;
 use crate::spans;
 use crate::template::RenderOptions;
-use crate::tokenizer::{Encoded, Tokenizer};
+use crate::tokenizer::{Tokenized, Tokenizer};
 
 /// The label of a position that does not count in the loss.
 pub const IGNORED: i32 = -100;
 
 /// A row as a model takes it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Example {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Example<'a> {
     /// Token ids.
-    pub input_ids: Vec<u32>,
+    pub input_ids: &'a [u32],
     /// Beside each id the same id where it is learned, else [`IGNORED`]. `labels[i]` is predicted from the tokens before
     /// `i`; the first never counts.
-    pub labels: Vec<i32>,
+    pub labels: &'a [i32],
     /// The line of the file that it comes from, counted from 1.
     pub line: usize,
+    /// The file.
+    pub path: &'a Path,
 }
 
-impl Example {
+impl Example<'_> {
     /// How many labels count.
     pub fn trained_tokens(&self) -> usize {
-        self.labels.iter().skip(1).filter(|&&label| label != IGNORED).count()
+        counted(self.labels)
     }
+}
+
+/// A row that was just encoded; as [`Example`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Encoded {
+    pub(crate) input_ids: Vec<u32>,
+    pub(crate) labels: Vec<i32>,
+    pub(crate) line: usize,
+}
+
+impl Encoded {
+    /// How many labels count.
+    pub(crate) fn trained_tokens(&self) -> usize {
+        counted(&self.labels)
+    }
+}
+
+fn counted(labels: &[i32]) -> usize {
+    labels.iter().skip(1).filter(|&&label| label != IGNORED).count()
 }
 
 /// Encodes a row.
@@ -34,10 +57,10 @@ impl Example {
 ///   already; a token counts when it begins in the completion or comes after it.
 /// - Text: likewise, and everything counts.
 /// - Ids: as given.
-pub(crate) fn encode(content: RowContent, line: usize, tokenizer: Option<&Tokenizer>) -> Result<Example, String> {
+pub(crate) fn encode(content: RowContent, line: usize, tokenizer: Option<&Tokenizer>) -> Result<Encoded, String> {
     if let RowContent::InputIds { input_ids, labels } = content {
         let labels = labels.unwrap_or_else(|| input_ids.iter().map(|&id| label(id)).collect());
-        return Ok(Example { input_ids, labels, line });
+        return Ok(Encoded { input_ids, labels, line });
     }
     let tokenizer = tokenizer.ok_or("this kind of row needs a tokenizer; only \"input_ids\" does without")?;
     let (input_ids, labels) = match content {
@@ -52,7 +75,7 @@ pub(crate) fn encode(content: RowContent, line: usize, tokenizer: Option<&Tokeni
         RowContent::Text(text) => raw_text(tokenizer, "", &text)?,
         RowContent::InputIds { .. } => unreachable!("returned above"),
     };
-    Ok(Example { input_ids, labels, line })
+    Ok(Encoded { input_ids, labels, line })
 }
 
 fn raw_text(tokenizer: &Tokenizer, prompt: &str, completion: &str) -> Result<(Vec<u32>, Vec<i32>), String> {
@@ -67,7 +90,7 @@ fn raw_text(tokenizer: &Tokenizer, prompt: &str, completion: &str) -> Result<(Ve
 
 /// Ids and labels, where `counts` decides by where a token begins. What the tokenizer added counts when something that
 /// counts stands before it: an end token does, a beginning one does not.
-fn masked(encoded: Encoded, counts: impl Fn(usize) -> bool) -> (Vec<u32>, Vec<i32>) {
+fn masked(encoded: Tokenized, counts: impl Fn(usize) -> bool) -> (Vec<u32>, Vec<i32>) {
     let mut last = false;
     let labels = encoded.ids.iter().zip(&encoded.starts).map(|(&id, start)| {
         last = start.map_or(last, &counts);

@@ -20,8 +20,8 @@
 //! let (dataset, report) = Dataset::load(&path, None, &options)?;
 //! assert_eq!((report.rows, report.tokens, report.trained_tokens), (2, 6, 3));
 //!
-//! for index in Order::new(dataset.examples.len(), true, 42).epoch(0) {
-//!     let example = &dataset.examples[index];
+//! for index in Order::new(dataset.len(), true, 42).epoch(0) {
+//!     let example = dataset.example(index);
 //!     assert_eq!(example.input_ids.len(), example.labels.len());
 //! }
 //! # Ok(())

@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use crate::encode::{Example, IGNORED};
+use crate::encode::{Encoded, IGNORED};
 
 /// What happens to a row with more than `max_seq_length` tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -19,14 +19,14 @@ pub enum Overlong {
 }
 
 /// Keeps the first `max` tokens.
-pub(crate) fn truncate(mut example: Example, max: usize) -> Example {
+pub(crate) fn truncate(mut example: Encoded, max: usize) -> Encoded {
     example.input_ids.truncate(max);
     example.labels.truncate(max);
     example
 }
 
 /// Pieces of at most `max` tokens (`max` ≥ 2) that share one token at each cut.
-pub(crate) fn split(example: &Example, max: usize) -> Vec<Example> {
+pub(crate) fn split(example: &Encoded, max: usize) -> Vec<Encoded> {
     let len = example.input_ids.len();
     let mut pieces = Vec::new();
     let mut start = 0;
@@ -36,7 +36,7 @@ pub(crate) fn split(example: &Example, max: usize) -> Vec<Example> {
         if start > 0 {
             labels[0] = IGNORED;
         }
-        pieces.push(Example { input_ids: example.input_ids[start..end].to_vec(), labels, line: example.line });
+        pieces.push(Encoded { input_ids: example.input_ids[start..end].to_vec(), labels, line: example.line });
         if end == len {
             return pieces;
         }
@@ -51,7 +51,7 @@ mod tests {
     #[test]
     fn pieces_keep_every_label_once() {
         for (len, max) in [(2_u32, 2), (7, 2), (7, 3), (9, 3), (10, 4), (5, 5), (6, 5)] {
-            let row = Example { input_ids: (0..len).collect(), labels: (0..len as i32).collect(), line: 1 };
+            let row = Encoded { input_ids: (0..len).collect(), labels: (0..len as i32).collect(), line: 1 };
             let pieces = split(&row, max);
             assert!(pieces.iter().all(|piece| (2..=max).contains(&piece.input_ids.len())), "{pieces:?}");
             let counted: Vec<i32> =

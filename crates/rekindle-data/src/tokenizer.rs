@@ -28,7 +28,7 @@ pub struct Tokenizer {
 }
 
 /// Token ids and where in the text each begins.
-pub(crate) struct Encoded {
+pub(crate) struct Tokenized {
     pub(crate) ids: Vec<u32>,
     /// Byte offsets; `None` for tokens that the post-processor added.
     pub(crate) starts: Vec<Option<usize>>,
@@ -144,16 +144,16 @@ impl Tokenizer {
         companion_files(&self.dir)
     }
 
-    pub(crate) fn encode_with_starts(&self, text: &str, add_special_tokens: bool) -> Result<Encoded> {
+    pub(crate) fn encode_with_starts(&self, text: &str, add_special_tokens: bool) -> Result<Tokenized> {
         let fail = |error: tokenizers::Error| self.error(format!("cannot encode a text: {error}"));
         let encoding = self.inner.encode(text, false).map_err(fail)?;
         let mut starts: Vec<Option<usize>> = encoding.get_offsets().iter().map(|&(start, _)| Some(start)).collect();
         let Some(post_processor) = self.post_processor.as_ref().filter(|_| add_special_tokens) else {
-            return Ok(Encoded { ids: encoding.get_ids().to_vec(), starts });
+            return Ok(Tokenized { ids: encoding.get_ids().to_vec(), starts });
         };
         let processed = post_processor.process(encoding, None, true).map_err(fail)?;
         starts = spread(starts, &processed);
-        Ok(Encoded { ids: processed.get_ids().to_vec(), starts })
+        Ok(Tokenized { ids: processed.get_ids().to_vec(), starts })
     }
 
     fn error(&self, message: impl Into<String>) -> Error {

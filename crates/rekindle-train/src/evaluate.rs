@@ -1,6 +1,6 @@
 //! The loss of a dataset.
 
-use rekindle_data::Example;
+use rekindle_data::{Dataset, Example};
 use rekindle_models::{Batch, CausalLm};
 use serde::Serialize;
 
@@ -28,19 +28,19 @@ pub struct RowLoss {
     pub tokens: usize,
 }
 
-/// Evaluates `examples`, `batch_size` rows at a time; `progress` is told how many rows are done.
+/// Evaluates `dataset`, `batch_size` rows at a time; `progress` is told how many rows are done.
 ///
 /// # Errors
 /// [`Error::Model`] when a row does not fit the model.
 pub fn evaluate(
     model: &CausalLm,
-    examples: &[Example],
+    dataset: &Dataset,
     batch_size: usize,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Evaluation, Error> {
-    let mut rows = Vec::with_capacity(examples.len());
-    for chunk in examples.chunks(batch_size.max(1)) {
-        let batch = batch(chunk.iter(), rows.len());
+    let mut rows = Vec::with_capacity(dataset.len());
+    while rows.len() < dataset.len() {
+        let batch = batch(dataset.examples().skip(rows.len()).take(batch_size.max(1)), rows.len());
         let nll = model.nll(&batch)?;
         rows.extend(batch.documents().map(|document| RowLoss {
             nll: nll[document.clone()].iter().map(|&x| f64::from(x)).sum(),
@@ -54,6 +54,6 @@ pub fn evaluate(
 }
 
 /// A batch of examples whose first is row `first_row` of the optimizer step.
-pub(crate) fn batch<'a>(examples: impl Iterator<Item = &'a Example>, first_row: usize) -> Batch {
-    Batch::from_rows(examples.map(|e| (e.input_ids.as_slice(), e.labels.as_slice())), first_row as u32)
+pub(crate) fn batch<'a>(examples: impl Iterator<Item = Example<'a>>, first_row: usize) -> Batch {
+    Batch::from_rows(examples.map(|e| (e.input_ids, e.labels)), first_row as u32)
 }

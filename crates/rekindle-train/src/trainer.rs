@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use rekindle_data::{Dataset, Example, Order};
+use rekindle_data::{Dataset, Order};
 use rekindle_hub::{Dtype, write_atomic};
 use rekindle_models::{Batch, CausalLm};
 
@@ -121,7 +121,7 @@ impl<'a> Trainer<'a> {
     pub fn train(mut self) -> Result<Report, Error> {
         self.config.validate()?;
         let full = self.model.lora().is_none();
-        let total = self.config.total_steps(self.train.examples.len());
+        let total = self.config.total_steps(self.train.len());
         let warmup = self.config.resolved_warmup(total);
         let peak = self.config.resolved_learning_rate(full);
         self.check_output(full, total)?;
@@ -145,14 +145,14 @@ impl<'a> Trainer<'a> {
             let result = optimizer.step(self.model, &batches, lr)?;
             for (what, value) in [("loss", result.loss), ("grad_norm", result.grad_norm)] {
                 if !value.is_finite() {
-                    let lines = chosen.iter().map(|&i| self.train.examples[i].line).collect();
+                    let lines = chosen.iter().map(|&i| self.train.example(i).line).collect();
                     return Err(Error::NonFinite { step: step + 1, what, value, lines });
                 }
             }
             seen += chosen.len();
             let metrics = StepMetrics {
                 step: step + 1,
-                epoch: seen as f64 / self.train.examples.len() as f64,
+                epoch: seen as f64 / self.train.len() as f64,
                 loss: result.loss,
                 grad_norm: result.grad_norm,
                 learning_rate: lr,
@@ -202,7 +202,7 @@ impl<'a> Trainer<'a> {
 
     /// Row numbers from the first to the last of the run; `num_train_epochs` may end in the middle of a step.
     fn rows(&self) -> impl Iterator<Item = usize> + use<> {
-        let count = self.train.examples.len();
+        let count = self.train.len();
         let limit = match self.config.max_steps {
             Some(steps) => steps.saturating_mul(self.config.rows_per_step()),
             None => (self.config.num_train_epochs * count as f64).ceil() as usize,
@@ -212,14 +212,14 @@ impl<'a> Trainer<'a> {
 
     fn batches(&self, rows: &[usize]) -> Vec<Batch> {
         let size = self.config.per_device_train_batch_size;
-        let examples: Vec<&Example> = rows.iter().map(|&i| &self.train.examples[i]).collect();
-        examples.chunks(size).enumerate().map(|(i, part)| batch(part.iter().copied(), i * size)).collect()
+        let parts = rows.chunks(size).enumerate();
+        parts.map(|(i, part)| batch(part.iter().map(|&row| self.train.example(row)), i * size)).collect()
     }
 
     fn evaluate(&mut self, step: usize, file: &mut Option<MetricsFile>, report: &mut Report) -> Result<(), Error> {
         let Some(eval) = &self.eval else { return Ok(()) };
         let Evaluation { loss, perplexity, tokens, .. } =
-            evaluate(self.model, &eval.examples, self.config.per_device_eval_batch_size, &mut |_| ())?;
+            evaluate(self.model, eval, self.config.per_device_eval_batch_size, &mut |_| ())?;
         let metrics = EvalMetrics { step, eval_loss: loss, eval_perplexity: perplexity, eval_tokens: tokens };
         if let Some(file) = file {
             file.write(&metrics)?;

@@ -115,7 +115,7 @@ impl Model {
         progress: &mut dyn FnMut(usize),
     ) -> Result<Evaluation, Error> {
         let (dataset, _) = self.encode(tokenizer, data)?;
-        Ok(evaluate(&self.inner, &dataset.examples, 8, progress)?)
+        Ok(evaluate(&self.inner, &dataset, 8, progress)?)
     }
 
     /// Continues `prompt` token by token; `on_token` returns whether to go on.

@@ -24,7 +24,7 @@ fn vocabulary(size: usize) -> EncodeOptions {
 #[test]
 fn the_report_counts() {
     let (dataset, report) = load(ROWS, at_most(6, Overlong::Error)).expect("loads");
-    assert_eq!(dataset.examples.iter().map(|example| example.line).collect::<Vec<_>>(), [1, 3]);
+    assert_eq!(dataset.examples().map(|example| example.line).collect::<Vec<_>>(), [1, 3]);
     assert_eq!(report.to_string(), "2 rows (input_ids), 9 tokens, 5 trained; longest row 6 (line 3)");
 }
 
@@ -40,24 +40,24 @@ fn a_long_row_is_an_error_that_names_the_choices() {
 #[test]
 fn long_rows_can_be_dropped() {
     let (dataset, report) = load(ROWS, at_most(5, Overlong::Drop)).expect("loads");
-    assert_eq!(dataset.examples.len(), 1);
+    assert_eq!(dataset.len(), 1);
     assert_eq!(report.to_string(), "2 rows (input_ids), 3 tokens, 2 trained; longest row 6 (line 3); 1 dropped");
 }
 
 #[test]
 fn long_rows_can_be_cut() {
     let (dataset, report) = load(ROWS, at_most(5, Overlong::Truncate)).expect("loads");
-    assert_eq!(dataset.examples[1].labels, [-100, -100, -100, 4, 5]);
+    assert_eq!(dataset.example(1).labels, [-100, -100, -100, 4, 5]);
     assert_eq!((report.truncated, report.dropped), (1, 0));
     // Nothing to learn is left of the second row.
     let (dataset, report) = load(ROWS, at_most(3, Overlong::Truncate)).expect("loads");
-    assert_eq!((dataset.examples.len(), report.truncated, report.dropped), (1, 0, 1));
+    assert_eq!((dataset.len(), report.truncated, report.dropped), (1, 0, 1));
 }
 
 #[test]
 fn long_rows_can_be_split() {
     let (dataset, report) = load(ROWS, at_most(4, Overlong::Split)).expect("loads");
-    let pieces: Vec<_> = dataset.examples[1..].iter().map(|piece| (piece.input_ids.as_slice(), piece.line)).collect();
+    let pieces: Vec<_> = dataset.examples().skip(1).map(|piece| (piece.input_ids, piece.line)).collect();
     assert_eq!(pieces, [(&[1, 2, 3, 4][..], 3), (&[4, 5, 6][..], 3)]);
     assert_eq!(
         report.to_string(),

@@ -5,7 +5,7 @@ use crate::test_support::{
     BRACKETS, CHATML, DEFAULT_SYSTEM, HEADERS, THINKING, checkpoint, save_tokenizer, tokenizer, write_json,
 };
 
-fn example(tokenizer: &Tokenizer, row: Value) -> Example {
+fn example(tokenizer: &Tokenizer, row: Value) -> Encoded {
     encode(RowContent::from_json(row).expect("a valid row"), 1, Some(tokenizer)).expect("encodable")
 }
 
@@ -126,7 +126,7 @@ fn an_end_token_is_added_once() {
 fn ids_are_taken_as_given() {
     let row = |value| encode(RowContent::from_json(value).expect("valid"), 4, None).expect("encodable");
     let all = row(json!({"input_ids": [1, 2, 3]}));
-    assert_eq!(all, Example { input_ids: vec![1, 2, 3], labels: vec![1, 2, 3], line: 4 });
+    assert_eq!(all, Encoded { input_ids: vec![1, 2, 3], labels: vec![1, 2, 3], line: 4 });
     let some = row(json!({"input_ids": [1, 2, 3], "labels": [1, -100, 3]}));
     assert_eq!(some.labels, [1, IGNORED, 3]);
     assert_eq!(some.trained_tokens(), 1);
