@@ -1,0 +1,141 @@
+//! The loop: one step after another, with what falls due between them.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use rekindle_hub::{Dtype, write_atomic};
+
+use super::rows::Rows;
+use super::{Trainer, checkpoint_name, result_name};
+use crate::{
+    AdamW, Error, EvalMetrics, Evaluation, Event, MetricsFile, Optimizer, Report, Series, StepMetrics, evaluate,
+    loss_svg, lr_factor, save_result,
+};
+
+/// A run that goes on.
+pub(super) struct Run<'a> {
+    job: Trainer<'a>,
+    /// Whether all weights are trained.
+    full: bool,
+    total: usize,
+    warmup: usize,
+    peak: f64,
+    optimizer: Optimizer,
+    rows: Rows,
+    metrics: Option<MetricsFile>,
+    report: Report,
+    start: Instant,
+}
+
+impl<'a> Run<'a> {
+    /// Opens what the run writes to.
+    pub(super) fn begin(job: Trainer<'a>) -> Result<Self, Error> {
+        job.config.validate()?;
+        let full = job.model.lora().is_none();
+        let total = job.config.total_steps(job.train.len());
+        job.check_output(full, total)?;
+        let optimizer = Optimizer::new(job.model, AdamW::from(&job.config), job.seed)?;
+        let metrics = match &job.output_dir {
+            Some(dir) => {
+                std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.clone(), source })?;
+                Some(MetricsFile::create(&dir.join("metrics.jsonl"))?)
+            }
+            None => None,
+        };
+        Ok(Self {
+            full,
+            total,
+            warmup: job.config.resolved_warmup(total),
+            peak: job.config.resolved_learning_rate(full),
+            optimizer,
+            rows: Rows::new(&job.config, job.train.len(), job.shuffle, job.seed, 0),
+            metrics,
+            report: Report { steps: Vec::new(), evals: Vec::new(), saved: None },
+            start: Instant::now(),
+            job,
+        })
+    }
+
+    /// Takes all steps and writes the result.
+    pub(super) fn to_end(mut self) -> Result<Report, Error> {
+        for step in 0..self.total {
+            self.step(step)?;
+            let done = step + 1;
+            let due = |every: Option<usize>| every.is_some_and(|n| done % n == 0);
+            let (eval_due, save_due) = (due(self.job.config.eval_steps), due(self.job.config.save_steps));
+            if eval_due || done == self.total {
+                self.evaluate(done)?;
+            }
+            if save_due && done < self.total {
+                self.save(&checkpoint_name(done))?;
+            }
+        }
+        self.report.saved = self.save(result_name(self.full))?;
+        if let Some(dir) = &self.job.output_dir {
+            write_atomic(&dir.join("loss.svg"), plot(&self.report).as_bytes())?;
+        }
+        Ok(self.report)
+    }
+
+    /// Takes step `step`, counted from 0.
+    fn step(&mut self, step: usize) -> Result<(), Error> {
+        let began = Instant::now();
+        let rows = self.rows.next_step(&self.job.train);
+        let lr = self.peak * lr_factor(self.job.config.lr_scheduler_type, step, self.warmup, self.total);
+        let result = self.optimizer.step(self.job.model, &rows.batches, lr)?;
+        for (what, value) in [("loss", result.loss), ("grad_norm", result.grad_norm)] {
+            if !value.is_finite() {
+                let lines = rows.examples.iter().map(|&i| self.job.train.example(i).line).collect();
+                return Err(Error::NonFinite { step: step + 1, what, value, lines });
+            }
+        }
+        let metrics = StepMetrics {
+            step: step + 1,
+            epoch: self.rows.seen() as f64 / self.job.train.len() as f64,
+            loss: result.loss,
+            grad_norm: result.grad_norm,
+            learning_rate: lr,
+            tokens: result.tokens,
+            trained_tokens: result.counted,
+            tokens_per_second: result.tokens as f64 / began.elapsed().as_secs_f64(),
+            seconds: self.start.elapsed().as_secs_f64(),
+        };
+        if let Some(file) = &mut self.metrics {
+            file.write(&metrics)?;
+        }
+        (self.job.on_event)(Event::Step { metrics: &metrics, total: self.total });
+        self.report.steps.push(metrics);
+        Ok(())
+    }
+
+    fn evaluate(&mut self, step: usize) -> Result<(), Error> {
+        let Some(eval) = &self.job.eval else { return Ok(()) };
+        let Evaluation { loss, perplexity, tokens, .. } =
+            evaluate(self.job.model, eval, self.job.config.per_device_eval_batch_size, &mut |_| ())?;
+        let metrics = EvalMetrics { step, eval_loss: loss, eval_perplexity: perplexity, eval_tokens: tokens };
+        if let Some(file) = &mut self.metrics {
+            file.write(&metrics)?;
+        }
+        (self.job.on_event)(Event::Eval(&metrics));
+        self.report.evals.push(metrics);
+        Ok(())
+    }
+
+    fn save(&mut self, name: &str) -> Result<Option<PathBuf>, Error> {
+        let Some(dir) = &self.job.output_dir else { return Ok(None) };
+        let path = dir.join(name);
+        save_result(self.job.model, &path, &self.job.companions, Dtype::F32)?;
+        (self.job.on_event)(Event::Saved(&path));
+        Ok(Some(path))
+    }
+}
+
+fn plot(report: &Report) -> String {
+    let train = report.steps.iter().map(|m| (m.step as f64, m.loss)).collect();
+    let mut series = vec![Series { name: "training loss".to_owned(), color: "#2b6cb0", points: train }];
+    if !report.evals.is_empty() {
+        let points = report.evals.iter().map(|m| (m.step as f64, m.eval_loss)).collect();
+        series.push(Series { name: "evaluation loss".to_owned(), color: "#c05621", points });
+    }
+    loss_svg("loss", &series)
+}
