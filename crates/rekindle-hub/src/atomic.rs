@@ -5,6 +5,7 @@
 
 mod directory;
 mod file;
+mod leftovers;
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -14,6 +15,7 @@ use std::process;
 
 pub use directory::AtomicDir;
 pub(crate) use file::AtomicFile;
+pub use leftovers::{clear_leftovers, remove_atomic};
 
 use crate::Error;
 

@@ -9,7 +9,7 @@ use crate::Error;
 /// [`commit`](AtomicDir::commit); dropped before, it leaves nothing.
 ///
 /// A process that is killed leaves a hidden `.NAME.PID-N.tmp` beside the final name, which may be
-/// deleted.
+/// deleted; [`clear_leftovers`](crate::clear_leftovers) does.
 #[derive(Debug)]
 pub struct AtomicDir {
     target: PathBuf,
@@ -99,7 +99,7 @@ impl Drop for AtomicDir {
 }
 
 /// What the old directory is called inside the one that it is moved into.
-const OLD: &str = "old";
+pub(super) const OLD: &str = "old";
 
 /// Moves what is at `path` into a new hidden directory beside it, which is returned.
 fn move_aside(path: &Path) -> Result<Option<PathBuf>, Error> {
