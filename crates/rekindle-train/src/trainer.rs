@@ -89,7 +89,7 @@ impl<'a> Trainer<'a> {
     /// [`Error::Config`] and [`Error::NothingToTrain`] before anything happens; [`Error::NonFinite`] when the run
     /// diverges; [`Error::File`] and [`Error::Io`] when results cannot be written.
     pub fn train(self) -> Result<Report, Error> {
-        Run::begin(self)?.to_end()
+        Run::begin(self)?.go()
     }
 
     /// Refuses, before any work is done, what would be found out when results are written or asked for.

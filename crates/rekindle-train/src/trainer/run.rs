@@ -57,7 +57,7 @@ impl<'a> Run<'a> {
     }
 
     /// Takes all steps and writes the result.
-    pub(super) fn to_end(mut self) -> Result<Report, Error> {
+    pub(super) fn go(mut self) -> Result<Report, Error> {
         for step in 0..self.total {
             self.step(step)?;
             let done = step + 1;
