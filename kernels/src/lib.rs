@@ -25,7 +25,6 @@
 //! }
 //! ```
 
-pub mod adamw;
 pub mod attention;
 mod cpu;
 pub mod cuda;
@@ -35,6 +34,7 @@ pub mod embedding;
 pub mod linear_cross_entropy;
 pub mod matmul;
 mod offload;
+pub mod optimizer;
 pub mod packed;
 mod params;
 mod path;
@@ -50,7 +50,7 @@ mod weight;
 pub use device::{Device, DeviceError, DeviceKind, open as open_device, parse as parse_device};
 pub use offload::Offloaded;
 pub use packed::PackedWeight;
-pub use params::{Grads, ParamInfo, ParamRef, Params, ParamsBuilder};
+pub use params::{Grads, Group, ParamInfo, ParamRef, Params, ParamsBuilder};
 pub use path::Path;
 pub use rows::Rows;
 pub use tensor::{Tensor, from_f32, from_le_bytes, to_f32};

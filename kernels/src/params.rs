@@ -7,12 +7,11 @@
 use core::ops::Range;
 
 use burn::tensor::{DType, Tensor as BurnTensor};
-use rayon::prelude::*;
 
 use crate::cuda::{Array, ops};
 use crate::matmul::Form;
 use crate::tensor::cuda_dtype;
-use crate::{Device, Path, Tensor, cpu, from_f32, matmul, to_f32};
+use crate::{Device, Path, Tensor, cpu, from_f32, matmul, optimizer, to_f32};
 
 /// Where a parameter lies: a row-major matrix in the flat buffers. Vectors have one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +50,18 @@ pub struct ParamInfo {
     pub at: ParamRef,
     /// Whether weight decay applies.
     pub decays: bool,
+    /// Whose learning rate it has.
+    pub group: Group,
+}
+
+/// Parameters that share a learning rate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Group {
+    /// All but those of another group.
+    #[default]
+    Default,
+    /// The embedding table and the output layer.
+    Embedding,
 }
 
 /// Collects parameters before the flat buffer is made.
@@ -74,11 +85,26 @@ impl ParamsBuilder {
         self.dtype
     }
 
-    /// Appends a parameter of one or two axes.
+    /// Appends a parameter of one or two axes to [`Group::Default`].
     ///
     /// # Panics
     /// When `values` do not fill `shape`.
     pub fn push(&mut self, name: impl Into<String>, shape: &[usize], decays: bool, values: &[f32]) -> ParamRef {
+        self.push_in(Group::Default, name, shape, decays, values)
+    }
+
+    /// Appends a parameter of one or two axes to a group.
+    ///
+    /// # Panics
+    /// When `values` do not fill `shape`.
+    pub fn push_in(
+        &mut self,
+        group: Group,
+        name: impl Into<String>,
+        shape: &[usize],
+        decays: bool,
+        values: &[f32],
+    ) -> ParamRef {
         let (rows, cols) = match *shape {
             [n] => (1, n),
             [rows, cols] => (rows, cols),
@@ -87,7 +113,7 @@ impl ParamsBuilder {
         assert_eq!(values.len(), rows * cols, "values of shape {shape:?}");
         let at = ParamRef { offset: self.values.len(), rows, cols };
         self.values.extend_from_slice(values);
-        self.infos.push(ParamInfo { name: name.into(), shape: shape.to_vec(), at, decays });
+        self.infos.push(ParamInfo { name: name.into(), shape: shape.to_vec(), at, decays, group });
         at
     }
 
@@ -182,15 +208,9 @@ impl Params {
         Grads { flat: zeros(self.numel(), &self.values.device(), "gradients") }
     }
 
-    pub(crate) fn flat(&self) -> &Tensor<1> {
-        &self.values
-    }
-
-    pub(crate) fn flat_mut(&mut self) -> &mut BurnTensor<1> {
-        match &mut self.values {
-            Tensor::Burn(values) => values,
-            Tensor::Cuda(_) => panic!("parameters of a CUDA device are changed there"),
-        }
+    /// All values, for the optimizer; [`refresh`](Self::refresh) comes after it.
+    pub(crate) fn flat_mut(&mut self) -> &mut Tensor<1> {
+        &mut self.values
     }
 
     /// Brings the copies of the values up to date.
@@ -205,19 +225,6 @@ impl Params {
         if let Some(mirrors) = &self.mirrors {
             mirrors.refresh(values);
         }
-    }
-
-    /// Longest runs of parameters that agree on weight decay.
-    pub(crate) fn decay_ranges(&self) -> Vec<(Range<usize>, bool)> {
-        let mut runs: Vec<(Range<usize>, bool)> = Vec::new();
-        for info in &self.infos {
-            let range = info.at.range();
-            match runs.last_mut() {
-                Some((run, decays)) if *decays == info.decays && run.end == range.start => run.end = range.end,
-                _ => runs.push((range, info.decays)),
-            }
-        }
-        runs
     }
 }
 
@@ -263,30 +270,7 @@ impl Grads {
 
     /// √Σ g²; on [`Path::Cpu`] summed in `f64` over chunks of fixed size. Waits for the device.
     pub fn norm(&self) -> f64 {
-        let flat = match &self.flat {
-            Tensor::Cuda(flat) => return ops::adamw::norm(flat, 0.0, 1.0).read().map_or(f64::NAN, |n| n.norm.into()),
-            Tensor::Burn(flat) => flat,
-        };
-        let sum: f64 = if Path::of_burn(flat) == Path::Cpu {
-            let flat = cpu::View::of(flat);
-            let flat = flat.as_slice();
-            let parts: Vec<f64> = flat
-                .par_chunks(cpu::CHUNK)
-                .map(|chunk| {
-                    cpu::simd(
-                        #[inline(always)]
-                        || chunk.iter().map(|&g| f64::from(g) * f64::from(g)).sum(),
-                    )
-                })
-                .collect();
-            parts.iter().sum()
-        } else if flat.dims()[0] == 0 {
-            0.0
-        } else {
-            let squares = flat.clone() * flat.clone();
-            f64::from(squares.sum().into_scalar::<f32>())
-        };
-        sum.sqrt()
+        optimizer::norm(&self.flat)
     }
 
     /// A gradient on the host.
@@ -346,7 +330,6 @@ mod tests {
         assert_eq!(a.join(b).map(ParamRef::dims), Some([3, 3]));
         assert_eq!(a.join(c), None, "they do not touch");
         let params = builder.build();
-        assert_eq!(params.decay_ranges(), [(0..9, true), (9..12, false)]);
         let mut grads = params.zero_grads();
         let dy = from_f32(vec![1.0, 2.0, 3.0, 4.0], [2, 2], &device, DType::F32);
         let x = from_f32(vec![1.0, 0.0, 1.0, 0.0, 1.0, 1.0], [2, 3], &device, DType::F32);

@@ -11,11 +11,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use burn::tensor::DType;
-use common::adamw::AdamW;
 use common::attention::Attention;
 use common::embedding::Embedding;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
+use common::optimizer::{RULES, Steps, steps_in_blocks};
 use common::packed::{Kind, Packed};
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
@@ -24,6 +24,7 @@ use common::swiglu::SwiGlu;
 use common::{Case, LOW_DTYPES, Layout, Place, judge, properties};
 use rekindle_kernels::Device;
 use rekindle_kernels::cuda::Cuda;
+use rekindle_kernels::optimizer::StateFormat;
 
 const F32: DType = DType::F32;
 
@@ -181,14 +182,29 @@ fn losses(suite: &mut Suite) -> Result<(), Lost> {
 
 fn optimizer(suite: &mut Suite) -> Result<(), Lost> {
     let params: &[_] = &[(7, true), (1, true), (30, false), (9, true), (20_000, false), (17_000, true)];
-    for weight_decay in [0.0, 0.1] {
-        // Clipped, not clipped, and a norm below the limit.
-        for max_grad_norm in [None, Some(1.0), Some(1e4)] {
-            let case = AdamW { params, weight_decay, max_grad_norm };
-            suite.case(&case, F32, FLOOR, &[Layout::Owned])?;
+    for rule in RULES {
+        for weight_decay in [0.0, 0.1] {
+            // Clipped, not clipped, and a norm below the limit.
+            for max_grad_norm in [None, Some(1.0), Some(1e4)] {
+                let case = Steps { rule, params, weight_decay, max_grad_norm };
+                suite.case(&case, F32, FLOOR, &[Layout::Owned])?;
+            }
+        }
+        for format in [StateFormat::Blockwise8, StateFormat::Host8] {
+            suite.property(&format!("optimizer in blocks: the bits of the CPU, {rule:?} {format:?}"), |device| {
+                let (values, state) = steps_in_blocks(device, rule, format);
+                let (cpu_values, cpu_state) = steps_in_blocks(&Device::cpu(), rule, format);
+                for (ours, theirs) in state.iter().zip(&cpu_state) {
+                    let differ = ours.bytes.iter().zip(&theirs.bytes).filter(|(a, b)| a != b).count();
+                    assert_eq!((&ours.name, differ), (&theirs.name, 0), "bytes that differ");
+                }
+                assert_eq!(state.len(), cpu_state.len());
+                let differ = values.iter().zip(&cpu_values).filter(|(a, b)| a != b).count();
+                assert_eq!(differ, 0, "values that differ, of {}", values.len());
+            })?;
         }
     }
-    suite.property("adamw: gradients that are not finite change nothing", |device| {
+    suite.property("optimizer: gradients that are not finite change nothing", |device| {
         properties::gradients_that_are_not_finite_change_nothing(device);
     })
 }

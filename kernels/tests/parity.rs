@@ -5,16 +5,18 @@
 mod common;
 
 use burn::tensor::DType::F32;
-use common::adamw::AdamW;
 use common::attention::Attention;
 use common::embedding::Embedding;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
+use common::optimizer::{RULES, Steps, steps_in_blocks};
 use common::packed::{Kind, Packed};
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
 use common::swiglu::SwiGlu;
 use common::{Layout, check, check_in};
+use rekindle_kernels::optimizer::StateFormat;
+use rekindle_kernels::{Device, Path};
 
 #[test]
 fn linear() {
@@ -97,11 +99,28 @@ fn linear_cross_entropy_in_several_chunks() {
 }
 
 #[test]
-fn adamw() {
+fn optimizer() {
     let params: &[_] = &[(7, true), (1, true), (30, false), (9, true), (20_000, false), (17_000, true)];
-    for weight_decay in [0.0, 0.1] {
-        check_in(&AdamW { params, weight_decay, max_grad_norm: None }, &[Layout::Owned]);
-        check_in(&AdamW { params, weight_decay, max_grad_norm: Some(1.0) }, &[Layout::Owned]);
-        check_in(&AdamW { params: &[(5, false)], weight_decay, max_grad_norm: None }, &[Layout::Owned]);
+    for rule in RULES {
+        for weight_decay in [0.0, 0.1] {
+            check_in(&Steps { rule, params, weight_decay, max_grad_norm: None }, &[Layout::Owned]);
+            check_in(&Steps { rule, params, weight_decay, max_grad_norm: Some(1.0) }, &[Layout::Owned]);
+            check_in(&Steps { rule, params: &[(5, false)], weight_decay, max_grad_norm: None }, &[Layout::Owned]);
+        }
+    }
+}
+
+#[test]
+fn optimizer_in_blocks() {
+    for rule in RULES {
+        let cpu = steps_in_blocks(&Device::cpu(), rule, StateFormat::Blockwise8);
+        let portable = Path::portable_only(|| steps_in_blocks(&Device::cpu(), rule, StateFormat::Host8));
+        // What is in blocks has the same bits; the small parameter and all of SGD without momentum are in f32.
+        for (ours, theirs) in cpu.1.iter().zip(&portable.1).filter(|(_, theirs)| !theirs.name.starts_with("p2.")) {
+            assert_eq!(ours, theirs, "{rule:?}");
+        }
+        assert_eq!(cpu.1.len(), portable.1.len());
+        let worst = cpu.0.iter().zip(&portable.0).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst <= 4.0 * f32::EPSILON, "{rule:?}: values up to 0.3 differ by {worst:e}");
     }
 }

@@ -9,11 +9,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use burn::tensor::{DType, Device as BurnDevice, DeviceKind, DeviceType};
-use common::adamw::AdamW;
 use common::attention::Attention;
 use common::embedding::Embedding;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
+use common::optimizer::{RULES, Steps};
 use common::packed::{Kind, Packed};
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
@@ -61,7 +61,10 @@ fn main() -> ExitCode {
     check(&LinearCrossEntropy::new([9, 5, 13], F32, |t| t % 3 != 1));
     check(&LinearCrossEntropy::new([41, 33, 70], F32, |_| true));
     check(&LinearCrossEntropy::new([5, 3, 7], F32, |_| false));
-    check(&AdamW { params: &[(7, true), (30, false), (2000, true)], weight_decay: 0.1, max_grad_norm: None });
+    for rule in RULES {
+        let params = &[(7, true), (30, false), (2000, true)];
+        check(&Steps { rule, params, weight_decay: 0.1, max_grad_norm: None });
+    }
 
     println!("{} passed, {} failed", tally.passed, tally.failed);
     if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }

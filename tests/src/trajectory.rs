@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rekindle_hub::Dtype;
 use rekindle_models::{Batch, CausalLm};
-use rekindle_train::{AdamW, LrSchedulerType, Optimizer, lr_factor, save_result};
+use rekindle_train::{LrSchedulerType, Optimizer, OptimizerConfig, SftConfig, lr_factor, save_result};
 use serde_json::Value;
 
 use crate::{Golden, read_json, relative_distance, tensors};
@@ -98,15 +98,16 @@ fn train(tolerances: Tolerances, what: &str, golden: &Golden, model: &mut Causal
     let run = &trajectory["run"];
     let float = |value: &Value| value.as_f64().expect("a number");
     let size = |value: &Value| value.as_u64().expect("a count") as usize;
-    let adamw = AdamW {
-        beta1: float(&run["adam_beta1"]),
-        beta2: float(&run["adam_beta2"]),
-        eps: float(&run["adam_epsilon"]),
+    let config = SftConfig {
+        adam_beta1: float(&run["adam_beta1"]),
+        adam_beta2: float(&run["adam_beta2"]),
+        adam_epsilon: float(&run["adam_epsilon"]),
         weight_decay: float(&run["weight_decay"]),
         max_grad_norm: float(&run["max_grad_norm"]),
+        ..SftConfig::default()
     };
     let kind: LrSchedulerType = serde_json::from_value(run["lr_scheduler_type"].clone()).expect("a known schedule");
-    let mut optimizer = Optimizer::new(model, adamw, 0).expect("something is trained");
+    let mut optimizer = Optimizer::new(model, OptimizerConfig::from(&config), 0).expect("something is trained");
     let steps = trajectory["steps"].as_array().expect("a list of steps");
     assert_eq!(steps.len(), size(&run["max_steps"]));
     for (number, expected) in steps.iter().enumerate() {

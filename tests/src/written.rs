@@ -2,7 +2,7 @@
 
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{Adapter, LoraConfig};
-use rekindle_train::{AdamW, Optimizer, SftConfig};
+use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 
 use crate::Golden;
 
@@ -22,7 +22,7 @@ pub fn train_written_adapter() -> Adapter {
     model.add_adapter(&lora).expect("the configuration is valid");
     // Steps as large as these make every loss move by far more than the tolerance.
     let config = SftConfig::default();
-    let mut optimizer = Optimizer::new(&model, AdamW::from(&config), 20260).expect("the adapter is trained");
+    let mut optimizer = Optimizer::new(&model, OptimizerConfig::from(&config), 20260).expect("the adapter is trained");
     for _ in 0..3 {
         optimizer.step(&mut model, &[golden.packed()], 0.02).expect("golden rows fit");
     }

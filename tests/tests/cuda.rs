@@ -12,7 +12,7 @@ use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::{GradientCheckpointing, InitLoraWeights, LoraConfig};
 use rekindle_models::{CausalLm, GenerationConfig, LoadIn};
 use rekindle_tests::{Golden, Tolerances, Trajectory, assert_nll, goldens, relative_distance};
-use rekindle_train::{AdamW, Optimizer};
+use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 
 /// Sums in another order than the CPU's, nothing else.
 const CUDA_F32: Tolerances = Tolerances { loss: 1e-4, grad_norm: 1e-3, tensors: 1e-3 };
@@ -125,9 +125,9 @@ fn starts(device: &Device) {
     let batch = golden.packed();
     let losses = |model: &CausalLm| model.nll(&batch).expect("golden rows fit");
     let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs().max(1.0));
-    let adamw = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
+    let config = OptimizerConfig::from(&SftConfig { weight_decay: 0.0, ..SftConfig::default() });
     let trained = |model: &mut CausalLm| {
-        let mut optimizer = Optimizer::new(model, adamw, 0).expect("something is trained");
+        let mut optimizer = Optimizer::new(model, config, 0).expect("something is trained");
         for _ in 0..3 {
             optimizer.step(model, std::slice::from_ref(&batch), 1e-2).expect("golden rows fit");
         }
@@ -267,8 +267,8 @@ fn memory(device: &Device) {
     let golden = Golden::open("llama3");
     let mut model = on(device, &golden);
     model.add_adapter(&LoraConfig::new(4)).expect("a valid configuration");
-    let adamw = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
-    let mut optimizer = Optimizer::new(&model, adamw, 0).expect("something is trained");
+    let config = OptimizerConfig::from(&SftConfig { weight_decay: 0.0, ..SftConfig::default() });
+    let mut optimizer = Optimizer::new(&model, config, 0).expect("something is trained");
     let batch = golden.packed();
     let mut after = Vec::new();
     for step in 0..300 {

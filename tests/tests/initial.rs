@@ -9,7 +9,7 @@ use rekindle_lora::{Adapter, Factors, InitLoraWeights, LoraConfig};
 use rekindle_models::{CausalLm, LoadIn, merge};
 use rekindle_quant::{QuantConfig, QuantizedTensor};
 use rekindle_tests::{Golden, RowLosses, assert_nll, goldens, read_json, relative_distance, tensors, worst_nll};
-use rekindle_train::{AdamW, Optimizer, SftConfig, save_result};
+use rekindle_train::{Optimizer, OptimizerConfig, SftConfig, save_result};
 use serde_json::Value;
 
 const BASE: &str = "qwen3-tied";
@@ -72,7 +72,8 @@ fn apart(a: &[f32], b: &[f32]) -> f32 {
 }
 
 fn steps(model: &mut CausalLm) {
-    let mut optimizer = Optimizer::new(model, AdamW::from(&SftConfig::default()), 1).expect("the adapter is trained");
+    let mut optimizer =
+        Optimizer::new(model, OptimizerConfig::from(&SftConfig::default()), 1).expect("the adapter is trained");
     for _ in 0..3 {
         optimizer.step(model, &[Golden::open(BASE).packed()], 0.01).expect("golden rows fit");
     }

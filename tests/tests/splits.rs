@@ -3,7 +3,7 @@
 use rekindle_lora::{GradientCheckpointing, LoraConfig};
 use rekindle_models::{CausalLm, StepKey};
 use rekindle_tests::{Golden, relative_distance};
-use rekindle_train::{AdamW, Optimizer, SftConfig};
+use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 
 /// The seven rows packed, one by one, in pieces, and in other orders.
 const SPLITS: [&[&[usize]]; 6] = [
@@ -150,7 +150,8 @@ fn twice_gives_the_same_bits() {
 fn a_run_twice_ends_in_the_same_bits() {
     let golden = Golden::open("qwen2");
     let run = |mut model: CausalLm, seed| {
-        let mut optimizer = Optimizer::new(&model, AdamW::from(&SftConfig::default()), seed).expect("it is trained");
+        let mut optimizer =
+            Optimizer::new(&model, OptimizerConfig::from(&SftConfig::default()), seed).expect("it is trained");
         let before = model.params().all_values();
         let batches: Vec<_> = SPLITS[3].iter().map(|rows| golden.batch(rows)).collect();
         let steps = [1e-3, 2e-3, 1e-3].map(|lr| optimizer.step(&mut model, &batches, lr).expect("golden rows fit"));

@@ -19,7 +19,7 @@ use rekindle::LoraConfig;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::Device;
 use rekindle_models::{Batch, CausalLm, LoadOptions};
-use rekindle_train::{AdamW, Optimizer, SftConfig};
+use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 use serde_json::{Value, json};
 
 use crate::{random_checkpoint, root};
@@ -65,7 +65,7 @@ pub(crate) fn cpu_worker(checkpoint: &Path, steps: usize) -> Result<(), Box<dyn 
     let mut model = CausalLm::load(&Checkpoint::open(checkpoint)?, &options, &mut |_| ())?;
     model.add_adapter(&LoraConfig::new(16).lora_alpha(32.0))?;
     let config = SftConfig::default();
-    let mut optimizer = Optimizer::new(&model, AdamW::from(&config), 0)?;
+    let mut optimizer = Optimizer::new(&model, OptimizerConfig::from(&config), 0)?;
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let (mut times, mut losses) = (Vec::new(), Vec::new());
     for step in 0..WARMUP + steps {

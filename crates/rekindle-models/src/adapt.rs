@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use rekindle_kernels::{ParamsBuilder, Weight, to_f32};
+use rekindle_kernels::{Group, ParamsBuilder, Weight, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{
     Adaptation, Adapter, GradientCheckpointing, InitLoraWeights, Linear, LoraConfig, Module, Modules,
@@ -177,7 +177,8 @@ impl CausalLm {
             if name == module(HEAD) && tied {
                 continue; // The table is the head.
             }
-            let trained = Weight::Trained(params.push(format!("{name}.weight"), &shape, true, &values));
+            let at = params.push_in(Group::Embedding, format!("{name}.weight"), &shape, true, &values);
+            let trained = Weight::Trained(at);
             if name == module(HEAD) {
                 let head = self.head.replace(trained);
                 self.replaced.head.get_or_insert(head);

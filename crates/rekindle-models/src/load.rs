@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
 use rekindle_kernels::rope::Tables;
-use rekindle_kernels::{Device, PackedWeight, ParamsBuilder, Tensor, Weight, from_f32, from_le_bytes};
+use rekindle_kernels::{Device, Group, PackedWeight, ParamsBuilder, Tensor, Weight, from_f32, from_le_bytes};
 use rekindle_lora::{GradientCheckpointing, Linear, LinearGroup};
 use rekindle_quant::Origin;
 use rekindle_rope::RopeScaling;
@@ -221,7 +221,7 @@ impl Source<'_> {
         if self.options.full_finetuning {
             // As in transformers' Trainer: norms and biases, the vectors, take no weight decay.
             let decays = view.shape.len() > 1;
-            return Ok(Weight::Trained(self.params.push(name, view.shape, decays, &view.to_f32()?)));
+            return Ok(Weight::Trained(self.params.push_in(group(name), name, view.shape, decays, &view.to_f32()?)));
         }
         let [rows, cols] = match *view.shape {
             [n] => [1, n],
@@ -236,10 +236,15 @@ impl Source<'_> {
         let hidden = view.shape[1];
         let values = vocab::resize_rows(view.to_f32()?, hidden, rows);
         if self.options.full_finetuning {
-            return Ok(Weight::Trained(self.params.push(name, &[rows, hidden], true, &values)));
+            return Ok(Weight::Trained(self.params.push_in(group(name), name, &[rows, hidden], true, &values)));
         }
         Ok(Weight::Frozen(from_f32(values, [rows, hidden], &self.options.device, self.options.dtype)))
     }
+}
+
+/// Whose learning rate a weight has.
+fn group(name: &str) -> Group {
+    if matches!(name, EMBED | HEAD) { Group::Embedding } else { Group::Default }
 }
 
 /// The tensor as it is frozen.

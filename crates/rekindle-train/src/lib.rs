@@ -24,7 +24,7 @@ pub use error::Error;
 pub use evaluate::{Evaluation, RowLoss, evaluate};
 pub use event::{Event, Report};
 pub use metrics::{EvalMetrics, MetricsFile, StepMetrics};
-pub use optimizer::{AdamW, Optimizer, StepResult};
+pub use optimizer::{Optimizer, OptimizerConfig, StepResult};
 pub use plot::{Series, loss_svg};
 pub use save::{save_result, write_result};
 pub use schedule::lr_factor;

@@ -1,33 +1,31 @@
 //! One optimizer step over given micro-batches.
 
 use burn::tensor::DType;
-use rekindle_kernels::adamw;
 use rekindle_kernels::linear_cross_entropy::Losses;
+use rekindle_kernels::optimizer::{Rates, Rule, State, StateError, StateFormat, StateTensor, Step, clipped_step};
 use rekindle_models::{Batch, CausalLm, StepKey};
 
 use crate::{Error, SftConfig};
 
-/// AdamW's constants and the clipping threshold.
+/// What changes the parameters.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamW {
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// Decoupled weight decay, on matrices only.
+pub struct OptimizerConfig {
+    /// How they move.
+    pub rule: Rule,
+    /// How the optimizer's state is kept.
+    pub format: StateFormat,
+    /// Weight decay, on matrices only.
     pub weight_decay: f64,
     /// The global norm is clipped to this; 0 for no clipping.
     pub max_grad_norm: f64,
 }
 
-impl From<&SftConfig> for AdamW {
+impl From<&SftConfig> for OptimizerConfig {
     fn from(config: &SftConfig) -> Self {
+        let (beta1, beta2, eps) = (config.adam_beta1, config.adam_beta2, config.adam_epsilon);
         Self {
-            beta1: config.adam_beta1,
-            beta2: config.adam_beta2,
-            eps: config.adam_epsilon,
+            rule: Rule::AdamW { beta1, beta2, eps },
+            format: StateFormat::F32,
             weight_decay: config.weight_decay,
             max_grad_norm: config.max_grad_norm,
         }
@@ -47,23 +45,22 @@ pub struct StepResult {
     pub tokens: usize,
 }
 
-/// AdamW with its state.
+/// The optimizer with its state.
 #[derive(Debug)]
 pub struct Optimizer {
-    config: AdamW,
-    state: adamw::State,
+    config: OptimizerConfig,
+    state: State,
     t: u64,
     seed: u64,
 }
 
 impl Optimizer {
-    /// Zero moments for the parameters of `model`. `seed` is that of dropout.
+    /// A state of zeros for the parameters of `model`. `seed` is that of dropout.
     ///
     /// # Errors
     /// [`Error::NothingToTrain`], and [`Error::Config`] for a model in f16.
-    pub fn new(model: &CausalLm, config: AdamW, seed: u64) -> Result<Self, Error> {
-        let numel = model.params().numel();
-        if numel == 0 {
+    pub fn new(model: &CausalLm, config: OptimizerConfig, seed: u64) -> Result<Self, Error> {
+        if model.params().numel() == 0 {
             return Err(Error::NothingToTrain);
         }
         if model.dtype() == DType::F16 {
@@ -71,7 +68,28 @@ impl Optimizer {
                            gradients above that; use \"bf16\" or \"f32\"";
             return Err(Error::Config(vec![problem.to_owned()]));
         }
-        Ok(Self { config, state: adamw::State::new(numel, model.device()), t: 0, seed })
+        let state = State::new(model.params().infos(), model.device(), config.rule, config.format);
+        Ok(Self { config, state, t: 0, seed })
+    }
+
+    /// How many steps were done: those whose gradients were finite.
+    pub fn steps(&self) -> u64 {
+        self.t
+    }
+
+    /// What it remembers of the parameters.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Goes on after `steps` steps, with the state that was left by them.
+    ///
+    /// # Errors
+    /// When the state is not one of these parameters; then nothing changes.
+    pub fn resume(&mut self, steps: u64, state: impl IntoIterator<Item = StateTensor>) -> Result<(), StateError> {
+        self.state.load(state)?;
+        self.t = steps;
+        Ok(())
     }
 
     /// Accumulates the gradient of the mean loss over all of `batches`, clips it by its global norm
@@ -82,7 +100,12 @@ impl Optimizer {
     ///
     /// # Errors
     /// [`Error::Model`] when a batch does not fit the model, or the device fails.
-    pub fn step(&mut self, model: &mut CausalLm, batches: &[Batch], lr: f64) -> Result<StepResult, Error> {
+    pub fn step(
+        &mut self,
+        model: &mut CausalLm,
+        batches: &[Batch],
+        rates: impl Into<Rates>,
+    ) -> Result<StepResult, Error> {
         let counted: usize = batches.iter().map(Batch::counted).sum();
         let tokens = batches.iter().map(Batch::tokens).sum();
         let scale = 1.0 / counted.max(1) as f64;
@@ -92,12 +115,12 @@ impl Optimizer {
         for batch in batches {
             losses.push(model.forward_backward(batch, scale as f32, &mut grads, Some(key))?);
         }
-        let AdamW { beta1, beta2, eps, weight_decay, max_grad_norm } = self.config;
-        let step = adamw::Step { t: self.t + 1, lr, beta1, beta2, eps, weight_decay, grad_scale: 1.0 };
-        let norm = adamw::clipped_step(model.params_mut(), &grads, &mut self.state, &step, max_grad_norm);
+        let OptimizerConfig { weight_decay, max_grad_norm, .. } = self.config;
+        let step = Step { t: self.t + 1, rates: rates.into(), weight_decay };
+        let clip = clipped_step(model.params_mut(), &grads, &mut self.state, &step, max_grad_norm);
         // Everything is queued; from here on the host waits.
         let loss = losses.into_iter().map(Losses::sum).sum::<f64>() * scale;
-        let result = StepResult { loss, grad_norm: norm.value(), counted, tokens };
+        let result = StepResult { loss, grad_norm: clip.norm(), counted, tokens };
         model.device().check().map_err(rekindle_models::Error::from)?;
         if result.grad_norm.is_finite() {
             self.t += 1;

@@ -4,11 +4,12 @@
 //! and sums over rows are taken over chunks of fixed size.
 #![allow(unsafe_code)]
 
-pub(crate) mod adamw;
 pub(crate) mod attention;
+pub(crate) mod blockwise;
 mod exp;
 pub(crate) mod linear_cross_entropy;
 pub(crate) mod matmul;
+pub(crate) mod optimizer;
 pub(crate) mod packed;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;

@@ -123,15 +123,24 @@ impl PinnedBuffer {
         self.0.bytes
     }
 
+    /// The address that kernels read and write it by: with unified addressing all pinned memory has one.
+    pub fn device_ptr(&self) -> u64 {
+        let mut address = 0;
+        if !self.0.memory.0.is_null() {
+            let host = self.0.memory.0.cast();
+            self.0
+                .cuda
+                .run("mapping pinned host memory", || driver!(cuMemHostGetDevicePointer_v2(&mut address, host, 0)));
+        }
+        address
+    }
+
     /// Copies the beginning out, after waiting for the copies on their way.
     ///
     /// # Errors
     /// The error that sticks, if any.
     pub fn read(&self, target: &mut [u8]) -> Result<(), CudaError> {
-        let length = target.len().min(self.settled()?);
-        // SAFETY: `length` bytes of live memory, which no copy is writing and only `&mut self` writes from the host.
-        unsafe { core::ptr::copy_nonoverlapping(self.0.memory.0, target.as_mut_ptr(), length) };
-        Ok(())
+        self.read_at(0, target)
     }
 
     /// Copies bytes to the beginning, after waiting for the copies on their way.
@@ -139,9 +148,33 @@ impl PinnedBuffer {
     /// # Errors
     /// The error that sticks, if any.
     pub fn write(&mut self, source: &[u8]) -> Result<(), CudaError> {
-        let length = source.len().min(self.settled()?);
-        // SAFETY: as in `read`.
-        unsafe { core::ptr::copy_nonoverlapping(source.as_ptr(), self.0.memory.0, length) };
+        self.write_at(0, source)
+    }
+
+    /// Copies from a byte on, after waiting for the copies on their way; kernels that write here are the caller's to wait
+    /// for.
+    ///
+    /// # Errors
+    /// The error that sticks, if any.
+    pub fn read_at(&self, offset: usize, target: &mut [u8]) -> Result<(), CudaError> {
+        let bytes = self.settled()?;
+        let offset = offset.min(bytes);
+        let length = target.len().min(bytes - offset);
+        // SAFETY: `length` bytes of live memory, which no copy is writing and only `&mut self` writes from the host.
+        unsafe { core::ptr::copy_nonoverlapping(self.0.memory.0.add(offset), target.as_mut_ptr(), length) };
+        Ok(())
+    }
+
+    /// Copies bytes to where they begin with a byte, as [`read_at`](Self::read_at) does.
+    ///
+    /// # Errors
+    /// The error that sticks, if any.
+    pub fn write_at(&mut self, offset: usize, source: &[u8]) -> Result<(), CudaError> {
+        let bytes = self.settled()?;
+        let offset = offset.min(bytes);
+        let length = source.len().min(bytes - offset);
+        // SAFETY: as in `read_at`.
+        unsafe { core::ptr::copy_nonoverlapping(source.as_ptr(), self.0.memory.0.add(offset), length) };
         Ok(())
     }
 

@@ -35,7 +35,6 @@ macro_rules! sources {
 }
 
 sources! {
-    "adamw.cu" with any_dtype;
     "attention_bwd_dkdv.cu" after "mma_sync.cuh" with |arch| attention(AttentionKernel::BwdDkdv, arch);
     "attention_bwd_dq.cu" after "mma_sync.cuh" with |arch| attention(AttentionKernel::BwdDq, arch);
     "attention_bwd_sm90.cu" after "sm90.cuh" with attention_bwd_sm90;
@@ -49,6 +48,8 @@ sources! {
     "elementwise.cu" with any_dtype;
     "embedding.cu" with any_dtype;
     "mirror.cu" with any_dtype;
+    "optimizer.cu" with any_dtype;
+    "optimizer_8bit.cu" with f32_alone;
     "qk_norm_rope.cu" with any_dtype;
     "reduce.cu" with any_dtype;
     "rms_norm.cu" with any_dtype;
@@ -71,6 +72,11 @@ impl Source {
 fn any_dtype(arch: Arch) -> Vec<Defines> {
     let dtypes = if arch.sm >= 80 { &["bf16", "f16", "f32"][..] } else { &[] };
     dtypes.iter().map(|&dtype| vec![("T", dtype)]).collect()
+}
+
+/// Where `T` does not occur.
+fn f32_alone(arch: Arch) -> Vec<Defines> {
+    if arch.sm >= 80 { vec![vec![("T", "f32")]] } else { Vec::new() }
 }
 
 /// Every dtype, with the sizes of heads that models have; 80 stands for the unusual ones.

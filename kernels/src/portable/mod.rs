@@ -2,10 +2,10 @@
 //!
 //! These are also the reference that the other paths are tested against.
 
-pub(crate) mod adamw;
 pub(crate) mod attention;
 pub(crate) mod linear_cross_entropy;
 pub(crate) mod matmul;
+pub(crate) mod optimizer;
 pub(crate) mod packed;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;

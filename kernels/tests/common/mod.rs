@@ -7,11 +7,11 @@
 // Each test binary uses a part of this.
 #![allow(dead_code)]
 
-pub(crate) mod adamw;
 pub(crate) mod attention;
 pub(crate) mod embedding;
 pub(crate) mod linear;
 pub(crate) mod linear_cross_entropy;
+pub(crate) mod optimizer;
 pub(crate) mod packed;
 pub(crate) mod properties;
 pub(crate) mod rms_norm;

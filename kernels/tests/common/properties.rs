@@ -1,8 +1,8 @@
 //! What holds whatever the numbers are, on any device.
 
 use burn::tensor::DType;
-use rekindle_kernels::adamw::{self, State, Step};
 use rekindle_kernels::dropout::{self, Key, Token, Tokens};
+use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, Step};
 use rekindle_kernels::{Device, Params, ParamsBuilder, attention, from_f32, to_f32};
 
 use super::attention::Attention;
@@ -133,19 +133,22 @@ pub(crate) fn dropout_masks_are_the_same_everywhere(device: &Device, dtype: DTyp
 /// A step whose gradients are not finite does nothing, and says so; the next one goes on as if it had not been.
 pub(crate) fn gradients_that_are_not_finite_change_nothing(device: &Device) {
     let numel = 5000;
-    let step = Step { t: 1, lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, grad_scale: 0.5 };
+    let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
     let trained = |bad: Option<f32>| -> (Vec<f32>, f64) {
         let mut builder = ParamsBuilder::new(device, DType::F32);
         builder.push("a", &[numel - 7], true, &noise(1, numel - 7));
         builder.push("b", &[7], false, &noise(2, 7));
         let mut params = builder.build();
-        let mut state = State::new(params.numel(), device);
+        let mut state = State::new(params.infos(), device, rule, StateFormat::F32);
         let clipped = |params: &mut Params, state: &mut State, values: &[f32], t: u64| {
             let mut grads = params.zero_grads();
             for info in params.infos() {
                 grads.add(info.at, from_f32(values[info.at.range()].to_vec(), info.at.dims(), device, DType::F32));
             }
-            adamw::clipped_step(params, &grads, state, &Step { t, ..step }, 1.0).value()
+            let clip = Clip::of(&grads, 0.5, 1.0);
+            let step = Step { t, rates: 1e-2.into(), weight_decay: 0.1 };
+            optimizer::apply(params, &grads, state, &step, &clip);
+            clip.norm()
         };
         let good = noise(3, numel);
         let norm = clipped(&mut params, &mut state, &good, 1);

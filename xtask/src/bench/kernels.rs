@@ -7,11 +7,12 @@ use std::process::Command;
 use burn::tensor::DType;
 use rekindle_kernels::attention::{self, Documents, Heads};
 use rekindle_kernels::cuda::Cuda;
+use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, Step};
 use rekindle_kernels::packed::{Absmax, Codes, Format};
 use rekindle_kernels::rope::{self, Norm, Tables};
 use rekindle_kernels::{
-    Device, PackedWeight, ParamsBuilder, Tensor, adamw, from_f32, from_le_bytes, linear_cross_entropy, matmul,
-    parse_device, rms_norm, swiglu,
+    Device, PackedWeight, ParamsBuilder, Tensor, from_f32, from_le_bytes, linear_cross_entropy, matmul, parse_device,
+    rms_norm, swiglu,
 };
 use serde_json::{Value, json};
 
@@ -217,11 +218,12 @@ impl Bench<'_> {
         builder.push("w", &[1024, n / 1024], true, &vec![0.01; n]);
         let mut params = builder.build();
         let grads = params.zero_grads();
-        let mut state = adamw::State::new(n, self.device);
-        let step =
-            adamw::Step { t: 1, lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, grad_scale: 1.0 };
+        let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+        let mut state = State::new(params.infos(), self.device, rule, StateFormat::F32);
+        let step = Step { t: 1, rates: 1e-4.into(), weight_decay: 0.01 };
+        let clip = Clip::of(&grads, 1.0, 0.0);
         self.time(rows, "adamw", Work::Bytes((28 * n) as f64), "adamw", || {
-            adamw::step(&mut params, &grads, &mut state, &step);
+            optimizer::apply(&mut params, &grads, &mut state, &step, &clip);
         })
     }
 

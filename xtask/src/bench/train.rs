@@ -16,7 +16,7 @@ use rekindle_kernels::cuda::{Cuda, ProfileEntry};
 use rekindle_kernels::{Device, parse_device};
 use rekindle_lora::GradientCheckpointing;
 use rekindle_models::{CausalLm, LoadIn, LoadOptions};
-use rekindle_train::{AdamW, Optimizer, SftConfig};
+use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 use serde_json::{Value, json};
 
 use super::shape::Shape;
@@ -182,7 +182,7 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
     device.synchronize()?;
     let (load_seconds, weights) = (began.elapsed().as_secs_f64(), cuda.memory().in_use);
 
-    let mut optimizer = Optimizer::new(&model, AdamW::from(&SftConfig::default()), 0)?;
+    let mut optimizer = Optimizer::new(&model, OptimizerConfig::from(&SftConfig::default()), 0)?;
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let (mut times, mut losses, mut first) = (Vec::new(), Vec::new(), 0.0);
     for step in 0..WARMUP + job.steps {

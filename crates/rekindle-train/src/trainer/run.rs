@@ -8,8 +8,8 @@ use rekindle_hub::{Dtype, write_atomic};
 use super::rows::Rows;
 use super::{Trainer, checkpoint_name, result_name};
 use crate::{
-    AdamW, Error, EvalMetrics, Evaluation, Event, MetricsFile, Optimizer, Report, Series, StepMetrics, evaluate,
-    loss_svg, lr_factor, save_result,
+    Error, EvalMetrics, Evaluation, Event, MetricsFile, Optimizer, OptimizerConfig, Report, Series, StepMetrics,
+    evaluate, loss_svg, lr_factor, save_result,
 };
 
 /// A run that goes on.
@@ -34,7 +34,7 @@ impl<'a> Run<'a> {
         let full = job.model.lora().is_none();
         let total = job.config.total_steps(job.train.len());
         job.check_output(full, total)?;
-        let optimizer = Optimizer::new(job.model, AdamW::from(&job.config), job.seed)?;
+        let optimizer = Optimizer::new(job.model, OptimizerConfig::from(&job.config), job.seed)?;
         let metrics = match &job.output_dir {
             Some(dir) => {
                 std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.clone(), source })?;

@@ -7,7 +7,6 @@
 //!
 //! Sums are f32. `T` below is the dtype of activations and frozen weights: bf16, f16 or f32.
 
-pub(crate) mod adamw;
 pub(crate) mod attention;
 pub(crate) mod cross_entropy;
 pub(crate) mod dropout;
@@ -15,6 +14,8 @@ pub(crate) mod elementwise;
 pub(crate) mod embedding;
 pub(crate) mod matmul;
 pub(crate) mod mirror;
+pub(crate) mod optimizer;
+pub(crate) mod optimizer_8bit;
 pub(crate) mod packed;
 pub(crate) mod reduce;
 pub(crate) mod rms_norm;

@@ -1,19 +1,23 @@
-// AdamW and what it needs over flat f32 buffers; kernels/src/adamw.rs, with its order of operations and roundings.
+// Optimizer steps and what they need over flat f32 buffers; kernels/src/optimizer, with its order of operations and
+// roundings.
 //
-// g ← factor·g; m ← β₁m + (1 − β₁)g; v ← β₂v + (1 − β₂)g²;
-// p ← p·(1 − lr·wd) − step_size·m / (√v·root_correction + eps), step_size = lr / (1 − β₁ᵗ), root_correction =
-// 1 / √(1 − β₂ᵗ). No multiply-add is fused: the same bits as the CPU's.
+// g ← factor·g, then by rule:
+//   adamw  m ← β₁m + (1 − β₁)g; v ← β₂v + (1 − β₂)g²; p ← p·a − r·m / (√v·root_correction + eps), a = 1 − lr·wd,
+//          r = lr / (1 − β₁ᵗ), root_correction = 1 / √(1 − β₂ᵗ)
+//   lion   p ← p·a − r·sign(β₁m + (1 − β₁)g); m ← β₂m + (1 − β₂)g, a = 1 − lr·wd, r = lr
+//   sgd    m ← β₁m + (g + a·p); p ← p − r·m, a = wd, r = lr; without m as if it were zero
+// No multiply-add is fused: the same bits as the CPU's.
 // norm = inv_scale·√Σ g² (f64); factor = inv_scale·min(1, max_norm / (norm + 1e-6)), inv_scale alone for max_norm ≤ 0;
 // inv_scale undoes a loss scale and is 1 otherwise.
 //
-// Layout: p, g, m, v f32, one offset into four equally aligned buffers; a range may begin and end anywhere.
+// Layout: p, g, m, v f32, each on 4 bytes; wide accesses where all four begin equally far from 16 bytes.
 // The sum of squares goes by fixed pieces, so that it has the same bits on every card: part b of `parts` takes elements
 // [b·4096, b·4096 + 4096), [(b + parts)·4096, …) … .
 //
 // Launch (dynamic shared memory 0)
-//   adamw(p, g, m, v, clip, i64 n, f32 keep, step_size, root_correction, beta1, one_minus_beta1, beta2,
-//     one_minus_beta2, eps): grid ceil((n + 3) / 1024), block 256. keep = 1 − lr·wd; clip is the struct
-//     `sum_squares_finish` wrote. Where clip says that a gradient was not finite, nothing is changed.
+//   adamw, lion, sgd(p, g, m, v, clip, i64 n, f32 a, r, root_correction, beta1, one_minus_beta1, beta2,
+//     one_minus_beta2, eps): grid ceil((n + 3) / 1024), block 256. v is null but for adamw, m may be for sgd. clip is the
+//     struct `sum_squares_finish` wrote. Where it says that a gradient was not finite, nothing is changed.
 //   sum_squares(g, f64 partial, i64 n): grid min(1024, ceil(n / 4096)) = parts, block 256
 //   sum_squares_finish(partial, clip, i32 parts, f32 max_norm, f32 inv_scale): grid 1, block 256.
 //     clip: { f32 norm, f32 factor, u32 not_finite }, 12 bytes
@@ -30,41 +34,71 @@
 
 struct Clip { f32 norm, factor; u32 not_finite; };
 
-struct Adam { f32 keep, step_size, root_correction, b1, c1, b2, c2, eps; };
+struct Numbers { f32 a, r, root_correction, b1, c1, b2, c2, eps; };
 
-DEVICE void update(f32& p, f32 g, f32& m, f32& v, f32 factor, const Adam& a) {
+enum Rule { ADAMW, LION, SGD };
+
+template <Rule RULE> DEVICE void update(f32& p, f32 g, f32& m, f32& v, f32 factor, const Numbers& k) {
     g = __fmul_rn(g, factor);
-    m = __fadd_rn(__fmul_rn(a.b1, m), __fmul_rn(a.c1, g));
-    v = __fadd_rn(__fmul_rn(a.b2, v), __fmul_rn(__fmul_rn(a.c2, g), g));
-    const f32 root = __fadd_rn(__fmul_rn(__fsqrt_rn(v), a.root_correction), a.eps);
-    p = __fsub_rn(__fmul_rn(p, a.keep), __fdiv_rn(__fmul_rn(a.step_size, m), root));
+    if constexpr (RULE == ADAMW) {
+        m = __fadd_rn(__fmul_rn(k.b1, m), __fmul_rn(k.c1, g));
+        v = __fadd_rn(__fmul_rn(k.b2, v), __fmul_rn(__fmul_rn(k.c2, g), g));
+        const f32 root = __fadd_rn(__fmul_rn(__fsqrt_rn(v), k.root_correction), k.eps);
+        p = __fsub_rn(__fmul_rn(p, k.a), __fdiv_rn(__fmul_rn(k.r, m), root));
+    } else if constexpr (RULE == LION) {
+        const f32 u = __fadd_rn(__fmul_rn(k.b1, m), __fmul_rn(k.c1, g));
+        p = __fsub_rn(__fmul_rn(p, k.a), u > 0.0f ? k.r : u < 0.0f ? -k.r : 0.0f);
+        m = __fadd_rn(__fmul_rn(k.b2, m), __fmul_rn(k.c2, g));
+    } else {
+        m = __fadd_rn(__fmul_rn(k.b1, m), __fadd_rn(g, __fmul_rn(k.a, p)));
+        p = __fsub_rn(p, __fmul_rn(k.r, m));
+    }
 }
 
 // Elements between the 16-byte boundary below p and p.
 DEVICE int misalignment(const f32* p) { return (int)((reinterpret_cast<u64>(p) >> 2) & 3); }
 
-extern "C" __global__ void __launch_bounds__(256)
-adamw(f32* p, const f32* g, f32* m, f32* v, const Clip* clip, long long n, f32 keep, f32 step_size,
-      f32 root_correction, f32 beta1, f32 one_minus_beta1, f32 beta2, f32 one_minus_beta2, f32 eps) {
-    const Adam a = {keep, step_size, root_correction, beta1, one_minus_beta1, beta2, one_minus_beta2, eps};
-    const long long first = ((long long)blockIdx.x * 256 + threadIdx.x) * 4 - misalignment(p);
+// m and v may be null, where the rule has none.
+template <Rule RULE>
+DEVICE void step(f32* p, const f32* g, f32* m, f32* v, const Clip* clip, long long n, const Numbers& k) {
+    const int ahead = misalignment(p);
+    const long long first = ((long long)blockIdx.x * 256 + threadIdx.x) * 4 - ahead;
     if (first >= n || clip->not_finite) return;
     const f32 factor = clip->factor;
-    if (first >= 0 && first + 4 <= n) {
-        float4 pv = *reinterpret_cast<float4*>(p + first), mv = *reinterpret_cast<float4*>(m + first);
-        float4 vv = *reinterpret_cast<float4*>(v + first);
+    const bool alike =
+        ahead == misalignment(g) && (!m || ahead == misalignment(m)) && (!v || ahead == misalignment(v));
+    if (alike && first >= 0 && first + 4 <= n) {
+        float4 mv = {}, vv = {}, pv = *reinterpret_cast<float4*>(p + first);
+        if (m) mv = *reinterpret_cast<float4*>(m + first);
+        if (v) vv = *reinterpret_cast<float4*>(v + first);
         const float4 gv = *reinterpret_cast<const float4*>(g + first);
-        update(pv.x, gv.x, mv.x, vv.x, factor, a);
-        update(pv.y, gv.y, mv.y, vv.y, factor, a);
-        update(pv.z, gv.z, mv.z, vv.z, factor, a);
-        update(pv.w, gv.w, mv.w, vv.w, factor, a);
+        update<RULE>(pv.x, gv.x, mv.x, vv.x, factor, k);
+        update<RULE>(pv.y, gv.y, mv.y, vv.y, factor, k);
+        update<RULE>(pv.z, gv.z, mv.z, vv.z, factor, k);
+        update<RULE>(pv.w, gv.w, mv.w, vv.w, factor, k);
         *reinterpret_cast<float4*>(p + first) = pv;
-        *reinterpret_cast<float4*>(m + first) = mv;
-        *reinterpret_cast<float4*>(v + first) = vv;
+        if (m) *reinterpret_cast<float4*>(m + first) = mv;
+        if (v) *reinterpret_cast<float4*>(v + first) = vv;
         return;
     }
-    for (long long i = max(first, 0LL); i < min(first + 4, n); i++) update(p[i], g[i], m[i], v[i], factor, a);
+    for (long long i = max(first, 0LL); i < min(first + 4, n); i++) {
+        f32 mi = m ? m[i] : 0.0f, vi = v ? v[i] : 0.0f;
+        update<RULE>(p[i], g[i], mi, vi, factor, k);
+        if (m) m[i] = mi;
+        if (v) v[i] = vi;
+    }
 }
+
+#define ENTRY(name, rule)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+    name(f32* p, const f32* g, f32* m, f32* v, const Clip* clip, long long n, f32 a, f32 r, f32 root_correction,       \
+         f32 beta1, f32 one_minus_beta1, f32 beta2, f32 one_minus_beta2, f32 eps) {                                    \
+        step<rule>(p, g, m, v, clip, n, {a, r, root_correction, beta1, one_minus_beta1, beta2, one_minus_beta2, eps}); \
+    }
+
+ENTRY(adamw, ADAMW)
+ENTRY(lion, LION)
+ENTRY(sgd, SGD)
 
 const int PIECE = 4096;
 

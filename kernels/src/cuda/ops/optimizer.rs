@@ -1,32 +1,16 @@
-//! AdamW over flat buffers, the norm of the gradients, and clipping without the host in between.
+//! Optimizer steps over flat buffers, the norm of the gradients, and clipping without the host in between.
 
 use std::sync::Arc;
 
 use super::{blocks, int, kernel};
-use crate::cuda::{Array, Buffer, CudaError, DType, args};
+use crate::cuda::{Array, Buffer, Cuda, CudaError, DType, args};
+use crate::optimizer::Wide;
 
 /// Values that a block of the sum of squares takes at a time; fixed, so that the sum has the same bits on every card.
 const PIECE: usize = 4096;
 
 /// Blocks of the sum of squares, at most.
 const PARTS: usize = 1024;
-
-/// One step's numbers, as the kernel takes them.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Step {
-    /// 1 − lr · weight_decay.
-    pub(crate) keep: f32,
-    /// lr / (1 − β₁ᵗ).
-    pub(crate) step_size: f32,
-    /// 1 / √(1 − β₂ᵗ).
-    pub(crate) root_correction: f32,
-    /// β₁ and 1 − β₁.
-    pub(crate) beta1: [f32; 2],
-    /// β₂ and 1 − β₂.
-    pub(crate) beta2: [f32; 2],
-    /// Added to the root of the second moment.
-    pub(crate) eps: f32,
-}
 
 /// What gradients are multiplied with before a step, on the device.
 #[derive(Clone, Debug)]
@@ -43,32 +27,38 @@ pub(crate) struct Norm {
     pub(crate) not_finite: bool,
 }
 
-/// Changes parameters `p` and moments `m`, `v` by one step with gradients `g`: f32 `[1, n]`, parts of four flat buffers
-/// that begin equally far from 16 bytes.
-pub(crate) fn step(p: &Array, g: &Array, m: &Array, v: &Array, step: &Step, clip: &Clip) {
+/// Changes parameters `p` and their moments by one step with gradients `g`: f32 `[1, n]`; fast where all begin equally
+/// far from 16 bytes.
+pub(crate) fn step(p: &Array, g: &Array, moments: &[Array], numbers: &Wide, clip: &Clip) {
     let n = flat(p);
-    assert!([g, m, v].iter().all(|x| flat(x) == n), "as many gradients and moments as parameters");
-    assert!([g, m, v].iter().all(|x| x.ptr() % 16 == p.ptr() % 16), "parts begin equally far from 16 bytes");
-    let Step { keep, step_size, root_correction, beta1, beta2, eps } = *step;
-    kernel(p.cuda(), "adamw.cu", "adamw", DType::F32).launch(
+    assert!(moments.iter().chain([g]).all(|x| flat(x) == n), "as many gradients and moments as parameters");
+    let (entry, a, r, beta1, beta2, eps, root_correction) = match *numbers {
+        Wide::AdamW { keep, step_size, root_correction, beta1, beta2, eps } => {
+            ("adamw", keep, step_size, beta1, beta2, eps, root_correction)
+        }
+        Wide::Lion { keep, lr, beta1, beta2 } => ("lion", keep, lr, beta1, beta2, 0.0, 0.0),
+        Wide::Sgd { weight_decay, lr, momentum } => ("sgd", weight_decay, lr, momentum, 0.0, 0.0, 0.0),
+    };
+    let moment = |i: usize| moments.get(i).map_or(0, Array::ptr);
+    kernel(p.cuda(), "optimizer.cu", entry, DType::F32).launch(
         [blocks((n + 3).div_ceil(1024)), 1, 1],
         [256, 1, 1],
         0,
         args![
             p.ptr(),
             g.ptr(),
-            m.ptr(),
-            v.ptr(),
-            clip.0.ptr(),
+            moment(0),
+            moment(1),
+            clip.ptr(),
             n as i64,
-            keep,
-            step_size,
-            root_correction,
-            beta1[0],
-            beta1[1],
-            beta2[0],
-            beta2[1],
-            eps
+            a as f32,
+            r as f32,
+            root_correction as f32,
+            beta1 as f32,
+            (1.0 - beta1) as f32,
+            beta2 as f32,
+            (1.0 - beta2) as f32,
+            eps as f32
         ],
     );
 }
@@ -80,13 +70,13 @@ pub(crate) fn norm(g: &Array, max_norm: f32, inv_scale: f32) -> Clip {
     let parts = n.div_ceil(PIECE).min(PARTS);
     let partial = cuda.alloc(8 * parts, "partial sums");
     let clip = cuda.alloc(12, "gradient norm");
-    kernel(cuda, "adamw.cu", "sum_squares", DType::F32).launch(
+    kernel(cuda, "optimizer.cu", "sum_squares", DType::F32).launch(
         [blocks(parts), 1, 1],
         [256, 1, 1],
         0,
         args![g.ptr(), partial.ptr(), n as i64],
     );
-    kernel(cuda, "adamw.cu", "sum_squares_finish", DType::F32).launch(
+    kernel(cuda, "optimizer.cu", "sum_squares_finish", DType::F32).launch(
         [1, 1, 1],
         [256, 1, 1],
         0,
@@ -96,6 +86,18 @@ pub(crate) fn norm(g: &Array, max_norm: f32, inv_scale: f32) -> Clip {
 }
 
 impl Clip {
+    /// From numbers of the host.
+    pub(crate) fn new(cuda: &Cuda, norm: f64, factor: f64) -> Self {
+        let flag = u32::from(!norm.is_finite());
+        let bytes = [(norm as f32).to_le_bytes(), (factor as f32).to_le_bytes(), flag.to_le_bytes()].concat();
+        Self(Arc::new(cuda.uploaded(&bytes, "gradient norm")))
+    }
+
+    /// Where it lies.
+    pub(super) fn ptr(&self) -> u64 {
+        self.0.ptr()
+    }
+
     /// The values, after waiting for everything queued so far.
     ///
     /// # Errors

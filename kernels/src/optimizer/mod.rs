@@ -1,0 +1,134 @@
+//! Optimizers over flat buffers: one step changes values in place, from their gradients and a state.
+//!
+//! A [`Rule`] says how; a [`StateFormat`] how the state is kept; [`State`] holds it, for every parameter. The values need
+//! not lie in [`Params`]: [`State::apply`] takes any `f32` values of some parameters, so that weights kept otherwise can
+//! be decoded, changed and written back one after another.
+//!
+//! g is scaled by the factor of [`Clip`] first; wd is 0 for parameters that take no part in weight decay. In `f32`:
+//!
+//! - [`Rule::AdamW`] (Loshchilov & Hutter, arXiv:1711.05101), with PyTorch's order of operations:
+//!   p ← p·(1 − lr·wd); m ← β₁m + (1 − β₁)g; v ← β₂v + (1 − β₂)g²;
+//!   p ← p − lr/(1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + eps)
+//! - [`Rule::Lion`] (Chen et al., arXiv:2302.06675):
+//!   p ← p·(1 − lr·wd) − lr·sign(β₁m + (1 − β₁)g); m ← β₂m + (1 − β₂)g
+//! - [`Rule::Sgd`], as PyTorch's with decay in the gradient: g ← g + wd·p; m ← momentum·m + g; p ← p − lr·m
+//!
+//! Where the state has 8 bits, sums of products are fused, and AdamW's order is that of bitsandbytes, whose decay comes
+//! last: the head of `blockwise.rs` has the formulas.
+//!
+//! # Dtypes
+//! Parameters and gradients in `f32`, the state as its format says; the bias corrections in `f64`.
+
+pub(crate) mod blockwise;
+mod clip;
+pub(crate) mod dynamic_map;
+mod saved;
+mod state;
+
+pub use blockwise::maps;
+pub use clip::Clip;
+pub(crate) use clip::norm;
+pub use saved::{StateError, StateTensor};
+pub(crate) use state::Wide;
+pub use state::{State, StateBytes};
+
+use crate::{Grads, Group, Params};
+
+/// How values move.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rule {
+    /// Adam with decoupled weight decay.
+    AdamW {
+        /// Decay of the first moment.
+        beta1: f64,
+        /// Decay of the second moment.
+        beta2: f64,
+        /// Added to the root of the second moment.
+        eps: f64,
+    },
+    /// The sign of a momentum, with decoupled weight decay.
+    Lion {
+        /// Weight of the momentum against the gradient in a step.
+        beta1: f64,
+        /// Decay of the momentum.
+        beta2: f64,
+    },
+    /// Gradient descent.
+    Sgd {
+        /// Decay of the momentum; 0 for none, which then takes no memory.
+        momentum: f64,
+    },
+}
+
+/// How the state is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateFormat {
+    /// In `f32`.
+    F32,
+    /// In 8-bit blocks of 256 elements with an `f32` scale, as bitsandbytes does; of parameters with fewer than 4,096
+    /// elements in `f32`. Wherever values are neither on the CPU nor on CUDA the blocks are on the host, and the values
+    /// go there and back in each step.
+    Blockwise8,
+    /// As [`Blockwise8`](Self::Blockwise8), with the blocks in page-locked host memory, which CUDA kernels read and write
+    /// over the bus.
+    Host8,
+}
+
+/// Learning rates, by group of parameters.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rates {
+    /// Of [`Group::Default`].
+    pub default: f64,
+    /// Of [`Group::Embedding`].
+    pub embedding: f64,
+}
+
+impl Rates {
+    /// That of a group.
+    pub fn of(self, group: Group) -> f64 {
+        match group {
+            Group::Default => self.default,
+            Group::Embedding => self.embedding,
+        }
+    }
+}
+
+impl From<f64> for Rates {
+    /// One for all.
+    fn from(rate: f64) -> Self {
+        Self { default: rate, embedding: rate }
+    }
+}
+
+/// One step's numbers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Step {
+    /// The number of this step, from 1 on.
+    pub t: u64,
+    /// Learning rates.
+    pub rates: Rates,
+    /// Weight decay, for the parameters that take part in it.
+    pub weight_decay: f64,
+}
+
+impl Step {
+    /// Learning rate and weight decay of some parameters.
+    fn of(&self, decays: bool, group: Group) -> (f64, f64) {
+        (self.rates.of(group), if decays { self.weight_decay } else { 0.0 })
+    }
+}
+
+/// Clips the gradients by their global norm and changes all parameters by one step.
+///
+/// When the norm is not finite nothing changes. On CUDA the host does not wait for the norm.
+pub fn clipped_step(params: &mut Params, grads: &Grads, state: &mut State, step: &Step, max_grad_norm: f64) -> Clip {
+    let clip = Clip::of(grads, 1.0, max_grad_norm);
+    apply(params, grads, state, step, &clip);
+    clip
+}
+
+/// Changes all parameters by one step.
+pub fn apply(params: &mut Params, grads: &Grads, state: &mut State, step: &Step, clip: &Clip) {
+    state.apply(0..params.numel(), params.flat_mut(), grads.flat(), step, clip);
+    params.refresh();
+}

@@ -1,0 +1,359 @@
+//! What an optimizer remembers of every parameter.
+
+use core::ops::Range;
+
+use super::blockwise::{self, BLOCK, HostBlocks, Numbers, SMALLEST};
+use super::clip::Where;
+use super::{Clip, Rule, StateFormat, Step, dynamic_map};
+use crate::cuda::{Array, ops};
+use crate::{Device, Group, ParamInfo, Path, Tensor, cpu, params, portable};
+
+/// The state of all parameters.
+#[derive(Debug)]
+pub struct State {
+    rule: Rule,
+    format: StateFormat,
+    pub(super) device: Device,
+    pub(super) slots: Vec<Slot>,
+    /// One vector for each of [`Rule::moments`], of the parameters whose state is in `f32`.
+    pub(super) moments: Vec<Tensor<1>>,
+    /// Of the other parameters.
+    pub(super) blocks: Blocks,
+}
+
+/// A parameter and where its state lies.
+#[derive(Clone, Debug)]
+pub(super) struct Slot {
+    pub(super) name: String,
+    pub(super) shape: Vec<usize>,
+    /// Its elements among those of all parameters.
+    pub(super) range: Range<usize>,
+    decays: bool,
+    group: Group,
+    pub(super) place: Place,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Place {
+    /// The first element in [`State::moments`].
+    Wide(usize),
+    /// Blocks, and tiles of the CUDA kernel.
+    Blocks { blocks: Range<usize>, tiles: Range<usize> },
+}
+
+/// 8-bit blocks.
+#[derive(Debug)]
+pub(super) enum Blocks {
+    Host(Vec<HostBlocks>),
+    Cuda(ops::optimizer_8bit::Blocks),
+}
+
+/// Neighbours that move alike and have an `f32` state.
+struct Run {
+    range: Range<usize>,
+    at: usize,
+    decays: bool,
+    group: Group,
+}
+
+/// What a state takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StateBytes {
+    /// Where the parameters are.
+    pub device: usize,
+    /// In page-locked host memory, where the parameters are on CUDA.
+    pub host: usize,
+}
+
+impl Rule {
+    /// The names of what it remembers of every element, PyTorch's.
+    pub fn moments(&self) -> &'static [&'static str] {
+        match self {
+            Self::AdamW { .. } => &["exp_avg", "exp_avg_sq"],
+            Self::Lion { .. } => &["exp_avg"],
+            Self::Sgd { momentum } if *momentum == 0.0 => &[],
+            Self::Sgd { .. } => &["momentum_buffer"],
+        }
+    }
+}
+
+impl StateFormat {
+    /// What the state of parameters with these many elements takes.
+    pub fn bytes(self, rule: Rule, sizes: impl IntoIterator<Item = usize>) -> StateBytes {
+        let mut bytes = StateBytes::default();
+        for numel in sizes {
+            let moments = rule.moments().len();
+            match self.has_blocks(rule, numel) {
+                false => bytes.device += moments * 4 * numel,
+                true if self == Self::Host8 => bytes.host += moments * (BLOCK + 4) * numel.div_ceil(BLOCK),
+                true => bytes.device += moments * (BLOCK + 4) * numel.div_ceil(BLOCK),
+            }
+        }
+        bytes
+    }
+
+    fn has_blocks(self, rule: Rule, numel: usize) -> bool {
+        self != Self::F32 && numel >= SMALLEST && !rule.moments().is_empty()
+    }
+}
+
+impl State {
+    /// Zeros for parameters in ascending order of their places.
+    pub fn new(infos: &[ParamInfo], device: &Device, rule: Rule, format: StateFormat) -> Self {
+        let mut slots: Vec<Slot> = Vec::with_capacity(infos.len());
+        let (mut end, mut blocks, mut tiles) = (0, 0, Vec::new());
+        for ParamInfo { name, shape, at, decays, group } in infos {
+            let range = at.range();
+            assert!(slots.last().is_none_or(|last| last.range.end <= range.start), "\"{name}\" comes in order");
+            let place = if format.has_blocks(rule, range.len()) {
+                let first = tiles.len();
+                tiles.extend(blockwise::tiles(&range, blocks, *decays, *group));
+                let own = blocks..blocks + range.len().div_ceil(BLOCK);
+                blocks = own.end;
+                Place::Blocks { blocks: own, tiles: first..tiles.len() }
+            } else {
+                // As far from 16 bytes as the values are, for wide accesses.
+                let at = end + (4 + range.start % 4 - end % 4) % 4;
+                end = at + range.len();
+                Place::Wide(at)
+            };
+            slots.push(Slot { name: name.clone(), shape: shape.clone(), range, decays: *decays, group: *group, place });
+        }
+        let moments = rule.moments().iter();
+        let blocks = match device {
+            Device::Cuda(cuda) if blocks > 0 => {
+                let (moments, host) = (rule.moments().len(), format == StateFormat::Host8);
+                let tables = dynamic_map::tables();
+                Blocks::Cuda(ops::optimizer_8bit::Blocks::new(cuda, moments, blocks, host, &tiles, &tables))
+            }
+            _ => Blocks::Host(moments.clone().map(|_| HostBlocks::new(blocks)).collect()),
+        };
+        let moments = moments.map(|_| params::zeros(end, device, "optimizer state")).collect();
+        Self { rule, format, device: device.clone(), slots, moments, blocks }
+    }
+
+    /// How values move.
+    pub fn rule(&self) -> Rule {
+        self.rule
+    }
+
+    /// How the state is kept.
+    pub fn format(&self) -> StateFormat {
+        self.format
+    }
+
+    /// What it takes.
+    pub fn bytes(&self) -> StateBytes {
+        self.format.bytes(self.rule, self.slots.iter().map(|slot| slot.range.len()))
+    }
+
+    /// Changes `values`, those of the parameters within `range` of all elements, and their state by one step.
+    ///
+    /// # Panics
+    /// When `values` or `grads` are not as many as `range` says, or it cuts a parameter in two.
+    pub fn apply(&mut self, range: Range<usize>, values: &mut Tensor<1>, grads: &Tensor<1>, step: &Step, clip: &Clip) {
+        assert_eq!(values.dims(), [range.len()], "values of the elements {range:?}");
+        assert_eq!(grads.dims(), [range.len()], "gradients of the elements {range:?}");
+        if matches!(clip.0, Where::Host { norm, .. } if !norm.is_finite()) {
+            return;
+        }
+        let chosen = self.chosen(&range);
+        self.apply_wide(&range, chosen.clone(), values, grads, step, clip);
+        match (values, grads, &clip.0) {
+            (Tensor::Cuda(values), Tensor::Cuda(grads), Where::Cuda(clip)) => {
+                self.apply_blocks_cuda(range.start, chosen, [values, grads], step, clip);
+            }
+            (Tensor::Burn(values), Tensor::Burn(grads), Where::Host { factor, .. }) => {
+                for slot in &self.slots[chosen] {
+                    let Place::Blocks { blocks, .. } = &slot.place else { continue };
+                    let Blocks::Host(moments) = &mut self.blocks else { panic!("a state lies where its values are") };
+                    let local = slot.range.start - range.start..slot.range.end - range.start;
+                    let numbers = Numbers::of(self.rule, step, slot.decays, slot.group);
+                    let mut parts = moments.iter_mut().map(|moment| moment.part(blocks.clone()));
+                    let m = parts.next().expect("a moment at least");
+                    let change = |p: &mut [f32], g: &[f32]| {
+                        cpu::blockwise::step(self.rule, &numbers, p, g, *factor as f32, m, parts.next());
+                    };
+                    match Path::of_burn(values) {
+                        Path::Cpu => {
+                            let grads = cpu::View::of(grads);
+                            cpu::with_mut(values, |p| change(&mut p[local.clone()], &grads.as_slice()[local]));
+                        }
+                        _ => portable::optimizer::on_host(values, grads, local, change),
+                    }
+                }
+            }
+            _ => panic!("the operands of one operation lie on one device"),
+        }
+    }
+
+    fn apply_wide(
+        &mut self,
+        range: &Range<usize>,
+        chosen: Range<usize>,
+        values: &mut Tensor<1>,
+        grads: &Tensor<1>,
+        step: &Step,
+        clip: &Clip,
+    ) {
+        for Run { range: run, at, decays, group } in self.runs(chosen) {
+            let (lr, decay) = step.of(decays, group);
+            let numbers = Wide::of(self.rule, step.t, lr, decay);
+            let (local, at) = (run.start - range.start..run.end - range.start, at..at + run.len());
+            match (&mut *values, grads, &clip.0) {
+                (Tensor::Cuda(values), Tensor::Cuda(grads), Where::Cuda(clip)) => {
+                    let part = |x: &Array, range: &Range<usize>| x.part(range.start, [1, range.len()]);
+                    let moments: Vec<Array> = self.moments.iter().map(|moment| part(moment.cuda(), &at)).collect();
+                    ops::optimizer::step(&part(values, &local), &part(grads, &local), &moments, &numbers, clip);
+                }
+                (Tensor::Burn(values), Tensor::Burn(grads), Where::Host { factor, .. }) => {
+                    let moments = &mut self.moments;
+                    match Path::of_burn(values) {
+                        Path::Cpu => cpu::optimizer::step(values, grads, *factor, moments, &numbers, local, at),
+                        _ => portable::optimizer::step(values, grads, *factor, moments, &numbers, local, at),
+                    }
+                }
+                _ => panic!("the operands of one operation lie on one device"),
+            }
+        }
+    }
+
+    fn apply_blocks_cuda(
+        &self,
+        first: usize,
+        chosen: Range<usize>,
+        arrays: [&Array; 2],
+        step: &Step,
+        clip: &ops::optimizer::Clip,
+    ) {
+        let Blocks::Cuda(blocks) = &self.blocks else { return };
+        let tiles = self.slots[chosen].iter().filter_map(|slot| match &slot.place {
+            Place::Blocks { tiles, .. } => Some(tiles.clone()),
+            Place::Wide(_) => None,
+        });
+        // Tiles lie in the order of the parameters.
+        let Some(tiles) = tiles.reduce(|all, next| all.start..next.end) else { return };
+        let kinds = [Group::Default, Group::Embedding].map(|group| [false, true].map(|decays| (decays, group)));
+        let [[a, b], [c, d]] =
+            kinds.map(|pair| pair.map(|(decays, group)| Numbers::of(self.rule, step, decays, group)));
+        let entry = match self.rule {
+            Rule::AdamW { .. } => "adamw_8bit",
+            Rule::Lion { .. } => "lion_8bit",
+            Rule::Sgd { .. } => "sgd_8bit",
+        };
+        blocks.step(entry, arrays, first, tiles, [a, b, c, d], clip);
+    }
+
+    /// The parameters within `range`.
+    fn chosen(&self, range: &Range<usize>) -> Range<usize> {
+        let first = self.slots.partition_point(|slot| slot.range.end <= range.start);
+        let end = self.slots.partition_point(|slot| slot.range.start < range.end).max(first);
+        for Slot { name, range: slot, .. } in &self.slots[first..end] {
+            assert!(range.start <= slot.start && slot.end <= range.end, "{range:?} cuts \"{name}\", {slot:?}, in two");
+        }
+        first..end
+    }
+
+    /// Longest runs of the chosen parameters that move alike and whose `f32` states are neighbours too.
+    fn runs(&self, chosen: Range<usize>) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        for Slot { range, decays, group, place, .. } in &self.slots[chosen] {
+            let &Place::Wide(at) = place else { continue };
+            match runs.last_mut() {
+                Some(run)
+                    if run.range.end == range.start
+                        && run.at + run.range.len() == at
+                        && (run.decays, run.group) == (*decays, *group) =>
+                {
+                    run.range.end = range.end;
+                }
+                _ => runs.push(Run { range: range.clone(), at, decays: *decays, group: *group }),
+            }
+        }
+        runs
+    }
+}
+
+/// The numbers of a step with an `f32` state, for parameters that move alike.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Wide {
+    AdamW {
+        /// 1 − lr · weight_decay.
+        keep: f64,
+        /// lr / (1 − β₁ᵗ).
+        step_size: f64,
+        /// 1 / √(1 − β₂ᵗ).
+        root_correction: f64,
+        beta1: f64,
+        beta2: f64,
+        eps: f64,
+    },
+    Lion {
+        /// 1 − lr · weight_decay.
+        keep: f64,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+    },
+    Sgd {
+        weight_decay: f64,
+        lr: f64,
+        momentum: f64,
+    },
+}
+
+impl Wide {
+    fn of(rule: Rule, t: u64, lr: f64, weight_decay: f64) -> Self {
+        let keep = 1.0 - lr * weight_decay;
+        match rule {
+            Rule::AdamW { beta1, beta2, eps } => {
+                let correct = |beta: f64| 1.0 - beta.powf(t as f64);
+                let (step_size, root_correction) = (lr / correct(beta1), correct(beta2).sqrt().recip());
+                Self::AdamW { keep, step_size, root_correction, beta1, beta2, eps }
+            }
+            Rule::Lion { beta1, beta2 } => Self::Lion { keep, lr, beta1, beta2 },
+            Rule::Sgd { momentum } => Self::Sgd { weight_decay, lr, momentum },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::DType;
+
+    use super::*;
+    use crate::ParamsBuilder;
+
+    const ADAMW: Rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+
+    #[test]
+    fn runs_end_where_parameters_move_otherwise() {
+        let mut builder = ParamsBuilder::new(&Device::cpu(), DType::F32);
+        builder.push("a", &[2, 3], true, &[0.0; 6]);
+        builder.push("b", &[5], true, &[0.0; 5]);
+        builder.push("c", &[3], false, &[0.0; 3]);
+        builder.push_in(Group::Embedding, "d", &[2], false, &[0.0; 2]);
+        let params = builder.build();
+        let state = State::new(params.infos(), &Device::cpu(), ADAMW, StateFormat::F32);
+        let runs = |range| -> Vec<_> {
+            let runs = state.runs(state.chosen(&range)).into_iter();
+            runs.map(|run| (run.range, run.at, run.decays, run.group)).collect()
+        };
+        let c = (11..14, 11, false, Group::Default);
+        assert_eq!(runs(0..16), [(0..11, 0, true, Group::Default), c.clone(), (14..16, 14, false, Group::Embedding)]);
+        assert_eq!(runs(6..14), [(6..11, 6, true, Group::Default), c]);
+    }
+
+    #[test]
+    fn bytes_by_hand() {
+        let (lion, sgd) = (Rule::Lion { beta1: 0.9, beta2: 0.99 }, Rule::Sgd { momentum: 0.0 });
+        let of = |format: StateFormat, rule, sizes: &[usize]| format.bytes(rule, sizes.iter().copied());
+        let device = |device| StateBytes { device, host: 0 };
+        assert_eq!(of(StateFormat::F32, ADAMW, &[6, 10]), device(128));
+        assert_eq!(of(StateFormat::F32, sgd, &[6, 10]), device(0));
+        // 16 blocks and 17; the smaller parameter keeps f32.
+        assert_eq!(of(StateFormat::Blockwise8, ADAMW, &[4096, 4097, 4095]), device(2 * 33 * 260 + 2 * 4 * 4095));
+        assert_eq!(of(StateFormat::Blockwise8, lion, &[4096]), device(16 * 260));
+        assert_eq!(of(StateFormat::Host8, lion, &[4096, 10]), StateBytes { device: 40, host: 16 * 260 });
+    }
+}
