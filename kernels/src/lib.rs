@@ -33,6 +33,7 @@ pub mod dropout;
 pub mod embedding;
 pub mod linear_cross_entropy;
 pub mod matmul;
+mod memory;
 mod offload;
 pub mod optimizer;
 pub mod packed;
@@ -48,6 +49,7 @@ mod tensor;
 mod weight;
 
 pub use device::{Device, DeviceError, DeviceKind, open as open_device, parse as parse_device};
+pub use memory::DeviceMemory;
 pub use offload::Offloaded;
 pub use packed::PackedWeight;
 pub use params::{Grads, Group, ParamInfo, ParamRef, Params, ParamsBuilder};
