@@ -36,7 +36,7 @@ enum Task {
     Ci,
     /// Layering, `unsafe`, and who may know what.
     Tidy,
-    /// Makes the goldens again with transformers and PEFT.
+    /// Makes the goldens again with transformers, PEFT and TensorBoard.
     Goldens {
         /// A Python with torch, transformers and peft.
         #[arg(long, default_value = "python3")]

@@ -320,10 +320,11 @@ const RUN_FILE: &str = r#"Example of a run file; all that is not commented out i
   [train]                           # names as in Hugging Face's TrainingArguments
   # per_device_train_batch_size = 8, num_train_epochs = 3 or max_steps, learning_rate,
   # lr_scheduler_type, warmup_steps, eval_steps, save_steps, logging_steps ...
+  # eval_samples = 2                # answers to prompts of eval, into the report; sample_prompts = ["..."] gives others
 
 Relative paths are relative to the current directory, not to the run file.
-A run writes into output_dir: adapter/ (or model/ when all weights were trained), metrics.jsonl, loss.svg and
-run.toml, the configuration with all defaults filled in. What an earlier run left there is replaced.
+A run writes into output_dir: adapter/ (or model/ when all weights were trained), report.html, metrics.jsonl, loss.svg,
+tensorboard/ and run.toml, the configuration with all defaults filled in. What an earlier run left there is replaced.
 The last line on stdout is the path of the adapter or model.
 
 Examples:

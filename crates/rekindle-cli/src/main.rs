@@ -1,5 +1,5 @@
-//! The `rekindle` command: a quickstart, training from a run file, evaluation, generation, merging, quantization, and
-//! what a checkpoint, the hub's cache or this machine holds.
+//! The `rekindle` command: a quickstart, run files and training from them, evaluation, generation, merging,
+//! quantization, and what a checkpoint, the hub's cache or this machine holds.
 //!
 //! Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed (a model or adapter that is
 //! missing or broken, a result that cannot be written, a run that diverged), 2 usage or configuration, 3 data,

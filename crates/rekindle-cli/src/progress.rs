@@ -2,8 +2,8 @@
 
 use std::io::{IsTerminal, stderr};
 
-use indicatif::{DecimalBytes, ProgressBar, ProgressFinish, ProgressStyle};
-use rekindle::{EvalMetrics, Event, StepMetrics};
+use indicatif::{DecimalBytes, HumanCount, ProgressBar, ProgressFinish, ProgressStyle};
+use rekindle::{EvalMetrics, Event, Sample, StepMetrics};
 
 /// Follows a training run.
 #[derive(Debug)]
@@ -27,6 +27,7 @@ impl Progress {
         match event {
             Event::Step { metrics, total } => self.step(metrics, *total),
             Event::Eval(metrics) => self.note(&eval_line(metrics)),
+            Event::Sample(sample) => self.note(&sample_line(sample)),
             Event::Saved(path) => self.note(&format!("saved {}", path.display())),
             _ => {}
         }
@@ -35,8 +36,9 @@ impl Progress {
     fn step(&mut self, metrics: &StepMetrics, total: usize) {
         self.tokens += metrics.tokens;
         if self.is_terminal {
-            let bar = self.bar.get_or_insert_with(|| bar(total));
-            bar.set_message(format!("loss {:.3}  {:.0} tok/s", metrics.loss, metrics.tokens_per_second));
+            // A run that goes on begins in the middle; what came before is no part of the speed.
+            let bar = self.bar.get_or_insert_with(|| bar(total).with_position(metrics.step as u64 - 1));
+            bar.set_message(bar_message(metrics));
             bar.set_position(metrics.step as u64);
             if metrics.step == total {
                 // What follows, evaluation and saving, would otherwise share its line.
@@ -133,6 +135,24 @@ fn step_line(metrics: &StepMetrics, total: usize, speed: f64) -> String {
     )
 }
 
+fn bar_message(metrics: &StepMetrics) -> String {
+    let speed = HumanCount(metrics.tokens_per_second.round() as u64);
+    let memory = metrics.memory.map_or_else(String::new, |bytes| format!("  {}", DecimalBytes(bytes)));
+    format!("loss {:.3}  {speed} tok/s{memory}", metrics.loss)
+}
+
+/// Characters of an answer that are shown.
+const WIDTH: usize = 100;
+
+fn sample_line(sample: &Sample) -> String {
+    let text = format!("{:?}", sample.output);
+    let text = match text.char_indices().nth(WIDTH) {
+        Some((end, _)) => format!("{} …", &text[..end]),
+        None => text,
+    };
+    format!("sample {} after step {}: {text}", sample.sample, sample.step)
+}
+
 fn eval_line(metrics: &EvalMetrics) -> String {
     let EvalMetrics { step, eval_loss, eval_perplexity, eval_tokens } = metrics;
     format!("eval after step {step}  loss {eval_loss:.4}  perplexity {eval_perplexity:.2}  ({eval_tokens} tokens)")
@@ -162,11 +182,30 @@ mod tests {
             learning_rate: 2e-4,
             tokens: 100,
             trained_tokens: 50,
-            tokens_per_second: 900.0,
+            tokens_per_second: 1900.4,
             seconds: 2.4,
+            memory: Some(2_345_000_000),
+            peak_memory: None,
         };
         let line = step_line(&metrics, 60, 1234.4);
         assert_eq!(line, "step 10/60  loss 1.234  grad_norm 0.56  lr 2.0e-4  1234 tok/s  eta 12s");
+        assert_eq!(bar_message(&metrics), "loss 1.234  1,900 tok/s  2.35 GB");
+    }
+
+    #[test]
+    fn an_answer_is_one_line() {
+        let sample = Sample {
+            step: 20,
+            sample: 1,
+            prompt: "q".into(),
+            expected: None,
+            output: "a\nb".into(),
+            new_tokens: 3,
+            ended: true,
+        };
+        assert_eq!(sample_line(&sample), "sample 1 after step 20: \"a\\nb\"");
+        let long = sample_line(&Sample { output: "ä".repeat(500), ..sample });
+        assert!(long.ends_with("ää …") && long.chars().count() < 130, "{long}");
     }
 
     #[test]

@@ -112,7 +112,8 @@ fn ending(dir: &Path, job: &Job, report: &Report, seconds: f64) -> String {
     let command = command(env::current_exe().ok().as_deref());
     format!(
         "\
-Done in {}. The adapter, {trained} numbers in PEFT's format, is in {adapter}; the loss is drawn in {dir}/loss.svg.
+Done in {}. The adapter, {trained} numbers in PEFT's format, is in {adapter}; {dir}/report.html shows
+how it learned.
 
 Try next:
   {command} generate --model {dir}/base --adapter {adapter} --chat \"What is a whale?\"

@@ -78,7 +78,7 @@ impl Reader {
 }
 
 /// Keys that other trainers have, and what to write here.
-const ELSEWHERE: [(&str, &str); 16] = [
+const ELSEWHERE: [(&str, &str); 17] = [
     ("bnb_4bit_quant_type", "write quant_type = \"nf4\" or \"fp4\" in [model]"),
     ("bnb_4bit_use_double_quant", "write double_quant in [model]"),
     ("bnb_4bit_compute_dtype", "codes are decoded to dtype in [model]"),
@@ -88,6 +88,7 @@ const ELSEWHERE: [(&str, &str); 16] = [
     ("packing", "rows are never padded, so there is nothing to pack"),
     ("dataset_text_field", "rows with plain text have it under \"text\""),
     ("gradient_checkpointing", "write use_gradient_checkpointing in [lora], or in [model] for full_finetuning"),
+    ("logging_dir", "TensorBoard's files lie in tensorboard/ of output_dir"),
     ("model_name", "write name_or_path in [model]"),
     ("hf_token", "write token in [model], or set HF_TOKEN"),
     ("trust_remote_code", "no code of a checkpoint is ever run; its architecture is known here or refused by name"),

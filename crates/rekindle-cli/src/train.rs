@@ -71,6 +71,7 @@ impl Job {
             .shuffle(config.data.shuffle)
             .seed(config.seed)
             .output_dir(&config.output_dir)
+            .run_file(config.to_toml())
             .on_data(|file, report| eprintln!("{}: {report}", file.path.display()))
             .on_event(|event| progress.event(&event));
         if let Some(eval) = config.data.eval_file() {
@@ -166,8 +167,8 @@ fn summarize(report: &Report, dir: &Path, resolved: &Path) {
             last.step, first.loss, last.loss
         );
     }
-    let [metrics, plot] = ["metrics.jsonl", "loss.svg"].map(|name| dir.join(name));
-    eprintln!("numbers {}  plot {}  configuration {}", metrics.display(), plot.display(), resolved.display());
+    let [metrics, page] = ["metrics.jsonl", "report.html"].map(|name| dir.join(name));
+    eprintln!("report {}  numbers {}  configuration {}", page.display(), metrics.display(), resolved.display());
 }
 
 #[cfg(test)]

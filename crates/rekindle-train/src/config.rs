@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Error;
+use crate::{Error, ReportTo};
 
 /// How a run trains. `deny_unknown_fields`: a misspelt key is an error.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -46,6 +46,16 @@ pub struct SftConfig {
     /// Steps between saves into `checkpoint-N`; without it only the end is saved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_steps: Option<usize>,
+    /// Who is told the numbers beside `metrics.jsonl` and `report.html`. Default TensorBoard, in files.
+    pub report_to: ReportTo,
+    /// Messages that the model answers at each evaluation, put into its chat template if there is one. Default none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sample_prompts: Vec<String>,
+    /// How many of the evaluation set's rows, from the first on, lend their prompts to be answered at each evaluation.
+    /// Default 0: answers take time, a pass through the model for every token.
+    pub eval_samples: usize,
+    /// The most tokens of such an answer. Default 64.
+    pub sample_max_new_tokens: usize,
 }
 
 /// The shape of a learning-rate schedule; the formulas are Hugging Face's.
@@ -83,6 +93,10 @@ impl Default for SftConfig {
             logging_steps: 1,
             eval_steps: None,
             save_steps: None,
+            report_to: ReportTo::default(),
+            sample_prompts: Vec::new(),
+            eval_samples: 0,
+            sample_max_new_tokens: 64,
         }
     }
 }
@@ -105,6 +119,7 @@ impl SftConfig {
             ("per_device_eval_batch_size", self.per_device_eval_batch_size),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps),
             ("logging_steps", self.logging_steps),
+            ("sample_max_new_tokens", self.sample_max_new_tokens),
         ] {
             check(value > 0, name, &value, positive);
         }

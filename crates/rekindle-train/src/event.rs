@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::{EvalMetrics, StepMetrics};
+use crate::{EvalMetrics, Sample, StepMetrics};
 
 /// What a run tells while it goes on.
 #[derive(Debug)]
@@ -17,6 +17,8 @@ pub enum Event<'a> {
     },
     /// The evaluation set was looked at.
     Eval(&'a EvalMetrics),
+    /// A prompt was answered.
+    Sample(&'a Sample),
     /// A checkpoint was written.
     Saved(&'a Path),
 }

@@ -8,6 +8,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod axis;
 mod config;
 mod error;
 mod evaluate;
@@ -15,17 +16,27 @@ mod event;
 mod metrics;
 mod optimizer;
 mod plot;
+mod recorder;
+mod report;
+mod report_to;
+mod sampler;
 mod save;
 mod schedule;
+mod tensorboard;
 mod trainer;
 
 pub use config::{LrSchedulerType, SftConfig};
 pub use error::Error;
 pub use evaluate::{Evaluation, RowLoss, evaluate};
 pub use event::{Event, Report};
-pub use metrics::{EvalMetrics, MetricsFile, StepMetrics};
+pub use metrics::{EvalMetrics, MetricsFile, RunHistory, Sample, StepMetrics};
 pub use optimizer::{Optimizer, OptimizerConfig, StepResult};
-pub use plot::{Series, loss_svg};
+pub use plot::loss_svg;
+pub use recorder::Recorder;
+pub use report::{RunDescription, report_html};
+pub use report_to::ReportTo;
+pub use sampler::{SamplePrompt, Sampler};
 pub use save::{save_result, write_result};
 pub use schedule::lr_factor;
+pub use tensorboard::EventFile;
 pub use trainer::Trainer;

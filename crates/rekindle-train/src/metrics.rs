@@ -1,15 +1,15 @@
-//! `metrics.jsonl`: one JSON object a line, for every step and every evaluation.
+//! `metrics.jsonl`: one JSON object a line, for every step, every evaluation and every sample.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::Error;
 
 /// One optimizer step.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepMetrics {
     /// From 1 on.
     pub step: usize,
@@ -29,10 +29,17 @@ pub struct StepMetrics {
     pub tokens_per_second: f64,
     /// Wall-clock time since the run began.
     pub seconds: f64,
+    /// Bytes in use after the step: of the device, on the CPU of the process
+    /// ([`Device::memory`](rekindle_kernels::Device::memory)).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u64>,
+    /// The most bytes in use so far.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_memory: Option<u64>,
 }
 
 /// One evaluation.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EvalMetrics {
     /// Steps done before it.
     pub step: usize,
@@ -42,6 +49,92 @@ pub struct EvalMetrics {
     pub eval_perplexity: f64,
     /// Counted tokens.
     pub eval_tokens: usize,
+}
+
+/// What the model made of a prompt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Steps done before it.
+    pub step: usize,
+    /// Which of the run's prompts, from 1 on.
+    pub sample: usize,
+    /// The prompt, as it was tokenized.
+    pub prompt: String,
+    /// What the rows have in this place, if the prompt is theirs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expected: Option<String>,
+    /// The most likely continuation.
+    pub output: String,
+    /// Its tokens.
+    pub new_tokens: usize,
+    /// Whether it ended by itself, and not because it was long enough.
+    pub ended: bool,
+}
+
+/// A run's numbers so far, those of before a resumption included.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RunHistory {
+    /// Every step.
+    pub steps: Vec<StepMetrics>,
+    /// Every evaluation.
+    pub evals: Vec<EvalMetrics>,
+    /// Every sample.
+    pub samples: Vec<Sample>,
+}
+
+/// A line of the file. Keys that are not known here are passed over, and so are lines of other kinds.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Step(StepMetrics),
+    Eval(EvalMetrics),
+    Sample(Sample),
+    Other { step: Option<usize> },
+}
+
+impl Line {
+    fn step(&self) -> Option<usize> {
+        match self {
+            Self::Step(line) => Some(line.step),
+            Self::Eval(line) => Some(line.step),
+            Self::Sample(line) => Some(line.step),
+            Self::Other { step } => *step,
+        }
+    }
+}
+
+impl RunHistory {
+    /// Reads a `metrics.jsonl`. A last line that was cut off, as by a kill, is passed over.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the file cannot be read or another line is broken.
+    pub fn read(path: &Path) -> Result<Self, Error> {
+        Ok(Self::parse(path, usize::MAX)?.0)
+    }
+
+    /// What `path` says of the first `steps` steps, and the lines that say it.
+    fn parse(path: &Path, steps: usize) -> Result<(Self, String), Error> {
+        let failed = |source| Error::Io { path: path.to_owned(), source };
+        let text = std::fs::read_to_string(path).map_err(failed)?;
+        let (mut history, mut kept) = (Self::default(), String::new());
+        for (index, line) in text.split_inclusive('\n').enumerate().filter(|(_, line)| line.ends_with('\n')) {
+            let parsed: Line = serde_json::from_str(line).map_err(|error| {
+                let message = format!("line {}: {error}", index + 1);
+                failed(std::io::Error::new(std::io::ErrorKind::InvalidData, message))
+            })?;
+            if parsed.step().is_some_and(|step| step > steps) {
+                continue;
+            }
+            kept += line;
+            match parsed {
+                Line::Step(step) => history.steps.push(step),
+                Line::Eval(eval) => history.evals.push(eval),
+                Line::Sample(sample) => history.samples.push(sample),
+                Line::Other { .. } => {}
+            }
+        }
+        Ok((history, kept))
+    }
 }
 
 /// Writes `metrics.jsonl`; every line reaches the file before the next step begins.
@@ -61,14 +154,97 @@ impl MetricsFile {
         Ok(Self { path: path.to_owned(), out: BufWriter::new(file) })
     }
 
+    /// Goes on with the file of a run of which `steps` steps are done, without its lines of later ones; gives what the
+    /// lines that stay say. A file that is not there is created.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and [`Error::File`] when the shorter file cannot be written.
+    pub fn resume(path: &Path, steps: usize) -> Result<(Self, RunHistory), Error> {
+        if !path.exists() {
+            return Ok((Self::create(path)?, RunHistory::default()));
+        }
+        let (history, kept) = RunHistory::parse(path, steps)?;
+        rekindle_hub::write_atomic(path, kept.as_bytes())?;
+        let file = File::options().append(true).open(path);
+        let file = file.map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        Ok((Self { path: path.to_owned(), out: BufWriter::new(file) }, history))
+    }
+
     /// Appends a line.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn write(&mut self, line: &impl Serialize) -> Result<(), Error> {
-        let text = serde_json::to_string(line).expect("numbers serialize");
+        let text = serde_json::to_string(line).expect("numbers and texts serialize");
         writeln!(self.out, "{text}")
             .and_then(|()| self.out.flush())
             .map_err(|source| Error::Io { path: self.path.clone(), source })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn step(step: usize) -> StepMetrics {
+        StepMetrics {
+            step,
+            epoch: step as f64 / 8.0,
+            loss: 2.0 + 1.0 / step as f64,
+            grad_norm: 0.5,
+            learning_rate: 2e-4,
+            tokens: 100,
+            trained_tokens: 50,
+            tokens_per_second: 900.0,
+            seconds: step as f64,
+            memory: Some(3 << 20),
+            peak_memory: None,
+        }
+    }
+
+    pub(crate) fn eval(step: usize) -> EvalMetrics {
+        EvalMetrics { step, eval_loss: 2.25, eval_perplexity: 2.25f64.exp(), eval_tokens: 70 }
+    }
+
+    pub(crate) fn sample(step: usize) -> Sample {
+        let output = format!("after {step}");
+        Sample { step, sample: 1, prompt: "<q>".into(), expected: None, output, new_tokens: 2, ended: true }
+    }
+
+    #[test]
+    fn a_resumed_file_goes_on_after_its_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let (mut file, nothing) = MetricsFile::resume(&path, 5).unwrap();
+        assert_eq!(nothing, RunHistory::default());
+        for n in 1..=4 {
+            file.write(&step(n)).unwrap();
+        }
+        file.write(&eval(2)).unwrap();
+        file.write(&sample(2)).unwrap();
+        file.write(&serde_json::json!({ "step": 4, "another": "kind" })).unwrap();
+        drop(file);
+        // As a kill leaves it.
+        let mut text = std::fs::read_to_string(&path).unwrap();
+        text += "{\"step\": 5, \"lo";
+        std::fs::write(&path, &text).unwrap();
+        assert_eq!(RunHistory::read(&path).unwrap().steps.len(), 4);
+
+        let (mut file, history) = MetricsFile::resume(&path, 2).unwrap();
+        let mut expected = RunHistory { steps: vec![step(1), step(2)], evals: vec![eval(2)], samples: vec![sample(2)] };
+        assert_eq!(history, expected);
+        file.write(&step(3)).unwrap();
+        expected.steps.push(step(3));
+        assert_eq!(RunHistory::read(&path).unwrap(), expected);
+        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 5);
+    }
+
+    #[test]
+    fn a_broken_line_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        std::fs::write(&path, "{\"step\": 1}\n{\"step\": 2, \n").unwrap();
+        let error = RunHistory::read(&path).unwrap_err().to_string();
+        assert!(error.contains("metrics.jsonl: line 2: EOF"), "{error}");
     }
 }

@@ -9,7 +9,7 @@ use rekindle_data::Dataset;
 use rekindle_models::CausalLm;
 
 use crate::save::check_replaceable;
-use crate::{Error, Event, Report, SftConfig};
+use crate::{Error, Event, Report, RunDescription, Sampler, SftConfig};
 use run::Run;
 
 /// A run over encoded examples.
@@ -22,6 +22,8 @@ pub struct Trainer<'a> {
     seed: u64,
     output_dir: Option<PathBuf>,
     companions: Vec<PathBuf>,
+    sampler: Option<Sampler<'a>>,
+    description: RunDescription,
     on_event: Box<dyn FnMut(Event<'_>) + 'a>,
 }
 
@@ -37,6 +39,8 @@ impl<'a> Trainer<'a> {
             seed: 3407,
             output_dir: None,
             companions: Vec::new(),
+            sampler: None,
+            description: RunDescription::default(),
             on_event: Box::new(|_| ()),
         }
     }
@@ -62,7 +66,7 @@ impl<'a> Trainer<'a> {
         self
     }
 
-    /// Writes `metrics.jsonl`, `loss.svg`, `checkpoint-N/` and `adapter/` (or `model/`) there.
+    /// Writes `checkpoint-N/`, `adapter/` (or `model/`) and what a [`Recorder`](crate::Recorder) does there.
     #[must_use]
     pub fn output_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.output_dir = Some(dir.into());
@@ -76,7 +80,21 @@ impl<'a> Trainer<'a> {
         self
     }
 
-    /// Is told about every step, evaluation and save.
+    /// Answers prompts at each evaluation and at the end.
+    #[must_use]
+    pub fn sampler(mut self, sampler: Sampler<'a>) -> Self {
+        self.sampler = Some(sampler);
+        self
+    }
+
+    /// What `report.html` says of the run beside its numbers.
+    #[must_use]
+    pub fn describe(mut self, description: RunDescription) -> Self {
+        self.description = description;
+        self
+    }
+
+    /// Is told about every step, evaluation, sample and save.
     #[must_use]
     pub fn on_event(mut self, on_event: impl FnMut(Event<'_>) + 'a) -> Self {
         self.on_event = Box::new(on_event);

@@ -25,11 +25,13 @@
 #![warn(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod describe;
 mod error;
 mod inspect;
 mod merge;
 mod model;
 mod pretrained;
+mod prompts;
 mod quantize;
 mod sft;
 mod skip;
@@ -58,4 +60,7 @@ pub use rekindle_models::{
     RopeScaling, StopReason, Widened,
 };
 pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
-pub use rekindle_train::{EvalMetrics, Evaluation, Event, LrSchedulerType, Report, RowLoss, SftConfig, StepMetrics};
+pub use rekindle_train::{
+    EvalMetrics, Evaluation, Event, LrSchedulerType, Report, ReportTo, RowLoss, RunHistory, Sample, SftConfig,
+    StepMetrics,
+};

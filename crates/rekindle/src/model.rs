@@ -56,6 +56,11 @@ impl Model {
         &self.files.model
     }
 
+    /// What its checkpoint was called.
+    pub(crate) fn name(&self) -> &str {
+        &self.files.name
+    }
+
     /// The files that a saved model or adapter carries along: the tokenizer's, and what ends a generation.
     pub(crate) fn companions(&self) -> Vec<PathBuf> {
         self.files.companions()

@@ -2,9 +2,11 @@
 
 use std::path::PathBuf;
 
-use rekindle_data::{Dataset, LoadReport, Overlong, Tokenizer};
+use rekindle_data::{LoadReport, Overlong, Tokenizer};
 use rekindle_train::{Event, Report, SftConfig, Trainer};
 
+use crate::describe::{Rows, describe};
+use crate::prompts::sampler;
 use crate::{Error, Model};
 
 /// A JSONL file of rows, and what happens to rows that are too long.
@@ -40,6 +42,7 @@ pub struct SftTrainer<'a> {
     shuffle: bool,
     seed: u64,
     output_dir: Option<PathBuf>,
+    run_file: Option<String>,
     on_event: Box<dyn FnMut(Event<'_>) + 'a>,
     on_data: OnData<'a>,
 }
@@ -63,6 +66,7 @@ impl<'a> SftTrainer<'a> {
             shuffle: true,
             seed: 3407,
             output_dir: None,
+            run_file: None,
             on_event: Box::new(|_| ()),
             on_data: Box::new(|_, _| ()),
         }
@@ -89,14 +93,22 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
-    /// Where `metrics.jsonl`, `loss.svg` and `adapter/` (or `model/`) are written; without it, nothing is.
+    /// Where `adapter/` (or `model/`), `metrics.jsonl`, `report.html`, `loss.svg` and `tensorboard/` are written; without
+    /// it, nothing is.
     #[must_use]
     pub fn output_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.output_dir = Some(dir.into());
         self
     }
 
-    /// Is told about every step, evaluation and save.
+    /// The configuration that `report.html` shows. Default: the [`SftConfig`].
+    #[must_use]
+    pub fn run_file(mut self, text: impl Into<String>) -> Self {
+        self.run_file = Some(text.into());
+        self
+    }
+
+    /// Is told about every step, evaluation, sample and save.
     #[must_use]
     pub fn on_event(mut self, on_event: impl FnMut(Event<'_>) + 'a) -> Self {
         self.on_event = Box::new(on_event);
@@ -113,18 +125,27 @@ impl<'a> SftTrainer<'a> {
     /// Encodes the rows and runs to the end.
     ///
     /// # Errors
-    /// [`Error::Data`] for rows that cannot be used, [`Error::Train`] for everything after that.
+    /// [`Error::Data`] for rows that cannot be used, [`Error::Argument`] for samples that cannot be made, and
+    /// [`Error::Train`] for everything after that.
     pub fn train(mut self) -> Result<Report, Error> {
         let train = self.encode(&self.train.clone())?;
         let eval = self.eval.clone().map(|file| self.encode(&file)).transpose()?;
         let companions = self.model.companions();
-        let mut trainer = Trainer::new(self.model.causal_lm_mut(), train, self.config)
+        let sampler = sampler(self.model, self.tokenizer, &self.config, eval.as_ref().map(|rows| &rows.dataset))?;
+        let configuration = self.run_file.unwrap_or_else(|| format!("{:#?}", self.config));
+        let description =
+            describe(self.model, &train, eval.as_ref(), self.seed, self.output_dir.as_deref(), configuration);
+        let mut trainer = Trainer::new(self.model.causal_lm_mut(), train.dataset, self.config)
             .shuffle(self.shuffle)
             .seed(self.seed)
             .companions(companions)
+            .describe(description)
             .on_event(self.on_event);
         if let Some(eval) = eval {
-            trainer = trainer.eval_dataset(eval);
+            trainer = trainer.eval_dataset(eval.dataset);
+        }
+        if let Some(sampler) = sampler {
+            trainer = trainer.sampler(sampler);
         }
         if let Some(dir) = self.output_dir {
             trainer = trainer.output_dir(dir);
@@ -132,10 +153,10 @@ impl<'a> SftTrainer<'a> {
         Ok(trainer.train()?)
     }
 
-    fn encode(&mut self, file: &DataFile) -> Result<Dataset, Error> {
+    fn encode(&mut self, file: &DataFile) -> Result<Rows, Error> {
         let (dataset, report) = self.model.encode(self.tokenizer, file)?;
         (self.on_data)(file, &report);
-        Ok(dataset)
+        Ok(Rows { what: format!("{}: {report}", file.path.display()), dataset })
     }
 }
 

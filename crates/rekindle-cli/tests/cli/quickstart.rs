@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use serde_json::Value;
+
 use crate::{Scratch, rekindle};
 
 /// Loss of the held-out rows and the shown answers, before and after.
@@ -30,7 +32,7 @@ fn quickstart_teaches_the_model_to_answer_in_json() {
     assert!(plain.iter().all(|answer| !answer.starts_with('{')), "{}", done.stdout);
     assert!(json.iter().all(|answer| answer.starts_with("{\"")), "{}", done.stdout);
     for name in
-        ["adapter/adapter_config.json", "adapter/tokenizer.json", "metrics.jsonl", "loss.svg", "base/config.json"]
+        ["adapter/adapter_config.json", "adapter/tokenizer.json", "metrics.jsonl", "report.html", "base/config.json"]
     {
         assert!(dir.join(name).is_file(), "{name}");
     }
@@ -40,11 +42,32 @@ fn quickstart_teaches_the_model_to_answer_in_json() {
     for part in [format!("generate --model {model} --adapter {adapter} --chat"), format!("train {run_file} ")] {
         assert!(done.stdout.contains(&part), "{part}: {}", done.stdout);
     }
-    let question = ["generate", "--model", &model, "--adapter", &adapter, "--chat", "What is a whale?"];
-    assert!(rekindle(question).ok().stdout.starts_with("{\""));
+    let ask = |text: &str| rekindle(["generate", "--model", &model, "--adapter", &adapter, "--chat", text]).ok().stdout;
+    assert!(ask("What is a whale?").starts_with("{\""));
+    check_samples(&dir, ask);
     let again = rekindle(["train", &run_file, "train.max_steps=1"]).ok();
     assert_eq!(Path::new(again.stdout.trim()), dir.join("adapter"));
     assert!(fs::read_to_string(dir.join("run.toml")).unwrap().starts_with("# Written by"), "the run file is kept");
+}
+
+/// Three prompts were answered at six evaluations, at the last as `generate` answers them.
+fn check_samples(dir: &Path, ask: impl Fn(&str) -> String) {
+    let metrics = fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let samples: Vec<Value> = lines.filter(|line| line["sample"].is_u64()).collect();
+    assert_eq!(samples.len(), 3 * 6, "{metrics}");
+    let report = fs::read_to_string(dir.join("report.html")).unwrap();
+    let rows = fs::read_to_string(dir.join("heldout.jsonl")).unwrap();
+    for (sample, row) in samples[15..].iter().zip(rows.lines()) {
+        let row: Value = serde_json::from_str(row).unwrap();
+        let [question, right] = [0, 1].map(|turn| row["messages"][turn]["content"].as_str().unwrap());
+        assert_eq!(sample["step"], 120);
+        assert!(sample["prompt"].as_str().unwrap().contains(question), "{sample}");
+        assert_eq!(sample["expected"], right);
+        assert_eq!(sample["output"].as_str().unwrap(), ask(question).trim_end_matches('\n'));
+        assert!(report.contains(question), "{question}");
+    }
+    assert!(report.contains("All 120 steps") && report.contains("lora_alpha = 16"), "the configuration is in it");
 }
 
 #[test]

@@ -20,7 +20,7 @@ fn a_run_leaves_adapter_metrics_plot_and_configuration() {
     let mut names: Vec<String> =
         fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort_unstable();
-    assert_eq!(names, ["adapter", "loss.svg", "metrics.jsonl", "run.toml"]);
+    assert_eq!(names, ["adapter", "loss.svg", "metrics.jsonl", "report.html", "run.toml", "tensorboard"]);
     let metrics: Vec<Value> = fs::read_to_string(out.join("metrics.jsonl"))
         .unwrap()
         .lines()

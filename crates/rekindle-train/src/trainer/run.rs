@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use rekindle_hub::{Dtype, write_atomic};
+use rekindle_hub::Dtype;
 
 use super::rows::Rows;
 use super::{Trainer, checkpoint_name, result_name};
 use crate::{
-    Error, EvalMetrics, Evaluation, Event, MetricsFile, Optimizer, OptimizerConfig, Report, Series, StepMetrics,
-    evaluate, loss_svg, lr_factor, save_result,
+    Error, EvalMetrics, Evaluation, Event, Optimizer, OptimizerConfig, Recorder, Report, StepMetrics, evaluate,
+    lr_factor, save_result,
 };
 
 /// A run that goes on.
@@ -22,24 +22,22 @@ pub(super) struct Run<'a> {
     peak: f64,
     optimizer: Optimizer,
     rows: Rows,
-    metrics: Option<MetricsFile>,
+    recorder: Option<Recorder>,
     report: Report,
     start: Instant,
 }
 
 impl<'a> Run<'a> {
     /// Opens what the run writes to.
-    pub(super) fn begin(job: Trainer<'a>) -> Result<Self, Error> {
+    pub(super) fn begin(mut job: Trainer<'a>) -> Result<Self, Error> {
         job.config.validate()?;
         let full = job.model.lora().is_none();
         let total = job.config.total_steps(job.train.len());
         job.check_output(full, total)?;
         let optimizer = Optimizer::new(job.model, OptimizerConfig::from(&job.config), job.seed)?;
-        let metrics = match &job.output_dir {
-            Some(dir) => {
-                std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.clone(), source })?;
-                Some(MetricsFile::create(&dir.join("metrics.jsonl"))?)
-            }
+        let description = std::mem::take(&mut job.description);
+        let recorder = match &job.output_dir {
+            Some(dir) => Some(Recorder::open(dir, job.config.report_to, total, None, description)?),
             None => None,
         };
         Ok(Self {
@@ -49,7 +47,7 @@ impl<'a> Run<'a> {
             peak: job.config.resolved_learning_rate(full),
             optimizer,
             rows: Rows::new(&job.config, job.train.len(), job.shuffle, job.seed, 0),
-            metrics,
+            recorder,
             report: Report { steps: Vec::new(), evals: Vec::new(), saved: None },
             start: Instant::now(),
             job,
@@ -71,9 +69,6 @@ impl<'a> Run<'a> {
             }
         }
         self.report.saved = self.save(result_name(self.full))?;
-        if let Some(dir) = &self.job.output_dir {
-            write_atomic(&dir.join("loss.svg"), plot(&self.report).as_bytes())?;
-        }
         Ok(self.report)
     }
 
@@ -89,6 +84,7 @@ impl<'a> Run<'a> {
                 return Err(Error::NonFinite { step: step + 1, what, value, lines });
             }
         }
+        let memory = self.job.model.device().memory();
         let metrics = StepMetrics {
             step: step + 1,
             epoch: self.rows.seen() as f64 / self.job.train.len() as f64,
@@ -99,26 +95,42 @@ impl<'a> Run<'a> {
             trained_tokens: result.counted,
             tokens_per_second: result.tokens as f64 / began.elapsed().as_secs_f64(),
             seconds: self.start.elapsed().as_secs_f64(),
+            memory: memory.map(|memory| memory.in_use),
+            peak_memory: memory.map(|memory| memory.peak),
         };
-        if let Some(file) = &mut self.metrics {
-            file.write(&metrics)?;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.step(&metrics)?;
         }
         (self.job.on_event)(Event::Step { metrics: &metrics, total: self.total });
         self.report.steps.push(metrics);
         Ok(())
     }
 
+    /// The loss of the evaluation set, and answers to the prompts.
     fn evaluate(&mut self, step: usize) -> Result<(), Error> {
-        let Some(eval) = &self.job.eval else { return Ok(()) };
-        let Evaluation { loss, perplexity, tokens, .. } =
-            evaluate(self.job.model, eval, self.job.config.per_device_eval_batch_size, &mut |_| ())?;
-        let metrics = EvalMetrics { step, eval_loss: loss, eval_perplexity: perplexity, eval_tokens: tokens };
-        if let Some(file) = &mut self.metrics {
-            file.write(&metrics)?;
+        if let Some(eval) = &self.job.eval {
+            let Evaluation { loss, perplexity, tokens, .. } =
+                evaluate(self.job.model, eval, self.job.config.per_device_eval_batch_size, &mut |_| ())?;
+            let metrics = EvalMetrics { step, eval_loss: loss, eval_perplexity: perplexity, eval_tokens: tokens };
+            if let Some(recorder) = &mut self.recorder {
+                recorder.eval(&metrics)?;
+            }
+            (self.job.on_event)(Event::Eval(&metrics));
+            self.report.evals.push(metrics);
         }
-        (self.job.on_event)(Event::Eval(&metrics));
-        self.report.evals.push(metrics);
-        Ok(())
+        if let Some(sampler) = &self.job.sampler {
+            for sample in sampler.sample(self.job.model, step)? {
+                if let Some(recorder) = &mut self.recorder {
+                    recorder.sample(&sample)?;
+                }
+                (self.job.on_event)(Event::Sample(&sample));
+            }
+        }
+        self.publish()
+    }
+
+    fn publish(&self) -> Result<(), Error> {
+        self.recorder.as_ref().map_or(Ok(()), Recorder::publish)
     }
 
     fn save(&mut self, name: &str) -> Result<Option<PathBuf>, Error> {
@@ -126,16 +138,7 @@ impl<'a> Run<'a> {
         let path = dir.join(name);
         save_result(self.job.model, &path, &self.job.companions, Dtype::F32)?;
         (self.job.on_event)(Event::Saved(&path));
+        self.publish()?;
         Ok(Some(path))
     }
-}
-
-fn plot(report: &Report) -> String {
-    let train = report.steps.iter().map(|m| (m.step as f64, m.loss)).collect();
-    let mut series = vec![Series { name: "training loss".to_owned(), color: "#2b6cb0", points: train }];
-    if !report.evals.is_empty() {
-        let points = report.evals.iter().map(|m| (m.step as f64, m.eval_loss)).collect();
-        series.push(Series { name: "evaluation loss".to_owned(), color: "#c05621", points });
-    }
-    loss_svg("loss", &series)
 }

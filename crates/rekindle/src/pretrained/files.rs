@@ -19,7 +19,7 @@ pub struct Files {
     /// What the user should be told: the hub was out of reach, and the cache was taken instead.
     pub notices: Vec<String>,
     /// What the checkpoint was called, and its revision where one was given.
-    pub(super) name: String,
+    pub(crate) name: String,
     pub(super) revision: Option<String>,
 }
 

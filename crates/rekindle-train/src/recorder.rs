@@ -1,0 +1,148 @@
+//! What a run leaves behind beside what it trained.
+
+use std::path::{Path, PathBuf};
+
+use rekindle_hub::write_atomic;
+
+use crate::{
+    Error, EvalMetrics, EventFile, MetricsFile, ReportTo, RunDescription, RunHistory, Sample, StepMetrics, loss_svg,
+    report_html,
+};
+
+/// Writes a run's numbers: `metrics.jsonl` and TensorBoard's event files as they come, `report.html` and `loss.svg`
+/// whenever they are [published](Self::publish).
+#[derive(Debug)]
+pub struct Recorder {
+    dir: PathBuf,
+    metrics: MetricsFile,
+    events: Option<EventFile>,
+    history: RunHistory,
+    total: usize,
+    description: RunDescription,
+}
+
+impl Recorder {
+    /// Begins the records of a run of `total` steps in `dir`, or goes on with those of the first `resumed` steps. What
+    /// an earlier run left there, or this one recorded of later steps, is removed.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::File`] when the system refuses, or `metrics.jsonl` is not what it should be.
+    pub fn open(
+        dir: &Path,
+        report_to: ReportTo,
+        total: usize,
+        resumed: Option<usize>,
+        description: RunDescription,
+    ) -> Result<Self, Error> {
+        std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_owned(), source })?;
+        let path = dir.join("metrics.jsonl");
+        let (metrics, history) = match resumed {
+            Some(steps) => MetricsFile::resume(&path, steps)?,
+            None => (MetricsFile::create(&path)?, RunHistory::default()),
+        };
+        let logs = dir.join("tensorboard");
+        let events = match (report_to, resumed) {
+            (ReportTo::None, _) => None,
+            (ReportTo::Tensorboard, None) => Some(EventFile::create(&logs)?),
+            (ReportTo::Tensorboard, Some(steps)) => Some(EventFile::resume(&logs, steps)?),
+        };
+        Ok(Self { dir: dir.to_owned(), metrics, events, history, total, description })
+    }
+
+    /// Records a step.
+    ///
+    /// # Errors
+    /// [`Error::Io`], as of the other records.
+    pub fn step(&mut self, step: &StepMetrics) -> Result<(), Error> {
+        self.metrics.write(step)?;
+        if let Some(events) = &mut self.events {
+            let mut scalars = vec![
+                ("train/loss", step.loss),
+                ("train/grad_norm", step.grad_norm),
+                ("train/learning_rate", step.learning_rate),
+                ("train/epoch", step.epoch),
+                ("train/tokens_per_second", step.tokens_per_second),
+            ];
+            scalars.extend(step.memory.map(|bytes| ("train/memory", bytes as f64)));
+            scalars.extend(step.peak_memory.map(|bytes| ("train/peak_memory", bytes as f64)));
+            events.scalars(step.step, &scalars)?;
+        }
+        self.history.steps.push(step.clone());
+        Ok(())
+    }
+
+    /// Records an evaluation.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn eval(&mut self, eval: &EvalMetrics) -> Result<(), Error> {
+        self.metrics.write(eval)?;
+        if let Some(events) = &mut self.events {
+            events.scalars(eval.step, &[("eval/loss", eval.eval_loss), ("eval/perplexity", eval.eval_perplexity)])?;
+        }
+        self.history.evals.push(eval.clone());
+        Ok(())
+    }
+
+    /// Records what the model made of a prompt.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn sample(&mut self, sample: &Sample) -> Result<(), Error> {
+        self.metrics.write(sample)?;
+        if let Some(events) = &mut self.events {
+            let Sample { prompt, output, .. } = sample;
+            // Markdown takes what is indented as it is.
+            let text = format!("{prompt}{output}").replace('\n', "\n    ");
+            events.text(sample.step, &format!("samples/{}", sample.sample), &format!("    {text}"))?;
+        }
+        self.history.samples.push(sample.clone());
+        Ok(())
+    }
+
+    /// Writes `report.html` and `loss.svg` of what was recorded so far; a reader sees the old page or the new one.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn publish(&self) -> Result<(), Error> {
+        write_atomic(&self.dir.join("loss.svg"), loss_svg(&self.history).as_bytes())?;
+        let page = report_html(&self.history, self.total, &self.description);
+        Ok(write_atomic(&self.dir.join("report.html"), page.as_bytes())?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::tests::{eval, sample, step};
+
+    #[test]
+    fn a_resumed_run_has_one_whole_report() {
+        let dir = tempfile::tempdir().unwrap();
+        let record = |resumed, steps: std::ops::RangeInclusive<usize>| {
+            let description = RunDescription { title: "run".into(), ..RunDescription::default() };
+            let mut recorder = Recorder::open(dir.path(), ReportTo::Tensorboard, 6, resumed, description).unwrap();
+            for n in steps {
+                recorder.step(&step(n)).unwrap();
+                if n % 2 == 0 {
+                    recorder.eval(&eval(n)).unwrap();
+                    recorder.sample(&sample(n)).unwrap();
+                    recorder.publish().unwrap();
+                }
+            }
+        };
+        let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+        record(None, 1..=6);
+        let whole = ["metrics.jsonl", "report.html", "loss.svg"].map(read);
+        assert!(whole[1].contains("All 6 steps"), "{}", whole[1]);
+
+        record(None, 1..=5);
+        assert!(read("report.html").contains("Step 4 of 6"));
+        record(Some(3), 4..=6);
+        assert_eq!(["metrics.jsonl", "report.html", "loss.svg"].map(read), whole);
+        let files = || std::fs::read_dir(dir.path().join("tensorboard")).unwrap().count();
+        assert_eq!(files(), 2, "of the first part and of the second");
+        record(None, 1..=1);
+        assert_eq!(files(), 1);
+    }
+}

@@ -1,0 +1,186 @@
+//! `report.html`: a run on one page that needs nothing but itself.
+
+mod chart;
+mod curves;
+mod samples;
+mod text;
+
+use core::fmt::Write as _;
+
+use crate::RunHistory;
+use text::{bytes, count, duration, escape, group, significant};
+
+/// What a report says of a run beside its numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RunDescription {
+    /// The page's title, such as the model's name.
+    pub title: String,
+    /// What was trained on what, a name and a text each.
+    pub facts: Vec<(String, String)>,
+    /// How the result is used: what with, and the lines to write.
+    pub usage: Vec<(String, String)>,
+    /// The configuration, as a run file has it.
+    pub configuration: String,
+}
+
+const STYLE: &str = include_str!("report/style.css");
+const SCRIPT: &str = include_str!("report/script.js");
+
+/// The page of a run of `total` steps that `history` has some of.
+///
+/// It opens without a network: styles, script and pictures are in it, and its policy forbids the browser to load
+/// anything. Charts are drawn without the script too, which only adds what is under the pointer. Their series are thinned
+/// to about a thousand points, extremes kept, so that the page of a long run stays small.
+pub fn report_html(history: &RunHistory, total: usize, description: &RunDescription) -> String {
+    let title = escape(&description.title);
+    let done = history.steps.last().map_or(0, |step| step.step);
+    let mut page = format!(
+        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <meta name=\"color-scheme\" content=\"light dark\">\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; \
+         script-src 'unsafe-inline'\">\n\
+         <title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body data-last=\"{done}\">\n<main>\n\
+         <header>\n<h1>{title}</h1>\n<p>{}</p>\n</header>\n",
+        progress(done, total)
+    );
+    page += &figures(history);
+    page += "<section class=\"charts\">\n";
+    curves::charts(history).iter().for_each(|chart| page += &chart.html(done));
+    page += "</section>\n";
+    page += &samples::html(&history.samples);
+    if !description.facts.is_empty() {
+        let rows = description.facts.iter();
+        let rows: String =
+            rows.map(|(name, text)| format!("<dt>{}</dt><dd>{}</dd>\n", escape(name), escape(text))).collect();
+        section(&mut page, "What was trained", &format!("<dl>\n{rows}</dl>\n"));
+    }
+    if !description.usage.is_empty() {
+        let rows = description.usage.iter();
+        let rows: String =
+            rows.map(|(with, lines)| format!("<h3>{}</h3>\n<pre>{}</pre>\n", escape(with), escape(lines))).collect();
+        section(&mut page, "Using it", &rows);
+    }
+    if !description.configuration.is_empty() {
+        let text = format!("<pre>{}</pre>\n", escape(&description.configuration));
+        section(&mut page, "Configuration", &text);
+    }
+    let version = env!("CARGO_PKG_VERSION");
+    write!(
+        page,
+        "<footer>Written by Rekindle {version}. Everything is in this file; it loads nothing and sends nothing.</footer>\n\
+         </main>\n<script>\n{SCRIPT}</script>\n</body>\n</html>\n"
+    )
+    .expect("writing to a string");
+    page
+}
+
+fn section(page: &mut String, title: &str, body: &str) {
+    write!(page, "<section>\n<h2>{title}</h2>\n{body}</section>\n").expect("writing to a string");
+}
+
+fn progress(done: usize, total: usize) -> String {
+    match done {
+        done if done >= total => format!("All {} steps are done.", group(total as f64)),
+        done => {
+            format!("Step {} of {}: the run goes on, or was stopped here.", group(done as f64), group(total as f64))
+        }
+    }
+}
+
+/// The numbers that are looked for first.
+fn figures(history: &RunHistory) -> String {
+    let Some(last) = history.steps.last() else { return String::new() };
+    let mut tiles = Vec::new();
+    let mut tile = |name: &str, value: String, note: String| {
+        let note = if note.is_empty() { note } else { format!("<small>{note}</small>") };
+        tiles.push(format!("<div><span>{name}</span><b>{value}</b>{note}</div>\n"));
+    };
+    if let Some(eval) = history.evals.last() {
+        let best = history.evals.iter().min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss)).unwrap_or(eval);
+        let note = match best.step == eval.step {
+            true => format!("perplexity {}", significant(eval.eval_perplexity)),
+            false => format!("best {} at step {}", significant(best.eval_loss), group(best.step as f64)),
+        };
+        tile("evaluation loss", significant(eval.eval_loss), note);
+    }
+    let first = history.steps.first().map_or(f64::NAN, |step| step.loss);
+    tile(
+        "training loss",
+        significant(curves::recent_loss(history)),
+        format!("{} at the first step", significant(first)),
+    );
+    let tokens: usize = history.steps.iter().map(|step| step.tokens).sum();
+    let trained: usize = history.steps.iter().map(|step| step.trained_tokens).sum();
+    tile("tokens", count(tokens), format!("{} counted in the loss", count(trained)));
+    tile("epochs", format!("{:.2}", last.epoch), format!("{} steps", group(last.step as f64)));
+    tile("tokens a second", group(curves::median_speed(history)), "median of the steps".to_owned());
+    if let Some(peak) = history.steps.iter().filter_map(|step| step.peak_memory).max() {
+        tile("peak memory", bytes(peak), String::new());
+    }
+    tile("time", duration(last.seconds), String::new());
+    format!("<section class=\"figures\">\n{}</section>\n", tiles.concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::tests::{eval, sample, step};
+
+    fn history(steps: usize) -> RunHistory {
+        let evals = (1..=steps).filter(|n| n % 4 == 0);
+        let samples = evals.clone().map(sample).collect();
+        RunHistory { steps: (1..=steps).map(step).collect(), evals: evals.map(eval).collect(), samples }
+    }
+
+    fn description() -> RunDescription {
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        RunDescription {
+            title: "a <model> & more".into(),
+            facts: vec![pair("data", "rows </dd><script>alert(1)</script>")],
+            usage: vec![pair("rekindle", "rekindle generate --model \"m\"")],
+            configuration: "[train]\nmax_steps = 8\n".into(),
+        }
+    }
+
+    #[test]
+    fn everything_is_in_the_page_and_nothing_outside_is_named() {
+        let page = report_html(&history(8), 8, &description());
+        for part in [
+            "<title>a &lt;model&gt; &amp; more</title>",
+            "All 8 steps",
+            "max_steps = 8",
+            "after 4",
+            "after 8",
+            "3.15 MB",
+        ] {
+            assert!(page.contains(part), "{part}: {page}");
+        }
+        for charts in ["Loss", "Learning rate", "Gradient norm", "Throughput", "Memory"] {
+            assert!(page.contains(&format!("<b>{charts}</b>")), "{charts}");
+        }
+        for outside in
+            ["http:", "https:", "=\"//", "src=", "href=", "url(", "@import", "<link", "<img", "fetch", "XMLHttp"]
+        {
+            assert!(!page.contains(outside), "{outside}");
+        }
+        assert!(!page.contains("<script>alert"), "texts are escaped");
+    }
+
+    #[test]
+    fn a_run_that_is_not_over_says_so() {
+        let page = report_html(&history(5), 2000, &RunDescription::default());
+        assert!(page.contains("Step 5 of 2,000") && page.contains("data-last=\"5\""), "{page}");
+        assert!(!page.contains("Configuration</h2>") && !page.contains("Using it"));
+        let empty = report_html(&RunHistory::default(), 10, &RunDescription::default());
+        assert!(empty.contains("Step 0 of 10") && !empty.contains("<svg"), "{empty}");
+    }
+
+    #[test]
+    fn a_long_run_gives_a_page_of_bounded_size() {
+        let [short, long] =
+            [2_000, 60_000].map(|steps| report_html(&history(steps), steps, &RunDescription::default()));
+        let charts = |page: &str| page.find("<h2>Samples").unwrap();
+        assert!(charts(&long) < charts(&short) * 3 / 2, "{} {}", charts(&long), charts(&short));
+    }
+}

@@ -1,0 +1,114 @@
+//! The curves of a run: which numbers are drawn, and how they are smoothed.
+
+use super::chart::{Chart, Format, Series};
+use super::text::byte_unit;
+use crate::{RunHistory, StepMetrics};
+
+/// The charts of a page, the loss first.
+pub(super) fn charts(history: &RunHistory) -> Vec<Chart> {
+    if history.steps.is_empty() {
+        return Vec::new();
+    }
+    let of = |value: fn(&StepMetrics) -> f64| points(history, |step| Some(value(step)));
+    vec![
+        loss(history),
+        Chart::new(
+            "Learning rate",
+            Format::Significant,
+            vec![Series::line("learning rate", "train", of(|s| s.learning_rate))],
+        )
+        .with_zero(),
+        Chart::new("Gradient norm", Format::Significant, smoothed("before clipping", of(|s| s.grad_norm))).with_zero(),
+        Chart::new("Throughput", Format::Whole, smoothed("tokens a second", of(|s| s.tokens_per_second))).with_zero(),
+        memory(history),
+    ]
+    .into_iter()
+    .filter(Chart::has_points)
+    .collect()
+}
+
+/// The mean loss of the last steps, as many as the curve is smoothed over.
+pub(super) fn recent_loss(history: &RunHistory) -> f64 {
+    smooth(&points(history, |step| Some(step.loss))).last().map_or(f64::NAN, |point| point.1)
+}
+
+/// The median of the steps' tokens a second.
+pub(super) fn median_speed(history: &RunHistory) -> f64 {
+    let mut speeds: Vec<f64> = history.steps.iter().map(|step| step.tokens_per_second).collect();
+    speeds.sort_by(f64::total_cmp);
+    speeds.get(speeds.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn loss(history: &RunHistory) -> Chart {
+    let mut series = smoothed("training", points(history, |step| Some(step.loss)));
+    let evals = history.evals.iter().map(|eval| (eval.step, eval.eval_loss)).collect();
+    series.push(Series::dotted("evaluation", "eval", evals));
+    Chart::new("Loss", Format::Significant, series).wide()
+}
+
+fn memory(history: &RunHistory) -> Chart {
+    let most = history.steps.iter().filter_map(|step| step.peak_memory.max(step.memory)).max().unwrap_or(0);
+    let (unit, name) = byte_unit(most as f64);
+    let of =
+        |value: fn(&StepMetrics) -> Option<u64>| points(history, |step| value(step).map(|bytes| bytes as f64 / unit));
+    let series = vec![
+        Series::line("peak", "peak", of(|s| s.peak_memory)),
+        Series::line("after the step", "train", of(|s| s.memory)),
+    ];
+    Chart::new("Memory", Format::Bytes(name), series).with_zero()
+}
+
+fn points(history: &RunHistory, value: impl Fn(&StepMetrics) -> Option<f64>) -> Vec<(usize, f64)> {
+    let points = history.steps.iter().filter_map(|step| Some((step.step, value(step)?)));
+    points.filter(|point| point.1.is_finite()).collect()
+}
+
+/// The points faintly and their smooth course, where there are enough of them for two.
+fn smoothed(name: &str, points: Vec<(usize, f64)>) -> Vec<Series> {
+    if span(points.len()) < 2 {
+        return vec![Series::line(name, "train", points)];
+    }
+    let smooth = smooth(&points);
+    vec![Series::line(name, "raw", points), Series::line("smoothed", "train", smooth)]
+}
+
+/// How many points the smooth course is about: a fiftieth of all, so that it lags little, fifty at most.
+fn span(count: usize) -> usize {
+    (count / 50).min(50)
+}
+
+/// An exponential moving average, s ← s + α(y − s) with α = 2 / (span + 1), without the weight of its beginning.
+fn smooth(points: &[(usize, f64)]) -> Vec<(usize, f64)> {
+    let alpha = 2.0 / (span(points.len()).max(1) as f64 + 1.0);
+    let (mut sum, mut weight) = (0.0, 0.0);
+    let next = |&(step, y): &(usize, f64)| {
+        sum += alpha * (y - sum);
+        weight += alpha * (1.0 - weight);
+        (step, sum / weight)
+    };
+    points.iter().map(next).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::tests::step;
+
+    #[test]
+    fn a_constant_stays_one_and_noise_gets_less() {
+        let constant: Vec<_> = (1..=100).map(|x| (x, 3.0)).collect();
+        assert!(smooth(&constant).iter().all(|point| (point.1 - 3.0).abs() < 1e-12));
+        let noise: Vec<_> = (1..=1000).map(|x| (x, if x % 2 == 0 { 1.0 } else { -1.0 })).collect();
+        let smooth = smooth(&noise);
+        assert_eq!(smooth[0], (1, -1.0), "the first has no other to be averaged with");
+        assert!(smooth[100..].iter().all(|point| point.1.abs() < 0.1), "{smooth:?}");
+    }
+
+    #[test]
+    fn a_short_run_is_not_smoothed() {
+        let history = RunHistory { steps: (1..=12).map(step).collect(), ..RunHistory::default() };
+        assert_eq!(recent_loss(&history), 2.0 + 1.0 / 12.0);
+        assert_eq!(median_speed(&history), 900.0);
+        assert_eq!(charts(&history).len(), 5);
+    }
+}

@@ -1,0 +1,112 @@
+//! What the model says to some prompts while it learns.
+
+use rekindle_data::{Example, IGNORED, Tokenizer};
+use rekindle_models::{CausalLm, GenerationConfig, StopReason};
+
+use crate::{Error, Sample};
+
+/// Prompts that are continued at each evaluation, greedily and one after another.
+///
+/// Each costs a forward pass over the prompt and one a token after it, as `generate` does; training is not touched: no
+/// random number is drawn.
+#[derive(Clone, Debug)]
+pub struct Sampler<'a> {
+    prompts: Vec<SamplePrompt>,
+    generation: GenerationConfig,
+    tokenizer: Option<&'a Tokenizer>,
+}
+
+/// The beginning of a text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SamplePrompt {
+    /// What is continued.
+    pub ids: Vec<u32>,
+    /// What the rows go on with.
+    pub expected: Option<Vec<u32>>,
+}
+
+impl SamplePrompt {
+    /// What comes before the last run of trained tokens in a row, in a chat the turns before the last answer; `None`
+    /// when a row is trained from its beginning.
+    pub fn of_example(example: &Example<'_>) -> Option<Self> {
+        let end = example.labels.iter().rposition(|&label| label != IGNORED)? + 1;
+        let start = example.labels[..end].iter().rposition(|&label| label == IGNORED)? + 1;
+        let expected = Some(example.input_ids[start..end].to_vec());
+        Some(Self { ids: example.input_ids[..start].to_vec(), expected })
+    }
+}
+
+impl<'a> Sampler<'a> {
+    /// Continues `prompts` by `max_new_tokens` tokens at most, until one of `eos_ids`. Without a tokenizer texts are
+    /// token ids.
+    pub fn new(
+        prompts: Vec<SamplePrompt>,
+        max_new_tokens: usize,
+        eos_ids: &[u32],
+        tokenizer: Option<&'a Tokenizer>,
+    ) -> Self {
+        let generation = GenerationConfig { max_new_tokens, eos_ids: eos_ids.to_vec(), ..GenerationConfig::default() };
+        Self { prompts, generation, tokenizer }
+    }
+
+    /// Whether there is nothing to be asked.
+    pub fn is_empty(&self) -> bool {
+        self.prompts.is_empty()
+    }
+
+    /// The samples of a model that has taken `step` steps.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a prompt that is too long for the model, or a device that fails.
+    pub fn sample(&self, model: &CausalLm, step: usize) -> Result<Vec<Sample>, Error> {
+        let prompts = self.prompts.iter().enumerate();
+        let one = |(index, prompt): (usize, &SamplePrompt)| {
+            let (ids, stop) = model.generate(&prompt.ids, &self.generation, |_| true)?;
+            Ok(Sample {
+                step,
+                sample: index + 1,
+                prompt: self.text(&prompt.ids, false),
+                expected: prompt.expected.as_ref().map(|ids| self.text(self.answer(ids), true)),
+                output: self.text(&ids, true),
+                new_tokens: ids.len(),
+                ended: stop == StopReason::EndToken,
+            })
+        };
+        prompts.map(one).collect()
+    }
+
+    /// What stands before the first end token: templates may write more after it, which is never asked for.
+    fn answer<'i>(&self, ids: &'i [u32]) -> &'i [u32] {
+        let end = ids.iter().position(|id| self.generation.eos_ids.contains(id));
+        end.map_or(ids, |end| &ids[..end])
+    }
+
+    /// `answer`s are shown without special tokens.
+    fn text(&self, ids: &[u32], answer: bool) -> String {
+        let text = self.tokenizer.and_then(|tokenizer| tokenizer.decode(ids, answer).ok());
+        text.unwrap_or_else(|| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn the_last_answer_is_asked_for() {
+        let prompt = |labels: &[i32]| {
+            let input_ids = [10, 11, 12, 13, 14, 15];
+            SamplePrompt::of_example(&Example { input_ids: &input_ids, labels, line: 1, path: Path::new("rows") })
+        };
+        let split =
+            |ids: &[u32], expected: &[u32]| Some(SamplePrompt { ids: ids.into(), expected: Some(expected.into()) });
+        assert_eq!(prompt(&[IGNORED, 11, 12, IGNORED, 14, IGNORED]), split(&[10, 11, 12, 13], &[14]));
+        assert_eq!(prompt(&[IGNORED, IGNORED, 12, 13, 14, 15]), split(&[10, 11], &[12, 13, 14, 15]));
+        assert_eq!(prompt(&[10, 11, 12, 13, 14, 15]), None, "a text has no prompt");
+        assert_eq!(prompt(&[IGNORED; 6]), None);
+        let sampler = Sampler::new(Vec::new(), 8, &[14], None);
+        assert_eq!((sampler.answer(&[12, 13, 14, 15]), sampler.answer(&[12, 13])), (&[12, 13][..], &[12, 13][..]));
+    }
+}

@@ -1,0 +1,116 @@
+//! The part of TensorBoard's protocol buffers that a run needs, encoded by hand.
+//!
+//! A field is a key, `number << 3 | wire type`, and its value: wire type 0 a varint, 1 eight bytes, 2 a length and as
+//! many bytes, 5 four bytes. Fields stand in the order of their numbers, and a number that is 0 is left out, as protobuf
+//! itself does. The numbers are those of `event.proto`, `summary.proto` and `tensor.proto`:
+//!
+//! - `Event`: wall_time 1 (double), step 2, file_version 3, summary 5, session_log 7
+//! - `Summary`: value 1, repeated; `Value`: tag 1, simple_value 2 (float), tensor 8, metadata 9
+//! - `SummaryMetadata`: plugin_data 1, with plugin_name 1
+//! - `TensorProto`: dtype 1, tensor_shape 2 (dim 2, size 1), string_val 8
+//! - `SessionLog`: status 1
+
+/// Something that happened.
+pub(super) struct Event<'a> {
+    /// Seconds since 1970.
+    pub(super) wall_time: f64,
+    pub(super) step: u64,
+    pub(super) what: What<'a>,
+}
+
+/// What an event says.
+pub(super) enum What<'a> {
+    /// The format that the file follows; first in every file.
+    Version,
+    /// Numbers under their tags.
+    Scalars(&'a [(&'a str, f64)]),
+    /// A text for the plugin that shows them.
+    Text { tag: &'a str, text: &'a str },
+    /// The run (re)starts: events of this step and later ones in what was read before are void.
+    Start,
+}
+
+/// `SessionLog.START`.
+const START: u64 = 1;
+/// `DT_STRING`.
+const STRING: u64 = 7;
+
+impl Event<'_> {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut event = Message::default();
+        event.double(1, self.wall_time).varint(2, self.step);
+        match self.what {
+            What::Version => event.bytes(3, b"brain.Event:2"),
+            What::Scalars(scalars) => {
+                let mut summary = Message::default();
+                for (tag, value) in scalars {
+                    summary.message(1, Message::default().bytes(1, tag.as_bytes()).float(2, *value as f32));
+                }
+                event.message(5, &summary)
+            }
+            What::Text { tag, text } => {
+                let mut value = Message::default();
+                value.bytes(1, tag.as_bytes()).message(8, &text_tensor(text));
+                value.message(9, Message::default().message(1, Message::default().bytes(1, b"text")));
+                event.message(5, Message::default().message(1, &value))
+            }
+            What::Start => event.message(7, Message::default().varint(1, START)),
+        };
+        event.0
+    }
+}
+
+/// A tensor of shape `[1]` with the text in it.
+fn text_tensor(text: &str) -> Message {
+    let mut tensor = Message::default();
+    let mut shape = Message::default();
+    shape.message(2, Message::default().varint(1, 1));
+    tensor.varint(1, STRING).message(2, &shape).bytes(8, text.as_bytes());
+    tensor
+}
+
+/// A message that is being written.
+#[derive(Default)]
+struct Message(Vec<u8>);
+
+impl Message {
+    fn varint(&mut self, field: u64, value: u64) -> &mut Self {
+        if value != 0 {
+            self.raw(field << 3);
+            self.raw(value);
+        }
+        self
+    }
+
+    fn double(&mut self, field: u64, value: f64) -> &mut Self {
+        self.raw(field << 3 | 1);
+        self.0.extend(value.to_le_bytes());
+        self
+    }
+
+    fn float(&mut self, field: u64, value: f32) -> &mut Self {
+        self.raw(field << 3 | 5);
+        self.0.extend(value.to_le_bytes());
+        self
+    }
+
+    fn bytes(&mut self, field: u64, value: &[u8]) -> &mut Self {
+        self.raw(field << 3 | 2);
+        self.raw(value.len() as u64);
+        self.0.extend(value);
+        self
+    }
+
+    fn message(&mut self, field: u64, value: &Self) -> &mut Self {
+        self.bytes(field, &value.0)
+    }
+
+    /// Seven bits a byte, the lowest first; all but the last have the eighth set.
+    fn raw(&mut self, mut value: u64) {
+        while value >= 0x80 {
+            self.0.push(value as u8 | 0x80);
+            value >>= 7;
+        }
+        self.0.push(value as u8);
+    }
+}
