@@ -28,6 +28,8 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Fine-tune the built-in example model and show what changed, in under a minute
     Quickstart(QuickstartArgs),
+    /// Write a commented run file that fits a model, rows and this machine
+    Init(InitArgs),
     /// Train what a run file describes
     Train(TrainArgs),
     /// Measure a model's loss on a file of rows
@@ -53,6 +55,28 @@ pub(crate) struct QuickstartArgs {
     /// Where to put the example, and what it makes. A former quickstart there is replaced
     #[arg(long, value_name = "DIR", default_value = "rekindle-quickstart")]
     pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = INIT)]
+pub(crate) struct InitArgs {
+    /// The model: a directory, or a name on the hub, which is downloaded; an adapter is gone on with
+    #[arg(long, value_name = "M")]
+    pub(crate) model: PathBuf,
+    /// Rows to train on
+    #[arg(long, value_name = "D")]
+    pub(crate) data: PathBuf,
+    /// Rows that are never trained on
+    #[arg(long, value_name = "D")]
+    pub(crate) eval: Option<PathBuf>,
+    /// The run file; one that is there is not written over
+    #[arg(long, value_name = "RUN.toml", default_value = "run.toml")]
+    pub(crate) out: PathBuf,
+    /// Where the run will be: auto, cpu, cuda, cuda:N, wgpu or wgpu:N
+    #[arg(long, value_name = "D", default_value = "auto", value_parser = parse_device)]
+    pub(crate) device: DeviceKind,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -285,6 +309,7 @@ fn dtype() -> impl TypedValueParser<Value = Dtype> {
 const OVERVIEW: &str = "\
 Start here:
   rekindle quickstart
+  rekindle init --model Qwen/Qwen3-0.6B --data train.jsonl
 
 Results are printed to stdout, progress to stderr.
 Models and adapters are directories, or names on the Hugging Face hub such as Qwen/Qwen3-0.6B. HF_HOME, HF_HUB_CACHE,
@@ -330,6 +355,14 @@ The last line on stdout is the path of the adapter or model.
 Examples:
   rekindle train run.toml --dry-run
   rekindle train run.toml train.learning_rate=1e-4 train.max_steps=200 output_dir=outputs/second"#;
+
+const INIT: &str = "\
+Reads the model's configuration, the lengths of the rows and what memory is free, and chooses max_seq_length, 16 or 4 bits,
+batches and epochs. Every key in the file says why it is what it is.
+
+Examples:
+  rekindle init --model Qwen/Qwen3-0.6B --data train.jsonl --eval heldout.jsonl
+  rekindle train run.toml --dry-run";
 
 const EVAL: &str = "\
 Examples:

@@ -17,6 +17,7 @@ mod eval;
 mod failure;
 mod fetch;
 mod generate;
+mod init;
 mod inspect;
 mod merge;
 mod nearest;
@@ -39,6 +40,7 @@ use crate::args::{Args, Command};
 fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Quickstart(args) => quickstart::run(&args),
+        Command::Init(args) => init::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),

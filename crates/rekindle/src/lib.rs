@@ -36,6 +36,7 @@ mod quantize;
 mod sft;
 mod skip;
 mod source;
+mod suggest;
 
 pub use error::{Error, ErrorKind};
 pub use inspect::{Inspection, inspect};
@@ -45,6 +46,7 @@ pub use pretrained::{Dtype, FastLanguageModel, Files, Loader};
 pub use quantize::quantize;
 pub use sft::{DataFile, SftTrainer};
 pub use source::{Fetched, Source};
+pub use suggest::{Suggestion, suggest};
 
 pub use rekindle_data::{Dataset, Example, IGNORED, LoadReport, Message, Overlong, RenderOptions, Tokenizer};
 pub use rekindle_hub::{AtomicDir, write_atomic};

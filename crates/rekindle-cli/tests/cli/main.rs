@@ -7,6 +7,7 @@ mod context;
 mod errors;
 #[cfg(feature = "network")]
 mod hub;
+mod init;
 mod quantize_errors;
 mod quantized;
 mod quickstart;

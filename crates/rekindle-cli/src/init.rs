@@ -1,0 +1,230 @@
+//! `rekindle init`: a first run file, in which every key says why it is what it is.
+
+use std::fmt::{Display, Write as _};
+use std::path::Path;
+
+use rekindle::{DataFile, DeviceKind, Error, FastLanguageModel, GradientCheckpointing, Suggestion, write_atomic};
+use toml::Value;
+
+use crate::args::InitArgs;
+use crate::failure::Failure;
+use crate::{output, progress};
+
+pub(crate) fn run(args: &InitArgs) -> Result<(), Failure> {
+    let out = &args.out;
+    if out.exists() {
+        return Err(Failure::Configuration(format!(
+            "{} is there already; give another file with --out, or remove it",
+            out.display()
+        )));
+    }
+    let mut loader = FastLanguageModel::from_pretrained(&args.model)
+        .local_files_only(args.hub.local_files_only)
+        .on_download(progress::downloading());
+    if let Some(revision) = &args.hub.revision {
+        loader = loader.revision(revision);
+    }
+    if let Some(cache_dir) = &args.hub.cache_dir {
+        loader = loader.cache_dir(cache_dir);
+    }
+    let [data, eval] = [Some(&args.data), args.eval.as_ref()].map(|path| path.map(DataFile::new));
+    let data = data.expect("rows are given");
+    let suggestion = rekindle::suggest(loader, args.device, &data, eval.as_ref())?;
+    eprintln!("{}: {}", args.data.display(), suggestion.rows);
+    if let (Some(path), Some(rows)) = (&args.eval, &suggestion.eval_rows) {
+        eprintln!("{}: {rows}", path.display());
+    }
+    eprintln!("{}", memory(&suggestion));
+    write_atomic(out, text(args, &suggestion).as_bytes()).map_err(Error::from)?;
+    eprintln!("next: rekindle train {} --dry-run", out.display());
+    output::line(&out.display().to_string())
+}
+
+/// What the run takes of what there is, in a sentence.
+fn memory(suggestion: &Suggestion) -> String {
+    let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
+    let Suggestion { estimated, free, fits, .. } = suggestion;
+    match free {
+        None => format!("the run takes about {}; what is free on {} is not known", gb(*estimated), suggestion.device),
+        Some(free) if *fits => format!("the run takes about {} of {} that are free", gb(*estimated), gb(*free)),
+        Some(free) => format!(
+            "the run takes about {}, more than nine tenths of the {} that are free: it will hardly fit; take a smaller \
+             model, or shorter rows",
+            gb(*estimated),
+            gb(*free)
+        ),
+    }
+}
+
+/// Lines of a run file, with what is said of them beside them.
+#[derive(Default)]
+struct Lines(String);
+
+/// Where what is said of a key begins.
+const COLUMN: usize = 37;
+
+impl Lines {
+    fn line(&mut self, text: &str) {
+        self.0 += text;
+        self.0.push('\n');
+    }
+
+    fn section(&mut self, name: &str) {
+        self.line(&format!("\n[{name}]"));
+    }
+
+    fn key(&mut self, key: &str, value: impl Into<Value>, why: impl Display) {
+        let setting = format!("{key} = {}", value.into());
+        writeln!(self.0, "{setting:<COLUMN$} # {why}").expect("writing to a string");
+    }
+
+    /// A key that is left at its default.
+    fn without(&mut self, setting: &str, why: &str) {
+        writeln!(self.0, "{:<COLUMN$} # {why}", format!("# {setting}")).expect("writing to a string");
+    }
+}
+
+fn text(args: &InitArgs, suggestion: &Suggestion) -> String {
+    let mut lines = Lines::default();
+    let stem = args.out.file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy());
+    lines.line("# Written by `rekindle init`, to be changed: every key says why it is what it is.");
+    lines.line(&format!(
+        "# `rekindle train {} --dry-run` shows what it does, `rekindle train --help` the other keys.",
+        args.out.display()
+    ));
+    lines.line("# Paths are relative to the directory you are in.\n");
+    lines.key("output_dir", path(&Path::new("outputs").join(&*stem)), "adapter/, report.html and the like go there");
+    lines.key(
+        "seed",
+        3407,
+        "of the adapter, the order of the rows and dropout; with the same one a CPU gives the same bits",
+    );
+    let device = match args.device {
+        DeviceKind::Auto => format!("an NVIDIA GPU, else the CPU; here {}", suggestion.device),
+        _ => "as asked for".to_owned(),
+    };
+    lines.key("device", args.device.to_string(), device);
+    model(&mut lines, args, suggestion);
+    lora(&mut lines, suggestion);
+    data(&mut lines, args, suggestion);
+    train(&mut lines, suggestion);
+    lines.0
+}
+
+fn model(lines: &mut Lines, args: &InitArgs, suggestion: &Suggestion) {
+    let Suggestion { max_seq_length, most, longer, window, rows, .. } = suggestion;
+    lines.section("model");
+    lines.key("name_or_path", path(&args.model), "a directory, or a name on the hub");
+    if let Some(revision) = &args.hub.revision {
+        lines.key("revision", revision.clone(), "the branch, tag or commit");
+    }
+    if let Some(dir) = &args.hub.cache_dir {
+        lines.key("cache_dir", path(dir), "where downloads lie");
+    }
+    if args.hub.local_files_only {
+        lines.key("local_files_only", true, "the network is left alone");
+    }
+    let why = match longer {
+        0 => format!("every row fits: the longest has {} tokens", rows.longest),
+        _ => format!("99 of 100 rows have {most} tokens at most; {longer} are longer; the model's window is {window}"),
+    };
+    lines.key("max_seq_length", *max_seq_length as i64, why);
+    if suggestion.is_quantized {
+        lines.without("load_in_4bit", "the checkpoint is quantized, and loads as it is");
+    } else {
+        let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
+        let why = match (suggestion.load_in_4bit, suggestion.free) {
+            (true, _) => format!("QLoRA: dense weights would take the run to about {}", gb(suggestion.estimated_dense)),
+            (false, Some(free)) => format!("dense weights fit: {} are free", gb(free)),
+            (false, None) => "true: weights in NF4, a quarter of the memory".to_owned(),
+        };
+        lines.key("load_in_4bit", suggestion.load_in_4bit, why);
+    }
+}
+
+fn lora(lines: &mut Lines, suggestion: &Suggestion) {
+    lines.section("lora");
+    if suggestion.is_adapter {
+        lines.without("r", "the adapter that was given is gone on with, with all that it is");
+    } else {
+        let r = suggestion.r as i64;
+        lines.key("r", r, "the rank, on all linears of a block: 8 to adapt a style, 32 and more for much that is new");
+        lines.key("lora_alpha", 2 * r, "what the adapter adds is multiplied by lora_alpha / r = 2, as is usual");
+        lines.key("lora_dropout", 0.0, "0.05 to 0.1 where the evaluation loss rises while the training loss falls");
+    }
+    let (value, why) = match suggestion.use_gradient_checkpointing {
+        GradientCheckpointing::Off => (
+            Value::Boolean(false),
+            "they fit; \"unsloth\" keeps a fraction of them, and takes 1.2 times as long on a GPU",
+        ),
+        GradientCheckpointing::Host => (
+            Value::String("unsloth".to_owned()),
+            "blocks are computed again in the backward, which saves most activations",
+        ),
+        _ => (Value::Boolean(true), "blocks are computed again in the backward, which saves most activations"),
+    };
+    lines.key("use_gradient_checkpointing", value, why);
+}
+
+fn data(lines: &mut Lines, args: &InitArgs, suggestion: &Suggestion) {
+    lines.section("data");
+    lines.key("train", path(&args.data), &suggestion.rows);
+    match (&args.eval, &suggestion.eval_rows) {
+        (Some(eval), Some(rows)) => lines.key("eval", path(eval), rows),
+        _ => lines.without("eval = \"heldout.jsonl\"", "rows that are never trained on tell learning from memorizing"),
+    }
+    let (value, why) = match suggestion.longer {
+        0 => ("error", "a longer row would stop the run before it begins".to_owned()),
+        rows => ("drop", format!("{rows} longer rows are left out and counted; \"truncate\" and \"split\" use them")),
+    };
+    lines.key("overlong", value, why);
+}
+
+fn train(lines: &mut Lines, suggestion: &Suggestion) {
+    let Suggestion { train, steps, rows, .. } = suggestion;
+    lines.section("train");
+    let (batch, passes) = (train.per_device_train_batch_size, train.gradient_accumulation_steps);
+    let why = if suggestion.free.is_some() { memory(suggestion) } else { "rows of one pass".to_owned() };
+    lines.key("per_device_train_batch_size", batch as i64, why);
+    lines.key(
+        "gradient_accumulation_steps",
+        passes as i64,
+        format!("{} rows a step: the product decides, its parts do not", batch * passes),
+    );
+    let epochs = train.num_train_epochs;
+    lines.key(
+        "num_train_epochs",
+        epochs,
+        format!("{} rows make {steps} steps; more rows need fewer epochs", rows.examples),
+    );
+    lines.key(
+        "learning_rate",
+        train.learning_rate.unwrap_or(2e-4),
+        "usual for LoRA; the first to be tried otherwise, 5e-5 to 1e-3",
+    );
+    lines.key("lr_scheduler_type", "cosine", "falls slowly, then fast, then slowly to 0");
+    lines.key("warmup_ratio", train.warmup_ratio, "rises over the first steps, while Adam's moments are young");
+    lines.key("logging_steps", train.logging_steps as i64, "lines in the terminal; metrics.jsonl has every step");
+    if let Some(every) = train.eval_steps {
+        lines.key("eval_steps", every as i64, "ten evaluations in the run");
+    }
+    if train.eval_samples > 0 {
+        lines.key(
+            "eval_samples",
+            train.eval_samples as i64,
+            "prompts of eval that are answered at each, for report.html",
+        );
+        lines.key(
+            "sample_max_new_tokens",
+            train.sample_max_new_tokens as i64,
+            "of such an answer; each is a pass through the model",
+        );
+    }
+    if let Some(every) = train.save_steps {
+        lines.key("save_steps", every as i64, "checkpoints on the way");
+    }
+}
+
+fn path(path: &Path) -> String {
+    path.display().to_string()
+}

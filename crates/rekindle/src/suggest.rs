@@ -1,0 +1,203 @@
+//! A first configuration for a model, rows and a device.
+
+mod estimate;
+mod lengths;
+
+use rekindle_data::{EncodeOptions, LoadReport, Overlong, Tokenizer};
+use rekindle_hub::Checkpoint;
+use rekindle_kernels::{DeviceKind, open_device};
+use rekindle_lora::GradientCheckpointing;
+use rekindle_models::ModelConfig;
+use rekindle_train::{SamplePrompt, SftConfig};
+
+use crate::{DataFile, Error, Loader};
+use estimate::{Shape, estimated_bytes};
+use lengths::{Fitted, fitted};
+
+/// What a first run might look like, and the facts that say so.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Suggestion {
+    /// What was found in the rows.
+    pub rows: LoadReport,
+    /// What was found in the rows to evaluate, if there are any.
+    pub eval_rows: Option<LoadReport>,
+    /// Whether rows to evaluate have prompts that can be answered.
+    pub has_prompts: bool,
+    /// 99 of 100 rows have at most this many tokens.
+    pub most: usize,
+    /// The longest row that is allowed.
+    pub max_seq_length: usize,
+    /// Rows that are longer, of both files; they would be left out.
+    pub longer: usize,
+    /// What the model was made for.
+    pub window: usize,
+    /// Where it would run.
+    pub device: DeviceKind,
+    /// Bytes that are free there, if anyone counts them.
+    pub free: Option<u64>,
+    /// What the run takes there, roughly.
+    pub estimated: u64,
+    /// What it would take with everything kept in 16 bits (32 on the CPU), roughly.
+    pub estimated_dense: u64,
+    /// Whether that leaves a tenth of what is free.
+    pub fits: bool,
+    /// Whether an adapter was given, which is gone on with.
+    pub is_adapter: bool,
+    /// Whether the checkpoint is quantized already.
+    pub is_quantized: bool,
+    /// Whether the linears are quantized while loading.
+    pub load_in_4bit: bool,
+    /// What becomes of activations.
+    pub use_gradient_checkpointing: GradientCheckpointing,
+    /// Rank of the adapter.
+    pub r: usize,
+    /// Batches, epochs and what is due when.
+    pub train: SftConfig,
+    /// Optimizer steps of that.
+    pub steps: usize,
+}
+
+/// Rows of one optimizer step, where there are enough of them.
+const ROWS_PER_STEP: usize = 16;
+
+/// What may be used of the memory that is free.
+const USABLE: f64 = 0.9;
+
+/// Reads a model's configuration, the rows and the device, and chooses what fits all three.
+///
+/// No weight is read, but a name on the hub is downloaded whole.
+///
+/// # Errors
+/// Those of [`Loader::fetch`], [`Error::Data`] for rows that cannot be used, [`Error::Device`].
+pub fn suggest(
+    mut model: Loader,
+    device: DeviceKind,
+    train: &DataFile,
+    eval: Option<&DataFile>,
+) -> Result<Suggestion, Error> {
+    let files = model.fetch()?.clone();
+    let checkpoint = Checkpoint::open(&files.model)?;
+    let config = ModelConfig::from_checkpoint(&checkpoint)?;
+    let is_quantized = checkpoint.config().get("quantization_config").is_some_and(|config| !config.is_null());
+    let has_tokenizer = files.tokenizer().join("tokenizer.json").is_file();
+    let tokenizer = has_tokenizer.then(|| Tokenizer::from_dir(files.tokenizer())).transpose()?;
+
+    // Whatever the longest row is: how long rows may be is what is to be found out.
+    let options =
+        EncodeOptions { max_seq_length: usize::MAX, overlong: Overlong::Error, vocab_size: Some(config.vocab_size) };
+    let load = |file: &DataFile| rekindle_data::Dataset::load(&file.path, tokenizer.as_ref(), &options);
+    let (dataset, rows) = load(train)?;
+    let eval = eval.map(load).transpose()?;
+    let has_prompts = eval
+        .as_ref()
+        .is_some_and(|(dataset, _)| dataset.examples().any(|example| SamplePrompt::of_example(&example).is_some()));
+    let lengths = dataset.examples().map(|example| example.input_ids.len()).collect();
+    let held_out = eval.iter().flat_map(|(dataset, _)| dataset.examples()).map(|example| example.input_ids.len());
+    let Fitted { most, max_seq_length, longer } = fitted(lengths, held_out.collect(), config.max_position_embeddings);
+
+    let (opened, device) = open_device(device)?;
+    let free = opened.free_memory().map(|bytes| bytes as u64);
+    let shape = |load_in_4bit, use_gradient_checkpointing: GradientCheckpointing, batch: usize| Shape {
+        config: &config,
+        on_cuda: matches!(device, DeviceKind::Cuda(_)),
+        coded: is_quantized || load_in_4bit,
+        recomputes: use_gradient_checkpointing.recomputes(),
+        r: RANK,
+        tokens: batch * max_seq_length,
+    };
+    let recomputed = match device {
+        DeviceKind::Cuda(_) => GradientCheckpointing::Host,
+        _ => GradientCheckpointing::Block,
+    };
+    // Fastest first: weights as they are, then less of them; activations kept, then made again; few rows at a time last.
+    let mut choices = Vec::new();
+    for batches in [&[8, 4, 2][..], &[1]] {
+        for load_in_4bit in [false, true] {
+            for checkpointing in [GradientCheckpointing::Off, recomputed] {
+                choices.extend(batches.iter().map(|&batch| (load_in_4bit, checkpointing, batch)));
+            }
+        }
+    }
+    choices.retain(|(load_in_4bit, _, batch)| !(is_quantized && *load_in_4bit) && *batch <= rows.examples.max(1));
+    let takes = |&(load_in_4bit, checkpointing, batch): &(bool, GradientCheckpointing, usize)| {
+        estimated_bytes(&shape(load_in_4bit, checkpointing, batch))
+    };
+    let room = free.map(|free| (USABLE * free as f64) as u64);
+    let fits = |bytes: u64| room.is_none_or(|room| bytes <= room);
+    let least = choices.iter().copied().min_by_key(takes).unwrap_or((false, recomputed, 1));
+    let chosen = choices.iter().copied().find(|choice| fits(takes(choice))).unwrap_or(least);
+    let (load_in_4bit, use_gradient_checkpointing, batch) = chosen;
+
+    let mut numbers = numbers(rows.examples, batch);
+    let steps = numbers.total_steps(rows.examples);
+    if eval.is_some() {
+        numbers.eval_steps = Some(steps.div_ceil(10).max(1));
+        numbers.eval_samples = if has_prompts { 2 } else { 0 };
+    }
+    numbers.save_steps = (steps >= 100).then(|| steps.div_ceil(5));
+    numbers.logging_steps = steps.div_ceil(100).clamp(1, 10);
+    Ok(Suggestion {
+        has_prompts,
+        most,
+        max_seq_length,
+        longer,
+        window: config.max_position_embeddings,
+        device,
+        free,
+        estimated: takes(&chosen),
+        estimated_dense: takes(&(false, GradientCheckpointing::Off, batch)),
+        fits: fits(takes(&chosen)),
+        is_adapter: files.adapter.is_some(),
+        is_quantized,
+        load_in_4bit,
+        use_gradient_checkpointing,
+        r: RANK,
+        train: numbers,
+        steps,
+        eval_rows: eval.map(|(_, report)| report),
+        rows,
+    })
+}
+
+/// PEFT's 8 is little for all seven linears' work; what more would bring shows after a first run.
+const RANK: usize = 16;
+
+/// Batches and epochs for so many examples.
+fn numbers(examples: usize, batch: usize) -> SftConfig {
+    let rows_per_step = ROWS_PER_STEP.min((examples / 8).max(1)).max(batch);
+    SftConfig {
+        per_device_train_batch_size: batch,
+        per_device_eval_batch_size: batch,
+        gradient_accumulation_steps: rows_per_step / batch,
+        // Few rows are seen more often; from ten thousand on once is usual.
+        num_train_epochs: match examples {
+            0..2_000 => 3.0,
+            2_000..10_000 => 2.0,
+            _ => 1.0,
+        },
+        learning_rate: Some(2e-4),
+        lr_scheduler_type: rekindle_train::LrSchedulerType::Cosine,
+        warmup_ratio: 0.03,
+        ..SftConfig::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_rows_make_small_steps_and_many_are_seen_once() {
+        let of = |examples, batch| {
+            let config = numbers(examples, batch);
+            config.validate().unwrap();
+            (config.rows_per_step(), config.num_train_epochs)
+        };
+        assert_eq!(of(20, 2), (2, 3.0));
+        assert_eq!(of(400, 8), (16, 3.0));
+        assert_eq!(of(400, 1), (16, 3.0));
+        assert_eq!(of(50_000, 4), (16, 1.0));
+        assert_eq!(of(1, 1), (1, 3.0));
+    }
+}
