@@ -341,6 +341,9 @@ const RUN_FILE: &str = r#"Example of a run file; all that is not commented out i
   # eval = "heldout.jsonl"
   # shuffle = true
   # overlong = "error"              # error | drop | truncate | split
+  # train_on = "assistant"          # assistant | last_assistant | all
+  # thinking = "keep"               # keep | strip | mask: reasoning, taken out or shown and not trained
+  # untrained = "error"             # error | drop: rows with nothing to train
 
   [train]                           # names as in Hugging Face's TrainingArguments
   # per_device_train_batch_size = 8, num_train_epochs = 3 or max_steps, learning_rate,

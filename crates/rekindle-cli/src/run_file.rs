@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rekindle::{
     Blocksize, DataFile, DeviceKind, Dtype, FastLanguageModel, GradientCheckpointing, Loader, LoraConfig, Model,
-    Overlong, QuantConfig, RopeScaling, SftConfig, Source, parse_device,
+    Overlong, QuantConfig, RopeScaling, SftConfig, Source, Thinking, TrainOn, Untrained, parse_device,
 };
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -180,21 +180,40 @@ pub(crate) struct DataSection {
     pub(crate) eval: Option<PathBuf>,
     pub(crate) shuffle: bool,
     pub(crate) overlong: Overlong,
+    pub(crate) train_on: TrainOn,
+    pub(crate) thinking: Thinking,
+    pub(crate) untrained: Untrained,
 }
 
 impl Default for DataSection {
     fn default() -> Self {
-        Self { train: PathBuf::new(), eval: None, shuffle: true, overlong: Overlong::default() }
+        Self {
+            train: PathBuf::new(),
+            eval: None,
+            shuffle: true,
+            overlong: Overlong::default(),
+            train_on: TrainOn::default(),
+            thinking: Thinking::default(),
+            untrained: Untrained::default(),
+        }
     }
 }
 
 impl DataSection {
     pub(crate) fn train_file(&self) -> DataFile {
-        DataFile::new(&self.train).overlong(self.overlong)
+        self.file(&self.train)
     }
 
     pub(crate) fn eval_file(&self) -> Option<DataFile> {
-        self.eval.as_ref().map(|path| DataFile::new(path).overlong(self.overlong))
+        self.eval.as_ref().map(|path| self.file(path))
+    }
+
+    fn file(&self, path: &Path) -> DataFile {
+        DataFile::new(path)
+            .overlong(self.overlong)
+            .train_on(self.train_on)
+            .thinking(self.thinking)
+            .untrained(self.untrained)
     }
 }
 

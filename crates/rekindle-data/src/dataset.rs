@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::encode::{Encoded, Example, encode};
 use crate::error::{Error, Result};
 use crate::jsonl::{RowReader, no_rows};
+use crate::mask::{Thinking, TrainOn, Untrained};
 use crate::overlong::{self, Overlong};
 use crate::row::{RowContent, RowFormat};
 use crate::tokenizer::Tokenizer;
@@ -28,11 +29,24 @@ pub struct EncodeOptions {
     pub overlong: Overlong,
     /// The vocabulary of the model; an id that is not below it is an error.
     pub vocab_size: Option<usize>,
+    /// Which turns of a conversation are trained.
+    pub train_on: TrainOn,
+    /// What happens to reasoning.
+    pub thinking: Thinking,
+    /// What happens to rows without a label that counts.
+    pub untrained: Untrained,
 }
 
 impl Default for EncodeOptions {
     fn default() -> Self {
-        EncodeOptions { max_seq_length: 2048, overlong: Overlong::Error, vocab_size: None }
+        EncodeOptions {
+            max_seq_length: 2048,
+            overlong: Overlong::Error,
+            vocab_size: None,
+            train_on: TrainOn::Assistant,
+            thinking: Thinking::Keep,
+            untrained: Untrained::Error,
+        }
     }
 }
 
@@ -60,8 +74,8 @@ pub struct LoadReport {
     pub truncated: usize,
     /// Rows made into several examples.
     pub split: usize,
-    /// Whether text rows were left without an end token because the checkpoint names none.
-    pub no_end_token: bool,
+    /// Rows left out because no label of them counts.
+    pub untrained: usize,
 }
 
 impl Dataset {
@@ -105,8 +119,8 @@ impl Dataset {
             let row = row?;
             loader.check_tokenizer(&row.content, tokenizer)?;
             loader.report.formats.insert(row.content.format());
-            let example =
-                encode(row.content, row.line, tokenizer).map_err(|message| Error::row(path, row.line, message))?;
+            let example = encode(row.content, row.line, tokenizer, options)
+                .map_err(|message| Error::row(path, row.line, message))?;
             loader.add(example)?;
         }
         loader.finish()
@@ -127,11 +141,9 @@ impl Loader<'_> {
     fn check_tokenizer(&mut self, content: &RowContent, tokenizer: Option<&Tokenizer>) -> Result<()> {
         match (content, tokenizer) {
             (RowContent::Messages { .. }, Some(tokenizer)) => tokenizer.chat_template().map(|_| ()),
-            (RowContent::Text(_) | RowContent::PromptCompletion { .. }, Some(tokenizer)) => {
-                self.report.no_end_token |= tokenizer.eos_id().is_none();
+            (RowContent::Text(_) | RowContent::PromptCompletion { .. }, Some(_)) | (RowContent::InputIds { .. }, _) => {
                 Ok(())
             }
-            (RowContent::InputIds { .. }, _) => Ok(()),
             (_, None) => Err(Error::Tokenizer {
                 path: "tokenizer.json".into(),
                 message: "the checkpoint has none, but these rows are text; only rows of \"input_ids\" do without"
@@ -217,11 +229,13 @@ impl Loader<'_> {
         if untrained.len() == report.rows {
             return Err(Error::dataset(path, "all labels are ignored: no row has a token to learn"));
         }
-        if let Some(&line) = untrained.first() {
+        report.untrained = untrained.len();
+        if let Some(&line) = untrained.first().filter(|_| options.untrained == Untrained::Error) {
             return Err(Error::row(
                 path,
                 line,
-                "no label counts: the row has nothing to learn (the first token never does)",
+                "no label counts: the row has nothing to learn (the first token never does); remove it, or set \
+                 data.untrained = \"drop\"",
             ));
         }
         if examples.is_empty() {
@@ -246,16 +260,18 @@ impl fmt::Display for LoadReport {
             "{} rows ({formats}), {} tokens, {} trained; longest row {} (line {})",
             self.rows, self.tokens, self.trained_tokens, self.longest, self.longest_line
         )?;
-        for (count, what) in [(self.dropped, "dropped"), (self.truncated, "truncated"), (self.split, "split")] {
+        for (count, what) in [
+            (self.dropped, "dropped"),
+            (self.truncated, "truncated"),
+            (self.split, "split"),
+            (self.untrained, "dropped with nothing to train"),
+        ] {
             if count > 0 {
                 write!(f, "; {count} {what}")?;
             }
         }
         if self.split > 0 {
             write!(f, " ({} examples)", self.examples)?;
-        }
-        if self.no_end_token {
-            f.write_str("; texts have no end token, the checkpoint names none")?;
         }
         Ok(())
     }

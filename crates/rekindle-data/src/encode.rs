@@ -1,10 +1,14 @@
 use std::path::Path;
 
+use crate::dataset::EncodeOptions;
 use crate::error::Error;
+use crate::mask::TrainOn;
 use crate::row::RowContent;
-use crate::spans;
-use crate::template::RenderOptions;
 use crate::tokenizer::{Tokenized, Tokenizer};
+
+mod conversation;
+
+pub(crate) use conversation::end_of_turn;
 
 /// The label of a position that does not count in the loss.
 pub const IGNORED: i32 = -100;
@@ -51,13 +55,19 @@ fn counted(labels: &[i32]) -> usize {
 
 /// Encodes a row.
 ///
-/// - Messages: the template's text, to which no special tokens are added again; a token counts when it begins inside an
-///   assistant turn (see [`spans::locate`]).
+/// - Messages: see [`conversation::encode`].
 /// - Prompt and completion: both as one text with what the tokenizer puts around it and the end token, unless it ends so
 ///   already; a token counts when it begins in the completion or comes after it.
 /// - Text: likewise, and everything counts.
 /// - Ids: as given.
-pub(crate) fn encode(content: RowContent, line: usize, tokenizer: Option<&Tokenizer>) -> Result<Encoded, String> {
+///
+/// A text that begins with the BOS gets no second one from the tokenizer.
+pub(crate) fn encode(
+    content: RowContent,
+    line: usize,
+    tokenizer: Option<&Tokenizer>,
+    options: &EncodeOptions,
+) -> Result<Encoded, String> {
     if let RowContent::InputIds { input_ids, labels } = content {
         let labels = labels.unwrap_or_else(|| input_ids.iter().map(|&id| label(id)).collect());
         return Ok(Encoded { input_ids, labels, line });
@@ -65,11 +75,10 @@ pub(crate) fn encode(content: RowContent, line: usize, tokenizer: Option<&Tokeni
     let tokenizer = tokenizer.ok_or("this kind of row needs a tokenizer; only \"input_ids\" does without")?;
     let (input_ids, labels) = match content {
         RowContent::Messages { messages, trained_from, tools, kwargs } => {
-            let template = tokenizer.chat_template().map_err(|error| error.to_string())?;
-            let options = RenderOptions { add_generation_prompt: false, tools, kwargs };
-            let conversation = spans::locate(template, &messages, trained_from, &options)?;
-            let encoded = tokenizer.encode_with_starts(&conversation.text, false).map_err(text_error)?;
-            masked(encoded, |start| conversation.spans.iter().any(|span| span.contains(&start)))
+            conversation::encode(tokenizer, messages, trained_from, tools, kwargs, options)?
+        }
+        RowContent::PromptCompletion { prompt, completion } if options.train_on == TrainOn::All => {
+            raw_text(tokenizer, "", &(prompt + &completion))?
         }
         RowContent::PromptCompletion { prompt, completion } => raw_text(tokenizer, &prompt, &completion)?,
         RowContent::Text(text) => raw_text(tokenizer, "", &text)?,
@@ -79,21 +88,33 @@ pub(crate) fn encode(content: RowContent, line: usize, tokenizer: Option<&Tokeni
 }
 
 fn raw_text(tokenizer: &Tokenizer, prompt: &str, completion: &str) -> Result<(Vec<u32>, Vec<i32>), String> {
-    let encoded = tokenizer.encode_with_starts(&format!("{prompt}{completion}"), true).map_err(text_error)?;
-    let (mut ids, mut labels) = masked(encoded, |start| start >= prompt.len());
-    if let Some(eos) = tokenizer.eos_id().filter(|eos| ids.last() != Some(eos)) {
+    let eos = tokenizer.eos_id().ok_or(
+        "rows of text need an end token, and the checkpoint names none; put eos_token into its tokenizer_config.json, or \
+         use rows of \"input_ids\"",
+    )?;
+    let mut encoded = tokenizer.encode_with_places(&format!("{prompt}{completion}"), true).map_err(text_error)?;
+    let bos = tokenizer.bos_id();
+    if let ([first, second, ..], [None, ..]) = (&*encoded.ids, &*encoded.places)
+        && first == second
+        && Some(*first) == bos
+    {
+        encoded.ids.remove(0);
+        encoded.places.remove(0);
+    }
+    let (mut ids, mut labels) = masked(encoded, prompt.len());
+    if ids.last() != Some(&eos) {
         ids.push(eos);
         labels.push(label(eos));
     }
     Ok((ids, labels))
 }
 
-/// Ids and labels, where `counts` decides by where a token begins. What the tokenizer added counts when something that
+/// Ids and labels, where tokens count that begin at `from` or later. What the tokenizer added counts when something that
 /// counts stands before it: an end token does, a beginning one does not.
-fn masked(encoded: Tokenized, counts: impl Fn(usize) -> bool) -> (Vec<u32>, Vec<i32>) {
+fn masked(encoded: Tokenized, from: usize) -> (Vec<u32>, Vec<i32>) {
     let mut last = false;
-    let labels = encoded.ids.iter().zip(&encoded.starts).map(|(&id, start)| {
-        last = start.map_or(last, &counts);
+    let labels = encoded.ids.iter().zip(&encoded.places).map(|(&id, place)| {
+        last = place.as_ref().map_or(last, |place| place.start >= from);
         if last { label(id) } else { IGNORED }
     });
     let labels = labels.collect();

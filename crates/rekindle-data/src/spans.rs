@@ -1,24 +1,33 @@
 use std::ops::Range;
 
 use crate::message::Message;
-use crate::template::{ChatTemplate, RenderOptions};
+use crate::template::{ChatTemplate, Marked, RenderOptions};
 
-/// A conversation's text and which of it the assistant says.
+/// A conversation's text and where in it some of the assistant's turns are.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Conversation {
     pub(crate) text: String,
-    /// Byte ranges of the assistant turns, in order and apart.
+    pub(crate) turns: Vec<Turn>,
+}
+
+/// What the assistant says in one turn.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Turn {
+    /// The index of its message.
+    pub(crate) message: usize,
+    /// Byte ranges, in order and apart; at least one.
     pub(crate) spans: Vec<Range<usize>>,
 }
 
 /// Stands for a turn's content while its place is sought: private-use characters, so no template rewrites it.
 const MARK: &str = "\u{f5a3}\u{f1c7}\u{f5a3}";
 
-/// Renders `messages` and locates the assistant turns from `from` on.
+/// Renders `messages` and locates the assistant's `turns`.
 ///
-/// Turn `i` begins where the rendering of `messages[..i]` with the generation prompt ends, which is where a model takes
-/// over, and ends where the rendering of `messages[..=i]` ends: its end token is inside, and so is what the template
-/// writes after that token before the next turn (ChatML's newline).
+/// A template with `{% generation %}` blocks says itself what the assistant's is, see [`by_marks`]. With any other, turn
+/// `i` begins where the rendering of `messages[..i]` with the generation prompt ends, which is where a model takes over,
+/// and ends where the rendering of `messages[..=i]` ends: its end token is inside, and so is what the template writes
+/// after that token before the next turn (ChatML's newline).
 ///
 /// Some templates write a turn differently once others follow it (they drop its reasoning), so that the two renderings
 /// are no beginnings of the whole. Then the turn's content is replaced by a mark, which shows what stands before and
@@ -26,24 +35,65 @@ const MARK: &str = "\u{f5a3}\u{f1c7}\u{f5a3}";
 pub(crate) fn locate(
     template: &ChatTemplate,
     messages: &[Message],
-    from: usize,
+    turns: &[usize],
     options: &RenderOptions,
 ) -> Result<Conversation, String> {
-    let text = template.try_render(messages, options).map_err(|error| format!("the chat template failed: {error}"))?;
-    let mut spans: Vec<Range<usize>> = Vec::new();
-    for (turn, message) in messages.iter().enumerate().skip(from) {
-        if !message.is_assistant() {
-            continue;
-        }
+    if template.has_marks() {
+        return by_marks(template, messages, turns, options);
+    }
+    let text = template.try_render(messages, options).map_err(failed)?;
+    let mut located: Vec<Turn> = Vec::new();
+    let mut end = 0;
+    for &turn in turns {
         let span = span(template, messages, turn, &text, options).map_err(|reason| {
             format!("cannot tell what of the chat template's output is messages[{turn}]: {reason}")
         })?;
-        if spans.last().is_some_and(|last| last.end > span.start) {
+        if end > span.start {
             return Err(format!("the chat template mixes messages[{turn}] with the assistant turn before it"));
         }
-        spans.push(span);
+        end = span.end;
+        located.push(Turn { message: turn, spans: vec![span] });
     }
-    Ok(Conversation { text, spans })
+    Ok(Conversation { text, turns: located })
+}
+
+/// The turns of a template that marks them.
+///
+/// One block for each assistant turn is what templates have. Where there are more or fewer, turn `i` has those that the
+/// rendering of `messages[..=i]` has more than that of the assistant turn before.
+fn by_marks(
+    template: &ChatTemplate,
+    messages: &[Message],
+    turns: &[usize],
+    options: &RenderOptions,
+) -> Result<Conversation, String> {
+    let Marked { text, spans } = template.try_render_marked(messages, options).map_err(failed)?;
+    let assistant: Vec<usize> = (0..messages.len()).filter(|&turn| messages[turn].is_assistant()).collect();
+    let ends: Vec<usize> = if spans.len() == assistant.len() {
+        (1..=spans.len()).collect()
+    } else {
+        let count =
+            |&turn: &usize| template.try_render_marked(&messages[..=turn], options).map(|part| part.spans.len());
+        assistant.iter().map(count).collect::<Result<_, _>>().map_err(failed)?
+    };
+    if !ends.is_sorted() || ends.last() != Some(&spans.len()) {
+        return Err(format!(
+            "cannot tell which of the {} {{% generation %}} blocks of the chat template are which assistant turn's",
+            spans.len()
+        ));
+    }
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    let all = assistant.iter().zip(starts.zip(&ends)).filter(|(turn, _)| turns.contains(turn));
+    let located = all.map(|(&message, (start, &end))| match &spans[start..end] {
+        [] => Err(format!("the chat template marks nothing of messages[{message}] with {{% generation %}}")),
+        spans => Ok(Turn { message, spans: spans.to_vec() }),
+    });
+    let turns = located.collect::<Result<_, _>>()?;
+    Ok(Conversation { text, turns })
+}
+
+fn failed(error: String) -> String {
+    format!("the chat template failed: {error}")
 }
 
 fn span(
@@ -63,7 +113,7 @@ fn span(
     {
         return Ok(prompt.len()..up_to.len());
     }
-    let marked = Marked::new(template, messages, turn, text, options)?;
+    let marked = Surroundings::new(template, messages, turn, text, options)?;
     span_by_mark(template, messages, turn, text, options, prompt.as_deref(), &marked)
 }
 
@@ -79,7 +129,7 @@ fn span_by_mark(
     text: &str,
     options: &RenderOptions,
     prompt: Option<&str>,
-    marked: &Marked,
+    marked: &Surroundings,
 ) -> Result<Range<usize>, String> {
     let before = marked.before.as_str();
     let history = template.try_render(&messages[..turn], options).ok();
@@ -100,14 +150,14 @@ fn span_by_mark(
 }
 
 /// What stands around a turn's content in the rendering of the whole.
-struct Marked {
+struct Surroundings {
     before: String,
     after: String,
     /// What a template writes between a content and the calls after it, but not where the content is empty.
     joint: String,
 }
 
-impl Marked {
+impl Surroundings {
     fn new(
         template: &ChatTemplate,
         messages: &[Message],
@@ -131,7 +181,7 @@ impl Marked {
         if before.len() + after.len() > text.len() || !text.starts_with(before) || !text.ends_with(after) {
             return Err("the text around it depends on its content".to_owned());
         }
-        Ok(Marked { before: before.to_owned(), after: after.to_owned(), joint: joint.to_owned() })
+        Ok(Surroundings { before: before.to_owned(), after: after.to_owned(), joint: joint.to_owned() })
     }
 }
 

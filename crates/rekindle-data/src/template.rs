@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::SystemTime;
 
 use minijinja::syntax::SyntaxConfig;
@@ -19,11 +20,22 @@ const NAME: &str = "chat_template";
 ///
 /// Jinja2 with `trim_blocks`, `lstrip_blocks`, `break`/`continue`, Python's methods of strings, lists and dicts,
 /// `raise_exception`, `strftime_now`, `namespace` and a `tojson` that writes what Python's `json.dumps` writes.
-/// Differences: `strftime_now` gives UTC, at the time the template was read, so that a conversation renders the same for
-/// a whole run; `{% generation %}` blocks mark nothing.
+/// One difference: `strftime_now` gives UTC, at the time the template was read, so that a conversation renders the same
+/// for a whole run.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special_tokens: BTreeMap<String, String>,
+    /// As `environment`, with marks around what `{% generation %}` blocks write, where there are such blocks.
+    marking: Option<Environment<'static>>,
+}
+
+/// A rendering and what of it stands in `{% generation %}` blocks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Marked {
+    /// What [`ChatTemplate::render`] gives.
+    pub text: String,
+    /// Byte ranges, in order and apart, none of them empty.
+    pub spans: Vec<Range<usize>>,
 }
 
 /// What a template gets beside the messages.
@@ -51,23 +63,23 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Template`] with the line when the template does not parse.
     pub fn with_special_tokens(source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Self> {
-        let mut environment = Environment::new();
-        environment.set_syntax(
-            SyntaxConfig::builder()
-                .trim_blocks(true)
-                .lstrip_blocks(true)
-                .build()
-                .expect("standard delimiters are valid"),
-        );
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", json::tojson);
-        environment.add_function("raise_exception", raise_exception);
+        let (source, has_marks) = generation::as_filters(&unix_lines(source));
         let now = SystemTime::now();
-        environment.add_function("strftime_now", move |format: &str| clock::strftime(format, now));
-        environment
-            .add_template_owned(NAME, generation::neutralize(&unix_lines(source)))
-            .map_err(|error| Error::Template(describe(&error)))?;
-        Ok(ChatTemplate { environment, special_tokens: special_tokens.clone() })
+        let mut environment = engine(now);
+        environment.add_filter(generation::FILTER, |text: String| text);
+        environment.add_template_owned(NAME, source.clone()).map_err(|error| Error::Template(describe(&error)))?;
+        let marking = has_marks.then(|| {
+            let mut environment = engine(now);
+            environment.add_filter(generation::FILTER, generation::enclose);
+            environment.add_template_owned(NAME, source).expect("it was just parsed");
+            environment
+        });
+        Ok(ChatTemplate { environment, marking, special_tokens: special_tokens.clone() })
+    }
+
+    /// Whether the template marks what the assistant says, with `{% generation %}` blocks.
+    pub fn has_marks(&self) -> bool {
+        self.marking.is_some()
     }
 
     /// The text of a conversation.
@@ -78,20 +90,48 @@ impl ChatTemplate {
         self.try_render(messages, options).map_err(Error::Template)
     }
 
+    /// The text of a conversation, and what of it the template marks with `{% generation %}` blocks: transformers'
+    /// `return_assistant_tokens_mask` before it goes to tokens.
+    ///
+    /// # Errors
+    /// [`Error::Template`] as for [`render`](Self::render), and when the template looks into what a block wrote.
+    pub fn render_marked(&self, messages: &[Message], options: &RenderOptions) -> Result<Marked> {
+        self.try_render_marked(messages, options).map_err(Error::Template)
+    }
+
+    pub(crate) fn try_render_marked(&self, messages: &[Message], options: &RenderOptions) -> Result<Marked, String> {
+        let text = self.try_render(messages, options)?;
+        let Some(marking) = &self.marking else { return Ok(Marked { text, spans: Vec::new() }) };
+        let (plain, spans) = generation::extract(&self.render_in(marking, messages, options)?);
+        if plain != text {
+            return Err("the text depends on what its {% generation %} blocks hold".to_owned());
+        }
+        Ok(Marked { text, spans })
+    }
+
     /// As [`render`](Self::render), with the bare message for whoever knows the place better.
     pub(crate) fn try_render(&self, messages: &[Message], options: &RenderOptions) -> Result<String, String> {
+        self.render_in(&self.environment, messages, options)
+    }
+
+    fn render_in(
+        &self,
+        environment: &Environment<'static>,
+        messages: &[Message],
+        options: &RenderOptions,
+    ) -> Result<String, String> {
         let mut context: BTreeMap<&str, Value> = BTreeMap::new();
         for (name, token) in &self.special_tokens {
             context.insert(name, Value::from(token.as_str()));
         }
-        context.insert("messages", messages.iter().map(with_reasoning).collect());
+        context.insert("messages", messages.iter().map(as_seen).collect());
         context.insert("tools", Value::from(Serde(&options.tools)));
         context.insert("documents", Value::from(()));
         context.insert("add_generation_prompt", Value::from(options.add_generation_prompt));
         for (name, value) in &options.kwargs {
             context.insert(name, Value::from(Serde(value)));
         }
-        let template = self.environment.get_template(NAME).expect("added when the template was read");
+        let template = environment.get_template(NAME).expect("added when the template was read");
         template.render(context).map_err(|error| describe(&error))
     }
 }
@@ -102,16 +142,33 @@ impl std::fmt::Debug for ChatTemplate {
     }
 }
 
-/// A message as a template sees it. Reasoning goes by several names; templates read `reasoning_content` or `thinking`.
-fn with_reasoning(message: &Message) -> Value {
-    let extra = &message.extra;
-    let reasoning = ["reasoning_content", "thinking", "reasoning"]
-        .into_iter()
-        .find_map(|name| extra.get(name).filter(|reasoning| !reasoning.is_null()));
-    let Some(reasoning) = reasoning.cloned() else {
-        return Value::from(Serde(message));
-    };
+/// Jinja with what transformers adds to it.
+fn engine(now: SystemTime) -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_syntax(
+        SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().expect("standard delimiters are valid"),
+    );
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.add_filter("tojson", json::tojson);
+    // The engine takes none for an empty list here; Python does not.
+    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
+    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("strftime_now", move |format: &str| clock::strftime(format, now));
+    environment
+}
+
+/// The names that a turn's reasoning goes by.
+pub(crate) const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// A message as a template sees it: without keys that are null, and with its reasoning by the two names that templates
+/// read, `reasoning_content` and `thinking`.
+fn as_seen(message: &Message) -> Value {
     let mut message = message.clone();
+    message.extra.retain(|_, value| !value.is_null());
+    let reasoning = REASONING.into_iter().find_map(|name| message.extra.get(name)).cloned();
+    let Some(reasoning) = reasoning else {
+        return Value::from(Serde(&message));
+    };
     message.extra.entry("thinking").or_insert_with(|| reasoning.clone());
     message.extra.insert("reasoning_content".to_owned(), reasoning);
     Value::from(Serde(message))

@@ -19,6 +19,8 @@ pub(crate) const HEADERS: &str = include_str!("../tests/templates/headers.jinja"
 pub(crate) const DEFAULT_SYSTEM: &str = include_str!("../tests/templates/default_system.jinja");
 /// As ChatML, dropping the reasoning of turns before the last question.
 pub(crate) const THINKING: &str = include_str!("../tests/templates/thinking.jinja");
+/// As ChatML, with `{% generation %}` blocks.
+pub(crate) const MARKED: &str = include_str!("../tests/templates/marked.jinja");
 /// Roles marked by brackets, the BOS and EOS around each pair of turns.
 pub(crate) const BRACKETS: &str = include_str!("../tests/templates/brackets.jinja");
 

@@ -1,7 +1,11 @@
+use std::collections::HashSet;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use tokenizers::{Encoding, PostProcessor, PostProcessorWrapper};
 
+use crate::encode::end_of_turn;
 use crate::error::{Error, Result};
 use crate::stream::StreamDecoder;
 use crate::template::ChatTemplate;
@@ -19,19 +23,22 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     post_processor: Option<PostProcessorWrapper>,
     vocab_size: usize,
+    special_ids: HashSet<u32>,
     bos_id: Option<u32>,
     eos_id: Option<u32>,
     eos_ids: Vec<u32>,
     /// A template that does not parse is an error only for who needs it.
     chat_template: Option<Result<ChatTemplate, String>>,
+    template_path: Option<PathBuf>,
+    end_of_turn: OnceLock<Option<u32>>,
     dir: PathBuf,
 }
 
-/// Token ids and where in the text each begins.
+/// Token ids and where in the text each stands.
 pub(crate) struct Tokenized {
     pub(crate) ids: Vec<u32>,
-    /// Byte offsets; `None` for tokens that the post-processor added.
-    pub(crate) starts: Vec<Option<usize>>,
+    /// Byte ranges; `None` for tokens that the post-processor added.
+    pub(crate) places: Vec<Option<Range<usize>>>,
 }
 
 impl Tokenizer {
@@ -65,11 +72,28 @@ impl Tokenizer {
         };
         let (bos_id, eos_id) = (id_of("bos_token")?, id_of("eos_token")?);
         let eos_ids = checkpoint::eos_token_ids(dir)?.unwrap_or_else(|| eos_id.into_iter().collect());
-        let chat_template = checkpoint::chat_template(dir)?.map(|(path, source)| {
+        let chat_template = checkpoint::chat_template(dir)?;
+        let template_path = chat_template.as_ref().map(|(path, _)| path.clone());
+        let chat_template = chat_template.map(|(path, source)| {
             ChatTemplate::with_special_tokens(&source, &special).map_err(|error| format!("{}: {error}", path.display()))
         });
-        let eos_id = eos_id.or(eos_ids.first().copied());
-        Ok(Tokenizer { inner, post_processor, vocab_size, bos_id, eos_id, eos_ids, chat_template, dir: dir.to_owned() })
+        let added = inner.get_added_tokens_decoder();
+        let special_ids = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id);
+        // Some vocabularies do not say that their end tokens are special.
+        let special_ids = special_ids.chain(bos_id).chain(eos_id).chain(eos_ids.iter().copied()).collect();
+        Ok(Tokenizer {
+            inner,
+            post_processor,
+            vocab_size,
+            special_ids,
+            bos_id,
+            eos_id: eos_id.or(eos_ids.first().copied()),
+            eos_ids,
+            chat_template,
+            template_path,
+            end_of_turn: OnceLock::new(),
+            dir: dir.to_owned(),
+        })
     }
 
     /// Token ids of `text`. Special tokens written in the text become their ids either way; `add_special_tokens` adds
@@ -78,7 +102,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the tokenizer has no token for a piece of the text.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        Ok(self.encode_with_starts(text, add_special_tokens)?.ids)
+        Ok(self.encode_with_places(text, add_special_tokens)?.ids)
     }
 
     /// The text of token ids; ids that the tokenizer does not know are left out, special tokens with `skip_special`.
@@ -144,16 +168,37 @@ impl Tokenizer {
         companion_files(&self.dir)
     }
 
-    pub(crate) fn encode_with_starts(&self, text: &str, add_special_tokens: bool) -> Result<Tokenized> {
+    /// The text of a token as the vocabulary has it, by its id.
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// Whether the id is that of a special token, such as an end token; `<think>` is none where the vocabulary says so.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special_ids.contains(&id)
+    }
+
+    pub(crate) fn encode_with_places(&self, text: &str, add_special_tokens: bool) -> Result<Tokenized> {
         let fail = |error: tokenizers::Error| self.error(format!("cannot encode a text: {error}"));
         let encoding = self.inner.encode(text, false).map_err(fail)?;
-        let mut starts: Vec<Option<usize>> = encoding.get_offsets().iter().map(|&(start, _)| Some(start)).collect();
+        let places: Vec<Range<usize>> = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
         let Some(post_processor) = self.post_processor.as_ref().filter(|_| add_special_tokens) else {
-            return Ok(Tokenized { ids: encoding.get_ids().to_vec(), starts });
+            return Ok(Tokenized { ids: encoding.get_ids().to_vec(), places: places.into_iter().map(Some).collect() });
         };
         let processed = post_processor.process(encoding, None, true).map_err(fail)?;
-        starts = spread(starts, &processed);
-        Ok(Tokenized { ids: processed.get_ids().to_vec(), starts })
+        Ok(Tokenized { ids: processed.get_ids().to_vec(), places: spread(places, &processed) })
+    }
+
+    /// The token with which the chat template ends the assistant's turns, found by rendering a conversation. It need not
+    /// be one of [`eos_ids`](Self::eos_ids): checkpoints that were never trained on conversations may stop at another.
+    pub fn end_of_turn(&self) -> Option<u32> {
+        let Some(Ok(template)) = &self.chat_template else { return None };
+        *self.end_of_turn.get_or_init(|| end_of_turn(self, template))
+    }
+
+    /// The file that the chat template stands in, for errors.
+    pub(crate) fn chat_template_path(&self) -> std::path::Display<'_> {
+        self.template_path.as_deref().unwrap_or(&self.dir).display()
     }
 
     fn error(&self, message: impl Into<String>) -> Error {
@@ -187,11 +232,11 @@ fn read_tokenizer(dir: &Path) -> Result<(tokenizers::Tokenizer, PathBuf)> {
     Ok((inner, path))
 }
 
-/// Gives each token of `processed` its start; the post-processor adds tokens but neither drops nor reorders any.
-fn spread(starts: Vec<Option<usize>>, processed: &Encoding) -> Vec<Option<usize>> {
-    let mut starts = starts.into_iter();
+/// Gives each token of `processed` its place; the post-processor adds tokens but neither drops nor reorders any.
+fn spread(places: Vec<Range<usize>>, processed: &Encoding) -> Vec<Option<Range<usize>>> {
+    let mut places = places.into_iter();
     let added = processed.get_special_tokens_mask();
-    added.iter().map(|&added| if added == 1 { None } else { starts.next().flatten() }).collect()
+    added.iter().map(|&added| if added == 1 { None } else { places.next() }).collect()
 }
 
 #[cfg(test)]

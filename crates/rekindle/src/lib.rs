@@ -48,7 +48,10 @@ pub use sft::{DataFile, SftTrainer};
 pub use source::{Fetched, Source};
 pub use suggest::{Suggestion, suggest};
 
-pub use rekindle_data::{Dataset, Example, IGNORED, LoadReport, Message, Overlong, RenderOptions, Tokenizer};
+pub use rekindle_data::{
+    Dataset, Example, IGNORED, LoadReport, Message, Overlong, Packs, RenderOptions, Thinking, Tokenizer, TrainOn,
+    Untrained,
+};
 pub use rekindle_hub::{AtomicDir, write_atomic};
 #[cfg(feature = "network")]
 pub use rekindle_hub::{HubErrorKind, cache};

@@ -156,6 +156,9 @@ impl Model {
             max_seq_length: self.inner.max_seq_length(),
             overlong: data.overlong,
             vocab_size: Some(self.inner.config().vocab_size),
+            train_on: data.train_on,
+            thinking: data.thinking,
+            untrained: data.untrained,
         };
         Ok(Dataset::load(&data.path, tokenizer, &options)?)
     }

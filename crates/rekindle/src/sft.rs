@@ -2,32 +2,65 @@
 
 use std::path::PathBuf;
 
-use rekindle_data::{LoadReport, Overlong, Tokenizer};
+use rekindle_data::{LoadReport, Overlong, Thinking, Tokenizer, TrainOn, Untrained};
 use rekindle_train::{Event, Report, SftConfig, Trainer};
 
 use crate::describe::{Rows, describe};
 use crate::prompts::sampler;
 use crate::{Error, Model};
 
-/// A JSONL file of rows, and what happens to rows that are too long.
+/// A JSONL file of rows, what of them is trained, and what happens to rows that are too long.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DataFile {
     /// The file.
     pub path: PathBuf,
     /// Default: an error that names the row.
     pub overlong: Overlong,
+    /// Which turns of a conversation are trained. Default: all of the assistant's.
+    pub train_on: TrainOn,
+    /// What happens to reasoning. Default: it is trained as the template shows it.
+    pub thinking: Thinking,
+    /// What happens to rows with nothing to train. Default: an error that names the row.
+    pub untrained: Untrained,
 }
 
 impl DataFile {
     /// A file in which no row may be longer than the model's `max_seq_length`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), overlong: Overlong::Error }
+        Self {
+            path: path.into(),
+            overlong: Overlong::Error,
+            train_on: TrainOn::Assistant,
+            thinking: Thinking::Keep,
+            untrained: Untrained::Error,
+        }
     }
 
     /// What happens to longer rows.
     #[must_use]
     pub fn overlong(mut self, overlong: Overlong) -> Self {
         self.overlong = overlong;
+        self
+    }
+
+    /// Which turns of a conversation are trained.
+    #[must_use]
+    pub fn train_on(mut self, train_on: TrainOn) -> Self {
+        self.train_on = train_on;
+        self
+    }
+
+    /// What happens to the reasoning of a conversation.
+    #[must_use]
+    pub fn thinking(mut self, thinking: Thinking) -> Self {
+        self.thinking = thinking;
+        self
+    }
+
+    /// What happens to rows with nothing to train.
+    #[must_use]
+    pub fn untrained(mut self, untrained: Untrained) -> Self {
+        self.untrained = untrained;
         self
     }
 }

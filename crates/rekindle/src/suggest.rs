@@ -3,7 +3,7 @@
 mod estimate;
 mod lengths;
 
-use rekindle_data::{EncodeOptions, LoadReport, Overlong, Tokenizer};
+use rekindle_data::{EncodeOptions, LoadReport, Tokenizer};
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{DeviceKind, open_device};
 use rekindle_lora::GradientCheckpointing;
@@ -85,7 +85,7 @@ pub fn suggest(
 
     // Whatever the longest row is: how long rows may be is what is to be found out.
     let options =
-        EncodeOptions { max_seq_length: usize::MAX, overlong: Overlong::Error, vocab_size: Some(config.vocab_size) };
+        EncodeOptions { max_seq_length: usize::MAX, vocab_size: Some(config.vocab_size), ..EncodeOptions::default() };
     let load = |file: &DataFile| rekindle_data::Dataset::load(&file.path, tokenizer.as_ref(), &options);
     let (dataset, rows) = load(train)?;
     let eval = eval.map(load).transpose()?;

@@ -14,7 +14,7 @@ fn load(rows: &str, options: EncodeOptions) -> Result<(Dataset, LoadReport), Str
 }
 
 fn at_most(max_seq_length: usize, overlong: Overlong) -> EncodeOptions {
-    EncodeOptions { max_seq_length, overlong, vocab_size: None }
+    EncodeOptions { max_seq_length, overlong, ..EncodeOptions::default() }
 }
 
 fn vocabulary(size: usize) -> EncodeOptions {
@@ -70,8 +70,13 @@ fn a_row_without_a_label_is_named_and_a_file_of_them_too() {
     let none = "{\"input_ids\": [1, 2], \"labels\": [1, -100]}\n";
     assert_eq!(
         load(&format!("{ROWS}{none}"), EncodeOptions::default()).expect_err("nothing to learn"),
-        "rows.jsonl:4: no label counts: the row has nothing to learn (the first token never does)"
+        "rows.jsonl:4: no label counts: the row has nothing to learn (the first token never does); remove it, or set \
+         data.untrained = \"drop\""
     );
+    let options = EncodeOptions { untrained: Untrained::Drop, ..EncodeOptions::default() };
+    let (dataset, report) = load(&format!("{ROWS}{none}"), options).expect("loads");
+    assert_eq!((dataset.len(), report.rows, report.untrained), (2, 3, 1));
+    assert!(report.to_string().ends_with("; 1 dropped with nothing to train"), "{report}");
     assert_eq!(
         load(&none.repeat(3), EncodeOptions::default()).expect_err("nothing to learn"),
         "rows.jsonl: all labels are ignored: no row has a token to learn"
@@ -147,6 +152,7 @@ fn what_the_checkpoint_lacks_is_not_the_rows_fault() {
     write_json(dir.path(), "tokenizer_config.json", &serde_json::json!({}));
     let tokenizer = Tokenizer::from_dir(dir.path()).expect("valid");
     let (_rows, path) = write_rows("{\"text\": \"ab\"}");
-    let (_, report) = Dataset::load(&path, Some(&tokenizer), &EncodeOptions::default()).expect("loads");
-    assert!(report.to_string().ends_with("; texts have no end token, the checkpoint names none"), "{report}");
+    let error = Dataset::load(&path, Some(&tokenizer), &EncodeOptions::default()).expect_err("no end token");
+    assert_eq!(error.kind(), ErrorKind::Data);
+    assert!(error.to_string().contains("rows of text need an end token, and the checkpoint names none"), "{error}");
 }

@@ -1,17 +1,22 @@
 use serde_json::{Value, json};
 
 use super::*;
+use crate::mask::Thinking;
 use crate::test_support::{
-    BRACKETS, CHATML, DEFAULT_SYSTEM, HEADERS, THINKING, checkpoint, save_tokenizer, tokenizer, write_json,
+    BRACKETS, CHATML, DEFAULT_SYSTEM, HEADERS, MARKED, THINKING, checkpoint, save_tokenizer, tokenizer, write_json,
 };
 
-fn example(tokenizer: &Tokenizer, row: Value) -> Encoded {
-    encode(RowContent::from_json(row).expect("a valid row"), 1, Some(tokenizer)).expect("encodable")
+fn try_encode(tokenizer: &Tokenizer, row: Value, options: &EncodeOptions) -> Result<Encoded, String> {
+    encode(RowContent::from_json(row).expect("a valid row"), 1, Some(tokenizer), options)
 }
 
 /// The text of all tokens of a row, and of those whose label counts.
 fn texts(tokenizer: &Tokenizer, row: Value) -> (String, String) {
-    let example = example(tokenizer, row);
+    texts_with(tokenizer, row, &EncodeOptions::default())
+}
+
+fn texts_with(tokenizer: &Tokenizer, row: Value, options: &EncodeOptions) -> (String, String) {
+    let example = try_encode(tokenizer, row, options).expect("encodable");
     assert_eq!(example.labels.len(), example.input_ids.len());
     let mut trained = Vec::new();
     for (&id, &label) in example.input_ids.iter().zip(&example.labels) {
@@ -22,6 +27,10 @@ fn texts(tokenizer: &Tokenizer, row: Value) -> (String, String) {
     }
     let decode = |ids: &[u32]| tokenizer.decode(ids, false).expect("decodable");
     (decode(&example.input_ids), decode(&trained))
+}
+
+fn turn(role: &str, content: &str) -> Value {
+    json!({"role": role, "content": content})
 }
 
 fn pair(all: &str, trained: &str) -> (String, String) {
@@ -81,7 +90,6 @@ fn the_template_writes_all_special_tokens() {
 #[test]
 fn only_the_completion_of_a_list_counts() {
     let (_dir, tokenizer) = tokenizer(CHATML);
-    let turn = |role: &str, content: &str| json!({"role": role, "content": content});
     let row = json!({
         "prompt": [turn("user", "Q"), turn("assistant", "A"), turn("user", "R")],
         "completion": [turn("assistant", "B")],
@@ -117,14 +125,35 @@ fn an_end_token_is_added_once() {
     assert_eq!(texts(&tokenizer, json!({"prompt": "he", "completion": "!"})), pair("<s>he!<|im_end|>", "!<|im_end|>"));
     // A checkpoint that names no end token.
     write_json(dir.path(), "tokenizer_config.json", &json!({}));
-    save_tokenizer(dir.path(), &["$A"]);
     let tokenizer = Tokenizer::from_dir(dir.path()).expect("valid");
-    assert_eq!(texts(&tokenizer, json!({"text": "hello"})), pair("hello", "hello"));
+    let error = try_encode(&tokenizer, json!({"text": "hello"}), &EncodeOptions::default()).expect_err("no end");
+    assert!(error.starts_with("rows of text need an end token, and the checkpoint names none"), "{error}");
+}
+
+#[test]
+fn there_is_never_a_second_bos() {
+    // The tokenizer puts <s> before a text.
+    let (_dir, tokenizer) = tokenizer(BRACKETS);
+    let once = pair("<s>hello<|im_end|>", "hello<|im_end|>");
+    assert_eq!(texts(&tokenizer, json!({"text": "hello"})), once);
+    assert_eq!(texts(&tokenizer, json!({"text": "<s>hello"})).0, once.0);
+    let row = json!({"prompt": "<s>hel", "completion": "lo<|im_end|>"});
+    assert_eq!(texts(&tokenizer, row).0, once.0);
+    // The template writes it; one in the messages is one too many.
+    let row = |text: &str| json!({"messages": [turn("system", text), turn("user", "Q"), turn("assistant", "A")]});
+    assert!(texts(&tokenizer, row("S")).0.starts_with("<s>[INST] <<SYS>>"));
+    let (_dir, tokenizer) =
+        crate::test_support::tokenizer("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>");
+    let error = try_encode(&tokenizer, row("<s>S"), &EncodeOptions::default()).expect_err("two of them");
+    assert!(error.starts_with("begins with two BOS tokens"), "{error}");
 }
 
 #[test]
 fn ids_are_taken_as_given() {
-    let row = |value| encode(RowContent::from_json(value).expect("valid"), 4, None).expect("encodable");
+    let row = |value| {
+        let content = RowContent::from_json(value).expect("valid");
+        encode(content, 4, None, &EncodeOptions::default()).expect("encodable")
+    };
     let all = row(json!({"input_ids": [1, 2, 3]}));
     assert_eq!(all, Encoded { input_ids: vec![1, 2, 3], labels: vec![1, 2, 3], line: 4 });
     let some = row(json!({"input_ids": [1, 2, 3], "labels": [1, -100, 3]}));
@@ -137,11 +166,111 @@ fn other_rows_need_a_tokenizer_and_a_template() {
     let content =
         || RowContent::from_json(json!({"messages": [{"role": "assistant", "content": "A"}]})).expect("valid");
     assert_eq!(
-        encode(content(), 1, None).expect_err("no tokenizer"),
+        encode(content(), 1, None, &EncodeOptions::default()).expect_err("no tokenizer"),
         "this kind of row needs a tokenizer; only \"input_ids\" does without"
     );
     let dir = checkpoint();
     let tokenizer = Tokenizer::from_dir(dir.path()).expect("valid");
-    let error = encode(content(), 1, Some(&tokenizer)).expect_err("no template");
+    let error = encode(content(), 1, Some(&tokenizer), &EncodeOptions::default()).expect_err("no template");
     assert!(error.contains("has no chat template; add a chat_template.jinja, or use rows with"), "{error}");
+}
+
+fn train_on(train_on: TrainOn) -> EncodeOptions {
+    EncodeOptions { train_on, ..EncodeOptions::default() }
+}
+
+fn thinking(thinking: Thinking) -> EncodeOptions {
+    EncodeOptions { thinking, ..EncodeOptions::default() }
+}
+
+#[test]
+fn turns_are_chosen() {
+    let (_dir, tokenizer) = tokenizer(CHATML);
+    let row =
+        json!({"messages": [turn("user", "Q"), turn("assistant", "A"), turn("user", "R"), turn("assistant", "B")]});
+    let trained = |options: &EncodeOptions| texts_with(&tokenizer, row.clone(), options).1;
+    assert_eq!(trained(&train_on(TrainOn::Assistant)), "A<|im_end|>\nB<|im_end|>\n");
+    assert_eq!(trained(&train_on(TrainOn::LastAssistant)), "B<|im_end|>\n");
+    let all = texts_with(&tokenizer, row.clone(), &train_on(TrainOn::All));
+    assert_eq!(all.0, all.1);
+    // A prompt counts with "all", and only then.
+    let row = json!({"prompt": "Q: ", "completion": "A"});
+    assert_eq!(texts_with(&tokenizer, row.clone(), &train_on(TrainOn::All)).1, "Q: A<|im_end|>");
+    assert_eq!(texts_with(&tokenizer, row, &train_on(TrainOn::LastAssistant)).1, "A<|im_end|>");
+}
+
+#[test]
+fn a_turn_may_say_that_it_is_not_trained() {
+    let (_dir, tokenizer) = tokenizer(CHATML);
+    let untrained = json!({"role": "assistant", "content": "A", "train": false});
+    let row = json!({"messages": [turn("user", "Q"), untrained, turn("user", "R"), turn("assistant", "B")]});
+    assert_eq!(texts(&tokenizer, row.clone()).1, "B<|im_end|>\n");
+    let (all, trained) = texts_with(&tokenizer, row, &train_on(TrainOn::All));
+    assert_eq!(trained, all.replacen("A<|im_end|>\n", "", 1));
+}
+
+#[test]
+fn thoughts_are_kept_stripped_or_masked() {
+    let (_dir, tokenizer) = tokenizer(THINKING);
+    let row = json!({"messages": [
+        turn("user", "Q"), turn("assistant", "<think>\nwhy\n</think>\n\nA"),
+        turn("user", "R"), json!({"role": "assistant", "content": "B", "reasoning_content": "so"}),
+    ]});
+    let of = |how: Thinking| texts_with(&tokenizer, row.clone(), &thinking(how));
+    let (kept, stripped, masked) = (of(Thinking::Keep), of(Thinking::Strip), of(Thinking::Mask));
+    // The template shows only the last turn's, and an empty one where there is none.
+    assert_eq!(kept.1, "A<|im_end|>\n<think>\nso\n</think>\n\nB<|im_end|>\n");
+    assert_eq!(stripped.1, "A<|im_end|>\n<think>\n\n</think>\n\nB<|im_end|>\n");
+    assert_eq!(masked, (kept.0, "A<|im_end|>\nB<|im_end|>\n".to_owned()));
+    let all = EncodeOptions { train_on: TrainOn::All, ..thinking(Thinking::Mask) };
+    let (all, trained) = texts_with(&tokenizer, row.clone(), &all);
+    assert_eq!(trained, all.replacen("<think>\nso\n</think>\n\n", "", 1));
+}
+
+#[test]
+fn marked_turns_count_without_what_follows_them() {
+    let (_dir, tokenizer) = tokenizer(MARKED);
+    let row = json!({"messages": [turn("user", "Q"), turn("assistant", " A")]});
+    assert_eq!(texts(&tokenizer, row).1, "A<|im_end|>");
+}
+
+/// A model that never sees its end token behind an answer does not learn to stop.
+#[test]
+fn every_turn_ends_with_an_end_token() {
+    let row =
+        json!({"messages": [turn("user", "Q"), turn("assistant", "A"), turn("user", "R"), turn("assistant", "B")]});
+    let error = |source: &str, options: &EncodeOptions| {
+        let (dir, tokenizer) = tokenizer(source);
+        let error = try_encode(&tokenizer, row.clone(), options).err();
+        error.map(|error| error.replace(&dir.path().display().to_string(), "DIR"))
+    };
+    let turns = |end: &str| format!("{{% for m in messages %}}{{{{ m.role ~ ': ' ~ m.content }}}}{end}{{% endfor %}}");
+    let assistant = train_on(TrainOn::Assistant);
+    let stop = "so what is trained would not learn to stop";
+    let way_out = "let it write <|im_end|> after every assistant turn, or train the last turn alone with \
+                   data.train_on = \"last_assistant\" where that one ends so";
+    assert_eq!(
+        error(&turns("{{ '\\n' }}"), &assistant).expect("no end token"),
+        format!(
+            "the chat template DIR/chat_template.jinja ends messages[1] (assistant) without an end token, {stop}; {way_out}"
+        )
+    );
+    // Only the last turn has one.
+    let last = turns("{{ '<|im_end|>' if loop.last else ';' }}");
+    assert!(error(&last, &assistant).is_some_and(|error| error.contains("messages[1]")));
+    assert_eq!(error(&last, &train_on(TrainOn::LastAssistant)), None);
+    // What stands behind it would be learned as well.
+    assert!(error(&turns("<|im_end|> ok?"), &assistant).is_some());
+    // The template's own, which the checkpoint does not stop at.
+    assert_eq!(error(&turns("<|eot|>"), &assistant), None);
+    // One that neither knows.
+    let other = turns("{{ '</s>' if m.content == 'B' else '<|im_end|>' }}");
+    let found = error(&other, &assistant).expect("another token");
+    assert!(found.contains("ends messages[3] (assistant) with </s>, "), "{found}");
+    // Marks that leave it out.
+    let marked = turns("").replace("m.role ~ ': ' ~ m.content", "m.role") + "{{ '<|im_end|>' }}";
+    let marked = marked.replace("{{ m.role }}", "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>");
+    let marked = marked.replace("{% for m in messages %}", "{% for m in messages if m.role == 'assistant' %}");
+    let found = error(&marked, &assistant).expect("marks before the end token");
+    assert!(found.ends_with("put <|im_end|> before {% endgeneration %}"), "{found}");
 }

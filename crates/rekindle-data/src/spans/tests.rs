@@ -1,7 +1,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::test_support::{BRACKETS, CHATML, DEFAULT_SYSTEM, HEADERS, THINKING};
+use crate::test_support::{BRACKETS, CHATML, DEFAULT_SYSTEM, HEADERS, MARKED, THINKING};
 
 /// A conversation whose turns alternate, beginning with the user's.
 fn chat(turns: &[&str]) -> Vec<Message> {
@@ -11,8 +11,10 @@ fn chat(turns: &[&str]) -> Vec<Message> {
 fn spans(source: &str, messages: &[Message], options: &RenderOptions) -> Result<Vec<String>, String> {
     let special = [("bos_token", "<s>"), ("eos_token", "</s>")].map(|(name, text)| (name.to_owned(), text.to_owned()));
     let template = ChatTemplate::with_special_tokens(source, &special.into()).expect("valid");
-    let conversation = locate(&template, messages, 0, options)?;
-    Ok(conversation.spans.into_iter().map(|span| conversation.text[span].to_owned()).collect())
+    let turns: Vec<usize> = (0..messages.len()).filter(|&turn| messages[turn].is_assistant()).collect();
+    let Conversation { text, turns: located } = locate(&template, messages, &turns, options)?;
+    assert_eq!(located.iter().map(|turn| turn.message).collect::<Vec<_>>(), turns);
+    Ok(located.into_iter().flat_map(|turn| turn.spans).map(|span| text[span].to_owned()).collect())
 }
 
 fn plain(source: &str, messages: &[Message]) -> Vec<String> {
@@ -122,4 +124,45 @@ fn what_cannot_be_located_says_why() {
         format!("{place}the text around it depends on its content")
     );
     assert_eq!(error("{{ raise_exception('no') }}"), "the chat template failed: no (line 1 of the template)");
+}
+
+#[test]
+fn marks_decide_where_there_are_some() {
+    assert_eq!(plain(MARKED, &chat(&["Q", " A", "R", "B "])), ["A<|im_end|>", "B<|im_end|>"]);
+}
+
+/// A turn of two calls has two blocks, so that blocks and turns have to be matched.
+#[test]
+fn blocks_are_counted_turn_by_turn() {
+    let calls = json!({"role": "assistant", "content": "", "tool_calls": [{"name": "a"}, {"name": "b"}]});
+    let calls = Message::from_json(calls, "m").expect("valid");
+    let messages = [chat(&["Q", "A"]), vec![Message::new("user", "R"), calls, Message::new("tool", "5")]].concat();
+    let messages = [messages, vec![Message::new("assistant", "B")]].concat();
+    assert_eq!(plain(MARKED, &messages), ["A<|im_end|>", "<call>a</call>", "<call>b</call><|im_end|>", "B<|im_end|>"]);
+    let template = ChatTemplate::new(MARKED).expect("valid");
+    let found = locate(&template, &messages, &[3], &RenderOptions::default()).expect("located");
+    assert_eq!((found.turns.len(), found.turns[0].message, found.turns[0].spans.len()), (1, 3, 2));
+}
+
+#[test]
+fn marks_that_cannot_be_told_apart_say_so() {
+    let error =
+        |source: &str| spans(source, &chat(&["Q", "A", "R", "B"]), &RenderOptions::default()).expect_err("lost");
+    assert_eq!(
+        error("{% generation %}{{ messages|length }}{% endgeneration %}"),
+        "the chat template marks nothing of messages[3] with {% generation %}"
+    );
+    assert_eq!(
+        error(
+            "{% for m in messages[-1:] %}{% generation %}x{% endgeneration %}{% generation %}y{% endgeneration %}\
+               {% generation %}z{% endgeneration %}{% endfor %}{{ messages|length }}"
+        )
+        .split(':')
+        .next(),
+        Some("the chat template marks nothing of messages[3] with {% generation %}")
+    );
+    assert_eq!(
+        error("{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x|length }}"),
+        "the chat template failed: the text depends on what its {% generation %} blocks hold"
+    );
 }

@@ -1,13 +1,26 @@
-/// Replaces `{% generation %}` … `{% endgeneration %}` by `{% with %}` … `{% endwith %}`: the engine lacks the tag, whose
-/// only visible effects are a scope and the white space that its delimiters control.
-pub(super) fn neutralize(source: &str) -> String {
+//! `{% generation %}` blocks, with which a template marks what the assistant says.
+
+use std::ops::Range;
+
+/// The filter that a block becomes.
+pub(super) const FILTER: &str = "__generation";
+/// What a marked block begins and ends with: private-use characters, which no template rewrites.
+const OPEN: &str = "\u{f5a3}\u{f1c8}\u{f5a3}";
+const CLOSE: &str = "\u{f5a3}\u{f1c9}\u{f5a3}";
+
+/// The source with `{% filter … %}{% with %}` … `{% endwith %}{% endfilter %}` for `{% generation %}` …
+/// `{% endgeneration %}`, a tag that the engine lacks, and whether there are any. A block is a scope of its own and
+/// controls white space as any tag.
+pub(super) fn as_filters(source: &str) -> (String, bool) {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
+    let mut found = false;
     while let Some(open) = rest.find("{%") {
         let (before, tag) = rest.split_at(open);
         out.push_str(before);
         match generation_tag(tag) {
             Some((replacement, len)) => {
+                found = true;
                 out.push_str(&replacement);
                 rest = &tag[len..];
             }
@@ -18,7 +31,31 @@ pub(super) fn neutralize(source: &str) -> String {
         }
     }
     out.push_str(rest);
-    out
+    (out, found)
+}
+
+/// What a block wrote, between marks.
+pub(super) fn enclose(text: &str) -> String {
+    format!("{OPEN}{text}{CLOSE}")
+}
+
+/// The text without the marks, and what stood between them. A mark without its like stays.
+pub(super) fn extract(marked: &str) -> (String, Vec<Range<usize>>) {
+    let (mut text, mut spans) = (String::with_capacity(marked.len()), Vec::new());
+    let mut rest = marked;
+    while let Some((before, block)) = rest.split_once(OPEN)
+        && let Some((inside, after)) = block.split_once(CLOSE)
+    {
+        text.push_str(before);
+        let start = text.len();
+        text.push_str(inside);
+        if !inside.is_empty() {
+            spans.push(start..text.len());
+        }
+        rest = after;
+    }
+    text.push_str(rest);
+    (text, spans)
 }
 
 /// The replacement of the tag at the beginning of `text` and the tag's length, if it is one of the two.
@@ -27,12 +64,12 @@ fn generation_tag(text: &str) -> Option<(String, usize)> {
     let inner = &text[2..len - 2];
     let (open, inner) = control(inner.chars().next()).map_or(("", inner), |sign| (sign, &inner[1..]));
     let (close, inner) = control(inner.chars().last()).map_or(("", inner), |sign| (sign, &inner[..inner.len() - 1]));
-    let word = match inner.trim() {
-        "generation" => "with",
-        "endgeneration" => "endwith",
+    let tags = match inner.trim() {
+        "generation" => format!("{{%{open} filter {FILTER} %}}{{% with {close}%}}"),
+        "endgeneration" => format!("{{%{open} endwith %}}{{% endfilter {close}%}}"),
         _ => return None,
     };
-    Some((format!("{{%{open} {word} {close}%}}"), len))
+    Some((tags, len))
 }
 
 /// The white-space control beside a delimiter.
@@ -51,10 +88,24 @@ mod tests {
     #[test]
     fn only_the_two_tags_change() {
         assert_eq!(
-            neutralize("{% if x %}{%- generation -%} a {%+endgeneration%}{% endif %}{{ generation }}"),
-            "{% if x %}{%- with -%} a {%+ endwith %}{% endif %}{{ generation }}"
+            as_filters("{% if x %}{%- generation -%} a {%+endgeneration%}{% endif %}{{ generation }}"),
+            (
+                "{% if x %}{%- filter __generation %}{% with -%} a {%+ endwith %}{% endfilter %}{% endif %}\
+                 {{ generation }}"
+                    .to_owned(),
+                true
+            )
         );
-        assert_eq!(neutralize("{% unclosed generation"), "{% unclosed generation");
-        assert_eq!(neutralize("{%%}"), "{%%}");
+        for source in ["{% unclosed generation", "{%%}", "{% generations %}"] {
+            assert_eq!(as_filters(source), (source.to_owned(), false));
+        }
+    }
+
+    #[test]
+    fn marks_leave_the_text_as_it_was() {
+        let marked = format!("a{OPEN}bä{CLOSE}{OPEN}{CLOSE}c{OPEN}d{CLOSE}");
+        assert_eq!(extract(&marked), ("abäcd".to_owned(), vec![1..4, 5..6]));
+        let broken = format!("a{OPEN}b");
+        assert_eq!(extract(&broken), (broken.clone(), vec![]));
     }
 }

@@ -1,0 +1,125 @@
+//! A conversation's ids and labels.
+
+use std::ops::Range;
+
+use serde_json::{Map, Value};
+
+use super::{IGNORED, label, text_error};
+use crate::dataset::EncodeOptions;
+use crate::mask::{self, Thinking, TrainOn};
+use crate::message::Message;
+use crate::spans::{self, Conversation, Turn};
+use crate::template::{ChatTemplate, RenderOptions};
+use crate::tokenizer::{Tokenized, Tokenizer};
+
+/// Encodes the template's text, to which no special tokens are added again.
+///
+/// - A token counts when it begins in a trained turn, as [`spans::locate`] finds it; with a template that marks turns by
+///   `{% generation %}`, when any part of it stands in one, which is transformers' `assistant_masks`.
+/// - Every assistant turn that is looked at must end with an end token, so that what is trained knows where to stop:
+///   nothing but white space follows its last special token, which counts where the turn does and is one that ends a
+///   generation, or the one with which the template ends turns.
+///
+/// Errors: a template that fails or hides where a turn is; a turn without an end token; two BOS at the beginning.
+pub(super) fn encode(
+    tokenizer: &Tokenizer,
+    mut messages: Vec<Message>,
+    trained_from: usize,
+    tools: Option<Value>,
+    kwargs: Map<String, Value>,
+    options: &EncodeOptions,
+) -> Result<(Vec<u32>, Vec<i32>), String> {
+    let template = tokenizer.chat_template().map_err(text_error)?;
+    let weights = mask::take_weights(&mut messages)?;
+    if options.thinking == Thinking::Strip {
+        mask::strip_reasoning(&mut messages)?;
+    }
+    let turns = mask::turns(&messages, trained_from, options.train_on);
+    let render = RenderOptions { add_generation_prompt: false, tools, kwargs };
+    let Conversation { text, turns } = spans::locate(template, &messages, &turns, &render)?;
+    let encoded = tokenizer.encode_with_places(&text, false).map_err(text_error)?;
+    if let [first, second, ..] = &*encoded.ids
+        && first == second
+        && Some(*first) == tokenizer.bos_id()
+    {
+        return Err(
+            "begins with two BOS tokens: the chat template writes one, and the messages another; take it out of \
+                    the messages"
+                .to_owned(),
+        );
+    }
+    for turn in &turns {
+        check_end(tokenizer, &encoded, &text, turn)?;
+    }
+    let (mut trained, mut ignored) = (Vec::new(), Vec::new());
+    for turn in &turns {
+        for span in &turn.spans {
+            let thought = match options.thinking {
+                Thinking::Mask => mask::thought_end(&text[span.clone()]).unwrap_or(0),
+                Thinking::Keep | Thinking::Strip => 0,
+            };
+            let start = if weights[turn.message] { span.start + thought } else { span.end };
+            ignored.push(span.start..start);
+            trained.push(start..span.end);
+        }
+    }
+    let overlaps = template.has_marks();
+    let within = |place: &Range<usize>, spans: &[Range<usize>]| {
+        let is = |span: &Range<usize>| {
+            if overlaps { place.start < span.end && span.start < place.end } else { span.contains(&place.start) }
+        };
+        spans.iter().any(is)
+    };
+    let counts = |place: &Option<Range<usize>>| match (place, options.train_on) {
+        (None, _) => false,
+        (Some(place), TrainOn::All) => !within(place, &ignored),
+        (Some(place), TrainOn::Assistant | TrainOn::LastAssistant) => within(place, &trained),
+    };
+    let labels = encoded.ids.iter().zip(&encoded.places);
+    let labels = labels.map(|(&id, place)| if counts(place) { label(id) } else { IGNORED }).collect();
+    Ok((encoded.ids, labels))
+}
+
+/// The token with which the template ends the assistant's turns, whatever ends a generation.
+pub(crate) fn end_of_turn(tokenizer: &Tokenizer, template: &ChatTemplate) -> Option<u32> {
+    let messages = [Message::new("user", "Q"), Message::new("assistant", "A")];
+    let Conversation { text, turns } = spans::locate(template, &messages, &[1], &RenderOptions::default()).ok()?;
+    let encoded = tokenizer.encode_with_places(&text, false).ok()?;
+    last_special(tokenizer, &encoded, &text, turns.first()?)
+}
+
+/// The special token that a turn ends with, white space aside.
+fn last_special(tokenizer: &Tokenizer, encoded: &Tokenized, text: &str, turn: &Turn) -> Option<u32> {
+    let span = turn.spans.last()?;
+    let tokens = encoded.ids.iter().zip(&encoded.places).rev();
+    let mut inside =
+        tokens.filter_map(|(&id, place)| Some((id, place.clone()?))).filter(|(_, p)| span.contains(&p.start));
+    let (id, place) = inside.find(|&(id, _)| tokenizer.is_special(id))?;
+    let rest = text.get(place.end..span.end)?;
+    rest.trim().is_empty().then_some(id)
+}
+
+fn check_end(tokenizer: &Tokenizer, encoded: &Tokenized, text: &str, turn: &Turn) -> Result<(), String> {
+    let last = last_special(tokenizer, encoded, text, turn);
+    if last.is_some_and(|id| tokenizer.eos_ids().contains(&id) || tokenizer.end_of_turn() == Some(id)) {
+        return Ok(());
+    }
+    let message = turn.message;
+    let from = tokenizer.chat_template_path();
+    let ends: Vec<String> = tokenizer.eos_ids().iter().filter_map(|&id| tokenizer.id_to_token(id)).collect();
+    let found = match last.and_then(|id| tokenizer.id_to_token(id)) {
+        Some(token) => format!("ends messages[{message}] (assistant) with {token}"),
+        None => format!("ends messages[{message}] (assistant) without an end token"),
+    };
+    let marks = tokenizer.chat_template().is_ok_and(ChatTemplate::has_marks);
+    let way_out = match (ends.is_empty(), marks) {
+        (true, _) => "the checkpoint names none: put eos_token into its tokenizer_config.json".to_owned(),
+        (false, true) => format!("put {} before {{% endgeneration %}}", ends.join(" or ")),
+        (false, false) => format!(
+            "let it write {} after every assistant turn, or train the last turn alone with data.train_on = \
+             \"last_assistant\" where that one ends so",
+            ends.join(" or ")
+        ),
+    };
+    Err(format!("the chat template {from} {found}, so what is trained would not learn to stop; {way_out}"))
+}
