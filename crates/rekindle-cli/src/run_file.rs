@@ -337,6 +337,12 @@ impl RunConfig {
         if self.train.eval_steps.is_some() && self.data.eval.is_none() {
             problems.push("[train] eval_steps needs rows to evaluate; give eval = \"…\" in [data]".to_owned());
         }
+        if self.train.eval_samples > 0 && self.data.eval.is_none() {
+            problems.push(
+                "[train] eval_samples takes prompts of rows to evaluate; give eval = \"…\" in [data], or sample_prompts"
+                    .to_owned(),
+            );
+        }
     }
 }
 

@@ -46,7 +46,10 @@ impl Recorder {
             (ReportTo::Tensorboard, None) => Some(EventFile::create(&logs)?),
             (ReportTo::Tensorboard, Some(steps)) => Some(EventFile::resume(&logs, steps)?),
         };
-        Ok(Self { dir: dir.to_owned(), metrics, events, history, total, description })
+        let recorder = Self { dir: dir.to_owned(), metrics, events, history, total, description };
+        // Until the first evaluation an earlier run's page would stand there.
+        recorder.publish()?;
+        Ok(recorder)
     }
 
     /// Records a step.
@@ -140,8 +143,11 @@ mod tests {
         assert!(read("report.html").contains("Step 4 of 6"));
         record(Some(3), 4..=6);
         assert_eq!(["metrics.jsonl", "report.html", "loss.svg"].map(read), whole);
+        record(None, 1..=1);
+        assert!(read("report.html").contains("Step 0 of 6"), "the earlier run's page is gone");
+        record(Some(0), 1..=6);
         let files = || std::fs::read_dir(dir.path().join("tensorboard")).unwrap().count();
-        assert_eq!(files(), 2, "of the first part and of the second");
+        assert_eq!(files(), 2, "of the last run's two parts");
         record(None, 1..=1);
         assert_eq!(files(), 1);
     }

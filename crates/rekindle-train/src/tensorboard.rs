@@ -6,7 +6,9 @@
 //! one another. A run that goes on adds a file, which begins by declaring void what was written of later steps, as
 //! `purge_step` of PyTorch's `SummaryWriter` does.
 //!
-//! `goldens/tensorboard` holds what TensorBoard's own writer makes of the same events, equal byte for byte.
+//! `goldens/tensorboard` holds what TensorBoard's own writer makes of the same events, equal byte for byte. TensorBoard
+//! 2.21 (`EventAccumulator`) reads of a run every number that `metrics.jsonl` has, rounded to f32, and a run that was
+//! resumed twice as one, each step once.
 
 mod event;
 mod record;

@@ -114,7 +114,7 @@ fn all_problems_are_listed() {
 
 #[test]
 fn what_is_missing_or_out_of_range_is_named() {
-    let text = "device = \"gpu\"\n[lora]\nr = 0\n[train]\nlogging_steps = 0\neval_steps = 5\nlr_scheduler_type = \"constant\"\nwarmup_steps = 3\n";
+    let text = "device = \"gpu\"\n[lora]\nr = 0\n[train]\nlogging_steps = 0\neval_steps = 5\neval_samples = 1\nlr_scheduler_type = \"constant\"\nwarmup_steps = 3\n";
     let problems = parse(text).unwrap_err().join("\n");
     for part in [
         "[model] name_or_path is missing",
@@ -123,6 +123,7 @@ fn what_is_missing_or_out_of_range_is_named() {
         "[lora] r is 0",
         "[train] logging_steps is 0",
         "eval_steps needs rows",
+        "eval_samples takes prompts",
         "\"constant\" has no warm-up",
     ] {
         assert!(problems.contains(part), "{part}: {problems}");
