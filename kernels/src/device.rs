@@ -19,6 +19,11 @@ impl Device {
         Self::Burn(BurnDevice::flex())
     }
 
+    /// Whether this is the CPU.
+    pub fn is_cpu(&self) -> bool {
+        matches!(self, Self::Burn(device) if *device == BurnDevice::flex())
+    }
+
     /// Whether activations can have this dtype.
     pub fn supports_dtype(&self, dtype: DType) -> bool {
         match self {

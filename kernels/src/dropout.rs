@@ -47,6 +47,15 @@ impl Tokens {
         };
         Self { host: tokens, cuda }
     }
+
+    pub(crate) fn host(&self) -> &[Token] {
+        &self.host
+    }
+
+    /// Rows and positions on the device.
+    pub(crate) fn cuda(&self) -> Option<&[Ints; 2]> {
+        self.cuda.as_ref()
+    }
 }
 
 /// Everything a mask depends on besides the site and the channel.
@@ -105,7 +114,7 @@ fn mask(key: Key<'_>, site: u32, width: usize) -> Vec<f32> {
 }
 
 #[inline(always)]
-fn philox(mut counter: [u32; 4], key: u64) -> [u32; 4] {
+pub(crate) fn philox(mut counter: [u32; 4], key: u64) -> [u32; 4] {
     let (mut k0, mut k1) = (key as u32, (key >> 32) as u32);
     for _ in 0..10 {
         let a = u64::from(counter[0]) * 0xD251_1F53;

@@ -34,6 +34,7 @@ pub mod embedding;
 pub mod linear_cross_entropy;
 pub mod matmul;
 mod memory;
+pub mod neftune;
 mod offload;
 pub mod optimizer;
 pub mod packed;

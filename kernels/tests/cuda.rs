@@ -127,6 +127,9 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
         suite.dtypes(|dtype| Embedding::new(vocab, hidden, ids, dtype))?;
     }
     for dtype in ALL_DTYPES {
+        suite.property(&format!("neftune: noise is the CPU's {dtype:?}"), |device| {
+            properties::noise_is_the_same_everywhere(device, dtype);
+        })?;
         suite.property(&format!("dropout masks are the CPU's {dtype:?}"), |device| {
             properties::dropout_masks_are_the_same_everywhere(device, dtype);
         })?;

@@ -437,19 +437,43 @@ def collate(rows):
 # ---- the rest --------------------------------------------------------------------------------------------------------
 
 
+SCHEDULES = [
+    ("constant", {}),
+    ("constant_with_warmup", {}),
+    ("linear", {}),
+    ("cosine", {}),
+    ("cosine", {"num_cycles": 1.25}),
+    ("cosine_with_restarts", {}),
+    ("cosine_with_restarts", {"num_cycles": 3}),
+    ("inverse_sqrt", {}),
+    ("inverse_sqrt", {"timescale": 7}),
+    ("warmup_stable_decay", {"num_decay_steps": 6}),
+    ("warmup_stable_decay", {"num_decay_steps": 15, "min_lr_ratio": 0.1, "decay_type": "linear"}),
+    (
+        "warmup_stable_decay",
+        {"num_decay_steps": 4, "min_lr_ratio": 0.25, "decay_type": "1-sqrt", "warmup_type": "cosine"},
+    ),
+    ("warmup_stable_decay", {"num_decay_steps": 7, "warmup_type": "1-sqrt", "num_cycles": 0.75}),
+    ("cosine_with_min_lr", {"min_lr": 0.3}),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.125, "num_cycles": 1.5}),
+]
+
+
 def schedules(total=20):
     """Learning-rate factors at steps 0..=total."""
     found = []
-    for name in ("constant", "constant_with_warmup", "linear", "cosine"):
+    for name, kwargs in SCHEDULES:
         for warmup in (0, 3, 5):
             optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-            schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+            schedule = get_scheduler(name, optimizer, warmup, total, scheduler_specific_kwargs=kwargs)
             factors = []
             for _ in range(total + 1):
                 factors.append(schedule.get_last_lr()[0])
                 optimizer.step()
                 schedule.step()
-            found.append({"lr_scheduler_type": name, "warmup_steps": warmup, "factors": factors})
+            found.append(
+                {"lr_scheduler_type": name, "lr_scheduler_kwargs": kwargs, "warmup_steps": warmup, "factors": factors}
+            )
     return {"max_steps": total, "schedules": found}
 
 

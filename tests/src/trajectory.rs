@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rekindle_hub::Dtype;
 use rekindle_models::{Batch, CausalLm};
-use rekindle_train::{LrSchedulerType, Optimizer, OptimizerConfig, SftConfig, lr_factor, save_result};
+use rekindle_train::{Optimizer, OptimizerConfig, SftConfig, save_result};
 use serde_json::Value;
 
 use crate::{Golden, read_json, relative_distance, tensors};
@@ -104,19 +104,22 @@ fn train(tolerances: Tolerances, what: &str, golden: &Golden, model: &mut Causal
         adam_epsilon: float(&run["adam_epsilon"]),
         weight_decay: float(&run["weight_decay"]),
         max_grad_norm: float(&run["max_grad_norm"]),
+        lr_scheduler_type: serde_json::from_value(run["lr_scheduler_type"].clone()).expect("a known schedule"),
+        warmup_steps: size(&run["warmup_steps"]),
         ..SftConfig::default()
     };
-    let kind: LrSchedulerType = serde_json::from_value(run["lr_scheduler_type"].clone()).expect("a known schedule");
     let mut optimizer = Optimizer::new(model, OptimizerConfig::from(&config), 0).expect("something is trained");
     let steps = trajectory["steps"].as_array().expect("a list of steps");
     assert_eq!(steps.len(), size(&run["max_steps"]));
+    let peak = float(&run["learning_rate"]);
+    let schedule = config.schedule(peak, steps.len()).expect("a schedule without arguments");
     for (number, expected) in steps.iter().enumerate() {
         let micro_batches = expected["rows"].as_array().expect("rows by micro-batch");
         let batches: Vec<Batch> = micro_batches
             .iter()
             .map(|rows| golden.batch(&rows.as_array().expect("rows").iter().map(&size).collect::<Vec<_>>()))
             .collect();
-        let lr = float(&run["learning_rate"]) * lr_factor(kind, number, size(&run["warmup_steps"]), steps.len());
+        let lr = peak * schedule.factor(number);
         let want_lr = float(&expected["learning_rate"]);
         assert!((lr - want_lr).abs() <= 1e-12 * want_lr, "step {}: learning rate {lr}, not {want_lr}", number + 1);
         let result = optimizer.step(model, &batches, lr).expect("golden rows fit");

@@ -19,7 +19,7 @@ const SPLITS: [&[&[usize]]; 6] = [
 /// counted label, whose logits are a matrix–vector product); what is left is the order of adding up to 200 f32 terms.
 const TOLERANCE: f64 = 1e-6;
 
-const KEY: StepKey = StepKey { seed: 7, step: 3 };
+const KEY: StepKey = StepKey { seed: 7, step: 3, neftune_noise_alpha: 0.0 };
 
 /// Sum of nll and gradient of the mean loss over all rows, by these micro-batches.
 fn gradient(golden: &Golden, model: &CausalLm, split: &[&[usize]], key: Option<StepKey>) -> (f64, Vec<f32>) {
@@ -97,10 +97,25 @@ fn dropout_acts_in_training_only_and_changes_with_the_step() {
 }
 
 #[test]
+fn noise_on_embeddings_is_the_same_whatever_the_split_and_changes_with_the_step() {
+    let golden = Golden::open("qwen3-tied");
+    let model = golden.load_adapted("all-linear");
+    let noisy = StepKey { neftune_noise_alpha: 5.0, ..KEY };
+    check_splits("qwen3-tied, NEFTune", &golden, &model, Some(noisy));
+    let of = |key| gradient(&golden, &model, SPLITS[1], key);
+    assert_eq!(of(Some(KEY)), of(None), "an alpha of 0 is no noise");
+    let keys = [KEY, noisy, StepKey { step: 4, ..noisy }, StepKey { seed: 8, ..noisy }];
+    let [base, one, later, reseeded] = keys.map(|key| of(Some(key)).1);
+    for (a, b) in [(&one, &base), (&one, &later), (&one, &reseeded)] {
+        assert!(relative_distance(a, b) > 1e-3, "other noise, another gradient");
+    }
+}
+
+#[test]
 fn recomputed_activations_give_the_same_bits() {
     for name in ["qwen3-tied", "qwen2", "llama3"] {
         let golden = Golden::open(name);
-        for key in [None, Some(KEY)] {
+        for key in [None, Some(KEY), Some(StepKey { neftune_noise_alpha: 5.0, ..KEY })] {
             let of = |recompute| {
                 let model = adapted(&golden, |c| c.lora_dropout(0.1).use_gradient_checkpointing(recompute));
                 gradient(&golden, &model, SPLITS[1], key)

@@ -1,6 +1,6 @@
 //! `rekindle train --dry-run`: what a run would do, as a run file with the facts in comments.
 
-use rekindle::{DataFile, Dataset, Example, IGNORED, Tokenizer};
+use rekindle::{DataFile, Dataset, Example, IGNORED, OptimizerConfig, Tokenizer};
 
 use crate::failure::Failure;
 use crate::output;
@@ -37,14 +37,15 @@ pub(crate) fn trainable(job: &Job) -> String {
     let trained = model.params().numel();
     let all = model.num_parameters() + if model.lora().is_some() { trained } else { 0 };
     let share = 100.0 * trained as f64 / all as f64;
-    // Parameters, gradients and both moments are f32.
-    let mb = |numbers: usize| 4e-6 * (numbers * trained) as f64;
+    // Parameters and gradients are f32.
+    let mb = 4e-6 * trained as f64;
+    let state = OptimizerConfig::from(&job.config.train).state_bytes(model);
     format!(
         "{trained} of {all} parameters are trained ({share:.2} %): {:.1} MB, {:.1} MB of gradients and {:.1} MB of \
          optimizer state",
-        mb(1),
-        mb(1),
-        mb(2)
+        mb,
+        mb,
+        1e-6 * (state.device + state.host) as f64
     )
 }
 

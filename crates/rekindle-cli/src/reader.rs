@@ -78,13 +78,12 @@ impl Reader {
 }
 
 /// Keys that other trainers have, and what to write here.
-const ELSEWHERE: [(&str, &str); 17] = [
+const ELSEWHERE: [(&str, &str); 16] = [
     ("bnb_4bit_quant_type", "write quant_type = \"nf4\" or \"fp4\" in [model]"),
     ("bnb_4bit_use_double_quant", "write double_quant in [model]"),
     ("bnb_4bit_compute_dtype", "codes are decoded to dtype in [model]"),
     ("bf16", "write dtype = \"bf16\" in [model]"),
     ("fp16", "write dtype = \"f16\" in [model]"),
-    ("optim", "the optimizer is AdamW"),
     ("packing", "rows are never padded, so there is nothing to pack"),
     ("dataset_text_field", "rows with plain text have it under \"text\""),
     ("gradient_checkpointing", "write use_gradient_checkpointing in [lora], or in [model] for full_finetuning"),
@@ -112,6 +111,11 @@ fn wrong_value(place: &str, value: &Value, message: &str) -> String {
     let Some((problem, expected)) = message.trim().split_once(", expected ") else {
         return format!("{place} = {value}: {message}");
     };
+    if problem.starts_with("unknown field") {
+        let fields: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
+        let field = problem.split('`').nth(1).unwrap_or_default();
+        return format!("{place}: \"{field}\" is unknown; known: {}{}", fields.join(", "), hint_near(field, &fields));
+    }
     if problem.starts_with("unknown variant") {
         let choice: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
         let word = value.as_str().unwrap_or_default();
@@ -201,12 +205,12 @@ mod tests {
     #[test]
     fn every_unknown_key_is_told_the_nearest() {
         assert_eq!(
-            problems("train", "learning_rat = 1e-4\nmaxsteps = 3\nr = 8\nseed = 1\nlora_alfa = 2\noptim = \"x\""),
+            problems("train", "learning_rat = 1e-4\nmaxsteps = 3\nr = 8\nseed = 1\nlora_alfa = 2\nbf16 = true"),
             [
+                "[train] key \"bf16\" is unknown; write dtype = \"bf16\" in [model]",
                 "[train] key \"learning_rat\" is unknown; nearest: \"learning_rate\"",
                 "[train] key \"lora_alfa\" is unknown; nearest: \"lora_alpha\" in [lora]",
                 "[train] key \"maxsteps\" is unknown; nearest: \"max_steps\"",
-                "[train] key \"optim\" is unknown; the optimizer is AdamW",
                 "[train] key \"r\" is unknown; r belongs into [lora]",
                 "[train] key \"seed\" is unknown; seed stands at the top of the file, before the first section",
             ]
@@ -220,8 +224,19 @@ mod tests {
             [
                 "[train] key \"learning_rate\" = true: expected a number",
                 "[train] key \"lr_scheduler_type\" = \"cosin\": expected one of constant, constant_with_warmup, linear, \
-                 cosine; nearest: \"cosine\"",
+                 cosine, cosine_with_restarts, inverse_sqrt, warmup_stable_decay, cosine_with_min_lr; nearest: \"cosine\"",
                 "[train] key \"max_steps\" = \"ten\": expected a whole number, 0 or above",
+            ]
+        );
+        assert_eq!(
+            problems("train", "optim = \"adamw_8bits\"\nlr_scheduler_kwargs = { min_lr = 1e-5, num_cycle = 2 }"),
+            [
+                "[train] key \"lr_scheduler_kwargs\": \"num_cycle\" is unknown; known: num_cycles, timescale, \
+                 num_decay_steps, decay_ratio, decay_type, warmup_type, min_lr_ratio, min_lr, min_lr_rate; nearest: \
+                 \"num_cycles\"",
+                "[train] key \"optim\" = \"adamw_8bits\": expected one of adamw, adamw_hf, adamw_torch, adamw_torch_fused, \
+                 adamw_8bit, adamw_bnb_8bit, paged_adamw_8bit, lion, lion_32bit, lion_8bit, paged_lion_8bit, sgd; \
+                 nearest: \"adamw_8bit\"",
             ]
         );
         assert_eq!(

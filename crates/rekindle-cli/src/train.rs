@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use rekindle::{
-    BLOCK_LINEARS, Error, LoraConfig, Model, Report, SftTrainer, TargetModules, Tokenizer, parse_device, write_atomic,
+    BLOCK_LINEARS, Error, LoraConfig, Model, OptimizerConfig, Report, SftTrainer, TargetModules, Tokenizer,
+    parse_device, write_atomic,
 };
 use toml::{Table, Value};
 
@@ -20,6 +21,8 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
         return dry_run::print(&job);
     }
     eprintln!("{}", dry_run::trainable(&job));
+    let notes = OptimizerConfig::from(&job.config.train).notes(job.model.causal_lm());
+    notes.iter().for_each(|note| eprintln!("[train] optim: {note}"));
     let resolved = write_resolved(&job.config, &args.run_file)?;
     let report = job.fit()?;
     summarize(&report, &job.config.output_dir, &resolved);

@@ -6,6 +6,7 @@ use burn::tensor::DType;
 use rekindle_kernels::attention::{Documents, Heads};
 use rekindle_kernels::dropout::{Key, Token, Tokens};
 use rekindle_kernels::linear_cross_entropy::{self, Losses};
+use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::rope::Tables;
 use rekindle_kernels::{Device, Grads, Params, Weight, embedding, rms_norm};
 use rekindle_lora::{GradientCheckpointing, LoraConfig, peft::AdapterConfig};
@@ -53,13 +54,15 @@ pub struct CausalLm {
     pub(crate) merged: bool,
 }
 
-/// What dropout masks of a step depend on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What is random in a step of training, and what it depends on.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepKey {
     /// Seed of the run.
     pub seed: u64,
     /// Number of the optimizer step.
     pub step: u32,
+    /// Noise on the embeddings ([`rekindle_kernels::neftune`]); 0 for none.
+    pub neftune_noise_alpha: f32,
 }
 
 /// What waits for a block's backward.
@@ -139,7 +142,7 @@ impl CausalLm {
 
     /// The losses of `batch`, 0 where a token does not count; adds the gradients of `grad_scale · Σ nll` to `grads`.
     ///
-    /// `key` turns on dropout. Documents are independent: how they are split into batches changes nothing.
+    /// `key` turns on dropout and noise. Documents are independent: how they are split into batches changes nothing.
     ///
     /// # Errors
     /// [`Error::Row`] for a token id beyond the vocabulary or a document beyond `max_seq_length`, [`Error::Device`]
@@ -153,8 +156,10 @@ impl CausalLm {
     ) -> Result<Losses, Error> {
         self.check(batch)?;
         let p = self.lora().map_or(0.0, |lora| lora.lora_dropout as f32);
-        let tokens = key.filter(|_| p > 0.0).map(|key| (key, Tokens::new(tokens(batch), &self.device)));
-        let dropout = tokens.as_ref().map(|(key, tokens)| Key { p, seed: key.seed, step: key.step, tokens });
+        let random = key.filter(|key| p > 0.0 || key.neftune_noise_alpha > 0.0);
+        let random = random.map(|key| (key, Tokens::new(tokens(batch), &self.device)));
+        let dropout = random.as_ref().filter(|_| p > 0.0);
+        let dropout = dropout.map(|(key, tokens)| Key { p, seed: key.seed, step: key.step, tokens });
         let (angles, documents) = (self.tables.angles(&batch.positions), self.documents(batch));
         let ctx = Context { params: &self.params, angles: &angles, documents: Some(&documents), dropout };
         let checkpointing = self.gradient_checkpointing();
@@ -162,6 +167,10 @@ impl CausalLm {
         let lowest = if embed_trained { 0 } else { self.lowest_trained() };
 
         let mut h = embedding::forward(&self.embed.matrix(&self.params), &batch.input_ids);
+        if let Some((key, tokens)) = random.as_ref().filter(|(key, _)| key.neftune_noise_alpha > 0.0) {
+            let (alpha, lengths) = (key.neftune_noise_alpha, &lengths(batch));
+            h = neftune::apply(h, Noise { alpha, seed: key.seed, step: key.step, tokens, lengths });
+        }
         let mut tape = Vec::with_capacity(self.blocks.len());
         for (i, block) in self.blocks.iter().enumerate() {
             let (y, saved) = block.forward(ctx, h);
@@ -276,6 +285,11 @@ fn change_last(tape: &mut Vec<Tape>, change: impl FnOnce(Kept) -> Kept) {
         Some(Tape::Kept(kept)) => tape.push(Tape::Kept(change(kept))),
         other => tape.extend(other),
     }
+}
+
+/// Of each token's document.
+fn lengths(batch: &Batch) -> Vec<u32> {
+    batch.documents().flat_map(|document| std::iter::repeat_n(document.len() as u32, document.len())).collect()
 }
 
 fn tokens(batch: &Batch) -> Vec<Token> {

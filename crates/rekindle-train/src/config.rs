@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, ReportTo};
+use crate::{Error, LrSchedulerKwargs, LrSchedulerType, Optim, ReportTo, Schedule};
 
 /// How a run trains. `deny_unknown_fields`: a misspelt key is an error.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,22 +22,38 @@ pub struct SftConfig {
     /// The schedule's peak. Default 2e-4 for adapters, 2e-5 when all weights are trained.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
+    /// The peak for an embedding table and output layer that are trained: by `modules_to_save`, or as all weights are.
+    /// Default: `learning_rate`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embedding_learning_rate: Option<f64>,
     /// How the learning rate moves. Default linear.
     pub lr_scheduler_type: LrSchedulerType,
+    /// What the schedule takes besides.
+    #[serde(skip_serializing_if = "LrSchedulerKwargs::is_empty")]
+    pub lr_scheduler_kwargs: LrSchedulerKwargs,
     /// Steps of linear warm-up from 0. Default 0.
     pub warmup_steps: usize,
     /// Warm-up as a share of all steps, when `warmup_steps` is 0. Default 0.
     pub warmup_ratio: f64,
-    /// Decoupled weight decay, on matrices only. Default 0.01.
+    /// The optimizer. Default AdamW.
+    pub optim: Optim,
+    /// Weight decay, on matrices only; decoupled from the gradient, but for SGD. Default 0.01.
     pub weight_decay: f64,
-    /// Default 0.9.
+    /// Of AdamW and Lion. Default 0.9.
     pub adam_beta1: f64,
-    /// Default 0.999.
+    /// Of AdamW and Lion. Default 0.999.
     pub adam_beta2: f64,
-    /// Default 1e-8.
+    /// Of AdamW. Default 1e-8.
     pub adam_epsilon: f64,
+    /// Of SGD. Default 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub momentum: Option<f64>,
     /// The global gradient norm is clipped to this; 0 turns clipping off. Default 1.
     pub max_grad_norm: f64,
+    /// Noise on the embeddings in training (NEFTune, arXiv:2310.05914): uniform within ± this / √(length · hidden_size) of
+    /// each document. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub neftune_noise_alpha: Option<f64>,
     /// Steps between log lines. Default 1. The metrics file has every step.
     pub logging_steps: usize,
     /// Steps between evaluations; without it the evaluation set is looked at once, at the end.
@@ -58,21 +74,6 @@ pub struct SftConfig {
     pub sample_max_new_tokens: usize,
 }
 
-/// The shape of a learning-rate schedule; the formulas are Hugging Face's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LrSchedulerType {
-    /// Always the peak, without warm-up.
-    Constant,
-    /// The peak after the warm-up.
-    ConstantWithWarmup,
-    /// Falls on a line to 0 at the last step.
-    #[default]
-    Linear,
-    /// Falls on half a cosine to 0 at the last step.
-    Cosine,
-}
-
 impl Default for SftConfig {
     fn default() -> Self {
         Self {
@@ -82,14 +83,19 @@ impl Default for SftConfig {
             num_train_epochs: 3.0,
             max_steps: None,
             learning_rate: None,
+            embedding_learning_rate: None,
             lr_scheduler_type: LrSchedulerType::Linear,
+            lr_scheduler_kwargs: LrSchedulerKwargs::default(),
             warmup_steps: 0,
             warmup_ratio: 0.0,
+            optim: Optim::Adamw,
             weight_decay: 0.01,
             adam_beta1: 0.9,
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
+            momentum: None,
             max_grad_norm: 1.0,
+            neftune_noise_alpha: None,
             logging_steps: 1,
             eval_steps: None,
             save_steps: None,
@@ -130,11 +136,20 @@ impl SftConfig {
         }
         let epochs = self.num_train_epochs;
         check(epochs.is_finite() && epochs > 0.0, "num_train_epochs", &epochs, "above 0");
-        let lr = self.learning_rate.unwrap_or(0.0);
-        check(lr.is_finite() && lr >= 0.0, "learning_rate", &lr, "at least 0");
-        for (name, value) in
-            [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2), ("warmup_ratio", self.warmup_ratio)]
+        for (name, rate) in
+            [("learning_rate", self.learning_rate), ("embedding_learning_rate", self.embedding_learning_rate)]
         {
+            let rate = rate.unwrap_or(0.0);
+            check(rate.is_finite() && rate >= 0.0, name, &rate, "at least 0");
+        }
+        let alpha = self.neftune_noise_alpha.unwrap_or(1.0);
+        check(alpha.is_finite() && alpha > 0.0, "neftune_noise_alpha", &alpha, "above 0");
+        for (name, value) in [
+            ("adam_beta1", self.adam_beta1),
+            ("adam_beta2", self.adam_beta2),
+            ("momentum", self.momentum.unwrap_or(0.0)),
+            ("warmup_ratio", self.warmup_ratio),
+        ] {
             check((0.0..1.0).contains(&value), name, &value, "at least 0 and below 1");
         }
         for (name, value) in [
@@ -156,7 +171,22 @@ impl SftConfig {
                     .to_owned(),
             );
         }
+        problems.extend(self.optim.ignored(self));
+        // Whether the steps are enough shows when they are known.
+        let (kind, kwargs) = (self.lr_scheduler_type, &self.lr_scheduler_kwargs);
+        if let Err(more) = Schedule::new(kind, kwargs, self.learning_rate.unwrap_or(f64::MAX), 0, 1 << 40) {
+            problems.extend(more);
+        }
         if problems.is_empty() { Ok(()) } else { Err(Error::Config(problems)) }
+    }
+
+    /// How the learning rate moves over `total` steps to and from the peak `peak`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when `lr_scheduler_kwargs` does not fit the schedule or the steps.
+    pub fn schedule(&self, peak: f64, total: usize) -> Result<Schedule, Error> {
+        let (kind, kwargs, warmup) = (self.lr_scheduler_type, &self.lr_scheduler_kwargs, self.resolved_warmup(total));
+        Schedule::new(kind, kwargs, peak, warmup, total).map_err(Error::Config)
     }
 
     /// Rows of one optimizer step.

@@ -1,8 +1,11 @@
 //! One optimizer step over given micro-batches.
 
 use burn::tensor::DType;
+use rekindle_kernels::Device;
 use rekindle_kernels::linear_cross_entropy::Losses;
-use rekindle_kernels::optimizer::{Rates, Rule, State, StateError, StateFormat, StateTensor, Step, clipped_step};
+use rekindle_kernels::optimizer::{
+    Rates, Rule, State, StateBytes, StateError, StateFormat, StateTensor, Step, clipped_step,
+};
 use rekindle_models::{Batch, CausalLm, StepKey};
 
 use crate::{Error, SftConfig};
@@ -18,16 +21,58 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// The global norm is clipped to this; 0 for no clipping.
     pub max_grad_norm: f64,
+    /// Noise on the embeddings; 0 for none.
+    pub neftune_noise_alpha: f64,
+}
+
+impl OptimizerConfig {
+    /// What the optimizer's state takes for the parameters of `model`.
+    pub fn state_bytes(&self, model: &CausalLm) -> StateBytes {
+        self.format.bytes(self.rule, model.params().infos().iter().map(|info| info.at.range().len()))
+    }
+
+    /// What is slower or elsewhere than its name says, in a sentence each.
+    pub fn notes(&self, model: &CausalLm) -> Vec<String> {
+        let paged = Self { format: StateFormat::Host8, ..*self }.state_bytes(model).host;
+        let mb = |bytes: usize| format!("{:.1} MB", 1e-6 * bytes as f64);
+        let mut notes = Vec::new();
+        match (self.format, model.device()) {
+            (StateFormat::F32, _) => {}
+            _ if paged == 0 => {
+                notes.push("no state has 8 bits: no parameter has 4,096 elements and a state".to_owned())
+            }
+            (StateFormat::Host8, Device::Cuda(_)) => notes.push(format!(
+                "the optimizer state is in page-locked host memory: each step reads {} over the bus and writes as much",
+                mb(paged)
+            )),
+            (_, Device::Cuda(_)) => {}
+            (format, device) => {
+                if format == StateFormat::Host8 {
+                    notes.push(
+                        "a paged optimizer is as one that is not: its state is in host memory as it is".to_owned(),
+                    );
+                }
+                if !device.is_cpu() {
+                    let moved = mb(4 * model.params().numel());
+                    notes.push(format!(
+                        "the host changes what has an 8-bit optimizer state: each step brings up to {moved} of gradients \
+                         and as much of parameters there, and the parameters back"
+                    ));
+                }
+            }
+        }
+        notes
+    }
 }
 
 impl From<&SftConfig> for OptimizerConfig {
     fn from(config: &SftConfig) -> Self {
-        let (beta1, beta2, eps) = (config.adam_beta1, config.adam_beta2, config.adam_epsilon);
         Self {
-            rule: Rule::AdamW { beta1, beta2, eps },
-            format: StateFormat::F32,
+            rule: config.optim.rule(config),
+            format: config.optim.format(),
             weight_decay: config.weight_decay,
             max_grad_norm: config.max_grad_norm,
+            neftune_noise_alpha: config.neftune_noise_alpha.unwrap_or(0.0),
         }
     }
 }
@@ -109,7 +154,8 @@ impl Optimizer {
         let counted: usize = batches.iter().map(Batch::counted).sum();
         let tokens = batches.iter().map(Batch::tokens).sum();
         let scale = 1.0 / counted.max(1) as f64;
-        let key = StepKey { seed: self.seed, step: self.t as u32 };
+        let neftune_noise_alpha = self.config.neftune_noise_alpha as f32;
+        let key = StepKey { seed: self.seed, step: self.t as u32, neftune_noise_alpha };
         let mut grads = model.params().zero_grads();
         let mut losses = Vec::with_capacity(batches.len());
         for batch in batches {

@@ -66,6 +66,6 @@ pub use rekindle_models::{
 };
 pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
 pub use rekindle_train::{
-    EvalMetrics, Evaluation, Event, LrSchedulerType, Report, ReportTo, RowLoss, RunHistory, Sample, SftConfig,
-    StepMetrics,
+    Curve, EvalMetrics, Evaluation, Event, LrSchedulerKwargs, LrSchedulerType, Optim, OptimizerConfig, Report,
+    ReportTo, RowLoss, RunHistory, Sample, SftConfig, StepMetrics,
 };

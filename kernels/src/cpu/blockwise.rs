@@ -61,8 +61,8 @@ fn run(rule: Rule, numbers: &Numbers, factor: f32, Task { p, g, m, v }: Task<'_>
                 }
                 for (((p, &g), m), v) in p.iter_mut().zip(g).zip(&mut m).zip(&mut v) {
                     let g = factor * g;
-                    *m = flushed(m.mul_add(b1, c1 * g));
-                    *v = flushed(v.mul_add(b2, c2 * g * g));
+                    *m = flushed(c1.mul_add(g, *m * b1));
+                    *v = flushed((c2 * g).mul_add(g, *v * b2));
                     *p = (-r).mul_add(*m / (v.sqrt() + eps), *p) * a;
                 }
                 encode_second(&v[..p.len()], second);
@@ -70,8 +70,8 @@ fn run(rule: Rule, numbers: &Numbers, factor: f32, Task { p, g, m, v }: Task<'_>
             Rule::Lion { .. } => {
                 for ((p, &g), m) in p.iter_mut().zip(g).zip(&mut m) {
                     let g = factor * g;
-                    *p = (-r).mul_add(sign(m.mul_add(b1, c1 * g)), *p * a);
-                    *m = flushed(m.mul_add(b2, c2 * g));
+                    *p = (-r).mul_add(sign(c1.mul_add(g, *m * b1)), *p * a);
+                    *m = flushed(c2.mul_add(g, *m * b2));
                 }
             }
             Rule::Sgd { .. } => {
@@ -89,14 +89,14 @@ fn run(rule: Rule, numbers: &Numbers, factor: f32, Task { p, g, m, v }: Task<'_>
 fn encode_first(m: &[f32], Blocks { codes, absmax }: Blocks<'_>) {
     absmax[0] = largest(m);
     if absmax[0] == 0.0 {
-        codes.iter_mut().zip(m).for_each(|(code, m)| *code = if m.is_sign_negative() { 0 } else { 255 });
+        codes.fill(255);
         return;
     }
     let inverse = 1.0 / absmax[0];
     for (code, &m) in codes.iter_mut().zip(m) {
         let nearest = signed().code(m * inverse);
-        // A negative number may not become the zero of the map, which is positive.
-        *code = if m.is_sign_negative() { nearest.min(126) } else { nearest };
+        // A negative number does not become zero.
+        *code = if m < 0.0 { nearest.min(126) } else { nearest };
     }
 }
 
@@ -124,7 +124,7 @@ fn largest(x: &[f32]) -> f32 {
 /// Subnormal numbers become zero.
 #[inline(always)]
 fn flushed(x: f32) -> f32 {
-    if x.abs() < f32::MIN_POSITIVE { 0.0_f32.copysign(x) } else { x }
+    if x.abs() < f32::MIN_POSITIVE { 0.0 } else { x }
 }
 
 /// 1, −1, or 0 for zeros.

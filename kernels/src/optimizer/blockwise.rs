@@ -8,9 +8,11 @@
 //!   (1 − lr·wd)
 //! - Lion and SGD as in `f32`
 //!
-//! with the sums of products fused and 1 − β taken in `f32`, as the compiler of bitsandbytes' kernels has it, and all else
-//! rounded to nearest: the same bits on the CPU and on CUDA, where bitsandbytes' division and root are approximate.
-//! Subnormal moments are zero. Devices without a path of their own keep the blocks on the host and compute there.
+//! with 1 − β in `f32` and its product fused with the sum, as bitsandbytes' kernels are compiled, and all else rounded to
+//! nearest: the same bits on the CPU and on CUDA. bitsandbytes divides and takes roots approximately, which leaves its
+//! moments the same but for a code on the edge between two; and its rule for signs makes a moment of negative zero a small
+//! negative one, which moves a parameter that has no gradient: here it stays zero. Subnormal moments are zero. Devices without a path
+//! of their own keep the blocks on the host and compute there.
 //!
 //! # Dtypes
 //! Codes `u8`, absmax `f32`, arithmetic `f32`.

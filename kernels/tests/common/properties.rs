@@ -2,6 +2,7 @@
 
 use burn::tensor::DType;
 use rekindle_kernels::dropout::{self, Key, Token, Tokens};
+use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, Step};
 use rekindle_kernels::{Device, Params, ParamsBuilder, attention, from_f32, to_f32};
 
@@ -127,6 +128,23 @@ pub(crate) fn dropout_masks_are_the_same_everywhere(device: &Device, dtype: DTyp
         };
         let bits = |mask: Vec<f32>| mask.into_iter().map(f32::to_bits).collect::<Vec<_>>();
         assert_eq!(bits(mask(device)), bits(mask(&Device::cpu())), "{width} channels, p {p}");
+    }
+}
+
+/// So is the noise of NEFTune.
+pub(crate) fn noise_is_the_same_everywhere(device: &Device, dtype: DType) {
+    let tokens: Vec<Token> = (0..67).map(|t| Token { row: t / 20, position: t % 20 }).collect();
+    let lengths: Vec<u32> = (0..67).map(|t| if t < 60 { 20 } else { 7 }).collect();
+    for width in [1, 29, 128, 1030] {
+        let shape = [tokens.len(), width];
+        let noisy = |device: &Device| {
+            let tokens = Tokens::new(tokens.clone(), device);
+            let x = from_f32(noise(9, shape[0] * width), shape, device, dtype);
+            let noise = Noise { alpha: 5.0, seed: 0x0123_4567_89AB_CDEF, step: 3, tokens: &tokens, lengths: &lengths };
+            to_f32(neftune::apply(x, noise))
+        };
+        let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        assert_eq!(bits(noisy(device)), bits(noisy(&Device::cpu())), "{width} channels");
     }
 }
 

@@ -56,11 +56,11 @@ def main(out):
             continue
         for name, p in params.items():
             state = optimizer.state[p]
-            kept[f"{step}/{name}/p"] = p.detach()
+            kept[f"{step}/{name}/p"] = p.detach().clone()
             for field in ["state1", "state2", "absmax1", "absmax2"]:
                 if field in state:
-                    kept[f"{step}/{name}/{field}"] = state[field]
-    kept = {key: value.cpu().contiguous().clone() for key, value in kept.items()}
+                    kept[f"{step}/{name}/{field}"] = state[field].clone()
+    kept = {key: value.cpu().contiguous() for key, value in kept.items()}
     save_file(kept, out / "adamw_8bit.safetensors")
     about = {
         "bitsandbytes": bnb.__version__,

@@ -217,14 +217,23 @@ impl Bench<'_> {
         let mut builder = ParamsBuilder::new(self.device, DType::BF16);
         builder.push("w", &[1024, n / 1024], true, &vec![0.01; n]);
         let mut params = builder.build();
-        let grads = params.zero_grads();
+        let mut grads = params.zero_grads();
+        // Codes of all sizes.
+        grads.add(params.infos()[0].at, self.noise(1, [1024, n / 1024]));
         let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
-        let mut state = State::new(params.infos(), self.device, rule, StateFormat::F32);
         let step = Step { t: 1, rates: 1e-4.into(), weight_decay: 0.01 };
         let clip = Clip::of(&grads, 1.0, 0.0);
-        self.time(rows, "adamw", Work::Bytes((28 * n) as f64), "adamw", || {
-            optimizer::apply(&mut params, &grads, &mut state, &step, &clip);
-        })
+        for (name, format, bytes) in [
+            ("adamw", StateFormat::F32, 28.0),
+            ("adamw_8bit", StateFormat::Blockwise8, 16.0 + 4.0 / 64.0),
+            ("adamw_8bit, state in host memory", StateFormat::Host8, 16.0 + 4.0 / 64.0),
+        ] {
+            let mut state = State::new(params.infos(), self.device, rule, format);
+            self.time(rows, name, Work::Bytes(bytes * n as f64), "adamw", || {
+                optimizer::apply(&mut params, &grads, &mut state, &step, &clip);
+            })?;
+        }
+        Ok(())
     }
 
     fn products(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {

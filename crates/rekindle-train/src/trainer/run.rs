@@ -4,12 +4,14 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use rekindle_hub::Dtype;
+use rekindle_kernels::Group;
+use rekindle_kernels::optimizer::Rates;
 
 use super::rows::Rows;
 use super::{Trainer, checkpoint_name, result_name};
 use crate::{
-    Error, EvalMetrics, Evaluation, Event, Optimizer, OptimizerConfig, Recorder, Report, StepMetrics, evaluate,
-    lr_factor, save_result,
+    Error, EvalMetrics, Evaluation, Event, Optimizer, OptimizerConfig, Recorder, Report, Schedule, StepMetrics,
+    evaluate, save_result,
 };
 
 /// A run that goes on.
@@ -18,8 +20,8 @@ pub(super) struct Run<'a> {
     /// Whether all weights are trained.
     full: bool,
     total: usize,
-    warmup: usize,
-    peak: f64,
+    schedule: Schedule,
+    peaks: Rates,
     optimizer: Optimizer,
     rows: Rows,
     recorder: Option<Recorder>,
@@ -33,6 +35,15 @@ impl<'a> Run<'a> {
         job.config.validate()?;
         let full = job.model.lora().is_none();
         let total = job.config.total_steps(job.train.len());
+        let peak = job.config.resolved_learning_rate(full);
+        let schedule = job.config.schedule(peak, total)?;
+        if job.config.embedding_learning_rate.is_some()
+            && !job.model.params().infos().iter().any(|info| info.group == Group::Embedding)
+        {
+            let problem = "embedding_learning_rate needs an embedding table or output layer that is trained: \
+                           modules_to_save = [\"embed_tokens\", \"lm_head\"], or full_finetuning";
+            return Err(Error::Config(vec![problem.to_owned()]));
+        }
         job.check_output(full, total)?;
         let optimizer = Optimizer::new(job.model, OptimizerConfig::from(&job.config), job.seed)?;
         let description = std::mem::take(&mut job.description);
@@ -43,8 +54,8 @@ impl<'a> Run<'a> {
         Ok(Self {
             full,
             total,
-            warmup: job.config.resolved_warmup(total),
-            peak: job.config.resolved_learning_rate(full),
+            schedule,
+            peaks: Rates { default: peak, embedding: job.config.embedding_learning_rate.unwrap_or(peak) },
             optimizer,
             rows: Rows::new(&job.config, job.train.len(), job.shuffle, job.seed, 0),
             recorder,
@@ -76,8 +87,9 @@ impl<'a> Run<'a> {
     fn step(&mut self, step: usize) -> Result<(), Error> {
         let began = Instant::now();
         let rows = self.rows.next_step(&self.job.train);
-        let lr = self.peak * lr_factor(self.job.config.lr_scheduler_type, step, self.warmup, self.total);
-        let result = self.optimizer.step(self.job.model, &rows.batches, lr)?;
+        let factor = self.schedule.factor(step);
+        let rates = Rates { default: self.peaks.default * factor, embedding: self.peaks.embedding * factor };
+        let result = self.optimizer.step(self.job.model, &rows.batches, rates)?;
         for (what, value) in [("loss", result.loss), ("grad_norm", result.grad_norm)] {
             if !value.is_finite() {
                 let lines = rows.examples.iter().map(|&i| self.job.train.example(i).line).collect();
@@ -90,7 +102,7 @@ impl<'a> Run<'a> {
             epoch: self.rows.seen() as f64 / self.job.train.len() as f64,
             loss: result.loss,
             grad_norm: result.grad_norm,
-            learning_rate: lr,
+            learning_rate: rates.default,
             tokens: result.tokens,
             trained_tokens: result.counted,
             tokens_per_second: result.tokens as f64 / began.elapsed().as_secs_f64(),

@@ -1,4 +1,4 @@
-//! Dropout from a counter-based generator: the mask of the CPU path, bit for bit.
+//! Dropout and noise from a counter-based generator: those of the CPU path, bit for bit.
 
 use super::{int, kernel, like, piece_grid};
 use crate::cuda::{Array, Ints, args};
@@ -26,6 +26,31 @@ pub(crate) fn apply(x: &Array, p: f32, seed: u64, step: u32, rows: &Ints, positi
             step,
             threshold,
             keep,
+            int(x.rows()),
+            int(x.cols()),
+            int(x.ld()),
+            int(y.ld())
+        ],
+    );
+    y
+}
+
+/// x + noise of at most `largest` of each token, f32 as bits; `rows` and `positions` are the tokens' coordinates.
+pub(crate) fn neftune(x: &Array, key: u64, step: u32, rows: &Ints, positions: &Ints, largest: &Ints) -> Array {
+    assert_eq!([rows.len(), positions.len(), largest.len()], [x.rows(); 3], "coordinates of every token");
+    let (x, y) = (x.aligned(), like(x));
+    kernel(x.cuda(), "dropout.cu", "neftune", x.dtype()).launch(
+        piece_grid(&x),
+        [256, 1, 1],
+        0,
+        args![
+            x.ptr(),
+            rows.ptr(),
+            positions.ptr(),
+            largest.ptr(),
+            y.ptr(),
+            key,
+            step,
             int(x.rows()),
             int(x.cols()),
             int(x.ld()),
