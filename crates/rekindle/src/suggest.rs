@@ -98,36 +98,17 @@ pub fn suggest(
 
     let (opened, device) = open_device(device)?;
     let free = opened.free_memory().map(|bytes| bytes as u64);
-    let shape = |load_in_4bit, use_gradient_checkpointing: GradientCheckpointing, batch: usize| Shape {
+    let room = free.map(|free| (USABLE * free as f64) as u64);
+    let shape = Shape {
         config: &config,
         on_cuda: matches!(device, DeviceKind::Cuda(_)),
-        coded: is_quantized || load_in_4bit,
-        recomputes: use_gradient_checkpointing.recomputes(),
+        coded: is_quantized,
+        checkpointing: GradientCheckpointing::Off,
         r: RANK,
-        tokens: batch * max_seq_length,
+        tokens: max_seq_length,
     };
-    let recomputed = match device {
-        DeviceKind::Cuda(_) => GradientCheckpointing::Host,
-        _ => GradientCheckpointing::Block,
-    };
-    // Fastest first: weights as they are, then less of them; activations kept, then made again; few rows at a time last.
-    let mut choices = Vec::new();
-    for batches in [&[8, 4, 2][..], &[1]] {
-        for load_in_4bit in [false, true] {
-            for checkpointing in [GradientCheckpointing::Off, recomputed] {
-                choices.extend(batches.iter().map(|&batch| (load_in_4bit, checkpointing, batch)));
-            }
-        }
-    }
-    choices.retain(|(load_in_4bit, _, batch)| !(is_quantized && *load_in_4bit) && *batch <= rows.examples.max(1));
-    let takes = |&(load_in_4bit, checkpointing, batch): &(bool, GradientCheckpointing, usize)| {
-        estimated_bytes(&shape(load_in_4bit, checkpointing, batch))
-    };
-    let room = free.map(|free| (USABLE * free as f64) as u64);
-    let fits = |bytes: u64| room.is_none_or(|room| bytes <= room);
-    let least = choices.iter().copied().min_by_key(takes).unwrap_or((false, recomputed, 1));
-    let chosen = choices.iter().copied().find(|choice| fits(takes(choice))).unwrap_or(least);
-    let (load_in_4bit, use_gradient_checkpointing, batch) = chosen;
+    let choice = choose(&shape, rows.examples, room);
+    let Choice { load_in_4bit, use_gradient_checkpointing, batch, bytes, dense, fits } = choice;
 
     let mut numbers = numbers(rows.examples, batch);
     let steps = numbers.total_steps(rows.examples);
@@ -145,9 +126,9 @@ pub fn suggest(
         window: config.max_position_embeddings,
         device,
         free,
-        estimated: takes(&chosen),
-        estimated_dense: takes(&(false, GradientCheckpointing::Off, batch)),
-        fits: fits(takes(&chosen)),
+        estimated: bytes,
+        estimated_dense: dense,
+        fits,
         is_adapter: files.adapter.is_some(),
         is_quantized,
         load_in_4bit,
@@ -158,6 +139,46 @@ pub fn suggest(
         eval_rows: eval.map(|(_, report)| report),
         rows,
     })
+}
+
+/// What decides over memory, and how much it takes.
+#[derive(Debug, PartialEq, Eq)]
+struct Choice {
+    load_in_4bit: bool,
+    use_gradient_checkpointing: GradientCheckpointing,
+    batch: usize,
+    bytes: u64,
+    /// With dense weights and everything kept.
+    dense: u64,
+    fits: bool,
+}
+
+/// The fastest settings that fit into `room` bytes, or those that take least. `shape` is of one row.
+///
+/// Fastest first: weights as they are, then in 4 bits; activations kept, then made again; a row alone at last.
+fn choose(shape: &Shape<'_>, examples: usize, room: Option<u64>) -> Choice {
+    let recomputed = if shape.on_cuda { GradientCheckpointing::Host } else { GradientCheckpointing::Block };
+    let mut choices = Vec::new();
+    for batches in [&[8, 4, 2][..], &[1]] {
+        for load_in_4bit in [false, true] {
+            for use_gradient_checkpointing in [GradientCheckpointing::Off, recomputed] {
+                for &batch in batches.iter().filter(|&&batch| batch == 1 || batch <= examples) {
+                    let bytes = |coded, checkpointing| {
+                        let coded = coded || shape.coded;
+                        estimated_bytes(&Shape { coded, checkpointing, tokens: batch * shape.tokens, ..*shape })
+                    };
+                    let (bytes, dense) =
+                        (bytes(load_in_4bit, use_gradient_checkpointing), bytes(false, GradientCheckpointing::Off));
+                    let fits = room.is_none_or(|room| bytes <= room);
+                    choices.push(Choice { load_in_4bit, use_gradient_checkpointing, batch, bytes, dense, fits });
+                }
+            }
+        }
+    }
+    choices.retain(|choice| !(shape.coded && choice.load_in_4bit));
+    let chosen = choices.iter().position(|choice| choice.fits);
+    let least = || (0..choices.len()).min_by_key(|&i| choices[i].bytes).unwrap_or(0);
+    choices.swap_remove(chosen.unwrap_or_else(least))
 }
 
 /// PEFT's 8 is little for all seven linears' work; what more would bring shows after a first run.
@@ -186,6 +207,25 @@ fn numbers(examples: usize, batch: usize) -> SftConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_free_decides() {
+        let config = estimate::tests::qwen3_4b();
+        let row = estimate::tests::shape(&config, 2048);
+        let chosen = |gb: f64| {
+            let choice = choose(&row, 1000, Some((gb * 1e9) as u64));
+            (choice.load_in_4bit, choice.use_gradient_checkpointing, choice.batch, choice.fits)
+        };
+        use GradientCheckpointing::{Host, Off};
+        assert_eq!(chosen(80.0), (false, Off, 8, true));
+        assert_eq!(chosen(24.0), (false, Off, 2, true));
+        assert_eq!(chosen(12.0), (false, Host, 2, true));
+        assert_eq!(chosen(8.0), (true, Host, 4, true));
+        assert_eq!(chosen(3.0), (true, Host, 1, false));
+        let quantized = choose(&Shape { coded: true, ..row }, 1000, Some(8_000_000_000));
+        assert!(!quantized.load_in_4bit && quantized.fits, "{quantized:?}");
+        assert_eq!(choose(&row, 1, None).batch, 1, "there is one row");
+    }
 
     #[test]
     fn few_rows_make_small_steps_and_many_are_seen_once() {
