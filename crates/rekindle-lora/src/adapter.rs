@@ -6,7 +6,7 @@ use std::path::Path;
 use rekindle_hub::{Dtype, SafetensorsFile, TensorSpec, write_atomic, write_f32, write_safetensors};
 
 use crate::peft::{AdapterConfig, CONFIG_FILE, Key, TENSORS_FILE};
-use crate::{Bias, Error, LoraConfig, match_targets};
+use crate::{Bias, Error, LoraConfig, SAVABLE, match_targets};
 
 /// A `[r, in]` and B `[out, r]` of one adapted linear, row-major.
 #[derive(Clone, Debug, PartialEq)]
@@ -138,6 +138,13 @@ impl Adapter {
             saved.insert(name, (shape, weight));
         }
         let mut problems = reader.problems;
+        let rows = saved.values().next().map(|(shape, _)| shape[0]);
+        if let (Some(rows), Some(has)) = (rows, rows_of(&file).filter(|has| Some(*has) != rows)) {
+            problems.push(format!(
+                "it was trained with {has} token ids and this model has {rows}; load the base with \
+                 resize_model_vocab = {has}"
+            ));
+        }
         let different = |(a, b): (&(_, Vec<f32>), &(_, Vec<f32>))| a.1 != b.1;
         if modules.tied
             && config.lora().ensure_weight_tying
@@ -156,6 +163,12 @@ impl Adapter {
         } else {
             Err(Error::Tensors { path, problems })
         }
+    }
+
+    /// Whether every product B·A is zero, as of an adapter that was never trained.
+    pub fn is_zero(&self) -> bool {
+        let zero = |x: &[f32]| x.iter().all(|x| *x == 0.0);
+        self.factors.values().all(|factors| zero(&factors.b) || zero(&factors.a))
     }
 
     /// Writes the files that PEFT reads into the existing directory `dir`, everything in `f32`.
@@ -185,6 +198,24 @@ impl Adapter {
         write_atomic(&dir.join(CONFIG_FILE), self.config.to_json().as_bytes())?;
         Ok(())
     }
+}
+
+/// How many token ids the modules have that the adapter in `dir` saved whole; `None` for an adapter without them.
+///
+/// # Errors
+/// [`Error::File`] when its tensors cannot be read.
+pub fn saved_rows(dir: &Path) -> Result<Option<usize>, Error> {
+    Ok(rows_of(&SafetensorsFile::open(&dir.join(TENSORS_FILE))?))
+}
+
+fn rows_of(file: &SafetensorsFile) -> Option<usize> {
+    let rows = |name: &str| match Key::parse(name)? {
+        Key::Saved(module) if SAVABLE.contains(&module.rsplit('.').next()?) => file.get(name)?.shape.first().copied(),
+        _ => None,
+    };
+    let mut found = file.names().filter_map(rows);
+    let first = found.next()?;
+    found.all(|rows| rows == first).then_some(first)
 }
 
 /// The linears that the file has factors for, and those that the configuration says it should have.
@@ -258,6 +289,21 @@ mod tests {
             (&adapter().factors, &adapter().biases, &adapter().saved)
         );
         assert_eq!(loaded.config.lora().r, 2);
+        assert!(!loaded.is_zero());
+        let mut zero = loaded;
+        zero.factors.values_mut().for_each(|factors| factors.b.fill(0.0));
+        assert!(zero.is_zero());
+    }
+
+    #[test]
+    fn another_vocabulary_is_named_with_the_way_out() {
+        let dir = tempfile::tempdir().unwrap();
+        adapter().save(dir.path()).unwrap();
+        assert_eq!(saved_rows(dir.path()).unwrap(), Some(3));
+        let other = Modules { savable: vec![("lm_head".to_owned(), [4, 2])], ..modules(0, 3) };
+        let error = Adapter::load(dir.path(), &other).unwrap_err().to_string();
+        assert!(error.contains("has shape [3, 2], expected [4, 2]"), "{error}");
+        assert!(error.contains("trained with 3 token ids and this model has 4; load the base with resize"), "{error}");
     }
 
     #[test]

@@ -260,7 +260,14 @@ impl LoraConfig {
             problems.push(format!("modules_to_save \"{module}\" is none of embed_tokens and lm_head{hint}"));
         }
         if self.target_modules == TargetModules::Names(Vec::new()) {
-            problems.push("target_modules is empty; nothing would be trained (usual: \"all-linear\")".to_owned());
+            problems.push(match self.modules_to_save[..] {
+                [] => "target_modules is empty; nothing would be trained (usual: \"all-linear\")".to_owned(),
+                _ => {
+                    "target_modules is empty; beside modules_to_save too an adapter is on one linear at least (usual: \
+                      \"all-linear\")"
+                        .to_owned()
+                }
+            });
         }
         if self.finetune_last_n_layers == Some(0) {
             problems.push("finetune_last_n_layers is 0; leave it out to adapt every block".to_owned());

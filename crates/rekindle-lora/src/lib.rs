@@ -41,8 +41,9 @@ pub mod peft;
 mod spectral;
 mod svd;
 mod targets;
+mod weighted;
 
-pub use adapter::{Adapter, Factors, Module, Modules};
+pub use adapter::{Adapter, Factors, Module, Modules, saved_rows};
 pub use config::{
     BLOCK_LINEARS, Bias, GradientCheckpointing, InitLoraWeights, LoftqConfig, LoraConfig, Pattern, SAVABLE,
     TargetModules,
@@ -54,3 +55,4 @@ pub use linear::{Adaptation, Dropout, Linear, LinearGroup, Pending, Saved};
 pub use merge::merge;
 pub use spectral::{Start, loftq, taken, to_plain};
 pub use targets::match_targets;
+pub use weighted::{Combination, weighted};

@@ -198,6 +198,27 @@ impl AdapterConfig {
         plain
     }
 
+    /// The file of an adapter that is made of this one and others: plain factors of rank `r` and scale 1 on
+    /// `target_modules`, and otherwise what this one says.
+    #[must_use]
+    pub fn combined(&self, r: usize, target_modules: TargetModules) -> Self {
+        let (mut fields, kept) = (self.fields.clone(), &self.lora);
+        let lora = LoraConfig {
+            lora_alpha: r as f64,
+            lora_dropout: kept.lora_dropout,
+            target_modules,
+            random_state: kept.random_state,
+            use_gradient_checkpointing: kept.use_gradient_checkpointing,
+            ..LoraConfig::new(r)
+        };
+        // What stands nowhere else is as in a new file.
+        let new = Self::new(&lora, None, &[]).fields;
+        let own = ["base_model_name_or_path", "revision"];
+        fields.extend(new.into_iter().filter(|(key, _)| !own.contains(&key.as_str())));
+        fields.retain(|key, _| !["exclude_modules", "ensure_weight_tying"].contains(&key.as_str()));
+        Self { fields, lora }
+    }
+
     /// What the file says of the codes that the adapter was made for, by LoftQ; `None` for any other adapter.
     pub fn codes(&self) -> Option<&Map<String, Value>> {
         self.fields.get("loftq_config").and_then(Value::as_object).filter(|codes| !codes.is_empty())

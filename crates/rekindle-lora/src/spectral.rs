@@ -23,6 +23,15 @@ pub struct Start {
     pub base: Vec<f32>,
 }
 
+impl Start {
+    /// The start that took `factors` out of W once before: the same base, bit for bit.
+    pub fn again(w: &[f32], shape: [usize; 2], factors: &Factors, scale: f64) -> Self {
+        let mut base = w.to_vec();
+        merge(&mut base, shape, factors, -scale, None);
+        Self { factors: factors.clone(), base }
+    }
+}
+
 /// What `init_lora_weights` takes out of the weight W of the linear `module`; `None` for a method that leaves W as it is.
 ///
 /// With s = `config.scale_of(module)` and W's singular triplets u, σ, v, largest first:
@@ -59,9 +68,7 @@ pub fn taken(config: &LoraConfig, module: &str, w: &[f32], shape: [usize; 2]) ->
         InitLoraWeights::Olora => olora(w, shape, r),
         _ => return None,
     };
-    let mut base = w.to_vec();
-    merge(&mut base, shape, &factors, -scale, None);
-    Some(Start { factors, base })
+    Some(Start::again(w, shape, &factors, scale))
 }
 
 /// LoftQ (arXiv:2310.08659, algorithm 1) for the linear `module` with weight W: `iterations` times, at least once,
@@ -139,7 +146,7 @@ fn halves(Triplets { u, s, v }: &Triplets, shape: [usize; 2], r: usize, scale: f
 }
 
 /// A and B from their elements where the rank is below `k`, and zeros from there to `r`.
-fn factors(
+pub(crate) fn factors(
     [out, input]: [usize; 2],
     r: usize,
     k: usize,

@@ -66,6 +66,26 @@ pub(crate) fn randomized(w: &[f32], shape: [usize; 2], r: usize, rounds: usize, 
     w.triplets(&basis, &images, r)
 }
 
+/// The min(r, out, in) triplets of B·A with the largest singular values, from the columns of B and the rows of A: those of
+/// the small matrix that B·A is between a basis of the ones and a basis of the others. All in `f64`.
+pub(crate) fn of_product(b: &Vectors, a: &Vectors, r: usize) -> Triplets {
+    // As many of them as there are dimensions have a basis of everything.
+    let basis = |x: &Vectors| orthonormal(x.iter().take(x[0].len()).cloned().collect());
+    let (q, p) = (basis(b), basis(a));
+    let products = |basis: &Vectors, x: &Vectors| -> Vectors {
+        basis.par_iter().map(|q| x.iter().map(|x| dot(q, x)).collect()).collect()
+    };
+    let (qb, pa) = (products(&q, b), products(&p, a));
+    // Of Qᵀ·B·A·P the columns, or the rows where those are fewer.
+    let is_tall = q.len() >= p.len();
+    let (over, under) = if is_tall { (&pa, &qb) } else { (&qb, &pa) };
+    let Triplets { u, mut s, v } = jacobi(products(over, under));
+    let (u, v) = if is_tall { (u, v) } else { (v, u) };
+    let turned = |basis: &Vectors, x: &Vectors| x.par_iter().take(r).map(|by| combination(basis, by)).collect();
+    s.truncate(r);
+    Triplets { u: turned(&q, &u), s, v: turned(&p, &v) }
+}
+
 /// An orthonormal basis of the vectors, in their order (modified Gram–Schmidt, twice), and where a vector lies in the
 /// span of those before it, one of the directions that are left. There are no more vectors than dimensions.
 pub(crate) fn orthonormal(x: Vectors) -> Vectors {

@@ -2,8 +2,11 @@ use std::collections::BTreeSet;
 
 use regex::Regex;
 
-use crate::error::nearest_hint;
+use crate::error::{nearest, nearest_hint};
 use crate::{Error, LoraConfig, TargetModules};
+
+/// The word for every linear but the output layer.
+const ALL_LINEAR: &str = "all-linear";
 
 /// The linears of a model that get an adapter, in the model's order.
 ///
@@ -135,10 +138,14 @@ fn match_pattern<'a>(argument: &str, pattern: &str, linears: &[&'a str]) -> Resu
     let selected: Vec<&str> = linears.iter().copied().filter(|linear| regex.is_match(linear)).collect();
     if selected.is_empty() {
         let meant = linears.iter().any(|linear| is_named(linear, pattern));
-        let hint = if meant {
-            format!("; a string is a regular expression for whole names: write [\"{pattern}\"] or \".*{pattern}\"")
-        } else {
-            format!("; names look like \"{}\"", linears.first().unwrap_or(&""))
+        let ends: BTreeSet<&str> = linears.iter().map(|linear| ending(linear, 1)).chain([ALL_LINEAR]).collect();
+        let hint = match nearest(pattern, ends).filter(|_| !meant) {
+            _ if meant => {
+                format!("; a string is a regular expression for whole names: write [\"{pattern}\"] or \".*{pattern}\"")
+            }
+            Some(ALL_LINEAR) => format!("; nearest: \"{ALL_LINEAR}\""),
+            Some(name) => format!("; nearest: [\"{name}\"]"),
+            None => format!("; names look like \"{}\"", linears.first().unwrap_or(&"")),
         };
         return Err(problems(vec![format!(
             "{argument} \"{pattern}\" matches no linear of this model from its first to its last letter{hint}"
@@ -165,7 +172,7 @@ fn layer_index(linear: &str) -> Option<usize> {
 }
 
 fn no_match(argument: &str, name: &str, linears: &[&str]) -> String {
-    if name.eq_ignore_ascii_case("all-linear") {
+    if name.eq_ignore_ascii_case(ALL_LINEAR) {
         return format!("{argument} [\"all-linear\"] is a list of one name; write \"all-linear\" without the brackets");
     }
     // Compare like with like: "q_porj" with last segments, "self_attn.q_porj" with last pairs of segments.
@@ -282,6 +289,12 @@ mod tests {
     fn a_bare_name_as_a_string_is_explained() {
         let text = message(&targets("q_proj"));
         assert!(text.ends_with("write [\"q_proj\"] or \".*q_proj\""), "{text}");
+        let text = message(&targets("all-linaer"));
+        assert!(text.ends_with("; nearest: \"all-linear\""), "{text}");
+        let text = message(&targets("q_porj"));
+        assert!(text.ends_with("; nearest: [\"q_proj\"]"), "{text}");
+        let text = message(&targets("[0-9]+"));
+        assert!(text.contains("; names look like \"model.layers.0"), "{text}");
     }
 
     #[test]

@@ -1,0 +1,365 @@
+//! One adapter made of several.
+
+use core::fmt;
+use core::str::FromStr;
+use std::collections::{BTreeMap, BTreeSet};
+
+use rayon::prelude::*;
+
+use crate::error::nearest_hint;
+use crate::spectral::factors;
+use crate::svd::{Triplets, of_product};
+use crate::{Adapter, Error, Factors, Modules, TargetModules};
+
+/// How [`weighted`] makes one adapter of several.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Combination {
+    /// The sum of the products, exactly, in the sum of the ranks.
+    #[default]
+    Cat,
+    /// A and B added up apart: not the sum of the products, but of their rank, which must be one for all.
+    Linear,
+    /// The best approximation of the sum of the products in this rank; `None` is the largest among the adapters.
+    Svd(Option<usize>),
+}
+
+/// An adapter that does what Σ w·(adapter) does, of rank r and scale 1.
+///
+/// Of each linear, with the factors and scales of those adapters that are on it:
+///
+/// - [`Combination::Cat`]: A = \[w₁·s₁·A₁; w₂·s₂·A₂; …\], B = \[B₁, B₂, …\], so that B·A = Σ w·s·B·A;
+/// - [`Combination::Linear`]: A = Σ sign(w)·√|w·s|·A, B = Σ √|w·s|·B;
+/// - [`Combination::Svd`]: with the singular triplets u, σ, v of Σ w·s·B·A, largest first, A = vᵀ, B = u·σ.
+///
+/// One adapter alone is always combined linearly. What a rank leaves over is zero.
+///
+/// # Dtypes
+/// Factors in `f32`; sums and singular values in `f64`, rounded once.
+///
+/// Equal to PEFT's `add_weighted_adapter`, held by `tests/goldens/lora-options`, but that the result never has
+/// `use_rslora`: there it keeps that of the first adapter, with `lora_alpha` = r, and so is √r times the sum.
+///
+/// # Errors
+/// [`Error::Config`] with one sentence for each weight that is not finite and each adapter that cannot be added up: with
+/// DoRA's lengths, trained biases or saved modules, for other codes than another one, or, combined linearly, of
+/// another rank.
+pub fn weighted(
+    adapters: &[(&str, &Adapter, f64)],
+    combination: Combination,
+    modules: &Modules,
+) -> Result<Adapter, Error> {
+    let combination = if adapters.len() == 1 { Combination::Linear } else { combination };
+    let problems = problems(adapters, combination);
+    let Some((_, first, _)) = adapters.first().filter(|_| problems.is_empty()) else {
+        return Err(Error::Config { problems });
+    };
+    let ranks = || adapters.iter().map(|(_, adapter, _)| rank(adapter));
+    let r = match combination {
+        Combination::Cat => ranks().sum(),
+        Combination::Svd(Some(r)) => r,
+        Combination::Linear | Combination::Svd(None) => ranks().max().unwrap_or(0),
+    };
+    let names: BTreeSet<&String> = adapters.iter().flat_map(|(_, adapter, _)| adapter.factors.keys()).collect();
+    let combined = names.par_iter().map(|&name| {
+        let parts: Vec<Part<'_>> = adapters.iter().filter_map(|part| Part::of(part, name)).collect();
+        let first = parts[0].factors;
+        let shape = [first.b.len() / first.r, first.a.len() / first.r];
+        let combined = match combination {
+            Combination::Cat => cat(&parts, shape, r),
+            Combination::Linear => linear(&parts, r),
+            Combination::Svd(_) => svd(&parts, shape, r),
+        };
+        (name.clone(), combined)
+    });
+    let combined: BTreeMap<String, Factors> = combined.collect();
+    let mut config = first.config.combined(r, targets(&combined, modules));
+    if let Some(codes) = adapters.iter().find_map(|(_, adapter, _)| adapter.config.codes()) {
+        config.set_codes(codes.clone());
+    }
+    Ok(Adapter { config, factors: combined, biases: BTreeMap::new(), saved: BTreeMap::new() })
+}
+
+/// An adapter's factors on one linear, and what their product counts.
+struct Part<'a> {
+    factors: &'a Factors,
+    weight: f64,
+}
+
+impl<'a> Part<'a> {
+    /// What an adapter has on a linear.
+    fn of((_, adapter, weight): &(&str, &'a Adapter, f64), linear: &str) -> Option<Self> {
+        let scale = adapter.config.lora().scale_of(linear);
+        Some(Self { factors: adapter.factors.get(linear)?, weight: weight * scale })
+    }
+}
+
+fn cat(parts: &[Part<'_>], [out, input]: [usize; 2], r: usize) -> Factors {
+    let (mut a, mut b) = (Vec::with_capacity(r * input), vec![0.0; out * r]);
+    let mut first = 0;
+    for Part { factors, weight } in parts {
+        a.extend(factors.a.iter().map(|a| (f64::from(*a) * weight) as f32));
+        for (row, from) in b.chunks_exact_mut(r).zip(factors.b.chunks_exact(factors.r)) {
+            row[first..][..factors.r].copy_from_slice(from);
+        }
+        first += factors.r;
+    }
+    a.resize(r * input, 0.0);
+    Factors { r, a, b, magnitude: None }
+}
+
+fn linear(parts: &[Part<'_>], r: usize) -> Factors {
+    let sum = |of: fn(&Factors) -> &[f32], weight: fn(f64) -> f64| {
+        let mut sum = vec![0.0; of(parts[0].factors).len()];
+        for part in parts {
+            let weight = weight(part.weight);
+            sum.iter_mut().zip(of(part.factors)).for_each(|(sum, x)| *sum += weight * f64::from(*x));
+        }
+        sum.into_iter().map(|x: f64| x as f32).collect()
+    };
+    // signum is 1 at zero, where the root is zero.
+    let a = sum(|factors| &factors.a, |weight| weight.signum() * weight.abs().sqrt());
+    Factors { r, a, b: sum(|factors| &factors.b, |weight| weight.abs().sqrt()), magnitude: None }
+}
+
+fn svd(parts: &[Part<'_>], [out, input]: [usize; 2], r: usize) -> Factors {
+    let ranks = || parts.iter().flat_map(|part| (0..part.factors.r).map(move |k| (part, k)));
+    let column = |(part, k): (&Part<'_>, usize)| -> Vec<f64> {
+        part.factors.b.iter().skip(k).step_by(part.factors.r).map(|b| f64::from(*b)).collect()
+    };
+    let row = |(part, k): (&Part<'_>, usize)| -> Vec<f64> {
+        part.factors.a[k * input..][..input].iter().map(|a| f64::from(*a) * part.weight).collect()
+    };
+    let (columns, rows) = (ranks().map(column).collect(), ranks().map(row).collect());
+    let Triplets { u, s, v } = of_product(&columns, &rows, r);
+    factors([out, input], r, s.len(), |row, column| v[row][column], |row, column| u[column][row] * s[column])
+}
+
+fn problems(adapters: &[(&str, &Adapter, f64)], combination: Combination) -> Vec<String> {
+    let mut problems = Vec::new();
+    if adapters.is_empty() {
+        problems.push("no adapters to combine; name at least one".to_owned());
+    }
+    if combination == Combination::Svd(Some(0)) {
+        problems.push("the rank of svd is 0; it must be at least 1".to_owned());
+    }
+    for (name, adapter, weight) in adapters {
+        let lora = adapter.config.lora();
+        if !weight.is_finite() {
+            problems.push(format!("the weight of adapter \"{name}\" is {weight}; expected a finite number"));
+        }
+        let mut alone = |what: &str| {
+            problems.push(format!(
+                "adapter \"{name}\" has {what}, which cannot be weighted and added up; merge it into the base first"
+            ));
+        };
+        if lora.use_dora {
+            alone("DoRA's lengths (use_dora)");
+        }
+        if !adapter.biases.is_empty() {
+            alone("trained biases (bias)");
+        }
+        if !adapter.saved.is_empty() {
+            alone("modules trained whole (modules_to_save)");
+        }
+        let mixed = adapter.factors.values().map(|factors| factors.r).find(|r| *r != rank(adapters[0].1));
+        if let (Combination::Linear, Some(r)) = (combination, mixed) {
+            problems.push(format!(
+                "linear adds A and B up apart and needs one rank; adapter \"{name}\" has {r} beside {}; use cat or svd",
+                rank(adapters[0].1)
+            ));
+        }
+    }
+    let mut codes = adapters.iter().filter_map(|(name, adapter, _)| Some((name, adapter.config.codes()?)));
+    if let Some((name, first)) = codes.next()
+        && let Some((other, _)) = codes.find(|(_, codes)| *codes != first)
+    {
+        problems.push(format!(
+            "adapters \"{name}\" and \"{other}\" start from what codes miss (loftq), and their codes differ; combine \
+             adapters of one base"
+        ));
+    }
+    problems
+}
+
+/// The largest rank of an adapter.
+fn rank(adapter: &Adapter) -> usize {
+    adapter.factors.values().map(|factors| factors.r).max().unwrap_or(0)
+}
+
+/// The linears as `target_modules`: by the last parts of their names where that says the same.
+fn targets(factors: &BTreeMap<String, Factors>, modules: &Modules) -> TargetModules {
+    let last = |name: &str| name.rsplit('.').next().unwrap_or_default().to_owned();
+    let ends: BTreeSet<String> = factors.keys().map(|name| last(name)).collect();
+    let says_the_same = modules.linears.iter().filter(|linear| ends.contains(&last(&linear.name))).count();
+    if says_the_same == factors.len() { Vec::from_iter(ends).into() } else { Vec::from_iter(factors.keys()).into() }
+}
+
+impl Combination {
+    /// The words that stand for one.
+    pub const NAMES: [&str; 3] = ["cat", "linear", "svd"];
+}
+
+impl FromStr for Combination {
+    type Err = Error;
+
+    /// `cat`, `linear`, `svd`, or `svd:N` with a rank.
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let rank = text.strip_prefix("svd:").map(str::parse);
+        match (text, rank) {
+            ("cat", _) => Ok(Self::Cat),
+            ("linear", _) => Ok(Self::Linear),
+            ("svd", _) => Ok(Self::Svd(None)),
+            (_, Some(Ok(rank))) => Ok(Self::Svd(Some(rank))),
+            _ => {
+                let hint = nearest_hint(text, Self::NAMES);
+                let problem = format!("\"{text}\" is none of \"cat\", \"linear\", \"svd\" and \"svd:N\"{hint}");
+                Err(Error::Config { problems: vec![problem] })
+            }
+        }
+    }
+}
+
+impl fmt::Display for Combination {
+    /// As it is read.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cat => f.write_str("cat"),
+            Self::Linear => f.write_str("linear"),
+            Self::Svd(None) => f.write_str("svd"),
+            Self::Svd(Some(rank)) => write!(f, "svd:{rank}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::peft::AdapterConfig;
+    use crate::{LoraConfig, Module, merge};
+
+    const SHAPE: [usize; 2] = [7, 5];
+
+    fn name(layer: usize) -> String {
+        format!("model.layers.{layer}.mlp.up_proj")
+    }
+
+    fn modules() -> Modules {
+        let linear = |layer| Module { name: name(layer), input: SHAPE[1], out: SHAPE[0], has_bias: false };
+        Modules { linears: (0..3).map(linear).collect(), ..Modules::default() }
+    }
+
+    fn adapter(r: usize, alpha: f64, layers: &[usize], step: f32) -> Adapter {
+        let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect();
+        let factors = |layer: usize| Factors {
+            r,
+            a: wave(r * SHAPE[1], step + layer as f32),
+            b: wave(SHAPE[0] * r, 2.0 * step),
+            magnitude: None,
+        };
+        let lora = LoraConfig::new(r).lora_alpha(alpha).target_modules(["up_proj"]);
+        Adapter {
+            config: AdapterConfig::new(&lora, Some("base"), &[]),
+            factors: layers.iter().map(|layer| (name(*layer), factors(*layer))).collect(),
+            biases: BTreeMap::new(),
+            saved: BTreeMap::new(),
+        }
+    }
+
+    /// s·B·A of one linear, dense.
+    fn product(adapter: &Adapter, layer: usize) -> Vec<f32> {
+        let mut w = vec![0.0; SHAPE[0] * SHAPE[1]];
+        if let Some(factors) = adapter.factors.get(&name(layer)) {
+            merge(&mut w, SHAPE, factors, adapter.config.lora().scale_of(&name(layer)), None);
+        }
+        w
+    }
+
+    fn distance(a: &[f32], b: &[f32]) -> f64 {
+        a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
+    }
+
+    #[test]
+    fn cat_and_svd_are_the_sum_of_the_products() {
+        let (one, two) = (adapter(2, 3.0, &[0, 1, 2], 0.7), adapter(1, 4.0, &[0, 2], 1.1));
+        let adapters = [("one", &one, 0.5), ("two", &two, -2.0)];
+        for (combination, r) in [(Combination::Cat, 3), (Combination::Svd(Some(3)), 3), (Combination::Svd(Some(9)), 9)]
+        {
+            let sum = weighted(&adapters, combination, &modules()).unwrap();
+            let lora = sum.config.lora();
+            assert_eq!((lora.r, lora.lora_alpha, &lora.target_modules), (r, r as f64, &["up_proj"].into()));
+            for layer in 0..3 {
+                let (one, two) = (product(&one, layer), product(&two, layer));
+                let wanted: Vec<f32> = one.iter().zip(two).map(|(a, b)| 0.5 * a - 2.0 * b).collect();
+                let error = distance(&product(&sum, layer), &wanted);
+                assert!(error < 3e-6, "{combination} {layer}: {error:e}");
+            }
+        }
+    }
+
+    /// Eckart and Young: what is left is what the smaller singular values say, and no rank-2 matrix leaves less.
+    #[test]
+    fn svd_leaves_no_more_than_it_must() {
+        let (one, two) = (adapter(3, 3.0, &[0], 0.7), adapter(4, 4.0, &[0], 1.1));
+        let adapters = [("one", &one, 1.0), ("two", &two, 1.0)];
+        // More ranks than columns: 7 of 5.
+        let all = weighted(&adapters, Combination::Svd(Some(5)), &modules()).unwrap();
+        let two_of_them = weighted(&adapters, Combination::Svd(Some(2)), &modules()).unwrap();
+        let b = &all.factors[&name(0)].b;
+        let left: f64 = (2..5).flat_map(|k| b.iter().skip(k).step_by(5)).map(|b| f64::from(*b).powi(2)).sum();
+        let error = distance(&product(&all, 0), &product(&two_of_them, 0));
+        assert!(left.sqrt() > 0.1 && (error - left.sqrt()).abs() < 1e-5, "{error} beside {}", left.sqrt());
+        let largest = weighted(&adapters, Combination::Svd(None), &modules()).unwrap();
+        assert_eq!(largest.config.lora().r, 4);
+    }
+
+    #[test]
+    fn one_adapter_is_scaled() {
+        let one = adapter(2, 3.0, &[0, 1, 2], 0.7);
+        for weight in [0.3, -0.3] {
+            let scaled = weighted(&[("one", &one, weight)], Combination::Cat, &modules()).unwrap();
+            assert_eq!(scaled.config.lora().r, 2);
+            let wanted: Vec<f32> = product(&one, 1).iter().map(|x| x * weight as f32).collect();
+            assert!(distance(&product(&scaled, 1), &wanted) < 1e-6);
+        }
+    }
+
+    #[test]
+    fn targets_are_short_where_that_says_the_same() {
+        let (some, all) = (adapter(2, 2.0, &[0, 2], 0.7), adapter(2, 2.0, &[1], 0.7));
+        let targets = |adapters: &[(&str, &Adapter, f64)]| {
+            weighted(adapters, Combination::Cat, &modules()).unwrap().config.lora().target_modules.clone()
+        };
+        assert_eq!(targets(&[("some", &some, 1.0), ("some", &some, 1.0)]), [name(0), name(2)].into());
+        assert_eq!(targets(&[("some", &some, 1.0), ("all", &all, 1.0)]), ["up_proj"].into());
+    }
+
+    #[test]
+    fn what_cannot_be_added_up_is_named() {
+        let (mut odd, plain) = (adapter(3, 3.0, &[0], 0.7), adapter(2, 2.0, &[0], 0.7));
+        let message = |odd: &Adapter, weight: f64, combination| {
+            weighted(&[("plain", &plain, weight), ("odd", odd, 1.0)], combination, &modules()).unwrap_err().to_string()
+        };
+        let text = message(&odd, f64::NAN, Combination::Linear);
+        assert!(text.contains("the weight of adapter \"plain\" is NaN"), "{text}");
+        assert!(text.contains("needs one rank; adapter \"odd\" has 3 beside 2; use cat or svd"), "{text}");
+        odd.config.lora_mut().use_dora = true;
+        odd.biases.insert(name(0), vec![0.0; 7]);
+        odd.saved.insert("lm_head".to_owned(), ([1, 1], vec![0.0]));
+        let text = message(&odd, 1.0, Combination::Svd(Some(0)));
+        for part in ["(use_dora)", "(bias)", "(modules_to_save)", "the rank of svd is 0"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        let text = weighted(&[], Combination::Cat, &modules()).unwrap_err().to_string();
+        assert_eq!(text, "no adapters to combine; name at least one");
+    }
+
+    #[test]
+    fn combinations_are_written_as_they_are_read() {
+        for text in ["cat", "linear", "svd", "svd:8"] {
+            assert_eq!(text.parse::<Combination>().unwrap().to_string(), text);
+        }
+        let error = "linaer".parse::<Combination>().unwrap_err().to_string();
+        assert!(error.ends_with("nearest: \"linear\""), "{error}");
+        assert!("svd:x".parse::<Combination>().is_err());
+    }
+}
