@@ -9,6 +9,8 @@ use crate::{Error, read_json};
 
 /// The file that makes a directory an adapter.
 pub(crate) const ADAPTER_CONFIG: &str = "adapter_config.json";
+/// The adapter's weights.
+pub(crate) const ADAPTER_FILE: &str = "adapter_model.safetensors";
 
 /// The part of an adapter's configuration that leads to its model.
 #[derive(Deserialize)]
@@ -26,23 +28,35 @@ pub struct AdapterBase {
     pub revision: Option<String>,
 }
 
-/// The model that the adapter in `directory` belongs to; `None` for a directory that holds no
-/// adapter, or a model beside one.
+impl AdapterBase {
+    /// The model that the adapter in `directory` belongs to.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] for a directory without an adapter or a configuration that names no model,
+    /// [`Error::Malformed`] for a broken one.
+    pub fn read(directory: &Path) -> Result<AdapterBase, Error> {
+        let path = directory.join(ADAPTER_CONFIG);
+        let config: AdapterConfig = read_json(&path)?;
+        let given = |text: &String| !text.is_empty();
+        match config.base_model_name_or_path.filter(given) {
+            Some(name_or_path) => Ok(AdapterBase { name_or_path, revision: config.revision.filter(given) }),
+            None => {
+                Err(Error::missing(&path, "base_model_name_or_path; give the base model, and the adapter beside it"))
+            }
+        }
+    }
+}
+
+/// As [`AdapterBase::read`]; `None` for a directory that holds no adapter, or a model beside one.
 ///
 /// # Errors
-/// [`Error::Malformed`] for a broken configuration, [`Error::Missing`] for one that names no model.
+/// Those of a configuration that is there.
 pub fn adapter_base(directory: &Path) -> Result<Option<AdapterBase>, Error> {
-    let path = directory.join(ADAPTER_CONFIG);
     let has_model = [SINGLE_FILE, INDEX_FILE].iter().any(|file| directory.join(file).exists());
-    if has_model || !path.exists() {
+    if has_model || !directory.join(ADAPTER_CONFIG).exists() {
         return Ok(None);
     }
-    let config: AdapterConfig = read_json(&path)?;
-    let given = |text: &String| !text.is_empty();
-    match config.base_model_name_or_path.filter(given) {
-        Some(name_or_path) => Ok(Some(AdapterBase { name_or_path, revision: config.revision.filter(given) })),
-        None => Err(Error::missing(&path, "base_model_name_or_path; give the base model, and the adapter beside it")),
-    }
+    AdapterBase::read(directory).map(Some)
 }
 
 #[cfg(test)]
@@ -71,5 +85,6 @@ mod tests {
         }
         write(SINGLE_FILE, "");
         assert_eq!(adapter_base(scratch.path()).unwrap(), None);
+        assert!(AdapterBase::read(scratch.path()).is_err(), "it is still one without a base");
     }
 }

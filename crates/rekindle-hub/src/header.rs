@@ -42,14 +42,20 @@ impl Header {
     /// The tensors must cover the rest of the file without gap or overlap, each with exactly the
     /// bytes of its shape and dtype.
     pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<Header, Error> {
+        Header::read(path, file, file.len())
+    }
+
+    /// The same of a file of `size` bytes that begins with `head`, which holds all of the header.
+    pub(crate) fn read(path: &Path, head: &[u8], size: usize) -> Result<Header, Error> {
         let malformed = |reason: String| Error::malformed(path, reason);
-        let (json, data) = split(file).map_err(malformed)?;
+        let json = split(head).map_err(malformed)?;
         let raw: RawHeader =
             serde_json::from_slice(json).map_err(|error| malformed(format!("the header is not valid: {error}")))?;
 
         let mut listed = raw.tensors;
         listed.sort_by_key(|(_, info)| info.data_offsets);
-        let data_start = file.len() - data.len();
+        let data_start = LENGTH_BYTES + json.len();
+        let length = size.saturating_sub(data_start);
         let mut tensors = BTreeMap::new();
         let mut end_of_last = 0;
         for (name, info) in listed {
@@ -70,11 +76,11 @@ impl Header {
                     info.shape
                 )));
             }
-            if end > data.len() {
+            if end > length {
                 return Err(malformed(format!(
                     "truncated: tensor {name:?} ends at byte {end} of the data, the file has only {}; \
                      copy or download it again",
-                    data.len()
+                    length
                 )));
             }
             end_of_last = end;
@@ -83,15 +89,24 @@ impl Header {
                 return Err(malformed(format!("two tensors are named {name:?}")));
             }
         }
-        if end_of_last != data.len() {
-            return Err(malformed(format!("{} bytes after the last tensor belong to none", data.len() - end_of_last)));
+        if end_of_last != length {
+            return Err(malformed(format!("{} bytes after the last tensor belong to none", length - end_of_last)));
         }
         Ok(Header { metadata: raw.metadata, tensors })
     }
 }
 
-/// The JSON of the header and the data behind it.
-fn split(file: &[u8]) -> Result<(&[u8], &[u8]), String> {
+/// How many bytes of a file that begins with these are its header.
+#[cfg(feature = "network")]
+pub(crate) fn length(head: &[u8]) -> Option<u64> {
+    let (length, _) = head.split_first_chunk::<LENGTH_BYTES>()?;
+    Some(u64::from_le_bytes(*length))
+        .filter(|length| *length <= MAX_JSON_BYTES as u64)
+        .map(|json| json + LENGTH_BYTES as u64)
+}
+
+/// The JSON of the header of a file that begins with `file`.
+fn split(file: &[u8]) -> Result<&[u8], String> {
     // What git leaves in place of a large file; its first 8 bytes would read as a huge length.
     if file.starts_with(b"version https://git-lfs") {
         return Err("a Git LFS pointer, not the weights; run \"git lfs pull\" there".to_owned());
@@ -103,7 +118,7 @@ fn split(file: &[u8]) -> Result<(&[u8], &[u8]), String> {
     if length > MAX_JSON_BYTES as u64 {
         return Err(format!("not a safetensors file: its first 8 bytes announce a header of {length} bytes"));
     }
-    rest.split_at_checked(length as usize).ok_or_else(|| {
+    rest.get(..length as usize).ok_or_else(|| {
         format!(
             "truncated: the header should have {length} bytes, only {} follow; \
              copy or download it again",

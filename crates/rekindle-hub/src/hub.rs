@@ -15,7 +15,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::check_directory;
-use crate::{Error, HubErrorKind};
+use crate::{Error, Headers, HubErrorKind};
 
 use failure::Request;
 use name::RepoName;
@@ -83,17 +83,45 @@ const MAIN: &str = "main";
 /// [`Error::Hub`], whose kind says what stands in the way; [`Error::NotFound`] for a path that is
 /// no directory; [`Error::Io`] for a cache that cannot be written.
 pub fn resolve(name: &str, options: HubOptions<'_>) -> Result<Resolved, Error> {
+    match place(name, &options)? {
+        Place::Here(resolved) => Ok(resolved),
+        Place::Hub { request, repo, token } => download::download(request, repo, token, options.on_progress),
+    }
+}
+
+/// What the tensors of `name` are, as the headers of its weights say it; of a name on the hub the weights stay there,
+/// unless the cache has them. `path` of the result holds its configuration.
+///
+/// # Errors
+/// Those of [`resolve`], and of [`Headers::open`].
+pub fn headers(name: &str, options: HubOptions<'_>) -> Result<(Resolved, Headers), Error> {
+    match place(name, &options)? {
+        Place::Here(resolved) => Ok((resolved.clone(), Headers::open(&resolved.path)?)),
+        Place::Hub { request, repo, token } => download::describe(request, repo, token),
+    }
+}
+
+/// Where a name leads to.
+enum Place {
+    /// A directory, the one that was given or one of the cache.
+    Here(Resolved),
+    /// The hub, which is asked first.
+    Hub { request: Request, repo: CachedRepo, token: Option<String> },
+}
+
+fn place(name: &str, options: &HubOptions<'_>) -> Result<Place, Error> {
     let directory = Path::new(name);
     if directory.exists() || is_path(name) {
         check_directory(directory)?;
-        return Ok(Resolved { path: directory.to_path_buf(), commit: None, notice: None });
+        return Ok(Place::Here(Resolved { path: directory.to_path_buf(), commit: None, notice: None }));
     }
     let name = RepoName::parse(name)?;
     let environment = Environment::read();
-    let token = options.token.or(environment.token);
+    let token = options.token.clone().or(environment.token);
+    let endpoint = options.endpoint.as_deref().map(|given| given.trim_end_matches('/').to_owned());
     let request = Request {
-        endpoint: options.endpoint.map_or(environment.endpoint, |given| given.trim_end_matches('/').to_owned()),
-        revision: options.revision.unwrap_or_else(|| MAIN.to_owned()),
+        endpoint: endpoint.unwrap_or(environment.endpoint),
+        revision: options.revision.clone().unwrap_or_else(|| MAIN.to_owned()),
         has_token: token.is_some(),
         name,
     };
@@ -101,10 +129,11 @@ pub fn resolve(name: &str, options: HubOptions<'_>) -> Result<Resolved, Error> {
         let reason = format!("revision {:?} is neither a branch, a tag nor a commit", request.revision);
         return Err(request.error(HubErrorKind::Name, reason));
     }
-    let repo = CachedRepo::new(&options.cache_dir.unwrap_or(environment.cache_dir), &request.name.folder());
+    let cache_dir = options.cache_dir.as_ref().unwrap_or(&environment.cache_dir);
+    let repo = CachedRepo::new(cache_dir, &request.name.folder());
     let offline = if options.local_files_only { Some("local_files_only") } else { environment.offline };
     if let Some(reason) = offline {
-        return cached(&request, &repo).map_err(|state| {
+        return cached(&request, &repo).map(Place::Here).map_err(|state| {
             let revision = &request.revision;
             let reason = format!("{reason} is set, and {state} (revision {revision:?}); unset it to download");
             request.error(HubErrorKind::Offline, reason)
@@ -113,9 +142,9 @@ pub fn resolve(name: &str, options: HubOptions<'_>) -> Result<Resolved, Error> {
     if layout::is_commit(&request.revision)
         && let Ok(resolved) = cached(&request, &repo)
     {
-        return Ok(resolved);
+        return Ok(Place::Here(resolved));
     }
-    download::download(request, repo, token, options.on_progress)
+    Ok(Place::Hub { request, repo, token })
 }
 
 /// Whether `name` can only be meant as a path.

@@ -7,8 +7,8 @@
 //! [`write_safetensors`] and [`write_sharded`] write the same files, one tensor at a time;
 //! [`write_atomic`] and [`AtomicDir`] see to it that a file or directory stands under its final
 //! name whole or not at all. `resolve` turns a name on the hub into such a directory, in the
-//! cache that is shared with Python; `cache` lists and prunes that. Both are the feature
-//! `network`.
+//! cache that is shared with Python; `headers` says what its tensors are and leaves them there;
+//! `cache` lists and prunes that cache. These are the feature `network`.
 //!
 //! ```
 //! use rekindle_hub::{AtomicDir, Checkpoint, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec};
@@ -46,6 +46,7 @@ mod checkpoint;
 mod dtype;
 mod error;
 mod header;
+mod headers;
 #[cfg(feature = "network")]
 mod hub;
 mod index;
@@ -60,8 +61,9 @@ pub use atomic::{AtomicDir, clear_leftovers, remove_atomic, write_atomic};
 pub use checkpoint::Checkpoint;
 pub use dtype::Dtype;
 pub use error::{Error, HubErrorKind};
+pub use headers::{Headers, TensorInfo};
 #[cfg(feature = "network")]
-pub use hub::{HubOptions, Resolved, resolve};
+pub use hub::{HubOptions, Resolved, headers, resolve};
 pub use json::read_json;
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::{DEFAULT_MAX_SHARD_SIZE, write_sharded};

@@ -131,6 +131,35 @@ impl Api {
         Ok((0, self.accepted(answer)?))
     }
 
+    /// The first `length` bytes of a file, of which `have` are there already; what a server sends beyond is left.
+    pub(crate) async fn head(
+        &self,
+        commit: &str,
+        file: &RemoteFile,
+        mut have: Vec<u8>,
+        length: usize,
+    ) -> Result<Vec<u8>, Failure> {
+        let url = self.url(commit, &file.name)?;
+        let range = format!("bytes={}-{}", have.len(), length - 1);
+        let answer = self.send(self.client.get(url).header(RANGE, range)).await?;
+        if answer.status() != StatusCode::PARTIAL_CONTENT {
+            // A server that knows no ranges begins at the beginning.
+            have.clear();
+        }
+        let mut answer = self.accepted(answer)?;
+        while have.len() < length {
+            match answer.chunk().await.map_err(|error| self.request.unreachable(&error))? {
+                Some(chunk) => have.extend_from_slice(&chunk),
+                None => {
+                    let reason = format!("{} ended the connection early", self.request.endpoint);
+                    return Err(Failure { error: self.request.error(HubErrorKind::Network, reason), transient: true });
+                }
+            }
+        }
+        have.truncate(length);
+        Ok(have)
+    }
+
     async fn send(&self, mut request: RequestBuilder) -> Result<Response, Failure> {
         if let Some(token) = &self.token {
             request = request.bearer_auth(token);

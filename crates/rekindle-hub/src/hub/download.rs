@@ -1,5 +1,6 @@
 //! All files of a commit that are needed, several at once.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::panic::resume_unwind;
 use std::sync::Arc;
@@ -9,19 +10,24 @@ use std::thread;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use tokio::runtime::Builder;
 
+use crate::adapter::ADAPTER_FILE;
 use crate::error::quoted;
+use crate::header;
 use crate::index::{INDEX_FILE, ShardIndex};
-use crate::{Error, HubErrorKind};
+use crate::{Error, Headers, HubErrorKind};
 
 use super::api::{Api, RemoteFile};
 use super::failure::{DELAYS, FIRST_DELAYS, Request, retry};
 use super::fetch::{Fetcher, Progress};
-use super::layout::{CachedRepo, create_dir};
+use super::layout::{CachedRepo, create_dir, lacks};
 use super::select::{Selection, select};
 use super::{MAIN, Resolved, cached, space};
 
 /// How many files are on their way at once.
 const AT_ONCE: usize = 8;
+
+/// How much of a file is asked for to find its header: all of it, of most.
+const FIRST_BYTES: usize = 100_000;
 
 /// How many branches and tags an error lists.
 const MOST_REVISIONS: usize = 10;
@@ -51,6 +57,68 @@ pub(crate) fn download(
         }
         worker.join().unwrap_or_else(|panic| resume_unwind(panic))
     })
+}
+
+/// Looks the revision up and reads what its weights are; those stay where they are.
+pub(crate) fn describe(
+    request: Request,
+    repo: CachedRepo,
+    token: Option<String>,
+) -> Result<(Resolved, Headers), Error> {
+    let runtime = Builder::new_multi_thread().worker_threads(AT_ONCE).enable_all().build();
+    let runtime = runtime.map_err(|source| Error::Io { path: repo.path(), source })?;
+    thread::scope(|scope| {
+        let worker = scope.spawn(move || runtime.block_on(look(request, repo, token)));
+        worker.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })
+}
+
+async fn look(request: Request, repo: CachedRepo, token: Option<String>) -> Result<(Resolved, Headers), Error> {
+    let api = Api::new(request.clone(), token)?;
+    let here = |resolved: Resolved| Headers::open(&resolved.path).map(|headers| (resolved, headers));
+    let (commit, all) = match retry(&FIRST_DELAYS, || api.files()).await {
+        Ok(found) => found,
+        Err(error) => return without_hub(&request, &repo, &api, error).await.and_then(here),
+    };
+    let selection = select(&all).map_err(|reason| request.error(HubErrorKind::Weights, reason))?;
+    let path = repo.snapshot(&commit);
+    let resolved = Resolved { path: path.clone(), commit: Some(commit.clone()), notice: None };
+    if lacks(&path).is_none() {
+        return here(resolved);
+    }
+    let (unheard, _) = mpsc::channel();
+    let fetcher = Arc::new(Fetcher { api, repo, commit });
+    bring(&fetcher, selection.descriptions(), &unheard).await?;
+    fetcher.repo.write_reference(&request.revision, &fetcher.commit)?;
+    let weights = match selection.weights() {
+        Some(file) => vec![file.to_owned()],
+        None => ShardIndex::read(&path.join(INDEX_FILE))?.shards().into_iter().map(str::to_owned).collect(),
+    };
+    let heads = at_once(weights, |file| {
+        let fetcher = fetcher.clone();
+        async move { head(&fetcher, &file).await }
+    });
+    let is_adapter = selection.weights() == Some(ADAPTER_FILE);
+    let mut headers = Headers { path, is_adapter, tensors: BTreeMap::new() };
+    for (file, head) in heads.await? {
+        headers.add(&file.name, &head, file.size)?;
+    }
+    Ok((resolved, headers))
+}
+
+/// A file's header, with what comes along.
+async fn head(fetcher: &Fetcher, file: &str) -> Result<(RemoteFile, Vec<u8>), Error> {
+    let Fetcher { api, commit, .. } = fetcher;
+    let file = retry(&DELAYS, || api.describe(commit, file)).await?;
+    let size = usize::try_from(file.size).unwrap_or(usize::MAX);
+    let mut head = Vec::new();
+    let mut wanted = FIRST_BYTES.min(size);
+    while head.len() < wanted {
+        head = retry(&DELAYS, || api.head(commit, &file, head.clone(), wanted)).await?;
+        // What is no header is said when it is read.
+        wanted = header::length(&head).map_or(wanted, |length| size.min(length as usize));
+    }
+    Ok((file, head))
 }
 
 async fn run(

@@ -8,11 +8,11 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::path::{Component, Path, PathBuf};
 
-use crate::adapter::ADAPTER_CONFIG;
+use crate::adapter::{ADAPTER_CONFIG, ADAPTER_FILE};
 use crate::index::{INDEX_FILE, SINGLE_FILE, ShardIndex};
 use crate::{Error, write_atomic};
 
-use super::select::{ADAPTER_FILE, CONFIG};
+use super::select::CONFIG;
 
 /// One repository's place in the cache.
 #[derive(Clone, Debug)]

@@ -1,18 +1,18 @@
 //! Which files of a repository are needed.
 
-use crate::adapter::ADAPTER_CONFIG;
+use crate::adapter::{ADAPTER_CONFIG, ADAPTER_FILE};
 use crate::error::quoted;
 use crate::index::{INDEX_FILE, SINGLE_FILE};
 
 pub(crate) const CONFIG: &str = "config.json";
-pub(crate) const ADAPTER_FILE: &str = "adapter_model.safetensors";
+const POSITIONS: &str = "rope_parameters.json";
 
 /// What tokenizers of every kind consist of, and what stands beside a model.
 const SMALL_FILES: [&str; 15] = [
     CONFIG,
     "generation_config.json",
     ADAPTER_CONFIG,
-    "rope_parameters.json",
+    POSITIONS,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -32,6 +32,20 @@ pub(crate) struct Selection {
     pub(crate) files: Vec<String>,
     /// Whether an index among them names more.
     pub(crate) sharded: bool,
+}
+
+impl Selection {
+    /// What says what the weights are: configurations and the index.
+    pub(crate) fn descriptions(&self) -> Vec<String> {
+        let describes = |file: &&String| [CONFIG, ADAPTER_CONFIG, POSITIONS, INDEX_FILE].contains(&file.as_str());
+        self.files.iter().filter(describes).cloned().collect()
+    }
+
+    /// The file of all weights; `None` where an index names several. A model goes before an adapter beside it.
+    pub(crate) fn weights(&self) -> Option<&str> {
+        let has = |name: &&str| self.files.iter().any(|file| file == name);
+        [SINGLE_FILE, ADAPTER_FILE].into_iter().filter(|_| !self.sharded).find(has)
+    }
 }
 
 /// Chooses from all files of a repository; those in its folders are never needed.

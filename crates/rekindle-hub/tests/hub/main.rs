@@ -5,6 +5,7 @@
 mod cache;
 mod download;
 mod errors;
+mod headers;
 mod server;
 
 use std::path::PathBuf;

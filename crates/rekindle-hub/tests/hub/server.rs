@@ -347,10 +347,11 @@ impl Hub {
         let mut body = remote.sent.clone().unwrap_or_else(|| remote.bytes.clone());
         let (mut status, mut start, mut headers) = (200, 0, vec![]);
         if let Some(range) = request.range.as_deref().filter(|_| has_ranges) {
-            let from = range.strip_prefix("bytes=").and_then(|range| range.split('-').next()).unwrap();
+            let (from, to) = range.strip_prefix("bytes=").and_then(|range| range.split_once('-')).unwrap();
             start = from.parse().unwrap();
-            headers.push(("Content-Range", format!("bytes {start}-{}/{}", body.len() - 1, body.len())));
-            body.drain(..start);
+            let end = to.parse::<usize>().map_or(body.len(), |to| (to + 1).min(body.len()));
+            headers.push(("Content-Range", format!("bytes {start}-{}/{}", end - 1, body.len())));
+            body = body[start..end].to_vec();
             status = 206;
         }
         let cut = match request.method.as_str() {
