@@ -1,0 +1,83 @@
+//! `lora_dropout` by its statistics, seen through an adapter that passes on what it reads.
+//!
+//! That the mask is the same in recomputation and in any split, and that there is none in evaluation, is in `splits.rs`.
+
+use burn::tensor::DType;
+use rekindle_kernels::dropout::{Key, Token, Tokens};
+use rekindle_kernels::{Device, Params, ParamsBuilder, Weight, from_f32, to_f32};
+use rekindle_lora::{Adaptation, Factors, Linear, LinearGroup};
+
+const WIDTH: usize = 64;
+const TOKENS: usize = 2000;
+
+/// Two linears that read the same input. With `through_adapter` W is zero and B·A the identity, otherwise the reverse.
+fn group(through_adapter: bool) -> (LinearGroup, Params) {
+    let device = Device::cpu();
+    let identity: Vec<f32> = (0..WIDTH * WIDTH).map(|at| f32::from(u8::from(at / WIDTH == at % WIDTH))).collect();
+    let zeros = vec![0.0; WIDTH * WIDTH];
+    let (w, b) = if through_adapter { (zeros, identity.clone()) } else { (identity.clone(), zeros) };
+    let linear =
+        |name: &str| Linear::new(name, Weight::Frozen(from_f32(w.clone(), [WIDTH, WIDTH], &device, DType::F32)), None);
+    let mut group = LinearGroup::new(vec![linear("q_proj"), linear("k_proj")]);
+    let mut params = ParamsBuilder::new(&device, DType::F32);
+    group.adapt(&mut params, 0, |_| {
+        let factors = Factors { r: WIDTH, a: identity.clone(), b: b.clone(), magnitude: None };
+        Adaptation { factors: Some((factors, 1.0)), bias: None }
+    });
+    (group, params.build())
+}
+
+/// What the linears make of ones.
+fn results(through_adapter: bool, p: f32, step: u32) -> Vec<Vec<f32>> {
+    let (group, params) = group(through_adapter);
+    let tokens = (0..TOKENS as u32).map(|t| Token { row: t / 50, position: t % 50 }).collect();
+    let tokens = Tokens::new(tokens, &Device::cpu());
+    let x = from_f32(vec![1.0; TOKENS * WIDTH], [TOKENS, WIDTH], &Device::cpu(), DType::F32);
+    let (ys, _) = group.forward(&params, &x, Some(Key { p, seed: 7, step, tokens: &tokens }));
+    ys.into_iter().map(to_f32).collect()
+}
+
+/// Five standard deviations of a share of `n` draws.
+fn five_sigma(p: f64, n: usize) -> f64 {
+    5.0 * (p * (1.0 - p) / n as f64).sqrt()
+}
+
+#[test]
+fn elements_are_kept_as_often_as_they_should_be_and_scaled() {
+    for p in [0.05f32, 0.1, 0.375, 0.5, 0.9] {
+        let (keep, scale) = (1.0 - f64::from(p), 1.0 / (1.0 - p));
+        let ys = results(true, p, 3);
+        assert_eq!(ys[0], ys[1], "linears of a group share a mask");
+        let y = &ys[0];
+        assert!(y.iter().all(|&y| y == 0.0 || (y / scale - 1.0).abs() < 1e-6), "p {p}: 0 or 1 / (1 − p)");
+        let kept = |values: &mut dyn Iterator<Item = &f32>| values.filter(|y| **y != 0.0).count() as f64;
+        let rate = kept(&mut y.iter()) / y.len() as f64;
+        let mean = y.iter().map(|y| f64::from(*y)).sum::<f64>() / y.len() as f64;
+        println!("p {p}: {rate:.5} kept of {keep:.5}, mean {mean:.5}; 5σ {:.5}", five_sigma(keep, y.len()));
+        assert!((rate - keep).abs() < five_sigma(keep, y.len()), "p {p}: {rate} kept");
+        assert!((mean - 1.0).abs() < five_sigma(keep, y.len()) / keep + 1e-6, "p {p}: the mean of ones is {mean}");
+        // No channel and no token is dropped more often than others.
+        for channel in 0..WIDTH {
+            let rate = kept(&mut y.iter().skip(channel).step_by(WIDTH)) / TOKENS as f64;
+            assert!((rate - keep).abs() < five_sigma(keep, TOKENS), "p {p}: channel {channel} keeps {rate}");
+        }
+        let spread = y.chunks_exact(WIDTH).map(|token| (kept(&mut token.iter()) / WIDTH as f64 - keep).powi(2));
+        let variance = spread.sum::<f64>() / TOKENS as f64 / (keep * (1.0 - keep) / WIDTH as f64);
+        // A sum of squares of 2,000 nearly normal numbers: standard deviation √(2 / 2,000) = 0.032.
+        assert!((variance - 1.0).abs() < 0.16, "p {p}: tokens vary by {variance} of what independent elements would");
+    }
+}
+
+#[test]
+fn steps_drop_independently() {
+    let (p, keep) = (0.375, 0.625);
+    let both =
+        results(true, p, 3)[0].iter().zip(&results(true, p, 4)[0]).filter(|(a, b)| **a != 0.0 && **b != 0.0).count();
+    let rate = both as f64 / (TOKENS * WIDTH) as f64;
+    assert!((rate - keep * keep).abs() < five_sigma(keep * keep, TOKENS * WIDTH), "{rate} are kept in both steps");
+}
+
+#[test]
+fn the_base_sees_everything() {
+    assert!(results(false, 0.5, 3).iter().flatten().all(|&y| y == 1.0), "dropout is on the way to A alone");
+}
