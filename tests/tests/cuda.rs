@@ -24,11 +24,12 @@ const ADAPTER: &str = "adapter_model.safetensors";
 
 type Check = fn(&Device);
 
-const CHECKS: [(&str, Check); 11] = [
+const CHECKS: [(&str, Check); 12] = [
     ("losses of every model", losses),
     ("losses over codes", losses_over_codes),
     ("losses of every LoRA option", losses_of_options),
     ("starts from the weights", starts),
+    ("adapters by name", adapters_by_name),
     ("greedy generation", generation),
     ("packed rows have the losses of rows alone", packing),
     ("optimizer steps", steps),
@@ -159,6 +160,37 @@ fn starts(device: &Device) {
         losses(&model)
     };
     assert!(near(&started(device), &started(&Device::cpu())), "loftq");
+}
+
+/// Adapters take turns on dense weights and on codes; each comes back as it was, and so does the base.
+fn adapters_by_name(device: &Device) {
+    let golden = Golden::open("qwen3-tied");
+    let batch = golden.packed();
+    for load_in in [None, Some(LoadIn::FourBit(None))] {
+        let mut model = golden.load_with(|options| {
+            options.device = device.clone();
+            options.load_in = load_in;
+        });
+        let check = |model: &CausalLm, want: &[f32], what: &str| {
+            let got = model.nll(&batch).expect("golden rows fit");
+            let near = got.iter().zip(want).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs().max(1.0));
+            assert!(near, "{what}, {load_in:?}");
+        };
+        let base = model.nll(&batch).expect("golden rows fit");
+        let mut seen = Vec::new();
+        for name in ["plain", "rslora", "dora"] {
+            let dir = goldens().join("lora-options/qwen3-tied/adapters").join(name);
+            model.load_adapter_as(name, &dir).expect("a golden adapter loads");
+            seen.push((name, model.params().all_values(), model.nll(&batch).expect("golden rows fit")));
+        }
+        for (name, values, nll) in seen.iter().chain(&seen) {
+            model.set_adapter(name).expect("it waits");
+            assert_eq!(&model.params().all_values(), values, "{name}, {load_in:?}");
+            check(&model, nll, name);
+        }
+        model.disable_adapter().expect("the device works");
+        check(&model, &base, "the base");
+    }
 }
 
 fn generation(device: &Device) {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rekindle::{DeviceKind, FastLanguageModel};
 use rekindle_hub::{Checkpoint, Dtype};
 use rekindle_lora::{Adapter, Factors, InitLoraWeights, LoraConfig};
-use rekindle_models::{CausalLm, LoadIn, merge};
+use rekindle_models::{CausalLm, LoadIn, MergeOptions, merge};
 use rekindle_quant::{QuantConfig, QuantizedTensor};
 use rekindle_tests::{Golden, RowLosses, assert_nll, goldens, read_json, relative_distance, tensors, worst_nll};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig, save_result};
@@ -187,7 +187,7 @@ fn what_is_trained_is_saved_for_the_base_as_it_was() {
         let checkpoint = Checkpoint::open(&golden.dir).expect("a golden checkpoint opens");
         let merged = tempfile::tempdir().expect("a temporary directory");
         let adapter = model.adapter().expect("it is on");
-        merge(&checkpoint, &adapter, None, None, merged.path(), &mut |_| ()).expect("the disk has room");
+        merge(&checkpoint, &adapter, MergeOptions::default(), merged.path(), &mut |_| ()).expect("the disk has room");
         let on_disk = Golden { dir: merged.path().to_owned(), ..Golden::open(BASE) }.load();
         assert!(apart(&losses(&on_disk), &trained) < 1e-5, "{config:?}: {:e}", apart(&losses(&on_disk), &trained));
 
@@ -275,6 +275,14 @@ fn loftq_starts_nearer_to_the_base_than_its_codes() {
         let error = golden.load().load_adapter(&saved).expect_err("the base is dense").to_string();
         assert!(error.contains("(loftq)") && error.contains(load_in.argument()), "{error}");
 
+        // The linears that it is not on count too.
+        let beside = Golden::open(BASE).load_with(|options| {
+            options.load_in = Some(load_in);
+            options.skip_modules = Some(vec!["o_proj".to_owned()]);
+        });
+        let error = { beside }.load_adapter(&saved).expect_err("o_proj is dense").to_string();
+        assert!(error.contains("o_proj is not in these codes"), "{error}");
+
         // The adapter brings the codes of its base along.
         let loader =
             FastLanguageModel::from_pretrained(&golden.dir).device(DeviceKind::Cpu).dtype(rekindle::Dtype::F32);
@@ -286,9 +294,9 @@ fn loftq_starts_nearer_to_the_base_than_its_codes() {
         let adapter = Adapter::load(&saved, &model.modules()).expect("it was just written");
         let merged = out.path().join("merged");
         std::fs::create_dir(&merged).expect("the disk has room");
-        merge(&checkpoint, &adapter, None, None, &merged, &mut |_| ()).expect("the disk has room");
+        merge(&checkpoint, &adapter, MergeOptions::default(), &merged, &mut |_| ()).expect("the disk has room");
         let others = Checkpoint::open(&goldens().join("quantized/qwen3-tied-fp4")).expect("a golden checkpoint opens");
-        let error = merge(&others, &adapter, None, None, &out.path().join("wrong"), &mut |_| ());
+        let error = merge(&others, &adapter, MergeOptions::default(), &out.path().join("wrong"), &mut |_| ());
         assert!(error.is_err(), "{load_in:?}: these are other codes");
         model.merge_and_unload().expect("the CPU has room");
         for merged in [Golden { dir: merged, ..Golden::open(BASE) }.load(), model] {
@@ -319,6 +327,30 @@ fn loftq_misses_what_its_authors_algorithm_misses() {
         println!("{method}: {} beside {want}", square.sqrt());
         // A code that lies between two values may fall to either side; 1.4e-8 was measured.
         assert!((square.sqrt() / want - 1.0).abs() < 1e-6, "{}", square.sqrt());
+    }
+}
+
+/// An adapter that is on some linears was trained beside the others as they were.
+#[test]
+fn loftq_wants_the_other_linears_as_they_were() {
+    let base = |skip: Option<&[&str]>| {
+        Golden::open(BASE).load_with(|options| {
+            options.load_in = Some(LoadIn::FourBit(None));
+            options.skip_modules = skip.map(|names| names.iter().map(ToString::to_string).collect());
+        })
+    };
+    let config = loftq_config().target_modules(["q_proj"]);
+    let out = tempfile::tempdir().expect("a temporary directory");
+    for (skip, other, parts) in [
+        (Some(&["up_proj"][..]), None, ["up_proj dense, which is otherwise", "with skip_modules = [\"up_proj\"]"]),
+        (None, Some(&["up_proj"][..]), ["up_proj in codes, which is otherwise", "load the base without skip_modules"]),
+    ] {
+        let mut model = base(skip);
+        model.add_adapter(&config).expect("a valid configuration");
+        model.adapter().expect("it was just added").save(out.path()).expect("the disk has room");
+        base(skip).load_adapter(out.path()).expect("it is the base that it was trained on");
+        let error = base(other).load_adapter(out.path()).expect_err("another linear is otherwise").to_string();
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
     }
 }
 

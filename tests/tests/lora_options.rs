@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use rekindle_hub::{Checkpoint, Dtype};
 use rekindle_lora::LoraConfig;
-use rekindle_models::{CausalLm, LoadIn, merge};
+use rekindle_models::{CausalLm, LoadIn, MergeOptions, merge};
 use rekindle_tests::{Golden, RowLosses, Trajectory, assert_nll, goldens, read_json, tensors, worst_nll};
 use serde_json::Value;
 
@@ -125,7 +125,7 @@ fn merged_is_unmerged() {
             // The same from disk to disk, and what the model in memory writes.
             let (out, saved) = (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory"));
             let checkpoint = Checkpoint::open(&options.base.dir).expect("a golden checkpoint opens");
-            merge(&checkpoint, &loaded, None, None, out.path(), &mut |_| ()).expect("the disk has room");
+            merge(&checkpoint, &loaded, MergeOptions::default(), out.path(), &mut |_| ()).expect("the disk has room");
             model.save(saved.path(), Dtype::F32).expect("the disk has room");
             for dir in [out.path(), saved.path()] {
                 let golden = Golden { dir: dir.to_owned(), ..Golden::open(&options.base.name) };
@@ -143,7 +143,7 @@ fn adapters_merge_onto_decoded_codes() {
     let adapter = model.adapter().expect("just loaded");
     let out = tempfile::tempdir().expect("a temporary directory");
     let checkpoint = Checkpoint::open(&golden.dir).expect("a golden checkpoint opens");
-    merge(&checkpoint, &adapter, None, None, out.path(), &mut |_| ()).expect("the disk has room");
+    merge(&checkpoint, &adapter, MergeOptions::default(), out.path(), &mut |_| ()).expect("the disk has room");
     let merged = Golden { dir: out.path().to_owned(), ..Golden::open("quantized/qwen3-tied-nf4-double") };
     for model in [merged.load(), {
         model.merge_and_unload().expect("the CPU has room");

@@ -1,11 +1,17 @@
 //! Merging by the library: dtypes, verification, and what is refused.
 
-use rekindle::{Dtype, Merge};
+use std::path::PathBuf;
+
+use rekindle::{Combination, Dtype, Merge};
 use rekindle_kernels::DeviceKind;
 use rekindle_tests::goldens;
 
-fn merge(adapter: &str) -> Merge {
-    Merge::new(goldens().join("lora-options/qwen3-tied/adapters").join(adapter)).base(goldens().join("qwen3-tied"))
+fn adapter(name: &str) -> PathBuf {
+    goldens().join("lora-options/qwen3-tied/adapters").join(name)
+}
+
+fn merge_of(name: &str) -> Merge {
+    Merge::new(adapter(name)).base(goldens().join("qwen3-tied"))
 }
 
 #[test]
@@ -14,7 +20,7 @@ fn every_dtype_stays_within_its_bound() {
         let mut means = Vec::new();
         for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
             let out = tempfile::tempdir().expect("a temporary directory");
-            let merge = merge(adapter).dtype(dtype);
+            let merge = merge_of(adapter).dtype(dtype);
             let mut seen = (0, 0);
             merge.write(out.path().join("merged"), &mut |done, total| seen = (done, total)).expect("the disk has room");
             assert_eq!(seen.0, seen.1, "progress ends at the end");
@@ -29,14 +35,34 @@ fn every_dtype_stays_within_its_bound() {
 #[test]
 fn another_merge_is_noticed() {
     let out = tempfile::tempdir().expect("a temporary directory");
-    merge("plain").write(out.path().join("merged"), &mut |_, _| ()).expect("the disk has room");
-    let error = merge("rslora").verify(out.path().join("merged"), DeviceKind::Cpu).expect_err("another adapter's");
+    merge_of("plain").write(out.path().join("merged"), &mut |_, _| ()).expect("the disk has room");
+    let error = merge_of("rslora").verify(out.path().join("merged"), DeviceKind::Cpu).expect_err("another adapter's");
     assert!(error.to_string().contains("more than the 1e-4 that rounding explains"), "{error}");
 }
 
 #[test]
+fn several_are_merged_as_one() {
+    let out = tempfile::tempdir().expect("a temporary directory");
+    for (number, combination) in [Combination::Cat, Combination::Linear, Combination::Svd(Some(2))].iter().enumerate() {
+        let merge = Merge::weighted([(adapter("plain"), 0.7), (adapter("rslora"), -0.4)], *combination);
+        let (merge, merged) = (merge.base(goldens().join("qwen3-tied")), out.path().join(number.to_string()));
+        merge.write(&merged, &mut |_, _| ()).expect("the disk has room");
+        let found = merge.verify(&merged, DeviceKind::Cpu).expect("within the bound");
+        println!("{combination}: {found:?}");
+        let error = merge_of("plain").verify(&merged, DeviceKind::Cpu).expect_err("another adapter's");
+        assert!(error.to_string().contains("that rounding explains"), "{error}");
+    }
+    let merge = Merge::weighted([(adapter("plain"), 1.0), (adapter("dora"), 1.0)], Combination::Cat);
+    let error = merge.base(goldens().join("qwen3-tied")).write(out.path().join("dora"), &mut |_, _| ());
+    assert!(error.expect_err("lengths do not add up").to_string().contains("(use_dora)"));
+    let none: [(&str, f64); 0] = [];
+    let error = Merge::weighted(none, Combination::Cat).write(out.path().join("none"), &mut |_, _| ());
+    assert!(error.expect_err("nothing").to_string().contains("no adapter to merge"));
+}
+
+#[test]
 fn the_base_is_never_written_over() {
-    let error = merge("plain").write(goldens().join("qwen3-tied"), &mut |_, _| ()).expect_err("it is the base");
+    let error = merge_of("plain").write(goldens().join("qwen3-tied"), &mut |_, _| ()).expect_err("it is the base");
     assert!(error.to_string().contains("is the base itself; give another directory"), "{error}");
     let error = Merge::new(goldens().join("qwen2")).write("/nowhere", &mut |_, _| ()).expect_err("no adapter");
     assert!(error.to_string().contains("adapter_config.json"), "{error}");

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use rekindle::{
-    DataFile, DeviceKind, Dtype, ErrorKind, FastLanguageModel, Loader, LoraConfig, Model, SftConfig, SftTrainer,
+    DataFile, DeviceKind, Dtype, ErrorKind, FastLanguageModel, Loader, LoraConfig, Merge, Model, SftConfig, SftTrainer,
     Tokenizer,
 };
 use rekindle_tests::{Golden, read_json, tensors};
@@ -121,15 +121,50 @@ fn a_vocabulary_that_does_not_fit_is_named() {
     let out = scratch();
     model.save_pretrained(out.path()).expect("the disk has room");
     assert_eq!(loss(&resized().load_adapter(out.path()).expect("it fits"), &golden), loss(&model, &golden));
-    // Without the argument the adapter is one of another model.
-    let error = loader(out.path()).load_model().expect_err("131 rows are not 140");
-    assert!(error.to_string().contains("140") && error.to_string().contains("131"), "{error}");
-    let error = model.save_pretrained_merged(out.path().join("merged"), Dtype::Auto).expect_err("other rows");
-    assert!(error.to_string().contains("131") && error.to_string().contains("merge_and_unload"), "{error}");
-    let merged = model.merge_and_unload().expect("there is an adapter");
-    merged.save_pretrained(out.path().join("merged")).expect("the disk has room");
-    let again = loader(&out.path().join("merged")).load_model().expect("it was just written");
-    assert_eq!(loss(&again, &golden), loss(&merged, &golden));
+    // The adapter brings the number along, in the place of a model and beside one.
+    assert_eq!(loss(&loader(out.path()).load_model().expect("its base is named"), &golden), loss(&model, &golden));
+    let beside =
+        loader(&golden.dir).for_adapter(out.path()).load_model().and_then(|base| base.load_adapter(out.path()));
+    assert_eq!(loss(&beside.expect("it fits"), &golden), loss(&model, &golden));
+    let base = loader(&golden.dir).load_model().expect("a golden checkpoint loads");
+    let error = base.load_adapter(out.path()).expect_err("131 rows are not 140").to_string();
+    assert!(error.contains("trained with 140 token ids and this model has 131"), "{error}");
+    assert!(error.contains("resize_model_vocab = 140"), "{error}");
+}
+
+/// From disk to disk, from a model to disk, and in memory.
+#[test]
+fn another_vocabulary_is_merged() {
+    for (name, saved) in [("qwen3-tied", "lm_head"), ("qwen3-untied-sharded", "embed_tokens")] {
+        let golden = Golden::open(name);
+        let rows = DataFile::new(golden.dir.join("rows.jsonl"));
+        let resized = loader(&golden.dir).resize_model_vocab(140).load_model().expect("rows can be added");
+        let lora = LoraConfig::new(2).modules_to_save([saved]);
+        let mut model = resized.get_peft_model(lora).expect("a valid configuration");
+        let config = SftConfig { max_steps: Some(2), learning_rate: Some(1e-2), ..SftConfig::default() };
+        SftTrainer::new(&mut model, NO_TOKENIZER, rows, config).train().expect("golden rows can be trained on");
+        let out = scratch();
+        let (adapter, merged) = (out.path().join("adapter"), |number: u8| out.path().join(format!("merged-{number}")));
+        model.save_pretrained(&adapter).expect("the disk has room");
+        let merge = Merge::new(&adapter);
+        merge.write(merged(0), &mut |_, _| ()).expect("the disk has room");
+        let found = merge.verify(merged(0), DeviceKind::Cpu).expect("within the bound");
+        println!("{name}: {found:?}");
+        model.save_pretrained_merged(merged(1), Dtype::Auto).expect("the disk has room");
+        let trained = loss(&model, &golden);
+        model.merge_and_unload().expect("there is an adapter").save_pretrained(merged(2)).expect("the disk has room");
+        for number in 0..3 {
+            assert_eq!(read_json(&merged(number).join("config.json"))["vocab_size"], json!(140));
+            let again = loss(&loader(&merged(number)).load_model().expect("it was just written"), &golden);
+            assert!((again - trained).abs() <= 1e-5 * trained, "{name} {number}: {again} and {trained}");
+        }
+        // Without saved tables nothing but the model says how many there are.
+        let plain = loader(&golden.dir).resize_model_vocab(140).load_model().expect("rows can be added");
+        let plain = plain.get_peft_model(LoraConfig::new(2)).expect("a valid configuration");
+        plain.save_pretrained_merged(merged(3), Dtype::Auto).expect("the disk has room");
+        let again = loss(&loader(&merged(3)).load_model().expect("it was just written"), &golden);
+        assert_eq!(again, loss(&plain, &golden), "B is zero");
+    }
 }
 
 #[test]

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, Subcommand};
-use rekindle::{DeviceKind, Dtype, RopeScaling, parse_device};
+use rekindle::{Combination, DeviceKind, Dtype, RopeScaling, parse_device};
 
+use crate::failure::Failure;
 use crate::nearest::nearest;
 use crate::overrides::{Override, parse_value};
 use crate::run_file::ModelSection;
@@ -139,9 +140,11 @@ pub(crate) struct GenerateArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = MERGE)]
 pub(crate) struct MergeArgs {
-    /// An adapter's directory or name on the hub, or the output directory of a run that trained one
-    #[arg(value_name = "RUN_OR_ADAPTER")]
-    pub(crate) adapter: PathBuf,
+    /// An adapter's directory or name on the hub, or the output directory of a run that trained one; several are combined
+    #[arg(value_name = "RUN_OR_ADAPTER", required = true)]
+    pub(crate) adapters: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) combine: CombineArgs,
     /// Where to put the merged checkpoint; a directory that is not there yet, or an empty one
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
@@ -157,6 +160,8 @@ pub(crate) struct MergeArgs {
     /// Where --verify computes: cpu, cuda, cuda:N, wgpu or wgpu:N [default: cpu]
     #[arg(long, value_name = "D", requires = "verify", value_parser = parse_device)]
     pub(crate) device: Option<DeviceKind>,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -186,7 +191,7 @@ pub(crate) struct QuantizeArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct InspectArgs {
-    /// A directory with a checkpoint or an adapter, or a name on the hub, which is downloaded whole
+    /// A directory with a checkpoint or an adapter, or a name on the hub, whose weights stay there
     #[arg(value_name = "M")]
     pub(crate) path: PathBuf,
     #[command(flatten)]
@@ -216,9 +221,11 @@ pub(crate) struct ModelArgs {
     /// A checkpoint directory in the Hugging Face layout, or a name on the hub; an adapter stands for its base with it
     #[arg(long, value_name = "M")]
     pub(crate) model: PathBuf,
-    /// An adapter in PEFT's format: a directory, or a name on the hub
+    /// An adapter in PEFT's format: a directory, or a name on the hub. Given several times, they are combined
     #[arg(long, value_name = "A")]
-    pub(crate) adapter: Option<PathBuf>,
+    pub(crate) adapter: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) combine: CombineArgs,
     /// Dtype of weights and activations; auto is f32 on the CPU and wgpu, bf16 on CUDA
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtype())]
     pub(crate) dtype: Dtype,
@@ -238,6 +245,33 @@ pub(crate) struct ModelArgs {
     pub(crate) resize_model_vocab: Option<usize>,
     #[command(flatten)]
     pub(crate) hub: HubArgs,
+}
+
+/// How several adapters become one.
+#[derive(Debug, clap::Args)]
+pub(crate) struct CombineArgs {
+    /// What each adapter counts, separated by commas, in their order [default: 1 each]
+    #[arg(long, value_name = "W,W", value_delimiter = ',', allow_negative_numbers = true)]
+    pub(crate) adapter_weights: Option<Vec<f64>>,
+    /// How adapters are combined: cat (the sum, exactly), linear (A and B added up apart) or svd:N (the sum in rank N)
+    #[arg(long, value_name = "HOW", default_value = "cat", value_parser = combination)]
+    pub(crate) combine: Combination,
+}
+
+impl CombineArgs {
+    /// The adapters, and what each counts.
+    pub(crate) fn weighted<T>(&self, adapters: impl IntoIterator<Item = T>) -> Result<Vec<(T, f64)>, Failure> {
+        let adapters: Vec<T> = adapters.into_iter().collect();
+        let count = adapters.len();
+        let weights = self.adapter_weights.clone().unwrap_or_else(|| vec![1.0; count]);
+        if weights.len() != count {
+            return Err(Failure::Configuration(format!(
+                "--adapter-weights has {} numbers and there are {count} adapters; give one for each, or leave it out",
+                weights.len()
+            )));
+        }
+        Ok(adapters.into_iter().zip(weights).collect())
+    }
 }
 
 /// How the linears of the model are kept.
@@ -295,6 +329,10 @@ fn rope_scaling(text: &str) -> Result<RopeScaling, String> {
         }),
         value => value.try_into().map_err(|error| error.message().to_owned()),
     }
+}
+
+fn combination(text: &str) -> Result<Combination, String> {
+    text.parse().map_err(|error: rekindle::LoraError| error.to_string())
 }
 
 fn dtype() -> impl TypedValueParser<Value = Dtype> {
@@ -371,7 +409,9 @@ const EVAL: &str = "\
 Examples:
   rekindle eval --model Qwen/Qwen3-0.6B --data heldout.jsonl
   rekindle eval --model models/Qwen3-0.6B --adapter outputs/run/adapter --data heldout.jsonl --json
-  rekindle eval --model models/Qwen3-0.6B --load-in-4bit --data heldout.jsonl";
+  rekindle eval --model models/Qwen3-0.6B --load-in-4bit --data heldout.jsonl
+  rekindle eval --model models/Qwen3-0.6B --adapter outputs/sql/adapter --adapter outputs/chat/adapter \\
+    --adapter-weights 0.7,0.3 --data heldout.jsonl";
 
 const GENERATE: &str = "\
 Examples:
@@ -384,7 +424,8 @@ name it with --model.
 
 Examples:
   rekindle merge outputs/run --out models/tuned --verify
-  rekindle merge outputs/run/adapter --model models/Qwen3-0.6B --dtype bf16 --out models/tuned";
+  rekindle merge outputs/run/adapter --model models/Qwen3-0.6B --dtype bf16 --out models/tuned
+  rekindle merge outputs/sql outputs/chat --adapter-weights 0.7,0.3 --out models/both";
 
 const QUANTIZE: &str = "\
 The result loads here and in transformers with bitsandbytes.

@@ -2,14 +2,23 @@
 
 use rekindle::{DeviceKind, Merge};
 
-use crate::args::MergeArgs;
+use crate::args::{HubArgs, MergeArgs};
 use crate::failure::Failure;
 use crate::{fetch, output, progress};
 
 pub(crate) fn run(args: &MergeArgs) -> Result<(), Failure> {
-    let mut merge = Merge::new(&args.adapter).dtype(args.dtype);
+    let adapters = args.combine.weighted(&args.adapters)?;
+    let mut merge = Merge::weighted(adapters, args.combine.combine).dtype(args.dtype);
     if let Some(base) = &args.model {
         merge = merge.base(base);
+    }
+    let HubArgs { revision, cache_dir, local_files_only } = &args.hub;
+    merge = merge.local_files_only(*local_files_only);
+    if let Some(revision) = revision {
+        merge = merge.revision(revision);
+    }
+    if let Some(cache_dir) = cache_dir {
+        merge = merge.cache_dir(cache_dir);
     }
     fetch::say(&merge.fetch(&mut progress::downloading())?);
     merge.write(&args.out, &mut progress::reading("merging"))?;

@@ -1,6 +1,6 @@
 //! Loading a model with what lies beside it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rekindle::{Error, Loader, Model, Tokenizer};
 
@@ -12,20 +12,29 @@ use crate::{fetch, progress};
 pub(crate) fn open(args: &ModelArgs) -> Result<(Model, Option<Tokenizer>), Failure> {
     let section = args.section();
     let mut loader = section.loader(args.device)?;
-    let adapter = args.adapter.as_ref().map(|name| fetch::directory(section.source(name))).transpose()?;
-    if let Some(adapter) = &adapter {
-        loader = loader.for_adapter(adapter);
+    let dirs = args.adapter.iter().map(|name| fetch::directory(section.source(name)));
+    let dirs: Vec<PathBuf> = dirs.collect::<Result<_, Failure>>()?;
+    let adapters = args.combine.weighted(dirs)?;
+    if let Some((first, _)) = adapters.first() {
+        loader = loader.for_adapter(first);
     }
     let (model, tokenizer) = load(loader)?;
-    let model = match args.adapter.as_ref().zip(adapter) {
-        Some(_) if model.causal_lm().lora().is_some() => {
-            return Err(Failure::Configuration(format!(
-                "--model {} is an adapter, which stands for its base with it; leave --adapter out, or give the base",
-                args.model.display()
-            )));
+    if adapters.is_empty() {
+        return Ok((model, tokenizer));
+    }
+    if model.causal_lm().lora().is_some() {
+        return Err(Failure::Configuration(format!(
+            "--model {} is an adapter, which stands for its base with it; leave --adapter out, or give the base",
+            args.model.display()
+        )));
+    }
+    let model = match (&args.adapter[..], &adapters[..]) {
+        ([name], [(dir, 1.0)]) => load_adapter(model, name, dir)?,
+        _ => {
+            let model = model.load_weighted_adapters(&adapters, args.combine.combine)?;
+            say(&model);
+            model
         }
-        Some((name, dir)) => load_adapter(model, name, &dir)?,
-        None => model,
     };
     Ok((model, tokenizer))
 }
@@ -33,8 +42,14 @@ pub(crate) fn open(args: &ModelArgs) -> Result<(Model, Option<Tokenizer>), Failu
 /// The model with the adapter called `name`, which lies in `dir`.
 pub(crate) fn load_adapter(model: Model, name: &Path, dir: &Path) -> Result<Model, Failure> {
     let model = model.load_adapter(dir)?;
+    say(&model);
     name_unknown(&model, name);
     Ok(model)
+}
+
+/// What the library has to say of the adapters of a model.
+fn say(model: &Model) {
+    model.notices().iter().for_each(|notice| eprintln!("{notice}"));
 }
 
 /// Names what an adapter's configuration says that has no effect here.
@@ -56,6 +71,7 @@ pub(crate) fn load(loader: Loader) -> Result<(Model, Option<Tokenizer>), Failure
     let model = loader.on_progress(progress::reading("loading")).load_model()?;
     if let Some(adapter) = &files.adapter {
         eprintln!("adapter {} on {}", adapter.display(), files.model.display());
+        say(&model);
         name_unknown(&model, adapter);
     }
     eprintln!("device {}, dtype {:?}", model.device(), model.causal_lm().dtype());

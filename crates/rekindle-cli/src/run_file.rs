@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use rekindle::{
     Blocksize, DataFile, DeviceKind, Dtype, FastLanguageModel, GradientCheckpointing, Loader, LoraConfig, Model,
     Overlong, QuantConfig, RopeScaling, SftConfig, Source, Thinking, TrainOn, Untrained, parse_device,
+    stored_quantization,
 };
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -132,7 +133,7 @@ impl ModelSection {
 
     /// Writes the 4-bit format out where this quantized `model`; a checkpoint that came in codes has its own.
     pub(crate) fn fill_quant_config(&mut self, model: &Model) {
-        let has_its_own = model.causal_lm().config().json.get("quantization_config").is_some_and(|v| !v.is_null());
+        let has_its_own = stored_quantization(&model.causal_lm().config().json).is_some();
         if self.load_in_4bit && !has_its_own {
             let QuantConfig { quant_type, blocksize, double_quant } = QuantConfig::default();
             self.quant_type.get_or_insert_with(|| quant_type.name().to_owned());

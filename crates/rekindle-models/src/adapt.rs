@@ -10,16 +10,17 @@ use rekindle_lora::{
     initial_magnitude, match_targets,
 };
 
+use crate::adapters::{DEFAULT_ADAPTER, Held};
 use crate::block::Block;
-use crate::names::{EMBED, HEAD, Projection};
+use crate::names::{EMBED, HEAD, Projection, module};
 use crate::{CausalLm, Error, ModelConfig};
 
 /// The frozen weights of modules that an adapter trains whole.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Replaced {
-    embed: Option<Weight>,
+    pub(crate) embed: Option<Weight>,
     /// Within: `None` where the table is the head.
-    head: Option<Option<Weight>>,
+    pub(crate) head: Option<Option<Weight>>,
 }
 
 impl ModelConfig {
@@ -31,7 +32,7 @@ impl ModelConfig {
             Module { name: projection.module(layer), input, out, has_bias: projection.has_bias(c) }
         };
         let linears = (0..c.num_hidden_layers).flat_map(|layer| Projection::ALL.map(|p| linear(layer, p))).collect();
-        let savable = [EMBED, HEAD].map(|name| (module(name), [c.vocab_size, c.hidden_size])).to_vec();
+        let savable = [EMBED, HEAD].map(|name| (module(name).to_owned(), [c.vocab_size, c.hidden_size])).to_vec();
         Modules { linears, savable, tied: c.tie_word_embeddings }
     }
 }
@@ -42,7 +43,8 @@ impl CausalLm {
         self.config.modules()
     }
 
-    /// Puts a new adapter on the linears that `config` targets, replacing any there was.
+    /// Puts a new adapter on the linears that `config` targets, replacing the one without a name of its own
+    /// ([`DEFAULT_ADAPTER`]). [`add_adapter_as`](Self::add_adapter_as) adds one beside others.
     ///
     /// With `init_lora_weights` = `"pissa"`, `"pissa_niter_N"` or `"olora"` the base loses what the adapter starts with
     /// ([`rekindle_lora::taken`]), until the adapter is taken off. [`adapter`](Self::adapter) stands for the same function
@@ -52,6 +54,10 @@ impl CausalLm {
     /// [`Error::Lora`] for a configuration that is invalid or matches nothing, [`Error::Argument`] when all
     /// weights are trained or the base cannot start such an adapter, [`Error::File`] when its checkpoint is gone.
     pub fn add_adapter(&mut self, config: &LoraConfig) -> Result<(), Error> {
+        self.put_new(DEFAULT_ADAPTER, config)
+    }
+
+    pub(crate) fn put_new(&mut self, name: &str, config: &LoraConfig) -> Result<(), Error> {
         config.validate()?;
         let modules = self.modules();
         let targets = match_targets(config, &modules.names())?;
@@ -60,17 +66,17 @@ impl CausalLm {
         let source = self.start_source(config, &targets)?;
         // From here on only the device can fail, or a weight that is not finite where the adapter starts from it: the
         // earlier adapter may go.
-        self.remove_adapter();
+        self.make_way(name)?;
         let mut factors = BTreeMap::new();
         let starts = self.starts(config, &targets, source)?;
-        for (name, mut start) in targets.iter().zip(starts) {
-            let linear = self.linear(name);
+        for (target, mut start) in targets.iter().zip(starts) {
+            let linear = self.linear(target);
             let [out, input] = linear.weight.dims();
             if config.use_dora {
                 let dense = to_f32(linear.weight.matrix(&self.params));
-                start.magnitude = Some(initial_magnitude(&dense, [out, input], &start, config.scale_of(name)));
+                start.magnitude = Some(initial_magnitude(&dense, [out, input], &start, config.scale_of(target)));
             }
-            factors.insert(name.clone(), start);
+            factors.insert(target.clone(), start);
         }
         let bias = |linear: &Module| {
             let bias = self.linear(&linear.name).bias.as_ref().expect("the module says that it has one");
@@ -87,35 +93,41 @@ impl CausalLm {
         if config.lora().init_lora_weights == InitLoraWeights::Loftq {
             config.set_codes(self.codes(&targets[0]).expect("the source is in codes"));
         }
-        self.place(Adapter { config, factors, biases, saved })
+        self.place(name, Adapter { config, factors, biases, saved })
     }
 
-    /// Puts a saved adapter on the model, replacing any there was.
+    /// Puts a saved adapter on the model, replacing the one without a name of its own ([`DEFAULT_ADAPTER`]).
+    /// [`load_adapter_as`](Self::load_adapter_as) adds one beside others.
     ///
     /// # Errors
     /// [`Error::Lora`] when the files are unreadable or do not match this model exactly, [`Error::Argument`] when it was
     /// trained with other positions.
     pub fn load_adapter(&mut self, dir: &Path) -> Result<(), Error> {
+        self.put_saved(DEFAULT_ADAPTER, dir)
+    }
+
+    pub(crate) fn put_saved(&mut self, name: &str, dir: &Path) -> Result<(), Error> {
         self.check_positions(dir)?;
         let adapter = Adapter::load(dir, &self.modules())?;
         self.check_placeable()?;
         self.check_codes(dir, &adapter)?;
-        self.remove_adapter();
-        self.place(adapter)
+        self.make_way(name)?;
+        self.place(name, adapter)
     }
 
     /// The adapter as it is now, if there is one: for the base as its checkpoint has it. One that the base lost a part to
     /// has twice the rank here ([`rekindle_lora::to_plain`]).
     pub fn adapter(&self) -> Option<Adapter> {
-        let mut config = self.adapter_config.clone()?;
-        let init = &config.lora().init_lora_weights;
-        if init.changes_base() || *init == InitLoraWeights::Loftq {
-            config = config.plain(init.changes_base());
-        }
+        self.held().map(Held::into_plain)
+    }
+
+    /// The adapter as it is trained.
+    pub(crate) fn held(&self) -> Option<Held> {
+        let config = self.adapter_config.clone()?;
         let (mut factors, mut biases) = (BTreeMap::new(), BTreeMap::new());
         for (name, trained) in self.blocks.iter().flat_map(Block::groups).flat_map(|group| group.trained(&self.params))
         {
-            factors.extend(trained.factors.map(|(f, _)| (name.clone(), self.taken.plain(&name, f))));
+            factors.extend(trained.factors.map(|(f, _)| (name.clone(), f)));
             biases.extend(trained.bias.map(|bias| (name, bias)));
         }
         let embed = self.replaced.embed.as_ref().and(self.embed.trained());
@@ -124,12 +136,13 @@ impl CausalLm {
             head = embed;
         }
         let saved = [(EMBED, embed), (HEAD, head)].into_iter();
-        let saved =
-            saved.filter_map(|(name, at)| Some((module(name), (at?.dims(), self.params.values(at?))))).collect();
-        Some(Adapter { config, factors, biases, saved })
+        let saved = saved
+            .filter_map(|(name, at)| Some((module(name).to_owned(), (at?.dims(), self.params.values(at?)))))
+            .collect();
+        Some(Held { adapter: Adapter { config, factors, biases, saved }, taken: self.taken.factors() })
     }
 
-    /// Takes the adapter off; the model is then its base. Without an adapter nothing happens.
+    /// Takes the adapter off and forgets it; the model is then its base. Without an adapter nothing happens.
     pub fn remove_adapter(&mut self) {
         if self.adapter_config.take().is_none() {
             return;
@@ -161,7 +174,8 @@ impl CausalLm {
         }
     }
 
-    fn place(&mut self, adapter: Adapter) -> Result<(), Error> {
+    /// Puts an adapter onto the base.
+    pub(crate) fn place(&mut self, called: &str, adapter: Adapter) -> Result<(), Error> {
         self.check_placeable()?;
         self.restore();
         let mut params = ParamsBuilder::new(&self.device, self.dtype);
@@ -192,6 +206,7 @@ impl CausalLm {
         }
         self.params = params.build();
         self.adapter_config = Some(config);
+        called.clone_into(&mut self.adapter_name);
         Ok(())
     }
 
@@ -218,9 +233,4 @@ impl CausalLm {
         let mut linears = self.blocks.iter().flat_map(Block::groups).flat_map(|group| group.linears());
         linears.find(|linear| linear.name == name).expect("the names are this model's")
     }
-}
-
-/// The module of a weight.
-fn module(weight: &str) -> String {
-    weight.trim_end_matches(".weight").to_owned()
 }

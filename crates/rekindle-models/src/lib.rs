@@ -11,6 +11,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod adapt;
+mod adapters;
 mod batch;
 mod block;
 mod cache;
@@ -34,16 +35,17 @@ mod save;
 mod start;
 mod vocab;
 
+pub use adapters::DEFAULT_ADAPTER;
 pub use batch::{Batch, IGNORED};
 pub use config::{Biases, ModelConfig};
 pub use error::Error;
 pub use generate::{GenerationConfig, StopReason};
 pub use load::LoadOptions;
 pub use memory::{MemoryClass, MemoryLine, MemoryReport};
-pub use merge::merge;
+pub use merge::{MergeOptions, merge};
 pub use model::{CausalLm, StepKey};
 pub use positions::{save_positions, saved_positions};
-pub use quantization::LoadIn;
+pub use quantization::{LoadIn, stored_quantization};
 pub use quantize::quantize;
 pub use rekindle_rope::{Error as RopeError, Positions, RopeScaling, Widened};
 pub use start::{TrainedOn, trained_on};

@@ -93,7 +93,7 @@ impl CausalLm {
         }
         check_tensors(checkpoint, &config, plan.as_ref())?;
         if let Some(rows) = options.resize_model_vocab {
-            vocab::resize_config(&mut config, rows)?;
+            config = config.resized(rows)?;
         }
         let quantization = plan.as_ref().map(|plan| Quantization {
             config: plan.config.clone(),
@@ -124,6 +124,8 @@ impl CausalLm {
             device: device.clone(),
             dtype: *dtype,
             adapter_config: None,
+            adapter_name: String::new(),
+            waiting: BTreeMap::new(),
             replaced: Replaced::default(),
             checkpointing: GradientCheckpointing::Off,
             quantization: source.quantization,

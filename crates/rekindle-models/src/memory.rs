@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use rekindle_hub::{Checkpoint, Dtype};
+use rekindle_hub::{Dtype, Headers};
 use rekindle_kernels::Weight;
 use rekindle_quant::bnb;
 use serde::Serialize;
@@ -78,18 +78,19 @@ pub struct MemoryReport {
 }
 
 impl MemoryReport {
-    /// What the tensors of a checkpoint take on disk. Only headers are read.
-    pub fn of_checkpoint(checkpoint: &Checkpoint, config: &ModelConfig) -> Self {
+    /// What the tensors of a checkpoint take on disk.
+    pub fn of_headers(headers: &Headers, config: &ModelConfig) -> Self {
         let mut report = Self::default();
-        let owners: std::collections::BTreeSet<String> = checkpoint.names().filter_map(bnb::owner).collect();
+        let tensors = &headers.tensors;
+        let owners: std::collections::BTreeSet<String> = tensors.keys().filter_map(|name| bnb::owner(name)).collect();
         for needed in names::needed(config) {
-            let Some(view) = checkpoint.get(&needed.name) else { continue };
+            let Some(tensor) = tensors.get(&needed.name) else { continue };
             let quantized = owners.contains(&needed.name);
             let class = if quantized { MemoryClass::PackedCodes } else { MemoryClass::of(&needed.name) };
-            report.add(class, needed.shape.iter().product(), view.data.len());
+            report.add(class, needed.shape.iter().product(), tensor.bytes as usize);
         }
-        for name in checkpoint.names().filter(|name| bnb::owner(name).is_some()) {
-            report.add(MemoryClass::Scales, 0, checkpoint.get(name).map_or(0, |view| view.data.len()));
+        for (_, tensor) in tensors.iter().filter(|(name, _)| bnb::owner(name).is_some()) {
+            report.add(MemoryClass::Scales, 0, tensor.bytes as usize);
         }
         report
     }

@@ -10,17 +10,28 @@ use rekindle_rope::Positions;
 use serde_json::Value;
 
 use crate::block::Block;
-use crate::names::{self, EMBED, HEAD, Needed, Projection};
+use crate::names::{self, EMBED, HEAD, Needed, Projection, module};
 use crate::quantization::Plan;
+use crate::vocab::resize_rows;
 use crate::{CausalLm, Error, ModelConfig};
+
+/// What a merge is to be, where it is not as the base is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MergeOptions<'a> {
+    /// The positions that the adapter was trained with.
+    pub positions: Option<&'a Positions>,
+    /// Rows of the embedding table and the head, as [`LoadOptions`](crate::LoadOptions) has it.
+    pub resize_model_vocab: Option<usize>,
+    /// The dtype of all tensors.
+    pub dtype: Option<Dtype>,
+}
 
 /// Writes `base` with `adapter` added into it, into the existing directory `dir`: W + s·B·A in `f32`, rounded once to
 /// `dtype`, or to what the tensor has in the base.
 ///
 /// Codes of a quantized base are decoded: the adapter was trained against what they stand for, and the result is
 /// dense. For an adapter that starts from what codes miss (LoftQ) those codes are made of a dense base here. One tensor
-/// is in memory at a time. `positions` are those that the adapter was trained with, if not the base's. `progress` is
-/// told the bytes of each tensor as it is read.
+/// is in memory at a time. `progress` is told the bytes of each tensor as it is read.
 ///
 /// # Errors
 /// [`Error::Config`] and [`Error::Tensors`] for the base, [`Error::Lora`] for an adapter of another model,
@@ -28,14 +39,17 @@ use crate::{CausalLm, Error, ModelConfig};
 pub fn merge(
     base: &Checkpoint,
     adapter: &Adapter,
-    positions: Option<&Positions>,
-    dtype: Option<Dtype>,
+    options: MergeOptions<'_>,
     dir: &Path,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), Error> {
-    let config = ModelConfig::from_checkpoint(base)?;
+    let MergeOptions { positions, resize_model_vocab, dtype } = options;
+    let mut config = ModelConfig::from_checkpoint(base)?;
     let plan = crate::start::plan(base, adapter)?;
     crate::load::check_tensors(base, &config, plan.as_ref())?;
+    if let Some(rows) = resize_model_vocab {
+        config = config.resized(rows)?;
+    }
     let source = Source { base, plan, adapter };
     let needed = source.tensors(&config);
     let specs: Vec<TensorSpec> = needed
@@ -52,7 +66,7 @@ pub fn merge(
         progress(source.bytes(&needed.name));
         write_f32(out, specs[index].dtype, &values)
     })?;
-    let mut json = base.config().clone();
+    let mut json = config.json.clone();
     if let Some(positions) = positions {
         positions.apply(&mut json);
     }
@@ -134,6 +148,9 @@ impl Source<'_> {
             Some(StoredWeight::Int8(tensor)) => tensor.dequantize(),
             None => self.view(&needed.name).expect("every needed tensor was checked to be there").to_f32()?,
         };
+        if let (EMBED | HEAD, &[rows, width]) = (needed.name.as_str(), needed.shape.as_slice()) {
+            values = resize_rows(values, width, rows);
+        }
         if let (Some(factors), &[out, input]) = (self.adapter.factors.get(module), needed.shape.as_slice()) {
             let scale = self.adapter.config.lora().scale_of(module);
             rekindle_lora::merge(&mut values, [out, input], factors, scale, factors.magnitude.as_deref());
@@ -149,13 +166,15 @@ impl CausalLm {
     }
 
     /// Adds the adapter into the weights and takes it off: the same function, without the adapter's cost. Codes of
-    /// merged linears become dense. Without an adapter nothing happens.
+    /// merged linears become dense. Adapters that wait are forgotten, as they are for the base that was. Without an
+    /// adapter on the model nothing happens.
     ///
     /// # Errors
     /// [`Error::Device`] when the device fails, as for lack of memory; the model is then of no use.
     pub fn merge_and_unload(&mut self) -> Result<(), Error> {
         let Some(adapter) = self.adapter() else { return Ok(()) };
         self.remove_adapter();
+        self.waiting.clear();
         self.merged = true;
         let (device, dtype) = (self.device.clone(), self.dtype);
         let frozen = |values: Vec<f32>, shape: [usize; 2]| Weight::Frozen(from_f32(values, shape, &device, dtype));
@@ -201,10 +220,6 @@ impl CausalLm {
 /// Whether table and head, one weight in the base, are two once the adapter is in it.
 fn parts(adapter: &Adapter, config: &ModelConfig) -> bool {
     config.tie_word_embeddings && !adapter.saved.is_empty() && !adapter.config.lora().ensure_weight_tying
-}
-
-fn module(weight: &str) -> &str {
-    weight.trim_end_matches(".weight")
 }
 
 /// PyTorch's name of a dtype.

@@ -1,5 +1,6 @@
 //! A causal language model: embedding, decoder blocks, final norm and head.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use burn::tensor::DType;
@@ -13,6 +14,7 @@ use rekindle_lora::{GradientCheckpointing, LoraConfig, peft::AdapterConfig};
 use rekindle_rope::Widened;
 
 use crate::adapt::Replaced;
+use crate::adapters::Held;
 use crate::block::{Block, Context, Kept, Saved};
 use crate::names::Projection;
 use crate::quantization::Quantization;
@@ -35,6 +37,10 @@ pub struct CausalLm {
     pub(crate) device: Device,
     pub(crate) dtype: DType,
     pub(crate) adapter_config: Option<AdapterConfig>,
+    /// What the adapter is called, while there is one.
+    pub(crate) adapter_name: String,
+    /// The adapters that are not on the model, by name.
+    pub(crate) waiting: BTreeMap<String, Held>,
     /// The frozen weights of modules that are trained whole at present.
     pub(crate) replaced: Replaced,
     /// What holds where an adapter asks for nothing.

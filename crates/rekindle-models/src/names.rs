@@ -13,6 +13,11 @@ pub(crate) const EMBED: &str = "model.embed_tokens.weight";
 pub(crate) const NORM: &str = "model.norm.weight";
 pub(crate) const HEAD: &str = "lm_head.weight";
 
+/// The module of a weight.
+pub(crate) fn module(weight: &str) -> &str {
+    weight.trim_end_matches(".weight")
+}
+
 /// A linear of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Projection {

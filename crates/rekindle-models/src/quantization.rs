@@ -33,6 +33,11 @@ impl LoadIn {
     }
 }
 
+/// What a `config.json` says of the codes that its checkpoint is in; `None` for a dense one.
+pub fn stored_quantization(config: &Value) -> Option<&Value> {
+    config.get("quantization_config").filter(|found| !found.is_null())
+}
+
 /// What a loaded model keeps to be saved as it was read.
 #[derive(Clone, Debug)]
 pub(crate) struct Quantization {
@@ -82,8 +87,7 @@ impl Plan {
         load_in: Option<LoadIn>,
         skip_modules: Option<&[String]>,
     ) -> Result<Option<Self>, Error> {
-        let stored = checkpoint.config().get("quantization_config").filter(|v| !v.is_null());
-        if let Some(json) = stored {
+        if let Some(json) = stored_quantization(checkpoint.config()) {
             return Self::stored(checkpoint, json, load_in, skip_modules).map(Some);
         }
         let dtype = dtype_name(checkpoint.config());

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use rekindle_hub::{Checkpoint, DEFAULT_MAX_SHARD_SIZE, TensorSpec, write_atomic, write_sharded};
+use rekindle_hub::{Checkpoint, DEFAULT_MAX_SHARD_SIZE, Headers, TensorSpec, write_atomic, write_sharded};
 use rekindle_quant::bnb::StoredWeight;
 use serde_json::Value;
 
 use crate::names::{self, HEAD};
-use crate::quantization::{Plan, hub_dtype};
+use crate::quantization::{Plan, hub_dtype, stored_quantization};
 use crate::{Error, LoadIn, MemoryReport, ModelConfig};
 
 /// Writes `checkpoint` with its linears in codes into the existing directory `dir`: the tensors and the
@@ -28,7 +28,7 @@ pub fn quantize(
     progress: &mut dyn FnMut(u64),
 ) -> Result<MemoryReport, Error> {
     let config = ModelConfig::from_checkpoint(checkpoint)?;
-    if checkpoint.config().get("quantization_config").is_some_and(|v| !v.is_null()) {
+    if stored_quantization(checkpoint.config()).is_some() {
         return Err(Error::Argument(format!(
             "{} is quantized already; give the 16-bit checkpoint that it was made from",
             checkpoint.path().display()
@@ -82,6 +82,6 @@ pub fn quantize(
         fields.insert("quantization_config".to_owned(), plan.config.to_json());
     }
     write_atomic(&dir.join("config.json"), format!("{json:#}\n").as_bytes())?;
-    let written = Checkpoint::open(dir)?;
-    Ok(MemoryReport::of_checkpoint(&written, &config))
+    let written = Headers::open(dir)?;
+    Ok(MemoryReport::of_headers(&written, &config))
 }

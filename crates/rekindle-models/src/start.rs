@@ -8,13 +8,14 @@ use rekindle_hub::Checkpoint;
 use rekindle_kernels::packed::{Absmax, Format};
 use rekindle_kernels::{Device, Weight, from_f32, to_f32};
 use rekindle_lora::peft::AdapterConfig;
-use rekindle_lora::{Adapter, Factors, InitLoraWeights, LoraConfig, Start, initial_factors, loftq, taken, to_plain};
+use rekindle_lora::{Adapter, Factors, InitLoraWeights, Linear, LoraConfig, Start, initial_factors, loftq, taken};
+use rekindle_quant::bnb::QuantizationConfig;
 use rekindle_quant::{Blocksize, Origin, QuantConfig};
 use serde_json::{Map, Value, json};
 
 use crate::block::Block;
 use crate::load::frozen;
-use crate::quantization::{LoadIn, Plan};
+use crate::quantization::{LoadIn, Plan, stored_quantization};
 use crate::{CausalLm, Error};
 
 /// What the adapter on the model took out of the base.
@@ -34,9 +35,9 @@ struct Part {
 }
 
 impl Taken {
-    /// The factors for the base as it was.
-    pub(crate) fn plain(&self, module: &str, now: Factors) -> Factors {
-        self.parts.get(module).map_or_else(|| now.clone(), |part| to_plain(&now, &part.factors))
+    /// What was taken, by the linear's name.
+    pub(crate) fn factors(&self) -> BTreeMap<String, Factors> {
+        self.parts.iter().map(|(name, part)| (name.clone(), part.factors.clone())).collect()
     }
 }
 
@@ -66,7 +67,7 @@ impl CausalLm {
             )));
         }
         let checkpoint = Checkpoint::open(&self.path)?;
-        if needs_codes && checkpoint.config().get("quantization_config").is_some_and(|v| !v.is_null()) {
+        if needs_codes && stored_quantization(checkpoint.config()).is_some() {
             return Err(Error::Argument(format!(
                 "init_lora_weights {name} starts from what codes miss of a weight, and {} holds nothing but the codes; \
                  load the 16-bit checkpoint that it was made from with load_in_4bit or load_in_8bit",
@@ -110,7 +111,9 @@ impl CausalLm {
         };
         let starts = targets.iter().map(|name| match config.init_lora_weights {
             InitLoraWeights::Loftq => self.missed(config, name, &checkpoint),
-            _ => self.take(config, name, &checkpoint),
+            _ => self.take(name, &checkpoint, |w, shape| {
+                taken(config, name, w, shape).expect("the source is for nothing else")
+            }),
         });
         let starts: Result<Vec<Factors>, Error> = starts.collect();
         self.taken.checkpoint = Some(checkpoint);
@@ -131,7 +134,32 @@ impl CausalLm {
         Ok(loftq(config, name, &w, packed.dims(), 1, |_| decoded.clone()).factors)
     }
 
-    fn take(&mut self, config: &LoraConfig, name: &str, checkpoint: &Checkpoint) -> Result<Factors, Error> {
+    /// Takes out of the base again what an adapter took that was off the model: the same bits remain.
+    ///
+    /// # Errors
+    /// [`Error::File`] when the checkpoint is gone; the base is then as it was.
+    pub(crate) fn take_again(&mut self, parts: &BTreeMap<String, Factors>, config: &LoraConfig) -> Result<(), Error> {
+        if parts.is_empty() {
+            return Ok(());
+        }
+        let checkpoint = Checkpoint::open(&self.path)?;
+        let take = |(name, factors): (&String, &Factors)| {
+            self.take(name, &checkpoint, |w, shape| Start::again(w, shape, factors, config.scale_of(name))).map(|_| ())
+        };
+        let done = parts.iter().try_for_each(take);
+        self.taken.checkpoint = Some(checkpoint);
+        if done.is_err() {
+            self.put_back();
+        }
+        done
+    }
+
+    fn take(
+        &mut self,
+        name: &str,
+        checkpoint: &Checkpoint,
+        start: impl FnOnce(&[f32], [usize; 2]) -> Start,
+    ) -> Result<Factors, Error> {
         let weight = self.linear(name).weight.clone();
         let shape = weight.dims();
         let w = to_f32(weight.matrix(&self.params));
@@ -141,7 +169,7 @@ impl CausalLm {
             Some(view) if view.shape == shape => to_f32(frozen(&view, shape, &Device::cpu(), self.dtype)?) == w,
             _ => false,
         };
-        let Start { factors, base } = taken(config, name, &w, shape).expect("the source is for nothing else");
+        let Start { factors, base } = start(&w, shape);
         let base = Weight::Frozen(from_f32(base, shape, &self.device, self.dtype));
         self.set_weight(name, base);
         let kept = (!stored).then_some(weight);
@@ -181,20 +209,35 @@ impl CausalLm {
     /// Refuses an adapter that was made for other codes than those of this model.
     pub(crate) fn check_codes(&self, dir: &Path, adapter: &Adapter) -> Result<(), Error> {
         let Some(wanted) = adapter.config.codes() else { return Ok(()) };
-        let Some(TrainedOn { load_in, .. }) = trained_on(&adapter.config)? else { return Ok(()) };
+        let Some(TrainedOn { load_in, skip_modules }) = trained_on(&adapter.config)? else { return Ok(()) };
         let same = |found: &Map<String, Value>| {
             ["loftq_bits", "quant_type", "blocksize", "double_quant"]
                 .iter()
                 .all(|key| found.get(*key) == wanted.get(*key))
         };
         let fits = |name: &&String| self.codes(name).is_some_and(|found| same(&found));
-        let Some(linear) = adapter.factors.keys().find(|name| !fits(name)) else { return Ok(()) };
+        if let Some(linear) = adapter.factors.keys().find(|name| !fits(name)) {
+            return Err(Error::Argument(format!(
+                "the adapter in {} starts from what codes miss of their weights (loftq), and {linear} is not in these \
+                 codes: {}; load the base with {}",
+                dir.display(),
+                Value::from(wanted.clone()),
+                load_in.argument()
+            )));
+        }
+        // The other linears too: it was trained beside them as they were.
+        let skip = QuantizationConfig::int8(skip_modules);
+        let linears = self.blocks.iter().flat_map(Block::groups).flat_map(|group| group.linears());
+        let differs = |linear: &&Linear| matches!(linear.weight, Weight::Packed(_)) == skip.skips(&linear.name);
+        let Some(linear) = linears.into_iter().find(differs) else { return Ok(()) };
+        let (name, was) = (&linear.name, if skip.skips(&linear.name) { "dense" } else { "in codes" });
+        let asked = match wanted.get("skip_modules").filter(|skipped| !skipped.is_null()) {
+            Some(skipped) => format!("with skip_modules = {skipped}"),
+            None => "without skip_modules".to_owned(),
+        };
         Err(Error::Argument(format!(
-            "the adapter in {} starts from what codes miss of their weights (loftq), and {linear} is not in these codes: \
-             {}; load the base with {}",
-            dir.display(),
-            Value::from(wanted.clone()),
-            load_in.argument()
+            "the adapter in {} was trained (loftq) beside {name} {was}, which is otherwise here; load the base {asked}",
+            dir.display()
         )))
     }
 

@@ -7,20 +7,25 @@ use crate::{Error, ModelConfig};
 /// More ids than a label can name.
 const MOST_IDS: usize = i32::MAX as usize;
 
-/// Has the configuration, and the file that is written from it, say `rows`.
-pub(crate) fn resize_config(config: &mut ModelConfig, rows: usize) -> Result<(), Error> {
-    if rows == 0 || rows > MOST_IDS {
-        return Err(Error::Argument(format!(
-            "resize_model_vocab is {rows}; expected 1 to {MOST_IDS} rows, as many as the tokenizer has tokens (this \
-             model has {})",
-            config.vocab_size
-        )));
+impl ModelConfig {
+    /// This model with `rows` token ids.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a number that labels cannot name.
+    pub fn resized(mut self, rows: usize) -> Result<Self, Error> {
+        if rows == 0 || rows > MOST_IDS {
+            return Err(Error::Argument(format!(
+                "resize_model_vocab is {rows}; expected 1 to {MOST_IDS} rows, as many as the tokenizer has tokens \
+                 (this model has {})",
+                self.vocab_size
+            )));
+        }
+        self.vocab_size = rows;
+        if let Value::Object(fields) = &mut self.json {
+            fields.insert("vocab_size".to_owned(), Value::from(rows));
+        }
+        Ok(self)
     }
-    config.vocab_size = rows;
-    if let Value::Object(fields) = &mut config.json {
-        fields.insert("vocab_size".to_owned(), Value::from(rows));
-    }
-    Ok(())
 }
 
 /// The first `rows` rows of a table, and for those that it lacks the mean of all it has, summed in `f64`: a token that

@@ -38,7 +38,7 @@ pub use recorder::Recorder;
 pub use report::{RunDescription, report_html};
 pub use report_to::ReportTo;
 pub use sampler::{SamplePrompt, Sampler};
-pub use save::{save_result, write_result};
+pub use save::{save_adapter, save_adapters, save_result, write_result};
 pub use schedule::{Curve, LrSchedulerKwargs, LrSchedulerType, Schedule};
 pub use tensorboard::EventFile;
 pub use trainer::Trainer;

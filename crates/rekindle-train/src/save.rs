@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use rekindle_data::COMPANION_FILES;
 use rekindle_hub::{AtomicDir, Dtype, write_atomic};
+use rekindle_lora::Adapter;
 use rekindle_lora::peft::{CONFIG_FILE, TENSORS_FILE};
-use rekindle_models::{CausalLm, Positions, save_positions};
+use rekindle_models::{CausalLm, DEFAULT_ADAPTER, Positions, save_positions};
 
 use crate::Error;
 
@@ -22,14 +23,52 @@ pub fn save_result(model: &CausalLm, dir: &Path, companions: &[PathBuf], dtype: 
     // What is read from a device that failed is no adapter.
     model.device().check().map_err(rekindle_models::Error::from)?;
     write_result(dir, adapter.is_some(), companions, |target| match adapter {
-        Some(adapter) => {
-            if let Some(widened) = model.widened() {
-                save_positions(&widened.positions, target)?;
-            }
-            Ok(adapter.save(target).map_err(rekindle_models::Error::from)?)
-        }
+        Some(adapter) => write_adapter(model, &adapter, target),
         None => Ok(model.save(target, dtype)?),
     })
+}
+
+/// Writes the adapter called `name` to `dir` as [`save_result`] does the one that is on the model.
+///
+/// # Errors
+/// As `save_result`, and for a name that is no adapter's.
+pub fn save_adapter(model: &CausalLm, name: &str, dir: &Path, companions: &[PathBuf]) -> Result<(), Error> {
+    let adapter = model.adapter_called(name)?;
+    write_result(dir, true, companions, |target| write_adapter(model, &adapter, target))
+}
+
+/// Writes all adapters of `model` to `dir` as PEFT lays them out: the one called [`DEFAULT_ADAPTER`] at its top, others
+/// in directories of their names; with copies of `companions` at the top.
+///
+/// `dir` appears whole or not at all. One that is there is replaced if it holds an earlier result of these adapters and
+/// nothing else.
+///
+/// # Errors
+/// [`Error::File`] when `dir` holds anything else, or the system refuses; [`Error::Model`] likewise.
+pub fn save_adapters(model: &CausalLm, dir: &Path, companions: &[PathBuf]) -> Result<(), Error> {
+    let is_named = |name: &&str| *name != DEFAULT_ADAPTER;
+    let named: Vec<&str> = model.adapters().into_iter().filter(is_named).collect();
+    check_with(dir, true, &named)?;
+    write_new(dir, companions, |target| {
+        for name in model.adapters() {
+            let adapter = model.adapter_called(name)?;
+            let mut place = target.to_owned();
+            if is_named(&name) {
+                place.push(name);
+                std::fs::create_dir(&place).map_err(|source| Error::Io { path: place.clone(), source })?;
+            }
+            write_adapter(model, &adapter, &place)?;
+        }
+        Ok(())
+    })
+}
+
+/// The files of one adapter of `model`.
+fn write_adapter(model: &CausalLm, adapter: &Adapter, dir: &Path) -> Result<(), Error> {
+    if let Some(widened) = model.widened() {
+        save_positions(&widened.positions, dir)?;
+    }
+    Ok(adapter.save(dir).map_err(rekindle_models::Error::from)?)
 }
 
 /// Makes `dir` with what `write` puts into the directory that it is given, and copies of `companions`.
@@ -46,6 +85,10 @@ pub fn write_result<T>(
     write: impl FnOnce(&Path) -> Result<T, Error>,
 ) -> Result<T, Error> {
     check_replaceable(dir, is_adapter)?;
+    write_new(dir, companions, write)
+}
+
+fn write_new<T>(dir: &Path, companions: &[PathBuf], write: impl FnOnce(&Path) -> Result<T, Error>) -> Result<T, Error> {
     let target = AtomicDir::replace(dir)?;
     let written = write(target.path())?;
     for file in companions {
@@ -59,11 +102,20 @@ pub fn write_result<T>(
 
 /// Refuses a directory with anything in it that an earlier save of this kind did not write.
 pub(crate) fn check_replaceable(dir: &Path, adapter: bool) -> Result<(), Error> {
+    check_with(dir, adapter, &[])
+}
+
+/// As [`check_replaceable`], with adapters in directories of the names `named`.
+fn check_with(dir: &Path, adapter: bool, named: &[&str]) -> Result<(), Error> {
     let Ok(entries) = std::fs::read_dir(dir) else { return Ok(()) };
+    for name in named {
+        check_replaceable(&dir.join(name), true)?;
+    }
     let names: Vec<String> = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     let weights = |name: &str| name.starts_with("model") && name.contains(".safetensors");
     let ours = |name: &str| {
         COMPANION_FILES.contains(&name)
+            || named.contains(&name)
             || if adapter {
                 [CONFIG_FILE, TENSORS_FILE, Positions::FILE].contains(&name)
             } else {
@@ -98,5 +150,18 @@ mod tests {
         let error = check(true).unwrap_err().to_string();
         assert!(error.contains("it holds \"config.json\", which saving would remove"), "{error}");
         check_replaceable(&dir.path().join("absent"), true).unwrap();
+    }
+
+    #[test]
+    fn adapters_of_other_names_are_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let named = dir.path().join("sql");
+        std::fs::create_dir(&named).unwrap();
+        std::fs::write(named.join(TENSORS_FILE), "").unwrap();
+        check_with(dir.path(), true, &["sql", "chat"]).unwrap();
+        assert!(check_with(dir.path(), true, &["chat"]).unwrap_err().to_string().contains("it holds \"sql\""));
+        std::fs::write(named.join("notes.txt"), "").unwrap();
+        let error = check_with(dir.path(), true, &["sql"]).unwrap_err().to_string();
+        assert!(error.contains("sql\"") && error.contains("it holds \"notes.txt\""), "{error}");
     }
 }

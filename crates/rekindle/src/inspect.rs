@@ -1,17 +1,16 @@
-//! What a directory holds, from its headers alone.
+//! What a directory or a name on the hub holds, from its headers alone.
 
 use core::fmt;
 use std::path::Path;
 
-use rekindle_hub::{Checkpoint, SafetensorsFile};
+use rekindle_hub::Headers;
 use rekindle_lora::BLOCK_LINEARS;
-use rekindle_lora::peft::{AdapterConfig, CONFIG_FILE, TENSORS_FILE};
-use rekindle_models::{MemoryReport, ModelConfig, saved_positions};
+use rekindle_lora::peft::AdapterConfig;
+use rekindle_models::{MemoryReport, ModelConfig, saved_positions, stored_quantization};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::Error;
-use crate::source::find_quietly;
+use crate::{Error, Source};
 
 /// A checkpoint's or an adapter's facts.
 #[derive(Clone, Debug, Serialize)]
@@ -59,23 +58,35 @@ pub enum Inspection {
     },
 }
 
-/// Reads the headers of the checkpoint or adapter in the directory `path`, or of that name on the hub; no weight is
-/// touched, but a name is downloaded whole.
+/// Reads the headers of the checkpoint or adapter in the directory `path`, or of that name on the hub; no weight is read,
+/// and of a name none is downloaded. [`Source::inspect`] says more about where.
 ///
 /// # Errors
 /// [`Error::File`] and [`Error::Model`] for a directory that holds neither, or a broken one.
 pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection, Error> {
-    let path = &find_quietly(path.as_ref())?;
-    // Some adapters come with their base's configuration, but without its weights.
-    let has_weights = ["model.safetensors", "model.safetensors.index.json"].iter().any(|file| path.join(file).exists());
-    if path.join(CONFIG_FILE).exists() && !has_weights {
-        return adapter(path);
+    Ok(Source::new(path.as_ref()).inspect()?.0)
+}
+
+impl Source<'_> {
+    /// What a checkpoint or an adapter holds, from its headers: of a name on the hub those alone are read, and its
+    /// configuration is kept in the cache. The second is what the user should be told: the hub was out of reach, and the
+    /// cache was taken instead.
+    ///
+    /// # Errors
+    /// As [`fetch`](Self::fetch), and [`Error::Model`] for a broken configuration.
+    pub fn inspect(self) -> Result<(Inspection, Option<String>), Error> {
+        let (headers, notice) = self.headers()?;
+        let found = if headers.is_adapter { adapter(&headers)? } else { checkpoint(&headers)? };
+        Ok((found, notice))
     }
-    let checkpoint = Checkpoint::open(path)?;
-    let config = ModelConfig::from_checkpoint(&checkpoint)?;
-    let json = checkpoint.config();
+}
+
+fn checkpoint(headers: &Headers) -> Result<Inspection, Error> {
+    let path = headers.path.join("config.json");
+    let json: Value = rekindle_hub::read_json(&path)?;
+    let config = ModelConfig::from_json(&json).map_err(|problems| rekindle_models::Error::Config { path, problems })?;
     let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| json.get(key)?.as_str());
-    let memory = MemoryReport::of_checkpoint(&checkpoint, &config);
+    let memory = MemoryReport::of_headers(headers, &config);
     Ok(Inspection::Checkpoint {
         architecture: config.architecture.clone(),
         shape: serde_json::json!({
@@ -91,7 +102,7 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection, Error> {
             "tie_word_embeddings": config.tie_word_embeddings,
         }),
         dtype: dtype.map(str::to_owned),
-        quantization: json.get("quantization_config").filter(|v| !v.is_null()).cloned(),
+        quantization: stored_quantization(&json).cloned(),
         bytes: memory.bytes(),
         bits_per_quantized_weight: memory.bits_per_quantized_weight(),
         saving: memory.saving(),
@@ -99,24 +110,22 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection, Error> {
     })
 }
 
-fn adapter(path: &Path) -> Result<Inspection, Error> {
-    let json: Value = rekindle_hub::read_json(&path.join(CONFIG_FILE))?;
-    let config = AdapterConfig::from_json(&json.to_string()).map_err(rekindle_models::Error::from)?;
-    let file = SafetensorsFile::open(&path.join(TENSORS_FILE))?;
-    let views = || file.names().filter_map(|name| file.get(name));
+fn adapter(headers: &Headers) -> Result<Inspection, Error> {
+    let config = AdapterConfig::open(&headers.path).map_err(rekindle_models::Error::from)?;
     let lora = config.lora();
-    let adapted = |linear: &&str| file.names().any(|name| name.contains(&format!(".{linear}.")));
+    let adapted = |linear: &&str| headers.tensors.keys().any(|name| name.contains(&format!(".{linear}.")));
     let targets = BLOCK_LINEARS.iter().filter(|linear| adapted(linear)).map(|&linear| linear.to_owned());
+    let parameters = headers.tensors.values().map(|tensor| tensor.shape.iter().product::<usize>() as u64);
     Ok(Inspection::Adapter {
         base_model_name_or_path: config.base_model_name_or_path().map(str::to_owned),
         r: lora.r,
         lora_alpha: lora.lora_alpha,
         scale: lora.scale(),
-        positions: saved_positions(path)?.map(|positions| positions.to_json()),
+        positions: saved_positions(&headers.path)?.map(|positions| positions.to_json()),
         target_modules: targets.collect(),
-        tensors: views().count(),
-        parameters: views().map(|view| view.shape.iter().product::<usize>() as u64).sum(),
-        bytes: file.total_bytes(),
+        tensors: headers.tensors.len(),
+        parameters: parameters.sum(),
+        bytes: headers.total_bytes(),
     })
 }
 

@@ -25,6 +25,7 @@
 #![warn(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod adapters;
 mod describe;
 mod error;
 mod inspect;
@@ -58,11 +59,12 @@ pub use rekindle_hub::{HubErrorKind, cache};
 pub use rekindle_kernels::cuda::{Report as CudaReport, report as cuda_report};
 pub use rekindle_kernels::{DeviceKind, parse_device};
 pub use rekindle_lora::{
-    BLOCK_LINEARS, Bias, GradientCheckpointing, InitLoraWeights, LoftqConfig, LoraConfig, TargetModules,
+    BLOCK_LINEARS, Bias, Combination, Error as LoraError, GradientCheckpointing, InitLoraWeights, LoftqConfig,
+    LoraConfig, TargetModules,
 };
 pub use rekindle_models::{
-    CausalLm, GenerationConfig, LoadIn, MemoryClass, MemoryLine, MemoryReport, ModelConfig, Positions, RopeError,
-    RopeScaling, StopReason, Widened,
+    CausalLm, DEFAULT_ADAPTER, GenerationConfig, LoadIn, MemoryClass, MemoryLine, MemoryReport, ModelConfig, Positions,
+    RopeError, RopeScaling, StopReason, Widened, stored_quantization,
 };
 pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
 pub use rekindle_train::{

@@ -1,22 +1,26 @@
-//! An adapter merged into its base, from directory to directory.
+//! Adapters merged into their base, from directory to directory.
 
 use std::path::{Path, PathBuf};
 
-use rekindle_hub::Checkpoint;
+use rekindle_hub::{AdapterBase, Checkpoint};
 use rekindle_kernels::DeviceKind;
-use rekindle_lora::Adapter;
-use rekindle_models::{Batch, ModelConfig, Positions, saved_positions};
+use rekindle_lora::{Adapter, Combination, saved_rows, weighted};
+use rekindle_models::{Batch, MergeOptions, ModelConfig, saved_positions};
 use rekindle_train::write_result;
 
-use crate::source::{Access, find};
+use crate::source::{Access, Fetched, OnDownload, find};
 use crate::{Dtype, Error, FastLanguageModel, Files, Model};
 
 /// What to merge, and how.
 #[derive(Clone, Debug)]
 pub struct Merge {
-    adapter: PathBuf,
+    /// What each counts.
+    adapters: Vec<(PathBuf, f64)>,
+    combination: Combination,
     base: Option<PathBuf>,
     dtype: Dtype,
+    revision: Option<String>,
+    access: Access,
 }
 
 /// How far the losses of a merged model are from those of its base with the adapter.
@@ -34,10 +38,15 @@ impl Merge {
     /// The adapter in `adapter`: a directory in PEFT's format, a run's output directory that holds one, or a name on the
     /// hub.
     pub fn new(adapter: impl Into<PathBuf>) -> Self {
-        let adapter = adapter.into();
-        let inside = adapter.join("adapter");
-        let adapter = if inside.join(rekindle_lora::peft::CONFIG_FILE).exists() { inside } else { adapter };
-        Self { adapter, base: None, dtype: Dtype::Auto }
+        Self::weighted([(adapter, 1.0)], Combination::default())
+    }
+
+    /// One adapter made of several ([`weighted`]), named as for [`new`](Self::new), and what each counts. The first says
+    /// what the base is.
+    pub fn weighted(adapters: impl IntoIterator<Item = (impl Into<PathBuf>, f64)>, combination: Combination) -> Self {
+        let adapters = adapters.into_iter().map(|(adapter, weight)| (of_run(adapter.into()), weight)).collect();
+        let (base, revision) = (None, None);
+        Self { adapters, combination, base, dtype: Dtype::Auto, revision, access: Access::default() }
     }
 
     /// The base's directory or name. Default: what the adapter says it was trained on. A base in 4 or 8 bits is decoded, since
@@ -55,46 +64,115 @@ impl Merge {
         self
     }
 
-    /// Finds the adapter and its base, downloading what is missing; what is done here begins with this. `on_download` is
-    /// told the bytes that are here, and those of all files that are being downloaded, of one after the other.
+    /// A branch, tag or commit of the first adapter, where that is a name on the hub. Default `main`. Of the base, the
+    /// adapter's configuration says it.
+    #[must_use]
+    pub fn revision(mut self, revision: impl Into<String>) -> Self {
+        self.revision = Some(revision.into());
+        self
+    }
+
+    /// The token for private and gated repositories ([`Source::token`](crate::Source::token)).
+    #[must_use]
+    pub fn token(mut self, token: impl Into<String>) -> Self {
+        self.access.token = Some(token.into());
+        self
+    }
+
+    /// Where downloads lie ([`Source::cache_dir`](crate::Source::cache_dir)).
+    #[must_use]
+    pub fn cache_dir(mut self, cache_dir: impl Into<PathBuf>) -> Self {
+        self.access.cache_dir = Some(cache_dir.into());
+        self
+    }
+
+    /// Whether the network is left alone ([`Source::local_files_only`](crate::Source::local_files_only)).
+    #[must_use]
+    pub fn local_files_only(mut self, local_files_only: bool) -> Self {
+        self.access.local_files_only = local_files_only;
+        self
+    }
+
+    /// Finds the adapters and their base, downloading what is missing; what is done here begins with this. `on_download`
+    /// is told the bytes that are here, and those of all files that are being downloaded, of one after the other.
     ///
     /// What is returned is for the user: the hub was out of reach, and the cache was taken instead.
     ///
     /// # Errors
-    /// [`Error::File`] for what is not there, [`Error::Argument`] for an adapter that does not name its base,
-    /// [`Error::AdapterBase`] when that cannot be had.
-    pub fn fetch(&mut self, on_download: &mut dyn FnMut(u64, u64)) -> Result<Vec<String>, Error> {
-        let access = Access::default();
-        let adapter = find(&self.adapter, None, &access, on_download)?;
+    /// [`Error::File`] for what is not there, and for an adapter that does not name its base, [`Error::Argument`] without
+    /// an adapter, [`Error::AdapterBase`] when the base cannot be had.
+    pub fn fetch(&mut self, on_download: OnDownload<'_>) -> Result<Vec<String>, Error> {
+        let mut notices = Vec::new();
+        let mut revision = self.revision.take();
+        let access = &self.access;
+        let mut bring = |name: &Path, revision: Option<&str>| -> Result<PathBuf, Error> {
+            let Fetched { path, notice, .. } = find(name, revision, access, on_download)?;
+            notices.extend(notice);
+            Ok(path)
+        };
+        let given = self.adapters.first().map(|(first, _)| first.clone());
+        for (adapter, _) in &mut self.adapters {
+            *adapter = bring(adapter, revision.take().as_deref())?;
+        }
+        let (Some(given), Some((first, _))) = (given, self.adapters.first()) else {
+            return Err(Error::Argument("no adapter to merge; name at least one".to_owned()));
+        };
         let base = match &self.base {
-            Some(base) => find(base, None, &access, on_download)?,
+            Some(base) => bring(base, None)?,
             None => {
-                let (name, revision) = named_base(&adapter.path)?;
-                let found = find(Path::new(&name), revision.as_deref(), &access, on_download);
-                found.map_err(|error| Error::AdapterBase { adapter: self.adapter.clone(), source: Box::new(error) })?
+                let AdapterBase { name_or_path, revision } = AdapterBase::read(first)?;
+                let found = bring(Path::new(&name_or_path), revision.as_deref());
+                found.map_err(|error| Error::AdapterBase { adapter: given, source: Box::new(error) })?
             }
         };
-        self.adapter = adapter.path;
-        self.base = Some(base.path);
-        Ok(adapter.notice.into_iter().chain(base.notice).collect())
+        self.base = Some(base);
+        Ok(notices)
     }
 
     /// Writes the merged checkpoint to `out`, the tokenizer's files included. One tensor is in memory at a time.
     /// `progress` is told the bytes read so far and in all.
     ///
-    /// `out` appears whole or not at all; what is there already is never replaced.
+    /// An adapter that was trained with another number of token ids and saved its tables (`resize_model_vocab` and
+    /// `modules_to_save`) brings that number along. `out` appears whole or not at all; what is there already is never
+    /// replaced.
     ///
     /// # Errors
     /// [`Error::File`] and [`Error::Model`] for an adapter or a base that is missing, broken or does not fit,
     /// [`Error::Train`] when the result cannot be written.
     pub fn write(&self, out: impl AsRef<Path>, progress: &mut dyn FnMut(u64, u64)) -> Result<(), Error> {
-        let (base, adapter) = self.directories()?;
+        let (base, adapters) = self.directories()?;
         let checkpoint = Checkpoint::open(&base)?;
-        let modules = ModelConfig::from_checkpoint(&checkpoint)?.modules();
-        let positions = saved_positions(&adapter)?;
-        let companions = Files::of(&base, &adapter).companions();
-        let adapter = Adapter::load(&adapter, &modules).map_err(rekindle_models::Error::from)?;
-        write_merged(&checkpoint, &adapter, positions.as_ref(), &companions, self.dtype, out.as_ref(), progress)
+        let mut config = ModelConfig::from_checkpoint(&checkpoint)?;
+        let first = &adapters[0].0;
+        let lora = rekindle_models::Error::from;
+        let rows = saved_rows(first).map_err(lora)?.filter(|rows| *rows != config.vocab_size);
+        if let Some(rows) = rows {
+            config = config.resized(rows)?;
+        }
+        let modules = config.modules();
+        let positions = saved_positions(first)?;
+        let mut loaded = Vec::new();
+        for (dir, weight) in &adapters {
+            if saved_positions(dir)? != positions {
+                return Err(Error::Argument(format!(
+                    "the adapters in {} and {} were trained with other positions (rope_scaling); merge them one by one",
+                    first.display(),
+                    dir.display()
+                )));
+            }
+            loaded.push((dir.display().to_string(), Adapter::load(dir, &modules).map_err(lora)?, *weight));
+        }
+        let adapter = match &mut loaded[..] {
+            [(_, alone, 1.0)] => alone.clone(),
+            all => {
+                let all: Vec<_> = all.iter().map(|(name, adapter, weight)| (name.as_str(), adapter, *weight)).collect();
+                weighted(&all, self.combination, &modules).map_err(lora)?
+            }
+        };
+        let options =
+            MergeOptions { positions: positions.as_ref(), resize_model_vocab: rows, dtype: stored(self.dtype) };
+        let companions = Files::of(&base, first).companions();
+        write_merged(&checkpoint, &adapter, options, &companions, out.as_ref(), progress)
     }
 
     /// Compares the losses of the checkpoint in `merged` with those of the base with the adapter, on rows of
@@ -105,10 +183,10 @@ impl Merge {
     /// loading.
     pub fn verify(&self, merged: impl AsRef<Path>, device: DeviceKind) -> Result<Verified, Error> {
         let load = |dir: &Path| FastLanguageModel::from_pretrained(dir).dtype(Dtype::F32).device(device);
-        let (base, adapter) = self.directories()?;
+        let (base, adapters) = self.directories()?;
         // One model in memory at a time.
-        let base = load(&base).for_adapter(&adapter).load_model()?;
-        let expected = losses(&base.load_adapter(&adapter)?)?;
+        let base = load(&base).for_adapter(&adapters[0].0).load_model()?;
+        let expected = losses(&base.load_weighted_adapters(&adapters, self.combination)?)?;
         let got = losses(&load(merged.as_ref()).load_model()?)?;
         let differences: Vec<f64> = expected.iter().zip(&got).map(|(a, b)| f64::from((a - b).abs())).collect();
         let mean = differences.iter().sum::<f64>() / differences.len().max(1) as f64;
@@ -124,22 +202,18 @@ impl Merge {
         )))
     }
 
-    /// Of the base and the adapter.
-    fn directories(&self) -> Result<(PathBuf, PathBuf), Error> {
+    /// Of the base and the adapters.
+    fn directories(&self) -> Result<(PathBuf, Vec<(PathBuf, f64)>), Error> {
         let mut found = self.clone();
         found.fetch(&mut |_, _| ())?;
-        Ok((found.base.expect("fetch finds it"), found.adapter))
+        Ok((found.base.expect("fetch finds it"), found.adapters))
     }
 }
 
-/// The base that the adapter in `dir` names, and its revision.
-fn named_base(dir: &Path) -> Result<(String, Option<String>), Error> {
-    let json: serde_json::Value = rekindle_hub::read_json(&dir.join(rekindle_lora::peft::CONFIG_FILE))?;
-    let text = |key: &str| json.get(key).and_then(|value| value.as_str()).filter(|text| !text.is_empty());
-    let Some(name) = text("base_model_name_or_path") else {
-        return Err(Error::Argument(format!("{} does not say what its base model is; name it", dir.display())));
-    };
-    Ok((name.to_owned(), text("revision").map(str::to_owned)))
+/// The adapter in a run's directory, or what was named.
+fn of_run(adapter: PathBuf) -> PathBuf {
+    let inside = adapter.join("adapter");
+    if inside.join(rekindle_lora::peft::CONFIG_FILE).exists() { inside } else { adapter }
 }
 
 impl Model {
@@ -162,14 +236,6 @@ impl Model {
         let adapter = adapter.ok_or_else(|| {
             Error::Argument("there is no adapter to merge; save_pretrained writes the model as it is".to_owned())
         })?;
-        let base = Checkpoint::open(self.path())?;
-        let (rows, had) = (self.causal_lm().config().vocab_size, ModelConfig::from_checkpoint(&base)?.vocab_size);
-        if rows != had {
-            return Err(Error::Argument(format!(
-                "the checkpoint has {had} token ids and this model {rows} (resize_model_vocab); call merge_and_unload, \
-                 then save_pretrained"
-            )));
-        }
         if self.causal_lm().is_merged() {
             return Err(Error::Argument(
                 "an earlier adapter was merged into this model, and its checkpoint has it not; call merge_and_unload, \
@@ -177,17 +243,32 @@ impl Model {
                     .to_owned(),
             ));
         }
-        let positions = self.causal_lm().widened().map(|widened| &widened.positions);
-        write_merged(&base, &adapter, positions, &self.companions(), dtype, dir.as_ref(), &mut |_, _| ())
+        let base = Checkpoint::open(self.path())?;
+        let rows = self.causal_lm().config().vocab_size;
+        let options = MergeOptions {
+            positions: self.causal_lm().widened().map(|widened| &widened.positions),
+            resize_model_vocab: Some(rows).filter(|rows| base.config()["vocab_size"] != *rows),
+            dtype: stored(dtype),
+        };
+        write_merged(&base, &adapter, options, &self.companions(), dir.as_ref(), &mut |_, _| ())
+    }
+}
+
+/// The dtype on disk; `None` is that of each tensor.
+fn stored(dtype: Dtype) -> Option<rekindle_hub::Dtype> {
+    match dtype {
+        Dtype::Auto => None,
+        Dtype::F32 => Some(rekindle_hub::Dtype::F32),
+        Dtype::Bf16 => Some(rekindle_hub::Dtype::BF16),
+        Dtype::F16 => Some(rekindle_hub::Dtype::F16),
     }
 }
 
 fn write_merged(
     base: &Checkpoint,
     adapter: &Adapter,
-    positions: Option<&Positions>,
+    options: MergeOptions<'_>,
     companions: &[PathBuf],
-    dtype: Dtype,
     out: &Path,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), Error> {
@@ -198,15 +279,9 @@ fn write_merged(
     if std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
         return Err(Error::Argument(format!("{} is not empty; give a new directory", out.display())));
     }
-    let dtype = match dtype {
-        Dtype::Auto => None,
-        Dtype::F32 => Some(rekindle_hub::Dtype::F32),
-        Dtype::Bf16 => Some(rekindle_hub::Dtype::BF16),
-        Dtype::F16 => Some(rekindle_hub::Dtype::F16),
-    };
     let (mut done, total) = (0, base.total_bytes());
     write_result(out, false, companions, |dir| {
-        Ok(rekindle_models::merge(base, adapter, positions, dtype, dir, &mut |bytes| {
+        Ok(rekindle_models::merge(base, adapter, options, dir, &mut |bytes| {
             done += bytes;
             progress(done.min(total), total);
         })?)

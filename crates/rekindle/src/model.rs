@@ -9,7 +9,7 @@ use rekindle_hub::Dtype;
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::LoraConfig;
 use rekindle_models::{CausalLm, GenerationConfig, MemoryReport, StopReason};
-use rekindle_train::{Evaluation, evaluate, save_result};
+use rekindle_train::{Evaluation, evaluate, save_adapters, save_result};
 
 use crate::source::{Access, find};
 use crate::{DataFile, Error, Files};
@@ -21,6 +21,7 @@ pub struct Model {
     files: Files,
     device: DeviceKind,
     access: Access,
+    pub(crate) notices: Vec<String>,
 }
 
 /// What [`Model::generate`] made.
@@ -34,7 +35,7 @@ pub struct Generated {
 
 impl Model {
     pub(crate) fn new(inner: CausalLm, files: Files, device: DeviceKind, access: Access) -> Self {
-        Self { inner, files, device, access }
+        Self { inner, files, device, access, notices: Vec::new() }
     }
 
     /// Where it computes, never [`DeviceKind::Auto`].
@@ -91,22 +92,36 @@ impl Model {
     }
 
     /// The model with an adapter from PEFT's files: a directory, or a name on the hub ([`Source`](crate::Source)).
+    /// [`load_adapter_as`](Self::load_adapter_as) is for several.
     ///
     /// # Errors
     /// [`Error::File`] when they are not found, [`Error::Model`] when they are unreadable or do not match this model
     /// exactly.
     pub fn load_adapter(mut self, name_or_path: impl AsRef<Path>) -> Result<Self, Error> {
-        let adapter = find(name_or_path.as_ref(), None, &self.access, &mut |_, _| ())?;
-        self.inner.load_adapter(&adapter.path)?;
+        self.put(name_or_path.as_ref())?;
         Ok(self)
     }
 
-    /// Writes the adapter, or the whole model when all weights are trained, with the tokenizer's files.
+    /// What the user should be told of the adapters that were loaded: that one changes nothing.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
+    }
+
+    /// Where what is called, or lies at, `name_or_path` is.
+    pub(crate) fn find(&self, name_or_path: &Path) -> Result<PathBuf, Error> {
+        Ok(find(name_or_path, None, &self.access, &mut |_, _| ())?.path)
+    }
+
+    /// Writes what is trained, with the tokenizer's files: all adapters, as PEFT lays them out (the one without a name of
+    /// its own at the top, the others in directories of their names), or the whole model when all weights are trained.
     ///
     /// # Errors
     /// [`Error::Train`] when the system refuses; a directory that stood there before is then untouched.
     pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<(), Error> {
-        Ok(save_result(&self.inner, dir.as_ref(), &self.companions(), Dtype::F32)?)
+        if self.inner.adapters().is_empty() {
+            return Ok(save_result(&self.inner, dir.as_ref(), &self.companions(), Dtype::F32)?);
+        }
+        Ok(save_adapters(&self.inner, dir.as_ref(), &self.companions())?)
     }
 
     /// The loss of every row of `data`. Rows longer than the model's `max_seq_length` are errors.

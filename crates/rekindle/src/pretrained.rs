@@ -6,14 +6,15 @@ use burn::tensor::DType;
 use rekindle_data::Tokenizer;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{Device, DeviceKind, open_device};
-use rekindle_lora::GradientCheckpointing;
 use rekindle_lora::peft::AdapterConfig;
-use rekindle_models::{CausalLm, LoadIn, LoadOptions, ModelConfig, RopeScaling, saved_positions, trained_on};
+use rekindle_lora::{GradientCheckpointing, saved_rows};
+use rekindle_models::{
+    CausalLm, LoadIn, LoadOptions, ModelConfig, RopeScaling, saved_positions, stored_quantization, trained_on,
+};
 use rekindle_quant::QuantConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::source::Access;
-use crate::{Error, Model, skip};
+use crate::{Error, Model, Source, skip};
 
 mod files;
 
@@ -29,10 +30,7 @@ impl FastLanguageModel {
     /// for its base with the adapter on it.
     pub fn from_pretrained(name_or_path: impl Into<PathBuf>) -> Loader {
         Loader {
-            path: name_or_path.into(),
-            revision: None,
-            access: Access::default(),
-            on_download: None,
+            source: Source::new(name_or_path),
             files: None,
             max_seq_length: None,
             rope_scaling: None,
@@ -71,11 +69,8 @@ pub enum Dtype {
 /// The arguments of `from_pretrained`.
 #[must_use = "nothing is loaded before `load`"]
 pub struct Loader {
-    /// The name or path.
-    path: PathBuf,
-    revision: Option<String>,
-    access: Access,
-    on_download: Option<Box<dyn FnMut(u64, u64)>>,
+    /// The model, or an adapter that stands for one.
+    source: Source<'static>,
     /// Once they are found.
     files: Option<Files>,
     max_seq_length: Option<usize>,
@@ -113,9 +108,9 @@ impl Loader {
         self
     }
 
-    /// The adapter that will be put on the model: a window that was widened when it was trained is widened alike, and a
-    /// dense base is quantized as an adapter asks for that starts from what codes miss (LoftQ), unless
-    /// [`load_in_4bit`](Self::load_in_4bit) and its like say how.
+    /// The adapter that will be put on the model: a window that was widened when it was trained is widened alike, tables
+    /// get as many rows as those have that it saved, and a dense base is quantized as an adapter asks for that starts from
+    /// what codes miss (LoftQ), unless [`load_in_4bit`](Self::load_in_4bit) and its like say how.
     pub fn for_adapter(mut self, dir: impl Into<PathBuf>) -> Self {
         self.adapter = Some(dir.into());
         self
@@ -186,7 +181,7 @@ impl Loader {
     /// How many token ids the model is to have. The embedding table and the head lose their last rows, or get rows that
     /// are the mean of those they have. Default: as many as the checkpoint has.
     ///
-    /// Adapters learn new rows with `modules_to_save`, and need the same argument when they are loaded again.
+    /// Adapters learn new rows with `modules_to_save`, and those that were saved bring their number along.
     pub fn resize_model_vocab(mut self, rows: usize) -> Self {
         self.resize_model_vocab = Some(rows);
         self
@@ -231,7 +226,7 @@ impl Loader {
         }
         let (device, kind) = open_device(self.device)?;
         let dtype = resolve(self.dtype, &device, kind, self.full_finetuning)?;
-        let stored = checkpoint.config().get("quantization_config").is_some_and(|config| !config.is_null());
+        let stored = stored_quantization(checkpoint.config()).is_some();
         if let (Some(adapter), None, false) = (adapter, load_in, stored)
             && let Some(on) = trained_on(&AdapterConfig::open(adapter).map_err(rekindle_models::Error::from)?)?
         {
@@ -244,6 +239,8 @@ impl Loader {
             _ => config.max_position_embeddings,
         };
         let saved = saved.map(RopeScaling::Saved);
+        let rows = adapter.map(saved_rows).transpose().map_err(rekindle_models::Error::from)?.flatten();
+        let rows = rows.filter(|rows| *rows != config.vocab_size);
         let options = LoadOptions {
             dtype,
             device,
@@ -252,7 +249,7 @@ impl Loader {
             full_finetuning: self.full_finetuning,
             load_in,
             skip_modules: self.skip_modules.take(),
-            resize_model_vocab: self.resize_model_vocab,
+            resize_model_vocab: self.resize_model_vocab.or(rows),
         };
         let (mut done, total) = (0, checkpoint.total_bytes());
         let mut model = CausalLm::load(&checkpoint, &options, &mut |bytes| {
@@ -263,10 +260,12 @@ impl Loader {
         })?;
         model.set_name_or_path(&files.name, files.revision.clone());
         model.set_gradient_checkpointing(self.use_gradient_checkpointing);
-        if let Some(adapter) = &files.adapter {
-            model.load_adapter(adapter)?;
+        let adapter = files.adapter.clone();
+        let mut model = Model::new(model, files, kind, self.source.access);
+        if let Some(adapter) = &adapter {
+            model.put(adapter)?;
         }
-        Ok(Model::new(model, files, kind, self.access))
+        Ok(model)
     }
 
     /// Whether the arguments agree with one another, before anything is read.
@@ -310,7 +309,7 @@ impl Loader {
 
 impl core::fmt::Debug for Loader {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("Loader").field("path", &self.path).field("dtype", &self.dtype).finish_non_exhaustive()
+        f.debug_struct("Loader").field("source", &self.source).field("dtype", &self.dtype).finish_non_exhaustive()
     }
 }
 

@@ -4,12 +4,11 @@ use std::path::Path;
 
 use rekindle_data::companion_files;
 use rekindle_hub::Checkpoint;
-use rekindle_models::{LoadIn, MemoryReport, ModelConfig};
+use rekindle_models::{LoadIn, MemoryReport, ModelConfig, stored_quantization};
 use rekindle_train::write_result;
 use serde_json::Value;
 
-use crate::source::find_quietly;
-use crate::{Error, skip};
+use crate::{Error, Source, skip};
 
 /// Writes the checkpoint in `model`, a directory or a name on the hub, to `out` with its linears in codes, as transformers with bitsandbytes reads it,
 /// the tokenizer's files included. `skip_modules` stay dense; `None` is `lm_head`. `progress` is told the bytes read so
@@ -27,7 +26,7 @@ pub fn quantize(
     out: impl AsRef<Path>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<MemoryReport, Error> {
-    let model = &find_quietly(model.as_ref())?;
+    let model = &Source::new(model.as_ref()).fetch()?.path;
     let checkpoint = Checkpoint::open(model)?;
     if let Some(modules) = skip_modules {
         skip::check(modules, &ModelConfig::from_checkpoint(&checkpoint)?)?;
@@ -50,7 +49,7 @@ fn spare_dense(out: &Path) -> Result<(), Error> {
         return Ok(());
     }
     let json: Value = rekindle_hub::read_json(&config)?;
-    if json.get("quantization_config").is_some_and(|v| !v.is_null()) {
+    if stored_quantization(&json).is_some() {
         return Ok(());
     }
     Err(rekindle_hub::Error::Unwritable {

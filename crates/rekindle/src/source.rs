@@ -3,6 +3,10 @@
 use core::fmt;
 use std::path::{Path, PathBuf};
 
+use rekindle_hub::Headers;
+#[cfg(feature = "network")]
+use rekindle_hub::{HubOptions, Resolved};
+
 use crate::Error;
 
 /// A model or an adapter: a directory, or a name on the Hugging Face hub.
@@ -21,9 +25,9 @@ use crate::Error;
 /// ```
 #[must_use = "nothing is looked for before `fetch`"]
 pub struct Source<'a> {
-    name_or_path: PathBuf,
-    revision: Option<String>,
-    access: Access,
+    pub(crate) name_or_path: PathBuf,
+    pub(crate) revision: Option<String>,
+    pub(crate) access: Access,
     on_download: Option<Box<dyn FnMut(u64, u64) + 'a>>,
 }
 
@@ -91,12 +95,23 @@ impl<'a> Source<'a> {
     /// [`Error::File`]; its [kind](Error::kind) is [`ErrorKind::Hub`](crate::ErrorKind::Hub) where a name could not be
     /// turned into files.
     pub fn fetch(mut self) -> Result<Fetched, Error> {
-        let mut on_download = |done, total| {
-            if let Some(on_download) = &mut self.on_download {
+        self.find()
+    }
+
+    /// As [`fetch`](Self::fetch), for more to come.
+    pub(crate) fn find(&mut self) -> Result<Fetched, Error> {
+        let (name, revision) = (self.name_or_path.clone(), self.revision.clone());
+        self.find_other(&name, revision.as_deref())
+    }
+
+    /// Something else, looked for in the same way.
+    pub(crate) fn find_other(&mut self, name: &Path, revision: Option<&str>) -> Result<Fetched, Error> {
+        let on_download = &mut self.on_download;
+        find(name, revision, &self.access, &mut |done, total| {
+            if let Some(on_download) = on_download {
                 on_download(done, total);
             }
-        };
-        find(&self.name_or_path, self.revision.as_deref(), &self.access, &mut on_download)
+        })
     }
 }
 
@@ -108,19 +123,38 @@ pub(crate) fn find(
     access: &Access,
     on_download: OnDownload<'_>,
 ) -> Result<Fetched, Error> {
-    use rekindle_hub::{HubOptions, Resolved, resolve};
-
-    let Some(name) = name.to_str() else { return Ok(Fetched::directory(name)) };
-    let options = HubOptions {
-        revision: revision.map(str::to_owned),
-        token: access.token.clone(),
-        cache_dir: access.cache_dir.clone(),
-        local_files_only: access.local_files_only,
-        endpoint: None,
-        on_progress: Some(Box::new(on_download)),
-    };
-    let Resolved { path, commit, notice } = resolve(name, options)?;
+    let Some(text) = name.to_str() else { return Ok(Fetched::directory(name)) };
+    let options = HubOptions { on_progress: Some(Box::new(on_download)), ..access.options(revision) };
+    let Resolved { path, commit, notice } = rekindle_hub::resolve(text, options)?;
     Ok(Fetched { path, commit, notice })
+}
+
+#[cfg(feature = "network")]
+impl Access {
+    fn options(&self, revision: Option<&str>) -> HubOptions<'static> {
+        HubOptions {
+            revision: revision.map(str::to_owned),
+            token: self.token.clone(),
+            cache_dir: self.cache_dir.clone(),
+            local_files_only: self.local_files_only,
+            endpoint: None,
+            on_progress: None,
+        }
+    }
+}
+
+impl Source<'_> {
+    /// What the tensors are, and what the user should be told.
+    pub(crate) fn headers(self) -> Result<(Headers, Option<String>), Error> {
+        #[cfg(feature = "network")]
+        if let Some(name) = self.name_or_path.to_str() {
+            let options = self.access.options(self.revision.as_deref());
+            let (Resolved { notice, .. }, headers) = rekindle_hub::headers(name, options)?;
+            return Ok((headers, notice));
+        }
+        let Fetched { path, notice, .. } = self.fetch()?;
+        Ok((Headers::open(&path)?, notice))
+    }
 }
 
 /// The directory `name`.
@@ -132,11 +166,6 @@ pub(crate) fn find(name: &Path, _: Option<&str>, _: &Access, _: OnDownload<'_>) 
     let reason =
         "there is no such directory, and this program was built without names on the hub (the feature network)";
     Err(rekindle_hub::Error::NotFound { path: name.to_owned(), reason: reason.to_owned() }.into())
-}
-
-/// The directory of what is called, or lies at, `name`, as the environment says how.
-pub(crate) fn find_quietly(name: &Path) -> Result<PathBuf, Error> {
-    Ok(find(name, None, &Access::default(), &mut |_, _| ())?.path)
 }
 
 impl Fetched {

@@ -9,7 +9,7 @@ const HEADING: &str = "Names on the Hugging Face hub";
 /// How a name on the hub is looked up. The token is read from the environment: command lines are seen by others.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct HubArgs {
-    /// Branch, tag or commit of the model [default: main]
+    /// Branch, tag or commit of what is named first: the model, or the adapter to merge [default: main]
     #[arg(long, value_name = "R", help_heading = HEADING)]
     pub(crate) revision: Option<String>,
     /// Where downloads lie [default: HF_HUB_CACHE, or hub in HF_HOME, or ~/.cache/huggingface/hub]

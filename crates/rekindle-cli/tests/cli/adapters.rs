@@ -27,6 +27,77 @@ fn a_run_is_merged_and_verified() {
     assert_ne!(merged, loss(format!("--model {}", base.display())));
 }
 
+/// The same combination in evaluation and in merging.
+#[test]
+fn several_adapters_become_one() {
+    let scratch = Scratch::new();
+    let (base, rows) = (golden("qwen3-tied"), golden("qwen3-tied/rows.jsonl"));
+    let adapter = |name: &str| golden("lora-options/qwen3-tied/adapters").join(name).display().to_string();
+    let [one, two] = [adapter("plain"), adapter("rslora")];
+    let eval = |more: &str| run(&format!("eval --device cpu --json --data {} {more}", rows.display()));
+    let on_base = |more: &str| eval(&format!("--model {} {more}", base.display()));
+    let loss = |done: crate::Done| done.json()["loss"].as_f64().unwrap();
+    let alone = loss(on_base(&format!("--adapter {one}")));
+    assert_eq!(loss(on_base(&format!("--adapter {one} --adapter-weights 1"))), alone);
+    let halved = loss(on_base(&format!("--adapter {one} --adapter-weights 0.5")));
+    assert_ne!(halved, alone);
+    let both = format!("--adapter {one} --adapter {two}");
+    let mut losses = vec![alone, halved, loss(on_base(&both))];
+    for how in ["--adapter-weights 0.7,-0.4", "--combine linear", "--combine svd:2 --adapter-weights 0.7,-0.4"] {
+        let combined = loss(on_base(&format!("{both} {how}")));
+        let out = scratch.path(&losses.len().to_string());
+        let line = format!("merge {one} {two} {how} --model {} --out {} --verify", base.display(), out.display());
+        assert_eq!(run(&line).ok().stdout.trim(), out.display().to_string());
+        let merged = loss(eval(&format!("--model {}", out.display())));
+        assert!((merged - combined).abs() <= 1e-5 * combined, "{how}: {merged} and {combined}");
+        losses.push(combined);
+    }
+    for (i, loss) in losses.iter().enumerate() {
+        assert!(losses[..i].iter().all(|other| (loss - other).abs() > 1e-4), "{losses:?}");
+    }
+
+    on_base(&format!("{both} --adapter-weights 1")).fails(2, &["--adapter-weights has 1 numbers", "2 adapters"]);
+    on_base(&format!("{both} --combine linaer")).fails(2, &["\"linaer\"", "nearest: \"linear\""]);
+    on_base(&format!("{both} --adapter {} --combine linear", adapter("patterns"))).fails(2, &["needs one rank", "svd"]);
+    on_base(&format!("{both} --adapter {}", adapter("dora"))).fails(2, &["(use_dora)", "merge it into the base"]);
+}
+
+/// Saved before it was trained: nothing is wrong with the file, and it does nothing.
+#[test]
+fn an_adapter_that_changes_nothing_is_reported() {
+    let scratch = Scratch::new();
+    let rows = golden("qwen3-tied/rows.jsonl").display().to_string();
+    let eval = |more: &str| {
+        run(&format!("eval --device cpu --json --data {rows} --model {} {more}", golden("qwen3-tied").display())).ok()
+    };
+    scratch.train(&["train.learning_rate=0"]).ok();
+    let adapter = scratch.path("out/adapter").display().to_string();
+    let idle = eval(&format!("--adapter {adapter}"));
+    let said = format!("{adapter}: every product B·A of this adapter is zero");
+    assert!(idle.stderr.contains(&said), "{}", idle.stderr);
+    assert_eq!(idle.json(), eval("").json());
+    let alone = run(&format!("eval --device cpu --json --data {rows} --model {adapter}")).ok();
+    assert!(alone.stderr.contains(&said), "{}", alone.stderr);
+    let again = scratch.train(&[&format!("lora.init_from={adapter}"), &format!("output_dir={adapter}-2")]).ok();
+    assert!(again.stderr.contains(&said), "{}", again.stderr);
+    let trained = eval(&format!("--adapter {adapter}-2/adapter"));
+    assert!(!trained.stderr.contains("B·A"), "{}", trained.stderr);
+}
+
+/// Tables with other rows than the base has.
+#[test]
+fn an_adapter_of_another_vocabulary_is_merged() {
+    let scratch = Scratch::new();
+    scratch.train(&["model.resize_model_vocab=140", "lora.modules_to_save=[\"lm_head\"]"]).ok();
+    let (run_dir, out) = (scratch.path("out"), scratch.path("merged"));
+    let done = run(&format!("merge {} --out {} --verify", run_dir.display(), out.display())).ok();
+    assert!(done.stderr.contains("losses of adapter and merged model differ by"), "{}", done.stderr);
+    let ids = "--prompt-ids 1,139 --max-new-tokens 4 --json --device cpu";
+    let merged = run(&format!("generate --model {} {ids}", out.display())).json();
+    assert_eq!(run(&format!("generate --model {} {ids}", run_dir.join("adapter").display())).json(), merged);
+    run(&format!("generate --model {} {ids}", golden("qwen3-tied").display())).fails(3, &["139", "vocabulary of 131"]);
+}
+
 /// Adapters that start from the weights are saved and merged for the base as it was.
 #[test]
 fn starts_from_weights_are_run_and_merged() {
@@ -110,6 +181,14 @@ fn arguments_that_cannot_be_met_name_the_nearest() {
         ("lora.init_lora_weights=pisa", ["init_lora_weights \"pisa\" is not supported", "nearest: \"pissa\""]),
         ("lora.init_lora_weights=pissa_niter_x", ["\"pissa_niter_N\" with a number", "nearest: \"pissa_niter_16\""]),
         ("lora.init_lora_weights=loftq", ["is dense", "load_in_4bit"]),
+        ("lora.target_modules=[]", ["target_modules is empty", "usual: \"all-linear\""]),
+        ("lora.target_modules=q_proj", ["\"q_proj\" matches no linear", "[\"q_proj\"] or \".*q_proj\""]),
+        ("lora.target_modules=all-linaer", ["\"all-linaer\"", "\"all-linear\""]),
+        ("lora.bias=lora", ["bias \"lora\"", "nearest: \"lora_only\""]),
+        ("lora.lora_alpha=0", ["lora_alpha is 0", "usual: r = 2"]),
+        ("lora.lora_dropout=1", ["lora_dropout is 1;", "usual: 0 to 0.1"]),
+        ("lora.r=-4", ["r", "-4"]),
+        ("lora.lora_alfa=4", ["\"lora_alfa\"", "\"lora_alpha\""]),
         ("lora.loftq_config={loftq_iter=2}", ["loftq_iter is 2", "only 1"]),
         ("lora.use_gradient_checkpointing=\"offload\"", ["use_gradient_checkpointing", "unsloth"]),
     ] {

@@ -155,12 +155,32 @@ fn inspect_quantize_and_merge_take_names() {
     let out = |name: &str| scratch.path().join(name).display().to_string();
     let facts = machine.run("inspect --json org/model").json();
     assert_eq!(facts, crate::run(&format!("inspect --json {}", golden("qwen3-tied").display())).json());
-    assert_eq!(machine.run("inspect --json org/adapter").json()["base_model_name_or_path"], "org/model");
+    let adapter = machine.run("inspect --json org/adapter").json();
+    assert_eq!(adapter["base_model_name_or_path"], "org/model");
+    let local = crate::run(&format!("inspect --json {}", golden("qwen3-tied/adapters/qv-rslora").display())).json();
+    assert_eq!((&adapter["tensors"], &adapter["bytes"]), (&local["tensors"], &local["bytes"]));
+    // Weights stay on the hub, but for what a header's reader asks for at once.
+    let requests = machine.hub.requests();
+    let transfers: Vec<_> = requests.iter().filter(|r| r.starts_with("GET") && r.contains("signature")).collect();
+    assert!(transfers.len() == 2 && transfers.iter().all(|r| r.contains(" bytes=0-")), "{requests:?}");
+    assert!(!machine.snapshot().join("model.safetensors").exists());
+    machine.offline("inspect org/model").fails(5, &["HF_HUB_OFFLINE is set", "lacks its weights"]);
 
     machine.run(&format!("quantize --model org/model --to int8 --out {}", out("int8"))).ok();
     assert_eq!(machine.run(&eval(&out("int8"))).json(), on_disk("--load-in-8bit"));
 
+    machine.run(&format!("merge org/adapter --out {} --local-files-only", out("none"))).fails(5, &["org/adapter: "]);
+    machine
+        .run(&format!("merge org/adapter --out {} --revision v9", out("none")))
+        .fails(5, &["org/adapter: ", "\"v9\""]);
+    let elsewhere = format!("--cache-dir {} --revision {COMMIT}", out("cache"));
+    machine.run(&format!("merge org/adapter --out {} {elsewhere}", out("pinned"))).ok();
+    assert!(Path::new(&out("cache")).join("models--org--adapter").exists() && !Path::new(&out("none")).exists());
     machine.run(&format!("merge org/adapter --out {} --verify", out("merged"))).ok();
+    assert_eq!(
+        fs::read(Path::new(&out("merged")).join("model.safetensors")).unwrap(),
+        fs::read(Path::new(&out("pinned")).join("model.safetensors")).unwrap()
+    );
     let merged = machine.run(&eval(&out("merged"))).json()["loss"].as_f64().unwrap();
     let adapted = machine.run(&eval("org/adapter")).json()["loss"].as_f64().unwrap();
     // What f32 sums in another order differ by.

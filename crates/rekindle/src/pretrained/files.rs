@@ -7,7 +7,6 @@ use rekindle_hub::adapter_base;
 
 use super::Loader;
 use crate::Error;
-use crate::source::{Fetched, find};
 
 /// Where the files of a model are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,32 +48,32 @@ impl Files {
 impl Loader {
     /// A branch, tag or commit of a name on the hub. Default `main`. Of an adapter's base, its configuration says it.
     pub fn revision(mut self, revision: impl Into<String>) -> Self {
-        self.revision = Some(revision.into());
+        self.source = self.source.revision(revision);
         self
     }
 
-    /// The token for private and gated repositories. Default `HF_TOKEN`, or what `huggingface-cli login` left.
+    /// The token for private and gated repositories ([`Source::token`](crate::Source::token)).
     pub fn token(mut self, token: impl Into<String>) -> Self {
-        self.access.token = Some(token.into());
+        self.source = self.source.token(token);
         self
     }
 
-    /// Where downloads lie. Default `HF_HUB_CACHE`, or `hub` in `HF_HOME`, or `~/.cache/huggingface/hub`.
+    /// Where downloads lie ([`Source::cache_dir`](crate::Source::cache_dir)).
     pub fn cache_dir(mut self, cache_dir: impl Into<PathBuf>) -> Self {
-        self.access.cache_dir = Some(cache_dir.into());
+        self.source = self.source.cache_dir(cache_dir);
         self
     }
 
-    /// Whether the network is left alone. Default false, or what `HF_HUB_OFFLINE` says.
+    /// Whether the network is left alone ([`Source::local_files_only`](crate::Source::local_files_only)).
     pub fn local_files_only(mut self, local_files_only: bool) -> Self {
-        self.access.local_files_only = local_files_only;
+        self.source = self.source.local_files_only(local_files_only);
         self
     }
 
     /// Is told the bytes that are here, and those of all files that are being downloaded, an adapter and its base one
     /// after the other; not called when nothing is.
     pub fn on_download(mut self, on_download: impl FnMut(u64, u64) + 'static) -> Self {
-        self.on_download = Some(Box::new(on_download));
+        self.source = self.source.on_download(on_download);
         self
     }
 
@@ -94,10 +93,11 @@ impl Loader {
 
     fn find(&mut self) -> Result<Files, Error> {
         self.check()?;
-        let first = self.find_one(&self.path.clone(), self.revision.clone().as_deref())?;
+        let given = self.source.name_or_path.clone();
+        let first = self.source.find()?;
         let mut notices: Vec<String> = first.notice.into_iter().collect();
         let Some(base) = adapter_base(&first.path)? else {
-            let (name, revision) = (self.path.display().to_string(), self.revision.clone());
+            let (name, revision) = (given.display().to_string(), self.source.revision.clone());
             return Ok(Files { model: first.path, adapter: None, notices, name, revision });
         };
         let adapter = first.path;
@@ -105,24 +105,14 @@ impl Loader {
             return Err(Error::Argument(format!(
                 "{} is an adapter, and full_finetuning trains a whole model; merge it first, or give its base \
                  ({}) instead",
-                self.path.display(),
+                given.display(),
                 base.name_or_path
             )));
         }
-        let found = self.find_one(Path::new(&base.name_or_path), base.revision.as_deref());
-        let found =
-            found.map_err(|error| Error::AdapterBase { adapter: self.path.clone(), source: Box::new(error) })?;
+        let found = self.source.find_other(Path::new(&base.name_or_path), base.revision.as_deref());
+        let found = found.map_err(|error| Error::AdapterBase { adapter: given, source: Box::new(error) })?;
         notices.extend(found.notice);
         let (name, revision) = (base.name_or_path, base.revision);
         Ok(Files { model: found.path, adapter: Some(adapter), notices, name, revision })
-    }
-
-    fn find_one(&mut self, name: &Path, revision: Option<&str>) -> Result<Fetched, Error> {
-        let on_download = &mut self.on_download;
-        find(name, revision, &self.access, &mut |done, total| {
-            if let Some(on_download) = on_download {
-                on_download(done, total);
-            }
-        })
     }
 }

@@ -1,0 +1,147 @@
+//! Several adapters on one model, by name.
+
+use std::path::Path;
+
+use rekindle_lora::{Combination, LoraConfig};
+use rekindle_models::DEFAULT_ADAPTER;
+use rekindle_train::save_adapter;
+
+use crate::{Error, Model};
+
+/// Adapters by name: one at most is on the model, computes and is trained; the others wait in host memory.
+///
+/// [`get_peft_model`](Model::get_peft_model) and [`load_adapter`](Model::load_adapter) put one on that has no name of its
+/// own, which is then `"default"`, as in PEFT.
+///
+/// ```no_run
+/// use rekindle::{Combination, FastLanguageModel};
+///
+/// # fn main() -> Result<(), rekindle::Error> {
+/// let mut model = FastLanguageModel::from_pretrained("Qwen/Qwen3-0.6B").load_model()?;
+/// model.load_adapter_as("sql", "outputs/sql/adapter")?;
+/// model.load_adapter_as("chat", "outputs/chat/adapter")?; // now on the model, and "sql" waits
+/// model.set_adapter("sql")?;
+/// model.add_weighted_adapter("both", &[("sql", 0.7), ("chat", 0.3)], Combination::Cat)?;
+/// model.delete_adapter("chat")?;
+/// model.save_adapter("both", "outputs/both")?;
+/// # Ok(())
+/// # }
+/// ```
+impl Model {
+    /// The names of all adapters, sorted.
+    pub fn adapters(&self) -> Vec<&str> {
+        self.causal_lm().adapters()
+    }
+
+    /// The name of the adapter that is on the model.
+    pub fn active_adapter(&self) -> Option<&str> {
+        self.causal_lm().active_adapter()
+    }
+
+    /// Puts a new adapter on the model under a name of its own; the one that was on it waits.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a configuration that is invalid or matches nothing, and for a name that is taken or cannot be
+    /// a directory's.
+    pub fn add_adapter(&mut self, name: &str, config: &LoraConfig) -> Result<(), Error> {
+        Ok(self.causal_lm_mut().add_adapter_as(name, config)?)
+    }
+
+    /// Puts an adapter from PEFT's files on the model under a name of its own; the one that was on it waits.
+    ///
+    /// # Errors
+    /// As [`load_adapter`](Self::load_adapter), and for a name that is taken or cannot be a directory's.
+    pub fn load_adapter_as(&mut self, name: &str, name_or_path: impl AsRef<Path>) -> Result<(), Error> {
+        let dir = self.find(name_or_path.as_ref())?;
+        self.causal_lm_mut().load_adapter_as(name, &dir)?;
+        self.note(name_or_path.as_ref());
+        Ok(())
+    }
+
+    /// Puts an adapter on the model that is made of others: their names, and what each counts.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for adapters that cannot be combined so, or a name that is no adapter's, taken, or cannot be a
+    /// directory's.
+    pub fn add_weighted_adapter(
+        &mut self,
+        name: &str,
+        adapters: &[(&str, f64)],
+        combination: Combination,
+    ) -> Result<(), Error> {
+        Ok(self.causal_lm_mut().add_weighted_adapter(name, adapters, combination)?)
+    }
+
+    /// Puts the adapter of this name on the model; the one that was on it waits.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a name that is no adapter's.
+    pub fn set_adapter(&mut self, name: &str) -> Result<(), Error> {
+        Ok(self.causal_lm_mut().set_adapter(name)?)
+    }
+
+    /// Takes the adapter off the model, which is then its base, until [`set_adapter`](Self::set_adapter).
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the device fails.
+    pub fn disable_adapter(&mut self) -> Result<(), Error> {
+        Ok(self.causal_lm_mut().disable_adapter()?)
+    }
+
+    /// Forgets the adapter of this name. If it was on the model, that is its base then.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a name that is no adapter's.
+    pub fn delete_adapter(&mut self, name: &str) -> Result<(), Error> {
+        Ok(self.causal_lm_mut().delete_adapter(name)?)
+    }
+
+    /// Writes the adapter of this name, alone, with the tokenizer's files.
+    ///
+    /// # Errors
+    /// [`Error::Train`] for a name that is no adapter's, or when the system refuses.
+    pub fn save_adapter(&self, name: &str, dir: impl AsRef<Path>) -> Result<(), Error> {
+        Ok(save_adapter(self.causal_lm(), name, dir.as_ref(), &self.companions())?)
+    }
+
+    /// The model with one adapter made of several, from directories or names on the hub, and what each counts. One that
+    /// counts 1 and is alone is taken as it is.
+    ///
+    /// # Errors
+    /// As [`load_adapter`](Self::load_adapter) and [`add_weighted_adapter`](Self::add_weighted_adapter).
+    pub fn load_weighted_adapters(
+        mut self,
+        adapters: &[(impl AsRef<Path>, f64)],
+        combination: Combination,
+    ) -> Result<Self, Error> {
+        if let [(alone, 1.0)] = adapters {
+            return self.load_adapter(alone);
+        }
+        let names: Vec<String> = (1..=adapters.len()).map(|number| format!("{DEFAULT_ADAPTER}-{number}")).collect();
+        for (name, (adapter, _)) in names.iter().zip(adapters) {
+            self.load_adapter_as(name, adapter)?;
+        }
+        let weights: Vec<(&str, f64)> = names.iter().map(String::as_str).zip(adapters.iter().map(|a| a.1)).collect();
+        self.add_weighted_adapter(DEFAULT_ADAPTER, &weights, combination)?;
+        names.iter().try_for_each(|name| self.delete_adapter(name))?;
+        Ok(self)
+    }
+
+    /// Puts the adapter without a name of its own on the model, in the place of another such.
+    pub(crate) fn put(&mut self, name_or_path: &Path) -> Result<(), Error> {
+        let dir = self.find(name_or_path)?;
+        self.causal_lm_mut().load_adapter(&dir)?;
+        self.note(name_or_path);
+        Ok(())
+    }
+
+    fn note(&mut self, adapter: &Path) {
+        if self.causal_lm().adapter_changes_nothing() {
+            self.notices.push(format!(
+                "{}: every product B·A of this adapter is zero, and the model with it is its base; it was saved before it \
+                 was trained",
+                adapter.display()
+            ));
+        }
+    }
+}
