@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use rekindle::{
-    BLOCK_LINEARS, Error, LoraConfig, Model, OptimizerConfig, Report, SftTrainer, TargetModules, Tokenizer,
+    BLOCK_LINEARS, DeviceKind, Error, LoraConfig, Model, OptimizerConfig, Report, SftTrainer, TargetModules, Tokenizer,
     parse_device, write_atomic,
 };
 use toml::{Table, Value};
@@ -52,6 +52,9 @@ impl Job {
         let starts_from_adapter = start.is_some() || model.causal_lm().lora().is_some();
         if let Some(lora) = &mut config.lora {
             model = adapt(model, &config.model, lora, start.as_deref())?;
+            if let DeviceKind::Cuda(_) = model.device() {
+                lora.config.slower_on_cuda().iter().for_each(|slower| eprintln!("[lora] {slower}"));
+            }
         }
         config.device = model.device().to_string();
         config.model.dtype = model.dtype();
