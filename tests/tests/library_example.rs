@@ -1,6 +1,6 @@
 //! The README's way through the library: load, adapt, train, save, load again.
 
-use rekindle::{DataFile, DeviceKind, Dtype, FastLanguageModel, LoraConfig, Model, SftConfig, SftTrainer, Tokenizer};
+use rekindle::{DataSource, DeviceKind, Dtype, FastLanguageModel, LoraConfig, Model, SftConfig, SftTrainer, Tokenizer};
 use rekindle_tests::{Golden, read_json};
 use serde_json::Value;
 
@@ -14,7 +14,7 @@ fn load(golden: &Golden) -> Model {
 #[test]
 fn train_save_and_load_again() {
     let golden = Golden::open("qwen3-tied");
-    let rows = DataFile::new(golden.dir.join("rows.jsonl"));
+    let rows = DataSource::new(golden.dir.join("rows.jsonl"));
     let out = tempfile::tempdir().expect("a temporary directory");
     let run = out.path().join("run");
     let mut model = load(&golden).get_peft_model(LoraConfig::new(4).lora_alpha(8.0)).expect("a valid configuration");
@@ -57,7 +57,7 @@ fn train_save_and_load_again() {
 #[test]
 fn training_all_weights_writes_a_model() {
     let golden = Golden::open("qwen2");
-    let rows = DataFile::new(golden.dir.join("rows.jsonl"));
+    let rows = DataSource::new(golden.dir.join("rows.jsonl"));
     let out = tempfile::tempdir().expect("a temporary directory");
     let loader = FastLanguageModel::from_pretrained(&golden.dir).device(DeviceKind::Cpu).full_finetuning(true);
     let mut model = loader.load_model().expect("a golden checkpoint loads");
@@ -80,7 +80,7 @@ fn a_run_twice_writes_the_same_losses() {
     let run = |seed| {
         let mut model = load(&golden).get_peft_model(LoraConfig::new(2).lora_dropout(0.1)).expect("valid");
         let config = SftConfig { per_device_train_batch_size: 2, max_steps: Some(5), ..SftConfig::default() };
-        let rows = DataFile::new(golden.dir.join("rows.jsonl"));
+        let rows = DataSource::new(golden.dir.join("rows.jsonl"));
         let report = SftTrainer::new(&mut model, NO_TOKENIZER, rows, config).seed(seed).train().expect("it runs");
         report.steps.iter().map(|step| (step.loss, step.grad_norm)).collect::<Vec<_>>()
     };

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use rekindle::{
-    DataFile, DeviceKind, Dtype, ErrorKind, FastLanguageModel, Loader, LoraConfig, Merge, Model, SftConfig, SftTrainer,
+    DataSource, DeviceKind, Dtype, ErrorKind, FastLanguageModel, Loader, LoraConfig, Merge, Model, SftConfig, SftTrainer,
     Tokenizer,
 };
 use rekindle_tests::{Golden, read_json, tensors};
@@ -18,7 +18,7 @@ fn loader(dir: &Path) -> Loader {
 }
 
 fn loss(model: &Model, golden: &Golden) -> f64 {
-    let rows = DataFile::new(golden.dir.join("rows.jsonl"));
+    let rows = DataSource::new(golden.dir.join("rows.jsonl"));
     model.evaluate(None, &rows, &mut |_| ()).expect("golden rows fit").loss
 }
 
@@ -29,7 +29,7 @@ fn scratch() -> tempfile::TempDir {
 #[test]
 fn an_adapter_stands_for_its_base_with_it() {
     let golden = Golden::open("qwen3-tied");
-    let (out, rows) = (scratch(), DataFile::new(golden.dir.join("rows.jsonl")));
+    let (out, rows) = (scratch(), DataSource::new(golden.dir.join("rows.jsonl")));
     let mut model = loader(&golden.dir).load_model().expect("a golden checkpoint loads");
     model = model.get_peft_model(LoraConfig::new(4)).expect("a valid configuration");
     let config = SftConfig { max_steps: Some(2), learning_rate: Some(1e-2), ..SftConfig::default() };
@@ -137,7 +137,7 @@ fn a_vocabulary_that_does_not_fit_is_named() {
 fn another_vocabulary_is_merged() {
     for (name, saved) in [("qwen3-tied", "lm_head"), ("qwen3-untied-sharded", "embed_tokens")] {
         let golden = Golden::open(name);
-        let rows = DataFile::new(golden.dir.join("rows.jsonl"));
+        let rows = DataSource::new(golden.dir.join("rows.jsonl"));
         let resized = loader(&golden.dir).resize_model_vocab(140).load_model().expect("rows can be added");
         let lora = LoraConfig::new(2).modules_to_save([saved]);
         let mut model = resized.get_peft_model(lora).expect("a valid configuration");

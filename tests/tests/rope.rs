@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::DType;
-use rekindle::{DataFile, Dtype, FastLanguageModel, Loader, LoraConfig, Merge, RopeScaling, SftConfig, SftTrainer};
+use rekindle::{DataSource, Dtype, FastLanguageModel, Loader, LoraConfig, Merge, RopeScaling, SftConfig, SftTrainer};
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{Device, DeviceKind};
 use rekindle_models::{Batch, CausalLm, LoadOptions, Positions};
@@ -113,7 +113,7 @@ fn base() -> Loader {
 
 #[test]
 fn an_adapter_carries_the_positions_that_it_was_trained_with() {
-    let rows = DataFile::new(Golden::open("qwen3-tied").dir.join("rows.jsonl"));
+    let rows = DataSource::new(Golden::open("qwen3-tied").dir.join("rows.jsonl"));
     for method in [RopeScaling::Dynamic, RopeScaling::Yarn] {
         let out = tempfile::tempdir().expect("a temporary directory");
         let loader = base().max_seq_length(1024).rope_scaling(method);

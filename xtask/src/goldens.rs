@@ -7,13 +7,14 @@ use std::process::Command;
 use crate::{root, run};
 
 /// Scripts that write their data beside themselves and run without a GPU.
-const SCRIPTS: [&str; 6] = [
+const SCRIPTS: [&str; 7] = [
     "tests/goldens/make.py",
     "tests/goldens/bf16.py",
     "tests/goldens/rope/make.py",
     "crates/rekindle-rope/goldens/make.py",
     "crates/rekindle-train/goldens/tensorboard/make.py",
     "crates/rekindle-data/goldens/chats/make.py",
+    "crates/rekindle-data/goldens/parquet/make.py",
 ];
 
 pub(crate) fn make(python: &Path) -> Result<(), Box<dyn Error>> {

@@ -5,8 +5,8 @@ use std::fs;
 use std::path::Path;
 
 use rekindle::{
-    DataFile, DeviceKind, Dtype, FastLanguageModel, Loader, LoraConfig, LrSchedulerType, Model, RopeScaling, SftConfig,
-    SftTrainer, Tokenizer,
+    DataSource, DeviceKind, Dtype, FastLanguageModel, Loader, LoraConfig, LrSchedulerType, Model, RopeScaling,
+    SftConfig, SftTrainer, Tokenizer,
 };
 use rekindle_models::{Batch, IGNORED};
 use serde_json::{Map, Value, json};
@@ -116,7 +116,7 @@ fn train(
         warmup_steps: steps / 10,
         ..SftConfig::default()
     };
-    SftTrainer::new(model, None, DataFile::new(rows), config).train()?;
+    SftTrainer::new(model, None, DataSource::new(rows), config).train()?;
     Ok(())
 }
 

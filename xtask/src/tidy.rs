@@ -13,7 +13,7 @@ use crate::root;
 const LAYERS: [(&str, &[&str]); 12] = [
     ("rekindle-hub", &[]),
     ("rekindle-rope", &[]),
-    ("rekindle-data", &[]),
+    ("rekindle-data", &["rekindle-hub"]),
     ("rekindle-kernels", &[]),
     ("rekindle-quant", &["rekindle-kernels", "rekindle-hub"]),
     ("rekindle-lora", &["rekindle-kernels", "rekindle-hub", "rekindle-quant"]),

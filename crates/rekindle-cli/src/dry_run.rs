@@ -1,6 +1,6 @@
 //! `rekindle train --dry-run`: what a run would do, as a run file with the facts in comments.
 
-use rekindle::{DataFile, Dataset, Example, IGNORED, OptimizerConfig, Tokenizer};
+use rekindle::{Dataset, Example, IGNORED, OptimizerConfig, Tokenizer};
 
 use crate::failure::Failure;
 use crate::output;
@@ -13,15 +13,15 @@ const WIDTH: usize = 400;
 
 pub(crate) fn print(job: &Job) -> Result<(), Failure> {
     let Job { config, model, tokenizer } = job;
-    let encode = |file: &DataFile| model.encode(tokenizer.as_ref(), file);
-    let (train, found) = encode(&config.data.train_file())?;
-    let eval = config.data.eval_file().map(|file| encode(&file)).transpose()?;
+    let (source, eval_source) = (config.data.train_source(), config.data.eval_source());
+    let (train, found) = model.encode(tokenizer.as_ref(), &source)?;
+    let eval = eval_source.as_ref().map(|source| model.encode(tokenizer.as_ref(), source)).transpose()?;
 
     let mut facts = vec![trainable(job)];
     facts.extend(model.causal_lm().widened().map(|widened| format!("rope_scaling {widened}")));
-    facts.push(format!("{}: {found}", config.data.train.display()));
-    if let (Some(path), Some((_, found))) = (&config.data.eval, &eval) {
-        facts.push(format!("{}: {found}", path.display()));
+    facts.push(format!("{source}: {found}"));
+    if let (Some(source), Some((_, found))) = (&eval_source, &eval) {
+        facts.push(format!("{source}: {found}"));
     }
     facts.push(steps(job, &train));
     for example in train.examples().take(SHOWN) {
@@ -74,9 +74,9 @@ fn show(example: &Example<'_>, tokenizer: Option<&Tokenizer>) -> Vec<String> {
         let text = tokenizer.and_then(|tokenizer| tokenizer.decode(ids, false).ok());
         shorten(&text.map_or_else(|| format!("{ids:?}"), |text| format!("{text:?}")))
     };
-    let mut lines = vec![format!("line {}: {}", example.line, text(example.input_ids))];
+    let mut lines = vec![format!("{}: {}", example.row, text(example.input_ids))];
     if learned.len() < example.input_ids.len() {
-        lines.push(format!("line {}, learned: {}", example.line, text(&learned)));
+        lines.push(format!("{}, learned: {}", example.row, text(&learned)));
     }
     lines
 }

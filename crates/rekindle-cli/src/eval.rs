@@ -1,6 +1,6 @@
 //! `rekindle eval`.
 
-use rekindle::{DataFile, Evaluation};
+use rekindle::{DataSource, Evaluation};
 
 use crate::args::EvalArgs;
 use crate::failure::Failure;
@@ -8,7 +8,7 @@ use crate::{open, output, progress};
 
 pub(crate) fn run(args: &EvalArgs) -> Result<(), Failure> {
     let (model, tokenizer) = open::open(&args.model)?;
-    let evaluation = model.evaluate(tokenizer.as_ref(), &DataFile::new(&args.data), &mut progress::rows())?;
+    let evaluation = model.evaluate(tokenizer.as_ref(), &DataSource::new(&args.data), &mut progress::rows())?;
     if args.json {
         return output::line(&serde_json::to_string(&evaluation).expect("numbers serialize"));
     }

@@ -3,7 +3,7 @@
 use std::fmt::{Display, Write as _};
 use std::path::Path;
 
-use rekindle::{DataFile, DeviceKind, Error, FastLanguageModel, GradientCheckpointing, Suggestion, write_atomic};
+use rekindle::{DataSource, DeviceKind, Error, FastLanguageModel, GradientCheckpointing, Suggestion, write_atomic};
 use toml::Value;
 
 use crate::args::InitArgs;
@@ -27,7 +27,7 @@ pub(crate) fn run(args: &InitArgs) -> Result<(), Failure> {
     if let Some(cache_dir) = &args.hub.cache_dir {
         loader = loader.cache_dir(cache_dir);
     }
-    let [data, eval] = [Some(&args.data), args.eval.as_ref()].map(|path| path.map(DataFile::new));
+    let [data, eval] = [Some(&args.data), args.eval.as_ref()].map(|path| path.map(DataSource::new));
     let data = data.expect("rows are given");
     let suggestion = rekindle::suggest(loader, args.device, &data, eval.as_ref())?;
     eprintln!("{}: {}", args.data.display(), suggestion.rows);

@@ -6,7 +6,7 @@ use std::env;
 use std::path::Path;
 use std::time::Instant;
 
-use rekindle::{DataFile, Model, Report, Tokenizer};
+use rekindle::{DataSource, Model, Report, Tokenizer};
 use serde::Deserialize;
 
 use crate::args::QuickstartArgs;
@@ -87,7 +87,7 @@ fn held_out() -> Vec<Question> {
 }
 
 fn evaluate(job: &Job, dir: &Path) -> Result<f64, Failure> {
-    let data = DataFile::new(dir.join("heldout.jsonl"));
+    let data = DataSource::new(dir.join("heldout.jsonl"));
     Ok(job.model.evaluate(job.tokenizer.as_ref(), &data, &mut progress::rows())?.loss)
 }
 

@@ -1,9 +1,10 @@
 //! `RUN.toml`: what a run trains, on what, and how.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rekindle::{
-    Blocksize, DataFile, DeviceKind, Dtype, FastLanguageModel, GradientCheckpointing, Loader, LoraConfig, Model,
+    Blocksize, DataSource, DeviceKind, Dtype, FastLanguageModel, GradientCheckpointing, Loader, LoraConfig, Model,
     Overlong, QuantConfig, RopeScaling, SftConfig, Source, Thinking, TrainOn, Untrained, parse_device,
     stored_quantization,
 };
@@ -77,6 +78,11 @@ fn is_off(value: &GradientCheckpointing) -> bool {
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 fn is_false(value: &bool) -> bool {
     !value
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_true(value: &bool) -> bool {
+    *value
 }
 
 impl ModelSection {
@@ -176,45 +182,75 @@ pub(crate) struct LoraSection {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct DataSection {
-    pub(crate) train: PathBuf,
+    pub(crate) train: Paths,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) eval: Option<PathBuf>,
+    pub(crate) eval: Option<Paths>,
     pub(crate) shuffle: bool,
     pub(crate) overlong: Overlong,
     pub(crate) train_on: TrainOn,
     pub(crate) thinking: Thinking,
     pub(crate) untrained: Untrained,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) columns: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "is_true")]
+    pub(crate) cache: bool,
+}
+
+/// One, or a list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected a file, a directory or a pattern, or a list of them")]
+pub(crate) enum Paths {
+    One(PathBuf),
+    Several(Vec<PathBuf>),
 }
 
 impl Default for DataSection {
     fn default() -> Self {
         Self {
-            train: PathBuf::new(),
+            train: Paths::Several(Vec::new()),
             eval: None,
             shuffle: true,
             overlong: Overlong::default(),
             train_on: TrainOn::default(),
             thinking: Thinking::default(),
             untrained: Untrained::default(),
+            columns: BTreeMap::new(),
+            cache: true,
         }
     }
 }
 
 impl DataSection {
-    pub(crate) fn train_file(&self) -> DataFile {
-        self.file(&self.train)
+    pub(crate) fn train_source(&self) -> DataSource {
+        self.source(&self.train)
     }
 
-    pub(crate) fn eval_file(&self) -> Option<DataFile> {
-        self.eval.as_ref().map(|path| self.file(path))
+    pub(crate) fn eval_source(&self) -> Option<DataSource> {
+        self.eval.as_ref().map(|paths| self.source(paths))
     }
 
-    fn file(&self, path: &Path) -> DataFile {
-        DataFile::new(path)
+    fn source(&self, paths: &Paths) -> DataSource {
+        DataSource::of(paths.as_slice())
             .overlong(self.overlong)
             .train_on(self.train_on)
             .thinking(self.thinking)
             .untrained(self.untrained)
+            .columns(self.columns.clone())
+            .cache(self.cache)
+    }
+}
+
+impl Paths {
+    fn as_slice(&self) -> &[PathBuf] {
+        match self {
+            Paths::One(path) => std::slice::from_ref(path),
+            Paths::Several(paths) => paths,
+        }
+    }
+
+    /// Whether nothing is named.
+    fn is_empty(&self) -> bool {
+        self.as_slice().iter().all(|path| path.as_os_str().is_empty())
     }
 }
 
@@ -303,8 +339,8 @@ impl RunConfig {
                 "[model] name_or_path is missing; give a checkpoint's directory, or its name on the hub".to_owned(),
             );
         }
-        if self.data.train.as_os_str().is_empty() {
-            problems.push("[data] train is missing; give a JSONL file of rows".to_owned());
+        if self.data.train.is_empty() {
+            problems.push("[data] train is missing; give a file of rows, such as JSON lines or Parquet".to_owned());
         }
         match parse_device(&self.device) {
             Err(error) => problems.push(error.to_string()),

@@ -1,22 +1,28 @@
-use std::collections::BTreeSet;
-use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::encode::{Encoded, Example, encode};
-use crate::error::{Error, Result};
-use crate::jsonl::{RowReader, no_rows};
+use crate::cache::Stored;
+use crate::data_files::DataFiles;
+use crate::encode::{Encoded, Example};
+use crate::error::Result;
 use crate::mask::{Thinking, TrainOn, Untrained};
-use crate::overlong::{self, Overlong};
-use crate::row::{RowContent, RowFormat};
+use crate::overlong::Overlong;
+use crate::report::LoadReport;
+use crate::row::RowNumber;
 use crate::tokenizer::Tokenizer;
 
-/// Encoded rows, in the order of their file.
-#[derive(Debug, Clone, PartialEq, Eq)]
+mod load;
+
+pub(crate) use load::load;
+
+/// Encoded rows, in the order of their files.
+#[derive(Debug, Clone)]
 pub struct Dataset {
-    examples: Vec<Encoded>,
-    path: PathBuf,
+    examples: Arc<dyn Examples>,
+    files: Vec<PathBuf>,
+    fingerprint: String,
 }
 
 /// What a row must fit into.
@@ -50,39 +56,32 @@ impl Default for EncodeOptions {
     }
 }
 
-/// What loading a dataset found and did; `Display` gives it in one line.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub struct LoadReport {
-    /// The shapes of rows that occur.
-    pub formats: BTreeSet<RowFormat>,
-    /// Rows in the file.
-    pub rows: usize,
-    /// Examples made of them.
-    pub examples: usize,
-    /// Tokens of all examples.
-    pub tokens: usize,
-    /// Labels that count, of all examples.
-    pub trained_tokens: usize,
-    /// Tokens of the longest row in the file, before anything was cut.
-    pub longest: usize,
-    /// The line of that row.
-    pub longest_line: usize,
-    /// Rows left out because they were too long, or because truncation left nothing to learn of them.
-    pub dropped: usize,
-    /// Rows cut at `max_seq_length`.
-    pub truncated: usize,
-    /// Rows made into several examples.
-    pub split: usize,
-    /// Rows left out because no label of them counts.
-    pub untrained: usize,
-}
-
 impl Dataset {
+    /// Reads and encodes the rows of a file, or of all files of a directory or a pattern. Only rows of `input_ids` do
+    /// without a `tokenizer`.
+    ///
+    /// # Errors
+    /// As [`DataFiles::find`] and [`DataFiles::load`].
+    pub fn load(path: &Path, tokenizer: Option<&Tokenizer>, options: &EncodeOptions) -> Result<(Self, LoadReport)> {
+        DataFiles::find([path])?.load(tokenizer, options)
+    }
+
+    pub(crate) fn new(examples: impl Examples + 'static, files: Vec<PathBuf>, fingerprint: String) -> Self {
+        Dataset { examples: Arc::new(examples), files, fingerprint }
+    }
+
     /// How many examples there are.
     #[allow(clippy::len_without_is_empty, reason = "loading refuses a dataset without examples")]
     pub fn len(&self) -> usize {
-        self.examples.len()
+        self.examples.ends().len()
+    }
+
+    /// SHA-256, in hexadecimal, of all that the examples are made from: the bytes of the files, wherever they lie, the
+    /// tokenizer's, the columns and the options. A run that is resumed on the same one goes on with the same examples.
+    ///
+    /// A template that writes the date writes that of the day on which the rows were encoded, which is no part of it.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
     /// An example.
@@ -90,8 +89,14 @@ impl Dataset {
     /// # Panics
     /// When there are not that many.
     pub fn example(&self, index: usize) -> Example<'_> {
-        let Encoded { input_ids, labels, line } = &self.examples[index];
-        Example { input_ids, labels, line: *line, path: &self.path }
+        let ends = self.examples.ends();
+        let range = index.checked_sub(1).map_or(0, |before| ends[before] as usize)..ends[index] as usize;
+        Example {
+            input_ids: &self.examples.input_ids()[range.clone()],
+            labels: &self.examples.labels()[range],
+            row: unpack(self.examples.rows()[index]),
+            path: &self.files[self.examples.files()[index] as usize],
+        }
     }
 
     /// All examples, in order.
@@ -99,182 +104,73 @@ impl Dataset {
         (0..self.len()).map(|index| self.example(index))
     }
 
-    /// Reads and encodes a JSONL file. Only rows of `input_ids` do without a `tokenizer`.
-    ///
-    /// # Errors
-    /// [`Error::Options`] for a `max_seq_length` under 2; [`Error::Tokenizer`] when rows need a chat template and the
-    /// checkpoint has none that parses; [`Error::Read`]; [`Error::Row`] for a line that cannot be read
-    /// or encoded, is too long (with [`Overlong::Error`]), has a token id beyond the vocabulary or no label that counts;
-    /// [`Error::Dataset`] when there is no row, no row has a label that counts, or none is short enough.
-    pub fn load(path: &Path, tokenizer: Option<&Tokenizer>, options: &EncodeOptions) -> Result<(Self, LoadReport)> {
-        if options.max_seq_length < 2 {
-            let max = options.max_seq_length;
-            return Err(Error::Options(format!(
-                "max_seq_length = {max} leaves nothing to predict; it must be at least 2"
-            )));
-        }
-        let mut loader =
-            Loader { path, options, report: LoadReport::default(), examples: Vec::new(), untrained: Vec::new() };
-        for row in RowReader::open(path)? {
-            let row = row?;
-            loader.check_tokenizer(&row.content, tokenizer)?;
-            loader.report.formats.insert(row.content.format());
-            let example = encode(row.content, row.line, tokenizer, options)
-                .map_err(|message| Error::row(path, row.line, message))?;
-            loader.add(example)?;
-        }
-        loader.finish()
+    /// Writes the examples to a file of the cache.
+    pub(crate) fn write(&self, path: &Path, report: &LoadReport) -> Result<(), rekindle_hub::Error> {
+        Stored::write(path, &*self.examples, &self.fingerprint, report)
     }
 }
 
-struct Loader<'a> {
-    path: &'a Path,
-    options: &'a EncodeOptions,
-    report: LoadReport,
-    examples: Vec<Encoded>,
-    /// Lines without a label that counts; an error, but which depends on the rest of the file.
-    untrained: Vec<usize>,
+/// All examples one behind the other, in memory or in a mapped file.
+pub(crate) trait Examples: std::fmt::Debug + Send + Sync {
+    fn input_ids(&self) -> &[u32];
+    fn labels(&self) -> &[i32];
+    /// Where each ends.
+    fn ends(&self) -> &[u64];
+    /// The index of the file of each.
+    fn files(&self) -> &[u32];
+    /// The row of each in it, as [`pack`] writes it.
+    fn rows(&self) -> &[u64];
 }
 
-impl Loader<'_> {
-    /// What a kind of row needs of the checkpoint is missed there, not in the row.
-    fn check_tokenizer(&mut self, content: &RowContent, tokenizer: Option<&Tokenizer>) -> Result<()> {
-        match (content, tokenizer) {
-            (RowContent::Messages { .. }, Some(tokenizer)) => tokenizer.chat_template().map(|_| ()),
-            (RowContent::Text(_) | RowContent::PromptCompletion { .. }, Some(_)) | (RowContent::InputIds { .. }, _) => {
-                Ok(())
-            }
-            (_, None) => Err(Error::Tokenizer {
-                path: "tokenizer.json".into(),
-                message: "the checkpoint has none, but these rows are text; only rows of \"input_ids\" do without"
-                    .to_owned(),
-            }),
-        }
-    }
+#[derive(Debug, Default)]
+pub(crate) struct InMemory {
+    input_ids: Vec<u32>,
+    labels: Vec<i32>,
+    ends: Vec<u64>,
+    files: Vec<u32>,
+    rows: Vec<u64>,
+}
 
-    fn add(&mut self, example: Encoded) -> Result<()> {
-        let len = example.input_ids.len();
-        self.report.rows += 1;
-        if len > self.report.longest {
-            (self.report.longest, self.report.longest_line) = (len, example.line);
-        }
-        self.check_vocabulary(&example)?;
-        if example.trained_tokens() == 0 {
-            self.untrained.push(example.line);
-            return Ok(());
-        }
-        if len <= self.options.max_seq_length {
-            self.examples.push(example);
-            return Ok(());
-        }
-        self.fit(example)
-    }
-
-    /// Does with a row that is too long what the options say.
-    fn fit(&mut self, example: Encoded) -> Result<()> {
-        let max = self.options.max_seq_length;
-        match self.options.overlong {
-            Overlong::Error => {
-                let message = format!(
-                    "has {} tokens, more than max_seq_length = {max}; raise it, or set \
-                     data.overlong = \"drop\" | \"truncate\" | \"split\"",
-                    example.input_ids.len()
-                );
-                return Err(Error::row(self.path, example.line, message));
-            }
-            Overlong::Drop => self.report.dropped += 1,
-            Overlong::Truncate => {
-                let example = overlong::truncate(example, max);
-                if example.trained_tokens() > 0 {
-                    self.report.truncated += 1;
-                    self.examples.push(example);
-                } else {
-                    self.report.dropped += 1;
-                }
-            }
-            Overlong::Split => {
-                self.report.split += 1;
-                let pieces = overlong::split(&example, max);
-                self.examples.extend(pieces.into_iter().filter(|piece| piece.trained_tokens() > 0));
-            }
-        }
-        Ok(())
-    }
-
-    fn check_vocabulary(&self, example: &Encoded) -> Result<()> {
-        let Some(vocab_size) = self.options.vocab_size else { return Ok(()) };
-        let fits = |id: u32| (id as usize) < vocab_size;
-        // Every label but −100 is an id; a negative one was refused when the row was read.
-        let labels = example.labels.iter().filter_map(|&label| u32::try_from(label).ok());
-        let refuse = |id, what| {
-            let message = format!(
-                "{what} {id} is beyond the model's vocabulary of {vocab_size} (0 to {}); was the row made with another \
-                 tokenizer?",
-                vocab_size.saturating_sub(1)
-            );
-            Err(Error::row(self.path, example.line, message))
-        };
-        match (example.input_ids.iter().copied().find(|&id| !fits(id)), labels.clone().find(|&id| !fits(id))) {
-            (Some(id), _) => refuse(id, "token id"),
-            (None, Some(id)) => refuse(id, "label"),
-            (None, None) => Ok(()),
-        }
-    }
-
-    fn finish(self) -> Result<(Dataset, LoadReport)> {
-        let Loader { path, options, mut report, examples, untrained } = self;
-        if report.rows == 0 {
-            return Err(no_rows(path));
-        }
-        if untrained.len() == report.rows {
-            return Err(Error::dataset(path, "all labels are ignored: no row has a token to learn"));
-        }
-        report.untrained = untrained.len();
-        if let Some(&line) = untrained.first().filter(|_| options.untrained == Untrained::Error) {
-            return Err(Error::row(
-                path,
-                line,
-                "no label counts: the row has nothing to learn (the first token never does); remove it, or set \
-                 data.untrained = \"drop\"",
-            ));
-        }
-        if examples.is_empty() {
-            let message = format!(
-                "no row is left: each is longer than max_seq_length = {} (the longest has {} tokens)",
-                options.max_seq_length, report.longest
-            );
-            return Err(Error::dataset(path, message));
-        }
-        report.examples = examples.len();
-        report.tokens = examples.iter().map(|example| example.input_ids.len()).sum();
-        report.trained_tokens = examples.iter().map(Encoded::trained_tokens).sum();
-        Ok((Dataset { examples, path: path.to_owned() }, report))
+impl InMemory {
+    fn push(&mut self, example: &Encoded, file: usize, row: RowNumber) {
+        self.input_ids.extend_from_slice(&example.input_ids);
+        self.labels.extend_from_slice(&example.labels);
+        self.ends.push(self.input_ids.len() as u64);
+        self.files.push(u32::try_from(file).expect("fewer files than 2^32"));
+        self.rows.push(pack(row));
     }
 }
 
-impl fmt::Display for LoadReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let formats = self.formats.iter().map(RowFormat::to_string).collect::<Vec<_>>().join("; ");
-        write!(
-            f,
-            "{} rows ({formats}), {} tokens, {} trained; longest row {} (line {})",
-            self.rows, self.tokens, self.trained_tokens, self.longest, self.longest_line
-        )?;
-        for (count, what) in [
-            (self.dropped, "dropped"),
-            (self.truncated, "truncated"),
-            (self.split, "split"),
-            (self.untrained, "dropped with nothing to train"),
-        ] {
-            if count > 0 {
-                write!(f, "; {count} {what}")?;
-            }
-        }
-        if self.split > 0 {
-            write!(f, " ({} examples)", self.examples)?;
-        }
-        Ok(())
+impl Examples for InMemory {
+    fn input_ids(&self) -> &[u32] {
+        &self.input_ids
     }
+
+    fn labels(&self) -> &[i32] {
+        &self.labels
+    }
+
+    fn ends(&self) -> &[u64] {
+        &self.ends
+    }
+
+    fn files(&self) -> &[u32] {
+        &self.files
+    }
+
+    fn rows(&self) -> &[u64] {
+        &self.rows
+    }
+}
+
+/// A row's number times two, and one for what is no line.
+fn pack(row: RowNumber) -> u64 {
+    row.get() as u64 * 2 + u64::from(matches!(row, RowNumber::Row(_)))
+}
+
+fn unpack(packed: u64) -> RowNumber {
+    let number = (packed / 2) as usize;
+    if packed % 2 == 1 { RowNumber::Row(number) } else { RowNumber::Line(number) }
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@ use std::path::Path;
 use crate::dataset::EncodeOptions;
 use crate::error::Error;
 use crate::mask::TrainOn;
-use crate::row::RowContent;
+use crate::row::{RowContent, RowNumber};
 use crate::tokenizer::{Tokenized, Tokenizer};
 
 mod conversation;
@@ -21,8 +21,8 @@ pub struct Example<'a> {
     /// Beside each id the same id where it is learned, else [`IGNORED`]. `labels[i]` is predicted from the tokens before
     /// `i`; the first never counts.
     pub labels: &'a [i32],
-    /// The line of the file that it comes from, counted from 1.
-    pub line: usize,
+    /// The line or row of the file that it comes from.
+    pub row: RowNumber,
     /// The file.
     pub path: &'a Path,
 }

@@ -1,6 +1,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::row::RowNumber;
+
 /// What went wrong while reading a tokenizer, a template or a dataset.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -24,13 +26,13 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// One line of a dataset.
-    #[error("{path}:{line}: {message}")]
+    /// One row of a dataset.
+    #[error("{}: {message}", place(.path, *.row))]
     Row {
-        /// The dataset.
+        /// The file.
         path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
+        /// The line or the row in it.
+        row: RowNumber,
         /// What is wrong and what to do.
         message: String,
     },
@@ -76,11 +78,19 @@ impl Error {
         Error::Tokenizer { path: path.as_ref().to_owned(), message: message.into() }
     }
 
-    pub(crate) fn row(path: &Path, line: usize, message: impl Into<String>) -> Self {
-        Error::Row { path: path.to_owned(), line, message: message.into() }
+    pub(crate) fn row(path: &Path, row: RowNumber, message: impl Into<String>) -> Self {
+        Error::Row { path: path.to_owned(), row, message: message.into() }
     }
 
     pub(crate) fn dataset(path: &Path, message: impl Into<String>) -> Self {
         Error::Dataset { path: path.to_owned(), message: message.into() }
+    }
+}
+
+/// Where a row stands: the line as editors and compilers write it, for a jump there.
+pub(crate) fn place(path: &Path, row: RowNumber) -> String {
+    match row {
+        RowNumber::Line(line) => format!("{}:{line}", path.display()),
+        RowNumber::Row(number) => format!("{}, row {number}", path.display()),
     }
 }

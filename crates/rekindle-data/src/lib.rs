@@ -1,7 +1,7 @@
-//! Training rows, chat templates and loss masks: everything between a JSONL file and token ids.
+//! Training rows, chat templates and loss masks: everything between files of rows and token ids.
 //!
-//! [`Tokenizer`] reads a checkpoint's tokenizer and [`ChatTemplate`]; [`Dataset::load`] turns each line of a file into an
-//! [`Example`], token ids with a label beside each; [`Order`] says in which sequence the examples are visited. Nothing
+//! [`Tokenizer`] reads a checkpoint's tokenizer and [`ChatTemplate`]; [`DataFiles`] finds files of rows, in every
+//! [`RowFormat`]; [`Dataset::load`] turns each row into an [`Example`], token ids with a label beside each; [`Order`] says in which sequence the examples are visited. Nothing
 //! here knows of tensors.
 //!
 //! A label stands beside the token it equals: the label of position `i` is predicted from the tokens before `i`, so the
@@ -28,15 +28,19 @@
 //! # }
 //! ```
 
+mod cache;
+mod columns;
+mod data_files;
 mod dataset;
 mod encode;
 mod error;
-mod jsonl;
+mod files;
 mod mask;
 mod message;
 mod order;
 mod overlong;
 mod packing;
+mod report;
 mod row;
 mod spans;
 mod stream;
@@ -45,16 +49,19 @@ mod template;
 mod test_support;
 mod tokenizer;
 
-pub use dataset::{Dataset, EncodeOptions, LoadReport};
+pub use cache::{CacheUse, default_cache_dir};
+pub use columns::Columns;
+pub use data_files::DataFiles;
+pub use dataset::{Dataset, EncodeOptions};
 pub use encode::{Example, IGNORED};
 pub use error::{Error, ErrorKind, Result};
-pub use jsonl::{RowReader, read_jsonl};
 pub use mask::{Thinking, TrainOn, Untrained};
 pub use message::Message;
 pub use order::Order;
 pub use overlong::Overlong;
 pub use packing::Packs;
-pub use row::{Row, RowContent, RowFormat};
+pub use report::{Change, LoadReport, RowPlace};
+pub use row::{RowFormat, RowNumber};
 pub use stream::StreamDecoder;
 pub use template::{ChatTemplate, Marked, RenderOptions};
 pub use tokenizer::{COMPANION_FILES, Tokenizer, companion_files, eos_token_ids};

@@ -1,8 +1,26 @@
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// The roles that a chat template may be asked for.
 pub(crate) const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+
+/// What ShareGPT's files and their relatives call them.
+const OTHER_NAMES: [(&str, &str); 11] = [
+    ("human", "user"),
+    ("gpt", "assistant"),
+    ("chatgpt", "assistant"),
+    ("bing", "assistant"),
+    ("bard", "assistant"),
+    ("bot", "assistant"),
+    ("model", "assistant"),
+    ("function", "tool"),
+    ("observation", "tool"),
+    ("function_response", "tool"),
+    ("tool_response", "tool"),
+];
+
+/// Names of an assistant turn whose text is the JSON of its calls.
+const CALLS: [&str; 2] = ["function_call", "tool_call"];
 
 /// One turn of a conversation, as a chat template sees it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -26,33 +44,45 @@ impl Message {
         self.role == "assistant"
     }
 
-    /// Reads one element of a `messages` list; `what` names it in errors.
+    /// Reads one element of a list of messages, of `role` and `content` or of ShareGPT's `from` and `value`; `what` names
+    /// it in errors. Null fields are left out: tables with one type a column are full of them, and some templates ask
+    /// whether a field is there.
     pub(crate) fn from_json(value: Value, what: &str) -> Result<Self, String> {
         let Value::Object(mut fields) = value else {
             return Err(format!("{what} is {}, not an object with \"role\" and \"content\"", type_name(&value)));
         };
-        let role = match fields.shift_remove("role") {
+        fields.retain(|_, value| !value.is_null());
+        let sharegpt = fields.contains_key("from") && !fields.contains_key("role");
+        let [role_key, content_key] = if sharegpt { ["from", "value"] } else { ["role", "content"] };
+        let mut role = match fields.shift_remove(role_key) {
             Some(Value::String(role)) => role,
-            Some(other) => return Err(format!("{what}.role is {}, not a string", type_name(&other))),
+            Some(other) => return Err(format!("{what}.{role_key} is {}, not a string", type_name(&other))),
             None => return Err(format!("{what} has no \"role\"; its keys: {}", quoted_keys(&fields))),
         };
-        if !ROLES.contains(&role.as_str()) {
-            return Err(format!("{what}.role {role:?} is unknown; known: {}", ROLES.join(", ")));
-        }
-        let content = match fields.shift_remove("content") {
+        let mut content = match fields.shift_remove(content_key) {
             Some(Value::String(text)) => Some(text),
-            Some(Value::Array(parts)) => Some(join_parts(&parts, what)?),
+            Some(Value::Array(parts)) => Some(join_parts(&parts, &format!("{what}.{content_key}"))?),
             Some(Value::Null) | None => None,
             Some(other) => {
-                return Err(format!("{what}.content is {}, not a string or a list of text parts", type_name(&other)));
+                let kind = type_name(&other);
+                return Err(format!("{what}.{content_key} is {kind}, not a string or a list of text parts"));
             }
         };
-        let calls = fields.get("tool_calls").is_some_and(|calls| !calls.is_null());
+        if let Some((_, name)) = OTHER_NAMES.iter().find(|(other, _)| *other == role) {
+            role = (*name).to_owned();
+        } else if let (true, Some(text)) = (CALLS.contains(&role.as_str()), &content) {
+            fields.insert("tool_calls".to_owned(), calls(text, &format!("{what} ({role})"))?);
+            (role, content) = ("assistant".to_owned(), None);
+        }
+        if !ROLES.contains(&role.as_str()) {
+            return Err(format!("{what}.{role_key} {role:?} is unknown; known: {}", ROLES.join(", ")));
+        }
+        let calls = fields.contains_key("tool_calls");
         let spoken = matches!(role.as_str(), "user" | "assistant");
         match content {
             // Templates join the content to other text; transformers users write "" there, other tools null or nothing.
             None if calls => Ok(Message { role, content: String::new(), extra: fields }),
-            None => Err(format!("{what} ({role}) has no \"content\"")),
+            None => Err(format!("{what} ({role}) has no {content_key:?}")),
             // An empty system prompt or tool result says something; an empty question or answer is a broken row.
             Some(text) if text.trim().is_empty() && spoken && !calls => {
                 Err(format!("{what} ({role}) is empty; remove the row or fill it in"))
@@ -62,6 +92,19 @@ impl Message {
     }
 }
 
+/// The calls whose JSON is a turn's text, `{"name": …, "arguments": …}` or a list of these, as templates read them.
+fn calls(text: &str, what: &str) -> Result<Value, String> {
+    let value = serde_json::from_str(text).map_err(|error| format!("{what} is not the JSON of a call: {error}"))?;
+    let calls = match value {
+        Value::Array(calls) => calls,
+        one => vec![one],
+    };
+    if calls.is_empty() || !calls.iter().all(|call| call.get("name").is_some_and(Value::is_string)) {
+        return Err(format!("{what} is not of the form {{\"name\": …, \"arguments\": …}}"));
+    }
+    Ok(calls.into_iter().map(|call| json!({"type": "function", "function": call})).collect())
+}
+
 /// Joins `[{"type": "text", "text": …}, …]`.
 fn join_parts(parts: &[Value], what: &str) -> Result<String, String> {
     let mut text = String::new();
@@ -69,9 +112,9 @@ fn join_parts(parts: &[Value], what: &str) -> Result<String, String> {
         match (part.get("type").and_then(Value::as_str), part.get("text").and_then(Value::as_str)) {
             (Some("text"), Some(piece)) => text.push_str(piece),
             (Some(kind), _) if kind != "text" => {
-                return Err(format!("{what}.content[{index}] has type {kind:?}; only \"text\" is supported"));
+                return Err(format!("{what}[{index}] has type {kind:?}; only \"text\" is supported"));
             }
-            _ => return Err(format!("{what}.content[{index}] is not of the form {{\"type\": \"text\", \"text\": …}}")),
+            _ => return Err(format!("{what}[{index}] is not of the form {{\"type\": \"text\", \"text\": …}}")),
         }
     }
     Ok(text)
@@ -94,7 +137,8 @@ pub(crate) fn quoted_keys(fields: &Map<String, Value>) -> String {
     if fields.is_empty() {
         return "none".to_owned();
     }
-    fields.keys().map(|key| format!("{key:?}")).collect::<Vec<_>>().join(", ")
+    let name = |(key, value): (&String, &Value)| format!("{key:?}{}", if value.is_null() { " (null)" } else { "" });
+    fields.iter().map(name).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -122,6 +166,26 @@ mod tests {
     }
 
     #[test]
+    fn sharegpt_names_its_turns_otherwise() {
+        for (from, role) in [("human", "user"), ("gpt", "assistant"), ("system", "system"), ("observation", "tool")] {
+            let message = Message::from_json(json!({"from": from, "value": "x"}), "m").expect("valid");
+            assert_eq!(message, Message::new(role, "x"));
+            assert_eq!(Message::from_json(json!({"role": from, "content": "x"}), "m").expect("valid"), message);
+        }
+        let call = json!({"name": "clock", "arguments": {"zone": "UTC"}});
+        let turn = json!({"from": "function_call", "value": call.to_string()});
+        let message = Message::from_json(turn, "m").expect("valid");
+        assert_eq!((message.role.as_str(), message.content.as_str()), ("assistant", ""));
+        assert_eq!(message.extra["tool_calls"], json!([{"type": "function", "function": call}]));
+    }
+
+    #[test]
+    fn null_fields_are_left_out() {
+        let turn = json!({"role": "user", "content": "q", "tool_calls": null, "name": null});
+        assert_eq!(Message::from_json(turn, "m").expect("valid"), Message::new("user", "q"));
+    }
+
+    #[test]
     fn errors_name_the_place_and_the_way_out() {
         assert_eq!(
             error(json!({"role": "asistant", "content": "x"})),
@@ -129,8 +193,17 @@ mod tests {
         );
         assert_eq!(error(json!("hi")), "messages[1] is a string, not an object with \"role\" and \"content\"");
         assert_eq!(
-            error(json!({"from": "human", "value": "x"})),
-            "messages[1] has no \"role\"; its keys: \"from\", \"value\""
+            error(json!({"speaker": "human", "value": "x"})),
+            "messages[1] has no \"role\"; its keys: \"speaker\", \"value\""
+        );
+        assert_eq!(
+            error(json!({"from": "narrator", "value": "x"})),
+            "messages[1].from \"narrator\" is unknown; known: system, developer, user, assistant, tool"
+        );
+        assert_eq!(error(json!({"from": "gpt", "value": null})), "messages[1] (assistant) has no \"value\"");
+        assert_eq!(
+            error(json!({"from": "function_call", "value": "{}"})),
+            "messages[1] (function_call) is not of the form {\"name\": …, \"arguments\": …}"
         );
         assert_eq!(error(json!({"role": 3})), "messages[1].role is a number, not a string");
         assert_eq!(error(json!({"role": "user"})), "messages[1] (user) has no \"content\"");

@@ -1,25 +1,35 @@
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::message::{Message, quoted_keys, type_name};
 
-/// One line of a dataset, not yet encoded.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Row {
-    /// The line in the file, counted from 1.
-    pub line: usize,
-    /// What stands there.
-    pub content: RowContent,
-}
+mod alpaca;
+mod conversation;
+mod pretokenized;
 
-/// The shapes a row can have. Keys that belong to none of them are ignored.
+/// The keys of every shape, first the one that a row is taken for when it has several.
 ///
-/// Where a row has the keys of several shapes, the first of this order is taken: `input_ids`, `messages`,
-/// `prompt` + `completion`, `text`.
+/// What belongs to no shape stays out of this: `tools`, `system`, `chat_template_kwargs`, `input`, `labels`.
+pub(crate) const SHAPES: [(RowFormat, &[&str]); 6] = [
+    (RowFormat::InputIds, &["input_ids"]),
+    (RowFormat::Messages, &["messages"]),
+    (RowFormat::Conversations, &["conversations"]),
+    (RowFormat::PromptCompletion, &["prompt", "completion"]),
+    (RowFormat::Alpaca, &["instruction", "output"]),
+    (RowFormat::Text, &["text"]),
+];
+
+/// The keys that some shape reads beside its own.
+pub(crate) const BESIDE: [&str; 7] =
+    ["labels", "attention_mask", "tools", "chat_template_kwargs", "system", "input", "history"];
+
+/// What a row holds, not yet encoded.
 #[derive(Debug, Clone, PartialEq)]
-pub enum RowContent {
-    /// `messages`, or `prompt` and `completion` as two lists of messages.
+pub(crate) enum RowContent {
+    /// A conversation: `messages`, `conversations`, `prompt` and `completion` as two lists of messages, or an alpaca row
+    /// for a checkpoint with a chat template.
     Messages {
         /// The whole conversation.
         messages: Vec<Message>,
@@ -30,7 +40,7 @@ pub enum RowContent {
         /// `chat_template_kwargs`, for the template.
         kwargs: Map<String, Value>,
     },
-    /// `prompt` and `completion` as strings; only the completion counts.
+    /// `prompt` and `completion` as strings, or an alpaca row as text; only the completion counts.
     PromptCompletion {
         /// What is given.
         prompt: String,
@@ -48,69 +58,129 @@ pub enum RowContent {
     },
 }
 
-/// The name of a row's shape.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// The shapes a row can have. Keys that belong to none of them are ignored, and so are null ones.
+///
+/// Where a row has the keys of several shapes, the first of this order is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[non_exhaustive]
+#[serde(rename_all = "snake_case")]
 pub enum RowFormat {
-    /// `messages`
-    Messages,
-    /// `prompt` + `completion`
-    PromptCompletion,
-    /// `text`
-    Text,
-    /// `input_ids`
+    /// `input_ids`, perhaps with `labels`.
     InputIds,
+    /// `messages` with `role` and `content`, perhaps with `tools` and `chat_template_kwargs`.
+    Messages,
+    /// ShareGPT's `conversations`: turns of `from` (`human`, `gpt` …) and `value`, or of `role` and `content`, perhaps
+    /// with `system` and `tools`.
+    Conversations,
+    /// `prompt` and `completion`: two strings, or two lists of messages.
+    PromptCompletion,
+    /// Alpaca's `instruction` and `output`, perhaps with `input` and `system`.
+    ///
+    /// With a chat template: a user turn of the instruction, an empty line and the input, answered by the output. Without:
+    /// Stanford Alpaca's text as prompt, the output as completion.
+    Alpaca,
+    /// `text`.
+    Text,
+}
+
+/// Which row of its file it is, counted from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RowNumber {
+    /// The line, in JSON lines.
+    Line(usize),
+    /// The element of a JSON list, or the row of a Parquet file.
+    Row(usize),
+}
+
+impl RowNumber {
+    /// The number alone.
+    pub fn get(self) -> usize {
+        match self {
+            RowNumber::Line(number) | RowNumber::Row(number) => number,
+        }
+    }
+}
+
+impl fmt::Display for RowNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RowNumber::Line(number) => write!(f, "line {number}"),
+            RowNumber::Row(number) => write!(f, "row {number}"),
+        }
+    }
+}
+
+impl RowFormat {
+    /// As in a run's output and in a report: the keys that make it.
+    pub fn name(self) -> &'static str {
+        match self {
+            RowFormat::InputIds => "input_ids",
+            RowFormat::Messages => "messages",
+            RowFormat::Conversations => "conversations (sharegpt)",
+            RowFormat::PromptCompletion => "prompt + completion",
+            RowFormat::Alpaca => "instruction + output (alpaca)",
+            RowFormat::Text => "text",
+        }
+    }
 }
 
 impl fmt::Display for RowFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            RowFormat::Messages => "messages",
-            RowFormat::PromptCompletion => "prompt + completion",
-            RowFormat::Text => "text",
-            RowFormat::InputIds => "input_ids",
-        })
+        f.write_str(self.name())
     }
 }
 
 impl RowContent {
-    /// The name of this shape.
-    pub fn format(&self) -> RowFormat {
-        match self {
-            RowContent::Messages { trained_from: 0, .. } => RowFormat::Messages,
-            RowContent::Messages { .. } | RowContent::PromptCompletion { .. } => RowFormat::PromptCompletion,
-            RowContent::Text(_) => RowFormat::Text,
-            RowContent::InputIds { .. } => RowFormat::InputIds,
+    /// Reads the fields of a row; `has_template` says whether an alpaca row becomes a conversation.
+    pub(crate) fn read(mut fields: Map<String, Value>, has_template: bool) -> Result<(RowFormat, Self), String> {
+        let has = |key: &&str| fields.get(*key).is_some_and(|value| !value.is_null());
+        // Half of a shape is taken for it only when nothing is whole, so that what is missing can be named.
+        let whole = SHAPES.iter().find(|(_, keys)| keys.iter().all(has));
+        let Some((format, keys)) = whole.or_else(|| SHAPES.iter().find(|(_, keys)| keys.iter().any(has))) else {
+            return Err(unknown(&fields));
+        };
+        if let (Some(there), Some(lacking)) = (keys.iter().find(|key| has(key)), keys.iter().find(|key| !has(key))) {
+            return Err(format!("has {there:?} but no {lacking:?}"));
         }
+        let mut take = |key: &str| fields.shift_remove(key).unwrap_or_default();
+        let content = match format {
+            RowFormat::InputIds => pretokenized::read(take("input_ids"), &fields),
+            RowFormat::Messages => conversation::read(take("messages"), "messages", fields),
+            RowFormat::Conversations => conversation::read(take("conversations"), "conversations", fields),
+            RowFormat::PromptCompletion => prompt_completion(take("prompt"), take("completion"), fields),
+            RowFormat::Alpaca => alpaca::read(fields, has_template),
+            RowFormat::Text => match take("text") {
+                Value::String(text) if text.is_empty() => Err("\"text\" is empty".to_owned()),
+                Value::String(text) => Ok(RowContent::Text(text)),
+                other => Err(format!("\"text\" is {}, not a string", type_name(&other))),
+            },
+        };
+        Ok((*format, content?))
     }
 
-    /// Reads one JSON value.
+    /// Reads one JSON value, for a checkpoint with a chat template.
+    #[cfg(test)]
     pub(crate) fn from_json(value: Value) -> Result<Self, String> {
-        let Value::Object(mut fields) = value else {
-            return Err(format!("expected a JSON object, found {}", type_name(&value)));
-        };
-        if let Some(ids) = fields.shift_remove("input_ids") {
-            return pretokenized(ids, &fields);
-        }
-        if let Some(messages) = fields.shift_remove("messages") {
-            return conversation(read_messages(messages, "messages")?, 0, fields);
-        }
-        match (fields.shift_remove("prompt"), fields.shift_remove("completion")) {
-            (Some(prompt), Some(completion)) => prompt_completion(prompt, completion, fields),
-            (Some(_), None) => Err("has \"prompt\" but no \"completion\"".to_owned()),
-            (None, Some(_)) => Err("has \"completion\" but no \"prompt\"".to_owned()),
-            (None, None) => match fields.shift_remove("text") {
-                Some(Value::String(text)) if text.is_empty() => Err("\"text\" is empty".to_owned()),
-                Some(Value::String(text)) => Ok(RowContent::Text(text)),
-                Some(other) => Err(format!("\"text\" is {}, not a string", type_name(&other))),
-                None => Err(format!(
-                    "unknown kind of row; its keys: {}; known: \"messages\", \"prompt\" with \"completion\", \"text\", \
-                     \"input_ids\" (with or without \"labels\")",
-                    quoted_keys(&fields)
-                )),
-            },
-        }
+        object(value).and_then(|fields| Self::read(fields, true)).map(|(_, content)| content)
     }
+}
+
+/// The fields of a row.
+pub(crate) fn object(value: Value) -> Result<Map<String, Value>, String> {
+    match value {
+        Value::Object(fields) => Ok(fields),
+        other => Err(format!("expected a JSON object, found {}", type_name(&other))),
+    }
+}
+
+fn unknown(fields: &Map<String, Value>) -> String {
+    format!(
+        "unknown kind of row; its keys: {}; known: \"messages\", \"conversations\", \"prompt\" with \"completion\", \
+         \"instruction\" with \"output\", \"text\", \"input_ids\" (with or without \"labels\"); other names can be mapped, \
+         as in [data] columns = {{ prompt = \"question\", completion = \"answer\" }}",
+        quoted_keys(fields)
+    )
 }
 
 fn prompt_completion(prompt: Value, completion: Value, fields: Map<String, Value>) -> Result<RowContent, String> {
@@ -122,10 +192,10 @@ fn prompt_completion(prompt: Value, completion: Value, fields: Map<String, Value
             Ok(RowContent::PromptCompletion { prompt, completion })
         }
         (prompt @ Value::Array(_), completion @ Value::Array(_)) => {
-            let mut messages = read_messages(prompt, "prompt")?;
+            let mut messages = conversation::turns(prompt, "prompt")?;
             let trained_from = messages.len();
-            messages.extend(read_messages(completion, "completion")?);
-            conversation(messages, trained_from, fields)
+            messages.extend(conversation::turns(completion, "completion")?);
+            conversation::finish(messages, trained_from, "completion", fields)
         }
         (prompt, completion) => Err(format!(
             "\"prompt\" is {} and \"completion\" is {}; both must be strings, or both lists of messages",
@@ -135,131 +205,5 @@ fn prompt_completion(prompt: Value, completion: Value, fields: Map<String, Value
     }
 }
 
-fn conversation(
-    messages: Vec<Message>,
-    trained_from: usize,
-    mut fields: Map<String, Value>,
-) -> Result<RowContent, String> {
-    if !messages[trained_from..].iter().any(Message::is_assistant) {
-        let place = if trained_from > 0 { "\"completion\"" } else { "\"messages\"" };
-        return Err(format!("{place} has no assistant turn, so no label counts"));
-    }
-    let tools = fields.shift_remove("tools").filter(|tools| !tools.is_null());
-    let kwargs = match fields.shift_remove("chat_template_kwargs") {
-        None | Some(Value::Null) => Map::new(),
-        Some(Value::Object(kwargs)) => kwargs,
-        Some(other) => return Err(format!("\"chat_template_kwargs\" is {}, not an object", type_name(&other))),
-    };
-    Ok(RowContent::Messages { messages, trained_from, tools, kwargs })
-}
-
-fn read_messages(value: Value, name: &str) -> Result<Vec<Message>, String> {
-    let Value::Array(values) = value else {
-        return Err(format!("\"{name}\" is {}, not a list of messages", type_name(&value)));
-    };
-    if values.is_empty() {
-        return Err(format!("\"{name}\" is an empty list"));
-    }
-    values.into_iter().enumerate().map(|(i, value)| Message::from_json(value, &format!("{name}[{i}]"))).collect()
-}
-
-fn pretokenized(ids: Value, fields: &Map<String, Value>) -> Result<RowContent, String> {
-    // Ids and labels share the range of i32, so that −100 fits beside every id.
-    let input_ids: Vec<u32> = integers(&ids, "input_ids", 0)?.into_iter().map(i32::unsigned_abs).collect();
-    if input_ids.is_empty() {
-        return Err("\"input_ids\" is an empty list".to_owned());
-    }
-    let beside = |name: &str| match fields.get(name) {
-        None | Some(Value::Null) => Ok(None),
-        Some(value) => {
-            let values = integers(value, name, crate::IGNORED)?;
-            if values.len() != input_ids.len() {
-                return Err(format!("\"{name}\" has {} elements, \"input_ids\" {}", values.len(), input_ids.len()));
-            }
-            Ok(Some(values))
-        }
-    };
-    let labels = beside("labels")?;
-    if let Some(bad) = labels.iter().flatten().find(|&&label| label < 0 && label != crate::IGNORED) {
-        return Err(format!("\"labels\" holds {bad}; only token ids and -100 (ignored) are allowed"));
-    }
-    if beside("attention_mask")?.is_some_and(|mask| mask.contains(&0)) {
-        return Err("\"attention_mask\" hides tokens; remove the padding from \"input_ids\"".to_owned());
-    }
-    Ok(RowContent::InputIds { input_ids, labels })
-}
-
-fn integers(value: &Value, name: &str, min: i32) -> Result<Vec<i32>, String> {
-    let Value::Array(values) = value else {
-        return Err(format!("\"{name}\" is {}, not a list of integers", type_name(value)));
-    };
-    let read = |(i, value): (usize, &Value)| {
-        let number = value.as_i64().and_then(|number| i32::try_from(number).ok()).filter(|&number| number >= min);
-        number.ok_or_else(|| format!("{name}[{i}] is {value}; expected an integer from {min} to {}", i32::MAX))
-    };
-    values.iter().enumerate().map(read).collect()
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn error(value: Value) -> String {
-        RowContent::from_json(value).expect_err("a broken row")
-    }
-
-    #[test]
-    fn shapes_are_told_apart_by_their_keys() {
-        let of = |value| RowContent::from_json(value).expect("valid").format();
-        let turns = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]);
-        assert_eq!(of(json!({"messages": turns, "prompt": "unused", "id": 3})), RowFormat::Messages);
-        assert_eq!(of(json!({"prompt": "a", "completion": "b"})), RowFormat::PromptCompletion);
-        assert_eq!(of(json!({"prompt": [turns[0]], "completion": [turns[1]]})), RowFormat::PromptCompletion);
-        assert_eq!(of(json!({"text": "a"})), RowFormat::Text);
-        assert_eq!(of(json!({"input_ids": [1], "text": "a"})), RowFormat::InputIds);
-    }
-
-    #[test]
-    fn errors_say_what_was_found_and_what_is_known() {
-        let cases = [
-            (json!([1]), "expected a JSON object, found a list"),
-            (
-                json!({"instruction": "a", "output": "b"}),
-                "unknown kind of row; its keys: \"instruction\", \"output\"; known: \"messages\", \"prompt\" with \
-                 \"completion\", \"text\", \"input_ids\" (with or without \"labels\")",
-            ),
-            (json!({"prompt": "a"}), "has \"prompt\" but no \"completion\""),
-            (json!({"completion": "a"}), "has \"completion\" but no \"prompt\""),
-            (json!({"prompt": "a", "completion": ""}), "\"completion\" is empty"),
-            (
-                json!({"prompt": "a", "completion": []}),
-                "\"prompt\" is a string and \"completion\" is a list; both must be strings, or both lists of messages",
-            ),
-            (json!({"messages": []}), "\"messages\" is an empty list"),
-            (json!({"messages": "hi"}), "\"messages\" is a string, not a list of messages"),
-            (
-                json!({"messages": [{"role": "user", "content": "q"}]}),
-                "\"messages\" has no assistant turn, so no label counts",
-            ),
-            (json!({"text": null}), "\"text\" is null, not a string"),
-            (json!({"text": ""}), "\"text\" is empty"),
-            (json!({"input_ids": "1 2"}), "\"input_ids\" is a string, not a list of integers"),
-            (json!({"input_ids": []}), "\"input_ids\" is an empty list"),
-            (json!({"input_ids": [1, -2]}), "input_ids[1] is -2; expected an integer from 0 to 2147483647"),
-            (json!({"input_ids": [1.5]}), "input_ids[0] is 1.5; expected an integer from 0 to 2147483647"),
-            (json!({"input_ids": [1, 2], "labels": [1]}), "\"labels\" has 1 elements, \"input_ids\" 2"),
-            (
-                json!({"input_ids": [1, 2], "labels": [1, -1]}),
-                "\"labels\" holds -1; only token ids and -100 (ignored) are allowed",
-            ),
-            (
-                json!({"input_ids": [1, 0], "attention_mask": [1, 0]}),
-                "\"attention_mask\" hides tokens; remove the padding from \"input_ids\"",
-            ),
-        ];
-        for (row, message) in cases {
-            assert_eq!(error(row), message);
-        }
-    }
-}
+mod tests;

@@ -92,13 +92,20 @@ impl<'a> Sampler<'a> {
 mod tests {
     use std::path::Path;
 
+    use rekindle_data::RowNumber;
+
     use super::*;
 
     #[test]
     fn the_last_answer_is_asked_for() {
         let prompt = |labels: &[i32]| {
             let input_ids = [10, 11, 12, 13, 14, 15];
-            SamplePrompt::of_example(&Example { input_ids: &input_ids, labels, line: 1, path: Path::new("rows") })
+            SamplePrompt::of_example(&Example {
+                input_ids: &input_ids,
+                labels,
+                row: RowNumber::Line(1),
+                path: Path::new("rows"),
+            })
         };
         let split =
             |ids: &[u32], expected: &[u32]| Some(SamplePrompt { ids: ids.into(), expected: Some(expected.into()) });

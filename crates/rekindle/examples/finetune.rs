@@ -1,5 +1,5 @@
 use rekindle::{
-    DataFile, FastLanguageModel, GenerationConfig, LoraConfig, Message, RenderOptions, SftConfig, SftTrainer,
+    DataSource, FastLanguageModel, GenerationConfig, LoraConfig, Message, RenderOptions, SftConfig, SftTrainer,
 };
 
 fn main() -> Result<(), rekindle::Error> {
@@ -7,7 +7,7 @@ fn main() -> Result<(), rekindle::Error> {
         FastLanguageModel::from_pretrained("examples/quickstart/base").max_seq_length(128).load()?;
     let mut model = model.get_peft_model(LoraConfig::new(8).lora_alpha(16.0))?;
 
-    let data = DataFile::new("examples/quickstart/train.jsonl");
+    let data = DataSource::new("examples/quickstart/train.jsonl");
     let config = SftConfig { max_steps: Some(40), learning_rate: Some(8e-3), ..SftConfig::default() };
     let report = SftTrainer::new(&mut model, &tokenizer, data, config).train()?;
     println!("loss {:.2} -> {:.2}", report.steps[0].loss, report.steps[39].loss);

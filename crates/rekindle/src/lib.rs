@@ -3,13 +3,13 @@
 //! Load a checkpoint, put a LoRA adapter on it, train it, save what the rest of the ecosystem reads:
 //!
 //! ```no_run
-//! use rekindle::{DataFile, FastLanguageModel, LoraConfig, SftConfig, SftTrainer};
+//! use rekindle::{DataSource, FastLanguageModel, LoraConfig, SftConfig, SftTrainer};
 //!
 //! # fn main() -> Result<(), rekindle::Error> {
 //! let (model, tokenizer) = FastLanguageModel::from_pretrained("Qwen/Qwen3-0.6B").max_seq_length(2048).load()?;
 //! let mut model = model.get_peft_model(LoraConfig::new(16).lora_alpha(32.0))?;
 //! let config = SftConfig { max_steps: Some(60), ..SftConfig::default() };
-//! let report = SftTrainer::new(&mut model, &tokenizer, DataFile::new("train.jsonl"), config).train()?;
+//! let report = SftTrainer::new(&mut model, &tokenizer, DataSource::new("train.jsonl"), config).train()?;
 //! println!("final loss {:.3}", report.steps.last().map_or(f64::NAN, |step| step.loss));
 //! model.save_pretrained("out")?;
 //! # Ok(())
@@ -26,6 +26,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod adapters;
+mod data_source;
 mod describe;
 mod error;
 mod inspect;
@@ -39,19 +40,20 @@ mod skip;
 mod source;
 mod suggest;
 
+pub use data_source::DataSource;
 pub use error::{Error, ErrorKind};
 pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
 pub use model::{Generated, Model};
 pub use pretrained::{Dtype, FastLanguageModel, Files, Loader};
 pub use quantize::quantize;
-pub use sft::{DataFile, SftTrainer};
+pub use sft::SftTrainer;
 pub use source::{Fetched, Source};
 pub use suggest::{Suggestion, suggest};
 
 pub use rekindle_data::{
-    Dataset, Example, IGNORED, LoadReport, Message, Overlong, Packs, RenderOptions, Thinking, Tokenizer, TrainOn,
-    Untrained,
+    Dataset, Example, IGNORED, LoadReport, Message, Overlong, Packs, RenderOptions, RowFormat, RowNumber, Thinking,
+    Tokenizer, TrainOn, Untrained,
 };
 pub use rekindle_hub::{AtomicDir, write_atomic};
 #[cfg(feature = "network")]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
 
-use rekindle_data::{Dataset, EncodeOptions, LoadReport, Tokenizer, eos_token_ids};
+use rekindle_data::{Dataset, LoadReport, Tokenizer, eos_token_ids};
 use rekindle_hub::Dtype;
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::LoraConfig;
@@ -12,7 +12,7 @@ use rekindle_models::{CausalLm, GenerationConfig, MemoryReport, StopReason};
 use rekindle_train::{Evaluation, evaluate, save_adapters, save_result};
 
 use crate::source::{Access, find};
-use crate::{DataFile, Error, Files};
+use crate::{DataSource, Error, Files};
 
 /// A model with its place on disk.
 #[derive(Debug)]
@@ -131,7 +131,7 @@ impl Model {
     pub fn evaluate(
         &self,
         tokenizer: Option<&Tokenizer>,
-        data: &DataFile,
+        data: &DataSource,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Evaluation, Error> {
         let (dataset, _) = self.encode(tokenizer, data)?;
@@ -162,19 +162,11 @@ impl Model {
         Ok(eos_token_ids(self.path())?.unwrap_or_default())
     }
 
-    /// The rows of `data` as this model takes them, and what was found in the file.
+    /// The rows of `data` as this model takes them, and what was found in its files.
     ///
     /// # Errors
     /// [`Error::Data`] for rows that cannot be read or do not fit.
-    pub fn encode(&self, tokenizer: Option<&Tokenizer>, data: &DataFile) -> Result<(Dataset, LoadReport), Error> {
-        let options = EncodeOptions {
-            max_seq_length: self.inner.max_seq_length(),
-            overlong: data.overlong,
-            vocab_size: Some(self.inner.config().vocab_size),
-            train_on: data.train_on,
-            thinking: data.thinking,
-            untrained: data.untrained,
-        };
-        Ok(Dataset::load(&data.path, tokenizer, &options)?)
+    pub fn encode(&self, tokenizer: Option<&Tokenizer>, data: &DataSource) -> Result<(Dataset, LoadReport), Error> {
+        data.encode(tokenizer, self.inner.max_seq_length(), self.inner.config().vocab_size)
     }
 }

@@ -1,76 +1,20 @@
-//! `SftTrainer`: supervised fine-tuning on a file of rows.
+//! `SftTrainer`: supervised fine-tuning on rows.
 
 use std::path::PathBuf;
 
-use rekindle_data::{LoadReport, Overlong, Thinking, Tokenizer, TrainOn, Untrained};
+use rekindle_data::{LoadReport, Tokenizer};
 use rekindle_train::{Event, Report, SftConfig, Trainer};
 
 use crate::describe::{Rows, describe};
 use crate::prompts::sampler;
-use crate::{Error, Model};
+use crate::{DataSource, Error, Model};
 
-/// A JSONL file of rows, what of them is trained, and what happens to rows that are too long.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DataFile {
-    /// The file.
-    pub path: PathBuf,
-    /// Default: an error that names the row.
-    pub overlong: Overlong,
-    /// Which turns of a conversation are trained. Default: all of the assistant's.
-    pub train_on: TrainOn,
-    /// What happens to reasoning. Default: it is trained as the template shows it.
-    pub thinking: Thinking,
-    /// What happens to rows with nothing to train. Default: an error that names the row.
-    pub untrained: Untrained,
-}
-
-impl DataFile {
-    /// A file in which no row may be longer than the model's `max_seq_length`.
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self {
-            path: path.into(),
-            overlong: Overlong::Error,
-            train_on: TrainOn::Assistant,
-            thinking: Thinking::Keep,
-            untrained: Untrained::Error,
-        }
-    }
-
-    /// What happens to longer rows.
-    #[must_use]
-    pub fn overlong(mut self, overlong: Overlong) -> Self {
-        self.overlong = overlong;
-        self
-    }
-
-    /// Which turns of a conversation are trained.
-    #[must_use]
-    pub fn train_on(mut self, train_on: TrainOn) -> Self {
-        self.train_on = train_on;
-        self
-    }
-
-    /// What happens to the reasoning of a conversation.
-    #[must_use]
-    pub fn thinking(mut self, thinking: Thinking) -> Self {
-        self.thinking = thinking;
-        self
-    }
-
-    /// What happens to rows with nothing to train.
-    #[must_use]
-    pub fn untrained(mut self, untrained: Untrained) -> Self {
-        self.untrained = untrained;
-        self
-    }
-}
-
-/// Trains what is trainable in a model on the rows of a file.
+/// Trains what is trainable in a model on the rows of a source.
 pub struct SftTrainer<'a> {
     model: &'a mut Model,
     tokenizer: Option<&'a Tokenizer>,
-    train: DataFile,
-    eval: Option<DataFile>,
+    train: DataSource,
+    eval: Option<DataSource>,
     config: SftConfig,
     shuffle: bool,
     seed: u64,
@@ -80,14 +24,14 @@ pub struct SftTrainer<'a> {
     on_data: OnData<'a>,
 }
 
-type OnData<'a> = Box<dyn FnMut(&DataFile, &LoadReport) + 'a>;
+type OnData<'a> = Box<dyn FnMut(&DataSource, &LoadReport) + 'a>;
 
 impl<'a> SftTrainer<'a> {
     /// A run over `train`. `tokenizer` may be `None` for pretokenized rows.
     pub fn new(
         model: &'a mut Model,
         tokenizer: impl Into<Option<&'a Tokenizer>>,
-        train: DataFile,
+        train: DataSource,
         config: SftConfig,
     ) -> Self {
         Self {
@@ -107,7 +51,7 @@ impl<'a> SftTrainer<'a> {
 
     /// Evaluates these rows every `eval_steps` and at the end.
     #[must_use]
-    pub fn eval_dataset(mut self, eval: DataFile) -> Self {
+    pub fn eval_dataset(mut self, eval: DataSource) -> Self {
         self.eval = Some(eval);
         self
     }
@@ -148,9 +92,9 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
-    /// Is told what was found in each file of rows.
+    /// Is told what was found in each source of rows.
     #[must_use]
-    pub fn on_data(mut self, on_data: impl FnMut(&DataFile, &LoadReport) + 'a) -> Self {
+    pub fn on_data(mut self, on_data: impl FnMut(&DataSource, &LoadReport) + 'a) -> Self {
         self.on_data = Box::new(on_data);
         self
     }
@@ -162,7 +106,7 @@ impl<'a> SftTrainer<'a> {
     /// [`Error::Train`] for everything after that.
     pub fn train(mut self) -> Result<Report, Error> {
         let train = self.encode(&self.train.clone())?;
-        let eval = self.eval.clone().map(|file| self.encode(&file)).transpose()?;
+        let eval = self.eval.clone().map(|source| self.encode(&source)).transpose()?;
         let companions = self.model.companions();
         let sampler = sampler(self.model, self.tokenizer, &self.config, eval.as_ref().map(|rows| &rows.dataset))?;
         let configuration = self.run_file.unwrap_or_else(|| format!("{:#?}", self.config));
@@ -186,10 +130,10 @@ impl<'a> SftTrainer<'a> {
         Ok(trainer.train()?)
     }
 
-    fn encode(&mut self, file: &DataFile) -> Result<Rows, Error> {
-        let (dataset, report) = self.model.encode(self.tokenizer, file)?;
-        (self.on_data)(file, &report);
-        Ok(Rows { what: format!("{}: {report}", file.path.display()), dataset })
+    fn encode(&mut self, source: &DataSource) -> Result<Rows, Error> {
+        let (dataset, report) = self.model.encode(self.tokenizer, source)?;
+        (self.on_data)(source, &report);
+        Ok(Rows { what: format!("{source}: {report}"), dataset })
     }
 }
 

@@ -3,14 +3,14 @@
 mod estimate;
 mod lengths;
 
-use rekindle_data::{EncodeOptions, LoadReport, Tokenizer};
+use rekindle_data::{LoadReport, Tokenizer};
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{DeviceKind, open_device};
 use rekindle_lora::GradientCheckpointing;
 use rekindle_models::ModelConfig;
 use rekindle_train::{SamplePrompt, SftConfig};
 
-use crate::{DataFile, Error, Loader};
+use crate::{DataSource, Error, Loader};
 use estimate::{Shape, estimated_bytes};
 use lengths::{Fitted, fitted};
 
@@ -73,8 +73,8 @@ const USABLE: f64 = 0.9;
 pub fn suggest(
     mut model: Loader,
     device: DeviceKind,
-    train: &DataFile,
-    eval: Option<&DataFile>,
+    train: &DataSource,
+    eval: Option<&DataSource>,
 ) -> Result<Suggestion, Error> {
     let files = model.fetch()?.clone();
     let checkpoint = Checkpoint::open(&files.model)?;
@@ -84,9 +84,7 @@ pub fn suggest(
     let tokenizer = has_tokenizer.then(|| Tokenizer::from_dir(files.tokenizer())).transpose()?;
 
     // Whatever the longest row is: how long rows may be is what is to be found out.
-    let options =
-        EncodeOptions { max_seq_length: usize::MAX, vocab_size: Some(config.vocab_size), ..EncodeOptions::default() };
-    let load = |file: &DataFile| rekindle_data::Dataset::load(&file.path, tokenizer.as_ref(), &options);
+    let load = |source: &DataSource| source.encode(tokenizer.as_ref(), usize::MAX, config.vocab_size);
     let (dataset, rows) = load(train)?;
     let eval = eval.map(load).transpose()?;
     let has_prompts = eval

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use rekindle::{DataFile, Dtype, Event, FastLanguageModel, LrSchedulerType, SftConfig, SftTrainer, Tokenizer};
+use rekindle::{DataSource, Dtype, Event, FastLanguageModel, LrSchedulerType, SftConfig, SftTrainer, Tokenizer};
 use rekindle_data::{Message, RenderOptions};
 use rekindle_train::save_result;
 use serde_json::{Value, json};
@@ -55,7 +55,7 @@ pub(crate) fn make(scratch: &Path, steps: usize) -> Result<(), Box<dyn Error>> {
         adam_beta2: 0.98,
         ..SftConfig::default()
     };
-    SftTrainer::new(&mut model, None, DataFile::new(&ids), train)
+    SftTrainer::new(&mut model, None, DataSource::new(&ids), train)
         .on_event(|event| {
             if let Event::Step { metrics, total } = event
                 && (metrics.step % 100 == 0 || metrics.step == total)

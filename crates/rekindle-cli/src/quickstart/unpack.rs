@@ -76,7 +76,7 @@ fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run_file::RunConfig;
+    use crate::run_file::{Paths, RunConfig};
 
     #[test]
     fn the_run_file_is_valid_whatever_the_directory_is_called() {
@@ -84,8 +84,8 @@ mod tests {
             let dir = Path::new(dir);
             let config = RunConfig::parse(&run_file(dir), "run", &[]).unwrap();
             assert_eq!((config.output_dir.as_path(), config.model.name_or_path), (dir, dir.join("base")));
-            assert_eq!(config.data.train, dir.join("train.jsonl"));
-            assert_eq!(config.data.eval, Some(dir.join("heldout.jsonl")));
+            assert_eq!(config.data.train, Paths::One(dir.join("train.jsonl")));
+            assert_eq!(config.data.eval, Some(Paths::One(dir.join("heldout.jsonl"))));
         }
     }
 

@@ -4,6 +4,7 @@
 
 mod adapters;
 mod context;
+mod data;
 mod errors;
 #[cfg(feature = "network")]
 mod hub;
@@ -61,6 +62,7 @@ fn command() -> Command {
     }
     // The port of `discard`, where nobody listens.
     command.env("HF_ENDPOINT", "http://127.0.0.1:9").env("HF_HOME", "no/such/cache");
+    command.env("REKINDLE_CACHE", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"));
     command
 }
 

@@ -24,7 +24,7 @@ fn vocabulary(size: usize) -> EncodeOptions {
 #[test]
 fn the_report_counts() {
     let (dataset, report) = load(ROWS, at_most(6, Overlong::Error)).expect("loads");
-    assert_eq!(dataset.examples().map(|example| example.line).collect::<Vec<_>>(), [1, 3]);
+    assert_eq!(dataset.examples().map(|example| example.row.get()).collect::<Vec<_>>(), [1, 3]);
     assert_eq!(report.to_string(), "2 rows (input_ids), 9 tokens, 5 trained; longest row 6 (line 3)");
 }
 
@@ -41,7 +41,10 @@ fn a_long_row_is_an_error_that_names_the_choices() {
 fn long_rows_can_be_dropped() {
     let (dataset, report) = load(ROWS, at_most(5, Overlong::Drop)).expect("loads");
     assert_eq!(dataset.len(), 1);
-    assert_eq!(report.to_string(), "2 rows (input_ids), 3 tokens, 2 trained; longest row 6 (line 3); 1 dropped");
+    assert_eq!(
+        report.to_string(),
+        "2 rows (input_ids), 3 tokens, 2 trained; longest row 6 (line 3); 1 dropped (line 3)"
+    );
 }
 
 #[test]
@@ -57,11 +60,11 @@ fn long_rows_can_be_cut() {
 #[test]
 fn long_rows_can_be_split() {
     let (dataset, report) = load(ROWS, at_most(4, Overlong::Split)).expect("loads");
-    let pieces: Vec<_> = dataset.examples().skip(1).map(|piece| (piece.input_ids, piece.line)).collect();
+    let pieces: Vec<_> = dataset.examples().skip(1).map(|piece| (piece.input_ids, piece.row.get())).collect();
     assert_eq!(pieces, [(&[1, 2, 3, 4][..], 3), (&[4, 5, 6][..], 3)]);
     assert_eq!(
         report.to_string(),
-        "2 rows (input_ids), 10 tokens, 5 trained; longest row 6 (line 3); 1 split (3 examples)"
+        "2 rows (input_ids), 10 tokens, 5 trained; longest row 6 (line 3); 1 split (line 3); 3 examples"
     );
 }
 
@@ -76,7 +79,7 @@ fn a_row_without_a_label_is_named_and_a_file_of_them_too() {
     let options = EncodeOptions { untrained: Untrained::Drop, ..EncodeOptions::default() };
     let (dataset, report) = load(&format!("{ROWS}{none}"), options).expect("loads");
     assert_eq!((dataset.len(), report.rows, report.untrained), (2, 3, 1));
-    assert!(report.to_string().ends_with("; 1 dropped with nothing to train"), "{report}");
+    assert!(report.to_string().ends_with("; 1 dropped with nothing to train (line 4)"), "{report}");
     assert_eq!(
         load(&none.repeat(3), EncodeOptions::default()).expect_err("nothing to learn"),
         "rows.jsonl: all labels are ignored: no row has a token to learn"
@@ -99,7 +102,7 @@ fn ids_beyond_the_vocabulary_are_named() {
 fn nothing_to_load_is_an_error() {
     assert_eq!(
         load("\n", EncodeOptions::default()).expect_err("empty"),
-        "rows.jsonl: the dataset is empty; expected one JSON object per line"
+        "rows.jsonl: the dataset is empty; expected rows, such as one JSON object per line"
     );
     assert_eq!(
         load(ROWS, at_most(2, Overlong::Drop)).expect_err("all dropped"),
@@ -155,4 +158,80 @@ fn what_the_checkpoint_lacks_is_not_the_rows_fault() {
     let error = Dataset::load(&path, Some(&tokenizer), &EncodeOptions::default()).expect_err("no end token");
     assert_eq!(error.kind(), ErrorKind::Data);
     assert!(error.to_string().contains("rows of text need an end token, and the checkpoint names none"), "{error}");
+}
+
+#[test]
+fn files_are_read_in_their_order_and_named() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("written");
+    write("b.jsonl", ROWS);
+    write("a.json", "[{\"input_ids\": [7, 8]}, {\"input_ids\": [1, 2, 3, 4, 5, 6, 7]}]");
+    let (dataset, report) = Dataset::load(dir.path(), None, &at_most(5, Overlong::Drop)).expect("loads");
+    let places = dataset.examples().map(|example| (example.path.file_name().expect("a file").to_owned(), example.row));
+    assert_eq!(
+        places.collect::<Vec<_>>(),
+        [("a.json".into(), RowNumber::Row(1)), ("b.jsonl".into(), RowNumber::Line(1))]
+    );
+    let report = report.to_string().replace(&format!("{}/", dir.path().display()), "");
+    assert_eq!(
+        report,
+        "4 rows of 2 files (input_ids), 5 tokens, 3 trained; longest row 7 (a.json, row 2); 2 dropped (a.json, row 2, \
+         b.jsonl:3)"
+    );
+    // One of them is empty: a mistake, whatever the others hold.
+    write("c.jsonl", "");
+    let error = Dataset::load(dir.path(), None, &at_most(9, Overlong::Drop)).expect_err("empty");
+    assert!(error.to_string().contains("c.jsonl: the dataset is empty"), "{error}");
+}
+
+#[test]
+fn the_first_wrong_row_is_the_error_however_many_are_wrong() {
+    let row = |i: usize| format!("{{\"input_ids\": [1, {}]}}\n", if i % 700 == 699 { "\"x\"" } else { "2" });
+    let rows: String = (0..5_000).map(row).collect();
+    let cut = format!("{}{{\"input_ids\": [1,", row(0));
+    for (text, first) in [(rows, 700), (cut, 2)] {
+        let error = load(&text, EncodeOptions::default()).expect_err("wrong rows");
+        assert!(error.starts_with(&format!("rows.jsonl:{first}: ")), "{error}");
+    }
+}
+
+#[test]
+fn only_the_first_of_many_changed_rows_are_named() {
+    let (_, report) = load(&"{\"input_ids\": [1, 2, 3]}\n".repeat(9), at_most(2, Overlong::Truncate)).expect("loads");
+    assert!(report.to_string().ends_with("; 9 truncated (line 1, line 2, line 3, …)"), "{report}");
+}
+
+#[test]
+fn an_alpaca_row_follows_the_checkpoint() {
+    let (_rows, path) = write_rows("{\"instruction\": \"Q\", \"input\": \"\", \"output\": \"A\"}");
+    let text = |tokenizer: &Tokenizer| {
+        let (dataset, report) = Dataset::load(&path, Some(tokenizer), &EncodeOptions::default()).expect("loads");
+        assert!(report.to_string().starts_with("1 rows (instruction + output (alpaca)), "), "{report}");
+        tokenizer.decode(dataset.example(0).input_ids, false).expect("decodable")
+    };
+    let (_dir, chat) = tokenizer(CHATML);
+    assert_eq!(text(&chat), "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n");
+    let dir = checkpoint();
+    let plain = Tokenizer::from_dir(dir.path()).expect("valid");
+    assert!(text(&plain).ends_with("### Instruction:\nQ\n\n### Response:\nA<|im_end|>"), "{}", text(&plain));
+}
+
+#[test]
+fn mapped_columns_that_are_nowhere_are_an_error() {
+    let load = |pairs: &[(&str, &str)]| {
+        let (_dir, path) = write_rows("{\"ids\": [1, 2]}\n{\"ids\": [3, 4], \"mask\": [-100, 4]}");
+        let pairs = pairs.iter().map(|(key, column)| ((*key).to_owned(), (*column).to_owned()));
+        let files = DataFiles::find([&path]).and_then(|files| files.columns(pairs.collect()));
+        let loaded = files.and_then(|files| files.load(None, &EncodeOptions::default()));
+        loaded.map_err(|error| error.to_string().replace(&path.display().to_string(), "rows.jsonl"))
+    };
+    assert_eq!(load(&[("input_ids", "ids"), ("labels", "mask")]).expect("loads").0.len(), 2);
+    assert_eq!(
+        load(&[("input_ids", "ids"), ("labels", "masks")]).expect_err("nowhere"),
+        "rows.jsonl: no row has \"masks\" (for \"labels\"); correct columns, or leave \"labels\" out"
+    );
+    assert_eq!(
+        load(&[("input_ids", "tokens")]).expect_err("nowhere"),
+        "rows.jsonl:1: has no \"tokens\" (for \"input_ids\"); its keys: \"ids\""
+    );
 }

@@ -92,7 +92,7 @@ impl<'a> Run<'a> {
         let result = self.optimizer.step(self.job.model, &rows.batches, rates)?;
         for (what, value) in [("loss", result.loss), ("grad_norm", result.grad_norm)] {
             if !value.is_finite() {
-                let lines = rows.examples.iter().map(|&i| self.job.train.example(i).line).collect();
+                let lines = rows.examples.iter().map(|&i| self.job.train.example(i).row.get()).collect();
                 return Err(Error::NonFinite { step: step + 1, what, value, lines });
             }
         }

@@ -1,0 +1,65 @@
+//! Encoded datasets on disk, called by the hash of all that they are made from.
+
+mod fingerprint;
+mod stored;
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::dataset::Dataset;
+use crate::report::LoadReport;
+
+pub(crate) use fingerprint::{fingerprint, hex};
+pub(crate) use stored::Stored;
+
+/// Where encoded datasets are kept: `datasets` in `REKINDLE_CACHE`, or in `rekindle` in `XDG_CACHE_HOME` or `~/.cache`.
+/// `None` where none of them is known.
+pub fn default_cache_dir() -> Option<PathBuf> {
+    let var = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let caches = || var("XDG_CACHE_HOME").or_else(|| env::home_dir().map(|home| home.join(".cache")));
+    let root = var("REKINDLE_CACHE").or_else(|| caches().map(|caches| caches.join("rekindle")))?;
+    Some(root.join("datasets"))
+}
+
+/// What happened to the cache while a dataset was loaded.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum CacheUse {
+    /// There is none, or the rows cannot be read twice.
+    #[default]
+    Off,
+    /// The examples are memory-mapped from this file.
+    Read(PathBuf),
+    /// They were encoded, and written to this file.
+    Written(PathBuf),
+    /// They were encoded, and could not be written.
+    Failed(String),
+}
+
+/// The file of a dataset in a cache.
+fn path(dir: &Path, fingerprint: &str) -> PathBuf {
+    dir.join(format!("{fingerprint}.safetensors"))
+}
+
+/// The dataset as it was kept, if it was and is whole. What is damaged counts as absent: it is made again.
+pub(crate) fn read(dir: &Path, fingerprint: &str, files: &[PathBuf]) -> Option<(Dataset, LoadReport)> {
+    let path = path(dir, fingerprint);
+    let (stored, mut report) = Stored::open(&path, fingerprint, files.len())?;
+    report.files = files.to_vec();
+    report.cache = CacheUse::Read(path);
+    Some((Dataset::new(stored, files.to_vec(), fingerprint.to_owned()), report))
+}
+
+/// Keeps a dataset for the next time. A cache that cannot be written is told of in `report`, and nothing else.
+pub(crate) fn write(dir: &Path, dataset: &Dataset, report: &mut LoadReport) {
+    let path = path(dir, dataset.fingerprint());
+    let made = fs::create_dir_all(dir).map_err(|error| format!("{}: {error}", dir.display()));
+    let written = made.and_then(|()| dataset.write(&path, report).map_err(|error| error.to_string()));
+    report.cache = match written {
+        Ok(()) => CacheUse::Written(path),
+        Err(why) => CacheUse::Failed(why),
+    };
+}
+
+#[cfg(test)]
+mod tests;

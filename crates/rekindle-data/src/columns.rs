@@ -1,0 +1,173 @@
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::message::quoted_keys;
+use crate::row::{BESIDE, SHAPES};
+
+/// Which of a file's columns stand for the keys of the known shapes: `prompt` → `question`.
+///
+/// Where keys of a shape are mapped, the file's own columns of other shapes are left out of account.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Columns {
+    /// The file's column for each of our keys.
+    of: BTreeMap<String, String>,
+    /// Keys of the shapes that none of the mapped keys belongs to.
+    ignored: Vec<&'static str>,
+}
+
+/// Which of the mapped columns a row had, a bit each.
+pub(crate) type Found = u32;
+
+impl Columns {
+    /// The file's column for each of our keys.
+    ///
+    /// # Errors
+    /// [`Error::Options`] for a key that no shape has, or a column that stands for two.
+    pub fn new(of: BTreeMap<String, String>) -> Result<Self> {
+        let known = || SHAPES.iter().flat_map(|(_, keys)| keys.iter()).chain(&BESIDE);
+        if let Some(wrong) = of.keys().find(|key| !known().any(|known| known == key)) {
+            let known = known().copied().collect::<Vec<_>>().join(", ");
+            return Err(Error::Options(format!("columns: {wrong:?} is no key of a row; known: {known}")));
+        }
+        for (key, column) in &of {
+            if let Some((other, _)) = of.iter().find(|(other, theirs)| *other != key && *theirs == column) {
+                return Err(Error::Options(format!("columns: {column:?} stands for both {key:?} and {other:?}")));
+            }
+        }
+        let is_mapped = |keys: &[&str]| keys.iter().any(|key| of.contains_key(*key));
+        let ignored: Vec<_> = match SHAPES.iter().any(|(_, keys)| is_mapped(keys)) {
+            true => {
+                SHAPES.iter().filter(|(_, keys)| !is_mapped(keys)).flat_map(|(_, keys)| keys.iter().copied()).collect()
+            }
+            false => Vec::new(),
+        };
+        Ok(Columns { of, ignored })
+    }
+
+    /// The file's column for each of our keys.
+    pub fn as_map(&self) -> &BTreeMap<String, String> {
+        &self.of
+    }
+
+    /// Whether rows are taken as they are.
+    pub fn is_empty(&self) -> bool {
+        self.of.is_empty()
+    }
+
+    /// Gives a row our keys.
+    pub(crate) fn apply(&self, fields: &mut Map<String, Value>) -> Result<Found, String> {
+        if self.of.is_empty() {
+            return Ok(0);
+        }
+        let mut found = 0;
+        let mut mapped = Map::new();
+        for (bit, (key, column)) in self.of.iter().enumerate() {
+            match fields.shift_remove(column) {
+                Some(value) => {
+                    found |= 1 << bit;
+                    mapped.insert(key.clone(), value);
+                }
+                None if is_optional(key) => {}
+                None => return Err(format!("has no {column:?} (for {key:?}); its keys: {}", quoted_keys(fields))),
+            }
+        }
+        fields.retain(|key, _| !self.of.contains_key(key) && !self.ignored.contains(&key.as_str()));
+        fields.extend(mapped);
+        Ok(found)
+    }
+
+    /// A mapped column that no row had.
+    pub(crate) fn missing(&self, found: Found) -> Option<String> {
+        let (_, (key, column)) = self.of.iter().enumerate().find(|(bit, _)| found & (1 << bit) == 0)?;
+        Some(format!("no row has {column:?} (for {key:?}); correct columns, or leave {key:?} out"))
+    }
+
+    /// Checks a table's columns before any row of it is read.
+    pub(crate) fn check_table(&self, columns: &[&str]) -> Result<(), String> {
+        let there = || columns.iter().map(|column| format!("{column:?}")).collect::<Vec<_>>().join(", ");
+        match self.of.iter().find(|(_, column)| !columns.contains(&column.as_str())) {
+            Some((key, column)) => Err(format!("has no column {column:?} (for {key:?}); its columns: {}", there())),
+            None if columns.iter().any(|column| self.is_read(column)) => Ok(()),
+            None => Err(format!("has no column that rows are made of; its columns: {}", there())),
+        }
+    }
+
+    /// Whether rows are made of this column of a table.
+    pub(crate) fn is_read(&self, column: &str) -> bool {
+        let is_known = SHAPES.iter().any(|(_, keys)| keys.contains(&column)) || BESIDE.contains(&column);
+        self.of.values().any(|mapped| mapped == column)
+            || (is_known && !self.of.contains_key(column) && !self.ignored.contains(&column))
+    }
+}
+
+/// Whether a row may lack the key: those beside the shapes.
+fn is_optional(key: &str) -> bool {
+    BESIDE.contains(&key)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::row::object;
+
+    fn columns(pairs: &[(&str, &str)]) -> Columns {
+        let pairs = pairs.iter().map(|(key, column)| ((*key).to_owned(), (*column).to_owned()));
+        Columns::new(pairs.collect()).expect("known keys")
+    }
+
+    fn apply(columns: &Columns, row: Value) -> Result<(Value, Found), String> {
+        let mut fields = object(row)?;
+        let found = columns.apply(&mut fields)?;
+        Ok((fields.into(), found))
+    }
+
+    #[test]
+    fn mapped_columns_take_our_names_and_their_shape_wins() {
+        let mapped = columns(&[("prompt", "question"), ("completion", "answer")]);
+        let row = json!({"question": "q", "answer": "a", "messages": [], "prompt": "unused", "id": 1});
+        let (row, found) = apply(&mapped, row).expect("both are there");
+        assert_eq!((row, found), (json!({"id": 1, "completion": "a", "prompt": "q"}), 0b11));
+        // The other half of a shape keeps its own name.
+        let (row, _) =
+            apply(&columns(&[("completion", "answer")]), json!({"prompt": "q", "answer": "a"})).expect("valid");
+        assert_eq!(row, json!({"prompt": "q", "completion": "a"}));
+        // Two names can be swapped.
+        let swapped = columns(&[("prompt", "completion"), ("completion", "prompt")]);
+        let (row, _) = apply(&swapped, json!({"prompt": "a", "completion": "b"})).expect("valid");
+        assert_eq!(row, json!({"completion": "a", "prompt": "b"}));
+    }
+
+    #[test]
+    fn a_missing_column_is_named_with_those_that_are_there() {
+        let mapped = columns(&[("prompt", "question"), ("system", "persona")]);
+        assert_eq!(
+            apply(&mapped, json!({"query": "q", "completion": "a"})).expect_err("missing"),
+            "has no \"question\" (for \"prompt\"); its keys: \"query\", \"completion\""
+        );
+        // What a row may lack must stand in some row.
+        let (_, found) = apply(&mapped, json!({"question": "q", "completion": "a"})).expect("without a persona");
+        assert_eq!(
+            mapped.missing(found).expect("nowhere"),
+            "no row has \"persona\" (for \"system\"); correct columns, or leave \"system\" out"
+        );
+        assert_eq!(mapped.missing(0b11), None);
+        assert_eq!(
+            mapped.check_table(&["question", "answer"]).expect_err("missing"),
+            "has no column \"persona\" (for \"system\"); its columns: \"question\", \"answer\""
+        );
+    }
+
+    #[test]
+    fn keys_of_no_shape_are_refused() {
+        let error = |key: &str, column: &str| {
+            let of = [(key.to_owned(), column.to_owned()), ("text".to_owned(), "body".to_owned())].into();
+            Columns::new(of).expect_err("refused").to_string()
+        };
+        assert!(error("promt", "q").starts_with("columns: \"promt\" is no key of a row; known: input_ids, messages, "));
+        assert_eq!(error("prompt", "body"), "columns: \"body\" stands for both \"prompt\" and \"text\"");
+    }
+}

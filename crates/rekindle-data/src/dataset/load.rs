@@ -1,0 +1,257 @@
+//! From files to examples.
+
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::{Dataset, EncodeOptions, Examples, InMemory};
+use crate::cache::hex;
+use crate::columns::{Columns, Found};
+use crate::encode::{Encoded, encode};
+use crate::error::{Error, Result};
+use crate::files::{self, RawRow};
+use crate::mask::Untrained;
+use crate::overlong::{self, Overlong};
+use crate::report::{Change, LoadReport, RowPlace};
+use crate::row::{RowContent, RowFormat, RowNumber};
+use crate::tokenizer::Tokenizer;
+
+/// Encodes the rows of `files`, whose fingerprint is that of what they hold where none is given.
+///
+/// Rows are parsed and encoded on all cores, some at a time, and taken in their order: the first row of the first file
+/// that is wrong is the error, whichever core was first.
+pub(crate) fn load(
+    files: &[PathBuf],
+    columns: &Columns,
+    tokenizer: Option<&Tokenizer>,
+    options: &EncodeOptions,
+    fingerprint: Option<&str>,
+) -> Result<(Dataset, LoadReport)> {
+    let report = LoadReport { files: files.to_vec(), ..LoadReport::default() };
+    let mut loader = Loader {
+        files,
+        file: 0,
+        columns,
+        tokenizer,
+        options,
+        waiting: Vec::new(),
+        waiting_bytes: 0,
+        report,
+        examples: InMemory::default(),
+        found: 0,
+        untrained: Vec::new(),
+    };
+    for (index, path) in files.iter().enumerate() {
+        loader.file = index;
+        let mut refused = false;
+        let read = files::read(path, columns, &mut |row| loader.take(row).inspect_err(|_| refused = true));
+        // What stands before the place at which reading failed may be wrong too, and comes first.
+        if !refused {
+            loader.encode_waiting()?;
+        }
+        read?;
+    }
+    loader.finish(fingerprint)
+}
+
+struct Loader<'a> {
+    files: &'a [PathBuf],
+    /// The index of the file that is being read.
+    file: usize,
+    columns: &'a Columns,
+    tokenizer: Option<&'a Tokenizer>,
+    options: &'a EncodeOptions,
+    /// Rows that are encoded together.
+    waiting: Vec<RawRow>,
+    waiting_bytes: usize,
+    report: LoadReport,
+    examples: InMemory,
+    /// The mapped columns that some row had.
+    found: Found,
+    /// Rows without a label that counts; an error, but which depends on the rest of the files.
+    untrained: Vec<RowPlace>,
+}
+
+/// How many rows, and how many bytes of them, are encoded together.
+const ROWS_AT_ONCE: usize = 1024;
+const BYTES_AT_ONCE: usize = 8 << 20;
+
+/// A row that was encoded, and what is known of it beside.
+struct Ready {
+    example: Encoded,
+    number: RowNumber,
+    format: RowFormat,
+    found: Found,
+}
+
+impl Loader<'_> {
+    fn take(&mut self, row: RawRow) -> Result<()> {
+        self.waiting_bytes += row.bytes;
+        self.waiting.push(row);
+        if self.waiting.len() < ROWS_AT_ONCE && self.waiting_bytes < BYTES_AT_ONCE {
+            return Ok(());
+        }
+        self.encode_waiting()
+    }
+
+    fn encode_waiting(&mut self) -> Result<()> {
+        self.waiting_bytes = 0;
+        let waiting = std::mem::take(&mut self.waiting);
+        let this = &*self;
+        let ready: Vec<Result<Ready>> = waiting.into_par_iter().map(|row| this.encode(row)).collect();
+        ready.into_iter().try_for_each(|row| self.add(row?))
+    }
+
+    fn path(&self) -> &Path {
+        &self.files[self.file]
+    }
+
+    fn encode(&self, row: RawRow) -> Result<Ready> {
+        let number = row.number;
+        let wrong = |message| Error::row(self.path(), number, message);
+        let mut fields = row.fields().map_err(wrong)?;
+        let found = self.columns.apply(&mut fields).map_err(wrong)?;
+        let has_template = self.tokenizer.is_none_or(Tokenizer::has_chat_template);
+        let (format, content) = RowContent::read(fields, has_template).map_err(wrong)?;
+        check_tokenizer(&content, self.tokenizer)?;
+        let example = encode(content, number.get(), self.tokenizer, self.options).map_err(wrong)?;
+        self.check_vocabulary(&example, number)?;
+        Ok(Ready { example, number, format, found })
+    }
+
+    fn check_vocabulary(&self, example: &Encoded, number: RowNumber) -> Result<()> {
+        let Some(vocab_size) = self.options.vocab_size else { return Ok(()) };
+        let fits = |id: u32| (id as usize) < vocab_size;
+        // Every label but −100 is an id; a negative one was refused when the row was read.
+        let labels = example.labels.iter().filter_map(|&label| u32::try_from(label).ok());
+        let refuse = |id, what| {
+            let message = format!(
+                "{what} {id} is beyond the model's vocabulary of {vocab_size} (0 to {}); was the row made with another \
+                 tokenizer?",
+                vocab_size.saturating_sub(1)
+            );
+            Err(Error::row(self.path(), number, message))
+        };
+        match (example.input_ids.iter().copied().find(|&id| !fits(id)), labels.clone().find(|&id| !fits(id))) {
+            (Some(id), _) => refuse(id, "token id"),
+            (None, Some(id)) => refuse(id, "label"),
+            (None, None) => Ok(()),
+        }
+    }
+
+    fn add(&mut self, row: Ready) -> Result<()> {
+        let Ready { example, number, format, found } = row;
+        let at = RowPlace { file: self.file, row: number };
+        let len = example.input_ids.len();
+        self.report.rows += 1;
+        self.report.formats.insert(format);
+        self.found |= found;
+        if len > self.report.longest {
+            (self.report.longest, self.report.longest_at) = (len, Some(at));
+        }
+        if example.trained_tokens() == 0 {
+            self.untrained.push(at);
+            return Ok(());
+        }
+        if len <= self.options.max_seq_length {
+            self.examples.push(&example, self.file, number);
+            return Ok(());
+        }
+        self.fit(example, at)
+    }
+
+    /// Does with a row that is too long what the options say.
+    fn fit(&mut self, example: Encoded, at: RowPlace) -> Result<()> {
+        let max = self.options.max_seq_length;
+        match self.options.overlong {
+            Overlong::Error => {
+                let message = format!(
+                    "has {} tokens, more than max_seq_length = {max}; raise it, or set \
+                     data.overlong = \"drop\" | \"truncate\" | \"split\"",
+                    example.input_ids.len()
+                );
+                return Err(Error::row(self.path(), at.row, message));
+            }
+            Overlong::Drop => self.report.changed(Change::Dropped, at),
+            Overlong::Truncate => {
+                let example = overlong::truncate(example, max);
+                if example.trained_tokens() > 0 {
+                    self.report.changed(Change::Truncated, at);
+                    self.examples.push(&example, at.file, at.row);
+                } else {
+                    self.report.changed(Change::Dropped, at);
+                }
+            }
+            Overlong::Split => {
+                self.report.changed(Change::Split, at);
+                for piece in overlong::split(&example, max).iter().filter(|piece| piece.trained_tokens() > 0) {
+                    self.examples.push(piece, at.file, at.row);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(self, fingerprint: Option<&str>) -> Result<(Dataset, LoadReport)> {
+        let Loader { files, columns, options, mut report, examples, found, untrained, .. } = self;
+        let of_all = |message: String| Error::dataset(Path::new(&name(files)), message);
+        if let Some(missing) = columns.missing(found) {
+            return Err(of_all(missing));
+        }
+        if untrained.len() == report.rows {
+            return Err(of_all("all labels are ignored: no row has a token to learn".to_owned()));
+        }
+        if let Some(&RowPlace { file, row }) = untrained.first().filter(|_| options.untrained == Untrained::Error) {
+            let message = "no label counts: the row has nothing to learn (the first token never does); remove it, or set \
+                           data.untrained = \"drop\"";
+            return Err(Error::row(&files[file], row, message));
+        }
+        untrained.iter().for_each(|&at| report.changed(Change::Untrained, at));
+        if examples.ends.is_empty() {
+            return Err(of_all(format!(
+                "no row is left: each is longer than max_seq_length = {} (the longest has {} tokens)",
+                options.max_seq_length, report.longest
+            )));
+        }
+        report.examples = examples.ends.len();
+        report.tokens = examples.input_ids.len();
+        let fingerprint = fingerprint.map_or_else(|| of_contents(&examples), str::to_owned);
+        let dataset = Dataset::new(examples, files.to_vec(), fingerprint);
+        report.trained_tokens = dataset.examples().map(|example| example.trained_tokens()).sum();
+        Ok((dataset, report))
+    }
+}
+
+/// What a kind of row needs of the checkpoint is missed there, not in the row.
+fn check_tokenizer(content: &RowContent, tokenizer: Option<&Tokenizer>) -> Result<()> {
+    match (content, tokenizer) {
+        (RowContent::Messages { .. }, Some(tokenizer)) => tokenizer.chat_template().map(|_| ()),
+        (RowContent::Text(_) | RowContent::PromptCompletion { .. }, Some(_)) | (RowContent::InputIds { .. }, _) => {
+            Ok(())
+        }
+        (_, None) => Err(Error::Tokenizer {
+            path: "tokenizer.json".into(),
+            message: "the checkpoint has none, but these rows are text; only rows of \"input_ids\" do without"
+                .to_owned(),
+        }),
+    }
+}
+
+/// The fingerprint of examples from files that can be read only once.
+fn of_contents(examples: &InMemory) -> String {
+    let mut hash = Sha256::new();
+    hash.update(bytemuck::cast_slice(examples.ends()));
+    hash.update(bytemuck::cast_slice(examples.input_ids()));
+    hash.update(bytemuck::cast_slice(examples.labels()));
+    hex(&hash.finalize())
+}
+
+/// All files, for an error about all of them.
+fn name(files: &[PathBuf]) -> String {
+    match files {
+        [] => "no file".to_owned(),
+        [one] => one.display().to_string(),
+        [first, rest @ ..] => format!("{} and {} more", first.display(), rest.len()),
+    }
+}

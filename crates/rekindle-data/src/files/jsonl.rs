@@ -1,0 +1,41 @@
+//! JSON lines: an object a line.
+
+use std::io::BufRead;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::{RawRow, Sink};
+use crate::error::{Error, Result};
+
+/// Blank lines are skipped, and counted.
+pub(super) fn read(path: &Path, mut lines: impl BufRead, sink: Sink<'_>) -> Result<()> {
+    for number in 1.. {
+        let mut line = Vec::new();
+        let read = lines.read_until(b'\n', &mut line);
+        if read.map_err(|source| Error::Read { path: path.to_owned(), source })? == 0 {
+            return Ok(());
+        }
+        // Without its line end, JSON that stops short is reported at its last column rather than at column 0 of a next
+        // line.
+        line.truncate(line.trim_ascii_end().len());
+        if !line.is_empty() {
+            sink(RawRow::line(number, line))?;
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn parse(line: &[u8]) -> Result<Value, String> {
+    let text = std::str::from_utf8(line).map_err(|error| {
+        format!("not UTF-8 at byte {} of the line; save the file as UTF-8", error.valid_up_to() + 1)
+    })?;
+    serde_json::from_str(text)
+        .map_err(|error| format!("invalid JSON at column {}: {}", error.column(), without_place(&error)))
+}
+
+/// The message without serde_json's own place in it.
+pub(super) fn without_place(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    text.split(" at line ").next().unwrap_or(&text).to_owned()
+}

@@ -1,0 +1,90 @@
+//! What kind of file it is.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Cursor, Read};
+use std::path::Path;
+
+use flate2::read::MultiGzDecoder;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+
+use crate::error::{Error, Result};
+
+/// A file at its beginning.
+pub(super) enum Opened {
+    Lines(Box<dyn BufRead>),
+    Json(Box<dyn BufRead>),
+    Parquet(File),
+}
+
+/// As much of a first line as is looked at; a longer one is a whole document.
+const LONGEST_FIRST_LINE: u64 = 1 << 26;
+const BUFFER: usize = 1 << 16;
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
+pub(super) fn open(path: &Path) -> Result<Opened> {
+    let failed = |source| Error::Read { path: path.to_owned(), source };
+    let (mut reader, head) = uncompressed(path).map_err(failed)?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+    if head == *b"PAR1" {
+        return File::open(path).map(Opened::Parquet).map_err(failed);
+    }
+    if name.ends_with(".parquet") {
+        return Err(Error::dataset(path, "is no Parquet file: it does not begin with \"PAR1\""));
+    }
+    let mut first = Vec::new();
+    reader.by_ref().take(BUFFER as u64).read_to_end(&mut first).map_err(failed)?;
+    // Some editors begin a file with a byte-order mark.
+    if first.starts_with(BYTE_ORDER_MARK) {
+        first.drain(..BYTE_ORDER_MARK.len());
+    }
+    let kind = first.trim_ascii_start().first().copied();
+    let reader: Box<dyn BufRead> = Box::new(Cursor::new(first).chain(reader));
+    match kind {
+        // No row is a list, so this is a list of rows.
+        Some(b'[') => Ok(Opened::Json(reader)),
+        Some(b'{') if [".json", ".json.gz", ".json.zst"].iter().any(|ending| name.ends_with(ending)) => {
+            object_or_lines(reader).map_err(failed)
+        }
+        _ => Ok(Opened::Lines(reader)),
+    }
+}
+
+/// The contents, with their first bytes as they lie on the disk.
+fn uncompressed(path: &Path) -> std::io::Result<(Box<dyn BufRead>, Vec<u8>)> {
+    // Opening a directory succeeds on Unix; its metadata tells before the first read fails obscurely.
+    if std::fs::metadata(path)?.is_dir() {
+        return Err(std::io::Error::other("it is a directory"));
+    }
+    let mut file = File::open(path)?;
+    let mut head = Vec::new();
+    file.by_ref().take(4).read_to_end(&mut head)?;
+    let whole = Cursor::new(head.clone()).chain(file);
+    let reader: Box<dyn BufRead> = if head.starts_with(&[0x1f, 0x8b]) {
+        Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(whole)))
+    } else if head == [0x28, 0xb5, 0x2f, 0xfd] {
+        Box::new(BufReader::with_capacity(BUFFER, zstd::Decoder::new(whole)?))
+    } else {
+        Box::new(BufReader::with_capacity(BUFFER, whole))
+    };
+    Ok((reader, head))
+}
+
+/// `*.json` that begins with an object: `{"data": [...]}`, or JSON lines under another name.
+fn object_or_lines(mut reader: Box<dyn BufRead>) -> std::io::Result<Opened> {
+    #[derive(Deserialize)]
+    struct Document {
+        #[serde(rename = "data")]
+        _data: Vec<IgnoredAny>,
+    }
+    let mut first = Vec::new();
+    while first.trim_ascii().is_empty() {
+        if reader.by_ref().take(LONGEST_FIRST_LINE).read_until(b'\n', &mut first)? == 0 {
+            break;
+        }
+    }
+    let is_document = serde_json::from_slice::<Document>(&first).is_ok();
+    let is_row = !is_document && serde_json::from_slice::<IgnoredAny>(&first).is_ok();
+    let whole = Box::new(Cursor::new(first).chain(reader));
+    Ok(if is_row { Opened::Lines(whole) } else { Opened::Json(whole) })
+}

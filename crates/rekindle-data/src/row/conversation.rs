@@ -1,0 +1,75 @@
+//! Conversations: `messages`, ShareGPT's `conversations`, and lists of messages elsewhere.
+
+use serde_json::{Map, Value};
+
+use super::RowContent;
+use crate::message::{Message, type_name};
+
+/// A row whose turns are `value`, called `name`.
+pub(super) fn read(value: Value, name: &str, mut fields: Map<String, Value>) -> Result<RowContent, String> {
+    let mut messages = turns(value, name)?;
+    // ShareGPT's system prompt stands beside the turns.
+    if name == "conversations"
+        && let Some(system) = system_prompt(&mut fields)?
+    {
+        if messages[0].role == "system" {
+            return Err("has \"system\" beside \"conversations\", which begin with a system turn; keep one".to_owned());
+        }
+        messages.insert(0, Message::new("system", system));
+    }
+    finish(messages, 0, name, fields)
+}
+
+/// A list of turns.
+pub(super) fn turns(value: Value, name: &str) -> Result<Vec<Message>, String> {
+    let Value::Array(values) = value else {
+        return Err(format!("\"{name}\" is {}, not a list of messages", type_name(&value)));
+    };
+    if values.is_empty() {
+        return Err(format!("\"{name}\" is an empty list"));
+    }
+    values.into_iter().enumerate().map(|(i, value)| Message::from_json(value, &format!("{name}[{i}]"))).collect()
+}
+
+/// The conversation with what stands beside its turns; those from `trained_from` on are called `name`.
+pub(super) fn finish(
+    messages: Vec<Message>,
+    trained_from: usize,
+    name: &str,
+    mut fields: Map<String, Value>,
+) -> Result<RowContent, String> {
+    if !messages[trained_from..].iter().any(Message::is_assistant) {
+        return Err(format!("{name:?} has no assistant turn, so no label counts"));
+    }
+    let tools = match fields.shift_remove("tools") {
+        None | Some(Value::Null) => None,
+        Some(tools) => Some(list_of_tools(tools)?),
+    };
+    let kwargs = match fields.shift_remove("chat_template_kwargs") {
+        None | Some(Value::Null) => Map::new(),
+        Some(Value::Object(kwargs)) => kwargs,
+        Some(other) => return Err(format!("\"chat_template_kwargs\" is {}, not an object", type_name(&other))),
+    };
+    Ok(RowContent::Messages { messages, trained_from, tools, kwargs })
+}
+
+/// `system`, unless it is empty.
+pub(super) fn system_prompt(fields: &mut Map<String, Value>) -> Result<Option<String>, String> {
+    match fields.shift_remove("system") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text).filter(|text| !text.trim().is_empty())),
+        Some(other) => Err(format!("\"system\" is {}, not a string", type_name(&other))),
+    }
+}
+
+/// `tools` is a list; in tables with one type a column it is often its JSON. A template would go through the characters
+/// of a text without complaint.
+fn list_of_tools(tools: Value) -> Result<Value, String> {
+    let tools = match tools {
+        Value::String(text) if text.trim().is_empty() => Value::Array(Vec::new()),
+        Value::String(text) => serde_json::from_str(&text)
+            .map_err(|error| format!("\"tools\" is a string, but not the JSON of a list of tools: {error}"))?,
+        tools => tools,
+    };
+    if tools.is_array() { Ok(tools) } else { Err(format!("\"tools\" is {}, not a list of tools", type_name(&tools))) }
+}

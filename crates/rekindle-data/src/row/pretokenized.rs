@@ -1,0 +1,44 @@
+//! Rows of token ids.
+
+use serde_json::{Map, Value};
+
+use super::RowContent;
+use crate::message::type_name;
+
+/// `labels` and `attention_mask`, where there are some, are as long as the ids.
+pub(super) fn read(ids: Value, fields: &Map<String, Value>) -> Result<RowContent, String> {
+    // Ids and labels share the range of i32, so that −100 fits beside every id.
+    let input_ids: Vec<u32> = integers(&ids, "input_ids", 0)?.into_iter().map(i32::unsigned_abs).collect();
+    if input_ids.is_empty() {
+        return Err("\"input_ids\" is an empty list".to_owned());
+    }
+    let beside = |name: &str| match fields.get(name) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => {
+            let values = integers(value, name, crate::IGNORED)?;
+            if values.len() != input_ids.len() {
+                return Err(format!("\"{name}\" has {} elements, \"input_ids\" {}", values.len(), input_ids.len()));
+            }
+            Ok(Some(values))
+        }
+    };
+    let labels = beside("labels")?;
+    if let Some(bad) = labels.iter().flatten().find(|&&label| label < 0 && label != crate::IGNORED) {
+        return Err(format!("\"labels\" holds {bad}; only token ids and -100 (ignored) are allowed"));
+    }
+    if beside("attention_mask")?.is_some_and(|mask| mask.contains(&0)) {
+        return Err("\"attention_mask\" hides tokens; remove the padding from \"input_ids\"".to_owned());
+    }
+    Ok(RowContent::InputIds { input_ids, labels })
+}
+
+fn integers(value: &Value, name: &str, min: i32) -> Result<Vec<i32>, String> {
+    let Value::Array(values) = value else {
+        return Err(format!("\"{name}\" is {}, not a list of integers", type_name(value)));
+    };
+    let read = |(i, value): (usize, &Value)| {
+        let number = value.as_i64().and_then(|number| i32::try_from(number).ok()).filter(|&number| number >= min);
+        number.ok_or_else(|| format!("{name}[{i}] is {value}; expected an integer from {min} to {}", i32::MAX))
+    };
+    values.iter().enumerate().map(read).collect()
+}
