@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use rekindle::{
-    DataSource, DeviceKind, Dtype, ErrorKind, FastLanguageModel, Loader, LoraConfig, Merge, Model, SftConfig, SftTrainer,
-    Tokenizer,
+    DataSource, DeviceKind, Dtype, ErrorKind, FastLanguageModel, Loader, LoraConfig, Merge, Model, SftConfig,
+    SftTrainer, Tokenizer,
 };
 use rekindle_tests::{Golden, read_json, tensors};
 use serde_json::json;

@@ -13,7 +13,7 @@ const WIDTH: usize = 400;
 
 pub(crate) fn print(job: &Job) -> Result<(), Failure> {
     let Job { config, model, tokenizer } = job;
-    let (source, eval_source) = (config.data.train_source(), config.data.eval_source());
+    let (source, eval_source) = (config.data.train_source(&config.model), config.data.eval_source(&config.model));
     let (train, found) = model.encode(tokenizer.as_ref(), &source)?;
     let eval = eval_source.as_ref().map(|source| model.encode(tokenizer.as_ref(), source)).transpose()?;
 

@@ -190,6 +190,14 @@ pub(crate) struct DataSection {
     pub(crate) train_on: TrainOn,
     pub(crate) thinking: Thinking,
     pub(crate) untrained: Untrained,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) revision: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) subset: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) split: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) eval_split: Option<String>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) columns: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "is_true")]
@@ -214,6 +222,10 @@ impl Default for DataSection {
             train_on: TrainOn::default(),
             thinking: Thinking::default(),
             untrained: Untrained::default(),
+            revision: None,
+            subset: None,
+            split: None,
+            eval_split: None,
             columns: BTreeMap::new(),
             cache: true,
         }
@@ -221,22 +233,31 @@ impl Default for DataSection {
 }
 
 impl DataSection {
-    pub(crate) fn train_source(&self) -> DataSource {
-        self.source(&self.train)
+    /// `model` says how the hub is asked.
+    pub(crate) fn train_source(&self, model: &ModelSection) -> DataSource {
+        self.source(&self.train, model).split(self.split.clone())
     }
 
-    pub(crate) fn eval_source(&self) -> Option<DataSource> {
-        self.eval.as_ref().map(|paths| self.source(paths))
+    pub(crate) fn eval_source(&self, model: &ModelSection) -> Option<DataSource> {
+        let eval = self.eval.as_ref()?;
+        Some(self.source(eval, model).held_out().split(self.eval_split.clone()))
     }
 
-    fn source(&self, paths: &Paths) -> DataSource {
-        DataSource::of(paths.as_slice())
+    fn source(&self, paths: &Paths, model: &ModelSection) -> DataSource {
+        let source = DataSource::of(paths.as_slice())
             .overlong(self.overlong)
             .train_on(self.train_on)
             .thinking(self.thinking)
             .untrained(self.untrained)
             .columns(self.columns.clone())
             .cache(self.cache)
+            .hub(model.token.clone(), model.cache_dir.clone(), model.local_files_only);
+        let on_hub = |paths: &Paths| DataSource::of(paths.as_slice()).is_on_hub();
+        // Of two, one may lie on disk, and these are for the other.
+        if !source.is_on_hub() && (on_hub(&self.train) || self.eval.as_ref().is_some_and(on_hub)) {
+            return source;
+        }
+        source.revision(self.revision.clone()).subset(self.subset.clone())
     }
 }
 

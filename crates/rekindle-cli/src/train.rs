@@ -73,14 +73,15 @@ impl Job {
     pub(crate) fn fit(&mut self) -> Result<Report, Failure> {
         let Self { config, model, tokenizer } = self;
         let mut progress = Progress::new(config.train.logging_steps);
-        let mut trainer = SftTrainer::new(model, tokenizer.as_ref(), config.data.train_source(), config.train.clone())
-            .shuffle(config.data.shuffle)
-            .seed(config.seed)
-            .output_dir(&config.output_dir)
-            .run_file(config.to_toml())
-            .on_data(|source, report| eprintln!("{source}: {report}"))
-            .on_event(|event| progress.event(&event));
-        if let Some(eval) = config.data.eval_source() {
+        let mut trainer =
+            SftTrainer::new(model, tokenizer.as_ref(), config.data.train_source(&config.model), config.train.clone())
+                .shuffle(config.data.shuffle)
+                .seed(config.seed)
+                .output_dir(&config.output_dir)
+                .run_file(config.to_toml())
+                .on_data(|source, report| eprintln!("{source}: {report}"))
+                .on_event(|event| progress.event(&event));
+        if let Some(eval) = config.data.eval_source(&config.model) {
             trainer = trainer.eval_dataset(eval);
         }
         Ok(trainer.train()?)

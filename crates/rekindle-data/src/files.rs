@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::row::{RowNumber, object};
 
 pub(crate) use find::find;
+pub use find::is_file_name;
 use open::{Opened, open};
 
 /// A row as it stands in its file.

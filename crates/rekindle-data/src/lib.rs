@@ -55,6 +55,7 @@ pub use data_files::DataFiles;
 pub use dataset::{Dataset, EncodeOptions};
 pub use encode::{Example, IGNORED};
 pub use error::{Error, ErrorKind, Result};
+pub use files::is_file_name;
 pub use mask::{Thinking, TrainOn, Untrained};
 pub use message::Message;
 pub use order::Order;

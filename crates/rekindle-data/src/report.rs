@@ -39,6 +39,9 @@ pub struct LoadReport {
     pub untrained: usize,
     /// The first of the rows that were left out, truncated or split.
     pub first_changed: Vec<(Change, RowPlace)>,
+    /// What the user should be told of how the files were found.
+    #[serde(skip)]
+    pub notices: Vec<String>,
     /// What happened to the cache.
     #[serde(skip)]
     pub cache: CacheUse,
@@ -124,6 +127,7 @@ impl fmt::Display for LoadReport {
         if self.split > 0 {
             write!(f, "; {} examples", self.examples)?;
         }
+        self.notices.iter().try_for_each(|notice| write!(f, "; {notice}"))?;
         match &self.cache {
             CacheUse::Read(_) => f.write_str("; from the cache"),
             CacheUse::Failed(why) => write!(f, "; not cached: {why}"),

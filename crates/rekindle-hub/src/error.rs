@@ -98,6 +98,8 @@ pub enum HubErrorKind {
     Denied,
     /// The repository holds no weights that are read: pickled ones, or none.
     Weights,
+    /// The repository has no rows that are read, or not the split or subset that was asked for.
+    Rows,
     /// The hub cannot be reached, or connections to it break.
     Network,
     /// The network may not be used, and the files are not in the cache.

@@ -10,6 +10,7 @@ mod layout;
 mod name;
 mod select;
 mod space;
+mod split;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -18,10 +19,11 @@ use crate::checkpoint::check_directory;
 use crate::{Error, Headers, HubErrorKind};
 
 use failure::Request;
-use name::RepoName;
+use name::{RepoKind, RepoName};
 
 pub(crate) use environment::Environment;
 pub(crate) use layout::{CachedRepo, INCOMPLETE};
+pub use split::DatasetPart;
 
 /// How a name on the hub is resolved. What is left out follows the environment, as in Python's
 /// `huggingface_hub`.
@@ -84,8 +86,10 @@ const MAIN: &str = "main";
 /// no directory; [`Error::Io`] for a cache that cannot be written.
 pub fn resolve(name: &str, options: HubOptions<'_>) -> Result<Resolved, Error> {
     match place(name, &options)? {
-        Place::Here(resolved) => Ok(resolved),
-        Place::Hub { request, repo, token } => download::download(request, repo, token, options.on_progress),
+        Place::Here(found) => Ok(found.resolved),
+        Place::Hub { request, repo, token } => {
+            Ok(download::download(request, repo, token, Wanted::Model, options.on_progress)?.resolved)
+        }
     }
 }
 
@@ -96,7 +100,10 @@ pub fn resolve(name: &str, options: HubOptions<'_>) -> Result<Resolved, Error> {
 /// Those of [`resolve`], and of [`Headers::open`].
 pub fn headers(name: &str, options: HubOptions<'_>) -> Result<(Resolved, Headers), Error> {
     match place(name, &options)? {
-        Place::Here(resolved) => Ok((resolved.clone(), Headers::open(&resolved.path)?)),
+        Place::Here(Found { resolved, .. }) => {
+            let headers = Headers::open(&resolved.path)?;
+            Ok((resolved, headers))
+        }
         Place::Hub { request, repo, token } => download::describe(request, repo, token),
     }
 }
@@ -104,7 +111,7 @@ pub fn headers(name: &str, options: HubOptions<'_>) -> Result<(Resolved, Headers
 /// Where a name leads to.
 enum Place {
     /// A directory, the one that was given or one of the cache.
-    Here(Resolved),
+    Here(Found),
     /// The hub, which is asked first.
     Hub { request: Request, repo: CachedRepo, token: Option<String> },
 }
@@ -113,9 +120,60 @@ fn place(name: &str, options: &HubOptions<'_>) -> Result<Place, Error> {
     let directory = Path::new(name);
     if directory.exists() || is_path(name) {
         check_directory(directory)?;
-        return Ok(Place::Here(Resolved { path: directory.to_path_buf(), commit: None, notice: None }));
+        let resolved = Resolved { path: directory.to_path_buf(), commit: None, notice: None };
+        return Ok(Place::Here(Found { resolved, files: Vec::new() }));
     }
-    let name = RepoName::parse(name)?;
+    let name = RepoName::parse(RepoKind::Model, name)?;
+    find(name, options, &Wanted::Model)
+}
+
+/// Rows of a dataset repository.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResolvedRows {
+    /// The files of the split, sorted by name.
+    pub files: Vec<PathBuf>,
+    /// The commit that they are of.
+    pub commit: Option<String>,
+    /// What the user should be told: the hub was out of reach, and the cache was taken instead.
+    pub notice: Option<String>,
+}
+
+/// Turns the name of a dataset repository, `organization/name`, into the files of one split.
+///
+/// Parquet is taken where there is some, else JSON and JSON lines. They come, and lie in the shared cache, as those of
+/// models do ([`resolve`]); a dataset of Python's loading scripts has its rows in the revision `refs/convert/parquet`.
+///
+/// # Errors
+/// [`Error::Hub`], whose kind says what stands in the way: [`HubErrorKind::Rows`] for a split, a subset or rows that the
+/// repository does not have; [`Error::Io`] for a cache that cannot be written.
+pub fn resolve_rows(name: &str, part: &DatasetPart, options: HubOptions<'_>) -> Result<ResolvedRows, Error> {
+    let name = RepoName::parse(RepoKind::Dataset, name)?;
+    let wanted = Wanted::Rows(part.clone());
+    let Found { resolved, files } = match find(name, &options, &wanted)? {
+        Place::Here(found) => found,
+        Place::Hub { request, repo, token } => download::download(request, repo, token, wanted, options.on_progress)?,
+    };
+    let Resolved { path, commit, notice } = resolved;
+    Ok(ResolvedRows { files: files.iter().map(|file| path.join(file)).collect(), commit, notice })
+}
+
+/// What of a repository is needed.
+#[derive(Clone, Debug)]
+pub(crate) enum Wanted {
+    Model,
+    Rows(DatasetPart),
+}
+
+/// A snapshot with what is needed in it.
+#[derive(Clone, Debug)]
+pub(crate) struct Found {
+    pub(crate) resolved: Resolved,
+    /// Of a dataset, the files of the split.
+    pub(crate) files: Vec<String>,
+}
+
+/// Whether the cache does for what is `wanted` of a repository, or the hub is to be asked.
+fn find(name: RepoName, options: &HubOptions<'_>, wanted: &Wanted) -> Result<Place, Error> {
     let environment = Environment::read();
     let token = options.token.clone().or(environment.token);
     let endpoint = options.endpoint.as_deref().map(|given| given.trim_end_matches('/').to_owned());
@@ -133,16 +191,18 @@ fn place(name: &str, options: &HubOptions<'_>) -> Result<Place, Error> {
     let repo = CachedRepo::new(cache_dir, &request.name.folder());
     let offline = if options.local_files_only { Some("local_files_only") } else { environment.offline };
     if let Some(reason) = offline {
-        return cached(&request, &repo).map(Place::Here).map_err(|state| {
+        return cached(&request, &repo, wanted).map(Place::Here).map_err(|state| {
             let revision = &request.revision;
             let reason = format!("{reason} is set, and {state} (revision {revision:?}); unset it to download");
             request.error(HubErrorKind::Offline, reason)
         });
     }
+    // Which files a dataset has, only the hub knows: a part of a split may be in the cache.
     if layout::is_commit(&request.revision)
-        && let Ok(resolved) = cached(&request, &repo)
+        && matches!(wanted, Wanted::Model)
+        && let Ok(found) = cached(&request, &repo, wanted)
     {
-        return Ok(Place::Here(resolved));
+        return Ok(Place::Here(found));
     }
     Ok(Place::Hub { request, repo, token })
 }
@@ -153,15 +213,22 @@ fn is_path(name: &str) -> bool {
 }
 
 /// The snapshot that the cache has, if it can be loaded; otherwise what the cache has instead.
-fn cached(request: &Request, repo: &CachedRepo) -> Result<Resolved, String> {
+fn cached(request: &Request, repo: &CachedRepo, wanted: &Wanted) -> Result<Found, String> {
     let snapshot = repo.commit_of(&request.revision).map(|commit| (repo.snapshot(&commit), commit));
     let Some((path, commit)) = snapshot.filter(|(path, _)| path.is_dir()) else {
         return Err(format!("there is neither such a directory nor {:?} in the cache", repo.path()));
     };
-    match layout::lacks(&path) {
-        Some(missing) => Err(format!("its snapshot {path:?} lacks {missing}")),
-        None => Ok(Resolved { path, commit: Some(commit), notice: None }),
-    }
+    let files = match wanted {
+        Wanted::Model => match layout::lacks(&path) {
+            Some(missing) => Err(format!("its snapshot {path:?} lacks {missing}")),
+            None => Ok(Vec::new()),
+        },
+        Wanted::Rows(part) => part.select(&layout::names(&path)).and_then(|files| match split::missing_piece(&files) {
+            Some(missing) => Err(format!("its snapshot {path:?} lacks {missing}")),
+            None => Ok(files),
+        }),
+    };
+    Ok(Found { files: files?, resolved: Resolved { path, commit: Some(commit), notice: None } })
 }
 
 impl fmt::Debug for HubOptions<'_> {

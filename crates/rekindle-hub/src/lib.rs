@@ -7,8 +7,9 @@
 //! [`write_safetensors`] and [`write_sharded`] write the same files, one tensor at a time;
 //! [`write_atomic`] and [`AtomicDir`] see to it that a file or directory stands under its final
 //! name whole or not at all. `resolve` turns a name on the hub into such a directory, in the
-//! cache that is shared with Python; `headers` says what its tensors are and leaves them there;
-//! `cache` lists and prunes that cache. These are the feature `network`.
+//! cache that is shared with Python, `resolve_rows` one of a dataset into the files of a split;
+//! `headers` says what a model's tensors are and leaves them there; `cache` lists and prunes that
+//! cache. These are the feature `network`.
 //!
 //! ```
 //! use rekindle_hub::{AtomicDir, Checkpoint, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec};
@@ -63,7 +64,7 @@ pub use dtype::Dtype;
 pub use error::{Error, HubErrorKind};
 pub use headers::{Headers, TensorInfo};
 #[cfg(feature = "network")]
-pub use hub::{HubOptions, Resolved, headers, resolve};
+pub use hub::{DatasetPart, HubOptions, Resolved, ResolvedRows, headers, resolve, resolve_rows};
 pub use json::read_json;
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::{DEFAULT_MAX_SHARD_SIZE, write_sharded};

@@ -1,19 +1,22 @@
-//! Where rows come from: files, directories, patterns.
+//! Where rows come from: files, directories, patterns, dataset repositories.
 
 use core::fmt;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rekindle_data::{
-    DataFiles, Dataset, EncodeOptions, LoadReport, Overlong, Thinking, Tokenizer, TrainOn, Untrained, default_cache_dir,
+    DataFiles, Dataset, EncodeOptions, LoadReport, Overlong, Thinking, Tokenizer, TrainOn, Untrained,
+    default_cache_dir, is_file_name,
 };
 
 use crate::Error;
+use crate::source::Access;
 
 /// The rows of a run: files, and how they are read.
 ///
-/// A file of JSON lines, JSON or Parquet, a directory of such files, a pattern such as `data/*.parquet`, or several of
-/// these.
+/// A file of JSON lines, JSON or Parquet, a directory of such files, a pattern such as `data/*.parquet`, the name of a
+/// dataset on the Hugging Face hub, or several of these. What exists on disk comes first, and what is a pattern or ends
+/// as files of rows do is never looked for on the hub.
 ///
 /// ```
 /// use rekindle::{DataSource, Overlong};
@@ -31,6 +34,11 @@ pub struct DataSource {
     thinking: Thinking,
     untrained: Untrained,
     cache_dir: Option<PathBuf>,
+    revision: Option<String>,
+    subset: Option<String>,
+    split: Option<String>,
+    default_split: &'static str,
+    access: Access,
 }
 
 impl DataSource {
@@ -50,6 +58,11 @@ impl DataSource {
             thinking: Thinking::Keep,
             untrained: Untrained::Error,
             cache_dir: None,
+            revision: None,
+            subset: None,
+            split: None,
+            default_split: "train",
+            access: Access::default(),
         }
     }
 
@@ -96,6 +109,95 @@ impl DataSource {
         self
     }
 
+    /// Of datasets on the hub: a branch, tag or commit. Default `main`.
+    #[must_use]
+    pub fn revision(mut self, revision: Option<String>) -> Self {
+        self.revision = revision;
+        self
+    }
+
+    /// Of datasets on the hub: the folder of one of several sets of rows.
+    #[must_use]
+    pub fn subset(mut self, subset: Option<String>) -> Self {
+        self.subset = subset;
+        self
+    }
+
+    /// Of datasets on the hub: `train`, `test` or another word of their files' names. Default `train`.
+    #[must_use]
+    pub fn split(mut self, split: Option<String>) -> Self {
+        self.split = split;
+        self
+    }
+
+    /// The split where none is given: `test` for what is evaluated.
+    #[must_use]
+    pub fn held_out(mut self) -> Self {
+        self.default_split = "test";
+        self
+    }
+
+    /// How the hub is asked: the token, the place of downloads, and whether the network is left alone. Default: as the
+    /// environment says.
+    #[must_use]
+    pub fn hub(mut self, token: Option<String>, cache_dir: Option<PathBuf>, local_files_only: bool) -> Self {
+        self.access = Access { token, cache_dir, local_files_only };
+        self
+    }
+
+    /// Whether any of it is looked for on the hub.
+    pub fn is_on_hub(&self) -> bool {
+        self.paths.iter().any(|path| name_on_hub(path).is_some())
+    }
+
+    /// The files and patterns on disk, after what is missing was downloaded, and what the user should be told.
+    fn find(&self) -> Result<(Vec<PathBuf>, Vec<String>), Error> {
+        let (mut paths, mut notices) = (Vec::new(), Vec::new());
+        for path in &self.paths {
+            match name_on_hub(path) {
+                Some(name) => {
+                    let (files, notice) = self.fetch(name)?;
+                    paths.extend(files);
+                    notices.extend(notice);
+                }
+                None => paths.push(path.clone()),
+            }
+        }
+        let options = [("revision", &self.revision), ("subset", &self.subset), ("split", &self.split)];
+        match options.iter().find_map(|(key, value)| Some((key, value.as_ref()?))) {
+            Some((key, value)) if !self.is_on_hub() => Err(Error::Argument(format!(
+                "{key} = {value:?} is for datasets on the hub, and {self} is on disk; leave it out"
+            ))),
+            _ => Ok((paths, notices)),
+        }
+    }
+
+    /// The files of a dataset repository.
+    #[cfg(feature = "network")]
+    fn fetch(&self, name: &str) -> Result<(Vec<PathBuf>, Option<String>), Error> {
+        use rekindle_hub::{DatasetPart, HubOptions, resolve_rows};
+
+        let split = self.split.clone().unwrap_or_else(|| self.default_split.to_owned());
+        let options = HubOptions {
+            revision: self.revision.clone(),
+            token: self.access.token.clone(),
+            cache_dir: self.access.cache_dir.clone(),
+            local_files_only: self.access.local_files_only,
+            endpoint: None,
+            on_progress: None,
+        };
+        let rows = resolve_rows(name, &DatasetPart { subset: self.subset.clone(), split }, options)?;
+        Ok((rows.files, rows.notice))
+    }
+
+    /// An error: there is no network.
+    #[cfg(not(feature = "network"))]
+    fn fetch(&self, name: &str) -> Result<(Vec<PathBuf>, Option<String>), Error> {
+        Err(Error::Argument(format!(
+            "{name}: there is no such file, and this program was built without names on the hub (the feature network)"
+        )))
+    }
+
     /// Reads and encodes the rows.
     pub(crate) fn encode(
         &self,
@@ -111,12 +213,23 @@ impl DataSource {
             thinking: self.thinking,
             untrained: self.untrained,
         };
-        let mut files = DataFiles::find(&self.paths)?.columns(self.columns.clone())?;
+        let (paths, notices) = self.find()?;
+        let mut files = DataFiles::find(paths)?.columns(self.columns.clone())?;
         if let Some(dir) = &self.cache_dir {
             files = files.cache_dir(dir);
         }
-        Ok(files.load(tokenizer, &options)?)
+        let (dataset, mut report) = files.load(tokenizer, &options)?;
+        report.notices = notices;
+        Ok((dataset, report))
     }
+}
+
+/// What can only be a name on the hub: nothing on disk, no pattern, and no file's name.
+fn name_on_hub(path: &Path) -> Option<&str> {
+    let name = path.to_str().filter(|_| !path.exists())?;
+    let is_path = path.is_absolute() || name.starts_with(['.', '~']) || name.ends_with('/');
+    let is_name = !is_path && name.matches('/').count() == 1 && !name.contains(['*', '?', '[', '\\']);
+    (is_name && !is_file_name(name)).then_some(name)
 }
 
 impl fmt::Display for DataSource {

@@ -43,7 +43,7 @@ pub struct Fetched {
 }
 
 /// How the hub is asked, whatever it is asked for.
-#[derive(Clone, Default)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub(crate) struct Access {
     pub(crate) token: Option<String>,
     pub(crate) cache_dir: Option<PathBuf>,

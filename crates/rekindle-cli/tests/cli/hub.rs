@@ -249,3 +249,37 @@ fn the_cache_is_listed_and_pruned() {
     assert!(Path::new(&blobs).exists() && machine.offline(&eval("org/model")).code == 0);
     machine.run("cache prune org/adapter").fails(5, &["org/adapter: it is not in the cache at "]);
 }
+
+#[test]
+fn rows_by_the_name_of_their_dataset() {
+    let (machine, scratch) = (Machine::new(), Scratch::new());
+    let rows =
+        fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../rekindle-data/goldens/parquet/ids.parquet")).unwrap();
+    let held_out = b"{\"input_ids\": [1, 2, 3]}\n";
+    let files: [(&str, &[u8]); 2] = [("data/train-00000-of-00001.parquet", &rows), ("data/test.jsonl", held_out)];
+    machine.hub.add("datasets/org/rows", &files);
+    machine.hub.add("datasets/org/lines", &[("train.jsonl", held_out), ("test.jsonl", held_out)]);
+    let train = |more: &str| {
+        let file = scratch.path("run.toml").display().to_string();
+        machine.run(&format!("train {file} data.train=org/rows {more}"))
+    };
+    let done = train("").ok();
+    assert!(done.stderr.contains("org/rows: 80 rows (input_ids), 200 tokens"), "{}", done.stderr);
+    let both = train("data.eval=org/lines").ok();
+    assert!(both.stderr.contains("org/lines: 1 rows"), "{}", both.stderr);
+    let asked: Vec<_> = machine.hub.requests().into_iter().filter(|request| request.contains("org/lines")).collect();
+    assert!(
+        asked.iter().all(|request| !request.contains("train.jsonl")),
+        "only the split that is evaluated: {asked:?}"
+    );
+
+    train("data.split=dev").fails(5, &["org/rows: it has no split \"dev\"; it has \"train\""]);
+    train("data.subset=de").fails(5, &["org/rows: it has no subset \"de\"; it has none"]);
+    train("data.revision=v9").fails(5, &["org/rows: it has no branch, tag or commit \"v9\""]);
+    let on_disk = format!("data.train={} data.split=train", golden("qwen3-tied/rows.jsonl").display());
+    machine
+        .run(&format!("train {} {on_disk}", scratch.path("run.toml").display()))
+        .fails(2, &["split = \"train\" is for datasets on the hub"]);
+    crate::run(&format!("train {} data.train=org/none", scratch.path("run.toml").display()))
+        .fails(5, &["org/none: cannot reach http://127.0.0.1:9"]);
+}

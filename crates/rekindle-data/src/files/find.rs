@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 
 /// How files of rows end.
-pub(super) const ENDINGS: [&str; 7] =
-    [".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"];
+const ENDINGS: [&str; 7] = [".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"];
 
 /// The files that these are: a file itself, of a directory what ends as rows do, of a pattern (`*`, `?`, `[…]`, `**`) what
 /// it matches; each of the latter two sorted by name.
@@ -45,7 +44,8 @@ fn in_directory(dir: &Path) -> Result<Vec<PathBuf>> {
         .collect::<Result<Vec<_>, _>>()
         .map_err(failed)?;
     names.sort_unstable();
-    let rows: Vec<_> = names.iter().filter(|name| ends_as_rows(name)).map(|name| dir.join(name)).collect();
+    let rows: Vec<_> =
+        names.iter().filter(|name| !name.starts_with('.') && is_file_name(name)).map(|name| dir.join(name)).collect();
     if rows.is_empty() {
         let there = names.iter().take(8).map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ");
         let there = if there.is_empty() { "nothing".to_owned() } else { there };
@@ -55,9 +55,10 @@ fn in_directory(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(rows)
 }
 
-pub(super) fn ends_as_rows(name: &str) -> bool {
+/// Whether a name ends as files of rows do: `.jsonl`, `.json` or `.parquet`, the first two perhaps with `.gz` or `.zst`.
+pub fn is_file_name(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
-    !name.starts_with('.') && ENDINGS.iter().any(|ending| name.ends_with(ending))
+    ENDINGS.iter().any(|ending| name.ends_with(ending))
 }
 
 fn matching(pattern: &Path) -> Result<Vec<PathBuf>> {

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use hf_hub::{HFClient, HFRepository, RepoTypeModel};
+use hf_hub::{HFClient, HFRepository, RepoTypeDataset, RepoTypeModel};
 use reqwest::header::{CONTENT_LENGTH, ETAG, HeaderMap, LOCATION, RANGE};
 use reqwest::redirect::Policy;
 use reqwest::{Client, ClientBuilder, RequestBuilder, Response, StatusCode, Url};
@@ -17,17 +17,24 @@ use crate::{Error, HubErrorKind};
 use super::checksum::Checksum;
 use super::failure::{Failure, Refusal, Request};
 use super::layout::is_commit;
+use super::name::{RepoKind, RepoName};
 
 /// The connection to one repository.
 #[derive(Debug)]
 pub(crate) struct Api {
-    repository: HFRepository<RepoTypeModel>,
+    repository: Repository,
     /// Follows redirects, without the token once they lead to another host.
     client: Client,
     /// Follows none.
     staying: Client,
     token: Option<String>,
     request: Request,
+}
+
+#[derive(Debug)]
+enum Repository {
+    Model(HFRepository<RepoTypeModel>),
+    Dataset(HFRepository<RepoTypeDataset>),
 }
 
 /// A file of a commit, as the hub announces it.
@@ -70,7 +77,11 @@ impl Api {
             let reason = format!("{endpoint:?} is no address ({error}); set HF_ENDPOINT to one like \"https://host\"");
             request.error(HubErrorKind::Network, reason)
         })?;
-        let repository = hub.model(&request.name.organization, &request.name.model);
+        let RepoName { kind, organization, name } = &request.name;
+        let repository = match kind {
+            RepoKind::Model => Repository::Model(hub.model(organization, name)),
+            RepoKind::Dataset => Repository::Dataset(hub.dataset(organization, name)),
+        };
         Ok(Api { repository, client, staying, token, request })
     }
 
@@ -80,16 +91,28 @@ impl Api {
 
     /// The commit that the revision stands at, and the names of all its files.
     pub(crate) async fn files(&self) -> Result<(String, Vec<String>), Failure> {
-        let asked = self.repository.info().revision(&self.request.revision).send().await;
-        let info = asked.map_err(|error| self.request.failure(error))?;
-        let commit = info.sha.filter(|sha| is_commit(sha)).ok_or_else(|| self.strange("it names no commit"))?;
-        let files = info.siblings.ok_or_else(|| self.strange("it lists no files"))?;
+        let revision = &self.request.revision;
+        let asked = match &self.repository {
+            Repository::Model(model) => {
+                model.info().revision(revision).send().await.map(|info| (info.sha, info.siblings))
+            }
+            Repository::Dataset(dataset) => {
+                dataset.info().revision(revision).send().await.map(|info| (info.sha, info.siblings))
+            }
+        };
+        let (commit, files) = asked.map_err(|error| self.request.failure(error))?;
+        let commit = commit.filter(|sha| is_commit(sha)).ok_or_else(|| self.strange("it names no commit"))?;
+        let files = files.ok_or_else(|| self.strange("it lists no files"))?;
         Ok((commit, files.into_iter().map(|file| file.rfilename).collect()))
     }
 
     /// Branches and tags, for an error that could name a better one; empty where they are not told.
     pub(crate) async fn revisions(&self) -> Vec<String> {
-        match self.repository.list_refs().send().await {
+        let asked = match &self.repository {
+            Repository::Model(model) => model.list_refs().send().await,
+            Repository::Dataset(dataset) => dataset.list_refs().send().await,
+        };
+        match asked {
             Ok(refs) => refs.branches.into_iter().chain(refs.tags).map(|reference| reference.name).collect(),
             Err(_) => Vec::new(),
         }
@@ -178,10 +201,10 @@ impl Api {
 
     fn url(&self, commit: &str, file: &str) -> Result<Url, Failure> {
         let Request { name, endpoint, .. } = &self.request;
-        let mut url = Url::parse(&format!("{endpoint}/{name}/resolve/{commit}"))
+        let mut url = Url::parse(&format!("{endpoint}/{}/resolve/{commit}", name.path()))
             .map_err(|error| self.strange(&error.to_string()))?;
         if let Ok(mut segments) = url.path_segments_mut() {
-            segments.push(file);
+            segments.extend(file.split('/'));
         }
         Ok(url)
     }

@@ -21,7 +21,7 @@ use super::failure::{DELAYS, FIRST_DELAYS, Request, retry};
 use super::fetch::{Fetcher, Progress};
 use super::layout::{CachedRepo, create_dir, lacks};
 use super::select::{Selection, select};
-use super::{MAIN, Resolved, cached, space};
+use super::{Found, MAIN, Resolved, Wanted, cached, space};
 
 /// How many files are on their way at once.
 const AT_ONCE: usize = 8;
@@ -37,14 +37,15 @@ pub(crate) fn download(
     request: Request,
     repo: CachedRepo,
     token: Option<String>,
+    wanted: Wanted,
     mut on_progress: Option<Box<dyn FnMut(u64, u64) + '_>>,
-) -> Result<Resolved, Error> {
+) -> Result<Found, Error> {
     let runtime = Builder::new_multi_thread().worker_threads(AT_ONCE).enable_all().build();
     let runtime = runtime.map_err(|source| Error::Io { path: repo.path(), source })?;
     let (progress, updates) = mpsc::channel();
     // The caller may be inside a runtime of its own, and its callback need not be sent to threads.
     thread::scope(|scope| {
-        let worker = scope.spawn(move || runtime.block_on(run(request, repo, token, progress)));
+        let worker = scope.spawn(move || runtime.block_on(run(request, repo, token, wanted, progress)));
         let (mut done, mut total) = (0_i64, 0);
         for update in updates {
             match update {
@@ -78,7 +79,10 @@ async fn look(request: Request, repo: CachedRepo, token: Option<String>) -> Resu
     let here = |resolved: Resolved| Headers::open(&resolved.path).map(|headers| (resolved, headers));
     let (commit, all) = match retry(&FIRST_DELAYS, || api.files()).await {
         Ok(found) => found,
-        Err(error) => return without_hub(&request, &repo, &api, error).await.and_then(here),
+        Err(error) => {
+            let found = without_hub(&request, &repo, &api, &Wanted::Model, error).await?;
+            return here(found.resolved);
+        }
     };
     let selection = select(&all).map_err(|reason| request.error(HubErrorKind::Weights, reason))?;
     let path = repo.snapshot(&commit);
@@ -125,15 +129,21 @@ async fn run(
     request: Request,
     repo: CachedRepo,
     token: Option<String>,
+    wanted: Wanted,
     progress: Sender<Progress>,
-) -> Result<Resolved, Error> {
+) -> Result<Found, Error> {
     let api = Api::new(request.clone(), token)?;
     let (commit, all) = match retry(&FIRST_DELAYS, || api.files()).await {
         Ok(found) => found,
-        Err(error) => return without_hub(&request, &repo, &api, error).await,
+        Err(error) => return without_hub(&request, &repo, &api, &wanted, error).await,
     };
-    let Selection { mut files, sharded } =
-        select(&all).map_err(|reason| request.error(HubErrorKind::Weights, reason))?;
+    let Selection { mut files, sharded } = match &wanted {
+        Wanted::Model => select(&all).map_err(|reason| request.error(HubErrorKind::Weights, reason))?,
+        Wanted::Rows(part) => {
+            let files = part.select(&all).map_err(|reason| request.error(HubErrorKind::Rows, reason))?;
+            Selection { files, sharded: false }
+        }
+    };
     // Keeps pruning away. A cache that cannot be written can still have everything.
     let lock = repo.use_lock().ok();
     if let Some(lock) = &lock {
@@ -147,9 +157,9 @@ async fn run(
         let index = ShardIndex::read(&snapshot.join(INDEX_FILE))?;
         files.extend(index.shards().into_iter().map(str::to_owned));
     }
-    bring(&fetcher, files, &progress).await?;
+    bring(&fetcher, files.clone(), &progress).await?;
     fetcher.repo.write_reference(&request.revision, &fetcher.commit)?;
-    Ok(Resolved { path: snapshot, commit: Some(fetcher.commit.clone()), notice: None })
+    Ok(Found { files, resolved: Resolved { path: snapshot, commit: Some(fetcher.commit.clone()), notice: None } })
 }
 
 /// Downloads those of `files` that the snapshot lacks, and links them into it.
@@ -193,13 +203,19 @@ where
 }
 
 /// What there is without an answer to the first request: the cache, or the error and what helps.
-async fn without_hub(request: &Request, repo: &CachedRepo, api: &Api, error: Error) -> Result<Resolved, Error> {
+async fn without_hub(
+    request: &Request,
+    repo: &CachedRepo,
+    api: &Api,
+    wanted: &Wanted,
+    error: Error,
+) -> Result<Found, Error> {
     match error.hub_kind() {
-        Some(HubErrorKind::Network | HubErrorKind::Response) => match cached(request, repo) {
-            Ok(resolved) => {
+        Some(HubErrorKind::Network | HubErrorKind::Response) => match cached(request, repo, wanted) {
+            Ok(Found { resolved, files }) => {
                 let commit = resolved.commit.as_deref().unwrap_or_default();
                 let notice = format!("{error}; using commit {commit} from the cache");
-                Ok(Resolved { notice: Some(notice), ..resolved })
+                Ok(Found { resolved: Resolved { notice: Some(notice), ..resolved }, files })
             }
             Err(_) => Err(error),
         },

@@ -116,19 +116,20 @@ impl Request {
     /// The hub answered, with an error.
     pub(crate) fn refused(&self, refusal: &Refusal) -> Failure {
         let Request { name, endpoint, revision, has_token } = self;
+        let (page, noun) = (format!("{endpoint}/{}", name.path()), name.kind.noun());
         let said = refusal.message.as_deref().map(|message| format!(" ({message})")).unwrap_or_default();
         let (kind, reason) = match (refusal.code.as_deref(), refusal.status) {
             (Some("GatedRepo"), _) if *has_token => (
                 HubErrorKind::Denied,
                 format!(
-                    "its licence has not been accepted with this token{said}; accept it at {endpoint}/{name} and wait \
+                    "its licence has not been accepted with this token{said}; accept it at {page} and wait \
                      until access is granted, with a token that may read gated repositories"
                 ),
             ),
             (Some("GatedRepo"), _) => (
                 HubErrorKind::Denied,
                 format!(
-                    "it is gated; accept its licence at {endpoint}/{name}, make a token at \
+                    "it is gated; accept its licence at {page}, make a token at \
                      {endpoint}/settings/tokens, and set HF_TOKEN to it"
                 ),
             ),
@@ -146,7 +147,7 @@ impl Request {
                 (
                     HubErrorKind::NotFound,
                     format!(
-                        "{endpoint} has no such model, and there is no such directory; check the spelling, and {private}"
+                        "{endpoint} has no such {noun}, and there is no such directory; check the spelling, and {private}"
                     ),
                 )
             }
@@ -159,7 +160,7 @@ impl Request {
             // The hub does not tell strangers whether a private repository exists.
             (_, 401) => (
                 HubErrorKind::Denied,
-                format!("{endpoint} has no such model, or it is private{said}; check the spelling, or set HF_TOKEN"),
+                format!("{endpoint} has no such {noun}, or it is private{said}; check the spelling, or set HF_TOKEN"),
             ),
             (_, 403) => (
                 HubErrorKind::Denied,
@@ -191,11 +192,12 @@ fn innermost(error: &reqwest::Error) -> &(dyn StdError + 'static) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::name::RepoKind;
     use super::*;
 
     fn refused(has_token: bool, status: u16, code: Option<&str>) -> Failure {
         let request = Request {
-            name: RepoName::parse("org/model").unwrap(),
+            name: RepoName::parse(RepoKind::Model, "org/model").unwrap(),
             endpoint: "https://hub".to_owned(),
             revision: "main".to_owned(),
             has_token,

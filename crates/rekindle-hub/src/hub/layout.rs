@@ -101,13 +101,13 @@ impl CachedRepo {
         if link.exists() {
             return Ok(());
         }
-        create_dir(&self.snapshot(commit))?;
+        create_dir(link.parent().unwrap_or(&link))?;
         // What is left there points at nothing.
         match fs::remove_file(&link) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io(&link)(error)),
             _ => {}
         }
-        match point(&link, &self.blob(etag), etag) {
+        match point(&link, &self.blob(etag), file, etag) {
             // Another program was as quick.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
             made => made.map_err(Error::io(&link)),
@@ -120,13 +120,14 @@ pub(crate) const INCOMPLETE: &str = ".incomplete";
 
 /// Relative, so that the cache can be moved as a whole.
 #[cfg(unix)]
-fn point(link: &Path, _blob: &Path, etag: &str) -> io::Result<()> {
-    std::os::unix::fs::symlink(Path::new("../../blobs").join(etag), link)
+fn point(link: &Path, _blob: &Path, file: &str, etag: &str) -> io::Result<()> {
+    let up = "../".repeat(2 + file.matches('/').count());
+    std::os::unix::fs::symlink(Path::new(&up).join("blobs").join(etag), link)
 }
 
 /// Links need a privilege elsewhere; Python's library moves the blob too.
 #[cfg(not(unix))]
-fn point(link: &Path, blob: &Path, _etag: &str) -> io::Result<()> {
+fn point(link: &Path, blob: &Path, _file: &str, _etag: &str) -> io::Result<()> {
     fs::rename(blob, link)
 }
 
@@ -172,6 +173,24 @@ pub(crate) fn lacks(snapshot: &Path) -> Option<String> {
     }
 }
 
+/// All files of a snapshot, by their names in the repository.
+pub(crate) fn names(snapshot: &Path) -> Vec<String> {
+    let mut names = Vec::new();
+    let mut folders = vec![String::new()];
+    while let Some(folder) = folders.pop() {
+        // What cannot be read cannot be taken either.
+        for entry in fs::read_dir(snapshot.join(&folder)).into_iter().flatten().flatten() {
+            let name = format!("{folder}{}", entry.file_name().to_string_lossy());
+            match entry.path() {
+                path if path.is_dir() => folders.push(format!("{name}/")),
+                path if path.exists() => names.push(name),
+                _ => {}
+            }
+        }
+    }
+    names
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,6 +205,7 @@ mod tests {
         fs::write(repo.blob("e7a9"), "{}").unwrap();
         repo.link(COMMIT, "config.json", "e7a9").unwrap();
         repo.link(COMMIT, "config.json", "e7a9").unwrap();
+        repo.link(COMMIT, "data/de/train.parquet", "e7a9").unwrap();
         repo.write_reference("refs/pr/1", COMMIT).unwrap();
 
         let root = scratch.path().join("models--org--name");
@@ -193,6 +213,7 @@ mod tests {
         assert_eq!(fs::read_to_string(&file).unwrap(), "{}");
         #[cfg(unix)]
         assert_eq!(fs::read_link(&file).unwrap(), Path::new("../../blobs/e7a9"));
+        assert_eq!(fs::read_to_string(repo.snapshot(COMMIT).join("data/de/train.parquet")).unwrap(), "{}");
         assert_eq!(fs::read_to_string(root.join("refs/refs/pr/1")).unwrap(), COMMIT);
         assert_eq!(repo.commit_of("refs/pr/1").as_deref(), Some(COMMIT));
         assert_eq!(repo.commit_of("main"), None);

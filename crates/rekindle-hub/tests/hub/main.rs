@@ -6,6 +6,7 @@ mod cache;
 mod download;
 mod errors;
 mod headers;
+mod rows;
 mod server;
 
 use std::path::PathBuf;

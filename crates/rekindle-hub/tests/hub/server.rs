@@ -115,7 +115,7 @@ impl Server {
         Server { endpoint, hub }
     }
 
-    /// Serves another model as well.
+    /// Serves another model as well, or `datasets/org/name`.
     pub(crate) fn add(&self, name: &str, files: &[(&str, &[u8])]) {
         self.hub().others.insert(name.to_owned(), remote(files));
     }
@@ -136,7 +136,7 @@ impl Server {
 
 fn remote(files: &[(&str, &[u8])]) -> Files {
     let files = files.iter().map(|(name, bytes)| {
-        let is_large = name.ends_with(".safetensors");
+        let is_large = [".safetensors", ".parquet"].iter().any(|ending| name.ends_with(ending));
         ((*name).to_owned(), RemoteFile { bytes: bytes.to_vec(), is_large, ..RemoteFile::default() })
     });
     files.collect()
@@ -252,8 +252,8 @@ impl Hub {
             path = path.replace(old.as_str(), MODEL);
             return Reply { status: 307, headers: vec![("Location", path)], ..Reply::default() };
         }
-        let (is_api, rest) = match path.strip_prefix("/api/models/") {
-            Some(rest) => (true, rest),
+        let (is_api, rest) = match path.strip_prefix("/api/") {
+            Some(rest) => (true, rest.trim_start_matches("models/")),
             None => (false, path.trim_start_matches('/')),
         };
         let Some((name, rest)) = self.name_in(rest) else { return error(404, "RepoNotFound") };
@@ -272,9 +272,10 @@ impl Hub {
         }
     }
 
-    /// The model that a path begins with, and what follows.
+    /// The model, or the dataset as `datasets/org/name`, that a path begins with, and what follows.
     fn name_in<'a>(&self, path: &'a str) -> Option<(&'a str, &'a str)> {
-        let (end, _) = path.match_indices('/').nth(1)?;
+        let parts = if path.starts_with("datasets/") { 2 } else { 1 };
+        let (end, _) = path.match_indices('/').nth(parts)?;
         let name = &path[..end];
         (name == MODEL || self.others.contains_key(name)).then_some((name, &path[end + 1..]))
     }
