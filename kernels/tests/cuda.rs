@@ -15,7 +15,7 @@ use common::attention::Attention;
 use common::embedding::Embedding;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
-use common::optimizer::{RULES, Steps, steps_in_blocks};
+use common::optimizer::{By, RULES, Steps, some_steps};
 use common::packed::{Kind, Packed};
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
@@ -193,10 +193,16 @@ fn optimizer(suite: &mut Suite) -> Result<(), Lost> {
                 suite.case(&case, F32, FLOOR, &[Layout::Owned])?;
             }
         }
-        for format in [StateFormat::Blockwise8, StateFormat::Host8] {
-            suite.property(&format!("optimizer in blocks: the bits of the CPU, {rule:?} {format:?}"), |device| {
-                let (values, state) = steps_in_blocks(device, rule, format);
-                let (cpu_values, cpu_state) = steps_in_blocks(&Device::cpu(), rule, format);
+        for (format, by) in [
+            (StateFormat::F32, By::All),
+            (StateFormat::F32, By::Parameter),
+            (StateFormat::Blockwise8, By::All),
+            (StateFormat::Blockwise8, By::Parameter),
+            (StateFormat::Host8, By::All),
+        ] {
+            suite.property(&format!("optimizer: the bits of the CPU, {rule:?} {format:?} {by:?}"), |device| {
+                let (values, state) = some_steps(device, rule, format, by);
+                let (cpu_values, cpu_state) = some_steps(&Device::cpu(), rule, format, By::All);
                 for (ours, theirs) in state.iter().zip(&cpu_state) {
                     let differ = ours.bytes.iter().zip(&theirs.bytes).filter(|(a, b)| a != b).count();
                     assert_eq!((&ours.name, differ), (&theirs.name, 0), "bytes that differ");

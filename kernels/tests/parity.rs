@@ -9,7 +9,7 @@ use common::attention::Attention;
 use common::embedding::Embedding;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
-use common::optimizer::{RULES, Steps, steps_in_blocks};
+use common::optimizer::{By, RULES, Steps, some_steps};
 use common::packed::{Kind, Packed};
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
@@ -113,8 +113,8 @@ fn optimizer() {
 #[test]
 fn optimizer_in_blocks() {
     for rule in RULES {
-        let cpu = steps_in_blocks(&Device::cpu(), rule, StateFormat::Blockwise8);
-        let portable = Path::portable_only(|| steps_in_blocks(&Device::cpu(), rule, StateFormat::Host8));
+        let cpu = some_steps(&Device::cpu(), rule, StateFormat::Blockwise8, By::All);
+        let portable = Path::portable_only(|| some_steps(&Device::cpu(), rule, StateFormat::Host8, By::All));
         // What is in blocks has the same bits; the small parameter and all of SGD without momentum are in f32.
         for (ours, theirs) in cpu.1.iter().zip(&portable.1).filter(|(_, theirs)| !theirs.name.starts_with("p2.")) {
             assert_eq!(ours, theirs, "{rule:?}");
@@ -122,5 +122,17 @@ fn optimizer_in_blocks() {
         assert_eq!(cpu.1.len(), portable.1.len());
         let worst = cpu.0.iter().zip(&portable.0).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(worst <= 4.0 * f32::EPSILON, "{rule:?}: values up to 0.3 differ by {worst:e}");
+    }
+}
+
+#[test]
+fn optimizer_on_values_from_elsewhere() {
+    for rule in RULES {
+        for format in [StateFormat::F32, StateFormat::Blockwise8] {
+            let of = |by| some_steps(&Device::cpu(), rule, format, by);
+            assert_eq!(of(By::Parameter), of(By::All), "{rule:?} {format:?}");
+            let portable = |by| Path::portable_only(|| of(by));
+            assert_eq!(portable(By::Parameter), portable(By::All), "portable {rule:?} {format:?}");
+        }
     }
 }

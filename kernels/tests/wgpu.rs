@@ -13,13 +13,14 @@ use common::attention::Attention;
 use common::embedding::Embedding;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
-use common::optimizer::{RULES, Steps};
+use common::optimizer::{By, RULES, Steps, some_steps};
 use common::packed::{Kind, Packed};
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
 use common::swiglu::SwiGlu;
 use common::{Case, Layout, Place, judge};
 use rekindle_kernels::Device;
+use rekindle_kernels::optimizer::{Rule, StateFormat};
 
 const F32: DType = DType::F32;
 
@@ -66,6 +67,10 @@ fn main() -> ExitCode {
         check(&Steps { rule, params, weight_decay: 0.1, max_grad_norm: None });
     }
 
+    for rule in RULES {
+        tally.add_blocks(rule, &device);
+    }
+
     println!("{} passed, {} failed", tally.passed, tally.failed);
     if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
@@ -84,6 +89,22 @@ struct Tally {
 }
 
 impl Tally {
+    /// 8-bit states are changed on the host: the bits of the CPU. The small parameter and all of SGD without momentum have
+    /// an f32 state, which [`Steps`] is for.
+    fn add_blocks(&mut self, rule: Rule, device: &Device) {
+        let of = |device: &Device| {
+            let (_, state) = some_steps(device, rule, StateFormat::Blockwise8, By::All);
+            state.into_iter().filter(|tensor| !tensor.name.starts_with("p2.")).collect::<Vec<_>>()
+        };
+        if of(device) == of(&Device::cpu()) {
+            println!("ok      states in blocks, {rule:?}");
+            self.passed += 1;
+        } else {
+            println!("FAILED  states in blocks, {rule:?}");
+            self.failed += 1;
+        }
+    }
+
     fn add(&mut self, case: &dyn Case, device: &Device) {
         let (truth, naive) = (case.naive(DType::F64), case.naive(F32));
         for layout in [Layout::Owned, Layout::Shared, Layout::Columns, Layout::Transposed] {

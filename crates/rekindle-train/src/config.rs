@@ -1,5 +1,6 @@
 //! The numbers of a run, under the names of Hugging Face's `TrainingArguments`.
 
+use rekindle_kernels::{Group, Params};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, LrSchedulerKwargs, LrSchedulerType, Optim, ReportTo, Schedule};
@@ -189,6 +190,16 @@ impl SftConfig {
         Schedule::new(kind, kwargs, peak, warmup, total).map_err(Error::Config)
     }
 
+    /// Whether anything has the `embedding_learning_rate`, if there is one.
+    pub(crate) fn check_embedding_rate(&self, params: &Params) -> Result<(), Error> {
+        if self.embedding_learning_rate.is_none() || params.infos().iter().any(|info| info.group == Group::Embedding) {
+            return Ok(());
+        }
+        let problem = "embedding_learning_rate needs an embedding table or output layer that is trained: \
+                       modules_to_save = [\"embed_tokens\", \"lm_head\"], or full_finetuning";
+        Err(Error::Config(vec![problem.to_owned()]))
+    }
+
     /// Rows of one optimizer step.
     pub fn rows_per_step(&self) -> usize {
         self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -221,6 +232,22 @@ mod tests {
             SftConfig { per_device_train_batch_size: 2, gradient_accumulation_steps: 3, ..SftConfig::default() };
         assert_eq!(config.total_steps(7), 4, "21 rows in sixes");
         assert_eq!(SftConfig { max_steps: Some(9), ..config }.total_steps(7), 9);
+    }
+
+    #[test]
+    fn an_embedding_learning_rate_is_for_something() {
+        use burn::tensor::DType;
+        use rekindle_kernels::{Device, ParamsBuilder};
+        let given = SftConfig { embedding_learning_rate: Some(1e-5), ..SftConfig::default() };
+        let mut builder = ParamsBuilder::new(&Device::cpu(), DType::F32);
+        builder.push("q_proj.weight", &[1, 2], true, &[0.0; 2]);
+        let params = builder.build();
+        let text = given.check_embedding_rate(&params).unwrap_err().to_string();
+        assert!(text.contains("modules_to_save"), "{text}");
+        SftConfig::default().check_embedding_rate(&params).unwrap();
+        let mut builder = ParamsBuilder::new(&Device::cpu(), DType::F32);
+        builder.push_in(Group::Embedding, "lm_head.weight", &[1, 2], true, &[0.0; 2]);
+        given.check_embedding_rate(&builder.build()).unwrap();
     }
 
     #[test]

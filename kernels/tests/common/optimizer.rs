@@ -2,7 +2,7 @@
 
 use burn::tensor::DType;
 use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, StateTensor, Step};
-use rekindle_kernels::{Device, Grads, Group, ParamRef, Params, ParamsBuilder, from_f32};
+use rekindle_kernels::{Device, Grads, Group, ParamRef, Params, ParamsBuilder, Tensor, from_f32, to_f32};
 
 use super::{Case, Place, Results, noise, widened};
 
@@ -129,9 +129,18 @@ fn filled(params: &Params, places: &[ParamRef], device: &Device, values: &[f32])
     grads
 }
 
-/// Values and state after some steps with 8-bit blocks. Parameters begin on 16 bytes and not, their last blocks are full
-/// and not, some are too small for blocks, and they are of both groups, with weight decay and without.
-pub(crate) fn steps_in_blocks(device: &Device, rule: Rule, format: StateFormat) -> (Vec<f32>, Vec<StateTensor>) {
+/// Which values a step is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum By {
+    /// All at once, in the flat buffer.
+    All,
+    /// Those of one parameter after another, in tensors of their own.
+    Parameter,
+}
+
+/// Values and state after some steps. Parameters begin on 16 bytes and not, their last blocks are full and not, some are
+/// too small for blocks, and they are of both groups, with weight decay and without.
+pub(crate) fn some_steps(device: &Device, rule: Rule, format: StateFormat, by: By) -> (Vec<f32>, Vec<StateTensor>) {
     let mut builder = ParamsBuilder::new(device, DType::F32);
     let sizes = [(4096, true), (9000, false), (33, true), (5001, true), (256 * 40, false), (4100, true)];
     for (i, (n, decays)) in sizes.into_iter().enumerate() {
@@ -148,7 +157,19 @@ pub(crate) fn steps_in_blocks(device: &Device, rule: Rule, format: StateFormat) 
         let values: Vec<f32> = noise(100 + t, params.numel()).iter().enumerate().map(|(i, g)| g * scale(i)).collect();
         let grads = filled(&params, &places, device, &values);
         let step = Step { t, rates: optimizer::Rates { default: 1e-2, embedding: 1e-3 }, weight_decay: 0.1 };
-        optimizer::apply(&mut params, &grads, &mut state, &step, &Clip::of_norm(1.0, 0.5, 0.0, device));
+        let clip = Clip::of_norm(1.0, 0.5, 0.0, device);
+        if by == By::All {
+            optimizer::apply(&mut params, &grads, &mut state, &step, &clip);
+            continue;
+        }
+        let mut all = Vec::new();
+        for at in &places {
+            let own = |values: Vec<f32>| from_f32(values, [at.range().len()], device, DType::F32);
+            let mut p: Tensor<1> = own(params.values(*at));
+            state.apply(at.range(), &mut p, &own(values[at.range()].to_vec()), &step, &clip);
+            all.extend(to_f32(p));
+        }
+        params.set_all_values(all);
     }
     (params.all_values(), state.tensors().map(|tensor| tensor.expect("the device works")).collect())
 }

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use rekindle_hub::Dtype;
-use rekindle_kernels::Group;
 use rekindle_kernels::optimizer::Rates;
 
 use super::rows::Rows;
@@ -37,13 +36,7 @@ impl<'a> Run<'a> {
         let total = job.config.total_steps(job.train.len());
         let peak = job.config.resolved_learning_rate(full);
         let schedule = job.config.schedule(peak, total)?;
-        if job.config.embedding_learning_rate.is_some()
-            && !job.model.params().infos().iter().any(|info| info.group == Group::Embedding)
-        {
-            let problem = "embedding_learning_rate needs an embedding table or output layer that is trained: \
-                           modules_to_save = [\"embed_tokens\", \"lm_head\"], or full_finetuning";
-            return Err(Error::Config(vec![problem.to_owned()]));
-        }
+        job.config.check_embedding_rate(job.model.params())?;
         job.check_output(full, total)?;
         let optimizer = Optimizer::new(job.model, OptimizerConfig::from(&job.config), job.seed)?;
         let description = std::mem::take(&mut job.description);
