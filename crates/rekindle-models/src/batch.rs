@@ -52,6 +52,17 @@ impl Batch {
         self.targets.iter().filter(|&&t| t != IGNORED).count()
     }
 
+    /// Its documents, each a batch of its own with the same number within the step.
+    pub fn split(&self) -> impl Iterator<Item = Self> + '_ {
+        self.documents().zip(&self.rows).map(|(range, &row)| Self {
+            input_ids: self.input_ids[range.clone()].to_vec(),
+            targets: self.targets[range.clone()].to_vec(),
+            cu_seqlens: vec![0, range.len() as u32],
+            positions: self.positions[range].to_vec(),
+            rows: vec![row],
+        })
+    }
+
     /// Token ranges of the documents.
     pub fn documents(&self) -> impl Iterator<Item = core::ops::Range<usize>> + '_ {
         self.cu_seqlens.windows(2).map(|w| w[0] as usize..w[1] as usize)
@@ -70,5 +81,7 @@ mod tests {
         assert_eq!(batch.positions, [0, 1, 2, 0, 0, 1]);
         assert_eq!(batch.rows, [4, 5, 6]);
         assert_eq!(batch.counted(), 2);
+        let last = batch.split().last().unwrap();
+        assert_eq!(last, Batch::from_rows([(&[1, 2][..], &[1, 2][..])], 6));
     }
 }

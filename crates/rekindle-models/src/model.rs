@@ -1,7 +1,7 @@
 //! A causal language model: embedding, decoder blocks, final norm and head.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
 use rekindle_kernels::attention::{Documents, Heads};
@@ -93,6 +93,11 @@ impl CausalLm {
         self.revision = revision;
     }
 
+    /// The directory of the checkpoint that the weights came from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Where the weights lie.
     pub fn device(&self) -> &Device {
         &self.device
@@ -111,6 +116,11 @@ impl CausalLm {
     /// What `rope_scaling` did to the positions of the checkpoint, if anything.
     pub fn widened(&self) -> Option<&Widened> {
         self.widened.as_ref()
+    }
+
+    /// What a checkpoint's `config.json` says of weights in codes, if there are any.
+    pub fn quantization_config(&self) -> Option<serde_json::Value> {
+        self.quantization.as_ref().map(|quantization| quantization.config.to_json())
     }
 
     /// The trainable parameters.
@@ -248,7 +258,7 @@ impl CausalLm {
         Ok(result)
     }
 
-    fn documents(&self, batch: &Batch) -> Documents {
+    pub(crate) fn documents(&self, batch: &Batch) -> Documents {
         Documents::new(&batch.cu_seqlens, self.heads(), &self.device, self.dtype)
     }
 
@@ -294,11 +304,11 @@ fn change_last(tape: &mut Vec<Tape>, change: impl FnOnce(Kept) -> Kept) {
 }
 
 /// Of each token's document.
-fn lengths(batch: &Batch) -> Vec<u32> {
+pub(crate) fn lengths(batch: &Batch) -> Vec<u32> {
     batch.documents().flat_map(|document| std::iter::repeat_n(document.len() as u32, document.len())).collect()
 }
 
-fn tokens(batch: &Batch) -> Vec<Token> {
+pub(crate) fn tokens(batch: &Batch) -> Vec<Token> {
     batch
         .documents()
         .zip(&batch.rows)

@@ -1,0 +1,256 @@
+//! Where the numbers of a step stop being finite: the step once more, looked at module by module.
+
+use rekindle_kernels::dropout::{Key, Tokens};
+use rekindle_kernels::neftune::{self, Noise};
+use rekindle_kernels::{Grads, Tensor, Weight, embedding, linear_cross_entropy, rms_norm, to_f32};
+
+use crate::block::Context;
+use crate::model::{lengths, tokens};
+use crate::names::{EMBED, HEAD, NORM, needed};
+use crate::{Batch, CausalLm, Error, StepKey};
+
+/// The first place of a step, in the order of computation, where a number is infinite or not a number.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum NonFinite {
+    /// A weight, before anything is computed with it.
+    Weight {
+        /// Its name in the checkpoint or among the trained parameters.
+        name: String,
+        /// Whether it is trained.
+        trained: bool,
+        /// The rows of the step that it spoils.
+        rows: Vec<u32>,
+    },
+    /// What a module makes of finite inputs and weights.
+    Output {
+        /// Its name; `lm_head` for logits and loss.
+        module: String,
+        /// The largest magnitude that it was given.
+        largest_input: f32,
+        /// The rows of the step whose numbers these are.
+        rows: Vec<u32>,
+    },
+    /// A gradient of a finite loss.
+    Gradient {
+        /// The parameter, the first that the backward pass reaches.
+        parameter: String,
+        /// The rows of the step that it comes from; empty when it overflows only as their sum.
+        rows: Vec<u32>,
+    },
+    /// The norm of gradients that are all finite.
+    Norm {
+        /// The parameter with the largest gradient.
+        parameter: String,
+        /// Its magnitude.
+        largest: f32,
+    },
+}
+
+impl NonFinite {
+    /// The rows of the step that are to blame, as far as they were found.
+    pub fn rows(&self) -> &[u32] {
+        match self {
+            Self::Weight { rows, .. } | Self::Output { rows, .. } | Self::Gradient { rows, .. } => rows,
+            Self::Norm { .. } => &[],
+        }
+    }
+}
+
+impl core::fmt::Display for NonFinite {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Weight { name, trained: true, .. } => write!(f, "the trained weight \"{name}\" is not finite"),
+            Self::Weight { name, .. } => write!(f, "the weight \"{name}\" is not finite"),
+            Self::Output { module, largest_input, .. } => {
+                write!(
+                    f,
+                    "the output of \"{module}\" is the first that is not finite; its inputs reach {largest_input:.2e}"
+                )
+            }
+            Self::Gradient { parameter, .. } => {
+                write!(f, "all outputs are finite; the gradient of \"{parameter}\" is the first that is not")
+            }
+            Self::Norm { parameter, largest } => {
+                write!(
+                    f,
+                    "all gradients are finite, but their norm is not; that of \"{parameter}\" reaches {largest:.2e}"
+                )
+            }
+        }
+    }
+}
+
+/// Where one batch stops being finite in its forward pass.
+struct Broken {
+    /// 0 for the embedding, then the blocks, the final norm and the head.
+    depth: usize,
+    rows: Vec<u32>,
+    largest_input: f32,
+}
+
+impl CausalLm {
+    /// Goes through the micro-batches of a step again, with the same dropout, until something is not finite; `None` when
+    /// everything is. Much slower than the step: every output is read back, and rows are gone through one by one.
+    ///
+    /// # Errors
+    /// As [`forward_backward`](Self::forward_backward).
+    pub fn first_non_finite(
+        &self,
+        batches: &[Batch],
+        grad_scale: f32,
+        key: Option<StepKey>,
+    ) -> Result<Option<NonFinite>, Error> {
+        let mut broken = Vec::new();
+        for batch in batches {
+            broken.extend(self.broken_output(batch, key)?);
+        }
+        if let Some(first) = broken.iter().map(|b| b.depth).min() {
+            let rows = broken.iter().flat_map(|b| b.rows.iter().copied()).collect();
+            let largest_input = broken.iter().filter(|b| b.depth == first).map(|b| b.largest_input).fold(0.0, f32::max);
+            return Ok(Some(match self.broken_weight(first) {
+                Some((name, trained)) => NonFinite::Weight { name, trained, rows },
+                None => NonFinite::Output { module: self.module_at(first), largest_input, rows },
+            }));
+        }
+        self.broken_gradient(batches, grad_scale, key)
+    }
+
+    /// The forward pass, up to the first output that is not finite.
+    fn broken_output(&self, batch: &Batch, key: Option<StepKey>) -> Result<Option<Broken>, Error> {
+        let p = self.lora().map_or(0.0, |lora| lora.lora_dropout as f32);
+        let random = key.filter(|key| p > 0.0 || key.neftune_noise_alpha > 0.0);
+        let random = random.map(|key| (key, Tokens::new(tokens(batch), &self.device)));
+        let dropout =
+            random.as_ref().filter(|_| p > 0.0).map(|(key, tokens)| Key { p, seed: key.seed, step: key.step, tokens });
+        let (angles, documents) = (self.tables.angles(&batch.positions), self.documents(batch));
+        let ctx = Context { params: &self.params, angles: &angles, documents: Some(&documents), dropout };
+        let mut largest_input = 0.0;
+        let mut look = |depth: usize, h: &Tensor<2>| -> Result<Option<Broken>, Error> {
+            let values = to_f32(h.clone());
+            self.device.check()?;
+            let rows = rows_with(batch, |token| {
+                let width = values.len() / batch.tokens();
+                values[token * width..(token + 1) * width].iter().all(|x| x.is_finite())
+            });
+            let input = core::mem::replace(&mut largest_input, largest(&values));
+            Ok((!rows.is_empty()).then_some(Broken { depth, rows, largest_input: input }))
+        };
+        let mut h = embedding::forward(&self.embed.matrix(&self.params), &batch.input_ids);
+        if let Some((key, tokens)) = random.as_ref().filter(|(key, _)| key.neftune_noise_alpha > 0.0) {
+            let (alpha, lengths) = (key.neftune_noise_alpha, &lengths(batch));
+            h = neftune::apply(h, Noise { alpha, seed: key.seed, step: key.step, tokens, lengths });
+        }
+        if let Some(broken) = look(0, &h)? {
+            return Ok(Some(broken));
+        }
+        for (i, block) in self.blocks.iter().enumerate() {
+            h = block.forward(ctx, h).0;
+            if let Some(broken) = look(i + 1, &h)? {
+                return Ok(Some(broken));
+            }
+        }
+        let (n, _) = rms_norm::forward(&h, &self.norm.vector(&self.params), self.config.rms_norm_eps, 0);
+        let last = self.blocks.len() + 1;
+        if let Some(broken) = look(last, &n)? {
+            return Ok(Some(broken));
+        }
+        let head = self.head.as_ref().unwrap_or(&self.embed);
+        let nll = linear_cross_entropy::forward(&n, &head.matrix(&self.params), &batch.targets).values();
+        let rows = rows_with(batch, |token| nll[token].is_finite());
+        Ok((!rows.is_empty()).then_some(Broken { depth: last + 1, rows, largest_input }))
+    }
+
+    /// The module whose output has this depth.
+    fn module_at(&self, depth: usize) -> String {
+        let layers = self.blocks.len();
+        match depth {
+            0 => EMBED.trim_end_matches(".weight").to_owned(),
+            d if d <= layers => format!("model.layers.{}", d - 1),
+            d if d == layers + 1 => NORM.trim_end_matches(".weight").to_owned(),
+            _ => HEAD.trim_end_matches(".weight").to_owned(),
+        }
+    }
+
+    /// The first weight of that module that is not finite, and whether it is trained.
+    fn broken_weight(&self, depth: usize) -> Option<(String, bool)> {
+        let module = self.module_at(depth);
+        // The table may be the head.
+        let tied = self.head.is_none() && module == HEAD.trim_end_matches(".weight");
+        let module = if tied { self.module_at(0) } else { module };
+        let module = format!("{module}.");
+        let is_part = |name: &str| name.starts_with(&module);
+        for needed in needed(&self.config).into_iter().filter(|needed| is_part(&needed.name)) {
+            let weight = self.find(&needed.name).filter(|weight| !matches!(weight, Weight::Trained(_)));
+            if weight.is_some_and(|weight| !to_f32(weight.matrix(&self.params)).iter().all(|w| w.is_finite())) {
+                return Some((needed.name, false));
+            }
+        }
+        let broken = self.params.infos().iter().filter(|info| is_part(&info.name));
+        let mut broken = broken.filter(|info| !self.params.values(info.at).iter().all(|w| w.is_finite()));
+        broken.next().map(|info| (info.name.clone(), true))
+    }
+
+    /// The backward pass of each row alone, then of all together.
+    fn broken_gradient(
+        &self,
+        batches: &[Batch],
+        grad_scale: f32,
+        key: Option<StepKey>,
+    ) -> Result<Option<NonFinite>, Error> {
+        let mut all = self.params.zero_grads();
+        let (mut first, mut rows) = (None, Vec::new());
+        for document in batches.iter().flat_map(Batch::split) {
+            let mut grads = self.params.zero_grads();
+            self.forward_backward(&document, grad_scale, &mut grads, key)?;
+            if let Some(found) = self.deepest_broken(&grads) {
+                rows.extend(document.rows);
+                first = first.max(Some(found));
+            }
+        }
+        if first.is_none() {
+            for batch in batches {
+                self.forward_backward(batch, grad_scale, &mut all, key)?;
+            }
+            first = self.deepest_broken(&all);
+        }
+        if let Some((_, index)) = first {
+            return Ok(Some(NonFinite::Gradient { parameter: self.params.infos()[index].name.clone(), rows }));
+        }
+        if all.norm().is_finite() {
+            return Ok(None);
+        }
+        let sizes = self.params.infos().iter().map(|info| (largest(&all.values(info.at)), &info.name));
+        let most = sizes.max_by(|a, b| a.0.total_cmp(&b.0));
+        Ok(most.map(|(largest, name)| NonFinite::Norm { parameter: name.clone(), largest }))
+    }
+
+    /// Of the parameters whose gradients are not finite, the first that a backward pass reaches: its depth and number.
+    fn deepest_broken(&self, grads: &Grads) -> Option<(usize, usize)> {
+        let infos = self.params.infos().iter().enumerate();
+        let broken = infos.filter(|(_, info)| !grads.values(info.at).iter().all(|g| g.is_finite()));
+        broken.map(|(index, info)| (self.depth_of(&info.name), index)).max()
+    }
+
+    /// How late a parameter comes in the forward pass. A tied table counts as the head.
+    fn depth_of(&self, name: &str) -> usize {
+        let layer = name.split_once("layers.").and_then(|(_, rest)| rest.split('.').next()?.parse::<usize>().ok());
+        match layer {
+            Some(layer) => layer + 1,
+            None if name == NORM => self.blocks.len() + 1,
+            None if name == EMBED && self.head.is_some() => 0,
+            None => self.blocks.len() + 2,
+        }
+    }
+}
+
+/// The rows of `batch` with a token that is not `fine`.
+fn rows_with(batch: &Batch, fine: impl Fn(usize) -> bool) -> Vec<u32> {
+    let documents = batch.documents().zip(&batch.rows);
+    documents.filter(|(document, _)| !document.clone().all(&fine)).map(|(_, row)| *row).collect()
+}
+
+/// The largest finite magnitude.
+fn largest(values: &[f32]) -> f32 {
+    values.iter().filter(|x| x.is_finite()).fold(0.0, |most, x| most.max(x.abs()))
+}
