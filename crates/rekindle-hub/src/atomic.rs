@@ -6,6 +6,7 @@
 mod directory;
 mod file;
 mod leftovers;
+mod lock;
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -16,6 +17,7 @@ use std::process;
 pub use directory::AtomicDir;
 pub(crate) use file::AtomicFile;
 pub use leftovers::{clear_leftovers, remove_atomic};
+pub use lock::DirectoryLock;
 
 use crate::Error;
 

@@ -58,7 +58,7 @@ mod tensor;
 mod write;
 
 pub use adapter::{AdapterBase, adapter_base};
-pub use atomic::{AtomicDir, clear_leftovers, remove_atomic, write_atomic};
+pub use atomic::{AtomicDir, DirectoryLock, clear_leftovers, remove_atomic, write_atomic};
 pub use checkpoint::Checkpoint;
 pub use dtype::Dtype;
 pub use error::{Error, HubErrorKind};
