@@ -24,6 +24,15 @@ impl Device {
         matches!(self, Self::Burn(device) if *device == BurnDevice::flex())
     }
 
+    /// `cpu`, `cuda` or `wgpu`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Cuda(_) => "cuda",
+            Self::Burn(_) if self.is_cpu() => "cpu",
+            Self::Burn(_) => "wgpu",
+        }
+    }
+
     /// Whether activations can have this dtype.
     pub fn supports_dtype(&self, dtype: DType) -> bool {
         match self {

@@ -60,7 +60,7 @@ pub struct SftConfig {
     /// Steps between evaluations; without it the evaluation set is looked at once, at the end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_steps: Option<usize>,
-    /// Steps between saves into `checkpoint-N`; without it only the end is saved.
+    /// Steps between saves into `checkpoint-N`, with one at the end; without it only the result is saved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_steps: Option<usize>,
     /// Who is told the numbers beside `metrics.jsonl` and `report.html`. Default TensorBoard, in files.
@@ -73,6 +73,17 @@ pub struct SftConfig {
     pub eval_samples: usize,
     /// The most tokens of such an answer. Default 64.
     pub sample_max_new_tokens: usize,
+    /// How many checkpoints stay, the oldest going first; the best one stays with `load_best_model_at_end`. Default all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_total_limit: Option<usize>,
+    /// Whether the result is the model at its lowest evaluation loss, which is then kept in a checkpoint, instead of the
+    /// last one. Default false.
+    pub load_best_model_at_end: bool,
+    /// The run ends after so many evaluations in a row that were not better than the best before them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_stopping_patience: Option<usize>,
+    /// By how much the evaluation loss must fall to count as better for that. Default 0.
+    pub early_stopping_threshold: f64,
 }
 
 impl Default for SftConfig {
@@ -104,6 +115,10 @@ impl Default for SftConfig {
             sample_prompts: Vec::new(),
             eval_samples: 0,
             sample_max_new_tokens: 64,
+            save_total_limit: None,
+            load_best_model_at_end: false,
+            early_stopping_patience: None,
+            early_stopping_threshold: 0.0,
         }
     }
 }
@@ -130,9 +145,13 @@ impl SftConfig {
         ] {
             check(value > 0, name, &value, positive);
         }
-        for (name, value) in
-            [("max_steps", self.max_steps), ("eval_steps", self.eval_steps), ("save_steps", self.save_steps)]
-        {
+        for (name, value) in [
+            ("max_steps", self.max_steps),
+            ("eval_steps", self.eval_steps),
+            ("save_steps", self.save_steps),
+            ("save_total_limit", self.save_total_limit),
+            ("early_stopping_patience", self.early_stopping_patience),
+        ] {
             check(value != Some(0), name, &0, positive);
         }
         let epochs = self.num_train_epochs;
@@ -157,12 +176,27 @@ impl SftConfig {
             ("weight_decay", self.weight_decay),
             ("adam_epsilon", self.adam_epsilon),
             ("max_grad_norm", self.max_grad_norm),
+            ("early_stopping_threshold", self.early_stopping_threshold),
         ] {
             check(value.is_finite() && value >= 0.0, name, &value, "at least 0");
         }
         let rows = self.per_device_train_batch_size.checked_mul(self.gradient_accumulation_steps);
         if rows.is_none_or(|rows| rows > u32::MAX as usize) {
             problems.push("per_device_train_batch_size · gradient_accumulation_steps is beyond 2³²".to_owned());
+        }
+        if self.early_stopping_threshold > 0.0 && self.early_stopping_patience.is_none() {
+            problems.push("early_stopping_threshold needs early_stopping_patience".to_owned());
+        }
+        for (wanted, name) in [
+            (self.early_stopping_patience.is_some(), "early_stopping_patience"),
+            (self.load_best_model_at_end, "load_best_model_at_end"),
+        ] {
+            if wanted && self.eval_steps.is_none() {
+                problems.push(format!("{name} needs eval_steps: the evaluation set is looked at once otherwise"));
+            }
+        }
+        if self.save_total_limit.is_some() && self.save_steps.is_none() && !self.load_best_model_at_end {
+            problems.push("save_total_limit needs save_steps or load_best_model_at_end".to_owned());
         }
         let warmup = self.warmup_steps > 0 || self.warmup_ratio > 0.0;
         if warmup && self.lr_scheduler_type == LrSchedulerType::Constant {
@@ -258,5 +292,12 @@ mod tests {
             assert!(text.contains(part), "{text}");
         }
         SftConfig::default().validate().unwrap();
+        let config = SftConfig { load_best_model_at_end: true, early_stopping_threshold: 0.1, ..SftConfig::default() };
+        let text = config.validate().unwrap_err().to_string();
+        for part in
+            ["load_best_model_at_end needs eval_steps", "early_stopping_threshold needs early_stopping_patience"]
+        {
+            assert!(text.contains(part), "{text}");
+        }
     }
 }

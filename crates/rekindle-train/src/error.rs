@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use crate::Diverged;
+
 /// Why a run cannot start or go on.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -10,20 +12,36 @@ pub enum Error {
     /// Nothing in the model is trained.
     #[error("nothing to train: add an adapter with get_peft_model, or load with full_finetuning = true")]
     NothingToTrain,
-    /// The loss or a gradient is infinite or not a number.
+    /// A loss or a gradient is infinite or not a number.
+    #[error(transparent)]
+    Diverged(Box<Diverged>),
+    /// The output directory holds checkpoints of an earlier run.
     #[error(
-        "step {step}: {what} is {value}; lower learning_rate or max_grad_norm, and check the rows of this step \
-             (lines {lines:?})"
+        "{} is of an earlier run; to go on from it, resume (--resume); to begin anew, remove the checkpoints in {} or give \
+         another output_dir",
+        .latest.display(), .output_dir.display()
     )]
-    NonFinite {
-        /// The optimizer step.
-        step: usize,
-        /// `loss` or `grad_norm`.
-        what: &'static str,
-        /// What it became.
-        value: f64,
-        /// Lines of the dataset that the step used.
-        lines: Vec<usize>,
+    EarlierRun {
+        /// The directory.
+        output_dir: PathBuf,
+        /// The last of its checkpoints.
+        latest: PathBuf,
+    },
+    /// The run is not the one that the checkpoint is of, one sentence for each difference.
+    #[error("cannot go on from {}: {}; a run goes on with what it began with", .path.display(), .differences.join("; "))]
+    Differs {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What was and what is.
+        differences: Vec<String>,
+    },
+    /// A checkpoint that cannot be gone on from.
+    #[error("{}: {problem}", .path.display())]
+    Checkpoint {
+        /// The checkpoint or its file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
     },
     /// The model refused a batch.
     #[error(transparent)]

@@ -38,6 +38,20 @@ pub fn evaluate(
     batch_size: usize,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Evaluation, Error> {
+    let mut go_on = |rows| {
+        progress(rows);
+        true
+    };
+    Ok(evaluate_while(model, dataset, batch_size, &mut go_on)?.expect("nothing cuts it short"))
+}
+
+/// As [`evaluate`]; `None` when `go_on`, asked after each batch, says no before the end.
+pub(crate) fn evaluate_while(
+    model: &CausalLm,
+    dataset: &Dataset,
+    batch_size: usize,
+    go_on: &mut dyn FnMut(usize) -> bool,
+) -> Result<Option<Evaluation>, Error> {
     let mut rows = Vec::with_capacity(dataset.len());
     while rows.len() < dataset.len() {
         let batch = batch(dataset.examples().skip(rows.len()).take(batch_size.max(1)), rows.len());
@@ -46,11 +60,13 @@ pub fn evaluate(
             nll: nll[document.clone()].iter().map(|&x| f64::from(x)).sum(),
             tokens: batch.targets[document].iter().filter(|&&t| t != rekindle_models::IGNORED).count(),
         }));
-        progress(rows.len());
+        if !go_on(rows.len()) && rows.len() < dataset.len() {
+            return Ok(None);
+        }
     }
     let tokens: usize = rows.iter().map(|r| r.tokens).sum();
     let loss = rows.iter().map(|r| r.nll).sum::<f64>() / tokens.max(1) as f64;
-    Ok(Evaluation { loss, perplexity: loss.exp(), tokens, rows })
+    Ok(Some(Evaluation { loss, perplexity: loss.exp(), tokens, rows }))
 }
 
 /// A batch of examples whose first is row `first_row` of the optimizer step.

@@ -9,7 +9,9 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod axis;
+mod checkpoint;
 mod config;
+mod diverged;
 mod error;
 mod evaluate;
 mod event;
@@ -23,14 +25,17 @@ mod report_to;
 mod sampler;
 mod save;
 mod schedule;
+mod stopping;
 mod tensorboard;
 mod trainer;
 
+pub use checkpoint::Best;
 pub use config::SftConfig;
+pub use diverged::Diverged;
 pub use error::Error;
 pub use evaluate::{Evaluation, RowLoss, evaluate};
-pub use event::{Event, Report};
-pub use metrics::{EvalMetrics, MetricsFile, RunHistory, Sample, StepMetrics};
+pub use event::{End, Event, Report};
+pub use metrics::{EvalMetrics, MetricsFile, RunHistory, Sample, StepMetrics, Until};
 pub use optim::Optim;
 pub use optimizer::{Optimizer, OptimizerConfig, StepResult};
 pub use plot::loss_svg;
@@ -41,4 +46,4 @@ pub use sampler::{SamplePrompt, Sampler};
 pub use save::{save_adapter, save_adapters, save_result, write_result};
 pub use schedule::{Curve, LrSchedulerKwargs, LrSchedulerType, Schedule};
 pub use tensorboard::EventFile;
-pub use trainer::Trainer;
+pub use trainer::{Resume, Trainer};

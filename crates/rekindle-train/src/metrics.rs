@@ -71,6 +71,15 @@ pub struct Sample {
     pub ended: bool,
 }
 
+/// Up to where a run's numbers stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Until {
+    /// Steps done.
+    pub steps: usize,
+    /// The step after which the last evaluation was done; 0 without one.
+    pub evaluated: usize,
+}
+
 /// A run's numbers so far, those of before a resumption included.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RunHistory {
@@ -93,12 +102,12 @@ enum Line {
 }
 
 impl Line {
-    fn step(&self) -> Option<usize> {
+    fn is_after(&self, until: Until) -> bool {
         match self {
-            Self::Step(line) => Some(line.step),
-            Self::Eval(line) => Some(line.step),
-            Self::Sample(line) => Some(line.step),
-            Self::Other { step } => *step,
+            Self::Step(line) => line.step > until.steps,
+            Self::Eval(line) => line.step > until.evaluated,
+            Self::Sample(line) => line.step > until.evaluated,
+            Self::Other { step } => step.is_some_and(|step| step > until.steps),
         }
     }
 }
@@ -109,11 +118,11 @@ impl RunHistory {
     /// # Errors
     /// [`Error::Io`] when the file cannot be read or another line is broken.
     pub fn read(path: &Path) -> Result<Self, Error> {
-        Ok(Self::parse(path, usize::MAX)?.0)
+        Ok(Self::parse(path, Until { steps: usize::MAX, evaluated: usize::MAX })?.0)
     }
 
-    /// What `path` says of the first `steps` steps, and the lines that say it.
-    fn parse(path: &Path, steps: usize) -> Result<(Self, String), Error> {
+    /// What `path` says of a run up to `until`, and the lines that say it.
+    fn parse(path: &Path, until: Until) -> Result<(Self, String), Error> {
         let failed = |source| Error::Io { path: path.to_owned(), source };
         let text = std::fs::read_to_string(path).map_err(failed)?;
         let (mut history, mut kept) = (Self::default(), String::new());
@@ -122,7 +131,7 @@ impl RunHistory {
                 let message = format!("line {}: {error}", index + 1);
                 failed(std::io::Error::new(std::io::ErrorKind::InvalidData, message))
             })?;
-            if parsed.step().is_some_and(|step| step > steps) {
+            if parsed.is_after(until) {
                 continue;
             }
             kept += line;
@@ -154,16 +163,16 @@ impl MetricsFile {
         Ok(Self { path: path.to_owned(), out: BufWriter::new(file) })
     }
 
-    /// Goes on with the file of a run of which `steps` steps are done, without its lines of later ones; gives what the
-    /// lines that stay say. A file that is not there is created.
+    /// Goes on with the file of a run that has come to `until`, without its later lines; gives what the lines that stay
+    /// say. A file that is not there is created.
     ///
     /// # Errors
     /// [`Error::Io`], and [`Error::File`] when the shorter file cannot be written.
-    pub fn resume(path: &Path, steps: usize) -> Result<(Self, RunHistory), Error> {
+    pub fn resume(path: &Path, until: Until) -> Result<(Self, RunHistory), Error> {
         if !path.exists() {
             return Ok((Self::create(path)?, RunHistory::default()));
         }
-        let (history, kept) = RunHistory::parse(path, steps)?;
+        let (history, kept) = RunHistory::parse(path, until)?;
         rekindle_hub::write_atomic(path, kept.as_bytes())?;
         let file = File::options().append(true).open(path);
         let file = file.map_err(|source| Error::Io { path: path.to_owned(), source })?;
@@ -215,7 +224,7 @@ pub(crate) mod tests {
     fn a_resumed_file_goes_on_after_its_step() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let (mut file, nothing) = MetricsFile::resume(&path, 5).unwrap();
+        let (mut file, nothing) = MetricsFile::resume(&path, Until { steps: 5, evaluated: 5 }).unwrap();
         assert_eq!(nothing, RunHistory::default());
         for n in 1..=4 {
             file.write(&step(n)).unwrap();
@@ -230,13 +239,18 @@ pub(crate) mod tests {
         std::fs::write(&path, &text).unwrap();
         assert_eq!(RunHistory::read(&path).unwrap().steps.len(), 4);
 
-        let (mut file, history) = MetricsFile::resume(&path, 2).unwrap();
+        let (mut file, history) = MetricsFile::resume(&path, Until { steps: 2, evaluated: 2 }).unwrap();
         let mut expected = RunHistory { steps: vec![step(1), step(2)], evals: vec![eval(2)], samples: vec![sample(2)] };
         assert_eq!(history, expected);
         file.write(&step(3)).unwrap();
         expected.steps.push(step(3));
         assert_eq!(RunHistory::read(&path).unwrap(), expected);
         assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 5);
+        drop(file);
+
+        // Stopped before its evaluation.
+        let (_, history) = MetricsFile::resume(&path, Until { steps: 2, evaluated: 0 }).unwrap();
+        assert_eq!(history, RunHistory { steps: vec![step(1), step(2)], ..RunHistory::default() });
     }
 
     #[test]

@@ -122,6 +122,12 @@ impl Optimizer {
         self.t
     }
 
+    /// What the random numbers of the next step depend on.
+    pub fn key(&self) -> StepKey {
+        let neftune_noise_alpha = self.config.neftune_noise_alpha as f32;
+        StepKey { seed: self.seed, step: self.t as u32, neftune_noise_alpha }
+    }
+
     /// What it remembers of the parameters.
     pub fn state(&self) -> &State {
         &self.state
@@ -154,8 +160,7 @@ impl Optimizer {
         let counted: usize = batches.iter().map(Batch::counted).sum();
         let tokens = batches.iter().map(Batch::tokens).sum();
         let scale = 1.0 / counted.max(1) as f64;
-        let neftune_noise_alpha = self.config.neftune_noise_alpha as f32;
-        let key = StepKey { seed: self.seed, step: self.t as u32, neftune_noise_alpha };
+        let key = self.key();
         let mut grads = model.params().zero_grads();
         let mut losses = Vec::with_capacity(batches.len());
         for batch in batches {

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use rekindle_hub::write_atomic;
 
 use crate::{
-    Error, EvalMetrics, EventFile, MetricsFile, ReportTo, RunDescription, RunHistory, Sample, StepMetrics, loss_svg,
-    report_html,
+    Error, EvalMetrics, EventFile, MetricsFile, ReportTo, RunDescription, RunHistory, Sample, StepMetrics, Until,
+    loss_svg, report_html,
 };
 
 /// Writes a run's numbers: `metrics.jsonl` and TensorBoard's event files as they come, `report.html` and `loss.svg`
@@ -22,7 +22,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Begins the records of a run of `total` steps in `dir`, or goes on with those of the first `resumed` steps. What
+    /// Begins the records of a run of `total` steps in `dir`, or goes on with those of one that has come to `resumed`. What
     /// an earlier run left there, or this one recorded of later steps, is removed.
     ///
     /// # Errors
@@ -31,25 +31,30 @@ impl Recorder {
         dir: &Path,
         report_to: ReportTo,
         total: usize,
-        resumed: Option<usize>,
+        resumed: Option<Until>,
         description: RunDescription,
     ) -> Result<Self, Error> {
         std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_owned(), source })?;
         let path = dir.join("metrics.jsonl");
         let (metrics, history) = match resumed {
-            Some(steps) => MetricsFile::resume(&path, steps)?,
+            Some(until) => MetricsFile::resume(&path, until)?,
             None => (MetricsFile::create(&path)?, RunHistory::default()),
         };
         let logs = dir.join("tensorboard");
         let events = match (report_to, resumed) {
             (ReportTo::None, _) => None,
             (ReportTo::Tensorboard, None) => Some(EventFile::create(&logs)?),
-            (ReportTo::Tensorboard, Some(steps)) => Some(EventFile::resume(&logs, steps)?),
+            (ReportTo::Tensorboard, Some(until)) => Some(EventFile::resume(&logs, until.steps)?),
         };
         let recorder = Self { dir: dir.to_owned(), metrics, events, history, total, description };
         // Until the first evaluation an earlier run's page would stand there.
         recorder.publish()?;
         Ok(recorder)
+    }
+
+    /// What was recorded so far, before a resumption too.
+    pub fn history(&self) -> &RunHistory {
+        &self.history
     }
 
     /// Records a step.
@@ -141,11 +146,11 @@ mod tests {
 
         record(None, 1..=5);
         assert!(read("report.html").contains("Step 4 of 6"));
-        record(Some(3), 4..=6);
+        record(Some(Until { steps: 3, evaluated: 2 }), 4..=6);
         assert_eq!(["metrics.jsonl", "report.html", "loss.svg"].map(read), whole);
         record(None, 1..=1);
         assert!(read("report.html").contains("Step 0 of 6"), "the earlier run's page is gone");
-        record(Some(0), 1..=6);
+        record(Some(Until { steps: 0, evaluated: 0 }), 1..=6);
         let files = || std::fs::read_dir(dir.path().join("tensorboard")).unwrap().count();
         assert_eq!(files(), 2, "of the last run's two parts");
         record(None, 1..=1);

@@ -8,7 +8,7 @@ use rekindle_lora::Adapter;
 use rekindle_lora::peft::{CONFIG_FILE, TENSORS_FILE};
 use rekindle_models::{CausalLm, DEFAULT_ADAPTER, Positions, save_positions};
 
-use crate::Error;
+use crate::{Error, checkpoint};
 
 /// Writes the trained result to `dir`: PEFT's files for an adapter, a whole checkpoint in `dtype` when all weights
 /// were trained; with copies of `companions`, such as the tokenizer's files.
@@ -19,13 +19,18 @@ use crate::Error;
 /// # Errors
 /// [`Error::File`] when `dir` holds anything else, or the system refuses; [`Error::Model`] likewise.
 pub fn save_result(model: &CausalLm, dir: &Path, companions: &[PathBuf], dtype: Dtype) -> Result<(), Error> {
+    write_result(dir, model.lora().is_some(), companions, |target| write_model(model, target, dtype))
+}
+
+/// Writes the adapter, or the whole model in `dtype` when all weights are trained, into an existing directory.
+pub(crate) fn write_model(model: &CausalLm, target: &Path, dtype: Dtype) -> Result<(), Error> {
     let adapter = model.adapter();
     // What is read from a device that failed is no adapter.
     model.device().check().map_err(rekindle_models::Error::from)?;
-    write_result(dir, adapter.is_some(), companions, |target| match adapter {
+    match adapter {
         Some(adapter) => write_adapter(model, &adapter, target),
         None => Ok(model.save(target, dtype)?),
-    })
+    }
 }
 
 /// Writes the adapter called `name` to `dir` as [`save_result`] does the one that is on the model.
@@ -48,7 +53,7 @@ pub fn save_adapter(model: &CausalLm, name: &str, dir: &Path, companions: &[Path
 pub fn save_adapters(model: &CausalLm, dir: &Path, companions: &[PathBuf]) -> Result<(), Error> {
     let is_named = |name: &&str| *name != DEFAULT_ADAPTER;
     let named: Vec<&str> = model.adapters().into_iter().filter(is_named).collect();
-    check_with(dir, true, &named)?;
+    check_with(dir, true, &named, &[])?;
     write_new(dir, companions, |target| {
         for name in model.adapters() {
             let adapter = model.adapter_called(name)?;
@@ -88,7 +93,12 @@ pub fn write_result<T>(
     write_new(dir, companions, write)
 }
 
-fn write_new<T>(dir: &Path, companions: &[PathBuf], write: impl FnOnce(&Path) -> Result<T, Error>) -> Result<T, Error> {
+/// As [`write_result`], whatever is there.
+pub(crate) fn write_new<T>(
+    dir: &Path,
+    companions: &[PathBuf],
+    write: impl FnOnce(&Path) -> Result<T, Error>,
+) -> Result<T, Error> {
     let target = AtomicDir::replace(dir)?;
     let written = write(target.path())?;
     for file in companions {
@@ -102,11 +112,16 @@ fn write_new<T>(dir: &Path, companions: &[PathBuf], write: impl FnOnce(&Path) ->
 
 /// Refuses a directory with anything in it that an earlier save of this kind did not write.
 pub(crate) fn check_replaceable(dir: &Path, adapter: bool) -> Result<(), Error> {
-    check_with(dir, adapter, &[])
+    check_with(dir, adapter, &[], &[])
 }
 
-/// As [`check_replaceable`], with adapters in directories of the names `named`.
-fn check_with(dir: &Path, adapter: bool, named: &[&str]) -> Result<(), Error> {
+/// As [`check_replaceable`], for a checkpoint that a run can go on from.
+pub(crate) fn check_checkpoint(dir: &Path, adapter: bool) -> Result<(), Error> {
+    check_with(dir, adapter, &[], &checkpoint::FILES)
+}
+
+/// As [`check_replaceable`], with adapters in directories of the names `named`, and `files`.
+fn check_with(dir: &Path, adapter: bool, named: &[&str], files: &[&str]) -> Result<(), Error> {
     let Ok(entries) = std::fs::read_dir(dir) else { return Ok(()) };
     for name in named {
         check_replaceable(&dir.join(name), true)?;
@@ -116,6 +131,7 @@ fn check_with(dir: &Path, adapter: bool, named: &[&str]) -> Result<(), Error> {
     let ours = |name: &str| {
         COMPANION_FILES.contains(&name)
             || named.contains(&name)
+            || files.contains(&name)
             || if adapter {
                 [CONFIG_FILE, TENSORS_FILE, Positions::FILE].contains(&name)
             } else {
@@ -147,6 +163,9 @@ mod tests {
         check(true).unwrap();
         assert!(check(false).unwrap_err().to_string().contains("adapter_"), "a model does not replace an adapter");
         std::fs::write(dir.path().join("config.json"), "").unwrap();
+        std::fs::write(dir.path().join("trainer_state.json"), "").unwrap();
+        assert!(check_checkpoint(dir.path(), false).unwrap_err().to_string().contains("adapter_"));
+        std::fs::remove_file(dir.path().join("trainer_state.json")).unwrap();
         let error = check(true).unwrap_err().to_string();
         assert!(error.contains("it holds \"config.json\", which saving would remove"), "{error}");
         check_replaceable(&dir.path().join("absent"), true).unwrap();
@@ -158,10 +177,10 @@ mod tests {
         let named = dir.path().join("sql");
         std::fs::create_dir(&named).unwrap();
         std::fs::write(named.join(TENSORS_FILE), "").unwrap();
-        check_with(dir.path(), true, &["sql", "chat"]).unwrap();
-        assert!(check_with(dir.path(), true, &["chat"]).unwrap_err().to_string().contains("it holds \"sql\""));
+        check_with(dir.path(), true, &["sql", "chat"], &[]).unwrap();
+        assert!(check_with(dir.path(), true, &["chat"], &[]).unwrap_err().to_string().contains("it holds \"sql\""));
         std::fs::write(named.join("notes.txt"), "").unwrap();
-        let error = check_with(dir.path(), true, &["sql"]).unwrap_err().to_string();
+        let error = check_with(dir.path(), true, &["sql"], &[]).unwrap_err().to_string();
         assert!(error.contains("sql\"") && error.contains("it holds \"notes.txt\""), "{error}");
     }
 }

@@ -1,15 +1,22 @@
 //! A training job: what it is made of, and what is checked before it runs.
 
+mod agreement;
+mod guard;
+mod resume;
 mod rows;
 mod run;
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use rekindle_data::Dataset;
 use rekindle_models::CausalLm;
 
-use crate::save::check_replaceable;
+use crate::checkpoint::Checkpoint;
+use crate::save::{check_checkpoint, check_replaceable};
 use crate::{Error, Event, Report, RunDescription, Sampler, SftConfig};
+pub use resume::Resume;
 use run::Run;
 
 /// A run over encoded examples.
@@ -24,6 +31,8 @@ pub struct Trainer<'a> {
     companions: Vec<PathBuf>,
     sampler: Option<Sampler<'a>>,
     description: RunDescription,
+    resume: Option<Resume>,
+    stop: Arc<AtomicBool>,
     on_event: Box<dyn FnMut(Event<'_>) + 'a>,
 }
 
@@ -41,6 +50,8 @@ impl<'a> Trainer<'a> {
             companions: Vec::new(),
             sampler: None,
             description: RunDescription::default(),
+            resume: None,
+            stop: Arc::default(),
             on_event: Box::new(|_| ()),
         }
     }
@@ -94,6 +105,21 @@ impl<'a> Trainer<'a> {
         self
     }
 
+    /// Goes on from a checkpoint, with a model as the earlier run began with. On the CPU the run ends in the same bits
+    /// as one that never stopped.
+    #[must_use]
+    pub fn resume(mut self, resume: Resume) -> Self {
+        self.resume = Some(resume);
+        self
+    }
+
+    /// Ends the run after the step at which `flag` is found true, with a checkpoint ([`End::Interrupted`](crate::End)).
+    #[must_use]
+    pub fn stop_flag(mut self, flag: Arc<AtomicBool>) -> Self {
+        self.stop = flag;
+        self
+    }
+
     /// Is told about every step, evaluation, sample and save.
     #[must_use]
     pub fn on_event(mut self, on_event: impl FnMut(Event<'_>) + 'a) -> Self {
@@ -104,35 +130,39 @@ impl<'a> Trainer<'a> {
     /// Runs to the end.
     ///
     /// # Errors
-    /// [`Error::Config`] and [`Error::NothingToTrain`] before anything happens; [`Error::NonFinite`] when the run
-    /// diverges; [`Error::File`] and [`Error::Io`] when results cannot be written.
+    /// [`Error::Config`], [`Error::NothingToTrain`], [`Error::EarlierRun`], [`Error::Differs`] and [`Error::Checkpoint`]
+    /// before anything happens; [`Error::Diverged`] when a number is not finite; [`Error::File`] and [`Error::Io`] when
+    /// results cannot be written.
     pub fn train(self) -> Result<Report, Error> {
         Run::begin(self)?.go()
     }
 
-    /// Refuses, before any work is done, what would be found out when results are written or asked for.
-    fn check_output(&self, full: bool, total: usize) -> Result<(), Error> {
+    /// Refuses what asks for something that is not there.
+    fn check_needs(&self) -> Result<(), Error> {
         let mut problems = Vec::new();
         if self.config.eval_steps.is_some() && self.eval.is_none() {
             problems.push("eval_steps needs rows to evaluate".to_owned());
         }
-        if self.config.save_steps.is_some() && self.output_dir.is_none() {
-            problems.push("save_steps needs an output_dir".to_owned());
+        let keeps = [
+            (self.config.save_steps.is_some(), "save_steps"),
+            (self.config.load_best_model_at_end, "load_best_model_at_end"),
+            (self.resume == Some(Resume::Latest), "resuming from the latest checkpoint"),
+        ];
+        for (_, what) in keeps.iter().filter(|(wanted, _)| *wanted && self.output_dir.is_none()) {
+            problems.push(format!("{what} needs an output_dir"));
         }
-        if !problems.is_empty() {
-            return Err(Error::Config(problems));
-        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::Config(problems)) }
+    }
+
+    /// Refuses, before any work is done, what would be found out when results are written.
+    fn check_output(&self, full: bool, total: usize) -> Result<(), Error> {
         let Some(dir) = &self.output_dir else { return Ok(()) };
         check_replaceable(&dir.join(result_name(full)), !full)?;
-        let mut saves = self.config.save_steps.into_iter().flat_map(|every| (every..total).step_by(every));
-        saves.try_for_each(|step| check_replaceable(&dir.join(checkpoint_name(step)), !full))
+        let mut saves = self.config.save_steps.into_iter().flat_map(|every| (every..=total).step_by(every));
+        saves.try_for_each(|step| check_checkpoint(&Checkpoint::path(dir, step), !full))
     }
 }
 
 fn result_name(full: bool) -> &'static str {
     if full { "model" } else { "adapter" }
-}
-
-fn checkpoint_name(step: usize) -> String {
-    format!("checkpoint-{step}")
 }

@@ -34,12 +34,14 @@ pub enum Error {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A model, adapter or file that is missing, broken or cannot be written; a run that diverged.
+    /// A model, adapter or file that is missing, broken or cannot be written.
     Failed,
     /// An argument or a configuration.
     Configuration,
     /// A dataset, a row or a token id.
     Data,
+    /// A loss or gradient that is not finite.
+    Diverged,
     /// A name that the Hugging Face hub or the network did not turn into files.
     Hub,
 }
@@ -67,7 +69,10 @@ impl Error {
                 Model::Row(_) => ErrorKind::Data,
                 _ => ErrorKind::Failed,
             },
-            Self::Train(Train::Config(_) | Train::NothingToTrain) => ErrorKind::Configuration,
+            Self::Train(
+                Train::Config(_) | Train::NothingToTrain | Train::EarlierRun { .. } | Train::Differs { .. },
+            ) => ErrorKind::Configuration,
+            Self::Train(Train::Diverged(_)) => ErrorKind::Diverged,
             Self::Train(_) => ErrorKind::Failed,
         }
     }

@@ -65,11 +65,11 @@ pub use rekindle_lora::{
     LoraConfig, TargetModules,
 };
 pub use rekindle_models::{
-    CausalLm, DEFAULT_ADAPTER, GenerationConfig, LoadIn, MemoryClass, MemoryLine, MemoryReport, ModelConfig, Positions,
-    RopeError, RopeScaling, StopReason, Widened, stored_quantization,
+    CausalLm, DEFAULT_ADAPTER, GenerationConfig, LoadIn, MemoryClass, MemoryLine, MemoryReport, ModelConfig, NonFinite,
+    Positions, RopeError, RopeScaling, StopReason, Widened, stored_quantization,
 };
 pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
 pub use rekindle_train::{
-    Curve, EvalMetrics, Evaluation, Event, LrSchedulerKwargs, LrSchedulerType, Optim, OptimizerConfig, Report,
-    ReportTo, RowLoss, RunHistory, Sample, SftConfig, StepMetrics,
+    Best, Curve, Diverged, End, EvalMetrics, Evaluation, Event, LrSchedulerKwargs, LrSchedulerType, Optim,
+    OptimizerConfig, Report, ReportTo, Resume, RowLoss, RunHistory, Sample, SftConfig, StepMetrics,
 };

@@ -1,9 +1,11 @@
 //! `SftTrainer`: supervised fine-tuning on rows.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use rekindle_data::{LoadReport, Tokenizer};
-use rekindle_train::{Event, Report, SftConfig, Trainer};
+use rekindle_train::{Event, Report, Resume, SftConfig, Trainer};
 
 use crate::describe::{Rows, describe};
 use crate::prompts::sampler;
@@ -20,6 +22,8 @@ pub struct SftTrainer<'a> {
     seed: u64,
     output_dir: Option<PathBuf>,
     run_file: Option<String>,
+    resume: Option<Resume>,
+    stop: Arc<AtomicBool>,
     on_event: Box<dyn FnMut(Event<'_>) + 'a>,
     on_data: OnData<'a>,
 }
@@ -44,6 +48,8 @@ impl<'a> SftTrainer<'a> {
             seed: 3407,
             output_dir: None,
             run_file: None,
+            resume: None,
+            stop: Arc::default(),
             on_event: Box::new(|_| ()),
             on_data: Box::new(|_, _| ()),
         }
@@ -85,6 +91,22 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
+    /// Goes on from a checkpoint of an earlier run with the same model, rows and configuration. On the CPU it ends in the
+    /// same bits as a run that never stopped. With checkpoints in `output_dir` and without this, a run is refused.
+    #[must_use]
+    pub fn resume(mut self, resume: Resume) -> Self {
+        self.resume = Some(resume);
+        self
+    }
+
+    /// Ends the run after the step at which `flag` is found true, with a checkpoint to go on from
+    /// ([`End::Interrupted`](crate::End)).
+    #[must_use]
+    pub fn stop_flag(mut self, flag: Arc<AtomicBool>) -> Self {
+        self.stop = flag;
+        self
+    }
+
     /// Is told about every step, evaluation, sample and save.
     #[must_use]
     pub fn on_event(mut self, on_event: impl FnMut(Event<'_>) + 'a) -> Self {
@@ -117,6 +139,7 @@ impl<'a> SftTrainer<'a> {
             .seed(self.seed)
             .companions(companions)
             .describe(description)
+            .stop_flag(self.stop)
             .on_event(self.on_event);
         if let Some(eval) = eval {
             trainer = trainer.eval_dataset(eval.dataset);
@@ -126,6 +149,9 @@ impl<'a> SftTrainer<'a> {
         }
         if let Some(dir) = self.output_dir {
             trainer = trainer.output_dir(dir);
+        }
+        if let Some(resume) = self.resume {
+            trainer = trainer.resume(resume);
         }
         Ok(trainer.train()?)
     }

@@ -18,7 +18,7 @@ pub(super) struct Rows {
 pub(super) struct StepRows {
     /// The micro-batches.
     pub(super) batches: Vec<Batch>,
-    /// The example of each document, in the order of the batches: document `k` of the step is row `k` of it.
+    /// The example of each row of the step: the numbers in [`Batch::rows`] are places in here.
     pub(super) examples: Vec<usize>,
 }
 

@@ -1,35 +1,57 @@
 //! The loop: one step after another, with what falls due between them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use rekindle_hub::Dtype;
+use rekindle_hub::{DirectoryLock, Dtype, remove_atomic};
 use rekindle_kernels::optimizer::Rates;
+use rekindle_models::StepKey;
 
-use super::rows::Rows;
-use super::{Trainer, checkpoint_name, result_name};
+use super::agreement::Agreement;
+use super::guard::{self, Pass};
+use super::resume::{Start, best_path};
+use super::rows::{Rows, StepRows};
+use super::{Trainer, result_name};
+use crate::checkpoint::{Checkpoint, TrainerState, configuration_sha256};
+use crate::evaluate::evaluate_while;
+use crate::stopping::Stopping;
 use crate::{
-    Error, EvalMetrics, Evaluation, Event, Optimizer, OptimizerConfig, Recorder, Report, Schedule, StepMetrics,
-    evaluate, save_result,
+    End, Error, EvalMetrics, Evaluation, Event, Optimizer, OptimizerConfig, Recorder, Report, RunHistory, Schedule,
+    StepMetrics, Until, save_result,
 };
 
 /// A run that goes on.
 pub(super) struct Run<'a> {
     job: Trainer<'a>,
+    agreement: Agreement,
+    notes: Vec<String>,
     /// Whether all weights are trained.
     full: bool,
+    /// Steps done, and of the whole run.
+    done: usize,
     total: usize,
     schedule: Schedule,
     peaks: Rates,
     optimizer: Optimizer,
     rows: Rows,
+    stopping: Stopping,
     recorder: Option<Recorder>,
     report: Report,
+    /// After which steps the evaluation set was looked at last, and a checkpoint written.
+    evaluated: Option<usize>,
+    saved: Option<usize>,
+    /// The checkpoint with the lowest evaluation loss.
+    best: Option<PathBuf>,
     start: Instant,
+    /// Seconds that the run took before it was resumed.
+    before: f64,
+    /// The output directory is this run's alone.
+    _locked: Option<DirectoryLock>,
 }
 
 impl<'a> Run<'a> {
-    /// Opens what the run writes to.
+    /// Brings everything to where the run begins or goes on.
     pub(super) fn begin(mut job: Trainer<'a>) -> Result<Self, Error> {
         job.config.validate()?;
         let full = job.model.lora().is_none();
@@ -37,61 +59,122 @@ impl<'a> Run<'a> {
         let peak = job.config.resolved_learning_rate(full);
         let schedule = job.config.schedule(peak, total)?;
         job.config.check_embedding_rate(job.model.params())?;
+        let mut optimizer = Optimizer::new(job.model, OptimizerConfig::from(&job.config), job.seed)?;
+        job.check_needs()?;
+        let lock = |dir: &PathBuf| DirectoryLock::take(dir);
+        let mut locked = job.output_dir.as_ref().filter(|dir| dir.is_dir()).map(lock).transpose()?;
+        let Start { checkpoint, agreement, mut notes } = Start::find(&job, total)?;
         job.check_output(full, total)?;
-        let optimizer = Optimizer::new(job.model, OptimizerConfig::from(&job.config), job.seed)?;
-        let description = std::mem::take(&mut job.description);
-        let recorder = match &job.output_dir {
-            Some(dir) => Some(Recorder::open(dir, job.config.report_to, total, None, description)?),
-            None => None,
+        if let (Some(dir), None) = (&job.output_dir, &locked) {
+            std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.clone(), source })?;
+            locked = Some(lock(dir)?);
+        }
+        let mut best = None;
+        if let Some(checkpoint) = &checkpoint {
+            checkpoint.restore_optimizer(&mut optimizer)?;
+            checkpoint.restore_model(job.model)?;
+            let wanted = checkpoint.state.best.filter(|_| job.config.load_best_model_at_end);
+            let place = wanted.zip(job.output_dir.as_ref());
+            best = place.map(|(best, dir)| best_path(&checkpoint.path, dir, best.step)).transpose()?;
+        }
+        let recorder = open_recorder(&mut job, total, checkpoint.as_ref())?;
+        let RunHistory { steps, evals, .. } = recorder.as_ref().map(|r| r.history().clone()).unwrap_or_default();
+        let (path, state) = checkpoint.map(|Checkpoint { path, state }| (path, state)).unzip();
+        let (done, examples_seen, before) =
+            state.as_ref().map_or((0, 0, 0.0), |state| (state.global_step, state.examples_seen, state.seconds));
+        if recorder.is_some() && steps.len() != done {
+            let had = steps.len();
+            notes.push(format!("metrics.jsonl has {had} of the {done} steps before: its beginning is lost"));
+        }
+        let stopping = match &state {
+            Some(state) => Stopping::new(&job.config, state.best, state.early_stopping_patience_counter),
+            None => Stopping::new(&job.config, None, 0),
         };
         Ok(Self {
+            agreement,
+            notes,
             full,
+            done,
             total,
             schedule,
             peaks: Rates { default: peak, embedding: job.config.embedding_learning_rate.unwrap_or(peak) },
             optimizer,
-            rows: Rows::new(&job.config, job.train.len(), job.shuffle, job.seed, 0),
+            rows: Rows::new(&job.config, job.train.len(), job.shuffle, job.seed, examples_seen),
+            stopping,
             recorder,
-            report: Report { steps: Vec::new(), evals: Vec::new(), saved: None },
+            evaluated: state.as_ref().and_then(|state| state.last_evaluation),
+            saved: path.as_ref().map(|_| done),
+            best,
+            report: Report { steps, evals, end: End::Finished, best: None, checkpoint: path, saved: None },
             start: Instant::now(),
+            before,
+            _locked: locked,
             job,
         })
     }
 
-    /// Takes all steps and writes the result.
+    /// Takes the steps that are left, and writes the result.
     pub(super) fn go(mut self) -> Result<Report, Error> {
-        for step in 0..self.total {
-            self.step(step)?;
-            let done = step + 1;
-            let due = |every: Option<usize>| every.is_some_and(|n| done % n == 0);
-            let (eval_due, save_due) = (due(self.job.config.eval_steps), due(self.job.config.save_steps));
-            if eval_due || done == self.total {
-                self.evaluate(done)?;
+        (self.job.on_event)(Event::Started {
+            done: self.done,
+            total: self.total,
+            checkpoint: self.report.checkpoint.as_deref(),
+            notes: &self.notes,
+        });
+        loop {
+            let is_best = if self.evaluation_is_due() { self.evaluate()? } else { Some(false) };
+            let Some(is_best) = is_best else { return self.interrupted() };
+            if self.save_is_due(is_best) {
+                self.save_checkpoint(is_best)?;
             }
-            if save_due && done < self.total {
-                self.save(&checkpoint_name(done))?;
+            if self.stopping.is_over() {
+                self.report.end = End::EarlyStopping;
+                return self.finish();
             }
+            if self.done == self.total {
+                return self.finish();
+            }
+            if self.is_asked_to_stop() {
+                return self.interrupted();
+            }
+            self.step()?;
         }
-        self.report.saved = self.save(result_name(self.full))?;
-        Ok(self.report)
     }
 
-    /// Takes step `step`, counted from 0.
-    fn step(&mut self, step: usize) -> Result<(), Error> {
+    fn evaluation_is_due(&self) -> bool {
+        let due = self.job.config.eval_steps.is_some_and(|every| self.done.is_multiple_of(every));
+        let anew = self.done > 0 && self.evaluated != Some(self.done);
+        (self.job.eval.is_some() || self.job.sampler.is_some()) && anew && (due || self.done == self.total)
+    }
+
+    fn save_is_due(&self, is_best: bool) -> bool {
+        let due = self.job.config.save_steps.is_some_and(|every| {
+            self.done > 0 && (self.done.is_multiple_of(every) || self.done == self.total || self.stopping.is_over())
+        });
+        (due && self.saved != Some(self.done)) || (is_best && self.job.config.load_best_model_at_end)
+    }
+
+    fn is_asked_to_stop(&self) -> bool {
+        self.job.stop.load(Ordering::Relaxed)
+    }
+
+    /// Takes the next step.
+    fn step(&mut self) -> Result<(), Error> {
         let began = Instant::now();
         let rows = self.rows.next_step(&self.job.train);
-        let factor = self.schedule.factor(step);
+        let factor = self.schedule.factor(self.done);
         let rates = Rates { default: self.peaks.default * factor, embedding: self.peaks.embedding * factor };
+        let key = self.optimizer.key();
         let result = self.optimizer.step(self.job.model, &rows.batches, rates)?;
         for (what, value) in [("loss", result.loss), ("grad_norm", result.grad_norm)] {
             if !value.is_finite() {
-                let lines = rows.examples.iter().map(|&i| self.job.train.example(i).row.get()).collect();
-                return Err(Error::NonFinite { step: step + 1, what, value, lines });
+                return Err(self.diverged(what, value, rates.default, &rows, key));
             }
         }
+        self.done += 1;
         let memory = self.job.model.device().memory();
         let metrics = StepMetrics {
-            step: step + 1,
+            step: self.done,
             epoch: self.rows.seen() as f64 / self.job.train.len() as f64,
             loss: result.loss,
             grad_norm: result.grad_norm,
@@ -99,7 +182,7 @@ impl<'a> Run<'a> {
             tokens: result.tokens,
             trained_tokens: result.counted,
             tokens_per_second: result.tokens as f64 / began.elapsed().as_secs_f64(),
-            seconds: self.start.elapsed().as_secs_f64(),
+            seconds: self.seconds(),
             memory: memory.map(|memory| memory.in_use),
             peak_memory: memory.map(|memory| memory.peak),
         };
@@ -111,39 +194,166 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// The loss of the evaluation set, and answers to the prompts.
-    fn evaluate(&mut self, step: usize) -> Result<(), Error> {
-        if let Some(eval) = &self.job.eval {
-            let Evaluation { loss, perplexity, tokens, .. } =
-                evaluate(self.job.model, eval, self.job.config.per_device_eval_batch_size, &mut |_| ())?;
-            let metrics = EvalMetrics { step, eval_loss: loss, eval_perplexity: perplexity, eval_tokens: tokens };
+    /// Looks at the evaluation set and answers the prompts; whether the loss is the lowest so far, or `None` when the run
+    /// is asked to stop meanwhile.
+    fn evaluate(&mut self) -> Result<Option<bool>, Error> {
+        let mut is_best = false;
+        if self.job.eval.is_some() {
+            let Some(metrics) = self.evaluation()? else { return Ok(None) };
             if let Some(recorder) = &mut self.recorder {
                 recorder.eval(&metrics)?;
             }
             (self.job.on_event)(Event::Eval(&metrics));
+            is_best = self.stopping.evaluated(self.done, metrics.eval_loss);
             self.report.evals.push(metrics);
         }
         if let Some(sampler) = &self.job.sampler {
-            for sample in sampler.sample(self.job.model, step)? {
+            for sample in sampler.sample(self.job.model, self.done)? {
                 if let Some(recorder) = &mut self.recorder {
                     recorder.sample(&sample)?;
                 }
                 (self.job.on_event)(Event::Sample(&sample));
             }
         }
-        self.publish()
+        self.evaluated = Some(self.done);
+        self.publish()?;
+        Ok(Some(is_best))
+    }
+
+    /// The loss of the evaluation set, or `None` when the run is asked to stop meanwhile.
+    fn evaluation(&self) -> Result<Option<EvalMetrics>, Error> {
+        let Some(eval) = &self.job.eval else { return Ok(None) };
+        let size = self.job.config.per_device_eval_batch_size;
+        let result = evaluate_while(self.job.model, eval, size, &mut |_| !self.is_asked_to_stop())?;
+        let Some(evaluation) = result else { return Ok(None) };
+        if !evaluation.loss.is_finite() {
+            let (batches, examples) = guard::broken_rows(eval, &evaluation, size);
+            let pass = Pass {
+                step: self.done,
+                what: "eval_loss",
+                value: evaluation.loss,
+                dataset: eval,
+                batches: &batches,
+                examples: &examples,
+                key: None,
+                learning_rate: self.peaks.default,
+                checkpoint: self.report.checkpoint.clone(),
+            };
+            return Err(pass.explain(self.job.model, &self.job.config));
+        }
+        let Evaluation { loss, perplexity, tokens, .. } = evaluation;
+        Ok(Some(EvalMetrics { step: self.done, eval_loss: loss, eval_perplexity: perplexity, eval_tokens: tokens }))
     }
 
     fn publish(&self) -> Result<(), Error> {
         self.recorder.as_ref().map_or(Ok(()), Recorder::publish)
     }
 
-    fn save(&mut self, name: &str) -> Result<Option<PathBuf>, Error> {
-        let Some(dir) = &self.job.output_dir else { return Ok(None) };
-        let path = dir.join(name);
-        save_result(self.job.model, &path, &self.job.companions, Dtype::F32)?;
-        (self.job.on_event)(Event::Saved(&path));
-        self.publish()?;
-        Ok(Some(path))
+    /// Why a step went wrong.
+    fn diverged(&self, what: &'static str, value: f64, lr: f64, rows: &StepRows, key: StepKey) -> Error {
+        let pass = Pass {
+            step: self.done + 1,
+            what,
+            value,
+            dataset: &self.job.train,
+            batches: &rows.batches,
+            examples: &rows.examples,
+            key: Some(key),
+            learning_rate: lr,
+            checkpoint: self.report.checkpoint.clone(),
+        };
+        pass.explain(self.job.model, &self.job.config)
     }
+
+    /// Writes a checkpoint of this step and removes those beyond `save_total_limit`.
+    fn save_checkpoint(&mut self, is_best: bool) -> Result<(), Error> {
+        let Some(dir) = &self.job.output_dir else { return Ok(()) };
+        let path = Checkpoint::path(dir, self.done);
+        let Agreement { configuration, changeable } = self.agreement.clone();
+        let state = TrainerState {
+            format_version: TrainerState::FORMAT,
+            global_step: self.done,
+            optimizer_steps: self.optimizer.steps(),
+            examples_seen: self.rows.seen(),
+            seconds: self.seconds(),
+            last_evaluation: self.evaluated,
+            best: self.stopping.best,
+            early_stopping_patience_counter: self.stopping.counter,
+            configuration_sha256: configuration_sha256(&configuration),
+            configuration,
+            changeable,
+        };
+        Checkpoint::write(&path, self.job.model, &self.optimizer, &state, &self.job.companions)?;
+        self.saved = Some(self.done);
+        if is_best && self.job.config.load_best_model_at_end {
+            self.best = Some(path.clone());
+        }
+        if let Some(limit) = self.job.config.save_total_limit {
+            let mut there = Checkpoint::list(dir);
+            let surplus = there.len().saturating_sub(limit);
+            there.retain(|(_, there)| *there != path && self.best.as_ref() != Some(there));
+            for (_, old) in there.into_iter().take(surplus) {
+                remove_atomic(&old)?;
+            }
+        }
+        (self.job.on_event)(Event::Saved(&path));
+        self.report.checkpoint = Some(path);
+        self.publish()
+    }
+
+    /// Ends before all steps are done, with a checkpoint to go on from.
+    fn interrupted(mut self) -> Result<Report, Error> {
+        if self.done > 0 && self.saved != Some(self.done) {
+            self.save_checkpoint(false)?;
+        }
+        self.report.end = End::Interrupted;
+        self.report.best = self.stopping.best;
+        Ok(self.report)
+    }
+
+    /// Writes the result.
+    fn finish(mut self) -> Result<Report, Error> {
+        let best = self.stopping.best.zip(self.best.as_deref());
+        if let Some((_, path)) = best.filter(|(best, _)| best.step != self.done) {
+            Checkpoint::open(path)?.restore_model(self.job.model)?;
+        }
+        if let Some(dir) = &self.job.output_dir {
+            let path = dir.join(result_name(self.full));
+            save_result(self.job.model, &path, &self.job.companions, Dtype::F32)?;
+            (self.job.on_event)(Event::Saved(&path));
+            self.report.saved = Some(path);
+        }
+        self.publish()?;
+        self.report.best = self.stopping.best;
+        Ok(self.report)
+    }
+
+    fn seconds(&self) -> f64 {
+        self.before + self.start.elapsed().as_secs_f64()
+    }
+}
+
+/// The records of a run that begins, or that goes on from `checkpoint`, whose history they then have.
+fn open_recorder(
+    job: &mut Trainer<'_>,
+    total: usize,
+    checkpoint: Option<&Checkpoint>,
+) -> Result<Option<Recorder>, Error> {
+    let Some(dir) = &job.output_dir else { return Ok(None) };
+    let description = std::mem::take(&mut job.description);
+    if let Some(checkpoint) = checkpoint {
+        // It may lie elsewhere than where the run goes on.
+        let name = "metrics.jsonl";
+        let (here, beside) = (dir.join(name), checkpoint.path.parent().unwrap_or(Path::new(".")).join(name));
+        let same = here.canonicalize().is_ok_and(|here| beside.canonicalize().is_ok_and(|beside| here == beside));
+        if beside.is_file() && !same {
+            let copied = std::fs::create_dir_all(dir).and_then(|()| std::fs::copy(&beside, &here));
+            copied.map_err(|source| Error::Io { path: here, source })?;
+        }
+    }
+    let until = checkpoint.map(|Checkpoint { state, .. }| Until {
+        steps: state.global_step,
+        evaluated: state.last_evaluation.unwrap_or(0),
+    });
+    Ok(Some(Recorder::open(dir, job.config.report_to, total, until, description)?))
 }

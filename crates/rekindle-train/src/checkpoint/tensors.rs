@@ -1,0 +1,108 @@
+//! The trained parameters and the optimizer's state, exact to the bit.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::DType;
+use rekindle_hub::{
+    Checkpoint as ModelFiles, Dtype, SafetensorsFile, TensorSpec, TensorView, write_f32, write_safetensors,
+};
+use rekindle_kernels::optimizer::StateTensor;
+use rekindle_models::CausalLm;
+
+use crate::{Error, Optimizer};
+
+/// The trained parameters of an adapter, f32.
+pub(super) const MASTERS: &str = "master_weights.safetensors";
+/// What the optimizer remembers of each parameter.
+pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
+
+pub(super) fn write_masters(dir: &Path, model: &CausalLm) -> Result<(), Error> {
+    let params = model.params();
+    let spec = |info: &rekindle_kernels::ParamInfo| TensorSpec::new(&info.name, Dtype::F32, info.shape.clone());
+    let specs: Vec<TensorSpec> = params.infos().iter().map(spec).collect();
+    write_safetensors(&dir.join(MASTERS), &BTreeMap::new(), &specs, |index, out| {
+        write_f32(out, Dtype::F32, &params.values(params.infos()[index].at))
+    })?;
+    model.device().check().map_err(rekindle_models::Error::from)?;
+    Ok(())
+}
+
+/// Replaces the trained parameters by those of the checkpoint in `dir`; a problem is found before any changes.
+pub(super) fn read_masters(dir: &Path, model: &mut CausalLm) -> Result<(), Error> {
+    let values = if model.lora().is_some() {
+        let path = dir.join(MASTERS);
+        let file = SafetensorsFile::open(&path)?;
+        let names: Vec<&str> = file.names().collect();
+        gather(&path, model, names.len(), |name| file.get(name))?
+    } else {
+        let files = ModelFiles::open(dir)?;
+        gather(dir, model, model.params().infos().len(), |name| files.get(name))?
+    };
+    model.params_mut().set_all_values(values);
+    Ok(())
+}
+
+/// The values of all trained parameters, in order, from `get`, which knows `count` tensors.
+fn gather<'a>(
+    path: &Path,
+    model: &CausalLm,
+    count: usize,
+    get: impl Fn(&str) -> Option<TensorView<'a>>,
+) -> Result<Vec<f32>, Error> {
+    let params = model.params();
+    let mut problems = Vec::new();
+    let mut values = Vec::with_capacity(params.numel());
+    for info in params.infos() {
+        match get(&info.name) {
+            None => problems.push(format!("\"{}\" is missing", info.name)),
+            Some(view) if view.shape != info.shape || view.dtype != Dtype::F32 => problems.push(format!(
+                "\"{}\" is {:?} {:?}, and the model has F32 {:?}",
+                info.name, view.dtype, view.shape, info.shape
+            )),
+            Some(view) => values.extend(view.to_f32()?),
+        }
+    }
+    if count != params.infos().len() {
+        problems.push(format!("it has {count} tensors, and the model trains {}", params.infos().len()));
+    }
+    if problems.is_empty() {
+        return Ok(values);
+    }
+    Err(Error::Checkpoint { path: path.to_owned(), problem: problems.join("; ") })
+}
+
+pub(super) fn write_optimizer(dir: &Path, optimizer: &Optimizer) -> Result<(), Error> {
+    let path = dir.join(OPTIMIZER);
+    let tensors: Vec<StateTensor> =
+        optimizer.state().tensors().collect::<Result<_, _>>().map_err(rekindle_models::Error::from)?;
+    let spec = |tensor: &StateTensor| TensorSpec::new(&tensor.name, stored(tensor.dtype), tensor.shape.clone());
+    let specs: Vec<TensorSpec> = tensors.iter().map(spec).collect();
+    Ok(write_safetensors(&path, &BTreeMap::new(), &specs, |index, out| out.write_all(&tensors[index].bytes))?)
+}
+
+pub(super) fn read_optimizer(dir: &Path, optimizer: &mut Optimizer, steps: u64) -> Result<(), Error> {
+    let path = dir.join(OPTIMIZER);
+    let file = SafetensorsFile::open(&path)?;
+    let tensors = file.names().filter_map(|name| file.get(name)).map(|view| StateTensor {
+        name: view.name.to_owned(),
+        dtype: computed(view.dtype),
+        shape: view.shape.to_vec(),
+        bytes: view.data.to_vec(),
+    });
+    optimizer.resume(steps, tensors).map_err(|error| Error::Checkpoint { path, problem: error.to_string() })
+}
+
+fn stored(dtype: DType) -> Dtype {
+    match dtype {
+        DType::U8 => Dtype::U8,
+        _ => Dtype::F32,
+    }
+}
+
+fn computed(dtype: Dtype) -> DType {
+    match dtype {
+        Dtype::U8 => DType::U8,
+        _ => DType::F32,
+    }
+}

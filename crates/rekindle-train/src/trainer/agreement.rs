@@ -1,0 +1,162 @@
+//! What a run and the checkpoint that it goes on from must have alike.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use rekindle_hub::Checkpoint as ModelFiles;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::Trainer;
+use crate::checkpoint::{TrainerState, dataset_fingerprint, weights_fingerprint};
+use crate::{Error, LrSchedulerType, SftConfig};
+
+/// Keys of `[train]` that another run over the same checkpoint may have otherwise: they move no parameter, or when they
+/// do (`max_steps` by the schedule, the batch size by the order of sums) it is said.
+const MAY_CHANGE: [&str; 16] = [
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "report_to",
+    "sample_prompts",
+    "eval_samples",
+    "sample_max_new_tokens",
+];
+
+/// A run as far as a checkpoint must know it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Agreement {
+    /// What must be alike.
+    pub(super) configuration: BTreeMap<String, Value>,
+    /// What may be otherwise, with consequences.
+    pub(super) changeable: BTreeMap<String, Value>,
+}
+
+impl Agreement {
+    /// That of a run of `total` steps.
+    pub(super) fn of(job: &Trainer<'_>, total: usize) -> Result<Self, Error> {
+        let mut configuration = BTreeMap::new();
+        let mut changeable = BTreeMap::new();
+        let config = SftConfig {
+            learning_rate: Some(job.config.resolved_learning_rate(job.model.lora().is_none())),
+            ..job.config.clone()
+        };
+        for (key, value) in object(&config) {
+            if !MAY_CHANGE.contains(&&*key) {
+                configuration.insert(format!("[train] {key}"), value);
+            }
+        }
+        configuration.insert("rows of a step".to_owned(), config.rows_per_step().into());
+        configuration.insert("[data] shuffle".to_owned(), job.shuffle.into());
+        configuration.insert("seed".to_owned(), job.seed.into());
+        configuration.insert("training rows (SHA-256)".to_owned(), dataset_fingerprint(&job.train).into());
+        let lora = job.model.lora().map(object).unwrap_or_default();
+        for (key, value) in lora.into_iter().filter(|(key, _)| key != "use_gradient_checkpointing") {
+            configuration.insert(format!("[lora] {key}"), value);
+        }
+        let model = &*job.model;
+        let weights = ModelFiles::open(model.path())?;
+        configuration.insert("base weights (SHA-256)".to_owned(), weights_fingerprint(&weights)?.into());
+        configuration.insert("full_finetuning".to_owned(), model.lora().is_none().into());
+        configuration.insert("dtype".to_owned(), format!("{:?}", model.dtype()).into());
+        configuration.insert("quantization_config".to_owned(), model.quantization_config().unwrap_or_default());
+        configuration.insert("max_seq_length".to_owned(), model.max_seq_length().into());
+        configuration.insert("rope".to_owned(), model.widened().map(|w| json!(format!("{w}"))).unwrap_or_default());
+        configuration.insert("vocab_size".to_owned(), model.config().vocab_size.into());
+
+        changeable.insert("max_steps".to_owned(), total.into());
+        changeable.insert("warmup_steps".to_owned(), config.resolved_warmup(total).into());
+        changeable.insert("device".to_owned(), model.device().name().into());
+        for (key, value) in [
+            ("per_device_train_batch_size", config.per_device_train_batch_size),
+            ("gradient_accumulation_steps", config.gradient_accumulation_steps),
+        ] {
+            changeable.insert(key.to_owned(), value.into());
+        }
+        let eval = job.eval.as_ref().map(|eval| dataset_fingerprint(eval).into());
+        changeable.insert("evaluation rows (SHA-256)".to_owned(), eval.unwrap_or_default());
+        Ok(Self { configuration, changeable })
+    }
+
+    /// What follows from what this run has otherwise than the one that wrote `state`, one sentence each.
+    ///
+    /// # Errors
+    /// [`Error::Differs`] when they are not one run.
+    pub(super) fn check(&self, path: &Path, state: &TrainerState, job: &Trainer<'_>) -> Result<Vec<String>, Error> {
+        let mut problems: Vec<String> = differences(&state.configuration, &self.configuration)
+            .iter()
+            .map(|(key, was, is)| sentence(key, was, is))
+            .collect();
+        let mut notes = Vec::new();
+        for (key, was, is) in differences(&state.changeable, &self.changeable) {
+            let what = sentence(&key, &was, &is);
+            match &*key {
+                "max_steps" => {
+                    let flat = [LrSchedulerType::Constant, LrSchedulerType::ConstantWithWarmup];
+                    let schedule = !flat.contains(&job.config.lr_scheduler_type);
+                    let follows =
+                        if schedule { "; learning rates from here on are those of the new length" } else { "" };
+                    notes.push(format!("{what}{follows}"));
+                }
+                "evaluation rows (SHA-256)" => {
+                    if job.config.load_best_model_at_end || job.config.early_stopping_patience.is_some() {
+                        problems.push(format!("{what}, and the best evaluation is chosen by them"));
+                    } else {
+                        notes.push("the evaluation rows are others; losses before and after do not compare".to_owned());
+                    }
+                }
+                "warmup_steps" if state.global_step >= most(&was).max(most(&is)) => {}
+                "warmup_steps" => notes.push(format!("{what}; learning rates of the warm-up move")),
+                _ => {
+                    notes.push(format!("{what}: the rest is computed in another order, and not equal to the last bit"))
+                }
+            }
+        }
+        if problems.is_empty() {
+            Ok(notes)
+        } else {
+            Err(Error::Differs { path: path.to_owned(), differences: problems })
+        }
+    }
+}
+
+type Difference = (String, Value, Value);
+
+/// Keys with another value, absent as null: what it was and what it is.
+fn differences(was: &BTreeMap<String, Value>, is: &BTreeMap<String, Value>) -> Vec<Difference> {
+    let mut keys: Vec<&String> = was.keys().chain(is.keys()).collect();
+    keys.sort_unstable();
+    keys.dedup();
+    let get = |map: &BTreeMap<String, Value>, key: &str| map.get(key).cloned().unwrap_or_default();
+    let pairs = keys.into_iter().map(|key| (key.clone(), get(was, key), get(is, key)));
+    pairs.filter(|(_, was, is)| was != is).collect()
+}
+
+fn sentence(key: &str, was: &Value, is: &Value) -> String {
+    if key.ends_with("(SHA-256)") {
+        return format!("the {} are others", key.trim_end_matches(" (SHA-256)"));
+    }
+    let show = |value: &Value| if value.is_null() { "not set".to_owned() } else { value.to_string() };
+    format!("{key} was {} and is {}", show(was), show(is))
+}
+
+fn most(value: &Value) -> usize {
+    value.as_u64().unwrap_or(0) as usize
+}
+
+/// The fields of a configuration; those that are left out are absent.
+fn object(config: &impl Serialize) -> BTreeMap<String, Value> {
+    match serde_json::to_value(config).expect("a configuration is numbers and texts") {
+        Value::Object(fields) => fields.into_iter().collect(),
+        _ => BTreeMap::new(),
+    }
+}

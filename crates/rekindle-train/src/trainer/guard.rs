@@ -1,0 +1,97 @@
+//! What is said of a step or an evaluation whose numbers are not finite.
+
+use std::path::PathBuf;
+
+use rekindle_data::Dataset;
+use rekindle_models::{Batch, CausalLm, NonFinite, StepKey};
+
+use crate::evaluate::batch;
+use crate::{Diverged, Error, Evaluation, SftConfig};
+
+/// A pass that went wrong.
+pub(super) struct Pass<'a> {
+    /// The optimizer step, from 1 on; of an evaluation, the steps done before it.
+    pub(super) step: usize,
+    pub(super) what: &'static str,
+    pub(super) value: f64,
+    pub(super) dataset: &'a Dataset,
+    /// The micro-batches, and the example of each of their rows.
+    pub(super) batches: &'a [Batch],
+    pub(super) examples: &'a [usize],
+    /// Of dropout; `None` in evaluation.
+    pub(super) key: Option<StepKey>,
+    pub(super) learning_rate: f64,
+    pub(super) checkpoint: Option<PathBuf>,
+}
+
+impl Pass<'_> {
+    /// Goes through it again, to find where it stops being finite, and says so.
+    pub(super) fn explain(self, model: &CausalLm, config: &SftConfig) -> Error {
+        let counted: usize = self.batches.iter().map(Batch::counted).sum();
+        let found = match model.first_non_finite(self.batches, 1.0 / counted.max(1) as f32, self.key) {
+            Ok(found) => found,
+            Err(error) => return error.into(),
+        };
+        let blamed: Vec<usize> = found.iter().flat_map(NonFinite::rows).map(|&row| row as usize).collect();
+        let all_rows = blamed.is_empty() || blamed.len() == self.examples.len();
+        let example = |&index: &usize| {
+            let example = self.dataset.example(index);
+            (example.path.to_owned(), example.row.get())
+        };
+        let rows = if blamed.is_empty() {
+            self.examples.iter().map(example).collect()
+        } else {
+            blamed.iter().filter_map(|&row| self.examples.get(row)).map(example).collect()
+        };
+        let advice = advice(found.as_ref(), all_rows, self.learning_rate, config);
+        let Self { step, what, value, checkpoint, .. } = self;
+        Error::Diverged(Box::new(Diverged { step, what, value, found, rows, all_rows, advice, checkpoint }))
+    }
+}
+
+/// The rows of an evaluation whose losses are not finite, as batches that can be gone through again.
+pub(super) fn broken_rows(dataset: &Dataset, evaluation: &Evaluation, batch_size: usize) -> (Vec<Batch>, Vec<usize>) {
+    let rows = evaluation.rows.iter().enumerate();
+    let examples: Vec<usize> = rows.filter(|(_, row)| !row.nll.is_finite()).map(|(index, _)| index).collect();
+    let parts = examples.chunks(batch_size.max(1)).enumerate();
+    let of = |part: &[usize], first| batch(part.iter().map(|&index| dataset.example(index)), first);
+    let batches = parts.map(|(i, part)| of(part, i * batch_size.max(1))).collect();
+    (batches, examples)
+}
+
+fn advice(found: Option<&NonFinite>, all_rows: bool, learning_rate: f64, config: &SftConfig) -> Vec<String> {
+    if let Some(NonFinite::Weight { trained: false, .. }) = found {
+        return vec!["the checkpoint that the model was loaded from: that weight is damaged there".to_owned()];
+    }
+    let mut advice = Vec::new();
+    if !all_rows {
+        advice.push("to look at these rows, and to leave them out".to_owned());
+    }
+    let mut rate = format!("a lower learning_rate than {:e}", config.learning_rate.unwrap_or(learning_rate));
+    if config.warmup_steps == 0 && config.warmup_ratio == 0.0 {
+        rate += ", or a warm-up (warmup_steps)";
+    }
+    advice.push(rate);
+    if config.max_grad_norm == 0.0 {
+        advice.push("max_grad_norm = 1: gradients are not clipped now".to_owned());
+    }
+    advice
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advice_follows_from_what_was_found() {
+        let config = SftConfig { max_grad_norm: 0.0, learning_rate: Some(3.0), ..SftConfig::default() };
+        let of = |found: Option<&NonFinite>, all| advice(found, all, 0.0, &config).join(" | ");
+        let weight = |trained| NonFinite::Weight { name: "w".to_owned(), trained, rows: vec![0] };
+        assert!(of(Some(&weight(false)), true).contains("damaged"));
+        let all = "a lower learning_rate than 3e0, or a warm-up (warmup_steps) | max_grad_norm = 1: gradients are not clipped now";
+        assert_eq!(of(Some(&weight(true)), true), all);
+        assert_eq!(of(None, false), format!("to look at these rows, and to leave them out | {all}"));
+        let careful = SftConfig { warmup_steps: 5, max_grad_norm: 1.0, ..config };
+        assert_eq!(advice(None, true, 0.0, &careful), ["a lower learning_rate than 3e0"]);
+    }
+}

@@ -1,0 +1,83 @@
+//! Which checkpoint a run goes on from.
+
+use std::path::{Path, PathBuf};
+
+use rekindle_hub::clear_leftovers;
+
+use super::Trainer;
+use super::agreement::Agreement;
+use crate::Error;
+use crate::checkpoint::{Checkpoint, is_ours};
+
+/// What a run goes on from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// The last checkpoint in the output directory; without one, the run begins anew.
+    Latest,
+    /// This checkpoint.
+    From(PathBuf),
+}
+
+/// What a run starts with.
+pub(super) struct Start {
+    pub(super) checkpoint: Option<Checkpoint>,
+    pub(super) agreement: Agreement,
+    /// What the user should know.
+    pub(super) notes: Vec<String>,
+}
+
+impl Start {
+    /// Finds the checkpoint and makes sure that it is one of this run, of `total` steps. The output directory is then
+    /// free of what a killed run left half-written.
+    pub(super) fn find(job: &Trainer<'_>, total: usize) -> Result<Self, Error> {
+        if job.output_dir.is_none() && job.resume.is_none() {
+            return Ok(Self { checkpoint: None, agreement: Agreement::default(), notes: Vec::new() });
+        }
+        let agreement = Agreement::of(job, total)?;
+        if let Some(dir) = &job.output_dir {
+            clear_leftovers(dir, is_ours)?;
+        }
+        let there = job.output_dir.as_deref().map(Checkpoint::list).unwrap_or_default();
+        let path = match (&job.resume, there.last()) {
+            (None, None) => None,
+            (None, Some((_, latest))) => {
+                let output_dir = job.output_dir.clone().unwrap_or_default();
+                return Err(Error::EarlierRun { output_dir, latest: latest.clone() });
+            }
+            (Some(Resume::Latest), latest) => latest.map(|(_, path)| path.clone()),
+            (Some(Resume::From(path)), _) => Some(path.clone()),
+        };
+        let Some(path) = path else {
+            let wanted = job.resume.iter().zip(&job.output_dir);
+            let notes = wanted.map(|(_, dir)| format!("{} holds no checkpoint: the run begins anew", dir.display()));
+            return Ok(Self { checkpoint: None, agreement, notes: notes.collect() });
+        };
+        let checkpoint = Checkpoint::open(&path)?;
+        let notes = agreement.check(&path, &checkpoint.state, job)?;
+        let done = checkpoint.state.global_step;
+        if done > total {
+            let problem = format!("it is of step {done}, and the run has {total}; raise max_steps or num_train_epochs");
+            return Err(Error::Checkpoint { path, problem });
+        }
+        if let Some((step, later)) = there.iter().find(|(step, _)| *step > done) {
+            let problem = format!(
+                "it is of step {done}, and {} of step {step} is of a run that went on; remove it to go back, or give another \
+                 output_dir",
+                later.display()
+            );
+            return Err(Error::Checkpoint { path, problem });
+        }
+        Ok(Self { checkpoint: Some(checkpoint), agreement, notes })
+    }
+}
+
+/// Where a checkpoint's best predecessor lies: in the output directory, or beside the checkpoint.
+pub(super) fn best_path(checkpoint: &Path, output_dir: &Path, step: usize) -> Result<PathBuf, Error> {
+    let beside = checkpoint.parent().unwrap_or(Path::new("."));
+    let mut places = [output_dir, beside].map(|dir| Checkpoint::path(dir, step)).into_iter();
+    places.find(|path| path.is_dir()).ok_or_else(|| Error::Checkpoint {
+        path: Checkpoint::path(output_dir, step),
+        problem: "it is not there, and it is the best so far; set load_best_model_at_end = false to do without"
+            .to_owned(),
+    })
+}

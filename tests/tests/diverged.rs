@@ -1,0 +1,149 @@
+//! A number that is not finite is found where it begins.
+
+use std::path::Path;
+
+use rekindle::{
+    DataSource, DeviceKind, Diverged, Error, ErrorKind, FastLanguageModel, LoraConfig, NonFinite, SftConfig,
+    SftTrainer, Tokenizer,
+};
+use rekindle_tests::Golden;
+use serde_json::Value;
+
+const NO_TOKENIZER: Option<&Tokenizer> = None;
+
+/// A copy of a golden checkpoint with NaN as the element `index` of `tensor`.
+fn poisoned(golden: &str, tensor: &str, index: usize) -> (tempfile::TempDir, Golden) {
+    let golden = Golden::open(golden);
+    let copy = tempfile::tempdir().expect("a temporary directory");
+    for entry in std::fs::read_dir(&golden.dir).expect("it is there").map(|entry| entry.expect("it can be read")) {
+        if entry.path().is_dir() {
+            continue;
+        }
+        let mut bytes = std::fs::read(entry.path()).expect("it can be read");
+        if entry.file_name().to_string_lossy().ends_with(".safetensors") {
+            poison(&mut bytes, tensor, index);
+        }
+        std::fs::write(copy.path().join(entry.file_name()), bytes).expect("the disk has room");
+    }
+    let dir = copy.path().to_owned();
+    (copy, Golden { dir, ..golden })
+}
+
+fn poison(file: &mut [u8], tensor: &str, index: usize) {
+    let length = u64::from_le_bytes(file[..8].try_into().expect("eight bytes")) as usize;
+    let header: Value = serde_json::from_slice(&file[8..8 + length]).expect("a header is JSON");
+    let Some(entry) = header.get(tensor) else { return };
+    let start = 8 + length + entry["data_offsets"][0].as_u64().expect("an offset") as usize;
+    let nan: &[u8] = match entry["dtype"].as_str() {
+        Some("F32") => &[0, 0, 0xc0, 0x7f],
+        Some("BF16") => &[0xc0, 0x7f],
+        dtype => panic!("{dtype:?}"),
+    };
+    file[start + index * nan.len()..][..nan.len()].copy_from_slice(nan);
+}
+
+fn run(golden: &Golden, change: impl FnOnce(&mut SftConfig), out: Option<&Path>) -> Diverged {
+    let loader = FastLanguageModel::from_pretrained(&golden.dir).device(DeviceKind::Cpu).max_seq_length(128);
+    let model = loader.load_model().expect("a golden loads");
+    let mut model = model.get_peft_model(LoraConfig::new(4)).expect("a valid configuration");
+    let mut config = SftConfig {
+        per_device_train_batch_size: 3,
+        gradient_accumulation_steps: 3,
+        max_steps: Some(4),
+        ..SftConfig::default()
+    };
+    change(&mut config);
+    let before = model.causal_lm().params().all_values();
+    let rows = DataSource::new(golden.dir.join("rows.jsonl"));
+    let mut trainer = SftTrainer::new(&mut model, NO_TOKENIZER, rows, config).shuffle(false);
+    if let Some(out) = out {
+        trainer = trainer.output_dir(out);
+    }
+    let error = trainer.train().expect_err("it diverges");
+    assert_eq!(error.kind(), ErrorKind::Diverged);
+    let Error::Train(rekindle_train::Error::Diverged(diverged)) = error else { panic!("{error}") };
+    if out.is_none() {
+        assert_eq!(model.causal_lm().params().all_values(), before, "the step moved nothing");
+    }
+    *diverged
+}
+
+#[test]
+fn a_weight_of_the_checkpoint() {
+    let tensor = "model.layers.1.mlp.down_proj.weight";
+    let (_dir, golden) = poisoned("qwen3-tied", tensor, 7);
+    let diverged = run(&golden, |_| (), None);
+    let Some(NonFinite::Weight { name, trained: false, .. }) = &diverged.found else { panic!("{diverged}") };
+    assert_eq!(name, tensor);
+    assert_eq!((diverged.step, diverged.all_rows, &diverged.checkpoint), (1, true, &None));
+    let text = diverged.to_string();
+    for part in ["step 1: ", tensor, "rows.jsonl:1", "damaged"] {
+        assert!(text.contains(part), "{part:?} is not in: {text}");
+    }
+}
+
+/// Only rows with the token are spoiled.
+#[test]
+fn the_embedding_of_one_token() {
+    let rows = Golden::open("qwen3-untied-sharded").rows;
+    let with = |id: u32| -> Vec<usize> {
+        let found = rows.iter().enumerate().filter(|(_, row)| row.input_ids.contains(&id));
+        found.map(|(index, _)| index + 1).collect()
+    };
+    let id = rows.iter().flat_map(|row| &row.input_ids).find(|id| with(**id).len() == 1).expect("some token is rare");
+    let hidden = rekindle_tests::read_json(&Golden::open("qwen3-untied-sharded").dir.join("config.json"))["hidden_size"]
+        .as_u64()
+        .expect("a number") as usize;
+    let tensor = "model.embed_tokens.weight";
+    let (_dir, golden) = poisoned("qwen3-untied-sharded", tensor, *id as usize * hidden + 3);
+    let diverged = run(&golden, |_| (), None);
+    let Some(NonFinite::Weight { name, .. }) = &diverged.found else { panic!("{diverged}") };
+    assert_eq!(name, tensor);
+    let mut lines: Vec<usize> = diverged.rows.iter().map(|(_, line)| *line).collect();
+    // Nine rows of a step go round the seven.
+    lines.dedup();
+    assert_eq!((lines, diverged.all_rows), (with(*id), false), "{diverged}");
+}
+
+#[test]
+fn a_learning_rate_without_measure() {
+    let out = tempfile::tempdir().expect("a temporary directory");
+    let change = |config: &mut SftConfig| {
+        (config.learning_rate, config.save_steps) = (Some(1e30), Some(1));
+    };
+    let diverged = run(&Golden::open("llama3"), change, Some(out.path()));
+    assert_eq!(diverged.step, 2, "the first step moves the parameters");
+    let Some(NonFinite::Output { module, largest_input, .. }) = &diverged.found else { panic!("{diverged}") };
+    assert!(module.starts_with("model.layers.") && largest_input.is_finite(), "{diverged}");
+    assert_eq!(diverged.checkpoint, Some(out.path().join("checkpoint-1")));
+    let text = diverged.to_string();
+    for part in ["try: a lower learning_rate than 1e30, or a warm-up", "the last good checkpoint is "] {
+        assert!(text.contains(part), "{part:?} is not in: {text}");
+    }
+}
+
+/// With A = 0 the outputs are the base's, whatever B is.
+#[test]
+fn a_gradient_that_overflows() {
+    let golden = Golden::open("qwen3-tied");
+    let mut model = golden.load();
+    model.add_adapter(&LoraConfig::new(2)).expect("a valid configuration");
+    let mut values = vec![0.0; model.params().numel()];
+    let spoiled = |name: &str| name.contains("layers.1.") && name.contains("up_proj") && name.contains("lora_B");
+    let infos = model.params().infos().to_vec();
+    let info = infos.iter().find(|info| spoiled(&info.name)).expect("the adapter is on every linear");
+    values[info.at.range()].fill(3e38);
+    model.params_mut().set_all_values(values);
+    let batches = [golden.batch(&[0, 1]), golden.batch(&[2])];
+    let found = model.first_non_finite(&batches, 1e3, None).expect("golden rows fit");
+    let Some(NonFinite::Gradient { parameter, rows }) = &found else { panic!("{found:?}") };
+    assert_eq!(*parameter, info.name.replace("lora_B", "lora_A"));
+    assert!(!rows.is_empty());
+}
+
+#[test]
+fn what_is_finite_is_left_alone() {
+    let golden = Golden::open("qwen3-tied");
+    let model = golden.load_adapted("all-linear");
+    assert_eq!(model.first_non_finite(&[golden.packed()], 1.0, None).expect("golden rows fit"), None);
+}
