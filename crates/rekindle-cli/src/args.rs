@@ -2,11 +2,11 @@
 
 mod hub;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, Subcommand};
-use rekindle::{Combination, DeviceKind, Dtype, RopeScaling, parse_device};
+use rekindle::{Combination, DeviceKind, Dtype, Resume, RopeScaling, parse_device};
 
 use crate::failure::Failure;
 use crate::nearest::nearest;
@@ -89,6 +89,9 @@ pub(crate) struct TrainArgs {
     /// Replaces or adds a key of the run file; the value is TOML, or else text as it is
     #[arg(value_name = "section.key=value")]
     pub(crate) overrides: Vec<Override>,
+    /// Go on from the last checkpoint in output_dir, or from this one, as if the run had not stopped
+    #[arg(long, value_name = "latest|DIR", num_args = 0..=1, default_missing_value = "latest", value_parser = resume, conflicts_with = "dry_run")]
+    pub(crate) resume: Option<Resume>,
     /// Load everything, print the resolved configuration and what would be trained, and write nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -320,6 +323,17 @@ impl ModelArgs {
     }
 }
 
+/// What follows `--resume` may also be what comes next on the command line.
+fn resume(text: &str) -> Result<Resume, String> {
+    if text == "latest" {
+        return Ok(Resume::Latest);
+    }
+    if !Path::new(text).is_dir() {
+        return Err(format!("\"{text}\" is no directory; put --resume at the end, or write --resume=latest"));
+    }
+    Ok(Resume::From(text.into()))
+}
+
 /// A name, or the parameters as a table of TOML.
 fn rope_scaling(text: &str) -> Result<RopeScaling, String> {
     match parse_value(text) {
@@ -352,7 +366,7 @@ Start here:
 Results are printed to stdout, progress to stderr.
 Models and adapters are directories, or names on the Hugging Face hub such as Qwen/Qwen3-0.6B. HF_HOME, HF_HUB_CACHE,
 HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are obeyed.
-Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data, 5 network or hub.";
+Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data, 5 network or hub, 6 diverged, 130 interrupted.";
 
 const RUN_FILE: &str = r#"Example of a run file; all that is not commented out is needed:
   # output_dir = "outputs/run"      # default: outputs/ and the name of the run file
@@ -385,16 +399,19 @@ const RUN_FILE: &str = r#"Example of a run file; all that is not commented out i
 
   [train]                           # names as in Hugging Face's TrainingArguments
   # per_device_train_batch_size = 8, num_train_epochs = 3 or max_steps, learning_rate,
-  # lr_scheduler_type, warmup_steps, eval_steps, save_steps, logging_steps ...
+  # lr_scheduler_type, warmup_steps, eval_steps, logging_steps, save_steps, save_total_limit,
+  # load_best_model_at_end, early_stopping_patience ...
   # eval_samples = 2                # answers to prompts of eval, into the report; sample_prompts = ["..."] gives others
 
 Relative paths are relative to the current directory, not to the run file.
 A run writes into output_dir: adapter/ (or model/ when all weights were trained), report.html, metrics.jsonl, loss.svg,
 tensorboard/ and run.toml, the configuration with all defaults filled in. What an earlier run left there is replaced.
 The last line on stdout is the path of the adapter or model.
+Ctrl-C ends a run after its step, with a checkpoint-N that --resume goes on from; pressed twice, at once.
 
 Examples:
   rekindle train run.toml --dry-run
+  rekindle train run.toml --resume
   rekindle train run.toml train.learning_rate=1e-4 train.max_steps=200 output_dir=outputs/second"#;
 
 const INIT: &str = "\

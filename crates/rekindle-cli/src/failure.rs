@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use rekindle::ErrorKind;
 
+/// The exit code of a run that a signal ended: 128 and the number of SIGINT.
+pub(crate) const INTERRUPTED: u8 = 130;
+
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
     /// The command line or the run file.
@@ -19,13 +22,19 @@ pub(crate) enum Failure {
     /// A file or directory that this program reads or makes itself.
     #[error("{}: {source}", .path.display())]
     File { path: PathBuf, source: io::Error },
+    /// Ctrl-C cannot be listened for.
+    #[error("cannot listen for signals: {0}")]
+    Signals(io::Error),
+    /// A signal ended the run; what is left of it, and how to go on.
+    #[error("{0}")]
+    Interrupted(String),
     /// Standard output cannot be written.
     #[error("cannot write the result to standard output: {0}")]
     Output(#[from] io::Error),
 }
 
 impl Failure {
-    /// 1 failed, 2 usage or configuration, 3 data, 5 network or hub.
+    /// 1 failed, 2 usage or configuration, 3 data, 5 network or hub, 6 diverged, 130 interrupted.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Configuration(_) => 2,
@@ -33,9 +42,11 @@ impl Failure {
                 ErrorKind::Configuration => 2,
                 ErrorKind::Data => 3,
                 ErrorKind::Hub => 5,
+                ErrorKind::Diverged => 6,
                 _ => 1,
             },
-            Self::Missing(_) | Self::File { .. } | Self::Output(_) => 1,
+            Self::Interrupted(_) => INTERRUPTED,
+            Self::Missing(_) | Self::Signals(_) | Self::File { .. } | Self::Output(_) => 1,
         }
     }
 }
@@ -59,6 +70,7 @@ mod tests {
         let device = rekindle::parse_device("gpu").unwrap_err();
         assert_eq!(Failure::from(Error::from(device)).exit_code(), 2);
         assert_eq!(Failure::Configuration(String::new()).exit_code(), 2);
+        assert_eq!(Failure::Interrupted(String::new()).exit_code(), 130);
         assert_eq!(Failure::from(io::Error::other("full")).exit_code(), 1);
     }
 }

@@ -2,8 +2,8 @@
 //! quantization, and what a checkpoint, the hub's cache or this machine holds.
 //!
 //! Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed (a model or adapter that is
-//! missing or broken, a result that cannot be written, a run that diverged), 2 usage or configuration, 3 data,
-//! 5 network or hub.
+//! missing or broken, a result that cannot be written), 2 usage or configuration, 3 data, 5 network or hub, 6 a run that
+//! diverged, 130 a run that was interrupted and saved a checkpoint.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -29,6 +29,7 @@ mod quantize;
 mod quickstart;
 mod reader;
 mod run_file;
+mod signals;
 mod train;
 
 use std::process::ExitCode;
@@ -36,6 +37,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::args::{Args, Command};
+use crate::failure::Failure;
 
 fn main() -> ExitCode {
     let result = match Args::parse().command {
@@ -54,7 +56,10 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("error: {failure}");
+            match &failure {
+                Failure::Interrupted(text) => eprintln!("{text}"),
+                failure => eprintln!("error: {failure}"),
+            }
             ExitCode::from(failure.exit_code())
         }
     }

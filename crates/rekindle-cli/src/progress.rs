@@ -25,6 +25,12 @@ impl Progress {
 
     pub(crate) fn event(&mut self, event: &Event<'_>) {
         match event {
+            Event::Started { done, total, checkpoint, notes } => {
+                notes.iter().for_each(|note| eprintln!("{note}"));
+                if let Some(path) = checkpoint {
+                    eprintln!("going on from {} after step {done} of {total}", path.display());
+                }
+            }
             Event::Step { metrics, total } => self.step(metrics, *total),
             Event::Eval(metrics) => self.note(&eval_line(metrics)),
             Event::Sample(sample) => self.note(&sample_line(sample)),
@@ -34,6 +40,10 @@ impl Progress {
     }
 
     fn step(&mut self, metrics: &StepMetrics, total: usize) {
+        if self.tokens == 0 {
+            // A run that is gone on with has a past.
+            self.last.1 = metrics.seconds - metrics.tokens as f64 / metrics.tokens_per_second;
+        }
         self.tokens += metrics.tokens;
         if self.is_terminal {
             // A run that goes on begins in the middle; what came before is no part of the speed.

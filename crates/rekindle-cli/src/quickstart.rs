@@ -4,6 +4,7 @@ mod unpack;
 
 use std::env;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use rekindle::{DataSource, Model, Report, Tokenizer};
@@ -35,7 +36,7 @@ pub(crate) fn run(args: &QuickstartArgs) -> Result<(), Failure> {
     output::line(&look(&job, &held_out)?.describe(loss))?;
 
     output::line("2. A LoRA adapter learns from 400 examples to answer in JSON.\n")?;
-    let report = job.fit()?;
+    let report = job.fit(None, &Arc::default(), &mut |_| ())?;
 
     output::line("3. The base model with the adapter:\n")?;
     let loss = report.evals.last().map_or(f64::NAN, |eval| eval.eval_loss);

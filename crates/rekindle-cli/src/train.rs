@@ -1,10 +1,12 @@
 //! `rekindle train`.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rekindle::{
-    BLOCK_LINEARS, DeviceKind, Error, LoraConfig, Model, OptimizerConfig, Report, SftTrainer, TargetModules, Tokenizer,
-    parse_device, write_atomic,
+    BLOCK_LINEARS, DeviceKind, End, Error, Event, LoraConfig, Model, OptimizerConfig, Report, Resume, SftTrainer,
+    TargetModules, Tokenizer, parse_device, write_atomic,
 };
 use toml::{Table, Value};
 
@@ -12,7 +14,7 @@ use crate::args::TrainArgs;
 use crate::failure::Failure;
 use crate::progress::{Progress, duration};
 use crate::run_file::{LoraSection, ModelSection, RunConfig};
-use crate::{dry_run, fetch, open, output};
+use crate::{dry_run, fetch, open, output, signals};
 
 pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let config = RunConfig::load(&args.run_file, &args.overrides)?;
@@ -23,8 +25,20 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     eprintln!("{}", dry_run::trainable(&job));
     let notes = OptimizerConfig::from(&job.config.train).notes(job.model.causal_lm());
     notes.iter().for_each(|note| eprintln!("[train] optim: {note}"));
-    let resolved = write_resolved(&job.config, &args.run_file)?;
-    let report = job.fit()?;
+    let stop = Arc::<AtomicBool>::default();
+    let mut resolved = Ok(None);
+    let report = job.fit(args.resume.clone(), &stop, &mut |config| {
+        let begun =
+            signals::raise(&stop).map_err(Failure::Signals).and_then(|()| write_resolved(config, &args.run_file));
+        if begun.is_err() {
+            stop.store(true, Ordering::Relaxed);
+        }
+        resolved = begun.map(Some);
+    })?;
+    let resolved = resolved?.unwrap_or_default();
+    if report.end == End::Interrupted {
+        return Err(Failure::Interrupted(interruption(&report)));
+    }
     summarize(&report, &job.config.output_dir, &resolved);
     match &report.saved {
         Some(path) => output::line(&path.display().to_string()),
@@ -69,8 +83,14 @@ impl Job {
         Ok(Self { config, model, tokenizer })
     }
 
-    /// Trains to the end and writes the result into `output_dir`.
-    pub(crate) fn fit(&mut self) -> Result<Report, Failure> {
+    /// Trains until the end or until `stop` is raised, and writes into `output_dir`; `on_start` is called when nothing
+    /// stands in the way of the first step.
+    pub(crate) fn fit(
+        &mut self,
+        resume: Option<Resume>,
+        stop: &Arc<AtomicBool>,
+        on_start: &mut dyn FnMut(&RunConfig),
+    ) -> Result<Report, Failure> {
         let Self { config, model, tokenizer } = self;
         let mut progress = Progress::new(config.train.logging_steps);
         let mut trainer =
@@ -79,10 +99,19 @@ impl Job {
                 .seed(config.seed)
                 .output_dir(&config.output_dir)
                 .run_file(config.to_toml())
+                .stop_flag(Arc::clone(stop))
                 .on_data(|source, report| eprintln!("{source}: {report}"))
-                .on_event(|event| progress.event(&event));
+                .on_event(|event| {
+                    progress.event(&event);
+                    if let Event::Started { .. } = event {
+                        on_start(config);
+                    }
+                });
         if let Some(eval) = config.data.eval_source(&config.model) {
             trainer = trainer.eval_dataset(eval);
+        }
+        if let Some(resume) = resume {
+            trainer = trainer.resume(resume);
         }
         Ok(trainer.train()?)
     }
@@ -166,6 +195,18 @@ fn write_resolved(config: &RunConfig, run_file: &Path) -> Result<PathBuf, Failur
     Ok(path)
 }
 
+/// What is said of a run that a signal ended.
+fn interruption(report: &Report) -> String {
+    let done = report.steps.last().map_or(0, |step| step.step);
+    match &report.checkpoint {
+        Some(path) => format!(
+            "interrupted after step {done}; {} has all of it: the same command with --resume goes on from there",
+            path.display()
+        ),
+        None => "interrupted before the first step; nothing was saved".to_owned(),
+    }
+}
+
 fn summarize(report: &Report, dir: &Path, resolved: &Path) {
     if let (Some(first), Some(last)) = (report.steps.first(), report.steps.last()) {
         let time = duration(last.seconds);
@@ -173,6 +214,9 @@ fn summarize(report: &Report, dir: &Path, resolved: &Path) {
             "{} steps in {time}, loss {:.3} at the first and {:.3} at the last",
             last.step, first.loss, last.loss
         );
+    }
+    if report.end == End::EarlyStopping {
+        eprintln!("the evaluation loss fell no further: the run ended early (early_stopping_patience)");
     }
     let [metrics, page] = ["metrics.jsonl", "report.html"].map(|name| dir.join(name));
     eprintln!("report {}  numbers {}  configuration {}", page.display(), metrics.display(), resolved.display());

@@ -13,6 +13,8 @@ mod quantize_errors;
 mod quantized;
 mod quickstart;
 mod results;
+#[cfg(unix)]
+mod survive;
 mod training;
 
 use std::fs;
