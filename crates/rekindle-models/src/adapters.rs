@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use rekindle_kernels::{Weight, to_f32};
 use rekindle_lora::{
     Adapter, Combination, Factors, InitLoraWeights, LoraConfig, initial_magnitude, to_plain, weighted,
 };
-
-use rekindle_kernels::{Weight, to_f32};
 
 use crate::names::{EMBED, module};
 use crate::{CausalLm, Error};
