@@ -102,8 +102,8 @@ pub(crate) struct TrainArgs {
 pub(crate) struct EvalArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Rows, one JSON object a line: messages, prompt + completion, text, or input_ids (+ labels)
-    #[arg(long, value_name = "F.jsonl")]
+    /// Rows: a file of JSON lines, JSON or Parquet, a directory, a pattern, or a dataset on the hub (its split test)
+    #[arg(long, value_name = "ROWS")]
     pub(crate) data: PathBuf,
     /// Also print the loss of every row
     #[arg(long)]
@@ -389,8 +389,9 @@ const RUN_FILE: &str = r#"Example of a run file; all that is not commented out i
   # init_from = "outputs/first/adapter"   # or a name: go on with this adapter instead of a new one
 
   [data]
-  train = "train.jsonl"
+  train = "train.jsonl"             # or a .json, .parquet, a directory, "data/*.parquet", a dataset on the hub, a list
   # eval = "heldout.jsonl"
+  # columns = { prompt = "question", completion = "answer" }    # our key = the file's column
   # shuffle = true
   # overlong = "error"              # error | drop | truncate | split
   # train_on = "assistant"          # assistant | last_assistant | all

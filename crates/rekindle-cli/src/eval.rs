@@ -8,7 +8,8 @@ use crate::{open, output, progress};
 
 pub(crate) fn run(args: &EvalArgs) -> Result<(), Failure> {
     let (model, tokenizer) = open::open(&args.model)?;
-    let evaluation = model.evaluate(tokenizer.as_ref(), &DataSource::new(&args.data), &mut progress::rows())?;
+    let evaluation =
+        model.evaluate(tokenizer.as_ref(), &DataSource::new(&args.data).held_out(), &mut progress::rows())?;
     if args.json {
         return output::line(&serde_json::to_string(&evaluation).expect("numbers serialize"));
     }

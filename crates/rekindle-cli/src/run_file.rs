@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rekindle::{
-    Blocksize, DataSource, DeviceKind, Dtype, FastLanguageModel, GradientCheckpointing, Loader, LoraConfig, Model,
-    Overlong, QuantConfig, RopeScaling, SftConfig, Source, Thinking, TrainOn, Untrained, parse_device,
+    Blocksize, Columns, DataSource, DeviceKind, Dtype, FastLanguageModel, GradientCheckpointing, Loader, LoraConfig,
+    Model, Overlong, QuantConfig, RopeScaling, SftConfig, Source, Thinking, TrainOn, Untrained, parse_device,
     stored_quantization,
 };
 use serde::{Deserialize, Serialize};
@@ -362,6 +362,9 @@ impl RunConfig {
         }
         if self.data.train.is_empty() {
             problems.push("[data] train is missing; give a file of rows, such as JSON lines or Parquet".to_owned());
+        }
+        if let Err(error) = Columns::new(self.data.columns.clone()) {
+            problems.push(format!("[data] {error}"));
         }
         match parse_device(&self.device) {
             Err(error) => problems.push(error.to_string()),

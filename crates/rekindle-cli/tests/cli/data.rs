@@ -150,7 +150,7 @@ fn malformed_rows_are_3_with_file_and_row() {
         scratch.train(&[&train, &columns, &format!("model={}", quickstart().display())])
     };
     mapped("{text=\"body\"}").fails(3, &["good.jsonl:1: has no \"body\" (for \"text\"); its keys: \"messages\""]);
-    mapped("{txt=\"body\"}").fails(2, &["\"txt\" is no key of a row", "text"]);
+    mapped("{txt=\"body\"}").fails(2, &["[data] columns: \"txt\" is no key of a row", "text"]);
     assert!(!scratch.path("out/adapter").exists());
 }
 

@@ -205,3 +205,23 @@ fn damaged_files_do_not_panic() {
         }
     }
 }
+
+/// What the reader of Parquet asserts is caught; a row that comes out all the same is one that the file now holds.
+#[test]
+fn damaged_tables_do_not_panic() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("rows.parquet");
+    for name in ["chat.parquet", "ids.parquet", "gzip.parquet", "brotli.parquet", "lz4.parquet", "none.parquet"] {
+        let whole = std::fs::read(golden(name)).expect("there");
+        for at in (4..whole.len()).step_by(13) {
+            for flip in [0x01, 0xff] {
+                let mut damaged = whole.clone();
+                damaged[at] ^= flip;
+                std::fs::write(&path, &damaged).expect("written");
+                if let Err(error) = rows_of(&path, &Columns::default()) {
+                    assert_eq!(error.kind(), ErrorKind::Data, "{error}");
+                }
+            }
+        }
+    }
+}
