@@ -1,9 +1,10 @@
 //! How an optimizer step is cut into micro-batches changes nothing; the same step twice gives the same bits.
 
+use rekindle_data::{Dataset, EncodeOptions, Packs};
 use rekindle_lora::{GradientCheckpointing, LoraConfig};
 use rekindle_models::{CausalLm, StepKey};
 use rekindle_tests::{Golden, relative_distance};
-use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
+use rekindle_train::{Optimizer, OptimizerConfig, SftConfig, StepMetrics, Trainer};
 
 /// The seven rows packed, one by one, in pieces, and in other orders.
 const SPLITS: [&[&[usize]]; 6] = [
@@ -68,6 +69,81 @@ fn any_split_gives_the_gradient_of_all_weights() {
     for name in ["qwen3-tied", "qwen3-untied-sharded", "llama-bias"] {
         let golden = Golden::open(name);
         check_splits(&format!("{name}, full"), &golden, &golden.load_full(), None);
+    }
+}
+
+/// Packs of every capacity, in micro-batches of one to three of them.
+#[test]
+fn any_packing_gives_the_gradient() {
+    let golden = Golden::open("qwen3-tied");
+    let model = adapted(&golden, |config| config.lora_dropout(0.2));
+    let lengths: Vec<usize> = golden.rows.iter().map(|row| row.input_ids.len()).collect();
+    let total: usize = lengths.iter().sum();
+    let (_, whole) = gradient(&golden, &model, &[&[0, 1, 2, 3, 4, 5, 6]], Some(KEY));
+    let mut counts = Vec::new();
+    for capacity in [75, 90, 120, total] {
+        let packs = Packs::best_fit(lengths.iter().copied(), capacity);
+        counts.push(packs.len());
+        for size in 1..=3 {
+            let packs: Vec<&[usize]> = packs.iter().collect();
+            let batches: Vec<Vec<usize>> = packs.chunks(size).map(|batch| batch.concat()).collect();
+            let batches: Vec<&[usize]> = batches.iter().map(Vec::as_slice).collect();
+            let error = relative_distance(&gradient(&golden, &model, &batches, Some(KEY)).1, &whole);
+            assert!(error <= TOLERANCE, "{batches:?} moves the gradient by {error:e} of its norm");
+        }
+    }
+    assert_eq!(counts, [3, 3, 2, 1], "packs of each capacity");
+}
+
+/// A whole step of the trainer, all rows in it: one by one, accumulated, and packed.
+#[test]
+fn the_trainer_takes_the_same_step_from_packs() {
+    let golden = Golden::open("qwen2");
+    let options = EncodeOptions { max_seq_length: 128, ..EncodeOptions::default() };
+    let step = |packing, per_device_train_batch_size, gradient_accumulation_steps| -> StepMetrics {
+        let (dataset, _) = Dataset::load(&golden.dir.join("rows.jsonl"), None, &options).expect("golden rows load");
+        let config = SftConfig {
+            packing,
+            per_device_train_batch_size,
+            gradient_accumulation_steps,
+            max_steps: Some(1),
+            ..SftConfig::default()
+        };
+        let mut model = golden.load_adapted("all-linear");
+        let report = Trainer::new(&mut model, dataset, config).train().expect("a step");
+        report.steps[0].clone()
+    };
+    let packs = Packs::best_fit(golden.rows.iter().map(|row| row.input_ids.len()), 128).len();
+    assert!(packs > 1 && packs < 7, "{packs} packs");
+    let single = step(false, 7, 1);
+    for other in [step(false, 1, 7), step(true, packs, 1), step(true, 1, packs)] {
+        assert_eq!((other.tokens, other.trained_tokens), (single.tokens, single.trained_tokens), "the same rows");
+        for (a, b) in [(other.loss, single.loss), (other.grad_norm, single.grad_norm)] {
+            assert!((a / b - 1.0).abs() <= TOLERANCE, "{a} is not {b}");
+        }
+        assert_eq!(other.epoch, 1.0);
+    }
+}
+
+/// What stands in one document of a pack is nothing to the others.
+#[test]
+fn packed_documents_do_not_see_each_other() {
+    for name in ["qwen3-tied", "qwen2", "llama3"] {
+        let golden = Golden::open(name);
+        let model = golden.load_adapted("all-linear");
+        let batch = golden.packed();
+        let before = model.nll(&batch).expect("golden rows fit");
+        for (changed, range) in batch.documents().enumerate() {
+            let mut other = batch.clone();
+            for id in &mut other.input_ids[range.clone()] {
+                *id = (*id + 17) % 100;
+            }
+            let after = model.nll(&other).expect("golden rows fit");
+            for (document, range) in batch.documents().enumerate() {
+                let same = before[range.clone()].iter().zip(&after[range]).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert_eq!(same, document != changed, "{name}: {changed} was changed, {document} looked at");
+            }
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod data;
 mod hub;
 
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use crate::nearest::nearest;
 use crate::overrides::{Override, parse_value};
 use crate::run_file::ModelSection;
 
+pub(crate) use data::{DataCommand, PreviewArgs, RunFileArgs, StatsArgs};
 pub(crate) use hub::HubArgs;
 #[cfg(feature = "network")]
 pub(crate) use hub::{CacheCommand, CacheDir, ListArgs, PruneArgs};
@@ -33,6 +35,9 @@ pub(crate) enum Command {
     Init(InitArgs),
     /// Train what a run file describes
     Train(TrainArgs),
+    /// Look at the rows of a run file as they are trained, without loading a weight
+    #[command(subcommand)]
+    Data(DataCommand),
     /// Measure a model's loss on a file of rows
     Eval(EvalArgs),
     /// Continue a prompt or answer a message
@@ -399,7 +404,7 @@ const RUN_FILE: &str = r#"Example of a run file; all that is not commented out i
   # untrained = "error"             # error | drop: rows with nothing to train
 
   [train]                           # names as in Hugging Face's TrainingArguments
-  # per_device_train_batch_size = 8, num_train_epochs = 3 or max_steps, learning_rate,
+  # per_device_train_batch_size = 8, packing = false, num_train_epochs = 3 or max_steps, learning_rate,
   # lr_scheduler_type, warmup_steps, eval_steps, logging_steps, save_steps, save_total_limit,
   # load_best_model_at_end, early_stopping_patience ...
   # eval_samples = 2                # answers to prompts of eval, into the report; sample_prompts = ["..."] gives others

@@ -1,15 +1,16 @@
 //! `rekindle train --dry-run`: what a run would do, as a run file with the facts in comments.
 
-use rekindle::{Dataset, Example, IGNORED, OptimizerConfig, Tokenizer};
+use rekindle::{Dataset, OptimizerConfig};
 
 use crate::failure::Failure;
-use crate::output;
 use crate::train::Job;
+use crate::{data, output};
 
 /// Examples that are shown.
 const SHOWN: usize = 2;
-/// Characters of an example that are shown.
-const WIDTH: usize = 400;
+/// Lines of an example that are shown, and characters of a line.
+const LINES: usize = 12;
+const WIDTH: usize = 200;
 
 pub(crate) fn print(job: &Job) -> Result<(), Failure> {
     let Job { config, model, tokenizer } = job;
@@ -25,7 +26,9 @@ pub(crate) fn print(job: &Job) -> Result<(), Failure> {
     }
     facts.push(steps(job, &train));
     for example in train.examples().take(SHOWN) {
-        facts.extend(show(&example, tokenizer.as_ref()));
+        facts.push(data::facts(&example));
+        let text = data::view(&example, tokenizer.as_ref(), data::Style::Plain);
+        facts.extend(text.lines().take(LINES).map(|line| format!("  {}", shorten(line))));
     }
     let comments: String = facts.iter().map(|fact| format!("# {fact}\n")).collect();
     output::line(&format!("{}\n{comments}# a dry run: nothing was written", config.to_toml()))
@@ -51,39 +54,21 @@ pub(crate) fn trainable(job: &Job) -> String {
 
 fn steps(job: &Job, train: &Dataset) -> String {
     let config = &job.config.train;
-    let total = config.total_steps(train.len());
+    let packs = config.rows(train, job.model.causal_lm().max_seq_length()).len();
+    let total = config.total_steps(packs);
     let rows = config.rows_per_step();
     let epochs = match config.max_steps {
-        Some(steps) => steps as f64 * rows as f64 / train.len() as f64,
+        Some(steps) => steps as f64 * rows as f64 / packs as f64,
         None => config.num_train_epochs,
     };
     let warmup = config.resolved_warmup(total);
-    format!("{total} steps of {rows} rows, {epochs:.2} times through the data; {warmup} steps of warm-up")
+    let packed = if config.packing { format!(" ({} examples in {packs} packs)", train.len()) } else { String::new() };
+    format!("{total} steps of {rows} rows{packed}, {epochs:.2} times through the data; {warmup} steps of warm-up")
 }
 
-/// An example and, where that is not all of it, the part that is learned.
-fn show(example: &Example<'_>, tokenizer: Option<&Tokenizer>) -> Vec<String> {
-    let learned: Vec<u32> = example
-        .input_ids
-        .iter()
-        .zip(example.labels)
-        .filter(|(_, label)| **label != IGNORED)
-        .map(|(id, _)| *id)
-        .collect();
-    let text = |ids: &[u32]| {
-        let text = tokenizer.and_then(|tokenizer| tokenizer.decode(ids, false).ok());
-        shorten(&text.map_or_else(|| format!("{ids:?}"), |text| format!("{text:?}")))
-    };
-    let mut lines = vec![format!("{}: {}", example.row, text(example.input_ids))];
-    if learned.len() < example.input_ids.len() {
-        lines.push(format!("{}, learned: {}", example.row, text(&learned)));
-    }
-    lines
-}
-
-fn shorten(text: &str) -> String {
-    match text.char_indices().nth(WIDTH) {
-        Some((end, _)) => format!("{} …", &text[..end]),
-        None => text.to_owned(),
+fn shorten(line: &str) -> String {
+    match line.char_indices().nth(WIDTH) {
+        Some((end, _)) => format!("{} …", &line[..end]),
+        None => line.to_owned(),
     }
 }

@@ -11,6 +11,7 @@ mod args;
 #[cfg(feature = "network")]
 mod cache;
 mod chat;
+mod data;
 mod doctor;
 mod dry_run;
 mod eval;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Quickstart(args) => quickstart::run(&args),
         Command::Init(args) => init::run(&args),
+        Command::Data(command) => data::run(&command),
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),

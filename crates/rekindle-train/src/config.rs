@@ -1,5 +1,6 @@
 //! The numbers of a run, under the names of Hugging Face's `TrainingArguments`.
 
+use rekindle_data::{Dataset, Packs};
 use rekindle_kernels::{Group, Params};
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +16,9 @@ pub struct SftConfig {
     pub per_device_eval_batch_size: usize,
     /// Passes of one optimizer step. Default 1.
     pub gradient_accumulation_steps: usize,
+    /// Whether a row of training is as many examples as fit into `max_seq_length`, instead of one. They never see each
+    /// other, so this changes how many examples a step takes, and nothing of what is learned from one. Default false.
+    pub packing: bool,
     /// Passes over the data, when `max_steps` is absent. Default 3.
     pub num_train_epochs: f64,
     /// Optimizer steps; overrides `num_train_epochs`.
@@ -92,6 +96,7 @@ impl Default for SftConfig {
             per_device_train_batch_size: 8,
             per_device_eval_batch_size: 8,
             gradient_accumulation_steps: 1,
+            packing: false,
             num_train_epochs: 3.0,
             max_steps: None,
             learning_rate: None,
@@ -232,6 +237,12 @@ impl SftConfig {
         let problem = "embedding_learning_rate needs an embedding table or output layer that is trained: \
                        modules_to_save = [\"embed_tokens\", \"lm_head\"], or full_finetuning";
         Err(Error::Config(vec![problem.to_owned()]))
+    }
+
+    /// The rows that training takes from `dataset`, packed or one example each.
+    pub fn rows(&self, dataset: &Dataset, max_seq_length: usize) -> Packs {
+        let lengths = dataset.examples().map(|example| example.input_ids.len());
+        if self.packing { Packs::best_fit(lengths, max_seq_length) } else { Packs::single(dataset.len()) }
     }
 
     /// Rows of one optimizer step.

@@ -45,7 +45,7 @@ pub use error::{Error, ErrorKind};
 pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
 pub use model::{Generated, Model};
-pub use pretrained::{Dtype, FastLanguageModel, Files, Loader};
+pub use pretrained::{Dtype, FastLanguageModel, Files, Loader, RowEncoder};
 pub use quantize::quantize;
 pub use sft::SftTrainer;
 pub use source::{Fetched, Source};

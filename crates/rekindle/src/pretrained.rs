@@ -1,6 +1,6 @@
 //! `FastLanguageModel::from_pretrained`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
 use rekindle_data::Tokenizer;
@@ -9,7 +9,8 @@ use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{GradientCheckpointing, saved_rows};
 use rekindle_models::{
-    CausalLm, LoadIn, LoadOptions, ModelConfig, RopeScaling, saved_positions, stored_quantization, trained_on,
+    CausalLm, LoadIn, LoadOptions, ModelConfig, Positions, RopeScaling, saved_positions, stored_quantization,
+    trained_on,
 };
 use rekindle_quant::QuantConfig;
 use serde::{Deserialize, Serialize};
@@ -17,8 +18,10 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, Model, Source, skip};
 
 mod files;
+mod rows;
 
 pub use files::Files;
+pub use rows::RowEncoder;
 
 /// The entry point, named as in Unsloth.
 #[derive(Debug)]
@@ -233,18 +236,14 @@ impl Loader {
             load_in = Some(on.load_in);
             self.skip_modules = self.skip_modules.take().or(on.skip_modules);
         }
-        let saved = adapter.map(saved_positions).transpose()?.flatten();
-        let window = match (&saved, &self.rope_scaling) {
-            (Some(saved), None) => saved.max_position_embeddings(),
-            _ => config.max_position_embeddings,
-        };
+        let (saved, max_seq_length) = self.positions(adapter, &config)?;
         let saved = saved.map(RopeScaling::Saved);
         let rows = adapter.map(saved_rows).transpose().map_err(rekindle_models::Error::from)?.flatten();
         let rows = rows.filter(|rows| *rows != config.vocab_size);
         let options = LoadOptions {
             dtype,
             device,
-            max_seq_length: self.max_seq_length.unwrap_or(MAX_SEQ_LENGTH.min(window)),
+            max_seq_length,
             rope_scaling: self.rope_scaling.take().or(saved).unwrap_or_default(),
             full_finetuning: self.full_finetuning,
             load_in,
@@ -266,6 +265,20 @@ impl Loader {
             model.put(adapter)?;
         }
         Ok(model)
+    }
+
+    /// The positions that an adapter was trained with, where it says them, and the longest row.
+    pub(crate) fn positions(
+        &self,
+        adapter: Option<&Path>,
+        config: &ModelConfig,
+    ) -> Result<(Option<Positions>, usize), Error> {
+        let saved = adapter.map(saved_positions).transpose()?.flatten();
+        let window = match (&saved, &self.rope_scaling) {
+            (Some(saved), None) => saved.max_position_embeddings(),
+            _ => config.max_position_embeddings,
+        };
+        Ok((saved, self.max_seq_length.unwrap_or(MAX_SEQ_LENGTH.min(window))))
     }
 
     /// Whether the arguments agree with one another, before anything is read.

@@ -9,6 +9,7 @@ mod errors;
 #[cfg(feature = "network")]
 mod hub;
 mod init;
+mod preview;
 mod quantize_errors;
 mod quantized;
 mod quickstart;

@@ -55,7 +55,8 @@ impl<'a> Run<'a> {
     pub(super) fn begin(mut job: Trainer<'a>) -> Result<Self, Error> {
         job.config.validate()?;
         let full = job.model.lora().is_none();
-        let total = job.config.total_steps(job.train.len());
+        let packs = job.config.rows(&job.train, job.model.max_seq_length());
+        let total = job.config.total_steps(packs.len());
         let peak = job.config.resolved_learning_rate(full);
         let schedule = job.config.schedule(peak, total)?;
         job.config.check_embedding_rate(job.model.params())?;
@@ -99,7 +100,7 @@ impl<'a> Run<'a> {
             schedule,
             peaks: Rates { default: peak, embedding: job.config.embedding_learning_rate.unwrap_or(peak) },
             optimizer,
-            rows: Rows::new(&job.config, job.train.len(), job.shuffle, job.seed, examples_seen),
+            rows: Rows::new(&job.config, packs, job.shuffle, job.seed, examples_seen),
             stopping,
             recorder,
             evaluated: state.as_ref().and_then(|state| state.last_evaluation),
@@ -175,7 +176,7 @@ impl<'a> Run<'a> {
         let memory = self.job.model.device().memory();
         let metrics = StepMetrics {
             step: self.done,
-            epoch: self.rows.seen() as f64 / self.job.train.len() as f64,
+            epoch: self.rows.epoch(),
             loss: result.loss,
             grad_norm: result.grad_norm,
             learning_rate: rates.default,

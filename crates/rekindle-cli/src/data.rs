@@ -1,0 +1,66 @@
+//! `rekindle data`: the rows of a run, as they are trained.
+
+mod stats;
+mod view;
+
+use std::io::{IsTerminal, stdout};
+
+use rekindle::{Error, RowEncoder};
+
+use crate::args::{DataCommand, PreviewArgs, RunFileArgs};
+use crate::failure::Failure;
+use crate::run_file::RunConfig;
+use crate::{fetch, output, progress};
+
+pub(crate) use view::{Style, facts, view};
+
+pub(crate) fn run(command: &DataCommand) -> Result<(), Failure> {
+    match command {
+        DataCommand::Preview(args) => preview(args),
+        DataCommand::Stats(args) => stats::run(args),
+    }
+}
+
+/// The run's configuration, and what encodes its rows.
+fn open(args: &RunFileArgs) -> Result<(RunConfig, RowEncoder), Failure> {
+    let config = RunConfig::load(&args.run_file, &args.overrides)?;
+    let device = rekindle::parse_device(&config.device).map_err(Error::from)?;
+    let mut loader = config.model.loader(device)?.on_download(progress::downloading());
+    if let Some(name) = config.lora.as_ref().and_then(|lora| lora.init_from.as_ref()) {
+        loader = loader.for_adapter(fetch::directory(config.model.source(name))?);
+    }
+    fetch::say(&loader.fetch()?.notices.clone());
+    Ok((config, loader.row_encoder()?))
+}
+
+fn preview(args: &PreviewArgs) -> Result<(), Failure> {
+    let (config, encoder) = open(&args.run)?;
+    let source = if args.eval {
+        config
+            .data
+            .eval_source(&config.model)
+            .ok_or_else(|| Failure::Configuration("[data] has no eval; leave --eval out".to_owned()))?
+    } else {
+        config.data.train_source(&config.model)
+    };
+    let (dataset, found) = encoder.encode(&source)?;
+    eprintln!("{source}: {found}");
+    let count = dataset.len();
+    let shown = match args.row {
+        None => 0..args.rows.min(count),
+        Some(row) if (1..=count).contains(&row) => row - 1..row,
+        Some(row) => {
+            return Err(Failure::Configuration(format!("--row {row} is not there; the rows are 1 to {count}")));
+        }
+    };
+    let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let style = if stdout().is_terminal() && !no_color { Style::Colour } else { Style::Plain };
+    for index in shown {
+        let example = dataset.example(index);
+        let text = view(&example, encoder.tokenizer(), style);
+        if !output::piece(&format!("row {} of {count}, {}\n{text}\n\n", index + 1, facts(&example)))? {
+            break;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,65 @@
+//! Rows as a model takes them, without its weights.
+
+use rekindle_data::{Dataset, LoadReport, Tokenizer};
+use rekindle_hub::read_json;
+use rekindle_lora::saved_rows;
+use rekindle_models::ModelConfig;
+
+use crate::{DataSource, Error, Loader};
+
+/// What encoding rows needs to know of a model: its tokenizer, its vocabulary and how long a row may be.
+#[derive(Debug)]
+pub struct RowEncoder {
+    tokenizer: Option<Tokenizer>,
+    max_seq_length: usize,
+    vocab_size: usize,
+}
+
+impl Loader {
+    /// What encodes rows for the model as these arguments describe it. No weight is read, but a name on the hub is
+    /// downloaded whole.
+    ///
+    /// # Errors
+    /// Those of [`fetch`](Self::fetch); [`Error::Data`] for a broken tokenizer, [`Error::Model`] for a configuration that
+    /// is not supported. A checkpoint without `tokenizer.json` will do for token ids.
+    pub fn row_encoder(&mut self) -> Result<RowEncoder, Error> {
+        let files = self.fetch()?.clone();
+        let path = files.model.join("config.json");
+        let config = ModelConfig::from_json(&read_json(&path)?)
+            .map_err(|problems| rekindle_models::Error::Config { path, problems })?;
+        let adapter = files.adapter.as_deref().or(self.adapter.as_deref());
+        let (_, max_seq_length) = self.positions(adapter, &config)?;
+        let saved = adapter.map(saved_rows).transpose().map_err(rekindle_models::Error::from)?.flatten();
+        let vocab_size = self.resize_model_vocab.or(saved).unwrap_or(config.vocab_size);
+        let dir = files.tokenizer();
+        let has_tokenizer = dir.join("tokenizer.json").is_file();
+        let tokenizer = has_tokenizer.then(|| Tokenizer::from_dir(dir)).transpose()?;
+        Ok(RowEncoder { tokenizer, max_seq_length, vocab_size })
+    }
+}
+
+impl RowEncoder {
+    /// The rows of `data`, and what was found in its files.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for rows that cannot be read or do not fit.
+    pub fn encode(&self, data: &DataSource) -> Result<(Dataset, LoadReport), Error> {
+        data.encode(self.tokenizer.as_ref(), self.max_seq_length, self.vocab_size)
+    }
+
+    /// The checkpoint's tokenizer, if it has one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// The most tokens of a row.
+    pub fn max_seq_length(&self) -> usize {
+        self.max_seq_length
+    }
+
+    /// The same for rows of any length.
+    #[must_use]
+    pub fn of_any_length(self) -> Self {
+        Self { max_seq_length: usize::MAX, ..self }
+    }
+}
