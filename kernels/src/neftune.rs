@@ -17,7 +17,8 @@ use burn::tensor::{DType, Tensor as BurnTensor, TensorData};
 use rayon::prelude::*;
 
 use crate::cuda::{Ints, ops};
-use crate::dropout::{Tokens, philox};
+use crate::dropout::Tokens;
+use crate::philox::philox;
 use crate::{Tensor, cpu};
 
 /// The site of the noise; those of dropout count up from 0.

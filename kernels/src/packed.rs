@@ -25,6 +25,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Device as BurnDevice, Tensor as BurnTensor};
 
 use crate::cuda::ops;
+use crate::stochastic::Draw;
 use crate::tensor::cuda_dtype;
 use crate::{Device, Path, Tensor, cpu, portable};
 
@@ -104,6 +105,46 @@ impl Codes {
         }
     }
 
+    /// The codes and their scales one after another, without what stays the same when values change.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let floats = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+        match &self.format {
+            Format::FourBit { codes, absmax: Absmax::Single(absmax), .. } => [codes.clone(), floats(absmax)].concat(),
+            Format::FourBit { codes, absmax: Absmax::Double { codes: scales, nested, .. }, .. } => {
+                [codes.clone(), scales.clone(), floats(nested)].concat()
+            }
+            Format::Int8 { codes, scales, .. } => {
+                let codes = codes.iter().map(|code| code.cast_unsigned()).collect();
+                [codes, floats(scales)].concat()
+            }
+        }
+    }
+
+    /// The same with what [`to_bytes`](Self::to_bytes) gave in its place; `None` when there are not as many bytes.
+    pub(crate) fn with_values(&self, bytes: &[u8]) -> Option<Self> {
+        let mut whole = self.clone();
+        let mut rest = bytes;
+        let mut take = |n: usize| rest.split_off(..n);
+        let floats =
+            |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect::<Vec<f32>>();
+        match &mut whole.format {
+            Format::FourBit { codes, absmax: Absmax::Single(absmax), .. } => {
+                *codes = take(codes.len())?.to_vec();
+                *absmax = floats(take(4 * absmax.len())?);
+            }
+            Format::FourBit { codes, absmax: Absmax::Double { codes: scales, nested, .. }, .. } => {
+                *codes = take(codes.len())?.to_vec();
+                *scales = take(scales.len())?.to_vec();
+                *nested = floats(take(4 * nested.len())?);
+            }
+            Format::Int8 { codes, scales, .. } => {
+                *codes = take(codes.len())?.iter().map(|code| code.cast_signed()).collect();
+                *scales = floats(take(4 * scales.len())?);
+            }
+        }
+        rest.is_empty().then_some(whole)
+    }
+
     /// Leaves everything but the codes themselves.
     fn take_bytes(&mut self) {
         match &mut self.format {
@@ -112,12 +153,20 @@ impl Codes {
         }
     }
 
-    /// Undoes [`take_bytes`](Self::take_bytes).
-    fn with_bytes(&self, bytes: Vec<u8>) -> Self {
+    /// Undoes [`take_bytes`](Self::take_bytes), with the scales as they are now where they follow from values.
+    fn with_bytes(&self, bytes: Vec<u8>, now: Option<Vec<f32>>) -> Self {
         let mut whole = self.clone();
         match &mut whole.format {
-            Format::FourBit { codes, .. } => *codes = bytes,
-            Format::Int8 { codes, .. } => *codes = bytes.into_iter().map(u8::cast_signed).collect(),
+            Format::FourBit { codes, absmax, .. } => {
+                *codes = bytes;
+                if let (Absmax::Single(absmax), Some(now)) = (absmax, now) {
+                    *absmax = now;
+                }
+            }
+            Format::Int8 { codes, scales, .. } => {
+                *codes = bytes.into_iter().map(u8::cast_signed).collect();
+                *scales = now.unwrap_or_else(|| core::mem::take(scales));
+            }
         }
         whole
     }
@@ -220,7 +269,7 @@ impl PackedWeight {
             Place::Burn(words) => Arc::new(words.codes()),
             Place::Cuda(array, rest) => {
                 let bytes = array.download_codes().unwrap_or_else(|_| vec![0; array.bytes().0]);
-                Arc::new(rest.with_bytes(bytes))
+                Arc::new(rest.with_bytes(bytes, array.download_scales().unwrap_or_default()))
             }
         }
     }
@@ -239,6 +288,30 @@ impl PackedWeight {
         match &self.0 {
             Place::Cuda(array, _) => array.decode(cuda_dtype(dtype), None).into(),
             _ => self.rows(0..self.dims()[0], dtype).into(),
+        }
+    }
+
+    /// Whether its values can be replaced: where its scales are not in codes themselves, on the CPU and on CUDA.
+    pub fn can_be_trained(&self) -> bool {
+        let format = match &self.0 {
+            Place::Host(codes) | Place::Cuda(_, codes) => &codes.format,
+            Place::Burn(_) => return false,
+        };
+        !matches!(format, Format::FourBit { absmax: Absmax::Double { .. }, .. })
+    }
+
+    /// Replaces all values, rounded stochastically ([`stochastic`](crate::stochastic)); scales follow from them.
+    ///
+    /// # Panics
+    /// Where [`can_be_trained`](Self::can_be_trained) says no.
+    pub(crate) fn store(&mut self, flat: Tensor<1>, draw: Draw) {
+        let dims = self.dims();
+        match (&mut self.0, flat) {
+            (Place::Host(codes), Tensor::Burn(flat)) => {
+                Arc::make_mut(codes).store(cpu::View::of(&flat).as_slice(), draw);
+            }
+            (Place::Cuda(array, _), Tensor::Cuda(flat)) => array.store(&flat.part(0, dims), draw),
+            _ => panic!("words of Burn's other devices are not written, and operands lie on one device"),
         }
     }
 

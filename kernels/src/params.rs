@@ -3,6 +3,10 @@
 //! One buffer for all values and one for all gradients make the optimizer, the global norm and (later)
 //! the reduction over ranks one pass each. Layers keep [`ParamRef`]s, not tensors: a view is made where
 //! it is read and gone before the optimizer writes, so that the write happens in place.
+//!
+//! Parameters *in place* have no f32 buffer: each lies in a slot of its own, in bf16 or in codes, as it computes, and
+//! changes are rounded into it stochastically ([`stochastic`](crate::stochastic)). A [`ParamRef`] is then a place in the
+//! gradients alone.
 
 use core::ops::Range;
 
@@ -10,8 +14,10 @@ use burn::tensor::{DType, Tensor as BurnTensor};
 
 use crate::cuda::{Array, ops};
 use crate::matmul::Form;
+use crate::slot::Slot;
+use crate::stochastic::Draw;
 use crate::tensor::cuda_dtype;
-use crate::{Device, Path, Tensor, cpu, from_f32, matmul, optimizer, to_f32};
+use crate::{Device, PackedWeight, Path, Tensor, cpu, from_f32, matmul, optimizer, to_f32};
 
 /// Where a parameter lies: a row-major matrix in the flat buffers. Vectors have one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,12 +78,20 @@ pub struct ParamsBuilder {
     infos: Vec<ParamInfo>,
     values: Vec<f32>,
     mirrors: Vec<ops::mirror::Mirror>,
+    /// Instead of `values`.
+    slots: Option<Vec<Slot>>,
 }
 
 impl ParamsBuilder {
     /// For parameters on `device`, whose views are read in `dtype`.
     pub fn new(device: &Device, dtype: DType) -> Self {
-        Self { device: device.clone(), dtype, infos: Vec::new(), values: Vec::new(), mirrors: Vec::new() }
+        let (infos, values, mirrors) = Default::default();
+        Self { device: device.clone(), dtype, infos, values, mirrors, slots: None }
+    }
+
+    /// For parameters that are kept in place, without an f32 buffer.
+    pub fn in_place(device: &Device, dtype: DType) -> Self {
+        Self { slots: Some(Vec::new()), ..Self::new(device, dtype) }
     }
 
     /// The dtype that views are read in.
@@ -105,14 +119,46 @@ impl ParamsBuilder {
         decays: bool,
         values: &[f32],
     ) -> ParamRef {
+        let at = self.describe(group, name, shape, decays);
+        assert_eq!(values.len(), at.range().len(), "values of shape {shape:?}");
+        match &mut self.slots {
+            Some(slots) => slots.push(Slot::f32(values, at.dims(), &self.device)),
+            None => self.values.extend_from_slice(values),
+        }
+        at
+    }
+
+    /// Appends a matrix that is kept in bf16, given as its bits in little-endian order.
+    ///
+    /// # Panics
+    /// When `bytes` do not fill `shape`, or parameters are not kept in place.
+    pub fn push_bf16(&mut self, group: Group, name: impl Into<String>, shape: &[usize], bytes: &[u8]) -> ParamRef {
+        let at = self.describe(group, name, shape, true);
+        assert_eq!(bytes.len(), 2 * at.range().len(), "bytes of shape {shape:?}");
+        let slot = Slot::bf16(bytes, at.dims(), &self.device);
+        self.slots.as_mut().expect("parameters are kept in place").push(slot);
+        at
+    }
+
+    /// Appends a matrix that is kept in codes.
+    ///
+    /// # Panics
+    /// When the codes cannot be trained, or parameters are not kept in place.
+    pub fn push_packed(&mut self, name: impl Into<String>, weight: PackedWeight) -> ParamRef {
+        assert!(weight.can_be_trained(), "codes whose scales are in codes do not change");
+        let at = self.describe(Group::Default, name, &weight.dims(), true);
+        let slot = Slot::packed(weight, &self.device);
+        self.slots.as_mut().expect("parameters are kept in place").push(slot);
+        at
+    }
+
+    fn describe(&mut self, group: Group, name: impl Into<String>, shape: &[usize], decays: bool) -> ParamRef {
         let (rows, cols) = match *shape {
             [n] => (1, n),
             [rows, cols] => (rows, cols),
             _ => panic!("a parameter has one or two axes, not {shape:?}"),
         };
-        assert_eq!(values.len(), rows * cols, "values of shape {shape:?}");
-        let at = ParamRef { offset: self.values.len(), rows, cols };
-        self.values.extend_from_slice(values);
+        let at = ParamRef { offset: self.infos.last().map_or(0, |last| last.at.range().end), rows, cols };
         self.infos.push(ParamInfo { name: name.into(), shape: shape.to_vec(), at, decays, group });
         at
     }
@@ -129,24 +175,29 @@ impl ParamsBuilder {
 
     /// Moves everything to the device.
     pub fn build(self) -> Params {
-        let Self { device, dtype, infos, values, mirrors } = self;
+        let Self { device, dtype, infos, values, mirrors, slots } = self;
         let numel = values.len();
         let values = from_f32(values, [numel], &device, DType::F32);
         let mirrors = match &device {
             Device::Cuda(cuda) if !mirrors.is_empty() => Some(ops::mirror::Mirrors::new(cuda, mirrors)),
             _ => None,
         };
-        let mut params = Params { infos, values, dtype, compute: None, mirrors };
+        let mut params = Params { infos, values, slots, seed: 0, dtype, compute: None, mirrors };
         params.refresh();
         params
     }
 }
 
-/// The trainable parameters of a model, `f32`.
+/// The trainable parameters of a model, `f32` or kept in place.
 #[derive(Clone, Debug)]
 pub struct Params {
     infos: Vec<ParamInfo>,
+    /// Empty where there are slots.
     values: Tensor<1>,
+    /// One for each of `infos`, where parameters are kept in place.
+    slots: Option<Vec<Slot>>,
+    /// Of what is rounded stochastically.
+    seed: u64,
     dtype: DType,
     /// On CUDA, the values in the compute dtype where that is not `f32`: views of it cost nothing.
     compute: Option<Array>,
@@ -172,11 +223,36 @@ impl Params {
 
     /// Number of trainable scalars.
     pub fn numel(&self) -> usize {
-        self.values.dims()[0]
+        self.infos.last().map_or(0, |last| last.at.range().end)
+    }
+
+    /// Whether values lie in slots of their own, without an f32 buffer.
+    pub fn are_in_place(&self) -> bool {
+        self.slots.is_some()
+    }
+
+    /// Bytes that the values take, copies in the compute dtype included.
+    pub fn bytes(&self) -> usize {
+        let copies = self.compute.as_ref().map_or(0, |copy| copy.rows() * copy.cols() * copy.dtype().bytes());
+        let slots = self.slots.iter().flatten().map(Slot::size).sum::<usize>();
+        4 * self.values.dims()[0] + copies + slots
+    }
+
+    /// Bytes that the values of a parameter take, copies not included.
+    pub fn bytes_of(&self, at: ParamRef) -> usize {
+        self.slot(at).map_or(4 * at.range().len(), Slot::size)
+    }
+
+    /// The codes of a parameter, if it is kept so.
+    pub fn codes(&self, at: ParamRef) -> Option<&PackedWeight> {
+        self.slot(at)?.codes()
     }
 
     /// A parameter as a matrix in the compute dtype.
     pub fn matrix(&self, at: ParamRef) -> Tensor<2> {
+        if let Some(slot) = self.slot(at) {
+            return slot.matrix(self.dtype);
+        }
         match (&self.values, &self.compute) {
             (Tensor::Burn(values), _) => values.clone().slice([at.range()]).reshape(at.dims()).cast(self.dtype).into(),
             (Tensor::Cuda(values), compute) => {
@@ -187,17 +263,57 @@ impl Params {
 
     /// The values of a parameter on the host.
     pub fn values(&self, at: ParamRef) -> Vec<f32> {
-        part(&self.values, at)
+        self.slot(at).map_or_else(|| part(&self.values, at), Slot::values)
     }
 
     /// All values on the host, in order.
     pub fn all_values(&self) -> Vec<f32> {
-        to_f32(self.values.clone())
+        match &self.slots {
+            Some(slots) => slots.iter().flat_map(Slot::values).collect(),
+            None => to_f32(self.values.clone()),
+        }
+    }
+
+    /// The bytes that stand for every parameter, bit for bit, in order: what [`restore`](Self::restore) takes.
+    pub fn to_bytes(&self) -> Vec<Vec<u8>> {
+        match &self.slots {
+            Some(slots) => slots.iter().map(Slot::bytes).collect(),
+            None => {
+                let values = self.all_values();
+                let bytes = |info: &ParamInfo| values[info.at.range()].iter().flat_map(|v| v.to_le_bytes()).collect();
+                self.infos.iter().map(bytes).collect()
+            }
+        }
+    }
+
+    /// Puts back what [`to_bytes`](Self::to_bytes) gave; `false`, and no change, when it was of other parameters.
+    pub fn restore(&mut self, bytes: &[Vec<u8>]) -> bool {
+        if bytes.len() != self.infos.len() {
+            return false;
+        }
+        if let Some(slots) = &self.slots {
+            let mut slots = slots.clone();
+            let fits = slots.iter_mut().zip(bytes).all(|(slot, bytes)| slot.restore(bytes));
+            if fits {
+                self.slots = Some(slots);
+            }
+            return fits;
+        }
+        let fits = self.infos.iter().zip(bytes).all(|(info, bytes)| bytes.len() == 4 * info.at.range().len());
+        if fits {
+            let words = bytes.iter().flat_map(|bytes| bytes.as_chunks::<4>().0);
+            self.set_all_values(words.map(|word| f32::from_le_bytes(*word)).collect());
+        }
+        fits
     }
 
     /// Replaces all values; `values` has [`numel`](Self::numel) elements.
+    ///
+    /// # Panics
+    /// When there are more or fewer, or they are kept in place.
     pub fn set_all_values(&mut self, values: Vec<f32>) {
         let numel = self.numel();
+        assert!(!self.are_in_place(), "values that are kept in place are restored from their bytes");
         assert_eq!(values.len(), numel, "one value for every parameter");
         self.values = from_f32(values, [numel], &self.values.device(), DType::F32);
         self.refresh();
@@ -205,12 +321,68 @@ impl Params {
 
     /// Zero gradients for every parameter.
     pub fn zero_grads(&self) -> Grads {
-        Grads { flat: zeros(self.numel(), &self.values.device(), "gradients") }
+        self.zero_grads_of(core::iter::once(0..self.numel()))
     }
 
-    /// All values, for the optimizer; [`refresh`](Self::refresh) comes after it.
-    pub(crate) fn flat_mut(&mut self) -> &mut Tensor<1> {
-        &mut self.values
+    /// Zero gradients for the parameters of some ranges, which the others must not be added to.
+    pub fn zero_grads_of(&self, ranges: impl IntoIterator<Item = Range<usize>>) -> Grads {
+        let device = self.values.device();
+        Grads { parts: ranges.into_iter().map(|range| GradPart::zeros(range, &device)).collect() }
+    }
+
+    fn slot(&self, at: ParamRef) -> Option<&Slot> {
+        self.slots.as_ref().map(|slots| &slots[self.index(at)])
+    }
+
+    fn index(&self, at: ParamRef) -> usize {
+        let index = self.infos.partition_point(|info| info.at.offset < at.offset);
+        assert_eq!(self.infos[index].at, at, "a parameter that is kept in place is read whole");
+        index
+    }
+
+    /// The seed of what is rounded stochastically, where values lie in place. 0 until this is called.
+    pub fn set_rounding_seed(&mut self, seed: u64) {
+        self.seed = seed;
+    }
+
+    /// Gives the values of the parameters in `range` to `f`, in f32 and in one or more pieces, each with the elements that
+    /// it holds, and keeps what `f` leaves there. Values in place are rounded with the random numbers of `step`.
+    pub(crate) fn change(&mut self, range: Range<usize>, step: u32, mut f: impl FnMut(Range<usize>, &mut Tensor<1>)) {
+        let seed = self.seed;
+        if let Some(slots) = &mut self.slots {
+            let first = self.infos.partition_point(|info| info.at.offset < range.start);
+            let inside = self.infos.iter().zip(slots).enumerate().skip(first);
+            for (site, (info, slot)) in inside.take_while(|(_, (info, _))| info.at.offset < range.end) {
+                let mut values = slot.flat();
+                f(info.at.range(), &mut values);
+                slot.store(values, Draw { seed, step, site: site as u32 });
+            }
+            return;
+        }
+        if range.len() == self.numel() {
+            f(range, &mut self.values);
+            return self.refresh();
+        }
+        match &mut self.values {
+            Tensor::Cuda(all) => f(range.clone(), &mut all.part(range.start, [1, range.len()]).into()),
+            Tensor::Burn(all) => {
+                let mut values = Tensor::Burn(all.clone().slice([range.clone()]));
+                f(range.clone(), &mut values);
+                all.inplace(|all| all.slice_assign([range.clone()], values.into_burn()));
+            }
+        }
+        self.refresh_part(range);
+    }
+
+    /// [`refresh`](Self::refresh) for some of the values, where they have no mirrors.
+    fn refresh_part(&mut self, range: Range<usize>) {
+        match (&self.values, &self.compute, &self.mirrors) {
+            (Tensor::Cuda(values), Some(compute), None) => {
+                let part = |all: &Array| all.part(range.start, [1, range.len()]);
+                ops::elementwise::copy_into(&part(values), &part(compute));
+            }
+            _ => self.refresh(),
+        }
     }
 
     /// Brings the copies of the values up to date.
@@ -229,9 +401,36 @@ impl Params {
 }
 
 /// Gradients of [`Params`], summed over whatever is added before the optimizer reads them.
+///
+/// One buffer for all of them or, where they are applied as soon as they are there, one for each range that is being
+/// worked on.
 #[derive(Debug)]
 pub struct Grads {
+    parts: Vec<GradPart>,
+}
+
+/// The gradients of some elements.
+#[derive(Debug)]
+struct GradPart {
+    range: Range<usize>,
+    /// From [`base`](Self::base) on.
     flat: Tensor<1>,
+}
+
+impl GradPart {
+    fn zeros(range: Range<usize>, device: &Device) -> Self {
+        let flat = zeros(range.end - range.start / 4 * 4, device, "gradients");
+        Self { range, flat }
+    }
+
+    /// The element that the buffer begins with: as far from 16 bytes as among all elements.
+    fn base(&self) -> usize {
+        self.range.start / 4 * 4
+    }
+
+    fn holds(&self, range: &Range<usize>) -> bool {
+        self.range.start <= range.start && range.end <= self.range.end
+    }
 }
 
 impl Grads {
@@ -246,12 +445,13 @@ impl Grads {
 
     /// Adds `alpha · aᵀ · b`, the gradient of a weight `[out, in]` from `[rows, out]` and `[rows, in]`.
     pub fn add_tn(&mut self, at: ParamRef, alpha: f32, a: &Tensor<2>, b: &Tensor<2>) {
-        match (&mut self.flat, Path::of(a)) {
+        let (flat, here) = self.part_mut(at);
+        match (flat, Path::of(a)) {
             (Tensor::Cuda(_), _) => {
                 ops::matmul::accumulate(&self.array(at), alpha, a.cuda(), b.cuda(), Form::Tn.into());
             }
             (Tensor::Burn(flat), Path::Cpu) if Path::of_burn(flat) == Path::Cpu => cpu::with_mut(flat, |flat| {
-                cpu::matmul::into_slice(&mut flat[at.range()], 1.0, alpha, a.burn(), b.burn(), Form::Tn);
+                cpu::matmul::into_slice(&mut flat[here.range()], 1.0, alpha, a.burn(), b.burn(), Form::Tn);
             }),
             _ => {
                 let grad = matmul::tn(a, b).into_burn().cast(DType::F32);
@@ -270,30 +470,82 @@ impl Grads {
 
     /// √Σ g²; on [`Path::Cpu`] summed in `f64` over chunks of fixed size. Waits for the device.
     pub fn norm(&self) -> f64 {
-        optimizer::norm(&self.flat)
+        match &self.parts[..] {
+            [one] => optimizer::norm(&one.flat),
+            parts => parts.iter().map(|part| optimizer::norm(&part.flat).powi(2)).sum::<f64>().sqrt(),
+        }
     }
 
     /// A gradient on the host.
     pub fn values(&self, at: ParamRef) -> Vec<f32> {
-        part(&self.flat, at)
+        let (flat, here) = self.part(at);
+        part(flat, here)
     }
 
     /// All gradients on the host, in the order of the parameters.
     pub fn all_values(&self) -> Vec<f32> {
-        to_f32(self.flat.clone())
+        self.parts.iter().flat_map(|part| to_f32(self.of(part.range.clone()))).collect()
     }
 
+    /// The ranges that there are gradients of.
+    pub fn ranges(&self) -> Vec<Range<usize>> {
+        self.parts.iter().map(|part| part.range.clone()).collect()
+    }
+
+    /// The only buffer.
     pub(crate) fn flat(&self) -> &Tensor<1> {
-        &self.flat
+        let [part] = &self.parts[..] else { panic!("gradients of {} ranges have no one buffer", self.parts.len()) };
+        &part.flat
+    }
+
+    /// The gradients of some elements that lie in one buffer.
+    pub(crate) fn of(&self, range: Range<usize>) -> Tensor<1> {
+        let part = self.parts.iter().find(|part| part.holds(&range)).expect("one buffer holds the whole range");
+        let local = range.start - part.base()..range.end - part.base();
+        match &part.flat {
+            whole if local.len() == whole.dims()[0] => whole.clone(),
+            Tensor::Cuda(flat) => flat.part(local.start, [1, local.len()]).into(),
+            Tensor::Burn(flat) => Tensor::Burn(flat.clone().slice([local])),
+        }
     }
 
     /// The place of a gradient on a CUDA device.
     pub(crate) fn array(&self, at: ParamRef) -> Array {
-        self.flat.cuda().part(at.range().start, at.dims())
+        let (flat, here) = self.part(at);
+        flat.cuda().part(here.range().start, at.dims())
+    }
+
+    /// Replaces the gradients of one of [`ranges`](Self::ranges) by zeros for another range, in the same memory where
+    /// that is long enough.
+    pub fn begin(&mut self, index: usize, range: Range<usize>) {
+        let part = &mut self.parts[index];
+        let device = part.flat.device();
+        // The old ones go first.
+        *part = GradPart::zeros(0..0, &device);
+        *part = GradPart::zeros(range, &device);
+    }
+
+    /// The buffer with a parameter's gradient, and where in it that lies.
+    fn part(&self, at: ParamRef) -> (&Tensor<1>, ParamRef) {
+        let part = &self.parts[self.holder(at)];
+        (&part.flat, ParamRef { offset: at.offset - part.base(), ..at })
+    }
+
+    fn part_mut(&mut self, at: ParamRef) -> (&mut Tensor<1>, ParamRef) {
+        let index = self.holder(at);
+        let part = &mut self.parts[index];
+        let here = ParamRef { offset: at.offset - part.base(), ..at };
+        (&mut part.flat, here)
+    }
+
+    fn holder(&self, at: ParamRef) -> usize {
+        let holder = self.parts.iter().position(|part| part.holds(&at.range()));
+        holder.expect("gradients are added to ranges that are being worked on")
     }
 
     fn update(&mut self, at: ParamRef, f: impl FnOnce(BurnTensor<2>) -> BurnTensor<2>) {
-        let Tensor::Burn(flat) = &mut self.flat else { panic!("the operands of one operation lie on one device") };
+        let (flat, at) = self.part_mut(at);
+        let Tensor::Burn(flat) = flat else { panic!("the operands of one operation lie on one device") };
         let old = flat.clone().slice([at.range()]).reshape(at.dims());
         let new = f(old).reshape([at.rows * at.cols]);
         flat.inplace(|flat| flat.slice_assign([at.range()], new));

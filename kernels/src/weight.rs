@@ -69,10 +69,19 @@ impl Weight {
         }
     }
 
+    /// The codes that the weight is kept in, if it is.
+    fn codes<'a>(&'a self, params: &'a Params) -> Option<&'a PackedWeight> {
+        match self {
+            Self::Frozen(_) => None,
+            Self::Packed(packed) => Some(packed),
+            Self::Trained(at) => params.codes(*at),
+        }
+    }
+
     /// A linear layer's result: `x · Wᵀ + bias`, `[tokens, in] → [tokens, out]`.
     pub fn nt(&self, params: &Params, x: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
-        match (self, bias) {
-            (Self::Packed(packed), _) => packed.nt(x, bias),
+        match (self.codes(params), bias) {
+            (Some(packed), _) => packed.nt(x, bias),
             (_, None) => matmul::nt(x, &self.matrix(params)),
             (_, Some(bias)) => matmul::nt_bias(x, &self.matrix(params), bias),
         }
@@ -80,8 +89,8 @@ impl Weight {
 
     /// A linear layer's gradient to its input: `dy · W`, `[tokens, out] → [tokens, in]`, added to `dx` if there is one.
     pub fn nn(&self, params: &Params, dy: &Tensor<2>, dx: Option<Tensor<2>>) -> Tensor<2> {
-        match (self, dx) {
-            (Self::Packed(packed), dx) => packed.nn(dy, dx),
+        match (self.codes(params), dx) {
+            (Some(packed), dx) => packed.nn(dy, dx),
             (_, None) => matmul::nn(dy, &self.matrix(params)),
             (_, Some(dx)) => matmul::nn_add(dx, 1.0, dy, &self.matrix(params)),
         }

@@ -215,6 +215,9 @@ fn optimizer(suite: &mut Suite) -> Result<(), Lost> {
     }
     suite.property("optimizer: gradients that are not finite change nothing", |device| {
         properties::gradients_that_are_not_finite_change_nothing(device);
+    })?;
+    suite.property("optimizer: values in place are those of the CPU, bit for bit", |device| {
+        properties::values_in_place_are_those_of_the_cpu(device);
     })
 }
 

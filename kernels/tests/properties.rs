@@ -46,6 +46,12 @@ fn cached_attention_gives_the_last_rows() {
     on_both_paths(|| properties::cached_attention_gives_the_last_rows(&Device::cpu(), F32, 24, F32_FLOOR));
 }
 
+/// On the CPU it is a run and the same run.
+#[test]
+fn values_in_place_come_out_the_same_again() {
+    properties::values_in_place_are_those_of_the_cpu(&Device::cpu());
+}
+
 #[test]
 fn gradients_that_are_not_finite_change_nothing() {
     on_both_paths(|| properties::gradients_that_are_not_finite_change_nothing(&Device::cpu()));

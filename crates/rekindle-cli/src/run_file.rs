@@ -38,6 +38,8 @@ pub(crate) struct ModelSection {
     pub(crate) dtype: Dtype,
     pub(crate) full_finetuning: bool,
     #[serde(skip_serializing_if = "is_false")]
+    pub(crate) stochastic_rounding: bool,
+    #[serde(skip_serializing_if = "is_false")]
     pub(crate) load_in_4bit: bool,
     #[serde(skip_serializing_if = "is_false")]
     pub(crate) load_in_8bit: bool,
@@ -92,6 +94,7 @@ impl ModelSection {
             .dtype(self.dtype)
             .device(device)
             .full_finetuning(self.full_finetuning)
+            .stochastic_rounding(self.stochastic_rounding)
             .load_in_4bit(self.load_in_4bit)
             .load_in_8bit(self.load_in_8bit)
             .load_in_16bit(self.load_in_16bit)

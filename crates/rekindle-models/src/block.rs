@@ -5,6 +5,8 @@
 
 mod kept;
 
+use core::ops::Range;
+
 use rekindle_kernels::attention::{self, Documents, Heads};
 use rekindle_kernels::rope::{self, Angles, Norm};
 use rekindle_kernels::{Grads, Params, Tensor, Weight, rms_norm, swiglu};
@@ -89,6 +91,19 @@ impl Block {
         let qk = self.qk_norm.iter().flat_map(|(q, k)| [q, k]);
         let mut norms = qk.chain([&self.input_layernorm, &self.post_attention_layernorm]);
         self.groups().into_iter().any(LinearGroup::is_trained) || norms.any(|w| w.trained().is_some())
+    }
+
+    /// Where its parameters lie when all weights are trained: one after another.
+    pub(crate) fn trained_range(&self) -> Range<usize> {
+        let linears = self.groups().into_iter().flat_map(LinearGroup::linears);
+        let qk = self.qk_norm.iter().flat_map(|(q, k)| [q, k]);
+        let weights = linears.flat_map(|linear| core::iter::once(&linear.weight).chain(&linear.bias));
+        let weights = weights.chain(qk).chain([&self.input_layernorm, &self.post_attention_layernorm]);
+        let ranges: Vec<Range<usize>> = weights.filter_map(|w| w.trained()).map(|at| at.range()).collect();
+        let (start, end) = (ranges.iter().map(|r| r.start).min(), ranges.iter().map(|r| r.end).max());
+        let whole = start.unwrap_or(0)..end.unwrap_or(0);
+        debug_assert_eq!(ranges.iter().map(Range::len).sum::<usize>(), whole.len(), "a block lies in one piece");
+        whole
     }
 
     /// The groups of linears in the order of the forward pass.

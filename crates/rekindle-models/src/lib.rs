@@ -34,6 +34,7 @@ pub mod qwen3;
 mod sample;
 mod save;
 mod start;
+mod trainable;
 mod vocab;
 
 pub use adapters::DEFAULT_ADAPTER;

@@ -15,7 +15,7 @@ use crate::block::Block;
 use crate::names::{self, EMBED, HEAD, NORM, Needed, Projection};
 use crate::quantization::{LoadIn, Plan, Quantization, stored_bytes};
 use crate::start::Taken;
-use crate::{CausalLm, Error, ModelConfig, vocab};
+use crate::{CausalLm, Error, ModelConfig, trainable, vocab};
 
 /// The widest row that the norms of the CUDA path take.
 const MOST_HIDDEN: usize = 16_384;
@@ -31,8 +31,10 @@ pub struct LoadOptions {
     pub max_seq_length: usize,
     /// How positions beyond the model's window are made.
     pub rope_scaling: RopeScaling,
-    /// Whether all weights are trained, in `f32`.
+    /// Whether all weights are trained: in `f32`, or in codes where `load_in` or the checkpoint says so.
     pub full_finetuning: bool,
+    /// Whether weights that are trained are kept in bf16 alone, and updates are rounded stochastically.
+    pub stochastic_rounding: bool,
     /// How the linears of the blocks are kept. `None` is dense, or as a quantized checkpoint has them.
     pub load_in: Option<LoadIn>,
     /// Linears that stay dense when the others are quantized, as transformers' `llm_int8_skip_modules`. `None` is
@@ -51,6 +53,7 @@ impl LoadOptions {
             max_seq_length,
             rope_scaling: RopeScaling::default(),
             full_finetuning: false,
+            stochastic_rounding: false,
             load_in: None,
             skip_modules: None,
             resize_model_vocab: None,
@@ -83,26 +86,23 @@ impl CausalLm {
                 config.head_dim
             )));
         }
-        let plan = Plan::of(checkpoint, *load_in, skip_modules.as_deref())?;
-        if let (true, Some(_)) = (full_finetuning, &plan) {
-            return Err(Error::Argument(format!(
-                "full_finetuning trains dense weights, and this would be a quantized model ({}); give a 16-bit \
-                 checkpoint without load_in_4bit and load_in_8bit, or train an adapter",
-                load_in.map_or("the checkpoint is quantized", LoadIn::argument)
-            )));
-        }
+        let load_in = if *full_finetuning { load_in.map(trainable::format) } else { *load_in };
+        let plan = Plan::of(checkpoint, load_in, skip_modules.as_deref())?;
+        let in_place = trainable::in_place(options, plan.as_ref(), &config)?;
         check_tensors(checkpoint, &config, plan.as_ref())?;
         if let Some(rows) = options.resize_model_vocab {
             config = config.resized(rows)?;
         }
-        let quantization = plan.as_ref().map(|plan| Quantization {
+        // What is trained is saved dense, whatever it was in between.
+        let quantization = plan.as_ref().filter(|_| !full_finetuning).map(|plan| Quantization {
             config: plan.config.clone(),
             origins: BTreeMap::new(),
             dtypes: BTreeMap::new(),
         });
-        let params = ParamsBuilder::new(device, *dtype);
+        let params =
+            if in_place { ParamsBuilder::in_place(device, *dtype) } else { ParamsBuilder::new(device, *dtype) };
         let vectors = BTreeMap::new();
-        let mut source = Source { checkpoint, options, plan, quantization, params, vectors, progress };
+        let mut source = Source { checkpoint, options, plan, quantization, in_place, params, vectors, progress };
         source.load_vectors(&config)?;
         let embed = source.weight(EMBED)?;
         let blocks = (0..config.num_hidden_layers)
@@ -145,6 +145,8 @@ struct Source<'a> {
     options: &'a LoadOptions,
     plan: Option<Plan>,
     quantization: Option<Quantization>,
+    /// Whether what is trained has no f32 copy.
+    in_place: bool,
     params: ParamsBuilder,
     /// Frozen norms and biases, by name.
     vectors: BTreeMap<String, Weight>,
@@ -203,6 +205,13 @@ impl Source<'_> {
         let Some(stored) = codes else { return self.weight(name) };
         (self.progress)(stored_bytes(self.checkpoint, name));
         let (origin, codes) = Origin::take(stored).expect("the weight of a linear is a matrix, as was checked");
+        if self.options.full_finetuning {
+            let weight = PackedWeight::new(codes, &self.options.device);
+            if !weight.can_be_trained() {
+                return Err(trainable::coded_scales(&format!("tensor \"{name}\" of the checkpoint")));
+            }
+            return Ok(Weight::Trained(self.params.push_packed(name, weight)));
+        }
         let quantization = self.quantization.as_mut().expect("there is a plan");
         quantization.origins.insert(name.to_owned(), origin);
         Ok(Weight::Packed(PackedWeight::new(codes, &self.options.device)))
@@ -221,6 +230,10 @@ impl Source<'_> {
             return self.resized(name, &view, rows);
         }
         if self.options.full_finetuning {
+            if self.in_place && view.shape.len() > 1 {
+                let bytes = trainable::bf16_bytes(&view)?;
+                return Ok(Weight::Trained(self.params.push_bf16(group(name), name, view.shape, &bytes)));
+            }
             // As in transformers' Trainer: norms and biases, the vectors, take no weight decay.
             let decays = view.shape.len() > 1;
             return Ok(Weight::Trained(self.params.push_in(group(name), name, view.shape, decays, &view.to_f32()?)));
@@ -237,6 +250,10 @@ impl Source<'_> {
     fn resized(&mut self, name: &str, view: &TensorView<'_>, rows: usize) -> Result<Weight, Error> {
         let hidden = view.shape[1];
         let values = vocab::resize_rows(view.to_f32()?, hidden, rows);
+        if self.in_place {
+            let bytes = trainable::rounded(&values);
+            return Ok(Weight::Trained(self.params.push_bf16(group(name), name, &[rows, hidden], &bytes)));
+        }
         if self.options.full_finetuning {
             return Ok(Weight::Trained(self.params.push_in(group(name), name, &[rows, hidden], true, &values)));
         }

@@ -150,9 +150,16 @@ impl CausalLm {
                     report.add(MemoryClass::Scales, 0, scales);
                 }
                 Weight::Frozen(_) => report.add(MemoryClass::of(&needed.name), elements, size * elements),
-                Weight::Trained(_) => {
+                Weight::Trained(at) => {
                     trained += elements;
-                    report.add(MemoryClass::of(&needed.name), elements, Dtype::F32.size() * elements);
+                    match self.params.codes(*at) {
+                        Some(packed) => {
+                            let (codes, scales) = packed.bytes();
+                            report.add(MemoryClass::PackedCodes, elements, codes);
+                            report.add(MemoryClass::Scales, 0, scales);
+                        }
+                        None => report.add(MemoryClass::of(&needed.name), elements, self.params.bytes_of(*at)),
+                    }
                 }
             }
         }

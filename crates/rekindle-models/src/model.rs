@@ -1,5 +1,6 @@
 //! A causal language model: embedding, decoder blocks, final norm and head.
 
+use core::ops::Range;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -8,8 +9,8 @@ use rekindle_kernels::attention::{Documents, Heads};
 use rekindle_kernels::dropout::{Key, Token, Tokens};
 use rekindle_kernels::linear_cross_entropy::{self, Losses};
 use rekindle_kernels::neftune::{self, Noise};
-use rekindle_kernels::rope::Tables;
-use rekindle_kernels::{Device, Grads, Params, Weight, embedding, rms_norm};
+use rekindle_kernels::rope::{Angles, Tables};
+use rekindle_kernels::{Device, Grads, Params, Tensor, Weight, embedding, rms_norm};
 use rekindle_lora::{GradientCheckpointing, LoraConfig, peft::AdapterConfig};
 use rekindle_rope::Widened;
 
@@ -171,19 +172,66 @@ impl CausalLm {
         key: Option<StepKey>,
     ) -> Result<Losses, Error> {
         self.check(batch)?;
+        let pass = self.pass(batch, key);
+        let (nll, mut way) = self.to_loss(&pass, batch, grad_scale, grads);
+        while self.back(&pass, &mut way, grads).is_some() {}
+        self.to_embedding(way, batch, grads);
+        self.finished(nll)
+    }
+
+    /// [`forward_backward`](Self::forward_backward) that gives the gradients of a block to `apply` as soon as they are
+    /// there, and uses their memory for the next: those of all parameters never exist at once.
+    ///
+    /// `apply` is told which of the ranges of [`Grads::ranges`] is complete, and may change the parameters in it, which
+    /// nothing of this batch reads any more. Blocks come from the last to the first, then what stands around them.
+    ///
+    /// # Errors
+    /// As [`forward_backward`](Self::forward_backward).
+    pub fn forward_backward_applying(
+        &mut self,
+        batch: &Batch,
+        grad_scale: f32,
+        key: Option<StepKey>,
+        apply: &mut dyn FnMut(&mut Params, &Grads, usize),
+    ) -> Result<Losses, Error> {
+        self.check(batch)?;
+        let pass = self.pass(batch, key);
+        let blocks: Vec<Range<usize>> = self.blocks.iter().map(Block::trained_range).collect();
+        // The one that goes from block to block, and what is complete at the end.
+        let around = between(&blocks, self.params.numel());
+        let count = around.len();
+        let mut grads = self.params.zero_grads_of(core::iter::once(0..0).chain(around));
+        let (nll, mut way) = self.to_loss(&pass, batch, grad_scale, &mut grads);
+        while let Some(next) = way.next() {
+            grads.begin(0, blocks[next].clone());
+            self.back(&pass, &mut way, &mut grads);
+            apply(&mut self.params, &grads, 0);
+        }
+        grads.begin(0, 0..0);
+        self.to_embedding(way, batch, &mut grads);
+        for range in 1..=count {
+            apply(&mut self.params, &grads, range);
+        }
+        self.finished(nll)
+    }
+
+    /// What all blocks share while `batch` goes through.
+    fn pass(&self, batch: &Batch, key: Option<StepKey>) -> Pass {
         let p = self.lora().map_or(0.0, |lora| lora.lora_dropout as f32);
         let random = key.filter(|key| p > 0.0 || key.neftune_noise_alpha > 0.0);
         let random = random.map(|key| (key, Tokens::new(tokens(batch), &self.device)));
-        let dropout = random.as_ref().filter(|_| p > 0.0);
-        let dropout = dropout.map(|(key, tokens)| Key { p, seed: key.seed, step: key.step, tokens });
-        let (angles, documents) = (self.tables.angles(&batch.positions), self.documents(batch));
-        let ctx = Context { params: &self.params, angles: &angles, documents: Some(&documents), dropout };
+        Pass { angles: self.tables.angles(&batch.positions), documents: self.documents(batch), p, random }
+    }
+
+    /// The losses, and where the way back begins; adds the gradients of the head and the norm before it.
+    fn to_loss(&self, pass: &Pass, batch: &Batch, grad_scale: f32, grads: &mut Grads) -> (Losses, WayBack) {
+        let ctx = pass.context(&self.params);
         let checkpointing = self.gradient_checkpointing();
-        let embed_trained = self.embed.trained().is_some();
-        let lowest = if embed_trained { 0 } else { self.lowest_trained() };
+        let to_embedding = self.embed.trained().is_some();
+        let lowest = if to_embedding { 0 } else { self.lowest_trained() };
 
         let mut h = embedding::forward(&self.embed.matrix(&self.params), &batch.input_ids);
-        if let Some((key, tokens)) = random.as_ref().filter(|(key, _)| key.neftune_noise_alpha > 0.0) {
+        if let Some((key, tokens)) = pass.random.as_ref().filter(|(key, _)| key.neftune_noise_alpha > 0.0) {
             let (alpha, lengths) = (key.neftune_noise_alpha, &lengths(batch));
             h = neftune::apply(h, Noise { alpha, seed: key.seed, step: key.step, tokens, lengths });
         }
@@ -214,24 +262,31 @@ impl CausalLm {
             grads.add(at, rms_norm::weight_grad(&dn, &h, &rstd).as_row());
         }
         let room = self.blocks.iter().map(Block::room).max().unwrap_or(0);
-        let mut dh = rms_norm::backward(&dn, &h, &norm, &rstd, None, room);
-        drop((dn, h, n));
-        for (i, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
-            let entry = tape.pop().expect("one entry for every block from the lowest trained");
-            change_last(&mut tape, Kept::coming);
-            let saved = match entry {
-                Tape::Whole(saved) => *saved,
-                Tape::Kept(kept) => block.resume(ctx, kept),
-            };
-            match block.backward(ctx, saved, dh, grads, i > lowest || embed_trained) {
-                Some(dx) => dh = dx,
-                None => return self.finished(nll),
-            }
-        }
-        if let Some(at) = self.embed.trained() {
+        let dh = Some(rms_norm::backward(&dn, &h, &norm, &rstd, None, room));
+        (nll, WayBack { dh, tape, lowest, to_embedding })
+    }
+
+    /// The backward of the next block, which is returned; `None` below the lowest that is trained.
+    fn back(&self, pass: &Pass, way: &mut WayBack, grads: &mut Grads) -> Option<usize> {
+        let i = way.next()?;
+        let ctx = pass.context(&self.params);
+        let entry = way.tape.pop().expect("one entry for every block from the lowest trained");
+        change_last(&mut way.tape, Kept::coming);
+        let block = &self.blocks[i];
+        let saved = match entry {
+            Tape::Whole(saved) => *saved,
+            Tape::Kept(kept) => block.resume(ctx, kept),
+        };
+        let dh = way.dh.take().expect("every block but the lowest gives a gradient to the next");
+        way.dh = block.backward(ctx, saved, dh, grads, i > way.lowest || way.to_embedding);
+        Some(i)
+    }
+
+    /// The end of the way back.
+    fn to_embedding(&self, way: WayBack, batch: &Batch, grads: &mut Grads) {
+        if let (Some(at), Some(dh)) = (self.embed.trained(), way.dh) {
             embedding::backward(dh, &batch.input_ids, grads, at);
         }
-        self.finished(nll)
     }
 
     /// The negative log-likelihood of every target of `batch`, 0 where it does not count. No dropout.
@@ -293,6 +348,51 @@ impl CausalLm {
     fn lowest_trained(&self) -> usize {
         self.blocks.iter().position(Block::is_trained).unwrap_or(self.blocks.len())
     }
+}
+
+/// What all blocks share while a batch goes through, whatever the parameters are.
+struct Pass {
+    angles: Angles,
+    documents: Documents,
+    /// Probability of dropping an element.
+    p: f32,
+    /// What random numbers of this batch depend on, where there are any.
+    random: Option<(StepKey, Tokens)>,
+}
+
+impl Pass {
+    fn context<'a>(&'a self, params: &'a Params) -> Context<'a> {
+        let dropout = self.random.as_ref().filter(|_| self.p > 0.0);
+        let dropout = dropout.map(|(key, tokens)| Key { p: self.p, seed: key.seed, step: key.step, tokens });
+        Context { params, angles: &self.angles, documents: Some(&self.documents), dropout }
+    }
+}
+
+/// How far a batch is on its way back.
+struct WayBack {
+    /// The gradient to the last block's input that there was need for.
+    dh: Option<Tensor<2>>,
+    /// What waits, for blocks from `lowest` on.
+    tape: Vec<Tape>,
+    lowest: usize,
+    /// Whether the embedding is trained.
+    to_embedding: bool,
+}
+
+impl WayBack {
+    /// The block whose backward is next.
+    fn next(&self) -> Option<usize> {
+        self.tape.len().checked_sub(1).map(|above| self.lowest + above)
+    }
+}
+
+/// The ranges that lie between `blocks`, before and behind them.
+fn between(blocks: &[Range<usize>], end: usize) -> Vec<Range<usize>> {
+    let mut blocks: Vec<&Range<usize>> = blocks.iter().filter(|block| !block.is_empty()).collect();
+    blocks.sort_by_key(|block| block.start);
+    let starts = core::iter::once(0).chain(blocks.iter().map(|block| block.end));
+    let ends = blocks.iter().map(|block| block.start).chain([end]);
+    starts.zip(ends).map(|(start, end)| start..end).filter(|range| !range.is_empty()).collect()
 }
 
 /// Changes what waits for the backward of the block below the next, if it is a part.

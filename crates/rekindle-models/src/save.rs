@@ -12,6 +12,12 @@ use crate::quantization::hub_dtype;
 use crate::{CausalLm, Error};
 
 impl CausalLm {
+    /// The dtype that holds trained weights as they are: f32, or bf16 where they are kept in place. What was trained in codes
+    /// is rounded to bf16.
+    pub fn trained_dtype(&self) -> Dtype {
+        if self.params.are_in_place() { Dtype::BF16 } else { Dtype::F32 }
+    }
+
     /// Writes `config.json` and the weights, as `dtype`, into the existing directory `dir`: those under the adapter, if there
     /// is one, which is what a pissa or olora adapter left of them.
     ///

@@ -67,8 +67,8 @@ impl Checkpoint {
         let is_adapter = model.lora().is_some();
         check_checkpoint(path, is_adapter)?;
         write_new(path, companions, |target| {
-            write_model(model, target, rekindle_hub::Dtype::F32)?;
-            if is_adapter {
+            write_model(model, target, model.trained_dtype())?;
+            if is_adapter || model.params().are_in_place() {
                 tensors::write_masters(target, model)?;
             }
             tensors::write_optimizer(target, optimizer)?;

@@ -59,6 +59,11 @@ pub struct SftConfig {
     /// each document. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub neftune_noise_alpha: Option<f64>,
+    /// Whether parameters move in the backward, block by block, so that the gradients of all weights never exist at once
+    /// (torchtune's name). For `full_finetuning` with `gradient_accumulation_steps = 1`; `max_grad_norm` then clips each
+    /// block by its own norm. Default false.
+    #[serde(skip_serializing_if = "core::ops::Not::not")]
+    pub optimizer_in_bwd: bool,
     /// Steps between log lines. Default 1. The metrics file has every step.
     pub logging_steps: usize,
     /// Steps between evaluations; without it the evaluation set is looked at once, at the end.
@@ -113,6 +118,7 @@ impl Default for SftConfig {
             momentum: None,
             max_grad_norm: 1.0,
             neftune_noise_alpha: None,
+            optimizer_in_bwd: false,
             logging_steps: 1,
             eval_steps: None,
             save_steps: None,
@@ -202,6 +208,14 @@ impl SftConfig {
         }
         if self.save_total_limit.is_some() && self.save_steps.is_none() && !self.load_best_model_at_end {
             problems.push("save_total_limit needs save_steps or load_best_model_at_end".to_owned());
+        }
+        if self.optimizer_in_bwd && self.gradient_accumulation_steps > 1 {
+            problems.push(format!(
+                "gradient_accumulation_steps is {}, and optimizer_in_bwd = true has no gradients to accumulate in; put the \
+                 rows into one batch, per_device_train_batch_size = {}, with use_gradient_checkpointing where memory is short",
+                self.gradient_accumulation_steps,
+                self.per_device_train_batch_size.saturating_mul(self.gradient_accumulation_steps)
+            ));
         }
         let warmup = self.warmup_steps > 0 || self.warmup_ratio > 0.0;
         if warmup && self.lr_scheduler_type == LrSchedulerType::Constant {

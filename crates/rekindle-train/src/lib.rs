@@ -38,7 +38,7 @@ pub use event::{End, Event, Report};
 pub use metrics::{EvalMetrics, MetricsFile, RunHistory, Sample, StepMetrics, Until};
 pub use optim::Optim;
 pub use optimizer::{Optimizer, OptimizerConfig, StepResult};
-pub use plot::loss_svg;
+pub use plot::{Series, lines_svg, loss_svg};
 pub use recorder::Recorder;
 pub use report::{RunDescription, report_html};
 pub use report_to::ReportTo;

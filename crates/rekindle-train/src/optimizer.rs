@@ -4,7 +4,7 @@ use burn::tensor::DType;
 use rekindle_kernels::Device;
 use rekindle_kernels::linear_cross_entropy::Losses;
 use rekindle_kernels::optimizer::{
-    Rates, Rule, State, StateBytes, StateError, StateFormat, StateTensor, Step, clipped_step,
+    Clip, Rates, Rule, State, StateBytes, StateError, StateFormat, StateTensor, Step, clipped_range_step, clipped_step,
 };
 use rekindle_models::{Batch, CausalLm, StepKey};
 
@@ -23,6 +23,9 @@ pub struct OptimizerConfig {
     pub max_grad_norm: f64,
     /// Noise on the embeddings; 0 for none.
     pub neftune_noise_alpha: f64,
+    /// Whether parameters move as soon as their gradients are there, block by block. Each block is then clipped by its own
+    /// norm.
+    pub optimizer_in_bwd: bool,
 }
 
 impl OptimizerConfig {
@@ -73,6 +76,7 @@ impl From<&SftConfig> for OptimizerConfig {
             weight_decay: config.weight_decay,
             max_grad_norm: config.max_grad_norm,
             neftune_noise_alpha: config.neftune_noise_alpha.unwrap_or(0.0),
+            optimizer_in_bwd: config.optimizer_in_bwd,
         }
     }
 }
@@ -103,7 +107,8 @@ impl Optimizer {
     /// A state of zeros for the parameters of `model`. `seed` is that of dropout.
     ///
     /// # Errors
-    /// [`Error::NothingToTrain`], and [`Error::Config`] for a model in f16.
+    /// [`Error::NothingToTrain`], and [`Error::Config`] for a model in f16 or an adapter whose gradients are to be applied
+    /// block by block.
     pub fn new(model: &CausalLm, config: OptimizerConfig, seed: u64) -> Result<Self, Error> {
         if model.params().numel() == 0 {
             return Err(Error::NothingToTrain);
@@ -111,6 +116,11 @@ impl Optimizer {
         if model.dtype() == DType::F16 {
             let problem = "dtype \"f16\" is not trained in: its smallest value is 6e-8, and the loss is not scaled to keep \
                            gradients above that; use \"bf16\" or \"f32\"";
+            return Err(Error::Config(vec![problem.to_owned()]));
+        }
+        if config.optimizer_in_bwd && model.lora().is_some() {
+            let problem = "optimizer_in_bwd spares the gradients of all weights, and an adapter has few of them; leave it \
+                           out, or train with full_finetuning = true";
             return Err(Error::Config(vec![problem.to_owned()]));
         }
         let state = State::new(model.params().infos(), model.device(), config.rule, config.format);
@@ -147,7 +157,8 @@ impl Optimizer {
     /// (times min(1, max_grad_norm / (norm + 1e-6)), as PyTorch), and moves the parameters.
     ///
     /// When the norm is not finite, as after a loss that is not, the parameters stay as they are; the caller sees it in
-    /// the result.
+    /// the result. With [`optimizer_in_bwd`](OptimizerConfig::optimizer_in_bwd) those of blocks with finite gradients have
+    /// moved by then.
     ///
     /// # Errors
     /// [`Error::Model`] when a batch does not fit the model, or the device fails.
@@ -160,22 +171,57 @@ impl Optimizer {
         let counted: usize = batches.iter().map(Batch::counted).sum();
         let tokens = batches.iter().map(Batch::tokens).sum();
         let scale = 1.0 / counted.max(1) as f64;
-        let key = self.key();
-        let mut grads = model.params().zero_grads();
-        let mut losses = Vec::with_capacity(batches.len());
-        for batch in batches {
-            losses.push(model.forward_backward(batch, scale as f32, &mut grads, Some(key))?);
-        }
-        let OptimizerConfig { weight_decay, max_grad_norm, .. } = self.config;
+        let OptimizerConfig { weight_decay, max_grad_norm, optimizer_in_bwd, .. } = self.config;
         let step = Step { t: self.t + 1, rates: rates.into(), weight_decay };
-        let clip = clipped_step(model.params_mut(), &grads, &mut self.state, &step, max_grad_norm);
+        model.params_mut().set_rounding_seed(self.seed);
+        let (losses, clips) = if optimizer_in_bwd {
+            self.move_in_backward(model, batches, scale as f32, &step)?
+        } else {
+            let key = self.key();
+            let mut grads = model.params().zero_grads();
+            let mut losses = Vec::with_capacity(batches.len());
+            for batch in batches {
+                losses.push(model.forward_backward(batch, scale as f32, &mut grads, Some(key))?);
+            }
+            let clip = clipped_step(model.params_mut(), &grads, &mut self.state, &step, max_grad_norm);
+            (losses, vec![clip])
+        };
         // Everything is queued; from here on the host waits.
         let loss = losses.into_iter().map(Losses::sum).sum::<f64>() * scale;
-        let result = StepResult { loss, grad_norm: clip.norm(), counted, tokens };
+        let grad_norm = match &clips[..] {
+            [clip] => clip.norm(),
+            clips => clips.iter().map(|clip| clip.norm().powi(2)).sum::<f64>().sqrt(),
+        };
+        let result = StepResult { loss, grad_norm, counted, tokens };
         model.device().check().map_err(rekindle_models::Error::from)?;
         if result.grad_norm.is_finite() {
             self.t += 1;
         }
         Ok(result)
+    }
+
+    /// Moves the parameters of a block as soon as their gradients are there, each block clipped by its own norm.
+    fn move_in_backward(
+        &mut self,
+        model: &mut CausalLm,
+        batches: &[Batch],
+        scale: f32,
+        step: &Step,
+    ) -> Result<(Vec<Losses>, Vec<Clip>), Error> {
+        let [batch] = batches else {
+            return Err(Error::Config(vec![format!(
+                "optimizer_in_bwd = true moves parameters in the middle of a batch, so a step has one batch, not {}",
+                batches.len()
+            )]));
+        };
+        let (key, max_grad_norm, state) = (self.key(), self.config.max_grad_norm, &mut self.state);
+        let mut clips = Vec::new();
+        let losses = model.forward_backward_applying(batch, scale, Some(key), &mut |params, grads, index| {
+            let range = grads.ranges().swap_remove(index);
+            if !range.is_empty() {
+                clips.push(clipped_range_step(params, range, grads, state, step, max_grad_norm));
+            }
+        })?;
+        Ok((vec![losses], clips))
     }
 }

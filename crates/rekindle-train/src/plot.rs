@@ -22,17 +22,22 @@ pub fn loss_svg(history: &RunHistory) -> String {
     ];
     series.iter_mut().for_each(|series| series.points.retain(|point| point.1.is_finite()));
     series.retain(|series| !series.points.is_empty());
-    draw(&series)
+    lines_svg("loss", &series)
 }
 
 /// A line over steps.
-struct Series {
-    name: &'static str,
-    color: &'static str,
-    points: Vec<(f64, f64)>,
+#[derive(Clone, Debug)]
+pub struct Series {
+    /// What it is called in the picture.
+    pub name: &'static str,
+    /// A colour of CSS.
+    pub color: &'static str,
+    /// `(step, value)`, values not negative.
+    pub points: Vec<(f64, f64)>,
 }
 
-fn draw(series: &[Series]) -> String {
+/// Draws lines over steps.
+pub fn lines_svg(title: &str, series: &[Series]) -> String {
     let points = || series.iter().flat_map(|series| &series.points);
     let x_max = points().map(|p| p.0).fold(1.0, f64::max);
     let axis = Axis::over(0.0, points().map(|p| p.1).fold(0.0, f64::max));
@@ -43,7 +48,7 @@ fn draw(series: &[Series]) -> String {
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" \
          font-family=\"sans-serif\" font-size=\"12\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
-         <text x=\"{LEFT}\" y=\"20\" font-size=\"14\">loss</text>\n"
+         <text x=\"{LEFT}\" y=\"20\" font-size=\"14\">{title}</text>\n"
     );
     let mut line = |text: String| {
         svg.push_str(&text);
@@ -67,7 +72,7 @@ fn draw(series: &[Series]) -> String {
             write!(path, "{command}{:.1} {:.1}", x(*step), y(*loss)).expect("writing to a string");
         }
         line(format!("<path d=\"{path}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"1.5\"/>"));
-        let (lx, ly) = (WIDTH - RIGHT - 130.0, TOP + 6.0 + 18.0 * i as f64);
+        let (lx, ly) = (WIDTH - RIGHT - 180.0, TOP + 6.0 + 18.0 * i as f64);
         line(format!("<path d=\"M{lx} {ly}h20\" stroke=\"{color}\" stroke-width=\"3\"/>"));
         line(format!("<text x=\"{}\" y=\"{}\">{name}</text>", lx + 26.0, ly + 4.0));
     }

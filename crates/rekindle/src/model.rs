@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use burn::tensor::DType;
 
 use rekindle_data::{Dataset, LoadReport, Tokenizer, eos_token_ids};
-use rekindle_hub::Dtype;
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::LoraConfig;
 use rekindle_models::{CausalLm, GenerationConfig, MemoryReport, StopReason};
@@ -119,7 +118,7 @@ impl Model {
     /// [`Error::Train`] when the system refuses; a directory that stood there before is then untouched.
     pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<(), Error> {
         if self.inner.adapters().is_empty() {
-            return Ok(save_result(&self.inner, dir.as_ref(), &self.companions(), Dtype::F32)?);
+            return Ok(save_result(&self.inner, dir.as_ref(), &self.companions(), self.inner.trained_dtype())?);
         }
         Ok(save_adapters(&self.inner, dir.as_ref(), &self.companions())?)
     }

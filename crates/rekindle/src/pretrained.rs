@@ -41,6 +41,7 @@ impl FastLanguageModel {
             dtype: Dtype::Auto,
             device: DeviceKind::Auto,
             full_finetuning: false,
+            stochastic_rounding: false,
             load_in_4bit: false,
             load_in_8bit: false,
             load_in_16bit: false,
@@ -82,6 +83,7 @@ pub struct Loader {
     dtype: Dtype,
     device: DeviceKind,
     full_finetuning: bool,
+    stochastic_rounding: bool,
     load_in_4bit: bool,
     load_in_8bit: bool,
     load_in_16bit: bool,
@@ -131,9 +133,17 @@ impl Loader {
         self
     }
 
-    /// Whether all weights are trained, in f32. Default false.
+    /// Whether all weights are trained: in f32 or, with [`load_in_4bit`](Self::load_in_4bit) and its like, in codes that
+    /// every step decodes, changes and rounds again stochastically. Default false.
     pub fn full_finetuning(mut self, full_finetuning: bool) -> Self {
         self.full_finetuning = full_finetuning;
+        self
+    }
+
+    /// Whether weights that are trained are kept in bf16 alone, without an f32 copy, and updates are rounded
+    /// stochastically. Needs [`full_finetuning`](Self::full_finetuning). Default false.
+    pub fn stochastic_rounding(mut self, stochastic_rounding: bool) -> Self {
+        self.stochastic_rounding = stochastic_rounding;
         self
     }
 
@@ -228,8 +238,8 @@ impl Loader {
             skip::check(modules, &config)?;
         }
         let (device, kind) = open_device(self.device)?;
-        let dtype = resolve(self.dtype, &device, kind, self.full_finetuning)?;
         let stored = stored_quantization(checkpoint.config()).is_some();
+        let dtype = resolve(self.dtype, &device, kind)?;
         if let (Some(adapter), None, false) = (adapter, load_in, stored)
             && let Some(on) = trained_on(&AdapterConfig::open(adapter).map_err(rekindle_models::Error::from)?)?
         {
@@ -246,6 +256,7 @@ impl Loader {
             max_seq_length,
             rope_scaling: self.rope_scaling.take().or(saved).unwrap_or_default(),
             full_finetuning: self.full_finetuning,
+            stochastic_rounding: self.stochastic_rounding,
             load_in,
             skip_modules: self.skip_modules.take(),
             resize_model_vocab: self.resize_model_vocab.or(rows),
@@ -327,9 +338,9 @@ impl core::fmt::Debug for Loader {
 }
 
 /// The tensor dtype for `asked` on `device`.
-fn resolve(asked: Dtype, device: &Device, kind: DeviceKind, full_finetuning: bool) -> Result<DType, Error> {
+fn resolve(asked: Dtype, device: &Device, kind: DeviceKind) -> Result<DType, Error> {
     let dtype = match asked {
-        Dtype::Auto if matches!(kind, DeviceKind::Cuda(_)) && !full_finetuning => DType::BF16,
+        Dtype::Auto if matches!(kind, DeviceKind::Cuda(_)) => DType::BF16,
         Dtype::Auto | Dtype::F32 => DType::F32,
         Dtype::Bf16 => DType::BF16,
         Dtype::F16 => DType::F16,

@@ -13,6 +13,7 @@ pub(crate) mod optimizer;
 pub(crate) mod packed;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
+pub(crate) mod stochastic;
 pub(crate) mod swiglu;
 mod view;
 

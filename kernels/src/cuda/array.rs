@@ -205,6 +205,16 @@ impl Array {
         Self { offset: self.offset + first, rows, cols, ld: cols, room: 0, ..self.clone() }
     }
 
+    /// All rows as one vector, in the same memory.
+    ///
+    /// # Panics
+    /// When something lies between the rows.
+    pub fn flattened(self) -> Self {
+        assert!(self.is_contiguous(), "rows of {} elements begin every {}", self.cols, self.ld);
+        let n = self.rows * self.cols;
+        Self { rows: 1, cols: n, ld: n, room: 0, ..self }
+    }
+
     /// Whether no other handle reaches this memory, so that it can be written without anybody noticing.
     pub fn is_unique(&self) -> bool {
         Self::are_unique(&[self])

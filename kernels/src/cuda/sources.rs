@@ -44,7 +44,7 @@ sources! {
     "attention_fwd_sm90.cu" after "sm90.cuh" with attention_sm90;
     "cross_entropy.cu" with any_dtype;
     "dequant.cu" with any_dtype;
-    "dropout.cu" with any_dtype;
+    "dropout.cu" after "philox.cuh" with any_dtype;
     "elementwise.cu" with any_dtype;
     "embedding.cu" with any_dtype;
     "mirror.cu" with any_dtype;
@@ -53,6 +53,7 @@ sources! {
     "qk_norm_rope.cu" with any_dtype;
     "reduce.cu" with any_dtype;
     "rms_norm.cu" with any_dtype;
+    "stochastic.cu" after "philox.cuh" with any_dtype;
     "swiglu.cu" with any_dtype;
 }
 

@@ -32,6 +32,8 @@ pub use saved::{StateError, StateTensor};
 pub(crate) use state::Wide;
 pub use state::{State, StateBytes};
 
+use core::ops::Range;
+
 use crate::{Grads, Group, Params};
 
 /// How values move.
@@ -129,6 +131,28 @@ pub fn clipped_step(params: &mut Params, grads: &Grads, state: &mut State, step:
 
 /// Changes all parameters by one step.
 pub fn apply(params: &mut Params, grads: &Grads, state: &mut State, step: &Step, clip: &Clip) {
-    state.apply(0..params.numel(), params.flat_mut(), grads.flat(), step, clip);
-    params.refresh();
+    apply_range(params, 0..params.numel(), grads, state, step, clip);
+}
+
+/// Clips the gradients of some parameters by their own norm and changes these parameters by one step. Their gradients lie
+/// in one buffer, as [`Grads::ranges`] says.
+///
+/// When the norm is not finite nothing changes. On CUDA the host does not wait for the norm.
+pub fn clipped_range_step(
+    params: &mut Params,
+    range: Range<usize>,
+    grads: &Grads,
+    state: &mut State,
+    step: &Step,
+    max_grad_norm: f64,
+) -> Clip {
+    let clip = Clip::of_values(&grads.of(range.clone()), 1.0, max_grad_norm);
+    apply_range(params, range, grads, state, step, &clip);
+    clip
+}
+
+fn apply_range(params: &mut Params, range: Range<usize>, grads: &Grads, state: &mut State, step: &Step, clip: &Clip) {
+    params.change(range, step.t as u32, |piece, values| {
+        state.apply(piece.clone(), values, &grads.of(piece), step, clip);
+    });
 }

@@ -4,7 +4,8 @@ use burn::tensor::DType;
 use rekindle_kernels::dropout::{self, Key, Token, Tokens};
 use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, Step};
-use rekindle_kernels::{Device, Params, ParamsBuilder, attention, from_f32, to_f32};
+use rekindle_kernels::packed::{Absmax, Codes, Format};
+use rekindle_kernels::{Device, Group, PackedWeight, Params, ParamsBuilder, attention, from_f32, to_f32};
 
 use super::attention::Attention;
 use super::{Case, F32_FLOOR, LOW_DTYPES, Layout, Place, judge, noise, values};
@@ -186,6 +187,55 @@ pub(crate) fn gradients_that_are_not_finite_change_nothing(device: &Device) {
     assert!((norm - truth).abs() <= bound, "a norm of {norm}, not {truth}");
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         assert_eq!(trained(Some(bad)).0, expected, "moments remember a {bad}");
+    }
+}
+
+/// Parameters that are kept in bf16, in 8-bit and in 4-bit codes end in the CPU's bits, from the same gradients.
+pub(crate) fn values_in_place_are_those_of_the_cpu(device: &Device) {
+    let (dims, blocksize) = ([40, 96], 64);
+    let n = dims[0] * dims[1];
+    let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+    let trained = |device: &Device| -> Vec<Vec<u8>> {
+        let mut builder = ParamsBuilder::in_place(device, DType::F32);
+        let bits = noise(1, n).into_iter().flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes()).collect::<Vec<_>>();
+        builder.push_bf16(Group::Embedding, "bf16", &dims, &bits);
+        let bytes = |seed| noise(seed, n).into_iter().map(|x| (x * 127.0) as i8).collect::<Vec<_>>();
+        let codes = |format| PackedWeight::new(Codes { dims, format }, device);
+        let int8 = Format::Int8 { codes: bytes(2), scales: noise(3, dims[0]), factor: 1.0 / 127.0 };
+        builder.push_packed("int8", codes(int8));
+        let mut table: [f32; 16] = noise(4, 16).try_into().expect("16 values");
+        (table[3], table[9]) = (-1.0, 1.0);
+        builder.push_packed(
+            "four bits",
+            codes(Format::FourBit {
+                codes: bytes(5)[..n / 2].iter().map(|code| code.cast_unsigned()).collect(),
+                table,
+                blocksize,
+                absmax: Absmax::Single(noise(6, n / blocksize).into_iter().map(f32::abs).collect()),
+            }),
+        );
+        builder.push("vector", &[104], false, &noise(7, 104));
+        let mut params = builder.build();
+        params.set_rounding_seed(3407);
+        let mut state = State::new(params.infos(), device, rule, StateFormat::F32);
+        for t in 1..5 {
+            let mut grads = params.zero_grads();
+            for (i, info) in params.infos().iter().enumerate() {
+                let values = noise(10 * t + i as u64, info.at.range().len());
+                grads.add(info.at, from_f32(values, info.at.dims(), device, DType::F32));
+            }
+            let step = Step { t, rates: 1e-2.into(), weight_decay: 0.1 };
+            optimizer::clipped_step(&mut params, &grads, &mut state, &step, 0.0);
+        }
+        params.to_bytes()
+    };
+    for (i, (got, want)) in trained(device).iter().zip(&trained(&Device::cpu())).enumerate() {
+        assert!(
+            got == want,
+            "parameter {i}: {} of {} bytes differ",
+            got.iter().zip(want).filter(|(a, b)| a != b).count(),
+            want.len()
+        );
     }
 }
 

@@ -12,13 +12,23 @@ use rekindle_models::CausalLm;
 
 use crate::{Error, Optimizer};
 
-/// The trained parameters of an adapter, f32.
+/// The trained parameters of an adapter, f32, or the bytes of parameters that are kept in place.
 pub(super) const MASTERS: &str = "master_weights.safetensors";
 /// What the optimizer remembers of each parameter.
 pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 
 pub(super) fn write_masters(dir: &Path, model: &CausalLm) -> Result<(), Error> {
     let params = model.params();
+    if params.are_in_place() {
+        let bytes = params.to_bytes();
+        let spec = |(info, bytes): (&rekindle_kernels::ParamInfo, &Vec<u8>)| {
+            TensorSpec::new(&info.name, Dtype::U8, [bytes.len()])
+        };
+        let specs: Vec<TensorSpec> = params.infos().iter().zip(&bytes).map(spec).collect();
+        model.device().check().map_err(rekindle_models::Error::from)?;
+        let path = dir.join(MASTERS);
+        return Ok(write_safetensors(&path, &BTreeMap::new(), &specs, |index, out| out.write_all(&bytes[index]))?);
+    }
     let spec = |info: &rekindle_kernels::ParamInfo| TensorSpec::new(&info.name, Dtype::F32, info.shape.clone());
     let specs: Vec<TensorSpec> = params.infos().iter().map(spec).collect();
     write_safetensors(&dir.join(MASTERS), &BTreeMap::new(), &specs, |index, out| {
@@ -30,6 +40,17 @@ pub(super) fn write_masters(dir: &Path, model: &CausalLm) -> Result<(), Error> {
 
 /// Replaces the trained parameters by those of the checkpoint in `dir`; a problem is found before any changes.
 pub(super) fn read_masters(dir: &Path, model: &mut CausalLm) -> Result<(), Error> {
+    if model.params().are_in_place() {
+        let path = dir.join(MASTERS);
+        let file = SafetensorsFile::open(&path)?;
+        let bytes = |info: &rekindle_kernels::ParamInfo| file.get(&info.name).map(|view| view.data.to_vec());
+        let bytes: Option<Vec<Vec<u8>>> = model.params().infos().iter().map(bytes).collect();
+        if !bytes.is_some_and(|bytes| model.params_mut().restore(&bytes)) {
+            let problem = "it holds other parameters than the model trains, or holds them otherwise".to_owned();
+            return Err(Error::Checkpoint { path, problem });
+        }
+        return Ok(());
+    }
     let values = if model.lora().is_some() {
         let path = dir.join(MASTERS);
         let file = SafetensorsFile::open(&path)?;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use rekindle_hub::{DirectoryLock, Dtype, remove_atomic};
+use rekindle_hub::{DirectoryLock, remove_atomic};
 use rekindle_kernels::optimizer::Rates;
 use rekindle_models::StepKey;
 
@@ -320,7 +320,7 @@ impl<'a> Run<'a> {
         }
         if let Some(dir) = &self.job.output_dir {
             let path = dir.join(result_name(self.full));
-            save_result(self.job.model, &path, &self.job.companions, Dtype::F32)?;
+            save_result(self.job.model, &path, &self.job.companions, self.job.model.trained_dtype())?;
             (self.job.on_event)(Event::Saved(&path));
             self.report.saved = Some(path);
         }

@@ -21,6 +21,7 @@ pub(crate) mod reduce;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod stacked;
+pub(crate) mod stochastic;
 pub(crate) mod swiglu;
 
 use super::{Array, Cuda, DType, Kernel};

@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 
-use super::{blocks, int, kernel, matmul};
+use super::{blocks, int, kernel, matmul, stochastic};
 use crate::cuda::{Array, Buffer, Cuda, CudaError, DType, Form, args};
+use crate::stochastic::Draw;
 
 /// Groups of eight values that one block of the decoders takes.
 const GROUPS: usize = 512;
@@ -138,6 +139,19 @@ impl PackedArray {
         Ok(codes)
     }
 
+    /// The scales as they are now, after waiting for everything queued so far; none where they are in codes.
+    ///
+    /// # Errors
+    /// The first error of the device since the last one that was taken.
+    pub(crate) fn download_scales(&self) -> Result<Option<Vec<f32>>, CudaError> {
+        if matches!(self.format, Format::FourBit { double: Some(_), .. }) {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; self.scales.bytes()];
+        self.scales.cuda().download(&self.scales, &mut bytes)?;
+        Ok(Some(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()))
+    }
+
     /// The whole matrix, in `scratch` if it is given.
     pub(crate) fn decode(&self, dtype: DType, scratch: Option<Array>) -> Array {
         let (cuda, [rows, cols]) = (self.codes.cuda(), self.dims);
@@ -187,6 +201,39 @@ impl PackedArray {
             }
         }
         w
+    }
+
+    /// Replaces all values by `values`, f32 with nothing between the rows; scales follow from them.
+    ///
+    /// # Panics
+    /// When the scales of 4-bit blocks are in codes, or rows of 8-bit codes are not whole words.
+    pub(crate) fn store(&self, values: &Array, draw: Draw) {
+        super::check_dims("the values", values, self.dims);
+        assert!(values.is_contiguous() && values.is_aligned() && values.dtype() == DType::F32, "dense f32 values");
+        let (cuda, [rows, cols]) = (self.codes.cuda(), self.dims);
+        let (codes, scales) = (self.codes.ptr(), self.scales.ptr());
+        let Draw { site, step, .. } = draw;
+        match &self.format {
+            Format::FourBit { table, block_shift, double: None } => {
+                let (n, blocksize) = (rows * cols, 1usize << block_shift);
+                kernel(cuda, stochastic::FILE, "store_4bit", DType::F32).launch(
+                    [blocks(n.div_ceil(blocksize).div_ceil(8)), 1, 1],
+                    [256, 1, 1],
+                    0,
+                    args![values.ptr(), codes, scales, table.ptr(), n as i64, int(blocksize), draw.key(), site, step],
+                );
+            }
+            Format::FourBit { .. } => panic!("scales in codes cannot follow values that change"),
+            Format::Int8 => {
+                assert!(cols.is_multiple_of(4), "rows of {cols} codes; the kernel takes whole words");
+                kernel(cuda, stochastic::FILE, "store_int8", DType::F32).launch(
+                    [blocks(rows), 1, 1],
+                    [256, 1, 1],
+                    0,
+                    args![values.ptr(), codes, scales, int(rows), int(cols), draw.key(), site, step],
+                );
+            }
+        }
     }
 
     /// `x · Wᵀ + bias`.
