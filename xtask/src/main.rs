@@ -4,6 +4,8 @@
 mod bench;
 mod build;
 mod ci;
+#[cfg(feature = "models")]
+mod full;
 mod goldens;
 mod gpu_bundle;
 #[cfg(feature = "models")]
@@ -71,6 +73,14 @@ enum Task {
         /// Documents that are measured.
         #[arg(long, default_value_t = 96)]
         documents: usize,
+    },
+    #[cfg(feature = "models")]
+    /// Trains all weights of the quickstart's base model in 32, 16, 8 and 4 bits, and prints the table of
+    /// docs/full-finetuning.md.
+    Full {
+        /// Optimizer steps of 8 rows.
+        #[arg(long, default_value_t = 200)]
+        steps: usize,
     },
     #[cfg(feature = "models")]
     /// Measures.
@@ -148,6 +158,8 @@ fn main() -> ExitCode {
         Task::Kernels { require } => kernels::check(require),
         #[cfg(feature = "models")]
         Task::Quickstart { scratch, steps } => quickstart::make(&scratch, steps),
+        #[cfg(feature = "models")]
+        Task::Full { steps } => full::measure(steps),
         #[cfg(feature = "models")]
         Task::Rope { steps, documents } => rope::measure(steps, documents),
         #[cfg(feature = "models")]

@@ -59,6 +59,12 @@ pub(crate) struct Train {
     /// Where the weights are written, and found again by the next job of that shape; without it they are deleted.
     #[arg(long)]
     weights: Option<PathBuf>,
+    /// The optimizer, as in `[train]`.
+    #[arg(long, default_value = "adamw")]
+    optim: String,
+    /// Moves parameters in the backward.
+    #[arg(long)]
+    optimizer_in_bwd: bool,
     /// Measures one more step by operation, and prints the longest ones.
     #[arg(long)]
     profile: bool,
@@ -80,8 +86,28 @@ enum Mode {
     Lora,
     /// The same over NF4 with double quantization.
     Qlora,
-    /// All weights.
+    /// All weights, with f32 masters.
     Full,
+    /// All weights in bf16 alone, rounded stochastically.
+    FullBf16,
+    /// The linears of the blocks in 8-bit codes, everything else in bf16.
+    FullInt8,
+    /// The linears of the blocks in NF4, everything else in bf16.
+    FullNf4,
+}
+
+impl Mode {
+    fn is_full(self) -> bool {
+        !matches!(self, Self::Lora | Self::Qlora)
+    }
+
+    fn load_in(self) -> Option<LoadIn> {
+        match self {
+            Self::Qlora | Self::FullNf4 => Some(LoadIn::FourBit(None)),
+            Self::FullInt8 => Some(LoadIn::EightBit),
+            Self::Lora | Self::Full | Self::FullBf16 => None,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -126,6 +152,8 @@ pub(crate) fn table(weights: Option<&Path>, python: Option<&Path>) -> Result<Val
             steps,
             device: "cuda".to_owned(),
             weights: Some(weights.clone()),
+            optim: "adamw".to_owned(),
+            optimizer_in_bwd: false,
             profile: false,
             python: python.map(Path::to_owned),
             peer: Peer::Unsloth,
@@ -171,18 +199,22 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
     let (device, _) = rekindle_kernels::open_device(parse_device(&job.device)?)?;
     let Device::Cuda(cuda) = &device else { return Err(format!("{} is not a CUDA device", job.device).into()) };
     let mut options = LoadOptions::new(device.clone(), DType::BF16, job.seq);
-    options.full_finetuning = job.mode == Mode::Full;
-    options.load_in = (job.mode == Mode::Qlora).then_some(LoadIn::FourBit(None));
+    options.full_finetuning = job.mode.is_full();
+    options.stochastic_rounding = job.mode == Mode::FullBf16;
+    options.load_in = job.mode.load_in();
     let mut model = CausalLm::load(&Checkpoint::open(at)?, &options, &mut |_| ())?;
-    if job.mode != Mode::Full {
-        model.add_adapter(
+    match job.mode.is_full() {
+        true => model.set_gradient_checkpointing(job.checkpointing.of_lora()),
+        false => model.add_adapter(
             &LoraConfig::new(16).lora_alpha(32.0).use_gradient_checkpointing(job.checkpointing.of_lora()),
-        )?;
+        )?,
     }
     device.synchronize()?;
     let (load_seconds, weights) = (began.elapsed().as_secs_f64(), cuda.memory().in_use);
 
-    let mut optimizer = Optimizer::new(&model, OptimizerConfig::from(&SftConfig::default()), 0)?;
+    let optim = serde_json::from_value(Value::from(job.optim.as_str()))?;
+    let config = SftConfig { optimizer_in_bwd: job.optimizer_in_bwd, optim, ..SftConfig::default() };
+    let mut optimizer = Optimizer::new(&model, OptimizerConfig::from(&config), 0)?;
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let (mut times, mut losses, mut first) = (Vec::new(), Vec::new(), 0.0);
     for step in 0..WARMUP + job.steps {
@@ -254,7 +286,10 @@ impl Train {
         }
         let mut ours = Command::new(std::env::current_exe()?);
         ours.args(["bench", "train", "--worker", "--device", &self.device, "--weights"]).arg(&at);
-        ours.args(["--shape", &name(self.shape)]).args(self.options());
+        ours.args(["--shape", &name(self.shape), "--optim", &self.optim]).args(self.options());
+        if self.optimizer_in_bwd {
+            ours.arg("--optimizer-in-bwd");
+        }
         if self.profile {
             ours.arg("--profile");
         }
@@ -280,8 +315,10 @@ impl Train {
     }
 
     fn name(&self) -> String {
-        let Self { shape, mode, batch, seq, checkpointing, .. } = self;
-        format!("{} {}, {batch} × {seq}, checkpointing {}", name(*shape), name(*mode), name(*checkpointing))
+        let Self { shape, mode, batch, seq, checkpointing, optim, optimizer_in_bwd, .. } = self;
+        let (shape, mode, checkpointing) = (name(*shape), name(*mode), name(*checkpointing));
+        let in_bwd = if *optimizer_in_bwd { ", in the backward" } else { "" };
+        format!("{shape} {mode}, {batch} × {seq}, checkpointing {checkpointing}, {optim}{in_bwd}")
     }
 
     /// A row of the table in docs/benchmarks.md.

@@ -1,0 +1,101 @@
+//! `cargo xtask full`: full fine-tuning in 32, 16, 8 and 4 bits, side by side.
+
+use std::error::Error;
+use std::fs;
+
+use rekindle::{
+    DataFile, DeviceKind, Dtype, FastLanguageModel, Loader, LrSchedulerType, QuantConfig, Report, SftConfig,
+    SftTrainer, Tokenizer,
+};
+use rekindle_train::{Series, lines_svg};
+
+use crate::root;
+
+const LEARNING_RATE: f64 = 1e-3;
+const BATCH: usize = 8;
+/// Steps between evaluations, over which training losses are averaged too.
+const EVERY: usize = 20;
+const PICTURE: &str = "docs/full-finetuning.svg";
+
+/// A way of keeping weights that are trained.
+struct Way {
+    name: &'static str,
+    color: &'static str,
+    load: fn(Loader) -> Loader,
+    /// What it changes in the run.
+    config: fn(SftConfig) -> SftConfig,
+}
+
+const WAYS: [Way; 6] = [
+    Way { name: "f32", color: "#2b6cb0", load: |l| l, config: |c| c },
+    Way { name: "bf16", color: "#2f855a", load: |l| l.stochastic_rounding(true), config: |c| c },
+    Way {
+        name: "bf16, optimizer_in_bwd",
+        color: "#718096",
+        load: |l| l.stochastic_rounding(true),
+        config: in_backward,
+    },
+    Way { name: "int8", color: "#b7791f", load: |l| l.load_in_8bit(true), config: |c| c },
+    Way { name: "nf4, blocks of 64", color: "#c53030", load: |l| l.load_in_4bit(true), config: |c| c },
+    Way { name: "nf4, blocks of 32", color: "#6b46c1", load: small_blocks, config: |c| c },
+];
+
+fn in_backward(config: SftConfig) -> SftConfig {
+    SftConfig { optimizer_in_bwd: true, ..config }
+}
+
+fn small_blocks(loader: Loader) -> Loader {
+    let blocksize = rekindle::Blocksize::new(32).expect("a block size of the format");
+    loader.load_in_4bit(true).quant_config(QuantConfig { blocksize, double_quant: false, ..QuantConfig::default() })
+}
+
+/// Prints the table of docs/full-finetuning.md and draws its picture.
+///
+/// # Errors
+/// When the base model cannot be read or a run diverges.
+pub(crate) fn measure(steps: usize) -> Result<(), Box<dyn Error>> {
+    let example = root().join("examples/quickstart");
+    let tokenizer = Tokenizer::from_dir(&example.join("base"))?;
+    let mut series = Vec::new();
+    println!(
+        "| weights | MB | | {} |",
+        (1..=steps / EVERY).map(|i| format!("{}", i * EVERY)).collect::<Vec<_>>().join(" | ")
+    );
+    println!("|---|---|---|{}", "---|".repeat(steps / EVERY));
+    for Way { name, color, load, config } in WAYS {
+        let loader = FastLanguageModel::from_pretrained(example.join("base"))
+            .device(DeviceKind::Cpu)
+            .dtype(Dtype::F32)
+            .max_seq_length(128)
+            .full_finetuning(true);
+        let mut model = load(loader).load_model()?;
+        let megabytes = model.memory_report().bytes() as f64 / 1e6;
+        let run = config(SftConfig {
+            per_device_train_batch_size: BATCH,
+            max_steps: Some(steps),
+            learning_rate: Some(LEARNING_RATE),
+            lr_scheduler_type: LrSchedulerType::Linear,
+            warmup_steps: 10,
+            eval_steps: Some(EVERY),
+            ..SftConfig::default()
+        });
+        let report = SftTrainer::new(&mut model, &tokenizer, DataFile::new(example.join("train.jsonl")), run)
+            .eval_dataset(DataFile::new(example.join("heldout.jsonl")))
+            .train()?;
+        let (train, eval) = curves(&report);
+        let cells = |losses: &[f64]| losses.iter().map(|loss| format!(" {loss:.3} |")).collect::<String>();
+        println!("| {name} | {megabytes:.2} | training |{}", cells(&train));
+        println!("| | | held out |{}", cells(&eval));
+        let points = report.steps.iter().map(|step| (step.step as f64, step.loss)).collect();
+        series.push(Series { name, color, points });
+    }
+    fs::write(root().join(PICTURE), lines_svg("training loss", &series))?;
+    println!("\n{PICTURE} is drawn");
+    Ok(())
+}
+
+/// Training losses, averaged between evaluations, and held-out losses.
+fn curves(report: &Report) -> (Vec<f64>, Vec<f64>) {
+    let mean = |steps: &[rekindle::StepMetrics]| steps.iter().map(|step| step.loss).sum::<f64>() / steps.len() as f64;
+    (report.steps.chunks_exact(EVERY).map(mean).collect(), report.evals.iter().map(|eval| eval.eval_loss).collect())
+}
