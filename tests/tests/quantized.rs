@@ -213,13 +213,8 @@ fn another_format_than_the_checkpoint_has_is_refused() {
 fn arguments_that_cannot_be_met_are_refused() {
     let text = refused("qwen2", |options| options.skip_modules = Some(vec!["lm_head".to_owned()]));
     assert!(text.contains("nothing is quantized"), "{text}");
-    for golden in ["quantized/qwen2-int8", "qwen2"] {
-        let text = refused(golden, |options| {
-            options.full_finetuning = true;
-            options.load_in = (golden == "qwen2").then_some(LoadIn::FourBit(None));
-        });
-        assert!(text.contains("full_finetuning trains dense weights"), "{text}");
-    }
+    let text = refused("quantized/qwen2-nf4-double", |options| options.full_finetuning = true);
+    assert!(text.contains("doubly quantized scales") && text.contains("double_quant = false"), "{text}");
     let checkpoint = Checkpoint::open(&goldens().join("quantized/qwen2-int8")).expect("a golden checkpoint opens");
     let out = tempfile::tempdir().expect("a temporary directory");
     let error = quantize(&checkpoint, LoadIn::EightBit, None, out.path(), &mut |_| ()).expect_err("it is quantized");

@@ -13,7 +13,7 @@ use rekindle_rope::RopeScaling;
 use crate::adapt::Replaced;
 use crate::block::Block;
 use crate::names::{self, EMBED, HEAD, NORM, Needed, Projection};
-use crate::quantization::{LoadIn, Plan, Quantization, stored_bytes};
+use crate::quantization::{LoadIn, Plan, Quantization, stored_bytes, stored_quantization};
 use crate::start::Taken;
 use crate::{CausalLm, Error, ModelConfig, trainable, vocab};
 
@@ -86,7 +86,8 @@ impl CausalLm {
                 config.head_dim
             )));
         }
-        let load_in = if *full_finetuning { load_in.map(trainable::format) } else { *load_in };
+        let stored = stored_quantization(checkpoint.config()).is_some();
+        let load_in = if *full_finetuning && !stored { load_in.map(trainable::format) } else { *load_in };
         let plan = Plan::of(checkpoint, load_in, skip_modules.as_deref())?;
         let in_place = trainable::in_place(options, plan.as_ref(), &config)?;
         check_tensors(checkpoint, &config, plan.as_ref())?;
