@@ -4,7 +4,7 @@ use std::error::Error;
 use std::fs;
 
 use rekindle::{
-    DataFile, DeviceKind, Dtype, FastLanguageModel, Loader, LrSchedulerType, QuantConfig, Report, SftConfig,
+    DataSource, DeviceKind, Dtype, FastLanguageModel, Loader, LrSchedulerType, QuantConfig, Report, SftConfig,
     SftTrainer, Tokenizer,
 };
 use rekindle_train::{Series, lines_svg};
@@ -79,8 +79,8 @@ pub(crate) fn measure(steps: usize) -> Result<(), Box<dyn Error>> {
             eval_steps: Some(EVERY),
             ..SftConfig::default()
         });
-        let report = SftTrainer::new(&mut model, &tokenizer, DataFile::new(example.join("train.jsonl")), run)
-            .eval_dataset(DataFile::new(example.join("heldout.jsonl")))
+        let report = SftTrainer::new(&mut model, &tokenizer, DataSource::new(example.join("train.jsonl")), run)
+            .eval_dataset(DataSource::new(example.join("heldout.jsonl")))
             .train()?;
         let (train, eval) = curves(&report);
         let cells = |losses: &[f64]| losses.iter().map(|loss| format!(" {loss:.3} |")).collect::<String>();
