@@ -41,6 +41,11 @@ impl Device {
         }
     }
 
+    /// Whether nothing is computed, and only memory accounted for ([`Cuda::planned`]).
+    pub fn is_planned(&self) -> bool {
+        matches!(self, Self::Cuda(cuda) if cuda.is_planned())
+    }
+
     /// The first error of a CUDA device, which stays; a device of Burn reports its own where they happen.
     ///
     /// Operations on CUDA do not return errors: after the first one nothing more runs, and what is read back is NaN.

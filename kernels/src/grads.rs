@@ -52,8 +52,19 @@ impl Grads {
     pub fn add(&mut self, at: ParamRef, grad: Tensor<2>) {
         assert_eq!(grad.dims(), at.dims(), "gradient and parameter shapes");
         match grad {
+            Tensor::Burn(grad) if Path::of_burn(&grad) == Path::Cpu => {
+                let (flat, here) = self.part_mut(at);
+                let Tensor::Burn(flat) = flat else { panic!("the operands of one operation lie on one device") };
+                let grad = cpu::View::of(&grad);
+                cpu::with_mut(flat, |flat| {
+                    flat[here.range()].iter_mut().zip(grad.as_slice()).for_each(|(sum, grad)| *sum += grad);
+                });
+            }
             Tensor::Burn(grad) => self.update(at, |old| old + grad.cast(DType::F32)),
-            Tensor::Cuda(grad) => ops::elementwise::accumulate(&self.array(at), &grad),
+            Tensor::Cuda(grad) => {
+                let grad = ops::elementwise::cast(&grad, crate::cuda::DType::F32, "gradients").contiguous();
+                ops::elementwise::accumulate(&self.array(at).flattened(), &grad.flattened());
+            }
         }
     }
 

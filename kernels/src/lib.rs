@@ -61,5 +61,5 @@ pub use packed::PackedWeight;
 pub use params::{Group, ParamInfo, ParamRef, Params, ParamsBuilder};
 pub use path::Path;
 pub use rows::Rows;
-pub use tensor::{Tensor, from_f32, from_le_bytes, to_f32};
+pub use tensor::{Tensor, from_f32, from_le_bytes, to_f32, unfilled};
 pub use weight::Weight;

@@ -94,6 +94,31 @@ pub enum Absmax {
 }
 
 impl Codes {
+    /// 4-bit codes of a weight `[out, in]` that is all zeros, `blocksize` of them with one scale; with `nested`, so many
+    /// scales with one of their own.
+    pub fn four_bit_zeros(dims: [usize; 2], blocksize: usize, nested: Option<usize>) -> Self {
+        let elements = dims[0] * dims[1];
+        let blocks = elements.div_ceil(blocksize);
+        let absmax = match nested {
+            None => Absmax::Single(vec![0.0; blocks]),
+            Some(blocksize) => Absmax::Double {
+                codes: vec![0; blocks],
+                map: Box::new([0.0; 256]),
+                nested: vec![0.0; blocks.div_ceil(blocksize)],
+                blocksize,
+                offset: 0.0,
+            },
+        };
+        let codes = vec![0; elements.div_ceil(2)];
+        Self { dims, format: Format::FourBit { codes, table: [0.0; 16], blocksize, absmax } }
+    }
+
+    /// 8-bit codes of a weight `[out, in]` that is all zeros.
+    pub fn int8_zeros(dims: [usize; 2]) -> Self {
+        let (codes, scales) = (vec![0; dims[0] * dims[1]], vec![0.0; dims[0]]);
+        Self { dims, format: Format::Int8 { codes, scales, factor: 1.0 / 127.0 } }
+    }
+
     /// Bytes of the codes, and of their scales.
     pub fn bytes(&self) -> (usize, usize) {
         match &self.format {

@@ -10,7 +10,7 @@
 
 use core::ops::Range;
 
-use burn::tensor::{DType, Tensor as BurnTensor};
+use burn::tensor::DType;
 
 use crate::cuda::{Array, ops};
 use crate::slot::Slot;
@@ -80,7 +80,9 @@ pub struct ParamsBuilder {
     device: Device,
     dtype: DType,
     infos: Vec<ParamInfo>,
+    /// None on a planned device, where they do not matter.
     values: Vec<f32>,
+    numel: usize,
     mirrors: Vec<ops::mirror::Mirror>,
     /// Instead of `values`.
     slots: Option<Vec<Slot>>,
@@ -90,7 +92,7 @@ impl ParamsBuilder {
     /// For parameters on `device`, whose views are read in `dtype`.
     pub fn new(device: &Device, dtype: DType) -> Self {
         let (infos, values, mirrors) = Default::default();
-        Self { device: device.clone(), dtype, infos, values, mirrors, slots: None }
+        Self { device: device.clone(), dtype, infos, values, numel: 0, mirrors, slots: None }
     }
 
     /// For parameters that are kept in place, without an f32 buffer.
@@ -127,6 +129,7 @@ impl ParamsBuilder {
         assert_eq!(values.len(), at.range().len(), "values of shape {shape:?}");
         match &mut self.slots {
             Some(slots) => slots.push(Slot::f32(values, at.dims(), &self.device)),
+            None if self.device.is_planned() => {}
             None => self.values.extend_from_slice(values),
         }
         at
@@ -162,7 +165,8 @@ impl ParamsBuilder {
             [rows, cols] => (rows, cols),
             _ => panic!("a parameter has one or two axes, not {shape:?}"),
         };
-        let at = ParamRef { offset: self.infos.last().map_or(0, |last| last.at.range().end), rows, cols };
+        let at = ParamRef { offset: self.numel, rows, cols };
+        self.numel += at.range().len();
         self.infos.push(ParamInfo { name: name.into(), shape: shape.to_vec(), at, decays, group });
         at
     }
@@ -179,9 +183,18 @@ impl ParamsBuilder {
 
     /// Moves everything to the device.
     pub fn build(self) -> Params {
-        let Self { device, dtype, infos, values, mirrors, slots } = self;
-        let numel = values.len();
-        let values = from_f32(values, [numel], &device, DType::F32);
+        let Self { device, dtype, infos, mut values, numel, mirrors, slots } = self;
+        let numel = if slots.is_some() { 0 } else { numel };
+        values.shrink_to_fit();
+        let values = match &device {
+            Device::Cuda(cuda) if cuda.is_planned() => {
+                Array::unfilled(cuda, [1, numel], crate::cuda::DType::F32, PARAMETERS).into()
+            }
+            Device::Cuda(cuda) => {
+                Array::from_f32(cuda, &values, [1, numel], crate::cuda::DType::F32, PARAMETERS).into()
+            }
+            Device::Burn(_) => from_f32(values, [numel], &device, DType::F32),
+        };
         let mirrors = match &device {
             Device::Cuda(cuda) if !mirrors.is_empty() => Some(ops::mirror::Mirrors::new(cuda, mirrors)),
             _ => None,
@@ -395,7 +408,10 @@ impl Params {
         if self.dtype != DType::F32 {
             match &self.compute {
                 Some(compute) => ops::elementwise::copy_into(values, compute),
-                None => self.compute = Some(ops::elementwise::cast(values, cuda_dtype(self.dtype))),
+                None => {
+                    let dtype = cuda_dtype(self.dtype);
+                    self.compute = Some(ops::elementwise::cast(values, dtype, PARAMETERS));
+                }
             }
         }
         if let Some(mirrors) = &self.mirrors {
@@ -404,10 +420,14 @@ impl Params {
     }
 }
 
+/// The label of parameters in the account of memory.
+const PARAMETERS: &str = "parameters";
+
 /// A flat buffer of zeros; `label` names its use in reports of a CUDA device's memory.
 pub(crate) fn zeros(numel: usize, device: &Device, label: &'static str) -> Tensor<1> {
     match device {
-        Device::Burn(device) => BurnTensor::zeros([numel], (device, DType::F32)).into(),
+        // Not Burn's own zeros, whose memory cannot be written in place on the CPU: the first writer would copy it.
+        Device::Burn(_) => from_f32(vec![0.0; numel], [numel], device, DType::F32),
         Device::Cuda(cuda) => Array::zeros(cuda, [1, numel], crate::cuda::DType::F32, label).into(),
     }
 }

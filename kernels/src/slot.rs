@@ -9,6 +9,9 @@ use crate::stochastic::Draw;
 use crate::tensor::cuda_dtype;
 use crate::{Device, PackedWeight, Tensor, cpu, from_f32, to_f32};
 
+/// The label of values that are decoded for a while.
+const SCRATCH: &str = "decoded weight";
+
 /// Where and how one parameter's values lie.
 #[derive(Clone, Debug)]
 pub(crate) struct Slot {
@@ -67,9 +70,9 @@ impl Slot {
     pub(crate) fn matrix(&self, dtype: DType) -> Tensor<2> {
         match &self.kept {
             Kept::F32(Tensor::Burn(values)) => values.clone().cast(dtype).into(),
-            Kept::F32(Tensor::Cuda(values)) => ops::elementwise::cast(values, cuda_dtype(dtype)).into(),
+            Kept::F32(Tensor::Cuda(values)) => ops::elementwise::cast(values, cuda_dtype(dtype), SCRATCH).into(),
             Kept::Bf16(bits) => from_f32(widen(bits), self.dims, &self.device, dtype),
-            Kept::Bf16Cuda(values) => ops::elementwise::cast(values, cuda_dtype(dtype)).into(),
+            Kept::Bf16Cuda(values) => ops::elementwise::cast(values, cuda_dtype(dtype), SCRATCH).into(),
             Kept::Packed(packed) => packed.decode(dtype),
         }
     }
@@ -191,7 +194,9 @@ mod tests {
             assert_eq!((other.bytes(), other.values()), (bytes, slot.values()));
             let flat = slot.flat();
             other.store(flat, Draw { step: 9, ..draw });
-            assert_eq!(other.values(), slot.values(), "nothing changed");
+            // The scale of 8-bit codes comes back through (127 · scale) / 127, two roundings.
+            let same = |(a, b): (f32, f32)| (a - b).abs() <= 2.0 * f32::EPSILON * b.abs();
+            assert!(other.values().into_iter().zip(slot.values()).all(same), "nothing changed");
         }
     }
 }

@@ -193,8 +193,9 @@ mod tests {
                 let before = codes.clone();
                 codes.store(&decoded(&before), draw(step));
                 match (&before.format, &codes.format) {
-                    (Format::FourBit { codes: a, .. }, Format::FourBit { codes: b, .. }) => assert_eq!(a, b),
-                    (Format::Int8 { codes: a, .. }, Format::Int8 { codes: b, .. }) => assert_eq!(a, b),
+                    // FP4's negative zero may become the other one.
+                    (Format::FourBit { .. }, Format::FourBit { .. }) => assert!(decoded(&before) == decoded(&codes)),
+                    (Format::Int8 { codes: a, .. }, Format::Int8 { codes: b, .. }) => assert!(a == b),
                     _ => unreachable!("the format stays"),
                 }
             }

@@ -257,6 +257,14 @@ pub fn from_le_bytes<const D: usize>(bytes: &[u8], shape: [usize; D], device: &D
     }
 }
 
+/// A tensor whose values do not matter: in the memory of [`from_le_bytes`] on CUDA, zeros elsewhere.
+pub fn unfilled<const D: usize>(shape: [usize; D], device: &Device, dtype: DType) -> Tensor<D> {
+    match device {
+        Device::Cuda(cuda) => Array::unfilled(cuda, matrix(shape), cuda_dtype(dtype), LABEL).into(),
+        Device::Burn(device) => BurnTensor::zeros(shape, (device, dtype)).into(),
+    }
+}
+
 /// The values of `tensor` as `f32`, row-major. Waits for the device.
 ///
 /// After an error of a CUDA device the values are NaN, and [`Device::check`] says what happened.

@@ -48,6 +48,9 @@ impl Weight {
     /// For a trained weight, whose rows change.
     pub fn row_norms_squared(&self) -> Vec<f32> {
         let [rows, cols] = self.dims();
+        if self.is_planned() {
+            return vec![0.0; rows];
+        }
         let step = (ROWS_AT_ONCE / cols.max(1)).max(1);
         let part = |first: usize| {
             let count = step.min(rows - first);
@@ -59,6 +62,15 @@ impl Weight {
         };
         let norm = |row: &[f32]| row.iter().map(|&w| f64::from(w) * f64::from(w)).sum::<f64>() as f32;
         (0..rows).step_by(step).flat_map(|first| part(first).chunks_exact(cols).map(norm).collect::<Vec<_>>()).collect()
+    }
+
+    /// Whether it holds no values.
+    fn is_planned(&self) -> bool {
+        match self {
+            Self::Frozen(Tensor::Cuda(array)) => array.cuda().is_planned(),
+            Self::Packed(packed) => packed.cuda().is_some_and(|array| array.cuda().is_planned()),
+            _ => false,
+        }
     }
 
     /// Where its gradient goes, if it is trained.

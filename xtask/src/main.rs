@@ -131,6 +131,12 @@ enum Bench {
     },
     /// A fine-tune of a real model's shape on a CUDA device, beside Unsloth or PEFT when `--python` has them.
     Train(bench::train::Train),
+    /// What is planned for a CUDA device beside what the same steps take of it; nothing else should run there.
+    Plan {
+        /// Where the weights are written, and found again by the next run; without it they are deleted.
+        #[arg(long)]
+        weights: Option<PathBuf>,
+    },
     /// Quantizing a large model while loading and to disk: time, and memory against its bound. Linux only.
     Quantize {
         /// The model whose shape is filled with random weights.
@@ -175,6 +181,8 @@ fn main() -> ExitCode {
         }
         #[cfg(feature = "models")]
         Task::Bench { what: Bench::Train(job) } => bench::train::run(&job),
+        #[cfg(feature = "models")]
+        Task::Bench { what: Bench::Plan { weights } } => bench::train::plan::run(weights.as_deref()),
         #[cfg(feature = "models")]
         Task::Bench { what: Bench::Quantize { shape, dir, worker, job } } => match (worker, job) {
             (Some(checkpoint), Some(job)) => bench::quantize::worker(&checkpoint, job),

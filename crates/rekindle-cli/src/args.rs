@@ -2,6 +2,7 @@
 
 mod data;
 mod hub;
+mod plan;
 
 use std::path::{Path, PathBuf};
 
@@ -18,6 +19,7 @@ pub(crate) use data::{DataCommand, PreviewArgs, RunFileArgs, StatsArgs};
 pub(crate) use hub::HubArgs;
 #[cfg(feature = "network")]
 pub(crate) use hub::{CacheCommand, CacheDir, ListArgs, PruneArgs};
+pub(crate) use plan::PlanArgs;
 
 /// Fine-tune language models in Rust.
 #[derive(Debug, Parser)]
@@ -38,6 +40,8 @@ pub(crate) enum Command {
     /// Look at the rows of a run file as they are trained, without loading a weight
     #[command(subcommand)]
     Data(DataCommand),
+    /// Compute the memory that a run takes, before anything is loaded, and what would fit
+    Plan(PlanArgs),
     /// Measure a model's loss on a file of rows
     Eval(EvalArgs),
     /// Continue a prompt or answer a message
@@ -371,7 +375,7 @@ Start here:
 Results are printed to stdout, progress to stderr.
 Models and adapters are directories, or names on the Hugging Face hub such as Qwen/Qwen3-0.6B. HF_HOME, HF_HUB_CACHE,
 HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are obeyed.
-Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data, 5 network or hub, 6 diverged, 130 interrupted.";
+Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data, 4 more memory than there is, 5 network or hub, 6 diverged, 130 interrupted.";
 
 const RUN_FILE: &str = r#"Example of a run file; all that is not commented out is needed:
   # output_dir = "outputs/run"      # default: outputs/ and the name of the run file

@@ -34,13 +34,14 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// 1 failed, 2 usage or configuration, 3 data, 5 network or hub, 6 diverged, 130 interrupted.
+    /// 1 failed, 2 usage or configuration, 3 data, 4 memory, 5 network or hub, 6 diverged, 130 interrupted.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Configuration(_) => 2,
             Self::Library(error) => match error.kind() {
                 ErrorKind::Configuration => 2,
                 ErrorKind::Data => 3,
+                ErrorKind::Memory => 4,
                 ErrorKind::Hub => 5,
                 ErrorKind::Diverged => 6,
                 _ => 1,

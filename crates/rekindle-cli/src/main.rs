@@ -2,8 +2,8 @@
 //! quantization, and what a checkpoint, the hub's cache or this machine holds.
 //!
 //! Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed (a model or adapter that is
-//! missing or broken, a result that cannot be written), 2 usage or configuration, 3 data, 5 network or hub, 6 a run that
-//! diverged, 130 a run that was interrupted and saved a checkpoint.
+//! missing or broken, a result that cannot be written), 2 usage or configuration, 3 data, 4 more memory than there is,
+//! 5 network or hub, 6 a run that diverged, 130 a run that was interrupted and saved a checkpoint.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -25,6 +25,7 @@ mod nearest;
 mod open;
 mod output;
 mod overrides;
+mod plan;
 mod progress;
 mod quantize;
 mod quickstart;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         Command::Init(args) => init::run(&args),
         Command::Data(command) => data::run(&command),
         Command::Train(args) => train::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Merge(args) => merge::run(&args),

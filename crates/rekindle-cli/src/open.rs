@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use rekindle::{Error, Loader, Model, Tokenizer};
+use rekindle::{Error, Files, Loader, Model, Tokenizer};
 
 use crate::args::ModelArgs;
 use crate::failure::Failure;
@@ -59,15 +59,20 @@ fn name_unknown(model: &Model, adapter: &Path) {
     }
 }
 
+/// The tokenizer of a model, if it has one.
+pub(crate) fn tokenizer(files: &Files) -> Result<Option<Tokenizer>, Failure> {
+    let dir = files.tokenizer();
+    let has_tokenizer = dir.join("tokenizer.json").is_file();
+    Ok(has_tokenizer.then(|| Tokenizer::from_dir(dir)).transpose().map_err(Error::from)?)
+}
+
 /// The model of `loader`. A checkpoint without `tokenizer.json` will do for token ids.
 pub(crate) fn load(loader: Loader) -> Result<(Model, Option<Tokenizer>), Failure> {
     let mut loader = loader.on_download(progress::downloading());
     let files = loader.fetch()?.clone();
     fetch::say(&files.notices);
-    let dir = files.tokenizer();
-    let has_tokenizer = dir.join("tokenizer.json").is_file();
     // The tokenizer is read first: it is the quicker of the two to fail.
-    let tokenizer = has_tokenizer.then(|| Tokenizer::from_dir(dir)).transpose().map_err(Error::from)?;
+    let tokenizer = tokenizer(&files)?;
     let model = loader.on_progress(progress::reading("loading")).load_model()?;
     if let Some(adapter) = &files.adapter {
         eprintln!("adapter {} on {}", adapter.display(), files.model.display());

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rekindle::{
     BLOCK_LINEARS, DeviceKind, End, Error, Event, LoraConfig, Model, OptimizerConfig, Report, Resume, SftTrainer,
-    TargetModules, Tokenizer, parse_device, write_atomic,
+    TargetModules, Tokenizer, write_atomic,
 };
 use toml::{Table, Value};
 
@@ -14,7 +14,7 @@ use crate::args::TrainArgs;
 use crate::failure::Failure;
 use crate::progress::{Progress, duration};
 use crate::run_file::{LoraSection, ModelSection, RunConfig};
-use crate::{dry_run, fetch, open, output, signals};
+use crate::{dry_run, open, output, plan, signals};
 
 pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let config = RunConfig::load(&args.run_file, &args.overrides)?;
@@ -56,12 +56,10 @@ pub(crate) struct Job {
 
 impl Job {
     pub(crate) fn open(mut config: RunConfig) -> Result<Self, Failure> {
-        let mut loader = config.model.loader(parse_device(&config.device).map_err(Error::from)?)?;
-        let start = config.lora.as_ref().and_then(|lora| lora.init_from.as_ref());
-        let start = start.map(|name| fetch::directory(config.model.source(name))).transpose()?;
-        if let Some(dir) = &start {
-            loader = loader.for_adapter(dir);
-        }
+        let (mut loader, start) = plan::loader(&config)?;
+        plan::check(&mut config, &mut loader)?;
+        // With what was decided.
+        let loader = loader.use_gradient_checkpointing(config.model.use_gradient_checkpointing);
         let (mut model, tokenizer) = open::load(loader)?;
         let starts_from_adapter = start.is_some() || model.causal_lm().lora().is_some();
         if let Some(lora) = &mut config.lora {

@@ -90,7 +90,11 @@ pub(crate) fn check_directory(path: &Path) -> Result<(), Error> {
     Err(Error::NotFound { path: path.to_path_buf(), reason: reason.to_owned() })
 }
 
-fn read_config(directory: &Path) -> Result<Value, Error> {
+/// `config.json` of the model in a directory, an object.
+///
+/// # Errors
+/// [`Error::Missing`] and [`Error::Malformed`].
+pub fn read_config(directory: &Path) -> Result<Value, Error> {
     let path = directory.join("config.json");
     if !path.exists() {
         let way_out = if directory.join("adapter_config.json").exists() {

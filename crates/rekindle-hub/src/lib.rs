@@ -59,7 +59,7 @@ mod write;
 
 pub use adapter::{AdapterBase, adapter_base};
 pub use atomic::{AtomicDir, DirectoryLock, clear_leftovers, remove_atomic, write_atomic};
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, read_config};
 pub use dtype::Dtype;
 pub use error::{Error, HubErrorKind};
 pub use headers::{Headers, TensorInfo};

@@ -10,6 +10,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod account;
 mod adapt;
 mod adapters;
 mod batch;
@@ -26,6 +27,7 @@ mod merge;
 mod model;
 mod names;
 mod non_finite;
+mod outline;
 mod positions;
 mod quantization;
 mod quantize;
@@ -37,6 +39,7 @@ mod start;
 mod trainable;
 mod vocab;
 
+pub use account::{Account, Bytes, Tokens, Trained, Use};
 pub use adapters::DEFAULT_ADAPTER;
 pub use batch::{Batch, IGNORED};
 pub use config::{Biases, ModelConfig};
@@ -47,6 +50,7 @@ pub use memory::{MemoryClass, MemoryLine, MemoryReport};
 pub use merge::{MergeOptions, merge};
 pub use model::{CausalLm, StepKey};
 pub use non_finite::NonFinite;
+pub use outline::Coding;
 pub use positions::{save_positions, saved_positions};
 pub use quantization::{LoadIn, stored_quantization};
 pub use quantize::quantize;

@@ -1,6 +1,7 @@
 //! From a checkpoint to a model, tensor by tensor.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
@@ -8,7 +9,7 @@ use rekindle_kernels::rope::Tables;
 use rekindle_kernels::{Device, Group, PackedWeight, ParamsBuilder, Tensor, Weight, from_f32, from_le_bytes};
 use rekindle_lora::{GradientCheckpointing, Linear, LinearGroup};
 use rekindle_quant::Origin;
-use rekindle_rope::RopeScaling;
+use rekindle_rope::{RopeScaling, Widened};
 
 use crate::adapt::Replaced;
 use crate::block::Block;
@@ -68,24 +69,8 @@ impl CausalLm {
     /// [`Error::Config`] or [`Error::Tensors`], each a list of everything that is wrong; [`Error::Argument`]
     /// for a `max_seq_length` that `rope_scaling` does not reach.
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions, progress: &mut dyn FnMut(u64)) -> Result<Self, Error> {
-        let config = ModelConfig::from_checkpoint(checkpoint)?;
-        let LoadOptions { device, dtype, max_seq_length, full_finetuning, load_in, skip_modules, .. } = options;
-        if *max_seq_length == 0 {
-            return Err(Error::Argument("max_seq_length is 0; give at least 1".to_owned()));
-        }
-        let (mut config, widened) = config.widened(*max_seq_length, &options.rope_scaling)?;
-        if let (Device::Cuda(_), true) = (device, config.hidden_size > MOST_HIDDEN) {
-            return Err(Error::Argument(format!(
-                "hidden_size is {}; on CUDA it is at most {MOST_HIDDEN}; use device \"cpu\"",
-                config.hidden_size
-            )));
-        }
-        if !config.heads().supported_by(device) {
-            return Err(Error::Argument(format!(
-                "head_dim is {}; on CUDA it is a multiple of 8, up to 256; use device \"cpu\"",
-                config.head_dim
-            )));
-        }
+        let LoadOptions { device, dtype, full_finetuning, load_in, skip_modules, .. } = options;
+        let (mut config, widened) = options.prepare(ModelConfig::from_checkpoint(checkpoint)?)?;
         let stored = stored_quantization(checkpoint.config()).is_some();
         let load_in = if *full_finetuning && !stored { load_in.map(trainable::format) } else { *load_in };
         let plan = Plan::of(checkpoint, load_in, skip_modules.as_deref())?;
@@ -105,39 +90,100 @@ impl CausalLm {
         let vectors = BTreeMap::new();
         let mut source = Source { checkpoint, options, plan, quantization, in_place, params, vectors, progress };
         source.load_vectors(&config)?;
-        let embed = source.weight(EMBED)?;
-        let blocks = (0..config.num_hidden_layers)
-            .map(|layer| source.block(&config, layer))
-            .collect::<Result<Vec<_>, Error>>()?;
-        let norm = source.weight(NORM)?;
-        let head = if config.tie_word_embeddings { None } else { Some(source.weight(HEAD)?) };
-        let tables = config.rope.tables(*max_seq_length);
-        let tables = Tables::new(tables.cos, tables.sin, tables.half, device);
+        let parts = Parts::of(&mut source, &config)?;
         debug_assert!(*full_finetuning || source.params.is_empty());
         device.check()?;
+        let Source { params, quantization, .. } = source;
+        Ok(Self { quantization, ..parts.model(params, config, options, widened, checkpoint.path()) })
+    }
+}
+
+impl LoadOptions {
+    /// The configuration for the length that is asked for, and what that took, after checks of what the device can.
+    pub(crate) fn prepare(&self, config: ModelConfig) -> Result<(ModelConfig, Option<Widened>), Error> {
+        if self.max_seq_length == 0 {
+            return Err(Error::Argument("max_seq_length is 0; give at least 1".to_owned()));
+        }
+        let (config, widened) = config.widened(self.max_seq_length, &self.rope_scaling)?;
+        if let (Device::Cuda(_), true) = (&self.device, config.hidden_size > MOST_HIDDEN) {
+            return Err(Error::Argument(format!(
+                "hidden_size is {}; on CUDA it is at most {MOST_HIDDEN}; use device \"cpu\"",
+                config.hidden_size
+            )));
+        }
+        if !config.heads().supported_by(&self.device) {
+            return Err(Error::Argument(format!(
+                "head_dim is {}; on CUDA it is a multiple of 8, up to 256; use device \"cpu\"",
+                config.head_dim
+            )));
+        }
+        Ok((config, widened))
+    }
+}
+
+/// Where the weights of a model come from, in the order in which it has them.
+pub(crate) trait Weights {
+    /// A dense tensor.
+    fn weight(&mut self, name: &str) -> Result<Weight, Error>;
+
+    /// The weight of a linear, in codes if it is among those that are quantized.
+    fn linear(&mut self, name: &str, shape: &[usize]) -> Result<Weight, Error>;
+}
+
+/// The weights of a model.
+pub(crate) struct Parts {
+    embed: Weight,
+    blocks: Vec<Block>,
+    norm: Weight,
+    head: Option<Weight>,
+}
+
+impl Parts {
+    pub(crate) fn of(source: &mut dyn Weights, config: &ModelConfig) -> Result<Self, Error> {
         Ok(Self {
+            embed: source.weight(EMBED)?,
+            blocks: (0..config.num_hidden_layers)
+                .map(|layer| block(source, config, layer))
+                .collect::<Result<Vec<_>, Error>>()?,
+            norm: source.weight(NORM)?,
+            head: if config.tie_word_embeddings { None } else { Some(source.weight(HEAD)?) },
+        })
+    }
+
+    /// The model of these weights, whose checkpoint is called, or lies at, `path`.
+    pub(crate) fn model(
+        self,
+        params: ParamsBuilder,
+        config: ModelConfig,
+        options: &LoadOptions,
+        widened: Option<Widened>,
+        path: &Path,
+    ) -> CausalLm {
+        let Self { embed, blocks, norm, head } = self;
+        let tables = config.rope.tables(options.max_seq_length);
+        CausalLm {
             embed,
             blocks,
             norm,
             head,
-            params: source.params.build(),
-            tables,
-            device: device.clone(),
-            dtype: *dtype,
+            tables: Tables::new(tables.cos, tables.sin, tables.half, &options.device),
+            params: params.build(),
+            device: options.device.clone(),
+            dtype: options.dtype,
             adapter_config: None,
             adapter_name: String::new(),
             waiting: BTreeMap::new(),
             replaced: Replaced::default(),
             checkpointing: GradientCheckpointing::Off,
-            quantization: source.quantization,
-            name_or_path: checkpoint.path().display().to_string(),
+            quantization: None,
+            name_or_path: path.display().to_string(),
             revision: None,
             widened,
-            path: checkpoint.path().to_owned(),
+            path: path.to_owned(),
             taken: Taken::default(),
             merged: false,
             config,
-        })
+        }
     }
 }
 
@@ -167,40 +213,22 @@ impl Source<'_> {
         Ok(())
     }
 
-    fn block(&mut self, c: &ModelConfig, layer: usize) -> Result<Block, Error> {
-        let input_layernorm = self.weight(&names::norm(layer, "input_layernorm"))?;
-        let qkv = self.group(c, layer, &[Projection::Q, Projection::K, Projection::V])?;
-        let qk_norm = if c.qk_norm {
-            let q = self.weight(&names::norm(layer, "self_attn.q_norm"))?;
-            Some((q, self.weight(&names::norm(layer, "self_attn.k_norm"))?))
-        } else {
-            None
-        };
-        let heads = c.heads();
-        Ok(Block {
-            input_layernorm,
-            qkv,
-            qk_norm,
-            o: self.group(c, layer, &[Projection::O])?,
-            post_attention_layernorm: self.weight(&names::norm(layer, "post_attention_layernorm"))?,
-            gate_up: self.group(c, layer, &[Projection::Gate, Projection::Up])?,
-            down: self.group(c, layer, &[Projection::Down])?,
-            heads,
-            eps: c.rms_norm_eps,
-        })
+    /// The table `view` with as many rows as the vocabulary is to have.
+    fn resized(&mut self, name: &str, view: &TensorView<'_>, rows: usize) -> Result<Weight, Error> {
+        let hidden = view.shape[1];
+        let values = vocab::resize_rows(view.to_f32()?, hidden, rows);
+        if self.in_place {
+            let bytes = trainable::rounded(&values);
+            return Ok(Weight::Trained(self.params.push_bf16(group(name), name, &[rows, hidden], &bytes)));
+        }
+        if self.options.full_finetuning {
+            return Ok(Weight::Trained(self.params.push_in(group(name), name, &[rows, hidden], true, &values)));
+        }
+        Ok(Weight::Frozen(from_f32(values, [rows, hidden], &self.options.device, self.options.dtype)))
     }
+}
 
-    fn group(&mut self, c: &ModelConfig, layer: usize, projections: &[Projection]) -> Result<LinearGroup, Error> {
-        let linears = projections.iter().map(|projection| {
-            let name = projection.module(layer);
-            let weight = self.linear(&format!("{name}.weight"), &projection.shape(c))?;
-            let bias = projection.has_bias(c).then(|| self.weight(&format!("{name}.bias"))).transpose()?;
-            Ok(Linear::new(name, weight, bias))
-        });
-        Ok(LinearGroup::new(linears.collect::<Result<_, Error>>()?))
-    }
-
-    /// The weight of a linear, in codes if it is among those that are quantized.
+impl Weights for Source<'_> {
     fn linear(&mut self, name: &str, shape: &[usize]) -> Result<Weight, Error> {
         let codes = self.plan.as_ref().map(|plan| plan.codes(self.checkpoint, name, shape)).transpose()?.flatten();
         let Some(stored) = codes else { return self.weight(name) };
@@ -246,20 +274,43 @@ impl Source<'_> {
         };
         Ok(Weight::Frozen(frozen(&view, [rows, cols], &self.options.device, self.options.dtype)?))
     }
+}
 
-    /// The table `view` with as many rows as the vocabulary is to have.
-    fn resized(&mut self, name: &str, view: &TensorView<'_>, rows: usize) -> Result<Weight, Error> {
-        let hidden = view.shape[1];
-        let values = vocab::resize_rows(view.to_f32()?, hidden, rows);
-        if self.in_place {
-            let bytes = trainable::rounded(&values);
-            return Ok(Weight::Trained(self.params.push_bf16(group(name), name, &[rows, hidden], &bytes)));
-        }
-        if self.options.full_finetuning {
-            return Ok(Weight::Trained(self.params.push_in(group(name), name, &[rows, hidden], true, &values)));
-        }
-        Ok(Weight::Frozen(from_f32(values, [rows, hidden], &self.options.device, self.options.dtype)))
-    }
+fn block(source: &mut dyn Weights, c: &ModelConfig, layer: usize) -> Result<Block, Error> {
+    let input_layernorm = source.weight(&names::norm(layer, "input_layernorm"))?;
+    let qkv = linears(source, c, layer, &[Projection::Q, Projection::K, Projection::V])?;
+    let qk_norm = if c.qk_norm {
+        let q = source.weight(&names::norm(layer, "self_attn.q_norm"))?;
+        Some((q, source.weight(&names::norm(layer, "self_attn.k_norm"))?))
+    } else {
+        None
+    };
+    Ok(Block {
+        input_layernorm,
+        qkv,
+        qk_norm,
+        o: linears(source, c, layer, &[Projection::O])?,
+        post_attention_layernorm: source.weight(&names::norm(layer, "post_attention_layernorm"))?,
+        gate_up: linears(source, c, layer, &[Projection::Gate, Projection::Up])?,
+        down: linears(source, c, layer, &[Projection::Down])?,
+        heads: c.heads(),
+        eps: c.rms_norm_eps,
+    })
+}
+
+fn linears(
+    source: &mut dyn Weights,
+    c: &ModelConfig,
+    layer: usize,
+    projections: &[Projection],
+) -> Result<LinearGroup, Error> {
+    let found = projections.iter().map(|projection| {
+        let name = projection.module(layer);
+        let weight = source.linear(&format!("{name}.weight"), &projection.shape(c))?;
+        let bias = projection.has_bias(c).then(|| source.weight(&format!("{name}.bias"))).transpose()?;
+        Ok(Linear::new(name, weight, bias))
+    });
+    Ok(LinearGroup::new(found.collect::<Result<_, Error>>()?))
 }
 
 /// Whose learning rate a weight has.

@@ -20,6 +20,12 @@ pub enum Error {
     /// The run.
     #[error(transparent)]
     Train(#[from] rekindle_train::Error),
+    /// The run takes more memory than there is.
+    #[error("{}", .0.refusal())]
+    DoesNotFit(Box<rekindle_train::Fit>),
+    /// Of what is asked for there is no memory plan.
+    #[error("there is no account of what {0} takes; leave it out to plan the rest")]
+    NoPlan(&'static str),
     /// The model that an adapter was trained on cannot be had.
     #[error("the base model of the adapter {}: {source}; or give the base as the model, and the adapter beside it", .adapter.display())]
     AdapterBase {
@@ -42,6 +48,8 @@ pub enum ErrorKind {
     Data,
     /// A loss or gradient that is not finite.
     Diverged,
+    /// More memory than there is.
+    Memory,
     /// A name that the Hugging Face hub or the network did not turn into files.
     Hub,
 }
@@ -52,7 +60,7 @@ impl Error {
         use rekindle_models::Error as Model;
         use rekindle_train::Error as Train;
         match self {
-            Self::Argument(_) | Self::Device(_) => ErrorKind::Configuration,
+            Self::Argument(_) | Self::Device(_) | Self::NoPlan(_) => ErrorKind::Configuration,
             Self::Data(error) => match error.kind() {
                 rekindle_data::ErrorKind::Data => ErrorKind::Data,
                 rekindle_data::ErrorKind::Options => ErrorKind::Configuration,
@@ -60,6 +68,7 @@ impl Error {
             },
             Self::File(error) if error.hub_kind().is_some() => ErrorKind::Hub,
             Self::File(_) => ErrorKind::Failed,
+            Self::DoesNotFit(_) => ErrorKind::Memory,
             Self::AdapterBase { source, .. } => source.kind(),
             Self::Model(error) | Self::Train(Train::Model(error)) => match error {
                 Model::Argument(_) => ErrorKind::Configuration,

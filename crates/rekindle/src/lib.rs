@@ -45,7 +45,7 @@ pub use error::{Error, ErrorKind};
 pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
 pub use model::{Generated, Model};
-pub use pretrained::{Dtype, FastLanguageModel, Files, Loader, RowEncoder};
+pub use pretrained::{Dtype, FastLanguageModel, Files, Loader, RowEncoder, RunPlanner};
 pub use quantize::quantize;
 pub use sft::SftTrainer;
 pub use source::{Fetched, Source};
@@ -73,3 +73,4 @@ pub use rekindle_train::{
     Best, Curve, Diverged, End, EvalMetrics, Evaluation, Event, LrSchedulerKwargs, LrSchedulerType, Optim,
     OptimizerConfig, Report, ReportTo, Resume, RowLoss, RunHistory, Sample, SftConfig, StepMetrics,
 };
+pub use rekindle_train::{Change, Fit, MemoryPlan, Rows, show_bytes};

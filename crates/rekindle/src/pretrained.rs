@@ -18,9 +18,11 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, Model, Source, skip};
 
 mod files;
+mod plan;
 mod rows;
 
 pub use files::Files;
+pub use plan::RunPlanner;
 pub use rows::RowEncoder;
 
 /// The entry point, named as in Unsloth.
@@ -229,38 +231,15 @@ impl Loader {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn load_model(mut self) -> Result<Model, Error> {
-        let mut load_in = self.load_in()?;
+        self.load_in()?;
         let files = self.fetch()?.clone();
         let checkpoint = Checkpoint::open(&files.model)?;
-        let adapter = files.adapter.as_deref().or(self.adapter.as_deref());
         let config = ModelConfig::from_checkpoint(&checkpoint)?;
         if let Some(modules) = &self.skip_modules {
             skip::check(modules, &config)?;
         }
         let (device, kind) = open_device(self.device)?;
-        let stored = stored_quantization(checkpoint.config()).is_some();
-        let dtype = resolve(self.dtype, &device, kind)?;
-        if let (Some(adapter), None, false) = (adapter, load_in, stored)
-            && let Some(on) = trained_on(&AdapterConfig::open(adapter).map_err(rekindle_models::Error::from)?)?
-        {
-            load_in = Some(on.load_in);
-            self.skip_modules = self.skip_modules.take().or(on.skip_modules);
-        }
-        let (saved, max_seq_length) = self.positions(adapter, &config)?;
-        let saved = saved.map(RopeScaling::Saved);
-        let rows = adapter.map(saved_rows).transpose().map_err(rekindle_models::Error::from)?.flatten();
-        let rows = rows.filter(|rows| *rows != config.vocab_size);
-        let options = LoadOptions {
-            dtype,
-            device,
-            max_seq_length,
-            rope_scaling: self.rope_scaling.take().or(saved).unwrap_or_default(),
-            full_finetuning: self.full_finetuning,
-            stochastic_rounding: self.stochastic_rounding,
-            load_in,
-            skip_modules: self.skip_modules.take(),
-            resize_model_vocab: self.resize_model_vocab.or(rows),
-        };
+        let options = self.options(&config, files.adapter.as_deref(), device, kind)?;
         let (mut done, total) = (0, checkpoint.total_bytes());
         let mut model = CausalLm::load(&checkpoint, &options, &mut |bytes| {
             done += bytes;
@@ -276,6 +255,41 @@ impl Loader {
             model.put(adapter)?;
         }
         Ok(model)
+    }
+
+    /// How a model with this configuration is loaded onto `device`; `adapter` is that of the files, if they have one.
+    pub(crate) fn options(
+        &self,
+        config: &ModelConfig,
+        adapter: Option<&Path>,
+        device: Device,
+        kind: DeviceKind,
+    ) -> Result<LoadOptions, Error> {
+        let (mut load_in, mut skip_modules) = (self.load_in()?, self.skip_modules.clone());
+        let adapter = adapter.or(self.adapter.as_deref());
+        let dtype = resolve(self.dtype, &device, kind)?;
+        let stored = stored_quantization(&config.json).is_some();
+        if let (Some(adapter), None, false) = (adapter, load_in, stored)
+            && let Some(on) = trained_on(&AdapterConfig::open(adapter).map_err(rekindle_models::Error::from)?)?
+        {
+            load_in = Some(on.load_in);
+            skip_modules = skip_modules.or(on.skip_modules);
+        }
+        let (saved, max_seq_length) = self.positions(adapter, config)?;
+        let saved = saved.map(RopeScaling::Saved);
+        let rows = adapter.map(saved_rows).transpose().map_err(rekindle_models::Error::from)?.flatten();
+        let rows = rows.filter(|rows| *rows != config.vocab_size);
+        Ok(LoadOptions {
+            dtype,
+            device,
+            max_seq_length,
+            rope_scaling: self.rope_scaling.clone().or(saved).unwrap_or_default(),
+            full_finetuning: self.full_finetuning,
+            stochastic_rounding: self.stochastic_rounding,
+            load_in,
+            skip_modules,
+            resize_model_vocab: self.resize_model_vocab.or(rows),
+        })
     }
 
     /// The positions that an adapter was trained with, where it says them, and the longest row.

@@ -157,6 +157,19 @@ impl Source<'_> {
     }
 }
 
+impl Source<'_> {
+    /// A directory with the configuration of something that is looked for in the same way; of a name on the hub the
+    /// weights stay there.
+    pub(crate) fn find_config(&self, name: &Path, revision: Option<&str>) -> Result<PathBuf, Error> {
+        #[cfg(feature = "network")]
+        if let (Some(text), false) = (name.to_str(), name.exists()) {
+            let (Resolved { path, .. }, _) = rekindle_hub::headers(text, self.access.options(revision))?;
+            return Ok(path);
+        }
+        Ok(find(name, revision, &self.access, &mut |_, _| ())?.path)
+    }
+}
+
 /// The directory `name`.
 #[cfg(not(feature = "network"))]
 pub(crate) fn find(name: &Path, _: Option<&str>, _: &Access, _: OnDownload<'_>) -> Result<Fetched, Error> {

@@ -38,18 +38,27 @@ pub struct MemoryUse {
     pub high_water: usize,
     /// Taken from the driver.
     pub mapped: usize,
+    /// The end of the highest buffer at any time since then: with the gaps between buffers, what had to be taken.
+    pub extent: usize,
     /// In buffers, by label, largest first.
     pub labels: Vec<(&'static str, usize)>,
+    /// The same when [`MemoryUse::high_water`] was reached.
+    pub at_high_water: Vec<(&'static str, usize)>,
 }
 
 pub(super) struct Arena {
     base: u64,
     reserved: usize,
     granularity: usize,
-    device: sys::CUdevice,
+    /// `None` where nothing is mapped: the arena then only gives out addresses.
+    device: Option<sys::CUdevice>,
     chunks: Vec<usize>,
     blocks: Blocks,
     labels: HashMap<&'static str, usize>,
+    /// At the high water.
+    peak: HashMap<&'static str, usize>,
+    /// Bytes that were in use when the first buffer of a label came, since the last reset.
+    before: HashMap<&'static str, usize>,
 }
 
 impl Cuda {
@@ -75,12 +84,22 @@ impl Cuda {
 
     /// Begins a new measurement of [`MemoryUse::high_water`].
     pub fn reset_high_water(&self) {
-        lock(&self.0.arena).blocks.reset_high_water();
+        lock(&self.0.arena).reset_high_water();
+    }
+
+    /// Bytes that were in buffers when the first one under `label` came, since the start or
+    /// [`Cuda::reset_high_water`].
+    pub fn in_use_before(&self, label: &str) -> Option<usize> {
+        lock(&self.0.arena).before.get(label).copied()
     }
 
     /// Free and total memory of the device, as the driver counts them.
     pub fn device_memory(&self) -> (usize, usize) {
         let (mut free, mut total) = (0, 0);
+        if self.is_planned() {
+            let total = self.0.facts.total_memory;
+            return (total.saturating_sub(lock(&self.0.arena).blocks.in_use()), total);
+        }
         let asked = self.bind().and_then(|()| driver!(cuMemGetInfo_v2(&mut free, &mut total)));
         asked.map_or((0, self.0.facts.total_memory), |()| (free, total))
     }
@@ -154,11 +173,21 @@ impl Arena {
         let reserved = total.next_multiple_of(granularity);
         let mut base = 0;
         driver!(cuMemAddressReserve(&mut base, reserved, granularity, 0, 0))?;
-        let (chunks, blocks, labels) = Default::default();
-        Ok(Self { base, reserved, granularity, device, chunks, blocks, labels })
+        Ok(Self::new(base, reserved, granularity, Some(device)))
+    }
+
+    /// Addresses without memory, more of them than any device has.
+    pub(super) fn unmapped() -> Self {
+        Self::new(1 << 40, 1 << 46, 2 << 20, None)
+    }
+
+    fn new(base: u64, reserved: usize, granularity: usize, device: Option<sys::CUdevice>) -> Self {
+        let (chunks, blocks, labels, peak, before) = Default::default();
+        Self { base, reserved, granularity, device, chunks, blocks, labels, peak, before }
     }
 
     pub(super) fn alloc(&mut self, size: usize, label: &'static str) -> Result<u64, Failed> {
+        self.before.entry(label).or_insert(self.blocks.in_use());
         let offset = match self.blocks.take(size) {
             Some(offset) => offset,
             None => {
@@ -167,6 +196,9 @@ impl Arena {
             }
         };
         *self.labels.entry(label).or_default() += size;
+        if self.blocks.in_use() == self.blocks.high_water() {
+            self.peak.clone_from(&self.labels);
+        }
         Ok(self.base + offset as u64)
     }
 
@@ -190,10 +222,20 @@ impl Arena {
     }
 
     fn memory(&self) -> MemoryUse {
-        let mut labels: Vec<_> = self.labels.iter().map(|(&label, &used)| (label, used)).filter(|l| l.1 > 0).collect();
-        labels.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
-        let (in_use, high_water) = (self.blocks.in_use(), self.blocks.high_water());
-        MemoryUse { in_use, high_water, mapped: self.blocks.end(), labels }
+        MemoryUse {
+            in_use: self.blocks.in_use(),
+            high_water: self.blocks.high_water(),
+            mapped: self.blocks.end(),
+            extent: self.blocks.extent(),
+            labels: largest_first(&self.labels),
+            at_high_water: largest_first(&self.peak),
+        }
+    }
+
+    fn reset_high_water(&mut self) {
+        self.blocks.reset_high_water();
+        self.peak.clone_from(&self.labels);
+        self.before.clear();
     }
 
     /// Maps at least `need` more bytes, and some to spare where there are any.
@@ -214,13 +256,17 @@ impl Arena {
             return Err(Failed { call: "cuMemCreate", status: sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY });
         }
         let address = self.base + end as u64;
+        let Some(device) = self.device else {
+            self.blocks.grow(size);
+            return Ok(());
+        };
         let mut chunk = 0;
-        driver!(cuMemCreate(&mut chunk, size, &chunk_properties(self.device), 0))?;
+        driver!(cuMemCreate(&mut chunk, size, &chunk_properties(device), 0))?;
         let mapped = driver!(cuMemMap(address, size, 0, chunk, 0));
         // The mapping keeps the chunk alive.
         driver!(cuMemRelease(chunk))?;
         mapped?;
-        if let Err(failed) = driver!(cuMemSetAccess(address, size, &access(self.device), 1)) {
+        if let Err(failed) = driver!(cuMemSetAccess(address, size, &access(device), 1)) {
             let _ = driver!(cuMemUnmap(address, size));
             return Err(failed);
         }
@@ -249,6 +295,12 @@ impl Arena {
         }
         let _ = driver!(cuMemAddressFree(self.base, self.reserved));
     }
+}
+
+fn largest_first(labels: &HashMap<&'static str, usize>) -> Vec<(&'static str, usize)> {
+    let mut labels: Vec<_> = labels.iter().map(|(&label, &used)| (label, used)).filter(|l| l.1 > 0).collect();
+    labels.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
+    labels
 }
 
 fn block_size(bytes: usize) -> usize {

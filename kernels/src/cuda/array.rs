@@ -82,8 +82,12 @@ impl Array {
     /// # Panics
     /// When there are not as many values as `dims` say.
     pub fn from_f32(cuda: &Cuda, values: &[f32], dims: [usize; 2], dtype: DType, label: &'static str) -> Self {
+        if cuda.is_planned() {
+            assert_eq!(values.len(), dims[0] * dims[1], "values of a matrix of {} × {}", dims[0], dims[1]);
+            return elementwise::cast(&Self::unfilled(cuda, dims, DType::F32, label), dtype, label);
+        }
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        elementwise::cast(&Self::from_bytes(cuda, &bytes, dims, DType::F32, label), dtype)
+        elementwise::cast(&Self::from_bytes(cuda, &bytes, dims, DType::F32, label), dtype, label)
     }
 
     /// A matrix with these values, row after row, each as `dtype` in little-endian order.
@@ -95,7 +99,17 @@ impl Array {
         assert_eq!(bytes.len(), rows * cols * dtype.bytes(), "bytes of a matrix of {rows} × {cols} {}", dtype.name());
         let dense = Self::dense(cuda, dims, dtype, label);
         cuda.upload(&dense.buffer, bytes);
-        if dense.is_aligned() { dense } else { elementwise::copy_labelled(&dense, label) }
+        dense.labelled(label)
+    }
+
+    /// The memory of [`Array::from_bytes`], whatever it holds.
+    pub fn unfilled(cuda: &Cuda, dims: [usize; 2], dtype: DType, label: &'static str) -> Self {
+        Self::dense(cuda, dims, dtype, label).labelled(label)
+    }
+
+    /// [`Array::aligned`], under a label.
+    fn labelled(self, label: &'static str) -> Self {
+        if self.is_aligned() { self } else { elementwise::copy_labelled(&self, label) }
     }
 
     /// The values, row after row, after waiting for everything queued so far.

@@ -29,7 +29,9 @@ const WARM_UP_CALLS: usize = 20;
 const PLANS: usize = 4096;
 
 /// Scratch memory for split sums, which large products on Hopper use up to 32 MiB of.
-const WORKSPACE: usize = 64 << 20;
+pub(super) const WORKSPACE: usize = 64 << 20;
+
+pub(super) const WORKSPACE_LABEL: &str = "cuBLASLt workspace";
 
 /// The library's handle, the scratch memory and the plans of one device.
 pub(super) struct Blas {
@@ -94,8 +96,8 @@ impl Blas {
             text: words(status),
         })?;
         // Not a `Buffer`, which would keep the device open for ever: it goes with the arena.
-        let workspace = lock(&cuda.0.arena).alloc(WORKSPACE, "cuBLASLt workspace");
-        let workspace = workspace.map_err(|failed| cuda.out_of_memory(failed, WORKSPACE, "cuBLASLt workspace"))?;
+        let workspace = lock(&cuda.0.arena).alloc(WORKSPACE, WORKSPACE_LABEL);
+        let workspace = workspace.map_err(|failed| cuda.out_of_memory(failed, WORKSPACE, WORKSPACE_LABEL))?;
         Ok(Self { handle: Handle(handle), workspace, plans: Mutex::default(), timed: Mutex::default() })
     }
 

@@ -12,6 +12,8 @@ pub(super) struct Blocks {
     end: usize,
     in_use: usize,
     high_water: usize,
+    /// The highest end of a block that was in use since the start or the last reset.
+    extent: usize,
     /// What was handed out since [`Blocks::watch`], if it was called.
     watched: Option<Vec<(usize, usize)>>,
 }
@@ -26,6 +28,7 @@ impl Blocks {
         }
         self.in_use += size;
         self.high_water = self.high_water.max(self.in_use);
+        self.extent = self.extent.max(offset + size);
         if let Some(watched) = &mut self.watched {
             watched.push((offset, size));
         }
@@ -74,8 +77,14 @@ impl Blocks {
         self.high_water
     }
 
+    /// The highest end of a block in use at any time since the start or the last reset: what has to be mapped.
+    pub(super) fn extent(&self) -> usize {
+        self.extent
+    }
+
     pub(super) fn reset_high_water(&mut self) {
         self.high_water = self.in_use;
+        self.extent = self.tail().map_or(self.end, |(offset, _)| offset);
     }
 
     /// Begins to note which blocks are handed out.
@@ -139,7 +148,10 @@ mod tests {
         assert_eq!(blocks.take(25), Some(0), "neighbours were joined");
         assert_eq!(blocks.take(41), None);
         assert_eq!(blocks.tail(), Some((60, 40)));
-        assert_eq!((blocks.in_use(), blocks.high_water()), (55, 60));
+        assert_eq!((blocks.in_use(), blocks.high_water(), blocks.extent()), (55, 60, 60));
+        blocks.give(30, 30);
+        blocks.reset_high_water();
+        assert_eq!((blocks.in_use(), blocks.high_water(), blocks.extent()), (25, 25, 25));
     }
 
     #[test]

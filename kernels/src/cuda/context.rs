@@ -37,22 +37,30 @@ pub struct Facts {
 
 pub(super) struct Inner {
     pub(super) facts: Facts,
-    pub(super) device: sys::CUdevice,
-    context: Handle<sys::CUcontext>,
-    pub(super) compute: Handle<sys::CUstream>,
-    pub(super) copy: Handle<sys::CUstream>,
+    /// `None` where there is only an account of a card's memory; see [`Cuda::planned`].
+    pub(super) card: Option<Card>,
     pub(super) arena: Mutex<Arena>,
     pub(super) pinned: Mutex<Spare>,
     pub(super) kernels: Kernels,
     pub(super) blas: OnceLock<Option<Blas>>,
+    /// The scratch memory of products, on a planned device.
+    pub(super) workspace: OnceLock<()>,
     pub(super) deterministic: AtomicBool,
     pub(super) capturing: AtomicBool,
-    synchronous: AtomicBool,
+    synchronous: bool,
     /// What was measured so far, while something measures.
     pub(super) profile: Mutex<Vec<Span>>,
     pub(super) profiling: AtomicBool,
     failed: AtomicBool,
     error: Mutex<Option<CudaError>>,
+}
+
+/// The driver's handles of one device.
+pub(super) struct Card {
+    device: sys::CUdevice,
+    context: Handle<sys::CUcontext>,
+    compute: Handle<sys::CUstream>,
+    copy: Handle<sys::CUstream>,
 }
 
 /// How many CUDA devices there are; 0 where there is no driver.
@@ -112,24 +120,11 @@ impl Cuda {
                 let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
                 driver!(cuStreamCreate(&mut stream, flags)).map(|()| Handle(stream))
             };
-            Ok(Inner {
-                device,
-                context: Handle(context),
-                compute: stream()?,
-                copy: stream()?,
-                arena: Mutex::new(Arena::reserve(device, facts.total_memory)?),
-                facts: facts.clone(),
-                pinned: Mutex::default(),
-                kernels: Kernels::default(),
-                blas: OnceLock::new(),
-                deterministic: AtomicBool::new(false),
-                capturing: AtomicBool::new(false),
-                synchronous: AtomicBool::new(std::env::var_os("REKINDLE_CUDA_SYNC").is_some_and(|v| v == "1")),
-                profile: Mutex::default(),
-                profiling: AtomicBool::new(false),
-                failed: AtomicBool::new(false),
-                error: Mutex::new(None),
-            })
+            let arena = Arena::reserve(device, facts.total_memory)?;
+            let mut inner = Inner::new(facts.clone(), arena);
+            inner.synchronous = std::env::var_os("REKINDLE_CUDA_SYNC").is_some_and(|v| v == "1");
+            inner.card = Some(Card { device, context: Handle(context), compute: stream()?, copy: stream()? });
+            Ok(inner)
         };
         let inner = opened().map_err(|failed| failed.during(format!("opening cuda:{index}")))?;
         Ok(Self(Arc::new(inner)))
@@ -179,7 +174,7 @@ impl Cuda {
         self.check()?;
         self.run("waiting for the device", || {
             driver!(cuStreamSynchronize(self.compute()))?;
-            driver!(cuStreamSynchronize(self.0.copy.0))
+            driver!(cuStreamSynchronize(self.copies()))
         });
         self.check()
     }
@@ -190,11 +185,16 @@ impl Cuda {
     }
 
     pub(super) fn context(&self) -> sys::CUcontext {
-        self.0.context.0
+        self.0.card.as_ref().map_or(core::ptr::null_mut(), |card| card.context.0)
     }
 
     pub(super) fn compute(&self) -> sys::CUstream {
-        self.0.compute.0
+        self.0.card.as_ref().map_or(core::ptr::null_mut(), |card| card.compute.0)
+    }
+
+    /// The copy stream.
+    pub(super) fn copies(&self) -> sys::CUstream {
+        self.0.card.as_ref().map_or(core::ptr::null_mut(), |card| card.copy.0)
     }
 
     /// Does something with the driver unless an error sticks, and keeps the error of it. Answers whether it was done.
@@ -202,11 +202,14 @@ impl Cuda {
         if self.0.failed.load(Relaxed) {
             return false;
         }
+        if self.is_planned() {
+            return true;
+        }
         let mut done = self.bind().and_then(|()| match self.is_profiling() {
             true => self.between_marks(operation, work),
             false => work(),
         });
-        if self.0.synchronous.load(Relaxed) && !self.0.capturing.load(Relaxed) {
+        if self.0.synchronous && !self.0.capturing.load(Relaxed) {
             done = done.and_then(|()| driver!(cuStreamSynchronize(self.compute())));
         }
         done.map_err(|failed| self.fail(failed.during(operation))).is_ok()
@@ -224,7 +227,29 @@ impl Cuda {
 
     /// Makes the context current on this thread, which the driver's calls ask for.
     pub(super) fn bind(&self) -> Result<(), Failed> {
-        driver!(cuCtxSetCurrent(self.0.context.0))
+        if self.is_planned() { Ok(()) } else { driver!(cuCtxSetCurrent(self.context())) }
+    }
+}
+
+impl Inner {
+    /// A device on which nothing was done yet, without its card.
+    pub(super) fn new(facts: Facts, arena: Arena) -> Self {
+        Self {
+            facts,
+            card: None,
+            arena: Mutex::new(arena),
+            pinned: Mutex::default(),
+            kernels: Kernels::default(),
+            blas: OnceLock::new(),
+            workspace: OnceLock::new(),
+            deterministic: AtomicBool::new(false),
+            capturing: AtomicBool::new(false),
+            synchronous: false,
+            profile: Mutex::default(),
+            profiling: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            error: Mutex::new(None),
+        }
     }
 }
 
@@ -243,24 +268,28 @@ impl core::fmt::Display for Facts {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        let Some(Card { device, context, compute, copy }) = self.card.take() else { return };
         // Nothing can be done about a failure here; the process that lost its device is about to say so elsewhere.
-        let _ = driver!(cuCtxSetCurrent(self.context.0));
-        for stream in [self.compute, self.copy] {
+        let _ = driver!(cuCtxSetCurrent(context.0));
+        for stream in [compute, copy] {
             let _ = driver!(cuStreamSynchronize(stream.0));
         }
         self.blas.take();
         self.kernels.unload();
         lock(&self.pinned).release();
         lock(&self.arena).release();
-        for stream in [self.compute, self.copy] {
+        for stream in [compute, copy] {
             let _ = driver!(cuStreamDestroy_v2(stream.0));
         }
-        let _ = driver!(cuDevicePrimaryCtxRelease_v2(self.device));
+        let _ = driver!(cuDevicePrimaryCtxRelease_v2(device));
     }
 }
 
 /// The facts of a device, without opening it.
-pub(super) fn facts(index: usize) -> Result<Facts, CudaError> {
+///
+/// # Errors
+/// When there is no driver, an old one, or no such device.
+pub fn facts(index: usize) -> Result<Facts, CudaError> {
     start()?;
     let found = count();
     if index >= found {

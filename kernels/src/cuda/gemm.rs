@@ -92,6 +92,9 @@ impl Cuda {
         if self.has_failed() || gemm.m == 0 || gemm.n == 0 {
             return;
         }
+        if self.is_planned() {
+            return self.plan_product(gemm);
+        }
         let Some(blas) = self.0.blas.get_or_init(|| Blas::new(self).map_err(|error| self.fail(error)).ok()) else {
             // Also after the error was taken: the library did not come.
             self.fail(find::ensure(Library::CublasLt).err().unwrap_or_else(|| refused(gemm, "cuBLASLt did not start")));

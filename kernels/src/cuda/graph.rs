@@ -27,6 +27,7 @@ impl Cuda {
     /// What failed in `body`, or that the recording was refused.
     pub fn capture(&self, body: impl FnOnce()) -> Result<Graph, CudaError> {
         use std::sync::atomic::Ordering::Relaxed;
+        assert!(!self.is_planned(), "there is nothing to record on a planned device");
         // Relaxed: mapping more memory while recording is not work of the stream.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         self.run("beginning a capture", || driver!(cuStreamBeginCapture_v2(self.compute(), mode)));

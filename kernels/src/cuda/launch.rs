@@ -20,7 +20,7 @@ const SHARED_UNASKED: u32 = 48 << 10;
 #[derive(Clone)]
 pub struct Kernel {
     cuda: Cuda,
-    /// `None` after an error: a launch then does nothing.
+    /// `None` after an error and on a planned device: a launch then does nothing.
     function: Option<Arc<Function>>,
 }
 

@@ -37,10 +37,17 @@ impl Cuda {
         let spare = lock(&self.0.pinned).take(bytes);
         let (memory, bytes) = spare.unwrap_or_else(|| {
             let mut memory = core::ptr::null_mut();
-            self.run("allocating pinned host memory", || driver!(cuMemHostAlloc(&mut memory, bytes, 0)));
+            if self.run("allocating pinned host memory", || driver!(cuMemHostAlloc(&mut memory, bytes, 0))) {
+                lock(&self.0.pinned).taken += bytes;
+            }
             (Handle(memory.cast()), bytes)
         });
         PinnedBuffer(Arc::new(Pinned { cuda: self.clone(), memory, bytes }))
+    }
+
+    /// Bytes of page-locked host memory that the driver gave, in use or kept for the next who asks.
+    pub fn pinned_bytes(&self) -> usize {
+        lock(&self.0.pinned).taken
     }
 
     /// Begins to copy a buffer to the host, once everything queued so far on the compute stream is done.
@@ -75,7 +82,7 @@ impl Cuda {
             self.fail(CudaError::Usage { operation: operation.into(), reason });
         }
         self.run(operation, || {
-            let stream = self.0.copy.0;
+            let stream = self.copies();
             done = event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
             driver!(cuEventRecord(done.0, self.compute()))?;
             driver!(cuStreamWaitEvent(stream, done.0, 0))?;
@@ -182,7 +189,7 @@ impl PinnedBuffer {
     fn settled(&self) -> Result<usize, CudaError> {
         let cuda = &self.0.cuda;
         cuda.check()?;
-        cuda.run("waiting for a copy", || driver!(cuStreamSynchronize(cuda.0.copy.0)));
+        cuda.run("waiting for a copy", || driver!(cuStreamSynchronize(cuda.copies())));
         cuda.check().map(|()| if self.0.memory.0.is_null() { 0 } else { self.0.bytes })
     }
 }
@@ -202,27 +209,34 @@ impl core::fmt::Debug for Ticket {
 impl Drop for Pinned {
     /// A copy may be on its way: the next one is queued behind it, and the host looks only after waiting.
     fn drop(&mut self) {
-        if !self.memory.0.is_null() {
-            lock(&self.cuda.0.pinned).0.entry(self.bytes).or_default().push(self.memory);
+        if !self.memory.0.is_null() || self.cuda.is_planned() {
+            lock(&self.cuda.0.pinned).by_length.entry(self.bytes).or_default().push(self.memory);
         }
     }
 }
 
 /// Page-locked memory that nobody uses, by length.
 #[derive(Default)]
-pub(super) struct Spare(BTreeMap<usize, Vec<Handle<*mut u8>>>);
+pub(super) struct Spare {
+    by_length: BTreeMap<usize, Vec<Handle<*mut u8>>>,
+    /// Bytes that the driver gave, in use or not.
+    taken: usize,
+}
 
 impl Spare {
     fn take(&mut self, bytes: usize) -> Option<(Handle<*mut u8>, usize)> {
         let (&length, spare) =
-            self.0.range_mut(bytes..=bytes.saturating_mul(2)).find(|(_, spare)| !spare.is_empty())?;
+            self.by_length.range_mut(bytes..=bytes.saturating_mul(2)).find(|(_, spare)| !spare.is_empty())?;
         spare.pop().map(|memory| (memory, length))
     }
 
     /// Gives all of it back to the driver. The copy stream must have finished.
     pub(super) fn release(&mut self) {
-        for memory in core::mem::take(&mut self.0).into_values().flatten() {
-            let _ = driver!(cuMemFreeHost(memory.0.cast()));
+        for (length, memory) in core::mem::take(&mut self.by_length) {
+            self.taken -= length * memory.len();
+            for memory in memory.into_iter().filter(|memory| !memory.0.is_null()) {
+                let _ = driver!(cuMemFreeHost(memory.0.cast()));
+            }
         }
     }
 }

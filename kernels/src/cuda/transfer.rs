@@ -45,6 +45,9 @@ impl Cuda {
     /// As [`Cuda::download`].
     pub fn download_at(&self, source: &Buffer, offset: usize, target: &mut [u8]) -> Result<(), CudaError> {
         self.check()?;
+        if self.is_planned() {
+            target.fill(0);
+        }
         if self.fits("download", source, offset, target.len()) {
             self.run("download", || {
                 let from = source.ptr() + offset as u64;

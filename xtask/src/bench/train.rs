@@ -1,5 +1,7 @@
 //! `cargo xtask bench train`: the training step of a real shape on a GPU, beside a peer when a Python has it.
 
+pub(crate) mod plan;
+
 use core::ops::Range;
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -209,6 +211,7 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
             &LoraConfig::new(16).lora_alpha(32.0).use_gradient_checkpointing(job.checkpointing.of_lora()),
         )?,
     }
+    model.set_gradient_checkpointing(job.checkpointing.of_lora());
     device.synchronize()?;
     let (load_seconds, weights) = (began.elapsed().as_secs_f64(), cuda.memory().in_use);
 
@@ -246,6 +249,11 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
         "device_gib": memory,
         "weights_gib": gib(weights),
         "high_water_gib": gib(cuda.memory().high_water),
+        "extent_gib": gib(cuda.memory().extent),
+        // Of a card on which nothing else runs, what this process has of it beside the arena, and in all.
+        "outside_gib": memory - gib(cuda.memory().mapped),
+        "process_gib": memory,
+        "pinned_gib": gib(cuda.pinned_bytes()),
         "load_seconds": load_seconds,
         "first_step_seconds": first,
         "losses": losses,

@@ -9,6 +9,7 @@ mod errors;
 #[cfg(feature = "network")]
 mod hub;
 mod init;
+mod plan;
 mod preview;
 mod quantize_errors;
 mod quantized;

@@ -10,6 +10,9 @@ pub enum GradientCheckpointing {
     Block,
     /// `"unsloth"`: more is kept than with `true`, in host memory. On the CPU and on wgpu the same as `true`.
     Host,
+    /// `"auto"`: the fastest of these that fits into the memory there is, decided when a run is planned. What was not
+    /// decided yet is as `true`.
+    Auto,
 }
 
 impl GradientCheckpointing {
@@ -31,6 +34,7 @@ impl Serialize for GradientCheckpointing {
             Self::Off => serializer.serialize_bool(false),
             Self::Block => serializer.serialize_bool(true),
             Self::Host => serializer.serialize_str("unsloth"),
+            Self::Auto => serializer.serialize_str("auto"),
         }
     }
 }
@@ -38,19 +42,21 @@ impl Serialize for GradientCheckpointing {
 impl<'de> Deserialize<'de> for GradientCheckpointing {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
-        #[serde(untagged, expecting = "use_gradient_checkpointing must be true, false or \"unsloth\"")]
+        #[serde(untagged, expecting = "use_gradient_checkpointing must be true, false, \"unsloth\" or \"auto\"")]
         enum Raw {
             Flag(bool),
-            Name(Unsloth),
+            Name(Name),
         }
         #[derive(Deserialize)]
-        enum Unsloth {
-            #[serde(rename = "unsloth")]
+        #[serde(rename_all = "lowercase")]
+        enum Name {
             Unsloth,
+            Auto,
         }
         Ok(match Raw::deserialize(deserializer)? {
             Raw::Flag(on) => on.into(),
-            Raw::Name(Unsloth::Unsloth) => Self::Host,
+            Raw::Name(Name::Unsloth) => Self::Host,
+            Raw::Name(Name::Auto) => Self::Auto,
         })
     }
 }

@@ -7,6 +7,7 @@ use rekindle_hub::adapter_base;
 
 use super::Loader;
 use crate::Error;
+use crate::source::find;
 
 /// Where the files of a model are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,5 +115,22 @@ impl Loader {
         notices.extend(found.notice);
         let (name, revision) = (base.name_or_path, base.revision);
         Ok(Files { model: found.path, adapter: Some(adapter), notices, name, revision })
+    }
+
+    /// The directories with the configuration of the model, and of the adapter that was given as it; of a name on the hub
+    /// the weights stay there.
+    pub(super) fn find_config(&self) -> Result<(PathBuf, Option<PathBuf>), Error> {
+        self.check()?;
+        if let Some(files) = &self.files {
+            return Ok((files.model.clone(), files.adapter.clone()));
+        }
+        let given = &self.source.name_or_path;
+        let first = self.source.find_config(given, self.source.revision.as_deref())?;
+        let Some(base) = adapter_base(&first)? else { return Ok((first, None)) };
+        // An adapter is small, and what it saved is looked at.
+        let first = find(given, self.source.revision.as_deref(), &self.source.access, &mut |_, _| ())?.path;
+        let found = self.source.find_config(Path::new(&base.name_or_path), base.revision.as_deref());
+        let found = found.map_err(|error| Error::AdapterBase { adapter: given.clone(), source: Box::new(error) })?;
+        Ok((found, Some(first)))
     }
 }

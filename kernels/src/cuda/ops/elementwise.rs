@@ -74,12 +74,12 @@ pub(crate) fn scale_columns(x: Array, factors: &Array) -> Array {
     y
 }
 
-/// The values rounded to a dtype; the same memory where they have it already.
-pub(crate) fn cast(x: &Array, dtype: DType) -> Array {
+/// The values rounded to a dtype; the same memory where they have it already, and otherwise memory under a label.
+pub(crate) fn cast(x: &Array, dtype: DType, label: &'static str) -> Array {
     if x.dtype() == dtype {
         return x.clone();
     }
-    let y = Array::empty(x.cuda(), x.dims(), dtype, ACTIVATIONS);
+    let y = Array::empty(x.cuda(), x.dims(), dtype, label);
     copy_into(x, &y);
     y
 }

@@ -105,8 +105,12 @@ impl PackedArray {
     pub(crate) fn int8(cuda: &Cuda, dims: [usize; 2], codes: &[i8], scales: &[f32]) -> Self {
         assert_eq!(codes.len(), dims[0] * dims[1], "codes of {} × {}", dims[0], dims[1]);
         assert_eq!(scales.len(), dims[0], "scales of {} × {}", dims[0], dims[1]);
-        let bytes: Vec<u8> = codes.iter().map(|code| code.cast_unsigned()).collect();
-        let codes = Arc::new(cuda.uploaded(&bytes, CODES));
+        let placed = cuda.alloc(codes.len(), CODES);
+        if !cuda.is_planned() {
+            let bytes: Vec<u8> = codes.iter().map(|code| code.cast_unsigned()).collect();
+            cuda.upload(&placed, &bytes);
+        }
+        let codes = Arc::new(placed);
         Self { dims, codes, scales: floats(cuda, scales, SCALES), format: Format::Int8 }
     }
 
@@ -260,6 +264,10 @@ const CODES: &str = "packed weights";
 const SCALES: &str = "scales of packed weights";
 
 fn floats(cuda: &Cuda, values: &[f32], label: &'static str) -> Arc<Buffer> {
-    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-    Arc::new(cuda.uploaded(&bytes, label))
+    let placed = cuda.alloc(4 * values.len(), label);
+    if !cuda.is_planned() {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        cuda.upload(&placed, &bytes);
+    }
+    Arc::new(placed)
 }

@@ -1,0 +1,113 @@
+//! `rekindle plan`, and what `train` does with the same plan.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::{Done, Scratch, rekindle};
+
+impl Scratch {
+    /// `rekindle plan` on the run file with more arguments.
+    fn plan(&self, more: &[&str]) -> Done {
+        let file = self.path("run.toml").display().to_string();
+        rekindle(["plan", &file].iter().chain(more))
+    }
+
+    /// A directory with nothing but the `config.json` of a Qwen3 of this width and depth.
+    fn outline(&self, hidden: usize, layers: usize) -> String {
+        fs::create_dir_all(self.path("outline")).unwrap();
+        let config = json!({
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "hidden_size": hidden,
+            "intermediate_size": 3 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151_936,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 40_960,
+            "tie_word_embeddings": true,
+            "hidden_act": "silu"
+        });
+        self.write("outline/config.json", config.to_string());
+        format!("model.name_or_path={:?}", self.path("outline"))
+    }
+}
+
+#[test]
+fn a_plan_is_a_table_or_json() {
+    let scratch = Scratch::new();
+    let text = scratch.plan(&[]).ok().stdout;
+    for part in
+        ["cpu; 2 rows, ", "weights", "adapters", "gradients", "optimizer", "saved activations", "most at a time"]
+    {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let json = scratch.plan(&["--json"]).json();
+    assert_eq!(json["fits"], true);
+    assert_eq!(json["plan"]["rows"], 2);
+    let bytes: u64 = json["plan"]["bytes"].as_object().unwrap().values().map(|bytes| bytes.as_u64().unwrap()).sum();
+    assert_eq!(json["plan"]["peak"].as_u64(), Some(bytes));
+    assert!(json["largest_batch"].as_u64() > Some(2), "{json}");
+}
+
+#[test]
+fn what_does_not_fit_is_told_with_what_to_change() {
+    let scratch = Scratch::new();
+    let done = scratch.plan(&["--device-memory", "100KiB"]);
+    assert_eq!(done.code, 4, "{}", done.stderr);
+    assert!(done.stdout.contains("most at a time"), "{}", done.stdout);
+    for part in ["error: it takes ", "and there is 100.0 KiB", "use_gradient_checkpointing = true", "load_in_4bit"] {
+        assert!(done.stderr.contains(part), "{part}: {}", done.stderr);
+    }
+}
+
+/// The shapes of a 4-billion model, for a card that is not there, from its `config.json` alone.
+#[test]
+fn a_card_that_is_not_there_is_planned_for() {
+    let scratch = Scratch::new();
+    let model = scratch.outline(2560, 36);
+    let plan = |more: &[&str]| -> Value {
+        let given = ["--json", "device=cuda", &model, "model.max_seq_length=2048"];
+        let done = scratch.plan(&[&given, more].concat());
+        assert!([0, 4].contains(&done.code), "{}", done.stderr);
+        serde_json::from_str(&done.stdout).unwrap()
+    };
+    let peak = |json: &Value| json["plan"]["peak"].as_u64().unwrap();
+    let dense = plan(&["--device-memory", "80GiB"]);
+    assert_eq!(dense["fits"], true, "{dense}");
+    let coded = plan(&["--device-memory", "80GiB", "model.load_in_4bit=true"]);
+    assert!(peak(&coded) + (3 << 30) < peak(&dense), "{coded} {dense}");
+    let offloaded = plan(&["--device-memory", "80GiB", "lora.use_gradient_checkpointing=\"unsloth\""]);
+    assert!(offloaded["plan"]["host"].as_u64() > Some(0), "{offloaded}");
+    assert!(peak(&offloaded) < peak(&dense));
+
+    let small = plan(&["--device-memory", "8GiB"]);
+    assert_eq!((&small["fits"], &small["changes_suffice"]), (&json!(false), &json!(true)), "{small}");
+    let changes = small["changes"].as_array().unwrap();
+    assert!(changes[0]["set"].as_str().unwrap().contains("unsloth"), "{small}");
+}
+
+#[test]
+fn a_run_that_cannot_fit_does_not_start() {
+    let scratch = Scratch::new();
+    let model = scratch.outline(65_536, 200);
+    let done = scratch.train(&[&model]);
+    done.fails(4, &["it takes ", "and there is ", "change, one after the other"]);
+    assert!(!scratch.path("out").exists(), "nothing was written");
+}
+
+#[test]
+fn auto_is_decided_once_and_written_down() {
+    let scratch = Scratch::new();
+    let done = scratch.train(&["lora.use_gradient_checkpointing=auto"]).ok();
+    assert!(done.stderr.contains("use_gradient_checkpointing = \"auto\" is false"), "{}", done.stderr);
+    assert!(done.stderr.contains("memory: at most "), "{}", done.stderr);
+    let resolved = fs::read_to_string(scratch.path("out/run.toml")).unwrap();
+    assert!(resolved.contains("use_gradient_checkpointing = false"), "{resolved}");
+    let done = scratch.train(&["lora.use_gradient_checkpointing=often"]);
+    done.fails(2, &["true, false, \"unsloth\" or \"auto\""]);
+}

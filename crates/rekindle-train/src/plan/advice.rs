@@ -1,0 +1,138 @@
+//! What to change of a job that does not fit, in the order of what it costs.
+
+use core::fmt;
+
+use rekindle_lora::GradientCheckpointing;
+use rekindle_models::LoadIn;
+use serde::Serialize;
+
+use super::{Job, Planner, Rows, show};
+use crate::{Error, Optim};
+
+/// A change of the run file, on top of those before it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Change {
+    /// Keys and values, as they are written.
+    pub set: String,
+    /// Bytes that are then taken.
+    pub peak: usize,
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.set, show(self.peak))
+    }
+}
+
+/// The changes after which `rows` of the job fit, and whether they do. Each stays for those after it; what saves nothing is left out.
+pub(super) fn advise(job: &Job, rows: &Rows, available: usize) -> Result<(Vec<Change>, bool), Error> {
+    let mut search = Search {
+        peak: Planner::new(job.clone())?.plan(rows)?.peak,
+        job: job.clone(),
+        rows: rows.clone(),
+        available,
+        changes: Vec::new(),
+    };
+    let fits = search.keep_less()?
+        || search.quantize()?
+        || search.accumulate()?
+        || search.shrink_state()?
+        || search.shorten()?;
+    Ok((search.changes, fits))
+}
+
+/// A job with the changes so far.
+struct Search {
+    job: Job,
+    rows: Rows,
+    available: usize,
+    peak: usize,
+    changes: Vec<Change>,
+}
+
+impl Search {
+    /// Takes over what saves something; whether it then fits.
+    fn try_out(&mut self, job: Job, rows: Rows, set: String) -> Result<bool, Error> {
+        let peak = Planner::new(job.clone())?.plan(&rows)?.peak;
+        if peak >= self.peak {
+            return Ok(false);
+        }
+        self.changes.push(Change { set, peak });
+        (self.job, self.rows, self.peak) = (job, rows, peak);
+        Ok(peak <= self.available)
+    }
+
+    fn keep_less(&mut self) -> Result<bool, Error> {
+        let on_gpu = matches!(self.job.load.device, rekindle_kernels::Device::Cuda(_));
+        let (least, text) = match on_gpu {
+            true => (GradientCheckpointing::Host, "\"unsloth\""),
+            false => (GradientCheckpointing::Block, "true"),
+        };
+        if self.job.checkpointing == least {
+            return Ok(false);
+        }
+        let job = Job { checkpointing: least, ..self.job.clone() };
+        self.try_out(job, self.rows.clone(), format!("use_gradient_checkpointing = {text}"))
+    }
+
+    /// An adapter over codes; a checkpoint that is in codes already stays as it is.
+    fn quantize(&mut self) -> Result<bool, Error> {
+        let stored = self.job.json.get("quantization_config").is_some_and(|value| !value.is_null());
+        let is_four_bit = matches!(self.job.load.load_in, Some(LoadIn::FourBit(_)));
+        if self.job.lora.is_none() || stored || is_four_bit {
+            return Ok(false);
+        }
+        let mut job = self.job.clone();
+        job.load.load_in = Some(LoadIn::FourBit(None));
+        self.try_out(job, self.rows.clone(), "model.load_in_4bit = true".to_owned())
+    }
+
+    /// The largest part of a pass that fits, or one row.
+    fn accumulate(&mut self) -> Result<bool, Error> {
+        let train = &self.job.train;
+        let (size, passes) = (train.per_device_train_batch_size, train.gradient_accumulation_steps);
+        let parts = (2..=size).filter(|parts| size.is_multiple_of(*parts));
+        for parts in parts.collect::<Vec<_>>() {
+            let (size, passes) = (size / parts, passes * parts);
+            let mut rows = self.rows.clone();
+            rows.lengths.truncate(size);
+            let mut job = self.job.clone();
+            (job.train.per_device_train_batch_size, job.train.gradient_accumulation_steps) = (size, passes);
+            let fits = Planner::new(job.clone())?.takes(&rows, self.available)?;
+            if fits || size == 1 {
+                let set = format!(
+                    "train.per_device_train_batch_size = {size} with train.gradient_accumulation_steps = {passes}"
+                );
+                return self.try_out(job, rows, set);
+            }
+        }
+        Ok(false)
+    }
+
+    fn shrink_state(&mut self) -> Result<bool, Error> {
+        let (optim, text) = match self.job.train.optim {
+            Optim::Adamw => (Optim::Adamw8bit, "adamw_8bit"),
+            Optim::Lion => (Optim::Lion8bit, "lion_8bit"),
+            _ => return Ok(false),
+        };
+        let mut job = self.job.clone();
+        job.train.optim = optim;
+        self.try_out(job, self.rows.clone(), format!("train.optim = \"{text}\""))
+    }
+
+    fn shorten(&mut self) -> Result<bool, Error> {
+        let longest = self.rows.lengths.iter().copied().max().unwrap_or(0);
+        let length = Planner::new(self.job.clone())?.longest_sequence(self.rows.lengths.len(), self.available)?;
+        if length == 0 || length >= longest {
+            return Ok(false);
+        }
+        let lengths = self.rows.lengths.iter().map(|&row| row.min(length)).collect();
+        let mut job = self.job.clone();
+        job.load.max_seq_length = length;
+        self.try_out(
+            job,
+            Rows { lengths },
+            format!("model.max_seq_length = {length}, with data.overlong for longer rows"),
+        )
+    }
+}

@@ -1,0 +1,122 @@
+use std::time::Instant;
+
+use burn::tensor::DType;
+use rekindle_kernels::cuda::Facts;
+use rekindle_models::LoadIn;
+use serde_json::json;
+
+use super::*;
+
+/// A Qwen3 of the published 4-billion shape, on a card that is not there.
+fn job(load_in: Option<LoadIn>, lora: Option<LoraConfig>, checkpointing: GradientCheckpointing) -> Job {
+    let json = json!({
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 40_960,
+        "tie_word_embeddings": true,
+        "hidden_act": "silu"
+    });
+    let device = Device::Cuda(Cuda::planned(Facts::stand_in(80 << 30)));
+    let mut load = LoadOptions::new(device, DType::BF16, 2048);
+    (load.load_in, load.full_finetuning) = (load_in, lora.is_none());
+    Job { json, name: "4b".into(), load, lora, checkpointing, train: SftConfig::default() }
+}
+
+fn plan(job: Job) -> MemoryPlan {
+    Planner::new(job).unwrap().plan(&Rows::equal(4, 2048)).unwrap()
+}
+
+const WEIGHTS: usize = 4_022_468_096;
+
+#[test]
+fn bytes_of_a_large_model_by_hand() {
+    let began = Instant::now();
+    let lora = LoraConfig::new(16);
+    let off = plan(job(None, Some(lora.clone()), GradientCheckpointing::Off));
+    let seconds = began.elapsed().as_secs_f64();
+    assert!(seconds < 10.0, "{seconds} s without optimization");
+    // Seven linears a block: 16 · (in + out).
+    let numel = 36 * 16 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728));
+    let by = |plan: &MemoryPlan, what| plan.bytes.of(what);
+    let near = |found: usize, expected: usize, what: &str| {
+        let off = found as f64 / expected as f64 - 1.0;
+        assert!(off.abs() < 0.02, "{what}: {found} and not {expected}");
+    };
+    near(by(&off, Use::Gradients), 4 * numel, "gradients");
+    near(by(&off, Use::Optimizer), 8 * numel, "moments");
+    near(by(&off, Use::Adapters), 6 * numel, "values in f32 and in bf16");
+    near(by(&off, Use::Weights), 2 * (WEIGHTS + numel), "weights and stacked factors");
+    let parts = Use::ALL.iter().map(|&what| by(&off, what)).sum::<usize>() + off.gaps + off.outside;
+    assert_eq!(off.peak, parts);
+    assert_eq!(off.host, 0);
+}
+
+#[test]
+fn less_is_kept_from_policy_to_policy() {
+    let lora = || Some(LoraConfig::new(16));
+    let mut planner = Planner::new(job(None, lora(), GradientCheckpointing::Auto)).unwrap();
+    let rows = Rows::equal(4, 2048);
+    let [off, host, block] = [GradientCheckpointing::Off, GradientCheckpointing::Host, GradientCheckpointing::Block]
+        .map(|policy| planner.plan_with(&rows, policy).unwrap());
+    assert!(host.peak < block.peak && block.peak < off.peak, "{host}\n{block}\n{off}");
+    // Of every block but the last x, o and the middle of the residual stream.
+    let away = 35 * 4 * 2048 * (2 * 2560 + 4096) * 2;
+    assert!(host.host >= away && host.host < away + away / 50, "{} and not {away}", host.host);
+
+    // The fastest that fits.
+    let decided = |available| match Planner::new(job(None, lora(), GradientCheckpointing::Auto))
+        .unwrap()
+        .decide(&rows, available)
+    {
+        Ok(Verdict::Fits(plan)) => Some(plan.use_gradient_checkpointing),
+        _ => None,
+    };
+    assert_eq!(decided(off.peak), Some(GradientCheckpointing::Off));
+    assert_eq!(decided(off.peak - 1), Some(GradientCheckpointing::Host));
+    assert_eq!(decided(host.peak - 1), None);
+}
+
+#[test]
+fn what_does_not_fit_is_changed_until_it_does() {
+    let rows = Rows::equal(4, 2048);
+    let mut planner = Planner::new(job(None, Some(LoraConfig::new(16)), GradientCheckpointing::Off)).unwrap();
+    let fit = planner.fit(&rows, 6 << 30).unwrap();
+    assert!(!fit.fits && fit.changes_suffice, "{fit:?}");
+    let set: Vec<&str> = fit.changes.iter().map(|change| change.set.as_str()).collect();
+    assert!(set[0].contains("unsloth") && set[1].contains("load_in_4bit"), "{set:?}");
+    assert!(fit.changes.windows(2).all(|pair| pair[1].peak < pair[0].peak), "{fit:?}");
+    assert_eq!((fit.longest_sequence, fit.largest_batch), (0, 0), "the weights alone are more");
+
+    let fit = planner.fit(&rows, 40 << 30).unwrap();
+    assert!(fit.largest_batch > 0 && fit.longest_sequence > 0, "{fit:?}");
+    let at = |planner: &mut Planner, count, length| planner.plan(&Rows::equal(count, length)).unwrap().peak;
+    assert!(at(&mut planner, fit.largest_batch, 2048) <= 40 << 30);
+    assert!(at(&mut planner, fit.largest_batch + 1, 2048) > 40 << 30);
+}
+
+#[test]
+fn codes_take_the_place_of_weights() {
+    let coded = plan(job(Some(LoadIn::FourBit(None)), Some(LoraConfig::new(16)), GradientCheckpointing::Host));
+    let dense = plan(job(None, Some(LoraConfig::new(16)), GradientCheckpointing::Host));
+    let linears = WEIGHTS - 151_936 * 2560;
+    let saved = dense.bytes.of(Use::Weights) - coded.bytes.of(Use::Weights);
+    // 2 bytes less 4.127 bits a weight.
+    let expected = linears as f64 * (2.0 - 4.127 / 8.0);
+    assert!((saved as f64 / expected - 1.0).abs() < 0.01, "{saved} and not {expected}");
+}
+
+#[test]
+fn rows_of_a_pass_are_the_longest_ones() {
+    assert_eq!(Rows::longest(2, [3, 9, 1, 7]).lengths, [9, 7]);
+    let tokens = Rows::longest(2, [3, 9, 1, 7]).tokens();
+    assert_eq!((tokens.all, tokens.longest, tokens.counted), (16, 9, 14));
+}

@@ -1,0 +1,110 @@
+//! `cargo xtask bench plan`: what is planned for a card beside what steps take of it.
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::DType;
+use rekindle::LoraConfig;
+use rekindle_kernels::Device;
+use rekindle_kernels::cuda::{self, Cuda, Facts};
+use rekindle_models::{LoadIn, LoadOptions};
+use rekindle_train::{Job, MemoryPlan, OUTSIDE, Planner, Rows, SftConfig};
+
+use super::super::name;
+use super::super::shape::Shape;
+use super::{Checkpointing, Mode, Peer, Train, gib};
+
+/// Steps of each job; the most is taken in the first.
+const STEPS: usize = 2;
+
+/// Shape, mode, rows, tokens of a row, what is kept.
+const JOBS: [(Shape, Mode, usize, usize, Checkpointing); 9] = [
+    (Shape::Qwen3_4b, Mode::Lora, 4, 2048, Checkpointing::Block),
+    (Shape::Qwen3_4b, Mode::Lora, 4, 2048, Checkpointing::Host),
+    (Shape::Qwen3_4b, Mode::Lora, 4, 2048, Checkpointing::Off),
+    (Shape::Qwen3_4b, Mode::Qlora, 4, 2048, Checkpointing::Host),
+    (Shape::Qwen3_4b, Mode::Qlora, 1, 16_384, Checkpointing::Host),
+    (Shape::Qwen3_4b, Mode::Lora, 1, 1000, Checkpointing::Off),
+    (Shape::Qwen3_0_6b, Mode::Lora, 2, 512, Checkpointing::Off),
+    (Shape::Qwen3_0_6b, Mode::Full, 4, 1024, Checkpointing::Off),
+    (Shape::Qwen3_0_6b, Mode::Full, 8, 2048, Checkpointing::Block),
+];
+
+/// Prints a row for every job; without a card, the plans alone.
+pub(crate) fn run(weights: Option<&Path>) -> Result<(), Box<dyn Error>> {
+    let scratch = tempfile::tempdir()?;
+    let weights: PathBuf = weights.unwrap_or(scratch.path()).to_owned();
+    let card = cuda::facts(0);
+    match &card {
+        Ok(card) => println!("on {card}; {:.2} GiB are counted as taken beside the arena", gib(OUTSIDE)),
+        Err(reason) => println!("not measured: {reason}"),
+    }
+    let facts = card.clone().unwrap_or_else(|_| Facts::stand_in(80 << 30));
+    println!(
+        "| job | planned, GiB | its arena | measured | off | taken of the card | off | beside the arena | host | measured | s |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    for (shape, mode, batch, seq, checkpointing) in JOBS {
+        let job = Train {
+            optim: "adamw".to_owned(),
+            optimizer_in_bwd: false,
+            shape,
+            mode,
+            batch,
+            seq,
+            checkpointing,
+            steps: STEPS,
+            device: "cuda".to_owned(),
+            weights: Some(weights.clone()),
+            profile: false,
+            python: None,
+            peer: Peer::Unsloth,
+            worker: false,
+        };
+        let began = std::time::Instant::now();
+        let plan = job.plan(facts.clone())?;
+        let seconds = began.elapsed().as_secs_f64();
+        let arena = gib(plan.peak - plan.outside);
+        let (measured, host) = match &card {
+            Err(_) => ("| | | | |".to_owned(), String::new()),
+            Ok(_) => {
+                let (ours, _) = job.measure()?;
+                let number = |key: &str| ours[key].as_f64().unwrap_or(f64::NAN);
+                let (extent, taken) = (number("extent_gib"), number("process_gib"));
+                let off = |planned: f64, measured: f64| 100.0 * (planned / measured - 1.0);
+                let text = format!(
+                    "| {extent:.3} | {:+.2} % | {taken:.2} | {:+.2} % | {:.3}",
+                    off(arena, extent),
+                    off(gib(plan.peak), taken),
+                    number("outside_gib"),
+                );
+                (text, format!("{:.2}", number("pinned_gib")))
+            }
+        };
+        println!(
+            "| {} | {:.2} | {arena:.3} {measured} | {:.2} | {host} | {seconds:.2} |",
+            job.name(),
+            gib(plan.peak),
+            gib(plan.host)
+        );
+    }
+    Ok(())
+}
+
+impl Train {
+    fn plan(&self, facts: Facts) -> Result<MemoryPlan, Box<dyn Error>> {
+        let mut load = LoadOptions::new(Device::Cuda(Cuda::planned(facts)), DType::BF16, self.seq);
+        load.full_finetuning = self.mode == Mode::Full;
+        load.load_in = (self.mode == Mode::Qlora).then_some(LoadIn::FourBit(None));
+        let lora = (self.mode != Mode::Full).then(|| LoraConfig::new(16).lora_alpha(32.0));
+        let job = Job {
+            json: self.shape.config(),
+            name: name(self.shape).into(),
+            load,
+            lora,
+            checkpointing: self.checkpointing.of_lora(),
+            train: SftConfig::default(),
+        };
+        Ok(Planner::new(job)?.plan(&Rows::equal(self.batch, self.seq))?)
+    }
+}
