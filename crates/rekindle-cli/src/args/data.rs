@@ -24,7 +24,7 @@ pub(crate) struct PreviewArgs {
     /// Show this row alone, counted from 1 over all that are trained
     #[arg(long, value_name = "K")]
     pub(crate) row: Option<usize>,
-    /// Show the rows of [data] eval
+    /// Show the rows that are evaluated, data.eval
     #[arg(long)]
     pub(crate) eval: bool,
 }
