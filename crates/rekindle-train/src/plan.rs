@@ -1,4 +1,8 @@
-//! What a run takes, before it is loaded.
+//! The memory that a run takes, before it is loaded.
+//!
+//! One definition throughout: the most bytes that are allocated at once, on the device that computes. On the CPU a process
+//! is resident with more than that, which [`MemoryPlan::mapped`] names: pages of the checkpoint's files, which the system
+//! takes back when memory is short, and the program itself.
 
 mod advice;
 mod fit;
@@ -10,7 +14,9 @@ use rekindle_kernels::Device;
 use rekindle_kernels::cuda::Cuda;
 use rekindle_kernels::optimizer::StateBytes;
 use rekindle_lora::{GradientCheckpointing, LoraConfig};
-use rekindle_models::{Account, Batch, Bytes, CausalLm, Coding, LoadOptions, ModelConfig, Tokens, Trained, Use};
+use rekindle_models::{
+    Account, Batch, Bytes, CausalLm, Coding, LoadOptions, ModelConfig, Tokens, Trained, Use, stored_quantization,
+};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
@@ -71,7 +77,7 @@ pub struct Rows {
     pub lengths: Vec<usize>,
 }
 
-/// Bytes that a run takes at the most, by use.
+/// The most bytes that a run allocates at once, by use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryPlan {
     /// Rows of the largest pass.
@@ -80,17 +86,20 @@ pub struct MemoryPlan {
     pub tokens: usize,
     /// What becomes of activations.
     pub use_gradient_checkpointing: GradientCheckpointing,
-    /// Bytes by use when the most is taken.
+    /// Bytes by use at the peak.
     #[serde(serialize_with = "by_use")]
     pub bytes: Bytes,
     /// Free pieces between what is in use that are too short for what was asked.
     pub gaps: usize,
     /// On a GPU, what is taken beside the tensors ([`OUTSIDE`]).
     pub outside: usize,
-    /// All of these.
+    /// All of these. This is what is compared with the available memory.
     pub peak: usize,
     /// Host memory that a GPU's activations and states go to.
     pub host: usize,
+    /// On the CPU, bytes of the checkpoint's files that are mapped while it loads. They count as resident, beside `peak`,
+    /// until the system needs the memory for something else.
+    pub mapped: usize,
 }
 
 impl Planner {
@@ -153,6 +162,7 @@ impl Planner {
                 let StateBytes { device, host } = format.bytes(rule, trained.sizes.iter().copied());
                 let state = device + host;
                 let bytes = self.account(checkpointing).step(rows.tokens(), state)?;
+                let mapped = self.mapped(&bytes);
                 Ok(MemoryPlan {
                     rows: rows.lengths.len(),
                     tokens: rows.tokens().all,
@@ -162,6 +172,7 @@ impl Planner {
                     outside: 0,
                     peak: bytes.total(),
                     host: 0,
+                    mapped,
                 })
             }
         }
@@ -180,6 +191,17 @@ impl Planner {
     /// How many token ids the model has.
     pub fn vocab_size(&self) -> usize {
         self.config.vocab_size
+    }
+
+    /// The size of the checkpoint's files, from the shapes and the dtype that its configuration names.
+    fn mapped(&self, bytes: &Bytes) -> usize {
+        let json = &self.job.json;
+        if stored_quantization(json).is_some() {
+            return bytes.of(Use::Weights);
+        }
+        let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| json.get(key)?.as_str());
+        let element = if matches!(dtype, Some("bfloat16" | "float16")) { 2 } else { 4 };
+        element * self.config.tensors().iter().map(|(_, dims)| dims.iter().product::<usize>()).sum::<usize>()
     }
 
     fn account(&self, checkpointing: GradientCheckpointing) -> Account<'_> {
@@ -244,6 +266,7 @@ impl Planned {
             outside: OUTSIDE,
             peak: memory.extent + OUTSIDE,
             host: cuda.pinned_bytes(),
+            mapped: 0,
         })
     }
 }
@@ -292,11 +315,13 @@ impl fmt::Display for MemoryPlan {
         }
         line("gaps", self.gaps)?;
         line("outside", self.outside)?;
-        write!(f, "{:<20} {:>12}", "most at a time", show(self.peak))?;
-        match self.host {
-            0 => Ok(()),
-            host => write!(f, "\n{:<20} {:>12}", "and on the host", show(host)),
+        write!(f, "{:<20} {:>12}", "peak", show(self.peak))?;
+        for (what, bytes) in [("on the host", self.host), ("mapped files", self.mapped)] {
+            if bytes > 0 {
+                write!(f, "\n{what:<20} {:>12}  beside the peak", show(bytes))?;
+            }
         }
+        Ok(())
     }
 }
 
