@@ -1,4 +1,4 @@
-// The gradients of attention's keys and values on mma.sync: every GPU from sm_80 up. kernels/src/attention.rs; the
+// The gradients of attention's keys and values on mma.sync: every GPU from sm_80 up. kernels/src/ops/attention; the
 // other half of the backward, its order and its scratch are in attention_bwd_dq.cu.
 //
 // With Pᵀ = exp(scale·k·qᵀ - lse) made again: dv = Pᵀ·d_o, dSᵀ = Pᵀ ∘ (v·d_oᵀ - delta), dk = scale·dSᵀ·q.

@@ -1,4 +1,4 @@
-// The gradient of attention's queries on mma.sync: every GPU from sm_80 up. kernels/src/attention.rs; the forward is
+// The gradient of attention's queries on mma.sync: every GPU from sm_80 up. kernels/src/ops/attention; the forward is
 // attention_fwd.cu.
 //
 // With P = exp(scale·q·kᵀ - lse) made again and delta = rowsum(d_o ∘ o): dS = P ∘ (d_o·vᵀ - delta), dq = scale·dS·k.

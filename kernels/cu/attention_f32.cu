@@ -1,5 +1,5 @@
 // Attention without tensor cores, forward and backward, for what the fast kernels do not take: T = f32, and any
-// HEAD_DIM that is a multiple of 8 up to 256. For being right, not for speed. kernels/src/attention.rs.
+// HEAD_DIM that is a multiple of 8 up to 256. For being right, not for speed. kernels/src/ops/attention.
 //
 // The mathematics, layout, tables and arguments are those of attention_fwd.cu, attention_bwd_dq.cu and
 // attention_bwd_dkdv.cu, with tiles of 16 rows (BLOCK_M = BLOCK_N = 16 in their formulas); everything between loads and

@@ -1,5 +1,5 @@
 // Causal grouped-query attention over documents that lie one after another, forward, on mma.sync: every GPU from sm_80
-// up. kernels/src/attention.rs.
+// up. kernels/src/ops/attention.
 //
 // For a query that sees keys 0 .. n: o = Σ_j p_j·v_j, p = softmax(scale·q·k_j), lse = ln Σ_j exp(scale·q·k_j).
 // A block takes BLOCK_M queries of one head and walks over their keys, BLOCK_N at a time, with a running maximum and

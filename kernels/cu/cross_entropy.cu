@@ -1,27 +1,26 @@
-// Softmax cross-entropy of a chunk of logits; kernels/src/linear_cross_entropy.rs.
+// Softmax cross-entropy of a chunk of logits; kernels/src/ops/linear_cross_entropy.
 //
 // For a row x with target t: nll = log Σ exp x − x[t]; dlogits = grad_scale·(softmax(x) − onehot(t)).
 // Target −100: nll 0 and dlogits 0, whatever the logits are.
 //
-// Layout: logits [rows, vocab], row-major, row stride ldl in elements, f32 or T; targets i32 [rows]; grad_scale f32 in
+// Layout: logits [rows, vocab], row-major, row stride ldl in elements, f32; targets i32 [rows]; grad_scale f32 in
 // device memory; nll f32 [rows]; dlogits of T, row stride ldd in elements of T. Pointers 16-byte aligned, ldl and ldd
 // multiples of 8, any vocab. dlogits may be
 //   - a buffer of its own;
-//   - over logits of T: dlogits = logits, ldd = ldl (likewise over f32 logits when T is f32);
+//   - over the logits when T is f32: dlogits = logits, ldd = ldl;
 //   - over f32 logits when T has 16 bits: in the second half of each row, dlogits = (T*)logits + ldl, ldd = 2·ldl.
 //
 // Two passes over a row: the first keeps a maximum and a sum of shifted exponentials a thread, the second, from the end
 // of the row back, makes the gradient.
 //
 // Launch: grid (rows), block 512, dynamic shared memory 0
-//   cross_entropy_fwd, cross_entropy_fwd_t(logits, targets, nll, i32 vocab, ldl)
-//   cross_entropy_fwd_bwd, cross_entropy_fwd_bwd_t(logits, targets, grad_scale, nll, dlogits, i32 vocab, ldl, ldd)
-// _t: logits of T; otherwise f32.
+//   cross_entropy_fwd(logits, targets, nll, i32 vocab, ldl)
+//   cross_entropy_fwd_bwd(logits, targets, grad_scale, nll, dlogits, i32 vocab, ldl, ldd)
 //
 // Bytes → floor on an H200 at the 4.25 TB/s that a large copy reaches, and measured, 1024 × 151,936, T = bf16,
 // 2026-11-23; the second reading is counted:
-//   cross_entropy_fwd 622 MB → 146 µs: 143, 102 %; _t 311 MB → 73: 80.5, 91 %
-//   cross_entropy_fwd_bwd 1,556 MB → 366 µs: 354 in place, 103 %; _t 933 MB → 220: 218, 101 %
+//   cross_entropy_fwd 622 MB → 146 µs: 143, 102 %
+//   cross_entropy_fwd_bwd 1,556 MB → 366 µs: 354 in place, 103 %
 // FLOPs: two exponentials an element. No spills from sm_80 to sm_120.
 //
 // Parity against f64 at 7 … 151,936 columns, in place and not: 16-bit gradients within twice the error of the same
@@ -184,18 +183,13 @@ DEVICE void cross_entropy(const L* logits, const int* targets, const f32* grad_s
     }
 }
 
-#define FORWARD(NAME, L)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
-    NAME(const L* logits, const int* targets, f32* nll, int vocab, int ldl) {                                          \
-        cross_entropy<L, false>(logits, targets, nullptr, nll, nullptr, vocab, ldl, 0);                                \
-    }
-#define FORWARD_BACKWARD(NAME, L)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
-    NAME(const L* logits, const int* targets, const f32* grad_scale, f32* nll, T* dlogits, int vocab, int ldl,         \
-         int ldd) {                                                                                                    \
-        cross_entropy<L, true>(logits, targets, grad_scale, nll, dlogits, vocab, ldl, ldd);                            \
-    }
-FORWARD(cross_entropy_fwd, f32)
-FORWARD(cross_entropy_fwd_t, T)
-FORWARD_BACKWARD(cross_entropy_fwd_bwd, f32)
-FORWARD_BACKWARD(cross_entropy_fwd_bwd_t, T)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+cross_entropy_fwd(const f32* logits, const int* targets, f32* nll, int vocab, int ldl) {
+    cross_entropy<f32, false>(logits, targets, nullptr, nll, nullptr, vocab, ldl, 0);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+cross_entropy_fwd_bwd(const f32* logits, const int* targets, const f32* grad_scale, f32* nll, T* dlogits, int vocab,
+                      int ldl, int ldd) {
+    cross_entropy<f32, true>(logits, targets, grad_scale, nll, dlogits, vocab, ldl, ldd);
+}

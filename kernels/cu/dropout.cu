@@ -1,4 +1,4 @@
-// Dropout and noise from a counter-based generator; kernels/src/dropout.rs and neftune.rs, the same bit for bit.
+// Dropout and noise from a counter-based generator; kernels/src/ops/dropout and neftune, the same bit for bit.
 //
 // y = x·keep where bits ≥ threshold, 0 elsewhere; bits = word (channel mod 4) of Philox4x32-10 (Salmon et al., SC 2011)
 // with counter (channel / 4, position, row, step) and the 64-bit key seed ⊕ site·0x9E3779B97F4A7C15 (wrapping);

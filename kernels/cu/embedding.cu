@@ -1,4 +1,4 @@
-// Token embeddings; kernels/src/embedding.rs.
+// Token embeddings; kernels/src/ops/embedding.
 //
 // y[t] = table[ids[t]]; dtable[id] += Σ_{t: ids[t] = id} dy[t], in one order, so the same bits every time.
 //

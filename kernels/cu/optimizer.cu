@@ -21,13 +21,9 @@
 //   sum_squares(g, f64 partial, i64 n): grid min(1024, ceil(n / 4096)) = parts, block 256
 //   sum_squares_finish(partial, clip, i32 parts, f32 max_norm, f32 inv_scale): grid 1, block 256.
 //     clip: { f32 norm, f32 factor, u32 not_finite }, 12 bytes
-//   cast_f32_to_t(x, y, i32 rows, width, ldx, ldy): grid ceil(rows·ceil(width / 8) / 256), block 256. x f32 anywhere
-//     on 4 bytes, y of T, 16-byte aligned, ldy a multiple of 8 where rows > 1; a flat buffer is one row
-//   zero_f32(x, i64 n): grid min(4096, ceil((n + 3) / 1024)), block 256
 //
 // Bytes → floor on an H200 at the 4.25 TB/s that a large copy reaches, and measured, 33.0 M parameters, 2026-11-23:
 //   adamw 28 a parameter, 925 MB → 217.6 µs: 220.6, 99 %; sum_squares 132 MB → 31.1: 32.2, 97 %; its finish 1.5
-//   cast_f32_to_t to bf16 198 MB → 46.6: 47.5, 98 %; zero_f32 132 MB → 31.1: 30.6, 101 %
 // No spills from sm_80 to sm_120.
 //
 // Bit-exact against the same f32 arithmetic on the CPU, ranges of any start and length; memcheck and racecheck clean.
@@ -149,39 +145,4 @@ sum_squares_finish(const double* partial, Clip* clip, int parts, f32 max_norm, f
     if (max_norm > 0.0f) factor = fmin(1.0, max_norm / (norm + 1e-6));
     // A finite sum of squares of f32 fits an f64 by far; the norm, too, should fit the f32 that is reported.
     *clip = {(f32)norm, (f32)(factor * inv_scale), !(sum <= 1.7976931348623157e308)};
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-cast_f32_to_t(const f32* x, T* y, int rows, int width, int ldx, int ldy) {
-    const u32 i = blockIdx.x * 256 + threadIdx.x;
-    if (i >= (u32)rows * ((u32)(width + 7) / 8)) return;
-    const Place to = place<8>(i, width);
-    const f32* from = at(x, to.row, ldx, to.col);
-    f32 v[8];
-    if (to.n == 8 && misalignment(from) == 0) {
-        const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
-        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-    } else {
-#pragma unroll
-        for (int k = 0; k < 8; k++) v[k] = k < to.n ? from[k] : 0.0f;
-    }
-    T* p = at(y, to.row, ldy, to.col);
-#pragma unroll
-    for (int part = 0; part < 8; part += Vec<T>::N) {
-        f32 some[Vec<T>::N];
-#pragma unroll
-        for (int k = 0; k < Vec<T>::N; k++) some[k] = v[part + k];
-        store_part(p + part, to.n - part, pack16<T>(some));
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(256) zero_f32(f32* x, long long n) {
-    const long long step = (long long)gridDim.x * 1024;
-    for (long long first = (long long)blockIdx.x * 1024 + threadIdx.x * 4 - misalignment(x); first < n; first += step) {
-        if (first >= 0 && first + 4 <= n) {
-            *reinterpret_cast<float4*>(x + first) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        } else {
-            for (long long i = max(first, 0LL); i < min(first + 4, n); i++) x[i] = 0.0f;
-        }
-    }
 }

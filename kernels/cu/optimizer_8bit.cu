@@ -1,4 +1,4 @@
-// Optimizer steps whose state is kept in 8-bit blocks; kernels/src/optimizer/blockwise.rs, the same bits.
+// Optimizer steps whose state is kept in 8-bit blocks; kernels/src/optimizer/blockwise, the same bits.
 //
 // A block is 256 elements of one parameter, the last of a parameter may be short. m = map[code]·absmax; the update; absmax
 // = max |m|; code = nearest of the map to m·(1/absmax), with the sign of m. v likewise, with a map of its own.

@@ -1,4 +1,4 @@
-// Per-head RMSNorm (if weights are given) and rotary embedding of q and k in one launch; kernels/src/rope.rs.
+// Per-head RMSNorm (if weights are given) and rotary embedding of q and k in one launch; kernels/src/ops/rope.
 //
 // For a head x of a token at position p: n = w ∘ (x·rstd), rstd = 1/√(mean(x²) + eps); with c, s = cos[p], sin[p] and
 // the first rotary_dim channels split in halves a, b: a' = a·c − b·s, b' = b·c + a·s; channels from rotary_dim on pass.

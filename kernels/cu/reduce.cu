@@ -13,16 +13,13 @@
 //   add_row_bias(y, bias, i32 rows, width, ldy): y += bias, [width] of T
 //   copy_2d(x, y, i32 rows, width, ldx, ldy)
 //     grid ceil(rows·ceil(width / N) / 256), block 256
-//   transpose_2d(x, y, i32 rows, width, ldx, ldy): y [width, rows]; any alignment and strides
-//     grid (ceil(width / 32), ceil(rows / 32)), block (32, 8); rows up to 2^21
 //
 // Bytes → floor on an H200 at the 4.25 TB/s that a large copy reaches, and measured, bf16, 2026-11-23:
 //   column_sums 8192 × 9728, 159 MB → 37.5 µs: 42.2, 89 %; sum_partials 128 × 2560: 1.8
 //   add 8192 × 2560, 126 MB → 29.6: 30.6, 97 %; copy_2d 84 MB → 19.7: 21.4, 92 %
-//   transpose_2d 8192 × 2560, 84 MB → 19.7: 38.4, 51 %: 2-byte accesses; no hot path has one
 // No spills from sm_80 to sm_120.
 //
-// add, add_row_bias, copy_2d, transpose_2d bit-exact; sums within twice the error of f32 sums in order; rows beyond
+// add, add_row_bias, copy_2d bit-exact; sums within twice the error of f32 sums in order; rows beyond
 // 2^31 elements; memcheck and racecheck clean.
 
 const int N = Vec<T>::N;
@@ -92,15 +89,4 @@ extern "C" __global__ void __launch_bounds__(256) add_row_bias(T* y, const T* bi
 extern "C" __global__ void __launch_bounds__(256)
 copy_2d(const T* x, T* y, int rows, int width, int ldx, int ldy) {
     elementwise<false>(x, nullptr, y, rows, width, ldx, 0, ldy);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-transpose_2d(const T* x, T* y, int rows, int width, int ldx, int ldy) {
-    __shared__ T tile[32][33];
-    const int col = blockIdx.x * 32, row = blockIdx.y * 32;
-    for (int r = threadIdx.y; r < 32; r += 8)
-        if (row + r < rows && col + threadIdx.x < width) tile[r][threadIdx.x] = *at(x, row + r, ldx, col + threadIdx.x);
-    __syncthreads();
-    for (int c = threadIdx.y; c < 32; c += 8)
-        if (col + c < width && row + threadIdx.x < rows) *at(y, col + c, ldy, row + threadIdx.x) = tile[threadIdx.x][c];
 }

@@ -1,4 +1,4 @@
-// Root-mean-square normalization of rows, alone or with the residual add before it; kernels/src/rms_norm.rs.
+// Root-mean-square normalization of rows, alone or with the residual add before it; kernels/src/ops/rms_norm.
 //
 // h = x + delta (rounded to T); rstd = 1/√(mean(h²) + eps); y = w ∘ (h·rstd), h·rstd rounded to T before it meets w.
 // Backward, ĝ = w ∘ dy: dx = rstd·(ĝ − x·rstd²·mean(ĝ ∘ x)) + residual; dw = Σ_rows dy ∘ x·rstd.
@@ -11,8 +11,8 @@
 // Launch (dynamic shared memory 0 everywhere)
 //   rms_norm_fwd(x, delta|null, h_out|null, w, y, rstd, i32 rows, width, ldx, ldd, ldh, ldy, f32 eps)
 //   rms_norm_recompute(x, w, rstd, y, i32 rows, width, ldx, ldy)
-//   rms_norm_bwd(dy, x, w, rstd, residual|null, dx, y|null, i32 rows, width, lddy, ldx, ldr, lddx, ldy)
-//     grid (rows), block round_up(ceil(width / 16), 32), for every T. y: the forward's result again.
+//   rms_norm_bwd(dy, x, w, rstd, residual|null, dx, i32 rows, width, lddy, ldx, ldr, lddx)
+//     grid (rows), block round_up(ceil(width / 16), 32), for every T.
 //   rms_norm_dw(dy, x, rstd, partial, i32 rows, width, lddy, ldx, chunk)
 //     grid (ceil(width / (32·N)), ceil(rows / chunk)), block (32, 8); N = 8 for 16-bit T, 4 for f32; chunk rows a block
 //     (64 fills the card). partial f32 [ceil(rows / chunk), width] is then added to dw by `sum_partials` of reduce.cu.
@@ -20,7 +20,7 @@
 // Bytes → floor on an H200 at the 4.25 TB/s that a large copy reaches, and measured, bf16 8192 × 2560, 2026-11-23:
 //   rms_norm_fwd 84 MB → 19.7 µs: 23.1 µs, 86 % (a copy of those bytes: 21.4); with delta 168 MB → 39.5: 43.1, 92 %
 //   rms_norm_recompute 84 MB → 19.7: 21.9, 90 %
-//   rms_norm_bwd 168 MB → 39.5: 42.8, 92 %; with y 210 MB → 49.3: 54.2, 91 %
+//   rms_norm_bwd 168 MB → 39.5: 42.8, 92 %
 //   rms_norm_dw 84 MB → 19.7: 22.5, 88 %; its sum_partials 1.8
 // FLOPs, at most 10 an element, do not count. No spills from sm_80 to sm_120.
 //
@@ -106,8 +106,8 @@ rms_norm_recompute(const T* x, const T* w, const f32* rstd, T* y, int rows, int 
 }
 
 extern "C" __global__ void __launch_bounds__(1024)
-rms_norm_bwd(const T* dy, const T* x, const T* w, const f32* rstd, const T* residual, T* dx, T* y, int rows, int width,
-             int lddy, int ldx, int ldr, int lddx, int ldy) {
+rms_norm_bwd(const T* dy, const T* x, const T* w, const f32* rstd, const T* residual, T* dx, int rows, int width,
+             int lddy, int ldx, int ldr, int lddx) {
     // A row of 16384 leaves each thread 64 registers: f32 fetches dy again (from L2) and the residual late.
     const bool KEEP = sizeof(T) == 2;
     __shared__ f32 shared[32];
@@ -151,7 +151,6 @@ rms_norm_bwd(const T* dy, const T* x, const T* w, const f32* rstd, const T* resi
             for (int i = 0; i < N; i++) a[i] += b[i];
         }
         store_part(at(dx, row, lddx, col), width - col, pack16<T>(a));
-        if (y) store_part(at(y, row, ldy, col), width - col, normalized(v[k], weight, r));
     }
 }
 

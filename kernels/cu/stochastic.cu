@@ -1,4 +1,4 @@
-// f32 values into bf16, 4-bit codes and 8-bit codes by stochastic rounding; kernels/src/stochastic.rs, the same bits.
+// f32 values into bf16, 4-bit codes and 8-bit codes by stochastic rounding; kernels/src/params/stochastic, the same bits.
 //
 // Between the neighbours a ≤ x < b of the format, x becomes b where u < (x − a) / (b − a); u = word / 2^32 of Philox with
 // counter (element / 4, 0, site, step), word element mod 4. A value within 4 units in the last place of a neighbour is

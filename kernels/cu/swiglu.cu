@@ -1,4 +1,4 @@
-// SwiGLU; kernels/src/swiglu.rs.
+// SwiGLU; kernels/src/ops/swiglu.
 //
 // act = silu(gate) ∘ up, silu(g) = g·σ(g). Backward: dup = dact ∘ silu(gate);
 // dgate = dact ∘ up ∘ σ(gate)·(1 + gate·(1 − σ(gate))).

@@ -7,8 +7,8 @@
 //! axis and no padding.
 //!
 //! Each operation exists three times: in plain Burn operations for every device and dtype of Burn
-//! ([`Path::Portable`]), for `f32` on the CPU as loops over slices ([`Path::Cpu`]), and as kernels and cuBLASLt products
-//! on an NVIDIA GPU ([`Path::Cuda`]). [`Path::of`] tells which one a [`Tensor`] takes.
+//! ([`Backend::Portable`]), for `f32` on the CPU as loops over slices ([`Backend::Cpu`]), and as kernels and cuBLASLt products
+//! on an NVIDIA GPU ([`Backend::Cuda`]). [`Backend::of`] tells which one a [`Tensor`] takes.
 //!
 //! ```
 //! use rekindle_kernels::{Device, from_f32, rms_norm, to_f32};
@@ -25,41 +25,21 @@
 //! }
 //! ```
 
-pub mod attention;
-mod cpu;
-pub mod cuda;
-mod device;
-pub mod dropout;
-pub mod embedding;
-mod grads;
-pub mod linear_cross_entropy;
-pub mod matmul;
-mod memory;
-pub mod neftune;
-mod offload;
+mod host;
+pub mod ops;
 pub mod optimizer;
-pub mod packed;
 mod params;
-mod path;
-mod philox;
-mod portable;
-pub mod rms_norm;
-pub mod rope;
-mod rows;
-mod slot;
-pub mod stacked;
-pub mod stochastic;
-pub mod swiglu;
+mod rng;
+pub mod runtime;
 mod tensor;
-mod weight;
 
-pub use device::{Device, DeviceError, DeviceKind, open as open_device, parse as parse_device};
-pub use grads::Grads;
-pub use memory::DeviceMemory;
-pub use offload::Offloaded;
-pub use packed::PackedWeight;
-pub use params::{Group, ParamInfo, ParamRef, Params, ParamsBuilder};
-pub use path::Path;
-pub use rows::Rows;
-pub use tensor::{Tensor, from_f32, from_le_bytes, to_f32, unfilled};
-pub use weight::Weight;
+pub use ops::{attention, dropout, embedding, linear_cross_entropy, matmul, neftune, rms_norm, rope, stacked, swiglu};
+pub use params::{
+    Grads, Group, ParamInfo, ParamRef, Params, ParamsBuilder, QuantizedWeight, Weight, quantized, stochastic,
+};
+pub use rng::RngKey;
+pub use runtime::{MemoryStats, MemoryUse};
+pub use tensor::{
+    Backend, Device, DeviceError, DeviceKind, DeviceLimits, DeviceMemory, MetaDevice, MetaMemory, MetaTensor,
+    Offloaded, Rows, Tensor, from_f32, from_le_bytes, open_device, parse_device, to_f32, unfilled,
+};

@@ -16,15 +16,15 @@ use common::embedding::Embedding;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
 use common::optimizer::{By, RULES, Steps, some_steps};
-use common::packed::{Kind, Packed};
+use common::quantized::{Kind, Packed};
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
 use common::stacked::Stack;
 use common::swiglu::SwiGlu;
 use common::{Case, LOW_DTYPES, Layout, Place, judge, properties};
 use rekindle_kernels::Device;
-use rekindle_kernels::cuda::Cuda;
 use rekindle_kernels::optimizer::StateFormat;
+use rekindle_kernels::runtime::Cuda;
 
 const F32: DType = DType::F32;
 
@@ -45,7 +45,7 @@ fn main() -> ExitCode {
             return if required { ExitCode::FAILURE } else { ExitCode::SUCCESS };
         }
     };
-    println!("on {}", cuda.facts());
+    println!("on {}", cuda.props());
     // What a test has to say is printed in its line.
     std::panic::set_hook(Box::new(|_| ()));
     let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
@@ -73,7 +73,7 @@ fn run(suite: &mut Suite) -> Result<(), Lost> {
     let cuda = suite.cuda.clone();
     suite.property("memory comes back", |_| {
         let after = cuda.memory();
-        assert_eq!((after.in_use, after.labels), (before.in_use, before.labels), "everything was dropped");
+        assert_eq!((after.in_use, after.by_use), (before.in_use, before.by_use), "everything was dropped");
     })
 }
 

@@ -10,13 +10,13 @@ use common::embedding::Embedding;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
 use common::optimizer::{By, RULES, Steps, some_steps};
-use common::packed::{Kind, Packed};
+use common::quantized::{Kind, Packed};
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
 use common::swiglu::SwiGlu;
 use common::{Layout, check, check_in};
 use rekindle_kernels::optimizer::StateFormat;
-use rekindle_kernels::{Device, Path};
+use rekindle_kernels::{Backend, Device};
 
 #[test]
 fn linear() {
@@ -114,7 +114,7 @@ fn optimizer() {
 fn optimizer_in_blocks() {
     for rule in RULES {
         let cpu = some_steps(&Device::cpu(), rule, StateFormat::Blockwise8, By::All);
-        let portable = Path::portable_only(|| some_steps(&Device::cpu(), rule, StateFormat::Host8, By::All));
+        let portable = Backend::portable_only(|| some_steps(&Device::cpu(), rule, StateFormat::Host8, By::All));
         // What is in blocks has the same bits; the small parameter and all of SGD without momentum are in f32.
         for (ours, theirs) in cpu.1.iter().zip(&portable.1).filter(|(_, theirs)| !theirs.name.starts_with("p2.")) {
             assert_eq!(ours, theirs, "{rule:?}");
@@ -131,7 +131,7 @@ fn optimizer_on_values_from_elsewhere() {
         for format in [StateFormat::F32, StateFormat::Blockwise8] {
             let of = |by| some_steps(&Device::cpu(), rule, format, by);
             assert_eq!(of(By::Parameter), of(By::All), "{rule:?} {format:?}");
-            let portable = |by| Path::portable_only(|| of(by));
+            let portable = |by| Backend::portable_only(|| of(by));
             assert_eq!(portable(By::Parameter), portable(By::All), "portable {rule:?} {format:?}");
         }
     }

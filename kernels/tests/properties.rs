@@ -6,15 +6,15 @@ use burn::tensor::{DType, Tensor as BurnTensor};
 use common::attention::Attention;
 use common::linear_cross_entropy::LinearCrossEntropy;
 use common::{F32_FLOOR, Layout, Oracle, Place, grad, noise, properties, widened};
-use rekindle_kernels::dropout::{self, Key, Token, Tokens};
-use rekindle_kernels::{Device, ParamsBuilder, Path, Tensor, from_f32, swiglu, to_f32};
+use rekindle_kernels::dropout::{self, Dropout, Token, Tokens};
+use rekindle_kernels::{Backend, Device, ParamsBuilder, RngKey, Tensor, from_f32, swiglu, to_f32};
 
 const F32: DType = DType::F32;
 
 /// Runs a test on both paths.
 fn on_both_paths(test: impl Fn()) {
     test();
-    Path::portable_only(test);
+    Backend::portable_only(test);
 }
 
 fn cpu() -> Place {
@@ -90,7 +90,7 @@ fn the_norm_of_gradients() {
     };
     // A sum of n squares in f64: n units of 2⁻⁵³ at most, half of that after the root.
     assert!((norm() - truth).abs() <= 40_000.0 * 2f64.powi(-54) * truth);
-    let portable = Path::portable_only(norm);
+    let portable = Backend::portable_only(norm);
     assert!((portable - truth).abs() <= 2.0 * (naive - truth).abs() + F32_FLOOR * truth, "{portable} not {truth}");
     assert_eq!(ParamsBuilder::new(&Device::cpu(), F32).build().zero_grads().norm(), 0.0);
 }
@@ -99,7 +99,7 @@ fn the_norm_of_gradients() {
 fn dropout_is_linear() {
     let tokens: Vec<Token> = (0..37).map(|t| Token { row: t / 20, position: t % 20 }).collect();
     let tokens = Tokens::new(tokens, &Device::cpu());
-    let key = Key { p: 0.375, seed: 11, step: 3, tokens: &tokens };
+    let key = Dropout { p: 0.375, key: RngKey { seed: 11, step: 3 }, tokens: &tokens };
     let shape = [37, 29];
     let (x, dy) = (noise(1, 37 * 29), noise(2, 37 * 29));
     let apply = |values: &[f32]| to_f32(dropout::apply(&cpu().matrix(values, shape), key, 5));
@@ -119,7 +119,7 @@ fn dropout_is_linear() {
     let low: Tensor<2> = from_f32(x.clone(), shape, &Device::cpu(), DType::BF16);
     let kept = to_f32(dropout::apply(&low, key, 5));
     assert!(kept.iter().zip(&by_mask).all(|(a, b)| (*a == 0.0) == (*b == 0.0)), "the dtype does not move the mask");
-    assert_eq!(to_f32(dropout::apply(&cpu().matrix(&x, shape), Key { p: 0.0, ..key }, 5)), x);
+    assert_eq!(to_f32(dropout::apply(&cpu().matrix(&x, shape), Dropout { p: 0.0, ..key }, 5)), x);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use common::embedding::Embedding;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
 use common::optimizer::{By, RULES, Steps, some_steps};
-use common::packed::{Kind, Packed};
+use common::quantized::{Kind, Packed};
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
 use common::swiglu::SwiGlu;

@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use burn::tensor::DType;
-use rekindle_kernels::cuda::Cuda;
+use rekindle_kernels::runtime::Cuda;
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::{GradientCheckpointing, InitLoraWeights, LoraConfig};
 use rekindle_models::{CausalLm, GenerationConfig, LoadIn};
@@ -315,6 +315,6 @@ fn memory(device: &Device) {
 fn cuda(device: &Device) -> &Cuda {
     match device {
         Device::Cuda(cuda) => cuda,
-        Device::Burn(_) => unreachable!("the checks run on CUDA"),
+        Device::Burn(_) | Device::Meta(_) => unreachable!("the checks run on CUDA"),
     }
 }

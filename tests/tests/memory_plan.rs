@@ -13,8 +13,8 @@ use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, Dtype, TensorSpec, write_atomic, write_safetensors};
 use rekindle_kernels::Device;
 use rekindle_lora::{GradientCheckpointing, LoraConfig};
-use rekindle_models::{Batch, CausalLm, LoadIn, LoadOptions, ModelConfig, Use};
-use rekindle_train::{Job, MemoryPlan, Optimizer, OptimizerConfig, Planner, Rows, SftConfig};
+use rekindle_models::{Batch, CausalLm, LoadIn, LoadOptions, ModelConfig};
+use rekindle_train::{Job, MemoryCategory, MemoryPlan, Optimizer, OptimizerConfig, Planner, Rows, SftConfig};
 use serde_json::{Value, json};
 
 /// Counts what is allocated, and the most of it.
@@ -71,6 +71,11 @@ struct Case {
     checkpointing: bool,
     rows: usize,
     length: usize,
+    /// Whether all weights are trained in bf16 without an f32 copy.
+    stochastic_rounding: bool,
+    optimizer_in_bwd: bool,
+    /// Rows of one pass of evaluation, after the steps; 0 for none.
+    evaluated: usize,
 }
 
 fn cases() -> Vec<Case> {
@@ -84,6 +89,9 @@ fn cases() -> Vec<Case> {
         checkpointing,
         rows,
         length,
+        stochastic_rounding: false,
+        optimizer_in_bwd: false,
+        evaluated: 0,
     };
     let nf4 = Some(LoadIn::FourBit(None));
     vec![
@@ -106,6 +114,25 @@ fn cases() -> Vec<Case> {
         ),
         of("all weights", "qwen3", 4000, None, None, false, 2, 256),
         of("all weights, recomputed", "llama", 4000, None, None, true, 4, 256),
+        Case {
+            optimizer_in_bwd: true,
+            ..of("all weights, applied in the backward", "llama", 4000, None, None, true, 2, 256)
+        },
+        Case {
+            stochastic_rounding: true,
+            ..of("all weights in bf16, in place", "qwen3", 4000, None, None, false, 2, 256)
+        },
+        Case {
+            stochastic_rounding: true,
+            optimizer_in_bwd: true,
+            ..of("all weights in bf16, in place, applied in the backward", "llama", 4000, None, None, true, 2, 256)
+        },
+        of("all weights in 4 bits, in place", "qwen3", 4000, nf4, None, true, 2, 256),
+        Case {
+            optimizer_in_bwd: true,
+            ..of("all weights in 8 bits, in place", "llama", 4000, Some(LoadIn::EightBit), None, true, 2, 256)
+        },
+        Case { evaluated: 16, ..of("LoRA, larger batches in evaluation", "qwen3", 2000, None, lora(), true, 1, 256) },
     ]
 }
 
@@ -113,15 +140,18 @@ fn cases() -> Vec<Case> {
 fn plans_are_within_five_percent_of_what_is_allocated() {
     let began = Instant::now();
     let mut wrong = Vec::new();
-    println!("{:<40}{:>10}{:>10}{:>8}", "", "plan", "counted", "%");
+    println!("{:<56}{:>10}{:>10}{:>8}", "", "plan", "counted", "%");
     // The pools of threads and of scratch memory are made once.
     measured(&cases()[1]);
     for case in cases() {
         let (plan, counted) = measured(&case);
         let off = plan.peak as f64 / counted as f64 - 1.0;
         let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
-        println!("{:<40}{:>10.2}{:>10.2}{:>8.2}", case.name, mib(plan.peak), mib(counted), 100.0 * off);
-        println!("    {:?}", Use::ALL.map(|what| (what.label(), (mib(plan.bytes.of(what)) * 100.0).round() / 100.0)));
+        println!("{:<56}{:>10.2}{:>10.2}{:>8.2}", case.name, mib(plan.peak), mib(counted), 100.0 * off);
+        println!(
+            "    {:?}",
+            MemoryCategory::ALL.map(|what| (what.label(), (mib(plan.bytes.of(what)) * 100.0).round() / 100.0))
+        );
         if off.abs() > TOLERANCE {
             wrong.push(case.name);
         }
@@ -139,7 +169,13 @@ fn measured(case: &Case) -> (MemoryPlan, usize) {
     options.load_in = case.load_in;
     options.full_finetuning = case.lora.is_none();
     let checkpointing = GradientCheckpointing::from(case.checkpointing);
-    let train = SftConfig { per_device_train_batch_size: case.rows, ..SftConfig::default() };
+    options.stochastic_rounding = case.stochastic_rounding;
+    let train = SftConfig {
+        per_device_train_batch_size: case.rows,
+        per_device_eval_batch_size: case.evaluated.max(1),
+        optimizer_in_bwd: case.optimizer_in_bwd,
+        ..SftConfig::default()
+    };
     let job = Job {
         json,
         name: dir.path().to_owned(),
@@ -147,6 +183,7 @@ fn measured(case: &Case) -> (MemoryPlan, usize) {
         lora: case.lora.clone(),
         checkpointing,
         train: train.clone(),
+        evaluates: case.evaluated > 0,
     };
     let rows = Rows::equal(case.rows, case.length);
     let plan = Planner::new(job).unwrap().plan(&rows).unwrap();
@@ -166,6 +203,10 @@ fn measured(case: &Case) -> (MemoryPlan, usize) {
         let batch = Batch::from_rows((0..case.rows).map(|_| (&row[..], &labels[..])), 0);
         let result = optimizer.step(&mut model, &[batch], 1e-4).unwrap();
         assert!(result.loss.is_finite());
+    }
+    if case.evaluated > 0 {
+        let batch = Batch::from_rows((0..case.evaluated).map(|_| (&row[..], &labels[..])), 0);
+        model.nll(&batch).unwrap();
     }
     (plan, MOST.load(Relaxed) - before)
 }

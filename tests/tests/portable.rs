@@ -1,6 +1,6 @@
 //! The portable operations: the same losses in f32, and what bfloat16 costs.
 
-use rekindle_kernels::Path;
+use rekindle_kernels::Backend;
 use rekindle_models::{Batch, CausalLm};
 use rekindle_tests::{Golden, MODELS, RowLosses, assert_nll, relative_distance};
 
@@ -9,7 +9,7 @@ fn every_model_gives_the_losses_of_transformers() {
     for name in MODELS {
         let golden = Golden::open(name);
         let batch = golden.packed();
-        let nll = Path::portable_only(|| golden.load().nll(&batch)).expect("golden rows fit");
+        let nll = Backend::portable_only(|| golden.load().nll(&batch)).expect("golden rows fit");
         assert_nll(&format!("{name}, portable"), &batch, &nll, &golden.base_losses());
     }
 }
@@ -20,7 +20,7 @@ fn both_paths_give_one_gradient() {
         let golden = Golden::open(name);
         for (kind, model) in [("adapter", golden.load_adapted("all-linear")), ("full", golden.load_full())] {
             let gradient = || gradient(&model, &golden.packed());
-            let (cpu, portable) = (gradient(), Path::portable_only(gradient));
+            let (cpu, portable) = (gradient(), Backend::portable_only(gradient));
             let error = relative_distance(&portable, &cpu);
             println!("{name}, {kind}: paths differ by {error:.1e}");
             // Each path is within 1.4e-6 of the float64 gradient, as the naive computation in f32 is (`gradients`).

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::time::{Duration, Instant};
 
-use rekindle_kernels::cuda::{Arch, Checked, CudaError, Usage, compile_check};
+use rekindle_kernels::runtime::{Arch, Checked, CudaError, Usage, compile_check};
 
 /// Ampere, Ada, Hopper and both Blackwells.
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
@@ -56,7 +56,7 @@ impl Row {
 
 /// What is wrong with a variant: an error, a warning, or a spill.
 fn problems(variant: &Checked) -> Vec<String> {
-    let Checked { file, arch, defines, result, warnings, .. } = variant;
+    let Checked { file, arch, defines, result, warnings, unmatched, .. } = variant;
     let place = format!("{file} for {arch} with {}", defines.join(" "));
     let usages = match result {
         Ok(usages) => usages,
@@ -64,7 +64,8 @@ fn problems(variant: &Checked) -> Vec<String> {
     };
     let spills = usages.iter().filter(|usage| spilled(usage) > 0);
     let spills = spills.map(|usage| format!("{place}: {} spills {} bytes", usage.entry, spilled(usage)));
-    spills.chain(warnings.iter().map(|warning| format!("{place}: {warning}"))).collect()
+    let others = warnings.iter().chain(unmatched).map(|problem| format!("{place}: {problem}"));
+    spills.chain(others).collect()
 }
 
 /// Bytes of registers that a thread keeps in memory.
@@ -84,6 +85,7 @@ mod tests {
             defines: vec!["T=bf16".into()],
             result: Ok(vec![usage]),
             warnings: Vec::new(),
+            unmatched: Vec::new(),
             time: Duration::ZERO,
         }
     }
@@ -92,5 +94,11 @@ mod tests {
     fn spills_are_problems() {
         assert!(problems(&variant(0)).is_empty());
         assert_eq!(problems(&variant(4)), ["a.cu for sm_90a with T=bf16: swiglu_fwd spills 4 bytes"]);
+    }
+
+    #[test]
+    fn entry_points_that_do_not_match_are_problems() {
+        let variant = Checked { unmatched: vec!["swiglu_fwd is not listed in sources.rs".into()], ..variant(0) };
+        assert_eq!(problems(&variant), ["a.cu for sm_90a with T=bf16: swiglu_fwd is not listed in sources.rs"]);
     }
 }

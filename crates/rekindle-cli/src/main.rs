@@ -17,7 +17,6 @@ mod dry_run;
 mod eval;
 mod failure;
 mod fetch;
-mod foreign;
 mod generate;
 mod init;
 mod inspect;

@@ -30,7 +30,6 @@
 
 mod cache;
 mod columns;
-mod counted;
 mod data_files;
 mod dataset;
 mod encode;
@@ -52,7 +51,6 @@ mod tokenizer;
 
 pub use cache::{CacheUse, default_cache_dir};
 pub use columns::Columns;
-pub use counted::counted;
 pub use data_files::DataFiles;
 pub use dataset::{Dataset, EncodeOptions};
 pub use encode::{Example, IGNORED};

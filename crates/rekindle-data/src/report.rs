@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::CacheUse;
-use crate::counted;
 use crate::error::place;
 use crate::row::{RowFormat, RowNumber};
 
@@ -101,16 +100,14 @@ impl LoadReport {
 impl fmt::Display for LoadReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let formats = self.formats.iter().map(RowFormat::to_string).collect::<Vec<_>>().join("; ");
-        f.write_str(&counted(self.rows, "row"))?;
+        write!(f, "{} rows", self.rows)?;
         if self.files.len() > 1 {
             write!(f, " of {} files", self.files.len())?;
         }
         write!(
             f,
-            " ({formats}), {}, {} trained; longest row {}",
-            counted(self.tokens, "token"),
-            self.trained_tokens,
-            self.longest
+            " ({formats}), {} tokens, {} trained; longest row {}",
+            self.tokens, self.trained_tokens, self.longest
         )?;
         if let Some(at) = self.longest_at {
             write!(f, " ({})", self.place(at))?;
@@ -128,7 +125,7 @@ impl fmt::Display for LoadReport {
             write!(f, "; {count} {what} ({}{more})", first.join(", "))?;
         }
         if self.split > 0 {
-            write!(f, "; {}", counted(self.examples, "example"))?;
+            write!(f, "; {} examples", self.examples)?;
         }
         self.notices.iter().try_for_each(|notice| write!(f, "; {notice}"))?;
         match &self.cache {

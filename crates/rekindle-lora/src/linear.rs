@@ -2,8 +2,9 @@
 
 mod pass;
 
+pub use rekindle_kernels::dropout::Dropout;
 use rekindle_kernels::stacked::{Part, Stacked};
-use rekindle_kernels::{ParamRef, Params, ParamsBuilder, Tensor, Weight, dropout};
+use rekindle_kernels::{ParamRef, Params, ParamsBuilder, Tensor, Weight};
 
 pub use pass::{Pending, Saved};
 
@@ -43,14 +44,11 @@ struct Placed {
     magnitude: Option<Magnitude>,
 }
 
-/// Where dropout on the way to A takes its mask from.
-pub type Dropout<'a> = dropout::Key<'a>;
-
 /// Linears that read the same input, such as q, k and v.
 ///
 /// y_j = x·W_jᵀ + b_j + s_j·(dropout(x)·A_jᵀ)·B_jᵀ
 ///
-/// W_j is dense or in codes ([`Weight::Packed`]), which is QLoRA (arXiv:2305.14314). With a magnitude, DoRA, the rows
+/// W_j is dense or in codes ([`Weight::Quantized`]), which is QLoRA (arXiv:2305.14314). With a magnitude, DoRA, the rows
 /// of W_j + s_j·B_j·A_j have trained lengths; the equation stands in `magnitude.rs`.
 ///
 /// The A's lie one after another in the flat buffer and are applied as one wide product; the dense

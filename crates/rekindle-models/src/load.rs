@@ -6,7 +6,9 @@ use std::path::Path;
 use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
 use rekindle_kernels::rope::Tables;
-use rekindle_kernels::{Device, Group, PackedWeight, ParamsBuilder, Tensor, Weight, from_f32, from_le_bytes};
+use rekindle_kernels::{
+    Device, DeviceLimits, Group, ParamsBuilder, QuantizedWeight, Tensor, Weight, from_f32, from_le_bytes,
+};
 use rekindle_lora::{GradientCheckpointing, Linear, LinearGroup};
 use rekindle_quant::Origin;
 use rekindle_rope::{RopeScaling, Widened};
@@ -17,9 +19,6 @@ use crate::names::{self, EMBED, HEAD, NORM, Needed, Projection};
 use crate::quantization::{LoadIn, Plan, Quantization, stored_bytes, stored_quantization};
 use crate::start::Taken;
 use crate::{CausalLm, Error, ModelConfig, trainable, vocab};
-
-/// The widest row that the norms of the CUDA path take.
-const MOST_HIDDEN: usize = 16_384;
 
 /// How a checkpoint is loaded.
 #[derive(Clone, Debug)]
@@ -74,7 +73,7 @@ impl CausalLm {
         let stored = stored_quantization(checkpoint.config()).is_some();
         let load_in = if *full_finetuning && !stored { load_in.map(trainable::format) } else { *load_in };
         let plan = Plan::of(checkpoint, load_in, skip_modules.as_deref())?;
-        let in_place = trainable::in_place(options, plan.as_ref(), &config)?;
+        let in_place = trainable::in_place(options, plan.is_some(), &config)?;
         check_tensors(checkpoint, &config, plan.as_ref())?;
         if let Some(rows) = options.resize_model_vocab {
             config = config.resized(rows)?;
@@ -105,16 +104,19 @@ impl LoadOptions {
             return Err(Error::Argument("max_seq_length is 0; give at least 1".to_owned()));
         }
         let (config, widened) = config.widened(self.max_seq_length, &self.rope_scaling)?;
-        if let (Device::Cuda(_), true) = (&self.device, config.hidden_size > MOST_HIDDEN) {
+        let limits = self.device.limits();
+        if let Some(most) = limits.max_hidden_size.filter(|&most| config.hidden_size > most) {
             return Err(Error::Argument(format!(
-                "hidden_size is {}; on CUDA it is at most {MOST_HIDDEN}; use device \"cpu\"",
+                "hidden_size is {}; on CUDA it is at most {most}; use device \"cpu\"",
                 config.hidden_size
             )));
         }
-        if !config.heads().supported_by(&self.device) {
+        if !limits.takes_head_dim(config.head_dim) {
+            let DeviceLimits { head_dim_multiple, max_head_dim, .. } = limits;
             return Err(Error::Argument(format!(
-                "head_dim is {}; on CUDA it is a multiple of 8, up to 256; use device \"cpu\"",
-                config.head_dim
+                "head_dim is {}; on CUDA it is a multiple of {head_dim_multiple}, up to {}; use device \"cpu\"",
+                config.head_dim,
+                max_head_dim.unwrap_or(usize::MAX)
             )));
         }
         Ok((config, widened))
@@ -235,15 +237,15 @@ impl Weights for Source<'_> {
         (self.progress)(stored_bytes(self.checkpoint, name));
         let (origin, codes) = Origin::take(stored).expect("the weight of a linear is a matrix, as was checked");
         if self.options.full_finetuning {
-            let weight = PackedWeight::new(codes, &self.options.device);
+            let weight = QuantizedWeight::new(codes, &self.options.device);
             if !weight.can_be_trained() {
                 return Err(trainable::coded_scales(&format!("tensor \"{name}\" of the checkpoint")));
             }
-            return Ok(Weight::Trained(self.params.push_packed(name, weight)));
+            return Ok(Weight::Trained(self.params.push_quantized(name, weight)));
         }
         let quantization = self.quantization.as_mut().expect("there is a plan");
         quantization.origins.insert(name.to_owned(), origin);
-        Ok(Weight::Packed(PackedWeight::new(codes, &self.options.device)))
+        Ok(Weight::Quantized(QuantizedWeight::new(codes, &self.options.device)))
     }
 
     fn weight(&mut self, name: &str) -> Result<Weight, Error> {

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
 use rekindle_kernels::attention::{Documents, Heads};
-use rekindle_kernels::dropout::{Key, Token, Tokens};
+use rekindle_kernels::dropout::{Dropout, Token, Tokens};
 use rekindle_kernels::linear_cross_entropy::{self, Losses};
 use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::rope::{Angles, Tables};
-use rekindle_kernels::{Device, Grads, Params, Tensor, Weight, embedding, rms_norm};
+use rekindle_kernels::{Device, Grads, Params, RngKey, Tensor, Weight, embedding, rms_norm};
 use rekindle_lora::{GradientCheckpointing, LoraConfig, peft::AdapterConfig};
 use rekindle_rope::Widened;
 
@@ -72,6 +72,13 @@ pub struct StepKey {
     pub neftune_noise_alpha: f32,
 }
 
+impl StepKey {
+    /// Returns the key of the step's random numbers.
+    pub(crate) fn rng(self) -> RngKey {
+        RngKey { seed: self.seed, step: self.step }
+    }
+}
+
 /// What waits for a block's backward.
 #[allow(clippy::large_enum_variant, reason = "one entry a block")]
 enum Tape {
@@ -85,11 +92,6 @@ impl CausalLm {
     /// The model's numbers.
     pub fn config(&self) -> &ModelConfig {
         &self.config
-    }
-
-    /// Returns the name of the checkpoint, as new adapters give it.
-    pub fn name_or_path(&self) -> &str {
-        &self.name_or_path
     }
 
     /// What new adapters say that they belong to: a name on the hub, with the revision if one was asked for. Without
@@ -238,7 +240,7 @@ impl CausalLm {
         let mut h = embedding::forward(&self.embed.matrix(&self.params), &batch.input_ids);
         if let Some((key, tokens)) = pass.random.as_ref().filter(|(key, _)| key.neftune_noise_alpha > 0.0) {
             let (alpha, lengths) = (key.neftune_noise_alpha, &lengths(batch));
-            h = neftune::apply(h, Noise { alpha, seed: key.seed, step: key.step, tokens, lengths });
+            h = neftune::apply(h, Noise { alpha, key: key.rng(), tokens, lengths });
         }
         let mut tape = Vec::with_capacity(self.blocks.len());
         for (i, block) in self.blocks.iter().enumerate() {
@@ -368,7 +370,7 @@ struct Pass {
 impl Pass {
     fn context<'a>(&'a self, params: &'a Params) -> Context<'a> {
         let dropout = self.random.as_ref().filter(|_| self.p > 0.0);
-        let dropout = dropout.map(|(key, tokens)| Key { p: self.p, seed: key.seed, step: key.step, tokens });
+        let dropout = dropout.map(|(key, tokens)| Dropout { p: self.p, key: key.rng(), tokens });
         Context { params, angles: &self.angles, documents: Some(&self.documents), dropout }
     }
 }

@@ -1,6 +1,6 @@
 //! Where the numbers of a step stop being finite: the step once more, looked at module by module.
 
-use rekindle_kernels::dropout::{Key, Tokens};
+use rekindle_kernels::dropout::{Dropout, Tokens};
 use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::{Grads, Tensor, Weight, embedding, linear_cross_entropy, rms_norm, to_f32};
 
@@ -121,8 +121,7 @@ impl CausalLm {
         let p = self.lora().map_or(0.0, |lora| lora.lora_dropout as f32);
         let random = key.filter(|key| p > 0.0 || key.neftune_noise_alpha > 0.0);
         let random = random.map(|key| (key, Tokens::new(tokens(batch), &self.device)));
-        let dropout =
-            random.as_ref().filter(|_| p > 0.0).map(|(key, tokens)| Key { p, seed: key.seed, step: key.step, tokens });
+        let dropout = random.as_ref().filter(|_| p > 0.0).map(|(key, tokens)| Dropout { p, key: key.rng(), tokens });
         let (angles, documents) = (self.tables.angles(&batch.positions), self.documents(batch));
         let ctx = Context { params: &self.params, angles: &angles, documents: Some(&documents), dropout };
         let mut largest_input = 0.0;
@@ -139,7 +138,7 @@ impl CausalLm {
         let mut h = embedding::forward(&self.embed.matrix(&self.params), &batch.input_ids);
         if let Some((key, tokens)) = random.as_ref().filter(|(key, _)| key.neftune_noise_alpha > 0.0) {
             let (alpha, lengths) = (key.neftune_noise_alpha, &lengths(batch));
-            h = neftune::apply(h, Noise { alpha, seed: key.seed, step: key.step, tokens, lengths });
+            h = neftune::apply(h, Noise { alpha, key: key.rng(), tokens, lengths });
         }
         if let Some(broken) = look(0, &h)? {
             return Ok(Some(broken));

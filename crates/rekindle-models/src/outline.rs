@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use rekindle_kernels::packed::Codes;
-use rekindle_kernels::{PackedWeight, ParamsBuilder, Weight, unfilled};
+use rekindle_kernels::quantized::QuantizedData;
+use rekindle_kernels::{Group, ParamsBuilder, QuantizedWeight, Weight, unfilled};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{Adapter, Factors, LoraConfig, match_targets};
 use rekindle_quant::Blocksize;
@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::load::{Parts, Weights};
 use crate::names::{self, Needed};
 use crate::quantization::LoadIn;
-use crate::{CausalLm, DEFAULT_ADAPTER, Error, LoadOptions, ModelConfig, stored_quantization};
+use crate::{CausalLm, DEFAULT_ADAPTER, Error, LoadOptions, ModelConfig, stored_quantization, trainable};
 
 /// How the linears of a model that are in codes are coded.
 #[derive(Clone, Debug)]
@@ -53,17 +53,17 @@ impl Coding {
         Ok(Some(Self { config, blocksize }))
     }
 
-    /// Codes as long as those of the linear `module` `[out, in]`; `None` when it is dense.
-    pub(crate) fn codes(&self, module: &str, dims: [usize; 2]) -> Option<Codes> {
+    /// Quantized data as long as those of the linear `module` `[out, in]`; `None` when it is dense.
+    pub(crate) fn codes(&self, module: &str, dims: [usize; 2]) -> Option<QuantizedData> {
         if self.config.skips(module) {
             return None;
         }
         Some(match self.config.format() {
             Format::FourBit { double_quant, .. } => {
                 let nested = double_quant.then(|| Blocksize::B256.get());
-                Codes::four_bit_zeros(dims, self.blocksize.get(), nested)
+                QuantizedData::four_bit_zeros(dims, self.blocksize.get(), nested)
             }
-            Format::Int8 => Codes::int8_zeros(dims),
+            Format::Int8 => QuantizedData::int8_zeros(dims),
         })
     }
 
@@ -89,9 +89,15 @@ impl CausalLm {
         }
         let shapes: BTreeMap<String, Vec<usize>> =
             names::needed(&config).into_iter().map(|Needed { name, shape }| (name, shape)).collect();
-        let params = ParamsBuilder::new(&options.device, options.dtype);
+        let stored = stored_quantization(json).is_some();
+        let load_in =
+            if options.full_finetuning && !stored { options.load_in.map(trainable::format) } else { options.load_in };
+        let options = &LoadOptions { load_in, ..options.clone() };
         let coding = Coding::of(json, path, options)?;
-        let mut source = Shapes { shapes, options, coding, params, vectors: BTreeMap::new() };
+        let in_place = trainable::in_place(options, coding.is_some(), &config)?;
+        let (device, dtype) = (&options.device, options.dtype);
+        let params = if in_place { ParamsBuilder::in_place(device, dtype) } else { ParamsBuilder::new(device, dtype) };
+        let mut source = Shapes { shapes, options, coding, in_place, params, vectors: BTreeMap::new() };
         source.make_vectors(&config)?;
         let parts = Parts::of(&mut source, &config)?;
         options.device.check()?;
@@ -129,6 +135,8 @@ struct Shapes<'a> {
     shapes: BTreeMap<String, Vec<usize>>,
     options: &'a LoadOptions,
     coding: Option<Coding>,
+    /// Whether trained weights have no f32 copy.
+    in_place: bool,
     params: ParamsBuilder,
     /// Frozen norms and biases, by name, which are made first as they are loaded first.
     vectors: BTreeMap<String, Weight>,
@@ -152,6 +160,10 @@ impl Weights for Shapes<'_> {
             return Ok(weight);
         }
         let shape = self.shapes.get(name).expect("every tensor of the model has a shape");
+        if self.in_place && shape.len() > 1 {
+            let bytes = vec![0; 2 * shape.iter().product::<usize>()];
+            return Ok(Weight::Trained(self.params.push_bf16(Group::Default, name, shape, &bytes)));
+        }
         if self.options.full_finetuning {
             let values = vec![0.0; shape.iter().product()];
             return Ok(Weight::Trained(self.params.push(name, shape, shape.len() > 1, &values)));
@@ -167,7 +179,16 @@ impl Weights for Shapes<'_> {
         let module = name.strip_suffix(".weight").unwrap_or(name);
         let dims = [shape[0], shape[1]];
         match self.coding.as_ref().and_then(|coding| coding.codes(module, dims)) {
-            Some(codes) => Ok(Weight::Packed(PackedWeight::new(codes, &self.options.device))),
+            Some(codes) => {
+                let weight = QuantizedWeight::new(codes, &self.options.device);
+                if !self.options.full_finetuning {
+                    return Ok(Weight::Quantized(weight));
+                }
+                if !weight.can_be_trained() {
+                    return Err(trainable::coded_scales(&format!("tensor \"{name}\" of the checkpoint")));
+                }
+                Ok(Weight::Trained(self.params.push_quantized(name, weight)))
+            }
             None => self.weight(name),
         }
     }

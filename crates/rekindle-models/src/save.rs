@@ -32,7 +32,7 @@ impl CausalLm {
             match self.find(name).expect("every needed tensor has its weight") {
                 Weight::Frozen(tensor) => write_f32(out, specs[index].dtype, &to_f32(tensor.clone())),
                 Weight::Trained(at) => write_f32(out, specs[index].dtype, &self.params.values(*at)),
-                Weight::Packed(_) => {
+                Weight::Quantized(_) => {
                     let stored = last.of(name, || self.stored(name)).map_err(std::io::Error::other)?;
                     let tensors = stored.write(name);
                     let found = tensors.iter().find(|(key, _)| *key == specs[index].name);
@@ -67,7 +67,7 @@ impl CausalLm {
     fn files(&self, dtype: Dtype) -> Result<Vec<(TensorSpec, String)>, Error> {
         let mut list = Vec::new();
         for needed in names::needed(&self.config) {
-            if let Some(Weight::Packed(_)) = self.find(&needed.name) {
+            if let Some(Weight::Quantized(_)) = self.find(&needed.name) {
                 for (key, tensor) in self.stored(&needed.name)?.write(&needed.name) {
                     list.push((TensorSpec::new(key, hub_dtype(tensor.dtype), tensor.shape), needed.name.clone()));
                 }
@@ -83,8 +83,8 @@ impl CausalLm {
     fn stored(&self, name: &str) -> Result<StoredWeight, Error> {
         let quantization = self.quantization.as_ref().expect("a model with codes says where they came from");
         let origin = quantization.origins.get(name).expect("every weight in codes has its origin");
-        let Some(Weight::Packed(packed)) = self.find(name) else { unreachable!("\"{name}\" is in codes") };
-        let codes = std::sync::Arc::unwrap_or_clone(packed.codes());
+        let Some(Weight::Quantized(packed)) = self.find(name) else { unreachable!("\"{name}\" is in codes") };
+        let codes = std::sync::Arc::unwrap_or_clone(packed.data());
         origin.restore(codes).map_err(|error| Error::Argument(format!("tensor \"{name}\": {error}")))
     }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::tensor::DType;
 use rekindle_hub::Checkpoint;
-use rekindle_kernels::packed::{Absmax, Format};
+use rekindle_kernels::quantized::{Absmax, QuantizedFormat};
 use rekindle_kernels::{Device, Weight, from_f32, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{Adapter, Factors, InitLoraWeights, Linear, LoraConfig, Start, initial_factors, loftq, taken};
@@ -52,7 +52,7 @@ impl CausalLm {
         if !needs_codes && !init.changes_base() {
             return Ok(None);
         }
-        let in_codes = |name: &&String| matches!(self.linear(name).weight, Weight::Packed(_));
+        let in_codes = |name: &&String| matches!(self.linear(name).weight, Weight::Quantized(_));
         let name = json!(init);
         if let (Some(linear), true) = (targets.iter().find(in_codes), init.changes_base()) {
             return Err(Error::Argument(format!(
@@ -125,7 +125,7 @@ impl CausalLm {
 
     /// What codes miss of a weight.
     fn missed(&self, config: &LoraConfig, name: &str, checkpoint: &Checkpoint) -> Result<Factors, Error> {
-        let Weight::Packed(packed) = &self.linear(name).weight else { unreachable!("the source was checked") };
+        let Weight::Quantized(packed) = &self.linear(name).weight else { unreachable!("the source was checked") };
         let view = checkpoint.get(&format!("{name}.weight")).expect("the codes were made from it");
         let w = view.to_f32()?;
         let decoded = to_f32(packed.decode(DType::F32));
@@ -193,11 +193,11 @@ impl CausalLm {
 
     /// What the codes of `linear` are, as adapters made for them say it; `None` for a dense weight.
     pub(crate) fn codes(&self, linear: &str) -> Option<Map<String, Value>> {
-        let Weight::Packed(packed) = &self.linear(linear).weight else { return None };
+        let Weight::Quantized(packed) = &self.linear(linear).weight else { return None };
         let quantization = self.quantization.as_ref().expect("a model with codes says where they came from");
         let skipped = quantization.config.to_json()["llm_int8_skip_modules"].clone();
-        let codes = match (&packed.codes().format, &quantization.origins[&format!("{linear}.weight")]) {
-            (Format::FourBit { blocksize, absmax, .. }, Origin::FourBit { quant_type, .. }) => json!({
+        let codes = match (&packed.data().format, &quantization.origins[&format!("{linear}.weight")]) {
+            (QuantizedFormat::FourBit { blocksize, absmax, .. }, Origin::FourBit { quant_type, .. }) => json!({
                 "loftq_bits": 4, "loftq_iter": 1, "quant_type": quant_type.name(), "blocksize": blocksize,
                 "double_quant": matches!(absmax, Absmax::Double { .. }), "skip_modules": skipped,
             }),
@@ -228,7 +228,7 @@ impl CausalLm {
         // The other linears too: it was trained beside them as they were.
         let skip = QuantizationConfig::int8(skip_modules);
         let linears = self.blocks.iter().flat_map(Block::groups).flat_map(|group| group.linears());
-        let differs = |linear: &&Linear| matches!(linear.weight, Weight::Packed(_)) == skip.skips(&linear.name);
+        let differs = |linear: &&Linear| matches!(linear.weight, Weight::Quantized(_)) == skip.skips(&linear.name);
         let Some(linear) = linears.into_iter().find(differs) else { return Ok(()) };
         let (name, was) = (&linear.name, if skip.skips(&linear.name) { "dense" } else { "in codes" });
         let asked = match wanted.get("skip_modules").filter(|skipped| !skipped.is_null()) {

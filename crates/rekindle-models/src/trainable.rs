@@ -8,10 +8,9 @@
 use std::borrow::Cow;
 
 use rekindle_hub::{Dtype, TensorView, write_f32};
-use rekindle_kernels::Device;
 use rekindle_quant::QuantConfig;
 
-use crate::quantization::{LoadIn, Plan};
+use crate::quantization::LoadIn;
 use crate::{Error, LoadOptions, ModelConfig, names};
 
 /// The format that `asked` stands for in training: scales in codes could not follow the weights.
@@ -26,7 +25,7 @@ pub(crate) fn format(asked: LoadIn) -> LoadIn {
 ///
 /// # Errors
 /// [`Error::Argument`] where that is asked for and cannot be had.
-pub(crate) fn in_place(options: &LoadOptions, plan: Option<&Plan>, config: &ModelConfig) -> Result<bool, Error> {
+pub(crate) fn in_place(options: &LoadOptions, is_quantized: bool, config: &ModelConfig) -> Result<bool, Error> {
     let LoadOptions { device, full_finetuning, stochastic_rounding, load_in, .. } = options;
     if !full_finetuning {
         if *stochastic_rounding {
@@ -38,30 +37,29 @@ pub(crate) fn in_place(options: &LoadOptions, plan: Option<&Plan>, config: &Mode
         }
         return Ok(false);
     }
-    if plan.is_none() && !stochastic_rounding {
+    if !is_quantized && !stochastic_rounding {
         return Ok(false);
     }
     if let Some(LoadIn::FourBit(Some(QuantConfig { double_quant: true, .. }))) = load_in {
         return Err(coded_scales("the format that was asked for"));
     }
-    match device {
-        Device::Burn(device) if *device != burn::tensor::Device::flex() => Err(Error::Argument(
+    let limits = device.limits();
+    if !limits.trains_in_place {
+        return Err(Error::Argument(
             "full_finetuning over bf16 with stochastic_rounding, or over codes, runs on the CPU and on CUDA; choose one of \
              them, or leave stochastic_rounding, load_in_4bit and load_in_8bit out"
                 .to_owned(),
-        )),
-        Device::Burn(_) => Ok(true),
-        Device::Cuda(_) => {
-            let odd = names::needed(config).into_iter().find(|n| n.shape.last().is_some_and(|n| !n.is_multiple_of(8)));
-            match odd {
-                None => Ok(true),
-                Some(needed) => Err(Error::Argument(format!(
-                    "tensor \"{}\" is of shape {:?}; on CUDA rows of weights that are trained without an f32 copy have a \
-                     multiple of 8 elements; leave stochastic_rounding, load_in_4bit and load_in_8bit out",
-                    needed.name, needed.shape
-                ))),
-            }
-        }
+        ));
+    }
+    let multiple = limits.in_place_cols_multiple;
+    let odd = names::needed(config).into_iter().find(|n| n.shape.last().is_some_and(|n| !n.is_multiple_of(multiple)));
+    match odd {
+        None => Ok(true),
+        Some(needed) => Err(Error::Argument(format!(
+            "tensor \"{}\" is of shape {:?}; on CUDA rows of weights that are trained without an f32 copy have a \
+             multiple of {multiple} elements; leave stochastic_rounding, load_in_4bit and load_in_8bit out",
+            needed.name, needed.shape
+        ))),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use burn::tensor::DType;
 use half::{bf16, f16};
-use rekindle_kernels::{Device, PackedWeight, Params, Tensor, Weight, from_f32, packed, to_f32};
+use rekindle_kernels::{Device, Params, QuantizedWeight, Tensor, Weight, from_f32, quantized, to_f32};
 
 use crate::bnb::{FourBitWeight, RawDtype, StoredWeight};
 use crate::{
@@ -32,7 +32,7 @@ use crate::{
 /// W `[out, in]`, b `[out]`; x `[tokens, in]`, y `[tokens, out]`.
 ///
 /// # Dtypes
-/// Codes as stored; decoded in `f32` and rounded once to the dtype of x, in which the product is taken with `f32`
+/// Quantized weights as stored; decoded in `f32` and rounded once to the dtype of x, in which the product is taken with `f32`
 /// sums.
 ///
 /// # Gradients
@@ -51,12 +51,12 @@ impl QuantLinear {
     /// [`Error::Length`] when the weight is no matrix.
     pub fn four_bit(weight: QuantizedTensor, bias: Option<Tensor<1>>, device: &Device) -> Result<Self, Error> {
         let (_, codes) = Origin::take(StoredWeight::FourBit(FourBitWeight::new(weight)))?;
-        Ok(Self::over(Weight::Packed(PackedWeight::new(codes, device)), bias, device))
+        Ok(Self::over(Weight::Quantized(QuantizedWeight::new(codes, device)), bias, device))
     }
 
     /// Over an LLM.int8() weight.
     pub fn int8(weight: Int8Tensor, bias: Option<Tensor<1>>, device: &Device) -> Self {
-        Self::over(Weight::Packed(PackedWeight::new(int8_codes(weight), device)), bias, device)
+        Self::over(Weight::Quantized(QuantizedWeight::new(int8_codes(weight), device)), bias, device)
     }
 
     /// Over a dense weight, `[out, in]`.
@@ -91,9 +91,9 @@ impl QuantLinear {
     /// # Dtypes
     /// x and y `f32`, `f16` or `bf16`.
     pub fn forward_int8(&self, x: &Tensor<2>, threshold: f32) -> Option<Tensor<2>> {
-        let Weight::Packed(packed) = &self.weight else { return None };
-        let codes = packed.codes();
-        let packed::Format::Int8 { codes: int8, scales, .. } = &codes.format else { return None };
+        let Weight::Quantized(packed) = &self.weight else { return None };
+        let codes = packed.data();
+        let quantized::QuantizedFormat::Int8 { codes: int8, scales, .. } = &codes.format else { return None };
         let weight = Int8Tensor::from_parts(codes.dims, int8.clone(), scales.clone())
             .expect("codes and scales were checked against their shape");
         let y = match x.dtype() {
@@ -136,7 +136,7 @@ impl Origin {
     ///
     /// # Errors
     /// [`Error::Stored`] when a 4-bit weight is no matrix.
-    pub fn take(weight: StoredWeight) -> Result<(Self, packed::Codes), Error> {
+    pub fn take(weight: StoredWeight) -> Result<(Self, quantized::QuantizedData), Error> {
         let FourBitWeight { tensor, storage, packed_shape } = match weight {
             StoredWeight::Int8(tensor) => return Ok((Self::Int8, int8_codes(tensor))),
             StoredWeight::FourBit(weight) => weight,
@@ -148,8 +148,8 @@ impl Origin {
             reason: format!("has shape {shape:?}; a linear layer's weight is [out, in]"),
         })?;
         let absmax = match absmax {
-            Absmax::Single(absmax) => packed::Absmax::Single(absmax),
-            Absmax::Double(double) => packed::Absmax::Double {
+            Absmax::Single(absmax) => quantized::Absmax::Single(absmax),
+            Absmax::Double(double) => quantized::Absmax::Double {
                 map: Box::new(*double.map().values()),
                 nested: double.nested_absmax().to_vec(),
                 blocksize: double.blocksize().get(),
@@ -157,33 +157,33 @@ impl Origin {
                 codes: double.into_codes(),
             },
         };
-        let format = packed::Format::FourBit {
+        let format = quantized::QuantizedFormat::FourBit {
             codes,
             table: crate::four_bit::values(config.quant_type),
             blocksize: config.blocksize.get(),
             absmax,
         };
         let origin = Self::FourBit { quant_type: config.quant_type, dtype, storage, packed_shape };
-        Ok((origin, packed::Codes { dims, format }))
+        Ok((origin, quantized::QuantizedData { dims, format }))
     }
 
     /// The weight that [`take`](Self::take) parted.
     ///
     /// # Errors
     /// As the constructors of the formats, for codes of another weight.
-    pub fn restore(&self, codes: packed::Codes) -> Result<StoredWeight, Error> {
+    pub fn restore(&self, codes: quantized::QuantizedData) -> Result<StoredWeight, Error> {
         let dims = codes.dims;
         match (self, codes.format) {
-            (Self::Int8, packed::Format::Int8 { codes, scales, .. }) => {
+            (Self::Int8, quantized::QuantizedFormat::Int8 { codes, scales, .. }) => {
                 Ok(StoredWeight::Int8(Int8Tensor::from_parts(dims, codes, scales)?))
             }
             (
                 Self::FourBit { quant_type, dtype, storage, packed_shape },
-                packed::Format::FourBit { codes, blocksize, absmax, .. },
+                quantized::QuantizedFormat::FourBit { codes, blocksize, absmax, .. },
             ) => {
                 let absmax = match absmax {
-                    packed::Absmax::Single(absmax) => Absmax::Single(absmax),
-                    packed::Absmax::Double { codes, map, nested, blocksize, offset } => {
+                    quantized::Absmax::Single(absmax) => Absmax::Single(absmax),
+                    quantized::Absmax::Double { codes, map, nested, blocksize, offset } => {
                         let (map, blocksize) = (DynamicMap::from_values(*map)?, Blocksize::new(blocksize)?);
                         Absmax::Double(DoubleQuant::from_parts(codes, nested, blocksize, offset, map)?)
                     }
@@ -213,8 +213,8 @@ fn int8_product<T: Element>(weight: &Int8Tensor, x: &Tensor<2>, threshold: f32) 
 }
 
 /// value = (code · SCB) · (1/127), in this order, as bitsandbytes computes it.
-fn int8_codes(tensor: Int8Tensor) -> packed::Codes {
+fn int8_codes(tensor: Int8Tensor) -> quantized::QuantizedData {
     let dims = tensor.shape();
     let (codes, scales) = tensor.into_parts();
-    packed::Codes { dims, format: packed::Format::Int8 { codes, scales, factor: 1.0 / 127.0 } }
+    quantized::QuantizedData { dims, format: quantized::QuantizedFormat::Int8 { codes, scales, factor: 1.0 / 127.0 } }
 }

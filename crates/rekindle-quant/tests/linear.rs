@@ -4,7 +4,7 @@
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use half::{bf16, f16};
-use rekindle_kernels::{Device as Place, PackedWeight, Path, Tensor as Ours, packed};
+use rekindle_kernels::{Backend, Device as Place, QuantizedWeight, Tensor as Ours, quantized};
 use rekindle_quant::bnb::{FourBitWeight, StoredWeight};
 use rekindle_quant::{Blocksize, Element, Int8Tensor, Origin, QuantConfig, QuantLinear, QuantType, QuantizedTensor};
 
@@ -116,7 +116,7 @@ fn forward_and_gradient_are_those_of_the_decoded_weight() {
             assert_eq!(linear.dims(), [out, input]);
             let (truth, naive) = (naive(shape, &weight, DType::F64), naive(shape, &weight, DType::F32));
             judge(&format!("{name} {shape:?}"), &ours(shape, &linear), &naive, &truth);
-            let portable = Path::portable_only(|| ours(shape, &linear));
+            let portable = Backend::portable_only(|| ours(shape, &linear));
             judge(&format!("{name} {shape:?} portable"), &portable, &naive, &truth);
         }
     }
@@ -129,7 +129,7 @@ fn a_layer_decodes_the_bits_of_the_codec() {
             for weight in stored::<T>([out, input]) {
                 let expected: Vec<T> = decoded(&weight);
                 let (_, codes) = Origin::take(weight.clone()).unwrap();
-                let matrix = Tensor::from(PackedWeight::new(codes, &Place::cpu()).decode(dtype));
+                let matrix = Tensor::from(QuantizedWeight::new(codes, &Place::cpu()).decode(dtype));
                 let got: Vec<T> = matrix.into_data().try_into_vec().unwrap();
                 assert!(got == expected, "{:?} of {weight:?}", T::DTYPE);
             }
@@ -145,8 +145,8 @@ fn a_weight_comes_back_as_it_was_taken() {
     for [_, out, input] in SHAPES {
         for weight in stored::<bf16>([out, input]) {
             let (origin, codes) = Origin::take(weight.clone()).unwrap();
-            let packed = PackedWeight::new(codes, &Place::cpu());
-            assert_eq!(origin.restore(packed::Codes::clone(&packed.codes())).unwrap(), weight);
+            let packed = QuantizedWeight::new(codes, &Place::cpu());
+            assert_eq!(origin.restore(quantized::QuantizedData::clone(&packed.data())).unwrap(), weight);
         }
     }
     let [int8, nf4, ..] = &stored::<f32>([3, 8])[..] else { panic!("two kinds") };

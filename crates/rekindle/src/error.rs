@@ -79,11 +79,7 @@ impl Error {
                 _ => ErrorKind::Failed,
             },
             Self::Train(
-                Train::Config(_)
-                | Train::NothingToTrain
-                | Train::EarlierRun { .. }
-                | Train::FinishedRun { .. }
-                | Train::Differs { .. },
+                Train::Config(_) | Train::NothingToTrain | Train::EarlierRun { .. } | Train::Differs { .. },
             ) => ErrorKind::Configuration,
             Self::Train(Train::Diverged(_)) => ErrorKind::Diverged,
             Self::Train(_) => ErrorKind::Failed,

@@ -32,7 +32,6 @@ mod error;
 mod inspect;
 mod merge;
 mod model;
-mod preflight;
 mod pretrained;
 mod prompts;
 mod quantize;
@@ -40,29 +39,26 @@ mod sft;
 mod skip;
 mod source;
 mod suggest;
-mod time_estimate;
 
 pub use data_source::DataSource;
 pub use error::{Error, ErrorKind};
 pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
 pub use model::{Generated, Model};
-pub use preflight::RunCheck;
-pub use pretrained::{Dtype, EncodedRows, FastLanguageModel, Files, Loader, RowEncoder, RunPlanner, saved_lora_config};
+pub use pretrained::{Dtype, FastLanguageModel, Files, Loader, RowEncoder, RunPlanner};
 pub use quantize::quantize;
-pub use sft::{SftTrainer, TrainingRows};
+pub use sft::SftTrainer;
 pub use source::{Fetched, Source};
 pub use suggest::{Suggestion, suggest};
-pub use time_estimate::{TimeEstimate, TokenTime};
 
 pub use rekindle_data::{
     Columns, Dataset, Example, IGNORED, LoadReport, Message, Overlong, Packs, RenderOptions, RowFormat, RowNumber,
-    Thinking, Tokenizer, TrainOn, Untrained, counted,
+    Thinking, Tokenizer, TrainOn, Untrained,
 };
 pub use rekindle_hub::{AtomicDir, write_atomic};
 #[cfg(feature = "network")]
 pub use rekindle_hub::{HubErrorKind, cache};
-pub use rekindle_kernels::cuda::{Report as CudaReport, report as cuda_report};
+pub use rekindle_kernels::runtime::{Report as CudaReport, report as cuda_report};
 pub use rekindle_kernels::{DeviceKind, parse_device};
 pub use rekindle_lora::{
     BLOCK_LINEARS, Bias, Combination, Error as LoraError, GradientCheckpointing, InitLoraWeights, LoftqConfig,
@@ -74,8 +70,7 @@ pub use rekindle_models::{
 };
 pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
 pub use rekindle_train::{
-    Best, Curve, Diverged, End, EvalMetrics, EvalStrategy, Evaluation, Event, LrSchedulerKwargs, LrSchedulerType,
-    Optim, OptimizerConfig, Report, ReportTo, Resume, RowLoss, RunHistory, Sample, SaveStrategy, SftConfig, StepCount,
-    StepMetrics, Timetable,
+    Best, Curve, Diverged, End, EvalMetrics, Evaluation, Event, LrSchedulerKwargs, LrSchedulerType, Optim,
+    OptimizerConfig, Report, ReportTo, Resume, RowLoss, RunHistory, Sample, SftConfig, StepMetrics,
 };
-pub use rekindle_train::{Change, Fit, MemoryPlan, Rows, check_output_dir, show_bytes};
+pub use rekindle_train::{Change, Fit, MemoryPlan, Rows, show_bytes};

@@ -24,19 +24,19 @@ pub(crate) struct Map {
     codes: [Vec<u8>; 2],
 }
 
-/// That of first moments, over [−1, 1].
+/// Returns the map of first moments, over [−1, 1].
 pub(crate) fn signed() -> &'static Map {
     static MAP: LazyLock<Map> = LazyLock::new(|| Map::new(values(true)));
     &MAP
 }
 
-/// That of second moments, over [0, 1].
+/// Returns the map of second moments, over [0, 1].
 pub(crate) fn unsigned() -> &'static Map {
     static MAP: LazyLock<Map> = LazyLock::new(|| Map::new(values(false)));
     &MAP
 }
 
-/// What the CUDA kernel takes: `Tables` in optimizer_8bit.cu.
+/// Returns the tables of the CUDA kernel: `Tables` in optimizer_8bit.cu.
 pub(crate) fn tables() -> Vec<u8> {
     let (m, v) = (signed(), unsigned());
     let floats = [&m.values, &m.bounds, &v.values, &v.bounds].into_iter().flatten();

@@ -21,22 +21,24 @@
 
 pub(crate) mod blockwise;
 mod clip;
+mod cpu;
+mod cuda;
 pub(crate) mod dynamic_map;
+mod portable;
 mod saved;
 mod state;
 
 pub use blockwise::maps;
 pub use clip::Clip;
-pub(crate) use clip::norm;
 pub use saved::{StateError, StateTensor};
-pub(crate) use state::Wide;
+pub(crate) use state::StepCoefficients;
 pub use state::{State, StateBytes};
 
 use core::ops::Range;
 
 use crate::{Grads, Group, Params};
 
-/// How values move.
+/// The update rule.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Rule {
     /// Adam with decoupled weight decay.
@@ -62,7 +64,7 @@ pub enum Rule {
     },
 }
 
-/// How the state is kept.
+/// The format of the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StateFormat {
     /// In `f32`.
@@ -79,14 +81,14 @@ pub enum StateFormat {
 /// Learning rates, by group of parameters.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rates {
-    /// Of [`Group::Default`].
+    /// Rate of [`Group::Default`].
     pub default: f64,
-    /// Of [`Group::Embedding`].
+    /// Rate of [`Group::Embedding`].
     pub embedding: f64,
 }
 
 impl Rates {
-    /// That of a group.
+    /// Returns the rate of a group.
     pub fn of(self, group: Group) -> f64 {
         match group {
             Group::Default => self.default,

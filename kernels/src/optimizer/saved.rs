@@ -7,7 +7,7 @@ use burn::tensor::DType;
 use super::State;
 use super::blockwise::BLOCK;
 use super::state::{Blocks, Place};
-use crate::cuda::ops;
+use crate::runtime::elementwise;
 use crate::{DeviceError, Tensor, from_le_bytes, to_f32};
 
 /// A named part of a state: `{parameter}.exp_avg`, say.
@@ -15,7 +15,7 @@ use crate::{DeviceError, Tensor, from_le_bytes, to_f32};
 pub struct StateTensor {
     /// The parameter and what is remembered of it.
     pub name: String,
-    /// The dtype of the elements.
+    /// Returns the dtype.
     pub dtype: DType,
     /// The parameter's, or `[blocks]`.
     pub shape: Vec<usize>,
@@ -34,7 +34,7 @@ pub enum StateError {
     Device(#[from] DeviceError),
 }
 
-/// What [`State::tensors`] gives, without its bytes.
+/// A tensor of [`State::tensors`] without its bytes.
 #[derive(Debug, PartialEq)]
 struct Part {
     name: String,
@@ -44,11 +44,11 @@ struct Part {
     at: At,
 }
 
-/// Where it lies.
+/// Its place.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum At {
     /// The first element in the `f32` moments.
-    Wide(usize),
+    Dense(usize),
     /// The first block, for codes.
     Codes(usize),
     /// The first block, for scales.
@@ -111,7 +111,7 @@ impl State {
                 let name = format!("{}.{what}", slot.name);
                 let shape = slot.shape.clone();
                 match &slot.place {
-                    &Place::Wide(at) => vec![Part { name, dtype: DType::F32, shape, moment, at: At::Wide(at) }],
+                    &Place::Dense(at) => vec![Part { name, dtype: DType::F32, shape, moment, at: At::Dense(at) }],
                     Place::Blocks { blocks, .. } => {
                         let (scales, at) = (format!("{name}.absmax"), At::Absmax(blocks.start));
                         let absmax = Part { name: scales, dtype: DType::F32, shape: vec![blocks.len()], moment, at };
@@ -126,12 +126,14 @@ impl State {
         let range = |at: usize| at..at + part.numel();
         let floats = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect();
         Ok(match (&self.blocks, part.at) {
-            (_, At::Wide(at)) => floats(&to_f32(match &self.moments[part.moment] {
+            (_, At::Dense(at)) => floats(&to_f32(match &self.moments[part.moment] {
                 Tensor::Burn(all) => Tensor::<1>::Burn(all.clone().slice([range(at)])),
                 Tensor::Cuda(all) => Tensor::Cuda(all.part(at, [1, part.numel()])),
+                Tensor::Meta(all) => Tensor::Meta(all.part(at, [1, part.numel()])),
             })),
             (Blocks::Host(moments), At::Codes(block)) => moments[part.moment].codes[range(BLOCK * block)].to_vec(),
             (Blocks::Host(moments), At::Absmax(block)) => floats(&moments[part.moment].absmax[range(block)]),
+            (Blocks::Meta(_), At::Codes(_) | At::Absmax(_)) => vec![0; part.bytes()],
             (Blocks::Cuda(blocks), at) => {
                 let mut bytes = vec![0; part.bytes()];
                 let (which, from) = at.in_memory();
@@ -144,16 +146,12 @@ impl State {
     fn write(&mut self, part: &Part, bytes: &[u8]) -> Result<(), DeviceError> {
         let range = |at: usize| at..at + part.numel();
         match (&mut self.blocks, part.at) {
-            (_, At::Wide(at)) => {
+            (_, At::Dense(at)) => {
                 let values: Tensor<1> = from_le_bytes(bytes, [part.numel()], &self.device, DType::F32);
-                match (&mut self.moments[part.moment], values) {
-                    (Tensor::Burn(all), Tensor::Burn(values)) => {
-                        all.inplace(|all| all.slice_assign([range(at)], values));
-                    }
-                    (Tensor::Cuda(all), Tensor::Cuda(values)) => {
-                        ops::elementwise::copy_into(&values, &all.part(at, [1, part.numel()]));
-                    }
-                    _ => panic!("a state lies on one device"),
+                match &mut self.moments[part.moment] {
+                    Tensor::Burn(all) => all.inplace(|all| all.slice_assign([range(at)], values.into_burn())),
+                    Tensor::Cuda(all) => elementwise::copy_into(values.cuda(), &all.part(at, [1, part.numel()])),
+                    Tensor::Meta(_) => {}
                 }
             }
             (Blocks::Host(moments), At::Codes(block)) => {
@@ -163,6 +161,7 @@ impl State {
                 let values = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
                 moments[part.moment].absmax[range(block)].iter_mut().zip(values).for_each(|(old, new)| *old = new);
             }
+            (Blocks::Meta(_), At::Codes(_) | At::Absmax(_)) => {}
             (Blocks::Cuda(blocks), at) => {
                 let (which, from) = at.in_memory();
                 blocks.write(part.moment, which, from, bytes)?;
@@ -173,12 +172,12 @@ impl State {
 }
 
 impl At {
-    /// Which of a moment's memories on the device, and the byte there.
+    /// Returns which of a moment's memories on the device, and the byte there.
     fn in_memory(self) -> (usize, usize) {
         match self {
             Self::Codes(block) => (0, BLOCK * block),
             Self::Absmax(block) => (1, 4 * block),
-            Self::Wide(_) => unreachable!("not in blocks"),
+            Self::Dense(_) => unreachable!("not in blocks"),
         }
     }
 }

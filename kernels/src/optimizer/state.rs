@@ -1,12 +1,12 @@
-//! What an optimizer remembers of every parameter.
+//! The optimizer state of every parameter.
 
 use core::ops::Range;
 
-use super::blockwise::{self, BLOCK, HostBlocks, Numbers, SMALLEST};
-use super::clip::Where;
-use super::{Clip, Rule, StateFormat, Step, dynamic_map};
-use crate::cuda::{Array, ops};
-use crate::{Device, Group, ParamInfo, Path, Tensor, cpu, params, portable};
+use super::blockwise::{self, BLOCK, BlockwiseCoefficients, HostBlocks, SMALLEST};
+use super::{Clip, Rule, StateFormat, Step, cpu, cuda, dynamic_map, portable};
+use crate::runtime::{Array, MemoryUse};
+use crate::tensor::{MetaMemory, two_devices};
+use crate::{Backend, Device, Group, ParamInfo, Tensor, host, params};
 
 /// The state of all parameters.
 #[derive(Debug)]
@@ -14,16 +14,16 @@ pub struct State {
     rule: Rule,
     format: StateFormat,
     pub(super) device: Device,
-    pub(super) slots: Vec<Slot>,
+    pub(super) slots: Vec<ParamState>,
     /// One vector for each of [`Rule::moments`], of the parameters whose state is in `f32`.
     pub(super) moments: Vec<Tensor<1>>,
-    /// Of the other parameters.
+    /// The state of the other parameters.
     pub(super) blocks: Blocks,
 }
 
 /// A parameter and where its state lies.
 #[derive(Clone, Debug)]
-pub(super) struct Slot {
+pub(super) struct ParamState {
     pub(super) name: String,
     pub(super) shape: Vec<usize>,
     /// Its elements among those of all parameters.
@@ -36,7 +36,7 @@ pub(super) struct Slot {
 #[derive(Clone, Debug)]
 pub(super) enum Place {
     /// The first element in [`State::moments`].
-    Wide(usize),
+    Dense(usize),
     /// Blocks, and tiles of the CUDA kernel.
     Blocks { blocks: Range<usize>, tiles: Range<usize> },
 }
@@ -45,7 +45,9 @@ pub(super) enum Place {
 #[derive(Debug)]
 pub(super) enum Blocks {
     Host(Vec<HostBlocks>),
-    Cuda(ops::optimizer_8bit::Blocks),
+    Cuda(blockwise::cuda::Blocks),
+    /// Counted only.
+    Meta(#[allow(dead_code, reason = "held, not read")] MetaMemory),
 }
 
 /// Neighbours that move alike and have an `f32` state.
@@ -56,10 +58,10 @@ struct Run {
     group: Group,
 }
 
-/// What a state takes.
+/// Bytes of a state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StateBytes {
-    /// Where the parameters are.
+    /// On the device of the parameters.
     pub device: usize,
     /// In page-locked host memory, where the parameters are on CUDA.
     pub host: usize,
@@ -78,7 +80,7 @@ impl Rule {
 }
 
 impl StateFormat {
-    /// What the state of parameters with these many elements takes.
+    /// Returns the bytes of the state of parameters with these numbers of elements.
     pub fn bytes(self, rule: Rule, sizes: impl IntoIterator<Item = usize>) -> StateBytes {
         let mut bytes = StateBytes::default();
         for numel in sizes {
@@ -100,7 +102,7 @@ impl StateFormat {
 impl State {
     /// Zeros for parameters in ascending order of their places.
     pub fn new(infos: &[ParamInfo], device: &Device, rule: Rule, format: StateFormat) -> Self {
-        let mut slots: Vec<Slot> = Vec::with_capacity(infos.len());
+        let mut slots: Vec<ParamState> = Vec::with_capacity(infos.len());
         let (mut end, mut blocks, mut tiles) = (0, 0, Vec::new());
         for ParamInfo { name, shape, at, decays, group } in infos {
             let range = at.range();
@@ -115,34 +117,47 @@ impl State {
                 // As far from 16 bytes as the values are, for wide accesses.
                 let at = end + (4 + range.start % 4 - end % 4) % 4;
                 end = at + range.len();
-                Place::Wide(at)
+                Place::Dense(at)
             };
-            slots.push(Slot { name: name.clone(), shape: shape.clone(), range, decays: *decays, group: *group, place });
+            slots.push(ParamState {
+                name: name.clone(),
+                shape: shape.clone(),
+                range,
+                decays: *decays,
+                group: *group,
+                place,
+            });
         }
         let moments = rule.moments().iter();
         let blocks = match device {
             Device::Cuda(cuda) if blocks > 0 => {
                 let (moments, host) = (rule.moments().len(), format == StateFormat::Host8);
                 let tables = dynamic_map::tables();
-                Blocks::Cuda(ops::optimizer_8bit::Blocks::new(cuda, moments, blocks, host, &tiles, &tables))
+                Blocks::Cuda(blockwise::cuda::Blocks::new(cuda, moments, blocks, host, &tiles, &tables))
             }
-            _ => Blocks::Host(moments.clone().map(|_| HostBlocks::new(blocks)).collect()),
+            Device::Meta(device) => {
+                let bytes = moments.clone().count() * blocks * (BLOCK + size_of::<f32>());
+                Blocks::Meta(device.charge(MemoryUse::OptimizerState, bytes))
+            }
+            Device::Burn(_) | Device::Cuda(_) => {
+                Blocks::Host(moments.clone().map(|_| HostBlocks::new(blocks)).collect())
+            }
         };
-        let moments = moments.map(|_| params::zeros(end, device, "optimizer state")).collect();
+        let moments = moments.map(|_| params::zeros(end, device, MemoryUse::OptimizerState)).collect();
         Self { rule, format, device: device.clone(), slots, moments, blocks }
     }
 
-    /// How values move.
+    /// The update rule.
     pub fn rule(&self) -> Rule {
         self.rule
     }
 
-    /// How the state is kept.
+    /// The format of the state.
     pub fn format(&self) -> StateFormat {
         self.format
     }
 
-    /// What it takes.
+    /// Returns the bytes of the state.
     pub fn bytes(&self) -> StateBytes {
         self.format.bytes(self.rule, self.slots.iter().map(|slot| slot.range.len()))
     }
@@ -150,44 +165,51 @@ impl State {
     /// Changes `values`, those of the parameters within `range` of all elements, and their state by one step.
     ///
     /// # Panics
-    /// When `values` or `grads` are not as many as `range` says, or it cuts a parameter in two.
+    /// If `values` or `grads` are not as many as `range` says, or it cuts a parameter in two.
     pub fn apply(&mut self, range: Range<usize>, values: &mut Tensor<1>, grads: &Tensor<1>, step: &Step, clip: &Clip) {
         assert_eq!(values.dims(), [range.len()], "values of the elements {range:?}");
         assert_eq!(grads.dims(), [range.len()], "gradients of the elements {range:?}");
-        if matches!(clip.0, Where::Host { norm, .. } if !norm.is_finite()) {
+        if clip.skips() {
             return;
         }
         let chosen = self.chosen(&range);
-        self.apply_wide(&range, chosen.clone(), values, grads, step, clip);
-        match (values, grads, &clip.0) {
-            (Tensor::Cuda(values), Tensor::Cuda(grads), Where::Cuda(clip)) => {
-                self.apply_blocks_cuda(range.start, chosen, [values, grads], step, clip);
+        self.apply_dense(&range, chosen.clone(), values, grads, step, clip);
+        let backend = Backend::of(values);
+        match backend {
+            Backend::Cpu | Backend::Portable => {}
+            Backend::Cuda => {
+                return self.apply_blocks_cuda(range.start, chosen, [values.cuda(), grads.cuda()], step, clip.cuda());
             }
-            (Tensor::Burn(values), Tensor::Burn(grads), Where::Host { factor, .. }) => {
-                for slot in &self.slots[chosen] {
-                    let Place::Blocks { blocks, .. } = &slot.place else { continue };
-                    let Blocks::Host(moments) = &mut self.blocks else { panic!("a state lies where its values are") };
-                    let local = slot.range.start - range.start..slot.range.end - range.start;
-                    let numbers = Numbers::of(self.rule, step, slot.decays, slot.group);
-                    let mut parts = moments.iter_mut().map(|moment| moment.part(blocks.clone()));
-                    let m = parts.next().expect("a moment at least");
-                    let change = |p: &mut [f32], g: &[f32]| {
-                        cpu::blockwise::step(self.rule, &numbers, p, g, *factor as f32, m, parts.next());
-                    };
-                    match Path::of_burn(values) {
-                        Path::Cpu => {
-                            let grads = cpu::View::of(grads);
-                            cpu::with_mut(values, |p| change(&mut p[local.clone()], &grads.as_slice()[local]));
-                        }
-                        _ => portable::optimizer::on_host(values, grads, local, change),
-                    }
+            // The CPU changes the values where they are, and copies those that something else refers to.
+            Backend::Meta => {
+                let owned = core::mem::replace(values, grads.clone()).into_meta().owned();
+                *values = owned.into();
+                return;
+            }
+        }
+        let (values, grads, factor) = (values.burn_mut(), grads.burn(), clip.factor());
+        for slot in &self.slots[chosen] {
+            let Place::Blocks { blocks, .. } = &slot.place else { continue };
+            let Blocks::Host(moments) = &mut self.blocks else { two_devices() };
+            let local = slot.range.start - range.start..slot.range.end - range.start;
+            let coefficients = BlockwiseCoefficients::of(self.rule, step, slot.decays, slot.group);
+            let mut parts = moments.iter_mut().map(|moment| moment.part(blocks.clone()));
+            let m = parts.next().expect("a moment at least");
+            let change = |p: &mut [f32], g: &[f32]| {
+                blockwise::cpu::step(self.rule, &coefficients, p, g, factor as f32, m, parts.next());
+            };
+            match backend {
+                Backend::Cpu => {
+                    let grads = host::View::of(grads);
+                    host::with_mut(values, |p| change(&mut p[local.clone()], &grads.as_slice()[local]));
                 }
+                Backend::Portable => portable::on_host(values, grads, local, change),
+                Backend::Cuda | Backend::Meta => unreachable!("returned above"),
             }
-            _ => panic!("the operands of one operation lie on one device"),
         }
     }
 
-    fn apply_wide(
+    fn apply_dense(
         &mut self,
         range: &Range<usize>,
         chosen: Range<usize>,
@@ -198,22 +220,24 @@ impl State {
     ) {
         for Run { range: run, at, decays, group } in self.runs(chosen) {
             let (lr, decay) = step.of(decays, group);
-            let numbers = Wide::of(self.rule, step.t, lr, decay);
+            let coefficients = StepCoefficients::of(self.rule, step.t, lr, decay);
             let (local, at) = (run.start - range.start..run.end - range.start, at..at + run.len());
-            match (&mut *values, grads, &clip.0) {
-                (Tensor::Cuda(values), Tensor::Cuda(grads), Where::Cuda(clip)) => {
+            match Backend::of(values) {
+                Backend::Cpu => {
+                    let (p, g) = (values.burn_mut(), grads.burn());
+                    cpu::step(p, g, clip.factor(), &mut self.moments, &coefficients, local, at);
+                }
+                Backend::Portable => {
+                    let (p, g) = (values.burn_mut(), grads.burn());
+                    portable::step(p, g, clip.factor(), &mut self.moments, &coefficients, local, at);
+                }
+                Backend::Meta => {}
+                Backend::Cuda => {
                     let part = |x: &Array, range: &Range<usize>| x.part(range.start, [1, range.len()]);
                     let moments: Vec<Array> = self.moments.iter().map(|moment| part(moment.cuda(), &at)).collect();
-                    ops::optimizer::step(&part(values, &local), &part(grads, &local), &moments, &numbers, clip);
+                    let (p, g) = (part(values.cuda(), &local), part(grads.cuda(), &local));
+                    cuda::step(&p, &g, &moments, &coefficients, clip.cuda());
                 }
-                (Tensor::Burn(values), Tensor::Burn(grads), Where::Host { factor, .. }) => {
-                    let moments = &mut self.moments;
-                    match Path::of_burn(values) {
-                        Path::Cpu => cpu::optimizer::step(values, grads, *factor, moments, &numbers, local, at),
-                        _ => portable::optimizer::step(values, grads, *factor, moments, &numbers, local, at),
-                    }
-                }
-                _ => panic!("the operands of one operation lie on one device"),
             }
         }
     }
@@ -224,31 +248,26 @@ impl State {
         chosen: Range<usize>,
         arrays: [&Array; 2],
         step: &Step,
-        clip: &ops::optimizer::Clip,
+        clip: &cuda::Clip,
     ) {
         let Blocks::Cuda(blocks) = &self.blocks else { return };
         let tiles = self.slots[chosen].iter().filter_map(|slot| match &slot.place {
             Place::Blocks { tiles, .. } => Some(tiles.clone()),
-            Place::Wide(_) => None,
+            Place::Dense(_) => None,
         });
         // Tiles lie in the order of the parameters.
         let Some(tiles) = tiles.reduce(|all, next| all.start..next.end) else { return };
         let kinds = [Group::Default, Group::Embedding].map(|group| [false, true].map(|decays| (decays, group)));
         let [[a, b], [c, d]] =
-            kinds.map(|pair| pair.map(|(decays, group)| Numbers::of(self.rule, step, decays, group)));
-        let entry = match self.rule {
-            Rule::AdamW { .. } => "adamw_8bit",
-            Rule::Lion { .. } => "lion_8bit",
-            Rule::Sgd { .. } => "sgd_8bit",
-        };
-        blocks.step(entry, arrays, first, tiles, [a, b, c, d], clip);
+            kinds.map(|pair| pair.map(|(decays, group)| BlockwiseCoefficients::of(self.rule, step, decays, group)));
+        blocks.step(self.rule, arrays, first, tiles, [a, b, c, d], clip);
     }
 
     /// The parameters within `range`.
     fn chosen(&self, range: &Range<usize>) -> Range<usize> {
         let first = self.slots.partition_point(|slot| slot.range.end <= range.start);
         let end = self.slots.partition_point(|slot| slot.range.start < range.end).max(first);
-        for Slot { name, range: slot, .. } in &self.slots[first..end] {
+        for ParamState { name, range: slot, .. } in &self.slots[first..end] {
             assert!(range.start <= slot.start && slot.end <= range.end, "{range:?} cuts \"{name}\", {slot:?}, in two");
         }
         first..end
@@ -257,8 +276,8 @@ impl State {
     /// Longest runs of the chosen parameters that move alike and whose `f32` states are neighbours too.
     fn runs(&self, chosen: Range<usize>) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();
-        for Slot { range, decays, group, place, .. } in &self.slots[chosen] {
-            let &Place::Wide(at) = place else { continue };
+        for ParamState { range, decays, group, place, .. } in &self.slots[chosen] {
+            let &Place::Dense(at) = place else { continue };
             match runs.last_mut() {
                 Some(run)
                     if run.range.end == range.start
@@ -274,9 +293,9 @@ impl State {
     }
 }
 
-/// The numbers of a step with an `f32` state, for parameters that move alike.
+/// The coefficients of a step with an `f32` state, for parameters that move alike.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Wide {
+pub(crate) enum StepCoefficients {
     AdamW {
         /// 1 − lr · weight_decay.
         keep: f64,
@@ -302,7 +321,7 @@ pub(crate) enum Wide {
     },
 }
 
-impl Wide {
+impl StepCoefficients {
     fn of(rule: Rule, t: u64, lr: f64, weight_decay: f64) -> Self {
         let keep = 1.0 - lr * weight_decay;
         match rule {

@@ -12,8 +12,8 @@ pub(crate) mod embedding;
 pub(crate) mod linear;
 pub(crate) mod linear_cross_entropy;
 pub(crate) mod optimizer;
-pub(crate) mod packed;
 pub(crate) mod properties;
+pub(crate) mod quantized;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod stacked;
@@ -22,7 +22,7 @@ pub(crate) mod swiglu;
 mod place;
 
 use burn::tensor::{DType, Device as BurnDevice, Tensor as BurnTensor, TensorData};
-use rekindle_kernels::{Device, Path, Tensor, to_f32};
+use rekindle_kernels::{Backend, Device, Tensor, to_f32};
 
 pub(crate) use place::{Layout, Place};
 
@@ -58,7 +58,7 @@ pub(crate) fn check_in(case: &impl Case, layouts: &[Layout]) {
         judge(&format!("{case:?} cpu {layout:?}"), &case.ours(&cpu), &naive, &truth, 2.0, F32_FLOOR);
         cpu.assert_unchanged();
         let portable = place();
-        let results = Path::portable_only(|| case.ours(&portable));
+        let results = Backend::portable_only(|| case.ours(&portable));
         judge(&format!("{case:?} portable {layout:?}"), &results, &naive, &truth, 2.0, F32_FLOOR);
         portable.assert_unchanged();
     }
@@ -134,7 +134,7 @@ impl Oracle {
 pub(crate) fn values<const D: usize>(tensor: impl Into<Tensor<D>>) -> Vec<f64> {
     match tensor.into() {
         Tensor::Burn(tensor) => tensor.into_data_as::<f64>().try_into_vec().expect("cast to f64 just before"),
-        array @ Tensor::Cuda(_) => widened(to_f32(array)),
+        other @ (Tensor::Cuda(_) | Tensor::Meta(_)) => widened(to_f32(other)),
     }
 }
 

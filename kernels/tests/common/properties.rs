@@ -1,11 +1,11 @@
 //! What holds whatever the numbers are, on any device.
 
 use burn::tensor::DType;
-use rekindle_kernels::dropout::{self, Key, Token, Tokens};
+use rekindle_kernels::dropout::{self, Dropout, Token, Tokens};
 use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, Step};
-use rekindle_kernels::packed::{Absmax, Codes, Format};
-use rekindle_kernels::{Device, Group, PackedWeight, Params, ParamsBuilder, attention, from_f32, to_f32};
+use rekindle_kernels::quantized::{Absmax, QuantizedData, QuantizedFormat};
+use rekindle_kernels::{Device, Group, Params, ParamsBuilder, QuantizedWeight, RngKey, attention, from_f32, to_f32};
 
 use super::attention::Attention;
 use super::{Case, F32_FLOOR, LOW_DTYPES, Layout, Place, judge, noise, values};
@@ -124,8 +124,9 @@ pub(crate) fn dropout_masks_are_the_same_everywhere(device: &Device, dtype: DTyp
         let shape = [tokens.len(), width];
         let mask = |device: &Device| {
             let tokens = Tokens::new(tokens.clone(), device);
-            let key = Key { p, seed: 0x0123_4567_89AB_CDEF, step: 3, tokens: &tokens };
-            to_f32(dropout::apply(&from_f32(vec![1.0; shape[0] * width], shape, device, dtype), key, 5))
+            let key = RngKey { seed: 0x0123_4567_89AB_CDEF, step: 3 };
+            let dropout = Dropout { p, key, tokens: &tokens };
+            to_f32(dropout::apply(&from_f32(vec![1.0; shape[0] * width], shape, device, dtype), dropout, 5))
         };
         let bits = |mask: Vec<f32>| mask.into_iter().map(f32::to_bits).collect::<Vec<_>>();
         assert_eq!(bits(mask(device)), bits(mask(&Device::cpu())), "{width} channels, p {p}");
@@ -141,7 +142,8 @@ pub(crate) fn noise_is_the_same_everywhere(device: &Device, dtype: DType) {
         let noisy = |device: &Device| {
             let tokens = Tokens::new(tokens.clone(), device);
             let x = from_f32(noise(9, shape[0] * width), shape, device, dtype);
-            let noise = Noise { alpha: 5.0, seed: 0x0123_4567_89AB_CDEF, step: 3, tokens: &tokens, lengths: &lengths };
+            let key = RngKey { seed: 0x0123_4567_89AB_CDEF, step: 3 };
+            let noise = Noise { alpha: 5.0, key, tokens: &tokens, lengths: &lengths };
             to_f32(neftune::apply(x, noise))
         };
         let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
@@ -200,14 +202,14 @@ pub(crate) fn values_in_place_are_those_of_the_cpu(device: &Device) {
         let bits = noise(1, n).into_iter().flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes()).collect::<Vec<_>>();
         builder.push_bf16(Group::Embedding, "bf16", &dims, &bits);
         let bytes = |seed| noise(seed, n).into_iter().map(|x| (x * 127.0) as i8).collect::<Vec<_>>();
-        let codes = |format| PackedWeight::new(Codes { dims, format }, device);
-        let int8 = Format::Int8 { codes: bytes(2), scales: noise(3, dims[0]), factor: 1.0 / 127.0 };
-        builder.push_packed("int8", codes(int8));
+        let codes = |format| QuantizedWeight::new(QuantizedData { dims, format }, device);
+        let int8 = QuantizedFormat::Int8 { codes: bytes(2), scales: noise(3, dims[0]), factor: 1.0 / 127.0 };
+        builder.push_quantized("int8", codes(int8));
         let mut table: [f32; 16] = noise(4, 16).try_into().expect("16 values");
         (table[3], table[9]) = (-1.0, 1.0);
-        builder.push_packed(
+        builder.push_quantized(
             "four bits",
-            codes(Format::FourBit {
+            codes(QuantizedFormat::FourBit {
                 codes: bytes(5)[..n / 2].iter().map(|code| code.cast_unsigned()).collect(),
                 table,
                 blocksize,

@@ -1,11 +1,11 @@
 //! Frozen weights and low-rank factors as one matrix, forward and backward.
 
 use burn::tensor::{DType, Tensor as BurnTensor};
-use rekindle_kernels::packed::Codes;
+use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::stacked::{Part, Stacked, Wanted};
-use rekindle_kernels::{PackedWeight, ParamsBuilder, Tensor, Weight};
+use rekindle_kernels::{ParamsBuilder, QuantizedWeight, Tensor, Weight};
 
-use super::packed::{Kind, Packed};
+use super::quantized::{Kind, Packed};
 use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
 
 /// y_j = onto + x · W_jᵀ + bias_j + s_j · (x · A_jᵀ) · B_jᵀ, with x `[m, k]`.
@@ -23,7 +23,7 @@ struct Linear {
     r: usize,
     scale: f32,
     w: Vec<f32>,
-    codes: Option<Codes>,
+    codes: Option<QuantizedData>,
     bias: Option<Vec<f32>>,
     a: Vec<f32>,
     b: Vec<f32>,
@@ -109,7 +109,7 @@ impl Case for Stack {
         // So that parts do not begin at 16 bytes.
         builder.push("before", &[3], true, &[7.0; 3]);
         let weight = |Linear { n, w, codes, .. }: &Linear| match codes {
-            Some(codes) => Weight::Packed(PackedWeight::new(codes.clone(), &place.device)),
+            Some(codes) => Weight::Quantized(QuantizedWeight::new(codes.clone(), &place.device)),
             None => Weight::Frozen(place.matrix(w, [*n, k])),
         };
         let mut weights: Vec<Weight> = self.linears.iter().map(weight).collect();

@@ -6,13 +6,13 @@ use std::process::Command;
 
 use burn::tensor::DType;
 use rekindle_kernels::attention::{self, Documents, Heads};
-use rekindle_kernels::cuda::Cuda;
 use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, Step};
-use rekindle_kernels::packed::{Absmax, Codes, Format};
+use rekindle_kernels::quantized::{Absmax, QuantizedData, QuantizedFormat};
 use rekindle_kernels::rope::{self, Norm, Tables};
+use rekindle_kernels::runtime::Cuda;
 use rekindle_kernels::{
-    Device, PackedWeight, ParamsBuilder, Tensor, from_f32, from_le_bytes, linear_cross_entropy, matmul, parse_device,
-    rms_norm, swiglu,
+    Device, ParamsBuilder, QuantizedWeight, Tensor, from_f32, from_le_bytes, linear_cross_entropy, matmul,
+    parse_device, rms_norm, swiglu,
 };
 use serde_json::{Value, json};
 
@@ -66,7 +66,7 @@ pub(crate) fn run(device: &str, python: Option<&Path>) -> Result<(), Box<dyn Err
     bench.attention(&mut rows)?;
     bench.bandwidth(&mut rows)?;
     bench.products(&mut rows)?;
-    let card = cuda.facts().name.clone();
+    let card = cuda.props().name.clone();
     let peers = python.map(peer).transpose()?.unwrap_or_default();
     println!("{card}");
     println!("{:<44}{:>10}{:>16}{:>12}{:>8}", "", "ms", "", "PyTorch", "ratio");
@@ -167,7 +167,7 @@ impl Bench<'_> {
         self.loss(rows)?;
         self.optimizer(rows)?;
         for kind in [Kind::FourBit, Kind::Int8] {
-            let packed = PackedWeight::new(kind.codes([INTERMEDIATE, HIDDEN]), self.device);
+            let packed = QuantizedWeight::new(kind.codes([INTERMEDIATE, HIDDEN]), self.device);
             let (codes, scales) = packed.bytes();
             let bytes = (codes + scales + 2 * INTERMEDIATE * HIDDEN) as f64;
             self.time(rows, kind.name(), Work::Bytes(bytes), "dequant", || {
@@ -284,15 +284,15 @@ impl Kind {
         }
     }
 
-    fn codes(self, dims: [usize; 2]) -> Codes {
+    fn codes(self, dims: [usize; 2]) -> QuantizedData {
         let n = dims[0] * dims[1];
         let byte = |i: usize| (i.wrapping_mul(2_654_435_761) >> 11) as u8;
         let format = match self {
             Self::Int8 => {
                 let codes = (0..n).map(|i| byte(i).cast_signed()).collect();
-                Format::Int8 { codes, scales: vec![0.5; dims[0]], factor: 1.0 / 127.0 }
+                QuantizedFormat::Int8 { codes, scales: vec![0.5; dims[0]], factor: 1.0 / 127.0 }
             }
-            Self::FourBit => Format::FourBit {
+            Self::FourBit => QuantizedFormat::FourBit {
                 codes: (0..n / 2).map(byte).collect(),
                 table: core::array::from_fn(|i| i as f32 / 8.0 - 1.0),
                 blocksize: 64,
@@ -305,6 +305,6 @@ impl Kind {
                 },
             },
         };
-        Codes { dims, format }
+        QuantizedData { dims, format }
     }
 }

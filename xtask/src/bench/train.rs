@@ -14,7 +14,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rekindle::LoraConfig;
 use rekindle_hub::Checkpoint;
-use rekindle_kernels::cuda::{Cuda, ProfileEntry};
+use rekindle_kernels::runtime::{Cuda, ProfileEntry};
 use rekindle_kernels::{Device, parse_device};
 use rekindle_lora::GradientCheckpointing;
 use rekindle_models::{CausalLm, LoadIn, LoadOptions};
@@ -257,7 +257,7 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
         "load_seconds": load_seconds,
         "first_step_seconds": first,
         "losses": losses,
-        "card": cuda.facts().name,
+        "card": cuda.props().name,
     });
     println!("{report}");
     Ok(())

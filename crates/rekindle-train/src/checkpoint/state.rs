@@ -49,8 +49,7 @@ pub struct Best {
 
 impl TrainerState {
     pub(crate) const FILE: &str = "trainer_state.json";
-    /// 2: an epoch ends a step.
-    pub(crate) const FORMAT: u32 = 2;
+    pub(crate) const FORMAT: u32 = 1;
 
     pub(super) fn write(&self, dir: &Path) -> Result<(), Error> {
         let text = serde_json::to_string_pretty(self).expect("numbers and texts serialize");
@@ -122,7 +121,7 @@ mod tests {
         assert!(error().contains("trainer_state.json: there is none"), "{}", error());
         type Change = fn(&mut TrainerState);
         let changes: [(Change, &str); 2] = [
-            (|state| state.format_version = 9, "format_version 9; this program reads 2"),
+            (|state| state.format_version = 9, "format_version 9; this program reads 1"),
             (|state| drop(state.configuration.remove("seed")), "the hash differs"),
         ];
         for (change, part) in changes {

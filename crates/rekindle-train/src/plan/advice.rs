@@ -63,10 +63,10 @@ impl Search {
     }
 
     fn keep_less(&mut self) -> Result<bool, Error> {
-        let on_gpu = matches!(self.job.load.device, rekindle_kernels::Device::Cuda(_));
-        let (least, text) = match on_gpu {
-            true => (GradientCheckpointing::Host, "\"unsloth\""),
-            false => (GradientCheckpointing::Block, "true"),
+        let (least, text) = if self.job.load.device.is_cpu() {
+            (GradientCheckpointing::Block, "true")
+        } else {
+            (GradientCheckpointing::Host, "\"unsloth\"")
         };
         if self.job.checkpointing == least {
             return Ok(false);

@@ -2,7 +2,6 @@
 
 use core::fmt;
 
-use rekindle_data::counted;
 use rekindle_lora::GradientCheckpointing;
 use serde::Serialize;
 
@@ -83,10 +82,10 @@ impl Planner {
     /// the CPU nothing goes anywhere, and keeping less takes as long as `true`.
     fn candidates(&self) -> Vec<GradientCheckpointing> {
         use GradientCheckpointing::{Auto, Block, Host, Off};
-        match (self.job().checkpointing, &self.job().load.device) {
-            (Auto, rekindle_kernels::Device::Cuda(_)) => vec![Off, Host, Block],
-            (Auto, _) => vec![Off, Block],
-            (asked, _) => vec![asked],
+        match self.job().checkpointing {
+            Auto if self.job().load.device.is_cpu() => vec![Off, Block],
+            Auto => vec![Off, Host, Block],
+            asked => vec![asked],
         }
     }
 
@@ -96,7 +95,7 @@ impl Planner {
     /// As [`fit`](Self::fit).
     pub fn longest_sequence(&mut self, count: usize, available: usize) -> Result<usize, Error> {
         let asked = self.job().load.max_seq_length;
-        let window = self.config.max_position_embeddings;
+        let window = self.window();
         if window <= asked {
             return largest(asked, |length| self.takes(&Rows::equal(count, length), available));
         }
@@ -146,9 +145,9 @@ impl fmt::Display for Fit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { plan, available, fits, longest_sequence, largest_batch, .. } = self;
         writeln!(f, "{plan}")?;
-        writeln!(f, "{:<20} {:>12}", "available", show(*available))?;
-        writeln!(f, "longest rows that fit in batches of this size: {}", counted(*longest_sequence, "token"))?;
-        write!(f, "largest batch of rows with max_seq_length tokens that fits: {}", counted(*largest_batch, "row"))?;
+        writeln!(f, "{:<20} {:>12}", "there is", show(*available))?;
+        writeln!(f, "longest rows that fit, as many as now: {longest_sequence} tokens")?;
+        write!(f, "largest batch that fits, rows as long as max_seq_length: {largest_batch}")?;
         if *fits {
             return Ok(());
         }
@@ -163,18 +162,18 @@ impl fmt::Display for Refusal<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Fit { plan, available, changes, changes_suffice, .. } = self.0;
         let (peak, there_is) = (show(plan.peak), show(*available));
-        write!(f, "the run takes {peak} at its peak, and {there_is} is available")?;
+        write!(f, "it takes {peak}, and there is {there_is}")?;
         if changes.is_empty() {
-            return write!(f, "; no setting makes it fit: use a smaller model or a larger device");
+            return write!(f, "; nothing that can be changed makes it fit: take a smaller model or a larger device");
         }
-        write!(f, "; change these, one after the other, until it fits:")?;
+        write!(f, "; change, one after the other until it fits:")?;
         for change in changes {
             write!(f, "\n  {change}")?;
         }
         if *changes_suffice {
             return Ok(());
         }
-        write!(f, "\nand even that does not fit: use a smaller model or a larger device")
+        write!(f, "\nand even that does not fit: take a smaller model or a larger device")
     }
 }
 

@@ -15,14 +15,11 @@ use super::rows::{Rows, StepRows};
 use super::{Trainer, result_name};
 use crate::checkpoint::{Checkpoint, TrainerState, configuration_sha256};
 use crate::evaluate::evaluate_while;
-use crate::model_card::CardRun;
-use crate::save::write_model_with;
 use crate::stopping::Stopping;
 use crate::{
-    End, Error, EvalMetrics, Evaluation, Event, Optimizer, OptimizerConfig, Recorder, Report, RunHistory, SaveStrategy,
-    Schedule, SftConfig, StepMetrics, Timetable, Until, write_result,
+    End, Error, EvalMetrics, Evaluation, Event, Optimizer, OptimizerConfig, Recorder, Report, RunHistory, Schedule,
+    StepMetrics, Until, save_result,
 };
-use rekindle_data::counted;
 
 /// A run that goes on.
 pub(super) struct Run<'a> {
@@ -31,9 +28,9 @@ pub(super) struct Run<'a> {
     notes: Vec<String>,
     /// Whether all weights are trained.
     full: bool,
-    /// Steps done.
+    /// Steps done, and of the whole run.
     done: usize,
-    times: Timetable,
+    total: usize,
     schedule: Schedule,
     peaks: Rates,
     optimizer: Optimizer,
@@ -59,8 +56,7 @@ impl<'a> Run<'a> {
         job.config.validate()?;
         let full = job.model.lora().is_none();
         let packs = job.config.rows(&job.train, job.model.max_seq_length());
-        let times = job.config.timetable(packs.len());
-        let total = times.total;
+        let total = job.config.total_steps(packs.len());
         let peak = job.config.resolved_learning_rate(full);
         let schedule = job.config.schedule(peak, total)?;
         job.config.check_embedding_rate(job.model.params())?;
@@ -69,13 +65,11 @@ impl<'a> Run<'a> {
         let lock = |dir: &PathBuf| DirectoryLock::take(dir);
         let mut locked = job.output_dir.as_ref().filter(|dir| dir.is_dir()).map(lock).transpose()?;
         let Start { checkpoint, agreement, mut notes } = Start::find(&job, total)?;
-        job.output().check_writable(&times)?;
-        notes.extend(small_epochs(&job.config, packs.len()));
+        job.check_output(full, total)?;
         if let (Some(dir), None) = (&job.output_dir, &locked) {
             std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.clone(), source })?;
             locked = Some(lock(dir)?);
         }
-        job.output().clear()?;
         let mut best = None;
         if let Some(checkpoint) = &checkpoint {
             checkpoint.restore_optimizer(&mut optimizer)?;
@@ -102,7 +96,7 @@ impl<'a> Run<'a> {
             notes,
             full,
             done,
-            times,
+            total,
             schedule,
             peaks: Rates { default: peak, embedding: job.config.embedding_learning_rate.unwrap_or(peak) },
             optimizer,
@@ -124,7 +118,7 @@ impl<'a> Run<'a> {
     pub(super) fn go(mut self) -> Result<Report, Error> {
         (self.job.on_event)(Event::Started {
             done: self.done,
-            times: &self.times,
+            total: self.total,
             checkpoint: self.report.checkpoint.as_deref(),
             notes: &self.notes,
         });
@@ -138,7 +132,7 @@ impl<'a> Run<'a> {
                 self.report.end = End::EarlyStopping;
                 return self.finish();
             }
-            if self.done == self.times.total {
+            if self.done == self.total {
                 return self.finish();
             }
             if self.is_asked_to_stop() {
@@ -149,18 +143,16 @@ impl<'a> Run<'a> {
     }
 
     fn evaluation_is_due(&self) -> bool {
-        let due = match self.done {
-            0 => self.job.eval.is_some() && self.job.config.evaluates_on_start(),
-            done => self.times.evaluates_after(done),
-        };
-        due && (self.job.eval.is_some() || self.job.sampler.is_some()) && self.evaluated != Some(self.done)
+        let due = self.job.config.eval_steps.is_some_and(|every| self.done.is_multiple_of(every));
+        let anew = self.done > 0 && self.evaluated != Some(self.done);
+        (self.job.eval.is_some() || self.job.sampler.is_some()) && anew && (due || self.done == self.total)
     }
 
     fn save_is_due(&self, is_best: bool) -> bool {
-        let due = self.times.saves_after(self.done) || (self.times.saves() && self.stopping.is_over());
-        let config = &self.job.config;
-        let keeps_best = config.load_best_model_at_end || config.save_strategy == Some(SaveStrategy::Best);
-        (due && self.saved != Some(self.done)) || (is_best && keeps_best)
+        let due = self.job.config.save_steps.is_some_and(|every| {
+            self.done > 0 && (self.done.is_multiple_of(every) || self.done == self.total || self.stopping.is_over())
+        });
+        (due && self.saved != Some(self.done)) || (is_best && self.job.config.load_best_model_at_end)
     }
 
     fn is_asked_to_stop(&self) -> bool {
@@ -198,7 +190,7 @@ impl<'a> Run<'a> {
         if let Some(recorder) = &mut self.recorder {
             recorder.step(&metrics)?;
         }
-        (self.job.on_event)(Event::Step { metrics: &metrics, total: self.times.total });
+        (self.job.on_event)(Event::Step { metrics: &metrics, total: self.total });
         self.report.steps.push(metrics);
         Ok(())
     }
@@ -213,8 +205,7 @@ impl<'a> Run<'a> {
                 recorder.eval(&metrics)?;
             }
             (self.job.on_event)(Event::Eval(&metrics));
-            // As in transformers, the model before the first step is no candidate for the best.
-            is_best = self.done > 0 && self.stopping.evaluated(self.done, metrics.eval_loss);
+            is_best = self.stopping.evaluated(self.done, metrics.eval_loss);
             self.report.evals.push(metrics);
         }
         if let Some(sampler) = &self.job.sampler {
@@ -293,11 +284,7 @@ impl<'a> Run<'a> {
             configuration,
             changeable,
         };
-        let write = |target: &Path| {
-            let model = &*self.job.model;
-            write_model_with(model, target, model.trained_dtype(), &self.job.card, Some(self.card_run()))
-        };
-        Checkpoint::write(&path, self.job.model, &self.optimizer, &state, &self.job.companions, write)?;
+        Checkpoint::write(&path, self.job.model, &self.optimizer, &state, &self.job.companions)?;
         self.saved = Some(self.done);
         if is_best && self.job.config.load_best_model_at_end {
             self.best = Some(path.clone());
@@ -333,10 +320,7 @@ impl<'a> Run<'a> {
         }
         if let Some(dir) = &self.job.output_dir {
             let path = dir.join(result_name(self.full));
-            write_result(&path, !self.full, &self.job.companions, |target| {
-                let model = &*self.job.model;
-                write_model_with(model, target, model.trained_dtype(), &self.job.card, Some(self.card_run()))
-            })?;
+            save_result(self.job.model, &path, &self.job.companions, self.job.model.trained_dtype())?;
             (self.job.on_event)(Event::Saved(&path));
             self.report.saved = Some(path);
         }
@@ -345,26 +329,9 @@ impl<'a> Run<'a> {
         Ok(self.report)
     }
 
-    /// The run so far, for the model card.
-    fn card_run(&self) -> CardRun<'_> {
-        CardRun { config: &self.job.config, steps: &self.report.steps, evals: &self.report.evals }
-    }
-
     fn seconds(&self) -> f64 {
         self.before + self.start.elapsed().as_secs_f64()
     }
-}
-
-/// What is said of a run whose epochs have fewer rows than a step.
-fn small_epochs(config: &SftConfig, rows: usize) -> Option<String> {
-    let per_step = config.rows_per_step();
-    (rows < per_step).then(|| {
-        format!(
-            "an epoch has {}, fewer than the {per_step} rows of a step (per_device_train_batch_size · \
-             gradient_accumulation_steps): each step takes them all once",
-            counted(rows, "row")
-        )
-    })
 }
 
 /// The records of a run that begins, or that goes on from `checkpoint`, whose history they then have.

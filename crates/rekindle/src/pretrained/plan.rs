@@ -4,15 +4,14 @@ use std::path::Path;
 
 use rekindle_data::Tokenizer;
 use rekindle_hub::read_config;
-use rekindle_kernels::cuda::{self, Cuda, Facts};
+use rekindle_kernels::runtime::{self, CUDA_CONTEXT_BYTES, Cuda, DeviceProps};
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{GradientCheckpointing, LoraConfig};
 use rekindle_models::{LoadIn, LoadOptions, ModelConfig, stored_quantization};
-use rekindle_train::{Fit, Job, MemoryPlan, OUTSIDE, Planner, Rows, SftConfig, Verdict};
+use rekindle_train::{Fit, Job, MemoryPlan, Planner, Rows, SftConfig, Verdict};
 
-use crate::time_estimate::{Work, token_time};
-use crate::{DataSource, Error, Loader, TokenTime};
+use crate::{DataSource, Error, Loader};
 
 /// Plans of one run for batches of any size.
 ///
@@ -65,10 +64,11 @@ impl Loader {
             _ => self.use_gradient_checkpointing,
         };
         let lora = match adapter.as_deref().or(self.adapter.as_deref()) {
-            Some(adapter) if lora.is_some() => Some(saved_lora_config(adapter)?),
+            Some(adapter) if lora.is_some() => Some(trained(adapter)?),
             _ => lora,
         };
-        let job = Job { json, name: self.source.name_or_path.clone(), load, lora, checkpointing, train };
+        let job =
+            Job { json, name: self.source.name_or_path.clone(), load, lora, checkpointing, train, evaluates: false };
         Ok(RunPlanner { planner: Planner::new(job)?, device: kind, card, available })
     }
 }
@@ -83,11 +83,8 @@ fn unplanned(load: &LoadOptions, json: &serde_json::Value, train: &SftConfig) ->
     }
 }
 
-/// Returns the configuration of the adapter in a directory.
-///
-/// # Errors
-/// [`Error::Model`] where there is none, or it is broken.
-pub fn saved_lora_config(adapter: &Path) -> Result<LoraConfig, Error> {
+/// What the adapter in a directory is.
+fn trained(adapter: &Path) -> Result<LoraConfig, Error> {
     Ok(AdapterConfig::open(adapter).map_err(rekindle_models::Error::from)?.lora().clone())
 }
 
@@ -145,19 +142,6 @@ impl RunPlanner {
         }
     }
 
-    /// Estimates the time that a token of training takes, where there are figures for the device. `checkpointing` is what
-    /// becomes of activations ([`MemoryPlan::use_gradient_checkpointing`]).
-    ///
-    /// # Errors
-    /// [`Error::Model`] for a configuration that is not supported.
-    pub fn token_time(&self, checkpointing: GradientCheckpointing) -> Result<Option<TokenTime>, Error> {
-        let job = self.planner.job();
-        let config = ModelConfig::from_json(&job.json)
-            .map_err(|problems| rekindle_models::Error::Config { path: job.name.join("config.json"), problems })?;
-        let work = Work { config: &config, full: job.lora.is_none(), recomputes: checkpointing.recomputes() };
-        Ok(token_time(&work, &job.load.device).filter(|_| !matches!(self.device, DeviceKind::Wgpu(_))))
-    }
-
     /// Where the run computes, never [`DeviceKind::Auto`].
     pub fn device(&self) -> DeviceKind {
         self.device
@@ -186,7 +170,7 @@ impl Place {
     fn of(asked: DeviceKind, memory: Option<usize>) -> Result<Self, Error> {
         match asked {
             DeviceKind::Cuda(index) => Self::card(index, memory),
-            DeviceKind::Auto => match cuda::first().map_err(rekindle_kernels::DeviceError::from)? {
+            DeviceKind::Auto => match runtime::first().map_err(rekindle_kernels::DeviceError::from)? {
                 Some(index) => Self::card(index, memory),
                 None => Self::of(DeviceKind::Cpu, memory),
             },
@@ -199,10 +183,10 @@ impl Place {
 
     /// The card, or one like it where there is none and its memory is given.
     fn card(index: usize, memory: Option<usize>) -> Result<Self, Error> {
-        let facts = match (memory, cuda::facts(index)) {
-            (Some(memory), Ok(facts)) => Facts { total_memory: memory, ..facts },
-            (Some(memory), Err(_)) => Facts::stand_in(memory),
-            (None, Ok(facts)) => facts,
+        let props = match (memory, runtime::device_props(index)) {
+            (Some(memory), Ok(props)) => DeviceProps { total_memory: memory, ..props },
+            (Some(memory), Err(_)) => DeviceProps::hopper(memory),
+            (None, Ok(props)) => props,
             (None, Err(error)) => return Err(rekindle_kernels::DeviceError::from(error).into()),
         };
         let available = match memory {
@@ -210,11 +194,11 @@ impl Place {
             // What is free beside our own context, which the plan counts.
             None => {
                 let (device, _) = open_device(DeviceKind::Cuda(index))?;
-                device.free_memory().unwrap_or(0).saturating_add(OUTSIDE).min(facts.total_memory)
+                device.free_memory().unwrap_or(0).saturating_add(CUDA_CONTEXT_BYTES).min(props.total_memory)
             }
         };
-        let card = Some(facts.to_string());
-        let device = Device::Cuda(Cuda::planned(facts));
+        let card = Some(props.to_string());
+        let device = Device::Cuda(Cuda::planned(props));
         Ok(Self { device, kind: DeviceKind::Cuda(index), card, available: Some(available) })
     }
 }

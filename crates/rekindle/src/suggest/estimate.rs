@@ -22,7 +22,7 @@ pub(super) struct Shape<'a> {
 /// Bits of a weight in NF4 with double quantization, scales included.
 const CODE_BITS: f64 = 4.127;
 /// The context and the kernels' code on a GPU.
-const OUTSIDE: u64 = 512 << 20;
+const OUTSIDE: u64 = rekindle_kernels::runtime::CUDA_CONTEXT_BYTES as u64;
 /// Logits of a chunk of rows on a GPU, and elsewhere.
 const LOGITS: [u64; 2] = [320 << 20, 64 << 20];
 

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::DType;
 use rekindle::LoraConfig;
 use rekindle_kernels::Device;
-use rekindle_kernels::cuda::{self, Cuda, Facts};
+use rekindle_kernels::runtime::{self, CUDA_CONTEXT_BYTES, Cuda, DeviceProps};
 use rekindle_models::{LoadIn, LoadOptions};
-use rekindle_train::{Job, MemoryPlan, OUTSIDE, Planner, Rows, SftConfig};
+use rekindle_train::{Job, MemoryPlan, Planner, Rows, SftConfig};
 
 use super::super::name;
 use super::super::shape::Shape;
@@ -34,12 +34,12 @@ const JOBS: [(Shape, Mode, usize, usize, Checkpointing); 9] = [
 pub(crate) fn run(weights: Option<&Path>) -> Result<(), Box<dyn Error>> {
     let scratch = tempfile::tempdir()?;
     let weights: PathBuf = weights.unwrap_or(scratch.path()).to_owned();
-    let card = cuda::facts(0);
+    let card = runtime::device_props(0);
     match &card {
-        Ok(card) => println!("on {card}; {:.2} GiB are counted as taken beside the arena", gib(OUTSIDE)),
+        Ok(card) => println!("on {card}; {:.2} GiB are counted as taken beside the arena", gib(CUDA_CONTEXT_BYTES)),
         Err(reason) => println!("not measured: {reason}"),
     }
-    let facts = card.clone().unwrap_or_else(|_| Facts::stand_in(80 << 30));
+    let props = card.clone().unwrap_or_else(|_| DeviceProps::hopper(80 << 30));
     println!(
         "| job | planned, GiB | its arena | measured | off | taken of the card | off | beside the arena | host | measured | s |"
     );
@@ -62,9 +62,9 @@ pub(crate) fn run(weights: Option<&Path>) -> Result<(), Box<dyn Error>> {
             worker: false,
         };
         let began = std::time::Instant::now();
-        let plan = job.plan(facts.clone())?;
+        let plan = job.plan(props.clone())?;
         let seconds = began.elapsed().as_secs_f64();
-        let arena = gib(plan.peak - plan.outside);
+        let arena = gib(plan.peak - plan.context);
         let (measured, host) = match &card {
             Err(_) => ("| | | | |".to_owned(), String::new()),
             Ok(_) => {
@@ -92,8 +92,8 @@ pub(crate) fn run(weights: Option<&Path>) -> Result<(), Box<dyn Error>> {
 }
 
 impl Train {
-    fn plan(&self, facts: Facts) -> Result<MemoryPlan, Box<dyn Error>> {
-        let mut load = LoadOptions::new(Device::Cuda(Cuda::planned(facts)), DType::BF16, self.seq);
+    fn plan(&self, props: DeviceProps) -> Result<MemoryPlan, Box<dyn Error>> {
+        let mut load = LoadOptions::new(Device::Cuda(Cuda::planned(props)), DType::BF16, self.seq);
         load.full_finetuning = self.mode == Mode::Full;
         load.load_in = (self.mode == Mode::Qlora).then_some(LoadIn::FourBit(None));
         let lora = (self.mode != Mode::Full).then(|| LoraConfig::new(16).lora_alpha(32.0));
@@ -104,6 +104,7 @@ impl Train {
             lora,
             checkpointing: self.checkpointing.of_lora(),
             train: SftConfig::default(),
+            evaluates: false,
         };
         Ok(Planner::new(job)?.plan(&Rows::equal(self.batch, self.seq))?)
     }

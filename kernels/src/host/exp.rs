@@ -1,0 +1,94 @@
+//! `e^x` as straight-line arithmetic, so that loops over it vectorize.
+
+/// `e^x` within 2 ulp for x ≤ 88; 0 below −87.3 (where f32 turns subnormal), clamped above.
+///
+/// Cody–Waite reduction x = n·ln 2 + r with |r| ≤ ln 2 / 2, a degree-6 Taylor–minimax polynomial in r,
+/// and n put into the exponent bits.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const LN2_HI: f32 = 0.693_359_4;
+    const LN2_LO: f32 = -2.121_944_4e-4;
+    /// 1.5 · 2²³: adding it leaves the nearest integer in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = x.clamp(-87.336_54, 88.722_83);
+    let shifted = clamped.mul_add(core::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = n.mul_add(-LN2_LO, n.mul_add(-LN2_HI, clamped));
+    let mut p = 1.987_569_2e-4f32;
+    p = p.mul_add(r, 1.398_199_9e-3);
+    p = p.mul_add(r, 8.333_452e-3);
+    p = p.mul_add(r, 4.166_579_6e-2);
+    p = p.mul_add(r, 1.666_666_5e-1);
+    p = p.mul_add(r, 5e-1);
+    let value = p.mul_add(r * r, r) + 1.0;
+    // n ∈ [−126, 128]; scaling in two steps keeps 2^128 · m finite and the bits in range.
+    let n = n as i32;
+    let half = n >> 1;
+    let scale = |e: i32| f32::from_bits(((e + 127) as u32) << 23);
+    let result = value * scale(half) * scale(n - half);
+    if x < -87.336_54 { 0.0 } else { result }
+}
+
+/// `1 / (1 + e^−x)`.
+#[inline(always)]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// Replaces x by e^(x − max); returns max and the sum.
+#[inline(always)]
+pub(crate) fn exp_shifted(row: &mut [f32]) -> (f32, f32) {
+    /// Summed in `f32` before they go to an `f64`: a vocabulary is too long for one `f32` sum.
+    const BLOCK: usize = 1024;
+    let max = max(row);
+    let mut sum = 0f64;
+    for block in row.chunks_mut(BLOCK) {
+        let mut lanes = [0f32; 16];
+        let mut chunks = block.chunks_exact_mut(16);
+        for chunk in &mut chunks {
+            for i in 0..16 {
+                chunk[i] = exp(chunk[i] - max);
+                lanes[i] += chunk[i];
+            }
+        }
+        let mut tail = 0f32;
+        for x in chunks.into_remainder() {
+            *x = exp(*x - max);
+            tail += *x;
+        }
+        sum += f64::from(lanes.iter().sum::<f32>() + tail);
+    }
+    (max, sum as f32)
+}
+
+#[inline(always)]
+fn max(row: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let chunks = row.chunks_exact(16);
+    let tail = chunks.remainder().iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
+    for chunk in chunks {
+        for i in 0..16 {
+            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
+        }
+    }
+    lanes.iter().fold(tail, |m, &x| if x > m { x } else { m })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::exp;
+
+    #[test]
+    fn within_two_ulp() {
+        let mut x = -87.3f32;
+        while x < 88.7 {
+            let want = f64::from(x).exp();
+            let ulp = f64::from(f32::from_bits((want as f32).to_bits() + 1)) - f64::from(want as f32);
+            assert!((f64::from(exp(x)) - want).abs() <= 2.0 * ulp, "exp({x}) = {} not {want}", exp(x));
+            x += 0.003_7;
+        }
+        assert_eq!(exp(-200.0), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+    }
+}

@@ -1,0 +1,175 @@
+//! Causal grouped-query attention over documents that lie one after another.
+
+mod general;
+mod sm90;
+mod tables;
+
+use super::{Heads, SavedIn};
+use crate::runtime::limits::{HEAD_DIM_MULTIPLE, MAX_HEAD_DIM};
+use crate::runtime::op::{check_dims, padded};
+use crate::runtime::{Arch, Array, AttentionKernel, Cuda, DType, DeviceProps, Ints, MemoryUse};
+use tables::{Document, Table};
+
+/// The kernels that compute attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Engine {
+    /// wgmma and bulk copies: compute capability 9.0, 16-bit dtypes, heads of 64 or 128 channels.
+    Sm90,
+    /// mma.sync: any card, 16-bit dtypes, heads of 64 or 128 channels.
+    MmaSync,
+    /// No tensor cores: f32, and other sizes of heads.
+    Plain,
+}
+
+impl Engine {
+    /// The fastest for a card, a dtype and a size of heads.
+    pub(crate) fn fastest(props: &DeviceProps, dtype: DType, head_dim: usize) -> Self {
+        match (dtype, head_dim) {
+            (DType::Bf16 | DType::F16, 64 | 128) if [props.major, props.minor] == [9, 0] => Self::Sm90,
+            (DType::Bf16 | DType::F16, 64 | 128) => Self::MmaSync,
+            _ => Self::Plain,
+        }
+    }
+}
+
+/// The documents of a batch as the kernels' tables of tiles on the device: made once a batch, used by every layer
+/// of its kind.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    cuda: Cuda,
+    heads: Heads,
+    dtype: DType,
+    engine: Engine,
+    /// Rows of q; of k and v.
+    tokens: [usize; 2],
+    tables: Ints,
+    forward: Table,
+    dq: Table,
+    dkdv: Table,
+    /// Two counters of [`Engine::Sm90`], which every launch leaves at 0.
+    tickets: Ints,
+}
+
+impl Plan {
+    /// For documents whose borders are `cu_seqlens`, from 0 on.
+    pub(crate) fn new(cuda: &Cuda, cu_seqlens: &[u32], heads: Heads, dtype: DType) -> Self {
+        Self::with(cuda, cu_seqlens, heads, dtype, Engine::fastest(cuda.props(), dtype, heads.head_dim))
+    }
+
+    /// [`Plan::new`] with an engine of choice, for comparisons.
+    pub(crate) fn with(cuda: &Cuda, cu_seqlens: &[u32], heads: Heads, dtype: DType, engine: Engine) -> Self {
+        let documents: Vec<_> = cu_seqlens.windows(2).map(|w| Document::whole(w[0] as usize, w[1] as usize)).collect();
+        let tokens = cu_seqlens.last().map_or(0, |&end| end as usize);
+        Self::of(cuda, &documents, [tokens; 2], heads, dtype, engine)
+    }
+
+    fn of(cuda: &Cuda, documents: &[Document], tokens: [usize; 2], heads: Heads, dtype: DType, engine: Engine) -> Self {
+        let Heads { heads: n, kv_heads, head_dim, .. } = heads;
+        assert!(kv_heads > 0 && n % kv_heads == 0, "{n} heads share {kv_heads} key/value heads");
+        assert!(
+            head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) && head_dim <= MAX_HEAD_DIM,
+            "heads of {head_dim} channels; the kernels take multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}"
+        );
+        let mut words = Vec::new();
+        let arch = arch(cuda);
+        let kernels = [AttentionKernel::Fwd, AttentionKernel::BwdDq, AttentionKernel::BwdDkdv];
+        let [forward, dq, dkdv] = kernels.map(|kernel| {
+            let rows = tables::rows(kernel, engine, head_dim, arch);
+            Table::append(&mut words, documents, engine, rows, kernel)
+        });
+        let tables = Ints::from_slice(cuda, &words, MemoryUse::Inputs);
+        let tickets = Ints::from_slice(cuda, &[0u32; 2], MemoryUse::Inputs);
+        Self { cuda: cuda.clone(), heads, dtype, engine, tokens, tables, forward, dq, dkdv, tickets }
+    }
+
+    fn check(&self, q: &Array, k: &Array, v: &Array) {
+        let Heads { heads, kv_heads, head_dim, .. } = self.heads;
+        check_dims("q", q, [self.tokens[0], heads * head_dim]);
+        check_dims("k", k, [self.tokens[1], kv_heads * head_dim]);
+        check_dims("v", v, [self.tokens[1], kv_heads * head_dim]);
+        assert_eq!([q.dtype(), k.dtype(), v.dtype()], [self.dtype; 3], "dtypes of q, k and v");
+    }
+
+    /// An uninitialized matrix `[heads, tokens]` of statistics.
+    fn statistics(&self) -> Array {
+        Array::dense(&self.cuda, [self.heads.heads, self.tokens[0]], DType::F32, MemoryUse::Activations)
+    }
+}
+
+/// Attention inside each document: o `[tokens, heads · head_dim]` with `pad_cols` spare columns behind each row, and lse, f32
+/// `[heads, tokens]`.
+pub(crate) fn forward(q: &Array, k: &Array, v: &Array, plan: &Plan, pad_cols: usize) -> (Array, Array) {
+    let lse = plan.statistics();
+    (run(q, k, v, Some(&lse), plan, pad_cols), lse)
+}
+
+/// Attention of new tokens, the last rows of one document whose keys and values are all given: o.
+///
+/// q `[new, heads · head_dim]`; k, v `[past + new, kv_heads · head_dim]`.
+pub(crate) fn forward_cached(q: &Array, k: &Array, v: &Array, heads: Heads) -> Array {
+    let (cuda, [new, all]) = (q.cuda(), [q.rows(), k.rows()]);
+    assert!(new <= all, "{new} new tokens of {all}");
+    let engine = match Engine::fastest(cuda.props(), q.dtype(), heads.head_dim) {
+        // Its tables have no place for a past.
+        Engine::Sm90 => Engine::MmaSync,
+        engine => engine,
+    };
+    let document = Document { query: 0, key: 0, queries: new, past: all - new };
+    run(q, k, v, None, &Plan::of(cuda, &[document], [new, all], heads, q.dtype(), engine), 0)
+}
+
+/// Returns `(dq, dk, dv)`: columns of one matrix with `pad_cols` spare columns behind them.
+pub(crate) fn backward(
+    d_o: &Array,
+    &SavedIn { q, k, v, o, lse }: &SavedIn<'_, Array>,
+    plan: &Plan,
+    pad_cols: usize,
+) -> (Array, Array, Array) {
+    plan.check(q, k, v);
+    check_dims("o", o, q.dims());
+    check_dims("d_o", d_o, q.dims());
+    check_dims("lse", lse, [plan.heads.heads, plan.tokens[0]]);
+    let [q, k, v, o, d_o] = [q, k, v, o, d_o].map(Array::aligned);
+    let all = Array::padded(q.cuda(), [q.rows(), q.cols() + 2 * k.cols()], pad_cols, q.dtype(), MemoryUse::Activations);
+    let [dq, dk] = [(0, q.cols()), (q.cols(), k.cols())].map(|(first, cols)| all.columns(first, cols));
+    let grads = [dq, dk, all.columns(q.cols() + k.cols(), v.cols())];
+    drop(all);
+    if plan.tokens[0] == 0 {
+        return grads.into();
+    }
+    let inputs = Inputs { q, k, v, o, d_o, lse: lse.contiguous(), delta: plan.statistics() };
+    match plan.engine {
+        Engine::Sm90 => sm90::backward(&inputs, &grads, plan),
+        Engine::MmaSync | Engine::Plain => general::backward(&inputs, &grads, plan),
+    }
+    grads.into()
+}
+
+fn run(q: &Array, k: &Array, v: &Array, lse: Option<&Array>, plan: &Plan, pad_cols: usize) -> Array {
+    plan.check(q, k, v);
+    let [q, k, v] = [q, k, v].map(Array::aligned);
+    let o = padded(&q, pad_cols);
+    if plan.tokens[0] == 0 {
+        return o;
+    }
+    match plan.engine {
+        Engine::Sm90 => sm90::forward(&q, &k, &v, &o, lse.expect("only cached tokens go without"), plan),
+        Engine::MmaSync | Engine::Plain => general::forward(&q, &k, &v, &o, lse, plan),
+    }
+    o
+}
+
+fn arch(cuda: &Cuda) -> Arch {
+    Arch::new(cuda.props().major, cuda.props().minor)
+}
+
+/// The inputs of a backward, and scratch memory for the row sums of d_o ∘ o.
+struct Inputs {
+    q: Array,
+    k: Array,
+    v: Array,
+    o: Array,
+    d_o: Array,
+    lse: Array,
+    delta: Array,
+}

@@ -1,0 +1,18 @@
+//! The operations, each a forward and a backward.
+//!
+//! One folder an operation: `mod.rs` has the mathematics and chooses the backend, `cpu.rs` loops over `f32` slices,
+//! `portable.rs` is plain Burn operations (every device and dtype of Burn, autodiff too, and the reference of the other
+//! two), `cuda.rs` launches kernels of `kernels/cu/` and queues cuBLASLt products.
+
+pub mod attention;
+pub mod dropout;
+pub mod embedding;
+mod linear;
+pub mod linear_cross_entropy;
+pub mod matmul;
+pub mod neftune;
+mod quantized;
+pub mod rms_norm;
+pub mod rope;
+pub mod stacked;
+pub mod swiglu;

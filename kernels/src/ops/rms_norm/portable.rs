@@ -1,0 +1,40 @@
+//! RMSNorm in Burn ops; the formulas stand in [`super`].
+
+use burn::tensor::{DType, Tensor};
+
+pub(crate) fn forward(x: &Tensor<2>, weight: &Tensor<1>, eps: f64) -> (Tensor<2>, Tensor<1>) {
+    let wide = x.clone().cast(DType::F32);
+    let rstd = (wide.clone() * wide).mean_dim(1).add_scalar(eps).sqrt().recip(); // [tokens, 1]
+    let rstd = rstd.squeeze_dim::<1>(1);
+    (recompute(x, weight, &rstd), rstd)
+}
+
+pub(crate) fn recompute(x: &Tensor<2>, weight: &Tensor<1>, rstd: &Tensor<1>) -> Tensor<2> {
+    normalized(x, rstd).cast(x.dtype()) * weight.clone().unsqueeze::<2>()
+}
+
+pub(crate) fn backward(
+    dy: &Tensor<2>,
+    x: &Tensor<2>,
+    weight: &Tensor<1>,
+    rstd: &Tensor<1>,
+    residual: Option<Tensor<2>>,
+) -> Tensor<2> {
+    let g = (dy.clone() * weight.clone().unsqueeze::<2>()).cast(DType::F32);
+    let xhat = normalized(x, rstd);
+    let along = (g.clone() * xhat.clone()).mean_dim(1); // [tokens, 1]
+    let dx = (g - xhat * along) * rstd.clone().unsqueeze_dim::<2>(1);
+    match residual {
+        Some(residual) => (dx + residual.cast(DType::F32)).cast(x.dtype()),
+        None => dx.cast(x.dtype()),
+    }
+}
+
+pub(crate) fn weight_grad(dy: &Tensor<2>, x: &Tensor<2>, rstd: &Tensor<1>) -> Tensor<1> {
+    (dy.clone().cast(DType::F32) * normalized(x, rstd)).sum_dim(0).squeeze_dim(0)
+}
+
+/// x · rstd in f32.
+fn normalized(x: &Tensor<2>, rstd: &Tensor<1>) -> Tensor<2> {
+    x.clone().cast(DType::F32) * rstd.clone().unsqueeze_dim::<2>(1)
+}

@@ -1,0 +1,156 @@
+//! Frozen weights that read the same input, with low-rank factors beside and below them; see [`super`].
+
+use crate::ops::matmul::cuda as matmul;
+use crate::params::quantized::cuda::QuantizedArray;
+use crate::runtime::{Array, Cuda, DType, Form, MemoryUse, elementwise};
+
+/// Columns and rows for factors come in multiples of this many, so that rows begin at 16 bytes.
+const STEP: usize = 8;
+
+/// `[[W, S], [A, 0]]` of weights W_j that lie one below another.
+#[derive(Clone, Debug)]
+pub(crate) struct Stacked {
+    base: Base,
+    /// `[1, Σ out]`.
+    bias: Option<Array>,
+    out: usize,
+    input: usize,
+    /// Columns of S and rows of A; those beyond the factors' own are zero.
+    rank: usize,
+    dtype: DType,
+}
+
+#[derive(Clone, Debug)]
+enum Base {
+    /// The whole, `[Σ out + rank, in + rank]`.
+    Dense(Array),
+    /// W in codes, S `[Σ out, rank]`, A `[rank, in]`.
+    Packed { parts: Vec<QuantizedArray>, s: Array, a: Array },
+}
+
+impl Stacked {
+    /// Copies the weights, which then lie here, below one another; the factors, of `rank` rows in all, are zero.
+    ///
+    /// The weights pass through scratch memory, so that the stack can lie where they lay: the stacks of a model then take
+    /// the place of its weights, and no more.
+    pub(crate) fn dense(weights: &mut [&mut Array], bias: Option<Array>, rank: usize) -> Self {
+        let [first, ..] = &*weights else { panic!("there is something to stack") };
+        let (cuda, input, dtype) = (first.cuda().clone(), first.cols(), first.dtype());
+        let out = weights.iter().map(|weight| weight.rows()).sum();
+        let rank = rank.next_multiple_of(STEP);
+        let move_into = |weights: &mut [&mut Array], matrix: &Array| {
+            let mut row = 0;
+            for weight in weights {
+                let place = matrix.row_range(row, weight.rows());
+                elementwise::copy_into(weight, &place);
+                row += weight.rows();
+                **weight = place;
+            }
+        };
+        move_into(weights, &Array::empty(&cuda, [out, input], dtype, STACK));
+        let whole = Array::zeros(&cuda, [out + rank, input + rank], dtype, STACK);
+        move_into(weights, &whole.columns(0, input));
+        Self { base: Base::Dense(whole), bias, out, input, rank, dtype }
+    }
+
+    /// Weights in codes, which are decoded one below another where they are used.
+    pub(crate) fn packed(
+        cuda: &Cuda,
+        parts: Vec<QuantizedArray>,
+        bias: Option<Array>,
+        rank: usize,
+        dtype: DType,
+    ) -> Self {
+        let out = parts.iter().map(|part| part.dims()[0]).sum();
+        let input = parts.first().expect("there is something to stack").dims()[1];
+        let rank = rank.next_multiple_of(STEP);
+        let s = Array::zeros(cuda, [out, rank], dtype, STACK);
+        let a = Array::zeros(cuda, [rank, input], dtype, STACK);
+        Self { base: Base::Packed { parts, s, a }, bias, out, input, rank, dtype }
+    }
+
+    /// Returns the number of spare columns that x and dy should have.
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// S, `[Σ out, rank]`.
+    pub(crate) fn s(&self) -> Array {
+        match &self.base {
+            Base::Dense(whole) => whole.row_range(0, self.out).columns(self.input, self.rank),
+            Base::Packed { s, .. } => s.clone(),
+        }
+    }
+
+    /// A, `[rank, in]`.
+    pub(crate) fn a(&self) -> Array {
+        match &self.base {
+            Base::Dense(whole) => whole.row_range(self.out, self.rank).columns(0, self.input),
+            Base::Packed { a, .. } => a.clone(),
+        }
+    }
+
+    /// `(onto + [x, xa]·[W, S]ᵀ + bias, xa)` with xa = dropped·Aᵀ, which lies in the spare columns of x if there are enough.
+    pub(crate) fn forward(&self, x: &Array, dropped: Option<&Array>, onto: Option<Array>) -> (Array, Array) {
+        let rank = self.rank;
+        let x = Array::side_by_side(core::slice::from_ref(x), rank);
+        let both = x.with_padding(rank);
+        let xa = both.columns(self.input, rank);
+        matmul::product_into(&xa, dropped.unwrap_or(&x), &self.a(), Form::Nt);
+        let w = match &self.base {
+            Base::Dense(whole) => whole.row_range(0, self.out),
+            Base::Packed { s, .. } => self.decoded(Some(s), None),
+        };
+        let y = matmul::linear(&both, &w, Form::Nt, self.bias.as_ref(), onto, rank);
+        (y, xa)
+    }
+
+    /// `dy·S`, in the spare columns of dy if there are enough; and the dy that has it.
+    pub(crate) fn backward_factors(&self, dy: &Array) -> (Array, Array) {
+        let dy = Array::side_by_side(core::slice::from_ref(dy), self.rank);
+        let dxa = dy.with_padding(self.rank).columns(self.out, self.rank);
+        matmul::product_into(&dxa, &dy, &self.s(), Form::Nn);
+        (dy, dxa)
+    }
+
+    /// `[dy, dxa]·[W; A]` for a dy with dxa in its spare columns, as [`Stacked::backward_factors`] leaves it.
+    pub(crate) fn backward(&self, dy: &Array) -> Array {
+        let w = match &self.base {
+            Base::Dense(whole) => whole.columns(0, self.input),
+            Base::Packed { a, .. } => self.decoded(None, Some(a)),
+        };
+        matmul::product(&dy.with_padding(self.rank), &w, Form::Nn)
+    }
+
+    /// `dy·W`, without the factors.
+    pub(crate) fn backward_base(&self, dy: &Array) -> Array {
+        let w = match &self.base {
+            Base::Dense(whole) => whole.row_range(0, self.out).columns(0, self.input),
+            Base::Packed { .. } => self.decoded(None, None),
+        };
+        matmul::product(dy, &w, Form::Nn)
+    }
+
+    /// W out of its codes, with S beside it or A below it.
+    fn decoded(&self, s: Option<&Array>, a: Option<&Array>) -> Array {
+        let Base::Packed { parts, s: codes, .. } = &self.base else { panic!("a dense weight needs no decoding") };
+        let (beside, below) = (s.map_or(0, Array::cols), a.map_or(0, Array::rows));
+        let dims = [self.out + below, self.input + beside];
+        let whole = Array::empty(codes.cuda(), dims, self.dtype, MemoryUse::DecodedWeights);
+        let mut row = 0;
+        for part in parts {
+            let rows = part.dims()[0];
+            part.decode(self.dtype, Some(whole.row_range(row, rows).columns(0, self.input)));
+            row += rows;
+        }
+        if let Some(s) = s {
+            elementwise::copy_into(s, &whole.row_range(0, self.out).columns(self.input, beside));
+        }
+        if let Some(a) = a {
+            elementwise::copy_into(a, &whole.row_range(self.out, below));
+        }
+        whole
+    }
+}
+
+const STACK: MemoryUse = MemoryUse::FusedWeights;

@@ -1,0 +1,135 @@
+//! Frozen weights of linears that read the same input and their low-rank factors, as one matrix: the adapted linears
+//! are then one product forward and one backward.
+//!
+//! With W the weights W_j one below another, A the factors A_j likewise, and S block by block s_j·B_j, in the rows of
+//! W_j and the columns of A_j's rows:
+//! Y = \[X, X·Aᵀ\]·\[W, S\]ᵀ, dXA = dY·S, dX = \[dY, dXA\]·\[W; A\].
+//! So y_j = x·W_jᵀ + s_j·(x·A_jᵀ)·B_jᵀ costs R = Σ r_j more terms in each sum, where a product of its own would read and
+//! write all of Y, and again all of dX, once more.
+//!
+//! # Shapes
+//! x `[tokens, in]`, W `[Σ out, in]`, A `[R, in]`, S `[Σ out, R]`, y `[tokens, Σ out]`; R is rounded up to a multiple of
+//! 8, with zeros.
+//!
+//! # Memory
+//! X·Aᵀ lies beside X in the same rows, and dXA beside dY: whoever makes x and dy leaves
+//! [`Stacked::rank`] spare columns. Without them they are copied.
+
+mod cuda;
+
+use crate::runtime::Array;
+use crate::tensor::cuda_dtype;
+use crate::{ParamRef, ParamsBuilder, Tensor, Weight};
+
+/// Stacked weights of one group of linears, on a CUDA device.
+#[derive(Clone, Debug)]
+pub struct Stacked {
+    stack: cuda::Stacked,
+    /// Rows of each weight.
+    outs: Vec<usize>,
+}
+
+/// One linear of a group.
+#[derive(Debug)]
+pub struct Part<'a> {
+    /// W_j, `[out, in]`. A dense one lies in the stack afterwards.
+    pub weight: &'a mut Weight,
+    /// One row of `out`.
+    pub bias: Option<&'a Weight>,
+    /// A_j, B_j and s_j, if it is adapted.
+    pub factors: Option<(ParamRef, ParamRef, f32)>,
+}
+
+impl Stacked {
+    /// Stacks frozen weights on a CUDA device; the factors follow the parameters from the building of `params` on.
+    ///
+    /// `None` for what has no such product: other devices, trained weights and biases, and dense weights beside codes.
+    pub fn new(mut parts: Vec<Part<'_>>, params: &mut ParamsBuilder) -> Option<Self> {
+        let biases = parts.iter().filter_map(|part| part.bias).map(frozen).collect::<Option<Vec<Array>>>()?;
+        if !(biases.is_empty() || biases.len() == parts.len()) {
+            return None;
+        }
+        let bias = (!biases.is_empty()).then(|| Array::side_by_side(&biases, 0));
+        let rank = parts.iter().filter_map(|part| part.factors).map(|(a, ..)| a.dims()[0]).sum();
+        let outs: Vec<usize> = parts.iter().map(|part| part.weight.dims()[0]).collect();
+        let stack = if parts.iter().all(|part| frozen(part.weight).is_some()) {
+            let arrays = parts.iter_mut().filter_map(|part| match part.weight {
+                Weight::Frozen(Tensor::Cuda(array)) => Some(array),
+                _ => None,
+            });
+            cuda::Stacked::dense(&mut arrays.collect::<Vec<_>>(), bias, rank)
+        } else {
+            let codes = parts.iter().map(|part| match &*part.weight {
+                Weight::Quantized(weight) => weight.cuda().cloned(),
+                _ => None,
+            });
+            let codes = codes.collect::<Option<Vec<_>>>()?;
+            let cuda = codes.first()?.cuda().clone();
+            cuda::Stacked::packed(&cuda, codes, bias, rank, cuda_dtype(params.dtype()))
+        };
+        let (mut row, mut column) = (0, 0);
+        for (part, &out) in parts.iter().zip(&outs) {
+            if let Some((a, b, scale)) = part.factors {
+                let [r, _] = a.dims();
+                params.copy_to(a, 1.0, &stack.a().row_range(column, r));
+                params.copy_to(b, scale, &stack.s().row_range(row, out).columns(column, r));
+                column += r;
+            }
+            row += out;
+        }
+        Some(Self { stack, outs })
+    }
+
+    /// Returns R, the number of spare columns that x and dy should have.
+    pub fn rank(&self) -> usize {
+        self.stack.rank()
+    }
+
+    /// The results y_j, and X·Aᵀ, which goes through `dropped` in the place of x if it is given. `onto` is added to the
+    /// result of a group of one.
+    pub fn forward(
+        &self,
+        x: &Tensor<2>,
+        dropped: Option<&Tensor<2>>,
+        onto: Option<Tensor<2>>,
+    ) -> (Vec<Tensor<2>>, Tensor<2>) {
+        let (y, xa) = self.stack.forward(x.cuda(), dropped.map(Tensor::cuda), onto.map(Tensor::into_cuda));
+        let mut column = 0;
+        let ys = self.outs.iter().map(|&out| {
+            column += out;
+            y.columns(column - out, out).into()
+        });
+        (ys.collect(), xa.into())
+    }
+
+    /// dXA, and dX if it is wanted: with what comes through A, or without.
+    pub fn backward(&self, dys: &[Tensor<2>], dx: Wanted) -> (Tensor<2>, Option<Tensor<2>>) {
+        let dys: Vec<Array> = dys.iter().map(|dy| dy.cuda().clone()).collect();
+        let (dy, dxa) = self.stack.backward_factors(&Array::side_by_side(&dys, self.rank()));
+        let dx = match dx {
+            Wanted::No => None,
+            Wanted::Base => Some(self.stack.backward_base(&dy)),
+            Wanted::Whole => Some(self.stack.backward(&dy)),
+        };
+        (dxa.into(), dx.map(Tensor::from))
+    }
+}
+
+/// The array of a frozen dense weight on a CUDA device.
+fn frozen(weight: &Weight) -> Option<Array> {
+    match weight {
+        Weight::Frozen(Tensor::Cuda(array)) => Some(array.clone()),
+        _ => None,
+    }
+}
+
+/// The gradient to x that is requested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// None.
+    No,
+    /// dY·W.
+    Base,
+    /// dY·W + dXA·A.
+    Whole,
+}

@@ -1,0 +1,465 @@
+//! Frozen weights kept as codes: the codes are the only copy that stays. Products decode a few rows at a time, on CUDA the
+//! whole weight into scratch memory that the next product takes over.
+//!
+//! Two families of codes, which between them cover bitsandbytes' weights:
+//!
+//! - [`QuantizedFormat::FourBit`]: value = table\[code\] · absmax of the code's block; blocks run over the flattened matrix,
+//!   two codes lie in a byte, the even element in the high nibble. absmax itself may be coded in 8 bits:
+//!   absmax = map\[code\] · nested + offset, a rounding after the product and one after the sum.
+//! - [`QuantizedFormat::Int8`]: value = (code · scale of the row) · factor.
+//!
+//! `rekindle-quant` decides what the tables hold.
+//!
+//! # Shapes
+//! W `[out, in]`; x, dx `[tokens, in]`; y, dy `[tokens, out]`.
+//!
+//! # Dtypes
+//! Decoded in `f32`, subnormals flushed to zero as on a GPU, rounded once to the dtype of x; products as in
+//! `ops/matmul`.
+//!
+//! # Gradients
+//! To x alone: dx = dy·W. Nothing is saved.
+
+pub(crate) mod cpu;
+pub(crate) mod cuda;
+pub(crate) mod portable;
+
+use std::sync::Arc;
+
+use burn::tensor::{DType, Device as BurnDevice, Tensor as BurnTensor};
+
+use crate::params::stochastic::RoundingRng;
+use crate::runtime::MemoryUse;
+use crate::tensor::{MetaDevice, MetaMemory, MetaTensor, cuda_dtype, two_devices};
+use crate::{Device, Tensor, host};
+
+/// A weight as codes, on the host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantizedData {
+    /// `[out, in]`.
+    pub dims: [usize; 2],
+    /// The codes and how to decode them.
+    pub format: QuantizedFormat,
+}
+
+/// The codes of a weight and how to decode them.
+#[derive(Clone, Debug, PartialEq)]
+pub enum QuantizedFormat {
+    /// Two codes a byte, a scale for each block.
+    FourBit {
+        /// `⌈out · in / 2⌉` bytes.
+        codes: Vec<u8>,
+        /// The values of the sixteen codes.
+        table: [f32; 16],
+        /// Elements that share a scale: a power of two, at least 32.
+        blocksize: usize,
+        /// `⌈out · in / blocksize⌉` scales.
+        absmax: Absmax,
+    },
+    /// One code a byte, a scale for each row.
+    Int8 {
+        /// `out · in` codes.
+        codes: Vec<i8>,
+        /// `out` scales.
+        scales: Vec<f32>,
+        /// The last factor of every value: 1/127.
+        factor: f32,
+    },
+}
+
+impl QuantizedFormat {
+    /// Returns its name in messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::FourBit { .. } => "4-bit codes",
+            Self::Int8 { .. } => "8-bit codes",
+        }
+    }
+}
+
+/// The scales of 4-bit blocks.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Absmax {
+    /// As they are.
+    Single(Vec<f32>),
+    /// In 8 bits.
+    Double {
+        /// One for each block.
+        codes: Vec<u8>,
+        /// The values of the codes.
+        map: Box<[f32; 256]>,
+        /// One for every `blocksize` codes.
+        nested: Vec<f32>,
+        /// Codes that share a nested scale: a power of two.
+        blocksize: usize,
+        /// Added last.
+        offset: f32,
+    },
+}
+
+impl QuantizedData {
+    /// 4-bit codes of a weight `[out, in]` that is all zeros, `blocksize` of them with one scale; with `nested`, so many
+    /// scales with one of their own.
+    pub fn four_bit_zeros(dims: [usize; 2], blocksize: usize, nested: Option<usize>) -> Self {
+        let elements = dims[0] * dims[1];
+        let blocks = elements.div_ceil(blocksize);
+        let absmax = match nested {
+            None => Absmax::Single(vec![0.0; blocks]),
+            Some(blocksize) => Absmax::Double {
+                codes: vec![0; blocks],
+                map: Box::new([0.0; 256]),
+                nested: vec![0.0; blocks.div_ceil(blocksize)],
+                blocksize,
+                offset: 0.0,
+            },
+        };
+        let codes = vec![0; elements.div_ceil(2)];
+        Self { dims, format: QuantizedFormat::FourBit { codes, table: [0.0; 16], blocksize, absmax } }
+    }
+
+    /// 8-bit codes of a weight `[out, in]` that is all zeros.
+    pub fn int8_zeros(dims: [usize; 2]) -> Self {
+        let (codes, scales) = (vec![0; dims[0] * dims[1]], vec![0.0; dims[0]]);
+        Self { dims, format: QuantizedFormat::Int8 { codes, scales, factor: 1.0 / 127.0 } }
+    }
+
+    /// Returns whether its values can be replaced: double-quantized scales cannot follow them.
+    fn can_be_trained(&self) -> bool {
+        !matches!(self.format, QuantizedFormat::FourBit { absmax: Absmax::Double { .. }, .. })
+    }
+
+    /// Returns the bytes of the codes, and of their scales.
+    pub fn bytes(&self) -> (usize, usize) {
+        match &self.format {
+            QuantizedFormat::FourBit { codes, absmax: Absmax::Single(absmax), .. } => (codes.len(), 4 * absmax.len()),
+            QuantizedFormat::FourBit { codes, absmax: Absmax::Double { codes: absmax, nested, .. }, .. } => {
+                (codes.len(), absmax.len() + 4 * nested.len() + 4)
+            }
+            QuantizedFormat::Int8 { codes, scales, .. } => (codes.len(), 4 * scales.len()),
+        }
+    }
+
+    /// The codes and their scales one after another, without what stays the same when values change.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let floats = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+        match &self.format {
+            QuantizedFormat::FourBit { codes, absmax: Absmax::Single(absmax), .. } => {
+                [codes.clone(), floats(absmax)].concat()
+            }
+            QuantizedFormat::FourBit { codes, absmax: Absmax::Double { codes: scales, nested, .. }, .. } => {
+                [codes.clone(), scales.clone(), floats(nested)].concat()
+            }
+            QuantizedFormat::Int8 { codes, scales, .. } => {
+                let codes = codes.iter().map(|code| code.cast_unsigned()).collect();
+                [codes, floats(scales)].concat()
+            }
+        }
+    }
+
+    /// The same with what [`to_bytes`](Self::to_bytes) gave in its place; `None` when there are not as many bytes.
+    pub(crate) fn with_values(&self, bytes: &[u8]) -> Option<Self> {
+        let mut whole = self.clone();
+        let mut rest = bytes;
+        let mut take = |n: usize| rest.split_off(..n);
+        let floats =
+            |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect::<Vec<f32>>();
+        match &mut whole.format {
+            QuantizedFormat::FourBit { codes, absmax: Absmax::Single(absmax), .. } => {
+                *codes = take(codes.len())?.to_vec();
+                *absmax = floats(take(4 * absmax.len())?);
+            }
+            QuantizedFormat::FourBit { codes, absmax: Absmax::Double { codes: scales, nested, .. }, .. } => {
+                *codes = take(codes.len())?.to_vec();
+                *scales = take(scales.len())?.to_vec();
+                *nested = floats(take(4 * nested.len())?);
+            }
+            QuantizedFormat::Int8 { codes, scales, .. } => {
+                *codes = take(codes.len())?.iter().map(|code| code.cast_signed()).collect();
+                *scales = floats(take(4 * scales.len())?);
+            }
+        }
+        rest.is_empty().then_some(whole)
+    }
+
+    /// Leaves everything but the codes themselves.
+    fn take_bytes(&mut self) {
+        match &mut self.format {
+            QuantizedFormat::FourBit { codes, .. } => *codes = Vec::new(),
+            QuantizedFormat::Int8 { codes, .. } => *codes = Vec::new(),
+        }
+    }
+
+    /// Undoes [`take_bytes`](Self::take_bytes), with the scales as they are now where they follow from values.
+    fn with_bytes(&self, bytes: Vec<u8>, now: Option<Vec<f32>>) -> Self {
+        let mut whole = self.clone();
+        match &mut whole.format {
+            QuantizedFormat::FourBit { codes, absmax, .. } => {
+                *codes = bytes;
+                if let (Absmax::Single(absmax), Some(now)) = (absmax, now) {
+                    *absmax = now;
+                }
+            }
+            QuantizedFormat::Int8 { codes, scales, .. } => {
+                *codes = bytes.into_iter().map(u8::cast_signed).collect();
+                *scales = now.unwrap_or_else(|| core::mem::take(scales));
+            }
+        }
+        whole
+    }
+
+    /// # Panics
+    /// If the lengths do not follow from `dims`.
+    fn check(&self) {
+        let [rows, cols] = self.dims;
+        let elements = rows * cols;
+        match &self.format {
+            QuantizedFormat::FourBit { codes, blocksize, absmax, .. } => {
+                assert!(blocksize.is_power_of_two() && *blocksize >= 32, "a block of {blocksize} codes");
+                assert_eq!(codes.len(), elements.div_ceil(2), "packed codes of {rows} × {cols}");
+                let blocks = elements.div_ceil(*blocksize);
+                match absmax {
+                    Absmax::Single(absmax) => assert_eq!(absmax.len(), blocks, "scales of {rows} × {cols}"),
+                    Absmax::Double { codes, nested, blocksize, .. } => {
+                        assert!(blocksize.is_power_of_two(), "a block of {blocksize} scales");
+                        assert_eq!(codes.len(), blocks, "scales of {rows} × {cols}");
+                        assert_eq!(nested.len(), blocks.div_ceil(*blocksize), "nested scales of {rows} × {cols}");
+                    }
+                }
+            }
+            QuantizedFormat::Int8 { codes, scales, factor } => {
+                assert!(*factor == 1.0 / 127.0, "LLM.int8()'s factor is 1/127, not {factor}");
+                assert_eq!((codes.len(), scales.len()), (elements, rows), "codes and scales of {rows} × {cols}");
+            }
+        }
+    }
+}
+
+/// Codes where they are used: in plain memory on the CPU, as words on another device of Burn, as bytes on CUDA.
+#[derive(Clone, Debug)]
+pub struct QuantizedWeight(pub(crate) Place);
+
+#[derive(Clone, Debug)]
+pub(crate) enum Place {
+    Host(Arc<QuantizedData>),
+    Meta(Arc<MetaQuantized>),
+    Burn(Arc<portable::Words>),
+    /// With what else the codes had on the host, which is small.
+    Cuda(cuda::QuantizedArray, Arc<QuantizedData>),
+}
+
+/// A quantized weight without values, on [`Device::Meta`].
+#[derive(Debug)]
+pub(crate) struct MetaQuantized {
+    pub(crate) dims: [usize; 2],
+    device: MetaDevice,
+    bytes: (usize, usize),
+    can_be_trained: bool,
+    _memory: MetaMemory,
+}
+
+impl MetaQuantized {
+    fn new(data: &QuantizedData, device: &MetaDevice) -> Self {
+        let bytes = data.bytes();
+        let memory = device.charge(MemoryUse::QuantizedWeights, bytes.0 + bytes.1);
+        let can_be_trained = data.can_be_trained();
+        Self { dims: data.dims, device: device.clone(), bytes, can_be_trained, _memory: memory }
+    }
+
+    /// Decoded rows.
+    fn rows(&self, count: usize, dtype: DType) -> MetaTensor {
+        MetaTensor::new(&self.device, [count, self.dims[1]], dtype, MemoryUse::DecodedWeights)
+    }
+}
+
+impl QuantizedWeight {
+    /// Moves `codes` to `device`.
+    ///
+    /// # Panics
+    /// If the lengths of the codes and scales do not follow from their shape.
+    pub fn new(mut codes: QuantizedData, device: &Device) -> Self {
+        codes.check();
+        Self(match device {
+            Device::Burn(device) if *device == BurnDevice::flex() => Place::Host(Arc::new(codes)),
+            Device::Burn(device) => Place::Burn(Arc::new(portable::Words::new(&codes, device))),
+            Device::Meta(device) => Place::Meta(Arc::new(MetaQuantized::new(&codes, device))),
+            Device::Cuda(cuda) => {
+                let array = match &codes.format {
+                    QuantizedFormat::Int8 { codes: bytes, scales, .. } => {
+                        cuda::QuantizedArray::int8(cuda, codes.dims, bytes, scales)
+                    }
+                    QuantizedFormat::FourBit { codes: bytes, table, blocksize, absmax } => {
+                        let absmax = match absmax {
+                            Absmax::Single(absmax) => cuda::Absmax::Single(absmax),
+                            Absmax::Double { codes, map, nested, blocksize, offset } => {
+                                cuda::Absmax::Double { codes, map, nested, blocksize: *blocksize, offset: *offset }
+                            }
+                        };
+                        cuda::QuantizedArray::four_bit(cuda, codes.dims, bytes, table, *blocksize, absmax)
+                    }
+                };
+                codes.take_bytes();
+                Place::Cuda(array, Arc::new(codes))
+            }
+        })
+    }
+
+    /// Returns whether it holds no values.
+    pub(crate) fn is_planned(&self) -> bool {
+        match &self.0 {
+            Place::Host(_) | Place::Burn(_) => false,
+            Place::Meta(_) => true,
+            Place::Cuda(array, _) => array.cuda().is_planned(),
+        }
+    }
+
+    /// The codes on a CUDA device, if they are there.
+    pub(crate) fn cuda(&self) -> Option<&cuda::QuantizedArray> {
+        match &self.0 {
+            Place::Cuda(array, _) => Some(array),
+            Place::Host(_) | Place::Burn(_) | Place::Meta(_) => None,
+        }
+    }
+
+    /// `[out, in]`.
+    pub fn dims(&self) -> [usize; 2] {
+        match &self.0 {
+            Place::Host(codes) => codes.dims,
+            Place::Burn(words) => words.dims(),
+            Place::Meta(weight) => weight.dims,
+            Place::Cuda(array, _) => array.dims(),
+        }
+    }
+
+    /// The codes on the host. After an error of a CUDA device they are zeros, and [`Device::check`] says what happened.
+    pub fn data(&self) -> Arc<QuantizedData> {
+        match &self.0 {
+            Place::Host(codes) => Arc::clone(codes),
+            Place::Burn(words) => Arc::new(words.codes()),
+            Place::Meta(_) => panic!("a weight without values has no quantized data"),
+            Place::Cuda(array, rest) => {
+                let bytes = array.download_codes().unwrap_or_else(|_| vec![0; array.bytes().0]);
+                Arc::new(rest.with_bytes(bytes, array.download_scales().unwrap_or_default()))
+            }
+        }
+    }
+
+    /// Returns the bytes of the codes, and of their scales.
+    pub fn bytes(&self) -> (usize, usize) {
+        match &self.0 {
+            Place::Host(codes) => codes.bytes(),
+            Place::Burn(words) => words.bytes(),
+            Place::Meta(weight) => weight.bytes,
+            Place::Cuda(array, _) => array.bytes(),
+        }
+    }
+
+    /// Decodes the whole matrix.
+    pub fn decode(&self, dtype: DType) -> Tensor<2> {
+        match &self.0 {
+            Place::Host(_) | Place::Burn(_) => self.rows(0..self.dims()[0], dtype).into(),
+            Place::Meta(weight) => weight.rows(weight.dims[0], dtype).into(),
+            Place::Cuda(array, _) => array.decode(cuda_dtype(dtype), None).into(),
+        }
+    }
+
+    /// Returns whether its values can be replaced: on the CPU and on CUDA, unless its scales are quantized too.
+    pub fn can_be_trained(&self) -> bool {
+        match &self.0 {
+            Place::Host(data) | Place::Cuda(_, data) => data.can_be_trained(),
+            Place::Burn(_) => false,
+            Place::Meta(weight) => weight.can_be_trained,
+        }
+    }
+
+    /// Replaces all values, rounded stochastically ([`stochastic`](crate::params::stochastic)); scales follow from them.
+    ///
+    /// # Panics
+    /// Unless [`can_be_trained`](Self::can_be_trained).
+    pub(crate) fn store(&mut self, flat: Tensor<1>, rng: RoundingRng) {
+        let dims = self.dims();
+        match &mut self.0 {
+            Place::Host(codes) => Arc::make_mut(codes).store(host::View::of(flat.burn()).as_slice(), rng),
+            Place::Meta(_) => {}
+            Place::Burn(_) => panic!("words of Burn's other devices are not written"),
+            Place::Cuda(array, _) => array.store(&flat.cuda().part(0, dims), rng),
+        }
+    }
+
+    /// Some rows of the matrix, in `f32`.
+    pub fn decode_rows(&self, first: usize, count: usize) -> Tensor<2> {
+        match &self.0 {
+            Place::Host(_) | Place::Burn(_) => self.rows(first..first + count, DType::F32).into(),
+            Place::Meta(weight) => weight.rows(count, DType::F32).into(),
+            Place::Cuda(array, _) => Tensor::from(array.decode(cuda_dtype(DType::F32), None)).rows(first, count),
+        }
+    }
+
+    /// Some rows of the matrix, in Burn's tensor.
+    pub(crate) fn rows(&self, rows: core::ops::Range<usize>, dtype: DType) -> BurnTensor<2> {
+        match &self.0 {
+            Place::Host(codes) => {
+                let shape = [rows.len(), codes.dims[1]];
+                let mut values = vec![0.0; shape[0] * shape[1]];
+                cpu::decode_rows(codes, rows, &mut values);
+                crate::from_f32(values, shape, &Device::cpu(), dtype).into_burn()
+            }
+            Place::Burn(words) => words.rows(rows, dtype),
+            Place::Cuda(..) | Place::Meta(_) => two_devices(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::tests::noise;
+
+    /// Devices other than the CPU keep words; on the CPU they can be looked at without one.
+    #[test]
+    fn words_decode_as_bytes_do() {
+        let device = BurnDevice::flex();
+        let bytes = |seed, n| noise(seed, n).into_iter().map(|x| (x * 128.0) as i8).collect::<Vec<_>>();
+        let unsigned = |seed, n| bytes(seed, n).into_iter().map(i8::cast_unsigned).collect::<Vec<u8>>();
+        for dims in [[1usize, 1], [5, 13], [9, 64], [33, 129]] {
+            let n = dims[0] * dims[1];
+            let blocks = n.div_ceil(32);
+            let absmax = [
+                Absmax::Single(noise(1, blocks)),
+                Absmax::Double {
+                    codes: unsigned(2, blocks),
+                    map: Box::new(noise(3, 256).try_into().expect("256 values")),
+                    nested: noise(4, blocks.div_ceil(8)),
+                    blocksize: 8,
+                    offset: 0.25,
+                },
+            ];
+            let table = noise(5, 16).try_into().expect("16 values");
+            let mut formats = absmax
+                .map(|absmax| {
+                    let codes = unsigned(6, n.div_ceil(2));
+                    QuantizedFormat::FourBit { codes, table, blocksize: 32, absmax }
+                })
+                .to_vec();
+            formats.push(QuantizedFormat::Int8 { codes: bytes(7, n), scales: noise(8, dims[0]), factor: 1.0 / 127.0 });
+            for format in formats {
+                let codes = QuantizedData { dims, format };
+                let words = portable::Words::new(&codes, &device);
+                assert_eq!(words.codes(), codes);
+                for rows in [0..dims[0], dims[0] / 2..dims[0], 0..dims[0].div_ceil(3)] {
+                    let mut expected = vec![0.0; rows.len() * dims[1]];
+                    cpu::decode_rows(&codes, rows.clone(), &mut expected);
+                    let got = crate::to_f32(Tensor::from(words.rows(rows.clone(), DType::F32)));
+                    assert_eq!(got, expected, "rows {rows:?} of {dims:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "packed codes of 3 × 5")]
+    fn lengths_follow_from_the_shape() {
+        let absmax = Absmax::Single(vec![1.0]);
+        let format = QuantizedFormat::FourBit { codes: vec![0; 7], table: [0.0; 16], blocksize: 32, absmax };
+        QuantizedWeight::new(QuantizedData { dims: [3, 5], format }, &Device::cpu());
+    }
+}

@@ -1,0 +1,112 @@
+//! Tile sizes of the attention kernels on `mma.sync`, by card; measured and held against spills in their files.
+
+use super::{Arch, Defines};
+
+/// A kernel that has tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionKernel {
+    /// `attention_fwd`.
+    Fwd,
+    /// `attention_bwd_dq`.
+    BwdDq,
+    /// `attention_bwd_dkdv`.
+    BwdDkdv,
+}
+
+/// The tile sizes of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiles {
+    /// Queries of a tile.
+    pub block_m: u32,
+    /// Keys of a tile.
+    pub block_n: u32,
+    /// Warps of a block.
+    pub warps: u32,
+    words: [(&'static str, &'static str); 4],
+}
+
+macro_rules! tiles {
+    ($m:literal, $n:literal, $warps:literal, $blocks:literal) => {
+        Tiles {
+            block_m: $m,
+            block_n: $n,
+            warps: $warps,
+            words: [
+                ("BLOCK_M", stringify!($m)),
+                ("BLOCK_N", stringify!($n)),
+                ("WARPS", stringify!($warps)),
+                ("BLOCKS", stringify!($blocks)),
+            ],
+        }
+    };
+}
+
+impl Tiles {
+    /// For a card and a `head_dim` of 64 or 128.
+    pub fn of(kernel: AttentionKernel, head_dim: u32, arch: Arch) -> Self {
+        use AttentionKernel::{BwdDkdv, BwdDq, Fwd};
+        // In the order of the columns: what a card has of shared memory and registers decides.
+        let column = match arch.sm {
+            80 | 87 => 0,
+            90 => 2,
+            100 | 103 => 3,
+            // 86, 89, 120: 99 KiB, the least that any card has.
+            _ => 1,
+        };
+        let row = match (kernel, head_dim) {
+            (Fwd, 128) => [tiles!(128, 32, 4, 2), tiles!(128, 64, 8, 1), tiles!(128, 64, 4, 2), tiles!(128, 32, 4, 2)],
+            (Fwd, _) => [tiles!(128, 64, 4, 2), tiles!(128, 64, 4, 2), tiles!(128, 128, 4, 2), tiles!(128, 64, 4, 2)],
+            (BwdDq, 128) => {
+                [tiles!(128, 64, 8, 1), tiles!(128, 32, 8, 1), tiles!(128, 32, 4, 2), tiles!(128, 32, 4, 2)]
+            }
+            (BwdDq, _) => [tiles!(128, 64, 4, 2), tiles!(128, 64, 8, 1), tiles!(128, 64, 4, 2), tiles!(128, 48, 4, 2)],
+            (BwdDkdv, 128) => [tiles!(64, 128, 8, 1), tiles!(32, 64, 8, 1), tiles!(64, 64, 4, 2), tiles!(64, 64, 4, 2)],
+            (BwdDkdv, _) => [tiles!(64, 64, 4, 2), tiles!(64, 128, 8, 1), tiles!(64, 64, 4, 3), tiles!(64, 64, 4, 2)],
+        };
+        row[column]
+    }
+
+    /// The definitions to compile with.
+    pub fn defines(&self, dtype: &'static str, head_dim: u32) -> Defines {
+        let head_dim = if head_dim == 128 { "128" } else { "64" };
+        [("T", dtype), ("HEAD_DIM", head_dim)].into_iter().chain(self.words).collect()
+    }
+
+    /// Bytes of dynamic shared memory.
+    pub fn shared(&self, kernel: AttentionKernel, head_dim: u32) -> u32 {
+        let (m, n, row) = (self.block_m, self.block_n, 2 * head_dim);
+        match kernel {
+            AttentionKernel::Fwd => (m + 4 * n) * row,
+            AttentionKernel::BwdDq => (2 * m + 4 * n) * row,
+            AttentionKernel::BwdDkdv => (2 * n + 4 * m) * row + 2 * m * n + 16 * m,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_fit_every_card() {
+        // Opt-in shared memory of a block, KiB.
+        let cards = [(80, 163), (86, 99), (87, 163), (89, 99), (90, 227), (100, 227), (103, 227), (120, 99), (999, 99)];
+        for (sm, kib) in cards {
+            for kernel in [AttentionKernel::Fwd, AttentionKernel::BwdDq, AttentionKernel::BwdDkdv] {
+                for head_dim in [64, 128] {
+                    let tiles = Tiles::of(kernel, head_dim, Arch { sm });
+                    assert!(tiles.shared(kernel, head_dim) <= kib << 10, "sm_{sm} {kernel:?} {head_dim}: {tiles:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn definitions() {
+        let tiles = Tiles::of(AttentionKernel::BwdDkdv, 64, Arch { sm: 90 });
+        assert_eq!(
+            tiles.defines("f16", 64),
+            [("T", "f16"), ("HEAD_DIM", "64"), ("BLOCK_M", "64"), ("BLOCK_N", "64"), ("WARPS", "4"), ("BLOCKS", "3")]
+        );
+    }
+}

@@ -1,0 +1,173 @@
+//! The embedded kernel files: their text, and what they are compiled with.
+//!
+//! A new file needs one entry in the table; [`super::compile_check`] then compiles every variant of it for every
+//! architecture.
+
+use super::{Arch, AttentionKernel, Tiles};
+
+/// A kernel file.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// Its name in `kernels/cu/`.
+    pub file: &'static str,
+    /// Its entry points.
+    pub entries: &'static [&'static str],
+    /// Every list of definitions that it is used with on an architecture; none where it is not for it.
+    pub variants: fn(Arch) -> Vec<Defines>,
+    /// The headers before it, and its own text.
+    parts: &'static [&'static str],
+}
+
+/// Definitions for the compiler, name and value.
+pub type Defines = Vec<(&'static str, &'static str)>;
+
+macro_rules! sources {
+    ($($file:literal $(after $header:literal)? with $variants:expr, [$($entry:literal),* $(,)?];)*) => {
+        /// All of them.
+        pub const SOURCES: &[Source] = &[$(Source {
+            file: $file,
+            entries: &[$($entry),*],
+            variants: $variants,
+            parts: &[
+                include_str!("../../cu/prelude.cuh"),
+                $(include_str!(concat!("../../cu/", $header)),)?
+                include_str!(concat!("../../cu/", $file)),
+            ],
+        }),*];
+    };
+}
+
+sources! {
+    "attention_bwd_dkdv.cu" after "mma_sync.cuh" with |arch| attention(AttentionKernel::BwdDkdv, arch), [
+        "attention_bwd_dkdv"
+    ];
+    "attention_bwd_dq.cu" after "mma_sync.cuh" with |arch| attention(AttentionKernel::BwdDq, arch), [
+        "attention_bwd_dq"
+    ];
+    "attention_bwd_sm90.cu" after "sm90.cuh" with attention_bwd_sm90, [
+        "attention_bwd_delta_sm90", "attention_bwd_dq_sm90", "attention_bwd_sm90"
+    ];
+    "attention_delta.cu" with any_head_dim, ["attention_delta"];
+    "attention_f32.cu" with any_head_dim, ["attention_bwd_dkdv", "attention_bwd_dq", "attention_fwd"];
+    "attention_fwd.cu" after "mma_sync.cuh" with |arch| attention(AttentionKernel::Fwd, arch), ["attention_fwd"];
+    "attention_fwd_sm90.cu" after "sm90.cuh" with attention_sm90, ["attention_fwd_sm90"];
+    "cross_entropy.cu" with any_dtype, ["cross_entropy_fwd", "cross_entropy_fwd_bwd"];
+    "dequant.cu" with any_dtype, ["dequant_4bit", "dequant_4bit_double", "dequant_int8"];
+    "dropout.cu" after "philox.cuh" with any_dtype, ["dropout", "neftune"];
+    "elementwise.cu" with any_dtype, [
+        "cast_bf16", "cast_f16", "cast_f32", "mul",
+        "scale", "scale_columns", "scatter_rows"
+    ];
+    "embedding.cu" with any_dtype, ["embedding_bwd", "embedding_fwd"];
+    "optimizer.cu" with any_dtype, ["adamw", "lion", "sgd", "sum_squares", "sum_squares_finish"];
+    "optimizer_8bit.cu" with f32_alone, ["adamw_8bit", "lion_8bit", "sgd_8bit"];
+    "param_copies.cu" with any_dtype, ["param_copies"];
+    "qk_norm_rope.cu" with any_dtype, [
+        "qk_norm_rope_bwd", "qk_norm_rope_bwd_128", "qk_norm_rope_bwd_256", "qk_norm_rope_bwd_64",
+        "qk_norm_rope_dw", "qk_norm_rope_dw_128", "qk_norm_rope_dw_256", "qk_norm_rope_dw_64",
+        "qk_norm_rope_fwd", "qk_norm_rope_fwd_128", "qk_norm_rope_fwd_256", "qk_norm_rope_fwd_64"
+    ];
+    "reduce.cu" with any_dtype, ["add", "add_row_bias", "column_sums", "copy_2d", "sum_partials"];
+    "rms_norm.cu" with any_dtype, ["rms_norm_bwd", "rms_norm_dw", "rms_norm_fwd", "rms_norm_recompute"];
+    "stochastic.cu" after "philox.cuh" with any_dtype, ["store_4bit", "store_bf16", "store_int8"];
+    "swiglu.cu" with any_dtype, ["swiglu_bwd", "swiglu_fwd"];
+}
+
+/// An entry point of a kernel file. A name that the file does not list does not compile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub(super) file: &'static str,
+    pub(super) name: &'static str,
+}
+
+impl Entry {
+    /// Names an entry point.
+    ///
+    /// # Panics
+    /// If [`SOURCES`] does not list it; in a constant, that is an error of compilation.
+    pub const fn new(file: &'static str, name: &'static str) -> Self {
+        let mut source = 0;
+        while source < SOURCES.len() {
+            if same(SOURCES[source].file, file) {
+                let entries = SOURCES[source].entries;
+                let mut entry = 0;
+                while entry < entries.len() {
+                    if same(entries[entry], name) {
+                        return Self { file, name };
+                    }
+                    entry += 1;
+                }
+            }
+            source += 1;
+        }
+        panic!("the file has no such entry point")
+    }
+}
+
+/// An [`Entry`] by the names of its file and of itself, checked while compiling.
+macro_rules! entry {
+    ($file:literal, $name:expr) => {
+        const { $crate::runtime::Entry::new($file, $name) }
+    };
+}
+pub(crate) use entry;
+
+/// `a == b`, in constants.
+const fn same(a: &str, b: &str) -> bool {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
+    let mut i = 0;
+    while i < a.len() && i < b.len() && a[i] == b[i] {
+        i += 1;
+    }
+    i == a.len() && i == b.len()
+}
+
+impl Source {
+    /// The entry of a file.
+    pub fn named(file: &str) -> Option<&'static Source> {
+        SOURCES.iter().find(|source| source.file == file)
+    }
+
+    /// Returns the text for the compiler.
+    pub fn text(&self) -> String {
+        self.parts.concat()
+    }
+}
+
+/// `T`, the dtype of activations.
+fn any_dtype(arch: Arch) -> Vec<Defines> {
+    let dtypes = if arch.sm >= 80 { &["bf16", "f16", "f32"][..] } else { &[] };
+    dtypes.iter().map(|&dtype| vec![("T", dtype)]).collect()
+}
+
+/// The variants of a file that does not use `T`.
+fn f32_alone(arch: Arch) -> Vec<Defines> {
+    if arch.sm >= 80 { vec![vec![("T", "f32")]] } else { Vec::new() }
+}
+
+/// Every dtype, with the sizes of heads that models have; 80 stands for the unusual ones.
+fn any_head_dim(arch: Arch) -> Vec<Defines> {
+    let with =
+        |head_dim| any_dtype(arch).into_iter().map(move |defines| [defines, vec![("HEAD_DIM", head_dim)]].concat());
+    ["64", "80", "128"].into_iter().flat_map(with).collect()
+}
+
+/// The tensor cores' dtypes and sizes of heads.
+const TENSOR_CORES: [(&str, u32); 4] = [("bf16", 64), ("bf16", 128), ("f16", 64), ("f16", 128)];
+
+fn attention(kernel: AttentionKernel, arch: Arch) -> Vec<Defines> {
+    let all = TENSOR_CORES.into_iter().filter(|_| arch.sm >= 80);
+    all.map(|(dtype, head_dim)| Tiles::of(kernel, head_dim, arch).defines(dtype, head_dim)).collect()
+}
+
+/// wgmma exists on compute capability 9.0 alone.
+fn attention_sm90(arch: Arch) -> Vec<Defines> {
+    let all = TENSOR_CORES.into_iter().filter(|_| arch.sm == 90);
+    all.map(|(dtype, head_dim)| vec![("T", dtype), ("HEAD_DIM", if head_dim == 64 { "64" } else { "128" })]).collect()
+}
+
+fn attention_bwd_sm90(arch: Arch) -> Vec<Defines> {
+    let deterministic = |defines: &Defines| [defines.clone(), vec![("DETERMINISTIC", "")]].concat();
+    let plain = attention_sm90(arch);
+    plain.iter().map(deterministic).chain(plain.iter().cloned()).collect()
+}

@@ -1,0 +1,130 @@
+//! A frozen linear layer whose weight is kept in codes, forward and backward.
+
+use burn::tensor::DType;
+use rekindle_kernels::QuantizedWeight;
+use rekindle_kernels::quantized::{Absmax, QuantizedData, QuantizedFormat};
+
+use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
+
+/// y = x · Wᵀ + bias with x `[m, k]` and W `[n, k]` in codes.
+pub(crate) struct Packed {
+    m: usize,
+    codes: QuantizedData,
+    x: Vec<f32>,
+    bias: Vec<f32>,
+    dy: Vec<f32>,
+    beside: Vec<f32>,
+}
+
+/// What the codes are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Kind {
+    FourBit,
+    FourBitDouble,
+    Int8,
+}
+
+impl Kind {
+    pub(crate) const ALL: [Self; 3] = [Self::FourBit, Self::FourBitDouble, Self::Int8];
+}
+
+/// Codes that share a scale, and scales that share a nested one.
+const BLOCKS: (usize, usize) = (32, 4);
+
+impl Packed {
+    pub(crate) fn new([m, n, k]: [usize; 3], kind: Kind, dtype: DType) -> Self {
+        let input = |seed, n| rounded(noise(seed, n), dtype);
+        let bytes = |seed, n| noise(seed, n).into_iter().map(|x| (x * 128.0) as i8).collect::<Vec<_>>();
+        let blocks = (n * k).div_ceil(BLOCKS.0);
+        let absmax = match kind {
+            Kind::FourBit => Absmax::Single(noise(8, blocks)),
+            _ => Absmax::Double {
+                codes: bytes(8, blocks).into_iter().map(i8::cast_unsigned).collect(),
+                map: Box::new(noise(9, 256).try_into().expect("256 values")),
+                nested: noise(10, blocks.div_ceil(BLOCKS.1)),
+                blocksize: BLOCKS.1,
+                offset: 0.7,
+            },
+        };
+        let format = match kind {
+            Kind::Int8 => QuantizedFormat::Int8 { codes: bytes(7, n * k), scales: noise(8, n), factor: 1.0 / 127.0 },
+            _ => QuantizedFormat::FourBit {
+                codes: bytes(7, (n * k).div_ceil(2)).into_iter().map(i8::cast_unsigned).collect(),
+                table: noise(11, 16).try_into().expect("16 values"),
+                blocksize: BLOCKS.0,
+                absmax,
+            },
+        };
+        let codes = QuantizedData { dims: [n, k], format };
+        Self { m, codes, x: input(1, m * k), bias: input(3, n), dy: input(4, m * n), beside: input(6, m * k) }
+    }
+
+    pub(crate) fn into_codes(self) -> QuantizedData {
+        self.codes
+    }
+
+    /// The weight by the definition, element by element.
+    pub(crate) fn weight(&self) -> Vec<f32> {
+        let [rows, cols] = self.codes.dims;
+        let element = |i: usize| match &self.codes.format {
+            QuantizedFormat::Int8 { codes, scales, factor } => f32::from(codes[i]) * scales[i / cols] * factor,
+            QuantizedFormat::FourBit { codes, table, blocksize, absmax } => {
+                let code = if i.is_multiple_of(2) { codes[i / 2] >> 4 } else { codes[i / 2] & 15 };
+                let block = i / blocksize;
+                let scale = match absmax {
+                    Absmax::Single(absmax) => absmax[block],
+                    Absmax::Double { codes, map, nested, blocksize, offset } => {
+                        map[usize::from(codes[block])] * nested[block / blocksize] + offset
+                    }
+                };
+                table[usize::from(code)] * scale
+            }
+        };
+        (0..rows * cols).map(element).collect()
+    }
+}
+
+impl Case for Packed {
+    fn naive(&self, dtype: DType) -> Results {
+        let (m, [n, k]) = (self.m, self.codes.dims);
+        let oracle = Oracle::new(dtype);
+        let weight = oracle.constant(&self.weight(), [n, k]);
+        let (x, dy) = (oracle.leaf(&self.x, [m, k]), oracle.constant(&self.dy, [m, n]));
+        let product = x.clone().matmul(weight.clone().transpose());
+        let y = product.clone() + oracle.constant(&self.bias, [n]).unsqueeze::<2>();
+        let grads = (product.clone() * dy.clone()).sum().backward();
+        // The same product in a loss of its own, with a second way from the loss to x.
+        let x2 = oracle.leaf(&self.x, [m, k]);
+        let product2 = x2.clone().matmul(weight.clone().transpose());
+        let beside = (x2.clone() * oracle.constant(&self.beside, [m, k])).sum();
+        let grads2 = ((product2 * dy).sum() + beside).backward();
+        vec![
+            ("weight", values(weight)),
+            ("product", values(product)),
+            ("y", values(y)),
+            ("dx", grad(&x, &grads)),
+            ("dx added", grad(&x2, &grads2)),
+        ]
+    }
+
+    fn ours(&self, place: &Place) -> Results {
+        let (m, [n, k]) = (self.m, self.codes.dims);
+        let weight = QuantizedWeight::new(self.codes.clone(), &place.device);
+        assert_eq!(*weight.data(), self.codes, "codes come back as they were");
+        let (x, dy) = (place.matrix(&self.x, [m, k]), place.matrix(&self.dy, [m, n]));
+        let bias = place.vector(&self.bias);
+        vec![
+            ("weight", values(weight.decode(place.dtype))),
+            ("product", values(weight.nt(&x, None))),
+            ("y", values(weight.nt(&x, Some(&bias)))),
+            ("dx", values(weight.nn(&dy, None))),
+            ("dx added", values(weight.nn(&dy, Some(place.matrix(&self.beside, [m, k]))))),
+        ]
+    }
+}
+
+impl std::fmt::Debug for Packed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {} × {:?}", self.codes.format.name(), self.m, self.codes.dims)
+    }
+}
