@@ -8,10 +8,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::dataset::Dataset;
-use crate::report::LoadReport;
+use crate::report::{CacheUse, LoadReport};
 
-pub(crate) use fingerprint::{fingerprint, hex};
-pub(crate) use stored::Stored;
+pub(crate) use fingerprint::fingerprint;
+use stored::Stored;
 
 /// Where encoded datasets are kept: `datasets` in `REKINDLE_CACHE`, or in `rekindle` in `XDG_CACHE_HOME` or `~/.cache`.
 /// `None` where none of them is known.
@@ -20,20 +20,6 @@ pub fn default_cache_dir() -> Option<PathBuf> {
     let caches = || var("XDG_CACHE_HOME").or_else(|| env::home_dir().map(|home| home.join(".cache")));
     let root = var("REKINDLE_CACHE").or_else(|| caches().map(|caches| caches.join("rekindle")))?;
     Some(root.join("datasets"))
-}
-
-/// What happened to the cache while a dataset was loaded.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum CacheUse {
-    /// There is none, or the rows cannot be read twice.
-    #[default]
-    Off,
-    /// The examples are memory-mapped from this file.
-    Read(PathBuf),
-    /// They were encoded, and written to this file.
-    Written(PathBuf),
-    /// They were encoded, and could not be written.
-    Failed(String),
 }
 
 /// The file of a dataset in a cache.
@@ -54,7 +40,8 @@ pub(crate) fn read(dir: &Path, fingerprint: &str, files: &[PathBuf]) -> Option<(
 pub(crate) fn write(dir: &Path, dataset: &Dataset, report: &mut LoadReport) {
     let path = path(dir, dataset.fingerprint());
     let made = fs::create_dir_all(dir).map_err(|error| format!("{}: {error}", dir.display()));
-    let written = made.and_then(|()| dataset.write(&path, report).map_err(|error| error.to_string()));
+    let write = || Stored::write(&path, dataset.arrays(), dataset.fingerprint(), report);
+    let written = made.and_then(|()| write().map_err(|error| error.to_string()));
     report.cache = match written {
         Ok(()) => CacheUse::Written(path),
         Err(why) => CacheUse::Failed(why),

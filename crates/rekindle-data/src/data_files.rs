@@ -2,9 +2,10 @@ use std::path::{Path, PathBuf};
 
 use crate::cache;
 use crate::columns::Columns;
-use crate::dataset::{Dataset, EncodeOptions, load};
+use crate::dataset::{Dataset, load};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::options::EncodeOptions;
 use crate::report::LoadReport;
 use crate::tokenizer::Tokenizer;
 
@@ -100,5 +101,16 @@ impl DataFiles {
             cache::write(dir, &dataset, &mut report);
         }
         Ok((dataset, report))
+    }
+}
+
+impl Dataset {
+    /// Reads and encodes the rows of a file, or of all files of a directory or a pattern. Only rows of `input_ids` do
+    /// without a `tokenizer`.
+    ///
+    /// # Errors
+    /// As [`DataFiles::find`] and [`DataFiles::load`].
+    pub fn load(path: &Path, tokenizer: Option<&Tokenizer>, options: &EncodeOptions) -> Result<(Self, LoadReport)> {
+        DataFiles::find([path])?.load(tokenizer, options)
     }
 }

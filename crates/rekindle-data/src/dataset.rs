@@ -1,17 +1,8 @@
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
-use crate::cache::Stored;
-use crate::data_files::DataFiles;
-use crate::encode::{Encoded, Example};
-use crate::error::Result;
-use crate::mask::{Thinking, TrainOn, Untrained};
-use crate::overlong::Overlong;
-use crate::report::LoadReport;
+use crate::example::{Encoded, Example};
 use crate::row::RowNumber;
-use crate::tokenizer::Tokenizer;
 
 mod load;
 
@@ -25,47 +16,7 @@ pub struct Dataset {
     fingerprint: String,
 }
 
-/// What a row must fit into.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct EncodeOptions {
-    /// The most tokens of an example, at least 2.
-    pub max_seq_length: usize,
-    /// What happens to longer rows.
-    pub overlong: Overlong,
-    /// The vocabulary of the model; an id that is not below it is an error.
-    pub vocab_size: Option<usize>,
-    /// Which turns of a conversation are trained.
-    pub train_on: TrainOn,
-    /// What happens to reasoning.
-    pub thinking: Thinking,
-    /// What happens to rows without a label that counts.
-    pub untrained: Untrained,
-}
-
-impl Default for EncodeOptions {
-    fn default() -> Self {
-        EncodeOptions {
-            max_seq_length: 2048,
-            overlong: Overlong::Error,
-            vocab_size: None,
-            train_on: TrainOn::Assistant,
-            thinking: Thinking::Keep,
-            untrained: Untrained::Error,
-        }
-    }
-}
-
 impl Dataset {
-    /// Reads and encodes the rows of a file, or of all files of a directory or a pattern. Only rows of `input_ids` do
-    /// without a `tokenizer`.
-    ///
-    /// # Errors
-    /// As [`DataFiles::find`] and [`DataFiles::load`].
-    pub fn load(path: &Path, tokenizer: Option<&Tokenizer>, options: &EncodeOptions) -> Result<(Self, LoadReport)> {
-        DataFiles::find([path])?.load(tokenizer, options)
-    }
-
     pub(crate) fn new(examples: impl Examples + 'static, files: Vec<PathBuf>, fingerprint: String) -> Self {
         Dataset { examples: Arc::new(examples), files, fingerprint }
     }
@@ -104,9 +55,9 @@ impl Dataset {
         (0..self.len()).map(|index| self.example(index))
     }
 
-    /// Writes the examples to a file of the cache.
-    pub(crate) fn write(&self, path: &Path, report: &LoadReport) -> Result<(), rekindle_hub::Error> {
-        Stored::write(path, &*self.examples, &self.fingerprint, report)
+    /// The arrays of all examples.
+    pub(crate) fn arrays(&self) -> &dyn Examples {
+        &*self.examples
     }
 }
 

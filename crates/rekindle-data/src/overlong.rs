@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use crate::encode::{Encoded, IGNORED};
+use crate::example::{Encoded, IGNORED};
 
 /// What happens to a row with more than `max_seq_length` tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

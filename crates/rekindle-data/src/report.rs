@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::cache::CacheUse;
 use crate::error::place;
 use crate::row::{RowFormat, RowNumber};
 
@@ -45,6 +44,20 @@ pub struct LoadReport {
     /// What happened to the cache.
     #[serde(skip)]
     pub cache: CacheUse,
+}
+
+/// How the cache was used while a dataset was loaded.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum CacheUse {
+    /// There is none, or the rows cannot be read twice.
+    #[default]
+    Off,
+    /// The examples are memory-mapped from this file.
+    Read(PathBuf),
+    /// They were encoded, and written to this file.
+    Written(PathBuf),
+    /// They were encoded, and could not be written.
+    Failed(String),
 }
 
 /// Where a row stands.

@@ -9,8 +9,9 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use crate::columns::Columns;
-use crate::dataset::EncodeOptions;
 use crate::error::{Error, Result};
+use crate::hash::hex;
+use crate::options::EncodeOptions;
 use crate::tokenizer::Tokenizer;
 
 /// Raised with every change that makes other ids or labels of the same rows, or stores them otherwise.
@@ -70,10 +71,6 @@ impl Fingerprint {
             None => Ok(()),
         }
     }
-}
-
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn look(files: &[PathBuf]) -> Result<Vec<(u64, Option<SystemTime>)>> {

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use rekindle_hub::{Dtype, SafetensorsFile, TensorSpec, TensorView, write_safetensors};
 use sha2::{Digest, Sha256};
 
-use super::fingerprint::hex;
 use crate::dataset::Examples;
+use crate::hash::hex;
 use crate::report::LoadReport;
 
 /// The file of a dataset, memory-mapped and checked.

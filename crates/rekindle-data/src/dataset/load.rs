@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::{Dataset, EncodeOptions, Examples, InMemory};
-use crate::cache::hex;
+use super::{Dataset, Examples, InMemory};
 use crate::columns::{Columns, Found};
-use crate::encode::{Encoded, encode};
+use crate::encode::encode;
 use crate::error::{Error, Result};
+use crate::example::Encoded;
 use crate::files::{self, RawRow};
+use crate::hash::hex;
 use crate::mask::Untrained;
+use crate::options::EncodeOptions;
 use crate::overlong::{self, Overlong};
 use crate::report::{Change, LoadReport, RowPlace};
 use crate::row::{RowContent, RowFormat, RowNumber};

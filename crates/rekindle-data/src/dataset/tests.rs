@@ -1,6 +1,9 @@
+use std::path::Path;
+
 use super::*;
-use crate::ErrorKind;
+use crate::error::Result;
 use crate::test_support::{BRACKETS, CHATML, checkpoint, tokenizer, write_json, write_rows};
+use crate::{DataFiles, EncodeOptions, ErrorKind, LoadReport, Overlong, Tokenizer, Untrained};
 
 const ROWS: &str =
     "{\"input_ids\": [1, 2, 3]}\n\n{\"input_ids\": [1, 2, 3, 4, 5, 6], \"labels\": [-100, -100, -100, 4, 5, 6]}\n";

@@ -4,10 +4,11 @@ use std::ops::Range;
 
 use serde_json::{Map, Value};
 
-use super::{IGNORED, label, text_error};
-use crate::dataset::EncodeOptions;
+use super::{label, text_error};
+use crate::example::IGNORED;
 use crate::mask::{self, Thinking, TrainOn};
 use crate::message::Message;
+use crate::options::EncodeOptions;
 use crate::spans::{self, Conversation, Turn};
 use crate::template::{ChatTemplate, RenderOptions};
 use crate::tokenizer::{Tokenized, Tokenizer};

@@ -1,0 +1,37 @@
+//! Options of encoding.
+
+use serde::{Deserialize, Serialize};
+
+use crate::mask::{Thinking, TrainOn, Untrained};
+use crate::overlong::Overlong;
+
+/// Options of encoding: the length limit, the vocabulary, and which tokens are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EncodeOptions {
+    /// The most tokens of an example, at least 2.
+    pub max_seq_length: usize,
+    /// What happens to longer rows.
+    pub overlong: Overlong,
+    /// The vocabulary of the model; an id that is not below it is an error.
+    pub vocab_size: Option<usize>,
+    /// Which turns of a conversation are trained.
+    pub train_on: TrainOn,
+    /// What happens to reasoning.
+    pub thinking: Thinking,
+    /// What happens to rows without a label that counts.
+    pub untrained: Untrained,
+}
+
+impl Default for EncodeOptions {
+    fn default() -> Self {
+        EncodeOptions {
+            max_seq_length: 2048,
+            overlong: Overlong::Error,
+            vocab_size: None,
+            train_on: TrainOn::Assistant,
+            thinking: Thinking::Keep,
+            untrained: Untrained::Error,
+        }
+    }
+}
