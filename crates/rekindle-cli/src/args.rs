@@ -406,6 +406,8 @@ const RUN_FILE: &str = r#"Example of a run file; all that is not commented out i
   # train_on = "assistant"          # assistant | last_assistant | all
   # thinking = "keep"               # keep | strip | mask: reasoning, taken out or shown and not trained
   # untrained = "error"             # error | drop: rows with nothing to train
+  # not_shown = "error"             # error | drop | allow: rows of which the chat template leaves something out
+  # chat_template = "tool_use"      # one of several templates by name
 
   [train]                           # names as in Hugging Face's TrainingArguments
   # per_device_train_batch_size = 8, packing = false, num_train_epochs = 3 or max_steps, learning_rate,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rekindle::{
     Blocksize, Columns, DataSource, DeviceKind, Dtype, FastLanguageModel, GradientCheckpointing, Loader, LoraConfig,
-    Model, Overlong, QuantConfig, RopeScaling, SftConfig, Source, Thinking, TrainOn, Untrained, parse_device,
+    Model, NotShown, Overlong, QuantConfig, RopeScaling, SftConfig, Source, Thinking, TrainOn, Untrained, parse_device,
     stored_quantization,
 };
 use serde::{Deserialize, Serialize};
@@ -193,6 +193,9 @@ pub(crate) struct DataSection {
     pub(crate) train_on: TrainOn,
     pub(crate) thinking: Thinking,
     pub(crate) untrained: Untrained,
+    pub(crate) not_shown: NotShown,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) chat_template: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) revision: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -225,6 +228,8 @@ impl Default for DataSection {
             train_on: TrainOn::default(),
             thinking: Thinking::default(),
             untrained: Untrained::default(),
+            not_shown: NotShown::default(),
+            chat_template: None,
             revision: None,
             subset: None,
             split: None,
@@ -252,6 +257,8 @@ impl DataSection {
             .train_on(self.train_on)
             .thinking(self.thinking)
             .untrained(self.untrained)
+            .not_shown(self.not_shown)
+            .chat_template(self.chat_template.clone())
             .columns(self.columns.clone())
             .cache(self.cache)
             .hub(model.token.clone(), model.cache_dir.clone(), model.local_files_only);

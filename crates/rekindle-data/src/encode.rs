@@ -1,11 +1,14 @@
 use crate::error::Error;
-use crate::example::{Encoded, IGNORED};
+use crate::example::{Encoded, IGNORED, RowNotes};
 use crate::mask::TrainOn;
 use crate::options::EncodeOptions;
 use crate::row::RowContent;
 use crate::tokenizer::{Tokenized, Tokenizer};
 
+mod border;
 mod conversation;
+mod prepare;
+mod shown;
 
 pub(crate) use conversation::end_of_turn;
 
@@ -13,7 +16,7 @@ pub(crate) use conversation::end_of_turn;
 ///
 /// - Messages: see [`conversation::encode`].
 /// - Prompt and completion: both as one text with what the tokenizer puts around it and the end token, unless it ends so
-///   already; a token counts when it begins in the completion or comes after it.
+///   already; the completion counts. Where a token would span both, they are encoded apart, as [`border::split`] says.
 /// - Text: likewise, and everything counts.
 /// - Ids: as given.
 ///
@@ -26,10 +29,10 @@ pub(crate) fn encode(
 ) -> Result<Encoded, String> {
     if let RowContent::InputIds { input_ids, labels } = content {
         let labels = labels.unwrap_or_else(|| input_ids.iter().map(|&id| label(id)).collect());
-        return Ok(Encoded { input_ids, labels, line });
+        return Ok(Encoded { input_ids, labels, line, notes: RowNotes::default() });
     }
     let tokenizer = tokenizer.ok_or("this kind of row needs a tokenizer; only \"input_ids\" does without")?;
-    let (input_ids, labels) = match content {
+    let (input_ids, labels, notes) = match content {
         RowContent::Messages { messages, trained_from, tools, kwargs } => {
             conversation::encode(tokenizer, messages, trained_from, tools, kwargs, options)?
         }
@@ -40,15 +43,20 @@ pub(crate) fn encode(
         RowContent::Text(text) => raw_text(tokenizer, "", &text)?,
         RowContent::InputIds { .. } => unreachable!("returned above"),
     };
-    Ok(Encoded { input_ids, labels, line })
+    Ok(Encoded { input_ids, labels, line, notes })
 }
 
-fn raw_text(tokenizer: &Tokenizer, prompt: &str, completion: &str) -> Result<(Vec<u32>, Vec<i32>), String> {
+/// Ids, labels, and what is to be counted.
+type Parts = (Vec<u32>, Vec<i32>, RowNotes);
+
+fn raw_text(tokenizer: &Tokenizer, prompt: &str, completion: &str) -> Result<Parts, String> {
     let eos = tokenizer.eos_id().ok_or(
         "rows of text need an end token, and the checkpoint names none; put eos_token into its tokenizer_config.json, or \
          use rows of \"input_ids\"",
     )?;
-    let mut encoded = tokenizer.encode_with_places(&format!("{prompt}{completion}"), true).map_err(text_error)?;
+    let text = format!("{prompt}{completion}");
+    let whole = tokenizer.encode_with_places(&text, true).map_err(text_error)?;
+    let (mut encoded, joined) = border::split(tokenizer, &text, whole, [prompt.len()])?;
     let bos = tokenizer.bos_id();
     if let ([first, second, ..], [None, ..]) = (&*encoded.ids, &*encoded.places)
         && first == second
@@ -62,15 +70,15 @@ fn raw_text(tokenizer: &Tokenizer, prompt: &str, completion: &str) -> Result<(Ve
         ids.push(eos);
         labels.push(label(eos));
     }
-    Ok((ids, labels))
+    Ok((ids, labels, RowNotes { joined, not_shown: false }))
 }
 
-/// Ids and labels, where tokens count that begin at `from` or later. What the tokenizer added counts when something that
-/// counts stands before it: an end token does, a beginning one does not.
+/// Ids and labels, where tokens count of which some part stands at `from` or later. What the tokenizer added counts when
+/// something that counts stands before it: an end token does, a beginning one does not.
 fn masked(encoded: Tokenized, from: usize) -> (Vec<u32>, Vec<i32>) {
     let mut last = false;
     let labels = encoded.ids.iter().zip(&encoded.places).map(|(&id, place)| {
-        last = place.as_ref().map_or(last, |place| place.start >= from);
+        last = place.as_ref().map_or(last, |place| place.start >= from || place.end > from);
         if last { label(id) } else { IGNORED }
     });
     let labels = labels.collect();

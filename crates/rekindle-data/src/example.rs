@@ -34,6 +34,16 @@ pub(crate) struct Encoded {
     pub(crate) input_ids: Vec<u32>,
     pub(crate) labels: Vec<i32>,
     pub(crate) line: usize,
+    pub(crate) notes: RowNotes,
+}
+
+/// What happened to a row while it was encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct RowNotes {
+    /// A token would span what is given and what is learned.
+    pub(crate) joined: bool,
+    /// The template leaves something of it out.
+    pub(crate) not_shown: bool,
 }
 
 impl Encoded {

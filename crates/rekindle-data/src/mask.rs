@@ -45,6 +45,20 @@ pub enum Untrained {
     Drop,
 }
 
+/// What happens to a row of which the chat template leaves something out: calls of tools, `tools`, a turn, or the
+/// reasoning of a turn that is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NotShown {
+    /// Loading fails and names the row and the part.
+    #[default]
+    Error,
+    /// The row is left out, and counted.
+    Drop,
+    /// The row is trained as the template shows it, and counted.
+    Allow,
+}
+
 /// Whether each turn may be trained: a turn may say `"train": false`, or `"weight": 0`. Both keys are taken out of the
 /// messages.
 pub(crate) fn take_weights(messages: &mut [Message]) -> Result<Vec<bool>, String> {
@@ -84,11 +98,13 @@ pub(crate) fn strip_reasoning(messages: &mut [Message]) -> Result<(), String> {
         for name in REASONING {
             message.extra.shift_remove(name);
         }
-        if let Some(end) = thought_end(&message.content) {
-            message.content.drain(..end);
+        if let Some(content) = &mut message.content
+            && let Some(end) = thought_end(content)
+        {
+            content.drain(..end);
         }
         let calls = message.extra.get("tool_calls").is_some_and(|calls| !calls.is_null());
-        if message.content.trim().is_empty() && !calls {
+        if message.text().trim().is_empty() && !calls {
             return Err(format!(
                 "messages[{turn}] (assistant) has nothing but reasoning, which thinking = \"strip\" takes away; \
                  remove the row, or set thinking = \"keep\" or \"mask\""
@@ -167,8 +183,8 @@ mod tests {
         assert_eq!(json("\"last_assistant\"").expect("known"), TrainOn::LastAssistant);
         assert!(json("\"user\"").expect_err("unknown").to_string().contains("`assistant`, `last_assistant`, `all`"));
         assert_eq!(
-            serde_json::to_string(&(Thinking::Mask, Untrained::Drop)).expect("serializable"),
-            "[\"mask\",\"drop\"]"
+            serde_json::to_string(&(Thinking::Mask, Untrained::Drop, NotShown::Allow)).expect("serializable"),
+            "[\"mask\",\"drop\",\"allow\"]"
         );
     }
 }

@@ -1,5 +1,6 @@
-use serde::Serialize;
 use serde_json::{Map, Value, json};
+
+use crate::numbers;
 
 /// The roles that a chat template may be asked for.
 pub(crate) const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
@@ -22,22 +23,26 @@ const OTHER_NAMES: [(&str, &str); 11] = [
 /// Names of an assistant turn whose text is the JSON of its calls.
 const CALLS: [&str; 2] = ["function_call", "tool_call"];
 
-/// One turn of a conversation, as a chat template sees it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Message {
     /// `system`, `developer`, `user`, `assistant` or `tool`.
     pub role: String,
-    /// The text; may be empty beside `tool_calls`.
-    pub content: String,
+    /// The text. `None` is the null beside `tool_calls`, which a template sees as none.
+    pub content: Option<String>,
     /// Everything else of the turn (`tool_calls`, `reasoning_content`, `name` …), handed to the template as it is.
-    #[serde(flatten)]
     pub extra: Map<String, Value>,
 }
 
 impl Message {
     /// A turn with text only.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Message { role: role.into(), content: content.into(), extra: Map::new() }
+        Message { role: role.into(), content: Some(content.into()), extra: Map::new() }
+    }
+
+    /// The text; empty where there is none.
+    pub fn text(&self) -> &str {
+        self.content.as_deref().unwrap_or_default()
     }
 
     pub(crate) fn is_assistant(&self) -> bool {
@@ -77,24 +82,48 @@ impl Message {
         if !ROLES.contains(&role.as_str()) {
             return Err(format!("{what}.{role_key} {role:?} is unknown; known: {}", ROLES.join(", ")));
         }
-        let calls = fields.contains_key("tool_calls");
+        check_calls(&mut fields, what)?;
+        let calls = role == "assistant" && fields.contains_key("tool_calls");
         let spoken = matches!(role.as_str(), "user" | "assistant");
         match content {
-            // Templates join the content to other text; transformers users write "" there, other tools null or nothing.
-            None if calls => Ok(Message { role, content: String::new(), extra: fields }),
-            None => Err(format!("{what} ({role}) has no {content_key:?}")),
+            None if !calls => Err(format!("{what} ({role}) has no {content_key:?}")),
             // An empty system prompt or tool result says something; an empty question or answer is a broken row.
             Some(text) if text.trim().is_empty() && spoken && !calls => {
                 Err(format!("{what} ({role}) is empty; remove the row or fill it in"))
             }
-            Some(content) => Ok(Message { role, content, extra: fields }),
+            content => Ok(Message { role, content, extra: fields }),
         }
     }
 }
 
+/// Checks `tool_calls`, and takes an empty list away: many exports have one in every turn, and it says nothing.
+fn check_calls(fields: &mut Map<String, Value>, what: &str) -> Result<(), String> {
+    let calls = match fields.get("tool_calls") {
+        None => return Ok(()),
+        Some(Value::Array(calls)) => calls,
+        Some(other) => return Err(format!("{what}.tool_calls is {}, not a list of calls", type_name(other))),
+    };
+    for (index, call) in calls.iter().enumerate() {
+        if !call.is_object() {
+            return Err(format!("{what}.tool_calls[{index}] is {}, not an object", type_name(call)));
+        }
+        let name = call.get("function").unwrap_or(call).get("name").and_then(Value::as_str);
+        if name.is_none_or(|name| name.trim().is_empty()) {
+            return Err(format!(
+                "{what}.tool_calls[{index}] has no name; expected {{\"function\": {{\"name\": …, \"arguments\": …}}}} \
+                 or {{\"name\": …, \"arguments\": …}}"
+            ));
+        }
+    }
+    if calls.is_empty() {
+        fields.shift_remove("tool_calls");
+    }
+    Ok(())
+}
+
 /// The calls whose JSON is a turn's text, `{"name": …, "arguments": …}` or a list of these, as templates read them.
 fn calls(text: &str, what: &str) -> Result<Value, String> {
-    let value = serde_json::from_str(text).map_err(|error| format!("{what} is not the JSON of a call: {error}"))?;
+    let value = numbers::parse(text).map_err(|error| format!("{what} is not the JSON of a call: {error}"))?;
     let calls = match value {
         Value::Array(calls) => calls,
         one => vec![one],
@@ -128,6 +157,7 @@ pub(crate) fn type_name(value: &Value) -> &'static str {
         Value::Number(_) => "a number",
         Value::String(_) => "a string",
         Value::Array(_) => "a list",
+        Value::Object(fields) if numbers::integer_of(fields).is_some() => "a number",
         Value::Object(_) => "an object",
     }
 }
@@ -155,14 +185,48 @@ mod tests {
         let value = json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
             "name": "Ann"});
         let message = Message::from_json(value, "m").expect("valid");
-        assert_eq!(message.content, "ab");
+        assert_eq!(message.text(), "ab");
         assert_eq!(message.extra["name"], "Ann");
     }
 
     #[test]
     fn a_call_of_a_tool_needs_no_content() {
-        let value = json!({"role": "assistant", "content": null, "tool_calls": [{"name": "clock"}]});
-        assert_eq!(Message::from_json(value, "m").expect("valid").content, "");
+        let turn = |content| {
+            let value = json!({"role": "assistant", "content": content, "tool_calls": [{"name": "clock"}]});
+            Message::from_json(value, "m").expect("valid").content
+        };
+        assert_eq!((turn(json!(null)), turn(json!(""))), (None, Some(String::new())));
+        let value = json!({"role": "assistant", "tool_calls": [{"function": {"name": "clock"}}]});
+        assert_eq!(Message::from_json(value, "m").expect("valid").content, None);
+    }
+
+    #[test]
+    fn calls_are_a_list_of_objects_with_names() {
+        let turn = |content: &str, calls: Value| json!({"role": "assistant", "content": content, "tool_calls": calls});
+        // An empty list says nothing, beside an answer and beside none.
+        let answer = Message::from_json(turn("a", json!([])), "m").expect("valid");
+        assert_eq!(answer, Message::new("assistant", "a"));
+        for empty in ["", " "] {
+            assert_eq!(error(turn(empty, json!([]))), "messages[1] (assistant) is empty; remove the row or fill it in");
+        }
+        for content in ["", "a"] {
+            assert_eq!(error(turn(content, json!({}))), "messages[1].tool_calls is an object, not a list of calls");
+            for text in ["", "[]", "[{\"name\": \"clock\"}]"] {
+                assert_eq!(
+                    error(turn(content, json!(text))),
+                    "messages[1].tool_calls is a string, not a list of calls"
+                );
+            }
+            assert_eq!(error(turn(content, json!([3]))), "messages[1].tool_calls[0] is a number, not an object");
+            assert_eq!(error(turn(content, json!([null]))), "messages[1].tool_calls[0] is null, not an object");
+            for call in [json!({}), json!({"function": {}}), json!({"function": {"name": ""}}), json!({"name": 3})] {
+                let found = error(turn(content, json!([{"name": "clock"}, call])));
+                assert!(found.starts_with("messages[1].tool_calls[1] has no name; expected "), "{found}");
+            }
+        }
+        // Only the assistant calls.
+        let user = json!({"role": "user", "content": "", "tool_calls": [{"name": "clock"}]});
+        assert_eq!(error(user), "messages[1] (user) is empty; remove the row or fill it in");
     }
 
     #[test]
@@ -175,7 +239,7 @@ mod tests {
         let call = json!({"name": "clock", "arguments": {"zone": "UTC"}});
         let turn = json!({"from": "function_call", "value": call.to_string()});
         let message = Message::from_json(turn, "m").expect("valid");
-        assert_eq!((message.role.as_str(), message.content.as_str()), ("assistant", ""));
+        assert_eq!((message.role.as_str(), message.content), ("assistant", None));
         assert_eq!(message.extra["tool_calls"], json!([{"type": "function", "function": call}]));
     }
 

@@ -2,11 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::mask::{Thinking, TrainOn, Untrained};
+use crate::mask::{NotShown, Thinking, TrainOn, Untrained};
 use crate::overlong::Overlong;
 
 /// Options of encoding: the length limit, the vocabulary, and which tokens are trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EncodeOptions {
     /// The most tokens of an example, at least 2.
@@ -21,6 +21,11 @@ pub struct EncodeOptions {
     pub thinking: Thinking,
     /// What happens to rows without a label that counts.
     pub untrained: Untrained,
+    /// What happens to rows of which the chat template leaves something out.
+    pub not_shown: NotShown,
+    /// The name of the chat template, of a checkpoint that has several. Default: as transformers chooses, `tool_use` for
+    /// rows with tools, else `default`.
+    pub chat_template: Option<String>,
 }
 
 impl Default for EncodeOptions {
@@ -32,6 +37,8 @@ impl Default for EncodeOptions {
             train_on: TrainOn::Assistant,
             thinking: Thinking::Keep,
             untrained: Untrained::Error,
+            not_shown: NotShown::Error,
+            chat_template: None,
         }
     }
 }

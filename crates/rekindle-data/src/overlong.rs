@@ -36,7 +36,12 @@ pub(crate) fn split(example: &Encoded, max: usize) -> Vec<Encoded> {
         if start > 0 {
             labels[0] = IGNORED;
         }
-        pieces.push(Encoded { input_ids: example.input_ids[start..end].to_vec(), labels, line: example.line });
+        pieces.push(Encoded {
+            input_ids: example.input_ids[start..end].to_vec(),
+            labels,
+            line: example.line,
+            notes: example.notes,
+        });
         if end == len {
             return pieces;
         }
@@ -51,7 +56,12 @@ mod tests {
     #[test]
     fn pieces_keep_every_label_once() {
         for (len, max) in [(2_u32, 2), (7, 2), (7, 3), (9, 3), (10, 4), (5, 5), (6, 5)] {
-            let row = Encoded { input_ids: (0..len).collect(), labels: (0..len as i32).collect(), line: 1 };
+            let row = Encoded {
+                input_ids: (0..len).collect(),
+                labels: (0..len as i32).collect(),
+                line: 1,
+                notes: Default::default(),
+            };
             let pieces = split(&row, max);
             assert!(pieces.iter().all(|piece| (2..=max).contains(&piece.input_ids.len())), "{pieces:?}");
             let counted: Vec<i32> =

@@ -36,6 +36,12 @@ pub struct LoadReport {
     pub split: usize,
     /// Rows left out because no label of them counts.
     pub untrained: usize,
+    /// Rows of which the chat template leaves something out, with `not_shown` as `drop` or `allow`.
+    pub not_shown: usize,
+    /// Whether those were left out.
+    pub not_shown_dropped: bool,
+    /// Rows in which one token would span what is given and what is learned.
+    pub joined: usize,
     /// The first of the rows that were left out, truncated or split.
     pub first_changed: Vec<(Change, RowPlace)>,
     /// What the user should be told of how the files were found.
@@ -81,7 +87,15 @@ pub enum Change {
     Split,
     /// It was left out because no label of it counts.
     Untrained,
+    /// The chat template does not show all of it.
+    NotShown,
+    /// What is given and what is learned were encoded apart.
+    Joined,
 }
+
+/// Said of rows whose prompt ends where no token does, in a space for example.
+const JOINED: &str = "encoded with prompt and answer apart, where one token would span both (a prompt should not end in a \
+                      space)";
 
 /// How many rows of each change are named.
 const NAMED: usize = 3;
@@ -94,6 +108,8 @@ impl LoadReport {
             Change::Truncated => &mut self.truncated,
             Change::Split => &mut self.split,
             Change::Untrained => &mut self.untrained,
+            Change::NotShown => &mut self.not_shown,
+            Change::Joined => &mut self.joined,
         };
         *count += 1;
         if *count <= NAMED {
@@ -125,11 +141,17 @@ impl fmt::Display for LoadReport {
         if let Some(at) = self.longest_at {
             write!(f, " ({})", self.place(at))?;
         }
+        let not_shown = match self.not_shown_dropped {
+            true => "dropped because the chat template does not show all of them",
+            false => "trained without what the chat template does not show",
+        };
         let counts = [
             (Change::Dropped, self.dropped, "dropped"),
             (Change::Truncated, self.truncated, "truncated"),
             (Change::Split, self.split, "split"),
             (Change::Untrained, self.untrained, "dropped with nothing to train"),
+            (Change::NotShown, self.not_shown, not_shown),
+            (Change::Joined, self.joined, JOINED),
         ];
         for (change, count, what) in counts.into_iter().filter(|(_, count, _)| *count > 0) {
             let first = self.first_changed.iter().filter(|(other, _)| *other == change);

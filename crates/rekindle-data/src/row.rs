@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::message::{Message, quoted_keys, type_name};
+use crate::numbers;
 
 mod alpaca;
 mod conversation;
@@ -169,7 +170,7 @@ impl RowContent {
 /// The fields of a row.
 pub(crate) fn object(value: Value) -> Result<Map<String, Value>, String> {
     match value {
-        Value::Object(fields) => Ok(fields),
+        Value::Object(fields) if numbers::integer_of(&fields).is_none() => Ok(fields),
         other => Err(format!("expected a JSON object, found {}", type_name(&other))),
     }
 }

@@ -1,7 +1,7 @@
 use std::ops::Range;
 
 use crate::message::Message;
-use crate::template::{ChatTemplate, Marked, RenderOptions};
+use crate::template::{ChatTemplate, Marked, RenderOptions, STOPPED};
 
 /// A conversation's text and where in it some of the assistant's turns are.
 #[derive(Debug, PartialEq)]
@@ -41,7 +41,7 @@ pub(crate) fn locate(
     if template.has_marks() {
         return by_marks(template, messages, turns, options);
     }
-    let text = template.try_render(messages, options).map_err(failed)?;
+    let text = template.try_render(messages, options).map_err(failed(template))?;
     let mut located: Vec<Turn> = Vec::new();
     let mut end = 0;
     for &turn in turns {
@@ -67,14 +67,14 @@ fn by_marks(
     turns: &[usize],
     options: &RenderOptions,
 ) -> Result<Conversation, String> {
-    let Marked { text, spans } = template.try_render_marked(messages, options).map_err(failed)?;
+    let Marked { text, spans } = template.try_render_marked(messages, options).map_err(failed(template))?;
     let assistant: Vec<usize> = (0..messages.len()).filter(|&turn| messages[turn].is_assistant()).collect();
     let ends: Vec<usize> = if spans.len() == assistant.len() {
         (1..=spans.len()).collect()
     } else {
         let count =
             |&turn: &usize| template.try_render_marked(&messages[..=turn], options).map(|part| part.spans.len());
-        assistant.iter().map(count).collect::<Result<_, _>>().map_err(failed)?
+        assistant.iter().map(count).collect::<Result<_, _>>().map_err(failed(template))?
     };
     if !ends.is_sorted() || ends.last() != Some(&spans.len()) {
         return Err(format!(
@@ -92,8 +92,11 @@ fn by_marks(
     Ok(Conversation { text, turns })
 }
 
-fn failed(error: String) -> String {
-    format!("the chat template failed: {error}")
+fn failed(template: &ChatTemplate) -> impl Fn(String) -> String {
+    move |error| match error.contains(STOPPED) {
+        true => format!("the chat template {} was stopped: {error}", template.origin()),
+        false => format!("the chat template failed: {error}"),
+    }
 }
 
 fn span(
@@ -174,7 +177,7 @@ impl Surroundings {
         };
         let rest = text.strip_prefix(before).unwrap_or_default();
         let joint = match after.strip_suffix(rest) {
-            Some(joint) if messages[turn].content.trim().is_empty() => joint,
+            Some(joint) if messages[turn].text().trim().is_empty() => joint,
             _ => "",
         };
         let after = &after[joint.len()..];
@@ -187,7 +190,7 @@ impl Surroundings {
 
 fn with_mark(messages: &[Message], turn: usize) -> Vec<Message> {
     let mut messages = messages.to_vec();
-    messages[turn].content = MARK.to_owned();
+    messages[turn].content = Some(MARK.to_owned());
     messages
 }
 

@@ -3,30 +3,43 @@ use std::ops::Range;
 use std::time::SystemTime;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
 use minijinja::{Environment, Value};
 use serde_json::Map;
 
 use crate::error::{Error, Result};
 use crate::message::Message;
 
+mod budget;
 mod clock;
+mod concat;
+mod filters;
 mod generation;
 mod json;
+mod python;
+mod values;
+
+use budget::Budget;
+pub(crate) use budget::STOPPED;
+pub(crate) use values::REASONING;
 
 const NAME: &str = "chat_template";
 
 /// A chat template, rendered as transformers renders it.
 ///
 /// Jinja2 with `trim_blocks`, `lstrip_blocks`, `break`/`continue`, Python's methods of strings, lists and dicts,
-/// `raise_exception`, `strftime_now`, `namespace` and a `tojson` that writes what Python's `json.dumps` writes.
-/// One difference: `strftime_now` gives UTC, at the time the template was read, so that a conversation renders the same
-/// for a whole run.
+/// `raise_exception`, `strftime_now`, `namespace` and a `tojson` that writes what Python's `json.dumps` writes. Numbers
+/// are written as Python writes them, everywhere.
+///
+/// Two differences from transformers. `strftime_now` gives UTC, at the time the template was read, so that a
+/// conversation renders the same for a whole run. A rendering that takes too many steps or writes too much is an error;
+/// the limits grow with the conversation.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special_tokens: BTreeMap<String, String>,
     /// As `environment`, with marks around what `{% generation %}` blocks write, where there are such blocks.
     marking: Option<Environment<'static>>,
+    /// The file and perhaps the name, for errors.
+    origin: Option<String>,
 }
 
 /// A rendering and what of it stands in `{% generation %}` blocks.
@@ -64,6 +77,7 @@ impl ChatTemplate {
     /// [`Error::Template`] with the line when the template does not parse.
     pub fn with_special_tokens(source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Self> {
         let (source, has_marks) = generation::as_filters(&unix_lines(source));
+        let source = concat::as_calls(&source);
         let now = SystemTime::now();
         let mut environment = engine(now);
         environment.add_filter(generation::FILTER, |text: String| text);
@@ -74,7 +88,18 @@ impl ChatTemplate {
             environment.add_template_owned(NAME, source).expect("it was just parsed");
             environment
         });
-        Ok(ChatTemplate { environment, marking, special_tokens: special_tokens.clone() })
+        Ok(ChatTemplate { environment, marking, special_tokens: special_tokens.clone(), origin: None })
+    }
+
+    /// Names the file that the template is from in errors.
+    #[must_use]
+    pub(crate) fn from_file(self, origin: String) -> Self {
+        ChatTemplate { origin: Some(origin), ..self }
+    }
+
+    /// The file that the template is from, for errors.
+    pub(crate) fn origin(&self) -> &str {
+        self.origin.as_deref().unwrap_or("(given as text)")
     }
 
     /// Whether the template marks what the assistant says, with `{% generation %}` blocks.
@@ -87,7 +112,7 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Template`] when the template fails or calls `raise_exception`.
     pub fn render(&self, messages: &[Message], options: &RenderOptions) -> Result<String> {
-        self.try_render(messages, options).map_err(Error::Template)
+        self.try_render(messages, options).map_err(|message| self.error(message))
     }
 
     /// The text of a conversation, and what of it the template marks with `{% generation %}` blocks: transformers'
@@ -96,7 +121,14 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Template`] as for [`render`](Self::render), and when the template looks into what a block wrote.
     pub fn render_marked(&self, messages: &[Message], options: &RenderOptions) -> Result<Marked> {
-        self.try_render_marked(messages, options).map_err(Error::Template)
+        self.try_render_marked(messages, options).map_err(|message| self.error(message))
+    }
+
+    fn error(&self, message: String) -> Error {
+        Error::Template(match &self.origin {
+            Some(origin) => format!("{origin}: {message}"),
+            None => message,
+        })
     }
 
     pub(crate) fn try_render_marked(&self, messages: &[Message], options: &RenderOptions) -> Result<Marked, String> {
@@ -124,15 +156,14 @@ impl ChatTemplate {
         for (name, token) in &self.special_tokens {
             context.insert(name, Value::from(token.as_str()));
         }
-        context.insert("messages", messages.iter().map(as_seen).collect());
-        context.insert("tools", Value::from(Serde(&options.tools)));
+        context.insert("messages", Value::from(messages.iter().map(values::message).collect::<Vec<_>>()));
+        context.insert("tools", options.tools.as_ref().map_or(Value::from(()), values::json));
         context.insert("documents", Value::from(()));
         context.insert("add_generation_prompt", Value::from(options.add_generation_prompt));
         for (name, value) in &options.kwargs {
-            context.insert(name, Value::from(Serde(value)));
+            context.insert(name, values::json(value));
         }
-        let template = environment.get_template(NAME).expect("added when the template was read");
-        template.render(context).map_err(|error| describe(&error))
+        Budget::of(messages, options).render(environment, NAME, &Value::from(context))
     }
 }
 
@@ -142,36 +173,24 @@ impl std::fmt::Debug for ChatTemplate {
     }
 }
 
-/// Jinja with what transformers adds to it.
+/// Jinja with what transformers adds to it, and text as Python has it.
 fn engine(now: SystemTime) -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_syntax(
         SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().expect("standard delimiters are valid"),
     );
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_formatter(python::write_value);
+    environment.add_function(concat::TEXT, python::text);
+    environment.add_function(concat::LIST, filters::counted);
     environment.add_filter("tojson", json::tojson);
+    filters::add(&mut environment);
+    environment.add_test("number", values::is_number);
+    environment.add_test("integer", values::is_integer);
     // The engine takes none for an empty list here; Python does not.
     environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", move |format: &str| clock::strftime(format, now));
     environment
-}
-
-/// The names that a turn's reasoning goes by.
-pub(crate) const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
-
-/// A message as a template sees it: without keys that are null, and with its reasoning by the two names that templates
-/// read, `reasoning_content` and `thinking`.
-fn as_seen(message: &Message) -> Value {
-    let mut message = message.clone();
-    message.extra.retain(|_, value| !value.is_null());
-    let reasoning = REASONING.into_iter().find_map(|name| message.extra.get(name)).cloned();
-    let Some(reasoning) = reasoning else {
-        return Value::from(Serde(&message));
-    };
-    message.extra.entry("thinking").or_insert_with(|| reasoning.clone());
-    message.extra.insert("reasoning_content".to_owned(), reasoning);
-    Value::from(Serde(message))
 }
 
 /// Jinja2 reads every line end as `\n`, also inside of string literals.

@@ -1,7 +1,6 @@
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 use tokenizers::{Encoding, PostProcessor, PostProcessorWrapper};
 
@@ -11,8 +10,11 @@ use crate::stream::StreamDecoder;
 use crate::template::ChatTemplate;
 
 mod checkpoint;
+mod templates;
 
 pub use checkpoint::{COMPANION_FILES, companion_files, eos_token_ids};
+pub(crate) use templates::NamedTemplate;
+use templates::Templates;
 
 /// A checkpoint's tokenizer: text to token ids and back, its special tokens and its chat template.
 ///
@@ -27,10 +29,7 @@ pub struct Tokenizer {
     bos_id: Option<u32>,
     eos_id: Option<u32>,
     eos_ids: Vec<u32>,
-    /// A template that does not parse is an error only for who needs it.
-    chat_template: Option<Result<ChatTemplate, String>>,
-    template_path: Option<PathBuf>,
-    end_of_turn: OnceLock<Option<u32>>,
+    templates: Templates,
     dir: PathBuf,
 }
 
@@ -46,7 +45,8 @@ impl Tokenizer {
     ///
     /// - `tokenizer.json`: the tokenizer itself.
     /// - `tokenizer_config.json`, then `special_tokens_map.json`: `bos_token`, `eos_token` …
-    /// - `chat_template.jinja`, else `chat_template` in `tokenizer_config.json` (a string, or the one named `default`).
+    /// - `chat_template.jinja` and `additional_chat_templates/*.jinja`, else `chat_template` in `tokenizer_config.json`, a
+    ///   string or a list of named templates.
     /// - `generation_config.json`, else `config.json`, else `eos_token`: the ids that end a generation.
     ///
     /// # Errors
@@ -72,11 +72,7 @@ impl Tokenizer {
         };
         let (bos_id, eos_id) = (id_of("bos_token")?, id_of("eos_token")?);
         let eos_ids = checkpoint::eos_token_ids(dir)?.unwrap_or_else(|| eos_id.into_iter().collect());
-        let chat_template = checkpoint::chat_template(dir)?;
-        let template_path = chat_template.as_ref().map(|(path, _)| path.clone());
-        let chat_template = chat_template.map(|(path, source)| {
-            ChatTemplate::with_special_tokens(&source, &special).map_err(|error| format!("{}: {error}", path.display()))
-        });
+        let templates = Templates::new(checkpoint::chat_templates(dir)?, &special);
         let added = inner.get_added_tokens_decoder();
         let special_ids = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id);
         // Some vocabularies do not say that their end tokens are special.
@@ -89,9 +85,7 @@ impl Tokenizer {
             bos_id,
             eos_id: eos_id.or(eos_ids.first().copied()),
             eos_ids,
-            chat_template,
-            template_path,
-            end_of_turn: OnceLock::new(),
+            templates,
             dir: dir.to_owned(),
         })
     }
@@ -145,22 +139,33 @@ impl Tokenizer {
 
     /// Whether the checkpoint has a chat template (which may still not parse).
     pub fn has_chat_template(&self) -> bool {
-        self.chat_template.is_some()
+        !self.templates.is_empty()
     }
 
-    /// The chat template.
+    /// The chat template of a conversation without tools.
+    ///
+    /// # Errors
+    /// As [`chat_template_for`](Self::chat_template_for).
+    pub fn chat_template(&self) -> Result<&ChatTemplate> {
+        self.chat_template_for(None, false)
+    }
+
+    /// The chat template that transformers' `apply_chat_template` chooses: of several, the one with this name; without a
+    /// name, `tool_use` for a conversation with tools, where there is one, else `default`.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] when there is none or it does not parse.
-    pub fn chat_template(&self) -> Result<&ChatTemplate> {
-        match &self.chat_template {
-            Some(Ok(template)) => Ok(template),
-            Some(Err(message)) => Err(self.error(message.clone())),
-            None => Err(self.error(
-                "this checkpoint has no chat template; add a chat_template.jinja, or use rows with \"prompt\" and \
-                 \"completion\" or \"text\"",
-            )),
-        }
+    pub fn chat_template_for(&self, name: Option<&str>, has_tools: bool) -> Result<&ChatTemplate> {
+        self.named_template(name, has_tools)?.template().map_err(|message| self.error(message))
+    }
+
+    pub(crate) fn named_template(&self, name: Option<&str>, has_tools: bool) -> Result<&NamedTemplate> {
+        self.templates.choose(name, has_tools).map_err(|message| self.error(message))
+    }
+
+    /// The files of the chat templates.
+    pub(crate) fn template_files(&self) -> BTreeSet<&Path> {
+        self.templates.iter().map(|template| &*template.path).collect()
     }
 
     /// The tokenizer's files in the checkpoint, for whoever saves it elsewhere.
@@ -192,13 +197,12 @@ impl Tokenizer {
     /// The token with which the chat template ends the assistant's turns, found by rendering a conversation. It need not
     /// be one of [`eos_ids`](Self::eos_ids): checkpoints that were never trained on conversations may stop at another.
     pub fn end_of_turn(&self) -> Option<u32> {
-        let Some(Ok(template)) = &self.chat_template else { return None };
-        *self.end_of_turn.get_or_init(|| end_of_turn(self, template))
+        self.end_of_turn_of(self.templates.choose(None, false).ok()?)
     }
 
-    /// The file that the chat template stands in, for errors.
-    pub(crate) fn chat_template_path(&self) -> std::path::Display<'_> {
-        self.template_path.as_deref().unwrap_or(&self.dir).display()
+    pub(crate) fn end_of_turn_of(&self, named: &NamedTemplate) -> Option<u32> {
+        let template = named.template().ok()?;
+        *named.end_of_turn.get_or_init(|| end_of_turn(self, template))
     }
 
     fn error(&self, message: impl Into<String>) -> Error {

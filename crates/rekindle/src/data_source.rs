@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rekindle_data::{
-    DataFiles, Dataset, EncodeOptions, LoadReport, Overlong, Thinking, Tokenizer, TrainOn, Untrained,
+    DataFiles, Dataset, EncodeOptions, LoadReport, NotShown, Overlong, Thinking, Tokenizer, TrainOn, Untrained,
     default_cache_dir, is_file_name,
 };
 
@@ -33,6 +33,8 @@ pub struct DataSource {
     train_on: TrainOn,
     thinking: Thinking,
     untrained: Untrained,
+    not_shown: NotShown,
+    chat_template: Option<String>,
     cache_dir: Option<PathBuf>,
     revision: Option<String>,
     subset: Option<String>,
@@ -57,6 +59,8 @@ impl DataSource {
             train_on: TrainOn::Assistant,
             thinking: Thinking::Keep,
             untrained: Untrained::Error,
+            not_shown: NotShown::Error,
+            chat_template: None,
             cache_dir: None,
             revision: None,
             subset: None,
@@ -91,6 +95,21 @@ impl DataSource {
     #[must_use]
     pub fn untrained(mut self, untrained: Untrained) -> Self {
         self.untrained = untrained;
+        self
+    }
+
+    /// What happens to rows of which the chat template leaves something out. Default: an error that names row and part.
+    #[must_use]
+    pub fn not_shown(mut self, not_shown: NotShown) -> Self {
+        self.not_shown = not_shown;
+        self
+    }
+
+    /// The name of one of several chat templates. Default: `tool_use` for rows with tools, where there is one, else
+    /// `default`.
+    #[must_use]
+    pub fn chat_template(mut self, name: Option<String>) -> Self {
+        self.chat_template = name;
         self
     }
 
@@ -212,6 +231,8 @@ impl DataSource {
             train_on: self.train_on,
             thinking: self.thinking,
             untrained: self.untrained,
+            not_shown: self.not_shown,
+            chat_template: self.chat_template.clone(),
         };
         let (paths, notices) = self.find()?;
         let mut files = DataFiles::find(paths)?.columns(self.columns.clone())?;

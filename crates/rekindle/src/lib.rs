@@ -52,8 +52,8 @@ pub use source::{Fetched, Source};
 pub use suggest::{Suggestion, suggest};
 
 pub use rekindle_data::{
-    Columns, Dataset, Example, IGNORED, LoadReport, Message, Overlong, Packs, RenderOptions, RowFormat, RowNumber,
-    Thinking, Tokenizer, TrainOn, Untrained,
+    Columns, Dataset, Example, IGNORED, LoadReport, Message, NotShown, Overlong, Packs, RenderOptions, RowFormat,
+    RowNumber, Thinking, Tokenizer, TrainOn, Untrained,
 };
 pub use rekindle_hub::{AtomicDir, write_atomic};
 #[cfg(feature = "network")]

@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
-use rekindle::{DataSource, Dataset, Example, LoadReport, Overlong, Packs, Untrained};
+use rekindle::{DataSource, Dataset, Example, LoadReport, NotShown, Overlong, Packs, Untrained};
 use serde::Serialize;
 
 use super::open;
 use crate::args::StatsArgs;
 use crate::failure::Failure;
 use crate::output;
+use crate::run_file::DataSection;
 
 /// What is known of the rows of one source.
 #[derive(Debug, Serialize)]
@@ -30,6 +31,7 @@ struct Stats {
     split: usize,
     /// Rows with nothing to train; left out here.
     untrained: usize,
+    not_shown: usize,
     /// Rows that training refuses with `overlong = "error"`.
     too_long: usize,
     packing: Packing,
@@ -70,12 +72,15 @@ pub(super) fn run(args: &StatsArgs) -> Result<(), Failure> {
     let encoder = if refuses { encoder.of_any_length() } else { encoder };
     let train = config.data.train_source(&config.model);
     for source in std::iter::once(train).chain(config.data.eval_source(&config.model)) {
-        let (dataset, report) = encoder.encode(&source.clone().untrained(Untrained::Drop))?;
+        let refuses_not_shown = config.data.not_shown == NotShown::Error;
+        let counting = source.clone().untrained(Untrained::Drop);
+        let counting = if refuses_not_shown { counting.not_shown(NotShown::Allow) } else { counting };
+        let (dataset, report) = encoder.encode(&counting)?;
         let stats = Stats::new(&source, &dataset, &report, max_seq_length);
         let text = if args.json {
             serde_json::to_string(&stats).expect("numbers serialize")
         } else {
-            stats.text(config.data.untrained == Untrained::Error)
+            stats.text(&config.data)
         };
         output::line(&text)?;
     }
@@ -99,13 +104,14 @@ impl Stats {
             truncated: report.truncated,
             split: report.split,
             untrained: report.untrained,
+            not_shown: report.not_shown,
             too_long: lengths.iter().filter(|&&length| length > max_seq_length).count(),
             packing: Packing::new(&lengths, max_seq_length),
             lengths: Lengths::new(lengths),
         }
     }
 
-    fn text(&self, untrained_is_error: bool) -> String {
+    fn text(&self, data: &DataSection) -> String {
         let mut out = format!(
             "{}: {} rows ({}), {} tokens, {} trained ({:.1} %)\n",
             self.source,
@@ -145,8 +151,20 @@ impl Stats {
             }
         }
         if self.untrained > 0 {
-            let refused = if untrained_is_error { ": training refuses them; see data.untrained" } else { ", dropped" };
+            let refused = if data.untrained == Untrained::Error {
+                ": training refuses them; see data.untrained"
+            } else {
+                ", dropped"
+            };
             line(format!("{} rows with nothing to train{refused}", self.untrained));
+        }
+        if self.not_shown > 0 {
+            let what = match data.not_shown {
+                NotShown::Error => ": training refuses them; see data.not_shown",
+                NotShown::Drop => ", dropped",
+                NotShown::Allow => "",
+            };
+            line(format!("{} rows that the chat template does not show all of{what}", self.not_shown));
         }
         let Packing { rows, filled, packed_rows, packed_filled, .. } = self.packing;
         line(format!(

@@ -17,6 +17,7 @@ mod quickstart;
 mod results;
 #[cfg(unix)]
 mod survive;
+mod templates;
 mod training;
 
 use std::fs;

@@ -10,7 +10,7 @@ const CHAT: &str = r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": 
 "#;
 
 /// A run file for the model of the quickstart, whose weights are taken away: no command here needs them.
-fn chat() -> (Scratch, String) {
+pub(crate) fn chat() -> (Scratch, String) {
     let scratch = Scratch::new();
     let rows = scratch.write("chat.jsonl", CHAT);
     let base = golden("../../examples/quickstart/base");

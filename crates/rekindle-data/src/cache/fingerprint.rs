@@ -15,7 +15,7 @@ use crate::options::EncodeOptions;
 use crate::tokenizer::Tokenizer;
 
 /// Raised with every change that makes other ids or labels of the same rows, or stores them otherwise.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What files held when they were hashed.
 #[derive(Debug)]
@@ -49,9 +49,11 @@ pub(crate) fn fingerprint(
     part(&serde_json::to_vec(options).expect("options are plain values"));
     part(&serde_json::to_vec(columns.as_map()).expect("texts"));
     if let Some(tokenizer) = tokenizer {
-        for path in tokenizer.files() {
+        let files = tokenizer.files();
+        let more = tokenizer.template_files().into_iter().filter(|path| !files.iter().any(|file| file == path));
+        for path in files.iter().map(PathBuf::as_path).chain(more) {
             part(path.file_name().unwrap_or_default().as_encoded_bytes());
-            part(&fs::read(&path).map_err(|error| Error::tokenizer(&path, error.to_string()))?);
+            part(&fs::read(path).map_err(|error| Error::tokenizer(path, error.to_string()))?);
         }
         tokenizer.eos_ids().iter().for_each(|id| part(&id.to_le_bytes()));
     }

@@ -1,6 +1,7 @@
 //! From files to examples.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -12,11 +13,12 @@ use crate::error::{Error, Result};
 use crate::example::Encoded;
 use crate::files::{self, RawRow};
 use crate::hash::hex;
-use crate::mask::Untrained;
+use crate::mask::{NotShown, Untrained};
 use crate::options::EncodeOptions;
 use crate::overlong::{self, Overlong};
 use crate::report::{Change, LoadReport, RowPlace};
 use crate::row::{RowContent, RowFormat, RowNumber};
+use crate::template::STOPPED;
 use crate::tokenizer::Tokenizer;
 
 /// Encodes the rows of `files`, whose fingerprint is that of what they hold where none is given.
@@ -30,7 +32,8 @@ pub(crate) fn load(
     options: &EncodeOptions,
     fingerprint: Option<&str>,
 ) -> Result<(Dataset, LoadReport)> {
-    let report = LoadReport { files: files.to_vec(), ..LoadReport::default() };
+    let not_shown_dropped = options.not_shown == NotShown::Drop;
+    let report = LoadReport { files: files.to_vec(), not_shown_dropped, ..LoadReport::default() };
     let mut loader = Loader {
         files,
         file: 0,
@@ -101,8 +104,20 @@ impl Loader<'_> {
         self.waiting_bytes = 0;
         let waiting = std::mem::take(&mut self.waiting);
         let this = &*self;
-        let ready: Vec<Result<Ready>> = waiting.into_par_iter().map(|row| this.encode(row)).collect();
-        ready.into_iter().try_for_each(|row| self.add(row?))
+        // A template that has to be stopped takes its time for every row, so none after the first of them is tried.
+        let stopped = AtomicUsize::new(usize::MAX);
+        let encode = |(index, row)| {
+            if index > stopped.load(Ordering::Relaxed) {
+                return None;
+            }
+            let ready = this.encode(row);
+            if ready.as_ref().is_err_and(|error| error.to_string().contains(STOPPED)) {
+                stopped.fetch_min(index, Ordering::Relaxed);
+            }
+            Some(ready)
+        };
+        let ready: Vec<Option<Result<Ready>>> = waiting.into_par_iter().enumerate().map(encode).collect();
+        ready.into_iter().flatten().try_for_each(|row| self.add(row?))
     }
 
     fn path(&self) -> &Path {
@@ -116,7 +131,7 @@ impl Loader<'_> {
         let found = self.columns.apply(&mut fields).map_err(wrong)?;
         let has_template = self.tokenizer.is_none_or(Tokenizer::has_chat_template);
         let (format, content) = RowContent::read(fields, has_template).map_err(wrong)?;
-        check_tokenizer(&content, self.tokenizer)?;
+        check_tokenizer(&content, self.tokenizer, self.options)?;
         let example = encode(content, number.get(), self.tokenizer, self.options).map_err(wrong)?;
         self.check_vocabulary(&example, number)?;
         Ok(Ready { example, number, format, found })
@@ -151,6 +166,15 @@ impl Loader<'_> {
         self.found |= found;
         if len > self.report.longest {
             (self.report.longest, self.report.longest_at) = (len, Some(at));
+        }
+        if example.notes.not_shown {
+            self.report.changed(Change::NotShown, at);
+            if self.options.not_shown == NotShown::Drop {
+                return Ok(());
+            }
+        }
+        if example.notes.joined {
+            self.report.changed(Change::Joined, at);
         }
         if example.trained_tokens() == 0 {
             self.untrained.push(at);
@@ -210,6 +234,9 @@ impl Loader<'_> {
             return Err(Error::row(&files[file], row, message));
         }
         untrained.iter().for_each(|&at| report.changed(Change::Untrained, at));
+        if examples.ends.is_empty() && report.not_shown == report.rows {
+            return Err(of_all("no row is left: the chat template does not show all of any".to_owned()));
+        }
         if examples.ends.is_empty() {
             return Err(of_all(format!(
                 "no row is left: each is longer than max_seq_length = {} (the longest has {} tokens)",
@@ -226,9 +253,11 @@ impl Loader<'_> {
 }
 
 /// What a kind of row needs of the checkpoint is missed there, not in the row.
-fn check_tokenizer(content: &RowContent, tokenizer: Option<&Tokenizer>) -> Result<()> {
+fn check_tokenizer(content: &RowContent, tokenizer: Option<&Tokenizer>, options: &EncodeOptions) -> Result<()> {
     match (content, tokenizer) {
-        (RowContent::Messages { .. }, Some(tokenizer)) => tokenizer.chat_template().map(|_| ()),
+        (RowContent::Messages { tools, .. }, Some(tokenizer)) => {
+            tokenizer.chat_template_for(options.chat_template.as_deref(), tools.is_some()).map(|_| ())
+        }
         (RowContent::Text(_) | RowContent::PromptCompletion { .. }, Some(_)) | (RowContent::InputIds { .. }, _) => {
             Ok(())
         }

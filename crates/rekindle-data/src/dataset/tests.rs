@@ -238,3 +238,64 @@ fn mapped_columns_that_are_nowhere_are_an_error() {
         "rows.jsonl:1: has no \"tokens\" (for \"input_ids\"); its keys: \"ids\""
     );
 }
+
+/// Of arguments, tools (also as text) and variables, in files of lines and of lists.
+#[test]
+fn integers_keep_their_digits_from_the_file_to_the_template() {
+    let source = "{{ tools[0].function.name }} {{ tools[0].function.parameters.max }};{{ low }};{% for m in messages %}{{ m.content }}\
+                  {% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}";
+    let (_dir, tokenizer) = crate::test_support::tokenizer(source);
+    let tools = r#"[{"function": {"name": "pay", "parameters": {"max": 340282366920938463463374607431768211456}}}]"#;
+    let row = |tools: &str, arguments: &str| {
+        format!(
+            r#"{{"messages": [{{"role": "user", "content": "q"}}, {{"role": "assistant", "content": "", "tool_calls":
+               [{{"function": {{"name": "pay", "arguments": {arguments}}}}}]}}], "tools": {tools},
+               "chat_template_kwargs": {{"low": -9223372036854775809}}}}"#
+        )
+        .replace('\n', " ")
+    };
+    let arguments = r#"{"wei": 25000000000000000000, "rate": 1e-5}"#;
+    let as_text = |json: &str| serde_json::Value::from(json).to_string();
+    let rows = [row(tools, arguments), row(&as_text(tools), &as_text(arguments))];
+    let files = [("rows.jsonl", rows.join("\n")), ("rows.json", format!("[{}]", rows.join(", ")))];
+    let options = EncodeOptions { not_shown: crate::NotShown::Allow, ..EncodeOptions::default() };
+    for (name, text) in files {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::write(dir.path().join(name), text).expect("written");
+        let (dataset, _) = Dataset::load(&dir.path().join(name), Some(&tokenizer), &options).expect("encodable");
+        for example in dataset.examples() {
+            assert_eq!(
+                tokenizer.decode(example.input_ids, false).expect("decodable"),
+                "pay 340282366920938463463374607431768211456;-9223372036854775809;q<|im_end|>{\"wei\": 25000000000000000000, \
+                 \"rate\": 1e-05}<|im_end|>",
+                "{name}"
+            );
+        }
+    }
+    // Where a number has no place, it is one.
+    let error = |row: &str| {
+        let (_dir, path) = write_rows(row);
+        Dataset::load(&path, Some(&tokenizer), &options).expect_err("refused").to_string()
+    };
+    assert!(error(r#"{"text": 25000000000000000000}"#).ends_with("\"text\" is a number, not a string"));
+    assert!(
+        error(r#"{"input_ids": [25000000000000000000]}"#).contains("input_ids[0] is 25000000000000000000; expected")
+    );
+    assert!(error(r#"{"messages": [25000000000000000000]}"#).contains("messages[0] is a number, not an object"));
+    assert!(error("25000000000000000000").ends_with("expected a JSON object, found a number"));
+}
+
+/// A template that is stopped takes its time once, not for every row.
+#[test]
+fn rows_after_one_that_is_stopped_are_not_tried() {
+    let source = "{% for i in range(20000) %}{% for j in range(20000) %}x{% endfor %}{% endfor %}";
+    let (_dir, tokenizer) = crate::test_support::tokenizer(source);
+    let row =
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"q\"}, {\"role\": \"assistant\", \"content\": \"a\"}]}\n";
+    let (_dir, path) = write_rows(row.repeat(3_000));
+    let started = std::time::Instant::now();
+    let error = Dataset::load(&path, Some(&tokenizer), &EncodeOptions::default()).expect_err("stopped").to_string();
+    assert!(error.contains("rows.jsonl:1: the chat template"), "{error}");
+    assert!(error.contains("steps, the limit for a conversation of this size"), "{error}");
+    assert!(started.elapsed().as_secs() < 60, "{:?}", started.elapsed());
+}

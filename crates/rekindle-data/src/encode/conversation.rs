@@ -4,24 +4,26 @@ use std::ops::Range;
 
 use serde_json::{Map, Value};
 
-use super::{label, text_error};
-use crate::example::IGNORED;
-use crate::mask::{self, Thinking, TrainOn};
+use super::{Parts, border, label, prepare, shown, text_error};
+use crate::example::{IGNORED, RowNotes};
+use crate::mask::{self, NotShown, Thinking, TrainOn};
 use crate::message::Message;
 use crate::options::EncodeOptions;
 use crate::spans::{self, Conversation, Turn};
 use crate::template::{ChatTemplate, RenderOptions};
-use crate::tokenizer::{Tokenized, Tokenizer};
+use crate::tokenizer::{NamedTemplate, Tokenized, Tokenizer};
 
 /// Encodes the template's text, to which no special tokens are added again.
 ///
-/// - A token counts when it begins in a trained turn, as [`spans::locate`] finds it; with a template that marks turns by
-///   `{% generation %}`, when any part of it stands in one, which is transformers' `assistant_masks`.
+/// - A token counts when any part of it stands in a trained turn, as [`spans::locate`] finds it; with a template that
+///   marks turns by `{% generation %}` that is transformers' `assistant_masks`. With any other, where a token would span
+///   the generation prompt and a trained turn, they are encoded apart, as [`border::split`] says.
 /// - Every assistant turn that is looked at must end with an end token, so that what is trained knows where to stop:
 ///   nothing but white space follows its last special token, which counts where the turn does and is one that ends a
 ///   generation, or the one with which the template ends turns.
 ///
-/// Errors: a template that fails or hides where a turn is; a turn without an end token; two BOS at the beginning.
+/// Errors: a template that fails or hides where a turn is; a turn without an end token; two BOS at the beginning; a part
+/// of the row that the template leaves out.
 pub(super) fn encode(
     tokenizer: &Tokenizer,
     mut messages: Vec<Message>,
@@ -29,16 +31,22 @@ pub(super) fn encode(
     tools: Option<Value>,
     kwargs: Map<String, Value>,
     options: &EncodeOptions,
-) -> Result<(Vec<u32>, Vec<i32>), String> {
-    let template = tokenizer.chat_template().map_err(text_error)?;
+) -> Result<Parts, String> {
+    let named = tokenizer.named_template(options.chat_template.as_deref(), tools.is_some()).map_err(text_error)?;
+    let template = named.template()?;
     let weights = mask::take_weights(&mut messages)?;
     if options.thinking == Thinking::Strip {
         mask::strip_reasoning(&mut messages)?;
     }
     let turns = mask::turns(&messages, trained_from, options.train_on);
     let render = RenderOptions { add_generation_prompt: false, tools, kwargs };
+    prepare::settle(template, &mut messages, &render);
     let Conversation { text, turns } = spans::locate(template, &messages, &turns, &render)?;
+    let trained_turns: Vec<usize> = turns.iter().map(|turn| turn.message).filter(|&turn| weights[turn]).collect();
     let encoded = tokenizer.encode_with_places(&text, false).map_err(text_error)?;
+    let starts = turns.iter().filter(|turn| weights[turn.message] && !template.has_marks());
+    let starts = starts.filter_map(|turn| turn.spans.first()).map(|span| span.start);
+    let (encoded, joined) = border::split(tokenizer, &text, encoded, starts)?;
     if let [first, second, ..] = &*encoded.ids
         && first == second
         && Some(*first) == tokenizer.bos_id()
@@ -50,7 +58,11 @@ pub(super) fn encode(
         );
     }
     for turn in &turns {
-        check_end(tokenizer, &encoded, &text, turn)?;
+        check_end(tokenizer, named, &encoded, &text, turn)?;
+    }
+    let left_out = shown::left_out(template, &messages, &trained_turns, &render, &text);
+    if !left_out.is_empty() && options.not_shown == NotShown::Error {
+        return Err(not_shown(named, &left_out));
     }
     let (mut trained, mut ignored) = (Vec::new(), Vec::new());
     for turn in &turns {
@@ -64,21 +76,34 @@ pub(super) fn encode(
             trained.push(start..span.end);
         }
     }
-    let overlaps = template.has_marks();
-    let within = |place: &Range<usize>, spans: &[Range<usize>]| {
-        let is = |span: &Range<usize>| {
-            if overlaps { place.start < span.end && span.start < place.end } else { span.contains(&place.start) }
-        };
-        spans.iter().any(is)
-    };
     let counts = |place: &Option<Range<usize>>| match (place, options.train_on) {
         (None, _) => false,
-        (Some(place), TrainOn::All) => !within(place, &ignored),
-        (Some(place), TrainOn::Assistant | TrainOn::LastAssistant) => within(place, &trained),
+        (Some(place), TrainOn::All) => overlaps(place, &trained) || !begins_in(place, &ignored),
+        (Some(place), TrainOn::Assistant | TrainOn::LastAssistant) => overlaps(place, &trained),
     };
     let labels = encoded.ids.iter().zip(&encoded.places);
     let labels = labels.map(|(&id, place)| if counts(place) { label(id) } else { IGNORED }).collect();
-    Ok((encoded.ids, labels))
+    Ok((encoded.ids, labels, RowNotes { joined, not_shown: !left_out.is_empty() }))
+}
+
+/// Whether a part of a token stands in one of the spans.
+fn overlaps(place: &Range<usize>, spans: &[Range<usize>]) -> bool {
+    spans.iter().any(|span| span.contains(&place.start) || (place.start < span.start && span.start < place.end))
+}
+
+fn begins_in(place: &Range<usize>, spans: &[Range<usize>]) -> bool {
+    spans.iter().any(|span| span.contains(&place.start))
+}
+
+fn not_shown(named: &NamedTemplate, left_out: &[String]) -> String {
+    let (first, more) = left_out.split_at(left_out.len().min(3));
+    let more = if more.is_empty() { String::new() } else { format!(" and {} more", more.len()) };
+    format!(
+        "the chat template {} shows nothing of {}{more}; use a template that shows it, or set data.not_shown = \"drop\" to \
+         leave such rows out, \"allow\" to train them without it",
+        named.path.display(),
+        first.join(", ")
+    )
 }
 
 /// The token with which the template ends the assistant's turns, whatever ends a generation.
@@ -100,19 +125,25 @@ fn last_special(tokenizer: &Tokenizer, encoded: &Tokenized, text: &str, turn: &T
     rest.trim().is_empty().then_some(id)
 }
 
-fn check_end(tokenizer: &Tokenizer, encoded: &Tokenized, text: &str, turn: &Turn) -> Result<(), String> {
+fn check_end(
+    tokenizer: &Tokenizer,
+    named: &NamedTemplate,
+    encoded: &Tokenized,
+    text: &str,
+    turn: &Turn,
+) -> Result<(), String> {
     let last = last_special(tokenizer, encoded, text, turn);
-    if last.is_some_and(|id| tokenizer.eos_ids().contains(&id) || tokenizer.end_of_turn() == Some(id)) {
+    if last.is_some_and(|id| tokenizer.eos_ids().contains(&id) || tokenizer.end_of_turn_of(named) == Some(id)) {
         return Ok(());
     }
     let message = turn.message;
-    let from = tokenizer.chat_template_path();
+    let from = named.path.display();
     let ends: Vec<String> = tokenizer.eos_ids().iter().filter_map(|&id| tokenizer.id_to_token(id)).collect();
     let found = match last.and_then(|id| tokenizer.id_to_token(id)) {
         Some(token) => format!("ends messages[{message}] (assistant) with {token}"),
         None => format!("ends messages[{message}] (assistant) without an end token"),
     };
-    let marks = tokenizer.chat_template().is_ok_and(ChatTemplate::has_marks);
+    let marks = named.template().is_ok_and(ChatTemplate::has_marks);
     let way_out = match (ends.is_empty(), marks) {
         (true, _) => "the checkpoint names none: put eos_token into its tokenizer_config.json".to_owned(),
         (false, true) => format!("put {} before {{% endgeneration %}}", ends.join(" or ")),

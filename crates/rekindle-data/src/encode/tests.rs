@@ -105,11 +105,78 @@ fn spaces_before_the_completion_are_the_prompts() {
     assert_eq!(texts(&tokenizer, row), pair("<s>Q:   A<|im_end|>", "A<|im_end|>"));
 }
 
+/// "hello" and " w" are one token each. What stands before the completion is what a model is given, and the completion is
+/// all that it has to make.
 #[test]
-fn a_token_across_the_border_is_the_prompts() {
+fn a_token_across_the_border_is_two() {
     let (_dir, tokenizer) = tokenizer(CHATML);
+    for (prompt, completion) in [("say hel", "lo!"), ("say hel", "lo"), ("It is ", "w"), ("a\n", "\nb")] {
+        let row =
+            try_encode(&tokenizer, json!({"prompt": prompt, "completion": completion}), &EncodeOptions::default());
+        let row = row.expect("encodable");
+        let given = row.labels.iter().position(|&label| label != IGNORED).expect("something is trained");
+        assert_eq!(row.input_ids[..given], tokenizer.encode(prompt, true).expect("encodable"), "{prompt:?}");
+        let mut made = tokenizer.encode(completion, false).expect("encodable");
+        made.extend(tokenizer.eos_id());
+        assert_eq!(row.input_ids[given..], made, "{completion:?}");
+        assert!(row.notes.joined);
+    }
+    let row = json!({"prompt": "say ", "completion": "no"});
+    assert!(!try_encode(&tokenizer, row, &EncodeOptions::default()).expect("encodable").notes.joined);
+    // As one text, what is trained is the text.
     let row = json!({"prompt": "say hel", "completion": "lo!"});
-    assert_eq!(texts(&tokenizer, row), pair("<s>say hello!<|im_end|>", "!<|im_end|>"));
+    let all = try_encode(&tokenizer, row, &train_on(TrainOn::All)).expect("encodable");
+    assert_eq!((all.input_ids.len(), all.notes.joined), (8, false));
+}
+
+#[test]
+fn a_generation_prompt_that_ends_in_a_space() {
+    let source = "{% for m in messages %}{{ m.role ~ ': ' ~ m.content }}<|im_end|>{% endfor %}\
+                  {% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}";
+    let (_dir, tokenizer) = tokenizer(source);
+    let row =
+        json!({"messages": [turn("user", "w"), turn("assistant", "w"), turn("user", "w"), turn("assistant", "w!")]});
+    let encoded = try_encode(&tokenizer, row.clone(), &EncodeOptions::default()).expect("encodable");
+    assert!(encoded.notes.joined);
+    assert_eq!(texts(&tokenizer, row.clone()).1, "w<|im_end|>w!<|im_end|>");
+    assert_eq!(texts_with(&tokenizer, row.clone(), &train_on(TrainOn::LastAssistant)).1, "w!<|im_end|>");
+    // The template's own marks are transformers' masks, where a token counts of which any part is marked.
+    let marked = source.replace(
+        "{{ m.role ~ ': ' ~ m.content }}<|im_end|>",
+        "{{ m.role ~ ': ' }}\
+                                {% generation %}{{ m.content }}<|im_end|>{% endgeneration %}",
+    );
+    let marked = marked.replace("{% for m in messages %}", "{% for m in messages if m.role == 'assistant' %}");
+    let (_dir, tokenizer) = crate::test_support::tokenizer(&marked);
+    let row = json!({"messages": [turn("assistant", "w")]});
+    let encoded = try_encode(&tokenizer, row.clone(), &EncodeOptions::default()).expect("encodable");
+    assert_eq!((texts(&tokenizer, row).1.as_str(), encoded.notes.joined), (" w<|im_end|>", false));
+}
+
+/// A tokenizer that puts a space before every text cannot write the completion apart.
+#[test]
+fn where_the_parts_read_otherwise_the_whole_stays() {
+    let (dir, _) = tokenizer(CHATML);
+    let path = dir.path().join("tokenizer.json");
+    let mut file: Value = serde_json::from_str(&std::fs::read_to_string(&path).expect("there")).expect("JSON");
+    file["pre_tokenizer"]["add_prefix_space"] = json!(true);
+    std::fs::write(&path, file.to_string()).expect("written");
+    let tokenizer = Tokenizer::from_dir(dir.path()).expect("valid");
+    let row = json!({"prompt": "It is ", "completion": "w"});
+    let encoded = try_encode(&tokenizer, row.clone(), &EncodeOptions::default()).expect("encodable");
+    assert_eq!((texts(&tokenizer, row).1.as_str(), encoded.notes.joined), (" w<|im_end|>", true));
+}
+
+/// The white space after a thought may be of one token with the answer.
+#[test]
+fn a_token_of_thought_and_answer_is_trained() {
+    let source = "{% for m in messages %}{{ m.role ~ ':' ~ m.content }}<|im_end|>{% endfor %}\
+                  {% if add_generation_prompt %}assistant:{% endif %}";
+    let (_dir, tokenizer) = tokenizer(source);
+    let row = json!({"messages": [turn("user", "Q"), turn("assistant", "<think>so</think> w")]});
+    assert_eq!(texts_with(&tokenizer, row.clone(), &thinking(Thinking::Mask)).1, " w<|im_end|>");
+    let all = EncodeOptions { train_on: TrainOn::All, ..thinking(Thinking::Mask) };
+    assert_eq!(texts_with(&tokenizer, row, &all).1, "user:Q<|im_end|>assistant: w<|im_end|>");
 }
 
 #[test]
@@ -155,7 +222,7 @@ fn ids_are_taken_as_given() {
         encode(content, 4, None, &EncodeOptions::default()).expect("encodable")
     };
     let all = row(json!({"input_ids": [1, 2, 3]}));
-    assert_eq!(all, Encoded { input_ids: vec![1, 2, 3], labels: vec![1, 2, 3], line: 4 });
+    assert_eq!(all, Encoded { input_ids: vec![1, 2, 3], labels: vec![1, 2, 3], line: 4, notes: RowNotes::default() });
     let some = row(json!({"input_ids": [1, 2, 3], "labels": [1, -100, 3]}));
     assert_eq!(some.labels, [1, IGNORED, 3]);
     assert_eq!(some.trained_tokens(), 1);

@@ -10,13 +10,14 @@ use serde_json::Value;
 use super::jsonl::without_place;
 use super::{RawRow, Sink};
 use crate::error::{Error, Result};
+use crate::numbers::Guarded;
 use crate::row::RowNumber;
 
 /// Reads it row by row; only one is in memory.
 pub(super) fn read(path: &Path, reader: impl BufRead, sink: Sink<'_>) -> Result<()> {
     let mut refused = None;
     let mut begun = 0;
-    let mut document = serde_json::Deserializer::from_reader(reader);
+    let mut document = serde_json::Deserializer::from_reader(Guarded::new(reader));
     let rows = Rows { sink, refused: &mut refused, begun: &mut begun };
     let end = document.deserialize_any(Document(rows)).and_then(|()| document.end());
     match (refused, end) {

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::{RawRow, Sink};
 use crate::error::{Error, Result};
+use crate::numbers;
 
 /// Blank lines are skipped, and counted.
 pub(super) fn read(path: &Path, mut lines: impl BufRead, sink: Sink<'_>) -> Result<()> {
@@ -30,7 +31,7 @@ pub(super) fn parse(line: &[u8]) -> Result<Value, String> {
     let text = std::str::from_utf8(line).map_err(|error| {
         format!("not UTF-8 at byte {} of the line; save the file as UTF-8", error.valid_up_to() + 1)
     })?;
-    serde_json::from_str(text)
+    numbers::parse(text)
         .map_err(|error| format!("invalid JSON at column {}: {}", error.column(), without_place(&error)))
 }
 

@@ -67,7 +67,7 @@ mod tests {
         let Ok(RowContent::Messages { messages, trained_from: 0, .. }) = read_json(row, true) else {
             panic!("a conversation")
         };
-        let turns: Vec<_> = messages.iter().map(|turn| (turn.role.as_str(), turn.content.as_str())).collect();
+        let turns: Vec<_> = messages.iter().map(|turn| (turn.role.as_str(), turn.text())).collect();
         assert_eq!(turns, [("system", "Be brief."), ("user", "Add.\n\n1, 2"), ("assistant", "3")]);
     }
 

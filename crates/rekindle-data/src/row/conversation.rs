@@ -4,6 +4,7 @@ use serde_json::{Map, Value};
 
 use super::RowContent;
 use crate::message::{Message, type_name};
+use crate::numbers;
 
 /// A row whose turns are `value`, called `name`.
 pub(super) fn read(value: Value, name: &str, mut fields: Map<String, Value>) -> Result<RowContent, String> {
@@ -47,7 +48,7 @@ pub(super) fn finish(
     };
     let kwargs = match fields.shift_remove("chat_template_kwargs") {
         None | Some(Value::Null) => Map::new(),
-        Some(Value::Object(kwargs)) => kwargs,
+        Some(Value::Object(kwargs)) if numbers::integer_of(&kwargs).is_none() => kwargs,
         Some(other) => return Err(format!("\"chat_template_kwargs\" is {}, not an object", type_name(&other))),
     };
     Ok(RowContent::Messages { messages, trained_from, tools, kwargs })
@@ -67,7 +68,7 @@ pub(super) fn system_prompt(fields: &mut Map<String, Value>) -> Result<Option<St
 fn list_of_tools(tools: Value) -> Result<Value, String> {
     let tools = match tools {
         Value::String(text) if text.trim().is_empty() => Value::Array(Vec::new()),
-        Value::String(text) => serde_json::from_str(&text)
+        Value::String(text) => numbers::parse(&text)
             .map_err(|error| format!("\"tools\" is a string, but not the JSON of a list of tools: {error}"))?,
         tools => tools,
     };

@@ -4,6 +4,7 @@ use serde_json::{Map, Value};
 
 use super::RowContent;
 use crate::message::type_name;
+use crate::numbers;
 
 /// `labels` and `attention_mask`, where there are some, are as long as the ids.
 pub(super) fn read(ids: Value, fields: &Map<String, Value>) -> Result<RowContent, String> {
@@ -38,7 +39,9 @@ fn integers(value: &Value, name: &str, min: i32) -> Result<Vec<i32>, String> {
     };
     let read = |(i, value): (usize, &Value)| {
         let number = value.as_i64().and_then(|number| i32::try_from(number).ok()).filter(|&number| number >= min);
-        number.ok_or_else(|| format!("{name}[{i}] is {value}; expected an integer from {min} to {}", i32::MAX))
+        number.ok_or_else(|| {
+            format!("{name}[{i}] is {}; expected an integer from {min} to {}", numbers::shown(value), i32::MAX)
+        })
     };
     values.iter().enumerate().map(read).collect()
 }

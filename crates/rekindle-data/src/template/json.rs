@@ -1,20 +1,17 @@
-use minijinja::value::Kwargs;
-use minijinja::{Error, ErrorKind, Value};
-use serde_json::{Number, Value as Json};
+use minijinja::value::{Kwargs, ValueKind};
+use minijinja::{Error, ErrorKind, State, Value};
+
+use super::python::{DEEPEST, Writer, float, float_repr};
 
 /// `tojson` as transformers defines it: Python's `json.dumps` with `ensure_ascii`, `indent`, `separators` and `sort_keys`,
 /// not escaping what HTML would.
-pub(super) fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
-    let invalid = |message: String| Error::new(ErrorKind::InvalidOperation, message);
-    if value.is_undefined() {
-        return Err(invalid("tojson: the value is undefined".to_owned()));
-    }
+pub(super) fn tojson(state: &State<'_, '_>, value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
     let separators: Option<Vec<String>> = kwargs.get("separators")?;
     let (item, key) = match separators.as_deref() {
         None => (if indent.is_some() { "," } else { ", " }, ": "),
         Some([item, key]) => (item.as_str(), key.as_str()),
-        Some(other) => return Err(invalid(format!("tojson: separators has {} elements, not 2", other.len()))),
+        Some(other) => return Err(invalid(&format!("separators has {} elements, not 2", other.len()))),
     };
     let style = Style {
         item,
@@ -24,10 +21,13 @@ pub(super) fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
         sort_keys: kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
     };
     kwargs.assert_all_used()?;
-    let json = serde_json::to_value(value).map_err(|error| invalid(format!("tojson: {error}")))?;
-    let mut out = String::new();
-    style.write(&json, 0, &mut out);
-    Ok(out)
+    let mut out = Writer::new(state);
+    style.write(value, 0, &mut out)?;
+    Ok(out.finish())
+}
+
+fn invalid(message: &str) -> Error {
+    Error::new(ErrorKind::InvalidOperation, format!("tojson: {message}"))
 }
 
 struct Style<'a> {
@@ -39,86 +39,119 @@ struct Style<'a> {
 }
 
 impl Style<'_> {
-    fn write(&self, value: &Json, depth: usize, out: &mut String) {
-        match value {
-            Json::Null => out.push_str("null"),
-            Json::Bool(value) => out.push_str(if *value { "true" } else { "false" }),
-            Json::Number(number) => out.push_str(&python_number(number)),
-            Json::String(text) => self.write_string(text, out),
-            Json::Array(values) => {
-                self.write_list('[', ']', values, depth, out, |value, out| self.write(value, depth + 1, out));
-            }
-            Json::Object(fields) => {
-                let mut fields: Vec<_> = fields.iter().collect();
-                if self.sort_keys {
-                    fields.sort_by_key(|(name, _)| *name);
+    fn write(&self, value: &Value, depth: usize, out: &mut Writer<'_>) -> Result<(), Error> {
+        if depth > DEEPEST {
+            return Err(invalid(&format!("a value is nested more than {DEEPEST} levels deep")));
+        }
+        out.visit()?;
+        match value.kind() {
+            ValueKind::None => out.push("null"),
+            ValueKind::Bool => out.push(if value.is_true() { "true" } else { "false" }),
+            ValueKind::Number => out.push(&number(value)),
+            ValueKind::String => self.write_string(value.as_str().unwrap_or_default(), out),
+            ValueKind::Seq | ValueKind::Iterable => {
+                let mut list = List::new(self, '[', depth);
+                for item in value.try_iter()? {
+                    list.separate(out)?;
+                    self.write(&item, depth + 1, out)?;
                 }
-                self.write_list('{', '}', &fields, depth, out, |(name, value), out| {
-                    self.write_string(name, out);
-                    out.push_str(self.key);
-                    self.write(value, depth + 1, out);
-                });
+                list.close(']', out)
             }
-        }
-    }
-
-    fn write_list<T>(
-        &self,
-        open: char,
-        close: char,
-        items: &[T],
-        depth: usize,
-        out: &mut String,
-        write: impl Fn(&T, &mut String),
-    ) {
-        out.push(open);
-        for (i, item) in items.iter().enumerate() {
-            if i > 0 {
-                out.push_str(self.item);
+            ValueKind::Map => {
+                let mut keys: Vec<Value> = value.try_iter()?.collect();
+                if self.sort_keys {
+                    keys.sort();
+                }
+                let mut list = List::new(self, '{', depth);
+                for key in keys {
+                    list.separate(out)?;
+                    match key.as_str() {
+                        Some(text) => self.write_string(text, out)?,
+                        None => self.write_string(&key_text(&key)?, out)?,
+                    }
+                    out.push(self.key)?;
+                    self.write(&value.get_item(&key)?, depth + 1, out)?;
+                }
+                list.close('}', out)
             }
-            self.new_line(depth + 1, out);
-            write(item, out);
-        }
-        if !items.is_empty() {
-            self.new_line(depth, out);
-        }
-        out.push(close);
-    }
-
-    fn new_line(&self, depth: usize, out: &mut String) {
-        if let Some(indent) = self.indent {
-            out.push('\n');
-            out.extend(std::iter::repeat_n(' ', indent * depth));
+            ValueKind::Undefined => Err(invalid("the value is undefined")),
+            // An integer of any size, which is an object of this crate.
+            ValueKind::Plain if super::values::is_integer(value) => out.push(&value.to_string()),
+            other => Err(invalid(&format!("{other} has no JSON"))),
         }
     }
 
-    fn write_string(&self, text: &str, out: &mut String) {
+    fn new_line(&self, depth: usize, out: &mut Writer<'_>) -> Result<(), Error> {
+        let Some(indent) = self.indent else { return Ok(()) };
+        out.push("\n")?;
+        (0..indent.saturating_mul(depth)).try_for_each(|_| out.push(" "))
+    }
+
+    fn write_string(&self, text: &str, out: &mut Writer<'_>) -> Result<(), Error> {
         // Without `ensure_ascii`, serde_json and json.dumps escape the same characters in the same way.
-        let quoted = Json::from(text).to_string();
+        let quoted = serde_json::Value::from(text).to_string();
         if !self.ensure_ascii {
-            return out.push_str(&quoted);
+            return out.push(&quoted);
         }
+        let mut ascii = String::with_capacity(quoted.len());
         for unit in quoted.encode_utf16() {
             match u8::try_from(unit) {
-                Ok(byte @ b' '..=b'~') => out.push(char::from(byte)),
-                _ => out.push_str(&format!("\\u{unit:04x}")),
+                Ok(byte @ b' '..=b'~') => ascii.push(char::from(byte)),
+                _ => ascii.push_str(&format!("\\u{unit:04x}")),
             }
         }
+        out.push(&ascii)
     }
 }
 
-/// A number as Python's `repr` writes it: the shortest digits, with an exponent below 10⁻⁴ and from 10¹⁶ on.
-fn python_number(number: &Number) -> String {
-    let Some(value) = number.as_f64().filter(|_| number.is_f64()) else {
-        return number.to_string();
-    };
-    let scientific = format!("{value:e}");
-    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
-    match exponent.parse::<i32>() {
-        Ok(exponent) if !(-4..16).contains(&exponent) => {
-            format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
+/// The brackets, separators and lines around the elements of a list or dict.
+struct List<'a> {
+    style: &'a Style<'a>,
+    open: char,
+    depth: usize,
+    count: usize,
+}
+
+impl<'a> List<'a> {
+    fn new(style: &'a Style<'a>, open: char, depth: usize) -> Self {
+        List { style, open, depth, count: 0 }
+    }
+
+    /// Writes what stands before the next element.
+    fn separate(&mut self, out: &mut Writer<'_>) -> Result<(), Error> {
+        match self.count {
+            0 => out.push(self.open.encode_utf8(&mut [0; 4]))?,
+            _ => out.push(self.style.item)?,
         }
-        _ => format!("{value:?}"),
+        self.count += 1;
+        self.style.new_line(self.depth + 1, out)
+    }
+
+    fn close(self, close: char, out: &mut Writer<'_>) -> Result<(), Error> {
+        match self.count {
+            0 => out.push(self.open.encode_utf8(&mut [0; 4]))?,
+            _ => self.style.new_line(self.depth, out)?,
+        }
+        out.push(close.encode_utf8(&mut [0; 4]))
+    }
+}
+
+fn number(value: &Value) -> String {
+    match float(value) {
+        None => value.to_string(),
+        Some(number) if number.is_nan() => "NaN".to_owned(),
+        Some(number) if number.is_infinite() => if number > 0.0 { "Infinity" } else { "-Infinity" }.to_owned(),
+        Some(number) => float_repr(number),
+    }
+}
+
+/// A key that is no string, as `json.dumps` writes it.
+fn key_text(key: &Value) -> Result<String, Error> {
+    match key.kind() {
+        ValueKind::None => Ok("null".to_owned()),
+        ValueKind::Bool => Ok(if key.is_true() { "true" } else { "false" }.to_owned()),
+        ValueKind::Number => Ok(number(key)),
+        other => Err(invalid(&format!("a key is of the type {other}"))),
     }
 }
 

@@ -191,3 +191,121 @@ fn a_template_that_does_not_parse_names_the_line() {
     let error = ChatTemplate::new("{% for m in messages %}\n{{ m }\n{% endfor %}").expect_err("broken");
     assert!(error.to_string().starts_with("chat template: ") && error.to_string().contains("line 2"), "{error}");
 }
+
+/// Numbers, and lists and dicts of them, are written as Python writes them. The expected texts are those of
+/// `goldens/numbers/make.py`.
+#[test]
+fn numbers_are_pythons() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/numbers/numbers.json");
+    let golden: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).expect("there")).expect("JSON");
+    let mut wrong = Vec::new();
+    let mut check = |source: &str, value: serde_json::Value, expected: &serde_json::Value| {
+        let mut message = user();
+        message.extra.insert("value".to_owned(), value);
+        let source = format!("{{%- set v = messages[0].get('value') -%}}{source}");
+        let text = render(&source, &[message], &RenderOptions::default());
+        if text.as_deref().ok() != expected.as_str() {
+            wrong.push(format!("{source}\n  here   {text:?}\n  Python {expected}"));
+        }
+    };
+    let templates = golden["templates"].as_array().expect("a list");
+    for value in golden["values"].as_array().expect("a list") {
+        let json = value["json"].as_str().expect("a text");
+        for (template, text) in templates.iter().zip(value["texts"].as_array().expect("a list")) {
+            check(template.as_str().expect("a text"), crate::numbers::parse(json).expect("JSON"), text);
+        }
+    }
+    for literal in golden["literals"].as_array().expect("a list") {
+        check(literal["template"].as_str().expect("a text"), json!(null), &literal["text"]);
+    }
+    assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[test]
+fn a_rendering_has_a_budget() {
+    let limits = [
+        "{% for i in range(20000) %}{% for j in range(20000) %}x{% endfor %}{% endfor %}",
+        "{% for i in range(20000) %}{% for j in range(20000) %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(x='x') %}{% for i in range(99999) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x='x') %}{% for i in range(99999) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x='xy') %}{% for i in range(99) %}{% set ns.x = ns.x.replace('x', ns.x) %}{% endfor %}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(30) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x|tojson }}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(30) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x ~ '' }}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x|length }}",
+        "{% set ns = namespace(x=['x']) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x|join }}",
+        "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(99) }}",
+        "{% for x in [[1, 2]] recursive %}{{ loop([x, x, x]) }}{% endfor %}",
+        "{{ 'x' * 10**9 }}",
+        "{{ 10**9 * 'x' }}",
+        "{{ ('x' * 10**7) ~ ('x' * 10**7) }}{{ ('x' * 10**8)|length }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{{ range(10**9)|list|length }}",
+        "{{ ([1] * 10**9)|length }}{{ ([1] * 10**8)|tojson }}",
+        "{% for i in [1] * 10**8 %}{% endfor %}",
+        "{{ '%1000000000d'|format(1) }}",
+        "{{ '{:>1000000000}'.format('x') }}",
+        "{{ '{:>{}}'.format('x', 10**9) }}{{ '{:.1000000000f}'.format(1.5) }}",
+        "{{ 'x'|indent(10**9) }}{{ ['x', 'y']|join('x' * 10**8) }}",
+        "{{ [1]|tojson(indent=10**9) }}",
+        "{{ messages|batch(10**9, 'x')|list|length }}",
+        "{{ 9**9**9 }}{% for i in range(99999) %}{% for j in range(99999) %}{{ 9**99 }}{% endfor %}{% endfor %}",
+        "{% set x %}{% for i in range(99999) %}{{ 'x' * 10000 }}{% endfor %}{% endset %}",
+        "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+        "{{ (messages[0].content * 10**6).replace('', 'x' * 10**6)|length }}",
+    ];
+    for source in limits {
+        let started = std::time::Instant::now();
+        let error = render(source, &[user()], &RenderOptions::default()).expect_err(source);
+        assert!(started.elapsed().as_secs() < 20, "{source}: {:?}", started.elapsed());
+        assert!(!error.is_empty());
+    }
+    let error = |source: &str| render(source, &[user()], &RenderOptions::default()).expect_err("stopped");
+    assert_eq!(
+        error(limits[1]),
+        "it took more than 1,031,500 steps, the limit for a conversation of this size; does it loop for ever?"
+    );
+    assert_eq!(
+        error("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}"),
+        "it wrote more than 16,778,256 bytes, the limit for a conversation of this size; does it repeat itself?"
+    );
+}
+
+/// Deep values are gone through and freed by recursion, which needs a stack that is large enough.
+#[test]
+fn deep_values_do_not_overflow_the_stack() {
+    let deep = |times: usize, set: &str, then: &str| {
+        let source = format!(
+            "{{% set ns = namespace(x=[1]) %}}{{% for i in range({times}) %}}{{% set ns.x = {set} %}}{{% endfor %}}{then}"
+        );
+        render(&source, &[user()], &RenderOptions::default())
+    };
+    assert_eq!(deep(90_000, "[ns.x]", ""), Ok(String::new()));
+    assert_eq!(deep(60_000, "{'a': ns.x}", ""), Ok(String::new()));
+    assert_eq!(deep(9_000, "ns.x[0:]", "{% for x in ns.x %}{{ x }}{% endfor %}"), Ok("1".to_owned()));
+    for then in ["{{ ns.x }}", "{{ ns.x ~ '' }}", "{{ ns.x|tojson }}"] {
+        let error = deep(9_000, "[ns.x]", then).expect_err("too deep");
+        assert!(error.contains("nested more than 200 levels deep"), "{error}");
+    }
+}
+
+/// What a template of the usual kind does with a long conversation is far from the limit.
+#[test]
+fn long_conversations_have_room() {
+    let turns = 2_000;
+    let messages: Vec<Message> = (0..turns).map(|i| if i % 2 == 0 { user() } else { assistant() }).collect();
+    for source in [CHATML, DEFAULT_SYSTEM, HEADERS, THINKING, BRACKETS] {
+        let text = render(source, &messages, &RenderOptions::default()).expect("within the limits");
+        assert!(text.len() > turns * 5);
+    }
+    let long = [Message::new("user", "x".repeat(40 << 20)), assistant()];
+    let text = render(CHATML, &long, &RenderOptions::default()).expect("within the limits");
+    assert!(text.len() > 40 << 20);
+}
+
+#[test]
+fn a_content_that_is_null_is_none() {
+    let call = message(json!({"role": "assistant", "content": null, "tool_calls": [{"name": "clock"}]}));
+    let source = "{{ messages[0].content is none }} {{ messages[0]['content'] is defined }}";
+    assert_eq!(render(source, &[call], &RenderOptions::default()), Ok("True True".to_owned()));
+}

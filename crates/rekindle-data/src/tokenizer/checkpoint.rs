@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use super::templates::{DEFAULT, TemplateSource};
 use crate::error::{Error, Result};
 
 /// Files beside the weights that a saved model carries along.
@@ -62,42 +63,55 @@ pub fn eos_token_ids(dir: &Path) -> Result<Option<Vec<u32>>> {
     Ok(None)
 }
 
-/// The template's source and the file it stands in.
-pub(crate) fn chat_template(dir: &Path) -> Result<Option<(PathBuf, String)>> {
-    let path = dir.join("chat_template.jinja");
-    match std::fs::read_to_string(&path) {
-        Ok(source) => return Ok(Some((path, source))),
-        Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => return Err(Error::tokenizer(path, error.to_string())),
+/// The checkpoint's chat templates: `chat_template.jinja` and `additional_chat_templates/*.jinja`, else those of
+/// `tokenizer_config.json`.
+pub(crate) fn chat_templates(dir: &Path) -> Result<Vec<TemplateSource>> {
+    let mut templates = Vec::new();
+    templates.extend(template_file(DEFAULT.to_owned(), dir.join("chat_template.jinja"))?);
+    let more = dir.join("additional_chat_templates");
+    let entries = match std::fs::read_dir(&more) {
+        Ok(entries) => entries.collect(),
+        Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(Error::tokenizer(more, error.to_string())),
+    };
+    let paths = entries.into_iter().collect::<std::io::Result<Vec<_>>>();
+    let mut paths: Vec<PathBuf> =
+        paths.map_err(|error| Error::tokenizer(more, error.to_string()))?.iter().map(|entry| entry.path()).collect();
+    paths.sort();
+    for path in paths {
+        let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".jinja"));
+        if let Some(name) = name.map(str::to_owned) {
+            templates.extend(template_file(name, path)?);
+        }
+    }
+    if !templates.is_empty() {
+        return Ok(templates);
     }
     let path = dir.join("tokenizer_config.json");
     let template = read_object(&path)?.and_then(|mut fields| fields.shift_remove("chat_template"));
     match template {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(source)) => Ok(Some((path, source))),
-        Some(Value::Array(named)) => match named_template(&named) {
-            Ok(source) => Ok(Some((path, source))),
-            Err(message) => Err(Error::tokenizer(path, message)),
-        },
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::String(text)) => Ok(vec![TemplateSource { name: DEFAULT.to_owned(), path, text }]),
+        Some(Value::Array(named)) => named.into_iter().map(|entry| named_template(entry, &path)).collect(),
         Some(_) => Err(Error::tokenizer(path, "chat_template is neither a string nor a list of named ones")),
     }
 }
 
-/// Of `[{"name": …, "template": …}, …]` the one named `default`, or the only one.
-fn named_template(named: &[Value]) -> Result<String, String> {
-    let mut templates = Vec::new();
-    for entry in named {
-        match (entry.get("name").and_then(Value::as_str), entry.get("template").and_then(Value::as_str)) {
-            (Some(name), Some(template)) => templates.push((name, template)),
-            _ => return Err("chat_template has an entry without \"name\" and \"template\"".to_owned()),
-        }
+fn template_file(name: String, path: PathBuf) -> Result<Option<TemplateSource>> {
+    match std::fs::read_to_string(&path) {
+        Ok(text) => Ok(Some(TemplateSource { name, path, text })),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::tokenizer(path, error.to_string())),
     }
-    match (templates.iter().find(|(name, _)| *name == "default"), templates.as_slice()) {
-        (Some((_, template)), _) | (None, [(_, template)]) => Ok((*template).to_owned()),
-        _ => {
-            let names = templates.iter().map(|(name, _)| format!("{name:?}")).collect::<Vec<_>>().join(", ");
-            Err(format!("chat_template names no \"default\", only: {names}; choose one as chat_template.jinja"))
+}
+
+/// Reads `{"name": …, "template": …}`.
+fn named_template(entry: Value, path: &Path) -> Result<TemplateSource> {
+    match (entry.get("name").and_then(Value::as_str), entry.get("template").and_then(Value::as_str)) {
+        (Some(name), Some(text)) => {
+            Ok(TemplateSource { name: name.to_owned(), path: path.to_owned(), text: text.to_owned() })
         }
+        _ => Err(Error::tokenizer(path, "chat_template has an entry without \"name\" and \"template\"")),
     }
 }
 

@@ -97,6 +97,59 @@ fn templates_from_the_file_beside_or_the_config() {
     assert_eq!(render(), "beside <s>");
 }
 
+/// As transformers' `apply_chat_template` chooses.
+#[test]
+fn one_of_several_templates_is_chosen() {
+    let dir = checkpoint();
+    let chosen = |name: Option<&str>, tools: bool| {
+        let tokenizer = load(dir.path());
+        let template = tokenizer.chat_template_for(name, tools);
+        let dir = dir.path().display().to_string();
+        template
+            .map(|template| template.render(&[], &Default::default()).expect("renders"))
+            .map_err(|error| error.to_string().replace(&dir, "DIR"))
+    };
+    let text = |text: &str| Ok(text.to_owned());
+    let config = |names: &[&str]| {
+        let named: Vec<_> = names.iter().map(|name| json!({"name": name, "template": name})).collect();
+        write_json(dir.path(), "tokenizer_config.json", &json!({"chat_template": named}));
+    };
+    config(&["tool_use", "default", "rag"]);
+    assert_eq!([chosen(None, false), chosen(None, true)], [text("default"), text("tool_use")]);
+    assert_eq!([chosen(Some("rag"), false), chosen(Some("default"), true)], [text("rag"), text("default")]);
+    assert_eq!(
+        chosen(Some("tools"), true),
+        Err("DIR: chat_template = \"tools\": this checkpoint has no such template, only: \"tool_use\", \"default\", \
+             \"rag\""
+            .to_owned())
+    );
+    config(&["default", "rag"]);
+    assert_eq!(chosen(None, true), text("default"));
+    config(&["rag"]);
+    assert_eq!(chosen(None, true), text("rag"));
+    config(&["rag", "tool_use"]);
+    assert_eq!(chosen(None, true), text("tool_use"));
+    assert_eq!(
+        chosen(None, false),
+        Err("DIR: none of the chat templates is called \"default\", only: \"rag\", \"tool_use\"; choose one with \
+             data.chat_template"
+            .to_owned())
+    );
+
+    // Files come before the configuration.
+    write(dir.path(), "chat_template.jinja", "the file");
+    assert_eq!(chosen(None, true), text("the file"));
+    std::fs::create_dir(dir.path().join("additional_chat_templates")).expect("created");
+    write(dir.path(), "additional_chat_templates/tool_use.jinja", "with tools");
+    write(dir.path(), "additional_chat_templates/broken.jinja", "{% if %}");
+    write(dir.path(), "additional_chat_templates/notes.txt", "");
+    assert_eq!([chosen(None, false), chosen(None, true)], [text("the file"), text("with tools")]);
+    let broken = chosen(Some("broken"), false).expect_err("does not parse");
+    assert!(broken.contains("additional_chat_templates/broken.jinja (broken): chat template: "), "{broken}");
+    std::fs::remove_file(dir.path().join("chat_template.jinja")).expect("removed");
+    assert_eq!(chosen(None, true), text("with tools"));
+}
+
 #[test]
 fn files_lists_what_is_there() {
     let dir = checkpoint();
@@ -133,13 +186,6 @@ fn errors_name_the_file() {
     assert!(error(dir.path()).starts_with("DIR/tokenizer_config.json: invalid JSON: "));
     write_json(dir.path(), "tokenizer_config.json", &json!({"eos_token": "<end>"}));
     assert_eq!(error(dir.path()), "DIR: eos_token \"<end>\" is not in the vocabulary of tokenizer.json");
-    let named = json!([{"name": "a", "template": ""}, {"name": "b", "template": ""}]);
-    write_json(dir.path(), "tokenizer_config.json", &json!({"chat_template": named}));
-    assert_eq!(
-        error(dir.path()),
-        "DIR/tokenizer_config.json: chat_template names no \"default\", only: \"a\", \"b\"; choose one as \
-         chat_template.jinja"
-    );
     write_json(dir.path(), "tokenizer_config.json", &json!({"chat_template": 3}));
     assert!(error(dir.path()).ends_with("chat_template is neither a string nor a list of named ones"));
 }
