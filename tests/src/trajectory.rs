@@ -105,7 +105,7 @@ fn train(tolerances: Tolerances, what: &str, golden: &Golden, model: &mut Causal
         weight_decay: float(&run["weight_decay"]),
         max_grad_norm: float(&run["max_grad_norm"]),
         lr_scheduler_type: serde_json::from_value(run["lr_scheduler_type"].clone()).expect("a known schedule"),
-        warmup_steps: size(&run["warmup_steps"]),
+        warmup_steps: size(&run["warmup_steps"]).into(),
         ..SftConfig::default()
     };
     let mut optimizer = Optimizer::new(model, OptimizerConfig::from(&config), 0).expect("something is trained");

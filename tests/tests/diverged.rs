@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rekindle::{
     DataSource, DeviceKind, Diverged, Error, ErrorKind, FastLanguageModel, LoraConfig, NonFinite, SftConfig,
-    SftTrainer, Tokenizer,
+    SftTrainer, StepCount, Tokenizer,
 };
 use rekindle_tests::Golden;
 use serde_json::Value;
@@ -109,7 +109,7 @@ fn the_embedding_of_one_token() {
 fn a_learning_rate_without_measure() {
     let out = tempfile::tempdir().expect("a temporary directory");
     let change = |config: &mut SftConfig| {
-        (config.learning_rate, config.save_steps) = (Some(1e30), Some(1));
+        (config.learning_rate, config.save_steps) = (Some(1e30), Some(StepCount::Steps(1)));
     };
     let diverged = run(&Golden::open("llama3"), change, Some(out.path()));
     assert_eq!(diverged.step, 2, "the first step moves the parameters");

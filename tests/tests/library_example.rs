@@ -1,6 +1,8 @@
 //! The README's way through the library: load, adapt, train, save, load again.
 
-use rekindle::{DataSource, DeviceKind, Dtype, FastLanguageModel, LoraConfig, Model, SftConfig, SftTrainer, Tokenizer};
+use rekindle::{
+    DataSource, DeviceKind, Dtype, FastLanguageModel, LoraConfig, Model, SftConfig, SftTrainer, StepCount, Tokenizer,
+};
 use rekindle_tests::{Golden, read_json};
 use serde_json::Value;
 
@@ -24,9 +26,9 @@ fn train_save_and_load_again() {
         gradient_accumulation_steps: 2,
         max_steps: Some(8),
         learning_rate: Some(0.01),
-        warmup_steps: 2,
-        eval_steps: Some(4),
-        save_steps: Some(5),
+        warmup_steps: StepCount::Steps(2),
+        eval_steps: Some(StepCount::Steps(4)),
+        save_steps: Some(StepCount::Steps(5)),
         ..SftConfig::default()
     };
     let mut told = 0;
@@ -36,10 +38,11 @@ fn train_save_and_load_again() {
         .on_event(|_| told += 1)
         .train()
         .expect("golden rows can be trained on");
-    assert_eq!(told, 1 + 8 + 2 + 3, "the start, steps, evaluations and saves");
+    assert_eq!(told, 1 + 8 + 3 + 3, "the start, steps, evaluations and saves");
     assert_eq!(report.saved, Some(run.join("adapter")));
     let after = model.evaluate(None, &rows, &mut |_| ()).expect("golden rows fit");
-    assert_eq!(report.evals.last().map(|eval| eval.eval_loss), Some(after.loss));
+    let losses = [report.evals.first(), report.evals.last()].map(|eval| eval.map(|eval| (eval.step, eval.eval_loss)));
+    assert_eq!(losses, [Some((0, before.loss)), Some((8, after.loss))], "before the first step and after the last");
     // Eight steps at this rate on seven rows; a run without effect stays where it was.
     assert!(after.loss < before.loss - 0.3, "{} -> {}", before.loss, after.loss);
 
@@ -91,7 +94,7 @@ fn a_run_twice_writes_the_same_losses() {
 fn check_metrics(text: &str, report: &rekindle::Report) {
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect();
     let (steps, evals): (Vec<&Value>, Vec<&Value>) = lines.iter().partition(|line| line.get("loss").is_some());
-    assert_eq!((steps.len(), evals.len()), (8, 2));
+    assert_eq!((steps.len(), evals.len()), (8, 3));
     for (line, step) in steps.iter().zip(&report.steps) {
         assert_eq!(line["step"], step.step);
         assert_eq!(line["loss"], step.loss);

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rekindle::{
     Bias, DataSource, DeviceKind, End, Event, FastLanguageModel, InitLoraWeights, LoraConfig, LrSchedulerType, Model,
-    Optim, Report, Resume, SftConfig, SftTrainer, Tokenizer,
+    Optim, Report, Resume, SftConfig, SftTrainer, StepCount, Tokenizer,
 };
 use rekindle_tests::Golden;
 
@@ -27,8 +27,8 @@ impl Job {
             gradient_accumulation_steps: 2,
             max_steps: Some(6),
             learning_rate: Some(0.01),
-            warmup_steps: 2,
-            save_steps: Some(2),
+            warmup_steps: StepCount::Steps(2),
+            save_steps: Some(StepCount::Steps(2)),
             ..SftConfig::default()
         };
         Self { golden: Golden::open(golden), lora, load_in_4bit: false, config }
@@ -186,27 +186,44 @@ fn all_weights() {
 }
 
 #[test]
-fn the_end_of_an_epoch_in_the_middle_of_a_step() {
+fn an_epoch_ends_a_step() {
     let job = Job::new("llama3", Some(lora())).config(|config| {
         config.max_steps = None;
-        config.num_train_epochs = 2.5;
-        config.eval_steps = Some(2);
+        config.num_train_epochs = Some(2.5);
+        config.eval_steps = Some(StepCount::Steps(2));
         // An evaluation of several batches, which can be cut short too.
         config.per_device_eval_batch_size = 2;
     });
     check("epochs", &job, &[1, 2, 3]);
+    let run = job.run(scratch().path(), None, None).expect("it runs");
+    // Seven rows in fours: two steps an epoch, the second of three rows, and half of the last epoch is one step.
+    let epochs: Vec<f64> = run.report.steps.iter().map(|step| step.epoch).collect();
+    assert_eq!(epochs, [4.0 / 7.0, 1.0, 11.0 / 7.0, 2.0, 18.0 / 7.0]);
+    let tokens: Vec<usize> = run.report.steps.iter().map(|step| step.tokens).collect();
+    assert_eq!(tokens[0] + tokens[1], tokens[2] + tokens[3], "each epoch has every row once");
+}
+
+#[test]
+fn fewer_rows_than_a_step_has_make_a_step_an_epoch() {
+    let job = Job::new("llama3", Some(lora())).config(|config| {
+        (config.max_steps, config.num_train_epochs) = (None, Some(4.0));
+        config.gradient_accumulation_steps = 16;
+    });
+    let run = job.run(scratch().path(), None, None).expect("it runs");
+    assert_eq!(run.report.steps.iter().map(|step| step.epoch).collect::<Vec<_>>(), [1.0, 2.0, 3.0, 4.0]);
+    assert!(run.notes.concat().contains("an epoch has 7 rows, fewer than the 32 rows of a step"), "{:?}", run.notes);
 }
 
 #[test]
 fn the_best_is_kept_and_found_again() {
     // At this rate the loss falls in the first step and rises from there.
     let job = Job::new("qwen3-tied", Some(lora())).config(|config| {
-        config.learning_rate = Some(0.3);
+        config.learning_rate = Some(0.2);
         config.lr_scheduler_type = LrSchedulerType::Constant;
         config.max_steps = Some(4);
-        config.warmup_steps = 0;
-        config.eval_steps = Some(1);
-        config.save_steps = Some(2);
+        config.warmup_steps = StepCount::Steps(0);
+        config.eval_steps = Some(StepCount::Steps(1));
+        config.save_steps = Some(StepCount::Steps(2));
         config.save_total_limit = Some(1);
         config.load_best_model_at_end = true;
     });
@@ -229,8 +246,8 @@ fn a_loss_that_falls_no_more_ends_the_run() {
     let job = Job::new("qwen3-tied", Some(lora())).config(|config| {
         config.learning_rate = Some(0.0);
         config.max_steps = Some(40);
-        config.warmup_steps = 0;
-        config.eval_steps = Some(2);
+        config.warmup_steps = StepCount::Steps(0);
+        config.eval_steps = Some(StepCount::Steps(2));
         config.early_stopping_patience = Some(2);
     });
     let dir = scratch();
@@ -250,7 +267,7 @@ fn a_loss_that_falls_no_more_ends_the_run() {
 #[test]
 fn only_so_many_checkpoints_stay() {
     let job = Job::new("llama3", Some(lora())).config(|config| {
-        config.save_steps = Some(1);
+        config.save_steps = Some(StepCount::Steps(1));
         config.save_total_limit = Some(2);
     });
     let dir = scratch();
@@ -269,7 +286,7 @@ fn another_run_is_refused_by_name() {
             assert!(error.contains(part), "{part:?} is not in: {error}");
         }
     };
-    fails(&job, None, &["checkpoint-3 is of an earlier run", "--resume", "another output_dir"]);
+    fails(&job, None, &["checkpoint-3 is of an earlier run", "--resume", "--overwrite", "another output_dir"]);
     let from = || Some(Resume::Latest);
     let other = Job::new("qwen3-tied", Some(LoraConfig { r: 8, ..lora() })).config(|config| {
         config.learning_rate = Some(0.02);
@@ -295,8 +312,8 @@ fn what_may_change_changes_what_it_says() {
     job.run(dir.path(), None, Some(4)).expect("it runs");
     let longer = Job::new("qwen3-tied", Some(lora())).config(|config| {
         config.max_steps = Some(8);
-        config.logging_steps = 5;
-        config.save_steps = Some(3);
+        config.logging_steps = StepCount::Steps(5);
+        config.save_steps = Some(StepCount::Steps(3));
         (config.per_device_train_batch_size, config.gradient_accumulation_steps) = (4, 1);
     });
     let done = longer.run(dir.path(), Some(Resume::Latest), None).expect("it runs");
@@ -322,7 +339,7 @@ fn nothing_to_go_on_from_means_a_new_run() {
     let job = Job::new("llama3", Some(lora())).config(|config| config.save_steps = None);
     let (dir, plain) = (scratch(), scratch());
     let run = job.run(dir.path(), Some(Resume::Latest), None).expect("it runs");
-    assert!(run.notes[0].contains("holds no checkpoint: the run begins anew"), "{:?}", run.notes);
+    assert!(run.notes[0].contains("holds no checkpoint: the run starts from the beginning"), "{:?}", run.notes);
     assert!(checkpoints(dir.path()).is_empty());
     run.assert_is(&job.run(plain.path(), None, None).expect("it runs"), "anew");
     assert!(job.run(plain.path(), Some(Resume::From(PathBuf::from("no/such"))), None).is_err());

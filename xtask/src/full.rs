@@ -5,7 +5,7 @@ use std::fs;
 
 use rekindle::{
     DataSource, DeviceKind, Dtype, FastLanguageModel, Loader, LrSchedulerType, QuantConfig, Report, SftConfig,
-    SftTrainer, Tokenizer,
+    SftTrainer, StepCount, Tokenizer,
 };
 use rekindle_train::{Series, lines_svg};
 
@@ -75,8 +75,9 @@ pub(crate) fn measure(steps: usize) -> Result<(), Box<dyn Error>> {
             max_steps: Some(steps),
             learning_rate: Some(LEARNING_RATE),
             lr_scheduler_type: LrSchedulerType::Linear,
-            warmup_steps: 10,
-            eval_steps: Some(EVERY),
+            warmup_steps: StepCount::Steps(10),
+            eval_steps: Some(StepCount::Steps(EVERY)),
+            eval_on_start: Some(false),
             ..SftConfig::default()
         });
         let report = SftTrainer::new(&mut model, &tokenizer, DataSource::new(example.join("train.jsonl")), run)

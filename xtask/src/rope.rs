@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rekindle::{
     DataSource, DeviceKind, Dtype, FastLanguageModel, Loader, LoraConfig, LrSchedulerType, Model, RopeScaling,
-    SftConfig, SftTrainer, Tokenizer,
+    SftConfig, SftTrainer, StepCount, Tokenizer,
 };
 use rekindle_models::{Batch, IGNORED};
 use serde_json::{Map, Value, json};
@@ -113,7 +113,7 @@ fn train(
         max_steps: Some(steps),
         learning_rate: Some(learning_rate),
         lr_scheduler_type: LrSchedulerType::Cosine,
-        warmup_steps: steps / 10,
+        warmup_steps: StepCount::Steps(steps / 10),
         ..SftConfig::default()
     };
     SftTrainer::new(model, None, DataSource::new(rows), config).train()?;

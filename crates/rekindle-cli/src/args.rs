@@ -98,9 +98,12 @@ pub(crate) struct TrainArgs {
     /// Replaces or adds a key of the run file; the value is TOML, or else text as it is
     #[arg(value_name = "section.key=value")]
     pub(crate) overrides: Vec<Override>,
-    /// Go on from the last checkpoint in output_dir, or from this one, as if the run had not stopped
-    #[arg(long, value_name = "latest|DIR", num_args = 0..=1, default_missing_value = "latest", value_parser = resume, conflicts_with = "dry_run")]
+    /// Continue from the last checkpoint in output_dir, or from this one, as if the run had not stopped
+    #[arg(long, value_name = "latest|DIR", num_args = 0..=1, default_missing_value = "latest", value_parser = resume, conflicts_with_all = ["dry_run", "overwrite"])]
     pub(crate) resume: Option<Resume>,
+    /// Replace the checkpoints and the adapter or model of an earlier run in output_dir
+    #[arg(long)]
+    pub(crate) overwrite: bool,
     /// Load everything, print the resolved configuration and what would be trained, and write nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -411,15 +414,16 @@ const RUN_FILE: &str = r#"Example of a run file; all that is not commented out i
 
   [train]                           # names as in Hugging Face's TrainingArguments
   # per_device_train_batch_size = 8, packing = false, num_train_epochs = 3 or max_steps, learning_rate,
-  # lr_scheduler_type, warmup_steps, eval_steps, logging_steps, save_steps, save_total_limit,
+  # lr_scheduler_type, warmup_steps, eval_steps, logging_steps, save_steps (below 1: shares of the run), save_total_limit,
   # load_best_model_at_end, early_stopping_patience ...
   # eval_samples = 2                # answers to prompts of eval, into the report; sample_prompts = ["..."] gives others
 
 Relative paths are relative to the current directory, not to the run file.
 A run writes into output_dir: adapter/ (or model/ when all weights were trained), report.html, metrics.jsonl, loss.svg,
-tensorboard/ and run.toml, the configuration with all defaults filled in. What an earlier run left there is replaced.
+tensorboard/ and run.toml, the configuration with all defaults filled in. The adapter, model and checkpoints of an
+earlier run are only replaced with --overwrite.
 The last line on stdout is the path of the adapter or model.
-Ctrl-C ends a run after its step, with a checkpoint-N that --resume goes on from; pressed twice, at once.
+Ctrl-C ends a run after its step, with a checkpoint-N for --resume; pressed twice, at once.
 
 Examples:
   rekindle train run.toml --dry-run

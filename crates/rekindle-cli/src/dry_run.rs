@@ -1,6 +1,6 @@
 //! `rekindle train --dry-run`: what a run would do, as a run file with the facts in comments.
 
-use rekindle::{Dataset, OptimizerConfig};
+use rekindle::{Dataset, OptimizerConfig, Timetable, TokenTime, counted, show_bytes};
 
 use crate::failure::Failure;
 use crate::train::Job;
@@ -12,19 +12,22 @@ const SHOWN: usize = 2;
 const LINES: usize = 12;
 const WIDTH: usize = 200;
 
-pub(crate) fn print(job: &Job) -> Result<(), Failure> {
-    let Job { config, model, tokenizer } = job;
-    let (source, eval_source) = (config.data.train_source(&config.model), config.data.eval_source(&config.model));
-    let (train, found) = model.encode(tokenizer.as_ref(), &source)?;
-    let eval = eval_source.as_ref().map(|source| model.encode(tokenizer.as_ref(), source)).transpose()?;
+/// `refusal` is why the run would not start in its output directory.
+pub(crate) fn print(job: &Job, refusal: Option<&Failure>) -> Result<(), Failure> {
+    let Job { config, model, tokenizer, rows, .. } = job;
+    let train = rows.train.dataset();
 
-    let mut facts = vec![trainable(job)];
+    let mut facts: Vec<String> =
+        refusal.map(|refusal| format!("the run would be refused: {refusal}")).into_iter().collect();
+    facts.push(trainable(job));
+    facts.extend(model.memory_report().to_string().lines().map(str::to_owned));
     facts.extend(model.causal_lm().widened().map(|widened| format!("rope_scaling {widened}")));
-    facts.push(format!("{source}: {found}"));
-    if let (Some(source), Some((_, found))) = (&eval_source, &eval) {
-        facts.push(format!("{source}: {found}"));
+    facts.push(rows.train.to_string());
+    facts.extend(rows.eval.as_ref().map(ToString::to_string));
+    facts.push(steps(job, train));
+    if !config.train.optimizer_in_bwd {
+        facts.push(time(job)?);
     }
-    facts.push(steps(job, &train));
     for example in train.examples().take(SHOWN) {
         facts.push(data::facts(&example));
         let text = data::view(&example, tokenizer.as_ref(), data::Style::Plain);
@@ -34,36 +37,48 @@ pub(crate) fn print(job: &Job) -> Result<(), Failure> {
     output::line(&format!("{}\n{comments}# a dry run: nothing was written", config.to_toml()))
 }
 
-/// How much is trained, and what it takes beside the weights.
+/// The number of trained parameters, and the memory for training them.
 pub(crate) fn trainable(job: &Job) -> String {
     let model = job.model.causal_lm();
     let trained = model.params().numel();
     let all = model.num_parameters() + if model.lora().is_some() { trained } else { 0 };
     let share = 100.0 * trained as f64 / all as f64;
     // Parameters and gradients are f32.
-    let mb = 4e-6 * trained as f64;
+    let bytes = show_bytes(4 * trained);
     let state = OptimizerConfig::from(&job.config.train).state_bytes(model);
+    let state = show_bytes(state.device + state.host);
     format!(
-        "{trained} of {all} parameters are trained ({share:.2} %): {:.1} MB, {:.1} MB of gradients and {:.1} MB of \
-         optimizer state",
-        mb,
-        mb,
-        1e-6 * (state.device + state.host) as f64
+        "{trained} of {all} parameters are trained ({share:.2} %): {bytes} of parameters, {bytes} of gradients, {state} of \
+         optimizer state"
     )
 }
 
 fn steps(job: &Job, train: &Dataset) -> String {
     let config = &job.config.train;
     let packs = config.rows(train, job.model.causal_lm().max_seq_length()).len();
-    let total = config.total_steps(packs);
-    let rows = config.rows_per_step();
-    let epochs = match config.max_steps {
-        Some(steps) => steps as f64 * rows as f64 / packs as f64,
-        None => config.num_train_epochs,
+    let Timetable { total, steps_per_epoch, warmup, .. } = config.timetable(packs);
+    let epochs = total as f64 / steps_per_epoch as f64;
+    let packed = match config.packing {
+        true => format!(" ({} in {})", counted(train.len(), "example"), counted(packs, "pack")),
+        false => String::new(),
     };
-    let warmup = config.resolved_warmup(total);
-    let packed = if config.packing { format!(" ({} examples in {packs} packs)", train.len()) } else { String::new() };
-    format!("{total} steps of {rows} rows{packed}, {epochs:.2} times through the data; {warmup} steps of warm-up")
+    format!(
+        "{} of {}{packed}, {epochs:.2} epochs of {}; {} of warm-up",
+        counted(total, "step"),
+        counted(config.rows_per_step().min(packs), "row"),
+        counted(steps_per_epoch, "step"),
+        counted(warmup, "step")
+    )
+}
+
+/// How long the run takes, from a pass that is timed.
+fn time(job: &Job) -> Result<String, Failure> {
+    let Job { config, model, rows, .. } = job;
+    let train = rows.train.dataset();
+    let times = config.train.timetable(config.train.rows(train, model.causal_lm().max_seq_length()).len());
+    let eval_tokens = rows.eval.as_ref().map_or(0, |eval| eval.report().tokens);
+    let time = TokenTime::measure(model, train, &config.train)?;
+    Ok(format!("the run takes {}", time.run(&config.train, &times, rows.train.report().tokens, eval_tokens)))
 }
 
 fn shorten(line: &str) -> String {

@@ -3,7 +3,10 @@
 use std::fmt::{Display, Write as _};
 use std::path::Path;
 
-use rekindle::{DataSource, DeviceKind, Error, FastLanguageModel, GradientCheckpointing, Suggestion, write_atomic};
+use rekindle::{
+    DataSource, DeviceKind, Error, FastLanguageModel, GradientCheckpointing, StepCount, Suggestion, counted,
+    show_bytes, write_atomic,
+};
 use toml::Value;
 
 use crate::args::InitArgs;
@@ -35,6 +38,9 @@ pub(crate) fn run(args: &InitArgs) -> Result<(), Failure> {
         eprintln!("{}: {rows}", path.display());
     }
     eprintln!("{}", memory(&suggestion));
+    if let Some(time) = &suggestion.time {
+        eprintln!("{} take {time}", counted(suggestion.steps, "step"));
+    }
     write_atomic(out, text(args, &suggestion).as_bytes()).map_err(Error::from)?;
     eprintln!("next: rekindle train {} --dry-run", out.display());
     output::line(&out.display().to_string())
@@ -42,18 +48,22 @@ pub(crate) fn run(args: &InitArgs) -> Result<(), Failure> {
 
 /// What the run takes of what there is, in a sentence.
 fn memory(suggestion: &Suggestion) -> String {
-    let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
     let Suggestion { estimated, free, fits, .. } = suggestion;
+    let takes = format!("the run takes about {}", gib(*estimated));
     match free {
-        None => format!("the run takes about {}; what is free on {} is not known", gb(*estimated), suggestion.device),
-        Some(free) if *fits => format!("the run takes about {} of {} that are free", gb(*estimated), gb(*free)),
+        None => format!("{takes}; free memory of {} is not known", suggestion.device),
+        Some(free) if *fits => format!("{takes} of {} free", gib(*free)),
         Some(free) => format!(
-            "the run takes about {}, more than nine tenths of the {} that are free: it will hardly fit; take a smaller \
-             model, or shorter rows",
-            gb(*estimated),
-            gb(*free)
+            "{takes}, more than nine tenths of the {} that are free: it will hardly fit; choose a smaller model, or shorter \
+             rows",
+            gib(*free)
         ),
     }
+}
+
+/// Bytes of memory.
+fn gib(bytes: u64) -> String {
+    show_bytes(bytes as usize)
 }
 
 /// Lines of a run file, with what is said of them beside them.
@@ -125,17 +135,21 @@ fn model(lines: &mut Lines, args: &InitArgs, suggestion: &Suggestion) {
         lines.key("local_files_only", true, "the network is left alone");
     }
     let why = match longer {
-        0 => format!("every row fits: the longest has {} tokens", rows.longest),
-        _ => format!("99 of 100 rows have {most} tokens at most; {longer} are longer; the model's window is {window}"),
+        0 => format!("every row fits: the longest has {}", counted(rows.longest, "token")),
+        _ => format!(
+            "99 of 100 rows have at most {}; longer are {longer}; the model's window is {window}",
+            counted(*most, "token")
+        ),
     };
     lines.key("max_seq_length", *max_seq_length as i64, why);
     if suggestion.is_quantized {
         lines.without("load_in_4bit", "the checkpoint is quantized, and loads as it is");
     } else {
-        let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
         let why = match (suggestion.load_in_4bit, suggestion.free) {
-            (true, _) => format!("QLoRA: dense weights would take the run to about {}", gb(suggestion.estimated_dense)),
-            (false, Some(free)) => format!("dense weights fit: {} are free", gb(free)),
+            (true, _) => {
+                format!("QLoRA: with dense weights the run would take about {}", gib(suggestion.estimated_dense))
+            }
+            (false, Some(free)) => format!("dense weights fit: {} are free", gib(free)),
             (false, None) => "true: weights in NF4, a quarter of the memory".to_owned(),
         };
         lines.key("load_in_4bit", suggestion.load_in_4bit, why);
@@ -175,7 +189,10 @@ fn data(lines: &mut Lines, args: &InitArgs, suggestion: &Suggestion) {
     }
     let (value, why) = match suggestion.longer {
         0 => ("error", "a longer row would stop the run before it begins".to_owned()),
-        rows => ("drop", format!("{rows} longer rows are left out and counted; \"truncate\" and \"split\" use them")),
+        rows => {
+            let rows = counted(rows, "longer row");
+            ("drop", format!("left out and counted: {rows}; \"truncate\" and \"split\" use them"))
+        }
     };
     lines.key("overlong", value, why);
 }
@@ -189,13 +206,13 @@ fn train(lines: &mut Lines, suggestion: &Suggestion) {
     lines.key(
         "gradient_accumulation_steps",
         passes as i64,
-        format!("{} rows a step: the product decides, its parts do not", batch * passes),
+        format!("effective batch size {}; how it is split does not change the result", batch * passes),
     );
-    let epochs = train.num_train_epochs;
     lines.key(
         "num_train_epochs",
-        epochs,
-        format!("{} rows make {steps} steps; more rows need fewer epochs", rows.examples),
+        // Whole numbers, as they are written by hand.
+        train.epochs() as i64,
+        format!("{} in {}; more rows need fewer epochs", counted(rows.examples, "row"), counted(*steps, "step")),
     );
     lines.key(
         "learning_rate",
@@ -203,10 +220,12 @@ fn train(lines: &mut Lines, suggestion: &Suggestion) {
         "usual for LoRA; the first to be tried otherwise, 5e-5 to 1e-3",
     );
     lines.key("lr_scheduler_type", "cosine", "falls slowly, then fast, then slowly to 0");
-    lines.key("warmup_ratio", train.warmup_ratio, "rises over the first steps, while Adam's moments are young");
-    lines.key("logging_steps", train.logging_steps as i64, "lines in the terminal; metrics.jsonl has every step");
+    let (warmup, logging) = (train.warmup(), train.logging_steps.of(*steps) as i64);
+    lines.key("warmup_steps", steps_value(warmup), "a share of all steps, while Adam's moments are young");
+    lines.key("logging_steps", logging, "steps between lines in the terminal; metrics.jsonl has every step");
     if let Some(every) = train.eval_steps {
-        lines.key("eval_steps", every as i64, "ten evaluations in the run");
+        let evaluations = counted(train.timetable(rows.examples).evaluations(), "evaluation");
+        lines.key("eval_steps", steps_value(every), format!("{evaluations}, and one before the first step"));
     }
     if train.eval_samples > 0 {
         lines.key(
@@ -221,7 +240,14 @@ fn train(lines: &mut Lines, suggestion: &Suggestion) {
         );
     }
     if let Some(every) = train.save_steps {
-        lines.key("save_steps", every as i64, "checkpoints on the way");
+        lines.key("save_steps", steps_value(every), "checkpoints on the way");
+    }
+}
+
+fn steps_value(steps: StepCount) -> Value {
+    match steps {
+        StepCount::Steps(steps) => Value::Integer(steps as i64),
+        StepCount::Share(share) => Value::Float(share),
     }
 }
 

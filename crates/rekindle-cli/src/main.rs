@@ -17,6 +17,7 @@ mod dry_run;
 mod eval;
 mod failure;
 mod fetch;
+mod foreign;
 mod generate;
 mod init;
 mod inspect;

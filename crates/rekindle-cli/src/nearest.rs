@@ -1,10 +1,36 @@
 //! The name that someone probably meant.
 
-/// The candidate that looks most like `word`, unless none looks like it at all.
+/// Returns the candidate that `word` is a misspelling of, or that alone has all its parts; `None` where a suggestion would
+/// be a guess.
+///
+/// A misspelling is at most a quarter of the word away (insertions, deletions, substitutions, neighbours swapped); parts
+/// stand between underscores, so that "scheduler_type" is "lr_scheduler_type".
 pub(crate) fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    // Below 0.7 the suggestions are noise: "embed" would be told "k_proj".
-    let scored = candidates.into_iter().map(|candidate| (strsim::jaro_winkler(word, candidate), candidate));
-    scored.filter(|(score, _)| *score >= 0.7).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, candidate)| candidate)
+    let candidates: Vec<&str> = candidates.into_iter().collect();
+    misspelt(word, &candidates).or_else(|| abbreviated(word, &candidates))
+}
+
+fn misspelt<'a>(word: &str, candidates: &[&'a str]) -> Option<&'a str> {
+    let word = word.to_lowercase();
+    let allowed = ((word.chars().count() + 2) / 4).max(1);
+    let measured = candidates.iter().map(|candidate| (strsim::osa_distance(&word, candidate), *candidate));
+    // One letter of two is another word, not a slip.
+    let near =
+        measured.filter(|(distance, candidate)| *distance <= allowed && 2 * distance < candidate.chars().count());
+    near.min_by_key(|(distance, _)| *distance).map(|(_, candidate)| candidate)
+}
+
+fn abbreviated<'a>(word: &str, candidates: &[&'a str]) -> Option<&'a str> {
+    let has_all = |candidate: &&&str| {
+        let parts: Vec<&str> = candidate.split('_').collect();
+        word.split('_').all(|part| parts.contains(&part))
+    };
+    // One part alone may be part of anything.
+    let mut found = candidates.iter().filter(|candidate| word.contains('_') && has_all(candidate));
+    match (found.next(), found.next()) {
+        (Some(only), None) => Some(only),
+        _ => None,
+    }
 }
 
 /// `; nearest: "…"`, or the whole choice where nothing is near.
@@ -19,12 +45,38 @@ pub(crate) fn hint(word: &str, candidates: &[&str]) -> String {
 mod tests {
     use super::*;
 
+    const KEYS: [&str; 8] = [
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "max_steps",
+        "eval_steps",
+        "save_total_limit",
+        "per_device_train_batch_size",
+        "r",
+    ];
+
     #[test]
     fn finds_what_was_meant() {
-        let keys = ["learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps"];
-        assert_eq!(nearest("learning_rat", keys), Some("learning_rate"));
-        assert_eq!(nearest("maxsteps", keys), Some("max_steps"));
-        assert_eq!(nearest("zzz", keys), None);
+        for (word, meant) in [
+            ("learning_rat", "learning_rate"),
+            ("maxsteps", "max_steps"),
+            ("Max_Steps", "max_steps"),
+            ("warmpu_steps", "warmup_steps"),
+            ("scheduler_type", "lr_scheduler_type"),
+            ("train_batch_size", "per_device_train_batch_size"),
+        ] {
+            assert_eq!(nearest(word, KEYS), Some(meant), "{word}");
+        }
         assert_eq!(hint("zzz", &["a", "b"]), "; known: a, b");
+    }
+
+    #[test]
+    fn does_not_guess() {
+        for word in
+            ["zzz", "steps", "group_by_length", "label_smoothing_factor", "metric_for_best_model", "lr", "x", "tf32"]
+        {
+            assert_eq!(nearest(word, KEYS), None, "{word}");
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use rekindle::{Error, Files, Loader, Model, Tokenizer};
+use rekindle::{Error, Files, Loader, Model, Tokenizer, show_bytes};
 
 use crate::args::ModelArgs;
 use crate::failure::Failure;
@@ -69,10 +69,16 @@ pub(crate) fn tokenizer(files: &Files) -> Result<Option<Tokenizer>, Failure> {
 /// The model of `loader`. A checkpoint without `tokenizer.json` will do for token ids.
 pub(crate) fn load(loader: Loader) -> Result<(Model, Option<Tokenizer>), Failure> {
     let mut loader = loader.on_download(progress::downloading());
-    let files = loader.fetch()?.clone();
-    fetch::say(&files.notices);
     // The tokenizer is read first: it is the quicker of the two to fail.
-    let tokenizer = tokenizer(&files)?;
+    let files = loader.fetch()?;
+    fetch::say(&files.notices);
+    let tokenizer = tokenizer(files)?;
+    Ok((load_model(loader)?, tokenizer))
+}
+
+/// The model of `loader` alone.
+pub(crate) fn load_model(mut loader: Loader) -> Result<Model, Failure> {
+    let files = loader.fetch()?.clone();
     let model = loader.on_progress(progress::reading("loading")).load_model()?;
     if let Some(adapter) = &files.adapter {
         eprintln!("adapter {} on {}", adapter.display(), files.model.display());
@@ -83,6 +89,15 @@ pub(crate) fn load(loader: Loader) -> Result<(Model, Option<Tokenizer>), Failure
     if let Some(widened) = model.causal_lm().widened() {
         eprintln!("rope_scaling {widened}");
     }
-    eprintln!("{}", model.memory_report());
-    Ok((model, tokenizer))
+    eprintln!("weights {}", weights(&model));
+    Ok(model)
+}
+
+/// What the weights of a model take in memory; `inspect` and `train --dry-run` print the table.
+fn weights(model: &Model) -> String {
+    let memory = model.memory_report();
+    let bits = memory
+        .bits_per_quantized_weight()
+        .map_or_else(String::new, |bits| format!(", {bits:.2} bits a quantized weight"));
+    format!("{}{bits}", show_bytes(memory.bytes() as usize))
 }

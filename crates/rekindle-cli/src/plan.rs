@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use rekindle::{Error, GradientCheckpointing, Loader, Rows, RunPlanner, parse_device, show_bytes};
+use rekindle::{Error, GradientCheckpointing, Loader, Rows, RunPlanner, counted, parse_device, show_bytes};
 
 use crate::args::PlanArgs;
 use crate::failure::Failure;
@@ -22,8 +22,17 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
         output::line(&serde_json::to_string(&fit).expect("a plan is plain numbers"))?;
     } else {
         let on = planner.card().map_or_else(|| planner.device().to_string(), str::to_owned);
-        let rows = format!("{} rows, {} tokens in a pass", fit.plan.rows, fit.plan.tokens);
+        let (rows, tokens) = (counted(fit.plan.rows, "row"), counted(fit.plan.tokens, "token"));
+        let rows = format!("{rows}, {tokens} in a pass");
         output::line(&format!("{on}; {rows}\n{fit}"))?;
+        if let Some(time) = planner.token_time(fit.plan.use_gradient_checkpointing)? {
+            let passes = config.train.gradient_accumulation_steps;
+            let tokens = (passes * fit.plan.tokens) as f64;
+            output::line(&format!("a step of {tokens} tokens takes {}", time.of(tokens)))?;
+            if let Some(steps) = config.train.max_steps {
+                output::line(&format!("{} take up to {}", counted(steps, "step"), time.of(steps as f64 * tokens)))?;
+            }
+        }
     }
     decided.map(|_| ()).map_err(Failure::from)
 }
@@ -48,8 +57,13 @@ pub(crate) fn check(config: &mut RunConfig, loader: &mut Loader) -> Result<(), F
         decided => decided?,
     };
     let most = show_bytes(plan.peak);
-    let there_is = planner.available().map_or_else(String::new, |available| format!(" of {}", show_bytes(available)));
-    eprintln!("memory: at most {most}{there_is} for {} tokens in a pass", plan.tokens);
+    let available =
+        planner.available().map_or_else(String::new, |bytes| format!(" of {} available", show_bytes(bytes)));
+    let mapped = match plan.mapped {
+        0 => String::new(),
+        mapped => format!("; resident memory also counts up to {} of mapped checkpoint files", show_bytes(mapped)),
+    };
+    eprintln!("memory: peak {most}{available} for {} in a pass{mapped}", counted(plan.tokens, "token"));
     if is_auto(config) {
         let decided = plan.use_gradient_checkpointing;
         for place in [

@@ -2,33 +2,71 @@
 
 use std::io::{IsTerminal, stderr};
 
-use indicatif::{DecimalBytes, HumanCount, ProgressBar, ProgressFinish, ProgressStyle};
-use rekindle::{EvalMetrics, Event, Sample, StepMetrics};
+use indicatif::{BinaryBytes, DecimalBytes, HumanCount, ProgressBar, ProgressFinish, ProgressStyle};
+use rekindle::{EvalMetrics, Event, Sample, StepMetrics, Timetable, counted};
 
 /// Follows a training run.
 #[derive(Debug)]
 pub(crate) struct Progress {
-    logging_steps: usize,
+    /// What falls due when, from the start of the run on.
+    times: Option<Timetable>,
     /// Made by the first step, which knows how many there are.
     bar: Option<ProgressBar>,
     is_terminal: bool,
-    /// Tokens and seconds at the last line, for the speed since then.
-    last: (usize, f64),
-    tokens: usize,
+    clock: Clock,
+}
+
+/// Where the time of a run goes: into its training steps, and into evaluations, answers and saves between them.
+#[derive(Debug, Default, PartialEq)]
+struct Clock {
+    /// Steps that were followed.
+    steps: usize,
+    /// Wall-clock seconds of the run at the last step.
+    last: Option<f64>,
+    /// Seconds between steps.
+    between: f64,
+    /// Seconds of training steps.
+    training: f64,
+    /// Tokens and seconds of the training steps since the last line.
+    line: (usize, f64),
+}
+
+impl Clock {
+    fn step(&mut self, metrics: &StepMetrics) {
+        let seconds = metrics.tokens as f64 / metrics.tokens_per_second;
+        self.training += seconds;
+        if let Some(last) = self.last {
+            self.between += (metrics.seconds - last - seconds).max(0.0);
+        }
+        self.last = Some(metrics.seconds);
+        self.steps += 1;
+        self.line = (self.line.0 + metrics.tokens, self.line.1 + seconds);
+    }
+
+    /// Tokens a second of the training steps since this was asked last; evaluations are no part of it.
+    fn speed(&mut self) -> f64 {
+        let (tokens, seconds) = std::mem::take(&mut self.line);
+        tokens as f64 / seconds
+    }
+
+    /// Seconds that so many steps take, with what falls between them.
+    fn left(&self, steps: usize) -> f64 {
+        (self.training + self.between) / self.steps.max(1) as f64 * steps as f64
+    }
 }
 
 impl Progress {
-    /// Says something at least every `logging_steps` steps.
-    pub(crate) fn new(logging_steps: usize) -> Self {
-        Self { logging_steps, bar: None, is_terminal: stderr().is_terminal(), last: (0, 0.0), tokens: 0 }
+    pub(crate) fn new() -> Self {
+        Self { times: None, bar: None, is_terminal: stderr().is_terminal(), clock: Clock::default() }
     }
 
     pub(crate) fn event(&mut self, event: &Event<'_>) {
         match event {
-            Event::Started { done, total, checkpoint, notes } => {
+            Event::Started { done, times, checkpoint, notes } => {
+                self.times = Some(**times);
                 notes.iter().for_each(|note| eprintln!("{note}"));
                 if let Some(path) = checkpoint {
-                    eprintln!("going on from {} after step {done} of {total}", path.display());
+                    eprintln!("resuming from {} after step {done} of {}", path.display(), times.total);
                 }
             }
             Event::Step { metrics, total } => self.step(metrics, *total),
@@ -40,11 +78,7 @@ impl Progress {
     }
 
     fn step(&mut self, metrics: &StepMetrics, total: usize) {
-        if self.tokens == 0 {
-            // A run that is gone on with has a past.
-            self.last.1 = metrics.seconds - metrics.tokens as f64 / metrics.tokens_per_second;
-        }
-        self.tokens += metrics.tokens;
+        self.clock.step(metrics);
         if self.is_terminal {
             // A run that goes on begins in the middle; what came before is no part of the speed.
             let bar = self.bar.get_or_insert_with(|| bar(total).with_position(metrics.step as u64 - 1));
@@ -57,10 +91,9 @@ impl Progress {
             }
             return;
         }
-        if metrics.step == 1 || metrics.step == total || metrics.step.is_multiple_of(self.logging_steps) {
-            let (tokens, seconds) = (self.tokens - self.last.0, metrics.seconds - self.last.1);
-            eprintln!("{}", step_line(metrics, total, tokens as f64 / seconds));
-            self.last = (self.tokens, metrics.seconds);
+        if self.times.is_none_or(|times| times.logs_after(metrics.step)) {
+            let speed = self.clock.speed();
+            eprintln!("{}", step_line(metrics, total, speed, self.clock.left(total - metrics.step)));
         }
     }
 
@@ -136,9 +169,8 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).expect("the templates of this file are valid")
 }
 
-fn step_line(metrics: &StepMetrics, total: usize, speed: f64) -> String {
-    let StepMetrics { step, loss, grad_norm, learning_rate, seconds, .. } = metrics;
-    let left = seconds / *step as f64 * (total - step) as f64;
+fn step_line(metrics: &StepMetrics, total: usize, speed: f64, left: f64) -> String {
+    let StepMetrics { step, loss, grad_norm, learning_rate, .. } = metrics;
     format!(
         "step {step}/{total}  loss {loss:.3}  grad_norm {grad_norm:.2}  lr {learning_rate:.1e}  {speed:.0} tok/s  eta {}",
         duration(left)
@@ -147,7 +179,7 @@ fn step_line(metrics: &StepMetrics, total: usize, speed: f64) -> String {
 
 fn bar_message(metrics: &StepMetrics) -> String {
     let speed = HumanCount(metrics.tokens_per_second.round() as u64);
-    let memory = metrics.memory.map_or_else(String::new, |bytes| format!("  {}", DecimalBytes(bytes)));
+    let memory = metrics.memory.map_or_else(String::new, |bytes| format!("  {}", BinaryBytes(bytes)));
     format!("loss {:.3}  {speed} tok/s{memory}", metrics.loss)
 }
 
@@ -160,12 +192,21 @@ fn sample_line(sample: &Sample) -> String {
         Some((end, _)) => format!("{} …", &text[..end]),
         None => text,
     };
-    format!("sample {} after step {}: {text}", sample.sample, sample.step)
+    format!("sample {} {}: {text}", sample.sample, when(sample.step))
 }
 
 fn eval_line(metrics: &EvalMetrics) -> String {
     let EvalMetrics { step, eval_loss, eval_perplexity, eval_tokens } = metrics;
-    format!("eval after step {step}  loss {eval_loss:.4}  perplexity {eval_perplexity:.2}  ({eval_tokens} tokens)")
+    format!(
+        "eval {}  loss {eval_loss:.4}  perplexity {eval_perplexity:.2}  ({})",
+        when(*step),
+        counted(*eval_tokens, "token")
+    )
+}
+
+/// The place of an evaluation in the run.
+fn when(step: usize) -> String {
+    if step == 0 { "before step 1".to_owned() } else { format!("after step {step}") }
 }
 
 /// Seconds as `12s`, `3m04s` or `2h05m`.
@@ -184,22 +225,43 @@ mod tests {
 
     #[test]
     fn a_line_says_how_it_goes() {
-        let metrics = StepMetrics {
-            step: 10,
+        let line = step_line(&metrics(10, 2.4), 60, 1234.4, 12.0);
+        assert_eq!(line, "step 10/60  loss 1.234  grad_norm 0.56  lr 2.0e-4  1234 tok/s  eta 12s");
+        assert_eq!(bar_message(&metrics(10, 2.4)), "loss 1.234  200 tok/s  2.18 GiB");
+        let eval = |step| EvalMetrics { step, eval_loss: 0.5, eval_perplexity: 1.65, eval_tokens: 1 };
+        assert_eq!(eval_line(&eval(0)), "eval before step 1  loss 0.5000  perplexity 1.65  (1 token)");
+        assert!(eval_line(&eval(7)).starts_with("eval after step 7  "));
+    }
+
+    /// A step of half a second.
+    fn metrics(step: usize, seconds: f64) -> StepMetrics {
+        StepMetrics {
+            step,
             epoch: 0.5,
             loss: 1.2344,
             grad_norm: 0.561,
             learning_rate: 2e-4,
             tokens: 100,
             trained_tokens: 50,
-            tokens_per_second: 1900.4,
-            seconds: 2.4,
+            tokens_per_second: 200.0,
+            seconds,
             memory: Some(2_345_000_000),
             peak_memory: None,
-        };
-        let line = step_line(&metrics, 60, 1234.4);
-        assert_eq!(line, "step 10/60  loss 1.234  grad_norm 0.56  lr 2.0e-4  1234 tok/s  eta 12s");
-        assert_eq!(bar_message(&metrics), "loss 1.234  1,900 tok/s  2.35 GB");
+        }
+    }
+
+    #[test]
+    fn the_speed_is_that_of_training_steps() {
+        let mut clock = Clock::default();
+        // An evaluation of ten seconds before the first step, and one of four after the second.
+        for (step, seconds) in [(1, 10.5), (2, 11.0)] {
+            clock.step(&metrics(step, seconds));
+            assert_eq!(clock.speed(), 200.0);
+        }
+        clock.step(&metrics(3, 15.5));
+        assert_eq!(clock.speed(), 200.0);
+        // Two steps and their share of the evaluation; what came before the first step does not come again.
+        assert!((clock.left(2) - (1.5 + 4.0) / 3.0 * 2.0).abs() < 1e-9, "{clock:?}");
     }
 
     #[test]

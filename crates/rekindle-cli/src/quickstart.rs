@@ -15,7 +15,7 @@ use crate::chat::answer;
 use crate::failure::Failure;
 use crate::progress::duration;
 use crate::run_file::RunConfig;
-use crate::train::Job;
+use crate::train::{Earlier, Job};
 use crate::{output, progress};
 
 /// Held-out rows whose answers are shown.
@@ -28,7 +28,7 @@ pub(crate) fn run(args: &QuickstartArgs) -> Result<(), Failure> {
     let dir = &args.out;
     let text = unpack::unpack(dir)?;
     let config = RunConfig::parse(&text, "run", &[]).expect("the example's run file is valid");
-    let mut job = Job::open(config)?;
+    let mut job = Job::open(config, &Earlier { resume: None, overwrite: true })?;
     let held_out = held_out();
 
     output::line("1. The base model answers in plain words.\n")?;
@@ -36,7 +36,7 @@ pub(crate) fn run(args: &QuickstartArgs) -> Result<(), Failure> {
     output::line(&look(&job, &held_out)?.describe(loss))?;
 
     output::line("2. A LoRA adapter learns from 400 examples to answer in JSON.\n")?;
-    let report = job.fit(None, &Arc::default(), &mut |_| ())?;
+    let report = job.fit(&Arc::default(), &mut |_| ())?;
 
     output::line("3. The base model with the adapter:\n")?;
     let loss = report.evals.last().map_or(f64::NAN, |eval| eval.eval_loss);
@@ -118,7 +118,7 @@ how it learned.
 
 Try next:
   {command} generate --model {dir}/base --adapter {adapter} --chat \"What is a whale?\"
-  {command} train {dir}/run.toml train.max_steps=240
+  {command} train {dir}/run.toml train.max_steps=240 --overwrite
 Then put your own rows and model into a copy of {dir}/run.toml.",
         duration(seconds)
     )

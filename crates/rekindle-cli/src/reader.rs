@@ -5,6 +5,7 @@ use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor};
 use serde::forward_to_deserialize_any;
 use toml::{Table, Value};
 
+use crate::foreign;
 use crate::nearest::{hint, nearest};
 
 /// Reads sections and collects what is wrong with them, one sentence each.
@@ -27,6 +28,9 @@ impl Reader {
         let mut good = Table::new();
         for (key, value) in table {
             if !self.keys(section).contains(&key.as_str()) {
+                if foreign::is_neutral(&key, &value) {
+                    continue;
+                }
                 let problem = self.unknown(section, &key);
                 self.problems.push(problem);
                 continue;
@@ -58,8 +62,12 @@ impl Reader {
                 home => format!("{place} is unknown; {key} belongs into [{home}]"),
             };
         }
-        if let Some((_, why)) = ELSEWHERE.iter().find(|(name, _)| *name == key) {
-            return format!("{place} is unknown; {why}");
+        if let Some(advice) = foreign::advice(key) {
+            return format!("{place} is unknown; {advice}");
+        }
+        if let Some((home, name)) = foreign::synonym(section, key) {
+            let home = if home == section { String::new() } else { format!(" {}", describe(home)) };
+            return format!("{place} is unknown; the key is \"{name}\"{home}");
         }
         let here = self.keys(section);
         // A name that is far from everything here may be a slip in a key of another section.
@@ -76,26 +84,6 @@ impl Reader {
         }
     }
 }
-
-/// Keys that other trainers have, and what to write here.
-const ELSEWHERE: [(&str, &str); 16] = [
-    ("bnb_4bit_quant_type", "write quant_type = \"nf4\" or \"fp4\" in [model]"),
-    ("bnb_4bit_use_double_quant", "write double_quant in [model]"),
-    ("bnb_4bit_compute_dtype", "codes are decoded to dtype in [model]"),
-    ("bf16", "write dtype = \"bf16\" in [model]"),
-    ("fp16", "write dtype = \"f16\" in [model]"),
-    ("packing", "rows are never padded, so there is nothing to pack"),
-    ("dataset_text_field", "rows with plain text have it under \"text\""),
-    ("gradient_checkpointing", "write use_gradient_checkpointing in [lora], or in [model] for full_finetuning"),
-    ("logging_dir", "TensorBoard's files lie in tensorboard/ of output_dir"),
-    ("model_name", "write name_or_path in [model]"),
-    ("hf_token", "write token in [model], or set HF_TOKEN"),
-    ("trust_remote_code", "no code of a checkpoint is ever run; its architecture is known here or refused by name"),
-    ("device_map", "a model is on one device; write device at the top of the file"),
-    ("gpu_memory_utilization", "memory is taken as it is needed; nothing is reserved for an engine"),
-    ("max_lora_rank", "an adapter has the rank that r in [lora] says; there is no engine to reserve it in"),
-    ("use_exact_model_name", "names are always taken as they are given"),
-];
 
 /// `[section] key`.
 fn place(section: &str, key: &str) -> String {
@@ -198,8 +186,9 @@ mod tests {
         let mut reader = Reader::new(vec![("train", fields_of::<SftConfig>())]);
         let table = "max_steps = 4\nlearning_rate = 1\nwarmup_steps = -1".parse().unwrap();
         let config: SftConfig = reader.read("train", table);
-        assert_eq!((config.max_steps, config.learning_rate, config.warmup_steps), (Some(4), Some(1.0), 0));
-        assert_eq!(reader.problems, ["[train] key \"warmup_steps\" = -1: expected a whole number, 0 or above"]);
+        assert_eq!((config.max_steps, config.learning_rate, config.warmup_steps.of(8)), (Some(4), Some(1.0), 0));
+        let expected = "expected a whole number of steps, or a share of all steps between 0 and 1";
+        assert_eq!(reader.problems, [format!("[train] key \"warmup_steps\" = -1: {expected}")]);
     }
 
     #[test]
@@ -215,6 +204,39 @@ mod tests {
                 "[train] key \"seed\" is unknown; seed stands at the top of the file, before the first section",
             ]
         );
+    }
+
+    #[test]
+    fn keys_of_other_trainers_are_answered_by_meaning() {
+        assert_eq!(
+            problems(
+                "train",
+                "epochs = 2\nlr = 1e-4\nbatch_size = 4\ngroup_by_length = true\nlabel_smoothing_factor = 0.1\n\
+                 max_length = 512\nmetric_for_best_model = \"accuracy\"\nscheduler_type = \"cosine\"\nlora_rank = 8"
+            ),
+            [
+                "[train] key \"batch_size\" is unknown; the key is \"per_device_train_batch_size\"",
+                "[train] key \"epochs\" is unknown; the key is \"num_train_epochs\"",
+                "[train] key \"group_by_length\" is unknown; rows are never padded, so grouping them by length saves \
+                 nothing; remove it",
+                "[train] key \"label_smoothing_factor\" is unknown; the loss is cross-entropy without label smoothing; \
+                 remove it",
+                "[train] key \"lora_rank\" is unknown; the key is \"r\" in [lora]",
+                "[train] key \"lr\" is unknown; the key is \"learning_rate\"",
+                "[train] key \"max_length\" is unknown; write max_seq_length in [model], and overlong = \"truncate\" in \
+                 [data] to cut longer rows as TRL does",
+                "[train] key \"metric_for_best_model\" is unknown; the best model is the one with the lowest evaluation \
+                 loss; remove it",
+                "[train] key \"scheduler_type\" is unknown; nearest: \"lr_scheduler_type\"",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_key_that_asks_for_what_is_always_so_is_accepted() {
+        let neutral = "group_by_length = false\nlabel_smoothing_factor = 0\nmetric_for_best_model = \"eval_loss\"\n\
+                       greater_is_better = false\ntrust_remote_code = false";
+        assert_eq!(problems("train", neutral), [""; 0]);
     }
 
     #[test]

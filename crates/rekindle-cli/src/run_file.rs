@@ -251,6 +251,11 @@ impl DataSection {
         Some(self.source(eval, model).held_out().split(self.eval_split.clone()))
     }
 
+    /// Whether there are rows to evaluate.
+    pub(crate) fn has_eval(&self) -> bool {
+        self.eval.is_some()
+    }
+
     fn source(&self, paths: &Paths, model: &ModelSection) -> DataSource {
         let source = DataSource::of(paths.as_slice())
             .overlong(self.overlong)
@@ -405,8 +410,30 @@ impl RunConfig {
         if let Err(error) = self.train.validate() {
             problems.push(format!("[train] {error}"));
         }
-        if self.train.eval_steps.is_some() && self.data.eval.is_none() {
-            problems.push("[train] eval_steps needs rows to evaluate; give eval = \"…\" in [data]".to_owned());
+        if self.model.dtype == Dtype::F16 {
+            problems.push(
+                "[model] dtype = \"f16\" is not for training: its smallest value is 6e-8, and the loss is not scaled to keep \
+                 gradients above that; use \"bf16\" or \"f32\""
+                    .to_owned(),
+            );
+        }
+        if let Some(LoraSection { init_from: None, config, .. }) = &self.lora {
+            if self.train.embedding_learning_rate.is_some() && config.modules_to_save.is_empty() {
+                problems.push(
+                    "[train] embedding_learning_rate needs an embedding table or output layer that is trained: modules_to_save \
+                     = [\"embed_tokens\", \"lm_head\"] in [lora], or full_finetuning"
+                        .to_owned(),
+                );
+            }
+            if self.train.optimizer_in_bwd {
+                problems.push(
+                    "[train] optimizer_in_bwd is for full_finetuning: the gradients of an adapter are small; remove it"
+                        .to_owned(),
+                );
+            }
+        }
+        for (_, key) in self.train.needs_eval().iter().filter(|(wanted, _)| *wanted && !self.data.has_eval()) {
+            problems.push(format!("[train] {key} needs rows to evaluate; give eval = \"…\" in [data]"));
         }
         if self.train.eval_samples > 0 && self.data.eval.is_none() {
             problems.push(

@@ -5,29 +5,32 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rekindle::{
-    BLOCK_LINEARS, DeviceKind, End, Error, Event, LoraConfig, Model, OptimizerConfig, Report, Resume, SftTrainer,
-    TargetModules, Tokenizer, write_atomic,
+    BLOCK_LINEARS, DataSource, DeviceKind, EncodedRows, End, Error, Event, Loader, LoraConfig, Model, OptimizerConfig,
+    Report, Resume, RowEncoder, RunCheck, SftTrainer, TargetModules, Timetable, Tokenizer, check_output_dir, counted,
+    saved_lora_config, write_atomic,
 };
 use toml::{Table, Value};
 
 use crate::args::TrainArgs;
 use crate::failure::Failure;
 use crate::progress::{Progress, duration};
-use crate::run_file::{LoraSection, ModelSection, RunConfig};
-use crate::{dry_run, open, output, plan, signals};
+use crate::run_file::{LoraSection, RunConfig};
+use crate::{dry_run, fetch, open, output, plan, signals};
 
 pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let config = RunConfig::load(&args.run_file, &args.overrides)?;
-    let mut job = Job::open(config)?;
     if args.dry_run {
-        return dry_run::print(&job);
+        let refusal = Earlier { resume: None, overwrite: args.overwrite }.check(&config).err();
+        let job = Job::open(config, &Earlier { resume: None, overwrite: true })?;
+        return dry_run::print(&job, refusal.as_ref());
     }
+    let mut job = Job::open(config, &Earlier { resume: args.resume.clone(), overwrite: args.overwrite })?;
     eprintln!("{}", dry_run::trainable(&job));
     let notes = OptimizerConfig::from(&job.config.train).notes(job.model.causal_lm());
     notes.iter().for_each(|note| eprintln!("[train] optim: {note}"));
     let stop = Arc::<AtomicBool>::default();
     let mut resolved = Ok(None);
-    let report = job.fit(args.resume.clone(), &stop, &mut |config| {
+    let report = job.fit(&stop, &mut |config| {
         let begun =
             signals::raise(&stop).map_err(Failure::Signals).and_then(|()| write_resolved(config, &args.run_file));
         if begun.is_err() {
@@ -46,24 +49,59 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     }
 }
 
+/// What a run does with the checkpoints and the result of an earlier run in its output directory.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Earlier {
+    pub(crate) resume: Option<Resume>,
+    pub(crate) overwrite: bool,
+}
+
+impl Earlier {
+    /// Refuses an output directory with results that would be lost.
+    fn check(&self, config: &RunConfig) -> Result<(), Failure> {
+        let full = config.lora.is_none();
+        let checked = check_output_dir(&config.output_dir, full, self.resume.as_ref(), self.overwrite);
+        Ok(checked.map_err(Error::from)?)
+    }
+}
+
 /// A model that is ready to be trained, with the configuration completed by what the model says.
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) config: RunConfig,
     pub(crate) model: Model,
     pub(crate) tokenizer: Option<Tokenizer>,
+    pub(crate) rows: JobRows,
+    earlier: Earlier,
+}
+
+/// The rows of a job, encoded.
+#[derive(Clone, Debug)]
+pub(crate) struct JobRows {
+    pub(crate) train: EncodedRows,
+    pub(crate) eval: Option<EncodedRows>,
 }
 
 impl Job {
-    pub(crate) fn open(mut config: RunConfig) -> Result<Self, Failure> {
+    /// Checks everything that needs no weights, then loads them.
+    pub(crate) fn open(mut config: RunConfig, earlier: &Earlier) -> Result<Self, Failure> {
+        earlier.check(&config)?;
         let (mut loader, start) = plan::loader(&config)?;
         plan::check(&mut config, &mut loader)?;
         // With what was decided.
-        let loader = loader.use_gradient_checkpointing(config.model.use_gradient_checkpointing);
-        let (mut model, tokenizer) = open::load(loader)?;
-        let starts_from_adapter = start.is_some() || model.causal_lm().lora().is_some();
+        let mut loader = loader.use_gradient_checkpointing(config.model.use_gradient_checkpointing);
+        fetch::say(&loader.fetch()?.notices);
+        let loaded = starting_adapter(&config, &mut loader, start.as_deref())?;
+        let encoder = loader.row_encoder()?;
+        let rows = JobRows::encode(&config, &encoder)?;
+        let times = rows.check(&config, &encoder, earlier)?;
+        say_steps(&config, &times);
+
+        let tokenizer = encoder.into_tokenizer();
+        let mut model = open::load_model(loader)?;
+        let starts_from_adapter = loaded.is_some();
         if let Some(lora) = &mut config.lora {
-            model = adapt(model, &config.model, lora, start.as_deref())?;
+            model = adapt(model, lora, start.as_deref(), loaded)?;
             if let DeviceKind::Cuda(_) = model.device() {
                 lora.config.slower_on_cuda().iter().for_each(|slower| eprintln!("[lora] {slower}"));
             }
@@ -71,78 +109,135 @@ impl Job {
         config.device = model.device().to_string();
         config.model.dtype = model.dtype();
         config.model.max_seq_length = Some(model.causal_lm().max_seq_length());
-        // An adapter that is gone on with says it itself, with a window that a table could not give.
+        // An adapter that training continues says it itself, with a window that a table could not give.
         let from_adapter = config.model.rope_scaling.is_none() && starts_from_adapter;
         if let Some(widened) = model.causal_lm().widened().filter(|_| !from_adapter) {
             config.model.rope_scaling = Some(widened.request.clone().into());
         }
         config.model.fill_quant_config(&model);
-        config.train.learning_rate = Some(config.train.resolved_learning_rate(config.lora.is_none()));
-        Ok(Self { config, model, tokenizer })
+        config.train.resolve(config.lora.is_none(), config.data.has_eval());
+        Ok(Self { config, model, tokenizer, rows, earlier: earlier.clone() })
     }
 
     /// Trains until the end or until `stop` is raised, and writes into `output_dir`; `on_start` is called when nothing
     /// stands in the way of the first step.
     pub(crate) fn fit(
         &mut self,
-        resume: Option<Resume>,
         stop: &Arc<AtomicBool>,
         on_start: &mut dyn FnMut(&RunConfig),
     ) -> Result<Report, Failure> {
-        let Self { config, model, tokenizer } = self;
-        let mut progress = Progress::new(config.train.logging_steps);
-        let mut trainer =
-            SftTrainer::new(model, tokenizer.as_ref(), config.data.train_source(&config.model), config.train.clone())
-                .shuffle(config.data.shuffle)
-                .seed(config.seed)
-                .output_dir(&config.output_dir)
-                .run_file(config.to_toml())
-                .stop_flag(Arc::clone(stop))
-                .on_data(|source, report| eprintln!("{source}: {report}"))
-                .on_event(|event| {
-                    progress.event(&event);
-                    if let Event::Started { .. } = event {
-                        on_start(config);
-                    }
-                });
-        if let Some(eval) = config.data.eval_source(&config.model) {
+        let Self { config, model, tokenizer, rows, earlier } = self;
+        let JobRows { train, eval } = rows.clone();
+        let mut progress = Progress::new();
+        let mut trainer = SftTrainer::new(model, tokenizer.as_ref(), train, config.train.clone())
+            .shuffle(config.data.shuffle)
+            .seed(config.seed)
+            .output_dir(&config.output_dir)
+            .overwrite(earlier.overwrite)
+            .run_file(config.to_toml())
+            .stop_flag(Arc::clone(stop))
+            .on_event(|event| {
+                progress.event(&event);
+                if let Event::Started { .. } = event {
+                    on_start(config);
+                }
+            });
+        if let Some(eval) = eval {
             trainer = trainer.eval_dataset(eval);
         }
-        if let Some(resume) = resume {
-            trainer = trainer.resume(resume);
+        if let Some(resume) = &earlier.resume {
+            trainer = trainer.resume(resume.clone());
         }
         Ok(trainer.train()?)
     }
 }
 
-/// Puts a new adapter on the model, or goes on with one: that of `init_from`, which lies in `start`, or the one that was
-/// given as the model. `lora` then says what that adapter is.
-fn adapt(model: Model, section: &ModelSection, lora: &mut LoraSection, start: Option<&Path>) -> Result<Model, Failure> {
-    let given = model.causal_lm().lora().is_some().then_some(&*section.name_or_path);
-    let (mut model, name) = match (given, lora.init_from.as_deref().zip(start)) {
-        (None, None) => {
-            lora.config.advice().iter().for_each(|advice| eprintln!("[lora] {advice}"));
-            return Ok(model.get_peft_model(lora.config.clone())?);
-        }
-        (None, Some((name, dir))) => (open::load_adapter(model, name, dir)?, name),
-        (Some(name), None) => (model, name),
-        (Some(name), Some(_)) => {
+impl JobRows {
+    fn encode(config: &RunConfig, encoder: &RowEncoder) -> Result<Self, Failure> {
+        let encode = |source: DataSource| {
+            let rows = encoder.encode_rows(source)?;
+            eprintln!("{rows}");
+            Ok::<_, Error>(rows)
+        };
+        let train = encode(config.data.train_source(&config.model))?;
+        let eval = config.data.eval_source(&config.model).map(encode).transpose()?;
+        Ok(Self { train, eval })
+    }
+
+    fn check(&self, config: &RunConfig, encoder: &RowEncoder, earlier: &Earlier) -> Result<Timetable, Failure> {
+        let check = RunCheck {
+            config: &config.train,
+            encoder,
+            train: &self.train,
+            eval: self.eval.as_ref(),
+            full_finetuning: config.lora.is_none(),
+            shuffle: config.data.shuffle,
+            seed: config.seed,
+            output_dir: Some(&config.output_dir),
+            resume: earlier.resume.as_ref(),
+            overwrite: earlier.overwrite,
+        };
+        Ok(check.check()?)
+    }
+}
+
+/// Says which of two keys for the length of the run counts.
+fn say_steps(config: &RunConfig, times: &Timetable) {
+    if let (Some(steps), Some(epochs)) = (config.train.max_steps, config.train.num_train_epochs) {
+        let made = steps as f64 / times.steps_per_epoch as f64;
+        eprintln!("[train] max_steps = {steps} overrides num_train_epochs = {epochs}: the run has {made:.2} epochs");
+    }
+}
+
+/// Returns what the adapter is that training continues: that of `init_from`, which lies in `start`, or the one that was
+/// given as the model. Keys of `[lora]` that contradict it are an error.
+fn starting_adapter(
+    config: &RunConfig,
+    loader: &mut Loader,
+    start: Option<&Path>,
+) -> Result<Option<LoraConfig>, Failure> {
+    let Some(lora) = &config.lora else { return Ok(None) };
+    let (model, given) = (&config.model.name_or_path, loader.fetch()?.adapter.clone());
+    let (dir, name) = match (&given, start.zip(lora.init_from.as_ref())) {
+        (None, None) => return Ok(None),
+        (None, Some((dir, name))) => (dir, name),
+        (Some(dir), None) => (dir.as_path(), model),
+        (Some(_), Some(_)) => {
             return Err(Failure::Configuration(format!(
-                "[model] name_or_path {} is an adapter, which is gone on with; leave init_from out, or give the base",
-                name.display()
+                "[model] name_or_path {} is an adapter, which the run continues; remove init_from, or set name_or_path to \
+                 the adapter's base",
+                model.display()
             )));
         }
     };
-    let loaded = model.causal_lm().lora().expect("an adapter was just loaded").clone();
+    let loaded = saved_lora_config(dir)?;
     let problems = contradictions(lora, &loaded);
-    if !problems.is_empty() {
-        return Err(Failure::Configuration(format!(
-            "[lora] contradicts the adapter in {}: {}; leave these keys out to go on with it, or {} to begin a new one",
-            name.display(),
-            problems.join(", "),
-            if given.is_some() { "give its base as the model" } else { "init_from" }
-        )));
+    if problems.is_empty() {
+        return Ok(Some(loaded));
     }
+    Err(Failure::Configuration(format!(
+        "[lora] contradicts the adapter in {}: {}; remove these keys to continue the adapter, or {} to start a new one",
+        name.display(),
+        problems.join(", "),
+        if given.is_some() { "set name_or_path to its base" } else { "remove init_from" }
+    )))
+}
+
+/// Puts a new adapter on the model, or the one that training continues (`loaded`). `lora` then says what that adapter is.
+fn adapt(
+    model: Model,
+    lora: &mut LoraSection,
+    start: Option<&Path>,
+    loaded: Option<LoraConfig>,
+) -> Result<Model, Failure> {
+    let Some(loaded) = loaded else {
+        lora.config.advice().iter().for_each(|advice| eprintln!("[lora] {advice}"));
+        return Ok(model.get_peft_model(lora.config.clone())?);
+    };
+    let mut model = match (start, &lora.init_from) {
+        (Some(dir), Some(name)) => open::load_adapter(model, name, dir)?,
+        _ => model,
+    };
     model.causal_lm_mut().set_gradient_checkpointing(lora.config.use_gradient_checkpointing);
     lora.config = LoraConfig {
         random_state: lora.config.random_state,
@@ -193,12 +288,12 @@ fn write_resolved(config: &RunConfig, run_file: &Path) -> Result<PathBuf, Failur
     Ok(path)
 }
 
-/// What is said of a run that a signal ended.
+/// The message for a run that a signal ended.
 fn interruption(report: &Report) -> String {
     let done = report.steps.last().map_or(0, |step| step.step);
     match &report.checkpoint {
         Some(path) => format!(
-            "interrupted after step {done}; {} has all of it: the same command with --resume goes on from there",
+            "interrupted after step {done}; saved {}; run the same command with --resume to continue",
             path.display()
         ),
         None => "interrupted before the first step; nothing was saved".to_owned(),
@@ -206,18 +301,25 @@ fn interruption(report: &Report) -> String {
 }
 
 fn summarize(report: &Report, dir: &Path, resolved: &Path) {
-    if let (Some(first), Some(last)) = (report.steps.first(), report.steps.last()) {
-        let time = duration(last.seconds);
-        eprintln!(
-            "{} steps in {time}, loss {:.3} at the first and {:.3} at the last",
-            last.step, first.loss, last.loss
-        );
-    }
+    eprintln!("{}", summary(report));
     if report.end == End::EarlyStopping {
-        eprintln!("the evaluation loss fell no further: the run ended early (early_stopping_patience)");
+        eprintln!("the evaluation loss stopped falling: the run ended early (early_stopping_patience)");
     }
     let [metrics, page] = ["metrics.jsonl", "report.html"].map(|name| dir.join(name));
     eprintln!("report {}  numbers {}  configuration {}", page.display(), metrics.display(), resolved.display());
+}
+
+/// A run in a line: its length, and both losses at its start and end.
+fn summary(report: &Report) -> String {
+    let Some((first, last)) = report.steps.first().zip(report.steps.last()) else { return "no steps".to_owned() };
+    let mut text = format!("{} in {}", counted(last.step, "step"), duration(last.seconds));
+    text += &format!(", training loss {:.3} -> {:.3}", first.loss, last.loss);
+    match &report.evals[..] {
+        [] => {}
+        [only] => text += &format!(", evaluation loss {:.3}", only.eval_loss),
+        [first, .., last] => text += &format!(", evaluation loss {:.3} -> {:.3}", first.eval_loss, last.eval_loss),
+    }
+    text
 }
 
 #[cfg(test)]

@@ -30,6 +30,7 @@
 
 mod cache;
 mod columns;
+mod counted;
 mod data_files;
 mod dataset;
 mod encode;
@@ -55,6 +56,7 @@ mod tokenizer;
 
 pub use cache::default_cache_dir;
 pub use columns::Columns;
+pub use counted::counted;
 pub use data_files::DataFiles;
 pub use dataset::Dataset;
 pub use error::{Error, ErrorKind, Result};

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::counted;
 use crate::error::place;
 use crate::row::{RowFormat, RowNumber};
 
@@ -129,14 +130,16 @@ impl LoadReport {
 impl fmt::Display for LoadReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let formats = self.formats.iter().map(RowFormat::to_string).collect::<Vec<_>>().join("; ");
-        write!(f, "{} rows", self.rows)?;
+        f.write_str(&counted(self.rows, "row"))?;
         if self.files.len() > 1 {
             write!(f, " of {} files", self.files.len())?;
         }
         write!(
             f,
-            " ({formats}), {} tokens, {} trained; longest row {}",
-            self.tokens, self.trained_tokens, self.longest
+            " ({formats}), {}, {} trained; longest row {}",
+            counted(self.tokens, "token"),
+            self.trained_tokens,
+            self.longest
         )?;
         if let Some(at) = self.longest_at {
             write!(f, " ({})", self.place(at))?;
@@ -160,7 +163,7 @@ impl fmt::Display for LoadReport {
             write!(f, "; {count} {what} ({}{more})", first.join(", "))?;
         }
         if self.split > 0 {
-            write!(f, "; {} examples", self.examples)?;
+            write!(f, "; {}", counted(self.examples, "example"))?;
         }
         self.notices.iter().try_for_each(|notice| write!(f, "; {notice}"))?;
         match &self.cache {

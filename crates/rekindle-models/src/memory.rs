@@ -194,12 +194,12 @@ impl fmt::Display for MemoryReport {
     }
 }
 
-/// Bytes for people, in powers of 1,000.
+/// Bytes of memory for people, in powers of 1,024.
 fn size(bytes: u64) -> String {
     match bytes {
-        0..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
-        _ => format!("{:.2} GB", bytes as f64 / 1e9),
+        0..0x10_0000 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        0x10_0000..0x4000_0000 => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
+        _ => format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30)),
     }
 }
 
@@ -217,8 +217,8 @@ mod tests {
         assert_eq!(report.bits_per_quantized_weight(), Some(8.0 * 4125.0 / 8000.0));
         assert_eq!(report.saving(), 1.0 - 6125.0 / 18000.0);
         let text = report.to_string();
-        assert!(text.contains("packed codes                   8000       4.0 kB        4.000\n"), "{text}");
-        assert!(text.contains("scales                                    0.1 kB        0.125\n"), "{text}");
+        assert!(text.contains("packed codes                   8000      3.9 KiB        4.000\n"), "{text}");
+        assert!(text.contains("scales                                   0.1 KiB        0.125\n"), "{text}");
         assert!(text.ends_with("66.0 % less than at 16 bits"), "{text}");
     }
 }

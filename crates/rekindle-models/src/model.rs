@@ -94,6 +94,11 @@ impl CausalLm {
         &self.config
     }
 
+    /// Returns the name of the checkpoint, as new adapters give it.
+    pub fn name_or_path(&self) -> &str {
+        &self.name_or_path
+    }
+
     /// What new adapters say that they belong to: a name on the hub, with the revision if one was asked for. Without
     /// this it is the checkpoint's directory.
     pub fn set_name_or_path(&mut self, name_or_path: impl Into<String>, revision: Option<String>) {

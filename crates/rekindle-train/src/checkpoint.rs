@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use rekindle_models::CausalLm;
 
-use crate::save::{check_checkpoint, write_model, write_new};
+use crate::save::{check_checkpoint, write_new};
 use crate::{Error, Optimizer};
 
 pub(crate) use fingerprint::{dataset_fingerprint, weights_fingerprint};
@@ -56,18 +56,19 @@ impl Checkpoint {
         found
     }
 
-    /// Writes one as a whole, replacing an earlier one of the same step.
+    /// Writes one as a whole, replacing an earlier one of the same step; `write_model` writes the files of a result.
     pub(crate) fn write(
         path: &Path,
         model: &CausalLm,
         optimizer: &Optimizer,
         state: &TrainerState,
         companions: &[PathBuf],
+        write_model: impl FnOnce(&Path) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let is_adapter = model.lora().is_some();
         check_checkpoint(path, is_adapter)?;
         write_new(path, companions, |target| {
-            write_model(model, target, model.trained_dtype())?;
+            write_model(target)?;
             if is_adapter || model.params().are_in_place() {
                 tensors::write_masters(target, model)?;
             }

@@ -1,15 +1,25 @@
 //! The numbers of a run, under the names of Hugging Face's `TrainingArguments`.
 
+mod step_count;
+mod timetable;
+mod validate;
+
 use rekindle_data::{Dataset, Packs};
 use rekindle_kernels::{Group, Params};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::{Error, LrSchedulerKwargs, LrSchedulerType, Optim, ReportTo, Schedule};
+
+pub use step_count::StepCount;
+pub use timetable::{EvalStrategy, SaveStrategy, Timetable};
 
 /// How a run trains. `deny_unknown_fields`: a misspelt key is an error.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SftConfig {
+    /// The run's name, in the title of its report and its model card. Default: what is trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub run_name: Option<String>,
     /// Rows of one forward and backward pass. Default 8.
     pub per_device_train_batch_size: usize,
     /// Rows of one pass in evaluation. Default 8.
@@ -20,8 +30,9 @@ pub struct SftConfig {
     /// other, so this changes how many examples a step takes, and nothing of what is learned from one. Default false.
     pub packing: bool,
     /// Passes over the data, when `max_steps` is absent. Default 3.
-    pub num_train_epochs: f64,
-    /// Optimizer steps; overrides `num_train_epochs`.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "whole_or_not")]
+    pub num_train_epochs: Option<f64>,
+    /// Optimizer steps; overrides `num_train_epochs`. An epoch ends a step: its last step has the rows that are left.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<usize>,
     /// The schedule's peak. Default 2e-4 for adapters, 2e-5 when all weights are trained.
@@ -36,9 +47,10 @@ pub struct SftConfig {
     /// What the schedule takes besides.
     #[serde(skip_serializing_if = "LrSchedulerKwargs::is_empty")]
     pub lr_scheduler_kwargs: LrSchedulerKwargs,
-    /// Steps of linear warm-up from 0. Default 0.
-    pub warmup_steps: usize,
-    /// Warm-up as a share of all steps, when `warmup_steps` is 0. Default 0.
+    /// Steps of linear warm-up from 0, or a share of all steps. Default 0.
+    pub warmup_steps: StepCount,
+    /// Warm-up as a share of all steps: the older spelling of a `warmup_steps` below 1.
+    #[serde(skip_serializing_if = "is_zero")]
     pub warmup_ratio: f64,
     /// The optimizer. Default AdamW.
     pub optim: Optim,
@@ -64,14 +76,28 @@ pub struct SftConfig {
     /// block by its own norm. Default false.
     #[serde(skip_serializing_if = "core::ops::Not::not")]
     pub optimizer_in_bwd: bool,
-    /// Steps between log lines. Default 1. The metrics file has every step.
-    pub logging_steps: usize,
-    /// Steps between evaluations; without it the evaluation set is looked at once, at the end.
+    /// Steps between log lines, or a share of all steps. Default 1. The metrics file has every step.
+    pub logging_steps: StepCount,
+    /// Whether the first step has a log line too. Default true.
+    #[serde(skip_serializing_if = "is_true")]
+    pub logging_first_step: bool,
+    /// When the evaluation set is evaluated. Default: every `eval_steps`, or once at the end without them.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub eval_steps: Option<usize>,
-    /// Steps between saves into `checkpoint-N`, with one at the end; without it only the result is saved.
+    pub eval_strategy: Option<EvalStrategy>,
+    /// Steps between evaluations, or a share of all steps.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub save_steps: Option<usize>,
+    pub eval_steps: Option<StepCount>,
+    /// Whether the evaluation set is evaluated before the first step too, so that the run says what it changed. This
+    /// evaluation is not a candidate for the best model. Default: whether there is an evaluation set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_on_start: Option<bool>,
+    /// When checkpoints are written. Default: every `save_steps`, or never without them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_strategy: Option<SaveStrategy>,
+    /// Steps between saves into `checkpoint-N`, or a share of all steps, with one at the end; without it only the result
+    /// is saved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_steps: Option<StepCount>,
     /// Who is told the numbers beside `metrics.jsonl` and `report.html`. Default TensorBoard, in files.
     pub report_to: ReportTo,
     /// Messages that the model answers at each evaluation, put into its chat template if there is one. Default none.
@@ -95,20 +121,42 @@ pub struct SftConfig {
     pub early_stopping_threshold: f64,
 }
 
+/// Writes 3.0 as 3.
+fn whole_or_not<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+    match *value {
+        Some(value) if value.fract() == 0.0 && value.abs() < 9e15 => serializer.serialize_i64(value as i64),
+        value => value.serialize(serializer),
+    }
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_true(value: &bool) -> bool {
+    *value
+}
+
+/// `num_train_epochs` where neither it nor `max_steps` is given.
+const EPOCHS: f64 = 3.0;
+
 impl Default for SftConfig {
     fn default() -> Self {
         Self {
+            run_name: None,
             per_device_train_batch_size: 8,
             per_device_eval_batch_size: 8,
             gradient_accumulation_steps: 1,
             packing: false,
-            num_train_epochs: 3.0,
+            num_train_epochs: None,
             max_steps: None,
             learning_rate: None,
             embedding_learning_rate: None,
             lr_scheduler_type: LrSchedulerType::Linear,
             lr_scheduler_kwargs: LrSchedulerKwargs::default(),
-            warmup_steps: 0,
+            warmup_steps: StepCount::Steps(0),
             warmup_ratio: 0.0,
             optim: Optim::Adamw,
             weight_decay: 0.01,
@@ -119,8 +167,12 @@ impl Default for SftConfig {
             max_grad_norm: 1.0,
             neftune_noise_alpha: None,
             optimizer_in_bwd: false,
-            logging_steps: 1,
+            logging_steps: StepCount::Steps(1),
+            logging_first_step: true,
+            eval_strategy: None,
             eval_steps: None,
+            eval_on_start: None,
+            save_strategy: None,
             save_steps: None,
             report_to: ReportTo::default(),
             sample_prompts: Vec::new(),
@@ -135,111 +187,12 @@ impl Default for SftConfig {
 }
 
 impl SftConfig {
-    /// Checks every number.
-    ///
-    /// # Errors
-    /// [`Error::Config`] with one sentence for each that is out of range.
-    pub fn validate(&self) -> Result<(), Error> {
-        let mut problems = Vec::new();
-        let mut check = |ok: bool, name: &str, value: &dyn core::fmt::Display, range: &str| {
-            if !ok {
-                problems.push(format!("{name} is {value}; it must be {range}"));
-            }
-        };
-        let positive = "at least 1";
-        for (name, value) in [
-            ("per_device_train_batch_size", self.per_device_train_batch_size),
-            ("per_device_eval_batch_size", self.per_device_eval_batch_size),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps),
-            ("logging_steps", self.logging_steps),
-            ("sample_max_new_tokens", self.sample_max_new_tokens),
-        ] {
-            check(value > 0, name, &value, positive);
-        }
-        for (name, value) in [
-            ("max_steps", self.max_steps),
-            ("eval_steps", self.eval_steps),
-            ("save_steps", self.save_steps),
-            ("save_total_limit", self.save_total_limit),
-            ("early_stopping_patience", self.early_stopping_patience),
-        ] {
-            check(value != Some(0), name, &0, positive);
-        }
-        let epochs = self.num_train_epochs;
-        check(epochs.is_finite() && epochs > 0.0, "num_train_epochs", &epochs, "above 0");
-        for (name, rate) in
-            [("learning_rate", self.learning_rate), ("embedding_learning_rate", self.embedding_learning_rate)]
-        {
-            let rate = rate.unwrap_or(0.0);
-            check(rate.is_finite() && rate >= 0.0, name, &rate, "at least 0");
-        }
-        let alpha = self.neftune_noise_alpha.unwrap_or(1.0);
-        check(alpha.is_finite() && alpha > 0.0, "neftune_noise_alpha", &alpha, "above 0");
-        for (name, value) in [
-            ("adam_beta1", self.adam_beta1),
-            ("adam_beta2", self.adam_beta2),
-            ("momentum", self.momentum.unwrap_or(0.0)),
-            ("warmup_ratio", self.warmup_ratio),
-        ] {
-            check((0.0..1.0).contains(&value), name, &value, "at least 0 and below 1");
-        }
-        for (name, value) in [
-            ("weight_decay", self.weight_decay),
-            ("adam_epsilon", self.adam_epsilon),
-            ("max_grad_norm", self.max_grad_norm),
-            ("early_stopping_threshold", self.early_stopping_threshold),
-        ] {
-            check(value.is_finite() && value >= 0.0, name, &value, "at least 0");
-        }
-        let rows = self.per_device_train_batch_size.checked_mul(self.gradient_accumulation_steps);
-        if rows.is_none_or(|rows| rows > u32::MAX as usize) {
-            problems.push("per_device_train_batch_size · gradient_accumulation_steps is beyond 2³²".to_owned());
-        }
-        if self.early_stopping_threshold > 0.0 && self.early_stopping_patience.is_none() {
-            problems.push("early_stopping_threshold needs early_stopping_patience".to_owned());
-        }
-        for (wanted, name) in [
-            (self.early_stopping_patience.is_some(), "early_stopping_patience"),
-            (self.load_best_model_at_end, "load_best_model_at_end"),
-        ] {
-            if wanted && self.eval_steps.is_none() {
-                problems.push(format!("{name} needs eval_steps: the evaluation set is looked at once otherwise"));
-            }
-        }
-        if self.save_total_limit.is_some() && self.save_steps.is_none() && !self.load_best_model_at_end {
-            problems.push("save_total_limit needs save_steps or load_best_model_at_end".to_owned());
-        }
-        if self.optimizer_in_bwd && self.gradient_accumulation_steps > 1 {
-            problems.push(format!(
-                "gradient_accumulation_steps is {}, and optimizer_in_bwd = true has no gradients to accumulate in; put the \
-                 rows into one batch, per_device_train_batch_size = {}, with use_gradient_checkpointing where memory is short",
-                self.gradient_accumulation_steps,
-                self.per_device_train_batch_size.saturating_mul(self.gradient_accumulation_steps)
-            ));
-        }
-        let warmup = self.warmup_steps > 0 || self.warmup_ratio > 0.0;
-        if warmup && self.lr_scheduler_type == LrSchedulerType::Constant {
-            problems.push(
-                "lr_scheduler_type = \"constant\" has no warm-up; write \"constant_with_warmup\", or leave \
-                 warmup_steps and warmup_ratio out"
-                    .to_owned(),
-            );
-        }
-        problems.extend(self.optim.ignored(self));
-        // Whether the steps are enough shows when they are known.
-        let (kind, kwargs) = (self.lr_scheduler_type, &self.lr_scheduler_kwargs);
-        if let Err(more) = Schedule::new(kind, kwargs, self.learning_rate.unwrap_or(f64::MAX), 0, 1 << 40) {
-            problems.extend(more);
-        }
-        if problems.is_empty() { Ok(()) } else { Err(Error::Config(problems)) }
-    }
-
     /// How the learning rate moves over `total` steps to and from the peak `peak`.
     ///
     /// # Errors
     /// [`Error::Config`] when `lr_scheduler_kwargs` does not fit the schedule or the steps.
     pub fn schedule(&self, peak: f64, total: usize) -> Result<Schedule, Error> {
-        let (kind, kwargs, warmup) = (self.lr_scheduler_type, &self.lr_scheduler_kwargs, self.resolved_warmup(total));
+        let (kind, kwargs, warmup) = (self.lr_scheduler_type, &self.lr_scheduler_kwargs, self.warmup().of(total));
         Schedule::new(kind, kwargs, peak, warmup, total).map_err(Error::Config)
     }
 
@@ -264,15 +217,50 @@ impl SftConfig {
         self.per_device_train_batch_size * self.gradient_accumulation_steps
     }
 
-    /// Optimizer steps of a run over `rows` rows.
-    pub fn total_steps(&self, rows: usize) -> usize {
-        let all = (self.num_train_epochs * rows as f64).ceil() as usize;
-        self.max_steps.unwrap_or_else(|| all.div_ceil(self.rows_per_step()).max(1))
+    /// The steps of a run over `rows` rows ([`rows`](Self::rows)), and what falls due after which of them.
+    pub fn timetable(&self, rows: usize) -> Timetable {
+        Timetable::new(self, rows)
     }
 
-    /// Steps of warm-up in a run of `total` steps.
-    pub fn resolved_warmup(&self, total: usize) -> usize {
-        if self.warmup_steps > 0 { self.warmup_steps } else { (self.warmup_ratio * total as f64).ceil() as usize }
+    /// Passes over the data where `max_steps` does not say how long the run is.
+    pub fn epochs(&self) -> f64 {
+        self.num_train_epochs.unwrap_or(EPOCHS)
+    }
+
+    /// Steps of warm-up, whichever key says it.
+    pub fn warmup(&self) -> StepCount {
+        if self.warmup_steps.is_zero() { StepCount::Share(self.warmup_ratio) } else { self.warmup_steps }
+    }
+
+    /// Keys that need rows to evaluate, and whether they are set.
+    pub fn needs_eval(&self) -> [(bool, &'static str); 3] {
+        [
+            (self.eval_steps.is_some(), "eval_steps"),
+            (matches!(self.eval_strategy, Some(EvalStrategy::Steps | EvalStrategy::Epoch)), "eval_strategy"),
+            (self.eval_on_start == Some(true), "eval_on_start = true"),
+        ]
+    }
+
+    /// Whether the evaluation set is evaluated before the first step, if there is one.
+    pub fn evaluates_on_start(&self) -> bool {
+        self.eval_on_start.unwrap_or(self.eval_strategy != Some(EvalStrategy::No))
+    }
+
+    /// Fills in the defaults that depend on other keys, and leaves one key where two say the same: `max_steps` or
+    /// `num_train_epochs`, `warmup_steps` and not `warmup_ratio`.
+    pub fn resolve(&mut self, full_finetuning: bool, has_eval: bool) {
+        match self.max_steps {
+            Some(_) => self.num_train_epochs = None,
+            None => self.num_train_epochs = Some(self.epochs()),
+        }
+        if self.warmup_ratio > 0.0 {
+            self.warmup_steps = self.warmup();
+            self.warmup_ratio = 0.0;
+        }
+        self.learning_rate = Some(self.resolved_learning_rate(full_finetuning));
+        if has_eval {
+            self.eval_on_start = Some(self.evaluates_on_start());
+        }
     }
 
     /// The schedule's peak.
@@ -286,11 +274,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn steps_cover_all_epochs() {
-        let config =
-            SftConfig { per_device_train_batch_size: 2, gradient_accumulation_steps: 3, ..SftConfig::default() };
-        assert_eq!(config.total_steps(7), 4, "21 rows in sixes");
-        assert_eq!(SftConfig { max_steps: Some(9), ..config }.total_steps(7), 9);
+    fn one_key_is_left_where_two_say_the_same() {
+        let mut config = SftConfig { warmup_ratio: 0.25, ..SftConfig::default() };
+        config.resolve(true, true);
+        assert_eq!((config.warmup_steps, config.warmup_ratio), (StepCount::Share(0.25), 0.0));
+        assert_eq!(
+            (config.num_train_epochs, config.learning_rate, config.eval_on_start),
+            (Some(3.0), Some(2e-5), Some(true))
+        );
+        let json = serde_json::to_value(&config).unwrap();
+        assert_eq!((&json["num_train_epochs"], json.get("warmup_ratio")), (&3.into(), None), "a whole number");
+        let mut config = SftConfig { max_steps: Some(9), num_train_epochs: Some(2.0), ..SftConfig::default() };
+        config.resolve(false, false);
+        assert_eq!((config.num_train_epochs, config.learning_rate, config.eval_on_start), (None, Some(2e-4), None));
+        let again = config.clone();
+        config.resolve(false, false);
+        assert_eq!(config, again);
     }
 
     #[test]
@@ -307,22 +306,5 @@ mod tests {
         let mut builder = ParamsBuilder::new(&Device::cpu(), DType::F32);
         builder.push_in(Group::Embedding, "lm_head.weight", &[1, 2], true, &[0.0; 2]);
         given.check_embedding_rate(&builder.build()).unwrap();
-    }
-
-    #[test]
-    fn every_bad_number_is_named() {
-        let config = SftConfig { logging_steps: 0, adam_beta1: 1.0, learning_rate: Some(-1.0), ..SftConfig::default() };
-        let text = config.validate().unwrap_err().to_string();
-        for part in ["logging_steps is 0", "adam_beta1 is 1;", "learning_rate is -1"] {
-            assert!(text.contains(part), "{text}");
-        }
-        SftConfig::default().validate().unwrap();
-        let config = SftConfig { load_best_model_at_end: true, early_stopping_threshold: 0.1, ..SftConfig::default() };
-        let text = config.validate().unwrap_err().to_string();
-        for part in
-            ["load_best_model_at_end needs eval_steps", "early_stopping_threshold needs early_stopping_patience"]
-        {
-            assert!(text.contains(part), "{text}");
-        }
     }
 }

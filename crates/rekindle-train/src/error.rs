@@ -17,8 +17,8 @@ pub enum Error {
     Diverged(Box<Diverged>),
     /// The output directory holds checkpoints of an earlier run.
     #[error(
-        "{} is of an earlier run; to go on from it, resume (--resume); to begin anew, remove the checkpoints in {} or give \
-         another output_dir",
+        "{} is of an earlier run in {}; pass --resume to continue that run, --overwrite to remove its checkpoints and start \
+         again, or set another output_dir",
         .latest.display(), .output_dir.display()
     )]
     EarlierRun {
@@ -26,6 +26,17 @@ pub enum Error {
         output_dir: PathBuf,
         /// The last of its checkpoints.
         latest: PathBuf,
+    },
+    /// The output directory holds the result of an earlier run, and no checkpoint.
+    #[error(
+        "{} is the result of an earlier run{}; pass --overwrite to replace it, or set another output_dir",
+        .result.display(), if *.resumes { ", and there is no checkpoint to resume from" } else { "" }
+    )]
+    FinishedRun {
+        /// The adapter or model.
+        result: PathBuf,
+        /// Whether the run was to resume.
+        resumes: bool,
     },
     /// The run is not the one that the checkpoint is of, one sentence for each difference.
     #[error("cannot go on from {}: {}; a run goes on with what it began with", .path.display(), .differences.join("; "))]

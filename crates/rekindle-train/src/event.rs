@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::{Best, EvalMetrics, Sample, StepMetrics};
+use crate::{Best, EvalMetrics, Sample, StepMetrics, Timetable};
 
 /// What a run tells while it goes on.
 #[derive(Debug)]
@@ -12,8 +12,8 @@ pub enum Event<'a> {
     Started {
         /// Steps that were done before, by a run that this one goes on from.
         done: usize,
-        /// Steps of the whole run.
-        total: usize,
+        /// Steps of the whole run, and what falls due after which of them.
+        times: &'a Timetable,
         /// What it goes on from.
         checkpoint: Option<&'a Path>,
         /// What the user should know of that, one sentence each.

@@ -8,7 +8,7 @@ use rekindle_kernels::optimizer::{
 };
 use rekindle_models::{Batch, CausalLm, StepKey};
 
-use crate::{Error, SftConfig};
+use crate::{Error, SftConfig, show_bytes};
 
 /// What changes the parameters.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,7 +37,6 @@ impl OptimizerConfig {
     /// What is slower or elsewhere than its name says, in a sentence each.
     pub fn notes(&self, model: &CausalLm) -> Vec<String> {
         let paged = Self { format: StateFormat::Host8, ..*self }.state_bytes(model).host;
-        let mb = |bytes: usize| format!("{:.1} MB", 1e-6 * bytes as f64);
         let mut notes = Vec::new();
         match (self.format, model.device()) {
             (StateFormat::F32, _) => {}
@@ -46,7 +45,7 @@ impl OptimizerConfig {
             }
             (StateFormat::Host8, Device::Cuda(_)) => notes.push(format!(
                 "the optimizer state is in page-locked host memory: each step reads {} over the bus and writes as much",
-                mb(paged)
+                show_bytes(paged)
             )),
             (_, Device::Cuda(_)) => {}
             (format, device) => {
@@ -56,7 +55,7 @@ impl OptimizerConfig {
                     );
                 }
                 if !device.is_cpu() {
-                    let moved = mb(4 * model.params().numel());
+                    let moved = show_bytes(4 * model.params().numel());
                     notes.push(format!(
                         "the host changes what has an 8-bit optimizer state: each step brings up to {moved} of gradients \
                          and as much of parameters there, and the parameters back"

@@ -1,4 +1,8 @@
 //! The memory that a run takes, before it is loaded.
+//!
+//! One definition throughout: the most bytes that are allocated at once, on the device that computes. On the CPU a process
+//! is resident with more than that, which [`MemoryPlan::mapped`] names: pages of the checkpoint's files, which the system
+//! takes back when memory is short, and the program itself.
 
 mod advice;
 mod fit;
@@ -9,7 +13,7 @@ use std::path::PathBuf;
 
 use rekindle_kernels::{Device, MemoryUse};
 use rekindle_lora::{GradientCheckpointing, LoraConfig};
-use rekindle_models::{Batch, CausalLm, LoadOptions};
+use rekindle_models::{Batch, CausalLm, LoadOptions, stored_quantization};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
@@ -56,7 +60,7 @@ pub struct Rows {
     pub lengths: Vec<usize>,
 }
 
-/// Bytes that a run takes at the most, by use.
+/// The most bytes that a run allocates at once, by category.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryPlan {
     /// Rows of the largest pass.
@@ -74,10 +78,13 @@ pub struct MemoryPlan {
     /// On a GPU, memory beside the tensors ([`CUDA_CONTEXT_BYTES`](rekindle_kernels::runtime::CUDA_CONTEXT_BYTES)).
     #[serde(rename = "outside")]
     pub context: usize,
-    /// All of these.
+    /// All of these. This is what is compared with the available memory.
     pub peak: usize,
     /// Host memory that a GPU's activations and states go to.
     pub host: usize,
+    /// On the CPU, bytes of the checkpoint's files that are mapped while it loads. They count as resident, beside `peak`,
+    /// until the system needs the memory for something else.
+    pub mapped: usize,
 }
 
 impl Planner {
@@ -181,7 +188,20 @@ impl Planner {
             context,
             peak: stats.extent + context,
             host: self.device.pinned_bytes(),
+            mapped: if self.device.is_cpu() { self.mapped(&bytes) } else { 0 },
         }
+    }
+
+    /// The size of the checkpoint's files, from the shapes and the dtype that its configuration names.
+    fn mapped(&self, bytes: &MemoryBytes) -> usize {
+        let json = &self.job.json;
+        if stored_quantization(json).is_some() {
+            return bytes.of(MemoryCategory::Weights);
+        }
+        let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| json.get(key)?.as_str());
+        let element = if matches!(dtype, Some("bfloat16" | "float16")) { 2 } else { 4 };
+        let tensors = self.model.config().tensors();
+        element * tensors.iter().map(|(_, dims)| dims.iter().product::<usize>()).sum::<usize>()
     }
 }
 
@@ -228,10 +248,12 @@ impl fmt::Display for MemoryPlan {
         line("fragmentation", self.fragmentation)?;
         line("CUDA context", self.context)?;
         write!(f, "{:<20} {:>12}", "peak", show(self.peak))?;
-        match self.host {
-            0 => Ok(()),
-            host => write!(f, "\n{:<20} {:>12}", "pinned host memory", show(host)),
+        for (what, bytes) in [("on the host", self.host), ("mapped files", self.mapped)] {
+            if bytes > 0 {
+                write!(f, "\n{what:<20} {:>12}  beside the peak", show(bytes))?;
+            }
         }
+        Ok(())
     }
 }
 

@@ -81,9 +81,10 @@ fn section(page: &mut String, title: &str, body: &str) {
 
 fn progress(done: usize, total: usize) -> String {
     match done {
+        done if done >= total && total == 1 => "The run's one step is done.".to_owned(),
         done if done >= total => format!("All {} steps are done.", group(total as f64)),
         done => {
-            format!("Step {} of {}: the run goes on, or was stopped here.", group(done as f64), group(total as f64))
+            format!("Step {} of {}: the run is not finished.", group(done as f64), group(total as f64))
         }
     }
 }
@@ -98,9 +99,13 @@ fn figures(history: &RunHistory) -> String {
     };
     if let Some(eval) = history.evals.last() {
         let best = history.evals.iter().min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss)).unwrap_or(eval);
-        let note = match best.step == eval.step {
-            true => format!("perplexity {}", significant(eval.eval_perplexity)),
-            false => format!("best {} at step {}", significant(best.eval_loss), group(best.step as f64)),
+        let first = history.evals.first().filter(|first| first.step == 0 && eval.step > 0);
+        let note = match (first, best.step == eval.step) {
+            (_, false) if best.step > 0 => {
+                format!("best {} at step {}", significant(best.eval_loss), group(best.step as f64))
+            }
+            (Some(first), _) => format!("{} before step 1", significant(first.eval_loss)),
+            (None, _) => format!("perplexity {}", significant(eval.eval_perplexity)),
         };
         tile("evaluation loss", significant(eval.eval_loss), note);
     }
@@ -113,8 +118,9 @@ fn figures(history: &RunHistory) -> String {
     let tokens: usize = history.steps.iter().map(|step| step.tokens).sum();
     let trained: usize = history.steps.iter().map(|step| step.trained_tokens).sum();
     tile("tokens", count(tokens), format!("{} counted in the loss", count(trained)));
-    tile("epochs", format!("{:.2}", last.epoch), format!("{} steps", group(last.step as f64)));
-    tile("tokens a second", group(curves::median_speed(history)), "median of the steps".to_owned());
+    let steps = if last.step == 1 { "1 step".to_owned() } else { format!("{} steps", group(last.step as f64)) };
+    tile("epochs", format!("{:.2}", last.epoch), steps);
+    tile("tokens per second", group(curves::median_speed(history)), "median of the training steps".to_owned());
     if let Some(peak) = history.steps.iter().filter_map(|step| step.peak_memory).max() {
         tile("peak memory", bytes(peak), String::new());
     }
@@ -152,7 +158,7 @@ mod tests {
             "max_steps = 8",
             "after 4",
             "after 8",
-            "3.15 MB",
+            "3.00 MiB",
         ] {
             assert!(page.contains(part), "{part}: {page}");
         }
@@ -165,6 +171,30 @@ mod tests {
             assert!(!page.contains(outside), "{outside}");
         }
         assert!(!page.contains("<script>alert"), "texts are escaped");
+    }
+
+    #[test]
+    fn the_loss_before_the_first_step_stands_beside_the_last() {
+        let eval_at = |step, eval_loss| crate::EvalMetrics { step, eval_loss, ..eval(step) };
+        let page = |evals: &[(usize, f64)]| {
+            let evals = evals.iter().map(|&(step, loss)| eval_at(step, loss)).collect();
+            report_html(&RunHistory { evals, ..history(8) }, 8, &description())
+        };
+        assert!(page(&[(0, 0.76), (8, 0.03)]).contains("<b>0.0300</b><small>0.760 before step 1</small>"));
+        assert!(page(&[(0, 0.76), (4, 0.02), (8, 0.03)]).contains("best 0.0200 at step 4"));
+        assert!(page(&[(0, 0.5), (8, 0.75)]).contains("<b>0.750</b><small>0.500 before step 1</small>"));
+        assert!(page(&[(8, 0.75)]).contains("<b>0.750</b><small>perplexity"));
+        let one = report_html(&RunHistory { steps: vec![step(1)], ..RunHistory::default() }, 1, &description());
+        assert!(one.contains("one step is done") && one.contains("<small>1 step</small>"), "{one}");
+    }
+
+    #[test]
+    fn every_chart_names_its_axes() {
+        let page = report_html(&history(8), 8, &description());
+        assert_eq!(page.matches("<span class=\"axis\">step</span>").count(), 5, "x");
+        for unit in ["nats per token", "L2, before clipping", "tokens per second of training steps", "MiB"] {
+            assert!(page.contains(&format!("<small>{unit}</small>")), "{unit}");
+        }
     }
 
     #[test]

@@ -8,7 +8,8 @@ use rekindle_lora::Adapter;
 use rekindle_lora::peft::{CONFIG_FILE, TENSORS_FILE};
 use rekindle_models::{CausalLm, DEFAULT_ADAPTER, Positions, save_positions};
 
-use crate::{Error, checkpoint};
+use crate::model_card::{CardRun, README, keep_readme};
+use crate::{Error, ModelCard, checkpoint};
 
 /// Writes the trained result to `dir`: PEFT's files for an adapter, a whole checkpoint in `dtype` when all weights
 /// were trained; with copies of `companions`, such as the tokenizer's files.
@@ -22,14 +23,29 @@ pub fn save_result(model: &CausalLm, dir: &Path, companions: &[PathBuf], dtype: 
     write_result(dir, model.lora().is_some(), companions, |target| write_model(model, target, dtype))
 }
 
-/// Writes the adapter, or the whole model in `dtype` when all weights are trained, into an existing directory.
+/// Writes the adapter, or the whole model in `dtype` when all weights are trained, into an existing directory, with a
+/// model card.
 pub(crate) fn write_model(model: &CausalLm, target: &Path, dtype: Dtype) -> Result<(), Error> {
+    write_model_with(model, target, dtype, &ModelCard::default(), None)
+}
+
+/// As [`write_model`], with a card that says more.
+pub(crate) fn write_model_with(
+    model: &CausalLm,
+    target: &Path,
+    dtype: Dtype,
+    card: &ModelCard,
+    run: Option<CardRun<'_>>,
+) -> Result<(), Error> {
     let adapter = model.adapter();
     // What is read from a device that failed is no adapter.
     model.device().check().map_err(rekindle_models::Error::from)?;
     match adapter {
-        Some(adapter) => write_adapter(model, &adapter, target),
-        None => Ok(model.save(target, dtype)?),
+        Some(adapter) => write_adapter(model, &adapter, target, card, run),
+        None => {
+            model.save(target, dtype)?;
+            card.write(model, None, run, target)
+        }
     }
 }
 
@@ -39,7 +55,7 @@ pub(crate) fn write_model(model: &CausalLm, target: &Path, dtype: Dtype) -> Resu
 /// As `save_result`, and for a name that is no adapter's.
 pub fn save_adapter(model: &CausalLm, name: &str, dir: &Path, companions: &[PathBuf]) -> Result<(), Error> {
     let adapter = model.adapter_called(name)?;
-    write_result(dir, true, companions, |target| write_adapter(model, &adapter, target))
+    write_result(dir, true, companions, |target| write_adapter(model, &adapter, target, &ModelCard::default(), None))
 }
 
 /// Writes all adapters of `model` to `dir` as PEFT lays them out: the one called [`DEFAULT_ADAPTER`] at its top, others
@@ -62,18 +78,28 @@ pub fn save_adapters(model: &CausalLm, dir: &Path, companions: &[PathBuf]) -> Re
                 place.push(name);
                 std::fs::create_dir(&place).map_err(|source| Error::Io { path: place.clone(), source })?;
             }
-            write_adapter(model, &adapter, &place)?;
+            write_adapter(model, &adapter, &place, &ModelCard::default(), None)?;
+            if is_named(&name) {
+                keep_readme(&dir.join(name), &place)?;
+            }
         }
         Ok(())
     })
 }
 
 /// The files of one adapter of `model`.
-fn write_adapter(model: &CausalLm, adapter: &Adapter, dir: &Path) -> Result<(), Error> {
+fn write_adapter(
+    model: &CausalLm,
+    adapter: &Adapter,
+    dir: &Path,
+    card: &ModelCard,
+    run: Option<CardRun<'_>>,
+) -> Result<(), Error> {
     if let Some(widened) = model.widened() {
         save_positions(&widened.positions, dir)?;
     }
-    Ok(adapter.save(dir).map_err(rekindle_models::Error::from)?)
+    adapter.save(dir).map_err(rekindle_models::Error::from)?;
+    card.write(model, Some(adapter.config.lora()), run, dir)
 }
 
 /// Makes `dir` with what `write` puts into the directory that it is given, and copies of `companions`.
@@ -106,6 +132,7 @@ pub(crate) fn write_new<T>(
         let bytes = std::fs::read(file).map_err(|source| Error::Io { path: file.clone(), source })?;
         write_atomic(&target.path().join(name), &bytes)?;
     }
+    keep_readme(dir, target.path())?;
     target.commit()?;
     Ok(written)
 }
@@ -130,6 +157,7 @@ fn check_with(dir: &Path, adapter: bool, named: &[&str], files: &[&str]) -> Resu
     let weights = |name: &str| name.starts_with("model") && name.contains(".safetensors");
     let ours = |name: &str| {
         COMPANION_FILES.contains(&name)
+            || name == README
             || named.contains(&name)
             || files.contains(&name)
             || if adapter {
@@ -157,7 +185,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let check = |adapter| check_replaceable(dir.path(), adapter);
         check(true).unwrap();
-        for name in [CONFIG_FILE, TENSORS_FILE, Positions::FILE, "tokenizer.json"] {
+        for name in [CONFIG_FILE, TENSORS_FILE, Positions::FILE, "tokenizer.json", README] {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
         check(true).unwrap();

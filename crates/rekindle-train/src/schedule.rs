@@ -2,6 +2,7 @@
 
 use core::f64::consts::PI;
 
+use rekindle_data::counted;
 use serde::{Deserialize, Serialize};
 
 /// The shape of a learning-rate schedule; the formulas are Hugging Face's.
@@ -245,7 +246,9 @@ impl Reader {
         self.check(
             decay <= room,
             &format!(
-                "a fall of {decay} steps is longer than the {room} that {total} steps leave after {warmup} of warm-up"
+                "a fall of {} is longer than the {room} that {} leave after {warmup} of warm-up",
+                counted(decay, "step"),
+                counted(total, "step")
             ),
         );
         decay.min(room)

@@ -2,6 +2,8 @@
 
 mod agreement;
 mod guard;
+mod output;
+mod preflight;
 mod resume;
 mod rows;
 mod run;
@@ -13,9 +15,9 @@ use std::sync::atomic::AtomicBool;
 use rekindle_data::Dataset;
 use rekindle_models::CausalLm;
 
-use crate::checkpoint::Checkpoint;
-use crate::save::{check_checkpoint, check_replaceable};
-use crate::{Error, Event, Report, RunDescription, Sampler, SftConfig};
+use crate::{Error, Event, ModelCard, Report, RunDescription, Sampler, SaveStrategy, SftConfig};
+use output::OutputDir;
+pub use preflight::{Preflight, check_output_dir};
 pub use resume::Resume;
 use run::Run;
 
@@ -31,7 +33,9 @@ pub struct Trainer<'a> {
     companions: Vec<PathBuf>,
     sampler: Option<Sampler<'a>>,
     description: RunDescription,
+    card: ModelCard,
     resume: Option<Resume>,
+    overwrite: bool,
     stop: Arc<AtomicBool>,
     on_event: Box<dyn FnMut(Event<'_>) + 'a>,
 }
@@ -50,13 +54,15 @@ impl<'a> Trainer<'a> {
             companions: Vec::new(),
             sampler: None,
             description: RunDescription::default(),
+            card: ModelCard::default(),
             resume: None,
+            overwrite: false,
             stop: Arc::default(),
             on_event: Box::new(|_| ()),
         }
     }
 
-    /// Evaluates this dataset every `eval_steps` and at the end.
+    /// Evaluates this dataset before the first step, every `eval_steps` and at the end.
     #[must_use]
     pub fn eval_dataset(mut self, eval: Dataset) -> Self {
         self.eval = Some(eval);
@@ -105,11 +111,26 @@ impl<'a> Trainer<'a> {
         self
     }
 
-    /// Goes on from a checkpoint, with a model as the earlier run began with. On the CPU the run ends in the same bits
-    /// as one that never stopped.
+    /// What the `README.md` beside everything that is saved says of the run beside its numbers.
+    #[must_use]
+    pub fn model_card(mut self, card: ModelCard) -> Self {
+        self.card = card;
+        self
+    }
+
+    /// Resumes from a checkpoint, with a model as the earlier run started with. On the CPU the result is bit-identical to
+    /// that of an uninterrupted run.
     #[must_use]
     pub fn resume(mut self, resume: Resume) -> Self {
         self.resume = Some(resume);
+        self
+    }
+
+    /// Whether the run may replace the checkpoints and the result of an earlier run in the output directory. Default
+    /// false: such a directory is refused.
+    #[must_use]
+    pub fn overwrite(mut self, overwrite: bool) -> Self {
+        self.overwrite = overwrite;
         self
     }
 
@@ -130,8 +151,8 @@ impl<'a> Trainer<'a> {
     /// Runs to the end.
     ///
     /// # Errors
-    /// [`Error::Config`], [`Error::NothingToTrain`], [`Error::EarlierRun`], [`Error::Differs`] and [`Error::Checkpoint`]
-    /// before anything happens; [`Error::Diverged`] when a number is not finite; [`Error::File`] and [`Error::Io`] when
+    /// [`Error::Config`], [`Error::NothingToTrain`], [`Error::EarlierRun`], [`Error::FinishedRun`], [`Error::Differs`] and
+    /// [`Error::Checkpoint`] before anything happens; [`Error::Diverged`] when a number is not finite; [`Error::File`] and [`Error::Io`] when
     /// results cannot be written.
     pub fn train(self) -> Result<Report, Error> {
         Run::begin(self)?.go()
@@ -140,11 +161,12 @@ impl<'a> Trainer<'a> {
     /// Refuses what asks for something that is not there.
     fn check_needs(&self) -> Result<(), Error> {
         let mut problems = Vec::new();
-        if self.config.eval_steps.is_some() && self.eval.is_none() {
-            problems.push("eval_steps needs rows to evaluate".to_owned());
+        for (_, what) in self.config.needs_eval().iter().filter(|(wanted, _)| *wanted && self.eval.is_none()) {
+            problems.push(format!("{what} needs rows to evaluate"));
         }
         let keeps = [
             (self.config.save_steps.is_some(), "save_steps"),
+            (matches!(self.config.save_strategy, Some(SaveStrategy::Epoch | SaveStrategy::Best)), "save_strategy"),
             (self.config.load_best_model_at_end, "load_best_model_at_end"),
             (self.resume == Some(Resume::Latest), "resuming from the latest checkpoint"),
         ];
@@ -154,12 +176,13 @@ impl<'a> Trainer<'a> {
         if problems.is_empty() { Ok(()) } else { Err(Error::Config(problems)) }
     }
 
-    /// Refuses, before any work is done, what would be found out when results are written.
-    fn check_output(&self, full: bool, total: usize) -> Result<(), Error> {
-        let Some(dir) = &self.output_dir else { return Ok(()) };
-        check_replaceable(&dir.join(result_name(full)), !full)?;
-        let mut saves = self.config.save_steps.into_iter().flat_map(|every| (every..=total).step_by(every));
-        saves.try_for_each(|step| check_checkpoint(&Checkpoint::path(dir, step), !full))
+    fn output(&self) -> OutputDir<'_> {
+        OutputDir {
+            dir: self.output_dir.as_deref(),
+            full: self.model.lora().is_none(),
+            resume: self.resume.as_ref(),
+            overwrite: self.overwrite,
+        }
     }
 }
 

@@ -164,6 +164,20 @@ impl DataSource {
         self
     }
 
+    /// Returns the names of its files and datasets, without the directories that they are in.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let name = |path: &PathBuf| match name_on_hub(path) {
+            Some(name) => name.to_owned(),
+            None => path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
+        };
+        self.paths.iter().map(name).collect()
+    }
+
+    /// Returns the names of datasets on the hub in it.
+    pub(crate) fn names_on_hub(&self) -> Vec<String> {
+        self.paths.iter().filter_map(|path| name_on_hub(path)).map(str::to_owned).collect()
+    }
+
     /// Whether any of it is looked for on the hub.
     pub fn is_on_hub(&self) -> bool {
         self.paths.iter().any(|path| name_on_hub(path).is_some())

@@ -3,24 +3,19 @@
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rekindle_data::Dataset;
-use rekindle_train::RunDescription;
+use rekindle_data::LoadReport;
+use rekindle_train::{ModelCard, RunDescription, data_line, show_bytes};
 use serde_json::Value;
 
-use crate::Model;
-
-/// Encoded rows and where they are from.
-pub(crate) struct Rows {
-    pub(crate) what: String,
-    pub(crate) dataset: Dataset,
-}
+use crate::{EncodedRows, Model};
 
 pub(crate) fn describe(
     model: &Model,
-    train: &Rows,
-    eval: Option<&Rows>,
+    train: &EncodedRows,
+    eval: Option<&EncodedRows>,
     seed: u64,
     output_dir: Option<&Path>,
+    run_name: Option<&str>,
     configuration: String,
 ) -> RunDescription {
     let lm = model.causal_lm();
@@ -50,20 +45,31 @@ pub(crate) fn describe(
         let (r, alpha, scale) = (lora.r, lora.lora_alpha, lora.scale());
         facts.push(("adapter", format!("r {r}, lora_alpha {alpha}, scale {scale}, on {targets}")));
     }
-    facts.push(("rows", train.what.clone()));
-    facts.extend(eval.map(|rows| ("held out", rows.what.clone())));
-    facts.push(("weights", format!("{:.2} GB in memory", memory.bytes() as f64 / 1e9)));
+    facts.push(("training data", train.to_string()));
+    facts.extend(eval.map(|rows| ("evaluation data", rows.to_string())));
+    facts.push(("weights", format!("{} in memory", show_bytes(memory.bytes() as usize))));
     facts.push(("device", format!("{}, {}", model.device(), format!("{:?}", lm.dtype()).to_lowercase())));
     facts.push(("longest row", format!("{} tokens allowed (max_seq_length)", lm.max_seq_length())));
     facts.extend(lm.widened().map(|widened| ("rope_scaling", widened.to_string())));
     facts.push(("seed", seed.to_string()));
-    facts.push(("begun", utc(SystemTime::now())));
+    facts.push(("started", utc(SystemTime::now())));
     RunDescription {
-        title: format!("{name}, {how}"),
+        title: run_name.map_or_else(|| format!("{name}, {how}"), |run| format!("{run}: {name}, {how}")),
         facts: facts.into_iter().map(|(name, text)| (name.to_owned(), text)).collect(),
         usage: output_dir.map(|dir| usage(name, lm.lora().is_some(), dir)).unwrap_or_default(),
         configuration,
     }
+}
+
+/// What the model card says of a run's data: names and sizes, and no paths of this machine.
+pub(crate) fn model_card(title: Option<&str>, train: &EncodedRows, eval: Option<&EncodedRows>, seed: u64) -> ModelCard {
+    let line = |what: &str, rows: &EncodedRows| {
+        let LoadReport { examples, tokens, trained_tokens, .. } = rows.report;
+        data_line(what, &rows.source.names().join(", "), examples, tokens, trained_tokens)
+    };
+    let mut data = vec![line("Training data", train)];
+    data.extend(eval.map(|eval| line("Evaluation data", eval)));
+    ModelCard { title: title.map(str::to_owned), datasets: train.source.names_on_hub(), data, seed: Some(seed) }
 }
 
 /// How the result in `dir` is loaded, here and elsewhere.

@@ -79,7 +79,11 @@ impl Error {
                 _ => ErrorKind::Failed,
             },
             Self::Train(
-                Train::Config(_) | Train::NothingToTrain | Train::EarlierRun { .. } | Train::Differs { .. },
+                Train::Config(_)
+                | Train::NothingToTrain
+                | Train::EarlierRun { .. }
+                | Train::FinishedRun { .. }
+                | Train::Differs { .. },
             ) => ErrorKind::Configuration,
             Self::Train(Train::Diverged(_)) => ErrorKind::Diverged,
             Self::Train(_) => ErrorKind::Failed,

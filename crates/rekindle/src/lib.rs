@@ -32,6 +32,7 @@ mod error;
 mod inspect;
 mod merge;
 mod model;
+mod preflight;
 mod pretrained;
 mod prompts;
 mod quantize;
@@ -39,21 +40,24 @@ mod sft;
 mod skip;
 mod source;
 mod suggest;
+mod time_estimate;
 
 pub use data_source::DataSource;
 pub use error::{Error, ErrorKind};
 pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
 pub use model::{Generated, Model};
-pub use pretrained::{Dtype, FastLanguageModel, Files, Loader, RowEncoder, RunPlanner};
+pub use preflight::RunCheck;
+pub use pretrained::{Dtype, EncodedRows, FastLanguageModel, Files, Loader, RowEncoder, RunPlanner, saved_lora_config};
 pub use quantize::quantize;
-pub use sft::SftTrainer;
+pub use sft::{SftTrainer, TrainingRows};
 pub use source::{Fetched, Source};
 pub use suggest::{Suggestion, suggest};
+pub use time_estimate::{TimeEstimate, TokenTime};
 
 pub use rekindle_data::{
     Columns, Dataset, Example, IGNORED, LoadReport, Message, NotShown, Overlong, Packs, RenderOptions, RowFormat,
-    RowNumber, Thinking, Tokenizer, TrainOn, Untrained,
+    RowNumber, Thinking, Tokenizer, TrainOn, Untrained, counted,
 };
 pub use rekindle_hub::{AtomicDir, write_atomic};
 #[cfg(feature = "network")]
@@ -70,7 +74,8 @@ pub use rekindle_models::{
 };
 pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
 pub use rekindle_train::{
-    Best, Curve, Diverged, End, EvalMetrics, Evaluation, Event, LrSchedulerKwargs, LrSchedulerType, Optim,
-    OptimizerConfig, Report, ReportTo, Resume, RowLoss, RunHistory, Sample, SftConfig, StepMetrics,
+    Best, Curve, Diverged, End, EvalMetrics, EvalStrategy, Evaluation, Event, LrSchedulerKwargs, LrSchedulerType,
+    Optim, OptimizerConfig, Report, ReportTo, Resume, RowLoss, RunHistory, Sample, SaveStrategy, SftConfig, StepCount,
+    StepMetrics, Timetable,
 };
-pub use rekindle_train::{Change, Fit, MemoryPlan, Rows, show_bytes};
+pub use rekindle_train::{Change, Fit, MemoryPlan, Rows, check_output_dir, show_bytes};

@@ -22,8 +22,8 @@ mod plan;
 mod rows;
 
 pub use files::Files;
-pub use plan::RunPlanner;
-pub use rows::RowEncoder;
+pub use plan::{RunPlanner, saved_lora_config};
+pub use rows::{EncodedRows, RowEncoder};
 
 /// The entry point, named as in Unsloth.
 #[derive(Debug)]

@@ -1,29 +1,42 @@
 //! The prompts that are answered while a model is trained.
 
-use rekindle_data::{Dataset, Message, RenderOptions, Tokenizer};
+use rekindle_data::{Dataset, Message, RenderOptions, Tokenizer, counted};
 use rekindle_train::{SamplePrompt, Sampler, SftConfig};
 
 use crate::{Error, Model};
 
-/// What `config` asks to be answered at each evaluation: messages of its own, then prompts of the evaluation set's first
-/// rows. `None` when it asks for nothing.
+/// Returns what answers prompts at each evaluation; `None` when `config` asks for none.
 pub(crate) fn sampler<'a>(
     model: &Model,
     tokenizer: Option<&'a Tokenizer>,
     config: &SftConfig,
     eval: Option<&Dataset>,
 ) -> Result<Option<Sampler<'a>>, Error> {
+    let prompts = prompts(tokenizer, config, eval, model.causal_lm().max_seq_length())?;
+    let eos_ids = tokenizer.map_or_else(|| model.eos_ids(), |tokenizer| Ok(tokenizer.eos_ids().to_vec()))?;
+    let sampler = Sampler::new(prompts, config.sample_max_new_tokens, &eos_ids, tokenizer);
+    Ok((!sampler.is_empty()).then_some(sampler))
+}
+
+/// Returns the prompts that `config` asks to be answered: messages of its own, then prompts of the evaluation set's first
+/// rows.
+pub(crate) fn prompts(
+    tokenizer: Option<&Tokenizer>,
+    config: &SftConfig,
+    eval: Option<&Dataset>,
+    max_seq_length: usize,
+) -> Result<Vec<SamplePrompt>, Error> {
     let mut prompts = Vec::new();
     for text in &config.sample_prompts {
         let Some(tokenizer) = tokenizer else {
             return Err(Error::Argument("sample_prompts are texts; the checkpoint has no tokenizer.json".to_owned()));
         };
         let ids = encode(tokenizer, text)?;
-        let most = model.causal_lm().max_seq_length() - 1;
+        let most = max_seq_length - 1;
         if ids.is_empty() || ids.len() > most {
-            let length = ids.len();
+            let length = counted(ids.len(), "token");
             return Err(Error::Argument(format!(
-                "sample_prompts: {text:?} has {length} tokens; it must have 1 to {most} (max_seq_length - 1)"
+                "sample_prompts: {text:?} has {length}; it must have 1 to {most} (max_seq_length - 1)"
             )));
         }
         prompts.push(SamplePrompt { ids, expected: None });
@@ -43,9 +56,7 @@ pub(crate) fn sampler<'a>(
             ));
         }
     }
-    let eos_ids = tokenizer.map_or_else(|| model.eos_ids(), |tokenizer| Ok(tokenizer.eos_ids().to_vec()))?;
-    let sampler = Sampler::new(prompts, config.sample_max_new_tokens, &eos_ids, tokenizer);
-    Ok((!sampler.is_empty()).then_some(sampler))
+    Ok(prompts)
 }
 
 /// A user's message up to where the answer begins, or text as it is where there is no chat template.

@@ -7,22 +7,44 @@ use std::sync::atomic::AtomicBool;
 use rekindle_data::{LoadReport, Tokenizer};
 use rekindle_train::{Event, Report, Resume, SftConfig, Trainer};
 
-use crate::describe::{Rows, describe};
+use crate::describe::{describe, model_card};
 use crate::prompts::sampler;
-use crate::{DataSource, Error, Model};
+use crate::{DataSource, EncodedRows, Error, Model};
+
+/// The rows of an [`SftTrainer`]: files that it reads, or rows that a [`RowEncoder`](crate::RowEncoder) has read.
+#[derive(Clone, Debug)]
+pub enum TrainingRows {
+    /// To be read when training starts.
+    Source(DataSource),
+    /// Encoded for the same model.
+    Encoded(Box<EncodedRows>),
+}
+
+impl From<DataSource> for TrainingRows {
+    fn from(source: DataSource) -> Self {
+        Self::Source(source)
+    }
+}
+
+impl From<EncodedRows> for TrainingRows {
+    fn from(rows: EncodedRows) -> Self {
+        Self::Encoded(Box::new(rows))
+    }
+}
 
 /// Trains what is trainable in a model on the rows of a source.
 pub struct SftTrainer<'a> {
     model: &'a mut Model,
     tokenizer: Option<&'a Tokenizer>,
-    train: DataSource,
-    eval: Option<DataSource>,
+    train: TrainingRows,
+    eval: Option<TrainingRows>,
     config: SftConfig,
     shuffle: bool,
     seed: u64,
     output_dir: Option<PathBuf>,
     run_file: Option<String>,
     resume: Option<Resume>,
+    overwrite: bool,
     stop: Arc<AtomicBool>,
     on_event: Box<dyn FnMut(Event<'_>) + 'a>,
     on_data: OnData<'a>,
@@ -35,13 +57,13 @@ impl<'a> SftTrainer<'a> {
     pub fn new(
         model: &'a mut Model,
         tokenizer: impl Into<Option<&'a Tokenizer>>,
-        train: DataSource,
+        train: impl Into<TrainingRows>,
         config: SftConfig,
     ) -> Self {
         Self {
             model,
             tokenizer: tokenizer.into(),
-            train,
+            train: train.into(),
             eval: None,
             config,
             shuffle: true,
@@ -49,16 +71,17 @@ impl<'a> SftTrainer<'a> {
             output_dir: None,
             run_file: None,
             resume: None,
+            overwrite: false,
             stop: Arc::default(),
             on_event: Box::new(|_| ()),
             on_data: Box::new(|_, _| ()),
         }
     }
 
-    /// Evaluates these rows every `eval_steps` and at the end.
+    /// Evaluates these rows before the first step, every `eval_steps` and at the end.
     #[must_use]
-    pub fn eval_dataset(mut self, eval: DataSource) -> Self {
-        self.eval = Some(eval);
+    pub fn eval_dataset(mut self, eval: impl Into<TrainingRows>) -> Self {
+        self.eval = Some(eval.into());
         self
     }
 
@@ -91,11 +114,19 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
-    /// Goes on from a checkpoint of an earlier run with the same model, rows and configuration. On the CPU it ends in the
-    /// same bits as a run that never stopped. With checkpoints in `output_dir` and without this, a run is refused.
+    /// Resumes from a checkpoint of an earlier run with the same model, rows and configuration. On the CPU the result is
+    /// bit-identical to that of an uninterrupted run.
     #[must_use]
     pub fn resume(mut self, resume: Resume) -> Self {
         self.resume = Some(resume);
+        self
+    }
+
+    /// Whether checkpoints and the result of an earlier run in `output_dir` are replaced. Default false: the run is
+    /// refused.
+    #[must_use]
+    pub fn overwrite(mut self, overwrite: bool) -> Self {
+        self.overwrite = overwrite;
         self
     }
 
@@ -114,7 +145,7 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
-    /// Is told what was found in each source of rows.
+    /// Calls back with what was found in each source of rows that the trainer reads.
     #[must_use]
     pub fn on_data(mut self, on_data: impl FnMut(&DataSource, &LoadReport) + 'a) -> Self {
         self.on_data = Box::new(on_data);
@@ -127,18 +158,29 @@ impl<'a> SftTrainer<'a> {
     /// [`Error::Data`] for rows that cannot be used, [`Error::Argument`] for samples that cannot be made, and
     /// [`Error::Train`] for everything after that.
     pub fn train(mut self) -> Result<Report, Error> {
-        let train = self.encode(&self.train.clone())?;
-        let eval = self.eval.clone().map(|source| self.encode(&source)).transpose()?;
+        let train = self.encode(self.train.clone())?;
+        let eval = self.eval.take().map(|rows| self.encode(rows)).transpose()?;
         let companions = self.model.companions();
         let sampler = sampler(self.model, self.tokenizer, &self.config, eval.as_ref().map(|rows| &rows.dataset))?;
         let configuration = self.run_file.unwrap_or_else(|| format!("{:#?}", self.config));
-        let description =
-            describe(self.model, &train, eval.as_ref(), self.seed, self.output_dir.as_deref(), configuration);
+        let run_name = self.config.run_name.clone();
+        let description = describe(
+            self.model,
+            &train,
+            eval.as_ref(),
+            self.seed,
+            self.output_dir.as_deref(),
+            run_name.as_deref(),
+            configuration,
+        );
+        let card = model_card(self.config.run_name.as_deref(), &train, eval.as_ref(), self.seed);
         let mut trainer = Trainer::new(self.model.causal_lm_mut(), train.dataset, self.config)
             .shuffle(self.shuffle)
             .seed(self.seed)
             .companions(companions)
             .describe(description)
+            .model_card(card)
+            .overwrite(self.overwrite)
             .stop_flag(self.stop)
             .on_event(self.on_event);
         if let Some(eval) = eval {
@@ -156,10 +198,19 @@ impl<'a> SftTrainer<'a> {
         Ok(trainer.train()?)
     }
 
-    fn encode(&mut self, source: &DataSource) -> Result<Rows, Error> {
-        let (dataset, report) = self.model.encode(self.tokenizer, source)?;
-        (self.on_data)(source, &report);
-        Ok(Rows { what: format!("{source}: {report}"), dataset })
+    fn encode(&mut self, rows: TrainingRows) -> Result<EncodedRows, Error> {
+        let model = self.model.causal_lm();
+        let (max_seq_length, vocab_size) = (model.max_seq_length(), model.config().vocab_size);
+        let source = match rows {
+            TrainingRows::Encoded(rows) if (rows.max_seq_length, rows.vocab_size) == (max_seq_length, vocab_size) => {
+                return Ok(*rows);
+            }
+            TrainingRows::Encoded(rows) => rows.source,
+            TrainingRows::Source(source) => source,
+        };
+        let (dataset, report) = self.model.encode(self.tokenizer, &source)?;
+        (self.on_data)(&source, &report);
+        Ok(EncodedRows { source, dataset, report, max_seq_length, vocab_size })
     }
 }
 

@@ -3,14 +3,18 @@
 mod estimate;
 mod lengths;
 
+#[cfg(test)]
+pub(crate) use estimate::tests::qwen3_4b;
+
 use rekindle_data::{LoadReport, Tokenizer};
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{DeviceKind, open_device};
 use rekindle_lora::GradientCheckpointing;
 use rekindle_models::ModelConfig;
-use rekindle_train::{SamplePrompt, SftConfig};
+use rekindle_train::{SamplePrompt, SftConfig, StepCount};
 
-use crate::{DataSource, Error, Loader};
+use crate::time_estimate::{Work, token_time};
+use crate::{DataSource, Error, Loader, TimeEstimate};
 use estimate::{Shape, estimated_bytes};
 use lengths::{Fitted, fitted};
 
@@ -56,6 +60,8 @@ pub struct Suggestion {
     pub train: SftConfig,
     /// Optimizer steps of that.
     pub steps: usize,
+    /// How long they take, where there are figures for the device.
+    pub time: Option<TimeEstimate>,
 }
 
 /// Rows of one optimizer step, where there are enough of them.
@@ -109,14 +115,19 @@ pub fn suggest(
     let Choice { load_in_4bit, use_gradient_checkpointing, batch, bytes, dense, fits } = choice;
 
     let mut numbers = numbers(rows.examples, batch);
-    let steps = numbers.total_steps(rows.examples);
+    let steps = numbers.timetable(rows.examples).total;
     if eval.is_some() {
-        numbers.eval_steps = Some(steps.div_ceil(10).max(1));
+        numbers.eval_steps = Some(StepCount::Steps(steps.div_ceil(10).max(1)));
         numbers.eval_samples = if has_prompts { 2 } else { 0 };
     }
-    numbers.save_steps = (steps >= 100).then(|| steps.div_ceil(5));
-    numbers.logging_steps = steps.div_ceil(100).clamp(1, 10);
+    numbers.save_steps = (steps >= 100).then(|| StepCount::Steps(steps.div_ceil(5)));
+    numbers.logging_steps = StepCount::Steps(steps.div_ceil(100).clamp(1, 10));
+    let work = Work { config: &config, full: false, recomputes: use_gradient_checkpointing.recomputes() };
+    let eval_tokens = eval.as_ref().map_or(0, |(_, report)| report.tokens);
+    let token_time = token_time(&work, &opened);
+    let time = token_time.map(|time| time.run(&numbers, &numbers.timetable(rows.examples), rows.tokens, eval_tokens));
     Ok(Suggestion {
+        time,
         has_prompts,
         most,
         max_seq_length,
@@ -190,14 +201,14 @@ fn numbers(examples: usize, batch: usize) -> SftConfig {
         per_device_eval_batch_size: batch,
         gradient_accumulation_steps: rows_per_step / batch,
         // Few rows are seen more often; from ten thousand on once is usual.
-        num_train_epochs: match examples {
+        num_train_epochs: Some(match examples {
             0..2_000 => 3.0,
             2_000..10_000 => 2.0,
             _ => 1.0,
-        },
+        }),
         learning_rate: Some(2e-4),
         lr_scheduler_type: rekindle_train::LrSchedulerType::Cosine,
-        warmup_ratio: 0.03,
+        warmup_steps: StepCount::Share(0.03),
         ..SftConfig::default()
     }
 }
@@ -230,7 +241,7 @@ mod tests {
         let of = |examples, batch| {
             let config = numbers(examples, batch);
             config.validate().unwrap();
-            (config.rows_per_step(), config.num_train_epochs)
+            (config.rows_per_step(), config.epochs())
         };
         assert_eq!(of(20, 2), (2, 3.0));
         assert_eq!(of(400, 8), (16, 3.0));

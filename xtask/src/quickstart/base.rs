@@ -5,7 +5,9 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use rekindle::{DataSource, Dtype, Event, FastLanguageModel, LrSchedulerType, SftConfig, SftTrainer, Tokenizer};
+use rekindle::{
+    DataSource, Dtype, Event, FastLanguageModel, LrSchedulerType, SftConfig, SftTrainer, StepCount, Tokenizer,
+};
 use rekindle_data::{Message, RenderOptions};
 use rekindle_train::save_result;
 use serde_json::{Value, json};
@@ -51,7 +53,7 @@ pub(crate) fn make(scratch: &Path, steps: usize) -> Result<(), Box<dyn Error>> {
         max_steps: Some(steps),
         learning_rate: Some(2e-3),
         lr_scheduler_type: LrSchedulerType::Cosine,
-        warmup_steps: 100,
+        warmup_steps: StepCount::Steps(100),
         adam_beta2: 0.98,
         ..SftConfig::default()
     };

@@ -32,7 +32,7 @@ fn several_files_and_formats_make_one_dataset() {
     let resolved = fs::read_to_string(scratch.path("out/run.toml")).unwrap();
     assert!(resolved.contains("[data.columns]\ninput_ids = \"ids\"\n"), "{resolved}");
 
-    let eval = scratch.train(&[&format!("data.eval={}", parquet("ids.parquet").display())]).ok();
+    let eval = scratch.train(&[&format!("data.eval={}", parquet("ids.parquet").display()), "--overwrite"]).ok();
     assert!(
         eval.stderr.contains("80 rows (input_ids), 200 tokens, 120 trained; longest row 3 (row 1)"),
         "{}",
@@ -62,7 +62,8 @@ fn a_second_run_maps_what_the_first_one_encoded() {
     let cache = scratch.path("cache");
     let train = |more: &[&str]| {
         let file = scratch.path("run.toml").display().to_string();
-        crate::done(crate::command().env("REKINDLE_CACHE", &cache).args(["train", &file]).args(more)).ok()
+        crate::done(crate::command().env("REKINDLE_CACHE", &cache).args(["train", &file, "--overwrite"]).args(more))
+            .ok()
     };
     let weights = || fs::read(scratch.path("out/adapter/adapter_model.safetensors")).unwrap();
     let first = train(&["data.cache=false"]);
@@ -177,7 +178,7 @@ fn overlong_rows_are_counted_and_named() {
     for (overlong, what) in [("drop", "dropped (line 1"), ("truncate", "truncated (line 1"), ("split", "split (line 1")]
     {
         let more = [format!("data.train={}", rows.display()), format!("data.overlong={overlong}")];
-        let done = scratch.train(&[&more[0], &more[1], "model.max_seq_length=18"]).ok();
+        let done = scratch.train(&[&more[0], &more[1], "model.max_seq_length=18", "--overwrite"]).ok();
         assert!(done.stderr.contains(what), "{}", done.stderr);
     }
 }

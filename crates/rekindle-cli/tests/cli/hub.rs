@@ -121,7 +121,7 @@ fn an_adapter_by_its_name_and_in_the_place_of_a_model() {
 #[test]
 fn a_run_trains_what_a_name_stands_for_and_names_it() {
     let (machine, scratch) = (Machine::new(), Scratch::new());
-    let train = |more: &str| machine.run(&format!("train {} {more}", scratch.path("run.toml").display()));
+    let train = |more: &str| machine.run(&format!("train {} --overwrite {more}", scratch.path("run.toml").display()));
     train(&format!("model=org/model model.revision={COMMIT}")).ok();
     let (run_file, adapter) = (scratch.path("out/run.toml"), scratch.path("out/adapter"));
     let resolved = fs::read_to_string(&run_file).unwrap();
@@ -143,8 +143,9 @@ fn a_run_trains_what_a_name_stands_for_and_names_it() {
     let by_model = weights();
     train(&format!("model=org/model lora={{init_from=\"org/adapter\"}} {rest}")).ok();
     assert!(weights() == by_model, "the same run");
-    let (rank, both) = ("[lora] contradicts the adapter in org/adapter: r = 2", "is an adapter, which is gone on with");
-    train("model=org/adapter").fails(2, &[rank, "give its base as the model"]);
+    let (rank, both) =
+        ("[lora] contradicts the adapter in org/adapter: r = 2", "is an adapter, which the run continues");
+    train("model=org/adapter").fails(2, &[rank, "set name_or_path to its base"]);
     train("model=org/adapter lora={init_from=\"org/adapter\"}").fails(2, &[both]);
     train("model=org/adapter model.full_finetuning=true").fails(2, &["[lora] and full_finetuning"]);
 }
@@ -261,12 +262,12 @@ fn rows_by_the_name_of_their_dataset() {
     machine.hub.add("datasets/org/lines", &[("train.jsonl", held_out), ("test.jsonl", held_out)]);
     let train = |more: &str| {
         let file = scratch.path("run.toml").display().to_string();
-        machine.run(&format!("train {file} data.train=org/rows {more}"))
+        machine.run(&format!("train {file} --overwrite data.train=org/rows {more}"))
     };
     let done = train("").ok();
     assert!(done.stderr.contains("org/rows: 80 rows (input_ids), 200 tokens"), "{}", done.stderr);
     let both = train("data.eval=org/lines").ok();
-    assert!(both.stderr.contains("org/lines: 1 rows"), "{}", both.stderr);
+    assert!(both.stderr.contains("org/lines: 1 row "), "{}", both.stderr);
     let asked: Vec<_> = machine.hub.requests().into_iter().filter(|request| request.contains("org/lines")).collect();
     assert!(
         asked.iter().all(|request| !request.contains("train.jsonl")),
@@ -278,8 +279,8 @@ fn rows_by_the_name_of_their_dataset() {
     train("data.revision=v9").fails(5, &["org/rows: it has no branch, tag or commit \"v9\""]);
     let on_disk = format!("data.train={} data.split=train", golden("qwen3-tied/rows.jsonl").display());
     machine
-        .run(&format!("train {} {on_disk}", scratch.path("run.toml").display()))
+        .run(&format!("train {} --overwrite {on_disk}", scratch.path("run.toml").display()))
         .fails(2, &["split = \"train\" is for datasets on the hub"]);
-    crate::run(&format!("train {} data.train=org/none", scratch.path("run.toml").display()))
+    crate::run(&format!("train {} --overwrite data.train=org/none", scratch.path("run.toml").display()))
         .fails(5, &["org/none: cannot reach http://127.0.0.1:9"]);
 }

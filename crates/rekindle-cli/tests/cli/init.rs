@@ -43,7 +43,7 @@ fn what_it_writes_passes_a_dry_run_and_is_kept() {
             "overlong = \"error\" ",
             "per_device_train_batch_size = 8 ",
             "gradient_accumulation_steps = 2 ",
-            "num_train_epochs = 3.0 ",
+            "num_train_epochs = 3 ",
             "eval_steps = 8 ",
             "eval_samples = 2 ",
         ],
@@ -53,11 +53,7 @@ fn what_it_writes_passes_a_dry_run_and_is_kept() {
 
     let file = scratch.path("first.toml").display().to_string();
     let dry = run(&format!("train {file} --dry-run")).ok();
-    assert!(
-        dry.stdout.contains("75 steps of 16 rows, 3.00 times through the data; 3 steps of warm-up"),
-        "{}",
-        dry.stdout
-    );
+    assert!(dry.stdout.contains("75 steps of 16 rows, 3.00 epochs of 25 steps; 3 steps of warm-up"), "{}", dry.stdout);
 
     let line = format!("init --model {0}/base --data {0}/train.jsonl --out {file}", quickstart("").display());
     run(&line).fails(2, &["first.toml is there already", "--out"]);
@@ -75,7 +71,7 @@ fn rows_that_are_far_longer_are_dropped_and_said() {
     let data = scratch.write("rows.jsonl", rows);
     let text = init(&scratch, &golden("qwen3-tied"), Path::new(&data), &[]);
     has(&text, &["max_seq_length = 64 ", "overlong = \"drop\" ", "# eval = \"heldout.jsonl\""]);
-    assert!(text.contains("1 longer rows are left out"), "{text}");
+    assert!(text.contains("left out and counted: 1 longer row;"), "{text}");
     assert!(!text.contains("eval_s"), "nothing to evaluate: {text}");
     let dry = run(&format!("train {} --dry-run", scratch.path("first.toml").display())).ok();
     assert!(dry.stdout.contains("1 dropped"), "{}", dry.stdout);

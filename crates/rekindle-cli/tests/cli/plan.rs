@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::{Done, Scratch, rekindle};
+use crate::{Done, Scratch, golden, rekindle};
 
 impl Scratch {
     /// `rekindle plan` on the run file with more arguments.
@@ -41,9 +41,17 @@ impl Scratch {
 fn a_plan_is_a_table_or_json() {
     let scratch = Scratch::new();
     let text = scratch.plan(&[]).ok().stdout;
-    for part in
-        ["cpu; 2 rows, ", "weights", "adapters", "gradients", "optimizer", "saved activations", "most at a time"]
-    {
+    for part in [
+        "cpu; 2 rows, ",
+        "weights",
+        "adapters",
+        "gradients",
+        "optimizer",
+        "saved activations",
+        "peak",
+        "mapped files",
+        "available",
+    ] {
         assert!(text.contains(part), "{part}: {text}");
     }
     let json = scratch.plan(&["--json"]).json();
@@ -51,6 +59,10 @@ fn a_plan_is_a_table_or_json() {
     assert_eq!(json["plan"]["rows"], 2);
     let bytes: u64 = json["plan"]["bytes"].as_object().unwrap().values().map(|bytes| bytes.as_u64().unwrap()).sum();
     assert_eq!(json["plan"]["peak"].as_u64(), Some(bytes));
+    // The file, but for its header.
+    let file = fs::metadata(golden("qwen3-tied/model.safetensors")).unwrap().len();
+    let mapped = json["plan"]["mapped"].as_u64().unwrap();
+    assert!(mapped <= file && file - mapped < 1 << 14, "{mapped} of {file}");
     assert!(json["largest_batch"].as_u64() > Some(2), "{json}");
 }
 
@@ -59,8 +71,10 @@ fn what_does_not_fit_is_told_with_what_to_change() {
     let scratch = Scratch::new();
     let done = scratch.plan(&["--device-memory", "100KiB"]);
     assert_eq!(done.code, 4, "{}", done.stderr);
-    assert!(done.stdout.contains("most at a time"), "{}", done.stdout);
-    for part in ["error: it takes ", "and there is 100.0 KiB", "use_gradient_checkpointing = true", "load_in_4bit"] {
+    assert!(done.stdout.contains("peak "), "{}", done.stdout);
+    for part in
+        ["error: the run takes ", "and 100.0 KiB is available", "use_gradient_checkpointing = true", "load_in_4bit"]
+    {
         assert!(done.stderr.contains(part), "{part}: {}", done.stderr);
     }
 }
@@ -96,7 +110,7 @@ fn a_run_that_cannot_fit_does_not_start() {
     let scratch = Scratch::new();
     let model = scratch.outline(65_536, 200);
     let done = scratch.train(&[&model]);
-    done.fails(4, &["it takes ", "and there is ", "change, one after the other"]);
+    done.fails(4, &["the run takes ", "is available", "one after the other"]);
     assert!(!scratch.path("out").exists(), "nothing was written");
 }
 
@@ -105,7 +119,7 @@ fn auto_is_decided_once_and_written_down() {
     let scratch = Scratch::new();
     let done = scratch.train(&["lora.use_gradient_checkpointing=auto"]).ok();
     assert!(done.stderr.contains("use_gradient_checkpointing = \"auto\" is false"), "{}", done.stderr);
-    assert!(done.stderr.contains("memory: at most "), "{}", done.stderr);
+    assert!(done.stderr.contains("memory: peak "), "{}", done.stderr);
     let resolved = fs::read_to_string(scratch.path("out/run.toml")).unwrap();
     assert!(resolved.contains("use_gradient_checkpointing = false"), "{resolved}");
     let done = scratch.train(&["lora.use_gradient_checkpointing=often"]);

@@ -99,7 +99,7 @@ fn qlora_trains_and_its_run_file_says_it_again() {
         assert!(resolved.contains(part), "{part}: {resolved}");
     }
     let adapter = fs::read(out.join("adapter/adapter_model.safetensors")).unwrap();
-    run(&format!("train {}", out.join("run.toml").display())).ok();
+    run(&format!("train {} --overwrite", out.join("run.toml").display())).ok();
     assert!(fs::read(out.join("adapter/adapter_model.safetensors")).unwrap() == adapter);
     assert_eq!(fs::read_to_string(out.join("run.toml")).unwrap(), resolved);
 
@@ -118,7 +118,7 @@ fn training_over_a_quantized_checkpoint_is_quantizing_while_loading() {
         ("int8", &["model.load_in_8bit=true"]),
     ] {
         let adapter = |keys: &[&str]| {
-            scratch.train(&[&["lora.use_gradient_checkpointing=true"], keys].concat()).ok();
+            scratch.train(&[&["lora.use_gradient_checkpointing=true", "--overwrite"], keys].concat()).ok();
             fs::read(scratch.path("out/adapter/adapter_model.safetensors")).unwrap()
         };
         let while_loading = adapter(keys);

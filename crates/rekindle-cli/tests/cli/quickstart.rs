@@ -45,20 +45,20 @@ fn quickstart_teaches_the_model_to_answer_in_json() {
     let ask = |text: &str| rekindle(["generate", "--model", &model, "--adapter", &adapter, "--chat", text]).ok().stdout;
     assert!(ask("What is a whale?").starts_with("{\""));
     check_samples(&dir, ask);
-    let again = rekindle(["train", &run_file, "train.max_steps=1"]).ok();
+    let again = rekindle(["train", &run_file, "train.max_steps=1", "--overwrite"]).ok();
     assert_eq!(Path::new(again.stdout.trim()), dir.join("adapter"));
     assert!(fs::read_to_string(dir.join("run.toml")).unwrap().starts_with("# Written by"), "the run file is kept");
 }
 
-/// Three prompts were answered at six evaluations, at the last as `generate` answers them.
+/// Three prompts were answered before the first step and at six evaluations, at the last as `generate` answers them.
 fn check_samples(dir: &Path, ask: impl Fn(&str) -> String) {
     let metrics = fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
     let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     let samples: Vec<Value> = lines.filter(|line| line["sample"].is_u64()).collect();
-    assert_eq!(samples.len(), 3 * 6, "{metrics}");
+    assert_eq!(samples.len(), 3 * (1 + 6), "{metrics}");
     let report = fs::read_to_string(dir.join("report.html")).unwrap();
     let rows = fs::read_to_string(dir.join("heldout.jsonl")).unwrap();
-    for (sample, row) in samples[15..].iter().zip(rows.lines()) {
+    for (sample, row) in samples[18..].iter().zip(rows.lines()) {
         let row: Value = serde_json::from_str(row).unwrap();
         let [question, right] = [0, 1].map(|turn| row["messages"][turn]["content"].as_str().unwrap());
         assert_eq!(sample["step"], 120);

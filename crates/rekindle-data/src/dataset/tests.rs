@@ -209,7 +209,7 @@ fn an_alpaca_row_follows_the_checkpoint() {
     let (_rows, path) = write_rows("{\"instruction\": \"Q\", \"input\": \"\", \"output\": \"A\"}");
     let text = |tokenizer: &Tokenizer| {
         let (dataset, report) = Dataset::load(&path, Some(tokenizer), &EncodeOptions::default()).expect("loads");
-        assert!(report.to_string().starts_with("1 rows (instruction + output (alpaca)), "), "{report}");
+        assert!(report.to_string().starts_with("1 row (instruction + output (alpaca)), "), "{report}");
         tokenizer.decode(dataset.example(0).input_ids, false).expect("decodable")
     };
     let (_dir, chat) = tokenizer(CHATML);

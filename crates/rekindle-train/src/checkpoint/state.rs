@@ -49,7 +49,8 @@ pub struct Best {
 
 impl TrainerState {
     pub(crate) const FILE: &str = "trainer_state.json";
-    pub(crate) const FORMAT: u32 = 1;
+    /// 2: an epoch ends a step.
+    pub(crate) const FORMAT: u32 = 2;
 
     pub(super) fn write(&self, dir: &Path) -> Result<(), Error> {
         let text = serde_json::to_string_pretty(self).expect("numbers and texts serialize");
@@ -121,7 +122,7 @@ mod tests {
         assert!(error().contains("trainer_state.json: there is none"), "{}", error());
         type Change = fn(&mut TrainerState);
         let changes: [(Change, &str); 2] = [
-            (|state| state.format_version = 9, "format_version 9; this program reads 1"),
+            (|state| state.format_version = 9, "format_version 9; this program reads 2"),
             (|state| drop(state.configuration.remove("seed")), "the hash differs"),
         ];
         for (change, part) in changes {

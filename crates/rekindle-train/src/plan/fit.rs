@@ -2,6 +2,7 @@
 
 use core::fmt;
 
+use rekindle_data::counted;
 use rekindle_lora::GradientCheckpointing;
 use serde::Serialize;
 
@@ -145,9 +146,9 @@ impl fmt::Display for Fit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { plan, available, fits, longest_sequence, largest_batch, .. } = self;
         writeln!(f, "{plan}")?;
-        writeln!(f, "{:<20} {:>12}", "there is", show(*available))?;
-        writeln!(f, "longest rows that fit, as many as now: {longest_sequence} tokens")?;
-        write!(f, "largest batch that fits, rows as long as max_seq_length: {largest_batch}")?;
+        writeln!(f, "{:<20} {:>12}", "available", show(*available))?;
+        writeln!(f, "longest rows that fit in batches of this size: {}", counted(*longest_sequence, "token"))?;
+        write!(f, "largest batch of rows with max_seq_length tokens that fits: {}", counted(*largest_batch, "row"))?;
         if *fits {
             return Ok(());
         }
@@ -162,18 +163,18 @@ impl fmt::Display for Refusal<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Fit { plan, available, changes, changes_suffice, .. } = self.0;
         let (peak, there_is) = (show(plan.peak), show(*available));
-        write!(f, "it takes {peak}, and there is {there_is}")?;
+        write!(f, "the run takes {peak} at its peak, and {there_is} is available")?;
         if changes.is_empty() {
-            return write!(f, "; nothing that can be changed makes it fit: take a smaller model or a larger device");
+            return write!(f, "; no setting makes it fit: use a smaller model or a larger device");
         }
-        write!(f, "; change, one after the other until it fits:")?;
+        write!(f, "; change these, one after the other, until it fits:")?;
         for change in changes {
             write!(f, "\n  {change}")?;
         }
         if *changes_suffice {
             return Ok(());
         }
-        write!(f, "\nand even that does not fit: take a smaller model or a larger device")
+        write!(f, "\nand even that does not fit: use a smaller model or a larger device")
     }
 }
 

@@ -15,6 +15,8 @@ const SIZE: f64 = 1000.0;
 /// Curves over one axis.
 pub(super) struct Chart {
     title: &'static str,
+    /// The unit of the values, which is said beside the title.
+    unit: &'static str,
     format: Format,
     series: Vec<Series>,
     has_zero: bool,
@@ -58,7 +60,14 @@ impl Chart {
     pub(super) fn new(title: &'static str, format: Format, mut series: Vec<Series>) -> Self {
         series.iter_mut().for_each(|series| series.points.retain(|point| point.1.is_finite()));
         series.retain(|series| !series.points.is_empty());
-        Self { title, format, series, has_zero: false, wide: false }
+        let unit = if let Format::Bytes(unit) = format { unit } else { "" };
+        Self { title, unit, format, series, has_zero: false, wide: false }
+    }
+
+    /// Sets the unit of the values.
+    pub(super) fn unit(mut self, unit: &'static str) -> Self {
+        self.unit = unit;
+        self
     }
 
     /// Has 0 on the axis.
@@ -123,21 +132,14 @@ impl Chart {
         // A name could end the element otherwise.
         let data = json!(under_pointer.collect::<Vec<_>>()).to_string().replace('<', "\\u003c");
         format!(
-            "<figure{}>\n<figcaption><b>{}</b>{}{keys}</figcaption>\n<div class=\"plot\">\
+            "<figure{}>\n<figcaption><b>{}</b><small>{}</small>{keys}</figcaption>\n<div class=\"plot\">\
              <svg viewBox=\"0 0 {SIZE} {SIZE}\" preserveAspectRatio=\"none\" role=\"img\" aria-label=\"{}\">{svg}</svg>\
-             {labels}<i></i><output></output><script type=\"application/json\">{data}</script></div>\n</figure>\n",
+             {labels}<span class=\"axis\">step</span><i></i><output></output><script type=\"application/json\">{data}</script></div>\n</figure>\n",
             if self.wide { " class=\"wide\"" } else { "" },
             self.title,
-            self.unit(),
+            self.unit,
             self.summary(),
         )
-    }
-
-    fn unit(&self) -> String {
-        match self.format {
-            Format::Bytes(unit) => format!("<small>{unit}</small>"),
-            _ => String::new(),
-        }
     }
 
     fn tick(&self, axis: &Axis, tick: f64) -> String {
@@ -218,6 +220,7 @@ mod tests {
         assert!(html.contains("aria-label=\"Loss: training 3.000 at step 1, 1.000 at step 10;"), "{html}");
         assert_eq!(html.matches("</script>").count(), 1, "a name does not end the data");
         assert!(!html.contains("nothing"));
+        assert!(html.contains("<span class=\"axis\">step</span>"), "{html}");
     }
 
     #[test]

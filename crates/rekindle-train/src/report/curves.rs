@@ -18,8 +18,12 @@ pub(super) fn charts(history: &RunHistory) -> Vec<Chart> {
             vec![Series::line("learning rate", "train", of(|s| s.learning_rate))],
         )
         .with_zero(),
-        Chart::new("Gradient norm", Format::Significant, smoothed("before clipping", of(|s| s.grad_norm))).with_zero(),
-        Chart::new("Throughput", Format::Whole, smoothed("tokens a second", of(|s| s.tokens_per_second))).with_zero(),
+        Chart::new("Gradient norm", Format::Significant, smoothed("before clipping", of(|s| s.grad_norm)))
+            .unit("L2, before clipping")
+            .with_zero(),
+        Chart::new("Throughput", Format::Whole, smoothed("tokens per second", of(|s| s.tokens_per_second)))
+            .unit("tokens per second of training steps")
+            .with_zero(),
         memory(history),
     ]
     .into_iter()
@@ -40,10 +44,10 @@ pub(super) fn median_speed(history: &RunHistory) -> f64 {
 }
 
 fn loss(history: &RunHistory) -> Chart {
-    let mut series = smoothed("training", points(history, |step| Some(step.loss)));
+    let mut series = smoothed("training data", points(history, |step| Some(step.loss)));
     let evals = history.evals.iter().map(|eval| (eval.step, eval.eval_loss)).collect();
-    series.push(Series::dotted("evaluation", "eval", evals));
-    Chart::new("Loss", Format::Significant, series).wide()
+    series.push(Series::dotted("evaluation data", "eval", evals));
+    Chart::new("Loss", Format::Significant, series).unit("nats per token").wide()
 }
 
 fn memory(history: &RunHistory) -> Chart {

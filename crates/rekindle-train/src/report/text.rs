@@ -47,15 +47,16 @@ pub(super) fn count(count: usize) -> String {
     }
 }
 
-/// Bytes in powers of a thousand.
+/// Bytes of memory, in powers of 1,024.
 pub(super) fn bytes(bytes: u64) -> String {
     let (unit, name) = byte_unit(bytes as f64);
-    format!("{:.*} {name}", if unit > 1e6 { 2 } else { 1 }, bytes as f64 / unit)
+    format!("{:.*} {name}", if name == "GiB" { 2 } else { 1 }, bytes as f64 / unit)
 }
 
-/// The unit for bytes up to `most`.
+/// The unit for bytes of memory up to `most`.
 pub(super) fn byte_unit(most: f64) -> (f64, &'static str) {
-    if most >= 1e9 { (1e9, "GB") } else { (1e6, "MB") }
+    const GIB: f64 = (1 << 30) as f64;
+    if most >= GIB { (GIB, "GiB") } else { (GIB / 1024.0, "MiB") }
 }
 
 /// Seconds as `12 s`, `3 m 04 s` or `2 h 05 m`.
@@ -83,7 +84,7 @@ mod tests {
         let counts = [99_999, 123_456, 16_384_000, 2_500_000_000].map(count);
         assert_eq!(counts, ["99,999", "123 k", "16.4 M", "2.50 G"]);
         assert_eq!(significant(f64::NAN), "NaN");
-        assert_eq!([bytes(300_000), bytes(12_340_000), bytes(2_345_000_000)], ["0.3 MB", "12.3 MB", "2.35 GB"]);
+        assert_eq!([bytes(300_000), bytes(12_340_000), bytes(2_345_000_000)], ["0.3 MiB", "11.8 MiB", "2.18 GiB"]);
         assert_eq!([0.4, 59.6, 184.0, 7500.0].map(duration), ["0 s", "1 m 00 s", "3 m 04 s", "2 h 05 m"]);
     }
 

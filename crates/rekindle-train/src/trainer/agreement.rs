@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use rekindle_data::Dataset;
 use rekindle_hub::Checkpoint as ModelFiles;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -13,14 +14,19 @@ use crate::{Error, LrSchedulerType, SftConfig};
 
 /// Keys of `[train]` that another run over the same checkpoint may have otherwise: they move no parameter, or when they
 /// do (`max_steps` by the schedule, the batch size by the order of sums) it is said.
-const MAY_CHANGE: [&str; 16] = [
+const MAY_CHANGE: [&str; 21] = [
+    "run_name",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "num_train_epochs",
     "max_steps",
     "logging_steps",
+    "logging_first_step",
+    "eval_strategy",
     "eval_steps",
+    "eval_on_start",
+    "save_strategy",
     "save_steps",
     "save_total_limit",
     "load_best_model_at_end",
@@ -44,21 +50,11 @@ pub(super) struct Agreement {
 impl Agreement {
     /// That of a run of `total` steps.
     pub(super) fn of(job: &Trainer<'_>, total: usize) -> Result<Self, Error> {
-        let mut configuration = BTreeMap::new();
+        let config = &job.config;
+        let full = job.model.lora().is_none();
+        let terms = RunTerms { config, train: &job.train, full, shuffle: job.shuffle, seed: job.seed };
+        let mut configuration = terms.configuration();
         let mut changeable = BTreeMap::new();
-        let config = SftConfig {
-            learning_rate: Some(job.config.resolved_learning_rate(job.model.lora().is_none())),
-            ..job.config.clone()
-        };
-        for (key, value) in object(&config) {
-            if !MAY_CHANGE.contains(&&*key) {
-                configuration.insert(format!("[train] {key}"), value);
-            }
-        }
-        configuration.insert("rows of a step".to_owned(), config.rows_per_step().into());
-        configuration.insert("[data] shuffle".to_owned(), job.shuffle.into());
-        configuration.insert("seed".to_owned(), job.seed.into());
-        configuration.insert("training rows (SHA-256)".to_owned(), dataset_fingerprint(&job.train).into());
         let lora = job.model.lora().map(object).unwrap_or_default();
         for (key, value) in lora.into_iter().filter(|(key, _)| key != "use_gradient_checkpointing") {
             configuration.insert(format!("[lora] {key}"), value);
@@ -66,7 +62,6 @@ impl Agreement {
         let model = &*job.model;
         let weights = ModelFiles::open(model.path())?;
         configuration.insert("base weights (SHA-256)".to_owned(), weights_fingerprint(&weights)?.into());
-        configuration.insert("full_finetuning".to_owned(), model.lora().is_none().into());
         configuration.insert("dtype".to_owned(), format!("{:?}", model.dtype()).into());
         configuration.insert("quantization_config".to_owned(), model.quantization_config().unwrap_or_default());
         configuration.insert("max_seq_length".to_owned(), model.max_seq_length().into());
@@ -74,7 +69,7 @@ impl Agreement {
         configuration.insert("vocab_size".to_owned(), model.config().vocab_size.into());
 
         changeable.insert("max_steps".to_owned(), total.into());
-        changeable.insert("warmup_steps".to_owned(), config.resolved_warmup(total).into());
+        changeable.insert("warmup_steps".to_owned(), config.warmup().of(total).into());
         changeable.insert("device".to_owned(), model.device().name().into());
         for (key, value) in [
             ("per_device_train_batch_size", config.per_device_train_batch_size),
@@ -125,6 +120,45 @@ impl Agreement {
             Ok(notes)
         } else {
             Err(Error::Differs { path: path.to_owned(), differences: problems })
+        }
+    }
+}
+
+/// What of a run must be as in its checkpoint and is known without the model.
+pub(super) struct RunTerms<'a> {
+    pub(super) config: &'a SftConfig,
+    pub(super) train: &'a Dataset,
+    /// Whether all weights are trained.
+    pub(super) full: bool,
+    pub(super) shuffle: bool,
+    pub(super) seed: u64,
+}
+
+impl RunTerms<'_> {
+    fn configuration(&self) -> BTreeMap<String, Value> {
+        let mut config = self.config.clone();
+        config.resolve(self.full, false);
+        let keys = object(&config).into_iter().filter(|(key, _)| !MAY_CHANGE.contains(&&**key));
+        let mut configuration: BTreeMap<_, _> = keys.map(|(key, value)| (format!("[train] {key}"), value)).collect();
+        configuration.insert("rows of a step".to_owned(), config.rows_per_step().into());
+        configuration.insert("[data] shuffle".to_owned(), self.shuffle.into());
+        configuration.insert("seed".to_owned(), self.seed.into());
+        configuration.insert("training rows (SHA-256)".to_owned(), dataset_fingerprint(self.train).into());
+        configuration.insert("full_finetuning".to_owned(), self.full.into());
+        configuration
+    }
+
+    /// Refuses a checkpoint of another run, as far as that shows without the model.
+    pub(super) fn check(&self, path: &Path, state: &TrainerState) -> Result<(), Error> {
+        let ours = self.configuration();
+        let theirs =
+            state.configuration.iter().filter(|(key, _)| key.starts_with("[train] ") || ours.contains_key(*key));
+        let theirs = theirs.map(|(key, value)| (key.clone(), value.clone())).collect();
+        let differences: Vec<String> =
+            differences(&theirs, &ours).iter().map(|(key, was, is)| sentence(key, was, is)).collect();
+        match differences.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Differs { path: path.to_owned(), differences }),
         }
     }
 }

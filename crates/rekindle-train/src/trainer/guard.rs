@@ -68,7 +68,7 @@ fn advice(found: Option<&NonFinite>, all_rows: bool, learning_rate: f64, config:
         advice.push("to look at these rows, and to leave them out".to_owned());
     }
     let mut rate = format!("a lower learning_rate than {:e}", config.learning_rate.unwrap_or(learning_rate));
-    if config.warmup_steps == 0 && config.warmup_ratio == 0.0 {
+    if config.warmup().is_zero() {
         rate += ", or a warm-up (warmup_steps)";
     }
     advice.push(rate);
@@ -81,6 +81,7 @@ fn advice(found: Option<&NonFinite>, all_rows: bool, learning_rate: f64, config:
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::StepCount;
 
     #[test]
     fn advice_follows_from_what_was_found() {
@@ -91,7 +92,7 @@ mod tests {
         let all = "a lower learning_rate than 3e0, or a warm-up (warmup_steps) | max_grad_norm = 1: gradients are not clipped now";
         assert_eq!(of(Some(&weight(true)), true), all);
         assert_eq!(of(None, false), format!("to look at these rows, and to leave them out | {all}"));
-        let careful = SftConfig { warmup_steps: 5, max_grad_norm: 1.0, ..config };
+        let careful = SftConfig { warmup_steps: StepCount::Steps(5), max_grad_norm: 1.0, ..config };
         assert_eq!(advice(None, true, 0.0, &careful), ["a lower learning_rate than 3e0"]);
     }
 }

@@ -1,4 +1,4 @@
-//! Which checkpoint a run goes on from.
+//! The checkpoint that a run resumes from.
 
 use std::path::{Path, PathBuf};
 
@@ -9,10 +9,10 @@ use super::agreement::Agreement;
 use crate::Error;
 use crate::checkpoint::{Checkpoint, is_ours};
 
-/// What a run goes on from.
+/// The checkpoint that a run resumes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resume {
-    /// The last checkpoint in the output directory; without one, the run begins anew.
+    /// The last checkpoint in the output directory; without one, the run starts from the beginning.
     Latest,
     /// This checkpoint.
     From(PathBuf),
@@ -37,38 +37,36 @@ impl Start {
         if let Some(dir) = &job.output_dir {
             clear_leftovers(dir, is_ours)?;
         }
-        let there = job.output_dir.as_deref().map(Checkpoint::list).unwrap_or_default();
-        let path = match (&job.resume, there.last()) {
-            (None, None) => None,
-            (None, Some((_, latest))) => {
-                let output_dir = job.output_dir.clone().unwrap_or_default();
-                return Err(Error::EarlierRun { output_dir, latest: latest.clone() });
-            }
-            (Some(Resume::Latest), latest) => latest.map(|(_, path)| path.clone()),
-            (Some(Resume::From(path)), _) => Some(path.clone()),
-        };
-        let Some(path) = path else {
+        let output = job.output();
+        let Some(path) = output.checkpoint()? else {
             let wanted = job.resume.iter().zip(&job.output_dir);
-            let notes = wanted.map(|(_, dir)| format!("{} holds no checkpoint: the run begins anew", dir.display()));
+            let notes = wanted
+                .map(|(_, dir)| format!("{} holds no checkpoint: the run starts from the beginning", dir.display()));
             return Ok(Self { checkpoint: None, agreement, notes: notes.collect() });
         };
         let checkpoint = Checkpoint::open(&path)?;
         let notes = agreement.check(&path, &checkpoint.state, job)?;
-        let done = checkpoint.state.global_step;
-        if done > total {
-            let problem = format!("it is of step {done}, and the run has {total}; raise max_steps or num_train_epochs");
-            return Err(Error::Checkpoint { path, problem });
-        }
-        if let Some((step, later)) = there.iter().find(|(step, _)| *step > done) {
-            let problem = format!(
-                "it is of step {done}, and {} of step {step} is of a run that went on; remove it to go back, or give another \
-                 output_dir",
-                later.display()
-            );
-            return Err(Error::Checkpoint { path, problem });
-        }
+        check_step(&checkpoint, total, &output.checkpoints())?;
         Ok(Self { checkpoint: Some(checkpoint), agreement, notes })
     }
+}
+
+/// Refuses a checkpoint that is beyond the run's last step, or before a later one in the output directory.
+pub(super) fn check_step(checkpoint: &Checkpoint, total: usize, there: &[(usize, PathBuf)]) -> Result<(), Error> {
+    let (path, done) = (checkpoint.path.clone(), checkpoint.state.global_step);
+    if done > total {
+        let problem = format!("it is of step {done}, and the run has {total}; raise max_steps or num_train_epochs");
+        return Err(Error::Checkpoint { path, problem });
+    }
+    if let Some((step, later)) = there.iter().find(|(step, _)| *step > done) {
+        let problem = format!(
+            "it is of step {done}, and {} of step {step} is later in the same run; remove it to go back, or set another \
+             output_dir",
+            later.display()
+        );
+        return Err(Error::Checkpoint { path, problem });
+    }
+    Ok(())
 }
 
 /// Where a checkpoint's best predecessor lies: in the output directory, or beside the checkpoint.

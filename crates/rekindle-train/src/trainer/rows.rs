@@ -9,6 +9,7 @@ use crate::evaluate::batch;
 /// The rows of a run from a cursor on, step by step; a row is a pack of examples.
 pub(super) struct Rows {
     packs: Packs,
+    /// Without an end: the run knows how many steps it takes.
     order: Box<dyn Iterator<Item = usize>>,
     rows_per_step: usize,
     batch_size: usize,
@@ -24,16 +25,10 @@ pub(super) struct StepRows {
 }
 
 impl Rows {
-    /// Those of a run over `packs` after the first `cursor`; `num_train_epochs` may end in the middle of a step.
+    /// The rows of a run over `packs` after the first `cursor` of them.
     pub(super) fn new(config: &SftConfig, packs: Packs, shuffle: bool, seed: u64, cursor: u64) -> Self {
-        let count = packs.len();
-        let rows_per_step = config.rows_per_step();
-        let limit = match config.max_steps {
-            Some(steps) => steps.saturating_mul(rows_per_step),
-            None => (config.num_train_epochs * count as f64).ceil() as usize,
-        };
-        let order = Order::new(count, shuffle, seed).from_cursor(cursor).take(limit.saturating_sub(cursor as usize));
-        let batch_size = config.per_device_train_batch_size;
+        let order = Order::new(packs.len(), shuffle, seed).from_cursor(cursor);
+        let (rows_per_step, batch_size) = (config.rows_per_step(), config.per_device_train_batch_size);
         Self { packs, order: Box::new(order), rows_per_step, batch_size, seen: cursor }
     }
 
@@ -47,9 +42,12 @@ impl Rows {
         self.seen
     }
 
-    /// The next step's.
+    /// The next step's rows: as many as a step has, or those that are left of the epoch.
+    ///
+    /// How many rows were taken says where in its epoch a run is, so that a resumed run goes on in the same steps.
     pub(super) fn next_step(&mut self, dataset: &Dataset) -> StepRows {
-        let rows: Vec<usize> = self.order.by_ref().take(self.rows_per_step).collect();
+        let left = self.packs.len() - (self.seen % self.packs.len() as u64) as usize;
+        let rows: Vec<usize> = self.order.by_ref().take(self.rows_per_step.min(left)).collect();
         self.seen += rows.len() as u64;
         let (mut batches, mut examples) = (Vec::new(), Vec::new());
         for part in rows.chunks(self.batch_size) {

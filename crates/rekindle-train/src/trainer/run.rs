@@ -15,11 +15,14 @@ use super::rows::{Rows, StepRows};
 use super::{Trainer, result_name};
 use crate::checkpoint::{Checkpoint, TrainerState, configuration_sha256};
 use crate::evaluate::evaluate_while;
+use crate::model_card::CardRun;
+use crate::save::write_model_with;
 use crate::stopping::Stopping;
 use crate::{
-    End, Error, EvalMetrics, Evaluation, Event, Optimizer, OptimizerConfig, Recorder, Report, RunHistory, Schedule,
-    StepMetrics, Until, save_result,
+    End, Error, EvalMetrics, Evaluation, Event, Optimizer, OptimizerConfig, Recorder, Report, RunHistory, SaveStrategy,
+    Schedule, SftConfig, StepMetrics, Timetable, Until, write_result,
 };
+use rekindle_data::counted;
 
 /// A run that goes on.
 pub(super) struct Run<'a> {
@@ -28,9 +31,9 @@ pub(super) struct Run<'a> {
     notes: Vec<String>,
     /// Whether all weights are trained.
     full: bool,
-    /// Steps done, and of the whole run.
+    /// Steps done.
     done: usize,
-    total: usize,
+    times: Timetable,
     schedule: Schedule,
     peaks: Rates,
     optimizer: Optimizer,
@@ -56,7 +59,8 @@ impl<'a> Run<'a> {
         job.config.validate()?;
         let full = job.model.lora().is_none();
         let packs = job.config.rows(&job.train, job.model.max_seq_length());
-        let total = job.config.total_steps(packs.len());
+        let times = job.config.timetable(packs.len());
+        let total = times.total;
         let peak = job.config.resolved_learning_rate(full);
         let schedule = job.config.schedule(peak, total)?;
         job.config.check_embedding_rate(job.model.params())?;
@@ -65,11 +69,13 @@ impl<'a> Run<'a> {
         let lock = |dir: &PathBuf| DirectoryLock::take(dir);
         let mut locked = job.output_dir.as_ref().filter(|dir| dir.is_dir()).map(lock).transpose()?;
         let Start { checkpoint, agreement, mut notes } = Start::find(&job, total)?;
-        job.check_output(full, total)?;
+        job.output().check_writable(&times)?;
+        notes.extend(small_epochs(&job.config, packs.len()));
         if let (Some(dir), None) = (&job.output_dir, &locked) {
             std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.clone(), source })?;
             locked = Some(lock(dir)?);
         }
+        job.output().clear()?;
         let mut best = None;
         if let Some(checkpoint) = &checkpoint {
             checkpoint.restore_optimizer(&mut optimizer)?;
@@ -96,7 +102,7 @@ impl<'a> Run<'a> {
             notes,
             full,
             done,
-            total,
+            times,
             schedule,
             peaks: Rates { default: peak, embedding: job.config.embedding_learning_rate.unwrap_or(peak) },
             optimizer,
@@ -118,7 +124,7 @@ impl<'a> Run<'a> {
     pub(super) fn go(mut self) -> Result<Report, Error> {
         (self.job.on_event)(Event::Started {
             done: self.done,
-            total: self.total,
+            times: &self.times,
             checkpoint: self.report.checkpoint.as_deref(),
             notes: &self.notes,
         });
@@ -132,7 +138,7 @@ impl<'a> Run<'a> {
                 self.report.end = End::EarlyStopping;
                 return self.finish();
             }
-            if self.done == self.total {
+            if self.done == self.times.total {
                 return self.finish();
             }
             if self.is_asked_to_stop() {
@@ -143,16 +149,18 @@ impl<'a> Run<'a> {
     }
 
     fn evaluation_is_due(&self) -> bool {
-        let due = self.job.config.eval_steps.is_some_and(|every| self.done.is_multiple_of(every));
-        let anew = self.done > 0 && self.evaluated != Some(self.done);
-        (self.job.eval.is_some() || self.job.sampler.is_some()) && anew && (due || self.done == self.total)
+        let due = match self.done {
+            0 => self.job.eval.is_some() && self.job.config.evaluates_on_start(),
+            done => self.times.evaluates_after(done),
+        };
+        due && (self.job.eval.is_some() || self.job.sampler.is_some()) && self.evaluated != Some(self.done)
     }
 
     fn save_is_due(&self, is_best: bool) -> bool {
-        let due = self.job.config.save_steps.is_some_and(|every| {
-            self.done > 0 && (self.done.is_multiple_of(every) || self.done == self.total || self.stopping.is_over())
-        });
-        (due && self.saved != Some(self.done)) || (is_best && self.job.config.load_best_model_at_end)
+        let due = self.times.saves_after(self.done) || (self.times.saves() && self.stopping.is_over());
+        let config = &self.job.config;
+        let keeps_best = config.load_best_model_at_end || config.save_strategy == Some(SaveStrategy::Best);
+        (due && self.saved != Some(self.done)) || (is_best && keeps_best)
     }
 
     fn is_asked_to_stop(&self) -> bool {
@@ -190,7 +198,7 @@ impl<'a> Run<'a> {
         if let Some(recorder) = &mut self.recorder {
             recorder.step(&metrics)?;
         }
-        (self.job.on_event)(Event::Step { metrics: &metrics, total: self.total });
+        (self.job.on_event)(Event::Step { metrics: &metrics, total: self.times.total });
         self.report.steps.push(metrics);
         Ok(())
     }
@@ -205,7 +213,8 @@ impl<'a> Run<'a> {
                 recorder.eval(&metrics)?;
             }
             (self.job.on_event)(Event::Eval(&metrics));
-            is_best = self.stopping.evaluated(self.done, metrics.eval_loss);
+            // As in transformers, the model before the first step is no candidate for the best.
+            is_best = self.done > 0 && self.stopping.evaluated(self.done, metrics.eval_loss);
             self.report.evals.push(metrics);
         }
         if let Some(sampler) = &self.job.sampler {
@@ -284,7 +293,11 @@ impl<'a> Run<'a> {
             configuration,
             changeable,
         };
-        Checkpoint::write(&path, self.job.model, &self.optimizer, &state, &self.job.companions)?;
+        let write = |target: &Path| {
+            let model = &*self.job.model;
+            write_model_with(model, target, model.trained_dtype(), &self.job.card, Some(self.card_run()))
+        };
+        Checkpoint::write(&path, self.job.model, &self.optimizer, &state, &self.job.companions, write)?;
         self.saved = Some(self.done);
         if is_best && self.job.config.load_best_model_at_end {
             self.best = Some(path.clone());
@@ -320,7 +333,10 @@ impl<'a> Run<'a> {
         }
         if let Some(dir) = &self.job.output_dir {
             let path = dir.join(result_name(self.full));
-            save_result(self.job.model, &path, &self.job.companions, self.job.model.trained_dtype())?;
+            write_result(&path, !self.full, &self.job.companions, |target| {
+                let model = &*self.job.model;
+                write_model_with(model, target, model.trained_dtype(), &self.job.card, Some(self.card_run()))
+            })?;
             (self.job.on_event)(Event::Saved(&path));
             self.report.saved = Some(path);
         }
@@ -329,9 +345,26 @@ impl<'a> Run<'a> {
         Ok(self.report)
     }
 
+    /// The run so far, for the model card.
+    fn card_run(&self) -> CardRun<'_> {
+        CardRun { config: &self.job.config, steps: &self.report.steps, evals: &self.report.evals }
+    }
+
     fn seconds(&self) -> f64 {
         self.before + self.start.elapsed().as_secs_f64()
     }
+}
+
+/// What is said of a run whose epochs have fewer rows than a step.
+fn small_epochs(config: &SftConfig, rows: usize) -> Option<String> {
+    let per_step = config.rows_per_step();
+    (rows < per_step).then(|| {
+        format!(
+            "an epoch has {}, fewer than the {per_step} rows of a step (per_device_train_batch_size · \
+             gradient_accumulation_steps): each step takes them all once",
+            counted(rows, "row")
+        )
+    })
 }
 
 /// The records of a run that begins, or that goes on from `checkpoint`, whose history they then have.

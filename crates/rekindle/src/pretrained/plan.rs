@@ -11,7 +11,8 @@ use rekindle_lora::{GradientCheckpointing, LoraConfig};
 use rekindle_models::{LoadIn, LoadOptions, ModelConfig, stored_quantization};
 use rekindle_train::{Fit, Job, MemoryPlan, Planner, Rows, SftConfig, Verdict};
 
-use crate::{DataSource, Error, Loader};
+use crate::time_estimate::{Work, token_time};
+use crate::{DataSource, Error, Loader, TokenTime};
 
 /// Plans of one run for batches of any size.
 ///
@@ -64,7 +65,7 @@ impl Loader {
             _ => self.use_gradient_checkpointing,
         };
         let lora = match adapter.as_deref().or(self.adapter.as_deref()) {
-            Some(adapter) if lora.is_some() => Some(trained(adapter)?),
+            Some(adapter) if lora.is_some() => Some(saved_lora_config(adapter)?),
             _ => lora,
         };
         let job =
@@ -83,8 +84,11 @@ fn unplanned(load: &LoadOptions, json: &serde_json::Value, train: &SftConfig) ->
     }
 }
 
-/// What the adapter in a directory is.
-fn trained(adapter: &Path) -> Result<LoraConfig, Error> {
+/// Returns the configuration of the adapter in a directory.
+///
+/// # Errors
+/// [`Error::Model`] where there is none, or it is broken.
+pub fn saved_lora_config(adapter: &Path) -> Result<LoraConfig, Error> {
     Ok(AdapterConfig::open(adapter).map_err(rekindle_models::Error::from)?.lora().clone())
 }
 
@@ -140,6 +144,19 @@ impl RunPlanner {
             Verdict::Fits(plan) => Ok(plan),
             Verdict::DoesNotFit(fit) => Err(Error::DoesNotFit(fit)),
         }
+    }
+
+    /// Estimates the time that a token of training takes, where there are figures for the device. `checkpointing` is what
+    /// becomes of activations ([`MemoryPlan::use_gradient_checkpointing`]).
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a configuration that is not supported.
+    pub fn token_time(&self, checkpointing: GradientCheckpointing) -> Result<Option<TokenTime>, Error> {
+        let job = self.planner.job();
+        let config = ModelConfig::from_json(&job.json)
+            .map_err(|problems| rekindle_models::Error::Config { path: job.name.join("config.json"), problems })?;
+        let work = Work { config: &config, full: job.lora.is_none(), recomputes: checkpointing.recomputes() };
+        Ok(token_time(&work, &job.load.device).filter(|_| !matches!(self.device, DeviceKind::Wgpu(_))))
     }
 
     /// Where the run computes, never [`DeviceKind::Auto`].

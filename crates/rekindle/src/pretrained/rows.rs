@@ -1,5 +1,7 @@
 //! Rows as a model takes them, without its weights.
 
+use core::fmt;
+
 use rekindle_data::{Dataset, LoadReport, Tokenizer};
 use rekindle_hub::read_json;
 use rekindle_lora::saved_rows;
@@ -38,7 +40,51 @@ impl Loader {
     }
 }
 
+/// Rows that were encoded before their model was loaded.
+#[derive(Clone, Debug)]
+pub struct EncodedRows {
+    pub(crate) source: DataSource,
+    pub(crate) dataset: Dataset,
+    pub(crate) report: LoadReport,
+    /// What they were encoded for.
+    pub(crate) max_seq_length: usize,
+    pub(crate) vocab_size: usize,
+}
+
+impl EncodedRows {
+    /// Returns the examples.
+    pub fn dataset(&self) -> &Dataset {
+        &self.dataset
+    }
+
+    /// Returns what was found in the files.
+    pub fn report(&self) -> &LoadReport {
+        &self.report
+    }
+
+    /// Returns where the rows come from.
+    pub fn source(&self) -> &DataSource {
+        &self.source
+    }
+}
+
+impl fmt::Display for EncodedRows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.source, self.report)
+    }
+}
+
 impl RowEncoder {
+    /// Encodes the rows of `source`, to be trained on or evaluated by an [`SftTrainer`](crate::SftTrainer).
+    ///
+    /// # Errors
+    /// [`Error::Data`] for rows that cannot be read or do not fit.
+    pub fn encode_rows(&self, source: DataSource) -> Result<EncodedRows, Error> {
+        let (dataset, report) = self.encode(&source)?;
+        let (max_seq_length, vocab_size) = (self.max_seq_length, self.vocab_size);
+        Ok(EncodedRows { source, dataset, report, max_seq_length, vocab_size })
+    }
+
     /// The rows of `data`, and what was found in its files.
     ///
     /// # Errors
@@ -50,6 +96,11 @@ impl RowEncoder {
     /// The checkpoint's tokenizer, if it has one.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
         self.tokenizer.as_ref()
+    }
+
+    /// Returns the checkpoint's tokenizer, if it has one.
+    pub fn into_tokenizer(self) -> Option<Tokenizer> {
+        self.tokenizer
     }
 
     /// The most tokens of a row.

@@ -1,0 +1,217 @@
+//! Keys of other trainers: what they are called here, or why there is no such key.
+
+use toml::Value;
+
+/// Keys that have no counterpart of their own, and what to do instead.
+const ADVICE: [(&str, &str); 30] = [
+    ("bnb_4bit_quant_type", "write quant_type = \"nf4\" or \"fp4\" in [model]"),
+    ("bnb_4bit_use_double_quant", "write double_quant in [model]"),
+    ("bnb_4bit_compute_dtype", "codes are decoded to dtype in [model]"),
+    ("bf16", "write dtype = \"bf16\" in [model]"),
+    ("fp16", "write dtype = \"f16\" in [model]"),
+    ("tf32", "the compute dtype is dtype in [model]; remove it"),
+    ("dataset_text_field", "rows with plain text have it under \"text\"; columns in [data] renames columns"),
+    ("gradient_checkpointing", "write use_gradient_checkpointing in [lora], or in [model] for full_finetuning"),
+    ("logging_dir", "TensorBoard's files lie in tensorboard/ of output_dir"),
+    ("logging_strategy", "log lines come every logging_steps; metrics.jsonl has every step"),
+    ("trust_remote_code", "no code of a checkpoint is ever run; its architecture is known here or refused by name"),
+    ("device_map", "a model is on one device; write device at the top of the file"),
+    ("gpu_memory_utilization", "memory is taken as it is needed; nothing is reserved for an engine"),
+    ("max_lora_rank", "an adapter has the rank that r in [lora] says; there is no engine to reserve it in"),
+    ("use_exact_model_name", "names are always taken as they are given"),
+    (
+        "max_length",
+        "write max_seq_length in [model], and overlong = \"truncate\" in [data] to cut longer rows as TRL does",
+    ),
+    ("group_by_length", "rows are never padded, so grouping them by length saves nothing; remove it"),
+    ("train_sampling_strategy", "rows are shuffled, or in their order with shuffle = false in [data]"),
+    ("label_smoothing_factor", "the loss is cross-entropy without label smoothing; remove it"),
+    ("metric_for_best_model", "the best model is the one with the lowest evaluation loss; remove it"),
+    ("greater_is_better", "the best model is the one with the lowest evaluation loss; remove it"),
+    ("resume_from_checkpoint", "pass --resume, or --resume=DIR, to `rekindle train`"),
+    ("overwrite_output_dir", "pass --overwrite to `rekindle train`"),
+    (
+        "completion_only_loss",
+        "of a prompt and its completion, the completion is trained; train_on in [data] changes it",
+    ),
+    ("assistant_only_loss", "of a conversation, the assistant's turns are trained; train_on in [data] changes it"),
+    ("train_on_inputs", "write train_on = \"all\" in [data] to train prompts too"),
+    ("min_lr", "write lr_scheduler_type = \"cosine_with_min_lr\" with lr_scheduler_kwargs = { min_lr = … } in [train]"),
+    ("push_to_hub", "nothing is uploaded; the adapter's directory has what the hub needs, a README.md too"),
+    ("torch_compile", "there is nothing to compile; remove it"),
+    ("dataloader_num_workers", "rows are encoded once, on all cores, before training; remove it"),
+];
+
+/// Values that ask for what is always so here, in TOML.
+const NEUTRAL: [(&str, &[&str]); 9] = [
+    ("group_by_length", &["false"]),
+    ("label_smoothing_factor", &["0", "0.0"]),
+    ("metric_for_best_model", &["\"eval_loss\"", "\"loss\""]),
+    ("greater_is_better", &["false"]),
+    ("trust_remote_code", &["false"]),
+    ("push_to_hub", &["false"]),
+    ("torch_compile", &["false"]),
+    ("bf16", &["false"]),
+    ("fp16", &["false"]),
+];
+
+/// Other names of keys: the section and the name that they have here.
+const SYNONYMS: [(&str, &str, &[&str]); 37] = [
+    ("", "output_dir", &["output", "out_dir", "save_dir", "save_path"]),
+    ("", "seed", &["data_seed", "random_seed"]),
+    (
+        "model",
+        "name_or_path",
+        &[
+            "model_name",
+            "model_name_or_path",
+            "pretrained_model_name_or_path",
+            "base_model",
+            "model_id",
+            "model_path",
+            "repo_id",
+        ],
+    ),
+    (
+        "model",
+        "max_seq_length",
+        &[
+            "max_seq_len",
+            "seq_len",
+            "sequence_len",
+            "sequence_length",
+            "cutoff_len",
+            "context_length",
+            "block_size",
+            "model_max_length",
+        ],
+    ),
+    ("model", "dtype", &["torch_dtype", "precision", "compute_dtype", "mixed_precision"]),
+    ("model", "load_in_4bit", &["load_4bit", "qlora", "use_4bit", "quantization_bit"]),
+    ("model", "load_in_8bit", &["load_8bit", "use_8bit"]),
+    ("model", "full_finetuning", &["full_finetune", "full"]),
+    ("model", "token", &["hf_token", "use_auth_token", "hub_token"]),
+    ("model", "revision", &["model_revision"]),
+    ("lora", "r", &["rank", "lora_r", "lora_rank", "lora_dim"]),
+    ("lora", "lora_alpha", &["alpha", "scale"]),
+    ("lora", "lora_dropout", &["dropout"]),
+    ("lora", "target_modules", &["targets", "lora_target", "lora_target_modules", "target_layers"]),
+    ("lora", "random_state", &["lora_seed"]),
+    ("lora", "use_dora", &["dora"]),
+    ("lora", "use_rslora", &["rslora"]),
+    (
+        "data",
+        "train",
+        &[
+            "dataset",
+            "datasets",
+            "dataset_name",
+            "train_file",
+            "train_data",
+            "train_dataset",
+            "data_path",
+            "data_files",
+            "train_path",
+        ],
+    ),
+    (
+        "data",
+        "eval",
+        &[
+            "eval_file",
+            "eval_data",
+            "eval_dataset",
+            "validation",
+            "validation_file",
+            "valid",
+            "val",
+            "val_data",
+            "dev",
+            "test",
+            "heldout",
+        ],
+    ),
+    ("data", "train_on", &["train_on_responses_only", "mask_prompt"]),
+    ("data", "subset", &["dataset_config", "dataset_config_name"]),
+    ("data", "overlong", &["truncation", "truncate"]),
+    (
+        "train",
+        "per_device_train_batch_size",
+        &["batch_size", "train_batch_size", "micro_batch_size", "per_gpu_train_batch_size", "per_device_batch_size"],
+    ),
+    ("train", "per_device_eval_batch_size", &["eval_batch_size", "val_batch_size", "per_gpu_eval_batch_size"]),
+    (
+        "train",
+        "gradient_accumulation_steps",
+        &["grad_accum", "grad_accumulation_steps", "accumulation_steps", "accumulate_grad_batches"],
+    ),
+    ("train", "num_train_epochs", &["epochs", "num_epochs", "n_epochs", "max_epochs"]),
+    (
+        "train",
+        "max_steps",
+        &["steps", "iters", "max_iters", "num_steps", "num_train_steps", "total_steps", "num_iterations"],
+    ),
+    ("train", "learning_rate", &["lr", "peak_lr", "max_lr"]),
+    ("train", "lr_scheduler_type", &["scheduler", "lr_scheduler", "schedule", "lr_schedule"]),
+    ("train", "warmup_steps", &["warmup", "num_warmup_steps", "warmup_iters"]),
+    ("train", "optim", &["optimizer", "optimizer_type"]),
+    ("train", "max_grad_norm", &["grad_clip", "gradient_clipping", "clip_grad_norm", "gradient_clip_val", "max_norm"]),
+    ("train", "logging_steps", &["log_steps", "log_every", "log_interval", "steps_per_report", "log_every_n_steps"]),
+    ("train", "eval_strategy", &["evaluation_strategy"]),
+    ("train", "eval_steps", &["eval_every", "eval_interval", "steps_per_eval", "val_steps", "evaluation_steps"]),
+    ("train", "save_steps", &["save_every", "save_interval", "checkpoint_steps", "ckpt_interval"]),
+    ("train", "early_stopping_patience", &["patience"]),
+];
+
+/// Returns what to do where `key` has no counterpart of its own.
+pub(crate) fn advice(key: &str) -> Option<&'static str> {
+    ADVICE.iter().find(|(name, _)| *name == key).map(|(_, advice)| *advice)
+}
+
+/// Whether `key = value` asks for what is always so.
+pub(crate) fn is_neutral(key: &str, value: &Value) -> bool {
+    let value = value.to_string();
+    NEUTRAL.iter().any(|(name, values)| *name == key && values.contains(&value.as_str()))
+}
+
+/// Returns the section and the name of what `key` is called here; that of `section` first where several are.
+pub(crate) fn synonym(section: &str, key: &str) -> Option<(&'static str, &'static str)> {
+    let meant = || SYNONYMS.iter().filter(|(_, _, others)| others.contains(&key));
+    meant().find(|(home, ..)| *home == section).or_else(|| meant().next()).map(|(home, name, _)| (*home, *name))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use rekindle::{LoraConfig, SftConfig};
+
+    use super::*;
+    use crate::reader::fields_of;
+    use crate::run_file::{DataSection, ModelSection};
+
+    #[test]
+    fn synonyms_are_of_keys_that_exist_and_are_no_keys_themselves() {
+        let sections = [
+            ("", vec!["output_dir", "seed", "device"]),
+            ("model", fields_of::<ModelSection>()),
+            ("lora", fields_of::<LoraConfig>()),
+            ("data", fields_of::<DataSection>()),
+            ("train", fields_of::<SftConfig>()),
+        ];
+        let keys: BTreeSet<&str> = sections.iter().flat_map(|(_, keys)| keys.iter().copied()).collect();
+        for (home, name, others) in SYNONYMS {
+            let (_, known) = sections.iter().find(|(section, _)| *section == home).unwrap();
+            assert!(known.contains(&name), "[{home}] {name}");
+            for other in others {
+                assert!(!keys.contains(other) && advice(other).is_none(), "{other}");
+            }
+        }
+        for (name, _) in ADVICE {
+            assert!(!keys.contains(name), "{name}");
+        }
+        for (name, _) in NEUTRAL {
+            assert!(advice(name).is_some(), "{name}: other values are answered");
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! How long a run takes, before it runs.
+
+use core::fmt;
+use std::time::{Duration, Instant};
+
+use rekindle_data::Dataset;
+use rekindle_kernels::runtime::DeviceProps;
+use rekindle_kernels::{Device, from_f32, matmul};
+use rekindle_models::{Batch, ModelConfig};
+use rekindle_train::{SftConfig, Timetable};
+
+use crate::{Error, Model};
+
+/// A range of seconds, and what it was estimated from.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct TimeEstimate {
+    /// The shortest time that is likely.
+    pub low: f64,
+    /// The longest.
+    pub high: f64,
+    /// What it was estimated from.
+    pub basis: String,
+}
+
+/// Seconds per token of training, at least and at most.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenTime {
+    low: f64,
+    high: f64,
+    basis: String,
+}
+
+/// A forward pass of evaluation beside a training pass with the same tokens: 2 of 4 products per weight, and no more.
+const EVALUATION: f64 = 0.5;
+
+/// What is trained, as far as its arithmetic goes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Work<'a> {
+    pub(crate) config: &'a ModelConfig,
+    /// Whether all weights are trained.
+    pub(crate) full: bool,
+    /// Whether blocks run forward again in the backward pass.
+    pub(crate) recomputes: bool,
+}
+
+impl Work<'_> {
+    /// FLOPs of the products with a token: 2 per weight forward, 2 for the gradient to the input, 2 for that of a trained
+    /// weight, and 2 for running forward again. Attention scores and everything thin are left to the range.
+    fn flops(&self) -> f64 {
+        let weights = |name: &str, dims: &[usize]| match dims {
+            [out, inner] if name.contains("layers.") => (out * inner) as f64,
+            _ => 0.0,
+        };
+        let blocks: f64 = self.config.tensors().iter().map(|(name, dims)| weights(name, dims)).sum();
+        let head = (self.config.vocab_size * self.config.hidden_size) as f64;
+        let trained = if self.full { 2.0 } else { 0.0 };
+        (4.0 + trained) * (blocks + head) + if self.recomputes { 2.0 * blocks } else { 0.0 }
+    }
+
+    /// Estimates from the speed of a product of f32 matrices as large as the model's, which is timed here.
+    ///
+    /// Most of a step on a CPU is products; the upper end leaves room for attention, norms and thin products, which weigh
+    /// most in small models (docs/training.md has measured runs).
+    pub(crate) fn on_cpu(&self) -> TokenTime {
+        let speed = cpu_flops(self.config.hidden_size, self.config.intermediate_size);
+        let time = self.flops() / speed;
+        let basis = format!("a product of its matrices runs at {:.0} GFLOP/s here", speed / 1e9);
+        TokenTime { low: time, high: 2.5 * time, basis }
+    }
+
+    /// Estimates from a card's multiprocessors: a step reaches 20 % (small batches) to 60 % (large ones) of the peak in
+    /// bf16, as measured on an H200 (docs/benchmarks.md).
+    pub(crate) fn on_card(&self, props: &DeviceProps) -> Option<TokenTime> {
+        let peak = card_flops(props)?;
+        let time = |share: f64| self.flops() / (share * peak);
+        let basis = format!("{} has about {:.0} TFLOP/s in bf16", props.name, peak / 1e12);
+        Some(TokenTime { low: time(0.6), high: time(0.2), basis })
+    }
+}
+
+/// Estimates the time of a token on `device`, where there are figures for it.
+pub(crate) fn token_time(work: &Work<'_>, device: &Device) -> Option<TokenTime> {
+    match device {
+        Device::Cuda(cuda) => work.on_card(cuda.props()),
+        device if device.is_cpu() => Some(work.on_cpu()),
+        _ => None,
+    }
+}
+
+impl TokenTime {
+    /// Times a training pass of `model` over the first rows of `data`. No parameter changes. On a GPU a pass before it
+    /// compiles kernels.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the device fails.
+    pub fn measure(model: &Model, data: &Dataset, config: &SftConfig) -> Result<Self, Error> {
+        let lm = model.causal_lm();
+        let is_cpu = lm.device().is_cpu();
+        let rows = config.rows(data, lm.max_seq_length());
+        let examples = rows.iter().take(config.per_device_train_batch_size).flatten().map(|&row| data.example(row));
+        let batch = Batch::from_rows(examples.map(|example| (example.input_ids, example.labels)), 0);
+        let mut seconds = 0.0;
+        for _ in 0..if is_cpu { 1 } else { 2 } {
+            let mut grads = lm.params().zero_grads();
+            let began = Instant::now();
+            let losses = lm.forward_backward(&batch, 1.0 / batch.counted().max(1) as f32, &mut grads, None)?;
+            losses.sum();
+            lm.device().check().map_err(rekindle_models::Error::from)?;
+            seconds = began.elapsed().as_secs_f64();
+        }
+        let time = seconds / batch.tokens().max(1) as f64;
+        Ok(Self {
+            low: 0.7 * time,
+            high: 1.5 * time,
+            basis: format!("a pass of {} tokens took {seconds:.2} s", batch.tokens()),
+        })
+    }
+
+    /// Estimates a run over a training set of `tokens` tokens, with an evaluation set of `eval_tokens`.
+    pub fn run(&self, config: &SftConfig, times: &Timetable, tokens: usize, eval_tokens: usize) -> TimeEstimate {
+        let epochs = times.total as f64 / times.steps_per_epoch as f64;
+        let evaluations = match eval_tokens {
+            0 => 0,
+            _ => times.evaluations() + usize::from(config.evaluates_on_start()),
+        };
+        self.of(epochs * tokens as f64 + EVALUATION * (evaluations * eval_tokens) as f64)
+    }
+
+    /// Estimates so many tokens of training.
+    pub fn of(&self, tokens: f64) -> TimeEstimate {
+        TimeEstimate { low: self.low * tokens, high: self.high * tokens, basis: self.basis.clone() }
+    }
+}
+
+impl fmt::Display for TimeEstimate {
+    /// "12 to 40 s (estimate: …)".
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (unit, name) = match self.high {
+            0.0..120.0 => (1.0, "s"),
+            120.0..7200.0 => (60.0, "min"),
+            _ => (3600.0, "h"),
+        };
+        let digits = if self.high / unit < 10.0 { 1 } else { 0 };
+        let [low, high] = [self.low, self.high].map(|seconds| format!("{:.digits$}", seconds / unit));
+        let range = if low == high { format!("about {high}") } else { format!("{low} to {high}") };
+        write!(f, "{range} {name} (estimate: {})", self.basis)
+    }
+}
+
+/// FLOP/s of an f32 product as in a block, timed for a tenth of a second after a first one.
+fn cpu_flops(hidden: usize, inner: usize) -> f64 {
+    const TOKENS: usize = 256;
+    const TIME: Duration = Duration::from_millis(100);
+    let (hidden, inner) = (hidden.clamp(16, 2048), inner.clamp(16, 4096));
+    let device = Device::cpu();
+    let ones = |rows, columns| from_f32(vec![1.0; rows * columns], [rows, columns], &device, burn::tensor::DType::F32);
+    let (x, w) = (ones(TOKENS, hidden), ones(inner, hidden));
+    drop(matmul::nt(&x, &w));
+    let (began, mut count) = (Instant::now(), 0);
+    while count == 0 || began.elapsed() < TIME {
+        drop(matmul::nt(&x, &w));
+        count += 1;
+    }
+    (count * 2 * TOKENS * hidden * inner) as f64 / began.elapsed().as_secs_f64()
+}
+
+/// Peak of dense bf16 products with f32 sums, from NVIDIA's data sheets: FLOPs per multiprocessor and cycle, at 1.7 GHz,
+/// about what cards hold under load.
+fn card_flops(props: &DeviceProps) -> Option<f64> {
+    let per_cycle = match (props.major, props.minor) {
+        (8, 0) => 2048.0,
+        (8 | 12, _) => 512.0,
+        (9, _) => 4096.0,
+        (10, _) => 8192.0,
+        _ => return None,
+    };
+    Some(f64::from(props.sm_count) * per_cycle * 1.7e9)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::suggest::qwen3_4b;
+
+    fn card(name: &str, capability: (u32, u32), sm_count: u32) -> DeviceProps {
+        let (major, minor) = capability;
+        DeviceProps { name: name.into(), major, minor, sm_count, shared_per_block: 0, total_memory: 0 }
+    }
+
+    #[test]
+    fn peaks_are_those_of_data_sheets() {
+        // TFLOP/s of dense bf16 with f32 sums that NVIDIA names.
+        for (props, peak) in [
+            (card("A100", (8, 0), 108), 312.0),
+            (card("H200", (9, 0), 132), 989.0),
+            (card("RTX 4090", (8, 9), 128), 165.0),
+            (card("B200", (10, 0), 148), 2250.0),
+        ] {
+            let ours = card_flops(&props).unwrap() / 1e12;
+            assert!((0.65..1.35).contains(&(ours / peak)), "{}: {ours} for {peak}", props.name);
+        }
+        assert_eq!(card_flops(&card("older", (7, 5), 40)), None);
+    }
+
+    /// Tokens per second of docs/benchmarks.md.
+    #[test]
+    fn steps_measured_on_an_h200_are_in_the_range() {
+        let config = qwen3_4b();
+        let props = card("H200", (9, 0), 132);
+        for (recomputes, measured) in [(true, 22_148.0), (false, 28_224.0)] {
+            let time = Work { config: &config, full: false, recomputes }.on_card(&props).unwrap();
+            assert!(time.low < 1.0 / measured && 1.0 / measured < time.high, "{time:?} for {measured}");
+        }
+    }
+
+    #[test]
+    fn a_run_is_its_tokens_and_evaluations() {
+        let time = TokenTime { low: 1e-3, high: 2e-3, basis: "measured".into() };
+        let config = SftConfig {
+            max_steps: Some(30),
+            eval_steps: Some(rekindle_train::StepCount::Steps(15)),
+            ..SftConfig::default()
+        };
+        let times = config.timetable(80);
+        assert_eq!((times.steps_per_epoch, times.evaluations()), (10, 2));
+        let run = time.run(&config, &times, 1000, 0);
+        assert!((run.low - 3.0).abs() < 1e-9 && (run.high - 6.0).abs() < 1e-9, "{run:?}");
+        assert_eq!(run.to_string(), "3.0 to 6.0 s (estimate: measured)");
+        // Two evaluations and the one before the first step, half as long for each token.
+        let run = time.run(&config, &times, 1000, 200);
+        assert!((run.low - 3.3).abs() < 1e-9, "{run:?}");
+        assert_eq!(time.of(1e6).to_string(), "17 to 33 min (estimate: measured)");
+    }
+
+    #[test]
+    fn the_speed_of_this_machine_is_a_number() {
+        let speed = cpu_flops(64, 128);
+        assert!(speed.is_finite() && speed > 1e7, "{speed}");
+    }
+}
