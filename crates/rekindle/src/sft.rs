@@ -15,14 +15,14 @@ use crate::{DataSource, EncodedRows, Error, Model};
 #[derive(Clone, Debug)]
 pub enum TrainingRows {
     /// To be read when training starts.
-    Source(DataSource),
+    Source(Box<DataSource>),
     /// Encoded for the same model.
     Encoded(Box<EncodedRows>),
 }
 
 impl From<DataSource> for TrainingRows {
     fn from(source: DataSource) -> Self {
-        Self::Source(source)
+        Self::Source(Box::new(source))
     }
 }
 
@@ -206,7 +206,7 @@ impl<'a> SftTrainer<'a> {
                 return Ok(*rows);
             }
             TrainingRows::Encoded(rows) => rows.source,
-            TrainingRows::Source(source) => source,
+            TrainingRows::Source(source) => *source,
         };
         let (dataset, report) = self.model.encode(self.tokenizer, &source)?;
         (self.on_data)(&source, &report);
