@@ -72,4 +72,4 @@ pub use report::{CacheUse, Change, LoadReport, RowPlace};
 pub use row::{RowFormat, RowNumber};
 pub use stream::StreamDecoder;
 pub use template::{ChatTemplate, Marked, RenderOptions};
-pub use tokenizer::{COMPANION_FILES, Tokenizer, companion_files, eos_token_ids};
+pub use tokenizer::{Tokenizer, eos_token_ids};

@@ -12,7 +12,7 @@ use crate::template::ChatTemplate;
 mod checkpoint;
 mod templates;
 
-pub use checkpoint::{COMPANION_FILES, companion_files, eos_token_ids};
+pub use checkpoint::eos_token_ids;
 pub(crate) use templates::NamedTemplate;
 use templates::Templates;
 
@@ -170,7 +170,7 @@ impl Tokenizer {
 
     /// The tokenizer's files in the checkpoint, for whoever saves it elsewhere.
     pub fn files(&self) -> Vec<PathBuf> {
-        companion_files(&self.dir)
+        rekindle_hub::companion_files(&self.dir)
     }
 
     /// The text of a token as the vocabulary has it, by its id.

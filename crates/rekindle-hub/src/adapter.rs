@@ -1,11 +1,11 @@
 //! The way from an adapter to the model that it belongs to.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
 use crate::index::{INDEX_FILE, SINGLE_FILE};
-use crate::{Error, read_json};
+use crate::{Error, SafetensorsFile, read_json};
 
 /// The file that makes a directory an adapter.
 pub(crate) const ADAPTER_CONFIG: &str = "adapter_config.json";
@@ -47,6 +47,46 @@ impl AdapterBase {
     }
 }
 
+impl AdapterBase {
+    /// Finds the base of the adapter in `adapter` as a directory: where `name_or_path` leads from the current directory,
+    /// else from the adapter's directory and from those above it, the nearest first. `None` without such a directory.
+    ///
+    /// A relative path is relative to where the adapter was trained, which usually is above the adapter.
+    pub fn directory(&self, adapter: &Path) -> Option<PathBuf> {
+        let given = Path::new(&self.name_or_path);
+        if given.exists() {
+            return Some(given.to_path_buf());
+        }
+        let adapter = adapter.canonicalize().ok()?;
+        // A pinned revision is one of the hub; what lies above the adapter only resembles it.
+        let places = adapter.ancestors().filter(|_| given.is_relative() && self.revision.is_none());
+        places.map(|place| place.join(given)).find(|found| found.join("config.json").is_file())
+    }
+}
+
+/// Opens the tensors of the adapter in `directory`.
+///
+/// # Errors
+/// [`Error::Unsupported`] where they are pickled (`adapter_model.bin`), [`Error::Missing`] where there are none, and those
+/// of [`SafetensorsFile::open`].
+pub fn open_adapter(directory: &Path) -> Result<SafetensorsFile, Error> {
+    let path = directory.join(ADAPTER_FILE);
+    if path.exists() {
+        return SafetensorsFile::open(&path);
+    }
+    let pickled = directory.join("adapter_model.bin");
+    if pickled.exists() {
+        return Err(pickled_weights(pickled, "adapter"));
+    }
+    Err(Error::missing(directory, format!("{ADAPTER_FILE}, the adapter's tensors; copy or download it again")))
+}
+
+/// The error for weights that are pickled; `what` they are.
+pub(crate) fn pickled_weights(path: PathBuf, what: &str) -> Error {
+    let reason = format!("pickled weights can run code when they are read; convert the {what} to safetensors");
+    Error::Unsupported { path, reason }
+}
+
 /// As [`AdapterBase::read`]; `None` for a directory that holds no adapter, or a model beside one.
 ///
 /// # Errors
@@ -63,6 +103,44 @@ pub fn adapter_base(directory: &Path) -> Result<Option<AdapterBase>, Error> {
 mod tests {
     use super::*;
     use std::fs;
+
+    #[test]
+    fn a_relative_base_is_found_above_the_adapter() {
+        let scratch = tempfile::tempdir().unwrap();
+        let adapter = scratch.path().join("out/adapter");
+        fs::create_dir_all(&adapter).unwrap();
+        let found = |name: &str, revision: Option<&str>| {
+            AdapterBase { name_or_path: name.to_owned(), revision: revision.map(str::to_owned) }.directory(&adapter)
+        };
+        fs::create_dir_all(scratch.path().join("models/base")).unwrap();
+        assert_eq!(found("models/base", None), None, "a directory without config.json");
+        fs::write(scratch.path().join("models/base/config.json"), "{}").unwrap();
+        let base = scratch.path().canonicalize().unwrap().join("models/base");
+        assert_eq!(found("models/base", None), Some(base.clone()));
+        assert_eq!(found("models/base", Some("main")), None, "it is pinned to a revision of the hub");
+        let relative = found("../../models/base", None).unwrap();
+        assert_eq!(relative.canonicalize().unwrap(), base);
+        assert_eq!(found(base.to_str().unwrap(), None), Some(base.clone()));
+        assert_eq!(found("/models/base", None), None);
+        // The nearest wins, and what is here wins over all.
+        fs::create_dir_all(adapter.join("models/base")).unwrap();
+        fs::write(adapter.join("models/base/config.json"), "{}").unwrap();
+        assert_eq!(found("models/base", None), Some(adapter.canonicalize().unwrap().join("models/base")));
+        assert_eq!(found("src", None), Some(PathBuf::from("src")));
+    }
+
+    #[test]
+    fn pickled_and_absent_tensors_are_told_apart() {
+        let scratch = tempfile::tempdir().unwrap();
+        let error = open_adapter(scratch.path()).unwrap_err();
+        assert!(error.to_string().contains("lacks adapter_model.safetensors"), "{error}");
+        fs::write(scratch.path().join("adapter_model.bin"), "PK").unwrap();
+        let error = open_adapter(scratch.path()).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+        let expected = "adapter_model.bin\" is not supported: pickled weights can run code when they are read; \
+                        convert the adapter to safetensors";
+        assert!(error.to_string().ends_with(expected), "{error}");
+    }
 
     #[test]
     fn tells_adapters_from_models() {

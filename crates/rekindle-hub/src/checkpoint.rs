@@ -2,9 +2,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
 
+use crate::adapter::pickled_weights;
 use crate::error::quoted;
 use crate::index::{INDEX_FILE, SINGLE_FILE, ShardIndex};
 use crate::{Error, SafetensorsFile, TensorView, read_json};
@@ -16,13 +18,21 @@ use crate::{Error, SafetensorsFile, TensorView, read_json};
 /// counts, as in transformers. As there, too, every tensor of a shard belongs to the checkpoint,
 /// listed in the index or not. The files must not be changed in place while they are open (see
 /// [`SafetensorsFile`]).
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     config: Value,
-    files: Vec<SafetensorsFile>,
-    /// The position in `files` of each tensor's file.
-    file_of: BTreeMap<String, usize>,
+    files: Arc<Vec<SafetensorsFile>>,
+    /// Where each tensor is.
+    tensors: BTreeMap<String, Location>,
+}
+
+#[derive(Clone, Debug)]
+struct Location {
+    /// The position in `files`.
+    file: usize,
+    /// The tensor's name there, if it is another.
+    stored_as: Option<String>,
 }
 
 impl Checkpoint {
@@ -48,8 +58,8 @@ impl Checkpoint {
         } else {
             return Err(no_weights(path));
         };
-        let file_of = locate(&files)?;
-        Ok(Checkpoint { path: path.to_path_buf(), config, files, file_of })
+        let tensors = locate(&files)?;
+        Ok(Checkpoint { path: path.to_path_buf(), config, files: Arc::new(files), tensors })
     }
 
     /// The directory, as it was given.
@@ -64,12 +74,25 @@ impl Checkpoint {
 
     /// The names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.file_of.keys().map(String::as_str)
+        self.tensors.keys().map(String::as_str)
     }
 
     /// The tensor called `name`, if there is one.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
-        self.files[*self.file_of.get(name)?].get(name)
+        let (name, location) = self.tensors.get_key_value(name)?;
+        let view = self.files[location.file].get(location.stored_as.as_ref().unwrap_or(name))?;
+        Some(TensorView { name, ..view })
+    }
+
+    /// Returns the same checkpoint, its files mapped once, with every tensor under the name that `name` gives it; `None`
+    /// where two tensors would have one name.
+    pub fn renamed(&self, name: impl Fn(&str) -> String) -> Option<Checkpoint> {
+        let renamed = self.tensors.iter().map(|(old, location)| {
+            let stored_as = location.stored_as.clone().unwrap_or_else(|| old.clone());
+            (name(old), Location { file: location.file, stored_as: Some(stored_as) })
+        });
+        let tensors: BTreeMap<String, Location> = renamed.collect();
+        (tensors.len() == self.tensors.len()).then(|| Checkpoint { tensors, ..self.clone() })
     }
 
     /// Bytes of all tensors together, as stored.
@@ -82,6 +105,9 @@ pub(crate) fn check_directory(path: &Path) -> Result<(), Error> {
     let reason = match fs::metadata(path) {
         Ok(about) if about.is_dir() => return Ok(()),
         Ok(_) => "it is a file; give the directory that holds config.json and the weights",
+        Err(error) if error.kind() == ErrorKind::NotFound && path.starts_with("~") => {
+            "there is no such directory; only shells expand \"~\", write the home directory out"
+        }
         Err(error) if error.kind() == ErrorKind::NotFound => {
             "there is no such directory; give one that holds config.json and the weights"
         }
@@ -137,28 +163,24 @@ fn open_shards(directory: &Path, index_path: &Path) -> Result<Vec<SafetensorsFil
 fn no_weights(directory: &Path) -> Error {
     for pickled in ["pytorch_model.bin", "pytorch_model.bin.index.json"] {
         if directory.join(pickled).exists() {
-            return Error::Unsupported {
-                path: directory.join(pickled),
-                reason: "pickled weights can run code when they are read; \
-                         convert the checkpoint to safetensors"
-                    .to_owned(),
-            };
+            return pickled_weights(directory.join(pickled), "checkpoint");
         }
     }
     Error::missing(directory, format!("weights: there is neither {SINGLE_FILE} nor {INDEX_FILE}"))
 }
 
-fn locate(files: &[SafetensorsFile]) -> Result<BTreeMap<String, usize>, Error> {
-    let mut file_of = BTreeMap::new();
+fn locate(files: &[SafetensorsFile]) -> Result<BTreeMap<String, Location>, Error> {
+    let mut tensors: BTreeMap<String, Location> = BTreeMap::new();
     for (position, file) in files.iter().enumerate() {
         for name in file.names() {
-            if let Some(other) = file_of.insert(name.to_owned(), position) {
-                let other = files[other].path().file_name().unwrap_or_default();
+            let location = Location { file: position, stored_as: None };
+            if let Some(other) = tensors.insert(name.to_owned(), location) {
+                let other = files[other.file].path().file_name().unwrap_or_default();
                 return Err(Error::malformed(file.path(), format!("its tensor {name:?} is in {other:?} as well")));
             }
         }
     }
-    Ok(file_of)
+    Ok(tensors)
 }
 
 #[cfg(test)]
@@ -211,6 +233,21 @@ mod tests {
         assert_eq!(checkpoint.get("a").unwrap().data, [1, 1]);
         assert_eq!(checkpoint.get("b").unwrap().data, [0, 0]);
         assert!(checkpoint.get("d").is_none());
+    }
+
+    #[test]
+    fn tensors_go_by_other_names() {
+        let scratch = two_shards();
+        let checkpoint = Checkpoint::open(scratch.path()).unwrap();
+        let renamed = checkpoint.renamed(|name| format!("model.{name}")).unwrap();
+        assert_eq!(renamed.names().collect::<Vec<_>>(), ["model.a", "model.b", "model.c"]);
+        let view = renamed.get("model.a").unwrap();
+        assert_eq!((view.name, view.data), ("model.a", &[1, 1][..]));
+        assert!(renamed.get("a").is_none());
+        assert_eq!(renamed.total_bytes(), checkpoint.total_bytes());
+        let back = renamed.renamed(|name| name.replace("model.", "")).unwrap();
+        assert_eq!(back.get("a").unwrap().data, [1, 1]);
+        assert!(checkpoint.renamed(|_| "one".to_owned()).is_none(), "names are unique");
     }
 
     #[test]

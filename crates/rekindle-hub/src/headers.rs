@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::adapter::{ADAPTER_CONFIG, ADAPTER_FILE};
+use crate::adapter::{ADAPTER_CONFIG, open_adapter};
 #[cfg(feature = "network")]
 use crate::header::Header;
 use crate::index::{INDEX_FILE, SINGLE_FILE};
-use crate::{Checkpoint, Dtype, Error, SafetensorsFile, TensorView};
+use crate::{Checkpoint, Dtype, Error, TensorView};
 
 /// What the header of a safetensors file says of a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,14 +35,14 @@ impl Headers {
     /// Reads those of the checkpoint or adapter in `path`; an adapter beside a model is not looked at.
     ///
     /// # Errors
-    /// As [`Checkpoint::open`] and [`SafetensorsFile::open`].
+    /// As [`Checkpoint::open`] and [`open_adapter`].
     pub fn open(path: &Path) -> Result<Headers, Error> {
         // Some adapters come with their base's configuration, but without its weights.
         let has_weights = [SINGLE_FILE, INDEX_FILE].iter().any(|file| path.join(file).exists());
         let is_adapter = path.join(ADAPTER_CONFIG).exists() && !has_weights;
         let mut headers = Headers { path: path.to_path_buf(), is_adapter, tensors: BTreeMap::new() };
         if is_adapter {
-            let file = SafetensorsFile::open(&path.join(ADAPTER_FILE))?;
+            let file = open_adapter(path)?;
             headers.tensors = file.names().filter_map(|name| file.get(name)).map(info).collect();
         } else {
             let checkpoint = Checkpoint::open(path)?;

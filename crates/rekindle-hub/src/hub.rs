@@ -88,7 +88,8 @@ pub fn resolve(name: &str, options: HubOptions<'_>) -> Result<Resolved, Error> {
     match place(name, &options)? {
         Place::Here(found) => Ok(found.resolved),
         Place::Hub { request, repo, token } => {
-            Ok(download::download(request, repo, token, Wanted::Model, options.on_progress)?.resolved)
+            let found = download::download(request, repo, token, Wanted::Model, options.on_progress);
+            Ok(found.map_err(|error| no_directory(name, error))?.resolved)
         }
     }
 }
@@ -104,7 +105,9 @@ pub fn headers(name: &str, options: HubOptions<'_>) -> Result<(Resolved, Headers
             let headers = Headers::open(&resolved.path)?;
             Ok((resolved, headers))
         }
-        Place::Hub { request, repo, token } => download::describe(request, repo, token),
+        Place::Hub { request, repo, token } => {
+            download::describe(request, repo, token).map_err(|error| no_directory(name, error))
+        }
     }
 }
 
@@ -123,8 +126,30 @@ fn place(name: &str, options: &HubOptions<'_>) -> Result<Place, Error> {
         let resolved = Resolved { path: directory.to_path_buf(), commit: None, notice: None };
         return Ok(Place::Here(Found { resolved, files: Vec::new() }));
     }
-    let name = RepoName::parse(RepoKind::Model, name)?;
-    find(name, options, &Wanted::Model)
+    let repo = RepoName::parse(RepoKind::Model, name)?;
+    find(repo, options, &Wanted::Model).map_err(|error| no_directory(name, error))
+}
+
+/// Adds to an error about a name that the hub does not have, or could not be asked for, that it is no directory either: it
+/// may be a mistyped path. If the directory that it would be in exists, the error is about a path.
+fn no_directory(name: &str, error: Error) -> Error {
+    let Error::Hub { kind, name: asked, reason } = error else { return error };
+    let unreachable = matches!(kind, HubErrorKind::Network | HubErrorKind::Offline);
+    if !unreachable && !reason.contains(failure::NO_SUCH_MODEL) {
+        return Error::Hub { kind, name: asked, reason };
+    }
+    let parent = Path::new(name).parent().filter(|parent| parent.is_dir() && !parent.as_os_str().is_empty());
+    match parent {
+        Some(parent) => Error::NotFound {
+            path: name.into(),
+            reason: format!("there is no such directory in {parent:?}; as a name on the hub: {reason}"),
+        },
+        None => Error::Hub {
+            kind,
+            name: asked,
+            reason: format!("there is no such directory; as a name on the hub: {reason}"),
+        },
+    }
 }
 
 /// Rows of a dataset repository.
@@ -193,7 +218,7 @@ fn find(name: RepoName, options: &HubOptions<'_>, wanted: &Wanted) -> Result<Pla
     if let Some(reason) = offline {
         return cached(&request, &repo, wanted).map(Place::Here).map_err(|state| {
             let revision = &request.revision;
-            let reason = format!("{reason} is set, and {state} (revision {revision:?}); unset it to download");
+            let reason = format!("{state} (revision {revision:?}) and {reason} is set; unset it to download");
             request.error(HubErrorKind::Offline, reason)
         });
     }
@@ -207,16 +232,20 @@ fn find(name: RepoName, options: &HubOptions<'_>, wanted: &Wanted) -> Result<Pla
     Ok(Place::Hub { request, repo, token })
 }
 
-/// Whether `name` can only be meant as a path.
+/// Returns whether `name` can only be meant as a path: a name on the hub has one slash, between two words.
 fn is_path(name: &str) -> bool {
-    Path::new(name).is_absolute() || name.starts_with(['.', '~']) || name.contains('\\') || name.ends_with('/')
+    Path::new(name).is_absolute()
+        || name.starts_with(['.', '~'])
+        || name.contains('\\')
+        || name.ends_with('/')
+        || name.matches('/').count() > 1
 }
 
 /// The snapshot that the cache has, if it can be loaded; otherwise what the cache has instead.
 fn cached(request: &Request, repo: &CachedRepo, wanted: &Wanted) -> Result<Found, String> {
     let snapshot = repo.commit_of(&request.revision).map(|commit| (repo.snapshot(&commit), commit));
     let Some((path, commit)) = snapshot.filter(|(path, _)| path.is_dir()) else {
-        return Err(format!("there is neither such a directory nor {:?} in the cache", repo.path()));
+        return Err(format!("the cache has no {:?}", repo.path()));
     };
     let files = match wanted {
         Wanted::Model => match layout::lacks(&path) {
@@ -256,12 +285,32 @@ mod tests {
 
     #[test]
     fn a_path_is_not_asked_of_the_hub() {
-        for path in ["/no/such/model", "./runs/1", "../model", "~/model", "runs/model/", r"C:\model"] {
+        for path in ["/no/such/model", "./runs/1", "../model", "~/model", "runs/model/", r"C:\model", "no/such/model"] {
             let error = resolve(path, HubOptions::default()).unwrap_err();
             assert!(matches!(error, Error::NotFound { .. }), "{error}");
         }
         let error = resolve("Cargo.toml", HubOptions::default()).unwrap_err();
         assert!(error.to_string().contains("it is a file"), "{error}");
+    }
+
+    #[test]
+    fn a_mistyped_path_is_said_to_be_one() {
+        let offline = |name: &str| {
+            let cache_dir = Some(PathBuf::from("/no/such/cache"));
+            resolve(name, HubOptions { cache_dir, local_files_only: true, ..HubOptions::default() }).unwrap_err()
+        };
+        let error = offline("src/modle");
+        assert!(matches!(error, Error::NotFound { .. }), "{error}");
+        let expected = "no checkpoint at \"src/modle\": there is no such directory in \"src\"; as a name on the hub: ";
+        assert!(error.to_string().starts_with(expected), "{error}");
+        let error = offline("org/model");
+        assert_eq!(error.hub_kind(), Some(HubErrorKind::Offline));
+        assert!(
+            error.to_string().starts_with("org/model: there is no such directory; as a name on the hub: the cache"),
+            "{error}"
+        );
+        let error = offline("~/model");
+        assert!(error.to_string().contains("write the home directory out"), "{error}");
     }
 
     #[test]

@@ -44,6 +44,7 @@ mod atomic;
 #[cfg(feature = "network")]
 pub mod cache;
 mod checkpoint;
+mod companion;
 mod dtype;
 mod error;
 mod header;
@@ -57,9 +58,10 @@ mod sharded;
 mod tensor;
 mod write;
 
-pub use adapter::{AdapterBase, adapter_base};
+pub use adapter::{AdapterBase, adapter_base, open_adapter};
 pub use atomic::{AtomicDir, DirectoryLock, clear_leftovers, remove_atomic, write_atomic};
 pub use checkpoint::{Checkpoint, read_config};
+pub use companion::{ADDITIONAL_CHAT_TEMPLATES, companion_files, companion_name, is_companion};
 pub use dtype::Dtype;
 pub use error::{Error, HubErrorKind};
 pub use headers::{Headers, TensorInfo};

@@ -2,8 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use rekindle_data::COMPANION_FILES;
-use rekindle_hub::{AtomicDir, Dtype, write_atomic};
+use rekindle_hub::{ADDITIONAL_CHAT_TEMPLATES, AtomicDir, Dtype, companion_name, is_companion, write_atomic};
 use rekindle_lora::Adapter;
 use rekindle_lora::peft::{CONFIG_FILE, TENSORS_FILE};
 use rekindle_models::{CausalLm, DEFAULT_ADAPTER, Positions, save_positions};
@@ -128,9 +127,13 @@ pub(crate) fn write_new<T>(
     let target = AtomicDir::replace(dir)?;
     let written = write(target.path())?;
     for file in companions {
-        let Some(name) = file.file_name() else { continue };
+        let Some(name) = companion_name(file).or_else(|| file.file_name().map(PathBuf::from)) else { continue };
         let bytes = std::fs::read(file).map_err(|source| Error::Io { path: file.clone(), source })?;
-        write_atomic(&target.path().join(name), &bytes)?;
+        let copy = target.path().join(name);
+        if let Some(parent) = copy.parent() {
+            std::fs::create_dir_all(parent).map_err(|source| Error::Io { path: parent.to_owned(), source })?;
+        }
+        write_atomic(&copy, &bytes)?;
     }
     keep_readme(dir, target.path())?;
     target.commit()?;
@@ -153,10 +156,19 @@ fn check_with(dir: &Path, adapter: bool, named: &[&str], files: &[&str]) -> Resu
     for name in named {
         check_replaceable(&dir.join(name), true)?;
     }
-    let names: Vec<String> = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    let mut names = Vec::new();
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        match std::fs::read_dir(entry.path()) {
+            Ok(inside) if name == ADDITIONAL_CHAT_TEMPLATES => {
+                names.extend(inside.flatten().map(|file| format!("{name}/{}", file.file_name().to_string_lossy())));
+            }
+            _ => names.push(name),
+        }
+    }
     let weights = |name: &str| name.starts_with("model") && name.contains(".safetensors");
     let ours = |name: &str| {
-        COMPANION_FILES.contains(&name)
+        is_companion(name)
             || name == README
             || named.contains(&name)
             || files.contains(&name)
@@ -190,6 +202,14 @@ mod tests {
         }
         check(true).unwrap();
         assert!(check(false).unwrap_err().to_string().contains("adapter_"), "a model does not replace an adapter");
+        let templates = dir.path().join("additional_chat_templates");
+        std::fs::create_dir(&templates).unwrap();
+        std::fs::write(templates.join("tool_use.jinja"), "").unwrap();
+        check(true).unwrap();
+        std::fs::write(templates.join("notes.txt"), "").unwrap();
+        let error = check(true).unwrap_err().to_string();
+        assert!(error.contains("it holds \"additional_chat_templates/notes.txt\""), "{error}");
+        std::fs::remove_dir_all(&templates).unwrap();
         std::fs::write(dir.path().join("config.json"), "").unwrap();
         std::fs::write(dir.path().join("trainer_state.json"), "").unwrap();
         assert!(check_checkpoint(dir.path(), false).unwrap_err().to_string().contains("adapter_"));

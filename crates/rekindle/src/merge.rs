@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use rekindle_hub::{AdapterBase, Checkpoint};
+use rekindle_data::Tokenizer;
+use rekindle_hub::{AdapterBase, Checkpoint, read_config};
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::{Adapter, Combination, saved_rows, weighted};
 use rekindle_models::{Batch, MergeOptions, ModelConfig, saved_positions};
 use rekindle_train::write_result;
 
+use crate::pretrained::base_directory;
 use crate::source::{Access, Fetched, OnDownload, find};
 use crate::{Dtype, Error, FastLanguageModel, Files, Model};
 
@@ -102,29 +104,35 @@ impl Merge {
     /// [`Error::File`] for what is not there, and for an adapter that does not name its base, [`Error::Argument`] without
     /// an adapter, [`Error::AdapterBase`] when the base cannot be had.
     pub fn fetch(&mut self, on_download: OnDownload<'_>) -> Result<Vec<String>, Error> {
-        let mut notices = Vec::new();
+        let (mut notices, mut elsewhere) = (Vec::new(), Vec::new());
         let mut revision = self.revision.take();
         let access = &self.access;
-        let mut bring = |name: &Path, revision: Option<&str>| -> Result<PathBuf, Error> {
-            let Fetched { path, notice, .. } = find(name, revision, access, on_download)?;
+        let mut bring = |name: &Path, revision: Option<&str>| -> Result<(PathBuf, Option<String>), Error> {
+            let Fetched { path, notice, commit } = find(name, revision, access, on_download)?;
             notices.extend(notice);
-            Ok(path)
+            Ok((path, commit))
         };
         let given = self.adapters.first().map(|(first, _)| first.clone());
-        for (adapter, _) in &mut self.adapters {
-            *adapter = bring(adapter, revision.take().as_deref())?;
+        let mut commit = None;
+        for (number, (adapter, _)) in self.adapters.iter_mut().enumerate() {
+            let (path, found) = bring(adapter, revision.take().as_deref())?;
+            commit = if number == 0 { found } else { commit };
+            *adapter = path;
         }
         let (Some(given), Some((first, _))) = (given, self.adapters.first()) else {
             return Err(Error::Argument("no adapter to merge; name at least one".to_owned()));
         };
         let base = match &self.base {
-            Some(base) => bring(base, None)?,
+            Some(base) => bring(base, None)?.0,
             None => {
-                let AdapterBase { name_or_path, revision } = AdapterBase::read(first)?;
-                let found = bring(Path::new(&name_or_path), revision.as_deref());
-                found.map_err(|error| Error::AdapterBase { adapter: given, source: Box::new(error) })?
+                let base = AdapterBase::read(first)?;
+                let name = base_directory(&base, first, commit.as_deref(), &mut elsewhere);
+                let found = bring(&name, base.revision.as_deref());
+                found.map_err(|error| Error::AdapterBase { adapter: given, source: Box::new(error) })?.0
             }
         };
+        notices.extend(elsewhere);
+        notices.extend(tokens_without_rows(&base, first)?);
         self.base = Some(base);
         Ok(notices)
     }
@@ -132,8 +140,8 @@ impl Merge {
     /// Writes the merged checkpoint to `out`, the tokenizer's files included. One tensor is in memory at a time.
     /// `progress` is told the bytes read so far and in all.
     ///
-    /// An adapter that was trained with another number of token ids and saved its tables (`resize_model_vocab` and
-    /// `modules_to_save`) brings that number along. `out` appears whole or not at all; what is there already is never
+    /// An adapter that was trained with another number of token ids (`resize_model_vocab`) has saved its tables and brings
+    /// that number along. `out` appears whole or not at all; what is there already is never
     /// replaced.
     ///
     /// # Errors
@@ -208,6 +216,26 @@ impl Merge {
         found.fetch(&mut |_, _| ())?;
         Ok((found.base.expect("fetch finds it"), found.adapters))
     }
+}
+
+/// Returns a notice for a merge whose result has fewer rows than its tokenizer has token ids.
+fn tokens_without_rows(base: &Path, adapter: &Path) -> Result<Option<String>, Error> {
+    let files = Files::of(base, adapter);
+    let dir = files.tokenizer();
+    if !dir.join("tokenizer.json").is_file() {
+        return Ok(None);
+    }
+    let tokens = Tokenizer::from_dir(dir)?.vocab_size();
+    let saved = saved_rows(adapter).map_err(rekindle_models::Error::from)?;
+    let stored = || read_config(base).ok().and_then(|config| config["vocab_size"].as_u64());
+    let rows = saved.map(|rows| rows as u64).or_else(stored).filter(|rows| *rows < tokens as u64);
+    Ok(rows.map(|rows| {
+        format!(
+            "the merged model has {rows} token ids and its tokenizer, {}, has {tokens}: it cannot take the last ones; \
+             train the adapter with resize_model_vocab = {tokens} to give them rows",
+            dir.display()
+        )
+    }))
 }
 
 /// The adapter in a run's directory, or what was named.

@@ -22,6 +22,7 @@ mod plan;
 mod rows;
 
 pub use files::Files;
+pub(crate) use files::base_directory;
 pub use plan::{RunPlanner, saved_lora_config};
 pub use rows::{EncodedRows, RowEncoder};
 

@@ -2,8 +2,7 @@
 
 use std::path::Path;
 
-use rekindle_data::companion_files;
-use rekindle_hub::Checkpoint;
+use rekindle_hub::{Checkpoint, companion_files};
 use rekindle_models::{LoadIn, MemoryReport, ModelConfig, stored_quantization};
 use rekindle_train::write_result;
 use serde_json::Value;

@@ -227,7 +227,8 @@ mod tests {
         let scratch = std::env::temp_dir().join("no-such-cache");
         let error = Source::new("org/model").cache_dir(scratch).local_files_only(true).fetch().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Hub, "{error}");
-        assert!(error.to_string().starts_with("org/model: local_files_only is set"), "{error}");
+        assert!(error.to_string().starts_with("org/model: there is no such directory"), "{error}");
+        assert!(error.to_string().contains("local_files_only is set"), "{error}");
         assert_eq!(Source::new("qwen3").fetch().unwrap_err().kind(), ErrorKind::Hub);
     }
 

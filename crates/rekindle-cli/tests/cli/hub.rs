@@ -193,11 +193,17 @@ fn what_the_hub_does_not_give_is_5() {
     let machine = Machine::new();
     machine.run(&eval("org/modle")).fails(5, &["org/modle: ", "has no such model", "check the spelling"]);
     machine.run(&eval("qwen3")).fails(5, &["qwen3: there is no such directory", "organization/model"]);
-    machine.run(&eval("no/such/model")).fails(5, &["there is no such directory", "is no name on the hub"]);
+    machine.run(&eval("no/such/model")).fails(1, &["\"no/such/model\": there is no such directory"]);
+    machine
+        .run(&eval("tests/modle"))
+        .fails(1, &["\"tests/modle\": there is no such directory in \"tests\"; as a name"]);
     machine.run(&eval("org/model --revision v9")).fails(5, &["no branch, tag or commit \"v9\"", "\"main\""]);
-    machine.offline(&eval("org/model")).fails(5, &["org/model: HF_HUB_OFFLINE is set", "unset it"]);
+    machine
+        .offline(&eval("org/model"))
+        .fails(5, &["org/model: there is no such directory", "HF_HUB_OFFLINE is set", "unset it"]);
     machine.run(&eval("org/model --local-files-only")).fails(5, &["local_files_only is set"]);
-    crate::run(&eval("org/model")).fails(5, &["org/model: cannot reach http://127.0.0.1:9", "check the network"]);
+    crate::run(&eval("org/model"))
+        .fails(5, &["org/model: there is no such directory", "cannot reach http://127.0.0.1:9", "check the network"]);
 
     machine.hub.add("org/pickled", &[("config.json", b"{}"), ("pytorch_model.bin", b"pickled")]);
     machine.run(&eval("org/pickled")).fails(5, &["weights are pickled (\"pytorch_model.bin\")", "safetensors"]);

@@ -9,23 +9,6 @@ use serde_json::{Map, Value};
 use super::templates::{DEFAULT, TemplateSource};
 use crate::error::{Error, Result};
 
-/// Files beside the weights that a saved model carries along.
-pub const COMPANION_FILES: [&str; 8] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "generation_config.json",
-];
-
-/// Those of [`COMPANION_FILES`] that are in the checkpoint directory `dir`.
-pub fn companion_files(dir: &Path) -> Vec<PathBuf> {
-    COMPANION_FILES.iter().map(|name| dir.join(name)).filter(|path| path.is_file()).collect()
-}
-
 /// `bos_token`, `eos_token`, `unk_token` … by name. A token is a string, or an object with its text under `content`.
 pub(crate) fn special_tokens(dir: &Path) -> Result<BTreeMap<String, String>> {
     let mut tokens = BTreeMap::new();

@@ -8,7 +8,7 @@ use tokio::time::sleep;
 
 use crate::{Error, HubErrorKind};
 
-use super::name::RepoName;
+use super::name::{RepoKind, RepoName};
 
 /// A request that failed, and whether the same request may succeed soon.
 #[derive(Debug)]
@@ -46,6 +46,9 @@ pub(crate) struct Request {
     pub(crate) revision: String,
     pub(crate) has_token: bool,
 }
+
+/// The words about a repository that may not exist.
+pub(crate) const NO_SUCH_MODEL: &str = "has no such model";
 
 /// What the hub said to a request that it did not meet.
 #[derive(Debug, Default)]
@@ -144,11 +147,13 @@ impl Request {
                     true => "if it is private, the token must be one that may read it",
                     false => "if it is private, set HF_TOKEN",
                 };
+                let here = match name.kind {
+                    RepoKind::Model => "",
+                    RepoKind::Dataset => ", and there is no such file or directory",
+                };
                 (
                     HubErrorKind::NotFound,
-                    format!(
-                        "{endpoint} has no such {noun}, and there is no such directory; check the spelling, and {private}"
-                    ),
+                    format!("{endpoint} has no such {noun}{here}; check the spelling, and {private}"),
                 )
             }
             (_, 401) if *has_token => (
@@ -192,7 +197,6 @@ fn innermost(error: &reqwest::Error) -> &(dyn StdError + 'static) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::name::RepoKind;
     use super::*;
 
     fn refused(has_token: bool, status: u16, code: Option<&str>) -> Failure {
@@ -207,17 +211,21 @@ mod tests {
     }
 
     #[test]
+    fn a_model_that_may_not_exist_is_named_in_the_same_words() {
+        for (status, code) in [(401, Some("RepoNotFound")), (404, None), (401, None)] {
+            assert!(refused(false, status, code).error.to_string().contains(NO_SUCH_MODEL), "{status}");
+        }
+        for (status, code) in [(404, Some("RevisionNotFound")), (403, Some("GatedRepo")), (503, None)] {
+            assert!(!refused(false, status, code).error.to_string().contains(NO_SUCH_MODEL), "{status}");
+        }
+    }
+
+    #[test]
     fn says_what_to_do() {
         let cases = [
             (false, 401, Some("GatedRepo"), HubErrorKind::Denied, "accept its licence at https://hub/org/model"),
             (true, 403, Some("GatedRepo"), HubErrorKind::Denied, "with this token (server's words); accept it"),
-            (
-                false,
-                401,
-                Some("RepoNotFound"),
-                HubErrorKind::NotFound,
-                "no such model, and there is no such directory; check the spelling",
-            ),
+            (false, 401, Some("RepoNotFound"), HubErrorKind::NotFound, "no such model; check the spelling"),
             (false, 401, None, HubErrorKind::Denied, "or set HF_TOKEN"),
             (true, 401, None, HubErrorKind::Denied, "does not accept the token"),
             (true, 403, None, HubErrorKind::Denied, "refuses access (server's words)"),

@@ -3,28 +3,10 @@
 use crate::adapter::{ADAPTER_CONFIG, ADAPTER_FILE};
 use crate::error::quoted;
 use crate::index::{INDEX_FILE, SINGLE_FILE};
+use crate::is_companion;
 
 pub(crate) const CONFIG: &str = "config.json";
 const POSITIONS: &str = "rope_parameters.json";
-
-/// What tokenizers of every kind consist of, and what stands beside a model.
-const SMALL_FILES: [&str; 15] = [
-    CONFIG,
-    "generation_config.json",
-    ADAPTER_CONFIG,
-    POSITIONS,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-];
 
 /// The files to download.
 #[derive(Debug, PartialEq, Eq)]
@@ -48,7 +30,7 @@ impl Selection {
     }
 }
 
-/// Chooses from all files of a repository; those in its folders are never needed.
+/// Chooses from all files of a repository. Of its folders only that of chat templates is needed.
 ///
 /// # Errors
 /// Why a repository is neither a model nor an adapter that can be read, and a way out.
@@ -59,7 +41,9 @@ pub(crate) fn select(all: &[String]) -> Result<Selection, String> {
     if !is_model && !is_adapter {
         return Err(unreadable(all));
     }
-    let mut files: Vec<_> = SMALL_FILES.into_iter().filter(|name| has(name)).map(str::to_owned).collect();
+    let mut files: Vec<_> =
+        [CONFIG, ADAPTER_CONFIG, POSITIONS].into_iter().filter(|name| has(name)).map(str::to_owned).collect();
+    files.extend(all.iter().filter(|name| is_companion(name)).cloned());
     // Where both are, `Checkpoint::open` takes the single file.
     let sharded = is_model && !has(SINGLE_FILE);
     if is_model {
@@ -113,6 +97,8 @@ mod tests {
         let found = select_of(&[
             ".gitattributes",
             "README.md",
+            "additional_chat_templates/tool_use.jinja",
+            "additional_chat_templates/notes.txt",
             "config.json",
             "consolidated.safetensors",
             "merges.txt",
@@ -120,10 +106,19 @@ mod tests {
             "onnx/model.onnx",
             "original/config.json",
             "pytorch_model.bin",
+            "tokenization_custom.py",
             "tokenizer.json",
+            "tokenizer.model",
             "training_args.bin",
         ]);
-        let files = ["config.json", "tokenizer.json", "merges.txt", "model.safetensors"];
+        let files = [
+            "config.json",
+            "additional_chat_templates/tool_use.jinja",
+            "merges.txt",
+            "tokenizer.json",
+            "tokenizer.model",
+            "model.safetensors",
+        ];
         assert_eq!(found, Ok(Selection { files: files.map(str::to_owned).into(), sharded: false }));
     }
 

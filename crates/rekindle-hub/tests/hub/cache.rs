@@ -81,7 +81,7 @@ fn does_without_the_hub() {
     let server = Server::start(&MODEL);
     let mut client = Client::of(&server);
     client.local_files_only = true;
-    client.fails(HubErrorKind::Offline, "local_files_only is set, and there is neither such a directory nor ");
+    client.fails(HubErrorKind::Offline, "there is no such directory; as a name on the hub: the cache has no ");
 
     client.local_files_only = false;
     let online = client.resolve().unwrap();
