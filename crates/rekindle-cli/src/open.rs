@@ -47,8 +47,8 @@ pub(crate) fn load_adapter(model: Model, name: &Path, dir: &Path) -> Result<Mode
     Ok(model)
 }
 
-/// What the library has to say of the adapters of a model.
-fn say(model: &Model) {
+/// Prints the library's notices about the adapters of a model.
+pub(crate) fn say(model: &Model) {
     model.notices().iter().for_each(|notice| eprintln!("{notice}"));
 }
 

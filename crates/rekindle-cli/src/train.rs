@@ -232,7 +232,9 @@ fn adapt(
 ) -> Result<Model, Failure> {
     let Some(loaded) = loaded else {
         lora.config.advice().iter().for_each(|advice| eprintln!("[lora] {advice}"));
-        return Ok(model.get_peft_model(lora.config.clone())?);
+        let model = model.get_peft_model(lora.config.clone())?;
+        open::say(&model);
+        return Ok(model);
     };
     let mut model = match (start, &lora.init_from) {
         (Some(dir), Some(name)) => open::load_adapter(model, name, dir)?,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use rekindle_hub::{Dtype, SafetensorsFile, TensorSpec, write_atomic, write_f32, write_safetensors};
+use rekindle_hub::{Dtype, SafetensorsFile, TensorSpec, open_adapter, write_atomic, write_f32, write_safetensors};
 
 use crate::peft::{AdapterConfig, CONFIG_FILE, Key, TENSORS_FILE};
 use crate::{Bias, Error, LoraConfig, SAVABLE, match_targets};
@@ -32,6 +32,21 @@ pub struct Adapter {
     pub biases: BTreeMap<String, Vec<f32>>,
     /// Weights that are trained whole, with their shapes, by the full name of the module, such as `lm_head`.
     pub saved: BTreeMap<String, ([usize; 2], Vec<f32>)>,
+    /// Frozen weights that replace the base's, by the full name of the module: PEFT saves the embedding table and the head
+    /// with an adapter when their number of rows was changed (`save_embedding_layers`). One of them stands for both where
+    /// they are tied.
+    pub tables: BTreeMap<String, EmbeddingTable>,
+}
+
+/// The weight of the embedding or of the head.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EmbeddingTable {
+    /// `[vocab_size, hidden_size]`.
+    pub shape: [usize; 2],
+    /// The dtype in the adapter's file.
+    pub dtype: Dtype,
+    /// Row-major.
+    pub values: Vec<f32>,
 }
 
 /// What of a model an adapter can be on.
@@ -113,7 +128,7 @@ impl Adapter {
     pub fn load(dir: &Path, modules: &Modules) -> Result<Self, Error> {
         let config = AdapterConfig::open(dir)?;
         let path = dir.join(TENSORS_FILE);
-        let file = SafetensorsFile::open(&path)?;
+        let file = open_adapter(dir)?;
         let adapted = adapted_modules(&file, &config, modules);
         let mut reader = Reader { file: &file, read: BTreeSet::new(), problems: Vec::new() };
 
@@ -137,8 +152,27 @@ impl Adapter {
             let weight = reader.take(&Key::Saved(&name), &shape)?;
             saved.insert(name, (shape, weight));
         }
+        let mut tables = BTreeMap::new();
+        for (name, shape) in modules.savable.iter().filter(|(name, _)| !saved.contains_key(name)) {
+            let key = Key::Saved(name);
+            let Some(dtype) = file.get(&key.to_string()).map(|tensor| tensor.dtype) else { continue };
+            let values = reader.take(&key, shape)?;
+            tables.insert(name.clone(), EmbeddingTable { shape: *shape, dtype, values });
+        }
+        // Repetitions of a module that is trained whole, where PEFT saved the tables as well.
+        let repeated = saved.keys().flat_map(|name| Key::repeated(name));
+        reader.read.extend(repeated.filter(|key| file.get(key).is_some()));
         let mut problems = reader.problems;
-        let rows = saved.values().next().map(|(shape, _)| shape[0]);
+        let rows = saved.values().map(|(shape, _)| shape[0]).chain(tables.values().map(|table| table.shape[0])).next();
+        if modules.tied && tables.len() > 1 {
+            let first = tables.pop_first().map(|(_, table)| table.values);
+            if first != tables.values().next().map(|table| table.values.clone()) {
+                problems.push(
+                    "the embedding table and the head that it holds differ, and this model ties them into one"
+                        .to_owned(),
+                );
+            }
+        }
         if let (Some(rows), Some(has)) = (rows, rows_of(&file).filter(|has| Some(*has) != rows)) {
             problems.push(format!(
                 "it was trained with {has} token ids and this model has {rows}; load the base with \
@@ -159,7 +193,7 @@ impl Adapter {
             problems.push("holds no adapter tensors".to_owned());
         }
         if problems.is_empty() {
-            Ok(Self { config, factors, biases, saved })
+            Ok(Self { config, factors, biases, saved, tables })
         } else {
             Err(Error::Tensors { path, problems })
         }
@@ -171,12 +205,13 @@ impl Adapter {
         self.factors.values().all(|factors| zero(&factors.b) || zero(&factors.a))
     }
 
-    /// Writes the files that PEFT reads into the existing directory `dir`, everything in `f32`.
+    /// Writes the files that PEFT reads into the existing directory `dir`, everything but [`tables`](Self::tables) in `f32`.
     ///
     /// # Errors
     /// [`Error::File`] when the system refuses; nothing half-written stands under a final name.
     pub fn save(&self, dir: &Path) -> Result<(), Error> {
         let mut tensors: Vec<(String, Vec<usize>, &[f32])> = Vec::new();
+        let mut dtypes = BTreeMap::new();
         for (module, Factors { r, a, b, magnitude }) in &self.factors {
             tensors.push((Key::A(module).to_string(), vec![*r, a.len() / r], a));
             tensors.push((Key::B(module).to_string(), vec![b.len() / r, *r], b));
@@ -189,11 +224,16 @@ impl Adapter {
         for (module, (shape, weight)) in &self.saved {
             tensors.push((Key::Saved(module).to_string(), shape.to_vec(), weight));
         }
+        for (module, EmbeddingTable { shape, dtype, values }) in &self.tables {
+            dtypes.insert(Key::Saved(module).to_string(), *dtype);
+            tensors.push((Key::Saved(module).to_string(), shape.to_vec(), values));
+        }
+        let dtype = |key: &String| dtypes.get(key).copied().unwrap_or(Dtype::F32);
         let specs: Vec<TensorSpec> =
-            tensors.iter().map(|(key, shape, _)| TensorSpec::new(key, Dtype::F32, shape.clone())).collect();
+            tensors.iter().map(|(key, shape, _)| TensorSpec::new(key, dtype(key), shape.clone())).collect();
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
         write_safetensors(&dir.join(TENSORS_FILE), &metadata, &specs, |i, out| {
-            write_f32(out, Dtype::F32, tensors[i].2)
+            write_f32(out, specs[i].dtype, tensors[i].2)
         })?;
         write_atomic(&dir.join(CONFIG_FILE), self.config.to_json().as_bytes())?;
         Ok(())
@@ -205,7 +245,7 @@ impl Adapter {
 /// # Errors
 /// [`Error::File`] when its tensors cannot be read.
 pub fn saved_rows(dir: &Path) -> Result<Option<usize>, Error> {
-    Ok(rows_of(&SafetensorsFile::open(&dir.join(TENSORS_FILE))?))
+    Ok(rows_of(&open_adapter(dir)?))
 }
 
 fn rows_of(file: &SafetensorsFile) -> Option<usize> {
@@ -270,6 +310,7 @@ mod tests {
             factors: BTreeMap::from([(module.clone(), factors)]),
             biases: BTreeMap::from([(module, vec![0.25; 4])]),
             saved: BTreeMap::from([("lm_head".to_owned(), ([3, 2], vec![1.0; 6]))]),
+            tables: BTreeMap::new(),
         }
     }
 
@@ -304,6 +345,40 @@ mod tests {
         let error = Adapter::load(dir.path(), &other).unwrap_err().to_string();
         assert!(error.contains("has shape [3, 2], expected [4, 2]"), "{error}");
         assert!(error.contains("trained with 3 token ids and this model has 4; load the base with resize"), "{error}");
+    }
+
+    #[test]
+    fn tables_come_along_with_their_rows_and_dtype() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = |value: f32| EmbeddingTable { shape: [3, 2], dtype: Dtype::BF16, values: vec![value; 6] };
+        let (embed, head) = ("model.embed_tokens".to_owned(), "lm_head".to_owned());
+        let lora = LoraConfig::new(2).target_modules(["q_proj"]);
+        let mut brought = Adapter {
+            config: AdapterConfig::new(&lora, Some("base"), &[]),
+            biases: BTreeMap::new(),
+            saved: BTreeMap::new(),
+            tables: BTreeMap::from([(embed.clone(), table(1.5)), (head.clone(), table(0.25))]),
+            ..adapter()
+        };
+        brought.factors.values_mut().for_each(|factors| factors.magnitude = None);
+        brought.save(dir.path()).unwrap();
+        assert_eq!(saved_rows(dir.path()).unwrap(), Some(3));
+        let savable = vec![(embed.clone(), [3, 2]), (head, [3, 2])];
+        let untied = Modules { savable, ..modules(0, 3) };
+        assert_eq!(Adapter::load(dir.path(), &untied).unwrap().tables, brought.tables);
+
+        let tied = Modules { tied: true, ..untied.clone() };
+        let error = Adapter::load(dir.path(), &tied).unwrap_err().to_string();
+        assert!(error.contains("the embedding table and the head that it holds differ"), "{error}");
+        brought.tables.insert(embed, table(0.25));
+        brought.save(dir.path()).unwrap();
+        let tables = Adapter::load(dir.path(), &tied).unwrap().tables;
+        assert_eq!(tables.into_values().collect::<Vec<_>>(), [table(0.25)], "one stands for both");
+
+        let smaller =
+            Modules { savable: untied.savable.iter().map(|(name, _)| (name.clone(), [2, 2])).collect(), ..untied };
+        let error = Adapter::load(dir.path(), &smaller).unwrap_err().to_string();
+        assert!(error.contains("trained with 3 token ids and this model has 2; load the base with resize"), "{error}");
     }
 
     #[test]

@@ -43,7 +43,7 @@ mod svd;
 mod targets;
 mod weighted;
 
-pub use adapter::{Adapter, Factors, Module, Modules, saved_rows};
+pub use adapter::{Adapter, EmbeddingTable, Factors, Module, Modules, saved_rows};
 pub use config::{
     BLOCK_LINEARS, Bias, GradientCheckpointing, InitLoraWeights, LoftqConfig, LoraConfig, Pattern, SAVABLE,
     TargetModules,

@@ -76,7 +76,9 @@ pub fn weighted(
     if let Some(codes) = adapters.iter().find_map(|(_, adapter, _)| adapter.config.codes()) {
         config.set_codes(codes.clone());
     }
-    Ok(Adapter { config, factors: combined, biases: BTreeMap::new(), saved: BTreeMap::new() })
+    let tables = adapters.iter().map(|(_, adapter, _)| &adapter.tables).find(|tables| !tables.is_empty());
+    let tables = tables.cloned().unwrap_or_default();
+    Ok(Adapter { config, factors: combined, biases: BTreeMap::new(), saved: BTreeMap::new(), tables })
 }
 
 /// An adapter's factors on one linear, and what their product counts.
@@ -168,6 +170,15 @@ fn problems(adapters: &[(&str, &Adapter, f64)], combination: Combination) -> Vec
                 rank(adapters[0].1)
             ));
         }
+    }
+    let mut tables = adapters.iter().filter(|(_, adapter, _)| !adapter.tables.is_empty());
+    if let Some((name, first, _)) = tables.next()
+        && let Some((other, ..)) = tables.find(|(_, adapter, _)| adapter.tables != first.tables)
+    {
+        problems.push(format!(
+            "adapters \"{name}\" and \"{other}\" bring different embedding tables along; merge one of them into the base \
+             first"
+        ));
     }
     let mut codes = adapters.iter().filter_map(|(name, adapter, _)| Some((name, adapter.config.codes()?)));
     if let Some((name, first)) = codes.next()
@@ -262,6 +273,7 @@ mod tests {
             factors: layers.iter().map(|layer| (name(*layer), factors(*layer))).collect(),
             biases: BTreeMap::new(),
             saved: BTreeMap::new(),
+            tables: BTreeMap::new(),
         }
     }
 

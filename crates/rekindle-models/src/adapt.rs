@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use rekindle_kernels::{Group, ParamsBuilder, Weight, to_f32};
+use burn::tensor::DType;
+use rekindle_hub::Dtype;
+use rekindle_kernels::{Group, ParamsBuilder, Weight, from_f32, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{
-    Adaptation, Adapter, GradientCheckpointing, InitLoraWeights, Linear, LoraConfig, Module, Modules,
+    Adaptation, Adapter, EmbeddingTable, GradientCheckpointing, InitLoraWeights, Linear, LoraConfig, Module, Modules,
     initial_magnitude, match_targets,
 };
 
@@ -15,7 +17,7 @@ use crate::block::Block;
 use crate::names::{EMBED, HEAD, Projection, module};
 use crate::{CausalLm, Error, ModelConfig};
 
-/// The frozen weights of modules that an adapter trains whole.
+/// The base's weights of modules that an adapter replaces.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Replaced {
     pub(crate) embed: Option<Weight>,
@@ -87,13 +89,30 @@ impl CausalLm {
             let weight = if name == module(HEAD) { self.head.as_ref().unwrap_or(&self.embed) } else { &self.embed };
             (name, (weight.dims(), to_f32(weight.matrix(&self.params))))
         });
-        let saved = saved.collect();
+        let saved: BTreeMap<_, _> = saved.collect();
         let mut config = AdapterConfig::new(config, Some(&self.name_or_path), &targets);
         config.set_revision(self.revision.as_deref());
         if config.lora().init_lora_weights == InitLoraWeights::Loftq {
             config.set_codes(self.codes(&targets[0]).expect("the source is in codes"));
         }
-        self.place(name, Adapter { config, factors, biases, saved })
+        let carried = self.unsaved_tables(&saved);
+        self.place(name, Adapter { config, factors, biases, saved, tables: BTreeMap::new() })?;
+        self.carried = carried;
+        Ok(())
+    }
+
+    /// Returns the tables that a new adapter has to carry because the checkpoint has them with other rows: those that it
+    /// does not train itself. One stands for both where they are tied.
+    fn unsaved_tables(&self, saved: &BTreeMap<String, ([usize; 2], Vec<f32>)>) -> Vec<&'static str> {
+        if !self.resized {
+            return Vec::new();
+        }
+        let mut tables: Vec<&str> =
+            [EMBED, HEAD].into_iter().filter(|name| !saved.contains_key(module(name))).collect();
+        if self.config.tie_word_embeddings {
+            tables.truncate(1);
+        }
+        tables
     }
 
     /// Puts a saved adapter on the model, replacing the one without a name of its own ([`DEFAULT_ADAPTER`]).
@@ -139,7 +158,30 @@ impl CausalLm {
         let saved = saved
             .filter_map(|(name, at)| Some((module(name).to_owned(), (at?.dims(), self.params.values(at?)))))
             .collect();
-        Some(Held { adapter: Adapter { config, factors, biases, saved }, taken: self.taken.factors() })
+        let tables = self.carried.iter().map(|name| (module(name).to_owned(), self.carried_table(name))).collect();
+        Some(Held { adapter: Adapter { config, factors, biases, saved, tables }, taken: self.taken.factors() })
+    }
+
+    /// Returns a frozen table that the adapter carries, as it is on the model.
+    fn carried_table(&self, name: &str) -> EmbeddingTable {
+        let tied = self.config.tie_word_embeddings && self.embed.trained().is_none();
+        let weight = match &self.head {
+            Some(head) if name == HEAD && !tied => head,
+            Some(head) if self.embed.trained().is_some() => head,
+            _ => &self.embed,
+        };
+        let dtype = match self.dtype {
+            DType::BF16 => Dtype::BF16,
+            DType::F16 => Dtype::F16,
+            _ => Dtype::F32,
+        };
+        EmbeddingTable { shape: weight.dims(), dtype, values: to_f32(weight.matrix(&self.params)) }
+    }
+
+    /// Returns the modules whose weights the adapter on the model carries without training them, such as
+    /// `model.embed_tokens`: the checkpoint has them with another number of rows, or the adapter brought them.
+    pub fn carried_tables(&self) -> Vec<&str> {
+        self.carried.iter().map(|name| module(name)).collect()
     }
 
     /// Takes the adapter off and forgets it; the model is then its base. Without an adapter nothing happens.
@@ -147,6 +189,7 @@ impl CausalLm {
         if self.adapter_config.take().is_none() {
             return;
         }
+        self.carried.clear();
         let mut params = ParamsBuilder::new(&self.device, self.dtype);
         for group in self.blocks.iter_mut().flat_map(Block::groups_mut) {
             group.adapt(&mut params, 0, |_| Adaptation::default());
@@ -179,12 +222,23 @@ impl CausalLm {
         self.check_placeable()?;
         self.restore();
         let mut params = ParamsBuilder::new(&self.device, self.dtype);
-        let Adapter { config, mut factors, mut biases, saved } = adapter;
+        let Adapter { config, mut factors, mut biases, saved, tables } = adapter;
         for (site, group) in self.blocks.iter_mut().flat_map(Block::groups_mut).enumerate() {
             group.adapt(&mut params, site as u32, |linear| Adaptation {
                 factors: factors.remove(&linear.name).map(|f| (f, config.lora().scale_of(&linear.name))),
                 bias: biases.remove(&linear.name),
             });
+        }
+        self.carried = [EMBED, HEAD].into_iter().filter(|name| tables.contains_key(module(name))).collect();
+        for (name, EmbeddingTable { shape, values, .. }) in tables {
+            let table = Weight::Frozen(from_f32(values, shape, &self.device, self.dtype));
+            if name == module(HEAD) && !self.config.tie_word_embeddings {
+                let head = self.head.replace(table);
+                self.replaced.head.get_or_insert(head);
+            } else {
+                let embed = core::mem::replace(&mut self.embed, table);
+                self.replaced.embed.get_or_insert(embed);
+            }
         }
         let tied = self.config.tie_word_embeddings && config.lora().ensure_weight_tying;
         for (name, (shape, values)) in saved {
@@ -202,7 +256,8 @@ impl CausalLm {
                 // The head stays what the table was.
                 self.replaced.head = Some(self.head.replace(self.embed.clone()));
             }
-            self.replaced.embed = Some(core::mem::replace(&mut self.embed, trained));
+            let embed = core::mem::replace(&mut self.embed, trained);
+            self.replaced.embed.get_or_insert(embed);
         }
         self.params = params.build();
         self.adapter_config = Some(config);

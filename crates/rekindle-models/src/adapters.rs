@@ -5,7 +5,7 @@ use std::path::Path;
 
 use rekindle_kernels::{Weight, to_f32};
 use rekindle_lora::{
-    Adapter, Combination, Factors, InitLoraWeights, LoraConfig, initial_magnitude, to_plain, weighted,
+    Adapter, Combination, EmbeddingTable, Factors, InitLoraWeights, LoraConfig, initial_magnitude, to_plain, weighted,
 };
 
 use crate::names::{EMBED, module};
@@ -171,10 +171,16 @@ impl CausalLm {
         };
         // What the base has in the place of saved modules; a head that was the table is what that was.
         let table = self.replaced.embed.as_ref().unwrap_or(&self.embed);
-        let head = self.replaced.head.as_ref().and_then(Option::as_ref).unwrap_or(table);
+        let head = self.replaced.head.as_ref().unwrap_or(&self.head).as_ref().unwrap_or(table);
         let bias =
             |(name, bias): (&String, &Vec<f32>)| self.linear(name).bias.as_ref().is_some_and(|base| same(base, bias));
+        // A table that the adapter brought; one of another number of rows is carried as the base has it.
+        let brought = |(name, brought): (&String, &EmbeddingTable)| {
+            let has_head = name != module(EMBED) && !self.config.tie_word_embeddings;
+            same(if has_head { head } else { table }, &brought.values)
+        };
         adapter.biases.iter().all(bias)
+            && adapter.tables.iter().all(brought)
             && adapter
                 .saved
                 .iter()

@@ -20,6 +20,7 @@ mod config;
 mod error;
 mod family;
 mod generate;
+mod layout;
 pub mod llama;
 mod load;
 mod memory;

@@ -15,6 +15,7 @@ use rekindle_rope::{RopeScaling, Widened};
 
 use crate::adapt::Replaced;
 use crate::block::Block;
+use crate::layout::canonical;
 use crate::names::{self, EMBED, HEAD, NORM, Needed, Projection};
 use crate::quantization::{LoadIn, Plan, Quantization, stored_bytes, stored_quantization};
 use crate::start::Taken;
@@ -69,15 +70,18 @@ impl CausalLm {
     /// for a `max_seq_length` that `rope_scaling` does not reach.
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions, progress: &mut dyn FnMut(u64)) -> Result<Self, Error> {
         let LoadOptions { device, dtype, full_finetuning, load_in, skip_modules, .. } = options;
+        let checkpoint = &canonical(checkpoint);
         let (mut config, widened) = options.prepare(ModelConfig::from_checkpoint(checkpoint)?)?;
         let stored = stored_quantization(checkpoint.config()).is_some();
         let load_in = if *full_finetuning && !stored { load_in.map(trainable::format) } else { *load_in };
         let plan = Plan::of(checkpoint, load_in, skip_modules.as_deref())?;
         let in_place = trainable::in_place(options, plan.is_some(), &config)?;
         check_tensors(checkpoint, &config, plan.as_ref())?;
+        let stored_rows = config.vocab_size;
         if let Some(rows) = options.resize_model_vocab {
             config = config.resized(rows)?;
         }
+        let resized = config.vocab_size != stored_rows;
         // What is trained is saved dense, whatever it was in between.
         let quantization = plan.as_ref().filter(|_| !full_finetuning).map(|plan| Quantization {
             config: plan.config.clone(),
@@ -93,7 +97,7 @@ impl CausalLm {
         debug_assert!(*full_finetuning || source.params.is_empty());
         device.check()?;
         let Source { params, quantization, .. } = source;
-        Ok(Self { quantization, ..parts.model(params, config, options, widened, checkpoint.path()) })
+        Ok(Self { quantization, resized, ..parts.model(params, config, options, widened, checkpoint.path()) })
     }
 }
 
@@ -176,6 +180,8 @@ impl Parts {
             adapter_name: String::new(),
             waiting: BTreeMap::new(),
             replaced: Replaced::default(),
+            carried: Vec::new(),
+            resized: false,
             checkpointing: GradientCheckpointing::Off,
             quantization: None,
             name_or_path: path.display().to_string(),
@@ -335,24 +341,24 @@ pub(crate) fn frozen(
     Ok(from_f32(view.to_f32()?, shape, device, dtype))
 }
 
-/// Compares what the checkpoint has with what the configuration needs.
+/// Compares what the checkpoint has, under [`canonical`] names, with what the configuration needs.
 pub(crate) fn check_tensors(checkpoint: &Checkpoint, config: &ModelConfig, plan: Option<&Plan>) -> Result<(), Error> {
     let in_codes = |name: &str| plan.is_some_and(|plan| plan.is_stored(name));
     let needed = names::needed(config);
-    let mut problems = Vec::new();
+    let (mut missing, mut unfit, mut foreign) = (Vec::new(), Vec::new(), Vec::new());
     for Needed { name, shape } in &needed {
         match checkpoint.get(name) {
-            None => problems.push(format!("tensor \"{name}\" {shape:?} is missing")),
+            None => missing.push(format!("\"{name}\" {shape:?}")),
             // Checked when its codes are read.
             Some(_) if in_codes(name) && Projection::is_linear(name) => {}
             Some(_) if in_codes(name) => {
-                problems.push(format!("tensor \"{name}\" is quantized; only the linears of the blocks are read so"));
+                unfit.push(format!("\"{name}\" is quantized; only the linears of the blocks are read so"));
             }
             Some(view) if view.shape != shape.as_slice() => {
-                problems.push(format!("tensor \"{name}\" has shape {:?}, expected {shape:?}", view.shape));
+                unfit.push(format!("\"{name}\" has shape {:?}, expected {shape:?}", view.shape));
             }
             Some(view) if !matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
-                problems.push(format!("tensor \"{name}\" is {}; F32, F16 and BF16 are read", view.dtype));
+                unfit.push(format!("\"{name}\" is {}; F32, F16 and BF16 are read", view.dtype));
             }
             Some(_) => {}
         }
@@ -369,12 +375,53 @@ pub(crate) fn check_tensors(checkpoint: &Checkpoint, config: &ModelConfig, plan:
         if name == HEAD && config.tie_word_embeddings {
             let same = checkpoint.get(HEAD).map(|t| t.data) == checkpoint.get(EMBED).map(|t| t.data);
             if !same {
-                problems
-                    .push(format!("tensor \"{HEAD}\" differs from \"{EMBED}\" although tie_word_embeddings is true"));
+                unfit.push(format!("\"{HEAD}\" differs from \"{EMBED}\" although tie_word_embeddings is true"));
             }
             continue;
         }
-        problems.push(format!("tensor \"{name}\" is not part of {}", config.architecture));
+        foreign.push(format!("\"{name}\""));
     }
+    let architecture = &config.architecture;
+    let problems = if missing.len() == needed.len() {
+        let example = listed(&missing);
+        let has = checkpoint.names().map(|name| format!("\"{name}\"")).collect::<Vec<_>>();
+        vec![format!(
+            "no tensor has a name that {architecture} needs ({example}); it has {} tensors: {}",
+            has.len(),
+            listed(&has)
+        )]
+    } else {
+        let adapted = foreign.iter().any(|name| name.contains(".base_layer."));
+        let kinds = [
+            (missing, "is missing".to_owned(), "are missing".to_owned()),
+            (unfit, String::new(), "do not fit config.json".to_owned()),
+            (foreign, format!("is not part of {architecture}"), format!("are not part of {architecture}")),
+        ];
+        let mut problems: Vec<String> =
+            kinds.into_iter().flat_map(|(list, one, many)| few(&list, &one, &many)).collect();
+        if adapted {
+            problems.push("it was saved with an adapter on it; call merge_and_unload before saving".to_owned());
+        }
+        problems
+    };
     if problems.is_empty() { Ok(()) } else { Err(Error::Tensors { path: checkpoint.path().to_path_buf(), problems }) }
+}
+
+/// Tensors that a message lists.
+const LISTED: usize = 3;
+
+/// A sentence for each tensor, or one for all of them where there are many.
+fn few(list: &[String], one: &str, many: &str) -> Vec<String> {
+    if list.len() <= LISTED {
+        return list.iter().map(|tensor| format!("tensor {tensor} {one}").trim_end().to_owned()).collect();
+    }
+    vec![format!("{} tensors {many}: {}", list.len(), listed(list))]
+}
+
+/// The first of the list, and how many more there are.
+fn listed(list: &[String]) -> String {
+    let shown: Vec<&str> = list.iter().take(LISTED).map(String::as_str).collect();
+    let more = list.len() - shown.len();
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("{}{more}", shown.join(", "))
 }

@@ -7,6 +7,7 @@ use rekindle_kernels::Weight;
 use rekindle_quant::bnb;
 use serde::Serialize;
 
+use crate::layout::Naming;
 use crate::names::{self, EMBED, HEAD, Projection};
 use crate::{CausalLm, ModelConfig};
 
@@ -81,7 +82,9 @@ impl MemoryReport {
     /// What the tensors of a checkpoint take on disk.
     pub fn of_headers(headers: &Headers, config: &ModelConfig) -> Self {
         let mut report = Self::default();
-        let tensors = &headers.tensors;
+        let naming = Naming::of(headers.tensors.keys().map(String::as_str));
+        let tensors: std::collections::BTreeMap<String, _> =
+            headers.tensors.iter().map(|(stored, tensor)| (naming.name(stored), tensor)).collect();
         let owners: std::collections::BTreeSet<String> = tensors.keys().filter_map(|name| bnb::owner(name)).collect();
         for needed in names::needed(config) {
             let Some(tensor) = tensors.get(&needed.name) else { continue };

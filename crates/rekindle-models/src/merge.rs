@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rekindle_hub::{Checkpoint, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, write_atomic, write_f32, write_sharded};
 use rekindle_kernels::{Weight, from_f32, to_f32};
-use rekindle_lora::Adapter;
+use rekindle_lora::{Adapter, EmbeddingTable};
 use rekindle_quant::bnb::StoredWeight;
 use rekindle_rope::Positions;
 use serde_json::Value;
@@ -44,13 +44,14 @@ pub fn merge(
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), Error> {
     let MergeOptions { positions, resize_model_vocab, dtype } = options;
+    let base = &crate::layout::canonical(base);
     let mut config = ModelConfig::from_checkpoint(base)?;
     let plan = crate::start::plan(base, adapter)?;
     crate::load::check_tensors(base, &config, plan.as_ref())?;
     if let Some(rows) = resize_model_vocab {
         config = config.resized(rows)?;
     }
-    let source = Source { base, plan, adapter };
+    let source = Source { base, plan, adapter, tied: config.tie_word_embeddings };
     let needed = source.tensors(&config);
     let specs: Vec<TensorSpec> = needed
         .iter()
@@ -88,6 +89,8 @@ struct Source<'a> {
     base: &'a Checkpoint,
     plan: Option<Plan>,
     adapter: &'a Adapter,
+    /// Whether the base's embedding table is its head.
+    tied: bool,
 }
 
 impl Source<'_> {
@@ -130,6 +133,14 @@ impl Source<'_> {
         }
     }
 
+    /// The table that the adapter brings for this module; one stands for both where the base ties them.
+    fn table(&self, module: &str) -> Option<&EmbeddingTable> {
+        let tables = &self.adapter.tables;
+        let is_table = [EMBED, HEAD].map(names::module).contains(&module);
+        let tied = || tables.values().next().filter(|_| self.tied && is_table);
+        tables.get(module).or_else(tied)
+    }
+
     /// A tensor with what the adapter adds to it.
     fn merged(&self, needed: &Needed) -> Result<Vec<f32>, Error> {
         let (module, kind) = needed.name.rsplit_once('.').unwrap_or((&needed.name, ""));
@@ -142,6 +153,11 @@ impl Source<'_> {
             && let Some((_, weight)) = self.adapter.saved.get(module)
         {
             return Ok(weight.clone());
+        }
+        if kind == "weight"
+            && let Some(table) = self.table(module)
+        {
+            return Ok(table.values.clone());
         }
         let mut values = match self.stored(needed)? {
             Some(StoredWeight::FourBit(weight)) => weight.tensor.dequantize(),
@@ -197,6 +213,14 @@ impl CausalLm {
             quantization.keep_dense(adapter.factors.keys());
             if quantization.origins.is_empty() {
                 self.quantization = None;
+            }
+        }
+        for (name, EmbeddingTable { shape, values, .. }) in &adapter.tables {
+            let table = frozen(values.clone(), *shape);
+            if *name == module(HEAD) && !self.config.tie_word_embeddings {
+                self.head = Some(table);
+            } else {
+                self.embed = table;
             }
         }
         if parts(&adapter, &self.config) {

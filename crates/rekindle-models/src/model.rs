@@ -42,8 +42,12 @@ pub struct CausalLm {
     pub(crate) adapter_name: String,
     /// The adapters that are not on the model, by name.
     pub(crate) waiting: BTreeMap<String, Held>,
-    /// The frozen weights of modules that are trained whole at present.
+    /// The base's weights of modules that the adapter on the model replaces.
     pub(crate) replaced: Replaced,
+    /// The names of frozen tables that the adapter on the model is saved with.
+    pub(crate) carried: Vec<&'static str>,
+    /// Whether the tables have another number of rows than the checkpoint's.
+    pub(crate) resized: bool,
     /// What holds where an adapter asks for nothing.
     pub(crate) checkpointing: GradientCheckpointing,
     pub(crate) quantization: Option<Quantization>,
@@ -337,7 +341,11 @@ impl CausalLm {
     pub(crate) fn check_ids(&self, ids: &[u32]) -> Result<(), String> {
         let vocab = self.config.vocab_size;
         match ids.iter().find(|&&id| id as usize >= vocab) {
-            Some(id) => Err(format!("token id {id} is beyond the model's vocabulary of {vocab}")),
+            Some(id) => Err(format!(
+                "token id {id} is beyond the model's vocabulary of {vocab}; if its tokenizer has that token, load the \
+                 model with resize_model_vocab = {}",
+                u64::from(*id) + 1
+            )),
             None => Ok(()),
         }
     }

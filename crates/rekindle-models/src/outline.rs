@@ -124,8 +124,13 @@ impl CausalLm {
         let biases = biased.map(|linear| (linear.name.clone(), vec![0.0; linear.out])).collect();
         let [rows, hidden] = [self.config.vocab_size, self.config.hidden_size];
         let saved = modules.saved(config)?.into_iter().map(|name| (name, ([rows, hidden], vec![0.0; rows * hidden])));
-        let adapter =
-            Adapter { config: AdapterConfig::new(config, None, &targets), factors, biases, saved: saved.collect() };
+        let adapter = Adapter {
+            config: AdapterConfig::new(config, None, &targets),
+            factors,
+            biases,
+            saved: saved.collect(),
+            tables: BTreeMap::new(),
+        };
         self.place(DEFAULT_ADAPTER, adapter)
     }
 }

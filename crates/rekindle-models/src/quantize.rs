@@ -27,6 +27,7 @@ pub fn quantize(
     dir: &Path,
     progress: &mut dyn FnMut(u64),
 ) -> Result<MemoryReport, Error> {
+    let checkpoint = &crate::layout::canonical(checkpoint);
     let config = ModelConfig::from_checkpoint(checkpoint)?;
     if stored_quantization(checkpoint.config()).is_some() {
         return Err(Error::Argument(format!(

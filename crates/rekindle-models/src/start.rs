@@ -14,6 +14,7 @@ use rekindle_quant::{Blocksize, Origin, QuantConfig};
 use serde_json::{Map, Value, json};
 
 use crate::block::Block;
+use crate::layout::canonical;
 use crate::load::frozen;
 use crate::quantization::{LoadIn, Plan, stored_quantization};
 use crate::{CausalLm, Error};
@@ -66,7 +67,7 @@ impl CausalLm {
                  load_in_4bit or load_in_8bit, leave the linear out of the targets, or use \"pissa\""
             )));
         }
-        let checkpoint = Checkpoint::open(&self.path)?;
+        let checkpoint = canonical(&Checkpoint::open(&self.path)?);
         if needs_codes && stored_quantization(checkpoint.config()).is_some() {
             return Err(Error::Argument(format!(
                 "init_lora_weights {name} starts from what codes miss of a weight, and {} holds nothing but the codes; \
@@ -142,7 +143,7 @@ impl CausalLm {
         if parts.is_empty() {
             return Ok(());
         }
-        let checkpoint = Checkpoint::open(&self.path)?;
+        let checkpoint = canonical(&Checkpoint::open(&self.path)?);
         let take = |(name, factors): (&String, &Factors)| {
             self.take(name, &checkpoint, |w, shape| Start::again(w, shape, factors, config.scale_of(name))).map(|_| ())
         };

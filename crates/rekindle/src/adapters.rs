@@ -44,7 +44,9 @@ impl Model {
     /// [`Error::Model`] for a configuration that is invalid or matches nothing, and for a name that is taken or cannot be
     /// a directory's.
     pub fn add_adapter(&mut self, name: &str, config: &LoraConfig) -> Result<(), Error> {
-        Ok(self.causal_lm_mut().add_adapter_as(name, config)?)
+        self.causal_lm_mut().add_adapter_as(name, config)?;
+        self.note_carried_tables();
+        Ok(())
     }
 
     /// Puts an adapter from PEFT's files on the model under a name of its own; the one that was on it waits.

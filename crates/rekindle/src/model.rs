@@ -87,7 +87,23 @@ impl Model {
     /// [`Error::Model`] for a configuration that is invalid or matches nothing.
     pub fn get_peft_model(mut self, config: LoraConfig) -> Result<Self, Error> {
         self.inner.add_adapter(&config)?;
+        self.note_carried_tables();
         Ok(self)
+    }
+
+    /// Says of a new adapter that it carries tables which it does not train.
+    pub(crate) fn note_carried_tables(&mut self) {
+        let tables = self.inner.carried_tables();
+        let names: Vec<&str> = tables.iter().map(|name| name.rsplit('.').next().unwrap_or(name)).collect();
+        if names.is_empty() {
+            return;
+        }
+        let rows = self.inner.config().vocab_size;
+        self.notices.push(format!(
+            "resize_model_vocab: {} with {rows} rows stays frozen and is saved with the adapter, new rows as they are \
+             (the mean of the others); to train them, add modules_to_save = [\"embed_tokens\", \"lm_head\"]",
+            names.join(" and ")
+        ));
     }
 
     /// The model with an adapter from PEFT's files: a directory, or a name on the hub ([`Source`](crate::Source)).
@@ -101,7 +117,7 @@ impl Model {
         Ok(self)
     }
 
-    /// What the user should be told of the adapters that were loaded: that one changes nothing.
+    /// Returns notices for the user about the adapters: one that changes nothing, or that carries untrained tables.
     pub fn notices(&self) -> &[String] {
         &self.notices
     }

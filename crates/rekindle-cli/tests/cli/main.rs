@@ -3,6 +3,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod adapters;
+mod checkpoints;
 mod context;
 mod data;
 mod errors;

@@ -143,9 +143,14 @@ impl Loader<'_> {
         // Every label but −100 is an id; a negative one was refused when the row was read.
         let labels = example.labels.iter().filter_map(|&label| u32::try_from(label).ok());
         let refuse = |id, what| {
+            let way_out = match self.tokenizer.map(Tokenizer::vocab_size).filter(|tokens| *tokens > id as usize) {
+                Some(tokens) => {
+                    format!("the tokenizer has {tokens}: load the model with resize_model_vocab = {tokens}")
+                }
+                None => "was the row made with another tokenizer?".to_owned(),
+            };
             let message = format!(
-                "{what} {id} is beyond the model's vocabulary of {vocab_size} (0 to {}); was the row made with another \
-                 tokenizer?",
+                "{what} {id} is beyond the model's vocabulary of {vocab_size} (0 to {}); {way_out}",
                 vocab_size.saturating_sub(1)
             );
             Err(Error::row(self.path(), number, message))

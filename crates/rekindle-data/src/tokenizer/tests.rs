@@ -157,7 +157,7 @@ fn files_lists_what_is_there() {
     write(dir.path(), "model.safetensors", "");
     let files = load(dir.path()).files();
     let names: Vec<_> = files.iter().filter_map(|path| path.file_name()?.to_str()).collect();
-    assert_eq!(names, ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]);
+    assert_eq!(names, ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]);
 }
 
 #[test]

@@ -44,6 +44,12 @@ impl<'a> Key<'a> {
         })
     }
 
+    /// Returns the keys that PEFT adds for a module of `modules_to_save` when it saves the tables too. They repeat its weight
+    /// and keep the base's, which that replaces.
+    pub(crate) fn repeated(module: &str) -> [String; 2] {
+        ["modules_to_save", "original_module"].map(|copy| format!("{PREFIX}{module}.{copy}.weight"))
+    }
+
     /// What follows the module's name.
     pub(crate) fn suffix(&self) -> &'static str {
         match self {
