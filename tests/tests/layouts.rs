@@ -8,8 +8,11 @@ use rekindle_hub::{Checkpoint, TensorSpec, write_safetensors};
 use rekindle_models::{CausalLm, Error, LoadOptions};
 use rekindle_tests::{Golden, assert_nll, goldens};
 
+/// Gives a tensor another name.
+type Renaming = fn(&str) -> String;
+
 /// Names as other programs write them, by what writes them.
-const LAYOUTS: [(&str, fn(&str) -> String); 4] = [
+const LAYOUTS: [(&str, Renaming); 4] = [
     // An embedding model, such as Qwen3-Embedding, is saved without the head and its siblings' prefix.
     ("without model.", |name| name.replacen("model.", "", 1)),
     ("torch.compile", |name| format!("_orig_mod.{name}")),
