@@ -53,9 +53,9 @@ pub enum Error {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The checkpoint's tokenizer or chat template.
+    /// The checkpoint's tokenizer, or a chat template that is missing or broken.
     Tokenizer,
-    /// The dataset: a file, a row or a token id.
+    /// The dataset: a file, a row or a token id; or messages that the chat template cannot render.
     Data,
     /// An option of the caller.
     Options,
@@ -68,8 +68,8 @@ impl Error {
     /// Whose fault it is.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Error::Tokenizer { .. } | Error::Template(_) => ErrorKind::Tokenizer,
-            Error::Read { .. } | Error::Row { .. } | Error::Dataset { .. } => ErrorKind::Data,
+            Error::Tokenizer { .. } => ErrorKind::Tokenizer,
+            Error::Template(_) | Error::Read { .. } | Error::Row { .. } | Error::Dataset { .. } => ErrorKind::Data,
             Error::Options(_) => ErrorKind::Options,
         }
     }

@@ -53,8 +53,11 @@ impl Message {
     /// it in errors. Null fields are left out: tables with one type a column are full of them, and some templates ask
     /// whether a field is there.
     pub(crate) fn from_json(value: Value, what: &str) -> Result<Self, String> {
-        let Value::Object(mut fields) = value else {
-            return Err(format!("{what} is {}, not an object with \"role\" and \"content\"", type_name(&value)));
+        let mut fields = match value {
+            Value::Object(fields) if numbers::integer_of(&fields).is_none() => fields,
+            other => {
+                return Err(format!("{what} is {}, not an object with \"role\" and \"content\"", type_name(&other)));
+            }
         };
         fields.retain(|_, value| !value.is_null());
         let sharegpt = fields.contains_key("from") && !fields.contains_key("role");

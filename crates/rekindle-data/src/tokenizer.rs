@@ -154,13 +154,16 @@ impl Tokenizer {
     /// name, `tool_use` for a conversation with tools, where there is one, else `default`.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] when there is none or it does not parse.
+    /// [`Error::Tokenizer`] when there is none or it does not parse, [`Error::Options`] when none has this name.
     pub fn chat_template_for(&self, name: Option<&str>, has_tools: bool) -> Result<&ChatTemplate> {
         self.named_template(name, has_tools)?.template().map_err(|message| self.error(message))
     }
 
     pub(crate) fn named_template(&self, name: Option<&str>, has_tools: bool) -> Result<&NamedTemplate> {
-        self.templates.choose(name, has_tools).map_err(|message| self.error(message))
+        self.templates.choose(name, has_tools).map_err(|message| match name {
+            Some(_) => Error::Options(message),
+            None => self.error(message),
+        })
     }
 
     /// The files of the chat templates.

@@ -1,7 +1,9 @@
 //! Chat templates: which one is chosen, what it leaves out, and what it may cost.
 
+use std::path::Path;
+
 use crate::preview::chat;
-use crate::rekindle;
+use crate::{golden, rekindle};
 
 const CALLS: &str = r#"{"messages": [{"role": "user", "content": "where am I?"}, {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "function": {"name": "locate", "arguments": "{\"unit\": 7}"}}]}, {"role": "tool", "content": "Rome"}, {"role": "assistant", "content": "In Rome."}]}
 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}
@@ -44,7 +46,7 @@ fn a_template_is_chosen_by_name() {
     let text = preview("short").ok().stdout;
     assert!(text.contains("user: Hi<|im_end|>"), "{text}");
     assert!(preview("default").ok().stdout.contains("<|im_start|>user"));
-    preview("long").fails(3, &["no such template", "\"default\", \"short\""]);
+    preview("long").fails(2, &["no such template", "\"default\", \"short\""]);
 }
 
 #[test]
@@ -57,7 +59,10 @@ fn a_template_that_does_not_end_is_stopped_everywhere() {
     let parts = ["chat_template.jinja", "steps, the limit for a conversation of this size"];
     rekindle(["data", "preview", &run_file]).fails(3, &parts);
     rekindle(["data", "stats", &run_file]).fails(3, &parts);
-    rekindle(["train", &run_file, "--dry-run"]).fails(3, &parts);
+    let (base, model) = (golden("../../examples/quickstart/base"), scratch.path("model"));
+    std::fs::copy(Path::new(&base).join("model.safetensors"), model.join("model.safetensors")).unwrap();
+    rekindle(["train", &run_file, "device=cpu"]).fails(3, &parts);
+    rekindle(["generate", "--model", &model.display().to_string(), "--chat", "hi", "--device", "cpu"]).fails(3, &parts);
 }
 
 #[test]

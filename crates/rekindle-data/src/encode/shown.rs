@@ -28,9 +28,14 @@ pub(super) fn left_out(
         template.try_render(messages, &options).ok().map(|rendering| marks_in(&rendering, &base))
     };
     let in_whole = shown(&with_marks);
+    let shows_arguments = |of: &str, marks: &BTreeSet<usize>| {
+        parts.iter().enumerate().any(|(number, part)| part.name == of && !part.is_callee && marks.contains(&number))
+    };
     let mut missing: Vec<String> = Vec::new();
     for (number, part) in parts.iter().enumerate() {
         let is_shown = match (&in_whole, part.reasoning_of) {
+            // A template of one function may show its arguments alone.
+            (Some(marks), _) if part.is_callee && shows_arguments(&part.name, marks) => true,
             (Some(marks), _) if marks.contains(&number) => true,
             (_, Some(turn)) if !trained.contains(&turn) => true,
             (_, Some(turn)) => shown(&with_marks[..=turn]).is_some_and(|marks| marks.contains(&number)),
@@ -53,6 +58,8 @@ struct Part {
     name: String,
     /// The turn whose reasoning it is.
     reasoning_of: Option<usize>,
+    /// Whether it is the name of a function that is called.
+    is_callee: bool,
     text: String,
 }
 
@@ -107,7 +114,7 @@ impl Marked {
     /// Adds a part and gives its mark.
     fn mark(&mut self, name: String, reasoning_of: Option<usize>, text: &str) -> String {
         let mark = format!("{}{:0DIGITS$}", self.base, self.parts.len());
-        self.parts.push(Part { name, reasoning_of, text: text.to_owned() });
+        self.parts.push(Part { name, reasoning_of, is_callee: false, text: text.to_owned() });
         mark
     }
 
@@ -148,7 +155,9 @@ impl Marked {
             let name = format!("messages[{turn}].tool_calls[{index}]");
             let function = function(call);
             if let Some(called) = function.get_mut("name") {
+                let before = self.parts.len();
                 self.mark_value(called, &name);
+                self.parts[before..].iter_mut().for_each(|part| part.is_callee = true);
             }
             if let Some(arguments) = function.get_mut("arguments") {
                 self.mark_arguments(arguments, &name);

@@ -73,8 +73,10 @@ impl Templates {
         let names = || self.0.iter().map(|template| format!("{:?}", template.name)).collect::<Vec<_>>().join(", ");
         if let Some(name) = name {
             return called(name).ok_or_else(|| match self.0.is_empty() {
-                true => format!("chat_template = {name:?}: this checkpoint has no chat template"),
-                false => format!("chat_template = {name:?}: this checkpoint has no such template, only: {}", names()),
+                true => format!("data.chat_template = {name:?}: this checkpoint has no chat template"),
+                false => {
+                    format!("data.chat_template = {name:?}: this checkpoint has no such template, only: {}", names())
+                }
             });
         }
         match self.0.as_slice() {

@@ -119,7 +119,7 @@ fn one_of_several_templates_is_chosen() {
     assert_eq!([chosen(Some("rag"), false), chosen(Some("default"), true)], [text("rag"), text("default")]);
     assert_eq!(
         chosen(Some("tools"), true),
-        Err("DIR: chat_template = \"tools\": this checkpoint has no such template, only: \"tool_use\", \"default\", \
+        Err("data.chat_template = \"tools\": this checkpoint has no such template, only: \"tool_use\", \"default\", \
              \"rag\""
             .to_owned())
     );

@@ -67,6 +67,13 @@ fn every_part_can_be_missing() {
         assert_eq!(left_out(names, chat(call(json!(""), arguments)), json!(null)), calls);
     }
     assert_eq!(left_out(names, chat(call(json!(""), json!({}))), json!(null)), Vec::<String>::new());
+    // The arguments and not the name, which a template for one function need not show.
+    let values = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{% for k, v in c.function.arguments|items %}\
+                  {{ v }}{% endfor %}{% endfor %}{% endfor %}";
+    assert_eq!(left_out(values, chat(call(json!(""), json!({"unit": 7}))), json!(null)), Vec::<String>::new());
+    let first = values.replace("{{ v }}", "{{ v if loop.first }}");
+    assert_eq!(left_out(&first, chat(call(json!(""), json!({"unit": 7, "u": "x"}))), json!(null)), calls);
+    assert_eq!(left_out(values, chat(call(json!(""), json!({}))), json!(null)), calls);
     // Content beside calls, and calls beside content.
     let either = "{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls|tojson }}{% else %}{{ m.content }}{% endif %}{% endfor %}";
     assert_eq!(
