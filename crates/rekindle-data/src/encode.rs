@@ -11,6 +11,7 @@ mod prepare;
 mod shown;
 
 pub(crate) use conversation::end_of_turn;
+pub(crate) use prepare::settle;
 
 /// Encodes a row.
 ///

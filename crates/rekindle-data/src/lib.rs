@@ -29,6 +29,7 @@
 //! ```
 
 mod cache;
+mod chat_prompt;
 mod columns;
 mod counted;
 mod data_files;
@@ -55,6 +56,7 @@ mod test_support;
 mod tokenizer;
 
 pub use cache::default_cache_dir;
+pub use chat_prompt::ChatPrompt;
 pub use columns::Columns;
 pub use counted::counted;
 pub use data_files::DataFiles;
@@ -72,4 +74,4 @@ pub use report::{CacheUse, Change, LoadReport, RowPlace};
 pub use row::{RowFormat, RowNumber};
 pub use stream::StreamDecoder;
 pub use template::{ChatTemplate, Marked, RenderOptions};
-pub use tokenizer::{Tokenizer, eos_token_ids};
+pub use tokenizer::{Tokenizer, chat_template_sources, eos_token_ids};

@@ -10,6 +10,8 @@ mod alpaca;
 mod conversation;
 mod pretokenized;
 
+pub(crate) use conversation::read_prompt;
+
 /// The keys of every shape, first the one that a row is taken for when it has several.
 ///
 /// What belongs to no shape stays out of this: `tools`, `system`, `chat_template_kwargs`, `input`, `labels`.

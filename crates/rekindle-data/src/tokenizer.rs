@@ -12,7 +12,7 @@ use crate::template::ChatTemplate;
 mod checkpoint;
 mod templates;
 
-pub use checkpoint::eos_token_ids;
+pub use checkpoint::{chat_template_sources, eos_token_ids};
 pub(crate) use templates::NamedTemplate;
 use templates::Templates;
 
@@ -201,6 +201,11 @@ impl Tokenizer {
     /// be one of [`eos_ids`](Self::eos_ids): checkpoints that were never trained on conversations may stop at another.
     pub fn end_of_turn(&self) -> Option<u32> {
         self.end_of_turn_of(self.templates.choose(None, false).ok()?)
+    }
+
+    /// Returns the tokens with which the chat templates, all that the checkpoint has, end the assistant's turns.
+    pub fn ends_of_turns(&self) -> BTreeSet<u32> {
+        self.templates.iter().filter_map(|named| self.end_of_turn_of(named)).collect()
     }
 
     pub(crate) fn end_of_turn_of(&self, named: &NamedTemplate) -> Option<u32> {

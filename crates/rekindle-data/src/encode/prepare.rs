@@ -7,7 +7,7 @@ use crate::numbers;
 use crate::template::{ChatTemplate, RenderOptions};
 
 /// Settles what a row leaves open: a content that is null, and arguments that are JSON as text.
-pub(super) fn settle(template: &ChatTemplate, messages: &mut Vec<Message>, options: &RenderOptions) {
+pub(crate) fn settle(template: &ChatTemplate, messages: &mut Vec<Message>, options: &RenderOptions) {
     settle_null_contents(template, messages, options);
     if let Some(parsed) = parsed_if_needed(template, messages, options) {
         *messages = parsed;

@@ -3,22 +3,48 @@
 use serde_json::{Map, Value};
 
 use super::RowContent;
-use crate::message::{Message, type_name};
+use crate::chat_prompt::ChatPrompt;
+use crate::message::{Message, quoted_keys, type_name};
 use crate::numbers;
 
 /// A row whose turns are `value`, called `name`.
 pub(super) fn read(value: Value, name: &str, mut fields: Map<String, Value>) -> Result<RowContent, String> {
+    let messages = all_turns(value, name, &mut fields)?;
+    finish(messages, 0, name, fields)
+}
+
+/// The turns `value`, called `name`, after the system prompt that ShareGPT has beside them.
+fn all_turns(value: Value, name: &str, fields: &mut Map<String, Value>) -> Result<Vec<Message>, String> {
     let mut messages = turns(value, name)?;
-    // ShareGPT's system prompt stands beside the turns.
     if name == "conversations"
-        && let Some(system) = system_prompt(&mut fields)?
+        && let Some(system) = system_prompt(fields)?
     {
         if messages[0].role == "system" {
             return Err("has \"system\" beside \"conversations\", which begin with a system turn; keep one".to_owned());
         }
         messages.insert(0, Message::new("system", system));
     }
-    finish(messages, 0, name, fields)
+    Ok(messages)
+}
+
+/// Reads a conversation that is to be answered: the fields of a row, or the list of its messages alone.
+pub(crate) fn read_prompt(value: Value) -> Result<ChatPrompt, String> {
+    let mut fields = match value {
+        Value::Array(_) => Map::from_iter([("messages".to_owned(), value)]),
+        value => super::object(value)?,
+    };
+    let Some(name) = ["messages", "conversations"].into_iter().find(|name| fields.contains_key(*name)) else {
+        return Err(format!("has no \"messages\"; its keys: {}", quoted_keys(&fields)));
+    };
+    let turns = fields.shift_remove(name).unwrap_or_default();
+    let messages = all_turns(turns, name, &mut fields)?;
+    if messages.last().is_some_and(Message::is_assistant) {
+        return Err(format!(
+            "{name:?} ends with a turn of the assistant, which leaves nothing to answer; remove that turn"
+        ));
+    }
+    let (tools, kwargs) = for_template(&mut fields)?;
+    Ok(ChatPrompt { messages, tools, kwargs, chat_template: None })
 }
 
 /// A list of turns.
@@ -42,6 +68,12 @@ pub(super) fn finish(
     if !messages[trained_from..].iter().any(Message::is_assistant) {
         return Err(format!("{name:?} has no assistant turn, so no label counts"));
     }
+    let (tools, kwargs) = for_template(&mut fields)?;
+    Ok(RowContent::Messages { messages, trained_from, tools, kwargs })
+}
+
+/// `tools` and `chat_template_kwargs`, which the template gets beside the messages.
+fn for_template(fields: &mut Map<String, Value>) -> Result<(Option<Value>, Map<String, Value>), String> {
     let tools = match fields.shift_remove("tools") {
         None | Some(Value::Null) => None,
         Some(tools) => Some(list_of_tools(tools)?),
@@ -51,7 +83,7 @@ pub(super) fn finish(
         Some(Value::Object(kwargs)) if numbers::integer_of(&kwargs).is_none() => kwargs,
         Some(other) => return Err(format!("\"chat_template_kwargs\" is {}, not an object", type_name(&other))),
     };
-    Ok(RowContent::Messages { messages, trained_from, tools, kwargs })
+    Ok((tools, kwargs))
 }
 
 /// `system`, unless it is empty.

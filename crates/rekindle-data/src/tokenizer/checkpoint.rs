@@ -46,6 +46,14 @@ pub fn eos_token_ids(dir: &Path) -> Result<Option<Vec<u32>>> {
     Ok(None)
 }
 
+/// Returns the texts of the chat templates that a checkpoint or adapter brings, by name.
+///
+/// # Errors
+/// [`Error::Tokenizer`] when a file is broken.
+pub fn chat_template_sources(dir: &Path) -> Result<BTreeMap<String, String>> {
+    Ok(chat_templates(dir)?.into_iter().map(|template| (template.name, template.text)).collect())
+}
+
 /// The checkpoint's chat templates: `chat_template.jinja` and `additional_chat_templates/*.jinja`, else those of
 /// `tokenizer_config.json`.
 pub(crate) fn chat_templates(dir: &Path) -> Result<Vec<TemplateSource>> {
