@@ -5,10 +5,12 @@
 
 mod compare;
 mod golden;
+mod poison;
 mod trajectory;
 mod written;
 
 pub use compare::{assert_nll, relative_distance, worst_nll};
 pub use golden::{Golden, MODELS, Row, RowLosses, goldens, read_json, tensors};
+pub use poison::{poison, poisoned};
 pub use trajectory::{Tolerances, Trajectory};
 pub use written::train_written_adapter;

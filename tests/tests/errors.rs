@@ -227,7 +227,7 @@ fn saving_where_nothing_can_be_written_leaves_nothing() {
         save_result(&model, &target, &[], Dtype::F32).expect_err("a file is in the way");
     }
     let companion = dir.path().join("no-such-tokenizer.json");
-    save_result(&model, &dir.path().join("adapter"), &[companion], Dtype::F32).expect_err("a companion is gone");
+    save_result(&model, &dir.path().join("adapter"), &[companion.into()], Dtype::F32).expect_err("a companion is gone");
     assert_eq!(std::fs::read_to_string(&file).expect("it is there"), "mine");
     assert_eq!(entries(dir.path()), ["file"], "nothing half-written");
 }

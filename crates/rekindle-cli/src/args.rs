@@ -1,6 +1,7 @@
 //! The command line.
 
 mod data;
+mod generate;
 mod hub;
 mod plan;
 
@@ -16,6 +17,7 @@ use crate::overrides::{Override, parse_value};
 use crate::run_file::ModelSection;
 
 pub(crate) use data::{DataCommand, PreviewArgs, RunFileArgs, StatsArgs};
+pub(crate) use generate::{EvalArgs, GenerateArgs, PromptArgs};
 pub(crate) use hub::HubArgs;
 #[cfg(feature = "network")]
 pub(crate) use hub::{CacheCommand, CacheDir, ListArgs, PruneArgs};
@@ -110,49 +112,6 @@ pub(crate) struct TrainArgs {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = EVAL)]
-pub(crate) struct EvalArgs {
-    #[command(flatten)]
-    pub(crate) model: ModelArgs,
-    /// Rows: a file of JSON lines, JSON or Parquet, a directory, a pattern, or a dataset on the hub (its split test)
-    #[arg(long, value_name = "ROWS")]
-    pub(crate) data: PathBuf,
-    /// Also print the loss of every row
-    #[arg(long)]
-    pub(crate) per_row: bool,
-    /// Print one JSON object: loss, perplexity, tokens, and nll and tokens of every row
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, clap::Args)]
-#[command(after_help = GENERATE)]
-pub(crate) struct GenerateArgs {
-    #[command(flatten)]
-    pub(crate) model: ModelArgs,
-    #[command(flatten)]
-    pub(crate) prompt: PromptArgs,
-    /// The most tokens to make
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    pub(crate) max_new_tokens: usize,
-    /// 0 always takes the most likely token; 1 draws from the model's own probabilities
-    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
-    pub(crate) temperature: f32,
-    /// Draw from the K most likely tokens only; 0 for all
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    pub(crate) top_k: usize,
-    /// Draw from the fewest most likely tokens whose probabilities reach P
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
-    pub(crate) top_p: f32,
-    /// Seed of the draws
-    #[arg(long, value_name = "S", default_value_t = 3407)]
-    pub(crate) seed: u64,
-    /// Print one JSON object, text and ids, instead of text as it is made
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, clap::Args)]
 #[command(after_help = MERGE)]
 pub(crate) struct MergeArgs {
     /// An adapter's directory or name on the hub, or the output directory of a run that trained one; several are combined
@@ -214,20 +173,6 @@ pub(crate) struct InspectArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-#[derive(Debug, clap::Args)]
-#[group(required = true, multiple = false)]
-pub(crate) struct PromptArgs {
-    /// Text to continue
-    #[arg(long, value_name = "T")]
-    pub(crate) prompt: Option<String>,
-    /// A user's message to answer, put into the model's chat template
-    #[arg(long, value_name = "T")]
-    pub(crate) chat: Option<String>,
-    /// Token ids to continue, separated by commas; needs no tokenizer
-    #[arg(long, value_name = "1,2,3", value_delimiter = ',')]
-    pub(crate) prompt_ids: Option<Vec<u32>>,
 }
 
 /// What to load, and where to compute.
@@ -378,7 +323,7 @@ Start here:
 Results are printed to stdout, progress to stderr.
 Models and adapters are directories, or names on the Hugging Face hub such as Qwen/Qwen3-0.6B. HF_HOME, HF_HUB_CACHE,
 HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are obeyed.
-Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data, 4 more memory than there is, 5 network or hub, 6 diverged, 130 interrupted.";
+Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data, 4 more memory than there is, 5 network or hub, 6 a number is not finite, 130 interrupted.";
 
 const RUN_FILE: &str = r#"Example of a run file; all that is not commented out is needed:
   # output_dir = "outputs/run"      # default: outputs/ and the name of the run file
@@ -438,19 +383,6 @@ Examples:
   rekindle init --model Qwen/Qwen3-0.6B --data train.jsonl --eval heldout.jsonl
   rekindle train run.toml --dry-run";
 
-const EVAL: &str = "\
-Examples:
-  rekindle eval --model Qwen/Qwen3-0.6B --data heldout.jsonl
-  rekindle eval --model models/Qwen3-0.6B --adapter outputs/run/adapter --data heldout.jsonl --json
-  rekindle eval --model models/Qwen3-0.6B --load-in-4bit --data heldout.jsonl
-  rekindle eval --model models/Qwen3-0.6B --adapter outputs/sql/adapter --adapter outputs/chat/adapter \\
-    --adapter-weights 0.7,0.3 --data heldout.jsonl";
-
-const GENERATE: &str = "\
-Examples:
-  rekindle generate --model Qwen/Qwen3-0.6B --chat 'What is a whale?'
-  rekindle generate --model models/Qwen3-0.6B --adapter outputs/run/adapter --prompt 'Once' --temperature 0.8 --top-p 0.95";
-
 const MERGE: &str = "\
 A base in 4 or 8 bits is decoded: that is what the adapter was trained against. To merge onto the 16-bit original,
 name it with --model.
@@ -476,15 +408,5 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Args::command().debug_assert();
-    }
-
-    #[test]
-    fn one_prompt_is_needed_and_only_one() {
-        let parse = |more: &[&str]| Args::try_parse_from(["rekindle", "generate", "--model", "m"].iter().chain(more));
-        assert!(parse(&[]).is_err());
-        assert!(parse(&["--prompt", "a", "--chat", "b"]).is_err());
-        let Command::Generate(args) = parse(&["--prompt-ids", "1,2,3"]).unwrap().command else { panic!("generate") };
-        assert_eq!(args.prompt.prompt_ids, Some(vec![1, 2, 3]));
-        assert_eq!((args.temperature, args.model.dtype, args.model.device), (0.0, Dtype::Auto, DeviceKind::Auto));
     }
 }

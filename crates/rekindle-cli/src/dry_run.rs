@@ -28,6 +28,9 @@ pub(crate) fn print(job: &Job, refusal: Option<&Failure>) -> Result<(), Failure>
     if !config.train.optimizer_in_bwd {
         facts.push(time(job)?);
     }
+    if let Some(tokenizer) = tokenizer {
+        facts.extend(model.end_token_notice(tokenizer, train)?);
+    }
     for example in train.examples().take(SHOWN) {
         facts.push(data::facts(&example));
         let text = data::view(&example, tokenizer.as_ref(), data::Style::Plain);

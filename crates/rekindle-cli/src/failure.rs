@@ -34,7 +34,7 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// 1 failed, 2 usage or configuration, 3 data, 4 memory, 5 network or hub, 6 diverged, 130 interrupted.
+    /// 1 failed, 2 usage or configuration, 3 data, 4 memory, 5 network or hub, 6 a number is not finite, 130 interrupted.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Configuration(_) => 2,

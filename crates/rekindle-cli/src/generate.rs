@@ -1,37 +1,46 @@
 //! `rekindle generate`.
 
-use rekindle::{Error, GenerationConfig, Model, Tokenizer};
+use std::io::Read;
+use std::path::Path;
+
+use rekindle::{ChatPrompt, Error, Generated, GenerationConfig, Model, Tokenizer};
 use serde::Serialize;
 
 use crate::args::{GenerateArgs, PromptArgs};
-use crate::chat::chat_prompt;
 use crate::failure::Failure;
 use crate::{open, output};
 
 pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let (model, tokenizer) = open::open(&args.model)?;
-    let prompt = encode(&args.prompt, &model, tokenizer.as_ref())?;
+    let prompt = encode(args, &model, tokenizer.as_ref())?;
+    let vocab = model.causal_lm().config().vocab_size;
+    if let Some(id) = args.stop_ids.iter().find(|&&id| id as usize >= vocab) {
+        return Err(Failure::Configuration(format!(
+            "--stop-ids {id} is beyond the model's vocabulary of {vocab}, so nothing would end there"
+        )));
+    }
     let config = GenerationConfig {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
         top_k: args.top_k,
         top_p: args.top_p,
+        min_p: args.min_p,
+        repetition_penalty: args.repetition_penalty,
         seed: args.seed,
-        eos_ids: match &tokenizer {
-            // An adapter's tokenizer need not know how its base ends an answer.
-            Some(tokenizer) => [tokenizer.eos_ids(), &model.eos_ids()?].concat(),
-            None => model.eos_ids()?,
-        },
+        eos_ids: [model.end_tokens(tokenizer.as_ref())?, args.stop_ids.clone()].concat(),
     };
-    match (args.json, &tokenizer) {
-        (true, tokenizer) => print_json(&model, tokenizer.as_ref(), &prompt, &config),
-        (false, Some(tokenizer)) => stream_text(&model, tokenizer, &prompt, &config),
-        (false, None) => stream_ids(&model, &prompt, &config),
+    match &tokenizer {
+        Some(tokenizer) => text(&model, tokenizer, &prompt, &config, args),
+        None if args.stop.is_empty() => ids(&model, &prompt, &config, args.json),
+        None => Err(Failure::Configuration(
+            "--stop is text, and this checkpoint has no tokenizer.json; use --stop-ids".to_owned(),
+        )),
     }
 }
 
-fn encode(prompt: &PromptArgs, model: &Model, tokenizer: Option<&Tokenizer>) -> Result<Vec<u32>, Failure> {
-    if let Some(ids) = &prompt.prompt_ids {
+fn encode(args: &GenerateArgs, model: &Model, tokenizer: Option<&Tokenizer>) -> Result<Vec<u32>, Failure> {
+    let PromptArgs { prompt, chat, messages, prompt_ids } = &args.prompt;
+    if let Some(ids) = prompt_ids {
         return Ok(ids.clone());
     }
     let missing;
@@ -43,59 +52,118 @@ fn encode(prompt: &PromptArgs, model: &Model, tokenizer: Option<&Tokenizer>) -> 
             &missing
         }
     };
-    match (&prompt.chat, &prompt.prompt) {
-        (Some(message), _) => chat_prompt(tokenizer, message),
-        (None, text) => Ok(tokenizer.encode(text.as_deref().unwrap_or_default(), true).map_err(Error::from)?),
-    }
+    let mut conversation = match (chat, messages) {
+        (Some(message), _) => ChatPrompt::new(args.system.as_deref(), message),
+        (None, Some(path)) => ChatPrompt::from_json(&read(path)?, path).map_err(Error::from)?,
+        (None, None) => {
+            return Ok(tokenizer.encode(prompt.as_deref().unwrap_or_default(), true).map_err(Error::from)?);
+        }
+    };
+    conversation.chat_template.clone_from(&args.chat_template);
+    Ok(conversation.encode(tokenizer).map_err(Error::from)?)
+}
+
+/// The text of a file, or of standard input for `-`.
+fn read(path: &Path) -> Result<String, Failure> {
+    let mut text = String::new();
+    let read = if path == Path::new("-") {
+        std::io::stdin().read_to_string(&mut text).map(|_| text)
+    } else {
+        std::fs::read_to_string(path)
+    };
+    read.map_err(|source| Failure::File { path: path.to_owned(), source })
 }
 
 /// The answer of `--json`.
 #[derive(Serialize)]
-struct Answer {
-    /// Without special tokens; null where the checkpoint has no tokenizer.
-    text: Option<String>,
-    /// The new tokens, an end token included.
-    ids: Vec<u32>,
+struct Answer<'a> {
+    /// Without special tokens and stop string; null where the checkpoint has no tokenizer.
+    text: Option<&'a str>,
+    /// The new tokens, an end token and those of a stop string included.
+    ids: &'a [u32],
+    /// `end_token`, `stop_string` or `length`.
+    stop_reason: &'static str,
+    /// The stop string that was found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop: Option<&'a str>,
+    prompt_tokens: usize,
+    new_tokens: usize,
+    /// Seconds until the first new token.
+    prompt_seconds: f64,
+    /// New tokens a second after the first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tokens_per_second: Option<f64>,
 }
 
-fn print_json(
+impl<'a> Answer<'a> {
+    fn of(generated: &'a Generated, stop_reason: &'static str) -> Self {
+        Self {
+            text: None,
+            ids: &generated.ids,
+            stop_reason,
+            stop: None,
+            prompt_tokens: generated.prompt_tokens,
+            new_tokens: generated.ids.len(),
+            prompt_seconds: generated.first_token.as_secs_f64(),
+            tokens_per_second: generated.tokens_per_second(),
+        }
+    }
+
+    fn print(&self) -> Result<(), Failure> {
+        output::line(&serde_json::to_string(self).expect("text and finite numbers serialize"))
+    }
+
+    /// Ends the line of an answer that was printed as it was made, and says on stderr how it went.
+    fn finish(&self) -> Result<(), Failure> {
+        output::line("")?;
+        let speed = self.tokens_per_second.map_or_else(String::new, |speed| format!(", {speed:.1} tokens/s"));
+        let Self { prompt_tokens, new_tokens, .. } = self;
+        let reason = self.stop_reason.replace('_', " ");
+        eprintln!("prompt tokens {prompt_tokens}, new tokens {new_tokens}{speed}, ended by: {reason}");
+        Ok(())
+    }
+}
+
+fn text(
     model: &Model,
-    tokenizer: Option<&Tokenizer>,
+    tokenizer: &Tokenizer,
     prompt: &[u32],
     config: &GenerationConfig,
-) -> Result<(), Failure> {
-    let ids = model.generate(prompt, config, |_| true)?.ids;
-    let text = tokenizer.map(|tokenizer| tokenizer.decode(&ids, true)).transpose().map_err(Error::from)?;
-    output::line(&serde_json::to_string(&Answer { text, ids }).expect("text and numbers serialize"))
-}
-
-fn stream_text(model: &Model, tokenizer: &Tokenizer, prompt: &[u32], config: &GenerationConfig) -> Result<(), Failure> {
-    let mut decoder = tokenizer.stream_decoder(true);
-    stream(model, prompt, config, |id| match decoder.push(id).map_err(Error::from)? {
-        Some(text) => output::piece(&text),
-        None => Ok(true),
-    })?;
-    let rest = decoder.finish().map_err(Error::from)?;
-    output::line(&rest.unwrap_or_default())
-}
-
-fn stream_ids(model: &Model, prompt: &[u32], config: &GenerationConfig) -> Result<(), Failure> {
-    let mut separator = "";
-    stream(model, prompt, config, |id| output::piece(&format!("{}{id}", std::mem::replace(&mut separator, ","))))?;
-    output::line("")
-}
-
-/// Generates until `show` fails or has no reader left.
-fn stream(
-    model: &Model,
-    prompt: &[u32],
-    config: &GenerationConfig,
-    mut show: impl FnMut(u32) -> Result<bool, Failure>,
+    args: &GenerateArgs,
 ) -> Result<(), Failure> {
     let mut shown = Ok(true);
-    model.generate(prompt, config, |id| {
-        shown = show(id);
+    let done = model.generate_text(tokenizer, prompt, config, &args.stop, |piece| {
+        if !args.json {
+            shown = output::piece(piece);
+        }
         matches!(shown, Ok(true))
     })?;
-    shown.map(|_| ())
+    let still_read = shown?;
+    let answer = Answer {
+        text: Some(&done.text),
+        stop: done.stop_string.as_deref(),
+        ..Answer::of(&done.generated, done.stop_reason())
+    };
+    match (args.json, still_read) {
+        (true, _) => answer.print(),
+        (false, true) => answer.finish(),
+        (false, false) => Ok(()),
+    }
+}
+
+fn ids(model: &Model, prompt: &[u32], config: &GenerationConfig, json: bool) -> Result<(), Failure> {
+    let (mut shown, mut separator) = (Ok(true), "");
+    let done = model.generate(prompt, config, |id| {
+        if !json {
+            shown = output::piece(&format!("{}{id}", std::mem::replace(&mut separator, ",")));
+        }
+        matches!(shown, Ok(true))
+    })?;
+    let still_read = shown?;
+    let answer = Answer::of(&done, done.stop.name());
+    match (json, still_read) {
+        (true, _) => answer.print(),
+        (false, true) => answer.finish(),
+        (false, false) => Ok(()),
+    }
 }

@@ -3,7 +3,7 @@
 //!
 //! Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed (a model or adapter that is
 //! missing or broken, a result that cannot be written), 2 usage or configuration, 3 data, 4 more memory than there is,
-//! 5 network or hub, 6 a run that diverged, 130 a run that was interrupted and saved a checkpoint.
+//! 5 network or hub, 6 a number that is not finite, 130 a run that was interrupted and saved a checkpoint.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use rekindle::{Error, Files, Loader, Model, Tokenizer, show_bytes};
+use rekindle::{Loader, Model, Tokenizer, show_bytes};
 
 use crate::args::ModelArgs;
 use crate::failure::Failure;
@@ -59,20 +59,13 @@ fn name_unknown(model: &Model, adapter: &Path) {
     }
 }
 
-/// The tokenizer of a model, if it has one.
-pub(crate) fn tokenizer(files: &Files) -> Result<Option<Tokenizer>, Failure> {
-    let dir = files.tokenizer();
-    let has_tokenizer = dir.join("tokenizer.json").is_file();
-    Ok(has_tokenizer.then(|| Tokenizer::from_dir(dir)).transpose().map_err(Error::from)?)
-}
-
 /// The model of `loader`. A checkpoint without `tokenizer.json` will do for token ids.
 pub(crate) fn load(loader: Loader) -> Result<(Model, Option<Tokenizer>), Failure> {
     let mut loader = loader.on_download(progress::downloading());
     // The tokenizer is read first: it is the quicker of the two to fail.
     let files = loader.fetch()?;
     fetch::say(&files.notices);
-    let tokenizer = tokenizer(files)?;
+    let tokenizer = files.load_tokenizer()?;
     Ok((load_model(loader)?, tokenizer))
 }
 

@@ -7,7 +7,7 @@ use rekindle::{Error, GradientCheckpointing, Loader, Rows, RunPlanner, counted, 
 use crate::args::PlanArgs;
 use crate::failure::Failure;
 use crate::run_file::RunConfig;
-use crate::{fetch, open, output, progress};
+use crate::{fetch, output, progress};
 
 pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
     let config = RunConfig::load(&args.run_file, &args.overrides)?;
@@ -98,7 +98,7 @@ fn planner(config: &RunConfig, loader: &Loader, memory: Option<usize>) -> Result
 
 /// The longest rows that can meet in a pass.
 fn rows(config: &RunConfig, loader: &mut Loader, planner: &RunPlanner) -> Result<Rows, Failure> {
-    let tokenizer = open::tokenizer(loader.fetch()?)?;
+    let tokenizer = loader.fetch()?.load_tokenizer()?;
     Ok(planner.rows_of(tokenizer.as_ref(), &config.data.train_source(&config.model))?)
 }
 

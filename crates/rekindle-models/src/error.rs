@@ -1,5 +1,8 @@
 use std::path::PathBuf;
 
+use crate::NonFinite;
+use crate::non_finite::explain;
+
 /// Why a model cannot be read, built or run.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -29,6 +32,14 @@ pub enum Error {
     /// An operation failed on the device: out of memory, say.
     #[error(transparent)]
     Device(#[from] rekindle_kernels::DeviceError),
+    /// A number that is infinite or not a number, where only finite ones mean anything.
+    #[error("{what}{}", explain(.found.as_ref()))]
+    NonFinite {
+        /// The number and its place, as "the logits of new token 1 are not finite".
+        what: String,
+        /// The first weight or output that is not finite, if it was found.
+        found: Option<NonFinite>,
+    },
     /// An argument that this model cannot take.
     #[error("{0}")]
     Argument(String),

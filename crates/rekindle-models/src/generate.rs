@@ -18,6 +18,11 @@ pub struct GenerationConfig {
     pub top_k: usize,
     /// Draw from the smallest set of most likely tokens whose probabilities reach this sum.
     pub top_p: f32,
+    /// Draw only from tokens whose probability is at least this share of the most likely token's; 0 for all.
+    pub min_p: f32,
+    /// The logits of tokens that prompt or text have already are divided by it where they are positive, and multiplied
+    /// where they are negative; 1 changes nothing. Also applies at temperature 0.
+    pub repetition_penalty: f32,
     /// Seed of the draws.
     pub seed: u64,
     /// Tokens that end the text.
@@ -27,7 +32,16 @@ pub struct GenerationConfig {
 impl Default for GenerationConfig {
     /// 128 tokens, greedy.
     fn default() -> Self {
-        Self { max_new_tokens: 128, temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, eos_ids: Vec::new() }
+        Self {
+            max_new_tokens: 128,
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+            eos_ids: Vec::new(),
+        }
     }
 }
 
@@ -42,6 +56,17 @@ pub enum StopReason {
     Caller,
 }
 
+impl StopReason {
+    /// In a word: `"end_token"`, `"length"` or `"caller"`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::EndToken => "end_token",
+            Self::Length => "length",
+            Self::Caller => "caller",
+        }
+    }
+}
+
 impl CausalLm {
     /// Continues `prompt`; `on_token` gets every new token as it is chosen and returns whether to go on.
     ///
@@ -49,15 +74,16 @@ impl CausalLm {
     ///
     /// # Errors
     /// [`Error::Argument`] for an empty prompt, one as long as `max_seq_length`, or numbers out of range;
-    /// [`Error::Row`] for ids beyond the vocabulary; [`Error::Device`] when the device fails.
+    /// [`Error::Row`] for ids beyond the vocabulary; [`Error::Device`] when the device fails; [`Error::NonFinite`] for
+    /// logits that are infinite or not numbers, from which nothing is chosen.
     pub fn generate(
         &self,
         prompt: &[u32],
         config: &GenerationConfig,
         mut on_token: impl FnMut(u32) -> bool,
     ) -> Result<(Vec<u32>, StopReason), Error> {
-        let mut sampler = Sampler::new(config)?;
         self.check_ids(prompt).map_err(Error::Row)?;
+        let mut sampler = Sampler::new(config, prompt)?;
         let limit = self.max_seq_length();
         if prompt.is_empty() || prompt.len() >= limit {
             return Err(Error::Argument(format!(
@@ -72,10 +98,12 @@ impl CausalLm {
         let mut pending = prompt.to_vec();
         let mut position = 0;
         while new.len() < room {
-            let logits = self.decode(&pending, position, &mut caches);
+            let mut logits = self.decode(&pending, position, &mut caches);
             self.device.check()?;
             position += pending.len();
-            let id = sampler.next(&logits);
+            let Some(id) = sampler.next(&mut logits) else {
+                return Err(self.non_finite_logits(&[prompt, &new].concat(), new.len() + 1));
+            };
             new.push(id);
             let go_on = on_token(id);
             if config.eos_ids.contains(&id) {

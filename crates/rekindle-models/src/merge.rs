@@ -13,7 +13,7 @@ use crate::block::Block;
 use crate::names::{self, EMBED, HEAD, Needed, Projection, module};
 use crate::quantization::Plan;
 use crate::vocab::resize_rows;
-use crate::{CausalLm, Error, ModelConfig};
+use crate::{CausalLm, Error, ModelConfig, NonFinite};
 
 /// What a merge is to be, where it is not as the base is.
 #[derive(Clone, Copy, Debug, Default)]
@@ -35,7 +35,8 @@ pub struct MergeOptions<'a> {
 ///
 /// # Errors
 /// [`Error::Config`] and [`Error::Tensors`] for the base, [`Error::Lora`] for an adapter of another model,
-/// [`Error::File`] when the system refuses.
+/// [`Error::NonFinite`] for a base, an adapter or a result with an infinity or NaN, [`Error::File`] when the system
+/// refuses.
 pub fn merge(
     base: &Checkpoint,
     adapter: &Adapter,
@@ -44,6 +45,7 @@ pub fn merge(
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), Error> {
     let MergeOptions { positions, resize_model_vocab, dtype } = options;
+    check_adapter(adapter)?;
     let base = &crate::layout::canonical(base);
     let mut config = ModelConfig::from_checkpoint(base)?;
     let plan = crate::start::plan(base, adapter)?;
@@ -61,12 +63,24 @@ pub fn merge(
         })
         .collect();
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    write_sharded(dir, DEFAULT_MAX_SHARD_SIZE, &metadata, &specs, |index, out| {
-        let needed = &needed[index];
-        let values = source.merged(needed).map_err(std::io::Error::other)?;
+    let mut refused = None;
+    let written = write_sharded(dir, DEFAULT_MAX_SHARD_SIZE, &metadata, &specs, |index, out| {
+        let (needed, dtype) = (&needed[index], specs[index].dtype);
+        let values = source.merged(needed).and_then(|values| {
+            check_values(&needed.name, dtype, &values)?;
+            Ok(values)
+        });
+        let values = values.map_err(|error| {
+            refused = Some(error);
+            std::io::Error::other("a tensor cannot be merged")
+        })?;
         progress(source.bytes(&needed.name));
-        write_f32(out, specs[index].dtype, &values)
-    })?;
+        write_f32(out, dtype, &values)
+    });
+    if let Some(error) = refused {
+        return Err(error);
+    }
+    written?;
     let mut json = config.json.clone();
     if let Some(positions) = positions {
         positions.apply(&mut json);
@@ -186,9 +200,10 @@ impl CausalLm {
     /// adapter on the model nothing happens.
     ///
     /// # Errors
-    /// [`Error::Device`] when the device fails, as for lack of memory; the model is then of no use.
+    /// [`Error::NonFinite`] for an adapter with an infinity or NaN, and the model is then as it was; [`Error::Device`] when the device fails, as for lack of memory; the model is then of no use.
     pub fn merge_and_unload(&mut self) -> Result<(), Error> {
         let Some(adapter) = self.adapter() else { return Ok(()) };
+        check_adapter(&adapter)?;
         self.remove_adapter();
         self.waiting.clear();
         self.merged = true;
@@ -239,6 +254,38 @@ impl CausalLm {
         self.device.check()?;
         Ok(())
     }
+}
+
+/// Refuses an adapter with an infinity or NaN.
+fn check_adapter(adapter: &Adapter) -> Result<(), Error> {
+    let mut parts: Vec<(&str, &str, &[f32])> = Vec::new();
+    for (module, factors) in &adapter.factors {
+        parts.extend([(module.as_str(), "lora_A", &*factors.a), (module.as_str(), "lora_B", &*factors.b)]);
+        parts.extend(factors.magnitude.as_ref().map(|values| (module.as_str(), "lora_magnitude_vector", &**values)));
+    }
+    parts.extend(adapter.biases.iter().map(|(module, values)| (module.as_str(), "bias", &**values)));
+    parts.extend(adapter.saved.iter().map(|(module, (_, values))| (module.as_str(), "weight", &**values)));
+    let broken = parts.into_iter().find(|(.., values)| !values.iter().all(|value| value.is_finite()));
+    let Some((module, part, _)) = broken else { return Ok(()) };
+    let found = NonFinite::Weight { name: format!("{module}.{part}"), trained: true, rows: Vec::new() };
+    Err(Error::NonFinite { what: "the adapter has a number that is not finite".to_owned(), found: Some(found) })
+}
+
+/// Refuses the values of a merged tensor that `dtype` cannot hold.
+fn check_values(name: &str, dtype: Dtype, values: &[f32]) -> Result<(), Error> {
+    // From here on values round to infinity: half a unit in the last place beyond the largest number.
+    let limit = match dtype {
+        Dtype::F16 => 65_520.0,
+        Dtype::BF16 => f32::from_bits(0x7f7f_8000),
+        _ => f32::INFINITY,
+    };
+    let Some(value) = values.iter().find(|value| value.is_nan() || value.abs() >= limit) else { return Ok(()) };
+    let what = if value.is_finite() {
+        format!("{value:e} in the merged \"{name}\" is beyond the range of {dtype}: merge with dtype bf16 or f32")
+    } else {
+        format!("the merged \"{name}\" is not finite: the base's weight is damaged, or the adapter's product overflows")
+    };
+    Err(Error::NonFinite { what, found: None })
 }
 
 /// Whether table and head, one weight in the base, are two once the adapter is in it.

@@ -1,5 +1,6 @@
 //! Where the numbers of a step stop being finite: the step once more, looked at module by module.
 
+use rekindle_hub::{Dtype, TensorView};
 use rekindle_kernels::dropout::{Dropout, Tokens};
 use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::{Grads, Tensor, Weight, embedding, linear_cross_entropy, rms_norm, to_f32};
@@ -7,7 +8,7 @@ use rekindle_kernels::{Grads, Tensor, Weight, embedding, linear_cross_entropy, r
 use crate::block::Context;
 use crate::model::{lengths, tokens};
 use crate::names::{EMBED, HEAD, NORM, needed};
-use crate::{Batch, CausalLm, Error, StepKey};
+use crate::{Batch, CausalLm, Error, IGNORED, StepKey};
 
 /// The first place of a step, in the order of computation, where a number is infinite or not a number.
 #[derive(Clone, Debug, PartialEq)]
@@ -101,19 +102,42 @@ impl CausalLm {
         grad_scale: f32,
         key: Option<StepKey>,
     ) -> Result<Option<NonFinite>, Error> {
+        match self.first_non_finite_output(batches, key)? {
+            Some(found) => Ok(Some(found)),
+            None => self.broken_gradient(batches, grad_scale, key),
+        }
+    }
+
+    /// The forward half of [`first_non_finite`](Self::first_non_finite), for evaluation and generation: returns a
+    /// [`NonFinite::Weight`] or [`NonFinite::Output`], or `None` when every output and loss is finite.
+    ///
+    /// # Errors
+    /// As [`forward_backward`](Self::forward_backward).
+    pub fn first_non_finite_output(&self, batches: &[Batch], key: Option<StepKey>) -> Result<Option<NonFinite>, Error> {
         let mut broken = Vec::new();
         for batch in batches {
             broken.extend(self.broken_output(batch, key)?);
         }
-        if let Some(first) = broken.iter().map(|b| b.depth).min() {
-            let rows = broken.iter().flat_map(|b| b.rows.iter().copied()).collect();
-            let largest_input = broken.iter().filter(|b| b.depth == first).map(|b| b.largest_input).fold(0.0, f32::max);
-            return Ok(Some(match self.broken_weight(first) {
-                Some((name, trained)) => NonFinite::Weight { name, trained, rows },
-                None => NonFinite::Output { module: self.module_at(first), largest_input, rows },
-            }));
+        let Some(first) = broken.iter().map(|b| b.depth).min() else { return Ok(None) };
+        let rows = broken.iter().flat_map(|b| b.rows.iter().copied()).collect();
+        let largest_input = broken.iter().filter(|b| b.depth == first).map(|b| b.largest_input).fold(0.0, f32::max);
+        Ok(Some(match self.broken_weight(first) {
+            Some((name, trained)) => NonFinite::Weight { name, trained, rows },
+            None => NonFinite::Output { module: self.module_at(first), largest_input, rows },
+        }))
+    }
+
+    /// The error for logits after `ids` that are not finite, which would have given the new token of this number.
+    pub(crate) fn non_finite_logits(&self, ids: &[u32], number: usize) -> Error {
+        let mut batch = Batch::from_rows([(ids, &*vec![IGNORED; ids.len()])], 0);
+        // The loss of any token after the last one depends on all of its logits.
+        if let Some(target) = batch.targets.last_mut() {
+            *target = 0;
         }
-        self.broken_gradient(batches, grad_scale, key)
+        match self.first_non_finite_output(&[batch], None) {
+            Ok(found) => Error::NonFinite { what: format!("the logits of new token {number} are not finite"), found },
+            Err(error) => error,
+        }
     }
 
     /// The forward pass, up to the first output that is not finite.
@@ -241,6 +265,39 @@ impl CausalLm {
             None => self.blocks.len() + 2,
         }
     }
+}
+
+/// What an error says after "… is not finite": where that began, and what to do.
+pub(crate) fn explain(found: Option<&NonFinite>) -> String {
+    let advice = match found {
+        None => return String::new(),
+        Some(NonFinite::Weight { trained: false, .. }) => "the checkpoint is damaged there: download or save it again",
+        Some(NonFinite::Weight { trained: true, .. }) => "use a checkpoint from before its training diverged",
+        Some(_) => "if the model is in f16 or bf16, load it in f32",
+    };
+    found.map_or_else(String::new, |found| format!(": {found}; {advice}"))
+}
+
+/// Refuses a stored tensor with an element that is infinite or not a number: codes and casts would hide it.
+///
+/// # Errors
+/// [`Error::NonFinite`] with the tensor's name.
+pub(crate) fn check_view(view: &TensorView<'_>) -> Result<(), Error> {
+    fn finite<const N: usize>(data: &[u8], is_finite: impl Fn([u8; N]) -> bool) -> bool {
+        data.as_chunks::<N>().0.iter().all(|bytes| is_finite(*bytes))
+    }
+    // All bits of the exponent are set in infinities and NaN, and in nothing else.
+    let fine = match view.dtype {
+        Dtype::F32 => finite(view.data, |bytes| f32::from_le_bytes(bytes).is_finite()),
+        Dtype::F16 => finite(view.data, |bytes| u16::from_le_bytes(bytes) & 0x7c00 != 0x7c00),
+        Dtype::BF16 => finite(view.data, |bytes| u16::from_le_bytes(bytes) & 0x7f80 != 0x7f80),
+        _ => true,
+    };
+    if fine {
+        return Ok(());
+    }
+    let found = NonFinite::Weight { name: view.name.to_owned(), trained: false, rows: Vec::new() };
+    Err(Error::NonFinite { what: "the checkpoint has a number that is not finite".to_owned(), found: Some(found) })
 }
 
 /// The rows of `batch` with a token that is not `fine`.

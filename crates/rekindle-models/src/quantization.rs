@@ -9,6 +9,7 @@ use rekindle_quant::{Blocksize, Int8Tensor, Origin, QuantConfig, QuantizedTensor
 use serde_json::Value;
 
 use crate::Error;
+use crate::non_finite::check_view;
 
 /// How the linears of the blocks are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,7 +166,8 @@ impl Plan {
         matches!(&self.source, Source::Stored(names, _) if names.contains(name))
     }
 
-    /// The codes of the weight `name` `[out, in]`; `None` when it stays dense.
+    /// The codes of the weight `name` `[out, in]`; `None` when it stays dense. Codes cannot hold an infinity or NaN, so a
+    /// dense weight with one is [`Error::NonFinite`].
     pub(crate) fn codes(
         &self,
         checkpoint: &Checkpoint,
@@ -202,6 +204,7 @@ impl Plan {
             return Ok(None);
         }
         let view = checkpoint.get(name).expect("every needed tensor was checked to be there");
+        check_view(&view)?;
         self.encode(&view).map(Some).map_err(failed)
     }
 

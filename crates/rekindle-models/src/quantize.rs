@@ -8,6 +8,7 @@ use rekindle_quant::bnb::StoredWeight;
 use serde_json::Value;
 
 use crate::names::{self, HEAD};
+use crate::non_finite::check_view;
 use crate::quantization::{Plan, hub_dtype, stored_quantization};
 use crate::{Error, LoadIn, MemoryReport, ModelConfig};
 
@@ -19,7 +20,8 @@ use crate::{Error, LoadIn, MemoryReport, ModelConfig};
 ///
 /// # Errors
 /// [`Error::Argument`] for a checkpoint that is quantized already, [`Error::Config`], [`Error::Tensors`] and
-/// [`Error::File`] as [`CausalLm::load`](crate::CausalLm::load).
+/// [`Error::File`] as [`CausalLm::load`](crate::CausalLm::load), [`Error::NonFinite`] for a tensor with an infinity or
+/// NaN.
 pub fn quantize(
     checkpoint: &Checkpoint,
     load_in: LoadIn,
@@ -49,7 +51,10 @@ pub fn quantize(
         };
         progress(view.data.len() as u64);
         match codes {
-            None => specs.push((TensorSpec::new(needed.name.clone(), view.dtype, needed.shape), needed.name)),
+            None => {
+                check_view(&view)?;
+                specs.push((TensorSpec::new(needed.name.clone(), view.dtype, needed.shape), needed.name));
+            }
             Some(weight) => {
                 for (key, tensor) in weight.write(&needed.name) {
                     specs.push((TensorSpec::new(key, hub_dtype(tensor.dtype), tensor.shape), needed.name.clone()));

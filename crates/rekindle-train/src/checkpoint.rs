@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use rekindle_models::CausalLm;
 
 use crate::save::{check_checkpoint, write_new};
-use crate::{Error, Optimizer};
+use crate::{Companion, Error, Optimizer};
 
 pub(crate) use fingerprint::{dataset_fingerprint, weights_fingerprint};
 pub use state::Best;
@@ -62,7 +62,7 @@ impl Checkpoint {
         model: &CausalLm,
         optimizer: &Optimizer,
         state: &TrainerState,
-        companions: &[PathBuf],
+        companions: &[Companion],
         write_model: impl FnOnce(&Path) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let is_adapter = model.lora().is_some();

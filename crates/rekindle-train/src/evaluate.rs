@@ -1,7 +1,9 @@
 //! The loss of a dataset.
 
+use std::ops::Range;
+
 use rekindle_data::{Dataset, Example};
-use rekindle_models::{Batch, CausalLm};
+use rekindle_models::{Batch, CausalLm, IGNORED};
 use serde::Serialize;
 
 use crate::Error;
@@ -11,7 +13,7 @@ use crate::Error;
 pub struct Evaluation {
     /// Σ nll ÷ counted tokens.
     pub loss: f64,
-    /// e^loss.
+    /// e^loss, at most the largest f64.
     pub perplexity: f64,
     /// Counted tokens.
     pub tokens: usize,
@@ -20,32 +22,79 @@ pub struct Evaluation {
 }
 
 /// The loss of one row.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct RowLoss {
     /// Σ nll over the counted labels.
     pub nll: f64,
     /// Counted labels.
     pub tokens: usize,
+    /// The loss of each counted label, where it was asked for ([`evaluate_tokens`]).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_nll: Option<Vec<TokenLoss>>,
+}
+
+/// The loss of one label.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct TokenLoss {
+    /// The token's index in its row, from 0 on; the first token of a row has no loss.
+    pub position: usize,
+    /// The token.
+    pub id: u32,
+    /// −ln of the probability that the tokens before it give it.
+    pub nll: f64,
 }
 
 /// Evaluates `dataset`, `batch_size` rows at a time; `progress` is told how many rows are done.
 ///
 /// # Errors
-/// [`Error::Model`] when a row does not fit the model.
+/// [`Error::Model`] when a row does not fit the model; of the kind
+/// [`NonFinite`](rekindle_models::Error::NonFinite), with the rows and where it began, for a loss that is not finite.
 pub fn evaluate(
     model: &CausalLm,
     dataset: &Dataset,
     batch_size: usize,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Evaluation, Error> {
-    let mut go_on = |rows| {
-        progress(rows);
-        true
-    };
-    Ok(evaluate_while(model, dataset, batch_size, &mut go_on)?.expect("nothing cuts it short"))
+    evaluate_finite(model, dataset, batch_size, false, progress)
 }
 
-/// As [`evaluate`]; `None` when `go_on`, asked after each batch, says no before the end.
+/// [`evaluate`], with the loss of every token of every row.
+///
+/// # Errors
+/// As `evaluate`.
+pub fn evaluate_tokens(
+    model: &CausalLm,
+    dataset: &Dataset,
+    batch_size: usize,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Evaluation, Error> {
+    evaluate_finite(model, dataset, batch_size, true, progress)
+}
+
+fn evaluate_finite(
+    model: &CausalLm,
+    dataset: &Dataset,
+    batch_size: usize,
+    per_token: bool,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Evaluation, Error> {
+    let mut rows = Vec::with_capacity(dataset.len());
+    while rows.len() < dataset.len() {
+        let batch = next_batch(dataset, rows.len(), batch_size);
+        let losses = row_losses(model, &batch, per_token)?;
+        let broken = losses.iter().enumerate().filter(|(_, row)| !row.nll.is_finite());
+        let broken: Vec<usize> = broken.map(|(index, _)| rows.len() + index).collect();
+        if !broken.is_empty() {
+            return Err(not_finite(model, dataset, &batch, &broken));
+        }
+        rows.extend(losses);
+        progress(rows.len());
+    }
+    Ok(Evaluation::of(rows))
+}
+
+/// Evaluates `dataset` without a check for finite losses, which a run has of its own; `None` when `go_on`, asked after
+/// each batch, says no before the end.
 pub(crate) fn evaluate_while(
     model: &CausalLm,
     dataset: &Dataset,
@@ -54,19 +103,58 @@ pub(crate) fn evaluate_while(
 ) -> Result<Option<Evaluation>, Error> {
     let mut rows = Vec::with_capacity(dataset.len());
     while rows.len() < dataset.len() {
-        let batch = batch(dataset.examples().skip(rows.len()).take(batch_size.max(1)), rows.len());
-        let nll = model.nll(&batch)?;
-        rows.extend(batch.documents().map(|document| RowLoss {
-            nll: nll[document.clone()].iter().map(|&x| f64::from(x)).sum(),
-            tokens: batch.targets[document].iter().filter(|&&t| t != rekindle_models::IGNORED).count(),
-        }));
+        rows.extend(row_losses(model, &next_batch(dataset, rows.len(), batch_size), false)?);
         if !go_on(rows.len()) && rows.len() < dataset.len() {
             return Ok(None);
         }
     }
-    let tokens: usize = rows.iter().map(|r| r.tokens).sum();
-    let loss = rows.iter().map(|r| r.nll).sum::<f64>() / tokens.max(1) as f64;
-    Ok(Some(Evaluation { loss, perplexity: loss.exp(), tokens, rows }))
+    Ok(Some(Evaluation::of(rows)))
+}
+
+impl Evaluation {
+    fn of(rows: Vec<RowLoss>) -> Self {
+        let tokens: usize = rows.iter().map(|r| r.tokens).sum();
+        let loss = rows.iter().map(|r| r.nll).sum::<f64>() / tokens.max(1) as f64;
+        // JSON has no infinity; NaN stays NaN.
+        Self { loss, perplexity: loss.exp().clamp(0.0, f64::MAX), tokens, rows }
+    }
+}
+
+fn next_batch(dataset: &Dataset, first: usize, batch_size: usize) -> Batch {
+    batch(dataset.examples().skip(first).take(batch_size.max(1)), first)
+}
+
+fn row_losses(model: &CausalLm, batch: &Batch, per_token: bool) -> Result<Vec<RowLoss>, Error> {
+    let nll = model.nll(batch)?;
+    let row = |document: Range<usize>| {
+        let start = document.start;
+        let counted = document.clone().filter(|&at| batch.targets[at] != IGNORED);
+        // A target stands beside the token before it.
+        let token =
+            |at: usize| TokenLoss { position: at - start + 1, id: batch.targets[at] as u32, nll: nll[at].into() };
+        RowLoss {
+            nll: nll[document].iter().map(|&x| f64::from(x)).sum(),
+            tokens: counted.clone().count(),
+            token_nll: per_token.then(|| counted.map(token).collect()),
+        }
+    };
+    Ok(batch.documents().map(row).collect())
+}
+
+/// The error for rows of `batch` whose losses are not finite.
+fn not_finite(model: &CausalLm, dataset: &Dataset, batch: &Batch, rows: &[usize]) -> Error {
+    let found = match model.first_non_finite_output(std::slice::from_ref(batch), None) {
+        Ok(found) => found,
+        Err(error) => return error.into(),
+    };
+    let first = dataset.example(rows[0]);
+    let more = match rows.len() - 1 {
+        0 => String::new(),
+        1 => " and one more row".to_owned(),
+        more => format!(" and {more} more rows"),
+    };
+    let what = format!("the loss of {}:{}{more} is not finite", first.path.display(), first.row.get());
+    rekindle_models::Error::NonFinite { what, found }.into()
 }
 
 /// A batch of examples whose first is row `first_row` of the optimizer step.

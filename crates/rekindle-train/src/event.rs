@@ -16,7 +16,7 @@ pub enum Event<'a> {
         times: &'a Timetable,
         /// What it goes on from.
         checkpoint: Option<&'a Path>,
-        /// What the user should know of that, one sentence each.
+        /// What the user should know of that and of the run, one sentence each.
         notes: &'a [String],
     },
     /// An optimizer step is done.

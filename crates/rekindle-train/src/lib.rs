@@ -10,6 +10,7 @@
 
 mod axis;
 mod checkpoint;
+mod companion;
 mod config;
 mod diverged;
 mod error;
@@ -32,10 +33,11 @@ mod tensorboard;
 mod trainer;
 
 pub use checkpoint::Best;
+pub use companion::Companion;
 pub use config::{EvalStrategy, SaveStrategy, SftConfig, StepCount, Timetable};
 pub use diverged::Diverged;
 pub use error::Error;
-pub use evaluate::{Evaluation, RowLoss, evaluate};
+pub use evaluate::{Evaluation, RowLoss, TokenLoss, evaluate, evaluate_tokens};
 pub use event::{End, Event, Report};
 pub use metrics::{EvalMetrics, MetricsFile, RunHistory, Sample, StepMetrics, Until};
 pub use model_card::{ModelCard, data_line};

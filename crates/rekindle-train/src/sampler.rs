@@ -57,7 +57,7 @@ impl<'a> Sampler<'a> {
     /// The samples of a model that has taken `step` steps.
     ///
     /// # Errors
-    /// [`Error::Model`] for a prompt that is too long for the model, or a device that fails.
+    /// [`Error::Model`] for a prompt that is too long for the model, logits that are not finite, or a device that fails.
     pub fn sample(&self, model: &CausalLm, step: usize) -> Result<Vec<Sample>, Error> {
         let prompts = self.prompts.iter().enumerate();
         let one = |(index, prompt): (usize, &SamplePrompt)| {
@@ -67,7 +67,7 @@ impl<'a> Sampler<'a> {
                 sample: index + 1,
                 prompt: self.text(&prompt.ids, false),
                 expected: prompt.expected.as_ref().map(|ids| self.text(self.answer(ids), true)),
-                output: self.text(&ids, true),
+                output: self.text(self.answer(&ids), true),
                 new_tokens: ids.len(),
                 ended: stop == StopReason::EndToken,
             })

@@ -1,24 +1,24 @@
 //! Writing what a run produced.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use rekindle_hub::{ADDITIONAL_CHAT_TEMPLATES, AtomicDir, Dtype, companion_name, is_companion, write_atomic};
+use rekindle_hub::{ADDITIONAL_CHAT_TEMPLATES, AtomicDir, Dtype, is_companion};
 use rekindle_lora::Adapter;
 use rekindle_lora::peft::{CONFIG_FILE, TENSORS_FILE};
 use rekindle_models::{CausalLm, DEFAULT_ADAPTER, Positions, save_positions};
 
 use crate::model_card::{CardRun, README, keep_readme};
-use crate::{Error, ModelCard, checkpoint};
+use crate::{Companion, Error, ModelCard, checkpoint};
 
 /// Writes the trained result to `dir`: PEFT's files for an adapter, a whole checkpoint in `dtype` when all weights
-/// were trained; with copies of `companions`, such as the tokenizer's files.
+/// were trained; with `companions` beside it, such as the tokenizer's files.
 ///
 /// `dir` appears whole or not at all. One that is there is replaced if it holds an earlier result of the same kind
 /// and nothing else.
 ///
 /// # Errors
 /// [`Error::File`] when `dir` holds anything else, or the system refuses; [`Error::Model`] likewise.
-pub fn save_result(model: &CausalLm, dir: &Path, companions: &[PathBuf], dtype: Dtype) -> Result<(), Error> {
+pub fn save_result(model: &CausalLm, dir: &Path, companions: &[Companion], dtype: Dtype) -> Result<(), Error> {
     write_result(dir, model.lora().is_some(), companions, |target| write_model(model, target, dtype))
 }
 
@@ -52,20 +52,20 @@ pub(crate) fn write_model_with(
 ///
 /// # Errors
 /// As `save_result`, and for a name that is no adapter's.
-pub fn save_adapter(model: &CausalLm, name: &str, dir: &Path, companions: &[PathBuf]) -> Result<(), Error> {
+pub fn save_adapter(model: &CausalLm, name: &str, dir: &Path, companions: &[Companion]) -> Result<(), Error> {
     let adapter = model.adapter_called(name)?;
     write_result(dir, true, companions, |target| write_adapter(model, &adapter, target, &ModelCard::default(), None))
 }
 
 /// Writes all adapters of `model` to `dir` as PEFT lays them out: the one called [`DEFAULT_ADAPTER`] at its top, others
-/// in directories of their names; with copies of `companions` at the top.
+/// in directories of their names; with `companions` beside it at the top.
 ///
 /// `dir` appears whole or not at all. One that is there is replaced if it holds an earlier result of these adapters and
 /// nothing else.
 ///
 /// # Errors
 /// [`Error::File`] when `dir` holds anything else, or the system refuses; [`Error::Model`] likewise.
-pub fn save_adapters(model: &CausalLm, dir: &Path, companions: &[PathBuf]) -> Result<(), Error> {
+pub fn save_adapters(model: &CausalLm, dir: &Path, companions: &[Companion]) -> Result<(), Error> {
     let is_named = |name: &&str| *name != DEFAULT_ADAPTER;
     let named: Vec<&str> = model.adapters().into_iter().filter(is_named).collect();
     check_with(dir, true, &named, &[])?;
@@ -101,7 +101,7 @@ fn write_adapter(
     card.write(model, Some(adapter.config.lora()), run, dir)
 }
 
-/// Makes `dir` with what `write` puts into the directory that it is given, and copies of `companions`.
+/// Makes `dir` with what `write` puts into the directory that it is given, and `companions`.
 ///
 /// `dir` appears whole or not at all. One that is there is replaced if it holds an earlier result of the same kind,
 /// adapter or checkpoint, and nothing else.
@@ -111,7 +111,7 @@ fn write_adapter(
 pub fn write_result<T>(
     dir: &Path,
     is_adapter: bool,
-    companions: &[PathBuf],
+    companions: &[Companion],
     write: impl FnOnce(&Path) -> Result<T, Error>,
 ) -> Result<T, Error> {
     check_replaceable(dir, is_adapter)?;
@@ -121,20 +121,12 @@ pub fn write_result<T>(
 /// As [`write_result`], whatever is there.
 pub(crate) fn write_new<T>(
     dir: &Path,
-    companions: &[PathBuf],
+    companions: &[Companion],
     write: impl FnOnce(&Path) -> Result<T, Error>,
 ) -> Result<T, Error> {
     let target = AtomicDir::replace(dir)?;
     let written = write(target.path())?;
-    for file in companions {
-        let Some(name) = companion_name(file).or_else(|| file.file_name().map(PathBuf::from)) else { continue };
-        let bytes = std::fs::read(file).map_err(|source| Error::Io { path: file.clone(), source })?;
-        let copy = target.path().join(name);
-        if let Some(parent) = copy.parent() {
-            std::fs::create_dir_all(parent).map_err(|source| Error::Io { path: parent.to_owned(), source })?;
-        }
-        write_atomic(&copy, &bytes)?;
-    }
+    companions.iter().try_for_each(|companion| companion.write(target.path()))?;
     keep_readme(dir, target.path())?;
     target.commit()?;
     Ok(written)

@@ -15,7 +15,7 @@ use std::sync::atomic::AtomicBool;
 use rekindle_data::Dataset;
 use rekindle_models::CausalLm;
 
-use crate::{Error, Event, ModelCard, Report, RunDescription, Sampler, SaveStrategy, SftConfig};
+use crate::{Companion, Error, Event, ModelCard, Report, RunDescription, Sampler, SaveStrategy, SftConfig};
 use output::OutputDir;
 pub use preflight::{Preflight, check_output_dir};
 pub use resume::Resume;
@@ -30,10 +30,11 @@ pub struct Trainer<'a> {
     shuffle: bool,
     seed: u64,
     output_dir: Option<PathBuf>,
-    companions: Vec<PathBuf>,
+    companions: Vec<Companion>,
     sampler: Option<Sampler<'a>>,
     description: RunDescription,
     card: ModelCard,
+    notes: Vec<String>,
     resume: Option<Resume>,
     overwrite: bool,
     stop: Arc<AtomicBool>,
@@ -55,6 +56,7 @@ impl<'a> Trainer<'a> {
             sampler: None,
             description: RunDescription::default(),
             card: ModelCard::default(),
+            notes: Vec::new(),
             resume: None,
             overwrite: false,
             stop: Arc::default(),
@@ -92,8 +94,8 @@ impl<'a> Trainer<'a> {
 
     /// Files to lie beside everything that is saved, such as the tokenizer's.
     #[must_use]
-    pub fn companions(mut self, files: Vec<PathBuf>) -> Self {
-        self.companions = files;
+    pub fn companions(mut self, companions: Vec<Companion>) -> Self {
+        self.companions = companions;
         self
     }
 
@@ -108,6 +110,13 @@ impl<'a> Trainer<'a> {
     #[must_use]
     pub fn describe(mut self, description: RunDescription) -> Self {
         self.description = description;
+        self
+    }
+
+    /// What the user should know of the run, one sentence each; [`Event::Started`] reports it.
+    #[must_use]
+    pub fn notes(mut self, notes: Vec<String>) -> Self {
+        self.notes = notes;
         self
     }
 

@@ -1,6 +1,4 @@
-use rekindle::{
-    DataSource, FastLanguageModel, GenerationConfig, LoraConfig, Message, RenderOptions, SftConfig, SftTrainer,
-};
+use rekindle::{ChatPrompt, DataSource, FastLanguageModel, GenerationConfig, LoraConfig, SftConfig, SftTrainer};
 
 fn main() -> Result<(), rekindle::Error> {
     let (model, tokenizer) =
@@ -13,10 +11,8 @@ fn main() -> Result<(), rekindle::Error> {
     println!("loss {:.2} -> {:.2}", report.steps[0].loss, report.steps[39].loss);
     model.save_pretrained("target/finetuned")?;
 
-    let question = Message::new("user", "What is a whale?");
-    let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-    let prompt = tokenizer.encode(&tokenizer.chat_template()?.render(&[question], &options)?, false)?;
-    let greedy = GenerationConfig { eos_ids: tokenizer.eos_ids().to_vec(), ..GenerationConfig::default() };
-    println!("{}", tokenizer.decode(&model.generate(&prompt, &greedy, |_| true)?.ids, true)?);
+    let prompt = ChatPrompt::new(None, "What is a whale?").encode(&tokenizer)?;
+    let greedy = GenerationConfig { eos_ids: model.end_tokens(Some(&tokenizer))?, ..GenerationConfig::default() };
+    println!("{}", model.generate_text(&tokenizer, &prompt, &greedy, &[], |_| true)?.text);
     Ok(())
 }

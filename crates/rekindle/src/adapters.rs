@@ -49,14 +49,15 @@ impl Model {
         Ok(())
     }
 
-    /// Puts an adapter from PEFT's files on the model under a name of its own; the one that was on it waits.
+    /// Puts an adapter from PEFT's files on the model under a name of its own; the one that was on it waits. The tokenizer
+    /// and chat template stay those of the first adapter ([`load_tokenizer`](Self::load_tokenizer)).
     ///
     /// # Errors
     /// As [`load_adapter`](Self::load_adapter), and for a name that is taken or cannot be a directory's.
     pub fn load_adapter_as(&mut self, name: &str, name_or_path: impl AsRef<Path>) -> Result<(), Error> {
         let dir = self.find(name_or_path.as_ref())?;
         self.causal_lm_mut().load_adapter_as(name, &dir)?;
-        self.note(name_or_path.as_ref());
+        self.note(name_or_path.as_ref(), &dir, false);
         Ok(())
     }
 
@@ -103,7 +104,7 @@ impl Model {
     /// # Errors
     /// [`Error::Train`] for a name that is no adapter's, or when the system refuses.
     pub fn save_adapter(&self, name: &str, dir: impl AsRef<Path>) -> Result<(), Error> {
-        Ok(save_adapter(self.causal_lm(), name, dir.as_ref(), &self.companions())?)
+        Ok(save_adapter(self.causal_lm(), name, dir.as_ref(), &self.companions(None)?)?)
     }
 
     /// The model with one adapter made of several, from directories or names on the hub, and what each counts. One that
@@ -133,11 +134,14 @@ impl Model {
     pub(crate) fn put(&mut self, name_or_path: &Path) -> Result<(), Error> {
         let dir = self.find(name_or_path)?;
         self.causal_lm_mut().load_adapter(&dir)?;
-        self.note(name_or_path);
+        self.note(name_or_path, &dir, true);
         Ok(())
     }
 
-    fn note(&mut self, adapter: &Path) {
+    /// Notes what the user should be told of the adapter called `adapter`, which lies in `dir`.
+    fn note(&mut self, adapter: &Path, dir: &Path, replaces: bool) {
+        let tokenizer = self.files_mut().put_adapter(dir, replaces);
+        self.notices.extend(tokenizer);
         if self.causal_lm().adapter_changes_nothing() {
             self.notices.push(format!(
                 "{}: every product B·A of this adapter is zero, and the model with it is its base; it was saved before it \

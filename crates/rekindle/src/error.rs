@@ -46,7 +46,7 @@ pub enum ErrorKind {
     Configuration,
     /// A dataset, a row or a token id.
     Data,
-    /// A loss or gradient that is not finite.
+    /// A number that is infinite or not a number: a loss or gradient, a weight, logits to choose a token from.
     Diverged,
     /// More memory than there is.
     Memory,
@@ -76,6 +76,7 @@ impl Error {
                     ErrorKind::Configuration
                 }
                 Model::Row(_) => ErrorKind::Data,
+                Model::NonFinite { .. } => ErrorKind::Diverged,
                 _ => ErrorKind::Failed,
             },
             Self::Train(

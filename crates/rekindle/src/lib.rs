@@ -28,7 +28,9 @@
 mod adapters;
 mod data_source;
 mod describe;
+mod end_tokens;
 mod error;
+mod generate;
 mod inspect;
 mod merge;
 mod model;
@@ -39,14 +41,16 @@ mod quantize;
 mod sft;
 mod skip;
 mod source;
+mod stop_strings;
 mod suggest;
 mod time_estimate;
 
 pub use data_source::DataSource;
 pub use error::{Error, ErrorKind};
+pub use generate::{Generated, GeneratedText};
 pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
-pub use model::{Generated, Model};
+pub use model::Model;
 pub use preflight::RunCheck;
 pub use pretrained::{Dtype, EncodedRows, FastLanguageModel, Files, Loader, RowEncoder, RunPlanner, saved_lora_config};
 pub use quantize::quantize;
@@ -56,8 +60,8 @@ pub use suggest::{Suggestion, suggest};
 pub use time_estimate::{TimeEstimate, TokenTime};
 
 pub use rekindle_data::{
-    Columns, Dataset, Example, IGNORED, LoadReport, Message, NotShown, Overlong, Packs, RenderOptions, RowFormat,
-    RowNumber, Thinking, Tokenizer, TrainOn, Untrained, counted,
+    ChatPrompt, Columns, Dataset, Example, IGNORED, LoadReport, Message, NotShown, Overlong, Packs, RenderOptions,
+    RowFormat, RowNumber, Thinking, Tokenizer, TrainOn, Untrained, counted,
 };
 pub use rekindle_hub::{AtomicDir, write_atomic};
 #[cfg(feature = "network")]
@@ -76,6 +80,6 @@ pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType}
 pub use rekindle_train::{
     Best, Curve, Diverged, End, EvalMetrics, EvalStrategy, Evaluation, Event, LrSchedulerKwargs, LrSchedulerType,
     Optim, OptimizerConfig, Report, ReportTo, Resume, RowLoss, RunHistory, Sample, SaveStrategy, SftConfig, StepCount,
-    StepMetrics, Timetable,
+    StepMetrics, Timetable, TokenLoss,
 };
 pub use rekindle_train::{Change, Fit, MemoryPlan, Rows, check_output_dir, show_bytes};

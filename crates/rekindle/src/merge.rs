@@ -7,8 +7,9 @@ use rekindle_hub::{AdapterBase, Checkpoint, read_config};
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::{Adapter, Combination, saved_rows, weighted};
 use rekindle_models::{Batch, MergeOptions, ModelConfig, saved_positions};
-use rekindle_train::write_result;
+use rekindle_train::{Companion, write_result};
 
+use crate::end_tokens::companions;
 use crate::pretrained::base_directory;
 use crate::source::{Access, Fetched, OnDownload, find};
 use crate::{Dtype, Error, FastLanguageModel, Files, Model};
@@ -98,7 +99,8 @@ impl Merge {
     /// Finds the adapters and their base, downloading what is missing; what is done here begins with this. `on_download`
     /// is told the bytes that are here, and those of all files that are being downloaded, of one after the other.
     ///
-    /// What is returned is for the user: the hub was out of reach, and the cache was taken instead.
+    /// What is returned is for the user: the hub was out of reach, and the cache was taken instead; the first adapter's
+    /// tokenizer or template, which the result gets, is not the base's.
     ///
     /// # Errors
     /// [`Error::File`] for what is not there, and for an adapter that does not name its base, [`Error::Argument`] without
@@ -133,6 +135,9 @@ impl Merge {
         };
         notices.extend(elsewhere);
         notices.extend(tokens_without_rows(&base, first)?);
+        let mut files = Files::of(&base, first);
+        notices.extend(files.notice());
+        notices.extend(self.adapters[1..].iter().filter_map(|(other, _)| files.put_adapter(other, false)));
         self.base = Some(base);
         Ok(notices)
     }
@@ -179,7 +184,8 @@ impl Merge {
         };
         let options =
             MergeOptions { positions: positions.as_ref(), resize_model_vocab: rows, dtype: stored(self.dtype) };
-        let companions = Files::of(&base, first).companions();
+        let files = Files::of(&base, first);
+        let companions = companions(&files, files.load_tokenizer().ok().flatten().as_ref())?;
         write_merged(&checkpoint, &adapter, options, &companions, out.as_ref(), progress)
     }
 
@@ -187,15 +193,17 @@ impl Merge {
     /// pseudo-random tokens in `f32`.
     ///
     /// # Errors
-    /// [`Error::Argument`] when the mean difference is above what one rounding to the dtype can explain, and those of
-    /// loading.
+    /// [`Error::Argument`] when the mean difference is above what one rounding to the dtype can explain,
+    /// [`Error::Model`] for losses that are not finite, and those of loading.
     pub fn verify(&self, merged: impl AsRef<Path>, device: DeviceKind) -> Result<Verified, Error> {
         let load = |dir: &Path| FastLanguageModel::from_pretrained(dir).dtype(Dtype::F32).device(device);
         let (base, adapters) = self.directories()?;
         // One model in memory at a time.
         let base = load(&base).for_adapter(&adapters[0].0).load_model()?;
-        let expected = losses(&base.load_weighted_adapters(&adapters, self.combination)?)?;
-        let got = losses(&load(merged.as_ref()).load_model()?)?;
+        let adapted = base.load_weighted_adapters(&adapters, self.combination)?;
+        let expected = losses(&adapted, "the base with the adapter")?;
+        drop(adapted);
+        let got = losses(&load(merged.as_ref()).load_model()?, "the merged model")?;
         let differences: Vec<f64> = expected.iter().zip(&got).map(|(a, b)| f64::from((a - b).abs())).collect();
         let mean = differences.iter().sum::<f64>() / differences.len().max(1) as f64;
         let largest = differences.iter().copied().fold(0.0, f64::max);
@@ -278,7 +286,7 @@ impl Model {
             resize_model_vocab: Some(rows).filter(|rows| base.config()["vocab_size"] != *rows),
             dtype: stored(dtype),
         };
-        write_merged(&base, &adapter, options, &self.companions(), dir.as_ref(), &mut |_, _| ())
+        write_merged(&base, &adapter, options, &self.companions(None)?, dir.as_ref(), &mut |_, _| ())
     }
 }
 
@@ -296,7 +304,7 @@ fn write_merged(
     base: &Checkpoint,
     adapter: &Adapter,
     options: MergeOptions<'_>,
-    companions: &[PathBuf],
+    companions: &[Companion],
     out: &Path,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), Error> {
@@ -322,7 +330,8 @@ fn write_merged(
 const ROWS: u32 = 4;
 const TOKENS: usize = 64;
 
-fn losses(model: &Model) -> Result<Vec<f32>, Error> {
+/// Losses of `model`, called `name` in errors.
+fn losses(model: &Model, name: &str) -> Result<Vec<f32>, Error> {
     let (vocab, length) =
         (model.causal_lm().config().vocab_size as u64, TOKENS.min(model.causal_lm().max_seq_length()));
     // Knuth's multiplicative hash: any tokens will do, as long as they are the same for both.
@@ -331,7 +340,12 @@ fn losses(model: &Model) -> Result<Vec<f32>, Error> {
     let rows: Vec<Vec<u32>> = (0..ROWS).map(|row| (0..length).map(|t| token(row, t) as u32).collect()).collect();
     let labels: Vec<Vec<i32>> = rows.iter().map(|row| row.iter().map(|&id| id as i32).collect()).collect();
     let batch = Batch::from_rows(rows.iter().map(Vec::as_slice).zip(labels.iter().map(Vec::as_slice)), 0);
-    Ok(model.causal_lm().nll(&batch)?)
+    let losses = model.causal_lm().nll(&batch)?;
+    if losses.iter().all(|loss| loss.is_finite()) {
+        return Ok(losses);
+    }
+    let found = model.causal_lm().first_non_finite_output(&[batch], None)?;
+    Err(rekindle_models::Error::NonFinite { what: format!("a loss of {name} is not finite"), found }.into())
 }
 
 /// What one rounding of every weight may move the mean loss by. Measured on the tiny models of the tests: at most 1.3e-6

@@ -4,14 +4,18 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
 
-use rekindle_data::{Dataset, LoadReport, Tokenizer, eos_token_ids};
+use rekindle_data::{Dataset, LoadReport, Tokenizer};
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::LoraConfig;
-use rekindle_models::{CausalLm, GenerationConfig, MemoryReport, StopReason};
-use rekindle_train::{Evaluation, evaluate, save_adapters, save_result};
+use rekindle_models::{CausalLm, MemoryReport};
+use rekindle_train::{Companion, Evaluation, evaluate, evaluate_tokens, save_adapters, save_result};
 
+use crate::end_tokens::{companions, end_tokens, notice};
 use crate::source::{Access, find};
 use crate::{DataSource, Error, Files};
+
+/// Rows of a pass in evaluation.
+const EVAL_BATCH_SIZE: usize = 8;
 
 /// A model with its place on disk.
 #[derive(Debug)]
@@ -21,15 +25,6 @@ pub struct Model {
     device: DeviceKind,
     access: Access,
     pub(crate) notices: Vec<String>,
-}
-
-/// What [`Model::generate`] made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Generated {
-    /// The new tokens, an end token included.
-    pub ids: Vec<u32>,
-    /// Why it ended.
-    pub stop: StopReason,
 }
 
 impl Model {
@@ -56,14 +51,23 @@ impl Model {
         &self.files.model
     }
 
+    pub(crate) fn files_mut(&mut self) -> &mut Files {
+        &mut self.files
+    }
+
     /// What its checkpoint was called.
     pub(crate) fn name(&self) -> &str {
         &self.files.name
     }
 
-    /// The files that a saved model or adapter carries along: the tokenizer's, and what ends a generation.
-    pub(crate) fn companions(&self) -> Vec<PathBuf> {
-        self.files.companions()
+    /// What a saved model or adapter carries along: the tokenizer's files, and a generation configuration with the end
+    /// tokens of `tokenizer`, or else of the tokenizer among the files.
+    pub(crate) fn companions(&self, tokenizer: Option<&Tokenizer>) -> Result<Vec<Companion>, Error> {
+        if tokenizer.is_some() {
+            return companions(&self.files, tokenizer);
+        }
+        // One that cannot be read is copied like any other file, and keeps nobody from saving.
+        companions(&self.files, self.files.load_tokenizer().ok().flatten().as_ref())
     }
 
     /// What its weights take in memory, by class.
@@ -109,6 +113,9 @@ impl Model {
     /// The model with an adapter from PEFT's files: a directory, or a name on the hub ([`Source`](crate::Source)).
     /// [`load_adapter_as`](Self::load_adapter_as) is for several.
     ///
+    /// Its tokenizer and chat template take the place of the checkpoint's where it brings them: saving writes these, and
+    /// [`load_tokenizer`](Self::load_tokenizer) reads them. [`notices`](Self::notices) says so where they differ.
+    ///
     /// # Errors
     /// [`Error::File`] when they are not found, [`Error::Model`] when they are unreadable or do not match this model
     /// exactly.
@@ -117,7 +124,8 @@ impl Model {
         Ok(self)
     }
 
-    /// Returns notices for the user about the adapters: one that changes nothing, or that carries untrained tables.
+    /// Returns notices for the user about the adapters: one that changes nothing, that carries untrained tables, or that
+    /// brings another tokenizer or chat template than the checkpoint's.
     pub fn notices(&self) -> &[String] {
         &self.notices
     }
@@ -134,15 +142,29 @@ impl Model {
     /// [`Error::Train`] when the system refuses; a directory that stood there before is then untouched.
     pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<(), Error> {
         if self.inner.adapters().is_empty() {
-            return Ok(save_result(&self.inner, dir.as_ref(), &self.companions(), self.inner.trained_dtype())?);
+            return Ok(save_result(&self.inner, dir.as_ref(), &self.companions(None)?, self.inner.trained_dtype())?);
         }
-        Ok(save_adapters(&self.inner, dir.as_ref(), &self.companions())?)
+        Ok(save_adapters(&self.inner, dir.as_ref(), &self.companions(None)?)?)
+    }
+
+    /// [`evaluate`](Self::evaluate), with the loss of every token of every row.
+    ///
+    /// # Errors
+    /// As `evaluate`.
+    pub fn evaluate_tokens(
+        &self,
+        tokenizer: Option<&Tokenizer>,
+        data: &DataSource,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Evaluation, Error> {
+        let (dataset, _) = self.encode(tokenizer, data)?;
+        Ok(evaluate_tokens(&self.inner, &dataset, EVAL_BATCH_SIZE, progress)?)
     }
 
     /// The loss of every row of `data`. Rows longer than the model's `max_seq_length` are errors.
     ///
     /// # Errors
-    /// [`Error::Data`] for rows that cannot be read or do not fit.
+    /// [`Error::Data`] for rows that cannot be read or do not fit, [`Error::Train`] for a loss that is not finite.
     pub fn evaluate(
         &self,
         tokenizer: Option<&Tokenizer>,
@@ -150,31 +172,38 @@ impl Model {
         progress: &mut dyn FnMut(usize),
     ) -> Result<Evaluation, Error> {
         let (dataset, _) = self.encode(tokenizer, data)?;
-        Ok(evaluate(&self.inner, &dataset, 8, progress)?)
+        Ok(evaluate(&self.inner, &dataset, EVAL_BATCH_SIZE, progress)?)
     }
 
-    /// Continues `prompt` token by token; `on_token` returns whether to go on.
+    /// The ids that end a generation: `eos_token_id` of the checkpoint's `generation_config.json` or, where that has none,
+    /// of `config.json`; and with a tokenizer, those of its own directory (an adapter's, say), its `eos_token`, and the
+    /// token with which its chat template ends the assistant's turns.
+    ///
+    /// Rows are trained to end with one of these, so that a base model that learned conversations stops at the end of a
+    /// turn, which its checkpoint does not name.
     ///
     /// # Errors
-    /// [`Error::Model`] for a prompt that is empty, too long or beyond the vocabulary.
-    pub fn generate(
-        &self,
-        prompt: &[u32],
-        config: &GenerationConfig,
-        on_token: impl FnMut(u32) -> bool,
-    ) -> Result<Generated, Error> {
-        let (ids, stop) = self.inner.generate(prompt, config, on_token)?;
-        Ok(Generated { ids, stop })
+    /// [`Error::Data`] when a file of the checkpoint is broken.
+    pub fn end_tokens(&self, tokenizer: Option<&Tokenizer>) -> Result<Vec<u32>, Error> {
+        end_tokens(self.path(), tokenizer)
     }
 
-    /// The ids that end a generation, from the checkpoint's `generation_config.json` or `config.json`.
-    ///
-    /// Where there is a tokenizer, [`Tokenizer::eos_ids`] also knows its `eos_token`.
+    /// What a user should be told when `rows` train texts to end with a token that the checkpoint does not name as an end
+    /// token, as conversations do for most base models. [`end_tokens`](Self::end_tokens) has it all the same.
     ///
     /// # Errors
-    /// [`Error::Data`] when the file is broken.
-    pub fn eos_ids(&self) -> Result<Vec<u32>, Error> {
-        Ok(eos_token_ids(self.path())?.unwrap_or_default())
+    /// [`Error::Data`] when a file of the checkpoint is broken.
+    pub fn end_token_notice(&self, tokenizer: &Tokenizer, rows: &Dataset) -> Result<Option<String>, Error> {
+        notice(self.path(), tokenizer, rows)
+    }
+
+    /// Reads the tokenizer that goes with the model, with its chat template: the adapter's where it brings them, else the
+    /// checkpoint's; `None` where there is none.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for a broken tokenizer.
+    pub fn load_tokenizer(&self) -> Result<Option<Tokenizer>, Error> {
+        self.files.load_tokenizer()
     }
 
     /// The rows of `data` as this model takes them, and what was found in its files.

@@ -20,6 +20,7 @@ use crate::{Error, Model, Source, skip};
 mod files;
 mod plan;
 mod rows;
+mod tokenizer;
 
 pub use files::Files;
 pub(crate) use files::base_directory;
@@ -116,7 +117,7 @@ impl Loader {
         self
     }
 
-    /// The adapter that will be put on the model: a window that was widened when it was trained is widened alike, tables
+    /// The adapter that will be put on the model: its tokenizer and chat template are the model's where it brings them, a window that was widened when it was trained is widened alike, tables
     /// get as many rows as those have that it saved, and a dense base is quantized as an adapter asks for that starts from
     /// what codes miss (LoftQ), unless [`load_in_4bit`](Self::load_in_4bit) and its like say how.
     pub fn for_adapter(mut self, dir: impl Into<PathBuf>) -> Self {
@@ -222,9 +223,9 @@ impl Loader {
     /// [`Error::Data`] for its tokenizer, [`Error::Device`] and [`Error::Argument`] for what was asked, and those of
     /// [`fetch`](Self::fetch).
     pub fn load(mut self) -> Result<(Model, Tokenizer), Error> {
-        let dir = self.fetch()?.tokenizer().to_owned();
+        let files = self.fetch()?.clone();
         let model = self.load_model()?;
-        Ok((model, Tokenizer::from_dir(&dir)?))
+        Ok((model, Tokenizer::from_dir(files.tokenizer())?))
     }
 
     /// Reads the model alone, for pretokenized rows.

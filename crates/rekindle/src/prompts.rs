@@ -1,6 +1,6 @@
 //! The prompts that are answered while a model is trained.
 
-use rekindle_data::{Dataset, Message, RenderOptions, Tokenizer, counted};
+use rekindle_data::{ChatPrompt, Dataset, Tokenizer, counted};
 use rekindle_train::{SamplePrompt, Sampler, SftConfig};
 
 use crate::{Error, Model};
@@ -13,8 +13,8 @@ pub(crate) fn sampler<'a>(
     eval: Option<&Dataset>,
 ) -> Result<Option<Sampler<'a>>, Error> {
     let prompts = prompts(tokenizer, config, eval, model.causal_lm().max_seq_length())?;
-    let eos_ids = tokenizer.map_or_else(|| model.eos_ids(), |tokenizer| Ok(tokenizer.eos_ids().to_vec()))?;
-    let sampler = Sampler::new(prompts, config.sample_max_new_tokens, &eos_ids, tokenizer);
+    let end_tokens = model.end_tokens(tokenizer)?;
+    let sampler = Sampler::new(prompts, config.sample_max_new_tokens, &end_tokens, tokenizer);
     Ok((!sampler.is_empty()).then_some(sampler))
 }
 
@@ -64,8 +64,5 @@ fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Error> {
     if !tokenizer.has_chat_template() {
         return Ok(tokenizer.encode(text, true)?);
     }
-    let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-    let rendered = tokenizer.chat_template()?.render(&[Message::new("user", text)], &options)?;
-    // The template has written the special tokens already.
-    Ok(tokenizer.encode(&rendered, false)?)
+    Ok(ChatPrompt::new(None, text).encode(tokenizer)?)
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rekindle_hub::{Checkpoint, companion_files};
 use rekindle_models::{LoadIn, MemoryReport, ModelConfig, stored_quantization};
-use rekindle_train::write_result;
+use rekindle_train::{Companion, write_result};
 use serde_json::Value;
 
 use crate::{Error, Source, skip};
@@ -32,7 +32,9 @@ pub fn quantize(
     }
     spare_dense(out.as_ref())?;
     let (mut done, total) = (0, checkpoint.total_bytes());
-    let report = write_result(out.as_ref(), false, &companion_files(model), |dir| {
+    // Nothing is trained here, so the generation configuration stays as it is.
+    let companions: Vec<_> = companion_files(model).into_iter().map(Companion::from).collect();
+    let report = write_result(out.as_ref(), false, &companions, |dir| {
         Ok(rekindle_models::quantize(&checkpoint, load_in, skip_modules, dir, &mut |bytes| {
             done += bytes;
             progress(done, total);

@@ -160,8 +160,10 @@ impl<'a> SftTrainer<'a> {
     pub fn train(mut self) -> Result<Report, Error> {
         let train = self.encode(self.train.clone())?;
         let eval = self.eval.take().map(|rows| self.encode(rows)).transpose()?;
-        let companions = self.model.companions();
+        let companions = self.model.companions(self.tokenizer)?;
         let sampler = sampler(self.model, self.tokenizer, &self.config, eval.as_ref().map(|rows| &rows.dataset))?;
+        let notice = self.tokenizer.map(|tokenizer| self.model.end_token_notice(tokenizer, &train.dataset));
+        let notice = notice.transpose()?.flatten();
         let configuration = self.run_file.unwrap_or_else(|| format!("{:#?}", self.config));
         let run_name = self.config.run_name.clone();
         let description = describe(
@@ -181,6 +183,7 @@ impl<'a> SftTrainer<'a> {
             .describe(description)
             .model_card(card)
             .overwrite(self.overwrite)
+            .notes(notice.into_iter().collect())
             .stop_flag(self.stop)
             .on_event(self.on_event);
         if let Some(eval) = eval {

@@ -6,7 +6,7 @@ mod lengths;
 #[cfg(test)]
 pub(crate) use estimate::tests::qwen3_4b;
 
-use rekindle_data::{LoadReport, Tokenizer};
+use rekindle_data::LoadReport;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{DeviceKind, open_device};
 use rekindle_lora::GradientCheckpointing;
@@ -86,8 +86,7 @@ pub fn suggest(
     let checkpoint = Checkpoint::open(&files.model)?;
     let config = ModelConfig::from_checkpoint(&checkpoint)?;
     let is_quantized = checkpoint.config().get("quantization_config").is_some_and(|config| !config.is_null());
-    let has_tokenizer = files.tokenizer().join("tokenizer.json").is_file();
-    let tokenizer = has_tokenizer.then(|| Tokenizer::from_dir(files.tokenizer())).transpose()?;
+    let tokenizer = files.load_tokenizer()?;
 
     // Whatever the longest row is: how long rows may be is what is to be found out.
     let load = |source: &DataSource| source.encode(tokenizer.as_ref(), usize::MAX, config.vocab_size);

@@ -3,13 +3,13 @@
 use std::error::Error;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rekindle::{
     DataSource, Dtype, Event, FastLanguageModel, LrSchedulerType, SftConfig, SftTrainer, StepCount, Tokenizer,
 };
 use rekindle_data::{Message, RenderOptions};
-use rekindle_train::save_result;
+use rekindle_train::{Companion, save_result};
 use serde_json::{Value, json};
 
 use crate::{random_checkpoint, root};
@@ -69,7 +69,7 @@ pub(crate) fn make(scratch: &Path, steps: usize) -> Result<(), Box<dyn Error>> {
             }
         })
         .train()?;
-    let companions: Vec<PathBuf> = tokenizer.files();
+    let companions: Vec<_> = tokenizer.files().into_iter().map(Companion::from).collect();
     save_result(model.causal_lm(), &out.join("base"), &companions, rekindle_hub::Dtype::BF16)?;
     Ok(())
 }

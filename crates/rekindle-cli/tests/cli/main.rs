@@ -7,6 +7,7 @@ mod checkpoints;
 mod context;
 mod data;
 mod errors;
+mod generation;
 #[cfg(feature = "network")]
 mod hub;
 mod init;
@@ -48,6 +49,16 @@ impl Done {
             assert!(self.stderr.contains(part), "{part:?} is not in: {}", self.stderr);
         }
         assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
+    }
+
+    /// What `generate --json` printed, without the times, which no two runs share.
+    fn answer(self) -> Value {
+        let mut answer = self.json();
+        let fields = answer.as_object_mut().unwrap();
+        for key in ["prompt_seconds", "tokens_per_second"] {
+            assert!(fields.remove(key).is_some(), "{key}");
+        }
+        answer
     }
 
     fn json(self) -> Value {

@@ -70,9 +70,9 @@ fn a_quantized_checkpoint_has_the_tokenizer_and_answers() {
     let out = scratch.path("nf4").display().to_string();
     rekindle(["quantize", "--model", &base, "--to", "nf4", "--out", &out]).ok();
     let question = ["--device", "cpu", "--json", "--chat", "What is a whale?"];
-    let answer = rekindle(["generate", "--model", &out].iter().chain(&question)).json();
+    let answer = rekindle(["generate", "--model", &out].iter().chain(&question)).answer();
     assert!(!answer["text"].as_str().unwrap().is_empty());
-    assert_eq!(answer, rekindle(["generate", "--model", &base, "--load-in-4bit"].iter().chain(&question)).json());
+    assert_eq!(answer, rekindle(["generate", "--model", &base, "--load-in-4bit"].iter().chain(&question)).answer());
     // Once more into the same place.
     rekindle(["quantize", "--model", &base, "--to", "int8", "--out", &out]).ok();
     assert_eq!(rekindle(["inspect", &out, "--json"]).json()["quantization"]["load_in_8bit"], true);

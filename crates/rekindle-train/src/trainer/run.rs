@@ -76,6 +76,7 @@ impl<'a> Run<'a> {
             locked = Some(lock(dir)?);
         }
         job.output().clear()?;
+        notes.append(&mut job.notes);
         let mut best = None;
         if let Some(checkpoint) = &checkpoint {
             checkpoint.restore_optimizer(&mut optimizer)?;

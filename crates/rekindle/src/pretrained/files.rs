@@ -15,18 +15,21 @@ pub struct Files {
     pub model: PathBuf,
     /// That of the adapter, when one was given as the model.
     pub adapter: Option<PathBuf>,
-    /// What the user should be told: the hub was out of reach, and the cache was taken instead.
+    /// What the user should be told: the hub was out of reach, and the cache was taken instead; the adapter brings a
+    /// tokenizer or template that is not the checkpoint's.
     pub notices: Vec<String>,
     /// What the checkpoint was called, and its revision where one was given.
     pub(crate) name: String,
     pub(super) revision: Option<String>,
+    /// An adapter that is put on the model beside, or instead of, the one that was given as it.
+    pub(super) beside: Option<PathBuf>,
 }
 
 impl Files {
     /// A checkpoint and an adapter that lie here.
     pub(crate) fn of(model: &Path, adapter: &Path) -> Self {
         let (model, adapter) = (model.to_owned(), Some(adapter.to_owned()));
-        Self { name: model.display().to_string(), model, adapter, notices: Vec::new(), revision: None }
+        Self { name: model.display().to_string(), model, adapter, notices: Vec::new(), revision: None, beside: None }
     }
 
     /// Returns the files that a saved model or adapter carries along: tokenizer, chat templates, processors and the
@@ -55,11 +58,6 @@ impl Files {
         });
         files.extend(lacking);
         files
-    }
-
-    /// The directory whose tokenizer is meant: the adapter's, if it has one.
-    pub fn tokenizer(&self) -> &Path {
-        self.adapter.as_deref().filter(|adapter| adapter.join("tokenizer.json").is_file()).unwrap_or(&self.model)
     }
 }
 
@@ -104,7 +102,12 @@ impl Loader {
     pub fn fetch(&mut self) -> Result<&Files, Error> {
         let files = match self.files.take() {
             Some(files) => files,
-            None => self.find()?,
+            None => {
+                let mut files = self.find()?;
+                files.beside = self.adapter.clone();
+                files.notices.extend(files.notice());
+                files
+            }
         };
         Ok(self.files.insert(files))
     }
@@ -116,7 +119,7 @@ impl Loader {
         let mut notices: Vec<String> = first.notice.into_iter().collect();
         let Some(base) = adapter_base(&first.path)? else {
             let (name, revision) = (given.display().to_string(), self.source.revision.clone());
-            return Ok(Files { model: first.path, adapter: None, notices, name, revision });
+            return Ok(Files { model: first.path, adapter: None, notices, name, revision, beside: None });
         };
         let adapter = first.path;
         if self.full_finetuning {
@@ -132,7 +135,7 @@ impl Loader {
         let found = found.map_err(|error| Error::AdapterBase { adapter: given, source: Box::new(error) })?;
         notices.extend(found.notice);
         let (name, revision) = (name.display().to_string(), base.revision);
-        Ok(Files { model: found.path, adapter: Some(adapter), notices, name, revision })
+        Ok(Files { model: found.path, adapter: Some(adapter), notices, name, revision, beside: None })
     }
 
     /// The directories with the configuration of the model, and of the adapter that was given as it; of a name on the hub

@@ -33,10 +33,7 @@ impl Loader {
         let (_, max_seq_length) = self.positions(adapter, &config)?;
         let saved = adapter.map(saved_rows).transpose().map_err(rekindle_models::Error::from)?.flatten();
         let vocab_size = self.resize_model_vocab.or(saved).unwrap_or(config.vocab_size);
-        let dir = files.tokenizer();
-        let has_tokenizer = dir.join("tokenizer.json").is_file();
-        let tokenizer = has_tokenizer.then(|| Tokenizer::from_dir(dir)).transpose()?;
-        Ok(RowEncoder { tokenizer, max_seq_length, vocab_size })
+        Ok(RowEncoder { tokenizer: files.load_tokenizer()?, max_seq_length, vocab_size })
     }
 }
 

@@ -1,0 +1,134 @@
+//! Generation of tokens and of text.
+
+use std::time::{Duration, Instant};
+
+use rekindle_data::Tokenizer;
+use rekindle_models::{GenerationConfig, StopReason};
+
+use crate::stop_strings::StopStrings;
+use crate::{Error, Model};
+
+/// What [`Model::generate`] made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Generated {
+    /// The new tokens, an end token included.
+    pub ids: Vec<u32>,
+    /// Why it ended.
+    pub stop: StopReason,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// The time until the first new token, in which the prompt is read.
+    pub first_token: Duration,
+    /// The time of all of it.
+    pub time: Duration,
+}
+
+/// What [`Model::generate_text`] made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GeneratedText {
+    /// The new text, without special tokens, up to the end token or the stop string.
+    pub text: String,
+    /// The stop string that ended it.
+    pub stop_string: Option<String>,
+    /// Its tokens: all of them, those of a stop string included.
+    pub generated: Generated,
+}
+
+impl Generated {
+    /// New tokens a second after the first one; `None` when there is no second token.
+    pub fn tokens_per_second(&self) -> Option<f64> {
+        let seconds = (self.time - self.first_token).as_secs_f64();
+        (self.ids.len() > 1 && seconds > 0.0).then(|| (self.ids.len() - 1) as f64 / seconds)
+    }
+}
+
+impl GeneratedText {
+    /// Why it ended, in a word: `"end_token"`, `"stop_string"`, `"length"` or `"caller"`.
+    pub fn stop_reason(&self) -> &'static str {
+        if self.stop_string.is_some() { "stop_string" } else { self.generated.stop.name() }
+    }
+}
+
+impl Model {
+    /// Continues `prompt` token by token; `on_token` returns whether to go on.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a prompt that is empty, too long or beyond the vocabulary, and for logits that are not
+    /// finite.
+    pub fn generate(
+        &self,
+        prompt: &[u32],
+        config: &GenerationConfig,
+        mut on_token: impl FnMut(u32) -> bool,
+    ) -> Result<Generated, Error> {
+        let (start, mut first_token) = (Instant::now(), None);
+        let (ids, stop) = self.causal_lm().generate(prompt, config, |id| {
+            first_token.get_or_insert_with(|| start.elapsed());
+            on_token(id)
+        })?;
+        let time = start.elapsed();
+        let first_token = first_token.unwrap_or(time);
+        Ok(Generated { ids, stop, prompt_tokens: prompt.len(), first_token, time })
+    }
+
+    /// Continues `prompt` with text, until an end token or one of the strings `stop`; `on_text` gets each piece as soon
+    /// as it is certain, and returns whether to go on. The pieces are [`GeneratedText::text`], except where bytes that
+    /// are no UTF-8 turn out to be so only later.
+    ///
+    /// A stop string is cut off exactly, also where it begins or ends within a token. One that is a special token, such
+    /// as `<|im_end|>`, is a further end token. Only new text is looked at.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate); [`Error::Argument`] for a stop string that is empty or has a special token in it,
+    /// [`Error::Data`] when the tokenizer's decoder fails.
+    pub fn generate_text(
+        &self,
+        tokenizer: &Tokenizer,
+        prompt: &[u32],
+        config: &GenerationConfig,
+        stop: &[String],
+        mut on_text: impl FnMut(&str) -> bool,
+    ) -> Result<GeneratedText, Error> {
+        let (mut stops, ids) = StopStrings::new(tokenizer, stop)?;
+        let mut config = config.clone();
+        config.eos_ids.extend(ids);
+        let mut decoder = tokenizer.stream_decoder(true);
+        let (mut text, mut stop_string, mut failure) = (String::new(), None, None);
+        let generated = self.generate(prompt, &config, |id| {
+            // An end token that the vocabulary does not call special would be shown.
+            if config.eos_ids.contains(&id) {
+                return true;
+            }
+            let piece = match decoder.push(id) {
+                Ok(piece) => piece.unwrap_or_default(),
+                Err(error) => {
+                    failure = Some(error);
+                    return false;
+                }
+            };
+            let (certain, found) = stops.push(&piece);
+            text += &certain;
+            let go_on = certain.is_empty() || on_text(&certain);
+            stop_string = found;
+            go_on && stop_string.is_none()
+        })?;
+        if let Some(error) = failure {
+            return Err(error.into());
+        }
+        if stop_string.is_none() {
+            // What waited for the rest of a character or of a stop string.
+            let (certain, found) = stops.push(&decoder.finish()?.unwrap_or_default());
+            let rest = if found.is_none() { certain + &stops.finish() } else { certain };
+            stop_string = found;
+            text += &rest;
+            if !rest.is_empty() && generated.stop != StopReason::Caller {
+                on_text(&rest);
+            }
+        }
+        if stop_string.is_none() {
+            let end = usize::from(generated.stop == StopReason::EndToken);
+            text = tokenizer.decode(&generated.ids[..generated.ids.len() - end], true)?;
+        }
+        Ok(GeneratedText { text, stop_string, generated })
+    }
+}
