@@ -200,7 +200,7 @@ mod tests {
     #[test]
     fn integers_keep_their_digits() {
         let parsed =
-            parse(r#"{"a": [25000000000000000000, -9223372036854775809], "b": 18446744073709551615}"#).unwrap();
+            parse(r#"{"a": [25000000000000000000, -9223372036854775809], "b": 18446744073709551615}"#).expect("valid");
         assert_eq!(integer(&parsed["a"][0]), Some("25000000000000000000"));
         assert_eq!(integer(&parsed["a"][1]), Some("-9223372036854775809"));
         assert_eq!(parsed["b"], json!(u64::MAX));
@@ -215,14 +215,14 @@ mod tests {
             r#"[1234567890123456789.5, 12345678901234567890e2, -1, 0, -9223372036854775808]"#,
             r#"["\\", 1234567890123456789012, "\\\""]"#,
         ] {
-            let expected: Value = serde_json::from_str(text).unwrap();
-            let mut parsed = parse(text).unwrap();
+            let expected: Value = serde_json::from_str(text).expect("valid");
+            let mut parsed = parse(text).expect("valid");
             if let Some(large) = parsed.get_mut(1).filter(|value| integer(value).is_some()) {
-                *large = json!(integer(large).unwrap().parse::<f64>().unwrap());
+                *large = json!(integer(large).expect("valid").parse::<f64>().expect("valid"));
             }
             assert_eq!(parsed, expected);
         }
-        assert_eq!(parse("[-0, -0.0, 0]").unwrap().to_string(), "[0,-0.0,0]");
+        assert_eq!(parse("[-0, -0.0, 0]").expect("valid").to_string(), "[0,-0.0,0]");
     }
 
     /// As [`parse`], whatever pieces the document comes in.
@@ -233,12 +233,12 @@ mod tests {
         let text = text.replace("0025", "25");
         for size in [1, 2, 7, 1000] {
             let reader = std::io::BufReader::with_capacity(size, text.as_bytes());
-            let value: Value = serde_json::from_reader(Guarded::new(reader)).unwrap();
-            assert_eq!(value, parse(&text).unwrap());
+            let value: Value = serde_json::from_reader(Guarded::new(reader)).expect("valid");
+            assert_eq!(value, parse(&text).expect("valid"));
             assert_eq!(integer(&value["b"][0]), Some("25000000000000000000"));
         }
         let number: Value =
-            serde_json::from_reader(Guarded::new(&b"340282366920938463463374607431768211456"[..])).unwrap();
+            serde_json::from_reader(Guarded::new(&b"340282366920938463463374607431768211456"[..])).expect("valid");
         assert_eq!(integer(&number), Some("340282366920938463463374607431768211456"));
     }
 

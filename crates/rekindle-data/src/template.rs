@@ -93,7 +93,7 @@ impl ChatTemplate {
 
     /// Names the file that the template is from in errors.
     #[must_use]
-    pub(crate) fn from_file(self, origin: String) -> Self {
+    pub(crate) fn with_origin(self, origin: String) -> Self {
         ChatTemplate { origin: Some(origin), ..self }
     }
 

@@ -10,7 +10,7 @@ use crate::mask::{self, NotShown, Thinking, TrainOn};
 use crate::message::Message;
 use crate::options::EncodeOptions;
 use crate::spans::{self, Conversation, Turn};
-use crate::template::{ChatTemplate, RenderOptions};
+use crate::template::{ChatTemplate, REASONING, RenderOptions};
 use crate::tokenizer::{NamedTemplate, Tokenized, Tokenizer};
 
 /// Encodes the template's text, to which no special tokens are added again.
@@ -98,9 +98,16 @@ fn begins_in(place: &Range<usize>, spans: &[Range<usize>]) -> bool {
 fn not_shown(named: &NamedTemplate, left_out: &[String]) -> String {
     let (first, more) = left_out.split_at(left_out.len().min(3));
     let more = if more.is_empty() { String::new() } else { format!(" and {} more", more.len()) };
+    let is_reasoning = |part: &String| {
+        part.starts_with(shown::REASONING_OF) || REASONING.iter().any(|name| part.ends_with(&format!(".{name}")))
+    };
+    let strip = match left_out.iter().all(is_reasoning) {
+        true => "data.thinking = \"strip\" to train answers without reasoning, ",
+        false => "",
+    };
     format!(
-        "the chat template {} shows nothing of {}{more}; use a template that shows it, or set data.not_shown = \"drop\" to \
-         leave such rows out, \"allow\" to train them without it",
+        "the chat template {} shows nothing of {}{more}; use a template that shows it, or set {strip}data.not_shown = \
+         \"drop\" to leave such rows out, \"allow\" to train them without it",
         named.path.display(),
         first.join(", ")
     )

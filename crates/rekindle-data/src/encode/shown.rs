@@ -50,6 +50,9 @@ pub(super) fn left_out(
     missing
 }
 
+/// What stands before the name of a turn whose reasoning is part of its content.
+pub(super) const REASONING_OF: &str = "the reasoning of";
+
 /// How long a text is that is not in a rendering by chance.
 const TELLING: usize = 24;
 
@@ -127,7 +130,7 @@ impl Marked {
         let inner = thought.replace("<think>", "").replace("</think>", "");
         let mut marked = thought.to_owned();
         if !inner.trim().is_empty() {
-            let mark = self.mark(format!("the reasoning of messages[{turn}]"), Some(turn), inner.trim());
+            let mark = self.mark(format!("{REASONING_OF} messages[{turn}]"), Some(turn), inner.trim());
             marked = marked.replacen("</think>", &format!("{mark}</think>"), 1);
         }
         if !answer.trim().is_empty() {

@@ -1,7 +1,7 @@
 use serde_json::{Value, json};
 
 use super::*;
-use crate::mask::Thinking;
+use crate::mask::{NotShown, Thinking};
 use crate::test_support::{
     BRACKETS, CHATML, DEFAULT_SYSTEM, HEADERS, MARKED, THINKING, checkpoint, save_tokenizer, tokenizer, write_json,
 };
@@ -340,4 +340,42 @@ fn every_turn_ends_with_an_end_token() {
     let marked = marked.replace("{% for m in messages %}", "{% for m in messages if m.role == 'assistant' %}");
     let found = error(&marked, &assistant).expect("marks before the end token");
     assert!(found.ends_with("put <|im_end|> before {% endgeneration %}"), "{found}");
+}
+
+#[test]
+fn what_the_template_leaves_out_is_an_error_or_counted() {
+    let (dir, tokenizer) = tokenizer(CHATML);
+    let error = |row: Value, options: &EncodeOptions| {
+        try_encode(&tokenizer, row, options).expect_err("left out").replace(&dir.path().display().to_string(), "DIR")
+    };
+    let call = json!({"role": "assistant", "content": null, "tool_calls": [{"name": "clock", "arguments": {}}]});
+    let row = json!({"messages": [turn("user", "Q"), call, turn("tool", "5"), turn("assistant", "A")]});
+    assert_eq!(
+        error(row.clone(), &EncodeOptions::default()),
+        "the chat template DIR/chat_template.jinja shows nothing of messages[1].tool_calls[0]; use a template that shows it, \
+         or set data.not_shown = \"drop\" to leave such rows out, \"allow\" to train them without it"
+    );
+    for not_shown in [NotShown::Drop, NotShown::Allow] {
+        let options = EncodeOptions { not_shown, ..EncodeOptions::default() };
+        assert!(try_encode(&tokenizer, row.clone(), &options).expect("encodable").notes.not_shown);
+    }
+    // Reasoning can be left out on purpose.
+    let row =
+        json!({"messages": [turn("user", "Q"), {"role": "assistant", "content": "A", "reasoning_content": "why"}]});
+    for how in [Thinking::Keep, Thinking::Mask] {
+        let found = error(row.clone(), &thinking(how));
+        assert!(
+            found.contains(
+                "messages[1].reasoning_content; use a template that shows it, or set data.thinking = \"strip\""
+            ),
+            "{found}"
+        );
+    }
+    let stripped = try_encode(&tokenizer, row.clone(), &thinking(Thinking::Strip)).expect("encodable");
+    assert!(!stripped.notes.not_shown);
+    // That of a turn that is not trained is nobody's loss.
+    let mut untrained = row;
+    untrained["messages"][1]["train"] = json!(false);
+    untrained["messages"].as_array_mut().expect("a list").extend([turn("user", "R"), turn("assistant", "B")]);
+    assert!(!try_encode(&tokenizer, untrained, &EncodeOptions::default()).expect("encodable").notes.not_shown);
 }

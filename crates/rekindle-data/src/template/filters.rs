@@ -72,7 +72,7 @@ fn method(state: &mut State<'_, '_>, value: &Value, name: &str, args: &[Value]) 
     if let Some(format) = format {
         state.consume_fuel(width(format, args) / 64)?;
     }
-    if !format.is_some_and(|format| !format.contains([':', '!', '.', '['])) {
+    if format.is_none_or(|format| format.contains([':', '!', '.', '['])) {
         return minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args);
     }
     let texts = args.iter().map(|arg| if arg.is_kwargs() { Ok(arg.clone()) } else { text(state, arg) });

@@ -51,7 +51,7 @@ impl Templates {
             };
             let template = ChatTemplate::with_special_tokens(&text, special_tokens)
                 .map_err(|error| format!("{origin}: {error}"))
-                .map(|template| template.from_file(origin));
+                .map(|template| template.with_origin(origin));
             NamedTemplate { name, path, template, end_of_turn: OnceLock::new() }
         };
         Templates(sources.into_iter().map(parse).collect())
