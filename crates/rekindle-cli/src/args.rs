@@ -47,7 +47,7 @@ pub(crate) enum Command {
     /// Measure a model's loss on a file of rows
     Eval(EvalArgs),
     /// Continue a prompt or answer a message
-    Generate(GenerateArgs),
+    Generate(Box<GenerateArgs>),
     /// Write a checkpoint with an adapter added into its weights
     Merge(MergeArgs),
     /// Write a checkpoint with its linears in 4-bit or 8-bit codes, as bitsandbytes reads them

@@ -112,7 +112,7 @@ mod tests {
 
     fn parse(more: &[&str]) -> Result<GenerateArgs, clap::Error> {
         match Args::try_parse_from(["rekindle", "generate", "--model", "m"].iter().chain(more))?.command {
-            Command::Generate(args) => Ok(args),
+            Command::Generate(args) => Ok(*args),
             other => panic!("{other:?}"),
         }
     }
