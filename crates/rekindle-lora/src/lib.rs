@@ -37,6 +37,7 @@ mod init;
 mod linear;
 mod magnitude;
 mod merge;
+mod non_finite;
 pub mod peft;
 mod spectral;
 mod svd;

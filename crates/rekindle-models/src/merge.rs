@@ -258,16 +258,8 @@ impl CausalLm {
 
 /// Refuses an adapter with an infinity or NaN.
 fn check_adapter(adapter: &Adapter) -> Result<(), Error> {
-    let mut parts: Vec<(&str, &str, &[f32])> = Vec::new();
-    for (module, factors) in &adapter.factors {
-        parts.extend([(module.as_str(), "lora_A", &*factors.a), (module.as_str(), "lora_B", &*factors.b)]);
-        parts.extend(factors.magnitude.as_ref().map(|values| (module.as_str(), "lora_magnitude_vector", &**values)));
-    }
-    parts.extend(adapter.biases.iter().map(|(module, values)| (module.as_str(), "bias", &**values)));
-    parts.extend(adapter.saved.iter().map(|(module, (_, values))| (module.as_str(), "weight", &**values)));
-    let broken = parts.into_iter().find(|(.., values)| !values.iter().all(|value| value.is_finite()));
-    let Some((module, part, _)) = broken else { return Ok(()) };
-    let found = NonFinite::Weight { name: format!("{module}.{part}"), trained: true, rows: Vec::new() };
+    let Some(name) = adapter.first_non_finite() else { return Ok(()) };
+    let found = NonFinite::Weight { name, trained: true, rows: Vec::new() };
     Err(Error::NonFinite { what: "the adapter has a number that is not finite".to_owned(), found: Some(found) })
 }
 
