@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use rekindle_hub::Dtype;
-use rekindle_lora::{InitLoraWeights, LoraConfig};
+use rekindle_lora::{Bias, InitLoraWeights, LoraConfig};
 use rekindle_tests::{
     Golden, MODELS, RowLosses, assert_nll, read_json, relative_distance, tensors, train_written_adapter, worst_nll,
 };
@@ -89,6 +89,34 @@ fn we_still_write_the_adapter_that_peft_read() {
 }
 
 /// Not every program that reads adapters knows the word, and PEFT too resolves it before it saves.
+/// The base model's losses beside an active adapter, to the bit: of linears, magnitudes, biases and whole modules.
+#[test]
+fn the_base_is_there_beside_its_adapter() {
+    for name in MODELS {
+        let golden = Golden::open(name);
+        let batch = golden.packed();
+        let want = golden.load().nll(&batch).expect("golden rows fit");
+        let lora = LoraConfig::new(3).init_lora_weights(InitLoraWeights::Random).lora_dropout(0.5);
+        let mut dora = lora.clone().bias(Bias::All);
+        dora.use_dora = true;
+        let mut whole = lora.clone();
+        whole.modules_to_save = vec!["embed_tokens".to_owned(), "lm_head".to_owned()];
+        for config in [lora, dora, whole] {
+            let mut model = golden.load();
+            model.add_adapter(&config).expect("a valid configuration");
+            let moved = model.params().all_values().iter().map(|value| value * 1.5 + 0.01).collect();
+            model.params_mut().set_all_values(moved);
+            assert_ne!(model.nll(&batch).expect("golden rows fit"), want, "{name}");
+            assert_eq!(model.base_nll(&batch).expect("golden rows fit"), want, "{name}");
+        }
+        let mut model = golden.load();
+        let config = LoraConfig::new(3).init_lora_weights(InitLoraWeights::Olora);
+        model.add_adapter(&config).expect("a valid configuration");
+        let text = model.base_nll(&batch).expect_err("the base lost a part").to_string();
+        assert!(text.contains("subtracted its initial B·A from the base"), "{text}");
+    }
+}
+
 #[test]
 fn all_linear_is_saved_as_names() {
     let mut model = Golden::open("qwen3-tied").load();

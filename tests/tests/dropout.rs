@@ -5,7 +5,7 @@
 use burn::tensor::DType;
 use rekindle_kernels::dropout::{Dropout, Token, Tokens};
 use rekindle_kernels::{Device, Params, ParamsBuilder, RngKey, Weight, from_f32, to_f32};
-use rekindle_lora::{Adaptation, Factors, Linear, LinearGroup};
+use rekindle_lora::{Adaptation, Factors, Linear, LinearContext, LinearGroup};
 
 const WIDTH: usize = 64;
 const TOKENS: usize = 2000;
@@ -33,7 +33,8 @@ fn results(through_adapter: bool, p: f32, step: u32) -> Vec<Vec<f32>> {
     let tokens = (0..TOKENS as u32).map(|t| Token { row: t / 50, position: t % 50 }).collect();
     let tokens = Tokens::new(tokens, &Device::cpu());
     let x = from_f32(vec![1.0; TOKENS * WIDTH], [TOKENS, WIDTH], &Device::cpu(), DType::F32);
-    let (ys, _) = group.forward(&params, &x, Some(Dropout { p, key: RngKey { seed: 7, step }, tokens: &tokens }));
+    let dropout = Dropout { p, key: RngKey { seed: 7, step }, tokens: &tokens };
+    let (ys, _) = group.forward(LinearContext::new(&params).with_dropout(Some(dropout)), &x);
     ys.into_iter().map(to_f32).collect()
 }
 

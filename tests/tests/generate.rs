@@ -64,7 +64,7 @@ fn an_adapter_takes_part_in_generation() {
 
 /// The continuation with the smallest nll, tried one by one.
 fn most_likely(model: &CausalLm, text: &[u32]) -> u32 {
-    let vocab = model.config().vocab_size as u32;
+    let vocab = model.config().vocab_size() as u32;
     let documents: Vec<(Vec<u32>, Vec<i32>)> = (0..vocab)
         .map(|id| {
             let ids = [text, &[id]].concat();

@@ -236,7 +236,7 @@ fn write(dir: &Path, config: &Value) {
     let model = ModelConfig::from_json(config).unwrap();
     write_atomic(&dir.join("config.json"), config.to_string().as_bytes()).unwrap();
     let tensors: Vec<_> =
-        model.tensors().into_iter().map(|(name, shape)| TensorSpec::new(name, Dtype::F32, shape)).collect();
+        model.parameters().into_iter().map(|tensor| TensorSpec::new(tensor.name, Dtype::F32, tensor.shape)).collect();
     let mut state = 1u32;
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
     write_safetensors(&dir.join("model.safetensors"), &metadata, &tensors, |index, out| {

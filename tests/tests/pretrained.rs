@@ -77,7 +77,7 @@ fn new_tokens_are_the_mean_of_the_old() {
     for (name, tied) in [("qwen3-tied", true), ("qwen3-untied-sharded", false)] {
         let golden = Golden::open(name);
         let before = loader(&golden.dir).load_model().expect("a golden checkpoint loads");
-        let (vocab, hidden) = (before.causal_lm().config().vocab_size, before.causal_lm().config().hidden_size);
+        let (vocab, hidden) = (before.causal_lm().config().vocab_size(), before.causal_lm().config().hidden_size());
         let model = loader(&golden.dir).resize_model_vocab(vocab + 3).load_model().expect("rows can be added");
         // Three more logits take a little of every token's probability.
         let (was, is) = (loss(&before, &golden), loss(&model, &golden));

@@ -172,9 +172,9 @@ fn skipped_modules_stay_dense() {
     let report = model.memory_report();
     let c = model.config();
     let one_block = model.linears().iter().take(7).map(|(_, input, out)| input * out).sum::<usize>();
-    let down = c.hidden_size * c.intermediate_size;
+    let down = c.hidden_size() * c.intermediate_size();
     let dense = report.line(MemoryClass::DenseLinears).expect("some stay dense").weights;
-    assert_eq!(dense as usize, one_block + (c.num_hidden_layers - 1) * down);
+    assert_eq!(dense as usize, one_block + (c.num_hidden_layers() - 1) * down);
 }
 
 fn refused(golden: &str, change: impl FnOnce(&mut rekindle_models::LoadOptions)) -> String {

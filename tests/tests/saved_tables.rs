@@ -108,7 +108,7 @@ fn merged_files_have_the_tables_and_their_rows() {
         let model = loader.load_model().expect("the merged model loads");
         case.check("merged", model.causal_lm(), "merged");
         let rows = saved_rows(&case.dir).expect("readable").expect("it has tables");
-        assert_eq!(model.causal_lm().config().vocab_size, rows);
+        assert_eq!(model.causal_lm().config().vocab_size(), rows);
     }
 }
 
@@ -118,7 +118,7 @@ fn an_adapter_on_a_resized_base_carries_the_tables() {
     for (base, tables) in [("qwen3-tied", &["model.embed_tokens"][..]), ("llama3", &["lm_head", "model.embed_tokens"])]
     {
         let golden = Golden::open(base);
-        let rows = golden.load().config().vocab_size + 3;
+        let rows = golden.load().config().vocab_size() + 3;
         let resized = || golden.load_with(|options| options.resize_model_vocab = Some(rows));
         let mut model = resized();
         let lora = LoraConfig::new(2).target_modules(["q_proj"]);
@@ -162,7 +162,7 @@ fn an_adapter_on_a_resized_base_carries_the_tables() {
             let mut model = resized();
             let mut lora = lora.clone().modules_to_save(saved.iter().copied());
             lora.ensure_weight_tying = true;
-            if model.config().tie_word_embeddings {
+            if model.config().tie_word_embeddings() {
                 model.add_adapter(&lora).expect("valid");
                 assert!(model.carried_tables().is_empty(), "{base}: {saved:?} is both");
             }

@@ -15,7 +15,7 @@ pub(crate) fn write(dir: &Path, config: &Value, seed: u64) -> Result<(), Box<dyn
     let model = ModelConfig::from_json(config).map_err(|problems| problems.join("; "))?;
     write_atomic(&dir.join("config.json"), format!("{config:#}\n").as_bytes())?;
     let tensors: Vec<_> =
-        model.tensors().into_iter().map(|(name, shape)| TensorSpec::new(name, Dtype::F32, shape)).collect();
+        model.parameters().into_iter().map(|tensor| TensorSpec::new(tensor.name, Dtype::F32, tensor.shape)).collect();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
     write_sharded(dir, DEFAULT_MAX_SHARD_SIZE, &metadata, &tensors, |index, out| {
@@ -38,7 +38,7 @@ pub(crate) fn write_bf16(dir: &Path, config: &Value, seed: u64) -> Result<(), Bo
     let model = ModelConfig::from_json(config).map_err(|problems| problems.join("; "))?;
     write_atomic(&dir.join("config.json"), format!("{config:#}\n").as_bytes())?;
     let tensors: Vec<_> =
-        model.tensors().into_iter().map(|(name, shape)| TensorSpec::new(name, Dtype::BF16, shape)).collect();
+        model.parameters().into_iter().map(|tensor| TensorSpec::new(tensor.name, Dtype::BF16, tensor.shape)).collect();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let values: Vec<f32> = (0..TABLE).map(|_| 0.02 * normal(&mut rng)).collect();
     let mut table = Vec::with_capacity(2 * TABLE);

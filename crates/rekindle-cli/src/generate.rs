@@ -13,7 +13,7 @@ use crate::{open, output};
 pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let (model, tokenizer) = open::open(&args.model)?;
     let prompt = encode(args, &model, tokenizer.as_ref())?;
-    let vocab = model.causal_lm().config().vocab_size;
+    let vocab = model.causal_lm().config().vocab_size();
     if let Some(id) = args.stop_ids.iter().find(|&&id| id as usize >= vocab) {
         return Err(Failure::Configuration(format!(
             "--stop-ids {id} is beyond the model's vocabulary of {vocab}, so nothing would end there"

@@ -22,6 +22,9 @@ pub use targets::TargetModules;
 /// The seven linears of a decoder block, the default of [`LoraConfig::target_modules`].
 pub const BLOCK_LINEARS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
+/// Linears that stand for several of [`BLOCK_LINEARS`].
+pub const FUSED_LINEARS: [&str; 2] = ["qkv_proj", "gate_up_proj"];
+
 /// What [`LoraConfig::modules_to_save`] may name.
 pub const SAVABLE: [&str; 2] = ["embed_tokens", "lm_head"];
 
@@ -49,7 +52,7 @@ pub struct LoraConfig {
     pub lora_dropout: f64,
     /// Which biases of the base model are trained. Default none.
     pub bias: Bias,
-    /// Which linears get an adapter. Default [`BLOCK_LINEARS`].
+    /// Which linears get an adapter. Default [`BLOCK_LINEARS`], or a layer's linears where some of those are fused.
     pub target_modules: TargetModules,
     /// Which of those get none after all: names, or a regular expression for whole names.
     #[serde(skip_serializing_if = "Option::is_none")]

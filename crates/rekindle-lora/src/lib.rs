@@ -8,7 +8,7 @@
 //! ```
 //! use burn::tensor::DType;
 //! use rekindle_kernels::{Device, ParamsBuilder, Weight, from_f32, to_f32};
-//! use rekindle_lora::{Adaptation, Linear, LinearGroup, LoraConfig, initial_factors};
+//! use rekindle_lora::{Adaptation, Linear, LinearContext, LinearGroup, LoraConfig, initial_factors};
 //!
 //! let device = Device::cpu();
 //! let config = LoraConfig::new(2).lora_alpha(4.0);
@@ -22,7 +22,7 @@
 //! let params = params.build();
 //!
 //! let x = from_f32(vec![1.0, 2.0, 3.0], [1, 3], &device, DType::F32);
-//! let (y, _saved) = group.forward(&params, &x, None);
+//! let (y, _saved) = group.forward(LinearContext::new(&params), &x);
 //! // B starts at zero, so the adapted linear starts as the base.
 //! assert_eq!(to_f32(y[0].clone()), [1.0, 2.0]);
 //! ```
@@ -46,13 +46,13 @@ mod weighted;
 
 pub use adapter::{Adapter, EmbeddingTable, Factors, Module, Modules, saved_rows};
 pub use config::{
-    BLOCK_LINEARS, Bias, GradientCheckpointing, InitLoraWeights, LoftqConfig, LoraConfig, Pattern, SAVABLE,
-    TargetModules,
+    BLOCK_LINEARS, Bias, FUSED_LINEARS, GradientCheckpointing, InitLoraWeights, LoftqConfig, LoraConfig, Pattern,
+    SAVABLE, TargetModules,
 };
 pub use dora::initial_magnitude;
 pub use error::Error;
 pub use init::initial_factors;
-pub use linear::{Adaptation, Dropout, Linear, LinearGroup, Pending, Saved};
+pub use linear::{Adaptation, Dropout, Linear, LinearContext, LinearGroup, LinearPending, LinearSaved};
 pub use merge::merge;
 pub use spectral::{Start, loftq, taken, to_plain};
 pub use targets::match_targets;

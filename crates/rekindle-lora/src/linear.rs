@@ -6,7 +6,7 @@ pub use rekindle_kernels::dropout::Dropout;
 use rekindle_kernels::stacked::{Part, Stacked};
 use rekindle_kernels::{ParamRef, Params, ParamsBuilder, Tensor, Weight};
 
-pub use pass::{Pending, Saved};
+pub use pass::{LinearContext, LinearPending, LinearSaved};
 
 use crate::Factors;
 use crate::magnitude::Magnitude;
@@ -21,6 +21,8 @@ pub struct Linear {
     pub weight: Weight,
     /// b, one row of `out`.
     pub bias: Option<Weight>,
+    /// Widths of the outputs that y is split into, side by side; their sum is `out`. Empty for a single output.
+    outputs: Vec<usize>,
     /// b where it is trained beside an adapter.
     trained_bias: Option<ParamRef>,
     adapter: Option<Placed>,
@@ -55,6 +57,9 @@ struct Placed {
 /// W + s·B·A is never formed, and no gradient of a frozen W is computed. On CUDA frozen weights and their factors are
 /// one matrix ([`Stacked`]), so that the whole group is one product more than x·Aᵀ.
 ///
+/// A fused linear ([`Linear::fused`], such as Phi-3's `qkv_proj`) is one weight and one adapter with several outputs:
+/// the forward returns the outputs of all linears in order, and the backward takes a gradient for each.
+///
 /// # Shapes
 /// x `[tokens, in]`, y_j `[tokens, out_j]`, W_j `[out_j, in]`, A_j `[r_j, in]`, B_j `[out_j, r_j]`.
 ///
@@ -80,7 +85,25 @@ pub struct LinearGroup {
 impl Linear {
     /// A linear without an adapter.
     pub fn new(name: impl Into<String>, weight: Weight, bias: Option<Weight>) -> Self {
-        Self { name: name.into(), weight, bias, trained_bias: None, adapter: None }
+        Self { name: name.into(), weight, bias, outputs: Vec::new(), trained_bias: None, adapter: None }
+    }
+
+    /// A linear without an adapter whose result is split into outputs of these widths.
+    ///
+    /// # Panics
+    /// When the widths do not add up to the rows of the weight.
+    pub fn fused(name: impl Into<String>, weight: Weight, bias: Option<Weight>, outputs: Vec<usize>) -> Self {
+        assert_eq!(outputs.iter().sum::<usize>(), weight.dims()[0], "the outputs are the rows of the weight");
+        Self { outputs, ..Self::new(name, weight, bias) }
+    }
+
+    /// Every trained parameter of this linear: weight, biases and adapter.
+    fn trained_params(&self) -> impl Iterator<Item = ParamRef> + '_ {
+        let adapter = self.adapter.iter().flat_map(|placed| {
+            [Some(placed.a), Some(placed.b), placed.magnitude.as_ref().map(|magnitude| magnitude.at)]
+        });
+        let base = [self.weight.trained(), self.bias.as_ref().and_then(Weight::trained), self.trained_bias];
+        base.into_iter().chain(adapter).flatten()
     }
 
     /// b in the compute dtype, trained or not.
@@ -184,8 +207,13 @@ impl LinearGroup {
         self.linears.iter().filter_map(adaptation).collect()
     }
 
+    /// Every trained parameter of the group: weights, biases and adapters.
+    pub fn trained_params(&self) -> impl Iterator<Item = ParamRef> + '_ {
+        self.linears.iter().flat_map(Linear::trained_params)
+    }
+
     /// Whether anything in here is trained.
     pub fn is_trained(&self) -> bool {
-        self.a.is_some() || self.linears.iter().any(|l| l.weight.trained().is_some() || l.bias_grad().is_some())
+        self.trained_params().next().is_some()
     }
 }

@@ -32,7 +32,7 @@ pub(crate) struct Gain {
 
 /// What the backward needs.
 #[derive(Clone, Debug)]
-pub(crate) struct Saved {
+pub(crate) struct MagnitudeSaved {
     z: Tensor<2>,
     gain: Tensor<1>,
     /// 1 / ‖W + s·B·A‖.
@@ -62,16 +62,16 @@ impl Magnitude {
 }
 
 /// y without its bias from z and, where there is dropout, from (x − x̃)·Wᵀ.
-pub(crate) fn forward(z: Tensor<2>, beside: Option<Tensor<2>>, gain: Gain) -> (Tensor<2>, Saved) {
+pub(crate) fn forward(z: Tensor<2>, beside: Option<Tensor<2>>, gain: Gain) -> (Tensor<2>, MagnitudeSaved) {
     let Gain { gain, reciprocal } = gain;
     let mut y = z.clone().scale_columns(&gain);
     if let Some(beside) = beside {
         y = y.plus(&beside);
     }
-    (y, Saved { z, gain, reciprocal })
+    (y, MagnitudeSaved { z, gain, reciprocal })
 }
 
-impl Saved {
+impl MagnitudeSaved {
     /// The gradient to z; adds that of the magnitude.
     pub(crate) fn backward(&self, dy: &Tensor<2>, grads: &mut Grads, magnitude: ParamRef) -> Tensor<2> {
         let by_row = dy.clone().times(&self.z).scale_columns(&self.reciprocal);

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use crate::{Bias, Error, InitLoraWeights, LoraConfig, Pattern, TargetModules};
+use crate::{BLOCK_LINEARS, Bias, Error, InitLoraWeights, LoraConfig, Pattern, TargetModules};
 
 mod keys;
 
@@ -83,11 +83,13 @@ const CHANGES_BASE: [&str; 5] = ["pissa", "olora", "loftq", "corda", "lora_ga"];
 impl AdapterConfig {
     /// The file for an adapter that was made from `lora` on the linears `modules` (their full names).
     ///
-    /// `"all-linear"` is written as the last segments of `modules`, as a list: not every program that reads adapters
+    /// `"all-linear"`, or the default on a model with fused linears, is written as the last segments of `modules`, as a list: not every program that reads adapters
     /// knows the word, and PEFT too resolves it before it saves.
     pub fn new(lora: &LoraConfig, base_model_name_or_path: Option<&str>, modules: &[String]) -> Self {
         let mut lora = lora.clone();
-        if lora.target_modules == TargetModules::AllLinear {
+        let is_default = lora.target_modules == TargetModules::from(BLOCK_LINEARS);
+        let is_fused = |module: &String| crate::targets::is_fused(module);
+        if lora.target_modules == TargetModules::AllLinear || is_default && modules.iter().any(is_fused) {
             let mut names: Vec<&str> = modules.iter().map(|m| m.rsplit('.').next().unwrap_or(m)).collect();
             names.sort_unstable();
             names.dedup();

@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use regex::Regex;
 
 use crate::error::{nearest, nearest_hint};
-use crate::{Error, LoraConfig, TargetModules};
+use crate::{BLOCK_LINEARS, Error, FUSED_LINEARS, LoraConfig, TargetModules};
 
 /// The word for every linear but the output layer.
 const ALL_LINEAR: &str = "all-linear";
@@ -13,7 +13,8 @@ const ALL_LINEAR: &str = "all-linear";
 /// `linears` are the full names of all linears of the model, such as `model.layers.3.self_attn.q_proj` or `lm_head`.
 /// The rules are PEFT's: a name in the list selects the linear of exactly that name, in every layer, and the linears
 /// that end with a dot and the name, in `layers_to_transform`; a string is a regular expression for whole names;
-/// `"all-linear"` is every linear but `lm_head`.
+/// `"all-linear"` is every linear but `lm_head`. On a model with fused linears the default list stands for all of a
+/// layer's linears, too.
 ///
 /// # Errors
 /// [`Error::Targets`] with one sentence for each name that selects nothing in any layer (PEFT ignores it when another
@@ -23,6 +24,11 @@ pub fn match_targets<S: AsRef<str>>(config: &LoraConfig, linears: &[S]) -> Resul
     let mut selected = match &config.target_modules {
         TargetModules::AllLinear => linears.iter().copied().filter(|name| !is_output_layer(name)).collect(),
         TargetModules::Regex(pattern) => match_pattern("target_modules", pattern, &linears)?,
+        TargetModules::Names(names) if is_default_of_fused(names, &linears) => {
+            let layers = Layers::of(config);
+            let of_layers = |name: &&str| !is_output_layer(name) && layers.contains(name);
+            linears.iter().copied().filter(of_layers).collect()
+        }
         TargetModules::Names(names) => match_names(names, &Layers::of(config), &linears)?,
     };
     if let Some(n) = config.finetune_last_n_layers {
@@ -49,6 +55,18 @@ pub fn match_targets<S: AsRef<str>>(config: &LoraConfig, linears: &[S]) -> Resul
         return Err(problems(wrong));
     }
     Ok(selected.into_iter().map(str::to_owned).collect())
+}
+
+/// Whether `names` are the default, [`BLOCK_LINEARS`], and some of those linears are fused in this model: the default then
+/// stands for every linear of a layer.
+fn is_default_of_fused(names: &[String], linears: &[&str]) -> bool {
+    let is_missing = |name: &String| !linears.iter().any(|linear| is_named(linear, name));
+    names == BLOCK_LINEARS && names.iter().any(is_missing) && linears.iter().any(|linear| is_fused(linear))
+}
+
+/// Whether a linear stands for several of [`BLOCK_LINEARS`].
+pub(crate) fn is_fused(linear: &str) -> bool {
+    FUSED_LINEARS.iter().any(|name| is_named(linear, name))
 }
 
 /// The linears that `exclude_modules` names.
@@ -231,6 +249,23 @@ mod tests {
     #[test]
     fn all_linear_leaves_the_output_layer_out() {
         assert_eq!(selected(&targets("all-linear")), linears()[..9]);
+    }
+
+    #[test]
+    fn the_default_covers_fused_linears() {
+        let phi3: Vec<String> = (0..2)
+            .flat_map(|layer| {
+                ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+                    .map(|linear| format!("model.layers.{layer}.{linear}"))
+            })
+            .chain(["lm_head".to_owned()])
+            .collect();
+        let default = LoraConfig::new(4);
+        assert_eq!(match_targets(&default, &phi3).unwrap(), phi3[..8]);
+        let second = match_targets(&default.clone().layers_to_transform([1]), &phi3).unwrap();
+        assert_eq!(second, phi3[4..8]);
+        let text = match_targets(&targets(["q_proj"]), &phi3).unwrap_err().to_string();
+        assert!(text.contains("\"q_proj\" matches no linear of this model; nearest: \"qkv_proj\""), "{text}");
     }
 
     #[test]

@@ -1,36 +1,61 @@
-//! Several adapters on one model, by name. One at most is on it; the others wait in host memory.
+//! Several adapters on one model, by name. At most one is active; the others stay in host memory.
+
+mod attach;
+mod base_delta;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use rekindle_kernels::{Weight, to_f32};
+use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{
     Adapter, Combination, EmbeddingTable, Factors, InitLoraWeights, LoraConfig, initial_magnitude, to_plain, weighted,
 };
 
-use crate::names::{EMBED, module};
-use crate::{CausalLm, Error};
+pub(crate) use base_delta::{BaseDelta, quantization_plan};
+pub use base_delta::{LoftqBase, loftq_base};
 
-/// What an adapter is called that was given no name, as in PEFT.
+use crate::{CausalLm, Error, Role};
+
+/// The name of an adapter that was given none, as in PEFT.
 pub const DEFAULT_ADAPTER: &str = "default";
 
-/// An adapter as it is trained, and what the base has to lose for it.
-#[derive(Clone, Debug)]
-pub(crate) struct Held {
-    pub(crate) adapter: Adapter,
-    /// By the linear's name; nothing unless it starts from the weights.
-    pub(crate) taken: BTreeMap<String, Factors>,
+/// The adapters of a model.
+#[derive(Debug, Default)]
+pub(crate) struct Adapters {
+    pub(crate) active: Option<ActiveAdapter>,
+    /// By name.
+    pub(crate) inactive: BTreeMap<String, InactiveAdapter>,
+    /// The frozen tables that the active adapter is saved with.
+    pub(crate) carried: Vec<Role>,
+    /// What the active adapter subtracted from the base.
+    pub(crate) base_delta: BaseDelta,
 }
 
-impl Held {
-    /// The adapter for the base as it was.
+/// The adapter whose parameters are those of the model.
+#[derive(Debug)]
+pub(crate) struct ActiveAdapter {
+    pub(crate) name: String,
+    pub(crate) config: AdapterConfig,
+}
+
+/// An inactive adapter and the initial B·A to subtract from the base when it is activated.
+#[derive(Clone, Debug)]
+pub(crate) struct InactiveAdapter {
+    pub(crate) adapter: Adapter,
+    /// By the linear's name; empty unless it starts from the weights.
+    pub(crate) base_delta: BTreeMap<String, Factors>,
+}
+
+impl InactiveAdapter {
+    /// The adapter for the base as its checkpoint holds it.
     pub(crate) fn into_plain(self) -> Adapter {
-        let Self { mut adapter, taken } = self;
+        let Self { mut adapter, base_delta } = self;
         let init = adapter.config.lora().init_lora_weights.clone();
         if init.changes_base() || init == InitLoraWeights::Loftq {
             adapter.config = adapter.config.plain(init.changes_base());
         }
-        for (name, start) in taken {
+        for (name, start) in base_delta {
             if let Some(now) = adapter.factors.get_mut(&name) {
                 *now = to_plain(now, &start);
             }
@@ -40,41 +65,42 @@ impl Held {
 }
 
 impl CausalLm {
-    /// The names of all adapters, sorted: the one that is on the model and those that wait.
+    /// The names of all adapters, active and inactive, sorted.
     pub fn adapters(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = self.waiting.keys().map(String::as_str).chain(self.active_adapter()).collect();
+        let mut names: Vec<&str> =
+            self.adapters.inactive.keys().map(String::as_str).chain(self.active_adapter()).collect();
         names.sort_unstable();
         names
     }
 
-    /// The name of the adapter that is on the model, which is the one that is trained.
+    /// The name of the active adapter, which is the one that is trained.
     pub fn active_adapter(&self) -> Option<&str> {
-        self.adapter_config.is_some().then_some(self.adapter_name.as_str())
+        self.adapters.active.as_ref().map(|active| active.name.as_str())
     }
 
-    /// Puts a new adapter on the model under a name of its own, as [`add_adapter`](Self::add_adapter). The one that was
-    /// on it waits.
+    /// Adds a new adapter under a name of its own and activates it, as [`add_adapter`](Self::add_adapter). The one that
+    /// was active becomes inactive.
     ///
     /// # Errors
     /// As [`add_adapter`](Self::add_adapter), and [`Error::Argument`] for a name that is taken or cannot be a
     /// directory's.
     pub fn add_adapter_as(&mut self, name: &str, config: &LoraConfig) -> Result<(), Error> {
         self.check_new(name)?;
-        self.put_new(name, config)
+        self.attach_new(name, config)
     }
 
-    /// Puts a saved adapter on the model under a name of its own, as [`load_adapter`](Self::load_adapter). The one that
-    /// was on it waits.
+    /// Loads a saved adapter under a name of its own and activates it, as [`load_adapter`](Self::load_adapter). The one
+    /// that was active becomes inactive.
     ///
     /// # Errors
     /// As [`load_adapter`](Self::load_adapter), and [`Error::Argument`] for a name that is taken or cannot be a
     /// directory's.
     pub fn load_adapter_as(&mut self, name: &str, dir: &Path) -> Result<(), Error> {
         self.check_new(name)?;
-        self.put_saved(name, dir)
+        self.attach_saved(name, dir)
     }
 
-    /// Puts an adapter on the model that is made of others ([`weighted`]): their names, and what each counts.
+    /// Adds an adapter that combines others ([`weighted`]), given by name with their weights, and activates it.
     ///
     /// # Errors
     /// [`Error::Lora`] for adapters that cannot be combined so, [`Error::Argument`] for a name that is taken, cannot be
@@ -90,8 +116,8 @@ impl CausalLm {
         let found: Vec<(&str, Adapter, f64)> = found.collect::<Result<_, Error>>()?;
         let found: Vec<(&str, &Adapter, f64)> = found.iter().map(|(name, a, weight)| (*name, a, *weight)).collect();
         let made = weighted(&found, combination, &self.modules())?;
-        self.make_way(name)?;
-        self.place(name, made)
+        self.detach_for(name)?;
+        self.attach(name, made)
     }
 
     /// The adapter of this name as it is now, as [`adapter`](Self::adapter).
@@ -99,15 +125,16 @@ impl CausalLm {
     /// # Errors
     /// [`Error::Argument`] for a name that is no adapter's, [`Error::Device`] when it cannot be read.
     pub fn adapter_called(&self, name: &str) -> Result<Adapter, Error> {
-        let held = match self.active_adapter() {
-            Some(active) if active == name => self.held(),
-            _ => self.waiting.get(name).cloned(),
+        let adapter = match self.active_adapter() {
+            Some(active) if active == name => self.active(),
+            _ => self.adapters.inactive.get(name).cloned(),
         };
-        self.device.check()?;
-        held.map(Held::into_plain).ok_or_else(|| self.unknown(name))
+        self.device().check()?;
+        adapter.map(InactiveAdapter::into_plain).ok_or_else(|| self.unknown(name))
     }
 
-    /// Puts the adapter of this name on the model; the one that was on it waits. Every adapter comes back bit for bit.
+    /// Activates the adapter of this name; the one that was active becomes inactive. Every adapter comes back bit for
+    /// bit.
     ///
     /// An optimizer belongs to the parameters that it was made for: make a new one.
     ///
@@ -118,83 +145,84 @@ impl CausalLm {
         if self.active_adapter() == Some(name) {
             return Ok(());
         }
-        let Some(Held { adapter, taken }) = self.waiting.get(name).cloned() else { return Err(self.unknown(name)) };
+        let inactive = self.adapters.inactive.get(name).cloned();
+        let Some(InactiveAdapter { adapter, base_delta }) = inactive else { return Err(self.unknown(name)) };
         self.disable_adapter()?;
-        self.take_again(&taken, adapter.config.lora())?;
-        self.place(name, adapter)?;
-        self.waiting.remove(name);
+        self.subtract_init_again(&base_delta, adapter.config.lora())?;
+        self.attach(name, adapter)?;
+        self.adapters.inactive.remove(name);
         Ok(())
     }
 
-    /// Takes the adapter off the model, which is then its base; [`set_adapter`](Self::set_adapter) puts it on again.
-    /// Without one nothing happens.
+    /// Deactivates the adapter; the model is then its base. [`set_adapter`](Self::set_adapter) activates it again.
+    /// Without an active adapter nothing happens.
     ///
     /// # Errors
     /// [`Error::Device`] when it cannot be read; it then stays.
     pub fn disable_adapter(&mut self) -> Result<(), Error> {
-        let Some(held) = self.held() else { return Ok(()) };
-        self.device.check()?;
-        let name = core::mem::take(&mut self.adapter_name);
+        let Some((adapter, name)) = self.active().zip(self.active_adapter().map(str::to_owned)) else { return Ok(()) };
+        self.device().check()?;
         self.remove_adapter();
-        self.waiting.insert(name, held);
+        self.adapters.inactive.insert(name, adapter);
         Ok(())
     }
 
-    /// Forgets the adapter of this name. If it was on the model, that is its base then.
+    /// Deletes the adapter of this name. If it was active, the model is then its base.
     ///
     /// # Errors
     /// [`Error::Argument`] for a name that is no adapter's.
     pub fn delete_adapter(&mut self, name: &str) -> Result<(), Error> {
         if self.active_adapter() == Some(name) {
             self.remove_adapter();
-        } else if self.waiting.remove(name).is_none() {
+        } else if self.adapters.inactive.remove(name).is_none() {
             return Err(self.unknown(name));
         }
         Ok(())
     }
 
-    /// Whether the adapter that is on the model changes no logit: every B·A is zero, and lengths, biases and modules
-    /// beside them are the base's. So it is with one that was saved before it was trained.
+    /// Whether the active adapter is untrained: every B·A is zero, and magnitudes, biases and modules beside them are the
+    /// base's, so that it does not change the model.
     pub fn adapter_changes_nothing(&self) -> bool {
-        let Some(Held { adapter, taken }) = self.held() else { return false };
-        if !taken.is_empty() || !adapter.is_zero() {
+        let Some(InactiveAdapter { adapter, base_delta }) = self.active() else { return false };
+        if !base_delta.is_empty() || !adapter.is_zero() {
             return false;
         }
         let same = |weight: &Weight, values: &[f32]| to_f32(weight.matrix(&self.params)) == values;
-        let lengths = |(name, factors): (&String, &Factors)| {
-            let Some(lengths) = &factors.magnitude else { return true };
+        let magnitudes = |(name, factors): (&String, &Factors)| {
+            let Some(magnitudes) = &factors.magnitude else { return true };
             let weight = &self.linear(name).weight;
             let w = to_f32(weight.matrix(&self.params));
             let start = initial_magnitude(&w, weight.dims(), factors, adapter.config.lora().scale_of(name));
             // PEFT sums in f32.
-            lengths.iter().zip(start).all(|(m, start)| (m - start).abs() <= 1e-5 * start)
+            magnitudes.iter().zip(start).all(|(m, start)| (m - start).abs() <= 1e-5 * start)
         };
-        // What the base has in the place of saved modules; a head that was the table is what that was.
-        let table = self.replaced.embed.as_ref().unwrap_or(&self.embed);
-        let head = self.replaced.head.as_ref().unwrap_or(&self.head).as_ref().unwrap_or(table);
         let bias =
             |(name, bias): (&String, &Vec<f32>)| self.linear(name).bias.as_ref().is_some_and(|base| same(base, bias));
+        // The base's tables in the place of saved modules.
+        let (embedding, head) = (self.decoder.embedding(false), self.decoder.head(false));
+        let is_embedding = |name: &String| *name == self.config.names.module(Role::Embedding);
         // A table that the adapter brought; one of another number of rows is carried as the base has it.
-        let brought = |(name, brought): (&String, &EmbeddingTable)| {
-            let has_head = name != module(EMBED) && !self.config.tie_word_embeddings;
-            same(if has_head { head } else { table }, &brought.values)
+        let brought = |(name, table): (&String, &EmbeddingTable)| {
+            let is_head = !is_embedding(name) && !self.config.tie_word_embeddings();
+            same(if is_head { head } else { embedding }, &table.values)
         };
         adapter.biases.iter().all(bias)
             && adapter.tables.iter().all(brought)
             && adapter
                 .saved
                 .iter()
-                .all(|(name, (_, saved))| same(if name == module(EMBED) { table } else { head }, saved))
-            && adapter.factors.iter().all(lengths)
+                .all(|(name, (_, saved))| same(if is_embedding(name) { embedding } else { head }, saved))
+            && adapter.factors.iter().all(magnitudes)
     }
 
-    /// Takes off what is on the model, for an adapter of this name to come: another one waits, one of this name goes.
-    pub(crate) fn make_way(&mut self, name: &str) -> Result<(), Error> {
+    /// Makes the model its base, for an adapter of this name to be attached: another one becomes inactive, one of this
+    /// name is deleted.
+    pub(crate) fn detach_for(&mut self, name: &str) -> Result<(), Error> {
         if self.active_adapter() == Some(name) {
             self.remove_adapter();
         }
         self.disable_adapter()?;
-        self.waiting.remove(name);
+        self.adapters.inactive.remove(name);
         Ok(())
     }
 

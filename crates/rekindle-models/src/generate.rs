@@ -1,9 +1,8 @@
 //! Generation with a key/value cache.
 
-use rekindle_kernels::{embedding, matmul, rms_norm, to_f32};
+use rekindle_kernels::{matmul, to_f32};
 
-use crate::block::Context;
-use crate::cache::LayerCache;
+use crate::layers::LayerKvCache;
 use crate::sample::Sampler;
 use crate::{CausalLm, Error};
 
@@ -93,13 +92,13 @@ impl CausalLm {
             )));
         }
         let room = config.max_new_tokens.min(limit - prompt.len());
-        let mut caches: Vec<_> = self.blocks.iter().map(|_| LayerCache::new(prompt.len() + room)).collect();
+        let mut caches: Vec<_> = self.decoder.layers.iter().map(|_| LayerKvCache::new(prompt.len() + room)).collect();
         let mut new = Vec::new();
         let mut pending = prompt.to_vec();
         let mut position = 0;
         while new.len() < room {
             let mut logits = self.decode(&pending, position, &mut caches);
-            self.device.check()?;
+            self.device().check()?;
             position += pending.len();
             let Some(id) = sampler.next(&mut logits) else {
                 return Err(self.non_finite_logits(&[prompt, &new].concat(), new.len() + 1));
@@ -117,18 +116,10 @@ impl CausalLm {
         Ok((new, StopReason::Length))
     }
 
-    /// Logits after the last of `ids`, which stand at `position` and on; their keys and values go to `caches`.
-    fn decode(&self, ids: &[u32], position: usize, caches: &mut [LayerCache]) -> Vec<f32> {
-        let positions: Vec<u32> = (position..position + ids.len()).map(|p| p as u32).collect();
-        let angles = self.tables.angles(&positions);
-        let ctx = Context { params: &self.params, angles: &angles, documents: None, dropout: None };
-        let mut h = embedding::forward(&self.embed.matrix(&self.params), ids);
-        for (block, cache) in self.blocks.iter().zip(caches) {
-            h = block.decode(ctx, h, cache);
-        }
-        let last = h.rows(ids.len() - 1, 1); // [1, hidden]
-        let (n, _) = rms_norm::forward(&last, &self.norm.vector(&self.params), self.config.rms_norm_eps, 0);
-        let head = self.head.as_ref().unwrap_or(&self.embed);
-        to_f32(matmul::nt(&n, &head.matrix(&self.params)))
+    /// Returns the logits after the last of `ids`, which are at `position` and on; appends their keys and values to
+    /// `caches`.
+    fn decode(&self, ids: &[u32], position: usize, caches: &mut [LayerKvCache]) -> Vec<f32> {
+        let n = self.decoder.decode(&self.params, ids, position, caches); // [1, hidden]
+        to_f32(matmul::nt(&n, &self.decoder.head(true).matrix(&self.params)))
     }
 }

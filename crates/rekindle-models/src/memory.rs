@@ -7,9 +7,8 @@ use rekindle_kernels::Weight;
 use rekindle_quant::bnb;
 use serde::Serialize;
 
-use crate::layout::Naming;
-use crate::names::{self, EMBED, HEAD, Projection};
-use crate::{CausalLm, ModelConfig};
+use crate::checkpoint::TensorNaming;
+use crate::{CausalLm, ModelConfig, Role};
 
 /// A kind of weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -51,10 +50,10 @@ impl MemoryClass {
     }
 
     /// The class of a dense tensor of the model.
-    fn of(name: &str) -> Self {
-        match name {
-            EMBED | HEAD => Self::EmbeddingsAndHead,
-            _ if Projection::is_linear(name) => Self::DenseLinears,
+    fn of(role: Role) -> Self {
+        match role {
+            _ if role.is_vocabulary() => Self::EmbeddingsAndHead,
+            _ if role.is_linear() => Self::DenseLinears,
             _ => Self::NormsAndBiases,
         }
     }
@@ -82,15 +81,15 @@ impl MemoryReport {
     /// What the tensors of a checkpoint take on disk.
     pub fn of_headers(headers: &Headers, config: &ModelConfig) -> Self {
         let mut report = Self::default();
-        let naming = Naming::of(headers.tensors.keys().map(String::as_str));
+        let naming = TensorNaming::of(headers.tensors.keys().map(String::as_str));
         let tensors: std::collections::BTreeMap<String, _> =
             headers.tensors.iter().map(|(stored, tensor)| (naming.name(stored), tensor)).collect();
         let owners: std::collections::BTreeSet<String> = tensors.keys().filter_map(|name| bnb::owner(name)).collect();
-        for needed in names::needed(config) {
+        for needed in config.parameters() {
             let Some(tensor) = tensors.get(&needed.name) else { continue };
             let quantized = owners.contains(&needed.name);
-            let class = if quantized { MemoryClass::PackedCodes } else { MemoryClass::of(&needed.name) };
-            report.add(class, needed.shape.iter().product(), tensor.bytes as usize);
+            let class = if quantized { MemoryClass::PackedCodes } else { MemoryClass::of(needed.role) };
+            report.add(class, needed.numel(), tensor.bytes as usize);
         }
         for (_, tensor) in tensors.iter().filter(|(name, _)| bnb::owner(name).is_some()) {
             report.add(MemoryClass::Scales, 0, tensor.bytes as usize);
@@ -142,17 +141,17 @@ impl CausalLm {
     /// What the weights of this model take in memory. Trained ones count their `f32` values, not their gradients.
     pub fn memory_report(&self) -> MemoryReport {
         let mut report = MemoryReport::default();
-        let size = self.dtype.size();
+        let size = self.dtype().size();
         let mut trained = 0;
-        for needed in names::needed(&self.config) {
-            let elements: usize = needed.shape.iter().product();
-            match self.find(&needed.name).expect("every needed tensor has its weight") {
+        for needed in self.config.parameters() {
+            let elements = needed.numel();
+            match self.weight(&needed) {
                 Weight::Quantized(packed) => {
                     let (codes, scales) = packed.bytes();
                     report.add(MemoryClass::PackedCodes, elements, codes);
                     report.add(MemoryClass::Scales, 0, scales);
                 }
-                Weight::Frozen(_) => report.add(MemoryClass::of(&needed.name), elements, size * elements),
+                Weight::Frozen(_) => report.add(MemoryClass::of(needed.role), elements, size * elements),
                 Weight::Trained(at) => {
                     trained += elements;
                     match self.params.quantized(*at) {
@@ -161,7 +160,7 @@ impl CausalLm {
                             report.add(MemoryClass::PackedCodes, elements, codes);
                             report.add(MemoryClass::Scales, 0, scales);
                         }
-                        None => report.add(MemoryClass::of(&needed.name), elements, self.params.bytes_of(*at)),
+                        None => report.add(MemoryClass::of(needed.role), elements, self.params.bytes_of(*at)),
                     }
                 }
             }

@@ -1,14 +1,9 @@
 //! Where the numbers of a step stop being finite: the step once more, looked at module by module.
 
 use rekindle_hub::{Dtype, TensorView};
-use rekindle_kernels::dropout::{Dropout, Tokens};
-use rekindle_kernels::neftune::{self, Noise};
-use rekindle_kernels::{Grads, Tensor, Weight, embedding, linear_cross_entropy, rms_norm, to_f32};
+use rekindle_kernels::{Grads, Tensor, Weight, linear_cross_entropy, to_f32};
 
-use crate::block::Context;
-use crate::model::{lengths, tokens};
-use crate::names::{EMBED, HEAD, NORM, needed};
-use crate::{Batch, CausalLm, Error, IGNORED, StepKey};
+use crate::{Batch, CausalLm, Error, IGNORED, Role, StepKey};
 
 /// The first place of a step, in the order of computation, where a number is infinite or not a number.
 #[derive(Clone, Debug, PartialEq)]
@@ -83,8 +78,8 @@ impl core::fmt::Display for NonFinite {
 }
 
 /// Where one batch stops being finite in its forward pass.
-struct Broken {
-    /// 0 for the embedding, then the blocks, the final norm and the head.
+struct BrokenOutput {
+    /// 0 for the embedding, then the layers, the final norm and the head.
     depth: usize,
     rows: Vec<u32>,
     largest_input: f32,
@@ -141,75 +136,75 @@ impl CausalLm {
     }
 
     /// The forward pass, up to the first output that is not finite.
-    fn broken_output(&self, batch: &Batch, key: Option<StepKey>) -> Result<Option<Broken>, Error> {
-        let p = self.lora().map_or(0.0, |lora| lora.lora_dropout as f32);
-        let random = key.filter(|key| p > 0.0 || key.neftune_noise_alpha > 0.0);
-        let random = random.map(|key| (key, Tokens::new(tokens(batch), &self.device)));
-        let dropout = random.as_ref().filter(|_| p > 0.0).map(|(key, tokens)| Dropout { p, key: key.rng(), tokens });
-        let (angles, documents) = (self.tables.angles(&batch.positions), self.documents(batch));
-        let ctx = Context { params: &self.params, angles: &angles, documents: Some(&documents), dropout };
+    fn broken_output(&self, batch: &Batch, key: Option<StepKey>) -> Result<Option<BrokenOutput>, Error> {
+        /// The end of the walk: a broken output, or a device that failed.
+        enum Stop {
+            Broken(BrokenOutput),
+            Failed(Error),
+        }
+        let pass = self.prepare(batch, key);
         let mut largest_input = 0.0;
-        let mut look = |depth: usize, h: &Tensor<2>| -> Result<Option<Broken>, Error> {
+        let look = |depth: usize, h: &Tensor<2>| {
             let values = to_f32(h.clone());
-            self.device.check()?;
+            self.device().check().map_err(|error| Stop::Failed(error.into()))?;
             let rows = rows_with(batch, |token| {
                 let width = values.len() / batch.tokens();
                 values[token * width..(token + 1) * width].iter().all(|x| x.is_finite())
             });
             let input = core::mem::replace(&mut largest_input, largest(&values));
-            Ok((!rows.is_empty()).then_some(Broken { depth, rows, largest_input: input }))
-        };
-        let mut h = embedding::forward(&self.embed.matrix(&self.params), &batch.input_ids);
-        if let Some((key, tokens)) = random.as_ref().filter(|(key, _)| key.neftune_noise_alpha > 0.0) {
-            let (alpha, lengths) = (key.neftune_noise_alpha, &lengths(batch));
-            h = neftune::apply(h, Noise { alpha, key: key.rng(), tokens, lengths });
-        }
-        if let Some(broken) = look(0, &h)? {
-            return Ok(Some(broken));
-        }
-        for (i, block) in self.blocks.iter().enumerate() {
-            h = block.forward(ctx, h).0;
-            if let Some(broken) = look(i + 1, &h)? {
-                return Ok(Some(broken));
+            if rows.is_empty() {
+                return Ok(());
             }
-        }
-        let (n, _) = rms_norm::forward(&h, &self.norm.vector(&self.params), self.config.rms_norm_eps, 0);
-        let last = self.blocks.len() + 1;
-        if let Some(broken) = look(last, &n)? {
-            return Ok(Some(broken));
-        }
-        let head = self.head.as_ref().unwrap_or(&self.embed);
-        let nll = linear_cross_entropy::forward(&n, &head.matrix(&self.params), &batch.targets).values();
+            Err(Stop::Broken(BrokenOutput { depth, rows, largest_input: input }))
+        };
+        let n = match self.decoder.hidden(pass.context(&self.params, true), &pass, look) {
+            Ok(n) => n,
+            Err(Stop::Broken(broken)) => return Ok(Some(broken)),
+            Err(Stop::Failed(error)) => return Err(error),
+        };
+        let head = self.decoder.head(true).matrix(&self.params);
+        let nll = linear_cross_entropy::forward(&n, &head, &batch.targets).values();
         let rows = rows_with(batch, |token| nll[token].is_finite());
-        Ok((!rows.is_empty()).then_some(Broken { depth: last + 1, rows, largest_input }))
+        let depth = self.depth(Role::Head);
+        Ok((!rows.is_empty()).then_some(BrokenOutput { depth, rows, largest_input }))
+    }
+
+    /// The place of a tensor in the order of the forward pass: 0 for the embedding, then the layers, the final norm and
+    /// the head.
+    fn depth(&self, role: Role) -> usize {
+        match role {
+            Role::Embedding => 0,
+            Role::Layer(layer, _) => layer + 1,
+            Role::FinalNorm => self.decoder.layers.len() + 1,
+            Role::Head => self.decoder.layers.len() + 2,
+        }
     }
 
     /// The module whose output has this depth.
     fn module_at(&self, depth: usize) -> String {
-        let layers = self.blocks.len();
+        let names = &self.config.names;
         match depth {
-            0 => EMBED.trim_end_matches(".weight").to_owned(),
-            d if d <= layers => format!("model.layers.{}", d - 1),
-            d if d == layers + 1 => NORM.trim_end_matches(".weight").to_owned(),
-            _ => HEAD.trim_end_matches(".weight").to_owned(),
+            0 => names.module(Role::Embedding),
+            d if d <= self.decoder.layers.len() => names.layer(d - 1),
+            d if d == self.depth(Role::FinalNorm) => names.module(Role::FinalNorm),
+            _ => names.module(Role::Head),
         }
     }
 
     /// The first weight of that module that is not finite, and whether it is trained.
     fn broken_weight(&self, depth: usize) -> Option<(String, bool)> {
-        let module = self.module_at(depth);
         // The table may be the head.
-        let tied = self.head.is_none() && module == HEAD.trim_end_matches(".weight");
-        let module = if tied { self.module_at(0) } else { module };
-        let module = format!("{module}.");
-        let is_part = |name: &str| name.starts_with(&module);
-        for needed in needed(&self.config).into_iter().filter(|needed| is_part(&needed.name)) {
-            let weight = self.find(&needed.name).filter(|weight| !matches!(weight, Weight::Trained(_)));
-            if weight.is_some_and(|weight| !to_f32(weight.matrix(&self.params)).iter().all(|w| w.is_finite())) {
+        let is_tied = self.decoder.vocabulary.head.is_none() && depth == self.depth(Role::Head);
+        let depth = if is_tied { 0 } else { depth };
+        for needed in self.config.parameters().into_iter().filter(|needed| self.depth(needed.role) == depth) {
+            let weight = self.weight(&needed);
+            let is_trained = matches!(weight, Weight::Trained(_));
+            if !is_trained && !to_f32(weight.matrix(&self.params)).iter().all(|w| w.is_finite()) {
                 return Some((needed.name, false));
             }
         }
-        let broken = self.params.infos().iter().filter(|info| is_part(&info.name));
+        let module = format!("{}.", self.module_at(depth));
+        let broken = self.params.infos().iter().filter(|info| info.name.starts_with(&module));
         let mut broken = broken.filter(|info| !self.params.values(info.at).iter().all(|w| w.is_finite()));
         broken.next().map(|info| (info.name.clone(), true))
     }
@@ -255,14 +250,14 @@ impl CausalLm {
         broken.map(|(index, info)| (self.depth_of(&info.name), index)).max()
     }
 
-    /// How late a parameter comes in the forward pass. A tied table counts as the head.
+    /// The depth of the module that a trained parameter belongs to. A tied table counts as the head.
     fn depth_of(&self, name: &str) -> usize {
-        let layer = name.split_once("layers.").and_then(|(_, rest)| rest.split('.').next()?.parse::<usize>().ok());
-        match layer {
-            Some(layer) => layer + 1,
-            None if name == NORM => self.blocks.len() + 1,
-            None if name == EMBED && self.head.is_some() => 0,
-            None => self.blocks.len() + 2,
+        let modules = (0..=self.depth(Role::Head)).map(|depth| format!("{}.", self.module_at(depth)));
+        let depth = modules.enumerate().find(|(_, module)| name.starts_with(module)).map(|(depth, _)| depth);
+        match depth {
+            Some(0) if self.decoder.vocabulary.head.is_none() => self.depth(Role::Head),
+            Some(depth) => depth,
+            None => self.depth(Role::Head),
         }
     }
 }

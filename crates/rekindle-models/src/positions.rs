@@ -5,7 +5,7 @@ use std::path::Path;
 use rekindle_hub::{read_json, write_atomic};
 use rekindle_rope::Positions;
 
-use crate::{CausalLm, Error, ModelConfig};
+use crate::{CausalLm, Error};
 
 /// Writes [`Positions::FILE`] into the adapter's directory `dir`: an adapter has no `config.json` to say it in.
 ///
@@ -33,12 +33,11 @@ impl CausalLm {
     /// Fails unless this model has the positions that the adapter in `dir` was trained with.
     pub(crate) fn check_positions(&self, dir: &Path) -> Result<(), Error> {
         let Some(saved) = saved_positions(dir)? else { return Ok(()) };
-        let ModelConfig { head_dim, rope, .. } = &self.config;
-        let wanted = saved.rope(*head_dim).map_err(|error| Error::Argument(error.to_string()))?;
-        if wanted == *rope {
+        let wanted = saved.rope(self.config.head_dim()).map_err(|error| Error::Argument(error.to_string()))?;
+        if wanted == *self.config.rope() {
             return Ok(());
         }
-        let ours = self.widened.as_ref().map_or("its own".to_owned(), |widened| widened.positions.to_string());
+        let ours = self.widened().map_or("its own".to_owned(), |widened| widened.positions.to_string());
         Err(Error::Argument(format!(
             "the adapter in {} was trained with RoPE {saved} ({}), and the model that it goes onto has {ours}; load that \
              with the parameters of the file and without another choice of its own",

@@ -48,6 +48,17 @@ impl RopeConfig {
         }
     }
 
+    /// Writes `rope_theta` into a model's `config.json` that names none, for families whose configuration class has another
+    /// default than 10,000.
+    pub fn set_default_theta(config: &mut Value, theta: f64) {
+        let Value::Object(fields) = config else { return };
+        let is_set = |fields: &Map<String, Value>| fields.get("rope_theta").is_some_and(|theta| !theta.is_null());
+        let sections = ["rope_parameters", "rope_scaling"].iter().filter_map(|key| fields.get(*key)?.as_object());
+        if !is_set(fields) && !sections.into_iter().any(is_set) {
+            fields.insert("rope_theta".to_owned(), theta.into());
+        }
+    }
+
     /// Dimensions of a head that turn: `head_dim · partial_rotary_factor`, even. The rest pass unchanged.
     pub fn rotary_dim(&self) -> usize {
         self.rotary_dim
@@ -164,6 +175,18 @@ mod tests {
         assert_eq!(rope.inv_freq(1), [1.0, 0.01]);
         assert_eq!(rope.attention_factor(), 1.0);
         assert_eq!(rope.rotary_dim(), 4);
+    }
+
+    #[test]
+    fn a_class_default_fills_in_only_for_a_missing_theta() {
+        let theta = |mut config: Value| {
+            RopeConfig::set_default_theta(&mut config, 2e6);
+            RopeConfig::from_config(&config, 4).expect("valid").theta()
+        };
+        assert_eq!(theta(json!({})), 2e6);
+        assert_eq!(theta(json!({ "rope_parameters": { "rope_type": "default" } })), 2e6);
+        assert_eq!(theta(json!({ "rope_theta": 5e6 })), 5e6);
+        assert_eq!(theta(json!({ "rope_parameters": { "rope_type": "default", "rope_theta": 7e5 } })), 7e5);
     }
 
     #[test]

@@ -97,9 +97,9 @@ impl Planner {
         job.train.validate()?;
         let device = job.load.device.planned();
         let load = LoadOptions { device: device.clone(), ..job.load.clone() };
-        let mut model = CausalLm::outline(&job.json, &job.name, &load)?;
+        let mut model = CausalLm::on_meta(&job.json, &job.name, &load)?;
         if let Some(lora) = &job.lora {
-            model.outline_adapter(lora)?;
+            model.add_adapter_on_meta(lora)?;
         }
         let optimizer = Optimizer::new(&model, OptimizerConfig::from(&job.train), 0)?;
         Ok(Self { job, device, model, optimizer })
@@ -146,7 +146,7 @@ impl Planner {
 
     /// Returns the number of token ids of the model.
     pub fn vocab_size(&self) -> usize {
-        self.model.config().vocab_size
+        self.model.config().vocab_size()
     }
 
     /// Returns the number of tokens that the model was made for.
@@ -200,8 +200,7 @@ impl Planner {
         }
         let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| json.get(key)?.as_str());
         let element = if matches!(dtype, Some("bfloat16" | "float16")) { 2 } else { 4 };
-        let tensors = self.model.config().tensors();
-        element * tensors.iter().map(|(_, dims)| dims.iter().product::<usize>()).sum::<usize>()
+        element * self.model.num_parameters()
     }
 }
 

@@ -4,8 +4,8 @@ use core::fmt;
 use std::path::Path;
 
 use rekindle_hub::Headers;
-use rekindle_lora::BLOCK_LINEARS;
 use rekindle_lora::peft::AdapterConfig;
+use rekindle_lora::{BLOCK_LINEARS, FUSED_LINEARS};
 use rekindle_models::{MemoryReport, ModelConfig, saved_positions, stored_quantization};
 use serde::Serialize;
 use serde_json::Value;
@@ -90,16 +90,16 @@ fn checkpoint(headers: &Headers) -> Result<Inspection, Error> {
     Ok(Inspection::Checkpoint {
         architecture: config.architecture.clone(),
         shape: serde_json::json!({
-            "num_hidden_layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "vocab_size": config.vocab_size,
+            "num_hidden_layers": config.num_hidden_layers(),
+            "hidden_size": config.hidden_size(),
+            "intermediate_size": config.intermediate_size(),
+            "num_attention_heads": config.num_attention_heads(),
+            "num_key_value_heads": config.num_key_value_heads(),
+            "head_dim": config.head_dim(),
+            "vocab_size": config.vocab_size(),
             "max_position_embeddings": config.max_position_embeddings,
-            "rope_type": config.rope.scaling().name(),
-            "tie_word_embeddings": config.tie_word_embeddings,
+            "rope_type": config.rope().scaling().name(),
+            "tie_word_embeddings": config.tie_word_embeddings(),
         }),
         dtype: dtype.map(str::to_owned),
         quantization: stored_quantization(&json).cloned(),
@@ -114,7 +114,8 @@ fn adapter(headers: &Headers) -> Result<Inspection, Error> {
     let config = AdapterConfig::open(&headers.path).map_err(rekindle_models::Error::from)?;
     let lora = config.lora();
     let adapted = |linear: &&str| headers.tensors.keys().any(|name| name.contains(&format!(".{linear}.")));
-    let targets = BLOCK_LINEARS.iter().filter(|linear| adapted(linear)).map(|&linear| linear.to_owned());
+    let targets =
+        BLOCK_LINEARS.iter().chain(&FUSED_LINEARS).filter(|linear| adapted(linear)).map(|&linear| linear.to_owned());
     let parameters = headers.tensors.values().map(|tensor| tensor.shape.iter().product::<usize>() as u64);
     Ok(Inspection::Adapter {
         base_model_name_or_path: config.base_model_name_or_path().map(str::to_owned),

@@ -158,7 +158,7 @@ impl Merge {
         let mut config = ModelConfig::from_checkpoint(&checkpoint)?;
         let first = &adapters[0].0;
         let lora = rekindle_models::Error::from;
-        let rows = saved_rows(first).map_err(lora)?.filter(|rows| *rows != config.vocab_size);
+        let rows = saved_rows(first).map_err(lora)?.filter(|rows| *rows != config.vocab_size());
         if let Some(rows) = rows {
             config = config.resized(rows)?;
         }
@@ -280,7 +280,7 @@ impl Model {
             ));
         }
         let base = Checkpoint::open(self.path())?;
-        let rows = self.causal_lm().config().vocab_size;
+        let rows = self.causal_lm().config().vocab_size();
         let options = MergeOptions {
             positions: self.causal_lm().widened().map(|widened| &widened.positions),
             resize_model_vocab: Some(rows).filter(|rows| base.config()["vocab_size"] != *rows),
@@ -333,7 +333,7 @@ const TOKENS: usize = 64;
 /// Losses of `model`, called `name` in errors.
 fn losses(model: &Model, name: &str) -> Result<Vec<f32>, Error> {
     let (vocab, length) =
-        (model.causal_lm().config().vocab_size as u64, TOKENS.min(model.causal_lm().max_seq_length()));
+        (model.causal_lm().config().vocab_size() as u64, TOKENS.min(model.causal_lm().max_seq_length()));
     // Knuth's multiplicative hash: any tokens will do, as long as they are the same for both.
     let token =
         |row: u32, t: usize| ((u64::from(row) * 1009 + t as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 20) % vocab;

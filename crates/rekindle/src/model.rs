@@ -102,7 +102,7 @@ impl Model {
         if names.is_empty() {
             return;
         }
-        let rows = self.inner.config().vocab_size;
+        let rows = self.inner.config().vocab_size();
         self.notices.push(format!(
             "resize_model_vocab: {} with {rows} rows stays frozen and is saved with the adapter, new rows as they are \
              (the mean of the others); to train them, add modules_to_save = [\"embed_tokens\", \"lm_head\"]",
@@ -211,6 +211,6 @@ impl Model {
     /// # Errors
     /// [`Error::Data`] for rows that cannot be read or do not fit.
     pub fn encode(&self, tokenizer: Option<&Tokenizer>, data: &DataSource) -> Result<(Dataset, LoadReport), Error> {
-        data.encode(tokenizer, self.inner.max_seq_length(), self.inner.config().vocab_size)
+        data.encode(tokenizer, self.inner.max_seq_length(), self.inner.config().vocab_size())
     }
 }

@@ -9,8 +9,8 @@ use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{GradientCheckpointing, saved_rows};
 use rekindle_models::{
-    CausalLm, LoadIn, LoadOptions, ModelConfig, Positions, RopeScaling, saved_positions, stored_quantization,
-    trained_on,
+    CausalLm, LoadIn, LoadOptions, ModelConfig, Positions, RopeScaling, loftq_base, saved_positions,
+    stored_quantization,
 };
 use rekindle_quant::QuantConfig;
 use serde::{Deserialize, Serialize};
@@ -272,7 +272,7 @@ impl Loader {
         let dtype = resolve(self.dtype, &device, kind)?;
         let stored = stored_quantization(&config.json).is_some();
         if let (Some(adapter), None, false) = (adapter, load_in, stored)
-            && let Some(on) = trained_on(&AdapterConfig::open(adapter).map_err(rekindle_models::Error::from)?)?
+            && let Some(on) = loftq_base(&AdapterConfig::open(adapter).map_err(rekindle_models::Error::from)?)?
         {
             load_in = Some(on.load_in);
             skip_modules = skip_modules.or(on.skip_modules);
@@ -280,7 +280,7 @@ impl Loader {
         let (saved, max_seq_length) = self.positions(adapter, config)?;
         let saved = saved.map(RopeScaling::Saved);
         let rows = adapter.map(saved_rows).transpose().map_err(rekindle_models::Error::from)?.flatten();
-        let rows = rows.filter(|rows| *rows != config.vocab_size);
+        let rows = rows.filter(|rows| *rows != config.vocab_size());
         Ok(LoadOptions {
             dtype,
             device,

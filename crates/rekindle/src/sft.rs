@@ -203,7 +203,7 @@ impl<'a> SftTrainer<'a> {
 
     fn encode(&mut self, rows: TrainingRows) -> Result<EncodedRows, Error> {
         let model = self.model.causal_lm();
-        let (max_seq_length, vocab_size) = (model.max_seq_length(), model.config().vocab_size);
+        let (max_seq_length, vocab_size) = (model.max_seq_length(), model.config().vocab_size());
         let source = match rows {
             TrainingRows::Encoded(rows) if (rows.max_seq_length, rows.vocab_size) == (max_seq_length, vocab_size) => {
                 return Ok(*rows);

@@ -1,15 +1,15 @@
 //! Whether `skip_modules` names anything.
 
 use rekindle_lora::BLOCK_LINEARS;
-use rekindle_models::ModelConfig;
+use rekindle_models::{ModelConfig, ParameterSpec};
 use rekindle_quant::bnb::QuantizationConfig;
 
 use crate::Error;
 
 /// Refuses entries that match no module of the model: what they were meant to keep dense would be quantized.
 pub(crate) fn check(skip_modules: &[String], config: &ModelConfig) -> Result<(), Error> {
-    let tensors = config.tensors();
-    let modules = || tensors.iter().filter_map(|(name, _)| name.strip_suffix(".weight")).chain([HEAD]);
+    let parameters = config.parameters();
+    let modules = || parameters.iter().map(ParameterSpec::module).chain([HEAD]);
     let idle = |entry: &&String| {
         let alone = QuantizationConfig::int8(Some(vec![(*entry).clone()]));
         !modules().any(|module| alone.skips(module))

@@ -89,7 +89,7 @@ pub fn suggest(
     let tokenizer = files.load_tokenizer()?;
 
     // Whatever the longest row is: how long rows may be is what is to be found out.
-    let load = |source: &DataSource| source.encode(tokenizer.as_ref(), usize::MAX, config.vocab_size);
+    let load = |source: &DataSource| source.encode(tokenizer.as_ref(), usize::MAX, config.vocab_size());
     let (dataset, rows) = load(train)?;
     let eval = eval.map(load).transpose()?;
     let has_prompts = eval

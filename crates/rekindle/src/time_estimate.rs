@@ -48,12 +48,9 @@ impl Work<'_> {
     /// FLOPs of the products with a token: 2 per weight forward, 2 for the gradient to the input, 2 for that of a trained
     /// weight, and 2 for running forward again. Attention scores and everything thin are left to the range.
     fn flops(&self) -> f64 {
-        let weights = |name: &str, dims: &[usize]| match dims {
-            [out, inner] if name.contains("layers.") => (out * inner) as f64,
-            _ => 0.0,
-        };
-        let blocks: f64 = self.config.tensors().iter().map(|(name, dims)| weights(name, dims)).sum();
-        let head = (self.config.vocab_size * self.config.hidden_size) as f64;
+        let linears = self.config.parameters().into_iter().filter(|parameter| parameter.role.is_linear());
+        let blocks: f64 = linears.map(|linear| linear.numel() as f64).sum();
+        let head = (self.config.vocab_size() * self.config.hidden_size()) as f64;
         let trained = if self.full { 2.0 } else { 0.0 };
         (4.0 + trained) * (blocks + head) + if self.recomputes { 2.0 * blocks } else { 0.0 }
     }
@@ -63,7 +60,7 @@ impl Work<'_> {
     /// Most of a step on a CPU is products; the upper end leaves room for attention, norms and thin products, which weigh
     /// most in small models (docs/training.md has measured runs).
     pub(crate) fn on_cpu(&self) -> TokenTime {
-        let speed = cpu_flops(self.config.hidden_size, self.config.intermediate_size);
+        let speed = cpu_flops(self.config.hidden_size(), self.config.intermediate_size());
         let time = self.flops() / speed;
         let basis = format!("a product of its matrices runs at {:.0} GFLOP/s here", speed / 1e9);
         TokenTime { low: time, high: 2.5 * time, basis }

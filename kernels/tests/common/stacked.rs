@@ -64,6 +64,7 @@ impl Stack {
 }
 
 const Y: [&str; 3] = ["y of 1", "y of 2", "y of 3"];
+const BASE: [&str; 3] = ["base y of 1", "base y of 2", "base y of 3"];
 const XA: [&str; 3] = ["xa of 1", "xa of 2", "xa of 3"];
 const DXA: [&str; 3] = ["dxa of 1", "dxa of 2", "dxa of 3"];
 
@@ -81,6 +82,11 @@ impl Case for Stack {
             if let Some(bias) = bias {
                 y = y + oracle.constant(bias, [*n]).unsqueeze::<2>();
             }
+            let with_onto = |y: BurnTensor<2>| match &self.onto {
+                Some(onto) => oracle.constant(onto, [m, *n]) + y,
+                None => y,
+            };
+            results.push((Self::name(&BASE, i), values(with_onto(y.clone()))));
             if *r > 0 {
                 // Through a leaf of its own, whose gradient is that to x·Aᵀ.
                 let xa = x.clone().matmul(oracle.constant(a, [*r, k]).transpose());
@@ -89,8 +95,7 @@ impl Case for Stack {
                 y = y + ((xa + xa_leaf.clone()) * *scale).matmul(oracle.constant(b, [*n, *r]).transpose());
                 inner.push((Self::name(&DXA, i), xa_leaf));
             }
-            let shown = self.onto.as_ref().map_or(y.clone(), |onto| oracle.constant(onto, [m, *n]) + y.clone());
-            results.push((Self::name(&Y, i), values(shown)));
+            results.push((Self::name(&Y, i), values(with_onto(y.clone()))));
             let dy = oracle.constant(dy, [m, *n]);
             loss = add(loss, (y * dy.clone()).sum());
             base_loss = add(base_loss, (base_x.clone().matmul(w.transpose()) * dy).sum());
@@ -99,6 +104,7 @@ impl Case for Stack {
         let base_grads = base_loss.expect("there is a linear").backward();
         results.push(("dx", grad(&x, &grads)));
         results.push(("dx of the base", grad(&base_x, &base_grads)));
+        results.push(("dx without factors", grad(&base_x, &base_grads)));
         results.extend(inner.into_iter().map(|(name, leaf)| (name, grad(&leaf, &grads))));
         results
     }
@@ -126,6 +132,7 @@ impl Case for Stack {
 
         let x = place.matrix(&self.x, [m, k]);
         let onto = self.onto.as_ref().map(|onto| place.matrix(onto, [m, self.linears[0].n]));
+        let base_ys = stack.forward_base(&x, onto.clone());
         let (ys, xa) = stack.forward(&x, None, onto);
         let dys: Vec<Tensor<2>> = self.linears.iter().map(|linear| place.matrix(&linear.dy, [m, linear.n])).collect();
         let (dxa, dx) = stack.backward(&dys, Wanted::Whole);
@@ -135,6 +142,8 @@ impl Case for Stack {
         assert_eq!(values(dxa.clone()), values(none));
         let mut results =
             vec![("dx", values(dx.expect("asked for"))), ("dx of the base", values(base.expect("asked for")))];
+        results.push(("dx without factors", values(stack.backward_base(&dys))));
+        results.extend(base_ys.into_iter().enumerate().map(|(i, y)| (Self::name(&BASE, i), values(y))));
         let mut column = 0;
         for (i, (linear, y)) in self.linears.iter().zip(ys).enumerate() {
             results.push((Self::name(&Y, i), values(y)));

@@ -42,7 +42,7 @@ pub(crate) fn run(shape: Shape, dir: &Path) -> Result<(), Box<dyn Error>> {
     std::fs::create_dir_all(dir)?;
     let config = shape.config();
     let model = rekindle_models::ModelConfig::from_json(&config).map_err(|problems| problems.join("; "))?;
-    let weights: u64 = model.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
+    let weights: u64 = model.parameters().iter().map(|tensor| tensor.numel() as u64).sum();
     // 16 bits, and at the same time 8 bits of the largest result and some room.
     let (needed, free) = (3 * weights + (1 << 30), free_bytes(dir)?);
     if free < needed {

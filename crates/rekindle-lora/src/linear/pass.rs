@@ -3,33 +3,60 @@
 use rekindle_kernels::stacked::{Stacked, Wanted};
 use rekindle_kernels::{Grads, Params, Tensor, dropout, matmul};
 
-use super::{Dropout, LinearGroup, Placed};
+use super::{Dropout, Linear, LinearGroup, Placed};
 use crate::magnitude;
 
-/// What [`LinearGroup::forward`] keeps.
-#[derive(Clone, Debug)]
-pub struct Saved {
-    xa: Option<Tensor<2>>,
-    /// One for each linear that has a magnitude, in order.
-    magnitudes: Vec<magnitude::Saved>,
+/// Everything a pass through linears shares.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearContext<'a> {
+    /// The trained parameters.
+    pub params: &'a Params,
+    /// Dropout before A; `None` outside training.
+    pub dropout: Option<Dropout<'a>>,
+    /// Whether adapters take part. Without them y = x·Wᵀ + b of the base model, and nothing of an adapter gets a
+    /// gradient; no weight is moved or copied.
+    pub adapters: bool,
 }
 
-/// What the gradients of the parameters need of the way back to x.
+impl<'a> LinearContext<'a> {
+    /// A pass with adapters and without dropout.
+    pub fn new(params: &'a Params) -> Self {
+        Self { params, dropout: None, adapters: true }
+    }
+
+    /// The same pass with dropout before A.
+    #[must_use]
+    pub fn with_dropout(self, dropout: Option<Dropout<'a>>) -> Self {
+        Self { dropout, ..self }
+    }
+}
+
+/// Tensors that [`LinearGroup::forward`] saves for the backward.
+#[derive(Clone, Debug)]
+pub struct LinearSaved {
+    xa: Option<Tensor<2>>,
+    /// One for each linear that has a magnitude, in order.
+    magnitudes: Vec<magnitude::MagnitudeSaved>,
+}
+
+/// Intermediate gradients that [`LinearGroup::backward_params`] needs from [`LinearGroup::backward_input`].
 #[derive(Debug)]
-pub struct Pending {
+pub struct LinearPending {
     /// The gradient to x·Aᵀ.
     dxa: Option<Tensor<2>>,
     /// The gradients to the results before their magnitudes, where they have one.
     direct: Vec<Option<Tensor<2>>>,
+    /// One gradient a linear, where a fused one has several outputs.
+    joined: Option<Vec<Tensor<2>>>,
 }
 
-impl Saved {
+impl LinearSaved {
     /// Whether this is no more than x·Aᵀ.
     pub fn is_small(&self) -> bool {
         self.magnitudes.is_empty()
     }
 
-    /// The same without a hold on x, beside which x·Aᵀ may lie.
+    /// The same without a reference to the memory of x, which x·Aᵀ may share.
     #[must_use]
     pub fn detached(self) -> Self {
         Self { xa: self.xa.map(Tensor::detached), ..self }
@@ -42,38 +69,30 @@ impl LinearGroup {
         self.stack.is_some()
     }
 
-    /// The results of all linears for the same x.
-    pub fn forward(&self, params: &Params, x: &Tensor<2>, dropout: Option<Dropout<'_>>) -> (Vec<Tensor<2>>, Saved) {
-        self.run(params, x, dropout, None)
+    /// Returns the outputs of all linears for the same x.
+    pub fn forward(&self, ctx: LinearContext<'_>, x: &Tensor<2>) -> (Vec<Tensor<2>>, LinearSaved) {
+        self.run(ctx, x, None)
     }
 
-    /// The result of a group of one, added to `onto`.
+    /// Returns the result of a group with a single output, added to `onto`.
     ///
     /// # Panics
-    /// For a group of several.
-    pub fn forward_onto(
-        &self,
-        params: &Params,
-        x: &Tensor<2>,
-        dropout: Option<Dropout<'_>>,
-        onto: &Tensor<2>,
-    ) -> (Tensor<2>, Saved) {
-        let (ys, saved) = self.run(params, x, dropout, Some(onto));
-        let [y] = ys.try_into().expect("a group of one");
+    /// For a group with several outputs.
+    pub fn forward_onto(&self, ctx: LinearContext<'_>, x: &Tensor<2>, onto: &Tensor<2>) -> (Tensor<2>, LinearSaved) {
+        let (ys, saved) = self.run(ctx, x, Some(onto));
+        let [y] = ys.try_into().expect("a group with one output");
         (y, saved)
     }
 
-    fn run(
-        &self,
-        params: &Params,
-        x: &Tensor<2>,
-        dropout: Option<Dropout<'_>>,
-        onto: Option<&Tensor<2>>,
-    ) -> (Vec<Tensor<2>>, Saved) {
+    fn run(&self, ctx: LinearContext<'_>, x: &Tensor<2>, onto: Option<&Tensor<2>>) -> (Vec<Tensor<2>>, LinearSaved) {
+        let LinearContext { params, dropout, adapters } = ctx;
+        if !adapters {
+            return (self.run_base(params, x, onto), LinearSaved { xa: None, magnitudes: Vec::new() });
+        }
         let dropped = self.dropped(x, dropout);
         if let Some(stack) = &self.stack {
             let (ys, xa) = stack.forward(x, dropout.map(|_| &dropped), onto.cloned());
-            return (ys, Saved { xa: Some(xa), magnitudes: Vec::new() });
+            return (self.split(ys), LinearSaved { xa: Some(xa), magnitudes: Vec::new() });
         }
         let xa = self.a.map(|a| matmul::nt(&dropped, &params.matrix(a))); // [tokens, Σ r]
         let (mut first, mut saved) = (0, Vec::new());
@@ -105,25 +124,70 @@ impl LinearGroup {
             }
         });
         let ys = ys.map(|y| if let Some(onto) = onto { y.plus(onto) } else { y }).collect();
-        (ys, Saved { xa, magnitudes: saved })
+        (self.split(ys), LinearSaved { xa, magnitudes: saved })
     }
 
-    /// The gradient to x if `want_dx`, and what [`backward_params`](Self::backward_params) needs of it. Adds the
-    /// gradients of magnitudes.
+    /// The results of the base model's weights and biases alone.
+    fn run_base(&self, params: &Params, x: &Tensor<2>, onto: Option<&Tensor<2>>) -> Vec<Tensor<2>> {
+        if let Some(stack) = &self.stack {
+            return self.split(stack.forward_base(x, onto.cloned()));
+        }
+        let ys = self.linears.iter().map(|linear| {
+            let bias = linear.bias.as_ref().map(|bias| bias.vector(params));
+            let y = linear.weight.nt(params, x, bias.as_ref());
+            if let Some(onto) = onto { y.plus(onto) } else { y }
+        });
+        self.split(ys.collect())
+    }
+
+    /// The outputs of every linear, from one result each.
+    fn split(&self, ys: Vec<Tensor<2>>) -> Vec<Tensor<2>> {
+        let outputs = |(linear, y): (&Linear, Tensor<2>)| {
+            if linear.outputs.is_empty() {
+                return vec![y];
+            }
+            let mut first = 0;
+            let output = |&width: &usize| {
+                first += width;
+                y.columns(first - width, width)
+            };
+            linear.outputs.iter().map(output).collect()
+        };
+        self.linears.iter().zip(ys).flat_map(outputs).collect()
+    }
+
+    /// One gradient for each linear from one for each output; `None` where those are the same.
+    fn joined(&self, dys: &[Tensor<2>]) -> Option<Vec<Tensor<2>>> {
+        if self.linears.iter().all(|linear| linear.outputs.is_empty()) {
+            return None;
+        }
+        let mut rest = dys;
+        let join = |linear: &Linear| {
+            let (own, others) = rest.split_at(linear.outputs.len().max(1));
+            rest = others;
+            Tensor::cat_columns(own.to_vec())
+        };
+        Some(self.linears.iter().map(join).collect())
+    }
+
+    /// Returns the gradient to x if `want_dx`, and what [`backward_params`](Self::backward_params) needs from this
+    /// half. Adds the gradients of magnitudes.
     ///
-    /// In two halves, so that x can be made between them out of the gradient to it.
+    /// The backward has two halves so that x can be recomputed between them from the gradient to it.
     pub fn backward_input(
         &self,
-        params: &Params,
+        ctx: LinearContext<'_>,
         grads: &mut Grads,
-        saved: &Saved,
+        saved: &LinearSaved,
         dys: &[Tensor<2>],
-        dropout: Option<Dropout<'_>>,
         want_dx: bool,
-    ) -> (Option<Tensor<2>>, Pending) {
+    ) -> (Option<Tensor<2>>, LinearPending) {
+        let LinearContext { params, dropout, adapters } = ctx;
         if let Some(stack) = &self.stack {
-            return self.backward_stacked(stack, params, dys, dropout, want_dx);
+            return self.backward_stacked(stack, ctx, dys, want_dx);
         }
+        let joined = self.joined(dys);
+        let dys = joined.as_deref().unwrap_or(dys);
         let mut dx: Option<Tensor<2>> = None;
         // DoRA with dropout has two ways back to x on the base's side; this is the one through dropout(x).
         let mut d_dropped: Option<Tensor<2>> = None;
@@ -132,7 +196,7 @@ impl LinearGroup {
         for (linear, dy) in self.linears.iter().zip(dys) {
             // The gradient to x·Wᵀ, with a magnitude before it.
             let mut direct = None;
-            if let Some(adapter) = &linear.adapter {
+            if let Some(adapter) = linear.adapter.as_ref().filter(|_| adapters) {
                 if let Some(magnitude) = &adapter.magnitude {
                     let kept = kept.next().expect("the forward kept one for each magnitude");
                     direct = Some(kept.backward(dy, grads, magnitude.at));
@@ -154,8 +218,9 @@ impl LinearGroup {
             }
             directs.push(direct);
         }
-        let dxa = self.a.map(|_| Tensor::cat_columns(dxa)); // [tokens, Σ r]
-        if let (Some(a), Some(dxa)) = (self.a, &dxa) {
+        let a = self.a.filter(|_| adapters);
+        let dxa = a.map(|_| Tensor::cat_columns(dxa)); // [tokens, Σ r]
+        if let (Some(a), Some(dxa)) = (a, &dxa) {
             dx = dx.map(|dx| match dropout {
                 None => matmul::nn_add(dx, 1.0, dxa, &params.matrix(a)),
                 Some(key) => {
@@ -165,19 +230,23 @@ impl LinearGroup {
                 }
             });
         }
-        (dx, Pending { dxa, direct: directs })
+        (dx, LinearPending { dxa, direct: directs, joined })
     }
 
     fn backward_stacked(
         &self,
         stack: &Stacked,
-        params: &Params,
+        ctx: LinearContext<'_>,
         dys: &[Tensor<2>],
-        dropout: Option<Dropout<'_>>,
         want_dx: bool,
-    ) -> (Option<Tensor<2>>, Pending) {
+    ) -> (Option<Tensor<2>>, LinearPending) {
+        let direct = self.linears.iter().map(|_| None).collect();
+        if !ctx.adapters {
+            let dx = want_dx.then(|| stack.backward_base(dys));
+            return (dx, LinearPending { dxa: None, direct, joined: self.joined(dys) });
+        }
         let a = self.a.expect("what is stacked has an adapter");
-        let wanted = match (want_dx, dropout) {
+        let wanted = match (want_dx, ctx.dropout) {
             (false, _) => Wanted::No,
             (true, None) => Wanted::Whole,
             (true, Some(_)) => Wanted::Base,
@@ -185,30 +254,31 @@ impl LinearGroup {
         let (dxa, mut dx) = stack.backward(dys, wanted);
         // Without the zeros that fill up its rank.
         let dxa = dxa.columns(0, a.dims()[0]);
-        if let (Some(base), Some(key)) = (&dx, dropout) {
-            let through_a = matmul::nn(&dxa, &params.matrix(a));
+        if let (Some(base), Some(key)) = (&dx, ctx.dropout) {
+            let through_a = matmul::nn(&dxa, &ctx.params.matrix(a));
             dx = Some(base.clone().plus(&dropout::apply(&through_a, key, self.site)));
         }
-        (dx, Pending { dxa: Some(dxa), direct: dys.iter().map(|_| None).collect() })
+        (dx, LinearPending { dxa: Some(dxa), direct, joined: self.joined(dys) })
     }
 
     /// Adds the gradients of what is trained, for the x that [`forward`](Self::forward) was given.
-    #[allow(clippy::too_many_arguments, reason = "the backward's inputs, each a different thing")]
     pub fn backward_params(
         &self,
+        ctx: LinearContext<'_>,
         grads: &mut Grads,
         x: &Tensor<2>,
-        saved: &Saved,
+        saved: &LinearSaved,
         dys: &[Tensor<2>],
-        pending: Pending,
-        dropout: Option<Dropout<'_>>,
+        pending: LinearPending,
     ) {
+        let LinearPending { dxa, direct, joined } = pending;
+        let dys = joined.as_deref().unwrap_or(dys);
         let mut first = 0;
-        for ((linear, dy), direct) in self.linears.iter().zip(dys).zip(&pending.direct) {
+        for ((linear, dy), direct) in self.linears.iter().zip(dys).zip(&direct) {
             if let Some(at) = linear.weight.trained() {
                 grads.add_tn(at, 1.0, dy, x);
             }
-            if let Some(at) = linear.bias_grad() {
+            if let Some(at) = linear.bias_grad().filter(|_| ctx.adapters || linear.trained_bias.is_none()) {
                 grads.add_row_sum(at, dy);
             }
             if let (Some(adapter), Some(xa)) = (&linear.adapter, &saved.xa) {
@@ -216,25 +286,23 @@ impl LinearGroup {
                 grads.add_tn(adapter.b, adapter.scale, direct, &adapter.columns(xa, &mut first));
             }
         }
-        if let (Some(a), Some(dxa)) = (self.a, &pending.dxa) {
-            grads.add_tn(a, 1.0, dxa, &self.dropped(x, dropout));
+        if let (Some(a), Some(dxa)) = (self.a, &dxa) {
+            grads.add_tn(a, 1.0, dxa, &self.dropped(x, ctx.dropout));
         }
     }
 
     /// Both halves at once: [`backward_input`](Self::backward_input) and [`backward_params`](Self::backward_params).
-    #[allow(clippy::too_many_arguments, reason = "the backward's inputs, each a different thing")]
     pub fn backward(
         &self,
-        params: &Params,
+        ctx: LinearContext<'_>,
         grads: &mut Grads,
         x: &Tensor<2>,
-        saved: &Saved,
+        saved: &LinearSaved,
         dys: &[Tensor<2>],
-        dropout: Option<Dropout<'_>>,
         want_dx: bool,
     ) -> Option<Tensor<2>> {
-        let (dx, pending) = self.backward_input(params, grads, saved, dys, dropout, want_dx);
-        self.backward_params(grads, x, saved, dys, pending, dropout);
+        let (dx, pending) = self.backward_input(ctx, grads, saved, dys, want_dx);
+        self.backward_params(ctx, grads, x, saved, dys, pending);
         dx
     }
 
@@ -255,3 +323,6 @@ impl Placed {
         part
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,7 @@
 //! Roughly what a run takes, from shapes alone: enough to choose between settings, not to promise anything. Of Qwen3-4B's
 //! runs on an H200 in the README it is off by 11 % (everything kept), 2 % (recomputed) and 16 % (QLoRA).
 
-use rekindle_lora::{BLOCK_LINEARS, GradientCheckpointing};
+use rekindle_lora::GradientCheckpointing;
 use rekindle_models::ModelConfig;
 
 /// A run with a LoRA adapter on all linears.
@@ -30,27 +30,22 @@ const LOGITS: [u64; 2] = [320 << 20, 64 << 20];
 pub(super) fn estimated_bytes(shape: &Shape<'_>) -> u64 {
     let Shape { config, on_cuda, coded, checkpointing, r, tokens } = *shape;
     let element = if on_cuda { 2.0 } else { 4.0 };
-    let is_linear = |name: &str| {
-        let module = name.strip_suffix(".weight").and_then(|name| name.rsplit('.').next());
-        module.is_some_and(|module| BLOCK_LINEARS.contains(&module))
-    };
     let (mut weights, mut adapter) = (0.0, 0.0);
-    for (name, dims) in config.tensors() {
-        let numel = dims.iter().product::<usize>() as f64;
-        let linear = is_linear(&name);
+    for parameter in config.parameters() {
+        let (numel, linear) = (parameter.numel() as f64, parameter.role.is_linear());
         weights += numel * if coded && linear { CODE_BITS / 8.0 } else { element };
         if linear {
-            adapter += (r * dims.iter().sum::<usize>()) as f64;
+            adapter += (r * parameter.shape.iter().sum::<usize>()) as f64;
         }
     }
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
-    let norms = if config.qk_norm { 2 } else { 1 };
+    let (hidden, inner) = (config.hidden_size(), config.intermediate_size());
+    let (q, kv) = (config.num_attention_heads() * config.head_dim(), config.num_key_value_heads() * config.head_dim());
+    let norms = if config.spec.layers[0].attention.qk_norm.is_some() { 2 } else { 1 };
     let block = 2 * hidden + norms * (q + kv) + kv + q + 2 * inner + 4 * r;
     let kept = if checkpointing.recomputes() {
-        config.num_hidden_layers * hidden + block
+        config.num_hidden_layers() * hidden + block
     } else {
-        config.num_hidden_layers * block
+        config.num_hidden_layers() * block
     };
     let work = 3 * inner + 4 * hidden;
     let activations = (tokens * (kept + work)) as f64 * element;

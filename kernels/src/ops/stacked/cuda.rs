@@ -105,6 +105,11 @@ impl Stacked {
         (y, xa)
     }
 
+    /// `onto + x·Wᵀ + bias`, without the factors.
+    pub(crate) fn forward_base(&self, x: &Array, onto: Option<Array>) -> Array {
+        matmul::linear(x, &self.base_weight(), Form::Nt, self.bias.as_ref(), onto, 0)
+    }
+
     /// `dy·S`, in the spare columns of dy if there are enough; and the dy that has it.
     pub(crate) fn backward_factors(&self, dy: &Array) -> (Array, Array) {
         let dy = Array::side_by_side(core::slice::from_ref(dy), self.rank);
@@ -124,11 +129,15 @@ impl Stacked {
 
     /// `dy·W`, without the factors.
     pub(crate) fn backward_base(&self, dy: &Array) -> Array {
-        let w = match &self.base {
+        matmul::product(dy, &self.base_weight(), Form::Nn)
+    }
+
+    /// W, `[Σ out, in]`, decoded where it is quantized.
+    fn base_weight(&self) -> Array {
+        match &self.base {
             Base::Dense(whole) => whole.row_range(0, self.out).columns(0, self.input),
             Base::Packed { .. } => self.decoded(None, None),
-        };
-        matmul::product(dy, &w, Form::Nn)
+        }
     }
 
     /// W out of its codes, with S beside it or A below it.

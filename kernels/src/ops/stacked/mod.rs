@@ -94,12 +94,28 @@ impl Stacked {
         onto: Option<Tensor<2>>,
     ) -> (Vec<Tensor<2>>, Tensor<2>) {
         let (y, xa) = self.stack.forward(x.cuda(), dropped.map(Tensor::cuda), onto.map(Tensor::into_cuda));
+        (self.split(&y), xa.into())
+    }
+
+    /// The results x·W_jᵀ of the weights alone, without the factors. `onto` is added to the result of a group of one.
+    pub fn forward_base(&self, x: &Tensor<2>, onto: Option<Tensor<2>>) -> Vec<Tensor<2>> {
+        self.split(&self.stack.forward_base(x.cuda(), onto.map(Tensor::into_cuda)))
+    }
+
+    /// dY·W, the gradient to x of [`forward_base`](Self::forward_base).
+    pub fn backward_base(&self, dys: &[Tensor<2>]) -> Tensor<2> {
+        let dys: Vec<Array> = dys.iter().map(|dy| dy.cuda().clone()).collect();
+        self.stack.backward_base(&Array::side_by_side(&dys, 0)).into()
+    }
+
+    /// Each weight's columns of Y.
+    fn split(&self, y: &Array) -> Vec<Tensor<2>> {
         let mut column = 0;
-        let ys = self.outs.iter().map(|&out| {
+        let part = |&out: &usize| {
             column += out;
             y.columns(column - out, out).into()
-        });
-        (ys.collect(), xa.into())
+        };
+        self.outs.iter().map(part).collect()
     }
 
     /// dXA, and dX if it is wanted: with what comes through A, or without.

@@ -1,0 +1,278 @@
+//! Attaching adapters to a model, and detaching them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::DType;
+use rekindle_hub::Dtype;
+use rekindle_kernels::{Group, ParamsBuilder, Weight, from_f32, to_f32};
+use rekindle_lora::peft::AdapterConfig;
+use rekindle_lora::{
+    Adaptation, Adapter, EmbeddingTable, InitLoraWeights, Linear, LoraConfig, Module, Modules, initial_magnitude,
+    match_targets,
+};
+
+use super::{ActiveAdapter, DEFAULT_ADAPTER, InactiveAdapter};
+use crate::parameters::LayerRole;
+use crate::spec::LinearSpec;
+use crate::{CausalLm, Error, ModelConfig, Role};
+
+/// The modules with a row for each token id.
+const TABLES: [Role; 2] = [Role::Embedding, Role::Head];
+
+impl ModelConfig {
+    /// The modules that an adapter can target or save.
+    pub fn modules(&self) -> Modules {
+        let linear = |layer: usize, linear: LinearSpec| {
+            let [out, input] = linear.shape;
+            let name = self.names.module(Role::Layer(layer, LayerRole::Weight(linear.role)));
+            Module { name, input, out, has_bias: linear.bias }
+        };
+        let layers = self.spec.layers.iter().enumerate();
+        let linears = layers.flat_map(|(index, layer)| {
+            layer.linears(self.spec.hidden_size).into_iter().map(move |spec| linear(index, spec))
+        });
+        let shape = [self.spec.vocab_size, self.spec.hidden_size];
+        let savable = [Role::Embedding, Role::Head].map(|role| (self.names.module(role), shape)).to_vec();
+        Modules { linears: linears.collect(), savable, tied: self.spec.head.tied }
+    }
+}
+
+impl CausalLm {
+    /// The modules that an adapter can target or save.
+    pub fn modules(&self) -> Modules {
+        self.config.modules()
+    }
+
+    /// Adds a new adapter to the linears that `config` targets and activates it, replacing the one without a name of its
+    /// own ([`DEFAULT_ADAPTER`]). [`add_adapter_as`](Self::add_adapter_as) adds one beside others.
+    ///
+    /// With `init_lora_weights` = `"pissa"`, `"pissa_niter_N"` or `"olora"` the initial B·A is subtracted from the base
+    /// ([`rekindle_lora::taken`]) until the adapter is deactivated, so that the model is unchanged at step 0.
+    /// [`adapter`](Self::adapter) is the same function on the base as it was. bf16 weights are rounded once more by the
+    /// subtraction.
+    ///
+    /// # Errors
+    /// [`Error::Lora`] for a configuration that is invalid or matches nothing, [`Error::Argument`] when all
+    /// weights are trained or the base cannot start such an adapter, [`Error::File`] when its checkpoint is gone.
+    pub fn add_adapter(&mut self, config: &LoraConfig) -> Result<(), Error> {
+        self.attach_new(DEFAULT_ADAPTER, config)
+    }
+
+    pub(crate) fn attach_new(&mut self, name: &str, config: &LoraConfig) -> Result<(), Error> {
+        config.validate()?;
+        let modules = self.modules();
+        let targets = match_targets(config, &modules.names())?;
+        let saved = modules.saved(config)?;
+        self.check_placeable()?;
+        let source = self.init_source(config, &targets)?;
+        // From here on only the device can fail, or a weight that is not finite where the adapter starts from it: the
+        // earlier adapter may be detached.
+        self.detach_for(name)?;
+        let mut factors = BTreeMap::new();
+        let starts = self.initial_factors(config, &targets, source)?;
+        for (target, mut start) in targets.iter().zip(starts) {
+            let linear = self.linear(target);
+            let [out, input] = linear.weight.dims();
+            if config.use_dora {
+                let dense = to_f32(linear.weight.matrix(&self.params));
+                start.magnitude = Some(initial_magnitude(&dense, [out, input], &start, config.scale_of(target)));
+            }
+            factors.insert(target.clone(), start);
+        }
+        let bias = |linear: &Module| {
+            let bias = self.linear(&linear.name).bias.as_ref().expect("the module says that it has one");
+            (linear.name.clone(), to_f32(bias.matrix(&self.params)))
+        };
+        let biases = modules.biased(config.bias, |name| factors.contains_key(name)).into_iter().map(bias).collect();
+        let saved = saved.into_iter().map(|name| {
+            let is_head = name == self.config.names.module(Role::Head);
+            let weight = if is_head { self.decoder.head(true) } else { self.decoder.embedding(true) };
+            (name, (weight.dims(), to_f32(weight.matrix(&self.params))))
+        });
+        let saved: BTreeMap<_, _> = saved.collect();
+        let mut config = AdapterConfig::new(config, Some(&self.provenance.name_or_path), &targets);
+        config.set_revision(self.provenance.revision.as_deref());
+        if config.lora().init_lora_weights == InitLoraWeights::Loftq {
+            config.set_codes(self.quantized_format(&targets[0]).expect("the source is quantized"));
+        }
+        let carried = self.unsaved_tables(&saved);
+        self.attach(name, Adapter { config, factors, biases, saved, tables: BTreeMap::new() })?;
+        self.adapters.carried = carried;
+        Ok(())
+    }
+
+    /// Returns the tables that a new adapter has to carry because the checkpoint has them with other rows: those that it
+    /// does not train itself. One stands for both where they are tied.
+    fn unsaved_tables(&self, saved: &BTreeMap<String, ([usize; 2], Vec<f32>)>) -> Vec<Role> {
+        if !self.provenance.resized {
+            return Vec::new();
+        }
+        let is_saved = |role: &Role| saved.contains_key(&self.config.names.module(*role));
+        let mut tables: Vec<Role> = TABLES.into_iter().filter(|role| !is_saved(role)).collect();
+        if self.config.tie_word_embeddings() {
+            tables.truncate(1);
+        }
+        tables
+    }
+
+    /// Loads a saved adapter and activates it, replacing the one without a name of its own ([`DEFAULT_ADAPTER`]).
+    /// [`load_adapter_as`](Self::load_adapter_as) adds one beside others.
+    ///
+    /// # Errors
+    /// [`Error::Lora`] when the files are unreadable or do not match this model exactly, [`Error::Argument`] when it was
+    /// trained with other positions.
+    pub fn load_adapter(&mut self, dir: &Path) -> Result<(), Error> {
+        self.attach_saved(DEFAULT_ADAPTER, dir)
+    }
+
+    pub(crate) fn attach_saved(&mut self, name: &str, dir: &Path) -> Result<(), Error> {
+        self.check_positions(dir)?;
+        let adapter = Adapter::load(dir, &self.modules())?;
+        self.check_placeable()?;
+        self.check_quantized_format(dir, &adapter)?;
+        self.detach_for(name)?;
+        self.attach(name, adapter)
+    }
+
+    /// The active adapter as it is now, for the base as its checkpoint holds it. An adapter whose initial B·A was
+    /// subtracted from the base has twice the rank here ([`rekindle_lora::to_plain`]).
+    pub fn adapter(&self) -> Option<Adapter> {
+        self.active().map(InactiveAdapter::into_plain)
+    }
+
+    /// The active adapter as it is trained.
+    pub(super) fn active(&self) -> Option<InactiveAdapter> {
+        let config = self.adapter_config().cloned()?;
+        let (mut factors, mut biases) = (BTreeMap::new(), BTreeMap::new());
+        for (name, trained) in self.decoder.groups().flat_map(|group| group.trained(&self.params)) {
+            factors.extend(trained.factors.map(|(f, _)| (name.clone(), f)));
+            biases.extend(trained.bias.map(|bias| (name, bias)));
+        }
+        let vocabulary = &self.decoder.vocabulary;
+        let embedding = vocabulary.embedding.trained();
+        let mut head = vocabulary.head.as_ref().and_then(Weight::trained);
+        if self.config.tie_word_embeddings() && config.lora().ensure_weight_tying {
+            head = embedding;
+        }
+        let saved = [(Role::Embedding, embedding), (Role::Head, head)].into_iter();
+        let saved = saved
+            .filter_map(|(role, at)| Some((self.config.names.module(role), (at?.dims(), self.params.values(at?)))))
+            .collect();
+        let table = |&role: &Role| (self.config.names.module(role), self.carried_table(role));
+        let tables = self.adapters.carried.iter().map(table).collect();
+        let base_delta = self.adapters.base_delta.factors();
+        Some(InactiveAdapter { adapter: Adapter { config, factors, biases, saved, tables }, base_delta })
+    }
+
+    /// Returns a frozen table that the adapter carries, as it is on the model.
+    fn carried_table(&self, role: Role) -> EmbeddingTable {
+        let vocabulary = &self.decoder.vocabulary;
+        let trains_embedding = vocabulary.embedding.trained().is_some();
+        let is_tied = self.config.tie_word_embeddings() && !trains_embedding;
+        let weight = match &vocabulary.head {
+            Some(head) if role == Role::Head && !is_tied => head,
+            Some(head) if trains_embedding => head,
+            _ => &vocabulary.embedding,
+        };
+        let dtype = match self.dtype() {
+            DType::BF16 => Dtype::BF16,
+            DType::F16 => Dtype::F16,
+            _ => Dtype::F32,
+        };
+        EmbeddingTable { shape: weight.dims(), dtype, values: to_f32(weight.matrix(&self.params)) }
+    }
+
+    /// Returns the modules whose weights the active adapter carries without training them, such as `model.embed_tokens`:
+    /// the checkpoint has them with another number of rows, or the adapter brought them.
+    pub fn carried_tables(&self) -> Vec<&str> {
+        let names = &self.config.names;
+        let name = |role: &Role| if *role == Role::Head { names.head } else { names.embedding };
+        self.adapters.carried.iter().map(name).collect()
+    }
+
+    /// Deletes the active adapter; the model is then its base. Without an active adapter nothing happens.
+    pub fn remove_adapter(&mut self) {
+        if self.adapters.active.take().is_none() {
+            return;
+        }
+        self.adapters.carried.clear();
+        let mut params = ParamsBuilder::new(self.device(), self.dtype());
+        for group in self.decoder.groups_mut() {
+            group.adapt(&mut params, 0, |_| Adaptation::default());
+        }
+        self.restore_vocabulary();
+        self.params = params.build();
+        self.restore_base();
+    }
+
+    /// Attaches an adapter to the base, and makes it the active one.
+    pub(crate) fn attach(&mut self, name: &str, adapter: Adapter) -> Result<(), Error> {
+        self.check_placeable()?;
+        self.restore_vocabulary();
+        let mut params = ParamsBuilder::new(self.device(), self.dtype());
+        let Adapter { config, mut factors, mut biases, saved, tables } = adapter;
+        for (site, group) in self.decoder.groups_mut().enumerate() {
+            group.adapt(&mut params, site as u32, |linear| Adaptation {
+                factors: factors.remove(&linear.name).map(|f| (f, config.lora().scale_of(&linear.name))),
+                bias: biases.remove(&linear.name),
+            });
+        }
+        let is_tied = self.config.tie_word_embeddings() && config.lora().ensure_weight_tying;
+        if !(saved.is_empty() && tables.is_empty()) {
+            self.decoder.base_vocabulary = Some(self.decoder.vocabulary.clone());
+        }
+        let is_carried = |role: &Role| tables.contains_key(&self.config.names.module(*role));
+        self.adapters.carried = TABLES.into_iter().filter(is_carried).collect();
+        let (device, dtype) = (self.device().clone(), self.dtype());
+        let vocabulary = &mut self.decoder.vocabulary;
+        for (module, EmbeddingTable { shape, values, .. }) in tables {
+            let table = Weight::Frozen(from_f32(values, shape, &device, dtype));
+            if module == self.config.names.module(Role::Head) && !self.config.spec.head.tied {
+                vocabulary.head = Some(table);
+            } else {
+                vocabulary.embedding = table;
+            }
+        }
+        for (module, (shape, values)) in saved {
+            let is_head = module == self.config.names.module(Role::Head);
+            if is_head && is_tied {
+                continue; // The table is the head.
+            }
+            let at = params.push_in(Group::Embedding, format!("{module}.weight"), &shape, true, &values);
+            let trained = Weight::Trained(at);
+            if is_head {
+                vocabulary.head = Some(trained);
+                continue;
+            }
+            if self.config.spec.head.tied && !is_tied && vocabulary.head.is_none() {
+                // The head stays what the table was.
+                vocabulary.head = Some(vocabulary.embedding.clone());
+            }
+            vocabulary.embedding = trained;
+        }
+        self.params = params.build();
+        self.adapters.active = Some(ActiveAdapter { name: name.to_owned(), config });
+        Ok(())
+    }
+
+    /// Restores the frozen weights of modules that an adapter trained whole.
+    fn restore_vocabulary(&mut self) {
+        if let Some(base) = self.decoder.base_vocabulary.take() {
+            self.decoder.vocabulary = base;
+        }
+    }
+
+    fn check_placeable(&self) -> Result<(), Error> {
+        if self.adapters.active.is_none() && self.params.numel() > 0 {
+            return Err(Error::Argument(
+                "all weights are trained; an adapter goes onto a model loaded with full_finetuning = false".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn linear(&self, name: &str) -> &Linear {
+        self.decoder.linears().find(|linear| linear.name == name).expect("the names are this model's")
+    }
+}

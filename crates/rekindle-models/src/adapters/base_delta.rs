@@ -1,0 +1,312 @@
+//! Where new adapters start: the initial B·A that some subtract from the base, how the base is restored, and the
+//! quantization errors that LoftQ starts from.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::DType;
+use rekindle_hub::Checkpoint;
+use rekindle_kernels::quantized::{Absmax, QuantizedFormat};
+use rekindle_kernels::{Device, Weight, from_f32, to_f32};
+use rekindle_lora::peft::AdapterConfig;
+use rekindle_lora::{Adapter, Factors, InitLoraWeights, Linear, LoraConfig, Start, initial_factors, loftq, taken};
+use rekindle_quant::bnb::QuantizationConfig;
+use rekindle_quant::{Blocksize, Origin, QuantConfig};
+use serde_json::{Map, Value, json};
+
+use crate::checkpoint::{LoadIn, QuantizationPlan, canonical, frozen, stored_quantization};
+use crate::{CausalLm, Error};
+
+/// The initial B·A that the active adapter subtracted from the base, and how to restore that.
+#[derive(Debug, Default)]
+pub(crate) struct BaseDelta {
+    /// By the linear's name.
+    linears: BTreeMap<String, LinearDelta>,
+    /// The weights are read again from here.
+    checkpoint: Option<Checkpoint>,
+}
+
+#[derive(Debug)]
+struct LinearDelta {
+    factors: Factors,
+    /// The weight before the subtraction, where the checkpoint does not hold it.
+    kept: Option<Weight>,
+}
+
+impl BaseDelta {
+    /// Whether nothing was subtracted.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.linears.is_empty()
+    }
+
+    /// What was subtracted, by the linear's name.
+    pub(crate) fn factors(&self) -> BTreeMap<String, Factors> {
+        self.linears.iter().map(|(name, delta)| (name.clone(), delta.factors.clone())).collect()
+    }
+}
+
+impl CausalLm {
+    /// The checkpoint for an adapter that starts from weights; `None` for one that does not.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the targets are not kept as `config.init_lora_weights` needs them.
+    pub(crate) fn init_source(&self, config: &LoraConfig, targets: &[String]) -> Result<Option<Checkpoint>, Error> {
+        let init = &config.init_lora_weights;
+        let needs_codes = *init == InitLoraWeights::Loftq;
+        if !needs_codes && !init.changes_base() {
+            return Ok(None);
+        }
+        let in_codes = |name: &&String| matches!(self.linear(name).weight, Weight::Quantized(_));
+        let name = json!(init);
+        if let (Some(linear), true) = (targets.iter().find(in_codes), init.changes_base()) {
+            return Err(Error::Argument(format!(
+                "init_lora_weights {name} takes a part out of the base weights, and {linear} is kept in codes, which \
+                 cannot give it exactly; use \"loftq\" on a base that is quantized while loading, or load it in 16 bits"
+            )));
+        }
+        if let (Some(linear), true) = (targets.iter().find(|name| !in_codes(name)), needs_codes) {
+            return Err(Error::Argument(format!(
+                "init_lora_weights {name} starts from what codes miss of a weight, and {linear} is dense; add \
+                 load_in_4bit or load_in_8bit, leave the linear out of the targets, or use \"pissa\""
+            )));
+        }
+        let checkpoint = canonical(&Checkpoint::open(&self.provenance.path)?);
+        if needs_codes && stored_quantization(checkpoint.config()).is_some() {
+            return Err(Error::Argument(format!(
+                "init_lora_weights {name} starts from what codes miss of a weight, and {} holds nothing but the codes; \
+                 load the 16-bit checkpoint that it was made from with load_in_4bit or load_in_8bit",
+                self.provenance.path.display()
+            )));
+        }
+        self.check_loftq_bits(config, &targets[0])?;
+        Ok(Some(checkpoint))
+    }
+
+    fn check_loftq_bits(&self, config: &LoraConfig, target: &str) -> Result<(), Error> {
+        let (Some(asked), Some(codes)) = (config.loftq_config, self.quantized_format(target)) else { return Ok(()) };
+        if codes["loftq_bits"] == json!(asked.loftq_bits) {
+            return Ok(());
+        }
+        Err(Error::Argument(format!(
+            "loftq_bits is {}, and the base is in codes of {} bits; leave it out, or load the base with {}",
+            asked.loftq_bits,
+            codes["loftq_bits"],
+            if asked.loftq_bits == 8 { "load_in_8bit" } else { "load_in_4bit" }
+        )))
+    }
+
+    /// The first factors of every target; of those that the base loses, it loses them here. `source` is what
+    /// [`init_source`](Self::init_source) gave.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a weight that is not finite; the base is then as it was.
+    pub(crate) fn initial_factors(
+        &mut self,
+        config: &LoraConfig,
+        targets: &[String],
+        source: Option<Checkpoint>,
+    ) -> Result<Vec<Factors>, Error> {
+        let Some(checkpoint) = source else {
+            let start = |name: &String| {
+                let [out, input] = self.linear(name).weight.dims();
+                initial_factors(config, name, input, out)
+            };
+            return Ok(targets.iter().map(start).collect());
+        };
+        let starts = targets.iter().map(|name| match config.init_lora_weights {
+            InitLoraWeights::Loftq => self.quantization_error(config, name, &checkpoint),
+            _ => self.subtract_init(name, &checkpoint, |w, shape| {
+                taken(config, name, w, shape).expect("the source is for nothing else")
+            }),
+        });
+        let starts: Result<Vec<Factors>, Error> = starts.collect();
+        self.adapters.base_delta.checkpoint = Some(checkpoint);
+        if starts.is_err() {
+            self.restore_base();
+        }
+        starts
+    }
+
+    /// What codes miss of a weight.
+    fn quantization_error(&self, config: &LoraConfig, name: &str, checkpoint: &Checkpoint) -> Result<Factors, Error> {
+        let Weight::Quantized(packed) = &self.linear(name).weight else { unreachable!("the source was checked") };
+        let view = checkpoint.get(&format!("{name}.weight")).expect("the codes were made from it");
+        let w = view.to_f32()?;
+        let decoded = to_f32(packed.decode(DType::F32));
+        self.device().check()?;
+        check_finite(name, &w)?;
+        Ok(loftq(config, name, &w, packed.dims(), 1, |_| decoded.clone()).factors)
+    }
+
+    /// Takes out of the base again what an adapter took that was off the model: the same bits remain.
+    ///
+    /// # Errors
+    /// [`Error::File`] when the checkpoint is gone; the base is then as it was.
+    pub(crate) fn subtract_init_again(
+        &mut self,
+        parts: &BTreeMap<String, Factors>,
+        config: &LoraConfig,
+    ) -> Result<(), Error> {
+        if parts.is_empty() {
+            return Ok(());
+        }
+        let checkpoint = canonical(&Checkpoint::open(&self.provenance.path)?);
+        let take = |(name, factors): (&String, &Factors)| {
+            self.subtract_init(name, &checkpoint, |w, shape| Start::again(w, shape, factors, config.scale_of(name)))
+                .map(|_| ())
+        };
+        let done = parts.iter().try_for_each(take);
+        self.adapters.base_delta.checkpoint = Some(checkpoint);
+        if done.is_err() {
+            self.restore_base();
+        }
+        done
+    }
+
+    fn subtract_init(
+        &mut self,
+        name: &str,
+        checkpoint: &Checkpoint,
+        start: impl FnOnce(&[f32], [usize; 2]) -> Start,
+    ) -> Result<Factors, Error> {
+        let weight = self.linear(name).weight.clone();
+        let shape = weight.dims();
+        let w = to_f32(weight.matrix(&self.params));
+        self.device().check()?;
+        check_finite(name, &w)?;
+        let stored = match checkpoint.get(&format!("{name}.weight")) {
+            Some(view) if view.shape == shape => to_f32(frozen(&view, shape, &Device::cpu(), self.dtype())?) == w,
+            _ => false,
+        };
+        let Start { factors, base } = start(&w, shape);
+        let base = Weight::Frozen(from_f32(base, shape, self.device(), self.dtype()));
+        self.set_weight(name, base);
+        let kept = (!stored).then_some(weight);
+        self.adapters.base_delta.linears.insert(name.to_owned(), LinearDelta { factors: factors.clone(), kept });
+        Ok(factors)
+    }
+
+    /// Gives the base back what the adapter took. There is no adapter at this time.
+    pub(crate) fn restore_base(&mut self) {
+        let BaseDelta { linears, checkpoint } = core::mem::take(&mut self.adapters.base_delta);
+        for (name, delta) in linears {
+            let weight = delta.kept.unwrap_or_else(|| {
+                let checkpoint = checkpoint.as_ref().expect("it is opened before anything is taken");
+                let view = checkpoint.get(&format!("{name}.weight")).expect("the weight was compared with it");
+                let shape = self.linear(&name).weight.dims();
+                Weight::Frozen(frozen(&view, shape, self.device(), self.dtype()).expect("it has been read before"))
+            });
+            self.set_weight(&name, weight);
+        }
+    }
+
+    /// What the codes of `linear` are, as adapters made for them say it; `None` for a dense weight.
+    pub(crate) fn quantized_format(&self, linear: &str) -> Option<Map<String, Value>> {
+        let Weight::Quantized(packed) = &self.linear(linear).weight else { return None };
+        let quantization = self.provenance.quantization.as_ref().expect("a model with codes says where they came from");
+        let skipped = quantization.config.to_json()["llm_int8_skip_modules"].clone();
+        let codes = match (&packed.data().format, &quantization.origins[&format!("{linear}.weight")]) {
+            (QuantizedFormat::FourBit { blocksize, absmax, .. }, Origin::FourBit { quant_type, .. }) => json!({
+                "loftq_bits": 4, "loftq_iter": 1, "quant_type": quant_type.name(), "blocksize": blocksize,
+                "double_quant": matches!(absmax, Absmax::Double { .. }), "skip_modules": skipped,
+            }),
+            _ => json!({ "loftq_bits": 8, "loftq_iter": 1, "skip_modules": skipped }),
+        };
+        codes.as_object().cloned()
+    }
+
+    /// Refuses an adapter that was made for other codes than those of this model.
+    pub(crate) fn check_quantized_format(&self, dir: &Path, adapter: &Adapter) -> Result<(), Error> {
+        let Some(wanted) = adapter.config.codes() else { return Ok(()) };
+        let Some(LoftqBase { load_in, skip_modules }) = loftq_base(&adapter.config)? else { return Ok(()) };
+        let same = |found: &Map<String, Value>| {
+            ["loftq_bits", "quant_type", "blocksize", "double_quant"]
+                .iter()
+                .all(|key| found.get(*key) == wanted.get(*key))
+        };
+        let fits = |name: &&String| self.quantized_format(name).is_some_and(|found| same(&found));
+        if let Some(linear) = adapter.factors.keys().find(|name| !fits(name)) {
+            return Err(Error::Argument(format!(
+                "the adapter in {} starts from what codes miss of their weights (loftq), and {linear} is not in these \
+                 codes: {}; load the base with {}",
+                dir.display(),
+                Value::from(wanted.clone()),
+                load_in.argument()
+            )));
+        }
+        // The other linears too: it was trained beside them as they were.
+        let skip = QuantizationConfig::int8(skip_modules);
+        let differs = |linear: &&Linear| matches!(linear.weight, Weight::Quantized(_)) == skip.skips(&linear.name);
+        let Some(linear) = self.decoder.linears().find(differs) else { return Ok(()) };
+        let (name, was) = (&linear.name, if skip.skips(&linear.name) { "dense" } else { "in codes" });
+        let asked = match wanted.get("skip_modules").filter(|skipped| !skipped.is_null()) {
+            Some(skipped) => format!("with skip_modules = {skipped}"),
+            None => "without skip_modules".to_owned(),
+        };
+        Err(Error::Argument(format!(
+            "the adapter in {} was trained (loftq) beside {name} {was}, which is otherwise here; load the base {asked}",
+            dir.display()
+        )))
+    }
+
+    fn set_weight(&mut self, name: &str, weight: Weight) {
+        let linears = self.decoder.linears_mut();
+        linears.filter(|linear| linear.name == name).for_each(|linear| linear.weight = weight.clone());
+    }
+}
+
+/// The base that an adapter was made for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoftqBase {
+    /// Its codes.
+    pub load_in: LoadIn,
+    /// The modules that stayed dense.
+    pub skip_modules: Option<Vec<String>>,
+}
+
+/// The codes that a LoftQ adapter was made for; `None` for any other adapter.
+///
+/// # Errors
+/// [`Error::Argument`] for codes that are not known here.
+pub fn loftq_base(config: &AdapterConfig) -> Result<Option<LoftqBase>, Error> {
+    // PEFT leaves these alone: there it is an argument, and nothing says what the codes were.
+    let Some(codes) = config.codes().filter(|codes| codes.contains_key("skip_modules")) else { return Ok(None) };
+    let unknown =
+        || Error::Argument(format!("loftq_config {} names codes that are not known", Value::from(codes.clone())));
+    let skip_modules = serde_json::from_value(codes["skip_modules"].clone()).map_err(|_| unknown())?;
+    if codes.get("loftq_bits") == Some(&json!(8)) {
+        return Ok(Some(LoftqBase { load_in: LoadIn::EightBit, skip_modules }));
+    }
+    let size = codes.get("blocksize").and_then(Value::as_u64).and_then(|size| Blocksize::new(size as usize).ok());
+    let quant_type = codes.get("quant_type").and_then(Value::as_str).and_then(|name| name.parse().ok());
+    let double_quant = codes.get("double_quant").and_then(Value::as_bool);
+    match (quant_type, size, double_quant) {
+        (Some(quant_type), Some(blocksize), Some(double_quant)) => {
+            let load_in = LoadIn::FourBit(Some(QuantConfig { quant_type, blocksize, double_quant }));
+            Ok(Some(LoftqBase { load_in, skip_modules }))
+        }
+        _ => Err(unknown()),
+    }
+}
+
+/// How `base` is read for a merge with an adapter: in the codes that it was made for, if it was made for any. A base that
+/// is in other codes already is an error.
+pub(crate) fn quantization_plan(base: &Checkpoint, adapter: &Adapter) -> Result<Option<QuantizationPlan>, Error> {
+    let stored = QuantizationPlan::of(base, None, None)?;
+    match loftq_base(&adapter.config)? {
+        None => Ok(stored),
+        Some(on) => {
+            QuantizationPlan::of(base, Some(on.load_in), on.skip_modules.as_deref().filter(|_| stored.is_none()))
+        }
+    }
+}
+
+fn check_finite(name: &str, w: &[f32]) -> Result<(), Error> {
+    match w.iter().find(|w| !w.is_finite()) {
+        None => Ok(()),
+        Some(value) => Err(Error::Argument(format!(
+            "tensor \"{name}.weight\" holds {value}; an adapter starts from a weight that is finite (use \
+             init_lora_weights = true)"
+        ))),
+    }
+}

@@ -1,0 +1,197 @@
+//! A causal language model: a decoder, its trained parameters, its adapters, and where it came from.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::DType;
+use rekindle_kernels::{Device, Params, ParamsBuilder};
+use rekindle_lora::{GradientCheckpointing, LoraConfig, peft::AdapterConfig};
+use rekindle_rope::Widened;
+
+use crate::adapters::Adapters;
+use crate::checkpoint::Quantization;
+use crate::parameters::ParameterSpec;
+use crate::{Decoder, Error, ModelConfig};
+
+/// A causal language model with its trainable parameters.
+///
+/// Either all weights are trained, or none until [`add_adapter`](Self::add_adapter).
+///
+/// | what | where |
+/// |---|---|
+/// | losses and gradients | `loss.rs` |
+/// | adapters by name | `adapters.rs` |
+/// | loading, saving, merging | `checkpoint/` |
+/// | generation | `generate.rs` |
+#[derive(Debug)]
+pub struct CausalLm {
+    pub(crate) config: ModelConfig,
+    pub(crate) decoder: Decoder,
+    pub(crate) params: Params,
+    pub(crate) adapters: Adapters,
+    pub(crate) provenance: Provenance,
+    /// What happens to activations where an adapter does not say.
+    pub(crate) checkpointing: GradientCheckpointing,
+}
+
+/// Where a model's weights came from, and what was done to them since.
+#[derive(Debug)]
+pub(crate) struct Provenance {
+    /// The directory of the checkpoint.
+    pub(crate) path: PathBuf,
+    /// What adapters name as their base.
+    pub(crate) name_or_path: String,
+    /// The revision that was requested of a model on the hub.
+    pub(crate) revision: Option<String>,
+    /// How the checkpoint's linears were quantized, if any were.
+    pub(crate) quantization: Option<Quantization>,
+    /// How the checkpoint's context was extended, if it was.
+    pub(crate) context_extension: Option<Widened>,
+    /// Whether an adapter was merged into the weights.
+    pub(crate) merged: bool,
+    /// Whether embedding and head have another number of rows than the checkpoint's.
+    pub(crate) resized: bool,
+}
+
+impl Provenance {
+    /// A dense checkpoint at `path`.
+    pub(crate) fn new(path: &Path, context_extension: Option<Widened>) -> Self {
+        Self {
+            path: path.to_owned(),
+            name_or_path: path.display().to_string(),
+            revision: None,
+            quantization: None,
+            context_extension,
+            merged: false,
+            resized: false,
+        }
+    }
+}
+
+impl CausalLm {
+    pub(crate) fn new(config: ModelConfig, decoder: Decoder, params: ParamsBuilder, provenance: Provenance) -> Self {
+        Self {
+            config,
+            decoder,
+            params: params.build(),
+            adapters: Adapters::default(),
+            provenance,
+            checkpointing: GradientCheckpointing::Off,
+        }
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The layers, with embedding and head.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// Returns the name of the checkpoint, as new adapters give it.
+    pub fn name_or_path(&self) -> &str {
+        &self.provenance.name_or_path
+    }
+
+    /// Sets what new adapters name as their base: a model on the hub, with the revision if one was requested. Without
+    /// this it is the checkpoint's directory.
+    pub fn set_name_or_path(&mut self, name_or_path: impl Into<String>, revision: Option<String>) {
+        self.provenance.name_or_path = name_or_path.into();
+        self.provenance.revision = revision;
+    }
+
+    /// The directory of the checkpoint that the weights came from.
+    pub fn path(&self) -> &Path {
+        &self.provenance.path
+    }
+
+    /// The device of the weights.
+    pub fn device(&self) -> &Device {
+        self.decoder.device()
+    }
+
+    /// The dtype of frozen weights and activations.
+    pub fn dtype(&self) -> DType {
+        self.decoder.dtype()
+    }
+
+    /// The longest document that a batch may hold.
+    pub fn max_seq_length(&self) -> usize {
+        self.decoder.max_seq_length()
+    }
+
+    /// How `rope_scaling` extended the context of the checkpoint, if it did.
+    pub fn widened(&self) -> Option<&Widened> {
+        self.provenance.context_extension.as_ref()
+    }
+
+    /// The `quantization_config` that a saved `config.json` gets, if the model is quantized.
+    pub fn quantization_config(&self) -> Option<serde_json::Value> {
+        self.provenance.quantization.as_ref().map(|quantization| quantization.config.to_json())
+    }
+
+    /// The trainable parameters.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// The trainable parameters, for the optimizer.
+    pub fn params_mut(&mut self) -> &mut Params {
+        &mut self.params
+    }
+
+    /// The configuration of the active adapter.
+    pub fn lora(&self) -> Option<&LoraConfig> {
+        self.adapter_config().map(AdapterConfig::lora)
+    }
+
+    /// What the file of the active adapter says.
+    pub fn adapter_config(&self) -> Option<&AdapterConfig> {
+        self.adapters.active.as_ref().map(|active| &active.config)
+    }
+
+    /// Number of scalars in all weights, adapters not counted.
+    pub fn num_parameters(&self) -> usize {
+        self.config.parameters().iter().map(ParameterSpec::numel).sum()
+    }
+
+    /// `(full name, in, out)` of every linear of the layers.
+    pub fn linears(&self) -> Vec<(String, usize, usize)> {
+        let linear = |linear: &rekindle_lora::Linear| {
+            let [out, input] = linear.weight.dims();
+            (linear.name.clone(), input, out)
+        };
+        self.decoder.linears().map(linear).collect()
+    }
+
+    /// What happens to activations between forward and backward: what the active adapter says, otherwise what was set
+    /// for the model.
+    pub fn gradient_checkpointing(&self) -> GradientCheckpointing {
+        match self.lora().map(|lora| lora.use_gradient_checkpointing) {
+            None | Some(GradientCheckpointing::Off) => self.checkpointing,
+            Some(asked) => asked,
+        }
+    }
+
+    /// Sets it for the active adapter or, without one, for the model: for training all weights, and for later adapters
+    /// that do not say.
+    pub fn set_gradient_checkpointing(&mut self, checkpointing: GradientCheckpointing) {
+        match &mut self.adapters.active {
+            Some(active) => active.config.lora_mut().use_gradient_checkpointing = checkpointing,
+            None => self.checkpointing = checkpointing,
+        }
+    }
+
+    /// Fails while the active adapter has subtracted a part from the base.
+    pub(crate) fn check_base(&self) -> Result<(), Error> {
+        if self.adapters.base_delta.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Argument(
+            "the active adapter subtracted its initial B·A from the base (init_lora_weights pissa or olora), so the base \
+             model's outputs are not available beside it; use init_lora_weights = true"
+                .to_owned(),
+        ))
+    }
+}

@@ -1,0 +1,349 @@
+//! From a checkpoint to a model, tensor by tensor.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use burn::tensor::DType;
+use rekindle_hub::{Checkpoint, Dtype, TensorView};
+use rekindle_kernels::{
+    Device, DeviceLimits, Group, ParamsBuilder, QuantizedWeight, Tensor, Weight, from_f32, from_le_bytes,
+};
+use rekindle_quant::Origin;
+use rekindle_rope::{RopeScaling, Widened};
+
+use super::quantization::{LoadIn, Quantization, QuantizationPlan, stored_bytes, stored_quantization};
+use super::tensor_names::canonical;
+use super::{master_weights, resize};
+use crate::causal_lm::Provenance;
+use crate::layers::WeightSource;
+use crate::parameters::ParameterSpec;
+use crate::{CausalLm, Decoder, Error, ModelConfig, Role};
+
+/// How a checkpoint is loaded.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Where the weights go.
+    pub device: Device,
+    /// The dtype of frozen weights and activations.
+    pub dtype: DType,
+    /// The longest document; the rotary tables are made for it.
+    pub max_seq_length: usize,
+    /// How positions beyond the model's window are made.
+    pub rope_scaling: RopeScaling,
+    /// Whether all weights are trained: in `f32`, or in codes where `load_in` or the checkpoint says so.
+    pub full_finetuning: bool,
+    /// Whether weights that are trained are kept in bf16 alone, and updates are rounded stochastically.
+    pub stochastic_rounding: bool,
+    /// How the linears of the blocks are kept. `None` is dense, or as a quantized checkpoint has them.
+    pub load_in: Option<LoadIn>,
+    /// Linears that stay dense when the others are quantized, as transformers' `llm_int8_skip_modules`. `None` is
+    /// `lm_head`.
+    pub skip_modules: Option<Vec<String>>,
+    /// Rows that the embedding table and the head are brought to. New ones are the mean of the old.
+    pub resize_model_vocab: Option<usize>,
+}
+
+impl LoadOptions {
+    /// Frozen weights, dense unless the checkpoint is quantized.
+    pub fn new(device: Device, dtype: DType, max_seq_length: usize) -> Self {
+        Self {
+            device,
+            dtype,
+            max_seq_length,
+            rope_scaling: RopeScaling::default(),
+            full_finetuning: false,
+            stochastic_rounding: false,
+            load_in: None,
+            skip_modules: None,
+            resize_model_vocab: None,
+        }
+    }
+}
+
+impl CausalLm {
+    /// Builds the model that `checkpoint` holds. `progress` is told the bytes of each tensor as it is read.
+    ///
+    /// # Errors
+    /// [`Error::Config`] or [`Error::Tensors`], each a list of everything that is wrong; [`Error::Argument`]
+    /// for a `max_seq_length` that `rope_scaling` does not reach.
+    pub fn load(checkpoint: &Checkpoint, options: &LoadOptions, progress: &mut dyn FnMut(u64)) -> Result<Self, Error> {
+        let LoadOptions { device, dtype, full_finetuning, load_in, skip_modules, .. } = options;
+        let checkpoint = &canonical(checkpoint);
+        let (mut config, widened) = options.prepare(ModelConfig::from_checkpoint(checkpoint)?)?;
+        let stored = stored_quantization(checkpoint.config()).is_some();
+        let load_in = if *full_finetuning && !stored { load_in.map(master_weights::format) } else { *load_in };
+        let plan = QuantizationPlan::of(checkpoint, load_in, skip_modules.as_deref())?;
+        let in_place = master_weights::in_place(options, plan.is_some(), &config)?;
+        check_tensors(checkpoint, &config, plan.as_ref())?;
+        let stored_rows = config.vocab_size();
+        if let Some(rows) = options.resize_model_vocab {
+            config = config.resized(rows)?;
+        }
+        let resized = config.vocab_size() != stored_rows;
+        // What is trained is saved dense, whatever it was in between.
+        let quantization = plan.as_ref().filter(|_| !full_finetuning).map(|plan| Quantization {
+            config: plan.config.clone(),
+            origins: BTreeMap::new(),
+            dtypes: BTreeMap::new(),
+        });
+        let params =
+            if in_place { ParamsBuilder::in_place(device, *dtype) } else { ParamsBuilder::new(device, *dtype) };
+        let vectors = BTreeMap::new();
+        let mut source =
+            CheckpointWeights { checkpoint, options, plan, quantization, in_place, params, vectors, progress };
+        source.load_vectors(&config)?;
+        let decoder = Decoder::build(&config, &mut source, device, *dtype, options.max_seq_length)?;
+        debug_assert!(*full_finetuning || source.params.is_empty());
+        device.check()?;
+        let CheckpointWeights { params, quantization, .. } = source;
+        let provenance = Provenance { quantization, resized, ..Provenance::new(checkpoint.path(), widened) };
+        Ok(Self::new(config, decoder, params, provenance))
+    }
+}
+
+impl LoadOptions {
+    /// The configuration for the length that is asked for, and what that took, after checks of what the device can.
+    pub(crate) fn prepare(&self, config: ModelConfig) -> Result<(ModelConfig, Option<Widened>), Error> {
+        if self.max_seq_length == 0 {
+            return Err(Error::Argument("max_seq_length is 0; give at least 1".to_owned()));
+        }
+        let (config, widened) = config.widened(self.max_seq_length, &self.rope_scaling)?;
+        let unsupported = config.spec.unsupported(self.max_seq_length);
+        if !unsupported.is_empty() {
+            return Err(Error::Argument(format!(
+                "{} needs what this version does not compute: {}",
+                config.architecture,
+                unsupported.join(", ")
+            )));
+        }
+        let limits = self.device.limits();
+        if let Some(most) = limits.max_hidden_size.filter(|&most| config.hidden_size() > most) {
+            return Err(Error::Argument(format!(
+                "hidden_size is {}; on CUDA it is at most {most}; use device \"cpu\"",
+                config.hidden_size()
+            )));
+        }
+        if let Some(heads) = config.layouts().into_iter().find(|heads| !limits.takes_head_dim(heads.head_dim)) {
+            let DeviceLimits { head_dim_multiple, max_head_dim, .. } = limits;
+            return Err(Error::Argument(format!(
+                "head_dim is {}; on CUDA it is a multiple of {head_dim_multiple}, up to {}; use device \"cpu\"",
+                heads.head_dim,
+                max_head_dim.unwrap_or(usize::MAX)
+            )));
+        }
+        Ok((config, widened))
+    }
+}
+
+/// The weights of a checkpoint.
+struct CheckpointWeights<'a> {
+    checkpoint: &'a Checkpoint,
+    options: &'a LoadOptions,
+    plan: Option<QuantizationPlan>,
+    quantization: Option<Quantization>,
+    /// Whether trained weights have no f32 copy.
+    in_place: bool,
+    params: ParamsBuilder,
+    /// Frozen norms and biases, by name.
+    vectors: BTreeMap<String, Weight>,
+    progress: &'a mut dyn FnMut(u64),
+}
+
+impl CheckpointWeights<'_> {
+    /// Loads frozen norms and biases before everything else: matrices then lie side by side in a device's memory, and
+    /// what replaces some of them (an adapter's stack) finds space without gaps.
+    fn load_vectors(&mut self, config: &ModelConfig) -> Result<(), Error> {
+        if !self.options.full_finetuning {
+            for tensor in config.parameters().into_iter().filter(ParameterSpec::is_vector) {
+                let weight = self.dense(&tensor)?;
+                self.vectors.insert(tensor.name, weight);
+            }
+        }
+        Ok(())
+    }
+
+    /// The quantized weight of a linear; `None` when it stays dense.
+    fn quantized(&mut self, tensor: &ParameterSpec) -> Result<Option<Weight>, Error> {
+        let name = &tensor.name;
+        let Some(plan) = &self.plan else { return Ok(None) };
+        let Some(stored) = plan.codes(self.checkpoint, name, &tensor.shape)? else { return Ok(None) };
+        (self.progress)(stored_bytes(self.checkpoint, name));
+        let (origin, codes) = Origin::take(stored).expect("the weight of a linear is a matrix, as was checked");
+        let packed = QuantizedWeight::new(codes, &self.options.device);
+        if self.options.full_finetuning {
+            if !packed.can_be_trained() {
+                return Err(master_weights::coded_scales(&format!("tensor \"{name}\" of the checkpoint")));
+            }
+            return Ok(Some(Weight::Trained(self.params.push_quantized(name, packed))));
+        }
+        let quantization = self.quantization.as_mut().expect("there is a plan");
+        quantization.origins.insert(name.clone(), origin);
+        Ok(Some(Weight::Quantized(packed)))
+    }
+
+    fn dense(&mut self, tensor: &ParameterSpec) -> Result<Weight, Error> {
+        let (name, group) = (&tensor.name, group(tensor.role));
+        let view = self.checkpoint.get(name).expect("every needed tensor was checked to be there");
+        (self.progress)(view.data.len() as u64);
+        if let Some(quantization) = &mut self.quantization {
+            quantization.dtypes.insert(name.clone(), view.dtype);
+        }
+        if let (Some(rows), true) = (self.options.resize_model_vocab, tensor.role.is_vocabulary()) {
+            return self.resized(tensor, &view, rows);
+        }
+        if self.options.full_finetuning {
+            if self.in_place && !tensor.is_vector() {
+                let bytes = master_weights::bf16_bytes(&view)?;
+                return Ok(Weight::Trained(self.params.push_bf16(group, name, view.shape, &bytes)));
+            }
+            // As in transformers' Trainer: norms and biases, the vectors, take no weight decay.
+            let decays = !tensor.is_vector();
+            return Ok(Weight::Trained(self.params.push_in(group, name, view.shape, decays, &view.to_f32()?)));
+        }
+        let [rows, cols] = match *view.shape {
+            [n] => [1, n],
+            [rows, cols] => [rows, cols],
+            _ => unreachable!("shapes were checked"),
+        };
+        Ok(Weight::Frozen(frozen(&view, [rows, cols], &self.options.device, self.options.dtype)?))
+    }
+
+    /// The table `view` with as many rows as the vocabulary is to have.
+    fn resized(&mut self, tensor: &ParameterSpec, view: &TensorView<'_>, rows: usize) -> Result<Weight, Error> {
+        let (name, group) = (&tensor.name, group(tensor.role));
+        let hidden = view.shape[1];
+        let values = resize::resize_rows(view.to_f32()?, hidden, rows);
+        if self.in_place {
+            let bytes = master_weights::rounded(&values);
+            return Ok(Weight::Trained(self.params.push_bf16(group, name, &[rows, hidden], &bytes)));
+        }
+        if self.options.full_finetuning {
+            return Ok(Weight::Trained(self.params.push_in(group, name, &[rows, hidden], true, &values)));
+        }
+        Ok(Weight::Frozen(from_f32(values, [rows, hidden], &self.options.device, self.options.dtype)))
+    }
+}
+
+impl WeightSource for CheckpointWeights<'_> {
+    fn weight(&mut self, tensor: &ParameterSpec) -> Result<Weight, Error> {
+        if let Some(weight) = self.vectors.remove(&tensor.name) {
+            return Ok(weight);
+        }
+        if tensor.role.is_linear()
+            && let Some(weight) = self.quantized(tensor)?
+        {
+            return Ok(weight);
+        }
+        self.dense(tensor)
+    }
+}
+
+/// The learning-rate group of a weight.
+fn group(role: Role) -> Group {
+    if role.is_vocabulary() { Group::Embedding } else { Group::Default }
+}
+
+/// A frozen tensor on its device.
+pub(crate) fn frozen(
+    view: &TensorView<'_>,
+    shape: [usize; 2],
+    device: &Device,
+    dtype: DType,
+) -> Result<Tensor<2>, Error> {
+    let same = matches!((view.dtype, dtype), (Dtype::BF16, DType::BF16) | (Dtype::F16, DType::F16));
+    if same {
+        // The bits as they are, one copy.
+        return Ok(from_le_bytes(view.data, shape, device, dtype));
+    }
+    Ok(from_f32(view.to_f32()?, shape, device, dtype))
+}
+
+/// Compares the tensors of the checkpoint, under [`canonical`] names, with those that the configuration needs.
+pub(crate) fn check_tensors(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    plan: Option<&QuantizationPlan>,
+) -> Result<(), Error> {
+    let is_quantized = |name: &str| plan.is_some_and(|plan| plan.is_stored(name));
+    let needed = config.parameters();
+    let (mut missing, mut unfit, mut foreign) = (Vec::new(), Vec::new(), Vec::new());
+    for ParameterSpec { name, role, shape } in &needed {
+        match checkpoint.get(name) {
+            None => missing.push(format!("\"{name}\" {shape:?}")),
+            // Checked when its quantized data is read.
+            Some(_) if is_quantized(name) && role.is_linear() => {}
+            Some(_) if is_quantized(name) => {
+                unfit.push(format!("\"{name}\" is quantized; only the linears of the blocks are read so"));
+            }
+            Some(view) if view.shape != shape.as_slice() => {
+                unfit.push(format!("\"{name}\" has shape {:?}, expected {shape:?}", view.shape));
+            }
+            Some(view) if !matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
+                unfit.push(format!("\"{name}\" is {}; F32, F16 and BF16 are read", view.dtype));
+            }
+            Some(_) => {}
+        }
+    }
+    let (embedding, head) = (config.names.tensor(Role::Embedding), config.names.tensor(Role::Head));
+    let known: BTreeSet<&str> = needed.iter().map(|n| n.name.as_str()).collect();
+    for name in checkpoint.names().filter(|name| !known.contains(name)) {
+        let owner = rekindle_quant::bnb::owner(name);
+        if owner.is_some_and(|weight| is_quantized(&weight) && known.contains(weight.as_str())) {
+            continue;
+        }
+        // Old Llama checkpoints carry the rotary frequencies, which follow from the configuration.
+        if name.ends_with("rotary_emb.inv_freq") {
+            continue;
+        }
+        if name == head && config.tie_word_embeddings() {
+            let same = checkpoint.get(&head).map(|t| t.data) == checkpoint.get(&embedding).map(|t| t.data);
+            if !same {
+                unfit.push(format!("\"{head}\" differs from \"{embedding}\" although tie_word_embeddings is true"));
+            }
+            continue;
+        }
+        foreign.push(format!("\"{name}\""));
+    }
+    let architecture = &config.architecture;
+    let problems = if missing.len() == needed.len() {
+        let example = listed(&missing);
+        let has = checkpoint.names().map(|name| format!("\"{name}\"")).collect::<Vec<_>>();
+        vec![format!(
+            "no tensor has a name that {architecture} needs ({example}); it has {} tensors: {}",
+            has.len(),
+            listed(&has)
+        )]
+    } else {
+        let adapted = foreign.iter().any(|name| name.contains(".base_layer."));
+        let kinds = [
+            (missing, "is missing".to_owned(), "are missing".to_owned()),
+            (unfit, String::new(), "do not fit config.json".to_owned()),
+            (foreign, format!("is not part of {architecture}"), format!("are not part of {architecture}")),
+        ];
+        let mut problems: Vec<String> =
+            kinds.into_iter().flat_map(|(list, one, many)| few(&list, &one, &many)).collect();
+        if adapted {
+            problems.push("it was saved with an adapter on it; call merge_and_unload before saving".to_owned());
+        }
+        problems
+    };
+    if problems.is_empty() { Ok(()) } else { Err(Error::Tensors { path: checkpoint.path().to_path_buf(), problems }) }
+}
+
+/// Tensors that a message lists.
+const LISTED: usize = 3;
+
+/// A sentence for each tensor, or one for all of them where there are many.
+fn few(list: &[String], one: &str, many: &str) -> Vec<String> {
+    if list.len() <= LISTED {
+        return list.iter().map(|tensor| format!("tensor {tensor} {one}").trim_end().to_owned()).collect();
+    }
+    vec![format!("{} tensors {many}: {}", list.len(), listed(list))]
+}
+
+/// The first of the list, and how many more there are.
+fn listed(list: &[String]) -> String {
+    let shown: Vec<&str> = list.iter().take(LISTED).map(String::as_str).collect();
+    let more = list.len() - shown.len();
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("{}{more}", shown.join(", "))
+}

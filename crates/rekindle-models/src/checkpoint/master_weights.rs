@@ -1,0 +1,88 @@
+//! How weights are kept when all of them are trained.
+//!
+//! In f32, with a copy in the compute dtype where that is another: the default. Or in place, without an f32 copy: in bf16
+//! (`stochastic_rounding`), or the linears of the blocks in 4-bit or 8-bit codes and the other matrices in bf16; vectors are
+//! f32. An update decodes a tensor into an f32 scratch, changes it there, and rounds it back stochastically, with new
+//! scales ([`rekindle_kernels::stochastic`]).
+
+use std::borrow::Cow;
+
+use rekindle_hub::{Dtype, TensorView, write_f32};
+use rekindle_quant::QuantConfig;
+
+use super::quantization::LoadIn;
+use crate::{Error, LoadOptions, ModelConfig};
+
+/// The format that `asked` stands for in training: scales in codes could not follow the weights.
+pub(crate) fn format(asked: LoadIn) -> LoadIn {
+    match asked {
+        LoadIn::FourBit(None) => LoadIn::FourBit(Some(QuantConfig { double_quant: false, ..QuantConfig::default() })),
+        other => other,
+    }
+}
+
+/// Whether what is trained is kept without an f32 copy.
+///
+/// # Errors
+/// [`Error::Argument`] where that is asked for and cannot be had.
+pub(crate) fn in_place(options: &LoadOptions, is_quantized: bool, config: &ModelConfig) -> Result<bool, Error> {
+    let LoadOptions { device, full_finetuning, stochastic_rounding, load_in, .. } = options;
+    if !full_finetuning {
+        if *stochastic_rounding {
+            return Err(Error::Argument(
+                "stochastic_rounding is about weights that are trained, and they are frozen; add full_finetuning = true, \
+                 or leave it out"
+                    .to_owned(),
+            ));
+        }
+        return Ok(false);
+    }
+    if !is_quantized && !stochastic_rounding {
+        return Ok(false);
+    }
+    if let Some(LoadIn::FourBit(Some(QuantConfig { double_quant: true, .. }))) = load_in {
+        return Err(coded_scales("the format that was asked for"));
+    }
+    let limits = device.limits();
+    if !limits.trains_in_place {
+        return Err(Error::Argument(
+            "full_finetuning over bf16 with stochastic_rounding, or over codes, runs on the CPU and on CUDA; choose one of \
+             them, or leave stochastic_rounding, load_in_4bit and load_in_8bit out"
+                .to_owned(),
+        ));
+    }
+    let multiple = limits.in_place_cols_multiple;
+    let is_odd = |n: &usize| !n.is_multiple_of(multiple);
+    let odd = config.parameters().into_iter().find(|tensor| tensor.shape.last().is_some_and(is_odd));
+    match odd {
+        None => Ok(true),
+        Some(needed) => Err(Error::Argument(format!(
+            "tensor \"{}\" is of shape {:?}; on CUDA rows of weights that are trained without an f32 copy have a \
+             multiple of {multiple} elements; leave stochastic_rounding, load_in_4bit and load_in_8bit out",
+            needed.name, needed.shape
+        ))),
+    }
+}
+
+/// Scales in codes do not change with the weights.
+pub(crate) fn coded_scales(what: &str) -> Error {
+    Error::Argument(format!(
+        "{what} has doubly quantized scales, which cannot follow weights that are trained; give the 16-bit checkpoint with \
+         load_in_4bit and double_quant = false, or train an adapter"
+    ))
+}
+
+/// The tensor's values in bf16, as they are or rounded to nearest.
+pub(crate) fn bf16_bytes<'a>(view: &TensorView<'a>) -> Result<Cow<'a, [u8]>, Error> {
+    if view.dtype == Dtype::BF16 {
+        return Ok(Cow::Borrowed(view.data));
+    }
+    Ok(Cow::Owned(rounded(&view.to_f32()?)))
+}
+
+/// Values in bf16, rounded to nearest.
+pub(crate) fn rounded(values: &[f32]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(2 * values.len());
+    write_f32(&mut bytes, Dtype::BF16, values).expect("memory takes what is written");
+    bytes
+}

@@ -1,0 +1,284 @@
+//! An adapter added into its base, as a checkpoint or in memory.
+
+use std::path::Path;
+
+use rekindle_hub::{Checkpoint, Dtype, TensorSpec, write_f32};
+use rekindle_kernels::{Weight, from_f32, to_f32};
+use rekindle_lora::{Adapter, EmbeddingTable};
+use rekindle_quant::bnb::StoredWeight;
+use rekindle_rope::Positions;
+use serde_json::Value;
+
+use super::load::check_tensors;
+use super::quantization::QuantizationPlan;
+use super::resize::resize_rows;
+use super::tensor_names::canonical;
+use super::writer::{self, CheckpointTensor};
+use crate::adapters::quantization_plan;
+use crate::parameters::ParameterSpec;
+use crate::{CausalLm, Error, ModelConfig, NonFinite, Role};
+
+/// What a merge is to be, where it is not as the base is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MergeOptions<'a> {
+    /// The positions that the adapter was trained with.
+    pub positions: Option<&'a Positions>,
+    /// Rows of the embedding table and the head, as [`LoadOptions`](crate::LoadOptions) has it.
+    pub resize_model_vocab: Option<usize>,
+    /// The dtype of all tensors.
+    pub dtype: Option<Dtype>,
+}
+
+/// Writes `base` with `adapter` added into it, into the existing directory `dir`: W + s·B·A in `f32`, rounded once to
+/// `dtype`, or to what the tensor has in the base.
+///
+/// Codes of a quantized base are decoded: the adapter was trained against what they stand for, and the result is
+/// dense. For an adapter that starts from what codes miss (LoftQ) those codes are made of a dense base here. One tensor
+/// is in memory at a time. `progress` is told the bytes of each tensor as it is read.
+///
+/// # Errors
+/// [`Error::Config`] and [`Error::Tensors`] for the base, [`Error::Lora`] for an adapter of another model,
+/// [`Error::NonFinite`] for a base, an adapter or a result with an infinity or NaN, [`Error::File`] when the system
+/// refuses.
+pub fn merge(
+    base: &Checkpoint,
+    adapter: &Adapter,
+    options: MergeOptions<'_>,
+    dir: &Path,
+    progress: &mut dyn FnMut(u64),
+) -> Result<(), Error> {
+    let MergeOptions { positions, resize_model_vocab, dtype } = options;
+    check_adapter(adapter)?;
+    let base = &canonical(base);
+    let mut config = ModelConfig::from_checkpoint(base)?;
+    let plan = quantization_plan(base, adapter)?;
+    check_tensors(base, &config, plan.as_ref())?;
+    if let Some(rows) = resize_model_vocab {
+        config = config.resized(rows)?;
+    }
+    let is_tied = config.tie_word_embeddings();
+    let source = MergedTensors { base, plan, adapter, is_tied, embedding: config.names.tensor(Role::Embedding) };
+    let tensor = |needed: ParameterSpec| {
+        let dtype = dtype.unwrap_or_else(|| source.dtype(&needed));
+        CheckpointTensor { spec: TensorSpec::new(needed.name.clone(), dtype, needed.shape.clone()), source: needed }
+    };
+    let tensors = source.tensors(&config).into_iter().map(tensor).collect();
+    let mut refused = None;
+    let written = writer::write_tensors(dir, tensors, |needed, spec, out| {
+        let values = source.merged(needed).and_then(|values| {
+            check_values(&needed.name, spec.dtype, &values)?;
+            Ok(values)
+        });
+        let values = values.map_err(|error| {
+            refused = Some(error);
+            std::io::Error::other("a tensor cannot be merged")
+        })?;
+        progress(source.view(needed).map_or(0, |view| view.data.len() as u64));
+        write_f32(out, spec.dtype, &values)
+    });
+    if let Some(error) = refused {
+        return Err(error);
+    }
+    written?;
+    let mut json = config.json.clone();
+    if let Some(positions) = positions {
+        positions.apply(&mut json);
+    }
+    writer::set_quantization(&mut json, None);
+    if let Some(dtype) = dtype {
+        writer::set_dtype(&mut json, dtype);
+    }
+    if unties(adapter, &config) {
+        json["tie_word_embeddings"] = Value::from(false);
+    }
+    writer::write_config(dir, &json)
+}
+
+/// The tensors of a base with an adapter added into them.
+struct MergedTensors<'a> {
+    base: &'a Checkpoint,
+    plan: Option<QuantizationPlan>,
+    adapter: &'a Adapter,
+    /// Whether the base's embedding table is its head.
+    is_tied: bool,
+    /// The name of the embedding table, which a tied head is read from.
+    embedding: String,
+}
+
+impl MergedTensors<'_> {
+    /// The tensors of the result: the base's, and a head of its own where the adapter unties it from the table.
+    fn tensors(&self, config: &ModelConfig) -> Vec<ParameterSpec> {
+        let mut list = config.parameters();
+        if unties(self.adapter, config) {
+            let shape = vec![config.vocab_size(), config.hidden_size()];
+            list.push(ParameterSpec { name: config.names.tensor(Role::Head), role: Role::Head, shape });
+        }
+        list
+    }
+
+    fn dtype(&self, needed: &ParameterSpec) -> Dtype {
+        // A tensor that is quantized here has a dtype in the base.
+        let in_base = self.plan.as_ref().is_some_and(|plan| plan.is_stored(&needed.name));
+        match if in_base { self.stored(needed) } else { Ok(None) } {
+            Ok(Some(StoredWeight::FourBit(weight))) => match weight.tensor.dtype() {
+                rekindle_quant::Dtype::F32 => Dtype::F32,
+                rekindle_quant::Dtype::F16 => Dtype::F16,
+                rekindle_quant::Dtype::Bf16 => Dtype::BF16,
+            },
+            // LLM.int8() casts to f16 before it quantizes.
+            Ok(Some(StoredWeight::Int8(_))) => Dtype::F16,
+            _ => self.view(needed).map_or(Dtype::F32, |view| view.dtype),
+        }
+    }
+
+    fn view(&self, needed: &ParameterSpec) -> Option<rekindle_hub::TensorView<'_>> {
+        let tied = || (needed.role == Role::Head).then(|| self.base.get(&self.embedding)).flatten();
+        self.base.get(&needed.name).or_else(tied)
+    }
+
+    fn stored(&self, needed: &ParameterSpec) -> Result<Option<StoredWeight>, Error> {
+        match &self.plan {
+            Some(plan) if needed.role.is_linear() => plan.codes(self.base, &needed.name, &needed.shape),
+            _ => Ok(None),
+        }
+    }
+
+    /// The table that the adapter brings for this parameter; one stands for both where the base ties them.
+    fn table(&self, needed: &ParameterSpec) -> Option<&EmbeddingTable> {
+        let tables = &self.adapter.tables;
+        let tied = || tables.values().next().filter(|_| self.is_tied && needed.role.is_vocabulary());
+        tables.get(needed.module()).or_else(tied)
+    }
+
+    /// The values of a tensor with what the adapter adds to it.
+    fn merged(&self, needed: &ParameterSpec) -> Result<Vec<f32>, Error> {
+        let (module, kind) = needed.name.rsplit_once('.').unwrap_or((&needed.name, ""));
+        if kind == "bias"
+            && let Some(bias) = self.adapter.biases.get(module)
+        {
+            return Ok(bias.clone());
+        }
+        if kind == "weight"
+            && let Some((_, weight)) = self.adapter.saved.get(module)
+        {
+            return Ok(weight.clone());
+        }
+        if kind == "weight"
+            && let Some(table) = self.table(needed)
+        {
+            return Ok(table.values.clone());
+        }
+        let mut values = match self.stored(needed)? {
+            Some(StoredWeight::FourBit(weight)) => weight.tensor.dequantize(),
+            Some(StoredWeight::Int8(tensor)) => tensor.dequantize(),
+            None => self.view(needed).expect("every needed tensor was checked to be there").to_f32()?,
+        };
+        if let (true, &[rows, width]) = (needed.role.is_vocabulary(), needed.shape.as_slice()) {
+            values = resize_rows(values, width, rows);
+        }
+        if let (Some(factors), &[out, input]) = (self.adapter.factors.get(module), needed.shape.as_slice()) {
+            let scale = self.adapter.config.lora().scale_of(module);
+            rekindle_lora::merge(&mut values, [out, input], factors, scale, factors.magnitude.as_deref());
+        }
+        Ok(values)
+    }
+}
+
+impl CausalLm {
+    /// Whether an adapter was merged into the weights, which are then no longer those of the checkpoint.
+    pub fn is_merged(&self) -> bool {
+        self.provenance.merged
+    }
+
+    /// Merges the active adapter into the weights and deletes it: the same function, without the adapter's cost. Merged
+    /// linears become dense. Inactive adapters are deleted, since they belong to the base before the merge. Without an
+    /// active adapter nothing happens.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] for an adapter with an infinity or NaN, and the model is then as it was; [`Error::Device`] when
+    /// the device fails, as for lack of memory; the model is then of no use.
+    pub fn merge_and_unload(&mut self) -> Result<(), Error> {
+        let Some(adapter) = self.adapter() else { return Ok(()) };
+        check_adapter(&adapter)?;
+        self.remove_adapter();
+        self.adapters.inactive.clear();
+        self.provenance.merged = true;
+        let (device, dtype) = (self.device().clone(), self.dtype());
+        let frozen = |values: Vec<f32>, shape: [usize; 2]| Weight::Frozen(from_f32(values, shape, &device, dtype));
+        let Self { decoder, params, provenance, .. } = self;
+        for linear in decoder.linears_mut() {
+            if let Some(factors) = adapter.factors.get(&linear.name) {
+                let shape = linear.weight.dims();
+                let mut values = to_f32(linear.weight.matrix(params));
+                let scale = adapter.config.lora().scale_of(&linear.name);
+                rekindle_lora::merge(&mut values, shape, factors, scale, factors.magnitude.as_deref());
+                linear.weight = frozen(values, shape);
+                if let Some(quantization) = &mut provenance.quantization {
+                    quantization.origins.remove(&format!("{}.weight", linear.name));
+                }
+            }
+            if let Some(bias) = adapter.biases.get(&linear.name) {
+                linear.bias = Some(frozen(bias.clone(), [1, bias.len()]));
+            }
+        }
+        if let Some(quantization) = &mut provenance.quantization {
+            quantization.keep_dense(adapter.factors.keys());
+            if quantization.origins.is_empty() {
+                provenance.quantization = None;
+            }
+        }
+        let vocabulary = &mut self.decoder.vocabulary;
+        for (name, EmbeddingTable { shape, values, .. }) in &adapter.tables {
+            let table = frozen(values.clone(), *shape);
+            if *name == self.config.names.module(Role::Head) && !self.config.tie_word_embeddings() {
+                vocabulary.head = Some(table);
+            } else {
+                vocabulary.embedding = table;
+            }
+        }
+        if unties(&adapter, &self.config) {
+            vocabulary.head = Some(vocabulary.embedding.clone());
+            self.config.spec.head.tied = false;
+            self.config.json["tie_word_embeddings"] = Value::from(false);
+        }
+        for (name, (shape, values)) in adapter.saved {
+            let weight = frozen(values, shape);
+            if name == self.config.names.module(Role::Embedding) {
+                vocabulary.embedding = weight;
+            } else if !self.config.tie_word_embeddings() {
+                vocabulary.head = Some(weight);
+            }
+        }
+        self.device().check()?;
+        Ok(())
+    }
+}
+
+/// Refuses an adapter with an infinity or NaN.
+fn check_adapter(adapter: &Adapter) -> Result<(), Error> {
+    let Some(name) = adapter.first_non_finite() else { return Ok(()) };
+    let found = NonFinite::Weight { name, trained: true, rows: Vec::new() };
+    Err(Error::NonFinite { what: "the adapter has a number that is not finite".to_owned(), found: Some(found) })
+}
+
+/// Refuses the values of a merged tensor that `dtype` cannot hold.
+fn check_values(name: &str, dtype: Dtype, values: &[f32]) -> Result<(), Error> {
+    // From here on values round to infinity: half a unit in the last place beyond the largest number.
+    let limit = match dtype {
+        Dtype::F16 => 65_520.0,
+        Dtype::BF16 => f32::from_bits(0x7f7f_8000),
+        _ => f32::INFINITY,
+    };
+    let Some(value) = values.iter().find(|value| value.is_nan() || value.abs() >= limit) else { return Ok(()) };
+    let what = if value.is_finite() {
+        format!("{value:e} in the merged \"{name}\" is beyond the range of {dtype}: merge with dtype bf16 or f32")
+    } else {
+        format!("the merged \"{name}\" is not finite: the base's weight is damaged, or the adapter's product overflows")
+    };
+    Err(Error::NonFinite { what, found: None })
+}
+
+/// Whether table and head, one weight in the base, are two after the merge.
+fn unties(adapter: &Adapter, config: &ModelConfig) -> bool {
+    config.tie_word_embeddings() && !adapter.saved.is_empty() && !adapter.config.lora().ensure_weight_tying
+}

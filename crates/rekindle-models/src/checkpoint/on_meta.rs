@@ -1,0 +1,191 @@
+//! A model without the values of its weights: what its configuration alone says, for memory plans.
+
+use std::path::Path;
+
+use rekindle_kernels::quantized::QuantizedData;
+use rekindle_kernels::{Group, ParamsBuilder, QuantizedWeight, Weight, unfilled};
+use rekindle_lora::peft::AdapterConfig;
+use rekindle_lora::{Adapter, Factors, LoraConfig, match_targets};
+use rekindle_quant::Blocksize;
+use rekindle_quant::bnb::{Format, QuantizationConfig};
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+use super::master_weights;
+use super::quantization::{LoadIn, stored_quantization};
+use crate::causal_lm::Provenance;
+use crate::layers::WeightSource;
+use crate::parameters::ParameterSpec;
+use crate::{CausalLm, DEFAULT_ADAPTER, Decoder, Error, LoadOptions, ModelConfig};
+
+/// The quantized format of a model's linears.
+#[derive(Clone, Debug)]
+pub(super) struct LinearFormat {
+    config: QuantizationConfig,
+    /// Elements of a 4-bit block.
+    blocksize: Blocksize,
+}
+
+impl LinearFormat {
+    /// What becomes of the linears of the checkpoint with this `config.json` when it is loaded with `options`; `None`
+    /// when they are dense. Of a checkpoint that is in codes, all linears but those that it skips are, in blocks of 64
+    /// unless asked for otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a `quantization_config` that is not bitsandbytes'.
+    fn of(json: &Value, path: &Path, options: &LoadOptions) -> Result<Option<Self>, Error> {
+        let asked = match options.load_in {
+            Some(LoadIn::FourBit(config)) => config,
+            _ => None,
+        };
+        let blocksize = asked.unwrap_or_default().blocksize;
+        if let Some(stored) = stored_quantization(json) {
+            let config = QuantizationConfig::parse(stored).map_err(|error| Error::Config {
+                path: path.join("config.json"),
+                problems: vec![format!("quantization_config: {error}")],
+            })?;
+            return Ok(Some(Self { config, blocksize }));
+        }
+        let (dtype, skip) = (rekindle_quant::Dtype::Bf16, options.skip_modules.clone());
+        let config = match options.load_in {
+            None | Some(LoadIn::SixteenBit) => return Ok(None),
+            Some(LoadIn::FourBit(config)) => QuantizationConfig::four_bit(&config.unwrap_or_default(), dtype, skip),
+            Some(LoadIn::EightBit) => QuantizationConfig::int8(skip),
+        };
+        Ok(Some(Self { config, blocksize }))
+    }
+
+    /// Quantized data as long as those of the linear `module` `[out, in]`; `None` when it is dense.
+    pub(crate) fn codes(&self, module: &str, dims: [usize; 2]) -> Option<QuantizedData> {
+        if self.config.skips(module) {
+            return None;
+        }
+        Some(match self.config.format() {
+            Format::FourBit { double_quant, .. } => {
+                let nested = double_quant.then(|| Blocksize::B256.get());
+                QuantizedData::four_bit_zeros(dims, self.blocksize.get(), nested)
+            }
+            Format::Int8 => QuantizedData::int8_zeros(dims),
+        })
+    }
+}
+
+impl CausalLm {
+    /// The model that the `config.json` of a checkpoint called `path` describes, as [`load`](Self::load) would make it,
+    /// without its values. On a planned device ([`Device::is_planned`](rekindle_kernels::Device::is_planned)) it takes
+    /// no memory.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), but for what is wrong with tensors.
+    pub fn on_meta(json: &Value, path: &Path, options: &LoadOptions) -> Result<Self, Error> {
+        let config = ModelConfig::from_json(json)
+            .map_err(|problems| Error::Config { path: path.join("config.json"), problems })?;
+        let (mut config, widened) = options.prepare(config)?;
+        if let Some(rows) = options.resize_model_vocab {
+            config = config.resized(rows)?;
+        }
+        let stored = stored_quantization(json).is_some();
+        let as_trained = options.full_finetuning && !stored;
+        let load_in = if as_trained { options.load_in.map(master_weights::format) } else { options.load_in };
+        let options = &LoadOptions { load_in, ..options.clone() };
+        let format = LinearFormat::of(json, path, options)?;
+        let in_place = master_weights::in_place(options, format.is_some(), &config)?;
+        let (device, dtype) = (&options.device, options.dtype);
+        let params = if in_place { ParamsBuilder::in_place(device, dtype) } else { ParamsBuilder::new(device, dtype) };
+        let mut source = MetaWeights { options, format, in_place, params, vectors: BTreeMap::new() };
+        source.make_vectors(&config);
+        let decoder = Decoder::build(&config, &mut source, device, dtype, options.max_seq_length)?;
+        options.device.check()?;
+        Ok(Self::new(config, decoder, source.params, Provenance::new(path, widened)))
+    }
+
+    /// [`add_adapter`](Self::add_adapter) for a model without values: the adapter is attached and all zeros.
+    ///
+    /// # Errors
+    /// [`Error::Lora`] for a configuration that is invalid or matches nothing.
+    pub fn add_adapter_on_meta(&mut self, config: &LoraConfig) -> Result<(), Error> {
+        config.validate()?;
+        let modules = self.modules();
+        let targets = match_targets(config, &modules.names())?;
+        let zeros = |name: &String| {
+            let linear = modules.linear(name).expect("a target is a linear of the model");
+            let r = config.rank_of(name);
+            let magnitude = config.use_dora.then(|| vec![0.0; linear.out]);
+            Factors { r, a: vec![0.0; r * linear.input], b: vec![0.0; linear.out * r], magnitude }
+        };
+        let factors: BTreeMap<String, Factors> = targets.iter().map(|name| (name.clone(), zeros(name))).collect();
+        let biased = modules.biased(config.bias, |name| factors.contains_key(name)).into_iter();
+        let biases = biased.map(|linear| (linear.name.clone(), vec![0.0; linear.out])).collect();
+        let [rows, hidden] = [self.config.vocab_size(), self.config.hidden_size()];
+        let saved = modules.saved(config)?.into_iter().map(|name| (name, ([rows, hidden], vec![0.0; rows * hidden])));
+        let adapter = Adapter {
+            config: AdapterConfig::new(config, None, &targets),
+            factors,
+            biases,
+            saved: saved.collect(),
+            tables: BTreeMap::new(),
+        };
+        self.attach(DEFAULT_ADAPTER, adapter)
+    }
+}
+
+/// Weights of the right sizes without values.
+struct MetaWeights<'a> {
+    options: &'a LoadOptions,
+    format: Option<LinearFormat>,
+    /// Whether trained weights have no f32 copy.
+    in_place: bool,
+    params: ParamsBuilder,
+    /// Frozen norms and biases, by name, which are made first as they are loaded first.
+    vectors: BTreeMap<String, Weight>,
+}
+
+impl MetaWeights<'_> {
+    fn make_vectors(&mut self, config: &ModelConfig) {
+        if !self.options.full_finetuning {
+            for tensor in config.parameters().into_iter().filter(ParameterSpec::is_vector) {
+                let weight = self.dense(&tensor);
+                self.vectors.insert(tensor.name, weight);
+            }
+        }
+    }
+
+    fn dense(&mut self, tensor: &ParameterSpec) -> Weight {
+        let shape = &tensor.shape;
+        if self.in_place && !tensor.is_vector() {
+            let bytes = vec![0; 2 * tensor.numel()];
+            return Weight::Trained(self.params.push_bf16(Group::Default, &tensor.name, shape, &bytes));
+        }
+        if self.options.full_finetuning {
+            let values = vec![0.0; tensor.numel()];
+            return Weight::Trained(self.params.push(&tensor.name, shape, !tensor.is_vector(), &values));
+        }
+        let [rows, cols] = match *shape.as_slice() {
+            [rows, cols] => [rows, cols],
+            _ => [1, tensor.numel()],
+        };
+        Weight::Frozen(unfilled([rows, cols], &self.options.device, self.options.dtype))
+    }
+}
+
+impl WeightSource for MetaWeights<'_> {
+    fn weight(&mut self, tensor: &ParameterSpec) -> Result<Weight, Error> {
+        if let Some(weight) = self.vectors.remove(&tensor.name) {
+            return Ok(weight);
+        }
+        if let (true, &[out, input]) = (tensor.role.is_linear(), tensor.shape.as_slice()) {
+            let codes = self.format.as_ref().and_then(|format| format.codes(tensor.module(), [out, input]));
+            if let Some(codes) = codes {
+                let weight = QuantizedWeight::new(codes, &self.options.device);
+                if !self.options.full_finetuning {
+                    return Ok(Weight::Quantized(weight));
+                }
+                if !weight.can_be_trained() {
+                    return Err(master_weights::coded_scales(&format!("tensor \"{}\" of the checkpoint", tensor.name)));
+                }
+                return Ok(Weight::Trained(self.params.push_quantized(&tensor.name, weight)));
+            }
+        }
+        Ok(self.dense(tensor))
+    }
+}

@@ -1,0 +1,82 @@
+//! From a dense checkpoint to a quantized one, without a model in between.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use rekindle_hub::{Checkpoint, Headers, TensorSpec};
+use rekindle_quant::bnb::StoredWeight;
+
+use super::load::check_tensors;
+use super::quantization::{LoadIn, QuantizationPlan, stored_quantization};
+use super::tensor_names::canonical;
+use super::writer::{self, CheckpointTensor};
+use crate::non_finite::check_view;
+use crate::{Error, MemoryReport, ModelConfig, Role};
+
+/// Writes `checkpoint` with its linears in codes into the existing directory `dir`: the tensors and the
+/// `config.json` that bitsandbytes would have written. Everything else stays as it is, bit for bit.
+///
+/// `skip_modules` are the linears that stay dense; `None` is `lm_head`. The codes are held in memory until all are
+/// made; of the dense weights no copy is. `progress` is told the bytes of each tensor as it is read.
+///
+/// # Errors
+/// [`Error::Argument`] for a checkpoint that is quantized already, [`Error::Config`], [`Error::Tensors`] and
+/// [`Error::File`] as [`CausalLm::load`](crate::CausalLm::load), [`Error::NonFinite`] for a tensor with an infinity or
+/// NaN.
+pub fn quantize(
+    checkpoint: &Checkpoint,
+    load_in: LoadIn,
+    skip_modules: Option<&[String]>,
+    dir: &Path,
+    progress: &mut dyn FnMut(u64),
+) -> Result<MemoryReport, Error> {
+    let checkpoint = &canonical(checkpoint);
+    let config = ModelConfig::from_checkpoint(checkpoint)?;
+    if stored_quantization(checkpoint.config()).is_some() {
+        return Err(Error::Argument(format!(
+            "{} is quantized already; give the 16-bit checkpoint that it was made from",
+            checkpoint.path().display()
+        )));
+    }
+    let plan = QuantizationPlan::of(checkpoint, Some(load_in), skip_modules)?;
+    let plan = plan.ok_or_else(|| Error::Argument("quantizing needs a 4-bit or 8-bit format".to_owned()))?;
+    check_tensors(checkpoint, &config, None)?;
+
+    let mut packed: BTreeMap<String, StoredWeight> = BTreeMap::new();
+    let mut tensors = Vec::new();
+    for needed in config.parameters() {
+        let view = checkpoint.get(&needed.name).expect("every needed tensor was checked to be there");
+        let quantized =
+            if needed.role.is_linear() { plan.codes(checkpoint, &needed.name, &needed.shape)? } else { None };
+        progress(view.data.len() as u64);
+        match quantized {
+            None => {
+                check_view(&view)?;
+                let spec = TensorSpec::new(needed.name.clone(), view.dtype, needed.shape);
+                tensors.push(CheckpointTensor { spec, source: needed.name });
+            }
+            Some(weight) => {
+                tensors.extend(CheckpointTensor::quantized(&needed.name, &weight, &needed.name));
+                packed.insert(needed.name, weight);
+            }
+        }
+    }
+    // A tied checkpoint may spell its output layer out; it stays what it is.
+    let head = config.names.tensor(Role::Head);
+    if config.tie_word_embeddings()
+        && let Some(view) = checkpoint.get(&head)
+    {
+        let spec = TensorSpec::new(head.clone(), view.dtype, view.shape);
+        tensors.push(CheckpointTensor { spec, source: head });
+    }
+
+    writer::write_tensors(dir, tensors, |name, spec, out| match packed.get(name) {
+        None => out.write_all(checkpoint.get(name).expect("it was listed").data),
+        Some(weight) => writer::write_quantized(name, weight, spec, out),
+    })?;
+    let mut json = checkpoint.config().clone();
+    writer::set_quantization(&mut json, Some(plan.config.to_json()));
+    writer::write_config(dir, &json)?;
+    let written = Headers::open(dir)?;
+    Ok(MemoryReport::of_headers(&written, &config))
+}

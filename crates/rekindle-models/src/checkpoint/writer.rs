@@ -1,0 +1,84 @@
+//! Writing a checkpoint: tensors in shards, and the `config.json` beside them.
+
+use std::io;
+use std::path::Path;
+
+use rekindle_hub::{DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, write_atomic, write_sharded};
+use rekindle_quant::bnb::StoredWeight;
+use serde_json::Value;
+
+use super::quantization::hub_dtype;
+use crate::Error;
+
+/// A tensor of a checkpoint that is written, and what it is written from.
+pub(super) struct CheckpointTensor<S> {
+    pub(super) spec: TensorSpec,
+    pub(super) source: S,
+}
+
+impl<S: Clone> CheckpointTensor<S> {
+    /// The tensors that a quantized weight called `name` consists of in a file.
+    pub(super) fn quantized(name: &str, weight: &StoredWeight, source: &S) -> Vec<Self> {
+        let tensors = weight.write(name).into_iter();
+        let tensor = |(key, tensor): (String, rekindle_quant::bnb::RawTensor<'_>)| Self {
+            spec: TensorSpec::new(key, hub_dtype(tensor.dtype), tensor.shape),
+            source: source.clone(),
+        };
+        tensors.map(tensor).collect()
+    }
+}
+
+/// Writes tensors into the existing directory `dir`; `write` writes the data of each.
+pub(super) fn write_tensors<S>(
+    dir: &Path,
+    tensors: Vec<CheckpointTensor<S>>,
+    mut write: impl FnMut(&S, &TensorSpec, &mut dyn io::Write) -> io::Result<()>,
+) -> Result<(), Error> {
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    let (specs, sources): (Vec<_>, Vec<_>) = tensors.into_iter().map(|tensor| (tensor.spec, tensor.source)).unzip();
+    write_sharded(dir, DEFAULT_MAX_SHARD_SIZE, &metadata, &specs, |index, out| {
+        write(&sources[index], &specs[index], out)
+    })?;
+    Ok(())
+}
+
+/// Writes the data of one of the tensors that the quantized weight `name` consists of.
+pub(super) fn write_quantized(
+    name: &str,
+    weight: &StoredWeight,
+    spec: &TensorSpec,
+    out: &mut dyn io::Write,
+) -> io::Result<()> {
+    let tensors = weight.write(name);
+    let found = tensors.iter().find(|(key, _)| *key == spec.name);
+    out.write_all(&found.expect("the keys follow from the format").1.bytes)
+}
+
+/// Writes `config.json` into `dir`.
+pub(super) fn write_config(dir: &Path, json: &Value) -> Result<(), Error> {
+    Ok(write_atomic(&dir.join("config.json"), format!("{json:#}\n").as_bytes())?)
+}
+
+/// Sets the dtype that a `config.json` names, under the key that it uses.
+pub(super) fn set_dtype(json: &mut Value, dtype: Dtype) {
+    let name = match dtype {
+        Dtype::BF16 => "bfloat16",
+        Dtype::F16 => "float16",
+        Dtype::F32 => "float32",
+        _ => return,
+    };
+    if let Value::Object(fields) = json {
+        let key = if fields.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
+        fields.insert(key.to_owned(), Value::from(name));
+    }
+}
+
+/// Sets or removes the `quantization_config` of a `config.json`.
+pub(super) fn set_quantization(json: &mut Value, config: Option<Value>) {
+    if let Value::Object(fields) = json {
+        fields.remove("quantization_config");
+        if let Some(config) = config {
+            fields.insert("quantization_config".to_owned(), config);
+        }
+    }
+}

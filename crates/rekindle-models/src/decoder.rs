@@ -1,0 +1,282 @@
+//! Embedding → layers → final norm: the one walk through a model.
+//!
+//! Training, evaluation, generation and the search for non-finite numbers all go through [`Decoder::walk`]. The head
+//! and the loss come after it (`loss.rs`).
+
+mod backward;
+mod batch_context;
+
+use core::convert::Infallible;
+
+use burn::tensor::DType;
+use rekindle_kernels::attention::Heads;
+use rekindle_kernels::neftune::{self, Noise};
+use rekindle_kernels::rope::Tables;
+use rekindle_kernels::{Device, Params, Tensor, Weight, embedding};
+use rekindle_lora::{GradientCheckpointing, Linear, LinearGroup};
+
+pub use backward::{DecoderBackward, DecoderSaved};
+pub use batch_context::{BatchContext, StepKey};
+
+use crate::layers::{Block, Context, LayerBuilder, LayerKvCache, RmsNorm, WeightSource};
+use crate::parameters::{Parameter, ParameterSpec};
+use crate::{Batch, Error, ModelConfig, Role};
+
+/// The layers of a model with its embedding and head.
+///
+/// # Shapes
+/// ids `[tokens]`; every residual stream and the result `[tokens, hidden]`.
+#[derive(Clone, Debug)]
+pub struct Decoder {
+    /// The layers in order.
+    pub layers: Vec<Block>,
+    /// The norm after the last layer.
+    pub norm: RmsNorm,
+    /// Table and head as they are now.
+    pub(crate) vocabulary: Vocabulary,
+    /// Table and head of the base model, where an adapter trains one of them whole.
+    pub(crate) base_vocabulary: Option<Vocabulary>,
+    embedding_multiplier: Option<f32>,
+    logit_multiplier: Option<f32>,
+    ropes: Vec<Tables>,
+    /// The distinct layouts of attention; [`Attention::layout`](crate::layers::Attention::layout) is an index.
+    layouts: Vec<Heads>,
+    device: Device,
+    dtype: DType,
+}
+
+/// The two matrices with a row for each token id.
+#[derive(Clone, Debug)]
+pub(crate) struct Vocabulary {
+    pub(crate) embedding: Weight,
+    /// `None` where it is the embedding table.
+    pub(crate) head: Option<Weight>,
+}
+
+impl Vocabulary {
+    pub(crate) fn head(&self) -> &Weight {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+}
+
+impl Decoder {
+    /// Builds the decoder of `config` from `source`, for documents of up to `max_seq_length` tokens.
+    pub(crate) fn build(
+        config: &ModelConfig,
+        source: &mut dyn WeightSource,
+        device: &Device,
+        dtype: DType,
+        max_seq_length: usize,
+    ) -> Result<Self, Error> {
+        let spec = &config.spec;
+        let names = &config.names;
+        let table = vec![spec.vocab_size, spec.hidden_size];
+        let tensor = |role: Role, shape: Vec<usize>| ParameterSpec { name: names.tensor(role), role, shape };
+        let embedding = source.weight(&tensor(Role::Embedding, table.clone()))?;
+        let layouts = config.layouts();
+        let mut layers = Vec::with_capacity(spec.layers.len());
+        for (layer, layer_spec) in spec.layers.iter().enumerate() {
+            let heads = layer_spec.attention.layout();
+            let layout = layouts.iter().position(|known| *known == heads).expect("every layer's layout is listed");
+            let mut builder = LayerBuilder { source: &mut *source, names, layer };
+            layers.push(Block::build(&mut builder, layer_spec, spec.hidden_size, layout)?);
+        }
+        let norm = source.weight(&tensor(Role::FinalNorm, vec![spec.hidden_size]))?;
+        let head = if spec.head.tied { None } else { Some(source.weight(&tensor(Role::Head, table))?) };
+        let ropes = spec.ropes.iter().map(|rope| {
+            let tables = rope.tables(max_seq_length);
+            Tables::new(tables.cos, tables.sin, tables.half, device)
+        });
+        Ok(Self {
+            layers,
+            norm: RmsNorm { weight: norm, eps: spec.final_norm.eps },
+            vocabulary: Vocabulary { embedding, head },
+            base_vocabulary: None,
+            embedding_multiplier: spec.embedding.multiplier.map(|m| m as f32),
+            logit_multiplier: spec.head.multiplier.map(|m| m as f32),
+            ropes: ropes.collect(),
+            layouts,
+            device: device.clone(),
+            dtype,
+        })
+    }
+
+    /// The device of the weights.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The dtype of frozen weights and activations.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The longest document that a batch may hold.
+    pub fn max_seq_length(&self) -> usize {
+        self.ropes.iter().map(Tables::positions).min().unwrap_or(0)
+    }
+
+    /// The embedding table; with `adapters`, the one that an adapter trains whole.
+    pub fn embedding(&self, adapters: bool) -> &Weight {
+        &self.vocabulary(adapters).embedding
+    }
+
+    /// The output layer, which may be the embedding table.
+    pub fn head(&self, adapters: bool) -> &Weight {
+        self.vocabulary(adapters).head()
+    }
+
+    fn vocabulary(&self, adapters: bool) -> &Vocabulary {
+        self.base_vocabulary.as_ref().filter(|_| !adapters).unwrap_or(&self.vocabulary)
+    }
+
+    /// Visits every weight with its role, in the order in which trained ones lie in the flat buffers.
+    pub fn parameters<'a>(&'a self, visit: &mut dyn FnMut(Parameter<'a>)) {
+        visit(Parameter { role: Role::Embedding, weight: &self.vocabulary.embedding });
+        for (index, layer) in self.layers.iter().enumerate() {
+            layer.visit(&mut |role, weight| visit(Parameter { role: Role::Layer(index, role), weight }));
+        }
+        visit(Parameter { role: Role::FinalNorm, weight: &self.norm.weight });
+        if let Some(weight) = &self.vocabulary.head {
+            visit(Parameter { role: Role::Head, weight });
+        }
+    }
+
+    /// Returns the weight with a role; `None` for one that this model does not have.
+    pub fn weight(&self, role: Role) -> Option<&Weight> {
+        match role {
+            Role::Embedding => Some(&self.vocabulary.embedding),
+            Role::Layer(layer, role) => self.layers.get(layer)?.weight(role),
+            Role::FinalNorm => Some(&self.norm.weight),
+            Role::Head => self.vocabulary.head.as_ref(),
+        }
+    }
+
+    /// The groups of linears of all layers, in the order of the forward pass.
+    pub fn groups(&self) -> impl Iterator<Item = &LinearGroup> {
+        self.layers.iter().flat_map(Block::groups)
+    }
+
+    /// As [`groups`](Self::groups).
+    pub fn groups_mut(&mut self) -> impl Iterator<Item = &mut LinearGroup> {
+        self.layers.iter_mut().flat_map(Block::groups_mut)
+    }
+
+    /// The linears of all layers, in the order of the forward pass.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.groups().flat_map(|group| group.linears())
+    }
+
+    /// As [`linears`](Self::linears).
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.groups_mut().flat_map(|group| group.linears_mut())
+    }
+
+    /// Returns the normalized hidden states that the head reads, `[tokens, hidden]`, and what the backward needs. Layers
+    /// below the lowest trained one save nothing.
+    pub fn forward(
+        &self,
+        ctx: Context<'_>,
+        batch: &BatchContext<'_>,
+        checkpointing: GradientCheckpointing,
+    ) -> (Tensor<2>, DecoderSaved) {
+        let mut saved = DecoderSaved::new(self);
+        let last = self.layers.len();
+        let Ok(h) = self.walk(
+            ctx,
+            &batch.batch.input_ids,
+            batch.noise(),
+            |index, layer, h| {
+                let (y, block) = layer.forward(ctx, h);
+                saved.push(index, block, checkpointing, index + 1 == last);
+                y
+            },
+            |_, _| Ok::<(), Infallible>(()),
+        );
+        let (n, rstd) = self.finish(ctx.params, &h);
+        (n, saved.finished(h, rstd))
+    }
+
+    /// Returns the normalized hidden states that the head reads, and saves nothing. `look` sees the residual stream after
+    /// the embedding (depth 0) and after each layer, then the result, and ends the walk with an error.
+    pub fn hidden<E>(
+        &self,
+        ctx: Context<'_>,
+        batch: &BatchContext<'_>,
+        mut look: impl FnMut(usize, &Tensor<2>) -> Result<(), E>,
+    ) -> Result<Tensor<2>, E> {
+        let ids = &batch.batch.input_ids;
+        let h = self.walk(ctx, ids, batch.noise(), |_, layer, h| layer.forward(ctx, h).0, &mut look)?;
+        let (n, _) = self.finish(ctx.params, &h);
+        look(self.layers.len() + 1, &n)?;
+        Ok(n)
+    }
+
+    /// Returns the normalized hidden state of the last of `ids`, `[1, hidden]`. They are the next tokens of one document,
+    /// at `position` and on, whose earlier keys and values are in `caches`, one for each layer.
+    pub fn decode(&self, params: &Params, ids: &[u32], position: usize, caches: &mut [LayerKvCache]) -> Tensor<2> {
+        let positions: Vec<u32> = (position..position + ids.len()).map(|p| p as u32).collect();
+        let ropes: Vec<_> = self.ropes.iter().map(|tables| tables.angles(&positions)).collect();
+        let ctx = Context { params, ropes: &ropes, documents: &[], dropout: None, adapters: true };
+        let layer = |index: usize, layer: &Block, h| layer.decode(ctx, h, &mut caches[index]);
+        let Ok(h) = self.walk(ctx, ids, None, layer, |_, _| Ok::<(), Infallible>(()));
+        self.finish(params, &h.rows(ids.len() - 1, 1)).0
+    }
+
+    /// Returns the residual stream after the last layer. `layer` runs each of them; `look` sees what it reads.
+    fn walk<E>(
+        &self,
+        ctx: Context<'_>,
+        ids: &[u32],
+        noise: Option<Noise<'_>>,
+        mut layer: impl FnMut(usize, &Block, Tensor<2>) -> Tensor<2>,
+        mut look: impl FnMut(usize, &Tensor<2>) -> Result<(), E>,
+    ) -> Result<Tensor<2>, E> {
+        let mut h = embedding::forward(&self.embedding(ctx.adapters).matrix(ctx.params), ids);
+        if let Some(noise) = noise {
+            h = neftune::apply(h, noise);
+        }
+        if let Some(multiplier) = self.embedding_multiplier {
+            h = h.scale(multiplier);
+        }
+        look(0, &h)?;
+        for (index, block) in self.layers.iter().enumerate() {
+            h = layer(index, block, h);
+            look(index + 1, &h)?;
+        }
+        Ok(h)
+    }
+
+    /// The final norm, and the factor on logits: (n · multiplier)·Wᵀ.
+    fn finish(&self, params: &Params, h: &Tensor<2>) -> (Tensor<2>, Tensor<1>) {
+        let (n, rstd) = self.norm.forward(params, h, 0);
+        match self.logit_multiplier {
+            None => (n, rstd),
+            Some(multiplier) => (n.scale(multiplier), rstd),
+        }
+    }
+
+    /// The first layer with something to train; nothing below it needs a backward.
+    fn lowest_trained(&self) -> usize {
+        self.layers.iter().position(Block::is_trained).unwrap_or(self.layers.len())
+    }
+
+    /// Prepares a batch: the angles of its tokens, its documents, and what random numbers depend on.
+    pub fn prepare<'a>(&self, batch: &'a Batch, lora_dropout: f32, key: Option<StepKey>) -> BatchContext<'a> {
+        BatchContext::new(self, batch, lora_dropout, key)
+    }
+}
+
+impl ModelConfig {
+    /// The distinct layouts of attention, in the order of their first layers.
+    pub(crate) fn layouts(&self) -> Vec<Heads> {
+        let mut layouts: Vec<Heads> = Vec::new();
+        for layer in &self.spec.layers {
+            let heads = layer.attention.layout();
+            if !layouts.contains(&heads) {
+                layouts.push(heads);
+            }
+        }
+        layouts
+    }
+}

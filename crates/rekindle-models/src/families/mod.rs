@@ -1,0 +1,63 @@
+//! The supported families, each described in one file: how its `config.json` becomes a [`ModelSpec`], what its tensors are
+//! called, and what it refuses. No other place knows architecture names or their keys.
+//!
+//! Adding a family takes a file here with a [`Family`], its line in [`FAMILIES`], and goldens.
+
+mod dimensions;
+mod llama;
+mod names;
+mod qwen2;
+mod qwen3;
+mod reader;
+
+use serde_json::Value;
+
+pub(crate) use names::TensorNames;
+pub(crate) use reader::ConfigReader;
+
+use crate::ModelSpec;
+
+/// A family of models.
+pub(crate) struct Family {
+    /// The entry of `architectures`.
+    pub(crate) architecture: &'static str,
+    /// The value of `model_type`.
+    pub(crate) model_type: &'static str,
+    /// The names of its tensors.
+    pub(crate) names: TensorNames,
+    /// Reads the spec; what is wrong is noted in the reader.
+    pub(crate) spec: fn(&mut ConfigReader<'_>) -> ModelSpec,
+}
+
+const FAMILIES: &[&Family] = &[&qwen3::FAMILY, &qwen2::FAMILY, &llama::FAMILY];
+
+/// Returns the family named by `architectures`, or by `model_type` where that is missing.
+pub(crate) fn of(json: &Value) -> Result<&'static Family, String> {
+    let named = json.get("architectures").and_then(|v| v.get(0)).and_then(Value::as_str);
+    let model_type = json.get("model_type").and_then(Value::as_str);
+    let found = match named {
+        Some(name) => FAMILIES.iter().find(|f| f.architecture == name),
+        None => FAMILIES.iter().find(|f| Some(f.model_type) == model_type),
+    };
+    found.copied().ok_or_else(|| {
+        let supported: Vec<&str> = FAMILIES.iter().map(|f| f.architecture).collect();
+        let supported = supported.join(", ");
+        match named.or(model_type) {
+            Some(name) => {
+                let nearest = nearest(name).map_or_else(String::new, |nearest| format!("nearest: {nearest}; "));
+                format!("architecture \"{name}\" is not supported; {nearest}supported: {supported}")
+            }
+            None => format!("architectures is missing; supported: {supported}"),
+        }
+    })
+}
+
+/// The supported architecture whose name shares the longest beginning with `name`, if that is more than a few letters.
+fn nearest(name: &str) -> Option<&'static str> {
+    let shared = |known: &str| {
+        let pairs = known.chars().zip(name.chars());
+        pairs.take_while(|(a, b)| a.eq_ignore_ascii_case(b)).count()
+    };
+    let best = FAMILIES.iter().map(|f| f.architecture).max_by_key(|known| shared(known))?;
+    (shared(best) >= 4).then_some(best)
+}

@@ -1,0 +1,263 @@
+//! Attention with its projections.
+
+use rekindle_kernels::attention::{self, Heads};
+use rekindle_kernels::rope::{self, Norm};
+use rekindle_kernels::{Grads, Params, Tensor};
+use rekindle_lora::{Linear, LinearGroup, LinearSaved};
+
+use super::{AttentionCheckpoint, Context, LayerBuilder, LayerKvCache, RmsNorm, VisitWeights};
+use crate::Error;
+use crate::parameters::{LayerRole, LinearRole};
+use crate::spec::{AttentionSpec, LinearSpec, RopeId};
+
+/// Causal grouped-query attention: o_proj(attention(rope(norm(q)), rope(norm(k)), v)) with q, k, v = projections of x.
+///
+/// The norms of q and k, per head, and the rotation are optional. Scores are multiplied with `heads.scale`.
+///
+/// # Shapes
+/// x and the result `[tokens, hidden]`, q `[tokens, heads · head_dim]`, k and v `[tokens, kv_heads · head_dim]`.
+///
+/// # Dtypes
+/// Scores, softmax and sums in f32, everything else in the compute dtype.
+///
+/// # Gradients
+/// To x and to what is trained. Saved: q, k, v, the result of attention and the logarithm of each softmax's denominator;
+/// with norms also q and k before them. x is kept only where an adapter's x·Aᵀ shares its memory; otherwise the backward
+/// asks for it again.
+#[derive(Clone, Debug)]
+pub struct Attention {
+    /// The projections of q, k and v, one fused linear or three.
+    pub qkv: LinearGroup,
+    /// Norms of queries and keys, `[head_dim]` each.
+    pub qk_norm: Option<[RmsNorm; 2]>,
+    /// The projection of the result.
+    pub o: LinearGroup,
+    /// The heads.
+    pub heads: Heads,
+    /// The rotation; `None` for a layer without positions.
+    pub rope: Option<RopeId>,
+    /// Index of the heads among the model's layouts, by which [`Context::documents`] are found.
+    pub layout: usize,
+}
+
+/// Tensors that [`Attention::forward`] saves for the backward.
+#[derive(Debug)]
+pub struct AttentionSaved {
+    x: Option<Tensor<2>>,
+    qkv: LinearSaved,
+    /// q and k before their norms, with the norms' rstd.
+    qk: Option<[(Tensor<2>, Tensor<1>); 2]>,
+    heads: attention::Saved,
+    o: LinearSaved,
+}
+
+/// Gradients to q, k and v, from the first half of the backward.
+#[derive(Debug)]
+pub struct AttentionPending {
+    x: Option<Tensor<2>>,
+    qkv: LinearSaved,
+    dqkv: [Tensor<2>; 3],
+}
+
+impl AttentionSaved {
+    /// The part that makes attention and its output projection unnecessary in a recomputation.
+    pub(super) fn into_checkpoint(self) -> (Tensor<2>, Tensor<2>, LinearSaved) {
+        let attention::Saved { o, lse, .. } = self.heads;
+        (o, lse, self.o)
+    }
+}
+
+/// q, k and v, ready for attention.
+struct Projected {
+    x: Option<Tensor<2>>,
+    q: Tensor<2>,
+    k: Tensor<2>,
+    v: Tensor<2>,
+    qkv: LinearSaved,
+    qk: Option<[(Tensor<2>, Tensor<1>); 2]>,
+}
+
+impl Attention {
+    pub(crate) fn build(
+        builder: &mut LayerBuilder<'_>,
+        spec: &AttentionSpec,
+        hidden_size: usize,
+        layout: usize,
+    ) -> Result<Self, Error> {
+        let qkv = builder.linears(&spec.inputs(hidden_size))?;
+        let qk_norm = match &spec.qk_norm {
+            None => None,
+            Some(qk) => {
+                let q = RmsNorm::build(builder, LayerRole::QueryNorm, &qk.norm, spec.head_dim)?;
+                Some([q, RmsNorm::build(builder, LayerRole::KeyNorm, &qk.norm, spec.head_dim)?])
+            }
+        };
+        let o = builder.linears(&[spec.output(hidden_size)])?;
+        Ok(Self { qkv, qk_norm, o, heads: spec.layout(), rope: spec.rope.map(|rope| rope.id), layout })
+    }
+
+    /// Visits the weights of the projections and norms.
+    pub fn visit<'a>(&'a self, visit: VisitWeights<'_, 'a>) {
+        let roles: &[LinearRole] = match self.qkv.linears() {
+            [_] => &[LinearRole::Qkv],
+            _ => &[LinearRole::Query, LinearRole::Key, LinearRole::Value],
+        };
+        visit_linears(&self.qkv, roles, visit);
+        if let Some([q, k]) = &self.qk_norm {
+            visit(LayerRole::QueryNorm, &q.weight);
+            visit(LayerRole::KeyNorm, &k.weight);
+        }
+        visit_linears(&self.o, &[LinearRole::Output], visit);
+    }
+
+    /// Returns the result for a whole batch, `[tokens, hidden]`.
+    pub fn forward(&self, ctx: Context<'_>, x: Tensor<2>) -> (Tensor<2>, AttentionSaved) {
+        let Projected { x, q, k, v, qkv, qk } = self.project(ctx, x);
+        let documents = ctx.documents(self.layout);
+        let (o, lse) = attention::forward(&q, &k, &v, self.heads, documents, self.o.room());
+        let (y, saved) = single(self.o.forward(ctx.linear(), &o));
+        (y, AttentionSaved { x, qkv, qk, heads: attention::Saved { q, k, v, o, lse }, o: saved })
+    }
+
+    /// Returns what [`forward`](Self::forward) saved, from the part that was kept.
+    pub fn resume(&self, ctx: Context<'_>, x: Tensor<2>, kept: AttentionCheckpoint<Tensor<2>>) -> AttentionSaved {
+        let Projected { x, q, k, v, qkv, qk } = self.project(ctx, x);
+        let AttentionCheckpoint { o, lse, saved_o } = kept;
+        AttentionSaved { x, qkv, qk, heads: attention::Saved { q, k, v, o, lse }, o: saved_o }
+    }
+
+    /// Returns the result for the next tokens of one document, whose earlier keys and values are in `cache`.
+    pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, cache: &mut LayerKvCache) -> Tensor<2> {
+        let Projected { q, k, v, .. } = self.project(ctx, x);
+        let (k, v) = cache.append(k, v);
+        let o = attention::forward_cached(&q, &k, &v, self.heads);
+        single(self.o.forward(ctx.linear(), &o)).0
+    }
+
+    /// The first half of the backward: adds the gradients of `o` and the norms, and returns those to q, k and v.
+    pub fn backward_heads(
+        &self,
+        ctx: Context<'_>,
+        grads: &mut Grads,
+        saved: AttentionSaved,
+        dy: &Tensor<2>,
+    ) -> AttentionPending {
+        let AttentionSaved { x, qkv, qk, heads, o } = saved;
+        let dys = core::slice::from_ref(dy);
+        let d_o = self.o.backward(ctx.linear(), grads, &heads.o, &o, dys, true).expect("asked for");
+        drop(o);
+        let documents = ctx.documents(self.layout);
+        let (dq, dk, dv) = attention::backward(&d_o, &heads, self.heads, documents, self.qkv.room());
+        drop((heads, d_o));
+        let (dq, dk) = self.rotate_backward(ctx, [dq, dk], &dv, qk, grads);
+        AttentionPending { x, qkv, dqkv: [dq, dk, dv] }
+    }
+
+    /// The second half of the backward: adds the gradients of the projections, and returns that to x if `want_dx`. `x`
+    /// makes the forward's x where it was not kept.
+    pub fn backward_projections(
+        &self,
+        ctx: Context<'_>,
+        grads: &mut Grads,
+        pending: AttentionPending,
+        x: impl FnOnce() -> Tensor<2>,
+        want_dx: bool,
+    ) -> Option<Tensor<2>> {
+        let AttentionPending { x: kept, qkv, dqkv } = pending;
+        let x = kept.unwrap_or_else(x);
+        self.qkv.backward(ctx.linear(), grads, &x, &qkv, &dqkv, want_dx)
+    }
+
+    /// q, k and v of x, with q and k normalized and rotated.
+    fn project(&self, ctx: Context<'_>, x: Tensor<2>) -> Projected {
+        let (ys, qkv) = self.qkv.forward(ctx.linear(), &x);
+        let x = Some(x).filter(|_| self.qkv.keeps_input());
+        let [q, k, v] = ys.try_into().expect("the projections are those of q, k and v");
+        let head_dim = self.heads.head_dim;
+        let Some(rope) = self.rope else { return Projected { x, q, k, v, qkv, qk: None } };
+        let angles = ctx.angles(rope);
+        let Some(norms) = self.norms(ctx.params) else {
+            let [(q, _), (k, _)] = rope::forward_qk(q, k, &v, head_dim, None, angles);
+            return Projected { x, q, k, v, qkv, qk: None };
+        };
+        let before = (q.clone(), k.clone());
+        let [(q, rstd_q), (k, rstd_k)] = rope::forward_qk(q, k, &v, head_dim, Some(&norms), angles);
+        let saved = |x, rstd: Option<Tensor<1>>| (x, rstd.expect("a norm leaves its rstd"));
+        Projected { x, q, k, v, qkv, qk: Some([saved(before.0, rstd_q), saved(before.1, rstd_k)]) }
+    }
+
+    /// The gradients to q and k as the linears made them.
+    fn rotate_backward(
+        &self,
+        ctx: Context<'_>,
+        dqk: [Tensor<2>; 2],
+        dv: &Tensor<2>,
+        qk: Option<[(Tensor<2>, Tensor<1>); 2]>,
+        grads: &mut Grads,
+    ) -> (Tensor<2>, Tensor<2>) {
+        let head_dim = self.heads.head_dim;
+        let Some(rope) = self.rope else {
+            let [dq, dk] = dqk;
+            return (dq, dk);
+        };
+        let angles = ctx.angles(rope);
+        let (Some(norms), Some([q, k]), Some(layers)) = (self.norms(ctx.params), qk, &self.qk_norm) else {
+            let [(dq, _), (dk, _)] = rope::backward_qk(dqk, dv, head_dim, None, angles, false);
+            return (dq, dk);
+        };
+        let trained = layers.each_ref().map(|norm| norm.weight.trained());
+        let saved = [(&norms[0], q.0, &q.1), (&norms[1], k.0, &k.1)];
+        let wanted = trained.iter().any(Option::is_some);
+        let [(dq, dw_q), (dk, dw_k)] = rope::backward_qk(dqk, dv, head_dim, Some(saved), angles, wanted);
+        for (at, dw) in trained.into_iter().zip([dw_q, dw_k]) {
+            if let (Some(at), Some(dw)) = (at, dw) {
+                grads.add(at, dw.as_row());
+            }
+        }
+        (dq, dk)
+    }
+
+    fn norms(&self, params: &Params) -> Option<[Norm; 2]> {
+        let norm = |norm: &RmsNorm| Norm { weight: norm.weight.vector(params), eps: norm.eps };
+        self.qk_norm.as_ref().map(|norms| norms.each_ref().map(norm))
+    }
+}
+
+impl AttentionSpec {
+    /// The heads as the operation takes them.
+    pub(crate) fn layout(&self) -> Heads {
+        Heads { heads: self.heads, kv_heads: self.kv_heads, head_dim: self.head_dim, scale: self.scale }
+    }
+}
+
+impl LayerBuilder<'_> {
+    /// Linears that read the same input.
+    pub(super) fn linears(&mut self, specs: &[LinearSpec]) -> Result<LinearGroup, Error> {
+        let linear = |spec: &LinearSpec| {
+            let weight = self.weight(LayerRole::Weight(spec.role), &spec.shape)?;
+            let bias = spec.bias.then(|| self.weight(LayerRole::Bias(spec.role), &spec.shape[..1])).transpose()?;
+            let name = self.names.module(crate::Role::Layer(self.layer, LayerRole::Weight(spec.role)));
+            Ok(match spec.outputs.as_slice() {
+                [] => Linear::new(name, weight, bias),
+                outputs => Linear::fused(name, weight, bias, outputs.to_vec()),
+            })
+        };
+        Ok(LinearGroup::new(specs.iter().map(linear).collect::<Result<_, Error>>()?))
+    }
+}
+
+/// Visits weights and biases of linears with these roles.
+pub(super) fn visit_linears<'a>(group: &'a LinearGroup, roles: &[LinearRole], visit: VisitWeights<'_, 'a>) {
+    for (linear, &role) in group.linears().iter().zip(roles) {
+        visit(LayerRole::Weight(role), &linear.weight);
+        if let Some(bias) = &linear.bias {
+            visit(LayerRole::Bias(role), bias);
+        }
+    }
+}
+
+/// The one output of a group.
+pub(super) fn single((ys, saved): (Vec<Tensor<2>>, LinearSaved)) -> (Tensor<2>, LinearSaved) {
+    let [y] = ys.try_into().expect("a group with one output");
+    (y, saved)
+}

@@ -1,0 +1,90 @@
+//! The layers of a decoder: pairs of functions, forward and backward, with a visible saved state.
+//!
+//! Nothing is recorded: `forward` returns what the backward needs as a value, and `backward` takes it. Layers work on
+//! documents that lie one after another, `[tokens, hidden]`; there is no batch axis and no padding. Another crate can use
+//! them by itself: every layer needs a [`Context`] and its weights.
+//!
+//! | layer | computes |
+//! |---|---|
+//! | [`RmsNorm`] | w ∘ x / √(mean(x²) + eps) |
+//! | [`Attention`] | causal grouped-query attention with its projections |
+//! | [`GatedMlp`] | down(silu(gate(x)) ∘ up(x)) |
+//! | [`Block`] | both halves with their norms around the residual stream |
+
+mod attention;
+mod block;
+mod checkpointed;
+mod feed_forward;
+mod gated_mlp;
+mod kv_cache;
+mod norm;
+
+pub use attention::{Attention, AttentionPending, AttentionSaved};
+pub use block::{Block, BlockSaved};
+pub use checkpointed::{AttentionCheckpoint, Checkpointed};
+pub use feed_forward::{FeedForward, FeedForwardSaved};
+pub use gated_mlp::{GatedMlp, GatedMlpSaved};
+pub use kv_cache::LayerKvCache;
+pub use norm::RmsNorm;
+use rekindle_kernels::attention::Documents;
+use rekindle_kernels::rope::Angles;
+use rekindle_kernels::{Params, Weight};
+use rekindle_lora::{Dropout, LinearContext};
+
+use crate::parameters::{LayerRole, ParameterSpec};
+use crate::spec::RopeId;
+
+/// Everything that the layers share while a batch goes through.
+///
+/// A cache of keys and values is no part of it: each layer has its own, and only [`Block::decode`] changes one.
+#[derive(Clone, Copy, Debug)]
+pub struct Context<'a> {
+    /// The trained parameters.
+    pub params: &'a Params,
+    /// The angles of the batch's tokens, by [`RopeId`].
+    pub ropes: &'a [Angles],
+    /// The batch's documents, by [`Attention::layout`]; empty while decoding.
+    pub documents: &'a [Documents],
+    /// Dropout before adapters; `None` outside training.
+    pub dropout: Option<Dropout<'a>>,
+    /// Whether adapters take part.
+    pub adapters: bool,
+}
+
+impl<'a> Context<'a> {
+    /// The part that linears need.
+    pub fn linear(&self) -> LinearContext<'a> {
+        LinearContext { params: self.params, dropout: self.dropout, adapters: self.adapters }
+    }
+
+    fn angles(&self, rope: RopeId) -> &'a Angles {
+        &self.ropes[rope.0]
+    }
+
+    fn documents(&self, layout: usize) -> &'a Documents {
+        self.documents.get(layout).expect("a batch has its documents for every layout of attention")
+    }
+}
+
+/// Receives the weights of a layer with their roles, in the order in which they were built.
+pub type VisitWeights<'v, 'a> = &'v mut dyn FnMut(LayerRole, &'a Weight);
+
+/// Where the weights of a model come from while it is built.
+pub(crate) trait WeightSource {
+    /// Returns the weight of a tensor; called once for each, in the order of the forward pass.
+    fn weight(&mut self, tensor: &ParameterSpec) -> Result<Weight, crate::Error>;
+}
+
+/// Builds the weights of one layer.
+pub(crate) struct LayerBuilder<'a> {
+    pub(crate) source: &'a mut dyn WeightSource,
+    pub(crate) names: &'a crate::families::TensorNames,
+    pub(crate) layer: usize,
+}
+
+impl LayerBuilder<'_> {
+    fn weight(&mut self, role: LayerRole, shape: &[usize]) -> Result<Weight, crate::Error> {
+        let role = crate::Role::Layer(self.layer, role);
+        self.source.weight(&ParameterSpec { name: self.names.tensor(role), role, shape: shape.to_vec() })
+    }
+}

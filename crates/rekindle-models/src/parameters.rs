@@ -1,0 +1,155 @@
+//! The parameters of a model: their roles, names and shapes.
+//!
+//! [`ModelConfig::parameters`] lists them from the spec, in the order of a checkpoint;
+//! [`Decoder::parameters`](crate::Decoder::parameters) visits those of a built model. Loading, saving, memory reports and
+//! the search for non-finite numbers all use these two and know no other list.
+
+use rekindle_kernels::Weight;
+
+use crate::{LayerSpec, ModelConfig};
+
+/// The part that a tensor plays in a model, whatever its name is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// The table of embeddings.
+    Embedding,
+    /// A tensor of the layer with this index.
+    Layer(usize, LayerRole),
+    /// The norm after the last layer.
+    FinalNorm,
+    /// The output layer, where it is not the embedding table.
+    Head,
+}
+
+/// The part that a tensor plays in a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LayerRole {
+    /// The norm before attention.
+    PreAttentionNorm,
+    /// The weight of a linear.
+    Weight(LinearRole),
+    /// The bias of a linear.
+    Bias(LinearRole),
+    /// The norm of queries.
+    QueryNorm,
+    /// The norm of keys.
+    KeyNorm,
+    /// The norm before the feed-forward half.
+    PreFeedForwardNorm,
+}
+
+/// The part that a linear plays in a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LinearRole {
+    /// Queries.
+    Query,
+    /// Keys.
+    Key,
+    /// Values.
+    Value,
+    /// Queries, keys and values as one linear.
+    Qkv,
+    /// The result of attention.
+    Output,
+    /// The gate of the feed-forward half.
+    Gate,
+    /// What the gate multiplies.
+    Up,
+    /// Gate and up as one linear.
+    GateUp,
+    /// Back to the residual stream.
+    Down,
+}
+
+/// A tensor that a model needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParameterSpec {
+    /// Its name in a checkpoint.
+    pub name: String,
+    /// The part that it plays.
+    pub role: Role,
+    /// Its shape in a checkpoint.
+    pub shape: Vec<usize>,
+}
+
+/// A weight of a built model.
+#[derive(Clone, Copy, Debug)]
+pub struct Parameter<'a> {
+    /// The part that it plays.
+    pub role: Role,
+    /// The weight; with an adapter that trains the module whole, the trained one.
+    pub weight: &'a Weight,
+}
+
+impl Role {
+    /// Whether this is the weight of a linear of a layer, which can be quantized.
+    pub fn is_linear(self) -> bool {
+        matches!(self, Self::Layer(_, LayerRole::Weight(_)))
+    }
+
+    /// Whether this is the embedding table or the output layer.
+    pub fn is_vocabulary(self) -> bool {
+        matches!(self, Self::Embedding | Self::Head)
+    }
+}
+
+impl ParameterSpec {
+    /// Number of scalars.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it is a vector: a norm or a bias.
+    pub fn is_vector(&self) -> bool {
+        self.shape.len() == 1
+    }
+
+    /// The name of the module that it belongs to.
+    pub fn module(&self) -> &str {
+        self.name.rsplit_once('.').map_or(&self.name, |(module, _)| module)
+    }
+}
+
+impl LayerSpec {
+    /// The tensors of a layer with their shapes, in the order of a checkpoint.
+    pub fn parameters(&self, hidden_size: usize) -> Vec<(LayerRole, Vec<usize>)> {
+        let mut list = Vec::new();
+        if self.norms.pre_attention.is_some() {
+            list.push((LayerRole::PreAttentionNorm, vec![hidden_size]));
+        }
+        for linear in self.linears(hidden_size) {
+            list.push((LayerRole::Weight(linear.role), linear.shape.to_vec()));
+            if linear.bias {
+                list.push((LayerRole::Bias(linear.role), linear.shape[..1].to_vec()));
+            }
+        }
+        if self.attention.qk_norm.is_some() {
+            list.extend([LayerRole::QueryNorm, LayerRole::KeyNorm].map(|role| (role, vec![self.attention.head_dim])));
+        }
+        if self.norms.pre_feed_forward.is_some() {
+            list.push((LayerRole::PreFeedForwardNorm, vec![hidden_size]));
+        }
+        list
+    }
+}
+
+impl ModelConfig {
+    /// Every tensor of a checkpoint of this model, in the order of the forward pass.
+    pub fn parameters(&self) -> Vec<ParameterSpec> {
+        let spec = &self.spec;
+        let table = || vec![spec.vocab_size, spec.hidden_size];
+        let mut list = Vec::new();
+        let mut push = |role, shape| list.push(ParameterSpec { name: self.names.tensor(role), role, shape });
+        push(Role::Embedding, table());
+        for (index, layer) in spec.layers.iter().enumerate() {
+            for (role, shape) in layer.parameters(spec.hidden_size) {
+                push(Role::Layer(index, role), shape);
+            }
+        }
+        push(Role::FinalNorm, vec![spec.hidden_size]);
+        if !spec.head.tied {
+            push(Role::Head, table());
+        }
+        list
+    }
+}

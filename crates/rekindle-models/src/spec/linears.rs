@@ -1,0 +1,88 @@
+//! The linears of a layer, as its spec implies them.
+
+use super::{AttentionSpec, FeedForwardSpec, GatedSpec, LayerSpec, Projections};
+use crate::parameters::LinearRole;
+
+/// A linear of a layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinearSpec {
+    /// The part that it plays.
+    pub role: LinearRole,
+    /// `[out, in]`.
+    pub shape: [usize; 2],
+    /// Whether it has a bias.
+    pub bias: bool,
+    /// Widths of its outputs if it is fused, otherwise empty.
+    pub outputs: Vec<usize>,
+}
+
+impl LinearSpec {
+    fn new(role: LinearRole, shape: [usize; 2], bias: bool) -> Self {
+        Self { role, shape, bias, outputs: Vec::new() }
+    }
+
+    fn fused(role: LinearRole, input: usize, bias: bool, outputs: Vec<usize>) -> Self {
+        Self { role, shape: [outputs.iter().sum(), input], bias, outputs }
+    }
+}
+
+impl AttentionSpec {
+    /// The linears that read the normalized input; their outputs are q, k and v. Empty for projections that this
+    /// version does not compute.
+    pub fn inputs(&self, hidden_size: usize) -> Vec<LinearSpec> {
+        let bias = self.biases.qkv;
+        let [q, kv] = [self.heads, self.kv_heads].map(|heads| heads * self.head_dim);
+        match self.projections {
+            Projections::Separate => [(LinearRole::Query, q), (LinearRole::Key, kv), (LinearRole::Value, kv)]
+                .map(|(role, out)| LinearSpec::new(role, [out, hidden_size], bias))
+                .to_vec(),
+            Projections::Fused => vec![LinearSpec::fused(LinearRole::Qkv, hidden_size, bias, vec![q, kv, kv])],
+            Projections::ValuesAreKeys | Projections::SharedKeys { .. } | Projections::Latent { .. } => Vec::new(),
+        }
+    }
+
+    /// The linear that reads the result of attention.
+    pub fn output(&self, hidden_size: usize) -> LinearSpec {
+        LinearSpec::new(LinearRole::Output, [hidden_size, self.heads * self.head_dim], self.biases.o)
+    }
+}
+
+impl GatedSpec {
+    /// The linears that read the normalized input; their outputs are gate and up.
+    pub fn inputs(&self, hidden_size: usize) -> Vec<LinearSpec> {
+        let inner = self.intermediate_size;
+        if self.fused {
+            return vec![LinearSpec::fused(LinearRole::GateUp, hidden_size, self.bias, vec![inner, inner])];
+        }
+        [LinearRole::Gate, LinearRole::Up].map(|role| LinearSpec::new(role, [inner, hidden_size], self.bias)).to_vec()
+    }
+
+    /// The linear that reads act(gate) ∘ up.
+    pub fn output(&self, hidden_size: usize) -> LinearSpec {
+        LinearSpec::new(LinearRole::Down, [hidden_size, self.intermediate_size], self.bias)
+    }
+}
+
+impl LayerSpec {
+    /// The gated feed-forward half, if it is one.
+    pub fn gated(&self) -> Option<&GatedSpec> {
+        match &self.feed_forward {
+            FeedForwardSpec::Gated(gated) => Some(gated),
+            FeedForwardSpec::Plain { .. } | FeedForwardSpec::Moe(_) => None,
+        }
+    }
+
+    /// The layer's linears in the order of the forward pass, in groups that read the same input.
+    pub fn linear_groups(&self, hidden_size: usize) -> Vec<Vec<LinearSpec>> {
+        let mut groups = vec![self.attention.inputs(hidden_size), vec![self.attention.output(hidden_size)]];
+        if let Some(gated) = self.gated() {
+            groups.extend([gated.inputs(hidden_size), vec![gated.output(hidden_size)]]);
+        }
+        groups
+    }
+
+    /// The layer's linears in the order of the forward pass.
+    pub fn linears(&self, hidden_size: usize) -> Vec<LinearSpec> {
+        self.linear_groups(hidden_size).into_iter().flatten().collect()
+    }
+}

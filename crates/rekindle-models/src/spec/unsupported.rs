@@ -1,0 +1,126 @@
+//! What a spec can say and this version does not compute.
+
+use super::{
+    Activation, AttentionMask, AttentionSpec, FeedForwardSpec, GatedSpec, LayerSpec, ModelSpec, NormKind, NormSpec,
+    NormWeight, Projections,
+};
+
+impl ModelSpec {
+    /// Lists, by name, what this version cannot compute for documents of up to `max_seq_length` tokens; empty for a
+    /// model that it can. A window that no document exceeds is no obstacle.
+    pub fn unsupported(&self, max_seq_length: usize) -> Vec<String> {
+        let mut list = Features::default();
+        let embedding = &self.embedding;
+        list.push(embedding.per_layer_input.is_some(), || "per-layer embeddings".to_owned());
+        list.push(embedding.rounds_multiplier, || "an embedding multiplier in the dtype of the table".to_owned());
+        list.push(self.head.softcap.is_some(), || "soft-capped logits".to_owned());
+        list.norm(&self.final_norm);
+        for layer in &self.layers {
+            layer.unsupported(max_seq_length, &mut list);
+        }
+        list.0
+    }
+}
+
+/// Features by name, each once.
+#[derive(Default)]
+struct Features(Vec<String>);
+
+impl Features {
+    fn push(&mut self, used: bool, name: impl FnOnce() -> String) {
+        if used {
+            let name = name();
+            if !self.0.contains(&name) {
+                self.0.push(name);
+            }
+        }
+    }
+
+    fn norm(&mut self, norm: &NormSpec) {
+        self.push(norm.kind == NormKind::Layer, || "LayerNorm".to_owned());
+        let weight = match norm.weight {
+            NormWeight::Plain => return,
+            NormWeight::RoundedAfter => "RMSNorm that rounds after its weight",
+            NormWeight::OnePlus => "RMSNorm with weight 1 + w",
+            NormWeight::None => "norms without a weight",
+        };
+        self.push(true, || weight.to_owned());
+    }
+
+    fn gated(&mut self, gated: &GatedSpec) {
+        self.activation(gated.activation);
+    }
+
+    fn activation(&mut self, activation: Activation) {
+        let name = match activation {
+            Activation::Silu => return,
+            Activation::GeluTanh => "the activation gelu_pytorch_tanh",
+            Activation::ClampedSwiglu { .. } => "the clamped SwiGLU of gpt-oss",
+            Activation::Xielu => "the activation xIELU",
+        };
+        self.push(true, || name.to_owned());
+    }
+}
+
+impl LayerSpec {
+    fn unsupported(&self, max_seq_length: usize, list: &mut Features) {
+        self.attention.unsupported(max_seq_length, list);
+        match &self.feed_forward {
+            FeedForwardSpec::Gated(gated) => list.gated(gated),
+            FeedForwardSpec::Plain { activation, .. } => {
+                list.push(true, || "a feed-forward half without a gate".to_owned());
+                list.activation(*activation);
+            }
+            FeedForwardSpec::Moe(moe) => {
+                list.push(true, || "a mixture of experts".to_owned());
+                list.gated(&moe.expert);
+            }
+        }
+        let norms = &self.norms;
+        let missing = norms.pre_attention.is_none() || norms.pre_feed_forward.is_none();
+        list.push(missing && !self.parallel, || "layers without a norm before each half".to_owned());
+        let post = norms.post_attention.is_some() || norms.post_feed_forward.is_some();
+        list.push(post, || "norms after attention or the feed-forward half".to_owned());
+        let all = [&norms.pre_attention, &norms.post_attention, &norms.pre_feed_forward, &norms.post_feed_forward];
+        all.into_iter().flatten().for_each(|norm| list.norm(norm));
+        list.push(self.parallel, || "attention and feed-forward in parallel".to_owned());
+        list.push(self.output_scalar, || "a scalar on each layer's output".to_owned());
+    }
+}
+
+impl AttentionSpec {
+    fn unsupported(&self, max_seq_length: usize, list: &mut Features) {
+        match self.mask {
+            AttentionMask::Full => {}
+            AttentionMask::Sliding(window) => list.push(window < max_seq_length, || {
+                format!("sliding-window attention (sliding_window {window} is below max_seq_length {max_seq_length})")
+            }),
+            AttentionMask::Chunked(chunk) => list.push(chunk < max_seq_length, || {
+                format!("chunked attention (chunks of {chunk}, below max_seq_length {max_seq_length})")
+            }),
+        }
+        list.push(self.softcap.is_some(), || "soft-capped attention scores".to_owned());
+        list.push(self.sinks, || "attention sinks".to_owned());
+        if let Some(qk) = &self.qk_norm {
+            list.norm(&qk.norm);
+            list.push(qk.full_width, || "query and key norms over the whole width".to_owned());
+            list.push(qk.after_rope, || "query and key norms after the rotation".to_owned());
+            list.push(self.rope.is_none(), || "query and key norms in layers without rotary positions".to_owned());
+        }
+        list.push(self.value_norm.is_some(), || "value norms".to_owned());
+        list.push(self.rope.is_some_and(|rope| rope.interleaved), || "interleaved rotary positions".to_owned());
+        let scales = self.query_scale.is_some_and(|scale| scale.window < max_seq_length + scale.offset);
+        list.push(scales, || "queries scaled by position".to_owned());
+        let projections = match self.projections {
+            Projections::Separate | Projections::Fused => None,
+            Projections::ValuesAreKeys => Some("values taken from keys"),
+            Projections::SharedKeys { .. } => Some("keys and values shared between layers"),
+            Projections::Latent { .. } => Some("multi-head latent attention"),
+        };
+        list.push(projections.is_some(), || projections.unwrap_or_default().to_owned());
+        list.push(self.output_gate.is_some(), || "a gate on the result of attention".to_owned());
+    }
+}
+
+#[cfg(test)]
+mod tests;

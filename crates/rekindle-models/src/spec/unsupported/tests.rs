@@ -1,0 +1,216 @@
+use rekindle_rope::RopeConfig;
+use serde_json::json;
+
+use super::*;
+use crate::spec::{
+    AttentionBiases, EmbeddingSpec, HeadSpec, LayerNorms, MoeSpec, OutputGate, QkNormSpec, QueryScale, RopeId,
+    RotarySpec,
+};
+
+const HIDDEN: usize = 64;
+
+fn gated(activation: Activation) -> GatedSpec {
+    GatedSpec { intermediate_size: 96, activation, fused: false, bias: false }
+}
+
+fn rotary(id: usize, interleaved: bool) -> Option<RotarySpec> {
+    Some(RotarySpec { id: RopeId(id), interleaved })
+}
+
+/// A Llama of two layers.
+fn llama() -> ModelSpec {
+    let norm = NormSpec::rms(1e-6);
+    let layer = LayerSpec {
+        attention: AttentionSpec::new(4, 2, 16, rotary(0, false)),
+        feed_forward: FeedForwardSpec::Gated(gated(Activation::Silu)),
+        norms: LayerNorms::pre(norm),
+        residual_multiplier: None,
+        parallel: false,
+        output_scalar: false,
+    };
+    ModelSpec {
+        vocab_size: 100,
+        hidden_size: HIDDEN,
+        embedding: EmbeddingSpec::default(),
+        layers: vec![layer.clone(), layer],
+        final_norm: norm,
+        head: HeadSpec { tied: false, multiplier: None, softcap: None },
+        ropes: vec![RopeConfig::from_config(&json!({}), 16).unwrap(); 2],
+    }
+}
+
+fn llama_with(change: impl Fn(usize, &mut LayerSpec)) -> ModelSpec {
+    let mut spec = llama();
+    spec.layers.iter_mut().enumerate().for_each(|(index, layer)| change(index, layer));
+    spec
+}
+
+#[test]
+fn everything_that_is_computed_is_supported() {
+    assert_eq!(llama().unsupported(4096), [""; 0]);
+    let mut granite = llama_with(|index, layer| {
+        layer.residual_multiplier = Some(0.22);
+        layer.attention.scale = 0.015625;
+        layer.attention.projections = Projections::Fused;
+        layer.attention.biases = AttentionBiases { qkv: true, o: true };
+        layer.feed_forward = FeedForwardSpec::Gated(GatedSpec { fused: true, bias: true, ..gated(Activation::Silu) });
+        if index == 1 {
+            layer.attention.rope = None;
+        }
+    });
+    granite.embedding.multiplier = Some(12.0);
+    granite.head.multiplier = Some(1.0 / 16.0);
+    assert_eq!(granite.unsupported(4096), [""; 0]);
+}
+
+#[test]
+fn a_window_is_refused_only_where_a_document_can_exceed_it() {
+    let mistral = llama_with(|_, layer| layer.attention.mask = AttentionMask::Sliding(4096));
+    assert_eq!(mistral.unsupported(4096), [""; 0]);
+    assert_eq!(
+        mistral.unsupported(4097),
+        ["sliding-window attention (sliding_window 4096 is below max_seq_length 4097)"]
+    );
+    let scaled = llama_with(|_, layer| {
+        layer.attention.query_scale = Some(QueryScale { beta: 0.1, window: 16_384, offset: 0 });
+    });
+    assert_eq!(scaled.unsupported(16_384), [""; 0]);
+    assert_eq!(scaled.unsupported(16_385), ["queries scaled by position"]);
+}
+
+/// Each of these is said in the words of a family that needs it, and refused by name.
+#[test]
+fn what_is_not_computed_is_named() {
+    let one_plus = NormSpec { weight: NormWeight::OnePlus, ..NormSpec::rms(1e-6) };
+    let mut gemma2 = llama_with(|index, layer| {
+        layer.norms = LayerNorms {
+            pre_attention: Some(one_plus),
+            post_attention: Some(one_plus),
+            pre_feed_forward: Some(one_plus),
+            post_feed_forward: Some(one_plus),
+        };
+        layer.attention.softcap = Some(50.0);
+        layer.attention.mask = if index == 0 { AttentionMask::Sliding(4096) } else { AttentionMask::Full };
+        layer.feed_forward = FeedForwardSpec::Gated(gated(Activation::GeluTanh));
+    });
+    gemma2.final_norm = one_plus;
+    gemma2.head.softcap = Some(30.0);
+    gemma2.embedding = EmbeddingSpec { multiplier: Some(8.0), rounds_multiplier: true, per_layer_input: None };
+    assert_eq!(
+        gemma2.unsupported(8192),
+        [
+            "an embedding multiplier in the dtype of the table",
+            "soft-capped logits",
+            "RMSNorm with weight 1 + w",
+            "sliding-window attention (sliding_window 4096 is below max_seq_length 8192)",
+            "soft-capped attention scores",
+            "the activation gelu_pytorch_tanh",
+            "norms after attention or the feed-forward half",
+        ]
+    );
+
+    let olmo2 = llama_with(|_, layer| {
+        let norm = NormSpec { weight: NormWeight::RoundedAfter, ..NormSpec::rms(1e-6) };
+        layer.norms = LayerNorms { post_attention: Some(norm), post_feed_forward: Some(norm), ..LayerNorms::default() };
+        layer.attention.qk_norm = Some(QkNormSpec { norm, full_width: true, after_rope: false });
+    });
+    assert_eq!(
+        olmo2.unsupported(4096),
+        [
+            "RMSNorm that rounds after its weight",
+            "query and key norms over the whole width",
+            "layers without a norm before each half",
+            "norms after attention or the feed-forward half",
+        ]
+    );
+
+    let gpt_oss = llama_with(|_, layer| {
+        layer.attention.sinks = true;
+        layer.feed_forward = FeedForwardSpec::Moe(MoeSpec {
+            experts: 32,
+            top_k: 4,
+            expert: GatedSpec { bias: true, ..gated(Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 }) },
+            shared_intermediate_size: None,
+            normalizes_weights: true,
+            sigmoid_scores: false,
+        });
+    });
+    assert_eq!(gpt_oss.unsupported(4096), ["attention sinks", "a mixture of experts", "the clamped SwiGLU of gpt-oss"]);
+
+    let cohere = llama_with(|_, layer| {
+        let norm = NormSpec { kind: NormKind::Layer, ..NormSpec::rms(1e-5) };
+        layer.norms = LayerNorms { pre_attention: Some(norm), ..LayerNorms::default() };
+        layer.parallel = true;
+        layer.attention.rope = rotary(0, true);
+    });
+    assert_eq!(
+        cohere.unsupported(4096),
+        ["interleaved rotary positions", "LayerNorm", "attention and feed-forward in parallel"]
+    );
+
+    let gemma4 = llama_with(|index, layer| {
+        let weightless = NormSpec { weight: NormWeight::None, ..NormSpec::rms(1e-6) };
+        layer.attention.scale = 1.0;
+        layer.attention.value_norm = Some(weightless);
+        layer.attention.rope = rotary(index, false);
+        layer.attention.projections =
+            if index == 0 { Projections::ValuesAreKeys } else { Projections::SharedKeys { layer: 0 } };
+        layer.output_scalar = true;
+    });
+    assert_eq!(
+        gemma4.unsupported(4096),
+        [
+            "value norms",
+            "values taken from keys",
+            "a scalar on each layer's output",
+            "keys and values shared between layers",
+        ]
+    );
+
+    let llama4_and_muse = llama_with(|index, layer| {
+        let norm = NormSpec { weight: NormWeight::None, ..NormSpec::rms(1e-6) };
+        layer.attention.qk_norm = Some(QkNormSpec { norm, full_width: false, after_rope: index == 0 });
+        layer.attention.mask = AttentionMask::Chunked(2048);
+        layer.attention.output_gate = (index == 1).then_some(OutputGate::Projection);
+        if index == 1 {
+            layer.attention.rope = None;
+        }
+    });
+    assert_eq!(
+        llama4_and_muse.unsupported(4096),
+        [
+            "chunked attention (chunks of 2048, below max_seq_length 4096)",
+            "norms without a weight",
+            "query and key norms after the rotation",
+            "query and key norms in layers without rotary positions",
+            "a gate on the result of attention",
+        ]
+    );
+
+    let deepseek = llama_with(|_, layer| {
+        layer.attention.projections =
+            Projections::Latent { q_rank: Some(768), kv_rank: 512, nope_dim: 192, rope_dim: 64, value_dim: 256 };
+    });
+    assert_eq!(deepseek.unsupported(4096), ["multi-head latent attention"]);
+
+    let apertus = llama_with(|_, layer| {
+        layer.feed_forward = FeedForwardSpec::Plain { intermediate_size: 96, activation: Activation::Xielu };
+    });
+    assert_eq!(apertus.unsupported(4096), ["a feed-forward half without a gate", "the activation xIELU"]);
+}
+
+/// The sizes of fused linears, by hand.
+#[test]
+fn fused_linears_have_the_rows_of_their_parts() {
+    let mut layer = llama().layers.remove(0);
+    let separate: usize = layer.linears(HIDDEN).iter().map(|linear| linear.shape[0] * linear.shape[1]).sum();
+    layer.attention.projections = Projections::Fused;
+    layer.feed_forward = FeedForwardSpec::Gated(GatedSpec { fused: true, ..gated(Activation::Silu) });
+    let fused = layer.linears(HIDDEN);
+    let shapes: Vec<_> = fused.iter().map(|linear| (linear.shape, linear.outputs.as_slice())).collect();
+    assert_eq!(
+        shapes,
+        [([64 + 32 + 32, 64], &[64, 32, 32][..]), ([64, 64], &[]), ([192, 64], &[96, 96]), ([64, 96], &[]),]
+    );
+    assert_eq!(fused.iter().map(|linear| linear.shape[0] * linear.shape[1]).sum::<usize>(), separate);
+}
