@@ -1,0 +1,162 @@
+"""Makes the goldens of the model families in this directory with transformers and PEFT.
+
+    python tests/goldens/families/make.py [NAME ...]        all of them without a name
+
+Each family gets what ../make.py makes for a model: a tiny checkpoint, rows, per-token losses, greedy continuations,
+an adapter on all linears with its losses, and two trajectories (12 steps of LoRA, 6 of full fine-tuning). On top,
+`gradients.safetensors` holds the gradient of the summed loss of all rows for every weight.
+Needs torch, transformers and peft; versions.json has the versions used.
+"""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import GraniteConfig, MistralConfig, Phi3Config, SmolLM3Config
+
+HERE = Path(__file__).resolve().parent
+
+
+def shared():
+    """The functions of ../make.py."""
+    spec = importlib.util.spec_from_file_location("goldens_make", HERE.parent / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+base = shared()
+SEED = 31_000
+NONE = base.NO_SPECIAL_TOKENS
+SPLIT = base.SEVEN
+FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+def longrope(dims, factor, original):
+    """Phi-3.5's scaling: one factor a frequency for short and for long sequences."""
+    half = dims // 2
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0 + 0.05 * i for i in range(half)],
+        "long_factor": [1.0 + 0.5 * i for i in range(half)],
+        "original_max_position_embeddings": original,
+        "factor": factor,
+    }
+
+
+# name: (configuration, target modules)
+FAMILIES = {
+    # v0.3: no window, as many head channels as hidden_size / heads.
+    "mistral": (MistralConfig(
+        vocab_size=107, hidden_size=40, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, sliding_window=None,
+        rope_parameters=base.rope(1e6), tie_word_embeddings=False, **NONE,
+    ), SPLIT),
+    # Nemo and Small: head_dim is not hidden_size / heads.
+    "mistral-nemo": (MistralConfig(
+        vocab_size=103, hidden_size=36, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, rms_norm_eps=1e-5, sliding_window=None,
+        rope_parameters=base.rope(1e5), tie_word_embeddings=False, **NONE,
+    ), SPLIT),
+    # Phi-3: fused qkv_proj and gate_up_proj. The window is longer than any row.
+    "phi3": (Phi3Config(
+        vocab_size=109, hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, original_max_position_embeddings=256, rms_norm_eps=1e-5,
+        sliding_window=2047, rope_parameters=base.rope(1e4), tie_word_embeddings=False, **NONE,
+    ), FUSED),
+    # Phi-3.5: longrope, of which rows this short use the short factors.
+    "phi3-longrope": (Phi3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, original_max_position_embeddings=256, rms_norm_eps=1e-5,
+        sliding_window=None, rope_parameters=longrope(8, 4.0, 256), tie_word_embeddings=False, **NONE,
+    ), FUSED),
+    # Phi-4-mini: tied, three quarters of each head are rotated, grouped keys.
+    "phi4-mini": (Phi3Config(
+        vocab_size=113, hidden_size=48, intermediate_size=60, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, max_position_embeddings=256, original_max_position_embeddings=256, rms_norm_eps=1e-5,
+        sliding_window=None, tie_word_embeddings=True, partial_rotary_factor=0.75,
+        rope_parameters={**base.rope(1e4), "partial_rotary_factor": 0.75}, **NONE,
+    ), FUSED),
+    # Every fourth layer has no rotary embedding.
+    "smollm3": (SmolLM3Config(
+        vocab_size=111, hidden_size=36, intermediate_size=48, num_hidden_layers=5, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-6, no_rope_layer_interval=4,
+        use_sliding_window=False, rope_parameters=base.rope(2e6), tie_word_embeddings=True, **NONE,
+    ), SPLIT),
+    # Multipliers of the embedding, the attention scores, both branches of a block, and the logits.
+    "granite": (GraniteConfig(
+        vocab_size=101, hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        embedding_multiplier=1.8, attention_multiplier=0.2, residual_multiplier=0.85, logits_scaling=0.7,
+        rope_parameters=base.rope(1e4), **NONE,
+    ), SPLIT),
+}
+LORA_RUN = {**base.LORA_RUN, "weight_decay": 0.1}
+FULL_RUN = {
+    **base.LORA_RUN, "max_steps": 6, "gradient_accumulation_steps": 2, "weight_decay": 0.5,
+    "lr_scheduler_type": "cosine", "warmup_steps": 2,
+}
+
+
+def main():
+    base.deterministic()
+    for index, (name, (config, targets)) in enumerate(FAMILIES.items()):
+        if not sys.argv[1:] or name in sys.argv[1:]:
+            make_family(HERE / name, name, config, targets, SEED + 1000 * index)
+    base.write_json(HERE / "versions.json", {"seed": SEED, **base.versions()})
+
+
+def make_family(directory, name, config, targets, seed):
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    base.CONFIGS[name] = config
+    base.save_checkpoint(directory, name, generator)
+    rows = base.make_rows(config.vocab_size, generator)
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = base.load(directory)
+    expect = {"rows": base.evaluate(model, rows), "spread": base.evaluation_spread(directory, rows)}
+    expect["generate"] = base.make_generations(directory, model, generator, stop_early=False)
+    lora = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=targets)
+    expect["adapters"] = {
+        "all-linear": {"rows": base.make_adapter(directory, name, "all-linear", lora, rows, generator)}
+    }
+    base.write_json(directory / "expect.json", expect)
+    save_file(gradients(directory, rows), directory / "gradients.safetensors")
+    base.make_trajectory(directory, "lora", "all-linear", clipped(directory, "all-linear", LORA_RUN))
+    base.make_trajectory(directory, "full", None, clipped(directory, None, FULL_RUN))
+    print(f"{name}: spread {expect['spread']:.1e}, mean nll {base.mean_nll(expect['rows']):.2f}")
+
+
+def gradients(directory, rows):
+    """The gradient of the sum of all rows' counted losses, for every weight."""
+    model = base.load(directory)
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=base.IGNORED, reduction="sum").backward()
+    return {name: weight.grad.contiguous() for name, weight in model.named_parameters()}
+
+
+def clipped(directory, adapter, run):
+    """`run` with a max_grad_norm between the norms of its steps, so that some steps are clipped and others are not."""
+    limit = 1e9
+    for _ in range(20):
+        steps, _ = base.train(directory, adapter, {**run, "max_grad_norm": limit})
+        norms = sorted(step["grad_norm"] for step in steps)
+        if norms[0] < limit < norms[-1] and all(abs(norm / limit - 1) > 2e-2 for norm in norms):
+            return {**run, "max_grad_norm": limit}
+        gaps = [(high / low, low, high) for low, high in zip(norms[1:-1], norms[2:])]
+        _, low, high = max(gaps)
+        limit = round((low * high) ** 0.5, 3)
+    raise SystemExit(f"{directory.name}: no max_grad_norm parts the steps of the run")
+
+
+if __name__ == "__main__":
+    main()
