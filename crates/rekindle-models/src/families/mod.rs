@@ -7,6 +7,7 @@ mod dimensions;
 mod llama;
 mod mistral;
 mod names;
+mod phi3;
 mod qwen2;
 mod qwen3;
 mod reader;
@@ -30,7 +31,7 @@ pub(crate) struct Family {
     pub(crate) spec: fn(&mut ConfigReader<'_>) -> ModelSpec,
 }
 
-const FAMILIES: &[&Family] = &[&qwen3::FAMILY, &qwen2::FAMILY, &llama::FAMILY, &mistral::FAMILY];
+const FAMILIES: &[&Family] = &[&qwen3::FAMILY, &qwen2::FAMILY, &llama::FAMILY, &mistral::FAMILY, &phi3::FAMILY];
 
 /// Returns the family named by `architectures`, or by `model_type` where that is missing.
 pub(crate) fn of(json: &Value) -> Result<&'static Family, String> {
