@@ -11,6 +11,7 @@ mod phi3;
 mod qwen2;
 mod qwen3;
 mod reader;
+mod smollm3;
 
 use serde_json::Value;
 
@@ -31,7 +32,8 @@ pub(crate) struct Family {
     pub(crate) spec: fn(&mut ConfigReader<'_>) -> ModelSpec,
 }
 
-const FAMILIES: &[&Family] = &[&qwen3::FAMILY, &qwen2::FAMILY, &llama::FAMILY, &mistral::FAMILY, &phi3::FAMILY];
+const FAMILIES: &[&Family] =
+    &[&qwen3::FAMILY, &qwen2::FAMILY, &llama::FAMILY, &mistral::FAMILY, &phi3::FAMILY, &smollm3::FAMILY];
 
 /// Returns the family named by `architectures`, or by `model_type` where that is missing.
 pub(crate) fn of(json: &Value) -> Result<&'static Family, String> {
