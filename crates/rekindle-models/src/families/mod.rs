@@ -4,6 +4,7 @@
 //! Adding a family takes a file here with a [`Family`], its line in [`FAMILIES`], and goldens.
 
 mod dimensions;
+mod granite;
 mod llama;
 mod mistral;
 mod names;
@@ -32,8 +33,15 @@ pub(crate) struct Family {
     pub(crate) spec: fn(&mut ConfigReader<'_>) -> ModelSpec,
 }
 
-const FAMILIES: &[&Family] =
-    &[&qwen3::FAMILY, &qwen2::FAMILY, &llama::FAMILY, &mistral::FAMILY, &phi3::FAMILY, &smollm3::FAMILY];
+const FAMILIES: &[&Family] = &[
+    &qwen3::FAMILY,
+    &qwen2::FAMILY,
+    &llama::FAMILY,
+    &mistral::FAMILY,
+    &phi3::FAMILY,
+    &smollm3::FAMILY,
+    &granite::FAMILY,
+];
 
 /// Returns the family named by `architectures`, or by `model_type` where that is missing.
 pub(crate) fn of(json: &Value) -> Result<&'static Family, String> {
