@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::{root, run};
 
 /// Scripts that write their data beside themselves and run without a GPU.
-const SCRIPTS: [&str; 7] = [
+const SCRIPTS: [&str; 8] = [
     "tests/goldens/make.py",
     "tests/goldens/bf16.py",
     "tests/goldens/rope/make.py",
@@ -15,6 +15,7 @@ const SCRIPTS: [&str; 7] = [
     "crates/rekindle-train/goldens/tensorboard/make.py",
     "crates/rekindle-data/goldens/chats/make.py",
     "crates/rekindle-data/goldens/parquet/make.py",
+    "crates/rekindle-data/goldens/arrow/make.py",
 ];
 
 pub(crate) fn make(python: &Path) -> Result<(), Box<dyn Error>> {

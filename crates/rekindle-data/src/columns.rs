@@ -94,6 +94,11 @@ impl Columns {
         }
     }
 
+    /// The key that a column of a table stands for.
+    pub(crate) fn key_of<'a>(&'a self, column: &'a str) -> &'a str {
+        self.of.iter().find(|(_, mapped)| *mapped == column).map_or(column, |(key, _)| key)
+    }
+
     /// Whether rows are made of this column of a table.
     pub(crate) fn is_read(&self, column: &str) -> bool {
         let is_known = SHAPES.iter().any(|(_, keys)| keys.contains(&column)) || BESIDE.contains(&column);

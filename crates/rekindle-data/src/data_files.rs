@@ -11,8 +11,9 @@ use crate::tokenizer::Tokenizer;
 
 /// The files that a dataset is made of, and how they are read.
 ///
-/// JSON lines, JSON (a list of rows, or an object with one as `data`), both perhaps compressed by gzip or zstd, and Parquet.
-/// The kind shows in a file's first bytes, the [shape](crate::RowFormat) of each row in its keys.
+/// JSON lines, JSON (a list of rows, or an object with one as `data`), CSV and TSV, each perhaps compressed by gzip or zstd,
+/// Parquet and Arrow IPC. A file's first bytes tell its kind, except for CSV, which its name tells; the keys of each row
+/// tell its [shape](crate::RowFormat).
 ///
 /// ```
 /// use rekindle_data::{DataFiles, EncodeOptions};
@@ -34,21 +35,41 @@ pub struct DataFiles {
     files: Vec<PathBuf>,
     columns: Columns,
     cache_dir: Option<PathBuf>,
+    notices: Vec<String>,
 }
 
 impl DataFiles {
-    /// Files, and those of directories and patterns (`*`, `?`, `[…]`, `**`), which come sorted by name. A directory gives
-    /// what in it ends as `.jsonl`, `.json` and `.parquet`.
+    /// Finds files, and those of directories and patterns (`*`, `?`, `[…]`, `**`), sorted by name. Of directories with
+    /// several splits, the files of `train` are found.
     ///
     /// # Errors
-    /// [`Error::Dataset`] for a pattern that matches nothing, a directory without such files, a file that comes twice;
-    /// [`Error::Options`] when `paths` is empty.
+    /// Those of [`find_split`](Self::find_split).
     pub fn find<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Self> {
+        Self::find_split(paths, None, &["train"])
+    }
+
+    /// Finds files as [`find`](Self::find) does, of directories those of one split: `split`, or the first of `defaults`
+    /// that is there.
+    ///
+    /// Names tell the split, as for Python's `datasets`: `train`, `training`; `validation`, `valid`, `val`, `dev`; `test`,
+    /// `testing`, `eval`, `evaluation` between other characters than letters, in the name of a file or of its folder, and
+    /// any name before `-00000-of-00001`. A directory whose files say no split is one split. What is left out is a notice
+    /// of the [`LoadReport`]. Folders of `Dataset.save_to_disk` and `DatasetDict.save_to_disk` are read too.
+    ///
+    /// # Errors
+    /// [`Error::Dataset`] for a pattern that matches nothing, a directory without files of rows or of the split, a file
+    /// that comes twice; [`Error::Options`] when `paths` is empty.
+    pub fn find_split<P: AsRef<Path>>(
+        paths: impl IntoIterator<Item = P>,
+        split: Option<&str>,
+        defaults: &[&str],
+    ) -> Result<Self> {
         let paths: Vec<PathBuf> = paths.into_iter().map(|path| path.as_ref().to_owned()).collect();
         if paths.is_empty() {
             return Err(Error::Options("no file of rows is named".to_owned()));
         }
-        Ok(DataFiles { files: files::find(&paths)?, columns: Columns::default(), cache_dir: None })
+        let (files, notices) = files::find(&paths, split, defaults)?;
+        Ok(DataFiles { files, columns: Columns::default(), cache_dir: None, notices })
     }
 
     /// Which column of the files stands for which key of a row, as `prompt` → `question`.
@@ -88,7 +109,13 @@ impl DataFiles {
                 "max_seq_length = {max} leaves nothing to predict; it must be at least 2"
             )));
         }
-        let Self { files, columns, cache_dir } = self;
+        let (dataset, mut report) = self.load_files(tokenizer, options)?;
+        report.notices.splice(0..0, self.notices.iter().cloned());
+        Ok((dataset, report))
+    }
+
+    fn load_files(&self, tokenizer: Option<&Tokenizer>, options: &EncodeOptions) -> Result<(Dataset, LoadReport)> {
+        let Self { files, columns, cache_dir, .. } = self;
         let Some(fingerprint) = cache::fingerprint(files, columns, tokenizer, options)? else {
             return load(files, columns, tokenizer, options, None);
         };

@@ -1,12 +1,17 @@
-//! The files that rows stand in: JSON lines, JSON, Parquet.
+//! The files that rows stand in: JSON lines, JSON, Parquet, CSV, Arrow.
 
+mod arrow;
+mod csv;
 mod find;
+mod foreign;
 mod json;
 mod jsonl;
 mod open;
 mod parquet;
+mod saved;
+mod split;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
@@ -14,7 +19,6 @@ use crate::columns::Columns;
 use crate::error::{Error, Result};
 use crate::row::{RowNumber, object};
 
-pub(crate) use find::find;
 pub use find::is_file_name;
 use open::{Opened, open};
 
@@ -37,7 +41,14 @@ enum RawText {
 /// Takes the rows of a file, in order.
 pub(crate) type Sink<'a> = &'a mut dyn FnMut(RawRow) -> Result<()>;
 
-/// Reads all rows of a file. Its kind shows in its first bytes; the name's ending only parts JSON lines from a JSON object.
+/// Finds the files of `paths`, with sentences about what was left out. Of directories, the files come of the split named
+/// `split`, else of the first of `defaults` that is there.
+pub(crate) fn find(paths: &[PathBuf], split: Option<&str>, defaults: &[&str]) -> Result<(Vec<PathBuf>, Vec<String>)> {
+    let find::Found { files, notices } = find::find(paths, &find::Choice::new(split, defaults))?;
+    Ok((files, notices))
+}
+
+/// Reads all rows of a file.
 ///
 /// # Errors
 /// [`Error::Read`] when it cannot be read; [`Error::Row`] for a row of a JSON list that does not parse; [`Error::Dataset`]
@@ -52,6 +63,8 @@ pub(crate) fn read(path: &Path, columns: &Columns, sink: Sink<'_>) -> Result<()>
         Opened::Lines(reader) => jsonl::read(path, reader, &mut counted)?,
         Opened::Json(reader) => json::read(path, reader, &mut counted)?,
         Opened::Parquet(file) => parquet::read(path, file, columns, &mut counted)?,
+        Opened::Delimited { reader, delimiter } => csv::read(path, reader, delimiter, columns, &mut counted)?,
+        Opened::Arrow { reader, is_file } => arrow::read(path, reader, is_file, columns, &mut counted)?,
     }
     if rows == 0 {
         return Err(Error::dataset(path, "the dataset is empty; expected rows, such as one JSON object per line"));

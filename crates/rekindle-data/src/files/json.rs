@@ -1,13 +1,14 @@
 //! One JSON document: a list of rows, or an object with such a list as `data`.
 
+use std::cell::Cell;
 use std::fmt;
-use std::io::BufRead;
+use std::io::{BufRead, Read};
 use std::path::Path;
 
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
-use super::jsonl::without_place;
+use super::jsonl::{hint, without_place};
 use super::{RawRow, Sink};
 use crate::error::{Error, Result};
 use crate::numbers::Guarded;
@@ -17,7 +18,8 @@ use crate::row::RowNumber;
 pub(super) fn read(path: &Path, reader: impl BufRead, sink: Sink<'_>) -> Result<()> {
     let mut refused = None;
     let mut begun = 0;
-    let mut document = serde_json::Deserializer::from_reader(Guarded::new(reader));
+    let last = Cell::new([0; 2]);
+    let mut document = serde_json::Deserializer::from_reader(Watched { reader: Guarded::new(reader), last: &last });
     let rows = Rows { sink, refused: &mut refused, begun: &mut begun };
     let end = document.deserialize_any(Document(rows)).and_then(|()| document.end());
     match (refused, end) {
@@ -29,7 +31,11 @@ pub(super) fn read(path: &Path, reader: impl BufRead, sink: Sink<'_>) -> Result<
                 // Not of the document's syntax.
                 0 => error.to_string(),
                 line => {
-                    format!("invalid JSON at line {line}, column {}: {}", error.column(), without_place(&error))
+                    let [before, last] = last.get();
+                    // A number is found wrong one byte late.
+                    let at = if error.to_string().starts_with("invalid number") { before } else { last };
+                    let hint = hint(&[at]).map(|hint| format!("; {hint}")).unwrap_or_default();
+                    format!("invalid JSON at line {line}, column {}: {}{hint}", error.column(), without_place(&error))
                 }
             };
             Err(match begun {
@@ -37,6 +43,24 @@ pub(super) fn read(path: &Path, reader: impl BufRead, sink: Sink<'_>) -> Result<
                 row => Error::row(path, RowNumber::Row(row), message),
             })
         }
+    }
+}
+
+/// Remembers the last bytes: where the parser fails, the byte it failed at is among them.
+struct Watched<'a, R> {
+    reader: R,
+    /// The newest byte comes second.
+    last: &'a Cell<[u8; 2]>,
+}
+
+impl<R: Read> Read for Watched<'_, R> {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.reader.read(bytes)?;
+        if let Some(last) = read.checked_sub(1) {
+            let [_, before] = self.last.get();
+            self.last.set([last.checked_sub(1).map_or(before, |before| bytes[before]), bytes[last]]);
+        }
+        Ok(read)
     }
 }
 

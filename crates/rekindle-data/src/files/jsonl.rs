@@ -31,8 +31,11 @@ pub(super) fn parse(line: &[u8]) -> Result<Value, String> {
     let text = std::str::from_utf8(line).map_err(|error| {
         format!("not UTF-8 at byte {} of the line; save the file as UTF-8", error.valid_up_to() + 1)
     })?;
-    numbers::parse(text)
-        .map_err(|error| format!("invalid JSON at column {}: {}", error.column(), without_place(&error)))
+    numbers::parse(text).map_err(|error| {
+        let rest = text.as_bytes().get(error.column().saturating_sub(1)..).unwrap_or_default();
+        let hint = hint(rest).map(|hint| format!("; {hint}")).unwrap_or_default();
+        format!("invalid JSON at column {}: {}{hint}", error.column(), without_place(&error))
+    })
 }
 
 /// The message without serde_json's own place in it.
@@ -40,3 +43,18 @@ pub(super) fn without_place(error: &serde_json::Error) -> String {
     let text = error.to_string();
     text.split(" at line ").next().unwrap_or(&text).to_owned()
 }
+
+/// A way out for text that other programs take for JSON; `rest` begins where it stops being JSON, and may end there.
+pub(super) fn hint(rest: &[u8]) -> Option<&'static str> {
+    match rest.first()? {
+        b'N' if rest.starts_with(b"None") => Some(PYTHON),
+        b'N' if rest.starts_with(b"NaN") => Some("NaN is not JSON; write null, or leave the key out"),
+        b'N' => Some("NaN and None are not JSON; write null, or leave the key out"),
+        b'I' => Some("Infinity is not JSON; write null, or leave the key out"),
+        b'T' | b'F' => Some(PYTHON),
+        b'\'' => Some("JSON puts text in double quotes; write the rows with json.dumps, not with str"),
+        _ => None,
+    }
+}
+
+const PYTHON: &str = "None, True and False are Python; write the rows with json.dumps, as null, true and false";

@@ -1,4 +1,4 @@
-//! What kind of file it is.
+//! The kind of a file.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Cursor, Read};
@@ -8,6 +8,7 @@ use flate2::read::MultiGzDecoder;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
+use super::{arrow, find, foreign};
 use crate::error::{Error, Result};
 
 /// A file at its beginning.
@@ -15,6 +16,16 @@ pub(super) enum Opened {
     Lines(Box<dyn BufRead>),
     Json(Box<dyn BufRead>),
     Parquet(File),
+    /// Without a delimiter, the header tells it.
+    Delimited {
+        reader: Box<dyn BufRead>,
+        delimiter: Option<u8>,
+    },
+    Arrow {
+        reader: Box<dyn BufRead>,
+        /// Whether it is a file with a footer; else a stream.
+        is_file: bool,
+    },
 }
 
 /// As much of a first line as is looked at; a longer one is a whole document.
@@ -22,6 +33,7 @@ const LONGEST_FIRST_LINE: u64 = 1 << 26;
 const BUFFER: usize = 1 << 16;
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
+/// Opens a file. Its first bytes tell JSON, Parquet and Arrow; the name's ending tells CSV, and JSON lines from an object.
 pub(super) fn open(path: &Path) -> Result<Opened> {
     let failed = |source| Error::Read { path: path.to_owned(), source };
     let (mut reader, head) = uncompressed(path).map_err(failed)?;
@@ -34,19 +46,38 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
     }
     let mut first = Vec::new();
     reader.by_ref().take(BUFFER as u64).read_to_end(&mut first).map_err(failed)?;
+    if let Some(sentence) = foreign::refusal(&first) {
+        return Err(Error::dataset(path, sentence));
+    }
+    if first.starts_with(b"PAR1") {
+        return Err(Error::dataset(path, "is Parquet under gzip or zstd; unpack it, Parquet is compressed by itself"));
+    }
     // Some editors begin a file with a byte-order mark.
     if first.starts_with(BYTE_ORDER_MARK) {
         first.drain(..BYTE_ORDER_MARK.len());
     }
+    let (is_file, is_stream) = (first.starts_with(arrow::FILE_MAGIC), first.starts_with(&arrow::CONTINUATION));
     let kind = first.trim_ascii_start().first().copied();
     let reader: Box<dyn BufRead> = Box::new(Cursor::new(first).chain(reader));
-    match kind {
+    if is_file || is_stream {
+        return Ok(Opened::Arrow { reader, is_file });
+    }
+    match (kind, find::kind_of(&name)) {
         // No row is a list, so this is a list of rows.
-        Some(b'[') => Ok(Opened::Json(reader)),
-        Some(b'{') if [".json", ".json.gz", ".json.zst"].iter().any(|ending| name.ends_with(ending)) => {
-            object_or_lines(reader).map_err(failed)
+        (Some(b'['), _) => Ok(Opened::Json(reader)),
+        (Some(b'{'), Some(find::Kind::Json)) => object_or_lines(reader).map_err(failed),
+        (Some(b'{') | None, _) => Ok(Opened::Lines(reader)),
+        (_, Some(find::Kind::Csv)) => Ok(Opened::Delimited { reader, delimiter: None }),
+        (_, Some(find::Kind::Tsv)) => Ok(Opened::Delimited { reader, delimiter: Some(b'\t') }),
+        (_, Some(find::Kind::Arrow)) => {
+            Err(Error::dataset(path, "is no Arrow file: it begins as neither a file nor a stream of Arrow does"))
         }
-        _ => Ok(Opened::Lines(reader)),
+        (_, Some(find::Kind::Json | find::Kind::JsonLines | find::Kind::Parquet)) => Ok(Opened::Lines(reader)),
+        (_, None) => Err(Error::dataset(
+            path,
+            "does not begin as JSON, Parquet or Arrow does, and its name does not end as that of CSV; name CSV *.csv or \
+             *.tsv, and write plain text as JSON lines, {\"text\": \"…\"} each",
+        )),
     }
 }
 
