@@ -43,6 +43,8 @@ pub struct LoadReport {
     pub not_shown_dropped: bool,
     /// Rows in which one token would span what is given and what is learned.
     pub joined: usize,
+    /// Rows of a prompt and a completion as text, which the checkpoint's chat template does not show.
+    pub plain_prompts: usize,
     /// The first of the rows that were left out, truncated or split.
     pub first_changed: Vec<(Change, RowPlace)>,
     /// What the user should be told of how the files were found.
@@ -164,6 +166,15 @@ impl fmt::Display for LoadReport {
         }
         if self.split > 0 {
             write!(f, "; {}", counted(self.examples, "example"))?;
+        }
+        if self.plain_prompts > 0 {
+            let rows = if self.plain_prompts == 1 { "row has its" } else { "rows have their" };
+            write!(
+                f,
+                "; {} {rows} prompt and completion as plain text: the chat template is not applied; for chats, map their \
+                 columns to instruction and output",
+                self.plain_prompts
+            )?;
         }
         self.notices.iter().try_for_each(|notice| write!(f, "; {notice}"))?;
         match &self.cache {

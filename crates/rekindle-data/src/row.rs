@@ -3,12 +3,13 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::message::{Message, quoted_keys, type_name};
+use crate::message::{Message, type_name};
 use crate::numbers;
 
 mod alpaca;
 mod conversation;
 mod pretokenized;
+mod proposal;
 
 pub(crate) use conversation::read_prompt;
 
@@ -137,14 +138,19 @@ impl fmt::Display for RowFormat {
 impl RowContent {
     /// Reads the fields of a row; `has_template` says whether an alpaca row becomes a conversation.
     pub(crate) fn read(mut fields: Map<String, Value>, has_template: bool) -> Result<(RowFormat, Self), String> {
-        let has = |key: &&str| fields.get(*key).is_some_and(|value| !value.is_null());
+        let is = |fields: &Map<String, Value>, key: &str| fields.get(key).is_some_and(|value| !value.is_null());
+        // An empty cell of a table is null; the input asks then.
+        if fields.get("instruction").is_some_and(Value::is_null) && is(&fields, "input") && is(&fields, "output") {
+            fields.insert("instruction".to_owned(), Value::String(String::new()));
+        }
+        let has = |key: &&str| is(&fields, key);
         // Half of a shape is taken for it only when nothing is whole, so that what is missing can be named.
         let whole = SHAPES.iter().find(|(_, keys)| keys.iter().all(has));
         let Some((format, keys)) = whole.or_else(|| SHAPES.iter().find(|(_, keys)| keys.iter().any(has))) else {
-            return Err(unknown(&fields));
+            return Err(proposal::unknown(&fields, has_template));
         };
         if let (Some(there), Some(lacking)) = (keys.iter().find(|key| has(key)), keys.iter().find(|key| !has(key))) {
-            return Err(format!("has {there:?} but no {lacking:?}"));
+            return Err(proposal::lacking(&fields, there, lacking, has_template));
         }
         let mut take = |key: &str| fields.shift_remove(key).unwrap_or_default();
         let content = match format {
@@ -175,15 +181,6 @@ pub(crate) fn object(value: Value) -> Result<Map<String, Value>, String> {
         Value::Object(fields) if numbers::integer_of(&fields).is_none() => Ok(fields),
         other => Err(format!("expected a JSON object, found {}", type_name(&other))),
     }
-}
-
-fn unknown(fields: &Map<String, Value>) -> String {
-    format!(
-        "unknown kind of row; its keys: {}; known: \"messages\", \"conversations\", \"prompt\" with \"completion\", \
-         \"instruction\" with \"output\", \"text\", \"input_ids\" (with or without \"labels\"); other names can be mapped, \
-         as in [data] columns = {{ prompt = \"question\", completion = \"answer\" }}",
-        quoted_keys(fields)
-    )
 }
 
 fn prompt_completion(prompt: Value, completion: Value, fields: Map<String, Value>) -> Result<RowContent, String> {

@@ -46,6 +46,8 @@ pub(crate) fn load(
         examples: InMemory::default(),
         found: 0,
         untrained: Vec::new(),
+        looked_at: 0,
+        wrong: None,
     };
     for (index, path) in files.iter().enumerate() {
         loader.file = index;
@@ -55,7 +57,13 @@ pub(crate) fn load(
         if !refused {
             loader.encode_waiting()?;
         }
-        read?;
+        read.map_err(|error| match loader.wrong.take() {
+            Some(wrong) => wrong.counted(loader.looked_at, false),
+            None => error,
+        })?;
+    }
+    if let Some(wrong) = loader.wrong.take() {
+        return Err(wrong.counted(loader.looked_at, true));
     }
     loader.finish(fingerprint)
 }
@@ -76,6 +84,41 @@ struct Loader<'a> {
     found: Found,
     /// Rows without a label that counts; an error, but which depends on the rest of the files.
     untrained: Vec<RowPlace>,
+    /// Rows that were encoded, with success or not.
+    looked_at: usize,
+    /// The first row that is wrong.
+    wrong: Option<WrongRow>,
+}
+
+/// The first wrong row. Some more rows are looked at to count those with the same fault.
+struct WrongRow {
+    error: Error,
+    /// Its message without numbers, which differ from row to row.
+    fault: String,
+    rows: usize,
+    /// How many rows had been looked at when it was found.
+    found_at: usize,
+}
+
+/// How many rows are looked at after a wrong one.
+const ROWS_AFTER: usize = 10_000;
+
+impl WrongRow {
+    fn fault(message: &str) -> String {
+        message.chars().filter(|character| !character.is_ascii_digit()).collect()
+    }
+
+    /// The error, with the number of rows that have it where there are several of the `looked_at`.
+    fn counted(self, looked_at: usize, are_all: bool) -> Error {
+        let rows = self.rows;
+        match self.error {
+            Error::Row { path, row, message } if rows > 1 => {
+                let of = if are_all { "" } else { "the first " };
+                Error::Row { path, row, message: format!("{message} ({rows} of {of}{looked_at} rows have this fault)") }
+            }
+            error => error,
+        }
+    }
 }
 
 /// How many rows, and how many bytes of them, are encoded together.
@@ -88,6 +131,8 @@ struct Ready {
     number: RowNumber,
     format: RowFormat,
     found: Found,
+    /// Whether it is text that the checkpoint's chat template does not show.
+    is_plain: bool,
 }
 
 impl Loader<'_> {
@@ -117,7 +162,31 @@ impl Loader<'_> {
             Some(ready)
         };
         let ready: Vec<Option<Result<Ready>>> = waiting.into_par_iter().enumerate().map(encode).collect();
-        ready.into_iter().flatten().try_for_each(|row| self.add(row?))
+        for row in ready.into_iter().flatten() {
+            self.looked_at += 1;
+            match row.and_then(|row| self.add(row)) {
+                Ok(()) => {}
+                Err(Error::Row { path, row, message }) if !message.contains(STOPPED) => self.refuse(path, row, message),
+                Err(other) => {
+                    return Err(self.wrong.take().map_or(other, |wrong| wrong.counted(self.looked_at, false)));
+                }
+            }
+        }
+        match self.wrong.take_if(|wrong| self.looked_at - wrong.found_at >= ROWS_AFTER) {
+            Some(wrong) => Err(wrong.counted(self.looked_at, false)),
+            None => Ok(()),
+        }
+    }
+
+    fn refuse(&mut self, path: PathBuf, row: RowNumber, message: String) {
+        let fault = WrongRow::fault(&message);
+        match &mut self.wrong {
+            Some(wrong) => wrong.rows += usize::from(wrong.fault == fault),
+            None => {
+                let error = Error::Row { path, row, message };
+                self.wrong = Some(WrongRow { error, fault, rows: 1, found_at: self.looked_at });
+            }
+        }
     }
 
     fn path(&self) -> &Path {
@@ -132,9 +201,11 @@ impl Loader<'_> {
         let has_template = self.tokenizer.is_none_or(Tokenizer::has_chat_template);
         let (format, content) = RowContent::read(fields, has_template).map_err(wrong)?;
         check_tokenizer(&content, self.tokenizer, self.options)?;
+        let is_plain = matches!(content, RowContent::PromptCompletion { .. })
+            && self.tokenizer.is_some_and(Tokenizer::has_chat_template);
         let example = encode(content, number.get(), self.tokenizer, self.options).map_err(wrong)?;
         self.check_vocabulary(&example, number)?;
-        Ok(Ready { example, number, format, found })
+        Ok(Ready { example, number, format, found, is_plain })
     }
 
     fn check_vocabulary(&self, example: &Encoded, number: RowNumber) -> Result<()> {
@@ -163,10 +234,11 @@ impl Loader<'_> {
     }
 
     fn add(&mut self, row: Ready) -> Result<()> {
-        let Ready { example, number, format, found } = row;
+        let Ready { example, number, format, found, is_plain } = row;
         let at = RowPlace { file: self.file, row: number };
         let len = example.input_ids.len();
         self.report.rows += 1;
+        self.report.plain_prompts += usize::from(is_plain);
         self.report.formats.insert(format);
         self.found |= found;
         if len > self.report.longest {
@@ -234,8 +306,13 @@ impl Loader<'_> {
             return Err(of_all("all labels are ignored: no row has a token to learn".to_owned()));
         }
         if let Some(&RowPlace { file, row }) = untrained.first().filter(|_| options.untrained == Untrained::Error) {
-            let message = "no label counts: the row has nothing to learn (the first token never does); remove it, or set \
-                           data.untrained = \"drop\"";
+            let mut message =
+                "no label counts: the row has nothing to learn (the first token never does); remove it, or \
+                               set data.untrained = \"drop\""
+                    .to_owned();
+            if untrained.len() > 1 {
+                message += &format!(" ({} of {} rows have this fault)", untrained.len(), report.rows);
+            }
             return Err(Error::row(&files[file], row, message));
         }
         untrained.iter().for_each(|&at| report.changed(Change::Untrained, at));

@@ -17,11 +17,17 @@ pub(super) fn read(mut fields: Map<String, Value>, has_template: bool) -> Result
         Some(other) => Err(format!("{key:?} is {}, not a string", type_name(&other))),
     };
     let (instruction, input, output) = (text("instruction")?, text("input")?, text("output")?);
-    for (key, text) in [("instruction", &instruction), ("output", &output)] {
-        if text.trim().is_empty() {
-            return Err(format!("{key:?} is empty; remove the row or fill it in"));
-        }
+    if output.trim().is_empty() {
+        return Err("\"output\" is empty; remove the row or fill it in".to_owned());
     }
+    // Some files leave the instruction empty and ask in the input.
+    let (instruction, input) = match (instruction.trim().is_empty(), input.trim().is_empty()) {
+        (true, true) => {
+            return Err("\"instruction\" and \"input\" are empty; remove the row or fill one of them in".to_owned());
+        }
+        (true, false) => (input, String::new()),
+        (false, _) => (instruction, input),
+    };
     let system = system_prompt(&mut fields)?;
     if !has_template {
         if system.is_some() {
@@ -55,7 +61,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::row::object;
+    use crate::row::{RowFormat, object};
 
     fn read_json(value: Value, has_template: bool) -> Result<RowContent, String> {
         read(object(value)?, has_template)
@@ -90,6 +96,24 @@ mod tests {
             prompt,
             "Below is an instruction that describes a task. Write a response that appropriately completes the \
              request.\n\n### Instruction:\nGreet.\n\n### Response:\n"
+        );
+    }
+
+    #[test]
+    fn the_input_asks_where_the_instruction_is_empty() {
+        for instruction in [json!(""), json!(" \n"), Value::Null] {
+            let row = json!({"instruction": instruction, "input": "How high is Everest?", "output": "8,849 m"});
+            let (format, content) = RowContent::read(object(row.clone()).expect("an object"), true).expect("valid");
+            let RowContent::Messages { messages, .. } = content else { panic!("a conversation") };
+            assert_eq!(format, RowFormat::Alpaca);
+            assert_eq!(messages, [Message::new("user", "How high is Everest?"), Message::new("assistant", "8,849 m")]);
+            let (_, content) = RowContent::read(object(row).expect("an object"), false).expect("valid");
+            let RowContent::PromptCompletion { prompt, .. } = content else { panic!("a text") };
+            assert!(prompt.ends_with("### Instruction:\nHow high is Everest?\n\n### Response:\n"), "{prompt}");
+        }
+        assert_eq!(
+            read_json(json!({"instruction": "", "input": " ", "output": "b"}), true).expect_err("no question"),
+            "\"instruction\" and \"input\" are empty; remove the row or fill one of them in"
         );
     }
 

@@ -31,8 +31,8 @@ fn errors_say_what_was_found_and_what_is_known() {
             json!({"question": "a", "answer": "b"}),
             "unknown kind of row; its keys: \"question\", \"answer\"; known: \"messages\", \"conversations\", \
              \"prompt\" with \"completion\", \"instruction\" with \"output\", \"text\", \"input_ids\" (with or \
-             without \"labels\"); other names can be mapped, as in [data] columns = { prompt = \"question\", \
-             completion = \"answer\" }",
+             without \"labels\"); other names can be mapped, as in [data] columns = { instruction = \"question\", \
+             output = \"answer\" }",
         ),
         (json!({"instruction": "a"}), "has \"instruction\" but no \"output\""),
         (json!({"conversations": [], "id": 1}), "\"conversations\" is an empty list"),
@@ -80,6 +80,38 @@ fn errors_say_what_was_found_and_what_is_known() {
     for (row, message) in cases {
         assert_eq!(error(row), message);
     }
+}
+
+#[test]
+fn columns_are_proposed_that_go_through_the_chat_template() {
+    let error = |row: Value, has_template| {
+        RowContent::read(object(row).expect("an object"), has_template).expect_err("of no shape")
+    };
+    let qa = json!({"Query": "a", "response": "b", "id": "3"});
+    assert!(
+        error(qa.clone(), true).ends_with("[data] columns = { instruction = \"Query\", output = \"response\" }"),
+        "{}",
+        error(qa, true)
+    );
+    let qa = json!({"question": "a", "answer": "b"});
+    assert!(error(qa, false).ends_with("[data] columns = { prompt = \"question\", completion = \"answer\" }"));
+    let turns = json!({"dialog": [{"role": "user", "content": "q"}], "source": "x"});
+    assert!(error(turns, true).ends_with("[data] columns = { messages = \"dialog\" }"));
+    let turns = json!({"chat": [{"from": "human", "value": "q"}]});
+    assert!(error(turns, true).ends_with("[data] columns = { conversations = \"chat\" }"));
+    assert!(error(json!({"body": "x"}), true).ends_with("{ instruction = \"question\", output = \"answer\" }"));
+    // One key of a shape is there.
+    assert_eq!(
+        error(json!({"prompt": "a", "response": "b"}), true),
+        "has \"prompt\" but no \"completion\"; its keys: \"prompt\", \"response\"; map them, as in [data] columns = { \
+         instruction = \"prompt\", output = \"response\" }"
+    );
+    assert_eq!(
+        error(json!({"prompt": "a", "response": "b"}), false),
+        "has \"prompt\" but no \"completion\"; its keys: \"prompt\", \"response\"; map them, as in [data] columns = { \
+         completion = \"response\" }"
+    );
+    assert!(error(json!({"input": "a", "output": "b"}), true).ends_with("columns = { instruction = \"input\" }"));
 }
 
 #[test]

@@ -1,0 +1,62 @@
+//! Errors for rows of no known shape, with columns that would make them one.
+
+use serde_json::{Map, Value};
+
+use crate::message::quoted_keys;
+
+/// Names that questions have in other files.
+const QUESTIONS: [&str; 11] =
+    ["question", "query", "problem", "user", "human", "instruction", "prompt", "input", "source", "context", "q"];
+/// Names that answers have in other files.
+const ANSWERS: [&str; 11] =
+    ["answer", "response", "completion", "output", "solution", "assistant", "reply", "target", "chosen", "label", "a"];
+
+/// The error for a row with keys of no shape.
+pub(super) fn unknown(fields: &Map<String, Value>, has_template: bool) -> String {
+    let found = conversation(fields).or_else(|| pair(fields, has_template));
+    let columns = found.unwrap_or_else(|| mapped("question", "answer", has_template));
+    format!(
+        "unknown kind of row; its keys: {}; known: \"messages\", \"conversations\", \"prompt\" with \"completion\", \
+         \"instruction\" with \"output\", \"text\", \"input_ids\" (with or without \"labels\"); other names can be mapped, \
+         as in [data] {columns}",
+        quoted_keys(fields)
+    )
+}
+
+/// The error for a row with one of the two keys of a shape.
+pub(super) fn lacking(fields: &Map<String, Value>, there: &str, lacking: &str, has_template: bool) -> String {
+    let message = format!("has {there:?} but no {lacking:?}");
+    match pair(fields, has_template) {
+        Some(columns) => format!("{message}; its keys: {}; map them, as in [data] {columns}", quoted_keys(fields)),
+        None => message,
+    }
+}
+
+/// Columns for a key that holds turns.
+fn conversation(fields: &Map<String, Value>) -> Option<String> {
+    let (column, first) = fields.iter().find_map(|(column, value)| {
+        let first = value.as_array()?.first()?.as_object()?;
+        (first.contains_key("role") || first.contains_key("from")).then_some((column, first))
+    })?;
+    let key = if first.contains_key("role") { "messages" } else { "conversations" };
+    Some(format!("columns = {{ {key} = {column:?} }}"))
+}
+
+/// Columns for keys that hold a question and an answer.
+fn pair(fields: &Map<String, Value>, has_template: bool) -> Option<String> {
+    let find = |names: &[&str]| {
+        names.iter().find_map(|name| {
+            let is = |(key, value): &(&String, &Value)| key.eq_ignore_ascii_case(name) && value.is_string();
+            fields.iter().find(is).map(|(key, _)| key)
+        })
+    };
+    Some(mapped(find(&QUESTIONS)?, find(&ANSWERS)?, has_template))
+}
+
+/// A chat template shows an instruction and its output as turns; a prompt and a completion do not go through it.
+fn mapped(question: &str, answer: &str, has_template: bool) -> String {
+    let [asked, answered] = if has_template { ["instruction", "output"] } else { ["prompt", "completion"] };
+    let column = |key: &str, column: &str| (key != column).then(|| format!("{key} = {column:?}"));
+    let columns: Vec<_> = [column(asked, question), column(answered, answer)].into_iter().flatten().collect();
+    format!("columns = {{ {} }}", columns.join(", "))
+}
