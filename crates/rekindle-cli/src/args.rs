@@ -346,9 +346,10 @@ const RUN_FILE: &str = r#"Example of a run file; all that is not commented out i
   # init_from = "outputs/first/adapter"   # or a name: go on with this adapter instead of a new one
 
   [data]
-  train = "train.jsonl"             # or a .json, .parquet, a directory, "data/*.parquet", a dataset on the hub, a list
-  # eval = "heldout.jsonl"
-  # columns = { prompt = "question", completion = "answer" }    # our key = the file's column
+  train = "train.jsonl"             # or .json, .csv, .parquet, .arrow, a directory, a pattern, a dataset on the hub, a list
+  # eval = "heldout.jsonl"          # or eval_fraction = 0.05: rows of train that are held out; max_rows, sample_seed
+  # split = "train"                 # of a directory or a dataset on the hub; eval_split = "test"
+  # columns = { instruction = "question", output = "answer" }   # key = the file's column
   # shuffle = true
   # overlong = "error"              # error | drop | truncate | split
   # train_on = "assistant"          # assistant | last_assistant | all

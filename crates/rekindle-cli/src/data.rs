@@ -36,10 +36,9 @@ fn open(args: &RunFileArgs) -> Result<(RunConfig, RowEncoder), Failure> {
 fn preview(args: &PreviewArgs) -> Result<(), Failure> {
     let (config, encoder) = open(&args.run)?;
     let source = if args.eval {
-        config
-            .data
-            .eval_source(&config.model)
-            .ok_or_else(|| Failure::Configuration("[data] has no eval; leave --eval out".to_owned()))?
+        config.data.eval_source(&config.model).ok_or_else(|| {
+            Failure::Configuration("[data] has neither eval nor eval_fraction; leave --eval out".to_owned())
+        })?
     } else {
         config.data.train_source(&config.model)
     };
@@ -57,6 +56,10 @@ fn preview(args: &PreviewArgs) -> Result<(), Failure> {
     let style = if stdout().is_terminal() && !no_color { Style::Colour } else { Style::Plain };
     for index in shown {
         let example = dataset.example(index);
+        if args.json {
+            output::line(&view::json(&example, encoder.tokenizer(), index + 1))?;
+            continue;
+        }
         let text = view(&example, encoder.tokenizer(), style);
         if !output::piece(&format!("row {} of {count}, {}\n{text}\n\n", index + 1, facts(&example)))? {
             break;

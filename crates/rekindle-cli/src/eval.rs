@@ -1,6 +1,6 @@
 //! `rekindle eval`.
 
-use rekindle::{DataSource, Evaluation, TokenLoss, Tokenizer};
+use rekindle::{DataSource, Evaluation, TokenLoss, Tokenizer, counted};
 use serde::Serialize;
 
 use crate::args::EvalArgs;
@@ -9,7 +9,8 @@ use crate::{open, output, progress};
 
 pub(crate) fn run(args: &EvalArgs) -> Result<(), Failure> {
     let (model, tokenizer) = open::open(&args.model)?;
-    let (tokenizer, data) = (tokenizer.as_ref(), DataSource::new(&args.data).held_out());
+    let tokenizer = tokenizer.as_ref();
+    let data = DataSource::new(&args.data).held_out().text_end_token(!args.no_end_token);
     if args.per_token {
         let evaluation = model.evaluate_tokens(tokenizer, &data, &mut progress::rows())?;
         return output::line(&serde_json::to_string(&per_token(&evaluation, tokenizer)).expect("texts and numbers"));
@@ -22,7 +23,8 @@ pub(crate) fn run(args: &EvalArgs) -> Result<(), Failure> {
         output::line(&table(&evaluation))?;
     }
     let Evaluation { loss, perplexity, tokens, rows } = &evaluation;
-    output::line(&format!("loss {loss:.5}  perplexity {perplexity:.4}  ({tokens} tokens of {} rows)", rows.len()))
+    let (tokens, rows) = (counted(*tokens, "token"), counted(rows.len(), "row"));
+    output::line(&format!("loss {loss:.5}  perplexity {perplexity:.4}  ({tokens} of {rows})"))
 }
 
 /// An evaluation with the text of each token.

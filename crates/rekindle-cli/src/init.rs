@@ -4,13 +4,14 @@ use std::fmt::{Display, Write as _};
 use std::path::Path;
 
 use rekindle::{
-    DataSource, DeviceKind, Error, FastLanguageModel, GradientCheckpointing, StepCount, Suggestion, counted,
-    show_bytes, write_atomic,
+    DataSource, DeviceKind, Error, ErrorKind, FastLanguageModel, GradientCheckpointing, Loader, RowSample, StepCount,
+    Suggestion, counted, show_bytes, write_atomic,
 };
 use toml::Value;
 
 use crate::args::InitArgs;
 use crate::failure::Failure;
+use crate::run_file::SAMPLE_SEED;
 use crate::{output, progress};
 
 pub(crate) fn run(args: &InitArgs) -> Result<(), Failure> {
@@ -21,6 +22,46 @@ pub(crate) fn run(args: &InitArgs) -> Result<(), Failure> {
             out.display()
         )));
     }
+    let data = DataSource::new(&args.data);
+    let (suggestion, held_out) = match &args.eval {
+        Some(eval) => (rekindle::suggest(loader(args), args.device, &data, Some(&DataSource::new(eval)))?, false),
+        None => held_out(args, &data)?,
+    };
+    eprintln!("{}: {}", args.data.display(), suggestion.rows);
+    if let Some(rows) = &suggestion.eval_rows {
+        eprintln!("{}: {rows}", args.eval.as_ref().unwrap_or(&args.data).display());
+    }
+    eprintln!("{}", memory(&suggestion));
+    if let Some(time) = &suggestion.time {
+        eprintln!("{} take {time}", counted(suggestion.steps, "step"));
+    }
+    write_atomic(out, text(args, &suggestion, held_out).as_bytes()).map_err(Error::from)?;
+    eprintln!("next: rekindle train {} --dry-run", out.display());
+    output::line(&out.display().to_string())
+}
+
+/// The part of the rows that is held out where there are none to evaluate.
+const HELD_OUT: f64 = 0.05;
+/// The fewest rows of which some are held out: of fewer, each is needed.
+const FEWEST: usize = 20;
+
+/// A suggestion with rows held out, where there are enough of them, and whether there are.
+fn held_out(args: &InitArgs, data: &DataSource) -> Result<(Suggestion, bool), Error> {
+    let sample = RowSample { held_out: Some(HELD_OUT), seed: SAMPLE_SEED, max_rows: None };
+    // The same rows are read for both parts.
+    let kept = data.clone().sample(sample).cache(true);
+    match rekindle::suggest(loader(args), args.device, &kept, Some(&kept.clone().held_out_rows())) {
+        Ok(suggestion) if suggestion.rows.rows + 1 >= FEWEST => Ok((suggestion, true)),
+        Ok(_) => Ok((rekindle::suggest(loader(args), args.device, data, None)?, false)),
+        // One row alone cannot be parted.
+        Err(error) if error.kind() == ErrorKind::Configuration => {
+            Ok((rekindle::suggest(loader(args), args.device, data, None)?, false))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn loader(args: &InitArgs) -> Loader {
     let mut loader = FastLanguageModel::from_pretrained(&args.model)
         .local_files_only(args.hub.local_files_only)
         .on_download(progress::downloading());
@@ -30,20 +71,7 @@ pub(crate) fn run(args: &InitArgs) -> Result<(), Failure> {
     if let Some(cache_dir) = &args.hub.cache_dir {
         loader = loader.cache_dir(cache_dir);
     }
-    let [data, eval] = [Some(&args.data), args.eval.as_ref()].map(|path| path.map(DataSource::new));
-    let data = data.expect("rows are given");
-    let suggestion = rekindle::suggest(loader, args.device, &data, eval.as_ref())?;
-    eprintln!("{}: {}", args.data.display(), suggestion.rows);
-    if let (Some(path), Some(rows)) = (&args.eval, &suggestion.eval_rows) {
-        eprintln!("{}: {rows}", path.display());
-    }
-    eprintln!("{}", memory(&suggestion));
-    if let Some(time) = &suggestion.time {
-        eprintln!("{} take {time}", counted(suggestion.steps, "step"));
-    }
-    write_atomic(out, text(args, &suggestion).as_bytes()).map_err(Error::from)?;
-    eprintln!("next: rekindle train {} --dry-run", out.display());
-    output::line(&out.display().to_string())
+    loader
 }
 
 /// What the run takes of what there is, in a sentence.
@@ -94,7 +122,7 @@ impl Lines {
     }
 }
 
-fn text(args: &InitArgs, suggestion: &Suggestion) -> String {
+fn text(args: &InitArgs, suggestion: &Suggestion, held_out: bool) -> String {
     let mut lines = Lines::default();
     let stem = args.out.file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy());
     lines.line("# Written by `rekindle init`, to be changed: every key says why it is what it is.");
@@ -116,7 +144,7 @@ fn text(args: &InitArgs, suggestion: &Suggestion) -> String {
     lines.key("device", args.device.to_string(), device);
     model(&mut lines, args, suggestion);
     lora(&mut lines, suggestion);
-    data(&mut lines, args, suggestion);
+    data(&mut lines, args, suggestion, held_out);
     train(&mut lines, suggestion);
     lines.0
 }
@@ -180,11 +208,16 @@ fn lora(lines: &mut Lines, suggestion: &Suggestion) {
     lines.key("use_gradient_checkpointing", value, why);
 }
 
-fn data(lines: &mut Lines, args: &InitArgs, suggestion: &Suggestion) {
+fn data(lines: &mut Lines, args: &InitArgs, suggestion: &Suggestion, held_out: bool) {
     lines.section("data");
     lines.key("train", path(&args.data), &suggestion.rows);
     match (&args.eval, &suggestion.eval_rows) {
         (Some(eval), Some(rows)) => lines.key("eval", path(eval), rows),
+        (None, Some(rows)) if held_out => {
+            let rows = counted(rows.rows, "row");
+            let why = format!("{rows} held out to evaluate; eval = \"heldout.jsonl\" names a file instead");
+            lines.key("eval_fraction", HELD_OUT, why);
+        }
         _ => lines.without("eval = \"heldout.jsonl\"", "rows that are never trained on tell learning from memorizing"),
     }
     let (value, why) = match suggestion.longer {

@@ -1,12 +1,10 @@
 //! `RUN.toml`: what a run trains, on what, and how.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rekindle::{
-    Blocksize, Columns, DataSource, DeviceKind, Dtype, FastLanguageModel, GradientCheckpointing, Loader, LoraConfig,
-    Model, NotShown, Overlong, QuantConfig, RopeScaling, SftConfig, Source, Thinking, TrainOn, Untrained, parse_device,
-    stored_quantization,
+    Blocksize, DeviceKind, Dtype, FastLanguageModel, GradientCheckpointing, Loader, LoraConfig, Model, QuantConfig,
+    RopeScaling, SftConfig, Source, parse_device, stored_quantization,
 };
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -14,6 +12,12 @@ use toml::Table;
 use crate::failure::Failure;
 use crate::overrides::Override;
 use crate::reader::{Reader, fields_of};
+
+mod data;
+
+#[cfg(test)]
+pub(crate) use data::Paths;
+pub(crate) use data::{DataSection, SAMPLE_SEED};
 
 /// A run with every default filled in.
 #[derive(Clone, Debug, Serialize)]
@@ -80,11 +84,6 @@ fn is_off(value: &GradientCheckpointing) -> bool {
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 fn is_false(value: &bool) -> bool {
     !value
-}
-
-#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
-fn is_true(value: &bool) -> bool {
-    *value
 }
 
 impl ModelSection {
@@ -181,115 +180,6 @@ pub(crate) struct LoraSection {
     pub(crate) given: Vec<String>,
 }
 
-/// The rows.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct DataSection {
-    pub(crate) train: Paths,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) eval: Option<Paths>,
-    pub(crate) shuffle: bool,
-    pub(crate) overlong: Overlong,
-    pub(crate) train_on: TrainOn,
-    pub(crate) thinking: Thinking,
-    pub(crate) untrained: Untrained,
-    pub(crate) not_shown: NotShown,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) chat_template: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) revision: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) subset: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) split: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) eval_split: Option<String>,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub(crate) columns: BTreeMap<String, String>,
-    #[serde(skip_serializing_if = "is_true")]
-    pub(crate) cache: bool,
-}
-
-/// One, or a list.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected a file, a directory or a pattern, or a list of them")]
-pub(crate) enum Paths {
-    One(PathBuf),
-    Several(Vec<PathBuf>),
-}
-
-impl Default for DataSection {
-    fn default() -> Self {
-        Self {
-            train: Paths::Several(Vec::new()),
-            eval: None,
-            shuffle: true,
-            overlong: Overlong::default(),
-            train_on: TrainOn::default(),
-            thinking: Thinking::default(),
-            untrained: Untrained::default(),
-            not_shown: NotShown::default(),
-            chat_template: None,
-            revision: None,
-            subset: None,
-            split: None,
-            eval_split: None,
-            columns: BTreeMap::new(),
-            cache: true,
-        }
-    }
-}
-
-impl DataSection {
-    /// `model` says how the hub is asked.
-    pub(crate) fn train_source(&self, model: &ModelSection) -> DataSource {
-        self.source(&self.train, model).split(self.split.clone())
-    }
-
-    pub(crate) fn eval_source(&self, model: &ModelSection) -> Option<DataSource> {
-        let eval = self.eval.as_ref()?;
-        Some(self.source(eval, model).held_out().split(self.eval_split.clone()))
-    }
-
-    /// Whether there are rows to evaluate.
-    pub(crate) fn has_eval(&self) -> bool {
-        self.eval.is_some()
-    }
-
-    fn source(&self, paths: &Paths, model: &ModelSection) -> DataSource {
-        let source = DataSource::of(paths.as_slice())
-            .overlong(self.overlong)
-            .train_on(self.train_on)
-            .thinking(self.thinking)
-            .untrained(self.untrained)
-            .not_shown(self.not_shown)
-            .chat_template(self.chat_template.clone())
-            .columns(self.columns.clone())
-            .cache(self.cache)
-            .hub(model.token.clone(), model.cache_dir.clone(), model.local_files_only);
-        let on_hub = |paths: &Paths| DataSource::of(paths.as_slice()).is_on_hub();
-        // Of two, one may lie on disk, and these are for the other.
-        if !source.is_on_hub() && (on_hub(&self.train) || self.eval.as_ref().is_some_and(on_hub)) {
-            return source;
-        }
-        source.revision(self.revision.clone()).subset(self.subset.clone())
-    }
-}
-
-impl Paths {
-    fn as_slice(&self) -> &[PathBuf] {
-        match self {
-            Paths::One(path) => std::slice::from_ref(path),
-            Paths::Several(paths) => paths,
-        }
-    }
-
-    /// Whether nothing is named.
-    fn is_empty(&self) -> bool {
-        self.as_slice().iter().all(|path| path.as_os_str().is_empty())
-    }
-}
-
 /// The top of the file.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -375,12 +265,7 @@ impl RunConfig {
                 "[model] name_or_path is missing; give a checkpoint's directory, or its name on the hub".to_owned(),
             );
         }
-        if self.data.train.is_empty() {
-            problems.push("[data] train is missing; give a file of rows, such as JSON lines or Parquet".to_owned());
-        }
-        if let Err(error) = Columns::new(self.data.columns.clone()) {
-            problems.push(format!("[data] {error}"));
-        }
+        self.data.check(problems);
         match parse_device(&self.device) {
             Err(error) => problems.push(error.to_string()),
             Ok(device) => {
@@ -433,9 +318,11 @@ impl RunConfig {
             }
         }
         for (_, key) in self.train.needs_eval().iter().filter(|(wanted, _)| *wanted && !self.data.has_eval()) {
-            problems.push(format!("[train] {key} needs rows to evaluate; give eval = \"…\" in [data]"));
+            problems.push(format!(
+                "[train] {key} needs rows to evaluate; give eval = \"…\" or eval_fraction = 0.05 in [data]"
+            ));
         }
-        if self.train.eval_samples > 0 && self.data.eval.is_none() {
+        if self.train.eval_samples > 0 && !self.data.has_eval() {
             problems.push(
                 "[train] eval_samples takes prompts of rows to evaluate; give eval = \"…\" in [data], or sample_prompts"
                     .to_owned(),

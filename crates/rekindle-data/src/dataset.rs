@@ -12,19 +12,21 @@ pub(crate) use load::load;
 #[derive(Debug, Clone)]
 pub struct Dataset {
     examples: Arc<dyn Examples>,
+    /// The examples that are part of it, where those are not all.
+    part: Option<Arc<[usize]>>,
     files: Vec<PathBuf>,
     fingerprint: String,
 }
 
 impl Dataset {
     pub(crate) fn new(examples: impl Examples + 'static, files: Vec<PathBuf>, fingerprint: String) -> Self {
-        Dataset { examples: Arc::new(examples), files, fingerprint }
+        Dataset { examples: Arc::new(examples), part: None, files, fingerprint }
     }
 
     /// How many examples there are.
     #[allow(clippy::len_without_is_empty, reason = "loading refuses a dataset without examples")]
     pub fn len(&self) -> usize {
-        self.examples.ends().len()
+        self.part.as_ref().map_or_else(|| self.examples.ends().len(), |part| part.len())
     }
 
     /// SHA-256, in hexadecimal, of all that the examples are made from: the bytes of the files, wherever they lie, the
@@ -40,6 +42,7 @@ impl Dataset {
     /// # Panics
     /// When there are not that many.
     pub fn example(&self, index: usize) -> Example<'_> {
+        let index = self.part.as_ref().map_or(index, |part| part[index]);
         let ends = self.examples.ends();
         let range = index.checked_sub(1).map_or(0, |before| ends[before] as usize)..ends[index] as usize;
         Example {
@@ -55,7 +58,14 @@ impl Dataset {
         (0..self.len()).map(|index| self.example(index))
     }
 
-    /// The arrays of all examples.
+    /// The same examples without those that are not at `indices`.
+    pub(crate) fn with_examples(&self, indices: Vec<usize>, fingerprint: String) -> Self {
+        let at = |index: usize| self.part.as_ref().map_or(index, |part| part[index]);
+        let part = indices.into_iter().map(at).collect();
+        Dataset { part: Some(part), fingerprint, ..self.clone() }
+    }
+
+    /// The arrays of all examples, also of those that are not part of it.
     pub(crate) fn arrays(&self) -> &dyn Examples {
         &*self.examples
     }

@@ -38,10 +38,10 @@ pub(crate) fn encode(
             conversation::encode(tokenizer, messages, trained_from, tools, kwargs, options)?
         }
         RowContent::PromptCompletion { prompt, completion } if options.train_on == TrainOn::All => {
-            raw_text(tokenizer, "", &(prompt + &completion))?
+            raw_text(tokenizer, "", &(prompt + &completion), true)?
         }
-        RowContent::PromptCompletion { prompt, completion } => raw_text(tokenizer, &prompt, &completion)?,
-        RowContent::Text(text) => raw_text(tokenizer, "", &text)?,
+        RowContent::PromptCompletion { prompt, completion } => raw_text(tokenizer, &prompt, &completion, true)?,
+        RowContent::Text(text) => raw_text(tokenizer, "", &text, options.text_end_token)?,
         RowContent::InputIds { .. } => unreachable!("returned above"),
     };
     Ok(Encoded { input_ids, labels, line, notes })
@@ -50,11 +50,17 @@ pub(crate) fn encode(
 /// Ids, labels, and what is to be counted.
 type Parts = (Vec<u32>, Vec<i32>, RowNotes);
 
-fn raw_text(tokenizer: &Tokenizer, prompt: &str, completion: &str) -> Result<Parts, String> {
-    let eos = tokenizer.eos_id().ok_or(
-        "rows of text need an end token, and the checkpoint names none; put eos_token into its tokenizer_config.json, or \
-         use rows of \"input_ids\"",
-    )?;
+/// `end` says whether the end token follows.
+fn raw_text(tokenizer: &Tokenizer, prompt: &str, completion: &str, end: bool) -> Result<Parts, String> {
+    let eos = match tokenizer.eos_id() {
+        None if end => {
+            return Err("rows of text need an end token, and the checkpoint names none; put eos_token into its \
+                        tokenizer_config.json, use rows of \"input_ids\", or set data.text_end_token = false for rows \
+                        of \"text\""
+                .to_owned());
+        }
+        eos => eos.filter(|_| end),
+    };
     let text = format!("{prompt}{completion}");
     let whole = tokenizer.encode_with_places(&text, true).map_err(text_error)?;
     let (mut encoded, joined) = border::split(tokenizer, &text, whole, [prompt.len()])?;
@@ -67,7 +73,7 @@ fn raw_text(tokenizer: &Tokenizer, prompt: &str, completion: &str) -> Result<Par
         encoded.places.remove(0);
     }
     let (mut ids, mut labels) = masked(encoded, prompt.len());
-    if ids.last() != Some(&eos) {
+    if let Some(eos) = eos.filter(|eos| ids.last() != Some(eos)) {
         ids.push(eos);
         labels.push(label(eos));
     }

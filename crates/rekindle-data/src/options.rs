@@ -11,21 +11,30 @@ use crate::overlong::Overlong;
 pub struct EncodeOptions {
     /// The most tokens of an example, at least 2.
     pub max_seq_length: usize,
-    /// What happens to longer rows.
+    /// Handling of longer rows.
     pub overlong: Overlong,
     /// The vocabulary of the model; an id that is not below it is an error.
     pub vocab_size: Option<usize>,
-    /// Which turns of a conversation are trained.
+    /// The turns of a conversation that are trained.
     pub train_on: TrainOn,
-    /// What happens to reasoning.
+    /// Handling of reasoning.
     pub thinking: Thinking,
-    /// What happens to rows without a label that counts.
+    /// Handling of rows without a label that counts.
     pub untrained: Untrained,
-    /// What happens to rows of which the chat template leaves something out.
+    /// Handling of rows of which the chat template leaves something out.
     pub not_shown: NotShown,
     /// The name of the chat template, of a checkpoint that has several. Default: as transformers chooses, `tool_use` for
     /// rows with tools, else `default`.
     pub chat_template: Option<String>,
+    /// Whether rows of `text` end with the end token, which counts.
+    // Left out of fingerprints where it is the default, so that caches of before it stay valid.
+    #[serde(skip_serializing_if = "is_true")]
+    pub text_end_token: bool,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_true(value: &bool) -> bool {
+    *value
 }
 
 impl Default for EncodeOptions {
@@ -39,6 +48,7 @@ impl Default for EncodeOptions {
             untrained: Untrained::Error,
             not_shown: NotShown::Error,
             chat_template: None,
+            text_end_token: true,
         }
     }
 }

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rekindle_data::{
-    DataFiles, Dataset, EncodeOptions, LoadReport, NotShown, Overlong, Thinking, Tokenizer, TrainOn, Untrained,
-    default_cache_dir, is_file_name,
+    DataFiles, Dataset, EncodeOptions, LoadReport, NotShown, Overlong, RowPart, RowSample, Thinking, Tokenizer,
+    TrainOn, Untrained, default_cache_dir, is_file_name,
 };
 
 use crate::Error;
@@ -14,9 +14,9 @@ use crate::source::Access;
 
 /// The rows of a run: files, and how they are read.
 ///
-/// A file of JSON lines, JSON or Parquet, a directory of such files, a pattern such as `data/*.parquet`, the name of a
-/// dataset on the Hugging Face hub, or several of these. What exists on disk comes first, and what is a pattern or ends
-/// as files of rows do is never looked for on the hub.
+/// A file of JSON lines, JSON, CSV, Parquet or Arrow, a directory of such files, a pattern such as `data/*.parquet`, the
+/// name of a dataset on the Hugging Face hub, or several of these. A path that exists comes first; a pattern, a name that
+/// ends as those of files do, and one that begins with `./`, `../`, `/` or `~` are never looked for on the hub.
 ///
 /// ```
 /// use rekindle::{DataSource, Overlong};
@@ -25,7 +25,7 @@ use crate::source::Access;
 /// let data = DataSource::of(["a.parquet", "more/*.jsonl"]).columns([("prompt", "question"), ("completion", "answer")]);
 /// assert_eq!(data.to_string(), "a.parquet, more/*.jsonl");
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct DataSource {
     paths: Vec<PathBuf>,
     columns: BTreeMap<String, String>,
@@ -35,11 +35,15 @@ pub struct DataSource {
     untrained: Untrained,
     not_shown: NotShown,
     chat_template: Option<String>,
+    text_end_token: bool,
+    sample: RowSample,
+    part: RowPart,
     cache_dir: Option<PathBuf>,
     revision: Option<String>,
     subset: Option<String>,
     split: Option<String>,
-    default_split: &'static str,
+    /// The splits that are looked for where none is named, in this order.
+    default_splits: &'static [&'static str],
     access: Access,
 }
 
@@ -61,11 +65,14 @@ impl DataSource {
             untrained: Untrained::Error,
             not_shown: NotShown::Error,
             chat_template: None,
+            text_end_token: true,
+            sample: RowSample::default(),
+            part: RowPart::Kept,
             cache_dir: None,
             revision: None,
             subset: None,
             split: None,
-            default_split: "train",
+            default_splits: &["train"],
             access: Access::default(),
         }
     }
@@ -113,6 +120,30 @@ impl DataSource {
         self
     }
 
+    /// Sets whether rows of `text` end with the end token, which counts in the loss. Default true.
+    ///
+    /// Without it, the loss of a text is that of its own tokens, as other programs report it; a model trained so does not
+    /// learn where texts end. A token that the tokenizer itself puts at the end stays.
+    #[must_use]
+    pub fn text_end_token(mut self, text_end_token: bool) -> Self {
+        self.text_end_token = text_end_token;
+        self
+    }
+
+    /// Draws a part of the rows: at most `max_rows`, without those held out. Default: all.
+    #[must_use]
+    pub fn sample(mut self, sample: RowSample) -> Self {
+        self.sample = sample;
+        self
+    }
+
+    /// The rows that [`sample`](Self::sample) holds out.
+    #[must_use]
+    pub fn held_out_rows(mut self) -> Self {
+        self.part = RowPart::HeldOut;
+        self
+    }
+
     /// Which column of the files stands for which key of a row, as `("prompt", "question")`.
     #[must_use]
     pub fn columns<K: Into<String>, V: Into<String>>(mut self, columns: impl IntoIterator<Item = (K, V)>) -> Self {
@@ -142,17 +173,17 @@ impl DataSource {
         self
     }
 
-    /// Of datasets on the hub: `train`, `test` or another word of their files' names. Default `train`.
+    /// Of directories and datasets on the hub: `train`, `test` or another word of their files' names. Default `train`.
     #[must_use]
     pub fn split(mut self, split: Option<String>) -> Self {
         self.split = split;
         self
     }
 
-    /// The split where none is given: `test` for what is evaluated.
+    /// Takes `test` for the split where none is given, or `validation` of a directory without `test`.
     #[must_use]
     pub fn held_out(mut self) -> Self {
-        self.default_split = "test";
+        self.default_splits = &["test", "validation"];
         self
     }
 
@@ -196,10 +227,19 @@ impl DataSource {
                 None => paths.push(path.clone()),
             }
         }
-        let options = [("revision", &self.revision), ("subset", &self.subset), ("split", &self.split)];
-        match options.iter().find_map(|(key, value)| Some((key, value.as_ref()?))) {
-            Some((key, value)) if !self.is_on_hub() => Err(Error::Argument(format!(
+        if self.is_on_hub() {
+            return Ok((paths, notices));
+        }
+        let options = [("revision", &self.revision), ("subset", &self.subset)];
+        if let Some((key, value)) = options.iter().find_map(|(key, value)| Some((key, value.as_ref()?))) {
+            return Err(Error::Argument(format!(
                 "{key} = {value:?} is for datasets on the hub, and {self} is on disk; leave it out"
+            )));
+        }
+        match &self.split {
+            Some(split) if !paths.iter().any(|path| path.is_dir()) => Err(Error::Argument(format!(
+                "split = {split:?} chooses among the files of a directory or of a dataset on the hub, and {self} is \
+                 neither; leave it out"
             ))),
             _ => Ok((paths, notices)),
         }
@@ -208,9 +248,9 @@ impl DataSource {
     /// The files of a dataset repository.
     #[cfg(feature = "network")]
     fn fetch(&self, name: &str) -> Result<(Vec<PathBuf>, Option<String>), Error> {
-        use rekindle_hub::{DatasetPart, HubOptions, resolve_rows};
+        use rekindle_hub::{DatasetPart, HubErrorKind, HubOptions, resolve_rows};
 
-        let split = self.split.clone().unwrap_or_else(|| self.default_split.to_owned());
+        let split = self.split.clone().unwrap_or_else(|| self.default_splits[0].to_owned());
         let options = HubOptions {
             revision: self.revision.clone(),
             token: self.access.token.clone(),
@@ -219,7 +259,14 @@ impl DataSource {
             endpoint: None,
             on_progress: None,
         };
-        let rows = resolve_rows(name, &DatasetPart { subset: self.subset.clone(), split }, options)?;
+        let rows = resolve_rows(name, &DatasetPart { subset: self.subset.clone(), split }, options);
+        let rows = rows.map_err(|error| match error.hub_kind() {
+            // A mistyped path looks like a name.
+            Some(HubErrorKind::NotFound | HubErrorKind::Network | HubErrorKind::Offline | HubErrorKind::Denied) => {
+                Error::NoSuchRows { path: name.into(), source: Box::new(error.into()) }
+            }
+            _ => error.into(),
+        })?;
         Ok((rows.files, rows.notice))
     }
 
@@ -227,7 +274,7 @@ impl DataSource {
     #[cfg(not(feature = "network"))]
     fn fetch(&self, name: &str) -> Result<(Vec<PathBuf>, Option<String>), Error> {
         Err(Error::Argument(format!(
-            "{name}: there is no such file, and this program was built without names on the hub (the feature network)"
+            "{name}: there is no such file or directory, and this program was built without names on the hub (the feature network)"
         )))
     }
 
@@ -247,19 +294,22 @@ impl DataSource {
             untrained: self.untrained,
             not_shown: self.not_shown,
             chat_template: self.chat_template.clone(),
+            text_end_token: self.text_end_token,
         };
+        self.sample.check()?;
         let (paths, notices) = self.find()?;
-        let mut files = DataFiles::find(paths)?.columns(self.columns.clone())?;
+        let files = DataFiles::find_split(paths, self.split.as_deref(), self.default_splits)?;
+        let mut files = files.columns(self.columns.clone())?;
         if let Some(dir) = &self.cache_dir {
             files = files.cache_dir(dir);
         }
         let (dataset, mut report) = files.load(tokenizer, &options)?;
-        report.notices = notices;
-        Ok((dataset, report))
+        report.notices.splice(0..0, notices);
+        Ok(self.sample.take(&dataset, &report, self.part)?)
     }
 }
 
-/// What can only be a name on the hub: nothing on disk, no pattern, and no file's name.
+/// The name of a dataset on the hub: nothing on disk, no pattern, and neither a file's name nor a path.
 fn name_on_hub(path: &Path) -> Option<&str> {
     let name = path.to_str().filter(|_| !path.exists())?;
     let is_path = path.is_absolute() || name.starts_with(['.', '~']) || name.ends_with('/');

@@ -34,6 +34,14 @@ pub enum Error {
         /// What is wrong with its base.
         source: Box<Error>,
     },
+    /// Rows that are neither on disk nor on the hub.
+    #[error("{}: no such file or directory; as a dataset on the hub: {source}", .path.display())]
+    NoSuchRows {
+        /// The path or name, as it was given.
+        path: std::path::PathBuf,
+        /// The hub's answer.
+        source: Box<Error>,
+    },
 }
 
 /// What an [`Error`] is about, which is what a program's exit code depends on.
@@ -69,7 +77,7 @@ impl Error {
             Self::File(error) if error.hub_kind().is_some() => ErrorKind::Hub,
             Self::File(_) => ErrorKind::Failed,
             Self::DoesNotFit(_) => ErrorKind::Memory,
-            Self::AdapterBase { source, .. } => source.kind(),
+            Self::AdapterBase { source, .. } | Self::NoSuchRows { source, .. } => source.kind(),
             Self::Model(error) | Self::Train(Train::Model(error)) => match error {
                 Model::Argument(_) => ErrorKind::Configuration,
                 Model::Lora(rekindle_lora::Error::Config { .. } | rekindle_lora::Error::Targets { .. }) => {

@@ -61,7 +61,7 @@ pub use time_estimate::{TimeEstimate, TokenTime};
 
 pub use rekindle_data::{
     ChatPrompt, Columns, Dataset, Example, IGNORED, LoadReport, Message, NotShown, Overlong, Packs, RenderOptions,
-    RowFormat, RowNumber, Thinking, Tokenizer, TrainOn, Untrained, counted,
+    RowFormat, RowNumber, RowPart, RowSample, Thinking, Tokenizer, TrainOn, Untrained, counted,
 };
 pub use rekindle_hub::{AtomicDir, write_atomic};
 #[cfg(feature = "network")]

@@ -24,9 +24,12 @@ pub(crate) struct PreviewArgs {
     /// Show this row alone, counted from 1 over all that are trained
     #[arg(long, value_name = "K")]
     pub(crate) row: Option<usize>,
-    /// Show the rows that are evaluated, data.eval
+    /// Show the rows that are evaluated: data.eval, or those of data.eval_fraction
     #[arg(long)]
     pub(crate) eval: bool,
+    /// Print one JSON object a row: its place, its pieces with text and whether they are trained, ids and labels
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, clap::Args)]

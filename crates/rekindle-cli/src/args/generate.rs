@@ -9,9 +9,12 @@ use super::ModelArgs;
 pub(crate) struct EvalArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Rows: a file of JSON lines, JSON or Parquet, a directory, a pattern, or a dataset on the hub (its split test)
+    /// Rows: a file of JSON lines, JSON, CSV, Parquet or Arrow, a directory or a dataset on the hub (its split test), or a pattern
     #[arg(long, value_name = "ROWS")]
     pub(crate) data: PathBuf,
+    /// Leave out the end token after rows of "text", which counts in the loss as it does in training
+    #[arg(long)]
+    pub(crate) no_end_token: bool,
     /// Also print the loss of every row
     #[arg(long)]
     pub(crate) per_row: bool,

@@ -1,6 +1,7 @@
 //! A row as text that shows what is trained.
 
-use rekindle::{Example, IGNORED, Tokenizer};
+use rekindle::{Example, IGNORED, RowNumber, Tokenizer};
+use serde::Serialize;
 
 /// How trained tokens are told apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +41,52 @@ pub(crate) fn view(example: &Example<'_>, tokenizer: Option<&Tokenizer>, style: 
         }
     }
     out.trim_end().to_owned()
+}
+
+/// A row of `--json`.
+#[derive(Serialize)]
+struct JsonRow<'a> {
+    /// Its number among all that are trained or evaluated, from 1.
+    index: usize,
+    file: String,
+    /// `line` of a file of lines, or `row` of a table or a list.
+    #[serde(flatten)]
+    place: RowNumber,
+    tokens: usize,
+    trained_tokens: usize,
+    pieces: Vec<JsonPiece>,
+    input_ids: &'a [u32],
+    labels: &'a [i32],
+}
+
+#[derive(Serialize)]
+struct JsonPiece {
+    trained: bool,
+    tokens: usize,
+    /// Absent where there is no tokenizer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<String>,
+}
+
+/// The row as one JSON object. Texts are as the tokenizer decodes them, control characters escaped as in all JSON; a
+/// character that two pieces share is `U+FFFD` in both.
+pub(super) fn json(example: &Example<'_>, tokenizer: Option<&Tokenizer>, index: usize) -> String {
+    let piece = |Piece { ids, trained }| JsonPiece {
+        trained,
+        tokens: ids.len(),
+        text: tokenizer.and_then(|tokenizer| tokenizer.decode(ids, false).ok()),
+    };
+    let row = JsonRow {
+        index,
+        file: example.path.display().to_string(),
+        place: example.row,
+        tokens: example.input_ids.len(),
+        trained_tokens: example.trained_tokens(),
+        pieces: pieces(example).map(piece).collect(),
+        input_ids: example.input_ids,
+        labels: example.labels,
+    };
+    serde_json::to_string(&row).expect("numbers and texts serialize")
 }
 
 /// Tokens beside one another that are trained, or are not.
@@ -107,6 +154,20 @@ mod tests {
         // The first token never counts.
         assert_eq!(view(&row, None, Style::Plain), "5 6 ⟦7 8 ⟧9");
         assert_eq!(facts(&row), "rows.jsonl line 3: 5 tokens, 2 trained (40.0 %) in 1 piece");
+    }
+
+    #[test]
+    fn a_row_is_one_json_object() {
+        let row = example(&[5, 6, 7, 8, 9], &[5, IGNORED, 7, 8, IGNORED]);
+        let json: serde_json::Value = serde_json::from_str(&json(&row, None, 4)).unwrap();
+        let expected = serde_json::json!({
+            "index": 4, "file": "rows.jsonl", "line": 3, "tokens": 5, "trained_tokens": 2,
+            "pieces": [
+                {"trained": false, "tokens": 2}, {"trained": true, "tokens": 2}, {"trained": false, "tokens": 1},
+            ],
+            "input_ids": [5, 6, 7, 8, 9], "labels": [5, -100, 7, 8, -100],
+        });
+        assert_eq!(json, expected);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-use rekindle::LrSchedulerType;
+use rekindle::{LrSchedulerType, Overlong};
 
 use super::*;
 

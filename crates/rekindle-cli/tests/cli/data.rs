@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::{Done, Scratch, golden};
+use crate::{Done, Scratch, golden, rekindle};
 
 fn parquet(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../rekindle-data/goldens/parquet").join(name).canonicalize().unwrap()
@@ -23,7 +23,7 @@ fn several_files_and_formats_make_one_dataset() {
     scratch.write("rows/b.jsonl", "{\"ids\": [6, 7, 8, 9]}\n");
     let more = scratch.write("more.jsonl", "{\"ids\": [10, 11]}\n{\"ids\": [12, 13]}\n");
     let train = format!("data.train=[{:?}, {more:?}]", scratch.path("rows/*.json*").display().to_string());
-    let done = scratch.train(&[&train, "data.columns={input_ids=\"ids\"}"]).ok();
+    let done = scratch.train(&["--overwrite", &train, "data.columns={input_ids=\"ids\"}"]).ok();
     assert!(
         done.stderr.contains("5 rows of 3 files (input_ids), 13 tokens, 8 trained; longest row 4 ("),
         "{}",
@@ -32,7 +32,8 @@ fn several_files_and_formats_make_one_dataset() {
     let resolved = fs::read_to_string(scratch.path("out/run.toml")).unwrap();
     assert!(resolved.contains("[data.columns]\ninput_ids = \"ids\"\n"), "{resolved}");
 
-    let eval = scratch.train(&[&format!("data.eval={}", parquet("ids.parquet").display()), "--overwrite"]).ok();
+    let eval =
+        scratch.train(&["--overwrite", &format!("data.eval={}", parquet("ids.parquet").display()), "--overwrite"]).ok();
     assert!(
         eval.stderr.contains("80 rows (input_ids), 200 tokens, 120 trained; longest row 3 (row 1)"),
         "{}",
@@ -82,7 +83,178 @@ fn a_second_run_maps_what_the_first_one_encoded() {
 }
 
 fn train(scratch: &Scratch, rows: &str) -> Done {
-    scratch.train(&[&format!("data.train={rows}"), &format!("model={}", quickstart().display())])
+    scratch.train(&["--overwrite", &format!("data.train={rows}"), &format!("model={}", quickstart().display())])
+}
+
+#[test]
+fn tables_of_other_programs_are_rows() {
+    let scratch = Scratch::new();
+    let preview = |data: &str| {
+        let (file, train) = (scratch.path("run.toml").display().to_string(), format!("data.train={data}"));
+        let model = format!("model={}", quickstart().display());
+        rekindle(["data", "preview", &file, &train, &model, "data.not_shown=allow", "--rows", "1"]).ok()
+    };
+    let csv = scratch.write("rows.csv", "instruction,input,output\n\"Add, please\",,2\n,How high?,8849\n");
+    let done = preview(&csv);
+    assert!(done.stderr.contains("rows.csv: 2 rows (instruction + output (alpaca))"), "{}", done.stderr);
+    assert!(done.stdout.contains("Add, please<|im_end|>") && done.stdout.contains("⟦2<|im_end|>"), "{}", done.stdout);
+    let arrow = |name: &str| parquet("../arrow").join(name).display().to_string();
+    for (name, said) in [
+        ("chat_stream.arrow", "2 rows (messages)"),
+        ("text.feather", "5 rows (prompt + completion)"),
+        ("saved", "5 rows of 2 files (prompt + completion)"),
+        ("saved_dict", "3 rows (prompt + completion)"),
+    ] {
+        let done = preview(&arrow(name));
+        assert!(done.stderr.contains(said), "{name}: {}", done.stderr);
+    }
+    assert!(preview(&arrow("saved_dict")).stderr.contains("split \"train\" of "));
+    let damaged = scratch.write("rows.arrow", &fs::read(arrow("chat_file.arrow")).unwrap()[..900]);
+    train(&scratch, &damaged).fails(3, &["rows.arrow: is a damaged Arrow file: it is cut short"]);
+    let named = scratch.write("none.csv", "q,a\nb,c\n");
+    train(&scratch, &named).fails(3, &["none.csv: has no column that rows are made of; its columns: \"q\", \"a\""]);
+}
+
+#[test]
+fn test_files_of_a_folder_are_not_trained_on() {
+    let scratch = Scratch::new();
+    fs::create_dir_all(scratch.path("rows/data")).unwrap();
+    let row = |id: u32| format!("{{\"input_ids\": [{id}, 2, 3]}}\n");
+    scratch.write("rows/train.jsonl", row(1).repeat(3));
+    scratch.write("rows/data/test-00000-of-00001.jsonl", row(7).repeat(2));
+    scratch.write("rows/data/validation-00000-of-00001.jsonl", row(9));
+    let folder = scratch.path("rows").display().to_string();
+    let [train, eval] = [format!("data.train={folder}"), format!("data.eval={folder}")];
+    let done = scratch.train(&["--overwrite", &train, &eval]).ok();
+    for said in [
+        "rows: 3 rows (input_ids)",
+        "split \"train\", 1 file of ",
+        "left out: \"data/test-00000-of-00001.jsonl\", \"data/validation-00000-of-00001.jsonl\"",
+        "rows: 2 rows (input_ids)",
+        "split \"test\", 1 file of ",
+    ] {
+        assert!(done.stderr.contains(said), "{said}: {}", done.stderr);
+    }
+    let done = scratch.train(&["--overwrite", &train, "data.split=validation"]).ok();
+    assert!(done.stderr.contains("rows: 1 row (input_ids)"), "{}", done.stderr);
+    scratch
+        .train(&["--overwrite", &train, "data.split=dev2"])
+        .fails(3, &["has no split \"dev2\"; it has", "\"train\""]);
+}
+
+#[test]
+fn rows_can_be_held_out_and_limited() {
+    let scratch = Scratch::new();
+    let rows: String = (0..100).map(|i| format!("{{\"input_ids\": [{i}, 2, 3]}}\n")).collect();
+    let train = format!("data.train={}", scratch.write("rows.jsonl", rows));
+    let done = scratch.train(&["--overwrite", &train, "data.eval_fraction=0.05"]).ok();
+    assert!(done.stderr.contains("rows.jsonl: 95 rows (input_ids), 285 tokens"), "{}", done.stderr);
+    assert!(done.stderr.contains("of 100 rows, 5 held out (eval_fraction = 0.05)"), "{}", done.stderr);
+    assert!(done.stderr.contains("rows.jsonl: 5 rows (input_ids), 15 tokens"), "{}", done.stderr);
+    let resolved = fs::read_to_string(scratch.path("out/run.toml")).unwrap();
+    assert!(resolved.contains("eval_fraction = 0.05\n"), "{resolved}");
+
+    let file = scratch.path("run.toml").display().to_string();
+    let ids = |more: &[&str]| {
+        let done = rekindle(["data", "preview", &file, &train, "--json", "--rows", "100"].iter().chain(more)).ok();
+        let first = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["input_ids"][0].clone();
+        done.stdout.lines().map(first).collect::<Vec<_>>()
+    };
+    let held = ids(&["data.eval_fraction=10", "--eval"]);
+    let kept = ids(&["data.eval_fraction=10", "data.max_rows=40"]);
+    assert_eq!((held.len(), kept.len()), (10, 30));
+    assert!(kept.iter().all(|id| !held.contains(id)));
+    assert_eq!(
+        held,
+        ids(&["data.eval_fraction=10", "data.max_rows=40", "seed=1", "--eval"]),
+        "whatever the run's seed"
+    );
+    assert_ne!(held, ids(&["data.eval_fraction=10", "data.sample_seed=1", "--eval"]));
+    let both = [&*train, &format!("data.eval={}", golden("qwen3-tied/rows.jsonl").display()), "data.eval_fraction=0.1"];
+    scratch.train(&both).fails(2, &["[data] eval and eval_fraction exclude each other"]);
+    scratch
+        .train(&["--overwrite", &train, "data.eval_fraction=1.5"])
+        .fails(2, &["[data] eval_fraction = 1.5 is neither a fraction"]);
+    scratch
+        .train(&["--overwrite", &train, "data.eval_fraction=100"])
+        .fails(2, &["eval_fraction = 100 of 100 rows leaves none"]);
+    scratch.train(&["--overwrite", &train, "data.max_rows=0"]).fails(2, &["[data] max_rows = 0"]);
+}
+
+#[test]
+fn paths_are_never_looked_for_on_the_hub() {
+    let scratch = Scratch::new();
+    for path in [
+        "data/train.csv",
+        "data/rows.txt",
+        "data/rows.json.zst",
+        "./data/rows",
+        "../data/rows",
+        "~/rows",
+        "data/rows/",
+        "/no/rows",
+    ] {
+        let done = scratch.train(&["--overwrite", &format!("data.train={path}")]);
+        done.fails(3, &[path, "No such file or directory"]);
+        assert!(!done.stderr.contains("127.0.0.1"), "{}", done.stderr);
+    }
+    // What can be a name may be a path all the same.
+    let code = if cfg!(feature = "network") { 5 } else { 2 };
+    scratch.train(&["--overwrite", "data.train=data/rows"]).fails(code, &["data/rows: ", "no such file or directory"]);
+}
+
+#[test]
+fn faults_are_counted() {
+    let scratch = Scratch::new();
+    let good = "{\"instruction\": \"Q\", \"output\": \"A\"}\n";
+    let bad = "{\"instruction\": \"\", \"input\": \"\", \"output\": \"A\"}\n";
+    let file = scratch.write("rows.jsonl", [good, bad, good, bad, "{\"text\": 3}\n", bad].concat());
+    train(&scratch, &file)
+        .fails(3, &["rows.jsonl:2: \"instruction\" and \"input\" are empty", "(3 of 6 rows have this fault)"]);
+}
+
+#[test]
+fn text_beside_a_chat_template_is_said() {
+    let scratch = Scratch::new();
+    let file = scratch.write("rows.jsonl", "{\"prompt\": \"Q\", \"completion\": \"A\"}\n{\"text\": \"T\"}\n");
+    let done = train(&scratch, &file).ok();
+    let said = "1 row has its prompt and completion as plain text: the chat template is not applied; for chats, map";
+    assert!(done.stderr.contains(said), "{}", done.stderr);
+    let file = scratch.write("qa.jsonl", "{\"question\": \"Q\", \"answer\": \"A\"}\n");
+    train(&scratch, &file).fails(3, &["columns = { instruction = \"question\", output = \"answer\" }"]);
+    let (file, columns) = (format!("data.train={file}"), "data.columns={instruction=\"question\",output=\"answer\"}");
+    let done = scratch.train(&["--overwrite", &file, columns, &format!("model={}", quickstart().display())]).ok();
+    assert!(!done.stderr.contains("plain text"), "{}", done.stderr);
+}
+
+#[test]
+fn the_end_token_of_texts_can_be_left_out() {
+    let scratch = Scratch::new();
+    let file = scratch.write("rows.jsonl", "{\"text\": \"a whale\"}\n{\"text\": \"a whale <|im_end|>\"}\n");
+    let tokens = |more: &[&str]| {
+        let (model, data) = (quickstart().display().to_string(), file.clone());
+        let args = ["eval", "--device", "cpu", "--model", &model, "--data", &data, "--json"];
+        rekindle(args.iter().chain(more)).json()["rows"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|row| row["tokens"].as_u64().unwrap())
+            .collect::<Vec<_>>()
+    };
+    let (with, without) = (tokens(&[]), tokens(&["--no-end-token"]));
+    assert_eq!(without[0] + 1, with[0]);
+    assert_eq!(without[1], with[1], "what is written is kept");
+    let run_file = scratch.path("run.toml").display().to_string();
+    let preview = |more: &str| {
+        let [train, model] = [format!("data.train={file}"), format!("model={}", quickstart().display())];
+        rekindle(["data", "preview", &run_file, &train, &model, "--row", "1", more]).ok().stdout
+    };
+    assert!(
+        preview("data.text_end_token=true").contains("whale<|im_end|>⟧"),
+        "{}",
+        preview("data.text_end_token=true")
+    );
+    assert!(!preview("data.text_end_token=false").contains("<|im_end|>"));
 }
 
 #[test]
@@ -132,7 +304,10 @@ fn malformed_rows_are_3_with_file_and_row() {
         (
             "qa.jsonl",
             b"{\"q\": \"Q\", \"a\": \"A\"}".to_vec(),
-            &["qa.jsonl:1: unknown kind of row; its keys: \"q\", \"a\"", "columns = { prompt ="],
+            &[
+                "qa.jsonl:1: unknown kind of row; its keys: \"q\", \"a\"",
+                "columns = { instruction = \"q\", output = \"a\" }",
+            ],
         ),
         (
             "tools.jsonl",
@@ -148,7 +323,7 @@ fn malformed_rows_are_3_with_file_and_row() {
     let file = scratch.write("good.jsonl", good);
     let mapped = |columns: &str| {
         let [train, columns] = [format!("data.train={file}"), format!("data.columns={columns}")];
-        scratch.train(&[&train, &columns, &format!("model={}", quickstart().display())])
+        scratch.train(&["--overwrite", &train, &columns, &format!("model={}", quickstart().display())])
     };
     mapped("{text=\"body\"}").fails(3, &["good.jsonl:1: has no \"body\" (for \"text\"); its keys: \"messages\""]);
     mapped("{txt=\"body\"}").fails(2, &["[data] columns: \"txt\" is no key of a row", "text"]);
@@ -178,7 +353,7 @@ fn overlong_rows_are_counted_and_named() {
     for (overlong, what) in [("drop", "dropped (line 1"), ("truncate", "truncated (line 1"), ("split", "split (line 1")]
     {
         let more = [format!("data.train={}", rows.display()), format!("data.overlong={overlong}")];
-        let done = scratch.train(&[&more[0], &more[1], "model.max_seq_length=18", "--overwrite"]).ok();
+        let done = scratch.train(&["--overwrite", &more[0], &more[1], "model.max_seq_length=18", "--overwrite"]).ok();
         assert!(done.stderr.contains(what), "{}", done.stderr);
     }
 }

@@ -273,7 +273,7 @@ fn rows_by_the_name_of_their_dataset() {
     let done = train("").ok();
     assert!(done.stderr.contains("org/rows: 80 rows (input_ids), 200 tokens"), "{}", done.stderr);
     let both = train("data.eval=org/lines").ok();
-    assert!(both.stderr.contains("org/lines: 1 row "), "{}", both.stderr);
+    assert!(both.stderr.contains("org/lines: 1 row ("), "{}", both.stderr);
     let asked: Vec<_> = machine.hub.requests().into_iter().filter(|request| request.contains("org/lines")).collect();
     assert!(
         asked.iter().all(|request| !request.contains("train.jsonl")),
@@ -284,9 +284,12 @@ fn rows_by_the_name_of_their_dataset() {
     train("data.subset=de").fails(5, &["org/rows: it has no subset \"de\"; it has none"]);
     train("data.revision=v9").fails(5, &["org/rows: it has no branch, tag or commit \"v9\""]);
     let on_disk = format!("data.train={} data.split=train", golden("qwen3-tied/rows.jsonl").display());
-    machine
-        .run(&format!("train {} --overwrite {on_disk}", scratch.path("run.toml").display()))
-        .fails(2, &["split = \"train\" is for datasets on the hub"]);
-    crate::run(&format!("train {} --overwrite data.train=org/none", scratch.path("run.toml").display()))
-        .fails(5, &["org/none: cannot reach http://127.0.0.1:9"]);
+    machine.run(&format!("train {} --overwrite {on_disk}", scratch.path("run.toml").display())).fails(
+        2,
+        &["split = \"train\" chooses among the files of a directory or of a dataset on the hub", "rows.jsonl"],
+    );
+    crate::run(&format!("train {} --overwrite data.train=org/none", scratch.path("run.toml").display())).fails(
+        5,
+        &["org/none: no such file or directory; as a dataset on the hub: ", "cannot reach http://127.0.0.1:9"],
+    );
 }

@@ -70,9 +70,9 @@ fn rows_that_are_far_longer_are_dropped_and_said() {
     }
     let data = scratch.write("rows.jsonl", rows);
     let text = init(&scratch, &golden("qwen3-tied"), Path::new(&data), &[]);
-    has(&text, &["max_seq_length = 64 ", "overlong = \"drop\" ", "# eval = \"heldout.jsonl\""]);
+    has(&text, &["max_seq_length = 64 ", "overlong = \"drop\" ", "eval_fraction = 0.05 ", "eval_steps = "]);
+    assert!(text.contains("# 8 rows held out to evaluate"), "{text}");
     assert!(text.contains("left out and counted: 1 longer row;"), "{text}");
-    assert!(!text.contains("eval_s"), "nothing to evaluate: {text}");
     let dry = run(&format!("train {} --dry-run", scratch.path("first.toml").display())).ok();
     assert!(dry.stdout.contains("1 dropped"), "{}", dry.stdout);
 }
@@ -83,7 +83,9 @@ fn quantized_checkpoints_and_adapters_stay_what_they_are() {
     let nf4 = scratch.quantize("nf4", "");
     let rows = golden("qwen3-tied/rows.jsonl");
     let text = init(&scratch, Path::new(&nf4), &rows, &[]);
-    has(&text, &["# load_in_4bit "]);
+    // So few rows are all trained on.
+    has(&text, &["# load_in_4bit ", "# eval = \"heldout.jsonl\""]);
+    assert!(!text.contains("eval_s"), "nothing to evaluate: {text}");
     let file = scratch.path("first.toml").display().to_string();
     run(&format!("train {file} --dry-run")).ok();
 

@@ -43,6 +43,25 @@ fn preview_marks_what_is_trained() {
 }
 
 #[test]
+fn preview_as_json() {
+    let (_scratch, run_file) = chat();
+    let text = rekindle(["data", "preview", &run_file, "--json", "--rows", "2"]).ok().stdout;
+    let rows: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!((rows.len(), &rows[1]["index"], &rows[1]["line"]), (2, &json!(2), &json!(2)));
+    assert!(rows[0]["file"].as_str().unwrap().ends_with("chat.jsonl"));
+    let trained: Vec<_> =
+        rows[0]["pieces"].as_array().unwrap().iter().filter(|piece| piece["trained"] == true).collect();
+    assert_eq!(
+        trained.iter().map(|piece| piece["text"].as_str().unwrap()).collect::<Vec<_>>(),
+        ["Yes<|im_end|>\n", "No<|im_end|>\n"]
+    );
+    let count = |key: &str| rows[0][key].as_array().unwrap().len();
+    assert_eq!((json!(count("input_ids")), count("labels")), (rows[0]["tokens"].clone(), count("input_ids")));
+    let tokens: u64 = trained.iter().map(|piece| piece["tokens"].as_u64().unwrap()).sum();
+    assert_eq!(rows[0]["trained_tokens"], json!(tokens));
+}
+
+#[test]
 fn stats_count_what_there_is() {
     let (_scratch, run_file) = chat();
     let stats = rekindle(["data", "stats", &run_file, "--json"]).json();
