@@ -110,7 +110,7 @@ impl RowSample {
         if count < used {
             return Ok(count);
         }
-        let rows = if used == 1 { "1 row".to_owned() } else { format!("{used} rows") };
+        let rows = crate::counted(used, "row");
         let part = self.held_out.unwrap_or_default();
         Err(Error::Options(format!("eval_fraction = {part} of {rows} leaves none to train on; lower it, or give eval")))
     }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
-use rekindle::{DataSource, Dataset, Example, LoadReport, NotShown, Overlong, Packs, Untrained};
+use rekindle::{DataSource, Dataset, Example, LoadReport, NotShown, Overlong, Packs, Untrained, counted};
 use serde::Serialize;
 
 use super::open;
@@ -113,11 +113,11 @@ impl Stats {
 
     fn text(&self, data: &DataSection) -> String {
         let mut out = format!(
-            "{}: {} rows ({}), {} tokens, {} trained ({:.1} %)\n",
+            "{}: {} ({}), {}, {} trained ({:.1} %)\n",
             self.source,
-            self.rows,
+            counted(self.rows, "row"),
             self.formats.join("; "),
-            self.tokens,
+            counted(self.tokens, "token"),
             self.trained_tokens,
             100.0 * self.trained_tokens as f64 / self.tokens as f64
         );
@@ -132,8 +132,8 @@ impl Stats {
         match &self.first_duplicate {
             None => line("duplicates: none".to_owned()),
             Some([first, second]) => line(format!(
-                "duplicates: {} rows are the same as an earlier one, tokens and mask; {second} as {first}",
-                self.duplicates
+                "duplicates: {} with the tokens and mask of an earlier one; {second} as {first}",
+                counted(self.duplicates, "row")
             )),
         }
         let max_seq_length = self.packing.max_seq_length;
@@ -143,34 +143,36 @@ impl Stats {
             (self.split, "split".to_owned()),
             (
                 self.too_long,
-                format!("longer than max_seq_length = {max_seq_length}: training refuses them; see data.overlong"),
+                format!("longer than max_seq_length = {max_seq_length}: training refuses such rows; see data.overlong"),
             ),
         ] {
             if count > 0 {
-                line(format!("{count} rows {what}"));
+                line(format!("{} {what}", counted(count, "row")));
             }
         }
         if self.untrained > 0 {
             let refused = if data.untrained == Untrained::Error {
-                ": training refuses them; see data.untrained"
+                ": training refuses such rows; see data.untrained"
             } else {
                 ", dropped"
             };
-            line(format!("{} rows with nothing to train{refused}", self.untrained));
+            line(format!("{} with nothing to train{refused}", counted(self.untrained, "row")));
         }
         if self.not_shown > 0 {
             let what = match data.not_shown {
-                NotShown::Error => ": training refuses them; see data.not_shown",
+                NotShown::Error => ": training refuses such rows; see data.not_shown",
                 NotShown::Drop => ", dropped",
                 NotShown::Allow => "",
             };
-            line(format!("{} rows that the chat template does not show all of{what}", self.not_shown));
+            line(format!("{} that the chat template does not show all of{what}", counted(self.not_shown, "row")));
         }
         let Packing { rows, filled, packed_rows, packed_filled, .. } = self.packing;
         line(format!(
-            "of max_seq_length = {max_seq_length}: {rows} rows fill {:.1} %; packed, {packed_rows} rows fill {:.1} %",
+            "of max_seq_length = {max_seq_length}: {:.1} % filled by {}; packed, {:.1} % by {}",
             100.0 * filled,
-            100.0 * packed_filled
+            counted(rows, "row"),
+            100.0 * packed_filled,
+            counted(packed_rows, "row")
         ));
         out.truncate(out.trim_end().len());
         out

@@ -32,8 +32,7 @@ fn several_files_and_formats_make_one_dataset() {
     let resolved = fs::read_to_string(scratch.path("out/run.toml")).unwrap();
     assert!(resolved.contains("[data.columns]\ninput_ids = \"ids\"\n"), "{resolved}");
 
-    let eval =
-        scratch.train(&["--overwrite", &format!("data.eval={}", parquet("ids.parquet").display()), "--overwrite"]).ok();
+    let eval = scratch.train(&["--overwrite", &format!("data.eval={}", parquet("ids.parquet").display())]).ok();
     assert!(
         eval.stderr.contains("80 rows (input_ids), 200 tokens, 120 trained; longest row 3 (row 1)"),
         "{}",
@@ -353,7 +352,7 @@ fn overlong_rows_are_counted_and_named() {
     for (overlong, what) in [("drop", "dropped (line 1"), ("truncate", "truncated (line 1"), ("split", "split (line 1")]
     {
         let more = [format!("data.train={}", rows.display()), format!("data.overlong={overlong}")];
-        let done = scratch.train(&["--overwrite", &more[0], &more[1], "model.max_seq_length=18", "--overwrite"]).ok();
+        let done = scratch.train(&["--overwrite", &more[0], &more[1], "model.max_seq_length=18"]).ok();
         assert!(done.stderr.contains(what), "{}", done.stderr);
     }
 }

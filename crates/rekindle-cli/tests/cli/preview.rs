@@ -72,14 +72,12 @@ fn stats_count_what_there_is() {
     assert!(stats["trained_tokens"].as_u64().unwrap() < tokens);
     assert_eq!((&stats["packing"]["rows"], &stats["packing"]["packed_rows"]), (&json!(3), &json!(1)));
     let text = rekindle(["data", "stats", &run_file]).ok().stdout;
-    for part in
-        ["chat.jsonl: 3 rows (messages), ", "tokens a row: min ", "chat.jsonl line 3 as ", "packed, 1 rows fill "]
-    {
+    for part in ["chat.jsonl: 3 rows (messages), ", "tokens a row: min ", "chat.jsonl line 3 as ", " % by 1 row\n"] {
         assert!(text.contains(part), "{part}: {text}");
     }
     // Rows that training would refuse are counted.
     let text = rekindle(["data", "stats", &run_file, "model.max_seq_length=12"]).ok().stdout;
-    assert!(text.contains("rows longer than max_seq_length = 12: training refuses them"), "{text}");
+    assert!(text.contains("rows longer than max_seq_length = 12: training refuses such rows"), "{text}");
 }
 
 #[test]

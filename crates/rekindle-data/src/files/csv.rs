@@ -60,7 +60,7 @@ pub(super) fn read(
         if record.len() != names.len() {
             return Err(wrong(format!(
                 "has {} and the header {}; put cells that hold the delimiter, a quote or a line end in quotes",
-                if record.len() == 1 { "1 cell".to_owned() } else { format!("{} cells", record.len()) },
+                crate::counted(record.len(), "cell"),
                 names.len()
             )));
         }

@@ -205,7 +205,7 @@ fn in_directory(dir: &Path, choice: &Choice<'_>, found: &mut Found) -> Result<()
     }
     if !left_out.is_empty() {
         left_out.sort_unstable();
-        let files = if count == 1 { "1 file".to_owned() } else { format!("{count} files") };
+        let files = crate::counted(count, "file");
         let of = split.map(|split| format!("split {split:?}, ")).unwrap_or_default();
         found.notices.push(format!("{of}{files} of {}; left out: {}", dir.display(), listed(&left_out)));
     }

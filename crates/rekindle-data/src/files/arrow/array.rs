@@ -108,7 +108,7 @@ impl<'a> Body<'a> {
         };
         let unpacked = match codec {
             0 => unpack(lz4_flex::frame::FrameDecoder::new(packed), size),
-            1 => zstd::Decoder::new(packed).and_then(|reader| Ok(unpack(reader, size)?)),
+            1 => zstd::Decoder::new(packed).and_then(|reader| unpack(reader, size)),
             other => return Err(format!("its compression {other} is not known")),
         };
         let unpacked = unpacked.map_err(|error| error.to_string())?;
