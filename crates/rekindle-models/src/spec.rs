@@ -1,7 +1,7 @@
 //! A decoder as data: everything that tells one architecture from another.
 //!
-//! [`families`](crate::families) turns a `config.json` into a [`ModelSpec`]; [`layers`](crate::layers) and
-//! [`decoder`](crate::decoder) compute what it says. The spec can describe more than the operations of this version
+//! `families` turns a `config.json` into a [`ModelSpec`]; [`layers`](crate::layers) and
+//! `decoder` compute what it says. The spec can describe more than the operations of this version
 //! compute: [`ModelSpec::unsupported`] lists the difference, and loading refuses a model with that list.
 //!
 //! # Residual stream

@@ -36,7 +36,7 @@ pub struct Attention {
     pub heads: Heads,
     /// The rotation; `None` for a layer without positions.
     pub rope: Option<RopeId>,
-    /// Index of the heads among the model's layouts, by which [`Context::documents`] are found.
+    /// Index into the model's head layouts; the documents in the context have the same index.
     pub layout: usize,
 }
 
