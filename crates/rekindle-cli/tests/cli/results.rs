@@ -48,6 +48,10 @@ fn eval_prints_a_table_for_people() {
         assert!((column - truth).abs() <= RELATIVE * truth + 1e-5, "{column} for {truth}");
     }
     assert!(lines.last().unwrap().starts_with("loss "), "{}", done.stdout);
+    let scratch = Scratch::new();
+    let one = scratch.write("one.jsonl", "{\"input_ids\": [1, 2]}\n");
+    let done = run(&format!("eval --device cpu --model {} --data {one}", dir.display())).ok();
+    assert!(done.stdout.ends_with("(1 token of 1 row)\n"), "{}", done.stdout);
 }
 
 #[test]
