@@ -42,13 +42,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
 /// The plan is first for rows as long as they can be. Only where that does not fit, or something is to be decided, the
 /// rows are looked at.
 pub(crate) fn check(config: &mut RunConfig, loader: &mut Loader) -> Result<(), Failure> {
-    let mut planner = match planner(config, loader, None) {
-        Err(Failure::Library(Error::NoPlan(what))) => {
-            eprintln!("no memory plan: there is no account of what {what} takes");
-            return Ok(());
-        }
-        planner => planner?,
-    };
+    let mut planner = planner(config, loader, None)?;
     let plan = match planner.decide(&planner.rows()) {
         Err(Error::DoesNotFit(_)) => planner.decide(&rows(config, loader, &planner)?)?,
         Ok(plan) if is_auto(config) && plan.use_gradient_checkpointing.recomputes() => {
@@ -93,7 +87,8 @@ pub(crate) fn loader(config: &RunConfig) -> Result<(Loader, Option<PathBuf>), Fa
 
 fn planner(config: &RunConfig, loader: &Loader, memory: Option<usize>) -> Result<RunPlanner, Failure> {
     let lora = config.lora.as_ref().map(|lora| lora.config.clone());
-    Ok(loader.planner(lora, config.train.clone(), memory)?)
+    let planner = loader.planner(lora, config.train.clone(), memory)?;
+    Ok(if config.data.eval.is_some() { planner.with_evaluation() } else { planner })
 }
 
 /// The longest rows that can meet in a pass.

@@ -105,6 +105,12 @@ impl Planner {
         Ok(Self { job, device, model, optimizer })
     }
 
+    /// Plans evaluation passes too ([`Job::evaluates`]).
+    pub fn with_evaluation(mut self) -> Self {
+        self.job.evaluates = true;
+        self
+    }
+
     /// Plans the job with these rows in the largest pass.
     ///
     /// # Errors

@@ -23,9 +23,6 @@ pub enum Error {
     /// The run takes more memory than there is.
     #[error("{}", .0.refusal())]
     DoesNotFit(Box<rekindle_train::Fit>),
-    /// Of what is asked for there is no memory plan.
-    #[error("there is no account of what {0} takes; leave it out to plan the rest")]
-    NoPlan(&'static str),
     /// The model that an adapter was trained on cannot be had.
     #[error("the base model of the adapter {}: {source}; or give the base as the model, and the adapter beside it", .adapter.display())]
     AdapterBase {
@@ -68,7 +65,7 @@ impl Error {
         use rekindle_models::Error as Model;
         use rekindle_train::Error as Train;
         match self {
-            Self::Argument(_) | Self::Device(_) | Self::NoPlan(_) => ErrorKind::Configuration,
+            Self::Argument(_) | Self::Device(_) => ErrorKind::Configuration,
             Self::Data(error) => match error.kind() {
                 rekindle_data::ErrorKind::Data => ErrorKind::Data,
                 rekindle_data::ErrorKind::Options => ErrorKind::Configuration,

@@ -1,21 +1,16 @@
 //! A first configuration for a model, rows and a device.
 
-mod estimate;
 mod lengths;
-
-#[cfg(test)]
-pub(crate) use estimate::tests::qwen3_4b;
 
 use rekindle_data::LoadReport;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{DeviceKind, open_device};
-use rekindle_lora::GradientCheckpointing;
+use rekindle_lora::{GradientCheckpointing, LoraConfig};
 use rekindle_models::ModelConfig;
-use rekindle_train::{SamplePrompt, SftConfig, StepCount};
+use rekindle_train::{Rows, SamplePrompt, SftConfig, StepCount};
 
 use crate::time_estimate::{Work, token_time};
-use crate::{DataSource, Error, Loader, TimeEstimate};
-use estimate::{Shape, estimated_bytes};
+use crate::{DataSource, Error, Loader, RunPlanner, TimeEstimate};
 use lengths::{Fitted, fitted};
 
 /// What a first run might look like, and the facts that say so.
@@ -40,9 +35,9 @@ pub struct Suggestion {
     pub device: DeviceKind,
     /// Bytes that are free there, if anyone counts them.
     pub free: Option<u64>,
-    /// What the run takes there, roughly.
+    /// What the run takes there, as planned.
     pub estimated: u64,
-    /// What it would take with everything kept in 16 bits (32 on the CPU), roughly.
+    /// What it would take with everything kept in 16 bits (32 on the CPU).
     pub estimated_dense: u64,
     /// Whether that leaves a tenth of what is free.
     pub fits: bool,
@@ -72,7 +67,7 @@ const USABLE: f64 = 0.9;
 
 /// Reads a model's configuration, the rows and the device, and chooses what fits all three.
 ///
-/// No weight is read, but a name on the hub is downloaded whole.
+/// The memory is that of a planned run ([`RunPlanner`]). No weight is read, but a name on the hub is downloaded whole.
 ///
 /// # Errors
 /// Those of [`Loader::fetch`], [`Error::Data`] for rows that cannot be used, [`Error::Device`].
@@ -101,17 +96,10 @@ pub fn suggest(
 
     let (opened, device) = open_device(device)?;
     let free = opened.free_memory().map(|bytes| bytes as u64);
-    let room = free.map(|free| (USABLE * free as f64) as u64);
-    let shape = Shape {
-        config: &config,
-        on_cuda: matches!(device, DeviceKind::Cuda(_)),
-        coded: is_quantized,
-        checkpointing: GradientCheckpointing::Off,
-        r: RANK,
-        tokens: max_seq_length,
-    };
-    let choice = choose(&shape, rows.examples, room);
-    let Choice { load_in_4bit, use_gradient_checkpointing, batch, bytes, dense, fits } = choice;
+    let mut plans = Plans::new(model.device(device), max_seq_length, is_quantized, None)?;
+    let choice = plans.choose(rows.examples)?;
+    let Choice { load_in_4bit, use_gradient_checkpointing, batch, bytes, fits } = choice;
+    let dense = plans.peak(false, GradientCheckpointing::Off, batch)?;
 
     let mut numbers = numbers(rows.examples, batch);
     let steps = numbers.timetable(rows.examples).total;
@@ -156,37 +144,63 @@ struct Choice {
     use_gradient_checkpointing: GradientCheckpointing,
     batch: usize,
     bytes: u64,
-    /// With dense weights and everything kept.
-    dense: u64,
     fits: bool,
 }
 
-/// The fastest settings that fit into `room` bytes, or those that take least. `shape` is of one row.
-///
-/// Fastest first: weights as they are, then in 4 bits; activations kept, then made again; a row alone at last.
-fn choose(shape: &Shape<'_>, examples: usize, room: Option<u64>) -> Choice {
-    let recomputed = if shape.on_cuda { GradientCheckpointing::Host } else { GradientCheckpointing::Block };
-    let mut choices = Vec::new();
-    for batches in [&[8, 4, 2][..], &[1]] {
-        for load_in_4bit in [false, true] {
-            for use_gradient_checkpointing in [GradientCheckpointing::Off, recomputed] {
-                for &batch in batches.iter().filter(|&&batch| batch == 1 || batch <= examples) {
-                    let bytes = |coded, checkpointing| {
-                        let coded = coded || shape.coded;
-                        estimated_bytes(&Shape { coded, checkpointing, tokens: batch * shape.tokens, ..*shape })
-                    };
-                    let (bytes, dense) =
-                        (bytes(load_in_4bit, use_gradient_checkpointing), bytes(false, GradientCheckpointing::Off));
-                    let fits = room.is_none_or(|room| bytes <= room);
-                    choices.push(Choice { load_in_4bit, use_gradient_checkpointing, batch, bytes, dense, fits });
+/// Memory plans of LoRA runs on one model.
+struct Plans {
+    dense: RunPlanner,
+    /// With linears quantized while loading; the checkpoint may be quantized already.
+    in_4bit: Option<RunPlanner>,
+    max_seq_length: usize,
+}
+
+impl Plans {
+    /// Builds the model without values, dense and in 4 bits. `memory` is what the device has, instead of what it says.
+    fn new(model: Loader, max_seq_length: usize, is_quantized: bool, memory: Option<usize>) -> Result<Self, Error> {
+        let plan = |model: &Loader| model.planner(Some(LoraConfig::new(RANK)), SftConfig::default(), memory);
+        let model = model.max_seq_length(max_seq_length);
+        let dense = plan(&model)?;
+        let in_4bit = if is_quantized { None } else { Some(plan(&model.load_in_4bit(true))?) };
+        Ok(Self { dense, in_4bit, max_seq_length })
+    }
+
+    /// Returns the peak of a run whose rows are all as long as they can be.
+    fn peak(&mut self, load_in_4bit: bool, checkpointing: GradientCheckpointing, batch: usize) -> Result<u64, Error> {
+        let planner = self.in_4bit.as_mut().filter(|_| load_in_4bit).unwrap_or(&mut self.dense);
+        Ok(planner.plan_with(&Rows::equal(batch, self.max_seq_length), checkpointing)?.peak as u64)
+    }
+
+    /// Chooses the fastest settings that fit into the usable part of the memory, or those that take least.
+    ///
+    /// The order is fastest first: dense weights, then 4 bits; activations kept, then recomputed; one row alone last.
+    fn choose(&mut self, examples: usize) -> Result<Choice, Error> {
+        let usable = self.dense.available().map(|bytes| (USABLE * bytes as f64) as u64);
+        let on_cuda = matches!(self.dense.device(), DeviceKind::Cuda(_));
+        let recomputed = if on_cuda { GradientCheckpointing::Host } else { GradientCheckpointing::Block };
+        let mut least: Option<Choice> = None;
+        for batches in [&[8, 4, 2][..], &[1]] {
+            for load_in_4bit in [false, true] {
+                if load_in_4bit && self.in_4bit.is_none() {
+                    continue;
+                }
+                for use_gradient_checkpointing in [GradientCheckpointing::Off, recomputed] {
+                    for &batch in batches.iter().filter(|&&batch| batch == 1 || batch <= examples) {
+                        let bytes = self.peak(load_in_4bit, use_gradient_checkpointing, batch)?;
+                        let fits = usable.is_none_or(|usable| bytes <= usable);
+                        let choice = Choice { load_in_4bit, use_gradient_checkpointing, batch, bytes, fits };
+                        if fits {
+                            return Ok(choice);
+                        }
+                        if least.as_ref().is_none_or(|least| bytes < least.bytes) {
+                            least = Some(choice);
+                        }
+                    }
                 }
             }
         }
+        Ok(least.expect("one row is always tried"))
     }
-    choices.retain(|choice| !(shape.coded && choice.load_in_4bit));
-    let chosen = choices.iter().position(|choice| choice.fits);
-    let least = || (0..choices.len()).min_by_key(|&i| choices[i].bytes).unwrap_or(0);
-    choices.swap_remove(chosen.unwrap_or_else(least))
 }
 
 /// PEFT's 8 is little for all seven linears' work; what more would bring shows after a first run.
@@ -213,26 +227,50 @@ fn numbers(examples: usize, batch: usize) -> SftConfig {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use crate::FastLanguageModel;
+
+    pub(crate) fn qwen3_4b_json() -> serde_json::Value {
+        serde_json::json!({
+            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "vocab_size": 151_936,
+            "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960, "rms_norm_eps": 1e-6,
+            "rope_theta": 1_000_000.0, "tie_word_embeddings": true, "attention_bias": false
+        })
+    }
 
     #[test]
     fn what_is_free_decides() {
-        let config = estimate::tests::qwen3_4b();
-        let row = estimate::tests::shape(&config, 2048);
-        let chosen = |gb: f64| {
-            let choice = choose(&row, 1000, Some((gb * 1e9) as u64));
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = qwen3_4b_json();
+        let choose = |config: &serde_json::Value, examples, gb: f64| {
+            std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+            let model = FastLanguageModel::from_pretrained(dir.path()).device(DeviceKind::Cuda(0));
+            let is_quantized = config.get("quantization_config").is_some();
+            Plans::new(model, 2048, is_quantized, Some((gb * 1e9) as usize)).unwrap().choose(examples).unwrap()
+        };
+        let chosen = |gb| {
+            let choice = choose(&config, 1000, gb);
             (choice.load_in_4bit, choice.use_gradient_checkpointing, choice.batch, choice.fits)
         };
         use GradientCheckpointing::{Host, Off};
-        assert_eq!(chosen(80.0), (false, Off, 8, true));
-        assert_eq!(chosen(24.0), (false, Off, 2, true));
-        assert_eq!(chosen(12.0), (false, Host, 2, true));
-        assert_eq!(chosen(8.0), (true, Host, 4, true));
-        assert_eq!(chosen(3.0), (true, Host, 1, false));
-        let quantized = choose(&Shape { coded: true, ..row }, 1000, Some(8_000_000_000));
+        let all: Vec<_> = [80.0, 24.0, 12.0, 8.0, 3.0].map(chosen).into_iter().collect();
+        let expected = [
+            (false, Off, 8, true),
+            (false, Host, 8, true),
+            (false, Host, 4, true),
+            (true, Host, 8, true),
+            (true, Host, 1, false),
+        ];
+        assert_eq!(all, expected);
+        assert_eq!(choose(&config, 1, 80.0).batch, 1, "there is one row");
+        config["quantization_config"] = serde_json::json!({
+            "quant_method": "bitsandbytes", "load_in_4bit": true, "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": true, "bnb_4bit_compute_dtype": "bfloat16"
+        });
+        let quantized = choose(&config, 1000, 8.0);
         assert!(!quantized.load_in_4bit && quantized.fits, "{quantized:?}");
-        assert_eq!(choose(&row, 1, None).batch, 1, "there is one row");
     }
 
     #[test]

@@ -178,7 +178,7 @@ fn card_flops(props: &DeviceProps) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::suggest::qwen3_4b;
+    use crate::suggest::tests::qwen3_4b_json;
 
     fn card(name: &str, capability: (u32, u32), sm_count: u32) -> DeviceProps {
         let (major, minor) = capability;
@@ -203,7 +203,7 @@ mod tests {
     /// Tokens per second of docs/benchmarks.md.
     #[test]
     fn steps_measured_on_an_h200_are_in_the_range() {
-        let config = qwen3_4b();
+        let config = ModelConfig::from_json(&qwen3_4b_json()).unwrap();
         let props = card("H200", (9, 0), 132);
         for (recomputes, measured) in [(true, 22_148.0), (false, 28_224.0)] {
             let time = Work { config: &config, full: false, recomputes }.on_card(&props).unwrap();

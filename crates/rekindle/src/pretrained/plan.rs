@@ -8,7 +8,7 @@ use rekindle_kernels::runtime::{self, CUDA_CONTEXT_BYTES, Cuda, DeviceProps};
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{GradientCheckpointing, LoraConfig};
-use rekindle_models::{LoadIn, LoadOptions, ModelConfig, stored_quantization};
+use rekindle_models::ModelConfig;
 use rekindle_train::{Fit, Job, MemoryPlan, Planner, Rows, SftConfig, Verdict};
 
 use crate::time_estimate::{Work, token_time};
@@ -55,9 +55,6 @@ impl Loader {
             .map_err(|problems| rekindle_models::Error::Config { path: model.join("config.json"), problems })?;
         let Place { device, kind, card, available } = Place::of(self.device, memory)?;
         let load = self.options(&config, adapter.as_deref(), device, kind)?;
-        if let Some(what) = unplanned(&load, &json, &train) {
-            return Err(Error::NoPlan(what));
-        }
         let checkpointing = match &lora {
             Some(lora) if lora.use_gradient_checkpointing != GradientCheckpointing::Off => {
                 lora.use_gradient_checkpointing
@@ -74,16 +71,6 @@ impl Loader {
     }
 }
 
-/// What of a run there is no account of.
-fn unplanned(load: &LoadOptions, json: &serde_json::Value, train: &SftConfig) -> Option<&'static str> {
-    let in_codes = stored_quantization(json).is_some() || load.load_in.is_some_and(|kept| kept != LoadIn::SixteenBit);
-    match load.full_finetuning {
-        true if load.stochastic_rounding || in_codes => Some("weights that are trained without an f32 copy"),
-        true if train.optimizer_in_bwd => Some("optimizer_in_bwd"),
-        _ => None,
-    }
-}
-
 /// Returns the configuration of the adapter in a directory.
 ///
 /// # Errors
@@ -93,6 +80,12 @@ pub fn saved_lora_config(adapter: &Path) -> Result<LoraConfig, Error> {
 }
 
 impl RunPlanner {
+    /// Plans evaluation passes too: the run has rows to evaluate.
+    pub fn with_evaluation(mut self) -> Self {
+        self.planner = self.planner.with_evaluation();
+        self
+    }
+
     /// As many rows as a pass has, each as long as rows can be.
     pub fn rows(&self) -> Rows {
         let job = self.planner.job();
@@ -118,6 +111,14 @@ impl RunPlanner {
     /// [`Error::Train`] for rows that the model does not take.
     pub fn plan(&mut self, rows: &Rows) -> Result<MemoryPlan, Error> {
         Ok(self.planner.plan(rows)?)
+    }
+
+    /// What the run takes with another kind of gradient checkpointing.
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan).
+    pub fn plan_with(&mut self, rows: &Rows, checkpointing: GradientCheckpointing) -> Result<MemoryPlan, Error> {
+        Ok(self.planner.plan_with(rows, checkpointing)?)
     }
 
     /// The plan beside the memory there is, and what would fit.
