@@ -1,10 +1,10 @@
 // The gradients of attention's keys and values on mma.sync: every GPU from sm_80 up. kernels/src/ops/attention; the
 // other half of the backward, its order and its scratch are in attention_bwd_dq.cu.
 //
-// With Pᵀ = exp(scale·k·qᵀ - lse) made again: dv = Pᵀ·d_o, dSᵀ = Pᵀ ∘ (v·d_oᵀ - delta), dk = scale·dSᵀ·q.
+// With Pᵀ = exp(scale·k·qᵀ - lse) recomputed: dv = Pᵀ·d_o, dSᵀ = Pᵀ ∘ (v·d_oᵀ - delta), dk = scale·dSᵀ·q.
 // A block takes BLOCK_N keys of one key/value head and walks over the queries that see them, of every query head that
-// reads this head, BLOCK_M at a time; so the sum over the group needs no atomics and is the same bits every time.
-// Two warps share each 16·M keys: one makes Pᵀ and sums dv, its partner makes v·d_oᵀ, takes Pᵀ (rounded to T, as dv's
+// reads this head, BLOCK_M at a time; so the sum over the group needs no atomics and is deterministic.
+// Two warps share each 16·M keys: one computes Pᵀ and sums dv, its partner computes v·d_oᵀ, reads Pᵀ (rounded to T, as dv's
 // product uses it) from shared memory, and sums dk. So a warp has one accumulator of 16·M × HEAD_DIM in registers,
 // not two.
 //
@@ -41,8 +41,8 @@ static const int KV_BYTES = BLOCK_N * ROW_BYTES;
 static const int Q_BYTES = BLOCK_M * ROW_BYTES;
 static_assert(BLOCK_N == 16 * M * PAIRS && BLOCK_M % 16 == 0, "whole fragments");
 
-// s becomes the probabilities, with `column` at the lane's first lse; the warp's first key is blind to
-// the first `blind` queries.
+// Replaces s by the probabilities; `column` points to the lane's first lse, and the first `blind` queries do not see the
+// warp's first key.
 DEVICE void probabilities(f32 (&s)[M][N8][4], const f32* column, f32 scale_log2, int blind) {
 #pragma unroll
     for (int n = 0; n < N8; n++) {

@@ -1,14 +1,14 @@
 // The gradient of attention's queries on mma.sync: every GPU from sm_80 up. kernels/src/ops/attention; the forward is
 // attention_fwd.cu.
 //
-// With P = exp(scale·q·kᵀ - lse) made again and delta = rowsum(d_o ∘ o): dS = P ∘ (d_o·vᵀ - delta), dq = scale·dS·k.
+// With P = exp(scale·q·kᵀ - lse) recomputed and delta = rowsum(d_o ∘ o): dS = P ∘ (d_o·vᵀ - delta), dq = scale·dS·k.
 // A block takes BLOCK_M queries of one head and walks over their keys as the forward does. dk and dv come from a second
 // kernel, attention_bwd_dkdv.cu: seven products instead of five, but no sum ever leaves its block, so there are no
-// atomics, no f32 copy of dq to clear and convert, and the same bits every time.
+// atomics, no f32 copy of dq to clear and convert, and the result is deterministic.
 //
 // Layout and tiles: as in attention_fwd.cu (with this kernel's BLOCK_M); d_o, dq like q; lse, delta f32
 // [heads, tokens]. Scratch of the whole backward: delta, 4·heads·tokens bytes.
-// Order of a backward: attention_delta, then attention_bwd_dq and attention_bwd_dkdv in any order or side by side.
+// Order of a backward: attention_delta, then attention_bwd_dq and attention_bwd_dkdv in any order or concurrently.
 //
 // Source: prelude.cuh, mma_sync.cuh, this file. Defines as in attention_fwd.cu:
 //   BLOCK_M, BLOCK_N, WARPS, BLOCKS     sm_80, sm_87    sm_86, 89, 120    sm_90           sm_100, 103

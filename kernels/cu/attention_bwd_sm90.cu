@@ -25,7 +25,7 @@
 //    one document's queries and dq in L2). DETERMINISTIC relies on the rows' order: a block waits for blocks before it.
 // 3. attention_bwd_dq_sm90: grid and block as 1.
 //    const f32* dq_sum, T* dq, int tokens, heads, lddq, f32 scale
-// Each launch of 2 needs a launch of 1 before it: turns left over from the last one are waited on for ever.
+// Each launch of 2 needs a launch of 1 before it: with turns left over from an earlier launch it would wait forever.
 //
 // A block holds 128 keys of one key head and walks over the queries of every query head of the group, 64 a step: warp 0 copies
 // tiles, warp 1 adds dq to global memory, warp 2 fetches lse and delta, two warpgroups compute.

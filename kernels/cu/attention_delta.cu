@@ -1,4 +1,4 @@
-// delta = rowsum(d_o ∘ o) of each head, which attention's backward takes from every row's d_o·vᵀ (arXiv:2307.08691).
+// delta = rowsum(d_o ∘ o) of each head, which attention's backward subtracts from every row's d_o·vᵀ (arXiv:2307.08691).
 //
 // Layout: o, d_o [tokens, heads·HEAD_DIM] of T (any), row strides in elements, pointers 16-byte aligned, HEAD_DIM and
 // strides multiples of 8; delta f32 [heads, tokens]. Products and sums in f32.

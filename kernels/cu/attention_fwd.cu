@@ -4,7 +4,7 @@
 // For a query that sees keys 0 .. n: o = Σ_j p_j·v_j, p = softmax(scale·q·k_j), lse = ln Σ_j exp(scale·q·k_j).
 // A block takes BLOCK_M queries of one head and walks over their keys, BLOCK_N at a time, with a running maximum and
 // sum (Dao, arXiv:2307.08691); each warp keeps its rows' scores, probabilities and sums in registers. Scores and sums
-// are f32, probabilities are rounded to T before they meet v.
+// are f32; probabilities are rounded to T before the product with v.
 //
 // Layout: q, o [tokens, heads·HEAD_DIM], k, v [·, kv_heads·HEAD_DIM] of T (bf16 or f16), row-major with row strides in
 // elements; pointers 16-byte aligned, strides multiples of 8. lse f32 [heads, tokens], or null. scale > 0. Query head h
@@ -14,7 +14,7 @@
 //   z  the document's first row of k  w  keys before the first query's own; query x + i sees rows z ..= z + w + i of k
 // A document of rows s .. e gives, for t = 0, BLOCK_M, 2·BLOCK_M … < e - s: (s + t, e, s, t). Where q holds the last
 // e - s rows of a document whose keys begin at row z, after `past` others: (s + t, e, z, past + t). Order: w
-// descending, so that the longest work starts first. Empty documents give none.
+// descending, so that the longest work starts first. Empty documents have no tiles.
 //
 // Source: prelude.cuh, mma_sync.cuh, this file. Defines: T, HEAD_DIM = 64 | 128, BLOCK_M, BLOCK_N, WARPS, BLOCKS (a
 // multiprocessor's blocks that registers must allow). None of these leaves registers for local memory:
@@ -44,8 +44,8 @@ static const int Q_BYTES = BLOCK_M * ROW_BYTES;
 static const int KV_BYTES = BLOCK_N * ROW_BYTES;
 static_assert(BLOCK_M == 16 * M * WARPS && BLOCK_N % 16 == 0, "whole fragments");
 
-// Sums are rescaled only when a maximum grows by more than this many powers of two; until then they may exceed 1 by as
-// much, which f32 and the 16-bit probabilities hold without loss.
+// Sums are rescaled only when a maximum grows by more than this many powers of two. Until then they may exceed 1 by that
+// factor, which f32 and the 16-bit probabilities represent without loss.
 static const f32 SLACK = 8.0f;
 
 // Adds a block of scores to the running softmax: s becomes probabilities relative to `top`.

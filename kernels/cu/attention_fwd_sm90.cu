@@ -6,12 +6,12 @@
 // second product, sums are not.
 //
 // Layout: q [tokens, heads * HEAD_DIM], k and v [tokens, kv_heads * HEAD_DIM], o like q, each with its own row stride, which is a
-// multiple of 8 elements; pointers on 16 bytes; lse f32 [heads, tokens]. Documents lie one after another. Tiles reach past a
+// multiple of 8 elements; pointers on 16 bytes; lse f32 [heads, tokens]. Documents are concatenated. Tiles reach past a
 // document's end into its neighbour: what is read there is masked and nothing is written there, but it must be finite.
 //
 // Compile for sm_90a with -DT=bf16|f16 -DHEAD_DIM=64|128.
 // Launch attention_fwd_sm90: grid min(multiprocessors, n_tiles * heads), block 384, dynamic shared memory
-// 6 * 128 * HEAD_DIM * 2 + 128 bytes (196,736 or 98,432: raise the limit first). Arguments:
+// 6 * 128 * HEAD_DIM * 2 + 128 bytes (196,736 or 98,432; raise the limit first). Arguments:
 //   q_map, k_map, v_map  CUtensorMap by value, from cuTensorMapEncodeTiled with BFLOAT16 or FLOAT16, rank 3, the slice's base,
 //                        dims {64, tokens, its heads * HEAD_DIM / 64}, byte strides {row stride * 2, 128},
 //                        box {64, 128, HEAD_DIM / 64}, element strides {1, 1, 1}, INTERLEAVE_NONE, SWIZZLE_128B,

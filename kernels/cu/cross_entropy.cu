@@ -1,7 +1,7 @@
 // Softmax cross-entropy of a chunk of logits; kernels/src/ops/linear_cross_entropy.
 //
 // For a row x with target t: nll = log Σ exp x − x[t]; dlogits = grad_scale·(softmax(x) − onehot(t)).
-// Target −100: nll 0 and dlogits 0, whatever the logits are.
+// For target −100, nll and dlogits are 0 for any logits.
 //
 // Layout: logits [rows, vocab], row-major, row stride ldl in elements, f32; targets i32 [rows]; grad_scale f32 in
 // device memory; nll f32 [rows]; dlogits of T, row stride ldd in elements of T. Pointers 16-byte aligned, ldl and ldd
@@ -11,7 +11,7 @@
 //   - over f32 logits when T has 16 bits: in the second half of each row, dlogits = (T*)logits + ldl, ldd = 2·ldl.
 //
 // Two passes over a row: the first keeps a maximum and a sum of shifted exponentials a thread, the second, from the end
-// of the row back, makes the gradient.
+// of the row backwards, computes the gradient.
 //
 // Launch: grid (rows), block 512, dynamic shared memory 0
 //   cross_entropy_fwd(logits, targets, nll, i32 vocab, ldl)

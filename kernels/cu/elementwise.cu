@@ -1,4 +1,4 @@
-// Factors, products, casts and rows in other places; sums and aligned copies are in reduce.cu.
+// Scaling, products, casts and scattered rows; sums and aligned copies are in reduce.cu.
 //
 // y = factor·x in f32, rounded to T; y = a ∘ b; y[r, c] = x[r, c]·s[c]; y = x rounded to another dtype;
 // y[places[r]] = x[r].

@@ -1,10 +1,10 @@
 // Token embeddings; kernels/src/ops/embedding.
 //
-// y[t] = table[ids[t]]; dtable[id] += Σ_{t: ids[t] = id} dy[t], in one order, so the same bits every time.
+// y[t] = table[ids[t]]; dtable[id] += Σ_{t: ids[t] = id} dy[t], in a fixed order, so it is deterministic.
 //
 // Layout: table [vocab, hidden], y, dy [tokens, hidden] of T, row-major, each with its row stride in elements; dtable
 // [vocab, hidden] f32 with row stride lddt; ids u32. Pointers to T 16-byte aligned, their strides multiples of 8, any
-// hidden. Every id is below vocab: the caller has checked.
+// hidden. Every id must be below vocab; the caller checks this.
 // The backward's tokens come grouped by id: `order` [tokens] lists them by (id, place); group g is
 // order[starts[g] .. starts[g + 1]], all of row segment_ids[g], each row in one group at most.
 //
@@ -17,7 +17,7 @@
 // Bytes → floor on an H200 at 4.25 TB/s, and measured, bf16 8192 × 2560, vocabulary 151,936, 2026-11-23:
 //   embedding_fwd, random rows, 84 MB → 19.7 µs: 23.9 µs, 83 %
 //   embedding_bwd, 1,671 groups, the longest of 1,480 tokens, 76 MB → 17.9: 106.8, 17 %: the longest group's chain of
-//     loads decides
+//     loads is the limit
 // No spills from sm_80 to sm_120.
 //
 // Forward bit-exact; backward within twice the error of f32 sums in order; memcheck and racecheck clean.

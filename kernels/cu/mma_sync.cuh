@@ -1,8 +1,8 @@
 // Warp-level matrix products on the tensor cores of every GPU from sm_80 up: cp.async into swizzled tiles of shared
 // memory, ldmatrix out of them, mma.sync m16n8k16 with f32 sums. The loader puts this text between prelude.cuh and the
-// attention kernels that use it; it wants T (bf16 or f16), HEAD_DIM (64 or 128) and WARPS.
+// attention kernels that use it; it requires T (bf16 or f16), HEAD_DIM (64 or 128) and WARPS.
 //
-// A tile is rows of HEAD_DIM values; the 16-byte piece c of row r lies at place c ^ (r % 8) of its row, so that the
+// A tile is rows of HEAD_DIM values; the 16-byte piece c of row r is stored at position c ^ (r % 8) of its row, so that the
 // eight rows which one ldmatrix phase reads, and the eight which a warp writes, cover all 32 banks.
 //
 // Fragments follow the PTX manual. With g = lane / 4 and c = 2 · (lane % 4), an accumulator [4] holds

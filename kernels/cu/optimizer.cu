@@ -1,23 +1,23 @@
-// Optimizer steps and what they need over flat f32 buffers; kernels/src/optimizer, with its order of operations and
-// roundings.
+// Optimizer steps and their reductions over flat f32 buffers, with the order of operations and the roundings of
+// kernels/src/optimizer.
 //
 // g ← factor·g, then by rule:
 //   adamw  m ← β₁m + (1 − β₁)g; v ← β₂v + (1 − β₂)g²; p ← p·a − r·m / (√v·root_correction + eps), a = 1 − lr·wd,
 //          r = lr / (1 − β₁ᵗ), root_correction = 1 / √(1 − β₂ᵗ)
 //   lion   p ← p·a − r·sign(β₁m + (1 − β₁)g); m ← β₂m + (1 − β₂)g, a = 1 − lr·wd, r = lr
 //   sgd    m ← β₁m + (g + a·p); p ← p − r·m, a = wd, r = lr; without m as if it were zero
-// No multiply-add is fused: the same bits as the CPU's.
+// No multiply-add is fused, so the result is bit-identical to the CPU's.
 // norm = inv_scale·√Σ g² (f64); factor = inv_scale·min(1, max_norm / (norm + 1e-6)), inv_scale alone for max_norm ≤ 0;
 // inv_scale undoes a loss scale and is 1 otherwise.
 //
 // Layout: p, g, m, v f32, each on 4 bytes; wide accesses where all four begin equally far from 16 bytes.
-// The sum of squares goes by fixed pieces, so that it has the same bits on every card: part b of `parts` takes elements
+// The sum of squares uses fixed chunks, so that it is bit-identical on every GPU: part b of `parts` takes elements
 // [b·4096, b·4096 + 4096), [(b + parts)·4096, …) … .
 //
 // Launch (dynamic shared memory 0)
 //   adamw, lion, sgd(p, g, m, v, clip, i64 n, f32 a, r, root_correction, beta1, one_minus_beta1, beta2,
 //     one_minus_beta2, eps): grid ceil((n + 3) / 1024), block 256. v is null but for adamw, m may be for sgd. clip is the
-//     struct `sum_squares_finish` wrote. Where it says that a gradient was not finite, nothing is changed.
+//     struct `sum_squares_finish` wrote. If it reports a non-finite gradient, nothing is changed.
 //   sum_squares(g, f64 partial, i64 n): grid min(1024, ceil(n / 4096)) = parts, block 256
 //   sum_squares_finish(partial, clip, i32 parts, f32 max_norm, f32 inv_scale): grid 1, block 256.
 //     clip: { f32 norm, f32 factor, u32 not_finite }, 12 bytes

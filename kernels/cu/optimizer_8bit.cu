@@ -1,15 +1,15 @@
 // Optimizer steps whose state is kept in 8-bit blocks; kernels/src/optimizer/blockwise, the same bits.
 //
-// A block is 256 elements of one parameter, the last of a parameter may be short. m = map[code]·absmax; the update; absmax
-// = max |m|; code = nearest of the map to m·(1/absmax), with the sign of m. v likewise, with a map of its own.
+// A block is 256 elements of one parameter; the last block of a parameter may be short. m = map[code]·absmax; the update; absmax
+// = max |m|; code = nearest of the map to m·(1/absmax), with the sign of m. v likewise, with its own map.
 //   adamw  g ← factor·g; m ← fma(1 − β₁, g, β₁m); v ← fma((1 − β₂)g, g, β₂v); p ← fma(−step, m / (√v + eps), p)·a,
 //          step = lr·√(1 − β₂ᵗ) / (1 − β₁ᵗ), eps times √(1 − β₂ᵗ), a = 1 − lr·wd
 //   lion   p ← a·p − lr·sign(fma(1 − β₁, g, β₁m)); m ← fma(1 − β₂, g, β₂m), a = 1 − lr·wd
 //   sgd    g ← fma(p, a, g); m ← fma(m, β₁, g); p ← fma(−lr, m, p), a = wd
-// Subnormal m and v become zero, and a negative m no zero. A block of zeros has code 255 for m and 0 for v.
+// Subnormal m and v become zero; a negative m does not become zero. A block of zeros has code 255 for m and 0 for v.
 //
-// Layout: p, g f32, anywhere on 4 bytes; codes u8, 256 a block, short blocks too; absmax f32, one a block; both anywhere
-// that the device reaches, host memory too. tiles: up to eight neighbouring blocks of one parameter, as four u32: its
+// Layout: p, g f32, anywhere on 4 bytes; codes u8, 256 a block, short blocks too; absmax f32, one a block; both in any
+// memory the device can access, including host memory. tiles: up to eight neighbouring blocks of one parameter, as four u32: its
 // first element among those that p and g are a part of, low and high half; its first block; its elements and, from bit 16
 // on, its kind.
 // tables: the values of the map of m, its bounds (code c begins above bounds[c − 1]; the last is infinite), those of v,

@@ -2,7 +2,7 @@
 //
 // For a head x of a token at position p: n = w ∘ (x·rstd), rstd = 1/√(mean(x²) + eps); with c, s = cos[p], sin[p] and
 // the first rotary_dim channels split in halves a, b: a' = a·c − b·s, b' = b·c + a·s; channels from rotary_dim on pass.
-// T is rounded to once, at the end. Backward: dn turned by the other angle, then dx = rstd·(ĝ − x·rstd²·mean(ĝ ∘ x)),
+// Rounded to T once, at the end. Backward: dn rotated by the negative angle, then dx = rstd·(ĝ − x·rstd²·mean(ĝ ∘ x)),
 // ĝ = w ∘ dn; dw = Σ dn ∘ x·rstd over tokens and heads.
 //
 // Layout: q [tokens, q_heads·head_dim], k [tokens, k_heads·head_dim] of T, row-major, each with its row stride in
@@ -10,8 +10,8 @@
 // [tokens] u32; w [head_dim] of T; rstd [tokens, heads] f32, contiguous. Pointers 16-byte aligned, strides multiples
 // of 8. Outputs may be the same matrices as any inputs of the same stride.
 //
-// A norm is asked for by its weight: wq, wk null means rotation alone, and then rstd (and x in the backward) is not
-// touched. k_heads may be 0.
+// The norm is applied if its weight is given. With wq, wk null there is only rotation, and rstd (and x in the backward)
+// is not accessed. k_heads may be 0.
 //
 // Launch (dynamic shared memory 0)
 //   qk_norm_rope_fwd*(q, k, wq|null, wk|null, cos, sin, positions, q_out, k_out, rstd_q|null, rstd_k|null,
@@ -19,8 +19,8 @@
 //   qk_norm_rope_bwd*(dq, dk, q|null, k|null, wq|null, wk|null, rstd_q|null, rstd_k|null, cos, sin, positions, dq_out,
 //     dk_out, i32 tokens, q_heads, k_heads, head_dim, rotary_dim, lddq, lddk, ldq, ldk, lddqo, lddko)
 //   qk_norm_rope_dw*(dq, dk, q, k, rstd_q, rstd_k, cos, sin, positions, partial_q, partial_k, i32 tokens, q_heads,
-//     k_heads, head_dim, rotary_dim, lddq, lddk, ldq, ldk, chunk): before a backward in place; dq, dk are the gradients
-//     that arrive, not yet turned. partial_q, partial_k f32 [ceil(tokens / chunk), head_dim], added to dw by
+//     k_heads, head_dim, rotary_dim, lddq, lddk, ldq, ldk, chunk): before a backward in place; dq, dk are the incoming
+//     gradients, not yet rotated. partial_q, partial_k f32 [ceil(tokens / chunk), head_dim], added to dw by
 //     `sum_partials` of reduce.cu. chunk: 32 fills the card at 8192 tokens.
 // `*` is _64, _128 or _256 when head_dim = rotary_dim = that number; otherwise `*` is empty: head_dim and rotary_dim
 // even, at most 256. heads = q_heads + k_heads.
@@ -32,10 +32,10 @@
 //   qk_norm_rope_fwd_128 168 MB → 39.5 µs: 46.1, 86 %; rotation alone 45.5, 87 %
 //   qk_norm_rope_bwd_128, in place, 252 MB → 59.2: 65.2, 91 %
 //   qk_norm_rope_dw_128 168 MB → 39.5: 52.5, 75 %
-// FLOPs, about 10 an element, do not count. No spills from sm_80 to sm_120.
+// FLOPs, about 10 per element, are negligible. No spills from sm_80 to sm_120.
 //
 // Parity against f64, error at most twice that of the same steps rounded to T: head_dim 10 to 256, part of a head
-// turned, with and without norms, in place and not, column slices; memcheck and racecheck clean.
+// rotated, with and without norms, in place and not, column slices; memcheck and racecheck clean.
 //
 // Tried: a thread for two heads of a token, each looking its angles up: 59.2 and 87.6 µs. Four heads at once in the
 // forward: 57.4; two in the backward: 78.3; five blocks an SM, which spill: 54.3 and 94.0.

@@ -1,8 +1,8 @@
 // Column sums (bias gradients, the last stage of weight gradients), sums of matrices, strided copies.
 //
 // Layout: matrices [rows, width] of T, row-major, each with its row stride in elements; pointers 16-byte aligned,
-// strides multiples of 8, any width. partial f32 [chunks, width], contiguous. Sums go in one order: the same bits
-// every time. Outputs of add and add_row_bias may be their inputs.
+// strides multiples of 8, any width. partial f32 [chunks, width], contiguous. Sums have a fixed order, so they
+// are deterministic. Outputs of add and add_row_bias may be their inputs.
 //
 // Launch (dynamic shared memory 0); N = 8 for 16-bit T, 4 for f32
 //   column_sums(x, partial, i32 rows, width, ldx, chunk)

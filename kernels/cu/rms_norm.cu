@@ -1,11 +1,11 @@
 // Root-mean-square normalization of rows, alone or with the residual add before it; kernels/src/ops/rms_norm.
 //
-// h = x + delta (rounded to T); rstd = 1/√(mean(h²) + eps); y = w ∘ (h·rstd), h·rstd rounded to T before it meets w.
+// h = x + delta (rounded to T); rstd = 1/√(mean(h²) + eps); y = w ∘ (h·rstd), h·rstd rounded to T before the product with w.
 // Backward, ĝ = w ∘ dy: dx = rstd·(ĝ − x·rstd²·mean(ĝ ∘ x)) + residual; dw = Σ_rows dy ∘ x·rstd.
 //
 // Layout: matrices [rows, width] of T, row-major, each with its row stride in elements; w [width] of T; rstd [rows]
-// f32. Pointers to T are 16-byte aligned, strides multiples of 8; width is 1..=16384 and need not be a multiple of
-// anything. A row's elements stay in the registers of one block between the reduction and the output, so each is read
+// f32. Pointers to T are 16-byte aligned, strides multiples of 8; width is 1..=16384, with no
+// alignment requirement. A row's elements stay in the registers of one block between the reduction and the output, so each is read
 // once. Outputs may be the same matrix as any input of the same stride.
 //
 // Launch (dynamic shared memory 0 everywhere)
@@ -22,7 +22,7 @@
 //   rms_norm_recompute 84 MB → 19.7: 21.9, 90 %
 //   rms_norm_bwd 168 MB → 39.5: 42.8, 92 %
 //   rms_norm_dw 84 MB → 19.7: 22.5, 88 %; its sum_partials 1.8
-// FLOPs, at most 10 an element, do not count. No spills from sm_80 to sm_120.
+// FLOPs, at most 10 per element, are negligible. No spills from sm_80 to sm_120.
 //
 // Parity against f64, error at most twice that of the same steps rounded to T: widths 1..=16384 with tails, outputs
 // over inputs, columns of wide buffers (rstd: within 2e-7); memcheck and racecheck clean.

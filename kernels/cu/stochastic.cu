@@ -13,7 +13,7 @@
 //   store_4bit(w, packed, absmax, table, i64 n, i32 blocksize, u64 key, u32 site, step): grid ceil(blocks / 8), block 256,
 //     a warp a block of codes
 //   store_int8(w, codes, scales, i32 rows, cols, u64 key, u32 site, step): grid rows, block 256
-// T says nothing here.
+// T is not used.
 //
 // Bytes → floor on an H200 at 4.25 TB/s, [9728, 2560]: bf16 149 MB → 35 µs, 4-bit 114 MB → 27 µs, 8-bit 125 MB → 29 µs.
 

@@ -1,4 +1,4 @@
-//! Writes the adapter of `goldens/qwen3-tied/written-here`, to be read by `goldens/check_adapter.py`.
+//! Writes the adapter of `goldens/qwen3-tied/written-here`, which `goldens/check_adapter.py` reads.
 //!
 //! `cargo run -p rekindle-tests --example write_adapter -- DIR`
 

@@ -1,4 +1,4 @@
-//! One golden model: its checkpoint, its rows and what is expected of it.
+//! Golden models: checkpoint, rows and expected values.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,13 +18,13 @@ const MAX_SEQ_LENGTH: usize = 128;
 /// A golden model's directory and rows.
 #[derive(Debug)]
 pub struct Golden {
-    /// Its directory's name.
+    /// The name of its directory.
     pub name: String,
-    /// Its directory.
+    /// The directory.
     pub dir: PathBuf,
-    /// `rows.jsonl`.
+    /// The rows of `rows.jsonl`.
     pub rows: Vec<Row>,
-    /// `expect.json`.
+    /// The content of `expect.json`.
     pub expect: Value,
 }
 
@@ -33,14 +33,14 @@ pub struct Golden {
 pub struct Row {
     /// Token ids.
     pub input_ids: Vec<u32>,
-    /// What stands beside them, −100 where nothing counts.
+    /// Labels, −100 where a token is ignored.
     pub labels: Vec<i32>,
 }
 
-/// What transformers computed for a row.
+/// The losses of a row as computed by transformers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RowLosses {
-    /// One number for every counted label, in order.
+    /// One number per label that is not ignored, in order.
     pub nll: Vec<f64>,
     /// Their sum.
     pub sum: f64,
@@ -55,24 +55,24 @@ impl Golden {
         Self { name: name.to_owned(), rows: rows.collect(), expect: read_json(&dir.join("expect.json")), dir }
     }
 
-    /// The model in `f32` on the CPU, all weights frozen.
+    /// Loads the model in `f32` on the CPU with all weights frozen.
     pub fn load(&self) -> CausalLm {
         self.load_with(|_| ())
     }
 
-    /// The model with all weights trained.
+    /// Loads the model with all weights trainable.
     pub fn load_full(&self) -> CausalLm {
         self.load_with(|options| options.full_finetuning = true)
     }
 
-    /// The model with a golden adapter.
+    /// Loads the model with a golden adapter.
     pub fn load_adapted(&self, adapter: &str) -> CausalLm {
         let mut model = self.load();
         model.load_adapter(&self.dir.join("adapters").join(adapter)).expect("a golden adapter loads");
         model
     }
 
-    /// The model with options other than `f32` on the CPU, frozen.
+    /// Loads the model with changed options.
     pub fn load_with(&self, change: impl FnOnce(&mut LoadOptions)) -> CausalLm {
         let mut options = LoadOptions::new(Device::cpu(), DType::F32, MAX_SEQ_LENGTH);
         change(&mut options);
@@ -80,29 +80,29 @@ impl Golden {
         CausalLm::load(&checkpoint, &options, &mut |_| ()).expect("a golden checkpoint loads")
     }
 
-    /// Names of the golden adapters.
+    /// Returns the names of the golden adapters.
     pub fn adapters(&self) -> Vec<String> {
         let adapters = self.expect["adapters"].as_object();
         adapters.into_iter().flat_map(|found| found.keys().cloned()).collect()
     }
 
-    /// What transformers computes for the rows without an adapter.
+    /// Returns transformers' losses of the rows without an adapter.
     pub fn base_losses(&self) -> Vec<RowLosses> {
         RowLosses::list(&self.expect["rows"])
     }
 
-    /// What PEFT computes for the rows with the adapter `name`.
+    /// Returns PEFT's losses of the rows with the adapter `name`.
     pub fn adapter_losses(&self, name: &str) -> Vec<RowLosses> {
         RowLosses::list(&self.expect["adapters"][name]["rows"])
     }
 
-    /// These rows one after another. A row's number in the optimizer step is its number in the file.
+    /// Returns a batch of these rows in order. A row's index in the optimizer step is its index in the file.
     pub fn batch(&self, which: &[usize]) -> Batch {
         let rows = which.iter().map(|&i| (self.rows[i].input_ids.as_slice(), self.rows[i].labels.as_slice()));
         Batch { rows: which.iter().map(|&i| i as u32).collect(), ..Batch::from_rows(rows, 0) }
     }
 
-    /// All rows as one batch.
+    /// Returns all rows as one batch.
     pub fn packed(&self) -> Batch {
         self.batch(&(0..self.rows.len()).collect::<Vec<_>>())
     }
@@ -118,7 +118,7 @@ impl Row {
 }
 
 impl RowLosses {
-    /// Reads a list of rows as `expect.json` has them.
+    /// Reads a list of rows in the format of `expect.json`.
     pub fn list(rows: &Value) -> Vec<Self> {
         let float = |value: &Value| value.as_f64().expect("a loss is a number");
         let row = |row: &Value| {
@@ -130,18 +130,18 @@ impl RowLosses {
     }
 }
 
-/// The directory of the goldens: `REKINDLE_GOLDENS`, for a machine without the repository, or that of this crate.
+/// Returns the directory of the goldens: `REKINDLE_GOLDENS`, for machines without the repository, or this crate's.
 pub fn goldens() -> PathBuf {
     let elsewhere = std::env::var_os("REKINDLE_GOLDENS").map(PathBuf::from);
     elsewhere.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens"))
 }
 
-/// The content of a JSON file.
+/// Reads a JSON file.
 pub fn read_json(path: &Path) -> Value {
     rekindle_hub::read_json(path).expect("a golden file is JSON")
 }
 
-/// Shape and values of every tensor of a safetensors file.
+/// Reads the shape and values of every tensor of a safetensors file.
 pub fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
     let file = SafetensorsFile::open(path).expect("a safetensors file opens");
     let tensor = |name: &str| {

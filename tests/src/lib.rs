@@ -1,7 +1,7 @@
-//! What the cross-crate tests share: the goldens, batches of their rows, and comparisons.
+//! Shared code of the cross-crate tests: goldens, batches of their rows, and comparisons.
 //!
-//! `goldens/README.md` says what transformers and PEFT computed and how; the tests in `tests/` hold the
-//! crates against it. A failure here is a program error, so everything in this crate panics.
+//! `goldens/README.md` describes what transformers and PEFT computed and how; the tests in `tests/` compare the crates
+//! with it. Everything in this crate panics on failure.
 
 mod compare;
 mod golden;

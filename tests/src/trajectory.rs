@@ -1,4 +1,4 @@
-//! Optimizer steps of transformers and PEFT, and holding ours against them.
+//! Optimizer steps of transformers and PEFT, and comparison with them.
 
 use std::path::{Path, PathBuf};
 
@@ -11,22 +11,22 @@ use crate::{Golden, read_json, relative_distance, tensors};
 
 // Ten times the goldens' own spread over attention implementations, padding and float64 weights (`spread` in
 // trajectory.json: up to 1.5e-7 for losses, 3e-7 for gradient norms, 2e-6 for tensors). Measured: 6e-8, 3e-7, 3e-6.
-// The tolerances with which goldens/README.md says which mistakes are caught are 50 and more times wider.
+// goldens/README.md lists mistakes that are caught even with tolerances at least 50 times wider.
 const CPU: Tolerances = Tolerances { loss: 1.5e-6, grad_norm: 3e-6, tensors: 2e-5 };
 
-/// How far a run may be from the golden one, relatively.
+/// The relative tolerances for a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Tolerances {
-    /// Of each step's loss.
+    /// For each step's loss.
     pub loss: f64,
-    /// Of each step's gradient norm.
+    /// For each step's gradient norm.
     pub grad_norm: f64,
-    /// Of each saved tensor.
+    /// For each saved tensor.
     pub tensors: f64,
 }
 
 impl Tolerances {
-    /// All of them so many times as wide.
+    /// Returns tolerances multiplied by `factor`.
     #[must_use]
     pub fn times(self, factor: f64) -> Self {
         let Self { loss, grad_norm, tensors } = self;
@@ -47,24 +47,24 @@ impl Trajectory {
         Self { json: read_json(&dir.join("trajectory.json")), dir: dir.to_owned() }
     }
 
-    /// The directory's name of the adapter that is trained.
+    /// Returns the directory name of the trained adapter.
     pub fn adapter(&self) -> Option<&str> {
         self.json["adapter"].as_str().map(|adapter| adapter.trim_start_matches("adapters/"))
     }
 
-    /// How far PyTorch's own bf16 run was from this one.
+    /// Returns the differences of PyTorch's own bf16 run from this one.
     pub fn bf16_spread(&self) -> Tolerances {
         let spread = read_json(&self.dir.join("bf16.json"))["spread"].clone();
         let of = |key: &str| spread[key].as_f64().expect("a number");
         Tolerances { loss: of("loss"), grad_norm: of("grad_norm"), tensors: of("final") }
     }
 
-    /// Trains `model` as the run says and holds every step and the saved tensors against it.
+    /// Trains `model` as specified by the run and compares every step and the saved tensors.
     pub fn check(&self, what: &str, golden: &Golden, model: &mut CausalLm, tensors_file: &str) {
         self.check_within(CPU, what, golden, model, tensors_file);
     }
 
-    /// [`check`](Self::check) with other tolerances than those of `f32` on the CPU.
+    /// Works like [`check`](Self::check) with tolerances other than those of `f32` on the CPU.
     pub fn check_within(
         &self,
         tolerances: Tolerances,
@@ -81,7 +81,7 @@ impl Trajectory {
 fn compare(tolerances: Tolerances, what: &str, model: &CausalLm, dir: &Path, tensors_file: &str) {
     let out = tempfile::tempdir().expect("a temporary directory");
     let saved = out.path().join("result");
-    save_result(model, &saved, &[], Dtype::F32).expect("the disk has room");
+    save_result(model, &saved, &[], Dtype::F32).expect("the disk has space");
     let (got, want) = (tensors(&saved.join(tensors_file)), tensors(&dir.join("final.safetensors")));
     assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
     let mut worst = 0.0f64;

@@ -1,4 +1,4 @@
-//! The adapter that is written here and read by PEFT.
+//! The adapter that this project writes and PEFT reads.
 
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{Adapter, LoraConfig};
@@ -6,10 +6,10 @@ use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 
 use crate::Golden;
 
-/// A fresh adapter on `qwen3-tied`, trained on its rows: the content of `qwen3-tied/written-here`.
+/// Trains a new adapter for `qwen3-tied` on its rows: the content of `qwen3-tied/written-here`.
 ///
-/// The settings are those that no golden adapter has: an odd rank, three of the seven linears, two of the
-/// three blocks, a dropout.
+/// Its settings occur in no golden adapter: an odd rank, three of the seven linears, two of the three blocks, and
+/// dropout.
 pub fn train_written_adapter() -> Adapter {
     let golden = Golden::open("qwen3-tied");
     let mut model = golden.load();
@@ -20,7 +20,7 @@ pub fn train_written_adapter() -> Adapter {
         .layers_to_transform([0, 2])
         .random_state(20260);
     model.add_adapter(&lora).expect("the configuration is valid");
-    // Steps as large as these make every loss move by far more than the tolerance.
+    // Steps this large change every loss by far more than the tolerance.
     let config = SftConfig::default();
     let mut optimizer = Optimizer::new(&model, OptimizerConfig::from(&config), 20260).expect("the adapter is trained");
     for _ in 0..3 {
@@ -28,6 +28,6 @@ pub fn train_written_adapter() -> Adapter {
     }
     let trained = model.adapter().expect("it was just added");
     let modules: Vec<String> = trained.factors.keys().cloned().collect();
-    // The name, not the path on this machine.
+    // Records the name instead of the path on this machine.
     Adapter { config: AdapterConfig::new(&lora, Some(&golden.name), &modules), ..trained }
 }

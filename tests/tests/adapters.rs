@@ -1,8 +1,8 @@
-//! Adapters written here: read again bit for bit, and read by PEFT.
+//! Tests of saved adapters: bit-identical after loading, and readable by PEFT.
 //!
-//! `goldens/qwen3-tied/written-here` holds an adapter that `examples/write_adapter.rs` wrote and, in
-//! `peft.json`, the losses that PEFT computes with it (`goldens/check_adapter.py`, which also fails on any
-//! missing, unexpected or misshaped key).
+//! `goldens/qwen3-tied/written-here` contains an adapter written by `examples/write_adapter.rs` and, in `peft.json`, the
+//! losses that PEFT computes with it (`goldens/check_adapter.py`, which also fails on any missing or unexpected key and
+//! any wrong shape).
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use rekindle_tests::{
 use rekindle_train::save_result;
 
 #[test]
-fn what_is_saved_is_loaded_bit_for_bit() {
+fn a_saved_adapter_loads_bit_for_bit() {
     for name in MODELS {
         let golden = Golden::open(name);
         let mut model = golden.load();
@@ -22,7 +22,7 @@ fn what_is_saved_is_loaded_bit_for_bit() {
         model.add_adapter(&config).expect("a valid configuration");
         let dir = tempfile::tempdir().expect("a temporary directory");
         let saved = dir.path().join("adapter");
-        save_result(&model, &saved, &[], Dtype::F32).expect("the disk has room");
+        save_result(&model, &saved, &[], Dtype::F32).expect("the disk has space");
         let mut again = golden.load();
         again.load_adapter(&saved).expect("it was just written");
         assert_eq!(model.params().infos(), again.params().infos(), "{name}");
@@ -35,13 +35,13 @@ fn what_is_saved_is_loaded_bit_for_bit() {
 }
 
 #[test]
-fn a_golden_adapter_is_written_as_peft_wrote_it() {
+fn a_golden_adapter_is_saved_like_peft_saves_it() {
     for name in ["qwen3-tied", "qwen2", "llama3"] {
         let golden = Golden::open(name);
         for adapter in golden.adapters() {
             let dir = tempfile::tempdir().expect("a temporary directory");
             let written = golden.load_adapted(&adapter).adapter().expect("it was just loaded");
-            written.save(dir.path()).expect("the disk has room");
+            written.save(dir.path()).expect("the disk has space");
             let file = "adapter_model.safetensors";
             let (ours, theirs) =
                 (tensors(&dir.path().join(file)), tensors(&golden.dir.join("adapters").join(&adapter).join(file)));
@@ -58,7 +58,7 @@ fn a_golden_adapter_is_written_as_peft_wrote_it() {
 }
 
 #[test]
-fn peft_gives_the_losses_that_we_give_with_our_adapter() {
+fn peft_computes_the_same_losses_with_our_adapter() {
     let golden = Golden::open("qwen3-tied");
     let dir = golden.dir.join("written-here");
     let mut model = golden.load();
@@ -68,14 +68,14 @@ fn peft_gives_the_losses_that_we_give_with_our_adapter() {
     let batch = golden.packed();
     let nll = model.nll(&batch).expect("golden rows fit");
     assert_nll("written here", &batch, &nll, &peft);
-    assert!(worst_nll(&batch, &nll, &golden.base_losses()) > 0.1, "the adapter is felt");
+    assert!(worst_nll(&batch, &nll, &golden.base_losses()) > 0.1, "the adapter changes the losses");
 }
 
 #[test]
-fn we_still_write_the_adapter_that_peft_read() {
+fn the_adapter_read_by_peft_is_still_what_we_write() {
     let golden = Golden::open("qwen3-tied").dir.join("written-here");
     let dir = tempfile::tempdir().expect("a temporary directory");
-    train_written_adapter().save(dir.path()).expect("the disk has room");
+    train_written_adapter().save(dir.path()).expect("the disk has space");
     let config = |dir: &Path| std::fs::read_to_string(dir.join("adapter_config.json")).expect("it was written");
     assert_eq!(config(dir.path()), config(&golden));
     let all = |dir: &Path| tensors(&dir.join("adapter_model.safetensors"));
@@ -83,7 +83,8 @@ fn we_still_write_the_adapter_that_peft_read() {
     assert_eq!(now.keys().collect::<Vec<_>>(), then.keys().collect::<Vec<_>>());
     for ((key, (shape, now)), (then_shape, then)) in now.iter().zip(then.values()) {
         assert_eq!(shape, then_shape, "{key}");
-        // Another processor adds in another order; the trajectories' tolerance, and the same bits on one machine.
+        // Another processor may sum in another order, hence the trajectories' tolerance; one machine gives the same
+        // bits.
         assert!(relative_distance(now, then) <= 1e-3, "{key}");
     }
 }
@@ -128,14 +129,14 @@ fn all_linear_is_saved_as_names() {
 }
 
 #[test]
-fn a_module_without_its_tensors_is_missing() {
+fn a_missing_tensor_of_a_module_is_reported() {
     let golden = Golden::open("qwen3-tied");
     let mut model = golden.load();
     model.add_adapter(&LoraConfig::new(2)).expect("a valid configuration");
     let mut adapter = model.adapter().expect("it was just added");
     adapter.factors.remove("model.layers.1.mlp.up_proj");
     let dir = tempfile::tempdir().expect("a temporary directory");
-    adapter.save(dir.path()).expect("the disk has room");
+    adapter.save(dir.path()).expect("the disk has space");
     let error = golden.load().load_adapter(dir.path()).expect_err("incomplete").to_string();
     assert!(error.contains("model.layers.1.mlp.up_proj.lora_A.weight\" is missing"), "{error}");
 }

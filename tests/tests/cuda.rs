@@ -1,7 +1,7 @@
-//! Whole models on an NVIDIA GPU in `f32` against the goldens: losses, generation, optimizer steps, memory.
+//! Compares whole models on an NVIDIA GPU in `f32` with the goldens: losses, generation, optimizer steps, memory.
 //!
-//! A binary of its own: without a GPU it says so instead of passing. `REKINDLE_REQUIRE_CUDA=1` makes that a failure.
-//! An argument runs the checks whose names contain it.
+//! This is a separate binary that reports "not run" without a GPU instead of passing. `REKINDLE_REQUIRE_CUDA=1` makes
+//! that a failure. An argument selects the checks whose names contain it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -14,10 +14,10 @@ use rekindle_models::{CausalLm, GenerationConfig, LoadIn};
 use rekindle_tests::{Golden, Tolerances, Trajectory, assert_nll, goldens, relative_distance};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 
-/// Sums in another order than the CPU's, nothing else.
+/// Tolerances for a different summation order than on the CPU.
 const CUDA_F32: Tolerances = Tolerances { loss: 1e-4, grad_norm: 1e-3, tensors: 1e-3 };
 
-/// The golden models whose heads have a multiple of 8 channels.
+/// The golden models whose head_dim is a multiple of 8.
 const MODELS: [&str; 4] = ["qwen3-tied", "qwen3-untied-sharded", "llama3", "llama-bias"];
 
 const ADAPTER: &str = "adapter_model.safetensors";
@@ -26,7 +26,7 @@ type Check = fn(&Device);
 
 const CHECKS: [(&str, Check); 12] = [
     ("losses of every model", losses),
-    ("losses over codes", losses_over_codes),
+    ("losses over quantized weights", losses_over_quantized_weights),
     ("losses of every LoRA option", losses_of_options),
     ("starts from the weights", starts),
     ("adapters by name", adapters_by_name),
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
             return if required { ExitCode::FAILURE } else { ExitCode::SUCCESS };
         }
     };
-    // The test harness's own options, as `--nocapture`, mean nothing here.
+    // Options of the test harness, such as `--nocapture`, are ignored.
     let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
     let mut failed = 0;
     for (name, check) in CHECKS.iter().filter(|(name, _)| name.contains(&filter)) {
@@ -78,16 +78,16 @@ fn losses(device: &Device) {
     }
 }
 
-fn losses_over_codes(device: &Device) {
+fn losses_over_quantized_weights(device: &Device) {
     for name in ["qwen3-tied-nf4-double", "qwen3-tied-fp4", "llama3-int8", "llama3-nf4-double-skip"] {
         let golden = Golden::open(&format!("quantized/{name}"));
         let (model, batch) = (on(device, &golden), golden.packed());
         let nll = model.nll(&batch).expect("golden rows fit");
         assert_nll(name, &batch, &nll, &golden.base_losses());
         let out = tempfile::tempdir().expect("a temporary directory");
-        model.save(out.path(), rekindle_hub::Dtype::F32).expect("the disk has room");
+        model.save(out.path(), rekindle_hub::Dtype::F32).expect("the disk has space");
         let bytes = |dir: &std::path::Path| std::fs::read(dir.join("model.safetensors")).expect("one file");
-        assert!(bytes(out.path()) == bytes(&golden.dir), "{name}: codes come back as they were");
+        assert!(bytes(out.path()) == bytes(&golden.dir), "{name}: quantized tensors are saved unchanged");
     }
     let golden = Golden::open("llama3");
     let model = golden.load_with(|options| {
@@ -97,7 +97,7 @@ fn losses_over_codes(device: &Device) {
     let cpu = golden.load_with(|options| options.load_in = Some(LoadIn::FourBit(None)));
     let batch = golden.packed();
     let (got, want) = (model.nll(&batch).expect("rows fit"), cpu.nll(&batch).expect("rows fit"));
-    assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs().max(1.0)), "quantized while loading");
+    assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs().max(1.0)), "quantized on load");
 }
 
 fn losses_of_options(device: &Device) {
@@ -120,7 +120,7 @@ fn losses_of_options(device: &Device) {
     }
 }
 
-/// What pissa and olora take out of the base they leave the function, and the base gets back; loftq is the CPU's.
+/// pissa and olora keep the model's function at the start and restore the base when removed; loftq equals the CPU's.
 fn starts(device: &Device) {
     let golden = Golden::open("qwen3-tied");
     let batch = golden.packed();
@@ -138,14 +138,14 @@ fn starts(device: &Device) {
     let base = losses(&golden.load());
     for init in [InitLoraWeights::Pissa, InitLoraWeights::Olora] {
         let mut model = on(device, &golden);
-        // An adapter before it: its weights then lie in a stack.
+        // Adding another adapter first puts the weights into fused storage.
         model.add_adapter(&LoraConfig::new(2)).expect("a valid configuration");
         model.add_adapter(&config(init.clone())).expect("a valid configuration");
         assert!(near(&losses(&model), &base), "{init:?}: the start");
         let after = trained(&mut model);
-        assert!(!near(&after, &base), "{init:?}: training is felt");
+        assert!(!near(&after, &base), "{init:?}: training has an effect");
         let out = tempfile::tempdir().expect("a temporary directory");
-        model.adapter().expect("it is on").save(out.path()).expect("the disk has room");
+        model.adapter().expect("it is active").save(out.path()).expect("the disk has space");
         model.load_adapter(out.path()).expect("it was just written");
         assert!(near(&losses(&model), &after), "{init:?}: the saved adapter");
         model.remove_adapter();
@@ -162,7 +162,7 @@ fn starts(device: &Device) {
     assert!(near(&started(device), &started(&Device::cpu())), "loftq");
 }
 
-/// Adapters take turns on dense weights and on codes; each comes back as it was, and so does the base.
+/// Switching adapters on dense and quantized weights restores each adapter and the base exactly.
 fn adapters_by_name(device: &Device) {
     let golden = Golden::open("qwen3-tied");
     let batch = golden.packed();
@@ -218,7 +218,7 @@ fn steps(device: &Device) {
     }
 }
 
-/// No further from the f32 run than twice as far as PyTorch's own bf16 run.
+/// The difference from the f32 run must be at most twice that of PyTorch's own bf16 run.
 fn steps_in_bf16(device: &Device) {
     for (name, run) in [("qwen3-tied", "lora"), ("llama3", "lora-fresh")] {
         let golden = Golden::open(name);
@@ -248,7 +248,7 @@ fn packing(device: &Device) {
     }
 }
 
-/// The goldens' run with all weights trained is of a model whose heads are too narrow: the CPU stands in.
+/// Compares with the CPU, because the model of the golden full fine-tuning run has an unsupported head_dim.
 fn all_weights(device: &Device) {
     for name in MODELS {
         let golden = Golden::open(name);
@@ -265,7 +265,7 @@ fn all_weights(device: &Device) {
         };
         for ((parameter, got), (_, want)) in gradients(device).iter().zip(&gradients(&Device::cpu())) {
             let error = relative_distance(got, want);
-            assert!(error <= 1e-4, "{name}: the gradient of {parameter} is off by {error:e}");
+            assert!(error <= 1e-4, "{name}: the gradient of {parameter} differs by {error:e}");
         }
     }
 }
@@ -276,7 +276,7 @@ fn recomputation(device: &Device) {
     let gradients = |dropout: f64, checkpointing: GradientCheckpointing| {
         let mut model = on(device, &golden);
         let config = LoraConfig::new(4).lora_dropout(dropout).use_gradient_checkpointing(checkpointing);
-        // Both factors random, so that every gradient is something.
+        // Both factors are random, so that no gradient is zero.
         let config = config.target_modules("all-linear").init_lora_weights(InitLoraWeights::Random);
         model.add_adapter(&config).expect("a valid configuration");
         let mut grads = model.params().zero_grads();

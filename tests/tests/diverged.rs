@@ -1,4 +1,4 @@
-//! A number that is not finite is found where it begins.
+//! Tests that a non-finite value is traced to its origin.
 
 use std::path::Path;
 
@@ -31,13 +31,13 @@ fn run(golden: &Golden, change: impl FnOnce(&mut SftConfig), out: Option<&Path>)
     assert_eq!(error.kind(), ErrorKind::Diverged);
     let Error::Train(rekindle_train::Error::Diverged(diverged)) = error else { panic!("{error}") };
     if out.is_none() {
-        assert_eq!(model.causal_lm().params().all_values(), before, "the step moved nothing");
+        assert_eq!(model.causal_lm().params().all_values(), before, "the failed step changed no parameter");
     }
     *diverged
 }
 
 #[test]
-fn a_weight_of_the_checkpoint() {
+fn a_weight_of_the_checkpoint_is_found() {
     let tensor = "model.layers.1.mlp.down_proj.weight";
     let (_dir, golden) = poisoned("qwen3-tied", tensor, 7);
     let diverged = run(&golden, |_| (), None);
@@ -50,9 +50,9 @@ fn a_weight_of_the_checkpoint() {
     }
 }
 
-/// Only rows with the token are spoiled.
+/// Only rows with the token are affected.
 #[test]
-fn the_embedding_of_one_token() {
+fn the_embedding_of_one_token_is_found() {
     let rows = Golden::open("qwen3-untied-sharded").rows;
     let with = |id: u32| -> Vec<usize> {
         let found = rows.iter().enumerate().filter(|(_, row)| row.input_ids.contains(&id));
@@ -68,19 +68,19 @@ fn the_embedding_of_one_token() {
     let Some(NonFinite::Weight { name, .. }) = &diverged.found else { panic!("{diverged}") };
     assert_eq!(name, tensor);
     let mut lines: Vec<usize> = diverged.rows.iter().map(|(_, line)| *line).collect();
-    // Nine rows of a step go round the seven.
+    // The nine rows of a step cycle through the seven.
     lines.dedup();
     assert_eq!((lines, diverged.all_rows), (with(*id), false), "{diverged}");
 }
 
 #[test]
-fn a_learning_rate_without_measure() {
+fn an_excessive_learning_rate_is_diagnosed() {
     let out = tempfile::tempdir().expect("a temporary directory");
     let change = |config: &mut SftConfig| {
         (config.learning_rate, config.save_steps) = (Some(1e30), Some(StepCount::Steps(1)));
     };
     let diverged = run(&Golden::open("llama3"), change, Some(out.path()));
-    assert_eq!(diverged.step, 2, "the first step moves the parameters");
+    assert_eq!(diverged.step, 2, "the first step changes the parameters");
     let Some(NonFinite::Output { module, largest_input, .. }) = &diverged.found else { panic!("{diverged}") };
     assert!(module.starts_with("model.layers.") && largest_input.is_finite(), "{diverged}");
     assert_eq!(diverged.checkpoint, Some(out.path().join("checkpoint-1")));
@@ -90,16 +90,16 @@ fn a_learning_rate_without_measure() {
     }
 }
 
-/// With A = 0 the outputs are the base's, whatever B is.
+/// With A = 0 the outputs are those of the base for any B.
 #[test]
-fn a_gradient_that_overflows() {
+fn an_overflowing_gradient_is_found() {
     let golden = Golden::open("qwen3-tied");
     let mut model = golden.load();
     model.add_adapter(&LoraConfig::new(2)).expect("a valid configuration");
     let mut values = vec![0.0; model.params().numel()];
     let spoiled = |name: &str| name.contains("layers.1.") && name.contains("up_proj") && name.contains("lora_B");
     let infos = model.params().infos().to_vec();
-    let info = infos.iter().find(|info| spoiled(&info.name)).expect("the adapter is on every linear");
+    let info = infos.iter().find(|info| spoiled(&info.name)).expect("every linear has the adapter");
     values[info.at.range()].fill(3e38);
     model.params_mut().set_all_values(values);
     let batches = [golden.batch(&[0, 1]), golden.batch(&[2])];
@@ -110,7 +110,7 @@ fn a_gradient_that_overflows() {
 }
 
 #[test]
-fn what_is_finite_is_left_alone() {
+fn finite_values_are_not_reported() {
     let golden = Golden::open("qwen3-tied");
     let model = golden.load_adapted("all-linear");
     assert_eq!(model.first_non_finite(&[golden.packed()], 1.0, None).expect("golden rows fit"), None);

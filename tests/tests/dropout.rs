@@ -1,6 +1,6 @@
-//! `lora_dropout` by its statistics, seen through an adapter that passes on what it reads.
+//! Tests the statistics of `lora_dropout` through an adapter that is the identity.
 //!
-//! That the mask is the same in recomputation and in any split, and that there is none in evaluation, is in `splits.rs`.
+//! `splits.rs` tests that the mask is the same in recomputation and in any split, and that evaluation has no dropout.
 
 use burn::tensor::DType;
 use rekindle_kernels::dropout::{Dropout, Token, Tokens};
@@ -10,7 +10,8 @@ use rekindle_lora::{Adaptation, Factors, Linear, LinearContext, LinearGroup};
 const WIDTH: usize = 64;
 const TOKENS: usize = 2000;
 
-/// Two linears that read the same input. With `through_adapter` W is zero and B·A the identity, otherwise the reverse.
+/// Returns two linears with the same input. With `through_adapter` W is zero and B·A the identity, otherwise vice
+/// versa.
 fn group(through_adapter: bool) -> (LinearGroup, Params) {
     let device = Device::cpu();
     let identity: Vec<f32> = (0..WIDTH * WIDTH).map(|at| f32::from(u8::from(at / WIDTH == at % WIDTH))).collect();
@@ -27,7 +28,7 @@ fn group(through_adapter: bool) -> (LinearGroup, Params) {
     (group, params.build())
 }
 
-/// What the linears make of ones.
+/// Returns the outputs of the linears for an input of ones.
 fn results(through_adapter: bool, p: f32, step: u32) -> Vec<Vec<f32>> {
     let (group, params) = group(through_adapter);
     let tokens = (0..TOKENS as u32).map(|t| Token { row: t / 50, position: t % 50 }).collect();
@@ -38,13 +39,13 @@ fn results(through_adapter: bool, p: f32, step: u32) -> Vec<Vec<f32>> {
     ys.into_iter().map(to_f32).collect()
 }
 
-/// Five standard deviations of a share of `n` draws.
+/// Returns five standard deviations of the fraction of `n` draws.
 fn five_sigma(p: f64, n: usize) -> f64 {
     5.0 * (p * (1.0 - p) / n as f64).sqrt()
 }
 
 #[test]
-fn elements_are_kept_as_often_as_they_should_be_and_scaled() {
+fn elements_are_kept_with_the_right_probability_and_scaled() {
     for p in [0.05f32, 0.1, 0.375, 0.5, 0.9] {
         let (keep, scale) = (1.0 - f64::from(p), 1.0 / (1.0 - p));
         let ys = results(true, p, 3);
@@ -57,14 +58,14 @@ fn elements_are_kept_as_often_as_they_should_be_and_scaled() {
         println!("p {p}: {rate:.5} kept of {keep:.5}, mean {mean:.5}; 5σ {:.5}", five_sigma(keep, y.len()));
         assert!((rate - keep).abs() < five_sigma(keep, y.len()), "p {p}: {rate} kept");
         assert!((mean - 1.0).abs() < five_sigma(keep, y.len()) / keep + 1e-6, "p {p}: the mean of ones is {mean}");
-        // No channel and no token is dropped more often than others.
+        // Every channel and every token is dropped equally often.
         for channel in 0..WIDTH {
             let rate = kept(&mut y.iter().skip(channel).step_by(WIDTH)) / TOKENS as f64;
             assert!((rate - keep).abs() < five_sigma(keep, TOKENS), "p {p}: channel {channel} keeps {rate}");
         }
         let spread = y.chunks_exact(WIDTH).map(|token| (kept(&mut token.iter()) / WIDTH as f64 - keep).powi(2));
         let variance = spread.sum::<f64>() / TOKENS as f64 / (keep * (1.0 - keep) / WIDTH as f64);
-        // A sum of squares of 2,000 nearly normal numbers: standard deviation √(2 / 2,000) = 0.032.
+        // The sum of squares of 2,000 nearly normal numbers has the standard deviation √(2 / 2,000) = 0.032.
         assert!((variance - 1.0).abs() < 0.16, "p {p}: tokens vary by {variance} of what independent elements would");
     }
 }
@@ -79,6 +80,6 @@ fn steps_drop_independently() {
 }
 
 #[test]
-fn the_base_sees_everything() {
-    assert!(results(false, 0.5, 3).iter().flatten().all(|&y| y == 1.0), "dropout is on the way to A alone");
+fn the_base_has_no_dropout() {
+    assert!(results(false, 0.5, 3).iter().flatten().all(|&y| y == 1.0), "dropout applies only to the input of A");
 }

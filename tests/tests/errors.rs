@@ -1,4 +1,4 @@
-//! Bad checkpoints, adapters, batches and disks: one clear error, nothing lost.
+//! Tests that bad checkpoints, adapters, batches and disks give one clear error and lose no data.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
-/// A copy of `qwen3-tied` with changed tensors and configuration.
+/// Copies `qwen3-tied` with changed tensors and configuration.
 fn broken(change_tensors: impl FnOnce(&mut Tensors), change_config: impl FnOnce(&mut Value)) -> tempfile::TempDir {
     let golden = Golden::open("qwen3-tied");
     let dir = tempfile::tempdir().expect("a temporary directory");
@@ -38,7 +38,7 @@ fn load(dir: &Path, max_seq_length: usize) -> Result<CausalLm, Error> {
     CausalLm::load(&Checkpoint::open(dir)?, &options, &mut |_| ())
 }
 
-/// The message of a failure, which must have all these parts.
+/// Asserts that the error message contains all these parts.
 fn assert_message(error: &dyn std::error::Error, parts: &[&str]) {
     let text = error.to_string();
     for part in parts {
@@ -54,8 +54,8 @@ fn every_wrong_tensor_is_listed_at_once() {
             all.remove("model.norm.weight");
             all.insert("model.layers.0.self_attn.q_proj.bias".to_owned(), (vec![96], vec![0.0; 96]));
             all.insert("model.layers.0.input_layernorm.weight".to_owned(), (vec![39], vec![1.0; 39]));
-            // As many numbers, the wrong way round.
-            let (shape, _) = all.get_mut("model.layers.2.self_attn.k_proj.weight").expect("it is there");
+            // The same number of elements, transposed.
+            let (shape, _) = all.get_mut("model.layers.2.self_attn.k_proj.weight").expect("it exists");
             shape.reverse();
         },
         |_| (),
@@ -77,7 +77,7 @@ fn every_wrong_tensor_is_listed_at_once() {
 }
 
 #[test]
-fn a_tied_model_may_repeat_its_table_but_not_contradict_it() {
+fn a_tied_model_may_store_an_equal_head_but_not_a_different_one() {
     let head = |all: &mut Tensors, factor: f32| {
         let (shape, values) = all["model.embed_tokens.weight"].clone();
         all.insert("lm_head.weight".to_owned(), (shape, values.iter().map(|v| v * factor).collect()));
@@ -115,7 +115,7 @@ fn every_unsupported_value_is_listed_at_once() {
 }
 
 #[test]
-fn an_unknown_architecture_is_named_beside_the_known_ones() {
+fn an_unknown_architecture_is_named_with_the_supported_ones() {
     let dir = broken(|_| (), |config| config["architectures"] = json!(["MambaForCausalLM"]));
     let error = load(dir.path(), 64).expect_err("not one of ours");
     assert_message(&error, &["MambaForCausalLM", "Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM"]);
@@ -132,8 +132,8 @@ fn a_truncated_shard_is_named() {
     }
     load(dir.path(), 64).expect("the copy is whole");
     let name = "model-00002-of-00003.safetensors";
-    let bytes = std::fs::read(dir.path().join(name)).expect("it is there");
-    // In the header's length, in the header, in the last tensor.
+    let bytes = std::fs::read(dir.path().join(name)).expect("it exists");
+    // Truncated in the header's length, in the header, and in the last tensor.
     for keep in [0, 5, 200, bytes.len() - 1] {
         std::fs::write(dir.path().join(name), &bytes[..keep]).expect("written");
         let error = load(dir.path(), 64).expect_err("a shard is cut");
@@ -159,10 +159,10 @@ fn an_adapter_must_match_its_configuration_and_the_model() {
     let mut model = golden.load();
     let error = model.load_adapter(dir.path()).expect_err("r is 4 in the tensors");
     let Error::Lora(rekindle_lora::Error::Tensors { problems, .. }) = &error else { panic!("{error:?}") };
-    assert_eq!(problems.len(), 3 * 7 * 2, "every factor of every linear");
+    assert_eq!(problems.len(), 3 * 7 * 2, "both factors of every linear");
     let key = "base_model.model.model.layers.2.mlp.down_proj.lora_A.weight";
     assert_message(&error, &[&format!("\"{key}\" has shape [4, 52], expected [8, 52]")]);
-    assert!(model.lora().is_none() && model.params().numel() == 0, "the model is as it was");
+    assert!(model.lora().is_none() && model.params().numel() == 0, "the model is unchanged");
 
     copy("adapter_config.json");
     let error = Golden::open("qwen2").load().load_adapter(dir.path()).expect_err("of another model");
@@ -179,7 +179,7 @@ fn an_adapter_must_match_its_configuration_and_the_model() {
 }
 
 #[test]
-fn an_adapter_on_a_model_whose_weights_are_all_trained_is_refused() {
+fn an_adapter_on_a_fully_finetuned_model_is_refused() {
     let golden = Golden::open("qwen2");
     let error = golden.load_full().load_adapter(&golden.dir.join("adapters/all-linear")).expect_err("both");
     assert!(matches!(error, Error::Argument(_)), "{error:?}");
@@ -189,9 +189,9 @@ fn an_adapter_on_a_model_whose_weights_are_all_trained_is_refused() {
 #[test]
 fn lengths_and_ids_beyond_the_model_are_refused() {
     let golden = Golden::open("qwen3-tied");
-    assert!(load(&golden.dir, 256).expect("as long as the model goes").widened().is_none());
+    assert!(load(&golden.dir, 256).expect("the length of the window").context_extension().is_none());
     load(&golden.dir, 4 * 256).expect("as long as it is taken without asking");
-    for (length, part) in [(0, "at least 1"), (4 * 256 + 1, "insist with rope_scaling")] {
+    for (length, part) in [(0, "at least 1"), (4 * 256 + 1, "set rope_scaling to a method")] {
         let error = load(&golden.dir, length).expect_err("out of range");
         assert!(matches!(error, Error::Argument(_)), "{error:?}");
         assert_message(&error, &[&format!("max_seq_length is {length}"), part]);
@@ -218,7 +218,7 @@ fn lengths_and_ids_beyond_the_model_are_refused() {
 }
 
 #[test]
-fn saving_where_nothing_can_be_written_leaves_nothing() {
+fn saving_to_an_unwritable_path_leaves_nothing() {
     let model = Golden::open("qwen3-tied").load_adapted("all-linear");
     let dir = tempfile::tempdir().expect("a temporary directory");
     let file = dir.path().join("file");
@@ -232,7 +232,7 @@ fn saving_where_nothing_can_be_written_leaves_nothing() {
     assert_eq!(entries(dir.path()), ["file"], "nothing half-written");
 }
 
-/// Needs to mount a file system, which only root may; elsewhere it says so and checks nothing.
+/// Mounting a file system requires root; without it this test reports that and checks nothing.
 #[test]
 fn a_full_disk_keeps_the_earlier_save() {
     let Some(disk) = SmallDisk::mount() else {
@@ -248,7 +248,7 @@ fn a_full_disk_keeps_the_earlier_save() {
     larger.add_adapter(&LoraConfig::new(32)).expect("valid");
     let error = save_result(&larger, &target, &[], Dtype::F32).expect_err("a larger adapter does not fit");
     assert_message(&error, &["No space left on device"]);
-    assert_eq!(tensors(&target.join("adapter_model.safetensors")), before, "the earlier save is as it was");
+    assert_eq!(tensors(&target.join("adapter_model.safetensors")), before, "the earlier save is unchanged");
     assert_eq!(entries(disk.path()), ["result"], "nothing half-written");
 }
 
@@ -260,7 +260,7 @@ fn entries(dir: &Path) -> Vec<String> {
     names
 }
 
-/// A file system that holds an adapter of `qwen3-tied` with r = 4, but not one with r = 32.
+/// A file system with space for an adapter of `qwen3-tied` with r = 4, but not for one with r = 32.
 struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {

@@ -1,4 +1,4 @@
-//! Generation against transformers, and what sampling promises.
+//! Compares generation with transformers, and tests sampling.
 
 use rekindle_models::{CausalLm, GenerationConfig, StopReason};
 use rekindle_tests::{Golden, MODELS, read_json};
@@ -8,7 +8,7 @@ fn ids(value: &Value) -> Vec<u32> {
     value.as_array().expect("a list of ids").iter().map(|id| id.as_u64().expect("an id") as u32).collect()
 }
 
-/// The end tokens of `generation_config.json`.
+/// Returns the end tokens of `generation_config.json`.
 fn end_tokens(golden: &Golden) -> Vec<u32> {
     match &read_json(&golden.dir.join("generation_config.json"))["eos_token_id"] {
         Value::Null => Vec::new(),
@@ -29,7 +29,7 @@ fn generate(model: &CausalLm, prompt: &[u32], config: &GenerationConfig) -> (Vec
 }
 
 #[test]
-fn greedy_is_equal_token_for_token() {
+fn greedy_generation_equals_transformers_token_for_token() {
     let mut stopped = 0;
     for name in MODELS {
         let golden = Golden::open(name);
@@ -45,16 +45,16 @@ fn greedy_is_equal_token_for_token() {
             stopped += usize::from(early);
         }
     }
-    assert_eq!(stopped, 1, "one golden generation meets an end token");
+    assert_eq!(stopped, 1, "one golden generation stops at an end token");
 }
 
 #[test]
-fn an_adapter_takes_part_in_generation() {
+fn generation_uses_the_adapter() {
     let golden = Golden::open("qwen3-tied");
     let model = golden.load_adapted("all-linear");
     let prompt = ids(&golden.expect["generate"][1]["prompt"]);
     let (got, _) = generate(&model, &prompt, &GenerationConfig { max_new_tokens: 8, ..GenerationConfig::default() });
-    // The same tokens by the loss alone: each is the label with the smallest nll after the tokens before it.
+    // Each token must be the label with the smallest nll after the previous tokens.
     let mut text = prompt;
     for id in got {
         assert_eq!(id, most_likely(&model, &text));
@@ -62,7 +62,7 @@ fn an_adapter_takes_part_in_generation() {
     }
 }
 
-/// The continuation with the smallest nll, tried one by one.
+/// Returns the continuation with the smallest nll by trying all.
 fn most_likely(model: &CausalLm, text: &[u32]) -> u32 {
     let vocab = model.config().vocab_size() as u32;
     let documents: Vec<(Vec<u32>, Vec<i32>)> = (0..vocab)
@@ -81,7 +81,7 @@ fn most_likely(model: &CausalLm, text: &[u32]) -> u32 {
 }
 
 #[test]
-fn sampling_is_repeatable_by_seed() {
+fn sampling_is_reproducible_by_seed() {
     let golden = Golden::open("qwen3-untied-sharded");
     let model = golden.load();
     let prompt = ids(&golden.expect["generate"][0]["prompt"]);
@@ -90,15 +90,15 @@ fn sampling_is_repeatable_by_seed() {
         generate(&model, &prompt, &config).0
     };
     assert_eq!(sample(1, 1.0, 20, 0.9), sample(1, 1.0, 20, 0.9));
-    // 16 draws from many tokens: two seeds that agree would be a seed that is not used.
+    // 16 draws from many tokens agree for two seeds only if the seed is not used.
     assert_ne!(sample(1, 1.0, 0, 1.0), sample(2, 1.0, 0, 1.0));
     let greedy = ids(&golden.expect["generate"][0]["ids"])[..16].to_vec();
-    assert_eq!(sample(3, 2.0, 1, 1.0), greedy, "one token left to choose from");
+    assert_eq!(sample(3, 2.0, 1, 1.0), greedy, "only one token can be chosen");
     assert_eq!(sample(4, 2.0, 0, 1e-6), greedy, "a nucleus of one token");
 }
 
 #[test]
-fn it_stops_when_told_and_at_the_end_of_the_room() {
+fn generation_stops_on_request_and_at_the_maximum_length() {
     let golden = Golden::open("llama2");
     let model = golden.load();
     let prompt = ids(&golden.expect["generate"][0]["prompt"]);

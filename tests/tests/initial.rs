@@ -1,4 +1,5 @@
-//! Adapters that start from the weights, against PEFT: `initial` in `goldens/lora-options/qwen3-tied/expect.json`.
+//! Compares adapters initialized from the weights with PEFT: `initial` in
+//! `goldens/lora-options/qwen3-tied/expect.json`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -79,14 +80,14 @@ fn steps(model: &mut CausalLm) {
     }
 }
 
-/// The weights under the adapter.
+/// Returns the weights of the base.
 fn base_of(model: &CausalLm) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
     let out = tempfile::tempdir().expect("a temporary directory");
-    model.save(out.path(), Dtype::F32).expect("the disk has room");
+    model.save(out.path(), Dtype::F32).expect("the disk has space");
     tensors(&out.path().join("model.safetensors"))
 }
 
-/// What the model's adapter started with: the later half of A, and that of B with the other sign.
+/// Returns the initial factors of a saved adapter: the second half of A, and that of B negated.
 fn started(adapter: &Adapter) -> BTreeMap<String, Factors> {
     let half = |f: &Factors| {
         let r = f.r / 2;
@@ -96,7 +97,7 @@ fn started(adapter: &Adapter) -> BTreeMap<String, Factors> {
     adapter.factors.iter().map(|(name, factors)| (name.clone(), half(factors))).collect()
 }
 
-/// Row i of A with column i of B, one after another: unique up to a common sign.
+/// Returns row i of A concatenated with column i of B, which is unique up to a common sign.
 fn pairs(f: &Factors) -> Vec<Vec<f32>> {
     let input = f.a.len() / f.r;
     let column = |k: usize| f.b.iter().skip(k).step_by(f.r);
@@ -115,7 +116,7 @@ fn assert_same_up_to_signs(what: &str, got: &Factors, want: &Factors, tolerance:
 }
 
 #[test]
-fn starts_are_those_of_peft() {
+fn initial_factors_equal_those_of_peft() {
     let golden = Golden::open(BASE);
     for (method, init) in methods() {
         let expect = expect(method);
@@ -132,12 +133,12 @@ fn starts_are_those_of_peft() {
             let length = got.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>().sqrt();
             let want_length = want["norm"].as_f64().expect("a number");
             if method == "pissa_niter_4" {
-                // Other random numbers find another subspace; what is left of the weight is nearly as small.
+                // Different random numbers give a different subspace; the residual of the weight is nearly as small.
                 assert!((length / want_length - 1.0).abs() < 0.01, "{method} {name}: {length}, not {want_length}");
                 continue;
             }
-            // PEFT decomposes in f32, and where the fourth and fifth singular value are 1 % apart that is 2.03e-5 from the
-            // same in f64, which is what is computed here.
+            // PEFT decomposes in f32. Where the fourth and fifth singular values differ by 1 %, its result differs by
+            // 2.03e-5 from a decomposition in f64, which is used here.
             let (first, last) = (&got[..shape[1]], &got[got.len() - shape[1]..]);
             let error =
                 relative_distance(first, &list(&want["first"])).max(relative_distance(last, &list(&want["last"])));
@@ -153,9 +154,9 @@ fn starts_are_those_of_peft() {
     }
 }
 
-/// A saved adapter is for the base as its checkpoint has it, whoever reads it there.
+/// A saved adapter applies to the base as stored in its checkpoint, for every reader.
 #[test]
-fn what_is_trained_is_saved_for_the_base_as_it_was() {
+fn a_trained_adapter_is_saved_for_the_original_base() {
     let golden = Golden::open(BASE);
     let untouched = losses(&golden.load());
     let configs = methods().map(|(_, init)| config(init)).into_iter().chain([
@@ -167,37 +168,37 @@ fn what_is_trained_is_saved_for_the_base_as_it_was() {
         assert!(apart(&losses(&model), &untouched) < 1e-5, "{config:?}");
         steps(&mut model);
         let trained = losses(&model);
-        assert!(apart(&trained, &untouched) > 0.05, "{config:?}: training is felt");
+        assert!(apart(&trained, &untouched) > 0.05, "{config:?}: training has an effect");
 
         let out = tempfile::tempdir().expect("a temporary directory");
         let saved = out.path().join("adapter");
-        save_result(&model, &saved, &[], Dtype::F32).expect("the disk has room");
+        save_result(&model, &saved, &[], Dtype::F32).expect("the disk has space");
         let mut again = golden.load();
         again.load_adapter(&saved).expect("it was just written");
         let grown = if config.use_rslora { core::f64::consts::SQRT_2 } else { 2.0 };
         let lora = again.lora().expect("it was just loaded").clone();
         assert_eq!((lora.r, lora.lora_alpha), (8, 6.0 * grown));
         assert_eq!(lora.init_lora_weights, InitLoraWeights::Default);
-        for name in model.adapter().expect("it is on").factors.keys() {
+        for name in model.adapter().expect("it is active").factors.keys() {
             assert!((lora.scale_of(name) / config.scale_of(name) - 1.0).abs() < 1e-15, "{name}");
         }
-        // W − s·B·A and the sum of twice the rank are rounded apart.
+        // W − s·B·A and the sum with twice the rank are rounded separately.
         assert!(apart(&losses(&again), &trained) < 1e-5, "{config:?}: {:e}", apart(&losses(&again), &trained));
 
         let checkpoint = Checkpoint::open(&golden.dir).expect("a golden checkpoint opens");
         let merged = tempfile::tempdir().expect("a temporary directory");
-        let adapter = model.adapter().expect("it is on");
-        merge(&checkpoint, &adapter, MergeOptions::default(), merged.path(), &mut |_| ()).expect("the disk has room");
+        let adapter = model.adapter().expect("it is active");
+        merge(&checkpoint, &adapter, MergeOptions::default(), merged.path(), &mut |_| ()).expect("the disk has space");
         let on_disk = Golden { dir: merged.path().to_owned(), ..Golden::open(BASE) }.load();
         assert!(apart(&losses(&on_disk), &trained) < 1e-5, "{config:?}: {:e}", apart(&losses(&on_disk), &trained));
 
         let mut in_memory = with(&config);
         in_memory.params_mut().clone_from(model.params());
         assert_eq!(losses(&in_memory), trained, "{config:?}");
-        in_memory.merge_and_unload().expect("the CPU has room");
+        in_memory.merge_and_unload().expect("the CPU has enough memory");
         assert!(apart(&losses(&in_memory), &trained) < 1e-5, "{config:?}");
 
-        // Taken off, or replaced by another, it leaves the base bit for bit.
+        // Removing or replacing the adapter restores the base bit for bit.
         model.add_adapter(&LoraConfig::new(2)).expect("a valid configuration");
         assert_eq!(losses(&model), untouched, "{config:?}");
         let mut model = with(&config);
@@ -209,11 +210,11 @@ fn what_is_trained_is_saved_for_the_base_as_it_was() {
     }
 }
 
-/// What is not in the checkpoint is kept.
+/// Weights that are not in the checkpoint are kept in memory.
 #[test]
-fn a_merged_model_gets_its_weights_back() {
+fn the_weights_of_a_merged_model_are_restored() {
     let mut model = Golden::open(BASE).load_adapted("all-linear");
-    model.merge_and_unload().expect("the CPU has room");
+    model.merge_and_unload().expect("the CPU has enough memory");
     let merged = losses(&model);
     assert_ne!(merged, losses(&Golden::open(BASE).load()));
     model.add_adapter(&config(InitLoraWeights::Pissa)).expect("a valid configuration");
@@ -222,9 +223,9 @@ fn a_merged_model_gets_its_weights_back() {
     assert_eq!(losses(&model), merged);
 }
 
-/// PEFT's converted adapters and ours are the same, as products.
+/// PEFT's converted adapters and ours have the same products B·A.
 #[test]
-fn a_trained_adapter_is_converted_as_peft_does() {
+fn a_trained_adapter_is_converted_like_in_peft() {
     for method in ["pissa", "olora"] {
         let mut model = Golden::open(BASE).load();
         let converted = dir().join("adapters").join(format!("{method}-converted"));
@@ -233,7 +234,7 @@ fn a_trained_adapter_is_converted_as_peft_does() {
         let theirs = Adapter::load(&converted, &model.modules()).expect("PEFT's file loads");
         let init = if method == "pissa" { InitLoraWeights::Pissa } else { InitLoraWeights::Olora };
         let ours = with(&config(init)).adapter().expect("it was just added");
-        // The later half is what both started with.
+        // The second half has the initial factors of both.
         for (name, want) in started(&theirs) {
             assert_same_up_to_signs(&format!("{method} {name}"), &started(&ours)[&name], &want, 1e-4);
         }
@@ -243,7 +244,7 @@ fn a_trained_adapter_is_converted_as_peft_does() {
 }
 
 #[test]
-fn loftq_starts_nearer_to_the_base_than_its_codes() {
+fn loftq_starts_closer_to_the_base_than_plain_quantization() {
     let golden = Golden::open(BASE);
     let expect = expect("loftq");
     let dense = losses(&golden.load());
@@ -253,7 +254,7 @@ fn loftq_starts_nearer_to_the_base_than_its_codes() {
         let plain = losses(&model);
         model.add_adapter(&loftq_config()).expect("a valid configuration");
         let start = losses(&model);
-        println!("{load_in:?}: Σ|Δnll| {:.3} with codes alone, {:.3} with loftq", mean(&plain), mean(&start));
+        println!("{load_in:?}: Σ|Δnll| {:.3} quantized only, {:.3} with loftq", mean(&plain), mean(&start));
         assert!(mean(&start) < 0.95 * mean(&plain), "{load_in:?}");
         if load_in == LoadIn::FourBit(Some(NF4)) {
             check("loftq", &model, &RowLosses::list(&expect["rows"]));
@@ -267,15 +268,15 @@ fn loftq_starts_nearer_to_the_base_than_its_codes() {
 
         let out = tempfile::tempdir().expect("a temporary directory");
         let saved = out.path().join("adapter");
-        save_result(&model, &saved, &[], Dtype::F32).expect("the disk has room");
+        save_result(&model, &saved, &[], Dtype::F32).expect("the disk has space");
         let mut again = quantized(load_in);
         again.load_adapter(&saved).expect("it was just written");
         assert_eq!(losses(&again), trained, "{load_in:?}");
-        assert_eq!((again.lora().expect("it is on").r, again.lora().expect("it is on").lora_alpha), (4, 4.0));
+        assert_eq!((again.lora().expect("it is active").r, again.lora().expect("it is active").lora_alpha), (4, 4.0));
         let error = golden.load().load_adapter(&saved).expect_err("the base is dense").to_string();
         assert!(error.contains("(loftq)") && error.contains(load_in.argument()), "{error}");
 
-        // The linears that it is not on count too.
+        // The linears without an adapter must match too.
         let beside = Golden::open(BASE).load_with(|options| {
             options.load_in = Some(load_in);
             options.skip_modules = Some(vec!["o_proj".to_owned()]);
@@ -283,31 +284,31 @@ fn loftq_starts_nearer_to_the_base_than_its_codes() {
         let error = { beside }.load_adapter(&saved).expect_err("o_proj is dense").to_string();
         assert!(error.contains("o_proj is not in these codes"), "{error}");
 
-        // The adapter brings the codes of its base along.
+        // The adapter records how its base is quantized.
         let loader =
             FastLanguageModel::from_pretrained(&golden.dir).device(DeviceKind::Cpu).dtype(rekindle::Dtype::F32);
         let brought = loader.for_adapter(&saved).load_model().and_then(|model| model.load_adapter(&saved));
         assert_eq!(losses(brought.expect("the base is quantized as the adapter says").causal_lm()), trained);
 
-        // Onto the codes that it was trained on, made of the dense checkpoint again.
+        // Merges onto the quantized weights it was trained on, recreated from the dense checkpoint.
         let checkpoint = Checkpoint::open(&golden.dir).expect("a golden checkpoint opens");
         let adapter = Adapter::load(&saved, &model.modules()).expect("it was just written");
         let merged = out.path().join("merged");
-        std::fs::create_dir(&merged).expect("the disk has room");
-        merge(&checkpoint, &adapter, MergeOptions::default(), &merged, &mut |_| ()).expect("the disk has room");
+        std::fs::create_dir(&merged).expect("the disk has space");
+        merge(&checkpoint, &adapter, MergeOptions::default(), &merged, &mut |_| ()).expect("the disk has space");
         let others = Checkpoint::open(&goldens().join("quantized/qwen3-tied-fp4")).expect("a golden checkpoint opens");
         let error = merge(&others, &adapter, MergeOptions::default(), &out.path().join("wrong"), &mut |_| ());
-        assert!(error.is_err(), "{load_in:?}: these are other codes");
-        model.merge_and_unload().expect("the CPU has room");
+        assert!(error.is_err(), "{load_in:?}: the quantized weights differ");
+        model.merge_and_unload().expect("the CPU has enough memory");
         for merged in [Golden { dir: merged, ..Golden::open(BASE) }.load(), model] {
             assert!(apart(&losses(&merged), &trained) < 1e-5, "{load_in:?}: {:e}", apart(&losses(&merged), &trained));
         }
     }
 }
 
-/// What is left of all weights together, after one iteration and after five.
+/// Compares the residual over all weights after one iteration and after five.
 #[test]
-fn loftq_misses_what_its_authors_algorithm_misses() {
+fn loftqs_residual_equals_that_of_the_reference_algorithm() {
     let modules = Golden::open(BASE).load().modules();
     let weights = tensors(&Golden::open(BASE).dir.join("model.safetensors"));
     for (method, iterations) in [("loftq", 1), ("loftq-5-iterations", 5)] {
@@ -325,14 +326,14 @@ fn loftq_misses_what_its_authors_algorithm_misses() {
         }
         let want = expect(method)["weight_error"]["loftq"].as_f64().expect("a number");
         println!("{method}: {} beside {want}", square.sqrt());
-        // A code that lies between two values may fall to either side; 1.4e-8 was measured.
+        // A value halfway between two codes may round either way; the measured difference is 1.4e-8.
         assert!((square.sqrt() / want - 1.0).abs() < 1e-6, "{}", square.sqrt());
     }
 }
 
-/// An adapter that is on some linears was trained beside the others as they were.
+/// An adapter on some linears was trained together with the others in their format.
 #[test]
-fn loftq_wants_the_other_linears_as_they_were() {
+fn loftq_requires_the_other_linears_in_the_same_format() {
     let base = |skip: Option<&[&str]>| {
         Golden::open(BASE).load_with(|options| {
             options.load_in = Some(LoadIn::FourBit(None));
@@ -347,7 +348,7 @@ fn loftq_wants_the_other_linears_as_they_were() {
     ] {
         let mut model = base(skip);
         model.add_adapter(&config).expect("a valid configuration");
-        model.adapter().expect("it was just added").save(out.path()).expect("the disk has room");
+        model.adapter().expect("it was just added").save(out.path()).expect("the disk has space");
         base(skip).load_adapter(out.path()).expect("it is the base that it was trained on");
         let error = base(other).load_adapter(out.path()).expect_err("another linear is otherwise").to_string();
         assert!(parts.iter().all(|part| error.contains(part)), "{error}");
@@ -355,7 +356,7 @@ fn loftq_wants_the_other_linears_as_they_were() {
 }
 
 #[test]
-fn bases_that_cannot_start_such_an_adapter_are_refused() {
+fn unsuitable_bases_are_refused() {
     let refused = |mut model: CausalLm, config: &LoraConfig, parts: &[&str]| {
         let error = model.add_adapter(config).expect_err("refused").to_string();
         assert!(parts.iter().all(|part| error.contains(part)), "{error}");
@@ -379,7 +380,7 @@ fn saved_adapters_have_the_keys_and_shapes_of_pefts_converted_ones() {
         let mut model = with(&config(init));
         steps(&mut model);
         let saved = out.path().join(method);
-        save_result(&model, &saved, &[], Dtype::F32).expect("the disk has room");
+        save_result(&model, &saved, &[], Dtype::F32).expect("the disk has space");
         let keys = |path: &Path| tensors(path).into_iter().map(|(key, (shape, _))| (key, shape)).collect::<Vec<_>>();
         let theirs = dir().join("adapters").join(format!("{method}-converted"));
         let [ours, theirs] = [saved, theirs].map(|dir| keys(&dir.join("adapter_model.safetensors")));

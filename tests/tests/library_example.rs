@@ -1,4 +1,4 @@
-//! The README's way through the library: load, adapt, train, save, load again.
+//! The workflow of the README's library example: load, add an adapter, train, save, load again.
 
 use rekindle::{
     DataSource, DeviceKind, Dtype, FastLanguageModel, LoraConfig, Model, SftConfig, SftTrainer, StepCount, Tokenizer,
@@ -14,7 +14,7 @@ fn load(golden: &Golden) -> Model {
 }
 
 #[test]
-fn train_save_and_load_again() {
+fn a_trained_and_saved_model_loads_again() {
     let golden = Golden::open("qwen3-tied");
     let rows = DataSource::new(golden.dir.join("rows.jsonl"));
     let out = tempfile::tempdir().expect("a temporary directory");
@@ -52,13 +52,13 @@ fn train_save_and_load_again() {
 
     let again = load(&golden).load_adapter(run.join("adapter")).expect("it was just written");
     assert_eq!(again.evaluate(None, &rows, &mut |_| ()).expect("golden rows fit"), after);
-    model.save_pretrained(out.path().join("saved")).expect("the disk has room");
+    model.save_pretrained(out.path().join("saved")).expect("the disk has space");
     let tensors = |dir: &str| rekindle_tests::tensors(&out.path().join(dir).join("adapter_model.safetensors"));
     assert_eq!(tensors("saved"), tensors("run/adapter"));
 }
 
 #[test]
-fn training_all_weights_writes_a_model() {
+fn full_finetuning_writes_a_model() {
     let golden = Golden::open("qwen2");
     let rows = DataSource::new(golden.dir.join("rows.jsonl"));
     let out = tempfile::tempdir().expect("a temporary directory");
@@ -72,13 +72,13 @@ fn training_all_weights_writes_a_model() {
     let saved = Golden { dir: out.path().join("model"), ..Golden::open("qwen2") };
     let losses = |model: &Model| model.evaluate(None, &rows, &mut |_| ()).expect("golden rows fit");
     assert_eq!(losses(&load(&saved)), losses(&model));
-    assert_ne!(losses(&load(&golden)), losses(&model), "the run moves something");
+    assert_ne!(losses(&load(&golden)), losses(&model), "the run changes the model");
     let config = |golden: &Golden| read_json(&golden.dir.join("config.json"));
-    assert_eq!(config(&saved), config(&golden), "nothing in config.json is lost");
+    assert_eq!(config(&saved), config(&golden), "config.json is preserved");
 }
 
 #[test]
-fn a_run_twice_writes_the_same_losses() {
+fn repeated_runs_write_the_same_losses() {
     let golden = Golden::open("llama-bias");
     let run = |seed| {
         let mut model = load(&golden).get_peft_model(LoraConfig::new(2).lora_dropout(0.1)).expect("valid");
@@ -88,7 +88,7 @@ fn a_run_twice_writes_the_same_losses() {
         report.steps.iter().map(|step| (step.loss, step.grad_norm)).collect::<Vec<_>>()
     };
     assert_eq!(run(1), run(1));
-    assert_ne!(run(1), run(2), "the seed is that of the order and of dropout");
+    assert_ne!(run(1), run(2), "the seed determines the order and dropout");
 }
 
 fn check_metrics(text: &str, report: &rekindle::Report) {
@@ -110,7 +110,7 @@ fn check_metrics(text: &str, report: &rekindle::Report) {
     }
 }
 
-/// Tags balance and two lines are drawn.
+/// Checks that the tags are balanced and two lines are drawn.
 fn check_plot(svg: &str) {
     let mut open: Vec<&str> = Vec::new();
     for tag in svg.split('<').skip(1).map(|part| part.split_once('>').expect("every tag ends").0) {

@@ -1,4 +1,4 @@
-//! Every LoRA option against PEFT: losses of its adapters, what is written again, merges, and optimizer steps.
+//! Compares every LoRA option with PEFT: losses of its adapters, saved files, merges, and optimizer steps.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use rekindle_models::{CausalLm, LoadIn, MergeOptions, merge};
 use rekindle_tests::{Golden, RowLosses, Trajectory, assert_nll, goldens, read_json, tensors, worst_nll};
 use serde_json::Value;
 
-/// A base model with the adapters that PEFT made for it.
+/// A base model with the adapters that PEFT created for it.
 struct Options {
     base: Golden,
     dir: PathBuf,
@@ -48,7 +48,7 @@ impl Options {
     }
 }
 
-/// Adapters on something else than the linears of the blocks, and what is said of them.
+/// Adapters on other modules than the linears of the blocks, and the resulting errors.
 const REFUSED: [(&str, &str); 3] = [
     ("save-norms", "modules_to_save \"norm\" is none of the modules that can be saved"),
     ("target-lm-head", "lm_head.lora_A.weight\" belongs to nothing"),
@@ -68,11 +68,11 @@ fn every_option_gives_the_losses_of_peft() {
             seen += 1;
         }
     }
-    assert_eq!(seen, 28, "adapters that expect.json knows and that are read");
+    assert_eq!(seen, 28, "supported adapters in expect.json");
 }
 
 #[test]
-fn what_is_not_read_is_named() {
+fn unsupported_adapters_are_named() {
     let options = Options::open("llama3");
     for (adapter, message) in REFUSED {
         let error = options.base.load().load_adapter(&options.path(adapter)).expect_err(adapter).to_string();
@@ -80,14 +80,14 @@ fn what_is_not_read_is_named() {
     }
 }
 
-/// What PEFT wrote is written again with the same tensors.
+/// Saving an adapter that PEFT wrote gives the same tensors.
 #[test]
-fn adapters_are_written_as_they_were_read() {
+fn loaded_adapters_are_saved_unchanged() {
     for options in Options::all() {
         for adapter in options.adapters().iter().filter(|adapter| !is_refused(adapter)) {
             let out = tempfile::tempdir().expect("a temporary directory");
             let model = options.with(adapter);
-            model.adapter().expect("just loaded").save(out.path()).expect("the disk has room");
+            model.adapter().expect("just loaded").save(out.path()).expect("the disk has space");
             let file = |dir: &std::path::Path| tensors(&dir.join("adapter_model.safetensors"));
             assert_eq!(file(out.path()), file(&options.path(adapter)), "{adapter}");
             let config = |dir: &std::path::Path| read_json(&dir.join("adapter_config.json"));
@@ -97,7 +97,7 @@ fn adapters_are_written_as_they_were_read() {
 }
 
 #[test]
-fn taking_an_adapter_off_leaves_the_base() {
+fn removing_an_adapter_restores_the_base() {
     for options in Options::all() {
         let batch = options.base.packed();
         let losses = |model: &CausalLm| model.nll(&batch).expect("golden rows fit");
@@ -113,20 +113,20 @@ fn taking_an_adapter_off_leaves_the_base() {
 
 /// Merging rounds once more; PEFT's own merges are up to 1.4e-6 from its unmerged losses.
 #[test]
-fn merged_is_unmerged() {
+fn a_merged_model_gives_the_losses_of_the_unmerged_one() {
     for options in Options::all() {
         for adapter in options.adapters().iter().filter(|adapter| !is_refused(adapter)) {
             let rows = &options.expect["adapters"][adapter]["merged"]["rows"];
             let mut model = options.with(adapter);
             let loaded = model.adapter().expect("just loaded");
-            model.merge_and_unload().expect("the CPU has room");
+            model.merge_and_unload().expect("the CPU has enough memory");
             assert!(model.adapter().is_none());
             options.check(&format!("{adapter} merged"), &model, rows);
-            // The same from disk to disk, and what the model in memory writes.
+            // The same for merging from disk to disk, and for the model in memory.
             let (out, saved) = (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory"));
             let checkpoint = Checkpoint::open(&options.base.dir).expect("a golden checkpoint opens");
-            merge(&checkpoint, &loaded, MergeOptions::default(), out.path(), &mut |_| ()).expect("the disk has room");
-            model.save(saved.path(), Dtype::F32).expect("the disk has room");
+            merge(&checkpoint, &loaded, MergeOptions::default(), out.path(), &mut |_| ()).expect("the disk has space");
+            model.save(saved.path(), Dtype::F32).expect("the disk has space");
             for dir in [out.path(), saved.path()] {
                 let golden = Golden { dir: dir.to_owned(), ..Golden::open(&options.base.name) };
                 options.check(&format!("{adapter} merged on disk"), &golden.load(), rows);
@@ -136,27 +136,27 @@ fn merged_is_unmerged() {
 }
 
 #[test]
-fn adapters_merge_onto_decoded_codes() {
+fn adapters_merge_onto_dequantized_weights() {
     let golden = Golden::open("quantized/qwen3-tied-nf4-double");
     let batch = golden.packed();
     let mut model = golden.load_adapted("all-linear");
     let adapter = model.adapter().expect("just loaded");
     let out = tempfile::tempdir().expect("a temporary directory");
     let checkpoint = Checkpoint::open(&golden.dir).expect("a golden checkpoint opens");
-    merge(&checkpoint, &adapter, MergeOptions::default(), out.path(), &mut |_| ()).expect("the disk has room");
+    merge(&checkpoint, &adapter, MergeOptions::default(), out.path(), &mut |_| ()).expect("the disk has space");
     let merged = Golden { dir: out.path().to_owned(), ..Golden::open("quantized/qwen3-tied-nf4-double") };
     for model in [merged.load(), {
-        model.merge_and_unload().expect("the CPU has room");
+        model.merge_and_unload().expect("the CPU has enough memory");
         model
     }] {
         let nll = model.nll(&batch).expect("golden rows fit");
-        assert_nll("merged onto decoded codes", &batch, &nll, &golden.adapter_losses("all-linear"));
+        assert_nll("merged onto dequantized weights", &batch, &nll, &golden.adapter_losses("all-linear"));
         assert!(model.memory_report().bits_per_quantized_weight().is_none(), "the result is dense");
     }
 }
 
 #[test]
-fn every_option_works_over_codes() {
+fn every_option_works_over_quantized_weights() {
     let batch = Golden::open("llama-bias").packed();
     let config = || LoraConfig::new(3).lora_alpha(6.0).target_modules("all-linear");
     let configs = [
@@ -172,7 +172,7 @@ fn every_option_works_over_codes() {
         for config in &configs {
             let mut model = Golden::open("llama-bias").load_with(|options| options.load_in = Some(load_in));
             model.add_adapter(config).expect("a valid configuration");
-            // B is zero, so a new adapter is the base; DoRA's lengths are rounded once.
+            // B is zero, so a new adapter changes nothing except that DoRA's magnitudes are rounded once.
             for (got, want) in model.nll(&batch).expect("golden rows fit").iter().zip(&expected) {
                 assert!((got - want).abs() <= 3e-6 * want.abs().max(1.0), "{config:?}: {got}, not {want}");
             }
@@ -184,7 +184,7 @@ fn every_option_works_over_codes() {
 }
 
 #[test]
-fn optimizer_steps_are_those_of_peft() {
+fn optimizer_steps_equal_those_of_peft() {
     for (base, run) in [
         ("qwen3-tied", "rslora"),
         ("qwen3-tied", "dora"),

@@ -1,14 +1,14 @@
-//! Per-token losses against transformers and PEFT, in every way of putting rows into batches.
+//! Compares per-token losses with transformers and PEFT for every way of batching rows.
 
 use rekindle_models::{Batch, CausalLm};
 use rekindle_tests::{Golden, MODELS, RowLosses, assert_nll, read_json, worst_nll};
 use serde_json::json;
 
-/// What packing may change: the order in which a row's products are summed, which is an error of the same
-/// kind as the goldens' spread between two attention implementations (at most 1.5e-6).
+/// The tolerance for packing, which may change the summation order of a row's products. This error is of the same kind
+/// as the goldens' spread between two attention implementations (at most 1.5e-6).
 const PACKING: f64 = 1.5e-6;
 
-/// All rows at once, one at a time, and all in reverse order.
+/// Returns all rows at once, one at a time, and all in reverse order.
 fn batches(golden: &Golden) -> [(&'static str, Vec<Batch>); 3] {
     let count = golden.rows.len();
     let reversed: Vec<usize> = (0..count).rev().collect();
@@ -19,7 +19,7 @@ fn batches(golden: &Golden) -> [(&'static str, Vec<Batch>); 3] {
     ]
 }
 
-/// The losses of every row, in the order of the file, as this batch gives them.
+/// Returns the losses of every row of this batch, in the order of the file.
 fn rows_of(batch: &Batch, nll: &[f32]) -> Vec<(u32, Vec<f32>)> {
     batch.documents().zip(&batch.rows).map(|(document, &row)| (row, nll[document].to_vec())).collect()
 }
@@ -70,11 +70,11 @@ fn every_adapter_gives_the_losses_of_peft() {
             seen += 1;
         }
     }
-    assert_eq!(seen, 7, "adapters that expect.json knows");
+    assert_eq!(seen, 7, "adapters in expect.json");
 }
 
 #[test]
-fn all_weights_trained_gives_the_losses_of_frozen_ones() {
+fn trainable_and_frozen_weights_give_the_same_losses() {
     for name in MODELS {
         let golden = Golden::open(name);
         let batch = golden.packed();
@@ -84,7 +84,7 @@ fn all_weights_trained_gives_the_losses_of_frozen_ones() {
 }
 
 #[test]
-fn forward_backward_sums_what_nll_lists() {
+fn forward_backward_returns_the_sum_of_nll() {
     for name in MODELS {
         let golden = Golden::open(name);
         let (model, batch) = (golden.load_full(), golden.packed());
@@ -96,7 +96,7 @@ fn forward_backward_sums_what_nll_lists() {
 }
 
 #[test]
-fn both_spellings_of_llama3_scaling_are_one_model() {
+fn both_layouts_of_llama3_scaling_give_the_same_model() {
     let golden = Golden::open("llama3");
     let dir = tempfile::tempdir().expect("a temporary directory");
     let copy = |from: &str, to: &str| std::fs::copy(golden.dir.join(from), dir.path().join(to)).expect("copied");
@@ -108,9 +108,9 @@ fn both_spellings_of_llama3_scaling_are_one_model() {
     assert_eq!(losses(&older), losses(&golden));
 }
 
-/// A reader that drops the scaling in both spellings would pass the test above, but not this one.
+/// A reader that ignores the scaling in both layouts would pass the test above, but not this one.
 #[test]
-fn llama3_scaling_is_felt() {
+fn llama3_scaling_changes_the_losses() {
     let golden = Golden::open("llama3");
     let mut config = read_json(&golden.dir.join("config.json"));
     config["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 500.0});

@@ -1,6 +1,6 @@
-//! The memory plan of the CPU against what an allocator counts, from loading to the second step.
+//! Compares the memory plan of the CPU with a counting allocator, from loading to the second step.
 //!
-//! A binary of its own: nothing else may allocate while it measures.
+//! This is a separate binary because nothing else may allocate while it measures.
 
 #![allow(unsafe_code, clippy::unwrap_used)]
 
@@ -17,7 +17,7 @@ use rekindle_models::{Batch, CausalLm, LoadIn, LoadOptions, ModelConfig};
 use rekindle_train::{Job, MemoryCategory, MemoryPlan, Optimizer, OptimizerConfig, Planner, Rows, SftConfig};
 use serde_json::{Value, json};
 
-/// Counts what is allocated, and the most of it.
+/// Counts the allocated bytes and their peak.
 struct Counting;
 
 static NOW: AtomicUsize = AtomicUsize::new(0);
@@ -27,31 +27,31 @@ fn more(bytes: usize) {
     MOST.fetch_max(NOW.fetch_add(bytes, Relaxed) + bytes, Relaxed);
 }
 
-// SAFETY: every call is the system allocator's own.
+// SAFETY: every call is forwarded to the system allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         more(layout.size());
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         more(layout.size());
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
         NOW.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.dealloc(at, layout) };
     }
 
-    // Growing in place counts as both, as if it were a copy: where it lies is the system's affair.
+    // Counted as a copy, with both blocks allocated, even if the system grows the block in place.
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         more(size);
         NOW.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.realloc(at, layout, size) }
     }
 }
@@ -59,7 +59,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// How far a plan may be from what is counted, as a share of that: the bound.
+/// The largest allowed difference between the plan and the counted bytes, as a fraction of the latter.
 const TOLERANCE: f64 = 0.05;
 
 struct Case {
@@ -137,7 +137,7 @@ fn cases() -> Vec<Case> {
 }
 
 #[test]
-fn plans_are_within_five_percent_of_what_is_allocated() {
+fn plans_are_within_five_percent_of_the_allocated_memory() {
     let began = Instant::now();
     let mut wrong = Vec::new();
     println!("{:<56}{:>10}{:>10}{:>8}", "", "plan", "counted", "%");
@@ -157,10 +157,10 @@ fn plans_are_within_five_percent_of_what_is_allocated() {
         }
     }
     println!("{:.1} s", began.elapsed().as_secs_f64());
-    assert!(wrong.is_empty(), "further off than {TOLERANCE}: {wrong:?}");
+    assert!(wrong.is_empty(), "plans that differ by more than {TOLERANCE}: {wrong:?}");
 }
 
-/// The plan, and the most that a run of two steps allocates.
+/// Returns the plan, and the peak allocation of a run of two steps.
 fn measured(case: &Case) -> (MemoryPlan, usize) {
     let dir = tempfile::tempdir().unwrap();
     let json = config(case.family, case.vocab);
@@ -231,7 +231,7 @@ fn config(family: &str, vocab: usize) -> Value {
     })
 }
 
-/// Weights that are small and differ.
+/// Writes a checkpoint of small, distinct weights.
 fn write(dir: &Path, config: &Value) {
     let model = ModelConfig::from_json(config).unwrap();
     write_atomic(&dir.join("config.json"), config.to_string().as_bytes()).unwrap();

@@ -1,4 +1,4 @@
-//! Several adapters on one model by name, against PEFT: `combined` in `goldens/lora-options/qwen3-tied/expect.json`.
+//! Compares several named adapters on one model with PEFT: `combined` in `goldens/lora-options/qwen3-tied/expect.json`.
 
 use std::path::PathBuf;
 
@@ -10,7 +10,7 @@ use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 use serde_json::Value;
 
 const BASE: &str = "qwen3-tied";
-/// PEFT's adapters that are put together.
+/// The adapters that PEFT combined.
 const ADAPTERS: [&str; 4] = ["plain", "rslora", "patterns", "exclude-names"];
 
 fn path(adapter: &str) -> PathBuf {
@@ -21,7 +21,7 @@ fn combined() -> Value {
     read_json(&goldens().join("lora-options").join(BASE).join("expect.json"))["combined"].clone()
 }
 
-/// The model with all of [`ADAPTERS`]; the last is on it.
+/// Loads the model with all of [`ADAPTERS`]; the last is active.
 fn with_all() -> CausalLm {
     let mut model = Golden::open(BASE).load();
     for adapter in ADAPTERS {
@@ -54,7 +54,7 @@ fn steps(model: &mut CausalLm, count: usize) {
 }
 
 #[test]
-fn whichever_is_set_computes() {
+fn the_active_adapter_determines_the_losses() {
     let mut model = with_all();
     assert_eq!(model.adapters(), ["exclude-names", "patterns", "plain", "rslora"]);
     assert_eq!(model.active_adapter(), Some("exclude-names"));
@@ -62,8 +62,8 @@ fn whichever_is_set_computes() {
         let active = names(&entry["adapters"]);
         match &active[..] {
             [] => model.disable_adapter().expect("the CPU does not fail"),
-            [one] => model.set_adapter(one).expect("it is there"),
-            // Several at once are their sum.
+            [one] => model.set_adapter(one).expect("it exists"),
+            // Several adapters at once are summed.
             several => {
                 let several: Vec<(&str, f64)> = several.iter().map(|name| (name.as_str(), 1.0)).collect();
                 model.add_weighted_adapter("several", &several, Combination::Cat).expect("they add up");
@@ -72,11 +72,11 @@ fn whichever_is_set_computes() {
         assert_eq!(model.active_adapter().is_some(), !active.is_empty());
         check(&format!("{number}: {active:?}"), &model, &entry["rows"]);
     }
-    assert_eq!(model.params().numel(), 0, "nothing is trained while no adapter is on");
+    assert_eq!(model.params().numel(), 0, "nothing is trainable while no adapter is active");
 }
 
 #[test]
-fn weighted_sums_are_those_of_peft() {
+fn weighted_sums_equal_those_of_peft() {
     for entry in combined()["weighted"].as_array().expect("a list") {
         let mut model = with_all();
         let adapters = names(&entry["adapters"]);
@@ -86,13 +86,13 @@ fn weighted_sums_are_those_of_peft() {
         let what = format!("{kind} {parts:?}");
         model.add_weighted_adapter("sum", &parts, kind.parse().expect("it is known")).expect("they add up");
         assert_eq!((model.active_adapter(), model.adapters().len()), (Some("sum"), 5));
-        let sum = model.adapter().expect("it is on");
+        let sum = model.adapter().expect("it is active");
         let r = entry["r"].as_u64().expect("a rank") as usize;
         assert_eq!((sum.config.lora().r, sum.config.lora().lora_alpha), (r, r as f64), "{what}");
         let factors = &sum.factors["model.layers.0.self_attn.q_proj"];
         assert_tensor(&what, &factors.a, &entry["tensors"]["model.layers.0.self_attn.q_proj.lora_A.weight"]);
         assert_tensor(&what, &factors.b, &entry["tensors"]["model.layers.0.self_attn.q_proj.lora_B.weight"]);
-        // PEFT keeps use_rslora of the first adapter, and so takes √r times the sum.
+        // PEFT keeps use_rslora of the first adapter, which scales the sum by √r.
         let scale = entry["scale"].as_f64().expect("a number");
         assert_eq!(sum.config.lora().scale(), 1.0);
         if scale != 1.0 {
@@ -101,19 +101,19 @@ fn weighted_sums_are_those_of_peft() {
         }
         check(&what, &model, &entry["rows"]);
         if kind == "cat" && scale == 1.0 {
-            // In all its ranks a decomposition is the sum too.
+            // A decomposition of full rank equals the sum.
             model.add_weighted_adapter("svd", &parts, Combination::Svd(Some(r))).expect("they add up");
             check(&format!("svd {parts:?}"), &model, &entry["rows"]);
         }
     }
 }
 
-/// First row, last row and length of a tensor.
+/// Compares the first row, the last row and the norm of a tensor.
 fn assert_tensor(what: &str, got: &[f32], want: &Value) {
     let list = |value: &Value| -> Vec<f32> { serde_json::from_value(value.clone()).expect("a list of numbers") };
     let (first, last) = (list(&want["first"]), list(&want["last"]));
     let width = first.len();
-    // One rounding of ours for two or three of theirs.
+    // This project rounds once where PEFT rounds two or three times.
     for (got, want) in [(&got[..width], first), (&got[got.len() - width..], last)] {
         let error = relative_distance(got, &want);
         assert!(error < 1e-6, "{what}: off by {error:e}");
@@ -122,9 +122,9 @@ fn assert_tensor(what: &str, got: &[f32], want: &Value) {
     assert!((norm / want["norm"].as_f64().expect("a number") - 1.0).abs() < 1e-6, "{what}: {norm}");
 }
 
-/// Everything that is trained comes back with the same bits, whatever the adapter is and wherever its base lies.
+/// All trained parameters are restored bit for bit, for every kind of adapter and base.
 #[test]
-fn switching_changes_no_bit() {
+fn switching_adapters_changes_no_bit() {
     let lora = || LoraConfig::new(3).lora_alpha(6.0);
     let dense = [
         lora().use_dora(true),
@@ -148,7 +148,7 @@ fn switching_changes_no_bit() {
             let name = number.to_string();
             model.set_adapter(&name).expect("it waits");
             assert_eq!((&model.params().all_values(), &losses(&model)), (values, nll), "{:?}", configs[number]);
-            // Training goes on where it was: the same steps as of one that never waited.
+            // Training continues with the same steps as that of an adapter that was never deactivated.
             let mut alone = fresh();
             alone.add_adapter_as(&name, &configs[number]).expect("a valid configuration");
             steps(&mut alone, 2);
@@ -162,23 +162,23 @@ fn switching_changes_no_bit() {
 }
 
 #[test]
-fn one_is_unloaded_or_merged() {
+fn an_adapter_is_unloaded_or_merged() {
     let mut model = with_all();
     model.delete_adapter("plain").expect("it waits");
-    model.delete_adapter("exclude-names").expect("it is on");
+    model.delete_adapter("exclude-names").expect("it is active");
     assert_eq!((model.adapters(), model.active_adapter()), (vec!["patterns", "rslora"], None));
     assert_eq!(losses(&model), losses(&Golden::open(BASE).load()));
     model.set_adapter("rslora").expect("it waits");
     let with = losses(&model);
-    model.merge_and_unload().expect("the CPU has room");
-    assert!(model.adapters().is_empty(), "the others are for the base that was");
+    model.merge_and_unload().expect("the CPU has enough memory");
+    assert!(model.adapters().is_empty(), "the other adapters no longer match the merged base");
     let worst = with.iter().zip(losses(&model)).map(|(a, b)| (a - b).abs() / a.max(1.0)).fold(0.0, f32::max);
     println!("merged: off by {worst:.1e}");
     assert!(worst < 1e-5 && worst > 0.0);
 }
 
 #[test]
-fn one_without_a_name_is_replaced_and_others_are_not() {
+fn only_the_unnamed_adapter_is_replaced() {
     let mut model = with_all();
     for adapter in ["plain", "rslora"] {
         model.load_adapter(&path(adapter)).expect("PEFT's adapter loads");
@@ -187,11 +187,11 @@ fn one_without_a_name_is_replaced_and_others_are_not() {
     model.set_adapter("plain").expect("it waits");
     model.add_adapter(&LoraConfig::new(2)).expect("a valid configuration");
     assert_eq!((model.active_adapter(), model.adapters().len()), (Some(DEFAULT_ADAPTER), 5));
-    assert_eq!(model.lora().expect("it is on").r, 2);
+    assert_eq!(model.lora().expect("it is active").r, 2);
 }
 
 #[test]
-fn names_that_cannot_be_are_refused() {
+fn invalid_names_are_refused() {
     let mut model = with_all();
     let before = losses(&model);
     let taken = model.add_adapter_as("plain", &LoraConfig::new(2)).expect_err("taken").to_string();
@@ -222,18 +222,18 @@ fn facade() -> Model {
     loader.dtype(rekindle::Dtype::F32).max_seq_length(128).load_model().expect("a golden checkpoint loads")
 }
 
-/// PEFT's layout: `default` at the top, others in directories of their names.
+/// PEFT's layout has `default` at the top and the others in directories with their names.
 #[test]
-fn all_are_saved_as_peft_lays_them_out() {
+fn all_adapters_are_saved_in_the_layout_of_peft() {
     let out = tempfile::tempdir().expect("a temporary directory");
     let dir = out.path().join("adapters");
     let mut model = facade().load_adapter(path("plain")).expect("PEFT's adapter loads");
     for name in ["rslora", "dora"] {
         model.load_adapter_as(name, path(name)).expect("PEFT's adapter loads");
     }
-    // Again, over what was there.
+    // Saves again over the existing files.
     for _ in 0..2 {
-        model.save_pretrained(&dir).expect("the disk has room");
+        model.save_pretrained(&dir).expect("the disk has space");
         for (place, name) in [(dir.clone(), "plain"), (dir.join("rslora"), "rslora"), (dir.join("dora"), "dora")] {
             let file = "adapter_model.safetensors";
             assert_eq!(tensors(&place.join(file)), tensors(&path(name).join(file)), "{name}");
@@ -245,18 +245,18 @@ fn all_are_saved_as_peft_lays_them_out() {
     again.load_adapter_as("dora", dir.join("dora")).expect("it was just written");
     assert_eq!(losses(again.causal_lm()), losses(model.causal_lm()));
 
-    model.save_adapter("rslora", out.path().join("one")).expect("the disk has room");
+    model.save_adapter("rslora", out.path().join("one")).expect("the disk has space");
     let alone = facade().load_adapter(out.path().join("one")).expect("it was just written");
     model.set_adapter("rslora").expect("it waits");
     assert_eq!(losses(alone.causal_lm()), losses(model.causal_lm()));
-    // Fewer adapters than there are do not replace them.
+    // Saving fewer adapters does not remove existing ones.
     let error = alone.save_pretrained(&dir).expect_err("others would go").to_string();
     assert!(error.contains("which saving would remove"), "{error}");
     assert!(model.save_adapter("none", out.path().join("none")).is_err() && !out.path().join("none").exists());
 }
 
 #[test]
-fn several_are_put_on_as_one() {
+fn several_adapters_are_loaded_as_one() {
     let entry = &combined()["weighted"][3];
     let weights: Vec<f64> = serde_json::from_value(entry["weights"].clone()).expect("a list of numbers");
     let parts: Vec<(PathBuf, f64)> = names(&entry["adapters"]).iter().map(|name| path(name)).zip(weights).collect();
@@ -265,9 +265,9 @@ fn several_are_put_on_as_one() {
     check("by the facade", model.causal_lm(), &entry["rows"]);
 }
 
-/// An adapter that was saved before it was trained does nothing, and that is said.
+/// An adapter that was saved before it was trained has no effect, which is reported.
 #[test]
-fn an_adapter_that_changes_nothing_is_reported() {
+fn an_adapter_without_effect_is_reported() {
     let out = tempfile::tempdir().expect("a temporary directory");
     let lora = || LoraConfig::new(3);
     for (number, config) in [
@@ -280,9 +280,12 @@ fn an_adapter_that_changes_nothing_is_reported() {
     .enumerate()
     {
         let mut model = facade().get_peft_model(config.clone()).expect("a valid configuration");
-        assert!(model.causal_lm().adapter_changes_nothing() && model.notices().is_empty(), "a new one is meant to");
+        assert!(
+            model.causal_lm().adapter_changes_nothing() && model.notices().is_empty(),
+            "a new adapter is not reported"
+        );
         let dir = out.path().join(number.to_string());
-        model.save_pretrained(&dir).expect("the disk has room");
+        model.save_pretrained(&dir).expect("the disk has space");
         let loaded = facade().load_adapter(&dir).expect("it was just written");
         let [notice] = loaded.notices() else { panic!("{config:?}: {:?}", loaded.notices()) };
         assert!(notice.starts_with(&dir.display().to_string()) && notice.contains("before it was trained"), "{notice}");
@@ -293,21 +296,21 @@ fn an_adapter_that_changes_nothing_is_reported() {
         steps(model.causal_lm_mut(), 1);
         assert!(!model.causal_lm().adapter_changes_nothing(), "{config:?}");
     }
-    // A trained bias, table or length is something, even where B is zero.
+    // A trained bias, table or magnitude has an effect even if B is zero.
     let with = |config: LoraConfig, change: fn(&mut Adapter)| {
         let mut adapter = facade().get_peft_model(config).expect("a valid configuration").causal_lm().adapter();
         let adapter = adapter.as_mut().expect("it was just added");
         change(adapter);
         let dir = tempfile::tempdir().expect("a temporary directory");
-        adapter.save(dir.path()).expect("the disk has room");
+        adapter.save(dir.path()).expect("the disk has space");
         facade().load_adapter(dir.path()).expect("it was just written").notices().len()
     };
     assert_eq!(with(lora(), |_| ()), 1);
-    assert_eq!(with(lora().use_dora(true), |a| any(a).magnitude.as_mut().expect("DoRA has lengths")[3] *= 1.01), 0);
+    assert_eq!(with(lora().use_dora(true), |a| any(a).magnitude.as_mut().expect("DoRA has magnitudes")[3] *= 1.01), 0);
     assert_eq!(with(lora().modules_to_save(["embed_tokens"]), |a| a.saved.values_mut().for_each(|s| s.1[5] += 0.1)), 0);
     assert_eq!(with(lora(), |a| any(a).b[4] = 1e-6), 0);
     let random = lora().init_lora_weights(InitLoraWeights::Random);
-    assert_eq!(with(random, |_| ()), 0, "B begins with something else than zero");
+    assert_eq!(with(random, |_| ()), 0, "B does not start at zero");
 }
 
 fn any(adapter: &mut Adapter) -> &mut Factors {
@@ -315,7 +318,7 @@ fn any(adapter: &mut Adapter) -> &mut Factors {
 }
 
 #[test]
-fn biases_are_something_too() {
+fn trained_biases_have_an_effect() {
     let load = || {
         let loader = FastLanguageModel::from_pretrained(Golden::open("qwen2").dir).device(DeviceKind::Cpu);
         loader.max_seq_length(128).load_model().expect("a golden checkpoint loads")
@@ -323,9 +326,9 @@ fn biases_are_something_too() {
     let out = tempfile::tempdir().expect("a temporary directory");
     let model = load().get_peft_model(LoraConfig::new(2).bias(Bias::All)).expect("a valid configuration");
     let mut adapter = model.causal_lm().adapter().expect("it was just added");
-    adapter.save(out.path()).expect("the disk has room");
+    adapter.save(out.path()).expect("the disk has space");
     assert_eq!(load().load_adapter(out.path()).expect("it was just written").notices().len(), 1);
     adapter.biases.values_mut().for_each(|bias| bias[0] += 0.5);
-    adapter.save(out.path()).expect("the disk has room");
+    adapter.save(out.path()).expect("the disk has space");
     assert!(load().load_adapter(out.path()).expect("it was just written").notices().is_empty());
 }

@@ -1,4 +1,4 @@
-//! Optimizers: 8-bit states against bitsandbytes, every name on a model, learning rates by group.
+//! Tests of optimizers: 8-bit states against bitsandbytes, every name on a model, learning rates by group.
 
 use rekindle_hub::SafetensorsFile;
 use rekindle_kernels::optimizer::{self, Clip, Rates, Rule, State, StateFormat, StateTensor, Step, maps};
@@ -12,13 +12,13 @@ use rekindle_train::{Optim, Optimizer, OptimizerConfig, SftConfig};
 use burn::tensor::DType::F32;
 
 #[test]
-fn the_maps_of_states_are_those_of_weights() {
+fn optimizer_states_and_weights_use_the_same_maps() {
     assert_eq!(maps(), [DynamicMap::signed().values(), DynamicMap::unsigned().values()]);
 }
 
-/// bitsandbytes' `AdamW8bit` on an H200, 30 steps.
+/// Compares with 30 steps of bitsandbytes' `AdamW8bit` on an H200.
 #[test]
-fn adamw_8bit_has_the_states_of_bitsandbytes() {
+fn adamw_8bit_states_equal_bitsandbytes() {
     let golden = SafetensorsFile::open(&goldens().join("optimizer/adamw_8bit.safetensors")).expect("a golden file");
     let about = read_json(&goldens().join("optimizer/adamw_8bit.json"));
     let number = |key: &str| about[key].as_f64().expect("a number");
@@ -50,14 +50,15 @@ fn adamw_8bit_has_the_states_of_bitsandbytes() {
         }
         let ours: Vec<StateTensor> = state.tensors().map(|tensor| tensor.expect("the CPU works")).collect();
         for info in params.infos() {
-            let bytes = |name: &str| ours.iter().find(|tensor| tensor.name == name).expect("it is there").bytes.clone();
+            let bytes = |name: &str| ours.iter().find(|tensor| tensor.name == name).expect("it exists").bytes.clone();
             let want = |field: &str| golden.get(&format!("{t}/{}/{field}", info.name)).expect("a golden tensor");
             let mut stuck = vec![false; info.at.range().len()];
             for (moment, field) in [("exp_avg", "1"), ("exp_avg_sq", "2")] {
                 let (name, theirs) = (format!("{}.{moment}", info.name), want(&format!("state{field}")).data);
                 let ours = bytes(&name);
                 if info.name == "small" {
-                    // 1 − β is rounded from f64 here, as in PyTorch, and taken in f32 there: for 1 − 0.999, 1.3e-5 of it.
+                    // 1 − β is rounded from f64 here, as in PyTorch, and computed in f32 there: a difference of 1.3e-5
+                    // for 0.999.
                     let (ours, theirs) = (floats(&ours), floats(theirs));
                     let error = relative_distance(&ours, &theirs);
                     assert!(error <= 1.5e-5, "step {t}: {name} is off by {error:e}");
@@ -65,16 +66,16 @@ fn adamw_8bit_has_the_states_of_bitsandbytes() {
                 }
                 assert_eq!(floats(&bytes(&format!("{name}.absmax"))), floats(want(&format!("absmax{field}")).data));
                 for (i, (&ours, &theirs)) in ours.iter().zip(theirs).enumerate() {
-                    // Where a moment is zero in a block that is not, ours stays zero.
+                    // A moment that is zero in a block with nonzero values stays zero here.
                     stuck[i] |= field == "1" && (ours, theirs) == (127, 126);
                     assert!(ours == theirs || stuck[i], "step {t}: {name}[{i}] has code {ours}, not {theirs}");
                 }
             }
             let (values, theirs) = (params.values(info.at), floats(want("p").data));
             for (i, (ours, theirs)) in values.into_iter().zip(theirs).enumerate().filter(|(i, _)| !stuck[*i]) {
-                // Powers of β by the hardware's exponential are off by 1e-7, for 1 − 0.999 that is 1e-4 of it; its root
-                // is in every update of the first steps. With an f32 state decay comes first here, as in PyTorch, and
-                // last there: lr · weight_decay, another 1e-4 of every update.
+                // Powers of β from the hardware's exponential differ by 1e-7, which is 1e-4 of 1 − 0.999, whose root is
+                // a factor of every update in the first steps. With an f32 state, weight decay is applied first here,
+                // as in PyTorch, and last there: lr · weight_decay, another 1e-4 of every update.
                 let share = if info.name == "small" { 3e-4 } else { 1e-4 };
                 let bound = share * travelled[info.at.range()][i] + 4.0 * f64::from(f32::EPSILON * ours.abs());
                 let error = f64::from((ours - theirs).abs());
@@ -85,12 +86,12 @@ fn adamw_8bit_has_the_states_of_bitsandbytes() {
             }
         }
     }
-    println!("values with an 8-bit state are off by {worst:.1e} of the way they went, at most");
+    println!("largest difference of values with an 8-bit state: {worst:.1e} of their change");
 }
 
 const TENSORS: [(&str, usize); 3] = [("whole", 4096), ("ragged", 5100), ("small", 1000)];
 
-/// The gradients of `goldens/optimizer/make.py`.
+/// Returns the gradients of `goldens/optimizer/make.py`.
 fn gradient(index: usize, step: u64) -> Vec<f32> {
     let (name, n) = TENSORS[index];
     let scales = [1.0, 1e-3, 1e-6, 0.0, 30.0];
@@ -98,7 +99,7 @@ fn gradient(index: usize, step: u64) -> Vec<f32> {
     noise(1000 * (index as u64 + 1) + step, n).iter().enumerate().map(|(i, g)| g * scale(i)).collect()
 }
 
-/// Its generator.
+/// The random generator of `goldens/optimizer/make.py`.
 fn noise(seed: u64, n: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03;
     let next = |_| {
@@ -112,7 +113,7 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
 }
 
-/// A few steps on the golden rows: the losses, and the model after them.
+/// Runs a few steps on the golden rows; returns the losses and the model.
 fn train(golden: &Golden, config: &SftConfig, rates: Rates, steps: usize) -> (Vec<f64>, CausalLm) {
     let mut model = golden.load_full();
     let mut optimizer = Optimizer::new(&model, OptimizerConfig::from(config), 1).expect("something is trained");
@@ -122,7 +123,7 @@ fn train(golden: &Golden, config: &SftConfig, rates: Rates, steps: usize) -> (Ve
 }
 
 #[test]
-fn every_optimizer_learns_and_8_bits_learn_as_much() {
+fn every_optimizer_lowers_the_loss_and_8_bit_ones_equally() {
     let golden = Golden::open("qwen2");
     let losses = |optim, rate: f64, momentum| {
         train(&golden, &SftConfig { optim, momentum, ..SftConfig::default() }, rate.into(), 8).0
@@ -140,7 +141,7 @@ fn every_optimizer_learns_and_8_bits_learn_as_much() {
 }
 
 #[test]
-fn embeddings_have_a_learning_rate_of_their_own() {
+fn embeddings_have_a_separate_learning_rate() {
     let golden = Golden::open("qwen3-untied-sharded");
     let rate = |default, embedding| Rates { default, embedding };
     let before = golden.load_full();

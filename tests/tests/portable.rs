@@ -1,4 +1,4 @@
-//! The portable operations: the same losses in f32, and what bfloat16 costs.
+//! Tests of the portable operations: equal losses in f32, and the error of bfloat16.
 
 use rekindle_kernels::Backend;
 use rekindle_models::{Batch, CausalLm};
@@ -15,7 +15,7 @@ fn every_model_gives_the_losses_of_transformers() {
 }
 
 #[test]
-fn both_paths_give_one_gradient() {
+fn both_paths_give_the_same_gradient() {
     for name in ["qwen3-tied", "qwen2", "llama3"] {
         let golden = Golden::open(name);
         for (kind, model) in [("adapter", golden.load_adapted("all-linear")), ("full", golden.load_full())] {
@@ -23,15 +23,14 @@ fn both_paths_give_one_gradient() {
             let (cpu, portable) = (gradient(), Backend::portable_only(gradient));
             let error = relative_distance(&portable, &cpu);
             println!("{name}, {kind}: paths differ by {error:.1e}");
-            // Each path is within 1.4e-6 of the float64 gradient, as the naive computation in f32 is (`gradients`).
+            // Each path is within 1.4e-6 of the float64 gradient, like the naive computation in f32 (see `gradients`).
             assert!(error <= 2.8e-6, "{name}, {kind}: {error:e}");
         }
     }
 }
 
-/// bfloat16 has 8 bits; how much of that reaches a loss depends on the model. torch's own bfloat16 result for
-/// the same rows tells: no token may be further from the f32 loss than twice torch's worst token, and no row's
-/// sum than twice torch's worst row.
+/// bfloat16 has 8 significant bits; the resulting error of a loss depends on the model. The bounds come from torch's
+/// own bfloat16 result for the same rows: twice the largest error of a token, and twice that of a row's sum.
 #[test]
 fn bfloat16_is_as_close_as_torch_is() {
     let golden = Golden::open("qwen3-tied");
@@ -41,12 +40,12 @@ fn bfloat16_is_as_close_as_torch_is() {
     let (tokens, sums) = furthest(&torch, &truth);
     let (our_tokens, our_sums) = furthest(&ours, &truth);
     println!("bf16, tokens: torch {tokens:.3}, ours {our_tokens:.3}; sums: torch {sums:.3}, ours {our_sums:.3}");
-    assert!(our_tokens <= 2.0 * tokens, "a token is off by {our_tokens}, torch's worst by {tokens}");
-    assert!(our_sums <= 2.0 * sums, "a row's sum is off by {our_sums}, torch's worst by {sums}");
-    assert!(our_tokens > 1e-4, "it was computed in bfloat16");
+    assert!(our_tokens <= 2.0 * tokens, "largest error of a token: {our_tokens}, torch: {tokens}");
+    assert!(our_sums <= 2.0 * sums, "largest error of a row's sum: {our_sums}, torch: {sums}");
+    assert!(our_tokens > 1e-4, "the error of bfloat16 is visible");
 }
 
-/// Largest |Δnll| of a token, and of a row's sum.
+/// Returns the largest |Δnll| of a token, and of a row's sum.
 fn furthest(got: &[RowLosses], truth: &[RowLosses]) -> (f64, f64) {
     let tokens = got.iter().zip(truth).flat_map(|(g, t)| g.nll.iter().zip(&t.nll));
     let token = tokens.map(|(g, t)| (g - t).abs()).fold(0.0, f64::max);

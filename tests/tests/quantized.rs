@@ -1,15 +1,15 @@
-//! Quantized bases against transformers and bitsandbytes: losses, files byte for byte, and quantizing while loading.
+//! Compares quantized bases with transformers and bitsandbytes: losses, files byte for byte, and quantizing on load.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use rekindle_hub::{Checkpoint, Dtype, Headers};
+use rekindle_hub::{Checkpoint, CheckpointHeaders, Dtype};
 use rekindle_models::{LoadIn, MemoryClass, MemoryReport, quantize};
 use rekindle_quant::{QuantConfig, QuantType};
 use rekindle_tests::{Golden, RowLosses, assert_nll, goldens, read_json, worst_nll};
 
-/// Every checkpoint that bitsandbytes wrote, with the key of `expect.json` that its losses are under. bitsandbytes
-/// decodes weights made from bfloat16 to bfloat16 whatever is computed in; here codes are decoded to what is computed in.
+/// Returns every checkpoint that bitsandbytes wrote, with the key of its losses in `expect.json`. bitsandbytes decodes
+/// weights quantized from bfloat16 to bfloat16 regardless of the compute dtype; Rekindle decodes to the compute dtype.
 fn checkpoints() -> Vec<(String, &'static str)> {
     let entries = std::fs::read_dir(goldens().join("quantized")).expect("the quantized goldens");
     let mut names: Vec<String> = entries
@@ -18,13 +18,13 @@ fn checkpoints() -> Vec<(String, &'static str)> {
         .map(|path| format!("quantized/{}", path.file_name().expect("a name").to_string_lossy()))
         .collect();
     names.sort();
-    assert_eq!(names.len(), 13, "checkpoints of the README there");
+    assert_eq!(names.len(), 13, "checkpoints listed in the goldens' README");
     let key = |name: &str| if name.contains("bfloat16-nf4") { "decoded_in_float32" } else { "rows" };
     names.into_iter().map(|name| (name.clone(), key(&name))).collect()
 }
 
 #[test]
-fn every_checkpoint_gives_the_losses_of_its_decoded_weights() {
+fn every_checkpoint_gives_the_losses_of_its_dequantized_weights() {
     for (name, key) in checkpoints() {
         let golden = Golden::open(&name);
         let rows = if key == "rows" { &golden.expect[key] } else { &golden.expect[key]["rows"] };
@@ -38,7 +38,7 @@ fn every_checkpoint_gives_the_losses_of_its_decoded_weights() {
 }
 
 #[test]
-fn adapters_work_over_codes_as_over_decoded_weights() {
+fn adapters_work_over_quantized_like_over_dequantized_weights() {
     let golden = Golden::open("quantized/qwen3-tied-nf4-double");
     let model = golden.load_adapted("all-linear");
     let batch = golden.packed();
@@ -46,7 +46,7 @@ fn adapters_work_over_codes_as_over_decoded_weights() {
     assert_nll("nf4 with adapter", &batch, &nll, &golden.adapter_losses("all-linear"));
 }
 
-/// Every tensor of a checkpoint: dtype, shape, bytes.
+/// Returns the dtype, shape and bytes of every tensor of a checkpoint.
 fn contents(dir: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
     let checkpoint = Checkpoint::open(dir).expect("a checkpoint opens");
     let tensor = |name: &str| {
@@ -65,22 +65,22 @@ fn assert_same(what: &str, got: &Path, want: &Path) {
 }
 
 #[test]
-fn saving_what_was_loaded_gives_the_same_bytes() {
+fn a_loaded_checkpoint_is_saved_byte_for_byte() {
     for (name, _) in checkpoints() {
         let golden = Golden::open(&name);
         let out = tempfile::tempdir().expect("a temporary directory");
-        golden.load().save(out.path(), Dtype::F32).expect("the disk has room");
+        golden.load().save(out.path(), Dtype::F32).expect("the disk has space");
         assert_same(&name, out.path(), &golden.dir);
         let config = |dir: &Path| read_json(&dir.join("config.json"));
         assert_eq!(config(out.path()), config(&golden.dir), "{name}");
     }
 }
 
-/// The offset of double quantization is a mean, whose last bits depend on the order of summation on the GPU.
+/// The tolerance for the offset of double quantization, a mean whose last bits depend on the GPU's summation order.
 const OFFSET_ULPS: u32 = 2;
 
 #[test]
-fn quantizing_gives_the_files_of_bitsandbytes() {
+fn quantize_writes_the_files_of_bitsandbytes() {
     let four_bit = |quant_type, double_quant| {
         LoadIn::FourBit(Some(QuantConfig { quant_type, double_quant, ..QuantConfig::default() }))
     };
@@ -95,9 +95,12 @@ fn quantizing_gives_the_files_of_bitsandbytes() {
     ] {
         let out = tempfile::tempdir().expect("a temporary directory");
         let checkpoint = Checkpoint::open(&goldens().join(base)).expect("a golden checkpoint opens");
-        let report = quantize(&checkpoint, load_in, None, out.path(), &mut |_| ()).expect("the disk has room");
+        let report = quantize(&checkpoint, load_in, None, out.path(), &mut |_| ()).expect("the disk has space");
         let want = goldens().join("quantized").join(made);
-        assert_eq!(report, MemoryReport::of_headers(&Headers::open(out.path()).expect("just written"), &config(&want)));
+        assert_eq!(
+            report,
+            MemoryReport::of_headers(&CheckpointHeaders::open(out.path()).expect("just written"), &config(&want))
+        );
         if !made.ends_with("double") {
             assert_same(made, out.path(), &want);
         } else {
@@ -113,7 +116,7 @@ fn config(dir: &Path) -> rekindle_models::ModelConfig {
     rekindle_models::ModelConfig::from_checkpoint(&checkpoint).expect("a golden configuration")
 }
 
-/// Codes are equal bit for bit; nested scales follow from the offset and may be off by as much as it is.
+/// Asserts that codes are equal bit for bit, and nested scales up to the difference of the offset they depend on.
 fn assert_same_but_offsets(what: &str, got: &Path, want: &Path) {
     let (got, want) = (contents(got), contents(want));
     assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>(), "{what}");
@@ -131,7 +134,7 @@ fn assert_same_but_offsets(what: &str, got: &Path, want: &Path) {
         } else if name.ends_with("nested_absmax") {
             for (got, want) in got.as_chunks::<4>().0.iter().zip(bytes.as_chunks::<4>().0) {
                 let (got, want) = (f32::from_le_bytes(*got), f32::from_le_bytes(*want));
-                // |absmax − offset|: both are below 1 here, so an ulp of the offset is at most 2⁻²⁴.
+                // The scale is |absmax − offset|. Both are below 1 here, so an ulp of the offset is at most 2⁻²⁴.
                 assert!((got - want).abs() <= 2.0 * 2f32.powi(-24), "{what}: {name}: {got} and {want}");
             }
         } else {
@@ -143,12 +146,12 @@ fn assert_same_but_offsets(what: &str, got: &Path, want: &Path) {
 }
 
 #[test]
-fn quantizing_while_loading_is_loading_what_was_quantized() {
+fn quantizing_on_load_equals_loading_a_quantized_checkpoint() {
     for load_in in [LoadIn::FourBit(None), LoadIn::EightBit] {
         let base = Golden::open("llama3");
         let out = tempfile::tempdir().expect("a temporary directory");
         let checkpoint = Checkpoint::open(&base.dir).expect("a golden checkpoint opens");
-        quantize(&checkpoint, load_in, None, out.path(), &mut |_| ()).expect("the disk has room");
+        quantize(&checkpoint, load_in, None, out.path(), &mut |_| ()).expect("the disk has space");
         let stored = Golden { dir: out.path().to_owned(), ..Golden::open("llama3") };
         let batch = base.packed();
         let while_loading = base.load_with(|options| options.load_in = Some(load_in));
@@ -156,7 +159,7 @@ fn quantizing_while_loading_is_loading_what_was_quantized() {
         assert_eq!(a.expect("golden rows fit"), b.expect("golden rows fit"));
         assert_eq!(while_loading.memory_report(), stored.load().memory_report());
         let saved = tempfile::tempdir().expect("a temporary directory");
-        while_loading.save(saved.path(), Dtype::F32).expect("the disk has room");
+        while_loading.save(saved.path(), Dtype::F32).expect("the disk has space");
         assert_same("saved while loading", saved.path(), out.path());
     }
 }
@@ -186,7 +189,7 @@ fn refused(golden: &str, change: impl FnOnce(&mut rekindle_models::LoadOptions))
 }
 
 #[test]
-fn another_format_than_the_checkpoint_has_is_refused() {
+fn a_format_other_than_the_checkpoints_is_refused() {
     let fp4 = QuantConfig { quant_type: QuantType::Fp4, ..QuantConfig::default() };
     for (golden, load_in, words) in [
         ("quantized/qwen3-tied-nf4", LoadIn::EightBit, ["4-bit (nf4)", "load_in_8bit"]),
@@ -203,14 +206,14 @@ fn another_format_than_the_checkpoint_has_is_refused() {
     let text =
         refused("quantized/qwen3-tied-fp4-double", |options| options.load_in = Some(LoadIn::FourBit(Some(blocks))));
     assert!(text.contains("has blocks of 64, and blocksize 256 was asked for"), "{text}");
-    // The same format, said again, is no contradiction.
+    // Requesting the checkpoint's own format is allowed.
     let golden = Golden::open("quantized/qwen3-tied-fp4-double");
     golden.load_with(|options| options.load_in = Some(LoadIn::FourBit(Some(fp4))));
     golden.load_with(|options| options.load_in = Some(LoadIn::FourBit(None)));
 }
 
 #[test]
-fn arguments_that_cannot_be_met_are_refused() {
+fn unsatisfiable_arguments_are_refused() {
     let text = refused("qwen2", |options| options.skip_modules = Some(vec!["lm_head".to_owned()]));
     assert!(text.contains("nothing is quantized"), "{text}");
     let text = refused("quantized/qwen2-nf4-double", |options| options.full_finetuning = true);
@@ -221,7 +224,7 @@ fn arguments_that_cannot_be_met_are_refused() {
     assert!(error.to_string().contains("give the 16-bit checkpoint"), "{error}");
 }
 
-/// A copy of a quantized golden with one tensor changed or left out.
+/// Copies a quantized golden with one tensor changed or omitted.
 fn damaged(golden: &str, name: &str, change: impl FnOnce(&mut Vec<u8>) -> bool) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let mut all = contents(&goldens().join(golden));
@@ -229,7 +232,7 @@ fn damaged(golden: &str, name: &str, change: impl FnOnce(&mut Vec<u8>) -> bool) 
         all.remove(name);
     }
     let count = |dtype: Dtype, shape: &[usize], bytes: usize| {
-        // One axis is made to fit when the bytes no longer do.
+        // If the number of bytes changed, the shape becomes one-dimensional to match it.
         let fits = shape.iter().product::<usize>() * dtype.size() == bytes;
         if fits { shape.to_vec() } else { vec![bytes / dtype.size()] }
     };
@@ -248,7 +251,7 @@ fn damaged(golden: &str, name: &str, change: impl FnOnce(&mut Vec<u8>) -> bool) 
 }
 
 #[test]
-fn damaged_codes_and_scales_are_named() {
+fn damaged_quantized_tensors_are_named() {
     const WEIGHT: &str = "model.layers.0.self_attn.q_proj.weight";
     let shorten = |bytes: &mut Vec<u8>| {
         bytes.truncate(bytes.len() - 4);

@@ -1,4 +1,4 @@
-//! The README's library example, and that it is the one which runs here.
+//! Runs the README's library example, and checks that the README contains it verbatim.
 
 #![allow(clippy::unwrap_used)]
 
@@ -16,10 +16,10 @@ fn the_example_of_the_readme_runs() {
     main().unwrap();
     let adapter = root.join("target/finetuned");
     assert!(adapter.join("adapter_model.safetensors").exists());
-    assert!(adapter.join("tokenizer.json").exists(), "the tokenizer comes along");
+    assert!(adapter.join("tokenizer.json").exists(), "the tokenizer is saved too");
 }
 
 #[test]
-fn the_readme_shows_it_to_the_letter() {
+fn the_readme_contains_the_example_verbatim() {
     assert!(README.contains(EXAMPLE), "README.md and crates/rekindle/examples/finetune.rs differ");
 }

@@ -1,4 +1,4 @@
-//! A run that is stopped and gone on with ends in the bits of one that was not, whatever is trained and how.
+//! Tests that a stopped and resumed run is bit-identical to an uninterrupted one in every training mode.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,15 +12,15 @@ use rekindle_tests::Golden;
 
 const NO_TOKENIZER: Option<&Tokenizer> = None;
 
-/// A job that can be run again and again.
-struct Job {
+/// A training job that can be run repeatedly.
+struct TrainingJob {
     golden: Golden,
     lora: Option<LoraConfig>,
     load_in_4bit: bool,
     config: SftConfig,
 }
 
-impl Job {
+impl TrainingJob {
     fn new(golden: &str, lora: Option<LoraConfig>) -> Self {
         let config = SftConfig {
             per_device_train_batch_size: 2,
@@ -78,13 +78,13 @@ impl Job {
 struct Outcome {
     report: Report,
     values: Vec<f32>,
-    /// Name and bytes of everything in the result.
+    /// The name and bytes of every file in the result.
     files: Vec<(String, Vec<u8>)>,
     notes: Vec<String>,
 }
 
 impl Outcome {
-    /// What must be alike: everything but times.
+    /// Returns the numbers that must be equal: all but times.
     fn numbers(&self) -> Vec<(usize, f64, f64, f64, f64, usize)> {
         let step = |m: &rekindle::StepMetrics| (m.step, m.epoch, m.loss, m.grad_norm, m.learning_rate, m.tokens);
         self.report.steps.iter().map(step).collect()
@@ -94,8 +94,8 @@ impl Outcome {
         assert_eq!(self.numbers(), other.numbers(), "{what}");
         assert_eq!(self.report.evals, other.report.evals, "{what}");
         assert_eq!(self.report.best, other.report.best, "{what}");
-        assert!(self.values == other.values, "{what}: other parameters");
-        assert!(!self.files.is_empty() && self.files == other.files, "{what}: other files");
+        assert!(self.values == other.values, "{what}: the parameters differ");
+        assert!(!self.files.is_empty() && self.files == other.files, "{what}: the files differ");
     }
 }
 
@@ -116,8 +116,8 @@ fn scratch() -> tempfile::TempDir {
     tempfile::tempdir().expect("a temporary directory")
 }
 
-/// Stops after each of `stops`, goes on, and compares with a run that never stopped.
-fn check(what: &str, job: &Job, stops: &[usize]) {
+/// Stops after each of `stops`, resumes, and compares with an uninterrupted run.
+fn check(what: &str, job: &TrainingJob, stops: &[usize]) {
     let (whole, parts) = (scratch(), scratch());
     let expected = job.run(whole.path(), None, None).expect("it runs");
     assert_eq!(expected.report.end, End::Finished);
@@ -126,7 +126,7 @@ fn check(what: &str, job: &Job, stops: &[usize]) {
         let part = job.run(parts.path(), resume, Some(stop)).expect("it runs");
         assert_eq!((part.report.end, part.report.steps.len()), (End::Interrupted, stop), "{what}");
         assert_eq!(part.report.checkpoint, Some(parts.path().join(format!("checkpoint-{stop}"))), "{what}");
-        assert!(part.values != expected.values, "{what}: there is something left to do");
+        assert!(part.values != expected.values, "{what}: the run is not finished yet");
         resume = Some(Resume::Latest);
     }
     let last = job.run(parts.path(), resume, None).expect("it runs");
@@ -139,7 +139,7 @@ fn lora() -> LoraConfig {
 }
 
 #[test]
-fn adapters_of_every_kind() {
+fn runs_with_adapters_of_every_kind_resume() {
     let dropout = lora().lora_dropout(0.2);
     let saved = || LoraConfig { modules_to_save: vec!["embed_tokens".to_owned()], ..lora() };
     for (what, golden, lora) in [
@@ -152,22 +152,24 @@ fn adapters_of_every_kind() {
         ("a trained table beside a head", "qwen3-untied-sharded", saved()),
         ("PiSSA", "qwen2", LoraConfig { init_lora_weights: InitLoraWeights::Pissa, ..lora() }),
     ] {
-        check(what, &Job::new(golden, Some(lora)), &[1, 3]);
+        check(what, &TrainingJob::new(golden, Some(lora)), &[1, 3]);
     }
 }
 
 #[test]
-fn an_adapter_over_codes() {
-    check("NF4", &Job { load_in_4bit: true, ..Job::new("llama3", Some(lora())) }, &[2]);
+fn a_run_with_an_adapter_over_quantized_weights_resumes() {
+    check("NF4", &TrainingJob { load_in_4bit: true, ..TrainingJob::new("llama3", Some(lora())) }, &[2]);
 }
 
 #[test]
-fn noise_and_optimizers_in_eight_bits() {
+fn runs_with_noise_and_8_bit_optimizers_resume() {
     for (what, optim, noise) in
         [("NEFTune", Optim::Adamw, Some(5.0)), ("8 bits", Optim::Adamw8bit, None), ("Lion", Optim::Lion8bit, None)]
     {
-        let job =
-            Job::new("qwen3-tied", Some(LoraConfig { modules_to_save: vec!["embed_tokens".to_owned()], ..lora() }));
+        let job = TrainingJob::new(
+            "qwen3-tied",
+            Some(LoraConfig { modules_to_save: vec!["embed_tokens".to_owned()], ..lora() }),
+        );
         let job = job.config(|config| {
             config.learning_rate = Some(1e-3);
             config.optim = optim;
@@ -179,15 +181,15 @@ fn noise_and_optimizers_in_eight_bits() {
 }
 
 #[test]
-fn all_weights() {
+fn a_full_finetuning_run_resumes() {
     for golden in ["qwen2", "qwen3-untied-sharded"] {
-        check(golden, &Job::new(golden, None).config(|config| config.learning_rate = Some(1e-3)), &[3]);
+        check(golden, &TrainingJob::new(golden, None).config(|config| config.learning_rate = Some(1e-3)), &[3]);
     }
 }
 
 #[test]
 fn an_epoch_ends_a_step() {
-    let job = Job::new("llama3", Some(lora())).config(|config| {
+    let job = TrainingJob::new("llama3", Some(lora())).config(|config| {
         config.max_steps = None;
         config.num_train_epochs = Some(2.5);
         config.eval_steps = Some(StepCount::Steps(2));
@@ -205,7 +207,7 @@ fn an_epoch_ends_a_step() {
 
 #[test]
 fn fewer_rows_than_a_step_has_make_a_step_an_epoch() {
-    let job = Job::new("llama3", Some(lora())).config(|config| {
+    let job = TrainingJob::new("llama3", Some(lora())).config(|config| {
         (config.max_steps, config.num_train_epochs) = (None, Some(4.0));
         config.gradient_accumulation_steps = 16;
     });
@@ -217,7 +219,7 @@ fn fewer_rows_than_a_step_has_make_a_step_an_epoch() {
 #[test]
 fn the_best_is_kept_and_found_again() {
     // At this rate the loss falls in the first step and rises from there.
-    let job = Job::new("qwen3-tied", Some(lora())).config(|config| {
+    let job = TrainingJob::new("qwen3-tied", Some(lora())).config(|config| {
         config.learning_rate = Some(0.2);
         config.lr_scheduler_type = LrSchedulerType::Constant;
         config.max_steps = Some(4);
@@ -232,18 +234,18 @@ fn the_best_is_kept_and_found_again() {
     let best = whole.report.best.expect("there were evaluations");
     let lowest = whole.report.evals.iter().map(|eval| eval.eval_loss).fold(f64::INFINITY, f64::min);
     assert_eq!(best.eval_loss, lowest);
-    assert!(best.step < 4, "the last is not the best: {:?}", whole.report.evals);
+    assert!(best.step < 4, "the last checkpoint is not the best: {:?}", whole.report.evals);
     let mut model = job.model().load_adapter(dir.path().join("adapter")).expect("it was just written");
     let rows = DataSource::new(job.golden.dir.join("rows.jsonl"));
     assert_eq!(model.evaluate(None, &rows, &mut |_| ()).expect("rows fit").loss, best.eval_loss);
     assert_eq!(model.causal_lm_mut().params().all_values(), whole.values);
-    assert_eq!(checkpoints(dir.path()), sorted([best.step, 4]), "the best and the last");
+    assert_eq!(checkpoints(dir.path()), sorted([best.step, 4]), "the best and the last checkpoint");
     check("best", &job, &[2, 3]);
 }
 
 #[test]
-fn a_loss_that_falls_no_more_ends_the_run() {
-    let job = Job::new("qwen3-tied", Some(lora())).config(|config| {
+fn early_stopping_ends_the_run() {
+    let job = TrainingJob::new("qwen3-tied", Some(lora())).config(|config| {
         config.learning_rate = Some(0.0);
         config.max_steps = Some(40);
         config.warmup_steps = StepCount::Steps(0);
@@ -254,19 +256,19 @@ fn a_loss_that_falls_no_more_ends_the_run() {
     let whole = job.run(dir.path(), None, None).expect("it runs");
     assert_eq!((whole.report.end, whole.report.steps.len()), (End::EarlyStopping, 6));
     assert!(whole.report.saved.is_some());
-    // The patience that is used up survives.
+    // The patience used so far is restored.
     let parts = scratch();
     job.run(parts.path(), None, Some(5)).expect("it runs");
     let rest = job.run(parts.path(), Some(Resume::Latest), None).expect("it runs");
     assert_eq!((rest.report.end, rest.report.steps.len()), (End::EarlyStopping, 6));
     rest.assert_is(&whole, "early stopping");
     let again = job.run(parts.path(), Some(Resume::Latest), None).expect("it runs");
-    again.assert_is(&whole, "a run that is over");
+    again.assert_is(&whole, "a finished run");
 }
 
 #[test]
 fn only_so_many_checkpoints_stay() {
-    let job = Job::new("llama3", Some(lora())).config(|config| {
+    let job = TrainingJob::new("llama3", Some(lora())).config(|config| {
         config.save_steps = Some(StepCount::Steps(1));
         config.save_total_limit = Some(2);
     });
@@ -276,11 +278,11 @@ fn only_so_many_checkpoints_stay() {
 }
 
 #[test]
-fn another_run_is_refused_by_name() {
-    let job = Job::new("qwen3-tied", Some(lora()));
+fn resuming_a_different_run_is_refused_with_the_differences() {
+    let job = TrainingJob::new("qwen3-tied", Some(lora()));
     let dir = scratch();
     job.run(dir.path(), None, Some(3)).expect("it runs");
-    let fails = |job: &Job, resume: Option<Resume>, parts: &[&str]| {
+    let fails = |job: &TrainingJob, resume: Option<Resume>, parts: &[&str]| {
         let error = job.run(dir.path(), resume, None).err().expect("it is refused").to_string();
         for part in parts {
             assert!(error.contains(part), "{part:?} is not in: {error}");
@@ -288,29 +290,33 @@ fn another_run_is_refused_by_name() {
     };
     fails(&job, None, &["checkpoint-3 is of an earlier run", "--resume", "--overwrite", "another output_dir"]);
     let from = || Some(Resume::Latest);
-    let other = Job::new("qwen3-tied", Some(LoraConfig { r: 8, ..lora() })).config(|config| {
+    let other = TrainingJob::new("qwen3-tied", Some(LoraConfig { r: 8, ..lora() })).config(|config| {
         config.learning_rate = Some(0.02);
         config.weight_decay = 0.5;
     });
     let parts =
         ["[lora] r was 4 and is 8", "[train] learning_rate was 0.01 and is 0.02", "weight_decay was 0.01 and is 0.5"];
     fails(&other, from(), &parts);
-    let rows = Job::new("qwen3-tied", Some(lora())).config(|config| config.per_device_train_batch_size = 1);
+    let rows = TrainingJob::new("qwen3-tied", Some(lora())).config(|config| config.per_device_train_batch_size = 1);
     fails(&rows, from(), &["rows of a step was 4 and is 2"]);
-    fails(&Job::new("qwen2", Some(lora())), from(), &["the base weights are others", "the training rows are others"]);
-    fails(&Job::new("qwen3-tied", None), from(), &["full_finetuning was false and is true"]);
-    let short = Job::new("qwen3-tied", Some(lora())).config(|config| config.max_steps = Some(2));
+    fails(
+        &TrainingJob::new("qwen2", Some(lora())),
+        from(),
+        &["the base weights are others", "the training rows are others"],
+    );
+    fails(&TrainingJob::new("qwen3-tied", None), from(), &["full_finetuning was false and is true"]);
+    let short = TrainingJob::new("qwen3-tied", Some(lora())).config(|config| config.max_steps = Some(2));
     fails(&short, from(), &["is of step 3, and the run has 2", "raise max_steps"]);
     fails(&job, Some(Resume::From(dir.path().join("checkpoint-2"))), &["checkpoint-3 of step 3", "remove it"]);
     fails(&job, Some(Resume::From(dir.path().join("adapter"))), &["trainer_state.json: there is none"]);
 }
 
 #[test]
-fn what_may_change_changes_what_it_says() {
-    let job = Job::new("qwen3-tied", Some(lora()));
+fn allowed_changes_are_reported() {
+    let job = TrainingJob::new("qwen3-tied", Some(lora()));
     let dir = scratch();
     job.run(dir.path(), None, Some(4)).expect("it runs");
-    let longer = Job::new("qwen3-tied", Some(lora())).config(|config| {
+    let longer = TrainingJob::new("qwen3-tied", Some(lora())).config(|config| {
         config.max_steps = Some(8);
         config.logging_steps = StepCount::Steps(5);
         config.save_steps = Some(StepCount::Steps(3));
@@ -326,8 +332,8 @@ fn what_may_change_changes_what_it_says() {
     ] {
         assert!(notes.contains(part), "{part:?} is not in: {notes}");
     }
-    assert!(!notes.contains("warmup"), "the warm-up is over: {notes}");
-    // A copy goes on elsewhere, with the history of the original.
+    assert!(!notes.contains("warmup"), "the warm-up is already over: {notes}");
+    // A copied checkpoint resumes in another directory with the history of the original.
     let elsewhere = scratch();
     let from = Some(Resume::From(dir.path().join("checkpoint-6")));
     let copy = longer.run(elsewhere.path(), from, None).expect("it runs");
@@ -335,8 +341,8 @@ fn what_may_change_changes_what_it_says() {
 }
 
 #[test]
-fn nothing_to_go_on_from_means_a_new_run() {
-    let job = Job::new("llama3", Some(lora())).config(|config| config.save_steps = None);
+fn resuming_without_a_checkpoint_starts_a_new_run() {
+    let job = TrainingJob::new("llama3", Some(lora())).config(|config| config.save_steps = None);
     let (dir, plain) = (scratch(), scratch());
     let run = job.run(dir.path(), Some(Resume::Latest), None).expect("it runs");
     assert!(run.notes[0].contains("holds no checkpoint: the run starts from the beginning"), "{:?}", run.notes);
@@ -346,10 +352,10 @@ fn nothing_to_go_on_from_means_a_new_run() {
 }
 
 #[test]
-fn a_directory_is_one_runs_at_a_time() {
-    let job = Job::new("llama3", Some(lora()));
+fn an_output_directory_is_locked_by_its_run() {
+    let job = TrainingJob::new("llama3", Some(lora()));
     let dir = scratch();
-    let lock = rekindle_hub::DirectoryLock::take(dir.path()).expect("nobody has it");
+    let lock = rekindle_hub::DirectoryLock::acquire(dir.path()).expect("nobody has it");
     let error = job.run(dir.path(), None, None).err().expect("it is refused").to_string();
     assert!(error.contains("another process is writing there"), "{error}");
     drop(lock);
@@ -357,7 +363,7 @@ fn a_directory_is_one_runs_at_a_time() {
 }
 
 fn checkpoints(dir: &Path) -> Vec<usize> {
-    let names = std::fs::read_dir(dir).expect("it is there").map(|entry| entry.expect("it can be read").file_name());
+    let names = std::fs::read_dir(dir).expect("it exists").map(|entry| entry.expect("it can be read").file_name());
     sorted(names.filter_map(|name| name.to_str()?.strip_prefix("checkpoint-")?.parse().ok()))
 }
 

@@ -1,4 +1,4 @@
-//! Models beyond their window: losses of transformers (`goldens/rope`), and results that open as they were trained.
+//! Tests of models beyond their window: losses of transformers (`goldens/rope`), and reloading of saved results.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use rekindle_tests::{Golden, RowLosses, assert_nll, goldens, read_json, worst_nl
 use rekindle_train::save_result;
 use serde_json::{Value, json};
 
-/// The weights of `qwen3-tied` with another configuration.
+/// Creates a model directory with the weights of `qwen3-tied` and a changed configuration.
 fn model_dir(change: impl FnOnce(&mut Value)) -> tempfile::TempDir {
     let golden = Golden::open("qwen3-tied");
     let dir = tempfile::tempdir().expect("a temporary directory");
@@ -30,7 +30,7 @@ fn native(case: &Value) -> tempfile::TempDir {
     })
 }
 
-/// The same in the spelling of transformers 4.
+/// Creates the same in the layout of transformers 4.
 fn native_older(case: &Value) -> tempfile::TempDir {
     model_dir(|config| {
         config["max_position_embeddings"] = case["window"].clone();
@@ -48,7 +48,7 @@ fn load(dir: &Path, length: usize, rope_scaling: RopeScaling) -> CausalLm {
     CausalLm::load(&Checkpoint::open(dir).expect("it opens"), &options, &mut |_| ()).expect("it loads")
 }
 
-/// All rows of a set in one batch, and what transformers computed for them.
+/// Returns all rows of a set in one batch, with transformers' losses.
 fn rows(set: &Value) -> (Batch, Vec<RowLosses>) {
     let list = |row: &Value| -> Vec<u32> { serde_json::from_value(row.clone()).expect("ids are numbers") };
     let ids: Vec<Vec<u32>> = set["input_ids"].as_array().expect("a list of rows").iter().map(list).collect();
@@ -73,7 +73,7 @@ fn positions_beyond_the_window_give_the_losses_of_transformers() {
             let nll = model.nll(&batch).expect("the rows fit");
             assert_nll(&what, &batch, &nll, &expected);
             let asked = worst_nll(&batch, &nll, &expected);
-            // What is written gives the same for short rows too, in this model and in every reader of it.
+            // The saved parameters also give the same losses for short rows, in this model and in a reloaded one.
             let (mixed, expected) = rows(&case["written"]);
             let short = model.nll(&mixed).expect("the rows fit");
             assert_nll(&what, &mixed, &short, &expected);
@@ -84,14 +84,14 @@ fn positions_beyond_the_window_give_the_losses_of_transformers() {
             assert_eq!(config["max_position_embeddings"], length, "{what}");
             assert_close(&config["rope_parameters"], &case["written"]["rope_parameters"], &what);
             let again = load(&written.path().join("model"), length, RopeScaling::Auto);
-            assert!(again.widened().is_none(), "{what}: it is its own window now");
+            assert!(again.context_extension().is_none(), "{what}: the extended window is now native");
             assert_eq!(again.nll(&batch).expect("the rows fit"), nll, "{what}");
-            assert_eq!(*first.get_or_insert(nll.clone()), nll, "{what}: both spellings are one model");
+            assert_eq!(*first.get_or_insert(nll.clone()), nll, "{what}: both layouts give the same model");
         }
     }
 }
 
-/// The same keys; numbers to the last digits of f64, which Python's powers and ours may differ in.
+/// Asserts equal keys and equal numbers, except for the last digits of f64, in which Python's powers may differ.
 fn assert_close(got: &Value, expected: &Value, what: &str) {
     let (got, expected) = (got.as_object().expect("an object"), expected.as_object().expect("an object"));
     assert!(got.keys().all(|key| expected.contains_key(key)) && got.len() == expected.len(), "{what}: {got:?}");
@@ -112,7 +112,7 @@ fn base() -> Loader {
 }
 
 #[test]
-fn an_adapter_carries_the_positions_that_it_was_trained_with() {
+fn an_adapter_records_the_positions_it_was_trained_with() {
     let rows = DataSource::new(Golden::open("qwen3-tied").dir.join("rows.jsonl"));
     for method in [RopeScaling::Dynamic, RopeScaling::Yarn] {
         let out = tempfile::tempdir().expect("a temporary directory");
@@ -126,7 +126,7 @@ fn an_adapter_carries_the_positions_that_it_was_trained_with() {
         let expected = model.evaluate(None, &rows, &mut |_| ()).expect("golden rows fit");
         let losses = |model: &rekindle::Model| model.evaluate(None, &rows, &mut |_| ()).expect("golden rows fit");
 
-        // With or without a length of its own, however short.
+        // With or without a given length, however short.
         for loader in [base(), base().max_seq_length(100)] {
             let model = loader.for_adapter(&adapter).load_model().expect("it loads");
             let window = model.causal_lm().config().max_position_embeddings;

@@ -1,4 +1,4 @@
-//! How an optimizer step is cut into micro-batches changes nothing; the same step twice gives the same bits.
+//! Tests that splitting an optimizer step into micro-batches changes nothing, and that steps are reproducible.
 
 use rekindle_data::{Dataset, EncodeOptions, Packs};
 use rekindle_lora::{GradientCheckpointing, LoraConfig};
@@ -6,7 +6,7 @@ use rekindle_models::{CausalLm, StepKey};
 use rekindle_tests::{Golden, relative_distance};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig, StepMetrics, Trainer};
 
-/// The seven rows packed, one by one, in pieces, and in other orders.
+/// The seven rows packed, one by one, in groups, and in other orders.
 const SPLITS: [&[&[usize]]; 6] = [
     &[&[0], &[1], &[2], &[3], &[4], &[5], &[6]],
     &[&[0, 1, 2], &[3, 4, 5, 6]],
@@ -16,13 +16,13 @@ const SPLITS: [&[&[usize]]; 6] = [
     &[&[1, 2, 3, 4, 5], &[0, 6]],
 ];
 
-/// What the project promises. A token's part of the gradient is the same bits in any batch (but for rows with a single
-/// counted label, whose logits are a matrix–vector product); what is left is the order of adding up to 200 f32 terms.
+/// The documented tolerance. A token's part of the gradient has the same bits in any batch (except for rows with a
+/// single label, whose logits are a matrix–vector product); only the order of summing up to 200 f32 terms differs.
 const TOLERANCE: f64 = 1e-6;
 
 const KEY: StepKey = StepKey { seed: 7, step: 3, neftune_noise_alpha: 0.0 };
 
-/// Sum of nll and gradient of the mean loss over all rows, by these micro-batches.
+/// Returns the sum of nll and the gradient of the mean loss over all rows, computed in these micro-batches.
 fn gradient(golden: &Golden, model: &CausalLm, split: &[&[usize]], key: Option<StepKey>) -> (f64, Vec<f32>) {
     let scale = 1.0 / golden.packed().counted() as f32;
     let mut grads = model.params().zero_grads();
@@ -35,17 +35,20 @@ fn gradient(golden: &Golden, model: &CausalLm, split: &[&[usize]], key: Option<S
 
 fn check_splits(what: &str, golden: &Golden, model: &CausalLm, key: Option<StepKey>) {
     let (loss, whole) = gradient(golden, model, &[&[0, 1, 2, 3, 4, 5, 6]], key);
-    assert!(whole.iter().any(|&g| g != 0.0), "{what}: something is trained");
+    assert!(whole.iter().any(|&g| g != 0.0), "{what}: the gradient is not zero");
     for split in SPLITS {
         let (part_loss, parts) = gradient(golden, model, split, key);
         let error = relative_distance(&parts, &whole);
         println!("{what}, {split:?}: {error:.1e}");
-        assert!(error <= TOLERANCE, "{what}: {split:?} moves the gradient by {error:e} of its norm");
-        assert!((part_loss / loss - 1.0).abs() <= TOLERANCE, "{what}: {split:?} moves the loss {loss} to {part_loss}");
+        assert!(error <= TOLERANCE, "{what}: {split:?} changes the gradient by {error:e} of its norm");
+        assert!(
+            (part_loss / loss - 1.0).abs() <= TOLERANCE,
+            "{what}: {split:?} changes the loss from {loss} to {part_loss}"
+        );
     }
 }
 
-/// A model with a new adapter on all seven linears and the factors of the golden one, whose B is not zero.
+/// Returns a model with a new adapter on all seven linears and the factors of the golden one, whose B is not zero.
 fn adapted(golden: &Golden, change: impl FnOnce(LoraConfig) -> LoraConfig) -> CausalLm {
     let source = golden.load_adapted("all-linear");
     let lora = source.lora().expect("it was just loaded");
@@ -57,7 +60,7 @@ fn adapted(golden: &Golden, change: impl FnOnce(LoraConfig) -> LoraConfig) -> Ca
 }
 
 #[test]
-fn any_split_gives_the_gradient_of_an_adapter() {
+fn the_gradient_of_an_adapter_does_not_depend_on_the_split() {
     for name in ["qwen3-tied", "qwen2", "llama3"] {
         let golden = Golden::open(name);
         check_splits(&format!("{name}, adapter"), &golden, &golden.load_adapted("all-linear"), None);
@@ -65,16 +68,16 @@ fn any_split_gives_the_gradient_of_an_adapter() {
 }
 
 #[test]
-fn any_split_gives_the_gradient_of_all_weights() {
+fn the_gradient_of_all_weights_does_not_depend_on_the_split() {
     for name in ["qwen3-tied", "qwen3-untied-sharded", "llama-bias"] {
         let golden = Golden::open(name);
         check_splits(&format!("{name}, full"), &golden, &golden.load_full(), None);
     }
 }
 
-/// Packs of every capacity, in micro-batches of one to three of them.
+/// Uses packs of every capacity, in micro-batches of one to three packs.
 #[test]
-fn any_packing_gives_the_gradient() {
+fn the_gradient_does_not_depend_on_packing() {
     let golden = Golden::open("qwen3-tied");
     let model = adapted(&golden, |config| config.lora_dropout(0.2));
     let lengths: Vec<usize> = golden.rows.iter().map(|row| row.input_ids.len()).collect();
@@ -89,15 +92,15 @@ fn any_packing_gives_the_gradient() {
             let batches: Vec<Vec<usize>> = packs.chunks(size).map(|batch| batch.concat()).collect();
             let batches: Vec<&[usize]> = batches.iter().map(Vec::as_slice).collect();
             let error = relative_distance(&gradient(&golden, &model, &batches, Some(KEY)).1, &whole);
-            assert!(error <= TOLERANCE, "{batches:?} moves the gradient by {error:e} of its norm");
+            assert!(error <= TOLERANCE, "{batches:?} changes the gradient by {error:e} of its norm");
         }
     }
-    assert_eq!(counts, [3, 3, 2, 1], "packs of each capacity");
+    assert_eq!(counts, [3, 3, 2, 1], "number of packs for each capacity");
 }
 
-/// A whole step of the trainer, all rows in it: one by one, accumulated, and packed.
+/// Compares a trainer step over all rows one by one, accumulated, and packed.
 #[test]
-fn the_trainer_takes_the_same_step_from_packs() {
+fn a_trainer_step_does_not_depend_on_packing() {
     let golden = Golden::open("qwen2");
     let options = EncodeOptions { max_seq_length: 128, ..EncodeOptions::default() };
     let step = |packing, per_device_train_batch_size, gradient_accumulation_steps| -> StepMetrics {
@@ -125,9 +128,9 @@ fn the_trainer_takes_the_same_step_from_packs() {
     }
 }
 
-/// What stands in one document of a pack is nothing to the others.
+/// The content of one document in a pack does not affect the others.
 #[test]
-fn packed_documents_do_not_see_each_other() {
+fn packed_documents_do_not_attend_to_each_other() {
     for name in ["qwen3-tied", "qwen2", "llama3"] {
         let golden = Golden::open(name);
         let model = golden.load_adapted("all-linear");
@@ -148,19 +151,19 @@ fn packed_documents_do_not_see_each_other() {
 }
 
 #[test]
-fn dropout_has_one_mask_whatever_the_split() {
+fn the_dropout_mask_does_not_depend_on_the_split() {
     let golden = Golden::open("qwen2");
     let model = adapted(&golden, |config| config.lora_dropout(0.3));
     check_splits("qwen2, dropout", &golden, &model, Some(KEY));
 }
 
 #[test]
-fn dropout_acts_in_training_only_and_changes_with_the_step() {
+fn dropout_applies_only_in_training_and_changes_with_the_step() {
     let golden = Golden::open("qwen3-tied");
     let (dry, dropping) = (adapted(&golden, |c| c), adapted(&golden, |c| c.lora_dropout(0.3)));
     let batch = golden.packed();
     let nll = |model: &CausalLm| model.nll(&batch).expect("golden rows fit");
-    assert_eq!(nll(&dry), nll(&dropping), "the same factors, and no dropout outside training");
+    assert_eq!(nll(&dry), nll(&dropping), "the factors are equal and there is no dropout outside training");
     let all: &[&[usize]] = &[&[0, 1, 2, 3, 4, 5, 6]];
     let of = |model, key| gradient(&golden, model, all, key);
     assert_eq!(of(&dry, Some(KEY)), of(&dropping, None), "without a key there is no dropout");
@@ -168,22 +171,22 @@ fn dropout_acts_in_training_only_and_changes_with_the_step() {
     let keys = [KEY, StepKey { step: 4, ..KEY }, StepKey { seed: 8, ..KEY }];
     let [one, later, reseeded] = keys.map(|key| of(&dropping, Some(key)).1);
     for (a, b) in [(&one, &base), (&one, &later), (&one, &reseeded)] {
-        assert!(relative_distance(a, b) > 1e-2, "another mask, another gradient");
+        assert!(relative_distance(a, b) > 1e-2, "different masks give different gradients");
     }
 }
 
 #[test]
-fn noise_on_embeddings_is_the_same_whatever_the_split_and_changes_with_the_step() {
+fn embedding_noise_does_not_depend_on_the_split_and_changes_with_the_step() {
     let golden = Golden::open("qwen3-tied");
     let model = golden.load_adapted("all-linear");
     let noisy = StepKey { neftune_noise_alpha: 5.0, ..KEY };
     check_splits("qwen3-tied, NEFTune", &golden, &model, Some(noisy));
     let of = |key| gradient(&golden, &model, SPLITS[1], key);
-    assert_eq!(of(Some(KEY)), of(None), "an alpha of 0 is no noise");
+    assert_eq!(of(Some(KEY)), of(None), "an alpha of 0 adds no noise");
     let keys = [KEY, noisy, StepKey { step: 4, ..noisy }, StepKey { seed: 8, ..noisy }];
     let [base, one, later, reseeded] = keys.map(|key| of(Some(key)).1);
     for (a, b) in [(&one, &base), (&one, &later), (&one, &reseeded)] {
-        assert!(relative_distance(a, b) > 1e-3, "other noise, another gradient");
+        assert!(relative_distance(a, b) > 1e-3, "different noise gives different gradients");
     }
 }
 
@@ -202,7 +205,7 @@ fn recomputed_activations_give_the_same_bits() {
 }
 
 #[test]
-fn recomputing_for_all_weights_gives_the_same_bits() {
+fn recomputation_in_full_finetuning_gives_the_same_bits() {
     for name in ["qwen3-tied", "qwen2", "llama-bias"] {
         let golden = Golden::open(name);
         let of = |recompute: bool| {
@@ -216,7 +219,7 @@ fn recomputing_for_all_weights_gives_the_same_bits() {
 }
 
 #[test]
-fn an_adapter_that_asks_for_nothing_takes_what_the_model_has() {
+fn an_adapter_without_a_setting_uses_the_checkpointing_of_the_model() {
     let golden = Golden::open("qwen3-tied");
     let mut model = golden.load();
     model.set_gradient_checkpointing(GradientCheckpointing::Host);
@@ -227,7 +230,7 @@ fn an_adapter_that_asks_for_nothing_takes_what_the_model_has() {
 }
 
 #[test]
-fn twice_gives_the_same_bits() {
+fn repeated_steps_give_the_same_bits() {
     for name in ["qwen3-tied", "llama3"] {
         let golden = Golden::open(name);
         let of = |model: CausalLm| gradient(&golden, &model, SPLITS[3], Some(KEY));
@@ -238,7 +241,7 @@ fn twice_gives_the_same_bits() {
 }
 
 #[test]
-fn a_run_twice_ends_in_the_same_bits() {
+fn repeated_runs_give_the_same_bits() {
     let golden = Golden::open("qwen2");
     let run = |mut model: CausalLm, seed| {
         let mut optimizer =
@@ -247,11 +250,11 @@ fn a_run_twice_ends_in_the_same_bits() {
         let batches: Vec<_> = SPLITS[3].iter().map(|rows| golden.batch(rows)).collect();
         let steps = [1e-3, 2e-3, 1e-3].map(|lr| optimizer.step(&mut model, &batches, lr).expect("golden rows fit"));
         let after = model.params().all_values();
-        assert!(relative_distance(&after, &before) > 1e-3, "the run moves something");
+        assert!(relative_distance(&after, &before) > 1e-3, "the run changes the parameters");
         (steps, after)
     };
     let lora = || adapted(&golden, |c| c.lora_dropout(0.1));
     assert_eq!(run(lora(), 1), run(lora(), 1));
-    assert_ne!(run(lora(), 1).1, run(lora(), 2).1, "the seed is that of dropout");
+    assert_ne!(run(lora(), 1).1, run(lora(), 2).1, "the seed determines dropout");
     assert_eq!(run(golden.load_full(), 1), run(golden.load_full(), 1));
 }

@@ -1,8 +1,8 @@
-//! Optimizer steps against transformers and PEFT: accumulation, clipping, warm-up, decay.
+//! Compares optimizer steps with transformers and PEFT: accumulation, clipping, warm-up, decay.
 
 use rekindle_tests::{Golden, Trajectory};
 
-/// Trains as `train/NAME/trajectory.json` says and holds every step and the saved tensors against it.
+/// Trains as specified by `train/NAME/trajectory.json` and compares every step and the saved tensors.
 fn check(golden: &str, name: &str, tensors_file: &str) {
     let golden = Golden::open(golden);
     let trajectory = Trajectory::open(&golden.dir.join("train").join(name));
@@ -14,21 +14,21 @@ fn check(golden: &str, name: &str, tensors_file: &str) {
 }
 
 #[test]
-fn an_adapter_of_qwen3() {
+fn an_adapter_of_qwen3_follows_the_golden_trajectory() {
     check("qwen3-tied", "lora", "adapter_model.safetensors");
 }
 
 #[test]
-fn an_adapter_over_nf4_codes() {
+fn an_adapter_over_nf4_weights_follows_the_golden_trajectory() {
     check("quantized/qwen3-tied-nf4-double", "lora", "adapter_model.safetensors");
 }
 
 #[test]
-fn a_fresh_adapter_of_llama3() {
+fn a_new_adapter_of_llama3_follows_the_golden_trajectory() {
     check("llama3", "lora-fresh", "adapter_model.safetensors");
 }
 
 #[test]
-fn all_weights_of_qwen2() {
+fn full_finetuning_of_qwen2_follows_the_golden_trajectory() {
     check("qwen2", "full", "model.safetensors");
 }

@@ -31,7 +31,7 @@ def main():
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
     losses, seconds = [], []
     for _ in range(arguments.warmup + arguments.steps):
-        # New tokens each step, as a data loader would hand over.
+        # New tokens each step, as from a data loader.
         ids = torch.randint(VOCAB_SIZE, (BATCH, TOKENS))
         start = time.perf_counter()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss

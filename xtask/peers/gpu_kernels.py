@@ -1,4 +1,4 @@
-"""What PyTorch takes for the rows of `cargo xtask bench kernels`, in milliseconds, as one line of JSON."""
+"""Measures PyTorch for the rows of `cargo xtask bench kernels`; prints milliseconds as one line of JSON."""
 
 import json
 
@@ -33,7 +33,7 @@ def noise(*shape):
 
 
 def attention(report):
-    """The faster of cuDNN's and FlashAttention 2."""
+    """Returns the faster of cuDNN's attention and FlashAttention 2."""
     for documents, length in [(4, 2048), (1, 8192), (1, 32768)]:
         q = noise(documents, 32, length, 128).requires_grad_()
         k, v = (noise(documents, 8, length, 128).requires_grad_() for _ in range(2))

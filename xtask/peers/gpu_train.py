@@ -1,4 +1,4 @@
-"""The job of `cargo xtask bench train`, by Unsloth or by PEFT: the same weights, shapes and sizes of a step."""
+"""Runs the job of `cargo xtask bench train` in Unsloth or PEFT, with the same weights, shapes and step sizes."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ def arguments():
 
 
 def write_tokenizer(path):
-    """Unsloth does not load a model without one."""
+    """Writes a tokenizer, without which Unsloth does not load a model."""
     if os.path.exists(os.path.join(path, "tokenizer.json")):
         return
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -90,10 +90,10 @@ def main():
     job = arguments()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    # What the peers print belongs beside the one line of JSON, not before it.
+    # Redirects the peers' output, so that stdout has only the line of JSON.
     out, sys.stdout = sys.stdout, sys.stderr
     if job.peer == "unsloth":
-        import unsloth  # noqa: F401  (before torch and transformers, as it asks)
+        import unsloth  # noqa: F401  (must precede torch and transformers)
     import torch
 
     write_tokenizer(job.weights)

@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: measured, not believed.
+//! `cargo xtask bench`: benchmarks.
 
 pub(crate) mod kernels;
 pub(crate) mod quantize;
@@ -29,7 +29,8 @@ const SEQ: usize = 256;
 const VOCAB: u32 = 8192;
 const WARMUP: usize = 2;
 
-/// The job of `xtask/peers/cpu_train.py`, here and (with a Python) there, one after the other.
+/// Runs the job of `xtask/peers/cpu_train.py` in Rekindle and, if a Python is given, also in PyTorch, one after the
+/// other.
 pub(crate) fn cpu(steps: usize, python: Option<&Path>, threads: usize) -> Result<(), Box<dyn Error>> {
     let dir = tempfile::tempdir()?;
     random_checkpoint::write(dir.path(), &config(), 1)?;
@@ -59,7 +60,7 @@ pub(crate) fn cpu(steps: usize, python: Option<&Path>, threads: usize) -> Result
     Ok(())
 }
 
-/// Measures in this process; prints one JSON line.
+/// Measures in this process and prints one JSON line.
 pub(crate) fn cpu_worker(checkpoint: &Path, steps: usize) -> Result<(), Box<dyn Error>> {
     let options = LoadOptions::new(Device::cpu(), DType::F32, SEQ);
     let mut model = CausalLm::load(&Checkpoint::open(checkpoint)?, &options, &mut |_| ())?;
@@ -90,7 +91,7 @@ pub(crate) fn cpu_worker(checkpoint: &Path, steps: usize) -> Result<(), Box<dyn 
     Ok(())
 }
 
-/// Rows of random tokens, all of which count.
+/// Returns rows of random tokens, all with labels.
 fn random_batch(rng: &mut ChaCha8Rng, [rows, length]: [usize; 2], ids: Range<u32>) -> Batch {
     let rows: Vec<(Vec<u32>, Vec<i32>)> = (0..rows)
         .map(|_| {
@@ -102,14 +103,14 @@ fn random_batch(rng: &mut ChaCha8Rng, [rows, length]: [usize; 2], ids: Range<u32
     Batch::from_rows(rows.iter().map(|(ids, labels)| (ids.as_slice(), labels.as_slice())), 0)
 }
 
-/// What the command line calls a value.
+/// Returns the command-line name of a value.
 fn name(value: impl ValueEnum) -> String {
     value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
-/// Kernels and whole steps on a CUDA device; the numbers are left in `out`.
+/// Measures kernels and whole steps on a CUDA device and writes the numbers to `out`.
 pub(crate) fn gpu(weights: Option<&Path>, python: Option<&Path>, out: &Path) -> Result<(), Box<dyn Error>> {
-    // In a process of its own, whose memory on the device would count as that of the steps.
+    // In a separate process, whose device memory would otherwise be counted as that of the steps.
     let mut kernels = Command::new(std::env::current_exe()?);
     kernels.args(["bench", "kernels"]);
     if let Some(python) = python {
@@ -123,14 +124,14 @@ pub(crate) fn gpu(weights: Option<&Path>, python: Option<&Path>, out: &Path) -> 
     Ok(())
 }
 
-/// The last line of the program's output, as JSON, which is shown.
+/// Runs the program, shows its output, and returns the last line as JSON.
 fn result(command: &mut Command) -> Result<Value, Box<dyn Error>> {
     let (_, value) = output(command)?;
     eprintln!("{value}");
     Ok(value)
 }
 
-/// The program's output before its last line, and that as JSON.
+/// Runs the program; returns its output before the last line, and the last line as JSON.
 fn output(command: &mut Command) -> Result<(String, Value), Box<dyn Error>> {
     let shown = format!("{command:?}");
     let output = command.stderr(std::process::Stdio::inherit()).output().map_err(|e| format!("{shown}: {e}"))?;
@@ -143,8 +144,8 @@ fn output(command: &mut Command) -> Result<(String, Value), Box<dyn Error>> {
     Ok((before.to_owned(), serde_json::from_str(line).map_err(|error| format!("{shown}: {error}: {line}"))?))
 }
 
-/// A size of this process from the kernel's own account: `VmHWM`, the largest resident one so far, or `RssAnon`, what
-/// is resident now and no file's. NaN where there is no such account.
+/// Returns a memory size of this process reported by the kernel: `VmHWM`, the peak resident size, or `RssAnon`, the
+/// resident anonymous size. NaN if it is not available.
 fn resident_kib(key: &str) -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));

@@ -1,4 +1,4 @@
-//! Building programs of the workspace, all in one go, so that they share their dependencies.
+//! Builds all programs of the workspace with one command, so that they share their dependencies.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::root;
 
-/// What `cargo build --workspace` made with these arguments: root sources and programs.
+/// Runs `cargo build --workspace` with these arguments; returns root sources and programs.
 pub(crate) fn programs(arguments: &[&str]) -> Result<Vec<(PathBuf, PathBuf)>, Box<dyn Error>> {
     let mut command = Command::new("cargo");
     command.args(["build", "--workspace", "--locked"]).args(arguments);
@@ -29,7 +29,7 @@ pub(crate) fn programs(arguments: &[&str]) -> Result<Vec<(PathBuf, PathBuf)>, Bo
     Ok(programs)
 }
 
-/// The one of them whose root source has this path in the repository; names may be those of several.
+/// Returns the program whose root source has this path in the repository; program names may not be unique.
 pub(crate) fn of<'a>(programs: &'a [(PathBuf, PathBuf)], source: &str) -> Result<&'a PathBuf, Box<dyn Error>> {
     let found = programs.iter().find(|(root, _)| root.ends_with(source));
     found.map(|(_, program)| program).ok_or_else(|| format!("cargo built nothing from {source}").into())

@@ -1,4 +1,4 @@
-//! `cargo xtask ci`: everything that CI checks after the README's own test command.
+//! `cargo xtask ci`: everything that CI checks after the README's test command.
 
 use std::error::Error;
 use std::process::Command;
@@ -16,12 +16,12 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
             .current_dir(root()),
     )?;
     kernels()?;
-    // The features that the tests were not built with: wgpu, and no names on the hub.
+    // Feature sets not covered by the tests: wgpu, and no hub access.
     cargo(&["check", "-p", "rekindle-cli", "--no-default-features", "--features", "wgpu", "--locked"])?;
     cargo(&["test", "-p", "rekindle-kernels", "--features", "wgpu", "--test", "wgpu", "--profile", "wgpu", "--locked"])
 }
 
-/// The CUDA kernels, by this program with its other features, which is built as the tests were.
+/// Checks the CUDA kernels with this program's other features, built with the same settings as the tests.
 fn kernels() -> Result<(), Box<dyn Error>> {
     let programs = build::programs(&["--test", "cuda", "--bin", "xtask"])?;
     let xtask = build::of(&programs, "xtask/src/main.rs")?;

@@ -1,4 +1,4 @@
-//! `cargo xtask full`: full fine-tuning in 32, 16, 8 and 4 bits, side by side.
+//! `cargo xtask full`: compares full fine-tuning in 32, 16, 8 and 4 bits.
 
 use std::error::Error;
 use std::fs;
@@ -13,31 +13,31 @@ use crate::root;
 
 const LEARNING_RATE: f64 = 1e-3;
 const BATCH: usize = 8;
-/// Steps between evaluations, over which training losses are averaged too.
+/// The number of steps between evaluations; training losses are averaged over the same interval.
 const EVERY: usize = 20;
 const PICTURE: &str = "docs/full-finetuning.svg";
 
-/// A way of keeping weights that are trained.
-struct Way {
+/// A storage format of trained weights.
+struct StorageFormat {
     name: &'static str,
     color: &'static str,
     load: fn(Loader) -> Loader,
-    /// What it changes in the run.
+    /// The changes to the run's settings.
     config: fn(SftConfig) -> SftConfig,
 }
 
-const WAYS: [Way; 6] = [
-    Way { name: "f32", color: "#2b6cb0", load: |l| l, config: |c| c },
-    Way { name: "bf16", color: "#2f855a", load: |l| l.stochastic_rounding(true), config: |c| c },
-    Way {
+const FORMATS: [StorageFormat; 6] = [
+    StorageFormat { name: "f32", color: "#2b6cb0", load: |l| l, config: |c| c },
+    StorageFormat { name: "bf16", color: "#2f855a", load: |l| l.stochastic_rounding(true), config: |c| c },
+    StorageFormat {
         name: "bf16, optimizer_in_bwd",
         color: "#718096",
         load: |l| l.stochastic_rounding(true),
         config: in_backward,
     },
-    Way { name: "int8", color: "#b7791f", load: |l| l.load_in_8bit(true), config: |c| c },
-    Way { name: "nf4, blocks of 64", color: "#c53030", load: |l| l.load_in_4bit(true), config: |c| c },
-    Way { name: "nf4, blocks of 32", color: "#6b46c1", load: small_blocks, config: |c| c },
+    StorageFormat { name: "int8", color: "#b7791f", load: |l| l.load_in_8bit(true), config: |c| c },
+    StorageFormat { name: "nf4, blocks of 64", color: "#c53030", load: |l| l.load_in_4bit(true), config: |c| c },
+    StorageFormat { name: "nf4, blocks of 32", color: "#6b46c1", load: small_blocks, config: |c| c },
 ];
 
 fn in_backward(config: SftConfig) -> SftConfig {
@@ -49,10 +49,10 @@ fn small_blocks(loader: Loader) -> Loader {
     loader.load_in_4bit(true).quant_config(QuantConfig { blocksize, double_quant: false, ..QuantConfig::default() })
 }
 
-/// Prints the table of docs/full-finetuning.md and draws its picture.
+/// Prints the table of docs/full-finetuning.md and draws its figure.
 ///
 /// # Errors
-/// When the base model cannot be read or a run diverges.
+/// If the base model cannot be read or a run diverges.
 pub(crate) fn measure(steps: usize) -> Result<(), Box<dyn Error>> {
     let example = root().join("examples/quickstart");
     let tokenizer = Tokenizer::from_dir(&example.join("base"))?;
@@ -62,7 +62,7 @@ pub(crate) fn measure(steps: usize) -> Result<(), Box<dyn Error>> {
         (1..=steps / EVERY).map(|i| format!("{}", i * EVERY)).collect::<Vec<_>>().join(" | ")
     );
     println!("|---|---|---|{}", "---|".repeat(steps / EVERY));
-    for Way { name, color, load, config } in WAYS {
+    for StorageFormat { name, color, load, config } in FORMATS {
         let loader = FastLanguageModel::from_pretrained(example.join("base"))
             .device(DeviceKind::Cpu)
             .dtype(Dtype::F32)
@@ -95,7 +95,7 @@ pub(crate) fn measure(steps: usize) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Training losses, averaged between evaluations, and held-out losses.
+/// Returns the training losses, averaged between evaluations, and the held-out losses.
 fn curves(report: &Report) -> (Vec<f64>, Vec<f64>) {
     let mean = |steps: &[rekindle::StepMetrics]| steps.iter().map(|step| step.loss).sum::<f64>() / steps.len() as f64;
     (report.steps.chunks_exact(EVERY).map(mean).collect(), report.evals.iter().map(|eval| eval.eval_loss).collect())

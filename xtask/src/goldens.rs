@@ -1,4 +1,4 @@
-//! `cargo xtask goldens`: the goldens of all crates, made again by their scripts.
+//! `cargo xtask goldens`: regenerates the goldens of all crates with their scripts.
 
 use std::error::Error;
 use std::path::Path;
@@ -25,7 +25,7 @@ pub(crate) fn make(python: &Path) -> Result<(), Box<dyn Error>> {
     written_here(python)
 }
 
-/// The other way round: an adapter that is written here, and the losses that PEFT gets with it.
+/// Writes an adapter with Rekindle and computes its losses with PEFT.
 fn written_here(python: &Path) -> Result<(), Box<dyn Error>> {
     let model = root().join("tests/goldens/qwen3-tied");
     run(Command::new("cargo")

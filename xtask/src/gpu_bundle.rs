@@ -1,4 +1,5 @@
-//! `cargo xtask gpu-bundle`: what a machine with a GPU and without Rust needs to run the GPU tests and the command.
+//! `cargo xtask gpu-bundle`: collects the files that a GPU machine without Rust needs to run the GPU tests and the
+//! command.
 
 use std::error::Error;
 use std::fs;
@@ -7,10 +8,10 @@ use std::process::{Command, Stdio};
 
 use crate::{build, root};
 
-/// All files together, as they are copied.
+/// The maximum total size of the files.
 const LIMIT: u64 = 40 << 20;
 
-/// What the programs are called there, and their root sources.
+/// The program names in the bundle, and their root sources.
 const PROGRAMS: [(&str, &str); 4] = [
     ("test-kernels", "kernels/tests/cuda.rs"),
     ("test-models", "tests/tests/cuda.rs"),
@@ -18,7 +19,7 @@ const PROGRAMS: [(&str, &str); 4] = [
     ("xtask", "xtask/src/main.rs"),
 ];
 
-/// Runs the tests and the benchmarks.
+/// The script that runs the tests and the benchmarks.
 const RUN: &str = r#"#!/bin/sh
 # Runs the GPU tests on this machine, then the benchmarks, whose numbers it leaves in gpu.json. Arguments go to the
 # benchmarks: `--python python3` measures PyTorch and Unsloth in the same run, `--weights DIR` keeps the random weights.
@@ -56,17 +57,17 @@ pub(crate) fn make() -> Result<(), Box<dyn Error>> {
     report(&out)
 }
 
-/// In the place of the file, where there is an xz.
+/// Replaces the file by a compressed one if xz is available.
 fn compress(file: &Path) -> Result<(), Box<dyn Error>> {
     let there = Command::new("xz").arg("--version").stdout(Stdio::null()).status().is_ok_and(|status| status.success());
     if !there {
-        eprintln!("no xz on this machine: {} stays as it is", file.display());
+        eprintln!("xz is not installed: {} is not compressed", file.display());
         return Ok(());
     }
     crate::run(Command::new("xz").args(["--threads=0", "-6"]).arg(file))
 }
 
-/// Checkpoints, rows and what is expected of them; not the scripts that made them.
+/// Copies checkpoints, rows and expected values, but not the scripts that made them.
 fn copy_goldens(from: &Path, to: &Path) -> Result<(), Box<dyn Error>> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from)? {
@@ -92,7 +93,7 @@ fn executable(_: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Prints the sizes, and fails when they are more than may be copied.
+/// Prints the sizes and fails if the total exceeds the limit.
 fn report(out: &Path) -> Result<(), Box<dyn Error>> {
     let mut total = 0;
     for entry in fs::read_dir(out)? {
@@ -103,7 +104,7 @@ fn report(out: &Path) -> Result<(), Box<dyn Error>> {
     }
     println!("{:>9.2} MiB", mib(total));
     if total > LIMIT {
-        return Err(format!("the bundle has {:.1} MiB, more than {:.0}", mib(total), mib(LIMIT)).into());
+        return Err(format!("the bundle has {:.1} MiB; the limit is {:.0} MiB", mib(total), mib(LIMIT)).into());
     }
     Ok(())
 }

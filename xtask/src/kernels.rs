@@ -1,4 +1,4 @@
-//! `cargo xtask kernels`: every CUDA kernel compiled for every architecture, on a machine without a GPU.
+//! `cargo xtask kernels`: compiles every CUDA kernel for every architecture, without a GPU.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rekindle_kernels::runtime::{Arch, Checked, CudaError, Usage, compile_check};
 
-/// Ampere, Ada, Hopper and both Blackwells.
+/// Compute capabilities: Ampere, Ada, Hopper and both Blackwell variants.
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 
 pub(crate) fn check(require: bool) -> Result<(), Box<dyn Error>> {
@@ -34,7 +34,7 @@ pub(crate) fn check(require: bool) -> Result<(), Box<dyn Error>> {
     if problems.is_empty() { Ok(()) } else { Err(problems.join("\n       ").into()) }
 }
 
-/// A file on an architecture: the most that any entry point of any variant takes.
+/// A kernel file on an architecture, with the maximum resources over entry points and variants.
 #[derive(Default)]
 struct Row {
     variants: usize,
@@ -54,7 +54,7 @@ impl Row {
     }
 }
 
-/// What is wrong with a variant: an error, a warning, or a spill.
+/// Returns the problems of a variant: errors, warnings and register spills.
 fn problems(variant: &Checked) -> Vec<String> {
     let Checked { file, arch, defines, result, warnings, unmatched, .. } = variant;
     let place = format!("{file} for {arch} with {}", defines.join(" "));
@@ -68,7 +68,7 @@ fn problems(variant: &Checked) -> Vec<String> {
     spills.chain(others).collect()
 }
 
-/// Bytes of registers that a thread keeps in memory.
+/// Returns the bytes of registers that a thread spills to memory.
 fn spilled(usage: &Usage) -> u32 {
     usage.spill_stores.max(usage.spill_loads)
 }

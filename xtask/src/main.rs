@@ -34,29 +34,29 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Everything that CI checks.
+    /// Runs everything that CI checks.
     Ci,
-    /// Layering, `unsafe`, and who may know what.
+    /// Checks layering, `unsafe`, and which crates may use which words.
     Tidy,
-    /// Makes the goldens again with transformers, PEFT and TensorBoard.
+    /// Regenerates the goldens with transformers, PEFT and TensorBoard.
     Goldens {
-        /// A Python with torch, transformers and peft.
+        /// A Python interpreter with torch, transformers and peft.
         #[arg(long, default_value = "python3")]
         python: PathBuf,
     },
-    /// Puts the GPU tests and the command into target/gpu, for a machine without Rust.
+    /// Copies the GPU tests and the command to target/gpu, for a machine without Rust.
     GpuBundle,
     #[cfg(feature = "models")]
-    /// Compiles every CUDA kernel for every architecture, without a GPU.
+    /// Compiles every CUDA kernel for every architecture; needs no GPU.
     Kernels {
-        /// Fails where NVRTC is missing, instead of saying "not run".
+        /// Fails if NVRTC is missing, instead of reporting "not run".
         #[arg(long)]
         require: bool,
     },
     #[cfg(feature = "models")]
     /// Writes the quickstart's text, tokenizer and instruction sets, and trains its base model.
     Quickstart {
-        /// Where the corpus is written; it is not kept in the repository.
+        /// The output file of the corpus, which is not kept in the repository.
         #[arg(long, default_value = "target/quickstart")]
         scratch: PathBuf,
         /// Optimizer steps of about 1,024 tokens.
@@ -64,18 +64,18 @@ enum Task {
         steps: usize,
     },
     #[cfg(feature = "models")]
-    /// Takes the quickstart's base model beyond its window with every method, and prints the tables of
+    /// Extends the quickstart's base model beyond its window with every method, and prints the tables of
     /// docs/context-extension.md.
     Rope {
-        /// Optimizer steps of the short fine-tune, of 2,048 tokens each.
+        /// Optimizer steps of the short fine-tuning run, 2,048 tokens each.
         #[arg(long, default_value_t = 60)]
         steps: usize,
-        /// Documents that are measured.
+        /// Number of evaluated documents.
         #[arg(long, default_value_t = 96)]
         documents: usize,
     },
     #[cfg(feature = "models")]
-    /// Trains all weights of the quickstart's base model in 32, 16, 8 and 4 bits, and prints the table of
+    /// Fully fine-tunes the quickstart's base model in 32, 16, 8 and 4 bits, and prints the table of
     /// docs/full-finetuning.md.
     Full {
         /// Optimizer steps of 8 rows.
@@ -83,7 +83,7 @@ enum Task {
         steps: usize,
     },
     #[cfg(feature = "models")]
-    /// Measures.
+    /// Runs benchmarks.
     Bench {
         #[command(subcommand)]
         what: Bench,
@@ -93,62 +93,62 @@ enum Task {
 #[cfg(feature = "models")]
 #[derive(Subcommand)]
 enum Bench {
-    /// A LoRA fine-tune on the CPU, beside PyTorch + PEFT when `--python` has them.
+    /// Measures LoRA fine-tuning on the CPU; with `--python` also PyTorch + PEFT.
     Cpu {
-        /// Counted steps, after two of warm-up.
+        /// Measured steps, after two warm-up steps.
         #[arg(long, default_value_t = 8)]
         steps: usize,
-        /// A Python with torch, transformers and peft.
+        /// A Python interpreter with torch, transformers and peft.
         #[arg(long)]
         python: Option<PathBuf>,
-        /// Threads of each.
+        /// Threads for each program.
         #[arg(long, default_value_t = 2)]
         threads: usize,
-        /// Measures in this process a checkpoint that is there already, and prints one JSON line.
+        /// Measures an existing checkpoint in this process and prints one JSON line.
         #[arg(long, hide = true)]
         worker: Option<PathBuf>,
     },
-    /// The operations of a training step alone on a CUDA device, beside PyTorch's when `--python` has it.
+    /// Measures the operations of a training step on a CUDA device; with `--python` also PyTorch's.
     Kernels {
-        /// Where to compute.
+        /// The device to use.
         #[arg(long, default_value = "cuda")]
         device: String,
-        /// A Python with torch.
+        /// A Python interpreter with torch.
         #[arg(long)]
         python: Option<PathBuf>,
     },
-    /// Everything that docs/benchmarks.md has of a CUDA device: kernels and whole steps.
+    /// Runs all CUDA benchmarks of docs/benchmarks.md: kernels and whole steps.
     Gpu {
-        /// Where the weights are written, and found again by the next run; without it they are deleted.
+        /// The directory that keeps the weights for the next run; by default they are deleted.
         #[arg(long)]
         weights: Option<PathBuf>,
-        /// A Python with torch and Unsloth.
+        /// A Python interpreter with torch and Unsloth.
         #[arg(long)]
         python: Option<PathBuf>,
-        /// The numbers as JSON.
+        /// The output file for the numbers as JSON.
         #[arg(long, default_value = "gpu.json")]
         out: PathBuf,
     },
-    /// A fine-tune of a real model's shape on a CUDA device, beside Unsloth or PEFT when `--python` has them.
+    /// Measures fine-tuning in a real model's shape on a CUDA device; with `--python` also Unsloth or PEFT.
     Train(bench::train::Train),
-    /// What is planned for a CUDA device beside what the same steps take of it; nothing else should run there.
+    /// Compares the planned with the used memory of a CUDA device; nothing else should run on it.
     Plan {
-        /// Where the weights are written, and found again by the next run; without it they are deleted.
+        /// The directory that keeps the weights for the next run; by default they are deleted.
         #[arg(long)]
         weights: Option<PathBuf>,
     },
-    /// Quantizing a large model while loading and to disk: time, and memory against its bound. Linux only.
+    /// Measures time and memory of quantizing a large model on load and to disk. Linux only.
     Quantize {
-        /// The model whose shape is filled with random weights.
+        /// The model whose shape is used, with random weights.
         #[arg(long, value_enum, default_value_t = bench::shape::Shape::Qwen3_4b)]
         shape: bench::shape::Shape,
-        /// Where there is room for the weights; they are deleted afterwards.
+        /// A directory with space for the weights, which are deleted afterwards.
         #[arg(long, default_value = "target")]
         dir: PathBuf,
-        /// Measures in this process a checkpoint that is there already, and prints one JSON line.
+        /// Measures an existing checkpoint in this process and prints one JSON line.
         #[arg(long, hide = true, requires = "job")]
         worker: Option<PathBuf>,
-        /// What the worker does.
+        /// The job of the worker process.
         #[arg(long, hide = true)]
         job: Option<bench::quantize::Job>,
     },
@@ -198,12 +198,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// The repository's root.
+/// Returns the repository's root.
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().map(PathBuf::from).unwrap_or_default()
 }
 
-/// Runs a program and fails when it does.
+/// Runs a program and fails if it fails.
 fn run(command: &mut std::process::Command) -> Result<(), Box<dyn Error>> {
     let shown = format!("{command:?}");
     eprintln!("$ {shown}");

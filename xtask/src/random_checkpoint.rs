@@ -9,8 +9,8 @@ use rekindle_hub::{DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, write_atomic, writ
 use rekindle_models::ModelConfig;
 use serde_json::Value;
 
-/// Writes `config.json` and weights into the existing folder `dir`: norms 1, biases 0, matrices normal with
-/// standard deviation 0.02.
+/// Writes `config.json` and weights into the existing directory `dir`: norms are 1, biases 0, and matrices normally
+/// distributed with standard deviation 0.02.
 pub(crate) fn write(dir: &Path, config: &Value, seed: u64) -> Result<(), Box<dyn Error>> {
     let model = ModelConfig::from_json(config).map_err(|problems| problems.join("; "))?;
     write_atomic(&dir.join("config.json"), format!("{config:#}\n").as_bytes())?;
@@ -31,8 +31,8 @@ pub(crate) fn write(dir: &Path, config: &Value, seed: u64) -> Result<(), Box<dyn
     Ok(())
 }
 
-/// Writes `config.json` and weights in 16 bits for a model of any size, at the speed of the disk: matrices are pieces of
-/// one table of normal numbers, which the time and memory of what reads them do not depend on.
+/// Writes `config.json` and 16-bit weights for a model of any size at the speed of the disk. Matrices are slices of one
+/// table of normal numbers, which does not affect the time and memory of their readers.
 pub(crate) fn write_bf16(dir: &Path, config: &Value, seed: u64) -> Result<(), Box<dyn Error>> {
     const TABLE: usize = 1 << 22;
     let model = ModelConfig::from_json(config).map_err(|problems| problems.join("; "))?;
@@ -50,7 +50,7 @@ pub(crate) fn write_bf16(dir: &Path, config: &Value, seed: u64) -> Result<(), Bo
         if tensor.shape.len() == 1 {
             return write_f32(out, Dtype::BF16, &vec![1.0; elements]);
         }
-        // Begins anywhere in the table and goes round.
+        // Starts anywhere in the table and wraps around.
         let (mut at, mut left) = (2 * rng.random_range(0..TABLE), 2 * elements);
         while left > 0 {
             let piece = left.min(table.len() - at);
@@ -62,7 +62,7 @@ pub(crate) fn write_bf16(dir: &Path, config: &Value, seed: u64) -> Result<(), Bo
     Ok(())
 }
 
-/// A standard normal number (Box–Muller).
+/// Returns a standard normal number (Box–Muller).
 fn normal(rng: &mut ChaCha8Rng) -> f32 {
     let u: f64 = 1.0 - rng.random::<f64>();
     let v: f64 = rng.random();

@@ -1,4 +1,4 @@
-//! `cargo xtask rope`: RoPE scaling methods side by side, perplexity by position.
+//! `cargo xtask rope`: compares RoPE scaling methods by perplexity per position.
 
 use std::error::Error;
 use std::fs;
@@ -13,17 +13,17 @@ use serde_json::{Map, Value, json};
 
 use crate::{quickstart, root};
 
-/// The quickstart's base model has read rows of up to 125 tokens, 38 on the mean; it goes on with full windows of this
-/// length before it is extended.
+/// The quickstart's base model was trained on rows of up to 125 tokens, 38 on average. It is trained further on full
+/// windows of this length before it is extended.
 const WINDOW: usize = 128;
 const WINDOW_STEPS: usize = 300;
 const WINDOW_LEARNING_RATE: f64 = 1e-3;
 const GROWTHS: [usize; 2] = [2, 4];
-/// Bands of positions, all of one length.
+/// The number of position ranges, all of equal length.
 const BANDS: usize = 4;
 const STEP_TOKENS: usize = 2048;
 const LEARNING_RATE: f64 = 2e-3;
-/// Other seeds than the corpus has.
+/// Seeds that differ from the corpus's.
 const MEASURED: u64 = 1001;
 const TRAINED: u64 = 1002;
 const WINDOW_TRAINED: u64 = 1003;
@@ -31,7 +31,7 @@ const WINDOW_TRAINED: u64 = 1003;
 /// Prints a table for each growth of the window.
 ///
 /// # Errors
-/// When the base model cannot be read or a fine-tune diverges.
+/// If the base model cannot be read or a run diverges.
 pub(crate) fn measure(steps: usize, documents: usize) -> Result<(), Box<dyn Error>> {
     let scratch = tempfile::tempdir()?;
     let start = scratch.path().join("start");
@@ -70,7 +70,7 @@ fn methods() -> [(&'static str, RopeScaling); 4] {
     ]
 }
 
-/// Copies a checkpoint, with the window that its weights were trained with in `config.json`.
+/// Copies a checkpoint and sets the window in `config.json` to the one its weights were trained with.
 fn copy_with_window(from: &Path, to: &Path) -> Result<(), Box<dyn Error>> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from)? {
@@ -87,7 +87,7 @@ fn loader(dir: &Path, length: usize) -> Loader {
     FastLanguageModel::from_pretrained(dir).device(DeviceKind::Cpu).dtype(Dtype::F32).max_seq_length(length)
 }
 
-/// As many documents as `steps` steps take.
+/// Returns the documents for `steps` steps.
 fn write_documents(
     path: &Path,
     tokenizer: &Tokenizer,
@@ -100,7 +100,7 @@ fn write_documents(
     Ok(fs::write(path, lines)?)
 }
 
-/// Trains what is trainable on every token of the documents.
+/// Trains the trainable parameters on every token of the documents.
 fn train(
     model: &mut Model,
     rows: &Path,
@@ -120,7 +120,7 @@ fn train(
     Ok(())
 }
 
-/// e to the mean loss of the targets of each band of positions, and of all.
+/// Returns the perplexity of each range of positions and of all.
 fn perplexities(model: &Model, documents: &[Vec<u32>]) -> Result<Vec<f64>, Box<dyn Error>> {
     let mut sums = [(0.0, 0usize); BANDS + 1];
     for ids in documents {

@@ -1,4 +1,4 @@
-//! `cargo xtask tidy`: the invariants of ARCHITECTURE.md that a machine can check.
+//! `cargo xtask tidy`: checks the invariants of ARCHITECTURE.md.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::root;
 
-/// Which of the workspace's crates each crate may depend on, in what it ships.
+/// The workspace crates that each crate may depend on, excluding dev-dependencies.
 const LAYERS: [(&str, &[&str]); 12] = [
     ("rekindle-hub", &[]),
     ("rekindle-rope", &[]),
@@ -36,7 +36,7 @@ const LAYERS: [(&str, &[&str]); 12] = [
     ("xtask", &["*"]),
 ];
 
-/// Crates that only some of the workspace may name.
+/// External crates that only some workspace crates may depend on.
 const OWNERS: [(&str, &[&str]); 6] = [
     ("cudarc", &["rekindle-kernels"]),
     ("burn-flex", &["rekindle-kernels"]),
@@ -46,7 +46,7 @@ const OWNERS: [(&str, &[&str]); 6] = [
     ("minijinja", &["rekindle-data", "xtask"]),
 ];
 
-/// Words of the source that stand in some places only: the word, and the path prefixes that may have it.
+/// Words that may occur only below certain paths: the word and the allowed path prefixes.
 const WORDS: [(&str, &[&str]); 9] = [
     ("cudarc", &["kernels/src/runtime/"]),
     ("cublasLt", &["kernels/src/runtime/", "kernels/cu/"]),
@@ -86,7 +86,7 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
         }
         let lines = text.lines().count();
         if lines > LONG_FILE {
-            problems.push(format!("{name}: {lines} lines; a file is about one thing, at most {LONG_FILE} lines"));
+            problems.push(format!("{name} has {lines} lines; split files longer than {LONG_FILE} lines"));
         }
     }
     if problems.is_empty() {
@@ -119,14 +119,14 @@ fn dependencies() -> Result<Vec<String>, Box<dyn Error>> {
     for package in metadata["packages"].as_array().into_iter().flatten() {
         let name = package["name"].as_str().unwrap_or_default();
         let Some(allowed) = layers.get(name) else {
-            problems.push(format!("{name} has no place in xtask's LAYERS"));
+            problems.push(format!("{name} is missing from LAYERS in xtask/src/tidy.rs"));
             continue;
         };
         for dependency in package["dependencies"].as_array().into_iter().flatten() {
             let on = dependency["name"].as_str().unwrap_or_default();
             let ships = dependency["kind"].is_null();
             if ships && layers.contains_key(on) && !allowed.contains(&"*") && !allowed.contains(&on) {
-                problems.push(format!("{name} depends on {on}, which lies above or beside it"));
+                problems.push(format!("{name} depends on {on}, which LAYERS does not allow"));
             }
             for (owned, owners) in OWNERS {
                 if ships && on == owned && !owners.contains(&name) {
@@ -138,7 +138,7 @@ fn dependencies() -> Result<Vec<String>, Box<dyn Error>> {
     Ok(problems)
 }
 
-/// Every Rust and CUDA file of the workspace's own crates.
+/// Returns every Rust and CUDA file of the workspace's crates.
 fn sources(dir: &Path) -> Result<Vec<PathBuf>, Box<dyn Error>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir)? {

@@ -21,7 +21,7 @@ pub(crate) fn print(job: &Job, refusal: Option<&Failure>) -> Result<(), Failure>
         refusal.map(|refusal| format!("the run would be refused: {refusal}")).into_iter().collect();
     facts.push(trainable(job));
     facts.extend(model.memory_report().to_string().lines().map(str::to_owned));
-    facts.extend(model.causal_lm().widened().map(|widened| format!("rope_scaling {widened}")));
+    facts.extend(model.causal_lm().context_extension().map(|extension| format!("rope_scaling {extension}")));
     facts.push(rows.train.to_string());
     facts.extend(rows.eval.as_ref().map(ToString::to_string));
     facts.push(steps(job, train));

@@ -79,8 +79,8 @@ pub(crate) fn load_model(mut loader: Loader) -> Result<Model, Failure> {
         name_unknown(&model, adapter);
     }
     eprintln!("device {}, dtype {:?}", model.device(), model.causal_lm().dtype());
-    if let Some(widened) = model.causal_lm().widened() {
-        eprintln!("rope_scaling {widened}");
+    if let Some(extension) = model.causal_lm().context_extension() {
+        eprintln!("rope_scaling {extension}");
     }
     eprintln!("weights {}", weights(&model));
     Ok(model)

@@ -111,8 +111,8 @@ impl Job {
         config.model.max_seq_length = Some(model.causal_lm().max_seq_length());
         // An adapter that training continues says it itself, with a window that a table could not give.
         let from_adapter = config.model.rope_scaling.is_none() && starts_from_adapter;
-        if let Some(widened) = model.causal_lm().widened().filter(|_| !from_adapter) {
-            config.model.rope_scaling = Some(widened.request.clone().into());
+        if let Some(extension) = model.causal_lm().context_extension().filter(|_| !from_adapter) {
+            config.model.rope_scaling = Some(extension.request.clone().into());
         }
         config.model.fill_quant_config(&model);
         config.train.resolve(config.lora.is_none(), config.data.has_eval());

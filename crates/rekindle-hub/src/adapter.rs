@@ -1,4 +1,4 @@
-//! The way from an adapter to the model that it belongs to.
+//! Lookup of an adapter's base model.
 
 use std::path::{Path, PathBuf};
 
@@ -7,33 +7,33 @@ use serde::Deserialize;
 use crate::index::{INDEX_FILE, SINGLE_FILE};
 use crate::{Error, SafetensorsFile, read_json};
 
-/// The file that makes a directory an adapter.
+/// The file that identifies a directory as an adapter.
 pub(crate) const ADAPTER_CONFIG: &str = "adapter_config.json";
-/// The adapter's weights.
+/// The file with the adapter's weights.
 pub(crate) const ADAPTER_FILE: &str = "adapter_model.safetensors";
 
-/// The part of an adapter's configuration that leads to its model.
+/// The keys of an adapter's configuration that name its base model.
 #[derive(Deserialize)]
 struct AdapterConfig {
     base_model_name_or_path: Option<String>,
     revision: Option<String>,
 }
 
-/// The model that an adapter belongs to, as the adapter's configuration names it.
+/// The base model of an adapter, as recorded in the adapter's configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdapterBase {
-    /// Its name on the hub, or its directory where the adapter was made.
+    /// The name on the hub, or the directory on the machine that made the adapter.
     pub name_or_path: String,
-    /// Its branch, tag or commit, where one is given.
+    /// The branch, tag or commit, if recorded.
     pub revision: Option<String>,
 }
 
 impl AdapterBase {
-    /// The model that the adapter in `directory` belongs to.
+    /// Reads the base model of the adapter in `directory`.
     ///
     /// # Errors
-    /// [`Error::Missing`] for a directory without an adapter or a configuration that names no model,
-    /// [`Error::Malformed`] for a broken one.
+    /// [`Error::Missing`] if the directory has no adapter or its configuration names no base model,
+    /// [`Error::Malformed`] for invalid JSON.
     pub fn read(directory: &Path) -> Result<AdapterBase, Error> {
         let path = directory.join(ADAPTER_CONFIG);
         let config: AdapterConfig = read_json(&path)?;
@@ -41,7 +41,7 @@ impl AdapterBase {
         match config.base_model_name_or_path.filter(given) {
             Some(name_or_path) => Ok(AdapterBase { name_or_path, revision: config.revision.filter(given) }),
             None => {
-                Err(Error::missing(&path, "base_model_name_or_path; give the base model, and the adapter beside it"))
+                Err(Error::missing(&path, "base_model_name_or_path; pass the base model and the adapter separately"))
             }
         }
     }
@@ -87,10 +87,11 @@ pub(crate) fn pickled_weights(path: PathBuf, what: &str) -> Error {
     Error::Unsupported { path, reason }
 }
 
-/// As [`AdapterBase::read`]; `None` for a directory that holds no adapter, or a model beside one.
+/// Reads the base model like [`AdapterBase::read`]; returns `None` if the directory has no adapter, or also has a
+/// model.
 ///
 /// # Errors
-/// Those of a configuration that is there.
+/// The errors of [`AdapterBase::read`].
 pub fn adapter_base(directory: &Path) -> Result<Option<AdapterBase>, Error> {
     let has_model = [SINGLE_FILE, INDEX_FILE].iter().any(|file| directory.join(file).exists());
     if has_model || !directory.join(ADAPTER_CONFIG).exists() {
@@ -143,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn tells_adapters_from_models() {
+    fn adapters_are_distinguished_from_models() {
         let scratch = tempfile::tempdir().unwrap();
         let write = |file: &str, text: &str| fs::write(scratch.path().join(file), text).unwrap();
         assert_eq!(adapter_base(scratch.path()).unwrap(), None);
@@ -163,6 +164,6 @@ mod tests {
         }
         write(SINGLE_FILE, "");
         assert_eq!(adapter_base(scratch.path()).unwrap(), None);
-        assert!(AdapterBase::read(scratch.path()).is_err(), "it is still one without a base");
+        assert!(AdapterBase::read(scratch.path()).is_err(), "an adapter without a base model");
     }
 }

@@ -1,7 +1,7 @@
-//! Output that stands under its final name whole or not at all.
+//! Atomic output: a file or directory appears under its final name complete or not at all.
 //!
-//! Everything is written under a hidden temporary name in the same directory (so that the rename
-//! stays inside one file system), flushed to the device, and only then renamed.
+//! Everything is written under a hidden temporary name in the same directory, so that the rename stays within one file
+//! system, flushed to the device, and then renamed.
 
 mod directory;
 mod file;
@@ -21,24 +21,24 @@ pub use lock::DirectoryLock;
 
 use crate::Error;
 
-/// Writes `bytes` to `path`: afterwards the file holds all of them, or what it held before.
+/// Writes `bytes` to `path`. On success the file contains all of them; on failure it has its previous content.
 ///
 /// # Errors
-/// [`Error::Io`], for instance on a full disk; nothing is left behind then.
+/// [`Error::Io`], for instance on a full disk. No temporary file is left behind.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let mut file = AtomicFile::create(path)?;
     file.write_all(bytes).map_err(Error::io(path))?;
     file.commit()
 }
 
-/// Makes something new beside `path` with `create`, under a name that nothing has yet.
+/// Creates a file or directory next to `path` with `create`, under an unused name.
 fn create_sibling<T>(
     path: &Path,
     suffix: &str,
     create: impl Fn(&Path) -> io::Result<T>,
 ) -> Result<(PathBuf, T), Error> {
-    let name = path.file_name().ok_or_else(|| Error::unwritable(path, "it ends in no name"))?;
-    // A run that was killed may have left a name of the same process id: try the next number.
+    let name = path.file_name().ok_or_else(|| Error::unwritable(path, "the path has no file name"))?;
+    // A killed process may have left a file with the same process id, so try the next number.
     for attempt in 0_u32.. {
         let mut sibling = OsString::from(".");
         sibling.push(name);
@@ -50,10 +50,10 @@ fn create_sibling<T>(
             Err(error) => return Err(Error::io(path)(error)),
         }
     }
-    Err(Error::unwritable(path, "every temporary name beside it is taken"))
+    Err(Error::unwritable(path, "all temporary names next to it are in use"))
 }
 
-/// The directory that holds `path`; `.` for a bare name.
+/// Returns the directory that contains `path`, or `.` for a bare name.
 fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
@@ -61,7 +61,7 @@ fn parent(path: &Path) -> &Path {
     }
 }
 
-/// Makes the names in a directory durable. Elsewhere than on Unix a directory cannot be opened.
+/// Flushes the names in a directory. Does nothing except on Unix, where a directory can be opened.
 fn sync_directory(path: &Path) -> Result<(), Error> {
     if cfg!(unix) {
         let synced = File::open(path).and_then(|directory| directory.sync_all());
@@ -76,7 +76,7 @@ mod tests {
     use std::fs;
 
     #[test]
-    fn replaces_a_file_and_leaves_nothing_else() {
+    fn a_file_is_replaced_and_nothing_else_is_left() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("loss.svg");
         write_atomic(&path, b"first, longer").unwrap();
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn passes_over_names_that_a_killed_run_left() {
+    fn names_left_by_a_killed_process_are_skipped() {
         let directory = tempfile::tempdir().unwrap();
         let left = format!(".loss.svg.{}-0.tmp", process::id());
         fs::write(directory.path().join(&left), b"half").unwrap();
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn names_the_target_in_errors() {
+    fn errors_name_the_target() {
         let directory = tempfile::tempdir().unwrap();
         let error = write_atomic(&directory.path().join("no/such/file"), b"x").unwrap_err();
         assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("no/such/file")), "{error}");

@@ -1,7 +1,7 @@
-//! What the cache of the hub holds, and making it smaller.
+//! Listing and pruning of the hub cache.
 //!
-//! The cache is shared with Python's `huggingface_hub`; only models are looked at here, not the
-//! datasets beside them, nor the store that newer versions of it keep for files of several models.
+//! The cache is shared with Python's `huggingface_hub`. Only models are handled here: not datasets, and not the shared
+//! store that newer versions keep for files of several models.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -13,77 +13,76 @@ use std::time::SystemTime;
 use crate::hub::{CachedRepo, Environment, INCOMPLETE};
 use crate::{Error, HubErrorKind};
 
-/// A model or adapter in the cache.
+/// A cached model or adapter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CachedModel {
     /// `organization/model`.
     pub name: String,
-    /// Its directory in the cache.
+    /// The directory in the cache.
     pub path: PathBuf,
-    /// Its revisions, by commit.
+    /// The cached revisions, by commit.
     pub revisions: Vec<CachedRevision>,
-    /// Bytes of its files, those of interrupted downloads included.
+    /// The size of all files in bytes, including interrupted downloads.
     pub bytes: u64,
-    /// Of these, the bytes of interrupted downloads.
+    /// The size of interrupted downloads in bytes.
     pub incomplete_bytes: u64,
-    /// When one of its files was last read, as far as the file system keeps it.
+    /// The last time one of its files was read, if the file system records it.
     pub last_used: Option<SystemTime>,
 }
 
-/// The files of one commit.
+/// The cached files of one commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CachedRevision {
-    /// The commit's id.
+    /// The commit id.
     pub commit: String,
-    /// The branches and tags that stood there when they were last looked up.
+    /// The branches and tags that pointed to this commit when they were last looked up.
     pub references: Vec<String>,
-    /// How many files it has here.
+    /// The number of cached files.
     pub files: usize,
-    /// Their bytes; revisions share files that did not change.
+    /// Their size in bytes; revisions share unchanged files.
     pub bytes: u64,
 }
 
-/// What is removed from the cache.
+/// The selection to remove from the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prune<'a> {
-    /// In all models: revisions that no branch or tag stands at, interrupted downloads, and files
-    /// of no revision.
+    /// In all models: revisions without a branch or tag, interrupted downloads, and files that belong to no revision.
     Unreferenced,
-    /// One model, by its name, with all its revisions.
+    /// One model by name, with all its revisions.
     Model(&'a str),
 }
 
-/// What [`prune`] did.
+/// The result of [`prune`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pruned {
-    /// Bytes that are free now.
+    /// The number of bytes freed.
     pub bytes: u64,
-    /// The names of the models that lost something.
+    /// The names of the models with removed files.
     pub models: Vec<String>,
-    /// The names of those that were left alone: they are being downloaded.
+    /// The names of the models skipped because they are being downloaded.
     pub busy: Vec<String>,
 }
 
-/// The cache that the environment names: `HF_HUB_CACHE`, or `hub` in `HF_HOME`, or
+/// Returns the cache directory set by the environment: `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else
 /// `~/.cache/huggingface/hub`.
 pub fn default_dir() -> PathBuf {
     Environment::read().cache_dir
 }
 
-/// All models in the cache, by name; none for a cache that does not exist.
+/// Lists all cached models by name; empty if the cache does not exist.
 ///
 /// # Errors
-/// [`Error::Io`] for a directory that cannot be read.
+/// [`Error::Io`] if a directory cannot be read.
 pub fn list(cache_dir: &Path) -> Result<Vec<CachedModel>, Error> {
     let models = models(cache_dir)?;
     models.into_iter().map(|(name, repo)| Ok(Contents::read(&repo)?.model(name, &repo))).collect()
 }
 
-/// Removes from the cache what `what` says; models that are being downloaded are left alone.
+/// Removes the selection from the cache, skipping models that are being downloaded.
 ///
 /// # Errors
-/// [`Error::Hub`] for a name that is not in the cache, or is being downloaded; [`Error::Io`] for
-/// what cannot be read or removed.
+/// [`Error::Hub`] for a named model that is not cached or is being downloaded; [`Error::Io`] for files that cannot be
+/// read or removed.
 pub fn prune(cache_dir: &Path, what: Prune<'_>) -> Result<Pruned, Error> {
     let mut pruned = Pruned::default();
     let models = models(cache_dir)?;
@@ -106,7 +105,10 @@ pub fn prune(cache_dir: &Path, what: Prune<'_>) -> Result<Pruned, Error> {
                 return Err(refuse(HubErrorKind::NotFound, format!("it is not in the cache at {cache_dir:?}")));
             };
             let Some(_alone) = lock(&repo)? else {
-                return Err(refuse(HubErrorKind::Busy, "it is being downloaded; try again afterwards".to_owned()));
+                return Err(refuse(
+                    HubErrorKind::Busy,
+                    "it is being downloaded; try again when that is done".to_owned(),
+                ));
             };
             pruned.bytes = Contents::read(&repo)?.bytes(false);
             remove_dir(&repo.path())?;
@@ -117,7 +119,7 @@ pub fn prune(cache_dir: &Path, what: Prune<'_>) -> Result<Pruned, Error> {
     Ok(pruned)
 }
 
-/// Names and places of all models.
+/// Returns the names and cache directories of all models.
 fn models(cache_dir: &Path) -> Result<BTreeMap<String, CachedRepo>, Error> {
     let mut models = BTreeMap::new();
     for entry in entries(cache_dir)? {
@@ -130,9 +132,9 @@ fn models(cache_dir: &Path) -> Result<BTreeMap<String, CachedRepo>, Error> {
     Ok(models)
 }
 
-/// Keeps downloads away until the result is dropped; `None` when there is one.
+/// Blocks downloads until the result is dropped; returns `None` if one is running.
 fn lock(repo: &CachedRepo) -> Result<Option<Vec<File>>, Error> {
-    // Makes the file, so that it is among the entries.
+    // Creates the lock file, so that it is among the directory's entries.
     drop(repo.use_lock()?);
     let mut held = Vec::new();
     for entry in entries(&repo.locks())? {
@@ -146,10 +148,10 @@ fn lock(repo: &CachedRepo) -> Result<Option<Vec<File>>, Error> {
     Ok(Some(held))
 }
 
-/// What lies in a model's directory.
+/// The contents of a model's cache directory.
 #[derive(Debug, Default)]
 struct Contents {
-    /// By file name, interrupted downloads among them.
+    /// Blobs by file name, including interrupted downloads.
     blobs: BTreeMap<OsString, Blob>,
     snapshots: Vec<Snapshot>,
     last_used: Option<SystemTime>,
@@ -158,7 +160,7 @@ struct Contents {
 #[derive(Debug)]
 struct Blob {
     bytes: u64,
-    /// Whether it is a link into the store that models share, and takes nothing itself.
+    /// True for a link into the shared store, which uses no space itself.
     is_shared: bool,
 }
 
@@ -167,9 +169,9 @@ struct Snapshot {
     commit: String,
     references: Vec<String>,
     files: usize,
-    /// The names of the blobs that its links point at.
+    /// The names of the blobs its links point to.
     blobs: BTreeSet<OsString>,
-    /// Bytes of files that are no links: where links need a privilege.
+    /// Bytes of regular files, used on systems where links need a privilege.
     own_bytes: u64,
 }
 
@@ -180,7 +182,7 @@ impl Contents {
             let path = entry.path();
             let is_shared = entry.file_type().map_err(Error::io(&path))?.is_symlink();
             let about = match fs::metadata(&path) {
-                // The store was emptied.
+                // The link is dangling because the shared store was emptied.
                 Err(error) if is_shared && error.kind() == ErrorKind::NotFound => entry.metadata(),
                 about => about,
             };
@@ -238,7 +240,7 @@ impl Contents {
         }
     }
 
-    /// The bytes that became free; `None` when there was nothing to remove.
+    /// Returns the number of bytes freed, or `None` if there was nothing to remove.
     fn remove_unreferenced(&self, repo: &CachedRepo) -> Result<Option<u64>, Error> {
         let (kept, unreferenced): (Vec<_>, Vec<_>) =
             self.snapshots.iter().partition(|snapshot| !snapshot.references.is_empty());
@@ -258,7 +260,7 @@ impl Contents {
     }
 }
 
-/// What a directory holds; nothing if there is none.
+/// Returns the entries of a directory; empty if it does not exist.
 fn entries(directory: &Path) -> Result<Vec<DirEntry>, Error> {
     match fs::read_dir(directory).and_then(Iterator::collect) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
@@ -266,7 +268,7 @@ fn entries(directory: &Path) -> Result<Vec<DirEntry>, Error> {
     }
 }
 
-/// All files in a directory and the directories in it; links are files.
+/// Returns all files below a directory, with links counted as files.
 fn files_below(directory: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut files = Vec::new();
     for entry in entries(directory)? {
@@ -294,7 +296,7 @@ mod tests {
     const OLD: &str = "1111111111111111111111111111111111111111";
     const NEW: &str = "2222222222222222222222222222222222222222";
 
-    /// Two revisions that share one of their files, and an interrupted download.
+    /// Creates a cache with two revisions that share one file, and an interrupted download.
     fn cache() -> (tempfile::TempDir, CachedRepo) {
         let scratch = tempfile::tempdir().unwrap();
         let repo = CachedRepo::new(scratch.path(), "models--org--model");
@@ -311,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_revisions_and_bytes() {
+    fn revisions_and_bytes_are_listed() {
         let (scratch, repo) = cache();
         fs::create_dir(scratch.path().join("datasets--org--data")).unwrap();
         let models = list(scratch.path()).unwrap();
@@ -328,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn prunes_what_nothing_names() {
+    fn unreferenced_files_are_pruned() {
         let (scratch, repo) = cache();
         let pruned = prune(scratch.path(), Prune::Unreferenced).unwrap();
         assert_eq!(pruned, Pruned { bytes: 1500, models: vec!["org/model".to_owned()], busy: vec![] });
@@ -338,9 +340,9 @@ mod tests {
         assert_eq!(prune(scratch.path(), Prune::Unreferenced).unwrap(), Pruned::default());
     }
 
-    /// As newer versions of Python's library lay out what several models have.
+    /// Uses the layout of newer versions of Python's library for files shared by models.
     #[test]
-    fn counts_shared_files_but_frees_none() {
+    fn shared_files_count_but_are_not_freed() {
         let (scratch, repo) = cache();
         fs::create_dir(scratch.path().join("blobs")).unwrap();
         fs::write(scratch.path().join("blobs/shared"), [0; 2000]).unwrap();
@@ -352,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn removes_a_model_by_name() {
+    fn a_model_is_removed_by_name() {
         let (scratch, repo) = cache();
         let error = prune(scratch.path(), Prune::Model("org/mode")).unwrap_err();
         assert_eq!(error.hub_kind(), Some(HubErrorKind::NotFound), "{error}");
@@ -362,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn leaves_downloads_alone() {
+    fn models_being_downloaded_are_skipped() {
         let (scratch, repo) = cache();
         let downloads = [repo.use_lock().unwrap(), repo.blob_lock("next").unwrap()];
         for download in downloads {

@@ -11,13 +11,12 @@ use crate::error::quoted;
 use crate::index::{INDEX_FILE, SINGLE_FILE, ShardIndex};
 use crate::{Error, SafetensorsFile, TensorView, read_json};
 
-/// A model directory in the Hugging Face layout, its weights memory-mapped.
+/// A model directory in the Hugging Face layout with memory-mapped weights.
 ///
-/// The directory holds `config.json` and either `model.safetensors` or
-/// `model.safetensors.index.json` with the shards that it names; when it has both, the single file
-/// counts, as in transformers. As there, too, every tensor of a shard belongs to the checkpoint,
-/// listed in the index or not. The files must not be changed in place while they are open (see
-/// [`SafetensorsFile`]).
+/// The directory contains `config.json` and either `model.safetensors` or `model.safetensors.index.json` with the
+/// shards it names. As in transformers, the single file takes precedence if both exist, and every tensor of a shard
+/// belongs to the checkpoint even if the index does not list it. The files must not be modified in place while they are
+/// open (see [`SafetensorsFile`]).
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -36,16 +35,16 @@ struct Location {
 }
 
 impl Checkpoint {
-    /// Reads the configuration and maps the weights at `path`, checking all headers and the index.
+    /// Reads the configuration and maps the weights at `path`, validating all headers and the index.
     ///
     /// # Errors
-    /// - [`Error::NotFound`]: `path` is no directory. Names on the hub are for `resolve`.
-    /// - [`Error::Missing`]: no configuration, no weights, a shard that the index names, or tensors
-    ///   that the index places in a shard and that are not there; all of them at once.
-    /// - [`Error::Malformed`]: JSON with line and column; a truncated or inconsistent file; a tensor
-    ///   that is in two shards.
-    /// - [`Error::Unsupported`]: pickled weights (`pytorch_model.bin`), or a dtype that is not read.
-    /// - [`Error::Io`]: the system refused.
+    /// - [`Error::NotFound`]: `path` is not a directory. Use `resolve` for hub names.
+    /// - [`Error::Missing`]: no configuration, no weights, a shard named by the index, or tensors that the index places
+    ///   in a shard but that are not there. The message lists all of them.
+    /// - [`Error::Malformed`]: invalid JSON, with line and column; a truncated or inconsistent file; a tensor in two
+    ///   shards.
+    /// - [`Error::Unsupported`]: pickled weights (`pytorch_model.bin`), or an unsupported dtype.
+    /// - [`Error::Io`]: a system error.
     pub fn open(path: &Path) -> Result<Checkpoint, Error> {
         check_directory(path)?;
         let config = read_config(path)?;
@@ -62,22 +61,22 @@ impl Checkpoint {
         Ok(Checkpoint { path: path.to_path_buf(), config, files: Arc::new(files), tensors })
     }
 
-    /// The directory, as it was given.
+    /// Returns the directory as given.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// `config.json`, always an object.
+    /// Returns the content of `config.json`, which is always an object.
     pub fn config(&self) -> &Value {
         &self.config
     }
 
-    /// The names of all tensors, sorted.
+    /// Returns the names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// The tensor called `name`, if there is one.
+    /// Returns the tensor named `name`, if it exists.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let (name, location) = self.tensors.get_key_value(name)?;
         let view = self.files[location.file].get(location.stored_as.as_ref().unwrap_or(name))?;
@@ -95,7 +94,7 @@ impl Checkpoint {
         (tensors.len() == self.tensors.len()).then(|| Checkpoint { tensors, ..self.clone() })
     }
 
-    /// Bytes of all tensors together, as stored.
+    /// Returns the stored size of all tensors in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.files.iter().map(SafetensorsFile::total_bytes).sum()
     }
@@ -104,19 +103,19 @@ impl Checkpoint {
 pub(crate) fn check_directory(path: &Path) -> Result<(), Error> {
     let reason = match fs::metadata(path) {
         Ok(about) if about.is_dir() => return Ok(()),
-        Ok(_) => "it is a file; give the directory that holds config.json and the weights",
+        Ok(_) => "it is a file; pass the directory that contains config.json and the weights",
         Err(error) if error.kind() == ErrorKind::NotFound && path.starts_with("~") => {
             "there is no such directory; only shells expand \"~\", write the home directory out"
         }
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            "there is no such directory; give one that holds config.json and the weights"
+            "there is no such directory; pass one that contains config.json and the weights"
         }
         Err(error) => return Err(Error::io(path)(error)),
     };
     Err(Error::NotFound { path: path.to_path_buf(), reason: reason.to_owned() })
 }
 
-/// `config.json` of the model in a directory, an object.
+/// Reads `config.json` of the model in `directory`, which must be an object.
 ///
 /// # Errors
 /// [`Error::Missing`] and [`Error::Malformed`].
@@ -124,9 +123,9 @@ pub fn read_config(directory: &Path) -> Result<Value, Error> {
     let path = directory.join("config.json");
     if !path.exists() {
         let way_out = if directory.join("adapter_config.json").exists() {
-            "it holds a PEFT adapter: give it as the adapter, and its base model as the model"
+            "it holds a PEFT adapter; pass it as the adapter and its base model as the model"
         } else {
-            "give a model directory in the Hugging Face layout"
+            "pass a model directory in the Hugging Face layout"
         };
         return Err(Error::missing(directory, format!("config.json; {way_out}")));
     }
@@ -159,7 +158,7 @@ fn open_shards(directory: &Path, index_path: &Path) -> Result<Vec<SafetensorsFil
     Ok(files.into_values().collect())
 }
 
-/// What to say about a directory without safetensors: often there are weights of another kind.
+/// Describes a directory without safetensors, which often has weights of another kind.
 fn no_weights(directory: &Path) -> Error {
     for pickled in ["pytorch_model.bin", "pytorch_model.bin.index.json"] {
         if directory.join(pickled).exists() {
@@ -176,7 +175,7 @@ fn locate(files: &[SafetensorsFile]) -> Result<BTreeMap<String, Location>, Error
             let location = Location { file: position, stored_as: None };
             if let Some(other) = tensors.insert(name.to_owned(), location) {
                 let other = files[other.file].path().file_name().unwrap_or_default();
-                return Err(Error::malformed(file.path(), format!("its tensor {name:?} is in {other:?} as well")));
+                return Err(Error::malformed(file.path(), format!("its tensor {name:?} is also in {other:?}")));
             }
         }
     }
@@ -196,7 +195,7 @@ mod tests {
         write_safetensors(path, &BTreeMap::new(), &tensors, |index, out| out.write_all(&[index as u8; 2])).unwrap();
     }
 
-    /// A directory with a configuration and these shards, whose index lists all they hold.
+    /// Creates a directory with a configuration and these shards, and an index that lists all their tensors.
     fn sharded(shards: &[(&str, &[&str])]) -> TempDir {
         let scratch = tempfile::tempdir().unwrap();
         fs::write(scratch.path().join("config.json"), "{}").unwrap();
@@ -224,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn opens_shards_as_one() {
+    fn shards_open_as_one_checkpoint() {
         let scratch = two_shards();
         let checkpoint = Checkpoint::open(scratch.path()).unwrap();
         assert_eq!(checkpoint.path(), scratch.path());
@@ -251,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn prefers_the_single_file() {
+    fn the_single_file_takes_precedence() {
         let scratch = two_shards();
         write_weights(&scratch.path().join(SINGLE_FILE), &["only"]);
         let checkpoint = Checkpoint::open(scratch.path()).unwrap();
@@ -267,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn says_where_it_looked() {
+    fn a_missing_directory_is_reported() {
         let error = message(Path::new("/no/such/model"), "\"/no/such/model\": there is no such directory;");
         assert!(matches!(error, Error::NotFound { .. }), "{error}");
 
@@ -277,9 +276,9 @@ mod tests {
     }
 
     #[test]
-    fn names_what_a_directory_lacks() {
+    fn missing_files_are_named() {
         let scratch = tempfile::tempdir().unwrap();
-        let error = message(scratch.path(), "lacks config.json; give a model directory");
+        let error = message(scratch.path(), "lacks config.json; pass a model directory");
         assert!(matches!(error, Error::Missing { .. }), "{error}");
         fs::write(scratch.path().join("adapter_config.json"), "{}").unwrap();
         message(scratch.path(), "holds a PEFT adapter");
@@ -294,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_a_broken_configuration() {
+    fn a_malformed_configuration_is_refused() {
         let scratch = two_shards();
         let config = scratch.path().join("config.json");
         fs::write(&config, "{\n\"hidden_size\" 64}").unwrap();
@@ -304,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn names_every_missing_shard() {
+    fn every_missing_shard_is_named() {
         let scratch = two_shards();
         fs::remove_file(scratch.path().join("1.safetensors")).unwrap();
         fs::remove_file(scratch.path().join("2.safetensors")).unwrap();
@@ -313,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn names_every_tensor_that_its_shard_lacks() {
+    fn every_missing_tensor_is_named() {
         let scratch = two_shards();
         write_weights(&scratch.path().join("1.safetensors"), &["x"]);
         let error = message(scratch.path(), r#""a" in "1.safetensors", "c" in "1.safetensors""#);
@@ -321,16 +320,16 @@ mod tests {
     }
 
     #[test]
-    fn refuses_a_tensor_in_two_shards() {
+    fn a_tensor_in_two_shards_is_refused() {
         let scratch = two_shards();
         write_weights(&scratch.path().join("2.safetensors"), &["a", "b"]);
         let error =
-            message(scratch.path(), r#"2.safetensors" is malformed: its tensor "a" is in "1.safetensors" as well"#);
+            message(scratch.path(), r#"2.safetensors" is malformed: its tensor "a" is also in "1.safetensors""#);
         assert!(matches!(error, Error::Malformed { .. }), "{error}");
     }
 
     #[test]
-    fn refuses_a_truncated_shard() {
+    fn a_truncated_shard_is_refused() {
         let scratch = two_shards();
         let shard = scratch.path().join("2.safetensors");
         let whole = fs::read(&shard).unwrap();

@@ -2,8 +2,8 @@ use std::fmt;
 
 /// The element type of a stored tensor, with the names of the safetensors format.
 ///
-/// The variants are ordered as the reference implementation orders them (by alignment, then by its
-/// own list), because that order decides where a tensor lies in a file.
+/// The variants are in the order of the reference implementation (by alignment, then by its own list), because that
+/// order determines the position of tensors in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Dtype {
@@ -40,7 +40,7 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// Bytes per element.
+    /// Returns the size of an element in bytes.
     pub fn size(self) -> usize {
         match self {
             Dtype::Bool | Dtype::U8 | Dtype::I8 | Dtype::F8E5M2 | Dtype::F8E4M3 => 1,
@@ -50,7 +50,7 @@ impl Dtype {
         }
     }
 
-    /// The dtype that a header calls `name`; `None` for one that is not read.
+    /// Returns the dtype that a header calls `name`, or `None` if it is not supported.
     pub(crate) fn from_name(name: &str) -> Option<Dtype> {
         ALL.into_iter().find(|dtype| dtype.name() == name)
     }
@@ -75,7 +75,7 @@ impl Dtype {
         }
     }
 
-    /// Bytes of a tensor of this `shape`; `None` when the count does not fit a `usize`.
+    /// Returns the bytes of a tensor of this `shape`, or `None` if the count overflows a `usize`.
     pub(crate) fn bytes_of(self, shape: &[usize]) -> Option<usize> {
         shape.iter().try_fold(1_usize, |product, &extent| product.checked_mul(extent))?.checked_mul(self.size())
     }
@@ -109,9 +109,9 @@ const ALL: [Dtype; 15] = [
 mod tests {
     use super::*;
 
-    /// Names, sizes and order are those of the reference implementation.
+    /// Compares names, sizes and order with the reference implementation.
     #[test]
-    fn agrees_with_the_reference() {
+    fn dtypes_agree_with_the_reference() {
         use safetensors::Dtype as Reference;
         let reference = [
             Reference::BOOL,
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_bytes_without_overflow() {
+    fn byte_counts_do_not_overflow() {
         assert_eq!(Dtype::F32.bytes_of(&[2, 3]), Some(24));
         assert_eq!(Dtype::F64.bytes_of(&[]), Some(8));
         assert_eq!(Dtype::BF16.bytes_of(&[5, 0]), Some(0));

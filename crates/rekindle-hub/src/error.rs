@@ -3,119 +3,117 @@ use std::path::{Path, PathBuf};
 
 use crate::Dtype;
 
-/// What can be wrong with a checkpoint, with writing one, or with getting one from the hub.
+/// An error in reading or writing a checkpoint, or in downloading one from the hub.
 ///
-/// The message of every variant is complete on its own line: it names the file and the cause, so a
-/// caller need not print the chain of sources as well.
+/// Each message is complete: it names the file and the cause, so callers need not print the chain of sources.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The model's directory does not exist or is no directory.
+    /// The model directory does not exist or is not a directory.
     #[error("no checkpoint at {path:?}: {reason}")]
     NotFound {
-        /// What was asked for.
+        /// The requested path.
         path: PathBuf,
-        /// What is there instead, and what to give.
+        /// What was found instead, and what to pass.
         reason: String,
     },
 
-    /// A directory or an index is there, but something that belongs to it is not.
+    /// A directory or an index exists, but a required part of it is missing.
     #[error("{path:?} lacks {what}")]
     Missing {
-        /// The directory or file that should hold it.
+        /// The directory or file that should contain it.
         path: PathBuf,
-        /// What is missing, and a way out.
+        /// What is missing, and how to fix it.
         what: String,
     },
 
-    /// A file that breaks its own format: truncated, inconsistent, not JSON.
+    /// An invalid file: truncated, inconsistent or not JSON.
     #[error("{path:?} is malformed: {reason}")]
     Malformed {
-        /// The broken file.
+        /// The invalid file.
         path: PathBuf,
-        /// What is wrong with it and where.
+        /// The problem and its location.
         reason: String,
     },
 
-    /// A valid file of a kind that is not read.
+    /// A valid file of an unsupported kind.
     #[error("{path:?} is not supported: {reason}")]
     Unsupported {
         /// The file or directory.
         path: PathBuf,
-        /// What it holds, and a way out.
+        /// What it contains, and what to use instead.
         reason: String,
     },
 
-    /// A tensor was asked for as floats but holds something else.
-    #[error("tensor {name:?} has dtype {dtype}; F64, F32, F16 and BF16 are read as floats")]
+    /// A tensor that was requested as floats has another dtype.
+    #[error("tensor {name:?} has dtype {dtype}; only F64, F32, F16 and BF16 can be read as floats")]
     NotFloat {
         /// The tensor's name.
         name: String,
-        /// Its stored dtype.
+        /// The stored dtype.
         dtype: Dtype,
     },
 
-    /// The request to write cannot be met: names, shapes and bytes contradict each other, or the
-    /// target must not be replaced.
+    /// The output cannot be written: names, shapes and bytes are inconsistent, or the target must not be replaced.
     #[error("cannot write {path:?}: {reason}")]
     Unwritable {
         /// The target.
         path: PathBuf,
-        /// What contradicts what.
+        /// The reason.
         reason: String,
     },
 
-    /// A name on the Hugging Face hub could not be turned into files.
+    /// A hub name could not be resolved to files.
     #[error("{name}: {reason}")]
     Hub {
-        /// What kind of obstacle it is.
+        /// The kind of failure.
         kind: HubErrorKind,
-        /// `organization/model`, as it was given.
+        /// `organization/model`, as given.
         name: String,
         /// What happened, and what to do.
         reason: String,
     },
 
-    /// The operating system refused: permissions, a full disk, a failing device.
+    /// A system error: permissions, a full disk, a failing device.
     #[error("{path:?}: {source}")]
     Io {
         /// The file or directory.
         path: PathBuf,
-        /// The system's reason.
+        /// The system's error.
         source: io::Error,
     },
 }
 
-/// What stands between a name on the hub and its files.
+/// The reason a hub name could not be resolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum HubErrorKind {
-    /// The name or the revision is not one that the hub could have.
+    /// The name or revision is invalid.
     Name,
     /// The hub has no such repository, revision or file, or hides it from this token.
     NotFound,
-    /// The licence has not been accepted, or the token is not good for it.
+    /// The licence has not been accepted, or the token has no access.
     Denied,
-    /// The repository holds no weights that are read: pickled ones, or none.
+    /// The repository has no supported weights: only pickled ones, or none.
     Weights,
-    /// The repository has no rows that are read, or not the split or subset that was asked for.
+    /// The repository has no supported rows, or not the requested split or subset.
     Rows,
-    /// The hub cannot be reached, or connections to it break.
+    /// The hub cannot be reached, or the connection broke.
     Network,
-    /// The network may not be used, and the files are not in the cache.
+    /// The network is disabled, and the files are not in the cache.
     Offline,
-    /// The hub answers with an error of its own, or with something else than its protocol.
+    /// The hub returned an error, or an invalid response.
     Response,
-    /// What arrived is not what the hub announced.
+    /// The downloaded data does not match the announced checksum or size.
     Checksum,
-    /// The disk of the cache is too small.
+    /// The cache's disk is too small.
     Space,
-    /// Another program holds a file of the cache.
+    /// Another process is using a file of the cache.
     Busy,
 }
 
 impl Error {
-    /// What kept a name on the hub from being turned into files; `None` for every other error.
+    /// Returns the kind of hub failure, or `None` for other errors.
     pub fn hub_kind(&self) -> Option<HubErrorKind> {
         match self {
             Error::Hub { kind, .. } => Some(*kind),
@@ -123,7 +121,7 @@ impl Error {
         }
     }
 
-    /// For `map_err`: attaches the file to an error of the system.
+    /// Returns a function for `map_err` that adds the path to a system error.
     pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Error {
         move |source| Error::Io { path: path.to_path_buf(), source }
     }
@@ -141,14 +139,14 @@ impl Error {
     }
 }
 
-/// Lets a closure that writes a tensor use `?` on this crate's errors; the writers unwrap it again.
+/// Lets a closure that writes a tensor use `?` on this crate's errors; the writers unwrap them again.
 impl From<Error> for io::Error {
     fn from(error: Error) -> io::Error {
         io::Error::other(error)
     }
 }
 
-/// Every name in quotes, separated by commas.
+/// Quotes every name and joins them with commas.
 pub(crate) fn quoted<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     let names: Vec<_> = names.into_iter().map(|name| format!("{name:?}")).collect();
     names.join(", ")

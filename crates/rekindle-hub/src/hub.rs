@@ -1,4 +1,4 @@
-//! Names on the Hugging Face hub, turned into directories.
+//! Resolution of names on the Hugging Face hub to directories.
 
 mod api;
 mod checksum;
@@ -16,7 +16,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::check_directory;
-use crate::{Error, Headers, HubErrorKind};
+use crate::{CheckpointHeaders, Error, HubErrorKind};
 
 use failure::Request;
 use name::{RepoKind, RepoName};
@@ -25,47 +25,44 @@ pub(crate) use environment::Environment;
 pub(crate) use layout::{CachedRepo, INCOMPLETE};
 pub use split::DatasetPart;
 
-/// How a name on the hub is resolved. What is left out follows the environment, as in Python's
-/// `huggingface_hub`.
+/// Options for resolving a hub name. Unset options follow the environment, as in Python's `huggingface_hub`.
 #[derive(Default)]
 pub struct HubOptions<'a> {
-    /// A branch, tag or commit. Default `main`.
+    /// The branch, tag or commit. Default: `main`.
     pub revision: Option<String>,
-    /// Default `HF_TOKEN`, or what the file `HF_TOKEN_PATH` or `token` in `HF_HOME` holds.
+    /// The access token. Default: `HF_TOKEN`, or the content of the file `HF_TOKEN_PATH` or `token` in `HF_HOME`.
     pub token: Option<String>,
-    /// Default `HF_HUB_CACHE`, or `hub` in `HF_HOME`, or `~/.cache/huggingface/hub`.
+    /// The cache directory. Default: `HF_HUB_CACHE`, or `hub` in `HF_HOME`, or `~/.cache/huggingface/hub`.
     pub cache_dir: Option<PathBuf>,
-    /// Whether the network is left alone. Default false, or what `HF_HUB_OFFLINE` says.
+    /// If true, the network is not used. Default: false, or the value of `HF_HUB_OFFLINE`.
     pub local_files_only: bool,
-    /// Where the hub is. Default `HF_ENDPOINT`, or `https://huggingface.co`.
+    /// The address of the hub. Default: `HF_ENDPOINT`, or `https://huggingface.co`.
     pub endpoint: Option<String>,
-    /// Is told the bytes that are here, and those of all files that are being downloaded; not
-    /// called when nothing is.
+    /// Called with the bytes present and the total bytes of all files to download. Not called when nothing needs to be
+    /// downloaded.
     pub on_progress: Option<Box<dyn FnMut(u64, u64) + 'a>>,
 }
 
-/// Where the files of a name are.
+/// A resolved name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resolved {
-    /// The directory that was given, or a snapshot in the cache.
+    /// The given directory, or a snapshot in the cache.
     pub path: PathBuf,
-    /// The commit that the snapshot is of; `None` for a directory.
+    /// The commit of the snapshot; `None` for a directory.
     pub commit: Option<String>,
-    /// What the user should be told: the hub was out of reach, and the cache was taken instead.
+    /// A message for the user: the hub was unreachable and the cache was used.
     pub notice: Option<String>,
 }
 
-/// The revision that is meant when none is given.
+/// The default revision.
 const MAIN: &str = "main";
 
-/// Turns `name` into a directory with a model or an adapter.
+/// Resolves `name` to a directory that contains a model or an adapter.
 ///
-/// A directory stays what it is. `organization/model` becomes its snapshot in the cache that is
-/// shared with Python, after the files that are needed and missing were downloaded: configuration,
-/// tokenizer, chat template, and weights in safetensors, never pickled ones. Several files come at
-/// once; an interrupted download goes on where it ended; every file is held against the checksum
-/// that the hub gives. When the hub is out of reach and the cache has a snapshot, that is taken,
-/// with a notice.
+/// An existing directory is returned as is. `organization/model` is resolved to its snapshot in the cache shared with
+/// Python, after downloading missing files: configuration, tokenizer, chat template, and weights in safetensors, never
+/// pickled ones. Files are downloaded in parallel, interrupted downloads resume, and every file is verified against the
+/// hub's checksum. If the hub is unreachable and the cache has a snapshot, the snapshot is returned with a notice.
 ///
 /// ```no_run
 /// use rekindle_hub::{Checkpoint, HubOptions, resolve};
@@ -82,56 +79,56 @@ const MAIN: &str = "main";
 /// ```
 ///
 /// # Errors
-/// [`Error::Hub`], whose kind says what stands in the way; [`Error::NotFound`] for a path that is
-/// no directory; [`Error::Io`] for a cache that cannot be written.
+/// [`Error::Hub`], whose kind describes the failure; [`Error::NotFound`] for a path that is not a directory;
+/// [`Error::Io`] if the cache is not writable.
 pub fn resolve(name: &str, options: HubOptions<'_>) -> Result<Resolved, Error> {
-    match place(name, &options)? {
-        Place::Here(found) => Ok(found.resolved),
-        Place::Hub { request, repo, token } => {
-            let found = download::download(request, repo, token, Wanted::Model, options.on_progress);
+    match locate(name, &options)? {
+        Location::Local(found) => Ok(found.resolved),
+        Location::Hub { request, repo, token } => {
+            let found = download::download(request, repo, token, RequiredFiles::Model, options.on_progress);
             Ok(found.map_err(|error| no_directory(name, error))?.resolved)
         }
     }
 }
 
-/// What the tensors of `name` are, as the headers of its weights say it; of a name on the hub the weights stay there,
-/// unless the cache has them. `path` of the result holds its configuration.
+/// Reads the headers of the weights of `name`. For a hub name the weights are not downloaded, but read from the cache
+/// if they are there. `path` of the result contains the configuration.
 ///
 /// # Errors
-/// Those of [`resolve`], and of [`Headers::open`].
-pub fn headers(name: &str, options: HubOptions<'_>) -> Result<(Resolved, Headers), Error> {
-    match place(name, &options)? {
-        Place::Here(Found { resolved, .. }) => {
-            let headers = Headers::open(&resolved.path)?;
+/// The errors of [`resolve`] and [`CheckpointHeaders::open`].
+pub fn headers(name: &str, options: HubOptions<'_>) -> Result<(Resolved, CheckpointHeaders), Error> {
+    match locate(name, &options)? {
+        Location::Local(Snapshot { resolved, .. }) => {
+            let headers = CheckpointHeaders::open(&resolved.path)?;
             Ok((resolved, headers))
         }
-        Place::Hub { request, repo, token } => {
+        Location::Hub { request, repo, token } => {
             download::describe(request, repo, token).map_err(|error| no_directory(name, error))
         }
     }
 }
 
-/// Where a name leads to.
-enum Place {
-    /// A directory, the one that was given or one of the cache.
-    Here(Found),
-    /// The hub, which is asked first.
+/// The location of a name's files.
+enum Location {
+    /// A directory: the given one, or one in the cache.
+    Local(Snapshot),
+    /// The hub, which must be queried.
     Hub { request: Request, repo: CachedRepo, token: Option<String> },
 }
 
-fn place(name: &str, options: &HubOptions<'_>) -> Result<Place, Error> {
+fn locate(name: &str, options: &HubOptions<'_>) -> Result<Location, Error> {
     let directory = Path::new(name);
     if directory.exists() || is_path(name) {
         check_directory(directory)?;
         let resolved = Resolved { path: directory.to_path_buf(), commit: None, notice: None };
-        return Ok(Place::Here(Found { resolved, files: Vec::new() }));
+        return Ok(Location::Local(Snapshot { resolved, files: Vec::new() }));
     }
     let repo = RepoName::parse(RepoKind::Model, name)?;
-    find(repo, options, &Wanted::Model).map_err(|error| no_directory(name, error))
+    find(repo, options, &RequiredFiles::Model).map_err(|error| no_directory(name, error))
 }
 
-/// Adds to an error about a name that the hub does not have, or could not be asked for, that it is no directory either: it
-/// may be a mistyped path. If the directory that it would be in exists, the error is about a path.
+/// Adds to the error of a failed lookup that `name` is not a directory either, because it may be a mistyped path. If the
+/// parent directory exists, the error is about a path.
 fn no_directory(name: &str, error: Error) -> Error {
     let Error::Hub { kind, name: asked, reason } = error else { return error };
     let unreachable = matches!(kind, HubErrorKind::Network | HubErrorKind::Offline);
@@ -152,53 +149,56 @@ fn no_directory(name: &str, error: Error) -> Error {
     }
 }
 
-/// Rows of a dataset repository.
+/// The files of a split of a dataset repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResolvedRows {
     /// The files of the split, sorted by name.
     pub files: Vec<PathBuf>,
-    /// The commit that they are of.
+    /// The commit of the files.
     pub commit: Option<String>,
-    /// What the user should be told: the hub was out of reach, and the cache was taken instead.
+    /// A message for the user: the hub was unreachable and the cache was used.
     pub notice: Option<String>,
 }
 
-/// Turns the name of a dataset repository, `organization/name`, into the files of one split.
+/// Resolves the name of a dataset repository, `organization/name`, to the files of one split.
 ///
-/// Parquet is taken where there is some, else JSON and JSON lines. They come, and lie in the shared cache, as those of
-/// models do ([`resolve`]); a dataset of Python's loading scripts has its rows in the revision `refs/convert/parquet`.
+/// Parquet files are preferred over JSON and JSON Lines. Files are downloaded to the shared cache in the same way as
+/// those of models ([`resolve`]). The rows of a dataset with a Python loading script are in the revision
+/// `refs/convert/parquet`.
 ///
 /// # Errors
-/// [`Error::Hub`], whose kind says what stands in the way: [`HubErrorKind::Rows`] for a split, a subset or rows that the
-/// repository does not have; [`Error::Io`] for a cache that cannot be written.
+/// [`Error::Hub`], whose kind describes the failure, such as [`HubErrorKind::Rows`] for a missing split, subset or
+/// rows; [`Error::Io`] if the cache is not writable.
 pub fn resolve_rows(name: &str, part: &DatasetPart, options: HubOptions<'_>) -> Result<ResolvedRows, Error> {
     let name = RepoName::parse(RepoKind::Dataset, name)?;
-    let wanted = Wanted::Rows(part.clone());
-    let Found { resolved, files } = match find(name, &options, &wanted)? {
-        Place::Here(found) => found,
-        Place::Hub { request, repo, token } => download::download(request, repo, token, wanted, options.on_progress)?,
+    let wanted = RequiredFiles::Rows(part.clone());
+    let Snapshot { resolved, files } = match find(name, &options, &wanted)? {
+        Location::Local(found) => found,
+        Location::Hub { request, repo, token } => {
+            download::download(request, repo, token, wanted, options.on_progress)?
+        }
     };
     let Resolved { path, commit, notice } = resolved;
     Ok(ResolvedRows { files: files.iter().map(|file| path.join(file)).collect(), commit, notice })
 }
 
-/// What of a repository is needed.
+/// The required files of a repository.
 #[derive(Clone, Debug)]
-pub(crate) enum Wanted {
+pub(crate) enum RequiredFiles {
     Model,
     Rows(DatasetPart),
 }
 
-/// A snapshot with what is needed in it.
+/// A snapshot with the required files.
 #[derive(Clone, Debug)]
-pub(crate) struct Found {
+pub(crate) struct Snapshot {
     pub(crate) resolved: Resolved,
-    /// Of a dataset, the files of the split.
+    /// For a dataset, the files of the split.
     pub(crate) files: Vec<String>,
 }
 
-/// Whether the cache does for what is `wanted` of a repository, or the hub is to be asked.
-fn find(name: RepoName, options: &HubOptions<'_>, wanted: &Wanted) -> Result<Place, Error> {
+/// Decides whether the cache suffices for the required files or the hub must be queried.
+fn find(name: RepoName, options: &HubOptions<'_>, wanted: &RequiredFiles) -> Result<Location, Error> {
     let environment = Environment::read();
     let token = options.token.clone().or(environment.token);
     let endpoint = options.endpoint.as_deref().map(|given| given.trim_end_matches('/').to_owned());
@@ -209,30 +209,30 @@ fn find(name: RepoName, options: &HubOptions<'_>, wanted: &Wanted) -> Result<Pla
         name,
     };
     if !layout::stays_below(&request.revision) {
-        let reason = format!("revision {:?} is neither a branch, a tag nor a commit", request.revision);
+        let reason = format!("revision {:?} is not a valid branch, tag or commit", request.revision);
         return Err(request.error(HubErrorKind::Name, reason));
     }
     let cache_dir = options.cache_dir.as_ref().unwrap_or(&environment.cache_dir);
     let repo = CachedRepo::new(cache_dir, &request.name.folder());
     let offline = if options.local_files_only { Some("local_files_only") } else { environment.offline };
     if let Some(reason) = offline {
-        return cached(&request, &repo, wanted).map(Place::Here).map_err(|state| {
+        return cached(&request, &repo, wanted).map(Location::Local).map_err(|state| {
             let revision = &request.revision;
             let reason = format!("{state} (revision {revision:?}) and {reason} is set; unset it to download");
             request.error(HubErrorKind::Offline, reason)
         });
     }
-    // Which files a dataset has, only the hub knows: a part of a split may be in the cache.
+    // Only the hub knows which files a dataset has: the cache may contain only part of a split.
     if layout::is_commit(&request.revision)
-        && matches!(wanted, Wanted::Model)
+        && matches!(wanted, RequiredFiles::Model)
         && let Ok(found) = cached(&request, &repo, wanted)
     {
-        return Ok(Place::Here(found));
+        return Ok(Location::Local(found));
     }
-    Ok(Place::Hub { request, repo, token })
+    Ok(Location::Hub { request, repo, token })
 }
 
-/// Returns whether `name` can only be meant as a path: a name on the hub has one slash, between two words.
+/// Returns true if `name` can only be a path: a name on the hub has one slash, between two words.
 fn is_path(name: &str) -> bool {
     Path::new(name).is_absolute()
         || name.starts_with(['.', '~'])
@@ -241,27 +241,29 @@ fn is_path(name: &str) -> bool {
         || name.matches('/').count() > 1
 }
 
-/// The snapshot that the cache has, if it can be loaded; otherwise what the cache has instead.
-fn cached(request: &Request, repo: &CachedRepo, wanted: &Wanted) -> Result<Found, String> {
+/// Returns the cached snapshot if it is complete; otherwise describes what is missing.
+fn cached(request: &Request, repo: &CachedRepo, wanted: &RequiredFiles) -> Result<Snapshot, String> {
     let snapshot = repo.commit_of(&request.revision).map(|commit| (repo.snapshot(&commit), commit));
     let Some((path, commit)) = snapshot.filter(|(path, _)| path.is_dir()) else {
         return Err(format!("the cache has no {:?}", repo.path()));
     };
     let files = match wanted {
-        Wanted::Model => match layout::lacks(&path) {
+        RequiredFiles::Model => match layout::lacks(&path) {
             Some(missing) => Err(format!("its snapshot {path:?} lacks {missing}")),
             None => Ok(Vec::new()),
         },
-        Wanted::Rows(part) => part.select(&layout::names(&path)).and_then(|files| match split::missing_piece(&files) {
-            Some(missing) => Err(format!("its snapshot {path:?} lacks {missing}")),
-            None => Ok(files),
-        }),
+        RequiredFiles::Rows(part) => {
+            part.select(&layout::names(&path)).and_then(|files| match split::missing_piece(&files) {
+                Some(missing) => Err(format!("its snapshot {path:?} lacks {missing}")),
+                None => Ok(files),
+            })
+        }
     };
-    Ok(Found { files: files?, resolved: Resolved { path, commit: Some(commit), notice: None } })
+    Ok(Snapshot { files: files?, resolved: Resolved { path, commit: Some(commit), notice: None } })
 }
 
 impl fmt::Debug for HubOptions<'_> {
-    /// Without the token.
+    /// Omits the token.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HubOptions")
             .field("revision", &self.revision)
@@ -277,14 +279,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_directory_stays_what_it_is() {
+    fn an_existing_directory_is_returned_as_is() {
         let scratch = tempfile::tempdir().unwrap();
         let resolved = resolve(scratch.path().to_str().unwrap(), HubOptions::default()).unwrap();
         assert_eq!(resolved, Resolved { path: scratch.path().to_path_buf(), commit: None, notice: None });
     }
 
     #[test]
-    fn a_path_is_not_asked_of_the_hub() {
+    fn the_hub_is_not_queried_for_a_path() {
         for path in ["/no/such/model", "./runs/1", "../model", "~/model", "runs/model/", r"C:\model", "no/such/model"] {
             let error = resolve(path, HubOptions::default()).unwrap_err();
             assert!(matches!(error, Error::NotFound { .. }), "{error}");
@@ -314,14 +316,14 @@ mod tests {
     }
 
     #[test]
-    fn refuses_a_revision_that_leaves_the_cache() {
+    fn a_revision_outside_the_cache_is_refused() {
         let options = HubOptions { revision: Some("../../x".to_owned()), ..HubOptions::default() };
         let error = resolve("org/model", options).unwrap_err();
         assert_eq!(error.hub_kind(), Some(HubErrorKind::Name), "{error}");
     }
 
     #[test]
-    fn shows_no_token() {
+    fn the_token_is_not_shown() {
         let options = HubOptions { token: Some("hf_secret".to_owned()), ..HubOptions::default() };
         assert!(!format!("{options:?}").contains("secret"));
     }

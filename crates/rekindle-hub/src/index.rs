@@ -1,4 +1,4 @@
-//! The index of a sharded checkpoint: which file holds which tensor.
+//! The index of a sharded checkpoint, which maps tensors to files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path};
@@ -7,13 +7,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, read_json, write_atomic};
 
-/// The name of a checkpoint's only weight file.
+/// The weight file of an unsharded checkpoint.
 pub(crate) const SINGLE_FILE: &str = "model.safetensors";
 
-/// The name of the index beside several of them.
+/// The index file of a sharded checkpoint.
 pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
 
-/// `model.safetensors.index.json`.
+/// The content of `model.safetensors.index.json`.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct ShardIndex {
     #[serde(default)]
@@ -22,7 +22,7 @@ pub(crate) struct ShardIndex {
     pub(crate) weight_map: BTreeMap<String, String>,
 }
 
-/// Written because readers of the ecosystem ask for it; nothing here relies on it.
+/// Written because other readers expect it; not used here.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct IndexMetadata {
     #[serde(default, skip_deserializing)]
@@ -34,24 +34,24 @@ impl ShardIndex {
         ShardIndex { metadata: IndexMetadata { total_size }, weight_map }
     }
 
-    /// Reads the index at `path` and checks that it lists files of its own directory.
+    /// Reads the index at `path` and checks that its shards are in the same directory.
     pub(crate) fn read(path: &Path) -> Result<ShardIndex, Error> {
         let index: ShardIndex = read_json(path)?;
         if index.weight_map.is_empty() {
             return Err(Error::malformed(path, "its weight_map is empty"));
         }
-        // An index may come from anywhere: it must not make us open files elsewhere.
+        // The index is untrusted: it must not make us open files elsewhere.
         for shard in index.shards() {
             let mut components = Path::new(shard).components();
             let first = components.next();
             if !matches!(first, Some(Component::Normal(name)) if name == shard) {
-                return Err(Error::malformed(path, format!("shard {shard:?} is not the name of a file beside it")));
+                return Err(Error::malformed(path, format!("shard {shard:?} is not a file name in its directory")));
             }
         }
         Ok(index)
     }
 
-    /// The names of all shards, sorted.
+    /// Returns the names of all shards, sorted.
     pub(crate) fn shards(&self) -> BTreeSet<&str> {
         self.weight_map.values().map(String::as_str).collect()
     }
@@ -69,7 +69,7 @@ mod tests {
     use std::fs;
 
     #[test]
-    fn refuses_files_of_other_directories() {
+    fn files_in_other_directories_are_refused() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join(INDEX_FILE);
         for shard in ["../a", "/etc/passwd", "", ".", "a/b", "a/"] {
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_what_others_write() {
+    fn indices_of_other_writers_are_read() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join(INDEX_FILE);
         let json = r#"{"metadata":{"total_size":8.0,"total_parameters":2},
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_an_empty_one() {
+    fn an_empty_index_is_refused() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join(INDEX_FILE);
         for json in [r#"{"weight_map":{}}"#, "{}", "[]", "{"] {

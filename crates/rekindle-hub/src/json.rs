@@ -9,8 +9,8 @@ use crate::Error;
 /// Reads a JSON file such as `config.json` or `adapter_config.json`.
 ///
 /// # Errors
-/// [`Error::Missing`] when there is no such file, [`Error::Malformed`] with line and column when it
-/// is not JSON or not of the shape that `T` asks for, [`Error::Io`] when it cannot be read.
+/// [`Error::Missing`] if the file does not exist, [`Error::Malformed`] with line and column if it is not valid JSON or
+/// does not match `T`, [`Error::Io`] if it cannot be read.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
     let bytes = fs::read(path).map_err(|source| match (source.kind(), path.file_name()) {
         (ErrorKind::NotFound, Some(name)) => {
@@ -28,7 +28,7 @@ mod tests {
     use serde_json::Value;
 
     #[test]
-    fn names_file_line_and_column() {
+    fn errors_name_file_line_and_column() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("config.json");
         fs::write(&path, "{\n  \"hidden_size\": 64\n  \"heads\": 4\n}\n").unwrap();
@@ -38,7 +38,7 @@ mod tests {
     }
 
     #[test]
-    fn says_which_file_is_missing() {
+    fn a_missing_file_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let error = read_json::<Value>(&directory.path().join("adapter_config.json")).unwrap_err();
         assert!(

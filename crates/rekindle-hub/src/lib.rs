@@ -1,15 +1,15 @@
-//! Checkpoints on disk and on the Hugging Face hub: sharded safetensors, read by memory map and
-//! written atomically.
+//! Checkpoints on disk and on the Hugging Face hub: sharded safetensors, memory-mapped for reading and written
+//! atomically.
 //!
-//! [`Checkpoint`] opens a model directory in the Hugging Face layout (`config.json` beside
-//! `model.safetensors` or its shards), [`SafetensorsFile`] a single file such as an adapter. Both
-//! check every header before they hand out a tensor, and read no weight until it is asked for.
-//! [`write_safetensors`] and [`write_sharded`] write the same files, one tensor at a time;
-//! [`write_atomic`] and [`AtomicDir`] see to it that a file or directory stands under its final
-//! name whole or not at all. `resolve` turns a name on the hub into such a directory, in the
-//! cache that is shared with Python, `resolve_rows` one of a dataset into the files of a split;
-//! `headers` says what a model's tensors are and leaves them there; `cache` lists and prunes that
-//! cache. These are the feature `network`.
+//! [`Checkpoint`] opens a model directory in the Hugging Face layout (`config.json` next to `model.safetensors` or its
+//! shards), and [`SafetensorsFile`] opens a single file such as an adapter. Both validate every header before they
+//! return a tensor, and read weights lazily. [`write_safetensors`] and [`write_sharded`] write the same files, one
+//! tensor at a time. [`write_atomic`] and [`AtomicDir`] ensure that a file or directory appears under its final name
+//! complete or not at all.
+//!
+//! The feature `network` adds: `resolve` turns a hub name into such a directory in the cache shared with Python;
+//! `resolve_rows` turns a dataset name into the files of a split; `headers` lists a model's tensors without downloading
+//! them; `cache` lists and prunes the cache.
 //!
 //! ```
 //! use rekindle_hub::{AtomicDir, Checkpoint, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec};
@@ -30,7 +30,7 @@
 //!
 //! let checkpoint = Checkpoint::open(&out)?;
 //! assert_eq!(checkpoint.config()["model_type"], "qwen3");
-//! let norm = checkpoint.get("model.norm.weight").expect("it was just written");
+//! let norm = checkpoint.get("model.norm.weight").expect("just written");
 //! assert_eq!(norm.shape, [4]);
 //! assert_eq!(norm.to_f32()?, [1.0, 0.5, 0.25, -2.0]);
 //! # Ok(())
@@ -44,16 +44,16 @@ mod atomic;
 #[cfg(feature = "network")]
 pub mod cache;
 mod checkpoint;
+mod checkpoint_headers;
 mod companion;
 mod dtype;
 mod error;
-mod header;
-mod headers;
 #[cfg(feature = "network")]
 mod hub;
 mod index;
 mod json;
 mod safetensors_file;
+mod safetensors_header;
 mod sharded;
 mod tensor;
 mod write;
@@ -61,10 +61,10 @@ mod write;
 pub use adapter::{AdapterBase, adapter_base, open_adapter};
 pub use atomic::{AtomicDir, DirectoryLock, clear_leftovers, remove_atomic, write_atomic};
 pub use checkpoint::{Checkpoint, read_config};
+pub use checkpoint_headers::{CheckpointHeaders, TensorInfo};
 pub use companion::{ADDITIONAL_CHAT_TEMPLATES, companion_files, companion_name, is_companion};
 pub use dtype::Dtype;
 pub use error::{Error, HubErrorKind};
-pub use headers::{Headers, TensorInfo};
 #[cfg(feature = "network")]
 pub use hub::{DatasetPart, HubOptions, Resolved, ResolvedRows, headers, resolve, resolve_rows};
 pub use json::read_json;

@@ -5,61 +5,61 @@ use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
-use crate::header::{Entry, Header};
+use crate::safetensors_header::{SafetensorsHeader, TensorEntry};
 use crate::{Error, TensorView};
 
-/// One safetensors file, memory-mapped, its header checked.
+/// A memory-mapped safetensors file with a validated header.
 ///
-/// Tensors are read from disk when their bytes are touched. The file must not be changed in place
-/// while it is open: truncating it makes a later read fail with a signal. This crate's own writers
-/// replace files by renaming, which leaves an open one intact.
+/// Tensors are read from disk when their bytes are accessed. The file must not be modified in place while it is open:
+/// truncating it makes a later read fail with a signal. This crate's own writers replace files by renaming, which does
+/// not affect open files.
 pub struct SafetensorsFile {
     path: PathBuf,
     map: Mmap,
-    header: Header,
+    header: SafetensorsHeader,
 }
 
 impl SafetensorsFile {
-    /// Maps the file at `path` and checks its header; nothing else is read.
+    /// Maps the file at `path` and validates its header; nothing else is read.
     ///
     /// # Errors
-    /// [`Error::Malformed`] when it is truncated or contradicts itself, [`Error::Unsupported`] for a
-    /// dtype that is not read, [`Error::Io`] when it cannot be opened.
+    /// [`Error::Malformed`] if the file is truncated or inconsistent, [`Error::Unsupported`] for an unsupported dtype,
+    /// [`Error::Io`] if it cannot be opened.
     pub fn open(path: &Path) -> Result<SafetensorsFile, Error> {
-        // Asked before opening: opening a named pipe would wait for a writer.
+        // Checked before opening, because opening a named pipe would wait for a writer.
         let about = fs::metadata(path).map_err(Error::io(path))?;
         if !about.is_file() {
             return Err(Error::malformed(path, "it is not a regular file"));
         }
         let file = File::open(path).map_err(Error::io(path))?;
         let map = map(&file).map_err(Error::io(path))?;
-        let header = Header::parse(path, &map)?;
+        let header = SafetensorsHeader::parse(path, &map)?;
         Ok(SafetensorsFile { path: path.to_path_buf(), map, header })
     }
 
-    /// Where the file is.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The file's own notes (`__metadata__`), such as `format = pt`; empty when it has none.
+    /// Returns the file's metadata (`__metadata__`), such as `format = pt`; empty if there is none.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.header.metadata
     }
 
-    /// The names of all tensors, sorted.
+    /// Returns the names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.header.tensors.keys().map(String::as_str)
     }
 
-    /// The tensor called `name`, if there is one.
+    /// Returns the tensor named `name`, if it exists.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let (name, entry) = self.header.tensors.get_key_value(name)?;
-        let Entry { dtype, shape, range } = entry;
+        let TensorEntry { dtype, shape, range } = entry;
         Some(TensorView { name, dtype: *dtype, shape, data: &self.map[range.clone()] })
     }
 
-    /// Bytes of all tensors together.
+    /// Returns the size of all tensors in bytes.
     pub fn total_bytes(&self) -> u64 {
         let bytes = self.header.tensors.values().map(|entry| entry.range.len());
         bytes.sum::<usize>() as u64
@@ -78,9 +78,9 @@ impl fmt::Debug for SafetensorsFile {
 
 #[allow(unsafe_code)]
 fn map(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the map is private and read-only, and is only ever seen as plain bytes, for which
-    // every value is valid. What remains is that nobody changes the file underneath, which no
-    // process can enforce; `SafetensorsFile` asks it of its callers, and `AtomicFile` keeps to it.
+    // SAFETY: the map is private and read-only, and is only accessed as plain bytes, for which every value is valid.
+    // The file must not change while it is mapped. No process can enforce this; `SafetensorsFile` documents it as a
+    // requirement for callers, and `AtomicFile` complies with it.
     unsafe { Mmap::map(file) }
 }
 
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_tensors_and_metadata() {
+    fn tensors_and_metadata_are_read() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("adapter_model.safetensors");
         write_sample(&path);
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_every_truncation() {
+    fn every_truncation_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.safetensors");
         write_sample(&path);
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_no_file() {
+    fn anything_but_a_regular_file_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let error = SafetensorsFile::open(directory.path()).unwrap_err();
         assert!(matches!(error, Error::Malformed { .. }), "{error}");

@@ -7,22 +7,21 @@ use crate::index::{INDEX_FILE, SINGLE_FILE, ShardIndex};
 use crate::write::{bytes_of, check_names, write_selected};
 use crate::{Error, TensorSpec};
 
-/// The size at which a checkpoint is split unless someone says otherwise: 5 GB.
+/// The default maximum shard size: 5 GB.
 pub const DEFAULT_MAX_SHARD_SIZE: u64 = 5_000_000_000;
 
-/// Writes the weights of a checkpoint into the directory `dir`: as `model.safetensors` when they
-/// have at most `max_shard_size` bytes, else as `model-00001-of-0000N.safetensors` … with
-/// `model.safetensors.index.json`.
+/// Writes the weights of a checkpoint into the directory `dir`: as `model.safetensors` if they have at most
+/// `max_shard_size` bytes, else as `model-00001-of-0000N.safetensors` … with `model.safetensors.index.json`.
 ///
-/// Shards are filled in the order of `tensors`; a tensor larger than `max_shard_size` gets one of
-/// its own. `metadata` goes into every shard, and `fill` is called as by
-/// [`write_safetensors`](crate::write_safetensors), shard by shard.
+/// Shards are filled in the order of `tensors`; a tensor larger than `max_shard_size` gets its own shard. `metadata` is
+/// written to every shard. `fill` is called as by [`write_safetensors`](crate::write_safetensors), one shard after the
+/// other.
 ///
-/// Each file is atomic by itself, the whole is not: write into an [`AtomicDir`](crate::AtomicDir).
+/// Each file is written atomically, but the set of files is not; write into an [`AtomicDir`](crate::AtomicDir).
 ///
 /// # Errors
-/// Those of [`write_safetensors`](crate::write_safetensors), and [`Error::Unwritable`] when `dir`
-/// holds weights already: a reader could take old files for new ones.
+/// The errors of [`write_safetensors`](crate::write_safetensors), and [`Error::Unwritable`] if `dir` already contains
+/// weights, since a reader could mix old and new files.
 pub fn write_sharded(
     dir: &Path,
     max_shard_size: u64,
@@ -49,8 +48,8 @@ pub fn write_sharded(
     ShardIndex::new(sizes.iter().sum(), weight_map).write(&dir.join(INDEX_FILE))
 }
 
-/// Deals the tensors out to shards as transformers does: in order, a new shard when the next tensor
-/// would overfill the current one.
+/// Distributes the tensors over shards as transformers does: in order, starting a new shard when the next tensor would
+/// exceed the maximum size.
 fn split(sizes: &[u64], max_shard_size: u64) -> Vec<Vec<usize>> {
     let mut shards = Vec::new();
     let mut current = Vec::new();
@@ -60,7 +59,7 @@ fn split(sizes: &[u64], max_shard_size: u64) -> Vec<Vec<usize>> {
             shards.push(vec![index]);
             continue;
         }
-        // Neither is above `max_shard_size`, so compare without adding: the sum might overflow.
+        // Neither exceeds `max_shard_size`; the comparison subtracts because the sum might overflow.
         if size > max_shard_size - current_size {
             shards.push(std::mem::take(&mut current));
             current_size = 0;
@@ -81,7 +80,7 @@ fn refuse_old_weights(dir: &Path) -> Result<(), Error> {
         if name == INDEX_FILE || (name.starts_with("model") && name.ends_with(".safetensors")) {
             return Err(Error::unwritable(
                 dir,
-                format!("it already holds weights ({name:?}); write into an empty directory"),
+                format!("the directory already contains weights ({name:?}); write into an empty directory"),
             ));
         }
     }
@@ -118,15 +117,15 @@ mod tests {
     }
 
     #[test]
-    fn one_shard_needs_no_index() {
+    fn one_shard_has_no_index() {
         let scratch = tempfile::tempdir().unwrap();
         write(scratch.path(), 4 * 13).unwrap();
         assert_eq!(weight_files(scratch.path()), ["model.safetensors"]);
     }
 
-    /// At most 16 bytes a shard: d and c fill one, b (20 bytes) gets its own ahead of it, then a and e.
+    /// With at most 16 bytes per shard, d and c fill one, b (20 bytes) gets its own before it, then a and e follow.
     #[test]
-    fn shards_and_their_index_read_back() {
+    fn shards_and_their_index_round_trip() {
         let scratch = tempfile::tempdir().unwrap();
         write(scratch.path(), 16).unwrap();
         assert_eq!(
@@ -164,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn splits_as_transformers_does() {
+    fn tensors_are_split_like_in_transformers() {
         assert_eq!(split(&[6, 6, 2, 6, 2, 2], 10), [vec![0], vec![1, 2], vec![3, 4, 5]]);
         assert_eq!(split(&[3, 11, 7], 10), [vec![1], vec![0, 2]]);
         assert_eq!(split(&[u64::MAX, u64::MAX], u64::MAX), [vec![0], vec![1]]);
@@ -173,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_duplicates_across_shards_and_old_weights() {
+    fn duplicates_across_shards_and_old_weights_are_refused() {
         let scratch = tempfile::tempdir().unwrap();
         let twice = vec![TensorSpec::new("a", Dtype::U8, [4]); 2];
         let metadata = BTreeMap::new();

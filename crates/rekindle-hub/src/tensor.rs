@@ -5,21 +5,21 @@ use half::{bf16, f16};
 
 use crate::{Dtype, Error};
 
-/// One stored tensor, borrowed from the memory map of its file.
+/// A stored tensor, borrowed from the memory map of its file.
 #[derive(Clone, Copy)]
 pub struct TensorView<'a> {
-    /// Its name in the file.
+    /// The name in the file.
     pub name: &'a str,
-    /// Its stored element type.
+    /// The stored dtype.
     pub dtype: Dtype,
-    /// Its extents, outermost first; a scalar has none.
+    /// The dimensions, outermost first; empty for a scalar.
     pub shape: &'a [usize],
-    /// Its elements, row-major and little-endian, at any alignment.
+    /// The elements, row-major and little-endian, with any alignment.
     pub data: &'a [u8],
 }
 
 impl TensorView<'_> {
-    /// The elements as f32, row-major: F16 and BF16 exactly, F64 rounded to nearest.
+    /// Returns the elements as f32, row-major: F16 and BF16 exactly, F64 rounded to nearest.
     ///
     /// # Errors
     /// [`Error::NotFloat`] for any other dtype.
@@ -35,7 +35,7 @@ impl TensorView<'_> {
 }
 
 impl fmt::Debug for TensorView<'_> {
-    /// Leaves out the elements: there may be a billion of them.
+    /// Omits the elements, of which there may be a billion.
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_struct("TensorView")
@@ -46,11 +46,10 @@ impl fmt::Debug for TensorView<'_> {
     }
 }
 
-/// Writes `values` as elements of `dtype`, rounded to nearest even: the inverse of
-/// [`TensorView::to_f32`].
+/// Writes `values` as elements of `dtype`, rounded to nearest even; the inverse of [`TensorView::to_f32`].
 ///
 /// # Errors
-/// Those of `out`, and [`io::ErrorKind::InvalidInput`] when `dtype` is none of F64, F32, F16, BF16.
+/// The errors of `out`, and [`io::ErrorKind::InvalidInput`] if `dtype` is not F64, F32, F16 or BF16.
 pub fn write_f32(out: &mut (impl Write + ?Sized), dtype: Dtype, values: &[f32]) -> io::Result<()> {
     match dtype {
         Dtype::F32 => encode(out, values, f32::to_le_bytes),
@@ -64,7 +63,7 @@ pub fn write_f32(out: &mut (impl Write + ?Sized), dtype: Dtype, values: &[f32]) 
     }
 }
 
-/// Goes through arrays of bytes because the elements of a mapped file need not be aligned.
+/// Decodes via byte arrays, because the elements of a mapped file may be unaligned.
 fn decode<const SIZE: usize>(data: &[u8], element: impl Fn([u8; SIZE]) -> f32) -> Vec<f32> {
     let (elements, _) = data.as_chunks::<SIZE>();
     elements.iter().map(|&bytes| element(bytes)).collect()
@@ -93,9 +92,9 @@ mod tests {
         TensorView { name: "w", dtype, shape: &[2], data }
     }
 
-    /// Bit patterns written out by hand: 1.5 and −2.
+    /// Uses the hand-written bit patterns of 1.5 and −2.
     #[test]
-    fn reads_every_float_little_endian() {
+    fn every_float_type_is_read_little_endian() {
         let cases: [(Dtype, &[u8]); 4] = [
             (Dtype::F32, &[0, 0, 0xC0, 0x3F, 0, 0, 0, 0xC0]),
             (Dtype::BF16, &[0xC0, 0x3F, 0, 0xC0]),
@@ -111,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_at_every_alignment() {
+    fn any_alignment_is_supported() {
         let mut bytes = [0; 16];
         for offset in 0..8 {
             bytes[offset..offset + 4].copy_from_slice(&1.5_f32.to_le_bytes());
@@ -122,16 +121,16 @@ mod tests {
     }
 
     #[test]
-    fn keeps_special_values_and_rounds_to_even() {
+    fn special_values_are_kept_and_rounding_is_to_even() {
         let bits = |dtype, value: f32| {
             let mut bytes = Vec::new();
             write_f32(&mut bytes, dtype, &[value]).unwrap();
             u16::from_le_bytes([bytes[0], bytes[1]])
         };
-        // 1 + 2⁻⁸ is half-way between two BF16 (8 significant bits): the even one is 1.
+        // 1 + 2⁻⁸ is halfway between two BF16 values (8 significant bits); the even one is 1.
         assert_eq!(bits(Dtype::BF16, 1.0 + f32::powi(2.0, -8)), 0x3F80);
         assert_eq!(bits(Dtype::BF16, 1.0 + 3.0 * f32::powi(2.0, -8)), 0x3F82);
-        // 65520 is half-way between the largest F16 and the next power of two.
+        // 65520 is halfway between the largest F16 and the next power of two.
         assert_eq!(bits(Dtype::F16, 65520.0), 0x7C00);
         assert_eq!(bits(Dtype::F16, f32::powi(2.0, -24)), 0x0001);
 
@@ -143,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn spans_several_blocks() {
+    fn several_blocks_are_written() {
         let values: Vec<f32> = (0..10_001).map(|i| i as f32).collect();
         let mut bytes = Vec::new();
         write_f32(&mut bytes, Dtype::F32, &values).unwrap();
@@ -151,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_integers_by_name() {
+    fn integer_dtypes_are_refused() {
         let error = view(Dtype::I32, &[0; 8]).to_f32().unwrap_err();
         assert!(matches!(&error, Error::NotFloat { name, dtype: Dtype::I32 } if name == "w"), "{error}");
         let error = write_f32(&mut Vec::new(), Dtype::U8, &[1.0]).unwrap_err();

@@ -6,38 +6,37 @@ use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
 use crate::atomic::AtomicFile;
-use crate::header::{LENGTH_BYTES, MAX_JSON_BYTES, METADATA_KEY};
+use crate::safetensors_header::{LENGTH_BYTES, MAX_JSON_BYTES, METADATA_KEY};
 use crate::{Dtype, Error};
 
-/// What a tensor to be written is, without its elements.
+/// The description of a tensor to write, without its elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
-    /// Its name in the file.
+    /// The name in the file.
     pub name: String,
-    /// The element type to store.
+    /// The dtype to store.
     pub dtype: Dtype,
-    /// Its extents, outermost first.
+    /// The dimensions, outermost first.
     pub shape: Vec<usize>,
 }
 
 impl TensorSpec {
-    /// Names a tensor of `shape`.
+    /// Creates the description of a tensor.
     pub fn new(name: impl Into<String>, dtype: Dtype, shape: impl Into<Vec<usize>>) -> TensorSpec {
         TensorSpec { name: name.into(), dtype, shape: shape.into() }
     }
 }
 
-/// Writes a safetensors file, one tensor at a time and atomically.
+/// Writes a safetensors file atomically, one tensor at a time.
 ///
 /// `fill(index, out)` writes the elements of `tensors[index]`, row-major and little-endian (see
-/// [`write_f32`](crate::write_f32)); it is called once for each, in the order of the file: dtypes of
-/// the largest alignment first, then by name, as the reference implementation orders them. The same
-/// input gives the same bytes. transformers expects `format = pt` in `metadata`.
+/// [`write_f32`](crate::write_f32)). It is called once per tensor in file order, which is that of the reference
+/// implementation: dtypes with the largest alignment first, then by name. The same input gives the same bytes.
+/// transformers expects `format = pt` in `metadata`.
 ///
 /// # Errors
-/// [`Error::Unwritable`] when two tensors share a name, a size overflows, or `fill` writes more or
-/// fewer bytes than shape and dtype ask for; what `fill` fails with; [`Error::Io`]. Afterwards
-/// `path` holds what it held before.
+/// [`Error::Unwritable`] if two tensors share a name, a size overflows, or `fill` writes more or fewer bytes than shape
+/// and dtype require; errors of `fill`; [`Error::Io`]. On error `path` is unchanged.
 pub fn write_safetensors(
     path: &Path,
     metadata: &BTreeMap<String, String>,
@@ -48,7 +47,7 @@ pub fn write_safetensors(
     write_selected(path, metadata, tensors, all, &mut fill)
 }
 
-/// What [`write_safetensors`] does, for the tensors at these indices.
+/// Implements [`write_safetensors`] for the tensors at the given indices.
 pub(crate) fn write_selected(
     path: &Path,
     metadata: &BTreeMap<String, String>,
@@ -68,14 +67,14 @@ pub(crate) fn write_selected(
         let mut elements = Elements { out: &mut out, remaining: end - start, overrun: 0 };
         let filled = fill(index, &mut elements);
         let (missing, overrun) = (elements.remaining, elements.overrun);
-        // Checked first: a `fill` that wrote too much fails because of it.
+        // Checked first, because a `fill` that wrote too much fails for that reason.
         if overrun > 0 {
-            let reason = format!("{overrun} bytes too many were given for {entry}");
+            let reason = format!("{overrun} bytes too many were written for {entry}");
             return Err(Error::unwritable(path, reason));
         }
         filled.map_err(|source| own_error(path, source))?;
         if missing > 0 {
-            let reason = format!("{missing} bytes too few were given for {entry}");
+            let reason = format!("{missing} bytes too few were written for {entry}");
             return Err(Error::unwritable(path, reason));
         }
     }
@@ -83,7 +82,7 @@ pub(crate) fn write_selected(
     file.commit()
 }
 
-/// Bytes of the tensor's elements.
+/// Returns the bytes of the tensor's elements.
 pub(crate) fn bytes_of(path: &Path, tensor: &TensorSpec) -> Result<u64, Error> {
     let TensorSpec { name, dtype, shape } = tensor;
     let bytes = dtype
@@ -92,12 +91,12 @@ pub(crate) fn bytes_of(path: &Path, tensor: &TensorSpec) -> Result<u64, Error> {
     Ok(bytes as u64)
 }
 
-/// Refuses two tensors of one name, and the name that is not a tensor's.
+/// Refuses duplicate names and the reserved name.
 pub(crate) fn check_names<'a>(path: &Path, tensors: impl IntoIterator<Item = &'a TensorSpec>) -> Result<(), Error> {
     let mut seen = BTreeSet::from([METADATA_KEY]);
     for TensorSpec { name, .. } in tensors {
         if name == METADATA_KEY {
-            return Err(Error::unwritable(path, format!("{name:?} cannot name a tensor")));
+            return Err(Error::unwritable(path, format!("{name:?} is reserved and cannot name a tensor")));
         }
         if !seen.insert(name) {
             return Err(Error::unwritable(path, format!("two tensors are named {name:?}")));
@@ -106,7 +105,7 @@ pub(crate) fn check_names<'a>(path: &Path, tensors: impl IntoIterator<Item = &'a
     Ok(())
 }
 
-/// Puts the selected tensors one behind the other.
+/// Lays out the selected tensors one after the other.
 fn layout<'a>(path: &Path, tensors: &'a [TensorSpec], selected: &[usize]) -> Result<Vec<LayoutEntry<'a>>, Error> {
     check_names(path, selected.iter().map(|&index| &tensors[index]))?;
     let mut end = 0_u64;
@@ -127,7 +126,7 @@ fn layout<'a>(path: &Path, tensors: &'a [TensorSpec], selected: &[usize]) -> Res
     Ok(entries)
 }
 
-/// An error that `fill` passed on from this crate keeps its own file and kind.
+/// Restores an error of this crate that was passed through `fill`, with its own file and kind.
 fn own_error(path: &Path, source: io::Error) -> Error {
     source.downcast().unwrap_or_else(Error::io(path))
 }
@@ -148,7 +147,7 @@ struct LayoutEntry<'a> {
 }
 
 impl LayoutHeader<'_> {
-    /// Length and JSON, padded with spaces so that the data begins at a multiple of 8 bytes.
+    /// Encodes length and JSON, padded with spaces so that the data begins at a multiple of 8 bytes.
     fn encode(&self, path: &Path) -> Result<Vec<u8>, Error> {
         let mut json = serde_json::to_vec(self).map_err(|error| Error::unwritable(path, error.to_string()))?;
         json.resize(json.len().next_multiple_of(LENGTH_BYTES), b' ');
@@ -184,7 +183,7 @@ impl std::fmt::Display for LayoutEntry<'_> {
     }
 }
 
-/// Takes exactly the bytes of one tensor.
+/// A writer that accepts exactly the bytes of one tensor.
 struct Elements<'a> {
     out: &'a mut dyn Write,
     remaining: u64,
@@ -225,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_the_bytes_of_the_reference() {
+    fn the_bytes_equal_the_reference() {
         let reference = |dtype| match dtype {
             Dtype::F32 => Reference::F32,
             Dtype::BF16 => Reference::BF16,
@@ -285,13 +284,13 @@ mod tests {
     }
 
     #[test]
-    fn refuses_contradictions_and_leaves_nothing() {
+    fn inconsistent_input_is_refused_and_leaves_nothing() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("m.safetensors");
         let spec = |name: &str, shape: &[usize]| TensorSpec::new(name, Dtype::F32, shape);
         let cases = [
-            (vec![spec("a", &[2])], 7, "1 bytes too few were given for tensor \"a\""),
-            (vec![spec("a", &[2])], 9, "1 bytes too many were given for tensor \"a\""),
+            (vec![spec("a", &[2])], 7, "1 bytes too few were written for tensor \"a\""),
+            (vec![spec("a", &[2])], 9, "1 bytes too many were written for tensor \"a\""),
             (vec![spec("a", &[2]), spec("a", &[2])], 8, "two tensors are named \"a\""),
             (vec![spec("__metadata__", &[2])], 8, "cannot name a tensor"),
             (vec![spec("a", &[usize::MAX])], 0, "too many bytes"),
@@ -305,9 +304,9 @@ mod tests {
         }
     }
 
-    /// Overrunning counts even when `fill` does not report it.
+    /// An overrun is an error even if `fill` does not report it.
     #[test]
-    fn a_swallowed_overrun_is_still_an_error() {
+    fn an_unreported_overrun_is_an_error() {
         let scratch = tempfile::tempdir().unwrap();
         let tensors = [TensorSpec::new("a", Dtype::U8, [2])];
         let path = scratch.path().join("m.safetensors");
@@ -321,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn passes_on_errors_of_this_crate() {
+    fn errors_of_this_crate_pass_through() {
         let scratch = tempfile::tempdir().unwrap();
         let tensors = [TensorSpec::new("a", Dtype::F32, [1])];
         let path = scratch.path().join("m.safetensors");

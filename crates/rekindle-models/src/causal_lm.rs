@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::DType;
 use rekindle_kernels::{Device, Params, ParamsBuilder};
 use rekindle_lora::{GradientCheckpointing, LoraConfig, peft::AdapterConfig};
-use rekindle_rope::Widened;
+use rekindle_rope::ContextExtension;
 
 use crate::adapters::Adapters;
 use crate::checkpoint::Quantization;
@@ -45,7 +45,7 @@ pub(crate) struct Provenance {
     /// How the checkpoint's linears were quantized, if any were.
     pub(crate) quantization: Option<Quantization>,
     /// How the checkpoint's context was extended, if it was.
-    pub(crate) context_extension: Option<Widened>,
+    pub(crate) context_extension: Option<ContextExtension>,
     /// Whether an adapter was merged into the weights.
     pub(crate) merged: bool,
     /// Whether embedding and head have another number of rows than the checkpoint's.
@@ -54,7 +54,7 @@ pub(crate) struct Provenance {
 
 impl Provenance {
     /// A dense checkpoint at `path`.
-    pub(crate) fn new(path: &Path, context_extension: Option<Widened>) -> Self {
+    pub(crate) fn new(path: &Path, context_extension: Option<ContextExtension>) -> Self {
         Self {
             path: path.to_owned(),
             name_or_path: path.display().to_string(),
@@ -122,7 +122,7 @@ impl CausalLm {
     }
 
     /// How `rope_scaling` extended the context of the checkpoint, if it did.
-    pub fn widened(&self) -> Option<&Widened> {
+    pub fn context_extension(&self) -> Option<&ContextExtension> {
         self.provenance.context_extension.as_ref()
     }
 

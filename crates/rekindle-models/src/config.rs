@@ -1,7 +1,7 @@
 //! A model as its `config.json` describes it.
 
 use rekindle_hub::Checkpoint;
-use rekindle_rope::{RopeConfig, RopeScaling, Widened, widen};
+use rekindle_rope::{ContextExtension, RopeConfig, RopeScaling, extend_context};
 use serde_json::Value;
 
 use crate::families::{self, ConfigReader, TensorNames};
@@ -50,20 +50,24 @@ impl ModelConfig {
     }
 
     /// This model for documents of up to `length` tokens, and how its context was extended: not at all within its
-    /// window, unless `rope_scaling` is a table. The rules are those of [`widen`].
+    /// window, unless `rope_scaling` is a table. The rules are those of [`extend_context`].
     ///
     /// # Errors
     /// [`Error::Argument`] for a length that `rope_scaling` does not reach.
-    pub fn widened(mut self, length: usize, rope_scaling: &RopeScaling) -> Result<(Self, Option<Widened>), Error> {
+    pub fn with_context_length(
+        mut self,
+        length: usize,
+        rope_scaling: &RopeScaling,
+    ) -> Result<(Self, Option<ContextExtension>), Error> {
         let argument = |error: rekindle_rope::Error| Error::Argument(error.to_string());
-        let widened = widen(&self.json, self.head_dim(), self.max_position_embeddings, length, rope_scaling);
-        let widened = widened.map_err(argument)?;
-        if let Some(widened) = &widened {
-            self.spec.ropes = vec![widened.positions.rope(self.head_dim()).map_err(argument)?];
-            self.max_position_embeddings = widened.positions.max_position_embeddings();
-            widened.positions.apply(&mut self.json);
+        let extension = extend_context(&self.json, self.head_dim(), self.max_position_embeddings, length, rope_scaling);
+        let extension = extension.map_err(argument)?;
+        if let Some(extension) = &extension {
+            self.spec.ropes = vec![extension.positions.rope(self.head_dim()).map_err(argument)?];
+            self.max_position_embeddings = extension.positions.max_position_embeddings();
+            extension.positions.apply(&mut self.json);
         }
-        Ok((self, widened))
+        Ok((self, extension))
     }
 
     /// Number of token ids.

@@ -41,5 +41,5 @@ pub use memory::{MemoryClass, MemoryLine, MemoryReport};
 pub use non_finite::NonFinite;
 pub use parameters::{LayerRole, LinearRole, Parameter, ParameterSpec, Role};
 pub use positions::{save_positions, saved_positions};
-pub use rekindle_rope::{Error as RopeError, Positions, RopeScaling, Widened};
+pub use rekindle_rope::{ContextExtension, Error as RopeError, Positions, RopeScaling};
 pub use spec::{LayerSpec, ModelSpec};

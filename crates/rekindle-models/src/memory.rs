@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use rekindle_hub::{Dtype, Headers};
+use rekindle_hub::{CheckpointHeaders, Dtype};
 use rekindle_kernels::Weight;
 use rekindle_quant::bnb;
 use serde::Serialize;
@@ -79,7 +79,7 @@ pub struct MemoryReport {
 
 impl MemoryReport {
     /// What the tensors of a checkpoint take on disk.
-    pub fn of_headers(headers: &Headers, config: &ModelConfig) -> Self {
+    pub fn of_headers(headers: &CheckpointHeaders, config: &ModelConfig) -> Self {
         let mut report = Self::default();
         let naming = TensorNaming::of(headers.tensors.keys().map(String::as_str));
         let tensors: std::collections::BTreeMap<String, _> =

@@ -37,7 +37,7 @@ impl CausalLm {
         if wanted == *self.config.rope() {
             return Ok(());
         }
-        let ours = self.widened().map_or("its own".to_owned(), |widened| widened.positions.to_string());
+        let ours = self.context_extension().map_or("its own".to_owned(), |extension| extension.positions.to_string());
         Err(Error::Argument(format!(
             "the adapter in {} was trained with RoPE {saved} ({}), and the model that it goes onto has {ours}; load that \
              with the parameters of the file and without another choice of its own",

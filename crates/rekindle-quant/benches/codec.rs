@@ -1,6 +1,6 @@
-//! Throughput of the codecs in GB/s of dense data, on one thread and on all.
+//! Measures the throughput of the codecs in GB/s of dense data, on one thread and on all.
 //!
-//! `cargo bench -p rekindle-quant --bench codec`; for one core's figure pin it: `taskset -c 1`.
+//! Run with `cargo bench -p rekindle-quant --bench codec`; prefix it with `taskset -c 1` to measure one core.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use half::bf16;
 use rekindle_quant::{Blocksize, DynamicMap, Element, Int8Tensor, QuantType, blockwise, four_bit};
 
-/// 64 MiB of f32: larger than a core's share of the caches.
+/// 64 MiB of f32, which exceeds a core's share of the caches.
 const ELEMENTS: usize = 1 << 24;
 
 fn main() {
@@ -56,7 +56,7 @@ fn run<T: Element>(dtype: &str) {
     report(&format!("{dtype} int8 decode"), bytes, || int8.dequantize_into(black_box(&mut out)));
 }
 
-/// The product of 8-bit weights and activations, of which four columns have an outlier.
+/// Measures the product of 8-bit weights and activations with four outlier columns.
 fn products() {
     let [rows, columns] = [4096, 4096];
     let weight: Vec<f32> = (0..rows * columns).map(|i| (i as f32 * 0.37).sin() * 0.02).collect();
@@ -77,7 +77,7 @@ fn report(name: &str, bytes: usize, work: impl FnMut()) {
     println!("  {name:<20} {:6.2} GB/s", bytes as f64 / best(work).as_secs_f64() / 1e9);
 }
 
-/// The best time of seven runs after one that warms up.
+/// Returns the best time of seven runs after a warm-up run.
 fn best(mut work: impl FnMut()) -> Duration {
     work();
     let mut time = || {

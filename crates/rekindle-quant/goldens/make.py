@@ -2,9 +2,9 @@
 
     python make.py OUT_DIR
 
-Needs a CUDA device, torch, numpy, safetensors and bitsandbytes 0.50.2. Every input is stored beside
-what bitsandbytes made of it, so that the reader depends on no random generator. The values come from
-numpy's PCG64 with the seeds below; a second run on the same versions writes the same bytes.
+Needs a CUDA device, torch, numpy, safetensors and bitsandbytes 0.50.2. Every input is stored with the
+output of bitsandbytes, so that the tests do not depend on a random generator. The values come from
+numpy's PCG64 with the seeds below; running it again with the same versions writes the same bytes.
 
 Files: four_bit.safetensors, dynamic.safetensors, int8.safetensors, int8_matmul.safetensors (tensors
 "<case>.<field>" and "input.<name>"), goldens.json (versions and the list of cases).
@@ -32,7 +32,7 @@ FP4_MIDPOINTS = [1 / 384, 11 / 128, 5 / 24, 7 / 24, 5 / 12, 7 / 12, 5 / 6]
 
 
 def normal(shape, seed, scale=0.02):
-    """Weights of the size that language models have."""
+    """Returns weights of a magnitude typical of language models."""
     values = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape) * scale
     return torch.from_numpy(values.astype(np.float32))
 
@@ -63,7 +63,7 @@ def specials(dtype):
 
 
 def not_finite(dtype):
-    """Blocks of 64 with infinities and NaNs among ordinary values."""
+    """Returns blocks of 64 with infinities and NaNs among ordinary values."""
     base = torch.linspace(-1, 1, 64, dtype=torch.float64)
     rows = []
     for value in (float("inf"), float("-inf"), float("nan")):
@@ -77,7 +77,7 @@ def not_finite(dtype):
 
 
 def threshold_sweep(midpoints, dtype):
-    """One block of 32 a mantissa of absmax; its values lie as near to the thresholds as the dtype allows."""
+    """Returns one block of 32 per mantissa of absmax, with values as close to the thresholds as the dtype allows."""
     if dtype == torch.float32:
         mantissa = np.random.Generator(np.random.PCG64(77)).integers(0, 2**23, 256) / 2.0**23
     else:
@@ -97,7 +97,7 @@ def bytes_of(tensor):
 
 
 class Golden:
-    """Tensors of one file and its part of goldens.json."""
+    """The tensors of one file and its section of goldens.json."""
 
     def __init__(self):
         self.tensors, self.cases = {}, []
@@ -150,12 +150,12 @@ def four_bit():
                 case(edge, quant_type, blocksize, False, decoded=True)
                 case(broken, quant_type, blocksize, False, decoded=True)
             midpoints = NF4_MIDPOINTS if quant_type == "nf4" else FP4_MIDPOINTS
-            # Ratios of two f16 numbers fall on thresholds of FP4, hardly on those of NF4: fewer blocks will do.
+            # Ratios of two f16 numbers lie on thresholds of FP4 but rarely on those of NF4, so fewer blocks suffice.
             rows = threshold_sweep(midpoints, dtype)[:: 4 if quant_type == "nf4" and short == "f16" else 1]
             sweep = golden.input(f"sweep_{quant_type}_{short}", rows.contiguous())
             case(sweep, quant_type, 32, False, decoded=False)
 
-    # More than 256 block scales: several nested blocks, the last one short.
+    # More than 256 block scales, hence several nested blocks, the last of them short.
     wide = golden.input("wide_bf16", normal((131, 137), 4).to(torch.bfloat16))
     case(wide, "nf4", 64, True, decoded=True)
     case(wide, "fp4", 32, True, decoded=False)
@@ -192,7 +192,7 @@ def dynamic():
         for sign in maps:
             case(edge, sign, 64, True)
             case(broken, sign, 64, True)
-    # absmax = 1 makes the normalization exact, so that these values hit the midpoints themselves.
+    # absmax = 1 makes the normalization exact, so that these values lie exactly on the midpoints.
     for sign, code in maps.items():
         ties = torch.cat([torch.ones(1), (code[1:] + code[:-1]) * 0.5])
         case(golden.input(f"midpoints_{sign}", ties), sign, 256, True)
@@ -222,7 +222,7 @@ def int8():
 
 
 def activations(shape, seed, dtype, outliers=()):
-    """Hidden states: bell-shaped, below 6, with `outliers` (row, column, value) put in."""
+    """Returns bell-shaped hidden states below 6 with the given `outliers` (row, column, value)."""
     values = normal(shape, seed, scale=1.0).clamp(-5.5, 5.5)
     for row, column, value in outliers:
         values[row, column] = value
@@ -251,7 +251,7 @@ def int8_matmul():
     for short, dtype in DTYPES.items():
         case(f"plain_{short}", activations((7, 96), 11, dtype), 36)
         case(f"few_{short}", activations((5, 64), 12, dtype, few), 48)
-        # A size that cuBLASLt does not take: bitsandbytes multiplies the codes in f32.
+        # A size that cuBLASLt does not support; bitsandbytes multiplies the codes in f32.
         case(f"odd_{short}", activations((5, 311), 13, dtype, [(4, 310, 9.5), (0, 0, -6.25)]), 17)
         case(f"no_decomposition_{short}", activations((4, 128), 14, dtype, [(1, 5, 20.0)]), 24, threshold=0.0)
     half = torch.float16

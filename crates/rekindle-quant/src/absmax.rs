@@ -1,9 +1,9 @@
 use crate::reciprocal::flush;
 
-/// Maxima that are kept side by side, so that the compiler can use vectors.
+/// Number of maxima kept in parallel, so that the compiler can vectorize.
 const LANES: usize = 32;
 
-/// max |x| over `block` and `floor`, without NaN; a subnormal result is zero.
+/// Returns max |x| over `block` and `floor`, ignoring NaN; a subnormal result becomes zero.
 #[inline(always)]
 pub(crate) fn largest_magnitude(block: &[f32], floor: f32) -> f32 {
     let mut lanes = [floor; LANES];
@@ -24,7 +24,7 @@ pub(crate) fn largest_magnitude(block: &[f32], floor: f32) -> f32 {
     flush(lanes[0])
 }
 
-/// The larger one; `b` when `a` is NaN.
+/// Returns the larger value, or `b` if `a` is NaN.
 #[inline(always)]
 fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_place_counts() {
+    fn the_maximum_is_found_at_every_index() {
         for len in [1, 31, 32, 33, 100] {
             for at in 0..len {
                 let mut block = vec![0.5; len];
@@ -46,7 +46,7 @@ mod tests {
     }
 
     #[test]
-    fn edges() {
+    fn nan_and_subnormals_are_ignored() {
         assert_eq!(largest_magnitude(&[f32::NAN, 1.0, f32::NAN], 0.0), 1.0);
         assert_eq!(largest_magnitude(&[f32::NAN; 64], -f32::MAX), -f32::MAX);
         assert_eq!(largest_magnitude(&[1e-40, -1e-39], 0.0), 0.0);

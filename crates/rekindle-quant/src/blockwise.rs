@@ -1,13 +1,13 @@
 //! Dynamic 8-bit blocks: 8-bit codes that share one f32 scale, the format of 8-bit optimizer states.
 //!
-//! absmax = max |x| of the block; code = nearest value of the [`DynamicMap`] to x · 1/absmax, halfway between
-//! two the even code; decoded = value(code) · absmax, rounded once to the output type.
+//! absmax = max |x| of the block; code = nearest value of the [`DynamicMap`] to x · 1/absmax, with ties to the even
+//! code; decoded = value(code) · absmax, rounded once to the output type.
 //!
-//! Blocks run over the flattened tensor and the last may be short. Arithmetic, subnormals and values that are
-//! not finite behave as in [`four_bit`](crate::four_bit): a block of zeros gets code 0, which decodes to −0 or 0.
-//! bitsandbytes has these blocks from 64 elements up, with 256 for optimizer states and scales.
+//! Blocks run over the flattened tensor, and the last may be short. Arithmetic, subnormals and non-finite values behave
+//! as in [`four_bit`](crate::four_bit): a block of zeros gets code 0, which decodes to −0 or 0. bitsandbytes supports
+//! block sizes from 64 and uses 256 for optimizer states and scales.
 //!
-//! Source: bitsandbytes 0.50 `dQuantize<0>` in `csrc/kernels.cu`; held by `goldens/dynamic.safetensors`.
+//! Source: bitsandbytes 0.50 `dQuantize<0>` in `csrc/kernels.cu`; tested by `goldens/dynamic.safetensors`.
 
 use rayon::prelude::*;
 
@@ -16,31 +16,31 @@ use crate::reciprocal::{flush, flush_signed, reciprocal};
 use crate::simd::dispatch;
 use crate::{Blocksize, DynamicMap, Element};
 
-/// Elements that one task of the thread pool works on: the largest block size times four.
+/// Number of elements per task of the thread pool: four times the largest block size.
 const TASK: usize = 16_384;
 
-/// Quantizes `values`: codes `[n]` and absmax `[⌈n/blocksize⌉]`.
+/// Quantizes `values` to codes `[n]` and absmax `[⌈n/blocksize⌉]`.
 pub fn encode<T: Element>(values: &[T], map: &DynamicMap, blocksize: Blocksize) -> (Vec<u8>, Vec<f32>) {
-    encode_with(values, T::widen, map, blocksize)
+    encode_with(values, T::to_f32_slice, map, blocksize)
 }
 
-/// [`encode`] of anything that `widen` makes f32 of.
+/// Works as [`encode`], for any type that `to_f32` converts to f32.
 pub(crate) fn encode_with<T: Sync>(
     values: &[T],
-    widen: impl Fn(&[T], &mut [f32]) + Copy + Sync,
+    to_f32: impl Fn(&[T], &mut [f32]) + Copy + Sync,
     map: &DynamicMap,
     blocksize: Blocksize,
 ) -> (Vec<u8>, Vec<f32>) {
     match map.look_up() {
-        Some(code) => encode_by(values, widen, code, blocksize),
-        None => encode_by(values, widen, |x| map.code(x), blocksize),
+        Some(code) => encode_by(values, to_f32, code, blocksize),
+        None => encode_by(values, to_f32, |x| map.code(x), blocksize),
     }
 }
 
-/// Writes the values of `codes` to `out`.
+/// Writes the decoded values of `codes` to `out`.
 ///
 /// # Panics
-/// When `codes` is not as long as `out` or `absmax` not `[⌈n/blocksize⌉]`.
+/// If `codes` is not as long as `out`, or `absmax` is not `[⌈n/blocksize⌉]`.
 pub fn decode<T: Element>(codes: &[u8], absmax: &[f32], map: &DynamicMap, blocksize: Blocksize, out: &mut [T]) {
     assert_eq!(codes.len(), out.len(), "codes of {} elements", out.len());
     assert_eq!(absmax.len(), blocksize.blocks(out.len()), "absmax of {} elements", out.len());
@@ -57,7 +57,7 @@ pub fn decode<T: Element>(codes: &[u8], absmax: &[f32], map: &DynamicMap, blocks
 
 fn encode_by<T: Sync>(
     values: &[T],
-    widen: impl Fn(&[T], &mut [f32]) + Copy + Sync,
+    to_f32: impl Fn(&[T], &mut [f32]) + Copy + Sync,
     code: impl Fn(f32) -> u8 + Copy + Sync,
     blocksize: Blocksize,
 ) -> (Vec<u8>, Vec<f32>) {
@@ -70,7 +70,7 @@ fn encode_by<T: Sync>(
         .for_each(|((values, codes), absmax)| {
             dispatch(
                 #[inline(always)]
-                || encode_blocks(values, widen, code, blocksize, codes, absmax),
+                || encode_blocks(values, to_f32, code, blocksize, codes, absmax),
             )
         });
     (codes, absmax)
@@ -79,7 +79,7 @@ fn encode_by<T: Sync>(
 #[inline(always)]
 fn encode_blocks<T>(
     values: &[T],
-    widen: impl Fn(&[T], &mut [f32]),
+    to_f32: impl Fn(&[T], &mut [f32]),
     code_of: impl Fn(f32) -> u8,
     blocksize: Blocksize,
     codes: &mut [u8],
@@ -89,11 +89,11 @@ fn encode_blocks<T>(
     let blocks = values.chunks(blocksize.get()).zip(codes.chunks_mut(blocksize.get())).zip(absmax);
     for ((values, codes), absmax) in blocks {
         let block = &mut wide[..values.len()];
-        widen(values, block);
+        to_f32(values, block);
         let floor = if block.len() == blocksize.get() { -f32::MAX } else { 0.0 };
         *absmax = largest_magnitude(block, floor);
         let inverse = reciprocal(*absmax);
-        // Apart, since this loop is arithmetic and the next one look-ups.
+        // Two loops, because the first is arithmetic that vectorizes and the second is table lookups.
         block.iter_mut().for_each(|x| *x = flush(*x) * inverse);
         for (code, &x) in codes.iter_mut().zip(&*block) {
             *code = code_of(x);
@@ -108,7 +108,7 @@ mod tests {
     #[test]
     fn decoded_codes_encode_to_themselves() {
         let map = DynamicMap::signed();
-        // Every code, and 1 in each block so that absmax is the scale.
+        // Contains every code, and 1 in each block so that absmax is the scale.
         let codes: Vec<u8> = (0..=255).chain((0..255).rev()).chain([255, 3, 200]).collect();
         let absmax = [0.37, 5.5, 2e-5];
         let mut values = vec![0.0f32; codes.len()];
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn error_is_within_half_the_widest_gap() {
+    fn the_error_is_within_half_the_widest_gap() {
         let map = DynamicMap::unsigned();
         let widest = map.values().windows(2).map(|w| w[1] - w[0]).fold(0.0, f32::max);
         let values: Vec<f32> = (0..1000).map(|i| ((i * 7919) % 1000) as f32 * 1e-4).collect();
@@ -128,14 +128,14 @@ mod tests {
         let mut decoded = vec![0.0f32; values.len()];
         decode(&codes, &absmax, &map, Blocksize::B64, &mut decoded);
         for (i, (x, y)) in values.iter().zip(&decoded).enumerate() {
-            // Two roundings of f32 on top of the gap.
+            // Half the gap plus two roundings of f32.
             let bound = absmax[i / 64] * (widest / 2.0 + 2.0 * f32::EPSILON);
             assert!((x - y).abs() <= bound, "element {i}: {x} became {y}");
         }
     }
 
     #[test]
-    fn zeros_take_code_zero() {
+    fn zeros_get_code_zero() {
         let (codes, absmax) = encode(&[0.0f32; 70], &DynamicMap::signed(), Blocksize::B64);
         assert_eq!((codes, absmax), (vec![0; 70], vec![0.0; 2]));
     }

@@ -1,6 +1,6 @@
-//! bitsandbytes tensors in a checkpoint: their keys, their JSON and their types on disk.
+//! The bitsandbytes tensors of a checkpoint: their keys, their JSON and their stored types.
 //!
-//! A 4-bit weight `q_proj.weight` lies under these keys ([`FourBitWeight`]):
+//! A 4-bit weight `q_proj.weight` is stored under these keys ([`FourBitWeight`]):
 //!
 //! | key | stored as | holds |
 //! |---|---|---|
@@ -18,9 +18,9 @@
 //! | `q_proj.SCB` | f32 `[out]` | scales |
 //! | `q_proj.weight_format` | u8 `[]` | 0, row-major |
 //!
-//! [`QuantizationConfig`] is what the checkpoint's config.json says of them.
+//! [`QuantizationConfig`] is the corresponding section of the checkpoint's config.json.
 //!
-//! Nothing here opens a file: a reader is given a look-up of tensors by key, a writer returns tensors.
+//! This module opens no files: readers take a function that looks up tensors by key, and writers return tensors.
 
 mod config;
 mod four_bit;
@@ -38,7 +38,7 @@ pub use stored::StoredWeight;
 
 use crate::QuantType;
 
-/// The weight that `key` belongs to, when `key` is one of those beside a quantized weight.
+/// Returns the weight that `key` belongs to if `key` is a companion tensor of a quantized weight.
 ///
 /// `…q_proj.weight.absmax` and `…q_proj.SCB` belong to `…q_proj.weight`.
 pub fn owner(key: &str) -> Option<String> {

@@ -1,21 +1,21 @@
 use crate::Error;
 
-/// How to quantize a weight to four bits.
+/// Settings for quantizing a weight to four bits.
 ///
 /// The default is that of bitsandbytes' QLoRA recipe: NF4 in blocks of 64 with double quantization.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QuantConfig {
     /// The 4-bit data type.
     pub quant_type: QuantType,
-    /// Elements that share one scale.
+    /// The number of elements that share one scale.
     pub blocksize: Blocksize,
-    /// Whether the scales are quantized too, to 8 bits.
+    /// If true, the scales are quantized to 8 bits.
     pub double_quant: bool,
 }
 
 impl QuantConfig {
-    /// Bits a weight of a large tensor, scales included: 4 + 32/b, or 4 + 8/b + 32/(256·b) with double
-    /// quantization. The 1 KiB code table and the offset, which every tensor has once, are not counted.
+    /// Returns the bits per weight of a large tensor including scales: 4 + 32/b, or 4 + 8/b + 32/(256·b) with double
+    /// quantization. Excludes the 1 KiB code table and the offset, which each tensor has once.
     pub fn bits_per_weight(&self) -> f64 {
         let blocksize = self.blocksize.get() as f64;
         let scale = if self.double_quant { 8.0 + 32.0 / 256.0 } else { 32.0 };
@@ -42,7 +42,7 @@ impl QuantType {
     /// Both types.
     pub const ALL: [Self; 2] = [Self::Nf4, Self::Fp4];
 
-    /// The name in configuration files: `nf4` or `fp4`.
+    /// Returns the name used in configuration files: `nf4` or `fp4`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Nf4 => "nf4",
@@ -59,7 +59,7 @@ impl std::str::FromStr for QuantType {
     }
 }
 
-/// Number of elements that share a scale: a power of two from 32 to 4,096.
+/// The number of elements that share a scale: a power of two from 32 to 4,096.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Blocksize(u16);
 
@@ -72,18 +72,20 @@ impl Blocksize {
     pub const ALL: [Self; 8] =
         [Self(32), Self(64), Self(128), Self(256), Self(512), Self(1024), Self(2048), Self(4096)];
 
+    /// Creates a block size.
+    ///
     /// # Errors
-    /// [`Error::Blocksize`] when `size` is not in [`Blocksize::ALL`].
+    /// [`Error::Blocksize`] if `size` is not in [`Blocksize::ALL`].
     pub fn new(size: usize) -> Result<Self, Error> {
         Self::try_from(size as u64)
     }
 
-    /// The size.
+    /// Returns the size.
     pub const fn get(self) -> usize {
         self.0 as usize
     }
 
-    /// Blocks that `elements` take; the last one may be short.
+    /// Returns the number of blocks for `elements`; the last one may be short.
     pub const fn blocks(self, elements: usize) -> usize {
         elements.div_ceil(self.get())
     }
@@ -102,15 +104,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn default_takes_4_127_bits_a_weight() {
+    fn the_default_uses_4_127_bits_per_weight() {
         assert_eq!(QuantConfig::default().bits_per_weight(), 4.0 + 8.0 / 64.0 + 32.0 / 16384.0);
         let single = QuantConfig { double_quant: false, ..QuantConfig::default() };
         assert_eq!(single.bits_per_weight(), 4.5);
     }
 
     #[test]
-    fn errors_list_what_is_supported() {
-        let error = Blocksize::new(100).expect_err("100 is no power of two").to_string();
+    fn errors_list_the_supported_values() {
+        let error = Blocksize::new(100).expect_err("100 is not a power of two").to_string();
         assert_eq!(error, "blocksize 100 is not supported; use one of [32, 64, 128, 256, 512, 1024, 2048, 4096]");
         assert_eq!(Blocksize::new(16), Err(Error::Blocksize { got: 16 }));
         assert_eq!(Blocksize::new(65536 + 64), Err(Error::Blocksize { got: 65600 }));

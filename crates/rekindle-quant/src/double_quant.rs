@@ -1,17 +1,17 @@
-//! Double quantization: the f32 scales of 4-bit blocks in 8 bits.
+//! Double quantization: the f32 scales of 4-bit blocks, quantized to 8 bits.
 //!
-//! offset = mean(absmax); absmax − offset is coded with the signed [`DynamicMap`] in blocks of 256, whose f32
-//! scales are `nested_absmax`. Decoded, in f32 with a rounding after the product and one after the sum (never a
+//! offset = mean(absmax); absmax − offset is quantized with the signed [`DynamicMap`] in blocks of 256, whose f32
+//! scales are `nested_absmax`. Decoding is in f32 with a rounding after the product and another after the sum (never a
 //! fused multiply-add):
 //!
 //! absmax ≈ value(code) · nested_absmax + offset.
 //!
-//! bitsandbytes sums the mean in f32 in an order of the GPU's choosing; ours is an f64 mean, within 2 ulp of it.
-//! [`DoubleQuant::with_offset`] reproduces its bits when given its offset.
+//! bitsandbytes computes the mean in f32 with an unspecified summation order; this crate uses an f64 mean, which is
+//! within 2 ulp of it. [`DoubleQuant::with_offset`] reproduces its bits for a given offset.
 
 use crate::{Blocksize, DynamicMap, Error, blockwise};
 
-/// The scales of one tensor, in 8 bits.
+/// The scales of one tensor in 8 bits.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DoubleQuant {
     codes: Vec<u8>,
@@ -38,10 +38,10 @@ impl DoubleQuant {
         Self { codes, nested_absmax, blocksize, offset, map }
     }
 
-    /// Scales read from a file.
+    /// Creates scales read from a file.
     ///
     /// # Errors
-    /// [`Error::Length`] when `nested_absmax` is not `[⌈codes/blocksize⌉]`.
+    /// [`Error::Length`] if `nested_absmax` is not `[⌈codes/blocksize⌉]`.
     pub fn from_parts(
         codes: Vec<u8>,
         nested_absmax: Vec<f32>,
@@ -62,7 +62,7 @@ impl DoubleQuant {
         Ok(Self { codes, nested_absmax, blocksize, offset, map })
     }
 
-    /// The decoded scales `[codes]`.
+    /// Returns the decoded scales, one per code.
     pub fn absmax(&self) -> Vec<f32> {
         let mut absmax = vec![0.0; self.codes.len()];
         blockwise::decode(&self.codes, &self.nested_absmax, &self.map, self.blocksize, &mut absmax);
@@ -70,32 +70,32 @@ impl DoubleQuant {
         absmax
     }
 
-    /// One 8-bit code a 4-bit block.
+    /// Returns the 8-bit codes, one per 4-bit block.
     pub fn codes(&self) -> &[u8] {
         &self.codes
     }
 
-    /// As [`codes`](Self::codes).
+    /// Returns the same as [`codes`](Self::codes), by value.
     pub fn into_codes(self) -> Vec<u8> {
         self.codes
     }
 
-    /// One scale for each `blocksize` codes.
+    /// Returns the nested scales, one per `blocksize` codes.
     pub fn nested_absmax(&self) -> &[f32] {
         &self.nested_absmax
     }
 
-    /// Codes that share a nested scale.
+    /// Returns the number of codes that share a nested scale.
     pub fn blocksize(&self) -> Blocksize {
         self.blocksize
     }
 
-    /// What is added to every decoded scale.
+    /// Returns the offset added to every decoded scale.
     pub fn offset(&self) -> f32 {
         self.offset
     }
 
-    /// The values of the codes.
+    /// Returns the values of the codes.
     pub fn map(&self) -> &DynamicMap {
         &self.map
     }
@@ -107,7 +107,7 @@ mod tests {
 
     #[test]
     fn scales_by_hand() {
-        // Mean 2; differences −1, 0, 1 with nested scale 1; −1 is nearest to the lowest value, −0.992969.
+        // The mean is 2, the differences −1, 0, 1 and the nested scale 1; −1 rounds to the lowest value, −0.992969.
         let double = DoubleQuant::quantize(&[1.0, 2.0, 3.0]);
         assert_eq!((double.codes(), double.offset()), (&[0, 127, 255][..], 2.0));
         assert_eq!(double.nested_absmax(), [1.0]);
@@ -115,12 +115,12 @@ mod tests {
     }
 
     #[test]
-    fn error_is_within_half_the_widest_gap_of_the_nested_scale() {
+    fn the_error_is_within_half_the_widest_gap_of_the_nested_scale() {
         let absmax: Vec<f32> = (0..1000).map(|i| 0.03 + ((i * 7919) % 1000) as f32 * 2e-5).collect();
         let double = DoubleQuant::quantize(&absmax);
         let widest = double.map().values().windows(2).map(|w| w[1] - w[0]).fold(0.0, f32::max);
         for (i, (a, b)) in absmax.iter().zip(double.absmax()).enumerate() {
-            // The gap, and one rounding of the sum.
+            // The gap plus one rounding of the sum.
             let bound = double.nested_absmax()[i / 256] * widest / 2.0 + a * f32::EPSILON;
             assert!((a - b).abs() <= bound, "scale {i}: {a} became {b}");
         }

@@ -5,30 +5,29 @@ use std::sync::{Arc, LazyLock, OnceLock};
 use crate::Error;
 use buckets::Buckets;
 
-/// The 256 ascending values of an 8-bit code; a clone shares them.
+/// The 256 ascending values of an 8-bit code; clones share the table.
 ///
-/// The dynamic maps have a float's shape within 8 bits (arXiv:1511.04561, arXiv:2110.02861): decade
-/// i = 0..7 is divided evenly, into 2ⁱ parts for the signed and 2^(i+1) for the unsigned map, and
+/// The dynamic maps work like an 8-bit float (arXiv:1511.04561, arXiv:2110.02861). Decade i = 0..7 is divided evenly,
+/// into 2ⁱ parts for the signed map and 2^(i+1) parts for the unsigned one, and
 ///
-/// value = 10^(i−6) · midpoint of a part of [0.1, 1],
+/// value = 10^(i−6) · midpoint of a part of [0.1, 1].
 ///
-/// negated as well in the signed map, plus 0 and 1.
+/// The signed map also has the negated values, and both have 0 and 1.
 ///
-/// Source: `create_dynamic_map` of bitsandbytes 0.50, on PyTorch's `linspace`; held by
-/// `goldens/dynamic.safetensors`.
+/// Source: `create_dynamic_map` of bitsandbytes 0.50, on PyTorch's `linspace`; tested by `goldens/dynamic.safetensors`.
 #[derive(Debug, Clone)]
 pub struct DynamicMap(Arc<Table>);
 
 #[derive(Debug)]
 struct Table {
     values: [f32; 256],
-    /// Code c begins above `bounds[c − 1]`.
+    /// Code c covers the values above `bounds[c − 1]`.
     bounds: [f32; 255],
-    /// 256 KiB, made for the first tensor that is encoded with the map.
+    /// A 256 KiB table, built when the first tensor is encoded with the map.
     buckets: OnceLock<Option<Buckets>>,
 }
 
-/// Maps of the same values are the same.
+/// Two maps are equal if their values are.
 impl PartialEq for DynamicMap {
     fn eq(&self, other: &Self) -> bool {
         self.0.values == other.0.values
@@ -36,19 +35,19 @@ impl PartialEq for DynamicMap {
 }
 
 impl DynamicMap {
-    /// The map over [−1, 1]: scales and the first moment of optimizers.
+    /// Returns the map over [−1, 1], used for scales and for the first moment of optimizers.
     pub fn signed() -> Self {
         static MAP: LazyLock<DynamicMap> = LazyLock::new(|| DynamicMap::of(dynamic_values(true)));
         MAP.clone()
     }
 
-    /// The map over [0, 1]: the second moment of optimizers.
+    /// Returns the map over [0, 1], used for the second moment of optimizers.
     pub fn unsigned() -> Self {
         static MAP: LazyLock<DynamicMap> = LazyLock::new(|| DynamicMap::of(dynamic_values(false)));
         MAP.clone()
     }
 
-    /// A map read from a file.
+    /// Creates a map from values read from a file.
     ///
     /// # Errors
     /// [`Error::Map`] unless the values are finite and ascending.
@@ -60,17 +59,18 @@ impl DynamicMap {
         }
     }
 
-    /// The values by code.
+    /// Returns the values by code.
     pub fn values(&self) -> &[f32; 256] {
         &self.0.values
     }
 
-    /// [`code`](Self::code) by one look-up instead of a search, for maps that allow it: both dynamic ones do.
+    /// Returns a function equal to [`code`](Self::code) that uses a table lookup instead of a search, for maps that
+    /// allow it, as both dynamic maps do.
     pub(crate) fn look_up(&self) -> Option<impl Fn(f32) -> u8 + Copy + Sync + '_> {
         self.0.buckets.get_or_init(|| Buckets::new(&self.0.bounds)).as_ref().map(Buckets::code)
     }
 
-    /// The code of the value nearest to `x`; halfway between two, the even one; 0 when `x` is NaN.
+    /// Returns the code of the value nearest to `x`: the even code for ties, and 0 if `x` is NaN.
     #[inline(always)]
     pub(crate) fn code(&self, x: f32) -> u8 {
         let mut code = 0;
@@ -84,7 +84,7 @@ impl DynamicMap {
     fn of(values: [f32; 256]) -> Self {
         let bounds = std::array::from_fn(|code| {
             let midpoint = (values[code] + values[code + 1]) * 0.5;
-            // bitsandbytes' binary search always ends on an even code, which keeps both its midpoints.
+            // bitsandbytes' binary search always ends on an even code, which therefore gets both its midpoints.
             if code % 2 == 0 { midpoint } else { midpoint.next_down() }
         });
         Self(Arc::new(Table { values, bounds, buckets: OnceLock::new() }))
@@ -107,8 +107,8 @@ fn dynamic_values(signed: bool) -> [f32; 256] {
     values.try_into().expect("2 + 2·(1 + 2 + … + 64) = 2 + (2 + 4 + … + 128) = 256 values")
 }
 
-/// Point `i` of `linspace(0.1, 1, points)`: the first half counts from the start, the rest from the end. PyTorch's
-/// compiler fuses each product with its sum.
+/// Returns point `i` of `linspace(0.1, 1, points)`. The first half is computed from the start and the rest from the
+/// end. PyTorch's compiler fuses each product with its sum.
 fn boundary(i: usize, points: usize) -> f32 {
     let step = (1.0 - 0.1_f32) / (points - 1) as f32;
     if i < points / 2 { step.mul_add(i as f32, 0.1) } else { (-step).mul_add((points - 1 - i) as f32, 1.0) }
@@ -143,9 +143,9 @@ mod tests {
         }
     }
 
-    /// Both ends of every bucket, the bounds, and their neighbours.
+    /// Checks both ends of every bucket, the bounds, and their neighbours.
     #[test]
-    fn look_up_finds_what_the_search_finds() {
+    fn the_table_lookup_equals_the_search() {
         for map in [DynamicMap::signed(), DynamicMap::unsigned()] {
             let look_up = map.look_up().expect("bounds are far enough apart");
             let ends = (0..=0xffffu32).flat_map(|b| [b << 16, b << 16 | 1, b << 16 | 0x8000, b << 16 | 0xffff]);
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn values_outside_the_map_take_its_ends() {
+    fn values_outside_the_map_get_the_end_codes() {
         assert_eq!([-5.0, 5.0, f32::NAN].map(|x| DynamicMap::signed().code(x)), [0, 255, 0]);
         assert_eq!(DynamicMap::unsigned().code(-0.5), 0);
     }

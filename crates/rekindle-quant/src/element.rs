@@ -5,17 +5,17 @@ use crate::Error;
 
 /// A floating-point type that weights are quantized from and decoded to: `f32`, `f16` or `bf16`.
 pub trait Element: sealed::Sealed + Copy + Default + PartialEq + Send + Sync + 'static {
-    /// The type's name at run time.
+    /// The type as a [`Dtype`].
     const DTYPE: Dtype;
 
     /// Rounds to nearest, ties to even.
     fn from_f32(value: f32) -> Self;
 
-    /// Widens `from` exactly; both slices have one length.
-    fn widen(from: &[Self], to: &mut [f32]);
+    /// Converts `from` to f32 exactly; both slices must have the same length.
+    fn to_f32_slice(from: &[Self], to: &mut [f32]);
 }
 
-/// The name of an [`Element`] type.
+/// The dtype of an [`Element`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// IEEE single precision.
@@ -27,10 +27,10 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// All three.
+    /// All variants.
     pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
 
-    /// PyTorch's name: `float32`, `float16` or `bfloat16`.
+    /// Returns PyTorch's name: `float32`, `float16` or `bfloat16`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::F32 => "float32",
@@ -39,7 +39,7 @@ impl Dtype {
         }
     }
 
-    /// Bytes of an element.
+    /// Returns the size of an element in bytes.
     pub const fn size(self) -> usize {
         match self {
             Self::F32 => 4,
@@ -65,7 +65,7 @@ impl Element for f32 {
     }
 
     #[inline(always)]
-    fn widen(from: &[Self], to: &mut [f32]) {
+    fn to_f32_slice(from: &[Self], to: &mut [f32]) {
         to.copy_from_slice(from);
     }
 }
@@ -79,7 +79,7 @@ impl Element for f16 {
     }
 
     #[inline(always)]
-    fn widen(from: &[Self], to: &mut [f32]) {
+    fn to_f32_slice(from: &[Self], to: &mut [f32]) {
         from.convert_to_f32_slice(to);
     }
 }
@@ -89,14 +89,14 @@ impl Element for bf16 {
 
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
-        // As `bf16::from_f32`, without its branch.
+        // Equal to `bf16::from_f32`, without its branch.
         let bits = value.to_bits();
         let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
         Self::from_bits((if value.is_nan() { bits | 0x0040_0000 } else { rounded } >> 16) as u16)
     }
 
     #[inline(always)]
-    fn widen(from: &[Self], to: &mut [f32]) {
+    fn to_f32_slice(from: &[Self], to: &mut [f32]) {
         for (wide, narrow) in to.iter_mut().zip(from) {
             *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
         }

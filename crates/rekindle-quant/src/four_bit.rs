@@ -4,24 +4,24 @@
 //!
 //! absmax = max |x|; code = c(x · 1/absmax); decoded = value(code) · absmax, rounded once to the output type.
 //!
-//! c picks the nearest value by fixed thresholds (a value on a threshold goes to the smaller magnitude for FP4,
-//! to the smaller value for NF4). Codes are packed row-major, the **even element in the high nibble**; blocks
-//! run over the flattened tensor and the last may be short. With an odd number of elements the last low nibble
-//! holds the code of zero.
+//! c picks the nearest value by fixed thresholds; a value on a threshold goes to the smaller magnitude for FP4 and to
+//! the smaller value for NF4. Codes are packed row-major with the **even element in the high nibble**. Blocks run over
+//! the flattened tensor, and the last may be short. If the number of elements is odd, the last low nibble holds the
+//! code of zero.
 //!
 //! # Dtypes
-//! Input f32, f16 or bf16, widened exactly; scale and arithmetic f32 with subnormals flushed to zero and the
-//! hardware's approximate reciprocal, as in the kernels `kQuantizeBlockwise` and `kDequantizeBlockwise`.
+//! Input is f32, f16 or bf16, converted to f32 exactly. Scale and arithmetic are f32 with subnormals flushed to zero
+//! and the hardware's approximate reciprocal, as in the kernels `kQuantizeBlockwise` and `kDequantizeBlockwise`.
 //!
-//! # Edges, as in those kernels
-//! - A block of zeros (or subnormals) has absmax 0; 0 · ∞ is NaN, which fails every comparison: code 0. Decoded,
-//!   that is −1 · 0 = −0 for NF4, 0 for FP4.
-//! - absmax above 2¹²⁶: its reciprocal flushes to 0, so every element gets the code of zero.
-//! - An infinite element makes absmax infinite: infinite elements get code 0, finite ones the code of zero, and
-//!   the block decodes to infinities and NaN.
-//! - NaN elements get code 0 and leave absmax alone; a full block of nothing but NaN has absmax −f32::MAX.
+//! # Edge cases, as in those kernels
+//! - A block of zeros (or subnormals) has absmax 0. 0 · ∞ is NaN, which fails every comparison, so all codes are 0.
+//!   They decode to −1 · 0 = −0 for NF4 and to 0 for FP4.
+//! - If absmax is above 2¹²⁶, its reciprocal flushes to 0, so every element gets the code of zero.
+//! - An infinite element makes absmax infinite: infinite elements get code 0, finite ones the code of zero, and the
+//!   block decodes to infinities and NaN.
+//! - NaN elements get code 0 and do not affect absmax; a full block of NaN has absmax −f32::MAX.
 //!
-//! Source: bitsandbytes 0.50 `csrc/kernels.cu`; held by `goldens/four_bit.safetensors`.
+//! Source: bitsandbytes 0.50 `csrc/kernels.cu`; tested by `goldens/four_bit.safetensors`.
 
 mod codebook;
 mod pack;
@@ -32,18 +32,18 @@ use crate::reciprocal::{flush, flush_signed};
 use crate::simd::dispatch;
 use crate::{Blocksize, Element, QuantType};
 
-/// Elements that one task of the thread pool works on: the largest block size times four.
+/// Number of elements per task of the thread pool: four times the largest block size.
 const TASK: usize = 16_384;
 
-/// Quantizes `values`: packed codes `[⌈n/2⌉]` and absmax `[⌈n/blocksize⌉]`.
+/// Quantizes `values` to packed codes `[⌈n/2⌉]` and absmax `[⌈n/blocksize⌉]`.
 pub fn encode<T: Element>(values: &[T], quant_type: QuantType, blocksize: Blocksize) -> (Vec<u8>, Vec<f32>) {
-    encode_with(values, T::widen, quant_type, blocksize)
+    encode_with(values, T::to_f32_slice, quant_type, blocksize)
 }
 
-/// [`encode`] of anything that `widen` makes f32 of.
+/// Works as [`encode`], for any type that `to_f32` converts to f32.
 pub(crate) fn encode_with<T: Sync>(
     values: &[T],
-    widen: impl Fn(&[T], &mut [f32]) + Copy + Sync,
+    to_f32: impl Fn(&[T], &mut [f32]) + Copy + Sync,
     quant_type: QuantType,
     blocksize: Blocksize,
 ) -> (Vec<u8>, Vec<f32>) {
@@ -55,23 +55,23 @@ pub(crate) fn encode_with<T: Sync>(
         QuantType::Nf4 => tasks.for_each(|((values, codes), absmax)| {
             dispatch(
                 #[inline(always)]
-                || pack::encode::<T, codebook::Nf4>(values, widen, blocksize, codes, absmax),
+                || pack::encode::<T, codebook::Nf4>(values, to_f32, blocksize, codes, absmax),
             )
         }),
         QuantType::Fp4 => tasks.for_each(|((values, codes), absmax)| {
             dispatch(
                 #[inline(always)]
-                || pack::encode::<T, codebook::Fp4>(values, widen, blocksize, codes, absmax),
+                || pack::encode::<T, codebook::Fp4>(values, to_f32, blocksize, codes, absmax),
             )
         }),
     }
     (codes, absmax)
 }
 
-/// Writes the values of `codes` to `out`, which holds the dense tensor's number of elements.
+/// Writes the decoded values of `codes` to `out`, whose length is the dense tensor's number of elements.
 ///
 /// # Panics
-/// When `codes` is not `[⌈n/2⌉]` or `absmax` not `[⌈n/blocksize⌉]` for the n elements of `out`.
+/// If `codes` is not `[⌈n/2⌉]` or `absmax` is not `[⌈n/blocksize⌉]` for the n elements of `out`.
 pub fn decode<T: Element>(codes: &[u8], absmax: &[f32], quant_type: QuantType, blocksize: Blocksize, out: &mut [T]) {
     assert_eq!(codes.len(), out.len().div_ceil(2), "packed codes of {} elements", out.len());
     assert_eq!(absmax.len(), blocksize.blocks(out.len()), "absmax of {} elements", out.len());
@@ -87,10 +87,10 @@ pub fn decode<T: Element>(codes: &[u8], absmax: &[f32], quant_type: QuantType, b
     );
 }
 
-/// The 16 values that the codes of `quant_type` stand for, by code.
+/// Returns the 16 values of `quant_type` by code.
 ///
-/// The zero of FP4's code 8 is negative here, as in bitsandbytes' kernel; `quant_map` in a checkpoint has it
-/// positive.
+/// The zero of FP4's code 8 is negative here, as in bitsandbytes' kernel; `quant_map` in a checkpoint has a positive
+/// zero.
 pub fn values(quant_type: QuantType) -> [f32; 16] {
     match quant_type {
         QuantType::Nf4 => codebook::NF4_VALUES,

@@ -1,37 +1,37 @@
-//! LLM.int8() weights: 8-bit integers that share one f32 scale a row.
+//! LLM.int8() weights: 8-bit integers that share one f32 scale per row.
 //!
 //! With w rounded to f16 first:
 //!
 //! SCB = max |w| of the row; code = rint(w · (127 · 1/SCB)); w ≈ (code · SCB) · f32(1/127).
 //!
 //! # Dtypes
-//! f16 in, i8 codes, f32 scale and arithmetic; 1/SCB is the hardware's approximate reciprocal, and the decoded
-//! product is rounded after each factor, then once to the output type.
+//! f16 input, i8 codes, f32 scale and arithmetic. 1/SCB is the hardware's approximate reciprocal. The decoded product
+//! is rounded after each factor, then once to the output type.
 //!
-//! # Edges
-//! Rows of zeros, NaN elements, and ±∞ (which an f32 weight above 65,504 becomes) get code 0; a row with an
-//! infinity has an infinite scale and decodes to NaN and infinities; the scale of a row of nothing but NaN is −0.
+//! # Edge cases
+//! Rows of zeros, NaN elements and ±∞ (which an f32 weight above 65,504 becomes) get code 0. A row with an infinity has
+//! an infinite scale and decodes to NaN and infinities. The scale of a row of NaN is −0.
 //!
 //! # Products
-//! Training multiplies by the decoded weight. [`Int8Tensor::matmul`] is the product of inference, which quantizes
-//! the activations too.
+//! Training multiplies by the decoded weight. [`Int8Tensor::matmul`] is the product for inference, which also quantizes
+//! the activations.
 //!
-//! Source: bitsandbytes 0.50 `kInt8VectorQuant`, `int8_vectorwise_dequant` (arXiv:2208.07339); held by
+//! Source: bitsandbytes 0.50 `kInt8VectorQuant`, `int8_vectorwise_dequant` (arXiv:2208.07339); tested by
 //! `goldens/int8.safetensors`. Its training backward scales by `SCB · f32(1/127)` instead, which differs by an ulp.
 
 mod activations;
 mod matmul;
 
-pub use activations::Activations;
+pub use activations::QuantizedActivations;
 use rayon::prelude::*;
 
 use crate::absmax::largest_magnitude;
-use crate::little_endian::{widen_bf16, widen_f16, widen_f32};
+use crate::little_endian::{le_bf16_to_f32, le_f16_to_f32, le_f32_to_f32};
 use crate::reciprocal::reciprocal;
 use crate::simd::dispatch;
 use crate::{Dtype, Element, Error};
 
-/// A weight `[out, in]` as LLM.int8() stores it.
+/// A weight `[out, in]` in the format of LLM.int8().
 #[derive(Debug, Clone, PartialEq)]
 pub struct Int8Tensor {
     shape: [usize; 2],
@@ -43,27 +43,27 @@ impl Int8Tensor {
     /// Quantizes a row-major weight of `shape` `[out, in]`.
     ///
     /// # Errors
-    /// [`Error::Empty`], or [`Error::Length`] when `values` does not fill `shape`.
+    /// [`Error::Empty`], or [`Error::Length`] if `values` does not match `shape`.
     pub fn quantize<T: Element>(values: &[T], shape: [usize; 2]) -> Result<Self, Error> {
         check(shape, "elements", element_count(shape)?, values.len())?;
-        Ok(Self::encode(values, T::widen, shape))
+        Ok(Self::encode(values, T::to_f32_slice, shape))
     }
 
-    /// [`quantize`](Self::quantize) of a weight as it lies in a file: little-endian elements of `dtype` at any
-    /// address. Nothing of the dense weight is copied but a row for each thread.
+    /// Quantizes a weight as stored in a file: little-endian elements of `dtype` at any alignment. Each thread copies
+    /// one row at a time from the dense weight.
     ///
     /// # Errors
-    /// [`Error::Empty`], or [`Error::Length`] when `bytes` does not fill `shape`.
+    /// [`Error::Empty`], or [`Error::Length`] if `bytes` does not match `shape`.
     pub fn quantize_le_bytes(bytes: &[u8], dtype: Dtype, shape: [usize; 2]) -> Result<Self, Error> {
         check(shape, "bytes", element_count(shape)?.saturating_mul(dtype.size()), bytes.len())?;
         Ok(match dtype {
-            Dtype::F32 => Self::encode(bytes.as_chunks().0, widen_f32, shape),
-            Dtype::F16 => Self::encode(bytes.as_chunks().0, widen_f16, shape),
-            Dtype::Bf16 => Self::encode(bytes.as_chunks().0, widen_bf16, shape),
+            Dtype::F32 => Self::encode(bytes.as_chunks().0, le_f32_to_f32, shape),
+            Dtype::F16 => Self::encode(bytes.as_chunks().0, le_f16_to_f32, shape),
+            Dtype::Bf16 => Self::encode(bytes.as_chunks().0, le_bf16_to_f32, shape),
         })
     }
 
-    fn encode<T: Sync>(values: &[T], widen: impl Fn(&[T], &mut [f32]) + Sync, shape: [usize; 2]) -> Self {
+    fn encode<T: Sync>(values: &[T], to_f32: impl Fn(&[T], &mut [f32]) + Sync, shape: [usize; 2]) -> Self {
         let mut codes = vec![0; values.len()];
         let mut scb = vec![0.0; shape[0]];
         values.par_chunks(shape[1]).zip(codes.par_chunks_mut(shape[1])).zip(&mut scb).for_each_init(
@@ -72,7 +72,7 @@ impl Int8Tensor {
                 dispatch(
                     #[inline(always)]
                     || {
-                        widen(values, row);
+                        to_f32(values, row);
                         row.iter_mut().for_each(|x| *x = round_to_f16(*x));
                         *scb = encode_row(row, codes);
                     },
@@ -82,17 +82,17 @@ impl Int8Tensor {
         Self { shape, codes, scb }
     }
 
-    /// A weight read from a file: `codes` `[out · in]`, `scb` `[out]`.
+    /// Creates a weight read from a file: `codes` `[out · in]`, `scb` `[out]`.
     ///
     /// # Errors
-    /// [`Error::Empty`], or [`Error::Length`] when a part does not match `shape`.
+    /// [`Error::Empty`], or [`Error::Length`] if `codes` or `scb` does not match `shape`.
     pub fn from_parts(shape: [usize; 2], codes: Vec<i8>, scb: Vec<f32>) -> Result<Self, Error> {
         check(shape, "codes", element_count(shape)?, codes.len())?;
         check(shape, "SCB values", shape[0], scb.len())?;
         Ok(Self { shape, codes, scb })
     }
 
-    /// The dense weight, row-major.
+    /// Returns the dense weight, row-major.
     pub fn dequantize<T: Element>(&self) -> Vec<T> {
         let mut out = vec![T::default(); self.codes.len()];
         self.dequantize_into(&mut out);
@@ -102,7 +102,7 @@ impl Int8Tensor {
     /// Writes the dense weight to `out`.
     ///
     /// # Panics
-    /// When `out` has not the weight's number of elements.
+    /// If the length of `out` is not the weight's number of elements.
     pub fn dequantize_into<T: Element>(&self, out: &mut [T]) {
         assert_eq!(out.len(), self.codes.len(), "output of a weight of shape {:?}", self.shape);
         let columns = self.shape[1];
@@ -116,27 +116,27 @@ impl Int8Tensor {
         );
     }
 
-    /// `[out, in]`.
+    /// Returns the shape `[out, in]`.
     pub fn shape(&self) -> [usize; 2] {
         self.shape
     }
 
-    /// The codes, row-major.
+    /// Returns the codes, row-major.
     pub fn codes(&self) -> &[i8] {
         &self.codes
     }
 
-    /// The scale of each row.
+    /// Returns the scale of each row.
     pub fn scb(&self) -> &[f32] {
         &self.scb
     }
 
-    /// Codes and scales.
+    /// Returns the codes and scales.
     pub fn into_parts(self) -> (Vec<i8>, Vec<f32>) {
         (self.codes, self.scb)
     }
 
-    /// Bytes of codes and scales.
+    /// Returns the bytes of codes and scales.
     pub fn byte_len(&self) -> usize {
         self.codes.len() + 4 * self.scb.len()
     }
@@ -147,7 +147,7 @@ fn decoded(code: i8, scb: f32) -> f32 {
     f32::from(code) * scb * (1.0 / 127.0)
 }
 
-/// Codes a row of f16 values and returns its scale.
+/// Quantizes a row of f16 values and returns its scale.
 #[inline(always)]
 fn encode_row(row: &[f32], codes: &mut [i8]) -> f32 {
     let scb = match largest_magnitude(row, 0.0) {
@@ -161,11 +161,11 @@ fn encode_row(row: &[f32], codes: &mut [i8]) -> f32 {
     scb
 }
 
-/// The nearest value of f16, ties to even, without leaving vectors of f32.
+/// Rounds to the nearest f16 value, ties to even, in vectorizable f32 operations.
 #[inline(always)]
 fn round_to_f16(x: f32) -> f32 {
     let (bits, magnitude) = (x.to_bits(), x.abs());
-    // f16 keeps 10 of f32's 23 bits of mantissa; below its normal range it counts in units of 2⁻²⁴, the ulp of 1/2.
+    // f16 has 10 of f32's 23 mantissa bits; below its normal range its step is 2⁻²⁴, the ulp of 1/2.
     let normal = f32::from_bits(bits.wrapping_add(0xfff + (bits >> 13 & 1)) & !0x1fff);
     let subnormal = (magnitude + 0.5 - 0.5).copysign(x);
     let rounded = if magnitude < F16_MIN_NORMAL { subnormal } else { normal };
@@ -175,13 +175,13 @@ fn round_to_f16(x: f32) -> f32 {
 
 const F16_MIN_NORMAL: f32 = 1.0 / (1 << 14) as f32;
 
-/// Halfway between the largest f16 and the next power of two.
+/// The midpoint between the largest f16 and the next power of two.
 const F16_OVERFLOW: f32 = 65_520.0;
 
 fn element_count(shape: [usize; 2]) -> Result<usize, Error> {
     match shape[0].checked_mul(shape[1]) {
         Some(0) => Err(Error::Empty { shape: shape.to_vec() }),
-        // No slice is that long: the length check reports it.
+        // If the product overflows, no slice has that length, so the length check reports it.
         count => Ok(count.unwrap_or(usize::MAX)),
     }
 }
@@ -208,12 +208,12 @@ mod tests {
     }
 
     #[test]
-    fn constant_is_the_one_of_bitsandbytes() {
+    fn the_constant_equals_bitsandbytes() {
         assert_eq!((1.0f32 / 127.0).to_bits(), (7.874_015_748_698_502e-3_f64 as f32).to_bits());
     }
 
     #[test]
-    fn rounds_as_f16() {
+    fn rounding_equals_f16() {
         for half in 0..=u16::MAX {
             let x = half::f16::from_bits(half).to_f32();
             for x in [x, x.next_up(), x.next_down(), x * 1.000_244_1, x * 1.000_244_2, x + 0.5 / (1 << 24) as f32] {
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_of_a_file_quantize_as_their_values() {
+    fn unaligned_bytes_quantize_like_their_values() {
         let values: Vec<half::bf16> = (0..5 * 131).map(|i| half::bf16::from_f32((i as f32 * 0.7).sin())).collect();
         let file: Vec<u8> = [7].into_iter().chain(values.iter().flat_map(|v| v.to_le_bytes())).collect();
         let ours = Int8Tensor::quantize_le_bytes(&file[1..], Dtype::Bf16, [5, 131]);
@@ -234,13 +234,13 @@ mod tests {
     }
 
     #[test]
-    fn overflow_of_f16_takes_code_zero() {
+    fn f16_overflow_gets_code_zero() {
         let int8 = Int8Tensor::quantize(&[1e30f32, 5.0], [1, 2]).expect("one row");
         assert_eq!((int8.codes(), int8.scb()), (&[0, 0][..], &[f32::INFINITY][..]));
     }
 
     #[test]
-    fn parts_must_match_the_shape() {
+    fn lengths_must_match_the_shape() {
         let error = Int8Tensor::from_parts([2, 3], vec![0; 6], vec![1.0; 3]).expect_err("three scales, two rows");
         assert_eq!(
             error.to_string(),

@@ -1,8 +1,8 @@
 //! NF4, FP4 and 8-bit weight formats, bit-exact with bitsandbytes.
 //!
-//! This crate is the plain Rust specification of what bitsandbytes' CUDA backend computes: the same codes,
-//! the same scales and the same decoded bits, down to the rounding of the hardware's approximate reciprocal.
-//! It needs no GPU and knows nothing of language models.
+//! This crate is a plain Rust implementation of what bitsandbytes' CUDA backend computes: the same codes, the same
+//! scales and the same decoded bits, including the rounding of the hardware's approximate reciprocal. It needs no GPU
+//! and does not depend on language models.
 //!
 //! ```
 //! use rekindle_quant::{QuantConfig, QuantizedTensor};
@@ -17,11 +17,11 @@
 //!
 //! | module | format |
 //! |---|---|
-//! | [`four_bit`] | NF4 and FP4 blocks: two codes a byte, one f32 scale a block |
-//! | [`double_quant`] | those scales in 8 bits |
-//! | [`blockwise`] | dynamic 8-bit blocks, the optimizer-state format |
-//! | [`int8`] | LLM.int8() weights: one scale a row; their product with 8-bit activations |
-//! | [`bnb`] | the names and JSON these have in a checkpoint |
+//! | [`four_bit`] | NF4 and FP4 blocks: two codes per byte, one f32 scale per block |
+//! | [`double_quant`] | the scales of those blocks, quantized to 8 bits |
+//! | [`blockwise`] | dynamic 8-bit blocks, the format of optimizer states |
+//! | [`int8`] | LLM.int8() weights with one scale per row, and their product with 8-bit activations |
+//! | [`bnb`] | the tensor names and JSON of these formats in a checkpoint |
 
 mod absmax;
 pub mod blockwise;
@@ -47,5 +47,5 @@ pub use element::{Dtype, Element};
 pub use error::Error;
 pub use int8::Int8Tensor;
 #[cfg(feature = "linear")]
-pub use linear::{Origin, QuantLinear};
+pub use linear::{DiskMetadata, QuantLinear};
 pub use tensor::{Absmax, QuantizedTensor};

@@ -1,4 +1,4 @@
-//! A linear layer over a quantized weight, and the way of its codes to a device.
+//! A linear layer over a quantized weight, and the conversion between stored weights and device weights.
 
 use burn::tensor::DType;
 use half::{bf16, f16};
@@ -11,7 +11,7 @@ use crate::{
 
 /// A frozen linear layer whose weight is 4-bit, 8-bit or dense: y = x·Wᵀ + b.
 ///
-/// The codes are the only copy that stays; products decode a few rows of W at a time.
+/// Only the quantized weight is kept; products decode a few rows of W at a time.
 ///
 /// ```
 /// use burn::tensor::DType;
@@ -32,11 +32,10 @@ use crate::{
 /// W `[out, in]`, b `[out]`; x `[tokens, in]`, y `[tokens, out]`.
 ///
 /// # Dtypes
-/// Quantized weights as stored; decoded in `f32` and rounded once to the dtype of x, in which the product is taken with `f32`
-/// sums.
+/// The weight is decoded in `f32` and rounded once to the dtype of x, in which the product is computed with `f32` sums.
 ///
 /// # Gradients
-/// To x: dx = dy·W. Nothing is saved, and neither W nor b is trained.
+/// dx = dy·W. Nothing is saved, and neither W nor b is trained.
 #[derive(Debug, Clone)]
 pub struct QuantLinear {
     weight: Weight,
@@ -45,21 +44,21 @@ pub struct QuantLinear {
 }
 
 impl QuantLinear {
-    /// Over an NF4 or FP4 weight.
+    /// Creates a layer over an NF4 or FP4 weight.
     ///
     /// # Errors
-    /// [`Error::Length`] when the weight is no matrix.
+    /// [`Error::Stored`] if the weight is not a matrix.
     pub fn four_bit(weight: QuantizedTensor, bias: Option<Tensor<1>>, device: &Device) -> Result<Self, Error> {
-        let (_, codes) = Origin::take(StoredWeight::FourBit(FourBitWeight::new(weight)))?;
+        let (_, codes) = DiskMetadata::split(StoredWeight::FourBit(FourBitWeight::new(weight)))?;
         Ok(Self::over(Weight::Quantized(QuantizedWeight::new(codes, device)), bias, device))
     }
 
-    /// Over an LLM.int8() weight.
+    /// Creates a layer over an LLM.int8() weight.
     pub fn int8(weight: Int8Tensor, bias: Option<Tensor<1>>, device: &Device) -> Self {
         Self::over(Weight::Quantized(QuantizedWeight::new(int8_codes(weight), device)), bias, device)
     }
 
-    /// Over a dense weight, `[out, in]`.
+    /// Creates a layer over a dense weight `[out, in]`.
     pub fn dense(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
         let device = weight.device();
         Self::over(Weight::Frozen(weight), bias, &device)
@@ -69,21 +68,22 @@ impl QuantLinear {
         Self { weight, bias, params: Params::none(device, DType::F32) }
     }
 
-    /// y for x.
+    /// Returns y for x.
     pub fn forward(&self, x: &Tensor<2>) -> Tensor<2> {
         self.weight.nt(&self.params, x, self.bias.as_ref())
     }
 
-    /// The gradient to x from that to y.
+    /// Returns dx for dy.
     pub fn backward(&self, dy: &Tensor<2>) -> Tensor<2> {
         self.weight.nn(&self.params, dy, None)
     }
 
-    /// y for x at inference with 8-bit activations, [`Int8Tensor::matmul`], to which b is added in the dtype of x; `None`
-    /// unless the weight is LLM.int8(). Threshold 6 is LLM.int8()'s; 0 turns the outlier decomposition off.
+    /// Returns y for x with 8-bit activations (see [`Int8Tensor::matmul`]), for inference. b is added in the dtype of
+    /// x. Returns `None` unless the weight is LLM.int8(). LLM.int8() uses threshold 6; 0 disables the outlier
+    /// decomposition.
     ///
-    /// It has no gradient: [`backward`](Self::backward) is that of [`forward`](Self::forward). It computes on the host,
-    /// on copies of x and of the codes, and then moves y to the device of x.
+    /// This product has no gradient: [`backward`](Self::backward) is that of [`forward`](Self::forward). It runs on the
+    /// host on copies of x and the weight, then moves y to the device of x.
     ///
     /// # Shapes
     /// x `[tokens, in]`, y `[tokens, out]`.
@@ -107,36 +107,37 @@ impl QuantLinear {
         })
     }
 
-    /// `[out, in]`.
+    /// Returns `[out, in]`.
     pub fn dims(&self) -> [usize; 2] {
         self.weight.dims()
     }
 }
 
-/// What a checkpoint says of a quantized weight beside its codes and scales, so that it can be written as it was read.
+/// The metadata of a quantized weight in a checkpoint besides its codes and scales, kept so that it can be written back
+/// unchanged.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Origin {
+pub enum DiskMetadata {
     /// NF4 or FP4.
     FourBit {
         /// The 4-bit data type.
         quant_type: QuantType,
-        /// Type of the dense weight.
+        /// The dtype of the dense weight.
         dtype: Dtype,
-        /// Type in which the packed codes are stored.
+        /// The dtype in which packed codes are stored.
         storage: RawDtype,
-        /// Shape of the stored codes.
+        /// The shape of the stored codes.
         packed_shape: Vec<usize>,
     },
     /// LLM.int8().
     Int8,
 }
 
-impl Origin {
-    /// Parts a weight into what computes and what only a file needs.
+impl DiskMetadata {
+    /// Splits a weight into its disk metadata and the data used for computing.
     ///
     /// # Errors
-    /// [`Error::Stored`] when a 4-bit weight is no matrix.
-    pub fn take(weight: StoredWeight) -> Result<(Self, quantized::QuantizedData), Error> {
+    /// [`Error::Stored`] if a 4-bit weight is not a matrix.
+    pub fn split(weight: StoredWeight) -> Result<(Self, quantized::QuantizedData), Error> {
         let FourBitWeight { tensor, storage, packed_shape } = match weight {
             StoredWeight::Int8(tensor) => return Ok((Self::Int8, int8_codes(tensor))),
             StoredWeight::FourBit(weight) => weight,
@@ -163,14 +164,14 @@ impl Origin {
             blocksize: config.blocksize.get(),
             absmax,
         };
-        let origin = Self::FourBit { quant_type: config.quant_type, dtype, storage, packed_shape };
-        Ok((origin, quantized::QuantizedData { dims, format }))
+        let metadata = Self::FourBit { quant_type: config.quant_type, dtype, storage, packed_shape };
+        Ok((metadata, quantized::QuantizedData { dims, format }))
     }
 
-    /// The weight that [`take`](Self::take) parted.
+    /// Joins the metadata and the data that [`split`](Self::split) returned.
     ///
     /// # Errors
-    /// As the constructors of the formats, for codes of another weight.
+    /// The errors of the formats' constructors, if `codes` belongs to a different weight.
     pub fn restore(&self, codes: quantized::QuantizedData) -> Result<StoredWeight, Error> {
         let dims = codes.dims;
         match (self, codes.format) {
@@ -195,7 +196,7 @@ impl Origin {
             }
             (_, format) => Err(Error::Stored {
                 key: "weight".to_owned(),
-                reason: format!("was read as {self:?} and holds {}", format.name()),
+                reason: format!("was read as {self:?} but holds {}", format.name()),
             }),
         }
     }
@@ -203,16 +204,16 @@ impl Origin {
 
 fn int8_product<T: Element>(weight: &Int8Tensor, x: &Tensor<2>, threshold: f32) -> Tensor<2> {
     let ([tokens, _], [out, _]) = (x.dims(), weight.shape());
-    // Widening is exact, and so is the way back.
+    // The conversion to f32 is exact, and so is the one back.
     let values: Vec<T> = to_f32(x.clone()).into_iter().map(T::from_f32).collect();
     let mut y = vec![T::default(); tokens * out];
     weight.matmul(&values, threshold, &mut y);
     let mut wide = vec![0.0; y.len()];
-    T::widen(&y, &mut wide);
+    T::to_f32_slice(&y, &mut wide);
     from_f32(wide, [tokens, out], &x.device(), x.dtype())
 }
 
-/// value = (code · SCB) · (1/127), in this order, as bitsandbytes computes it.
+/// Returns the device format. value = (code · SCB) · (1/127), in this order, as in bitsandbytes.
 fn int8_codes(tensor: Int8Tensor) -> quantized::QuantizedData {
     let dims = tensor.shape();
     let (codes, scales) = tensor.into_parts();

@@ -1,20 +1,20 @@
-//! Single-precision arithmetic as bitsandbytes' kernels do it.
+//! Single-precision arithmetic as in bitsandbytes' kernels.
 //!
-//! They are compiled with `--use_fast_math`: subnormal operands and results become zero, and `1 / x` is the
-//! hardware's approximate reciprocal, which rounds 13 % of all mantissas to the other neighbour. A code
-//! changes with it wherever `x / absmax` falls on a threshold, which in 16-bit weights is common.
+//! The kernels are compiled with `--use_fast_math`: subnormal operands and results become zero, and `1 / x` is the
+//! hardware's approximate reciprocal, which for 13 % of all mantissas is not the nearest float. This changes a code
+//! whenever `x / absmax` lies on a threshold, which is common for 16-bit weights.
 
 mod segments;
 
 use segments::SEGMENTS;
 
-/// Replaces a subnormal number by zero. The sign of that zero is lost; no caller looks at it.
+/// Replaces a subnormal number with zero. The sign of that zero is lost; no caller uses it.
 #[inline(always)]
 pub(crate) fn flush(x: f32) -> f32 {
     if x.abs() < f32::MIN_POSITIVE { 0.0 } else { x }
 }
 
-/// Replaces a subnormal number by the zero of its sign.
+/// Replaces a subnormal number with a zero of the same sign.
 #[inline(always)]
 pub(crate) fn flush_signed(x: f32) -> f32 {
     if x.abs() < f32::MIN_POSITIVE { 0.0_f32.copysign(x) } else { x }
@@ -22,13 +22,13 @@ pub(crate) fn flush_signed(x: f32) -> f32 {
 
 /// `rcp.approx.ftz.f32`: 1/x within one unit in the last place.
 ///
-/// The unit interpolates: with x = 2ᵉ·(1 + s/128 + j/2²³), 0 ≤ j < 2¹⁶,
+/// The hardware interpolates: with x = 2ᵉ·(1 + s/128 + j/2²³), 0 ≤ j < 2¹⁶,
 ///
 /// 2²⁴·(mantissa of 1/x) = ⌊(2¹⁴·c0 − 2·c1·j + c2·q(j) + 4046) / 2¹⁶⌋,
 ///
-/// where q(j) is j²/2¹⁶ from a squarer that leaves out its low columns ([`truncated_square`]). The form is
-/// that of Oberman and Siu (ARITH 2005); coefficients and truncation were fitted to an H200, and the result
-/// equals it for every mantissa, at every exponent. Other generations of the hardware were not compared.
+/// where q(j) is j²/2¹⁶ from a squarer that omits its low columns ([`truncated_square`]). The form is that of Oberman
+/// and Siu (ARITH 2005). Coefficients and truncation were fitted to an H200; the result equals the hardware for every
+/// mantissa at every exponent. Other GPU generations were not compared.
 pub(crate) fn reciprocal(x: f32) -> f32 {
     let bits = x.to_bits();
     let sign = bits & 0x8000_0000;
@@ -43,13 +43,13 @@ pub(crate) fn reciprocal(x: f32) -> f32 {
     let (c0, c1, c2) = SEGMENTS[(mantissa >> 16) as usize];
     let j = mantissa & 0xffff;
     let sum = (u64::from(c0) << 14) - 2 * u64::from(c1) * u64::from(j) + u64::from(c2 * truncated_square(j)) + 4046;
-    let scaled = (sum >> 16) as u32; // 2²³ < scaled ≤ 2²⁴, the latter for a power of two alone
+    let scaled = (sum >> 16) as u32; // 2²³ < scaled ≤ 2²⁴, equal only for a power of two
     let (result, carry) = if scaled == 1 << 24 { (0, 1) } else { (scaled - (1 << 23), 0) };
     let exponent = 253 - exponent as i32 + carry;
     if exponent <= 0 { f32::from_bits(sign) } else { f32::from_bits(sign | (exponent as u32) << 23 | result) }
 }
 
-/// ⌊j²/2¹⁶⌋ without the partial products whose weight is below 2¹⁷.
+/// Computes ⌊j²/2¹⁶⌋ without the partial products whose weight is below 2¹⁷.
 ///
 /// j² = Σᵢ jᵢ·4ⁱ + Σ_{k<i} jᵢ·jₖ·2^(i+k+1) over the bits of j.
 fn truncated_square(j: u32) -> u32 {
@@ -67,7 +67,7 @@ fn truncated_square(j: u32) -> u32 {
 mod tests {
     use super::*;
 
-    /// Values read from the hardware: exact, one unit above and one unit below the nearest float.
+    /// Values read from the hardware: exact results, and results one unit above or below the nearest float.
     #[test]
     fn equals_the_hardware() {
         for (x, want) in [
@@ -81,7 +81,7 @@ mod tests {
         }
     }
 
-    /// Σ (2m + 1)·bits over every 97th mantissa m, summed on the hardware's results.
+    /// Compares Σ (2m + 1)·bits over every 97th mantissa m with the sum of the hardware's results.
     #[test]
     fn equals_the_hardware_over_the_binade() {
         let sum = (0..1u32 << 23).step_by(97).fold(0u64, |sum, m| {

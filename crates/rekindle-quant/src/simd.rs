@@ -1,9 +1,9 @@
 use pulp::{Arch, Simd, WithSimd};
 
-/// Runs `work`, compiled for the widest vectors of this machine; everything below it must be inlined.
+/// Runs `work` compiled for the widest vectors of this machine; everything it calls must be inlined.
 ///
-/// A closure given to [`Arch::dispatch`] itself is called by way of `FnOnce`, through a function that the compiler
-/// makes and does not inline: the loops would be compiled for the oldest machine.
+/// Passing a closure to [`Arch::dispatch`] directly would call it through a compiler-generated `FnOnce` shim that is
+/// not inlined, so the loops would be compiled for the baseline instruction set.
 #[inline(always)]
 pub(crate) fn dispatch(work: impl FnMut()) {
     Arch::new().dispatch(Work(work));

@@ -1,12 +1,12 @@
 use std::borrow::Cow;
 
-use crate::little_endian::{widen_bf16, widen_f16, widen_f32};
+use crate::little_endian::{le_bf16_to_f32, le_f16_to_f32, le_f32_to_f32};
 use crate::{Blocksize, DoubleQuant, Dtype, Element, Error, QuantConfig, QuantType, four_bit};
 
-/// A 4-bit tensor: packed codes, scales, and the shape and type of the dense tensor it stands for.
+/// A 4-bit tensor: packed codes, scales, and the shape and dtype of the dense tensor it represents.
 ///
-/// Its parts always match one another: `codes` `[⌈n/2⌉]` and `absmax` `[⌈n/blocksize⌉]` for the n > 0 elements of
-/// `shape`. The formats are those of [`four_bit`] and [`double_quant`](crate::double_quant).
+/// The lengths always match: `codes` is `[⌈n/2⌉]` and `absmax` is `[⌈n/blocksize⌉]` for the n > 0 elements of `shape`.
+/// The formats are described in [`four_bit`] and [`double_quant`](crate::double_quant).
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizedTensor {
     shape: Vec<usize>,
@@ -20,7 +20,7 @@ pub struct QuantizedTensor {
 /// The block scales of a [`QuantizedTensor`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum Absmax {
-    /// As they are, in f32.
+    /// Unquantized, in f32.
     Single(Vec<f32>),
     /// Quantized to 8 bits.
     Double(DoubleQuant),
@@ -30,7 +30,7 @@ impl QuantizedTensor {
     /// Quantizes the row-major `values` of a tensor of `shape`.
     ///
     /// # Errors
-    /// [`Error::Empty`], or [`Error::Length`] when `values` does not fill `shape`.
+    /// [`Error::Empty`], or [`Error::Length`] if `values` does not match `shape`.
     pub fn quantize<T: Element>(values: &[T], shape: &[usize], config: &QuantConfig) -> Result<Self, Error> {
         let expected = element_count(shape)?;
         if values.len() != expected {
@@ -39,11 +39,11 @@ impl QuantizedTensor {
         Self::from_encoded(four_bit::encode(values, config.quant_type, config.blocksize), shape, T::DTYPE, config)
     }
 
-    /// [`quantize`](Self::quantize) of a tensor as it lies in a file: little-endian elements of `dtype` at any
-    /// address. Nothing of the dense tensor is copied but a block at a time.
+    /// Quantizes a tensor as stored in a file: little-endian elements of `dtype` at any alignment. Only one block at a
+    /// time is copied from the dense tensor.
     ///
     /// # Errors
-    /// [`Error::Empty`], or [`Error::Length`] when `bytes` does not fill `shape`.
+    /// [`Error::Empty`], or [`Error::Length`] if `bytes` does not match `shape`.
     pub fn quantize_le_bytes(bytes: &[u8], dtype: Dtype, shape: &[usize], config: &QuantConfig) -> Result<Self, Error> {
         let expected = element_count(shape)?.saturating_mul(dtype.size());
         if bytes.len() != expected {
@@ -51,9 +51,9 @@ impl QuantizedTensor {
         }
         let (quant_type, blocksize) = (config.quant_type, config.blocksize);
         let encoded = match dtype {
-            Dtype::F32 => four_bit::encode_with(bytes.as_chunks().0, widen_f32, quant_type, blocksize),
-            Dtype::F16 => four_bit::encode_with(bytes.as_chunks().0, widen_f16, quant_type, blocksize),
-            Dtype::Bf16 => four_bit::encode_with(bytes.as_chunks().0, widen_bf16, quant_type, blocksize),
+            Dtype::F32 => four_bit::encode_with(bytes.as_chunks().0, le_f32_to_f32, quant_type, blocksize),
+            Dtype::F16 => four_bit::encode_with(bytes.as_chunks().0, le_f16_to_f32, quant_type, blocksize),
+            Dtype::Bf16 => four_bit::encode_with(bytes.as_chunks().0, le_bf16_to_f32, quant_type, blocksize),
         };
         Self::from_encoded(encoded, shape, dtype, config)
     }
@@ -69,10 +69,10 @@ impl QuantizedTensor {
         Self::from_parts(shape.to_vec(), dtype, config.quant_type, config.blocksize, codes, absmax)
     }
 
-    /// A tensor read from a file; `dtype` is that of the dense tensor it was made from.
+    /// Creates a tensor read from a file; `dtype` is the dtype of the original dense tensor.
     ///
     /// # Errors
-    /// [`Error::Empty`], or [`Error::Length`] when `codes` or `absmax` does not match `shape`.
+    /// [`Error::Empty`], or [`Error::Length`] if `codes` or `absmax` does not match `shape`.
     pub fn from_parts(
         shape: Vec<usize>,
         dtype: Dtype,
@@ -93,7 +93,7 @@ impl QuantizedTensor {
         Ok(Self { shape, dtype, quant_type, blocksize, codes, absmax })
     }
 
-    /// The dense tensor, row-major.
+    /// Returns the dense tensor, row-major.
     pub fn dequantize<T: Element>(&self) -> Vec<T> {
         let mut out = vec![T::default(); self.elements()];
         self.dequantize_into(&mut out);
@@ -103,61 +103,61 @@ impl QuantizedTensor {
     /// Writes the dense tensor to `out`.
     ///
     /// # Panics
-    /// When `out` has not the tensor's number of elements.
+    /// If the length of `out` is not the tensor's number of elements.
     pub fn dequantize_into<T: Element>(&self, out: &mut [T]) {
         assert_eq!(out.len(), self.elements(), "output of a tensor of shape {:?}", self.shape);
         four_bit::decode(&self.codes, &self.absmax.values(), self.quant_type, self.blocksize, out);
     }
 
-    /// Shape and type of the dense tensor, codes and scales.
+    /// Returns the shape and dtype of the dense tensor, the codes and the scales.
     pub fn into_parts(self) -> (Vec<usize>, Dtype, Vec<u8>, Absmax) {
         (self.shape, self.dtype, self.codes, self.absmax)
     }
 
-    /// Shape of the dense tensor.
+    /// Returns the shape of the dense tensor.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
 
-    /// Type of the dense tensor that was quantized.
+    /// Returns the dtype of the original dense tensor.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 
-    /// How the tensor is quantized.
+    /// Returns the quantization settings.
     pub fn config(&self) -> QuantConfig {
         let double_quant = matches!(self.absmax, Absmax::Double(_));
         QuantConfig { quant_type: self.quant_type, blocksize: self.blocksize, double_quant }
     }
 
-    /// Two codes a byte, the even element in the high nibble.
+    /// Returns the packed codes, two per byte with the even element in the high nibble.
     pub fn codes(&self) -> &[u8] {
         &self.codes
     }
 
-    /// One scale a block.
+    /// Returns the scales, one per block.
     pub fn absmax(&self) -> &Absmax {
         &self.absmax
     }
 
-    /// Elements of the dense tensor.
+    /// Returns the number of elements of the dense tensor.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// Bytes of codes and scales; the tables that all tensors of a type share are not counted.
+    /// Returns the bytes of codes and scales, excluding tables shared by all tensors of a type.
     pub fn byte_len(&self) -> usize {
         self.codes.len() + self.absmax.byte_len()
     }
 
-    /// Bits that an element takes, scales included.
+    /// Returns the bits per element, including scales.
     pub fn bits_per_weight(&self) -> f64 {
         8.0 * self.byte_len() as f64 / self.elements() as f64
     }
 }
 
 impl Absmax {
-    /// The scales in f32.
+    /// Returns the scales in f32.
     pub fn values(&self) -> Cow<'_, [f32]> {
         match self {
             Self::Single(absmax) => Cow::Borrowed(absmax),
@@ -165,7 +165,7 @@ impl Absmax {
         }
     }
 
-    /// Bytes of the scales, the offset of double quantization included.
+    /// Returns the bytes of the scales, including the offset of double quantization.
     pub fn byte_len(&self) -> usize {
         match self {
             Self::Single(absmax) => 4 * absmax.len(),
@@ -182,7 +182,7 @@ impl Absmax {
 }
 
 fn element_count(shape: &[usize]) -> Result<usize, Error> {
-    // A product beyond usize matches no slice: the length check reports it.
+    // If the product overflows, no slice has that length, so the length check reports it.
     match shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size)) {
         _ if shape.contains(&0) => Err(Error::Empty { shape: shape.to_vec() }),
         count => Ok(count.unwrap_or(usize::MAX)),
@@ -198,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_must_match_the_shape() {
+    fn lengths_must_match_the_shape() {
         let build = |shape: &[usize], codes, absmax| {
             let absmax = Absmax::Single(vec![1.0; absmax]);
             let parts = (Dtype::Bf16, QuantType::Nf4, Blocksize::B64, vec![0; codes]);
@@ -215,9 +215,9 @@ mod tests {
         assert!(build(&[], 1, 1).is_ok(), "a scalar has one element");
     }
 
-    /// One byte past every alignment, as a memory map may have it.
+    /// The bytes start one past every alignment, as in a memory map.
     #[test]
-    fn bytes_of_a_file_quantize_as_their_values() {
+    fn unaligned_bytes_quantize_like_their_values() {
         fn check<T: Element>(to_bytes: impl Fn(T) -> Vec<u8>) {
             let values: Vec<T> = (0..3 * 1711).map(|i| T::from_f32((i as f32 * 0.73).sin() * 0.02)).collect();
             let file: Vec<u8> = [7].into_iter().chain(values.iter().flat_map(|&v| to_bytes(v))).collect();
@@ -239,10 +239,10 @@ mod tests {
     }
 
     #[test]
-    fn large_tensors_take_the_bits_that_the_config_says() {
+    fn large_tensors_use_the_bits_the_config_reports() {
         let config = QuantConfig::default();
         let tensor = QuantizedTensor::quantize(&vec![0.5f32; 1 << 20], &[1024, 1024], &config).expect("shape fits");
-        // The offset's 32 bits come on top.
+        // The offset adds 32 bits.
         assert_eq!(tensor.bits_per_weight(), config.bits_per_weight() + 32.0 / (1 << 20) as f64);
         assert_eq!(tensor.config(), config);
     }

@@ -1,7 +1,7 @@
-//! Every reader of quantization metadata on damaged input: an error or a value, never a panic, and never more memory
-//! than the input justifies.
+//! Fuzz tests of the readers of quantization metadata. Damaged input must give an error or a value, never a panic, and
+//! must not use more memory than the input justifies.
 //!
-//! The damage is drawn from a seeded generator, so that a failure names a case that fails again.
+//! The damage comes from a seeded generator, so a reported case can be reproduced.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::borrow::Cow;
@@ -12,11 +12,11 @@ use rekindle_quant::bnb::{
 };
 use rekindle_quant::{Blocksize, Int8Tensor, QuantConfig, QuantType, QuantizedTensor};
 
-/// Damaged inputs for each reader.
+/// Number of damaged inputs per reader.
 const CASES: u64 = 20_000;
 
 #[test]
-fn four_bit_weights() {
+fn damaged_four_bit_weights() {
     let seeds: Vec<Checkpoint> = QuantType::ALL
         .into_iter()
         .flat_map(|quant_type| [false, true].map(|double_quant| (quant_type, double_quant)))
@@ -35,8 +35,8 @@ fn four_bit_weights() {
         let read = FourBitWeight::read("w", |key| find(checkpoint, key));
         if let Ok(Some(weight)) = read {
             accepted += 1;
-            // What is accepted can be decoded, and is written as it was read; the code table counts by value, where
-            // -0 is 0.
+            // An accepted weight can be decoded and is written back unchanged, except that the code table is compared
+            // by value, where -0 equals 0.
             assert_eq!(weight.tensor.dequantize::<f32>().len(), weight.tensor.elements());
             for (suffix, raw) in weight.write() {
                 if !suffix.contains("quant_state") && suffix != ".quant_map" {
@@ -45,11 +45,11 @@ fn four_bit_weights() {
             }
         }
     });
-    assert!(accepted > CASES / 10, "only {accepted} were readable");
+    assert!(accepted > CASES / 10, "only {accepted} were accepted");
 }
 
 #[test]
-fn int8_weights() {
+fn damaged_int8_weights() {
     let tensor = Int8Tensor::quantize(&weights(11 * 23), [11, 23]).expect("shape fits");
     let seed = write_int8(&tensor).into_iter().map(|(suffix, raw)| (format!("w{suffix}"), owned(raw))).collect();
     let mut accepted = 0;
@@ -61,12 +61,12 @@ fn int8_weights() {
         let either = StoredWeight::read("w.weight", |key| find(checkpoint, key));
         assert!(either.is_err() || either.is_ok_and(|weight| weight.is_none_or(|weight| !weight.shape().is_empty())));
     });
-    assert!(accepted > CASES / 10, "only {accepted} were readable");
+    assert!(accepted > CASES / 10, "only {accepted} were accepted");
 }
 
-/// The text of `quantization_config`, damaged before and after it is JSON.
+/// Damages the text of `quantization_config` both as bytes and as JSON.
 #[test]
-fn quantization_configs() {
+fn damaged_quantization_configs() {
     let skip = ["lm_head", "model.layers.1", r"model\.layers\.\d+\.mlp"].map(str::to_owned).to_vec();
     let four_bit = QuantConfig::default();
     let dtype = rekindle_quant::Dtype::Bf16;
@@ -81,7 +81,7 @@ fn quantization_configs() {
         }
         let Ok(value) = serde_json::from_slice(&text) else { continue };
         let (read, memory) = measured(|| QuantizationConfig::parse(&value));
-        // Keys and values are kept for writing; serde_json's map takes some 100 bytes for an entry of 5.
+        // Keys and values are kept for writing; serde_json's map uses about 100 bytes for an entry of 5.
         let justified = 8192 + 64 * text.len();
         assert!(memory <= justified, "case {case}: {memory} bytes for {} of text", text.len());
         if let Ok(config) = read {
@@ -90,18 +90,18 @@ fn quantization_configs() {
             config.skips("model.layers.11.mlp.up_proj");
         }
     }
-    assert!(accepted > CASES / 20, "only {accepted} were readable");
+    assert!(accepted > CASES / 20, "only {accepted} were accepted");
 }
 
 #[test]
-fn memory_is_counted() {
+fn the_allocator_counts_memory() {
     assert_eq!(measured(|| drop(vec![0u8; 1000])).1, 1000);
     assert_eq!(measured(|| (vec![0u8; 1000], Box::new(7u64))).1, 1008);
 }
 
 type Checkpoint = Vec<(String, RawTensor<'static>)>;
 
-/// Calls `read` with checkpoints of one to three faults each.
+/// Calls `read` with checkpoints that have one to three faults each.
 fn damaged(seeds: &[Checkpoint], mut read: impl FnMut(&Checkpoint)) {
     for case in 0..CASES {
         let mut random = Random::new(case);
@@ -111,7 +111,7 @@ fn damaged(seeds: &[Checkpoint], mut read: impl FnMut(&Checkpoint)) {
         }
         let bytes: usize = checkpoint.iter().map(|(key, raw)| key.len() + raw.bytes.len() + 8 * raw.shape.len()).sum();
         let ((), memory) = measured(|| read(&checkpoint));
-        // A byte holds two codes, which decode to 8 bytes; the rest is copies and messages.
+        // A byte holds two codes, which decode to 8 bytes; the rest is for copies and messages.
         let justified = 16_384 + 12 * bytes;
         assert!(memory <= justified, "case {case}: {memory} bytes for {bytes} of tensors");
     }
@@ -142,7 +142,7 @@ fn damage(checkpoint: &mut Checkpoint, random: &mut Random) {
 
 const ABSURD_SIZES: [usize; 7] = [0, 1, 2, 595, 1 << 32, usize::MAX / 2, usize::MAX];
 
-/// Values that no writer has: beyond every integer and float, of other types, deeply nested.
+/// Invalid values: out of range for integers and floats, of the wrong type, or deeply nested.
 const ABSURD_JSON: [&str; 16] = [
     "0",
     "-1",
@@ -165,7 +165,7 @@ const ABSURD_JSON: [&str; 16] = [
 fn damage_json(text: &mut Vec<u8>, random: &mut Random) {
     let at = random.below(text.len() + 1);
     match random.below(6) {
-        // The value behind a colon, or the whole text.
+        // Replaces the value after a colon, or the whole text.
         0..=2 => {
             let colons: Vec<usize> = (0..text.len()).filter(|&i| text[i] == b':').collect();
             let absurd = ABSURD_JSON[random.below(ABSURD_JSON.len())].as_bytes();
@@ -209,7 +209,7 @@ impl Random {
         random
     }
 
-    /// xorshift64*.
+    /// Returns the next number of xorshift64*.
     fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -222,7 +222,7 @@ impl Random {
     }
 }
 
-/// The result of `work`, and the most memory it held at once on this thread.
+/// Returns the result of `work` and its peak memory on this thread.
 fn measured<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = HELD.get();
     MOST.set(before);
@@ -240,20 +240,20 @@ struct Counting;
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-#[expect(unsafe_code, reason = "the trait is unsafe; every call goes on to the system's allocator as it came")]
-// SAFETY: as `System`, to which every call goes with its arguments.
+#[expect(unsafe_code, reason = "the trait is unsafe; every call is forwarded unchanged to the system allocator")]
+// SAFETY: every call is forwarded unchanged to `System`.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let held = HELD.get().saturating_add(layout.size());
         HELD.set(held);
         MOST.set(MOST.get().max(held));
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         HELD.set(HELD.get().saturating_sub(layout.size()));
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.dealloc(pointer, layout) }
     }
 }

@@ -1,12 +1,12 @@
-//! Every format against what bitsandbytes' CUDA backend made of the same input, bit for bit.
+//! Compares every format bit for bit with the output of bitsandbytes' CUDA backend for the same input.
 //!
-//! `goldens/make.py` wrote the files; `goldens/goldens.json` has the versions it ran with.
+//! `goldens/make.py` wrote the files; `goldens/goldens.json` records the versions used.
 
 use std::path::PathBuf;
 
 use half::{bf16, f16};
 use rekindle_quant::bnb::{FourBitWeight, RawDtype, RawTensor};
-use rekindle_quant::int8::Activations;
+use rekindle_quant::int8::QuantizedActivations;
 use rekindle_quant::{
     Absmax, Blocksize, DoubleQuant, DynamicMap, Element, Int8Tensor, QuantConfig, QuantType, QuantizedTensor,
     blockwise, four_bit,
@@ -15,7 +15,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
 #[test]
-fn four_bit_codes_and_scales() {
+fn four_bit_codes_and_scales_equal_bitsandbytes() {
     let file = Golden::open("four_bit");
     for case in file.cases() {
         match file.input_dtype(&case) {
@@ -40,7 +40,7 @@ fn four_bit_case<T: GoldenElement>(file: &Golden, case: &Case) {
         let offset = file.floats(case, "offset")[0];
         let ours = DoubleQuant::quantize(&absmax);
         let ulps = ours.offset().to_bits().abs_diff(offset.to_bits());
-        assert!(ulps <= 2, "{}: offset {} is {ulps} ulp beside {offset}", case.name(), ours.offset());
+        assert!(ulps <= 2, "{}: offset {} differs from {offset} by {ulps} ulp", case.name(), ours.offset());
         let double = DoubleQuant::with_offset(&absmax, offset);
         same_bytes(case, "absmax", double.codes(), file.bytes(case, "absmax"));
         same_floats(case, "nested_absmax", double.nested_absmax(), &file.floats(case, "nested_absmax"));
@@ -50,14 +50,14 @@ fn four_bit_case<T: GoldenElement>(file: &Golden, case: &Case) {
         Absmax::Single(absmax)
     };
     let tensor = QuantizedTensor::from_parts(shape, T::DTYPE, quant_type, config.blocksize, codes, absmax)
-        .expect("parts match the shape");
+        .expect("lengths match the shape");
     if file.has(case, "decoded") {
         same_elements(case, "decoded", &tensor.dequantize::<T>(), &file.elements::<T>(case, "decoded"));
     }
     round_trip(file, case, tensor);
 }
 
-/// The stored tensors read as `tensor`, and are written again byte for byte.
+/// Checks that the stored tensors read as `tensor` and are written back byte for byte.
 fn round_trip(file: &Golden, case: &Case, tensor: QuantizedTensor) {
     let storage = match case.text("quant_storage") {
         "uint8" => RawDtype::U8,
@@ -89,7 +89,7 @@ fn round_trip(file: &Golden, case: &Case, tensor: QuantizedTensor) {
         Some(RawTensor { dtype, shape: view.shape().to_vec(), bytes: view.data().to_vec().into() })
     };
     let weight = FourBitWeight::read("w", find).expect("readable").expect("present");
-    // Bytes, since a scale can be infinite and a decoded scale NaN.
+    // Compares bytes, because a scale can be infinite and a decoded scale NaN.
     assert_eq!(weight.tensor.codes(), tensor.codes(), "{}", case.name());
     assert_eq!(weight.tensor.shape(), tensor.shape(), "{}", case.name());
     assert_eq!(weight.tensor.config(), tensor.config(), "{}", case.name());
@@ -99,7 +99,7 @@ fn round_trip(file: &Golden, case: &Case, tensor: QuantizedTensor) {
 }
 
 #[test]
-fn dynamic_maps_codes_and_scales() {
+fn dynamic_maps_codes_and_scales_equal_bitsandbytes() {
     let file = Golden::open("dynamic");
     let maps = [("signed", DynamicMap::signed()), ("unsigned", DynamicMap::unsigned())];
     for (name, map) in &maps {
@@ -108,7 +108,7 @@ fn dynamic_maps_codes_and_scales() {
         assert_eq!(map.values()[..], stored, "{name} map");
     }
     for case in file.cases() {
-        let map = &maps.iter().find(|(name, _)| *name == case.text("map")).expect("one of the two").1;
+        let map = &maps.iter().find(|(name, _)| *name == case.text("map")).expect("a known map").1;
         match file.input_dtype(&case) {
             Dtype::F32 => dynamic_case::<f32>(&file, &case, map),
             Dtype::F16 => dynamic_case::<f16>(&file, &case, map),
@@ -133,7 +133,7 @@ fn dynamic_case<T: GoldenElement>(file: &Golden, case: &Case, map: &DynamicMap) 
 }
 
 #[test]
-fn int8_codes_and_scales() {
+fn int8_codes_and_scales_equal_bitsandbytes() {
     let file = Golden::open("int8");
     for case in file.cases() {
         match file.input_dtype(&case) {
@@ -159,7 +159,7 @@ fn int8_case<T: GoldenElement>(file: &Golden, case: &Case) {
 }
 
 #[test]
-fn int8_activations_and_products() {
+fn int8_activations_and_products_equal_bitsandbytes() {
     let file = Golden::open("int8_matmul");
     for case in file.cases() {
         match file.input_dtype(&case) {
@@ -176,7 +176,7 @@ fn int8_activations_and_products() {
 fn int8_matmul_case<T: GoldenElement>(file: &Golden, case: &Case) {
     let (shape, x) = file.input::<T>(case);
     let threshold = case.0["threshold"].as_f64().expect("a threshold") as f32;
-    let quantized = Activations::quantize(&x, shape[1], threshold);
+    let quantized = QuantizedActivations::quantize(&x, shape[1], threshold);
     let codes: Vec<u8> = quantized.codes().iter().map(|&code| code as u8).collect();
     same_bytes(case, "CA", &codes, file.bytes(case, "CA"));
     same_floats(case, "SCA", quantized.sca(), &file.floats(case, "SCA"));
@@ -189,10 +189,10 @@ fn int8_matmul_case<T: GoldenElement>(file: &Golden, case: &Case) {
     }
     let scb = file.floats(case, "SCB");
     let codes = file.bytes(case, "CB").iter().map(|&byte| byte as i8).collect();
-    let weight = Int8Tensor::from_parts([scb.len(), shape[1]], codes, scb).expect("parts match");
+    let weight = Int8Tensor::from_parts([scb.len(), shape[1]], codes, scb).expect("lengths match");
     let mut out = vec![T::default(); shape[0] * weight.shape()[0]];
     weight.matmul(&x, threshold, &mut out);
-    // Also where outliers are added: cuBLAS sums them in an order of its own, but its f32 sum rounds to the same bits.
+    // Holds with outliers too: cuBLAS sums them in its own order, but its f32 sum rounds to the same bits.
     same_elements(case, "out", &out, &file.elements::<T>(case, "out"));
 }
 
@@ -224,11 +224,11 @@ fn same_elements<T: GoldenElement>(case: &Case, field: &str, ours: &[T], theirs:
 
 fn wide<T: GoldenElement>(values: &[T]) -> Vec<f32> {
     let mut wide = vec![0.0; values.len()];
-    T::widen(values, &mut wide);
+    T::to_f32_slice(values, &mut wide);
     wide
 }
 
-/// One of the golden files.
+/// A golden file.
 struct Golden {
     name: &'static str,
     bytes: Vec<u8>,

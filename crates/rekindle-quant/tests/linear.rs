@@ -1,4 +1,4 @@
-//! `QuantLinear` against Burn's gradients of the decoded weight, and the way of codes to a device and back.
+//! Compares `QuantLinear` with Burn's gradients of the decoded weight, and checks the conversion to device weights.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -6,15 +6,18 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use half::{bf16, f16};
 use rekindle_kernels::{Backend, Device as Place, QuantizedWeight, Tensor as Ours, quantized};
 use rekindle_quant::bnb::{FourBitWeight, StoredWeight};
-use rekindle_quant::{Blocksize, Element, Int8Tensor, Origin, QuantConfig, QuantLinear, QuantType, QuantizedTensor};
+use rekindle_quant::{
+    Blocksize, DiskMetadata, Element, Int8Tensor, QuantConfig, QuantLinear, QuantType, QuantizedTensor,
+};
 
-/// tokens, out, in: one of everything, nothing even, whole blocks, several tasks of the CPU path.
+/// `[tokens, out, in]`: all ones, all odd, whole blocks, and several tasks of the CPU path.
 const SHAPES: [[usize; 3]; 4] = [[1, 1, 1], [3, 5, 13], [7, 64, 64], [5, 33, 1029]];
 
-/// Four units in the last place of the largest value, for results that the naive computation happens to have exact.
+/// The minimum error bound relative to the largest value, for results that the naive computation happens to get
+/// exactly.
 const FLOOR: f64 = 4.0 * f32::EPSILON as f64;
 
-/// Repeatable numbers in (−1, 1).
+/// Returns reproducible numbers in (−1, 1).
 fn noise(seed: u64, n: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03;
     let mut next = || {
@@ -24,7 +27,7 @@ fn noise(seed: u64, n: usize) -> Vec<f32> {
     (0..n).map(|_| next()).collect()
 }
 
-/// Every kind of weight that a file can hold, made from one dense weight of the type `T`.
+/// Returns one dense weight of type `T` in every stored format.
 fn stored<T: Element>([out, input]: [usize; 2]) -> Vec<StoredWeight> {
     let dense: Vec<T> = noise(1, out * input).into_iter().map(|x| T::from_f32(0.05 * x)).collect();
     let mut weights = vec![StoredWeight::Int8(Int8Tensor::quantize(&dense, [out, input]).unwrap())];
@@ -65,7 +68,7 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
     tensor.into_data_as::<f64>().try_into_vec().unwrap()
 }
 
-/// y and the gradient to x, by Burn from the decoded weight in `dtype`.
+/// Returns y and dx, computed by Burn from the decoded weight in `dtype`.
 fn naive([tokens, out, input]: [usize; 3], weight: &[f32], dtype: DType) -> [Vec<f64>; 2] {
     let device = Device::flex().autodiff();
     let x = tensor(&noise(2, tokens * input), [tokens, input], dtype, &device).require_grad();
@@ -84,7 +87,7 @@ fn ours([tokens, out, input]: [usize; 3], linear: &QuantLinear) -> [Vec<f64>; 2]
     [values(linear.forward(&x.into()).into()), values(linear.backward(&dy.into()).into())]
 }
 
-/// No element may be further from the truth than twice the worst of the naive computation.
+/// Asserts that no element's error exceeds twice the largest error of the naive computation.
 fn judge(what: &str, got: &[Vec<f64>; 2], naive: &[Vec<f64>; 2], truth: &[Vec<f64>; 2]) {
     for (part, name) in ["y", "dx"].into_iter().enumerate() {
         let error = |of: &[f64]| of.iter().zip(&truth[part]).fold(0.0, |e: f64, (a, t)| e.max((a - t).abs()));
@@ -93,12 +96,12 @@ fn judge(what: &str, got: &[Vec<f64>; 2], naive: &[Vec<f64>; 2], truth: &[Vec<f6
         assert_eq!(got[part].len(), truth[part].len(), "{what}: {name}");
         assert!(got[part].iter().all(|v| v.is_finite()), "{what}: {name}");
         let error = error(&got[part]);
-        assert!(error <= bound, "{what}: {name} is off by {error:e} of {bound:e}");
+        assert!(error <= bound, "{what}: {name} has error {error:e}, bound {bound:e}");
     }
 }
 
 #[test]
-fn forward_and_gradient_are_those_of_the_decoded_weight() {
+fn forward_and_gradient_equal_those_of_the_decoded_weight() {
     for shape @ [_, out, input] in SHAPES {
         let bias = || Some(tensor(&noise(3, out), [out], DType::F32, &Device::flex()));
         let dense = noise(5, out * input);
@@ -123,12 +126,12 @@ fn forward_and_gradient_are_those_of_the_decoded_weight() {
 }
 
 #[test]
-fn a_layer_decodes_the_bits_of_the_codec() {
+fn a_layer_decodes_to_the_same_bits_as_the_codec() {
     fn check<T: Element + burn::tensor::Element>(dtype: DType) {
         for [_, out, input] in SHAPES {
             for weight in stored::<T>([out, input]) {
                 let expected: Vec<T> = decoded(&weight);
-                let (_, codes) = Origin::take(weight.clone()).unwrap();
+                let (_, codes) = DiskMetadata::split(weight.clone()).unwrap();
                 let matrix = Tensor::from(QuantizedWeight::new(codes, &Place::cpu()).decode(dtype));
                 let got: Vec<T> = matrix.into_data().try_into_vec().unwrap();
                 assert!(got == expected, "{:?} of {weight:?}", T::DTYPE);
@@ -141,25 +144,25 @@ fn a_layer_decodes_the_bits_of_the_codec() {
 }
 
 #[test]
-fn a_weight_comes_back_as_it_was_taken() {
+fn split_and_restore_are_inverse() {
     for [_, out, input] in SHAPES {
         for weight in stored::<bf16>([out, input]) {
-            let (origin, codes) = Origin::take(weight.clone()).unwrap();
+            let (metadata, codes) = DiskMetadata::split(weight.clone()).unwrap();
             let packed = QuantizedWeight::new(codes, &Place::cpu());
-            assert_eq!(origin.restore(quantized::QuantizedData::clone(&packed.data())).unwrap(), weight);
+            assert_eq!(metadata.restore(quantized::QuantizedData::clone(&packed.data())).unwrap(), weight);
         }
     }
-    let [int8, nf4, ..] = &stored::<f32>([3, 8])[..] else { panic!("two kinds") };
-    let (_, codes) = Origin::take(int8.clone()).unwrap();
-    let error = Origin::take(nf4.clone()).unwrap().0.restore(codes).unwrap_err().to_string();
-    assert!(error.contains("was read as FourBit") && error.contains("holds 8-bit codes"), "{error}");
+    let [int8, nf4, ..] = &stored::<f32>([3, 8])[..] else { panic!("expected two formats") };
+    let (_, codes) = DiskMetadata::split(int8.clone()).unwrap();
+    let error = DiskMetadata::split(nf4.clone()).unwrap().0.restore(codes).unwrap_err().to_string();
+    assert!(error.contains("was read as FourBit") && error.contains("but holds 8-bit codes"), "{error}");
     let vector = QuantizedTensor::quantize(&noise(1, 64), &[64], &QuantConfig::default()).unwrap();
     let error = QuantLinear::four_bit(vector, None, &Place::cpu()).unwrap_err().to_string();
     assert!(error.contains("[out, in]"), "{error}");
 }
 
 #[test]
-fn eight_bit_activations_are_the_codec_s_product() {
+fn forward_int8_equals_the_product_of_the_codec() {
     fn check<T: Element + burn::tensor::Element>(dtype: DType) {
         let (tokens, out, input) = (6, 21, 130);
         let mut x: Vec<f32> = noise(2, tokens * input).into_iter().map(|x| 2.0 * x).collect();
@@ -187,10 +190,10 @@ fn eight_bit_activations_are_the_codec_s_product() {
     check::<bf16>(DType::BF16);
 }
 
-/// A code of an activation is off by half a step of SCA/127 at most, so a product by half a step for each weight; the
-/// outlier column has none. The result is rounded to f16 besides.
+/// An activation's code is off by at most half a step of SCA/127, so a product by at most half a step per weight; the
+/// outlier column has no error. The result is also rounded to f16.
 #[test]
-fn eight_bit_activations_stay_near_the_exact_product() {
+fn forward_int8_is_close_to_the_exact_product() {
     let [tokens, out, input] = [4, 9, 96];
     let mut x = noise(2, tokens * input);
     x[5] = 30.0;
@@ -202,14 +205,14 @@ fn eight_bit_activations_stay_near_the_exact_product() {
     for (i, (exact, y)) in exact.iter().zip(&y).enumerate() {
         let row = &dense[(i % out) * input..][..input];
         let sum: f64 = row.iter().map(|w| f64::from(w.abs())).sum();
-        // |x| < 1 but for the outlier, x itself is rounded to f16 first, and 2⁻⁸ is f16's step in a sum of 16 or less.
+        // |x| < 1 except for the outlier, x is first rounded to f16, and f16's step for sums up to 16 is 2⁻⁸.
         let bound = (0.5 / 127.0 + 2f64.powi(-11)) * sum + 2f64.powi(-8);
-        assert!((exact - y).abs() <= bound, "{i}: {y} for {exact}, bound {bound}");
+        assert!((exact - y).abs() <= bound, "{i}: {y} instead of {exact}, bound {bound}");
     }
 }
 
 #[test]
-fn eight_bit_activations_are_for_eight_bit_weights() {
+fn forward_int8_requires_an_int8_weight() {
     let x = Ours::from(Tensor::<2>::ones([2, 8], &Device::flex()));
     for weight in stored::<f32>([3, 8]) {
         let is_int8 = matches!(weight, StoredWeight::Int8(_));

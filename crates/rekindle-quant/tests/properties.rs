@@ -1,5 +1,5 @@
-//! What holds for every weight, over shapes, types and block sizes: how far a decoded value is from the one that was
-//! encoded, and that codes are stable.
+//! Properties that hold for every weight over shapes, types and block sizes: the error of decoded values, and the
+//! stability of codes.
 
 use half::{bf16, f16};
 use rekindle_quant::{
@@ -7,10 +7,10 @@ use rekindle_quant::{
     blockwise, four_bit,
 };
 
-/// Sizes that are no multiple of a block, of a task of the thread pool, or of two.
+/// Shapes whose sizes are not multiples of a block, of a thread pool task, or of two.
 const SHAPES: [&[usize]; 8] = [&[1], &[2], &[63], &[64, 1], &[5, 13], &[3, 7, 31], &[37, 61], &[1, 17_001]];
 
-/// The widest gap of the sorted values, halved, and the rounding of thresholds, product and reciprocal.
+/// Returns half the widest gap of the sorted values plus the rounding of thresholds, product and reciprocal.
 fn half_gap(quant_type: QuantType) -> f32 {
     let mut values = four_bit::values(quant_type);
     values.sort_by(f32::total_cmp);
@@ -22,7 +22,7 @@ fn widest_gap(values: &[f32]) -> f32 {
 }
 
 #[test]
-fn four_bit_is_within_half_the_widest_gap() {
+fn four_bit_error_is_within_half_the_widest_gap() {
     for_weights(|values: &[f32], shape| {
         for config in configs(false) {
             let tensor = QuantizedTensor::quantize(values, shape, &config).expect("shape fits");
@@ -35,7 +35,7 @@ fn four_bit_is_within_half_the_widest_gap() {
     });
 }
 
-/// encode(decode(q)) = q where decoding does not round: codes, scales and all.
+/// encode(decode(q)) = q if decoding does not round, for both codes and scales.
 #[test]
 fn four_bit_codes_are_stable() {
     fn check<T: Element>() {
@@ -53,15 +53,15 @@ fn four_bit_codes_are_stable() {
     check::<bf16>();
 }
 
-/// The codes, with FP4's negative zero as the zero that it is encoded to.
+/// Returns the codes, with FP4's negative zero replaced by the zero it is encoded to.
 fn plain(tensor: &QuantizedTensor) -> Vec<u8> {
     let fp4 = tensor.config().quant_type == QuantType::Fp4;
     let plain = |code: u8| if code == 8 && fp4 { 0 } else { code };
     tensor.codes().iter().map(|byte| plain(byte >> 4) << 4 | plain(byte & 15)).collect()
 }
 
-/// Double quantization moves each scale by at most half the widest gap of the 8-bit map times the nested scale, and
-/// with it each element by that times |value| ≤ 1.
+/// Double quantization changes each scale by at most half the widest gap of the 8-bit map times the nested scale, and
+/// each element by at most that, since |value| ≤ 1.
 #[test]
 fn double_quantization_adds_the_error_of_its_scales() {
     let map_gap = widest_gap(DynamicMap::signed().values()) / 2.0 + 3e-7;
@@ -69,10 +69,10 @@ fn double_quantization_adds_the_error_of_its_scales() {
         for config in configs(true) {
             let tensor = QuantizedTensor::quantize(values, shape, &config).expect("shape fits");
             let (_, absmax) = four_bit::encode(values, config.quant_type, config.blocksize);
-            let Absmax::Double(double) = tensor.absmax() else { panic!("{config:?} is double") };
+            let Absmax::Double(double) = tensor.absmax() else { panic!("{config:?} has double quantization") };
             let scales = double.absmax();
             let moved = |block: usize| {
-                // The difference to the offset is rounded, and so is the sum with it.
+                // Subtracting and adding the offset each round once.
                 let rounded = (absmax[block] + double.offset()) * f32::EPSILON;
                 double.nested_absmax()[block / 256] * map_gap + rounded
             };
@@ -88,10 +88,10 @@ fn double_quantization_adds_the_error_of_its_scales() {
     });
 }
 
-/// The scales of bell-shaped weights vary little, and so double quantization costs little: the worst relative error of
-/// a scale among 2¹⁹ weights, measured and rounded up in the last digit.
+/// The scales of bell-shaped weights vary little, so double quantization adds little error. The bounds are the largest
+/// relative errors of a scale measured over 2¹⁹ weights, rounded up in the last digit.
 #[test]
-fn double_quantization_of_bell_shaped_weights() {
+fn double_quantization_of_bell_shaped_weights_adds_little_error() {
     let mut noise = Noise(17);
     let values: Vec<f32> = (0..1 << 19).map(|_| 0.02 * noise.bell()).collect();
     let bounds = [0.0080, 0.0067, 0.0050, 0.0038, 0.0032, 0.0027, 0.0021, 0.0017];
@@ -103,10 +103,10 @@ fn double_quantization_of_bell_shaped_weights() {
     }
 }
 
-/// Half a code, 1/254 of the scale, and the rounding of the reciprocal and of the products; the weight is the one
-/// rounded to f16.
+/// The bound is half a code, 1/254 of the scale, plus the rounding of the reciprocal and of the products, relative to
+/// the weight rounded to f16.
 #[test]
-fn int8_is_within_half_a_code_and_stable() {
+fn int8_error_is_within_half_a_code_and_codes_are_stable() {
     for_weights(|values: &[f16], shape| {
         let columns = shape[shape.len() - 1];
         let shape = [values.len() / columns, columns];
@@ -122,10 +122,10 @@ fn int8_is_within_half_a_code_and_stable() {
 }
 
 #[test]
-fn dynamic_blocks_are_within_half_the_widest_gap_and_stable() {
+fn dynamic_block_error_is_within_half_the_widest_gap_and_codes_are_stable() {
     for map in [DynamicMap::signed(), DynamicMap::unsigned()] {
         let unsigned = map == DynamicMap::unsigned();
-        // The signed map ends at 1 and at −0.992…: beyond an end the error is the distance to it.
+        // The signed map ends at 1 and −0.992…; beyond an end the error is the distance to it.
         let end = (map.values()[0] + 1.0) * if unsigned { 0.0 } else { 1.0 };
         let gap = (widest_gap(map.values()) / 2.0).max(end) + 3e-7;
         for_weights(|values: &[f32], shape| {
@@ -148,7 +148,7 @@ fn configs(double_quant: bool) -> impl Iterator<Item = QuantConfig> {
     QuantType::ALL.into_iter().flat_map(move |quant_type| Blocksize::ALL.map(|blocksize| config(quant_type, blocksize)))
 }
 
-/// Calls `check` with weights of several distributions in each of [`SHAPES`].
+/// Calls `check` with weights from several distributions in each of [`SHAPES`].
 fn for_weights<T: Element>(mut check: impl FnMut(&[T], &[usize])) {
     let mut noise = Noise(1);
     for shape in SHAPES {
@@ -159,7 +159,7 @@ fn for_weights<T: Element>(mut check: impl FnMut(&[T], &[usize])) {
         };
         weights(&mut |noise, _| 0.02 * noise.bell());
         weights(&mut |noise, _| noise.uniform() * 2.0 - 1.0);
-        // Scales that differ by a factor of 2²⁰ from one 64 to the next.
+        // Scales that differ by a factor of up to 2²⁰ between groups of 64.
         weights(&mut |noise, i| noise.bell() * 2.0_f32.powi((i / 64 % 21) as i32 - 10));
         // Mostly zeros, with whole blocks of them.
         weights(&mut |noise, i| if i % 97 == 0 && noise.uniform() < 0.5 { noise.bell() } else { 0.0 });
@@ -170,7 +170,7 @@ fn for_weights<T: Element>(mut check: impl FnMut(&[T], &[usize])) {
 struct Noise(u64);
 
 impl Noise {
-    /// In [0, 1), by xorshift64*.
+    /// Returns a number in [0, 1) from xorshift64*.
     fn uniform(&mut self) -> f32 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -178,7 +178,7 @@ impl Noise {
         (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 40) as f32 / (1 << 24) as f32
     }
 
-    /// Of mean 0 and variance 1.
+    /// Returns a bell-shaped number of mean 0 and variance 1.
     fn bell(&mut self) -> f32 {
         (0..12).map(|_| self.uniform()).sum::<f32>() - 6.0
     }

@@ -2,9 +2,9 @@
 
     python crates/rekindle-rope/goldens/make.py
 
-Needs torch and transformers 5. Nothing here is random. Every case lists the same configuration in the spelling of
-transformers 5 (`rope_parameters`) and of transformers 4 (`rope_scaling` beside `rope_theta`); the script itself
-checks that transformers reads both alike. Sequence lengths with the same result share one entry of `results`.
+Needs torch and transformers 5. The output is deterministic. Each case lists the same configuration in the layouts of
+transformers 5 (`rope_parameters`) and transformers 4 (`rope_scaling` next to `rope_theta`); the script asserts that
+transformers reads both alike. Sequence lengths with the same result share one entry of `results`.
 """
 
 import json
@@ -24,12 +24,12 @@ SEQ_LENS = [256, 512, 513, 2048, 3001, 8192]
 
 
 def ramp(count, first, last):
-    """Stands for the per-dimension factors that a longrope checkpoint carries."""
+    """Returns made-up per-dimension factors like those in a longrope checkpoint."""
     return [round(first + (last - first) * i / (count - 1), 6) for i in range(count)]
 
 
 def variants(head_dim):
-    """Yields (name, rope parameters without theta, keys beside them in the configuration)."""
+    """Yields (name, rope parameters without theta, keys next to them in the configuration)."""
     half = head_dim // 2
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
     llama3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -78,11 +78,11 @@ def spellings(parameters, beside, theta):
 
 
 def compute(spelling, rope_type, head_dim, seq_len):
-    # A config keeps and edits the dictionaries that it is given.
+    # A config keeps and modifies the dictionaries it is given.
     spelling = json.loads(json.dumps(spelling))
     config = LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, head_dim=head_dim, **spelling)
     if rope_type == "default":
-        # Llama's own function for the default type knows no partial rotation; GLM's is the same with it.
+        # Llama's function for the default type has no partial rotation; GLM's is the same with it.
         inv_freq, attention_factor = GlmRotaryEmbedding.compute_default_rope_parameters(config)
     else:
         inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, seq_len=seq_len)

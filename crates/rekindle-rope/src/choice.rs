@@ -6,30 +6,32 @@ use serde_json::{Map, Value};
 
 use crate::{Error, Positions};
 
-/// How a model is taken beyond its window: `"auto"`, `"linear"`, `"dynamic"`, `"yarn"`, or a table of parameters.
+/// The method that extends a model beyond its window: `"auto"`, `"linear"`, `"dynamic"`, `"yarn"`, or a table of
+/// parameters.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub enum RopeScaling {
-    /// `"auto"`: a native llama3, yarn, longrope or dynamic scaling is kept and widened; a model without one gets the
-    /// method that measures best, [`RopeScaling::BEST`]. Up to [`MOST_AUTO`](crate::MOST_AUTO) times the window.
+    /// `"auto"`: keeps and extends a native llama3, yarn, longrope or dynamic scaling; a model without one gets
+    /// [`RopeScaling::BEST`]. Extends up to [`MAX_AUTO_FACTOR`](crate::MAX_AUTO_FACTOR) times the window.
     #[default]
     Auto,
-    /// `"linear"`: positions are interpolated.
+    /// `"linear"`: interpolates positions.
     Linear,
-    /// `"dynamic"`: theta grows with the length, which is the run's.
+    /// `"dynamic"`: raises theta with the run's sequence length.
     Dynamic,
-    /// `"yarn"`: slow pairs are interpolated, fast ones kept.
+    /// `"yarn"`: interpolates slow pairs and keeps fast ones.
     Yarn,
-    /// The parameters as `config.json` has them, in either spelling. They replace the model's own.
+    /// Parameters in either layout of `config.json`. They replace the model's own.
     Table(Map<String, Value>),
-    /// What an earlier run did, as it was saved. Not for files: there it is a table.
+    /// The saved settings of an earlier run. Serialized as a table.
     Saved(Positions),
 }
 
 impl RopeScaling {
-    /// The names that can be asked for.
+    /// The method names a user can give.
     pub const NAMES: [&str; 4] = ["auto", "linear", "dynamic", "yarn"];
 
-    /// What `auto` gives a model without a scaling of its own (`docs/context-extension.md` has the measurement).
+    /// The method `auto` uses for a model without a native scaling, chosen by the measurement in
+    /// `docs/context-extension.md`.
     pub const BEST: Self = Self::Yarn;
 }
 
@@ -91,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_tables_are_read_and_written() {
+    fn names_and_tables_round_trip() {
         for name in RopeScaling::NAMES {
             let read: RopeScaling = serde_json::from_value(json!(name)).expect("a name");
             assert_eq!((Ok(&read), json!(read)), (name.parse().as_ref(), json!(name)));
@@ -102,14 +104,14 @@ mod tests {
     }
 
     #[test]
-    fn another_name_or_type_lists_the_choice() {
-        let error = |value: Value| serde_json::from_value::<RopeScaling>(value).expect_err("wrong").to_string();
+    fn an_unknown_name_or_type_lists_the_valid_ones() {
+        let error = |value: Value| serde_json::from_value::<RopeScaling>(value).expect_err("invalid").to_string();
         assert!(error(json!("yran")).contains("unknown variant `yran`, expected one of `auto`, `linear`"));
         assert!(error(json!(4)).contains("or a table such as"));
         let text = "llama3".parse::<RopeScaling>().expect_err("needs its factors").to_string();
         assert_eq!(
             text,
-            "rope_scaling \"llama3\" is not a method; choose auto, linear, dynamic or yarn, or give its parameters: \
+            "rope_scaling \"llama3\" is not a method; use auto, linear, dynamic or yarn, or give its parameters: \
              { rope_type = \"llama3\", ... }"
         );
     }

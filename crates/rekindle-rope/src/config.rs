@@ -1,17 +1,17 @@
 use serde_json::{Map, Value};
 
+use crate::parameter_reader::ParameterReader;
 use crate::parse::Window;
-use crate::reader::Reader;
 use crate::{Error, Scaling, Tables};
 
-/// transformers takes this when a configuration (Llama 2's, for one) names no `rope_theta`.
+/// The default of transformers when a configuration has no `rope_theta` (for example Llama 2's).
 const DEFAULT_THETA: f64 = 10_000.0;
 
-/// The rotary embedding of one model: how many dimensions of a head turn, how fast, and how that is scaled.
+/// The rotary embedding of one model: the number of rotated dimensions per head, their frequencies, and the scaling.
 ///
-/// Pair i of the `rotary_dim / 2` pairs turns by `position · inv_freq[i]`, where unscaled
-/// `inv_freq[i] = rope_theta^(−2i / rotary_dim)`; [`Scaling`] has the other rules. Equal to transformers'
-/// `ROPE_INIT_FUNCTIONS` (golden: `goldens/rope.json`).
+/// Pair i of the `rotary_dim / 2` pairs is rotated by `position · inv_freq[i]`, where unscaled `inv_freq[i] =
+/// rope_theta^(−2i / rotary_dim)`; [`Scaling`] has the other rules. Matches transformers' `ROPE_INIT_FUNCTIONS`
+/// (golden: `goldens/rope.json`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeConfig {
     rotary_dim: usize,
@@ -22,16 +22,16 @@ pub struct RopeConfig {
 impl RopeConfig {
     /// Reads the position settings of a model's `config.json`.
     ///
-    /// Takes `rope_parameters` (transformers 5: with `rope_theta` and `partial_rotary_factor` inside) or `rope_scaling`
-    /// (transformers 4: those two beside it); `type` is the old name of `rope_type`, and inner values win over outer
-    /// ones. Without either the type is `default`. For `llama3`, `yarn` and `longrope` an
-    /// `original_max_position_embeddings` beside the object wins over the one inside, and `max_position_embeddings`
-    /// stands in when there is none.
+    /// Accepts `rope_parameters` (transformers 5, with `rope_theta` and `partial_rotary_factor` inside) or
+    /// `rope_scaling` (transformers 4, with those two next to it). `type` is the old name of `rope_type`. Inner values
+    /// take precedence over outer ones. Without either object the type is `default`. For `llama3`, `yarn` and
+    /// `longrope`, an `original_max_position_embeddings` next to the object takes precedence over the one inside; if
+    /// there is none, `max_position_embeddings` is used.
     ///
     /// # Errors
-    /// [`Error::UnknownType`] for a `rope_type` outside the supported ones; [`Error::Parameters`] with one sentence
-    /// for each parameter that is missing, ill-typed, out of range, or without effect for the type;
-    /// [`Error::Conflict`] when both spellings are present with different meanings.
+    /// [`Error::UnknownType`] for an unsupported `rope_type`; [`Error::Parameters`] with one sentence for each
+    /// parameter that is missing, has the wrong type, is out of range, or has no effect for the type;
+    /// [`Error::Conflict`] when both objects are present and differ.
     pub fn from_config(config: &Value, head_dim: usize) -> Result<Self, Error> {
         let config = config.as_object().ok_or_else(|| one_problem("config.json is not a JSON object"))?;
         let five = section(config, "rope_parameters")?;
@@ -59,39 +59,40 @@ impl RopeConfig {
         }
     }
 
-    /// Dimensions of a head that turn: `head_dim · partial_rotary_factor`, even. The rest pass unchanged.
+    /// Returns the number of rotated dimensions per head, `head_dim · partial_rotary_factor`. It is even; the other
+    /// dimensions pass through unchanged.
     pub fn rotary_dim(&self) -> usize {
         self.rotary_dim
     }
 
-    /// The base of the frequencies, `rope_theta`.
+    /// Returns the base of the frequencies, `rope_theta`.
     pub fn theta(&self) -> f64 {
         self.theta
     }
 
-    /// The scaling rule with its parameters.
+    /// Returns the scaling rule with its parameters.
     pub fn scaling(&self) -> &Scaling {
         &self.scaling
     }
 
-    /// Radians per position of each of the `rotary_dim / 2` pairs, computed in f64 and rounded to f32 once.
+    /// Returns the radians per position of each of the `rotary_dim / 2` pairs, computed in f64 and rounded to f32 once.
     ///
-    /// `seq_len` is the longest sequence of the whole run; only `dynamic` and `longrope` look at it.
+    /// `seq_len` is the longest sequence of the run; only `dynamic` and `longrope` use it.
     pub fn inv_freq(&self, seq_len: usize) -> Vec<f32> {
         self.scaling.inv_freq(self.theta, self.rotary_dim, seq_len).into_iter().map(|f| f as f32).collect()
     }
 
-    /// What cos and sin are multiplied with: 1 except for `yarn` and `longrope`.
+    /// Returns the factor applied to cos and sin: 1 except for `yarn` and `longrope`.
     pub fn attention_factor(&self) -> f64 {
         self.scaling.attention_factor()
     }
 
-    /// The cos/sin tables of positions `0 .. seq_len`, with the frequencies of a run whose longest sequence that is.
+    /// Returns the cos/sin tables of positions `0 .. seq_len`, with the frequencies for a run of that length.
     pub fn tables(&self, seq_len: usize) -> Tables {
         Tables::new(&self.inv_freq(seq_len), self.attention_factor(), seq_len)
     }
 
-    /// The theta of the frequencies for sequences of `seq_len`, which only `dynamic` changes.
+    /// Returns the theta used for sequences of `seq_len`; only `dynamic` changes it.
     pub(crate) fn theta_at(&self, seq_len: usize) -> f64 {
         self.scaling.theta_at(self.theta, self.rotary_dim, seq_len)
     }
@@ -102,8 +103,8 @@ impl RopeConfig {
         parameters: &Map<String, Value>,
         head_dim: usize,
     ) -> Result<Self, Error> {
-        let mut outer = Reader::new("", config);
-        let mut inner = Reader::new(name, parameters);
+        let mut outer = ParameterReader::new("", config);
+        let mut inner = ParameterReader::new(name, parameters);
 
         let theta = inner.positive("rope_theta").or_else(|| outer.positive("rope_theta")).unwrap_or(DEFAULT_THETA);
         if theta <= 1.0 {
@@ -133,7 +134,7 @@ impl RopeConfig {
     }
 }
 
-/// The object under `key`, if it is there and not null.
+/// Returns the object under `key`, or `None` if it is absent or null.
 fn section<'a>(config: &'a Map<String, Value>, key: &str) -> Result<Option<&'a Map<String, Value>>, Error> {
     match config.get(key) {
         None | Some(Value::Null) => Ok(None),
@@ -146,7 +147,7 @@ pub(crate) fn one_problem(problem: &str) -> Error {
     Error::Parameters { problems: vec![problem.to_owned()] }
 }
 
-/// The parameters that `rope` was read from as transformers 5 spells them: type, theta and rotary share inside.
+/// Returns the parameters of `rope` in the layout of transformers 5: type, theta and partial rotary factor inside.
 pub(crate) fn native_parameters(config: &Value, rope: &RopeConfig) -> Map<String, Value> {
     let sections = ["rope_parameters", "rope_scaling"].iter().filter_map(|key| config.get(*key)?.as_object());
     let mut parameters = sections.into_iter().next().cloned().unwrap_or_default();
@@ -166,11 +167,11 @@ mod tests {
     use super::*;
 
     fn message(config: Value) -> String {
-        RopeConfig::from_config(&config, 8).expect_err("the configuration is wrong").to_string()
+        RopeConfig::from_config(&config, 8).expect_err("invalid configuration").to_string()
     }
 
     #[test]
-    fn nothing_given_is_the_default_with_theta_10000() {
+    fn an_empty_config_is_unscaled_with_theta_10000() {
         let rope = RopeConfig::from_config(&json!({}), 4).expect("valid");
         assert_eq!(rope.inv_freq(1), [1.0, 0.01]);
         assert_eq!(rope.attention_factor(), 1.0);
@@ -190,13 +191,13 @@ mod tests {
     }
 
     #[test]
-    fn inner_theta_wins_over_the_outer_one() {
+    fn the_inner_theta_takes_precedence() {
         let config = json!({ "rope_theta": 7.0, "rope_parameters": { "rope_type": "default", "rope_theta": 100.0 } });
         assert_eq!(RopeConfig::from_config(&config, 4).expect("valid").theta(), 100.0);
     }
 
     #[test]
-    fn both_spellings_must_agree() {
+    fn both_layouts_must_agree() {
         let five = json!({ "rope_type": "linear", "factor": 2.0, "rope_theta": 100.0 });
         let same =
             json!({ "rope_theta": 100.0, "rope_parameters": five, "rope_scaling": { "type": "linear", "factor": 2 } });
@@ -207,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_type_is_named() {
+    fn an_unknown_type_is_reported() {
         let text = message(json!({ "rope_scaling": { "type": "lineer", "factor": 2.0 } }));
         assert_eq!(
             text,

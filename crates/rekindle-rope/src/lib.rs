@@ -1,9 +1,9 @@
 //! Rotary position embeddings: scaling rules and frequency tables.
 //!
-//! Reads the position settings of a Hugging Face `config.json`, in the spelling of transformers 5 (`rope_parameters`)
-//! or of transformers 4 (`rope_scaling` beside `rope_theta`), and computes from them the inverse frequencies, the
-//! attention factor, and the cos/sin tables that attention layers share. Everything is a pure function on numbers:
-//! no tensors and no device.
+//! Reads the position settings of a Hugging Face `config.json`, in the layout of transformers 5 (`rope_parameters`) or
+//! transformers 4 (`rope_scaling` next to `rope_theta`), and computes the inverse frequencies, the attention factor and
+//! the cos/sin tables that all attention layers share. Everything here is a pure function on numbers; the crate uses no
+//! tensors and no device.
 //!
 //! ```
 //! use rekindle_rope::RopeConfig;
@@ -22,39 +22,40 @@
 //! # Ok::<(), rekindle_rope::Error>(())
 //! ```
 //!
-//! [`widen`] takes a model beyond its window:
+//! [`extend_context`] extends a model beyond its context window:
 //!
 //! ```
-//! use rekindle_rope::{RopeScaling, widen};
+//! use rekindle_rope::{RopeScaling, extend_context};
 //!
 //! let config = serde_json::json!({ "max_position_embeddings": 32768, "rope_theta": 1000000.0 });
-//! let widened = widen(&config, 128, 32768, 131072, &RopeScaling::Yarn)?.expect("131072 is beyond the window");
-//! assert_eq!(widened.to_string(), "yarn, factor 4: window 32768 -> 131072");
+//! let extension =
+//!     extend_context(&config, 128, 32768, 131072, &RopeScaling::Yarn)?.expect("131072 is beyond the window");
+//! assert_eq!(extension.to_string(), "yarn, factor 4: window 32768 -> 131072");
 //! let mut written = config.clone();
-//! widened.positions.apply(&mut written);
+//! extension.positions.apply(&mut written);
 //! assert_eq!(written["max_position_embeddings"], 131072);
 //! # Ok::<(), rekindle_rope::Error>(())
 //! ```
 //!
 //! # One length for a run
-//! `dynamic` and `longrope` choose their frequencies by the length of the sequence. transformers looks at every batch
-//! anew; here the caller names one length, the longest of the run, so that packing rows together or splitting a batch
-//! changes no frequency.
+//! `dynamic` and `longrope` choose their frequencies by sequence length. transformers chooses anew for every batch.
+//! Here the caller passes one length, the longest of the run, so that packing rows or splitting a batch does not change
+//! the frequencies.
 
 mod choice;
 mod config;
+mod context_extension;
 mod error;
+mod parameter_reader;
 mod parse;
 mod positions;
-mod reader;
 mod scaling;
 mod tables;
-mod widen;
 
 pub use choice::RopeScaling;
 pub use config::RopeConfig;
+pub use context_extension::{ContextExtension, MAX_AUTO_FACTOR, extend_context};
 pub use error::Error;
 pub use positions::Positions;
 pub use scaling::Scaling;
 pub use tables::Tables;
-pub use widen::{MOST_AUTO, Widened, widen};

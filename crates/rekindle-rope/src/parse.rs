@@ -1,16 +1,16 @@
 use serde_json::{Map, Value};
 
-use crate::reader::Reader;
+use crate::parameter_reader::ParameterReader;
 use crate::{Error, Scaling};
 
-/// The lengths that stand beside the scaling parameters in `config.json`.
+/// The lengths stored next to the scaling parameters in `config.json`.
 #[derive(Clone, Copy)]
 pub(crate) struct Window {
     pub(crate) max: Option<usize>,
     pub(crate) outer_original: Option<usize>,
 }
 
-/// Each supported type with the parameters that have a meaning for it.
+/// Each supported type with the parameters it uses.
 const TYPES: [(&str, &[&str]); 6] = [
     ("default", &[]),
     ("linear", &["factor"]),
@@ -23,15 +23,15 @@ const TYPES: [(&str, &[&str]); 6] = [
     ("longrope", &["factor", ORIGINAL, "attention_factor", "short_factor", "long_factor"]),
 ];
 
-/// Accepted with every type: settings read elsewhere, and notes that never change a frequency.
+/// Keys accepted with every type: settings read elsewhere, and annotations that never change a frequency.
 const COMMON: [&str; 6] = ["rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", ORIGINAL];
 
 const ORIGINAL: &str = "original_max_position_embeddings";
 
 impl Scaling {
-    /// Reads the rule from `rope_parameters` or `rope_scaling`; `None` when the reader has problems to report.
+    /// Reads the rule from `rope_parameters` or `rope_scaling`; returns `None` if the reader has problems to report.
     pub(crate) fn read(
-        reader: &mut Reader<'_>,
+        reader: &mut ParameterReader<'_>,
         parameters: &Map<String, Value>,
         window: Window,
         rotary_dim: usize,
@@ -65,12 +65,12 @@ impl Scaling {
     }
 }
 
-fn read_linear(reader: &mut Reader<'_>) -> Option<Scaling> {
+fn read_linear(reader: &mut ParameterReader<'_>) -> Option<Scaling> {
     let factor = reader.positive("factor");
     Some(Scaling::Linear { factor: reader.require("factor", factor)? })
 }
 
-fn read_dynamic(reader: &mut Reader<'_>, window: Window, rotary_dim: usize) -> Option<Scaling> {
+fn read_dynamic(reader: &mut ParameterReader<'_>, window: Window, rotary_dim: usize) -> Option<Scaling> {
     let factor = reader.positive("factor");
     let factor = reader.require("factor", factor);
     if window.max.is_none() {
@@ -83,11 +83,11 @@ fn read_dynamic(reader: &mut Reader<'_>, window: Window, rotary_dim: usize) -> O
     Some(Scaling::Dynamic { factor: factor?, window: window.max? })
 }
 
-fn read_yarn(reader: &mut Reader<'_>, window: Window) -> Option<Scaling> {
+fn read_yarn(reader: &mut ParameterReader<'_>, window: Window) -> Option<Scaling> {
     let original = read_original(reader, window);
     let factor = read_factor(reader, window, original);
     let given = reader.positive("attention_factor");
-    // Zero means "not given" for these four, as in transformers.
+    // As in transformers, zero means "not given" for these four.
     let nonzero = |value: Option<f64>| value.filter(|v| *v != 0.0);
     let mscale = nonzero(reader.number("mscale"));
     let mscale_all_dim = nonzero(reader.number("mscale_all_dim"));
@@ -109,7 +109,7 @@ fn read_yarn(reader: &mut Reader<'_>, window: Window) -> Option<Scaling> {
     Some(Scaling::Yarn { factor, original: original?, attention_factor, beta_fast, beta_slow, truncate })
 }
 
-fn read_llama3(reader: &mut Reader<'_>, window: Window) -> Option<Scaling> {
+fn read_llama3(reader: &mut ParameterReader<'_>, window: Window) -> Option<Scaling> {
     let [factor, low, high] = ["factor", "low_freq_factor", "high_freq_factor"].map(|key| {
         let value = reader.positive(key);
         reader.require(key, value)
@@ -122,7 +122,7 @@ fn read_llama3(reader: &mut Reader<'_>, window: Window) -> Option<Scaling> {
     Some(Scaling::Llama3 { factor: factor?, low_freq_factor: low, high_freq_factor: high, original: original? })
 }
 
-fn read_longrope(reader: &mut Reader<'_>, window: Window, rotary_dim: usize) -> Option<Scaling> {
+fn read_longrope(reader: &mut ParameterReader<'_>, window: Window, rotary_dim: usize) -> Option<Scaling> {
     let [short_factor, long_factor] = ["short_factor", "long_factor"].map(|key| {
         let value = reader.positives(key, rotary_dim / 2);
         reader.require(key, value)
@@ -139,15 +139,15 @@ fn read_longrope(reader: &mut Reader<'_>, window: Window, rotary_dim: usize) -> 
     Some(Scaling::LongRope { short_factor: short_factor?, long_factor: long_factor?, original, attention_factor })
 }
 
-/// P: beside the parameters (Phi-3 keeps it there), inside them, or the whole window.
-fn read_original(reader: &mut Reader<'_>, window: Window) -> Option<usize> {
+/// Reads P from next to the parameters (where Phi-3 stores it), from inside them, or falls back to the window.
+fn read_original(reader: &mut ParameterReader<'_>, window: Window) -> Option<usize> {
     let inner = reader.count(ORIGINAL);
     let original = window.outer_original.or(inner).or(window.max);
     reader.require(ORIGINAL, original)
 }
 
-/// The growth of the window, which YaRN and LongRoPE checkpoints may leave to `max_position_embeddings / P`.
-fn read_factor(reader: &mut Reader<'_>, window: Window, original: Option<usize>) -> Option<f64> {
+/// Reads the growth of the window, which YaRN and LongRoPE checkpoints may imply as `max_position_embeddings / P`.
+fn read_factor(reader: &mut ParameterReader<'_>, window: Window, original: Option<usize>) -> Option<f64> {
     let given = reader.positive("factor");
     let ratio = || Some(window.max? as f64 / original? as f64);
     let factor = given.or_else(ratio);

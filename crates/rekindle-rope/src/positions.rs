@@ -2,43 +2,43 @@ use core::fmt;
 
 use serde_json::{Map, Value, json};
 
-use crate::reader::Reader;
+use crate::parameter_reader::ParameterReader;
 use crate::{Error, RopeConfig};
 
-/// The window and the rotary parameters that replace a model's own, as a `config.json` of transformers 5 has them.
+/// The window and rotary parameters that replace a model's own, in the layout of a transformers 5 `config.json`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Positions {
     pub(crate) max_position_embeddings: usize,
-    /// With `rope_theta`; independent of the length of any later run.
+    /// Includes `rope_theta`; independent of the length of later runs.
     pub(crate) parameters: Map<String, Value>,
 }
 
 impl Positions {
-    /// The file beside an adapter that holds this: the keys that the base's `config.json` needs for it.
+    /// The file in an adapter directory that stores these settings, as the keys to set in the base's `config.json`.
     pub const FILE: &str = "rope_parameters.json";
 
-    /// The window.
+    /// Returns the window.
     pub fn max_position_embeddings(&self) -> usize {
         self.max_position_embeddings
     }
 
-    /// The content of `rope_parameters`.
+    /// Returns the content of `rope_parameters`.
     pub fn parameters(&self) -> &Map<String, Value> {
         &self.parameters
     }
 
-    /// `max_position_embeddings` and `rope_parameters` as one object.
+    /// Returns `max_position_embeddings` and `rope_parameters` as one object.
     pub fn to_json(&self) -> Value {
         json!({ "max_position_embeddings": self.max_position_embeddings, "rope_parameters": self.parameters })
     }
 
-    /// Reads what [`to_json`](Self::to_json) made.
+    /// Reads the output of [`to_json`](Self::to_json).
     ///
     /// # Errors
     /// [`Error::Parameters`] for an object without the two keys.
     pub fn from_json(json: &Value) -> Result<Self, Error> {
         let empty = Map::new();
-        let mut reader = Reader::new("", json.as_object().unwrap_or(&empty));
+        let mut reader = ParameterReader::new("", json.as_object().unwrap_or(&empty));
         let window = reader.count("max_position_embeddings");
         let window = reader.require("max_position_embeddings", window);
         let parameters = json.get("rope_parameters").and_then(Value::as_object);
@@ -51,22 +51,22 @@ impl Positions {
         }
     }
 
-    /// The rotary embedding of a model with these parameters.
+    /// Builds the rotary embedding of a model with these parameters.
     ///
     /// # Errors
-    /// As [`RopeConfig::from_config`].
+    /// The same as [`RopeConfig::from_config`].
     pub fn rope(&self, head_dim: usize) -> Result<RopeConfig, Error> {
         RopeConfig::from_config(&self.to_json(), head_dim)
     }
 
-    /// Puts them into a `config.json`.
+    /// Writes the settings into a `config.json`.
     ///
-    /// Where that has the keys of transformers 4 (`rope_theta`, `rope_scaling`), they are set to the same beside those
-    /// of transformers 5, so that every reader of the file finds this model.
+    /// If it has the keys of transformers 4 (`rope_theta`, `rope_scaling`), both layouts are written, so that every
+    /// reader of the file sees the same model.
     pub fn apply(&self, config: &mut Value) {
         let Value::Object(config) = config else { return };
         config.insert("max_position_embeddings".to_owned(), self.max_position_embeddings.into());
-        // It would win over the one inside.
+        // This outer key would take precedence over the one inside.
         config.remove("original_max_position_embeddings");
         let older = ["rope_theta", "rope_scaling"].iter().any(|key| config.contains_key(*key));
         if older {
@@ -81,16 +81,16 @@ impl Positions {
 }
 
 impl fmt::Display for Positions {
-    /// `yarn, factor 4`, or for unscaled frequencies `rope_theta 130000`.
+    /// Formats as `yarn, factor 4`, or as `default, rope_theta 130000` for unscaled frequencies.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         describe(&self.parameters, f)
     }
 }
 
-/// What transformers 4 has beside `rope_scaling`.
+/// The keys that transformers 4 stores next to `rope_scaling`, not inside.
 const BESIDE: [&str; 2] = ["rope_theta", "partial_rotary_factor"];
 
-/// The type with what tells it best apart from others of its type.
+/// Formats the rope type with its most distinctive parameter.
 pub(crate) fn describe(parameters: &Map<String, Value>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let number = |key: &str| parameters.get(key).and_then(Value::as_f64);
     let name = parameters.get("rope_type").and_then(Value::as_str).unwrap_or("default");

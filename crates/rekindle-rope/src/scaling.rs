@@ -1,71 +1,72 @@
 use std::f64::consts::PI;
 
-/// A rule that stretches the frequencies of a model beyond the window it was trained with.
+/// A rule that scales the frequencies of a model beyond the window it was trained with.
 ///
-/// Below, `f` is the unscaled frequency of a pair, P `original_max_position_embeddings`, d the rotary dimensions.
+/// Below, `f` is the unscaled frequency of a pair, P is `original_max_position_embeddings`, and d is the number of
+/// rotary dimensions.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Scaling {
-    /// `f` as it is.
+    /// No scaling: `f`.
     Default,
-    /// `f / factor`: positions are interpolated.
+    /// `f / factor`: interpolates positions.
     Linear {
-        /// How many times the window grows.
+        /// The growth of the window.
         factor: f64,
     },
     /// NTK scaling: for sequences of length L beyond the window W, theta becomes
     /// `theta · (factor·L/W − (factor − 1))^(d/(d−2))`.
     Dynamic {
-        /// Strength of the growth of theta.
+        /// The growth rate of theta.
         factor: f64,
         /// W, `max_position_embeddings`.
         window: usize,
     },
-    /// YaRN (arXiv:2309.00071): pairs that turn more than `beta_fast` times within P keep `f`, those below
-    /// `beta_slow` turns get `f / factor`, and a linear ramp over the pairs leads from one to the other.
+    /// YaRN (arXiv:2309.00071): pairs with more than `beta_fast` turns within P keep `f`, those with fewer than
+    /// `beta_slow` turns get `f / factor`, and a linear ramp over the pairs blends between the two.
     Yarn {
-        /// How many times the window grows.
+        /// The growth of the window.
         factor: f64,
         /// P.
         original: usize,
-        /// What cos and sin are multiplied with: as given, else `m(mscale) / m(mscale_all_dim)` if both are given,
+        /// The factor applied to cos and sin: the given one, else `m(mscale) / m(mscale_all_dim)` if both are given,
         /// else `m(1)`, where `m(s) = 0.1·s·ln(factor) + 1` (1 for a factor up to 1).
         attention_factor: f64,
-        /// Turns within P above which a pair is left alone.
+        /// Turns within P above which a pair is unchanged.
         beta_fast: f64,
         /// Turns within P below which a pair is interpolated.
         beta_slow: f64,
-        /// Whether the ends of the ramp are moved outwards to whole pairs.
+        /// If true, the ends of the ramp are rounded outward to whole pairs.
         truncate: bool,
     },
-    /// Llama 3.1's: with the wavelength `λ = 2π/f`, pairs with `λ < P/high_freq_factor` keep `f`, those with
-    /// `λ > P/low_freq_factor` get `f / factor`, and between them
-    /// `(1 − s)·f/factor + s·f` with `s = (P/λ − low_freq_factor) / (high_freq_factor − low_freq_factor)`.
+    /// Llama 3.1's rule: with the wavelength `λ = 2π/f`, pairs with `λ < P/high_freq_factor` keep `f`, those with `λ >
+    /// P/low_freq_factor` get `f / factor`, and those in between get `(1 − s)·f/factor + s·f` with `s = (P/λ −
+    /// low_freq_factor) / (high_freq_factor − low_freq_factor)`.
     Llama3 {
-        /// How many times the window grows.
+        /// The growth of the window.
         factor: f64,
         /// Turns within P below which a pair is interpolated.
         low_freq_factor: f64,
-        /// Turns within P above which a pair is left alone.
+        /// Turns within P above which a pair is unchanged.
         high_freq_factor: f64,
         /// P.
         original: usize,
     },
-    /// LongRoPE (arXiv:2402.13753): `f / short_factor` up to length P, `f / long_factor` beyond, element by element.
+    /// LongRoPE (arXiv:2402.13753): `f / short_factor` up to length P and `f / long_factor` beyond, elementwise.
     LongRope {
-        /// Divisors for runs up to length P, one a pair.
+        /// Divisors for runs up to length P, one per pair.
         short_factor: Vec<f64>,
-        /// Divisors for runs beyond length P, one a pair.
+        /// Divisors for runs beyond length P, one per pair.
         long_factor: Vec<f64>,
         /// P.
         original: usize,
-        /// What cos and sin are multiplied with: as given, else `√(1 + ln(factor)/ln(P))` (1 for a factor up to 1).
+        /// The factor applied to cos and sin: the given one, else `√(1 + ln(factor)/ln(P))` (1 for a factor up to 1).
         attention_factor: f64,
     },
 }
 
 impl Scaling {
-    /// Frequencies in f64, one a pair.
+    /// Returns the frequencies in f64, one per pair.
     pub(crate) fn inv_freq(&self, theta: f64, rotary_dim: usize, seq_len: usize) -> Vec<f64> {
         let d = rotary_dim as f64;
         match self {
@@ -92,7 +93,7 @@ impl Scaling {
         }
     }
 
-    /// The theta that the frequencies of sequences of `seq_len` come from.
+    /// Returns the theta used for sequences of `seq_len`.
     pub(crate) fn theta_at(&self, theta: f64, rotary_dim: usize, seq_len: usize) -> f64 {
         let Self::Dynamic { factor, window } = self else { return theta };
         let d = rotary_dim as f64;
@@ -100,7 +101,7 @@ impl Scaling {
         theta * growth.powf(d / (d - 2.0))
     }
 
-    /// The `rope_type`.
+    /// Returns the `rope_type`.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Default => "default",
@@ -112,7 +113,7 @@ impl Scaling {
         }
     }
 
-    /// P, for the rules that have it.
+    /// Returns P for the rules that have it.
     pub(crate) fn original(&self) -> Option<usize> {
         match self {
             Self::Yarn { original, .. } | Self::Llama3 { original, .. } | Self::LongRope { original, .. } => {
@@ -134,9 +135,9 @@ fn unscaled(theta: f64, rotary_dim: usize) -> Vec<f64> {
     (0..rotary_dim / 2).map(|i| theta.powf(-((2 * i) as f64) / rotary_dim as f64)).collect()
 }
 
-/// How far each pair is on its way from kept (0) to interpolated (1).
+/// Returns a function from pair index to its position on the ramp from unchanged (0) to interpolated (1).
 fn yarn_ramp(theta: f64, d: f64, original: f64, [fast, slow]: [f64; 2], truncate: bool) -> impl Fn(usize) -> f64 {
-    // The (fractional) pair that turns so many times within the original window.
+    // The (fractional) index of the pair with this many turns within the original window.
     let pair = |turns: f64| d * (original / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln());
     let (mut low, mut high) = (pair(fast), pair(slow));
     if truncate {
@@ -144,7 +145,7 @@ fn yarn_ramp(theta: f64, d: f64, original: f64, [fast, slow]: [f64; 2], truncate
     }
     (low, high) = (low.max(0.0), high.min(d - 1.0));
     if low == high {
-        high += 0.001; // as in the reference: a step instead of a division by zero
+        high += 0.001; // as in the reference implementation, to avoid a division by zero
     }
     move |i| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0)
 }

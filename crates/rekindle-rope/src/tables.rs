@@ -1,4 +1,4 @@
-/// The cosines and sines of every position and pair, shared by all layers of a model.
+/// The cosines and sines of every position and dimension pair, shared by all layers of a model.
 ///
 /// `cos[p · half + i] = cos(p · inv_freq[i]) · attention_factor`, and `sin` likewise.
 ///
@@ -6,10 +6,10 @@
 /// Both tables are `[seq_len, half]`, row-major, where `half` is half of the rotary dimensions.
 ///
 /// # Dtypes
-/// Frequencies are f32, because those are what models are trained with. Their product with the (integer) position and
-/// the cosine are taken in f64 and rounded to f32 once: the entries are as exact at position 1,000,000 as at 1.
-/// transformers rounds the product to f32 as well, which moves an angle by up to `2⁻²⁴ · angle`: 1e-4 rad at position
-/// 2,000, and 0.06 rad at a million.
+/// Frequencies are f32, the precision models are trained with. The angle (position times frequency) and its cosine are
+/// computed in f64 and rounded to f32 once, so entries are as exact at position 1,000,000 as at position 1.
+/// transformers also rounds the angle to f32, which changes it by up to `2⁻²⁴ · angle`: 1e-4 rad at position 2,000 and
+/// 0.06 rad at a million.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tables {
     /// `[seq_len, half]`.
@@ -23,10 +23,10 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// Makes the tables of positions `0 .. seq_len` from given frequencies.
+    /// Builds the tables of positions `0 .. seq_len` from the given frequencies.
     ///
-    /// With [`RopeConfig::tables`](crate::RopeConfig::tables) the frequencies follow from the length of the table; use
-    /// this when a table must be longer or shorter than the length that the frequencies were chosen for.
+    /// [`RopeConfig::tables`](crate::RopeConfig::tables) derives the frequencies from the table's length. Use this
+    /// function when the table must be longer or shorter than the length the frequencies were chosen for.
     pub fn new(inv_freq: &[f32], attention_factor: f64, seq_len: usize) -> Self {
         let half = inv_freq.len();
         let mut cos = Vec::with_capacity(seq_len * half);

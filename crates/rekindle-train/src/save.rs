@@ -94,8 +94,8 @@ fn write_adapter(
     card: &ModelCard,
     run: Option<CardRun<'_>>,
 ) -> Result<(), Error> {
-    if let Some(widened) = model.widened() {
-        save_positions(&widened.positions, dir)?;
+    if let Some(extension) = model.context_extension() {
+        save_positions(&extension.positions, dir)?;
     }
     adapter.save(dir).map_err(rekindle_models::Error::from)?;
     card.write(model, Some(adapter.config.lora()), run, dir)

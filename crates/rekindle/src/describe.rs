@@ -50,7 +50,7 @@ pub(crate) fn describe(
     facts.push(("weights", format!("{} in memory", show_bytes(memory.bytes() as usize))));
     facts.push(("device", format!("{}, {}", model.device(), format!("{:?}", lm.dtype()).to_lowercase())));
     facts.push(("longest row", format!("{} tokens allowed (max_seq_length)", lm.max_seq_length())));
-    facts.extend(lm.widened().map(|widened| ("rope_scaling", widened.to_string())));
+    facts.extend(lm.context_extension().map(|extension| ("rope_scaling", extension.to_string())));
     facts.push(("seed", seed.to_string()));
     facts.push(("started", utc(SystemTime::now())));
     RunDescription {

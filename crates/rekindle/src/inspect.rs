@@ -3,7 +3,7 @@
 use core::fmt;
 use std::path::Path;
 
-use rekindle_hub::Headers;
+use rekindle_hub::CheckpointHeaders;
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{BLOCK_LINEARS, FUSED_LINEARS};
 use rekindle_models::{MemoryReport, ModelConfig, saved_positions, stored_quantization};
@@ -81,7 +81,7 @@ impl Source<'_> {
     }
 }
 
-fn checkpoint(headers: &Headers) -> Result<Inspection, Error> {
+fn checkpoint(headers: &CheckpointHeaders) -> Result<Inspection, Error> {
     let path = headers.path.join("config.json");
     let json: Value = rekindle_hub::read_json(&path)?;
     let config = ModelConfig::from_json(&json).map_err(|problems| rekindle_models::Error::Config { path, problems })?;
@@ -110,7 +110,7 @@ fn checkpoint(headers: &Headers) -> Result<Inspection, Error> {
     })
 }
 
-fn adapter(headers: &Headers) -> Result<Inspection, Error> {
+fn adapter(headers: &CheckpointHeaders) -> Result<Inspection, Error> {
     let config = AdapterConfig::open(&headers.path).map_err(rekindle_models::Error::from)?;
     let lora = config.lora();
     let adapted = |linear: &&str| headers.tensors.keys().any(|name| name.contains(&format!(".{linear}.")));

@@ -73,8 +73,8 @@ pub use rekindle_lora::{
     LoraConfig, TargetModules,
 };
 pub use rekindle_models::{
-    CausalLm, DEFAULT_ADAPTER, GenerationConfig, LoadIn, MemoryClass, MemoryLine, MemoryReport, ModelConfig, NonFinite,
-    Positions, RopeError, RopeScaling, StopReason, Widened, stored_quantization,
+    CausalLm, ContextExtension, DEFAULT_ADAPTER, GenerationConfig, LoadIn, MemoryClass, MemoryLine, MemoryReport,
+    ModelConfig, NonFinite, Positions, RopeError, RopeScaling, StopReason, stored_quantization,
 };
 pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
 pub use rekindle_train::{

@@ -282,7 +282,7 @@ impl Model {
         let base = Checkpoint::open(self.path())?;
         let rows = self.causal_lm().config().vocab_size();
         let options = MergeOptions {
-            positions: self.causal_lm().widened().map(|widened| &widened.positions),
+            positions: self.causal_lm().context_extension().map(|extension| &extension.positions),
             resize_model_vocab: Some(rows).filter(|rows| base.config()["vocab_size"] != *rows),
             dtype: stored(dtype),
         };

@@ -111,7 +111,7 @@ impl Loader {
     }
 
     /// How positions beyond the model's window are made. Default [`RopeScaling::Auto`], or what the adapter named in
-    /// [`for_adapter`](Self::for_adapter) was trained with. What was done is [`CausalLm::widened`].
+    /// [`for_adapter`](Self::for_adapter) was trained with. What was done is [`CausalLm::context_extension`].
     pub fn rope_scaling(mut self, rope_scaling: impl Into<RopeScaling>) -> Self {
         self.rope_scaling = Some(rope_scaling.into());
         self

@@ -3,7 +3,7 @@
 use core::fmt;
 use std::path::{Path, PathBuf};
 
-use rekindle_hub::Headers;
+use rekindle_hub::CheckpointHeaders;
 #[cfg(feature = "network")]
 use rekindle_hub::{HubOptions, Resolved};
 
@@ -145,7 +145,7 @@ impl Access {
 
 impl Source<'_> {
     /// What the tensors are, and what the user should be told.
-    pub(crate) fn headers(self) -> Result<(Headers, Option<String>), Error> {
+    pub(crate) fn headers(self) -> Result<(CheckpointHeaders, Option<String>), Error> {
         #[cfg(feature = "network")]
         if let Some(name) = self.name_or_path.to_str() {
             let options = self.access.options(self.revision.as_deref());
@@ -153,7 +153,7 @@ impl Source<'_> {
             return Ok((headers, notice));
         }
         let Fetched { path, notice, .. } = self.fetch()?;
-        Ok((Headers::open(&path)?, notice))
+        Ok((CheckpointHeaders::open(&path)?, notice))
     }
 }
 

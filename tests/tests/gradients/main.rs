@@ -1,4 +1,4 @@
-//! The gradient of every parameter against Burn's autodiff of the whole model written plainly.
+//! Compares the gradient of every parameter with Burn's autodiff of a plain implementation of the whole model.
 
 mod oracle;
 
@@ -7,8 +7,9 @@ use oracle::Oracle;
 use rekindle_models::CausalLm;
 use rekindle_tests::Golden;
 
-/// The house rule: a result is no further from the float64 truth than twice the naive computation in float32, here in
-/// relative L2 norm, plus four units in the last place for tensors in which the naive one happens to be luckier.
+/// The project's rule for numerical errors: at most twice the error of the naive float32 computation relative to
+/// float64. The error is the relative L2 norm; the floor of four units in the last place is for tensors in which the
+/// naive computation happens to be more exact.
 const FACTOR: f64 = 2.0;
 const FLOOR: f64 = 4.0 * f32::EPSILON as f64;
 
@@ -21,7 +22,7 @@ fn check(golden: &Golden, adapter: Option<&str>, model: &CausalLm) {
 
     let gradients = |dtype| Oracle::new(golden, adapter, dtype).gradients(&golden.rows, scale);
     let ((loss, truth), (_, naive)) = (gradients(DType::F64), gradients(DType::F32));
-    // As for the losses against transformers.
+    // The same tolerance as for the losses against transformers.
     assert!((total * scale / loss - 1.0).abs() < 1e-6, "{what}: loss {}, expected {loss}", total * scale);
 
     let infos = model.params().infos();
@@ -33,14 +34,14 @@ fn check(golden: &Golden, adapter: Option<&str>, model: &CausalLm) {
         let ours: Vec<f64> = grads.values(info.at).into_iter().map(f64::from).collect();
         assert_eq!(ours.len(), truth.len(), "{what}: {}", info.name);
         let size = norm(truth.iter().copied());
-        assert!(size > 1e-6 * norm_of_all, "{what}: {} has a gradient to speak of", info.name);
+        assert!(size > 1e-6 * norm_of_all, "{what}: {} has a non-negligible gradient", info.name);
         let (error, naive_error) = (distance(&ours, truth) / size, distance(naive, truth) / size);
         if error / naive_error > worst.0 {
             worst = (error / naive_error, &info.name);
         }
         let bound = FACTOR * naive_error + FLOOR;
-        // Written so that a NaN fails.
-        assert!(error <= bound, "{what}: {} is off by {error:e} of {bound:e}", info.name);
+        // Written so that NaN fails.
+        assert!(error <= bound, "{what}: {} has error {error:e}, bound {bound:e}", info.name);
     }
     println!("{what}: at worst {:.2} times the naive error, at {}", worst.0, worst.1);
 }
@@ -54,7 +55,7 @@ fn distance(a: &[f64], b: &[f64]) -> f64 {
 }
 
 #[test]
-fn adapters() {
+fn gradients_of_adapters() {
     for name in ["qwen3-tied", "qwen2", "llama3"] {
         let golden = Golden::open(name);
         for adapter in ["all-linear", "qv-rslora"] {
@@ -64,7 +65,7 @@ fn adapters() {
 }
 
 #[test]
-fn all_weights_with_a_tied_head() {
+fn gradients_of_all_weights_with_a_tied_head() {
     for name in ["qwen3-tied", "qwen2"] {
         let golden = Golden::open(name);
         check(&golden, None, &golden.load_full());
@@ -72,14 +73,14 @@ fn all_weights_with_a_tied_head() {
 }
 
 #[test]
-fn all_weights_with_a_head_of_their_own() {
+fn gradients_of_all_weights_with_an_untied_head() {
     for name in ["qwen3-untied-sharded", "llama3", "llama-bias"] {
         let golden = Golden::open(name);
         check(&golden, None, &golden.load_full());
     }
 }
 
-/// Guards the test itself: an oracle that is wrong in the same way as the model would prove nothing.
+/// Checks the oracle itself, since one with the same mistake as the model would hide it.
 #[test]
 fn the_oracle_gives_the_losses_of_transformers() {
     for name in rekindle_tests::MODELS {

@@ -1,5 +1,5 @@
-//! A whole model as its paper writes it: one row at a time, one head at a time, nothing saved or fused, and
-//! gradients by Burn's autodiff. Shares no code with the crates but the reader of safetensors.
+//! A plain implementation of the whole model, one row and one head at a time, without fusion, with gradients from
+//! Burn's autodiff. It shares no code with the crates except the safetensors reader.
 
 use std::collections::BTreeMap;
 use std::f64::consts::TAU;
@@ -9,7 +9,7 @@ use rekindle_hub::{Checkpoint, SafetensorsFile};
 use rekindle_tests::{Golden, Row};
 use serde_json::Value;
 
-/// By the tensor's name in its file, without PEFT's prefix.
+/// Gradients by the tensor's name in its file, without PEFT's prefix.
 pub(crate) type Gradients = BTreeMap<String, Vec<f64>>;
 
 pub(crate) struct Oracle {
@@ -17,7 +17,7 @@ pub(crate) struct Oracle {
     device: Device,
     dtype: DType,
     weights: BTreeMap<String, Tensor<2>>,
-    /// Factors and scale of the adapter; what is trained instead of the weights if there is one.
+    /// The factors and scale of the adapter, which are trained instead of the weights.
     adapter: Option<(BTreeMap<String, Tensor<2>>, f64)>,
 }
 
@@ -55,7 +55,7 @@ impl Oracle {
         Self { config: checkpoint.config().clone(), device, dtype, weights, adapter }
     }
 
-    /// The nll of every counted label, row by row.
+    /// Returns the nll of every label that is not ignored, row by row.
     pub(crate) fn losses(&self, rows: &[Row]) -> Vec<Vec<f64>> {
         let counted = |row: &Row| row.labels[1..].iter().map(|&label| label >= 0).collect::<Vec<_>>();
         let row = |row: &Row| {
@@ -65,7 +65,7 @@ impl Oracle {
         rows.iter().map(row).collect()
     }
 
-    /// `scale` · Σ nll and its gradients.
+    /// Returns `scale` · Σ nll and its gradients.
     pub(crate) fn gradients(&self, rows: &[Row], scale: f64) -> (f64, Gradients) {
         let sums: Vec<Tensor<1>> = rows.iter().map(|row| self.row(row).sum()).collect();
         let loss = Tensor::cat(sums, 0).sum() * scale;
@@ -78,7 +78,7 @@ impl Oracle {
         (total, trained.iter().map(gradient).collect())
     }
 
-    /// The nll of every label after the first, 0 where it does not count, `[tokens - 1, 1]`.
+    /// Returns the nll of every label after the first, 0 if ignored, `[tokens - 1, 1]`.
     fn row(&self, row: &Row) -> Tensor<2> {
         let tokens = row.input_ids.len();
         let embed = &self.weights["model.embed_tokens.weight"];
@@ -137,7 +137,7 @@ impl Oracle {
         self.linear(&format!("{name}.o_proj"), Tensor::cat(outs.collect(), 1))
     }
 
-    /// x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ.
+    /// Returns x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ.
     fn linear(&self, name: &str, x: Tensor<2>) -> Tensor<2> {
         let mut y = x.clone().matmul(self.weights[&format!("{name}.weight")].clone().transpose());
         if let Some(bias) = self.weights.get(&format!("{name}.bias")) {
@@ -153,16 +153,16 @@ impl Oracle {
         }
     }
 
-    /// x / √(mean(x²) + eps) ∘ w.
+    /// Returns x / √(mean(x²) + eps) ∘ w.
     fn norm(&self, name: &str, x: Tensor<2>) -> Tensor<2> {
         let rms = (x.clone().powi_scalar(2).mean_dim(1) + float(&self.config["rms_norm_eps"])).sqrt();
         x / rms * self.weights[name].clone()
     }
 
-    /// Cosines and sines, `[tokens, head_dim / 2]`.
+    /// Returns cosines and sines, `[tokens, head_dim / 2]`.
     fn angles(&self, tokens: usize, head_dim: usize) -> (Tensor<2>, Tensor<2>) {
         let half = head_dim / 2;
-        // Both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling`.
+        // Supports both layouts: `rope_parameters`, or `rope_theta` next to `rope_scaling`.
         let rope = self.config.get("rope_parameters").unwrap_or(&self.config);
         let theta = float(&rope["rope_theta"]);
         let frequency = |i: usize| {
@@ -194,7 +194,7 @@ impl Oracle {
     }
 }
 
-/// Long waves are stretched by `factor`, short ones kept, those between blended.
+/// Divides low frequencies by `factor`, keeps high ones, and blends those in between.
 fn llama3(frequency: f64, rope: &Value) -> f64 {
     let number = |key: &str| float(&rope[key]);
     let (factor, low, high) = (number("factor"), number("low_freq_factor"), number("high_freq_factor"));

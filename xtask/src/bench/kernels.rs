@@ -1,4 +1,4 @@
-//! `cargo xtask bench kernels`: operations of a training step alone on a CUDA device, against what bounds them.
+//! `cargo xtask bench kernels`: compares the operations of a training step on a CUDA device with their lower bounds.
 
 use std::error::Error;
 use std::path::Path;
@@ -18,23 +18,23 @@ use serde_json::{Value, json};
 
 use super::result;
 
-/// Carried along, since there may be no checkout where this runs.
+/// Embedded, because there may be no checkout on the machine.
 const PEER: &str = include_str!("../../peers/gpu_kernels.py");
 
-/// Measured runs of each, after three.
+/// Measured runs of each operation, after three warm-up runs.
 const RUNS: usize = 20;
 
-/// The tokens of a step, and the sizes of Qwen3-4B.
+/// Tokens per step. The sizes below are those of Qwen3-4B.
 const TOKENS: usize = 8192;
 const HIDDEN: usize = 2560;
 const INTERMEDIATE: usize = 9728;
 const VOCAB: usize = 151_936;
 const HEADS: Heads = Heads { heads: 32, kv_heads: 8, head_dim: 128, scale: 0.088_388_35 };
 
-/// Documents of as many tokens each.
+/// Numbers of documents and tokens per document.
 const ATTENTION: [(usize, usize); 3] = [(4, 2048), (1, 8192), (1, 32_768)];
 
-/// Rows of x, and `[out, in]` of the weight: the linears of Qwen3-4B, stacked as they run, and a square.
+/// Rows of x and `[out, in]` of the weight: the linears of Qwen3-4B, fused as at run time, and a square matrix.
 const PRODUCTS: [[usize; 3]; 6] = [
     [TOKENS, 2 * INTERMEDIATE, HIDDEN],
     [TOKENS, HIDDEN, INTERMEDIATE],
@@ -51,13 +51,13 @@ struct Row {
     work: Work,
 }
 
-/// What the device has to do at least.
+/// The minimum work of the device.
 enum Work {
     Bytes(f64),
     Flops(f64),
 }
 
-/// Prints a table, with PyTorch's figures beside ours if a Python has it, and ends with one JSON line.
+/// Prints a table, with PyTorch's figures if a Python is given, and ends with one JSON line.
 pub(crate) fn run(device: &str, python: Option<&Path>) -> Result<(), Box<dyn Error>> {
     let (device, _) = rekindle_kernels::open_device(parse_device(device)?)?;
     let Device::Cuda(cuda) = &device else { return Err("these kernels run on a CUDA device".into()) };
@@ -85,7 +85,7 @@ pub(crate) fn run(device: &str, python: Option<&Path>) -> Result<(), Box<dyn Err
     Ok(())
 }
 
-/// Milliseconds of PyTorch by our rows' names.
+/// Returns PyTorch's milliseconds by row name.
 fn peer(python: &Path) -> Result<Value, Box<dyn Error>> {
     let scratch = tempfile::tempdir()?;
     let script = scratch.path().join("gpu_kernels.py");
@@ -99,7 +99,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Times `run`; of what it queues only operations whose name has `part` in it.
+    /// Times `run`, counting only queued operations whose name contains `part`.
     fn time(
         &self,
         rows: &mut Vec<Row>,
@@ -147,7 +147,7 @@ impl Bench<'_> {
         self.time(rows, "rms_norm forward", passes(2, hidden), "", || {
             rms_norm::forward(&x, &weight, 1e-6, 0);
         })?;
-        // The sum goes into the memory of the copy, which is not timed.
+        // The sum is written to a copy, which is not timed.
         self.time(rows, "rms_norm forward with residual", passes(4, hidden), "rms_norm", || {
             rms_norm::add_forward(&x, dy.clone().detached(), &weight, 1e-6, 0);
         })?;
@@ -218,7 +218,7 @@ impl Bench<'_> {
         builder.push("w", &[1024, n / 1024], true, &vec![0.01; n]);
         let mut params = builder.build();
         let mut grads = params.zero_grads();
-        // Codes of all sizes.
+        // Random codes of all values.
         grads.add(params.infos()[0].at, self.noise(1, [1024, n / 1024]));
         let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
         let step = Step { t: 1, rates: 1e-4.into(), weight_decay: 0.01 };
@@ -250,9 +250,9 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Random numbers in bf16, in (-1, 1).
+    /// Returns random bf16 numbers in (-1, 1).
     fn noise(&self, seed: u64, dims: [usize; 2]) -> Tensor<2> {
-        // A table goes round: making gigabytes of random numbers would take longer than all else.
+        // Repeats a table, because generating gigabytes of random numbers would dominate the run time.
         const TABLE: usize = (1 << 20) - 3;
         let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
         let mut next = || {

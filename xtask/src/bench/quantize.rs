@@ -1,4 +1,4 @@
-//! `cargo xtask bench quantize`: from a 16-bit checkpoint to 4 and 8 bits, in how much time and memory.
+//! `cargo xtask bench quantize`: measures time and memory of quantizing a 16-bit checkpoint to 4 and 8 bits.
 
 use std::error::Error;
 use std::path::Path;
@@ -17,7 +17,7 @@ use super::shape::Shape;
 use super::{name, resident_kib, result};
 use crate::random_checkpoint;
 
-/// What is measured, each in a process of its own.
+/// The measured jobs, each in a separate process.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Job {
     /// Loading with `load_in_4bit`.
@@ -34,10 +34,10 @@ pub(crate) enum Job {
     ToInt8,
 }
 
-/// What loading may take beside the packed model and one tensor of the file.
+/// Memory allowed for loading in addition to the packed model and one tensor of the file.
 const ALLOWANCE: f64 = 256e6;
 
-/// Writes a checkpoint of `shape` below `dir`, measures every job on it, and deletes it, also when something fails.
+/// Writes a checkpoint of `shape` below `dir`, measures every job on it, and deletes it even if a job fails.
 pub(crate) fn run(shape: Shape, dir: &Path) -> Result<(), Box<dyn Error>> {
     std::fs::create_dir_all(dir)?;
     let config = shape.config();
@@ -79,7 +79,7 @@ pub(crate) fn run(shape: Shape, dir: &Path) -> Result<(), Box<dyn Error>> {
     if broken.is_empty() { Ok(()) } else { Err(format!("above the bound: {}", broken.join(", ")).into()) }
 }
 
-/// Waits until the files are on the disk, and reads them once: what is measured is not the disk.
+/// Flushes the files and reads them once, so that the disk is not measured.
 fn settle(dir: &Path) -> Result<(), Box<dyn Error>> {
     for entry in std::fs::read_dir(dir)? {
         let mut file = std::fs::File::open(entry?.path())?;
@@ -89,12 +89,12 @@ fn settle(dir: &Path) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// One line of the table; whether the bound held.
+/// Prints one line of the table and returns whether the bound held.
 fn row(name: &str, r: &Value) -> bool {
     let number = |key: &str| r[key].as_f64().unwrap_or(f64::NAN);
     let megabytes = |key: &str| number(key) / 1e6;
     let bound = number("packed") + number("largest") + ALLOWANCE;
-    // Written so that a NaN breaks it.
+    // Written so that NaN fails.
     let held = number("peak_anonymous") <= bound;
     println!(
         "{name:<14}{:>7.1}{:>7.1}{:>9.2}{:>11.0}{:>11.0}{:>11.0}{:>11.0}{:>6}{:>13.3}{:>6.1} %",
@@ -112,12 +112,12 @@ fn row(name: &str, r: &Value) -> bool {
     held
 }
 
-/// Does `job` with the checkpoint in this process; prints one JSON line.
+/// Runs `job` with the checkpoint in this process and prints one JSON line.
 pub(crate) fn worker(dir: &Path, job: Job) -> Result<(), Box<dyn Error>> {
     let began = Instant::now();
     let (made, peak) = peak_anonymous(|| job.run(dir));
     let (seconds, cpu_seconds) = (began.elapsed().as_secs_f64(), cpu_seconds());
-    // The model, if there is one, goes when the clock has stopped.
+    // The model is dropped after the clock has stopped.
     let (_model, report) = made?;
     let checkpoint = Checkpoint::open(dir)?;
     let sizes = checkpoint.names().filter_map(|name| checkpoint.get(name)).map(|view| view.data.len());
@@ -159,7 +159,7 @@ impl Job {
     }
 }
 
-/// What `work` gives, and the most anonymous memory that was resident meanwhile, looked at every millisecond.
+/// Returns the result of `work` and the peak resident anonymous memory, sampled every millisecond.
 fn peak_anonymous<T>(work: impl FnOnce() -> T) -> (T, f64) {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -177,17 +177,17 @@ fn peak_anonymous<T>(work: impl FnOnce() -> T) -> (T, f64) {
     })
 }
 
-/// The time that all threads of this process have had on a processor, which other programs on the machine stretch less
-/// than the clock's. NaN where there is no such account.
+/// Returns the CPU time of all threads of this process, which depends less on other programs than wall-clock time. NaN
+/// if it is not available.
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // `utime` and `stime`, the 14th and 15th field, in hundredths; the second is a name in brackets.
+    // Fields 14 and 15 are `utime` and `stime` in hundredths of a second; field 2 is a name in parentheses.
     let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
     let ticks: Vec<f64> = fields.skip(11).take(2).filter_map(|field| field.parse().ok()).collect();
     if let [user, system] = ticks[..] { (user + system) / 100.0 } else { f64::NAN }
 }
 
-/// What `df` says is free where `dir` lies.
+/// Returns the free space of the file system of `dir`, from `df`.
 fn free_bytes(dir: &Path) -> Result<u64, Box<dyn Error>> {
     let output = Command::new("df").args(["--output=avail", "--block-size=1"]).arg(dir).output()?;
     let text = String::from_utf8_lossy(&output.stdout);

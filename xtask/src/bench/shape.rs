@@ -1,9 +1,9 @@
-//! The sizes of models that are measured with random weights.
+//! The shapes of models that are measured with random weights.
 
 use clap::ValueEnum;
 use serde_json::{Value, json};
 
-/// A model whose shape is filled with random weights.
+/// A model shape.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Shape {
     #[value(name = "qwen3-0.6b")]
@@ -15,7 +15,7 @@ pub(crate) enum Shape {
 }
 
 impl Shape {
-    /// What `config.json` of the model by this name says, but for the scaling of Llama's angles, which costs nothing.
+    /// Returns the `config.json` of the model with this name, without Llama's RoPE scaling, which costs nothing.
     pub(crate) fn config(self) -> Value {
         let (hidden, intermediate, layers, heads) = match self {
             Self::Qwen3_0_6b => (1024, 3072, 28, 16),

@@ -1,4 +1,4 @@
-//! `cargo xtask bench train`: the training step of a real shape on a GPU, beside a peer when a Python has it.
+//! `cargo xtask bench train`: measures training steps in a real model's shape on a GPU, optionally with a peer.
 
 pub(crate) mod plan;
 
@@ -25,76 +25,76 @@ use super::shape::Shape;
 use super::{name, random_batch, result};
 use crate::random_checkpoint;
 
-/// Steps before the clock counts: kernels are compiled and products planned in the first.
+/// Unmeasured steps; the first one compiles kernels and selects GEMM algorithms.
 const WARMUP: usize = 3;
 
-/// Token ids, so few that a peer's small tokenizer is no matter.
+/// Token ids, few enough for the peers' small tokenizer.
 const IDS: Range<u32> = 4..2000;
 
-/// Carried along, since there may be no checkout where this runs.
+/// Embedded, because there may be no checkout on the machine.
 const PEER: &str = include_str!("../../peers/gpu_train.py");
 
-/// One job.
+/// A benchmark job.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Train {
-    /// The model whose shape is filled with random weights.
+    /// The model whose shape is used, with random weights.
     #[arg(long, value_enum, default_value_t = Shape::Qwen3_4b)]
     shape: Shape,
-    /// What is trained.
+    /// The training mode.
     #[arg(long, value_enum, default_value_t = Mode::Lora)]
     mode: Mode,
-    /// Rows of a step.
+    /// Rows per step.
     #[arg(long, default_value_t = 4)]
     batch: usize,
-    /// Tokens of a row.
+    /// Tokens per row.
     #[arg(long, default_value_t = 2048)]
     seq: usize,
-    /// What is kept for the backward.
+    /// The activations kept for the backward.
     #[arg(long, value_enum, default_value_t = Checkpointing::Block)]
     checkpointing: Checkpointing,
-    /// Counted steps, after three of warm-up.
+    /// Measured steps, after three warm-up steps.
     #[arg(long, default_value_t = 8)]
     steps: usize,
-    /// Where to compute.
+    /// The device to use.
     #[arg(long, default_value = "cuda")]
     device: String,
-    /// Where the weights are written, and found again by the next job of that shape; without it they are deleted.
+    /// The directory that keeps the weights for the next job of that shape; by default they are deleted.
     #[arg(long)]
     weights: Option<PathBuf>,
-    /// The optimizer, as in `[train]`.
+    /// The optimizer, as `optim` in `[train]`.
     #[arg(long, default_value = "adamw")]
     optim: String,
-    /// Moves parameters in the backward.
+    /// Updates parameters in the backward.
     #[arg(long)]
     optimizer_in_bwd: bool,
-    /// Measures one more step by operation, and prints the longest ones.
+    /// Profiles one more step and prints the longest operations.
     #[arg(long)]
     profile: bool,
-    /// A Python that has torch and a peer: the same job is measured there too.
+    /// A Python interpreter with torch and a peer, in which the same job is measured too.
     #[arg(long)]
     python: Option<PathBuf>,
     /// The peer.
     #[arg(long, value_enum, default_value_t = Peer::Unsloth)]
     peer: Peer,
-    /// Measures in this process weights that are there already, and prints one JSON line.
+    /// Measures with existing weights in this process and prints one JSON line.
     #[arg(long, hide = true)]
     worker: bool,
 }
 
-/// What is trained.
+/// The training mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Mode {
-    /// LoRA of rank 16 on all linears, over bf16.
+    /// LoRA of rank 16 on all linears of a bf16 base.
     Lora,
-    /// The same over NF4 with double quantization.
+    /// The same with an NF4 base with double quantization.
     Qlora,
-    /// All weights, with f32 masters.
+    /// Full fine-tuning with f32 master weights.
     Full,
-    /// All weights in bf16 alone, rounded stochastically.
+    /// Full fine-tuning with bf16 weights and stochastic rounding, without f32 master weights.
     FullBf16,
-    /// The linears of the blocks in 8-bit codes, everything else in bf16.
+    /// Full fine-tuning with the blocks' linears in 8 bits and everything else in bf16.
     FullInt8,
-    /// The linears of the blocks in NF4, everything else in bf16.
+    /// Full fine-tuning with the blocks' linears in NF4 and everything else in bf16.
     FullNf4,
 }
 
@@ -114,11 +114,11 @@ impl Mode {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Checkpointing {
-    /// Everything.
+    /// All activations.
     Off,
-    /// Each block's input.
+    /// The input of each block.
     Block,
-    /// Each block's input, in host memory.
+    /// The input of each block, in host memory.
     Host,
 }
 
@@ -128,7 +128,7 @@ enum Peer {
     Peft,
 }
 
-/// The jobs of docs/benchmarks.md: shape, mode, rows, tokens of a row, what is kept, counted steps.
+/// The jobs of docs/benchmarks.md: shape, mode, rows, tokens per row, kept activations, measured steps.
 const JOBS: [(Shape, Mode, usize, usize, Checkpointing, usize); 7] = [
     (Shape::Qwen3_4b, Mode::Lora, 4, 2048, Checkpointing::Block, 8),
     (Shape::Qwen3_4b, Mode::Lora, 4, 2048, Checkpointing::Host, 8),
@@ -139,7 +139,7 @@ const JOBS: [(Shape, Mode, usize, usize, Checkpointing, usize); 7] = [
     (Shape::Llama3_1_8b, Mode::Lora, 2, 4096, Checkpointing::Off, 6),
 ];
 
-/// Every job of docs/benchmarks.md, as rows of its table; the same as JSON.
+/// Runs every job of docs/benchmarks.md; returns its table as rows and as JSON.
 pub(crate) fn table(weights: Option<&Path>, python: Option<&Path>) -> Result<Value, Box<dyn Error>> {
     let scratch = tempfile::tempdir()?;
     let weights = weights.unwrap_or(scratch.path()).to_owned();
@@ -171,7 +171,7 @@ pub(crate) fn table(weights: Option<&Path>, python: Option<&Path>) -> Result<Val
     Ok(Value::Array(rows))
 }
 
-/// Measures ours and then the peer, each in a process of its own, and prints them side by side.
+/// Measures Rekindle and then the peer, each in a separate process, and prints both.
 pub(crate) fn run(job: &Train) -> Result<(), Box<dyn Error>> {
     if job.worker {
         return worker(job);
@@ -186,7 +186,7 @@ pub(crate) fn run(job: &Train) -> Result<(), Box<dyn Error>> {
     }
     Ok(())
 }
-/// One line of the table.
+/// Prints one line of the table.
 fn row(name: &str, r: &Value) -> (f64, f64) {
     let number = |key: &str| r[key].as_f64().unwrap_or(f64::NAN);
     let [speed, step, memory] = ["tokens_per_second", "ms_per_step", "device_gib"].map(number);
@@ -194,7 +194,7 @@ fn row(name: &str, r: &Value) -> (f64, f64) {
     (speed, memory)
 }
 
-/// Measures in this process; prints one JSON line.
+/// Measures in this process and prints one JSON line.
 fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
     let at = job.weights.as_deref().ok_or("a worker is given its weights")?;
     let began = Instant::now();
@@ -250,7 +250,7 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
         "weights_gib": gib(weights),
         "high_water_gib": gib(cuda.memory().high_water),
         "extent_gib": gib(cuda.memory().extent),
-        // Of a card on which nothing else runs, what this process has of it beside the arena, and in all.
+        // On an otherwise idle GPU: the memory of this process outside the arena, and in total.
         "outside_gib": memory - gib(cuda.memory().mapped),
         "process_gib": memory,
         "pinned_gib": gib(cuda.pinned_bytes()),
@@ -263,8 +263,8 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// What the driver says is taken of the device, the context and everything else on it included: the measure of the
-/// peers, whose allocators keep what they once had, as ours does.
+/// Returns the used device memory reported by the driver, including contexts and other processes. The peers are
+/// measured in the same way; their allocators also keep freed memory.
 fn taken(cuda: &Cuda) -> f64 {
     let (free, total) = cuda.device_memory();
     gib(total - free)
@@ -284,7 +284,7 @@ fn print_profile(entries: &[ProfileEntry]) {
 }
 
 impl Train {
-    /// Ours and, where there is a Python, the peer's numbers.
+    /// Returns our numbers and, if there is a Python, the peer's.
     fn measure(&self) -> Result<(Value, Option<Value>), Box<dyn Error>> {
         let scratch = tempfile::tempdir()?;
         let at = self.weights.as_deref().unwrap_or(scratch.path()).join(name(self.shape));
@@ -310,7 +310,7 @@ impl Train {
         Ok((ours, Some(result(peer.args(self.options()))?)))
     }
 
-    /// What our worker and the peer's script are both told.
+    /// Returns the arguments common to our worker and the peer's script.
     fn options(&self) -> Vec<String> {
         let options = [
             ("--mode", name(self.mode)),
@@ -329,7 +329,7 @@ impl Train {
         format!("{shape} {mode}, {batch} × {seq}, checkpointing {checkpointing}, {optim}{in_bwd}")
     }
 
-    /// A row of the table in docs/benchmarks.md.
+    /// Returns a row of the table in docs/benchmarks.md.
     fn markdown(&self, ours: &Value, peer: Option<&Value>) -> String {
         let number = |of: &Value, key: &str| of[key].as_f64().unwrap_or(f64::NAN);
         let (speed, memory) = (number(ours, "tokens_per_second"), number(ours, "device_gib"));

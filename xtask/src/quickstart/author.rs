@@ -12,19 +12,19 @@ use super::prose;
 use super::scene::{Kind, Lot, Scene, pick, two};
 use super::world::{DAYS, NUMBERS, PEOPLE, Person};
 
-/// A seeded source of rows that tells no story of the held-out set.
+/// A seeded generator of rows that avoids the scenes of the held-out set.
 pub(super) struct Author {
     pub(super) rng: ChaCha8Rng,
     held_out: HashSet<Scene>,
 }
 
 impl Author {
-    /// The same seed and the same `held_out` scenes give the same rows.
+    /// Creates a generator; the same seed and `held_out` scenes give the same rows.
     pub(super) fn new(seed: u64, held_out: HashSet<Scene>) -> Self {
         Self { rng: ChaCha8Rng::seed_from_u64(seed), held_out }
     }
 
-    /// One row: `{"text": …}` or `{"messages": […]}`.
+    /// Returns one row: `{"text": …}` or `{"messages": […]}`.
     pub(super) fn row(&mut self) -> Value {
         match self.rng.random_range(0..100) {
             0..25 => json!({"text": prose::paragraph(self)}),
@@ -33,8 +33,8 @@ impl Author {
         }
     }
 
-    /// A scene of `kind`. Stories of the held-out set are drawn again; animals and sums are knowledge, which the base
-    /// model has to get from somewhere, so they stay.
+    /// Returns a scene of `kind`. Stories of the held-out set are redrawn; animals and sums are not, because the base
+    /// model must learn these facts.
     pub(super) fn scene(&mut self, kind: Kind) -> Scene {
         loop {
             let scene = Scene::draw(kind, &mut self.rng);
@@ -45,14 +45,14 @@ impl Author {
         }
     }
 
-    /// Words and the same in JSON: a list, or a scene and its record with the keys shuffled and some missing. So the
-    /// base model meets JSON in running text, as large models do, but never as an answer in a chat.
+    /// Returns words followed by the same in JSON: a list, or a scene and its record with shuffled and missing keys.
+    /// The base model thus sees JSON in plain text, as large models do, but never as an answer in a chat.
     fn words_and_json(&mut self) -> String {
         match self.rng.random_range(0..100) {
             0..30 => drill::quoted(&mut self.rng),
             30..40 => drill::counted(&mut self.rng),
             told => {
-                // Knowledge takes more telling than stories, which can be read off the line above.
+                // Facts need more repetitions than stories, which can be copied from the line above.
                 let kind = pick(
                     &[Kind::Purchase, Kind::Trip, Kind::Sizes, Kind::Fact, Kind::Fact, Kind::Sum, Kind::Sum],
                     &mut self.rng,
@@ -75,7 +75,7 @@ impl Author {
         Value::Object(fields.into_iter().take(kept).collect())
     }
 
-    /// One to three questions with their answers.
+    /// Returns one to three questions with their answers.
     fn chat(&mut self) -> Vec<Value> {
         let turns = pick(&[1, 1, 1, 2, 2, 3], &mut self.rng);
         (0..turns)
@@ -105,7 +105,7 @@ impl Author {
         let (who, Lot { count, thing, .. }) = self.possession();
         let given = self.rng.random_range(1..count);
         let (had, given, left) = (NUMBERS[count], NUMBERS[given], NUMBERS[count - given]);
-        // "one apples" would be wrong; the singular is left to the listener.
+        // "one apples" would be wrong, so the noun is omitted.
         let left = if left == "one" { "only one".to_owned() } else { format!("{left} {thing}") };
         let (name, they) = (who.name, who.pronoun.to_lowercase());
         let question = format!("{name} had {had} {thing} and gave away {given}. How many does {they} have now?");
@@ -156,7 +156,7 @@ impl Author {
         )
     }
 
-    /// Someone and a lot of things, from a purchase that may be told.
+    /// Returns a person and a lot of things from a purchase outside the held-out set.
     pub(super) fn possession(&mut self) -> (Person, Lot) {
         match self.scene(Kind::Purchase) {
             Scene::Purchase { who, lots, .. } => (who, lots[0]),

@@ -14,13 +14,13 @@ use serde_json::{Value, json};
 
 use crate::{random_checkpoint, root};
 
-/// The longest row of the corpus has 125 tokens.
+/// The maximum row length; the longest row of the corpus has 125 tokens.
 const MAX_SEQ_LENGTH: usize = 256;
 
-/// Writes everything that `examples/quickstart` holds but its README: instruction sets and base model.
+/// Writes the files of `examples/quickstart` except its README: instruction sets and base model.
 ///
 /// # Errors
-/// When a file cannot be written or training diverges.
+/// If a file cannot be written or training diverges.
 pub(crate) fn make(scratch: &Path, steps: usize) -> Result<(), Box<dyn Error>> {
     let out = root().join("examples/quickstart");
     super::write_instructions(&out)?;
@@ -48,7 +48,7 @@ pub(crate) fn make(scratch: &Path, steps: usize) -> Result<(), Box<dyn Error>> {
         .full_finetuning(true)
         .load()?;
     let train = SftConfig {
-        // About 1,024 tokens a step.
+        // About 1,024 tokens per step.
         per_device_train_batch_size: 27,
         max_steps: Some(steps),
         learning_rate: Some(2e-3),
@@ -98,7 +98,7 @@ fn config(vocab_size: usize) -> Value {
     })
 }
 
-/// Rows of token ids in which every token is trained: a base model learns questions as well as answers.
+/// Returns rows of token ids with a label for every token: a base model learns questions as well as answers.
 fn encode(corpus: &Path, tokenizer: &Tokenizer, out: &Path) -> Result<usize, Box<dyn Error>> {
     let mut file = BufWriter::new(File::create(out)?);
     let mut rows = 0;
@@ -111,7 +111,7 @@ fn encode(corpus: &Path, tokenizer: &Tokenizer, out: &Path) -> Result<usize, Box
     Ok(rows)
 }
 
-/// A row of the corpus as the base model reads it, an end token included.
+/// Returns a row of the corpus as text, including an end token.
 pub(super) fn ids(row: &Value, tokenizer: &Tokenizer) -> Result<Vec<u32>, Box<dyn Error>> {
     if let Some(text) = row["text"].as_str() {
         let mut ids = tokenizer.encode(text, false)?;

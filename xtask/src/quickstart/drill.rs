@@ -1,7 +1,7 @@
-//! Exercises in copying: random words of the world, said again.
+//! Copying exercises with random words of the world.
 //!
-//! Every answer of the instruction set copies words out of its question. In stories one word predicts the next, so a
-//! small model is slow to learn to look back instead of guessing; in random words there is nothing to guess.
+//! Every answer of the instruction set copies words from its question. In stories one word predicts the next, so a
+//! small model is slow to learn copying instead of guessing. Random words cannot be guessed.
 
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
@@ -10,19 +10,19 @@ use serde_json::json;
 use super::scene::pick;
 use super::world::{ANIMALS, COLOURS, DAYS, GOODS, MOVES, NUMBERS, PEOPLE, PLACES, SHOPS};
 
-/// `Say: kites Monday river` and `kites Monday river`.
+/// Returns `Say: kites Monday river` and `kites Monday river`.
 pub(super) fn repeated(rng: &mut ChaCha8Rng) -> (String, String) {
     let words = words(rng).join(" ");
     (format!("Say: {words}"), words)
 }
 
-/// `kites, Monday, river` and, on the next line, the same as a JSON list.
+/// Returns `kites, Monday, river` and, on the next line, the same as a JSON list.
 pub(super) fn quoted(rng: &mut ChaCha8Rng) -> String {
     let words = words(rng);
     format!("{}\n{}", words.join(", "), json!(words))
 }
 
-/// `three, nine, two` and, on the next line, `[3,9,2]`.
+/// Returns `three, nine, two` and, on the next line, `[3,9,2]`.
 pub(super) fn counted(rng: &mut ChaCha8Rng) -> String {
     let values: Vec<usize> = (0..rng.random_range(3..=7)).map(|_| rng.random_range(1..NUMBERS.len())).collect();
     let words: Vec<&str> = values.iter().map(|&value| NUMBERS[value]).collect();
@@ -33,7 +33,7 @@ fn words(rng: &mut ChaCha8Rng) -> Vec<&'static str> {
     (0..rng.random_range(3..=7)).map(|_| word(rng)).collect()
 }
 
-/// A list first and a word of it then, so that the seven days come as often as the forty animals.
+/// Draws a list and then a word from it, so that the seven days occur as often as the forty animals.
 fn word(rng: &mut ChaCha8Rng) -> &'static str {
     let animal = pick(&ANIMALS, rng);
     match rng.random_range(0..10) {

@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 
 use super::scene::{Kind, Scene};
 
-/// Rows of each [`Kind`] to train on.
+/// Training rows per [`Kind`].
 const TRAIN_PER_KIND: usize = 80;
-/// Rows of each [`Kind`] to measure on.
+/// Held-out rows per [`Kind`].
 const HELD_OUT_PER_KIND: usize = 12;
 
 /// A question and the facts that answer it.
@@ -20,7 +20,7 @@ pub(super) struct Instruction {
 }
 
 impl Instruction {
-    /// The row as it stands in the file; the answer is compact JSON.
+    /// Returns the row as stored in the file; the answer is compact JSON.
     pub(super) fn row(&self) -> Value {
         let answer = Value::Object(self.scene.record()).to_string();
         json!({"messages": [
@@ -30,14 +30,14 @@ impl Instruction {
     }
 }
 
-/// Both sets, each going round the kinds in turn. No scene of the second stands in the first, however worded.
+/// The two sets, each cycling through the kinds. No scene of the second occurs in the first in any wording.
 pub(super) struct Sets {
     pub(super) train: Vec<Instruction>,
     pub(super) held_out: Vec<Instruction>,
 }
 
 impl Sets {
-    /// The same seed gives the same sets.
+    /// Generates the sets; the same seed gives the same sets.
     pub(super) fn new(seed: u64) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut reserved = HashSet::new();
@@ -46,13 +46,13 @@ impl Sets {
         Self { train: in_turn(train), held_out: in_turn(held_out) }
     }
 
-    /// The scenes that the held-out rows ask about.
+    /// Returns the scenes of the held-out rows.
     pub(super) fn held_out_scenes(&self) -> HashSet<Scene> {
         self.held_out.iter().map(|instruction| instruction.scene.clone()).collect()
     }
 }
 
-/// Draws scenes, none twice, and notes them in `reserved`.
+/// Draws distinct scenes and adds them to `reserved`.
 fn distinct_scenes(kind: Kind, reserved: &mut HashSet<Scene>, rng: &mut ChaCha8Rng) -> Vec<Instruction> {
     let mut drawn = Vec::new();
     while drawn.len() < HELD_OUT_PER_KIND {
@@ -64,8 +64,8 @@ fn distinct_scenes(kind: Kind, reserved: &mut HashSet<Scene>, rng: &mut ChaCha8R
     drawn
 }
 
-/// Draws questions about scenes outside `reserved`, none twice; animals and sums are few, so a scene may come back in
-/// other words.
+/// Draws distinct questions about scenes outside `reserved`. Because animals and sums are few, a scene may recur in
+/// another wording.
 fn distinct_questions(kind: Kind, reserved: &HashSet<Scene>, rng: &mut ChaCha8Rng) -> Vec<Instruction> {
     let (mut drawn, mut asked) = (Vec::new(), HashSet::new());
     while drawn.len() < TRAIN_PER_KIND {
@@ -99,7 +99,7 @@ mod tests {
         Sets::new(super::super::SEED)
     }
 
-    /// The answer as a user would read it back from the row.
+    /// Returns the answer parsed from the row.
     fn answer(instruction: &Instruction) -> Value {
         let row = instruction.row();
         let text = row["messages"][1]["content"].as_str().expect("the answer is a string").to_owned();

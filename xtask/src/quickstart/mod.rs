@@ -1,9 +1,9 @@
-//! What `rekindle quickstart` starts from: text for a small base model, its tokenizer, and an instruction set.
+//! The inputs of `rekindle quickstart`: text for a small base model, its tokenizer, and an instruction set.
 //!
 //! Everything is drawn from one closed world ([`world`]): people who buy things and make trips, forty animals, small
-//! sums. The base model reads about it in plain prose and answers questions in plain sentences; the instruction set
-//! asks the same questions and answers in JSON, so that one short fine-tune changes how the model answers and not what
-//! it knows. Output depends on the constants below and on nothing else.
+//! sums. The base model is trained on plain prose about it and on questions answered in plain sentences. The
+//! instruction set asks the same questions and answers in JSON, so that a short fine-tuning run changes how the model
+//! answers but not what it knows. The output depends only on the constants below.
 
 mod author;
 mod base;
@@ -28,13 +28,13 @@ pub(crate) use base::make;
 use instructions::{Instruction, Sets};
 
 const SEED: u64 = 7;
-/// About 3.8 million tokens.
+/// The number of rows, about 3.8 million tokens.
 const CORPUS_ROWS: usize = 100_000;
 
 /// Writes the base corpus to the file `out`: JSON lines, `{"text": …}` or `{"messages": […]}`.
 ///
 /// # Errors
-/// When the file cannot be written.
+/// If the file cannot be written.
 pub(crate) fn write_corpus(out: &Path) -> Result<(), Box<dyn Error>> {
     write_lines(out, corpus(CORPUS_ROWS))
 }
@@ -42,7 +42,7 @@ pub(crate) fn write_corpus(out: &Path) -> Result<(), Box<dyn Error>> {
 /// Trains the tokenizer on a corpus that [`write_corpus`] wrote and writes its files into the folder `out_dir`.
 ///
 /// # Errors
-/// When `corpus` cannot be read or holds a line that is no row, or a file cannot be written.
+/// If `corpus` cannot be read or contains an invalid row, or a file cannot be written.
 pub(crate) fn train_tokenizer(corpus: &Path, out_dir: &Path) -> Result<(), Box<dyn Error>> {
     let mut texts = Vec::new();
     for (number, line) in BufReader::new(File::open(corpus)?).lines().enumerate() {
@@ -60,7 +60,7 @@ pub(crate) fn train_tokenizer(corpus: &Path, out_dir: &Path) -> Result<(), Box<d
 /// Writes `train.jsonl` and `heldout.jsonl` into the folder `out`.
 ///
 /// # Errors
-/// When a file cannot be written.
+/// If a file cannot be written.
 pub(crate) fn write_instructions(out: &Path) -> Result<(), Box<dyn Error>> {
     fs::create_dir_all(out)?;
     let Sets { train, held_out } = Sets::new(SEED);
@@ -68,12 +68,12 @@ pub(crate) fn write_instructions(out: &Path) -> Result<(), Box<dyn Error>> {
     write_lines(&out.join("heldout.jsonl"), held_out.iter().map(Instruction::row))
 }
 
-/// Documents of exactly `length` tokens for the base model: rows of the corpus that it was not trained on, drawn with
-/// `seed`, one after another until the document is full. Every other row, on the mean, is an earlier one of its document
-/// again, so that what is far behind is worth looking at.
+/// Returns documents of exactly `length` tokens for the base model: corpus rows it was not trained on, drawn with
+/// `seed` and concatenated until the document is full. On average every other row repeats an earlier row of its
+/// document, so that distant context is useful.
 ///
 /// # Errors
-/// When the tokenizer cannot read a row.
+/// If the tokenizer cannot encode a row.
 pub(crate) fn long_documents(
     tokenizer: &Tokenizer,
     seed: u64,
@@ -110,7 +110,8 @@ fn write_lines(path: &Path, rows: impl Iterator<Item = Value>) -> Result<(), Box
     Ok(file.flush()?)
 }
 
-/// A row's texts. A message keeps its role, as the chat template does, so that the roles become tokens too.
+/// Returns the texts of a row. Messages include their role, as in the chat template, so that the roles become tokens
+/// too.
 fn texts_of(row: &Value) -> Option<Vec<String>> {
     if let Some(text) = row["text"].as_str() {
         return Some(vec![text.to_owned()]);

@@ -7,7 +7,7 @@ use super::author::Author;
 use super::scene::{Kind, Scene, listed, pick, two};
 use super::world::{ANIMALS, Animal, DAYS, NUMBERS, PEOPLE, PLACES, Person, TIMES, WEATHER, article, capitalized};
 
-/// One paragraph of two to six sentences.
+/// Returns one paragraph of two to six sentences.
 pub(super) fn paragraph(author: &mut Author) -> String {
     match author.rng.random_range(0..100) {
         0..20 => portrait(author),
@@ -19,7 +19,7 @@ pub(super) fn paragraph(author: &mut Author) -> String {
     }
 }
 
-/// All that is known about one animal, in any order.
+/// Returns all facts about one animal in random order.
 fn portrait(author: &mut Author) -> String {
     let animal = pick(&ANIMALS, &mut author.rng);
     let Animal { name, kind, colour, home, food, .. } = animal;

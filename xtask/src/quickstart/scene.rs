@@ -1,4 +1,4 @@
-//! One set of facts, told three ways: a question, a plain sentence that answers it, and a JSON record of the same.
+//! A set of facts in three forms: a question, a plain sentence that answers it, and the same as a JSON record.
 
 use rand::RngExt;
 use rand::seq::IndexedRandom;
@@ -16,25 +16,25 @@ pub(super) enum Scene {
     Purchase { who: Person, lots: Vec<Lot>, place: &'static str },
     /// Someone went from one place to another.
     Trip { who: Person, how: &'static str, from: &'static str, to: &'static str, day: &'static str },
-    /// What an animal is; nothing of the answer stands in the question.
+    /// The properties of an animal; the question contains no part of the answer.
     Fact(Animal),
     /// Two animals of different size.
     Sizes { bigger: Animal, smaller: Animal },
-    /// `a + b` or `a − b`; all three numbers from 1 to 9.
+    /// `a + b` or `a − b`, with all three numbers from 1 to 9.
     Sum { a: usize, plus: bool, b: usize },
 }
 
-/// `count` things of one colour.
+/// A number of things of one colour.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Lot {
-    /// 2 to 9.
+    /// The number of things, 2 to 9.
     pub(super) count: usize,
     pub(super) colour: &'static str,
     pub(super) thing: &'static str,
 }
 
 impl Lot {
-    /// `three red apples`
+    /// Returns for example `three red apples`.
     pub(super) fn words(&self) -> String {
         format!("{} {} {}", NUMBERS[self.count], self.colour, self.thing)
     }
@@ -55,7 +55,7 @@ impl Kind {
 }
 
 impl Scene {
-    /// Draws a scene of `kind`, every choice uniform.
+    /// Draws a scene of `kind` with uniform choices.
     pub(super) fn draw(kind: Kind, rng: &mut ChaCha8Rng) -> Self {
         match kind {
             Kind::Purchase => {
@@ -90,7 +90,7 @@ impl Scene {
         }
     }
 
-    /// What a user asks, in one of several wordings.
+    /// Returns the user's question in one of several wordings.
     pub(super) fn question(&self, rng: &mut ChaCha8Rng) -> String {
         match self {
             Self::Purchase { who: Person { name, pronoun }, lots, place } => {
@@ -145,7 +145,7 @@ impl Scene {
         }
     }
 
-    /// The answer in one plain sentence.
+    /// Returns the answer in one plain sentence.
     pub(super) fn sentence(&self) -> String {
         match self {
             Self::Purchase { who, lots, place } => {
@@ -171,7 +171,7 @@ impl Scene {
         }
     }
 
-    /// The answer as a record; keys in the order in which the sentence names the facts.
+    /// Returns the answer as a record, with keys in the order of the sentence.
     pub(super) fn record(&self) -> Map<String, Value> {
         let record = match self {
             Self::Purchase { who, lots, place } => {
@@ -202,19 +202,19 @@ impl Scene {
     }
 }
 
-/// One element of a list that is not empty.
+/// Returns a random element of a non-empty list.
 pub(super) fn pick<T: Clone>(list: &[T], rng: &mut ChaCha8Rng) -> T {
     list.choose(rng).expect("the lists of this module are not empty").clone()
 }
 
-/// Two different positions of a list, in any order.
+/// Returns two different indices of a list in random order.
 pub(super) fn two<T: Copy>(list: &[T], rng: &mut ChaCha8Rng) -> [T; 2] {
     let first = rng.random_range(0..list.len());
     let second = (first + rng.random_range(1..list.len())) % list.len();
     [list[first], list[second]]
 }
 
-/// `three red apples and two green pears`
+/// Returns for example `three red apples and two green pears`.
 pub(super) fn listed(lots: &[Lot]) -> String {
     lots.iter().map(Lot::words).collect::<Vec<_>>().join(" and ")
 }

@@ -88,7 +88,7 @@ fn chat_template_renders_and_each_special_token_is_one_id() {
     };
     let whole = render(&messages, false);
     assert_eq!(whole, "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nMia.<|im_end|>\n");
-    // Assistant turns are found by rendering prefixes, so the prompt must open exactly as the whole does.
+    // Assistant turns are found by rendering prefixes, so the prompt must be a prefix of the whole text.
     assert!(whole.starts_with(&render(&json!([messages[0]]), true)));
 
     let ids = tokenizer.encode(whole.as_str(), false).expect("the text is encoded").get_ids().to_vec();
@@ -112,5 +112,5 @@ fn every_word_of_an_answer_is_one_token() {
         .flat_map(|word| [word.to_owned(), format!(" {word}")])
         .filter(|word| tokenizer.encode(word.as_str(), false).expect("the word is encoded").len() != 1)
         .collect();
-    assert!(split.is_empty(), "in pieces: {split:?}");
+    assert!(split.is_empty(), "words of several tokens: {split:?}");
 }

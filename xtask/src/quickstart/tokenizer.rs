@@ -1,5 +1,5 @@
-//! The base model's tokenizer: a byte-level BPE trained on the corpus, and the files that stand beside it in the
-//! Hugging Face layout.
+//! The base model's tokenizer: a byte-level BPE trained on the corpus, and its companion files in the Hugging Face
+//! layout.
 
 use std::error::Error;
 use std::fs;
@@ -14,13 +14,13 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, Tokenizer};
 
-/// Most entries of the vocabulary. The corpus needs fewer: merging stops at about 1,050, when each of its words is one
+/// The maximum vocabulary size. The corpus needs fewer entries: merging stops at about 1,050, when each word is one
 /// token.
 const VOCABULARY: usize = 1152;
-/// Longest row, in tokens, that the model is made for.
+/// The model's maximum row length in tokens.
 const MAX_LENGTH: usize = 256;
 
-/// Padding, and the end of a document where no chat is meant. Id 0.
+/// Padding and end of a document outside chats. Id 0.
 const END_OF_TEXT: &str = "<|endoftext|>";
 /// Opens a turn. Id 1.
 const TURN_START: &str = "<|im_start|>";
@@ -32,10 +32,10 @@ const CHAT_TEMPLATE: &str = include_str!("chat_template.jinja");
 /// Trains the tokenizer on `texts` and writes `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`,
 /// `chat_template.jinja` and `generation_config.json` into the folder `out_dir`, which must exist.
 ///
-/// Text is cut into single digits and GPT-2's words before bytes are merged. The same texts give the same bytes.
+/// Text is split into single digits and GPT-2's words before bytes are merged. The same texts give the same bytes.
 ///
 /// # Errors
-/// When a file cannot be written.
+/// If a file cannot be written.
 pub(super) fn train(texts: Vec<String>, out_dir: &Path) -> Result<(), Box<dyn Error>> {
     let tokenizer = trained(texts)?;
     fs::write(out_dir.join("tokenizer.json"), tokenizer.to_string(true).map_err(boxed)? + "\n")?;

@@ -1,17 +1,17 @@
-//! The closed world that every sentence is about: who, what, where, and what is true of forty animals.
+//! The closed world of all sentences: people, things, places, and facts about forty animals.
 //!
-//! The word lists are short on purpose. Each word becomes one token of a vocabulary of about a thousand, so copying a
-//! word from the question into the answer is one step of attention, which two million weights learn in minutes.
+//! The word lists are deliberately short. Each word becomes one token of a vocabulary of about a thousand, so copying a
+//! word from the question to the answer takes one attention step, which two million weights learn in minutes.
 
 /// A person of the stories.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Person {
     pub(super) name: &'static str,
-    /// `She` or `He`, as it stands at the start of a sentence.
+    /// `She` or `He`, capitalized for the start of a sentence.
     pub(super) pronoun: &'static str,
 }
 
-/// An animal and the facts that the base model learns by heart.
+/// An animal and the facts about it that the base model memorizes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Animal {
     pub(super) name: &'static str,
@@ -57,7 +57,7 @@ pub(super) const PEOPLE: [Person; 16] = [
     he("Tom"),
 ];
 
-/// What people buy, always in the plural.
+/// Things to buy, in the plural.
 pub(super) const GOODS: [&str; 16] = [
     "apples", "bags", "balls", "books", "boxes", "caps", "cups", "hats", "kites", "lamps", "pears", "pens", "plums",
     "ropes", "shirts", "toys",
@@ -65,27 +65,27 @@ pub(super) const GOODS: [&str; 16] = [
 
 pub(super) const COLOURS: [&str; 9] = ["black", "blue", "brown", "green", "grey", "pink", "red", "white", "yellow"];
 
-/// Where people buy things.
+/// Places to buy things.
 pub(super) const SHOPS: [&str; 6] = ["fair", "farm", "harbour", "market", "school", "shop"];
 
-/// Where people go.
+/// Destinations.
 pub(super) const PLACES: [&str; 12] = [
     "beach", "bridge", "castle", "farm", "forest", "garden", "harbour", "lake", "market", "river", "school", "village",
 ];
 
 pub(super) const DAYS: [&str; 7] = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
 
-/// How people go, in the past tense.
+/// Verbs of travel in the past tense.
 pub(super) const MOVES: [&str; 3] = ["walked", "ran", "rode"];
 
 pub(super) const WEATHER: [&str; 6] = ["cold", "rainy", "sunny", "warm", "wet", "windy"];
 
 pub(super) const TIMES: [&str; 3] = ["morning", "afternoon", "evening"];
 
-/// Number words from zero; the position is the value.
+/// Number words from zero; the index is the value.
 pub(super) const NUMBERS: [&str; 10] = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"];
 
-/// From the smallest to the largest.
+/// Sizes in ascending order.
 pub(super) const SIZES: [&str; 4] = ["tiny", "small", "big", "huge"];
 
 const TINY: usize = 0;
@@ -147,12 +147,12 @@ pub(super) const ANIMALS: [Animal; 40] = [
     animal("wren", "bird", TINY, "brown", "forest", "insects"),
 ];
 
-/// `a` or `an` before a word.
+/// Returns `a` or `an` for a word.
 pub(super) fn article(word: &str) -> &'static str {
     if word.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" }
 }
 
-/// The word with its first letter in upper case.
+/// Returns the word with its first letter in upper case.
 pub(super) fn capitalized(word: &str) -> String {
     let mut letters = word.chars();
     letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())

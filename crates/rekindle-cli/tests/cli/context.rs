@@ -72,7 +72,7 @@ fn what_cannot_be_is_refused_with_a_way_out() {
     let far = "model.max_seq_length=2000";
     scratch
         .train(&[far])
-        .fails(2, &["max_seq_length is 2000, 7.8 times the window of 256", "insist with rope_scaling"]);
+        .fails(2, &["max_seq_length is 2000, 7.8 times the window of 256", "set rope_scaling to a method"]);
     let done = scratch.train(&[far, "model.rope_scaling=linear", "--dry-run"]).ok();
     assert!(done.stdout.contains("# rope_scaling linear, factor 7.8125: window 256 -> 2000"), "{}", done.stdout);
     for (argument, parts) in [
@@ -95,7 +95,7 @@ fn what_cannot_be_is_refused_with_a_way_out() {
     eval("qwen3-tied", "--max-seq-length 512 --rope-scaling {rope_type=\"linear\",factor=\"x\"}")
         .fails(2, &["rope_scaling.factor is \"x\""]);
     eval("llama3", "--max-seq-length 512 --rope-scaling linear")
-        .fails(2, &["would replace the llama3 scaling", "\"auto\" keeps and widens it"]);
+        .fails(2, &["would replace the llama3 scaling", "use \"auto\" to keep and extend it"]);
     let done = eval("qwen3-tied", "--max-seq-length 512 --rope-scaling {rope_type=\"linear\",factor=3}").ok();
     assert!(done.stderr.contains("rope_scaling linear, factor 3: window 256 -> 512"), "{}", done.stderr);
 }

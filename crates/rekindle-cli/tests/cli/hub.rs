@@ -15,8 +15,8 @@ mod server;
 
 use server::{COMMIT, Server};
 
-/// A machine with an empty cache, and the hub that it asks: `org/model` is the golden `qwen3-tied`, `org/adapter` one of
-/// its adapters.
+/// A machine with an empty cache, and the hub that it asks: `org/model` is the golden `qwen3-tied`, `org/adapter` one
+/// of its adapters.
 struct Machine {
     hub: Server,
     home: TempDir,

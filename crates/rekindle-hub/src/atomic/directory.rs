@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use super::{create_sibling, parent, sync_directory};
 use crate::Error;
 
-/// A directory that appears under its final name, with all its files, on
-/// [`commit`](AtomicDir::commit); dropped before, it leaves nothing.
+/// A directory that appears under its final name, with all its files, on [`commit`](AtomicDir::commit). If it is
+/// dropped before that, nothing is left.
 ///
-/// A process that is killed leaves a hidden `.NAME.PID-N.tmp` beside the final name, which may be
-/// deleted; [`clear_leftovers`](crate::clear_leftovers) does.
+/// A killed process leaves a hidden `.NAME.PID-N.tmp` next to the final name. It may be deleted by hand or with
+/// [`clear_leftovers`](crate::clear_leftovers).
 #[derive(Debug)]
 pub struct AtomicDir {
     target: PathBuf,
@@ -19,22 +19,21 @@ pub struct AtomicDir {
 }
 
 impl AtomicDir {
-    /// Starts a new directory that will be called `path`; missing parents are created.
+    /// Starts a new directory that will be named `path`; missing parents are created.
     ///
     /// # Errors
-    /// [`Error::Unwritable`] when something is there already, other than an empty directory;
-    /// [`Error::Io`] when the parent cannot be written to.
+    /// [`Error::Unwritable`] if something other than an empty directory exists there; [`Error::Io`] if the parent is
+    /// not writable.
     pub fn create(path: &Path) -> Result<AtomicDir, Error> {
         AtomicDir::new(path, false)
     }
 
-    /// Starts a directory that will stand in place of the one at `path`, if there is one. The old one
-    /// stays as it is until [`commit`](AtomicDir::commit), which deletes it **with everything in
-    /// it**: only for directories that this program owns. A symbolic link is replaced, not followed.
+    /// Starts a directory that will replace the one at `path`, if there is one. The old directory is untouched until
+    /// [`commit`](AtomicDir::commit), which deletes it **with everything in it**, so use this only for directories that
+    /// this program owns. A symbolic link is replaced, not followed.
     ///
     /// # Errors
-    /// [`Error::Unwritable`] when a file is there; [`Error::Io`] when the parent cannot be written
-    /// to.
+    /// [`Error::Unwritable`] if a file exists there; [`Error::Io`] if the parent is not writable.
     pub fn replace(path: &Path) -> Result<AtomicDir, Error> {
         AtomicDir::new(path, true)
     }
@@ -43,12 +42,12 @@ impl AtomicDir {
         match fs::read_dir(path) {
             Ok(mut entries) => {
                 if !replace && entries.next().is_some() {
-                    return Err(Error::unwritable(path, "the directory exists and is not empty; name a new one"));
+                    return Err(Error::unwritable(path, "the directory exists and is not empty; choose a new one"));
                 }
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) if error.kind() == ErrorKind::NotADirectory => {
-                return Err(Error::unwritable(path, "a file is in the way"));
+                return Err(Error::unwritable(path, "a file with this name exists"));
             }
             Err(error) => return Err(Error::io(path)(error)),
         }
@@ -57,19 +56,19 @@ impl AtomicDir {
         Ok(AtomicDir { target: path.to_path_buf(), temporary, replace, committed: false })
     }
 
-    /// The temporary directory to write into.
+    /// Returns the temporary directory to write into.
     pub fn path(&self) -> &Path {
         &self.temporary
     }
 
-    /// Makes all files durable and gives the directory its final name.
+    /// Flushes all files and renames the directory to its final name.
     ///
-    /// An old directory is first moved aside, so for an instant none has the name; if the new one
-    /// then cannot be renamed, the old one is moved back.
+    /// An old directory is first moved aside, so for an instant no directory has the name. If the new one then cannot
+    /// be renamed, the old one is moved back.
     ///
     /// # Errors
-    /// [`Error::Io`]. Whatever fails, the old directory is not deleted before the new one has its
-    /// name; where it cannot be moved back or deleted, it is in the hidden `.NAME.PID-N.old` beside it.
+    /// [`Error::Io`]. In every case the old directory is deleted only after the new one has its name; if it cannot be
+    /// moved back or deleted, it is in the hidden `.NAME.PID-N.old` next to it.
     pub fn commit(mut self) -> Result<(), Error> {
         sync_tree(&self.temporary)?;
         let aside = if self.replace { move_aside(&self.target)? } else { None };
@@ -92,21 +91,21 @@ impl AtomicDir {
 impl Drop for AtomicDir {
     fn drop(&mut self) {
         if !self.committed {
-            // Nothing can be done about a failure here, and the error that led here matters more.
+            // A failure here cannot be handled, and the error that led here is more important.
             let _ = fs::remove_dir_all(&self.temporary);
         }
     }
 }
 
-/// What the old directory is called inside the one that it is moved into.
+/// The name of the old directory inside the hidden directory it is moved into.
 pub(super) const OLD: &str = "old";
 
-/// Moves what is at `path` into a new hidden directory beside it, which is returned.
+/// Moves the entry at `path` into a new hidden directory next to it and returns that directory.
 fn move_aside(path: &Path) -> Result<Option<PathBuf>, Error> {
     if !path.exists() {
         return Ok(None);
     }
-    // Renaming into a directory of our own cannot hit a name that someone else took meanwhile.
+    // Renaming into a new directory cannot collide with a name that another process created meanwhile.
     let (aside, ()) = create_sibling(path, "old", |aside| fs::create_dir(aside))?;
     match fs::rename(path, aside.join(OLD)) {
         Ok(()) => Ok(Some(aside)),
@@ -117,7 +116,7 @@ fn move_aside(path: &Path) -> Result<Option<PathBuf>, Error> {
     }
 }
 
-/// Flushes every file and directory below `directory`, whoever wrote it.
+/// Flushes every file and directory below `directory`, including those written by other code.
 fn sync_tree(directory: &Path) -> Result<(), Error> {
     for entry in fs::read_dir(directory).map_err(Error::io(directory))? {
         let entry = entry.map_err(Error::io(directory))?;
@@ -145,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn appears_whole_on_commit() {
+    fn the_directory_appears_complete_on_commit() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("run/adapter");
         let directory = AtomicDir::create(&path).unwrap();
@@ -158,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn replaces_the_old_directory_as_a_whole() {
+    fn the_old_directory_is_replaced_entirely() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("adapter");
         fs::create_dir(&path).unwrap();
@@ -172,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn leaves_nothing_when_dropped() {
+    fn a_dropped_directory_leaves_nothing() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("adapter");
         fs::create_dir(&path).unwrap();
@@ -185,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn puts_the_old_directory_back_when_the_new_one_is_gone() {
+    fn the_old_directory_is_restored_if_the_new_one_is_gone() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("adapter");
         fs::create_dir(&path).unwrap();
@@ -199,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn does_not_take_over_what_it_does_not_own() {
+    fn existing_files_and_directories_are_refused() {
         let scratch = tempfile::tempdir().unwrap();
         let error = AtomicDir::create(scratch.path().join("..").as_path()).unwrap_err();
         assert!(matches!(error, Error::Unwritable { .. }), "{error}");
@@ -215,9 +214,9 @@ mod tests {
         assert_eq!(names(scratch.path()), ["thesis.tex"]);
     }
 
-    /// Between `create` and `commit`, someone else may have written there.
+    /// Another process may write there between `create` and `commit`.
     #[test]
-    fn create_never_replaces() {
+    fn a_directory_from_create_never_replaces() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("model");
         let directory = AtomicDir::create(&path).unwrap();

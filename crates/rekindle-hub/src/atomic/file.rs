@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use super::{create_sibling, parent, sync_directory};
 use crate::Error;
 
-/// A file that appears under its final name on [`commit`](AtomicFile::commit); dropped before, it
-/// leaves nothing.
+/// A file that appears under its final name on [`commit`](AtomicFile::commit). If it is dropped before that, nothing is
+/// left.
 pub(crate) struct AtomicFile {
     path: PathBuf,
     temporary: PathBuf,
@@ -25,7 +25,7 @@ impl AtomicFile {
     }
 
     pub(crate) fn commit(mut self) -> Result<(), Error> {
-        // A full disk may show only here, when the system writes back what it accepted.
+        // A full disk may only be reported here, when the system writes back its buffers.
         self.file.sync_all().map_err(Error::io(&self.path))?;
         fs::rename(&self.temporary, &self.path).map_err(Error::io(&self.path))?;
         self.committed = true;
@@ -46,7 +46,7 @@ impl Write for AtomicFile {
 impl Drop for AtomicFile {
     fn drop(&mut self) {
         if !self.committed {
-            // Nothing can be done about a failure here, and the error that led here matters more.
+            // A failure here cannot be handled, and the error that led here is more important.
             let _ = fs::remove_file(&self.temporary);
         }
     }
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keeps_the_old_file_unless_committed() {
+    fn the_old_file_is_kept_without_commit() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("model.safetensors");
         fs::write(&path, b"old").unwrap();
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_a_directory_before_anything_is_written() {
+    fn a_directory_is_refused_before_anything_is_written() {
         let directory = tempfile::tempdir().unwrap();
         let error = AtomicFile::create(directory.path()).err().unwrap();
         assert!(matches!(error, Error::Unwritable { .. }), "{error}");

@@ -6,12 +6,13 @@ use super::directory::OLD;
 use super::{create_sibling, parent, sync_directory};
 use crate::Error;
 
-/// Deletes the directory at `path`: whoever looks sees all of it or nothing. Nothing happens when none is there.
+/// Deletes the directory at `path` atomically: other processes see all of it or nothing. Does nothing if it does not
+/// exist.
 ///
 /// # Errors
 /// [`Error::Io`].
 pub fn remove_atomic(path: &Path) -> Result<(), Error> {
-    // A name of its own inside a new directory, which a rename cannot find taken.
+    // A rename into a new directory cannot collide with an existing name.
     let (hidden, ()) = create_sibling(path, "tmp", |hidden| fs::create_dir(hidden))?;
     let moved = fs::rename(path, hidden.join(OLD));
     let removed = fs::remove_dir_all(&hidden).map_err(Error::io(&hidden));
@@ -22,10 +23,10 @@ pub fn remove_atomic(path: &Path) -> Result<(), Error> {
     sync_directory(parent(path))
 }
 
-/// Clears what killed processes left in `directory` while they wrote the names that `ours` accepts: what was half
-/// written goes, and a directory that was to be replaced is put back if its successor never got its name.
+/// Removes what killed processes left in `directory` while writing names accepted by `ours`: partial output is deleted,
+/// and a directory that was moved aside is restored if its replacement was never renamed.
 ///
-/// Only for names that no other process writes at the same time. Nothing happens when `directory` is not there.
+/// No other process may be writing those names at the same time. Does nothing if `directory` does not exist.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -49,7 +50,7 @@ pub fn clear_leftovers(directory: &Path, ours: impl Fn(&str) -> bool) -> Result<
     Ok(())
 }
 
-/// `.NAME.PID-N.tmp` or `.NAME.PID-N.old`: NAME, and whether it was moved aside.
+/// Parses `.NAME.PID-N.tmp` or `.NAME.PID-N.old` into NAME and whether it was moved aside.
 fn parse(hidden: &str) -> Option<(&str, bool)> {
     let (rest, suffix) = hidden.strip_prefix('.')?.rsplit_once('.')?;
     let (name, numbers) = rest.rsplit_once('.')?;
@@ -72,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_half_written_goes_and_what_was_moved_aside_comes_back() {
+    fn partial_output_is_deleted_and_moved_directories_are_restored() {
         let scratch = tempfile::tempdir().unwrap();
         let root = scratch.path();
         for path in [".checkpoint-4.7-0.tmp", ".adapter.7-0.old/old", ".model.7-0.old/old", "model", ".notes.7-0.tmp"] {
@@ -91,9 +92,9 @@ mod tests {
         clear_leftovers(&root.join("absent"), |_| true).unwrap();
     }
 
-    /// A process that is killed between the two renames of a replacement.
+    /// Simulates a process killed between the two renames of a replacement.
     #[test]
-    fn a_replacement_that_was_cut_is_undone() {
+    fn an_interrupted_replacement_is_undone() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("adapter");
         fs::create_dir(&path).unwrap();
@@ -108,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn removes_whole_directories_and_what_is_not_there() {
+    fn removing_works_for_full_and_missing_directories() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("checkpoint-2");
         fs::create_dir_all(path.join("nested")).unwrap();

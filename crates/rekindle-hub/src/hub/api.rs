@@ -1,9 +1,8 @@
-//! The requests that a download consists of.
+//! The HTTP requests of a download.
 //!
-//! hf-hub looks up repositories, revisions and files. What it cannot do is done here, on the HTTP
-//! client that it brings along: its downloads neither resume nor compare checksums nor give up on a
-//! silent server; and it follows the redirect to the storage, so that the size and the checksum in
-//! the hub's own answer are lost.
+//! hf-hub looks up repositories, revisions and files. The rest is implemented here on the HTTP client it includes:
+//! hf-hub's downloads do not resume, verify checksums or time out on a silent server, and they follow the redirect to
+//! the storage, which loses the size and checksum in the hub's own response.
 
 use std::time::Duration;
 
@@ -19,13 +18,13 @@ use super::failure::{Failure, Refusal, Request};
 use super::layout::is_commit;
 use super::name::{RepoKind, RepoName};
 
-/// The connection to one repository.
+/// A connection to one repository.
 #[derive(Debug)]
 pub(crate) struct Api {
     repository: Repository,
-    /// Follows redirects, without the token once they lead to another host.
+    /// Follows redirects, dropping the token when they lead to another host.
     client: Client,
-    /// Follows none.
+    /// Does not follow redirects.
     staying: Client,
     token: Option<String>,
     request: Request,
@@ -37,22 +36,24 @@ enum Repository {
     Dataset(HFRepository<RepoTypeDataset>),
 }
 
-/// A file of a commit, as the hub announces it.
+/// A file of a commit as announced by the hub.
 #[derive(Clone, Debug)]
 pub(crate) struct RemoteFile {
     pub(crate) name: String,
-    /// What its blob is called in the cache.
+    /// The name of its blob in the cache.
     pub(crate) etag: String,
     pub(crate) size: u64,
     pub(crate) checksum: Option<Checksum>,
 }
 
-/// How long to wait for a connection, and for the next bytes on one.
+/// The timeout for connecting.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The timeout for the next bytes of a connection.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Redirects within the hub, after a repository was renamed.
-const MOST_REDIRECTS: usize = 5;
+/// The maximum number of redirects within the hub, which occur after a repository was renamed.
+const MAX_REDIRECTS: usize = 5;
 
 impl Api {
     pub(crate) fn new(request: Request, token: Option<String>) -> Result<Api, Error> {
@@ -63,18 +64,19 @@ impl Api {
                 .user_agent(concat!("rekindle/", env!("CARGO_PKG_VERSION")))
                 .connect_timeout(CONNECT_TIMEOUT)
                 .read_timeout(READ_TIMEOUT);
-            without_proxy_at_home(builder, endpoint)
+            without_proxy_on_loopback(builder, endpoint)
         };
         let client = builder().build().map_err(unusable)?;
         let staying = builder().redirect(Policy::none()).build().map_err(unusable)?;
         let hub = HFClient::builder().endpoint(endpoint).client(client.clone());
-        // Retrying is ours, for all requests alike.
+        // Retries are handled here, uniformly for all requests.
         let mut hub = hub.cache_enabled(false).retry_max_attempts(0);
         if let Some(token) = &token {
             hub = hub.token(token);
         }
         let hub = hub.build().map_err(|error| {
-            let reason = format!("{endpoint:?} is no address ({error}); set HF_ENDPOINT to one like \"https://host\"");
+            let reason =
+                format!("{endpoint:?} is not a valid URL ({error}); set HF_ENDPOINT to one like \"https://host\"");
             request.error(HubErrorKind::Network, reason)
         })?;
         let RepoName { kind, organization, name } = &request.name;
@@ -89,7 +91,7 @@ impl Api {
         &self.request
     }
 
-    /// The commit that the revision stands at, and the names of all its files.
+    /// Returns the commit of the revision and the names of all its files.
     pub(crate) async fn files(&self) -> Result<(String, Vec<String>), Failure> {
         let revision = &self.request.revision;
         let asked = match &self.repository {
@@ -101,12 +103,13 @@ impl Api {
             }
         };
         let (commit, files) = asked.map_err(|error| self.request.failure(error))?;
-        let commit = commit.filter(|sha| is_commit(sha)).ok_or_else(|| self.strange("it names no commit"))?;
-        let files = files.ok_or_else(|| self.strange("it lists no files"))?;
+        let commit =
+            commit.filter(|sha| is_commit(sha)).ok_or_else(|| self.unexpected_response("it names no commit"))?;
+        let files = files.ok_or_else(|| self.unexpected_response("it lists no files"))?;
         Ok((commit, files.into_iter().map(|file| file.rfilename).collect()))
     }
 
-    /// Branches and tags, for an error that could name a better one; empty where they are not told.
+    /// Returns branches and tags for an error message; empty if the hub does not list them.
     pub(crate) async fn revisions(&self) -> Vec<String> {
         let asked = match &self.repository {
             Repository::Model(model) => model.list_refs().send().await,
@@ -118,20 +121,22 @@ impl Api {
         }
     }
 
-    /// Size and checksum of a file.
+    /// Returns the size and checksum of a file.
     pub(crate) async fn describe(&self, commit: &str, file: &str) -> Result<RemoteFile, Failure> {
         let mut url = self.url(commit, file)?;
-        for _ in 0..MOST_REDIRECTS {
+        for _ in 0..MAX_REDIRECTS {
             let answer = self.send(self.staying.head(url.clone())).await?;
             match relative_redirect(&answer) {
-                Some(within) => url = url.join(&within).map_err(|error| self.strange(&error.to_string()))?,
+                Some(within) => {
+                    url = url.join(&within).map_err(|error| self.unexpected_response(&error.to_string()))?
+                }
                 None => return self.announced(file, answer),
             }
         }
-        Err(self.strange(&format!("{file} is redirected more than {MOST_REDIRECTS} times")))
+        Err(self.unexpected_response(&format!("{file} is redirected more than {MAX_REDIRECTS} times")))
     }
 
-    /// The contents of a file from `start` on, and where they really begin: a server need not know
+    /// Requests the contents of a file from `start`; returns the actual start too, since a server may not support
     /// ranges.
     pub(crate) async fn contents(
         &self,
@@ -145,7 +150,7 @@ impl Api {
             let answer = self.send(self.client.get(url.clone()).header(RANGE, range)).await?;
             match answer.status() {
                 StatusCode::PARTIAL_CONTENT => return Ok((start, answer)),
-                // The storage has something else than it had.
+                // The stored file has changed.
                 StatusCode::RANGE_NOT_SATISFIABLE => {}
                 _ => return Ok((0, self.accepted(answer)?)),
             }
@@ -154,7 +159,7 @@ impl Api {
         Ok((0, self.accepted(answer)?))
     }
 
-    /// The first `length` bytes of a file, of which `have` are there already; what a server sends beyond is left.
+    /// Extends `have` to the first `length` bytes of a file, ignoring anything the server sends beyond that.
     pub(crate) async fn head(
         &self,
         commit: &str,
@@ -166,7 +171,7 @@ impl Api {
         let range = format!("bytes={}-{}", have.len(), length - 1);
         let answer = self.send(self.client.get(url).header(RANGE, range)).await?;
         if answer.status() != StatusCode::PARTIAL_CONTENT {
-            // A server that knows no ranges begins at the beginning.
+            // A server without range support starts from the beginning.
             have.clear();
         }
         let mut answer = self.accepted(answer)?;
@@ -174,7 +179,7 @@ impl Api {
             match answer.chunk().await.map_err(|error| self.request.unreachable(&error))? {
                 Some(chunk) => have.extend_from_slice(&chunk),
                 None => {
-                    let reason = format!("{} ended the connection early", self.request.endpoint);
+                    let reason = format!("{} closed the connection early", self.request.endpoint);
                     return Err(Failure { error: self.request.error(HubErrorKind::Network, reason), transient: true });
                 }
             }
@@ -202,7 +207,7 @@ impl Api {
     fn url(&self, commit: &str, file: &str) -> Result<Url, Failure> {
         let Request { name, endpoint, .. } = &self.request;
         let mut url = Url::parse(&format!("{endpoint}/{}/resolve/{commit}", name.path()))
-            .map_err(|error| self.strange(&error.to_string()))?;
+            .map_err(|error| self.unexpected_response(&error.to_string()))?;
         if let Ok(mut segments) = url.path_segments_mut() {
             segments.extend(file.split('/'));
         }
@@ -212,28 +217,29 @@ impl Api {
     fn announced(&self, file: &str, answer: Response) -> Result<RemoteFile, Failure> {
         let answer = if answer.status().is_redirection() { answer } else { self.accepted(answer)? };
         let (status, headers) = (answer.status(), answer.headers());
-        // Of a redirect, the plain length and tag are its own.
+        // A redirect's Content-Length and ETag describe the redirect itself.
         let size = text(headers, "x-linked-size").or_else(|| match status.is_success() {
             true => text(headers, CONTENT_LENGTH.as_str()),
             false => None,
         });
         let size = size.and_then(|size| size.parse().ok());
-        let size = size.ok_or_else(|| self.strange(&format!("it does not tell the size of {file}")))?;
+        let size = size.ok_or_else(|| self.unexpected_response(&format!("it does not report the size of {file}")))?;
         let etag = text(headers, "x-linked-etag").or_else(|| text(headers, ETAG.as_str()));
         let etag = etag.as_deref().map(|etag| etag.trim_start_matches("W/").trim_matches('"'));
         let etag = etag.filter(|etag| is_plain(etag));
-        let etag = etag.ok_or_else(|| self.strange(&format!("it gives {file} no tag that could name it")))?;
+        let etag = etag.ok_or_else(|| self.unexpected_response(&format!("it gives no usable ETag for {file}")))?;
         Ok(RemoteFile { name: file.to_owned(), etag: etag.to_owned(), size, checksum: Checksum::of_etag(etag) })
     }
 
-    fn strange(&self, what: &str) -> Failure {
-        let reason = format!("{} does not answer as the hub does: {what}; check HF_ENDPOINT", self.request.endpoint);
+    fn unexpected_response(&self, what: &str) -> Failure {
+        let reason =
+            format!("{} did not respond like a Hugging Face hub: {what}; check HF_ENDPOINT", self.request.endpoint);
         Failure { error: self.request.error(HubErrorKind::Response, reason), transient: false }
     }
 }
 
-/// A proxy cannot reach what this machine calls by its own address.
-fn without_proxy_at_home(builder: ClientBuilder, endpoint: &str) -> ClientBuilder {
+/// Disables the proxy for loopback addresses, which a proxy cannot reach.
+fn without_proxy_on_loopback(builder: ClientBuilder, endpoint: &str) -> ClientBuilder {
     let host = Url::parse(endpoint).ok().and_then(|url| url.host_str().map(str::to_owned));
     match host.as_deref() {
         Some("localhost" | "127.0.0.1" | "[::1]") => builder.no_proxy(),
@@ -241,7 +247,7 @@ fn without_proxy_at_home(builder: ClientBuilder, endpoint: &str) -> ClientBuilde
     }
 }
 
-/// Where the hub sends on to another path of its own.
+/// Returns the target of a redirect to another path of the hub.
 fn relative_redirect(answer: &Response) -> Option<String> {
     let location = text(answer.headers(), LOCATION.as_str()).filter(|_| answer.status().is_redirection())?;
     (location.starts_with('/') && !location.starts_with("//")).then_some(location)
@@ -251,7 +257,7 @@ fn text(headers: &HeaderMap, name: &str) -> Option<String> {
     headers.get(name)?.to_str().ok().map(str::to_owned)
 }
 
-/// Whether a tag can be a file's name.
+/// Returns true if an ETag can be used as a file name.
 fn is_plain(etag: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     !etag.is_empty() && etag.len() <= 128 && !etag.starts_with('.') && etag.bytes().all(plain)

@@ -7,17 +7,17 @@ use sha2::Sha256;
 
 use super::layout::is_hex;
 
-/// What a file's contents must hash to.
+/// The expected checksum of a file's contents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Checksum {
-    /// SHA-256 of the contents: a file in large-file storage.
+    /// SHA-256 of the contents, for files in large-file storage.
     Sha256(String),
-    /// Git's id of the contents, SHA-1 of a header and them: a file in the repository itself.
+    /// Git's blob id, SHA-1 of a header and the contents, for files in the repository itself.
     GitBlob(String),
 }
 
 impl Checksum {
-    /// The hub's tags are checksums; `None` for a server whose tags are not.
+    /// Interprets an ETag of the hub as a checksum; returns `None` for servers with other ETags.
     pub(crate) fn of_etag(etag: &str) -> Option<Checksum> {
         match etag.len() {
             64 if is_hex(etag) => Some(Checksum::Sha256(etag.to_ascii_lowercase())),
@@ -33,16 +33,16 @@ impl Checksum {
     }
 }
 
-/// The hash of the bytes of a file so far.
+/// The running hash of a file's bytes.
 pub(crate) enum Hasher {
     Sha256(Sha256),
     GitBlob(Sha1),
-    /// There is nothing to compare with.
+    /// There is no checksum to compare with.
     None,
 }
 
 impl Hasher {
-    /// For contents of `size` bytes, none of them seen yet.
+    /// Starts a hash for contents of `size` bytes.
     pub(crate) fn new(checksum: Option<&Checksum>, size: u64) -> Hasher {
         match checksum {
             Some(Checksum::Sha256(_)) => Hasher::Sha256(Sha256::new()),
@@ -59,7 +59,7 @@ impl Hasher {
         }
     }
 
-    /// Takes in what is left of `file`.
+    /// Adds the rest of `file`.
     pub(crate) fn update_from(&mut self, file: &mut File) -> io::Result<()> {
         let mut buffer = vec![0; 1 << 20];
         loop {
@@ -70,7 +70,7 @@ impl Hasher {
         }
     }
 
-    /// What the contents hash to instead of `checksum`, if they differ.
+    /// Returns the actual and the expected hash if they differ.
     pub(crate) fn mismatch(self, checksum: Option<&Checksum>) -> Option<Mismatch> {
         let found = match self {
             Hasher::Sha256(hash) => hex(&hash.finalize()),
@@ -82,7 +82,7 @@ impl Hasher {
     }
 }
 
-/// Two hashes that should be one.
+/// An actual and an expected hash that differ.
 pub(crate) struct Mismatch {
     pub(crate) expected: String,
     pub(crate) found: String,
@@ -91,7 +91,7 @@ pub(crate) struct Mismatch {
 fn hex(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(2 * bytes.len());
     for byte in bytes {
-        // Writing to a string does not fail.
+        // Writing to a string cannot fail.
         let _ = write!(text, "{byte:02x}");
     }
     text
@@ -101,9 +101,9 @@ fn hex(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
-    /// `git hash-object` and `sha256sum` of "hello\n".
+    /// Uses the output of `git hash-object` and `sha256sum` for "hello\n".
     #[test]
-    fn agrees_with_git_and_sha256sum() {
+    fn hashes_agree_with_git_and_sha256sum() {
         let git = "ce013625030ba8dba906f756967f9e9ca394464a";
         let sha256 = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03";
         for etag in [git, sha256, &sha256.to_ascii_uppercase()] {

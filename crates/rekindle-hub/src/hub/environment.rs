@@ -1,22 +1,22 @@
-//! The variables that Python's `huggingface_hub` obeys, read here and nowhere else.
+//! The environment variables of Python's `huggingface_hub`. No other module reads them.
 
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Where the hub is asked when nothing says otherwise.
+/// The default address of the hub.
 const ENDPOINT: &str = "https://huggingface.co";
 
-/// What the environment says about the hub and its cache.
+/// The hub settings of the environment.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Environment {
-    /// `HF_ENDPOINT`, without a slash at its end.
+    /// `HF_ENDPOINT` without a trailing slash.
     pub(crate) endpoint: String,
     /// `HF_HUB_CACHE`, or `hub` in `HF_HOME`.
     pub(crate) cache_dir: PathBuf,
-    /// `HF_TOKEN`, or what the file `HF_TOKEN_PATH`, or `token` in `HF_HOME`, holds.
+    /// `HF_TOKEN`, or the content of the file `HF_TOKEN_PATH` or `token` in `HF_HOME`.
     pub(crate) token: Option<String>,
-    /// The variable that forbids the network.
+    /// The variable that disables the network.
     pub(crate) offline: Option<&'static str>,
 }
 
@@ -28,7 +28,7 @@ impl Environment {
 
     fn from_variables(home: Option<PathBuf>, variable: impl Fn(&str) -> Option<String>) -> Environment {
         let text = |name| variable(name).filter(|value| !value.is_empty());
-        // A process without a home has its cache in the working directory.
+        // Without a home directory the cache is in the working directory.
         let home = home.unwrap_or_default();
         let path = |name| text(name).map(|value| expand(&value, &home));
         let hf_home = path("HF_HOME").unwrap_or_else(|| match path("XDG_CACHE_HOME") {
@@ -53,12 +53,12 @@ impl Environment {
     }
 }
 
-/// What Python's library takes for true.
+/// Returns true for the values that Python's library accepts as true.
 fn is_true(value: &str) -> bool {
     ["1", "on", "yes", "true"].contains(&value.to_ascii_lowercase().as_str())
 }
 
-/// `~` is the shell's, and stays as it is where a shell did not see it.
+/// Expands a leading `~`, which the shell does not expand in every context.
 fn expand(path: &str, home: &Path) -> PathBuf {
     match path.strip_prefix('~') {
         Some("") => home.to_path_buf(),
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn has_the_defaults_of_python() {
+    fn defaults_are_those_of_python() {
         let expected = Environment {
             endpoint: "https://huggingface.co".to_owned(),
             cache_dir: "/home/ada/.cache/huggingface/hub".into(),
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nearer_variable_names_the_cache() {
+    fn the_more_specific_variable_sets_the_cache() {
         let xdg = ("XDG_CACHE_HOME", "/xdg");
         let home = ("HF_HOME", "~/hf");
         let cache = ("HF_HUB_CACHE", "/big/disk");
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn finds_the_token_in_variable_and_files() {
+    fn the_token_is_read_from_variables_and_files() {
         let scratch = tempfile::tempdir().unwrap();
         fs::write(scratch.path().join("token"), "hf_home\n").unwrap();
         let other = scratch.path().join("other");
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_endpoint_and_offline() {
+    fn endpoint_and_offline_are_read() {
         let found = environment(&[("HF_ENDPOINT", "http://mirror:8080/"), ("HF_HUB_OFFLINE", "True")]);
         assert_eq!(found.endpoint, "http://mirror:8080");
         assert_eq!(found.offline, Some("HF_HUB_OFFLINE"));

@@ -1,4 +1,4 @@
-//! What a request that failed means to the user.
+//! Translation of failed requests into errors for the user.
 
 use std::error::Error as StdError;
 use std::time::Duration;
@@ -10,14 +10,14 @@ use crate::{Error, HubErrorKind};
 
 use super::name::{RepoKind, RepoName};
 
-/// A request that failed, and whether the same request may succeed soon.
+/// A failed request; `transient` is true if the same request may soon succeed.
 #[derive(Debug)]
 pub(crate) struct Failure {
     pub(crate) error: Error,
     pub(crate) transient: bool,
 }
 
-/// Repeats what fails for a passing reason, once after each of the delays.
+/// Retries transient failures, once after each of the delays.
 pub(crate) async fn retry<T, F>(delays: &[Duration], mut attempt: impl FnMut() -> F) -> Result<T, Error>
 where
     F: Future<Output = Result<T, Failure>>,
@@ -31,14 +31,14 @@ where
     attempt().await.map_err(|failure| failure.error)
 }
 
-/// Patience enough for a network that is gone for a moment.
+/// Delays that survive a short network outage.
 pub(crate) const DELAYS: [Duration; 4] =
     [Duration::from_millis(200), Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(20)];
 
-/// Less for the first request: often there is no network at all.
+/// Shorter delays for the first request, since often there is no network at all.
 pub(crate) const FIRST_DELAYS: [Duration; 2] = [DELAYS[0], DELAYS[1]];
 
-/// Whom and what a request was about.
+/// The endpoint, repository and revision of a request.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
     pub(crate) name: RepoName,
@@ -50,7 +50,7 @@ pub(crate) struct Request {
 /// The words about a repository that may not exist.
 pub(crate) const NO_SUCH_MODEL: &str = "has no such model";
 
-/// What the hub said to a request that it did not meet.
+/// The hub's response to a refused request.
 #[derive(Debug, Default)]
 pub(crate) struct Refusal {
     pub(crate) status: u16,
@@ -65,7 +65,7 @@ impl Request {
         Error::Hub { kind, name: self.name.to_string(), reason: reason.into() }
     }
 
-    /// What an error of hf-hub means.
+    /// Translates an error of hf-hub.
     pub(crate) fn failure(&self, error: HFError) -> Failure {
         match error {
             HFError::Http { context }
@@ -82,41 +82,43 @@ impl Request {
             }),
             HFError::Request { source, .. } => self.unreachable(&source),
             other => {
-                let reason = format!("{} does not answer as the hub does ({other}); check HF_ENDPOINT", self.endpoint);
+                let reason =
+                    format!("{} did not respond like a Hugging Face hub ({other}); check HF_ENDPOINT", self.endpoint);
                 Failure { error: self.error(HubErrorKind::Response, reason), transient: false }
             }
         }
     }
 
-    /// No answer arrived, or not all of it.
+    /// Translates a failed connection or an incomplete response.
     pub(crate) fn unreachable(&self, error: &reqwest::Error) -> Failure {
         let endpoint = &self.endpoint;
         let cause = innermost(error);
         if error.is_builder() {
-            let reason = format!("{endpoint:?} is no address ({cause}); set HF_ENDPOINT to one like \"https://host\"");
+            let reason =
+                format!("{endpoint:?} is not a valid URL ({cause}); set HF_ENDPOINT to one like \"https://host\"");
             return Failure { error: self.error(HubErrorKind::Network, reason), transient: false };
         }
         if error.is_decode() && !error.is_timeout() && cause.is::<serde_json::Error>() {
-            let reason = format!("{endpoint} does not answer as the hub does ({cause}); check HF_ENDPOINT");
+            let reason = format!("{endpoint} did not respond like a Hugging Face hub ({cause}); check HF_ENDPOINT");
             return Failure { error: self.error(HubErrorKind::Response, reason), transient: false };
         }
-        let what = if error.is_timeout() { "no answer in time".to_owned() } else { cause.to_string() };
+        let what = if error.is_timeout() { "timed out".to_owned() } else { cause.to_string() };
         let verb = if error.is_connect() { "cannot reach" } else { "lost the connection to" };
         let reason =
             format!("{verb} {endpoint}: {what}; check the network, and HF_ENDPOINT and HTTPS_PROXY if they are set");
         Failure { error: self.error(HubErrorKind::Network, reason), transient: true }
     }
 
-    /// No client could be made: it reads the system's certificates.
+    /// Translates a failure to create the HTTP client, which reads the system's certificates.
     pub(crate) fn insecure(&self, error: &reqwest::Error) -> Error {
         let cause = innermost(error);
         let reason = format!(
-            "no secure connection can be made ({cause}); install the system's CA certificates, or set SSL_CERT_FILE"
+            "cannot make secure connections ({cause}); install the system's CA certificates, or set SSL_CERT_FILE"
         );
         self.error(HubErrorKind::Network, reason)
     }
 
-    /// The hub answered, with an error.
+    /// Translates an error response of the hub.
     pub(crate) fn refused(&self, refusal: &Refusal) -> Failure {
         let Request { name, endpoint, revision, has_token } = self;
         let (page, noun) = (format!("{endpoint}/{}", name.path()), name.kind.noun());
@@ -125,14 +127,14 @@ impl Request {
             (Some("GatedRepo"), _) if *has_token => (
                 HubErrorKind::Denied,
                 format!(
-                    "its licence has not been accepted with this token{said}; accept it at {page} and wait \
-                     until access is granted, with a token that may read gated repositories"
+                    "its licence has not been accepted with this token{said}; accept it at {page}, wait \
+                     until access is granted, and use a token that may read gated repositories"
                 ),
             ),
             (Some("GatedRepo"), _) => (
                 HubErrorKind::Denied,
                 format!(
-                    "it is gated; accept its licence at {page}, make a token at \
+                    "it is gated; accept its licence at {page}, create a token at \
                      {endpoint}/settings/tokens, and set HF_TOKEN to it"
                 ),
             ),
@@ -140,11 +142,11 @@ impl Request {
                 (HubErrorKind::NotFound, format!("it has no branch, tag or commit {revision:?}"))
             }
             (Some("EntryNotFound"), _) => {
-                (HubErrorKind::NotFound, format!("{endpoint} lists a file that it does not have{said}"))
+                (HubErrorKind::NotFound, format!("{endpoint} lists a file it does not have{said}"))
             }
             (Some("RepoNotFound"), _) | (None, 404) => {
                 let private = match has_token {
-                    true => "if it is private, the token must be one that may read it",
+                    true => "if it is private, use a token that may read it",
                     false => "if it is private, set HF_TOKEN",
                 };
                 let here = match name.kind {
@@ -159,26 +161,26 @@ impl Request {
             (_, 401) if *has_token => (
                 HubErrorKind::Denied,
                 format!(
-                    "{endpoint} does not accept the token{said}; make one at {endpoint}/settings/tokens and set HF_TOKEN"
+                    "{endpoint} does not accept the token{said}; create one at {endpoint}/settings/tokens and set HF_TOKEN"
                 ),
             ),
-            // The hub does not tell strangers whether a private repository exists.
+            // Without a valid token the hub does not reveal whether a private repository exists.
             (_, 401) => (
                 HubErrorKind::Denied,
                 format!("{endpoint} has no such {noun}, or it is private{said}; check the spelling, or set HF_TOKEN"),
             ),
             (_, 403) => (
                 HubErrorKind::Denied,
-                format!("{endpoint} refuses access{said}; ask its owner, or set HF_TOKEN to a token that may read it"),
+                format!("{endpoint} denies access{said}; ask the owner, or set HF_TOKEN to a token that may read it"),
             ),
             (_, 429) => (
                 HubErrorKind::Response,
                 format!(
-                    "{endpoint} refuses so many requests{said}; wait some minutes, or set HF_TOKEN for a higher limit"
+                    "{endpoint} is limiting requests{said}; wait a few minutes, or set HF_TOKEN for a higher limit"
                 ),
             ),
             (_, status) => {
-                (HubErrorKind::Response, format!("{endpoint} answers with status {status}{said}; try again later"))
+                (HubErrorKind::Response, format!("{endpoint} returned status {status}{said}; try again later"))
             }
         };
         let transient = matches!(refusal.status, 408 | 429 | 500 | 502 | 503 | 504);
@@ -186,7 +188,7 @@ impl Request {
     }
 }
 
-/// What the system said; the errors around it only tell which layer passed it on.
+/// Returns the system's error; the errors around it only name the layers that passed it on.
 fn innermost(error: &reqwest::Error) -> &(dyn StdError + 'static) {
     let mut cause: &(dyn StdError + 'static) = error;
     while let Some(source) = cause.source() {
@@ -221,17 +223,17 @@ mod tests {
     }
 
     #[test]
-    fn says_what_to_do() {
+    fn errors_say_what_to_do() {
         let cases = [
             (false, 401, Some("GatedRepo"), HubErrorKind::Denied, "accept its licence at https://hub/org/model"),
             (true, 403, Some("GatedRepo"), HubErrorKind::Denied, "with this token (server's words); accept it"),
             (false, 401, Some("RepoNotFound"), HubErrorKind::NotFound, "no such model; check the spelling"),
             (false, 401, None, HubErrorKind::Denied, "or set HF_TOKEN"),
             (true, 401, None, HubErrorKind::Denied, "does not accept the token"),
-            (true, 403, None, HubErrorKind::Denied, "refuses access (server's words)"),
+            (true, 403, None, HubErrorKind::Denied, "denies access (server's words)"),
             (true, 404, Some("RevisionNotFound"), HubErrorKind::NotFound, "no branch, tag or commit \"main\""),
-            (true, 404, None, HubErrorKind::NotFound, "the token must be one that may read it"),
-            (true, 429, None, HubErrorKind::Response, "wait some minutes"),
+            (true, 404, None, HubErrorKind::NotFound, "use a token that may read it"),
+            (true, 429, None, HubErrorKind::Response, "wait a few minutes"),
             (true, 503, None, HubErrorKind::Response, "status 503"),
         ];
         for (has_token, status, code, kind, expected) in cases {

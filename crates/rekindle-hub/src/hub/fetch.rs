@@ -1,4 +1,4 @@
-//! One file from the hub into the cache: locked, resumed, checked, and only then in its place.
+//! Download of one file into the cache: locked, resumed, verified, and only then moved into place.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Seek, SeekFrom, Write as _};
@@ -16,7 +16,7 @@ use super::failure::{DELAYS, Failure};
 use super::layout::CachedRepo;
 use super::space;
 
-/// Brings files of one commit into the cache.
+/// Downloads files of one commit into the cache.
 #[derive(Debug)]
 pub(crate) struct Fetcher {
     pub(crate) api: Api,
@@ -24,24 +24,25 @@ pub(crate) struct Fetcher {
     pub(crate) commit: String,
 }
 
-/// What the user may be shown.
+/// A progress message.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Progress {
-    /// The bytes of all files that are to be downloaded.
+    /// The total size of all files to download in bytes.
     Total(u64),
-    /// Bytes that arrived; less than none when some were thrown away.
+    /// The number of bytes that arrived; negative if bytes were discarded.
     Arrived(i64),
 }
 
-/// How often to look whether another program is done with a file, and how long to let it stand
-/// still.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
-const PATIENCE: Duration = Duration::from_secs(300);
+/// The interval for checking a file that another process is downloading.
+const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(200);
+
+/// The maximum time to wait for another process that makes no progress.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(300);
 
 impl Fetcher {
-    /// Afterwards the blob of `file` is in the cache, and is what the hub announced.
+    /// Ensures that the blob of `file` is in the cache and matches the hub's checksum.
     ///
-    /// What arrived before an error is kept, and the next call goes on from there.
+    /// Data that arrived before an error is kept, and the next call resumes from there.
     pub(crate) async fn fetch(&self, file: &RemoteFile, progress: &Sender<Progress>) -> Result<(), Error> {
         let _lock = self.lock(file).await?;
         let blob = self.repo.blob(&file.etag);
@@ -50,51 +51,56 @@ impl Fetcher {
             return Ok(());
         }
         let mut partial =
-            Partial::open(&self.repo.incomplete(&file.etag), file).map_err(|error| self.io(file, error))?;
+            PartialBlob::open(&self.repo.incomplete(&file.etag), file).map_err(|error| self.io(file, error))?;
         report(progress, partial.length as i64);
         let mut is_second = false;
         loop {
             self.fill(&mut partial, file, progress).await?;
             let Some(mismatch) = partial.mismatch(file) else { break };
             report(progress, -(partial.length as i64));
-            // What was put together from pieces may have had a bad one.
+            // A file assembled from several responses may contain a bad piece, so it is downloaded once more.
             if !partial.is_pieced || is_second {
                 fs::remove_file(self.repo.incomplete(&file.etag)).map_err(|error| self.io(file, error))?;
-                return Err(self.wrong(file, &mismatch));
+                return Err(self.damaged(file, &mismatch));
             }
             partial.restart(file).map_err(|error| self.io(file, error))?;
             is_second = true;
         }
         match partial.file.sync_all().and_then(|()| fs::rename(self.repo.incomplete(&file.etag), &blob)) {
-            // On some network file systems everybody gets the lock; then another has put it there.
+            // On some network file systems every process gets the lock; another one has then moved the blob.
             Err(error) if error.kind() == ErrorKind::NotFound && blob.exists() => Ok(()),
             renamed => renamed.map_err(|error| self.io(file, error)),
         }
     }
 
-    /// Adds to `partial` until it has all bytes, over as many connections as that takes.
-    async fn fill(&self, partial: &mut Partial, file: &RemoteFile, progress: &Sender<Progress>) -> Result<(), Error> {
-        let mut most = partial.length;
+    /// Completes `partial`, over as many connections as needed.
+    async fn fill(
+        &self,
+        partial: &mut PartialBlob,
+        file: &RemoteFile,
+        progress: &Sender<Progress>,
+    ) -> Result<(), Error> {
+        let mut longest = partial.length;
         let mut delays = DELAYS.iter();
         while partial.length < file.size {
             let Err(failure) = self.receive(partial, file, progress).await else { continue };
-            // As long as there is progress, it is worth to go on.
-            if partial.length > most {
-                most = partial.length;
+            // Every attempt that made progress resets the retries.
+            if partial.length > longest {
+                longest = partial.length;
                 delays = DELAYS.iter();
             }
             match delays.next() {
                 Some(&delay) if failure.transient => sleep(delay).await,
-                _ => return Err(kept(failure.error, partial.length, file)),
+                _ => return Err(with_kept_bytes(failure.error, partial.length, file)),
             }
         }
         Ok(())
     }
 
-    /// Adds to `partial` what one connection gives.
+    /// Appends the data of one connection to `partial`.
     async fn receive(
         &self,
-        partial: &mut Partial,
+        partial: &mut PartialBlob,
         file: &RemoteFile,
         progress: &Sender<Progress>,
     ) -> Result<(), Failure> {
@@ -107,20 +113,20 @@ impl Fetcher {
         let request = self.api.request();
         while let Some(chunk) = answer.chunk().await.map_err(|error| request.unreachable(&error))? {
             if partial.length + chunk.len() as u64 > file.size {
-                let reason = format!("{} is longer than the {} bytes that the hub announced", file.name, file.size);
+                let reason = format!("{} is longer than the {} bytes announced by the hub", file.name, file.size);
                 return Err(settled(request.error(HubErrorKind::Checksum, reason)));
             }
             partial.append(&chunk).map_err(|error| settled(self.io(file, error)))?;
             report(progress, chunk.len() as i64);
         }
         if partial.length < file.size {
-            let reason = format!("{} ended the connection early", request.endpoint);
+            let reason = format!("{} closed the connection early", request.endpoint);
             return Err(Failure { error: request.error(HubErrorKind::Network, reason), transient: true });
         }
         Ok(())
     }
 
-    /// Waits while another program fetches the same file, as long as it gets anywhere.
+    /// Waits while another process downloads the same file, as long as it makes progress.
     async fn lock(&self, file: &RemoteFile) -> Result<File, Error> {
         let lock = self.repo.blob_lock(&file.etag)?;
         let incomplete = self.repo.incomplete(&file.etag);
@@ -130,22 +136,22 @@ impl Fetcher {
             match lock.try_lock() {
                 Ok(()) => return Ok(lock),
                 Err(TryLockError::WouldBlock) => {}
-                // Some network file systems have no locks.
+                // Some network file systems do not support locks.
                 Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => return Ok(lock),
                 Err(TryLockError::Error(error)) => return Err(Error::io(&self.repo.locks())(error)),
             }
             let now = length();
             if now != seen {
                 (seen, since) = (now, Instant::now());
-            } else if since.elapsed() > PATIENCE {
+            } else if since.elapsed() > LOCK_TIMEOUT {
                 let reason = format!(
-                    "another program has been downloading {} for {} s without progress; end it and try again",
+                    "another process has been downloading {} for {} s without progress; stop it and try again",
                     file.name,
-                    PATIENCE.as_secs()
+                    LOCK_TIMEOUT.as_secs()
                 );
                 return Err(self.api.request().error(HubErrorKind::Busy, reason));
             }
-            sleep(LOOK_AGAIN).await;
+            sleep(LOCK_POLL_INTERVAL).await;
         }
     }
 
@@ -153,16 +159,16 @@ impl Fetcher {
         let path = self.repo.incomplete(&file.etag);
         match source.kind() {
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
-                let reason = format!("{path:?} could not be written on: {source}; {}", space::WAY_OUT);
+                let reason = format!("{path:?} could not be written: {source}; {}", space::WAY_OUT);
                 self.api.request().error(HubErrorKind::Space, reason)
             }
             _ => Error::Io { path, source },
         }
     }
 
-    fn wrong(&self, file: &RemoteFile, mismatch: &Mismatch) -> Error {
+    fn damaged(&self, file: &RemoteFile, mismatch: &Mismatch) -> Error {
         let reason = format!(
-            "{} arrived damaged: its checksum is {} and should be {}; it was thrown away, try again",
+            "{} is damaged: its checksum is {} and should be {}; it was deleted, try again",
             file.name, mismatch.found, mismatch.expected
         );
         self.api.request().error(HubErrorKind::Checksum, reason)
@@ -170,7 +176,7 @@ impl Fetcher {
 }
 
 fn report(progress: &Sender<Progress>, bytes: i64) {
-    // Nobody listens to the index of a sharded model, or when another file has failed.
+    // Nobody receives progress for the index of a sharded model, or after another file has failed.
     let _ = progress.send(Progress::Arrived(bytes));
 }
 
@@ -178,35 +184,35 @@ fn settled(error: Error) -> Failure {
     Failure { error, transient: false }
 }
 
-/// Adds that the work is not lost.
-fn kept(error: Error, length: u64, file: &RemoteFile) -> Error {
+/// Adds that the downloaded data is kept.
+fn with_kept_bytes(error: Error, length: u64, file: &RemoteFile) -> Error {
     match error {
         Error::Hub { kind, name, reason } if length > 0 && kind != HubErrorKind::Checksum => {
             let (have, all) = (space::bytes(length), space::bytes(file.size));
-            let reason = format!("{reason}; {have} of {all} of {} are kept, and the next run goes on there", file.name);
+            let reason = format!("{reason}; {have} of {all} of {} are kept, and the next run resumes there", file.name);
             Error::Hub { kind, name, reason }
         }
         other => other,
     }
 }
 
-/// A blob on its way, with the hash of what is there.
-struct Partial {
+/// A partially downloaded blob with the hash of its data.
+struct PartialBlob {
     file: File,
     length: u64,
     hasher: Hasher,
-    /// Whether the bytes come from more than one answer.
+    /// True if the data comes from more than one response.
     is_pieced: bool,
 }
 
-impl Partial {
-    /// Goes on with what an earlier attempt, or an older version of Python's library, left at `path`.
-    fn open(path: &Path, remote: &RemoteFile) -> io::Result<Partial> {
+impl PartialBlob {
+    /// Opens the data that an earlier attempt, or an older version of Python's library, left at `path`.
+    fn open(path: &Path, remote: &RemoteFile) -> io::Result<PartialBlob> {
         let mut file = OpenOptions::new().create(true).read(true).write(true).truncate(false).open(path)?;
         let length = file.metadata()?.len();
         let mut hasher = Hasher::new(remote.checksum.as_ref(), remote.size);
         hasher.update_from(&mut file)?;
-        let mut partial = Partial { file, length, hasher, is_pieced: length > 0 };
+        let mut partial = PartialBlob { file, length, hasher, is_pieced: length > 0 };
         if length > remote.size {
             partial.restart(remote)?;
         }
@@ -229,7 +235,7 @@ impl Partial {
         Ok(())
     }
 
-    /// What the whole hashes to, if that is wrong; the hash is used up.
+    /// Returns the hashes if the complete file is wrong; consumes the hash.
     fn mismatch(&mut self, remote: &RemoteFile) -> Option<Mismatch> {
         let hasher = std::mem::replace(&mut self.hasher, Hasher::None);
         hasher.mismatch(remote.checksum.as_ref())

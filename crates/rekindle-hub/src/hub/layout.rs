@@ -1,8 +1,8 @@
-//! Where a repository's files lie in the cache that Python's `huggingface_hub` shares.
+//! The layout of the cache shared with Python's `huggingface_hub`.
 //!
-//! `models--org--name/blobs/<etag>` holds contents, `snapshots/<commit>/<file>` links to them,
-//! `refs/<revision>` is the commit that a branch or tag stood at. A file on its way is
-//! `blobs/<etag>.incomplete`; who writes it holds a lock on `.locks/models--org--name/<etag>.lock`.
+//! `models--org--name/blobs/<etag>` holds contents, `snapshots/<commit>/<file>` links to them, and `refs/<revision>` is
+//! the commit of a branch or tag. A file being downloaded is `blobs/<etag>.incomplete`; its writer holds a lock on
+//! `.locks/models--org--name/<etag>.lock`.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -14,7 +14,7 @@ use crate::{Error, write_atomic};
 
 use super::select::CONFIG;
 
-/// One repository's place in the cache.
+/// The cache directory of one repository.
 #[derive(Clone, Debug)]
 pub(crate) struct CachedRepo {
     cache_dir: PathBuf,
@@ -38,7 +38,7 @@ impl CachedRepo {
         self.blobs().join(etag)
     }
 
-    /// Where the blob lies until it is whole and checked.
+    /// Returns the path of the blob while it is incomplete.
     pub(crate) fn incomplete(&self, etag: &str) -> PathBuf {
         self.blobs().join(format!("{etag}{INCOMPLETE}"))
     }
@@ -59,12 +59,12 @@ impl CachedRepo {
         self.cache_dir.join(".locks").join(&self.folder)
     }
 
-    /// The file whose lock says that the blob is being written.
+    /// Opens the file that is locked while the blob is written.
     pub(crate) fn blob_lock(&self, etag: &str) -> Result<File, Error> {
         self.lock_file(&format!("{etag}.lock"))
     }
 
-    /// The file that a download holds shared, and pruning alone.
+    /// Opens the file that a download locks shared and pruning locks exclusively.
     pub(crate) fn use_lock(&self) -> Result<File, Error> {
         self.lock_file("rekindle.lock")
     }
@@ -76,7 +76,7 @@ impl CachedRepo {
         OpenOptions::new().create(true).write(true).truncate(false).open(&path).map_err(Error::io(&path))
     }
 
-    /// The commit that `revision` stood at when it was last looked up.
+    /// Returns the commit `revision` pointed to when it was last looked up.
     pub(crate) fn commit_of(&self, revision: &str) -> Option<String> {
         if is_commit(revision) {
             return Some(revision.to_owned());
@@ -87,7 +87,7 @@ impl CachedRepo {
 
     pub(crate) fn write_reference(&self, revision: &str, commit: &str) -> Result<(), Error> {
         let path = self.references().join(revision);
-        // Unchanged, it is left alone: a cache that cannot be written is still good to read.
+        // An unchanged reference is not rewritten, so that a read-only cache remains usable.
         if is_commit(revision) || self.commit_of(revision).as_deref() == Some(commit) {
             return Ok(());
         }
@@ -95,37 +95,37 @@ impl CachedRepo {
         write_atomic(&path, commit.as_bytes())
     }
 
-    /// Makes the snapshot's `file` stand for the blob.
+    /// Links the snapshot's `file` to the blob.
     pub(crate) fn link(&self, commit: &str, file: &str, etag: &str) -> Result<(), Error> {
         let link = self.snapshot(commit).join(file);
         if link.exists() {
             return Ok(());
         }
         create_dir(link.parent().unwrap_or(&link))?;
-        // What is left there points at nothing.
+        // An existing link is dangling.
         match fs::remove_file(&link) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io(&link)(error)),
             _ => {}
         }
         match point(&link, &self.blob(etag), file, etag) {
-            // Another program was as quick.
+            // Another process created it first.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
             made => made.map_err(Error::io(&link)),
         }
     }
 }
 
-/// The end of a blob's name while it is on its way.
+/// The suffix of an incomplete blob.
 pub(crate) const INCOMPLETE: &str = ".incomplete";
 
-/// Relative, so that the cache can be moved as a whole.
+/// Creates a relative link, so that the cache can be moved as a whole.
 #[cfg(unix)]
 fn point(link: &Path, _blob: &Path, file: &str, etag: &str) -> io::Result<()> {
     let up = "../".repeat(2 + file.matches('/').count());
     std::os::unix::fs::symlink(Path::new(&up).join("blobs").join(etag), link)
 }
 
-/// Links need a privilege elsewhere; Python's library moves the blob too.
+/// Moves the blob, as Python's library does where links need a privilege.
 #[cfg(not(unix))]
 fn point(link: &Path, blob: &Path, _file: &str, _etag: &str) -> io::Result<()> {
     fs::rename(blob, link)
@@ -135,7 +135,7 @@ pub(crate) fn create_dir(path: &Path) -> Result<(), Error> {
     fs::create_dir_all(path).map_err(Error::io(path))
 }
 
-/// Whether `revision` is a commit's full id, which never changes its files.
+/// Returns true if `revision` is a full commit id, whose files never change.
 pub(crate) fn is_commit(revision: &str) -> bool {
     revision.len() == 40 && is_hex(revision)
 }
@@ -144,15 +144,15 @@ pub(crate) fn is_hex(text: &str) -> bool {
     text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Whether `text` may become a path below a directory of the cache.
+/// Returns true if `text` is a safe path below a directory of the cache.
 pub(crate) fn stays_below(text: &str) -> bool {
     let mut components = Path::new(text).components().peekable();
     components.peek().is_some() && components.all(|component| matches!(component, Component::Normal(_)))
 }
 
-/// What a model or an adapter at `snapshot` still lacks; `None` when it can be loaded.
+/// Returns what a model or adapter at `snapshot` still lacks, or `None` if it is complete.
 ///
-/// Python's library makes a snapshot before it has all files, and so may be interrupted.
+/// Python's library creates a snapshot before all its files are there, so an interrupted one is incomplete.
 pub(crate) fn lacks(snapshot: &Path) -> Option<String> {
     let has = |file: &str| snapshot.join(file).exists();
     if has(ADAPTER_CONFIG) && has(ADAPTER_FILE) {
@@ -173,12 +173,12 @@ pub(crate) fn lacks(snapshot: &Path) -> Option<String> {
     }
 }
 
-/// All files of a snapshot, by their names in the repository.
+/// Returns the files of a snapshot, by their names in the repository.
 pub(crate) fn names(snapshot: &Path) -> Vec<String> {
     let mut names = Vec::new();
     let mut folders = vec![String::new()];
     while let Some(folder) = folders.pop() {
-        // What cannot be read cannot be taken either.
+        // Unreadable directories are skipped; their files count as missing.
         for entry in fs::read_dir(snapshot.join(&folder)).into_iter().flatten().flatten() {
             let name = format!("{folder}{}", entry.file_name().to_string_lossy());
             match entry.path() {
@@ -198,7 +198,7 @@ mod tests {
     const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
     #[test]
-    fn lies_where_python_looks() {
+    fn paths_equal_those_of_python() {
         let scratch = tempfile::tempdir().unwrap();
         let repo = CachedRepo::new(scratch.path(), "models--org--name");
         create_dir(&repo.blobs()).unwrap();
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn keeps_paths_of_others_inside() {
+    fn paths_outside_the_cache_are_rejected() {
         for inside in ["main", "refs/pr/1", "v1.0"] {
             assert!(stays_below(inside), "{inside}");
         }
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn knows_an_interrupted_snapshot() {
+    fn an_interrupted_snapshot_is_detected() {
         let scratch = tempfile::tempdir().unwrap();
         let write = |file: &str, text: &str| fs::write(scratch.path().join(file), text).unwrap();
         assert_eq!(lacks(scratch.path()).as_deref(), Some("config.json"));

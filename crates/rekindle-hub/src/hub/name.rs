@@ -2,7 +2,7 @@ use std::fmt;
 
 use crate::{Error, HubErrorKind};
 
-/// `organization/name`, checked against the hub's rules.
+/// A name `organization/name` that follows the hub's rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RepoName {
     pub(crate) kind: RepoKind,
@@ -10,12 +10,12 @@ pub(crate) struct RepoName {
     pub(crate) name: String,
 }
 
-/// What a repository holds.
+/// The kind of a repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RepoKind {
     /// A model or an adapter.
     Model,
-    /// Rows.
+    /// A dataset.
     Dataset,
 }
 
@@ -28,34 +28,38 @@ impl RepoKind {
     }
 }
 
-/// The longest name that the hub gives.
-const LONGEST: usize = 96;
+/// The maximum length of each part of a name.
+const MAX_LENGTH: usize = 96;
 
 impl RepoName {
+    /// Parses a name.
+    ///
     /// # Errors
-    /// [`HubErrorKind::Name`], with the rule that is broken.
+    /// [`HubErrorKind::Name`], with the violated rule.
     pub(crate) fn parse(kind: RepoKind, name: &str) -> Result<RepoName, Error> {
         let refuse = |reason: String| Error::Hub { kind: HubErrorKind::Name, name: name.to_owned(), reason };
         let Some((organization, own)) = name.split_once('/') else {
             return Err(refuse(format!(
-                "there is no such directory, and a name on the hub has the form organization/{}",
+                "there is no such directory, and hub names have the form organization/{}",
                 kind.noun()
             )));
         };
         for part in [organization, own] {
             if let Some(rule) = broken_rule(part) {
-                return Err(refuse(format!("there is no such directory, and {part:?} is no name on the hub: {rule}")));
+                return Err(refuse(format!(
+                    "there is no such directory, and {part:?} is not a valid hub name: {rule}"
+                )));
             }
         }
         Ok(RepoName { kind, organization: organization.to_owned(), name: own.to_owned() })
     }
 
-    /// The directory in the cache.
+    /// Returns the directory name in the cache.
     pub(crate) fn folder(&self) -> String {
         format!("{}s--{}--{}", self.kind.noun(), self.organization, self.name)
     }
 
-    /// Where its page and its files are, below the hub's address.
+    /// Returns the path of its page and files on the hub.
     pub(crate) fn path(&self) -> String {
         match self.kind {
             RepoKind::Model => self.to_string(),
@@ -75,8 +79,8 @@ fn broken_rule(part: &str) -> Option<String> {
     if part.is_empty() {
         return Some("a part is empty".to_owned());
     }
-    if part.len() > LONGEST {
-        return Some(format!("it is longer than {LONGEST} characters"));
+    if part.len() > MAX_LENGTH {
+        return Some(format!("it is longer than {MAX_LENGTH} characters"));
     }
     if let Some(wrong) = part.chars().find(|&character| !is_word(character) && !"-.".contains(character)) {
         return Some(format!("it has {wrong:?}; letters, digits, '-', '_' and '.' are allowed"));
@@ -92,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_the_hub_and_of_the_cache() {
+    fn names_map_to_the_hub_and_to_the_cache() {
         for name in ["unsloth/Qwen3-4B-Thinking-2507", "meta-llama/Llama-3.2-1B", "a/b", "_x/0.1_y"] {
             assert_eq!(RepoName::parse(RepoKind::Model, name).unwrap().to_string(), name);
         }
@@ -102,9 +106,9 @@ mod tests {
     }
 
     #[test]
-    fn says_which_rule_is_broken() {
+    fn the_violated_rule_is_named() {
         let cases = [
-            ("qwen3", "has the form organization/model"),
+            ("qwen3", "have the form organization/model"),
             ("a/b/c", "it has '/'"),
             ("/b", "a part is empty"),
             ("Qwen/", "a part is empty"),

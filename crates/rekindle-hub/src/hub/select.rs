@@ -1,4 +1,4 @@
-//! Which files of a repository are needed.
+//! Selection of the required files of a repository.
 
 use crate::adapter::{ADAPTER_CONFIG, ADAPTER_FILE};
 use crate::error::quoted;
@@ -12,28 +12,29 @@ const POSITIONS: &str = "rope_parameters.json";
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Selection {
     pub(crate) files: Vec<String>,
-    /// Whether an index among them names more.
+    /// True if the index among them names more files.
     pub(crate) sharded: bool,
 }
 
 impl Selection {
-    /// What says what the weights are: configurations and the index.
+    /// Returns the files that describe the weights: configurations and the index.
     pub(crate) fn descriptions(&self) -> Vec<String> {
         let describes = |file: &&String| [CONFIG, ADAPTER_CONFIG, POSITIONS, INDEX_FILE].contains(&file.as_str());
         self.files.iter().filter(describes).cloned().collect()
     }
 
-    /// The file of all weights; `None` where an index names several. A model goes before an adapter beside it.
+    /// Returns the single weight file, or `None` if an index names several. A model takes precedence over an adapter
+    /// next to it.
     pub(crate) fn weights(&self) -> Option<&str> {
         let has = |name: &&str| self.files.iter().any(|file| file == name);
         [SINGLE_FILE, ADAPTER_FILE].into_iter().filter(|_| !self.sharded).find(has)
     }
 }
 
-/// Chooses from all files of a repository. Of its folders only that of chat templates is needed.
+/// Selects from all files of a repository. Of its subdirectories only that of chat templates is required.
 ///
 /// # Errors
-/// Why a repository is neither a model nor an adapter that can be read, and a way out.
+/// A message that explains why the repository is neither a supported model nor an adapter, and what to use instead.
 pub(crate) fn select(all: &[String]) -> Result<Selection, String> {
     let has = |name: &str| all.iter().any(|file| file == name);
     let is_model = has(CONFIG) && (has(SINGLE_FILE) || has(INDEX_FILE));
@@ -44,7 +45,7 @@ pub(crate) fn select(all: &[String]) -> Result<Selection, String> {
     let mut files: Vec<_> =
         [CONFIG, ADAPTER_CONFIG, POSITIONS].into_iter().filter(|name| has(name)).map(str::to_owned).collect();
     files.extend(all.iter().filter(|name| is_companion(name)).cloned());
-    // Where both are, `Checkpoint::open` takes the single file.
+    // If both exist, `Checkpoint::open` uses the single file.
     let sharded = is_model && !has(SINGLE_FILE);
     if is_model {
         files.push(if sharded { INDEX_FILE } else { SINGLE_FILE }.to_owned());
@@ -67,21 +68,21 @@ fn unreadable(all: &[String]) -> String {
         let lacks = if weights.contains(&ADAPTER_FILE) { ADAPTER_CONFIG } else { CONFIG };
         let found = quoted(weights.into_iter().take(3));
         return format!(
-            "it holds {found} but no {lacks} with {SINGLE_FILE} or {INDEX_FILE} beside it at its top; \
-             give a model or an adapter in transformers' layout"
+            "it holds {found}, but not {lacks} together with {SINGLE_FILE} or {INDEX_FILE} in its top directory; \
+             use a model or an adapter in transformers' layout"
         );
     }
     if !pickled.is_empty() {
         return format!(
-            "its weights are pickled ({}), and pickles can run code when they are read; \
-             give a repository, or a revision, with safetensors",
+            "its weights are pickled ({}), and reading pickles can run code; \
+             use a repository or revision with safetensors",
             quoted(pickled.into_iter().take(3))
         );
     }
     if !gguf.is_empty() {
-        return "it holds GGUF files, which are not read; give the repository that they were made from".to_owned();
+        return "it holds GGUF files, which are not supported; use the repository they were converted from".to_owned();
     }
-    "it holds no weights; give the repository of a model or of an adapter".to_owned()
+    "it holds no weights; use the repository of a model or an adapter".to_owned()
 }
 
 #[cfg(test)]
@@ -93,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn takes_what_is_needed_and_nothing_else() {
+    fn only_required_files_are_selected() {
         let found = select_of(&[
             ".gitattributes",
             "README.md",
@@ -123,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn shards_come_by_their_index() {
+    fn shards_are_found_by_their_index() {
         let found = select_of(&["config.json", INDEX_FILE, "model-00001-of-00002.safetensors"]).unwrap();
         assert_eq!(found.files, ["config.json", INDEX_FILE]);
         assert!(found.sharded);
@@ -132,21 +133,21 @@ mod tests {
     }
 
     #[test]
-    fn takes_an_adapter() {
+    fn an_adapter_is_selected() {
         let found = select_of(&["README.md", ADAPTER_CONFIG, ADAPTER_FILE, "chat_template.jinja"]).unwrap();
         assert_eq!(found.files, [ADAPTER_CONFIG, "chat_template.jinja", ADAPTER_FILE]);
         assert!(!found.sharded);
     }
 
     #[test]
-    fn refuses_other_weights_by_name() {
+    fn unsupported_weights_are_refused_by_name() {
         let cases: [(&[&str], &str); 6] = [
             (&["config.json", "pytorch_model.bin"], "pickled (\"pytorch_model.bin\")"),
             (&["adapter_config.json", "adapter_model.bin"], "\"adapter_model.bin\""),
             (&["config.json", "m.Q4_K_M.gguf"], "holds GGUF"),
             (&["README.md"], "no weights"),
-            (&["model.safetensors"], "but no config.json"),
-            (&["adapter_model.safetensors"], "but no adapter_config.json"),
+            (&["model.safetensors"], "but not config.json"),
+            (&["adapter_model.safetensors"], "but not adapter_config.json"),
         ];
         for (all, expected) in cases {
             let reason = select_of(all).unwrap_err();

@@ -1,4 +1,4 @@
-//! Whether the disk of the cache has room.
+//! Check of the free space on the cache's disk.
 
 use std::path::Path;
 
@@ -6,10 +6,10 @@ use crate::{Error, HubErrorKind};
 
 use super::failure::Request;
 
-/// Checks that `needed` more bytes fit beside `directory`'s contents.
+/// Checks that `directory` has space for `needed` more bytes.
 ///
 /// # Errors
-/// [`HubErrorKind::Space`], with both numbers. A file system that does not tell passes.
+/// [`HubErrorKind::Space`], with both numbers. The check passes if the file system does not report its free space.
 pub(crate) fn check(request: &Request, directory: &Path, needed: u64) -> Result<(), Error> {
     match fs4::available_space(directory) {
         Ok(free) if free < needed => Err(full(request, directory, needed, free)),
@@ -19,14 +19,14 @@ pub(crate) fn check(request: &Request, directory: &Path, needed: u64) -> Result<
 
 fn full(request: &Request, directory: &Path, needed: u64, free: u64) -> Error {
     let reason =
-        format!("{} are to be downloaded and {} are free at {directory:?}; {WAY_OUT}", bytes(needed), bytes(free));
+        format!("the download needs {}, but only {} are free at {directory:?}; {WAY_OUT}", bytes(needed), bytes(free));
     request.error(HubErrorKind::Space, reason)
 }
 
-/// What to do about a full disk.
-pub(crate) const WAY_OUT: &str = "make room, or set HF_HUB_CACHE to a directory on another disk";
+/// The remedy for a full disk.
+pub(crate) const WAY_OUT: &str = "free some space, or set HF_HUB_CACHE to a directory on another disk";
 
-/// `n` in the unit that leaves up to three digits before the point.
+/// Formats `n` in the unit that leaves up to three digits before the point.
 pub(crate) fn bytes(n: u64) -> String {
     let mut scaled = n as f64;
     for unit in ["bytes", "kB", "MB", "GB"] {
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn scales_bytes() {
+    fn bytes_are_scaled_to_a_unit() {
         let cases = [
             (0, "0 bytes"),
             (999, "999 bytes"),

@@ -1,47 +1,47 @@
-//! Which files of a dataset repository hold the rows of a split.
+//! Selection of the files that hold the rows of a dataset split.
 
 use std::collections::BTreeSet;
 
 use crate::error::quoted;
 
-/// The part of a dataset's repository that is asked for.
+/// The requested part of a dataset repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DatasetPart {
-    /// A folder of the repository, where it has several sets of rows beside each other. Default: the only one.
+    /// A folder of the repository, if it has several sets of rows. Default: the only one.
     pub subset: Option<String>,
-    /// `train`, `test`, `validation` or another word of the files' names.
+    /// `train`, `test`, `validation` or another word in the files' names.
     pub split: String,
 }
 
-/// What files of rows end as, the kinds that are taken first before others.
+/// The file endings of supported formats, with preferred formats first.
 const KINDS: [&[&str]; 2] = [&[".parquet"], &[".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"]];
 
-/// JSON files of a repository that hold no rows.
+/// JSON files in a repository that hold no rows.
 const NO_ROWS: [&str; 4] = ["dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"];
 
-/// Splits under the names that files have.
+/// Splits and the names used for them in file names.
 const SPLITS: [(&str, &[&str]); 3] = [
     ("train", &["train", "training"]),
     ("test", &["test", "testing", "eval", "evaluation"]),
     ("validation", &["validation", "valid", "val", "dev"]),
 ];
 
-/// The most names that an error lists.
-const MOST: usize = 8;
+/// The maximum number of names in an error.
+const MAX_LISTED: usize = 8;
 
 impl DatasetPart {
-    /// Chooses from all files of a repository, sorted: `split-00000-of-00002.parquet`, else those whose path has a usual
-    /// name of the split as a folder or as a word of the name. Where no file says a split, all are `train`, as for Python's
-    /// `datasets`.
+    /// Selects the split's files from all files of a repository, sorted: `split-00000-of-00002.parquet`, else those
+    /// whose path contains a usual name of the split as a folder or as a word of the file name. If no file names a
+    /// split, all files are `train`, as in Python's `datasets`.
     ///
     /// # Errors
-    /// What the repository has instead.
+    /// A message that lists what the repository has instead.
     pub(crate) fn select(&self, all: &[String]) -> Result<Vec<String>, String> {
         let Some(rows) = KINDS.iter().map(|kind| rows_in(all, kind)).find(|rows| !rows.is_empty()) else {
-            let found = quoted(all.iter().take(MOST).map(String::as_str));
+            let found = quoted(all.iter().take(MAX_LISTED).map(String::as_str));
             return Err(format!(
-                "it holds no Parquet, JSON or JSON lines but {found}; where the hub has converted it, \
-                 revision = \"refs/convert/parquet\" has its rows"
+                "it holds no Parquet, JSON or JSON Lines files, only {found}; if the hub has converted it, \
+                 set revision = \"refs/convert/parquet\""
             ));
         };
         let rows = self.of_subset(rows)?;
@@ -52,14 +52,17 @@ impl DatasetPart {
             false => rows.into_iter().filter(|file| split_of(file) == Some(wanted)).collect(),
         };
         if found.is_empty() {
-            let there =
-                if splits.is_empty() { "only files that say none, which are train".to_owned() } else { quoted(splits) };
+            let there = if splits.is_empty() {
+                "only files without a split, which are \"train\"".to_owned()
+            } else {
+                quoted(splits)
+            };
             return Err(format!("it has no split {:?}; it has {there}", self.split));
         }
         let folders: BTreeSet<&str> = found.iter().map(|file| subset_of(file)).collect();
         if folders.len() > 1 {
-            let listed = quoted(folders.iter().copied().take(MOST));
-            return Err(format!("it has several subsets ({listed}{}); choose one with subset", more(folders.len())));
+            let listed = quoted(folders.iter().copied().take(MAX_LISTED));
+            return Err(format!("it has several subsets ({listed}{}); select one with subset", more(folders.len())));
         }
         found.sort_unstable();
         Ok(found.into_iter().map(str::to_owned).collect())
@@ -73,14 +76,15 @@ impl DatasetPart {
             let folders: BTreeSet<&str> =
                 rest.iter().map(|file| subset_of(file)).filter(|name| !name.is_empty()).collect();
             let count = folders.len();
-            let listed = if count == 0 { "none".to_owned() } else { quoted(folders.into_iter().take(MOST)) };
+            let listed = if count == 0 { "none".to_owned() } else { quoted(folders.into_iter().take(MAX_LISTED)) };
             return Err(format!("it has no subset {subset:?}; it has {listed}{}", more(count)));
         }
         Ok(inside)
     }
 }
 
-/// A piece of a split that `files` lack although the names of the others count it: `train-00000-of-00002.parquet`.
+/// Returns a piece that is missing from `files` according to the count in the other names:
+/// `train-00000-of-00002.parquet`.
 pub(crate) fn missing_piece(files: &[String]) -> Option<String> {
     for file in files {
         let Some((before, rest)) = file.split_once("-of-") else { continue };
@@ -99,7 +103,7 @@ pub(crate) fn missing_piece(files: &[String]) -> Option<String> {
 }
 
 fn more(count: usize) -> &'static str {
-    if count > MOST { ", …" } else { "" }
+    if count > MAX_LISTED { ", …" } else { "" }
 }
 
 fn rows_in<'a>(all: &'a [String], endings: &[&str]) -> Vec<&'a str> {
@@ -114,18 +118,18 @@ fn folders_of(file: &str) -> impl Iterator<Item = &str> {
     file.rsplit_once('/').map_or("", |(folders, _)| folders).split('/').filter(|folder| !folder.is_empty())
 }
 
-/// The words of the name, and the folders.
+/// Returns the words of the file name and the folders.
 fn words_of(file: &str) -> impl Iterator<Item = &str> {
     let name = file.rsplit('/').next().unwrap_or_default();
     folders_of(file).chain(name.split(|character: char| !character.is_ascii_alphanumeric()))
 }
 
-/// The split under its usual name.
+/// Returns the canonical name of a split.
 fn canonical(word: &str) -> Option<&'static str> {
     SPLITS.iter().find(|(_, names)| names.contains(&word)).map(|(split, _)| *split)
 }
 
-/// The split that a file is of, as far as its path says one.
+/// Returns the split of a file, if its path names one.
 fn split_of(file: &str) -> Option<&str> {
     let name = file.rsplit('/').next().unwrap_or_default();
     let numbered = name.split_once("-of-").and_then(|(before, _)| before.rsplit_once('-'));
@@ -135,7 +139,7 @@ fn split_of(file: &str) -> Option<&str> {
     }
 }
 
-/// The folders that are neither a split nor `data`, which is where a repository's rows lie.
+/// Returns the folders that are neither a split nor `data`, the usual folder for rows.
 fn subset_of(file: &str) -> &str {
     folders_of(file).find(|folder| *folder != "data" && canonical(folder).is_none()).unwrap_or_default()
 }
@@ -158,15 +162,15 @@ mod tests {
     ];
 
     #[test]
-    fn takes_the_files_of_the_split() {
+    fn the_files_of_the_split_are_selected() {
         let train = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"];
         assert_eq!(select(None, "train", &PUSHED).unwrap(), train);
         assert_eq!(select(None, "test", &PUSHED).unwrap(), ["data/test-00000-of-00001.parquet"]);
-        // As the hub converts: a folder for the subset and one for the split.
+        // The hub's conversion has a folder for the subset and one for the split.
         let converted = ["default/train/0000.parquet", "default/train/0001.parquet", "default/validation/0000.parquet"];
         assert_eq!(select(None, "train", &converted).unwrap(), converted[..2]);
         assert_eq!(select(Some("default"), "valid", &converted).unwrap(), converted[2..]);
-        // What stands before the number is the name, whole.
+        // The whole name before the number is the split's name.
         let named = ["data/train_gen-00000-of-00001.parquet", "data/train_sft-00000-of-00001.parquet"];
         assert_eq!(select(None, "train_sft", &named).unwrap(), named[1..]);
         let reason = select(None, "train", &named).unwrap_err();
@@ -174,21 +178,21 @@ mod tests {
     }
 
     #[test]
-    fn files_that_say_no_split_are_train() {
+    fn files_without_a_split_are_train() {
         let plain = ["dataset_infos.json", "alpaca_data.json", "README.md"];
         assert_eq!(select(None, "train", &plain).unwrap(), ["alpaca_data.json"]);
-        assert!(select(None, "test", &plain).unwrap_err().contains("only files that say none, which are train"));
-        // Parquet comes before what it may have been made from.
+        assert!(select(None, "test", &plain).unwrap_err().contains("only files without a split, which are \"train\""));
+        // Parquet is preferred over a possible source format.
         assert_eq!(select(None, "train", &["rows.jsonl", "rows.parquet"]).unwrap(), ["rows.parquet"]);
     }
 
     #[test]
-    fn says_what_there_is_instead() {
+    fn errors_list_what_is_available() {
         assert_eq!(select(None, "dev", &PUSHED).unwrap_err(), "it has no split \"dev\"; it has \"test\", \"train\"");
         let several = ["de/train.jsonl", "en/train.jsonl", "en/test.jsonl"];
         assert_eq!(
             select(None, "train", &several).unwrap_err(),
-            "it has several subsets (\"de\", \"en\"); choose one with subset"
+            "it has several subsets (\"de\", \"en\"); select one with subset"
         );
         assert_eq!(select(Some("en"), "train", &several).unwrap(), ["en/train.jsonl"]);
         assert_eq!(
@@ -197,13 +201,13 @@ mod tests {
         );
         let reason = select(None, "train", &["rows.csv", "load.py"]).unwrap_err();
         assert!(
-            reason.contains("but \"rows.csv\", \"load.py\"") && reason.contains("refs/convert/parquet"),
+            reason.contains("only \"rows.csv\", \"load.py\"") && reason.contains("refs/convert/parquet"),
             "{reason}"
         );
     }
 
     #[test]
-    fn pieces_are_counted() {
+    fn missing_pieces_are_detected() {
         let files = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
         assert_eq!(missing_piece(&files(&["data/train-00000-of-00001.parquet", "rows.json", "of-x"])), None);
         let lacking = missing_piece(&files(&["data/train-00000-of-00002-ab12.parquet"]));

@@ -1,4 +1,4 @@
-//! The layout of the cache, and doing without the hub.
+//! Tests of the cache layout and of offline use.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,7 +22,7 @@ const MODEL: [(&str, &[u8]); 6] = [
 ];
 
 #[test]
-fn lays_files_where_python_looks() {
+fn the_layout_equals_that_of_python() {
     let server = Server::start(&MODEL);
     let client = Client::of(&server);
     let resolved = client.resolve().unwrap();
@@ -45,22 +45,22 @@ fn lays_files_where_python_looks() {
 }
 
 #[test]
-fn asks_once_when_everything_is_there() {
+fn a_complete_snapshot_needs_one_request() {
     let server = Server::start(&MODEL);
     let mut client = Client::of(&server);
     let first = client.resolve().unwrap();
     server.requests();
     assert_eq!(client.resolve().unwrap(), first);
     assert_eq!(server.requests(), ["GET /api/models/org/model/revision/main"]);
-    // A commit's files do not change.
+    // The files of a commit never change.
     client.revision = Some(COMMIT);
     assert_eq!(client.resolve().unwrap(), first);
     assert!(server.requests().is_empty());
 }
 
-/// What Python's library, or a run that was killed, left.
+/// Simulates a snapshot left incomplete by Python's library or by a killed process.
 #[test]
-fn completes_a_snapshot() {
+fn an_incomplete_snapshot_is_completed() {
     let server = Server::start(&MODEL);
     let client = Client::of(&server);
     let path = client.resolve().unwrap().path;
@@ -72,12 +72,12 @@ fn completes_a_snapshot() {
     client.resolve().unwrap();
     assert!(path.join("tokenizer.json").exists());
     let fetched: Vec<_> = server.requests().into_iter().filter(|request| request.starts_with("GET /org")).collect();
-    // Of the tokenizer only the link is gone.
+    // Only the link of the tokenizer was removed, so its blob is not downloaded again.
     assert_eq!(fetched, [format!("GET /org/model/resolve/{COMMIT}/config.json")]);
 }
 
 #[test]
-fn does_without_the_hub() {
+fn offline_mode_uses_the_cache() {
     let server = Server::start(&MODEL);
     let mut client = Client::of(&server);
     client.local_files_only = true;
@@ -97,11 +97,11 @@ fn does_without_the_hub() {
 }
 
 #[test]
-fn takes_the_cache_when_the_hub_is_out_of_reach() {
+fn an_unreachable_hub_falls_back_to_the_cache() {
     let server = Server::start(&MODEL);
     let mut client = Client::of(&server);
     let online = client.resolve().unwrap();
-    client.endpoint = nobody();
+    client.endpoint = unused_address();
     let offline = client.resolve().unwrap();
     assert_eq!(offline.path, online.path);
     let notice = offline.notice.unwrap();
@@ -110,25 +110,25 @@ fn takes_the_cache_when_the_hub_is_out_of_reach() {
 }
 
 #[test]
-fn says_that_nobody_answers() {
+fn an_unreachable_hub_without_cache_is_an_error() {
     let server = Server::start(&MODEL);
     let mut client = Client::of(&server);
-    client.endpoint = nobody();
+    client.endpoint = unused_address();
     client.fails(HubErrorKind::Network, "onnection refused");
     client.endpoint = "http://no-such-host.invalid".to_owned();
     client.fails(HubErrorKind::Network, "cannot reach http://no-such-host.invalid: ");
     client.endpoint = "huggingface.co".to_owned();
-    client.fails(HubErrorKind::Network, "is no address");
+    client.fails(HubErrorKind::Network, "is not a valid URL");
 }
 
-/// The address of a port that was free just now.
-fn nobody() -> String {
+/// Returns the address of a port that was just free.
+fn unused_address() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     format!("http://{}", listener.local_addr().unwrap())
 }
 
 #[test]
-fn an_adapter_leads_to_its_base() {
+fn the_base_of_an_adapter_is_found() {
     let config = br#"{"peft_type": "LORA", "base_model_name_or_path": "org/base"}"#;
     let server = Server::start(&[("adapter_config.json", config), ("adapter_model.safetensors", b"lora")]);
     server.add("org/base", &MODEL);
@@ -141,7 +141,7 @@ fn an_adapter_leads_to_its_base() {
 }
 
 #[test]
-fn keeps_revisions_apart_and_prunes_the_old() {
+fn revisions_are_separate_and_old_ones_are_pruned() {
     let server = Server::start(&MODEL);
     let mut client = Client::of(&server);
     server.hub().revisions.insert("refs/pr/1".to_owned(), COMMIT.to_owned());
@@ -163,16 +163,16 @@ fn keeps_revisions_apart_and_prunes_the_old() {
     assert_eq!(client.resolve().unwrap(), requested);
 }
 
-/// Runs the test below in a process with variables of its own.
+/// Runs the test below in a subprocess with its own environment variables.
 #[test]
-fn obeys_the_environment() {
+fn environment_variables_are_used() {
     let server = Server::start(&MODEL);
     server.hub().token = Some("hf_file".to_owned());
     let home = tempfile::tempdir().unwrap();
     fs::write(home.path().join("token"), "hf_file\n").unwrap();
     let run = |offline: &str| {
         let mut child = Command::new(std::env::current_exe().unwrap());
-        child.args(["--exact", "cache::in_a_process_of_its_own"]).env("REKINDLE_HUB_TEST", "1");
+        child.args(["--exact", "cache::in_a_subprocess"]).env("REKINDLE_HUB_TEST", "1");
         for variable in ["HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"] {
             child.env_remove(variable);
         }
@@ -189,7 +189,7 @@ fn obeys_the_environment() {
 }
 
 #[test]
-fn in_a_process_of_its_own() {
+fn in_a_subprocess() {
     if std::env::var_os("REKINDLE_HUB_TEST").is_some() {
         resolve("org/model", HubOptions::default()).unwrap();
     }

@@ -1,4 +1,4 @@
-//! Downloads that are cut, repeated, shared and damaged.
+//! Tests of interrupted, repeated, concurrent and damaged downloads.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -16,13 +16,13 @@ fn model(weights: &[u8]) -> Server {
     Server::start(&[("config.json", b"{}"), (WEIGHTS, weights)])
 }
 
-/// The requests for the weights' contents.
+/// Returns the requests for the contents of the weights.
 fn of_weights(server: &Server) -> Vec<String> {
     server.requests().into_iter().filter(|request| request.starts_with("GET /model")).collect()
 }
 
 #[test]
-fn goes_on_after_a_cut() {
+fn an_interrupted_download_resumes() {
     let weights = noise(1_000_000);
     let server = model(&weights);
     server.file(WEIGHTS, |file| file.cuts = vec![300_000, 700_000]);
@@ -37,13 +37,13 @@ fn goes_on_after_a_cut() {
     let expected = [url.to_owned(), format!("{url} bytes=300000-999999"), format!("{url} bytes=700000-999999")];
     assert_eq!(of_weights(&server), expected);
     let seen = seen.into_inner();
-    assert!(seen.is_sorted(), "no byte came twice");
+    assert!(seen.is_sorted(), "no byte is downloaded twice");
     assert!(seen.iter().all(|&(_, total)| total == 1_000_002));
     assert_eq!(seen.last(), Some(&(1_000_002, 1_000_002)));
 }
 
 #[test]
-fn keeps_what_came_for_the_next_run() {
+fn partial_data_is_kept_for_the_next_run() {
     let weights = noise(100_000);
     let server = model(&weights);
     server.file(WEIGHTS, |file| file.cuts = vec![60_000]);
@@ -61,7 +61,7 @@ fn keeps_what_came_for_the_next_run() {
     let etag = remote.etag();
     let incomplete = client.repo().join("blobs").join(format!("{etag}.incomplete"));
     assert_eq!(fs::read(&incomplete).unwrap(), weights[..60_000]);
-    assert!(!client.repo().join("refs/main").exists(), "the snapshot is not whole");
+    assert!(!client.repo().join("refs/main").exists(), "the snapshot is incomplete");
 
     server.hub().files.insert(WEIGHTS.to_owned(), RemoteFile { cuts: vec![], ..remote });
     server.requests();
@@ -72,7 +72,7 @@ fn keeps_what_came_for_the_next_run() {
 }
 
 #[test]
-fn begins_anew_when_the_rest_does_not_fit() {
+fn mismatched_partial_data_is_downloaded_again() {
     let weights = noise(100_000);
     for left in [vec![7; 40_000], vec![7; 100_000], vec![7; 200_000]] {
         let server = model(&weights);
@@ -86,7 +86,7 @@ fn begins_anew_when_the_rest_does_not_fit() {
 }
 
 #[test]
-fn copes_with_a_server_without_ranges() {
+fn a_server_without_ranges_is_supported() {
     let weights = noise(100_000);
     let server = model(&weights);
     server.hub().has_ranges = false;
@@ -97,7 +97,7 @@ fn copes_with_a_server_without_ranges() {
 }
 
 #[test]
-fn refuses_what_arrives_damaged() {
+fn damaged_data_is_refused() {
     for name in [WEIGHTS, "config.json"] {
         let server = model(&noise(1000));
         server.file(name, |file| {
@@ -118,14 +118,14 @@ fn refuses_what_arrives_damaged() {
 }
 
 #[test]
-fn refuses_more_than_was_announced() {
+fn a_file_longer_than_announced_is_refused() {
     let server = model(&noise(1000));
     server.file(WEIGHTS, |file| file.size = Some(900));
     Client::of(&server).fails(HubErrorKind::Checksum, "longer than the 900 bytes");
 }
 
 #[test]
-fn fetches_shards_by_the_index_and_at_once() {
+fn shards_are_downloaded_in_parallel_by_the_index() {
     let names: Vec<_> = (1..=4).map(|n| format!("model-0000{n}-of-00004.safetensors")).collect();
     let map: serde_json::Map<_, _> = names.iter().map(|name| (format!("w{name}"), name.as_str().into())).collect();
     let index = serde_json::json!({"metadata": {}, "weight_map": map}).to_string();
@@ -153,9 +153,9 @@ fn fetches_shards_by_the_index_and_at_once() {
     }
 }
 
-/// Two programs, or two runs on one machine.
+/// Simulates two processes on one machine.
 #[test]
-fn two_at_a_time_download_once() {
+fn concurrent_processes_download_once() {
     let server = model(&noise(500_000));
     let client = Client::of(&server);
     thread::scope(|scope| {
@@ -166,9 +166,9 @@ fn two_at_a_time_download_once() {
     assert_eq!(of_weights(&server).len(), 1);
 }
 
-/// What is far away may be busy for a moment.
+/// Simulates transient server errors.
 #[test]
-fn asks_again_after_an_error_of_the_hub() {
+fn transient_errors_are_retried() {
     let server = model(&noise(1000));
     server.hub().failures = vec![503, 429];
     Client::of(&server).resolve().unwrap();

@@ -1,4 +1,4 @@
-//! What stands between a name and its files, and what the user is told to do.
+//! Tests of the errors for names that cannot be resolved, and of their advice.
 
 use rekindle_hub::HubErrorKind;
 
@@ -8,7 +8,7 @@ use crate::server::Server;
 const MODEL: [(&str, &[u8]); 2] = [("config.json", b"{}"), ("model.safetensors", b"weights")];
 
 #[test]
-fn a_licence_that_was_not_accepted() {
+fn an_unaccepted_licence_is_reported() {
     let server = Server::start(&MODEL);
     server.hub().is_gated = true;
     let mut client = Client::of(&server);
@@ -17,7 +17,7 @@ fn a_licence_that_was_not_accepted() {
 }
 
 #[test]
-fn a_private_model() {
+fn a_private_model_needs_an_accepted_token() {
     let server = Server::start(&MODEL);
     server.hub().token = Some("hf_right".to_owned());
     let mut client = Client::of(&server);
@@ -25,11 +25,11 @@ fn a_private_model() {
     client.fails(HubErrorKind::Denied, "does not accept the token (the server's words)");
     client.token = Some("hf_right");
     client.resolve().unwrap();
-    assert!(!server.hub().leaked_token, "the storage is another host");
+    assert!(!server.hub().leaked_token, "the storage is a different host");
 }
 
 #[test]
-fn a_model_or_revision_that_is_not_there() {
+fn a_missing_model_or_revision_is_reported() {
     let server = Server::start(&MODEL);
     let mut client = Client::of(&server);
     client.revision = Some("v9");
@@ -43,7 +43,7 @@ fn a_model_or_revision_that_is_not_there() {
 }
 
 #[test]
-fn a_model_that_was_renamed() {
+fn a_renamed_model_is_found() {
     let server = Server::start(&MODEL);
     server.hub().old_name = Some("old/name".to_owned());
     let client = Client::of(&server);
@@ -52,7 +52,7 @@ fn a_model_that_was_renamed() {
 }
 
 #[test]
-fn pickled_weights_alone() {
+fn a_repository_with_only_pickled_weights_is_refused() {
     let server = Server::start(&[("config.json", b"{}"), ("pytorch_model.bin", b"pickled")]);
     let client = Client::of(&server);
     client.fails(HubErrorKind::Weights, "weights are pickled (\"pytorch_model.bin\")");
@@ -60,22 +60,22 @@ fn pickled_weights_alone() {
 }
 
 #[test]
-fn a_disk_that_is_too_small() {
+fn a_disk_that_is_too_small_is_reported() {
     let server = Server::start(&MODEL);
     server.file("model.safetensors", |file| file.size = Some(1 << 60));
     let client = Client::of(&server);
-    client.fails(HubErrorKind::Space, "1152921.5 TB are to be downloaded");
+    client.fails(HubErrorKind::Space, "the download needs 1152921.5 TB");
     let requests = server.requests();
     assert!(requests.iter().all(|request| !request.starts_with("GET /org")), "{requests:?}");
 }
 
 #[test]
-fn something_that_is_no_hub() {
+fn a_server_that_is_not_a_hub_is_reported() {
     let server = Server::start(&MODEL);
     server.hub().revisions.insert("main".to_owned(), "not a commit".to_owned());
     let client = Client::of(&server);
     client.fails(HubErrorKind::Response, "it names no commit");
-    // Another JSON than the hub's.
+    // Valid JSON with the wrong fields.
     server.hub().failures = vec![200];
-    client.fails(HubErrorKind::Response, "does not answer as the hub does (missing field");
+    client.fails(HubErrorKind::Response, "did not respond like a Hugging Face hub (missing field");
 }

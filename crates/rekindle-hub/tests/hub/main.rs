@@ -1,11 +1,11 @@
-//! Names on the hub, against a hub on loopback.
+//! Tests of hub access against a server on loopback.
 
 #![allow(clippy::unwrap_used)]
 
 mod cache;
+mod checkpoint_headers;
 mod download;
 mod errors;
-mod headers;
 mod rows;
 mod server;
 
@@ -15,7 +15,7 @@ use rekindle_hub::{Error, HubErrorKind, HubOptions, Resolved, resolve};
 use server::Server;
 use tempfile::TempDir;
 
-/// An empty cache, and what is asked with it.
+/// An empty cache and the options to use it.
 struct Client {
     scratch: TempDir,
     endpoint: String,
@@ -46,7 +46,7 @@ impl Client {
         resolve("org/model", self.options())
     }
 
-    /// The model's directory in the cache.
+    /// Returns the model's directory in the cache.
     fn repo(&self) -> PathBuf {
         self.scratch.path().join("models--org--model")
     }
@@ -59,7 +59,7 @@ impl Client {
     }
 }
 
-/// `n` bytes that do not repeat soon.
+/// Returns `n` pseudo-random bytes.
 fn noise(n: usize) -> Vec<u8> {
     let mut state = 1_u32;
     let next = || {

@@ -1,4 +1,4 @@
-//! Rows of dataset repositories.
+//! Tests of dataset repositories.
 
 use std::fs;
 use std::path::Path;
@@ -18,7 +18,7 @@ fn rows(client: &Client, split: &str) -> Result<ResolvedRows, Error> {
     resolve_rows("org/rows", &DatasetPart { subset: None, split: split.to_owned() }, client.options())
 }
 
-/// The requests to the storage for contents.
+/// Returns the requests to the storage.
 fn contents(server: &Server) -> Vec<String> {
     server
         .requests()
@@ -30,7 +30,7 @@ fn contents(server: &Server) -> Vec<String> {
 const TRAIN: [&str; 2] = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"];
 
 #[test]
-fn only_the_files_of_the_split_come_and_lie_where_python_looks() {
+fn only_the_files_of_the_split_are_downloaded_into_the_shared_cache() {
     let (first, second) = (noise(3000), noise(2000));
     let server = server(&[
         ("README.md", b"# Rows"),
@@ -49,7 +49,7 @@ fn only_the_files_of_the_split_come_and_lie_where_python_looks() {
     assert!(fs::read_link(&found.files[0]).unwrap().starts_with(Path::new("../../../blobs")));
     assert_eq!(contents(&server).len(), 2);
 
-    // Once here, they are looked up and not downloaded; without the network, neither.
+    // Cached files are looked up but not downloaded; offline they are not even looked up.
     assert_eq!(rows(&client, "train").unwrap().files, found.files);
     assert!(contents(&server).is_empty());
     let offline = Client { local_files_only: true, ..client };
@@ -57,19 +57,19 @@ fn only_the_files_of_the_split_come_and_lie_where_python_looks() {
     let error = rows(&offline, "test").unwrap_err();
     assert_eq!(error.hub_kind(), Some(HubErrorKind::Offline));
     assert!(error.to_string().contains("it has no split \"test\""), "{error}");
-    // A piece that another program did not get to.
+    // Simulates a piece that another process has not downloaded yet.
     fs::remove_file(&found.files[1]).unwrap();
     let error = rows(&offline, "train").unwrap_err();
     assert!(error.to_string().contains("lacks data/train-00001-of-00002.parquet"), "{error}");
 }
 
 #[test]
-fn what_is_not_there_is_said() {
+fn missing_rows_splits_and_revisions_are_reported() {
     let server = server(&[("rows.csv", b"a,b")]);
     let client = Client::of(&server);
     let error = rows(&client, "train").unwrap_err();
     assert_eq!(error.hub_kind(), Some(HubErrorKind::Rows));
-    assert!(error.to_string().starts_with("org/rows: it holds no Parquet, JSON or JSON lines"), "{error}");
+    assert!(error.to_string().starts_with("org/rows: it holds no Parquet, JSON or JSON Lines files"), "{error}");
     let part = DatasetPart { subset: None, split: "train".to_owned() };
     let error = resolve_rows("org/none", &part, client.options()).unwrap_err();
     assert_eq!(error.hub_kind(), Some(HubErrorKind::NotFound));
@@ -78,5 +78,5 @@ fn what_is_not_there_is_said() {
     let error = resolve_rows("org/rows", &part, options).unwrap_err();
     assert!(error.to_string().contains("no branch, tag or commit \"v9\"; it has \"main\""), "{error}");
     let error = rows(&Client::of(&crate::rows::server(&[("a.jsonl", b"{}")])), "dev").unwrap_err();
-    assert!(error.to_string().contains("only files that say none, which are train"), "{error}");
+    assert!(error.to_string().contains("only files without a split, which are \"train\""), "{error}");
 }

@@ -1,6 +1,6 @@
-//! A hub on loopback: the API of some models, and the storage that large files are redirected to.
+//! A hub server on loopback: the API of several models, and the storage that large files are redirected to.
 //!
-//! The tests of the binary include this file as well.
+//! The tests of the binary include this file too.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -12,28 +12,28 @@ use std::time::{Duration, Instant};
 use sha1::{Digest, Sha1};
 use sha2::Sha256;
 
-/// The model that tests mostly ask for.
+/// The model used by most tests.
 const MODEL: &str = "org/model";
 
-/// Where every branch of every model stands.
+/// The commit of every branch of every model.
 pub(crate) const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// One file of the model.
 #[derive(Clone, Default)]
 pub(crate) struct RemoteFile {
     pub(crate) bytes: Vec<u8>,
-    /// Whether it is in the storage for large files.
+    /// True if the file is in the large-file storage.
     pub(crate) is_large: bool,
-    /// Where the next answers end, counted from the file's start.
+    /// The offsets in the file at which the next responses are cut off.
     pub(crate) cuts: Vec<usize>,
-    /// What is announced instead of the size.
+    /// An announced size that differs from the real one.
     pub(crate) size: Option<u64>,
-    /// What is sent instead of the bytes.
+    /// Bytes to send instead of the real ones.
     pub(crate) sent: Option<Vec<u8>>,
 }
 
 impl RemoteFile {
-    /// The tag that the hub gives: a checksum.
+    /// Returns the hub's ETag, which is a checksum.
     pub(crate) fn etag(&self) -> String {
         match self.is_large {
             true => hex(&Sha256::digest(&self.bytes)),
@@ -47,31 +47,31 @@ impl RemoteFile {
 
 type Files = BTreeMap<String, RemoteFile>;
 
-/// What the hub holds, how it behaves, and what it was asked.
+/// The hub's contents, its behaviour, and the requests it received.
 pub(crate) struct Hub {
-    /// Of `org/model`.
+    /// The files of `org/model`.
     pub(crate) files: Files,
-    /// Of other models, by their names.
+    /// The files of other models, by name.
     others: BTreeMap<String, Files>,
-    /// Where branches and tags stand.
+    /// The commits of branches and tags.
     pub(crate) revisions: BTreeMap<String, String>,
-    /// Who may read; everyone if empty.
+    /// The required token, if any.
     pub(crate) token: Option<String>,
-    /// Whether the licence must be accepted, which nobody has.
+    /// If true, reading requires a licence that nobody has accepted.
     pub(crate) is_gated: bool,
-    /// Whether `Range` is obeyed.
+    /// True if `Range` is supported.
     pub(crate) has_ranges: bool,
-    /// The status of the next answers.
+    /// Error statuses of the next responses.
     pub(crate) failures: Vec<u16>,
-    /// An older name, which is redirected.
+    /// An old name that is redirected.
     pub(crate) old_name: Option<String>,
-    /// How many answers of the storage must be under way before one begins, and how many were.
+    /// The number of concurrent storage responses to wait for before one begins, and the number so far.
     pub(crate) wait_for: usize,
     pub(crate) most_at_once: usize,
     at_once: usize,
-    /// Method, path and range of every request.
+    /// The method, path and range of every request.
     pub(crate) requests: Vec<String>,
-    /// Whether the storage was told a token.
+    /// True if the storage received a token.
     pub(crate) leaked_token: bool,
 }
 
@@ -81,7 +81,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Serves `org/model` with these files; those in safetensors are large.
+    /// Serves `org/model` with these files; safetensors files are stored as large files.
     pub(crate) fn start(files: &[(&str, &[u8])]) -> Server {
         let hub = Arc::new(Mutex::new(Hub {
             files: remote(files),
@@ -98,7 +98,7 @@ impl Server {
             requests: Vec::new(),
             leaked_token: false,
         }));
-        // Two ports are two hosts: a token must not go from one to the other.
+        // Two ports count as two hosts: a token must not be sent from one to the other.
         let (front, storage) = (listen(), listen());
         let storage_address = address(&storage);
         let endpoint = address(&front);
@@ -107,7 +107,7 @@ impl Server {
             thread::spawn(move || {
                 for stream in listener.incoming().flatten() {
                     let (hub, storage_address) = (hub.clone(), storage_address.clone());
-                    // A client that went away is its own affair.
+                    // A disconnected client is not an error.
                     thread::spawn(move || answer(&stream, &hub, &storage_address, is_storage).ok());
                 }
             });
@@ -115,7 +115,7 @@ impl Server {
         Server { endpoint, hub }
     }
 
-    /// Serves another model as well, or `datasets/org/name`.
+    /// Also serves another model, or `datasets/org/name`.
     pub(crate) fn add(&self, name: &str, files: &[(&str, &[u8])]) {
         self.hub().others.insert(name.to_owned(), remote(files));
     }
@@ -128,7 +128,7 @@ impl Server {
         change(self.hub().files.get_mut(name).unwrap());
     }
 
-    /// The requests since the last call.
+    /// Returns the requests since the last call.
     pub(crate) fn requests(&self) -> Vec<String> {
         std::mem::take(&mut self.hub().requests)
     }
@@ -206,7 +206,7 @@ fn answer(mut stream: &TcpStream, hub: &Mutex<Hub>, storage: &str, is_storage: b
     Ok(())
 }
 
-/// Begins when enough answers are under way, or when they seem not to come.
+/// Waits until enough responses are in progress, or until a timeout.
 fn wait_for_others(hub: &Mutex<Hub>) {
     hub.lock().unwrap().at_once += 1;
     let since = Instant::now();
@@ -226,7 +226,7 @@ struct Reply {
     status: u16,
     headers: Vec<(&'static str, String)>,
     body: Vec<u8>,
-    /// After how much of the body the connection ends.
+    /// The number of body bytes after which the connection is closed.
     cut: Option<usize>,
 }
 
@@ -242,7 +242,7 @@ impl Hub {
         }
         let right = self.token.as_ref().map(|token| format!("Bearer {token}"));
         if right.is_some() && request.authorization != right {
-            // As the hub: without a token it does not tell what is private from what is not there.
+            // Like the real hub, which does not distinguish private from missing repositories without a token.
             return error(401, if request.authorization.is_some() { "" } else { "RepoNotFound" });
         }
         let mut path = request.path.clone();
@@ -272,7 +272,7 @@ impl Hub {
         }
     }
 
-    /// The model, or the dataset as `datasets/org/name`, that a path begins with, and what follows.
+    /// Splits a path into the model, or the dataset as `datasets/org/name`, and the rest.
     fn name_in<'a>(&self, path: &'a str) -> Option<(&'a str, &'a str)> {
         let parts = if path.starts_with("datasets/") { 2 } else { 1 };
         let (end, _) = path.match_indices('/').nth(parts)?;
@@ -326,7 +326,7 @@ impl Hub {
                 ("X-Linked-Size", size.to_string()),
                 commit,
             ];
-            return Reply { status: 302, headers, body: b"Found. Redirecting".to_vec(), ..Reply::default() };
+            return Reply { status: 302, headers, body: b"Snapshot. Redirecting".to_vec(), ..Reply::default() };
         }
         let mut reply = self.contents(name, file, request);
         reply.headers.extend([("ETag", format!("\"{etag}\"")), commit]);
@@ -337,7 +337,7 @@ impl Hub {
         let at = request.path.trim_start_matches('/').split('?').next().unwrap_or_default();
         let (name, file) = self.name_in(at).unwrap_or((MODEL, at));
         let mut reply = self.contents(name, file, request);
-        // A storage has tags of its own.
+        // The storage has its own ETags.
         reply.headers.push(("ETag", "\"storage-1\"".to_owned()));
         reply
     }

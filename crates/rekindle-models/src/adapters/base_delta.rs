@@ -11,7 +11,7 @@ use rekindle_kernels::{Device, Weight, from_f32, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{Adapter, Factors, InitLoraWeights, Linear, LoraConfig, Start, initial_factors, loftq, taken};
 use rekindle_quant::bnb::QuantizationConfig;
-use rekindle_quant::{Blocksize, Origin, QuantConfig};
+use rekindle_quant::{Blocksize, DiskMetadata, QuantConfig};
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::{LoadIn, QuantizationPlan, canonical, frozen, stored_quantization};
@@ -205,8 +205,8 @@ impl CausalLm {
         let Weight::Quantized(packed) = &self.linear(linear).weight else { return None };
         let quantization = self.provenance.quantization.as_ref().expect("a model with codes says where they came from");
         let skipped = quantization.config.to_json()["llm_int8_skip_modules"].clone();
-        let codes = match (&packed.data().format, &quantization.origins[&format!("{linear}.weight")]) {
-            (QuantizedFormat::FourBit { blocksize, absmax, .. }, Origin::FourBit { quant_type, .. }) => json!({
+        let codes = match (&packed.data().format, &quantization.disk_metadata[&format!("{linear}.weight")]) {
+            (QuantizedFormat::FourBit { blocksize, absmax, .. }, DiskMetadata::FourBit { quant_type, .. }) => json!({
                 "loftq_bits": 4, "loftq_iter": 1, "quant_type": quant_type.name(), "blocksize": blocksize,
                 "double_quant": matches!(absmax, Absmax::Double { .. }), "skip_modules": skipped,
             }),

@@ -7,8 +7,8 @@ use rekindle_hub::{Checkpoint, Dtype, TensorView};
 use rekindle_kernels::{
     Device, DeviceLimits, Group, ParamsBuilder, QuantizedWeight, Tensor, Weight, from_f32, from_le_bytes,
 };
-use rekindle_quant::Origin;
-use rekindle_rope::{RopeScaling, Widened};
+use rekindle_quant::DiskMetadata;
+use rekindle_rope::{ContextExtension, RopeScaling};
 
 use super::quantization::{LoadIn, Quantization, QuantizationPlan, stored_bytes, stored_quantization};
 use super::tensor_names::canonical;
@@ -68,7 +68,7 @@ impl CausalLm {
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions, progress: &mut dyn FnMut(u64)) -> Result<Self, Error> {
         let LoadOptions { device, dtype, full_finetuning, load_in, skip_modules, .. } = options;
         let checkpoint = &canonical(checkpoint);
-        let (mut config, widened) = options.prepare(ModelConfig::from_checkpoint(checkpoint)?)?;
+        let (mut config, extension) = options.prepare(ModelConfig::from_checkpoint(checkpoint)?)?;
         let stored = stored_quantization(checkpoint.config()).is_some();
         let load_in = if *full_finetuning && !stored { load_in.map(master_weights::format) } else { *load_in };
         let plan = QuantizationPlan::of(checkpoint, load_in, skip_modules.as_deref())?;
@@ -82,7 +82,7 @@ impl CausalLm {
         // What is trained is saved dense, whatever it was in between.
         let quantization = plan.as_ref().filter(|_| !full_finetuning).map(|plan| Quantization {
             config: plan.config.clone(),
-            origins: BTreeMap::new(),
+            disk_metadata: BTreeMap::new(),
             dtypes: BTreeMap::new(),
         });
         let params =
@@ -95,18 +95,18 @@ impl CausalLm {
         debug_assert!(*full_finetuning || source.params.is_empty());
         device.check()?;
         let CheckpointWeights { params, quantization, .. } = source;
-        let provenance = Provenance { quantization, resized, ..Provenance::new(checkpoint.path(), widened) };
+        let provenance = Provenance { quantization, resized, ..Provenance::new(checkpoint.path(), extension) };
         Ok(Self::new(config, decoder, params, provenance))
     }
 }
 
 impl LoadOptions {
     /// The configuration for the length that is asked for, and what that took, after checks of what the device can.
-    pub(crate) fn prepare(&self, config: ModelConfig) -> Result<(ModelConfig, Option<Widened>), Error> {
+    pub(crate) fn prepare(&self, config: ModelConfig) -> Result<(ModelConfig, Option<ContextExtension>), Error> {
         if self.max_seq_length == 0 {
             return Err(Error::Argument("max_seq_length is 0; give at least 1".to_owned()));
         }
-        let (config, widened) = config.widened(self.max_seq_length, &self.rope_scaling)?;
+        let (config, extension) = config.with_context_length(self.max_seq_length, &self.rope_scaling)?;
         let unsupported = config.spec.unsupported(self.max_seq_length);
         if !unsupported.is_empty() {
             return Err(Error::Argument(format!(
@@ -130,7 +130,7 @@ impl LoadOptions {
                 max_head_dim.unwrap_or(usize::MAX)
             )));
         }
-        Ok((config, widened))
+        Ok((config, extension))
     }
 }
 
@@ -167,7 +167,8 @@ impl CheckpointWeights<'_> {
         let Some(plan) = &self.plan else { return Ok(None) };
         let Some(stored) = plan.codes(self.checkpoint, name, &tensor.shape)? else { return Ok(None) };
         (self.progress)(stored_bytes(self.checkpoint, name));
-        let (origin, codes) = Origin::take(stored).expect("the weight of a linear is a matrix, as was checked");
+        let (metadata, codes) =
+            DiskMetadata::split(stored).expect("the weight of a linear is a matrix, as was checked");
         let packed = QuantizedWeight::new(codes, &self.options.device);
         if self.options.full_finetuning {
             if !packed.can_be_trained() {
@@ -176,7 +177,7 @@ impl CheckpointWeights<'_> {
             return Ok(Some(Weight::Trained(self.params.push_quantized(name, packed))));
         }
         let quantization = self.quantization.as_mut().expect("there is a plan");
-        quantization.origins.insert(name.clone(), origin);
+        quantization.disk_metadata.insert(name.clone(), metadata);
         Ok(Some(Weight::Quantized(packed)))
     }
 

@@ -214,7 +214,7 @@ impl CausalLm {
                 rekindle_lora::merge(&mut values, shape, factors, scale, factors.magnitude.as_deref());
                 linear.weight = frozen(values, shape);
                 if let Some(quantization) = &mut provenance.quantization {
-                    quantization.origins.remove(&format!("{}.weight", linear.name));
+                    quantization.disk_metadata.remove(&format!("{}.weight", linear.name));
                 }
             }
             if let Some(bias) = adapter.biases.get(&linear.name) {
@@ -223,7 +223,7 @@ impl CausalLm {
         }
         if let Some(quantization) = &mut provenance.quantization {
             quantization.keep_dense(adapter.factors.keys());
-            if quantization.origins.is_empty() {
+            if quantization.disk_metadata.is_empty() {
                 provenance.quantization = None;
             }
         }

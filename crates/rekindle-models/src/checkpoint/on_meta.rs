@@ -80,7 +80,7 @@ impl CausalLm {
     pub fn on_meta(json: &Value, path: &Path, options: &LoadOptions) -> Result<Self, Error> {
         let config = ModelConfig::from_json(json)
             .map_err(|problems| Error::Config { path: path.join("config.json"), problems })?;
-        let (mut config, widened) = options.prepare(config)?;
+        let (mut config, extension) = options.prepare(config)?;
         if let Some(rows) = options.resize_model_vocab {
             config = config.resized(rows)?;
         }
@@ -96,7 +96,7 @@ impl CausalLm {
         source.make_vectors(&config);
         let decoder = Decoder::build(&config, &mut source, device, dtype, options.max_seq_length)?;
         options.device.check()?;
-        Ok(Self::new(config, decoder, source.params, Provenance::new(path, widened)))
+        Ok(Self::new(config, decoder, source.params, Provenance::new(path, extension)))
     }
 
     /// [`add_adapter`](Self::add_adapter) for a model without values: the adapter is attached and all zeros.

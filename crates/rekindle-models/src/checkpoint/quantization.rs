@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
 use rekindle_quant::bnb::{self, Format, FourBitWeight, QuantizationConfig, RawDtype, RawTensor, StoredWeight};
-use rekindle_quant::{Blocksize, Int8Tensor, Origin, QuantConfig, QuantizedTensor};
+use rekindle_quant::{Blocksize, DiskMetadata, Int8Tensor, QuantConfig, QuantizedTensor};
 use serde_json::Value;
 
 use crate::Error;
@@ -44,7 +44,7 @@ pub fn stored_quantization(config: &Value) -> Option<&Value> {
 pub(crate) struct Quantization {
     pub(crate) config: QuantizationConfig,
     /// By the weight's name.
-    pub(crate) origins: BTreeMap<String, Origin>,
+    pub(crate) disk_metadata: BTreeMap<String, DiskMetadata>,
     /// The dtypes of the dense tensors in the checkpoint, by name.
     pub(crate) dtypes: BTreeMap<String, Dtype>,
 }

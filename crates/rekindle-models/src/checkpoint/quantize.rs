@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use rekindle_hub::{Checkpoint, Headers, TensorSpec};
+use rekindle_hub::{Checkpoint, CheckpointHeaders, TensorSpec};
 use rekindle_quant::bnb::StoredWeight;
 
 use super::load::check_tensors;
@@ -77,6 +77,6 @@ pub fn quantize(
     let mut json = checkpoint.config().clone();
     writer::set_quantization(&mut json, Some(plan.config.to_json()));
     writer::write_config(dir, &json)?;
-    let written = Headers::open(dir)?;
+    let written = CheckpointHeaders::open(dir)?;
     Ok(MemoryReport::of_headers(&written, &config))
 }

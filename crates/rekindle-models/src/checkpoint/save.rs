@@ -64,10 +64,10 @@ impl CausalLm {
         let name = &parameter.name;
         let quantization =
             self.provenance.quantization.as_ref().expect("a quantized model says how its weights were stored");
-        let origin = quantization.origins.get(name).expect("every quantized weight has its origin");
+        let metadata = quantization.disk_metadata.get(name).expect("every quantized weight has its disk metadata");
         let Weight::Quantized(packed) = self.weight(parameter) else { unreachable!("\"{name}\" is quantized") };
         let codes = std::sync::Arc::unwrap_or_clone(packed.data());
-        origin.restore(codes).map_err(|error| Error::Argument(format!("tensor \"{name}\": {error}")))
+        metadata.restore(codes).map_err(|error| Error::Argument(format!("tensor \"{name}\": {error}")))
     }
 
     /// The weight of a parameter of this model.

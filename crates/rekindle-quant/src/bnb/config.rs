@@ -4,10 +4,10 @@ use super::RawDtype;
 use super::skip::SkipPattern;
 use crate::{Dtype, Error, QuantConfig, QuantType};
 
-/// `quantization_config` of a checkpoint's config.json, with the keys of transformers' `BitsAndBytesConfig`.
+/// The `quantization_config` of a checkpoint's config.json, with the keys of transformers' `BitsAndBytesConfig`.
 ///
-/// Keys that are not named here, and the order of all, are kept for writing: what was read is written back as it was.
-/// Absent keys have transformers' defaults. The block size is not among the keys: each weight's quant_state has it.
+/// Unknown keys and the order of all keys are preserved when the value is written back. Absent keys have transformers'
+/// defaults. The block size is not among the keys: it is part of each weight's quant_state.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizationConfig {
     format: Format,
@@ -19,7 +19,7 @@ pub struct QuantizationConfig {
     entries: Map<String, Value>,
 }
 
-/// How the linears of a checkpoint are stored.
+/// The storage format of a checkpoint's linear layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// `load_in_4bit`.
@@ -36,18 +36,18 @@ pub enum Format {
 /// LLM.int8()'s outlier threshold.
 const THRESHOLD: f32 = 6.0;
 
-/// What transformers leaves unquantized when the list is null: the output layer of a causal language model.
+/// The module that transformers leaves unquantized when the list is null: the output layer of a causal language model.
 const DEFAULT_SKIP: &str = "lm_head";
 
 impl QuantizationConfig {
     /// Reads the value of `quantization_config`.
     ///
-    /// As transformers does, a file that lacks `quant_method` is taken for bitsandbytes' when it asks for 4 or 8 bits.
-    /// `_load_in_4bit` and `_load_in_8bit` count when the names without underscore are absent.
+    /// As in transformers, a value without `quant_method` is treated as bitsandbytes' if it requests 4 or 8 bits.
+    /// `_load_in_4bit` and `_load_in_8bit` are used when the names without underscore are absent.
     ///
     /// # Errors
-    /// [`Error::QuantMethod`] for another method, [`Error::QuantType`], and [`Error::Config`] for values of another
-    /// type, for both formats at once and for none.
+    /// [`Error::QuantMethod`] for another method, [`Error::QuantType`], and [`Error::Config`] for values of the wrong
+    /// type and if both formats or neither are requested.
     pub fn parse(value: &Value) -> Result<Self, Error> {
         let entries = value
             .as_object()
@@ -68,10 +68,10 @@ impl QuantizationConfig {
             },
             (false, true) => Format::Int8,
             (true, true) => {
-                return Err(Error::config("load_in_4bit and load_in_8bit", "are both true; one of them must be"));
+                return Err(Error::config("load_in_4bit and load_in_8bit", "are both true; set only one of them"));
             }
             (false, false) => {
-                return Err(Error::config("load_in_4bit or load_in_8bit", "must be true; neither is"));
+                return Err(Error::config("load_in_4bit or load_in_8bit", "must be true, but both are false"));
             }
         };
         Ok(Self {
@@ -88,14 +88,13 @@ impl QuantizationConfig {
         })
     }
 
-    /// For a checkpoint that is quantized to four bits. `skip_modules` are left as they are; with `None`, `lm_head`.
+    /// Creates the configuration of a 4-bit checkpoint. `skip_modules` stay unquantized; `None` means `lm_head`.
     pub fn four_bit(config: &QuantConfig, compute_dtype: Dtype, skip_modules: Option<Vec<String>>) -> Self {
         let format = Format::FourBit { quant_type: config.quant_type, double_quant: config.double_quant };
         Self::new(format, compute_dtype, skip_modules)
     }
 
-    /// For a checkpoint that is quantized with LLM.int8(). `skip_modules` are left as they are; with `None`,
-    /// `lm_head`.
+    /// Creates the configuration of an LLM.int8() checkpoint. `skip_modules` stay unquantized; `None` means `lm_head`.
     pub fn int8(skip_modules: Option<Vec<String>>) -> Self {
         Self::new(Format::Int8, Dtype::F32, skip_modules)
     }
@@ -106,7 +105,7 @@ impl QuantizationConfig {
             Format::Int8 => (QuantType::Fp4, false),
         };
         let eight_bit = format == Format::Int8;
-        // All keys that transformers writes, sorted as it sorts them.
+        // All keys that transformers writes, in its sorted order.
         let entries = [
             ("_load_in_4bit", json!(!eight_bit)),
             ("_load_in_8bit", json!(eight_bit)),
@@ -122,7 +121,7 @@ impl QuantizationConfig {
             ("load_in_8bit", json!(eight_bit)),
             ("quant_method", json!("bitsandbytes")),
         ];
-        // A name that is no readable expression is taken by its letters; transformers, too, finds no such module.
+        // A name that is not a supported expression is matched literally; transformers, too, finds no such module.
         let pattern = |name: &String| SkipPattern::parse(name).unwrap_or_else(|_| SkipPattern::literal(name));
         Self {
             format,
@@ -135,41 +134,42 @@ impl QuantizationConfig {
         }
     }
 
-    /// The value to write.
+    /// Returns the value to write.
     pub fn to_json(&self) -> Value {
         Value::Object(self.entries.clone())
     }
 
-    /// How the linears are stored.
+    /// Returns the storage format of the linear layers.
     pub fn format(&self) -> Format {
         self.format
     }
 
-    /// `bnb_4bit_compute_dtype`: what 4-bit weights are decoded to for a product.
+    /// Returns `bnb_4bit_compute_dtype`, the type 4-bit weights are decoded to for a product.
     pub fn compute_dtype(&self) -> Dtype {
         self.compute_dtype
     }
 
-    /// `bnb_4bit_quant_storage`: the type that packed codes are viewed as.
+    /// Returns `bnb_4bit_quant_storage`, the type packed codes are viewed as.
     pub fn quant_storage(&self) -> RawDtype {
         self.quant_storage
     }
 
-    /// `llm_int8_threshold`: the smallest magnitude of an outlier activation.
+    /// Returns `llm_int8_threshold`, the smallest magnitude of an outlier activation.
     pub fn threshold(&self) -> f32 {
         self.threshold
     }
 
-    /// `llm_int8_has_fp16_weight`: whether the weights stay 16-bit and are quantized at each product.
+    /// Returns `llm_int8_has_fp16_weight`: if true, weights stay 16-bit and are quantized at each product.
     pub fn has_fp16_weight(&self) -> bool {
         self.has_fp16_weight
     }
 
-    /// Whether the linear `module` (`model.layers.0.mlp.up_proj`, without `.weight`) is left unquantized.
+    /// Returns true if the linear `module` (`model.layers.0.mlp.up_proj`, without `.weight`) stays unquantized.
     ///
-    /// The rule is that of transformers 5: an entry of `llm_int8_skip_modules` matches as a regular expression from the
-    /// start of the name to the end of a component (`model.layers.1` not in `model.layers.11`), or as the end of the
-    /// name. Without a list, `lm_head` is skipped. Embeddings are no linears and never quantized.
+    /// The rule is that of transformers 5: an entry of `llm_int8_skip_modules` matches either as a regular expression
+    /// from the start of the name to the end of a component (`model.layers.1` does not match in `model.layers.11`), or
+    /// as a suffix of the name. Without a list, `lm_head` is skipped. Embeddings are not linears and are never
+    /// quantized.
     pub fn skips(&self, module: &str) -> bool {
         match &self.skip_modules {
             None => module.ends_with(DEFAULT_SKIP),
@@ -199,7 +199,7 @@ fn storage(name: &str) -> Result<RawDtype, Error> {
 struct Keys<'a>(&'a Map<String, Value>);
 
 impl<'a> Keys<'a> {
-    /// `None` when absent or null, which means the default.
+    /// Returns `None` if the key is absent or null, which means the default.
     fn get(&self, key: &str) -> Option<&'a Value> {
         self.0.get(key).filter(|value| !value.is_null())
     }
@@ -236,7 +236,7 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// JSON for a message.
+/// Formats JSON for a message.
 fn shown(value: &Value) -> String {
     match value {
         Value::Array(_) => "a list".to_owned(),
@@ -246,7 +246,7 @@ fn shown(value: &Value) -> String {
     }
 }
 
-/// Text for a message, which a damaged file must not flood.
+/// Shortens text for a message, so that a damaged file cannot flood it.
 fn shortened(text: &str) -> String {
     text.chars().take(40).collect()
 }
@@ -255,7 +255,7 @@ fn shortened(text: &str) -> String {
 mod tests {
     use super::*;
 
-    /// As a 4-bit checkpoint on the Hub has it.
+    /// A 4-bit `quantization_config` as found on the Hub.
     const NF4: &str = r#"{"_load_in_4bit":true,"_load_in_8bit":false,"bnb_4bit_compute_dtype":"bfloat16","bnb_4bit_quant_storage":"uint8","bnb_4bit_quant_type":"nf4","bnb_4bit_use_double_quant":true,"llm_int8_enable_fp32_cpu_offload":false,"llm_int8_has_fp16_weight":false,"llm_int8_skip_modules":["lm_head","model.layers.3.mlp"],"llm_int8_threshold":6.0,"load_in_4bit":true,"load_in_8bit":false,"quant_method":"bitsandbytes","someone":{"s":"note"}}"#;
 
     fn parse(json: &str) -> Result<QuantizationConfig, Error> {
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_are_those_of_transformers() {
+    fn defaults_match_transformers() {
         let config = parse(r#"{"load_in_4bit": true}"#).expect("valid");
         assert_eq!(config.format(), Format::FourBit { quant_type: QuantType::Fp4, double_quant: false });
         assert_eq!((config.compute_dtype(), config.threshold()), (Dtype::F32, 6.0));
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn new_ones_read_back() {
+    fn created_configs_read_back() {
         let skip = ["lm_head".to_owned(), "score".to_owned()];
         let config = QuantizationConfig::four_bit(&QuantConfig::default(), Dtype::Bf16, Some(skip.to_vec()));
         let text = config.to_json().to_string();
@@ -303,16 +303,16 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_key_and_way_out() {
+    fn errors_name_the_key_and_the_expected_value() {
         for (from, to, message) in [
             (
                 r#""bitsandbytes""#,
                 r#""gptq""#,
-                r#"quant_method "gptq" is not read; "bitsandbytes" (nf4, fp4, int8) is"#,
+                r#"quant_method "gptq" is not supported; supported: "bitsandbytes" (nf4, fp4, int8)"#,
             ),
             (r#""bitsandbytes""#, "7", "quant_method is 7, expected a string"),
             (r#""load_in_8bit":false"#, r#""load_in_8bit":true"#, "load_in_4bit and load_in_8bit are both true"),
-            (r#""load_in_4bit":true,"load"#, r#""load_in_4bit":false,"load"#, "must be true; neither is"),
+            (r#""load_in_4bit":true,"load"#, r#""load_in_4bit":false,"load"#, "must be true, but both are false"),
             (r#""load_in_4bit":true,"load"#, r#""load_in_4bit":1,"load"#, "load_in_4bit is 1, expected true or false"),
             (r#""nf4""#, r#""int4""#, r#"unknown quant_type "int4""#),
             (r#""bfloat16""#, r#""float8""#, r#"dtype "float8""#),

@@ -5,9 +5,9 @@ use super::raw::{RawDtype, RawTensor, stored};
 use super::{ABSMAX, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, quant_state_suffix};
 use crate::{Absmax, DoubleQuant, DynamicMap, Error, QuantType, QuantizedTensor, four_bit};
 
-/// A 4-bit weight of a checkpoint: the tensor, and how its codes are stored.
+/// A 4-bit weight of a checkpoint: the tensor and the storage layout of its codes.
 ///
-/// Reading and writing are inverse: every tensor comes back byte for byte.
+/// Reading and writing are inverses: every tensor round-trips byte for byte.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FourBitWeight {
     /// The weight.
@@ -17,18 +17,18 @@ pub struct FourBitWeight {
 }
 
 impl FourBitWeight {
-    /// A weight to write in the default storage, u8 `[⌈n/2⌉, 1]`.
+    /// Wraps a weight for writing in the default storage layout, u8 `[⌈n/2⌉, 1]`.
     pub fn new(tensor: QuantizedTensor) -> Self {
         let packed_shape = vec![tensor.codes().len(), 1];
         Self { tensor, storage: RawDtype::U8, packed_shape }
     }
 
-    /// Reads the weight `name`; `find` gives the tensor of a key. `None` when the checkpoint holds no 4-bit weight
-    /// of that name.
+    /// Reads the weight `name`, or returns `None` if the checkpoint has no 4-bit weight of that name. `find` returns
+    /// the tensor of a key.
     ///
     /// # Errors
-    /// [`Error::MissingKey`] and [`Error::Stored`] for parts that are absent or of the wrong type,
-    /// [`Error::Length`] for parts that do not match the shape, and the errors of a state that names an unknown
+    /// [`Error::MissingKey`] and [`Error::Stored`] for companion tensors that are absent or have the wrong type,
+    /// [`Error::Length`] for those that do not match the shape, and the errors of a quant_state with an unknown
     /// `quant_type`, `blocksize` or `dtype`.
     pub fn read<'a>(name: &str, find: impl Fn(&str) -> Option<RawTensor<'a>>) -> Result<Option<Self>, Error> {
         let state = QuantType::ALL.into_iter().find_map(|quant_type| {
@@ -41,7 +41,7 @@ impl FourBitWeight {
         if state.quant_type != quant_type {
             return Err(stored(
                 &key,
-                format!("says quant_type {:?}, expected that of its key", state.quant_type.name()),
+                format!("has quant_type {:?}, which differs from the one in its key", state.quant_type.name()),
             ));
         }
         let parts = Parts { name, find: &find };
@@ -57,7 +57,7 @@ impl FourBitWeight {
         Ok(Some(Self { tensor, storage, packed_shape }))
     }
 
-    /// The tensors to write, by the suffix that follows the weight's name (empty for the codes).
+    /// Returns the tensors to write, by the suffix appended to the weight's name (empty for the codes).
     pub fn write(&self) -> Vec<(&'static str, RawTensor<'_>)> {
         let config = self.tensor.config();
         let codes = Cow::Borrowed(self.tensor.codes());
@@ -110,13 +110,13 @@ impl<'a, F: Fn(&str) -> Option<RawTensor<'a>>> Parts<'_, F> {
         self.get(suffix)?.to_f32(&self.key(suffix))
     }
 
-    /// The table is fixed by the type; another one means another format.
+    /// Checks the code table, which is fixed by the type; a different table means an unknown format.
     fn check_quant_map(&self, quant_type: QuantType) -> Result<(), Error> {
         let (found, expected) = (self.f32(QUANT_MAP)?, quant_map(quant_type));
         if found == expected {
             return Ok(());
         }
-        let found = &found[..found.len().min(17)]; // enough to see that there are too many
+        let found = &found[..found.len().min(17)]; // one more than expected shows that there are too many
         let reason = format!("is {found:?}, expected the values of {}: {expected:?}", quant_type.name());
         Err(stored(&self.key(QUANT_MAP), reason))
     }
@@ -134,7 +134,7 @@ impl<'a, F: Fn(&str) -> Option<RawTensor<'a>>> Parts<'_, F> {
     }
 }
 
-/// The table as files have it: all zeros are positive.
+/// Returns the code table as stored in files, where both zeros are positive.
 fn quant_map(quant_type: QuantType) -> [f32; 16] {
     four_bit::values(quant_type).map(|value| value + 0.0)
 }
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_reads_back_as_itself() {
+    fn every_format_round_trips() {
         for quant_type in QuantType::ALL {
             for double_quant in [false, true] {
                 let blocksize = Blocksize::new(32).expect("supported");
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_key_and_way_out() {
+    fn errors_name_the_key_and_the_problem() {
         let tensors = stored_tensors(&weight(QuantConfig::default()));
         for (suffix, change, message) in [
             ("", Change::Truncate, "shape [35, 17] with blocksize 64 needs 298 packed bytes, got 297"),

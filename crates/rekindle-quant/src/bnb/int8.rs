@@ -4,22 +4,22 @@ use super::raw::{RawDtype, RawTensor, stored};
 use super::{SCB, WEIGHT_FORMAT};
 use crate::{Error, Int8Tensor};
 
-/// Reads the LLM.int8() weight of `module` (`…q_proj`); `find` gives the tensor of a key. `None` when the
-/// checkpoint holds none.
+/// Reads the LLM.int8() weight of `module` (`…q_proj`), or returns `None` if the checkpoint has none. `find` returns
+/// the tensor of a key.
 ///
 /// # Errors
-/// [`Error::MissingKey`] and [`Error::Stored`] for parts that are absent or of another type or layout,
-/// [`Error::Length`] for scales that do not match the rows.
+/// [`Error::MissingKey`] and [`Error::Stored`] for companion tensors that are absent or have another type or layout,
+/// and [`Error::Length`] for scales that do not match the rows.
 pub fn read_int8<'a>(module: &str, find: impl Fn(&str) -> Option<RawTensor<'a>>) -> Result<Option<Int8Tensor>, Error> {
     let scb_key = format!("{module}{SCB}");
     let Some(scb) = find(&scb_key) else { return Ok(None) };
     let format_key = format!("{module}{WEIGHT_FORMAT}");
-    // Files of early versions lack the format, which then is row-major.
+    // Files of early versions lack the format; they are row-major.
     if let Some(format) = find(&format_key) {
         format.expect(RawDtype::U8, &format_key)?;
         if *format.bytes != [0] {
-            let found = &format.bytes[..format.bytes.len().min(4)]; // enough to see what it is
-            let reason = format!("is {found:?}, expected [0] (row-major); save the model anew with bitsandbytes");
+            let found = &format.bytes[..format.bytes.len().min(4)]; // a few bytes suffice for the message
+            let reason = format!("is {found:?}, expected [0] (row-major); save the model again with bitsandbytes");
             return Err(stored(&format_key, reason));
         }
     }
@@ -35,7 +35,7 @@ pub fn read_int8<'a>(module: &str, find: impl Fn(&str) -> Option<RawTensor<'a>>)
     Int8Tensor::from_parts(shape, codes, scb.to_f32(&scb_key)?).map(Some)
 }
 
-/// The tensors to write, by the suffix that follows the module's name.
+/// Returns the tensors to write, by the suffix appended to the module's name.
 pub fn write_int8(tensor: &Int8Tensor) -> Vec<(&'static str, RawTensor<'_>)> {
     let bytes = Cow::Borrowed(bytemuck::cast_slice(tensor.codes()));
     vec![
@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_back_as_itself() {
+    fn weights_round_trip() {
         let (tensor, tensors) = tensors();
         assert_eq!(read(&tensors), Ok(Some(tensor.clone())));
         assert_eq!(read(&tensors[..2]), Ok(Some(tensor)), "weight_format is optional");
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_key_and_way_out() {
+    fn errors_name_the_key_and_the_problem() {
         let (_, tensors) = tensors();
         let broken = |index: usize, change: fn(&mut RawTensor<'static>)| {
             let mut tensors = tensors.clone();

@@ -5,7 +5,7 @@ use serde::Deserialize;
 use super::raw::stored;
 use crate::{Blocksize, Dtype, Error, QuantType};
 
-/// What the scales of a 4-bit weight mean.
+/// The metadata of a 4-bit weight.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct QuantState {
     pub(super) quant_type: QuantType,
@@ -15,19 +15,21 @@ pub(super) struct QuantState {
     pub(super) nested: Option<Nested>,
 }
 
-/// What double quantization adds.
+/// The metadata that double quantization adds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Nested {
     pub(super) blocksize: Blocksize,
     pub(super) offset: f32,
 }
 
-/// Far more than the longest state: a few names, a shape and a number.
+/// The maximum length in bytes, far more than any valid state: a few names, a shape and a number.
 const LONGEST: usize = 4096;
 
 impl QuantState {
+    /// Parses the JSON; `key` names the tensor in messages.
+    ///
     /// # Errors
-    /// Anything that bitsandbytes would not have written, with `key` in the message.
+    /// [`Error::Stored`] and the errors of its values for anything bitsandbytes would not have written.
     pub(super) fn parse(bytes: &[u8], key: &str) -> Result<Self, Error> {
         if bytes.len() > LONGEST {
             return Err(stored(key, format!("has {} bytes, expected a JSON object of at most {LONGEST}", bytes.len())));
@@ -40,12 +42,12 @@ impl QuantState {
                 if dtype != Dtype::F32.name() {
                     return Err(stored(key, format!("has nested_dtype {dtype:?}, expected \"float32\"")));
                 }
-                // Python's numbers are doubles; this one was an f32.
+                // JSON numbers are f64; the offset was written from an f32.
                 Some(Nested { blocksize: Blocksize::try_from(blocksize)?, offset: offset as f32 })
             }
             _ => {
                 let names = "nested_blocksize, nested_dtype and nested_offset";
-                return Err(stored(key, format!("has only some of {names}; it needs all or none")));
+                return Err(stored(key, format!("has only some of {names}; expected all or none of them")));
             }
         };
         Ok(Self {
@@ -87,7 +89,7 @@ struct Json {
     nested_offset: Option<f64>,
 }
 
-/// `float.__repr__`: the shortest digits that round-trip, with an exponent below 1e-4 and from 1e16 on.
+/// Formats like `float.__repr__`: the shortest digits that round-trip, with an exponent below 1e-4 and from 1e16.
 fn python_float(value: f64) -> String {
     if !value.is_finite() {
         return if value.is_nan() {
@@ -115,7 +117,7 @@ mod tests {
     const NESTED: &str = r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [896, 4864], "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.04512467235326767}"#;
 
     #[test]
-    fn json_is_rewritten_byte_for_byte() {
+    fn json_round_trips_byte_for_byte() {
         let single = r#"{"quant_type": "fp4", "blocksize": 4096, "dtype": "float16", "shape": [7]}"#;
         for json in [NESTED, single] {
             assert_eq!(QuantState::parse(json.as_bytes(), "k").expect("valid").to_json(), json);
@@ -123,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn floats_read_as_in_python() {
+    fn floats_are_formatted_as_in_python() {
         for (value, text) in [
             (0.0, "0.0"),
             (-0.0, "-0.0"),
@@ -154,7 +156,7 @@ mod tests {
             ("[896, 4864]", "null", "invalid type: null"),
             ("[896, 4864]", "[896, 99999999999999999999]", "invalid type"),
             ("nested_dtype", "n_dtype", "unknown field `n_dtype`"),
-            (r#", "nested_dtype": "float32""#, "", "needs all or none"),
+            (r#", "nested_dtype": "float32""#, "", "expected all or none"),
             (r#""float32""#, r#""float16""#, r#"nested_dtype "float16""#),
             (r#""shape""#, r#""dtype""#, "duplicate field `dtype`"),
         ] {
@@ -165,8 +167,7 @@ mod tests {
         assert!(QuantState::parse(long.as_bytes(), "k").is_err());
     }
 
-    /// Every cut and every changed byte gives a state or an error, and a state that is accepted writes what reads
-    /// back as itself.
+    /// Truncations and changed bytes give a state or an error, and every accepted state round-trips.
     #[test]
     fn mutations_never_panic() {
         let valid = NESTED.as_bytes();

@@ -2,20 +2,20 @@ use std::borrow::Cow;
 
 use crate::Error;
 
-/// A tensor as it lies in a checkpoint.
+/// A tensor as stored in a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RawTensor<'a> {
-    /// Type of the elements.
+    /// The type of the elements.
     pub dtype: RawDtype,
-    /// Their arrangement.
+    /// The shape.
     pub shape: Vec<usize>,
-    /// Their bytes, little-endian and row-major.
+    /// The elements' bytes, little-endian and row-major.
     pub bytes: Cow<'a, [u8]>,
 }
 
-/// The type of a stored tensor's elements.
+/// The element type of a stored tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[expect(missing_docs, reason = "the names say it")]
+#[expect(missing_docs, reason = "the names are self-explanatory")]
 pub enum RawDtype {
     U8,
     I8,
@@ -29,11 +29,11 @@ pub enum RawDtype {
 }
 
 impl RawDtype {
-    /// All of them.
+    /// All variants.
     pub const ALL: [Self; 9] =
         [Self::U8, Self::I8, Self::I16, Self::I32, Self::I64, Self::F16, Self::Bf16, Self::F32, Self::F64];
 
-    /// The name in a safetensors header.
+    /// Returns the name used in a safetensors header.
     pub const fn name(self) -> &'static str {
         match self {
             Self::U8 => "U8",
@@ -48,12 +48,12 @@ impl RawDtype {
         }
     }
 
-    /// The type of that name, if bitsandbytes stores tensors of it.
+    /// Returns the type with that name, if bitsandbytes stores tensors of it.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|t| t.name() == name)
     }
 
-    /// Bytes of an element.
+    /// Returns the size of an element in bytes.
     pub const fn size(self) -> usize {
         match self {
             Self::U8 | Self::I8 => 1,
@@ -74,12 +74,12 @@ impl<'a> RawTensor<'a> {
         Self { dtype: RawDtype::F32, shape: vec![values.len()], bytes: Cow::Owned(bytes) }
     }
 
-    /// The values of an f32 tensor of any shape; `key` is for the error.
+    /// Returns the values of an f32 tensor of any shape; `key` names it in errors.
     pub(super) fn to_f32(&self, key: &str) -> Result<Vec<f32>, Error> {
         self.expect(RawDtype::F32, key)?;
         let (values, rest) = self.bytes.as_chunks::<4>();
         if !rest.is_empty() {
-            return Err(stored(key, format!("has {} bytes, which is no whole number of f32", self.bytes.len())));
+            return Err(stored(key, format!("has {} bytes, which is not a multiple of 4", self.bytes.len())));
         }
         Ok(values.iter().map(|&v| f32::from_le_bytes(v)).collect())
     }

@@ -1,15 +1,16 @@
-//! Which modules a checkpoint leaves unquantized.
+//! Patterns for the modules that a checkpoint leaves unquantized.
 
 use crate::Error;
 
 /// An entry of `llm_int8_skip_modules`.
 ///
 /// The rule is that of transformers 5 (`should_convert_module`). A module is skipped when the entry
-/// - matches its name as a regular expression from the start to the end of a component: `model.layers.1` skips
-///   `model.layers.1.mlp` but not `model.layers.11.mlp`; or
-/// - ends its name, with no regard to components: `head` skips `lm_head`.
+/// - matches its name as a regular expression, from the start of the name to the end of a component: `model.layers.1`
+///   skips `model.layers.1.mlp` but not `model.layers.11.mlp`; or
+/// - is a suffix of its name, regardless of components: `head` skips `lm_head`.
 ///
-/// Of regular expressions, `.`, `*`, `+`, `?`, `\d` and escaped punctuation are read, which is more than entries use.
+/// The supported regular expression syntax is `.`, `*`, `+`, `?`, `\d` and escaped punctuation, which covers all
+/// entries in use.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct SkipPattern {
     text: String,
@@ -31,17 +32,22 @@ enum Repeat {
 }
 
 impl SkipPattern {
+    /// Parses an entry.
+    ///
     /// # Errors
-    /// [`Error::Config`] for a regular expression that uses more than that.
+    /// [`Error::Config`] for a regular expression with unsupported syntax.
     pub(super) fn parse(text: &str) -> Result<Self, Error> {
         let mut atoms: Vec<(Atom, Repeat)> = Vec::new();
         let mut repeatable = false;
         let mut chars = text.chars();
         while let Some(c) = chars.next() {
             let refuse = || {
-                let read = r"names, '.', '*', '+', '?' and '\d'";
+                let supported = r"names, '.', '*', '+', '?' and '\d'";
                 let text: String = text.chars().take(40).collect();
-                Error::config("llm_int8_skip_modules", &format!("has {text:?}, of which {c:?} is not read; use {read}"))
+                Error::config(
+                    "llm_int8_skip_modules",
+                    &format!("has {text:?}, in which {c:?} is not supported; use {supported}"),
+                )
             };
             let atom = match c {
                 '*' | '+' | '?' => {
@@ -68,7 +74,7 @@ impl SkipPattern {
         Ok(Self { text: text.to_owned(), atoms })
     }
 
-    /// The letters of `text` and nothing else.
+    /// Creates a pattern that matches `text` literally.
     pub(super) fn literal(text: &str) -> Self {
         Self { text: text.to_owned(), atoms: text.chars().map(|c| (Atom::Literal(c), Repeat::Once)).collect() }
     }
@@ -77,7 +83,8 @@ impl SkipPattern {
         module.ends_with(&self.text) || self.matches_components(module)
     }
 
-    /// Follows all ways through the expression at once: `reached[i]` when the first i atoms match what was read.
+    /// Simulates all paths through the expression at once: `reached[i]` is true if the first i atoms match the input so
+    /// far.
     fn matches_components(&self, module: &str) -> bool {
         let mut reached = vec![false; self.atoms.len() + 1];
         reached[0] = true;
@@ -121,9 +128,9 @@ fn repeat(c: char) -> Repeat {
 mod tests {
     use super::*;
 
-    /// The examples of transformers' own comments, and what its function says to the others.
+    /// The examples in transformers' comments, plus cases checked against its function.
     #[test]
-    fn matches_as_transformers() {
+    fn matches_like_transformers() {
         for (entry, module, skipped) in [
             ("lm_head", "lm_head", true),
             ("lm_head", "model.lm_head", true),
@@ -150,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn other_expressions_are_refused() {
+    fn unsupported_expressions_are_refused() {
         for entry in ["a|b", "[ab]", "(a)", "a{2}", "^a", "a$", r"\w", "*a", "a**", "\\"] {
             let error = SkipPattern::parse(entry).expect_err(entry).to_string();
             assert!(error.starts_with("llm_int8_skip_modules has"), "{error}");
@@ -158,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn many_repeats_take_no_longer() {
+    fn many_repeats_do_not_backtrack() {
         let pattern = SkipPattern::parse(&".*a".repeat(200)).expect("readable");
         assert!(!pattern.skips(&"a".repeat(199)));
     }

@@ -1,7 +1,7 @@
 use super::{FourBitWeight, RawTensor, read_int8, write_int8};
 use crate::{Error, Int8Tensor};
 
-/// A quantized weight of a checkpoint, in either format.
+/// A quantized weight of a checkpoint in either format.
 #[derive(Debug, Clone, PartialEq)]
 pub enum StoredWeight {
     /// NF4 or FP4.
@@ -11,11 +11,11 @@ pub enum StoredWeight {
 }
 
 impl StoredWeight {
-    /// Reads the weight `name` (`…q_proj.weight`); `find` gives the tensor of a key. `None` when the checkpoint holds
-    /// no quantized weight of that name.
+    /// Reads the weight `name` (`…q_proj.weight`), or returns `None` if the checkpoint has no quantized weight of that
+    /// name. `find` returns the tensor of a key.
     ///
     /// # Errors
-    /// As [`FourBitWeight::read`] and [`read_int8`].
+    /// The same as [`FourBitWeight::read`] and [`read_int8`].
     pub fn read<'a>(name: &str, find: impl Fn(&str) -> Option<RawTensor<'a>>) -> Result<Option<Self>, Error> {
         if let Some(weight) = FourBitWeight::read(name, &find)? {
             return Ok(Some(Self::FourBit(weight)));
@@ -24,7 +24,7 @@ impl StoredWeight {
         Ok(read_int8(module, find)?.map(Self::Int8))
     }
 
-    /// The tensors to write, by key.
+    /// Returns the tensors to write, by key.
     pub fn write(&self, name: &str) -> Vec<(String, RawTensor<'_>)> {
         let (prefix, tensors) = match self {
             Self::FourBit(weight) => (name, weight.write()),
@@ -33,7 +33,7 @@ impl StoredWeight {
         tensors.into_iter().map(|(suffix, tensor)| (format!("{prefix}{suffix}"), tensor)).collect()
     }
 
-    /// Shape of the dense weight.
+    /// Returns the shape of the dense weight.
     pub fn shape(&self) -> Vec<usize> {
         match self {
             Self::FourBit(weight) => weight.tensor.shape().to_vec(),

@@ -1,22 +1,22 @@
-//! The code of a number by one look-up.
+//! A table lookup from a number to its code.
 //!
-//! The upper half of an f32 holds sign, exponent and 7 bits of mantissa: the numbers that share it, a bucket, span
-//! 1/128 of a binade. The bounds of the dynamic maps are further apart than that, so that a bucket has at most one
-//! of them; with it, one comparison of the lower halves decides.
+//! The upper half of an f32 holds the sign, the exponent and 7 bits of mantissa. The numbers that share it form a
+//! bucket that spans 1/128 of a binade. The bounds of the dynamic maps are further apart than that, so a bucket
+//! contains at most one of them, and one comparison of the lower halves decides.
 
-/// Code and bound of each of the 2¹⁶ buckets.
+/// The code and bound of each of the 2¹⁶ buckets.
 #[derive(Debug)]
 pub(super) struct Buckets(Box<[u32; BUCKETS]>);
 
 const BUCKETS: usize = 1 << 16;
 
-/// The lower half that no other exceeds: a bucket without a bound.
+/// The largest lower half, which no number exceeds; marks a bucket without a bound.
 const NO_BOUND: u32 = 0xffff;
 
 impl Buckets {
-    /// `None` when two of the ascending `bounds` lie in one bucket, or when one of them is infinite.
+    /// Returns `None` if two of the ascending `bounds` share a bucket or one of them is infinite.
     pub(super) fn new(bounds: &[f32; 255]) -> Option<Self> {
-        // Without −0, which is no smaller than 0 but has another key.
+        // Adding 0 turns −0 into 0: the two are equal but have different keys.
         let keys = bounds.map(|bound| key(bound + 0.0));
         let crowded = keys.windows(2).any(|pair| pair[0] >> 16 == pair[1] >> 16);
         if crowded || bounds.iter().any(|bound| bound.is_infinite()) {
@@ -29,14 +29,14 @@ impl Buckets {
             entries.push(code << 16 | bound.map_or(NO_BOUND, |key| key & 0xffff));
             code += u32::from(bound.is_some());
         }
-        // NaN has code 0. Negative ones lie below all bounds; positive ones share infinity's bucket or lie above it.
+        // NaN has code 0. Negative NaNs are below all bounds; positive ones are in or above infinity's bucket.
         let infinity = (key(f32::INFINITY) >> 16) as usize;
-        entries[infinity] = 255 << 16; // one more than 255 is 0 in a byte
+        entries[infinity] = 255 << 16; // the bound check adds 1, which wraps to 0 in a byte
         entries[infinity + 1..].fill(NO_BOUND);
         entries.try_into().ok().map(Self)
     }
 
-    /// The function from numbers to codes.
+    /// Returns the function from numbers to codes.
     pub(super) fn code(&self) -> impl Fn(f32) -> u8 + Copy + Sync + '_ {
         let entries: &[u32; BUCKETS] = &self.0;
         #[inline(always)]
@@ -48,7 +48,7 @@ impl Buckets {
     }
 }
 
-/// Bits that compare as integers in the order of the numbers.
+/// Returns bits that, compared as integers, have the order of the numbers.
 #[inline(always)]
 fn key(x: f32) -> u32 {
     let bits = x.to_bits();

@@ -2,9 +2,9 @@
 
 use crate::reciprocal::flush;
 
-/// Chooses the code of a normalized value without a branch.
+/// A code table with a branch-free encoder for normalized values.
 pub(super) trait Codebook {
-    /// The code of `x`, nominally in [−1, 1]; 0 when `x` is NaN.
+    /// Returns the code of `x`, nominally in [−1, 1]; 0 if `x` is NaN.
     fn code(x: f32) -> u32;
 }
 
@@ -42,8 +42,8 @@ pub(super) const FP4_VALUES: [f32; 16] = {
     values
 };
 
-/// Where NF4 passes from one code to the next, as bitsandbytes writes it: with the digits of an f64, since several
-/// lie so near to halfway between two f32 that fewer digits round to the other one.
+/// The thresholds between NF4's codes, with bitsandbytes' f64 digits: several lie so close to halfway between two f32
+/// that fewer digits would round to the other one.
 #[expect(clippy::excessive_precision, reason = "the digits decide the rounding")]
 const NF4_THRESHOLDS: [f32; 15] = [
     -0.848_096_400_499_343_9,
@@ -63,8 +63,8 @@ const NF4_THRESHOLDS: [f32; 15] = [
     0.861_478_418_111_801_1,
 ];
 
-/// Where FP4's magnitude passes from one rank to the next. Rounded literals of bitsandbytes, not the midpoints:
-/// 0.583333 lies below 7/12, so that 7/12 itself goes up.
+/// The thresholds between FP4's magnitudes. They are bitsandbytes' rounded literals, not the midpoints: 0.583333 is
+/// below 7/12, so 7/12 itself rounds up.
 const FP4_THRESHOLDS: [f32; 7] =
     [0.002_604_17, 0.085_937_5, 0.208_333_33, 0.291_666_66, 0.416_666_7, 0.583_333, 0.833_333_3];
 
@@ -80,13 +80,13 @@ impl Codebook for Fp4 {
     fn code(x: f32) -> u32 {
         let x = flush(x);
         let rank = rank(x.abs(), &FP4_THRESHOLDS);
-        // Codes by rising magnitude are 0 1 6 7 4 5 2 3.
+        // The codes in order of magnitude are 0 1 6 7 4 5 2 3.
         let magnitude = rank ^ ((rank & 2) << 1);
         magnitude | u32::from(x < 0.0) << 3
     }
 }
 
-/// Number of thresholds below `x`.
+/// Returns the number of thresholds below `x`.
 #[inline(always)]
 fn rank<const N: usize>(x: f32, thresholds: &[f32; N]) -> u32 {
     thresholds.iter().fold(0, |rank, &threshold| rank + u32::from(x > threshold))
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_value_has_its_own_code() {
+    fn values_encode_to_their_own_codes() {
         for code in 0..16 {
             assert_eq!(Nf4::code(NF4_VALUES[code]), code as u32);
             let expected = if code == 8 { 0 } else { code as u32 }; // −0 is not negative
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn thresholds_go_down_and_the_next_float_goes_up() {
+    fn a_threshold_rounds_down_and_the_next_float_rounds_up() {
         for (rank, &t) in NF4_THRESHOLDS.iter().enumerate() {
             assert_eq!((Nf4::code(t), Nf4::code(t.next_up())), (rank as u32, rank as u32 + 1), "NF4 at {t}");
         }
@@ -118,8 +118,8 @@ mod tests {
         }
     }
 
-    /// Each threshold against (a + b)/2 of its neighbours in f64; NF4's literals are off by at most half an
-    /// ulp of f32, FP4's by the six digits of 0.583333.
+    /// Compares each threshold with the f64 midpoint (a + b)/2 of its neighbours. NF4's literals differ by at most half
+    /// an ulp of f32, FP4's by the six digits of 0.583333.
     #[test]
     fn thresholds_are_the_midpoints() {
         for (pair, &t) in NF4_VALUES.windows(2).zip(&NF4_THRESHOLDS) {
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn not_a_number_has_code_zero() {
+    fn nan_has_code_zero() {
         assert_eq!((Nf4::code(f32::NAN), Fp4::code(f32::NAN)), (0, 0));
         assert_eq!(Fp4::code(-f32::MIN_POSITIVE / 2.0), 0, "a flushed value has no sign");
     }

@@ -1,18 +1,18 @@
-//! The loops over one task's blocks.
+//! The loops over the blocks of one task.
 
 use super::codebook::Codebook;
 use crate::Blocksize;
 use crate::absmax::largest_magnitude;
 use crate::reciprocal::{flush, reciprocal};
 
-/// Elements whose codes are found together; divides every block size.
+/// Number of elements encoded together; divides every block size.
 const GROUP: usize = 32;
 
-/// Encodes whole blocks, of which the last may be short.
+/// Encodes a sequence of blocks, of which the last may be short.
 #[inline(always)]
 pub(super) fn encode<T, C: Codebook>(
     values: &[T],
-    widen: impl Fn(&[T], &mut [f32]),
+    to_f32: impl Fn(&[T], &mut [f32]),
     blocksize: Blocksize,
     codes: &mut [u8],
     absmax: &mut [f32],
@@ -21,8 +21,8 @@ pub(super) fn encode<T, C: Codebook>(
     let blocks = values.chunks(blocksize.get()).zip(codes.chunks_mut(blocksize.get() / 2)).zip(absmax);
     for ((values, codes), absmax) in blocks {
         let block = &mut wide[..values.len()];
-        widen(values, block);
-        // A short block is padded with zeros, which count towards its maximum.
+        to_f32(values, block);
+        // A short block is padded with zeros, which take part in its maximum.
         let floor = if block.len() == blocksize.get() { -f32::MAX } else { 0.0 };
         *absmax = largest_magnitude(block, floor);
         encode_block::<C>(block, reciprocal(*absmax), codes);
@@ -57,7 +57,7 @@ fn encode_group<C: Codebook>(group: &[f32; GROUP], inverse: f32) -> [u8; GROUP /
     packed
 }
 
-/// Decodes one block with the table of its 16 scaled values.
+/// Decodes one block with a table of its 16 scaled values.
 #[inline(always)]
 pub(super) fn decode<T: Copy>(codes: &[u8], table: &[T; 16], out: &mut [T]) {
     let (pairs, last) = out.as_chunks_mut::<2>();

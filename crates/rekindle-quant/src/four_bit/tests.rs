@@ -5,7 +5,7 @@ use crate::QuantType::{Fp4, Nf4};
 
 #[test]
 fn a_block_by_hand() {
-    // absmax 2: 2 → 1, −2 → −1, 0.2 → 0.1, 1.3 → 0.65 …; two codes a byte, the even element high.
+    // absmax is 2: 2 → 1, −2 → −1, 0.2 → 0.1, 1.3 → 0.65 …; two codes per byte with the even element high.
     let (codes, absmax) = encode(&[2.0f32, -2.0, 0.2, 1.3, 0.0], Nf4, Blocksize::B64);
     assert_eq!(absmax, [2.0]);
     assert_eq!(codes, [0xf0, 0x8e, 0x77]);
@@ -17,17 +17,17 @@ fn a_block_by_hand() {
     assert_eq!((codes, absmax), (vec![0x3a, 0x51, 0x00], vec![12.0]));
 }
 
-/// 7/24, 7/12, 5/12 and 5/24 of absmax are FP4's midpoints. The rounding of 1/24 and of the product decides: 7/24
-/// comes out an ulp above its threshold, 5/12 on it; the thresholds of 7/12 and 5/24 lie below.
+/// 7/24, 7/12, 5/12 and 5/24 of absmax are FP4's midpoints. The rounding of 1/24 and of the product decides: 7/24 comes
+/// out an ulp above its threshold and 5/12 on it; the thresholds of 7/12 and 5/24 are below the midpoints.
 #[test]
-fn ties_of_16_bit_weights() {
+fn ties_of_16_bit_weights_match_bitsandbytes() {
     let block: Vec<bf16> = [24.0, 7.0, -7.0, 14.0, 10.0, 5.0].map(bf16::from_f32).to_vec();
     let (codes, _) = encode(&block, Fp4, Blocksize::B64);
     assert_eq!(codes, [0x34, 0xc2, 0x47]);
 }
 
 #[test]
-fn blocks_without_a_magnitude_take_code_zero() {
+fn blocks_without_a_magnitude_get_code_zero() {
     for quant_type in QuantType::ALL {
         for value in [0.0, -0.0, 1e-40] {
             let (codes, absmax) = encode(&[value; 67], quant_type, Blocksize::B64);
@@ -37,7 +37,7 @@ fn blocks_without_a_magnitude_take_code_zero() {
 }
 
 #[test]
-fn values_that_are_not_finite() {
+fn non_finite_values_match_bitsandbytes() {
     let (codes, absmax) = encode(&[f32::INFINITY, 1.0, f32::NEG_INFINITY, -1.0], Nf4, Blocksize::B64);
     assert_eq!((codes, absmax), (vec![0x07, 0x07], vec![f32::INFINITY]));
     let (codes, absmax) = encode(&[f32::NAN, 1.0, -1.0, 0.5], Nf4, Blocksize::B64);
@@ -50,8 +50,8 @@ fn values_that_are_not_finite() {
 }
 
 #[test]
-fn tasks_and_blocks_do_not_show() {
-    // More than one task, an odd tail, and every block size: each block alone gives the same codes.
+fn results_do_not_depend_on_tasks_and_blocks() {
+    // More than one task, an odd tail, and every block size: encoding each block alone gives the same codes.
     let values = noise(2 * TASK + 4099, 1);
     for quant_type in QuantType::ALL {
         for blocksize in Blocksize::ALL {
@@ -67,7 +67,7 @@ fn tasks_and_blocks_do_not_show() {
 }
 
 #[test]
-fn error_is_within_half_the_widest_gap() {
+fn the_error_is_within_half_the_widest_gap() {
     for quant_type in QuantType::ALL {
         let mut sorted = values(quant_type);
         sorted.sort_by(f32::total_cmp);
@@ -78,7 +78,7 @@ fn error_is_within_half_the_widest_gap() {
             let mut decoded = vec![0.0f32; dense.len()];
             decode(&codes, &absmax, quant_type, blocksize, &mut decoded);
             for (i, (x, y)) in dense.iter().zip(&decoded).enumerate() {
-                // The literals of the thresholds lie up to 4e-7 beside the midpoints.
+                // The thresholds' literals differ from the midpoints by up to 4e-7.
                 let bound = absmax[i / blocksize.get()] * (widest / 2.0 + 4e-7);
                 assert!((x - y).abs() <= bound, "{quant_type:?}, element {i}: {x} became {y}");
             }
@@ -96,7 +96,7 @@ fn decoded_codes_encode_to_themselves() {
                 let mut decoded = vec![T::default(); dense.len()];
                 decode(&codes, &absmax, quant_type, blocksize, &mut decoded);
                 let again = encode(&decoded, quant_type, blocksize);
-                // FP4's code 8, a negative value that became zero, comes back as 0.
+                // FP4's code 8, a negative value that became zero, is encoded as 0.
                 let plain = |c: u8| if c == 8 && quant_type == Fp4 { 0 } else { c };
                 let plain: Vec<u8> = codes.iter().map(|b| plain(b >> 4) << 4 | plain(b & 15)).collect();
                 assert_eq!(again, (plain, absmax), "{quant_type:?} {blocksize:?} {:?}", T::DTYPE);
@@ -109,7 +109,7 @@ fn decoded_codes_encode_to_themselves() {
 }
 
 #[test]
-fn sixteen_bit_input_is_its_f32_value() {
+fn sixteen_bit_input_encodes_like_its_f32_value() {
     let narrow: Vec<f16> = noise(1000, 3).into_iter().map(f16::from_f32).collect();
     let wide: Vec<f32> = narrow.iter().map(|x| x.to_f32()).collect();
     for quant_type in QuantType::ALL {
@@ -117,7 +117,7 @@ fn sixteen_bit_input_is_its_f32_value() {
     }
 }
 
-/// Bell-shaped values of both signs whose scale changes every 64 elements.
+/// Returns bell-shaped values of both signs whose scale changes every 64 elements.
 fn noise(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(2).wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut uniform = || {

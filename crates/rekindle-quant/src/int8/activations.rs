@@ -4,36 +4,35 @@ use super::{encode_row, round_to_f16};
 use crate::Element;
 use crate::simd::dispatch;
 
-/// Activations `[tokens, in]` as LLM.int8() multiplies them: 8-bit codes, and the columns that are left out.
+/// Activations `[tokens, in]` quantized for LLM.int8(): 8-bit codes, and the columns excluded from quantization.
 ///
-/// With x rounded to f16 first: an **outlier** is an element with |x| ≥ threshold, and a column that has one is an
-/// outlier column, whose codes are all 0. For the rest
+/// x is first rounded to f16. An **outlier** is an element with |x| ≥ threshold. A column that contains one is an
+/// outlier column, and its codes are all 0. For the other columns
 ///
 /// SCA = max |x| of the row without its outliers; code = rint(x · (127 · 1/SCA)).
 ///
-/// As in bitsandbytes, the elements below the threshold count towards SCA in outlier columns too, and threshold 0
-/// leaves nothing out.
+/// As in bitsandbytes, elements below the threshold contribute to SCA even in outlier columns, and threshold 0 excludes
+/// nothing.
 ///
-/// # Edges
-/// NaN elements get code 0 and make no outlier; ±∞ is an outlier. SCA of a row that has neither zeros nor other
-/// elements below the threshold is −0.
+/// # Edge cases
+/// NaN elements get code 0 and are not outliers; ±∞ is an outlier. SCA is −0 for a row of only NaN and outliers.
 ///
-/// Source: bitsandbytes 0.50 `int8_vectorwise_quant`; held by `goldens/int8_matmul.safetensors`.
+/// Source: bitsandbytes 0.50 `int8_vectorwise_quant`; tested by `goldens/int8_matmul.safetensors`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Activations {
+pub struct QuantizedActivations {
     codes: Vec<i8>,
     sca: Vec<f32>,
     outlier_columns: Vec<usize>,
 }
 
-impl Activations {
-    /// Quantizes `x`, rows of `columns` elements. The threshold is rounded to f16, as x is; LLM.int8() has 6.
+impl QuantizedActivations {
+    /// Quantizes `x`, rows of `columns` elements. The threshold is rounded to f16 like x; LLM.int8() uses 6.
     ///
     /// # Panics
-    /// When `columns` does not divide the number of elements, or is 0.
+    /// If `columns` is 0 or does not divide the number of elements.
     pub fn quantize<T: Element>(x: &[T], columns: usize, threshold: f32) -> Self {
         assert!(x.len().is_multiple_of(columns), "{} elements in rows of {columns}", x.len());
-        // Nothing is as large as NaN.
+        // Comparing with NaN is always false, so no element is an outlier.
         let threshold = if threshold > 0.0 { round_to_f16(threshold) } else { f32::NAN };
         let mut codes = vec![0; x.len()];
         let mut sca = vec![0.0; x.len() / columns];
@@ -46,12 +45,12 @@ impl Activations {
                 dispatch(
                     #[inline(always)]
                     || {
-                        T::widen(x, &mut row);
+                        T::to_f32_slice(x, &mut row);
                         for (x, outlier) in row.iter_mut().zip(&mut outliers) {
                             let half = round_to_f16(*x);
                             let above = half.abs() >= threshold;
                             *outlier |= above;
-                            // NaN counts neither towards the scale nor has it a code.
+                            // NaN does not affect the scale, and its code is 0.
                             *x = if above { f32::NAN } else { half };
                         }
                         *sca = encode_row(&row, codes);
@@ -68,17 +67,17 @@ impl Activations {
         Self { codes, sca, outlier_columns }
     }
 
-    /// The codes `[tokens, in]`, row-major.
+    /// Returns the codes `[tokens, in]`, row-major.
     pub fn codes(&self) -> &[i8] {
         &self.codes
     }
 
-    /// The scale of each token.
+    /// Returns the scale of each token.
     pub fn sca(&self) -> &[f32] {
         &self.sca
     }
 
-    /// The columns that are multiplied in the activations' own precision, ascending.
+    /// Returns the columns that are multiplied in the activations' own precision, ascending.
     pub fn outlier_columns(&self) -> &[usize] {
         &self.outlier_columns
     }
@@ -89,19 +88,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_column_with_an_outlier_is_left_out() {
-        // Column 1 has an outlier in row 0; its 4 in row 1 still is that row's largest.
+    fn a_column_with_an_outlier_is_excluded() {
+        // Column 1 has an outlier in row 0; its 4 in row 1 is still that row's largest element.
         let x = [1.0f32, 6.0, -2.0, 0.5, 4.0, 1.0];
-        let quantized = Activations::quantize(&x, 3, 6.0);
+        let quantized = QuantizedActivations::quantize(&x, 3, 6.0);
         assert_eq!(quantized.outlier_columns(), [1]);
         assert_eq!(quantized.sca(), [2.0, 4.0]);
-        // 63.5 goes to the even 64; 127/8 = 15.875 and 31.75.
+        // 63.5 rounds to the even 64; the others are 127/8 = 15.875 and 31.75.
         assert_eq!(quantized.codes(), [64, 0, -127, 16, 0, 32]);
     }
 
     #[test]
-    fn threshold_zero_leaves_nothing_out() {
-        let quantized = Activations::quantize(&[100.0f32, 50.0, f32::NAN], 3, 0.0);
+    fn threshold_zero_excludes_nothing() {
+        let quantized = QuantizedActivations::quantize(&[100.0f32, 50.0, f32::NAN], 3, 0.0);
         assert_eq!((quantized.codes(), quantized.sca()), (&[127, 64, 0][..], &[100.0][..]));
         assert!(quantized.outlier_columns().is_empty());
     }

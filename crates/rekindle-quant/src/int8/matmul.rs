@@ -1,57 +1,57 @@
-//! The product of LLM.int8() at inference (arXiv:2208.07339, §3).
+//! The product of LLM.int8() for inference (arXiv:2208.07339, §3).
 
 use half::f16;
 use rayon::prelude::*;
 
-use super::{Activations, Int8Tensor, decoded};
+use super::{Int8Tensor, QuantizedActivations, decoded};
 use crate::Element;
 use crate::simd::dispatch;
 
-/// Rows of the weight that one task of the thread pool multiplies.
+/// Number of weight rows per task of the thread pool.
 const TASK: usize = 32;
 
-/// Rows of the weight that share each load of the activations.
+/// Number of weight rows that share each load of the activations.
 const GROUP: usize = 4;
 
-/// Sums that are kept side by side, so that the compiler can use vectors.
+/// Number of sums kept in parallel, so that the compiler can vectorize.
 const LANES: usize = 32;
 
-/// Columns whose products fit an i32: 2¹⁶ · 128 · 127 < 2³¹.
+/// The number of columns whose products fit an i32: 2¹⁶ · 128 · 127 < 2³¹.
 const EXACT: usize = 1 << 16;
 
-/// 1/127² in the digits of bitsandbytes.
+/// 1/127² with bitsandbytes' digits.
 const DEQUANT: f32 = 6.200_012e-5;
 
 impl Int8Tensor {
-    /// `out = x · Wᵀ` with 8-bit activations and the outlier decomposition, as `bitsandbytes.matmul` computes it for
-    /// x of type `T`:
+    /// Computes `out = x · Wᵀ` with 8-bit activations and the outlier decomposition, like `bitsandbytes.matmul` for x
+    /// of type `T`:
     ///
     /// out = f16(Σ code_x · code_w · SCA · SCB / 127²) + Σ over outlier columns of x · w
     ///
-    /// The first sum is exact in integers. In the second, x and the decoded w are of type `T` and their products and
-    /// sum f32; the result is rounded once to `T`. Threshold 6 is LLM.int8()'s, 0 turns the decomposition off;
-    /// [`Activations`] says what an outlier is.
+    /// The first sum is exact in integers. In the second, x and the decoded w are of type `T`, and their products and
+    /// sums are f32. The result is rounded once to `T`. LLM.int8() uses threshold 6; 0 disables the decomposition.
+    /// [`QuantizedActivations`] defines outliers.
     ///
     /// # Shapes
     /// `x` `[tokens, in]`, `out` `[tokens, out]`, for a weight `[out, in]`.
     ///
     /// # Dtypes
-    /// Every bit is that of bitsandbytes on the goldens. Where there are outlier columns that is not certain: cuBLAS
-    /// sums over them in an order of its own, which can move the f32 sum by its last bits.
+    /// On the goldens every bit equals bitsandbytes'. With outlier columns this is not guaranteed in general: cuBLAS
+    /// sums over them in its own order, which can change the last bits of the f32 sum.
     ///
     /// # Panics
-    /// When `x` or `out` is not of its shape.
+    /// If the length of `x` or `out` does not match.
     ///
-    /// Held by `goldens/int8_matmul.safetensors`.
+    /// Tested by `goldens/int8_matmul.safetensors`.
     pub fn matmul<T: Element>(&self, x: &[T], threshold: f32, out: &mut [T]) {
         let [rows, columns] = self.shape;
-        let activations = Activations::quantize(x, columns, threshold);
+        let activations = QuantizedActivations::quantize(x, columns, threshold);
         let tokens = activations.sca().len();
         assert_eq!(out.len(), tokens * rows, "products of {tokens} tokens and a weight of shape {:?}", self.shape);
-        // Products of 16-bit integers are what vectors have.
+        // Vector instructions multiply 16-bit integers.
         let wide: Vec<i16> = activations.codes().iter().map(|&code| i16::from(code)).collect();
         let outliers = gather(x, columns, activations.outlier_columns());
-        // A task owns some columns of `out`, in pieces: one of each token.
+        // A task owns some columns of `out`, as one slice per token.
         let mut tasks: Vec<Vec<&mut [T]>> = Vec::new();
         tasks.resize_with(rows.div_ceil(TASK), || Vec::with_capacity(tokens));
         for row in out.chunks_mut(rows) {
@@ -72,31 +72,31 @@ impl Int8Tensor {
     }
 }
 
-/// The outlier columns of `x` side by side `[tokens, outliers]`.
+/// Collects the outlier columns of `x` as `[tokens, outliers]`.
 fn gather<T: Element>(x: &[T], columns: usize, outliers: &[usize]) -> Vec<f32> {
     let mut gathered = vec![0.0; x.len() / columns * outliers.len()];
     if !outliers.is_empty() {
         for (row, to) in x.chunks(columns).zip(gathered.chunks_mut(outliers.len())) {
             to.iter_mut()
                 .zip(outliers)
-                .for_each(|(to, &column)| T::widen(&row[column..=column], std::slice::from_mut(to)));
+                .for_each(|(to, &column)| T::to_f32_slice(&row[column..=column], std::slice::from_mut(to)));
         }
     }
     gathered
 }
 
-/// Writes f16(Σ code_x · code_w · SCA · SCB / 127²) to the pieces of `out`.
+/// Writes f16(Σ code_x · code_w · SCA · SCB / 127²) to the slices of `out`.
 #[inline(always)]
 fn integer_products<T: Element>(x: &[i16], sca: &[f32], codes: &[i8], scb: &[f32], out: &mut [&mut [T]]) {
     let columns = codes.len() / scb.len();
     let mut wide = vec![0i16; GROUP * columns];
     for (group, (codes, scb)) in codes.chunks(GROUP * columns).zip(scb.chunks(GROUP)).enumerate() {
-        // Rows that a short group lacks keep an older group's codes; their products are dropped.
+        // The missing rows of a short group keep the codes of an earlier group; their products are discarded.
         wide.iter_mut().zip(codes).for_each(|(wide, &code)| *wide = i16::from(code));
         for ((x, &sca), out) in x.chunks(columns).zip(sca).zip(&mut *out) {
             let sums = dots(x, &wide);
             for ((out, sum), &scb) in out[group * GROUP..].iter_mut().zip(sums).zip(scb) {
-                // The kernel adds a bias of 0, which makes −0 a 0.
+                // The kernel adds a bias of 0, which turns −0 into 0.
                 *out = T::from_f32(f16::from_f32(sum as f32 * sca * scb * DEQUANT + 0.0).to_f32());
             }
         }
@@ -110,17 +110,17 @@ fn add_outliers<T: Element>(x: &[f32], outliers: &[usize], codes: &[i8], scb: &[
     let mut weights = vec![0.0; outliers.len()];
     for (row, (codes, &scb)) in codes.chunks(columns).zip(scb).enumerate() {
         for (weight, &column) in weights.iter_mut().zip(outliers) {
-            T::widen(&[T::from_f32(decoded(codes[column], scb))], std::slice::from_mut(weight));
+            T::to_f32_slice(&[T::from_f32(decoded(codes[column], scb))], std::slice::from_mut(weight));
         }
         for (x, out) in x.chunks(outliers.len()).zip(&mut *out) {
             let mut sum = [0.0];
-            T::widen(&out[row..=row], &mut sum);
+            T::to_f32_slice(&out[row..=row], &mut sum);
             out[row] = T::from_f32(sum[0] + dot(x, &weights));
         }
     }
 }
 
-/// Σ x·w of each row of `weights`.
+/// Returns Σ x·w for each row of `weights`.
 #[inline(always)]
 fn dots(x: &[i16], weights: &[i16]) -> [i64; GROUP] {
     std::array::from_fn(|row| {
@@ -129,7 +129,7 @@ fn dots(x: &[i16], weights: &[i16]) -> [i64; GROUP] {
     })
 }
 
-/// An inner product that does not overflow.
+/// Returns an inner product; the inputs are short enough that it cannot overflow.
 #[inline(always)]
 fn exact_dot(x: &[i16], w: &[i16]) -> i32 {
     let mut lanes = [0i32; LANES];
@@ -143,7 +143,7 @@ fn exact_dot(x: &[i16], w: &[i16]) -> i32 {
     lanes.into_iter().chain(rest).fold(0, i32::wrapping_add)
 }
 
-/// Σ a·b, in 16 partial sums.
+/// Returns Σ a·b, using 16 partial sums.
 #[inline(always)]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 16];
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn tasks_and_groups_do_not_show() {
+    fn results_do_not_depend_on_tasks_and_groups() {
         let (rows, columns, tokens) = (2 * TASK + GROUP + 1, 37, 3);
         let noise = |len: usize| (0..len).map(|i| ((i * 7919) % 997) as f32 / 100.0 - 4.9).collect::<Vec<f32>>();
         let weight = Int8Tensor::quantize(&noise(rows * columns), [rows, columns]).expect("shape fits");
@@ -188,9 +188,9 @@ mod tests {
         }
     }
 
-    /// More columns than one i32 sum takes.
+    /// The weight has more columns than one i32 sum can hold.
     #[test]
-    fn wide_sums_do_not_overflow() {
+    fn sums_over_many_columns_do_not_overflow() {
         let columns = 2 * EXACT + 5;
         let weight = Int8Tensor::from_parts([1, columns], vec![127; columns], vec![1e-4]).expect("one row");
         let mut out = [0.0f32];

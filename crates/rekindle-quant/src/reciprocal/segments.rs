@@ -1,8 +1,8 @@
-/// `(c0, c1, c2)` of segment `s`, the values of `1/x` for `1 + s/128 ≤ x < 1 + (s+1)/128`; see
+/// The coefficients `(c0, c1, c2)` of segment `s`, which covers `1 + s/128 ≤ x < 1 + (s+1)/128`; see
 /// [`reciprocal`](super::reciprocal) for the units.
 ///
-/// Found by a minimax fit to the reciprocal that the unit returned for each of the 65,536 mantissas of
-/// the segment (H200), after which the one integer solution reproduces all 2²³ of them.
+/// Found by a minimax fit to the hardware's reciprocal of each of the 65,536 mantissas of the segment (H200), followed
+/// by a search for the one integer solution that reproduces all 2²³ of them.
 #[rustfmt::skip]
 pub(super) const SEGMENTS: [(u32, u32, u32); 128] = [
     (67108864, 65534, 1013), (66588642, 64522, 989), (66076422, 63533, 966), (65572021, 62567, 945),

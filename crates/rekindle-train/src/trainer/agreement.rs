@@ -65,7 +65,8 @@ impl Agreement {
         configuration.insert("dtype".to_owned(), format!("{:?}", model.dtype()).into());
         configuration.insert("quantization_config".to_owned(), model.quantization_config().unwrap_or_default());
         configuration.insert("max_seq_length".to_owned(), model.max_seq_length().into());
-        configuration.insert("rope".to_owned(), model.widened().map(|w| json!(format!("{w}"))).unwrap_or_default());
+        configuration
+            .insert("rope".to_owned(), model.context_extension().map(|w| json!(format!("{w}"))).unwrap_or_default());
         configuration.insert("vocab_size".to_owned(), model.config().vocab_size().into());
 
         changeable.insert("max_steps".to_owned(), total.into());

@@ -66,7 +66,7 @@ impl<'a> Run<'a> {
         job.config.check_embedding_rate(job.model.params())?;
         let mut optimizer = Optimizer::new(job.model, OptimizerConfig::from(&job.config), job.seed)?;
         job.check_needs()?;
-        let lock = |dir: &PathBuf| DirectoryLock::take(dir);
+        let lock = |dir: &PathBuf| DirectoryLock::acquire(dir);
         let mut locked = job.output_dir.as_ref().filter(|dir| dir.is_dir()).map(lock).transpose()?;
         let Start { checkpoint, agreement, mut notes } = Start::find(&job, total)?;
         job.output().check_writable(&times)?;

@@ -1,4 +1,4 @@
-//! `cargo xtask bench plan`: what is planned for a card beside what steps take of it.
+//! `cargo xtask bench plan`: compares planned and used GPU memory.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -14,10 +14,10 @@ use super::super::name;
 use super::super::shape::Shape;
 use super::{Checkpointing, Mode, Peer, Train, gib};
 
-/// Steps of each job; the most is taken in the first.
+/// Steps per job; memory peaks in the first.
 const STEPS: usize = 2;
 
-/// Shape, mode, rows, tokens of a row, what is kept.
+/// Shape, mode, rows, tokens per row, kept activations.
 const JOBS: [(Shape, Mode, usize, usize, Checkpointing); 9] = [
     (Shape::Qwen3_4b, Mode::Lora, 4, 2048, Checkpointing::Block),
     (Shape::Qwen3_4b, Mode::Lora, 4, 2048, Checkpointing::Host),
@@ -30,7 +30,7 @@ const JOBS: [(Shape, Mode, usize, usize, Checkpointing); 9] = [
     (Shape::Qwen3_0_6b, Mode::Full, 8, 2048, Checkpointing::Block),
 ];
 
-/// Prints a row for every job; without a card, the plans alone.
+/// Prints a row for every job; without a GPU only the plans.
 pub(crate) fn run(weights: Option<&Path>) -> Result<(), Box<dyn Error>> {
     let scratch = tempfile::tempdir()?;
     let weights: PathBuf = weights.unwrap_or(scratch.path()).to_owned();

@@ -6,62 +6,63 @@ use crate::config::{native_parameters, one_problem};
 use crate::positions::describe;
 use crate::{Error, Positions, RopeConfig, RopeScaling, Scaling};
 
-/// How far `auto` goes: this many times the window.
-pub const MOST_AUTO: f64 = 4.0;
+/// The largest extension `auto` allows, as a multiple of the window.
+pub const MAX_AUTO_FACTOR: f64 = 4.0;
 
-/// What was done to a model's positions.
+/// An extension of a model's context window.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Widened {
-    /// The window before: `max_position_embeddings` after the native scaling.
+pub struct ContextExtension {
+    /// The previous window: `max_position_embeddings` after the native scaling.
     pub from: usize,
-    /// What replaces the model's own window and parameters.
+    /// The window and parameters that replace the model's own.
     pub positions: Positions,
-    /// The parameters as a [`RopeScaling::Table`] that gives the same once more for the same length.
+    /// The parameters as a [`RopeScaling::Table`] that reproduces this extension for the same length.
     pub request: Map<String, Value>,
 }
 
-impl fmt::Display for Widened {
-    /// `yarn, factor 4: window 256 -> 1024`.
+impl fmt::Display for ContextExtension {
+    /// Formats as `yarn, factor 4: window 256 -> 1024`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         describe(&self.request, f)?;
         write!(f, ": window {} -> {}", self.from, self.positions.max_position_embeddings)
     }
 }
 
-/// The positions of a model that is to take `length` tokens, or `None` where its own do.
+/// Computes the positions of a model extended to `length` tokens, or `None` if its own window suffices.
 ///
-/// `config` is the model's `config.json`, `window` its `max_position_embeddings`, W below. W counts the native scaling;
-/// a native yarn reaches at least to its P · factor, whatever `max_position_embeddings` says. Nothing happens up to W,
-/// unless a table is given. Beyond, s = length / W, and with `auto`, or the name of the native type, the native scaling
-/// is widened. P is `original_max_position_embeddings`, and every other parameter is kept:
+/// `config` is the model's `config.json` and `window` its `max_position_embeddings`, called W below. W includes the
+/// native scaling. A native yarn reaches at least P · factor, whatever `max_position_embeddings` says, where P is
+/// `original_max_position_embeddings`. Up to W nothing changes unless a table is given. Beyond W, let s = length / W.
+/// With `auto`, or the name of the native type, the native scaling is extended and all other parameters are kept:
 ///
-/// | native | widened | so that |
+/// | native | extended | effect |
 /// |---|---|---|
-/// | llama3 | factor · s | pairs slower than `low_freq_factor` turns in P reach at `length` the angles that they reached at W; those faster than `high_freq_factor` are as they were |
-/// | yarn | factor · s, and with it the attention factor, unless that is given | the same, with `beta_slow` and `beta_fast` |
-/// | longrope | factor · s; pair i's `long_factor` λᵢ · s^γᵢ, γᵢ = ln λᵢ / ln factor within 0 and 1 | a pair that was not stretched is not, one that was stretched in full is by s more, the others in proportion |
+/// | llama3 | factor · s | pairs slower than `low_freq_factor` turns in P reach the same angles at `length` as before at W; pairs faster than `high_freq_factor` are unchanged |
+/// | yarn | factor · s, and the attention factor derived from it unless one is given | the same, with `beta_slow` and `beta_fast` |
+/// | longrope | factor · s; pair i's `long_factor` λᵢ · s^γᵢ, γᵢ = ln λᵢ / ln factor, clamped to 0..1 | unscaled pairs stay unscaled, fully scaled pairs are scaled by s more, the others in proportion |
 /// | dynamic | its own rule, at `length` | |
-/// | linear | an error | `config.json` does not say whether W counts its factor |
+/// | linear | an error | `config.json` does not say whether W includes its factor |
 /// | none | `linear` and `dynamic` with factor s, `yarn` with factor s and P = W; `auto`: [`RopeScaling::BEST`] | |
 ///
-/// Another method by name than the native one is an error: only a table replaces a native scaling. In a table a missing
-/// P is the native one or W, and a missing `factor` of linear, dynamic, yarn and longrope is what `length` needs.
+/// Naming a method other than the native one is an error: only a table replaces a native scaling. In a table, P
+/// defaults to the native value or W, and `factor` of linear, dynamic, yarn and longrope defaults to the value that
+/// `length` needs.
 ///
-/// dynamic and longrope choose by a length. It is taken once, here: what comes out is the theta that dynamic has at
-/// `length`, as type `default`, and a longrope whose short factors are its long ones. So rows of every length, later
-/// runs, and programs that look at each batch find the same frequencies.
+/// dynamic and longrope depend on a length, which is fixed here to `length`. The result for dynamic is type `default`
+/// with the theta that dynamic has at `length`; for longrope, the short factors are set to the long ones. Rows of any
+/// length, later runs, and programs that choose per batch therefore use the same frequencies.
 ///
 /// # Errors
-/// [`Error::TooFar`] for `auto` beyond [`MOST_AUTO`] · W, [`Error::NothingToScale`] for a name within W,
-/// [`Error::Replaces`] and [`Error::UnknownWindow`] for a native scaling that is not to be widened so,
-/// [`Error::BeyondSaved`], and [`Error::Parameters`] for a table that makes no sense.
-pub fn widen(
+/// [`Error::TooFar`] for `auto` beyond [`MAX_AUTO_FACTOR`] · W, [`Error::NothingToScale`] for a named method within W,
+/// [`Error::Replaces`] and [`Error::UnknownWindow`] for a native scaling that cannot be extended this way,
+/// [`Error::BeyondSaved`], and [`Error::Parameters`] for an invalid table.
+pub fn extend_context(
     config: &Value,
     head_dim: usize,
     window: usize,
     length: usize,
     choice: &RopeScaling,
-) -> Result<Option<Widened>, Error> {
+) -> Result<Option<ContextExtension>, Error> {
     let model = Model::new(config, head_dim, window)?;
     let name = match choice {
         RopeScaling::Table(table) => return model.table(table, length).map(Some),
@@ -92,20 +93,20 @@ pub fn widen(
             return Err(Error::Replaces { name: name.to_owned(), native: native.to_owned() });
         }
         ("linear", _) => return Err(model.unknown_window(length)),
-        _ => model.widened(length),
+        _ => model.extended_native(length),
     };
     model.finish(parameters, length).map(Some)
 }
 
-/// What a model says of itself.
+/// The position settings of a model, normalized.
 struct Model {
     head_dim: usize,
     rope: RopeConfig,
-    /// Native parameters as transformers 5 spells them, with `rope_theta`, P and the factor where they were implied.
+    /// Native parameters in the layout of transformers 5, with `rope_theta`, P and the factor filled in where implied.
     parameters: Map<String, Value>,
-    /// After the native scaling.
+    /// The window after the native scaling.
     window: usize,
-    /// `max_position_embeddings`, which dynamic counts from.
+    /// `max_position_embeddings`, which dynamic scales from.
     max_position_embeddings: usize,
 }
 
@@ -130,16 +131,16 @@ impl Model {
     }
 
     fn check_auto(&self, length: usize) -> Result<(), Error> {
-        if length as f64 <= MOST_AUTO * self.window as f64 {
+        if length as f64 <= MAX_AUTO_FACTOR * self.window as f64 {
             return Ok(());
         }
         let native = self.rope.scaling().name();
-        let insist = match native {
-            "default" => "name a method (linear, dynamic or yarn)".to_owned(),
-            "dynamic" | "yarn" => format!("name its method (rope_scaling = \"{native}\")"),
-            _ => format!("give its parameters (rope_scaling = {{ rope_type = \"{native}\", ... }})"),
+        let explicit = match native {
+            "default" => "set rope_scaling to a method (linear, dynamic or yarn)".to_owned(),
+            "dynamic" | "yarn" => format!("set rope_scaling = \"{native}\""),
+            _ => format!("give its parameters with rope_scaling = {{ rope_type = \"{native}\", ... }}"),
         };
-        Err(Error::TooFar { length, window: self.window, insist })
+        Err(Error::TooFar { length, window: self.window, explicit })
     }
 
     fn unknown_window(&self, length: usize) -> Error {
@@ -148,12 +149,12 @@ impl Model {
         Error::UnknownWindow { length, window: self.window, factor: factor.to_string(), grown: grown.to_string() }
     }
 
-    /// s.
+    /// Returns s, the growth of the window.
     fn growth(&self, length: usize) -> f64 {
         length as f64 / self.window as f64
     }
 
-    /// The parameters of `name` for a model without a scaling of its own.
+    /// Returns the parameters of `name` for a model without a native scaling.
     fn unscaled(&self, name: &str, length: usize) -> Map<String, Value> {
         let mut parameters =
             Map::from_iter([("rope_type".to_owned(), name.into()), ("factor".to_owned(), self.growth(length).into())]);
@@ -163,8 +164,8 @@ impl Model {
         parameters
     }
 
-    /// The native parameters for `length`.
-    fn widened(&self, length: usize) -> Map<String, Value> {
+    /// Returns the native parameters extended to `length`.
+    fn extended_native(&self, length: usize) -> Map<String, Value> {
         let mut parameters = self.parameters.clone();
         let growth = self.growth(length);
         if let Scaling::Dynamic { .. } = self.rope.scaling() {
@@ -184,7 +185,7 @@ impl Model {
         parameters
     }
 
-    fn table(&self, table: &Map<String, Value>, length: usize) -> Result<Widened, Error> {
+    fn table(&self, table: &Map<String, Value>, length: usize) -> Result<ContextExtension, Error> {
         let mut table: Map<String, Value> = table.clone();
         table.retain(|_, value| !value.is_null());
         if let Some(name) = table.remove("type") {
@@ -220,16 +221,16 @@ impl Model {
         self.finish(table, length)
     }
 
-    fn saved(&self, saved: &Positions, length: usize) -> Result<Widened, Error> {
+    fn saved(&self, saved: &Positions, length: usize) -> Result<ContextExtension, Error> {
         if length > saved.max_position_embeddings {
             return Err(Error::BeyondSaved { length, window: saved.max_position_embeddings });
         }
         saved.rope(self.head_dim)?;
-        Ok(Widened { from: self.window, positions: saved.clone(), request: saved.parameters.clone() })
+        Ok(ContextExtension { from: self.window, positions: saved.clone(), request: saved.parameters.clone() })
     }
 
-    /// `parameters` with theta and the rotary share of the model, checked, and made independent of later lengths.
-    fn finish(&self, mut parameters: Map<String, Value>, length: usize) -> Result<Widened, Error> {
+    /// Adds the model's theta and partial rotary factor to `parameters`, validates them, and fixes them to `length`.
+    fn finish(&self, mut parameters: Map<String, Value>, length: usize) -> Result<ContextExtension, Error> {
         for key in ["rope_theta", "partial_rotary_factor"] {
             if let Some(own) = self.parameters.get(key) {
                 parameters.entry(key).or_insert_with(|| own.clone());
@@ -258,13 +259,13 @@ impl Model {
         }
         let positions = Positions { max_position_embeddings: self.window.max(length), parameters: fixed };
         positions.rope(self.head_dim)?;
-        Ok(Widened { from: self.window, positions, request: parameters })
+        Ok(ContextExtension { from: self.window, positions, request: parameters })
     }
 }
 
 const ORIGINAL: &str = "original_max_position_embeddings";
 
-/// The keys that say most first, the rest by name: files have their tables in any order.
+/// Sorts the most important keys first and the rest by name, since tables read from files are unordered.
 fn in_order(parameters: Map<String, Value>) -> Map<String, Value> {
     let first = ["rope_type", "rope_theta", "factor"];
     let mut entries: Vec<(String, Value)> = parameters.into_iter().collect();

@@ -1,15 +1,17 @@
-//! Headers of weights that stay on the hub.
+//! Tests of reading headers without downloading the weights.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use rekindle_hub::{Dtype, Error, Headers, HubErrorKind, Resolved, TensorSpec, headers, resolve, write_safetensors};
+use rekindle_hub::{
+    CheckpointHeaders, Dtype, Error, HubErrorKind, Resolved, TensorSpec, headers, resolve, write_safetensors,
+};
 
 use crate::server::{COMMIT, Server};
 use crate::{Client, noise};
 
-/// A file with these tensors of 200 values each.
+/// Returns a safetensors file with these tensors of 200 values each.
 fn weights(names: &[String]) -> Vec<u8> {
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("weights");
@@ -22,7 +24,7 @@ fn names(prefix: &str, count: usize) -> Vec<String> {
     (0..count).map(|number| format!("{prefix}.{number}")).collect()
 }
 
-/// Two shards; the header of the second is longer than what is asked for at first.
+/// Serves two shards; the header of the second is longer than the first request.
 fn sharded() -> (Server, Vec<String>) {
     let (few, many) = (names("few", 2), names("many", 2000));
     let mut map: Vec<String> = few.iter().map(|name| format!("\"{name}\": \"1.safetensors\"")).collect();
@@ -38,11 +40,11 @@ fn sharded() -> (Server, Vec<String>) {
     (server, [few, many].concat())
 }
 
-fn of(client: &Client) -> Result<(Resolved, Headers), Error> {
+fn of(client: &Client) -> Result<(Resolved, CheckpointHeaders), Error> {
     headers("org/model", client.options())
 }
 
-fn check(found: &Headers, names: &[String]) {
+fn check(found: &CheckpointHeaders, names: &[String]) {
     assert_eq!(found.tensors.len(), names.len());
     for name in names {
         let tensor = &found.tensors[name];
@@ -67,7 +69,7 @@ fn files(path: &Path) -> Vec<String> {
 }
 
 #[test]
-fn come_by_ranges_and_leave_the_weights_there() {
+fn headers_are_read_by_range_requests() {
     let (server, names) = sharded();
     let client = Client::of(&server);
     let (resolved, found) = of(&client).unwrap();
@@ -85,33 +87,33 @@ fn come_by_ranges_and_leave_the_weights_there() {
     assert_eq!(requests, expected);
     assert_eq!(files(&resolved.path), ["config.json", "model.safetensors.index.json"]);
 
-    // A snapshot like that is not taken for a model.
+    // A snapshot without weights does not count as a model.
     let error = resolve("org/model", rekindle_hub::HubOptions { local_files_only: true, ..client.options() });
     assert!(error.unwrap_err().to_string().contains("lacks 1.safetensors"));
-    // What is in the cache is not asked for.
+    // Cached files are not requested.
     client.resolve().unwrap();
     server.requests();
     let (_, again) = of(&client).unwrap();
     assert_eq!(again, found);
-    assert_eq!(server.requests().len(), 1, "whether the branch has moved");
+    assert_eq!(server.requests().len(), 1, "only the branch is looked up");
 }
 
 #[test]
-fn a_server_without_ranges_is_left_when_the_header_is_here() {
+fn a_server_without_ranges_is_disconnected_after_the_header() {
     let (server, names) = sharded();
     server.hub().has_ranges = false;
     check(&of(&Client::of(&server)).unwrap().1, &names);
 }
 
 #[test]
-fn a_cut_is_mended() {
+fn an_interrupted_header_is_resumed() {
     let (server, names) = sharded();
     server.file("2.safetensors", |file| file.cuts = vec![50_000]);
     check(&of(&Client::of(&server)).unwrap().1, &names);
 }
 
 #[test]
-fn an_adapter_is_told_from_a_model() {
+fn an_adapter_is_distinguished_from_a_model() {
     let names = names("lora", 3);
     let server = Server::start(&[
         ("adapter_config.json", b"{}"),
@@ -124,12 +126,12 @@ fn an_adapter_is_told_from_a_model() {
     let scratch = tempfile::tempdir().unwrap();
     fs::write(scratch.path().join("adapter_config.json"), "{}").unwrap();
     fs::write(scratch.path().join("adapter_model.safetensors"), weights(&names)).unwrap();
-    let here = Headers::open(scratch.path()).unwrap();
+    let here = CheckpointHeaders::open(scratch.path()).unwrap();
     assert_eq!((here.is_adapter, &here.tensors), (true, &found.tensors));
 }
 
 #[test]
-fn what_is_no_header_is_said() {
+fn an_invalid_header_is_reported() {
     let server = Server::start(&[("config.json", b"{}"), ("model.safetensors", &noise(1000))]);
     let error = of(&Client::of(&server)).unwrap_err();
     assert!(error.to_string().contains("not a safetensors file"), "{error}");

@@ -10,43 +10,42 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::{Dtype, Error};
 
-/// Bytes before the JSON: its length as a little-endian u64.
+/// The size of the length before the JSON, a little-endian u64.
 pub(crate) const LENGTH_BYTES: usize = 8;
 
 /// The longest JSON that the reference implementation reads or writes.
 pub(crate) const MAX_JSON_BYTES: usize = 100_000_000;
 
-/// The key under which a file keeps its own notes; no tensor can have this name.
+/// The key of a file's metadata; no tensor can have this name.
 pub(crate) const METADATA_KEY: &str = "__metadata__";
 
-/// A header whose every range was checked against the file that it came from.
+/// A header whose ranges were all validated against its file.
 #[derive(Debug)]
-pub(crate) struct Header {
+pub(crate) struct SafetensorsHeader {
     pub(crate) metadata: BTreeMap<String, String>,
-    pub(crate) tensors: BTreeMap<String, Entry>,
+    pub(crate) tensors: BTreeMap<String, TensorEntry>,
 }
 
-/// Where a tensor lies and what it holds.
+/// The location, dtype and shape of a tensor.
 #[derive(Debug)]
-pub(crate) struct Entry {
+pub(crate) struct TensorEntry {
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
-    /// Position in the whole file, inside its bounds.
+    /// The byte range in the file, within its bounds.
     pub(crate) range: Range<usize>,
 }
 
-impl Header {
-    /// Parses and checks the header of `file`, the whole content of `path`, touching nothing behind
-    /// the header.
+impl SafetensorsHeader {
+    /// Parses and validates the header of `file`, the whole content of `path`, without touching the tensor data.
     ///
-    /// The tensors must cover the rest of the file without gap or overlap, each with exactly the
-    /// bytes of its shape and dtype.
-    pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<Header, Error> {
-        Header::read(path, file, file.len())
+    /// The tensors must cover the rest of the file without gaps or overlaps, each with exactly the bytes of its shape
+    /// and dtype.
+    pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<SafetensorsHeader, Error> {
+        SafetensorsHeader::read(path, file, file.len())
     }
 
-    /// The same of a file of `size` bytes that begins with `head`, which holds all of the header.
-    pub(crate) fn read(path: &Path, head: &[u8], size: usize) -> Result<Header, Error> {
+    /// Parses the header of a file of `size` bytes from its first bytes `head`, which contain the whole header.
+    pub(crate) fn read(path: &Path, head: &[u8], size: usize) -> Result<SafetensorsHeader, Error> {
         let malformed = |reason: String| Error::malformed(path, reason);
         let json = split(head).map_err(malformed)?;
         let raw: RawHeader =
@@ -61,12 +60,12 @@ impl Header {
         for (name, info) in listed {
             let dtype = Dtype::from_name(&info.dtype).ok_or_else(|| Error::Unsupported {
                 path: path.to_path_buf(),
-                reason: format!("tensor {name:?} has dtype {:?}, which is not read", info.dtype),
+                reason: format!("tensor {name:?} has the unsupported dtype {:?}", info.dtype),
             })?;
             let (start, end) = info.data_offsets;
             if start != end_of_last || end < start {
                 return Err(malformed(format!(
-                    "tensor {name:?} lies at bytes {start}..{end}, but the one before it ends at {end_of_last}"
+                    "tensor {name:?} is at bytes {start}..{end}, but the previous tensor ends at {end_of_last}"
                 )));
             }
             if dtype.bytes_of(&info.shape) != Some(end - start) {
@@ -84,39 +83,39 @@ impl Header {
                 )));
             }
             end_of_last = end;
-            let entry = Entry { dtype, shape: info.shape, range: data_start + start..data_start + end };
+            let entry = TensorEntry { dtype, shape: info.shape, range: data_start + start..data_start + end };
             if tensors.insert(name.clone(), entry).is_some() {
                 return Err(malformed(format!("two tensors are named {name:?}")));
             }
         }
         if end_of_last != length {
-            return Err(malformed(format!("{} bytes after the last tensor belong to none", length - end_of_last)));
+            return Err(malformed(format!("{} bytes after the last tensor belong to no tensor", length - end_of_last)));
         }
-        Ok(Header { metadata: raw.metadata, tensors })
+        Ok(SafetensorsHeader { metadata: raw.metadata, tensors })
     }
 }
 
-/// How many bytes of a file that begins with these are its header.
+/// Returns the number of header bytes of a file that begins with `head`.
 #[cfg(feature = "network")]
-pub(crate) fn length(head: &[u8]) -> Option<u64> {
+pub(crate) fn header_length(head: &[u8]) -> Option<u64> {
     let (length, _) = head.split_first_chunk::<LENGTH_BYTES>()?;
     Some(u64::from_le_bytes(*length))
         .filter(|length| *length <= MAX_JSON_BYTES as u64)
         .map(|json| json + LENGTH_BYTES as u64)
 }
 
-/// The JSON of the header of a file that begins with `file`.
+/// Returns the header's JSON from the beginning of a file.
 fn split(file: &[u8]) -> Result<&[u8], String> {
-    // What git leaves in place of a large file; its first 8 bytes would read as a huge length.
+    // Git leaves this text in place of a large file; its first 8 bytes would be read as a huge length.
     if file.starts_with(b"version https://git-lfs") {
-        return Err("a Git LFS pointer, not the weights; run \"git lfs pull\" there".to_owned());
+        return Err("a Git LFS pointer, not the weights; run \"git lfs pull\" in its directory".to_owned());
     }
     let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
         return Err(format!("truncated: {} bytes are too few for a safetensors file", file.len()));
     };
     let length = u64::from_le_bytes(*length);
     if length > MAX_JSON_BYTES as u64 {
-        return Err(format!("not a safetensors file: its first 8 bytes announce a header of {length} bytes"));
+        return Err(format!("not a safetensors file: its first 8 bytes declare a header of {length} bytes"));
     }
     rest.get(..length as usize).ok_or_else(|| {
         format!(
@@ -127,7 +126,7 @@ fn split(file: &[u8]) -> Result<&[u8], String> {
     })
 }
 
-/// The JSON as it stands, before any check; a list of tensors, so that a name used twice is seen.
+/// The unvalidated JSON; a list of tensors, so that duplicate names are detected.
 struct RawHeader {
     metadata: BTreeMap<String, String>,
     tensors: Vec<(String, RawEntry)>,
@@ -173,7 +172,7 @@ impl<'de> Deserialize<'de> for RawHeader {
 mod tests {
     use super::*;
 
-    /// A file of this JSON followed by `data` zero bytes.
+    /// Creates a file with this JSON followed by `data` zero bytes.
     fn file(json: &str, data: usize) -> Vec<u8> {
         let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
         bytes.extend(json.as_bytes());
@@ -181,8 +180,8 @@ mod tests {
         bytes
     }
 
-    fn parse(file: &[u8]) -> Result<Header, Error> {
-        Header::parse(Path::new("m.safetensors"), file)
+    fn parse(file: &[u8]) -> Result<SafetensorsHeader, Error> {
+        SafetensorsHeader::parse(Path::new("m.safetensors"), file)
     }
 
     const TWO: &str = concat!(
@@ -192,7 +191,7 @@ mod tests {
     );
 
     #[test]
-    fn finds_every_tensor() {
+    fn every_tensor_is_found() {
         let header = parse(&file(TWO, 14)).unwrap();
         assert_eq!(header.metadata["format"], "pt");
         let start = LENGTH_BYTES + TWO.len();
@@ -203,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn says_what_is_malformed() {
+    fn malformed_headers_are_described() {
         let one = |shape: &str, offsets: &str| {
             format!(r#"{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}}}"#)
         };
@@ -214,8 +213,8 @@ mod tests {
             (file(&one("[2]", "[0,8]"), 7), "truncated: tensor \"a\" ends at byte 8"),
             (file(&one("[2]", "[0,8]"), 9), "1 bytes after the last tensor"),
             (file(&one("[3]", "[0,8]"), 8), "do not fit shape [3] of F32"),
-            (file(&one("[2]", "[4,12]"), 12), "the one before it ends at 0"),
-            (file(&one("[2]", "[8,0]"), 8), "lies at bytes 8..0"),
+            (file(&one("[2]", "[4,12]"), 12), "the previous tensor ends at 0"),
+            (file(&one("[2]", "[8,0]"), 8), "is at bytes 8..0"),
             (file(&one("[2]", &format!("[0,{huge}]")), 8), "do not fit"),
             (file(&one(&format!("[{huge},{huge}]"), "[0,8]"), 8), "do not fit"),
             (file(&one("[-1]", "[0,8]"), 8), "the header is not valid"),
@@ -237,17 +236,17 @@ mod tests {
     }
 
     #[test]
-    fn names_a_dtype_that_is_not_read() {
+    fn an_unsupported_dtype_is_named() {
         let json = r#"{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}"#;
         let error = parse(&file(json, 1)).unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
-        assert!(error.to_string().contains("\"a\" has dtype \"F4\""), "{error}");
+        assert!(error.to_string().contains("\"a\" has the unsupported dtype \"F4\""), "{error}");
     }
 
-    /// Every truncation and every value of every header byte: never a panic, and accepted exactly
-    /// when the reference implementation accepts it.
+    /// Tries every truncation and every value of every header byte: the reader must never panic, and must accept
+    /// exactly what the reference implementation accepts.
     #[test]
-    fn judges_mutations_as_the_reference_does() {
+    fn mutations_are_judged_like_the_reference_does() {
         let agree = |bytes: &[u8], what: &dyn fmt::Display| {
             let ours = parse(bytes);
             if let Err(Error::Unsupported { .. }) = ours {

@@ -1,46 +1,46 @@
-//! What the tensors of a checkpoint or an adapter are, without the tensors.
+//! The tensor headers of a checkpoint or adapter, local or on the hub, without the tensor data.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::adapter::{ADAPTER_CONFIG, open_adapter};
-#[cfg(feature = "network")]
-use crate::header::Header;
 use crate::index::{INDEX_FILE, SINGLE_FILE};
+#[cfg(feature = "network")]
+use crate::safetensors_header::SafetensorsHeader;
 use crate::{Checkpoint, Dtype, Error, TensorView};
 
-/// What the header of a safetensors file says of a tensor.
+/// A tensor as described in the header of a safetensors file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
-    /// Its stored element type.
+    /// The stored dtype.
     pub dtype: Dtype,
-    /// Its extents, outermost first.
+    /// The dimensions, outermost first.
     pub shape: Vec<usize>,
-    /// How many bytes it takes.
+    /// The size in bytes.
     pub bytes: u64,
 }
 
-/// The headers of all weights in a directory, or of a name on the hub whose weights stay there.
+/// The headers of all weights in a directory, or of a hub name whose weights are not downloaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Headers {
-    /// The directory that holds the configuration, weights or not.
+pub struct CheckpointHeaders {
+    /// The directory with the configuration; it need not contain the weights.
     pub path: PathBuf,
-    /// Whether these are an adapter's tensors, and no model's beside it.
+    /// True for the tensors of an adapter in a directory without a model.
     pub is_adapter: bool,
-    /// By name.
+    /// The tensors by name.
     pub tensors: BTreeMap<String, TensorInfo>,
 }
 
-impl Headers {
-    /// Reads those of the checkpoint or adapter in `path`; an adapter beside a model is not looked at.
+impl CheckpointHeaders {
+    /// Reads the headers of the checkpoint or adapter in `path`; an adapter next to a model is ignored.
     ///
     /// # Errors
-    /// As [`Checkpoint::open`] and [`open_adapter`].
-    pub fn open(path: &Path) -> Result<Headers, Error> {
-        // Some adapters come with their base's configuration, but without its weights.
+    /// The errors of [`Checkpoint::open`] and [`open_adapter`].
+    pub fn open(path: &Path) -> Result<CheckpointHeaders, Error> {
+        // Some adapters include their base's configuration, but not its weights.
         let has_weights = [SINGLE_FILE, INDEX_FILE].iter().any(|file| path.join(file).exists());
         let is_adapter = path.join(ADAPTER_CONFIG).exists() && !has_weights;
-        let mut headers = Headers { path: path.to_path_buf(), is_adapter, tensors: BTreeMap::new() };
+        let mut headers = CheckpointHeaders { path: path.to_path_buf(), is_adapter, tensors: BTreeMap::new() };
         if is_adapter {
             let file = open_adapter(path)?;
             headers.tensors = file.names().filter_map(|name| file.get(name)).map(info).collect();
@@ -51,20 +51,20 @@ impl Headers {
         Ok(headers)
     }
 
-    /// Bytes of all tensors together.
+    /// Returns the size of all tensors in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|tensor| tensor.bytes).sum()
     }
 
-    /// Adds the tensors of the file called `name`, of which `head` holds at least the header and that has `size` bytes.
+    /// Adds the tensors of the file `name`, which has `size` bytes; `head` contains at least its header.
     #[cfg(feature = "network")]
     pub(crate) fn add(&mut self, name: &str, head: &[u8], size: u64) -> Result<(), Error> {
         let path = self.path.join(name);
-        let header = Header::read(&path, head, usize::try_from(size).unwrap_or(usize::MAX))?;
+        let header = SafetensorsHeader::read(&path, head, usize::try_from(size).unwrap_or(usize::MAX))?;
         for (tensor, entry) in header.tensors {
             let info = TensorInfo { dtype: entry.dtype, shape: entry.shape, bytes: entry.range.len() as u64 };
             if self.tensors.insert(tensor.clone(), info).is_some() {
-                return Err(Error::malformed(&path, format!("its tensor {tensor:?} is in another shard as well")));
+                return Err(Error::malformed(&path, format!("its tensor {tensor:?} is also in another shard")));
             }
         }
         Ok(())

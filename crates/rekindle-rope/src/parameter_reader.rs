@@ -1,17 +1,16 @@
 use serde_json::{Map, Value};
 
-/// Reads typed parameters out of one JSON object and collects what is wrong with them, so that a single error can
-/// name everything.
+/// Reads typed parameters from one JSON object and collects all problems, so that a single error can list them.
 ///
 /// `null` counts as absent, as in transformers.
-pub(crate) struct Reader<'a> {
+pub(crate) struct ParameterReader<'a> {
     section: &'static str,
     map: &'a Map<String, Value>,
     problems: Vec<String>,
 }
 
-impl<'a> Reader<'a> {
-    /// `section` is what messages put before a key: `rope_scaling.factor`; empty for the top level.
+impl<'a> ParameterReader<'a> {
+    /// `section` prefixes keys in messages, as in `rope_scaling.factor`; it is empty at the top level.
     pub(crate) fn new(section: &'static str, map: &'a Map<String, Value>) -> Self {
         Self { section, map, problems: Vec::new() }
     }
@@ -60,7 +59,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// Unwraps a parameter that has no default; its absence is a problem unless its value already was one.
+    /// Reports a missing parameter that has no default, unless its value was already reported as invalid.
     pub(crate) fn require<T>(&mut self, key: &str, value: Option<T>) -> Option<T> {
         if value.is_none() && !self.has(key) {
             self.problem(key, "is missing");
@@ -86,7 +85,7 @@ fn positive(value: &Value) -> Option<f64> {
     value.as_f64().filter(|n| *n > 0.0)
 }
 
-/// The value for a message: in full unless it is a long list.
+/// Formats the value for a message, abbreviating long lists.
 fn short(value: &Value) -> String {
     match value {
         Value::Array(list) if list.len() > 4 => format!("a list of {}", list.len()),
