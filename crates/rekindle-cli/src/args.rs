@@ -153,7 +153,7 @@ pub(crate) struct QuantizeArgs {
     /// Weights that share a scale, a power of two from 32 to 4096 [default: 64]
     #[arg(long, value_name = "N")]
     pub(crate) blocksize: Option<usize>,
-    /// Whether the scales of 4-bit codes are quantized too [default: true]
+    /// True if the scales of 4-bit codes are quantized too [default: true]
     #[arg(long, value_name = "BOOL")]
     pub(crate) double_quant: Option<bool>,
     /// Modules that stay dense, separated by commas: names of linears, or paths such as model.layers.0 [default: lm_head]
@@ -249,7 +249,7 @@ pub(crate) struct QuantArgs {
     /// Weights that share a scale, a power of two from 32 to 4096 [default: 64]
     #[arg(long, value_name = "N")]
     pub(crate) blocksize: Option<usize>,
-    /// Whether the scales of 4-bit codes are quantized too [default: true]
+    /// True if the scales of 4-bit codes are quantized too [default: true]
     #[arg(long, value_name = "BOOL")]
     pub(crate) double_quant: Option<bool>,
     /// Modules that stay dense, separated by commas: names of linears, or paths such as model.layers.0 [default: lm_head]

@@ -74,7 +74,7 @@ fn steps(job: &Job, train: &Dataset) -> String {
     )
 }
 
-/// How long the run takes, from a pass that is timed.
+/// Estimates the duration of the run from a timed pass.
 fn time(job: &Job) -> Result<String, Failure> {
     let Job { config, model, rows, .. } = job;
     let train = rows.train.dataset();

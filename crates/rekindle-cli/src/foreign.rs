@@ -12,11 +12,11 @@ const ADVICE: [(&str, &str); 30] = [
     ("tf32", "the compute dtype is dtype in [model]; remove it"),
     ("dataset_text_field", "rows with plain text have it under \"text\"; columns in [data] renames columns"),
     ("gradient_checkpointing", "write use_gradient_checkpointing in [lora], or in [model] for full_finetuning"),
-    ("logging_dir", "TensorBoard's files lie in tensorboard/ of output_dir"),
+    ("logging_dir", "TensorBoard's files are written to tensorboard/ in output_dir"),
     ("logging_strategy", "log lines come every logging_steps; metrics.jsonl has every step"),
     ("trust_remote_code", "no code of a checkpoint is ever run; its architecture is known here or refused by name"),
     ("device_map", "a model is on one device; write device at the top of the file"),
-    ("gpu_memory_utilization", "memory is taken as it is needed; nothing is reserved for an engine"),
+    ("gpu_memory_utilization", "memory is allocated on demand; nothing is reserved for an engine"),
     ("max_lora_rank", "an adapter has the rank that r in [lora] says; there is no engine to reserve it in"),
     ("use_exact_model_name", "names are always taken as they are given"),
     (
@@ -168,7 +168,7 @@ pub(crate) fn advice(key: &str) -> Option<&'static str> {
     ADVICE.iter().find(|(name, _)| *name == key).map(|(_, advice)| *advice)
 }
 
-/// Whether `key = value` asks for what is always so.
+/// Returns true if `key = value` asks for what Rekindle always does.
 pub(crate) fn is_neutral(key: &str, value: &Value) -> bool {
     let value = value.to_string();
     NEUTRAL.iter().any(|(name, values)| *name == key && values.contains(&value.as_str()))

@@ -86,7 +86,7 @@ pub(crate) fn load_model(mut loader: Loader) -> Result<Model, Failure> {
     Ok(model)
 }
 
-/// What the weights of a model take in memory; `inspect` and `train --dry-run` print the table.
+/// Returns the table of memory used by the weights, which `inspect` and `train --dry-run` print.
 fn weights(model: &Model) -> String {
     let memory = model.memory_report();
     let bits = memory

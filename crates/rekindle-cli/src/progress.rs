@@ -8,7 +8,7 @@ use rekindle::{EvalMetrics, Event, Sample, StepMetrics, Timetable, counted};
 /// Follows a training run.
 #[derive(Debug)]
 pub(crate) struct Progress {
-    /// What falls due when, from the start of the run on.
+    /// The steps at which evaluations and saves are due, known from the start of the run.
     times: Option<Timetable>,
     /// Made by the first step, which knows how many there are.
     bar: Option<ProgressBar>,
@@ -49,7 +49,7 @@ impl Clock {
         tokens as f64 / seconds
     }
 
-    /// Seconds that so many steps take, with what falls between them.
+    /// Returns the seconds that `steps` steps take, including the time between them.
     fn left(&self, steps: usize) -> f64 {
         (self.training + self.between) / self.steps.max(1) as f64 * steps as f64
     }

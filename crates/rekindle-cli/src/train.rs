@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rekindle::{
     BLOCK_LINEARS, DataSource, DeviceKind, EncodedRows, End, Error, Event, Loader, LoraConfig, Model, OptimizerConfig,
-    Report, Resume, RowEncoder, RunCheck, SftTrainer, TargetModules, Timetable, Tokenizer, check_output_dir, counted,
-    saved_lora_config, write_atomic,
+    Preflight, Report, Resume, RowEncoder, SftTrainer, TargetModules, Timetable, Tokenizer, check_output_dir,
+    check_run, counted, saved_lora_config, write_atomic,
 };
 use toml::{Table, Value};
 
@@ -49,7 +49,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     }
 }
 
-/// What a run does with the checkpoints and the result of an earlier run in its output directory.
+/// The handling of checkpoints and results of an earlier run in the output directory.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Earlier {
     pub(crate) resume: Option<Resume>,
@@ -165,11 +165,10 @@ impl JobRows {
     }
 
     fn check(&self, config: &RunConfig, encoder: &RowEncoder, earlier: &Earlier) -> Result<Timetable, Failure> {
-        let check = RunCheck {
+        let run = Preflight {
             config: &config.train,
-            encoder,
-            train: &self.train,
-            eval: self.eval.as_ref(),
+            train: self.train.dataset(),
+            max_seq_length: encoder.max_seq_length(),
             full_finetuning: config.lora.is_none(),
             shuffle: config.data.shuffle,
             seed: config.seed,
@@ -177,7 +176,7 @@ impl JobRows {
             resume: earlier.resume.as_ref(),
             overwrite: earlier.overwrite,
         };
-        Ok(check.check()?)
+        Ok(check_run(&run, encoder, self.eval.as_ref())?)
     }
 }
 
@@ -189,8 +188,8 @@ fn say_steps(config: &RunConfig, times: &Timetable) {
     }
 }
 
-/// Returns what the adapter is that training continues: that of `init_from`, which lies in `start`, or the one that was
-/// given as the model. Keys of `[lora]` that contradict it are an error.
+/// Returns the configuration of the adapter that training continues: that of `init_from`, in the directory `start`, or
+/// the one given as the model. Keys of `[lora]` that contradict it are an error.
 fn starting_adapter(
     config: &RunConfig,
     loader: &mut Loader,

@@ -51,7 +51,7 @@ impl Columns {
         &self.of
     }
 
-    /// Whether rows are taken as they are.
+    /// Returns true if rows are taken as they are.
     pub fn is_empty(&self) -> bool {
         self.of.is_empty()
     }
@@ -99,7 +99,7 @@ impl Columns {
         self.of.iter().find(|(_, mapped)| *mapped == column).map_or(column, |(key, _)| key)
     }
 
-    /// Whether rows are made of this column of a table.
+    /// Returns true if rows are made of this column of a table.
     pub(crate) fn is_read(&self, column: &str) -> bool {
         let is_known = SHAPES.iter().any(|(_, keys)| keys.contains(&column)) || BESIDE.contains(&column);
         self.of.values().any(|mapped| mapped == column)
@@ -107,7 +107,7 @@ impl Columns {
     }
 }
 
-/// Whether a row may lack the key: those beside the shapes.
+/// Returns true if a row may lack the key: those beside the shapes.
 fn is_optional(key: &str) -> bool {
     BESIDE.contains(&key)
 }

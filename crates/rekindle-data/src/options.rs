@@ -26,7 +26,7 @@ pub struct EncodeOptions {
     /// The name of the chat template, of a checkpoint that has several. Default: as transformers chooses, `tool_use` for
     /// rows with tools, else `default`.
     pub chat_template: Option<String>,
-    /// Whether rows of `text` end with the end token, which counts.
+    /// True if rows of `text` end with the end token, which counts.
     // Left out of fingerprints where it is the default, so that caches of before it stay valid.
     #[serde(skip_serializing_if = "is_true")]
     pub text_end_token: bool,

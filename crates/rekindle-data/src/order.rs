@@ -27,7 +27,7 @@ impl Order {
         self.len
     }
 
-    /// Whether there is nothing to visit.
+    /// Returns true if there is nothing to visit.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }

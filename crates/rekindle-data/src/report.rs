@@ -39,7 +39,7 @@ pub struct LoadReport {
     pub untrained: usize,
     /// Rows of which the chat template leaves something out, with `not_shown` as `drop` or `allow`.
     pub not_shown: usize,
-    /// Whether those were left out.
+    /// True if those were left out.
     pub not_shown_dropped: bool,
     /// Rows in which one token would span what is given and what is learned.
     pub joined: usize,

@@ -102,7 +102,7 @@ impl ChatTemplate {
         self.origin.as_deref().unwrap_or("(given as text)")
     }
 
-    /// Whether the template marks what the assistant says, with `{% generation %}` blocks.
+    /// Returns true if the template marks what the assistant says, with `{% generation %}` blocks.
     pub fn has_marks(&self) -> bool {
         self.marking.is_some()
     }

@@ -137,7 +137,7 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
-    /// Whether the checkpoint has a chat template (which may still not parse).
+    /// Returns true if the checkpoint has a chat template (which may still not parse).
     pub fn has_chat_template(&self) -> bool {
         !self.templates.is_empty()
     }

@@ -56,7 +56,7 @@ pub struct Modules {
     pub linears: Vec<Module>,
     /// The modules that `modules_to_save` can name: full name and shape of the weight.
     pub savable: Vec<(String, [usize; 2])>,
-    /// Whether those are one weight, the table of embeddings being the head.
+    /// True if those are one weight, the table of embeddings being the head.
     pub tied: bool,
 }
 
@@ -69,7 +69,7 @@ pub struct Module {
     pub input: usize,
     /// Width of its result.
     pub out: usize,
-    /// Whether it has a bias.
+    /// True if it has a bias.
     pub has_bias: bool,
 }
 
@@ -199,7 +199,7 @@ impl Adapter {
         }
     }
 
-    /// Whether every product B·A is zero, as of an adapter that was never trained.
+    /// Returns true if every product B·A is zero, as of an adapter that was never trained.
     pub fn is_zero(&self) -> bool {
         let zero = |x: &[f32]| x.iter().all(|x| *x == 0.0);
         self.factors.values().all(|factors| zero(&factors.b) || zero(&factors.a))

@@ -46,7 +46,7 @@ pub struct LoraConfig {
     pub r: usize,
     /// The numerator of the scale. Default 16.
     pub lora_alpha: f64,
-    /// Whether the scale is `lora_alpha / √r` (arXiv:2312.03732) instead of `lora_alpha / r`. Default false.
+    /// True if the scale is `lora_alpha / √r` (arXiv:2312.03732) instead of `lora_alpha / r`. Default false.
     pub use_rslora: bool,
     /// Probability in `[0, 1)` with which an element of x is dropped on its way to A. Default 0.
     pub lora_dropout: f64,
@@ -75,10 +75,10 @@ pub struct LoraConfig {
     /// `embed_tokens` and `lm_head`, where they are trained whole beside the adapter and saved with it.
     #[serde(deserialize_with = "lists::names_or_none", skip_serializing_if = "Vec::is_empty")]
     pub modules_to_save: Vec<String>,
-    /// Whether a table and a head that are one weight stay one when `modules_to_save` names one of them. Default true;
+    /// True if a table and a head that are one weight stay one when `modules_to_save` names one of them. Default true;
     /// PEFT's is false, which trains a copy of the one and leaves the other as it was.
     pub ensure_weight_tying: bool,
-    /// Whether the rows of W + s·B·A are brought to trained lengths (DoRA, arXiv:2402.09353). Default false.
+    /// True if the rows of W + s·B·A are brought to trained lengths (DoRA, arXiv:2402.09353). Default false.
     pub use_dora: bool,
     /// Seed of the initial A (and of dropout). Default 3407.
     pub random_state: u64,

@@ -212,7 +212,7 @@ impl LinearGroup {
         self.linears.iter().flat_map(Linear::trained_params)
     }
 
-    /// Whether anything in here is trained.
+    /// Returns true if anything in here is trained.
     pub fn is_trained(&self) -> bool {
         self.trained_params().next().is_some()
     }

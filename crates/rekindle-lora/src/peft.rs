@@ -386,7 +386,7 @@ fn is_not_empty(targets: &TargetModules) -> bool {
     *targets != TargetModules::Names(Vec::new())
 }
 
-/// Whether a field says more than "off".
+/// Returns true if a field says more than "off".
 fn is_set(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => false,

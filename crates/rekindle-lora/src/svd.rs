@@ -120,7 +120,7 @@ pub(crate) fn transposed_times(w: &[f32], shape: [usize; 2], x: &[Vec<f64>]) -> 
 /// The longer and the shorter side of W.
 struct Product {
     w: Tensor<2>,
-    /// Whether the longer is `out`.
+    /// True if the longer is `out`.
     tall: bool,
 }
 

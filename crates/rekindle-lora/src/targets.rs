@@ -64,7 +64,7 @@ fn is_default_of_fused(names: &[String], linears: &[&str]) -> bool {
     names == BLOCK_LINEARS && names.iter().any(is_missing) && linears.iter().any(|linear| is_fused(linear))
 }
 
-/// Whether a linear stands for several of [`BLOCK_LINEARS`].
+/// Returns true if a linear stands for several of [`BLOCK_LINEARS`].
 pub(crate) fn is_fused(linear: &str) -> bool {
     FUSED_LINEARS.iter().any(|name| is_named(linear, name))
 }

@@ -46,9 +46,9 @@ pub(crate) struct Provenance {
     pub(crate) quantization: Option<Quantization>,
     /// How the checkpoint's context was extended, if it was.
     pub(crate) context_extension: Option<ContextExtension>,
-    /// Whether an adapter was merged into the weights.
+    /// True if an adapter was merged into the weights.
     pub(crate) merged: bool,
-    /// Whether embedding and head have another number of rows than the checkpoint's.
+    /// True if embedding and head have another number of rows than the checkpoint's.
     pub(crate) resized: bool,
 }
 

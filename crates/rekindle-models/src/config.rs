@@ -105,7 +105,7 @@ impl ModelConfig {
         self.spec.layers[0].attention.head_dim
     }
 
-    /// Whether the output layer is the embedding table.
+    /// Returns true if the output layer is the embedding table.
     pub fn tie_word_embeddings(&self) -> bool {
         self.spec.head.tied
     }

@@ -13,7 +13,7 @@ pub enum NonFinite {
     Weight {
         /// Its name in the checkpoint or among the trained parameters.
         name: String,
-        /// Whether it is trained.
+        /// True if it is trained.
         trained: bool,
         /// The rows of the step that it spoils.
         rows: Vec<u32>,

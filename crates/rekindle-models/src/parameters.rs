@@ -82,7 +82,7 @@ pub struct Parameter<'a> {
 }
 
 impl Role {
-    /// Whether this is the weight of a linear of a layer, which can be quantized.
+    /// Returns true if this is the weight of a linear of a layer, which can be quantized.
     pub fn is_linear(self) -> bool {
         matches!(self, Self::Layer(_, LayerRole::Weight(_)))
     }

@@ -42,7 +42,7 @@ pub struct RopeId(pub usize);
 pub struct EmbeddingSpec {
     /// A factor on the rows of the table (Granite's `embedding_multiplier`, Gemma's √hidden_size).
     pub multiplier: Option<f64>,
-    /// Whether the multiplier is rounded to the dtype of the table first, as Gemma does.
+    /// True if the multiplier is rounded to the dtype of the table first, as Gemma does.
     pub rounds_multiplier: bool,
     /// Width of the embedding that each layer mixes in besides its input (Gemma 4 E2B and E4B).
     pub per_layer_input: Option<usize>,
@@ -51,7 +51,7 @@ pub struct EmbeddingSpec {
 /// The output layer: logits = softcap(n·Wᵀ · multiplier).
 #[derive(Clone, Debug, PartialEq)]
 pub struct HeadSpec {
-    /// Whether W is the embedding table.
+    /// True if W is the embedding table.
     pub tied: bool,
     /// A factor on the logits (Granite divides by `logits_scaling`, Cohere multiplies with `logit_scale`).
     pub multiplier: Option<f64>,
@@ -70,9 +70,9 @@ pub struct LayerSpec {
     pub norms: LayerNorms,
     /// A factor on what each half adds to the residual stream (Granite's `residual_multiplier`).
     pub residual_multiplier: Option<f64>,
-    /// Whether both halves read the same normalized input and are added at once (Cohere).
+    /// True if both halves read the same normalized input and are added at once (Cohere).
     pub parallel: bool,
-    /// Whether the layer's output is multiplied with a stored scalar (Gemma 4's `layer_scalar`).
+    /// True if the layer's output is multiplied with a stored scalar (Gemma 4's `layer_scalar`).
     pub output_scalar: bool,
 }
 
@@ -137,7 +137,7 @@ pub struct AttentionSpec {
     pub mask: AttentionMask,
     /// c in c·tanh(scores / c), before the mask (Gemma 2: 50).
     pub softcap: Option<f64>,
-    /// Whether each head has a learned logit that takes part in the softmax and is dropped afterwards (gpt-oss).
+    /// True if each head has a learned logit that takes part in the softmax and is dropped afterwards (gpt-oss).
     pub sinks: bool,
     /// Norms of queries and keys.
     pub qk_norm: Option<QkNormSpec>,
@@ -171,9 +171,9 @@ pub enum AttentionMask {
 pub struct QkNormSpec {
     /// The norm.
     pub norm: NormSpec,
-    /// Whether one norm spans the whole width of q or k (OLMo 2) instead of each head.
+    /// True if one norm spans the whole width of q or k (OLMo 2) instead of each head.
     pub full_width: bool,
-    /// Whether it comes after the rotation (Hunyuan, Llama 4) instead of before it.
+    /// True if it comes after the rotation (Hunyuan, Llama 4) instead of before it.
     pub after_rope: bool,
 }
 
@@ -182,7 +182,7 @@ pub struct QkNormSpec {
 pub struct RotarySpec {
     /// The frequencies.
     pub id: RopeId,
-    /// Whether channels 2i and 2i + 1 rotate together (GLM, Cohere) instead of i and i + half.
+    /// True if channels 2i and 2i + 1 rotate together (GLM, Cohere) instead of i and i + half.
     pub interleaved: bool,
 }
 
@@ -267,9 +267,9 @@ pub struct GatedSpec {
     pub intermediate_size: usize,
     /// The nonlinearity on the gate.
     pub activation: Activation,
-    /// Whether gate and up are one `gate_up_proj` (Phi-3, GLM).
+    /// True if gate and up are one `gate_up_proj` (Phi-3, GLM).
     pub fused: bool,
-    /// Whether all its projections carry a bias.
+    /// True if all its projections carry a bias.
     pub bias: bool,
 }
 
@@ -284,9 +284,9 @@ pub struct MoeSpec {
     pub expert: GatedSpec,
     /// Width of the expert that every token uses, if there is one.
     pub shared_intermediate_size: Option<usize>,
-    /// Whether the router's weights of the chosen experts are scaled to sum to 1.
+    /// True if the router's weights of the chosen experts are scaled to sum to 1.
     pub normalizes_weights: bool,
-    /// Whether the router scores with a sigmoid (DeepSeek V3, Llama 4) instead of a softmax.
+    /// True if the router scores with a sigmoid (DeepSeek V3, Llama 4) instead of a softmax.
     pub sigmoid_scores: bool,
 }
 

@@ -88,7 +88,7 @@ impl Checkpoint {
     }
 }
 
-/// Whether a name in an output directory is one that a run writes atomically.
+/// Returns true if a name in an output directory is one that a run writes atomically.
 pub(crate) fn is_ours(name: &str) -> bool {
     const NAMES: [&str; 7] =
         ["adapter", "model", "metrics.jsonl", "loss.svg", "report.html", "run.toml", "run.resolved.toml"];

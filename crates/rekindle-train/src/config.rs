@@ -26,7 +26,7 @@ pub struct SftConfig {
     pub per_device_eval_batch_size: usize,
     /// Passes of one optimizer step. Default 1.
     pub gradient_accumulation_steps: usize,
-    /// Whether a row of training is as many examples as fit into `max_seq_length`, instead of one. They never see each
+    /// True if a row of training is as many examples as fit into `max_seq_length`, instead of one. They never see each
     /// other, so this changes how many examples a step takes, and nothing of what is learned from one. Default false.
     pub packing: bool,
     /// Passes over the data, when `max_steps` is absent. Default 3.
@@ -78,7 +78,7 @@ pub struct SftConfig {
     pub optimizer_in_bwd: bool,
     /// Steps between log lines, or a share of all steps. Default 1. The metrics file has every step.
     pub logging_steps: StepCount,
-    /// Whether the first step has a log line too. Default true.
+    /// True if the first step has a log line too. Default true.
     #[serde(skip_serializing_if = "is_true")]
     pub logging_first_step: bool,
     /// When the evaluation set is evaluated. Default: every `eval_steps`, or once at the end without them.
@@ -87,7 +87,7 @@ pub struct SftConfig {
     /// Steps between evaluations, or a share of all steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_steps: Option<StepCount>,
-    /// Whether the evaluation set is evaluated before the first step too, so that the run says what it changed. This
+    /// True if the evaluation set is evaluated before the first step too, so that the run says what it changed. This
     /// evaluation is not a candidate for the best model. Default: whether there is an evaluation set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_on_start: Option<bool>,
@@ -196,7 +196,7 @@ impl SftConfig {
         Schedule::new(kind, kwargs, peak, warmup, total).map_err(Error::Config)
     }
 
-    /// Whether anything has the `embedding_learning_rate`, if there is one.
+    /// Returns true if anything has the `embedding_learning_rate`, if there is one.
     pub(crate) fn check_embedding_rate(&self, params: &Params) -> Result<(), Error> {
         if self.embedding_learning_rate.is_none() || params.infos().iter().any(|info| info.group == Group::Embedding) {
             return Ok(());
@@ -241,7 +241,7 @@ impl SftConfig {
         ]
     }
 
-    /// Whether the evaluation set is evaluated before the first step, if there is one.
+    /// Returns true if the evaluation set is evaluated before the first step, if there is one.
     pub fn evaluates_on_start(&self) -> bool {
         self.eval_on_start.unwrap_or(self.eval_strategy != Some(EvalStrategy::No))
     }

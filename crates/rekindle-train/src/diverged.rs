@@ -18,7 +18,7 @@ pub struct Diverged {
     pub found: Option<NonFinite>,
     /// File and line of the rows that it comes from; all of the step when none stands out.
     pub rows: Vec<(PathBuf, usize)>,
-    /// Whether `rows` are all of the step.
+    /// True if `rows` are all of the step.
     pub all_rows: bool,
     /// What to try, one sentence each.
     pub advice: Vec<String>,

@@ -35,7 +35,7 @@ pub enum Error {
     FinishedRun {
         /// The adapter or model.
         result: PathBuf,
-        /// Whether the run was to resume.
+        /// True if the run was to resume.
         resumes: bool,
     },
     /// The run is not the one that the checkpoint is of, one sentence for each difference.

@@ -67,7 +67,7 @@ pub struct Sample {
     pub output: String,
     /// Its tokens.
     pub new_tokens: usize,
-    /// Whether it ended by itself, and not because it was long enough.
+    /// True if it ended by itself, and not because it was long enough.
     pub ended: bool,
 }
 

@@ -160,7 +160,7 @@ impl ModelCard {
     }
 }
 
-/// Whether a value says that something is not used.
+/// Returns true if a value says that something is not used.
 fn is_off(value: &Value) -> bool {
     matches!(value, Value::Null | Value::Bool(false)) || value.as_array().is_some_and(Vec::is_empty)
 }
@@ -199,7 +199,7 @@ fn yaml(text: &str) -> String {
     Value::from(text).to_string()
 }
 
-/// Whether the file at `path` is a card of this program.
+/// Returns true if the file at `path` is a card of this program.
 pub(crate) fn is_card(path: &Path) -> bool {
     std::fs::read_to_string(path).is_ok_and(|text| text.contains(MARK))
 }

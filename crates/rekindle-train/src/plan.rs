@@ -38,7 +38,7 @@ pub struct Job {
     pub checkpointing: GradientCheckpointing,
     /// The training configuration.
     pub train: SftConfig,
-    /// Whether there are rows to evaluate.
+    /// True if there are rows to evaluate.
     pub evaluates: bool,
 }
 

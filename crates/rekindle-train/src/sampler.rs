@@ -49,7 +49,7 @@ impl<'a> Sampler<'a> {
         Self { prompts, generation, tokenizer }
     }
 
-    /// Whether there is nothing to be asked.
+    /// Returns true if there is nothing to be asked.
     pub fn is_empty(&self) -> bool {
         self.prompts.is_empty()
     }

@@ -64,7 +64,7 @@ pub struct LrSchedulerKwargs {
 }
 
 impl LrSchedulerKwargs {
-    /// Whether nothing is given.
+    /// Returns true if nothing is given.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }

@@ -33,7 +33,7 @@ impl Stopping {
         is_best
     }
 
-    /// Whether the run is to end.
+    /// Returns true if the run is to end.
     pub(crate) fn is_over(&self) -> bool {
         self.patience.is_some_and(|patience| self.counter >= patience)
     }

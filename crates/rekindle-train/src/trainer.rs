@@ -71,7 +71,7 @@ impl<'a> Trainer<'a> {
         self
     }
 
-    /// Whether each epoch has its own order.
+    /// Returns true if each epoch has its own order.
     #[must_use]
     pub fn shuffle(mut self, shuffle: bool) -> Self {
         self.shuffle = shuffle;

@@ -209,7 +209,7 @@ impl DataSource {
         self.paths.iter().filter_map(|path| name_on_hub(path)).map(str::to_owned).collect()
     }
 
-    /// Whether any of it is looked for on the hub.
+    /// Returns true if any of it is looked for on the hub.
     pub fn is_on_hub(&self) -> bool {
         self.paths.iter().any(|path| name_on_hub(path).is_some())
     }

@@ -51,7 +51,7 @@ pub use generate::{Generated, GeneratedText};
 pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
 pub use model::Model;
-pub use preflight::RunCheck;
+pub use preflight::check_run;
 pub use pretrained::{Dtype, EncodedRows, FastLanguageModel, Files, Loader, RowEncoder, RunPlanner, saved_lora_config};
 pub use quantize::quantize;
 pub use sft::{SftTrainer, TrainingRows};
@@ -79,7 +79,7 @@ pub use rekindle_models::{
 pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
 pub use rekindle_train::{
     Best, Curve, Diverged, End, EvalMetrics, EvalStrategy, Evaluation, Event, LrSchedulerKwargs, LrSchedulerType,
-    Optim, OptimizerConfig, Report, ReportTo, Resume, RowLoss, RunHistory, Sample, SaveStrategy, SftConfig, StepCount,
-    StepMetrics, Timetable, TokenLoss,
+    Optim, OptimizerConfig, Preflight, Report, ReportTo, Resume, RowLoss, RunHistory, Sample, SaveStrategy, SftConfig,
+    StepCount, StepMetrics, Timetable, TokenLoss,
 };
 pub use rekindle_train::{Change, Fit, MemoryPlan, Rows, check_output_dir, show_bytes};

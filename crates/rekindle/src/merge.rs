@@ -89,7 +89,7 @@ impl Merge {
         self
     }
 
-    /// Whether the network is left alone ([`Source::local_files_only`](crate::Source::local_files_only)).
+    /// Returns true if the network is left alone ([`Source::local_files_only`](crate::Source::local_files_only)).
     #[must_use]
     pub fn local_files_only(mut self, local_files_only: bool) -> Self {
         self.access.local_files_only = local_files_only;

@@ -144,7 +144,7 @@ impl Loader {
         self
     }
 
-    /// Whether weights that are trained are kept in bf16 alone, without an f32 copy, and updates are rounded
+    /// Returns true if weights that are trained are kept in bf16 alone, without an f32 copy, and updates are rounded
     /// stochastically. Needs [`full_finetuning`](Self::full_finetuning). Default false.
     pub fn stochastic_rounding(mut self, stochastic_rounding: bool) -> Self {
         self.stochastic_rounding = stochastic_rounding;
@@ -308,7 +308,7 @@ impl Loader {
         Ok((saved, self.max_seq_length.unwrap_or(MAX_SEQ_LENGTH.min(window))))
     }
 
-    /// Whether the arguments agree with one another, before anything is read.
+    /// Returns true if the arguments agree with one another, before anything is read.
     ///
     /// # Errors
     /// [`Error::Argument`] for two ways of loading at once, a 4-bit format without 4-bit loading, or what is not there

@@ -85,7 +85,7 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
-    /// Whether each epoch has its own order. Default true.
+    /// Returns true if each epoch has its own order. Default true.
     #[must_use]
     pub fn shuffle(mut self, shuffle: bool) -> Self {
         self.shuffle = shuffle;

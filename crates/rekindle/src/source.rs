@@ -77,7 +77,7 @@ impl<'a> Source<'a> {
         self
     }
 
-    /// Whether the network is left alone. Default false, or what `HF_HUB_OFFLINE` says.
+    /// Returns true if the network is left alone. Default false, or what `HF_HUB_OFFLINE` says.
     pub fn local_files_only(mut self, local_files_only: bool) -> Self {
         self.access.local_files_only = local_files_only;
         self

@@ -21,7 +21,7 @@ pub struct Suggestion {
     pub rows: LoadReport,
     /// What was found in the rows to evaluate, if there are any.
     pub eval_rows: Option<LoadReport>,
-    /// Whether rows to evaluate have prompts that can be answered.
+    /// True if rows to evaluate have prompts that can be answered.
     pub has_prompts: bool,
     /// 99 of 100 rows have at most this many tokens.
     pub most: usize,
@@ -39,13 +39,13 @@ pub struct Suggestion {
     pub estimated: u64,
     /// What it would take with everything kept in 16 bits (32 on the CPU).
     pub estimated_dense: u64,
-    /// Whether that leaves a tenth of what is free.
+    /// True if that leaves a tenth of what is free.
     pub fits: bool,
-    /// Whether an adapter was given, which is gone on with.
+    /// True if an adapter was given, which is gone on with.
     pub is_adapter: bool,
-    /// Whether the checkpoint is quantized already.
+    /// True if the checkpoint is quantized already.
     pub is_quantized: bool,
-    /// Whether the linears are quantized while loading.
+    /// True if the linears are quantized while loading.
     pub load_in_4bit: bool,
     /// What becomes of activations.
     pub use_gradient_checkpointing: GradientCheckpointing,

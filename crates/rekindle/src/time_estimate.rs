@@ -38,9 +38,9 @@ const EVALUATION: f64 = 0.5;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Work<'a> {
     pub(crate) config: &'a ModelConfig,
-    /// Whether all weights are trained.
+    /// True if all weights are trained.
     pub(crate) full: bool,
-    /// Whether blocks run forward again in the backward pass.
+    /// True if blocks run forward again in the backward pass.
     pub(crate) recomputes: bool,
 }
 

@@ -69,7 +69,7 @@ pub struct ParamInfo {
     pub shape: Vec<usize>,
     /// Its place.
     pub at: ParamRef,
-    /// Whether weight decay applies.
+    /// True if weight decay applies.
     pub decays: bool,
     /// Whose learning rate it has.
     pub group: Group,

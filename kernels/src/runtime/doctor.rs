@@ -32,7 +32,7 @@ pub fn report() -> Report {
 }
 
 impl Report {
-    /// Whether the kernels can run.
+    /// Returns true if the kernels can run.
     pub fn is_complete(&self) -> bool {
         self.libraries.iter().all(|finding| finding.state.is_ok()) && !self.devices.is_empty()
     }

@@ -169,7 +169,7 @@ pub struct DeviceLimits {
     pub max_head_dim: Option<usize>,
     /// Channels of an attention head are a multiple of this.
     pub head_dim_multiple: usize,
-    /// Whether weights can be trained in place, without an f32 copy.
+    /// True if weights can be trained in place, without an f32 copy.
     pub trains_in_place: bool,
     /// Columns of a weight that is trained in place are a multiple of this.
     pub in_place_cols_multiple: usize,

@@ -66,7 +66,7 @@ pub(crate) struct GenerateArgs {
     /// Seed of the draws
     #[arg(long, value_name = "S", default_value_t = 3407)]
     pub(crate) seed: u64,
-    /// Print one JSON object instead of text as it is made: text, ids, stop_reason, token counts and speed
+    /// Print one JSON object at the end instead of streaming text: text, ids, stop_reason, token counts and speed
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -151,7 +151,7 @@ impl DataSection {
             .cache(self.cache)
             .hub(model.token.clone(), model.cache_dir.clone(), model.local_files_only);
         let on_hub = |paths: &Paths| DataSource::of(paths.as_slice()).is_on_hub();
-        // Of two, one may lie on disk, and these are for the other.
+        // If one of the two sources is on disk, these keys apply to the other.
         if !source.is_on_hub() && (on_hub(&self.train) || self.eval.as_ref().is_some_and(on_hub)) {
             return source;
         }

@@ -74,7 +74,7 @@ fn what_other_programs_take_is_explained() {
         parse(&text).unwrap_err(),
         [
             "[model] key \"device_map\" is unknown; a model is on one device; write device at the top of the file",
-            "[model] key \"gpu_memory_utilization\" is unknown; memory is taken as it is needed; nothing is reserved for \
+            "[model] key \"gpu_memory_utilization\" is unknown; memory is allocated on demand; nothing is reserved for \
              an engine",
             "[model] key \"random_state\" is unknown; random_state belongs into [lora]",
             "[model] key \"trust_remote_code\" is unknown; no code of a checkpoint is ever run; its architecture is known \

@@ -1,4 +1,4 @@
-//! What a checkpoint and an adapter consist of beside their weights, and where they are found.
+//! Tests of the files beside the weights of checkpoints and adapters, and of how they are found.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -198,7 +198,7 @@ fn rows_of_a_resized_vocabulary_come_along() {
     // Weights are rounded once to the base's dtype.
     assert!((adapted - merged).abs() <= 2e-2 * adapted, "{adapted} and {merged}");
 
-    // Training goes on with it, tables and all.
+    // Training continues from it, including its tables.
     let again = format!("output_dir={}", out("again"));
     let from = format!("lora.init_from={}", out("out/adapter"));
     train(&scratch, &fs::read_to_string(&rows).unwrap(), &[&from, &again]).ok();

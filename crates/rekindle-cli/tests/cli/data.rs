@@ -242,7 +242,7 @@ fn the_end_token_of_texts_can_be_left_out() {
     };
     let (with, without) = (tokens(&[]), tokens(&["--no-end-token"]));
     assert_eq!(without[0] + 1, with[0]);
-    assert_eq!(without[1], with[1], "what is written is kept");
+    assert_eq!(without[1], with[1], "an explicit end token is kept");
     let run_file = scratch.path("run.toml").display().to_string();
     let preview = |more: &str| {
         let [train, model] = [format!("data.train={file}"), format!("model={}", quickstart().display())];

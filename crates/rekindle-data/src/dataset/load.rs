@@ -131,7 +131,7 @@ struct Ready {
     number: RowNumber,
     format: RowFormat,
     found: Found,
-    /// Whether it is text that the checkpoint's chat template does not show.
+    /// True if it is text that the checkpoint's chat template does not show.
     is_plain: bool,
 }
 

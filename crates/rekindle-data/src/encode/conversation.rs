@@ -86,7 +86,7 @@ pub(super) fn encode(
     Ok((encoded.ids, labels, RowNotes { joined, not_shown: !left_out.is_empty() }))
 }
 
-/// Whether a part of a token stands in one of the spans.
+/// Returns true if a part of a token stands in one of the spans.
 fn overlaps(place: &Range<usize>, spans: &[Range<usize>]) -> bool {
     spans.iter().any(|span| span.contains(&place.start) || (place.start < span.start && span.start < place.end))
 }

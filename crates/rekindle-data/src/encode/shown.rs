@@ -61,13 +61,13 @@ struct Part {
     name: String,
     /// The turn whose reasoning it is.
     reasoning_of: Option<usize>,
-    /// Whether it is the name of a function that is called.
+    /// True if it is the name of a function that is called.
     is_callee: bool,
     text: String,
 }
 
 impl Part {
-    /// Whether the text is in a rendering as it is, or as JSON.
+    /// Returns true if the text is in a rendering as it is, or as JSON.
     fn stands_in(&self, rendering: &str) -> bool {
         let text = self.text.trim();
         let json = Value::from(text).to_string();

@@ -115,7 +115,7 @@ fn is_end(record: &[Vec<u8>]) -> bool {
     matches!(record, [cell] if cell == END.trim_ascii())
 }
 
-/// Whether a quoted cell has no end: it swallowed the record that follows the last one.
+/// Returns true if a quoted cell has no end: it swallowed the record that follows the last one.
 fn is_open(record: &[Vec<u8>]) -> bool {
     record.last().is_some_and(|cell| cell.ends_with(END))
 }

@@ -45,7 +45,7 @@ const NO_ROWS: [&str; 4] = ["dataset_infos.json", "dataset_info.json", "dataset_
 #[derive(Debug)]
 pub(super) struct Choice<'a> {
     pub(super) wanted: Vec<&'a str>,
-    /// Whether a user named the split.
+    /// True if a user named the split.
     pub(super) explicit: bool,
 }
 

@@ -23,7 +23,7 @@ pub(super) enum Opened {
     },
     Arrow {
         reader: Box<dyn BufRead>,
-        /// Whether it is a file with a footer; else a stream.
+        /// True if it is a file with a footer; else a stream.
         is_file: bool,
     },
 }

@@ -10,8 +10,8 @@ use crate::message::Message;
 
 /// Steps of the engine: an instruction, a visited element, or 64 bytes of text that is made or looked at.
 const STEPS: u64 = 1_000_000;
-/// Further steps for each byte and for each message of the conversation. With these, the templates of the `trl` wheel
-/// render the conversations of `goldens/chats` 400 times over, some of them looking at every message for every message.
+/// Further steps for each byte and for each message of the conversation. Those for messages leave room for templates that
+/// look at every message for every message.
 const STEPS_PER_BYTE: u64 = 100;
 const STEPS_PER_MESSAGE: u64 = 25_000;
 /// Bytes of output, for any conversation and for each byte of it.

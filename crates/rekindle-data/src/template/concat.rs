@@ -97,13 +97,13 @@ struct Group {
     operand: Option<Range<usize>>,
     /// How many tokens it has.
     tokens: usize,
-    /// Whether its only token is a string.
+    /// True if its only token is a string.
     is_string: bool,
     /// What stands before it.
     before: Join,
     /// The other operands of the sum that it is part of.
     sum: Vec<Range<usize>>,
-    /// Whether the sum is a string.
+    /// True if the sum is a string.
     sum_is_string: bool,
 }
 

@@ -78,7 +78,7 @@ impl Object for Integer {
     }
 }
 
-/// Whether a value is an integer, of any size. As in Python, a boolean is one.
+/// Returns true if a value is an integer, of any size. As in Python, a boolean is one.
 pub(super) fn is_integer(value: &Value) -> bool {
     value.is_integer() || value.downcast_object_ref::<Integer>().is_some()
 }

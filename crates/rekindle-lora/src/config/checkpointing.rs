@@ -16,7 +16,7 @@ pub enum GradientCheckpointing {
 }
 
 impl GradientCheckpointing {
-    /// Whether activations are computed again.
+    /// Returns true if activations are computed again.
     pub fn recomputes(self) -> bool {
         self != Self::Off
     }

@@ -28,7 +28,7 @@ pub enum InitLoraWeights {
 const NAMES: [&str; 5] = ["gaussian", "pissa", "pissa_niter_16", "olora", "loftq"];
 
 impl InitLoraWeights {
-    /// Whether the base loses what the adapter starts with.
+    /// Returns true if the base loses what the adapter starts with.
     pub fn changes_base(&self) -> bool {
         matches!(self, Self::Pissa | Self::PissaNiter(_) | Self::Olora)
     }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub struct Pattern<T>(pub IndexMap<String, T>);
 
 impl<T: Copy> Pattern<T> {
-    /// Whether there is none.
+    /// Returns true if there is none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

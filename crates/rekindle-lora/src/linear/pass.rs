@@ -13,7 +13,7 @@ pub struct LinearContext<'a> {
     pub params: &'a Params,
     /// Dropout before A; `None` outside training.
     pub dropout: Option<Dropout<'a>>,
-    /// Whether adapters take part. Without them y = x·Wᵀ + b of the base model, and nothing of an adapter gets a
+    /// True if adapters take part. Without them y = x·Wᵀ + b of the base model, and nothing of an adapter gets a
     /// gradient; no weight is moved or copied.
     pub adapters: bool,
 }
@@ -51,7 +51,7 @@ pub struct LinearPending {
 }
 
 impl LinearSaved {
-    /// Whether this is no more than x·Aᵀ.
+    /// Returns true if this is no more than x·Aᵀ.
     pub fn is_small(&self) -> bool {
         self.magnitudes.is_empty()
     }
@@ -64,7 +64,7 @@ impl LinearSaved {
 }
 
 impl LinearGroup {
-    /// Whether what [`forward`](Self::forward) keeps lies beside x, so that x may as well be kept.
+    /// Returns true if what [`forward`](Self::forward) keeps lies beside x, so that x may as well be kept.
     pub fn keeps_input(&self) -> bool {
         self.stack.is_some()
     }

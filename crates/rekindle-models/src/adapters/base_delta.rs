@@ -34,7 +34,7 @@ struct LinearDelta {
 }
 
 impl BaseDelta {
-    /// Whether nothing was subtracted.
+    /// Returns true if nothing was subtracted.
     pub(crate) fn is_empty(&self) -> bool {
         self.linears.is_empty()
     }

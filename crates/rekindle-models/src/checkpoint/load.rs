@@ -31,7 +31,7 @@ pub struct LoadOptions {
     pub rope_scaling: RopeScaling,
     /// Whether all weights are trained: in `f32`, or in codes where `load_in` or the checkpoint says so.
     pub full_finetuning: bool,
-    /// Whether weights that are trained are kept in bf16 alone, and updates are rounded stochastically.
+    /// True if weights that are trained are kept in bf16 alone, and updates are rounded stochastically.
     pub stochastic_rounding: bool,
     /// How the linears of the blocks are kept. `None` is dense, or as a quantized checkpoint has them.
     pub load_in: Option<LoadIn>,
@@ -140,7 +140,7 @@ struct CheckpointWeights<'a> {
     options: &'a LoadOptions,
     plan: Option<QuantizationPlan>,
     quantization: Option<Quantization>,
-    /// Whether trained weights have no f32 copy.
+    /// True if trained weights have no f32 copy.
     in_place: bool,
     params: ParamsBuilder,
     /// Frozen norms and biases, by name.

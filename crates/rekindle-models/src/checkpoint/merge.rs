@@ -99,7 +99,7 @@ struct MergedTensors<'a> {
     base: &'a Checkpoint,
     plan: Option<QuantizationPlan>,
     adapter: &'a Adapter,
-    /// Whether the base's embedding table is its head.
+    /// True if the base's embedding table is its head.
     is_tied: bool,
     /// The name of the embedding table, which a tied head is read from.
     embedding: String,
@@ -185,7 +185,7 @@ impl MergedTensors<'_> {
 }
 
 impl CausalLm {
-    /// Whether an adapter was merged into the weights, which are then no longer those of the checkpoint.
+    /// Returns true if an adapter was merged into the weights, which are then no longer those of the checkpoint.
     pub fn is_merged(&self) -> bool {
         self.provenance.merged
     }
@@ -278,7 +278,7 @@ fn check_values(name: &str, dtype: Dtype, values: &[f32]) -> Result<(), Error> {
     Err(Error::NonFinite { what, found: None })
 }
 
-/// Whether table and head, one weight in the base, are two after the merge.
+/// Returns true if table and head, one weight in the base, are two after the merge.
 fn unties(adapter: &Adapter, config: &ModelConfig) -> bool {
     config.tie_word_embeddings() && !adapter.saved.is_empty() && !adapter.config.lora().ensure_weight_tying
 }

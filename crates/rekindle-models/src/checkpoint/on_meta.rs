@@ -133,7 +133,7 @@ impl CausalLm {
 struct MetaWeights<'a> {
     options: &'a LoadOptions,
     format: Option<LinearFormat>,
-    /// Whether trained weights have no f32 copy.
+    /// True if trained weights have no f32 copy.
     in_place: bool,
     params: ParamsBuilder,
     /// Frozen norms and biases, by name, which are made first as they are loaded first.

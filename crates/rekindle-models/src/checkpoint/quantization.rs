@@ -163,7 +163,7 @@ impl QuantizationPlan {
         Ok(Self { config, source })
     }
 
-    /// Whether the checkpoint itself holds `name` in codes.
+    /// Returns true if the checkpoint itself holds `name` in codes.
     pub(crate) fn is_stored(&self, name: &str) -> bool {
         matches!(&self.source, QuantizeFrom::Stored(names, _) if names.contains(name))
     }

@@ -30,7 +30,7 @@ struct SavedLayers {
     /// Those from `lowest` on.
     saved: Vec<LayerSaved>,
     lowest: usize,
-    /// Whether the embedding is trained.
+    /// True if the embedding is trained.
     to_embedding: bool,
 }
 

@@ -34,7 +34,7 @@ fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     model
 }
 
-/// Whether each layer has rotary positions: 1 in `no_rope_layers`, or all but every `no_rope_layer_interval`th.
+/// Returns for each layer if it has rotary positions: 1 in `no_rope_layers`, or all but every `no_rope_layer_interval`th.
 fn rotated_layers(config: &mut ConfigReader<'_>, layers: usize) -> Vec<bool> {
     let Some(value) = config.get("no_rope_layers") else {
         let interval = config.size("no_rope_layer_interval", Some(4));

@@ -110,7 +110,7 @@ impl Block {
         self.groups().into_iter().flat_map(LinearGroup::trained_params).chain(norms).collect()
     }
 
-    /// Whether anything in here is trained.
+    /// Returns true if anything in here is trained.
     pub fn is_trained(&self) -> bool {
         !self.trained_params().is_empty()
     }

@@ -47,7 +47,7 @@ pub struct Context<'a> {
     pub documents: &'a [Documents],
     /// Dropout before adapters; `None` outside training.
     pub dropout: Option<Dropout<'a>>,
-    /// Whether adapters take part.
+    /// True if adapters take part.
     pub adapters: bool,
 }
 

@@ -10,7 +10,7 @@ pub struct LinearSpec {
     pub role: LinearRole,
     /// `[out, in]`.
     pub shape: [usize; 2],
-    /// Whether it has a bias.
+    /// True if it has a bias.
     pub bias: bool,
     /// Widths of its outputs if it is fused, otherwise empty.
     pub outputs: Vec<usize>,

@@ -25,7 +25,7 @@ impl StepCount {
         }
     }
 
-    /// Whether it is no steps in every run.
+    /// Returns true if it is no steps in every run.
     pub fn is_zero(self) -> bool {
         matches!(self, Self::Steps(0)) || self == Self::Share(0.0)
     }

@@ -88,22 +88,22 @@ impl Timetable {
         Self { total, steps_per_epoch, warmup, logging, logging_first: config.logging_first_step, eval, save }
     }
 
-    /// Whether the evaluation set is evaluated after `step` steps.
+    /// Returns true if the evaluation set is evaluated after `step` steps.
     pub fn evaluates_after(&self, step: usize) -> bool {
         self.eval.after(step, self.total)
     }
 
-    /// Whether a checkpoint is written after `step` steps.
+    /// Returns true if a checkpoint is written after `step` steps.
     pub fn saves_after(&self, step: usize) -> bool {
         self.save.after(step, self.total)
     }
 
-    /// Whether checkpoints are written at all, and so at the end of a run that ends early.
+    /// Returns true if checkpoints are written at all, and so at the end of a run that ends early.
     pub fn saves(&self) -> bool {
         self.save != Due::Never
     }
 
-    /// Whether there is a log line after `step` steps.
+    /// Returns true if there is a log line after `step` steps.
     pub fn logs_after(&self, step: usize) -> bool {
         step == self.total || step.is_multiple_of(self.logging) || (step == 1 && self.logging_first)
     }

@@ -20,7 +20,7 @@ pub struct Fit {
     pub plan: MemoryPlan,
     /// What there is.
     pub available: usize,
-    /// Whether it is enough.
+    /// True if it is enough.
     pub fits: bool,
     /// The longest rows that fit, as many of them in a pass as asked for; 0 when none do. Within the model's window.
     pub longest_sequence: usize,
@@ -28,7 +28,7 @@ pub struct Fit {
     pub largest_batch: usize,
     /// What to change, one after the other, until it fits; nothing when it does.
     pub changes: Vec<Change>,
-    /// Whether it fits with all of these.
+    /// True if it fits with all of these.
     pub changes_suffice: bool,
 }
 

@@ -40,7 +40,7 @@ pub(super) struct Series {
     /// Its class in the style sheet.
     class: &'static str,
     points: Vec<(usize, f64)>,
-    /// Whether each point has a dot.
+    /// True if each point has a dot.
     dots: bool,
 }
 

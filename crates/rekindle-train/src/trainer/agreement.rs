@@ -129,7 +129,7 @@ impl Agreement {
 pub(super) struct RunTerms<'a> {
     pub(super) config: &'a SftConfig,
     pub(super) train: &'a Dataset,
-    /// Whether all weights are trained.
+    /// True if all weights are trained.
     pub(super) full: bool,
     pub(super) shuffle: bool,
     pub(super) seed: u64,

@@ -13,7 +13,7 @@ use crate::{Error, Timetable};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OutputDir<'a> {
     pub(super) dir: Option<&'a Path>,
-    /// Whether all weights are trained.
+    /// True if all weights are trained.
     pub(super) full: bool,
     pub(super) resume: Option<&'a Resume>,
     pub(super) overwrite: bool,

@@ -1,4 +1,4 @@
-//! What is checked of a run before its model is loaded.
+//! Checks of a run before its model is loaded.
 
 use std::path::Path;
 
@@ -22,9 +22,9 @@ pub struct Preflight<'a> {
     pub train: &'a Dataset,
     /// The most tokens of a row.
     pub max_seq_length: usize,
-    /// Whether all weights are trained.
+    /// True if all weights are trained.
     pub full_finetuning: bool,
-    /// Whether each epoch has its own order.
+    /// True if each epoch has its own order.
     pub shuffle: bool,
     /// Seed of the order and of dropout.
     pub seed: u64,
@@ -32,7 +32,7 @@ pub struct Preflight<'a> {
     pub output_dir: Option<&'a Path>,
     /// The checkpoint that the run resumes from.
     pub resume: Option<&'a Resume>,
-    /// Whether results of an earlier run may be replaced.
+    /// True if results of an earlier run may be replaced.
     pub overwrite: bool,
 }
 

@@ -29,7 +29,7 @@ pub(super) struct Run<'a> {
     job: Trainer<'a>,
     agreement: Agreement,
     notes: Vec<String>,
-    /// Whether all weights are trained.
+    /// True if all weights are trained.
     full: bool,
     /// Steps done.
     done: usize,

@@ -80,7 +80,7 @@ impl Loader {
         self
     }
 
-    /// Whether the network is left alone ([`Source::local_files_only`](crate::Source::local_files_only)).
+    /// Returns true if the network is left alone ([`Source::local_files_only`](crate::Source::local_files_only)).
     pub fn local_files_only(mut self, local_files_only: bool) -> Self {
         self.source = self.source.local_files_only(local_files_only);
         self

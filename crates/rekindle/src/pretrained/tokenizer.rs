@@ -83,7 +83,7 @@ fn difference(adapter: &Path, other: &Path, used: &Path) -> Option<String> {
     Some(format!("adapter {name} brings {what} of {}: {whose} tokenizer and template are used", other.display()))
 }
 
-/// Whether both directories have a tokenizer, and one encodes or ends texts otherwise than the other.
+/// Returns true if both directories have a tokenizer, and one encodes or ends texts otherwise than the other.
 fn tokenizers_differ(a: &Path, b: &Path) -> bool {
     if !has_tokenizer(a) || !has_tokenizer(b) {
         return false;

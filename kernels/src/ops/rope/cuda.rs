@@ -275,7 +275,7 @@ struct Kernels {
     forward: Entry,
     backward: Entry,
     weight_grads: Entry,
-    /// Whether they are made for this size, or take any size.
+    /// True if they are made for this size, or take any size.
     sized: bool,
 }
 

@@ -10,7 +10,7 @@ pub(super) struct Field {
     pub(super) children: Vec<Field>,
     /// The dictionary that holds its values, and the kind of the numbers that stand for them.
     pub(super) dictionary: Option<(i64, Kind)>,
-    /// Whether it is text that holds JSON: the feature `Json` of `datasets`.
+    /// True if it is text that holds JSON: the feature `Json` of `datasets`.
     pub(super) is_json: bool,
 }
 
