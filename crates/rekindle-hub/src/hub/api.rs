@@ -1,15 +1,22 @@
 //! The HTTP requests of a download.
 //!
-//! hf-hub looks up repositories, revisions and files. The rest is implemented here on the HTTP client it includes:
-//! hf-hub's downloads do not resume, verify checksums or time out on a silent server, and they follow the redirect to
-//! the storage, which loses the size and checksum in the hub's own response.
+//! hf-hub names repositories and describes their contents. The requests are made here, because hf-hub's downloads do
+//! not resume, verify checksums or time out on a silent server, and they follow the redirect to the storage, which loses
+//! the size and checksum in the hub's own response.
 
+use std::fmt::Write as _;
+use std::io::Read as _;
 use std::time::Duration;
 
-use hf_hub::{HFClient, HFRepository, RepoTypeDataset, RepoTypeModel};
-use reqwest::header::{CONTENT_LENGTH, ETAG, HeaderMap, LOCATION, RANGE};
-use reqwest::redirect::Policy;
-use reqwest::{Client, ClientBuilder, RequestBuilder, Response, StatusCode, Url};
+use hf_hub::api::RepoInfo;
+use hf_hub::{Repo, RepoType};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, ETAG, HeaderMap, LOCATION, RANGE};
+use ureq::http::{Response, StatusCode, Uri};
+use ureq::tls::{RootCerts, TlsConfig};
+use ureq::typestate::WithoutBody;
+use ureq::{Agent, Body, RequestBuilder};
 
 use crate::{Error, HubErrorKind};
 
@@ -21,19 +28,11 @@ use super::name::{RepoKind, RepoName};
 /// A connection to one repository.
 #[derive(Debug)]
 pub(crate) struct Api {
-    repository: Repository,
-    /// Follows redirects, dropping the token when they lead to another host.
-    client: Client,
-    /// Does not follow redirects.
-    staying: Client,
+    repo: Repo,
+    /// Does not follow redirects; [`get`](Self::get) does.
+    client: Agent,
     token: Option<String>,
     request: Request,
-}
-
-#[derive(Debug)]
-enum Repository {
-    Model(HFRepository<RepoTypeModel>),
-    Dataset(HFRepository<RepoTypeDataset>),
 }
 
 /// A file of a commit as announced by the hub.
@@ -52,39 +51,58 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The timeout for the next bytes of a connection.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The maximum number of redirects within the hub, which occur after a repository was renamed.
+/// The maximum number of redirects: within the hub after a repository was renamed, and to the storage.
 const MAX_REDIRECTS: usize = 5;
+
+/// The maximum size of a JSON response in bytes; a list of 100,000 files has about 10 MB.
+const MAX_JSON: u64 = 64 << 20;
+
+/// The branches and tags of a repository.
+#[derive(Deserialize)]
+struct References {
+    branches: Vec<Reference>,
+    tags: Vec<Reference>,
+}
+
+#[derive(Deserialize)]
+struct Reference {
+    name: String,
+}
+
+/// The body of an error response.
+#[derive(Deserialize)]
+struct ErrorBody {
+    error: String,
+}
 
 impl Api {
     pub(crate) fn new(request: Request, token: Option<String>) -> Result<Api, Error> {
-        let unusable = |error: reqwest::Error| request.insecure(&error);
-        let endpoint = &request.endpoint;
-        let builder = || {
-            let builder = Client::builder()
-                .user_agent(concat!("rekindle/", env!("CARGO_PKG_VERSION")))
-                .connect_timeout(CONNECT_TIMEOUT)
-                .read_timeout(READ_TIMEOUT);
-            without_proxy_on_loopback(builder, endpoint)
-        };
-        let client = builder().build().map_err(unusable)?;
-        let staying = builder().redirect(Policy::none()).build().map_err(unusable)?;
-        let hub = HFClient::builder().endpoint(endpoint).client(client.clone());
-        // Retries are handled here, uniformly for all requests.
-        let mut hub = hub.cache_enabled(false).retry_max_attempts(0);
-        if let Some(token) = &token {
-            hub = hub.token(token);
-        }
-        let hub = hub.build().map_err(|error| {
+        let endpoint = request.endpoint.parse::<Uri>().ok().filter(|uri| uri.scheme().is_some());
+        let Some(host) = endpoint.as_ref().and_then(Uri::host) else {
             let reason =
-                format!("{endpoint:?} is not a valid URL ({error}); set HF_ENDPOINT to one like \"https://host\"");
-            request.error(HubErrorKind::Network, reason)
-        })?;
-        let RepoName { kind, organization, name } = &request.name;
-        let repository = match kind {
-            RepoKind::Model => Repository::Model(hub.model(organization, name)),
-            RepoKind::Dataset => Repository::Dataset(hub.dataset(organization, name)),
+                format!("{:?} is not a valid URL; set HF_ENDPOINT to one like \"https://host\"", request.endpoint);
+            return Err(request.error(HubErrorKind::Network, reason));
         };
-        Ok(Api { repository, client, staying, token, request })
+        let config = Agent::config_builder()
+            .user_agent(concat!("rekindle/", env!("CARGO_PKG_VERSION")))
+            .timeout_connect(Some(CONNECT_TIMEOUT))
+            .timeout_recv_response(Some(READ_TIMEOUT))
+            .timeout_per_read(Some(READ_TIMEOUT))
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build());
+        // A proxy cannot reach this machine's loopback addresses.
+        let is_loopback = matches!(host, "localhost" | "127.0.0.1" | "[::1]");
+        let config = if is_loopback { config.proxy(None) } else { config };
+        let client = config.build().new_agent();
+        let RepoName { kind, organization, name } = &request.name;
+        let kind = match kind {
+            RepoKind::Model => RepoType::Model,
+            RepoKind::Dataset => RepoType::Dataset,
+        };
+        let repo = Repo::with_revision(format!("{organization}/{name}"), kind, encoded(&request.revision));
+        Ok(Api { repo, client, token, request })
     }
 
     pub(crate) fn request(&self) -> &Request {
@@ -92,45 +110,31 @@ impl Api {
     }
 
     /// Returns the commit of the revision and the names of all its files.
-    pub(crate) async fn files(&self) -> Result<(String, Vec<String>), Failure> {
-        let revision = &self.request.revision;
-        let asked = match &self.repository {
-            Repository::Model(model) => {
-                model.info().revision(revision).send().await.map(|info| (info.sha, info.siblings))
-            }
-            Repository::Dataset(dataset) => {
-                dataset.info().revision(revision).send().await.map(|info| (info.sha, info.siblings))
-            }
-        };
-        let (commit, files) = asked.map_err(|error| self.request.failure(error))?;
-        let commit =
-            commit.filter(|sha| is_commit(sha)).ok_or_else(|| self.unexpected_response("it names no commit"))?;
-        let files = files.ok_or_else(|| self.unexpected_response("it lists no files"))?;
-        Ok((commit, files.into_iter().map(|file| file.rfilename).collect()))
+    pub(crate) fn files(&self) -> Result<(String, Vec<String>), Failure> {
+        let RepoInfo { siblings, sha } = self.json(&self.repo.api_url())?;
+        if !is_commit(&sha) {
+            return Err(self.unexpected_response("it names no commit"));
+        }
+        Ok((sha, siblings.into_iter().map(|file| file.rfilename).collect()))
     }
 
-    /// Returns branches and tags for an error message; empty if the hub does not list them.
-    pub(crate) async fn revisions(&self) -> Vec<String> {
-        let asked = match &self.repository {
-            Repository::Model(model) => model.list_refs().send().await,
-            Repository::Dataset(dataset) => dataset.list_refs().send().await,
-        };
-        match asked {
-            Ok(refs) => refs.branches.into_iter().chain(refs.tags).map(|reference| reference.name).collect(),
+    /// Returns the names of branches and tags, for errors that suggest one; empty if the hub does not list them.
+    pub(crate) fn revisions(&self) -> Vec<String> {
+        let RepoName { kind, organization, name } = &self.request.name;
+        match self.json::<References>(&format!("{}s/{organization}/{name}/refs", kind.noun())) {
+            Ok(found) => found.branches.into_iter().chain(found.tags).map(|reference| reference.name).collect(),
             Err(_) => Vec::new(),
         }
     }
 
     /// Returns the size and checksum of a file.
-    pub(crate) async fn describe(&self, commit: &str, file: &str) -> Result<RemoteFile, Failure> {
-        let mut url = self.url(commit, file)?;
+    pub(crate) fn describe(&self, commit: &str, file: &str) -> Result<RemoteFile, Failure> {
+        let mut url = self.url(commit, file);
         for _ in 0..MAX_REDIRECTS {
-            let answer = self.send(self.staying.head(url.clone())).await?;
-            match relative_redirect(&answer) {
-                Some(within) => {
-                    url = url.join(&within).map_err(|error| self.unexpected_response(&error.to_string()))?
-                }
-                None => return self.announced(file, answer),
+            let answer = self.send(self.client.head(&url), true)?;
+            match redirect(&url, &answer) {
+                Some(target) if origin(&target) == origin(&url) => url = target,
+                _ => return self.announced(file, answer),
             }
         }
         Err(self.unexpected_response(&format!("{file} is redirected more than {MAX_REDIRECTS} times")))
@@ -138,16 +142,16 @@ impl Api {
 
     /// Requests the contents of a file from `start`; returns the actual start too, since a server may not support
     /// ranges.
-    pub(crate) async fn contents(
+    pub(crate) fn contents(
         &self,
         commit: &str,
         file: &RemoteFile,
         start: u64,
-    ) -> Result<(u64, Response), Failure> {
-        let url = self.url(commit, &file.name)?;
+    ) -> Result<(u64, Response<Body>), Failure> {
+        let url = self.url(commit, &file.name);
         if start > 0 {
             let range = format!("bytes={start}-{}", file.size - 1);
-            let answer = self.send(self.client.get(url.clone()).header(RANGE, range)).await?;
+            let answer = self.get(&url, Some(&range))?;
             match answer.status() {
                 StatusCode::PARTIAL_CONTENT => return Ok((start, answer)),
                 // The stored file has changed.
@@ -155,66 +159,92 @@ impl Api {
                 _ => return Ok((0, self.accepted(answer)?)),
             }
         }
-        let answer = self.send(self.client.get(url)).await?;
+        let answer = self.get(&url, None)?;
         Ok((0, self.accepted(answer)?))
     }
 
     /// Extends `have` to the first `length` bytes of a file, ignoring anything the server sends beyond that.
-    pub(crate) async fn head(
+    pub(crate) fn head(
         &self,
         commit: &str,
         file: &RemoteFile,
         mut have: Vec<u8>,
         length: usize,
     ) -> Result<Vec<u8>, Failure> {
-        let url = self.url(commit, &file.name)?;
         let range = format!("bytes={}-{}", have.len(), length - 1);
-        let answer = self.send(self.client.get(url).header(RANGE, range)).await?;
+        let answer = self.get(&self.url(commit, &file.name), Some(&range))?;
         if answer.status() != StatusCode::PARTIAL_CONTENT {
             // A server without range support starts from the beginning.
             have.clear();
         }
-        let mut answer = self.accepted(answer)?;
-        while have.len() < length {
-            match answer.chunk().await.map_err(|error| self.request.unreachable(&error))? {
-                Some(chunk) => have.extend_from_slice(&chunk),
-                None => {
-                    let reason = format!("{} closed the connection early", self.request.endpoint);
-                    return Err(Failure { error: self.request.error(HubErrorKind::Network, reason), transient: true });
-                }
-            }
+        let body = self.accepted(answer)?.into_body();
+        let missing = (length - have.len()) as u64;
+        let read = body.into_reader().take(missing).read_to_end(&mut have);
+        read.map_err(|error| self.request.interrupted(error))?;
+        if have.len() < length {
+            return Err(self.request.closed_early());
         }
-        have.truncate(length);
         Ok(have)
     }
 
-    async fn send(&self, mut request: RequestBuilder) -> Result<Response, Failure> {
-        if let Some(token) = &self.token {
-            request = request.bearer_auth(token);
-        }
-        request.send().await.map_err(|error| self.request.unreachable(&error))
+    /// Returns the JSON at `path` of the hub's API.
+    fn json<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        let answer = self.get(&format!("{}/api/{path}", self.request.endpoint), None)?;
+        let mut text = Vec::new();
+        let body = self.accepted(answer)?.into_body();
+        let read = body.into_with_config().limit(MAX_JSON).reader().read_to_end(&mut text);
+        read.map_err(|error| self.request.interrupted(error))?;
+        serde_json::from_slice(&text).map_err(|error| {
+            let endpoint = &self.request.endpoint;
+            let reason = format!("{endpoint} did not respond like a Hugging Face hub ({error}); check HF_ENDPOINT");
+            Failure { error: self.request.error(HubErrorKind::Response, reason), transient: false }
+        })
     }
 
-    fn accepted(&self, answer: Response) -> Result<Response, Failure> {
+    /// Sends a GET request and follows redirects. The token is not sent to another scheme, host or port.
+    fn get(&self, url: &str, range: Option<&str>) -> Result<Response<Body>, Failure> {
+        let mut url = url.to_owned();
+        let mut is_trusted = true;
+        for _ in 0..MAX_REDIRECTS {
+            let mut request = self.client.get(&url);
+            if let Some(range) = range {
+                request = request.header(RANGE, range);
+            }
+            let answer = self.send(request, is_trusted)?;
+            let Some(target) = redirect(&url, &answer) else { return Ok(answer) };
+            is_trusted &= origin(&target) == origin(&url);
+            url = target;
+        }
+        Err(self.unexpected_response(&format!("{url} is redirected more than {MAX_REDIRECTS} times")))
+    }
+
+    fn send(&self, mut request: RequestBuilder<WithoutBody>, is_trusted: bool) -> Result<Response<Body>, Failure> {
+        if let Some(token) = self.token.as_ref().filter(|_| is_trusted) {
+            request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+        }
+        request.call().map_err(|error| self.request.unreachable(&error))
+    }
+
+    fn accepted(&self, answer: Response<Body>) -> Result<Response<Body>, Failure> {
         if answer.status().is_success() {
             return Ok(answer);
         }
         let header = |name| text(answer.headers(), name);
-        let (code, message) = (header("x-error-code"), header("x-error-message"));
-        Err(self.request.refused(&Refusal { status: answer.status().as_u16(), code, message }))
+        let (status, code, message) = (answer.status().as_u16(), header("x-error-code"), header("x-error-message"));
+        let message = message.or_else(|| {
+            let body = answer.into_body().into_with_config().limit(MAX_JSON).reader();
+            serde_json::from_reader(body).ok().map(|body: ErrorBody| body.error)
+        });
+        Err(self.request.refused(&Refusal { status, code, message }))
     }
 
-    fn url(&self, commit: &str, file: &str) -> Result<Url, Failure> {
+    fn url(&self, commit: &str, file: &str) -> String {
         let Request { name, endpoint, .. } = &self.request;
-        let mut url = Url::parse(&format!("{endpoint}/{}/resolve/{commit}", name.path()))
-            .map_err(|error| self.unexpected_response(&error.to_string()))?;
-        if let Ok(mut segments) = url.path_segments_mut() {
-            segments.extend(file.split('/'));
-        }
-        Ok(url)
+        let file = file.split('/').map(encoded).collect::<Vec<_>>().join("/");
+        format!("{endpoint}/{}/resolve/{commit}/{file}", name.path())
     }
 
-    fn announced(&self, file: &str, answer: Response) -> Result<RemoteFile, Failure> {
+    fn announced(&self, file: &str, answer: Response<Body>) -> Result<RemoteFile, Failure> {
         let answer = if answer.status().is_redirection() { answer } else { self.accepted(answer)? };
         let (status, headers) = (answer.status(), answer.headers());
         // A redirect's Content-Length and ETag describe the redirect itself.
@@ -238,19 +268,34 @@ impl Api {
     }
 }
 
-/// Disables the proxy for loopback addresses, which a proxy cannot reach.
-fn without_proxy_on_loopback(builder: ClientBuilder, endpoint: &str) -> ClientBuilder {
-    let host = Url::parse(endpoint).ok().and_then(|url| url.host_str().map(str::to_owned));
-    match host.as_deref() {
-        Some("localhost" | "127.0.0.1" | "[::1]") => builder.no_proxy(),
-        _ => builder,
+/// Percent-encodes a segment of a path.
+fn encoded(segment: &str) -> String {
+    let mut out = String::with_capacity(segment.len());
+    for byte in segment.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            write!(out, "%{byte:02X}").expect("writing to a string succeeds");
+        }
     }
+    out
 }
 
-/// Returns the target of a redirect to another path of the hub.
-fn relative_redirect(answer: &Response) -> Option<String> {
+/// Returns the scheme, host and port of a URL.
+fn origin(url: &str) -> &str {
+    let host = url.find("://").map_or(0, |at| at + 3);
+    let end = url[host..].find('/').map_or(url.len(), |at| host + at);
+    &url[..end]
+}
+
+/// Returns the target of a redirect from `url`.
+fn redirect(url: &str, answer: &Response<Body>) -> Option<String> {
     let location = text(answer.headers(), LOCATION.as_str()).filter(|_| answer.status().is_redirection())?;
-    (location.starts_with('/') && !location.starts_with("//")).then_some(location)
+    match location.strip_prefix("//") {
+        Some(host) => Some(format!("{}://{host}", url.split("://").next().unwrap_or("https"))),
+        None if location.starts_with('/') => Some(format!("{}{location}", origin(url))),
+        None => Some(location),
+    }
 }
 
 fn text(headers: &HeaderMap, name: &str) -> Option<String> {

@@ -3,12 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::panic::resume_unwind;
-use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::thread;
-
-use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
-use tokio::runtime::Builder;
 
 use crate::adapter::ADAPTER_FILE;
 use crate::error::quoted;
@@ -40,12 +38,10 @@ pub(crate) fn download(
     wanted: RequiredFiles,
     mut on_progress: Option<Box<dyn FnMut(u64, u64) + '_>>,
 ) -> Result<Snapshot, Error> {
-    let runtime = Builder::new_multi_thread().worker_threads(MAX_PARALLEL).enable_all().build();
-    let runtime = runtime.map_err(|source| Error::Io { path: repo.path(), source })?;
     let (progress, updates) = mpsc::channel();
-    // The caller may be inside its own runtime, and its callback need not be `Send`.
+    // The callback need not be `Send`.
     thread::scope(|scope| {
-        let worker = scope.spawn(move || runtime.block_on(run(request, repo, token, wanted, progress)));
+        let worker = scope.spawn(move || run(request, repo, token, wanted, progress));
         let (mut done, mut total) = (0_i64, 0);
         for update in updates {
             match update {
@@ -66,25 +62,12 @@ pub(crate) fn describe(
     repo: CachedRepo,
     token: Option<String>,
 ) -> Result<(Resolved, CheckpointHeaders), Error> {
-    let runtime = Builder::new_multi_thread().worker_threads(MAX_PARALLEL).enable_all().build();
-    let runtime = runtime.map_err(|source| Error::Io { path: repo.path(), source })?;
-    thread::scope(|scope| {
-        let worker = scope.spawn(move || runtime.block_on(look(request, repo, token)));
-        worker.join().unwrap_or_else(|panic| resume_unwind(panic))
-    })
-}
-
-async fn look(
-    request: Request,
-    repo: CachedRepo,
-    token: Option<String>,
-) -> Result<(Resolved, CheckpointHeaders), Error> {
     let api = Api::new(request.clone(), token)?;
     let here = |resolved: Resolved| CheckpointHeaders::open(&resolved.path).map(|headers| (resolved, headers));
-    let (commit, all) = match retry(&FIRST_DELAYS, || api.files()).await {
+    let (commit, all) = match retry(&FIRST_DELAYS, || api.files()) {
         Ok(found) => found,
         Err(error) => {
-            let found = without_hub(&request, &repo, &api, &RequiredFiles::Model, error).await?;
+            let found = without_hub(&request, &repo, &api, &RequiredFiles::Model, error)?;
             return here(found.resolved);
         }
     };
@@ -95,41 +78,38 @@ async fn look(
         return here(resolved);
     }
     let (unobserved, _) = mpsc::channel();
-    let fetcher = Arc::new(Fetcher { api, repo, commit });
-    fetch_missing(&fetcher, selection.descriptions(), &unobserved).await?;
+    let fetcher = Fetcher { api, repo, commit, is_cancelled: AtomicBool::new(false) };
+    fetch_missing(&fetcher, selection.descriptions(), &unobserved)?;
     fetcher.repo.write_reference(&request.revision, &fetcher.commit)?;
     let weights = match selection.weights() {
         Some(file) => vec![file.to_owned()],
         None => ShardIndex::read(&path.join(INDEX_FILE))?.shards().into_iter().map(str::to_owned).collect(),
     };
-    let heads = run_parallel(weights, |file| {
-        let fetcher = fetcher.clone();
-        async move { head(&fetcher, &file).await }
-    });
+    let heads = run_parallel(&fetcher.is_cancelled, weights, |file| head(&fetcher, &file));
     let is_adapter = selection.weights() == Some(ADAPTER_FILE);
     let mut headers = CheckpointHeaders { path, is_adapter, tensors: BTreeMap::new() };
-    for (file, head) in heads.await? {
+    for (file, head) in heads? {
         headers.add(&file.name, &head, file.size)?;
     }
     Ok((resolved, headers))
 }
 
 /// Returns the beginning of a file with its whole header, and the file's size.
-async fn head(fetcher: &Fetcher, file: &str) -> Result<(RemoteFile, Vec<u8>), Error> {
+fn head(fetcher: &Fetcher, file: &str) -> Result<(RemoteFile, Vec<u8>), Error> {
     let Fetcher { api, commit, .. } = fetcher;
-    let file = retry(&DELAYS, || api.describe(commit, file)).await?;
+    let file = retry(&DELAYS, || api.describe(commit, file))?;
     let size = usize::try_from(file.size).unwrap_or(usize::MAX);
     let mut head = Vec::new();
     let mut wanted = FIRST_BYTES.min(size);
     while head.len() < wanted {
-        head = retry(&DELAYS, || api.head(commit, &file, head.clone(), wanted)).await?;
+        head = retry(&DELAYS, || api.head(commit, &file, head.clone(), wanted))?;
         // An invalid header is reported when it is parsed.
         wanted = safetensors_header::header_length(&head).map_or(wanted, |length| size.min(length as usize));
     }
     Ok((file, head))
 }
 
-async fn run(
+fn run(
     request: Request,
     repo: CachedRepo,
     token: Option<String>,
@@ -137,9 +117,9 @@ async fn run(
     progress: Sender<Progress>,
 ) -> Result<Snapshot, Error> {
     let api = Api::new(request.clone(), token)?;
-    let (commit, all) = match retry(&FIRST_DELAYS, || api.files()).await {
+    let (commit, all) = match retry(&FIRST_DELAYS, || api.files()) {
         Ok(found) => found,
-        Err(error) => return without_hub(&request, &repo, &api, &wanted, error).await,
+        Err(error) => return without_hub(&request, &repo, &api, &wanted, error),
     };
     let Selection { mut files, sharded } = match &wanted {
         RequiredFiles::Model => select(&all).map_err(|reason| request.error(HubErrorKind::Weights, reason))?,
@@ -154,28 +134,25 @@ async fn run(
         let _ = lock.lock_shared();
     }
     let snapshot = repo.snapshot(&commit);
-    let fetcher = Arc::new(Fetcher { api, repo, commit });
+    let fetcher = Fetcher { api, repo, commit, is_cancelled: AtomicBool::new(false) };
     if sharded {
         let (unobserved, _) = mpsc::channel();
-        fetch_missing(&fetcher, vec![INDEX_FILE.to_owned()], &unobserved).await?;
+        fetch_missing(&fetcher, vec![INDEX_FILE.to_owned()], &unobserved)?;
         let index = ShardIndex::read(&snapshot.join(INDEX_FILE))?;
         files.extend(index.shards().into_iter().map(str::to_owned));
     }
-    fetch_missing(&fetcher, files.clone(), &progress).await?;
+    fetch_missing(&fetcher, files.clone(), &progress)?;
     fetcher.repo.write_reference(&request.revision, &fetcher.commit)?;
     Ok(Snapshot { files, resolved: Resolved { path: snapshot, commit: Some(fetcher.commit.clone()), notice: None } })
 }
 
 /// Downloads the files that the snapshot lacks and links them into it.
-async fn fetch_missing(fetcher: &Arc<Fetcher>, files: Vec<String>, progress: &Sender<Progress>) -> Result<(), Error> {
-    let Fetcher { api, repo, commit } = &**fetcher;
+fn fetch_missing(fetcher: &Fetcher, files: Vec<String>, progress: &Sender<Progress>) -> Result<(), Error> {
+    let Fetcher { api, repo, commit, is_cancelled } = fetcher;
     let snapshot = repo.snapshot(commit);
     let lacking = files.into_iter().filter(|file| !snapshot.join(file).exists());
-    let lacking = run_parallel(lacking, |file| {
-        let fetcher = fetcher.clone();
-        async move { retry(&DELAYS, || fetcher.api.describe(&fetcher.commit, &file)).await }
-    })
-    .await?;
+    let describe = |file: String| retry(&DELAYS, || api.describe(commit, &file));
+    let lacking = run_parallel(is_cancelled, lacking, describe)?;
     let mut absent: Vec<_> = lacking.iter().filter(|file| !repo.blob(&file.etag).exists()).cloned().collect();
     // Files with equal contents share one blob.
     absent.sort_by(|a, b| a.etag.cmp(&b.etag));
@@ -187,27 +164,53 @@ async fn fetch_missing(fetcher: &Arc<Fetcher>, files: Vec<String>, progress: &Se
         space::check(api.request(), &repo.blobs(), needed.fold(0, u64::saturating_add))?;
         let _ = progress.send(Progress::Total(absent.iter().map(|file| file.size).sum()));
     }
-    run_parallel(absent, |file| {
-        let (fetcher, progress) = (fetcher.clone(), progress.clone());
-        async move { fetcher.fetch(&file, &progress).await }
-    })
-    .await?;
+    let absent: Vec<_> = absent.into_iter().map(|file| (file, progress.clone())).collect();
+    run_parallel(is_cancelled, absent, |(file, progress)| fetcher.fetch(&file, &progress))?;
     lacking.iter().try_for_each(|file| repo.link(commit, &file.name, &file.etag))
 }
 
-/// Runs a task for every item, several in parallel, until one fails.
-async fn run_parallel<I, T, F>(items: impl IntoIterator<Item = I>, task: impl Fn(I) -> F) -> Result<Vec<T>, Error>
-where
-    T: Send + 'static,
-    F: Future<Output = Result<T, Error>> + Send + 'static,
-{
-    let tasks = stream::iter(items).map(|item| tokio::spawn(task(item))).buffer_unordered(MAX_PARALLEL);
-    let results = tasks.map(|ended| ended.unwrap_or_else(|error| resume_unwind(error.into_panic())));
-    results.try_collect().await
+/// Runs a task for every item, several in parallel, and returns the results in the order of the items.
+///
+/// The first error is returned. It sets `is_cancelled`, which ends the other tasks early.
+fn run_parallel<I: Send, T: Send>(
+    is_cancelled: &AtomicBool,
+    items: impl IntoIterator<Item = I>,
+    task: impl Fn(I) -> Result<T, Error> + Sync,
+) -> Result<Vec<T>, Error> {
+    let items: Vec<I> = items.into_iter().collect();
+    let threads = items.len().min(MAX_PARALLEL);
+    let queue = Mutex::new(items.into_iter().enumerate());
+    let (results, received) = mpsc::channel();
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            let (results, queue, task) = (results.clone(), &queue, &task);
+            scope.spawn(move || {
+                loop {
+                    let next = queue.lock().expect("no task panics while it takes an item").next();
+                    let Some((index, item)) = next.filter(|_| !is_cancelled.load(Ordering::Relaxed)) else { return };
+                    let result = task(item);
+                    let failed = result.is_err();
+                    // The receiver outlives the threads. The error is sent before the others are cancelled, so that it
+                    // is the first one received.
+                    let _ = results.send((index, result));
+                    if failed {
+                        is_cancelled.store(true, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    drop(results);
+    let mut done = Vec::new();
+    for (index, result) in received {
+        done.push((index, result?));
+    }
+    done.sort_by_key(|(index, _)| *index);
+    Ok(done.into_iter().map(|(_, result)| result).collect())
 }
 
 /// Handles an unanswered first request: returns the cached snapshot, or the error with advice.
-async fn without_hub(
+fn without_hub(
     request: &Request,
     repo: &CachedRepo,
     api: &Api,
@@ -224,7 +227,7 @@ async fn without_hub(
             Err(_) => Err(error),
         },
         Some(HubErrorKind::NotFound) if request.revision != MAIN => {
-            let revisions = api.revisions().await;
+            let revisions = api.revisions();
             if revisions.is_empty() {
                 return Err(error);
             }

@@ -1,10 +1,9 @@
 //! Translation of failed requests into errors for the user.
 
 use std::error::Error as StdError;
+use std::io;
+use std::thread::sleep;
 use std::time::Duration;
-
-use hf_hub::HFError;
-use tokio::time::sleep;
 
 use crate::{Error, HubErrorKind};
 
@@ -18,17 +17,14 @@ pub(crate) struct Failure {
 }
 
 /// Retries transient failures, once after each of the delays.
-pub(crate) async fn retry<T, F>(delays: &[Duration], mut attempt: impl FnMut() -> F) -> Result<T, Error>
-where
-    F: Future<Output = Result<T, Failure>>,
-{
+pub(crate) fn retry<T>(delays: &[Duration], mut attempt: impl FnMut() -> Result<T, Failure>) -> Result<T, Error> {
     for &delay in delays {
-        match attempt().await {
-            Err(failure) if failure.transient => sleep(delay).await,
+        match attempt() {
+            Err(failure) if failure.transient => sleep(delay),
             settled => return settled.map_err(|failure| failure.error),
         }
     }
-    attempt().await.map_err(|failure| failure.error)
+    attempt().map_err(|failure| failure.error)
 }
 
 /// Delays that survive a short network outage.
@@ -65,57 +61,50 @@ impl Request {
         Error::Hub { kind, name: self.name.to_string(), reason: reason.into() }
     }
 
-    /// Translates an error of hf-hub.
-    pub(crate) fn failure(&self, error: HFError) -> Failure {
-        match error {
-            HFError::Http { context }
-            | HFError::AuthRequired { context }
-            | HFError::Forbidden { context }
-            | HFError::Conflict { context }
-            | HFError::RateLimited { context, .. }
-            | HFError::RepoNotFound { context: Some(context), .. }
-            | HFError::RevisionNotFound { context: Some(context), .. }
-            | HFError::EntryNotFound { context: Some(context), .. } => self.refused(&Refusal {
-                status: context.status.as_u16(),
-                code: context.error_code,
-                message: context.server_message,
-            }),
-            HFError::Request { source, .. } => self.unreachable(&source),
-            other => {
-                let reason =
-                    format!("{} did not respond like a Hugging Face hub ({other}); check HF_ENDPOINT", self.endpoint);
-                Failure { error: self.error(HubErrorKind::Response, reason), transient: false }
-            }
-        }
-    }
-
-    /// Translates a failed connection or an incomplete response.
-    pub(crate) fn unreachable(&self, error: &reqwest::Error) -> Failure {
+    /// Translates a failed request.
+    pub(crate) fn unreachable(&self, error: &ureq::Error) -> Failure {
         let endpoint = &self.endpoint;
         let cause = innermost(error);
-        if error.is_builder() {
-            let reason =
-                format!("{endpoint:?} is not a valid URL ({cause}); set HF_ENDPOINT to one like \"https://host\"");
-            return Failure { error: self.error(HubErrorKind::Network, reason), transient: false };
-        }
-        if error.is_decode() && !error.is_timeout() && cause.is::<serde_json::Error>() {
-            let reason = format!("{endpoint} did not respond like a Hugging Face hub ({cause}); check HF_ENDPOINT");
-            return Failure { error: self.error(HubErrorKind::Response, reason), transient: false };
-        }
-        let what = if error.is_timeout() { "timed out".to_owned() } else { cause.to_string() };
-        let verb = if error.is_connect() { "cannot reach" } else { "lost the connection to" };
+        let (what, transient) = match error {
+            ureq::Error::BadUri(_) | ureq::Error::Http(_) => {
+                let reason =
+                    format!("{endpoint:?} is not a valid URL ({cause}); set HF_ENDPOINT to one like \"https://host\"");
+                return Failure { error: self.error(HubErrorKind::Network, reason), transient: false };
+            }
+            ureq::Error::Rustls(_) | ureq::Error::Tls(_) | ureq::Error::Pem(_) => {
+                let reason = format!(
+                    "cannot make a secure connection to {endpoint} ({cause}); install the system's CA certificates, or \
+                     set SSL_CERT_FILE"
+                );
+                return Failure { error: self.error(HubErrorKind::Network, reason), transient: false };
+            }
+            ureq::Error::Timeout(_) => ("timed out".to_owned(), true),
+            ureq::Error::InvalidProxyUrl => (cause.to_string(), false),
+            _ => (cause.to_string(), true),
+        };
+        let verb = if is_connected(error) { "lost the connection to" } else { "cannot reach" };
         let reason =
             format!("{verb} {endpoint}: {what}; check the network, and HF_ENDPOINT and HTTPS_PROXY if they are set");
+        Failure { error: self.error(HubErrorKind::Network, reason), transient }
+    }
+
+    /// Translates a failure to read a response.
+    pub(crate) fn interrupted(&self, error: io::Error) -> Failure {
+        let (endpoint, error) = (&self.endpoint, ureq::Error::from(error));
+        let what = match &error {
+            ureq::Error::Timeout(_) => "timed out".to_owned(),
+            error => innermost(error).to_string(),
+        };
+        let reason = format!(
+            "lost the connection to {endpoint}: {what}; check the network, and HF_ENDPOINT and HTTPS_PROXY if they are set"
+        );
         Failure { error: self.error(HubErrorKind::Network, reason), transient: true }
     }
 
-    /// Translates a failure to create the HTTP client, which reads the system's certificates.
-    pub(crate) fn insecure(&self, error: &reqwest::Error) -> Error {
-        let cause = innermost(error);
-        let reason = format!(
-            "cannot make secure connections ({cause}); install the system's CA certificates, or set SSL_CERT_FILE"
-        );
-        self.error(HubErrorKind::Network, reason)
+    /// Reports a response that ended before its announced length.
+    pub(crate) fn closed_early(&self) -> Failure {
+        let reason = format!("{} closed the connection early", self.endpoint);
+        Failure { error: self.error(HubErrorKind::Network, reason), transient: true }
     }
 
     /// Translates an error response of the hub.
@@ -188,9 +177,28 @@ impl Request {
     }
 }
 
+/// Returns true if the request failed after the connection was made.
+fn is_connected(error: &ureq::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    match error {
+        ureq::Error::Io(error) => {
+            matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
+        }
+        ureq::Error::Timeout(timeout) => !matches!(timeout, ureq::Timeout::Resolve | ureq::Timeout::Connect),
+        ureq::Error::HostNotFound
+        | ureq::Error::ConnectionFailed
+        | ureq::Error::ConnectProxyFailed(_)
+        | ureq::Error::InvalidProxyUrl => false,
+        _ => true,
+    }
+}
+
 /// Returns the system's error; the errors around it only name the layers that passed it on.
-fn innermost(error: &reqwest::Error) -> &(dyn StdError + 'static) {
-    let mut cause: &(dyn StdError + 'static) = error;
+fn innermost(error: &ureq::Error) -> &(dyn StdError + 'static) {
+    let mut cause: &(dyn StdError + 'static) = match error {
+        ureq::Error::Io(error) => error,
+        error => error,
+    };
     while let Some(source) = cause.source() {
         cause = source;
     }

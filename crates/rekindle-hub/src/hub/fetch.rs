@@ -1,12 +1,12 @@
 //! Download of one file into the cache: locked, resumed, verified, and only then moved into place.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, ErrorKind, Seek, SeekFrom, Write as _};
+use std::io::{self, ErrorKind, Read as _, Seek, SeekFrom, Write as _};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
+use std::thread::sleep;
 use std::time::{Duration, Instant};
-
-use tokio::time::sleep;
 
 use crate::{Error, HubErrorKind};
 
@@ -22,6 +22,8 @@ pub(crate) struct Fetcher {
     pub(crate) api: Api,
     pub(crate) repo: CachedRepo,
     pub(crate) commit: String,
+    /// Set when one of several downloads has failed, so that the others stop.
+    pub(crate) is_cancelled: AtomicBool,
 }
 
 /// A progress message.
@@ -33,6 +35,9 @@ pub(crate) enum Progress {
     Arrived(i64),
 }
 
+/// The number of bytes read at once.
+const CHUNK: usize = 64 << 10;
+
 /// The interval for checking a file that another process is downloading.
 const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -43,8 +48,8 @@ impl Fetcher {
     /// Ensures that the blob of `file` is in the cache and matches the hub's checksum.
     ///
     /// Data that arrived before an error is kept, and the next call resumes from there.
-    pub(crate) async fn fetch(&self, file: &RemoteFile, progress: &Sender<Progress>) -> Result<(), Error> {
-        let _lock = self.lock(file).await?;
+    pub(crate) fn fetch(&self, file: &RemoteFile, progress: &Sender<Progress>) -> Result<(), Error> {
+        let _lock = self.lock(file)?;
         let blob = self.repo.blob(&file.etag);
         if blob.exists() {
             report(progress, file.size as i64);
@@ -55,7 +60,7 @@ impl Fetcher {
         report(progress, partial.length as i64);
         let mut is_second = false;
         loop {
-            self.fill(&mut partial, file, progress).await?;
+            self.fill(&mut partial, file, progress)?;
             let Some(mismatch) = partial.mismatch(file) else { break };
             report(progress, -(partial.length as i64));
             // A file assembled from several responses may contain a bad piece, so it is downloaded once more.
@@ -74,23 +79,18 @@ impl Fetcher {
     }
 
     /// Completes `partial`, over as many connections as needed.
-    async fn fill(
-        &self,
-        partial: &mut PartialBlob,
-        file: &RemoteFile,
-        progress: &Sender<Progress>,
-    ) -> Result<(), Error> {
+    fn fill(&self, partial: &mut PartialBlob, file: &RemoteFile, progress: &Sender<Progress>) -> Result<(), Error> {
         let mut longest = partial.length;
         let mut delays = DELAYS.iter();
         while partial.length < file.size {
-            let Err(failure) = self.receive(partial, file, progress).await else { continue };
+            let Err(failure) = self.receive(partial, file, progress) else { continue };
             // Every attempt that made progress resets the retries.
             if partial.length > longest {
                 longest = partial.length;
                 delays = DELAYS.iter();
             }
             match delays.next() {
-                Some(&delay) if failure.transient => sleep(delay).await,
+                Some(&delay) if failure.transient => self.pause(delay)?,
                 _ => return Err(with_kept_bytes(failure.error, partial.length, file)),
             }
         }
@@ -98,36 +98,45 @@ impl Fetcher {
     }
 
     /// Appends the data of one connection to `partial`.
-    async fn receive(
+    fn receive(
         &self,
         partial: &mut PartialBlob,
         file: &RemoteFile,
         progress: &Sender<Progress>,
     ) -> Result<(), Failure> {
-        let (start, mut answer) = self.api.contents(&self.commit, file, partial.length).await?;
+        let (start, answer) = self.api.contents(&self.commit, file, partial.length)?;
         if start < partial.length {
             report(progress, -(partial.length as i64));
             partial.restart(file).map_err(|error| settled(self.io(file, error)))?;
         }
         partial.is_pieced |= start > 0;
         let request = self.api.request();
-        while let Some(chunk) = answer.chunk().await.map_err(|error| request.unreachable(&error))? {
+        let mut body = answer.into_body().into_reader();
+        let mut buffer = vec![0; CHUNK];
+        loop {
+            let count = body.read(&mut buffer).map_err(|error| request.interrupted(error))?;
+            if count == 0 {
+                break;
+            }
+            if self.is_cancelled.load(Ordering::Relaxed) {
+                return Err(settled(self.cancelled()));
+            }
+            let chunk = &buffer[..count];
             if partial.length + chunk.len() as u64 > file.size {
                 let reason = format!("{} is longer than the {} bytes announced by the hub", file.name, file.size);
                 return Err(settled(request.error(HubErrorKind::Checksum, reason)));
             }
-            partial.append(&chunk).map_err(|error| settled(self.io(file, error)))?;
+            partial.append(chunk).map_err(|error| settled(self.io(file, error)))?;
             report(progress, chunk.len() as i64);
         }
         if partial.length < file.size {
-            let reason = format!("{} closed the connection early", request.endpoint);
-            return Err(Failure { error: request.error(HubErrorKind::Network, reason), transient: true });
+            return Err(request.closed_early());
         }
         Ok(())
     }
 
     /// Waits while another process downloads the same file, as long as it makes progress.
-    async fn lock(&self, file: &RemoteFile) -> Result<File, Error> {
+    fn lock(&self, file: &RemoteFile) -> Result<File, Error> {
         let lock = self.repo.blob_lock(&file.etag)?;
         let incomplete = self.repo.incomplete(&file.etag);
         let length = || fs::metadata(&incomplete).map_or(0, |about| about.len());
@@ -151,8 +160,23 @@ impl Fetcher {
                 );
                 return Err(self.api.request().error(HubErrorKind::Busy, reason));
             }
-            sleep(LOCK_POLL_INTERVAL).await;
+            self.pause(LOCK_POLL_INTERVAL)?;
         }
+    }
+
+    /// Sleeps, unless another download fails meanwhile.
+    fn pause(&self, delay: Duration) -> Result<(), Error> {
+        let until = Instant::now() + delay;
+        while !self.is_cancelled.load(Ordering::Relaxed) {
+            let Some(rest) = until.checked_duration_since(Instant::now()) else { return Ok(()) };
+            sleep(rest.min(LOCK_POLL_INTERVAL));
+        }
+        Err(self.cancelled())
+    }
+
+    /// Returns the error of a download that stopped because another one failed, whose error is the one reported.
+    fn cancelled(&self) -> Error {
+        self.api.request().error(HubErrorKind::Network, "the download was cancelled")
     }
 
     fn io(&self, file: &RemoteFile, source: io::Error) -> Error {
