@@ -1,0 +1,33 @@
+//! Tests across crates: losses, gradients, files and runs compared with transformers, PEFT and bitsandbytes.
+//!
+//! They are one program, because linking one is faster than linking thirty. `cargo test --test integration losses::`
+//! runs the tests of one module. Tests that replace the allocator (`memory_plan.rs`), change the working directory
+//! (`readme.rs`) or need a GPU (`cuda.rs`) are programs of their own.
+
+mod adapters;
+mod diverged;
+mod dropout;
+mod errors;
+mod families;
+mod full;
+mod generate;
+mod generate_text;
+mod gradients;
+mod initial;
+mod layouts;
+mod library_example;
+mod lora_options;
+mod losses;
+mod merge;
+mod named_adapters;
+mod non_finite;
+mod optimizers;
+mod portable;
+mod pretrained;
+mod quantized;
+mod resume;
+mod rope;
+mod saved_tables;
+mod schedules;
+mod splits;
+mod trajectory;
