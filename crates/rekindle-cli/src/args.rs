@@ -9,12 +9,10 @@ use std::path::{Path, PathBuf};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, Subcommand};
+use rekindle::run::{ConfigOverride, ModelArguments, nearest, parse_value};
 use rekindle::{Combination, DeviceKind, Dtype, Resume, RopeScaling, parse_device};
 
 use crate::failure::Failure;
-use crate::nearest::nearest;
-use crate::overrides::{Override, parse_value};
-use crate::run_file::ModelSection;
 
 pub(crate) use data::{DataCommand, PreviewArgs, RunFileArgs, StatsArgs};
 pub(crate) use generate::{EvalArgs, GenerateArgs, PromptArgs};
@@ -99,7 +97,7 @@ pub(crate) struct TrainArgs {
     pub(crate) run_file: PathBuf,
     /// Replaces or adds a key of the run file; the value is TOML, or else text as it is
     #[arg(value_name = "section.key=value")]
-    pub(crate) overrides: Vec<Override>,
+    pub(crate) overrides: Vec<ConfigOverride>,
     /// Continue from the last checkpoint in output_dir, or from this one, as if the run had not stopped
     #[arg(long, value_name = "latest|DIR", num_args = 0..=1, default_missing_value = "latest", value_parser = resume, conflicts_with_all = ["dry_run", "overwrite"])]
     pub(crate) resume: Option<Resume>,
@@ -259,8 +257,8 @@ pub(crate) struct QuantArgs {
 
 impl ModelArgs {
     /// The same as `[model]` of a run file.
-    pub(crate) fn section(&self) -> ModelSection {
-        ModelSection {
+    pub(crate) fn section(&self) -> ModelArguments {
+        ModelArguments {
             name_or_path: self.model.clone(),
             max_seq_length: self.max_seq_length,
             rope_scaling: self.rope_scaling.clone(),
@@ -275,7 +273,7 @@ impl ModelArgs {
             revision: self.hub.revision.clone(),
             cache_dir: self.hub.cache_dir.clone(),
             local_files_only: self.hub.local_files_only,
-            ..ModelSection::default()
+            ..ModelArguments::default()
         }
     }
 }

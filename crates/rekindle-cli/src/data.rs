@@ -5,11 +5,11 @@ mod view;
 
 use std::io::{IsTerminal, stdout};
 
+use rekindle::run::RunConfig;
 use rekindle::{Error, RowEncoder};
 
 use crate::args::{DataCommand, PreviewArgs, RunFileArgs};
 use crate::failure::Failure;
-use crate::run_file::RunConfig;
 use crate::{fetch, output, progress};
 
 pub(crate) use view::{Style, facts, view};

@@ -3,6 +3,7 @@
 use std::fmt::{Display, Write as _};
 use std::path::Path;
 
+use rekindle::run::SAMPLE_SEED;
 use rekindle::{
     DataSource, DeviceKind, Error, ErrorKind, FastLanguageModel, GradientCheckpointing, Loader, RowSample, StepCount,
     Suggestion, counted, show_bytes, write_atomic,
@@ -11,7 +12,6 @@ use toml::Value;
 
 use crate::args::InitArgs;
 use crate::failure::Failure;
-use crate::run_file::SAMPLE_SEED;
 use crate::{output, progress};
 
 pub(crate) fn run(args: &InitArgs) -> Result<(), Failure> {

@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
+use rekindle::run::RunConfig;
 use rekindle::{Error, GradientCheckpointing, Loader, Rows, RunPlanner, counted, parse_device, show_bytes};
 
 use crate::args::PlanArgs;
 use crate::failure::Failure;
-use crate::run_file::RunConfig;
 use crate::{fetch, output, progress};
 
 pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use rekindle::run::RunConfig;
 use rekindle::{DataSource, Model, Report, Tokenizer};
 use serde::Deserialize;
 
@@ -14,7 +15,6 @@ use crate::args::QuickstartArgs;
 use crate::chat::answer;
 use crate::failure::Failure;
 use crate::progress::duration;
-use crate::run_file::RunConfig;
 use crate::train::{Earlier, Job};
 use crate::{output, progress};
 
@@ -27,7 +27,7 @@ pub(crate) fn run(args: &QuickstartArgs) -> Result<(), Failure> {
     let start = Instant::now();
     let dir = &args.out;
     let text = unpack::unpack(dir)?;
-    let config = RunConfig::parse(&text, "run", &[]).expect("the example's run file is valid");
+    let config = RunConfig::from_toml(&text, &[]).expect("the example's run file is valid");
     let mut job = Job::open(config, &Earlier { resume: None, overwrite: true })?;
     let held_out = held_out();
 

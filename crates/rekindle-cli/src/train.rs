@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rekindle::run::{LoraArguments, RunConfig};
 use rekindle::{
     BLOCK_LINEARS, DataSource, DeviceKind, EncodedRows, End, Error, Event, Loader, LoraConfig, Model, OptimizerConfig,
     Preflight, Report, Resume, RowEncoder, SftTrainer, TargetModules, Timetable, Tokenizer, check_output_dir,
@@ -14,7 +15,6 @@ use toml::{Table, Value};
 use crate::args::TrainArgs;
 use crate::failure::Failure;
 use crate::progress::{Progress, duration};
-use crate::run_file::{LoraSection, RunConfig};
 use crate::{dry_run, fetch, open, output, plan, signals};
 
 pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
@@ -114,7 +114,7 @@ impl Job {
         if let Some(extension) = model.causal_lm().context_extension().filter(|_| !from_adapter) {
             config.model.rope_scaling = Some(extension.request.clone().into());
         }
-        config.model.fill_quant_config(&model);
+        config.model.resolve_quant_config(&model);
         config.train.resolve(config.lora.is_none(), config.data.has_eval());
         Ok(Self { config, model, tokenizer, rows, earlier: earlier.clone() })
     }
@@ -225,7 +225,7 @@ fn starting_adapter(
 /// Puts a new adapter on the model, or the one that training continues (`loaded`). `lora` then says what that adapter is.
 fn adapt(
     model: Model,
-    lora: &mut LoraSection,
+    lora: &mut LoraArguments,
     start: Option<&Path>,
     loaded: Option<LoraConfig>,
 ) -> Result<Model, Failure> {
@@ -249,7 +249,7 @@ fn adapt(
 }
 
 /// Keys that the run file gives and the adapter has otherwise.
-fn contradictions(asked: &LoraSection, loaded: &LoraConfig) -> Vec<String> {
+fn contradictions(asked: &LoraArguments, loaded: &LoraConfig) -> Vec<String> {
     let (ours, theirs) = (comparable(&asked.config), comparable(loaded));
     let show = |value: Option<&Value>| value.map_or_else(|| "none".to_owned(), Value::to_string);
     let differing = asked.given.iter().filter(|key| ours.get(*key) != theirs.get(*key));
@@ -327,9 +327,9 @@ fn summary(report: &Report) -> String {
 mod tests {
     use super::*;
 
-    fn section(text: &str) -> LoraSection {
+    fn section(text: &str) -> LoraArguments {
         let text = format!("[model]\nname_or_path = \"m\"\n[data]\ntrain = \"t\"\n[lora]\ninit_from = \"a\"\n{text}");
-        RunConfig::parse(&text, "run", &[]).unwrap().lora.unwrap()
+        RunConfig::from_toml(&text, &[]).unwrap().lora.unwrap()
     }
 
     #[test]

@@ -5,6 +5,14 @@ pub enum Error {
     /// Arguments that contradict each other or cannot be met.
     #[error("{0}")]
     Argument(String),
+    /// A run file or its overrides are invalid.
+    #[error("{name}:{}", list(.problems))]
+    RunFile {
+        /// The file.
+        name: String,
+        /// Every problem in it, one sentence each.
+        problems: Vec<String>,
+    },
     /// The device cannot be opened.
     #[error(transparent)]
     Device(#[from] rekindle_kernels::DeviceError),
@@ -41,7 +49,15 @@ pub enum Error {
     },
 }
 
-/// What an [`Error`] is about, which is what a program's exit code depends on.
+/// Formats a single problem on the same line, several on a line each.
+fn list(problems: &[String]) -> String {
+    match problems {
+        [only] => format!(" {only}"),
+        several => several.iter().map(|problem| format!("\n  {problem}")).collect(),
+    }
+}
+
+/// The subject of an [`Error`], which is what a program's exit code depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -65,7 +81,7 @@ impl Error {
         use rekindle_models::Error as Model;
         use rekindle_train::Error as Train;
         match self {
-            Self::Argument(_) | Self::Device(_) => ErrorKind::Configuration,
+            Self::Argument(_) | Self::RunFile { .. } | Self::Device(_) => ErrorKind::Configuration,
             Self::Data(error) => match error.kind() {
                 rekindle_data::ErrorKind::Data => ErrorKind::Data,
                 rekindle_data::ErrorKind::Options => ErrorKind::Configuration,

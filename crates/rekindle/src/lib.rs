@@ -38,6 +38,7 @@ mod preflight;
 mod pretrained;
 mod prompts;
 mod quantize;
+pub mod run;
 mod sft;
 mod skip;
 mod source;

@@ -3,8 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Subcommand;
-
-use crate::overrides::Override;
+use rekindle::run::ConfigOverride;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DataCommand {
@@ -49,5 +48,5 @@ pub(crate) struct RunFileArgs {
     pub(crate) run_file: PathBuf,
     /// Replaces or adds a key of the run file
     #[arg(value_name = "section.key=value")]
-    pub(crate) overrides: Vec<Override>,
+    pub(crate) overrides: Vec<ConfigOverride>,
 }

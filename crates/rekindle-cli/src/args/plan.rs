@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::overrides::Override;
+use rekindle::run::ConfigOverride;
 
 const PLAN: &str = "\
 Prints the most that is taken at a time, by use, the longest rows and the largest batch that fit and, if the run does
@@ -21,7 +21,7 @@ pub(crate) struct PlanArgs {
     pub(crate) run_file: PathBuf,
     /// Replaces or adds a key of the run file; the value is TOML, or else text as it is
     #[arg(value_name = "section.key=value")]
-    pub(crate) overrides: Vec<Override>,
+    pub(crate) overrides: Vec<ConfigOverride>,
     /// The memory of the device, such as 24GiB [default: what is free on it]. With it there need not be such a device
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub(crate) device_memory: Option<usize>,

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
+use rekindle::run::DataArguments;
 use rekindle::{DataSource, Dataset, Example, LoadReport, NotShown, Overlong, Packs, Untrained, counted};
 use serde::Serialize;
 
@@ -10,7 +11,6 @@ use super::open;
 use crate::args::StatsArgs;
 use crate::failure::Failure;
 use crate::output;
-use crate::run_file::DataSection;
 
 /// What is known of the rows of one source.
 #[derive(Debug, Serialize)]
@@ -111,7 +111,7 @@ impl Stats {
         }
     }
 
-    fn text(&self, data: &DataSection) -> String {
+    fn text(&self, data: &DataArguments) -> String {
         let mut out = format!(
             "{}: {} ({}), {}, {} trained ({:.1} %)\n",
             self.source,

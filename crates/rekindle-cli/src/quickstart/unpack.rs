@@ -75,17 +75,18 @@ fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
+    use rekindle::run::{DataPaths, RunConfig};
+
     use super::*;
-    use crate::run_file::{Paths, RunConfig};
 
     #[test]
     fn the_run_file_is_valid_whatever_the_directory_is_called() {
         for dir in ["demo", "a \"b\" \\c", "/tmp/ü"] {
             let dir = Path::new(dir);
-            let config = RunConfig::parse(&run_file(dir), "run", &[]).unwrap();
+            let config = RunConfig::from_toml(&run_file(dir), &[]).unwrap();
             assert_eq!((config.output_dir.as_path(), config.model.name_or_path), (dir, dir.join("base")));
-            assert_eq!(config.data.train, Paths::One(dir.join("train.jsonl")));
-            assert_eq!(config.data.eval, Some(Paths::One(dir.join("heldout.jsonl"))));
+            assert_eq!(config.data.train, DataPaths::One(dir.join("train.jsonl")));
+            assert_eq!(config.data.eval, Some(DataPaths::One(dir.join("heldout.jsonl"))));
         }
     }
 

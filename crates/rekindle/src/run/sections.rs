@@ -1,30 +1,30 @@
-//! Tables of a run file into structs: every unknown key and every wrong type is named, not only the first.
+//! Parsing of a run file's sections into structs. Reports every unknown key and every wrong type, not only the first.
 
 use serde::de::value::Error as ValueError;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor};
 use serde::forward_to_deserialize_any;
 use toml::{Table, Value};
 
-use crate::foreign;
-use crate::nearest::{hint, nearest};
+use super::foreign;
+use super::nearest::{hint, nearest};
 
-/// Reads sections and collects what is wrong with them, one sentence each.
+/// A reader of sections that collects their problems, one sentence each.
 #[derive(Debug)]
-pub(crate) struct Reader {
-    /// The keys of each section; the top of the file is the section `""`.
+pub(super) struct SectionReader {
+    /// The keys of each section; the top level of the file is the section `""`.
     known: Vec<(&'static str, Vec<&'static str>)>,
-    pub(crate) problems: Vec<String>,
+    pub(super) problems: Vec<String>,
 }
 
-impl Reader {
-    pub(crate) fn new(known: Vec<(&'static str, Vec<&'static str>)>) -> Self {
+impl SectionReader {
+    pub(super) fn new(known: Vec<(&'static str, Vec<&'static str>)>) -> Self {
         Self { known, problems: Vec::new() }
     }
 
-    /// Reads `section`, leaving at their defaults the keys that are unknown or of the wrong type.
+    /// Reads `section`; unknown keys and values of the wrong type keep their defaults.
     ///
-    /// `T` has a default for every field, so that each key can be tried alone.
-    pub(crate) fn read<T: DeserializeOwned + Default>(&mut self, section: &str, table: Table) -> T {
+    /// `T` has a default for every field, so each key can be read alone.
+    pub(super) fn read<T: DeserializeOwned + Default>(&mut self, section: &str, table: Table) -> T {
         let mut good = Table::new();
         for (key, value) in table {
             if !self.keys(section).contains(&key.as_str()) {
@@ -85,7 +85,7 @@ impl Reader {
     }
 }
 
-/// `[section] key`.
+/// Returns the key with its section, for messages.
 fn place(section: &str, key: &str) -> String {
     if section.is_empty() { format!("key \"{key}\"") } else { format!("[{section}] key \"{key}\"") }
 }
@@ -94,7 +94,7 @@ fn describe(section: &str) -> String {
     if section.is_empty() { "at the top of the file".to_owned() } else { format!("in [{section}]") }
 }
 
-/// What serde says about a value, for people.
+/// Returns the problem with a value in plain words, from serde's message.
 fn wrong_value(place: &str, value: &Value, message: &str) -> String {
     let Some((problem, expected)) = message.trim().split_once(", expected ") else {
         return format!("{place} = {value}: {message}");
@@ -124,10 +124,10 @@ fn hint_near(word: &str, choice: &[&str]) -> String {
     nearest(word, choice.iter().copied()).map(|_| hint(word, choice)).unwrap_or_default()
 }
 
-/// The names of the fields that serde's derive reads into `T`.
-pub(crate) fn fields_of<T: DeserializeOwned>() -> Vec<&'static str> {
+/// Returns the names of the fields that serde's derive reads into `T`.
+pub(super) fn fields_of<T: DeserializeOwned>() -> Vec<&'static str> {
     let mut fields = Vec::new();
-    // The probe always fails: it is only there to be told the names.
+    // The probe always fails: it only collects the names.
     let _ = T::deserialize(FieldProbe(&mut fields));
     fields
 }
@@ -159,13 +159,13 @@ impl<'de> Deserializer<'de> for FieldProbe<'_> {
 
 #[cfg(test)]
 mod tests {
-    use rekindle::{LoraConfig, SftConfig};
+    use crate::{LoraConfig, SftConfig};
 
     use super::*;
 
     fn problems(section: &str, text: &str) -> Vec<String> {
         let known = vec![("", vec!["seed"]), ("lora", fields_of::<LoraConfig>()), ("train", fields_of::<SftConfig>())];
-        let mut reader = Reader::new(known);
+        let mut reader = SectionReader::new(known);
         let table = text.parse().unwrap();
         match section {
             "lora" => _ = reader.read::<LoraConfig>("lora", table),
@@ -183,7 +183,7 @@ mod tests {
 
     #[test]
     fn good_keys_are_read_beside_bad_ones() {
-        let mut reader = Reader::new(vec![("train", fields_of::<SftConfig>())]);
+        let mut reader = SectionReader::new(vec![("train", fields_of::<SftConfig>())]);
         let table = "max_steps = 4\nlearning_rate = 1\nwarmup_steps = -1".parse().unwrap();
         let config: SftConfig = reader.read("train", table);
         assert_eq!((config.max_steps, config.learning_rate, config.warmup_steps.of(8)), (Some(4), Some(1.0), 0));

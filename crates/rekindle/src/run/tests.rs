@@ -1,4 +1,4 @@
-use rekindle::{LrSchedulerType, Overlong};
+use crate::{Dtype, LrSchedulerType, Overlong};
 
 use super::*;
 
@@ -37,7 +37,7 @@ fn what_is_written_is_read_back() {
 #[test]
 fn overrides_come_last_and_may_add_a_section() {
     let text = "[model]\nname_or_path = \"m\"\n[data]\ntrain = \"t.jsonl\"\n[train]\nmax_steps = 3\n";
-    let overrides: Vec<Override> =
+    let overrides: Vec<ConfigOverride> =
         ["lora.r=2", "train.max_steps=9", "output_dir=x/y"].iter().map(|text| text.parse().unwrap()).collect();
     let config = RunConfig::parse(text, "first", &overrides).unwrap();
     assert_eq!((config.lora.unwrap().config.r, config.train.max_steps), (2, Some(9)));

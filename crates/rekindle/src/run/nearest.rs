@@ -1,11 +1,11 @@
-//! The name that someone probably meant.
+//! Suggestions for misspelled names.
 
-/// Returns the candidate that `word` is a misspelling of, or that alone has all its parts; `None` where a suggestion would
-/// be a guess.
+/// Returns the candidate that `word` probably means: the nearest misspelling, or the only candidate that contains all of
+/// its parts. Returns `None` if a suggestion would be a guess.
 ///
-/// A misspelling is at most a quarter of the word away (insertions, deletions, substitutions, neighbours swapped); parts
-/// stand between underscores, so that "scheduler_type" is "lr_scheduler_type".
-pub(crate) fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+/// The distance of a misspelling is at most a quarter of its length (insertions, deletions, substitutions and swapped
+/// neighbours). Parts are separated by underscores: "scheduler_type" means "lr_scheduler_type".
+pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let candidates: Vec<&str> = candidates.into_iter().collect();
     misspelt(word, &candidates).or_else(|| abbreviated(word, &candidates))
 }
@@ -33,8 +33,8 @@ fn abbreviated<'a>(word: &str, candidates: &[&'a str]) -> Option<&'a str> {
     }
 }
 
-/// `; nearest: "…"`, or the whole choice where nothing is near.
-pub(crate) fn hint(word: &str, candidates: &[&str]) -> String {
+/// Returns `; nearest: "…"`, or all candidates if none is near.
+pub(super) fn hint(word: &str, candidates: &[&str]) -> String {
     match nearest(word, candidates.iter().copied()) {
         Some(name) => format!("; nearest: \"{name}\""),
         None => format!("; known: {}", candidates.join(", ")),

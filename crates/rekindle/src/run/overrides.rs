@@ -1,19 +1,23 @@
-//! `section.key=value` on the command line.
+//! Overrides of a run file's keys, `section.key=value`.
 
 use std::str::FromStr;
 
 use toml::{Table, Value};
 
-/// A key of the run file with the value that it gets instead.
+use crate::Error;
+
+/// A value for a key of a run file that replaces the file's own: `section.key=value`.
+///
+/// The value is TOML, or else plain text: `train.max_steps=60`, `data.train=rows.jsonl`.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Override {
+pub struct ConfigOverride {
     path: Vec<String>,
     value: Value,
 }
 
-impl Override {
-    /// Sets the key in `table`, making its section when there is none.
-    pub(crate) fn apply(&self, table: &mut Table) -> Result<(), String> {
+impl ConfigOverride {
+    /// Sets the key in `table`; adds its section if it is missing.
+    pub(super) fn apply(&self, table: &mut Table) -> Result<(), String> {
         let (key, sections) = self.path.split_last().expect("parsed from at least one segment");
         let mut place = table;
         for section in sections {
@@ -28,10 +32,16 @@ impl Override {
     }
 }
 
-impl FromStr for Override {
-    type Err = String;
+impl FromStr for ConfigOverride {
+    type Err = Error;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> Result<Self, Error> {
+        Self::parse(text).map_err(Error::Argument)
+    }
+}
+
+impl ConfigOverride {
+    fn parse(text: &str) -> Result<Self, String> {
         let (path, value) = text
             .split_once('=')
             .ok_or_else(|| format!("\"{text}\" is not of the form section.key=value, such as train.max_steps=60"))?;
@@ -48,8 +58,8 @@ impl FromStr for Override {
     }
 }
 
-/// The value as TOML, or the text itself.
-pub(crate) fn parse_value(text: &str) -> Value {
+/// Parses `text` as a TOML value; text that is none is a string.
+pub fn parse_value(text: &str) -> Value {
     let plain = || Value::String(text.to_owned());
     match format!("value = {text}").parse::<Table>() {
         // A line break in the text could have begun another key.
@@ -63,7 +73,7 @@ mod tests {
     use super::*;
 
     fn value(text: &str) -> Value {
-        text.parse::<Override>().unwrap().value
+        text.parse::<ConfigOverride>().unwrap().value
     }
 
     #[test]
@@ -82,18 +92,18 @@ mod tests {
     fn keys_are_set_in_new_and_old_sections() {
         let mut table: Table = "seed = 1\n[train]\nmax_steps = 5\nwarmup_steps = 2".parse().unwrap();
         for text in ["seed=2", "train.max_steps=6", "lora.r=4"] {
-            text.parse::<Override>().unwrap().apply(&mut table).unwrap();
+            text.parse::<ConfigOverride>().unwrap().apply(&mut table).unwrap();
         }
         let expected = "seed = 2\n[train]\nmax_steps = 6\nwarmup_steps = 2\n[lora]\nr = 4";
         assert_eq!(table, expected.parse().unwrap());
-        let error = "seed.x=1".parse::<Override>().unwrap().apply(&mut table).unwrap_err();
+        let error = "seed.x=1".parse::<ConfigOverride>().unwrap().apply(&mut table).unwrap_err();
         assert!(error.contains("\"seed\" is no section"), "{error}");
     }
 
     #[test]
     fn other_forms_are_refused() {
-        assert!("train.max_steps".parse::<Override>().unwrap_err().contains("section.key=value"));
-        assert!(".r=3".parse::<Override>().is_err());
-        assert!("=3".parse::<Override>().is_err());
+        assert!("train.max_steps".parse::<ConfigOverride>().unwrap_err().to_string().contains("section.key=value"));
+        assert!(".r=3".parse::<ConfigOverride>().is_err());
+        assert!("=3".parse::<ConfigOverride>().is_err());
     }
 }

@@ -3,53 +3,70 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use rekindle::{Columns, DataSource, NotShown, Overlong, RowSample, Thinking, TrainOn, Untrained};
+use crate::{Columns, DataSource, NotShown, Overlong, RowSample, Thinking, TrainOn, Untrained};
 use serde::{Deserialize, Serialize};
 
-use super::ModelSection;
+use super::ModelArguments;
 
-/// Where the rows come from, and how they are read.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// `[data]`: the rows of a run and how they are encoded.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub(crate) struct DataSection {
-    pub(crate) train: Paths,
+pub struct DataArguments {
+    /// Rows to train on: files, directories, patterns or datasets on the hub.
+    pub train: DataPaths,
+    /// Rows to evaluate.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) eval: Option<Paths>,
-    /// Rows of `train` that are held out where there is no `eval`: a fraction, or their number.
+    pub eval: Option<DataPaths>,
+    /// Rows of `train` to hold out and evaluate, if there is no `eval`: a fraction, or their number.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) eval_fraction: Option<f64>,
-    /// The most rows of `train` that are used.
+    pub eval_fraction: Option<f64>,
+    /// The maximum number of rows of `train` to use. Default: all.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) max_rows: Option<usize>,
-    /// The seed of `eval_fraction` and `max_rows`, apart from the run's: runs with other seeds stay comparable.
+    pub max_rows: Option<usize>,
+    /// Seed of `eval_fraction` and `max_rows`. It is separate from the run's seed, so that runs with other seeds hold out
+    /// the same rows. Default 3407.
     #[serde(skip_serializing_if = "is_default_seed")]
-    pub(crate) sample_seed: u64,
-    pub(crate) shuffle: bool,
-    pub(crate) overlong: Overlong,
-    pub(crate) train_on: TrainOn,
-    pub(crate) thinking: Thinking,
-    pub(crate) untrained: Untrained,
-    pub(crate) not_shown: NotShown,
+    pub sample_seed: u64,
+    /// If true, each epoch has its own random order. Default true.
+    pub shuffle: bool,
+    /// Treatment of rows longer than `max_seq_length`. Default: an error.
+    pub overlong: Overlong,
+    /// The turns of a conversation that the loss covers. Default: the assistant's.
+    pub train_on: TrainOn,
+    /// Treatment of reasoning in conversations. Default: it is trained.
+    pub thinking: Thinking,
+    /// Treatment of rows without a token to train. Default: an error.
+    pub untrained: Untrained,
+    /// Treatment of rows of which the chat template omits a part. Default: an error.
+    pub not_shown: NotShown,
+    /// The name of one of the tokenizer's chat templates. Default: `tool_use` for rows with tools, else `default`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) chat_template: Option<String>,
+    pub chat_template: Option<String>,
+    /// If true, plain text ends with the end token, which the loss covers. Default true.
     #[serde(skip_serializing_if = "is_true")]
-    pub(crate) text_end_token: bool,
+    pub text_end_token: bool,
+    /// Branch, tag or commit of datasets on the hub. Default `main`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) revision: Option<String>,
+    pub revision: Option<String>,
+    /// Configuration of datasets on the hub: the folder of one of several sets of rows.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) subset: Option<String>,
+    pub subset: Option<String>,
+    /// Split of `train`. Default `train`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) split: Option<String>,
+    pub split: Option<String>,
+    /// Split of `eval`. Default `test`, or `validation` for a directory without `test`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) eval_split: Option<String>,
+    pub eval_split: Option<String>,
+    /// The file's column for each key of a row, such as `prompt = "question"`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub(crate) columns: BTreeMap<String, String>,
+    pub columns: BTreeMap<String, String>,
+    /// If true, encoded rows are cached on disk. Default true.
     #[serde(skip_serializing_if = "is_true")]
-    pub(crate) cache: bool,
+    pub cache: bool,
 }
 
-/// The default of `sample_seed`.
-pub(crate) const SAMPLE_SEED: u64 = 3407;
+/// The default of [`DataArguments::sample_seed`].
+pub const SAMPLE_SEED: u64 = 3407;
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 fn is_true(value: &bool) -> bool {
@@ -61,18 +78,20 @@ fn is_default_seed(value: &u64) -> bool {
     *value == SAMPLE_SEED
 }
 
-/// One, or a list.
+/// One path, pattern or dataset name, or a list of them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected a file, a directory or a pattern, or a list of them")]
-pub(crate) enum Paths {
+pub enum DataPaths {
+    /// A single one.
     One(PathBuf),
+    /// A list, read in this order.
     Several(Vec<PathBuf>),
 }
 
-impl Default for DataSection {
+impl Default for DataArguments {
     fn default() -> Self {
         Self {
-            train: Paths::Several(Vec::new()),
+            train: DataPaths::Several(Vec::new()),
             eval: None,
             eval_fraction: None,
             max_rows: None,
@@ -95,22 +114,22 @@ impl Default for DataSection {
     }
 }
 
-impl DataSection {
-    /// The rows to train on; `model` has the settings of the hub.
-    pub(crate) fn train_source(&self, model: &ModelSection) -> DataSource {
+impl DataArguments {
+    /// Returns the rows to train on; `model` has the settings of the hub.
+    pub fn train_source(&self, model: &ModelArguments) -> DataSource {
         self.source(&self.train, model).split(self.split.clone()).sample(self.sample())
     }
 
-    /// The rows to evaluate: those of `eval`, or those that `eval_fraction` holds out.
-    pub(crate) fn eval_source(&self, model: &ModelSection) -> Option<DataSource> {
+    /// Returns the rows to evaluate: those of `eval`, or those that `eval_fraction` holds out.
+    pub fn eval_source(&self, model: &ModelArguments) -> Option<DataSource> {
         match &self.eval {
             Some(eval) => Some(self.source(eval, model).held_out().split(self.eval_split.clone())),
             None => self.eval_fraction.map(|_| self.train_source(model).held_out_rows()),
         }
     }
 
-    /// Returns whether there are rows to evaluate.
-    pub(crate) fn has_eval(&self) -> bool {
+    /// Returns true if there are rows to evaluate.
+    pub fn has_eval(&self) -> bool {
         self.eval.is_some() || self.eval_fraction.is_some()
     }
 
@@ -118,7 +137,7 @@ impl DataSection {
         RowSample { max_rows: self.max_rows, held_out: self.eval_fraction, seed: self.sample_seed }
     }
 
-    pub(super) fn check(&self, problems: &mut Vec<String>) {
+    pub(super) fn list_problems(&self, problems: &mut Vec<String>) {
         if self.train.is_empty() {
             problems
                 .push("[data] train is missing; give a file of rows, such as JSON lines, CSV or Parquet".to_owned());
@@ -138,7 +157,7 @@ impl DataSection {
         }
     }
 
-    fn source(&self, paths: &Paths, model: &ModelSection) -> DataSource {
+    fn source(&self, paths: &DataPaths, model: &ModelArguments) -> DataSource {
         let source = DataSource::of(paths.as_slice())
             .overlong(self.overlong)
             .train_on(self.train_on)
@@ -150,7 +169,7 @@ impl DataSection {
             .columns(self.columns.clone())
             .cache(self.cache)
             .hub(model.token.clone(), model.cache_dir.clone(), model.local_files_only);
-        let on_hub = |paths: &Paths| DataSource::of(paths.as_slice()).is_on_hub();
+        let on_hub = |paths: &DataPaths| DataSource::of(paths.as_slice()).is_on_hub();
         // If one of the two sources is on disk, these keys apply to the other.
         if !source.is_on_hub() && (on_hub(&self.train) || self.eval.as_ref().is_some_and(on_hub)) {
             return source;
@@ -159,15 +178,15 @@ impl DataSection {
     }
 }
 
-impl Paths {
+impl DataPaths {
     fn as_slice(&self) -> &[PathBuf] {
         match self {
-            Paths::One(path) => std::slice::from_ref(path),
-            Paths::Several(paths) => paths,
+            DataPaths::One(path) => std::slice::from_ref(path),
+            DataPaths::Several(paths) => paths,
         }
     }
 
-    /// Returns whether nothing is named.
+    /// Returns true if nothing is named.
     fn is_empty(&self) -> bool {
         self.as_slice().iter().all(|path| path.as_os_str().is_empty())
     }

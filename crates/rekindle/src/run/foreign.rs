@@ -1,8 +1,8 @@
-//! Keys of other trainers: what they are called here, or why there is no such key.
+//! Keys of other trainers: their names here, or the reason that there is no such key.
 
 use toml::Value;
 
-/// Keys that have no counterpart of their own, and what to do instead.
+/// Keys without a counterpart, each with advice.
 const ADVICE: [(&str, &str); 30] = [
     ("bnb_4bit_quant_type", "write quant_type = \"nf4\" or \"fp4\" in [model]"),
     ("bnb_4bit_use_double_quant", "write double_quant in [model]"),
@@ -42,7 +42,7 @@ const ADVICE: [(&str, &str); 30] = [
     ("dataloader_num_workers", "rows are encoded once, on all cores, before training; remove it"),
 ];
 
-/// Values that ask for what is always so here, in TOML.
+/// Values, as TOML, that request what Rekindle always does.
 const NEUTRAL: [(&str, &[&str]); 9] = [
     ("group_by_length", &["false"]),
     ("label_smoothing_factor", &["0", "0.0"]),
@@ -55,7 +55,7 @@ const NEUTRAL: [(&str, &[&str]); 9] = [
     ("fp16", &["false"]),
 ];
 
-/// Other names of keys: the section and the name that they have here.
+/// Sections and names of keys, each with its names in other trainers.
 const SYNONYMS: [(&str, &str, &[&str]); 37] = [
     ("", "output_dir", &["output", "out_dir", "save_dir", "save_path"]),
     ("", "seed", &["data_seed", "random_seed"]),
@@ -163,19 +163,19 @@ const SYNONYMS: [(&str, &str, &[&str]); 37] = [
     ("train", "early_stopping_patience", &["patience"]),
 ];
 
-/// Returns what to do where `key` has no counterpart of its own.
-pub(crate) fn advice(key: &str) -> Option<&'static str> {
+/// Returns the advice for a `key` without a counterpart.
+pub(super) fn advice(key: &str) -> Option<&'static str> {
     ADVICE.iter().find(|(name, _)| *name == key).map(|(_, advice)| *advice)
 }
 
-/// Returns true if `key = value` asks for what Rekindle always does.
-pub(crate) fn is_neutral(key: &str, value: &Value) -> bool {
+/// Returns true if `key = value` requests what Rekindle always does.
+pub(super) fn is_neutral(key: &str, value: &Value) -> bool {
     let value = value.to_string();
     NEUTRAL.iter().any(|(name, values)| *name == key && values.contains(&value.as_str()))
 }
 
-/// Returns the section and the name of what `key` is called here; that of `section` first where several are.
-pub(crate) fn synonym(section: &str, key: &str) -> Option<(&'static str, &'static str)> {
+/// Returns the section and the name of `key` here; a match in `section` comes first.
+pub(super) fn synonym(section: &str, key: &str) -> Option<(&'static str, &'static str)> {
     let meant = || SYNONYMS.iter().filter(|(_, _, others)| others.contains(&key));
     meant().find(|(home, ..)| *home == section).or_else(|| meant().next()).map(|(home, name, _)| (*home, *name))
 }
@@ -184,19 +184,19 @@ pub(crate) fn synonym(section: &str, key: &str) -> Option<(&'static str, &'stati
 mod tests {
     use std::collections::BTreeSet;
 
-    use rekindle::{LoraConfig, SftConfig};
+    use crate::{LoraConfig, SftConfig};
 
     use super::*;
-    use crate::reader::fields_of;
-    use crate::run_file::{DataSection, ModelSection};
+    use crate::run::sections::fields_of;
+    use crate::run::{DataArguments, ModelArguments};
 
     #[test]
     fn synonyms_are_of_keys_that_exist_and_are_no_keys_themselves() {
         let sections = [
             ("", vec!["output_dir", "seed", "device"]),
-            ("model", fields_of::<ModelSection>()),
+            ("model", fields_of::<ModelArguments>()),
             ("lora", fields_of::<LoraConfig>()),
-            ("data", fields_of::<DataSection>()),
+            ("data", fields_of::<DataArguments>()),
             ("train", fields_of::<SftConfig>()),
         ];
         let keys: BTreeSet<&str> = sections.iter().flat_map(|(_, keys)| keys.iter().copied()).collect();
