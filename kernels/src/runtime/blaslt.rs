@@ -9,7 +9,6 @@
 
 use core::ffi::c_void;
 use std::collections::HashMap;
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
 use cudarc::cublaslt::sys as lt;
@@ -51,6 +50,8 @@ struct Key {
     alignments: [u8; 4],
     accumulates: bool,
     has_bias: bool,
+    /// Plans chosen by time are not used in deterministic mode.
+    deterministic: bool,
 }
 
 struct Plan {
@@ -61,7 +62,7 @@ struct Plan {
 }
 
 impl Key {
-    fn of(gemm: &Gemm) -> Self {
+    fn of(gemm: &Gemm, deterministic: bool) -> Self {
         let operands = [gemm.a, gemm.b, gemm.addend(), gemm.d];
         Self {
             form: gemm.form,
@@ -71,6 +72,7 @@ impl Key {
             alignments: operands.map(|operand| alignment(operand.ptr)),
             accumulates: gemm.beta != 0.0,
             has_bias: gemm.bias.is_some(),
+            deterministic,
         }
     }
 
@@ -101,12 +103,12 @@ impl Blas {
 
     /// Queues a product, planned before or now.
     pub(super) fn queue(&self, cuda: &Cuda, gemm: &Gemm) -> Result<(), CudaError> {
-        let key = Key::of(gemm);
+        let key = Key::of(gemm, cuda.is_deterministic());
         let known = lock(&self.plans).get(&key).cloned();
         let plan = match known {
             Some(plan) => plan,
             None => {
-                let plan = Arc::new(self.plan(cuda, gemm, key.class())?);
+                let plan = Arc::new(self.plan(cuda, gemm, key)?);
                 let mut plans = lock(&self.plans);
                 if plans.len() >= PLANS {
                     plans.clear();
@@ -160,27 +162,24 @@ impl Blas {
         }
     }
 
-    fn plan(&self, cuda: &Cuda, gemm: &Gemm, class: Key) -> Result<Plan, CudaError> {
+    fn plan(&self, cuda: &Cuda, gemm: &Gemm, key: Key) -> Result<Plan, CudaError> {
         check(gemm)?;
         let mut plan = Plan::describe(gemm).map_err(|status| failed(gemm, "cublasLtMatmulDescCreate", status))?;
-        let deterministic = cuda.0.deterministic.load(Relaxed);
+        if key.deterministic {
+            plan.algorithm = self.candidates(&plan, gemm)?[0];
+            return Ok(plan);
+        }
+        let class = key.class();
         let timed = lock(&self.timed).get(&class).copied();
         if let Some(algorithm) = timed
-            && !deterministic
             && self.takes(&plan, &algorithm)
         {
             plan.algorithm = algorithm;
             return Ok(plan);
         }
         let candidates = self.candidates(&plan, gemm)?;
-        let fastest = match deterministic {
-            true => 0,
-            false => self.fastest(cuda, &plan, &candidates, gemm)?,
-        };
-        plan.algorithm = candidates[fastest];
-        if !deterministic {
-            lock(&self.timed).insert(class, plan.algorithm);
-        }
+        plan.algorithm = candidates[self.fastest(cuda, &plan, &candidates, gemm)?];
+        lock(&self.timed).insert(class, plan.algorithm);
         Ok(plan)
     }
 

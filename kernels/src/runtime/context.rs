@@ -139,8 +139,8 @@ impl Cuda {
         &self.0.props
     }
 
-    /// Sets whether equal calls must give equal bits from run to run. It fixes the choice of algorithm of every product that
-    /// has not run yet, instead of timing the candidates.
+    /// Sets whether equal calls must give equal bits from run to run: the algorithm of a product is then the first one that
+    /// cuBLASLt proposes, not the fastest one measured.
     pub fn set_deterministic(&self, on: bool) {
         self.0.deterministic.store(on, Relaxed);
     }
