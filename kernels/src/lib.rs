@@ -33,7 +33,10 @@ mod rng;
 pub mod runtime;
 mod tensor;
 
-pub use ops::{attention, dropout, embedding, linear_cross_entropy, matmul, neftune, rms_norm, rope, stacked, swiglu};
+pub use ops::{
+    attention, dropout, embedding, expert_act, grouped, linear_cross_entropy, matmul, neftune, rms_norm, rope, routing,
+    stacked, swiglu,
+};
 pub use params::{
     Grads, Group, ParamInfo, ParamRef, Params, ParamsBuilder, QuantizedWeight, Weight, quantized, stochastic,
 };

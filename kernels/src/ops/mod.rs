@@ -7,6 +7,8 @@
 pub mod attention;
 pub mod dropout;
 pub mod embedding;
+pub mod expert_act;
+pub mod grouped;
 mod linear;
 pub mod linear_cross_entropy;
 pub mod matmul;
@@ -14,5 +16,6 @@ pub mod neftune;
 mod quantized;
 pub mod rms_norm;
 pub mod rope;
+pub mod routing;
 pub mod stacked;
 pub mod swiglu;

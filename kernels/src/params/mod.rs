@@ -48,6 +48,16 @@ impl ParamRef {
         self.offset..self.offset + self.rows * self.cols
     }
 
+    /// Some of its rows.
+    ///
+    /// # Panics
+    /// If it has fewer.
+    #[must_use]
+    pub fn row_range(self, first: usize, count: usize) -> Self {
+        assert!(first + count <= self.rows, "rows {first}..{} of {}", first + count, self.rows);
+        Self { offset: self.offset + first * self.cols, rows: count, ..self }
+    }
+
     /// The same among the elements from `base` on.
     pub(crate) fn from(self, base: usize) -> Self {
         Self { offset: self.offset - base, ..self }
@@ -180,6 +190,11 @@ impl ParamsBuilder {
         self.numel += at.range().len();
         self.infos.push(ParamInfo { name: name.into(), shape: shape.to_vec(), at, decays, group });
         at
+    }
+
+    /// Returns whether the values of parameters do not matter, on a device without values.
+    pub fn is_planned(&self) -> bool {
+        self.device.is_planned()
     }
 
     /// Returns whether nothing was pushed.

@@ -220,7 +220,7 @@ impl Cuda {
     }
 
     /// Keeps an error, if it is the first.
-    pub(super) fn fail(&self, error: CudaError) {
+    pub(crate) fn fail(&self, error: CudaError) {
         lock(&self.0.error).get_or_insert(error);
         self.0.failed.store(true, Relaxed);
     }

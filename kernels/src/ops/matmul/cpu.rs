@@ -75,14 +75,30 @@ pub(crate) fn into_strided(
     a: Mat<'_>,
     b: Mat<'_>,
 ) {
-    let turned: Vec<f32>;
-    let b = if sums_by_lanes((m, n, k), a, b) {
-        turned = (0..k * n).map(|i| b.data[i / n + i % n * b.col_stride as usize]).collect();
-        Mat::rows(&turned, n)
-    } else {
-        b
-    };
+    let turned = turned((m, n, k), a, b);
+    let b = turned.as_deref().map_or(b, |turned| Mat::rows(turned, n));
     parallel(out, out_stride, (m, n, k), beta, alpha, a, b);
+}
+
+/// As [`into_strided`], on one thread. The sums are in the same order.
+pub(crate) fn into_strided_serial(
+    out: &mut [f32],
+    out_stride: usize,
+    (m, n, k): (usize, usize, usize),
+    beta: f32,
+    alpha: f32,
+    a: Mat<'_>,
+    b: Mat<'_>,
+) {
+    let turned = turned((m, n, k), a, b);
+    let b = turned.as_deref().map_or(b, |turned| Mat::rows(turned, n));
+    gemm(out, out_stride, (m, n, k), beta, alpha, a, b);
+}
+
+/// b turned to run along n, where [`sums_by_lanes`] asks for that.
+fn turned((m, n, k): (usize, usize, usize), a: Mat<'_>, b: Mat<'_>) -> Option<Vec<f32>> {
+    let turn = || (0..k * n).map(|i| b.data[i / n + i % n * b.col_stride as usize]).collect();
+    sums_by_lanes((m, n, k), a, b).then(turn)
 }
 
 /// Returns whether the `gemm` crate would sum this product in another order than larger ones: few results of operands that
@@ -140,6 +156,13 @@ pub(crate) fn scratch((m, n, k): (usize, usize, usize), form: Form) -> usize {
             count * if by_rows { parts(part.min(m), n) } else { parts(m, part.min(n)) }
         }
     };
+    size_of::<f32>() * (packed + if turned { k * n } else { 0 })
+}
+
+/// Bytes of scratch memory that [`into_strided_serial`] takes at most, for operands without gaps.
+pub(crate) fn scratch_serial((m, n, k): (usize, usize, usize), form: Form) -> usize {
+    let turned = form == Form::Nt && has_few_results((m, n, k));
+    let packed = packed((m, n, k), form != Form::Tn, form != Form::Nt || turned);
     size_of::<f32>() * (packed + if turned { k * n } else { 0 })
 }
 
