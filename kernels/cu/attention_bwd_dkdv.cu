@@ -13,12 +13,13 @@
 // tiles int4, one for each BLOCK_N keys of a document of rows s .. e: for t = 0, BLOCK_N, 2·BLOCK_N … < e - s:
 // (s + t, e, s, t), in the order of y - x descending, the longest work first.
 //
-// Source: prelude.cuh, mma_sync.cuh, this file. Defines as in attention_fwd.cu:
+// Source: prelude.cuh, attention_scores.cuh, mma_sync.cuh, this file. Defines as in attention_fwd.cu:
 //   BLOCK_M, BLOCK_N, WARPS, BLOCKS     sm_80, sm_87    sm_86, 89, 120    sm_90           sm_100, 103
+//   HEAD_DIM 256                        32, 64, 8, 1    16, 64, 8, 1      64, 64, 8, 1    64, 64, 8, 1
 //   HEAD_DIM 128                        64, 128, 8, 1   32, 64, 8, 1      64, 64, 4, 2    64, 64, 4, 2
 //   HEAD_DIM 64                         64, 64, 4, 2    64, 128, 8, 1     64, 64, 4, 3    64, 64, 4, 2
 // Launch: attention_bwd_dkdv(q, k, v, d_o, lse, delta, dk, dv, tiles, i32 ldq, ldk, ldv, lddo, lddk, lddv, heads,
-//   kv_heads, tokens, f32 scale), grid (tiles·kv_heads), block (32·WARPS),
+//   kv_heads, tokens, f32 scale, i32 window, f32 softcap), grid (tiles·kv_heads), block (32·WARPS),
 //   dynamic shared memory (2·BLOCK_N + 4·BLOCK_M)·HEAD_DIM·2 + 2·BLOCK_M·BLOCK_N + 16·BLOCK_M bytes
 //
 // Floor, 4 × 2,048 tokens, 32/8 heads × 128: 275 GFLOP, 0.35 ms at the 790 TFLOP/s of an H200's wgmma, which mma.sync
@@ -43,7 +44,7 @@ static_assert(BLOCK_N == 16 * M * PAIRS && BLOCK_M % 16 == 0, "whole fragments")
 
 // Replaces s by the probabilities; `column` points to the lane's first lse, and the first `blind` queries do not see the
 // warp's first key.
-DEVICE void probabilities(f32 (&s)[M][N8][4], const f32* column, f32 scale_log2, int blind) {
+DEVICE void probabilities(f32 (&s)[M][N8][4], const f32* column, f32 scale_log2, int blind, int window) {
 #pragma unroll
     for (int n = 0; n < N8; n++) {
         const float2 l = *reinterpret_cast<const float2*>(column + n * 8);
@@ -53,8 +54,17 @@ DEVICE void probabilities(f32 (&s)[M][N8][4], const f32* column, f32 scale_log2,
             for (int e = 0; e < 4; e++)
                 s[m][n][e] = exp2_approx(fmaf(s[m][n][e], scale_log2, -LOG2E * (e % 2 ? l.y : l.x)));
     }
-    if (blind + 16 * M - 1 <= 0) return;
     const int lane = threadIdx.x % 32;
+    if (HAS_WINDOW && blind + window < BLOCK_M) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < N8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (n * 8 + lane % 4 * 2 + e % 2 >= blind + window + m * 16 + e / 2 * 8 + lane / 4) s[m][n][e] = 0.0f;
+    }
+    if (blind + 16 * M - 1 <= 0) return;
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -73,8 +83,8 @@ DEVICE void leave(uint4* space, const u32 (&p)[M][N8 / 2][4]) {
             space[(m * (N8 / 2) + j) * 32] = make_uint4(p[m][j][0], p[m][j][1], p[m][j][2], p[m][j][3]);
 }
 
-// ds = p · (dp - delta), with `column` at the lane's first delta.
-DEVICE void multiply(f32 (&dp)[M][N8][4], const uint4* space, const f32* column) {
+// ds = p · (dp - delta), with `column` at the lane's first lse.
+DEVICE void multiply(f32 (&dp)[M][N8][4], const uint4* space, const f32* column, const ScoreScale& score) {
 #pragma unroll
     for (int j = 0; j < N8 / 2; j++)
 #pragma unroll
@@ -83,10 +93,16 @@ DEVICE void multiply(f32 (&dp)[M][N8][4], const uint4* space, const f32* column)
             const u32 p[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float2 d = *reinterpret_cast<const float2*>(column + j * 16 + i / 2 * 8);
+                const float2 d = *reinterpret_cast<const float2*>(column + BLOCK_M + j * 16 + i / 2 * 8);
                 f32 (&x)[4] = dp[m][j * 2 + i / 2];
-                x[i % 2 * 2] = (x[i % 2 * 2] - d.x) * to_f32(T{(u16)p[i]});
-                x[i % 2 * 2 + 1] = (x[i % 2 * 2 + 1] - d.y) * to_f32(T{(u16)(p[i] >> 16)});
+                const f32 p0 = to_f32(T{(u16)p[i]}), p1 = to_f32(T{(u16)(p[i] >> 16)});
+                x[i % 2 * 2] = (x[i % 2 * 2] - d.x) * p0;
+                x[i % 2 * 2 + 1] = (x[i % 2 * 2 + 1] - d.y) * p1;
+                if (HAS_SOFTCAP) {
+                    const float2 l = *reinterpret_cast<const float2*>(column + j * 16 + i / 2 * 8);
+                    x[i % 2 * 2] *= score.slope_at(p0, l.x * LOG2E);
+                    x[i % 2 * 2 + 1] *= score.slope_at(p1, l.y * LOG2E);
+                }
             }
         }
 }
@@ -99,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 attention_bwd_dkdv(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ d_o,
                    const f32* __restrict__ lse, const f32* __restrict__ delta, T* __restrict__ dk, T* __restrict__ dv,
                    const int4* __restrict__ tiles, int ldq, int ldk, int ldv, int lddo, int lddk, int lddv, int heads,
-                   int kv_heads, int tokens, f32 scale) {
+                   int kv_heads, int tokens, f32 scale, int window, f32 softcap) {
     extern __shared__ __align__(1024) u8 shared[];
     const int lane = threadIdx.x % 32, pair = threadIdx.x / 32 % PAIRS, pair_row = pair * 16 * M;
     const bool makes_p = threadIdx.x / 32 < PAIRS;
@@ -107,9 +123,12 @@ attention_bwd_dkdv(const T* __restrict__ q, const T* __restrict__ k, const T* __
     const int4 tile = tiles[blockIdx.x / kv_heads];
     const int queries = tile.y - tile.x;
     const int rows = min(BLOCK_N, queries);
-    const int blocks = (queries + BLOCK_M - 1) / BLOCK_M;
+    // Queries from the tile's first key on that see any of its keys.
+    const int last = HAS_WINDOW ? min(queries, rows - 1 + window) : queries;
+    const int blocks = (last + BLOCK_M - 1) / BLOCK_M;
     const int steps = group * blocks;
-    const f32 scale_log2 = scale * LOG2E;
+    const ScoreScale score(scale, softcap);
+    const f32 scale_log2 = score.factor * LOG2E;
 
     const u32 k_tile = shared_address(shared), v_tile = k_tile + KV_BYTES, stages = v_tile + KV_BYTES;
     uint4* const handed = reinterpret_cast<uint4*>(shared + 2 * KV_BYTES + 4 * Q_BYTES);
@@ -148,13 +167,14 @@ attention_bwd_dkdv(const T* __restrict__ q, const T* __restrict__ k, const T* __
         u32 p[M][N8 / 2][4];
         product_rows(s, fragment, fragment_b(stage + q_offset));
         if (makes_p) {
-            probabilities(s, column, scale_log2, blind);
+            shape_scores(s, score);
+            probabilities(s, column, scale_log2, blind, window);
             round_to_a(p, s);
             leave(space, p);
             probabilities_left();
         } else {
             probabilities_left();
-            multiply(s, space, column + BLOCK_M);
+            multiply(s, space, column, score);
             round_to_a(p, s);
         }
         product_columns(acc, p, fragment_a(stage + Q_BYTES - q_offset));

@@ -10,12 +10,13 @@
 // [heads, tokens]. Scratch of the whole backward: delta, 4·heads·tokens bytes.
 // Order of a backward: attention_delta, then attention_bwd_dq and attention_bwd_dkdv in any order or concurrently.
 //
-// Source: prelude.cuh, mma_sync.cuh, this file. Defines as in attention_fwd.cu:
+// Source: prelude.cuh, attention_scores.cuh, mma_sync.cuh, this file. Defines as in attention_fwd.cu:
 //   BLOCK_M, BLOCK_N, WARPS, BLOCKS     sm_80, sm_87    sm_86, 89, 120    sm_90           sm_100, 103
+//   HEAD_DIM 256                        64, 32, 4, 1    64, 16, 4, 1      128, 32, 8, 1   128, 32, 8, 1
 //   HEAD_DIM 128                        128, 64, 8, 1   128, 32, 8, 1     128, 32, 4, 2   128, 32, 4, 2
 //   HEAD_DIM 64                         128, 64, 4, 2   128, 64, 8, 1     128, 64, 4, 2   128, 48, 4, 2
 // Launch: attention_bwd_dq(q, k, v, d_o, lse, delta, dq, tiles, i32 ldq, ldk, ldv, lddo, lddq, heads, kv_heads, tokens,
-//   f32 scale), grid (tiles·heads), block (32·WARPS), dynamic shared memory (2·BLOCK_M + 4·BLOCK_N)·HEAD_DIM·2 bytes
+//   f32 scale, i32 window, f32 softcap), grid (tiles·heads), block (32·WARPS), dynamic shared memory (2·BLOCK_M + 4·BLOCK_N)·HEAD_DIM·2 bytes
 //
 // Floor, 4 × 2,048 tokens, 32/8 heads × 128: 206 GFLOP, 0.26 ms at the 790 TFLOP/s of an H200's wgmma, which mma.sync
 // does not reach; 238 MB, 0.06 ms at 4.25 TB/s.
@@ -40,22 +41,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 attention_bwd_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ d_o,
                  const f32* __restrict__ lse, const f32* __restrict__ delta, T* __restrict__ dq,
                  const int4* __restrict__ tiles, int ldq, int ldk, int ldv, int lddo, int lddq, int heads, int kv_heads,
-                 int tokens, f32 scale) {
+                 int tokens, f32 scale, int window, f32 softcap) {
     extern __shared__ __align__(1024) u8 shared[];
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * M;
     const int head = blockIdx.x % heads, kv_head = head / (heads / kv_heads);
     const int4 tile = tiles[blockIdx.x / heads];
     const int rows = min(BLOCK_M, tile.y - tile.x);
     const int keys = tile.w + tile.y - tile.x;
-    const int blocks = (tile.w + rows + BLOCK_N - 1) / BLOCK_N;
-    const f32 scale_log2 = scale * LOG2E;
+    const int start = first_key(tile.w, window);
+    const int blocks = (tile.w + rows - start + BLOCK_N - 1) / BLOCK_N;
+    const ScoreScale score(scale, softcap);
+    const f32 scale_log2 = score.factor * LOG2E;
 
     k += (long long)tile.z * ldk + kv_head * HEAD_DIM;
     v += (long long)tile.z * ldv + kv_head * HEAD_DIM;
     const u32 q_tile = shared_address(shared), do_tile = q_tile + Q_BYTES, stages = do_tile + Q_BYTES;
     auto load_block = [&](int block) {
         const u32 stage = stages + block % 2 * (2 * KV_BYTES);
-        const int first = block * BLOCK_N;
+        const int first = start + block * BLOCK_N;
         load_tile<BLOCK_N>(stage, k + (long long)first * ldk, ldk, keys - first);
         load_tile<BLOCK_N>(stage + KV_BYTES, v + (long long)first * ldv, ldv, keys - first);
     };
@@ -82,8 +85,8 @@ attention_bwd_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __re
         __syncthreads();
         if (block + 1 < blocks) load_block(block + 1);
         // Keys of this block that the warp's first row sees.
-        const int seen = tile.w + warp_row + 1 - block * BLOCK_N;
-        if (seen + 16 * M - 1 <= 0) continue;
+        const int seen = tile.w + warp_row + 1 - start - block * BLOCK_N;
+        if (seen + 16 * M - 1 <= 0 || (HAS_WINDOW && seen - window >= BLOCK_N)) continue;
 
         const u32 stage = stages + block % 2 * (2 * KV_BYTES);
         f32 s[M][N8][4], dp[M][N8][4];
@@ -95,8 +98,10 @@ attention_bwd_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __re
             for (int n = 0; n < N8; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const f32 p = exp2_approx(fmaf(s[m][n][e], scale_log2, -lse_log2[m][e / 2]));
+                    const f32 x = score.shaped(s[m][n][e]);
+                    const f32 p = exp2_approx(fmaf(x, scale_log2, -lse_log2[m][e / 2]));
                     s[m][n][e] = p * (dp[m][n][e] - row_delta[m][e / 2]);
+                    if (HAS_SOFTCAP) s[m][n][e] *= score.slope(x);
                 }
         if (seen < BLOCK_N) {
 #pragma unroll
@@ -106,6 +111,16 @@ attention_bwd_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __re
 #pragma unroll
                     for (int e = 0; e < 4; e++)
                         if (n * 8 + lane % 4 * 2 + e % 2 >= seen + m * 16 + e / 2 * 8 + lane / 4) s[m][n][e] = 0.0f;
+        }
+        if (HAS_WINDOW && seen + 16 * M - 1 > window) {
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int n = 0; n < N8; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (n * 8 + lane % 4 * 2 + e % 2 < seen - window + m * 16 + e / 2 * 8 + lane / 4)
+                            s[m][n][e] = 0.0f;
         }
         u32 ds[M][N8 / 2][4];
         round_to_a(ds, s);

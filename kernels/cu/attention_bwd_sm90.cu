@@ -11,7 +11,8 @@
 // Scratch: delta f32 [heads, tokens]; dq_sum f32 [heads, HEAD_DIM / 64, tokens, 64], heads * HEAD_DIM * tokens * 4 bytes, on 16
 // bytes; with -DDETERMINISTIC also turns u32 [heads, tokens], else null. None needs to be zeroed: the first kernel does it.
 //
-// Compile for sm_90a with -DT=bf16|f16 -DHEAD_DIM=64|128, and -DDETERMINISTIC for a bit-equal dq (dk and dv always are).
+// Compile for sm_90a with -DT=bf16|f16 -DHEAD_DIM=64|128, -DDETERMINISTIC for a bit-equal dq (dk and dv always are), and WINDOW
+// and SOFTCAP of attention_scores.cuh.
 // Launch three kernels, in this order on one stream:
 // 1. attention_bwd_delta_sm90: grid ceil(tokens * heads * HEAD_DIM / 8 / 256), block 256, no dynamic shared memory.
 //    const T* o, const T* d_o, f32* delta, f32* dq_sum, u32* turns, int tokens, heads, ldo, lddo
@@ -19,7 +20,7 @@
 //    132,224: raise the limit first).
 //    q_map, k_map, v_map, do_map as in attention_fwd_sm90.cu, but the boxes of q_map and do_map are {64, 64, HEAD_DIM / 64};
 //    const f32* lse, const f32* delta, f32* dq_sum, u32* turns, T* dk, T* dv, const int4* tiles, int tokens, heads, kv_heads,
-//    lddk, lddv, f32 scale
+//    lddk, lddv, f32 scale, int window, f32 softcap
 //    tiles: one for each 128 keys of each document: {first row, document's start, document's end, 0}, the documents sorted by
 //    falling length, the rows of one rising (so the longest work of a document comes first, and what runs at one time shares
 //    one document's queries and dq in L2). DETERMINISTIC relies on the rows' order: a block waits for blocks before it.
@@ -64,6 +65,14 @@
 #define DQ_BYTES (QUERIES * 64 * 4)
 #define STATS_BYTES (2 * QUERIES * 4)
 #define CONSUMERS 256
+// The turns of a window's tiles take more registers.
+#if defined(DETERMINISTIC) && defined(WINDOW)
+#define PRODUCER_REGISTERS 40
+#define CONSUMER_REGISTERS 232
+#else
+#define PRODUCER_REGISTERS 24
+#define CONSUMER_REGISTERS 240
+#endif
 #define DQ_KEYS (HALVES == 2 ? KEYS : 64)   // keys that one warpgroup's share of dq sums over
 
 // Shared memory, in bytes from a base aligned to 1024. A tile of 16-bit values is panels of [rows][64 columns], its 16-byte
@@ -84,23 +93,10 @@
 #define DQ_FULL (BARRIERS_AT + 80)
 #define DQ_EMPTY (BARRIERS_AT + 96)
 
-DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 DEVICE void bulk_add(f32* to, u32 from, u32 bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
                  : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-DEVICE float2 load_shared(u32 at) {
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at) : "memory");
-    return x;
-}
-DEVICE void store_shared(u32 at, f32 x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory"); }
-DEVICE void store_matrices(u32 at, const u32* x) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]),
-                 "r"(x[3])
-                 : "memory");
 }
 
 #define REG8(io, d, i) \
@@ -218,14 +214,17 @@ DEVICE void produce_stats(u32 base, Step step, const f32* lse, const f32* delta,
 
 // Adds each step's dq to its sums in global memory. DETERMINISTIC: in the order of the document's key tiles; blocks start in the
 // order of the table, so the tile waited for is always running already.
-DEVICE void reduce_dq(u32 base, Step step, f32* dq_sum, int tokens, u32* turns, const int4* tile) {
+DEVICE void reduce_dq(u32 base, Step step, f32* dq_sum, int tokens, u32* turns, const int4* tile, int window) {
 #ifdef DETERMINISTIC
-    const u32 turn = (step.first_row - tile->y) / KEYS;
+    const u32 before = step.first_row - tile->y;
 #endif
     for (u32 parity = 0; step.more(); step.next(), parity ^= 1) {
         const u32 bytes = min(QUERIES, step.end - step.row) * 64 * 4;
 #ifdef DETERMINISTIC
         u32* const now = turns + (u64)step.head * tokens + step.row;
+        // Tiles whose keys lie before the window of all these queries have no turn.
+        const int outside = HAS_WINDOW ? max(0, step.row - step.first_row + (int)before + 1 - window) : 0;
+        const u32 turn = before / KEYS - (u32)outside / KEYS;
         u32 seen;
         do {
             asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(now) : "memory");
@@ -282,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     attention_bwd_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                        const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap do_map, const f32* lse,
                        const f32* delta, f32* dq_sum, u32* turns, T* dk, T* dv, const int4* tiles, int tokens, int heads,
-                       int kv_heads, int lddk, int lddv, f32 scale) {
+                       int kv_heads, int lddk, int lddv, f32 scale, int window, f32 softcap) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 base = (u32)__cvta_generic_to_shared(shared);
     if (threadIdx.x == 0) {
@@ -303,24 +302,27 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
     const int4 tile = tiles[blockIdx.x / kv_heads];
     const int kv_head = blockIdx.x % kv_heads, group_heads = heads / kv_heads;
-    Step step = {kv_head * group_heads, tile.x, kv_head * group_heads + group_heads - 1, tile.x, tile.z};
+    // The end of the queries that see any of the keys.
+    const int end = HAS_WINDOW ? min(tile.z, tile.x + KEYS - 1 + window) : tile.z;
+    Step step = {kv_head * group_heads, tile.x, kv_head * group_heads + group_heads - 1, tile.x, end};
 
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 " STRING(PRODUCER_REGISTERS) ";");
         const int warp = threadIdx.x / 32;
         if (threadIdx.x == 0) {
             produce(base, step, tile, kv_head, &q_map, &k_map, &v_map, &do_map);
         } else if (threadIdx.x == 32) {
-            reduce_dq(base, step, dq_sum, tokens, turns, tiles + blockIdx.x / kv_heads);
+            reduce_dq(base, step, dq_sum, tokens, turns, tiles + blockIdx.x / kv_heads, window);
         } else if (warp == 2) {
             produce_stats(base, step, lse, delta, tokens);
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 " STRING(CONSUMER_REGISTERS) ";");
         const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
         const int row_in_tile = group * 64 + warp * 16;
-        const f32 scale_log2 = scale * 1.4426950408889634f;
+        const ScoreScale score(scale, softcap);
+        const f32 scale_log2 = score.factor * LOG2E;
         const u64 k = descriptor(base + K_AT + group * 64 * 128, 0), v = descriptor(base + V_AT + group * 64 * 128, 0);
         // With two panels a warpgroup takes one panel of dq over all keys, with one its own keys' share of dq.
         const u64 k_columns = descriptor(base + K_AT + group * (HALVES == 2 ? KEYS * 128 : 64 * 128), KEYS * 128);
@@ -346,12 +348,24 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             multiply_keys_queries(dp, v, descriptor(do_at, 0));
 
             // Element 4j + 2r + c of a thread is key lane/4 + 8r of the warp's 16, query 8j + 2(lane%4) + c.
+            if (HAS_SOFTCAP) {
+#pragma unroll
+                for (int e = 0; e < 32; e++) s[e] = score.shaped(s[e]);
+            }
             if (row < tile.x + KEYS) {
 #pragma unroll
                 for (int e = 0; e < 32; e++) {
                     const int query = row + e / 4 * 8 + lane % 4 * 2 + e % 2;
                     const int key = tile.x + row_in_tile + lane / 4 + e / 2 % 2 * 8;
                     if (key > query) s[e] = -__int_as_float(0x7f800000);
+                }
+            }
+            if (HAS_WINDOW && row + QUERIES - tile.x > window) {
+#pragma unroll
+                for (int e = 0; e < 32; e++) {
+                    const int query = row + e / 4 * 8 + lane % 4 * 2 + e % 2;
+                    const int key = tile.x + row_in_tile + lane / 4 + e / 2 % 2 * 8;
+                    if (query - key >= window) s[e] = -__int_as_float(0x7f800000);
                 }
             }
 #pragma unroll
@@ -374,6 +388,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 for (int r = 0; r < 2; r++) {
                     dp[4 * j + 2 * r] = s[4 * j + 2 * r] * (dp[4 * j + 2 * r] - delta2.x);
                     dp[4 * j + 2 * r + 1] = s[4 * j + 2 * r + 1] * (dp[4 * j + 2 * r + 1] - delta2.y);
+                    if (HAS_SOFTCAP) {
+                        const float2 lse2 = load_shared(stats + 32 * j);
+                        dp[4 * j + 2 * r] *= score.slope_at(s[4 * j + 2 * r], lse2.x);
+                        dp[4 * j + 2 * r + 1] *= score.slope_at(s[4 * j + 2 * r + 1], lse2.y);
+                    }
                 }
             }
             pack(ds, dp);

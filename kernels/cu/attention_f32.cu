@@ -6,7 +6,8 @@
 // stores is f32. A warp owns four rows and meets 32 rows of the other side at a time: for scores a lane is one of the
 // 32 rows, for sums a lane is a set of channels.
 //
-// Source: prelude.cuh, this file. Defines: T = f32, bf16 or f16, HEAD_DIM.
+// Source: prelude.cuh, attention_scores.cuh, this file. Defines: T = f32, bf16 or f16, HEAD_DIM, and the options of
+// attention_scores.cuh.
 // Launch: block (128); grid (tiles·heads), for attention_bwd_dkdv (tiles·kv_heads); dynamic shared memory
 //   80·(HEAD_DIM + 4)·4 bytes for attention_fwd, 96·(HEAD_DIM + 4)·4 for the other two: 97.5 KiB at most.
 //
@@ -25,7 +26,6 @@ static const int ROWS = OWN * WARPS;   // rows a block owns: the block size of i
 static const int OTHER = 32;           // rows of the other side at a time, one a lane
 static const int PADDED = HEAD_DIM + 4; // floats from row to row: odd in 16-byte pieces, for the banks
 static const int SLICES = (HEAD_DIM + 31) / 32; // channels a lane sums in the second product: lane, lane + 32, ...
-static const f32 LOG2E = 1.4426950408889634f;
 
 // The block copies rows 0 .. `valid` - 1 of a matrix into COUNT rows of shared memory and zeroes the others.
 template <int COUNT> DEVICE void load_rows(f32* to, const T* from, int ld, int valid) {
@@ -82,7 +82,7 @@ DEVICE void store_row(T* to, const f32 (&acc)[SLICES], f32 factor) {
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention_fwd(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, T* __restrict__ o,
               f32* __restrict__ lse, const int4* __restrict__ tiles, int ldq, int ldk, int ldv, int ldo, int heads,
-              int kv_heads, int tokens, f32 scale) {
+              int kv_heads, int tokens, f32 scale, int window, f32 softcap, const T* __restrict__ sinks) {
     extern __shared__ __align__(16) f32 shared[];
     f32 *const q_rows = shared, *const k_rows = q_rows + ROWS * PADDED, *const v_rows = k_rows + OTHER * PADDED;
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * OWN;
@@ -93,10 +93,11 @@ attention_fwd(const T* __restrict__ q, const T* __restrict__ k, const T* __restr
     v += (long long)tile.z * ldv + kv_head * HEAD_DIM;
     load_rows<ROWS>(q_rows, q + (long long)tile.x * ldq + head * HEAD_DIM, ldq, rows);
 
+    const ScoreScale score(scale, softcap);
     f32 acc[OWN][SLICES] = {}, top[OWN], sum[OWN] = {};
 #pragma unroll
     for (int i = 0; i < OWN; i++) top[i] = __int_as_float(0xff800000);
-    for (int key = 0; key < tile.w + rows; key += OTHER) {
+    for (int key = first_key(tile.w, window); key < tile.w + rows; key += OTHER) {
         const int keys = tile.w + rows - key;
         __syncthreads();
         load_rows<OTHER>(k_rows, k + (long long)key * ldk, ldk, keys);
@@ -106,11 +107,14 @@ attention_fwd(const T* __restrict__ q, const T* __restrict__ k, const T* __restr
         product_rows(s, q_rows + first * PADDED, k_rows);
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            // Every row sees key 0, so from the first block on the maximum is finite.
-            const bool seen = key + lane <= tile.w + first + i;
-            const f32 next = fmaxf(top[i], warp_max(seen ? s[i] * scale : __int_as_float(0xff800000)));
+            // Every row sees a key of the first block, which has more keys than the tile has rows; so from there on the
+            // maximum is finite.
+            const int position = tile.w + first + i;
+            const bool seen = key + lane <= position && (!HAS_WINDOW || key + lane > position - window);
+            const f32 x = score.shaped(s[i]) * score.factor;
+            const f32 next = fmaxf(top[i], warp_max(seen ? x : __int_as_float(0xff800000)));
             const f32 shrink = exp2f((top[i] - next) * LOG2E);
-            s[i] = seen ? exp2f((s[i] * scale - next) * LOG2E) : 0.0f;
+            s[i] = seen ? exp2f((x - next) * LOG2E) : 0.0f;
             top[i] = next;
             sum[i] = fmaf(sum[i], shrink, s[i]);
 #pragma unroll
@@ -123,8 +127,9 @@ attention_fwd(const T* __restrict__ q, const T* __restrict__ k, const T* __restr
         const int row = first + i;
         const f32 total = warp_sum(sum[i]);
         if (row >= rows) continue;
-        if (lse && lane == 0) lse[(long long)head * tokens + tile.x + row] = top[i] + logf(total);
-        store_row(o + (long long)(tile.x + row) * ldo + head * HEAD_DIM, acc[i], 1.0f / total);
+        const SoftmaxEnd end(top[i], total, sinks, head);
+        if (lse && lane == 0) lse[(long long)head * tokens + tile.x + row] = end.lse;
+        store_row(o + (long long)(tile.x + row) * ldo + head * HEAD_DIM, acc[i], end.inverse);
     }
 }
 
@@ -132,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention_bwd_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ d_o,
                  const f32* __restrict__ lse, const f32* __restrict__ delta, T* __restrict__ dq,
                  const int4* __restrict__ tiles, int ldq, int ldk, int ldv, int lddo, int lddq, int heads, int kv_heads,
-                 int tokens, f32 scale) {
+                 int tokens, f32 scale, int window, f32 softcap) {
     extern __shared__ __align__(16) f32 shared[];
     f32 *const q_rows = shared, *const do_rows = q_rows + ROWS * PADDED;
     f32 *const k_rows = do_rows + ROWS * PADDED, *const v_rows = k_rows + OTHER * PADDED;
@@ -147,8 +152,9 @@ attention_bwd_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __re
     load_rows<ROWS>(q_rows, q + (long long)tile.x * ldq + head * HEAD_DIM, ldq, rows);
     load_rows<ROWS>(do_rows, d_o + (long long)tile.x * lddo + head * HEAD_DIM, lddo, rows);
 
+    const ScoreScale score(scale, softcap);
     f32 acc[OWN][SLICES] = {};
-    for (int key = 0; key < tile.w + rows; key += OTHER) {
+    for (int key = first_key(tile.w, window); key < tile.w + rows; key += OTHER) {
         const int keys = tile.w + rows - key;
         __syncthreads();
         load_rows<OTHER>(k_rows, k + (long long)key * ldk, ldk, keys);
@@ -159,9 +165,12 @@ attention_bwd_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __re
         product_rows(dp, do_rows + first * PADDED, v_rows);
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            const int row = first + i;
-            const bool seen = row < rows && key + lane <= tile.w + row;
-            s[i] = seen ? exp2f((s[i] * scale - lse[row]) * LOG2E) * (dp[i] - delta[row]) : 0.0f;
+            const int row = first + i, position = tile.w + row;
+            const bool seen =
+                row < rows && key + lane <= position && (!HAS_WINDOW || key + lane > position - window);
+            const f32 x = score.shaped(s[i]);
+            s[i] = seen ? exp2f((x * score.factor - lse[row]) * LOG2E) * (dp[i] - delta[row]) : 0.0f;
+            if (HAS_SOFTCAP) s[i] *= score.slope(x);
         }
         product_columns(acc, s, k_rows);
     }
@@ -175,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention_bwd_dkdv(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ d_o,
                    const f32* __restrict__ lse, const f32* __restrict__ delta, T* __restrict__ dk, T* __restrict__ dv,
                    const int4* __restrict__ tiles, int ldq, int ldk, int ldv, int lddo, int lddk, int lddv, int heads,
-                   int kv_heads, int tokens, f32 scale) {
+                   int kv_heads, int tokens, f32 scale, int window, f32 softcap) {
     extern __shared__ __align__(16) f32 shared[];
     f32 *const k_rows = shared, *const v_rows = k_rows + ROWS * PADDED;
     f32 *const q_rows = v_rows + ROWS * PADDED, *const do_rows = q_rows + OTHER * PADDED;
@@ -186,10 +195,13 @@ attention_bwd_dkdv(const T* __restrict__ q, const T* __restrict__ k, const T* __
     load_rows<ROWS>(k_rows, k + (long long)tile.x * ldk + kv_head * HEAD_DIM, ldk, rows);
     load_rows<ROWS>(v_rows, v + (long long)tile.x * ldv + kv_head * HEAD_DIM, ldv, rows);
 
+    // Queries from the tile's first key on that see any of its keys.
+    const int last = HAS_WINDOW ? min(queries, rows - 1 + window) : queries;
+    const ScoreScale score(scale, softcap);
     f32 acc_k[OWN][SLICES] = {}, acc_v[OWN][SLICES] = {};
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
         const long long statistics = (long long)head * tokens + tile.x;
-        for (int query = 0; query < queries; query += OTHER) {
+        for (int query = 0; query < last; query += OTHER) {
             __syncthreads();
             load_rows<OTHER>(q_rows, q + (long long)(tile.x + query) * ldq + head * HEAD_DIM, ldq, queries - query);
             load_rows<OTHER>(do_rows, d_o + (long long)(tile.x + query) * lddo + head * HEAD_DIM, lddo,
@@ -203,8 +215,12 @@ attention_bwd_dkdv(const T* __restrict__ q, const T* __restrict__ k, const T* __
             const f32 row_delta = inside ? delta[statistics + query + lane] : 0.0f;
 #pragma unroll
             for (int i = 0; i < OWN; i++) {
-                p[i] = inside && query + lane >= first + i ? exp2f((p[i] * scale - row_lse) * LOG2E) : 0.0f;
+                const int distance = query + lane - (first + i);
+                const bool seen = inside && distance >= 0 && (!HAS_WINDOW || distance < window);
+                const f32 x = score.shaped(p[i]);
+                p[i] = seen ? exp2f((x * score.factor - row_lse) * LOG2E) : 0.0f;
                 ds[i] = p[i] * (ds[i] - row_delta);
+                if (HAS_SOFTCAP) ds[i] *= score.slope(x);
             }
             product_columns(acc_v, p, do_rows);
             product_columns(acc_k, ds, q_rows);

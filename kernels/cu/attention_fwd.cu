@@ -1,7 +1,8 @@
 // Causal grouped-query attention over documents that lie one after another, forward, on mma.sync: every GPU from sm_80
 // up. kernels/src/ops/attention.
 //
-// For a query that sees keys 0 .. n: o = Σ_j p_j·v_j, p = softmax(scale·q·k_j), lse = ln Σ_j exp(scale·q·k_j).
+// For a query that sees keys 0 .. n: o = Σ_j p_j·v_j, p = softmax(scale·q·k_j), lse = ln Σ_j exp(scale·q·k_j); a window, a
+// softcap and sinks are options of attention_scores.cuh. Blocks of keys before the window of a whole tile are not loaded.
 // A block takes BLOCK_M queries of one head and walks over their keys, BLOCK_N at a time, with a running maximum and
 // sum (Dao, arXiv:2307.08691); each warp keeps its rows' scores, probabilities and sums in registers. Scores and sums
 // are f32; probabilities are rounded to T before the product with v.
@@ -16,13 +17,15 @@
 // e - s rows of a document whose keys begin at row z, after `past` others: (s + t, e, z, past + t). Order: w
 // descending, so that the longest work starts first. Empty documents have no tiles.
 //
-// Source: prelude.cuh, mma_sync.cuh, this file. Defines: T, HEAD_DIM = 64 | 128, BLOCK_M, BLOCK_N, WARPS, BLOCKS (a
-// multiprocessor's blocks that registers must allow). None of these leaves registers for local memory:
+// Source: prelude.cuh, attention_scores.cuh, mma_sync.cuh, this file. Defines: the options, T, HEAD_DIM = 64 | 128 | 256,
+// BLOCK_M, BLOCK_N, WARPS, BLOCKS (a multiprocessor's blocks that registers must allow). None of these leaves registers for
+// local memory:
 //   BLOCK_M, BLOCK_N, WARPS, BLOCKS     sm_80, sm_87    sm_86, 89, 120    sm_90           sm_100, 103
+//   HEAD_DIM 256                        128, 32, 8, 1   64, 32, 4, 1      128, 64, 8, 1   128, 64, 8, 1
 //   HEAD_DIM 128                        128, 32, 4, 2   128, 64, 8, 1     128, 64, 4, 2   128, 32, 4, 2
 //   HEAD_DIM 64                         128, 64, 4, 2   128, 64, 4, 2     128, 128, 4, 2  128, 64, 4, 2
-// Launch: attention_fwd(q, k, v, o, lse|null, tiles, i32 ldq, ldk, ldv, ldo, heads, kv_heads, tokens, f32 scale)
-//   grid (tiles·heads), block (32·WARPS), dynamic shared memory (BLOCK_M + 4·BLOCK_N)·HEAD_DIM·2 bytes;
+// Launch: attention_fwd(q, k, v, o, lse|null, tiles, i32 ldq, ldk, ldv, ldo, heads, kv_heads, tokens, f32 scale,
+//   i32 window, f32 softcap, sinks|null), grid (tiles·heads), block (32·WARPS), dynamic shared memory (BLOCK_M + 4·BLOCK_N)·HEAD_DIM·2 bytes;
 //   tokens: rows of q
 //
 // Floor, 4 × 2,048 tokens, 32/8 heads × 128: 137 GFLOP, 0.17 ms at the 790 TFLOP/s of an H200's wgmma, which mma.sync
@@ -96,22 +99,24 @@ DEVICE void softmax_step(f32 (&s)[M][N8][4], f32 (&acc)[M][D8][4], f32 (&top)[M]
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 attention_fwd(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, T* __restrict__ o,
               f32* __restrict__ lse, const int4* __restrict__ tiles, int ldq, int ldk, int ldv, int ldo, int heads,
-              int kv_heads, int tokens, f32 scale) {
+              int kv_heads, int tokens, f32 scale, int window, f32 softcap, const T* __restrict__ sinks) {
     extern __shared__ __align__(1024) u8 shared[];
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * M;
     const int head = blockIdx.x % heads, kv_head = head / (heads / kv_heads);
     const int4 tile = tiles[blockIdx.x / heads];
     const int rows = min(BLOCK_M, tile.y - tile.x);
     const int keys = tile.w + tile.y - tile.x;
-    const int blocks = (tile.w + rows + BLOCK_N - 1) / BLOCK_N;
-    const f32 scale_log2 = scale * LOG2E;
+    const int start = first_key(tile.w, window);
+    const int blocks = (tile.w + rows - start + BLOCK_N - 1) / BLOCK_N;
+    const ScoreScale score(scale, softcap);
+    const f32 scale_log2 = score.factor * LOG2E;
 
     k += (long long)tile.z * ldk + kv_head * HEAD_DIM;
     v += (long long)tile.z * ldv + kv_head * HEAD_DIM;
     const u32 q_tile = shared_address(shared), stages = q_tile + Q_BYTES;
     auto load_block = [&](int block) {
         const u32 stage = stages + block % 2 * (2 * KV_BYTES);
-        const int first = block * BLOCK_N;
+        const int first = start + block * BLOCK_N;
         load_tile<BLOCK_N>(stage, k + (long long)first * ldk, ldk, keys - first);
         load_tile<BLOCK_N>(stage + KV_BYTES, v + (long long)first * ldv, ldv, keys - first);
     };
@@ -120,7 +125,8 @@ attention_fwd(const T* __restrict__ q, const T* __restrict__ k, const T* __restr
 
     f32 acc[M][D8][4] = {}, top[M][2], sum[M][2] = {};
 #pragma unroll
-    for (int m = 0; m < M; m++) top[m][0] = top[m][1] = __int_as_float(0xff800000);
+    // With a window a row may see no key of its first blocks; its maximum must be finite all the same.
+    for (int m = 0; m < M; m++) top[m][0] = top[m][1] = HAS_WINDOW ? -1e30f : __int_as_float(0xff800000);
     const u32 q_fragment = fragment_a(q_tile + warp_row * ROW_BYTES);
 
     for (int block = 0; block < blocks; block++) {
@@ -128,12 +134,13 @@ attention_fwd(const T* __restrict__ q, const T* __restrict__ k, const T* __restr
         __syncthreads();
         if (block + 1 < blocks) load_block(block + 1);
         // Keys of this block that the warp's first row sees.
-        const int seen = tile.w + warp_row + 1 - block * BLOCK_N;
-        if (seen + 16 * M - 1 <= 0) continue;
+        const int seen = tile.w + warp_row + 1 - start - block * BLOCK_N;
+        if (seen + 16 * M - 1 <= 0 || (HAS_WINDOW && seen - window >= BLOCK_N)) continue;
 
         const u32 stage = stages + block % 2 * (2 * KV_BYTES);
         f32 s[M][N8][4];
         product_rows(s, q_fragment, fragment_b(stage));
+        shape_scores(s, score);
         if (seen < BLOCK_N) {
 #pragma unroll
             for (int m = 0; m < M; m++)
@@ -142,6 +149,16 @@ attention_fwd(const T* __restrict__ q, const T* __restrict__ k, const T* __restr
 #pragma unroll
                     for (int e = 0; e < 4; e++)
                         if (n * 8 + lane % 4 * 2 + e % 2 >= seen + m * 16 + e / 2 * 8 + lane / 4)
+                            s[m][n][e] = __int_as_float(0xff800000);
+        }
+        if (HAS_WINDOW && seen + 16 * M - 1 > window) {
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int n = 0; n < N8; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (n * 8 + lane % 4 * 2 + e % 2 < seen - window + m * 16 + e / 2 * 8 + lane / 4)
                             s[m][n][e] = __int_as_float(0xff800000);
         }
         softmax_step(s, acc, top, sum, scale_log2);
@@ -158,10 +175,10 @@ attention_fwd(const T* __restrict__ q, const T* __restrict__ k, const T* __restr
             f32 total = sum[m][half];
             total += __shfl_xor_sync(0xffffffffu, total, 1);
             total += __shfl_xor_sync(0xffffffffu, total, 2);
-            inverse[m][half] = 1.0f / total;
+            const SoftmaxEnd end(top[m][half] * score.factor, total, sinks, head);
+            inverse[m][half] = end.inverse;
             const int row = warp_row + m * 16 + half * 8 + lane / 4;
-            if (lse && lane % 4 == 0 && row < rows)
-                lse[(long long)head * tokens + tile.x + row] = top[m][half] * scale + __logf(total);
+            if (lse && lane % 4 == 0 && row < rows) lse[(long long)head * tokens + tile.x + row] = end.lse;
         }
     store_rows(o + (long long)(tile.x + warp_row) * ldo + head * HEAD_DIM, ldo, rows - warp_row,
                shared + warp_row * ROW_BYTES, acc, inverse);

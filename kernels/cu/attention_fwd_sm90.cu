@@ -9,12 +9,13 @@
 // multiple of 8 elements; pointers on 16 bytes; lse f32 [heads, tokens]. Documents are concatenated. Tiles reach past a
 // document's end into its neighbour: what is read there is masked and nothing is written there, but it must be finite.
 //
-// Compile for sm_90a with -DT=bf16|f16 -DHEAD_DIM=64|128.
+// Compile for sm_90a with -DT=bf16|f16 -DHEAD_DIM=64|128|256, and the options of attention_scores.cuh: with a window a query
+// sees its last `window` keys, and tiles of keys before it are not loaded.
 // Launch attention_fwd_sm90: grid min(multiprocessors, n_tiles * heads), block 384, dynamic shared memory
-// 6 * 128 * HEAD_DIM * 2 + 128 bytes (196,736 or 98,432; raise the limit first). Arguments:
+// 6 * 128 * HEAD_DIM * 2 + 128 bytes (196,736 or 98,432; raise the limit first), with 256 channels 229,504. Arguments:
 //   q_map, k_map, v_map  CUtensorMap by value, from cuTensorMapEncodeTiled with BFLOAT16 or FLOAT16, rank 3, the slice's base,
 //                        dims {64, tokens, its heads * HEAD_DIM / 64}, byte strides {row stride * 2, 128},
-//                        box {64, 128, HEAD_DIM / 64}, element strides {1, 1, 1}, INTERLEAVE_NONE, SWIZZLE_128B,
+//                        box {64, 128, HEAD_DIM / 64}, with 256 channels {64, 80, 4} for k and v, element strides {1, 1, 1}, INTERLEAVE_NONE, SWIZZLE_128B,
 //                        L2_PROMOTION_L2_128B, FLOAT_OOB_FILL_NONE
 //   T* o, f32* lse
 //   const int4* tiles    one for each 128 query rows of each document: {first row, document's start, document's end, 0};
@@ -22,7 +23,7 @@
 //                        the longest work comes first
 //   u32* tickets         two, zero before the first launch; every launch leaves them zero. Launches that may overlap need
 //                        tickets of their own
-//   int tokens, heads, kv_heads, ldo, n_tiles, f32 scale
+//   int tokens, heads, kv_heads, ldo, n_tiles, f32 scale, int window, f32 softcap, const T* sinks
 // A block is a producer warp and two warpgroups of 64 query rows each; blocks draw (tile, head) items from the tickets. The same
 // inputs give the same bits.
 //
@@ -40,18 +41,33 @@
 // poisoned outputs, repeated runs bit-equal; compute-sanitizer memcheck clean.
 // Tried: nothing else; this is the first form measured.
 
-#define TILE 128    // query rows of a work item, and keys of a step
+#define TILE 128    // query rows of a work item
+// Keys of a step. The accumulators of 256 columns leave registers for 80 scores a row, and shared memory has no space for
+// a second tile of queries.
+#if HEAD_DIM == 256
+#define KEYS 80
+#define Q_STAGES 1
+#define WGMMA_SCORES WGMMA(80) ACC40
+#define REG_SCORES REG40
+#else
+#define KEYS TILE
+#define Q_STAGES 2
+#define WGMMA_SCORES WGMMA(128) ACC64
+#define REG_SCORES REG64
+#endif
 #define STAGES 2
 #define HALVES (HEAD_DIM / 64)
-#define TILE_BYTES (TILE * HEAD_DIM * 2)
+#define SCORES (KEYS / 2)   // of a thread
+#define Q_BYTES (TILE * HEAD_DIM * 2)
+#define KV_BYTES (KEYS * HEAD_DIM * 2)
 #define CONSUMERS 256
 
-// Shared memory, in bytes from a base aligned to 1024. Each tile is HALVES panels of [128 rows][64 columns] of 16 bits,
-// its 16-byte chunks swizzled over 128 bytes as TMA and wgmma agree on.
+// Shared memory, in bytes from a base aligned to 1024. Each tile is HALVES panels of [rows][64 columns] of 16 bits, its
+// 16-byte chunks swizzled over 128 bytes as TMA and wgmma agree on.
 #define Q_AT 0
-#define K_AT (STAGES * TILE_BYTES)
-#define V_AT (2 * STAGES * TILE_BYTES)
-#define BARRIERS_AT (3 * STAGES * TILE_BYTES)
+#define K_AT (Q_AT + Q_STAGES * Q_BYTES)
+#define V_AT (K_AT + STAGES * KV_BYTES)
+#define BARRIERS_AT (V_AT + STAGES * KV_BYTES)
 #define Q_FULL (BARRIERS_AT)
 #define Q_EMPTY (BARRIERS_AT + 16)
 #define K_FULL (BARRIERS_AT + 32)
@@ -62,22 +78,32 @@
 
 DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// A stage of a two-slot ring and the parity to wait for.
-struct Ring {
+// A stage of a ring of SLOTS and the parity to wait for.
+template <int SLOTS> struct Ring {
     u32 count;
-    DEVICE u32 slot() const { return count % STAGES; }
-    DEVICE u32 parity() const { return count / STAGES % 2; }
+    DEVICE u32 slot() const { return count % SLOTS; }
+    DEVICE u32 parity() const { return count / SLOTS % 2; }
 };
 
 #define REG8(d, i) \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define REG32(d) REG8(d, 0), REG8(d, 8), REG8(d, 16), REG8(d, 24)
-#define REG64(d) REG32(d), REG8(d, 32), REG8(d, 40), REG8(d, 48), REG8(d, 56)
+#define REG40(d) REG32(d), REG8(d, 32)
+#define REG64(d) REG40(d), REG8(d, 40), REG8(d, 48), REG8(d, 56)
+#define REG128(d) \
+    REG64(d), REG8(d, 64), REG8(d, 72), REG8(d, 80), REG8(d, 88), REG8(d, 96), REG8(d, 104), REG8(d, 112), REG8(d, 120)
 
 // d = a bT (+ d where `add`), both operands with the summed index contiguous.
-DEVICE void wgmma(f32 (&d)[64], u64 a, u64 b, int add) {
-    asm volatile("{ .reg .pred add; setp.ne.b32 add, %66, 0; " WGMMA(128) ACC64 ", %64, %65, add, 1, 1, 0, 0; }"
-                 : REG64(d)
+#if HEAD_DIM == 256
+#define AFTER_SCORES ", %40, %41, add, 1, 1, 0, 0; }"
+#define ADD "%42"
+#else
+#define AFTER_SCORES ", %64, %65, add, 1, 1, 0, 0; }"
+#define ADD "%66"
+#endif
+DEVICE void wgmma(f32 (&d)[SCORES], u64 a, u64 b, int add) {
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, " ADD ", 0; " WGMMA_SCORES AFTER_SCORES
+                 : REG_SCORES(d)
                  : "l"(a), "l"(b), "r"(add));
 }
 // d += a b, a in registers, b with its columns contiguous.
@@ -91,38 +117,60 @@ DEVICE void wgmma(f32 (&d)[32], const u32* a, u64 b) {
                  : REG32(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+DEVICE void wgmma(f32 (&d)[128], const u32* a, u64 b) {
+    asm volatile(WGMMA(256) ACC128 ", {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
+                 : REG128(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
 
 // The scores of 64 queries (one warpgroup's) and a tile of keys.
-DEVICE void scores(f32 (&s)[64], u64 q, u64 k) {
+DEVICE void scores(f32 (&s)[SCORES], u64 q, u64 k) {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 16; i++) {
-        const u32 step = (i / 4 * (TILE * 128) + i % 4 * 32) >> 4;
-        wgmma(s, q + step, k + step, i > 0);
+        const u32 q_step = (i / 4 * (TILE * 128) + i % 4 * 32) >> 4, k_step = (i / 4 * (KEYS * 128) + i % 4 * 32) >> 4;
+        wgmma(s, q + q_step, k + k_step, i > 0);
     }
     wgmma_commit();
 }
-DEVICE void add_values(f32 (&o)[HEAD_DIM / 2], const u32 (&p)[32], u64 v) {
+DEVICE void shape(f32 (&s)[SCORES], const ScoreScale& score) {
+    if (HAS_SOFTCAP) {
+#pragma unroll
+        for (int i = 0; i < SCORES; i++) s[i] = score.shaped(s[i]);
+    }
+}
+// Hides the keys that queries do not see; `distance` is how far the tile's first query is from the first key.
+DEVICE void mask(f32 (&s)[SCORES], int row_in_tile, int distance, int window) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < SCORES; i++) {
+        const int key = i / 4 * 8 + lane % 4 * 2 + i % 2, query = distance + row_in_tile + lane / 4 + i / 2 % 2 * 8;
+        if (key > query || (HAS_WINDOW && query - key >= window)) s[i] = -__int_as_float(0x7f800000);
+    }
+}
+DEVICE void add_values(f32 (&o)[HEAD_DIM / 2], const u32 (&p)[SCORES / 2], u64 v) {
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < TILE / 16; i++) wgmma(o, p + 4 * i, v + (i * 2048 >> 4));
+    for (int i = 0; i < KEYS / 16; i++) wgmma(o, p + 4 * i, v + (i * 2048 >> 4));
     wgmma_commit();
 }
 
 // Replaces scores by their exponentials against the running maximum, and carries maximum and sum; `correction` is what
 // earlier sums and outputs are to be multiplied by. Element 4j + 2r + c of a thread is row lane/4 + 8r, key 8j + 2(lane%4) + c.
-template <bool FIRST> DEVICE void softmax(f32 (&s)[64], f32 (&m)[2], f32 (&l)[2], f32 (&correction)[2], f32 scale_log2) {
+template <bool FIRST> DEVICE void softmax(f32 (&s)[SCORES], f32 (&m)[2], f32 (&l)[2], f32 (&correction)[2], f32 scale_log2) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         f32 a = fmaxf(s[2 * r], s[2 * r + 1]), b = fmaxf(s[2 * r + 4], s[2 * r + 5]);
 #pragma unroll
-        for (int j = 2; j < 16; j += 2) {
+        for (int j = 2; j < KEYS / 8; j += 2) {
             a = fmaxf(a, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
             b = fmaxf(b, fmaxf(s[4 * j + 2 * r + 4], s[4 * j + 2 * r + 5]));
         }
         a = fmaxf(a, b);
         a = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 1));
         a = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 2));
+        // Where tiles of keys do not end with tiles of queries, a row may see none of the first one's.
+        if (FIRST && KEYS != TILE) a = fmaxf(a, -1e30f);
         if (!FIRST) {
             a = fmaxf(a, m[r]);
             correction[r] = exp2_approx((m[r] - a) * scale_log2);
@@ -134,7 +182,7 @@ template <bool FIRST> DEVICE void softmax(f32 (&s)[64], f32 (&m)[2], f32 (&l)[2]
         const f32 shift = m[r] * scale_log2;
         f32 sum[2] = {0.0f, 0.0f};
 #pragma unroll
-        for (int j = 0; j < 16; j++) {
+        for (int j = 0; j < KEYS / 8; j++) {
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 f32& x = s[4 * j + 2 * r + c];
@@ -145,15 +193,28 @@ template <bool FIRST> DEVICE void softmax(f32 (&s)[64], f32 (&m)[2], f32 (&l)[2]
         l[r] = FIRST ? sum[0] + sum[1] : fmaf(l[r], correction[r], sum[0] + sum[1]);
     }
 }
-DEVICE void pack(u32 (&p)[32], const f32 (&s)[64]) {
+DEVICE void pack(u32 (&p)[SCORES / 2], const f32 (&s)[SCORES]) {
 #pragma unroll
-    for (int i = 0; i < 32; i++) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < SCORES / 2; i++) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
 }
+
+// The tiles of keys of a tile of queries: `first` to `last`, of KEYS rows from row `row` on. They end with the queries
+// where both are as long; otherwise they begin with the first key seen.
+struct KeyTiles {
+    int row, first, last;
+    DEVICE KeyTiles(const int4& tile, int window) {
+        const int key = first_key(tile.x - tile.y, window);
+        row = KEYS == TILE ? tile.y : tile.y + key;
+        first = KEYS == TILE ? key / TILE : 0;
+        last = KEYS == TILE ? (tile.x - tile.y) / TILE : (min(tile.x + TILE, tile.z) - row - 1) / KEYS;
+    }
+};
 
 // Loads tiles in the order the consumers take them, always as far ahead as the rings allow.
 DEVICE void produce(u32 base, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map, const int4* tiles,
-                    u32* tickets, int heads, int kv_heads, int items) {
-    Ring q_ring = {0}, k_ring = {0}, v_ring = {0};
+                    u32* tickets, int heads, int kv_heads, int items, int window) {
+    Ring<Q_STAGES> q_ring = {0};
+    Ring<STAGES> k_ring = {0}, v_ring = {0};
     int item = blockIdx.x;
     for (;; q_ring.count++) {
         const u32 q_slot = q_ring.slot();
@@ -167,22 +228,22 @@ DEVICE void produce(u32 base, const TensorMap* q_map, const TensorMap* k_map, co
         const int4 tile = tiles[item / heads];
         const int head = item % heads;
         const int kv_panel = head / (heads / kv_heads) * HALVES;
-        const int last = (tile.x - tile.y) / TILE;
+        const KeyTiles keys(tile, window);
 
-        auto load = [&](Ring& ring, const TensorMap* map, u32 at, u32 full, u32 empty, int j) {
+        auto load = [&](Ring<STAGES>& ring, const TensorMap* map, u32 at, u32 full, u32 empty, int j) {
             const u32 slot = ring.slot();
             barrier_wait(base + empty + 8 * slot, ring.parity() ^ 1);
-            barrier_expect(base + full + 8 * slot, TILE_BYTES);
-            tma_load(base + at + slot * TILE_BYTES, map, base + full + 8 * slot, tile.y + j * TILE, kv_panel);
+            barrier_expect(base + full + 8 * slot, KV_BYTES);
+            tma_load(base + at + slot * KV_BYTES, map, base + full + 8 * slot, keys.row + j * KEYS, kv_panel);
             ring.count++;
         };
-        load(k_ring, k_map, K_AT, K_FULL, K_EMPTY, last);
+        load(k_ring, k_map, K_AT, K_FULL, K_EMPTY, keys.last);
         barrier_wait(base + Q_EMPTY + 8 * q_slot, q_ring.parity() ^ 1);
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(base + ITEMS + 4 * q_slot), "r"(item) : "memory");
-        barrier_expect(base + Q_FULL + 8 * q_slot, TILE_BYTES);
-        tma_load(base + Q_AT + q_slot * TILE_BYTES, q_map, base + Q_FULL + 8 * q_slot, tile.x, head * HALVES);
-        for (int j = last; j >= 0; j--) {
-            if (j > 0) load(k_ring, k_map, K_AT, K_FULL, K_EMPTY, j - 1);
+        barrier_expect(base + Q_FULL + 8 * q_slot, Q_BYTES);
+        tma_load(base + Q_AT + q_slot * Q_BYTES, q_map, base + Q_FULL + 8 * q_slot, tile.x, head * HALVES);
+        for (int j = keys.last; j >= keys.first; j--) {
+            if (j > keys.first) load(k_ring, k_map, K_AT, K_FULL, K_EMPTY, j - 1);
             load(v_ring, v_map, V_AT, V_FULL, V_EMPTY, j);
         }
         item = next;
@@ -226,11 +287,12 @@ DEVICE void store_output(T* o, const f32 (&acc)[HEAD_DIM / 2], const f32 (&inver
 extern "C" __global__ void __launch_bounds__(384, 1)
     attention_fwd_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                        const __grid_constant__ TensorMap v_map, T* o, f32* lse, const int4* tiles, u32* tickets, int tokens,
-                       int heads, int kv_heads, int ldo, int n_tiles, f32 scale) {
+                       int heads, int kv_heads, int ldo, int n_tiles, f32 scale, int window, f32 softcap, const T* sinks) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 base = (u32)__cvta_generic_to_shared(shared);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
+            // Queries may use the first alone.
             barrier_init(base + Q_FULL + 8 * i, 1);
             barrier_init(base + K_FULL + 8 * i, 1);
             barrier_init(base + V_FULL + 8 * i, 1);
@@ -245,14 +307,16 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == 0) produce(base, &q_map, &k_map, &v_map, tiles, tickets, heads, kv_heads, n_tiles * heads);
+        if (threadIdx.x == 0) produce(base, &q_map, &k_map, &v_map, tiles, tickets, heads, kv_heads, n_tiles * heads, window);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
         const int row_in_tile = group * 64 + warp * 16;
-        const f32 scale_log2 = scale * 1.4426950408889634f;
-        Ring q_ring = {0}, k_ring = {0}, v_ring = {0};
+        const ScoreScale score(scale, softcap);
+        const f32 scale_log2 = score.factor * LOG2E;
+        Ring<Q_STAGES> q_ring = {0};
+        Ring<STAGES> k_ring = {0}, v_ring = {0};
         // Turns: a warpgroup issues its products while the other one computes exponentials. Group 0 begins.
         if (group == 1) named_arrive(1, CONSUMERS);
 
@@ -264,35 +328,33 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             if (item < 0) break;
             const int4 tile = tiles[item / heads];
             const int head = item % heads;
-            const u64 q = descriptor(base + Q_AT + q_slot * TILE_BYTES + group * 64 * 128, 0);
+            const u64 q = descriptor(base + Q_AT + q_slot * Q_BYTES + group * 64 * 128, 0);
 
-            auto k_slot = [&]() { return descriptor(base + K_AT + k_ring.slot() * TILE_BYTES, 0); };
-            auto v_slot = [&]() { return descriptor(base + V_AT + v_ring.slot() * TILE_BYTES, TILE * 128); };
-            auto wait_full = [&](const Ring& ring, u32 full) { barrier_wait(base + full + 8 * ring.slot(), ring.parity()); };
-            auto release = [&](Ring& ring, u32 empty) {
+            auto k_slot = [&]() { return descriptor(base + K_AT + k_ring.slot() * KV_BYTES, 0); };
+            auto v_slot = [&]() { return descriptor(base + V_AT + v_ring.slot() * KV_BYTES, KEYS * 128); };
+            auto wait_full = [&](const Ring<STAGES>& ring, u32 full) { barrier_wait(base + full + 8 * ring.slot(), ring.parity()); };
+            auto release = [&](Ring<STAGES>& ring, u32 empty) {
                 if (lane == 0) barrier_arrive(base + empty + 8 * ring.slot());
                 ring.count++;
             };
 
-            f32 acc[HEAD_DIM / 2], s[64], m[2], l[2], correction[2];
-            u32 p[32];
+            f32 acc[HEAD_DIM / 2], s[SCORES], m[2], l[2], correction[2];
+            u32 p[SCORES / 2];
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; i++) acc[i] = 0.0f;
 
-            // The diagonal tile. Keys past the document's end are past every valid query too, so one mask does for both.
+            const KeyTiles keys(tile, window);
+            // The last tile. Keys past the document's end are past every valid query too, so one mask does for both.
             wait_full(k_ring, K_FULL);
             scores(s, q, k_slot());
             wgmma_wait<0>(s);
             release(k_ring, K_EMPTY);
-#pragma unroll
-            for (int i = 0; i < 64; i++) {
-                const int key = i / 4 * 8 + lane % 4 * 2 + i % 2, query = row_in_tile + lane / 4 + i / 2 % 2 * 8;
-                if (key > query) s[i] = -__int_as_float(0x7f800000);
-            }
+            shape(s, score);
+            mask(s, row_in_tile, KEYS == TILE ? 0 : tile.x - keys.row - keys.last * KEYS, window);
             softmax<true>(s, m, l, correction, scale_log2);
             pack(p, s);
 
-            for (int j = (tile.x - tile.y) / TILE; j > 0; j--) {
+            for (int j = keys.last; j > keys.first; j--) {
                 wait_full(k_ring, K_FULL);
                 named_sync(1 + group, CONSUMERS);
                 scores(s, q, k_slot());
@@ -301,6 +363,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 named_arrive(2 - group, CONSUMERS);
                 wgmma_wait<1>(s);
                 release(k_ring, K_EMPTY);
+                shape(s, score);
+                // How far the tile's first query is from the first key.
+                const int distance = tile.x - keys.row - (j - 1) * KEYS;
+                if ((KEYS != TILE && distance < KEYS - 1) || (HAS_WINDOW && distance + TILE > window))
+                    mask(s, row_in_tile, distance, window);
                 softmax<false>(s, m, l, correction, scale_log2);
                 wgmma_wait<0>(acc);
                 release(v_ring, V_EMPTY);
@@ -315,13 +382,14 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             for (int r = 0; r < 2; r++) {
                 l[r] += __shfl_xor_sync(0xffffffffu, l[r], 1);
                 l[r] += __shfl_xor_sync(0xffffffffu, l[r], 2);
-                inverse[r] = 1.0f / l[r];
+                const SoftmaxEnd end(m[r] * score.factor, l[r], sinks, head);
+                inverse[r] = end.inverse;
                 const int row = tile.x + row_in_tile + lane / 4 + 8 * r;
-                if (lane % 4 == 0 && row < tile.z) lse[(u64)head * tokens + row] = m[r] * scale + __logf(l[r]);
+                if (lane % 4 == 0 && row < tile.z) lse[(u64)head * tokens + row] = end.lse;
             }
             wgmma_wait<0>(acc);
             release(v_ring, V_EMPTY);
-            store_output(o, acc, inverse, base + Q_AT + q_slot * TILE_BYTES, row_in_tile, tile.x, tile.z, head * HEAD_DIM, ldo);
+            store_output(o, acc, inverse, base + Q_AT + q_slot * Q_BYTES, row_in_tile, tile.x, tile.z, head * HEAD_DIM, ldo);
             // The next tile of queries comes through the asynchronous proxy into what was just written and read.
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
             __syncwarp();

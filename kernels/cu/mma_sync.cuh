@@ -1,6 +1,6 @@
 // Warp-level matrix products on the tensor cores of every GPU from sm_80 up: cp.async into swizzled tiles of shared
 // memory, ldmatrix out of them, mma.sync m16n8k16 with f32 sums. The loader puts this text between prelude.cuh and the
-// attention kernels that use it; it requires T (bf16 or f16), HEAD_DIM (64 or 128) and WARPS.
+// attention kernels that use it; it requires T (bf16 or f16), HEAD_DIM (64, 128 or 256) and WARPS.
 //
 // A tile is rows of HEAD_DIM values; the 16-byte piece c of row r is stored at position c ^ (r % 8) of its row, so that the
 // eight rows which one ldmatrix phase reads, and the eight which a warp writes, cover all 32 banks.
@@ -13,16 +13,8 @@ static const int THREADS = 32 * WARPS;
 static const int ROW_BYTES = HEAD_DIM * 2;
 static const int PIECES = ROW_BYTES / 16;
 static const int D8 = HEAD_DIM / 8;
-static const f32 LOG2E = 1.4426950408889634f;
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// 2^x; 2^-inf is 0.
-DEVICE f32 exp2_approx(f32 x) {
-    f32 y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // Zeros where not `valid`; then nothing is read.
 DEVICE void copy16_async(u32 to, const void* from, bool valid) {
@@ -155,5 +147,17 @@ DEVICE void store_rows(T* to, int ld, int valid, u8* rows, const f32 (&c)[M][D8]
         if (row < valid)
             *reinterpret_cast<uint4*>(to + (long long)row * ld + piece * 8) =
                 *reinterpret_cast<const uint4*>(rows + row * ROW_BYTES + ((piece ^ (row % 8)) << 4));
+    }
+}
+
+// Products q·k as scores without their factor.
+template <int M, int N> DEVICE void shape_scores(f32 (&s)[M][N][4], const ScoreScale& score) {
+    if (HAS_SOFTCAP) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[m][n][e] = score.shaped(s[m][n][e]);
     }
 }

@@ -142,10 +142,23 @@ fn attentions(suite: &mut Suite) -> Result<(), Lost> {
     // below: its true gradients to q and k are zero, and so are the plain formula's, which leaves no measure of error.
     let batches: [(&[usize], usize, usize); 5] =
         [(&[1, 1, 5], 2, 2), (&[17, 1, 30], 4, 2), (&[33, 16], 4, 1), (&[128, 129], 2, 1), (&[2, 300, 3], 4, 2)];
-    for head_dim in [24, 64, 128] {
+    for head_dim in [24, 64, 128, 256] {
         for (lengths, heads, kv_heads) in batches {
             suite.dtypes(|dtype| Attention::new(lengths, heads, kv_heads, head_dim, dtype))?;
         }
+        // Windows of one key, inside a tile, as long as one, over several, and as long as a document and longer. With a
+        // window of 1 the gradients to q and k are zero unless there is a sink.
+        let long = |dtype| Attention::new(&[2, 500, 65], 4, 2, head_dim, dtype);
+        suite.dtypes(|dtype| long(dtype).window(1).sinks())?;
+        for window in [2, 63, 64, 128, 200, 499, 500, 501] {
+            suite.dtypes(|dtype| long(dtype).window(window))?;
+        }
+        for softcap in [1.0, 50.0] {
+            suite.dtypes(|dtype| long(dtype).softcap(softcap))?;
+        }
+        suite.dtypes(|dtype| long(dtype).sinks())?;
+        suite.dtypes(|dtype| Attention::new(&[1, 1, 5], 2, 2, head_dim, dtype).window(2).softcap(3.0).sinks())?;
+        suite.dtypes(|dtype| Attention::new(&[300, 129], 8, 1, head_dim, dtype).window(100).softcap(3.0).sinks())?;
         for dtype in ALL_DTYPES {
             let floor = LOW_DTYPES.into_iter().find(|(low, _)| *low == dtype).map_or(FLOOR, |(_, rounding)| rounding);
             let place = |device: &Device| owned(device, dtype);
@@ -225,7 +238,7 @@ fn optimizer(suite: &mut Suite) -> Result<(), Lost> {
 fn determinism(suite: &mut Suite) -> Result<(), Lost> {
     for dtype in ALL_DTYPES {
         let place = |device: &Device| owned(device, dtype);
-        for head_dim in [24, 64, 128] {
+        for head_dim in [24, 64, 128, 256] {
             suite.property(
                 &format!("attention: documents do not reach neighbours, heads of {head_dim} {dtype:?}"),
                 |device| {
@@ -233,8 +246,10 @@ fn determinism(suite: &mut Suite) -> Result<(), Lost> {
                 },
             )?;
             suite.property(&format!("attention: the same bits, heads of {head_dim} {dtype:?}"), |device| {
-                let case = Attention::new(&[150, 61, 400], 4, 2, head_dim, dtype);
-                properties::the_same_input_gives_the_same_bits(&case, || place(device));
+                let case = || Attention::new(&[150, 61, 400], 4, 2, head_dim, dtype);
+                for case in [case(), case().window(130).sinks()] {
+                    properties::the_same_input_gives_the_same_bits(&case, || place(device));
+                }
             })?;
         }
         suite.property(&format!("the same bits: products, norms, losses, embeddings {dtype:?}"), |device| {

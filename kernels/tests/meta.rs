@@ -150,14 +150,10 @@ const OPERATIONS: &[(&str, Operation)] = &[
         drop(rope::backward_qk([q2, k2], &v, 64, Some(saved), &angles, true));
     }),
     ("attention", |device, begin| {
-        let heads = Heads { heads: 8, kv_heads: 4, head_dim: 64, scale: 0.125 };
-        let [q, k, v] = [WIDTH, 256, 256].map(|width| matrix(device, 900, width));
-        let documents = Documents::new(&[0, 700, 900], heads, device, DType::F32);
-        begin();
-        let (o, lse) = attention::forward(&q, &k, &v, heads, &documents, 0);
-        let d_o = o.clone();
-        let saved = Saved { q, k, v, o, lse };
-        drop(attention::backward(&d_o, &saved, heads, &documents, 0));
+        attention(Heads::new(8, 4, 64, 0.125), false, device, begin);
+    }),
+    ("attention with a window and sinks", |device, begin| {
+        attention(Heads::new(8, 4, 64, 0.125).with_window(200), true, device, begin);
     }),
     ("embedding", |device, begin| {
         let mut builder = ParamsBuilder::new(device, DType::F32);
@@ -223,6 +219,17 @@ const OPERATIONS: &[(&str, Operation)] = &[
         drop(clipped_step(&mut params, &grads, &mut state, &step, 1.0));
     }),
 ];
+
+fn attention(heads: Heads, with_sinks: bool, device: &Device, begin: &mut dyn FnMut()) {
+    let [q, k, v] = [WIDTH, 256, 256].map(|width| matrix(device, 900, width));
+    let sinks = with_sinks.then(|| vector(device, 8));
+    let documents = Documents::new(&[0, 700, 900], heads, device, DType::F32);
+    begin();
+    let (o, lse) = attention::forward(&q, &k, &v, sinks.as_ref(), heads, &documents, 0);
+    let d_o = o.clone();
+    let saved = Saved { q, k, v, o, lse };
+    drop(attention::backward(&d_o, &saved, sinks.as_ref(), heads, &documents, 0));
+}
 
 fn optimizer_step(format: StateFormat, device: &Device, begin: &mut dyn FnMut()) {
     let mut builder = ParamsBuilder::new(device, DType::F32);

@@ -74,6 +74,35 @@ fn attention() {
 }
 
 #[test]
+fn attention_with_a_window() {
+    // Windows that end inside a block of queries, at a document's end and beyond it. With a window of 1 the gradients to
+    // q and k are zero unless there is a sink, which leaves no measure of error.
+    let two = || Attention::new(&[17, 1, 30], 4, 2, 24, F32);
+    check(&Attention::new(&[1, 1, 5], 2, 2, 24, F32).window(2));
+    check(&two().window(1).sinks());
+    for window in [3, 29, 30, 31] {
+        check(&two().window(window));
+    }
+    for window in [2, 100, 128, 299] {
+        check_in(&Attention::new(&[2, 300, 3], 4, 2, 64, F32).window(window), &[Layout::Owned, Layout::Columns]);
+    }
+}
+
+#[test]
+fn attention_with_a_softcap_and_sinks() {
+    // Scores are in (−4, 4): the first cap bends nearly all of them, the last nearly none.
+    for softcap in [1.0, 3.0, 50.0] {
+        check(&Attention::new(&[17, 1, 30], 4, 2, 24, F32).softcap(softcap));
+    }
+    check(&Attention::new(&[1], 1, 1, 1, F32).sinks());
+    check(&Attention::new(&[1, 1, 5], 2, 2, 24, F32).sinks());
+    check(&Attention::new(&[33, 16], 4, 1, 64, F32).sinks());
+    let all = Attention::new(&[128, 129], 2, 1, 24, F32).window(50).softcap(3.0).sinks();
+    check_in(&all, &[Layout::Owned, Layout::Columns]);
+    check_in(&Attention::new(&[2, 300, 3], 4, 2, 256, F32).softcap(3.0).sinks(), &[Layout::Owned, Layout::Columns]);
+}
+
+#[test]
 fn embedding() {
     check(&Embedding::new(1, 1, &[0], F32));
     check(&Embedding::new(11, 7, &[3, 10, 3, 0, 3, 9], F32));

@@ -34,6 +34,8 @@ pub enum LayerRole {
     QueryNorm,
     /// The norm of keys.
     KeyNorm,
+    /// The logits of attention's sinks.
+    Sinks,
     /// The norm before the feed-forward half.
     PreFeedForwardNorm,
 }
@@ -125,6 +127,9 @@ impl LayerSpec {
         }
         if self.attention.qk_norm.is_some() {
             list.extend([LayerRole::QueryNorm, LayerRole::KeyNorm].map(|role| (role, vec![self.attention.head_dim])));
+        }
+        if self.attention.sinks {
+            list.push((LayerRole::Sinks, vec![self.attention.heads]));
         }
         if self.norms.pre_feed_forward.is_some() {
             list.push((LayerRole::PreFeedForwardNorm, vec![hidden_size]));

@@ -42,7 +42,7 @@ macro_rules! tiles {
 }
 
 impl Tiles {
-    /// For a card and a `head_dim` of 64 or 128.
+    /// For a card and a `head_dim` of 64, 128 or 256.
     pub fn of(kernel: AttentionKernel, head_dim: u32, arch: Arch) -> Self {
         use AttentionKernel::{BwdDkdv, BwdDq, Fwd};
         // In the order of the columns: what a card has of shared memory and registers decides.
@@ -54,6 +54,9 @@ impl Tiles {
             _ => 1,
         };
         let row = match (kernel, head_dim) {
+            (Fwd, 256) => [tiles!(128, 32, 8, 1), tiles!(64, 32, 4, 1), tiles!(128, 64, 8, 1), tiles!(128, 64, 8, 1)],
+            (BwdDq, 256) => [tiles!(64, 32, 4, 1), tiles!(64, 16, 4, 1), tiles!(128, 32, 8, 1), tiles!(128, 32, 8, 1)],
+            (BwdDkdv, 256) => [tiles!(32, 64, 8, 1), tiles!(16, 64, 8, 1), tiles!(64, 64, 8, 1), tiles!(64, 64, 8, 1)],
             (Fwd, 128) => [tiles!(128, 32, 4, 2), tiles!(128, 64, 8, 1), tiles!(128, 64, 4, 2), tiles!(128, 32, 4, 2)],
             (Fwd, _) => [tiles!(128, 64, 4, 2), tiles!(128, 64, 4, 2), tiles!(128, 128, 4, 2), tiles!(128, 64, 4, 2)],
             (BwdDq, 128) => {
@@ -68,8 +71,7 @@ impl Tiles {
 
     /// The definitions to compile with.
     pub fn defines(&self, dtype: &'static str, head_dim: u32) -> Defines {
-        let head_dim = if head_dim == 128 { "128" } else { "64" };
-        [("T", dtype), ("HEAD_DIM", head_dim)].into_iter().chain(self.words).collect()
+        [("T", dtype), ("HEAD_DIM", digits(head_dim))].into_iter().chain(self.words).collect()
     }
 
     /// Bytes of dynamic shared memory.
@@ -83,6 +85,16 @@ impl Tiles {
     }
 }
 
+/// The size of a head that the tensor cores take, in digits.
+pub(super) fn digits(head_dim: u32) -> &'static str {
+    match head_dim {
+        64 => "64",
+        128 => "128",
+        256 => "256",
+        _ => panic!("heads of {head_dim} channels; the tensor cores take 64, 128 and 256"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,7 +105,7 @@ mod tests {
         let cards = [(80, 163), (86, 99), (87, 163), (89, 99), (90, 227), (100, 227), (103, 227), (120, 99), (999, 99)];
         for (sm, kib) in cards {
             for kernel in [AttentionKernel::Fwd, AttentionKernel::BwdDq, AttentionKernel::BwdDkdv] {
-                for head_dim in [64, 128] {
+                for head_dim in [64, 128, 256] {
                     let tiles = Tiles::of(kernel, head_dim, Arch { sm });
                     assert!(tiles.shared(kernel, head_dim) <= kib << 10, "sm_{sm} {kernel:?} {head_dim}: {tiles:?}");
                 }

@@ -3,6 +3,7 @@
 //! A new file needs one entry in the table; [`super::compile_check`] then compiles every variant of it for every
 //! architecture.
 
+use super::attention_tiles::digits;
 use super::{Arch, AttentionKernel, Tiles};
 
 /// A kernel file.
@@ -22,7 +23,7 @@ pub struct Source {
 pub type Defines = Vec<(&'static str, &'static str)>;
 
 macro_rules! sources {
-    ($($file:literal $(after $header:literal)? with $variants:expr, [$($entry:literal),* $(,)?];)*) => {
+    ($($file:literal $(after $($header:literal),+)? with $variants:expr, [$($entry:literal),* $(,)?];)*) => {
         /// All of them.
         pub const SOURCES: &[Source] = &[$(Source {
             file: $file,
@@ -30,7 +31,7 @@ macro_rules! sources {
             variants: $variants,
             parts: &[
                 include_str!("../../cu/prelude.cuh"),
-                $(include_str!(concat!("../../cu/", $header)),)?
+                $($(include_str!(concat!("../../cu/", $header)),)+)?
                 include_str!(concat!("../../cu/", $file)),
             ],
         }),*];
@@ -38,19 +39,25 @@ macro_rules! sources {
 }
 
 sources! {
-    "attention_bwd_dkdv.cu" after "mma_sync.cuh" with |arch| attention(AttentionKernel::BwdDkdv, arch), [
+    "attention_bwd_256_sm90.cu" after "attention_scores.cuh", "sm90.cuh" with attention_bwd_256_sm90, [
+        "attention_bwd_dkdv_256_sm90", "attention_bwd_dq_256_sm90"
+    ];
+    "attention_bwd_dkdv.cu" after "attention_scores.cuh", "mma_sync.cuh" with |arch| attention(AttentionKernel::BwdDkdv, arch), [
         "attention_bwd_dkdv"
     ];
-    "attention_bwd_dq.cu" after "mma_sync.cuh" with |arch| attention(AttentionKernel::BwdDq, arch), [
+    "attention_bwd_dq.cu" after "attention_scores.cuh", "mma_sync.cuh" with |arch| attention(AttentionKernel::BwdDq, arch), [
         "attention_bwd_dq"
     ];
-    "attention_bwd_sm90.cu" after "sm90.cuh" with attention_bwd_sm90, [
+    "attention_bwd_sm90.cu" after "attention_scores.cuh", "sm90.cuh" with attention_bwd_sm90, [
         "attention_bwd_delta_sm90", "attention_bwd_dq_sm90", "attention_bwd_sm90"
     ];
     "attention_delta.cu" with any_head_dim, ["attention_delta"];
-    "attention_f32.cu" with any_head_dim, ["attention_bwd_dkdv", "attention_bwd_dq", "attention_fwd"];
-    "attention_fwd.cu" after "mma_sync.cuh" with |arch| attention(AttentionKernel::Fwd, arch), ["attention_fwd"];
-    "attention_fwd_sm90.cu" after "sm90.cuh" with attention_sm90, ["attention_fwd_sm90"];
+    "attention_f32.cu" after "attention_scores.cuh" with attention_f32, [
+        "attention_bwd_dkdv", "attention_bwd_dq", "attention_fwd"
+    ];
+    "attention_fwd.cu" after "attention_scores.cuh", "mma_sync.cuh" with |arch| attention(AttentionKernel::Fwd, arch), ["attention_fwd"];
+    "attention_fwd_sm90.cu" after "attention_scores.cuh", "sm90.cuh" with attention_fwd_sm90, ["attention_fwd_sm90"];
+    "attention_sinks.cu" with any_dtype, ["attention_bwd_sinks"];
     "cross_entropy.cu" with any_dtype, ["cross_entropy_fwd", "cross_entropy_fwd_bwd"];
     "dequant.cu" with any_dtype, ["dequant_4bit", "dequant_4bit_double", "dequant_int8"];
     "dropout.cu" after "philox.cuh" with any_dtype, ["dropout", "neftune"];
@@ -149,25 +156,50 @@ fn f32_alone(arch: Arch) -> Vec<Defines> {
 fn any_head_dim(arch: Arch) -> Vec<Defines> {
     let with =
         |head_dim| any_dtype(arch).into_iter().map(move |defines| [defines, vec![("HEAD_DIM", head_dim)]].concat());
-    ["64", "80", "128"].into_iter().flat_map(with).collect()
+    ["64", "80", "128", "256"].into_iter().flat_map(with).collect()
+}
+
+/// The options of `attention_scores.cuh` by themselves and all together.
+const SCORES: [&[&str]; 4] = [&["WINDOW"], &["SOFTCAP"], &["SINKS"], &["WINDOW", "SOFTCAP", "SINKS"]];
+
+/// Each of `plain`, without options and with each of [`SCORES`].
+fn with_scores(plain: Vec<Defines>) -> Vec<Defines> {
+    let with = |options: &[&'static str], defines: &Defines| {
+        defines.iter().copied().chain(options.iter().map(|&name| (name, ""))).collect()
+    };
+    let optioned = plain.iter().flat_map(|defines| SCORES.iter().map(move |options| with(options, defines))).collect();
+    [plain, optioned].concat()
+}
+
+fn attention_f32(arch: Arch) -> Vec<Defines> {
+    with_scores(any_head_dim(arch))
 }
 
 /// The tensor cores' dtypes and sizes of heads.
-const TENSOR_CORES: [(&str, u32); 4] = [("bf16", 64), ("bf16", 128), ("f16", 64), ("f16", 128)];
+const TENSOR_CORES: [(&str, u32); 6] =
+    [("bf16", 64), ("bf16", 128), ("bf16", 256), ("f16", 64), ("f16", 128), ("f16", 256)];
 
 fn attention(kernel: AttentionKernel, arch: Arch) -> Vec<Defines> {
     let all = TENSOR_CORES.into_iter().filter(|_| arch.sm >= 80);
-    all.map(|(dtype, head_dim)| Tiles::of(kernel, head_dim, arch).defines(dtype, head_dim)).collect()
+    with_scores(all.map(|(dtype, head_dim)| Tiles::of(kernel, head_dim, arch).defines(dtype, head_dim)).collect())
 }
 
 /// wgmma exists on compute capability 9.0 alone.
-fn attention_sm90(arch: Arch) -> Vec<Defines> {
-    let all = TENSOR_CORES.into_iter().filter(|_| arch.sm == 90);
-    all.map(|(dtype, head_dim)| vec![("T", dtype), ("HEAD_DIM", if head_dim == 64 { "64" } else { "128" })]).collect()
+fn sm90(arch: Arch, takes: impl Fn(u32) -> bool) -> Vec<Defines> {
+    let all = TENSOR_CORES.into_iter().filter(|&(_, head_dim)| arch.sm == 90 && takes(head_dim));
+    with_scores(all.map(|(dtype, head_dim)| vec![("T", dtype), ("HEAD_DIM", digits(head_dim))]).collect())
+}
+
+fn attention_fwd_sm90(arch: Arch) -> Vec<Defines> {
+    sm90(arch, |_| true)
+}
+
+fn attention_bwd_256_sm90(arch: Arch) -> Vec<Defines> {
+    sm90(arch, |head_dim| head_dim == 256)
 }
 
 fn attention_bwd_sm90(arch: Arch) -> Vec<Defines> {
     let deterministic = |defines: &Defines| [defines.clone(), vec![("DETERMINISTIC", "")]].concat();
-    let plain = attention_sm90(arch);
+    let plain = sm90(arch, |head_dim| head_dim < 256);
     plain.iter().map(deterministic).chain(plain.iter().cloned()).collect()
 }

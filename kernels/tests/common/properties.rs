@@ -1,6 +1,7 @@
 //! What holds whatever the numbers are, on any device.
 
 use burn::tensor::DType;
+use rekindle_kernels::attention::AttentionGrads;
 use rekindle_kernels::dropout::{self, Dropout, Token, Tokens};
 use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, Step};
@@ -25,7 +26,7 @@ pub(crate) fn documents_do_not_reach_their_neighbours(place: impl Fn() -> Place,
         }
     }
     let results = |case: &Attention| {
-        let (saved, dq, dk, dv) = case.run(&place());
+        let (saved, AttentionGrads { q: dq, k: dk, v: dv, .. }) = case.run(&place());
         let by_heads = to_f32(saved.lse);
         let lse = (0..by_heads.len()).map(|i| by_heads[i % 4 * case.tokens() + i / 4]).collect();
         let by_tokens = [saved.o, dq, dk, dv].map(|t| (t.dims()[1], to_f32(t)));
@@ -74,7 +75,7 @@ pub(crate) fn lonely_tokens_see_themselves(place: impl Fn() -> Place, head_dim: 
         let (token, head, channel) = (i / wide[1], i % wide[1] / head_dim, i % head_dim);
         token * narrow[1] + head / 2 * head_dim + channel
     };
-    let (saved, dq, dk, dv) = case.run(&place);
+    let (saved, AttentionGrads { q: dq, k: dk, v: dv, .. }) = case.run(&place);
     for (i, o) in to_f32(saved.o).into_iter().enumerate() {
         let v = case.v[shared(i)];
         // A probability off 1 by roundings of f32 is lost in 16 bits.
@@ -100,7 +101,13 @@ pub(crate) fn lonely_tokens_see_themselves(place: impl Fn() -> Place, head_dim: 
 
 /// The last rows with all keys and values are the last rows of the whole, by the house rule with this floor.
 pub(crate) fn cached_attention_gives_the_last_rows(device: &Device, dtype: DType, head_dim: usize, floor: f64) {
-    let case = Attention::new(&[300], 4, 2, head_dim, dtype);
+    let case = || Attention::new(&[300], 4, 2, head_dim, dtype);
+    for case in [case(), case().window(1), case().window(90), case().softcap(3.0).sinks(), case().window(7).sinks()] {
+        gives_the_last_rows(device, dtype, &case, floor);
+    }
+}
+
+fn gives_the_last_rows(device: &Device, dtype: DType, case: &Attention, floor: f64) {
     let (wide, narrow) = case.shapes();
     let [truth, naive] = [DType::F64, dtype].map(|dtype| case.naive(dtype).swap_remove(0).1);
     for new in [1, 5, 130, 300] {
@@ -109,9 +116,10 @@ pub(crate) fn cached_attention_gives_the_last_rows(device: &Device, dtype: DType
             let place = Place::new(device.clone(), dtype, layout);
             let q = place.matrix(&case.q[first..], [new, wide[1]]);
             let (k, v) = (place.matrix(&case.k, narrow), place.matrix(&case.v, narrow));
-            let o = attention::forward_cached(&q, &k, &v, case.heads);
+            let sinks = case.sinks.as_ref().map(|sinks| place.vector(sinks));
+            let o = attention::forward_cached(&q, &k, &v, sinks.as_ref(), case.heads);
             let last = |whole: &[f64]| vec![("o", whole[first..].to_vec())];
-            let what = format!("{new} new tokens {layout:?}");
+            let what = format!("{case:?}, {new} new tokens {layout:?}");
             judge(&what, &vec![("o", values(o))], &last(&naive), &last(&truth), 2.0, floor);
         }
     }

@@ -29,7 +29,7 @@ const TOKENS: usize = 8192;
 const HIDDEN: usize = 2560;
 const INTERMEDIATE: usize = 9728;
 const VOCAB: usize = 151_936;
-const HEADS: Heads = Heads { heads: 32, kv_heads: 8, head_dim: 128, scale: 0.088_388_35 };
+const HEADS: Heads = Heads::new(32, 8, 128, 0.088_388_35);
 
 /// Numbers of documents and tokens per document.
 const ATTENTION: [(usize, usize); 3] = [(4, 2048), (1, 8192), (1, 32_768)];
@@ -129,12 +129,12 @@ impl Bench<'_> {
             let forward = (2 * 2 * documents * heads * head_dim) as f64 * (length as f64).powi(2) / 2.0;
             let name = |pass: &str| format!("attention {pass} {documents} x {length}");
             self.time(rows, name("forward"), Work::Flops(forward), "attention", || {
-                attention::forward(&q, &k, &v, HEADS, &plan, 0);
+                attention::forward(&q, &k, &v, None, HEADS, &plan, 0);
             })?;
-            let (o, lse) = attention::forward(&q, &k, &v, HEADS, &plan, 0);
+            let (o, lse) = attention::forward(&q, &k, &v, None, HEADS, &plan, 0);
             let saved = attention::Saved { q, k, v, o, lse };
             self.time(rows, name("backward"), Work::Flops(2.5 * forward), "attention", || {
-                attention::backward(&d_o, &saved, HEADS, &plan, 0);
+                attention::backward(&d_o, &saved, None, HEADS, &plan, 0);
             })?;
         }
         Ok(())

@@ -13,6 +13,7 @@ pub(crate) struct TensorNames {
     pub(crate) pre_attention_norm: &'static str,
     pub(crate) query_norm: &'static str,
     pub(crate) key_norm: &'static str,
+    pub(crate) sinks: &'static str,
     pub(crate) pre_feed_forward_norm: &'static str,
     pub(crate) linear: fn(LinearRole) -> &'static str,
 }
@@ -27,6 +28,7 @@ impl TensorNames {
         pre_attention_norm: "input_layernorm",
         query_norm: "self_attn.q_norm",
         key_norm: "self_attn.k_norm",
+        sinks: "self_attn.sinks",
         pre_feed_forward_norm: "post_attention_layernorm",
         linear: |role| match role {
             LinearRole::Query => "self_attn.q_proj",
@@ -43,8 +45,13 @@ impl TensorNames {
 
     /// The full name of a tensor.
     pub(crate) fn tensor(&self, role: Role) -> String {
-        let kind = if matches!(role, Role::Layer(_, LayerRole::Bias(_))) { "bias" } else { "weight" };
-        format!("{}.{kind}", self.module(role))
+        let module = self.module(role);
+        match role {
+            Role::Layer(_, LayerRole::Bias(_)) => format!("{module}.bias"),
+            // A parameter of the attention module itself.
+            Role::Layer(_, LayerRole::Sinks) => module,
+            _ => format!("{module}.weight"),
+        }
     }
 
     /// The full name of the module that a tensor belongs to.
@@ -59,6 +66,7 @@ impl TensorNames {
             LayerRole::PreAttentionNorm => self.pre_attention_norm,
             LayerRole::QueryNorm => self.query_norm,
             LayerRole::KeyNorm => self.key_norm,
+            LayerRole::Sinks => self.sinks,
             LayerRole::PreFeedForwardNorm => self.pre_feed_forward_norm,
             LayerRole::Weight(linear) | LayerRole::Bias(linear) => (self.linear)(linear),
         };

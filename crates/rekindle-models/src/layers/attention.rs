@@ -1,18 +1,19 @@
 //! Attention with its projections.
 
-use rekindle_kernels::attention::{self, Heads};
+use rekindle_kernels::attention::{self, AttentionGrads, Heads};
 use rekindle_kernels::rope::{self, Norm};
-use rekindle_kernels::{Grads, Params, Tensor};
+use rekindle_kernels::{Grads, Params, Tensor, Weight};
 use rekindle_lora::{Linear, LinearGroup, LinearSaved};
 
 use super::{AttentionCheckpoint, Context, LayerBuilder, LayerKvCache, RmsNorm, VisitWeights};
 use crate::Error;
 use crate::parameters::{LayerRole, LinearRole};
-use crate::spec::{AttentionSpec, LinearSpec, RopeId};
+use crate::spec::{AttentionMask, AttentionSpec, LinearSpec, RopeId};
 
 /// Causal grouped-query attention: o_proj(attention(rope(norm(q)), rope(norm(k)), v)) with q, k, v = projections of x.
 ///
-/// The norms of q and k, per head, and the rotation are optional. Scores are multiplied with `heads.scale`.
+/// The norms of q and k, per head, and the rotation are optional. `heads` has the factor of the scores, their softcap and
+/// the window ([`rekindle_kernels::attention`]).
 ///
 /// # Shapes
 /// x and the result `[tokens, hidden]`, q `[tokens, heads · head_dim]`, k and v `[tokens, kv_heads · head_dim]`.
@@ -21,7 +22,7 @@ use crate::spec::{AttentionSpec, LinearSpec, RopeId};
 /// Scores, softmax and sums in f32, everything else in the compute dtype.
 ///
 /// # Gradients
-/// To x and to what is trained. Saved: q, k, v, the result of attention and the logarithm of each softmax's denominator;
+/// To x and to what is trained, the sinks included. Saved: q, k, v, the result of attention and the logarithm of each softmax's denominator;
 /// with norms also q and k before them. x is kept only where an adapter's x·Aᵀ shares its memory; otherwise the backward
 /// asks for it again.
 #[derive(Clone, Debug)]
@@ -30,6 +31,8 @@ pub struct Attention {
     pub qkv: LinearGroup,
     /// Norms of queries and keys, `[head_dim]` each.
     pub qk_norm: Option<[RmsNorm; 2]>,
+    /// A logit for each head that takes part in the softmax without a value, `[heads]` (gpt-oss).
+    pub sinks: Option<Weight>,
     /// The projection of the result.
     pub o: LinearGroup,
     /// The heads.
@@ -92,11 +95,12 @@ impl Attention {
                 Some([q, RmsNorm::build(builder, LayerRole::KeyNorm, &qk.norm, spec.head_dim)?])
             }
         };
+        let sinks = spec.sinks.then(|| builder.weight(LayerRole::Sinks, &[spec.heads])).transpose()?;
         let o = builder.linears(&[spec.output(hidden_size)])?;
-        Ok(Self { qkv, qk_norm, o, heads: spec.layout(), rope: spec.rope.map(|rope| rope.id), layout })
+        Ok(Self { qkv, qk_norm, sinks, o, heads: spec.layout(), rope: spec.rope.map(|rope| rope.id), layout })
     }
 
-    /// Visits the weights of the projections and norms.
+    /// Visits the weights of the projections, the norms and the sinks.
     pub fn visit<'a>(&'a self, visit: VisitWeights<'_, 'a>) {
         let roles: &[LinearRole] = match self.qkv.linears() {
             [_] => &[LinearRole::Qkv],
@@ -107,6 +111,9 @@ impl Attention {
             visit(LayerRole::QueryNorm, &q.weight);
             visit(LayerRole::KeyNorm, &k.weight);
         }
+        if let Some(sinks) = &self.sinks {
+            visit(LayerRole::Sinks, sinks);
+        }
         visit_linears(&self.o, &[LinearRole::Output], visit);
     }
 
@@ -114,7 +121,8 @@ impl Attention {
     pub fn forward(&self, ctx: Context<'_>, x: Tensor<2>) -> (Tensor<2>, AttentionSaved) {
         let Projected { x, q, k, v, qkv, qk } = self.project(ctx, x);
         let documents = ctx.documents(self.layout);
-        let (o, lse) = attention::forward(&q, &k, &v, self.heads, documents, self.o.room());
+        let sinks = self.sinks.as_ref().map(|sinks| sinks.vector(ctx.params));
+        let (o, lse) = attention::forward(&q, &k, &v, sinks.as_ref(), self.heads, documents, self.o.room());
         let (y, saved) = single(self.o.forward(ctx.linear(), &o));
         (y, AttentionSaved { x, qkv, qk, heads: attention::Saved { q, k, v, o, lse }, o: saved })
     }
@@ -130,11 +138,12 @@ impl Attention {
     pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, cache: &mut LayerKvCache) -> Tensor<2> {
         let Projected { q, k, v, .. } = self.project(ctx, x);
         let (k, v) = cache.append(k, v);
-        let o = attention::forward_cached(&q, &k, &v, self.heads);
+        let sinks = self.sinks.as_ref().map(|sinks| sinks.vector(ctx.params));
+        let o = attention::forward_cached(&q, &k, &v, sinks.as_ref(), self.heads);
         single(self.o.forward(ctx.linear(), &o)).0
     }
 
-    /// The first half of the backward: adds the gradients of `o` and the norms, and returns those to q, k and v.
+    /// The first half of the backward: adds the gradients of `o`, the norms and the sinks, and returns those to q, k and v.
     pub fn backward_heads(
         &self,
         ctx: Context<'_>,
@@ -147,8 +156,14 @@ impl Attention {
         let d_o = self.o.backward(ctx.linear(), grads, &heads.o, &o, dys, true).expect("asked for");
         drop(o);
         let documents = ctx.documents(self.layout);
-        let (dq, dk, dv) = attention::backward(&d_o, &heads, self.heads, documents, self.qkv.room());
+        let trained_sinks = self.sinks.as_ref().and_then(|sinks| Some((sinks.trained()?, sinks.vector(ctx.params))));
+        let sinks = trained_sinks.as_ref().map(|(_, sinks)| sinks);
+        let AttentionGrads { q: dq, k: dk, v: dv, sinks: dsinks } =
+            attention::backward(&d_o, &heads, sinks, self.heads, documents, self.qkv.room());
         drop((heads, d_o));
+        if let (Some((at, _)), Some(dsinks)) = (trained_sinks, dsinks) {
+            grads.add(at, dsinks.as_row());
+        }
         let (dq, dk) = self.rotate_backward(ctx, [dq, dk], &dv, qk, grads);
         AttentionPending { x, qkv, dqkv: [dq, dk, dv] }
     }
@@ -226,7 +241,14 @@ impl Attention {
 impl AttentionSpec {
     /// The heads as the operation takes them.
     pub(crate) fn layout(&self) -> Heads {
-        Heads { heads: self.heads, kv_heads: self.kv_heads, head_dim: self.head_dim, scale: self.scale }
+        let window = match self.mask {
+            AttentionMask::Sliding(window) => Some(window),
+            // A model whose chunks are shorter than a document is refused by `ModelSpec::unsupported`.
+            AttentionMask::Full | AttentionMask::Chunked(_) => None,
+        };
+        let softcap = self.softcap.map(|softcap| softcap as f32);
+        let Self { heads, kv_heads, head_dim, scale, .. } = *self;
+        Heads { heads, kv_heads, head_dim, scale, window, softcap }
     }
 }
 

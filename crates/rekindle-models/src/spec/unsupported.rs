@@ -7,7 +7,7 @@ use super::{
 
 impl ModelSpec {
     /// Lists, by name, what this version cannot compute for documents of up to `max_seq_length` tokens; empty for a
-    /// model that it can. A window that no document exceeds is no obstacle.
+    /// model that it can.
     pub fn unsupported(&self, max_seq_length: usize) -> Vec<String> {
         let mut list = Features::default();
         let embedding = &self.embedding;
@@ -91,16 +91,11 @@ impl LayerSpec {
 impl AttentionSpec {
     fn unsupported(&self, max_seq_length: usize, list: &mut Features) {
         match self.mask {
-            AttentionMask::Full => {}
-            AttentionMask::Sliding(window) => list.push(window < max_seq_length, || {
-                format!("sliding-window attention (sliding_window {window} is below max_seq_length {max_seq_length})")
-            }),
+            AttentionMask::Full | AttentionMask::Sliding(_) => {}
             AttentionMask::Chunked(chunk) => list.push(chunk < max_seq_length, || {
                 format!("chunked attention (chunks of {chunk}, below max_seq_length {max_seq_length})")
             }),
         }
-        list.push(self.softcap.is_some(), || "soft-capped attention scores".to_owned());
-        list.push(self.sinks, || "attention sinks".to_owned());
         if let Some(qk) = &self.qk_norm {
             list.norm(&qk.norm);
             list.push(qk.full_width, || "query and key norms over the whole width".to_owned());

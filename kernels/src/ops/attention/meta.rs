@@ -1,6 +1,6 @@
 //! Memory of attention over slices.
 
-use super::{Document, Heads, SavedIn, cpu};
+use super::{AttentionGrads, Document, Heads, SavedIn, cpu};
 use crate::tensor::MetaTensor;
 
 pub(super) fn forward(
@@ -19,12 +19,14 @@ pub(super) fn forward(
 pub(super) fn backward(
     d_o: &MetaTensor,
     saved: &SavedIn<'_, MetaTensor>,
+    sinks: Option<&MetaTensor>,
     heads: Heads,
-    cu_seqlens: &[u32],
-) -> (MetaTensor, MetaTensor, MetaTensor) {
+    documents: &[Document],
+) -> AttentionGrads<MetaTensor, MetaTensor> {
     let &SavedIn { q, k, v, o, lse } = saved;
     let _views = [q, k, v, o, lse, d_o].map(MetaTensor::contiguous);
-    let grads = (q.like(), k.like(), v.like());
-    let _scratch = d_o.device().scratch(cpu::backward_scratch(heads, cu_seqlens));
+    let sinks = sinks.map(|sinks| sinks.f32_sized([1, heads.heads]));
+    let grads = AttentionGrads { q: q.like(), k: k.like(), v: v.like(), sinks };
+    let _scratch = d_o.device().scratch(cpu::backward_scratch(heads, documents));
     grads
 }

@@ -1,35 +1,44 @@
 //! Causal grouped-query attention over documents that lie one after another.
 //!
-//! For a query at place i of its document: o = Σ_{j ≤ i} softmax_j(scale · q·k_j) v_j. Query head h reads
-//! key/value head h / (heads / kv_heads). Nothing crosses a border of `cu_seqlens`.
-//! Backward by recomputing the probabilities from the saved logarithm of the softmax's denominator
-//! (Dao, arXiv:2307.08691): P = exp(S − lse), dV = PᵀdO, dP = dO·Vᵀ, dS = P ∘ (dP − rowsum(dO ∘ O)),
-//! dQ = scale · dS·K, dK = scale · dSᵀ·Q.
+//! For a query at position i of its document: o = Σ_j p_j·v_j over the keys j ≤ i, with a window w over
+//! i − w < j ≤ i. p_j = exp(s_j − lse), s_j = scale·q·k_j, with a softcap c s_j = c·tanh(scale·q·k_j / c), and
+//! lse = ln Σ_j exp(s_j). With sinks the head's learned logit is one more term of that sum, without a value, so that
+//! the probabilities sum to less than 1. Query head h reads key/value head h / (heads / kv_heads). Nothing crosses a
+//! border of `cu_seqlens`.
+//!
+//! Backward by recomputing the probabilities from the saved lse (Dao, arXiv:2307.08691): P = exp(S − lse), dV = PᵀdO,
+//! dP = dO·Vᵀ, dS = P ∘ (dP − rowsum(dO ∘ O)), with a softcap also ∘ (1 − (S/c)²), dQ = scale·dS·K, dK = scale·dSᵀ·Q,
+//! dsink = −Σ_i exp(sink − lse_i)·(dO_i·O_i).
+//!
+//! Window, softcap and sinks are those of transformers' Mistral, Gemma 2 and gpt-oss.
 //!
 //! # Shapes
-//! q, o `[tokens, heads · head_dim]`; k, v `[tokens, kv_heads · head_dim]`; lse `[heads, tokens]`.
+//! q, o `[tokens, heads · head_dim]`; k, v `[tokens, kv_heads · head_dim]`; lse `[heads, tokens]`; sinks `[heads]`.
 //!
 //! # Dtypes
-//! Scores, softmax and sums in `f32`.
+//! Scores, softmax, sums and the gradient of sinks in `f32`.
 //!
 //! # Gradients
-//! To q, k and v. Saved: q, k, v, o and lse. Scores exist for one block of queries at a time.
+//! To q, k, v and sinks. Saved: q, k, v, o and lse. Scores exist for one block of queries at a time; keys outside the
+//! window of a whole block are not read.
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
 mod meta;
 pub(crate) mod portable;
 
+use core::ops::Range;
+
 use burn::tensor::{DType, Tensor as BurnTensor};
 
 use crate::runtime::Array;
-use crate::tensor::{MetaTensor, cuda_dtype, pair, triple};
+use crate::tensor::{MetaTensor, cuda_dtype, pair};
 use crate::{Backend, Device, Tensor};
 
 /// Queries whose scores are held at once on the CPU and in Burn's operations.
 pub(crate) const QUERIES: usize = 128;
 
-/// Heads of one attention layer.
+/// Heads of one attention layer, and how their scores are made.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Heads {
     /// Query heads; a multiple of `kv_heads`.
@@ -38,11 +47,37 @@ pub struct Heads {
     pub kv_heads: usize,
     /// Channels of a head.
     pub head_dim: usize,
-    /// Factor of the scores, usually 1 / √head_dim.
+    /// Factor of the scores, usually 1 / √head_dim; above 0.
     pub scale: f32,
+    /// Number of keys that a query sees, the last of which is its own; `None` for all keys up to its own.
+    pub window: Option<usize>,
+    /// c in c·tanh(scores / c).
+    pub softcap: Option<f32>,
 }
 
 impl Heads {
+    /// Heads with neither a window nor a softcap.
+    pub const fn new(heads: usize, kv_heads: usize, head_dim: usize, scale: f32) -> Self {
+        Self { heads, kv_heads, head_dim, scale, window: None, softcap: None }
+    }
+
+    /// The same with a window.
+    #[must_use]
+    pub const fn with_window(self, window: usize) -> Self {
+        Self { window: Some(window), ..self }
+    }
+
+    /// The same with a softcap.
+    #[must_use]
+    pub const fn with_softcap(self, softcap: f32) -> Self {
+        Self { softcap: Some(softcap), ..self }
+    }
+
+    /// Returns the first key that the query at `position` sees.
+    fn first_key(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+
     /// Returns whether attention with these heads runs on `device`.
     pub fn supported_by(&self, device: &Device) -> bool {
         device.limits().takes_head_dim(self.head_dim)
@@ -85,32 +120,47 @@ pub fn forward(
     q: &Tensor<2>,
     k: &Tensor<2>,
     v: &Tensor<2>,
+    sinks: Option<&Tensor<1>>,
     heads: Heads,
     documents: &Documents,
     pad_cols: usize,
 ) -> (Tensor<2>, Tensor<2>) {
-    check(q, k, v, heads);
+    check(q, k, v, sinks, heads);
     let last = documents.cu_seqlens.last().map_or(0, |&n| n as usize);
     assert_eq!(last, q.dims()[0], "cu_seqlens end at the last token");
+    let whole = documents.whole();
     match Backend::of(q) {
-        Backend::Cpu => pair(cpu::forward(q.burn(), k.burn(), v.burn(), heads, &documents.whole())),
-        Backend::Portable => pair(portable::forward(q.burn(), k.burn(), v.burn(), heads, &documents.whole())),
-        Backend::Cuda => pair(cuda::forward(q.cuda(), k.cuda(), v.cuda(), documents.plan(), pad_cols)),
-        Backend::Meta => pair(meta::forward(q.meta(), k.meta(), v.meta(), heads, &documents.whole())),
+        Backend::Cpu => pair(cpu::forward(q.burn(), k.burn(), v.burn(), sinks.map(Tensor::burn), heads, &whole)),
+        Backend::Portable => {
+            pair(portable::forward(q.burn(), k.burn(), v.burn(), sinks.map(Tensor::burn), heads, &whole))
+        }
+        Backend::Cuda => {
+            let sinks = sinks.map(Tensor::cuda);
+            pair(cuda::forward(q.cuda(), k.cuda(), v.cuda(), sinks, documents.plan(), pad_cols))
+        }
+        Backend::Meta => pair(meta::forward(q.meta(), k.meta(), v.meta(), heads, &whole)),
     }
 }
 
 /// Attention of new tokens, the last rows of one document whose keys and values are all given: `o`.
 ///
 /// q `[new, heads · head_dim]`; k, v `[past + new, kv_heads · head_dim]`.
-pub fn forward_cached(q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>, heads: Heads) -> Tensor<2> {
-    check(q, k, v, heads);
+pub fn forward_cached(
+    q: &Tensor<2>,
+    k: &Tensor<2>,
+    v: &Tensor<2>,
+    sinks: Option<&Tensor<1>>,
+    heads: Heads,
+) -> Tensor<2> {
+    check(q, k, v, sinks, heads);
     let (new, all) = (q.dims()[0], k.dims()[0]);
     let document = [Document { query: 0, key: 0, queries: new, past: all - new }];
     match Backend::of(q) {
-        Backend::Cpu => cpu::forward(q.burn(), k.burn(), v.burn(), heads, &document).0.into(),
-        Backend::Portable => portable::forward(q.burn(), k.burn(), v.burn(), heads, &document).0.into(),
-        Backend::Cuda => cuda::forward_cached(q.cuda(), k.cuda(), v.cuda(), heads).into(),
+        Backend::Cpu => cpu::forward(q.burn(), k.burn(), v.burn(), sinks.map(Tensor::burn), heads, &document).0.into(),
+        Backend::Portable => {
+            portable::forward(q.burn(), k.burn(), v.burn(), sinks.map(Tensor::burn), heads, &document).0.into()
+        }
+        Backend::Cuda => cuda::forward_cached(q.cuda(), k.cuda(), v.cuda(), sinks.map(Tensor::cuda), heads).into(),
         Backend::Meta => meta::forward(q.meta(), k.meta(), v.meta(), heads, &document).0.into(),
     }
 }
@@ -130,19 +180,49 @@ pub struct Saved {
     pub lse: Tensor<2>,
 }
 
-/// Returns `(dq, dk, dv)`; on CUDA these are columns of one matrix with `pad_cols` spare columns behind them.
+/// Gradients that [`backward`] returns.
+#[derive(Clone, Debug)]
+pub struct AttentionGrads<M = Tensor<2>, V = Tensor<1>> {
+    /// To the queries.
+    pub q: M,
+    /// To the keys.
+    pub k: M,
+    /// To the values.
+    pub v: M,
+    /// To the sinks, f32; `None` where they were not given.
+    pub sinks: Option<V>,
+}
+
+impl<M: Into<Tensor<2>>, V: Into<Tensor<1>>> AttentionGrads<M, V> {
+    fn into_tensors(self) -> AttentionGrads {
+        let Self { q, k, v, sinks } = self;
+        AttentionGrads { q: q.into(), k: k.into(), v: v.into(), sinks: sinks.map(Into::into) }
+    }
+}
+
+/// Returns the gradients; on CUDA those to q, k and v are columns of one matrix with `pad_cols` spare columns behind them.
+/// `sinks` are given where their gradient is wanted.
 pub fn backward(
     d_o: &Tensor<2>,
     saved: &Saved,
+    sinks: Option<&Tensor<1>>,
     heads: Heads,
     documents: &Documents,
     pad_cols: usize,
-) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
+) -> AttentionGrads {
+    let whole = documents.whole();
     match Backend::of(d_o) {
-        Backend::Cpu => triple(cpu::backward(d_o.burn(), &saved.burn(), heads, &documents.cu_seqlens)),
-        Backend::Portable => triple(portable::backward(d_o.burn(), &saved.burn(), heads, &documents.cu_seqlens)),
-        Backend::Cuda => triple(cuda::backward(d_o.cuda(), &saved.cuda(), documents.plan(), pad_cols)),
-        Backend::Meta => triple(meta::backward(d_o.meta(), &saved.meta(), heads, &documents.cu_seqlens)),
+        Backend::Cpu => cpu::backward(d_o.burn(), &saved.burn(), sinks.map(Tensor::burn), heads, &whole).into_tensors(),
+        Backend::Portable => {
+            portable::backward(d_o.burn(), &saved.burn(), sinks.map(Tensor::burn), heads, &whole).into_tensors()
+        }
+        Backend::Cuda => {
+            let sinks = sinks.map(Tensor::cuda);
+            cuda::backward(d_o.cuda(), &saved.cuda(), sinks, documents.plan(), pad_cols).into_tensors()
+        }
+        Backend::Meta => {
+            meta::backward(d_o.meta(), &saved.meta(), sinks.map(Tensor::meta), heads, &whole).into_tensors()
+        }
     }
 }
 
@@ -190,10 +270,52 @@ impl Document {
     fn whole(start: usize, length: usize) -> Self {
         Self { query: start, key: start, queries: length, past: 0 }
     }
+
+    /// Its blocks of at most [`QUERIES`] queries.
+    fn blocks(self, heads: Heads) -> impl Iterator<Item = QueryBlock> {
+        let Self { query, key, queries, past } = self;
+        (0..queries).step_by(QUERIES).map(move |first| {
+            let rows = QUERIES.min(queries - first);
+            let position = past + first;
+            let keys = heads.first_key(position)..position + rows;
+            QueryBlock { query: query + first, rows, position, key: key + keys.start, keys, window: heads.window }
+        })
+    }
 }
 
-fn check(q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>, heads: Heads) {
+/// Queries of one document that are computed together, and the keys that any of them sees.
+#[derive(Clone, Debug)]
+pub(crate) struct QueryBlock {
+    /// First row in q.
+    pub(crate) query: usize,
+    /// Number of queries.
+    pub(crate) rows: usize,
+    /// Position of the first query in its document.
+    pub(crate) position: usize,
+    /// Row of the first key in k and v.
+    pub(crate) key: usize,
+    /// Positions of the keys.
+    pub(crate) keys: Range<usize>,
+    window: Option<usize>,
+}
+
+impl QueryBlock {
+    /// Returns the keys that query `row` of the block sees, as indices into the block's keys.
+    #[inline(always)]
+    pub(crate) fn seen(&self, row: usize) -> Range<usize> {
+        let end = self.position + row + 1;
+        let start = self.window.map_or(0, |window| end.saturating_sub(window));
+        start.max(self.keys.start) - self.keys.start..end - self.keys.start
+    }
+}
+
+fn check(q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>, sinks: Option<&Tensor<1>>, heads: Heads) {
+    assert!(heads.window.is_none_or(|window| window > 0), "a window of 0 keys; a query sees at least its own");
+    assert!(heads.softcap.is_none_or(|softcap| softcap > 0.0), "a softcap of {:?}; it is above 0", heads.softcap);
     let Heads { heads, kv_heads, head_dim, .. } = heads;
+    if let Some(sinks) = sinks {
+        assert_eq!(sinks.dims(), [heads], "one sink a head");
+    }
     assert_eq!(q.dims()[1], heads * head_dim, "width of q");
     assert_eq!(k.dims()[1], kv_heads * head_dim, "width of k");
     assert_eq!(k.dims(), v.dims(), "shapes of k and v");

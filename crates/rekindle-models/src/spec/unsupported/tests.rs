@@ -53,9 +53,12 @@ fn everything_that_is_computed_is_supported() {
         layer.attention.scale = 0.015625;
         layer.attention.projections = Projections::Fused;
         layer.attention.biases = AttentionBiases { qkv: true, o: true };
+        layer.attention.sinks = true;
+        layer.attention.softcap = Some(50.0);
         layer.feed_forward = FeedForwardSpec::Gated(GatedSpec { fused: true, bias: true, ..gated(Activation::Silu) });
         if index == 1 {
             layer.attention.rope = None;
+            layer.attention.mask = AttentionMask::Sliding(128);
         }
     });
     granite.embedding.multiplier = Some(12.0);
@@ -64,13 +67,10 @@ fn everything_that_is_computed_is_supported() {
 }
 
 #[test]
-fn a_window_is_refused_only_where_a_document_can_exceed_it() {
-    let mistral = llama_with(|_, layer| layer.attention.mask = AttentionMask::Sliding(4096));
-    assert_eq!(mistral.unsupported(4096), [""; 0]);
-    assert_eq!(
-        mistral.unsupported(4097),
-        ["sliding-window attention (sliding_window 4096 is below max_seq_length 4097)"]
-    );
+fn what_depends_on_positions_is_refused_only_where_a_document_can_reach_them() {
+    let chunked = llama_with(|_, layer| layer.attention.mask = AttentionMask::Chunked(4096));
+    assert_eq!(chunked.unsupported(4096), [""; 0]);
+    assert_eq!(chunked.unsupported(4097), ["chunked attention (chunks of 4096, below max_seq_length 4097)"]);
     let scaled = llama_with(|_, layer| {
         layer.attention.query_scale = Some(QueryScale { beta: 0.1, window: 16_384, offset: 0 });
     });
@@ -102,8 +102,6 @@ fn what_is_not_computed_is_named() {
             "an embedding multiplier in the dtype of the table",
             "soft-capped logits",
             "RMSNorm with weight 1 + w",
-            "sliding-window attention (sliding_window 4096 is below max_seq_length 8192)",
-            "soft-capped attention scores",
             "the activation gelu_pytorch_tanh",
             "norms after attention or the feed-forward half",
         ]
@@ -135,7 +133,7 @@ fn what_is_not_computed_is_named() {
             sigmoid_scores: false,
         });
     });
-    assert_eq!(gpt_oss.unsupported(4096), ["attention sinks", "a mixture of experts", "the clamped SwiGLU of gpt-oss"]);
+    assert_eq!(gpt_oss.unsupported(4096), ["a mixture of experts", "the clamped SwiGLU of gpt-oss"]);
 
     let cohere = llama_with(|_, layer| {
         let norm = NormSpec { kind: NormKind::Layer, ..NormSpec::rms(1e-5) };

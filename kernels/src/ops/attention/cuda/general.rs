@@ -5,9 +5,18 @@ use super::{Engine, Inputs, Plan, arch};
 use crate::runtime::op::{blocks, int, lanes};
 use crate::runtime::{Array, AttentionKernel, Kernel, Tiles, args, entry};
 
-pub(super) fn forward(q: &Array, k: &Array, v: &Array, o: &Array, lse: Option<&Array>, plan: &Plan) {
-    let step = Step::of(plan, AttentionKernel::Fwd, plan.forward);
+pub(super) fn forward(
+    q: &Array,
+    k: &Array,
+    v: &Array,
+    sinks: Option<&Array>,
+    o: &Array,
+    lse: Option<&Array>,
+    plan: &Plan,
+) {
+    let step = Step::of(plan, AttentionKernel::Fwd, plan.forward, sinks.is_some());
     let Plan { heads, tokens, .. } = plan;
+    let (window, softcap) = plan.option_args();
     step.kernel.launch(
         step.grid(heads.heads),
         [step.threads, 1, 1],
@@ -26,7 +35,10 @@ pub(super) fn forward(q: &Array, k: &Array, v: &Array, o: &Array, lse: Option<&A
             int(heads.heads),
             int(heads.kv_heads),
             int(tokens[0]),
-            heads.scale
+            heads.scale,
+            window,
+            softcap,
+            sinks.map_or(0, Array::ptr)
         ],
     );
 }
@@ -35,8 +47,9 @@ pub(super) fn backward(inputs: &Inputs, [dq, dk, dv]: &[Array; 3], plan: &Plan) 
     let Inputs { q, k, v, o, d_o, lse, delta } = inputs;
     let Plan { heads, tokens, .. } = plan;
     let (n, kv_heads, rows) = (int(heads.heads), int(heads.kv_heads), int(tokens[0]));
+    let (window, softcap) = plan.option_args();
     row_sums(o, d_o, delta, plan);
-    let step = Step::of(plan, AttentionKernel::BwdDq, plan.dq);
+    let step = Step::of(plan, AttentionKernel::BwdDq, plan.dq, false);
     step.kernel.launch(
         step.grid(heads.heads),
         [step.threads, 1, 1],
@@ -58,10 +71,12 @@ pub(super) fn backward(inputs: &Inputs, [dq, dk, dv]: &[Array; 3], plan: &Plan) 
             n,
             kv_heads,
             rows,
-            heads.scale
+            heads.scale,
+            window,
+            softcap
         ],
     );
-    let step = Step::of(plan, AttentionKernel::BwdDkdv, plan.dkdv);
+    let step = Step::of(plan, AttentionKernel::BwdDkdv, plan.dkdv, false);
     step.kernel.launch(
         step.grid(heads.kv_heads),
         [step.threads, 1, 1],
@@ -85,12 +100,14 @@ pub(super) fn backward(inputs: &Inputs, [dq, dk, dv]: &[Array; 3], plan: &Plan) 
             n,
             kv_heads,
             rows,
-            heads.scale
+            heads.scale,
+            window,
+            softcap
         ],
     );
 }
 
-fn row_sums(o: &Array, d_o: &Array, delta: &Array, plan: &Plan) {
+pub(super) fn row_sums(o: &Array, d_o: &Array, delta: &Array, plan: &Plan) {
     let Plan { cuda, heads, dtype, tokens, .. } = plan;
     let threads = heads.head_dim.div_ceil(lanes(*dtype)).next_power_of_two().min(32);
     let head_dim = heads.head_dim.to_string();
@@ -114,7 +131,7 @@ struct Step {
 }
 
 impl Step {
-    fn of(plan: &Plan, kernel: AttentionKernel, table: Table) -> Self {
+    fn of(plan: &Plan, kernel: AttentionKernel, table: Table, sinks: bool) -> Self {
         let Plan { cuda, dtype, engine, .. } = plan;
         let (tensor_cores, plain) = match kernel {
             AttentionKernel::Fwd => {
@@ -133,11 +150,13 @@ impl Step {
             // Rows of f32 in shared memory, 16 bytes longer than a head.
             let rows = if kernel == AttentionKernel::Fwd { 80 } else { 96 };
             let digits = head_dim.to_string();
-            let defines = [("T", dtype.name()), ("HEAD_DIM", &digits)];
+            let mut defines = vec![("T", dtype.name()), ("HEAD_DIM", digits.as_str())];
+            defines.extend(plan.options(sinks));
             (cuda.kernel(plain, &defines), 128, blocks(rows * (head_dim + 4) * 4))
         } else {
             let tiles = Tiles::of(kernel, head_dim as u32, arch(cuda));
-            let defines = tiles.defines(dtype.name(), head_dim as u32);
+            let mut defines = tiles.defines(dtype.name(), head_dim as u32);
+            defines.extend(plan.options(sinks));
             (cuda.kernel(tensor_cores, &defines), 32 * tiles.warps, tiles.shared(kernel, head_dim as u32))
         };
         Self { kernel, tiles: plan.tables.ptr_at(table.first), count: table.tiles, threads, shared }

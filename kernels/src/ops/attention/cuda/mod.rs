@@ -4,18 +4,18 @@ mod general;
 mod sm90;
 mod tables;
 
-use super::{Heads, SavedIn};
+use super::{AttentionGrads, Heads, SavedIn};
 use crate::runtime::limits::{HEAD_DIM_MULTIPLE, MAX_HEAD_DIM};
-use crate::runtime::op::{check_dims, padded};
-use crate::runtime::{Arch, Array, AttentionKernel, Cuda, DType, DeviceProps, Ints, MemoryUse};
+use crate::runtime::op::{blocks, check_dims, int, kernel, padded};
+use crate::runtime::{Arch, Array, AttentionKernel, Cuda, DType, Defines, DeviceProps, Ints, MemoryUse, args, entry};
 use tables::{Document, Table};
 
 /// The kernels that compute attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Engine {
-    /// wgmma and bulk copies: compute capability 9.0, 16-bit dtypes, heads of 64 or 128 channels.
+    /// wgmma and bulk copies: compute capability 9.0, 16-bit dtypes, heads of 64, 128 or 256 channels.
     Sm90,
-    /// mma.sync: any card, 16-bit dtypes, heads of 64 or 128 channels.
+    /// mma.sync: any card, 16-bit dtypes, heads of 64, 128 or 256 channels.
     MmaSync,
     /// No tensor cores: f32, and other sizes of heads.
     Plain,
@@ -25,8 +25,8 @@ impl Engine {
     /// The fastest for a card, a dtype and a size of heads.
     pub(crate) fn fastest(props: &DeviceProps, dtype: DType, head_dim: usize) -> Self {
         match (dtype, head_dim) {
-            (DType::Bf16 | DType::F16, 64 | 128) if [props.major, props.minor] == [9, 0] => Self::Sm90,
-            (DType::Bf16 | DType::F16, 64 | 128) => Self::MmaSync,
+            (DType::Bf16 | DType::F16, 64 | 128 | 256) if [props.major, props.minor] == [9, 0] => Self::Sm90,
+            (DType::Bf16 | DType::F16, 64 | 128 | 256) => Self::MmaSync,
             _ => Self::Plain,
         }
     }
@@ -37,6 +37,7 @@ impl Engine {
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     cuda: Cuda,
+    /// The window only where a document is longer.
     heads: Heads,
     dtype: DType,
     engine: Engine,
@@ -64,6 +65,8 @@ impl Plan {
     }
 
     fn of(cuda: &Cuda, documents: &[Document], tokens: [usize; 2], heads: Heads, dtype: DType, engine: Engine) -> Self {
+        let longest = documents.iter().map(|document| document.past + document.queries).max().unwrap_or(0);
+        let heads = Heads { window: heads.window.filter(|&window| window < longest), ..heads };
         let Heads { heads: n, kv_heads, head_dim, .. } = heads;
         assert!(kv_heads > 0 && n % kv_heads == 0, "{n} heads share {kv_heads} key/value heads");
         assert!(
@@ -82,12 +85,28 @@ impl Plan {
         Self { cuda: cuda.clone(), heads, dtype, engine, tokens, tables, forward, dq, dkdv, tickets }
     }
 
-    fn check(&self, q: &Array, k: &Array, v: &Array) {
+    fn check(&self, q: &Array, k: &Array, v: &Array, sinks: Option<&Array>) {
         let Heads { heads, kv_heads, head_dim, .. } = self.heads;
         check_dims("q", q, [self.tokens[0], heads * head_dim]);
         check_dims("k", k, [self.tokens[1], kv_heads * head_dim]);
         check_dims("v", v, [self.tokens[1], kv_heads * head_dim]);
         assert_eq!([q.dtype(), k.dtype(), v.dtype()], [self.dtype; 3], "dtypes of q, k and v");
+        if let Some(sinks) = sinks {
+            check_dims("sinks", sinks, [1, heads]);
+            assert_eq!(sinks.dtype(), self.dtype, "the dtype of sinks");
+        }
+    }
+
+    /// The definitions that choose how scores are made.
+    fn options(&self, sinks: bool) -> Defines {
+        let Heads { window, softcap, .. } = self.heads;
+        let all = [("WINDOW", window.is_some()), ("SOFTCAP", softcap.is_some()), ("SINKS", sinks)];
+        all.into_iter().filter(|(_, used)| *used).map(|(name, _)| (name, "")).collect()
+    }
+
+    /// Window and softcap as the kernels' arguments, which those compiled without them ignore.
+    fn option_args(&self) -> (i32, f32) {
+        (self.heads.window.map_or(0, int), self.heads.softcap.unwrap_or(1.0))
     }
 
     /// An uninitialized matrix `[heads, tokens]` of statistics.
@@ -97,16 +116,23 @@ impl Plan {
 }
 
 /// Attention inside each document: o `[tokens, heads · head_dim]` with `pad_cols` spare columns behind each row, and lse, f32
-/// `[heads, tokens]`.
-pub(crate) fn forward(q: &Array, k: &Array, v: &Array, plan: &Plan, pad_cols: usize) -> (Array, Array) {
+/// `[heads, tokens]`. `sinks` `[1, heads]`.
+pub(crate) fn forward(
+    q: &Array,
+    k: &Array,
+    v: &Array,
+    sinks: Option<&Array>,
+    plan: &Plan,
+    pad_cols: usize,
+) -> (Array, Array) {
     let lse = plan.statistics();
-    (run(q, k, v, Some(&lse), plan, pad_cols), lse)
+    (run(q, k, v, sinks, Some(&lse), plan, pad_cols), lse)
 }
 
 /// Attention of new tokens, the last rows of one document whose keys and values are all given: o.
 ///
 /// q `[new, heads · head_dim]`; k, v `[past + new, kv_heads · head_dim]`.
-pub(crate) fn forward_cached(q: &Array, k: &Array, v: &Array, heads: Heads) -> Array {
+pub(crate) fn forward_cached(q: &Array, k: &Array, v: &Array, sinks: Option<&Array>, heads: Heads) -> Array {
     let (cuda, [new, all]) = (q.cuda(), [q.rows(), k.rows()]);
     assert!(new <= all, "{new} new tokens of {all}");
     let engine = match Engine::fastest(cuda.props(), q.dtype(), heads.head_dim) {
@@ -115,17 +141,19 @@ pub(crate) fn forward_cached(q: &Array, k: &Array, v: &Array, heads: Heads) -> A
         engine => engine,
     };
     let document = Document { query: 0, key: 0, queries: new, past: all - new };
-    run(q, k, v, None, &Plan::of(cuda, &[document], [new, all], heads, q.dtype(), engine), 0)
+    run(q, k, v, sinks, None, &Plan::of(cuda, &[document], [new, all], heads, q.dtype(), engine), 0)
 }
 
-/// Returns `(dq, dk, dv)`: columns of one matrix with `pad_cols` spare columns behind them.
+/// Returns the gradients: those to q, k and v as columns of one matrix with `pad_cols` spare columns behind them, and that to
+/// `sinks`, f32 `[1, heads]`.
 pub(crate) fn backward(
     d_o: &Array,
     &SavedIn { q, k, v, o, lse }: &SavedIn<'_, Array>,
+    sinks: Option<&Array>,
     plan: &Plan,
     pad_cols: usize,
-) -> (Array, Array, Array) {
-    plan.check(q, k, v);
+) -> AttentionGrads<Array, Array> {
+    plan.check(q, k, v, sinks);
     check_dims("o", o, q.dims());
     check_dims("d_o", d_o, q.dims());
     check_dims("lse", lse, [plan.heads.heads, plan.tokens[0]]);
@@ -134,27 +162,48 @@ pub(crate) fn backward(
     let [dq, dk] = [(0, q.cols()), (q.cols(), k.cols())].map(|(first, cols)| all.columns(first, cols));
     let grads = [dq, dk, all.columns(q.cols() + k.cols(), v.cols())];
     drop(all);
-    if plan.tokens[0] == 0 {
-        return grads.into();
+    let dsinks = sinks.map(|_| Array::zeros(q.cuda(), [1, plan.heads.heads], DType::F32, MemoryUse::Activations));
+    if plan.tokens[0] > 0 {
+        let inputs = Inputs { q, k, v, o, d_o, lse: lse.contiguous(), delta: plan.statistics() };
+        match plan.engine {
+            Engine::Sm90 => sm90::backward(&inputs, &grads, plan),
+            Engine::MmaSync | Engine::Plain => general::backward(&inputs, &grads, plan),
+        }
+        if let (Some(sinks), Some(dsinks)) = (sinks, &dsinks) {
+            let sinks = sinks.contiguous();
+            kernel(sinks.cuda(), entry!("attention_sinks.cu", "attention_bwd_sinks"), sinks.dtype()).launch(
+                [blocks(plan.heads.heads), 1, 1],
+                [256, 1, 1],
+                0,
+                args![inputs.lse.ptr(), inputs.delta.ptr(), sinks.ptr(), dsinks.ptr(), int(plan.tokens[0])],
+            );
+        }
     }
-    let inputs = Inputs { q, k, v, o, d_o, lse: lse.contiguous(), delta: plan.statistics() };
-    match plan.engine {
-        Engine::Sm90 => sm90::backward(&inputs, &grads, plan),
-        Engine::MmaSync | Engine::Plain => general::backward(&inputs, &grads, plan),
-    }
-    grads.into()
+    let [q, k, v] = grads;
+    AttentionGrads { q, k, v, sinks: dsinks }
 }
 
-fn run(q: &Array, k: &Array, v: &Array, lse: Option<&Array>, plan: &Plan, pad_cols: usize) -> Array {
-    plan.check(q, k, v);
+fn run(
+    q: &Array,
+    k: &Array,
+    v: &Array,
+    sinks: Option<&Array>,
+    lse: Option<&Array>,
+    plan: &Plan,
+    pad_cols: usize,
+) -> Array {
+    plan.check(q, k, v, sinks);
     let [q, k, v] = [q, k, v].map(Array::aligned);
+    let sinks = sinks.map(Array::contiguous);
     let o = padded(&q, pad_cols);
     if plan.tokens[0] == 0 {
         return o;
     }
     match plan.engine {
-        Engine::Sm90 => sm90::forward(&q, &k, &v, &o, lse.expect("only cached tokens go without"), plan),
-        Engine::MmaSync | Engine::Plain => general::forward(&q, &k, &v, &o, lse, plan),
+        Engine::Sm90 => {
+            sm90::forward(&q, &k, &v, sinks.as_ref(), &o, lse.expect("only cached tokens go without"), plan);
+        }
+        Engine::MmaSync | Engine::Plain => general::forward(&q, &k, &v, sinks.as_ref(), &o, lse, plan),
     }
     o
 }

@@ -3,7 +3,7 @@
 use super::Engine;
 use crate::runtime::{Arch, AttentionKernel, Tiles};
 
-/// Query rows of a tile of [`Engine::Sm90`], and its keys.
+/// Query rows of a tile of [`Engine::Sm90`], and its keys but for dk and dv of 256 channels.
 const SM90_ROWS: usize = 128;
 
 /// Rows of a tile of [`Engine::Plain`].
@@ -34,6 +34,7 @@ pub(super) struct Table {
 /// Rows of a tile: queries, for dk and dv keys.
 pub(super) fn rows(kernel: AttentionKernel, engine: Engine, head_dim: usize, arch: Arch) -> usize {
     match engine {
+        Engine::Sm90 if kernel == AttentionKernel::BwdDkdv && head_dim == 256 => SM90_ROWS / 2,
         Engine::Sm90 => SM90_ROWS,
         Engine::Plain => PLAIN_ROWS,
         Engine::MmaSync => {
@@ -75,7 +76,8 @@ impl Table {
             let work = match (engine, kernel) {
                 (Engine::Sm90, AttentionKernel::Fwd | AttentionKernel::BwdDq) => x - y,
                 // By documents, the rows of one in their order: its blocks wait for each other.
-                (Engine::Sm90, AttentionKernel::BwdDkdv) => z - y,
+                (Engine::Sm90, AttentionKernel::BwdDkdv) if rows == SM90_ROWS => z - y,
+                (Engine::Sm90, AttentionKernel::BwdDkdv) => z - x,
                 (_, AttentionKernel::Fwd | AttentionKernel::BwdDq) => w,
                 (_, AttentionKernel::BwdDkdv) => y - x,
             };
@@ -116,6 +118,19 @@ mod tests {
         assert_eq!(
             table(&documents, Engine::Sm90, 128, AttentionKernel::BwdDkdv),
             [[3, 3, 203, 0], [131, 3, 203, 0], [203, 203, 403, 0], [331, 203, 403, 0], [0, 0, 3, 0]]
+        );
+    }
+
+    #[test]
+    fn wide_heads_have_shorter_tiles_of_keys() {
+        let arch = Arch { sm: 90 };
+        let rows = |kernel, head_dim| super::rows(kernel, Engine::Sm90, head_dim, arch);
+        assert_eq!([128, 256].map(|head_dim| rows(AttentionKernel::BwdDkdv, head_dim)), [128, 64]);
+        assert_eq!([128, 256].map(|head_dim| rows(AttentionKernel::BwdDq, head_dim)), [128, 128]);
+        let documents = [Document::whole(0, 3), Document::whole(3, 103)];
+        assert_eq!(
+            table(&documents, Engine::Sm90, 64, AttentionKernel::BwdDkdv),
+            [[3, 3, 103, 0], [67, 3, 103, 0], [0, 0, 3, 0]]
         );
     }
 
