@@ -1,21 +1,26 @@
 // Softmax cross-entropy of a chunk of logits; kernels/src/ops/linear_cross_entropy.
 //
-// For a row x with target t: nll = log Σ exp x − x[t]; dlogits = grad_scale·(softmax(x) − onehot(t)).
+// For a row z with target t and weight w: x = z, or softcap·tanh(z / softcap) where SOFTCAP is defined;
+// nll = log Σ exp x − x[t]; dlogits = w·(softmax(x) − onehot(t))·∂x/∂z, where ∂x/∂z = 1 or 1 − (x / softcap)².
 // For target −100, nll and dlogits are 0 for any logits.
 //
-// Layout: logits [rows, vocab], row-major, row stride ldl in elements, f32; targets i32 [rows]; grad_scale f32 in
-// device memory; nll f32 [rows]; dlogits of T, row stride ldd in elements of T. Pointers 16-byte aligned, ldl and ldd
-// multiples of 8, any vocab. dlogits may be
+// Layout: logits [rows, vocab], row-major, row stride ldl in elements, f32; targets i32 [rows]; weights f32 [rows];
+// nll f32 [rows]; statistics f32 [rows, 4]: x[t], max x, s = Σ exp(x − max), Σ exp(x − max)·(x − max), from which
+// nll = log s + max − x[t] and the entropy of softmax(x) is log s − Σ exp(x − max)·(x − max) / s; dlogits of T, row
+// stride ldd in elements of T. Pointers 16-byte aligned, ldl and ldd multiples of 8, any vocab. dlogits may be
 //   - a buffer of its own;
 //   - over the logits when T is f32: dlogits = logits, ldd = ldl;
 //   - over f32 logits when T has 16 bits: in the second half of each row, dlogits = (T*)logits + ldl, ldd = 2·ldl.
 //
-// Two passes over a row: the first keeps a maximum and a sum of shifted exponentials a thread, the second, from the end
-// of the row backwards, computes the gradient.
+// At most two passes over a row: the first keeps a maximum and sums of shifted exponentials a thread, the second, from
+// the end of the row backwards, computes the gradient. cross_entropy_bwd takes the sums from `statistics` and has only
+// the second; its gradients are those of cross_entropy_fwd_bwd bit for bit.
 //
-// Launch: grid (rows), block 512, dynamic shared memory 0
-//   cross_entropy_fwd(logits, targets, nll, i32 vocab, ldl)
-//   cross_entropy_fwd_bwd(logits, targets, grad_scale, nll, dlogits, i32 vocab, ldl, ldd)
+// Launch: grid (rows), block 512, dynamic shared memory 0; softcap is read only where SOFTCAP is defined
+//   cross_entropy_fwd(logits, targets, nll, i32 vocab, ldl, f32 softcap)
+//   cross_entropy_fwd_bwd(logits, targets, weights, nll, dlogits, i32 vocab, ldl, ldd, f32 softcap)
+//   cross_entropy_statistics(logits, targets, statistics, i32 vocab, ldl, f32 softcap)
+//   cross_entropy_bwd(logits, targets, weights, statistics, dlogits, i32 vocab, ldl, ldd, f32 softcap)
 //
 // Bytes → floor on an H200 at the 4.25 TB/s that a large copy reaches, and measured, 1024 × 151,936, T = bf16,
 // 2026-11-23; the second reading is counted:
@@ -71,125 +76,223 @@ DEVICE f32 exp_shifted(f32 x, f32 max) {
     return y;
 }
 
-// The largest value so far and Σ exp(x − max).
-struct Sums { f32 max, sum; };
-DEVICE Sums merge(Sums a, Sums b) {
-    const f32 max = fmaxf(a.max, b.max);
-    return {max, a.sum * exp_shifted(a.max, max) + b.sum * exp_shifted(b.max, max)};
+#ifdef SOFTCAP
+const bool CAPPED = true;
+#else
+const bool CAPPED = false;
+#endif
+
+// The cap on logits, and its reciprocal.
+struct Cap { f32 c, inverse; };
+DEVICE Cap cap_of(f32 softcap) { return {softcap, CAPPED ? 1.0f / softcap : 0.0f}; }
+
+// z / c. Gradients of 16 bits hide the rounding of the reciprocal.
+DEVICE f32 over(f32 z, Cap cap) { return sizeof(T) == 4 ? z / cap.c : z * cap.inverse; }
+
+// c·tanh(z / c). As 1 − 2 / (e^2u + 1), tanh is within 2^-22 of its range of the truth; f32 takes the exact one.
+DEVICE f32 capped(f32 z, Cap cap) {
+    if (!CAPPED) return z;
+    const f32 u = over(z, cap);
+    if (sizeof(T) == 4) return cap.c * tanhf(u);
+    f32 e, r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(u * (2.0f * 1.44269504f)));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(e + 1.0f));
+    return cap.c * (1.0f - 2.0f * r);
 }
 
-template <int COUNT> DEVICE Sums include(Sums sums, const f32 (&v)[COUNT]) {
+// Eight columns as f32 logits.
+template <typename L> DEVICE void logits8(const Eight<L>& e, f32* v, Cap cap) {
+    values8(e, v);
+    if (CAPPED)
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = capped(v[i], cap);
+}
+
+// The largest value so far, Σ exp(x − max) and, for the entropy, Σ exp(x − max)·(x − max).
+struct Sums { f32 max, sum, shifted; };
+
+// The same sums about a maximum that is at least theirs.
+template <bool ENTROPY> DEVICE Sums about(Sums s, f32 max) {
+    const f32 e = exp_shifted(s.max, max);
+    // Sums of nothing have the maximum LOWEST, and an infinite difference times 0 is not a number.
+    const f32 shifted = ENTROPY ? (s.shifted + fmaxf(s.max - max, -1e30f) * s.sum) * e : 0.0f;
+    return {max, s.sum * e, shifted};
+}
+template <bool ENTROPY> DEVICE Sums merge(Sums a, Sums b) {
+    const f32 max = fmaxf(a.max, b.max);
+    a = about<ENTROPY>(a, max);
+    b = about<ENTROPY>(b, max);
+    return {max, a.sum + b.sum, a.shifted + b.shifted};
+}
+
+template <bool ENTROPY, int COUNT> DEVICE Sums include(Sums sums, const f32 (&v)[COUNT]) {
     f32 max = sums.max;
 #pragma unroll
     for (int i = 0; i < COUNT; i++) max = fmaxf(max, v[i]);
-    f32 sum = sums.sum * exp_shifted(sums.max, max);
+    sums = about<ENTROPY>(sums, max);
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) sum += exp_shifted(v[i], max);
-    return {max, sum};
+    for (int i = 0; i < COUNT; i++) {
+        const f32 e = exp_shifted(v[i], max);
+        sums.sum += e;
+        // e is 0 below −104.
+        if (ENTROPY) sums.shifted += e * fmaxf(v[i] - max, -104.0f);
+    }
+    return sums;
 }
 
-// The row's sums, in every thread, merged in one order.
-DEVICE Sums row_sums(Sums mine) {
-    __shared__ f32 max[THREADS / 32], sum[THREADS / 32];
+// The block's sums, in every thread, merged in one order.
+template <bool ENTROPY> DEVICE Sums block_sums(Sums mine) {
+    __shared__ f32 max[THREADS / 32], sum[THREADS / 32], shifted[THREADS / 32];
 #pragma unroll
-    for (int o = 16; o > 0; o >>= 1)
-        mine = merge(mine, {__shfl_xor_sync(0xffffffffu, mine.max, o), __shfl_xor_sync(0xffffffffu, mine.sum, o)});
-    if (threadIdx.x % 32 == 0) max[threadIdx.x / 32] = mine.max, sum[threadIdx.x / 32] = mine.sum;
+    for (int o = 16; o > 0; o >>= 1) {
+        const f32 other = ENTROPY ? __shfl_xor_sync(0xffffffffu, mine.shifted, o) : 0.0f;
+        mine = merge<ENTROPY>(mine, {__shfl_xor_sync(0xffffffffu, mine.max, o),
+                                     __shfl_xor_sync(0xffffffffu, mine.sum, o), other});
+    }
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0) {
+        max[warp] = mine.max, sum[warp] = mine.sum;
+        if (ENTROPY) shifted[warp] = mine.shifted;
+    }
     __syncthreads();
-    Sums all = {max[0], sum[0]};
-    for (int w = 1; w < THREADS / 32; w++) all = merge(all, {max[w], sum[w]});
+    Sums all = {max[0], sum[0], ENTROPY ? shifted[0] : 0.0f};
+    for (int w = 1; w < THREADS / 32; w++)
+        all = merge<ENTROPY>(all, {max[w], sum[w], ENTROPY ? shifted[w] : 0.0f});
     return all;
 }
 
-template <typename L, bool GRADIENT>
-DEVICE void cross_entropy(const L* logits, const int* targets, const f32* grad_scale, f32* nll, T* dlogits, int vocab,
-                          int ldl, int ldd) {
-    const int STRIDE = THREADS * 8; // columns that the block takes together
-    const u32 row = blockIdx.x;
-    const int mine = threadIdx.x * 8;
-    const int target = targets[row];
-    const L* x = at(logits, row, ldl, 0);
-    T* dx = GRADIENT ? at(dlogits, row, ldd, 0) : nullptr;
-    if (target == IGNORED) {
-        if (mine == 0) nll[row] = 0.0f;
-        if (GRADIENT)
-            for (int col = mine; col < vocab; col += STRIDE)
-#pragma unroll
-                for (int i = 0; i < 8; i += Vec<T>::N)
-                    store_part(dx + col + i, vocab - col - i, make_uint4(0, 0, 0, 0));
-        return; // the whole block
-    }
-    const f32 logit = to_f32(x[target]);
-    Sums sums = {LOWEST, 0.0f};
-    int col = mine;
+const int STRIDE = THREADS * 8; // columns that the block takes together
+
+// The first pass over a row.
+template <bool ENTROPY, typename L> DEVICE Sums row_sums(const L* x, int vocab, Cap cap) {
+    Sums sums = {LOWEST, 0.0f, 0.0f};
+    int col = threadIdx.x * 8;
     for (; col + (AHEAD - 1) * STRIDE + 8 <= vocab; col += AHEAD * STRIDE) {
         Eight<L> raw[AHEAD];
         f32 v[AHEAD * 8];
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) raw[k] = fetch8(x + col + k * STRIDE);
 #pragma unroll
-        for (int k = 0; k < AHEAD; k++) values8(raw[k], v + k * 8);
-        sums = include(sums, v);
+        for (int k = 0; k < AHEAD; k++) logits8(raw[k], v + k * 8, cap);
+        sums = include<ENTROPY>(sums, v);
     }
     for (; col < vocab; col += STRIDE) {
         f32 v[8];
-        values8(fetch8(x + col, vocab - col), v);
+        logits8(fetch8(x + col, vocab - col), v, cap);
 #pragma unroll
         for (int i = 0; i < 8; i++) v[i] = col + i < vocab ? v[i] : LOWEST;
-        sums = include(sums, v);
+        sums = include<ENTROPY>(sums, v);
     }
-    sums = row_sums(sums);
-    if (mine == 0) nll[row] = logf(sums.sum) + sums.max - logit;
-    if (GRADIENT) {
-        // Backwards: what was read last is still in L2. Where T is narrower than the logits, it may lie in the second
-        // half of their row, and a slab has been read by all before any of it is written.
-        const bool NARROWS = sizeof(L) != sizeof(T);
-        const f32 scale = *grad_scale, factor = scale / sums.sum;
-        const int slabs = (vocab + SLAB * STRIDE - 1) / (SLAB * STRIDE);
-        Eight<L> next[SLAB];
+    return block_sums<ENTROPY>(sums);
+}
+
+// The second pass over a row, backwards: what was read last is still in L2. Where T is narrower than the logits, the
+// gradient may lie in the second half of their row, and a slab has been read by all before any of it is written.
+template <typename L>
+DEVICE void row_gradient(const L* x, T* dx, int vocab, int target, f32 weight, f32 max, f32 sum, Cap cap) {
+    const bool NARROWS = sizeof(L) != sizeof(T);
+    const int mine = threadIdx.x * 8;
+    const f32 factor = weight / sum;
+    const int slabs = (vocab + SLAB * STRIDE - 1) / (SLAB * STRIDE);
+    Eight<L> next[SLAB];
+#pragma unroll
+    for (int k = 0; k < SLAB; k++) {
+        const int at_ = ((slabs - 1) * SLAB + k) * STRIDE + mine;
+        next[k] = fetch8(x + at_, vocab - at_);
+    }
+    for (int slab = slabs - 1; slab >= 0; slab--) {
+        const int first = slab * SLAB * STRIDE + mine;
+        Eight<L> raw[SLAB];
 #pragma unroll
         for (int k = 0; k < SLAB; k++) {
-            const int at_ = ((slabs - 1) * SLAB + k) * STRIDE + mine;
-            next[k] = fetch8(x + at_, vocab - at_);
+            raw[k] = next[k];
+            if (slab > 0) next[k] = fetch8(x + first + (k - SLAB) * STRIDE);
         }
-        for (int slab = slabs - 1; slab >= 0; slab--) {
-            const int first = slab * SLAB * STRIDE + mine;
-            Eight<L> raw[SLAB];
+        if (NARROWS) __syncthreads();
 #pragma unroll
-            for (int k = 0; k < SLAB; k++) {
-                raw[k] = next[k];
-                if (slab > 0) next[k] = fetch8(x + first + (k - SLAB) * STRIDE);
+        for (int k = 0; k < SLAB; k++) {
+            const int col = first + k * STRIDE;
+            f32 v[8];
+            logits8(raw[k], v, cap);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const f32 share = CAPPED ? over(v[i], cap) : 0.0f;
+                v[i] = exp_shifted(v[i], max) * factor;
+                if (col + i == target) v[i] -= weight;
+                if (CAPPED) v[i] *= 1.0f - share * share;
             }
-            if (NARROWS) __syncthreads();
 #pragma unroll
-            for (int k = 0; k < SLAB; k++) {
-                const int col = first + k * STRIDE;
-                f32 v[8];
-                values8(raw[k], v);
+            for (int part = 0; part < 8; part += Vec<T>::N) {
+                f32 some[Vec<T>::N];
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    v[i] = exp_shifted(v[i], sums.max) * factor;
-                    if (col + i == target) v[i] -= scale;
-                }
-#pragma unroll
-                for (int part = 0; part < 8; part += Vec<T>::N) {
-                    f32 some[Vec<T>::N];
-#pragma unroll
-                    for (int i = 0; i < Vec<T>::N; i++) some[i] = v[part + i];
-                    store_part(dx + col + part, vocab - col - part, pack16<T>(some));
-                }
+                for (int i = 0; i < Vec<T>::N; i++) some[i] = v[part + i];
+                store_part(dx + col + part, vocab - col - part, pack16<T>(some));
             }
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-cross_entropy_fwd(const f32* logits, const int* targets, f32* nll, int vocab, int ldl) {
-    cross_entropy<f32, false>(logits, targets, nullptr, nll, nullptr, vocab, ldl, 0);
+// The gradient of a row that is left out.
+DEVICE void row_zeros(T* dx, int vocab) {
+    for (int col = threadIdx.x * 8; col < vocab; col += STRIDE)
+#pragma unroll
+        for (int i = 0; i < 8; i += Vec<T>::N)
+            store_part(dx + col + i, vocab - col - i, make_uint4(0, 0, 0, 0));
+}
+
+// The forward of a row, and its backward with GRADIENT.
+template <bool GRADIENT>
+DEVICE void cross_entropy(const f32* logits, const int* targets, const f32* weights, f32* nll, T* dlogits, int vocab,
+                          int ldl, int ldd, f32 softcap) {
+    const u32 row = blockIdx.x;
+    const int target = targets[row];
+    const Cap cap = cap_of(softcap);
+    const f32* x = at(logits, row, ldl, 0);
+    T* dx = GRADIENT ? at(dlogits, row, ldd, 0) : nullptr;
+    if (target == IGNORED) {
+        if (threadIdx.x == 0) nll[row] = 0.0f;
+        if (GRADIENT) row_zeros(dx, vocab);
+        return; // the whole block
+    }
+    const f32 logit = capped(x[target], cap);
+    const Sums sums = row_sums<false>(x, vocab, cap);
+    if (threadIdx.x == 0) nll[row] = logf(sums.sum) + sums.max - logit;
+    if (GRADIENT) row_gradient(x, dx, vocab, target, weights[row], sums.max, sums.sum, cap);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-cross_entropy_fwd_bwd(const f32* logits, const int* targets, const f32* grad_scale, f32* nll, T* dlogits, int vocab,
-                      int ldl, int ldd) {
-    cross_entropy<f32, true>(logits, targets, grad_scale, nll, dlogits, vocab, ldl, ldd);
+cross_entropy_fwd(const f32* logits, const int* targets, f32* nll, int vocab, int ldl, f32 softcap) {
+    cross_entropy<false>(logits, targets, nullptr, nll, nullptr, vocab, ldl, 0, softcap);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+cross_entropy_fwd_bwd(const f32* logits, const int* targets, const f32* weights, f32* nll, T* dlogits, int vocab,
+                      int ldl, int ldd, f32 softcap) {
+    cross_entropy<true>(logits, targets, weights, nll, dlogits, vocab, ldl, ldd, softcap);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+cross_entropy_statistics(const f32* logits, const int* targets, float4* statistics, int vocab, int ldl, f32 softcap) {
+    const u32 row = blockIdx.x;
+    const int target = targets[row];
+    const Cap cap = cap_of(softcap);
+    const f32* x = at(logits, row, ldl, 0);
+    float4 result = make_float4(0.0f, 0.0f, 1.0f, 0.0f);
+    if (target != IGNORED) {
+        const f32 logit = capped(x[target], cap);
+        const Sums sums = row_sums<true>(x, vocab, cap);
+        result = make_float4(logit, sums.max, sums.sum, sums.shifted);
+    }
+    if (threadIdx.x == 0) statistics[row] = result;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+cross_entropy_bwd(const f32* logits, const int* targets, const f32* weights, const float4* statistics, T* dlogits,
+                  int vocab, int ldl, int ldd, f32 softcap) {
+    const u32 row = blockIdx.x;
+    const int target = targets[row];
+    T* dx = at(dlogits, row, ldd, 0);
+    if (target == IGNORED) return row_zeros(dx, vocab); // the whole block
+    const float4 known = statistics[row];
+    row_gradient(at(logits, row, ldl, 0), dx, vocab, target, weights[row], known.y, known.z, cap_of(softcap));
 }

@@ -185,12 +185,25 @@ fn losses(suite: &mut Suite) -> Result<(), Lost> {
     for counts in counted {
         suite.dtypes(|dtype| LinearCrossEntropy::new([9, 5, 13], dtype, counts))?;
         suite.dtypes(|dtype| LinearCrossEntropy::new([41, 33, 70], dtype, counts))?;
+        for (multiplier, softcap) in [(0.375, None), (1.0, Some(5.0)), (0.7, Some(3.0))] {
+            let case = |dtype| LinearCrossEntropy::new([41, 33, 70], dtype, counts).capped(multiplier, softcap);
+            suite.dtypes(|dtype| case(dtype).weighted())?;
+        }
     }
     suite.dtypes(|dtype| LinearCrossEntropy::new([1, 1, 1], dtype, |_| true))?;
     suite.dtypes(|dtype| LinearCrossEntropy::new([300, 64, 1000], dtype, |t| t % 7 != 2))?;
+    suite
+        .dtypes(|dtype| LinearCrossEntropy::new([300, 64, 9001], dtype, |_| true).capped(1.0, Some(6.0)).weighted())?;
+    for dtype in ALL_DTYPES {
+        suite.property(&format!("log-probabilities of known logits {dtype:?}"), |device| {
+            common::linear_cross_entropy::log_probs_of_known_logits(&owned(device, dtype));
+        })?;
+    }
     // From 327,681 entries on a chunk is 128 rows: two chunks, with and without rows that are left out.
     for counts in [|_| true, |t: usize| t != 5] {
         let case = LinearCrossEntropy::new([130, 8, 327_690], F32, counts);
+        suite.case(&case, F32, FLOOR, &[Layout::Owned])?;
+        let case = LinearCrossEntropy::new([130, 8, 327_690], F32, counts).capped(0.5, Some(4.0)).weighted();
         suite.case(&case, F32, FLOOR, &[Layout::Owned])?;
     }
     Ok(())

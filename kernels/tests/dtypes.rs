@@ -66,4 +66,5 @@ fn embedding() {
 fn linear_cross_entropy() {
     check(|dtype| LinearCrossEntropy::new([9, 5, 13], dtype, |_| true));
     check(|dtype| LinearCrossEntropy::new([41, 33, 70], dtype, |t| t % 3 != 1));
+    check(|dtype| LinearCrossEntropy::new([41, 33, 70], dtype, |_| true).capped(0.7, Some(3.0)).weighted());
 }

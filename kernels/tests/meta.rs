@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 use burn::tensor::DType;
 use rekindle_kernels::attention::{self, Documents, Heads, Saved};
 use rekindle_kernels::dropout::{self, Dropout, Token, Tokens};
+use rekindle_kernels::linear_cross_entropy::{self, LmHead, TokenWeights};
 use rekindle_kernels::optimizer::{Rule, State, StateFormat, Step, clipped_range_step, clipped_step};
 use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::rope::{self, Norm, Tables};
 use rekindle_kernels::{
-    Device, Group, ParamsBuilder, QuantizedWeight, RngKey, Tensor, embedding, from_f32, linear_cross_entropy, matmul,
-    rms_norm, swiglu,
+    Device, Group, ParamsBuilder, QuantizedWeight, RngKey, Tensor, embedding, from_f32, matmul, rms_norm, swiglu,
 };
 
 /// Counts what is allocated, and the most of it.
@@ -173,11 +173,25 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let h = matrix(device, 900, 128);
         let mut targets = vec![7; 900];
         begin();
-        let weight = params.matrix(at);
-        drop(linear_cross_entropy::forward(&h, &weight, &targets));
-        drop(linear_cross_entropy::forward_backward(&h, &weight, &targets, 1.0, None));
+        let head = LmHead::new(params.matrix(at));
+        let weights = TokenWeights::Uniform(1.0);
+        drop(linear_cross_entropy::forward(&h, &head, &targets));
+        drop(linear_cross_entropy::forward_backward(&h, &head, &targets, weights, None));
         targets[500] = linear_cross_entropy::IGNORED;
-        drop(linear_cross_entropy::forward_backward(&h, &weight, &targets, 1.0, Some((&mut grads, at))));
+        drop(linear_cross_entropy::forward_backward(&h, &head, &targets, weights, Some((&mut grads, at))));
+    }),
+    ("head and loss with weights that follow from log-probabilities", |device, begin| {
+        let mut builder = ParamsBuilder::new(device, DType::F32);
+        let at = builder.push("head", &[20_000, 128], true, &vec![0.01; 20_000 * 128]);
+        let params = builder.build();
+        let mut grads = params.zero_grads();
+        let h = matrix(device, 900, 128);
+        begin();
+        let head = LmHead { softcap: Some(30.0), ..LmHead::new(params.matrix(at)) };
+        let saved = linear_cross_entropy::log_probs(&h, &head, &vec![7; 900]);
+        let weights = saved.values().log_probs;
+        let weights = TokenWeights::from(&*weights);
+        drop(linear_cross_entropy::backward(&h, &head, &saved, weights, Some((&mut grads, at))));
     }),
     ("dropout", |device, begin| {
         let x = matrix(device, TOKENS, WIDTH);

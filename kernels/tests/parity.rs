@@ -14,7 +14,7 @@ use common::quantized::{Kind, Packed};
 use common::rms_norm::RmsNorm;
 use common::rope::Rope;
 use common::swiglu::SwiGlu;
-use common::{Layout, check, check_in};
+use common::{Layout, Place, check, check_in};
 use rekindle_kernels::optimizer::StateFormat;
 use rekindle_kernels::{Backend, Device};
 
@@ -120,10 +120,30 @@ fn linear_cross_entropy() {
 }
 
 #[test]
+fn linear_cross_entropy_with_weights_multiplier_and_softcap() {
+    let counted: [fn(usize) -> bool; 3] = [|_| true, |t| t % 3 != 1, |_| false];
+    for counts in counted {
+        for (multiplier, softcap) in [(1.0, None), (0.375, None), (1.0, Some(5.0)), (0.7, Some(3.0))] {
+            check(&LinearCrossEntropy::new([9, 5, 13], F32, counts).capped(multiplier, softcap).weighted());
+            check(&LinearCrossEntropy::new([41, 33, 70], F32, counts).capped(multiplier, softcap).weighted());
+        }
+    }
+}
+
+#[test]
+fn log_probs_of_known_logits() {
+    let place = || Place::new(Device::cpu(), F32, Layout::Owned);
+    common::linear_cross_entropy::log_probs_of_known_logits(&place());
+    Backend::portable_only(|| common::linear_cross_entropy::log_probs_of_known_logits(&place()));
+}
+
+#[test]
 fn linear_cross_entropy_in_several_chunks() {
     // From 65,537 entries on a chunk is 64 rows: 150 rows are three chunks, 130 counted ones too.
     for counts in [|_| true, |t: usize| t % 10 > 1 || t > 130] {
         check_in(&LinearCrossEntropy::new([150, 8, 65_600], F32, counts), &[Layout::Owned]);
+        let capped = LinearCrossEntropy::new([150, 8, 65_600], F32, counts).capped(0.5, Some(4.0)).weighted();
+        check_in(&capped, &[Layout::Owned]);
     }
 }
 

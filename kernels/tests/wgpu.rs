@@ -62,6 +62,7 @@ fn main() -> ExitCode {
     check(&LinearCrossEntropy::new([9, 5, 13], F32, |t| t % 3 != 1));
     check(&LinearCrossEntropy::new([41, 33, 70], F32, |_| true));
     check(&LinearCrossEntropy::new([5, 3, 7], F32, |_| false));
+    check(&LinearCrossEntropy::new([41, 33, 70], F32, |t| t % 3 != 1).capped(0.7, Some(3.0)).weighted());
     for rule in RULES {
         let params = &[(7, true), (30, false), (2000, true)];
         check(&Steps { rule, params, weight_decay: 0.1, max_grad_norm: None });

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use rekindle_hub::Dtype;
-use rekindle_models::{Batch, CausalLm};
+use rekindle_models::{Batch, CausalLm, Sft};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig, save_result};
 use serde_json::Value;
 
@@ -122,7 +122,7 @@ fn train(tolerances: Tolerances, what: &str, golden: &Golden, model: &mut Causal
         let lr = peak * schedule.factor(number);
         let want_lr = float(&expected["learning_rate"]);
         assert!((lr - want_lr).abs() <= 1e-12 * want_lr, "step {}: learning rate {lr}, not {want_lr}", number + 1);
-        let result = optimizer.step(model, &batches, lr).expect("golden rows fit");
+        let result = optimizer.step(model, &Sft, &batches, lr).expect("golden rows fit");
         assert_eq!(result.counted, size(&expected["tokens"]));
         for (part, got, tolerance) in
             [("loss", result.loss, tolerances.loss), ("grad_norm", result.grad_norm, tolerances.grad_norm)]

@@ -2,6 +2,7 @@
 
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{Adapter, LoraConfig};
+use rekindle_models::Sft;
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 
 use crate::Golden;
@@ -24,7 +25,7 @@ pub fn train_written_adapter() -> Adapter {
     let config = SftConfig::default();
     let mut optimizer = Optimizer::new(&model, OptimizerConfig::from(&config), 20260).expect("the adapter is trained");
     for _ in 0..3 {
-        optimizer.step(&mut model, &[golden.packed()], 0.02).expect("golden rows fit");
+        optimizer.step(&mut model, &Sft, &[golden.packed()], 0.02).expect("golden rows fit");
     }
     let trained = model.adapter().expect("it was just added");
     let modules: Vec<String> = trained.factors.keys().cloned().collect();

@@ -10,8 +10,9 @@ use burn::tensor::DType;
 use rekindle_kernels::runtime::Cuda;
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::{GradientCheckpointing, InitLoraWeights, LoraConfig};
-use rekindle_models::{CausalLm, GenerationConfig, LoadIn};
-use rekindle_tests::{Golden, Tolerances, Trajectory, assert_nll, goldens, relative_distance};
+use rekindle_models::objective::Dpo;
+use rekindle_models::{CausalLm, GenerationConfig, LoadIn, Sft};
+use rekindle_tests::{Golden, Tolerances, Trajectory, assert_nll, goldens, read_json, relative_distance, tensors};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 
 /// Tolerances for a different summation order than on the CPU.
@@ -24,7 +25,7 @@ const ADAPTER: &str = "adapter_model.safetensors";
 
 type Check = fn(&Device);
 
-const CHECKS: [(&str, Check); 12] = [
+const CHECKS: [(&str, Check); 13] = [
     ("losses of every model", losses),
     ("losses over quantized weights", losses_over_quantized_weights),
     ("losses of every LoRA option", losses_of_options),
@@ -36,6 +37,7 @@ const CHECKS: [(&str, Check); 12] = [
     ("optimizer steps in bf16", steps_in_bf16),
     ("gradients of all weights", all_weights),
     ("recomputed activations give the same bits", recomputation),
+    ("objectives", objectives),
     ("memory does not grow", memory),
 ];
 
@@ -130,7 +132,7 @@ fn starts(device: &Device) {
     let trained = |model: &mut CausalLm| {
         let mut optimizer = Optimizer::new(model, config, 0).expect("something is trained");
         for _ in 0..3 {
-            optimizer.step(model, std::slice::from_ref(&batch), 1e-2).expect("golden rows fit");
+            optimizer.step(model, &Sft, std::slice::from_ref(&batch), 1e-2).expect("golden rows fit");
         }
         losses(model)
     };
@@ -295,6 +297,51 @@ fn recomputation(device: &Device) {
     cuda(device).set_deterministic(false);
 }
 
+/// DPO against PyTorch's autograd in f32, and both ways to a gradient in the dtypes of training, bit for bit.
+fn objectives(device: &Device) {
+    let golden = Golden::open("qwen3-tied");
+    let expect = read_json(&goldens().join("dpo/expect.json"));
+    let want = tensors(&goldens().join("dpo/gradients.safetensors"));
+    let mut model = on(device, &golden);
+    model.load_adapter(&golden.dir.join("adapters/all-linear")).expect("a golden adapter loads");
+    let rows =
+        expect["pairs"].as_array().expect("a list of pairs").iter().flat_map(|pair| pair.as_array().expect("rows"));
+    let rows: Vec<usize> = rows.map(|row| row.as_u64().expect("a row's number") as usize).collect();
+    let dpo = Dpo { beta: expect["beta"].as_f64().expect("a number") };
+    let scale = 2.0 / rows.len() as f64;
+    let mut grads = model.params().zero_grads();
+    let pending = model.objective_backward(&dpo, &golden.batch(&rows), scale as f32, &mut grads, None);
+    let loss = scale * pending.expect("golden rows fit").wait().0;
+    let error = (loss / expect["loss"].as_f64().expect("a number") - 1.0).abs();
+    assert!(error <= 1e-5, "the loss of DPO is off by {error:e}");
+    for info in model.params().infos() {
+        let error = relative_distance(&grads.values(info.at), &want[&info.name].1);
+        assert!(error <= 1e-4, "{}: the gradient of DPO is off by {error:e}", info.name);
+    }
+
+    cuda(device).set_deterministic(true);
+    let batch = golden.packed();
+    let weights: Vec<f32> = (0..batch.tokens()).map(|t| (t % 7) as f32 * 0.01 - 0.02).collect();
+    for dtype in [DType::F32, DType::BF16] {
+        let model = golden.load_with(|options| {
+            options.device = device.clone();
+            options.dtype = dtype;
+            options.full_finetuning = true;
+        });
+        let [mut known, mut later] = [(); 2].map(|()| model.params().zero_grads());
+        let losses = model.forward_backward(&batch, &*weights, &mut known, None).expect("golden rows fit").values();
+        let pass = model.forward(&batch, None).expect("golden rows fit");
+        let log_probs = model.log_probs_of(&pass);
+        model.backward(pass, &log_probs, &*weights, &mut later).expect("the device is fine");
+        assert!(known.all_values() == later.all_values(), "{dtype:?}: gradients");
+        // The logarithms of device and host may differ in the last place.
+        for (nll, log_prob) in losses.iter().zip(log_probs.values().log_probs) {
+            assert!((nll + log_prob).abs() <= 1e-6 * nll.abs().max(1.0), "{dtype:?}: {nll} and {log_prob}");
+        }
+    }
+    cuda(device).set_deterministic(false);
+}
+
 fn memory(device: &Device) {
     let golden = Golden::open("llama3");
     let mut model = on(device, &golden);
@@ -304,7 +351,7 @@ fn memory(device: &Device) {
     let batch = golden.packed();
     let mut after = Vec::new();
     for step in 0..300 {
-        optimizer.step(&mut model, std::slice::from_ref(&batch), 1e-3).expect("golden rows fit");
+        optimizer.step(&mut model, &Sft, std::slice::from_ref(&batch), 1e-3).expect("golden rows fit");
         if step >= 3 {
             after.push((cuda(device).memory().in_use, cuda(device).memory().mapped));
         }

@@ -12,8 +12,10 @@ use std::time::Instant;
 use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, Dtype, TensorSpec, write_atomic, write_safetensors};
 use rekindle_kernels::Device;
+use rekindle_kernels::linear_cross_entropy::LogProbValues;
 use rekindle_lora::{GradientCheckpointing, LoraConfig};
-use rekindle_models::{Batch, CausalLm, LoadIn, LoadOptions, ModelConfig};
+use rekindle_models::objective::{BatchLoss, Dpo};
+use rekindle_models::{Batch, CausalLm, LoadIn, LoadOptions, ModelConfig, Objective, Sft};
 use rekindle_train::{Job, MemoryCategory, MemoryPlan, Optimizer, OptimizerConfig, Planner, Rows, SftConfig};
 use serde_json::{Value, json};
 
@@ -76,6 +78,23 @@ struct Case {
     optimizer_in_bwd: bool,
     /// Rows of one pass of evaluation, after the steps; 0 for none.
     evaluated: usize,
+    objective: fn() -> Box<dyn Objective>,
+}
+
+/// Σ (1 − p): a loss that needs log-probabilities before its weights are known.
+#[derive(Debug)]
+struct ExpectedErrors;
+
+impl Objective for ExpectedErrors {
+    fn count(&self, batch: &Batch) -> usize {
+        batch.counted()
+    }
+
+    fn loss(&self, _: &Batch, log_probs: &LogProbValues, _: Option<&LogProbValues>) -> BatchLoss {
+        let weights: Vec<f32> = log_probs.log_probs.iter().map(|x| x.exp()).collect();
+        let sum = weights.iter().map(|&p| 1.0 - f64::from(p)).sum();
+        BatchLoss { sum, weights, metrics: Vec::new() }
+    }
 }
 
 fn cases() -> Vec<Case> {
@@ -92,6 +111,7 @@ fn cases() -> Vec<Case> {
         stochastic_rounding: false,
         optimizer_in_bwd: false,
         evaluated: 0,
+        objective: || Box::new(Sft),
     };
     let nf4 = Some(LoadIn::FourBit(None));
     vec![
@@ -131,6 +151,14 @@ fn cases() -> Vec<Case> {
         Case {
             optimizer_in_bwd: true,
             ..of("all weights in 8 bits, in place", "llama", 4000, Some(LoadIn::EightBit), None, true, 2, 256)
+        },
+        Case {
+            objective: || Box::new(Dpo { beta: 0.1 }),
+            ..of("LoRA, DPO, large vocabulary", "llama", 40_000, None, lora(), false, 2, 256)
+        },
+        Case {
+            objective: || Box::new(ExpectedErrors),
+            ..of("all weights, weights from log-probabilities", "llama", 40_000, None, None, true, 2, 256)
         },
         Case { evaluated: 16, ..of("LoRA, larger batches in evaluation", "qwen3", 2000, None, lora(), true, 1, 256) },
     ]
@@ -186,7 +214,7 @@ fn measured(case: &Case) -> (MemoryPlan, usize) {
         evaluates: case.evaluated > 0,
     };
     let rows = Rows::equal(case.rows, case.length);
-    let plan = Planner::new(job).unwrap().plan(&rows).unwrap();
+    let plan = Planner::new(job).unwrap().objective((case.objective)()).plan(&rows).unwrap();
 
     let before = NOW.load(Relaxed);
     MOST.store(before, Relaxed);
@@ -199,9 +227,10 @@ fn measured(case: &Case) -> (MemoryPlan, usize) {
     let mut optimizer = Optimizer::new(&model, OptimizerConfig::from(&train), 0).unwrap();
     let row: Vec<u32> = (0..case.length).map(|i| (i * 31 % case.vocab) as u32).collect();
     let labels: Vec<i32> = row.iter().map(|&id| id.cast_signed()).collect();
+    let objective = (case.objective)();
     for _ in 0..2 {
         let batch = Batch::from_rows((0..case.rows).map(|_| (&row[..], &labels[..])), 0);
-        let result = optimizer.step(&mut model, &[batch], 1e-4).unwrap();
+        let result = optimizer.step(&mut model, &*objective, &[batch], 1e-4).unwrap();
         assert!(result.loss.is_finite());
     }
     if case.evaluated > 0 {

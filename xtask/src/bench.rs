@@ -18,7 +18,7 @@ use rand_chacha::ChaCha8Rng;
 use rekindle::LoraConfig;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::Device;
-use rekindle_models::{Batch, CausalLm, LoadOptions};
+use rekindle_models::{Batch, CausalLm, LoadOptions, Sft};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 use serde_json::{Value, json};
 
@@ -72,7 +72,7 @@ pub(crate) fn cpu_worker(checkpoint: &Path, steps: usize) -> Result<(), Box<dyn 
     for step in 0..WARMUP + steps {
         let batch = random_batch(&mut rng, [BATCH, SEQ], 0..VOCAB);
         let began = Instant::now();
-        let result = optimizer.step(&mut model, &[batch], 1e-4)?;
+        let result = optimizer.step(&mut model, &Sft, &[batch], 1e-4)?;
         if step >= WARMUP {
             times.push(began.elapsed().as_secs_f64());
         }

@@ -10,6 +10,7 @@ use core::convert::Infallible;
 
 use burn::tensor::DType;
 use rekindle_kernels::attention::Heads;
+use rekindle_kernels::linear_cross_entropy::LmHead;
 use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::rope::Tables;
 use rekindle_kernels::{Device, Params, Tensor, Weight, embedding};
@@ -37,7 +38,8 @@ pub struct Decoder {
     /// Table and head of the base model, where an adapter trains one of them whole.
     pub(crate) base_vocabulary: Option<Vocabulary>,
     embedding_multiplier: Option<f32>,
-    logit_multiplier: Option<f32>,
+    logit_multiplier: f32,
+    logit_softcap: Option<f32>,
     ropes: Vec<Tables>,
     /// The distinct layouts of attention; [`Attention::layout`](crate::layers::Attention::layout) is an index.
     layouts: Vec<Heads>,
@@ -93,7 +95,8 @@ impl Decoder {
             vocabulary: Vocabulary { embedding, head },
             base_vocabulary: None,
             embedding_multiplier: spec.embedding.multiplier.map(|m| m as f32),
-            logit_multiplier: spec.head.multiplier.map(|m| m as f32),
+            logit_multiplier: spec.head.multiplier.map_or(1.0, |m| m as f32),
+            logit_softcap: spec.head.softcap.map(|c| c as f32),
             ropes: ropes.collect(),
             layouts,
             device: device.clone(),
@@ -124,6 +127,12 @@ impl Decoder {
     /// The output layer, which may be the embedding table.
     pub fn head(&self, adapters: bool) -> &Weight {
         self.vocabulary(adapters).head()
+    }
+
+    /// The output layer as the loss and generation apply it.
+    pub fn lm_head(&self, params: &Params, adapters: bool) -> LmHead {
+        let weight = self.head(adapters).matrix(params);
+        LmHead { weight, multiplier: self.logit_multiplier, softcap: self.logit_softcap }
     }
 
     fn vocabulary(&self, adapters: bool) -> &Vocabulary {
@@ -193,7 +202,7 @@ impl Decoder {
             },
             |_, _| Ok::<(), Infallible>(()),
         );
-        let (n, rstd) = self.finish(ctx.params, &h);
+        let (n, rstd) = self.norm.forward(ctx.params, &h, 0);
         (n, saved.finished(h, rstd))
     }
 
@@ -207,7 +216,7 @@ impl Decoder {
     ) -> Result<Tensor<2>, E> {
         let ids = &batch.batch.input_ids;
         let h = self.walk(ctx, ids, batch.noise(), |_, layer, h| layer.forward(ctx, h).0, &mut look)?;
-        let (n, _) = self.finish(ctx.params, &h);
+        let (n, _) = self.norm.forward(ctx.params, &h, 0);
         look(self.layers.len() + 1, &n)?;
         Ok(n)
     }
@@ -220,7 +229,7 @@ impl Decoder {
         let ctx = Context { params, ropes: &ropes, documents: &[], dropout: None, adapters: true };
         let layer = |index: usize, layer: &Block, h| layer.decode(ctx, h, &mut caches[index]);
         let Ok(h) = self.walk(ctx, ids, None, layer, |_, _| Ok::<(), Infallible>(()));
-        self.finish(params, &h.rows(ids.len() - 1, 1)).0
+        self.norm.forward(params, &h.rows(ids.len() - 1, 1), 0).0
     }
 
     /// Returns the residual stream after the last layer. `layer` runs each of them; `look` sees what it reads.
@@ -245,15 +254,6 @@ impl Decoder {
             look(index + 1, &h)?;
         }
         Ok(h)
-    }
-
-    /// The final norm, and the factor on logits: (n · multiplier)·Wᵀ.
-    fn finish(&self, params: &Params, h: &Tensor<2>) -> (Tensor<2>, Tensor<1>) {
-        let (n, rstd) = self.norm.forward(params, h, 0);
-        match self.logit_multiplier {
-            None => (n, rstd),
-            Some(multiplier) => (n.scale(multiplier), rstd),
-        }
     }
 
     /// The first layer with something to train; nothing below it needs a backward.

@@ -1,7 +1,5 @@
 //! Generation with a key/value cache.
 
-use rekindle_kernels::{matmul, to_f32};
-
 use crate::layers::LayerKvCache;
 use crate::sample::Sampler;
 use crate::{CausalLm, Error};
@@ -120,6 +118,6 @@ impl CausalLm {
     /// `caches`.
     fn decode(&self, ids: &[u32], position: usize, caches: &mut [LayerKvCache]) -> Vec<f32> {
         let n = self.decoder.decode(&self.params, ids, position, caches); // [1, hidden]
-        to_f32(matmul::nt(&n, &self.decoder.head(true).matrix(&self.params)))
+        self.decoder.lm_head(&self.params, true).logits(&n)
     }
 }

@@ -1,97 +1,212 @@
-//! The loss of a batch, and its gradients.
+//! Forward and backward of a batch: hidden states, log-probabilities of its targets, and gradients from a weight for
+//! each token.
+//!
+//! The gradient of a loss L is that of Σ w_t·nll_t with w_t = ∂L/∂nll_t = −∂L/∂log p_t. Where the weights are known before
+//! the forward, [`CausalLm::forward_backward`] computes the logits once. Where they depend on the log-probabilities,
+//! [`CausalLm::forward`], [`CausalLm::log_probs_of`] and [`CausalLm::backward`] compute them twice. Logits never exist in
+//! full. [`Objective`](crate::Objective) says where the weights come from.
 
 use core::convert::Infallible;
 use core::ops::Range;
 
-use rekindle_kernels::linear_cross_entropy::{self, Losses};
-use rekindle_kernels::{Grads, Params, Tensor};
+use rekindle_kernels::linear_cross_entropy::{self, Losses, TokenLogProbs, TokenWeights};
+use rekindle_kernels::{Grads, ParamRef, Params, Tensor};
 
-use crate::decoder::{BatchContext, DecoderBackward};
+use crate::decoder::{BatchContext, DecoderSaved};
 use crate::layers::Block;
 use crate::{Batch, CausalLm, Error, StepKey};
 
+/// A forward pass, with everything that its backward needs.
+#[derive(Debug)]
+pub struct ForwardPass<'b> {
+    batch: BatchContext<'b>,
+    hidden: Tensor<2>,
+    saved: DecoderSaved,
+}
+
+impl ForwardPass<'_> {
+    /// The normalized hidden states that the head reads, `[tokens, hidden]`.
+    pub fn hidden(&self) -> &Tensor<2> {
+        &self.hidden
+    }
+}
+
+/// Receives the parameters, the gradients and the index of the range of [`Grads::ranges`] that is complete.
+pub type ApplyGradients<'a> = &'a mut dyn FnMut(&mut Params, &Grads, usize);
+
 impl CausalLm {
-    /// Returns the losses of `batch`, 0 where the mask excludes a token; adds the gradients of `grad_scale · Σ nll` to
-    /// `grads`.
+    /// Returns the hidden states of `batch` and what [`backward`](Self::backward) needs.
     ///
     /// `key` turns on dropout and noise. Documents are independent: how they are split into batches changes nothing.
     ///
     /// # Errors
     /// [`Error::Row`] for a token id beyond the vocabulary or a document beyond `max_seq_length`, [`Error::Device`]
-    /// when a device fails; on CUDA a failure may also show later, when the losses are read.
-    pub fn forward_backward(
+    /// when a device fails; on CUDA a failure may also show later, when values are read.
+    pub fn forward<'b>(&self, batch: &'b Batch, key: Option<StepKey>) -> Result<ForwardPass<'b>, Error> {
+        self.check(batch)?;
+        let context = self.prepare(batch, key);
+        let (hidden, saved) =
+            self.decoder.forward(context.context(&self.params, true), &context, self.gradient_checkpointing());
+        self.checked(ForwardPass { batch: context, hidden, saved })
+    }
+
+    /// Returns the log-probability of each target of a forward pass, with entropies and arg-max flags.
+    pub fn log_probs_of(&self, pass: &ForwardPass<'_>) -> TokenLogProbs {
+        let head = self.decoder.lm_head(&self.params, true);
+        linear_cross_entropy::log_probs(&pass.hidden, &head, &pass.batch.batch().targets)
+    }
+
+    /// Adds the gradients of Σ w_t·nll_t to `grads`. `log_probs` are those of the pass.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn backward<'w>(
+        &self,
+        pass: ForwardPass<'_>,
+        log_probs: &TokenLogProbs,
+        weights: impl Into<TokenWeights<'w>>,
+        grads: &mut Grads,
+    ) -> Result<(), Error> {
+        let d_hidden = self.backward_head(&pass, log_probs, weights.into(), grads);
+        self.backward_decoder(pass, d_hidden, grads);
+        self.checked(())
+    }
+
+    /// [`backward`](Self::backward) that applies gradients layer by layer, as
+    /// [`forward_backward_applying`](Self::forward_backward_applying) does.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn backward_applying<'w>(
+        &mut self,
+        pass: ForwardPass<'_>,
+        log_probs: &TokenLogProbs,
+        weights: impl Into<TokenWeights<'w>>,
+        apply: ApplyGradients<'_>,
+    ) -> Result<(), Error> {
+        let mut grads = self.grads_by_layer();
+        let d_hidden = self.backward_head(&pass, log_probs, weights.into(), &mut grads);
+        self.backward_decoder_applying(pass, d_hidden, grads, apply);
+        self.checked(())
+    }
+
+    /// Returns the losses of `batch`, 0 where the mask excludes a token; adds the gradients of Σ w_t·nll_t to `grads`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_backward<'w>(
         &self,
         batch: &Batch,
-        grad_scale: f32,
+        weights: impl Into<TokenWeights<'w>>,
         grads: &mut Grads,
         key: Option<StepKey>,
     ) -> Result<Losses, Error> {
-        self.check(batch)?;
-        let pass = self.prepare(batch, key);
-        let (nll, mut backward) = self.forward_to_loss(&pass, batch, grad_scale, grads);
-        let ctx = pass.context(&self.params, true);
-        while self.decoder.backward_layer(ctx, &mut backward, grads).is_some() {}
-        self.decoder.backward_embedding(backward, &batch.input_ids, grads);
-        self.checked(nll)
+        let pass = self.forward(batch, key)?;
+        let (losses, d_hidden) = self.loss_and_backward_head(&pass, weights.into(), grads);
+        self.backward_decoder(pass, d_hidden, grads);
+        self.checked(losses)
     }
 
     /// [`forward_backward`](Self::forward_backward) that gives the gradients of a layer to `apply` as soon as they are
     /// complete, and reuses their memory for the next layer: those of all parameters never exist at once.
     ///
-    /// `apply` receives the index of the range of [`Grads::ranges`] that is complete, and may change the parameters in it,
-    /// which nothing of this batch reads any more. Layers come from the last to the first, then the rest of the model.
+    /// `apply` may change the parameters in the range that is complete, which nothing of this batch reads any more. Layers
+    /// come from the last to the first, then the rest of the model.
     ///
     /// # Errors
-    /// As [`forward_backward`](Self::forward_backward).
-    pub fn forward_backward_applying(
+    /// As [`forward`](Self::forward).
+    pub fn forward_backward_applying<'w>(
         &mut self,
         batch: &Batch,
-        grad_scale: f32,
+        weights: impl Into<TokenWeights<'w>>,
         key: Option<StepKey>,
-        apply: &mut dyn FnMut(&mut Params, &Grads, usize),
+        apply: ApplyGradients<'_>,
     ) -> Result<Losses, Error> {
-        self.check(batch)?;
-        let pass = self.prepare(batch, key);
-        let layers: Vec<Range<usize>> = self.decoder.layers.iter().map(Block::trained_range).collect();
-        // The one that goes from layer to layer, and what is complete at the end.
-        let around = between(&layers, self.params.numel());
-        let count = around.len();
-        let mut grads = self.params.zero_grads_of(core::iter::once(0..0).chain(around));
-        let (nll, mut backward) = self.forward_to_loss(&pass, batch, grad_scale, &mut grads);
+        let mut grads = self.grads_by_layer();
+        let pass = self.forward(batch, key)?;
+        let (losses, d_hidden) = self.loss_and_backward_head(&pass, weights.into(), &mut grads);
+        self.backward_decoder_applying(pass, d_hidden, grads, apply);
+        self.checked(losses)
+    }
+
+    /// The losses and the gradient to the hidden states; adds that of the head.
+    fn loss_and_backward_head(
+        &self,
+        pass: &ForwardPass<'_>,
+        weights: TokenWeights<'_>,
+        grads: &mut Grads,
+    ) -> (Losses, Tensor<2>) {
+        let head = self.decoder.lm_head(&self.params, true);
+        let targets = &pass.batch.batch().targets;
+        linear_cross_entropy::forward_backward(&pass.hidden, &head, targets, weights, self.head_grad(grads))
+    }
+
+    /// The gradient to the hidden states; adds that of the head.
+    fn backward_head(
+        &self,
+        pass: &ForwardPass<'_>,
+        log_probs: &TokenLogProbs,
+        weights: TokenWeights<'_>,
+        grads: &mut Grads,
+    ) -> Tensor<2> {
+        let head = self.decoder.lm_head(&self.params, true);
+        linear_cross_entropy::backward(&pass.hidden, &head, log_probs, weights, self.head_grad(grads))
+    }
+
+    /// Where the gradient of the head goes, if it is trained.
+    fn head_grad<'g>(&self, grads: &'g mut Grads) -> Option<(&'g mut Grads, ParamRef)> {
+        self.decoder.head(true).trained().map(|at| (grads, at))
+    }
+
+    /// The backward of everything below the head.
+    fn backward_decoder(&self, pass: ForwardPass<'_>, d_hidden: Tensor<2>, grads: &mut Grads) {
+        let ForwardPass { batch, hidden, saved } = pass;
+        let ctx = batch.context(&self.params, true);
+        let mut backward = self.decoder.begin_backward(ctx, saved, &d_hidden, grads);
+        drop((hidden, d_hidden));
+        while self.decoder.backward_layer(ctx, &mut backward, grads).is_some() {}
+        self.decoder.backward_embedding(backward, &batch.batch().input_ids, grads);
+    }
+
+    /// [`backward_decoder`](Self::backward_decoder) with the gradients of [`grads_by_layer`](Self::grads_by_layer).
+    fn backward_decoder_applying(
+        &mut self,
+        pass: ForwardPass<'_>,
+        d_hidden: Tensor<2>,
+        mut grads: Grads,
+        apply: ApplyGradients<'_>,
+    ) {
+        let ForwardPass { batch, hidden, saved } = pass;
+        let mut backward = self.decoder.begin_backward(batch.context(&self.params, true), saved, &d_hidden, &mut grads);
+        drop((hidden, d_hidden));
+        let layers = self.trained_ranges();
         while let Some(next) = backward.next_layer() {
             grads.begin(0, layers[next].clone());
-            self.decoder.backward_layer(pass.context(&self.params, true), &mut backward, &mut grads);
+            self.decoder.backward_layer(batch.context(&self.params, true), &mut backward, &mut grads);
             apply(&mut self.params, &grads, 0);
         }
         grads.begin(0, 0..0);
-        self.decoder.backward_embedding(backward, &batch.input_ids, &mut grads);
-        for range in 1..=count {
+        self.decoder.backward_embedding(backward, &batch.batch().input_ids, &mut grads);
+        for range in 1..grads.ranges().len() {
             apply(&mut self.params, &grads, range);
         }
-        self.checked(nll)
     }
 
-    /// The losses, and the backward pass before the last layer; adds the gradients of the head and the final norm.
-    fn forward_to_loss(
-        &self,
-        pass: &BatchContext<'_>,
-        batch: &Batch,
-        grad_scale: f32,
-        grads: &mut Grads,
-    ) -> (Losses, DecoderBackward) {
-        let ctx = pass.context(&self.params, true);
-        let (n, saved) = self.decoder.forward(ctx, pass, self.gradient_checkpointing());
-        let head = self.decoder.head(true);
-        let head_grad = head.trained().map(|at| (&mut *grads, at));
-        let weight = head.matrix(&self.params);
-        let (nll, dn) = linear_cross_entropy::forward_backward(&n, &weight, &batch.targets, grad_scale, head_grad);
-        (nll, self.decoder.begin_backward(ctx, saved, &dn, grads))
+    /// Gradients of zero in ranges: an empty one that goes from layer to layer, then those around the layers, which are
+    /// complete at the end.
+    fn grads_by_layer(&self) -> Grads {
+        let around = between(&self.trained_ranges(), self.params.numel());
+        self.params.zero_grads_of(core::iter::once(0..0).chain(around))
+    }
+
+    fn trained_ranges(&self) -> Vec<Range<usize>> {
+        self.decoder.layers.iter().map(Block::trained_range).collect()
     }
 
     /// Returns the negative log-likelihood of every target of `batch`, 0 where the mask excludes it. No dropout.
     ///
     /// # Errors
-    /// As [`forward_backward`](Self::forward_backward).
+    /// As [`forward`](Self::forward).
     pub fn nll(&self, batch: &Batch) -> Result<Vec<f32>, Error> {
         self.nll_with(batch, true)
     }
@@ -99,20 +214,50 @@ impl CausalLm {
     /// [`nll`](Self::nll) of the base model, whatever adapter is active: no weight is moved or copied.
     ///
     /// # Errors
-    /// As [`forward_backward`](Self::forward_backward), and [`Error::Argument`] while the active adapter has subtracted
-    /// its initial B·A from the base (`pissa`, `olora`).
+    /// As [`forward`](Self::forward), and [`Error::Argument`] while the active adapter has subtracted its initial B·A from
+    /// the base (`pissa`, `olora`).
     pub fn base_nll(&self, batch: &Batch) -> Result<Vec<f32>, Error> {
         self.check_base()?;
         self.nll_with(batch, false)
     }
 
+    /// Returns the log-probability of every target of `batch`, with entropies and arg-max flags. No dropout, and nothing
+    /// is saved for a backward.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn log_probs(&self, batch: &Batch) -> Result<TokenLogProbs, Error> {
+        self.log_probs_with(batch, true)
+    }
+
+    /// [`log_probs`](Self::log_probs) of the base model: those of a reference model while an adapter is trained.
+    ///
+    /// # Errors
+    /// As [`base_nll`](Self::base_nll).
+    pub fn base_log_probs(&self, batch: &Batch) -> Result<TokenLogProbs, Error> {
+        self.check_base()?;
+        self.log_probs_with(batch, false)
+    }
+
     fn nll_with(&self, batch: &Batch, adapters: bool) -> Result<Vec<f32>, Error> {
+        let hidden = self.hidden(batch, adapters)?;
+        let head = self.decoder.lm_head(&self.params, adapters);
+        self.checked(linear_cross_entropy::forward(&hidden, &head, &batch.targets).values())
+    }
+
+    fn log_probs_with(&self, batch: &Batch, adapters: bool) -> Result<TokenLogProbs, Error> {
+        let hidden = self.hidden(batch, adapters)?;
+        let head = self.decoder.lm_head(&self.params, adapters);
+        self.checked(linear_cross_entropy::log_probs(&hidden, &head, &batch.targets))
+    }
+
+    /// The hidden states without dropout.
+    fn hidden(&self, batch: &Batch, adapters: bool) -> Result<Tensor<2>, Error> {
         self.check(batch)?;
-        let pass = self.prepare(batch, None);
-        let ctx = pass.context(&self.params, adapters);
-        let Ok(n) = self.decoder.hidden(ctx, &pass, |_, _: &Tensor<2>| Ok::<(), Infallible>(()));
-        let head = self.decoder.head(adapters).matrix(&self.params);
-        self.checked(linear_cross_entropy::forward(&n, &head, &batch.targets).values())
+        let context = self.prepare(batch, None);
+        let ctx = context.context(&self.params, adapters);
+        let Ok(hidden) = self.decoder.hidden(ctx, &context, |_, _: &Tensor<2>| Ok::<(), Infallible>(()));
+        Ok(hidden)
     }
 
     /// The batch, ready to go through the decoder.

@@ -3,7 +3,7 @@
 use rekindle_hub::{Dtype, TensorView};
 use rekindle_kernels::{Grads, Tensor, Weight, linear_cross_entropy, to_f32};
 
-use crate::{Batch, CausalLm, Error, IGNORED, Role, StepKey};
+use crate::{Batch, CausalLm, Error, IGNORED, Objective, Role, StepKey};
 
 /// The first place of a step, in the order of computation, where a number is infinite or not a number.
 #[derive(Clone, Debug, PartialEq)]
@@ -90,16 +90,17 @@ impl CausalLm {
     /// everything is. Much slower than the step: every output is read back, and rows are gone through one by one.
     ///
     /// # Errors
-    /// As [`forward_backward`](Self::forward_backward).
+    /// As [`objective_backward`](Self::objective_backward).
     pub fn first_non_finite(
         &self,
+        objective: &dyn Objective,
         batches: &[Batch],
         grad_scale: f32,
         key: Option<StepKey>,
     ) -> Result<Option<NonFinite>, Error> {
         match self.first_non_finite_output(batches, key)? {
             Some(found) => Ok(Some(found)),
-            None => self.broken_gradient(batches, grad_scale, key),
+            None => self.broken_gradient(objective, batches, grad_scale, key),
         }
     }
 
@@ -107,7 +108,7 @@ impl CausalLm {
     /// [`NonFinite::Weight`] or [`NonFinite::Output`], or `None` when every output and loss is finite.
     ///
     /// # Errors
-    /// As [`forward_backward`](Self::forward_backward).
+    /// As [`forward`](Self::forward).
     pub fn first_non_finite_output(&self, batches: &[Batch], key: Option<StepKey>) -> Result<Option<NonFinite>, Error> {
         let mut broken = Vec::new();
         for batch in batches {
@@ -162,7 +163,7 @@ impl CausalLm {
             Err(Stop::Broken(broken)) => return Ok(Some(broken)),
             Err(Stop::Failed(error)) => return Err(error),
         };
-        let head = self.decoder.head(true).matrix(&self.params);
+        let head = self.decoder.lm_head(&self.params, true);
         let nll = linear_cross_entropy::forward(&n, &head, &batch.targets).values();
         let rows = rows_with(batch, |token| nll[token].is_finite());
         let depth = self.depth(Role::Head);
@@ -209,18 +210,20 @@ impl CausalLm {
         broken.next().map(|info| (info.name.clone(), true))
     }
 
-    /// The backward pass of each row alone, then of all together.
+    /// The backward pass of each row alone, if the loss is a sum over rows, then of all together.
     fn broken_gradient(
         &self,
+        objective: &dyn Objective,
         batches: &[Batch],
         grad_scale: f32,
         key: Option<StepKey>,
     ) -> Result<Option<NonFinite>, Error> {
         let mut all = self.params.zero_grads();
         let (mut first, mut rows) = (None, Vec::new());
-        for document in batches.iter().flat_map(Batch::split) {
+        let by_row = batches.iter().filter(|batch| objective.fixed_weights(batch).is_some());
+        for document in by_row.flat_map(Batch::split) {
             let mut grads = self.params.zero_grads();
-            self.forward_backward(&document, grad_scale, &mut grads, key)?;
+            self.objective_backward(objective, &document, grad_scale, &mut grads, key)?;
             if let Some(found) = self.deepest_broken(&grads) {
                 rows.extend(document.rows);
                 first = first.max(Some(found));
@@ -228,7 +231,7 @@ impl CausalLm {
         }
         if first.is_none() {
             for batch in batches {
-                self.forward_backward(batch, grad_scale, &mut all, key)?;
+                self.objective_backward(objective, batch, grad_scale, &mut all, key)?;
             }
             first = self.deepest_broken(&all);
         }

@@ -1,12 +1,12 @@
 //! One optimizer step over given micro-batches.
 
 use burn::tensor::DType;
-use rekindle_kernels::Device;
-use rekindle_kernels::linear_cross_entropy::Losses;
 use rekindle_kernels::optimizer::{
     Clip, Rates, Rule, State, StateBytes, StateError, StateFormat, StateTensor, Step, clipped_range_step, clipped_step,
 };
-use rekindle_models::{Batch, CausalLm, StepKey};
+use rekindle_kernels::{Device, Grads, Params};
+use rekindle_models::objective::PendingLoss;
+use rekindle_models::{Batch, CausalLm, Objective, StepKey};
 
 use crate::{Error, SftConfig, show_bytes};
 
@@ -80,10 +80,10 @@ impl From<&SftConfig> for OptimizerConfig {
     }
 }
 
-/// What a step did.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// The result of a step.
+#[derive(Clone, Debug, PartialEq)]
 pub struct StepResult {
-    /// Σ nll ÷ counted tokens of the step, before the parameters moved.
+    /// The loss of the step before the parameters moved, as its [`Objective`] defines it.
     pub loss: f64,
     /// Global norm of the gradient before clipping.
     pub grad_norm: f64,
@@ -91,6 +91,8 @@ pub struct StepResult {
     pub counted: usize,
     /// Tokens that went through the model.
     pub tokens: usize,
+    /// The objective's other means, by name; none for SFT.
+    pub metrics: Vec<(&'static str, f64)>,
 }
 
 /// The optimizer with its state.
@@ -152,7 +154,7 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Accumulates the gradient of the mean loss over all of `batches`, clips it by its global norm
+    /// Accumulates the gradient of the mean loss of `objective` over all of `batches`, clips it by its global norm
     /// (times min(1, max_grad_norm / (norm + 1e-6)), as PyTorch), and moves the parameters.
     ///
     /// When the norm is not finite, as after a loss that is not, the parameters stay as they are; the caller sees it in
@@ -164,34 +166,41 @@ impl Optimizer {
     pub fn step(
         &mut self,
         model: &mut CausalLm,
+        objective: &dyn Objective,
         batches: &[Batch],
         rates: impl Into<Rates>,
     ) -> Result<StepResult, Error> {
-        let counted: usize = batches.iter().map(Batch::counted).sum();
+        let counted = batches.iter().map(Batch::counted).sum();
         let tokens = batches.iter().map(Batch::tokens).sum();
-        let scale = 1.0 / counted.max(1) as f64;
+        let scale = step_scale(objective, batches);
         let OptimizerConfig { weight_decay, max_grad_norm, optimizer_in_bwd, .. } = self.config;
         let step = Step { t: self.t + 1, rates: rates.into(), weight_decay };
         model.params_mut().set_rounding_seed(self.seed);
         let (losses, clips) = if optimizer_in_bwd {
-            self.move_in_backward(model, batches, scale as f32, &step)?
+            self.move_in_backward(model, objective, batches, scale as f32, &step)?
         } else {
             let key = self.key();
             let mut grads = model.params().zero_grads();
             let mut losses = Vec::with_capacity(batches.len());
             for batch in batches {
-                losses.push(model.forward_backward(batch, scale as f32, &mut grads, Some(key))?);
+                losses.push(model.objective_backward(objective, batch, scale as f32, &mut grads, Some(key))?);
             }
             let clip = clipped_step(model.params_mut(), &grads, &mut self.state, &step, max_grad_norm);
             (losses, vec![clip])
         };
         // Everything is queued; from here on the host waits.
-        let loss = losses.into_iter().map(Losses::sum).sum::<f64>() * scale;
+        let (mut loss, mut metrics) = (0.0, Vec::new());
+        for (sum, sums) in losses.into_iter().map(PendingLoss::wait) {
+            loss += sum;
+            add_metrics(&mut metrics, sums);
+        }
+        loss *= scale;
+        metrics.iter_mut().for_each(|(_, value)| *value *= scale);
         let grad_norm = match &clips[..] {
             [clip] => clip.norm(),
             clips => clips.iter().map(|clip| clip.norm().powi(2)).sum::<f64>().sqrt(),
         };
-        let result = StepResult { loss, grad_norm, counted, tokens };
+        let result = StepResult { loss, grad_norm, counted, tokens, metrics };
         model.device().check().map_err(rekindle_models::Error::from)?;
         if result.grad_norm.is_finite() {
             self.t += 1;
@@ -203,10 +212,11 @@ impl Optimizer {
     fn move_in_backward(
         &mut self,
         model: &mut CausalLm,
+        objective: &dyn Objective,
         batches: &[Batch],
         scale: f32,
         step: &Step,
-    ) -> Result<(Vec<Losses>, Vec<Clip>), Error> {
+    ) -> Result<(Vec<PendingLoss>, Vec<Clip>), Error> {
         let [batch] = batches else {
             return Err(Error::Config(vec![format!(
                 "optimizer_in_bwd = true moves parameters in the middle of a batch, so a step has one batch, not {}",
@@ -215,12 +225,28 @@ impl Optimizer {
         };
         let (key, max_grad_norm, state) = (self.key(), self.config.max_grad_norm, &mut self.state);
         let mut clips = Vec::new();
-        let losses = model.forward_backward_applying(batch, scale, Some(key), &mut |params, grads, index| {
+        let mut apply = |params: &mut Params, grads: &Grads, index: usize| {
             let range = grads.ranges().swap_remove(index);
             if !range.is_empty() {
                 clips.push(clipped_range_step(params, range, grads, state, step, max_grad_norm));
             }
-        })?;
-        Ok((vec![losses], clips))
+        };
+        let loss = model.objective_backward_applying(objective, batch, scale, Some(key), &mut apply)?;
+        Ok((vec![loss], clips))
+    }
+}
+
+/// The factor that makes the summed loss of micro-batches the loss of their step.
+pub(crate) fn step_scale(objective: &dyn Objective, batches: &[Batch]) -> f64 {
+    1.0 / batches.iter().map(|batch| objective.count(batch)).sum::<usize>().max(1) as f64
+}
+
+/// Adds sums to those of earlier micro-batches, by name.
+fn add_metrics(metrics: &mut Vec<(&'static str, f64)>, sums: Vec<(&'static str, f64)>) {
+    for (name, sum) in sums {
+        match metrics.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, value)) => *value += sum,
+            None => metrics.push((name, sum)),
+        }
     }
 }

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 
 use rekindle_kernels::{Device, MemoryUse};
 use rekindle_lora::{GradientCheckpointing, LoraConfig};
-use rekindle_models::{Batch, CausalLm, LoadOptions, stored_quantization};
+use rekindle_models::{Batch, CausalLm, LoadOptions, Objective, Sft, stored_quantization};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
@@ -48,6 +48,7 @@ pub struct Job {
 /// optimizer step of the largest batch runs through the code that trains: what the device counted is the plan.
 pub struct Planner {
     job: Job,
+    objective: Box<dyn Objective>,
     device: Device,
     model: CausalLm,
     optimizer: Optimizer,
@@ -102,7 +103,13 @@ impl Planner {
             model.add_adapter_on_meta(lora)?;
         }
         let optimizer = Optimizer::new(&model, OptimizerConfig::from(&job.train), 0)?;
-        Ok(Self { job, device, model, optimizer })
+        Ok(Self { job, objective: Box::new(Sft), device, model, optimizer })
+    }
+
+    /// Plans steps of this objective instead of SFT.
+    #[must_use]
+    pub fn objective(self, objective: Box<dyn Objective>) -> Self {
+        Self { objective, ..self }
     }
 
     /// Plans evaluation passes too ([`Job::evaluates`]).
@@ -126,7 +133,7 @@ impl Planner {
     pub fn plan_with(&mut self, rows: &Rows, checkpointing: GradientCheckpointing) -> Result<MemoryPlan, Error> {
         self.model.set_gradient_checkpointing(checkpointing);
         let before = self.begin();
-        self.optimizer.step(&mut self.model, &[rows.batch()], 0.0)?;
+        self.optimizer.step(&mut self.model, &*self.objective, &[rows.batch()], 0.0)?;
         let step = self.counted(rows, checkpointing, before);
         if !self.job.evaluates {
             return Ok(step);

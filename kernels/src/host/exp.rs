@@ -52,11 +52,12 @@ pub(crate) fn tanh(x: f32) -> f32 {
     if x.abs() < 0.625 { near } else { far }
 }
 
+/// Summed in `f32` before they go to an `f64`: a vocabulary is too long for one `f32` sum.
+const BLOCK: usize = 1024;
+
 /// Replaces x by e^(x − max); returns max and the sum.
 #[inline(always)]
 pub(crate) fn exp_shifted(row: &mut [f32]) -> (f32, f32) {
-    /// Summed in `f32` before they go to an `f64`: a vocabulary is too long for one `f32` sum.
-    const BLOCK: usize = 1024;
     let max = max(row);
     let mut sum = 0f64;
     for block in row.chunks_mut(BLOCK) {
@@ -78,6 +79,36 @@ pub(crate) fn exp_shifted(row: &mut [f32]) -> (f32, f32) {
     (max, sum as f32)
 }
 
+/// Returns the max and the sum of [`exp_shifted`] in the same bits, and Σ e^(x − max)·(x − max).
+#[inline(always)]
+pub(crate) fn exp_sums(row: &[f32]) -> (f32, f32, f32) {
+    /// Below this, [`exp`] is 0.
+    const LEAST: f32 = -88.0;
+    let max = max(row);
+    let (mut sum, mut shifted) = (0f64, 0f64);
+    for block in row.chunks(BLOCK) {
+        let (mut lanes, mut shifted_lanes) = ([0f32; 16], [0f32; 16]);
+        let mut chunks = block.chunks_exact(16);
+        for chunk in &mut chunks {
+            for i in 0..16 {
+                let x = chunk[i] - max;
+                let e = exp(x);
+                lanes[i] += e;
+                shifted_lanes[i] = e.mul_add(x.max(LEAST), shifted_lanes[i]);
+            }
+        }
+        let (mut tail, mut shifted_tail) = (0f32, 0f32);
+        for &x in chunks.remainder() {
+            let e = exp(x - max);
+            tail += e;
+            shifted_tail += e * (x - max).max(LEAST);
+        }
+        sum += f64::from(lanes.iter().sum::<f32>() + tail);
+        shifted += f64::from(shifted_lanes.iter().sum::<f32>() + shifted_tail);
+    }
+    (max, sum as f32, shifted as f32)
+}
+
 #[inline(always)]
 fn max(row: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; 16];
@@ -93,7 +124,20 @@ fn max(row: &[f32]) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::{exp, tanh};
+    use super::{exp, exp_shifted, exp_sums, tanh};
+
+    #[test]
+    fn sums_are_those_of_the_exponentials() {
+        for n in [1, 15, 16, 1024, 3001] {
+            let row: Vec<f32> = (0..n).map(|i| (i * 7919 % 101) as f32 / 5.0 - 200.0 * (i % 7 / 6) as f32).collect();
+            let mut exps = row.clone();
+            let (max, sum) = exp_shifted(&mut exps);
+            let (same_max, same_sum, shifted) = exp_sums(&row);
+            assert_eq!((max, sum), (same_max, same_sum));
+            let want: f64 = row.iter().map(|&x| f64::from(x - max)).map(|x| x.exp() * x).sum();
+            assert!((f64::from(shifted) - want).abs() <= 1e-6 * want.abs().max(1.0), "{shifted} not {want}");
+        }
+    }
 
     #[test]
     fn within_two_ulp() {

@@ -58,7 +58,9 @@ sources! {
     "attention_fwd.cu" after "attention_scores.cuh", "mma_sync.cuh" with |arch| attention(AttentionKernel::Fwd, arch), ["attention_fwd"];
     "attention_fwd_sm90.cu" after "attention_scores.cuh", "sm90.cuh" with attention_fwd_sm90, ["attention_fwd_sm90"];
     "attention_sinks.cu" with any_dtype, ["attention_bwd_sinks"];
-    "cross_entropy.cu" with any_dtype, ["cross_entropy_fwd", "cross_entropy_fwd_bwd"];
+    "cross_entropy.cu" with with_softcap_and_without, [
+        "cross_entropy_bwd", "cross_entropy_fwd", "cross_entropy_fwd_bwd", "cross_entropy_statistics"
+    ];
     "dequant.cu" with any_dtype, ["dequant_4bit", "dequant_4bit_double", "dequant_int8"];
     "dropout.cu" after "philox.cuh" with any_dtype, ["dropout", "neftune"];
     "elementwise.cu" with any_dtype, [
@@ -145,6 +147,13 @@ impl Source {
 fn any_dtype(arch: Arch) -> Vec<Defines> {
     let dtypes = if arch.sm >= 80 { &["bf16", "f16", "f32"][..] } else { &[] };
     dtypes.iter().map(|&dtype| vec![("T", dtype)]).collect()
+}
+
+/// Every dtype, with logits that are capped and not.
+fn with_softcap_and_without(arch: Arch) -> Vec<Defines> {
+    let plain = any_dtype(arch);
+    let capped = |defines: &Defines| [defines.clone(), vec![("SOFTCAP", "")]].concat();
+    plain.iter().map(capped).chain(plain.iter().cloned()).collect()
 }
 
 /// The variants of a file that does not use `T`.

@@ -6,6 +6,7 @@ use rekindle::{
     DataSource, DeviceKind, Diverged, Error, ErrorKind, FastLanguageModel, LoraConfig, NonFinite, SftConfig,
     SftTrainer, StepCount, Tokenizer,
 };
+use rekindle_models::Sft;
 use rekindle_tests::{Golden, poisoned};
 
 const NO_TOKENIZER: Option<&Tokenizer> = None;
@@ -103,7 +104,7 @@ fn an_overflowing_gradient_is_found() {
     values[info.at.range()].fill(3e38);
     model.params_mut().set_all_values(values);
     let batches = [golden.batch(&[0, 1]), golden.batch(&[2])];
-    let found = model.first_non_finite(&batches, 1e3, None).expect("golden rows fit");
+    let found = model.first_non_finite(&Sft, &batches, 1e3, None).expect("golden rows fit");
     let Some(NonFinite::Gradient { parameter, rows }) = &found else { panic!("{found:?}") };
     assert_eq!(*parameter, info.name.replace("lora_B", "lora_A"));
     assert!(!rows.is_empty());
@@ -113,5 +114,5 @@ fn an_overflowing_gradient_is_found() {
 fn finite_values_are_not_reported() {
     let golden = Golden::open("qwen3-tied");
     let model = golden.load_adapted("all-linear");
-    assert_eq!(model.first_non_finite(&[golden.packed()], 1.0, None).expect("golden rows fit"), None);
+    assert_eq!(model.first_non_finite(&Sft, &[golden.packed()], 1.0, None).expect("golden rows fit"), None);
 }

@@ -1,6 +1,6 @@
 //! Tests of full fine-tuning: updates in the backward pass, without f32 copies, and on quantized weights.
 
-use rekindle_models::{CausalLm, LoadIn, LoadOptions};
+use rekindle_models::{CausalLm, LoadIn, LoadOptions, Sft};
 use rekindle_quant::{QuantConfig, QuantType};
 use rekindle_tests::Golden;
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig, StepResult};
@@ -15,7 +15,7 @@ fn config(optimizer_in_bwd: bool, max_grad_norm: f64) -> OptimizerConfig {
 fn steps(golden: &Golden, model: &mut CausalLm, config: OptimizerConfig, lr: f64) -> Vec<StepResult> {
     let mut optimizer = Optimizer::new(model, config, 3407).expect("there is something to train");
     let batch = golden.packed();
-    let step = |_| optimizer.step(model, core::slice::from_ref(&batch), lr).expect("golden rows fit");
+    let step = |_| optimizer.step(model, &Sft, core::slice::from_ref(&batch), lr).expect("golden rows fit");
     (0..STEPS).map(step).collect()
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use rekindle::{DeviceKind, FastLanguageModel};
 use rekindle_hub::{Checkpoint, Dtype};
 use rekindle_lora::{Adapter, Factors, InitLoraWeights, LoraConfig};
-use rekindle_models::{CausalLm, LoadIn, MergeOptions, merge};
+use rekindle_models::{CausalLm, LoadIn, MergeOptions, Sft, merge};
 use rekindle_quant::{QuantConfig, QuantizedTensor};
 use rekindle_tests::{Golden, RowLosses, assert_nll, goldens, read_json, relative_distance, tensors, worst_nll};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig, save_result};
@@ -76,7 +76,7 @@ fn steps(model: &mut CausalLm) {
     let mut optimizer =
         Optimizer::new(model, OptimizerConfig::from(&SftConfig::default()), 1).expect("the adapter is trained");
     for _ in 0..3 {
-        optimizer.step(model, &[Golden::open(BASE).packed()], 0.01).expect("golden rows fit");
+        optimizer.step(model, &Sft, &[Golden::open(BASE).packed()], 0.01).expect("golden rows fit");
     }
 }
 

@@ -21,6 +21,7 @@ mod losses;
 mod merge;
 mod named_adapters;
 mod non_finite;
+mod objectives;
 mod optimizers;
 mod portable;
 mod pretrained;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use rekindle::{DeviceKind, FastLanguageModel, Model};
 use rekindle_lora::{Adapter, Bias, Combination, Factors, InitLoraWeights, LoraConfig};
-use rekindle_models::{CausalLm, DEFAULT_ADAPTER, LoadIn};
+use rekindle_models::{CausalLm, DEFAULT_ADAPTER, LoadIn, Sft};
 use rekindle_tests::{Golden, RowLosses, assert_nll, goldens, read_json, relative_distance, tensors, worst_nll};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 use serde_json::Value;
@@ -49,7 +49,7 @@ fn steps(model: &mut CausalLm, count: usize) {
     let mut optimizer =
         Optimizer::new(model, OptimizerConfig::from(&SftConfig::default()), 1).expect("an adapter is on");
     for _ in 0..count {
-        optimizer.step(model, &[Golden::open(BASE).packed()], 0.01).expect("golden rows fit");
+        optimizer.step(model, &Sft, &[Golden::open(BASE).packed()], 0.01).expect("golden rows fit");
     }
 }
 

@@ -4,7 +4,7 @@ use rekindle_hub::SafetensorsFile;
 use rekindle_kernels::optimizer::{self, Clip, Rates, Rule, State, StateFormat, StateTensor, Step, maps};
 use rekindle_kernels::{Device, Group, ParamsBuilder, from_f32};
 use rekindle_lora::LoraConfig;
-use rekindle_models::CausalLm;
+use rekindle_models::{CausalLm, Sft};
 use rekindle_quant::DynamicMap;
 use rekindle_tests::{Golden, goldens, read_json, relative_distance};
 use rekindle_train::{Optim, Optimizer, OptimizerConfig, SftConfig};
@@ -118,7 +118,7 @@ fn train(golden: &Golden, config: &SftConfig, rates: Rates, steps: usize) -> (Ve
     let mut model = golden.load_full();
     let mut optimizer = Optimizer::new(&model, OptimizerConfig::from(config), 1).expect("something is trained");
     let batches = [golden.packed()];
-    let step = |_| optimizer.step(&mut model, &batches, rates).expect("golden rows fit").loss;
+    let step = |_| optimizer.step(&mut model, &Sft, &batches, rates).expect("golden rows fit").loss;
     ((0..steps).map(step).collect(), model)
 }
 

@@ -2,7 +2,7 @@
 
 use rekindle_data::{Dataset, EncodeOptions, Packs};
 use rekindle_lora::{GradientCheckpointing, LoraConfig};
-use rekindle_models::{CausalLm, StepKey};
+use rekindle_models::{CausalLm, Sft, StepKey};
 use rekindle_tests::{Golden, relative_distance};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig, StepMetrics, Trainer};
 
@@ -248,7 +248,8 @@ fn repeated_runs_give_the_same_bits() {
             Optimizer::new(&model, OptimizerConfig::from(&SftConfig::default()), seed).expect("it is trained");
         let before = model.params().all_values();
         let batches: Vec<_> = SPLITS[3].iter().map(|rows| golden.batch(rows)).collect();
-        let steps = [1e-3, 2e-3, 1e-3].map(|lr| optimizer.step(&mut model, &batches, lr).expect("golden rows fit"));
+        let steps =
+            [1e-3, 2e-3, 1e-3].map(|lr| optimizer.step(&mut model, &Sft, &batches, lr).expect("golden rows fit"));
         let after = model.params().all_values();
         assert!(relative_distance(&after, &before) > 1e-3, "the run changes the parameters");
         (steps, after)

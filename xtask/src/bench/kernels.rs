@@ -6,13 +6,13 @@ use std::process::Command;
 
 use burn::tensor::DType;
 use rekindle_kernels::attention::{self, Documents, Heads};
+use rekindle_kernels::linear_cross_entropy::{self, LmHead, TokenWeights};
 use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, Step};
 use rekindle_kernels::quantized::{Absmax, QuantizedData, QuantizedFormat};
 use rekindle_kernels::rope::{self, Norm, Tables};
 use rekindle_kernels::runtime::Cuda;
 use rekindle_kernels::{
-    Device, ParamsBuilder, QuantizedWeight, Tensor, from_f32, from_le_bytes, linear_cross_entropy, matmul,
-    parse_device, rms_norm, swiglu,
+    Device, ParamsBuilder, QuantizedWeight, Tensor, from_f32, from_le_bytes, matmul, parse_device, rms_norm, swiglu,
 };
 use serde_json::{Value, json};
 
@@ -203,12 +203,31 @@ impl Bench<'_> {
     }
 
     fn loss(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {
-        let (h, head) = (self.noise(1, [512, 64]), self.noise(2, [VOCAB, 64]));
+        let (h, head) = (self.noise(1, [512, 64]), LmHead::new(self.noise(2, [VOCAB, 64])));
+        let capped = LmHead { softcap: Some(30.0), ..head.clone() };
         let targets: Vec<i32> = (0..512).map(|t| t * 250 % VOCAB as i32).collect();
+        let weights = TokenWeights::Uniform(1.0);
         // f32 logits are read, and their gradient is written in bf16.
         let bytes = (512 * VOCAB * 6) as f64;
         self.time(rows, "cross entropy, loss and gradient", Work::Bytes(bytes), "cross_entropy", || {
-            linear_cross_entropy::forward_backward(&h, &head, &targets, 1.0, None);
+            linear_cross_entropy::forward_backward(&h, &head, &targets, weights, None);
+        })?;
+        self.time(
+            rows,
+            "cross entropy with a softcap, loss and gradient",
+            Work::Bytes(bytes),
+            "cross_entropy",
+            || {
+                linear_cross_entropy::forward_backward(&h, &capped, &targets, weights, None);
+            },
+        )?;
+        let read = (512 * VOCAB * 4) as f64;
+        self.time(rows, "log-probabilities", Work::Bytes(read), "cross_entropy", || {
+            linear_cross_entropy::log_probs(&h, &head, &targets);
+        })?;
+        let saved = linear_cross_entropy::log_probs(&h, &head, &targets);
+        self.time(rows, "log-probabilities, gradient", Work::Bytes(bytes), "cross_entropy", || {
+            linear_cross_entropy::backward(&h, &head, &saved, weights, None);
         })
     }
 

@@ -17,7 +17,7 @@ use rekindle_hub::Checkpoint;
 use rekindle_kernels::runtime::{Cuda, ProfileEntry};
 use rekindle_kernels::{Device, parse_device};
 use rekindle_lora::GradientCheckpointing;
-use rekindle_models::{CausalLm, LoadIn, LoadOptions};
+use rekindle_models::{CausalLm, LoadIn, LoadOptions, Sft};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 use serde_json::{Value, json};
 
@@ -223,7 +223,7 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
     for step in 0..WARMUP + job.steps {
         let batch = random_batch(&mut rng, [job.batch, job.seq], IDS);
         let began = Instant::now();
-        let result = optimizer.step(&mut model, &[batch], 1e-4)?;
+        let result = optimizer.step(&mut model, &Sft, &[batch], 1e-4)?;
         let seconds = began.elapsed().as_secs_f64();
         match step {
             0 => first = seconds,
@@ -235,7 +235,7 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
     let memory = taken(cuda);
     if job.profile {
         let batch = random_batch(&mut rng, [job.batch, job.seq], IDS);
-        let (stepped, entries) = cuda.profile(|| optimizer.step(&mut model, &[batch], 1e-4))?;
+        let (stepped, entries) = cuda.profile(|| optimizer.step(&mut model, &Sft, &[batch], 1e-4))?;
         stepped?;
         print_profile(&entries);
     }

@@ -110,11 +110,9 @@ impl Decoder {
     ) -> DecoderBackward {
         let DecoderSaved { end, layers } = saved;
         let (h, rstd) = end.expect("the forward reached the end");
-        let scaled = self.logit_multiplier.map(|multiplier| d_hidden.clone().scale(multiplier));
-        let dn = scaled.as_ref().unwrap_or(d_hidden);
-        self.norm.backward_weight(grads, dn, &h, &rstd);
+        self.norm.backward_weight(grads, d_hidden, &h, &rstd);
         let room = self.layers.iter().map(crate::layers::Block::room).max().unwrap_or(0);
-        let dh = self.norm.backward_input(ctx.params, dn, &h, &rstd, None, room);
+        let dh = self.norm.backward_input(ctx.params, d_hidden, &h, &rstd, None, room);
         DecoderBackward { dh: Some(dh), layers }
     }
 

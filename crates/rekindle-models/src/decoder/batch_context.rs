@@ -66,6 +66,11 @@ impl<'a> BatchContext<'a> {
         }
     }
 
+    /// The batch itself.
+    pub(crate) fn batch(&self) -> &'a Batch {
+        self.batch
+    }
+
     /// The context of a pass with these parameters, with adapters or without.
     pub fn context<'c>(&'c self, params: &'c Params, adapters: bool) -> Context<'c> {
         let dropout = self.random.as_ref().filter(|_| adapters && self.lora_dropout > 0.0);

@@ -13,7 +13,6 @@ impl ModelSpec {
         let embedding = &self.embedding;
         list.push(embedding.per_layer_input.is_some(), || "per-layer embeddings".to_owned());
         list.push(embedding.rounds_multiplier, || "an embedding multiplier in the dtype of the table".to_owned());
-        list.push(self.head.softcap.is_some(), || "soft-capped logits".to_owned());
         list.norm(&self.final_norm);
         for layer in &self.layers {
             layer.unsupported(max_seq_length, &mut list);

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use rekindle_data::Dataset;
-use rekindle_models::{Batch, CausalLm, NonFinite, StepKey};
+use rekindle_models::{Batch, CausalLm, NonFinite, Sft, StepKey};
 
 use crate::evaluate::batch;
+use crate::optimizer::step_scale;
 use crate::{Diverged, Error, Evaluation, SftConfig};
 
 /// A pass that went wrong.
@@ -27,8 +28,8 @@ pub(super) struct Pass<'a> {
 impl Pass<'_> {
     /// Goes through it again, to find where it stops being finite, and says so.
     pub(super) fn explain(self, model: &CausalLm, config: &SftConfig) -> Error {
-        let counted: usize = self.batches.iter().map(Batch::counted).sum();
-        let found = match model.first_non_finite(self.batches, 1.0 / counted.max(1) as f32, self.key) {
+        let scale = step_scale(&Sft, self.batches) as f32;
+        let found = match model.first_non_finite(&Sft, self.batches, scale, self.key) {
             Ok(found) => found,
             Err(error) => return error.into(),
         };

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use rekindle_hub::{DirectoryLock, remove_atomic};
 use rekindle_kernels::optimizer::Rates;
-use rekindle_models::StepKey;
+use rekindle_models::{Sft, StepKey};
 
 use super::agreement::Agreement;
 use super::guard::{self, Pass};
@@ -175,7 +175,7 @@ impl<'a> Run<'a> {
         let factor = self.schedule.factor(self.done);
         let rates = Rates { default: self.peaks.default * factor, embedding: self.peaks.embedding * factor };
         let key = self.optimizer.key();
-        let result = self.optimizer.step(self.job.model, &rows.batches, rates)?;
+        let result = self.optimizer.step(self.job.model, &Sft, &rows.batches, rates)?;
         for (what, value) in [("loss", result.loss), ("grad_norm", result.grad_norm)] {
             if !value.is_finite() {
                 return Err(self.diverged(what, value, rates.default, &rows, key));

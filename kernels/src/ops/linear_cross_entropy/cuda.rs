@@ -3,10 +3,10 @@
 //! Only rows that count go through. They are gathered into chunks of a few sizes, filled up with rows that do not count,
 //! so that the number of counted rows, which differs from batch to batch, makes no new shapes of products.
 
-use super::IGNORED;
+use super::{IGNORED, LmHead};
 use crate::ops::matmul::cuda as matmul;
-use crate::runtime::op::{blocks, int, kernel};
-use crate::runtime::{Array, Cuda, DType, Form, Ints, MemoryUse, args, elementwise, entry};
+use crate::runtime::op::{blocks, int};
+use crate::runtime::{Array, Cuda, DType, Entry, Form, Gemm, Ints, Kernel, MemoryUse, args, elementwise, entry};
 
 /// The f32 logits held at once take no more than this: 512 rows of a vocabulary of 152 k. At 2,560 channels that is a
 /// product of 0.4 TFLOP, against which its launch is nothing.
@@ -16,73 +16,159 @@ const LOGITS_BYTES: usize = 320 << 20;
 const ROWS: usize = 128;
 
 /// The negative log-likelihood of every target, f32 `[1, tokens]`, 0 where it is −100.
-pub(crate) fn forward(h: &Array, weight: &Array, targets: &[i32]) -> Array {
-    run(h, weight, targets, None).0
+pub(super) fn forward(h: &Array, head: &LmHead, targets: &[i32]) -> Array {
+    let rows = Rows::new(h, head, targets, &[]);
+    let nll = rows.array([1, rows.plan.tokens], DType::F32);
+    for chunk in rows.plan.chunks() {
+        let losses = rows.losses_of(&nll, &chunk);
+        Logits::of(&rows.hidden(h, &chunk), head).losses(rows.targets(&chunk), &losses);
+        rows.place_losses(&losses, &nll, &chunk);
+    }
+    nll
 }
 
-/// [`forward`], and the gradient of `grad_scale · Σ nll` to h; that to the weight is added to `weight_grad`, f32.
-pub(crate) fn forward_backward(
+/// [`forward`], and the gradient of Σ w·nll to h; that to W is added to `weight_grad`, f32. `weights` are those of the
+/// counted rows, times the multiplier of the head.
+pub(super) fn forward_backward(
     h: &Array,
-    weight: &Array,
+    head: &LmHead,
     targets: &[i32],
-    grad_scale: f32,
+    weights: &[f32],
     weight_grad: Option<&Array>,
 ) -> (Array, Array) {
-    let (nll, dh) = run(h, weight, targets, Some((grad_scale, weight_grad)));
-    (nll, dh.expect("a gradient was asked for"))
-}
-
-fn run(h: &Array, weight: &Array, targets: &[i32], backward: Option<(f32, Option<&Array>)>) -> (Array, Option<Array>) {
-    let (cuda, tokens, vocab) = (h.cuda(), h.rows(), weight.rows());
-    assert_eq!(targets.len(), tokens, "targets of {tokens} tokens");
-    let in_range = |&target: &i32| target == IGNORED || (0..vocab as i64).contains(&i64::from(target));
-    assert!(targets.iter().all(in_range), "targets are {IGNORED} or below {vocab}");
-
-    let plan = Plan::of(targets, chunk_rows(vocab));
-    let scale = backward.map_or(0.0, |(scale, _)| scale);
-    let lists = plan.upload(cuda, scale);
-    let all = plan.is_whole();
-    // Where all count, every element is written.
-    let new = |dims, dtype| {
-        if all {
-            Array::empty(cuda, dims, dtype, MemoryUse::Activations)
-        } else {
-            Array::zeros(cuda, dims, dtype, MemoryUse::Activations)
-        }
-    };
-    let nll = new([1, tokens], DType::F32);
-    let dh = backward.map(|_| new(h.dims(), h.dtype()));
-
-    for Chunk { first, live, rows } in plan.chunks() {
-        let places = lists.ptr_at(first);
-        let hidden = if all { h.row_range(first, rows) } else { elementwise::gather_rows(h, places, rows) };
-        let logits = Logits::of(&hidden, weight);
-        let losses = if all {
-            column(&nll, first, rows)
-        } else {
-            Array::dense(cuda, [rows, 1], DType::F32, MemoryUse::Activations)
-        };
-        let targets = lists.ptr_at(plan.places.len() + first);
-        match (&dh, backward) {
-            (Some(dh), Some((_, weight_grad))) => {
-                let dlogits = logits.losses_and_gradient(targets, lists.ptr_at(2 * plan.places.len()), &losses);
-                if let Some(out) = weight_grad {
-                    matmul::accumulate(out, 1.0, &dlogits, &hidden, Form::Tn);
-                }
-                if all {
-                    matmul::product_into(&dh.row_range(first, rows), &dlogits, weight, Form::Nn);
-                } else {
-                    let part = matmul::product(&dlogits, weight, Form::Nn);
-                    elementwise::scatter_rows(&part.row_range(0, live), places, dh);
-                }
-            }
-            _ => logits.losses(targets, &losses),
-        }
-        if !all {
-            elementwise::scatter_rows(&losses.row_range(0, live), places, &column(&nll, 0, tokens));
-        }
+    let rows = Rows::new(h, head, targets, weights);
+    let nll = rows.array([1, rows.plan.tokens], DType::F32);
+    let dh = rows.array(h.dims(), h.dtype());
+    for chunk in rows.plan.chunks() {
+        let hidden = rows.hidden(h, &chunk);
+        let losses = rows.losses_of(&nll, &chunk);
+        let logits = Logits::of(&hidden, head);
+        let dlogits = logits.losses_and_gradient(rows.targets(&chunk), rows.weights(&chunk), &losses);
+        rows.gradients(&dlogits, &hidden, head, &dh, weight_grad, &chunk);
+        rows.place_losses(&losses, &nll, &chunk);
     }
     (nll, dh)
+}
+
+/// The statistics of the counted rows, f32 `[rows, 4]`, and of the rows of padding behind them.
+pub(super) fn statistics(h: &Array, head: &LmHead, targets: &[i32]) -> Array {
+    let rows = Rows::new(h, head, targets, &[]);
+    let count = rows.plan.places.len().max(1);
+    let statistics = Array::dense(h.cuda(), [count, 4], DType::F32, MemoryUse::Activations);
+    for chunk in rows.plan.chunks() {
+        let logits = Logits::of(&rows.hidden(h, &chunk), head);
+        logits.statistics(rows.targets(&chunk), &statistics.row_range(chunk.first, chunk.rows));
+    }
+    statistics
+}
+
+/// The gradients of [`forward_backward`], from the [`statistics`] of the same arguments.
+pub(super) fn backward(
+    h: &Array,
+    head: &LmHead,
+    targets: &[i32],
+    weights: &[f32],
+    statistics: &Array,
+    weight_grad: Option<&Array>,
+) -> Array {
+    let rows = Rows::new(h, head, targets, weights);
+    let dh = rows.array(h.dims(), h.dtype());
+    for chunk in rows.plan.chunks() {
+        let hidden = rows.hidden(h, &chunk);
+        let statistics = statistics.row_range(chunk.first, chunk.rows);
+        let logits = Logits::of(&hidden, head);
+        let dlogits = logits.gradient(rows.targets(&chunk), rows.weights(&chunk), &statistics);
+        rows.gradients(&dlogits, &hidden, head, &dh, weight_grad, &chunk);
+    }
+    dh
+}
+
+/// The rows that are computed, and the lists that kernels read of them.
+struct Rows {
+    plan: Plan,
+    /// Places, targets and, for a gradient, weights.
+    lists: Ints,
+    cuda: Cuda,
+}
+
+impl Rows {
+    fn new(h: &Array, head: &LmHead, targets: &[i32], weights: &[f32]) -> Self {
+        let vocab = head.vocab();
+        assert_eq!(targets.len(), h.rows(), "targets of {} tokens", h.rows());
+        let in_range = |&target: &i32| target == IGNORED || (0..vocab as i64).contains(&i64::from(target));
+        assert!(targets.iter().all(in_range), "targets are {IGNORED} or below {vocab}");
+        let plan = Plan::of(targets, chunk_rows(vocab));
+        let lists = plan.upload(h.cuda(), weights);
+        Self { plan, lists, cuda: h.cuda().clone() }
+    }
+
+    /// A result for every token. Where all rows are computed, every element is written.
+    fn array(&self, dims: [usize; 2], dtype: DType) -> Array {
+        if self.plan.is_whole() {
+            Array::empty(&self.cuda, dims, dtype, MemoryUse::Activations)
+        } else {
+            Array::zeros(&self.cuda, dims, dtype, MemoryUse::Activations)
+        }
+    }
+
+    fn places(&self, chunk: &Chunk) -> u64 {
+        self.lists.ptr_at(chunk.first)
+    }
+
+    fn targets(&self, chunk: &Chunk) -> u64 {
+        self.lists.ptr_at(self.plan.places.len() + chunk.first)
+    }
+
+    fn weights(&self, chunk: &Chunk) -> u64 {
+        self.lists.ptr_at(2 * self.plan.places.len() + chunk.first)
+    }
+
+    /// The rows of `h` of a chunk.
+    fn hidden(&self, h: &Array, chunk: &Chunk) -> Array {
+        if self.plan.is_whole() {
+            h.row_range(chunk.first, chunk.rows)
+        } else {
+            elementwise::gather_rows(h, self.places(chunk), chunk.rows)
+        }
+    }
+
+    /// Where the losses of a chunk go first.
+    fn losses_of(&self, nll: &Array, chunk: &Chunk) -> Array {
+        if self.plan.is_whole() {
+            column(nll, chunk.first, chunk.rows)
+        } else {
+            Array::dense(&self.cuda, [chunk.rows, 1], DType::F32, MemoryUse::Activations)
+        }
+    }
+
+    fn place_losses(&self, losses: &Array, nll: &Array, chunk: &Chunk) {
+        if !self.plan.is_whole() {
+            let all = column(nll, 0, self.plan.tokens);
+            elementwise::scatter_rows(&losses.row_range(0, chunk.live), self.places(chunk), &all);
+        }
+    }
+
+    /// The gradients to h and W from that to the products of a chunk.
+    fn gradients(
+        &self,
+        dlogits: &Array,
+        hidden: &Array,
+        head: &LmHead,
+        dh: &Array,
+        weight_grad: Option<&Array>,
+        chunk: &Chunk,
+    ) {
+        let weight = head.weight.cuda();
+        if let Some(out) = weight_grad {
+            matmul::accumulate(out, 1.0, dlogits, hidden, Form::Tn);
+        }
+        if self.plan.is_whole() {
+            matmul::product_into(&dh.row_range(chunk.first, chunk.rows), dlogits, weight, Form::Nn);
+        } else {
+            let part = matmul::product(dlogits, weight, Form::Nn);
+            elementwise::scatter_rows(&part.row_range(0, chunk.live), self.places(chunk), dh);
+        }
+    }
 }
 
 /// Elements of a vector `[1, n]` as rows of one.
@@ -142,57 +228,109 @@ impl Plan {
         })
     }
 
-    /// Places, targets and the factor of the gradient, in one upload.
-    fn upload(&self, cuda: &Cuda, scale: f32) -> Ints {
+    /// Places, targets and weights, in one upload. Rows of padding have the weight 0.
+    fn upload(&self, cuda: &Cuda, weights: &[f32]) -> Ints {
         let targets = self.targets.iter().map(|target| target.cast_unsigned());
-        let words: Vec<u32> = self.places.iter().copied().chain(targets).chain([scale.to_bits()]).collect();
+        let places = self.places.iter().copied();
+        let mut words: Vec<u32> = places.chain(targets).chain(weights.iter().map(|weight| weight.to_bits())).collect();
+        if !weights.is_empty() {
+            words.resize(3 * self.places.len(), 0);
+        }
         Ints::from_slice(cuda, &words, MemoryUse::Targets)
     }
 }
 
-/// The f32 logits of a chunk.
+/// The f32 products of a chunk with its head, before the cap.
 struct Logits {
     logits: Array,
     dtype: DType,
+    softcap: Option<f32>,
 }
 
 impl Logits {
-    fn of(hidden: &Array, weight: &Array) -> Self {
+    fn of(hidden: &Array, head: &LmHead) -> Self {
+        let weight = head.weight.cuda();
         let logits = Array::empty(hidden.cuda(), [hidden.rows(), weight.rows()], DType::F32, MemoryUse::Logits);
-        matmul::product_into(&logits, hidden, weight, Form::Nt);
-        Self { logits, dtype: hidden.dtype() }
+        let shape = [hidden.rows(), weight.rows(), hidden.cols()];
+        let gemm = Gemm::new(Form::Nt, shape, hidden.operand(), weight.operand(), logits.operand());
+        hidden.cuda().gemm(&Gemm { alpha: head.multiplier, ..gemm });
+        Self { logits, dtype: hidden.dtype(), softcap: head.softcap }
     }
 
     fn losses(&self, targets: u64, nll: &Array) {
-        let Self { logits, dtype } = self;
-        kernel(logits.cuda(), entry!("cross_entropy.cu", "cross_entropy_fwd"), *dtype).launch(
+        let Self { logits, .. } = self;
+        self.kernel(entry!("cross_entropy.cu", "cross_entropy_fwd")).launch(
             [blocks(logits.rows()), 1, 1],
             [512, 1, 1],
             0,
-            args![logits.ptr(), targets, nll.ptr(), int(logits.cols()), int(logits.ld())],
+            args![logits.ptr(), targets, nll.ptr(), int(logits.cols()), int(logits.ld()), self.cap()],
+        );
+    }
+
+    fn statistics(&self, targets: u64, statistics: &Array) {
+        let Self { logits, .. } = self;
+        self.kernel(entry!("cross_entropy.cu", "cross_entropy_statistics")).launch(
+            [blocks(logits.rows()), 1, 1],
+            [512, 1, 1],
+            0,
+            args![logits.ptr(), targets, statistics.ptr(), int(logits.cols()), int(logits.ld()), self.cap()],
         );
     }
 
     /// The gradient lies over the logits, each row in the end of its row.
-    fn losses_and_gradient(self, targets: u64, scale: u64, nll: &Array) -> Array {
-        let Self { logits, dtype } = self;
-        let gradient = logits.row_ends_as(dtype);
-        kernel(logits.cuda(), entry!("cross_entropy.cu", "cross_entropy_fwd_bwd"), dtype).launch(
+    fn losses_and_gradient(self, targets: u64, weights: u64, nll: &Array) -> Array {
+        let Self { logits, .. } = &self;
+        let gradient = logits.row_ends_as(self.dtype);
+        self.kernel(entry!("cross_entropy.cu", "cross_entropy_fwd_bwd")).launch(
             [blocks(logits.rows()), 1, 1],
             [512, 1, 1],
             0,
             args![
                 logits.ptr(),
                 targets,
-                scale,
+                weights,
                 nll.ptr(),
                 gradient.ptr(),
                 int(logits.cols()),
                 int(logits.ld()),
-                int(gradient.ld())
+                int(gradient.ld()),
+                self.cap()
             ],
         );
         gradient
+    }
+
+    /// [`losses_and_gradient`](Self::losses_and_gradient) from known statistics.
+    fn gradient(self, targets: u64, weights: u64, statistics: &Array) -> Array {
+        let Self { logits, .. } = &self;
+        let gradient = logits.row_ends_as(self.dtype);
+        self.kernel(entry!("cross_entropy.cu", "cross_entropy_bwd")).launch(
+            [blocks(logits.rows()), 1, 1],
+            [512, 1, 1],
+            0,
+            args![
+                logits.ptr(),
+                targets,
+                weights,
+                statistics.ptr(),
+                gradient.ptr(),
+                int(logits.cols()),
+                int(logits.ld()),
+                int(gradient.ld()),
+                self.cap()
+            ],
+        );
+        gradient
+    }
+
+    fn kernel(&self, entry: Entry) -> Kernel {
+        let defines = [("T", self.dtype.name()), ("SOFTCAP", "")];
+        self.logits.cuda().kernel(entry, if self.softcap.is_some() { &defines } else { &defines[..1] })
+    }
+
+    /// The cap, which kernels without one do not read.
+    fn cap(&self) -> f32 {
+        self.softcap.unwrap_or(0.0)
     }
 }
 

@@ -2,28 +2,32 @@
 
 use burn::tensor::DType;
 
-use super::{chunk_rows, counted};
+use super::chunks::chunk_rows;
+use super::{LmHead, counted};
 use crate::ops::matmul::{self, Form};
 use crate::runtime::MemoryUse;
 use crate::tensor::MetaTensor;
 use crate::{Grads, ParamRef, Tensor};
 
-pub(super) fn forward(h: &MetaTensor, weight: &MetaTensor, targets: &[i32]) {
-    for rows in counted(targets).chunks(chunk_rows(weight.dims()[0])) {
+/// A forward of either kind.
+pub(super) fn forward(h: &MetaTensor, head: &LmHead, targets: &[i32]) {
+    for rows in counted(targets).chunks(chunk_rows(head.vocab())) {
         let hidden = pick(h, rows);
-        let _logits = logits(&hidden, weight);
+        let _logits = logits(&hidden, head.weight.meta());
     }
 }
 
-pub(super) fn forward_backward(
+/// A backward of either kind: the gradient lies in the place of the logits.
+pub(super) fn backward(
     h: &MetaTensor,
-    weight: &MetaTensor,
+    head: &LmHead,
     targets: &[i32],
     mut weight_grad: Option<(&mut Grads, ParamRef)>,
 ) -> MetaTensor {
+    let weight = head.weight.meta();
     let rows = counted(targets);
     let mut parts = Vec::new();
-    for rows in rows.chunks(chunk_rows(weight.dims()[0])) {
+    for rows in rows.chunks(chunk_rows(head.vocab())) {
         let hidden = pick(h, rows);
         let dlogits = logits(&hidden, weight);
         parts.push(matmul::meta::product(&dlogits, weight, Form::Nn));

@@ -1,173 +1,154 @@
-//! The head and the loss together: nll = −log softmax(h · Wᵀ) at the target, without ever holding all logits.
+//! The output layer and the loss together: log p_t of each target, p = softmax of the logits of an [`LmHead`], and the
+//! gradient of Σ w_t·nll_t with nll_t = −log p_t, without ever holding all logits.
 //!
-//! Only rows whose target counts are touched. They go through in chunks: logits, log-sum-exp, and, when
-//! gradients are wanted, dlogits = grad_scale · (softmax − onehot) in place, dh = dlogits · W and
-//! dW += dlogitsᵀ · h (the idea of Wijmans et al., arXiv:2411.09009, and of Liger's fused linear cross-entropy).
+//! Only rows that have a target are computed. They go through in chunks: logits, the sums of their softmax, and the
+//! gradient dx = w_t · multiplier · (1 − tanh²) · (p − onehot) to x = h·Wᵀ in the place of the logits (the factor 1 − tanh²
+//! only with a softcap), then dh = dx·W and dW += dxᵀ·h (the idea of Wijmans et al., arXiv:2411.09009, and of Liger's
+//! fused linear cross-entropy).
+//!
+//! There are two ways to a gradient. [`forward_backward`] is for weights that are known before the forward, and computes
+//! the logits once. [`log_probs`], and later [`backward`] with weights that depend on its result, computes them twice; the
+//! gradients of both are bit-identical on one device for the same weights. A loss L that is a function of log-probabilities has
+//! the weights w_t = ∂L/∂nll_t = −∂L/∂log p_t.
 //!
 //! # Shapes
-//! h, dh `[tokens, hidden]`; W `[vocab, hidden]`; targets `[tokens]`, −100 = not counted.
+//! h, dh `[tokens, hidden]`; W `[vocab, hidden]`; targets and weights `[tokens]`, target −100 = none.
 //!
 //! # Dtypes
-//! Logits and everything after them in `f32`.
+//! Logits and everything after them in `f32`; products in the dtype of h.
+//!
+//! # Gradients
+//! To h and W, through the nll alone: entropies and arg-max flags have none. [`log_probs`] saves 16 bytes a token.
 
+mod chunks;
 mod cpu;
 mod cuda;
+mod head;
+mod log_probs;
+mod losses;
 mod meta;
 mod portable;
+mod token_weights;
 
-use burn::tensor::{IndexingUpdateOp, Tensor as BurnTensor};
-
-use crate::runtime::Array;
-use crate::tensor::indices;
 use crate::{Backend, Grads, ParamRef, Tensor};
+use chunks::chunks;
 
-/// The target of a row that does not count.
+pub use head::LmHead;
+pub use log_probs::{LogProbValues, TokenLogProbs};
+pub use losses::Losses;
+pub use token_weights::TokenWeights;
+
+/// The target of a row that has none.
 pub const IGNORED: i32 = -100;
 
-/// Logits held at once on the CPU and in Burn's operations, but never fewer than 64 rows of them: 8 Mi values, 32 MiB.
-const CHUNK_LOGITS: usize = 8 << 20;
-
-/// The negative log-likelihood of every target, 0 where it does not count. On CUDA it is still on its way.
-#[derive(Clone, Debug)]
-pub struct Losses(Storage);
-
-#[derive(Clone, Debug)]
-enum Storage {
-    Host(Vec<f32>),
-    Cuda(Array),
-}
-
-impl Losses {
-    /// Returns one number for every token. Waits for the device; after an error of the device they are NaN.
-    pub fn values(self) -> Vec<f32> {
-        match self.0 {
-            Storage::Host(nll) => nll,
-            Storage::Cuda(nll) => crate::to_f32(Tensor::<1>::Cuda(nll)),
-        }
-    }
-
-    /// Returns their sum, in `f64`.
-    pub fn sum(self) -> f64 {
-        self.values().iter().map(|&x| f64::from(x)).sum()
-    }
-}
-
 /// Returns the losses of `targets`, `[tokens]`.
-pub fn forward(h: &Tensor<2>, weight: &Tensor<2>, targets: &[i32]) -> Losses {
+pub fn forward(h: &Tensor<2>, head: &LmHead, targets: &[i32]) -> Losses {
+    let on_host = |chunk: fn(&burn::tensor::Tensor<2>, &LmHead, &[u32]) -> Vec<f32>| {
+        let counted = counted(targets);
+        let chunks = chunks(h.burn(), head, targets, &counted);
+        let nll = chunks.flat_map(|part| chunk(&part.hidden, head, &part.targets)).collect();
+        Losses::scattered(targets, nll)
+    };
     match Backend::of(h) {
-        Backend::Cpu => in_chunks(h.burn(), weight.burn(), targets, cpu::forward),
-        Backend::Portable => in_chunks(h.burn(), weight.burn(), targets, portable::forward),
-        Backend::Cuda => Losses(Storage::Cuda(cuda::forward(h.cuda(), weight.cuda(), targets))),
+        Backend::Cpu => on_host(cpu::forward),
+        Backend::Portable => on_host(portable::forward),
+        Backend::Cuda => Losses(losses::Storage::Cuda(cuda::forward(h.cuda(), head, targets))),
         Backend::Meta => {
-            meta::forward(h.meta(), weight.meta(), targets);
-            Losses(Storage::Host(vec![0.0; targets.len()]))
+            meta::forward(h.meta(), head, targets);
+            Losses::zeros(targets)
         }
     }
 }
 
-/// As [`forward`], and the gradient of `grad_scale · Σ nll` to h; that to W goes to `weight_grad`.
+/// As [`forward`], and the gradient of Σ w_t·nll_t to h; that to W is added to `weight_grad`.
+///
+/// # Panics
+/// If there are not as many weights as targets.
 pub fn forward_backward(
     h: &Tensor<2>,
-    weight: &Tensor<2>,
+    head: &LmHead,
     targets: &[i32],
-    grad_scale: f32,
+    weights: TokenWeights<'_>,
     weight_grad: Option<(&mut Grads, ParamRef)>,
 ) -> (Losses, Tensor<2>) {
+    let counted = counted(targets);
+    let weights = weights.of_rows(&counted, targets.len(), head.multiplier);
     match Backend::of(h) {
-        Backend::Cpu => {
-            let chunk =
-                |h: &BurnTensor<2>, w: &BurnTensor<2>, targets: &[u32]| cpu::forward_dlogits(h, w, targets, grad_scale);
-            gradient_in_chunks(h.burn(), weight.burn(), targets, chunk, weight_grad)
-        }
-        Backend::Portable => {
-            let chunk = |h: &BurnTensor<2>, w: &BurnTensor<2>, targets: &[u32]| {
-                portable::forward_dlogits(h, w, targets, grad_scale)
+        backend @ (Backend::Cpu | Backend::Portable) => {
+            let chunk = if backend == Backend::Cpu { cpu::forward_dlogits } else { portable::forward_dlogits };
+            let mut nll = Vec::with_capacity(counted.len());
+            let dlogits = |part: &chunks::Chunk| {
+                let (losses, dlogits) = chunk(&part.hidden, head, &part.targets, &weights[part.range.clone()]);
+                nll.extend(losses);
+                dlogits
             };
-            gradient_in_chunks(h.burn(), weight.burn(), targets, chunk, weight_grad)
+            let dh = chunks::gradient(h.burn(), head, targets, &counted, dlogits, weight_grad);
+            (Losses::scattered(targets, nll), dh.into())
         }
         Backend::Cuda => {
             let dw = weight_grad.map(|(grads, at)| grads.array(at));
-            let (nll, dh) = cuda::forward_backward(h.cuda(), weight.cuda(), targets, grad_scale, dw.as_ref());
-            (Losses(Storage::Cuda(nll)), dh.into())
+            let (nll, dh) = cuda::forward_backward(h.cuda(), head, targets, &weights, dw.as_ref());
+            (Losses(losses::Storage::Cuda(nll)), dh.into())
         }
+        Backend::Meta => (Losses::zeros(targets), meta::backward(h.meta(), head, targets, weight_grad).into()),
+    }
+}
+
+/// Returns the log-probability of each target, with the entropy of its distribution and whether it is the most likely
+/// token.
+pub fn log_probs(h: &Tensor<2>, head: &LmHead, targets: &[i32]) -> TokenLogProbs {
+    use log_probs::{RowStatistics, Storage};
+    let on_host = |chunk: fn(&burn::tensor::Tensor<2>, &LmHead, &[u32]) -> Vec<RowStatistics>| {
+        let counted = counted(targets);
+        let chunks = chunks(h.burn(), head, targets, &counted);
+        Storage::Host(chunks.flat_map(|part| chunk(&part.hidden, head, &part.targets)).collect())
+    };
+    let rows = match Backend::of(h) {
+        Backend::Cpu => on_host(cpu::statistics),
+        Backend::Portable => on_host(portable::statistics),
+        Backend::Cuda => Storage::Cuda(cuda::statistics(h.cuda(), head, targets)),
         Backend::Meta => {
-            let dh = meta::forward_backward(h.meta(), weight.meta(), targets, weight_grad);
-            (Losses(Storage::Host(vec![0.0; targets.len()])), dh.into())
+            meta::forward(h.meta(), head, targets);
+            Storage::Host(vec![RowStatistics::SINGLE; counted(targets).len()])
         }
-    }
+    };
+    TokenLogProbs { targets: targets.to_vec(), rows }
 }
 
-/// The losses of the counted rows, a chunk of logits at a time.
-fn in_chunks(
-    h: &BurnTensor<2>,
-    weight: &BurnTensor<2>,
-    targets: &[i32],
-    chunk: impl Fn(&BurnTensor<2>, &BurnTensor<2>, &[u32]) -> Vec<f32>,
-) -> Losses {
-    let mut nll = vec![0.0; targets.len()];
-    for rows in counted(targets).chunks(chunk_rows(weight.dims()[0])) {
-        let (h, targets) = pick(h, targets, rows);
-        scatter(&mut nll, rows, chunk(&h, weight, &targets));
-    }
-    Losses(Storage::Host(nll))
-}
-
-/// As [`in_chunks`], where `chunk` also returns the gradient to the logits.
-fn gradient_in_chunks(
-    h: &BurnTensor<2>,
-    weight: &BurnTensor<2>,
-    targets: &[i32],
-    chunk: impl Fn(&BurnTensor<2>, &BurnTensor<2>, &[u32]) -> (Vec<f32>, BurnTensor<2>),
-    mut weight_grad: Option<(&mut Grads, ParamRef)>,
-) -> (Losses, Tensor<2>) {
-    let rows = counted(targets);
-    let mut nll = vec![0.0; targets.len()];
-    let mut parts = Vec::new();
-    for rows in rows.chunks(chunk_rows(weight.dims()[0])) {
-        let (hidden, targets) = pick(h, targets, rows);
-        let (losses, dlogits) = chunk(&hidden, weight, &targets);
-        scatter(&mut nll, rows, losses);
-        let dlogits = Tensor::from(dlogits);
-        parts.push(crate::ops::matmul::nn(&dlogits, &weight.clone().into()).into_burn());
-        if let Some((grads, param)) = weight_grad.as_mut() {
-            grads.add_tn(*param, 1.0, &dlogits, &hidden.into());
+/// Returns the gradient of Σ w_t·nll_t to h, for the h, the head and the targets that `saved` was computed with; adds that
+/// to W to `weight_grad`. Recomputes the logits.
+///
+/// # Panics
+/// If there are not as many weights as targets.
+pub fn backward(
+    h: &Tensor<2>,
+    head: &LmHead,
+    saved: &TokenLogProbs,
+    weights: TokenWeights<'_>,
+    weight_grad: Option<(&mut Grads, ParamRef)>,
+) -> Tensor<2> {
+    let targets = &saved.targets;
+    let counted = counted(targets);
+    let weights = weights.of_rows(&counted, targets.len(), head.multiplier);
+    match (Backend::of(h), &saved.rows) {
+        (backend @ (Backend::Cpu | Backend::Portable), log_probs::Storage::Host(rows)) => {
+            let chunk = if backend == Backend::Cpu { cpu::dlogits } else { portable::dlogits };
+            let dlogits = |part: &chunks::Chunk| {
+                let range = part.range.clone();
+                chunk(&part.hidden, head, &part.targets, &weights[range.clone()], &rows[range])
+            };
+            chunks::gradient(h.burn(), head, targets, &counted, dlogits, weight_grad).into()
         }
+        (Backend::Cuda, log_probs::Storage::Cuda(rows)) => {
+            let dw = weight_grad.map(|(grads, at)| grads.array(at));
+            cuda::backward(h.cuda(), head, targets, &weights, rows, dw.as_ref()).into()
+        }
+        (Backend::Meta, _) => meta::backward(h.meta(), head, targets, weight_grad).into(),
+        (Backend::Cpu | Backend::Portable | Backend::Cuda, _) => crate::tensor::two_devices(),
     }
-    let nll = Losses(Storage::Host(nll));
-    if rows.len() == targets.len() && !rows.is_empty() {
-        return (nll, BurnTensor::cat(parts, 0).into());
-    }
-    let device = h.device();
-    let zeros = BurnTensor::zeros(h.dims(), (&device, h.dtype()));
-    if rows.is_empty() {
-        return (nll, zeros.into());
-    }
-    let dh = BurnTensor::cat(parts, 0);
-    let dh = zeros.select_assign(0, indices(rows.iter().copied(), h), dh, IndexingUpdateOp::Add);
-    (nll, dh.into())
 }
 
-/// Rows of one chunk of logits: bounded by their size, a multiple of 64 where more than one chunk is needed.
-fn chunk_rows(vocab: usize) -> usize {
-    (CHUNK_LOGITS / vocab).max(64) / 64 * 64
-}
-
+/// The rows that have a target.
 fn counted(targets: &[i32]) -> Vec<usize> {
     (0..targets.len()).filter(|&t| targets[t] != IGNORED).collect()
-}
-
-fn pick(h: &BurnTensor<2>, targets: &[i32], rows: &[usize]) -> (BurnTensor<2>, Vec<u32>) {
-    let (first, last) = (rows[0], rows[rows.len() - 1]);
-    let hidden = if last - first + 1 == rows.len() {
-        h.clone().narrow(0, first, rows.len())
-    } else {
-        h.clone().select(0, indices(rows.iter().copied(), h))
-    };
-    (hidden, rows.iter().map(|&t| targets[t] as u32).collect())
-}
-
-fn scatter(nll: &mut [f32], rows: &[usize], losses: Vec<f32>) {
-    for (&row, loss) in rows.iter().zip(losses) {
-        nll[row] = loss;
-    }
 }

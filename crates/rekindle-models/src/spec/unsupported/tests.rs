@@ -100,7 +100,6 @@ fn what_is_not_computed_is_named() {
         gemma2.unsupported(8192),
         [
             "an embedding multiplier in the dtype of the table",
-            "soft-capped logits",
             "RMSNorm with weight 1 + w",
             "the activation gelu_pytorch_tanh",
             "norms after attention or the feed-forward half",
