@@ -11,13 +11,14 @@
 //! on an NVIDIA GPU ([`Backend::Cuda`]). [`Backend::of`] tells which one a [`Tensor`] takes.
 //!
 //! ```
-//! use rekindle_kernels::{Device, from_f32, rms_norm, to_f32};
+//! use rekindle_kernels::rms_norm::{self, Gain};
+//! use rekindle_kernels::{Device, from_f32, to_f32};
 //! use burn::tensor::DType;
 //!
 //! let device = Device::cpu();
 //! let x = from_f32(vec![3.0, 4.0], [1, 2], &device, DType::F32);
 //! let weight = from_f32(vec![1.0, 2.0], [2], &device, DType::F32);
-//! let (y, _rstd) = rms_norm::forward(&x, &weight, 0.0, 0);
+//! let (y, _rstd) = rms_norm::forward(&x, &Gain::Plain(weight), 0.0, 0);
 //! let rms = (12.5f32).sqrt();
 //! let expected = [3.0 / rms, 2.0 * 4.0 / rms];
 //! for (got, want) in to_f32(y).iter().zip(expected) {
@@ -34,8 +35,8 @@ pub mod runtime;
 mod tensor;
 
 pub use ops::{
-    attention, dropout, embedding, expert_act, grouped, linear_cross_entropy, matmul, neftune, rms_norm, rope, routing,
-    stacked, swiglu,
+    attention, dropout, embedding, expert_act, gated_activation, grouped, linear_cross_entropy, matmul, neftune,
+    rms_norm, rope, routing, stacked,
 };
 pub use params::{
     Grads, Group, ParamInfo, ParamRef, Params, ParamsBuilder, QuantizedWeight, Weight, quantized, stochastic,

@@ -13,14 +13,14 @@ use std::time::Instant;
 use burn::tensor::DType;
 use common::attention::Attention;
 use common::embedding::Embedding;
+use common::gated_activation::{ACTIVATIONS, GatedActivation};
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
 use common::optimizer::{By, RULES, Steps, some_steps};
 use common::quantized::{Kind, Packed};
-use common::rms_norm::RmsNorm;
+use common::rms_norm::{AddedNorm, Form, RmsNorm};
 use common::rope::Rope;
 use common::stacked::Stack;
-use common::swiglu::SwiGlu;
 use common::{Case, LOW_DTYPES, Layout, Place, judge, properties};
 use rekindle_kernels::Device;
 use rekindle_kernels::optimizer::StateFormat;
@@ -100,6 +100,12 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
     for shape in [[1, 2], [3, 5], [33, 16], [64, 40], [70, 129], [9, 2048], [3, 16_384]] {
         for residual in [false, true] {
             suite.dtypes(|dtype| RmsNorm::new(shape, residual, dtype))?;
+            for form in [Form::RoundedAfter, Form::OnePlus, Form::None] {
+                suite.dtypes(|dtype| RmsNorm::with(form, shape, residual, dtype))?;
+            }
+        }
+        for form in Form::ALL {
+            suite.dtypes(|dtype| AddedNorm::new(form, shape, dtype))?;
         }
     }
     // 64, 128 and 256 channels that all turn have kernels of their own.
@@ -117,9 +123,16 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
         for norm in [false, true] {
             suite.dtypes(|dtype| Rope::new(shape, rotary_dim, norm, dtype))?;
         }
+        suite.dtypes(|dtype| Rope::new(shape, rotary_dim, true, dtype).form(Form::OnePlus))?;
+        for norm in [false, true] {
+            suite.dtypes(|dtype| Rope::new(shape, rotary_dim, norm, dtype).interleaved())?;
+        }
+        suite.dtypes(|dtype| Rope::new(shape, 0, true, dtype))?;
     }
     for shape in [[1, 1], [3, 7], [40, 33], [130, 127], [5, 3072]] {
-        suite.dtypes(|dtype| SwiGlu::new(shape, dtype))?;
+        for activation in ACTIVATIONS {
+            suite.dtypes(|dtype| GatedActivation::new(activation, shape, dtype))?;
+        }
     }
     let spread: Vec<u32> = (0..70).map(|t| t * t % 50).collect();
     for (vocab, hidden, ids) in [(1, 1, &[0][..]), (11, 7, &[3, 10, 3, 0, 3, 9]), (50, 33, &spread), (50, 264, &spread)]

@@ -6,11 +6,11 @@ mod common;
 use burn::tensor::DType;
 use common::attention::Attention;
 use common::embedding::Embedding;
+use common::gated_activation::{ACTIVATIONS, GatedActivation};
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
-use common::rms_norm::RmsNorm;
+use common::rms_norm::{AddedNorm, Form, RmsNorm};
 use common::rope::Rope;
-use common::swiglu::SwiGlu;
 use common::{Case, LOW_DTYPES, Layout, Place, judge};
 use rekindle_kernels::Device;
 
@@ -35,20 +35,27 @@ fn linear() {
 
 #[test]
 fn rms_norm() {
-    check(|dtype| RmsNorm::new([5, 24], false, dtype));
-    check(|dtype| RmsNorm::new([40, 129], true, dtype));
+    for form in Form::ALL {
+        check(|dtype| RmsNorm::with(form, [5, 24], false, dtype));
+        check(|dtype| RmsNorm::with(form, [40, 129], true, dtype));
+        check(|dtype| AddedNorm::new(form, [40, 129], dtype));
+    }
 }
 
 #[test]
 fn rope() {
     check(|dtype| Rope::new([9, 3, 24], 16, false, dtype));
     check(|dtype| Rope::new([21, 2, 64], 64, true, dtype));
+    check(|dtype| Rope::new([21, 2, 64], 64, true, dtype).form(Form::OnePlus));
+    check(|dtype| Rope::new([9, 3, 24], 16, false, dtype).interleaved());
 }
 
 #[test]
-fn swiglu() {
-    check(|dtype| SwiGlu::new([3, 7], dtype));
-    check(|dtype| SwiGlu::new([40, 33], dtype));
+fn gated_activation() {
+    for activation in ACTIVATIONS {
+        check(|dtype| GatedActivation::new(activation, [3, 7], dtype));
+        check(|dtype| GatedActivation::new(activation, [40, 33], dtype));
+    }
 }
 
 #[test]

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use burn::tensor::DType;
 use rekindle_kernels::attention::{self, Documents, Heads, Saved};
 use rekindle_kernels::dropout::{self, Dropout, Token, Tokens};
+use rekindle_kernels::gated_activation::{self, Activation};
 use rekindle_kernels::linear_cross_entropy::{self, LmHead, TokenWeights};
 use rekindle_kernels::optimizer::{Rule, State, StateFormat, Step, clipped_range_step, clipped_step};
 use rekindle_kernels::quantized::QuantizedData;
-use rekindle_kernels::rope::{self, Norm, Tables};
-use rekindle_kernels::{
-    Device, Group, ParamsBuilder, QuantizedWeight, RngKey, Tensor, embedding, from_f32, matmul, rms_norm, swiglu,
-};
+use rekindle_kernels::rms_norm::{self, Gain};
+use rekindle_kernels::rope::{self, Norm, Rotation, Tables};
+use rekindle_kernels::{Device, Group, ParamsBuilder, QuantizedWeight, RngKey, Tensor, embedding, from_f32, matmul};
 
 /// Counts what is allocated, and the most of it.
 struct Counting;
@@ -109,7 +109,7 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let y = matmul::nt(&x, &w);
         let (gate, up) = (y.columns(0, 192), y.columns(192, 192));
         drop(y);
-        drop(swiglu::forward(&gate, &up, 0));
+        drop(gated_activation::forward(Activation::Silu, &gate, &up, 0));
     }),
     ("sums", |device, begin| {
         let (x, y) = (matrix(device, TOKENS, WIDTH), matrix(device, TOKENS, WIDTH));
@@ -123,31 +123,32 @@ const OPERATIONS: &[(&str, Operation)] = &[
     }),
     ("RMSNorm", |device, begin| {
         let (x, delta) = (matrix(device, TOKENS, WIDTH), matrix(device, TOKENS, WIDTH));
-        let weight = vector(device, WIDTH);
+        let gain = Gain::OnePlus(vector(device, WIDTH));
         begin();
-        let (sum, y, rstd) = rms_norm::add_forward(&x, delta, &weight, 1e-6, 0);
-        let again = rms_norm::recompute(&sum, &weight, &rstd);
+        let (sum, y, rstd) = rms_norm::add_forward(&x, delta, &gain, 1e-6, 0);
+        let again = rms_norm::recompute(&sum, &gain, &rstd);
         let dw = rms_norm::weight_grad(&y, &sum, &rstd);
-        let dx = rms_norm::backward(&y, &sum, &weight, &rstd, Some(again), 0);
+        let dx = rms_norm::backward(&y, &sum, &gain, &rstd, Some(again), 0);
         drop((dx, dw));
     }),
-    ("SwiGLU", |device, begin| {
+    ("gated activation", |device, begin| {
         let [gate, up, dact] = [(); 3].map(|()| matrix(device, TOKENS, WIDTH));
         begin();
-        let act = swiglu::forward(&gate, &up, 0);
+        let act = gated_activation::forward(Activation::Silu, &gate, &up, 0);
         drop(act);
-        drop(swiglu::backward(dact, gate, up));
+        drop(gated_activation::backward(Activation::GeluTanh, dact, gate, up));
     }),
     ("RoPE", |device, begin| {
         let tables = Tables::new(vec![0.5; TOKENS * 32], vec![0.5; TOKENS * 32], 32, device);
         let [q, k, v] = [WIDTH, 256, 256].map(|width| matrix(device, TOKENS, width));
-        let norms = [(); 2].map(|()| Norm { weight: vector(device, 64), eps: 1e-6 });
+        let norms = [(); 2].map(|()| Norm { gain: Gain::Plain(vector(device, 64)), eps: 1e-6 });
         begin();
         let angles = tables.angles(&(0..TOKENS as u32).collect::<Vec<_>>());
-        let [(q2, rstd_q), (k2, rstd_k)] = rope::forward_qk(q.clone(), k.clone(), &v, 64, Some(&norms), &angles);
+        let rotation = Some(Rotation { angles: &angles, interleaved: false });
+        let [(q2, rstd_q), (k2, rstd_k)] = rope::forward_qk(q.clone(), k.clone(), &v, 64, Some(&norms), rotation);
         let (rstd_q, rstd_k) = (rstd_q.expect("a norm"), rstd_k.expect("a norm"));
         let saved = [(&norms[0], q, &rstd_q), (&norms[1], k, &rstd_k)];
-        drop(rope::backward_qk([q2, k2], &v, 64, Some(saved), &angles, true));
+        drop(rope::backward_qk([q2, k2], &v, 64, Some(saved), rotation, true));
     }),
     ("attention", |device, begin| {
         attention(Heads::new(8, 4, 64, 0.125), false, device, begin);

@@ -7,13 +7,13 @@ mod common;
 use burn::tensor::DType::F32;
 use common::attention::Attention;
 use common::embedding::Embedding;
+use common::gated_activation::{ACTIVATIONS, GatedActivation};
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
 use common::optimizer::{By, RULES, Steps, some_steps};
 use common::quantized::{Kind, Packed};
-use common::rms_norm::RmsNorm;
+use common::rms_norm::{AddedNorm, Form, RmsNorm};
 use common::rope::Rope;
-use common::swiglu::SwiGlu;
 use common::{Layout, Place, check, check_in};
 use rekindle_kernels::optimizer::StateFormat;
 use rekindle_kernels::{Backend, Device};
@@ -41,8 +41,11 @@ fn packed() {
 fn rms_norm() {
     // Rows are handed out by 32, channels summed by 16.
     for shape in [[1, 2], [3, 5], [33, 16], [64, 40], [70, 129]] {
-        check(&RmsNorm::new(shape, false, F32));
-        check(&RmsNorm::new(shape, true, F32));
+        for form in Form::ALL {
+            check(&RmsNorm::with(form, shape, false, F32));
+            check(&RmsNorm::with(form, shape, true, F32));
+            check(&AddedNorm::new(form, shape, F32));
+        }
     }
 }
 
@@ -51,14 +54,20 @@ fn rope() {
     for (shape, rotary_dim) in [([1, 1, 2], 2), ([5, 3, 6], 6), ([37, 2, 24], 16), ([33, 4, 64], 64), ([7, 5, 10], 2)] {
         check(&Rope::new(shape, rotary_dim, false, F32));
         check(&Rope::new(shape, rotary_dim, true, F32));
+        check(&Rope::new(shape, rotary_dim, false, F32).interleaved());
+        check(&Rope::new(shape, rotary_dim, true, F32).form(Form::OnePlus));
+        check(&Rope::new(shape, rotary_dim, true, F32).form(Form::RoundedAfter).interleaved());
+        check(&Rope::new(shape, 0, true, F32));
     }
 }
 
 #[test]
-fn swiglu() {
+fn gated_activation() {
     // The last is more than one chunk of 16,384 elements.
     for shape in [[1, 1], [3, 7], [40, 33], [130, 127]] {
-        check(&SwiGlu::new(shape, F32));
+        for activation in ACTIVATIONS {
+            check(&GatedActivation::new(activation, shape, F32));
+        }
     }
 }
 

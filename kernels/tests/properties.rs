@@ -7,7 +7,8 @@ use common::attention::Attention;
 use common::linear_cross_entropy::LinearCrossEntropy;
 use common::{F32_FLOOR, Layout, Oracle, Place, grad, noise, properties, widened};
 use rekindle_kernels::dropout::{self, Dropout, Token, Tokens};
-use rekindle_kernels::{Backend, Device, ParamsBuilder, RngKey, Tensor, from_f32, swiglu, to_f32};
+use rekindle_kernels::gated_activation::{self, Activation};
+use rekindle_kernels::{Backend, Device, ParamsBuilder, RngKey, Tensor, from_f32, to_f32};
 
 const F32: DType = DType::F32;
 
@@ -58,21 +59,40 @@ fn gradients_that_are_not_finite_change_nothing() {
 }
 
 #[test]
-fn swiglu_saturates_without_nan() {
+fn gated_activations_saturate_without_nan() {
     on_both_paths(|| {
         let row = |values: [f32; 4]| cpu().matrix(&values, [1, 4]);
-        let (gate, up) = (row([-1e4, -100.0, 100.0, 1e4]), row([2.0, -3.0, 2.0, -3.0]));
-        let act = swiglu::forward(&gate, &up, 0);
-        assert_eq!(flushed(act), [0.0, 0.0, 200.0, -3e4]);
-        let (dgate, dup, _) = swiglu::backward(row([1.0; 4]), gate, up);
-        assert_eq!(flushed(dgate), [0.0, 0.0, 2.0, -3.0]);
-        assert_eq!(flushed(dup), [0.0, 0.0, 100.0, 1e4]);
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            // The cube of the last overflows.
+            let (gate, up) = (row([-1e14, -100.0, 100.0, 1e14]), row([2.0, -3.0, 2.0, -3.0]));
+            let act = gated_activation::forward(activation, &gate, &up, 0);
+            assert_eq!(flushed(act), [0.0, 0.0, 200.0, -3e14], "{activation:?}");
+            let (dgate, dup, _) = gated_activation::backward(activation, row([1.0; 4]), gate, up);
+            assert_eq!(flushed(dgate), [0.0, 0.0, 2.0, -3.0], "{activation:?}");
+            assert_eq!(flushed(dup), [0.0, 0.0, 100.0, 1e14], "{activation:?}");
+        }
     });
 }
 
-/// With the exponential clamped at e^±88, silu(−10⁴) is −6e-35 at most: zero for every purpose.
+/// Clamped gates and ups keep their value and get no gradient; those at the bound do.
+#[test]
+fn what_is_clamped_gets_no_gradient() {
+    on_both_paths(|| {
+        let row = |values: [f32; 4]| cpu().matrix(&values, [1, 4]);
+        let clamped = Activation::ClampedSwiglu { alpha: 0.0, limit: 7.0 };
+        let (gate, up) = (row([8.0, 7.0, -9.0, 2.0]), row([1.0, -8.0, 7.0, 9.0]));
+        let act = gated_activation::forward(clamped, &gate, &up, 0);
+        // The sigmoid of 0 is ½.
+        assert_eq!(to_f32(act), [7.0, -21.0, -36.0, 8.0]);
+        let (dgate, dup, _) = gated_activation::backward(clamped, row([1.0; 4]), gate, up);
+        assert_eq!(to_f32(dgate), [0.0, -3.0, 4.0, 4.0]);
+        assert_eq!(to_f32(dup), [3.5, 0.0, -4.5, 0.0]);
+    });
+}
+
+/// With the exponential clamped at e^±88, silu(−10¹⁴) is −6e-25 at most: zero beside values from 2 on.
 fn flushed(tensor: Tensor<2>) -> Vec<f32> {
-    to_f32(tensor).into_iter().map(|x| if x.abs() < 1e-34 { 0.0 } else { x }).collect()
+    to_f32(tensor).into_iter().map(|x| if x.abs() < 1e-24 { 0.0 } else { x }).collect()
 }
 
 #[test]

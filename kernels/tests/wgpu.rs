@@ -11,13 +11,13 @@ use std::process::ExitCode;
 use burn::tensor::{DType, Device as BurnDevice, DeviceKind, DeviceType};
 use common::attention::Attention;
 use common::embedding::Embedding;
+use common::gated_activation::{ACTIVATIONS, GatedActivation};
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
 use common::optimizer::{By, RULES, Steps, some_steps};
 use common::quantized::{Kind, Packed};
-use common::rms_norm::RmsNorm;
+use common::rms_norm::{AddedNorm, Form, RmsNorm};
 use common::rope::Rope;
-use common::swiglu::SwiGlu;
 use common::{Case, Layout, Place, judge};
 use rekindle_kernels::Device;
 use rekindle_kernels::optimizer::{Rule, StateFormat};
@@ -52,10 +52,15 @@ fn main() -> ExitCode {
     }
     check(&RmsNorm::new([3, 5], false, F32));
     check(&RmsNorm::new([70, 129], true, F32));
+    check(&RmsNorm::with(Form::OnePlus, [70, 129], true, F32));
+    check(&AddedNorm::new(Form::OnePlus, [70, 129], F32));
     check(&Rope::new([5, 3, 6], 6, false, F32));
     check(&Rope::new([37, 2, 24], 16, true, F32));
-    check(&SwiGlu::new([3, 7], F32));
-    check(&SwiGlu::new([130, 127], F32));
+    check(&Rope::new([37, 2, 24], 16, true, F32).form(Form::OnePlus).interleaved());
+    for activation in ACTIVATIONS {
+        check(&GatedActivation::new(activation, [3, 7], F32));
+        check(&GatedActivation::new(activation, [130, 127], F32));
+    }
     check(&Attention::new(&[17, 1, 30], 4, 2, 24, F32));
     check(&Attention::new(&[2, 150], 4, 1, 64, F32));
     check(&Embedding::new(11, 7, &[3, 10, 3, 0, 3, 9], F32));

@@ -55,6 +55,19 @@ impl Golden {
         Self { name: name.to_owned(), rows: rows.collect(), expect: read_json(&dir.join("expect.json")), dir }
     }
 
+    /// Opens every model in `families`.
+    pub fn families() -> Vec<Self> {
+        let entries = std::fs::read_dir(goldens().join("families")).expect("there are goldens of families");
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.expect("an entry").path())
+            .filter(|path| path.is_dir())
+            .map(|path| format!("families/{}", path.file_name().expect("a name").to_string_lossy()))
+            .collect();
+        names.sort_unstable();
+        assert!(!names.is_empty());
+        names.iter().map(|name| Self::open(name)).collect()
+    }
+
     /// Loads the model in `f32` on the CPU with all weights frozen.
     pub fn load(&self) -> CausalLm {
         self.load_with(|_| ())

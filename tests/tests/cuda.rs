@@ -25,7 +25,7 @@ const ADAPTER: &str = "adapter_model.safetensors";
 
 type Check = fn(&Device);
 
-const CHECKS: [(&str, Check); 13] = [
+const CHECKS: [(&str, Check); 16] = [
     ("losses of every model", losses),
     ("losses over quantized weights", losses_over_quantized_weights),
     ("losses of every LoRA option", losses_of_options),
@@ -38,6 +38,9 @@ const CHECKS: [(&str, Check); 13] = [
     ("gradients of all weights", all_weights),
     ("recomputed activations give the same bits", recomputation),
     ("objectives", objectives),
+    ("families: losses and greedy tokens", family_losses),
+    ("families: gradients of all weights, recomputed or not", family_gradients),
+    ("families: optimizer steps", family_steps),
     ("memory does not grow", memory),
 ];
 
@@ -340,6 +343,73 @@ fn objectives(device: &Device) {
         }
     }
     cuda(device).set_deterministic(false);
+}
+
+/// The families whose heads CUDA takes.
+fn families() -> Vec<Golden> {
+    let mut families = Golden::families();
+    families.retain(|golden| golden.load().config().head_dim().is_multiple_of(8));
+    println!("families: {}", families.iter().map(|golden| golden.name.as_str()).collect::<Vec<_>>().join(", "));
+    families
+}
+
+fn family_losses(device: &Device) {
+    for golden in families() {
+        let (model, batch) = (on(device, &golden), golden.packed());
+        assert_nll(&golden.name, &batch, &model.nll(&batch).expect("golden rows fit"), &golden.base_losses());
+        for expected in golden.expect["generate"].as_array().expect("a list of generations") {
+            let ids = |key: &str| serde_json::from_value::<Vec<u32>>(expected[key].clone()).expect("a list of ids");
+            let config = GenerationConfig { max_new_tokens: ids("ids").len(), ..GenerationConfig::default() };
+            let (got, _) = model.generate(&ids("prompt"), &config, |_| true).expect("golden prompts fit");
+            assert_eq!(got, ids("ids"), "{}", golden.name);
+        }
+        let mut model = on(device, &golden);
+        model.load_adapter(&golden.dir.join("adapters/all-linear")).expect("a golden adapter loads");
+        let nll = model.nll(&batch).expect("golden rows fit");
+        assert_nll(&format!("{}, adapted", golden.name), &batch, &nll, &golden.adapter_losses("all-linear"));
+    }
+}
+
+/// Against transformers, and with every kind of checkpointing the same bits.
+fn family_gradients(device: &Device) {
+    cuda(device).set_deterministic(true);
+    for golden in families() {
+        let batch = golden.packed();
+        let mut model = golden.load_with(|options| {
+            options.device = device.clone();
+            options.full_finetuning = true;
+        });
+        let gradients = |model: &CausalLm| {
+            let mut grads = model.params().zero_grads();
+            model.forward_backward(&batch, 1.0, &mut grads, None).expect("golden rows fit").sum();
+            grads
+        };
+        let grads = gradients(&model);
+        let expected = tensors(&golden.dir.join("gradients.safetensors"));
+        for info in model.params().infos() {
+            let error = relative_distance(&grads.values(info.at), &expected[&info.name].1);
+            assert!(error <= 1e-4, "{}: the gradient of {} differs by {error:e}", golden.name, info.name);
+        }
+        let mut adapted = on(device, &golden);
+        adapted.load_adapter(&golden.dir.join("adapters/all-linear")).expect("a golden adapter loads");
+        for model in [&mut model, &mut adapted] {
+            let whole = gradients(model).all_values();
+            for recomputed in [GradientCheckpointing::Block, GradientCheckpointing::Host] {
+                model.set_gradient_checkpointing(recomputed);
+                assert_eq!(gradients(model).all_values(), whole, "{}, {recomputed:?}", golden.name);
+            }
+        }
+    }
+    cuda(device).set_deterministic(false);
+}
+
+fn family_steps(device: &Device) {
+    for golden in families() {
+        let trajectory = Trajectory::open(&golden.dir.join("train/lora"));
+        let mut model = on(device, &golden);
+        model.load_adapter(&golden.dir.join("adapters/all-linear")).expect("a golden adapter loads");
+        trajectory.check_within(CUDA_F32, &format!("{}/lora", golden.name), &golden, &mut model, ADAPTER);
+    }
 }
 
 fn memory(device: &Device) {

@@ -18,6 +18,8 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// The whole file, written back by `save_pretrained`.
     pub json: Value,
+    /// The key of the file under which the decoder is described; `None` for the file itself.
+    section: Option<&'static str>,
     /// What the family calls its tensors.
     pub(crate) names: TensorNames,
 }
@@ -36,15 +38,28 @@ impl ModelConfig {
     /// Reads the content of a `config.json`; on failure one sentence for each problem.
     pub fn from_json(json: &Value) -> Result<Self, Vec<String>> {
         let family = families::of(json).map_err(|problem| vec![problem])?;
-        let mut reader = ConfigReader::new(json);
+        let decoder = match family.section {
+            None => json,
+            Some(key) => json.get(key).ok_or_else(|| vec![format!("{key} is missing")])?,
+        };
+        let mut reader = ConfigReader::new(decoder);
         let spec = (family.spec)(&mut reader);
-        let max_position_embeddings = reader.size("max_position_embeddings", Some(2048));
-        let json = reader.finish()?;
+        let max_position_embeddings = reader.positions();
+        let decoder = reader.finish()?;
+        let json = match family.section {
+            None => decoder,
+            Some(key) => {
+                let mut json = json.clone();
+                json[key] = decoder;
+                json
+            }
+        };
         Ok(Self {
             architecture: family.architecture.to_owned(),
             spec,
             max_position_embeddings,
             json,
+            section: family.section,
             names: family.names,
         })
     }
@@ -60,6 +75,17 @@ impl ModelConfig {
         rope_scaling: &RopeScaling,
     ) -> Result<(Self, Option<ContextExtension>), Error> {
         let argument = |error: rekindle_rope::Error| Error::Argument(error.to_string());
+        if self.spec.ropes.len() != 1 {
+            return if *rope_scaling == RopeScaling::Auto && length <= self.max_position_embeddings {
+                Ok((self, None))
+            } else {
+                Err(Error::Argument(format!(
+                    "{} has a rotary embedding for each kind of layer, and rope_scaling cannot extend it; leave it out, and \
+                     set max_seq_length to at most {}",
+                    self.architecture, self.max_position_embeddings
+                )))
+            };
+        }
         let extension = extend_context(&self.json, self.head_dim(), self.max_position_embeddings, length, rope_scaling);
         let extension = extension.map_err(argument)?;
         if let Some(extension) = &extension {
@@ -68,6 +94,18 @@ impl ModelConfig {
             extension.positions.apply(&mut self.json);
         }
         Ok((self, extension))
+    }
+
+    /// Sets a key that describes the decoder.
+    pub(crate) fn set_json(&mut self, key: &str, value: Value) {
+        // A key that a wrapper repeats stays the same in both places.
+        let outside = self.section.is_none() || self.json.get(key).is_some();
+        if let Some(Value::Object(fields)) = self.section.and_then(|section| self.json.get_mut(section)) {
+            fields.insert(key.to_owned(), value.clone());
+        }
+        if let (true, Value::Object(fields)) = (outside, &mut self.json) {
+            fields.insert(key.to_owned(), value);
+        }
     }
 
     /// Number of token ids.

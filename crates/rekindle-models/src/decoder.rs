@@ -13,14 +13,16 @@ use rekindle_kernels::attention::Heads;
 use rekindle_kernels::linear_cross_entropy::LmHead;
 use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::rope::Tables;
-use rekindle_kernels::{Device, Params, Tensor, Weight, embedding};
+use rekindle_kernels::{Device, Params, Tensor, Weight, embedding, from_f32, to_f32};
 use rekindle_lora::{GradientCheckpointing, Linear, LinearGroup};
+use rekindle_rope::RopeConfig;
 
 pub use backward::{DecoderBackward, DecoderSaved};
 pub use batch_context::{BatchContext, StepKey};
 
 use crate::layers::{Block, Context, LayerBuilder, LayerKvCache, RmsNorm, WeightSource};
 use crate::parameters::{Parameter, ParameterSpec};
+use crate::spec::{EmbeddingSpec, QueryScale, RopeId};
 use crate::{Batch, Error, ModelConfig, Role};
 
 /// The layers of a model with its embedding and head.
@@ -38,6 +40,8 @@ pub struct Decoder {
     /// Table and head of the base model, where an adapter trains one of them whole.
     pub(crate) base_vocabulary: Option<Vocabulary>,
     embedding_multiplier: Option<f32>,
+    /// True if the multiplier belongs to the embedding: noise is added to the product.
+    noise_after_multiplier: bool,
     logit_multiplier: f32,
     logit_softcap: Option<f32>,
     ropes: Vec<Tables>,
@@ -85,19 +89,37 @@ impl Decoder {
         }
         let norm = source.weight(&tensor(Role::FinalNorm, vec![spec.hidden_size]))?;
         let head = if spec.head.tied { None } else { Some(source.weight(&tensor(Role::Head, table))?) };
-        let ropes = spec.ropes.iter().map(|rope| {
-            let tables = rope.tables(max_seq_length);
+        let tables = |rope: &RopeConfig, scale: Option<QueryScale>| {
+            let mut tables = rope.tables(max_seq_length);
+            if let Some(scale) = scale {
+                let scaled = |row: (usize, &mut [f32])| row.1.iter_mut().for_each(|x| *x *= scale.at(row.0));
+                tables.cos.chunks_exact_mut(tables.half).enumerate().for_each(scaled);
+                tables.sin.chunks_exact_mut(tables.half).enumerate().for_each(scaled);
+            }
             Tables::new(tables.cos, tables.sin, tables.half, device)
-        });
+        };
+        let mut ropes: Vec<Tables> = spec.ropes.iter().map(|rope| tables(rope, None)).collect();
+        let mut scaled: Vec<(RopeId, QueryScale)> = Vec::new();
+        for (layer, layer_spec) in layers.iter_mut().zip(&spec.layers) {
+            let Some((rope, scale)) = layer_spec.attention.rope.zip(layer_spec.attention.query_scale) else { continue };
+            let known = scaled.iter().position(|known| *known == (rope.id, scale));
+            let at = known.unwrap_or_else(|| {
+                scaled.push((rope.id, scale));
+                ropes.push(tables(&spec.ropes[rope.id.0], Some(scale)));
+                scaled.len() - 1
+            });
+            layer.attention.query_rope = Some(RopeId(spec.ropes.len() + at));
+        }
         Ok(Self {
             layers,
-            norm: RmsNorm { weight: norm, eps: spec.final_norm.eps },
+            norm: RmsNorm::new(norm, &spec.final_norm),
             vocabulary: Vocabulary { embedding, head },
             base_vocabulary: None,
-            embedding_multiplier: spec.embedding.multiplier.map(|m| m as f32),
+            embedding_multiplier: spec.embedding.multiplier_in(dtype),
+            noise_after_multiplier: spec.embedding.rounds_multiplier,
             logit_multiplier: spec.head.multiplier.map_or(1.0, |m| m as f32),
             logit_softcap: spec.head.softcap.map(|c| c as f32),
-            ropes: ropes.collect(),
+            ropes,
             layouts,
             device: device.clone(),
             dtype,
@@ -242,11 +264,15 @@ impl Decoder {
         mut look: impl FnMut(usize, &Tensor<2>) -> Result<(), E>,
     ) -> Result<Tensor<2>, E> {
         let mut h = embedding::forward(&self.embedding(ctx.adapters).matrix(ctx.params), ids);
-        if let Some(noise) = noise {
+        let (before, after) = if self.noise_after_multiplier { (None, noise) } else { (noise, None) };
+        if let Some(noise) = before {
             h = neftune::apply(h, noise);
         }
         if let Some(multiplier) = self.embedding_multiplier {
             h = h.scale(multiplier);
+        }
+        if let Some(noise) = after {
+            h = neftune::apply(h, noise);
         }
         look(0, &h)?;
         for (index, block) in self.layers.iter().enumerate() {
@@ -264,6 +290,17 @@ impl Decoder {
     /// Prepares a batch: the angles of its tokens, its documents, and what random numbers depend on.
     pub fn prepare<'a>(&self, batch: &'a Batch, lora_dropout: f32, key: Option<StepKey>) -> BatchContext<'a> {
         BatchContext::new(self, batch, lora_dropout, key)
+    }
+}
+
+impl EmbeddingSpec {
+    /// The factor on the rows of a table in this dtype.
+    fn multiplier_in(&self, dtype: DType) -> Option<f32> {
+        let multiplier = self.multiplier? as f32;
+        if !self.rounds_multiplier {
+            return Some(multiplier);
+        }
+        to_f32(from_f32(vec![multiplier], [1], &Device::cpu(), dtype)).pop()
     }
 }
 

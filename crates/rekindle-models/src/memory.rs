@@ -81,7 +81,7 @@ impl MemoryReport {
     /// What the tensors of a checkpoint take on disk.
     pub fn of_headers(headers: &CheckpointHeaders, config: &ModelConfig) -> Self {
         let mut report = Self::default();
-        let naming = TensorNaming::of(headers.tensors.keys().map(String::as_str));
+        let naming = TensorNaming::of(&config.json, headers.tensors.keys().map(String::as_str));
         let tensors: std::collections::BTreeMap<String, _> =
             headers.tensors.iter().map(|(stored, tensor)| (naming.name(stored), tensor)).collect();
         let owners: std::collections::BTreeSet<String> = tensors.keys().filter_map(|name| bnb::owner(name)).collect();

@@ -6,6 +6,7 @@
 
 use rekindle_kernels::Weight;
 
+use crate::spec::NormSpec;
 use crate::{LayerSpec, ModelConfig};
 
 /// The part that a tensor plays in a model, whatever its name is.
@@ -36,8 +37,12 @@ pub enum LayerRole {
     KeyNorm,
     /// The logits of attention's sinks.
     Sinks,
+    /// The norm of the result of attention.
+    PostAttentionNorm,
     /// The norm before the feed-forward half.
     PreFeedForwardNorm,
+    /// The norm of the result of the feed-forward half.
+    PostFeedForwardNorm,
 }
 
 /// The part that a linear plays in a layer.
@@ -116,9 +121,12 @@ impl LayerSpec {
     /// The tensors of a layer with their shapes, in the order of a checkpoint.
     pub fn parameters(&self, hidden_size: usize) -> Vec<(LayerRole, Vec<usize>)> {
         let mut list = Vec::new();
-        if self.norms.pre_attention.is_some() {
-            list.push((LayerRole::PreAttentionNorm, vec![hidden_size]));
-        }
+        let norm = |list: &mut Vec<_>, role, norm: &Option<NormSpec>| {
+            if norm.is_some() {
+                list.push((role, vec![hidden_size]));
+            }
+        };
+        norm(&mut list, LayerRole::PreAttentionNorm, &self.norms.pre_attention);
         for linear in self.linears(hidden_size) {
             list.push((LayerRole::Weight(linear.role), linear.shape.to_vec()));
             if linear.bias {
@@ -126,14 +134,15 @@ impl LayerSpec {
             }
         }
         if self.attention.qk_norm.is_some() {
-            list.extend([LayerRole::QueryNorm, LayerRole::KeyNorm].map(|role| (role, vec![self.attention.head_dim])));
+            let [q, k] = self.attention.qk_norm_widths();
+            list.extend([(LayerRole::QueryNorm, vec![q]), (LayerRole::KeyNorm, vec![k])]);
         }
         if self.attention.sinks {
             list.push((LayerRole::Sinks, vec![self.attention.heads]));
         }
-        if self.norms.pre_feed_forward.is_some() {
-            list.push((LayerRole::PreFeedForwardNorm, vec![hidden_size]));
-        }
+        norm(&mut list, LayerRole::PostAttentionNorm, &self.norms.post_attention);
+        norm(&mut list, LayerRole::PreFeedForwardNorm, &self.norms.pre_feed_forward);
+        norm(&mut list, LayerRole::PostFeedForwardNorm, &self.norms.post_feed_forward);
         list
     }
 }

@@ -42,7 +42,7 @@ pub struct RopeId(pub usize);
 pub struct EmbeddingSpec {
     /// A factor on the rows of the table (Granite's `embedding_multiplier`, Gemma's √hidden_size).
     pub multiplier: Option<f64>,
-    /// True if the multiplier is rounded to the dtype of the table first, as Gemma does.
+    /// True if the multiplier is a part of the embedding and rounded to the dtype of the table, as Gemma's is.
     pub rounds_multiplier: bool,
     /// Width of the embedding that each layer mixes in besides its input (Gemma 4 E2B and E4B).
     pub per_layer_input: Option<usize>,
@@ -195,6 +195,14 @@ pub struct QueryScale {
     pub window: usize,
     /// Added to the position (Llama 4: 1).
     pub offset: usize,
+}
+
+impl QueryScale {
+    /// The factor at a position.
+    pub(crate) fn at(&self, position: usize) -> f32 {
+        let windows = (position + self.offset) / self.window;
+        (1.0 + self.beta * ((1 + windows) as f64).ln()) as f32
+    }
 }
 
 /// Which projections of attention carry a bias.

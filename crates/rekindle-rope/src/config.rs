@@ -48,14 +48,14 @@ impl RopeConfig {
         }
     }
 
-    /// Writes `rope_theta` into a model's `config.json` that names none, for families whose configuration class has another
-    /// default than 10,000.
-    pub fn set_default_theta(config: &mut Value, theta: f64) {
+    /// Writes `rope_theta` or `partial_rotary_factor` into a model's `config.json` that has none, for families whose
+    /// configuration class has another default than 10,000 or 1.
+    pub fn set_default(config: &mut Value, key: &str, value: f64) {
         let Value::Object(fields) = config else { return };
-        let is_set = |fields: &Map<String, Value>| fields.get("rope_theta").is_some_and(|theta| !theta.is_null());
+        let is_set = |fields: &Map<String, Value>| fields.get(key).is_some_and(|value| !value.is_null());
         let sections = ["rope_parameters", "rope_scaling"].iter().filter_map(|key| fields.get(*key)?.as_object());
         if !is_set(fields) && !sections.into_iter().any(is_set) {
-            fields.insert("rope_theta".to_owned(), theta.into());
+            fields.insert(key.to_owned(), value.into());
         }
     }
 
@@ -181,7 +181,7 @@ mod tests {
     #[test]
     fn a_class_default_fills_in_only_for_a_missing_theta() {
         let theta = |mut config: Value| {
-            RopeConfig::set_default_theta(&mut config, 2e6);
+            RopeConfig::set_default(&mut config, "rope_theta", 2e6);
             RopeConfig::from_config(&config, 4).expect("valid").theta()
         };
         assert_eq!(theta(json!({})), 2e6);

@@ -24,7 +24,16 @@ const TYPES: [(&str, &[&str]); 6] = [
 ];
 
 /// Keys accepted with every type: settings read elsewhere, and annotations that never change a frequency.
-const COMMON: [&str; 6] = ["rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", ORIGINAL];
+const COMMON: [&str; 8] = [
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "finetuned",
+    "llama_4_scaling_beta",
+    "max_position_embeddings",
+    ORIGINAL,
+];
 
 const ORIGINAL: &str = "original_max_position_embeddings";
 

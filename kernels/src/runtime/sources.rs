@@ -68,18 +68,20 @@ sources! {
         "scale", "scale_columns", "scatter_rows"
     ];
     "embedding.cu" with any_dtype, ["embedding_bwd", "embedding_fwd"];
+    "gated_activation.cu" with any_activation, ["gated_activation_bwd", "gated_activation_fwd"];
     "optimizer.cu" with any_dtype, ["adamw", "lion", "sgd", "sum_squares", "sum_squares_finish"];
     "optimizer_8bit.cu" with f32_alone, ["adamw_8bit", "lion_8bit", "sgd_8bit"];
     "param_copies.cu" with any_dtype, ["param_copies"];
-    "qk_norm_rope.cu" with any_dtype, [
+    "qk_norm_rope.cu" with qk_norm_rope, [
         "qk_norm_rope_bwd", "qk_norm_rope_bwd_128", "qk_norm_rope_bwd_256", "qk_norm_rope_bwd_64",
         "qk_norm_rope_dw", "qk_norm_rope_dw_128", "qk_norm_rope_dw_256", "qk_norm_rope_dw_64",
         "qk_norm_rope_fwd", "qk_norm_rope_fwd_128", "qk_norm_rope_fwd_256", "qk_norm_rope_fwd_64"
     ];
     "reduce.cu" with any_dtype, ["add", "add_row_bias", "column_sums", "copy_2d", "sum_partials"];
-    "rms_norm.cu" with any_dtype, ["rms_norm_bwd", "rms_norm_dw", "rms_norm_fwd", "rms_norm_recompute"];
+    "rms_norm.cu" with any_gain, [
+        "rms_norm_add", "rms_norm_bwd", "rms_norm_dw", "rms_norm_fwd", "rms_norm_recompute"
+    ];
     "stochastic.cu" after "philox.cuh" with any_dtype, ["store_4bit", "store_bf16", "store_int8"];
-    "swiglu.cu" with any_dtype, ["swiglu_bwd", "swiglu_fwd"];
 }
 
 /// An entry point of a kernel file. A name that the file does not list does not compile.
@@ -154,6 +156,30 @@ fn with_softcap_and_without(arch: Arch) -> Vec<Defines> {
     let plain = any_dtype(arch);
     let capped = |defines: &Defines| [defines.clone(), vec![("SOFTCAP", "")]].concat();
     plain.iter().map(capped).chain(plain.iter().cloned()).collect()
+}
+
+/// Every dtype with each of these values of a definition.
+fn any_dtype_with(arch: Arch, name: &'static str, values: &[&'static str]) -> Vec<Defines> {
+    let with = |&value| any_dtype(arch).into_iter().map(move |defines| [defines, vec![(name, value)]].concat());
+    values.iter().flat_map(with).collect()
+}
+
+fn any_gain(arch: Arch) -> Vec<Defines> {
+    any_dtype_with(arch, "GAIN", &["PLAIN", "ROUNDED_AFTER", "ONE_PLUS", "NO_WEIGHT"])
+}
+
+/// The combinations that models have.
+fn qk_norm_rope(arch: Arch) -> Vec<Defines> {
+    let all = [("PLAIN", "HALVES"), ("ONE_PLUS", "HALVES"), ("PLAIN", "INTERLEAVED")];
+    let with = |(gain, pairs)| {
+        let added = vec![("GAIN", gain), ("PAIRS", pairs)];
+        any_dtype(arch).into_iter().map(move |defines| [defines, added.clone()].concat())
+    };
+    all.into_iter().flat_map(with).collect()
+}
+
+fn any_activation(arch: Arch) -> Vec<Defines> {
+    any_dtype_with(arch, "ACTIVATION", &["SILU", "GELU_TANH", "CLAMPED_SWIGLU"])
 }
 
 /// The variants of a file that does not use `T`.

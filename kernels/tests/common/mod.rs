@@ -9,6 +9,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod embedding;
+pub(crate) mod gated_activation;
 pub(crate) mod linear;
 pub(crate) mod linear_cross_entropy;
 pub(crate) mod optimizer;
@@ -17,7 +18,6 @@ pub(crate) mod quantized;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod stacked;
-pub(crate) mod swiglu;
 
 mod place;
 

@@ -2,8 +2,9 @@
 
 use burn::tensor::{DType, Tensor as BurnTensor};
 use rekindle_kernels::Device;
-use rekindle_kernels::rope::{self, Angles, Norm, Tables};
+use rekindle_kernels::rope::{self, Angles, Norm, Rotation, Tables};
 
+use super::rms_norm::Form;
 use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
 
 pub(crate) struct Rope {
@@ -15,6 +16,8 @@ pub(crate) struct Rope {
     x: Vec<f32>,
     dy: Vec<f32>,
     norm: Option<Vec<f32>>,
+    form: Form,
+    interleaved: bool,
 }
 
 const EPS: f64 = 1e-6;
@@ -40,7 +43,27 @@ impl Rope {
             x: input(1, n),
             dy: input(2, n),
             norm: norm.then(|| input(3, head_dim)),
+            form: Form::Plain,
+            interleaved: false,
         }
+    }
+
+    /// With another form of the norm's weight.
+    pub(crate) fn form(self, form: Form) -> Self {
+        Self { form, ..self }
+    }
+
+    /// With channels 2i and 2i + 1 rotated together.
+    pub(crate) fn interleaved(self) -> Self {
+        Self { interleaved: true, ..self }
+    }
+
+    fn rotation<'a>(&self, angles: &'a Angles) -> Option<Rotation<'a>> {
+        (!self.cos.is_empty()).then_some(Rotation { angles, interleaved: self.interleaved })
+    }
+
+    fn norm(&self, weight: rekindle_kernels::Tensor<1>) -> Norm {
+        Norm { gain: self.form.gain(weight), eps: EPS }
     }
 
     fn shape(&self) -> [usize; 2] {
@@ -50,7 +73,7 @@ impl Rope {
     /// From tables that hold the last token's angles first.
     fn angles(&self, device: &Device) -> Angles {
         let half = self.cos.len() / self.tokens;
-        let last_first = |table: &[f32]| table.rchunks_exact(half).flatten().copied().collect();
+        let last_first = |table: &[f32]| table.rchunks_exact(half.max(1)).flatten().copied().collect();
         let tables = Tables::new(last_first(&self.cos), last_first(&self.sin), half, device);
         let positions: Vec<u32> = (0..self.tokens as u32).rev().collect();
         tables.angles(&positions)
@@ -80,11 +103,13 @@ impl Rope {
         let mut r = vec![0.0; width * width];
         for channel in (0..width).filter(|channel| channel % self.head_dim < 2 * half) {
             let place = channel % self.head_dim;
-            let (partner, sign) = if place < half { (channel + half, -1.0) } else { (channel - half, 1.0) };
+            let (pair, apart) = if self.interleaved { (place / 2, 1) } else { (place % half, half) };
+            let is_first = if self.interleaved { place.is_multiple_of(2) } else { place < half };
+            let (partner, sign) = if is_first { (channel + apart, -1.0) } else { (channel - apart, 1.0) };
             r[partner * width + channel] = sign;
             for token in 0..tokens {
-                c[token * width + channel] = self.cos[token * half + place % half];
-                s[token * width + channel] = self.sin[token * half + place % half];
+                c[token * width + channel] = self.cos[token * half + pair];
+                s[token * width + channel] = self.sin[token * half + pair];
             }
         }
         let partners = x.clone().matmul(oracle.constant(&r, [width, width]));
@@ -99,7 +124,7 @@ impl Case for Rope {
                 None => x,
                 Some(weight) => {
                     let rows = x.reshape([self.tokens * self.heads, self.head_dim]);
-                    super::rms_norm::plain(&rows, weight, EPS).reshape(self.shape())
+                    super::rms_norm::plain(self.form, &rows, weight, EPS).reshape(self.shape())
                 }
             };
             self.plain(x, oracle)
@@ -108,11 +133,12 @@ impl Case for Rope {
 
     fn ours(&self, place: &Place) -> Results {
         let angles = self.angles(&place.device);
-        let norm = self.norm.as_ref().map(|weight| Norm { weight: place.vector(weight), eps: EPS });
+        let norm = self.norm.as_ref().map(|weight| self.norm(place.vector(weight)));
         let x = || place.matrix(&self.x, self.shape());
-        let (y, rstd) = rope::forward(x(), self.head_dim, norm.as_ref(), &angles);
+        let (y, rstd) = rope::forward(x(), self.head_dim, norm.as_ref(), self.rotation(&angles));
         let saved = norm.as_ref().map(|norm| (norm, x(), rstd.as_ref().expect("a norm saves rstd")));
-        let (dx, dw) = rope::backward(place.matrix(&self.dy, self.shape()), self.head_dim, saved, &angles, true);
+        let (dx, dw) =
+            rope::backward(place.matrix(&self.dy, self.shape()), self.head_dim, saved, self.rotation(&angles), true);
         let mut results = vec![("y", values(y)), ("dx", values(dx))];
         results.extend(dw.map(|dw| ("dw", values(dw))));
         results
@@ -121,8 +147,8 @@ impl Case for Rope {
     fn differentiated(&self) -> Option<Results> {
         Some(self.graph(DType::F32, |x, weight, _| {
             let angles = self.angles(&Device::cpu());
-            let norm = weight.map(|weight| Norm { weight: weight.clone().into(), eps: EPS });
-            rope::forward(x.into(), self.head_dim, norm.as_ref(), &angles).0.into()
+            let norm = weight.map(|weight| self.norm(weight.clone().into()));
+            rope::forward(x.into(), self.head_dim, norm.as_ref(), self.rotation(&angles)).0.into()
         }))
     }
 }
@@ -132,6 +158,7 @@ impl std::fmt::Debug for Rope {
         let [tokens, _] = self.shape();
         let rotary_dim = 2 * self.cos.len() / tokens;
         write!(f, "rope {tokens} × {} × {}, {rotary_dim} turn, ", self.heads, self.head_dim)?;
-        write!(f, "norm {}", self.norm.is_some())
+        let pairs = if self.interleaved { "interleaved" } else { "halves" };
+        write!(f, "{pairs}, norm {:?}", self.norm.as_ref().map(|_| self.form))
     }
 }

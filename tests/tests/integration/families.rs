@@ -7,24 +7,11 @@ use rekindle_hub::{Checkpoint, Dtype};
 use rekindle_kernels::Device;
 use rekindle_lora::GradientCheckpointing;
 use rekindle_models::{Batch, CausalLm, GenerationConfig, LoadIn, LoadOptions, quantize};
-use rekindle_tests::{Golden, Trajectory, assert_nll, goldens, relative_distance, tensors, worst_nll};
+use rekindle_tests::{Golden, Trajectory, assert_nll, relative_distance, tensors, worst_nll};
 use serde_json::Value;
 
 /// Of a gradient against transformers, in L2 norm. Measured: at most 2.3e-6.
 const GRADIENT: f64 = 1e-5;
-
-/// The families with goldens.
-fn families() -> Vec<Golden> {
-    let entries = std::fs::read_dir(goldens().join("families")).expect("there are goldens of families");
-    let mut names: Vec<String> = entries
-        .map(|entry| entry.expect("an entry").path())
-        .filter(|path| path.is_dir())
-        .map(|path| format!("families/{}", path.file_name().expect("a name").to_string_lossy()))
-        .collect();
-    names.sort_unstable();
-    assert!(!names.is_empty());
-    names.iter().map(|name| Golden::open(name)).collect()
-}
 
 fn nll(model: &CausalLm, batch: &Batch) -> Vec<f32> {
     model.nll(batch).expect("golden rows fit")
@@ -32,7 +19,7 @@ fn nll(model: &CausalLm, batch: &Batch) -> Vec<f32> {
 
 #[test]
 fn losses_are_those_of_transformers_and_peft() {
-    for golden in families() {
+    for golden in Golden::families() {
         for (what, model, expected) in [
             ("base", golden.load(), golden.base_losses()),
             ("adapted", golden.load_adapted("all-linear"), golden.adapter_losses("all-linear")),
@@ -50,7 +37,7 @@ fn losses_are_those_of_transformers_and_peft() {
 
 #[test]
 fn gradients_are_those_of_transformers() {
-    for golden in families() {
+    for golden in Golden::families() {
         let model = golden.load_full();
         let mut grads = model.params().zero_grads();
         model.forward_backward(&golden.packed(), 1.0, &mut grads, None).expect("golden rows fit");
@@ -70,7 +57,7 @@ fn gradients_are_those_of_transformers() {
 #[test]
 fn greedy_tokens_are_those_of_transformers() {
     let ids = |value: &Value| serde_json::from_value::<Vec<u32>>(value.clone()).expect("a list of ids");
-    for golden in families() {
+    for golden in Golden::families() {
         let model = golden.load();
         for expected in golden.expect["generate"].as_array().expect("a list") {
             let want = ids(&expected["ids"]);
@@ -83,7 +70,7 @@ fn greedy_tokens_are_those_of_transformers() {
 
 #[test]
 fn training_follows_transformers_and_peft() {
-    for golden in families() {
+    for golden in Golden::families() {
         for (name, file) in [("lora", "adapter_model.safetensors"), ("full", "model.safetensors")] {
             let trajectory = Trajectory::open(&golden.dir.join("train").join(name));
             let mut model = match trajectory.adapter() {
@@ -97,7 +84,7 @@ fn training_follows_transformers_and_peft() {
 
 #[test]
 fn an_adapter_is_written_as_peft_wrote_it() {
-    for golden in families() {
+    for golden in Golden::families() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let adapter = golden.load_adapted("all-linear").adapter().expect("it was just loaded");
         adapter.save(dir.path()).expect("the disk has room");
@@ -119,7 +106,7 @@ fn gradient(model: &CausalLm, batch: &Batch) -> Vec<f32> {
 
 #[test]
 fn recomputation_changes_no_bit_of_a_gradient() {
-    for golden in families() {
+    for golden in Golden::families() {
         for mut model in [golden.load_adapted("all-linear"), golden.load_full()] {
             let want = gradient(&model, &golden.packed());
             model.set_gradient_checkpointing(GradientCheckpointing::Block);
@@ -130,7 +117,7 @@ fn recomputation_changes_no_bit_of_a_gradient() {
 
 #[test]
 fn the_base_is_there_beside_its_adapter() {
-    for golden in families() {
+    for golden in Golden::families() {
         let (batch, model) = (golden.packed(), golden.load_adapted("all-linear"));
         let want = nll(&golden.load(), &batch);
         assert_eq!(model.base_nll(&batch).expect("golden rows fit"), want, "{}", golden.name);
@@ -140,7 +127,7 @@ fn the_base_is_there_beside_its_adapter() {
 
 #[test]
 fn merging_changes_the_losses_by_rounding_alone() {
-    for golden in families() {
+    for golden in Golden::families() {
         let (batch, mut model) = (golden.packed(), golden.load_adapted("all-linear"));
         model.merge_and_unload().expect("memory for it");
         assert_nll(&golden.name, &batch, &nll(&model, &batch), &golden.adapter_losses("all-linear"));
@@ -149,7 +136,7 @@ fn merging_changes_the_losses_by_rounding_alone() {
 
 #[test]
 fn a_saved_model_is_the_checkpoint_it_came_from() {
-    for golden in families() {
+    for golden in Golden::families() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         golden.load().save(dir.path(), Dtype::F32).expect("the disk has room");
         let file = "model.safetensors";
@@ -160,7 +147,7 @@ fn a_saved_model_is_the_checkpoint_it_came_from() {
 /// A checkpoint that `quantize` wrote is the model that is quantized while loading, fused linears included.
 #[test]
 fn quantizing_first_or_while_loading_is_the_same() {
-    for golden in families() {
+    for golden in Golden::families() {
         for load_in in [LoadIn::FourBit(None), LoadIn::EightBit] {
             let checkpoint = Checkpoint::open(&golden.dir).expect("a golden checkpoint opens");
             let dir = tempfile::tempdir().expect("a temporary directory");

@@ -6,14 +6,14 @@ use std::process::Command;
 
 use burn::tensor::DType;
 use rekindle_kernels::attention::{self, Documents, Heads};
+use rekindle_kernels::gated_activation::{self, Activation};
 use rekindle_kernels::linear_cross_entropy::{self, LmHead, TokenWeights};
 use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, Step};
 use rekindle_kernels::quantized::{Absmax, QuantizedData, QuantizedFormat};
-use rekindle_kernels::rope::{self, Norm, Tables};
+use rekindle_kernels::rms_norm::{self, Gain, GainEps};
+use rekindle_kernels::rope::{self, Norm, Rotation, Tables};
 use rekindle_kernels::runtime::Cuda;
-use rekindle_kernels::{
-    Device, ParamsBuilder, QuantizedWeight, Tensor, from_f32, from_le_bytes, matmul, parse_device, rms_norm, swiglu,
-};
+use rekindle_kernels::{Device, ParamsBuilder, QuantizedWeight, Tensor, from_f32, from_le_bytes, matmul, parse_device};
 use serde_json::{Value, json};
 
 use super::result;
@@ -143,25 +143,33 @@ impl Bench<'_> {
     fn bandwidth(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {
         let (hidden, wide) = ([TOKENS, HIDDEN], [TOKENS, INTERMEDIATE]);
         let passes = |n: usize, [rows, cols]: [usize; 2]| Work::Bytes((2 * n * rows * cols) as f64);
-        let (x, dy, weight) = (self.noise(1, hidden), self.noise(2, hidden), self.noise(3, [1, HIDDEN]).row_vector());
+        let (x, dy) = (self.noise(1, hidden), self.noise(2, hidden));
+        let gain = Gain::Plain(self.noise(3, [1, HIDDEN]).row_vector());
         self.time(rows, "rms_norm forward", passes(2, hidden), "", || {
-            rms_norm::forward(&x, &weight, 1e-6, 0);
+            rms_norm::forward(&x, &gain, 1e-6, 0);
         })?;
         // The sum is written to a copy, which is not timed.
         self.time(rows, "rms_norm forward with residual", passes(4, hidden), "rms_norm", || {
-            rms_norm::add_forward(&x, dy.clone().detached(), &weight, 1e-6, 0);
+            rms_norm::add_forward(&x, dy.clone().detached(), &gain, 1e-6, 0);
         })?;
-        let (_, rstd) = rms_norm::forward(&x, &weight, 1e-6, 0);
+        let (_, rstd) = rms_norm::forward(&x, &gain, 1e-6, 0);
         self.time(rows, "rms_norm backward with residual", passes(4, hidden), "rms_norm", || {
-            rms_norm::backward(&dy, &x, &weight, &rstd, Some(dy.clone().detached()), 0);
+            rms_norm::backward(&dy, &x, &gain, &rstd, Some(dy.clone().detached()), 0);
+        })?;
+        let one_plus = [7, 8].map(|seed| Gain::OnePlus(self.noise(seed, [1, HIDDEN]).row_vector()));
+        let [first, second] = one_plus.each_ref().map(|gain| GainEps { gain, eps: 1e-6 });
+        self.time(rows, "rms_norm around a residual addition", passes(4, hidden), "", || {
+            rms_norm::forward_add_forward(&x, first, &dy, second, 0);
         })?;
         let [gate, up, dact] = [4, 5, 6].map(|seed| self.noise(seed, wide));
-        self.time(rows, "swiglu forward", passes(3, wide), "", || {
-            swiglu::forward(&gate, &up, 0);
-        })?;
-        self.time(rows, "swiglu backward, with act", passes(6, wide), "swiglu", || {
-            swiglu::backward(dact.clone(), gate.clone(), up.clone());
-        })?;
+        for (name, activation) in [("SwiGLU", Activation::Silu), ("GeGLU", Activation::GeluTanh)] {
+            self.time(rows, format!("{name} forward"), passes(3, wide), "", || {
+                gated_activation::forward(activation, &gate, &up, 0);
+            })?;
+            self.time(rows, format!("{name} backward, with act"), passes(6, wide), "gated_activation", || {
+                gated_activation::backward(activation, dact.clone(), gate.clone(), up.clone());
+            })?;
+        }
         drop((gate, up, dact));
         self.rope(rows)?;
         self.loss(rows)?;
@@ -187,18 +195,20 @@ impl Bench<'_> {
         let tables = Tables::new(table(f32::cos), table(f32::sin), half, self.device);
         let positions: Vec<u32> = (0..TOKENS as u32).map(|t| t % 2048).collect();
         let angles = tables.angles(&positions);
-        let norms = [8, 9].map(|seed| Norm { weight: self.noise(seed, [1, head_dim]).row_vector(), eps: 1e-6 });
+        let norms = [8, 9].map(|seed| self.noise(seed, [1, head_dim]).row_vector());
+        let norms = norms.map(|weight| Norm { gain: Gain::Plain(weight), eps: 1e-6 });
+        let rotation = Some(Rotation { angles: &angles, interleaved: false });
         let (q, k) = (self.noise(1, [TOKENS, heads * head_dim]), self.noise(2, [TOKENS, kv_heads * head_dim]));
         let v = self.noise(3, [TOKENS, 1]);
         let bytes = (2 * TOKENS * (heads + kv_heads) * head_dim) as f64;
         self.time(rows, "q/k norm and rope forward", Work::Bytes(2.0 * bytes), "", || {
-            rope::forward_qk(q.clone(), k.clone(), &v, head_dim, Some(&norms), &angles);
+            rope::forward_qk(q.clone(), k.clone(), &v, head_dim, Some(&norms), rotation);
         })?;
-        let [(_, rstd_q), (_, rstd_k)] = rope::forward_qk(q.clone(), k.clone(), &v, head_dim, Some(&norms), &angles);
+        let [(_, rstd_q), (_, rstd_k)] = rope::forward_qk(q.clone(), k.clone(), &v, head_dim, Some(&norms), rotation);
         let (rstd_q, rstd_k) = rstd_q.zip(rstd_k).ok_or("a norm leaves its rstd")?;
         self.time(rows, "q/k norm and rope backward", Work::Bytes(3.0 * bytes), "qk_norm", || {
             let saved = [(&norms[0], q.clone(), &rstd_q), (&norms[1], k.clone(), &rstd_k)];
-            rope::backward_qk([q.clone(), k.clone()], &v, head_dim, Some(saved), &angles, false);
+            rope::backward_qk([q.clone(), k.clone()], &v, head_dim, Some(saved), rotation, false);
         })
     }
 

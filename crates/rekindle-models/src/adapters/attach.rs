@@ -91,7 +91,8 @@ impl CausalLm {
             (name, (weight.dims(), to_f32(weight.matrix(&self.params))))
         });
         let saved: BTreeMap<_, _> = saved.collect();
-        let mut config = AdapterConfig::new(config, Some(&self.provenance.name_or_path), &targets);
+        let config = self.config.names.excluding_kept(config);
+        let mut config = AdapterConfig::new(&config, Some(&self.provenance.name_or_path), &targets);
         config.set_revision(self.provenance.revision.as_deref());
         if config.lora().init_lora_weights == InitLoraWeights::Loftq {
             config.set_codes(self.quantized_format(&targets[0]).expect("the source is quantized"));

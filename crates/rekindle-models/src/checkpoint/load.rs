@@ -292,7 +292,7 @@ pub(crate) fn check_tensors(
             continue;
         }
         // Old Llama checkpoints carry the rotary frequencies, which follow from the configuration.
-        if name.ends_with("rotary_emb.inv_freq") {
+        if name.ends_with("rotary_emb.inv_freq") || config.names.keeps(name) {
             continue;
         }
         if name == head && config.tie_word_embeddings() {

@@ -13,7 +13,7 @@ use super::load::check_tensors;
 use super::quantization::QuantizationPlan;
 use super::resize::resize_rows;
 use super::tensor_names::canonical;
-use super::writer::{self, CheckpointTensor};
+use super::writer::{self, CheckpointTensor, KeptTensors};
 use crate::adapters::quantization_plan;
 use crate::parameters::ParameterSpec;
 use crate::{CausalLm, Error, ModelConfig, NonFinite, Role};
@@ -64,7 +64,8 @@ pub fn merge(
     };
     let tensors = source.tensors(&config).into_iter().map(tensor).collect();
     let mut refused = None;
-    let written = writer::write_tensors(dir, tensors, |needed, spec, out| {
+    let kept = KeptTensors::of(base.path(), &config)?;
+    let written = writer::write_tensors(dir, &kept, tensors, |needed, spec, out| {
         let values = source.merged(needed).and_then(|values| {
             check_values(&needed.name, spec.dtype, &values)?;
             Ok(values)
@@ -80,6 +81,9 @@ pub fn merge(
         return Err(error);
     }
     written?;
+    if unties(adapter, &config) {
+        config.set_json("tie_word_embeddings", Value::from(false));
+    }
     let mut json = config.json.clone();
     if let Some(positions) = positions {
         positions.apply(&mut json);
@@ -87,9 +91,6 @@ pub fn merge(
     writer::set_quantization(&mut json, None);
     if let Some(dtype) = dtype {
         writer::set_dtype(&mut json, dtype);
-    }
-    if unties(adapter, &config) {
-        json["tie_word_embeddings"] = Value::from(false);
     }
     writer::write_config(dir, &json)
 }
@@ -239,7 +240,7 @@ impl CausalLm {
         if unties(&adapter, &self.config) {
             vocabulary.head = Some(vocabulary.embedding.clone());
             self.config.spec.head.tied = false;
-            self.config.json["tie_word_embeddings"] = Value::from(false);
+            self.config.set_json("tie_word_embeddings", Value::from(false));
         }
         for (name, (shape, values)) in adapter.saved {
             let weight = frozen(values, shape);

@@ -9,7 +9,7 @@ use rekindle_quant::bnb::StoredWeight;
 use super::load::check_tensors;
 use super::quantization::{LoadIn, QuantizationPlan, stored_quantization};
 use super::tensor_names::canonical;
-use super::writer::{self, CheckpointTensor};
+use super::writer::{self, CheckpointTensor, KeptTensors};
 use crate::non_finite::check_view;
 use crate::{Error, MemoryReport, ModelConfig, Role};
 
@@ -70,7 +70,8 @@ pub fn quantize(
         tensors.push(CheckpointTensor { spec, source: head });
     }
 
-    writer::write_tensors(dir, tensors, |name, spec, out| match packed.get(name) {
+    let kept = KeptTensors::of(checkpoint.path(), &config)?;
+    writer::write_tensors(dir, &kept, tensors, |name, spec, out| match packed.get(name) {
         None => out.write_all(checkpoint.get(name).expect("it was listed").data),
         Some(weight) => writer::write_quantized(name, weight, spec, out),
     })?;

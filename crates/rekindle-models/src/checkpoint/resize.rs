@@ -21,9 +21,7 @@ impl ModelConfig {
             )));
         }
         self.spec.vocab_size = rows;
-        if let Value::Object(fields) = &mut self.json {
-            fields.insert("vocab_size".to_owned(), Value::from(rows));
-        }
+        self.set_json("vocab_size", Value::from(rows));
         Ok(self)
     }
 }

@@ -6,7 +6,7 @@ use rekindle_hub::{Dtype, TensorSpec, write_f32};
 use rekindle_kernels::{Weight, to_f32};
 use rekindle_quant::bnb::StoredWeight;
 
-use super::writer::{self, CheckpointTensor};
+use super::writer::{self, CheckpointTensor, KeptTensors};
 use crate::parameters::ParameterSpec;
 use crate::{CausalLm, Error};
 
@@ -24,7 +24,8 @@ impl CausalLm {
     /// [`Error::File`] when the system refuses.
     pub fn save(&self, dir: &Path, dtype: Dtype) -> Result<(), Error> {
         let mut last = LastQuantized::default();
-        writer::write_tensors(dir, self.files(dtype)?, |source, spec, out| match self.weight(source) {
+        let kept = KeptTensors::of(&self.provenance.path, &self.config)?;
+        writer::write_tensors(dir, &kept, self.files(dtype)?, |source, spec, out| match self.weight(source) {
             Weight::Frozen(tensor) => write_f32(out, spec.dtype, &to_f32(tensor.clone())),
             Weight::Trained(at) => write_f32(out, spec.dtype, &self.params.values(*at)),
             Weight::Quantized(_) => {

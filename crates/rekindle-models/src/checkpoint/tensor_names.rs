@@ -1,6 +1,9 @@
-//! Checkpoints whose tensors have prefixes that the model's own names lack, or lack the one that they have.
+//! Checkpoints whose tensors have prefixes that the model's own names lack, or lack the one that they have, or have another.
 
 use rekindle_hub::Checkpoint;
+use serde_json::Value;
+
+use crate::families;
 
 /// Segments that wrappers of PyTorch put anywhere into a name: `torch.compile`, FSDP and activation checkpointing.
 const SEGMENTS: [&str; 3] = ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."];
@@ -18,24 +21,43 @@ const PARTS: [&str; 3] = ["embed_tokens.", "layers.", "norm."];
 ///
 /// Names that fit no pattern stay as they are, for [`check_tensors`](super::load::check_tensors) to report.
 pub(crate) fn canonical(checkpoint: &Checkpoint) -> Checkpoint {
-    let naming = TensorNaming::of(checkpoint.names());
+    let naming = TensorNaming::of(checkpoint.config(), checkpoint.names());
     checkpoint.renamed(|stored| naming.name(stored)).unwrap_or_else(|| checkpoint.clone())
 }
 
 /// How the names of one checkpoint become the model's own.
+#[derive(Default)]
 pub(crate) struct TensorNaming {
     lacks_prefix: bool,
+    /// Beginnings of stored names with the model's own, for a checkpoint that has them.
+    stored: &'static [(&'static str, &'static str)],
 }
 
 impl TensorNaming {
-    pub(crate) fn of<'a>(names: impl Iterator<Item = &'a str>) -> Self {
+    /// The naming of a checkpoint with this `config.json` and these tensors.
+    pub(crate) fn of<'a>(config: &Value, names: impl Iterator<Item = &'a str>) -> Self {
         let names: Vec<String> = names.map(unwrapped).collect();
         let has = |start: &str| names.iter().any(|name| name.starts_with(start));
-        Self { lacks_prefix: !has(PREFIX) && PARTS.iter().all(|part| has(part)) }
+        let stored = families::of(config).map_or(&[][..], |family| family.names.stored);
+        Self {
+            lacks_prefix: !has(PREFIX) && PARTS.iter().all(|part| has(part)),
+            stored: if stored.iter().any(|(start, _)| has(start)) { stored } else { &[] },
+        }
     }
 
+    /// The name in a file of a tensor of the model.
+    pub(crate) fn stored(&self, own: &str) -> String {
+        let renamed = |(stored, start): &(&str, &str)| Some(format!("{stored}{}", own.strip_prefix(start)?));
+        self.stored.iter().find_map(renamed).unwrap_or_else(|| own.to_owned())
+    }
+
+    /// The model's own name of a tensor in a file.
     pub(crate) fn name(&self, stored: &str) -> String {
         let name = unwrapped(stored);
+        let renamed = |(start, own): &(&str, &str)| Some(format!("{own}{}", name.strip_prefix(start)?));
+        if let Some(name) = self.stored.iter().find_map(renamed) {
+            return name;
+        }
         let below = self.lacks_prefix && PARTS.iter().any(|part| name.starts_with(part));
         if below { format!("{PREFIX}{name}") } else { name }
     }
@@ -53,6 +75,8 @@ fn unwrapped(stored: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     const OWN: [&str; 4] = [
@@ -63,7 +87,7 @@ mod tests {
     ];
 
     fn names(stored: &[String]) -> Vec<String> {
-        let naming = TensorNaming::of(stored.iter().map(String::as_str));
+        let naming = TensorNaming::of(&json!({}), stored.iter().map(String::as_str));
         stored.iter().map(|name| naming.name(name)).collect()
     }
 

@@ -3,12 +3,13 @@
 use std::io;
 use std::path::Path;
 
-use rekindle_hub::{DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, write_atomic, write_sharded};
+use rekindle_hub::{Checkpoint, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, TensorView, write_atomic, write_sharded};
 use rekindle_quant::bnb::StoredWeight;
 use serde_json::Value;
 
 use super::quantization::hub_dtype;
-use crate::Error;
+use super::tensor_names::{TensorNaming, canonical};
+use crate::{Error, ModelConfig};
 
 /// A tensor of a checkpoint that is written, and what it is written from.
 pub(super) struct CheckpointTensor<S> {
@@ -28,16 +29,47 @@ impl<S: Clone> CheckpointTensor<S> {
     }
 }
 
-/// Writes tensors into the existing directory `dir`; `write` writes the data of each.
+/// Tensors of a checkpoint that are no part of the decoder, such as a vision tower, and the names that its files have.
+pub(super) struct KeptTensors {
+    checkpoint: Option<Checkpoint>,
+    names: Vec<String>,
+    naming: TensorNaming,
+}
+
+impl KeptTensors {
+    /// Those of the checkpoint at `path`.
+    pub(super) fn of(path: &Path, config: &ModelConfig) -> Result<Self, Error> {
+        if !config.names.has_kept() {
+            return Ok(Self { checkpoint: None, names: Vec::new(), naming: TensorNaming::default() });
+        }
+        let stored = Checkpoint::open(path)?;
+        let naming = TensorNaming::of(&config.json, stored.names());
+        let checkpoint = canonical(&stored);
+        let names = checkpoint.names().filter(|name| config.names.keeps(name)).map(str::to_owned).collect();
+        Ok(Self { checkpoint: Some(checkpoint), names, naming })
+    }
+
+    fn views(&self) -> impl Iterator<Item = TensorView<'_>> {
+        self.names.iter().filter_map(|name| self.checkpoint.as_ref()?.get(name))
+    }
+}
+
+/// Writes tensors and those that are kept into the existing directory `dir`; `write` writes the data of each of the former.
 pub(super) fn write_tensors<S>(
     dir: &Path,
+    kept: &KeptTensors,
     tensors: Vec<CheckpointTensor<S>>,
     mut write: impl FnMut(&S, &TensorSpec, &mut dyn io::Write) -> io::Result<()>,
 ) -> Result<(), Error> {
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
     let (specs, sources): (Vec<_>, Vec<_>) = tensors.into_iter().map(|tensor| (tensor.spec, tensor.source)).unzip();
-    write_sharded(dir, DEFAULT_MAX_SHARD_SIZE, &metadata, &specs, |index, out| {
-        write(&sources[index], &specs[index], out)
+    let views: Vec<TensorView<'_>> = kept.views().collect();
+    let stored_as = |name: &str, dtype, shape: &[usize]| TensorSpec::new(kept.naming.stored(name), dtype, shape);
+    let mut stored: Vec<TensorSpec> = specs.iter().map(|spec| stored_as(&spec.name, spec.dtype, &spec.shape)).collect();
+    stored.extend(views.iter().map(|view| stored_as(view.name, view.dtype, view.shape)));
+    write_sharded(dir, DEFAULT_MAX_SHARD_SIZE, &metadata, &stored, |index, out| match sources.get(index) {
+        Some(source) => write(source, &specs[index], out),
+        None => out.write_all(views[index - sources.len()].data),
     })?;
     Ok(())
 }

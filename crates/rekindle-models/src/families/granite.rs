@@ -6,8 +6,13 @@ use crate::spec::{AttentionBiases, AttentionMask, AttentionSpec, GatedSpec};
 use crate::{LayerSpec, ModelSpec};
 
 /// As in transformers' `GraniteForCausalLM`.
-pub(super) const FAMILY: Family =
-    Family { architecture: "GraniteForCausalLM", model_type: "granite", names: TensorNames::LLAMA, spec };
+pub(super) const FAMILY: Family = Family {
+    architecture: "GraniteForCausalLM",
+    model_type: "granite",
+    section: None,
+    names: TensorNames::LLAMA,
+    spec,
+};
 
 fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     let dimensions = Dimensions::read(config, ClassDefaults::default());

@@ -8,7 +8,7 @@ use crate::spec::{AttentionBiases, AttentionSpec, GatedSpec};
 
 /// As in transformers' `LlamaForCausalLM`.
 pub(super) const FAMILY: Family =
-    Family { architecture: "LlamaForCausalLM", model_type: "llama", names: TensorNames::LLAMA, spec };
+    Family { architecture: "LlamaForCausalLM", model_type: "llama", section: None, names: TensorNames::LLAMA, spec };
 
 fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     let dimensions = Dimensions::read(config, ClassDefaults::default());

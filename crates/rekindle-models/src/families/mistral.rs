@@ -6,10 +6,15 @@ use crate::ModelSpec;
 use crate::spec::AttentionMask;
 
 /// As in transformers' `MistralForCausalLM`.
-pub(super) const FAMILY: Family =
-    Family { architecture: "MistralForCausalLM", model_type: "mistral", names: TensorNames::LLAMA, spec };
+pub(super) const FAMILY: Family = Family {
+    architecture: "MistralForCausalLM",
+    model_type: "mistral",
+    section: None,
+    names: TensorNames::LLAMA,
+    spec,
+};
 
-fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
+pub(super) fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     let defaults = ClassDefaults { num_key_value_heads: Some(8), ..ClassDefaults::default() };
     let dimensions = Dimensions::read(config, defaults);
     let layer = dimensions.layer(dimensions.attention(), dimensions.gated());

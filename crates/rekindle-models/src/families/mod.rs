@@ -27,6 +27,8 @@ pub(crate) struct Family {
     pub(crate) architecture: &'static str,
     /// The value of `model_type`.
     pub(crate) model_type: &'static str,
+    /// The key of `config.json` under which the decoder is described; `None` for the file itself.
+    pub(crate) section: Option<&'static str>,
     /// The names of its tensors.
     pub(crate) names: TensorNames,
     /// Reads the spec; what is wrong is noted in the reader.

@@ -1,5 +1,9 @@
 //! Names of tensors and modules in a checkpoint.
 
+use std::borrow::Cow;
+
+use rekindle_lora::LoraConfig;
+
 use crate::parameters::{LayerRole, LinearRole, Role};
 
 /// The module names of one family. Defaults are Llama's ([`LLAMA`](Self::LLAMA)).
@@ -14,12 +18,18 @@ pub(crate) struct TensorNames {
     pub(crate) query_norm: &'static str,
     pub(crate) key_norm: &'static str,
     pub(crate) sinks: &'static str,
+    pub(crate) post_attention_norm: &'static str,
     pub(crate) pre_feed_forward_norm: &'static str,
+    pub(crate) post_feed_forward_norm: &'static str,
     pub(crate) linear: fn(LinearRole) -> &'static str,
+    /// Beginnings of names in files with what stands in their place in the model, where the two differ.
+    pub(crate) stored: &'static [(&'static str, &'static str)],
+    /// Beginnings of names of tensors that are no part of the decoder. They are written as they were read.
+    pub(crate) kept: &'static [&'static str],
 }
 
 impl TensorNames {
-    /// Those of `LlamaForCausalLM`, with the fused linears of Phi-3.
+    /// Those of `LlamaForCausalLM`, with the fused linears of Phi-3 and the post norms of GLM-4.
     pub(crate) const LLAMA: Self = Self {
         embedding: "model.embed_tokens",
         final_norm: "model.norm",
@@ -29,7 +39,9 @@ impl TensorNames {
         query_norm: "self_attn.q_norm",
         key_norm: "self_attn.k_norm",
         sinks: "self_attn.sinks",
+        post_attention_norm: "post_self_attn_layernorm",
         pre_feed_forward_norm: "post_attention_layernorm",
+        post_feed_forward_norm: "post_mlp_layernorm",
         linear: |role| match role {
             LinearRole::Query => "self_attn.q_proj",
             LinearRole::Key => "self_attn.k_proj",
@@ -41,7 +53,40 @@ impl TensorNames {
             LinearRole::GateUp => "mlp.gate_up_proj",
             LinearRole::Down => "mlp.down_proj",
         },
+        stored: &[],
+        kept: &[],
     };
+
+    /// The names that transformers gives the parts of a multimodal model in files: those of its first versions.
+    pub(crate) const STORED_MULTIMODAL: &'static [(&'static str, &'static str)] = &[
+        ("language_model.lm_head.", "lm_head."),
+        ("language_model.model.", "model.language_model."),
+        ("vision_tower.", "model.vision_tower."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ];
+
+    /// The parts of a multimodal model beside the decoder.
+    pub(crate) const KEPT_MULTIMODAL: &'static [&'static str] =
+        &["model.vision_tower.", "model.multi_modal_projector."];
+
+    /// Returns true if checkpoints have tensors that are no part of the decoder.
+    pub(crate) fn has_kept(&self) -> bool {
+        !self.kept.is_empty()
+    }
+
+    /// Returns `lora` with the modules excluded that are no part of the decoder: PEFT looks for targets among them too.
+    pub(crate) fn excluding_kept<'a>(&self, lora: &'a LoraConfig) -> Cow<'a, LoraConfig> {
+        if self.kept.is_empty() || lora.exclude_modules.is_some() {
+            return Cow::Borrowed(lora);
+        }
+        let patterns: Vec<String> = self.kept.iter().map(|start| format!("{}.*", start.replace('.', r"\."))).collect();
+        Cow::Owned(lora.clone().exclude_modules(patterns.join("|").as_str()))
+    }
+
+    /// Returns true for a tensor that is no part of the decoder and is written as it was read.
+    pub(crate) fn keeps(&self, name: &str) -> bool {
+        self.kept.iter().any(|start| name.starts_with(start))
+    }
 
     /// The full name of a tensor.
     pub(crate) fn tensor(&self, role: Role) -> String {
@@ -67,7 +112,9 @@ impl TensorNames {
             LayerRole::QueryNorm => self.query_norm,
             LayerRole::KeyNorm => self.key_norm,
             LayerRole::Sinks => self.sinks,
+            LayerRole::PostAttentionNorm => self.post_attention_norm,
             LayerRole::PreFeedForwardNorm => self.pre_feed_forward_norm,
+            LayerRole::PostFeedForwardNorm => self.post_feed_forward_norm,
             LayerRole::Weight(linear) | LayerRole::Bias(linear) => (self.linear)(linear),
         };
         format!("{}.{part}", self.layer(layer))

@@ -8,10 +8,10 @@ use crate::spec::{AttentionMask, AttentionSpec, GatedSpec, Projections};
 
 /// As in transformers' `Phi3ForCausalLM`.
 pub(super) const FAMILY: Family =
-    Family { architecture: "Phi3ForCausalLM", model_type: "phi3", names: TensorNames::LLAMA, spec };
+    Family { architecture: "Phi3ForCausalLM", model_type: "phi3", section: None, names: TensorNames::LLAMA, spec };
 
 fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
-    let defaults = ClassDefaults { rms_norm_eps: Some(1e-5), ..ClassDefaults::default() };
+    let defaults = ClassDefaults { rms_norm_eps: 1e-5, ..ClassDefaults::default() };
     let dimensions = Dimensions::read(config, defaults);
     config.only("embd_pdrop", 0.0);
     config.only("resid_pdrop", 0.0);

@@ -7,7 +7,7 @@ use crate::spec::{AttentionBiases, AttentionSpec};
 
 /// As in transformers' `Qwen2ForCausalLM`.
 pub(super) const FAMILY: Family =
-    Family { architecture: "Qwen2ForCausalLM", model_type: "qwen2", names: TensorNames::LLAMA, spec };
+    Family { architecture: "Qwen2ForCausalLM", model_type: "qwen2", section: None, names: TensorNames::LLAMA, spec };
 
 fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     let dimensions = Dimensions::read(config, ClassDefaults::default());

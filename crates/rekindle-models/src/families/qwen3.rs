@@ -7,7 +7,7 @@ use crate::spec::{AttentionBiases, AttentionSpec, QkNormSpec};
 
 /// As in transformers' `Qwen3ForCausalLM`.
 pub(super) const FAMILY: Family =
-    Family { architecture: "Qwen3ForCausalLM", model_type: "qwen3", names: TensorNames::LLAMA, spec };
+    Family { architecture: "Qwen3ForCausalLM", model_type: "qwen3", section: None, names: TensorNames::LLAMA, spec };
 
 fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     let dimensions = Dimensions::read(config, ClassDefaults { head_dim: Some(128), ..ClassDefaults::default() });

@@ -12,26 +12,38 @@ const MOST_LAYERS: usize = 10_000;
 pub(crate) struct ConfigReader<'a> {
     json: &'a Value,
     problems: Vec<String>,
-    /// A class default that matters to readers of the file itself.
-    default_theta: Option<f64>,
+    /// Class defaults that matter to readers of the file itself.
+    rope_defaults: Vec<(&'static str, f64)>,
+    /// The class default of `max_position_embeddings`.
+    default_positions: usize,
 }
 
 impl<'a> ConfigReader<'a> {
     pub(crate) fn new(json: &'a Value) -> Self {
-        Self { json, problems: Vec::new(), default_theta: None }
+        Self { json, problems: Vec::new(), rope_defaults: Vec::new(), default_positions: 2048 }
     }
 
-    /// The file with the class default of `rope_theta` written out, or one sentence for each problem.
+    /// The file with the class defaults of rotary embeddings written out, or one sentence for each problem.
     pub(crate) fn finish(self) -> Result<Value, Vec<String>> {
-        if self.problems.is_empty() { Ok(self.with_theta()) } else { Err(self.problems) }
+        if self.problems.is_empty() { Ok(self.with_rope_defaults()) } else { Err(self.problems) }
     }
 
-    fn with_theta(&self) -> Value {
+    fn with_rope_defaults(&self) -> Value {
         let mut json = self.json.clone();
-        if let Some(theta) = self.default_theta {
-            RopeConfig::set_default_theta(&mut json, theta);
+        for (key, value) in &self.rope_defaults {
+            RopeConfig::set_default(&mut json, key, *value);
         }
         json
+    }
+
+    /// Sets the class default of `max_position_embeddings`.
+    pub(crate) fn set_default_positions(&mut self, positions: usize) {
+        self.default_positions = positions;
+    }
+
+    /// The longest sequence that the checkpoint was made for.
+    pub(crate) fn positions(&mut self) -> usize {
+        self.size("max_position_embeddings", Some(self.default_positions))
     }
 
     /// The value under `key`, unless it is null.
@@ -60,8 +72,8 @@ impl<'a> ConfigReader<'a> {
     }
 
     /// The number of layers.
-    pub(crate) fn layers(&mut self) -> usize {
-        let layers = self.size("num_hidden_layers", None);
+    pub(crate) fn layers(&mut self, default: Option<usize>) -> usize {
+        let layers = self.size("num_hidden_layers", default);
         if layers > MOST_LAYERS {
             self.problem(format!("num_hidden_layers is {layers}; expected at most {MOST_LAYERS}"));
             return 1;
@@ -74,6 +86,18 @@ impl<'a> ConfigReader<'a> {
         match self.get(key) {
             Some(value) => value.as_f64().unwrap_or_else(|| self.wrong(key, value, "a number", default)),
             None => default,
+        }
+    }
+
+    /// A number above 0, or none: null turns it off, and `default` holds where the key is absent.
+    pub(crate) fn optional_number(&mut self, key: &str, default: Option<f64>) -> Option<f64> {
+        match self.json.get(key) {
+            None => default,
+            Some(Value::Null) => None,
+            Some(value) => match value.as_f64() {
+                Some(number) if number > 0.0 => Some(number),
+                _ => self.wrong(key, value, "a number above 0 or null", default),
+            },
         }
     }
 
@@ -113,29 +137,42 @@ impl<'a> ConfigReader<'a> {
         if uses_window && window == AttentionMask::Full {
             self.problem("use_sliding_window is true, and sliding_window is missing".to_owned());
         }
-        let Some(types) = self.get("layer_types").and_then(Value::as_array) else {
-            let first = self.get("max_window_layers").and_then(Value::as_u64).unwrap_or(28) as usize;
-            return (0..layers).map(|layer| if layer < first { AttentionMask::Full } else { window }).collect();
+        let first = self.get("max_window_layers").and_then(Value::as_u64).unwrap_or(28) as usize;
+        let sliding = self.sliding_layers(layers, |layer| uses_window && layer >= first);
+        if !uses_window && sliding.contains(&true) {
+            self.problem("layer_types has \"sliding_attention\", and use_sliding_window is false".to_owned());
+        }
+        sliding.into_iter().map(|sliding| if sliding { window } else { AttentionMask::Full }).collect()
+    }
+
+    /// Returns for each layer if it has a window: from `layer_types` or, without them, by its index.
+    pub(crate) fn sliding_layers(&mut self, layers: usize, default: impl Fn(usize) -> bool) -> Vec<bool> {
+        let Some(value) = self.get("layer_types") else { return (0..layers).map(default).collect() };
+        let Some(types) = value.as_array() else {
+            return self.wrong("layer_types", value, "a list with an entry for each layer", vec![false; layers]);
         };
         if types.len() != layers {
             self.problem(format!("layer_types has {} entries for {layers} layers", types.len()));
         }
         let known = |kind: &Value| match kind.as_str() {
-            Some("full_attention") => Some(AttentionMask::Full),
-            Some("sliding_attention") if uses_window => Some(window),
+            Some("full_attention") => Some(false),
+            Some("sliding_attention") => Some(true),
             _ => None,
         };
         if let Some(other) = types.iter().find(|kind| known(kind).is_none()) {
-            self.problem(format!("layer_types has {other}; only \"full_attention\" is supported"));
+            self.problem(format!(
+                "layer_types has {other}; only \"full_attention\" and \"sliding_attention\" are supported"
+            ));
         }
-        (0..layers).map(|layer| types.get(layer).and_then(known).unwrap_or(AttentionMask::Full)).collect()
+        (0..layers).map(|layer| types.get(layer).and_then(known).unwrap_or(false)).collect()
     }
 
-    /// The rotary position embedding, with a class default for a missing `rope_theta`; none with a problem noted if it is
+    /// The rotary position embedding, with class defaults for what the file leaves out; none with a problem noted if it is
     /// wrong.
-    pub(crate) fn ropes(&mut self, head_dim: usize, default_theta: Option<f64>) -> Vec<RopeConfig> {
-        self.default_theta = default_theta;
-        let json = self.with_theta();
+    pub(crate) fn ropes(&mut self, head_dim: usize, theta: Option<f64>, partial: Option<f64>) -> Vec<RopeConfig> {
+        let defaults = [("rope_theta", theta), ("partial_rotary_factor", partial)];
+        self.rope_defaults = defaults.into_iter().filter_map(|(key, value)| Some((key, value?))).collect();
+        let json = self.with_rope_defaults();
         match RopeConfig::from_config(&json, head_dim.max(2)) {
             Ok(rope) => vec![rope],
             Err(error) => {
@@ -143,6 +180,46 @@ impl<'a> ConfigReader<'a> {
                 Vec::new()
             }
         }
+    }
+
+    /// The rotary position embeddings of full and of sliding layers, in this order; none with a problem noted if one is
+    /// wrong.
+    ///
+    /// transformers 5 writes `rope_parameters` with an object for each kind of layer. Before, `rope_theta` and `rope_scaling`
+    /// were those of full layers, and sliding layers had `local_theta_key` or `local_theta`.
+    pub(crate) fn ropes_by_layer_type(
+        &mut self,
+        head_dim: usize,
+        full_theta: f64,
+        local_theta_key: &str,
+        local_theta: f64,
+    ) -> Vec<RopeConfig> {
+        let local_theta = self.number(local_theta_key, local_theta);
+        let by_type = self.get("rope_parameters");
+        let of_type = |kind: &str, theta: f64| {
+            let mut json = self.json.clone();
+            let fields = json.as_object_mut()?;
+            if let Some(parameters) = by_type {
+                for key in ["rope_theta", "rope_scaling"] {
+                    fields.remove(key);
+                }
+                let parameters = parameters.get(kind).cloned().unwrap_or(Value::Null);
+                fields.insert("rope_parameters".to_owned(), parameters);
+            } else if kind == "sliding_attention" {
+                for key in ["rope_theta", "rope_scaling"] {
+                    fields.remove(key);
+                }
+            }
+            RopeConfig::set_default(&mut json, "rope_theta", theta);
+            Some(RopeConfig::from_config(&json, head_dim.max(2)))
+        };
+        let both = [("full_attention", full_theta), ("sliding_attention", local_theta)];
+        let read: Result<Vec<RopeConfig>, rekindle_rope::Error> =
+            both.into_iter().filter_map(|(kind, theta)| of_type(kind, theta)).collect();
+        read.unwrap_or_else(|error| {
+            self.problem(error.to_string());
+            Vec::new()
+        })
     }
 
     /// Adds a problem about the value under `key`, and returns `instead`.

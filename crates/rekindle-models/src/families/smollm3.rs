@@ -8,8 +8,13 @@ use crate::spec::{AttentionBiases, AttentionSpec, GatedSpec};
 use crate::{LayerSpec, ModelSpec};
 
 /// As in transformers' `SmolLM3ForCausalLM`.
-pub(super) const FAMILY: Family =
-    Family { architecture: "SmolLM3ForCausalLM", model_type: "smollm3", names: TensorNames::LLAMA, spec };
+pub(super) const FAMILY: Family = Family {
+    architecture: "SmolLM3ForCausalLM",
+    model_type: "smollm3",
+    section: None,
+    names: TensorNames::LLAMA,
+    spec,
+};
 
 fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     let dimensions = Dimensions::read(

@@ -1,19 +1,19 @@
 //! Attention with its projections.
 
 use rekindle_kernels::attention::{self, AttentionGrads, Heads};
-use rekindle_kernels::rope::{self, Norm};
+use rekindle_kernels::rope::{self, Norm, Rotation};
 use rekindle_kernels::{Grads, Params, Tensor, Weight};
 use rekindle_lora::{Linear, LinearGroup, LinearSaved};
 
 use super::{AttentionCheckpoint, Context, LayerBuilder, LayerKvCache, RmsNorm, VisitWeights};
 use crate::Error;
 use crate::parameters::{LayerRole, LinearRole};
-use crate::spec::{AttentionMask, AttentionSpec, LinearSpec, RopeId};
+use crate::spec::{AttentionMask, AttentionSpec, LinearSpec, RopeId, RotarySpec};
 
 /// Causal grouped-query attention: o_proj(attention(rope(norm(q)), rope(norm(k)), v)) with q, k, v = projections of x.
 ///
-/// The norms of q and k, per head, and the rotation are optional. `heads` has the factor of the scores, their softcap and
-/// the window ([`rekindle_kernels::attention`]).
+/// The norms of q and k and the rotation are optional; [`QkNormPlace`] says where the norms are. `heads` has the factor of
+/// the scores, their softcap and the window ([`rekindle_kernels::attention`]).
 ///
 /// # Shapes
 /// x and the result `[tokens, hidden]`, q `[tokens, heads · head_dim]`, k and v `[tokens, kv_heads · head_dim]`.
@@ -29,8 +29,10 @@ use crate::spec::{AttentionMask, AttentionSpec, LinearSpec, RopeId};
 pub struct Attention {
     /// The projections of q, k and v, one fused linear or three.
     pub qkv: LinearGroup,
-    /// Norms of queries and keys, `[head_dim]` each.
+    /// Norms of queries and keys.
     pub qk_norm: Option<[RmsNorm; 2]>,
+    /// Where they are.
+    pub qk_norm_place: QkNormPlace,
     /// A logit for each head that takes part in the softmax without a value, `[heads]` (gpt-oss).
     pub sinks: Option<Weight>,
     /// The projection of the result.
@@ -38,9 +40,22 @@ pub struct Attention {
     /// The heads.
     pub heads: Heads,
     /// The rotation; `None` for a layer without positions.
-    pub rope: Option<RopeId>,
+    pub rope: Option<RotarySpec>,
+    /// The rotation of queries where their length grows with the position: the same angles, with scaled cosines and sines.
+    pub query_rope: Option<RopeId>,
     /// Index into the model's head layouts; the documents in the context have the same index.
     pub layout: usize,
+}
+
+/// The place of the norms of queries and keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNormPlace {
+    /// Each head, before the rotation.
+    BeforeRope,
+    /// Each head, after the rotation.
+    AfterRope,
+    /// All heads together, before the rotation.
+    FullWidth,
 }
 
 /// Tensors that [`Attention::forward`] saves for the backward.
@@ -88,16 +103,30 @@ impl Attention {
         layout: usize,
     ) -> Result<Self, Error> {
         let qkv = builder.linears(&spec.inputs(hidden_size))?;
-        let qk_norm = match &spec.qk_norm {
-            None => None,
-            Some(qk) => {
-                let q = RmsNorm::build(builder, LayerRole::QueryNorm, &qk.norm, spec.head_dim)?;
-                Some([q, RmsNorm::build(builder, LayerRole::KeyNorm, &qk.norm, spec.head_dim)?])
-            }
-        };
+        let (mut qk_norm, mut qk_norm_place) = (None, QkNormPlace::BeforeRope);
+        if let Some(qk) = &spec.qk_norm {
+            let [q, k] = spec.qk_norm_widths();
+            let q = RmsNorm::build(builder, LayerRole::QueryNorm, &qk.norm, q)?;
+            qk_norm = Some([q, RmsNorm::build(builder, LayerRole::KeyNorm, &qk.norm, k)?]);
+            qk_norm_place = match (qk.full_width, qk.after_rope) {
+                (true, _) => QkNormPlace::FullWidth,
+                (false, true) => QkNormPlace::AfterRope,
+                (false, false) => QkNormPlace::BeforeRope,
+            };
+        }
         let sinks = spec.sinks.then(|| builder.weight(LayerRole::Sinks, &[spec.heads])).transpose()?;
         let o = builder.linears(&[spec.output(hidden_size)])?;
-        Ok(Self { qkv, qk_norm, sinks, o, heads: spec.layout(), rope: spec.rope.map(|rope| rope.id), layout })
+        Ok(Self {
+            qkv,
+            qk_norm,
+            qk_norm_place,
+            sinks,
+            o,
+            heads: spec.layout(),
+            rope: spec.rope,
+            query_rope: None,
+            layout,
+        })
     }
 
     /// Visits the weights of the projections, the norms and the sinks.
@@ -132,6 +161,18 @@ impl Attention {
         let Projected { x, q, k, v, qkv, qk } = self.project(ctx, x);
         let AttentionCheckpoint { o, lse, saved_o } = kept;
         AttentionSaved { x, qkv, qk, heads: attention::Saved { q, k, v, o, lse }, o: saved_o }
+    }
+
+    /// [`resume`](Self::resume) with the result, from the kept result of attention.
+    pub fn resume_output(
+        &self,
+        ctx: Context<'_>,
+        x: Tensor<2>,
+        kept: AttentionCheckpoint<Tensor<2>>,
+    ) -> (Tensor<2>, AttentionSaved) {
+        let AttentionCheckpoint { o, lse, .. } = kept;
+        let (y, saved_o) = single(self.o.forward(ctx.linear(), &o));
+        (y, self.resume(ctx, x, AttentionCheckpoint { o, lse, saved_o }))
     }
 
     /// Returns the result for the next tokens of one document, whose earlier keys and values are in `cache`.
@@ -188,15 +229,33 @@ impl Attention {
         let (ys, qkv) = self.qkv.forward(ctx.linear(), &x);
         let x = Some(x).filter(|_| self.qkv.keeps_input());
         let [q, k, v] = ys.try_into().expect("the projections are those of q, k and v");
-        let head_dim = self.heads.head_dim;
-        let Some(rope) = self.rope else { return Projected { x, q, k, v, qkv, qk: None } };
-        let angles = ctx.angles(rope);
-        let Some(norms) = self.norms(ctx.params) else {
-            let [(q, _), (k, _)] = rope::forward_qk(q, k, &v, head_dim, None, angles);
+        let (head_dim, rotation) = (self.heads.head_dim, self.rotation(ctx));
+        let rotate = |q, k| {
+            let [(q, _), (k, _)] = match (rotation, self.query_rotation(ctx)) {
+                (None, _) => [(q, None), (k, None)],
+                (Some(_), None) => rope::forward_qk(q, k, &v, head_dim, None, rotation),
+                (Some(_), of_q) => [rope::forward(q, head_dim, None, of_q), rope::forward(k, head_dim, None, rotation)],
+            };
+            (q, k)
+        };
+        let Some(layers) = &self.qk_norm else {
+            let (q, k) = rotate(q, k);
             return Projected { x, q, k, v, qkv, qk: None };
         };
-        let before = (q.clone(), k.clone());
-        let [(q, rstd_q), (k, rstd_k)] = rope::forward_qk(q, k, &v, head_dim, Some(&norms), angles);
+        if self.qk_norm_place == QkNormPlace::FullWidth {
+            let before = (q, k);
+            let (q, rstd_q) = layers[0].forward(ctx.params, &before.0, 0);
+            let (k, rstd_k) = layers[1].forward(ctx.params, &before.1, 0);
+            let (q, k) = rotate(q, k);
+            return Projected { x, q, k, v, qkv, qk: Some([(before.0, rstd_q), (before.1, rstd_k)]) };
+        }
+        let norms = self.norms(ctx.params);
+        let (before, rotation) = match self.qk_norm_place {
+            QkNormPlace::AfterRope => (rotate(q, k), None),
+            _ => ((q, k), rotation),
+        };
+        let (q, k) = (before.0.clone(), before.1.clone());
+        let [(q, rstd_q), (k, rstd_k)] = rope::forward_qk(q, k, &v, head_dim, norms.as_ref(), rotation);
         let saved = |x, rstd: Option<Tensor<1>>| (x, rstd.expect("a norm leaves its rstd"));
         Projected { x, q, k, v, qkv, qk: Some([saved(before.0, rstd_q), saved(before.1, rstd_k)]) }
     }
@@ -210,35 +269,70 @@ impl Attention {
         qk: Option<[(Tensor<2>, Tensor<1>); 2]>,
         grads: &mut Grads,
     ) -> (Tensor<2>, Tensor<2>) {
-        let head_dim = self.heads.head_dim;
-        let Some(rope) = self.rope else {
-            let [dq, dk] = dqk;
+        let (head_dim, rotation) = (self.heads.head_dim, self.rotation(ctx));
+        let rotate = |dqk: [Tensor<2>; 2]| match (rotation, self.query_rotation(ctx)) {
+            (None, _) => dqk,
+            (Some(_), None) => rope::backward_qk(dqk, dv, head_dim, None, rotation, false).map(|(d, _)| d),
+            (Some(_), of_q) => {
+                let [dq, dk] = dqk;
+                let dq = rope::backward(dq, head_dim, None, of_q, false).0;
+                [dq, rope::backward(dk, head_dim, None, rotation, false).0]
+            }
+        };
+        let (Some(norms), Some([q, k]), Some(layers)) = (self.norms(ctx.params), qk, &self.qk_norm) else {
+            let [dq, dk] = rotate(dqk);
             return (dq, dk);
         };
-        let angles = ctx.angles(rope);
-        let (Some(norms), Some([q, k]), Some(layers)) = (self.norms(ctx.params), qk, &self.qk_norm) else {
-            let [(dq, _), (dk, _)] = rope::backward_qk(dqk, dv, head_dim, None, angles, false);
-            return (dq, dk);
+        if self.qk_norm_place == QkNormPlace::FullWidth {
+            let [dq, dk] = rotate(dqk);
+            let through = |norm: &RmsNorm, d: Tensor<2>, (x, rstd): &(Tensor<2>, Tensor<1>), grads: &mut Grads| {
+                norm.backward_weight(grads, &d, x, rstd);
+                norm.backward_input(ctx.params, &d, x, rstd, None, 0)
+            };
+            let dq = through(&layers[0], dq, &q, grads);
+            return (dq, through(&layers[1], dk, &k, grads));
+        }
+        let (rotation, after) = match self.qk_norm_place {
+            QkNormPlace::AfterRope => (None, true),
+            _ => (rotation, false),
         };
         let trained = layers.each_ref().map(|norm| norm.weight.trained());
         let saved = [(&norms[0], q.0, &q.1), (&norms[1], k.0, &k.1)];
         let wanted = trained.iter().any(Option::is_some);
-        let [(dq, dw_q), (dk, dw_k)] = rope::backward_qk(dqk, dv, head_dim, Some(saved), angles, wanted);
+        let [(dq, dw_q), (dk, dw_k)] = rope::backward_qk(dqk, dv, head_dim, Some(saved), rotation, wanted);
         for (at, dw) in trained.into_iter().zip([dw_q, dw_k]) {
             if let (Some(at), Some(dw)) = (at, dw) {
                 grads.add(at, dw.as_row());
             }
         }
+        let [dq, dk] = if after { rotate([dq, dk]) } else { [dq, dk] };
         (dq, dk)
     }
 
+    /// The rotation of queries, where it is another than that of keys.
+    fn query_rotation<'a>(&self, ctx: Context<'a>) -> Option<Rotation<'a>> {
+        let (rope, id) = self.rope.zip(self.query_rope)?;
+        Some(Rotation { angles: ctx.angles(id), interleaved: rope.interleaved })
+    }
+
+    /// The rotation of this layer's heads.
+    fn rotation<'a>(&self, ctx: Context<'a>) -> Option<Rotation<'a>> {
+        self.rope.map(|rope| Rotation { angles: ctx.angles(rope.id), interleaved: rope.interleaved })
+    }
+
     fn norms(&self, params: &Params) -> Option<[Norm; 2]> {
-        let norm = |norm: &RmsNorm| Norm { weight: norm.weight.vector(params), eps: norm.eps };
+        let norm = |norm: &RmsNorm| Norm { gain: norm.gain(params), eps: norm.eps };
         self.qk_norm.as_ref().map(|norms| norms.each_ref().map(norm))
     }
 }
 
 impl AttentionSpec {
+    /// The widths of the norms of queries and keys.
+    pub(crate) fn qk_norm_widths(&self) -> [usize; 2] {
+        let full_width = self.qk_norm.is_some_and(|qk| qk.full_width);
+        [self.heads, self.kv_heads].map(|heads| if full_width { heads * self.head_dim } else { self.head_dim })
+    }
+
     /// The heads as the operation takes them.
     pub(crate) fn layout(&self) -> Heads {
         let window = match self.mask {

@@ -2,41 +2,53 @@
 
 use core::ops::Range;
 
-use rekindle_kernels::{Grads, ParamRef, Tensor, Weight};
+use rekindle_kernels::{Grads, ParamRef, Params, Tensor, Weight};
 use rekindle_lora::LinearGroup;
 
+use super::checkpointed::CheckpointParts;
 use super::{
     Attention, AttentionSaved, Checkpointed, Context, FeedForward, FeedForwardSaved, LayerBuilder, LayerKvCache,
     RmsNorm, VisitWeights,
 };
 use crate::Error;
 use crate::parameters::LayerRole;
-use crate::spec::LayerSpec;
+use crate::spec::{LayerSpec, NormSpec};
 
-/// A decoder layer on the residual stream: h = x + m·attention(norm₁(x)); y = h + m·feed_forward(norm₂(h)), with a
-/// residual multiplier m of 1 unless the spec has one.
+/// A decoder layer on the residual stream: h = x + m·N₂(attention(N₁(x))); y = h + m·N₄(feed_forward(N₃(h))), with those of
+/// the norms N₁ … N₄ that the spec has, and a residual multiplier m of 1 unless it has one.
 ///
-/// The residual stream stays in here, so that the fusions across its parts do: the first addition with norm₂, the second
-/// with the last product.
+/// The residual stream stays in here, so that the fusions across its parts do: the first addition with N₂ and N₃, the
+/// second with the last product or with N₄.
 ///
 /// # Shapes
 /// x, h, y `[tokens, hidden]`.
 ///
 /// # Gradients
-/// To x and to what is trained. Saved: x, h, the norms' rstd, and what the parts save; normalized rows are recomputed
-/// unless an adapter's x·Aᵀ shares their memory.
+/// To x and to what is trained. Saved: x, h, the norms' rstd, what N₂ and N₄ normalize, and what the parts save. The
+/// results of N₁ and N₃ are recomputed unless an adapter's x·Aᵀ shares their memory.
 #[derive(Clone, Debug)]
 pub struct Block {
-    /// The norm before attention.
-    pub input_norm: RmsNorm,
+    /// The norms.
+    pub norms: BlockNorms,
     /// The attention half.
     pub attention: Attention,
-    /// The norm before the feed-forward half.
-    pub feed_forward_norm: RmsNorm,
     /// The feed-forward half.
     pub feed_forward: FeedForward,
     /// m.
     pub residual_multiplier: Option<f32>,
+}
+
+/// The norms of a [`Block`].
+#[derive(Clone, Debug)]
+pub struct BlockNorms {
+    /// N₁, before attention.
+    pub pre_attention: Option<RmsNorm>,
+    /// N₂, of the result of attention.
+    pub post_attention: Option<RmsNorm>,
+    /// N₃, before the feed-forward half.
+    pub pre_feed_forward: Option<RmsNorm>,
+    /// N₄, of the result of the feed-forward half.
+    pub post_feed_forward: Option<RmsNorm>,
 }
 
 /// Tensors that [`Block::forward`] saves for the backward.
@@ -44,12 +56,30 @@ pub struct Block {
 pub struct BlockSaved {
     /// `[tokens, hidden]`.
     pub(super) x: Tensor<2>,
-    rstd: Tensor<1>,
+    rstd: Option<Tensor<1>>,
     pub(super) attention: AttentionSaved,
+    pub(super) post_attention: Option<Normalized>,
     /// `[tokens, hidden]`.
     pub(super) h: Tensor<2>,
-    rstd2: Tensor<1>,
+    rstd2: Option<Tensor<1>>,
     pub(super) feed_forward: FeedForwardSaved,
+    pub(super) post_feed_forward: Option<Normalized>,
+}
+
+/// What a norm after a half normalized.
+#[derive(Debug)]
+pub(super) struct Normalized {
+    /// `[tokens, hidden]`.
+    x: Tensor<2>,
+    pub(super) rstd: Tensor<1>,
+}
+
+/// The middle of the residual stream, and what the feed-forward half reads.
+struct Middle {
+    post_attention: Option<Normalized>,
+    h: Tensor<2>,
+    n: Tensor<2>,
+    rstd: Option<Tensor<1>>,
 }
 
 impl BlockSaved {
@@ -67,25 +97,37 @@ impl Block {
         hidden_size: usize,
         layout: usize,
     ) -> Result<Self, Error> {
-        let (Some(pre_attention), Some(pre_feed_forward)) = (&spec.norms.pre_attention, &spec.norms.pre_feed_forward)
-        else {
-            unreachable!("refused by `ModelSpec::unsupported`")
+        let norm = |builder: &mut LayerBuilder<'_>, role, norm: &Option<NormSpec>| {
+            norm.as_ref().map(|norm| RmsNorm::build(builder, role, norm, hidden_size)).transpose()
         };
+        let pre_attention = norm(builder, LayerRole::PreAttentionNorm, &spec.norms.pre_attention)?;
+        let attention = Attention::build(builder, &spec.attention, hidden_size, layout)?;
+        let post_attention = norm(builder, LayerRole::PostAttentionNorm, &spec.norms.post_attention)?;
+        let pre_feed_forward = norm(builder, LayerRole::PreFeedForwardNorm, &spec.norms.pre_feed_forward)?;
+        let feed_forward = FeedForward::build(builder, &spec.feed_forward, hidden_size)?;
+        let post_feed_forward = norm(builder, LayerRole::PostFeedForwardNorm, &spec.norms.post_feed_forward)?;
         Ok(Self {
-            input_norm: RmsNorm::build(builder, LayerRole::PreAttentionNorm, pre_attention, hidden_size)?,
-            attention: Attention::build(builder, &spec.attention, hidden_size, layout)?,
-            feed_forward_norm: RmsNorm::build(builder, LayerRole::PreFeedForwardNorm, pre_feed_forward, hidden_size)?,
-            feed_forward: FeedForward::build(builder, &spec.feed_forward, hidden_size)?,
+            norms: BlockNorms { pre_attention, post_attention, pre_feed_forward, post_feed_forward },
+            attention,
+            feed_forward,
             residual_multiplier: spec.residual_multiplier.map(|m| m as f32),
         })
     }
 
     /// Visits the weights in the order in which they were built.
     pub fn visit<'a>(&'a self, visit: VisitWeights<'_, 'a>) {
-        visit(LayerRole::PreAttentionNorm, &self.input_norm.weight);
+        let BlockNorms { pre_attention, post_attention, pre_feed_forward, post_feed_forward } = &self.norms;
+        let norm = |role, norm: &'a Option<RmsNorm>, visit: VisitWeights<'_, 'a>| {
+            if let Some(norm) = norm {
+                visit(role, &norm.weight);
+            }
+        };
+        norm(LayerRole::PreAttentionNorm, pre_attention, visit);
         self.attention.visit(visit);
-        visit(LayerRole::PreFeedForwardNorm, &self.feed_forward_norm.weight);
+        norm(LayerRole::PostAttentionNorm, post_attention, visit);
+        norm(LayerRole::PreFeedForwardNorm, pre_feed_forward, visit);
         self.feed_forward.visit(visit);
+        norm(LayerRole::PostFeedForwardNorm, post_feed_forward, visit);
     }
 
     /// Returns the weight with a role.
@@ -143,43 +185,53 @@ impl Block {
 
     /// Returns y for x.
     pub fn forward(&self, ctx: Context<'_>, x: Tensor<2>) -> (Tensor<2>, BlockSaved) {
-        let (n, rstd) = self.input_norm.forward(ctx.params, &x, self.attention.qkv.room());
+        let (n, rstd) = self.attention_input(ctx, &x);
         let (delta, attention) = self.attention.forward(ctx, n);
-        let room = self.feed_forward.inputs().room();
-        let (h, n2, rstd2) = self.feed_forward_norm.add_forward(ctx.params, &x, self.scaled(delta), room);
-        let (y, feed_forward) = self.feed_forward_onto(ctx, n2, &h);
-        (y, BlockSaved { x, rstd, attention, h, rstd2, feed_forward })
+        let Middle { post_attention, h, n, rstd: rstd2 } = self.middle(ctx, &x, delta);
+        let (y, feed_forward, post_feed_forward) = self.feed_forward_onto(ctx, n, &h);
+        (y, BlockSaved { x, rstd, attention, post_attention, h, rstd2, feed_forward, post_feed_forward })
     }
 
-    /// Returns what the forward saved, from a checkpoint. y is computed only where nothing was kept of the last linear.
+    /// Returns what the forward saved, from a checkpoint. y is not computed where enough was kept.
     pub fn resume(&self, ctx: Context<'_>, kept: Checkpointed) -> BlockSaved {
-        let (x, middle, down) = kept.take();
-        let Some(down) = down else { return self.forward(ctx, x).1 };
-        let (n, rstd) = self.input_norm.forward(ctx.params, &x, self.attention.qkv.room());
-        let room = self.feed_forward.inputs().room();
-        let (attention, h, n2, rstd2) = match middle {
-            Some((kept, h)) => {
+        let CheckpointParts { x, middle, down, post_feed_forward: rstd4 } = kept.take();
+        if down.is_none() && rstd4.is_none() {
+            return self.forward(ctx, x).1;
+        }
+        let (n, rstd) = self.attention_input(ctx, &x);
+        let (attention, middle) = match middle {
+            Some((kept, Some(h))) => {
                 let attention = self.attention.resume(ctx, n, kept);
-                let (n2, rstd2) = self.feed_forward_norm.forward(ctx.params, &h, room);
-                (attention, h, n2, rstd2)
+                let (n, rstd) = self.feed_forward_input(ctx, &h);
+                (attention, Middle { post_attention: None, h, n, rstd })
+            }
+            Some((kept, None)) => {
+                let (delta, attention) = self.attention.resume_output(ctx, n, kept);
+                (attention, self.middle(ctx, &x, delta))
             }
             None => {
                 let (delta, attention) = self.attention.forward(ctx, n);
-                let (h, n2, rstd2) = self.feed_forward_norm.add_forward(ctx.params, &x, self.scaled(delta), room);
-                (attention, h, n2, rstd2)
+                (attention, self.middle(ctx, &x, delta))
             }
         };
-        let feed_forward = self.feed_forward.resume(ctx, n2, down);
-        BlockSaved { x, rstd, attention, h, rstd2, feed_forward }
+        let Middle { post_attention, h, n, rstd: rstd2 } = middle;
+        let (feed_forward, post_feed_forward) = match (rstd4, down) {
+            (Some(rstd), _) => {
+                let (x, saved) = self.feed_forward.forward(ctx, n);
+                (saved, Some(Normalized { x, rstd }))
+            }
+            (None, Some(down)) => (self.feed_forward.resume(ctx, n, down), None),
+            (None, None) => unreachable!("returned above"),
+        };
+        BlockSaved { x, rstd, attention, post_attention, h, rstd2, feed_forward, post_feed_forward }
     }
 
     /// Returns y for the next tokens of one document, whose earlier keys and values are in `cache`.
     pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, cache: &mut LayerKvCache) -> Tensor<2> {
-        let (n, _) = self.input_norm.forward(ctx.params, &x, self.attention.qkv.room());
+        let (n, _) = self.attention_input(ctx, &x);
         let delta = self.attention.decode(ctx, n, cache);
-        let room = self.feed_forward.inputs().room();
-        let (h, n2, _) = self.feed_forward_norm.add_forward(ctx.params, &x, self.scaled(delta), room);
-        self.feed_forward_onto(ctx, n2, &h).0
+        let Middle { h, n, .. } = self.middle(ctx, &x, delta);
+        self.feed_forward_onto(ctx, n, &h).0
     }
 
     /// Adds the gradients of what is trained; returns the gradient to x if `want_dx`.
@@ -192,39 +244,120 @@ impl Block {
         want_dx: bool,
     ) -> Option<Tensor<2>> {
         let params = ctx.params;
-        let BlockSaved { x, rstd, attention, h, rstd2, feed_forward } = saved;
+        let BlockSaved { x, rstd, attention, post_attention, h, rstd2, feed_forward, post_feed_forward } = saved;
 
-        let norm2 = &self.feed_forward_norm;
-        let recompute = || norm2.recompute(params, &h, &rstd2);
-        let dn2 = match self.residual_multiplier {
-            None => self.feed_forward.backward(ctx, grads, feed_forward, &dy, recompute),
-            Some(m) => self.feed_forward.backward(ctx, grads, feed_forward, &dy.clone().scale(m), recompute),
-        };
-        norm2.backward_weight(grads, &dn2, &h, &rstd2);
-        let dh = norm2.backward_input(params, &dn2, &h, &rstd2, Some(dy), self.room());
-        drop((dn2, h));
+        let room = self.feed_forward.output().room();
+        let d_half = self.backward_half(params, grads, &self.norms.post_feed_forward, post_feed_forward, &dy, room);
+        let pre = self.norms.pre_feed_forward.as_ref().zip(rstd2.as_ref());
+        let recompute = || pre.map_or_else(|| h.clone(), |(norm, rstd)| norm.recompute(params, &h, rstd));
+        let dn = self.feed_forward.backward(ctx, grads, feed_forward, d_half.as_ref().unwrap_or(&dy), recompute);
+        drop(d_half);
+        let dh = self.backward_input(params, grads, pre, &dn, &h, dy);
+        drop((dn, h));
 
-        let pending = match self.residual_multiplier {
-            None => self.attention.backward_heads(ctx, grads, attention, &dh),
-            Some(m) => self.attention.backward_heads(ctx, grads, attention, &dh.clone().scale(m)),
-        };
-        let norm1 = &self.input_norm;
-        let want_dn = want_dx || norm1.weight.trained().is_some();
-        let dn =
-            self.attention.backward_projections(ctx, grads, pending, || norm1.recompute(params, &x, &rstd), want_dn)?;
-        norm1.backward_weight(grads, &dn, &x, &rstd);
-        want_dx.then(|| norm1.backward_input(params, &dn, &x, &rstd, Some(dh), self.room()))
+        let room = self.attention.o.room();
+        let d_half = self.backward_half(params, grads, &self.norms.post_attention, post_attention, &dh, room);
+        let pending = self.attention.backward_heads(ctx, grads, attention, d_half.as_ref().unwrap_or(&dh));
+        drop(d_half);
+        let pre = self.norms.pre_attention.as_ref().zip(rstd.as_ref());
+        let recompute = || pre.map_or_else(|| x.clone(), |(norm, rstd)| norm.recompute(params, &x, rstd));
+        let want_dn = want_dx || pre.is_some_and(|(norm, _)| norm.weight.trained().is_some());
+        let dn = self.attention.backward_projections(ctx, grads, pending, recompute, want_dn)?;
+        if !want_dx {
+            if let Some((norm, rstd)) = pre {
+                norm.backward_weight(grads, &dn, &x, rstd);
+            }
+            return None;
+        }
+        Some(self.backward_input(params, grads, pre, &dn, &x, dh))
     }
 
-    /// h + m·feed_forward(n).
-    fn feed_forward_onto(&self, ctx: Context<'_>, n: Tensor<2>, h: &Tensor<2>) -> (Tensor<2>, FeedForwardSaved) {
-        match self.residual_multiplier {
+    /// N₁(x), which is x without N₁, and its rstd.
+    fn attention_input(&self, ctx: Context<'_>, x: &Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>) {
+        normalized(ctx, &self.norms.pre_attention, x, self.attention.qkv.room())
+    }
+
+    /// N₃(h), which is h without N₃, and its rstd.
+    fn feed_forward_input(&self, ctx: Context<'_>, h: &Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>) {
+        normalized(ctx, &self.norms.pre_feed_forward, h, self.feed_forward.inputs().room())
+    }
+
+    /// h = x + m·N₂(delta), and N₃(h).
+    fn middle(&self, ctx: Context<'_>, x: &Tensor<2>, delta: Tensor<2>) -> Middle {
+        let (params, room) = (ctx.params, self.feed_forward.inputs().room());
+        match (&self.norms.post_attention, &self.norms.pre_feed_forward) {
+            (None, Some(pre)) => {
+                let (h, n, rstd) = pre.add_forward(params, x, self.scaled(delta), room);
+                Middle { post_attention: None, h, n, rstd: Some(rstd) }
+            }
+            (Some(post), Some(pre)) => {
+                let (h, rstd2, n, rstd) = post.forward_add_forward(params, &delta, x, pre, room);
+                Middle { post_attention: Some(Normalized { x: delta, rstd: rstd2 }), h, n, rstd: Some(rstd) }
+            }
+            (Some(post), None) => {
+                let (h, rstd) = post.forward_add(params, &delta, x);
+                Middle { post_attention: Some(Normalized { x: delta, rstd }), n: h.clone(), h, rstd: None }
+            }
+            (None, None) => {
+                let h = self.scaled(delta).plus(x);
+                Middle { post_attention: None, n: h.clone(), h, rstd: None }
+            }
+        }
+    }
+
+    /// h + m·N₄(feed_forward(n)).
+    fn feed_forward_onto(
+        &self,
+        ctx: Context<'_>,
+        n: Tensor<2>,
+        h: &Tensor<2>,
+    ) -> (Tensor<2>, FeedForwardSaved, Option<Normalized>) {
+        if let Some(post) = &self.norms.post_feed_forward {
+            let (x, saved) = self.feed_forward.forward(ctx, n);
+            let (y, rstd) = post.forward_add(ctx.params, &x, h);
+            return (y, saved, Some(Normalized { x, rstd }));
+        }
+        let (y, saved) = match self.residual_multiplier {
             None => self.feed_forward.forward_onto(ctx, n, h),
             Some(m) => {
                 let (delta, saved) = self.feed_forward.forward(ctx, n);
                 (delta.scale(m).plus(h), saved)
             }
-        }
+        };
+        (y, saved, None)
+    }
+
+    /// The gradient to the result of a half, for the gradient to the residual stream; `None` where it is the same.
+    fn backward_half(
+        &self,
+        params: &Params,
+        grads: &mut Grads,
+        post: &Option<RmsNorm>,
+        saved: Option<Normalized>,
+        dy: &Tensor<2>,
+        room: usize,
+    ) -> Option<Tensor<2>> {
+        let Some((norm, Normalized { x, rstd })) = post.as_ref().zip(saved) else {
+            return self.residual_multiplier.map(|m| dy.clone().scale(m));
+        };
+        norm.backward_weight(grads, dy, &x, &rstd);
+        Some(norm.backward_input(params, dy, &x, &rstd, None, room))
+    }
+
+    /// The gradient to the residual stream before a half: `dn` through the norm before it, if there is one, and `dh` past
+    /// the half.
+    fn backward_input(
+        &self,
+        params: &Params,
+        grads: &mut Grads,
+        pre: Option<(&RmsNorm, &Tensor<1>)>,
+        dn: &Tensor<2>,
+        x: &Tensor<2>,
+        dh: Tensor<2>,
+    ) -> Tensor<2> {
+        let Some((norm, rstd)) = pre else { return dh.plus(dn) };
+        norm.backward_weight(grads, dn, x, rstd);
+        norm.backward_input(params, dn, x, rstd, Some(dh), self.room())
     }
 
     /// m·delta.
@@ -234,4 +367,11 @@ impl Block {
             Some(m) => delta.scale(m),
         }
     }
+}
+
+/// The norm of x with its rstd, or x itself.
+fn normalized(ctx: Context<'_>, norm: &Option<RmsNorm>, x: &Tensor<2>, room: usize) -> (Tensor<2>, Option<Tensor<1>>) {
+    let Some(norm) = norm else { return (x.clone(), None) };
+    let (n, rstd) = norm.forward(ctx.params, x, room);
+    (n, Some(rstd))
 }

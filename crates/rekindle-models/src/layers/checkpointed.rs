@@ -9,12 +9,23 @@ use super::BlockSaved;
 #[derive(Debug)]
 pub struct Checkpointed {
     x: Offloaded,
-    /// The checkpoint of attention, and the middle of the residual stream.
-    middle: Option<(AttentionCheckpoint<Offloaded>, Offloaded)>,
+    /// The checkpoint of attention, and the middle of the residual stream unless a norm stands between the two: its
+    /// backward needs the result of attention's last linear, and the middle follows from that.
+    middle: Option<(AttentionCheckpoint<Offloaded>, Option<Offloaded>)>,
     down: Option<LinearSaved>,
+    /// The rstd of the norm after the feed-forward half, whose last linear runs again.
+    post_feed_forward: Option<Tensor<1>>,
 }
 
-/// The result of attention. Where it is kept, neither attention nor the linear after it runs again.
+/// The parts of a [`Checkpointed`], on the device.
+pub(super) struct CheckpointParts {
+    pub(super) x: Tensor<2>,
+    pub(super) middle: Option<(AttentionCheckpoint<Tensor<2>>, Option<Tensor<2>>)>,
+    pub(super) down: Option<LinearSaved>,
+    pub(super) post_feed_forward: Option<Tensor<1>>,
+}
+
+/// The result of attention. Where it is kept, attention does not run again, nor the linear after it unless a norm follows.
 #[derive(Debug)]
 pub struct AttentionCheckpoint<T> {
     pub(super) o: T,
@@ -26,18 +37,20 @@ impl Checkpointed {
     /// Keeps a part of `saved`. Host memory has space for more of it, but what is needed again `soon` stays on the device.
     pub fn new(saved: BlockSaved, checkpointing: GradientCheckpointing, soon: bool) -> Self {
         // Everything else is dropped here, so that nothing but the part that stays reaches its memory.
-        let BlockSaved { x, attention, h, feed_forward, .. } = saved;
+        let BlockSaved { x, attention, post_attention, h, feed_forward, post_feed_forward, .. } = saved;
+        let post_feed_forward = post_feed_forward.map(|normalized| normalized.rstd);
         let (o, lse, saved_o) = attention.into_checkpoint();
         let down = feed_forward.into_checkpoint();
         let put = |tensor| if soon { Offloaded::here(tensor) } else { Offloaded::begin(tensor) };
-        let down = down.is_small().then(|| down.detached());
+        let down = (post_feed_forward.is_none() && down.is_small()).then(|| down.detached());
         // Where nothing can go anywhere, keeping more would only take more.
         if checkpointing != GradientCheckpointing::Host || !Offloaded::frees(&x) {
-            return Self { x: Offloaded::here(x), middle: None, down };
+            return Self { x: Offloaded::here(x), middle: None, down, post_feed_forward };
         }
         let saved_o = saved_o.is_small().then(|| saved_o.detached());
-        let middle = saved_o.map(|saved_o| (AttentionCheckpoint { o: put(o), lse, saved_o }, put(h)));
-        Self { x: put(x), middle, down }
+        let h = Some(h).filter(|_| post_attention.is_none());
+        let middle = saved_o.map(|saved_o| (AttentionCheckpoint { o: put(o), lse, saved_o }, h.map(put)));
+        Self { x: put(x), middle, down, post_feed_forward }
     }
 
     /// Frees the device memory of what goes to the host; later work on the stream waits for the copies.
@@ -52,16 +65,16 @@ impl Checkpointed {
         self.map(Offloaded::coming)
     }
 
-    /// `(x, (attention, h), down)`, on the device.
-    #[allow(clippy::type_complexity, reason = "three optional parts, taken apart at once")]
-    pub(super) fn take(self) -> (Tensor<2>, Option<(AttentionCheckpoint<Tensor<2>>, Tensor<2>)>, Option<LinearSaved>) {
-        let x = self.x.take();
-        let middle = self.middle.map(|(attention, h)| (attention.map(Offloaded::take), h.take()));
-        (x, middle, self.down)
+    /// Returns the parts, on the device.
+    pub(super) fn take(self) -> CheckpointParts {
+        let Self { x, middle, down, post_feed_forward } = self;
+        let middle = middle.map(|(attention, h)| (attention.map(Offloaded::take), h.map(Offloaded::take)));
+        CheckpointParts { x: x.take(), middle, down, post_feed_forward }
     }
 
     fn map(self, f: fn(Offloaded) -> Offloaded) -> Self {
-        Self { x: f(self.x), middle: self.middle.map(|(attention, h)| (attention.map(f), f(h))), down: self.down }
+        let middle = self.middle.map(|(attention, h)| (attention.map(f), h.map(f)));
+        Self { x: f(self.x), middle, ..self }
     }
 }
 

@@ -1,26 +1,29 @@
 //! The gated feed-forward half.
 
-use rekindle_kernels::{Grads, Tensor, swiglu};
+use rekindle_kernels::gated_activation::{self, Activation};
+use rekindle_kernels::{Grads, Tensor};
 use rekindle_lora::{LinearGroup, LinearSaved};
 
 use super::attention::{single, visit_linears};
 use super::{Context, LayerBuilder, VisitWeights};
 use crate::Error;
 use crate::parameters::LinearRole;
-use crate::spec::GatedSpec;
+use crate::spec::{self, GatedSpec};
 
-/// SwiGLU: down(silu(gate(x)) ∘ up(x)) (Shazeer, arXiv:2002.05202).
+/// down(act(gate(x)) ∘ up(x)) (Shazeer, arXiv:2002.05202), with an [`Activation`].
 ///
 /// # Shapes
 /// x and the result `[tokens, hidden]`; gate and up `[tokens, intermediate]`.
 ///
 /// # Gradients
-/// To x and to what is trained. Saved: gate and up; act = silu(gate) ∘ up is recomputed between the halves of the
+/// To x and to what is trained. Saved: gate and up; the product of both is recomputed between the halves of the
 /// backward of `down`. x is kept only where an adapter's x·Aᵀ shares its memory; otherwise the backward asks for it again.
 #[derive(Clone, Debug)]
 pub struct GatedMlp {
     /// The projections of gate and up, one fused linear or two.
     pub gate_up: LinearGroup,
+    /// The nonlinearity on gate, and how it meets up.
+    pub activation: Activation,
     /// The projection of the result.
     pub down: LinearGroup,
 }
@@ -58,7 +61,8 @@ impl GatedMlpSaved {
 impl GatedMlp {
     pub(crate) fn build(builder: &mut LayerBuilder<'_>, spec: &GatedSpec, hidden_size: usize) -> Result<Self, Error> {
         let gate_up = builder.linears(&spec.inputs(hidden_size))?;
-        Ok(Self { gate_up, down: builder.linears(&[spec.output(hidden_size)])? })
+        let activation = spec.activation.operation();
+        Ok(Self { gate_up, activation, down: builder.linears(&[spec.output(hidden_size)])? })
     }
 
     /// Visits the weights of the projections.
@@ -104,7 +108,7 @@ impl GatedMlp {
         let GatedInputs { x: kept, gate_up, gate, up } = inputs;
         let dys = core::slice::from_ref(dy);
         let (d_act, pending) = self.down.backward_input(ctx.linear(), grads, &down, dys, true);
-        let (d_gate, d_up, act) = swiglu::backward(d_act.expect("asked for"), gate, up);
+        let (d_gate, d_up, act) = gated_activation::backward(self.activation, d_act.expect("asked for"), gate, up);
         self.down.backward_params(ctx.linear(), grads, &act, &down, dys, pending);
         drop((act, down));
         let x = kept.unwrap_or_else(x);
@@ -119,6 +123,20 @@ impl GatedMlp {
     }
 
     fn act(&self, inputs: &GatedInputs) -> Tensor<2> {
-        swiglu::forward(&inputs.gate, &inputs.up, self.down.room())
+        gated_activation::forward(self.activation, &inputs.gate, &inputs.up, self.down.room())
+    }
+}
+
+impl spec::Activation {
+    /// The activation as the operation takes it.
+    pub(super) fn operation(self) -> Activation {
+        match self {
+            Self::Silu => Activation::Silu,
+            Self::GeluTanh => Activation::GeluTanh,
+            Self::ClampedSwiglu { alpha, limit } => {
+                Activation::ClampedSwiglu { alpha: alpha as f32, limit: limit as f32 }
+            }
+            Self::Xielu => unreachable!("refused by `ModelSpec::unsupported`"),
+        }
     }
 }

@@ -6,9 +6,9 @@
 //!
 //! | layer | computes |
 //! |---|---|
-//! | [`RmsNorm`] | w ∘ x / √(mean(x²) + eps) |
+//! | [`RmsNorm`] | g ∘ x / √(mean(x²) + eps), g = w or 1 + w |
 //! | [`Attention`] | causal grouped-query attention with its projections |
-//! | [`GatedMlp`] | down(silu(gate(x)) ∘ up(x)) |
+//! | [`GatedMlp`] | down(act(gate(x)) ∘ up(x)) |
 //! | [`Block`] | both halves with their norms around the residual stream |
 
 mod attention;
@@ -19,8 +19,8 @@ mod gated_mlp;
 mod kv_cache;
 mod norm;
 
-pub use attention::{Attention, AttentionPending, AttentionSaved};
-pub use block::{Block, BlockSaved};
+pub use attention::{Attention, AttentionPending, AttentionSaved, QkNormPlace};
+pub use block::{Block, BlockNorms, BlockSaved};
 pub use checkpointed::{AttentionCheckpoint, Checkpointed};
 pub use feed_forward::{FeedForward, FeedForwardSaved};
 pub use gated_mlp::{GatedMlp, GatedMlpSaved};

@@ -1,19 +1,20 @@
 //! Root-mean-square normalization with its weight.
 
-use rekindle_kernels::{Grads, Params, Tensor, Weight, rms_norm};
+use rekindle_kernels::rms_norm::{self, Gain, GainEps};
+use rekindle_kernels::{Grads, Params, Tensor, Weight};
 
 use super::LayerBuilder;
 use crate::Error;
 use crate::parameters::LayerRole;
-use crate::spec::NormSpec;
+use crate::spec::{NormSpec, NormWeight};
 
-/// RMSNorm over the last axis: y = w ∘ x / √(mean(x²) + eps) (Zhang & Sennrich, arXiv:1910.07467).
+/// RMSNorm over the last axis: y = g ∘ x / √(mean(x²) + eps) (Zhang & Sennrich, arXiv:1910.07467), with g = w or 1 + w.
 ///
 /// # Shapes
 /// x, y `[tokens, width]`, w `[width]`, rstd `[tokens]`.
 ///
 /// # Dtypes
-/// Statistics in f32; the normalized row is rounded to the compute dtype before it meets w.
+/// Statistics in f32; [`NormWeight`] says where y is rounded to the compute dtype.
 ///
 /// # Gradients
 /// To x and, where it is trained, to w. Saved: x and rstd; y can be recomputed from them.
@@ -21,23 +22,41 @@ use crate::spec::NormSpec;
 pub struct RmsNorm {
     /// w, one row.
     pub weight: Weight,
+    /// How w becomes the factor g.
+    pub form: NormWeight,
     /// Added to the mean square.
     pub eps: f64,
 }
 
 impl RmsNorm {
+    /// A norm with its weight.
+    pub(crate) fn new(weight: Weight, norm: &NormSpec) -> Self {
+        Self { weight, form: norm.weight, eps: norm.eps }
+    }
+
     pub(crate) fn build(
         builder: &mut LayerBuilder<'_>,
         role: LayerRole,
         norm: &NormSpec,
         width: usize,
     ) -> Result<Self, Error> {
-        Ok(Self { weight: builder.weight(role, &[width])?, eps: norm.eps })
+        Ok(Self::new(builder.weight(role, &[width])?, norm))
+    }
+
+    /// Returns the factor g.
+    pub fn gain(&self, params: &Params) -> Gain {
+        let weight = self.weight.vector(params);
+        match self.form {
+            NormWeight::Plain => Gain::Plain(weight),
+            NormWeight::RoundedAfter => Gain::RoundedAfter(weight),
+            NormWeight::OnePlus => Gain::OnePlus(weight),
+            NormWeight::None => Gain::None,
+        }
     }
 
     /// Returns `(y, rstd)`; on CUDA y has room for `room` more columns.
     pub fn forward(&self, params: &Params, x: &Tensor<2>, room: usize) -> (Tensor<2>, Tensor<1>) {
-        rms_norm::forward(x, &self.weight.vector(params), self.eps, room)
+        rms_norm::forward(x, &self.gain(params), self.eps, room)
     }
 
     /// Adds `delta` to x and normalizes the sum: `(x + delta, y, rstd)`.
@@ -48,12 +67,31 @@ impl RmsNorm {
         delta: Tensor<2>,
         room: usize,
     ) -> (Tensor<2>, Tensor<2>, Tensor<1>) {
-        rms_norm::add_forward(x, delta, &self.weight.vector(params), self.eps, room)
+        rms_norm::add_forward(x, delta, &self.gain(params), self.eps, room)
+    }
+
+    /// Normalizes x and adds the result to `residual`: `(residual + y, rstd)`.
+    pub fn forward_add(&self, params: &Params, x: &Tensor<2>, residual: &Tensor<2>) -> (Tensor<2>, Tensor<1>) {
+        rms_norm::forward_add(x, &self.gain(params), self.eps, residual)
+    }
+
+    /// [`forward_add`](Self::forward_add), then `next` of the sum: `(residual + y, rstd, next(residual + y), rstd of next)`.
+    pub fn forward_add_forward(
+        &self,
+        params: &Params,
+        x: &Tensor<2>,
+        residual: &Tensor<2>,
+        next: &Self,
+        room: usize,
+    ) -> (Tensor<2>, Tensor<1>, Tensor<2>, Tensor<1>) {
+        let (first, second) = (self.gain(params), next.gain(params));
+        let first = GainEps { gain: &first, eps: self.eps };
+        rms_norm::forward_add_forward(x, first, residual, GainEps { gain: &second, eps: next.eps }, room)
     }
 
     /// Returns y again, from x and rstd.
     pub fn recompute(&self, params: &Params, x: &Tensor<2>, rstd: &Tensor<1>) -> Tensor<2> {
-        rms_norm::recompute(x, &self.weight.vector(params), rstd)
+        rms_norm::recompute(x, &self.gain(params), rstd)
     }
 
     /// Adds the gradient of w, if it is trained.
@@ -73,6 +111,6 @@ impl RmsNorm {
         residual: Option<Tensor<2>>,
         room: usize,
     ) -> Tensor<2> {
-        rms_norm::backward(dy, x, &self.weight.vector(params), rstd, residual, room)
+        rms_norm::backward(dy, x, &self.gain(params), rstd, residual, room)
     }
 }

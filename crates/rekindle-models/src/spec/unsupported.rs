@@ -12,10 +12,14 @@ impl ModelSpec {
         let mut list = Features::default();
         let embedding = &self.embedding;
         list.push(embedding.per_layer_input.is_some(), || "per-layer embeddings".to_owned());
-        list.push(embedding.rounds_multiplier, || "an embedding multiplier in the dtype of the table".to_owned());
         list.norm(&self.final_norm);
         for layer in &self.layers {
             layer.unsupported(max_seq_length, &mut list);
+            let AttentionSpec { rope, query_scale, head_dim, .. } = layer.attention;
+            let rope = rope.filter(|_| query_scale.is_some()).and_then(|rope| self.ropes.get(rope.id.0));
+            list.push(rope.is_some_and(|rope| rope.rotary_dim() < head_dim), || {
+                "queries scaled by position with partial rotary positions".to_owned()
+            });
         }
         list.0
     }
@@ -37,13 +41,7 @@ impl Features {
 
     fn norm(&mut self, norm: &NormSpec) {
         self.push(norm.kind == NormKind::Layer, || "LayerNorm".to_owned());
-        let weight = match norm.weight {
-            NormWeight::Plain => return,
-            NormWeight::RoundedAfter => "RMSNorm that rounds after its weight",
-            NormWeight::OnePlus => "RMSNorm with weight 1 + w",
-            NormWeight::None => "norms without a weight",
-        };
-        self.push(true, || weight.to_owned());
+        self.push(norm.weight == NormWeight::None, || "norms without a weight".to_owned());
     }
 
     fn gated(&mut self, gated: &GatedSpec) {
@@ -51,13 +49,7 @@ impl Features {
     }
 
     fn activation(&mut self, activation: Activation) {
-        let name = match activation {
-            Activation::Silu => return,
-            Activation::GeluTanh => "the activation gelu_pytorch_tanh",
-            Activation::ClampedSwiglu { .. } => "the clamped SwiGLU of gpt-oss",
-            Activation::Xielu => "the activation xIELU",
-        };
-        self.push(true, || name.to_owned());
+        self.push(activation == Activation::Xielu, || "the activation xIELU".to_owned());
     }
 }
 
@@ -76,10 +68,10 @@ impl LayerSpec {
             }
         }
         let norms = &self.norms;
-        let missing = norms.pre_attention.is_none() || norms.pre_feed_forward.is_none();
-        list.push(missing && !self.parallel, || "layers without a norm before each half".to_owned());
         let post = norms.post_attention.is_some() || norms.post_feed_forward.is_some();
-        list.push(post, || "norms after attention or the feed-forward half".to_owned());
+        list.push(post && self.residual_multiplier.is_some(), || {
+            "a residual multiplier beside norms after attention or the feed-forward half".to_owned()
+        });
         let all = [&norms.pre_attention, &norms.post_attention, &norms.pre_feed_forward, &norms.post_feed_forward];
         all.into_iter().flatten().for_each(|norm| list.norm(norm));
         list.push(self.parallel, || "attention and feed-forward in parallel".to_owned());
@@ -97,14 +89,15 @@ impl AttentionSpec {
         }
         if let Some(qk) = &self.qk_norm {
             list.norm(&qk.norm);
-            list.push(qk.full_width, || "query and key norms over the whole width".to_owned());
-            list.push(qk.after_rope, || "query and key norms after the rotation".to_owned());
-            list.push(self.rope.is_none(), || "query and key norms in layers without rotary positions".to_owned());
+            list.push(qk.full_width && qk.after_rope, || {
+                "query and key norms over the whole width after the rotation".to_owned()
+            });
         }
         list.push(self.value_norm.is_some(), || "value norms".to_owned());
-        list.push(self.rope.is_some_and(|rope| rope.interleaved), || "interleaved rotary positions".to_owned());
         let scales = self.query_scale.is_some_and(|scale| scale.window < max_seq_length + scale.offset);
-        list.push(scales, || "queries scaled by position".to_owned());
+        list.push(scales && (self.rope.is_none() || self.qk_norm.is_some()), || {
+            "queries scaled by position in layers without rotary positions or with query and key norms".to_owned()
+        });
         let projections = match self.projections {
             Projections::Separate | Projections::Fused => None,
             Projections::ValuesAreKeys => Some("values taken from keys"),

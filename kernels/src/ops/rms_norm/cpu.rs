@@ -3,12 +3,13 @@
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
+use super::GainForm;
 use crate::host::{ROWS, View, dot, for_rows, from_vec, into_vec, simd};
 
-pub(crate) fn forward(x: &Tensor<2>, weight: &Tensor<1>, eps: f32) -> (Tensor<2>, Tensor<1>) {
+pub(crate) fn forward(x: &Tensor<2>, form: GainForm, weight: Option<&Tensor<1>>, eps: f32) -> (Tensor<2>, Tensor<1>) {
     let [tokens, hidden] = x.dims();
-    let (x, weight) = (View::of(x), View::of(weight));
-    let (x, weight) = (x.as_slice(), weight.as_slice());
+    let (x, gain) = (View::of(x), gain(form, weight, hidden));
+    let x = x.as_slice();
     let mut rstd = vec![0.0; tokens];
     for_rows(
         &mut rstd,
@@ -21,27 +22,28 @@ pub(crate) fn forward(x: &Tensor<2>, weight: &Tensor<1>, eps: f32) -> (Tensor<2>
             }
         },
     );
-    let y = scaled(x, weight, &rstd, hidden);
+    let y = scaled(x, &gain, &rstd, hidden);
     (from_vec(y, [tokens, hidden]), from_vec(rstd, [tokens]))
 }
 
-pub(crate) fn recompute(x: &Tensor<2>, weight: &Tensor<1>, rstd: &Tensor<1>) -> Tensor<2> {
+pub(crate) fn recompute(x: &Tensor<2>, form: GainForm, weight: Option<&Tensor<1>>, rstd: &Tensor<1>) -> Tensor<2> {
     let [tokens, hidden] = x.dims();
-    let (x, weight, rstd) = (View::of(x), View::of(weight), View::of(rstd));
-    let y = scaled(x.as_slice(), weight.as_slice(), rstd.as_slice(), hidden);
+    let (x, gain, rstd) = (View::of(x), gain(form, weight, hidden), View::of(rstd));
+    let y = scaled(x.as_slice(), &gain, rstd.as_slice(), hidden);
     from_vec(y, [tokens, hidden])
 }
 
 pub(crate) fn backward(
     dy: &Tensor<2>,
     x: &Tensor<2>,
-    weight: &Tensor<1>,
+    form: GainForm,
+    weight: Option<&Tensor<1>>,
     rstd: &Tensor<1>,
     residual: Option<Tensor<2>>,
 ) -> Tensor<2> {
     let [tokens, hidden] = x.dims();
-    let (dy, x, weight, rstd) = (View::of(dy), View::of(x), View::of(weight), View::of(rstd));
-    let (dy, x, weight, rstd) = (dy.as_slice(), x.as_slice(), weight.as_slice(), rstd.as_slice());
+    let (dy, x, gain, rstd) = (View::of(dy), View::of(x), gain(form, weight, hidden), View::of(rstd));
+    let (dy, x, gain, rstd) = (dy.as_slice(), x.as_slice(), gain.as_slice(), rstd.as_slice());
     let mut dx = residual.map_or_else(|| vec![0.0; tokens * hidden], into_vec);
     for_rows(
         &mut dx,
@@ -51,9 +53,9 @@ pub(crate) fn backward(
             for (i, dx) in rows.chunks_exact_mut(hidden).enumerate() {
                 let at = (first + i) * hidden;
                 let (dy, x, r) = (&dy[at..][..hidden], &x[at..][..hidden], rstd[first + i]);
-                let along = r * r * dot3(dy, weight, x) / hidden as f32;
+                let along = r * r * dot3(dy, gain, x) / hidden as f32;
                 for j in 0..hidden {
-                    dx[j] += r * (dy[j] * weight[j] - x[j] * along);
+                    dx[j] += r * (dy[j] * gain[j] - x[j] * along);
                 }
             }
         },
@@ -99,7 +101,22 @@ pub(super) fn weight_grad_scratch([tokens, hidden]: [usize; 2]) -> usize {
     size_of::<f32>() * tokens.div_ceil(ROWS) * hidden
 }
 
-fn scaled(x: &[f32], weight: &[f32], rstd: &[f32], hidden: usize) -> Vec<f32> {
+/// Bytes of the factors of a row.
+pub(super) fn gain_scratch(hidden: usize) -> usize {
+    size_of::<f32>() * hidden
+}
+
+/// The factor of each channel.
+fn gain(form: GainForm, weight: Option<&Tensor<1>>, hidden: usize) -> Vec<f32> {
+    let Some(weight) = weight.map(View::of) else { return vec![1.0; hidden] };
+    let weight = weight.as_slice();
+    match form {
+        GainForm::OnePlus => weight.iter().map(|w| 1.0 + w).collect(),
+        GainForm::Plain | GainForm::RoundedAfter | GainForm::None => weight.to_vec(),
+    }
+}
+
+fn scaled(x: &[f32], gain: &[f32], rstd: &[f32], hidden: usize) -> Vec<f32> {
     let mut y = vec![0.0; x.len()];
     for_rows(
         &mut y,
@@ -109,7 +126,7 @@ fn scaled(x: &[f32], weight: &[f32], rstd: &[f32], hidden: usize) -> Vec<f32> {
             for (i, y) in rows.chunks_exact_mut(hidden).enumerate() {
                 let (x, r) = (&x[(first + i) * hidden..][..hidden], rstd[first + i]);
                 for j in 0..hidden {
-                    y[j] = x[j] * r * weight[j];
+                    y[j] = x[j] * r * gain[j];
                 }
             }
         },

@@ -1,35 +1,79 @@
-//! Root-mean-square normalization of rows, with the residual add before it.
+//! Root-mean-square normalization of rows, with the residual addition before or after it.
 
+use super::GainForm;
 use crate::runtime::limits::MAX_NORM_WIDTH;
-use crate::runtime::op::{blocks, check_dims, int, kernel, like, padded, target};
-use crate::runtime::{Array, DType, MemoryUse, args, entry, reduce};
+use crate::runtime::op::{blocks, check_dims, int, like, padded, target};
+use crate::runtime::{Array, DType, Entry, Kernel, MemoryUse, args, entry, reduce};
 
 /// Rows that one block sums for the weight's gradient.
 const CHUNK: usize = 64;
 
 /// `(y, rstd)`: y of `T` with `pad_cols` spare columns behind each row, rstd f32 `[1, rows]`.
-pub(crate) fn forward(x: &Array, weight: &Array, eps: f32, pad_cols: usize) -> (Array, Array) {
-    let (_, y, rstd) = run(x, None, weight, eps, pad_cols);
+pub(crate) fn forward(x: &Array, form: GainForm, weight: Option<&Array>, eps: f32, pad_cols: usize) -> (Array, Array) {
+    let (_, y, rstd) = run(x, None, form, weight, eps, pad_cols);
     (y, rstd)
 }
 
 /// `(sum, y, rstd)` with sum = x + delta, in delta's memory where it may be.
-pub(crate) fn add_forward(x: &Array, delta: Array, weight: &Array, eps: f32, pad_cols: usize) -> (Array, Array, Array) {
+pub(crate) fn add_forward(
+    x: &Array,
+    delta: Array,
+    form: GainForm,
+    weight: Option<&Array>,
+    eps: f32,
+    pad_cols: usize,
+) -> (Array, Array, Array) {
     check_dims("delta", &delta, x.dims());
     let sum = target(&delta);
-    let (sum, y, rstd) = run(x, Some((delta.aligned(), sum)), weight, eps, pad_cols);
+    let (sum, y, rstd) = run(x, Some((delta.aligned(), sum)), form, weight, eps, pad_cols);
     (sum.expect("a sum was asked for"), y, rstd)
 }
 
+/// `(residual + y, rstd)`.
+pub(crate) fn forward_add(
+    x: &Array,
+    form: GainForm,
+    weight: Option<&Array>,
+    eps: f32,
+    residual: &Array,
+) -> (Array, Array) {
+    let (sum, rstd, _) = run_add(x, form, weight, eps, residual, None);
+    (sum, rstd)
+}
+
+/// `(sum, rstd₁, y₂, rstd₂)`: [`forward_add`] with the first weight, then [`forward`] of the sum with the second; y₂ has
+/// `pad_cols` spare columns behind each row.
+pub(crate) fn forward_add_forward(
+    x: &Array,
+    form: GainForm,
+    [first, second]: [Option<&Array>; 2],
+    [eps1, eps2]: [f32; 2],
+    residual: &Array,
+    pad_cols: usize,
+) -> (Array, Array, Array, Array) {
+    let (sum, rstd1, then) = run_add(x, form, first, eps1, residual, Some((second, eps2, pad_cols)));
+    let (y, rstd2) = then.expect("a second norm was asked for");
+    (sum, rstd1, y, rstd2)
+}
+
 /// y again, from what [`forward`] saved.
-pub(crate) fn recompute(x: &Array, weight: &Array, rstd: &Array) -> Array {
-    check(x, weight);
-    let (x, weight, y) = (x.aligned(), weight.aligned(), like(x));
-    kernel(x.cuda(), entry!("rms_norm.cu", "rms_norm_recompute"), x.dtype()).launch(
+pub(crate) fn recompute(x: &Array, form: GainForm, weight: Option<&Array>, rstd: &Array) -> Array {
+    let weight = checked(x, weight);
+    let (x, y) = (x.aligned(), like(x));
+    kernel(&x, entry!("rms_norm.cu", "rms_norm_recompute"), form).launch(
         [blocks(x.rows()), 1, 1],
         block(&x),
         0,
-        args![x.ptr(), weight.ptr(), rstd.ptr(), y.ptr(), int(x.rows()), int(x.cols()), int(x.ld()), int(y.ld())],
+        args![
+            x.ptr(),
+            address(weight.as_ref()),
+            rstd.ptr(),
+            y.ptr(),
+            int(x.rows()),
+            int(x.cols()),
+            int(x.ld()),
+            int(y.ld())
+        ],
     );
     y
 }
@@ -39,25 +83,26 @@ pub(crate) fn recompute(x: &Array, weight: &Array, rstd: &Array) -> Array {
 pub(crate) fn backward(
     dy: &Array,
     x: &Array,
-    weight: &Array,
+    form: GainForm,
+    weight: Option<&Array>,
     rstd: &Array,
     residual: Option<Array>,
     pad_cols: usize,
 ) -> Array {
-    check(x, weight);
+    let weight = checked(x, weight);
     check_dims("dy", dy, x.dims());
     let free = residual.as_ref().filter(|residual| residual.is_unique() && residual.is_aligned());
     let dx = free.map_or_else(|| padded(x, pad_cols), Array::clone);
-    let (dy, x, weight, residual) = (dy.aligned(), x.aligned(), weight.aligned(), residual.map(|r| r.aligned()));
+    let (dy, x, residual) = (dy.aligned(), x.aligned(), residual.map(|r| r.aligned()));
     let (residual, residual_ld) = residual.as_ref().map_or((0, 0), |r| (r.ptr(), r.ld()));
-    kernel(x.cuda(), entry!("rms_norm.cu", "rms_norm_bwd"), x.dtype()).launch(
+    kernel(&x, entry!("rms_norm.cu", "rms_norm_bwd"), form).launch(
         [blocks(x.rows()), 1, 1],
         block(&x),
         0,
         args![
             dy.ptr(),
             x.ptr(),
-            weight.ptr(),
+            address(weight.as_ref()),
             rstd.ptr(),
             residual,
             dx.ptr(),
@@ -84,7 +129,8 @@ pub(crate) fn add_weight_grad(dy: &Array, x: &Array, rstd: &Array, out: &Array) 
     check_dims("dy", dy, x.dims());
     let (dy, x) = (dy.aligned(), x.aligned());
     let partial = reduce::partials(&x, CHUNK);
-    kernel(x.cuda(), entry!("rms_norm.cu", "rms_norm_dw"), x.dtype()).launch(
+    // The gradient does not depend on the form.
+    kernel(&x, entry!("rms_norm.cu", "rms_norm_dw"), GainForm::Plain).launch(
         reduce::column_grid(&x, CHUNK),
         [32, 8, 1],
         0,
@@ -107,16 +153,17 @@ pub(crate) fn add_weight_grad(dy: &Array, x: &Array, rstd: &Array, out: &Array) 
 fn run(
     x: &Array,
     delta: Option<(Array, Array)>,
-    weight: &Array,
+    form: GainForm,
+    weight: Option<&Array>,
     eps: f32,
     pad_cols: usize,
 ) -> (Option<Array>, Array, Array) {
-    check(x, weight);
-    let (x, weight, y) = (x.aligned(), weight.aligned(), padded(x, pad_cols));
-    let rstd = Array::empty(x.cuda(), [1, x.rows()], DType::F32, MemoryUse::Activations);
+    let weight = checked(x, weight);
+    let (x, y) = (x.aligned(), padded(x, pad_cols));
+    let rstd = rows_of_f32(&x);
     let [delta_at, sum_at] = delta.as_ref().map_or([0; 2], |(delta, sum)| [delta.ptr(), sum.ptr()]);
     let [delta_ld, sum_ld] = delta.as_ref().map_or([0; 2], |(delta, sum)| [int(delta.ld()), int(sum.ld())]);
-    kernel(x.cuda(), entry!("rms_norm.cu", "rms_norm_fwd"), x.dtype()).launch(
+    kernel(&x, entry!("rms_norm.cu", "rms_norm_fwd"), form).launch(
         [blocks(x.rows()), 1, 1],
         block(&x),
         0,
@@ -124,7 +171,7 @@ fn run(
             x.ptr(),
             delta_at,
             sum_at,
-            weight.ptr(),
+            address(weight.as_ref()),
             y.ptr(),
             rstd.ptr(),
             int(x.rows()),
@@ -139,16 +186,76 @@ fn run(
     (delta.map(|(_, sum)| sum), y, rstd)
 }
 
+/// `(sum, rstd, (y₂, rstd₂))`; `then` is the weight, the eps and the spare columns of a second norm.
+#[allow(clippy::type_complexity, reason = "two results and two optional ones")]
+fn run_add(
+    x: &Array,
+    form: GainForm,
+    weight: Option<&Array>,
+    eps: f32,
+    residual: &Array,
+    then: Option<(Option<&Array>, f32, usize)>,
+) -> (Array, Array, Option<(Array, Array)>) {
+    check_dims("the residual", residual, x.dims());
+    let weight = checked(x, weight);
+    let (x, residual, sum, rstd) = (x.aligned(), residual.aligned(), like(x), rows_of_f32(x));
+    let eps2 = then.map_or(0.0, |(_, eps, _)| eps);
+    let then = then.map(|(weight, _, pad_cols)| (checked(&x, weight), padded(&x, pad_cols), rows_of_f32(&x)));
+    let weight2 = then.as_ref().and_then(|(weight, ..)| weight.as_ref());
+    let [y, rstd2] = then.as_ref().map_or([0; 2], |(_, y, rstd)| [y.ptr(), rstd.ptr()]);
+    kernel(&x, entry!("rms_norm.cu", "rms_norm_add"), form).launch(
+        [blocks(x.rows()), 1, 1],
+        block(&x),
+        0,
+        args![
+            x.ptr(),
+            address(weight.as_ref()),
+            residual.ptr(),
+            sum.ptr(),
+            rstd.ptr(),
+            address(weight2),
+            y,
+            rstd2,
+            int(x.rows()),
+            int(x.cols()),
+            int(x.ld()),
+            int(residual.ld()),
+            int(sum.ld()),
+            int(then.as_ref().map_or(0, |(_, y, _)| y.ld())),
+            eps,
+            eps2
+        ],
+    );
+    (sum, rstd, then.map(|(_, y, rstd)| (y, rstd)))
+}
+
+/// The kernel for x's dtype and a form of the gain.
+fn kernel(x: &Array, entry: Entry, form: GainForm) -> Kernel {
+    x.cuda().kernel(entry, &[("T", x.dtype().name()), ("GAIN", form.define())])
+}
+
 fn block(x: &Array) -> [u32; 3] {
     [blocks(x.cols().div_ceil(16).next_multiple_of(32)), 1, 1]
 }
 
-fn check(x: &Array, weight: &Array) {
-    check_dims("the norm's weight", weight, [1, x.cols()]);
-    assert_eq!(weight.dtype(), x.dtype(), "dtype of the norm's weight");
+/// An f32 for each row of x.
+fn rows_of_f32(x: &Array) -> Array {
+    Array::empty(x.cuda(), [1, x.rows()], DType::F32, MemoryUse::Activations)
+}
+
+fn address(weight: Option<&Array>) -> u64 {
+    weight.map_or(0, Array::ptr)
+}
+
+/// The weight at an address that the kernels take.
+fn checked(x: &Array, weight: Option<&Array>) -> Option<Array> {
     assert!(
         (1..=MAX_NORM_WIDTH).contains(&x.cols()),
         "rows of {} values; the kernel takes 1 to {MAX_NORM_WIDTH}",
         x.cols()
     );
+    let weight = weight?;
+    check_dims("the norm's weight", weight, [1, x.cols()]);
+    assert_eq!(weight.dtype(), x.dtype(), "dtype of the norm's weight");
+    Some(weight.aligned())
 }

@@ -3,25 +3,23 @@
 use super::cpu;
 use crate::tensor::MetaTensor;
 
-pub(super) fn forward(x: &MetaTensor, weight: &MetaTensor) -> (MetaTensor, MetaTensor) {
-    let _views = [x, weight].map(MetaTensor::contiguous);
-    let rstd = x.f32_sized([1, x.dims()[0]]);
+pub(super) fn forward(x: &MetaTensor) -> (MetaTensor, MetaTensor) {
+    let [rows, hidden] = x.dims();
+    let _x = x.contiguous();
+    let _gain = x.device().scratch(cpu::gain_scratch(hidden));
+    let rstd = x.f32_sized([1, rows]);
     (x.like(), rstd)
 }
 
-pub(super) fn recompute(x: &MetaTensor, weight: &MetaTensor, rstd: &MetaTensor) -> MetaTensor {
-    let _views = [x, weight, rstd].map(MetaTensor::contiguous);
+pub(super) fn recompute(x: &MetaTensor, rstd: &MetaTensor) -> MetaTensor {
+    let _views = [x, rstd].map(MetaTensor::contiguous);
+    let _gain = x.device().scratch(cpu::gain_scratch(x.dims()[1]));
     x.like()
 }
 
-pub(super) fn backward(
-    dy: &MetaTensor,
-    x: &MetaTensor,
-    weight: &MetaTensor,
-    rstd: &MetaTensor,
-    residual: Option<MetaTensor>,
-) -> MetaTensor {
-    let _views = [dy, x, weight, rstd].map(MetaTensor::contiguous);
+pub(super) fn backward(dy: &MetaTensor, x: &MetaTensor, rstd: &MetaTensor, residual: Option<MetaTensor>) -> MetaTensor {
+    let _views = [dy, x, rstd].map(MetaTensor::contiguous);
+    let _gain = x.device().scratch(cpu::gain_scratch(x.dims()[1]));
     residual.map_or_else(|| x.like(), MetaTensor::owned)
 }
 

@@ -2,9 +2,10 @@
 //!
 //! q and k go through one launch; a single matrix goes as a q without a k. Saved by a forward with a norm: x and rstd.
 
+use crate::ops::rms_norm::GainForm;
 use crate::runtime::limits::MAX_HEAD_DIM;
-use crate::runtime::op::{blocks, check_dims, int, kernel, like, target};
-use crate::runtime::{Array, DType, Entry, Ints, MemoryUse, args, entry, reduce};
+use crate::runtime::op::{blocks, check_dims, int, like, target};
+use crate::runtime::{Array, DType, Entry, Ints, Kernel, MemoryUse, args, entry, reduce};
 
 /// Tokens that one block sums for the gradient of a norm's weight.
 const CHUNK: usize = 32;
@@ -20,42 +21,61 @@ pub(crate) struct Angles {
     pub(crate) positions: Ints,
 }
 
-/// `(y, rstd)`; rstd f32 `[tokens, heads]` if there is a norm `(weight [1, head_dim], eps)`.
+/// The rotation of every head, and where a channel's partner is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rotation<'a> {
+    /// Each token's angles.
+    pub(crate) angles: &'a Angles,
+    /// True if channels 2i and 2i + 1 are rotated together.
+    pub(crate) interleaved: bool,
+}
+
+/// A norm of heads.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Norm<'a> {
+    /// `[1, head_dim]`.
+    pub(crate) weight: &'a Array,
+    /// How the weight becomes the factor.
+    pub(crate) form: GainForm,
+    /// Added to the mean square.
+    pub(crate) eps: f32,
+}
+
+/// `(y, rstd)`; rstd f32 `[tokens, heads]` if there is a norm.
 pub(crate) fn forward(
     x: &Array,
     head_dim: usize,
-    norm: Option<(&Array, f32)>,
-    angles: &Angles,
+    norm: Option<Norm<'_>>,
+    rotation: Option<Rotation<'_>>,
 ) -> (Array, Option<Array>) {
     let x = x.aligned();
-    let q = Forward::new(&x, like(&x), head_dim, norm.map(|norm| norm.0));
-    launch_forward(&q, None, head_dim, norm.map_or(0.0, |norm| norm.1), angles);
+    let q = Forward::new(&x, like(&x), head_dim, norm);
+    launch_forward(&q, None, head_dim, norm, rotation);
     (q.y, q.rstd)
 }
 
-/// [`forward`] of q and k: `(q, k, rstds of q and k)`. `norms` are the weights of q's and k's norm, and eps. Without
-/// them the results are in the memory of q and k where they may be, also if v lies in the same.
+/// [`forward`] of q and k: `(q, k, rstds of q and k)`; both norms have one form and one eps. Without them the results are
+/// in the memory of q and k where they may be, also if v lies in the same.
 pub(crate) fn forward_qk(
     [q, k, v]: [&Array; 3],
     head_dim: usize,
-    norms: Option<(&Array, &Array, f32)>,
-    angles: &Angles,
+    norms: Option<[Norm<'_>; 2]>,
+    rotation: Option<Rotation<'_>>,
 ) -> (Array, Array, Option<(Array, Array)>) {
     let free = norms.is_none() && Array::are_unique(&[q, k, v]) && q.is_aligned() && k.is_aligned();
     let (q, k) = (q.aligned(), k.aligned());
-    let eps = norms.map_or(0.0, |norms| norms.2);
     let [to_q, to_k] = [&q, &k].map(|x| if free { x.clone() } else { like(x) });
-    let q = Forward::new(&q, to_q, head_dim, norms.map(|norms| norms.0));
-    let k = Forward::new(&k, to_k, head_dim, norms.map(|norms| norms.1));
-    launch_forward(&q, Some(&k), head_dim, eps, angles);
+    let q = Forward::new(&q, to_q, head_dim, norms.map(|norms| norms[0]));
+    let k = Forward::new(&k, to_k, head_dim, norms.map(|norms| norms[1]));
+    launch_forward(&q, Some(&k), head_dim, norms.map(|norms| norms[0]), rotation);
     (q.y, k.y, q.rstd.zip(k.rstd))
 }
 
 /// Tensors that the backward needs of a norm.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SavedNorm<'a> {
-    /// `[1, head_dim]`.
-    pub(crate) weight: &'a Array,
+    /// The norm.
+    pub(crate) norm: Norm<'a>,
     /// The forward's input.
     pub(crate) x: &'a Array,
     /// The forward's rstd.
@@ -67,13 +87,13 @@ pub(crate) fn backward(
     dy: Array,
     head_dim: usize,
     norm: Option<SavedNorm<'_>>,
-    angles: &Angles,
+    rotation: Option<Rotation<'_>>,
     want_weight_grad: bool,
 ) -> (Array, Option<Array>) {
     let y = target(&dy);
     let q = Backward::new(dy, y, head_dim, norm);
-    let grads = (want_weight_grad && norm.is_some()).then(|| weight_grads(&q, None, head_dim, angles));
-    launch_backward(&q, None, head_dim, angles);
+    let grads = (want_weight_grad && norm.is_some()).then(|| weight_grads(&q, None, head_dim, rotation));
+    launch_backward(&q, None, head_dim, rotation);
     (q.dx, grads.map(|[dw, _]| dw))
 }
 
@@ -84,7 +104,7 @@ pub(crate) fn backward_qk(
     dv: &Array,
     head_dim: usize,
     norms: Option<[SavedNorm<'_>; 2]>,
-    angles: &Angles,
+    rotation: Option<Rotation<'_>>,
     want_weight_grads: bool,
 ) -> (Array, Array, Option<(Array, Array)>) {
     // The gradients may be columns of one matrix, and then reach their memory together.
@@ -93,8 +113,8 @@ pub(crate) fn backward_qk(
     let q = Backward::new(dq, q_to, head_dim, norms.map(|norms| norms[0]));
     let k = Backward::new(dk, k_to, head_dim, norms.map(|norms| norms[1]));
     let wanted = want_weight_grads && norms.is_some();
-    let grads = wanted.then(|| weight_grads(&q, Some(&k), head_dim, angles)).map(|[q, k]| (q, k));
-    launch_backward(&q, Some(&k), head_dim, angles);
+    let grads = wanted.then(|| weight_grads(&q, Some(&k), head_dim, rotation)).map(|[q, k]| (q, k));
+    launch_backward(&q, Some(&k), head_dim, rotation);
     (q.dx, k.dx, grads)
 }
 
@@ -115,14 +135,15 @@ struct Backward {
 
 struct Saved {
     weight: Array,
+    form: GainForm,
     x: Array,
     rstd: Array,
 }
 
 impl Forward {
-    fn new(x: &Array, y: Array, head_dim: usize, weight: Option<&Array>) -> Self {
+    fn new(x: &Array, y: Array, head_dim: usize, norm: Option<Norm<'_>>) -> Self {
         let heads = heads(x, head_dim);
-        let weight = weight.map(|weight| checked(weight, x, head_dim));
+        let weight = norm.map(|norm| checked(norm.weight, x, head_dim));
         let rstd =
             weight.as_ref().map(|_| Array::dense(x.cuda(), [x.rows(), heads], DType::F32, MemoryUse::Activations));
         Self { x: x.clone(), weight, y, rstd }
@@ -131,12 +152,16 @@ impl Forward {
 
 impl Backward {
     fn new(dy: Array, dx: Array, head_dim: usize, norm: Option<SavedNorm<'_>>) -> Self {
-        let saved = norm.map(|SavedNorm { weight, x, rstd }| {
+        let saved = norm.map(|SavedNorm { norm: Norm { weight, form, .. }, x, rstd }| {
             check_dims("x", x, dy.dims());
             check_dims("rstd", rstd, [x.rows(), heads(x, head_dim)]);
-            Saved { weight: checked(weight, x, head_dim), x: x.aligned(), rstd: rstd.contiguous() }
+            Saved { weight: checked(weight, x, head_dim), form, x: x.aligned(), rstd: rstd.contiguous() }
         });
         Self { dy: dy.aligned(), saved, dx }
+    }
+
+    fn form(&self) -> Option<GainForm> {
+        self.saved.as_ref().map(|saved| saved.form)
     }
 
     /// `[weight, x, rstd]`, and x's stride.
@@ -145,14 +170,21 @@ impl Backward {
     }
 }
 
-fn launch_forward(q: &Forward, k: Option<&Forward>, head_dim: usize, eps: f32, angles: &Angles) {
+fn launch_forward(
+    q: &Forward,
+    k: Option<&Forward>,
+    head_dim: usize,
+    norm: Option<Norm<'_>>,
+    rotation: Option<Rotation<'_>>,
+) {
     let [tokens, _] = q.x.dims();
     let address = |array: Option<&Array>| array.map_or(0, Array::ptr);
     let stride = |array: Option<&Array>| int(array.map_or(0, Array::ld));
     let (kx, ky) = (k.map(|k| &k.x), k.map(|k| &k.y));
     let (q_heads, k_heads) = (heads(&q.x, head_dim), kx.map_or(0, |k| heads(k, head_dim)));
-    let shape = Shape::of(&q.x, head_dim, angles);
-    kernel(q.x.cuda(), shape.kernels.forward, q.x.dtype()).launch(
+    let shape = Shape::of(&q.x, head_dim, rotation);
+    let [cos, sin, positions] = shape.angles;
+    shape.kernel(shape.kernels.forward, &q.x, norm.map(|norm| norm.form)).launch(
         shape.grid(tokens, q_heads + k_heads),
         [256, 1, 1],
         0,
@@ -161,9 +193,9 @@ fn launch_forward(q: &Forward, k: Option<&Forward>, head_dim: usize, eps: f32, a
             address(kx),
             address(q.weight.as_ref()),
             address(k.and_then(|k| k.weight.as_ref())),
-            angles.cos.ptr(),
-            angles.sin.ptr(),
-            angles.positions.ptr(),
+            cos,
+            sin,
+            positions,
             q.y.ptr(),
             address(ky),
             address(q.rstd.as_ref()),
@@ -177,20 +209,21 @@ fn launch_forward(q: &Forward, k: Option<&Forward>, head_dim: usize, eps: f32, a
             stride(kx),
             int(q.y.ld()),
             stride(ky),
-            eps
+            norm.map_or(0.0, |norm| norm.eps)
         ],
     );
 }
 
-fn launch_backward(q: &Backward, k: Option<&Backward>, head_dim: usize, angles: &Angles) {
+fn launch_backward(q: &Backward, k: Option<&Backward>, head_dim: usize, rotation: Option<Rotation<'_>>) {
     let [tokens, _] = q.dy.dims();
     let (q_heads, k_heads) = (heads(&q.dy, head_dim), k.map_or(0, |k| heads(&k.dy, head_dim)));
     let ([wq, xq, rstd_q], ldq) = q.saved();
     let ([wk, xk, rstd_k], ldk) = k.map_or(([0; 3], 0), Backward::saved);
     let [dk, dk_out] = k.map_or([0; 2], |k| [k.dy.ptr(), k.dx.ptr()]);
     let [lddk, lddko] = k.map_or([0; 2], |k| [int(k.dy.ld()), int(k.dx.ld())]);
-    let shape = Shape::of(&q.dy, head_dim, angles);
-    kernel(q.dy.cuda(), shape.kernels.backward, q.dy.dtype()).launch(
+    let shape = Shape::of(&q.dy, head_dim, rotation);
+    let [cos, sin, positions] = shape.angles;
+    shape.kernel(shape.kernels.backward, &q.dy, q.form()).launch(
         shape.grid(tokens, q_heads + k_heads),
         [256, 1, 1],
         0,
@@ -203,9 +236,9 @@ fn launch_backward(q: &Backward, k: Option<&Backward>, head_dim: usize, angles: 
             wk,
             rstd_q,
             rstd_k,
-            angles.cos.ptr(),
-            angles.sin.ptr(),
-            angles.positions.ptr(),
+            cos,
+            sin,
+            positions,
             q.dx.ptr(),
             dk_out,
             int(tokens),
@@ -224,7 +257,7 @@ fn launch_backward(q: &Backward, k: Option<&Backward>, head_dim: usize, angles: 
 }
 
 /// The gradients to the weights of both norms; the second is empty without k. Reads dy, so it goes before the backward.
-fn weight_grads(q: &Backward, k: Option<&Backward>, head_dim: usize, angles: &Angles) -> [Array; 2] {
+fn weight_grads(q: &Backward, k: Option<&Backward>, head_dim: usize, rotation: Option<Rotation<'_>>) -> [Array; 2] {
     let (cuda, tokens) = (q.dy.cuda(), q.dy.rows());
     let (q_heads, k_heads) = (heads(&q.dy, head_dim), k.map_or(0, |k| heads(&k.dy, head_dim)));
     let ([_, xq, rstd_q], ldq) = q.saved();
@@ -233,8 +266,9 @@ fn weight_grads(q: &Backward, k: Option<&Backward>, head_dim: usize, angles: &An
     let chunks = tokens.div_ceil(CHUNK);
     let [width_q, width_k] = [head_dim, if k.is_some() { head_dim } else { 0 }];
     let partials = [width_q, width_k].map(|width| Array::dense(cuda, [chunks, width], DType::F32, MemoryUse::Scratch));
-    let shape = Shape::of(&q.dy, head_dim, angles);
-    kernel(q.dy.cuda(), shape.kernels.weight_grads, q.dy.dtype()).launch(
+    let shape = Shape::of(&q.dy, head_dim, rotation);
+    let [cos, sin, positions] = shape.angles;
+    shape.kernel(shape.kernels.weight_grads, &q.dy, q.form()).launch(
         [blocks(chunks), if k.is_some() { 2 } else { 1 }, 1],
         [256, 1, 1],
         0,
@@ -245,9 +279,9 @@ fn weight_grads(q: &Backward, k: Option<&Backward>, head_dim: usize, angles: &An
             xk,
             rstd_q,
             rstd_k,
-            angles.cos.ptr(),
-            angles.sin.ptr(),
-            angles.positions.ptr(),
+            cos,
+            sin,
+            positions,
             partials[0].ptr(),
             partials[1].ptr(),
             int(tokens),
@@ -294,18 +328,23 @@ macro_rules! sized {
 /// The size of the rotation, and the kernels for it.
 struct Shape {
     rotary_dim: usize,
+    interleaved: bool,
+    /// Addresses of cosines, sines and positions; 0 without a rotation.
+    angles: [u64; 3],
     kernels: Kernels,
 }
 
 impl Shape {
-    fn of(x: &Array, head_dim: usize, angles: &Angles) -> Self {
-        let rotary_dim = 2 * angles.cos.cols();
-        assert_eq!(angles.positions.len(), x.rows(), "a position for every token");
-        assert_eq!(angles.cos.dims(), angles.sin.dims(), "shapes of cos and sin");
-        assert!(
-            angles.cos.is_contiguous() && angles.sin.is_contiguous(),
-            "cos and sin have nothing between their rows"
-        );
+    fn of(x: &Array, head_dim: usize, rotation: Option<Rotation<'_>>) -> Self {
+        let rotary_dim = rotation.map_or(0, |Rotation { angles, .. }| {
+            assert_eq!(angles.positions.len(), x.rows(), "a position for every token");
+            assert_eq!(angles.cos.dims(), angles.sin.dims(), "shapes of cos and sin");
+            assert!(
+                angles.cos.is_contiguous() && angles.sin.is_contiguous(),
+                "cos and sin have nothing between their rows"
+            );
+            2 * angles.cos.cols()
+        });
         assert!(
             rotary_dim <= head_dim && head_dim.is_multiple_of(2) && head_dim <= MAX_HEAD_DIM,
             "heads of {head_dim} channels, {rotary_dim} of which are rotated; the kernels take even sizes up to {MAX_HEAD_DIM}"
@@ -316,7 +355,26 @@ impl Shape {
             (true, 256) => sized!("_256"),
             _ => Kernels { sized: false, ..sized!("") },
         };
-        Self { rotary_dim, kernels }
+        let addresses =
+            |Rotation { angles, .. }: Rotation<'_>| [angles.cos.ptr(), angles.sin.ptr(), angles.positions.ptr()];
+        Self {
+            rotary_dim,
+            interleaved: rotation.is_some_and(|rotation| rotation.interleaved),
+            angles: rotation.map_or([0; 3], addresses),
+            kernels,
+        }
+    }
+
+    /// The kernel for x's dtype and a norm.
+    fn kernel(&self, entry: Entry, x: &Array, form: Option<GainForm>) -> Kernel {
+        let gain = match form {
+            Some(GainForm::OnePlus) => "ONE_PLUS",
+            // y is rounded once in any case.
+            Some(GainForm::Plain | GainForm::RoundedAfter) | None => "PLAIN",
+            Some(GainForm::None) => unreachable!("the norm of a head has a weight"),
+        };
+        let pairs = if self.interleaved { "INTERLEAVED" } else { "HALVES" };
+        x.cuda().kernel(entry, &[("T", x.dtype().name()), ("GAIN", gain), ("PAIRS", pairs)])
     }
 
     /// Returns the grid of the forward and the backward.

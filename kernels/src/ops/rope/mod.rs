@@ -1,9 +1,10 @@
 //! Rotary position embedding, with the per-head RMSNorm that Qwen3 puts before it.
 //!
-//! Each head is a row of `head_dim` channels; channel i of the first half and channel i of the second half are rotated
-//! together by the angle of the token's position (Su et al., arXiv:2104.09864, in the "rotate half" layout of
-//! transformers): y₁ = x₁·cos − x₂·sin, y₂ = x₂·cos + x₁·sin. Channels beyond twice the tables' width pass through
-//! (partial rotary). The backward rotates by the negative angle.
+//! Each head is a row of `head_dim` channels, and two of them are rotated together by the angle of the token's position
+//! (Su et al., arXiv:2104.09864): y₁ = x₁·cos − x₂·sin, y₂ = x₂·cos + x₁·sin. They are channel i of the first half and
+//! channel i of the second half (the "rotate half" layout of transformers), or channels 2i and 2i + 1 (interleaved: GLM,
+//! Cohere). Channels beyond twice the tables' width pass through (partial rotary). The backward rotates by the negative
+//! angle. Without a [`Rotation`] there is only the norm.
 //!
 //! # Shapes
 //! x, y `[tokens, heads · head_dim]`; cos, sin `[tokens, rotary_dim / 2]`; norm weight `[head_dim]`.
@@ -20,7 +21,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor as BurnTensor};
 
-use crate::ops::rms_norm;
+use crate::ops::rms_norm::{self, Gain};
 use crate::runtime::{Array, Ints, MemoryUse};
 use crate::tensor::{MetaMemory, MetaTensor, two_devices};
 use crate::{Backend, Device, Tensor, from_f32};
@@ -124,13 +125,35 @@ impl Angles {
     }
 }
 
-/// The norm before the rotation.
+/// The norm of each head, before the rotation.
 #[derive(Clone, Debug)]
 pub struct Norm {
-    /// `[head_dim]`.
-    pub weight: Tensor<1>,
+    /// The factor, `[head_dim]`; on CUDA it has a weight.
+    pub gain: Gain,
     /// Added to the mean square.
     pub eps: f64,
+}
+
+/// The rotation of every head.
+#[derive(Clone, Copy, Debug)]
+pub struct Rotation<'a> {
+    /// Each token's angles.
+    pub angles: &'a Angles,
+    /// True if channels 2i and 2i + 1 are rotated together instead of i and i + half.
+    pub interleaved: bool,
+}
+
+impl<'a> Rotation<'a> {
+    fn cuda(self) -> cuda::Rotation<'a> {
+        cuda::Rotation { angles: self.angles.cuda(), interleaved: self.interleaved }
+    }
+}
+
+impl Norm {
+    fn cuda(&self) -> cuda::Norm<'_> {
+        let weight = self.gain.weight().expect("the norm of a head has a weight").cuda();
+        cuda::Norm { weight, form: self.gain.form(), eps: self.eps as f32 }
+    }
 }
 
 /// Rotated queries or keys with the rstd of their norm, if there was one; in a backward, their gradient with the gradient
@@ -141,22 +164,21 @@ pub type Rotated = (Tensor<2>, Option<Tensor<1>>);
 pub type SavedNorm<'a> = (&'a Norm, Tensor<2>, &'a Tensor<1>);
 
 /// Normalizes (if there is a norm) and rotates every head: `(y, rstd)`, rstd `[tokens · heads]`.
-pub fn forward(x: Tensor<2>, head_dim: usize, norm: Option<&Norm>, angles: &Angles) -> Rotated {
+pub fn forward(x: Tensor<2>, head_dim: usize, norm: Option<&Norm>, rotation: Option<Rotation<'_>>) -> Rotated {
     match Backend::of(&x) {
         Backend::Cpu | Backend::Portable | Backend::Meta => {
             let [_, width] = x.dims();
             let (x, rstd) = match norm {
                 None => (x, None),
                 Some(norm) => {
-                    let (y, rstd) = rms_norm::forward(&in_rows_of(x, head_dim), &norm.weight, norm.eps, 0);
+                    let (y, rstd) = rms_norm::forward(&in_rows_of(x, head_dim), &norm.gain, norm.eps, 0);
                     (in_rows_of(y, width), Some(rstd))
                 }
             };
-            (rotate(x, head_dim, angles, Direction::Forward), rstd)
+            (rotate(x, head_dim, rotation, Direction::Forward), rstd)
         }
         Backend::Cuda => {
-            let norm = norm.map(|norm| (norm.weight.cuda(), norm.eps as f32));
-            let (y, rstd) = cuda::forward(x.cuda(), head_dim, norm, angles.cuda());
+            let (y, rstd) = cuda::forward(x.cuda(), head_dim, norm.map(Norm::cuda), rotation.map(Rotation::cuda));
             (y.into(), rstd.map(Into::into))
         }
     }
@@ -169,22 +191,23 @@ pub fn backward(
     dy: Tensor<2>,
     head_dim: usize,
     saved: Option<SavedNorm<'_>>,
-    angles: &Angles,
+    rotation: Option<Rotation<'_>>,
     weight_grad: bool,
 ) -> Rotated {
     match Backend::of(&dy) {
         Backend::Cpu | Backend::Portable | Backend::Meta => {
             let [_, width] = dy.dims();
-            let dx = rotate(dy, head_dim, angles, Direction::Backward);
+            let dx = rotate(dy, head_dim, rotation, Direction::Backward);
             let Some((norm, x, rstd)) = saved else { return (dx, None) };
             let (dy, x) = (in_rows_of(dx, head_dim), in_rows_of(x, head_dim));
             let dw = weight_grad.then(|| rms_norm::weight_grad(&dy, &x, rstd));
-            let dx = rms_norm::backward(&dy, &x, &norm.weight, rstd, None, 0);
+            let dx = rms_norm::backward(&dy, &x, &norm.gain, rstd, None, 0);
             (in_rows_of(dx, width), dw)
         }
         Backend::Cuda => {
             let norm = saved.as_ref().map(cuda_norm);
-            let (dx, dw) = cuda::backward(dy.into_cuda(), head_dim, norm, angles.cuda(), weight_grad);
+            let rotation = rotation.map(Rotation::cuda);
+            let (dx, dw) = cuda::backward(dy.into_cuda(), head_dim, norm, rotation, weight_grad);
             (dx.into(), dw.map(Into::into))
         }
     }
@@ -198,16 +221,16 @@ pub fn forward_qk(
     v: &Tensor<2>,
     head_dim: usize,
     norms: Option<&[Norm; 2]>,
-    angles: &Angles,
+    rotation: Option<Rotation<'_>>,
 ) -> [Rotated; 2] {
     match Backend::of(&q) {
         Backend::Cpu | Backend::Portable | Backend::Meta => {
             let [norm_q, norm_k] = norms.map_or([None, None], |[q, k]| [Some(q), Some(k)]);
-            [forward(q, head_dim, norm_q, angles), forward(k, head_dim, norm_k, angles)]
+            [forward(q, head_dim, norm_q, rotation), forward(k, head_dim, norm_k, rotation)]
         }
         Backend::Cuda => {
-            let weights = norms.map(|[q, k]| (q.weight.cuda(), k.weight.cuda(), q.eps as f32));
-            let (q, k, rstd) = cuda::forward_qk([q.cuda(), k.cuda(), v.cuda()], head_dim, weights, angles.cuda());
+            let (norms, rotation) = (norms.map(|norms| norms.each_ref().map(Norm::cuda)), rotation.map(Rotation::cuda));
+            let (q, k, rstd) = cuda::forward_qk([q.cuda(), k.cuda(), v.cuda()], head_dim, norms, rotation);
             let (rstd_q, rstd_k) = rstd.map_or((None, None), |(q, k)| (Some(q.into()), Some(k.into())));
             [(q.into(), rstd_q), (k.into(), rstd_k)]
         }
@@ -221,20 +244,21 @@ pub fn backward_qk(
     dv: &Tensor<2>,
     head_dim: usize,
     saved: Option<[SavedNorm<'_>; 2]>,
-    angles: &Angles,
+    rotation: Option<Rotation<'_>>,
     weight_grads: bool,
 ) -> [Rotated; 2] {
     match Backend::of(&dq) {
         Backend::Cpu | Backend::Portable | Backend::Meta => {
             let [saved_q, saved_k] = saved.map_or([None, None], |[q, k]| [Some(q), Some(k)]);
-            let dq = backward(dq, head_dim, saved_q, angles, weight_grads);
-            [dq, backward(dk, head_dim, saved_k, angles, weight_grads)]
+            let dq = backward(dq, head_dim, saved_q, rotation, weight_grads);
+            [dq, backward(dk, head_dim, saved_k, rotation, weight_grads)]
         }
         Backend::Cuda => {
             // By value: the gradients are rotated in place if nothing else refers to them.
             let (dq, dk) = (dq.into_cuda(), dk.into_cuda());
             let norms = saved.as_ref().map(|saved| saved.each_ref().map(cuda_norm));
-            let (dq, dk, dw) = cuda::backward_qk(dq, dk, dv.cuda(), head_dim, norms, angles.cuda(), weight_grads);
+            let rotation = rotation.map(Rotation::cuda);
+            let (dq, dk, dw) = cuda::backward_qk(dq, dk, dv.cuda(), head_dim, norms, rotation, weight_grads);
             let (dw_q, dw_k) = dw.map_or((None, None), |(q, k)| (Some(q.into()), Some(k.into())));
             [(dq.into(), dw_q), (dk.into(), dw_k)]
         }
@@ -242,7 +266,7 @@ pub fn backward_qk(
 }
 
 fn cuda_norm<'a>((norm, x, rstd): &'a SavedNorm<'_>) -> cuda::SavedNorm<'a> {
-    cuda::SavedNorm { weight: norm.weight.cuda(), x: x.cuda(), rstd: rstd.cuda() }
+    cuda::SavedNorm { norm: norm.cuda(), x: x.cuda(), rstd: rstd.cuda() }
 }
 
 /// The same values in rows of `width`, where the norm is an operation of its own.
@@ -263,10 +287,11 @@ pub(crate) enum Direction {
     Backward,
 }
 
-fn rotate(x: Tensor<2>, head_dim: usize, angles: &Angles, direction: Direction) -> Tensor<2> {
+fn rotate(x: Tensor<2>, head_dim: usize, rotation: Option<Rotation<'_>>, direction: Direction) -> Tensor<2> {
+    let Some(Rotation { angles, interleaved }) = rotation else { return x };
     match Backend::of(&x) {
-        Backend::Cpu => cpu::rotate(x.into_burn(), head_dim, angles.burn(), direction).into(),
-        Backend::Portable => portable::rotate(x.into_burn(), head_dim, angles.burn(), direction).into(),
+        Backend::Cpu => cpu::rotate(x.into_burn(), head_dim, angles.burn(), interleaved, direction).into(),
+        Backend::Portable => portable::rotate(x.into_burn(), head_dim, angles.burn(), interleaved, direction).into(),
         Backend::Cuda => two_devices(),
         Backend::Meta => meta::rotate(x.into_meta()).into(),
     }

@@ -1,4 +1,4 @@
-//! Memory of SwiGLU over slices.
+//! Memory of gated activations over slices.
 
 use crate::tensor::MetaTensor;
 
