@@ -146,11 +146,16 @@ def make_model(directory, name, seed):
 def save_checkpoint(directory, name, generator):
     """Random weights that leave the logits far from uniform, in the Hugging Face layout."""
     model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    # Gemma's norms multiply with 1 + w.
+    one = 0.0 if name.startswith("gemma") else 1.0
     with torch.no_grad():
         for key, weight in sorted(model.named_parameters()):
             noise = torch.randn(weight.shape, generator=generator)
-            if "norm" in key:
-                weight.copy_(1.0 + 0.1 * noise)
+            if one == 0.0 and key.endswith(("model.norm.weight", "language_model.norm.weight")):
+                # Signs of both kinds: a tied head would otherwise repeat what the scaled embedding puts in.
+                weight.copy_(noise - 1.0)
+            elif "norm" in key:
+                weight.copy_(one + 0.1 * noise)
             elif key.endswith("bias"):
                 weight.copy_(0.2 * noise)
             else:
@@ -214,6 +219,12 @@ def make_rows(vocab_size, generator):
     return rows
 
 
+def other_attention(directory):
+    """Another implementation of attention: scaled_dot_product_attention, which has no soft cap."""
+    config = json.loads((directory / "config.json").read_text())
+    return "sdpa" if config.get("attn_logit_softcapping") is None else "eager"
+
+
 def load(directory, dtype=torch.float32, attention="eager"):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).eval()
 
@@ -238,7 +249,8 @@ def row_losses(model, row):
 def evaluation_spread(directory, rows):
     """How far two other orders of the same arithmetic land: largest |Δnll| / max(1, |nll|)."""
     want = evaluate(load(directory), rows)
-    others = [evaluate(load(directory, attention="sdpa"), rows), evaluate(load(directory).double(), rows)]
+    sdpa = load(directory, attention=other_attention(directory))
+    others = [evaluate(sdpa, rows), evaluate(load(directory).double(), rows)]
     return max(
         abs(a - b) / max(1.0, abs(a))
         for other in others
@@ -259,7 +271,7 @@ def make_generations(directory, model, generator, stop_early):
     prompts = []
     for length in (5, 17):
         for _ in range(500):
-            prompt = torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
+            prompt = torch.randint(model.config.get_text_config().vocab_size, (length,), generator=generator).tolist()
             ids, margin = greedy(model, prompt)
             if margin > 1e-2 and len(set(ids)) >= 8:
                 break
@@ -336,7 +348,7 @@ def make_trajectory(directory, name, adapter, run):
     """Trains in float32 and stores every step and the trained tensors; measures how much of it is rounding."""
     steps, final = train(directory, adapter, run)
     others = [
-        train(directory, adapter, run, attention="sdpa", padded=False),
+        train(directory, adapter, run, attention=other_attention(directory), padded=False),
         train(directory, adapter, run, double=True),
     ]
     clipped = [step["grad_norm"] > run["max_grad_norm"] for step in steps]
@@ -395,7 +407,10 @@ def train(directory, adapter, run, attention="eager", padded=True, double=False)
         tokens = sum(label != IGNORED for i in order for label in rows[i]["labels"][1:])
         loss = 0.0
         for batch in micro_batches if padded else [[i] for i in order]:
-            part = model(**collate([rows[i] for i in batch]), num_items_in_batch=tokens, use_cache=False).loss
+            inputs = collate([rows[i] for i in batch])
+            if model.config.model_type == "gemma3":  # no token is of an image
+                inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+            part = model(**inputs, num_items_in_batch=tokens, use_cache=False).loss
             part.backward()
             loss += part.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, run["max_grad_norm"]).item()
@@ -407,8 +422,21 @@ def train(directory, adapter, run, attention="eager", padded=True, double=False)
             "step": number, "rows": micro_batches, "tokens": tokens, "loss": loss, "grad_norm": grad_norm,
             "learning_rate": learning_rate,
         })
-    final = get_peft_model_state_dict(model) if adapter else dict(model.named_parameters())
+    if adapter:
+        final = get_peft_model_state_dict(model)
+    else:
+        final = {stored_name(directory, key): weight for key, weight in model.named_parameters()}
     return steps, {key: weight.detach().float().contiguous() for key, weight in final.items()}
+
+
+def stored_name(directory, key):
+    """The name of a weight in the checkpoint: multimodal ones keep those of older versions of transformers."""
+    if not (directory / "config.json").read_text().count('"vision_config"'):
+        return key
+    for inside, stored in (("model.language_model.", "language_model.model."), ("model.", "")):
+        if key.startswith(inside):
+            return stored + key.removeprefix(inside)
+    return key
 
 
 def parameter_groups(model, weight_decay):

@@ -17,7 +17,23 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from transformers import GraniteConfig, MistralConfig, Phi3Config, SmolLM3Config
+from transformers import (
+    Exaone4Config,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
+    Ministral3Config,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    Qwen2Config,
+    SiglipVisionConfig,
+    SmolLM3Config,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -35,6 +51,7 @@ SEED = 31_000
 NONE = base.NO_SPECIAL_TOKENS
 SPLIT = base.SEVEN
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+FUSED_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
 def longrope(dims, factor, original):
@@ -48,6 +65,20 @@ def longrope(dims, factor, original):
         "original_max_position_embeddings": original,
         "factor": factor,
     }
+
+
+def gemma3_text(vocab_size, **more):
+    """Windows of 12 tokens in two of three layers, and the linear scaling of the larger checkpoints in the third."""
+    return Gemma3TextConfig(**{
+        "vocab_size": vocab_size, "hidden_size": 36, "intermediate_size": 44, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24,
+        "sliding_window": 12, "sliding_window_pattern": 3, "max_position_embeddings": 256,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": base.rope(1e4),
+        },
+        **NONE, **more,
+    })
 
 
 # name: (configuration, target modules)
@@ -96,7 +127,79 @@ FAMILIES = {
         embedding_multiplier=1.8, attention_multiplier=0.2, residual_multiplier=0.85, logits_scaling=0.7,
         rope_parameters=base.rope(1e4), **NONE,
     ), SPLIT),
+    # Caps low enough to bend scores and logits, and a window that most rows exceed.
+    "gemma2": (Gemma2Config(
+        vocab_size=107, hidden_size=40, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=24, sliding_window=12, attn_logit_softcapping=5.0,
+        final_logit_softcapping=4.0, max_position_embeddings=256, rope_parameters=base.rope(1e4), **NONE,
+    ), SPLIT),
+    "gemma3": (gemma3_text(109), SPLIT),
+    # The text part beside a vision tower, which training leaves alone.
+    "gemma3-multimodal": (Gemma3Config(
+        text_config=gemma3_text(105, num_hidden_layers=3), vision_config=SiglipVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8,
+        ), mm_tokens_per_image=4, **NONE,
+    ), SPLIT),
+    # v0.1: a window in every layer.
+    "mistral-window": (MistralConfig(
+        vocab_size=103, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, sliding_window=12,
+        rope_parameters=base.rope(1e4), tie_word_embeddings=False, **NONE,
+    ), SPLIT),
+    # A window from the second layer on.
+    "qwen2-window": (Qwen2Config(
+        vocab_size=101, hidden_size=32, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-6, use_sliding_window=True,
+        sliding_window=12, max_window_layers=1, rope_parameters=base.rope(1e4), tie_word_embeddings=True, **NONE,
+    ), SPLIT),
+    # Norms after both halves, and one over all heads of queries and of keys.
+    "olmo2": (Olmo2Config(
+        vocab_size=99, hidden_size=48, intermediate_size=52, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, max_position_embeddings=256, rms_norm_eps=1e-6, rope_parameters=base.rope(5e5),
+        tie_word_embeddings=False, **NONE,
+    ), SPLIT),
+    # With windows of 12 in three of four layers, and YaRN in the fourth.
+    "olmo3": (Olmo3Config(
+        vocab_size=95, hidden_size=32, intermediate_size=44, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-6, sliding_window=12,
+        rope_parameters={
+            "full_attention": {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 5e5,
+            },
+            "sliding_attention": base.rope(5e5),
+        },
+        tie_word_embeddings=False, **NONE,
+    ), SPLIT),
+    # The fourth layer has neither a window nor rotary positions.
+    "exaone4": (Exaone4Config(
+        vocab_size=93, hidden_size=32, intermediate_size=44, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, sliding_window=12,
+        sliding_window_pattern=4, rope_parameters=base.rope(1e6), tie_word_embeddings=False, **NONE,
+    ), SPLIT),
+    # Half of each head rotated, in interleaved pairs; biases of queries, keys and values; fused gate and up.
+    "glm": (GlmConfig(
+        vocab_size=91, hidden_size=36, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, attention_bias=True,
+        rope_parameters={**base.rope(1e4), "partial_rotary_factor": 0.5}, tie_word_embeddings=False, **NONE,
+    ), FUSED_MLP),
+    # The same with norms after both halves, without biases.
+    "glm4": (Glm4Config(
+        vocab_size=89, hidden_size=36, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, attention_bias=False,
+        rope_parameters={**base.rope(1e4), "partial_rotary_factor": 0.5}, tie_word_embeddings=False, **NONE,
+    ), FUSED_MLP),
+    # Queries that grow after every 16 positions, beside YaRN.
+    "ministral3": (Ministral3Config(
+        vocab_size=87, hidden_size=36, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, rms_norm_eps=1e-5, rope_parameters={
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
+        }, tie_word_embeddings=True, **NONE,
+    ), SPLIT),
 }
+# Without rotation, a key bias shifts all scores of a query alike: its gradient is rounding error, which AdamW must not
+# blow up.
+ADAM_EPSILON = {"glm": 1e-4}
 LORA_RUN = {**base.LORA_RUN, "weight_decay": 0.1}
 FULL_RUN = {
     **base.LORA_RUN, "max_steps": 6, "gradient_accumulation_steps": 2, "weight_decay": 0.5,
@@ -118,19 +221,21 @@ def make_family(directory, name, config, targets, seed):
     generator = torch.Generator().manual_seed(seed)
     base.CONFIGS[name] = config
     base.save_checkpoint(directory, name, generator)
-    rows = base.make_rows(config.vocab_size, generator)
+    rows = base.make_rows(config.get_text_config().vocab_size, generator)
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = base.load(directory)
     expect = {"rows": base.evaluate(model, rows), "spread": base.evaluation_spread(directory, rows)}
     expect["generate"] = base.make_generations(directory, model, generator, stop_early=False)
-    lora = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=targets)
+    excluded = r".*\.vision_tower\..*" if hasattr(config, "vision_config") else None
+    lora = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=targets, exclude_modules=excluded)
     expect["adapters"] = {
         "all-linear": {"rows": base.make_adapter(directory, name, "all-linear", lora, rows, generator)}
     }
     base.write_json(directory / "expect.json", expect)
     save_file(gradients(directory, rows), directory / "gradients.safetensors")
     base.make_trajectory(directory, "lora", "all-linear", clipped(directory, "all-linear", LORA_RUN))
-    base.make_trajectory(directory, "full", None, clipped(directory, None, FULL_RUN))
+    full = {**FULL_RUN, "adam_epsilon": ADAM_EPSILON.get(name, FULL_RUN["adam_epsilon"])}
+    base.make_trajectory(directory, "full", None, clipped(directory, None, full))
     print(f"{name}: spread {expect['spread']:.1e}, mean nll {base.mean_nll(expect['rows']):.2f}")
 
 
@@ -141,7 +246,7 @@ def gradients(directory, rows):
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=base.IGNORED, reduction="sum").backward()
-    return {name: weight.grad.contiguous() for name, weight in model.named_parameters()}
+    return {name: weight.grad.contiguous() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 def clipped(directory, adapter, run):

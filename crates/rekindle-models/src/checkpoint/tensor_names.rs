@@ -108,6 +108,23 @@ mod tests {
         }
     }
 
+    /// transformers stores the text part of Gemma 3 under the names of its first version.
+    #[test]
+    fn a_multimodal_model_has_two_sets_of_names() {
+        let config = json!({ "architectures": ["Gemma3ForConditionalGeneration"] });
+        let pairs = [
+            ("language_model.model.layers.0.mlp.up_proj.weight", "model.language_model.layers.0.mlp.up_proj.weight"),
+            ("language_model.lm_head.weight", "lm_head.weight"),
+            ("vision_tower.post_layernorm.bias", "model.vision_tower.post_layernorm.bias"),
+        ];
+        let old = TensorNaming::of(&config, pairs.iter().map(|(stored, _)| *stored));
+        let new = TensorNaming::of(&config, pairs.iter().map(|(_, own)| *own));
+        for (stored, own) in pairs {
+            assert_eq!((old.name(stored).as_str(), old.stored(own).as_str()), (own, stored));
+            assert_eq!((new.name(own).as_str(), new.stored(own).as_str()), (own, own));
+        }
+    }
+
     #[test]
     fn other_models_keep_their_names() {
         for stored in ["transformer.wte.weight", "language_model.model.norm.weight", "norm.weight"] {

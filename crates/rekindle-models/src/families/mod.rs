@@ -4,6 +4,8 @@
 //! Adding a family takes a file here with a [`Family`], its line in [`FAMILIES`], and goldens.
 
 mod dimensions;
+mod gemma2;
+mod gemma3;
 mod granite;
 mod llama;
 mod mistral;
@@ -43,6 +45,9 @@ const FAMILIES: &[&Family] = &[
     &phi3::FAMILY,
     &smollm3::FAMILY,
     &granite::FAMILY,
+    &gemma2::FAMILY,
+    &gemma3::TEXT,
+    &gemma3::MULTIMODAL,
 ];
 
 /// Returns the family named by `architectures`, or by `model_type` where that is missing.
