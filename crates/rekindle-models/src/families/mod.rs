@@ -10,6 +10,8 @@ mod granite;
 mod llama;
 mod mistral;
 mod names;
+mod olmo2;
+mod olmo3;
 mod phi3;
 mod qwen2;
 mod qwen3;
@@ -48,6 +50,8 @@ const FAMILIES: &[&Family] = &[
     &gemma2::FAMILY,
     &gemma3::TEXT,
     &gemma3::MULTIMODAL,
+    &olmo2::FAMILY,
+    &olmo3::FAMILY,
 ];
 
 /// Returns the family named by `architectures`, or by `model_type` where that is missing.
