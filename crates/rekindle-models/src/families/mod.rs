@@ -4,6 +4,7 @@
 //! Adding a family takes a file here with a [`Family`], its line in [`FAMILIES`], and goldens.
 
 mod dimensions;
+mod exaone4;
 mod gemma2;
 mod gemma3;
 mod granite;
@@ -52,6 +53,7 @@ const FAMILIES: &[&Family] = &[
     &gemma3::MULTIMODAL,
     &olmo2::FAMILY,
     &olmo3::FAMILY,
+    &exaone4::FAMILY,
 ];
 
 /// Returns the family named by `architectures`, or by `model_type` where that is missing.
