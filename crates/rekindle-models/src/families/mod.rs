@@ -7,6 +7,7 @@ mod dimensions;
 mod exaone4;
 mod gemma2;
 mod gemma3;
+mod glm;
 mod granite;
 mod llama;
 mod mistral;
@@ -54,6 +55,8 @@ const FAMILIES: &[&Family] = &[
     &olmo2::FAMILY,
     &olmo3::FAMILY,
     &exaone4::FAMILY,
+    &glm::GLM,
+    &glm::GLM4,
 ];
 
 /// Returns the family named by `architectures`, or by `model_type` where that is missing.
