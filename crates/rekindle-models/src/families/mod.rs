@@ -10,6 +10,7 @@ mod gemma3;
 mod glm;
 mod granite;
 mod llama;
+mod ministral3;
 mod mistral;
 mod names;
 mod olmo2;
@@ -57,6 +58,8 @@ const FAMILIES: &[&Family] = &[
     &exaone4::FAMILY,
     &glm::GLM,
     &glm::GLM4,
+    &ministral3::TEXT,
+    &ministral3::MULTIMODAL,
 ];
 
 /// Returns the family named by `architectures`, or by `model_type` where that is missing.

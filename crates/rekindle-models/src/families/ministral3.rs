@@ -1,0 +1,71 @@
+//! Ministral 3: Mistral with YaRN and queries that grow with the position. Multimodal checkpoints of Ministral 3 and of
+//! Mistral Small 3 are computed without their vision part, which is kept as it is when such a model is saved.
+
+use serde_json::Value;
+
+use super::dimensions::{ClassDefaults, Dimensions};
+use super::{ConfigReader, Family, TensorNames, mistral};
+use crate::ModelSpec;
+use crate::spec::{AttentionMask, AttentionSpec, QueryScale};
+
+/// As in transformers' `Ministral3ForCausalLM`.
+pub(super) const TEXT: Family = Family {
+    architecture: "Ministral3ForCausalLM",
+    model_type: "ministral3",
+    section: None,
+    names: TensorNames::LLAMA,
+    spec,
+};
+
+/// As in transformers' `Mistral3ForConditionalGeneration`, whose text part is a Mistral or a Ministral 3.
+pub(super) const MULTIMODAL: Family = Family {
+    architecture: "Mistral3ForConditionalGeneration",
+    model_type: "mistral3",
+    section: Some("text_config"),
+    names: TensorNames {
+        embedding: "model.language_model.embed_tokens",
+        final_norm: "model.language_model.norm",
+        layers: "model.language_model.layers",
+        stored: TensorNames::STORED_MULTIMODAL,
+        kept: TensorNames::KEPT_MULTIMODAL,
+        ..TensorNames::LLAMA
+    },
+    spec: |config| match config.get("model_type").and_then(Value::as_str) {
+        Some("mistral") => mistral::spec(config),
+        _ => spec(config),
+    },
+};
+
+fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
+    let defaults = ClassDefaults {
+        head_dim: Some(128),
+        num_key_value_heads: Some(8),
+        max_position_embeddings: 262_144,
+        rms_norm_eps: 1e-5,
+        ..ClassDefaults::default()
+    };
+    let dimensions = Dimensions::read(config, defaults);
+    let attention = AttentionSpec { query_scale: query_scale(config), ..dimensions.attention() };
+    let layer = dimensions.layer(attention, dimensions.gated());
+    let masks = vec![config.window(AttentionMask::Full); dimensions.num_hidden_layers];
+    dimensions.model(&layer, masks)
+}
+
+/// `llama_4_scaling_beta` and the window that it counts in.
+fn query_scale(config: &mut ConfigReader<'_>) -> Option<QueryScale> {
+    let Some(parameters) = config.get("rope_parameters").or_else(|| config.get("rope_scaling")) else {
+        config.problem("rope_parameters is missing".to_owned());
+        return None;
+    };
+    let beta = parameters.get("llama_4_scaling_beta")?.as_f64()?;
+    let window = parameters.get("original_max_position_embeddings").and_then(Value::as_u64);
+    match window {
+        Some(window @ 1..) => Some(QueryScale { beta, window: window as usize, offset: 0 }),
+        _ => {
+            config.problem(
+                "rope_parameters has llama_4_scaling_beta without original_max_position_embeddings".to_owned(),
+            );
+            None
+        }
+    }
+}
