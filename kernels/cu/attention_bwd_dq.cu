@@ -15,6 +15,7 @@
 //   HEAD_DIM 256                        64, 32, 4, 1    64, 16, 4, 1      128, 32, 8, 1   128, 32, 8, 1
 //   HEAD_DIM 128                        128, 64, 8, 1   128, 32, 8, 1     128, 32, 4, 2   128, 32, 4, 2
 //   HEAD_DIM 64                         128, 64, 4, 2   128, 64, 8, 1     128, 64, 4, 2   128, 48, 4, 2
+// With an option sm_80 and sm_87 take the last column's tiles for heads of 64 channels.
 // Launch: attention_bwd_dq(q, k, v, d_o, lse, delta, dq, tiles, i32 ldq, ldk, ldv, lddo, lddq, heads, kv_heads, tokens,
 //   f32 scale, i32 window, f32 softcap), grid (tiles·heads), block (32·WARPS), dynamic shared memory (2·BLOCK_M + 4·BLOCK_N)·HEAD_DIM·2 bytes
 //

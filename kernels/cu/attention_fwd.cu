@@ -24,6 +24,7 @@
 //   HEAD_DIM 256                        128, 32, 8, 1   64, 32, 4, 1      128, 64, 8, 1   128, 64, 8, 1
 //   HEAD_DIM 128                        128, 32, 4, 2   128, 64, 8, 1     128, 64, 4, 2   128, 32, 4, 2
 //   HEAD_DIM 64                         128, 64, 4, 2   128, 64, 4, 2     128, 128, 4, 2  128, 64, 4, 2
+// With an option sm_90 takes the last column's tiles for heads of 64 and 128 channels.
 // Launch: attention_fwd(q, k, v, o, lse|null, tiles, i32 ldq, ldk, ldv, ldo, heads, kv_heads, tokens, f32 scale,
 //   i32 window, f32 softcap, sinks|null), grid (tiles·heads), block (32·WARPS), dynamic shared memory (BLOCK_M + 4·BLOCK_N)·HEAD_DIM·2 bytes;
 //   tokens: rows of q

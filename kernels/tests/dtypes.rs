@@ -62,6 +62,7 @@ fn gated_activation() {
 fn attention() {
     check(|dtype| Attention::new(&[7, 1, 30], 4, 2, 24, dtype));
     check(|dtype| Attention::new(&[130], 2, 1, 64, dtype));
+    check(|dtype| Attention::new(&[130], 2, 1, 64, dtype).window(50).softcap(3.0).sinks());
 }
 
 #[test]

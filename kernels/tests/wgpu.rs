@@ -63,6 +63,7 @@ fn main() -> ExitCode {
     }
     check(&Attention::new(&[17, 1, 30], 4, 2, 24, F32));
     check(&Attention::new(&[2, 150], 4, 1, 64, F32));
+    check(&Attention::new(&[2, 150], 4, 1, 64, F32).window(40).softcap(3.0).sinks());
     check(&Embedding::new(11, 7, &[3, 10, 3, 0, 3, 9], F32));
     check(&LinearCrossEntropy::new([9, 5, 13], F32, |t| t % 3 != 1));
     check(&LinearCrossEntropy::new([41, 33, 70], F32, |_| true));

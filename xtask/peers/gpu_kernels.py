@@ -34,10 +34,12 @@ def noise(*shape):
 
 def attention(report):
     """Returns the faster of cuDNN's attention and FlashAttention 2."""
-    for documents, length in [(4, 2048), (1, 8192), (1, 32768)]:
-        q = noise(documents, 32, length, 128).requires_grad_()
-        k, v = (noise(documents, 8, length, 128).requires_grad_() for _ in range(2))
-        d_o = noise(documents, 32, length, 128)
+    shapes = [("", 32, 8, 128, 4, 2048), ("", 32, 8, 128, 1, 8192), ("", 32, 8, 128, 1, 32768)]
+    shapes += [(", Gemma-3-4B full", 8, 4, 256, 4, 2048)]
+    for model, heads, kv_heads, head_dim, documents, length in shapes:
+        q = noise(documents, heads, length, head_dim).requires_grad_()
+        k, v = (noise(documents, kv_heads, length, head_dim).requires_grad_() for _ in range(2))
+        d_o = noise(documents, heads, length, head_dim)
         forward, backward = [], []
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
             with sdpa_kernel(backend):
@@ -49,8 +51,8 @@ def attention(report):
                     forward.append(milliseconds(run))
                 o = run()
                 backward.append(milliseconds(lambda: torch.autograd.grad(o, (q, k, v), d_o, retain_graph=True)))
-        report[f"attention forward {documents} x {length}"] = min(forward)
-        report[f"attention backward {documents} x {length}"] = min(backward)
+        report[f"attention forward {documents} x {length}{model}"] = min(forward)
+        report[f"attention backward {documents} x {length}{model}"] = min(backward)
 
 
 def main():

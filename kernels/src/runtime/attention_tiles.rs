@@ -42,12 +42,15 @@ macro_rules! tiles {
 }
 
 impl Tiles {
-    /// For a card and a `head_dim` of 64, 128 or 256.
-    pub fn of(kernel: AttentionKernel, head_dim: u32, arch: Arch) -> Self {
+    /// For a card and a `head_dim` of 64, 128 or 256; `options`: with any of those of `attention_scores.cuh`, which take a few
+    /// registers more.
+    pub fn of(kernel: AttentionKernel, head_dim: u32, arch: Arch, options: bool) -> Self {
         use AttentionKernel::{BwdDkdv, BwdDq, Fwd};
         // In the order of the columns: what a card has of shared memory and registers decides.
         let column = match arch.sm {
+            80 | 87 if options && (kernel, head_dim) == (BwdDq, 64) => 3,
             80 | 87 => 0,
+            90 if options && kernel == Fwd && head_dim < 256 => 3,
             90 => 2,
             100 | 103 => 3,
             // 86, 89, 120: 99 KiB, the least that any card has.
@@ -101,13 +104,20 @@ mod tests {
 
     #[test]
     fn tiles_fit_every_card() {
+        use AttentionKernel::BwdDkdv;
         // Opt-in shared memory of a block, KiB.
         let cards = [(80, 163), (86, 99), (87, 163), (89, 99), (90, 227), (100, 227), (103, 227), (120, 99), (999, 99)];
         for (sm, kib) in cards {
             for kernel in [AttentionKernel::Fwd, AttentionKernel::BwdDq, AttentionKernel::BwdDkdv] {
                 for head_dim in [64, 128, 256] {
-                    let tiles = Tiles::of(kernel, head_dim, Arch { sm });
-                    assert!(tiles.shared(kernel, head_dim) <= kib << 10, "sm_{sm} {kernel:?} {head_dim}: {tiles:?}");
+                    let [plain, optioned] =
+                        [false, true].map(|options| Tiles::of(kernel, head_dim, Arch { sm }, options));
+                    for tiles in [plain, optioned] {
+                        let shared = tiles.shared(kernel, head_dim);
+                        assert!(shared <= kib << 10, "sm_{sm} {kernel:?} {head_dim}: {tiles:?}");
+                    }
+                    let rows = |tiles: Tiles| if kernel == BwdDkdv { tiles.block_n } else { tiles.block_m };
+                    assert_eq!(rows(plain), rows(optioned), "sm_{sm} {kernel:?} {head_dim}: the same table");
                 }
             }
         }
@@ -115,7 +125,7 @@ mod tests {
 
     #[test]
     fn definitions() {
-        let tiles = Tiles::of(AttentionKernel::BwdDkdv, 64, Arch { sm: 90 });
+        let tiles = Tiles::of(AttentionKernel::BwdDkdv, 64, Arch { sm: 90 }, false);
         assert_eq!(
             tiles.defines("f16", 64),
             [("T", "f16"), ("HEAD_DIM", "64"), ("BLOCK_M", "64"), ("BLOCK_N", "64"), ("WARPS", "4"), ("BLOCKS", "3")]

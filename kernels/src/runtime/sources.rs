@@ -194,20 +194,22 @@ fn any_head_dim(arch: Arch) -> Vec<Defines> {
     ["64", "80", "128", "256"].into_iter().flat_map(with).collect()
 }
 
-/// The options of `attention_scores.cuh` by themselves and all together.
-const SCORES: [&[&str]; 4] = [&["WINDOW"], &["SOFTCAP"], &["SINKS"], &["WINDOW", "SOFTCAP", "SINKS"]];
+/// Options of `attention_scores.cuh`: the most used one and all together. A backward has none for sinks.
+const FWD_SCORES: [&[&str]; 2] = [&["WINDOW"], &["WINDOW", "SOFTCAP", "SINKS"]];
+const BWD_SCORES: [&[&str]; 2] = [&["WINDOW"], &["WINDOW", "SOFTCAP"]];
 
-/// Each of `plain`, without options and with each of [`SCORES`].
-fn with_scores(plain: Vec<Defines>) -> Vec<Defines> {
+/// Each of `plain` with each of `options`.
+fn with_each(plain: &[Defines], options: [&[&'static str]; 2]) -> Vec<Defines> {
     let with = |options: &[&'static str], defines: &Defines| {
         defines.iter().copied().chain(options.iter().map(|&name| (name, ""))).collect()
     };
-    let optioned = plain.iter().flat_map(|defines| SCORES.iter().map(move |options| with(options, defines))).collect();
-    [plain, optioned].concat()
+    plain.iter().flat_map(|defines| options.iter().map(move |options| with(options, defines))).collect()
 }
 
 fn attention_f32(arch: Arch) -> Vec<Defines> {
-    with_scores(any_head_dim(arch))
+    let all = any_head_dim(arch);
+    let unusual: Vec<_> = all.iter().filter(|defines| defines.contains(&("HEAD_DIM", "80"))).cloned().collect();
+    [all, with_each(&unusual, FWD_SCORES), with_each(&unusual, BWD_SCORES)].concat()
 }
 
 /// The tensor cores' dtypes and sizes of heads.
@@ -215,26 +217,31 @@ const TENSOR_CORES: [(&str, u32); 6] =
     [("bf16", 64), ("bf16", 128), ("bf16", 256), ("f16", 64), ("f16", 128), ("f16", 256)];
 
 fn attention(kernel: AttentionKernel, arch: Arch) -> Vec<Defines> {
-    let all = TENSOR_CORES.into_iter().filter(|_| arch.sm >= 80);
-    with_scores(all.map(|(dtype, head_dim)| Tiles::of(kernel, head_dim, arch).defines(dtype, head_dim)).collect())
+    let variants = |options: bool| -> Vec<Defines> {
+        let all = TENSOR_CORES.into_iter().filter(|_| arch.sm >= 80);
+        all.map(|(dtype, head_dim)| Tiles::of(kernel, head_dim, arch, options).defines(dtype, head_dim)).collect()
+    };
+    let scores = if kernel == AttentionKernel::Fwd { FWD_SCORES } else { BWD_SCORES };
+    [variants(false), with_each(&variants(true), scores)].concat()
 }
 
 /// wgmma exists on compute capability 9.0 alone.
-fn sm90(arch: Arch, takes: impl Fn(u32) -> bool) -> Vec<Defines> {
+fn sm90(arch: Arch, scores: [&[&'static str]; 2], takes: impl Fn(u32) -> bool) -> Vec<Defines> {
     let all = TENSOR_CORES.into_iter().filter(|&(_, head_dim)| arch.sm == 90 && takes(head_dim));
-    with_scores(all.map(|(dtype, head_dim)| vec![("T", dtype), ("HEAD_DIM", digits(head_dim))]).collect())
+    let plain: Vec<_> = all.map(|(dtype, head_dim)| vec![("T", dtype), ("HEAD_DIM", digits(head_dim))]).collect();
+    [plain.clone(), with_each(&plain, scores)].concat()
 }
 
 fn attention_fwd_sm90(arch: Arch) -> Vec<Defines> {
-    sm90(arch, |_| true)
+    sm90(arch, FWD_SCORES, |_| true)
 }
 
 fn attention_bwd_256_sm90(arch: Arch) -> Vec<Defines> {
-    sm90(arch, |head_dim| head_dim == 256)
+    sm90(arch, BWD_SCORES, |head_dim| head_dim == 256)
 }
 
 fn attention_bwd_sm90(arch: Arch) -> Vec<Defines> {
     let deterministic = |defines: &Defines| [defines.clone(), vec![("DETERMINISTIC", "")]].concat();
-    let plain = sm90(arch, |head_dim| head_dim < 256);
+    let plain = sm90(arch, BWD_SCORES, |head_dim| head_dim < 256);
     plain.iter().map(deterministic).chain(plain.iter().cloned()).collect()
 }

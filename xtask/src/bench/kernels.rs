@@ -31,8 +31,16 @@ const INTERMEDIATE: usize = 9728;
 const VOCAB: usize = 151_936;
 const HEADS: Heads = Heads::new(32, 8, 128, 0.088_388_35);
 
-/// Numbers of documents and tokens per document.
+/// Numbers of documents and tokens per document of Qwen3-4B's attention.
 const ATTENTION: [(usize, usize); 3] = [(4, 2048), (1, 8192), (1, 32_768)];
+
+/// Attention of other models: name, heads, and whether there are sinks.
+const OTHER_ATTENTION: [(&str, Heads, bool); 4] = [
+    ("Gemma-3-4B full", Heads::new(8, 4, 256, 0.0625), false),
+    ("Gemma-3-4B window 1024", Heads::new(8, 4, 256, 0.0625).with_window(1024), false),
+    ("gpt-oss full", Heads::new(64, 8, 64, 0.125), true),
+    ("gpt-oss window 128", Heads::new(64, 8, 64, 0.125).with_window(128), true),
+];
 
 /// Rows of x and `[out, in]` of the weight: the linears of Qwen3-4B, fused as at run time, and a square matrix.
 const PRODUCTS: [[usize; 3]; 6] = [
@@ -69,7 +77,7 @@ pub(crate) fn run(device: &str, python: Option<&Path>) -> Result<(), Box<dyn Err
     let card = cuda.props().name.clone();
     let peers = python.map(peer).transpose()?.unwrap_or_default();
     println!("{card}");
-    println!("{:<44}{:>10}{:>16}{:>12}{:>8}", "", "ms", "", "PyTorch", "ratio");
+    println!("{:<56}{:>10}{:>16}{:>12}{:>8}", "", "ms", "", "PyTorch", "ratio");
     let mut report = serde_json::Map::new();
     for Row { name, milliseconds, work } in &rows {
         let (rate, unit) = match work {
@@ -78,7 +86,7 @@ pub(crate) fn run(device: &str, python: Option<&Path>) -> Result<(), Box<dyn Err
         };
         let peer = peers[name.as_str()].as_f64();
         let beside = peer.map_or_else(String::new, |peer| format!("{peer:>12.3}{:>7.2}×", peer / milliseconds));
-        println!("{name:<44}{milliseconds:>10.4}{rate:>9.2} {unit:<7}{beside}");
+        println!("{name:<56}{milliseconds:>10.4}{rate:>9.2} {unit:<7}{beside}");
         report.insert(name.clone(), json!({"ms": milliseconds, "rate": rate, "unit": unit, "peer_ms": peer}));
     }
     println!("{}", json!({"card": card, "rows": report}));
@@ -118,26 +126,44 @@ impl Bench<'_> {
     }
 
     fn attention(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {
-        let Heads { heads, kv_heads, head_dim, .. } = HEADS;
         for (documents, length) in ATTENTION {
-            let tokens = documents * length;
-            let cu_seqlens: Vec<u32> = (0..=documents).map(|i| (i * length) as u32).collect();
-            let plan = Documents::new(&cu_seqlens, HEADS, self.device, DType::BF16);
-            let (q, d_o) = (self.noise(1, [tokens, heads * head_dim]), self.noise(2, [tokens, heads * head_dim]));
-            let [k, v] = [3, 4].map(|seed| self.noise(seed, [tokens, kv_heads * head_dim]));
-            // Two products over half of the scores.
-            let forward = (2 * 2 * documents * heads * head_dim) as f64 * (length as f64).powi(2) / 2.0;
-            let name = |pass: &str| format!("attention {pass} {documents} x {length}");
-            self.time(rows, name("forward"), Work::Flops(forward), "attention", || {
-                attention::forward(&q, &k, &v, None, HEADS, &plan, 0);
-            })?;
-            let (o, lse) = attention::forward(&q, &k, &v, None, HEADS, &plan, 0);
-            let saved = attention::Saved { q, k, v, o, lse };
-            self.time(rows, name("backward"), Work::Flops(2.5 * forward), "attention", || {
-                attention::backward(&d_o, &saved, None, HEADS, &plan, 0);
-            })?;
+            self.one_attention(rows, "", HEADS, false, [documents, length])?;
+        }
+        for (model, heads, sinks) in OTHER_ATTENTION {
+            self.one_attention(rows, &format!(", {model}"), heads, sinks, [4, 2048])?;
         }
         Ok(())
+    }
+
+    fn one_attention(
+        &self,
+        rows: &mut Vec<Row>,
+        model: &str,
+        layout: Heads,
+        sinks: bool,
+        [documents, length]: [usize; 2],
+    ) -> Result<(), Box<dyn Error>> {
+        let Heads { heads, kv_heads, head_dim, window, .. } = layout;
+        let tokens = documents * length;
+        let cu_seqlens: Vec<u32> = (0..=documents).map(|i| (i * length) as u32).collect();
+        let plan = Documents::new(&cu_seqlens, layout, self.device, DType::BF16);
+        let (q, d_o) = (self.noise(1, [tokens, heads * head_dim]), self.noise(2, [tokens, heads * head_dim]));
+        let [k, v] = [3, 4].map(|seed| self.noise(seed, [tokens, kv_heads * head_dim]));
+        let sinks = sinks.then(|| self.noise(5, [1, heads]).row_vector());
+        let sinks = sinks.as_ref();
+        // Two products over the scores that are seen.
+        let hidden = window.map_or(0, |window| length.saturating_sub(window));
+        let seen = ((length * length - hidden * hidden) / 2) as f64;
+        let forward = (2 * 2 * documents * heads * head_dim) as f64 * seen;
+        let name = |pass: &str| format!("attention {pass} {documents} x {length}{model}");
+        self.time(rows, name("forward"), Work::Flops(forward), "attention", || {
+            attention::forward(&q, &k, &v, sinks, layout, &plan, 0);
+        })?;
+        let (o, lse) = attention::forward(&q, &k, &v, sinks, layout, &plan, 0);
+        let saved = attention::Saved { q, k, v, o, lse };
+        self.time(rows, name("backward"), Work::Flops(2.5 * forward), "attention", || {
+            attention::backward(&d_o, &saved, None, layout, &plan, 0);
+        })
     }
 
     fn bandwidth(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {

@@ -154,9 +154,10 @@ impl Step {
             defines.extend(plan.options(sinks));
             (cuda.kernel(plain, &defines), 128, blocks(rows * (head_dim + 4) * 4))
         } else {
-            let tiles = Tiles::of(kernel, head_dim as u32, arch(cuda));
+            let options = plan.options(sinks);
+            let tiles = Tiles::of(kernel, head_dim as u32, arch(cuda), !options.is_empty());
             let mut defines = tiles.defines(dtype.name(), head_dim as u32);
-            defines.extend(plan.options(sinks));
+            defines.extend(options);
             (cuda.kernel(tensor_cores, &defines), 32 * tiles.warps, tiles.shared(kernel, head_dim as u32))
         };
         Self { kernel, tiles: plan.tables.ptr_at(table.first), count: table.tiles, threads, shared }

@@ -3,7 +3,7 @@
 use super::general::row_sums;
 use super::{Inputs, Plan};
 use crate::runtime::op::{blocks, int};
-use crate::runtime::{Array, DType, Entry, Kernel, MemoryUse, TensorMap, args, entry};
+use crate::runtime::{Array, DType, Defines, Entry, Kernel, MemoryUse, TensorMap, args, entry};
 
 /// Query rows of a forward's tile.
 const ROWS: usize = 128;
@@ -22,7 +22,7 @@ const THREADS: [u32; 3] = [384, 1, 1];
 
 pub(super) fn forward(q: &Array, k: &Array, v: &Array, sinks: Option<&Array>, o: &Array, lse: &Array, plan: &Plan) {
     let Plan { cuda, heads, tokens, forward, tables, tickets, .. } = plan;
-    let kernel = kernel(plan, entry!("attention_fwd_sm90.cu", "attention_fwd_sm90"), sinks.is_some());
+    let kernel = kernel(plan, entry!("attention_fwd_sm90.cu", "attention_fwd_sm90"), plan.options(sinks.is_some()));
     let (window, softcap) = plan.option_args();
     let dim = heads.head_dim;
     // Two tiles of queries or one, two each of keys and values, and barriers.
@@ -68,10 +68,12 @@ pub(super) fn backward(inputs: &Inputs, grads: &[Array; 3], plan: &Plan) {
     // Sums of dq, in an order of the kernels' own, and whose turn it is to add to them.
     let sums = Array::dense(cuda, [n * rows, dim], DType::F32, MemoryUse::Scratch);
     let turns = cuda.is_deterministic().then(|| Array::dense(cuda, [n, rows], DType::F32, MemoryUse::Scratch));
+    let mut options = plan.options(false);
+    options.extend(turns.as_ref().map(|_| ("DETERMINISTIC", "")));
     let turns = turns.as_ref().map_or(0, Array::ptr);
     let (window, softcap) = plan.option_args();
     let per_row = [blocks((rows * n * (dim / 8)).div_ceil(256)), 1, 1];
-    kernel(plan, entry!("attention_bwd_sm90.cu", "attention_bwd_delta_sm90"), false).launch(
+    kernel(plan, entry!("attention_bwd_sm90.cu", "attention_bwd_delta_sm90"), options.clone()).launch(
         per_row,
         [256, 1, 1],
         0,
@@ -81,7 +83,7 @@ pub(super) fn backward(inputs: &Inputs, grads: &[Array; 3], plan: &Plan) {
     let shared = 1024 * dim + 66_688;
     let [q_map, do_map] = [q, d_o].map(|x| map(x, dim, QUERIES));
     let [k_map, v_map] = [k, v].map(|x| map(x, dim, KEYS));
-    kernel(plan, entry!("attention_bwd_sm90.cu", "attention_bwd_sm90"), false).launch(
+    kernel(plan, entry!("attention_bwd_sm90.cu", "attention_bwd_sm90"), options.clone()).launch(
         [blocks(dkdv.tiles * kv_heads), 1, 1],
         THREADS,
         blocks(shared),
@@ -107,7 +109,7 @@ pub(super) fn backward(inputs: &Inputs, grads: &[Array; 3], plan: &Plan) {
             softcap
         ],
     );
-    kernel(plan, entry!("attention_bwd_sm90.cu", "attention_bwd_dq_sm90"), false).launch(
+    kernel(plan, entry!("attention_bwd_sm90.cu", "attention_bwd_dq_sm90"), options).launch(
         per_row,
         [256, 1, 1],
         0,
@@ -126,7 +128,7 @@ fn backward_wide(inputs: &Inputs, [dq, dk, dv]: &[Array; 3], plan: &Plan) {
     row_sums(o, d_o, delta, plan);
     let [k_map, v_map] = [k, v].map(|x| map(x, dim, QUERIES));
     let [q_map, do_map] = [q, d_o].map(|x| map(x, dim, ROWS));
-    kernel(plan, entry!("attention_bwd_256_sm90.cu", "attention_bwd_dq_256_sm90"), false).launch(
+    kernel(plan, entry!("attention_bwd_256_sm90.cu", "attention_bwd_dq_256_sm90"), plan.options(false)).launch(
         [blocks(plan.dq.tiles * n), 1, 1],
         THREADS,
         // Two tiles each of q and d_o, two of k, one of v, and barriers.
@@ -151,7 +153,7 @@ fn backward_wide(inputs: &Inputs, [dq, dk, dv]: &[Array; 3], plan: &Plan) {
     );
     let [q_map, do_map] = [q, d_o].map(|x| map(x, dim, QUERIES));
     let [k_map, v_map] = [k, v].map(|x| map(x, dim, QUERIES));
-    kernel(plan, entry!("attention_bwd_256_sm90.cu", "attention_bwd_dkdv_256_sm90"), false).launch(
+    kernel(plan, entry!("attention_bwd_256_sm90.cu", "attention_bwd_dkdv_256_sm90"), plan.options(false)).launch(
         [blocks(plan.dkdv.tiles * kv_heads), 1, 1],
         THREADS,
         // A tile each of k and v, two each of q and d_o, probabilities, statistics and barriers.
@@ -178,13 +180,11 @@ fn backward_wide(inputs: &Inputs, [dq, dk, dv]: &[Array; 3], plan: &Plan) {
     );
 }
 
-fn kernel(plan: &Plan, entry: Entry, sinks: bool) -> Kernel {
+/// `options`: the definitions that choose between forms of the file.
+fn kernel(plan: &Plan, entry: Entry, options: Defines) -> Kernel {
     let head_dim = plan.heads.head_dim.to_string();
     let mut defines = vec![("T", plan.dtype.name()), ("HEAD_DIM", &head_dim)];
-    if plan.cuda.is_deterministic() {
-        defines.push(("DETERMINISTIC", ""));
-    }
-    defines.extend(plan.options(sinks));
+    defines.extend(options);
     plan.cuda.kernel(entry, &defines)
 }
 

@@ -38,7 +38,8 @@ pub(super) fn rows(kernel: AttentionKernel, engine: Engine, head_dim: usize, arc
         Engine::Sm90 => SM90_ROWS,
         Engine::Plain => PLAIN_ROWS,
         Engine::MmaSync => {
-            let tiles = Tiles::of(kernel, head_dim as u32, arch);
+            // Options change no table.
+            let tiles = Tiles::of(kernel, head_dim as u32, arch, false);
             (if kernel == AttentionKernel::BwdDkdv { tiles.block_n } else { tiles.block_m }) as usize
         }
     }
