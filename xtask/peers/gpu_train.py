@@ -78,7 +78,13 @@ def peft_model(job):
         )
     model = AutoModelForCausalLM.from_pretrained(job.weights, **options)
     if job.mode != "full":
-        config = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+        # transformers stacks the experts of a layer into parameters, which are not linears.
+        experts = dict(
+            target_modules=TARGETS[:4],
+            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        )
+        targets = experts if getattr(model.config, "num_experts", None) else dict(target_modules=TARGETS)
+        config = LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM", **targets)
         model = get_peft_model(model, config)
     if job.checkpointing != "off":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -12,47 +12,99 @@ pub(crate) enum Shape {
     Qwen3_4b,
     #[value(name = "llama-3.1-8b")]
     Llama3_1_8b,
+    #[value(name = "gemma-3-4b")]
+    Gemma3_4b,
+    /// 12 of the 48 layers of Qwen3-30B-A3B.
+    #[value(name = "qwen3-30b-a3b-12")]
+    Qwen3_30bA3b12,
+    /// All layers of Qwen3-30B-A3B.
+    #[value(name = "qwen3-30b-a3b")]
+    Qwen3_30bA3b,
 }
 
 impl Shape {
     /// Returns the `config.json` of the model with this name, without Llama's RoPE scaling, which costs nothing.
     pub(crate) fn config(self) -> Value {
-        let (hidden, intermediate, layers, heads) = match self {
-            Self::Qwen3_0_6b => (1024, 3072, 28, 16),
-            Self::Qwen3_4b => (2560, 9728, 36, 32),
-            Self::Llama3_1_8b => (4096, 14_336, 32, 32),
-        };
-        let mut config = json!({
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            "torch_dtype": "bfloat16",
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 151_936,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1e6,
-            "max_position_embeddings": 40_960,
-            "tie_word_embeddings": true,
-            "hidden_act": "silu"
-        });
-        if let Self::Llama3_1_8b = self {
-            let differs = json!({
-                "architectures": ["LlamaForCausalLM"],
-                "model_type": "llama",
-                "vocab_size": 128_256,
-                "rms_norm_eps": 1e-5,
-                "rope_theta": 5e5,
-                "max_position_embeddings": 131_072,
-                "tie_word_embeddings": false
-            });
-            if let (Value::Object(config), Value::Object(differs)) = (&mut config, differs) {
-                config.extend(differs);
-            }
+        match self {
+            Self::Qwen3_0_6b => qwen3(1024, 3072, 28, 16),
+            Self::Qwen3_4b => qwen3(2560, 9728, 36, 32),
+            Self::Llama3_1_8b => with(
+                qwen3(4096, 14_336, 32, 32),
+                json!({
+                    "architectures": ["LlamaForCausalLM"],
+                    "model_type": "llama",
+                    "vocab_size": 128_256,
+                    "rms_norm_eps": 1e-5,
+                    "rope_theta": 5e5,
+                    "max_position_embeddings": 131_072,
+                    "tie_word_embeddings": false
+                }),
+            ),
+            Self::Gemma3_4b => with(
+                qwen3(2560, 10_240, 34, 8),
+                json!({
+                    "architectures": ["Gemma3ForCausalLM"],
+                    "model_type": "gemma3_text",
+                    "num_key_value_heads": 4,
+                    "head_dim": 256,
+                    "vocab_size": 262_208,
+                    "max_position_embeddings": 131_072,
+                    "hidden_activation": "gelu_pytorch_tanh",
+                    "query_pre_attn_scalar": 256,
+                    "sliding_window": 1024,
+                    "sliding_window_pattern": 6,
+                    "rope_local_base_freq": 1e4,
+                    "rope_scaling": {"rope_type": "linear", "factor": 8.0}
+                }),
+            ),
+            Self::Qwen3_30bA3b12 => qwen3_moe(12),
+            Self::Qwen3_30bA3b => qwen3_moe(48),
         }
-        config
     }
+}
+
+fn qwen3(hidden: usize, intermediate: usize, layers: usize, heads: usize) -> Value {
+    json!({
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "torch_dtype": "bfloat16",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 40_960,
+        "tie_word_embeddings": true,
+        "hidden_act": "silu"
+    })
+}
+
+fn qwen3_moe(layers: usize) -> Value {
+    with(
+        qwen3(2048, 6144, layers, 32),
+        json!({
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": true,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "tie_word_embeddings": false
+        }),
+    )
+}
+
+/// Returns `config` with the keys of `differs` replaced or added.
+fn with(mut config: Value, differs: Value) -> Value {
+    if let (Value::Object(config), Value::Object(differs)) = (&mut config, differs) {
+        config.extend(differs);
+    }
+    config
 }
