@@ -1,4 +1,4 @@
-// What the attention kernels for compute capability 9.0 share: barriers, the copy engine, wgmma. The loader puts this
+// What the kernels for compute capability 9.0 share: barriers, the copy engine, wgmma. The loader puts this
 // text after prelude.cuh and before each of them.
 
 // What cuTensorMapEncodeTiled fills.
@@ -85,6 +85,53 @@ template <int PENDING, int N> DEVICE void wgmma_wait(f32 (&d)[N]) {
 // A wgmma descriptor: 128-byte swizzle, 1024 bytes between groups of 8 rows, `panel` bytes between panels of 64 columns
 // (read for a transposed operand alone).
 DEVICE u64 descriptor(u32 at, u32 panel) {
-    return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)(panel >> 4) << 16 | (u64)(at >> 4);
+    // In a cluster the upper bits of a shared address name the block.
+    return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)(panel >> 4) << 16 | (u64)((at & 0x3ffff) >> 4);
 }
 
+// True in one lane of a warp that has converged; the compiler knows that it is one.
+DEVICE bool elect_one() {
+    u32 elected;
+    asm volatile("{ .reg .pred one; elect.sync _|one, 0xffffffff; selp.u32 %0, 1, 0, one; }" : "=r"(elected));
+    return elected;
+}
+
+// Blocks of a cluster, one or two.
+template <int BLOCKS> DEVICE u32 cluster_rank() {
+    u32 rank = 0;
+    if (BLOCKS > 1) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+template <int BLOCKS> DEVICE void cluster_sync() {
+    if (BLOCKS == 1) __syncthreads();
+    else asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Arrives at the barrier of the block `rank`.
+DEVICE void barrier_arrive_at(u32 bar, u32 rank) {
+    asm volatile(
+        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
+        "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(bar), "r"(rank)
+        : "memory");
+}
+
+// One box of a matrix, from row `row` and column `col`, into this block or, at the same place, into both of a cluster.
+DEVICE void load_box(u32 to, const TensorMap* map, u32 bar, int row, int col) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+        "l"(map), "r"(col), "r"(row), "r"(0), "r"(bar)
+        : "memory");
+}
+DEVICE void load_box_to_both(u32 to, const TensorMap* map, u32 bar, int row, int col) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4}], "
+        "[%5], %6;" ::"r"(to),
+        "l"(map), "r"(col), "r"(row), "r"(0), "r"(bar), "h"((u16)3)
+        : "memory");
+}
+
+DEVICE int load_shared_int(u32 at) {
+    int x;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
+    return x;
+}
+DEVICE void store_shared_int(u32 at, int x) { asm volatile("st.shared.s32 [%0], %1;" ::"r"(at), "r"(x) : "memory"); }

@@ -13,7 +13,9 @@ use std::time::Instant;
 use burn::tensor::DType;
 use common::attention::Attention;
 use common::embedding::Embedding;
+use common::experts::{Activation, Router};
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
+use common::grouped::Grouped;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
 use common::optimizer::{By, RULES, Steps, some_steps};
@@ -24,6 +26,7 @@ use common::stacked::Stack;
 use common::{Case, LOW_DTYPES, Layout, Place, judge, properties};
 use rekindle_kernels::Device;
 use rekindle_kernels::optimizer::StateFormat;
+use rekindle_kernels::routing::RoutingForm;
 use rekindle_kernels::runtime::{Arch, Cuda, SOURCES};
 
 const F32: DType = DType::F32;
@@ -65,6 +68,7 @@ fn run(suite: &mut Suite) -> Result<(), Lost> {
     let before = suite.cuda.memory();
 
     operations(suite)?;
+    experts(suite)?;
     attentions(suite)?;
     losses(suite)?;
     optimizer(suite)?;
@@ -170,6 +174,38 @@ fn compile_attention(cuda: &Cuda) {
     }
     let specs: Vec<_> = variants.iter().map(|(file, defines)| (*file, defines.as_slice())).collect();
     cuda.prepare(&specs);
+}
+
+fn experts(suite: &mut Suite) -> Result<(), Lost> {
+    // Below a tile of 64 or 128 rows, at it and above it, alone and in pairs; no rows; adapters and whole tiles of columns.
+    let rows: [&[usize]; 5] =
+        [&[1], &[3, 0, 5], &[0, 127, 1, 128, 129, 0], &[64, 65, 63, 200, 256, 257, 0], &[0, 700, 0, 385]];
+    for rows in rows {
+        for sizes in [[5, 7], [16, 72], [72, 16], [264, 40], [328, 200]] {
+            suite.dtypes(|dtype| Grouped::with_rows(rows, sizes, dtype))?;
+        }
+    }
+    for (tokens, experts, top_k) in [(1, 3, 3), (37, 8, 3), (300, 5, 2)] {
+        for sizes in [[5, 7], [16, 72], [72, 16], [264, 328]] {
+            suite.dtypes(|dtype| Grouped::of_tokens(tokens, experts, top_k, sizes, dtype))?;
+        }
+    }
+    let forms = [
+        RoutingForm::SoftmaxTopK { normalize: false },
+        RoutingForm::SoftmaxTopK { normalize: true },
+        RoutingForm::TopKSoftmax,
+        RoutingForm::Sigmoid,
+    ];
+    for form in forms {
+        // More than one block of 1024 selections.
+        for (tokens, experts, top_k) in [(3, 5, 2), (33, 8, 8), (300, 128, 8), (70, 512, 10)] {
+            suite.dtypes(|dtype| Router::new(tokens, experts, top_k, form, dtype))?;
+        }
+    }
+    for (tokens, experts, top_k, width) in [(1, 1, 1, 1), (3, 5, 2, 7), (37, 8, 3, 40), (130, 16, 8, 264)] {
+        suite.dtypes(|dtype| Activation::new(tokens, experts, top_k, width, dtype))?;
+    }
+    Ok(())
 }
 
 fn attentions(suite: &mut Suite) -> Result<(), Lost> {

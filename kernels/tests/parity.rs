@@ -7,7 +7,9 @@ mod common;
 use burn::tensor::DType::F32;
 use common::attention::Attention;
 use common::embedding::Embedding;
+use common::experts::{Activation, Router};
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
+use common::grouped::Grouped;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
 use common::optimizer::{By, RULES, Steps, some_steps};
@@ -16,6 +18,7 @@ use common::rms_norm::{AddedNorm, Form, RmsNorm};
 use common::rope::Rope;
 use common::{Layout, Place, check, check_in};
 use rekindle_kernels::optimizer::StateFormat;
+use rekindle_kernels::routing::RoutingForm;
 use rekindle_kernels::{Backend, Device};
 
 #[test]
@@ -153,6 +156,33 @@ fn linear_cross_entropy_in_several_chunks() {
         check_in(&LinearCrossEntropy::new([150, 8, 65_600], F32, counts), &[Layout::Owned]);
         let capped = LinearCrossEntropy::new([150, 8, 65_600], F32, counts).capped(0.5, Some(4.0)).weighted();
         check_in(&capped, &[Layout::Owned]);
+    }
+}
+
+#[test]
+fn grouped_products() {
+    for (rows, sizes) in [(&[1][..], [1, 1]), (&[3, 0, 5], [5, 7]), (&[0, 1, 33, 0], [40, 24]), (&[70, 64], [33, 65])] {
+        check(&Grouped::with_rows(rows, sizes, F32));
+    }
+    check(&Grouped::of_tokens(1, 3, 3, [4, 5], F32));
+    check(&Grouped::of_tokens(37, 8, 3, [24, 16], F32));
+}
+
+#[test]
+fn experts() {
+    let forms = [
+        RoutingForm::SoftmaxTopK { normalize: false },
+        RoutingForm::SoftmaxTopK { normalize: true },
+        RoutingForm::TopKSoftmax,
+        RoutingForm::Sigmoid,
+    ];
+    for form in forms {
+        for (tokens, experts, top_k) in [(3, 5, 2), (33, 8, 8), (70, 40, 4)] {
+            check(&Router::new(tokens, experts, top_k, form, F32));
+        }
+    }
+    for (tokens, experts, top_k, width) in [(1, 1, 1, 1), (3, 5, 2, 7), (37, 8, 3, 40)] {
+        check(&Activation::new(tokens, experts, top_k, width, F32));
     }
 }
 

@@ -15,6 +15,9 @@ PRODUCTS = [
     (8192, 8192, 8192),
 ]
 
+EXPERTS = [(128, 1536, 2048), (128, 2048, 768), (32, 5760, 2880)]
+EXPERT_ROWS = 65536
+
 
 def milliseconds(run, runs=20):
     for _ in range(3):
@@ -55,6 +58,18 @@ def attention(report):
         report[f"attention backward {documents} x {length}{model}"] = min(backward)
 
 
+def experts(report):
+    for experts, n, k in EXPERTS:
+        hashes = torch.arange(EXPERT_ROWS) * 2654435761 % 2**32 // 2**16
+        ends = torch.bincount(hashes % experts, minlength=experts).cumsum(0).to("cuda", torch.int32)
+        x, w, dy = noise(EXPERT_ROWS, k), noise(experts, n, k), noise(EXPERT_ROWS, n)
+        name = f"{experts} experts"
+        nt = milliseconds(lambda: torch._grouped_mm(x, w.transpose(1, 2), offs=ends))
+        report[f"grouped nt {n} x {k}, {name}"] = nt
+        report[f"grouped nn {k} x {n}, {name}"] = milliseconds(lambda: torch._grouped_mm(dy, w, offs=ends))
+        report[f"grouped tn {n} x {k}, {name}"] = milliseconds(lambda: torch._grouped_mm(dy.t(), x, offs=ends))
+
+
 def main():
     report = {}
     attention(report)
@@ -62,6 +77,7 @@ def main():
         x, w, dy = noise(m, k), noise(n, k), noise(m, n)
         report[f"product nt {m} x {n} x {k}"] = milliseconds(lambda: x @ w.t())
         report[f"product nn {m} x {k} x {n}"] = milliseconds(lambda: dy @ w)
+    experts(report)
     large = noise(8 * TOKENS, 16 * 1024)
     target = torch.empty_like(large)
     report["copy"] = milliseconds(lambda: target.copy_(large))

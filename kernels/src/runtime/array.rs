@@ -309,6 +309,21 @@ impl Ints {
         Self { buffer: Arc::new(cuda.uploaded(&bytes, usage)), len: values.len() }
     }
 
+    /// A list that is not initialized.
+    pub fn unfilled(cuda: &Cuda, len: usize, usage: MemoryUse) -> Self {
+        Self { buffer: Arc::new(cuda.alloc(4 * len, usage)), len }
+    }
+
+    /// The elements, after waiting for everything queued so far.
+    ///
+    /// # Errors
+    /// The first error of the device since the last one that was taken.
+    pub fn to_vec(&self) -> Result<Vec<u32>, CudaError> {
+        let mut bytes = vec![0; 4 * self.len];
+        self.buffer.cuda().download(&self.buffer, &mut bytes)?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
+    }
+
     /// Returns the number of elements.
     pub fn len(&self) -> usize {
         self.len

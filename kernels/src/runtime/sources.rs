@@ -68,7 +68,11 @@ sources! {
         "scale", "scale_columns", "scatter_rows"
     ];
     "embedding.cu" with any_dtype, ["embedding_bwd", "embedding_fwd"];
+    "expert_act.cu" with any_dtype, ["expert_act_bwd", "expert_act_fwd"];
     "gated_activation.cu" with any_activation, ["gated_activation_bwd", "gated_activation_fwd"];
+    "grouped.cu" with grouped, ["grouped"];
+    "grouped_grad_sm90.cu" after "sm90.cuh" with grouped_grad_sm90, ["grouped_grad_sm90"];
+    "grouped_sm90.cu" after "sm90.cuh" with grouped_sm90, ["grouped_sm90"];
     "optimizer.cu" with any_dtype, ["adamw", "lion", "sgd", "sum_squares", "sum_squares_finish"];
     "optimizer_8bit.cu" with f32_alone, ["adamw_8bit", "lion_8bit", "sgd_8bit"];
     "param_copies.cu" with any_dtype, ["param_copies"];
@@ -80,6 +84,9 @@ sources! {
     "reduce.cu" with any_dtype, ["add", "add_row_bias", "column_sums", "copy_2d", "sum_partials"];
     "rms_norm.cu" with any_gain, [
         "rms_norm_add", "rms_norm_bwd", "rms_norm_dw", "rms_norm_fwd", "rms_norm_recompute"
+    ];
+    "routing.cu" with any_dtype, [
+        "dispatch_count", "dispatch_place", "dispatch_scan", "router_bwd", "router_fwd", "sum_slots"
     ];
     "stochastic.cu" after "philox.cuh" with any_dtype, ["store_4bit", "store_bf16", "store_int8"];
 }
@@ -244,4 +251,33 @@ fn attention_bwd_sm90(arch: Arch) -> Vec<Defines> {
     let deterministic = |defines: &Defines| [defines.clone(), vec![("DETERMINISTIC", "")]].concat();
     let plain = sm90(arch, BWD_SCORES, |head_dim| head_dim < 256);
     plain.iter().map(deterministic).chain(plain.iter().cloned()).collect()
+}
+
+/// Every dtype and form of a grouped product.
+fn grouped(arch: Arch) -> Vec<Defines> {
+    crossed(&any_dtype(arch), &[&[("FORM", "0")], &[("FORM", "1")], &[("FORM", "2")]])
+}
+
+/// The dtypes and widths of the grouped products with wgmma.
+fn grouped_widths(arch: Arch) -> Vec<Defines> {
+    let dtypes = ["bf16", "f16"].into_iter().filter(|_| arch.sm == 90).map(|dtype| vec![("T", dtype)]);
+    crossed(&dtypes.collect::<Vec<_>>(), &[&[("BN", "64")], &[("BN", "256")]])
+}
+
+fn grouped_sm90(arch: Arch) -> Vec<Defines> {
+    let forms = crossed(&grouped_widths(arch), &[&[("FORM", "0")], &[("FORM", "1")]]);
+    crossed(&crossed(&forms, &[&[], &[("ADD", "")]]), &[&[], &[("GATHER", "")]])
+}
+
+fn grouped_grad_sm90(arch: Arch) -> Vec<Defines> {
+    let mut widths = grouped_widths(arch);
+    let alone = |list: &Defines| list.contains(&("BN", "256")).then(|| [list.as_slice(), &[("CLUSTER", "1")]].concat());
+    widths.extend(widths.iter().filter_map(alone).collect::<Vec<_>>());
+    crossed(&crossed(&widths, &[&[], &[("GATHER_DY", "")]]), &[&[], &[("GATHER_X", "")]])
+}
+
+/// Each list followed by each of some others.
+fn crossed(lists: &[Defines], more: &[&[(&'static str, &'static str)]]) -> Vec<Defines> {
+    let with = |list: &Defines| more.iter().map(|more| [list.as_slice(), more].concat()).collect::<Vec<_>>();
+    lists.iter().flat_map(with).collect()
 }

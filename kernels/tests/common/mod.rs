@@ -9,7 +9,9 @@
 
 pub(crate) mod attention;
 pub(crate) mod embedding;
+pub(crate) mod experts;
 pub(crate) mod gated_activation;
+pub(crate) mod grouped;
 pub(crate) mod linear;
 pub(crate) mod linear_cross_entropy;
 pub(crate) mod optimizer;

@@ -7,13 +7,17 @@ use std::process::Command;
 use burn::tensor::DType;
 use rekindle_kernels::attention::{self, Documents, Heads};
 use rekindle_kernels::gated_activation::{self, Activation};
+use rekindle_kernels::grouped::{self, GroupedRows};
 use rekindle_kernels::linear_cross_entropy::{self, LmHead, TokenWeights};
 use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, Step};
 use rekindle_kernels::quantized::{Absmax, QuantizedData, QuantizedFormat};
 use rekindle_kernels::rms_norm::{self, Gain, GainEps};
 use rekindle_kernels::rope::{self, Norm, Rotation, Tables};
+use rekindle_kernels::routing::{self, Dispatch, RoutingForm};
 use rekindle_kernels::runtime::Cuda;
-use rekindle_kernels::{Device, ParamsBuilder, QuantizedWeight, Tensor, from_f32, from_le_bytes, matmul, parse_device};
+use rekindle_kernels::{
+    Device, ParamsBuilder, QuantizedWeight, Tensor, expert_act, from_f32, from_le_bytes, matmul, parse_device,
+};
 use serde_json::{Value, json};
 
 use super::result;
@@ -52,6 +56,11 @@ const PRODUCTS: [[usize; 3]; 6] = [
     [8192, 8192, 8192],
 ];
 
+/// Experts, and `[out, in]` of each, with [`EXPERT_ROWS`] rows in all: gate and up, and down, of Qwen3-30B-A3B; gate and
+/// up of gpt-oss-20B.
+const EXPERTS: [(usize, [usize; 2]); 3] = [(128, [1536, 2048]), (128, [2048, 768]), (32, [5760, 2880])];
+const EXPERT_ROWS: usize = 65_536;
+
 /// One measured operation.
 struct Row {
     name: String,
@@ -74,6 +83,7 @@ pub(crate) fn run(device: &str, python: Option<&Path>) -> Result<(), Box<dyn Err
     bench.attention(&mut rows)?;
     bench.bandwidth(&mut rows)?;
     bench.products(&mut rows)?;
+    bench.experts(&mut rows)?;
     let card = cuda.props().name.clone();
     let peers = python.map(peer).transpose()?.unwrap_or_default();
     println!("{card}");
@@ -303,6 +313,64 @@ impl Bench<'_> {
             })?;
         }
         Ok(())
+    }
+
+    fn experts(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {
+        for (experts, [n, k]) in EXPERTS {
+            // Nearly even, with borders anywhere.
+            let chosen: Vec<u32> = (0..EXPERT_ROWS as u32)
+                .map(|s| s.wrapping_mul(2_654_435_761) >> 16)
+                .map(|hash| hash % experts as u32)
+                .collect();
+            let dispatch = Dispatch::of(&chosen, experts, 1, self.device);
+            let [x, dy] = [(1, k), (2, n)].map(|(seed, width)| self.noise(seed, [EXPERT_ROWS, width]));
+            let w = self.noise(3, [experts * n, k]);
+            let flops = || Work::Flops((2 * EXPERT_ROWS * n * k) as f64);
+            let name = |form: &str, n: usize, k: usize| format!("grouped {form} {n} x {k}, {experts} experts");
+            self.time(rows, name("nt", n, k), flops(), "grouped", || {
+                grouped::nt(GroupedRows::Sorted(&x), &w, &dispatch);
+            })?;
+            self.time(rows, name("nn", k, n), flops(), "grouped", || {
+                grouped::nn(GroupedRows::Sorted(&dy), &w, &dispatch);
+            })?;
+            if k != EXPERTS[0].1[1] {
+                continue;
+            }
+            let mut builder = ParamsBuilder::new(self.device, DType::BF16);
+            let at = builder.push("w", &[experts * n, k], true, &vec![0.0; experts * n * k]);
+            let mut grads = builder.build().zero_grads();
+            self.time(rows, name("tn", n, k), flops(), "grouped", || {
+                grads.add_grouped_tn(at, 1.0, GroupedRows::Sorted(&dy), GroupedRows::Sorted(&x), &dispatch);
+            })?;
+        }
+        self.routing(rows)
+    }
+
+    /// What stands between the products of Qwen3-30B-A3B's experts.
+    fn routing(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {
+        const TOP_K: usize = 8;
+        let (experts, [width, hidden]) = EXPERTS[0];
+        let tokens = EXPERT_ROWS / TOP_K;
+        let logits = self.noise(1, [tokens, experts]);
+        let form = RoutingForm::SoftmaxTopK { normalize: true };
+        let bytes = |values: usize| Work::Bytes(2.0 * values as f64);
+        self.time(rows, "router and sort by expert", bytes(tokens * experts), "", || {
+            routing::forward(logits.clone(), TOP_K, form);
+        })?;
+        let routing::Routing { weights, dispatch, .. } = routing::forward(logits.clone(), TOP_K, form);
+        let (y, onto) = (self.noise(2, [EXPERT_ROWS, hidden]), self.noise(3, [tokens, hidden]));
+        self.time(rows, "sum over a token's experts", bytes((EXPERT_ROWS + 2 * tokens) * hidden), "", || {
+            routing::sum_slots(&y, &dispatch, Some(&onto));
+        })?;
+        drop(y);
+        let (gate_up, dact) = (self.noise(4, [EXPERT_ROWS, width]), self.noise(5, [EXPERT_ROWS, width / 2]));
+        let values = EXPERT_ROWS * width;
+        self.time(rows, "expert activation forward", bytes(values + values / 2), "", || {
+            expert_act::forward(&gate_up, &weights, &dispatch);
+        })?;
+        self.time(rows, "expert activation backward", bytes(3 * values), "expert_act", || {
+            expert_act::backward(dact.clone(), gate_up.clone(), &weights, &dispatch);
+        })
     }
 
     /// Returns random bf16 numbers in (-1, 1).

@@ -1,0 +1,189 @@
+//! What stands between the products of a mixture of experts: router, activation, sum over the experts of a token.
+
+use burn::tensor::{DType, Tensor as BurnTensor};
+use rekindle_kernels::routing::{self, Dispatch, HostDispatch, RoutingForm};
+use rekindle_kernels::{Device, Tensor, expert_act, from_f32};
+
+use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
+
+/// Weights of the chosen experts.
+pub(crate) struct Router {
+    tokens: usize,
+    experts: usize,
+    top_k: usize,
+    form: RoutingForm,
+    logits: Vec<f32>,
+    dweights: Vec<f32>,
+    /// The experts of each token, by the logits.
+    chosen: Vec<u32>,
+}
+
+impl Router {
+    pub(crate) fn new(tokens: usize, experts: usize, top_k: usize, form: RoutingForm, dtype: DType) -> Self {
+        // Numbers of 16 bits are often equal, and then the lower expert is chosen.
+        let logits = rounded(noise(1, tokens * experts).iter().map(|x| x * 2.0).collect(), dtype);
+        let chosen = logits.chunks_exact(experts).flat_map(|row| {
+            let mut order: Vec<usize> = (0..experts).collect();
+            order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+            order.into_iter().take(top_k).map(|expert| expert as u32)
+        });
+        let chosen = chosen.collect();
+        Self { tokens, experts, top_k, form, dweights: noise(2, tokens * top_k), logits, chosen }
+    }
+}
+
+impl Case for Router {
+    fn naive(&self, dtype: DType) -> Results {
+        let &Self { tokens, experts, top_k, .. } = self;
+        // The router computes in f32 whatever the logits are.
+        let oracle = Oracle::new(if dtype == DType::F64 { dtype } else { DType::F32 });
+        let logits = oracle.leaf(&self.logits, [tokens, experts]);
+        let pick = |all: BurnTensor<2>| {
+            let cells = self.chosen.iter().enumerate().map(|(s, &e)| {
+                let token = s / top_k;
+                all.clone().slice([token..token + 1, e as usize..e as usize + 1])
+            });
+            BurnTensor::cat(cells.collect(), 0).reshape([tokens, top_k])
+        };
+        let softmax = |x: BurnTensor<2>| {
+            let e = (x.clone() - x.max_dim(1)).exp();
+            e.clone() / e.sum_dim(1)
+        };
+        let weights = match self.form {
+            RoutingForm::SoftmaxTopK { normalize: false } => pick(softmax(logits.clone())),
+            RoutingForm::SoftmaxTopK { normalize: true } => {
+                let picked = pick(softmax(logits.clone()));
+                picked.clone() / picked.sum_dim(1)
+            }
+            RoutingForm::TopKSoftmax => softmax(pick(logits.clone())),
+            RoutingForm::Sigmoid => (pick(logits.clone()).neg().exp() + 1.0).recip(),
+        };
+        let grads = (weights.clone() * oracle.constant(&self.dweights, [tokens, top_k])).sum().backward();
+        // Their gradient is rounded to the dtype of the logits.
+        let dlogits = grad(&logits, &grads);
+        let dlogits = match dtype {
+            DType::F64 | DType::F32 => dlogits,
+            _ => rounded(dlogits.iter().map(|&x| x as f32).collect(), dtype).into_iter().map(f64::from).collect(),
+        };
+        vec![("weights", values(weights)), ("dlogits", dlogits)]
+    }
+
+    fn ours(&self, place: &Place) -> Results {
+        let &Self { tokens, experts, top_k, form, .. } = self;
+        let logits = place.matrix(&self.logits, [tokens, experts]);
+        let routing = routing::forward(logits, top_k, form);
+        let host = routing.dispatch.to_host();
+        assert_eq!(host, HostDispatch::of(&self.chosen, experts), "the choice");
+        let dweights = in_f32(&self.dweights, [tokens, top_k], place);
+        vec![("weights", values(routing.weights.clone())), ("dlogits", values(routing::backward(&routing, &dweights)))]
+    }
+}
+
+impl std::fmt::Debug for Router {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { tokens, experts, top_k, form, .. } = self;
+        write!(f, "router {tokens} tokens, {top_k} of {experts} experts, {form:?}")
+    }
+}
+
+/// The activation, and the sum over the experts of a token.
+pub(crate) struct Activation {
+    tokens: usize,
+    experts: usize,
+    top_k: usize,
+    width: usize,
+    chosen: Vec<u32>,
+    gate_up: Vec<f32>,
+    weights: Vec<f32>,
+    dact: Vec<f32>,
+    onto: Vec<f32>,
+}
+
+impl Activation {
+    pub(crate) fn new(tokens: usize, experts: usize, top_k: usize, width: usize, dtype: DType) -> Self {
+        let rows = tokens * top_k;
+        let chosen = (0..rows).map(|s| ((s / top_k * 5 + s % top_k * 3) % experts) as u32).collect();
+        let input = |seed, n, by: f32| rounded(noise(seed, n).iter().map(|x| x * by).collect(), dtype);
+        Self {
+            tokens,
+            experts,
+            top_k,
+            width,
+            chosen,
+            // Gates where the sigmoid both bends and saturates.
+            gate_up: input(1, rows * 2 * width, 6.0),
+            weights: noise(2, rows).iter().map(|x| x.abs()).collect(),
+            dact: input(3, rows * width, 1.0),
+            onto: input(4, tokens * width, 1.0),
+        }
+    }
+}
+
+impl Case for Activation {
+    fn naive(&self, dtype: DType) -> Results {
+        let &Self { tokens, experts, top_k, width, .. } = self;
+        let (rows, host) = (tokens * top_k, HostDispatch::of(&self.chosen, experts));
+        let oracle = Oracle::new(dtype);
+        let gate_up = oracle.leaf(&self.gate_up, [rows, 2 * width]);
+        let w: Vec<f32> = host.sorted.iter().map(|&s| self.weights[s as usize]).collect();
+        let w = oracle.leaf(&w, [rows, 1]);
+        let (gate, up) = (gate_up.clone().narrow(1, 0, width), gate_up.clone().narrow(1, width, width));
+        let act = gate.clone() / (gate.neg().exp() + 1.0) * up * w.clone();
+        let grads = (act.clone() * oracle.constant(&self.dact, [rows, width])).sum().backward();
+        let dw_sorted = grad(&w, &grads);
+        let dw = host.rows.iter().map(|&row| dw_sorted[row as usize]).collect();
+        let dact = oracle.constant(&self.dact, [rows, width]);
+        let slots = (0..top_k).map(|slot| {
+            let parts = (0..tokens).map(|token| {
+                let row = host.rows[token * top_k + slot] as usize;
+                dact.clone().slice([row..row + 1])
+            });
+            BurnTensor::cat(parts.collect(), 0)
+        });
+        let slots: Vec<BurnTensor<2>> = slots.collect();
+        let sum = slots.iter().fold(oracle.constant(&self.onto, [tokens, width]), |sum, slot| sum + slot.clone());
+        let alone = slots.into_iter().reduce(|sum, slot| sum + slot).expect("there is a slot");
+        vec![
+            ("act", values(act)),
+            ("dgate_up", grad(&gate_up, &grads)),
+            ("dweights", dw),
+            ("sum", values(sum)),
+            ("sum alone", values(alone)),
+        ]
+    }
+
+    fn ours(&self, place: &Place) -> Results {
+        let &Self { tokens, experts, top_k, width, .. } = self;
+        let rows = tokens * top_k;
+        let dispatch = Dispatch::of(&self.chosen, experts, top_k, &place.device);
+        let gate_up = place.matrix(&self.gate_up, [rows, 2 * width]);
+        let weights = in_f32(&self.weights, [tokens, top_k], place);
+        let act = expert_act::forward(&gate_up, &weights, &dispatch);
+        let y = place.matrix(&self.dact, [rows, width]);
+        let onto = place.matrix(&self.onto, [tokens, width]);
+        let sum = routing::sum_slots(&y, &dispatch, Some(&onto));
+        let alone = routing::sum_slots(&y, &dispatch, None);
+        let grads = expert_act::backward(y, gate_up, &weights, &dispatch);
+        vec![
+            ("act", values(act)),
+            ("act", values(grads.act)),
+            ("dgate_up", values(grads.gate_up)),
+            ("dweights", values(grads.weights)),
+            ("sum", values(sum)),
+            ("sum alone", values(alone)),
+        ]
+    }
+}
+
+impl std::fmt::Debug for Activation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { tokens, experts, top_k, width, .. } = self;
+        write!(f, "expert activation {tokens} tokens × {width}, {top_k} of {experts} experts")
+    }
+}
+
+/// The router's weights and their gradient are f32 in every place.
+fn in_f32(values: &[f32], shape: [usize; 2], Place { device, .. }: &Place) -> Tensor<2> {
+    let device: &Device = device;
+    from_f32(values.to_vec(), shape, device, DType::F32)
+}
