@@ -255,9 +255,11 @@ DEVICE void cross_entropy(const f32* logits, const int* targets, const f32* weig
         return; // the whole block
     }
     const f32 logit = capped(x[target], cap);
+    // Read before the first pass, whose memory traffic hides the latency.
+    const f32 weight = GRADIENT ? weights[row] : 0.0f;
     const Sums sums = row_sums<false>(x, vocab, cap);
     if (threadIdx.x == 0) nll[row] = logf(sums.sum) + sums.max - logit;
-    if (GRADIENT) row_gradient(x, dx, vocab, target, weights[row], sums.max, sums.sum, cap);
+    if (GRADIENT) row_gradient(x, dx, vocab, target, weight, sums.max, sums.sum, cap);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -291,8 +293,9 @@ cross_entropy_bwd(const f32* logits, const int* targets, const f32* weights, con
                   int vocab, int ldl, int ldd, f32 softcap) {
     const u32 row = blockIdx.x;
     const int target = targets[row];
+    const float4 known = statistics[row];
+    const f32 weight = weights[row];
     T* dx = at(dlogits, row, ldd, 0);
     if (target == IGNORED) return row_zeros(dx, vocab); // the whole block
-    const float4 known = statistics[row];
-    row_gradient(at(logits, row, ldl, 0), dx, vocab, target, weights[row], known.y, known.z, cap_of(softcap));
+    row_gradient(at(logits, row, ldl, 0), dx, vocab, target, weight, known.y, known.z, cap_of(softcap));
 }

@@ -4,7 +4,7 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use super::LmHead;
-use super::log_probs::RowStatistics;
+use super::token_log_probs::RowStatistics;
 use crate::host::exp::{exp, exp_shifted, exp_sums, tanh};
 use crate::host::{from_vec, into_vec, simd};
 use crate::ops::matmul::{Form, cpu::product};

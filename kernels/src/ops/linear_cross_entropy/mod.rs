@@ -24,18 +24,18 @@ mod chunks;
 mod cpu;
 mod cuda;
 mod head;
-mod log_probs;
 mod losses;
 mod meta;
 mod portable;
+mod token_log_probs;
 mod token_weights;
 
 use crate::{Backend, Grads, ParamRef, Tensor};
 use chunks::chunks;
 
 pub use head::LmHead;
-pub use log_probs::{LogProbValues, TokenLogProbs};
 pub use losses::Losses;
+pub use token_log_probs::{LogProbValues, TokenLogProbs};
 pub use token_weights::TokenWeights;
 
 /// The target of a row that has none.
@@ -97,7 +97,7 @@ pub fn forward_backward(
 /// Returns the log-probability of each target, with the entropy of its distribution and whether it is the most likely
 /// token.
 pub fn log_probs(h: &Tensor<2>, head: &LmHead, targets: &[i32]) -> TokenLogProbs {
-    use log_probs::{RowStatistics, Storage};
+    use token_log_probs::{RowStatistics, Storage};
     let on_host = |chunk: fn(&burn::tensor::Tensor<2>, &LmHead, &[u32]) -> Vec<RowStatistics>| {
         let counted = counted(targets);
         let chunks = chunks(h.burn(), head, targets, &counted);
@@ -131,7 +131,7 @@ pub fn backward(
     let counted = counted(targets);
     let weights = weights.of_rows(&counted, targets.len(), head.multiplier);
     match (Backend::of(h), &saved.rows) {
-        (backend @ (Backend::Cpu | Backend::Portable), log_probs::Storage::Host(rows)) => {
+        (backend @ (Backend::Cpu | Backend::Portable), token_log_probs::Storage::Host(rows)) => {
             let chunk = if backend == Backend::Cpu { cpu::dlogits } else { portable::dlogits };
             let dlogits = |part: &chunks::Chunk| {
                 let range = part.range.clone();
@@ -139,7 +139,7 @@ pub fn backward(
             };
             chunks::gradient(h.burn(), head, targets, &counted, dlogits, weight_grad).into()
         }
-        (Backend::Cuda, log_probs::Storage::Cuda(rows)) => {
+        (Backend::Cuda, token_log_probs::Storage::Cuda(rows)) => {
             let dw = weight_grad.map(|(grads, at)| grads.array(at));
             cuda::backward(h.cuda(), head, targets, &weights, rows, dw.as_ref()).into()
         }

@@ -3,7 +3,7 @@
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
 
 use super::LmHead;
-use super::log_probs::RowStatistics;
+use super::token_log_probs::RowStatistics;
 use crate::ops::matmul::{Form, portable::product};
 
 pub(super) fn forward(h: &Tensor<2>, head: &LmHead, targets: &[u32]) -> Vec<f32> {
