@@ -40,6 +40,25 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// All of them, in order.
+    pub const ALL: [Self; 15] = [
+        Self::Bool,
+        Self::U8,
+        Self::I8,
+        Self::F8E5M2,
+        Self::F8E4M3,
+        Self::I16,
+        Self::U16,
+        Self::F16,
+        Self::BF16,
+        Self::I32,
+        Self::U32,
+        Self::F32,
+        Self::F64,
+        Self::I64,
+        Self::U64,
+    ];
+
     /// Returns the size of an element in bytes.
     pub fn size(self) -> usize {
         match self {
@@ -52,10 +71,11 @@ impl Dtype {
 
     /// Returns the dtype that a header calls `name`, or `None` if it is not supported.
     pub(crate) fn from_name(name: &str) -> Option<Dtype> {
-        ALL.into_iter().find(|dtype| dtype.name() == name)
+        Self::ALL.into_iter().find(|dtype| dtype.name() == name)
     }
 
-    pub(crate) fn name(self) -> &'static str {
+    /// Returns the name in a safetensors header.
+    pub fn name(self) -> &'static str {
         match self {
             Dtype::Bool => "BOOL",
             Dtype::U8 => "U8",
@@ -75,6 +95,32 @@ impl Dtype {
         }
     }
 
+    /// Returns PyTorch's name, which JSON files use: `bfloat16`, `float32`, ….
+    pub fn torch_name(self) -> &'static str {
+        match self {
+            Dtype::Bool => "bool",
+            Dtype::U8 => "uint8",
+            Dtype::I8 => "int8",
+            Dtype::F8E5M2 => "float8_e5m2",
+            Dtype::F8E4M3 => "float8_e4m3fn",
+            Dtype::I16 => "int16",
+            Dtype::U16 => "uint16",
+            Dtype::F16 => "float16",
+            Dtype::BF16 => "bfloat16",
+            Dtype::I32 => "int32",
+            Dtype::U32 => "uint32",
+            Dtype::F32 => "float32",
+            Dtype::F64 => "float64",
+            Dtype::I64 => "int64",
+            Dtype::U64 => "uint64",
+        }
+    }
+
+    /// Returns the dtype that PyTorch calls `name`, or `None` if it is not supported.
+    pub fn from_torch_name(name: &str) -> Option<Dtype> {
+        Self::ALL.into_iter().find(|dtype| dtype.torch_name() == name)
+    }
+
     /// Returns the bytes of a tensor of this `shape`, or `None` if the count overflows a `usize`.
     pub(crate) fn bytes_of(self, shape: &[usize]) -> Option<usize> {
         shape.iter().try_fold(1_usize, |product, &extent| product.checked_mul(extent))?.checked_mul(self.size())
@@ -86,24 +132,6 @@ impl fmt::Display for Dtype {
         formatter.pad(self.name())
     }
 }
-
-const ALL: [Dtype; 15] = [
-    Dtype::Bool,
-    Dtype::U8,
-    Dtype::I8,
-    Dtype::F8E5M2,
-    Dtype::F8E4M3,
-    Dtype::I16,
-    Dtype::U16,
-    Dtype::F16,
-    Dtype::BF16,
-    Dtype::I32,
-    Dtype::U32,
-    Dtype::F32,
-    Dtype::F64,
-    Dtype::I64,
-    Dtype::U64,
-];
 
 #[cfg(test)]
 mod tests {
@@ -130,11 +158,12 @@ mod tests {
             Reference::I64,
             Reference::U64,
         ];
-        assert!(reference.is_sorted() && ALL.is_sorted());
-        for (ours, theirs) in ALL.into_iter().zip(reference) {
+        assert!(reference.is_sorted() && Dtype::ALL.is_sorted());
+        for (ours, theirs) in Dtype::ALL.into_iter().zip(reference) {
             assert_eq!(ours.to_string(), theirs.to_string());
             assert_eq!(ours.size() * 8, theirs.bitsize());
             assert_eq!(Dtype::from_name(ours.name()), Some(ours));
+            assert_eq!(Dtype::from_torch_name(ours.torch_name()), Some(ours));
         }
         assert_eq!(Dtype::from_name("F4"), None);
     }

@@ -30,10 +30,10 @@ mod raw;
 mod skip;
 mod stored;
 
-pub use config::{Format, QuantizationConfig};
+pub use config::QuantizationConfig;
 pub use four_bit::FourBitWeight;
 pub use int8::{read_int8, write_int8};
-pub use raw::{RawDtype, RawTensor};
+pub use raw::RawTensor;
 pub use stored::StoredWeight;
 
 use crate::QuantType;

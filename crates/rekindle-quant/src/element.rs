@@ -1,5 +1,6 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use rekindle_hub::Dtype;
 
 use crate::Error;
 
@@ -15,45 +16,18 @@ pub trait Element: sealed::Sealed + Copy + Default + PartialEq + Send + Sync + '
     fn to_f32_slice(from: &[Self], to: &mut [f32]);
 }
 
-/// The dtype of an [`Element`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Dtype {
-    /// IEEE single precision.
-    F32,
-    /// IEEE half precision.
-    F16,
-    /// The upper half of single precision.
-    Bf16,
+/// The dtypes of the [`Element`] types.
+pub(crate) const FLOATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::BF16];
+
+/// Returns the element dtype with PyTorch's name: `float32`, `float16` or `bfloat16`.
+pub(crate) fn parse_float(name: &str) -> Result<Dtype, Error> {
+    let found = FLOATS.into_iter().find(|dtype| dtype.torch_name() == name);
+    found.ok_or_else(|| Error::Dtype { got: name.to_owned() })
 }
 
-impl Dtype {
-    /// All variants.
-    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
-
-    /// Returns PyTorch's name: `float32`, `float16` or `bfloat16`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "float32",
-            Self::F16 => "float16",
-            Self::Bf16 => "bfloat16",
-        }
-    }
-
-    /// Returns the size of an element in bytes.
-    pub const fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-}
-
-impl std::str::FromStr for Dtype {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self, Error> {
-        Self::ALL.into_iter().find(|t| t.name() == name).ok_or_else(|| Error::Dtype { got: name.to_owned() })
-    }
+/// The error for a dtype that is not that of an [`Element`].
+pub(crate) fn not_a_float(dtype: Dtype) -> Error {
+    Error::Dtype { got: dtype.torch_name().to_owned() }
 }
 
 impl Element for f32 {
@@ -85,7 +59,7 @@ impl Element for f16 {
 }
 
 impl Element for bf16 {
-    const DTYPE: Dtype = Dtype::Bf16;
+    const DTYPE: Dtype = Dtype::BF16;
 
     #[inline(always)]
     fn from_f32(value: f32) -> Self {

@@ -1,3 +1,4 @@
+use crate::element::FLOATS;
 use crate::{Blocksize, Dtype, QuantType};
 
 /// An error in quantizing, decoding or reading a tensor.
@@ -17,7 +18,7 @@ pub enum Error {
         got: String,
     },
     /// An element type that is not one of the three floating-point types.
-    #[error("dtype {got:?} cannot be quantized; use one of {:?}", Dtype::ALL.map(Dtype::name))]
+    #[error("dtype {got:?} cannot be quantized; use one of {:?}", FLOATS.map(Dtype::torch_name))]
     Dtype {
         /// The requested name.
         got: String,

@@ -26,6 +26,7 @@ pub use activations::QuantizedActivations;
 use rayon::prelude::*;
 
 use crate::absmax::largest_magnitude;
+use crate::element::not_a_float;
 use crate::little_endian::{le_bf16_to_f32, le_f16_to_f32, le_f32_to_f32};
 use crate::reciprocal::reciprocal;
 use crate::simd::dispatch;
@@ -53,13 +54,14 @@ impl Int8Tensor {
     /// one row at a time from the dense weight.
     ///
     /// # Errors
-    /// [`Error::Empty`], or [`Error::Length`] if `bytes` does not match `shape`.
+    /// [`Error::Empty`], [`Error::Length`] if `bytes` does not match `shape`, or [`Error::Dtype`].
     pub fn quantize_le_bytes(bytes: &[u8], dtype: Dtype, shape: [usize; 2]) -> Result<Self, Error> {
         check(shape, "bytes", element_count(shape)?.saturating_mul(dtype.size()), bytes.len())?;
         Ok(match dtype {
             Dtype::F32 => Self::encode(bytes.as_chunks().0, le_f32_to_f32, shape),
             Dtype::F16 => Self::encode(bytes.as_chunks().0, le_f16_to_f32, shape),
-            Dtype::Bf16 => Self::encode(bytes.as_chunks().0, le_bf16_to_f32, shape),
+            Dtype::BF16 => Self::encode(bytes.as_chunks().0, le_bf16_to_f32, shape),
+            other => return Err(not_a_float(other)),
         })
     }
 
@@ -227,10 +229,10 @@ mod tests {
     fn unaligned_bytes_quantize_like_their_values() {
         let values: Vec<half::bf16> = (0..5 * 131).map(|i| half::bf16::from_f32((i as f32 * 0.7).sin())).collect();
         let file: Vec<u8> = [7].into_iter().chain(values.iter().flat_map(|v| v.to_le_bytes())).collect();
-        let ours = Int8Tensor::quantize_le_bytes(&file[1..], Dtype::Bf16, [5, 131]);
+        let ours = Int8Tensor::quantize_le_bytes(&file[1..], Dtype::BF16, [5, 131]);
         assert_eq!(ours, Int8Tensor::quantize(&values, [5, 131]));
         assert!(Int8Tensor::quantize_le_bytes(&file[1..], Dtype::F32, [5, 131]).is_err());
-        assert!(Int8Tensor::quantize_le_bytes(&file[1..], Dtype::Bf16, [usize::MAX, 1]).is_err());
+        assert!(Int8Tensor::quantize_le_bytes(&file[1..], Dtype::BF16, [usize::MAX, 1]).is_err());
     }
 
     #[test]

@@ -31,6 +31,7 @@ pub mod double_quant;
 mod dynamic_map;
 mod element;
 mod error;
+mod format;
 pub mod four_bit;
 pub mod int8;
 #[cfg(feature = "linear")]
@@ -43,9 +44,11 @@ mod tensor;
 pub use config::{Blocksize, QuantConfig, QuantType};
 pub use double_quant::DoubleQuant;
 pub use dynamic_map::DynamicMap;
-pub use element::{Dtype, Element};
+pub use element::Element;
 pub use error::Error;
+pub use format::QuantFormat;
 pub use int8::Int8Tensor;
 #[cfg(feature = "linear")]
 pub use linear::{DiskMetadata, QuantLinear};
+pub use rekindle_hub::Dtype;
 pub use tensor::{Absmax, QuantizedTensor};

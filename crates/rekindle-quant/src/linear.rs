@@ -4,9 +4,11 @@ use burn::tensor::DType;
 use half::{bf16, f16};
 use rekindle_kernels::{Device, Params, QuantizedWeight, Tensor, Weight, from_f32, quantized, to_f32};
 
-use crate::bnb::{FourBitWeight, RawDtype, StoredWeight};
+use crate::bnb::{FourBitWeight, StoredWeight};
+use crate::format::matrix;
 use crate::{
-    Absmax, Blocksize, DoubleQuant, Dtype, DynamicMap, Element, Error, Int8Tensor, QuantType, QuantizedTensor,
+    Absmax, Blocksize, DoubleQuant, Dtype, DynamicMap, Element, Error, Int8Tensor, QuantConfig, QuantFormat,
+    QuantizedTensor,
 };
 
 /// A frozen linear layer whose weight is 4-bit, 8-bit or dense: y = x·Wᵀ + b.
@@ -119,12 +121,12 @@ impl QuantLinear {
 pub enum DiskMetadata {
     /// NF4 or FP4.
     FourBit {
-        /// The 4-bit data type.
-        quant_type: QuantType,
+        /// The data type, the block size and the kind of scales.
+        config: QuantConfig,
         /// The dtype of the dense weight.
         dtype: Dtype,
         /// The dtype in which packed codes are stored.
-        storage: RawDtype,
+        storage: Dtype,
         /// The shape of the stored codes.
         packed_shape: Vec<usize>,
     },
@@ -133,6 +135,14 @@ pub enum DiskMetadata {
 }
 
 impl DiskMetadata {
+    /// Returns the format of the weight.
+    pub fn format(&self) -> QuantFormat {
+        match self {
+            Self::FourBit { config, .. } => QuantFormat::FourBit(*config),
+            Self::Int8 => QuantFormat::Int8,
+        }
+    }
+
     /// Splits a weight into its disk metadata and the data used for computing.
     ///
     /// # Errors
@@ -144,10 +154,7 @@ impl DiskMetadata {
         };
         let config = tensor.config();
         let (shape, dtype, codes, absmax) = tensor.into_parts();
-        let dims: [usize; 2] = shape.as_slice().try_into().map_err(|_| Error::Stored {
-            key: "weight".to_owned(),
-            reason: format!("has shape {shape:?}; a linear layer's weight is [out, in]"),
-        })?;
+        let dims = matrix(&shape)?;
         let absmax = match absmax {
             Absmax::Single(absmax) => quantized::Absmax::Single(absmax),
             Absmax::Double(double) => quantized::Absmax::Double {
@@ -164,7 +171,7 @@ impl DiskMetadata {
             blocksize: config.blocksize.get(),
             absmax,
         };
-        let metadata = Self::FourBit { quant_type: config.quant_type, dtype, storage, packed_shape };
+        let metadata = Self::FourBit { config, dtype, storage, packed_shape };
         Ok((metadata, quantized::QuantizedData { dims, format }))
     }
 
@@ -179,7 +186,7 @@ impl DiskMetadata {
                 Ok(StoredWeight::Int8(Int8Tensor::from_parts(dims, codes, scales)?))
             }
             (
-                Self::FourBit { quant_type, dtype, storage, packed_shape },
+                Self::FourBit { config, dtype, storage, packed_shape },
                 quantized::QuantizedFormat::FourBit { codes, blocksize, absmax, .. },
             ) => {
                 let absmax = match absmax {
@@ -190,7 +197,7 @@ impl DiskMetadata {
                     }
                 };
                 let (shape, blocksize) = (dims.to_vec(), Blocksize::new(blocksize)?);
-                let tensor = QuantizedTensor::from_parts(shape, *dtype, *quant_type, blocksize, codes, absmax)?;
+                let tensor = QuantizedTensor::from_parts(shape, *dtype, config.quant_type, blocksize, codes, absmax)?;
                 let (storage, packed_shape) = (*storage, packed_shape.clone());
                 Ok(StoredWeight::FourBit(FourBitWeight { tensor, storage, packed_shape }))
             }

@@ -1,5 +1,6 @@
 use std::borrow::Cow;
 
+use crate::element::not_a_float;
 use crate::little_endian::{le_bf16_to_f32, le_f16_to_f32, le_f32_to_f32};
 use crate::{Blocksize, DoubleQuant, Dtype, Element, Error, QuantConfig, QuantType, four_bit};
 
@@ -43,7 +44,7 @@ impl QuantizedTensor {
     /// time is copied from the dense tensor.
     ///
     /// # Errors
-    /// [`Error::Empty`], or [`Error::Length`] if `bytes` does not match `shape`.
+    /// [`Error::Empty`], [`Error::Length`] if `bytes` does not match `shape`, or [`Error::Dtype`].
     pub fn quantize_le_bytes(bytes: &[u8], dtype: Dtype, shape: &[usize], config: &QuantConfig) -> Result<Self, Error> {
         let expected = element_count(shape)?.saturating_mul(dtype.size());
         if bytes.len() != expected {
@@ -53,7 +54,8 @@ impl QuantizedTensor {
         let encoded = match dtype {
             Dtype::F32 => four_bit::encode_with(bytes.as_chunks().0, le_f32_to_f32, quant_type, blocksize),
             Dtype::F16 => four_bit::encode_with(bytes.as_chunks().0, le_f16_to_f32, quant_type, blocksize),
-            Dtype::Bf16 => four_bit::encode_with(bytes.as_chunks().0, le_bf16_to_f32, quant_type, blocksize),
+            Dtype::BF16 => four_bit::encode_with(bytes.as_chunks().0, le_bf16_to_f32, quant_type, blocksize),
+            other => return Err(not_a_float(other)),
         };
         Self::from_encoded(encoded, shape, dtype, config)
     }
@@ -201,7 +203,7 @@ mod tests {
     fn lengths_must_match_the_shape() {
         let build = |shape: &[usize], codes, absmax| {
             let absmax = Absmax::Single(vec![1.0; absmax]);
-            let parts = (Dtype::Bf16, QuantType::Nf4, Blocksize::B64, vec![0; codes]);
+            let parts = (Dtype::BF16, QuantType::Nf4, Blocksize::B64, vec![0; codes]);
             QuantizedTensor::from_parts(shape.to_vec(), parts.0, parts.1, parts.2, parts.3, absmax)
         };
         assert!(build(&[5, 13], 33, 2).is_ok());

@@ -7,10 +7,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::borrow::Cow;
 use std::cell::Cell;
 
-use rekindle_quant::bnb::{
-    FourBitWeight, QuantizationConfig, RawDtype, RawTensor, StoredWeight, read_int8, write_int8,
-};
-use rekindle_quant::{Blocksize, Int8Tensor, QuantConfig, QuantType, QuantizedTensor};
+use rekindle_quant::bnb::{FourBitWeight, QuantizationConfig, RawTensor, StoredWeight, read_int8, write_int8};
+use rekindle_quant::{Blocksize, Dtype, Int8Tensor, QuantConfig, QuantFormat, QuantType, QuantizedTensor};
 
 /// Number of damaged inputs per reader.
 const CASES: u64 = 20_000;
@@ -68,9 +66,10 @@ fn damaged_int8_weights() {
 #[test]
 fn damaged_quantization_configs() {
     let skip = ["lm_head", "model.layers.1", r"model\.layers\.\d+\.mlp"].map(str::to_owned).to_vec();
-    let four_bit = QuantConfig::default();
-    let dtype = rekindle_quant::Dtype::Bf16;
-    let seeds = [QuantizationConfig::four_bit(&four_bit, dtype, Some(skip)), QuantizationConfig::int8(None)];
+    let four_bit = QuantFormat::FourBit(QuantConfig::default());
+    let dtype = Dtype::BF16;
+    let seeds = [(four_bit, Some(skip)), (QuantFormat::Int8, None)];
+    let seeds = seeds.map(|(format, skip)| QuantizationConfig::new(format, dtype, skip));
     let seeds = seeds.map(|config| config.to_json().to_string().into_bytes());
     let mut accepted = 0;
     for case in 0..2 * CASES {
@@ -130,7 +129,7 @@ fn damage(checkpoint: &mut Checkpoint, random: &mut Random) {
         }
         2 => bytes.truncate(random.below(bytes.len() + 1)),
         3 => bytes.extend(std::iter::repeat_n(random.next() as u8, random.below(64))),
-        4 => raw.dtype = RawDtype::ALL[random.below(RawDtype::ALL.len())],
+        4 => raw.dtype = Dtype::ALL[random.below(Dtype::ALL.len())],
         5 => raw.shape = (0..random.below(4)).map(|_| ABSURD_SIZES[random.below(ABSURD_SIZES.len())]).collect(),
         6 => raw.shape.reverse(),
         7 => *raw = other,

@@ -5,7 +5,8 @@
 use std::path::PathBuf;
 
 use half::{bf16, f16};
-use rekindle_quant::bnb::{FourBitWeight, RawDtype, RawTensor};
+use rekindle_quant::Dtype as StoredDtype;
+use rekindle_quant::bnb::{FourBitWeight, RawTensor};
 use rekindle_quant::int8::QuantizedActivations;
 use rekindle_quant::{
     Absmax, Blocksize, DoubleQuant, DynamicMap, Element, Int8Tensor, QuantConfig, QuantType, QuantizedTensor,
@@ -60,12 +61,12 @@ fn four_bit_case<T: GoldenElement>(file: &Golden, case: &Case) {
 /// Checks that the stored tensors read as `tensor` and are written back byte for byte.
 fn round_trip(file: &Golden, case: &Case, tensor: QuantizedTensor) {
     let storage = match case.text("quant_storage") {
-        "uint8" => RawDtype::U8,
-        "float16" => RawDtype::F16,
-        "bfloat16" => RawDtype::Bf16,
+        "uint8" => StoredDtype::U8,
+        "float16" => StoredDtype::F16,
+        "bfloat16" => StoredDtype::BF16,
         other => {
             assert_eq!(other, "float32");
-            RawDtype::F32
+            StoredDtype::F32
         }
     };
     let packed_shape = case.shape("packed_shape");
@@ -85,7 +86,7 @@ fn round_trip(file: &Golden, case: &Case, tensor: QuantizedTensor) {
             field => (format!("{}.", case.name()), field),
         };
         let view = file.tensors().tensor(&format!("{name}{field}")).ok()?;
-        let dtype = if view.dtype() == Dtype::U8 { RawDtype::U8 } else { RawDtype::F32 };
+        let dtype = if view.dtype() == Dtype::U8 { StoredDtype::U8 } else { StoredDtype::F32 };
         Some(RawTensor { dtype, shape: view.shape().to_vec(), bytes: view.data().to_vec().into() })
     };
     let weight = FourBitWeight::read("w", find).expect("readable").expect("present");

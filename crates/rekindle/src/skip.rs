@@ -2,6 +2,7 @@
 
 use rekindle_lora::BLOCK_LINEARS;
 use rekindle_models::{ModelConfig, ParameterSpec};
+use rekindle_quant::QuantFormat;
 use rekindle_quant::bnb::QuantizationConfig;
 
 use crate::Error;
@@ -11,7 +12,7 @@ pub(crate) fn check(skip_modules: &[String], config: &ModelConfig) -> Result<(),
     let parameters = config.parameters();
     let modules = || parameters.iter().map(ParameterSpec::module).chain([HEAD]);
     let idle = |entry: &&String| {
-        let alone = QuantizationConfig::int8(Some(vec![(*entry).clone()]));
+        let alone = QuantizationConfig::new(QuantFormat::Int8, rekindle_hub::Dtype::F32, Some(vec![(*entry).clone()]));
         !modules().any(|module| alone.skips(module))
     };
     let idle: Vec<String> = skip_modules.iter().filter(idle).map(|entry| format!("{entry:?}")).collect();

@@ -6,12 +6,11 @@ use std::path::Path;
 
 use burn::tensor::DType;
 use rekindle_hub::Checkpoint;
-use rekindle_kernels::quantized::{Absmax, QuantizedFormat};
 use rekindle_kernels::{Device, Weight, from_f32, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{Adapter, Factors, InitLoraWeights, Linear, LoraConfig, Start, initial_factors, loftq, taken};
 use rekindle_quant::bnb::QuantizationConfig;
-use rekindle_quant::{Blocksize, DiskMetadata, QuantConfig};
+use rekindle_quant::{Blocksize, QuantConfig, QuantFormat};
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::{LoadIn, QuantizationPlan, canonical, frozen, stored_quantization};
@@ -202,16 +201,17 @@ impl CausalLm {
 
     /// What the codes of `linear` are, as adapters made for them say it; `None` for a dense weight.
     pub(crate) fn quantized_format(&self, linear: &str) -> Option<Map<String, Value>> {
-        let Weight::Quantized(packed) = &self.linear(linear).weight else { return None };
+        let Weight::Quantized(_) = &self.linear(linear).weight else { return None };
         let quantization = self.provenance.quantization.as_ref().expect("a model with codes says where they came from");
         let skipped = quantization.config.to_json()["llm_int8_skip_modules"].clone();
-        let codes = match (&packed.data().format, &quantization.disk_metadata[&format!("{linear}.weight")]) {
-            (QuantizedFormat::FourBit { blocksize, absmax, .. }, DiskMetadata::FourBit { quant_type, .. }) => json!({
-                "loftq_bits": 4, "loftq_iter": 1, "quant_type": quant_type.name(), "blocksize": blocksize,
-                "double_quant": matches!(absmax, Absmax::Double { .. }), "skip_modules": skipped,
-            }),
-            _ => json!({ "loftq_bits": 8, "loftq_iter": 1, "skip_modules": skipped }),
-        };
+        let format = quantization.disk_metadata[&format!("{linear}.weight")].format();
+        let mut codes = json!({ "loftq_bits": format.bits(), "loftq_iter": 1 });
+        if let QuantFormat::FourBit(config) = format {
+            codes["quant_type"] = json!(config.quant_type.name());
+            codes["blocksize"] = json!(config.blocksize.get());
+            codes["double_quant"] = json!(config.double_quant);
+        }
+        codes["skip_modules"] = skipped;
         codes.as_object().cloned()
     }
 
@@ -235,7 +235,7 @@ impl CausalLm {
             )));
         }
         // The other linears too: it was trained beside them as they were.
-        let skip = QuantizationConfig::int8(skip_modules);
+        let skip = QuantizationConfig::new(QuantFormat::Int8, rekindle_hub::Dtype::F32, skip_modules);
         let differs = |linear: &&Linear| matches!(linear.weight, Weight::Quantized(_)) == skip.skips(&linear.name);
         let Some(linear) = self.decoder.linears().find(differs) else { return Ok(()) };
         let (name, was) = (&linear.name, if skip.skips(&linear.name) { "dense" } else { "in codes" });

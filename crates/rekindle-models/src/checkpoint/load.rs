@@ -81,7 +81,7 @@ impl CausalLm {
         let resized = config.vocab_size() != stored_rows;
         // What is trained is saved dense, whatever it was in between.
         let quantization = plan.as_ref().filter(|_| !full_finetuning).map(|plan| Quantization {
-            config: plan.config.clone(),
+            config: plan.config().clone(),
             disk_metadata: BTreeMap::new(),
             dtypes: BTreeMap::new(),
         });
@@ -165,7 +165,7 @@ impl CheckpointWeights<'_> {
     fn quantized(&mut self, tensor: &ParameterSpec) -> Result<Option<Weight>, Error> {
         let name = &tensor.name;
         let Some(plan) = &self.plan else { return Ok(None) };
-        let Some(stored) = plan.codes(self.checkpoint, name, &tensor.shape)? else { return Ok(None) };
+        let Some(stored) = plan.weight(self.checkpoint, name, &tensor.shape)? else { return Ok(None) };
         (self.progress)(stored_bytes(self.checkpoint, name));
         let (metadata, codes) =
             DiskMetadata::split(stored).expect("the weight of a linear is a matrix, as was checked");

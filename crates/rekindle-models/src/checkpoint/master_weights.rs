@@ -40,7 +40,8 @@ pub(crate) fn in_place(options: &LoadOptions, is_quantized: bool, config: &Model
     if !is_quantized && !stochastic_rounding {
         return Ok(false);
     }
-    if let Some(LoadIn::FourBit(Some(QuantConfig { double_quant: true, .. }))) = load_in {
+    let asked = load_in.map(format).and_then(LoadIn::format);
+    if asked.is_some_and(|format| !format.is_trainable()) {
         return Err(coded_scales("the format that was asked for"));
     }
     let limits = device.limits();

@@ -121,13 +121,7 @@ impl MergedTensors<'_> {
         // A tensor that is quantized here has a dtype in the base.
         let in_base = self.plan.as_ref().is_some_and(|plan| plan.is_stored(&needed.name));
         match if in_base { self.stored(needed) } else { Ok(None) } {
-            Ok(Some(StoredWeight::FourBit(weight))) => match weight.tensor.dtype() {
-                rekindle_quant::Dtype::F32 => Dtype::F32,
-                rekindle_quant::Dtype::F16 => Dtype::F16,
-                rekindle_quant::Dtype::Bf16 => Dtype::BF16,
-            },
-            // LLM.int8() casts to f16 before it quantizes.
-            Ok(Some(StoredWeight::Int8(_))) => Dtype::F16,
+            Ok(Some(weight)) => weight.dense_dtype(),
             _ => self.view(needed).map_or(Dtype::F32, |view| view.dtype),
         }
     }
@@ -139,7 +133,7 @@ impl MergedTensors<'_> {
 
     fn stored(&self, needed: &ParameterSpec) -> Result<Option<StoredWeight>, Error> {
         match &self.plan {
-            Some(plan) if needed.role.is_linear() => plan.codes(self.base, &needed.name, &needed.shape),
+            Some(plan) if needed.role.is_linear() => plan.weight(self.base, &needed.name, &needed.shape),
             _ => Ok(None),
         }
     }
@@ -170,8 +164,7 @@ impl MergedTensors<'_> {
             return Ok(table.values.clone());
         }
         let mut values = match self.stored(needed)? {
-            Some(StoredWeight::FourBit(weight)) => weight.tensor.dequantize(),
-            Some(StoredWeight::Int8(tensor)) => tensor.dequantize(),
+            Some(weight) => weight.dequantize(),
             None => self.view(needed).expect("every needed tensor was checked to be there").to_f32()?,
         };
         if let (true, &[rows, width]) = (needed.role.is_vocabulary(), needed.shape.as_slice()) {

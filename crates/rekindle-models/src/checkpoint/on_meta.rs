@@ -2,73 +2,18 @@
 
 use std::path::Path;
 
-use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::{Group, ParamsBuilder, QuantizedWeight, Weight, unfilled};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{Adapter, Factors, LoraConfig, match_targets};
-use rekindle_quant::Blocksize;
-use rekindle_quant::bnb::{Format, QuantizationConfig};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
 use super::master_weights;
-use super::quantization::{LoadIn, stored_quantization};
+use super::quantization::{LinearFormat, stored_quantization};
 use crate::causal_lm::Provenance;
 use crate::layers::WeightSource;
 use crate::parameters::ParameterSpec;
 use crate::{CausalLm, DEFAULT_ADAPTER, Decoder, Error, LoadOptions, ModelConfig};
-
-/// The quantized format of a model's linears.
-#[derive(Clone, Debug)]
-pub(super) struct LinearFormat {
-    config: QuantizationConfig,
-    /// Elements of a 4-bit block.
-    blocksize: Blocksize,
-}
-
-impl LinearFormat {
-    /// What becomes of the linears of the checkpoint with this `config.json` when it is loaded with `options`; `None`
-    /// when they are dense. Of a checkpoint that is in codes, all linears but those that it skips are, in blocks of 64
-    /// unless asked for otherwise.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for a `quantization_config` that is not bitsandbytes'.
-    fn of(json: &Value, path: &Path, options: &LoadOptions) -> Result<Option<Self>, Error> {
-        let asked = match options.load_in {
-            Some(LoadIn::FourBit(config)) => config,
-            _ => None,
-        };
-        let blocksize = asked.unwrap_or_default().blocksize;
-        if let Some(stored) = stored_quantization(json) {
-            let config = QuantizationConfig::parse(stored).map_err(|error| Error::Config {
-                path: path.join("config.json"),
-                problems: vec![format!("quantization_config: {error}")],
-            })?;
-            return Ok(Some(Self { config, blocksize }));
-        }
-        let (dtype, skip) = (rekindle_quant::Dtype::Bf16, options.skip_modules.clone());
-        let config = match options.load_in {
-            None | Some(LoadIn::SixteenBit) => return Ok(None),
-            Some(LoadIn::FourBit(config)) => QuantizationConfig::four_bit(&config.unwrap_or_default(), dtype, skip),
-            Some(LoadIn::EightBit) => QuantizationConfig::int8(skip),
-        };
-        Ok(Some(Self { config, blocksize }))
-    }
-
-    /// Quantized data as long as those of the linear `module` `[out, in]`; `None` when it is dense.
-    pub(crate) fn codes(&self, module: &str, dims: [usize; 2]) -> Option<QuantizedData> {
-        if self.config.skips(module) {
-            return None;
-        }
-        Some(match self.config.format() {
-            Format::FourBit { double_quant, .. } => {
-                let nested = double_quant.then(|| Blocksize::B256.get());
-                QuantizedData::four_bit_zeros(dims, self.blocksize.get(), nested)
-            }
-            Format::Int8 => QuantizedData::int8_zeros(dims),
-        })
-    }
-}
 
 impl CausalLm {
     /// The model that the `config.json` of a checkpoint called `path` describes, as [`load`](Self::load) would make it,
@@ -88,7 +33,7 @@ impl CausalLm {
         let as_trained = options.full_finetuning && !stored;
         let load_in = if as_trained { options.load_in.map(master_weights::format) } else { options.load_in };
         let options = &LoadOptions { load_in, ..options.clone() };
-        let format = LinearFormat::of(json, path, options)?;
+        let format = LinearFormat::of(json, path, load_in, options.skip_modules.as_deref())?;
         let in_place = master_weights::in_place(options, format.is_some(), &config)?;
         let (device, dtype) = (&options.device, options.dtype);
         let params = if in_place { ParamsBuilder::in_place(device, dtype) } else { ParamsBuilder::new(device, dtype) };
@@ -174,9 +119,9 @@ impl WeightSource for MetaWeights<'_> {
             return Ok(weight);
         }
         if let (true, &[out, input]) = (tensor.role.is_linear(), tensor.shape.as_slice()) {
-            let codes = self.format.as_ref().and_then(|format| format.codes(tensor.module(), [out, input]));
-            if let Some(codes) = codes {
-                let weight = QuantizedWeight::new(codes, &self.options.device);
+            let format = self.format.as_ref().and_then(|linears| linears.of_module(tensor.module()));
+            if let Some(format) = format {
+                let weight = QuantizedWeight::new(format.zeros([out, input]), &self.options.device);
                 if !self.options.full_finetuning {
                     return Ok(Weight::Quantized(weight));
                 }

@@ -1,11 +1,12 @@
-//! Which linears of a model are kept in codes: those of a quantized checkpoint, or those quantized while loading.
+//! Which linears of a model are quantized: those of a quantized checkpoint, or those quantized while loading.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
-use rekindle_quant::bnb::{self, Format, FourBitWeight, QuantizationConfig, RawDtype, RawTensor, StoredWeight};
-use rekindle_quant::{Blocksize, DiskMetadata, Int8Tensor, QuantConfig, QuantizedTensor};
+use rekindle_quant::bnb::{self, QuantizationConfig, RawTensor, StoredWeight};
+use rekindle_quant::{DiskMetadata, QuantConfig, QuantFormat};
 use serde_json::Value;
 
 use crate::Error;
@@ -16,10 +17,10 @@ use crate::non_finite::check_view;
 pub enum LoadIn {
     /// Dense, in the compute dtype.
     SixteenBit,
-    /// NF4 or FP4 codes. `None` is NF4 in blocks of 64 with double quantization, or whatever 4-bit format a
-    /// quantized checkpoint has.
+    /// NF4 or FP4. `None` is NF4 in blocks of 64 with double quantization, or whatever 4-bit format a quantized
+    /// checkpoint has.
     FourBit(Option<QuantConfig>),
-    /// LLM.int8() codes.
+    /// LLM.int8().
     EightBit,
 }
 
@@ -32,14 +33,37 @@ impl LoadIn {
             Self::EightBit => "load_in_8bit",
         }
     }
+
+    /// Returns the format that a dense checkpoint is quantized to; `None` if it stays dense.
+    pub fn format(self) -> Option<QuantFormat> {
+        match self {
+            Self::SixteenBit => None,
+            Self::FourBit(config) => Some(QuantFormat::FourBit(config.unwrap_or_default())),
+            Self::EightBit => Some(QuantFormat::Int8),
+        }
+    }
+
+    /// Returns the part of this request that a checkpoint in the format `stored` does not satisfy.
+    fn conflict(self, stored: QuantFormat) -> Option<String> {
+        match (self, stored) {
+            (Self::FourBit(None), QuantFormat::FourBit(_)) | (Self::EightBit, QuantFormat::Int8) => None,
+            // Each weight says its own block size.
+            (Self::FourBit(Some(asked)), QuantFormat::FourBit(stored)) => {
+                let differs = (asked.quant_type, asked.double_quant) != (stored.quant_type, stored.double_quant);
+                let (name, double) = (asked.quant_type.name(), asked.double_quant);
+                differs.then(|| format!("quant_type \"{name}\" with double_quant = {double}"))
+            }
+            (asked, _) => Some(asked.argument().to_owned()),
+        }
+    }
 }
 
-/// What a `config.json` says of the codes that its checkpoint is in; `None` for a dense one.
+/// Returns the `quantization_config` of a `config.json`; `None` for a dense checkpoint.
 pub fn stored_quantization(config: &Value) -> Option<&Value> {
     config.get("quantization_config").filter(|found| !found.is_null())
 }
 
-/// What a loaded model keeps to be saved as it was read.
+/// The properties of a quantized checkpoint that a loaded model keeps, so that it is saved as it was read.
 #[derive(Clone, Debug)]
 pub(crate) struct Quantization {
     pub(crate) config: QuantizationConfig,
@@ -50,7 +74,7 @@ pub(crate) struct Quantization {
 }
 
 impl Quantization {
-    /// Says of `modules`, which were in codes, that they are dense from now on.
+    /// Lists `modules`, which were quantized, among those that are dense.
     pub(crate) fn keep_dense<'a>(&mut self, modules: impl IntoIterator<Item = &'a String>) {
         const SKIP: &str = "llm_int8_skip_modules";
         let mut json = self.config.to_json();
@@ -62,115 +86,108 @@ impl Quantization {
     }
 }
 
-/// How the linears of one checkpoint come to their codes.
-#[derive(Debug)]
-pub(crate) struct QuantizationPlan {
+/// The format of a model's quantized linears, and which of them stay dense. It follows from `config.json` and the
+/// arguments alone, so that plans and loading agree.
+#[derive(Clone, Debug)]
+pub(crate) struct LinearFormat {
     pub(crate) config: QuantizationConfig,
-    source: QuantizeFrom,
+    format: QuantFormat,
+    /// True if the checkpoint itself is quantized.
+    is_stored: bool,
 }
 
-#[derive(Debug)]
-enum QuantizeFrom {
-    /// The weights that the checkpoint holds in codes, and the block size that was asked for, if any was.
-    Stored(BTreeSet<String>, Option<Blocksize>),
-    FourBit(QuantConfig),
-    EightBit,
-}
-
-impl QuantizationPlan {
-    /// What to do with `checkpoint` when asked for `load_in`; `None` keeps everything dense.
+impl LinearFormat {
+    /// Returns the format of the linears of the checkpoint at `path` with the `config.json` `json`; `None` if all are
+    /// dense. 4-bit weights of a quantized checkpoint count as in blocks of 64 unless `load_in` names another size.
     ///
     /// # Errors
     /// [`Error::Argument`] for a quantized checkpoint asked for in another format, [`Error::Config`] for a
     /// `quantization_config` that is not bitsandbytes'.
     pub(crate) fn of(
+        json: &Value,
+        path: &Path,
+        load_in: Option<LoadIn>,
+        skip_modules: Option<&[String]>,
+    ) -> Result<Option<Self>, Error> {
+        let asked = load_in.and_then(LoadIn::format);
+        let Some(stored) = stored_quantization(json) else {
+            let Some(format) = asked else {
+                return match skip_modules {
+                    None => Ok(None),
+                    Some(_) => Err(Error::Argument(
+                        "skip_modules names linears that stay dense, and nothing is quantized; \
+                         add load_in_4bit or load_in_8bit, or leave it out"
+                            .to_owned(),
+                    )),
+                };
+            };
+            let config = QuantizationConfig::new(format, compute_dtype(json), skip_modules.map(<[String]>::to_vec));
+            return Ok(Some(Self { config, format, is_stored: false }));
+        };
+        let config = QuantizationConfig::parse(stored).map_err(|error| Error::Config {
+            path: path.join("config.json"),
+            problems: vec![format!("quantization_config: {error}")],
+        })?;
+        let found = config.format();
+        let skips = || skip_modules.map(|_| "skip_modules".to_owned());
+        if let Some(asked) = load_in.and_then(|asked| asked.conflict(found)).or_else(skips) {
+            return Err(Error::Argument(format!(
+                "{} is quantized already, {found}, and {asked} asks for something else; leave that out to load it as \
+                 it is, or give the 16-bit checkpoint that it was made from",
+                path.display()
+            )));
+        }
+        Ok(Some(Self { config, format: asked.unwrap_or(found), is_stored: true }))
+    }
+
+    /// Returns the format of the linear `module`; `None` if it stays dense.
+    pub(crate) fn of_module(&self, module: &str) -> Option<QuantFormat> {
+        (!self.config.skips(module)).then_some(self.format)
+    }
+}
+
+/// The source of each quantized weight of a checkpoint.
+#[derive(Debug)]
+pub(crate) struct QuantizationPlan {
+    linears: LinearFormat,
+    /// The weights that the checkpoint holds quantized.
+    stored: BTreeSet<String>,
+    /// The format that was asked for, if any was.
+    asked: Option<QuantFormat>,
+}
+
+impl QuantizationPlan {
+    /// Returns the plan for `checkpoint` when it is asked for in `load_in`; `None` keeps everything dense.
+    ///
+    /// # Errors
+    /// As [`LinearFormat::of`].
+    pub(crate) fn of(
         checkpoint: &Checkpoint,
         load_in: Option<LoadIn>,
         skip_modules: Option<&[String]>,
     ) -> Result<Option<Self>, Error> {
-        if let Some(json) = stored_quantization(checkpoint.config()) {
-            return Self::stored(checkpoint, json, load_in, skip_modules).map(Some);
-        }
-        let dtype = dtype_name(checkpoint.config());
-        let skip = skip_modules.map(<[String]>::to_vec);
-        Ok(match load_in {
-            None | Some(LoadIn::SixteenBit) => {
-                if skip_modules.is_some() {
-                    return Err(Error::Argument(
-                        "skip_modules names linears that stay dense, and nothing is quantized; \
-                         add load_in_4bit or load_in_8bit, or leave it out"
-                            .to_owned(),
-                    ));
-                }
-                None
-            }
-            Some(LoadIn::FourBit(config)) => {
-                let four_bit = config.unwrap_or_default();
-                let config = QuantizationConfig::four_bit(&four_bit, dtype, skip);
-                Some(Self { config, source: QuantizeFrom::FourBit(four_bit) })
-            }
-            Some(LoadIn::EightBit) => {
-                Some(Self { config: QuantizationConfig::int8(skip), source: QuantizeFrom::EightBit })
-            }
-        })
+        let linears = LinearFormat::of(checkpoint.config(), checkpoint.path(), load_in, skip_modules)?;
+        let asked = load_in.filter(|asked| *asked != LoadIn::FourBit(None)).and_then(LoadIn::format);
+        Ok(linears.map(|linears| {
+            let stored =
+                if linears.is_stored { checkpoint.names().filter_map(bnb::owner).collect() } else { BTreeSet::new() };
+            Self { linears, stored, asked }
+        }))
     }
 
-    fn stored(
-        checkpoint: &Checkpoint,
-        json: &Value,
-        load_in: Option<LoadIn>,
-        skip_modules: Option<&[String]>,
-    ) -> Result<Self, Error> {
-        let config = QuantizationConfig::parse(json).map_err(|error| Error::Config {
-            path: checkpoint.path().join("config.json"),
-            problems: vec![format!("quantization_config: {error}")],
-        })?;
-        let found = match config.format() {
-            Format::FourBit { quant_type, .. } => format!("4-bit ({})", quant_type.name()),
-            Format::Int8 => "8-bit (LLM.int8())".to_owned(),
-        };
-        let refuse = |asked: &str| {
-            Error::Argument(format!(
-                "{} is quantized already, {found}, and {asked} asks for something else; leave that out to load it as \
-                 it is, or give the 16-bit checkpoint that it was made from",
-                checkpoint.path().display()
-            ))
-        };
-        match (load_in, config.format()) {
-            (None, _)
-            | (Some(LoadIn::FourBit(None)), Format::FourBit { .. })
-            | (Some(LoadIn::EightBit), Format::Int8) => {}
-            (Some(LoadIn::FourBit(Some(asked))), Format::FourBit { quant_type, double_quant }) => {
-                if (asked.quant_type, asked.double_quant) != (quant_type, double_quant) {
-                    return Err(refuse(&format!(
-                        "quant_type \"{}\" with double_quant = {}",
-                        asked.quant_type.name(),
-                        asked.double_quant
-                    )));
-                }
-            }
-            (Some(asked), _) => return Err(refuse(asked.argument())),
-        }
-        if skip_modules.is_some() {
-            return Err(refuse("skip_modules"));
-        }
-        // Each weight says its own block size; the configuration does not.
-        let blocksize = match load_in {
-            Some(LoadIn::FourBit(Some(asked))) => Some(asked.blocksize),
-            _ => None,
-        };
-        let source = QuantizeFrom::Stored(checkpoint.names().filter_map(bnb::owner).collect(), blocksize);
-        Ok(Self { config, source })
+    /// The `quantization_config` of the result.
+    pub(crate) fn config(&self) -> &QuantizationConfig {
+        &self.linears.config
     }
 
-    /// Returns true if the checkpoint itself holds `name` in codes.
+    /// Returns true if the checkpoint itself holds `name` quantized.
     pub(crate) fn is_stored(&self, name: &str) -> bool {
-        matches!(&self.source, QuantizeFrom::Stored(names, _) if names.contains(name))
+        self.stored.contains(name)
     }
 
-    /// The codes of the weight `name` `[out, in]`; `None` when it stays dense. Codes cannot hold an infinity or NaN, so a
-    /// dense weight with one is [`Error::NonFinite`].
-    pub(crate) fn codes(
+    /// Returns the quantized weight `name` `[out, in]`; `None` when it stays dense. Codes cannot hold an infinity or NaN,
+    /// so a dense weight with one is [`Error::NonFinite`].
+    pub(crate) fn weight(
         &self,
         checkpoint: &Checkpoint,
         name: &str,
@@ -178,50 +195,34 @@ impl QuantizationPlan {
     ) -> Result<Option<StoredWeight>, Error> {
         let fail = |problem: String| Error::Tensors { path: checkpoint.path().to_owned(), problems: vec![problem] };
         let failed = |error: rekindle_quant::Error| fail(format!("tensor \"{name}\": {error}"));
-        if let QuantizeFrom::Stored(names, blocksize) = &self.source {
-            if !names.contains(name) {
+        if self.linears.is_stored {
+            if !self.is_stored(name) {
                 return Ok(None);
             }
-            let find = |key: &str| checkpoint.get(key).and_then(|view| raw(&view));
+            let find = |key: &str| checkpoint.get(key).map(|view| raw(&view));
             let weight = StoredWeight::read(name, find).map_err(failed)?;
             let weight = weight.ok_or_else(|| fail(format!("tensor \"{name}\" has scales but no codes")))?;
             if weight.shape() != shape {
                 let found = weight.shape();
                 return Err(fail(format!("tensor \"{name}\" holds codes of shape {found:?}, expected {shape:?}")));
             }
-            if let (StoredWeight::FourBit(weight), Some(asked)) = (&weight, blocksize)
-                && weight.tensor.config().blocksize != *asked
-            {
+            let blocksizes = weight.format().blocksize().zip(self.asked.and_then(QuantFormat::blocksize));
+            if let Some((found, asked)) = blocksizes.filter(|(found, asked)| found != asked) {
                 return Err(Error::Argument(format!(
                     "tensor \"{name}\" has blocks of {}, and blocksize {} was asked for; leave the 4-bit format out to \
                      load the checkpoint as it is",
-                    weight.tensor.config().blocksize.get(),
+                    found.get(),
                     asked.get()
                 )));
             }
             return Ok(Some(weight));
         }
-        let module = name.strip_suffix(".weight").unwrap_or(name);
-        if self.config.skips(module) {
+        let Some(format) = self.linears.of_module(name.strip_suffix(".weight").unwrap_or(name)) else {
             return Ok(None);
-        }
+        };
         let view = checkpoint.get(name).expect("every needed tensor was checked to be there");
         check_view(&view)?;
-        self.encode(&view).map(Some).map_err(failed)
-    }
-
-    /// Quantizes a dense tensor straight from its file.
-    pub(crate) fn encode(&self, view: &TensorView<'_>) -> Result<StoredWeight, rekindle_quant::Error> {
-        let dtype: rekindle_quant::Dtype = raw_name(view.dtype).parse()?;
-        let [out, input] = view.shape.try_into().unwrap_or([1, view.shape.iter().product()]);
-        match &self.source {
-            QuantizeFrom::EightBit => {
-                Int8Tensor::quantize_le_bytes(view.data, dtype, [out, input]).map(StoredWeight::Int8)
-            }
-            QuantizeFrom::FourBit(config) => QuantizedTensor::quantize_le_bytes(view.data, dtype, view.shape, config)
-                .map(|tensor| StoredWeight::FourBit(FourBitWeight::new(tensor))),
-            QuantizeFrom::Stored(..) => unreachable!("what is stored is not encoded again"),
-        }
+        format.quantize(view.data, view.dtype, view.shape).map(Some).map_err(failed)
     }
 }
 
@@ -231,40 +232,14 @@ pub(crate) fn stored_bytes(checkpoint: &Checkpoint, name: &str) -> u64 {
     keys.filter_map(|key| checkpoint.get(key)).map(|view| view.data.len() as u64).sum()
 }
 
-/// A stored tensor as `rekindle-quant` takes it; `None` for a dtype that bitsandbytes never writes.
-fn raw<'a>(view: &TensorView<'a>) -> Option<RawTensor<'a>> {
-    let dtype = RawDtype::from_name(&view.dtype.to_string())?;
-    Some(RawTensor { dtype, shape: view.shape.to_vec(), bytes: Cow::Borrowed(view.data) })
-}
-
-/// The hub's dtype of a tensor that `rekindle-quant` writes.
-pub(crate) fn hub_dtype(dtype: RawDtype) -> Dtype {
-    match dtype {
-        RawDtype::U8 => Dtype::U8,
-        RawDtype::I8 => Dtype::I8,
-        RawDtype::I16 => Dtype::I16,
-        RawDtype::I32 => Dtype::I32,
-        RawDtype::I64 => Dtype::I64,
-        RawDtype::F16 => Dtype::F16,
-        RawDtype::Bf16 => Dtype::BF16,
-        RawDtype::F32 => Dtype::F32,
-        RawDtype::F64 => Dtype::F64,
-    }
-}
-
-/// PyTorch's name of a dtype.
-fn raw_name(dtype: Dtype) -> &'static str {
-    match dtype {
-        Dtype::BF16 => "bfloat16",
-        Dtype::F16 => "float16",
-        Dtype::F32 => "float32",
-        Dtype::F64 => "float64",
-        _ => "an integer",
-    }
+/// A stored tensor as `rekindle-quant` takes it.
+fn raw<'a>(view: &TensorView<'a>) -> RawTensor<'a> {
+    RawTensor { dtype: view.dtype, shape: view.shape.to_vec(), bytes: Cow::Borrowed(view.data) }
 }
 
 /// The dtype that `config.json` gives for 16-bit computation, which a quantized checkpoint names as its compute dtype.
-fn dtype_name(config: &Value) -> rekindle_quant::Dtype {
+fn compute_dtype(config: &Value) -> Dtype {
     let name = ["dtype", "torch_dtype"].iter().find_map(|key| config.get(key)?.as_str());
-    name.and_then(|name| name.parse().ok()).unwrap_or(rekindle_quant::Dtype::Bf16)
+    let dtype = name.and_then(Dtype::from_torch_name);
+    dtype.filter(|dtype| matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)).unwrap_or(Dtype::BF16)
 }

@@ -47,7 +47,7 @@ pub fn quantize(
     for needed in config.parameters() {
         let view = checkpoint.get(&needed.name).expect("every needed tensor was checked to be there");
         let quantized =
-            if needed.role.is_linear() { plan.codes(checkpoint, &needed.name, &needed.shape)? } else { None };
+            if needed.role.is_linear() { plan.weight(checkpoint, &needed.name, &needed.shape)? } else { None };
         progress(view.data.len() as u64);
         match quantized {
             None => {
@@ -76,7 +76,7 @@ pub fn quantize(
         Some(weight) => writer::write_quantized(name, weight, spec, out),
     })?;
     let mut json = checkpoint.config().clone();
-    writer::set_quantization(&mut json, Some(plan.config.to_json()));
+    writer::set_quantization(&mut json, Some(plan.config().to_json()));
     writer::write_config(dir, &json)?;
     let written = CheckpointHeaders::open(dir)?;
     Ok(MemoryReport::of_headers(&written, &config))

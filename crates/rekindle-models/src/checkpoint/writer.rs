@@ -7,7 +7,6 @@ use rekindle_hub::{Checkpoint, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, Tensor
 use rekindle_quant::bnb::StoredWeight;
 use serde_json::Value;
 
-use super::quantization::hub_dtype;
 use super::tensor_names::{TensorNaming, canonical};
 use crate::{Error, ModelConfig};
 
@@ -22,7 +21,7 @@ impl<S: Clone> CheckpointTensor<S> {
     pub(super) fn quantized(name: &str, weight: &StoredWeight, source: &S) -> Vec<Self> {
         let tensors = weight.write(name).into_iter();
         let tensor = |(key, tensor): (String, rekindle_quant::bnb::RawTensor<'_>)| Self {
-            spec: TensorSpec::new(key, hub_dtype(tensor.dtype), tensor.shape),
+            spec: TensorSpec::new(key, tensor.dtype, tensor.shape),
             source: source.clone(),
         };
         tensors.map(tensor).collect()
@@ -93,15 +92,9 @@ pub(super) fn write_config(dir: &Path, json: &Value) -> Result<(), Error> {
 
 /// Sets the dtype that a `config.json` names, under the key that it uses.
 pub(super) fn set_dtype(json: &mut Value, dtype: Dtype) {
-    let name = match dtype {
-        Dtype::BF16 => "bfloat16",
-        Dtype::F16 => "float16",
-        Dtype::F32 => "float32",
-        _ => return,
-    };
     if let Value::Object(fields) = json {
         let key = if fields.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
-        fields.insert(key.to_owned(), Value::from(name));
+        fields.insert(key.to_owned(), Value::from(dtype.torch_name()));
     }
 }
 

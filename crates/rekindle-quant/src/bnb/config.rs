@@ -1,8 +1,8 @@
 use serde_json::{Map, Value, json};
 
-use super::RawDtype;
 use super::skip::SkipPattern;
-use crate::{Dtype, Error, QuantConfig, QuantType};
+use crate::element::parse_float;
+use crate::{Dtype, Error, QuantConfig, QuantFormat, QuantType};
 
 /// The `quantization_config` of a checkpoint's config.json, with the keys of transformers' `BitsAndBytesConfig`.
 ///
@@ -10,27 +10,13 @@ use crate::{Dtype, Error, QuantConfig, QuantType};
 /// defaults. The block size is not among the keys: it is part of each weight's quant_state.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizationConfig {
-    format: Format,
+    format: QuantFormat,
     compute_dtype: Dtype,
-    quant_storage: RawDtype,
+    quant_storage: Dtype,
     threshold: f32,
     has_fp16_weight: bool,
     skip_modules: Option<Vec<SkipPattern>>,
     entries: Map<String, Value>,
-}
-
-/// The storage format of a checkpoint's linear layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
-    /// `load_in_4bit`.
-    FourBit {
-        /// `bnb_4bit_quant_type`.
-        quant_type: QuantType,
-        /// `bnb_4bit_use_double_quant`.
-        double_quant: bool,
-    },
-    /// `load_in_8bit`: LLM.int8().
-    Int8,
 }
 
 /// LLM.int8()'s outlier threshold.
@@ -62,11 +48,12 @@ impl QuantizationConfig {
         let four_bit = keys.flag("load_in_4bit")?.or(keys.flag("_load_in_4bit")?).unwrap_or(false);
         let eight_bit = keys.flag("load_in_8bit")?.or(keys.flag("_load_in_8bit")?).unwrap_or(false);
         let format = match (four_bit, eight_bit) {
-            (true, false) => Format::FourBit {
+            (true, false) => QuantFormat::FourBit(QuantConfig {
                 quant_type: keys.text("bnb_4bit_quant_type")?.unwrap_or(QuantType::Fp4.name()).parse()?,
                 double_quant: keys.flag("bnb_4bit_use_double_quant")?.unwrap_or(false),
-            },
-            (false, true) => Format::Int8,
+                ..QuantConfig::default()
+            }),
+            (false, true) => QuantFormat::Int8,
             (true, true) => {
                 return Err(Error::config("load_in_4bit and load_in_8bit", "are both true; set only one of them"));
             }
@@ -76,9 +63,9 @@ impl QuantizationConfig {
         };
         Ok(Self {
             format,
-            compute_dtype: keys.text("bnb_4bit_compute_dtype")?.unwrap_or(Dtype::F32.name()).parse()?,
+            compute_dtype: parse_float(keys.text("bnb_4bit_compute_dtype")?.unwrap_or("float32"))?,
             quant_storage: match keys.text("bnb_4bit_quant_storage")? {
-                None => RawDtype::U8,
+                None => Dtype::U8,
                 Some(name) => storage(name)?,
             },
             threshold: keys.threshold()?,
@@ -88,28 +75,18 @@ impl QuantizationConfig {
         })
     }
 
-    /// Creates the configuration of a 4-bit checkpoint. `skip_modules` stay unquantized; `None` means `lm_head`.
-    pub fn four_bit(config: &QuantConfig, compute_dtype: Dtype, skip_modules: Option<Vec<String>>) -> Self {
-        let format = Format::FourBit { quant_type: config.quant_type, double_quant: config.double_quant };
-        Self::new(format, compute_dtype, skip_modules)
-    }
-
-    /// Creates the configuration of an LLM.int8() checkpoint. `skip_modules` stay unquantized; `None` means `lm_head`.
-    pub fn int8(skip_modules: Option<Vec<String>>) -> Self {
-        Self::new(Format::Int8, Dtype::F32, skip_modules)
-    }
-
-    fn new(format: Format, compute_dtype: Dtype, skip_modules: Option<Vec<String>>) -> Self {
-        let (quant_type, double_quant) = match format {
-            Format::FourBit { quant_type, double_quant } => (quant_type, double_quant),
-            Format::Int8 => (QuantType::Fp4, false),
+    /// Creates the configuration of a checkpoint in this format. `skip_modules` stay unquantized; `None` means `lm_head`.
+    /// `compute_dtype` is that of 4-bit products.
+    pub fn new(format: QuantFormat, compute_dtype: Dtype, skip_modules: Option<Vec<String>>) -> Self {
+        let (eight_bit, compute_dtype, quant_type, double_quant) = match format {
+            QuantFormat::FourBit(config) => (false, compute_dtype, config.quant_type, config.double_quant),
+            QuantFormat::Int8 => (true, Dtype::F32, QuantType::Fp4, false),
         };
-        let eight_bit = format == Format::Int8;
         // All keys that transformers writes, in its sorted order.
         let entries = [
             ("_load_in_4bit", json!(!eight_bit)),
             ("_load_in_8bit", json!(eight_bit)),
-            ("bnb_4bit_compute_dtype", json!(compute_dtype.name())),
+            ("bnb_4bit_compute_dtype", json!(compute_dtype.torch_name())),
             ("bnb_4bit_quant_storage", json!("uint8")),
             ("bnb_4bit_quant_type", json!(quant_type.name())),
             ("bnb_4bit_use_double_quant", json!(double_quant)),
@@ -126,7 +103,7 @@ impl QuantizationConfig {
         Self {
             format,
             compute_dtype,
-            quant_storage: RawDtype::U8,
+            quant_storage: Dtype::U8,
             threshold: THRESHOLD,
             has_fp16_weight: false,
             skip_modules: skip_modules.as_ref().map(|names| names.iter().map(pattern).collect()),
@@ -139,8 +116,9 @@ impl QuantizationConfig {
         Value::Object(self.entries.clone())
     }
 
-    /// Returns the storage format of the linear layers.
-    pub fn format(&self) -> Format {
+    /// Returns the format of the linear layers. Block sizes are not among the keys: that of a parsed configuration is the
+    /// default, and each 4-bit weight has its own.
+    pub fn format(&self) -> QuantFormat {
         self.format
     }
 
@@ -150,7 +128,7 @@ impl QuantizationConfig {
     }
 
     /// Returns `bnb_4bit_quant_storage`, the type packed codes are viewed as.
-    pub fn quant_storage(&self) -> RawDtype {
+    pub fn quant_storage(&self) -> Dtype {
         self.quant_storage
     }
 
@@ -178,21 +156,13 @@ impl QuantizationConfig {
     }
 }
 
-fn storage(name: &str) -> Result<RawDtype, Error> {
-    Ok(match name {
-        "uint8" => RawDtype::U8,
-        "int8" => RawDtype::I8,
-        "float16" => RawDtype::F16,
-        "bfloat16" => RawDtype::Bf16,
-        "float32" => RawDtype::F32,
-        "float64" => RawDtype::F64,
-        _ => {
-            let known = "uint8, int8, float16, bfloat16, float32 or float64";
-            return Err(Error::config(
-                "bnb_4bit_quant_storage",
-                &format!("is {:?}, expected {known}", shortened(name)),
-            ));
-        }
+/// The types that packed codes can be viewed as.
+const STORAGE: [Dtype; 6] = [Dtype::U8, Dtype::I8, Dtype::F16, Dtype::BF16, Dtype::F32, Dtype::F64];
+
+fn storage(name: &str) -> Result<Dtype, Error> {
+    Dtype::from_torch_name(name).filter(|dtype| STORAGE.contains(dtype)).ok_or_else(|| {
+        let known = "uint8, int8, float16, bfloat16, float32 or float64";
+        Error::config("bnb_4bit_quant_storage", &format!("is {:?}, expected {known}", shortened(name)))
     })
 }
 
@@ -265,8 +235,8 @@ mod tests {
     #[test]
     fn reads_and_rewrites_every_key() {
         let config = parse(NF4).expect("valid");
-        assert_eq!(config.format(), Format::FourBit { quant_type: QuantType::Nf4, double_quant: true });
-        assert_eq!((config.compute_dtype(), config.quant_storage()), (Dtype::Bf16, RawDtype::U8));
+        assert_eq!(config.format(), QuantFormat::FourBit(QuantConfig::default()));
+        assert_eq!((config.compute_dtype(), config.quant_storage()), (Dtype::BF16, Dtype::U8));
         assert_eq!((config.threshold(), config.has_fp16_weight()), (6.0, false));
         assert!(config.skips("lm_head") && config.skips("model.layers.3.mlp.up_proj"));
         assert!(!config.skips("model.layers.30.mlp.up_proj"));
@@ -276,29 +246,31 @@ mod tests {
     #[test]
     fn defaults_match_transformers() {
         let config = parse(r#"{"load_in_4bit": true}"#).expect("valid");
-        assert_eq!(config.format(), Format::FourBit { quant_type: QuantType::Fp4, double_quant: false });
+        let fp4 = QuantConfig { quant_type: QuantType::Fp4, double_quant: false, ..QuantConfig::default() };
+        assert_eq!(config.format(), QuantFormat::FourBit(fp4));
         assert_eq!((config.compute_dtype(), config.threshold()), (Dtype::F32, 6.0));
         assert!(config.skips("lm_head") && !config.skips("model.layers.0.mlp.up_proj"));
         let config = parse(r#"{"quant_method": "bitsandbytes", "_load_in_8bit": true, "llm_int8_skip_modules": []}"#);
         let config = config.expect("valid");
-        assert_eq!(config.format(), Format::Int8);
+        assert_eq!(config.format(), QuantFormat::Int8);
         assert!(!config.skips("lm_head"), "an empty list skips nothing");
     }
 
     #[test]
     fn created_configs_read_back() {
         let skip = ["lm_head".to_owned(), "score".to_owned()];
-        let config = QuantizationConfig::four_bit(&QuantConfig::default(), Dtype::Bf16, Some(skip.to_vec()));
+        let four_bit = QuantFormat::FourBit(QuantConfig::default());
+        let config = QuantizationConfig::new(four_bit, Dtype::BF16, Some(skip.to_vec()));
         let text = config.to_json().to_string();
         assert_eq!(
             text,
             NF4.replace(r#""model.layers.3.mlp""#, r#""score""#).replace(r#","someone":{"s":"note"}"#, "")
         );
         assert_eq!(parse(&text), Ok(config));
-        let odd = QuantizationConfig::int8(Some(vec!["a(b".to_owned()]));
+        let odd = QuantizationConfig::new(QuantFormat::Int8, Dtype::F32, Some(vec!["a(b".to_owned()]));
         assert!(odd.skips("a(b.c") && !odd.skips("ab"));
-        let int8 = QuantizationConfig::int8(None);
-        assert_eq!((int8.format(), int8.threshold()), (Format::Int8, 6.0));
+        let int8 = QuantizationConfig::new(QuantFormat::Int8, Dtype::F32, None);
+        assert_eq!((int8.format(), int8.threshold()), (QuantFormat::Int8, 6.0));
         assert!(int8.to_json()["llm_int8_skip_modules"].is_null() && int8.skips("lm_head"));
     }
 

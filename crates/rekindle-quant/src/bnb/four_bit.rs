@@ -1,9 +1,9 @@
 use std::borrow::Cow;
 
 use super::quant_state::{Nested, QuantState};
-use super::raw::{RawDtype, RawTensor, stored};
+use super::raw::{RawTensor, stored};
 use super::{ABSMAX, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, quant_state_suffix};
-use crate::{Absmax, DoubleQuant, DynamicMap, Error, QuantType, QuantizedTensor, four_bit};
+use crate::{Absmax, DoubleQuant, Dtype, DynamicMap, Error, QuantType, QuantizedTensor, four_bit};
 
 /// A 4-bit weight of a checkpoint: the tensor and the storage layout of its codes.
 ///
@@ -12,7 +12,7 @@ use crate::{Absmax, DoubleQuant, DynamicMap, Error, QuantType, QuantizedTensor, 
 pub struct FourBitWeight {
     /// The weight.
     pub tensor: QuantizedTensor,
-    pub(crate) storage: RawDtype,
+    pub(crate) storage: Dtype,
     pub(crate) packed_shape: Vec<usize>,
 }
 
@@ -20,7 +20,7 @@ impl FourBitWeight {
     /// Wraps a weight for writing in the default storage layout, u8 `[⌈n/2⌉, 1]`.
     pub fn new(tensor: QuantizedTensor) -> Self {
         let packed_shape = vec![tensor.codes().len(), 1];
-        Self { tensor, storage: RawDtype::U8, packed_shape }
+        Self { tensor, storage: Dtype::U8, packed_shape }
     }
 
     /// Reads the weight `name`, or returns `None` if the checkpoint has no 4-bit weight of that name. `find` returns
@@ -36,7 +36,7 @@ impl FourBitWeight {
             find(&key).map(|raw| (quant_type, key, raw))
         });
         let Some((quant_type, key, raw)) = state else { return Ok(None) };
-        raw.expect(RawDtype::U8, &key)?;
+        raw.expect(Dtype::U8, &key)?;
         let state = QuantState::parse(&raw.bytes, &key)?;
         if state.quant_type != quant_type {
             return Err(stored(
@@ -84,7 +84,7 @@ impl FourBitWeight {
         }
         .to_json()
         .into_bytes();
-        let state = RawTensor { dtype: RawDtype::U8, shape: vec![json.len()], bytes: Cow::Owned(json) };
+        let state = RawTensor { dtype: Dtype::U8, shape: vec![json.len()], bytes: Cow::Owned(json) };
         tensors.push((quant_state_suffix(config.quant_type), state));
         tensors
     }
@@ -123,7 +123,7 @@ impl<'a, F: Fn(&str) -> Option<RawTensor<'a>>> Parts<'_, F> {
 
     fn double_quant(&self, nested: Nested) -> Result<DoubleQuant, Error> {
         let codes = self.get(ABSMAX)?;
-        codes.expect(RawDtype::U8, &self.key(ABSMAX))?;
+        codes.expect(Dtype::U8, &self.key(ABSMAX))?;
         let map = self.f32(NESTED_QUANT_MAP)?;
         let map: [f32; 256] = map.try_into().map_err(|map: Vec<f32>| {
             stored(&self.key(NESTED_QUANT_MAP), format!("has {} values, expected 256", map.len()))
@@ -181,7 +181,7 @@ mod tests {
     fn any_storage_type_is_viewed_as_bytes() {
         let mut tensors = stored_tensors(&weight(QuantConfig::default()));
         let codes = tensors.get_mut("w").expect("codes");
-        (codes.dtype, codes.shape) = (RawDtype::Bf16, vec![codes.bytes.len() / 2, 1]);
+        (codes.dtype, codes.shape) = (Dtype::BF16, vec![codes.bytes.len() / 2, 1]);
         let stored = codes.clone();
         let read = read(&tensors).expect("readable").expect("present");
         assert_eq!(read.tensor, weight(QuantConfig::default()).tensor);
@@ -208,7 +208,7 @@ mod tests {
             match change {
                 Change::Truncate => drop(raw.bytes.to_mut().pop()),
                 Change::Flip => raw.bytes.to_mut()[3] ^= 0x80,
-                Change::Type => raw.dtype = RawDtype::I16,
+                Change::Type => raw.dtype = Dtype::I16,
                 Change::Remove => drop(tensors.remove(&key)),
             }
             let error = read(&tensors).expect_err(message).to_string();

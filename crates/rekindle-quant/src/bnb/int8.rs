@@ -1,8 +1,8 @@
 use std::borrow::Cow;
 
-use super::raw::{RawDtype, RawTensor, stored};
+use super::raw::{RawTensor, stored};
 use super::{SCB, WEIGHT_FORMAT};
-use crate::{Error, Int8Tensor};
+use crate::{Dtype, Error, Int8Tensor};
 
 /// Reads the LLM.int8() weight of `module` (`…q_proj`), or returns `None` if the checkpoint has none. `find` returns
 /// the tensor of a key.
@@ -16,7 +16,7 @@ pub fn read_int8<'a>(module: &str, find: impl Fn(&str) -> Option<RawTensor<'a>>)
     let format_key = format!("{module}{WEIGHT_FORMAT}");
     // Files of early versions lack the format; they are row-major.
     if let Some(format) = find(&format_key) {
-        format.expect(RawDtype::U8, &format_key)?;
+        format.expect(Dtype::U8, &format_key)?;
         if *format.bytes != [0] {
             let found = &format.bytes[..format.bytes.len().min(4)]; // a few bytes suffice for the message
             let reason = format!("is {found:?}, expected [0] (row-major); save the model again with bitsandbytes");
@@ -25,7 +25,7 @@ pub fn read_int8<'a>(module: &str, find: impl Fn(&str) -> Option<RawTensor<'a>>)
     }
     let key = format!("{module}.weight");
     let weight = find(&key).ok_or_else(|| Error::MissingKey { name: scb_key.clone(), key: key.clone() })?;
-    weight.expect(RawDtype::I8, &key)?;
+    weight.expect(Dtype::I8, &key)?;
     let shape: [usize; 2] = weight
         .shape
         .as_slice()
@@ -39,7 +39,7 @@ pub fn read_int8<'a>(module: &str, find: impl Fn(&str) -> Option<RawTensor<'a>>)
 pub fn write_int8(tensor: &Int8Tensor) -> Vec<(&'static str, RawTensor<'_>)> {
     let bytes = Cow::Borrowed(bytemuck::cast_slice(tensor.codes()));
     vec![
-        (".weight", RawTensor { dtype: RawDtype::I8, shape: tensor.shape().to_vec(), bytes }),
+        (".weight", RawTensor { dtype: Dtype::I8, shape: tensor.shape().to_vec(), bytes }),
         (SCB, RawTensor::f32(tensor.scb())),
         (WEIGHT_FORMAT, RawTensor::u8(Vec::new(), &[0])),
     ]
@@ -83,7 +83,7 @@ mod tests {
             read(&tensors).expect_err("broken").to_string()
         };
         assert!(broken(0, |t| t.shape = vec![6]).contains(r#""m.weight" has shape [6], expected [out, in]"#));
-        assert!(broken(0, |t| t.dtype = RawDtype::F16).contains("is stored as F16, expected I8"));
+        assert!(broken(0, |t| t.dtype = Dtype::F16).contains("is stored as F16, expected I8"));
         assert!(broken(0, |t| t.shape = vec![3, 2]).contains("shape [3, 2] with int8 rows needs 3 SCB values, got 2"));
         assert!(broken(2, |t| t.bytes.to_mut()[0] = 2).contains(r#""m.weight_format" is [2], expected [0]"#));
         let error = read(&tensors[1..]).expect_err("no weight").to_string();

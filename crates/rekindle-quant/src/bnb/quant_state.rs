@@ -3,6 +3,7 @@
 use serde::Deserialize;
 
 use super::raw::stored;
+use crate::element::parse_float;
 use crate::{Blocksize, Dtype, Error, QuantType};
 
 /// The metadata of a 4-bit weight.
@@ -39,7 +40,7 @@ impl QuantState {
         let nested = match (json.nested_blocksize, json.nested_dtype, json.nested_offset) {
             (None, None, None) => None,
             (Some(blocksize), Some(dtype), Some(offset)) => {
-                if dtype != Dtype::F32.name() {
+                if dtype != Dtype::F32.torch_name() {
                     return Err(stored(key, format!("has nested_dtype {dtype:?}, expected \"float32\"")));
                 }
                 // JSON numbers are f64; the offset was written from an f32.
@@ -53,7 +54,7 @@ impl QuantState {
         Ok(Self {
             quant_type: json.quant_type.parse()?,
             blocksize: Blocksize::try_from(json.blocksize)?,
-            dtype: json.dtype.parse()?,
+            dtype: parse_float(&json.dtype)?,
             shape: json.shape,
             nested,
         })
@@ -72,7 +73,7 @@ impl QuantState {
             r#"{{"quant_type": "{}", "blocksize": {}, "dtype": "{}", "shape": [{shape}]{nested}}}"#,
             self.quant_type.name(),
             self.blocksize.get(),
-            self.dtype.name()
+            self.dtype.torch_name()
         )
     }
 }

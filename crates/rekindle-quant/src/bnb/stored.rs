@@ -1,7 +1,7 @@
 use super::{FourBitWeight, RawTensor, read_int8, write_int8};
-use crate::{Error, Int8Tensor};
+use crate::{Dtype, Element, Error, Int8Tensor, QuantFormat};
 
-/// A quantized weight of a checkpoint in either format.
+/// A quantized weight of a checkpoint, in any [`QuantFormat`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum StoredWeight {
     /// NF4 or FP4.
@@ -31,6 +31,30 @@ impl StoredWeight {
             Self::Int8(tensor) => (name.strip_suffix(".weight").unwrap_or(name), write_int8(tensor)),
         };
         tensors.into_iter().map(|(suffix, tensor)| (format!("{prefix}{suffix}"), tensor)).collect()
+    }
+
+    /// Returns the format.
+    pub fn format(&self) -> QuantFormat {
+        match self {
+            Self::FourBit(weight) => QuantFormat::FourBit(weight.tensor.config()),
+            Self::Int8(_) => QuantFormat::Int8,
+        }
+    }
+
+    /// Returns the dtype of the dense weight that was quantized. LLM.int8() casts to f16 before it quantizes.
+    pub fn dense_dtype(&self) -> Dtype {
+        match self {
+            Self::FourBit(weight) => weight.tensor.dtype(),
+            Self::Int8(_) => Dtype::F16,
+        }
+    }
+
+    /// Returns the dense weight, row-major.
+    pub fn dequantize<T: Element>(&self) -> Vec<T> {
+        match self {
+            Self::FourBit(weight) => weight.tensor.dequantize(),
+            Self::Int8(tensor) => tensor.dequantize(),
+        }
     }
 
     /// Returns the shape of the dense weight.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::{Absmax, QuantizedData, QuantizedFormat};
 use crate::params::stochastic::RoundingRng;
 use crate::runtime::op::{blocks, check_dims, int, kernel};
 use crate::runtime::{Array, Buffer, Cuda, CudaError, DType, MemoryUse, args, entry};
@@ -19,29 +20,9 @@ pub(crate) struct QuantizedArray {
     format: Format,
 }
 
-/// The scales of 4-bit blocks, on the host.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Absmax<'a> {
-    /// As they are.
-    Single(&'a [f32]),
-    /// map\[code\] · nested + offset.
-    Double {
-        /// One for each block.
-        codes: &'a [u8],
-        /// The values of the codes.
-        map: &'a [f32; 256],
-        /// One for every `blocksize` codes.
-        nested: &'a [f32],
-        /// Codes that share a nested scale: a power of two.
-        blocksize: usize,
-        /// Added last.
-        offset: f32,
-    },
-}
-
 #[derive(Clone, Debug)]
 enum Format {
-    /// `table`: what the sixteen codes stand for.
+    /// `table`: the values of the sixteen codes.
     FourBit {
         table: Arc<Buffer>,
         block_shift: u32,
@@ -60,62 +41,31 @@ struct Double {
 }
 
 impl QuantizedArray {
-    /// Two codes a byte, the even element in the high nibble; `blocksize` elements of the flattened matrix share a scale.
-    ///
-    /// # Panics
-    /// If lengths do not follow from `dims`, or `blocksize` is not a power of two from 32 on.
-    pub(crate) fn four_bit(
-        cuda: &Cuda,
-        dims: [usize; 2],
-        codes: &[u8],
-        table: &[f32; 16],
-        blocksize: usize,
-        absmax: Absmax<'_>,
-    ) -> Self {
-        let elements = dims[0] * dims[1];
-        let n_blocks = elements.div_ceil(blocksize);
-        assert!(
-            blocksize.is_power_of_two() && blocksize >= 32,
-            "blocks of {blocksize} codes; the kernels take 32, 64, …"
-        );
-        assert_eq!(codes.len(), elements.div_ceil(2), "packed codes of {} × {}", dims[0], dims[1]);
-        let (scales, double) = match absmax {
-            Absmax::Single(absmax) => {
-                assert_eq!(absmax.len(), n_blocks, "scales of {} × {}", dims[0], dims[1]);
-                (floats(cuda, absmax, MemoryUse::QuantizedWeights), None)
+    /// Uploads codes whose lengths were checked.
+    pub(crate) fn new(cuda: &Cuda, data: &QuantizedData) -> Self {
+        let (codes, scales, format) = match &data.format {
+            QuantizedFormat::FourBit { codes, table, blocksize, absmax } => {
+                let (scales, double) = match absmax {
+                    Absmax::Single(absmax) => (floats(cuda, absmax), None),
+                    Absmax::Double { codes, map, nested, blocksize, offset } => {
+                        let (map, nested) = (floats(cuda, &map[..]), floats(cuda, nested));
+                        let double = Double { map, nested, shift: blocksize.ilog2(), offset: *offset };
+                        (Arc::new(cuda.uploaded(codes, MemoryUse::QuantizedWeights)), Some(double))
+                    }
+                };
+                let format = Format::FourBit { table: floats(cuda, table), block_shift: blocksize.ilog2(), double };
+                (cuda.uploaded(codes, MemoryUse::QuantizedWeights), scales, format)
             }
-            Absmax::Double { codes, map, nested, blocksize, offset } => {
-                assert!(blocksize.is_power_of_two(), "blocks of {blocksize} scales");
-                assert_eq!(codes.len(), n_blocks, "scales of {} × {}", dims[0], dims[1]);
-                assert_eq!(nested.len(), n_blocks.div_ceil(blocksize), "nested scales of {} × {}", dims[0], dims[1]);
-                let (map, nested) =
-                    (floats(cuda, map, MemoryUse::QuantizedWeights), floats(cuda, nested, MemoryUse::QuantizedWeights));
-                let double = Double { map, nested, shift: blocksize.ilog2(), offset };
-                (Arc::new(cuda.uploaded(codes, MemoryUse::QuantizedWeights)), Some(double))
+            QuantizedFormat::Int8 { codes, scales, .. } => {
+                let placed = cuda.alloc(codes.len(), MemoryUse::QuantizedWeights);
+                if !cuda.is_planned() {
+                    let bytes: Vec<u8> = codes.iter().map(|code| code.cast_unsigned()).collect();
+                    cuda.upload(&placed, &bytes);
+                }
+                (placed, floats(cuda, scales), Format::Int8)
             }
         };
-        let format = Format::FourBit {
-            table: floats(cuda, table, MemoryUse::QuantizedWeights),
-            block_shift: blocksize.ilog2(),
-            double,
-        };
-        Self { dims, codes: Arc::new(cuda.uploaded(codes, MemoryUse::QuantizedWeights)), scales, format }
-    }
-
-    /// One code a byte, one scale a row; value = (code · scale) · (1 / 127).
-    ///
-    /// # Panics
-    /// If lengths do not follow from `dims`.
-    pub(crate) fn int8(cuda: &Cuda, dims: [usize; 2], codes: &[i8], scales: &[f32]) -> Self {
-        assert_eq!(codes.len(), dims[0] * dims[1], "codes of {} × {}", dims[0], dims[1]);
-        assert_eq!(scales.len(), dims[0], "scales of {} × {}", dims[0], dims[1]);
-        let placed = cuda.alloc(codes.len(), MemoryUse::QuantizedWeights);
-        if !cuda.is_planned() {
-            let bytes: Vec<u8> = codes.iter().map(|code| code.cast_unsigned()).collect();
-            cuda.upload(&placed, &bytes);
-        }
-        let codes = Arc::new(placed);
-        Self { dims, codes, scales: floats(cuda, scales, MemoryUse::QuantizedWeights), format: Format::Int8 }
+        Self { dims: data.dims, codes: Arc::new(codes), scales, format }
     }
 
     /// The device that the codes are on.
@@ -245,8 +195,8 @@ impl QuantizedArray {
     }
 }
 
-fn floats(cuda: &Cuda, values: &[f32], usage: MemoryUse) -> Arc<Buffer> {
-    let placed = cuda.alloc(4 * values.len(), usage);
+fn floats(cuda: &Cuda, values: &[f32]) -> Arc<Buffer> {
+    let placed = cuda.alloc(4 * values.len(), MemoryUse::QuantizedWeights);
     if !cuda.is_planned() {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         cuda.upload(&placed, &bytes);

@@ -283,20 +283,7 @@ impl QuantizedWeight {
             Device::Burn(device) => Place::Burn(Arc::new(portable::Words::new(&codes, device))),
             Device::Meta(device) => Place::Meta(Arc::new(MetaQuantized::new(&codes, device))),
             Device::Cuda(cuda) => {
-                let array = match &codes.format {
-                    QuantizedFormat::Int8 { codes: bytes, scales, .. } => {
-                        cuda::QuantizedArray::int8(cuda, codes.dims, bytes, scales)
-                    }
-                    QuantizedFormat::FourBit { codes: bytes, table, blocksize, absmax } => {
-                        let absmax = match absmax {
-                            Absmax::Single(absmax) => cuda::Absmax::Single(absmax),
-                            Absmax::Double { codes, map, nested, blocksize, offset } => {
-                                cuda::Absmax::Double { codes, map, nested, blocksize: *blocksize, offset: *offset }
-                            }
-                        };
-                        cuda::QuantizedArray::four_bit(cuda, codes.dims, bytes, table, *blocksize, absmax)
-                    }
-                };
+                let array = cuda::QuantizedArray::new(cuda, &codes);
                 codes.take_bytes();
                 Place::Cuda(array, Arc::new(codes))
             }

@@ -1,0 +1,116 @@
+//! The format of a quantized weight, as one value.
+
+use core::fmt;
+
+#[cfg(feature = "linear")]
+use rekindle_kernels::quantized::QuantizedData;
+
+use crate::bnb::{FourBitWeight, StoredWeight};
+use crate::{Blocksize, Dtype, Error, Int8Tensor, QuantConfig, QuantizedTensor};
+
+/// The format of a quantized weight: the description that loading, saving, merging, plans and configurations share.
+///
+/// A new format is a variant here and one of [`StoredWeight`], whose matches name every part that it needs: a codec, its
+/// keys and its JSON in a checkpoint, and its data on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QuantFormat {
+    /// NF4 or FP4 in blocks.
+    FourBit(QuantConfig),
+    /// LLM.int8(): 8-bit rows.
+    Int8,
+}
+
+impl QuantFormat {
+    /// Returns the bits of a code.
+    pub const fn bits(self) -> u32 {
+        match self {
+            Self::FourBit(_) => 4,
+            Self::Int8 => 8,
+        }
+    }
+
+    /// Returns true if weights in this format can be trained: quantized scales cannot follow new values.
+    pub const fn is_trainable(self) -> bool {
+        match self {
+            Self::FourBit(config) => !config.double_quant,
+            Self::Int8 => true,
+        }
+    }
+
+    /// Returns the number of elements that share a scale; `None` for formats with one scale a row.
+    pub const fn blocksize(self) -> Option<Blocksize> {
+        match self {
+            Self::FourBit(config) => Some(config.blocksize),
+            Self::Int8 => None,
+        }
+    }
+
+    /// Quantizes a weight as stored in a file: little-endian elements of `dtype` at any alignment.
+    ///
+    /// # Errors
+    /// [`Error::Empty`], and [`Error::Length`] if `bytes` does not match `shape`.
+    pub fn quantize(self, bytes: &[u8], dtype: Dtype, shape: &[usize]) -> Result<StoredWeight, Error> {
+        match self {
+            Self::FourBit(config) => QuantizedTensor::quantize_le_bytes(bytes, dtype, shape, &config)
+                .map(|tensor| StoredWeight::FourBit(FourBitWeight::new(tensor))),
+            Self::Int8 => {
+                let cols = shape.last().copied().unwrap_or(1);
+                let rows = shape.iter().product::<usize>() / cols.max(1);
+                Int8Tensor::quantize_le_bytes(bytes, dtype, [rows, cols]).map(StoredWeight::Int8)
+            }
+        }
+    }
+
+    /// Returns the device data of a weight `[out, in]` that is all zeros: as long as any other of its shape.
+    #[cfg(feature = "linear")]
+    pub fn zeros(self, dims: [usize; 2]) -> QuantizedData {
+        match self {
+            Self::FourBit(config) => {
+                let nested = config.double_quant.then(|| Blocksize::B256.get());
+                QuantizedData::four_bit_zeros(dims, config.blocksize.get(), nested)
+            }
+            Self::Int8 => QuantizedData::int8_zeros(dims),
+        }
+    }
+}
+
+/// Writes the name used in messages: `4-bit (nf4)`, `8-bit (LLM.int8())`.
+impl fmt::Display for QuantFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FourBit(config) => write!(f, "4-bit ({})", config.quant_type.name()),
+            Self::Int8 => f.write_str("8-bit (LLM.int8())"),
+        }
+    }
+}
+
+/// Returns the shape of a linear layer's weight, `[out, in]`.
+#[cfg(feature = "linear")]
+pub(crate) fn matrix(shape: &[usize]) -> Result<[usize; 2], Error> {
+    shape.try_into().map_err(|_| Error::Stored {
+        key: "weight".to_owned(),
+        reason: format!("has shape {shape:?}; a linear layer's weight is [out, in]"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::QuantType;
+
+    #[test]
+    fn every_format_names_its_weights() {
+        let values: Vec<u8> = (0..64 * 3).flat_map(|i| ((i as f32 * 0.7).sin() * 0.1).to_le_bytes()).collect();
+        let single = QuantConfig { quant_type: QuantType::Fp4, double_quant: false, ..QuantConfig::default() };
+        let formats = [QuantFormat::FourBit(QuantConfig::default()), QuantFormat::FourBit(single), QuantFormat::Int8];
+        for format in formats {
+            let weight = format.quantize(&values, Dtype::F32, &[3, 64]).expect("the shape fits");
+            assert_eq!((weight.format(), weight.shape()), (format, vec![3, 64]));
+            assert_eq!(weight.dense_dtype(), if format == QuantFormat::Int8 { Dtype::F16 } else { Dtype::F32 });
+            let decoded: Vec<f32> = weight.dequantize();
+            assert_eq!(decoded.len(), 3 * 64);
+        }
+        assert_eq!(formats.map(QuantFormat::is_trainable), [false, true, true]);
+        assert_eq!(formats.map(|format| format.to_string()), ["4-bit (nf4)", "4-bit (fp4)", "8-bit (LLM.int8())"]);
+    }
+}
