@@ -21,6 +21,19 @@
 //     kv_heads, lddk, lddv; f32 scale; int window; f32 softcap
 //     tiles: one for each 64 keys of each document: {first row, document's start, document's end, 0}, sorted by falling
 //     end - row
+//
+// Floor, 4 x 2048 tokens, 8/4 heads x 256: 2.5 times the forward's operations, 172 GFLOP at 790 TFLOP/s = 217 us; these kernels
+// make seven products instead of five, 240 GFLOP = 304 us.
+// Status, delta and both kernels and the clearing of their results, NVIDIA H200, 2026-11-30, in CUDA graphs; TFLOP/s count 2.5
+// times the forward; the peers through PyTorch 2.11 in the same run:
+//   4 x 2048, 8/4 x 256                 510 us  337 TFLOP/s    cuDNN   849 us  202    FA2 1157 us
+//   1 x 8192, 8/4 x 256                1780 us  386 TFLOP/s    cuDNN  1893 us  363    FA2 3184 us
+//   4 x 2048, 8/4 x 256, window 1024    430 us  300 TFLOP/s    flex_attention 1537 us
+//   the mma.sync kernels: 952 us, 3425 us, 765 us
+// 168 registers at entry (240 a consumer thread, 24 a producer one), no local memory.
+// Tests: dq, dk and dv against f64, at most 0.45 of twice the naive bf16 or f16 error plus one rounding: lengths 1 to 1500,
+// windows 1 to 501, softcaps, groups of 2 and 8, slices of one buffer, poisoned outputs, repeated runs bit-equal.
+// Did not help: descriptors of shared memory that the compiler keeps through the loop (95 registers spilled).
 
 static_assert(HEAD_DIM == 256, "the sizes below are those of 256 channels");
 

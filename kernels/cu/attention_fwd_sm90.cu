@@ -35,6 +35,13 @@
 //   1 x 32768, 32/8 x 128 14314 us  615 TFLOP/s  78%                 cuDNN 15026 us  585
 //   2 x 512, 16/8 x 128      26 us (the launch from Python in it)    cuDNN    35 us
 //   4 x 2048, 32/8 x 64     171 us  403 TFLOP/s  51%                 cuDNN   181 us  379
+// 2026-11-30, in CUDA graphs; cuDNN and flex_attention through PyTorch 2.11 in the same run:
+//   4 x 2048, 8/4 x 256                   114 us  601 TFLOP/s  76%    cuDNN   161 us  426
+//   1 x 8192, 8/4 x 256                   369 us  746 TFLOP/s  94%    cuDNN   517 us  532
+//   4 x 2048, 8/4 x 256, window 1024      104 us  496 TFLOP/s         flex_attention 331 us
+//   4 x 2048, 64/8 x 64                   333 us  413 TFLOP/s         cuDNN   385 us  357
+//   4 x 2048, 64/8 x 64, window 128, sinks 119 us 140 TFLOP/s of the scores seen, a half of those computed
+//   4 x 2048, 32/8 x 128, softcap         275 us  499 TFLOP/s
 // 168 registers at entry (240 a consumer thread, 24 a producer one), no local memory.
 // Tests: o and lse against float32 on fresh random data, at most 0.83 (bf16, 128), 0.64 (bf16, 64) and 0.73 (f16) of the naive
 // computation's error; lengths 1 to 2048 with every tail, 50 documents of length 1, groups of 1, 2, 4 and 7, slices of one buffer,
