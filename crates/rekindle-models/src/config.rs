@@ -7,6 +7,8 @@ use serde_json::Value;
 use crate::families::{self, ConfigReader, TensorNames};
 use crate::{Error, ModelSpec};
 
+const TIED: &str = "tie_word_embeddings";
+
 /// A checkpoint's `config.json`: the decoder that it describes, and the file itself.
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
@@ -39,18 +41,25 @@ impl ModelConfig {
     pub fn from_json(json: &Value) -> Result<Self, Vec<String>> {
         let family = families::of(json).map_err(|problem| vec![problem])?;
         let decoder = match family.section {
-            None => json,
-            Some(key) => json.get(key).ok_or_else(|| vec![format!("{key} is missing")])?,
+            None => json.clone(),
+            Some(key) => {
+                let mut decoder = json.get(key).ok_or_else(|| vec![format!("{key} is missing")])?.clone();
+                // Some wrappers alone say it.
+                if let (Value::Object(fields), Some(tied)) = (&mut decoder, json.get(TIED)) {
+                    fields.entry(TIED).or_insert_with(|| tied.clone());
+                }
+                decoder
+            }
         };
-        let mut reader = ConfigReader::new(decoder);
+        let mut reader = ConfigReader::new(&decoder);
         let spec = (family.spec)(&mut reader);
         let max_position_embeddings = reader.positions();
-        let decoder = reader.finish()?;
+        let written = reader.finish()?;
         let json = match family.section {
-            None => decoder,
+            None => written,
             Some(key) => {
                 let mut json = json.clone();
-                json[key] = decoder;
+                json[key] = written;
                 json
             }
         };
@@ -86,21 +95,30 @@ impl ModelConfig {
                 )))
             };
         }
-        let extension = extend_context(&self.json, self.head_dim(), self.max_position_embeddings, length, rope_scaling);
+        let json = self.section.map_or(&self.json, |section| &self.json[section]);
+        let extension = extend_context(json, self.head_dim(), self.max_position_embeddings, length, rope_scaling);
         let extension = extension.map_err(argument)?;
         if let Some(extension) = &extension {
             self.spec.ropes = vec![extension.positions.rope(self.head_dim()).map_err(argument)?];
             self.max_position_embeddings = extension.positions.max_position_embeddings();
-            extension.positions.apply(&mut self.json);
+            extension.positions.apply(self.decoder_json_mut());
         }
         Ok((self, extension))
+    }
+
+    /// The part of the file that describes the decoder.
+    pub(crate) fn decoder_json_mut(&mut self) -> &mut Value {
+        match self.section {
+            None => &mut self.json,
+            Some(section) => &mut self.json[section],
+        }
     }
 
     /// Sets a key that describes the decoder.
     pub(crate) fn set_json(&mut self, key: &str, value: Value) {
         // A key that a wrapper repeats stays the same in both places.
         let outside = self.section.is_none() || self.json.get(key).is_some();
-        if let Some(Value::Object(fields)) = self.section.and_then(|section| self.json.get_mut(section)) {
+        if let Value::Object(fields) = self.decoder_json_mut() {
             fields.insert(key.to_owned(), value.clone());
         }
         if let (true, Value::Object(fields)) = (outside, &mut self.json) {
@@ -157,7 +175,7 @@ impl ModelConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::AttentionBiases;
+    use crate::spec::{AttentionBiases, AttentionMask};
     use serde_json::json;
 
     fn qwen3() -> Value {
@@ -184,6 +202,66 @@ mod tests {
         assert_eq!(attention(&json).biases, AttentionBiases { qkv: true, o: true });
         let layers = ModelConfig::from_json(&json).unwrap().spec.layers;
         assert!(layers.len() == 3 && layers.iter().all(|layer| layer.gated().is_some_and(|gated| !gated.bias)));
+    }
+
+    /// The file of google/gemma-3-4b-it leaves out what the class has; older text models spell out the rest.
+    #[test]
+    fn gemma_3_is_read_in_every_spelling() {
+        let multimodal = json!({
+            "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "vision_config": {},
+            "text_config": {
+                "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+                "rope_scaling": { "factor": 8.0, "rope_type": "linear" }, "sliding_window": 1024
+            }
+        });
+        let older = json!({
+            "architectures": ["Gemma3ForCausalLM"], "hidden_size": 2560, "intermediate_size": 10240,
+            "num_hidden_layers": 34, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+            "vocab_size": 262208, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6,
+            "rope_scaling": { "factor": 8.0, "rope_type": "linear" }, "sliding_window": 1024,
+            "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "max_position_embeddings": 131072
+        });
+        let mut newer = older.clone();
+        let fields = newer.as_object_mut().unwrap();
+        for key in ["rope_theta", "rope_local_base_freq", "sliding_window_pattern", "rope_scaling"] {
+            fields.remove(key);
+        }
+        fields.insert(
+            "rope_parameters".to_owned(),
+            json!({
+                "full_attention": { "factor": 8.0, "rope_theta": 1e6, "rope_type": "linear" },
+                "sliding_attention": { "rope_theta": 1e4, "rope_type": "default" }
+            }),
+        );
+        let kind = |layer| if layer % 6 == 5 { "full_attention" } else { "sliding_attention" };
+        fields.insert("layer_types".to_owned(), (0..34).map(kind).collect());
+        let [multimodal, older, newer] = [multimodal, older, newer].map(|json| ModelConfig::from_json(&json).unwrap());
+        assert_eq!(multimodal.spec, older.spec);
+        assert_eq!(newer.spec, older.spec);
+        assert_eq!([multimodal.max_position_embeddings, older.max_position_embeddings], [131_072; 2]);
+        let thetas: Vec<f64> = older.spec.ropes.iter().map(RopeConfig::theta).collect();
+        assert_eq!(thetas, [1e6, 1e4]);
+        let sixth = &older.spec.layers[5].attention;
+        assert_eq!((sixth.mask, sixth.rope.unwrap().id.0, sixth.scale), (AttentionMask::Full, 0, 0.0625));
+        let first = &older.spec.layers[0].attention;
+        assert_eq!((first.mask, first.rope.unwrap().id.0), (AttentionMask::Sliding(1024), 1));
+    }
+
+    /// What names the size of the vocabulary stands beside the other numbers of the decoder.
+    #[test]
+    fn a_wrapper_keeps_its_own_keys() {
+        let json = json!({
+            "architectures": ["Gemma3ForConditionalGeneration"], "tie_word_embeddings": true,
+            "text_config": { "num_hidden_layers": 2, "vocab_size": 100 }
+        });
+        let mut config = ModelConfig::from_json(&json).unwrap().resized(112).unwrap();
+        config.set_json("tie_word_embeddings", json!(false));
+        assert_eq!(config.json["text_config"]["vocab_size"], 112);
+        assert!(config.json.get("vocab_size").is_none());
+        assert_eq!(config.json["tie_word_embeddings"], false);
+        assert_eq!(config.json["text_config"]["tie_word_embeddings"], false);
+        let longer = config.with_context_length(200_000, &RopeScaling::Auto).unwrap_err().to_string();
+        assert!(longer.contains("a rotary embedding for each kind of layer"), "{longer}");
     }
 
     #[test]

@@ -235,7 +235,7 @@ fn tokens_without_rows(base: &Path, adapter: &Path) -> Result<Option<String>, Er
     }
     let tokens = Tokenizer::from_dir(dir)?.vocab_size();
     let saved = saved_rows(adapter).map_err(rekindle_models::Error::from)?;
-    let stored = || read_config(base).ok().and_then(|config| config["vocab_size"].as_u64());
+    let stored = || Some(ModelConfig::from_json(&read_config(base).ok()?).ok()?.vocab_size() as u64);
     let rows = saved.map(|rows| rows as u64).or_else(stored).filter(|rows| *rows < tokens as u64);
     Ok(rows.map(|rows| {
         format!(
@@ -283,7 +283,8 @@ impl Model {
         let rows = self.causal_lm().config().vocab_size();
         let options = MergeOptions {
             positions: self.causal_lm().context_extension().map(|extension| &extension.positions),
-            resize_model_vocab: Some(rows).filter(|rows| base.config()["vocab_size"] != *rows),
+            resize_model_vocab: Some(rows)
+                .filter(|rows| ModelConfig::from_json(base.config()).is_ok_and(|stored| stored.vocab_size() != *rows)),
             dtype: stored(dtype),
         };
         write_merged(&base, &adapter, options, &self.companions(None)?, dir.as_ref(), &mut |_, _| ())

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use rekindle_hub::{Checkpoint, Dtype};
 use rekindle_kernels::Device;
-use rekindle_lora::GradientCheckpointing;
-use rekindle_models::{Batch, CausalLm, GenerationConfig, LoadIn, LoadOptions, quantize};
+use rekindle_lora::{GradientCheckpointing, LoraConfig};
+use rekindle_models::{Batch, CausalLm, GenerationConfig, LoadIn, LoadOptions, MergeOptions, quantize};
 use rekindle_tests::{Golden, Trajectory, assert_nll, relative_distance, tensors, worst_nll};
 use serde_json::Value;
 
@@ -161,4 +161,55 @@ fn quantizing_first_or_while_loading_is_the_same() {
             assert_ne!(nll(&loaded, &batch), nll(&golden.load(), &batch), "{}: something is quantized", golden.name);
         }
     }
+}
+
+/// Saving, merging and quantizing keep what a checkpoint has beside the decoder, under the names that it has there.
+#[test]
+fn tensors_beside_the_decoder_are_written_as_they_were() {
+    let golden = Golden::open("families/gemma3-multimodal");
+    let checkpoint = Checkpoint::open(&golden.dir).expect("a golden checkpoint opens");
+    let beside = |dir: &Path| {
+        let checkpoint = Checkpoint::open(dir).expect("a checkpoint opens");
+        let views = checkpoint.names().filter(|name| !name.starts_with("language_model."));
+        let views = views.map(|name| checkpoint.get(name).expect("it is listed"));
+        views
+            .map(|view| (view.name.to_owned(), view.dtype, view.shape.to_vec(), view.data.to_vec()))
+            .collect::<Vec<_>>()
+    };
+    let want = beside(&golden.dir);
+    assert!(want.iter().any(|(name, ..)| name.starts_with("vision_tower.")), "there is a vision tower");
+    let (batch, mut model) = (golden.packed(), golden.load_adapted("all-linear"));
+    let adapter = model.adapter().expect("it was just loaded");
+    let written = |write: &dyn Fn(&Path)| {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        write(dir.path());
+        assert_eq!(beside(dir.path()), want);
+        let options = LoadOptions::new(Device::cpu(), burn::tensor::DType::F32, 128);
+        let written = Checkpoint::open(dir.path()).expect("it was just written");
+        nll(&CausalLm::load(&written, &options, &mut |_| ()).expect("it was just written"), &batch)
+    };
+    let merged = written(&|dir| {
+        let options = MergeOptions::default();
+        rekindle_models::merge(&checkpoint, &adapter, options, dir, &mut |_| ()).expect("the disk has room");
+    });
+    assert_nll("merged", &batch, &merged, &golden.adapter_losses("all-linear"));
+    let quantized = written(&|dir| {
+        quantize(&checkpoint, LoadIn::EightBit, None, dir, &mut |_| ()).expect("the disk has room");
+    });
+    assert_ne!(quantized, nll(&golden.load(), &batch));
+    model.merge_and_unload().expect("memory for it");
+    let saved = written(&|dir| model.save(dir, Dtype::F32).expect("the disk has room"));
+    assert_eq!(saved, nll(&model, &batch));
+}
+
+/// PEFT looks for targets in the vision tower too, whose attention has linears of the same names.
+#[test]
+fn an_adapter_excludes_what_is_beside_the_decoder() {
+    let mut model = Golden::open("families/gemma3-multimodal").load();
+    model.add_adapter(&LoraConfig::new(2)).expect("a valid configuration");
+    let adapter = model.adapter().expect("it was just added");
+    assert!(adapter.factors.keys().all(|name| name.starts_with("model.language_model.layers.")));
+    let excluded = adapter.config.lora().exclude_modules.clone();
+    let pattern = r"model\.vision_tower\..*|model\.multi_modal_projector\..*";
+    assert_eq!(excluded, Some(pattern.into()));
 }

@@ -46,7 +46,8 @@ fn load(golden: &Golden, change: fn(&mut LoadOptions)) -> CausalLm {
 /// from parameters that have not been updated yet.
 #[test]
 fn updates_in_the_backward_give_the_same_bits() {
-    for name in ["qwen3-tied", "qwen3-untied-sharded", "qwen2", "llama3", "llama-bias"] {
+    let families = ["families/gemma3", "families/olmo2"];
+    for name in ["qwen3-tied", "qwen3-untied-sharded", "qwen2", "llama3", "llama-bias"].into_iter().chain(families) {
         let golden = Golden::open(name);
         let (mut late, mut early) = (golden.load_full(), golden.load_full());
         let one = steps(&golden, &mut late, config(false, 0.0), 1e-3);

@@ -84,10 +84,10 @@ pub fn merge(
     if unties(adapter, &config) {
         config.set_json("tie_word_embeddings", Value::from(false));
     }
-    let mut json = config.json.clone();
     if let Some(positions) = positions {
-        positions.apply(&mut json);
+        positions.apply(config.decoder_json_mut());
     }
+    let mut json = config.json.clone();
     writer::set_quantization(&mut json, None);
     if let Some(dtype) = dtype {
         writer::set_dtype(&mut json, dtype);
