@@ -76,7 +76,7 @@ pub fn backward(
 }
 
 /// 2·√(2/π).
-const GELU_SLOPE: f32 = 1.595_769_1;
+const GELU_SLOPE: f32 = 1.595_769;
 
 /// The factor of g³.
 const GELU_CUBE: f32 = 0.044_715;
