@@ -22,6 +22,8 @@ pub struct ModelConfig {
     pub json: Value,
     /// The key of the file under which the decoder is described; `None` for the file itself.
     section: Option<&'static str>,
+    /// True if `rope_scaling` cannot extend the rotary embedding.
+    has_fixed_context: bool,
     /// What the family calls its tensors.
     pub(crate) names: TensorNames,
 }
@@ -54,6 +56,7 @@ impl ModelConfig {
         let mut reader = ConfigReader::new(&decoder);
         let spec = (family.spec)(&mut reader);
         let max_position_embeddings = reader.positions();
+        let has_fixed_context = reader.has_fixed_context();
         let written = reader.finish()?;
         let json = match family.section {
             None => written,
@@ -69,6 +72,7 @@ impl ModelConfig {
             max_position_embeddings,
             json,
             section: family.section,
+            has_fixed_context,
             names: family.names,
         })
     }
@@ -84,13 +88,13 @@ impl ModelConfig {
         rope_scaling: &RopeScaling,
     ) -> Result<(Self, Option<ContextExtension>), Error> {
         let argument = |error: rekindle_rope::Error| Error::Argument(error.to_string());
-        if self.spec.ropes.len() != 1 {
+        if self.has_fixed_context {
             return if *rope_scaling == RopeScaling::Auto && length <= self.max_position_embeddings {
                 Ok((self, None))
             } else {
                 Err(Error::Argument(format!(
-                    "{} has a rotary embedding for each kind of layer, and rope_scaling cannot extend it; leave it out, and \
-                     set max_seq_length to at most {}",
+                    "rope_scaling cannot extend the rotary embedding of {}; leave it out, and set max_seq_length to at \
+                     most {}",
                     self.architecture, self.max_position_embeddings
                 )))
             };
@@ -261,7 +265,7 @@ mod tests {
         assert_eq!(config.json["tie_word_embeddings"], false);
         assert_eq!(config.json["text_config"]["tie_word_embeddings"], false);
         let longer = config.with_context_length(200_000, &RopeScaling::Auto).unwrap_err().to_string();
-        assert!(longer.contains("a rotary embedding for each kind of layer"), "{longer}");
+        assert!(longer.contains("rope_scaling cannot extend"), "{longer}");
     }
 
     #[test]

@@ -25,6 +25,7 @@ from transformers import (
     Glm4Config,
     GlmConfig,
     GraniteConfig,
+    HunYuanDenseV1Config,
     Ministral3Config,
     MistralConfig,
     Olmo2Config,
@@ -195,6 +196,13 @@ FAMILIES = {
             "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16,
             "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
         }, tie_word_embeddings=True, **NONE,
+    ), SPLIT),
+    # Norms of heads after the rotation, and a base of the frequencies raised by alpha.
+    "hunyuan": (HunYuanDenseV1Config(
+        vocab_size=85, hidden_size=36, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 1e4},
+        tie_word_embeddings=True, **NONE,
     ), SPLIT),
 }
 # Without rotation, a key bias shifts all scores of a query alike: its gradient is rounding error, which AdamW must not

@@ -9,6 +9,7 @@ mod gemma2;
 mod gemma3;
 mod glm;
 mod granite;
+mod hunyuan_v1_dense;
 mod llama;
 mod ministral3;
 mod mistral;
@@ -58,6 +59,7 @@ const FAMILIES: &[&Family] = &[
     &exaone4::FAMILY,
     &glm::GLM,
     &glm::GLM4,
+    &hunyuan_v1_dense::FAMILY,
     &ministral3::TEXT,
     &ministral3::MULTIMODAL,
 ];

@@ -16,11 +16,19 @@ pub(crate) struct ConfigReader<'a> {
     rope_defaults: Vec<(&'static str, f64)>,
     /// The class default of `max_position_embeddings`.
     default_positions: usize,
+    /// True if the file's rotary embedding is not one that `rope_scaling` can extend.
+    has_fixed_context: bool,
 }
 
 impl<'a> ConfigReader<'a> {
     pub(crate) fn new(json: &'a Value) -> Self {
-        Self { json, problems: Vec::new(), rope_defaults: Vec::new(), default_positions: 2048 }
+        Self {
+            json,
+            problems: Vec::new(),
+            rope_defaults: Vec::new(),
+            default_positions: 2048,
+            has_fixed_context: false,
+        }
     }
 
     /// The file with the class defaults of rotary embeddings written out, or one sentence for each problem.
@@ -39,6 +47,16 @@ impl<'a> ConfigReader<'a> {
     /// Sets the class default of `max_position_embeddings`.
     pub(crate) fn set_default_positions(&mut self, positions: usize) {
         self.default_positions = positions;
+    }
+
+    /// Notes that `rope_scaling` cannot extend the rotary embedding.
+    pub(crate) fn fix_context(&mut self) {
+        self.has_fixed_context = true;
+    }
+
+    /// Returns true if `rope_scaling` cannot extend the rotary embedding.
+    pub(crate) fn has_fixed_context(&self) -> bool {
+        self.has_fixed_context
     }
 
     /// The longest sequence that the checkpoint was made for.
@@ -194,6 +212,7 @@ impl<'a> ConfigReader<'a> {
         local_theta_key: &str,
         local_theta: f64,
     ) -> Vec<RopeConfig> {
+        self.fix_context();
         let local_theta = self.number(local_theta_key, local_theta);
         let by_type = self.get("rope_parameters");
         let of_type = |kind: &str, theta: f64| {
