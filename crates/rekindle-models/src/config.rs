@@ -227,16 +227,7 @@ mod tests {
         });
         let mut newer = older.clone();
         let fields = newer.as_object_mut().unwrap();
-        for key in ["rope_theta", "rope_local_base_freq", "sliding_window_pattern", "rope_scaling"] {
-            fields.remove(key);
-        }
-        fields.insert(
-            "rope_parameters".to_owned(),
-            json!({
-                "full_attention": { "factor": 8.0, "rope_theta": 1e6, "rope_type": "linear" },
-                "sliding_attention": { "rope_theta": 1e4, "rope_type": "default" }
-            }),
-        );
+        fields.remove("sliding_window_pattern");
         let kind = |layer| if layer % 6 == 5 { "full_attention" } else { "sliding_attention" };
         fields.insert("layer_types".to_owned(), (0..34).map(kind).collect());
         let [multimodal, older, newer] = [multimodal, older, newer].map(|json| ModelConfig::from_json(&json).unwrap());

@@ -45,27 +45,10 @@ fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
         ..ClassDefaults::default()
     };
     let dimensions = Dimensions::read(config, defaults);
-    let attention = AttentionSpec { query_scale: query_scale(config), ..dimensions.attention() };
+    let growth = config.query_growth();
+    let query_scale = growth.map(|growth| QueryScale { beta: growth.beta, window: growth.window, offset: 0 });
+    let attention = AttentionSpec { query_scale, ..dimensions.attention() };
     let layer = dimensions.layer(attention, dimensions.gated());
     let masks = vec![config.window(AttentionMask::Full); dimensions.num_hidden_layers];
     dimensions.model(&layer, masks)
-}
-
-/// `llama_4_scaling_beta` and the window that it counts in.
-fn query_scale(config: &mut ConfigReader<'_>) -> Option<QueryScale> {
-    let Some(parameters) = config.get("rope_parameters").or_else(|| config.get("rope_scaling")) else {
-        config.problem("rope_parameters is missing".to_owned());
-        return None;
-    };
-    let beta = parameters.get("llama_4_scaling_beta")?.as_f64()?;
-    let window = parameters.get("original_max_position_embeddings").and_then(Value::as_u64);
-    match window {
-        Some(window @ 1..) => Some(QueryScale { beta, window: window as usize, offset: 0 }),
-        _ => {
-            config.problem(
-                "rope_parameters has llama_4_scaling_beta without original_max_position_embeddings".to_owned(),
-            );
-            None
-        }
-    }
 }

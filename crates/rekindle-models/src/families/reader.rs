@@ -1,6 +1,6 @@
 //! Values of a `config.json`, with every problem collected.
 
-use rekindle_rope::RopeConfig;
+use rekindle_rope::{QueryGrowth, RopeConfig};
 use serde_json::Value;
 
 use crate::spec::AttentionMask;
@@ -201,10 +201,7 @@ impl<'a> ConfigReader<'a> {
     }
 
     /// The rotary position embeddings of full and of sliding layers, in this order; none with a problem noted if one is
-    /// wrong.
-    ///
-    /// transformers 5 writes `rope_parameters` with an object for each kind of layer. Before, `rope_theta` and `rope_scaling`
-    /// were those of full layers, and sliding layers had `local_theta_key` or `local_theta`.
+    /// wrong. `local_theta_key` is where older files have the theta of sliding layers.
     pub(crate) fn ropes_by_layer_type(
         &mut self,
         head_dim: usize,
@@ -214,30 +211,28 @@ impl<'a> ConfigReader<'a> {
     ) -> Vec<RopeConfig> {
         self.fix_context();
         let local_theta = self.number(local_theta_key, local_theta);
-        let by_type = self.get("rope_parameters");
-        let of_type = |kind: &str, theta: f64| {
-            let mut json = self.json.clone();
-            let fields = json.as_object_mut()?;
-            if let Some(parameters) = by_type {
-                for key in ["rope_theta", "rope_scaling"] {
-                    fields.remove(key);
-                }
-                let parameters = parameters.get(kind).cloned().unwrap_or(Value::Null);
-                fields.insert("rope_parameters".to_owned(), parameters);
-            } else if kind == "sliding_attention" {
-                for key in ["rope_theta", "rope_scaling"] {
-                    fields.remove(key);
-                }
-            }
-            RopeConfig::set_default(&mut json, "rope_theta", theta);
-            Some(RopeConfig::from_config(&json, head_dim.max(2)))
-        };
-        let both = [("full_attention", full_theta), ("sliding_attention", local_theta)];
-        let read: Result<Vec<RopeConfig>, rekindle_rope::Error> =
-            both.into_iter().filter_map(|(kind, theta)| of_type(kind, theta)).collect();
+        let kinds = [("full_attention", full_theta), ("sliding_attention", local_theta)];
+        let read = |(kind, theta)| RopeConfig::of_layer_type(self.json, head_dim.max(2), kind, theta);
+        let read: Result<Vec<RopeConfig>, rekindle_rope::Error> = kinds.into_iter().map(read).collect();
         read.unwrap_or_else(|error| {
             self.problem(error.to_string());
             Vec::new()
+        })
+    }
+
+    /// The rotary position embedding with an `alpha`, if the file has one; `rope_scaling` cannot extend it.
+    pub(crate) fn rope_with_alpha(&mut self, head_dim: usize) -> Option<RopeConfig> {
+        let rope = RopeConfig::with_alpha(self.json, head_dim)?;
+        self.fix_context();
+        rope.map_err(|error| self.problem(error.to_string())).ok()
+    }
+
+    /// The growth of queries with the position, if the file has one.
+    pub(crate) fn query_growth(&mut self) -> Option<QueryGrowth> {
+        let growth = QueryGrowth::from_config(self.json);
+        growth.unwrap_or_else(|error| {
+            self.problem(error.to_string());
+            None
         })
     }
 
