@@ -92,16 +92,16 @@ DEVICE Cap cap_of(f32 softcap) { return {softcap, CAPPED ? 1.0f / softcap : 0.0f
 // z / c. Gradients of 16 bits hide the rounding of the reciprocal.
 DEVICE f32 over(f32 z, Cap cap) { return sizeof(T) == 4 ? z / cap.c : z * cap.inverse; }
 
-// c·tanh(z / c). As 1 − 2 / (e^2u + 1), tanh is within 2^-22 of its range of the truth; f32 takes the exact one.
-DEVICE f32 capped(f32 z, Cap cap) {
-    if (!CAPPED) return z;
+// tanh(z / c). As 1 − 2 / (e^2u + 1) it is within 2^-22 of its range of the truth; f32 takes the exact one.
+DEVICE f32 tanh_over(f32 z, Cap cap) {
     const f32 u = over(z, cap);
-    if (sizeof(T) == 4) return cap.c * tanhf(u);
+    if (sizeof(T) == 4) return tanhf(u);
     f32 e, r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(u * (2.0f * 1.44269504f)));
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(e + 1.0f));
-    return cap.c * (1.0f - 2.0f * r);
+    return 1.0f - 2.0f * r;
 }
+DEVICE f32 capped(f32 z, Cap cap) { return CAPPED ? cap.c * tanh_over(z, cap) : z; }
 
 // Eight columns as f32 logits.
 template <typename L> DEVICE void logits8(const Eight<L>& e, f32* v, Cap cap) {
@@ -216,13 +216,14 @@ DEVICE void row_gradient(const L* x, T* dx, int vocab, int target, f32 weight, f
         for (int k = 0; k < SLAB; k++) {
             const int col = first + k * STRIDE;
             f32 v[8];
-            logits8(raw[k], v, cap);
+            values8(raw[k], v);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const f32 share = CAPPED ? over(v[i], cap) : 0.0f;
-                v[i] = exp_shifted(v[i], max) * factor;
+                // The slope from tanh itself: near 1, a rounded c·tanh would not give 1 − tanh² back.
+                const f32 tanh = CAPPED ? tanh_over(v[i], cap) : 0.0f;
+                v[i] = exp_shifted(CAPPED ? cap.c * tanh : v[i], max) * factor;
                 if (col + i == target) v[i] -= weight;
-                if (CAPPED) v[i] *= 1.0f - share * share;
+                if (CAPPED) v[i] *= 1.0f - tanh * tanh;
             }
 #pragma unroll
             for (int part = 0; part < 8; part += Vec<T>::N) {
