@@ -9,9 +9,9 @@ use std::process::ExitCode;
 use burn::tensor::DType;
 use rekindle_kernels::runtime::Cuda;
 use rekindle_kernels::{Device, DeviceKind, open_device};
-use rekindle_lora::{GradientCheckpointing, InitLoraWeights, LoraConfig};
+use rekindle_lora::{InitLoraWeights, LoraConfig};
 use rekindle_models::objective::Dpo;
-use rekindle_models::{CausalLm, GenerationConfig, LoadIn, Sft};
+use rekindle_models::{CausalLm, GenerationConfig, GradientCheckpointing, LoadIn, Sft};
 use rekindle_tests::{Golden, Tolerances, Trajectory, assert_nll, goldens, read_json, relative_distance, tensors};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 
@@ -280,10 +280,11 @@ fn recomputation(device: &Device) {
     let batch = golden.packed();
     let gradients = |dropout: f64, checkpointing: GradientCheckpointing| {
         let mut model = on(device, &golden);
-        let config = LoraConfig::new(4).lora_dropout(dropout).use_gradient_checkpointing(checkpointing);
+        let config = LoraConfig::new(4).lora_dropout(dropout);
         // Both factors are random, so that no gradient is zero.
         let config = config.target_modules("all-linear").init_lora_weights(InitLoraWeights::Random);
         model.add_adapter(&config).expect("a valid configuration");
+        model.set_gradient_checkpointing(checkpointing);
         let mut grads = model.params().zero_grads();
         let key = rekindle_models::StepKey { seed: 7, step: 3, neftune_noise_alpha: 0.0 };
         model.forward_backward(&batch, 0.5, &mut grads, Some(key)).expect("golden rows fit").sum();

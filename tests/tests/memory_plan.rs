@@ -13,9 +13,9 @@ use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, Dtype, TensorSpec, write_atomic, write_safetensors};
 use rekindle_kernels::Device;
 use rekindle_kernels::linear_cross_entropy::LogProbValues;
-use rekindle_lora::{GradientCheckpointing, LoraConfig};
+use rekindle_lora::LoraConfig;
 use rekindle_models::objective::{BatchLoss, Dpo};
-use rekindle_models::{Batch, CausalLm, LoadIn, LoadOptions, ModelConfig, Objective, Sft};
+use rekindle_models::{Batch, CausalLm, GradientCheckpointing, LoadIn, LoadOptions, ModelConfig, Objective, Sft};
 use rekindle_train::{Job, MemoryCategory, MemoryPlan, Optimizer, OptimizerConfig, Planner, Rows, SftConfig};
 use serde_json::{Value, json};
 
@@ -202,6 +202,7 @@ fn measured(case: &Case) -> (MemoryPlan, usize) {
         per_device_train_batch_size: case.rows,
         per_device_eval_batch_size: case.evaluated.max(1),
         optimizer_in_bwd: case.optimizer_in_bwd,
+        use_gradient_checkpointing: checkpointing,
         ..SftConfig::default()
     };
     let job = Job {
@@ -209,7 +210,6 @@ fn measured(case: &Case) -> (MemoryPlan, usize) {
         name: dir.path().to_owned(),
         load: options.clone(),
         lora: case.lora.clone(),
-        checkpointing,
         train: train.clone(),
         evaluates: case.evaluated > 0,
     };

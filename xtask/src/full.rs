@@ -21,7 +21,7 @@ const PICTURE: &str = "docs/full-finetuning.svg";
 struct StorageFormat {
     name: &'static str,
     color: &'static str,
-    load: fn(Loader) -> Loader,
+    load: fn(Loader<'static>) -> Loader<'static>,
     /// The changes to the run's settings.
     config: fn(SftConfig) -> SftConfig,
 }
@@ -44,7 +44,7 @@ fn in_backward(config: SftConfig) -> SftConfig {
     SftConfig { optimizer_in_bwd: true, ..config }
 }
 
-fn small_blocks(loader: Loader) -> Loader {
+fn small_blocks(loader: Loader<'_>) -> Loader<'_> {
     let blocksize = rekindle::Blocksize::new(32).expect("a block size of the format");
     loader.load_in_4bit(true).quant_config(QuantConfig { blocksize, double_quant: false, ..QuantConfig::default() })
 }

@@ -83,7 +83,7 @@ fn copy_with_window(from: &Path, to: &Path) -> Result<(), Box<dyn Error>> {
     Ok(fs::write(path, config.to_string())?)
 }
 
-fn loader(dir: &Path, length: usize) -> Loader {
+fn loader(dir: &Path, length: usize) -> Loader<'static> {
     FastLanguageModel::from_pretrained(dir).device(DeviceKind::Cpu).dtype(Dtype::F32).max_seq_length(length)
 }
 

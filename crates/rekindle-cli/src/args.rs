@@ -256,8 +256,8 @@ pub(crate) struct QuantArgs {
 }
 
 impl ModelArgs {
-    /// The same as `[model]` of a run file.
-    pub(crate) fn section(&self) -> ModelArguments {
+    /// Returns the arguments of `from_pretrained`.
+    pub(crate) fn arguments(&self) -> ModelArguments {
         ModelArguments {
             name_or_path: self.model.clone(),
             max_seq_length: self.max_seq_length,

@@ -5,12 +5,13 @@ mod view;
 
 use std::io::{IsTerminal, stdout};
 
+use rekindle::RowEncoder;
 use rekindle::run::RunConfig;
-use rekindle::{Error, RowEncoder};
 
 use crate::args::{DataCommand, PreviewArgs, RunFileArgs};
 use crate::failure::Failure;
-use crate::{fetch, output, progress};
+use crate::train::TerminalObserver;
+use crate::{fetch, output};
 
 pub(crate) use view::{Style, facts, view};
 
@@ -21,16 +22,14 @@ pub(crate) fn run(command: &DataCommand) -> Result<(), Failure> {
     }
 }
 
-/// The run's configuration, and what encodes its rows.
+/// Reads the run's configuration, and the encoder of its rows.
 fn open(args: &RunFileArgs) -> Result<(RunConfig, RowEncoder), Failure> {
     let config = RunConfig::load(&args.run_file, &args.overrides)?;
-    let device = rekindle::parse_device(&config.device).map_err(Error::from)?;
-    let mut loader = config.model.loader(device)?.on_download(progress::downloading());
-    if let Some(name) = config.lora.as_ref().and_then(|lora| lora.init_from.as_ref()) {
-        loader = loader.for_adapter(fetch::directory(config.model.source(name))?);
-    }
-    fetch::say(&loader.fetch()?.notices.clone());
-    Ok((config, loader.row_encoder()?))
+    let observer = TerminalObserver::default();
+    let (mut loader, _) = config.loader(&observer)?;
+    fetch::say(&loader.fetch()?.notices);
+    let encoder = loader.row_encoder()?;
+    Ok((config, encoder))
 }
 
 fn preview(args: &PreviewArgs) -> Result<(), Failure> {

@@ -1,9 +1,9 @@
 //! `rekindle train --dry-run`: what a run would do, as a run file with the facts in comments.
 
-use rekindle::{Dataset, OptimizerConfig, Timetable, TokenTime, counted, show_bytes};
+use rekindle::run::TrainingRun;
+use rekindle::{Dataset, Error, OptimizerConfig, Timetable, TokenTime, counted, show_bytes};
 
 use crate::failure::Failure;
-use crate::train::Job;
 use crate::{data, output};
 
 /// Examples that are shown.
@@ -13,20 +13,20 @@ const LINES: usize = 12;
 const WIDTH: usize = 200;
 
 /// `refusal` is why the run would not start in its output directory.
-pub(crate) fn print(job: &Job, refusal: Option<&Failure>) -> Result<(), Failure> {
-    let Job { config, model, tokenizer, rows, .. } = job;
-    let train = rows.train.dataset();
+pub(crate) fn print(run: &TrainingRun, refusal: Option<&Error>) -> Result<(), Failure> {
+    let TrainingRun { config, model, tokenizer, train_rows, eval_rows, .. } = run;
+    let train = train_rows.dataset();
 
     let mut facts: Vec<String> =
         refusal.map(|refusal| format!("the run would be refused: {refusal}")).into_iter().collect();
-    facts.push(trainable(job));
+    facts.push(trainable(run));
     facts.extend(model.memory_report().to_string().lines().map(str::to_owned));
     facts.extend(model.causal_lm().context_extension().map(|extension| format!("rope_scaling {extension}")));
-    facts.push(rows.train.to_string());
-    facts.extend(rows.eval.as_ref().map(ToString::to_string));
-    facts.push(steps(job, train));
+    facts.push(train_rows.to_string());
+    facts.extend(eval_rows.as_ref().map(ToString::to_string));
+    facts.push(steps(run, train));
     if !config.train.optimizer_in_bwd {
-        facts.push(time(job)?);
+        facts.push(time(run)?);
     }
     if let Some(tokenizer) = tokenizer {
         facts.extend(model.end_token_notice(tokenizer, train)?);
@@ -41,14 +41,14 @@ pub(crate) fn print(job: &Job, refusal: Option<&Failure>) -> Result<(), Failure>
 }
 
 /// The number of trained parameters, and the memory for training them.
-pub(crate) fn trainable(job: &Job) -> String {
-    let model = job.model.causal_lm();
+pub(crate) fn trainable(run: &TrainingRun) -> String {
+    let model = run.model.causal_lm();
     let trained = model.params().numel();
     let all = model.num_parameters() + if model.lora().is_some() { trained } else { 0 };
     let share = 100.0 * trained as f64 / all as f64;
     // Parameters and gradients are f32.
     let bytes = show_bytes(4 * trained);
-    let state = OptimizerConfig::from(&job.config.train).state_bytes(model);
+    let state = OptimizerConfig::from(&run.config.train).state_bytes(model);
     let state = show_bytes(state.device + state.host);
     format!(
         "{trained} of {all} parameters are trained ({share:.2} %): {bytes} of parameters, {bytes} of gradients, {state} of \
@@ -56,9 +56,9 @@ pub(crate) fn trainable(job: &Job) -> String {
     )
 }
 
-fn steps(job: &Job, train: &Dataset) -> String {
-    let config = &job.config.train;
-    let packs = config.rows(train, job.model.causal_lm().max_seq_length()).len();
+fn steps(run: &TrainingRun, train: &Dataset) -> String {
+    let config = &run.config.train;
+    let packs = config.rows(train, run.model.causal_lm().max_seq_length()).len();
     let Timetable { total, steps_per_epoch, warmup, .. } = config.timetable(packs);
     let epochs = total as f64 / steps_per_epoch as f64;
     let packed = match config.packing {
@@ -75,13 +75,13 @@ fn steps(job: &Job, train: &Dataset) -> String {
 }
 
 /// Estimates the duration of the run from a timed pass.
-fn time(job: &Job) -> Result<String, Failure> {
-    let Job { config, model, rows, .. } = job;
-    let train = rows.train.dataset();
+fn time(run: &TrainingRun) -> Result<String, Failure> {
+    let TrainingRun { config, model, train_rows, eval_rows, .. } = run;
+    let train = train_rows.dataset();
     let times = config.train.timetable(config.train.rows(train, model.causal_lm().max_seq_length()).len());
-    let eval_tokens = rows.eval.as_ref().map_or(0, |eval| eval.report().tokens);
+    let eval_tokens = eval_rows.as_ref().map_or(0, |eval| eval.report().tokens);
     let time = TokenTime::measure(model, train, &config.train)?;
-    Ok(format!("the run takes {}", time.run(&config.train, &times, rows.train.report().tokens, eval_tokens)))
+    Ok(format!("the run takes {}", time.run(&config.train, &times, train_rows.report().tokens, eval_tokens)))
 }
 
 fn shorten(line: &str) -> String {

@@ -1,20 +1,20 @@
-//! Names on the hub turned into directories, with a bar while something comes.
+//! Downloads with a progress bar.
 
 use std::path::PathBuf;
 
-use rekindle::Source;
+use rekindle::ModelSource;
 
 use crate::failure::Failure;
 use crate::progress;
 
-/// The directory of `source`, downloaded where that is needed.
-pub(crate) fn directory(source: Source<'_>) -> Result<PathBuf, Failure> {
+/// Returns the directory of `source`; downloads missing files.
+pub(crate) fn directory(source: ModelSource<'_>) -> Result<PathBuf, Failure> {
     let found = source.on_download(progress::downloading()).fetch()?;
     say(found.notice.as_slice());
     Ok(found.path)
 }
 
-/// What the user should know about where files came from.
+/// Prints notices about the origin of files.
 pub(crate) fn say(notices: &[String]) {
     for notice in notices {
         eprintln!("{notice}");

@@ -3,10 +3,10 @@
 use std::fmt::{Display, Write as _};
 use std::path::Path;
 
-use rekindle::run::SAMPLE_SEED;
+use rekindle::run::{ModelArguments, SAMPLE_SEED};
 use rekindle::{
-    DataSource, DeviceKind, Error, ErrorKind, FastLanguageModel, GradientCheckpointing, Loader, RowSample, StepCount,
-    Suggestion, counted, show_bytes, write_atomic,
+    DataSource, DeviceKind, Error, ErrorKind, GradientCheckpointing, Loader, RowSample, StepCount, Suggestion, counted,
+    show_bytes, write_atomic,
 };
 use toml::Value;
 
@@ -61,17 +61,14 @@ fn held_out(args: &InitArgs, data: &DataSource) -> Result<(Suggestion, bool), Er
     }
 }
 
-fn loader(args: &InitArgs) -> Loader {
-    let mut loader = FastLanguageModel::from_pretrained(&args.model)
-        .local_files_only(args.hub.local_files_only)
-        .on_download(progress::downloading());
-    if let Some(revision) = &args.hub.revision {
-        loader = loader.revision(revision);
-    }
-    if let Some(cache_dir) = &args.hub.cache_dir {
-        loader = loader.cache_dir(cache_dir);
-    }
-    loader
+fn loader(args: &InitArgs) -> Loader<'static> {
+    let arguments = ModelArguments {
+        revision: args.hub.revision.clone(),
+        cache_dir: args.hub.cache_dir.clone(),
+        local_files_only: args.hub.local_files_only,
+        ..ModelArguments::new(&args.model)
+    };
+    Loader::new(arguments).on_download(progress::downloading())
 }
 
 /// What the run takes of what there is, in a sentence.
@@ -194,18 +191,6 @@ fn lora(lines: &mut Lines, suggestion: &Suggestion) {
         lines.key("lora_alpha", 2 * r, "what the adapter adds is multiplied by lora_alpha / r = 2, as is usual");
         lines.key("lora_dropout", 0.0, "0.05 to 0.1 where the evaluation loss rises while the training loss falls");
     }
-    let (value, why) = match suggestion.use_gradient_checkpointing {
-        GradientCheckpointing::Off => (
-            Value::Boolean(false),
-            "they fit; \"unsloth\" keeps a fraction of them, and takes 1.2 times as long on a GPU",
-        ),
-        GradientCheckpointing::Host => (
-            Value::String("unsloth".to_owned()),
-            "blocks are computed again in the backward, which saves most activations",
-        ),
-        _ => (Value::Boolean(true), "blocks are computed again in the backward, which saves most activations"),
-    };
-    lines.key("use_gradient_checkpointing", value, why);
 }
 
 fn data(lines: &mut Lines, args: &InitArgs, suggestion: &Suggestion, held_out: bool) {
@@ -241,6 +226,18 @@ fn train(lines: &mut Lines, suggestion: &Suggestion) {
         passes as i64,
         format!("effective batch size {}; how it is split does not change the result", batch * passes),
     );
+    let (value, why) = match suggestion.use_gradient_checkpointing {
+        GradientCheckpointing::Off => (
+            Value::Boolean(false),
+            "they fit; \"unsloth\" keeps a fraction of them, and takes 1.2 times as long on a GPU",
+        ),
+        GradientCheckpointing::Host => (
+            Value::String("unsloth".to_owned()),
+            "blocks are computed again in the backward, which saves most activations",
+        ),
+        _ => (Value::Boolean(true), "blocks are computed again in the backward, which saves most activations"),
+    };
+    lines.key("use_gradient_checkpointing", value, why);
     lines.key(
         "num_train_epochs",
         // Whole numbers, as they are written by hand.

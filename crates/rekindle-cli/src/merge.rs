@@ -2,7 +2,7 @@
 
 use rekindle::{DeviceKind, Merge};
 
-use crate::args::{HubArgs, MergeArgs};
+use crate::args::MergeArgs;
 use crate::failure::Failure;
 use crate::{fetch, output, progress};
 
@@ -12,13 +12,9 @@ pub(crate) fn run(args: &MergeArgs) -> Result<(), Failure> {
     if let Some(base) = &args.model {
         merge = merge.base(base);
     }
-    let HubArgs { revision, cache_dir, local_files_only } = &args.hub;
-    merge = merge.local_files_only(*local_files_only);
-    if let Some(revision) = revision {
+    merge = merge.hub(args.hub.access());
+    if let Some(revision) = &args.hub.revision {
         merge = merge.revision(revision);
-    }
-    if let Some(cache_dir) = cache_dir {
-        merge = merge.cache_dir(cache_dir);
     }
     fetch::say(&merge.fetch(&mut progress::downloading())?);
     merge.write(&args.out, &mut progress::reading("merging"))?;

@@ -4,10 +4,9 @@ mod unpack;
 
 use std::env;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
-use rekindle::run::RunConfig;
+use rekindle::run::{RunConfig, TrainOptions, TrainingRun};
 use rekindle::{DataSource, Model, Report, Tokenizer};
 use serde::Deserialize;
 
@@ -15,7 +14,7 @@ use crate::args::QuickstartArgs;
 use crate::chat::answer;
 use crate::failure::Failure;
 use crate::progress::duration;
-use crate::train::{Earlier, Job};
+use crate::train::TerminalObserver;
 use crate::{output, progress};
 
 /// Held-out rows whose answers are shown.
@@ -26,9 +25,11 @@ const MOST_TOKENS: usize = 64;
 pub(crate) fn run(args: &QuickstartArgs) -> Result<(), Failure> {
     let start = Instant::now();
     let dir = &args.out;
-    let text = unpack::unpack(dir)?;
-    let config = RunConfig::from_toml(&text, &[]).expect("the example's run file is valid");
-    let mut job = Job::open(config, &Earlier { resume: None, overwrite: true })?;
+    let run_file = unpack::unpack(dir)?;
+    let config = RunConfig::load(run_file, &[])?;
+    let options = TrainOptions { overwrite: true, ..TrainOptions::default() };
+    let observer = TerminalObserver::default();
+    let mut job = TrainingRun::open(config, options, &observer)?;
     let held_out = held_out();
 
     output::line("1. The base model answers in plain words.\n")?;
@@ -36,7 +37,7 @@ pub(crate) fn run(args: &QuickstartArgs) -> Result<(), Failure> {
     output::line(&look(&job, &held_out)?.describe(loss))?;
 
     output::line("2. A LoRA adapter learns from 400 examples to answer in JSON.\n")?;
-    let report = job.fit(&Arc::default(), &mut |_| ())?;
+    let report = job.train(&observer)?;
 
     output::line("3. The base model with the adapter:\n")?;
     let loss = report.evals.last().map_or(f64::NAN, |eval| eval.eval_loss);
@@ -87,12 +88,12 @@ fn held_out() -> Vec<Question> {
     .collect()
 }
 
-fn evaluate(job: &Job, dir: &Path) -> Result<f64, Failure> {
+fn evaluate(job: &TrainingRun, dir: &Path) -> Result<f64, Failure> {
     let data = DataSource::new(dir.join("heldout.jsonl"));
     Ok(job.model.evaluate(job.tokenizer.as_ref(), &data, &mut progress::rows())?.loss)
 }
 
-fn look(job: &Job, questions: &[Question]) -> Result<Look, Failure> {
+fn look(job: &TrainingRun, questions: &[Question]) -> Result<Look, Failure> {
     let (model, tokenizer): (&Model, &Tokenizer) =
         (&job.model, job.tokenizer.as_ref().expect("the example has a tokenizer"));
     let mut look = Look { shown: Vec::new(), right: 0, of: questions.len() };
@@ -106,7 +107,7 @@ fn look(job: &Job, questions: &[Question]) -> Result<Look, Failure> {
     Ok(look)
 }
 
-fn ending(dir: &Path, job: &Job, report: &Report, seconds: f64) -> String {
+fn ending(dir: &Path, job: &TrainingRun, report: &Report, seconds: f64) -> String {
     let dir = dir.display();
     let adapter = report.saved.as_deref().map_or_else(|| format!("{dir}/adapter"), |path| path.display().to_string());
     let trained = job.model.causal_lm().params().numel();

@@ -1,6 +1,5 @@
 mod advice;
 mod bias;
-mod checkpointing;
 mod init;
 mod lists;
 mod loftq;
@@ -13,7 +12,6 @@ use crate::Error;
 use crate::error::nearest_hint;
 
 pub use bias::Bias;
-pub use checkpointing::GradientCheckpointing;
 pub use init::InitLoraWeights;
 pub use loftq::LoftqConfig;
 pub use pattern::Pattern;
@@ -82,8 +80,6 @@ pub struct LoraConfig {
     pub use_dora: bool,
     /// Seed of the initial A (and of dropout). Default 3407.
     pub random_state: u64,
-    /// What becomes of a block's activations between its forward and its backward. Default false: they are kept.
-    pub use_gradient_checkpointing: GradientCheckpointing,
     /// How A and B start. Default true.
     pub init_lora_weights: InitLoraWeights,
     /// Arguments of `init_lora_weights` = `"loftq"`.
@@ -143,13 +139,6 @@ impl LoraConfig {
     #[must_use]
     pub fn random_state(mut self, random_state: u64) -> Self {
         self.random_state = random_state;
-        self
-    }
-
-    /// Chooses recomputation of activations: `true`, `false` or a [`GradientCheckpointing`].
-    #[must_use]
-    pub fn use_gradient_checkpointing(mut self, checkpointing: impl Into<GradientCheckpointing>) -> Self {
-        self.use_gradient_checkpointing = checkpointing.into();
         self
     }
 
@@ -320,7 +309,6 @@ impl Default for LoraConfig {
             ensure_weight_tying: true,
             use_dora: false,
             random_state: 3407,
-            use_gradient_checkpointing: GradientCheckpointing::Off,
             init_lora_weights: InitLoraWeights::Default,
             loftq_config: None,
         }

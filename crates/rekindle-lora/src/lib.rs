@@ -46,8 +46,7 @@ mod weighted;
 
 pub use adapter::{Adapter, EmbeddingTable, Factors, Module, Modules, saved_rows};
 pub use config::{
-    BLOCK_LINEARS, Bias, FUSED_LINEARS, GradientCheckpointing, InitLoraWeights, LoftqConfig, LoraConfig, Pattern,
-    SAVABLE, TargetModules,
+    BLOCK_LINEARS, Bias, FUSED_LINEARS, InitLoraWeights, LoftqConfig, LoraConfig, Pattern, SAVABLE, TargetModules,
 };
 pub use dora::initial_magnitude;
 pub use error::Error;

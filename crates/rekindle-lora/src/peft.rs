@@ -164,8 +164,8 @@ impl AdapterConfig {
         format!("{value:#}")
     }
 
-    /// The arguments that the adapter was made with; those that the file does not carry (`random_state`,
-    /// `use_gradient_checkpointing`) have their defaults.
+    /// Returns the arguments that the adapter was made with; `random_state`, which the file does not contain, has its
+    /// default.
     pub fn lora(&self) -> &LoraConfig {
         &self.lora
     }
@@ -210,7 +210,6 @@ impl AdapterConfig {
             lora_dropout: kept.lora_dropout,
             target_modules,
             random_state: kept.random_state,
-            use_gradient_checkpointing: kept.use_gradient_checkpointing,
             ..LoraConfig::new(r)
         };
         // What stands nowhere else is as in a new file.

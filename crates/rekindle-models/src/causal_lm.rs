@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
 use rekindle_kernels::{Device, Params, ParamsBuilder};
-use rekindle_lora::{GradientCheckpointing, LoraConfig, peft::AdapterConfig};
+use rekindle_lora::{LoraConfig, peft::AdapterConfig};
 use rekindle_rope::ContextExtension;
 
 use crate::adapters::Adapters;
 use crate::checkpoint::Quantization;
 use crate::parameters::ParameterSpec;
-use crate::{Decoder, Error, ModelConfig};
+use crate::{Decoder, Error, GradientCheckpointing, ModelConfig};
 
 /// A causal language model with its trainable parameters.
 ///
@@ -165,22 +165,14 @@ impl CausalLm {
         self.decoder.linears().map(linear).collect()
     }
 
-    /// What happens to activations between forward and backward: what the active adapter says, otherwise what was set
-    /// for the model.
+    /// Returns the treatment of activations between forward and backward.
     pub fn gradient_checkpointing(&self) -> GradientCheckpointing {
-        match self.lora().map(|lora| lora.use_gradient_checkpointing) {
-            None | Some(GradientCheckpointing::Off) => self.checkpointing,
-            Some(asked) => asked,
-        }
+        self.checkpointing
     }
 
-    /// Sets it for the active adapter or, without one, for the model: for training all weights, and for later adapters
-    /// that do not say.
+    /// Sets the treatment of activations between forward and backward. Default [`GradientCheckpointing::Off`].
     pub fn set_gradient_checkpointing(&mut self, checkpointing: GradientCheckpointing) {
-        match &mut self.adapters.active {
-            Some(active) => active.config.lora_mut().use_gradient_checkpointing = checkpointing,
-            None => self.checkpointing = checkpointing,
-        }
+        self.checkpointing = checkpointing;
     }
 
     /// Fails while the active adapter has subtracted a part from the base.

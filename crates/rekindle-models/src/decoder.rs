@@ -14,7 +14,7 @@ use rekindle_kernels::linear_cross_entropy::LmHead;
 use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::rope::Tables;
 use rekindle_kernels::{Device, Params, Tensor, Weight, embedding, from_f32, to_f32};
-use rekindle_lora::{GradientCheckpointing, Linear, LinearGroup};
+use rekindle_lora::{Linear, LinearGroup};
 use rekindle_rope::RopeConfig;
 
 pub use backward::{DecoderBackward, DecoderSaved};
@@ -23,7 +23,7 @@ pub use batch_context::{BatchContext, StepKey};
 use crate::layers::{Block, Context, LayerBuilder, LayerKvCache, RmsNorm, WeightSource};
 use crate::parameters::{Parameter, ParameterSpec};
 use crate::spec::{EmbeddingSpec, QueryScale, RopeId};
-use crate::{Batch, Error, ModelConfig, Role};
+use crate::{Batch, Error, GradientCheckpointing, ModelConfig, Role};
 
 /// The layers of a model with its embedding and head.
 ///

@@ -6,6 +6,7 @@ mod validate;
 
 use rekindle_data::{Dataset, Packs};
 use rekindle_kernels::{Group, Params};
+use rekindle_models::GradientCheckpointing;
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::{Error, LrSchedulerKwargs, LrSchedulerType, Optim, ReportTo, Schedule};
@@ -71,6 +72,8 @@ pub struct SftConfig {
     /// each document. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub neftune_noise_alpha: Option<f64>,
+    /// Gradient checkpointing. Default false: all activations are kept.
+    pub use_gradient_checkpointing: GradientCheckpointing,
     /// Whether parameters move in the backward, block by block, so that the gradients of all weights never exist at once
     /// (torchtune's name). For `full_finetuning` with `gradient_accumulation_steps = 1`; `max_grad_norm` then clips each
     /// block by its own norm. Default false.
@@ -166,6 +169,7 @@ impl Default for SftConfig {
             momentum: None,
             max_grad_norm: 1.0,
             neftune_noise_alpha: None,
+            use_gradient_checkpointing: GradientCheckpointing::Off,
             optimizer_in_bwd: false,
             logging_steps: StepCount::Steps(1),
             logging_first_step: true,

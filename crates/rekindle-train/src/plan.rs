@@ -12,8 +12,8 @@ use core::fmt;
 use std::path::PathBuf;
 
 use rekindle_kernels::{Device, MemoryUse};
-use rekindle_lora::{GradientCheckpointing, LoraConfig};
-use rekindle_models::{Batch, CausalLm, LoadOptions, Objective, Sft, stored_quantization};
+use rekindle_lora::LoraConfig;
+use rekindle_models::{Batch, CausalLm, GradientCheckpointing, LoadOptions, Objective, Sft, is_quantized};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
@@ -34,8 +34,6 @@ pub struct Job {
     pub load: LoadOptions,
     /// The adapter; without one all weights are trained.
     pub lora: Option<LoraConfig>,
-    /// Gradient checkpointing.
-    pub checkpointing: GradientCheckpointing,
     /// The training configuration.
     pub train: SftConfig,
     /// True if there are rows to evaluate.
@@ -123,7 +121,7 @@ impl Planner {
     /// # Errors
     /// [`Error::Model`] for rows that the model does not take.
     pub fn plan(&mut self, rows: &Rows) -> Result<MemoryPlan, Error> {
-        self.plan_with(rows, self.job.checkpointing)
+        self.plan_with(rows, self.job.train.use_gradient_checkpointing)
     }
 
     /// [`plan`](Self::plan) with another kind of gradient checkpointing.
@@ -208,7 +206,7 @@ impl Planner {
     /// The size of the checkpoint's files, from the shapes and the dtype that its configuration names.
     fn mapped(&self, bytes: &MemoryBytes) -> usize {
         let json = &self.job.json;
-        if stored_quantization(json).is_some() {
+        if is_quantized(json) {
             return bytes.of(MemoryCategory::Weights);
         }
         let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| json.get(key)?.as_str());

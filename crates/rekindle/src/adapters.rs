@@ -142,6 +142,11 @@ impl Model {
     fn note(&mut self, adapter: &Path, dir: &Path, replaces: bool) {
         let tokenizer = self.files_mut().put_adapter(dir, replaces);
         self.notices.extend(tokenizer);
+        let unknown = self.causal_lm().adapter_config().into_iter().flat_map(|config| config.unknown_fields());
+        let unknown: Vec<String> = unknown.map(str::to_owned).collect();
+        let name = adapter.display();
+        self.notices
+            .extend(unknown.iter().map(|key| format!("{name}: the key \"{key}\" is unknown and has no effect")));
         if self.causal_lm().adapter_changes_nothing() {
             self.notices.push(format!(
                 "{}: every product B·A of this adapter is zero, and the model with it is its base; it was saved before it \

@@ -1,4 +1,4 @@
-//! Where rows come from: files, directories, patterns, dataset repositories.
+//! Rows of files, directories, patterns and datasets on the hub.
 
 use core::fmt;
 use std::collections::BTreeMap;
@@ -9,14 +9,17 @@ use rekindle_data::{
     TrainOn, Untrained, default_cache_dir, is_file_name,
 };
 
-use crate::Error;
-use crate::source::Access;
+use crate::run::DataArguments;
+use crate::{Error, HubAccess};
 
-/// The rows of a run: files, and how they are read.
+/// Rows to train on or to evaluate: files, and how they are encoded.
 ///
 /// A file of JSON lines, JSON, CSV, Parquet or Arrow, a directory of such files, a pattern such as `data/*.parquet`, the
-/// name of a dataset on the Hugging Face hub, or several of these. A path that exists comes first; a pattern, a name that
-/// ends as those of files do, and one that begins with `./`, `../`, `/` or `~` are never looked for on the hub.
+/// name of a dataset on the Hugging Face hub, or several of these. An existing path takes precedence over a name; patterns,
+/// names with the ending of a row file, and paths that begin with `./`, `../`, `/` or `~` are never names on the hub.
+///
+/// The setters of arguments set the fields of a [`DataArguments`], whose `train_source` and `eval_source` make the rows of
+/// a run file.
 ///
 /// ```
 /// use rekindle::{DataSource, Overlong};
@@ -27,171 +30,157 @@ use crate::source::Access;
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct DataSource {
-    paths: Vec<PathBuf>,
-    columns: BTreeMap<String, String>,
-    overlong: Overlong,
-    train_on: TrainOn,
-    thinking: Thinking,
-    untrained: Untrained,
-    not_shown: NotShown,
-    chat_template: Option<String>,
-    text_end_token: bool,
-    sample: RowSample,
-    part: RowPart,
-    cache_dir: Option<PathBuf>,
-    revision: Option<String>,
-    subset: Option<String>,
-    split: Option<String>,
-    /// The splits that are looked for where none is named, in this order.
-    default_splits: &'static [&'static str],
-    access: Access,
+    pub(crate) paths: Vec<PathBuf>,
+    pub(crate) split: Option<String>,
+    /// The splits to look for if `split` is `None`, in this order.
+    pub(crate) default_splits: &'static [&'static str],
+    pub(crate) part: RowPart,
+    /// The encoding of the rows; its paths and splits are not used.
+    pub(crate) args: DataArguments,
+    pub(crate) access: HubAccess,
 }
 
+/// The splits of rows to train on.
+const TRAIN_SPLITS: &[&str] = &["train"];
+/// The splits of rows to evaluate.
+const EVAL_SPLITS: &[&str] = &["test", "validation"];
+
 impl DataSource {
-    /// A file, a directory or a pattern. No row may be longer than the model's `max_seq_length`.
+    /// Returns the rows of a file, a directory, a pattern or a dataset. A row longer than the model's `max_seq_length` is
+    /// an error.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self::of([path])
     }
 
-    /// Several of them, in this order.
+    /// Returns the rows of several paths, in this order.
     pub fn of<P: Into<PathBuf>>(paths: impl IntoIterator<Item = P>) -> Self {
-        let paths = paths.into_iter().map(Into::into).collect();
-        Self {
-            paths,
-            columns: BTreeMap::new(),
-            overlong: Overlong::Error,
-            train_on: TrainOn::Assistant,
-            thinking: Thinking::Keep,
-            untrained: Untrained::Error,
-            not_shown: NotShown::Error,
-            chat_template: None,
-            text_end_token: true,
-            sample: RowSample::default(),
-            part: RowPart::Kept,
-            cache_dir: None,
-            revision: None,
-            subset: None,
-            split: None,
-            default_splits: &["train"],
-            access: Access::default(),
-        }
+        let args = DataArguments { cache: false, ..DataArguments::default() };
+        Self::with_arguments(paths.into_iter().map(Into::into).collect(), args)
     }
 
-    /// What happens to longer rows. Default: an error that names the row.
+    /// Returns the rows of several paths, encoded as `args` describes.
+    pub(crate) fn with_arguments(paths: Vec<PathBuf>, args: DataArguments) -> Self {
+        let (split, part, access) = (None, RowPart::Kept, HubAccess::default());
+        Self { paths, split, default_splits: TRAIN_SPLITS, part, args, access }
+    }
+
+    /// Sets the treatment of rows longer than `max_seq_length`. Default: an error that names the row.
     #[must_use]
     pub fn overlong(mut self, overlong: Overlong) -> Self {
-        self.overlong = overlong;
+        self.args.overlong = overlong;
         self
     }
 
-    /// Which turns of a conversation are trained. Default: all of the assistant's.
+    /// Sets the turns of a conversation that the loss covers. Default: all of the assistant's.
     #[must_use]
     pub fn train_on(mut self, train_on: TrainOn) -> Self {
-        self.train_on = train_on;
+        self.args.train_on = train_on;
         self
     }
 
-    /// What happens to the reasoning of a conversation. Default: it is trained as the template shows it.
+    /// Sets the treatment of reasoning in conversations. Default: it is trained as the template renders it.
     #[must_use]
     pub fn thinking(mut self, thinking: Thinking) -> Self {
-        self.thinking = thinking;
+        self.args.thinking = thinking;
         self
     }
 
-    /// What happens to rows with nothing to train. Default: an error that names the row.
+    /// Sets the treatment of rows without a token to train. Default: an error that names the row.
     #[must_use]
     pub fn untrained(mut self, untrained: Untrained) -> Self {
-        self.untrained = untrained;
+        self.args.untrained = untrained;
         self
     }
 
-    /// What happens to rows of which the chat template leaves something out. Default: an error that names row and part.
+    /// Sets the treatment of rows of which the chat template omits a part. Default: an error that names row and part.
     #[must_use]
     pub fn not_shown(mut self, not_shown: NotShown) -> Self {
-        self.not_shown = not_shown;
+        self.args.not_shown = not_shown;
         self
     }
 
-    /// The name of one of several chat templates. Default: `tool_use` for rows with tools, where there is one, else
+    /// Sets the name of one of the tokenizer's chat templates. Default: `tool_use` for rows with tools if it exists, else
     /// `default`.
     #[must_use]
     pub fn chat_template(mut self, name: Option<String>) -> Self {
-        self.chat_template = name;
+        self.args.chat_template = name;
         self
     }
 
-    /// Sets whether rows of `text` end with the end token, which counts in the loss. Default true.
+    /// If true, plain text ends with the end token, which the loss covers. Default true.
     ///
-    /// Without it, the loss of a text is that of its own tokens, as other programs report it; a model trained so does not
-    /// learn where texts end. A token that the tokenizer itself puts at the end stays.
+    /// Without it, the loss of a text covers only its own tokens, as other programs report it, and a model trained on such
+    /// rows does not learn where texts end. An end token that the tokenizer itself adds is kept.
     #[must_use]
     pub fn text_end_token(mut self, text_end_token: bool) -> Self {
-        self.text_end_token = text_end_token;
+        self.args.text_end_token = text_end_token;
         self
     }
 
-    /// Draws a part of the rows: at most `max_rows`, without those held out. Default: all.
+    /// Selects a sample of the rows: at most `max_rows`, without held-out rows. Default: all.
     #[must_use]
     pub fn sample(mut self, sample: RowSample) -> Self {
-        self.sample = sample;
+        let RowSample { max_rows, held_out, seed } = sample;
+        (self.args.max_rows, self.args.eval_fraction, self.args.sample_seed) = (max_rows, held_out, seed);
         self
     }
 
-    /// The rows that [`sample`](Self::sample) holds out.
+    /// Selects the rows that [`sample`](Self::sample) holds out.
     #[must_use]
     pub fn held_out_rows(mut self) -> Self {
         self.part = RowPart::HeldOut;
         self
     }
 
-    /// Which column of the files stands for which key of a row, as `("prompt", "question")`.
+    /// Sets the file's column for keys of a row, such as `("prompt", "question")`.
     #[must_use]
     pub fn columns<K: Into<String>, V: Into<String>>(mut self, columns: impl IntoIterator<Item = (K, V)>) -> Self {
-        self.columns = columns.into_iter().map(|(key, column)| (key.into(), column.into())).collect();
+        let columns = columns.into_iter().map(|(key, column)| (key.into(), column.into()));
+        self.args.columns = columns.collect::<BTreeMap<_, _>>();
         self
     }
 
-    /// Whether the encoded rows are kept, in `REKINDLE_CACHE` or the user's directory of caches, and memory-mapped from
-    /// there when the same bytes come again with the same tokenizer and options. Default: not.
+    /// If true, encoded rows are cached in `REKINDLE_CACHE` or the user's cache directory, and memory-mapped when the same
+    /// files are encoded again with the same tokenizer and options. Default false.
     #[must_use]
     pub fn cache(mut self, cache: bool) -> Self {
-        self.cache_dir = if cache { default_cache_dir() } else { None };
+        self.args.cache = cache;
         self
     }
 
-    /// Of datasets on the hub: a branch, tag or commit. Default `main`.
+    /// Sets the branch, tag or commit of datasets on the hub. Default `main`.
     #[must_use]
     pub fn revision(mut self, revision: Option<String>) -> Self {
-        self.revision = revision;
+        self.args.revision = revision;
         self
     }
 
-    /// Of datasets on the hub: the folder of one of several sets of rows.
+    /// Sets the configuration of datasets on the hub: the folder of one of several sets of rows.
     #[must_use]
     pub fn subset(mut self, subset: Option<String>) -> Self {
-        self.subset = subset;
+        self.args.subset = subset;
         self
     }
 
-    /// Of directories and datasets on the hub: `train`, `test` or another word of their files' names. Default `train`.
+    /// Sets the split of directories and datasets on the hub: `train`, `test` or another word of the files' names. Default
+    /// `train`.
     #[must_use]
     pub fn split(mut self, split: Option<String>) -> Self {
         self.split = split;
         self
     }
 
-    /// Takes `test` for the split where none is given, or `validation` of a directory without `test`.
+    /// Changes the default split to `test`, or `validation` for a directory without `test`.
     #[must_use]
     pub fn held_out(mut self) -> Self {
-        self.default_splits = &["test", "validation"];
+        self.default_splits = EVAL_SPLITS;
         self
     }
 
-    /// How the hub is asked: the token, the place of downloads, and whether the network is left alone. Default: as the
-    /// environment says.
+    /// Sets the token, the cache and the use of the network. Default: as in the environment.
     #[must_use]
-    pub fn hub(mut self, token: Option<String>, cache_dir: Option<PathBuf>, local_files_only: bool) -> Self {
-        self.access = Access { token, cache_dir, local_files_only };
+    pub fn hub(mut self, access: HubAccess) -> Self {
+        self.access = access;
         self
     }
 
@@ -209,12 +198,12 @@ impl DataSource {
         self.paths.iter().filter_map(|path| name_on_hub(path)).map(str::to_owned).collect()
     }
 
-    /// Returns true if any of it is looked for on the hub.
+    /// Returns true if any of the rows are on the hub.
     pub fn is_on_hub(&self) -> bool {
         self.paths.iter().any(|path| name_on_hub(path).is_some())
     }
 
-    /// The files and patterns on disk, after what is missing was downloaded, and what the user should be told.
+    /// Returns the files and patterns on disk, after downloading missing files, and notices for the user.
     fn find(&self) -> Result<(Vec<PathBuf>, Vec<String>), Error> {
         let (mut paths, mut notices) = (Vec::new(), Vec::new());
         for path in &self.paths {
@@ -230,7 +219,7 @@ impl DataSource {
         if self.is_on_hub() {
             return Ok((paths, notices));
         }
-        let options = [("revision", &self.revision), ("subset", &self.subset)];
+        let options = [("revision", &self.args.revision), ("subset", &self.args.subset)];
         if let Some((key, value)) = options.iter().find_map(|(key, value)| Some((key, value.as_ref()?))) {
             return Err(Error::Argument(format!(
                 "{key} = {value:?} is for datasets on the hub, and {self} is on disk; leave it out"
@@ -245,21 +234,14 @@ impl DataSource {
         }
     }
 
-    /// The files of a dataset repository.
+    /// Downloads the files of a dataset on the hub; also returns a notice for the user.
     #[cfg(feature = "network")]
     fn fetch(&self, name: &str) -> Result<(Vec<PathBuf>, Option<String>), Error> {
-        use rekindle_hub::{DatasetPart, HubErrorKind, HubOptions, resolve_rows};
+        use rekindle_hub::{DatasetPart, HubErrorKind, resolve_rows};
 
         let split = self.split.clone().unwrap_or_else(|| self.default_splits[0].to_owned());
-        let options = HubOptions {
-            revision: self.revision.clone(),
-            token: self.access.token.clone(),
-            cache_dir: self.access.cache_dir.clone(),
-            local_files_only: self.access.local_files_only,
-            endpoint: None,
-            on_progress: None,
-        };
-        let rows = resolve_rows(name, &DatasetPart { subset: self.subset.clone(), split }, options);
+        let options = self.access.options(self.args.revision.as_deref());
+        let rows = resolve_rows(name, &DatasetPart { subset: self.args.subset.clone(), split }, options);
         let rows = rows.map_err(|error| match error.hub_kind() {
             // A mistyped path looks like a name.
             Some(HubErrorKind::NotFound | HubErrorKind::Network | HubErrorKind::Offline | HubErrorKind::Denied) => {
@@ -270,7 +252,7 @@ impl DataSource {
         Ok((rows.files, rows.notice))
     }
 
-    /// An error: there is no network.
+    /// Fails: names on the hub are not supported.
     #[cfg(not(feature = "network"))]
     fn fetch(&self, name: &str) -> Result<(Vec<PathBuf>, Option<String>), Error> {
         Err(Error::Argument(format!(
@@ -285,31 +267,33 @@ impl DataSource {
         max_seq_length: usize,
         vocab_size: usize,
     ) -> Result<(Dataset, LoadReport), Error> {
+        let Self { args, .. } = self;
         let options = EncodeOptions {
             max_seq_length,
-            overlong: self.overlong,
+            overlong: args.overlong,
             vocab_size: Some(vocab_size),
-            train_on: self.train_on,
-            thinking: self.thinking,
-            untrained: self.untrained,
-            not_shown: self.not_shown,
-            chat_template: self.chat_template.clone(),
-            text_end_token: self.text_end_token,
+            train_on: args.train_on,
+            thinking: args.thinking,
+            untrained: args.untrained,
+            not_shown: args.not_shown,
+            chat_template: args.chat_template.clone(),
+            text_end_token: args.text_end_token,
         };
-        self.sample.check()?;
+        let sample = args.sample();
+        sample.check()?;
         let (paths, notices) = self.find()?;
         let files = DataFiles::find_split(paths, self.split.as_deref(), self.default_splits)?;
-        let mut files = files.columns(self.columns.clone())?;
-        if let Some(dir) = &self.cache_dir {
+        let mut files = files.columns(args.columns.clone())?;
+        if let Some(dir) = default_cache_dir().filter(|_| args.cache) {
             files = files.cache_dir(dir);
         }
         let (dataset, mut report) = files.load(tokenizer, &options)?;
         report.notices.splice(0..0, notices);
-        Ok(self.sample.take(&dataset, &report, self.part)?)
+        Ok(sample.take(&dataset, &report, self.part)?)
     }
 }
 
-/// The name of a dataset on the hub: nothing on disk, no pattern, and neither a file's name nor a path.
+/// Returns the name of a dataset on the hub; `None` for an existing path, a pattern, a file name or a path.
 fn name_on_hub(path: &Path) -> Option<&str> {
     let name = path.to_str().filter(|_| !path.exists())?;
     let is_path = path.is_absolute() || name.starts_with(['.', '~']) || name.ends_with('/');

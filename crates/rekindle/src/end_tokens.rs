@@ -7,7 +7,7 @@ use rekindle_hub::read_json;
 use rekindle_train::Companion;
 use serde_json::{Map, Value};
 
-use crate::{Error, Files};
+use crate::{Error, ModelFiles};
 
 /// Returns the end tokens that the checkpoint in `model` names, then those that only `tokenizer` knows of.
 pub(crate) fn end_tokens(model: &Path, tokenizer: Option<&Tokenizer>) -> Result<Vec<u32>, Error> {
@@ -53,7 +53,7 @@ pub(crate) fn generation_config(
 }
 
 /// Returns what is saved beside weights: `files`, and among them a generation configuration that ends at all end tokens.
-pub(crate) fn companions(files: &Files, tokenizer: Option<&Tokenizer>) -> Result<Vec<Companion>, Error> {
+pub(crate) fn companions(files: &ModelFiles, tokenizer: Option<&Tokenizer>) -> Result<Vec<Companion>, Error> {
     const NAME: &str = "generation_config.json";
     let paths = files.companions();
     let file = paths.iter().find(|path| path.ends_with(NAME));

@@ -10,7 +10,7 @@ use rekindle_models::{MemoryReport, ModelConfig, saved_positions, stored_quantiz
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::{Error, Source};
+use crate::{Error, ModelSource};
 
 /// A checkpoint's or an adapter's facts.
 #[derive(Clone, Debug, Serialize)]
@@ -59,15 +59,15 @@ pub enum Inspection {
 }
 
 /// Reads the headers of the checkpoint or adapter in the directory `path`, or of that name on the hub; no weight is read,
-/// and of a name none is downloaded. [`Source::inspect`] says more about where.
+/// and of a name none is downloaded. [`ModelSource::inspect`] says more about where.
 ///
 /// # Errors
 /// [`Error::File`] and [`Error::Model`] for a directory that holds neither, or a broken one.
 pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection, Error> {
-    Ok(Source::new(path.as_ref()).inspect()?.0)
+    Ok(ModelSource::new(path.as_ref()).inspect()?.0)
 }
 
-impl Source<'_> {
+impl ModelSource<'_> {
     /// What a checkpoint or an adapter holds, from its headers: of a name on the hub those alone are read, and its
     /// configuration is kept in the cache. The second is what the user should be told: the hub was out of reach, and the
     /// cache was taken instead.

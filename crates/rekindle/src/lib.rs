@@ -34,6 +34,7 @@ mod generate;
 mod inspect;
 mod merge;
 mod model;
+mod model_source;
 mod preflight;
 mod pretrained;
 mod prompts;
@@ -41,7 +42,6 @@ mod quantize;
 pub mod run;
 mod sft;
 mod skip;
-mod source;
 mod stop_strings;
 mod suggest;
 mod time_estimate;
@@ -52,11 +52,13 @@ pub use generate::{Generated, GeneratedText};
 pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
 pub use model::Model;
+pub use model_source::{FetchedFiles, HubAccess, HubToken, ModelSource};
 pub use preflight::check_run;
-pub use pretrained::{Dtype, EncodedRows, FastLanguageModel, Files, Loader, RowEncoder, RunPlanner, saved_lora_config};
+pub use pretrained::{
+    Dtype, EncodedRows, FastLanguageModel, Loader, ModelFiles, RowEncoder, RunPlanner, saved_lora_config,
+};
 pub use quantize::quantize;
 pub use sft::{SftTrainer, TrainingRows};
-pub use source::{Fetched, Source};
 pub use suggest::{Suggestion, suggest};
 pub use time_estimate::{TimeEstimate, TokenTime};
 
@@ -70,12 +72,11 @@ pub use rekindle_hub::{HubErrorKind, cache};
 pub use rekindle_kernels::runtime::{Report as CudaReport, report as cuda_report};
 pub use rekindle_kernels::{DeviceKind, parse_device};
 pub use rekindle_lora::{
-    BLOCK_LINEARS, Bias, Combination, Error as LoraError, GradientCheckpointing, InitLoraWeights, LoftqConfig,
-    LoraConfig, TargetModules,
+    BLOCK_LINEARS, Bias, Combination, Error as LoraError, InitLoraWeights, LoftqConfig, LoraConfig, TargetModules,
 };
 pub use rekindle_models::{
-    CausalLm, ContextExtension, DEFAULT_ADAPTER, GenerationConfig, LoadIn, MemoryClass, MemoryLine, MemoryReport,
-    ModelConfig, NonFinite, Positions, RopeError, RopeScaling, StopReason, stored_quantization,
+    CausalLm, ContextExtension, DEFAULT_ADAPTER, GenerationConfig, GradientCheckpointing, LoadIn, MemoryClass,
+    MemoryLine, MemoryReport, ModelConfig, NonFinite, Positions, RopeError, RopeScaling, StopReason, is_quantized,
 };
 pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
 pub use rekindle_train::{

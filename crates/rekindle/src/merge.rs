@@ -10,9 +10,9 @@ use rekindle_models::{Batch, MergeOptions, ModelConfig, saved_positions};
 use rekindle_train::{Companion, write_result};
 
 use crate::end_tokens::companions;
+use crate::model_source::{FetchedFiles, OnDownload, find};
 use crate::pretrained::base_directory;
-use crate::source::{Access, Fetched, OnDownload, find};
-use crate::{Dtype, Error, FastLanguageModel, Files, Model};
+use crate::{Dtype, Error, FastLanguageModel, HubAccess, Model, ModelFiles};
 
 /// What to merge, and how.
 #[derive(Clone, Debug)]
@@ -23,7 +23,7 @@ pub struct Merge {
     base: Option<PathBuf>,
     dtype: Dtype,
     revision: Option<String>,
-    access: Access,
+    access: HubAccess,
 }
 
 /// How far the losses of a merged model are from those of its base with the adapter.
@@ -49,7 +49,7 @@ impl Merge {
     pub fn weighted(adapters: impl IntoIterator<Item = (impl Into<PathBuf>, f64)>, combination: Combination) -> Self {
         let adapters = adapters.into_iter().map(|(adapter, weight)| (of_run(adapter.into()), weight)).collect();
         let (base, revision) = (None, None);
-        Self { adapters, combination, base, dtype: Dtype::Auto, revision, access: Access::default() }
+        Self { adapters, combination, base, dtype: Dtype::Auto, revision, access: HubAccess::default() }
     }
 
     /// The base's directory or name. Default: what the adapter says it was trained on. A base in 4 or 8 bits is decoded, since
@@ -75,24 +75,10 @@ impl Merge {
         self
     }
 
-    /// The token for private and gated repositories ([`Source::token`](crate::Source::token)).
+    /// Sets the token, the cache and the use of the network.
     #[must_use]
-    pub fn token(mut self, token: impl Into<String>) -> Self {
-        self.access.token = Some(token.into());
-        self
-    }
-
-    /// Where downloads lie ([`Source::cache_dir`](crate::Source::cache_dir)).
-    #[must_use]
-    pub fn cache_dir(mut self, cache_dir: impl Into<PathBuf>) -> Self {
-        self.access.cache_dir = Some(cache_dir.into());
-        self
-    }
-
-    /// Returns true if the network is left alone ([`Source::local_files_only`](crate::Source::local_files_only)).
-    #[must_use]
-    pub fn local_files_only(mut self, local_files_only: bool) -> Self {
-        self.access.local_files_only = local_files_only;
+    pub fn hub(mut self, access: HubAccess) -> Self {
+        self.access = access;
         self
     }
 
@@ -110,7 +96,7 @@ impl Merge {
         let mut revision = self.revision.take();
         let access = &self.access;
         let mut bring = |name: &Path, revision: Option<&str>| -> Result<(PathBuf, Option<String>), Error> {
-            let Fetched { path, notice, commit } = find(name, revision, access, on_download)?;
+            let FetchedFiles { path, notice, commit } = find(name, revision, access, on_download)?;
             notices.extend(notice);
             Ok((path, commit))
         };
@@ -135,7 +121,7 @@ impl Merge {
         };
         notices.extend(elsewhere);
         notices.extend(tokens_without_rows(&base, first)?);
-        let mut files = Files::of(&base, first);
+        let mut files = ModelFiles::of(&base, first);
         notices.extend(files.notice());
         notices.extend(self.adapters[1..].iter().filter_map(|(other, _)| files.put_adapter(other, false)));
         self.base = Some(base);
@@ -184,7 +170,7 @@ impl Merge {
         };
         let options =
             MergeOptions { positions: positions.as_ref(), resize_model_vocab: rows, dtype: stored(self.dtype) };
-        let files = Files::of(&base, first);
+        let files = ModelFiles::of(&base, first);
         let companions = companions(&files, files.load_tokenizer().ok().flatten().as_ref())?;
         write_merged(&checkpoint, &adapter, options, &companions, out.as_ref(), progress)
     }
@@ -228,7 +214,7 @@ impl Merge {
 
 /// Returns a notice for a merge whose result has fewer rows than its tokenizer has token ids.
 fn tokens_without_rows(base: &Path, adapter: &Path) -> Result<Option<String>, Error> {
-    let files = Files::of(base, adapter);
+    let files = ModelFiles::of(base, adapter);
     let dir = files.tokenizer();
     if !dir.join("tokenizer.json").is_file() {
         return Ok(None);

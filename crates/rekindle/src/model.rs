@@ -7,12 +7,13 @@ use burn::tensor::DType;
 use rekindle_data::{Dataset, LoadReport, Tokenizer};
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::LoraConfig;
-use rekindle_models::{CausalLm, MemoryReport};
+use rekindle_models::{CausalLm, LoadOptions, MemoryReport};
 use rekindle_train::{Companion, Evaluation, evaluate, evaluate_tokens, save_adapters, save_result};
+use serde_json::Value;
 
 use crate::end_tokens::{companions, end_tokens, notice};
-use crate::source::{Access, find};
-use crate::{DataSource, Error, Files};
+use crate::model_source::find;
+use crate::{DataSource, Error, HubAccess, ModelFiles};
 
 /// Rows of a pass in evaluation.
 const EVAL_BATCH_SIZE: usize = 8;
@@ -21,15 +22,36 @@ const EVAL_BATCH_SIZE: usize = 8;
 #[derive(Debug)]
 pub struct Model {
     inner: CausalLm,
-    files: Files,
+    files: ModelFiles,
     device: DeviceKind,
-    access: Access,
+    access: HubAccess,
+    /// The checkpoint's `config.json`, and the options that it was loaded with.
+    loaded_as: (Value, LoadOptions),
     pub(crate) notices: Vec<String>,
 }
 
 impl Model {
-    pub(crate) fn new(inner: CausalLm, files: Files, device: DeviceKind, access: Access) -> Self {
-        Self { inner, files, device, access, notices: Vec::new() }
+    pub(crate) fn new(
+        inner: CausalLm,
+        files: ModelFiles,
+        device: DeviceKind,
+        access: HubAccess,
+        loaded_as: (Value, LoadOptions),
+    ) -> Self {
+        Self { inner, files, device, access, loaded_as, notices: Vec::new() }
+    }
+
+    /// Returns the checkpoint's `config.json`, and the options that it was loaded with.
+    pub(crate) fn loaded_as(&self) -> &(Value, LoadOptions) {
+        &self.loaded_as
+    }
+
+    /// Returns the bytes that the model has allocated on its device.
+    pub(crate) fn allocated_bytes(&self) -> usize {
+        match (self.device, self.inner.device().memory()) {
+            (DeviceKind::Cuda(_), Some(memory)) => memory.in_use as usize,
+            _ => self.memory_report().bytes() as usize,
+        }
     }
 
     /// Where it computes, never [`DeviceKind::Auto`].
@@ -51,7 +73,7 @@ impl Model {
         &self.files.model
     }
 
-    pub(crate) fn files_mut(&mut self) -> &mut Files {
+    pub(crate) fn files_mut(&mut self) -> &mut ModelFiles {
         &mut self.files
     }
 
@@ -110,7 +132,7 @@ impl Model {
         ));
     }
 
-    /// The model with an adapter from PEFT's files: a directory, or a name on the hub ([`Source`](crate::Source)).
+    /// The model with an adapter from PEFT's files: a directory, or a name on the hub ([`ModelSource`](crate::ModelSource)).
     /// [`load_adapter_as`](Self::load_adapter_as) is for several.
     ///
     /// Its tokenizer and chat template take the place of the checkpoint's where it brings them: saving writes these, and

@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use rekindle_hub::{Checkpoint, companion_files};
-use rekindle_models::{LoadIn, MemoryReport, ModelConfig, stored_quantization};
+use rekindle_models::{LoadIn, MemoryReport, ModelConfig, is_quantized};
 use rekindle_train::{Companion, write_result};
 use serde_json::Value;
 
-use crate::{Error, Source, skip};
+use crate::{Error, ModelSource, skip};
 
 /// Writes the checkpoint in `model`, a directory or a name on the hub, to `out` with its linears in codes, as transformers with bitsandbytes reads it,
 /// the tokenizer's files included. `skip_modules` stay dense; `None` is `lm_head`. `progress` is told the bytes read so
@@ -25,7 +25,7 @@ pub fn quantize(
     out: impl AsRef<Path>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<MemoryReport, Error> {
-    let model = &Source::new(model.as_ref()).fetch()?.path;
+    let model = &ModelSource::new(model.as_ref()).fetch()?.path;
     let checkpoint = Checkpoint::open(model)?;
     if let Some(modules) = skip_modules {
         skip::check(modules, &ModelConfig::from_checkpoint(&checkpoint)?)?;
@@ -50,7 +50,7 @@ fn spare_dense(out: &Path) -> Result<(), Error> {
         return Ok(());
     }
     let json: Value = rekindle_hub::read_json(&config)?;
-    if stored_quantization(&json).is_some() {
+    if is_quantized(&json) {
         return Ok(());
     }
     Err(rekindle_hub::Error::Unwritable {

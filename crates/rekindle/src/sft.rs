@@ -9,7 +9,7 @@ use rekindle_train::{Event, Report, Resume, SftConfig, Trainer};
 
 use crate::describe::{describe, model_card};
 use crate::prompts::sampler;
-use crate::{DataSource, EncodedRows, Error, Model};
+use crate::{DataSource, EncodedRows, Error, Model, RunPlanner};
 
 /// The rows of an [`SftTrainer`]: files that it reads, or rows that a [`RowEncoder`](crate::RowEncoder) has read.
 #[derive(Clone, Debug)]
@@ -45,6 +45,7 @@ pub struct SftTrainer<'a> {
     run_file: Option<String>,
     resume: Option<Resume>,
     overwrite: bool,
+    check_memory: bool,
     stop: Arc<AtomicBool>,
     on_event: Box<dyn FnMut(Event<'_>) + 'a>,
     on_data: OnData<'a>,
@@ -72,6 +73,7 @@ impl<'a> SftTrainer<'a> {
             run_file: None,
             resume: None,
             overwrite: false,
+            check_memory: true,
             stop: Arc::default(),
             on_event: Box::new(|_| ()),
             on_data: Box::new(|_, _| ()),
@@ -130,6 +132,15 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
+    /// If true, a run that does not fit into memory is refused before the first step ([`Error::DoesNotFit`], which lists
+    /// changes that would fit), and [`GradientCheckpointing::Auto`] becomes the fastest setting that fits. Default true.
+    /// Without the check, it is as `true`.
+    #[must_use]
+    pub fn check_memory(mut self, check_memory: bool) -> Self {
+        self.check_memory = check_memory;
+        self
+    }
+
     /// Ends the run after the step at which `flag` is found true, with a checkpoint to go on from
     /// ([`End::Interrupted`](crate::End)).
     #[must_use]
@@ -155,11 +166,16 @@ impl<'a> SftTrainer<'a> {
     /// Encodes the rows and runs to the end.
     ///
     /// # Errors
-    /// [`Error::Data`] for rows that cannot be used, [`Error::Argument`] for samples that cannot be made, and
+    /// [`Error::DoesNotFit`] for a run that exceeds the memory, [`Error::Data`] for rows that cannot be used, [`Error::Argument`] for samples that cannot be made, and
     /// [`Error::Train`] for everything after that.
     pub fn train(mut self) -> Result<Report, Error> {
         let train = self.encode(self.train.clone())?;
         let eval = self.eval.take().map(|rows| self.encode(rows)).transpose()?;
+        if self.check_memory {
+            let mut planner = RunPlanner::of_model(self.model, self.config.clone(), eval.is_some())?;
+            let plan = planner.decide(&planner.rows_in(&train.dataset))?;
+            self.config.use_gradient_checkpointing = plan.use_gradient_checkpointing;
+        }
         let companions = self.model.companions(self.tokenizer)?;
         let sampler = sampler(self.model, self.tokenizer, &self.config, eval.as_ref().map(|rows| &rows.dataset))?;
         let notice = self.tokenizer.map(|tokenizer| self.model.end_token_notice(tokenizer, &train.dataset));

@@ -5,8 +5,8 @@ mod lengths;
 use rekindle_data::LoadReport;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{DeviceKind, open_device};
-use rekindle_lora::{GradientCheckpointing, LoraConfig};
-use rekindle_models::ModelConfig;
+use rekindle_lora::LoraConfig;
+use rekindle_models::{GradientCheckpointing, ModelConfig, is_quantized};
 use rekindle_train::{Rows, SamplePrompt, SftConfig, StepCount};
 
 use crate::time_estimate::{Work, token_time};
@@ -72,7 +72,7 @@ const USABLE: f64 = 0.9;
 /// # Errors
 /// Those of [`Loader::fetch`], [`Error::Data`] for rows that cannot be used, [`Error::Device`].
 pub fn suggest(
-    mut model: Loader,
+    mut model: Loader<'_>,
     device: DeviceKind,
     train: &DataSource,
     eval: Option<&DataSource>,
@@ -80,7 +80,7 @@ pub fn suggest(
     let files = model.fetch()?.clone();
     let checkpoint = Checkpoint::open(&files.model)?;
     let config = ModelConfig::from_checkpoint(&checkpoint)?;
-    let is_quantized = checkpoint.config().get("quantization_config").is_some_and(|config| !config.is_null());
+    let is_quantized = is_quantized(checkpoint.config());
     let tokenizer = files.load_tokenizer()?;
 
     // Whatever the longest row is: how long rows may be is what is to be found out.
@@ -157,8 +157,8 @@ struct Plans {
 
 impl Plans {
     /// Builds the model without values, dense and in 4 bits. `memory` is what the device has, instead of what it says.
-    fn new(model: Loader, max_seq_length: usize, is_quantized: bool, memory: Option<usize>) -> Result<Self, Error> {
-        let plan = |model: &Loader| model.planner(Some(LoraConfig::new(RANK)), SftConfig::default(), memory);
+    fn new(model: Loader<'_>, max_seq_length: usize, is_quantized: bool, memory: Option<usize>) -> Result<Self, Error> {
+        let plan = |model: &Loader<'_>| model.planner(Some(LoraConfig::new(RANK)), SftConfig::default(), memory);
         let model = model.max_seq_length(max_seq_length);
         let dense = plan(&model)?;
         let in_4bit = if is_quantized { None } else { Some(plan(&model.load_in_4bit(true))?) };
@@ -247,8 +247,7 @@ pub(crate) mod tests {
         let choose = |config: &serde_json::Value, examples, gb: f64| {
             std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
             let model = FastLanguageModel::from_pretrained(dir.path()).device(DeviceKind::Cuda(0));
-            let is_quantized = config.get("quantization_config").is_some();
-            Plans::new(model, 2048, is_quantized, Some((gb * 1e9) as usize)).unwrap().choose(examples).unwrap()
+            Plans::new(model, 2048, is_quantized(config), Some((gb * 1e9) as usize)).unwrap().choose(examples).unwrap()
         };
         let chosen = |gb| {
             let choice = choose(&config, 1000, gb);

@@ -5,8 +5,10 @@ use std::path::Path;
 
 use rekindle_hub::{Checkpoint, Dtype};
 use rekindle_kernels::Device;
-use rekindle_lora::{GradientCheckpointing, LoraConfig};
-use rekindle_models::{Batch, CausalLm, GenerationConfig, LoadIn, LoadOptions, MergeOptions, quantize};
+use rekindle_lora::LoraConfig;
+use rekindle_models::{
+    Batch, CausalLm, GenerationConfig, GradientCheckpointing, LoadIn, LoadOptions, MergeOptions, quantize,
+};
 use rekindle_tests::{Golden, Trajectory, assert_nll, relative_distance, tensors, worst_nll};
 use serde_json::Value;
 

@@ -106,7 +106,7 @@ fn assert_close(got: &Value, expected: &Value, what: &str) {
     }
 }
 
-fn base() -> Loader {
+fn base() -> Loader<'static> {
     let golden = Golden::open("qwen3-tied");
     FastLanguageModel::from_pretrained(golden.dir).device(DeviceKind::Cpu).dtype(Dtype::F32)
 }

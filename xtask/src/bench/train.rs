@@ -16,8 +16,7 @@ use rekindle::LoraConfig;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::runtime::{Cuda, ProfileEntry};
 use rekindle_kernels::{Device, parse_device};
-use rekindle_lora::GradientCheckpointing;
-use rekindle_models::{CausalLm, LoadIn, LoadOptions, Sft};
+use rekindle_models::{CausalLm, GradientCheckpointing, LoadIn, LoadOptions, Sft};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 use serde_json::{Value, json};
 
@@ -205,13 +204,10 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
     options.stochastic_rounding = job.mode == Mode::FullBf16;
     options.load_in = job.mode.load_in();
     let mut model = CausalLm::load(&Checkpoint::open(at)?, &options, &mut |_| ())?;
-    match job.mode.is_full() {
-        true => model.set_gradient_checkpointing(job.checkpointing.of_lora()),
-        false => model.add_adapter(
-            &LoraConfig::new(16).lora_alpha(32.0).use_gradient_checkpointing(job.checkpointing.of_lora()),
-        )?,
+    if !job.mode.is_full() {
+        model.add_adapter(&LoraConfig::new(16).lora_alpha(32.0))?;
     }
-    model.set_gradient_checkpointing(job.checkpointing.of_lora());
+    model.set_gradient_checkpointing(job.checkpointing.setting());
     device.synchronize()?;
     let (load_seconds, weights) = (began.elapsed().as_secs_f64(), cuda.memory().in_use);
 
@@ -345,7 +341,7 @@ impl Train {
 }
 
 impl Checkpointing {
-    fn of_lora(self) -> GradientCheckpointing {
+    fn setting(self) -> GradientCheckpointing {
         match self {
             Self::Off => GradientCheckpointing::Off,
             Self::Block => GradientCheckpointing::Block,

@@ -1,12 +1,12 @@
-//! What the command line says about the hub.
+//! Arguments for access to the hub.
 
 use std::path::{Path, PathBuf};
 
-use rekindle::Source;
+use rekindle::{HubAccess, ModelSource};
 
 const HEADING: &str = "Names on the Hugging Face hub";
 
-/// How a name on the hub is looked up. The token is read from the environment: command lines are seen by others.
+/// Access to the hub. The token is read from the environment, because command lines are visible to other users.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct HubArgs {
     /// Branch, tag or commit of what is named first: the model, or the adapter to merge [default: main]
@@ -21,16 +21,18 @@ pub(crate) struct HubArgs {
 }
 
 impl HubArgs {
-    /// The model or adapter that is called so, or lies there.
-    pub(crate) fn source(&self, name_or_path: &Path) -> Source<'static> {
-        let mut source = Source::new(name_or_path).local_files_only(self.local_files_only);
-        if let Some(revision) = &self.revision {
-            source = source.revision(revision);
+    /// Returns the model or adapter with this name or path.
+    pub(crate) fn source(&self, name_or_path: &Path) -> ModelSource<'static> {
+        let source = ModelSource::new(name_or_path).hub(self.access());
+        match &self.revision {
+            Some(revision) => source.revision(revision),
+            None => source,
         }
-        if let Some(cache_dir) = &self.cache_dir {
-            source = source.cache_dir(cache_dir);
-        }
-        source
+    }
+
+    /// Returns the access to the hub, with the token of the environment.
+    pub(crate) fn access(&self) -> HubAccess {
+        HubAccess { token: None, cache_dir: self.cache_dir.clone(), local_files_only: self.local_files_only }
     }
 }
 

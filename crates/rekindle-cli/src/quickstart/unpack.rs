@@ -1,7 +1,7 @@
 //! The example's files, carried inside the binary.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rekindle::{Error, write_atomic};
 
@@ -31,19 +31,19 @@ const FILES: [(&str, &[u8]); 9] = [
 
 const RUN_FILE: &str = include_str!("run.toml");
 
-/// Writes the model, the rows and a run file into `dir`, and gives the text of the run file.
+/// Writes the model, the rows and a run file into `dir`; returns the path of the run file.
 ///
-/// A directory that holds anything but a former quickstart is refused.
-pub(super) fn unpack(dir: &Path) -> Result<String, Failure> {
+/// A directory with anything but an earlier quickstart is refused.
+pub(super) fn unpack(dir: &Path) -> Result<PathBuf, Failure> {
     check(dir)?;
-    let text = run_file(dir);
+    let (path, text) = (dir.join("run.toml"), run_file(dir));
     make_dir(&dir.join("base"))?;
     // First of all, since it is what marks the directory as a quickstart's.
-    write(&dir.join("run.toml"), text.as_bytes())?;
+    write(&path, text.as_bytes())?;
     for (name, bytes) in FILES {
         write(&dir.join(name), bytes)?;
     }
-    Ok(text)
+    Ok(path)
 }
 
 fn check(dir: &Path) -> Result<(), Failure> {

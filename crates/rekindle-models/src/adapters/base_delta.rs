@@ -13,7 +13,7 @@ use rekindle_quant::bnb::QuantizationConfig;
 use rekindle_quant::{Blocksize, QuantConfig, QuantFormat};
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::{LoadIn, QuantizationPlan, canonical, frozen, stored_quantization};
+use crate::checkpoint::{LoadIn, QuantizationPlan, canonical, frozen, is_quantized};
 use crate::{CausalLm, Error};
 
 /// The initial B·A that the active adapter subtracted from the base, and how to restore that.
@@ -70,7 +70,7 @@ impl CausalLm {
             )));
         }
         let checkpoint = canonical(&Checkpoint::open(&self.provenance.path)?);
-        if needs_codes && stored_quantization(checkpoint.config()).is_some() {
+        if needs_codes && is_quantized(checkpoint.config()) {
             return Err(Error::Argument(format!(
                 "init_lora_weights {name} starts from what codes miss of a weight, and {} holds nothing but the codes; \
                  load the 16-bit checkpoint that it was made from with load_in_4bit or load_in_8bit",

@@ -10,7 +10,7 @@ use rekindle_kernels::{
 use rekindle_quant::DiskMetadata;
 use rekindle_rope::{ContextExtension, RopeScaling};
 
-use super::quantization::{LoadIn, Quantization, QuantizationPlan, stored_bytes, stored_quantization};
+use super::quantization::{LoadIn, Quantization, QuantizationPlan, is_quantized, stored_bytes};
 use super::tensor_names::canonical;
 use super::{master_weights, resize};
 use crate::causal_lm::Provenance;
@@ -69,7 +69,7 @@ impl CausalLm {
         let LoadOptions { device, dtype, full_finetuning, load_in, skip_modules, .. } = options;
         let checkpoint = &canonical(checkpoint);
         let (mut config, extension) = options.prepare(ModelConfig::from_checkpoint(checkpoint)?)?;
-        let stored = stored_quantization(checkpoint.config()).is_some();
+        let stored = is_quantized(checkpoint.config());
         let load_in = if *full_finetuning && !stored { load_in.map(master_weights::format) } else { *load_in };
         let plan = QuantizationPlan::of(checkpoint, load_in, skip_modules.as_deref())?;
         let in_place = master_weights::in_place(options, plan.is_some(), &config)?;

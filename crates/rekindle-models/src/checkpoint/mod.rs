@@ -14,7 +14,7 @@ mod writer;
 pub use load::LoadOptions;
 pub(crate) use load::frozen;
 pub use merge::{MergeOptions, merge};
-pub use quantization::{LoadIn, stored_quantization};
+pub use quantization::{LoadIn, is_quantized, stored_quantization};
 pub(crate) use quantization::{Quantization, QuantizationPlan};
 pub use quantize::quantize;
 pub(crate) use tensor_names::{TensorNaming, canonical};

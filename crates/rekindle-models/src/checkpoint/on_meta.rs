@@ -9,7 +9,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 use super::master_weights;
-use super::quantization::{LinearFormat, stored_quantization};
+use super::quantization::{LinearFormat, is_quantized};
 use crate::causal_lm::Provenance;
 use crate::layers::WeightSource;
 use crate::parameters::ParameterSpec;
@@ -29,7 +29,7 @@ impl CausalLm {
         if let Some(rows) = options.resize_model_vocab {
             config = config.resized(rows)?;
         }
-        let stored = stored_quantization(json).is_some();
+        let stored = is_quantized(json);
         let as_trained = options.full_finetuning && !stored;
         let load_in = if as_trained { options.load_in.map(master_weights::format) } else { options.load_in };
         let options = &LoadOptions { load_in, ..options.clone() };

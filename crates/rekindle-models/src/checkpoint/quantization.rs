@@ -63,6 +63,11 @@ pub fn stored_quantization(config: &Value) -> Option<&Value> {
     config.get("quantization_config").filter(|found| !found.is_null())
 }
 
+/// Returns true if the checkpoint with this `config.json` is quantized.
+pub fn is_quantized(config: &Value) -> bool {
+    stored_quantization(config).is_some()
+}
+
 /// The properties of a quantized checkpoint that a loaded model keeps, so that it is saved as it was read.
 #[derive(Clone, Debug)]
 pub(crate) struct Quantization {

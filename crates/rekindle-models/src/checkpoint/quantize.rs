@@ -7,7 +7,7 @@ use rekindle_hub::{Checkpoint, CheckpointHeaders, TensorSpec};
 use rekindle_quant::bnb::StoredWeight;
 
 use super::load::check_tensors;
-use super::quantization::{LoadIn, QuantizationPlan, stored_quantization};
+use super::quantization::{LoadIn, QuantizationPlan, is_quantized};
 use super::tensor_names::canonical;
 use super::writer::{self, CheckpointTensor, KeptTensors};
 use crate::non_finite::check_view;
@@ -32,7 +32,7 @@ pub fn quantize(
 ) -> Result<MemoryReport, Error> {
     let checkpoint = &canonical(checkpoint);
     let config = ModelConfig::from_checkpoint(checkpoint)?;
-    if stored_quantization(checkpoint.config()).is_some() {
+    if is_quantized(checkpoint.config()) {
         return Err(Error::Argument(format!(
             "{} is quantized already; give the 16-bit checkpoint that it was made from",
             checkpoint.path().display()

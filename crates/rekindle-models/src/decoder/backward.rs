@@ -1,9 +1,9 @@
 //! The way back through a decoder.
 
 use rekindle_kernels::{Grads, Tensor, embedding};
-use rekindle_lora::GradientCheckpointing;
 
 use super::Decoder;
+use crate::GradientCheckpointing;
 use crate::layers::{BlockSaved, Checkpointed, Context};
 
 /// What waits for a layer's backward.

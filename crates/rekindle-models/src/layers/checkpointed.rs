@@ -1,9 +1,10 @@
 //! What stays of a layer between its forward and its backward when most of it is recomputed.
 
 use rekindle_kernels::{Offloaded, Tensor};
-use rekindle_lora::{GradientCheckpointing, LinearSaved};
+use rekindle_lora::LinearSaved;
 
 use super::BlockSaved;
+use crate::GradientCheckpointing;
 
 /// A layer's input, and what spares the costliest parts of the second forward.
 #[derive(Debug)]

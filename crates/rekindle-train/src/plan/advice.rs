@@ -2,8 +2,7 @@
 
 use core::fmt;
 
-use rekindle_lora::GradientCheckpointing;
-use rekindle_models::LoadIn;
+use rekindle_models::{GradientCheckpointing, LoadIn, is_quantized};
 use serde::Serialize;
 
 use super::{Job, Planner, Rows, show};
@@ -68,18 +67,18 @@ impl Search {
         } else {
             (GradientCheckpointing::Host, "\"unsloth\"")
         };
-        if self.job.checkpointing == least {
+        if self.job.train.use_gradient_checkpointing == least {
             return Ok(false);
         }
-        let job = Job { checkpointing: least, ..self.job.clone() };
-        self.try_out(job, self.rows.clone(), format!("use_gradient_checkpointing = {text}"))
+        let mut job = self.job.clone();
+        job.train.use_gradient_checkpointing = least;
+        self.try_out(job, self.rows.clone(), format!("train.use_gradient_checkpointing = {text}"))
     }
 
-    /// An adapter over codes; a checkpoint that is in codes already stays as it is.
+    /// Quantizes the base of an adapter, unless it is quantized already.
     fn quantize(&mut self) -> Result<bool, Error> {
-        let stored = self.job.json.get("quantization_config").is_some_and(|value| !value.is_null());
         let is_four_bit = matches!(self.job.load.load_in, Some(LoadIn::FourBit(_)));
-        if self.job.lora.is_none() || stored || is_four_bit {
+        if self.job.lora.is_none() || is_quantized(&self.job.json) || is_four_bit {
             return Ok(false);
         }
         let mut job = self.job.clone();

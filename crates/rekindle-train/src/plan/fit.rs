@@ -3,7 +3,7 @@
 use core::fmt;
 
 use rekindle_data::counted;
-use rekindle_lora::GradientCheckpointing;
+use rekindle_models::GradientCheckpointing;
 use serde::Serialize;
 
 use super::advice::{Change, advise};
@@ -83,7 +83,7 @@ impl Planner {
     /// the CPU nothing goes anywhere, and keeping less takes as long as `true`.
     fn candidates(&self) -> Vec<GradientCheckpointing> {
         use GradientCheckpointing::{Auto, Block, Host, Off};
-        match self.job().checkpointing {
+        match self.job().train.use_gradient_checkpointing {
             Auto if self.job().load.device.is_cpu() => vec![Off, Block],
             Auto => vec![Off, Host, Block],
             asked => vec![asked],

@@ -28,7 +28,8 @@ fn job(load_in: Option<LoadIn>, lora: Option<LoraConfig>, checkpointing: Gradien
     let device = Device::Cuda(Cuda::planned(DeviceProps::hopper(80 << 30)));
     let mut load = LoadOptions::new(device, DType::BF16, 2048);
     (load.load_in, load.full_finetuning) = (load_in, lora.is_none());
-    Job { json, name: "4b".into(), load, lora, checkpointing, train: SftConfig::default(), evaluates: false }
+    let train = SftConfig { use_gradient_checkpointing: checkpointing, ..SftConfig::default() };
+    Job { json, name: "4b".into(), load, lora, train, evaluates: false }
 }
 
 fn plan(job: Job) -> MemoryPlan {

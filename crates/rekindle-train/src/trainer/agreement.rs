@@ -14,7 +14,7 @@ use crate::{Error, LrSchedulerType, SftConfig};
 
 /// Keys of `[train]` that another run over the same checkpoint may have otherwise: they move no parameter, or when they
 /// do (`max_steps` by the schedule, the batch size by the order of sums) it is said.
-const MAY_CHANGE: [&str; 21] = [
+const MAY_CHANGE: [&str; 22] = [
     "run_name",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -36,6 +36,7 @@ const MAY_CHANGE: [&str; 21] = [
     "sample_prompts",
     "eval_samples",
     "sample_max_new_tokens",
+    "use_gradient_checkpointing",
 ];
 
 /// A run as far as a checkpoint must know it.
@@ -56,9 +57,7 @@ impl Agreement {
         let mut configuration = terms.configuration();
         let mut changeable = BTreeMap::new();
         let lora = job.model.lora().map(object).unwrap_or_default();
-        for (key, value) in lora.into_iter().filter(|(key, _)| key != "use_gradient_checkpointing") {
-            configuration.insert(format!("[lora] {key}"), value);
-        }
+        configuration.extend(lora.into_iter().map(|(key, value)| (format!("[lora] {key}"), value)));
         let model = &*job.model;
         let weights = ModelFiles::open(model.path())?;
         configuration.insert("base weights (SHA-256)".to_owned(), weights_fingerprint(&weights)?.into());

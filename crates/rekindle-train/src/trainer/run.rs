@@ -64,6 +64,7 @@ impl<'a> Run<'a> {
         let peak = job.config.resolved_learning_rate(full);
         let schedule = job.config.schedule(peak, total)?;
         job.config.check_embedding_rate(job.model.params())?;
+        job.model.set_gradient_checkpointing(job.config.use_gradient_checkpointing);
         let mut optimizer = Optimizer::new(job.model, OptimizerConfig::from(&job.config), job.seed)?;
         job.check_needs()?;
         let lock = |dir: &PathBuf| DirectoryLock::acquire(dir);

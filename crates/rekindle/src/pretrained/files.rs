@@ -1,4 +1,4 @@
-//! The arguments of `from_pretrained` that say where the files come from, and the files.
+//! The files of a model, and the arguments of `from_pretrained` for finding them.
 
 use std::path::{Path, PathBuf};
 
@@ -6,37 +6,38 @@ use rekindle_hub::{AdapterBase, adapter_base, companion_files, companion_name};
 
 use super::Loader;
 use crate::Error;
-use crate::source::{Fetched, find};
+use crate::model_source::{FetchedFiles, HubToken, find, find_config};
+use crate::run::ModelArguments;
 
-/// Where the files of a model are.
+/// The directories of a model's files.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Files {
+pub struct ModelFiles {
     /// The directory of the checkpoint.
     pub model: PathBuf,
-    /// That of the adapter, when one was given as the model.
+    /// The directory of the adapter, if one was given as the model.
     pub adapter: Option<PathBuf>,
-    /// What the user should be told: the hub was out of reach, and the cache was taken instead; the adapter brings a
-    /// tokenizer or template that is not the checkpoint's.
+    /// Notices for the user: the hub could not be reached and the cache was used; the adapter has another tokenizer or chat
+    /// template than the checkpoint.
     pub notices: Vec<String>,
-    /// What the checkpoint was called, and its revision where one was given.
+    /// The checkpoint's name as given, and its revision if one was given.
     pub(crate) name: String,
     pub(super) revision: Option<String>,
-    /// An adapter that is put on the model beside, or instead of, the one that was given as it.
+    /// An adapter that is attached to the model in addition to, or instead of, `adapter`.
     pub(super) beside: Option<PathBuf>,
 }
 
-impl Files {
-    /// A checkpoint and an adapter that lie here.
+impl ModelFiles {
+    /// Returns the files of a checkpoint and an adapter in these directories.
     pub(crate) fn of(model: &Path, adapter: &Path) -> Self {
         let (model, adapter) = (model.to_owned(), Some(adapter.to_owned()));
         Self { name: model.display().to_string(), model, adapter, notices: Vec::new(), revision: None, beside: None }
     }
 
-    /// Returns the files that a saved model or adapter carries along: tokenizer, chat templates, processors and the
-    /// generation configuration.
+    /// Returns the files that are saved with a model or adapter: tokenizer, chat templates, processors and the generation
+    /// configuration.
     ///
-    /// Where the adapter brings the tokenizer, files that it lacks come from the checkpoint if they agree with it: other
-    /// forms of the vocabulary where `tokenizer.json` is the same, and templates where `tokenizer_config.json` is too.
+    /// If the adapter has the tokenizer, its missing files are taken from the checkpoint if they agree with it: other forms
+    /// of the vocabulary if `tokenizer.json` is the same, and templates if `tokenizer_config.json` is the same too.
     pub(crate) fn companions(&self) -> Vec<PathBuf> {
         let tokenizer = self.tokenizer();
         let mut files = companion_files(tokenizer);
@@ -61,45 +62,45 @@ impl Files {
     }
 }
 
-impl Loader {
-    /// A branch, tag or commit of a name on the hub. Default `main`. Of an adapter's base, its configuration says it.
+impl<'a> Loader<'a> {
+    /// Sets the branch, tag or commit of a name on the hub. Default `main`. An adapter records that of its base.
     pub fn revision(mut self, revision: impl Into<String>) -> Self {
-        self.source = self.source.revision(revision);
+        self.args.revision = Some(revision.into());
         self
     }
 
-    /// The token for private and gated repositories ([`Source::token`](crate::Source::token)).
-    pub fn token(mut self, token: impl Into<String>) -> Self {
-        self.source = self.source.token(token);
+    /// Sets the token for private and gated repositories ([`HubAccess::token`](crate::HubAccess::token)).
+    pub fn token(mut self, token: impl Into<HubToken>) -> Self {
+        self.args.token = Some(token.into());
         self
     }
 
-    /// Where downloads lie ([`Source::cache_dir`](crate::Source::cache_dir)).
+    /// Sets the directory for downloads ([`HubAccess::cache_dir`](crate::HubAccess::cache_dir)).
     pub fn cache_dir(mut self, cache_dir: impl Into<PathBuf>) -> Self {
-        self.source = self.source.cache_dir(cache_dir);
+        self.args.cache_dir = Some(cache_dir.into());
         self
     }
 
-    /// Returns true if the network is left alone ([`Source::local_files_only`](crate::Source::local_files_only)).
+    /// If true, the network is not used ([`HubAccess::local_files_only`](crate::HubAccess::local_files_only)).
     pub fn local_files_only(mut self, local_files_only: bool) -> Self {
-        self.source = self.source.local_files_only(local_files_only);
+        self.args.local_files_only = local_files_only;
         self
     }
 
-    /// Is told the bytes that are here, and those of all files that are being downloaded, an adapter and its base one
-    /// after the other; not called when nothing is.
-    pub fn on_download(mut self, on_download: impl FnMut(u64, u64) + 'static) -> Self {
-        self.source = self.source.on_download(on_download);
+    /// Sets a callback for the bytes downloaded so far, and those of all files to download, of an adapter and its base one
+    /// after the other. It is not called if there is nothing to download.
+    pub fn on_download(mut self, on_download: impl FnMut(u64, u64) + 'a) -> Self {
+        self.on_download = Some(Box::new(on_download));
         self
     }
 
-    /// Finds the files, downloading what is missing, once; loading begins with this.
+    /// Finds the files once; downloads missing ones. Loading begins with this.
     ///
     /// # Errors
-    /// As [`check`](Self::check); [`Error::File`] for what is not there, of the kind
-    /// [`ErrorKind::Hub`](crate::ErrorKind::Hub) where a name could not be turned into files; [`Error::AdapterBase`] for
-    /// an adapter without its base.
-    pub fn fetch(&mut self) -> Result<&Files, Error> {
+    /// As [`check`](Self::check); [`Error::File`] for missing files, of the kind
+    /// [`ErrorKind::Hub`](crate::ErrorKind::Hub) if a name could not be downloaded; [`Error::AdapterBase`] for an adapter
+    /// without its base.
+    pub fn fetch(&mut self) -> Result<&ModelFiles, Error> {
         let files = match self.files.take() {
             Some(files) => files,
             None => {
@@ -112,17 +113,26 @@ impl Loader {
         Ok(self.files.insert(files))
     }
 
-    fn find(&mut self) -> Result<Files, Error> {
+    fn find(&mut self) -> Result<ModelFiles, Error> {
         self.check()?;
-        let given = self.source.name_or_path.clone();
-        let first = self.source.find()?;
+        let access = self.args.access();
+        let on_download = &mut self.on_download;
+        let mut fetch = |name: &Path, revision: Option<&str>| {
+            find(name, revision, &access, &mut |done, total| {
+                if let Some(on_download) = on_download {
+                    on_download(done, total);
+                }
+            })
+        };
+        let ModelArguments { name_or_path: given, revision, full_finetuning, .. } = &self.args;
+        let first = fetch(given, revision.as_deref())?;
         let mut notices: Vec<String> = first.notice.into_iter().collect();
         let Some(base) = adapter_base(&first.path)? else {
-            let (name, revision) = (given.display().to_string(), self.source.revision.clone());
-            return Ok(Files { model: first.path, adapter: None, notices, name, revision, beside: None });
+            let (name, revision) = (given.display().to_string(), revision.clone());
+            return Ok(ModelFiles { model: first.path, adapter: None, notices, name, revision, beside: None });
         };
         let adapter = first.path;
-        if self.full_finetuning {
+        if *full_finetuning {
             return Err(Error::Argument(format!(
                 "{} is an adapter, and full_finetuning trains a whole model; merge it first, or give its base \
                  ({}) instead",
@@ -131,36 +141,35 @@ impl Loader {
             )));
         }
         let name = base_directory(&base, &adapter, first.commit.as_deref(), &mut notices);
-        let found = self.source.find_other(&name, base.revision.as_deref());
-        let found = found.map_err(|error| Error::AdapterBase { adapter: given, source: Box::new(error) })?;
+        let found = fetch(&name, base.revision.as_deref());
+        let found = found.map_err(|error| Error::AdapterBase { adapter: given.clone(), source: Box::new(error) })?;
         notices.extend(found.notice);
         let (name, revision) = (name.display().to_string(), base.revision);
-        Ok(Files { model: found.path, adapter: Some(adapter), notices, name, revision, beside: None })
+        Ok(ModelFiles { model: found.path, adapter: Some(adapter), notices, name, revision, beside: None })
     }
 
-    /// The directories with the configuration of the model, and of the adapter that was given as it; of a name on the hub
-    /// the weights stay there.
+    /// Returns the directories with the configuration of the model, and of the adapter that was given as the model. Does
+    /// not download the weights of a name on the hub.
     pub(super) fn find_config(&self) -> Result<(PathBuf, Option<PathBuf>), Error> {
         self.check()?;
         if let Some(files) = &self.files {
             return Ok((files.model.clone(), files.adapter.clone()));
         }
-        let given = &self.source.name_or_path;
-        let first = self.source.find_config(given, self.source.revision.as_deref())?;
+        let access = &self.args.access();
+        let ModelArguments { name_or_path: given, revision, .. } = &self.args;
+        let first = find_config(given, revision.as_deref(), access)?;
         let Some(base) = adapter_base(&first)? else { return Ok((first, None)) };
-        // An adapter is small, and what it saved is looked at.
-        let Fetched { path: first, commit, .. } =
-            find(given, self.source.revision.as_deref(), &self.source.access, &mut |_, _| ())?;
+        // An adapter is small, and the shapes of its tables are needed.
+        let FetchedFiles { path: first, commit, .. } = find(given, revision.as_deref(), access, &mut |_, _| ())?;
         let name = base_directory(&base, &first, commit.as_deref(), &mut Vec::new());
-        let found = self.source.find_config(&name, base.revision.as_deref());
+        let found = find_config(&name, base.revision.as_deref(), access);
         let found = found.map_err(|error| Error::AdapterBase { adapter: given.clone(), source: Box::new(error) })?;
         Ok((found, Some(first)))
     }
 }
 
-/// Returns where the base of the adapter in `adapter` is, or what it is called on the hub. A base that lies above the
-/// adapter, not where its relative path leads from here, gets a notice. `commit` is that of an adapter from the hub, whose
-/// base is on the hub too.
+/// Returns the directory of an adapter's base, or its name on the hub. Adds a notice if a relative path was resolved from a
+/// directory above the adapter. `commit` is that of an adapter from the hub, whose base is on the hub too.
 pub(crate) fn base_directory(
     base: &AdapterBase,
     adapter: &Path,
@@ -181,7 +190,7 @@ mod tests {
     use super::*;
     use std::fs;
 
-    /// A checkpoint and an adapter with these files, and the names of what comes along.
+    /// Returns the names of the companion files of a checkpoint and an adapter with these files.
     fn companions(model: &[(&str, &str)], adapter: &[(&str, &str)]) -> Vec<String> {
         let scratch = tempfile::tempdir().unwrap();
         for (dir, files) in [("model", model), ("adapter", adapter)] {
@@ -191,7 +200,7 @@ mod tests {
                 fs::write(path, text).unwrap();
             }
         }
-        let files = Files::of(&scratch.path().join("model"), &scratch.path().join("adapter")).companions();
+        let files = ModelFiles::of(&scratch.path().join("model"), &scratch.path().join("adapter")).companions();
         let mut names: Vec<String> =
             files.iter().map(|file| file.strip_prefix(scratch.path()).unwrap().display().to_string()).collect();
         names.sort();

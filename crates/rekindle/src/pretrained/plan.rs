@@ -1,20 +1,20 @@
-//! What a run takes, before anything is loaded.
+//! The memory plan of a run, before anything is loaded.
 
 use std::path::Path;
 
-use rekindle_data::Tokenizer;
+use rekindle_data::{Dataset, Tokenizer};
 use rekindle_hub::read_config;
 use rekindle_kernels::runtime::{self, CUDA_CONTEXT_BYTES, Cuda, DeviceProps};
 use rekindle_kernels::{Device, DeviceKind, open_device};
+use rekindle_lora::LoraConfig;
 use rekindle_lora::peft::AdapterConfig;
-use rekindle_lora::{GradientCheckpointing, LoraConfig};
-use rekindle_models::ModelConfig;
+use rekindle_models::{GradientCheckpointing, LoadOptions, ModelConfig};
 use rekindle_train::{Fit, Job, MemoryPlan, Planner, Rows, SftConfig, Verdict};
 
 use crate::time_estimate::{Work, token_time};
-use crate::{DataSource, Error, Loader, TokenTime};
+use crate::{DataSource, Error, Loader, Model, TokenTime};
 
-/// Plans of one run for batches of any size.
+/// Memory plans of one run for batches of any size.
 ///
 /// ```no_run
 /// use rekindle::{DeviceKind, FastLanguageModel, LoraConfig, SftConfig};
@@ -35,14 +35,14 @@ pub struct RunPlanner {
     available: Option<usize>,
 }
 
-impl Loader {
-    /// Reads the configuration of the model, and of the adapter where one is gone on with; nothing is loaded, and of a
-    /// name on the hub nothing else is downloaded. `lora` is the adapter that is to be trained; without one, and without
-    /// an adapter to go on with, all weights are. `memory` is what the device has, instead of what it says; with it there
-    /// need not be such a device.
+impl Loader<'_> {
+    /// Plans a run from the configuration of the model, and of an adapter to continue; no weights are loaded or downloaded.
+    ///
+    /// `lora` is the adapter to train; without one, and without an adapter to continue, all weights are trained. `memory`
+    /// replaces the free memory of the device, which then need not exist.
     ///
     /// # Errors
-    /// Those of [`load`](Self::load) that the configuration alone shows.
+    /// Those of [`load`](Self::load) that need no weights.
     pub fn planner(
         &self,
         lora: Option<LoraConfig>,
@@ -53,20 +53,13 @@ impl Loader {
         let json = read_config(&model)?;
         let config = ModelConfig::from_json(&json)
             .map_err(|problems| rekindle_models::Error::Config { path: model.join("config.json"), problems })?;
-        let Place { device, kind, card, available } = Place::of(self.device, memory)?;
+        let PlannedDevice { device, kind, card, available } = PlannedDevice::of(self.device, memory)?;
         let load = self.options(&config, adapter.as_deref(), device, kind)?;
-        let checkpointing = match &lora {
-            Some(lora) if lora.use_gradient_checkpointing != GradientCheckpointing::Off => {
-                lora.use_gradient_checkpointing
-            }
-            _ => self.use_gradient_checkpointing,
-        };
         let lora = match adapter.as_deref().or(self.adapter.as_deref()) {
             Some(adapter) if lora.is_some() => Some(saved_lora_config(adapter)?),
             _ => lora,
         };
-        let job =
-            Job { json, name: self.source.name_or_path.clone(), load, lora, checkpointing, train, evaluates: false };
+        let job = Job { json, name: self.args.name_or_path.clone(), load, lora, train, evaluates: false };
         Ok(RunPlanner { planner: Planner::new(job)?, device: kind, card, available })
     }
 }
@@ -80,19 +73,39 @@ pub fn saved_lora_config(adapter: &Path) -> Result<LoraConfig, Error> {
 }
 
 impl RunPlanner {
-    /// Plans evaluation passes too: the run has rows to evaluate.
+    /// Plans the training of a loaded model. Its memory counts as available, because the plan includes it.
+    pub(crate) fn of_model(model: &Model, train: SftConfig, evaluates: bool) -> Result<Self, Error> {
+        let PlannedDevice { device, kind, card, available } = PlannedDevice::of(model.device(), None)?;
+        let (json, options) = model.loaded_as();
+        let load = LoadOptions { device, ..options.clone() };
+        let lora = model.causal_lm().lora().cloned();
+        let job = Job { json: json.clone(), name: model.path().to_owned(), load, lora, train, evaluates };
+        let available = available.map(|free| free.saturating_add(model.allocated_bytes()));
+        Ok(Self { planner: Planner::new(job)?, device: kind, card, available })
+    }
+
+    /// Returns the longest rows of encoded rows that can be in one pass.
+    pub(crate) fn rows_in(&self, rows: &Dataset) -> Rows {
+        if self.planner.job().train.packing {
+            return self.rows();
+        }
+        let lengths = rows.examples().map(|example| example.input_ids.len());
+        Rows::longest(self.planner.job().train.per_device_train_batch_size, lengths)
+    }
+
+    /// Includes evaluation passes: the run has rows to evaluate.
     pub fn with_evaluation(mut self) -> Self {
         self.planner = self.planner.with_evaluation();
         self
     }
 
-    /// As many rows as a pass has, each as long as rows can be.
+    /// Returns the rows of a pass, each of the maximum length.
     pub fn rows(&self) -> Rows {
         let job = self.planner.job();
         Rows::equal(job.train.per_device_train_batch_size, job.load.max_seq_length)
     }
 
-    /// The longest rows of `data` that can meet in one pass.
+    /// Returns the longest rows of `data` that can be in one pass.
     ///
     /// # Errors
     /// [`Error::Data`] for rows that cannot be read or do not fit.
@@ -101,19 +114,18 @@ impl RunPlanner {
             return Ok(self.rows());
         }
         let (dataset, _) = data.encode(tokenizer, self.planner.max_seq_length(), self.planner.vocab_size())?;
-        let lengths = dataset.examples().map(|example| example.input_ids.len());
-        Ok(Rows::longest(self.planner.job().train.per_device_train_batch_size, lengths))
+        Ok(self.rows_in(&dataset))
     }
 
-    /// What the run takes with these rows in its largest pass.
+    /// Plans the run with these rows in its largest pass.
     ///
     /// # Errors
-    /// [`Error::Train`] for rows that the model does not take.
+    /// [`Error::Train`] for rows that exceed the model's limits.
     pub fn plan(&mut self, rows: &Rows) -> Result<MemoryPlan, Error> {
         Ok(self.planner.plan(rows)?)
     }
 
-    /// What the run takes with another kind of gradient checkpointing.
+    /// Plans the run with another gradient checkpointing.
     ///
     /// # Errors
     /// As [`plan`](Self::plan).
@@ -121,22 +133,22 @@ impl RunPlanner {
         Ok(self.planner.plan_with(rows, checkpointing)?)
     }
 
-    /// The plan beside the memory there is, and what would fit.
+    /// Compares the plan with the available memory, and finds settings that would fit.
     ///
     /// # Errors
-    /// As [`plan`](Self::plan); [`Error::Argument`] where nobody tells how much memory there is.
+    /// As [`plan`](Self::plan); [`Error::Argument`] if the available memory is unknown.
     pub fn fit(&mut self, rows: &Rows) -> Result<Fit, Error> {
         let available = self.available.ok_or_else(|| {
             Error::Argument(format!(
-                "device \"{}\" does not tell how much memory is free; say how much there is",
+                "device \"{}\" does not report its free memory; give the memory to plan for",
                 self.device
             ))
         })?;
         Ok(self.planner.fit(rows, available)?)
     }
 
-    /// The plan of a run that fits; [`GradientCheckpointing::Auto`] is decided. Where nobody tells how much memory there
-    /// is, everything fits.
+    /// Returns the plan of a run that fits, with a choice for [`GradientCheckpointing::Auto`]. If the available memory is
+    /// unknown, every run fits.
     ///
     /// # Errors
     /// [`Error::DoesNotFit`], and as [`plan`](Self::plan).
@@ -147,8 +159,8 @@ impl RunPlanner {
         }
     }
 
-    /// Estimates the time that a token of training takes, where there are figures for the device. `checkpointing` is what
-    /// becomes of activations ([`MemoryPlan::use_gradient_checkpointing`]).
+    /// Estimates the training time per token; `None` for a device without figures. `checkpointing` is that of the plan
+    /// ([`MemoryPlan::use_gradient_checkpointing`]).
     ///
     /// # Errors
     /// [`Error::Model`] for a configuration that is not supported.
@@ -160,31 +172,31 @@ impl RunPlanner {
         Ok(token_time(&work, &job.load.device).filter(|_| !matches!(self.device, DeviceKind::Wgpu(_))))
     }
 
-    /// Where the run computes, never [`DeviceKind::Auto`].
+    /// Returns the device of the run, never [`DeviceKind::Auto`].
     pub fn device(&self) -> DeviceKind {
         self.device
     }
 
-    /// The GPU that is planned for, if it is one.
+    /// Returns the name of the GPU, if the run uses one.
     pub fn card(&self) -> Option<&str> {
         self.card.as_deref()
     }
 
-    /// Bytes that are there for the run, where that is known.
+    /// Returns the available bytes, if known.
     pub fn available(&self) -> Option<usize> {
         self.available
     }
 }
 
-/// Where a plan is for.
-struct Place {
+/// The device that a plan is for.
+struct PlannedDevice {
     device: Device,
     kind: DeviceKind,
     card: Option<String>,
     available: Option<usize>,
 }
 
-impl Place {
+impl PlannedDevice {
     fn of(asked: DeviceKind, memory: Option<usize>) -> Result<Self, Error> {
         match asked {
             DeviceKind::Cuda(index) => Self::card(index, memory),
@@ -199,7 +211,7 @@ impl Place {
         }
     }
 
-    /// The card, or one like it where there is none and its memory is given.
+    /// Returns a GPU, or one like it if there is none and `memory` is given.
     fn card(index: usize, memory: Option<usize>) -> Result<Self, Error> {
         let props = match (memory, runtime::device_props(index)) {
             (Some(memory), Ok(props)) => DeviceProps { total_memory: memory, ..props },

@@ -17,7 +17,7 @@ pub struct RowEncoder {
     vocab_size: usize,
 }
 
-impl Loader {
+impl Loader<'_> {
     /// What encodes rows for the model as these arguments describe it. No weight is read, but a name on the hub is
     /// downloaded whole.
     ///
@@ -32,7 +32,7 @@ impl Loader {
         let adapter = files.adapter.as_deref().or(self.adapter.as_deref());
         let (_, max_seq_length) = self.positions(adapter, &config)?;
         let saved = adapter.map(saved_rows).transpose().map_err(rekindle_models::Error::from)?.flatten();
-        let vocab_size = self.resize_model_vocab.or(saved).unwrap_or(config.vocab_size());
+        let vocab_size = self.args.resize_model_vocab.or(saved).unwrap_or(config.vocab_size());
         Ok(RowEncoder { tokenizer: files.load_tokenizer()?, max_seq_length, vocab_size })
     }
 }

@@ -6,17 +6,17 @@ use rekindle_data::{Tokenizer, chat_template_sources};
 use rekindle_hub::read_json;
 use serde_json::Value;
 
-use super::Files;
+use super::ModelFiles;
 use crate::Error;
 
-impl Files {
+impl ModelFiles {
     /// The adapter whose tokenizer and chat template count.
     pub(crate) fn adapter_in_use(&self) -> Option<&Path> {
         self.beside.as_deref().or(self.adapter.as_deref())
     }
 
     /// The directory whose tokenizer and chat template are used: the adapter's where it has a `tokenizer.json`, else the
-    /// checkpoint's. Files of both are never mixed.
+    /// checkpoint's. ModelFiles of both are never mixed.
     pub fn tokenizer(&self) -> &Path {
         self.adapter_in_use().filter(|adapter| has_tokenizer(adapter)).unwrap_or(&self.model)
     }
@@ -119,7 +119,7 @@ mod tests {
     use std::fs;
 
     /// A checkpoint with a tokenizer and a template, and an adapter with these files.
-    fn files(adapter: &[(&str, &str)]) -> (tempfile::TempDir, Files) {
+    fn files(adapter: &[(&str, &str)]) -> (tempfile::TempDir, ModelFiles) {
         let scratch = tempfile::tempdir().unwrap();
         let base = [
             ("tokenizer.json", r#"{"model": 1, "padding": null}"#),
@@ -133,7 +133,7 @@ mod tests {
             }
         }
         let [base, adapter] = ["base", "adapter"].map(|name| scratch.path().join(name));
-        (scratch, Files::of(&base, &adapter))
+        (scratch, ModelFiles::of(&base, &adapter))
     }
 
     /// Whose tokenizer is used, and what is said of it.

@@ -28,13 +28,10 @@ impl RunConfig {
             );
         }
         self.data.list_problems(problems);
-        match parse_device(&self.device) {
-            Err(error) => problems.push(error.to_string()),
-            Ok(device) => {
-                if let Err(error) = self.model.loader(device).and_then(|loader| loader.check()) {
-                    problems.push(format!("[model] {error}"));
-                }
-            }
+        if let Err(error) = parse_device(&self.device) {
+            problems.push(error.to_string());
+        } else if let Err(error) = self.model.check() {
+            problems.push(format!("[model] {error}"));
         }
         match (&self.lora, self.model.full_finetuning) {
             (None, false) => problems.push(

@@ -115,15 +115,23 @@ impl Default for DataArguments {
 }
 
 impl DataArguments {
-    /// Returns the rows to train on; `model` has the settings of the hub.
+    /// Returns the arguments for training on `train`, with the defaults.
+    pub fn new(train: impl Into<PathBuf>) -> Self {
+        Self { train: DataPaths::One(train.into()), ..Self::default() }
+    }
+
+    /// Returns the rows to train on, found with the hub access of `model`.
     pub fn train_source(&self, model: &ModelArguments) -> DataSource {
-        self.source(&self.train, model).split(self.split.clone()).sample(self.sample())
+        self.source(&self.train, model).split(self.split.clone())
     }
 
     /// Returns the rows to evaluate: those of `eval`, or those that `eval_fraction` holds out.
     pub fn eval_source(&self, model: &ModelArguments) -> Option<DataSource> {
         match &self.eval {
-            Some(eval) => Some(self.source(eval, model).held_out().split(self.eval_split.clone())),
+            Some(eval) => {
+                let all = RowSample { max_rows: None, held_out: None, seed: self.sample_seed };
+                Some(self.source(eval, model).sample(all).held_out().split(self.eval_split.clone()))
+            }
             None => self.eval_fraction.map(|_| self.train_source(model).held_out_rows()),
         }
     }
@@ -133,7 +141,7 @@ impl DataArguments {
         self.eval.is_some() || self.eval_fraction.is_some()
     }
 
-    fn sample(&self) -> RowSample {
+    pub(crate) fn sample(&self) -> RowSample {
         RowSample { max_rows: self.max_rows, held_out: self.eval_fraction, seed: self.sample_seed }
     }
 
@@ -158,23 +166,13 @@ impl DataArguments {
     }
 
     fn source(&self, paths: &DataPaths, model: &ModelArguments) -> DataSource {
-        let source = DataSource::of(paths.as_slice())
-            .overlong(self.overlong)
-            .train_on(self.train_on)
-            .thinking(self.thinking)
-            .untrained(self.untrained)
-            .not_shown(self.not_shown)
-            .chat_template(self.chat_template.clone())
-            .text_end_token(self.text_end_token)
-            .columns(self.columns.clone())
-            .cache(self.cache)
-            .hub(model.token.clone(), model.cache_dir.clone(), model.local_files_only);
+        let source = DataSource::with_arguments(paths.as_slice().to_vec(), self.clone()).hub(model.access());
         let on_hub = |paths: &DataPaths| DataSource::of(paths.as_slice()).is_on_hub();
         // If one of the two sources is on disk, these keys apply to the other.
         if !source.is_on_hub() && (on_hub(&self.train) || self.eval.as_ref().is_some_and(on_hub)) {
-            return source;
+            return source.revision(None).subset(None);
         }
-        source.revision(self.revision.clone()).subset(self.subset.clone())
+        source
     }
 }
 

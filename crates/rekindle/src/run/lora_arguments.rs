@@ -9,7 +9,7 @@ use super::sections::{SectionReader, fields_of};
 use crate::LoraConfig;
 
 /// `[lora]`: the arguments of `get_peft_model`, or an adapter to continue training.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct LoraArguments {
     /// An adapter to continue training, a directory or a name on the hub, instead of a new one.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -27,6 +27,12 @@ pub struct LoraArguments {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct InitFrom {
     init_from: Option<PathBuf>,
+}
+
+impl From<LoraConfig> for LoraArguments {
+    fn from(config: LoraConfig) -> Self {
+        Self { config, ..Self::default() }
+    }
 }
 
 impl LoraArguments {

@@ -17,15 +17,21 @@
 //! assert_eq!(config.train.max_steps, Some(60));
 //! # Ok::<(), rekindle::Error>(())
 //! ```
+//!
+//! [`RunConfig::train`] does what the command does with it, and reports to a [`RunObserver`]. [`TrainingRun`] separates
+//! loading from training. A configuration can also be built without a file; its parts are structs with public fields.
 
+mod adapter;
 mod check;
 mod data_arguments;
 mod foreign;
 mod lora_arguments;
 mod model_arguments;
 mod nearest;
+mod observer;
 mod overrides;
 mod sections;
+mod training_run;
 
 use std::path::{Path, PathBuf};
 
@@ -40,7 +46,9 @@ pub use data_arguments::{DataArguments, DataPaths, SAMPLE_SEED};
 pub use lora_arguments::LoraArguments;
 pub use model_arguments::ModelArguments;
 pub use nearest::nearest;
+pub use observer::RunObserver;
 pub use overrides::{ConfigOverride, parse_value};
+pub use training_run::{TrainOptions, TrainingRun};
 
 /// The configuration of a training run: the sections of a run file, with every default filled in.
 ///
@@ -63,6 +71,27 @@ pub struct RunConfig {
     pub data: DataArguments,
     /// `[train]`: batches, steps, learning rates and the like.
     pub train: SftConfig,
+    /// The run file that this was read from, which a run never overwrites.
+    #[serde(skip)]
+    pub path: Option<PathBuf>,
+}
+
+/// The default of `seed`.
+const SEED: u64 = 3407;
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self {
+            output_dir: Path::new("outputs").join("run"),
+            seed: SEED,
+            device: "auto".to_owned(),
+            model: ModelArguments::default(),
+            lora: None,
+            data: DataArguments::default(),
+            train: SftConfig::default(),
+            path: None,
+        }
+    }
 }
 
 /// The keys above the first section, and the sections as tables.
@@ -81,7 +110,7 @@ struct TopLevel {
 impl Default for TopLevel {
     fn default() -> Self {
         let (model, data, train) = Default::default();
-        Self { output_dir: None, seed: 3407, device: "auto".to_owned(), model, lora: None, data, train }
+        Self { output_dir: None, seed: SEED, device: "auto".to_owned(), model, lora: None, data, train }
     }
 }
 
@@ -95,8 +124,10 @@ impl RunConfig {
         let text = std::fs::read_to_string(path)
             .map_err(|error| Error::Argument(format!("cannot read the run file {}: {error}", path.display())))?;
         let stem = path.file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy());
-        let config = Self::parse(&text, &stem, overrides);
-        config.map_err(|problems| Error::RunFile { name: path.display().to_string(), problems })
+        match Self::parse(&text, &stem, overrides) {
+            Ok(config) => Ok(Self { path: Some(path.to_owned()), ..config }),
+            Err(problems) => Err(Error::RunFile { name: path.display().to_string(), problems }),
+        }
     }
 
     /// Reads the text of a run file and applies `overrides` in order. The default `output_dir` is `outputs/run`.
@@ -112,6 +143,7 @@ impl RunConfig {
     fn parse(text: &str, stem: &str, overrides: &[ConfigOverride]) -> Result<Self, Vec<String>> {
         let mut table = text.parse::<Table>().map_err(|error| vec![error.to_string().trim_end().to_owned()])?;
         expand_model(&mut table);
+        move_gradient_checkpointing(&mut table).map_err(|problem| vec![problem])?;
         for change in overrides {
             change.apply(&mut table).map_err(|problem| vec![problem])?;
         }
@@ -132,6 +164,7 @@ impl RunConfig {
             lora: top.lora.map(|table| LoraArguments::read(&mut reader, table, top.seed)),
             data: reader.read("data", top.data),
             train: reader.read("train", top.train),
+            path: None,
         };
         let mut problems = reader.problems;
         // A key that could not be read has its default here; reporting what follows from that would only confuse.
@@ -152,6 +185,33 @@ fn expand_model(table: &mut Table) {
     if let Some(model) = table.get_mut("model").filter(|model| model.is_str()) {
         *model = Table::from_iter([("name_or_path".to_owned(), model.clone())]).into();
     }
+}
+
+/// The key of `[train]` that `[lora]` and `[model]` had in earlier versions.
+const GRADIENT_CHECKPOINTING: &str = "use_gradient_checkpointing";
+
+/// Sections whose `use_gradient_checkpointing` is an alias of the key in `[train]`.
+const ALIAS_SECTIONS: [&str; 2] = ["lora", "model"];
+
+/// Moves `use_gradient_checkpointing` from `[lora]` or `[model]` to `[train]`. Two places with different values are an
+/// error.
+fn move_gradient_checkpointing(table: &mut Table) -> Result<(), String> {
+    for section in ALIAS_SECTIONS {
+        let Some(alias) = table.get_mut(section).and_then(|section| section.as_table_mut()) else { continue };
+        let Some(value) = alias.remove(GRADIENT_CHECKPOINTING) else { continue };
+        let train = table.entry("train").or_insert_with(|| Table::new().into());
+        // A value of the wrong type is reported when the section is read.
+        let Some(train) = train.as_table_mut() else { continue };
+        match train.get(GRADIENT_CHECKPOINTING) {
+            Some(other) if *other != value => {
+                return Err(format!(
+                    "{GRADIENT_CHECKPOINTING} is {value} in [{section}] and {other} elsewhere; keep one of them, in [train]"
+                ));
+            }
+            _ => _ = train.insert(GRADIENT_CHECKPOINTING.to_owned(), value),
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,15 +1,16 @@
 //! `[model]`: the model of a run.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use rekindle_kernels::DeviceKind;
-use rekindle_models::{RopeScaling, stored_quantization};
+use rekindle_models::{LoadIn, RopeScaling, is_quantized};
 use rekindle_quant::{Blocksize, QuantConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::{Dtype, Error, FastLanguageModel, GradientCheckpointing, Loader, Model, Source};
+use crate::{Dtype, Error, HubAccess, HubToken, Model, ModelSource};
 
-/// `[model]`: the arguments of [`FastLanguageModel::from_pretrained`].
+/// `[model]`: the arguments of `from_pretrained`.
+///
+/// [`Loader::new`](crate::Loader::new) loads the model that they describe.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelArguments {
@@ -49,9 +50,6 @@ pub struct ModelArguments {
     /// Context extension beyond the model's window. Default [`RopeScaling::Auto`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<RopeScaling>,
-    /// Gradient checkpointing.
-    #[serde(skip_serializing_if = "is_off")]
-    pub use_gradient_checkpointing: GradientCheckpointing,
     /// Vocabulary size after adding or removing rows of the embedding table and the head. Default: the checkpoint's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resize_model_vocab: Option<usize>,
@@ -63,7 +61,7 @@ pub struct ModelArguments {
     pub revision: Option<String>,
     /// Token for private and gated repositories. Never serialized, because run files are shared.
     #[serde(skip_serializing)]
-    pub token: Option<String>,
+    pub token: Option<HubToken>,
     /// Directory for downloads. Default `HF_HUB_CACHE`, or `hub` in `HF_HOME`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache_dir: Option<PathBuf>,
@@ -73,75 +71,71 @@ pub struct ModelArguments {
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
-fn is_off(value: &GradientCheckpointing) -> bool {
-    !value.recomputes()
-}
-
-#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 fn is_false(value: &bool) -> bool {
     !value
 }
 
 impl ModelArguments {
-    /// Returns the loader that these arguments describe.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] for an unknown 4-bit format.
-    pub fn loader(&self, device: DeviceKind) -> Result<Loader, Error> {
-        let mut loader = FastLanguageModel::from_pretrained(&self.name_or_path)
-            .dtype(self.dtype)
-            .device(device)
-            .full_finetuning(self.full_finetuning)
-            .stochastic_rounding(self.stochastic_rounding)
-            .load_in_4bit(self.load_in_4bit)
-            .load_in_8bit(self.load_in_8bit)
-            .load_in_16bit(self.load_in_16bit)
-            .use_gradient_checkpointing(self.use_gradient_checkpointing)
-            .fast_inference(self.fast_inference)
-            .local_files_only(self.local_files_only);
-        if let Some(length) = self.max_seq_length {
-            loader = loader.max_seq_length(length);
-        }
-        if let Some(rope_scaling) = &self.rope_scaling {
-            loader = loader.rope_scaling(rope_scaling.clone());
-        }
-        if let Some(config) = self.quant_config()? {
-            loader = loader.quant_config(config);
-        }
-        if let Some(modules) = &self.skip_modules {
-            loader = loader.skip_modules(modules);
-        }
-        if let Some(rows) = self.resize_model_vocab {
-            loader = loader.resize_model_vocab(rows);
-        }
-        if let Some(revision) = &self.revision {
-            loader = loader.revision(revision);
-        }
-        if let Some(token) = &self.token {
-            loader = loader.token(token);
-        }
-        if let Some(cache_dir) = &self.cache_dir {
-            loader = loader.cache_dir(cache_dir);
-        }
-        Ok(loader)
+    /// Returns the arguments for the model or adapter `name_or_path`, with the defaults.
+    pub fn new(name_or_path: impl Into<PathBuf>) -> Self {
+        Self { name_or_path: name_or_path.into(), ..Self::default() }
     }
 
-    /// Returns an adapter beside the model, found in the same cache and with the same token.
-    pub fn source(&self, adapter: &Path) -> Source<'static> {
-        let mut source = Source::new(adapter).local_files_only(self.local_files_only);
-        if let Some(token) = &self.token {
-            source = source.token(token);
+    /// Returns the access to the hub.
+    pub fn access(&self) -> HubAccess {
+        HubAccess {
+            token: self.token.clone(),
+            cache_dir: self.cache_dir.clone(),
+            local_files_only: self.local_files_only,
         }
-        if let Some(cache_dir) = &self.cache_dir {
-            source = source.cache_dir(cache_dir);
+    }
+
+    /// Returns an adapter for the model, with the same access to the hub.
+    pub fn adapter(&self, name_or_path: impl Into<PathBuf>) -> ModelSource<'static> {
+        ModelSource::new(name_or_path).hub(self.access())
+    }
+
+    /// Checks the arguments against each other.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for two formats at once, a 4-bit format without 4-bit loading, or an unsupported argument.
+    pub fn check(&self) -> Result<(), Error> {
+        self.load_in()?;
+        if self.fast_inference {
+            return Err(Error::Argument(
+                "fast_inference = true is not there yet: generation runs the model that is trained; leave it out"
+                    .to_owned(),
+            ));
         }
-        source
+        Ok(())
+    }
+
+    /// Returns the requested format of the linears, if any.
+    pub(crate) fn load_in(&self) -> Result<Option<LoadIn>, Error> {
+        let quant_config = self.quant_config()?;
+        let formats = [
+            (self.load_in_4bit, LoadIn::FourBit(quant_config)),
+            (self.load_in_8bit, LoadIn::EightBit),
+            (self.load_in_16bit, LoadIn::SixteenBit),
+        ];
+        let requested: Vec<LoadIn> = formats.into_iter().filter_map(|(on, format)| on.then_some(format)).collect();
+        match requested[..] {
+            [first, second, ..] => Err(Error::Argument(format!(
+                "{} and {} exclude each other; set one of them",
+                first.argument(),
+                second.argument()
+            ))),
+            [one] if quant_config.is_none() || self.load_in_4bit => Ok(Some(one)),
+            [] if quant_config.is_none() => Ok(None),
+            _ => Err(Error::Argument(
+                "quant_type, blocksize and double_quant describe a 4-bit format; they need load_in_4bit".to_owned(),
+            )),
+        }
     }
 
     /// Fills in the defaults of the 4-bit format if they were used to quantize `model`.
     pub fn resolve_quant_config(&mut self, model: &Model) {
-        let was_quantized = stored_quantization(&model.causal_lm().config().json).is_some();
-        if self.load_in_4bit && !was_quantized {
+        if self.load_in_4bit && !is_quantized(&model.causal_lm().config().json) {
             let QuantConfig { quant_type, blocksize, double_quant } = QuantConfig::default();
             self.quant_type.get_or_insert_with(|| quant_type.name().to_owned());
             self.blocksize.get_or_insert(blocksize.get());
@@ -150,7 +144,7 @@ impl ModelArguments {
     }
 
     /// Returns the 4-bit format if any part of it is given.
-    pub(crate) fn quant_config(&self) -> Result<Option<QuantConfig>, Error> {
+    fn quant_config(&self) -> Result<Option<QuantConfig>, Error> {
         if self.quant_type.is_none() && self.blocksize.is_none() && self.double_quant.is_none() {
             return Ok(None);
         }

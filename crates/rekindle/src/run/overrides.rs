@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 use toml::{Table, Value};
 
+use super::{ALIAS_SECTIONS, GRADIENT_CHECKPOINTING};
 use crate::Error;
 
 /// A value for a key of a run file that replaces the file's own: `section.key=value`.
@@ -50,6 +51,12 @@ impl ConfigOverride {
             return Err(format!("\"{text}\" lacks a name before \"=\"; write section.key=value"));
         }
         let value = parse_value(value);
+        if let [section, key] = &path[..]
+            && key == GRADIENT_CHECKPOINTING
+            && ALIAS_SECTIONS.contains(&section.as_str())
+        {
+            return Ok(Self { path: ["train", GRADIENT_CHECKPOINTING].map(str::to_owned).into(), value });
+        }
         if path == ["model"] && value.is_str() {
             // Short for the name alone, as in a run file; the rest of the section stays.
             return Ok(Self { path: ["model", "name_or_path"].map(str::to_owned).into(), value });

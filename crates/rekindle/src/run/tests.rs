@@ -58,9 +58,54 @@ fn a_model_may_be_its_name_alone() {
 }
 
 #[test]
+fn gradient_checkpointing_is_read_from_its_older_places() {
+    use crate::GradientCheckpointing::{Auto, Block, Host, Off};
+    let of = |text: &str, overrides: &[&str]| {
+        let overrides: Vec<ConfigOverride> = overrides.iter().map(|text| text.parse().unwrap()).collect();
+        RunConfig::parse(text, "first", &overrides).map(|config| config.train.use_gradient_checkpointing)
+    };
+    let in_lora = LEAST.replace("[lora]", "[lora]\nuse_gradient_checkpointing = \"unsloth\"");
+    let in_model = LEAST.replace("[lora]", "use_gradient_checkpointing = \"auto\"\n[lora]");
+    let in_train = format!("{LEAST}[train]\nuse_gradient_checkpointing = true\n");
+    assert_eq!([&in_lora, &in_model, &in_train].map(|text| of(text, &[]).unwrap()), [Host, Auto, Block]);
+    // An override counts wherever the file has the key.
+    assert_eq!(of(&in_train, &["lora.use_gradient_checkpointing=false"]).unwrap(), Off);
+    assert_eq!(of(&in_lora, &["train.use_gradient_checkpointing=true"]).unwrap(), Block);
+    let twice = format!("{in_lora}[train]\nuse_gradient_checkpointing = \"unsloth\"\n");
+    assert_eq!(of(&twice, &[]).unwrap(), Host);
+    let problem = of(
+        &twice
+            .replace("[train]\nuse_gradient_checkpointing = \"unsloth\"", "[train]\nuse_gradient_checkpointing = true"),
+        &[],
+    );
+    assert_eq!(
+        problem.unwrap_err(),
+        ["use_gradient_checkpointing is \"unsloth\" in [lora] and true elsewhere; keep one of them, in [train]"]
+    );
+    let written = RunConfig::parse(&in_lora, "first", &[]).unwrap().to_toml();
+    assert!(written.contains("[train]") && written.matches("use_gradient_checkpointing").count() == 1, "{written}");
+}
+
+#[test]
+fn a_configuration_can_be_built_without_a_file() {
+    let config = RunConfig {
+        model: ModelArguments::new("org/model"),
+        lora: Some(LoraConfig::new(4).into()),
+        data: DataArguments::new("t.jsonl"),
+        ..RunConfig::default()
+    };
+    config.check().unwrap();
+    assert_eq!(RunConfig::from_toml(&config.to_toml(), &[]).unwrap().to_toml(), config.to_toml());
+    let broken = RunConfig { device: "gpu".to_owned(), lora: None, ..config };
+    let error = broken.check().unwrap_err().to_string();
+    assert!(error.contains("device \"gpu\" is unknown") && error.contains("nothing to train"), "{error}");
+}
+
+#[test]
 fn a_token_is_read_and_not_written() {
     let config = parse(&LEAST.replace("\"m\"", "\"m\"\ntoken = \"hf_secret\"")).unwrap();
-    assert_eq!(config.model.token.as_deref(), Some("hf_secret"));
+    assert_eq!(config.model.token.as_ref().map(|token| token.as_str()), Some("hf_secret"));
+    assert!(!format!("{config:?}").contains("hf_secret"), "{config:?}");
     assert!(!config.to_toml().contains("hf_secret"), "{}", config.to_toml());
 }
 

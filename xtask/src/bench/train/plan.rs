@@ -97,15 +97,8 @@ impl Train {
         load.full_finetuning = self.mode == Mode::Full;
         load.load_in = (self.mode == Mode::Qlora).then_some(LoadIn::FourBit(None));
         let lora = (self.mode != Mode::Full).then(|| LoraConfig::new(16).lora_alpha(32.0));
-        let job = Job {
-            json: self.shape.config(),
-            name: name(self.shape).into(),
-            load,
-            lora,
-            checkpointing: self.checkpointing.of_lora(),
-            train: SftConfig::default(),
-            evaluates: false,
-        };
+        let train = SftConfig { use_gradient_checkpointing: self.checkpointing.setting(), ..SftConfig::default() };
+        let job = Job { json: self.shape.config(), name: name(self.shape).into(), load, lora, train, evaluates: false };
         Ok(Planner::new(job)?.plan(&Rows::equal(self.batch, self.seq))?)
     }
 }

@@ -1,22 +1,24 @@
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// What becomes of a block's activations between its forward and its backward.
+/// Gradient checkpointing: the treatment of a block's activations between its forward and its backward.
+///
+/// In a run file and in JSON: `false`, `true`, `"unsloth"` or `"auto"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum GradientCheckpointing {
-    /// `false`: they are kept.
+    /// `false`: all activations are kept.
     #[default]
     Off,
-    /// `true`: the block's input is kept, and the rest is computed again.
+    /// `true`: only the block's input is kept; the rest is recomputed.
     Block,
-    /// `"unsloth"`: more is kept than with `true`, in host memory. On the CPU and on wgpu the same as `true`.
+    /// `"unsloth"`: more is kept than with `true`, offloaded to host memory. On the CPU and on wgpu the same as `true`.
     Host,
-    /// `"auto"`: the fastest of these that fits into the memory there is, decided when a run is planned. What was not
-    /// decided yet is as `true`.
+    /// `"auto"`: the fastest of these that fits into the available memory, chosen before training starts. A model that
+    /// is used without that choice treats it as `true`.
     Auto,
 }
 
 impl GradientCheckpointing {
-    /// Returns true if activations are computed again.
+    /// Returns true if activations are recomputed.
     pub fn recomputes(self) -> bool {
         self != Self::Off
     }

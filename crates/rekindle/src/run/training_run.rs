@@ -1,0 +1,294 @@
+//! A training run from its configuration: checks, loading, training.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rekindle_kernels::{DeviceKind, parse_device};
+use rekindle_train::{OptimizerConfig, Preflight, Report, Resume, Timetable, check_output_dir};
+
+use super::adapter::{attach, continued_adapter};
+use super::{RunConfig, RunObserver};
+use crate::{
+    DataSource, EncodedRows, Error, Event, GradientCheckpointing, Loader, Model, ModelSource, RowEncoder, RunPlanner,
+    SftTrainer, Tokenizer, check_run, write_atomic,
+};
+
+/// The options of a training run that are not part of its configuration.
+#[derive(Clone, Debug)]
+pub struct TrainOptions {
+    /// The checkpoint to resume from. Default: none.
+    pub resume: Option<Resume>,
+    /// If true, checkpoints and the result of an earlier run in the output directory are replaced. Default false: the run
+    /// is refused.
+    pub overwrite: bool,
+    /// If true, a run that does not fit into memory is refused before anything is loaded. Default true. Without the check,
+    /// [`GradientCheckpointing::Auto`] is as `true`.
+    pub check_memory: bool,
+    /// Set it to true to end the run after the current step, with a checkpoint to resume from.
+    pub stop: Arc<AtomicBool>,
+}
+
+impl Default for TrainOptions {
+    fn default() -> Self {
+        Self { resume: None, overwrite: false, check_memory: true, stop: Arc::default() }
+    }
+}
+
+/// A run that is ready to train: its rows are encoded, its model is loaded, and its configuration is resolved.
+#[derive(Debug)]
+pub struct TrainingRun {
+    /// The configuration, with every default that depends on the model filled in.
+    pub config: RunConfig,
+    /// The model, with its adapter.
+    pub model: Model,
+    /// The tokenizer, if the checkpoint has one.
+    pub tokenizer: Option<Tokenizer>,
+    /// The rows to train on.
+    pub train_rows: EncodedRows,
+    /// The rows to evaluate, if there are any.
+    pub eval_rows: Option<EncodedRows>,
+    options: TrainOptions,
+}
+
+impl RunConfig {
+    /// Runs the whole training: checks the configuration, loads the model, trains it and writes the result.
+    ///
+    /// ```no_run
+    /// use rekindle::run::{RunConfig, TrainOptions};
+    ///
+    /// # fn main() -> Result<(), rekindle::Error> {
+    /// let report = RunConfig::load("run.toml", &[])?.train(TrainOptions::default(), &())?;
+    /// println!("{:?}", report.saved);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`TrainingRun::open`] and [`TrainingRun::train`].
+    pub fn train(self, options: TrainOptions, observer: &dyn RunObserver) -> Result<Report, Error> {
+        TrainingRun::open(self, options, observer)?.train(observer)
+    }
+
+    /// Refuses an output directory with checkpoints or a result that the run would replace.
+    ///
+    /// # Errors
+    /// [`Error::Train`].
+    pub fn check_output_dir(&self, options: &TrainOptions) -> Result<(), Error> {
+        let full_finetuning = self.lora.is_none();
+        Ok(check_output_dir(&self.output_dir, full_finetuning, options.resume.as_ref(), options.overwrite)?)
+    }
+
+    /// Returns the loader of the model, prepared for the adapter of `init_from`, and the directory of that adapter.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for the device, [`Error::File`] for an adapter that is not found.
+    pub fn loader<'a>(&self, observer: &'a dyn RunObserver) -> Result<(Loader<'a>, Option<PathBuf>), Error> {
+        let mut loader = Loader::new(self.model.clone())
+            .device(parse_device(&self.device)?)
+            .on_download(|done, total| observer.downloading(done, total))
+            .on_progress(|done, total| observer.loading(done, total));
+        let start = self.lora.as_ref().and_then(|lora| lora.init_from.as_ref());
+        let start = start.map(|name| fetch(self.model.adapter(name), observer)).transpose()?;
+        if let Some(dir) = &start {
+            loader = loader.for_adapter(dir);
+        }
+        Ok((loader, start))
+    }
+
+    /// Returns the memory planner of the run. `memory` replaces the free memory of the device.
+    ///
+    /// # Errors
+    /// Those of [`Loader::planner`].
+    pub fn planner(&self, loader: &Loader<'_>, memory: Option<usize>) -> Result<RunPlanner, Error> {
+        let lora = self.lora.as_ref().map(|lora| lora.config.clone());
+        let planner = loader.planner(lora, self.train.clone(), memory)?;
+        Ok(if self.data.eval.is_some() { planner.with_evaluation() } else { planner })
+    }
+
+    /// Refuses a run that does not fit into memory, and chooses the gradient checkpointing of `"auto"`.
+    ///
+    /// The first plan is for rows of the maximum length. Only if that does not fit, or if `"auto"` would recompute, the
+    /// rows are read.
+    fn check_memory(&mut self, loader: &mut Loader<'_>, observer: &dyn RunObserver) -> Result<(), Error> {
+        let is_auto = self.train.use_gradient_checkpointing == GradientCheckpointing::Auto;
+        let mut planner = self.planner(loader, None)?;
+        let mut for_rows = |planner: &mut RunPlanner| {
+            let tokenizer = loader.fetch()?.load_tokenizer()?;
+            let rows = planner.rows_of(tokenizer.as_ref(), &self.data.train_source(&self.model))?;
+            planner.decide(&rows)
+        };
+        let plan = match planner.decide(&planner.rows()) {
+            Err(Error::DoesNotFit(_)) => for_rows(&mut planner)?,
+            Ok(plan) if is_auto && plan.use_gradient_checkpointing.recomputes() => for_rows(&mut planner)?,
+            decided => decided?,
+        };
+        observer.planned(&plan, planner.available());
+        if is_auto {
+            let chosen = plan.use_gradient_checkpointing;
+            self.train.use_gradient_checkpointing = chosen;
+            let chosen = serde_json::to_string(&chosen).expect("a word");
+            observer.notice(&format!("use_gradient_checkpointing = \"auto\" is {chosen}"));
+        }
+        Ok(())
+    }
+
+    /// Writes the configuration to `run.toml` in the output directory, or to `run.resolved.toml` if that is the run file
+    /// itself. Returns the path.
+    fn write_resolved(&self) -> Result<PathBuf, Error> {
+        let dir = &self.output_dir;
+        let failed = |source| rekindle_train::Error::Io { path: dir.clone(), source };
+        std::fs::create_dir_all(dir).map_err(failed)?;
+        let is_run_file = |path: &Path| {
+            let file = self.path.as_ref().and_then(|file| file.canonicalize().ok());
+            file.is_some_and(|file| path.canonicalize().is_ok_and(|path| path == file))
+        };
+        let mut path = dir.join("run.toml");
+        if is_run_file(&path) {
+            path = dir.join("run.resolved.toml");
+        }
+        write_atomic(&path, self.to_toml().as_bytes())?;
+        Ok(path)
+    }
+}
+
+impl TrainingRun {
+    /// Checks everything that needs no weights, then loads the model and attaches its adapter.
+    ///
+    /// The checks are the output directory, the memory plan, the adapter to continue, the rows, the schedule, prompts and
+    /// the checkpoint to resume from.
+    ///
+    /// # Errors
+    /// [`Error::DoesNotFit`] for a run that does not fit into memory, [`Error::Train`] for an output directory or a
+    /// checkpoint of another run, [`Error::Data`] for rows, and those of [`Loader::load`].
+    pub fn open(mut config: RunConfig, options: TrainOptions, observer: &dyn RunObserver) -> Result<Self, Error> {
+        config.check_output_dir(&options)?;
+        let (mut loader, start) = config.loader(observer)?;
+        if options.check_memory {
+            config.check_memory(&mut loader, observer)?;
+        }
+        let files = loader.fetch()?.clone();
+        files.notices.iter().for_each(|notice| observer.notice(notice));
+        let continued = continued_adapter(&config, &mut loader, start.as_deref())?;
+        let encoder = loader.row_encoder()?;
+        let encode = |source: DataSource| {
+            let rows = encoder.encode_rows(source)?;
+            observer.encoded(&rows);
+            Ok::<_, Error>(rows)
+        };
+        let train_rows = encode(config.data.train_source(&config.model))?;
+        let eval_rows = config.data.eval_source(&config.model).map(encode).transpose()?;
+        let times = config.preflight(&encoder, &train_rows, eval_rows.as_ref(), &options)?;
+        if let Some(notice) = config.steps_notice(&times) {
+            observer.notice(&notice);
+        }
+        let tokenizer = encoder.into_tokenizer();
+        let mut model = loader.load_model()?;
+        if let Some(adapter) = &files.adapter {
+            observer.notice(&format!("adapter {} on {}", adapter.display(), files.model.display()));
+            model.notices().iter().for_each(|notice| observer.notice(notice));
+        }
+        observer.loaded(&model);
+        let continues = continued.is_some();
+        if let Some(lora) = &mut config.lora {
+            model = attach(model, lora, start, continued, observer)?;
+            if let DeviceKind::Cuda(_) = model.device() {
+                lora.config.slower_on_cuda().iter().for_each(|slower| observer.notice(&format!("[lora] {slower}")));
+            }
+        }
+        config.resolve(&model, continues);
+        Ok(Self { config, model, tokenizer, train_rows, eval_rows, options })
+    }
+
+    /// Trains until the end or until [`TrainOptions::stop`] is set, and writes the result into `output_dir`.
+    ///
+    /// # Errors
+    /// [`Error::Train`] for a loss that is not finite, or when a result cannot be written.
+    pub fn train(&mut self, observer: &dyn RunObserver) -> Result<Report, Error> {
+        let Self { config, model, tokenizer, train_rows, eval_rows, options } = self;
+        let notes = OptimizerConfig::from(&config.train).notes(model.causal_lm());
+        notes.iter().for_each(|note| observer.notice(&format!("[train] optim: {note}")));
+        let mut written = Ok(());
+        let mut trainer = SftTrainer::new(model, tokenizer.as_ref(), train_rows.clone(), config.train.clone())
+            .shuffle(config.data.shuffle)
+            .seed(config.seed)
+            .output_dir(&config.output_dir)
+            .overwrite(options.overwrite)
+            .check_memory(false)
+            .run_file(config.to_toml())
+            .stop_flag(Arc::clone(&options.stop))
+            .on_event(|event| {
+                observer.event(&event);
+                if let Event::Started { .. } = event {
+                    match config.write_resolved() {
+                        Ok(path) => observer.started(config, &path),
+                        Err(error) => {
+                            options.stop.store(true, Ordering::Relaxed);
+                            written = Err(error);
+                        }
+                    }
+                }
+            });
+        if let Some(eval) = eval_rows {
+            trainer = trainer.eval_dataset(eval.clone());
+        }
+        if let Some(resume) = &options.resume {
+            trainer = trainer.resume(resume.clone());
+        }
+        let report = trainer.train()?;
+        written?;
+        Ok(report)
+    }
+}
+
+impl RunConfig {
+    /// Checks the run as far as it is known without weights; returns its steps.
+    fn preflight(
+        &self,
+        encoder: &RowEncoder,
+        train_rows: &EncodedRows,
+        eval_rows: Option<&EncodedRows>,
+        options: &TrainOptions,
+    ) -> Result<Timetable, Error> {
+        let run = Preflight {
+            config: &self.train,
+            train: train_rows.dataset(),
+            max_seq_length: encoder.max_seq_length(),
+            full_finetuning: self.lora.is_none(),
+            shuffle: self.data.shuffle,
+            seed: self.seed,
+            output_dir: Some(&self.output_dir),
+            resume: options.resume.as_ref(),
+            overwrite: options.overwrite,
+        };
+        check_run(&run, encoder, eval_rows)
+    }
+
+    /// Returns a notice if `max_steps` overrides `num_train_epochs`.
+    fn steps_notice(&self, times: &Timetable) -> Option<String> {
+        let (steps, epochs) = self.train.max_steps.zip(self.train.num_train_epochs)?;
+        let made = steps as f64 / times.steps_per_epoch as f64;
+        Some(format!("[train] max_steps = {steps} overrides num_train_epochs = {epochs}: the run has {made:.2} epochs"))
+    }
+
+    /// Fills in the defaults that depend on the model. `continues` is true if the run continues an adapter.
+    fn resolve(&mut self, model: &Model, continues: bool) {
+        self.device = model.device().to_string();
+        self.model.dtype = model.dtype();
+        self.model.max_seq_length = Some(model.causal_lm().max_seq_length());
+        // An adapter that the run continues records its own extension, with a window that a table could not express.
+        let from_adapter = self.model.rope_scaling.is_none() && continues;
+        if let Some(extension) = model.causal_lm().context_extension().filter(|_| !from_adapter) {
+            self.model.rope_scaling = Some(extension.request.clone().into());
+        }
+        self.model.resolve_quant_config(model);
+        self.train.resolve(self.lora.is_none(), self.data.has_eval());
+    }
+}
+
+/// Finds the files of `source`, and reports downloads and notices.
+fn fetch(source: ModelSource<'_>, observer: &dyn RunObserver) -> Result<PathBuf, Error> {
+    let found = source.on_download(|done, total| observer.downloading(done, total)).fetch()?;
+    found.notice.iter().for_each(|notice| observer.notice(notice));
+    Ok(found.path)
+}
