@@ -1,4 +1,4 @@
-//! Encoded datasets on disk, called by the hash of all that they are made from.
+//! A cache of encoded datasets on disk. Files are named by the hash of everything that a dataset is made from.
 
 mod fingerprint;
 mod stored;
@@ -13,8 +13,8 @@ use crate::report::{CacheUse, LoadReport};
 pub(crate) use fingerprint::fingerprint;
 use stored::Stored;
 
-/// Where encoded datasets are kept: `datasets` in `REKINDLE_CACHE`, or in `rekindle` in `XDG_CACHE_HOME` or `~/.cache`.
-/// `None` where none of them is known.
+/// Returns the default directory of the cache: `datasets` in `REKINDLE_CACHE`, or in `rekindle` in `XDG_CACHE_HOME` or
+/// `~/.cache`. Returns `None` if none of them is set.
 pub fn default_cache_dir() -> Option<PathBuf> {
     let var = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let caches = || var("XDG_CACHE_HOME").or_else(|| env::home_dir().map(|home| home.join(".cache")));
@@ -22,12 +22,12 @@ pub fn default_cache_dir() -> Option<PathBuf> {
     Some(root.join("datasets"))
 }
 
-/// The file of a dataset in a cache.
+/// Returns the path of a dataset in a cache.
 fn path(dir: &Path, fingerprint: &str) -> PathBuf {
     dir.join(format!("{fingerprint}.safetensors"))
 }
 
-/// The dataset as it was kept, if it was and is whole. What is damaged counts as absent: it is made again.
+/// Reads a cached dataset. A damaged file counts as absent, and the dataset is encoded again.
 pub(crate) fn read(dir: &Path, fingerprint: &str, files: &[PathBuf]) -> Option<(Dataset, LoadReport)> {
     let path = path(dir, fingerprint);
     let (stored, mut report) = Stored::open(&path, fingerprint, files.len())?;
@@ -36,7 +36,7 @@ pub(crate) fn read(dir: &Path, fingerprint: &str, files: &[PathBuf]) -> Option<(
     Some((Dataset::new(stored, files.to_vec(), fingerprint.to_owned()), report))
 }
 
-/// Keeps a dataset for the next time. A cache that cannot be written is told of in `report`, and nothing else.
+/// Writes a dataset to the cache. A failure is recorded in `report` and is no error.
 pub(crate) fn write(dir: &Path, dataset: &Dataset, report: &mut LoadReport) {
     let path = path(dir, dataset.fingerprint());
     let made = fs::create_dir_all(dir).map_err(|error| format!("{}: {error}", dir.display()));

@@ -1,4 +1,4 @@
-//! Conversations that a model is to answer.
+//! Conversations for a model to answer.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::row::read_prompt;
 use crate::template::RenderOptions;
 use crate::tokenizer::Tokenizer;
 
-/// A conversation up to where the assistant's answer begins, and what its template gets beside it.
+/// A conversation up to the assistant's answer, with further inputs of its template.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ChatPrompt {
     /// The turns so far.
@@ -21,21 +21,21 @@ pub struct ChatPrompt {
     pub tools: Option<Value>,
     /// Further variables of the template, such as `enable_thinking`.
     pub kwargs: Map<String, Value>,
-    /// Which of several templates; `None` as [`Tokenizer::chat_template_for`] chooses.
+    /// The name of the chat template; `None` chooses as [`Tokenizer::chat_template_for`] does.
     pub chat_template: Option<String>,
 }
 
 impl ChatPrompt {
-    /// A user's message, after a system prompt if there is one.
+    /// Returns a user's message, after a system prompt if given.
     pub fn new(system: Option<&str>, user: &str) -> Self {
         let system = system.map(|text| Message::new("system", text));
         let messages = system.into_iter().chain([Message::new("user", user)]).collect();
         Self { messages, ..Self::default() }
     }
 
-    /// Reads JSON: a list of messages, or an object as a row of a dataset is, with `messages` (or ShareGPT's
-    /// `conversations`) and perhaps `tools` and `chat_template_kwargs`. The last turn is not the assistant's. `path`
-    /// names the text in errors.
+    /// Reads JSON: a list of messages, or an object like a row of a dataset, with `messages` (or ShareGPT's
+    /// `conversations`) and optionally `tools` and `chat_template_kwargs`. The last turn must not be the assistant's.
+    /// `path` names the text in errors.
     ///
     /// # Errors
     /// [`Error::Dataset`] for anything else.
@@ -47,7 +47,7 @@ impl ChatPrompt {
     /// Returns the token ids of the conversation and of the beginning of the assistant's turn.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] without a chat template, [`Error::Template`] when it refuses the messages.
+    /// [`Error::Tokenizer`] without a chat template, [`Error::Template`] if it refuses the messages.
     pub fn encode(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         let template = tokenizer.chat_template_for(self.chat_template.as_deref(), self.tools.is_some())?;
         let options =

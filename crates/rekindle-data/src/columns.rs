@@ -6,25 +6,25 @@ use crate::error::{Error, Result};
 use crate::message::quoted_keys;
 use crate::row::{BESIDE, SHAPES};
 
-/// Which of a file's columns stand for the keys of the known shapes: `prompt` → `question`.
+/// The file's columns for the keys of the known row formats: `prompt` → `question`.
 ///
-/// Where keys of a shape are mapped, the file's own columns of other shapes are left out of account.
+/// If keys of a format are mapped, the file's own columns of other formats are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Columns {
     /// The file's column for each of our keys.
     of: BTreeMap<String, String>,
-    /// Keys of the shapes that none of the mapped keys belongs to.
+    /// Keys of the formats that no mapped key belongs to.
     ignored: Vec<&'static str>,
 }
 
-/// Which of the mapped columns a row had, a bit each.
+/// The mapped columns of a row, one bit each.
 pub(crate) type Found = u32;
 
 impl Columns {
-    /// The file's column for each of our keys.
+    /// Maps keys to the file's columns.
     ///
     /// # Errors
-    /// [`Error::Options`] for a key that no shape has, or a column that stands for two.
+    /// [`Error::Options`] for a key that no format has, or a column that is mapped twice.
     pub fn new(of: BTreeMap<String, String>) -> Result<Self> {
         let known = || SHAPES.iter().flat_map(|(_, keys)| keys.iter()).chain(&BESIDE);
         if let Some(wrong) = of.keys().find(|key| !known().any(|known| known == key)) {
@@ -46,17 +46,17 @@ impl Columns {
         Ok(Columns { of, ignored })
     }
 
-    /// The file's column for each of our keys.
+    /// Returns the file's column for each key.
     pub fn as_map(&self) -> &BTreeMap<String, String> {
         &self.of
     }
 
-    /// Returns true if rows are taken as they are.
+    /// Returns true if nothing is mapped.
     pub fn is_empty(&self) -> bool {
         self.of.is_empty()
     }
 
-    /// Gives a row our keys.
+    /// Renames the columns of a row to the keys.
     pub(crate) fn apply(&self, fields: &mut Map<String, Value>) -> Result<Found, String> {
         if self.of.is_empty() {
             return Ok(0);
@@ -78,7 +78,7 @@ impl Columns {
         Ok(found)
     }
 
-    /// A mapped column that no row had.
+    /// Returns the message for a mapped column that no row has.
     pub(crate) fn missing(&self, found: Found) -> Option<String> {
         let (_, (key, column)) = self.of.iter().enumerate().find(|(bit, _)| found & (1 << bit) == 0)?;
         Some(format!("no row has {column:?} (for {key:?}); correct columns, or leave {key:?} out"))
@@ -94,12 +94,12 @@ impl Columns {
         }
     }
 
-    /// The key that a column of a table stands for.
+    /// Returns the key that a column of a table is mapped to.
     pub(crate) fn key_of<'a>(&'a self, column: &'a str) -> &'a str {
         self.of.iter().find(|(_, mapped)| *mapped == column).map_or(column, |(key, _)| key)
     }
 
-    /// Returns true if rows are made of this column of a table.
+    /// Returns true if rows use this column of a table.
     pub(crate) fn is_read(&self, column: &str) -> bool {
         let is_known = SHAPES.iter().any(|(_, keys)| keys.contains(&column)) || BESIDE.contains(&column);
         self.of.values().any(|mapped| mapped == column)
@@ -107,7 +107,7 @@ impl Columns {
     }
 }
 
-/// Returns true if a row may lack the key: those beside the shapes.
+/// Returns true if a row may lack the key, which belongs to no format.
 fn is_optional(key: &str) -> bool {
     BESIDE.contains(&key)
 }

@@ -9,7 +9,10 @@ use crate::options::EncodeOptions;
 use crate::report::LoadReport;
 use crate::tokenizer::Tokenizer;
 
-/// The files that a dataset is made of, and how they are read.
+/// The row files of a dataset.
+/// | JSON lines, JSON (a list of rows, or an object with one as `data`), CSV and TSV, each optionally compressed by
+/// gzip or zstd, Parquet and Arrow IPC. The format of a file is detected by its first bytes, that of CSV by its name;
+/// the [format of a row](crate::RowFormat) by its keys.
 ///
 /// JSON lines, JSON (a list of rows, or an object with one as `data`), CSV and TSV, each perhaps compressed by gzip or zstd,
 /// Parquet and Arrow IPC. A file's first bytes tell its kind, except for CSV, which its name tells; the keys of each row
@@ -39,8 +42,8 @@ pub struct DataFiles {
 }
 
 impl DataFiles {
-    /// Finds files, and those of directories and patterns (`*`, `?`, `[…]`, `**`), sorted by name. Of directories with
-    /// several splits, the files of `train` are found.
+    /// Finds files, and those of directories and patterns (`*`, `?`, `[…]`, `**`), sorted by name. In directories with
+    /// several splits, it finds the files of `train`.
     ///
     /// # Errors
     /// Those of [`find_split`](Self::find_split).
@@ -48,17 +51,18 @@ impl DataFiles {
         Self::find_split(paths, None, &["train"])
     }
 
-    /// Finds files as [`find`](Self::find) does, of directories those of one split: `split`, or the first of `defaults`
-    /// that is there.
+    /// Finds files as [`find`](Self::find) does; in directories, those of one split: `split`, or the first existing one
+    /// of `defaults`.
     ///
-    /// Names tell the split, as for Python's `datasets`: `train`, `training`; `validation`, `valid`, `val`, `dev`; `test`,
-    /// `testing`, `eval`, `evaluation` between other characters than letters, in the name of a file or of its folder, and
-    /// any name before `-00000-of-00001`. A directory whose files say no split is one split. What is left out is a notice
-    /// of the [`LoadReport`]. Folders of `Dataset.save_to_disk` and `DatasetDict.save_to_disk` are read too.
+    /// Names determine the split, as in Python's `datasets`: `train`, `training`; `validation`, `valid`, `val`, `dev`;
+    /// `test`, `testing`, `eval`, `evaluation` as a word (delimited by non-letters) in the name of a file or of its
+    /// folder, and any name before `-00000-of-00001`. A directory without such names is a single split. The
+    /// [`LoadReport`] has a notice about omitted files. Folders of `Dataset.save_to_disk` and
+    /// `DatasetDict.save_to_disk` are supported too.
     ///
     /// # Errors
-    /// [`Error::Dataset`] for a pattern that matches nothing, a directory without files of rows or of the split, a file
-    /// that comes twice; [`Error::Options`] when `paths` is empty.
+    /// [`Error::Dataset`] for a pattern without a match, a directory without row files or without the split, or a file
+    /// that occurs twice; [`Error::Options`] if `paths` is empty.
     pub fn find_split<P: AsRef<Path>>(
         paths: impl IntoIterator<Item = P>,
         split: Option<&str>,
@@ -72,36 +76,36 @@ impl DataFiles {
         Ok(DataFiles { files, columns: Columns::default(), cache_dir: None, notices })
     }
 
-    /// Which column of the files stands for which key of a row, as `prompt` → `question`.
+    /// Sets the files' columns for the keys of a row, such as `prompt` → `question`.
     ///
     /// # Errors
-    /// [`Error::Options`] for a key that no shape of rows has, or a column that stands for two.
+    /// [`Error::Options`] for a key that no row format has, or a column that is mapped twice.
     pub fn columns(mut self, columns: std::collections::BTreeMap<String, String>) -> Result<Self> {
         self.columns = Columns::new(columns)?;
         Ok(self)
     }
 
-    /// Keeps the encoded rows in this directory ([`default_cache_dir`](crate::default_cache_dir), say) and maps them from
-    /// there when the same files are read again with the same tokenizer and options. Default: not.
+    /// Sets the directory for caching encoded rows, such as [`default_cache_dir`](crate::default_cache_dir). Rows are
+    /// mapped from it when the same files are read again with the same tokenizer and options. Default: no cache.
     #[must_use]
     pub fn cache_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.cache_dir = Some(dir.into());
         self
     }
 
-    /// The files, in the order in which they are read.
+    /// Returns the files, in reading order.
     pub fn files(&self) -> &[PathBuf] {
         &self.files
     }
 
-    /// Reads and encodes all rows. Only rows of `input_ids` do without a `tokenizer`.
+    /// Reads and encodes all rows. Only rows of `input_ids` need no `tokenizer`.
     ///
     /// # Errors
-    /// [`Error::Options`] for a `max_seq_length` under 2; [`Error::Tokenizer`] when rows need a chat template and the
-    /// checkpoint has none that parses; [`Error::Read`]; [`Error::Row`] for a row that cannot be read or encoded, lacks a
-    /// mapped column, is too long (with [`Overlong::Error`](crate::Overlong)), has a token id beyond the vocabulary or no
-    /// label that counts; [`Error::Dataset`] for a file that is damaged or has no row, and when no row has a label that
-    /// counts or none is short enough, or a file was changed meanwhile. A cache that cannot be used is none.
+    /// [`Error::Options`] for a `max_seq_length` under 2; [`Error::Tokenizer`] if rows need a chat template and the
+    /// checkpoint has no valid one; [`Error::Read`]; [`Error::Row`] for a row that cannot be read or encoded, lacks a
+    /// mapped column, is too long (with [`Overlong::Error`](crate::Overlong)), has a token id beyond the vocabulary or
+    /// no label that counts; [`Error::Dataset`] for a file that is damaged or has no rows, if no row has a label that
+    /// counts or is short enough, or if a file changes during the read. An unusable cache is ignored.
     pub fn load(&self, tokenizer: Option<&Tokenizer>, options: &EncodeOptions) -> Result<(Dataset, LoadReport)> {
         if options.max_seq_length < 2 {
             let max = options.max_seq_length;
@@ -132,8 +136,8 @@ impl DataFiles {
 }
 
 impl Dataset {
-    /// Reads and encodes the rows of a file, or of all files of a directory or a pattern. Only rows of `input_ids` do
-    /// without a `tokenizer`.
+    /// Reads and encodes the rows of a file, or of all files of a directory or a pattern. Only rows of `input_ids` need
+    /// no `tokenizer`.
     ///
     /// # Errors
     /// As [`DataFiles::find`] and [`DataFiles::load`].

@@ -12,7 +12,7 @@ pub(crate) use load::load;
 #[derive(Debug, Clone)]
 pub struct Dataset {
     examples: Arc<dyn Examples>,
-    /// The examples that are part of it, where those are not all.
+    /// The indices of its examples, if they are not all of the stored ones.
     part: Option<Arc<[usize]>>,
     files: Vec<PathBuf>,
     fingerprint: String,
@@ -23,24 +23,25 @@ impl Dataset {
         Dataset { examples: Arc::new(examples), part: None, files, fingerprint }
     }
 
-    /// How many examples there are.
+    /// Returns the number of examples.
     #[allow(clippy::len_without_is_empty, reason = "loading refuses a dataset without examples")]
     pub fn len(&self) -> usize {
         self.part.as_ref().map_or_else(|| self.examples.ends().len(), |part| part.len())
     }
 
-    /// SHA-256, in hexadecimal, of all that the examples are made from: the bytes of the files, wherever they lie, the
-    /// tokenizer's, the columns and the options. A run that is resumed on the same one goes on with the same examples.
+    /// Returns the SHA-256, in hexadecimal, of everything that the examples are made from: the bytes of the row files
+    /// (without their paths), the tokenizer's files, the columns and the options. A resumed run on a dataset with the
+    /// same fingerprint continues with the same examples.
     ///
-    /// A template that writes the date writes that of the day on which the rows were encoded, which is no part of it.
+    /// A template that inserts the date inserts that of the day of encoding, which is not included.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
 
-    /// An example.
+    /// Returns an example.
     ///
     /// # Panics
-    /// When there are not that many.
+    /// Panics if `index` is out of range.
     pub fn example(&self, index: usize) -> Example<'_> {
         let index = self.part.as_ref().map_or(index, |part| part[index]);
         let ends = self.examples.ends();
@@ -53,33 +54,33 @@ impl Dataset {
         }
     }
 
-    /// All examples, in order.
+    /// Returns all examples, in order.
     pub fn examples(&self) -> impl ExactSizeIterator<Item = Example<'_>> + Clone {
         (0..self.len()).map(|index| self.example(index))
     }
 
-    /// The same examples without those that are not at `indices`.
+    /// Returns a dataset of the examples at `indices`.
     pub(crate) fn with_examples(&self, indices: Vec<usize>, fingerprint: String) -> Self {
         let at = |index: usize| self.part.as_ref().map_or(index, |part| part[index]);
         let part = indices.into_iter().map(at).collect();
         Dataset { part: Some(part), fingerprint, ..self.clone() }
     }
 
-    /// The arrays of all examples, also of those that are not part of it.
+    /// Returns the arrays of all stored examples, including those outside the selection.
     pub(crate) fn arrays(&self) -> &dyn Examples {
         &*self.examples
     }
 }
 
-/// All examples one behind the other, in memory or in a mapped file.
+/// All examples concatenated, in memory or in a mapped file.
 pub(crate) trait Examples: std::fmt::Debug + Send + Sync {
     fn input_ids(&self) -> &[u32];
     fn labels(&self) -> &[i32];
-    /// Where each ends.
+    /// Returns the end of each example.
     fn ends(&self) -> &[u64];
-    /// The index of the file of each.
+    /// Returns the index of each example's file.
     fn files(&self) -> &[u32];
-    /// The row of each in it, as [`pack`] writes it.
+    /// Returns each example's row in its file, as [`pack`] encodes it.
     fn rows(&self) -> &[u64];
 }
 
@@ -124,7 +125,7 @@ impl Examples for InMemory {
     }
 }
 
-/// A row's number times two, and one for what is no line.
+/// Encodes a row's number: doubled, plus one if it is not a line.
 fn pack(row: RowNumber) -> u64 {
     row.get() as u64 * 2 + u64::from(matches!(row, RowNumber::Row(_)))
 }

@@ -16,12 +16,12 @@ pub(crate) use prepare::settle;
 /// Encodes a row.
 ///
 /// - Messages: see [`conversation::encode`].
-/// - Prompt and completion: both as one text with what the tokenizer puts around it and the end token, unless it ends so
-///   already; the completion counts. Where a token would span both, they are encoded apart, as [`border::split`] says.
-/// - Text: likewise, and everything counts.
-/// - Ids: as given.
+/// - Prompt and completion: encoded as one text with the tokenizer's special tokens and the end token, unless the text
+/// already ends with it; the loss covers the completion. A token that would span both is split as in [`border::split`].
+/// - Text: likewise, and the loss covers everything.
+/// - Ids: unchanged.
 ///
-/// A text that begins with the BOS gets no second one from the tokenizer.
+/// A text that begins with the BOS gets no second one.
 pub(crate) fn encode(
     content: RowContent,
     line: usize,
@@ -47,10 +47,10 @@ pub(crate) fn encode(
     Ok(Encoded { input_ids, labels, line, notes })
 }
 
-/// Ids, labels, and what is to be counted.
+/// Ids, labels, and notes for the report.
 type Parts = (Vec<u32>, Vec<i32>, RowNotes);
 
-/// `end` says whether the end token follows.
+/// Encodes plain text; `end` adds the end token.
 fn raw_text(tokenizer: &Tokenizer, prompt: &str, completion: &str, end: bool) -> Result<Parts, String> {
     let eos = match tokenizer.eos_id() {
         None if end => {
@@ -80,8 +80,8 @@ fn raw_text(tokenizer: &Tokenizer, prompt: &str, completion: &str, end: bool) ->
     Ok((ids, labels, RowNotes { joined, not_shown: false }))
 }
 
-/// Ids and labels, where tokens count of which some part stands at `from` or later. What the tokenizer added counts when
-/// something that counts stands before it: an end token does, a beginning one does not.
+/// Returns ids and labels. The loss covers tokens with a part at `from` or later. A token added by the tokenizer counts
+/// if it follows a counted token: an end token does, a beginning token does not.
 fn masked(encoded: Tokenized, from: usize) -> (Vec<u32>, Vec<i32>) {
     let mut last = false;
     let labels = encoded.ids.iter().zip(&encoded.places).map(|(&id, place)| {

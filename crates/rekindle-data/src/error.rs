@@ -3,53 +3,53 @@ use std::path::{Path, PathBuf};
 
 use crate::row::RowNumber;
 
-/// What went wrong while reading a tokenizer, a template or a dataset.
+/// An error while reading a tokenizer, a template or a dataset.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A file of the checkpoint is missing, broken or contradicts another.
     #[error("{path}: {message}")]
     Tokenizer {
-        /// The file or directory at fault.
+        /// The affected file or directory.
         path: PathBuf,
-        /// What is wrong and what to do.
+        /// The problem and its remedy.
         message: String,
     },
-    /// The chat template does not parse, or refused the messages outside a dataset.
+    /// The chat template does not parse, or refuses messages that are not from a dataset.
     #[error("chat template: {0}")]
     Template(String),
-    /// A dataset cannot be opened or read.
+    /// A dataset cannot be read.
     #[error("cannot read {path}: {source}")]
     Read {
         /// The dataset.
         path: PathBuf,
-        /// Why.
+        /// The system's error.
         source: io::Error,
     },
-    /// One row of a dataset.
+    /// A row of a dataset is invalid.
     #[error("{}: {message}", place(.path, *.row))]
     Row {
         /// The file.
         path: PathBuf,
-        /// The line or the row in it.
+        /// The line or row number.
         row: RowNumber,
-        /// What is wrong and what to do.
+        /// The problem and its remedy.
         message: String,
     },
-    /// A dataset as a whole.
+    /// A dataset is invalid as a whole.
     #[error("{path}: {message}")]
     Dataset {
         /// The dataset.
         path: PathBuf,
-        /// What is wrong and what to do.
+        /// The problem and its remedy.
         message: String,
     },
-    /// An option that cannot be met by any dataset.
+    /// An option that no dataset can satisfy.
     #[error("{0}")]
     Options(String),
 }
 
-/// Whose fault an [`Error`] is, which is what a program's exit code depends on.
+/// The cause of an [`Error`], which determines the exit code of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -65,7 +65,7 @@ pub enum ErrorKind {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// Whose fault it is.
+    /// Returns the cause.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Error::Tokenizer { .. } => ErrorKind::Tokenizer,
@@ -87,7 +87,7 @@ impl Error {
     }
 }
 
-/// Where a row stands: the line as editors and compilers write it, for a jump there.
+/// Returns the place of a row: `path:line` as editors and compilers write it.
 pub(crate) fn place(path: &Path, row: RowNumber) -> String {
     match row {
         RowNumber::Line(line) => format!("{}:{line}", path.display()),

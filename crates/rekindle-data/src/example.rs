@@ -4,31 +4,31 @@ use std::path::Path;
 
 use crate::row::RowNumber;
 
-/// The label of a position that does not count in the loss.
+/// The label of a position that the loss does not cover.
 pub const IGNORED: i32 = -100;
 
-/// A row as a model takes it.
+/// An encoded row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Example<'a> {
     /// Token ids.
     pub input_ids: &'a [u32],
-    /// Beside each id the same id where it is learned, else [`IGNORED`]. `labels[i]` is predicted from the tokens before
-    /// `i`; the first never counts.
+    /// For each id, the same id if the loss covers it, else [`IGNORED`]. `labels[i]` is predicted from the tokens
+    /// before `i`, so the first never counts.
     pub labels: &'a [i32],
-    /// The line or row of the file that it comes from.
+    /// The line or row in its file.
     pub row: RowNumber,
     /// The file.
     pub path: &'a Path,
 }
 
 impl Example<'_> {
-    /// How many labels count.
+    /// Returns the number of labels that count.
     pub fn trained_tokens(&self) -> usize {
         counted(self.labels)
     }
 }
 
-/// A row that was just encoded; as [`Example`].
+/// An encoded row with owned data, like [`Example`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Encoded {
     pub(crate) input_ids: Vec<u32>,
@@ -37,17 +37,17 @@ pub(crate) struct Encoded {
     pub(crate) notes: RowNotes,
 }
 
-/// What happened to a row while it was encoded.
+/// Notes about the encoding of a row, for the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct RowNotes {
-    /// A token would span what is given and what is learned.
+    /// True if a token would span prompt and completion.
     pub(crate) joined: bool,
-    /// The template leaves something of it out.
+    /// True if the template omits a part of the row.
     pub(crate) not_shown: bool,
 }
 
 impl Encoded {
-    /// How many labels count.
+    /// Returns the number of labels that count.
     pub(crate) fn trained_tokens(&self) -> usize {
         counted(&self.labels)
     }

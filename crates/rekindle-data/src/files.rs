@@ -1,4 +1,4 @@
-//! The files that rows stand in: JSON lines, JSON, Parquet, CSV, Arrow.
+//! The formats of row files: JSON lines, JSON, Parquet, CSV, Arrow.
 
 mod arrow;
 mod csv;
@@ -22,27 +22,27 @@ use crate::row::{RowNumber, object};
 pub use find::is_file_name;
 use open::{Opened, open};
 
-/// A row as it stands in its file.
+/// A row before encoding.
 #[derive(Debug)]
 pub(crate) struct RawRow {
     pub(crate) number: RowNumber,
     text: RawText,
-    /// About how many bytes it takes.
+    /// The approximate size in bytes.
     pub(crate) bytes: usize,
 }
 
 #[derive(Debug)]
 enum RawText {
-    /// A line, still to be parsed.
+    /// A line, not yet parsed.
     Line(Vec<u8>),
     Parsed(Value),
 }
 
-/// Takes the rows of a file, in order.
+/// A receiver of the rows of a file, in order.
 pub(crate) type Sink<'a> = &'a mut dyn FnMut(RawRow) -> Result<()>;
 
-/// Finds the files of `paths`, with sentences about what was left out. Of directories, the files come of the split named
-/// `split`, else of the first of `defaults` that is there.
+/// Finds the files of `paths`, and returns notices about omitted files. In directories, finds the files of `split`,
+/// else of the first existing one of `defaults`.
 pub(crate) fn find(paths: &[PathBuf], split: Option<&str>, defaults: &[&str]) -> Result<(Vec<PathBuf>, Vec<String>)> {
     let find::Found { files, notices } = find::find(paths, &find::Choice::new(split, defaults))?;
     Ok((files, notices))
@@ -51,8 +51,8 @@ pub(crate) fn find(paths: &[PathBuf], split: Option<&str>, defaults: &[&str]) ->
 /// Reads all rows of a file.
 ///
 /// # Errors
-/// [`Error::Read`] when it cannot be read; [`Error::Row`] for a row of a JSON list that does not parse; [`Error::Dataset`]
-/// for a file that is damaged, not what its name says, or holds no row; and what `sink` fails with.
+/// [`Error::Read`] if it cannot be read; [`Error::Row`] for a row of a JSON list that does not parse;
+/// [`Error::Dataset`] for a file that is damaged, does not match its name, or has no rows; and the errors of `sink`.
 pub(crate) fn read(path: &Path, columns: &Columns, sink: Sink<'_>) -> Result<()> {
     let mut rows = 0_usize;
     let mut counted = |row| {
@@ -73,7 +73,7 @@ pub(crate) fn read(path: &Path, columns: &Columns, sink: Sink<'_>) -> Result<()>
 }
 
 impl RawRow {
-    /// A row of a JSON list or of a table.
+    /// Returns a row of a JSON list or of a table.
     fn parsed(number: usize, value: Value) -> Self {
         let bytes = weight(&value);
         RawRow { number: RowNumber::Row(number), text: RawText::Parsed(value), bytes }
@@ -83,7 +83,7 @@ impl RawRow {
         RawRow { number: RowNumber::Line(number), bytes: line.len(), text: RawText::Line(line) }
     }
 
-    /// Its fields.
+    /// Returns the fields.
     pub(crate) fn fields(self) -> Result<Map<String, Value>, String> {
         match self.text {
             RawText::Parsed(value) => object(value),
@@ -92,7 +92,7 @@ impl RawRow {
     }
 }
 
-/// About how many bytes a value takes in memory.
+/// Estimates the bytes of a value in memory.
 fn weight(value: &Value) -> usize {
     let inside = match value {
         Value::String(text) => text.len(),

@@ -1,4 +1,4 @@
-//! What of a row is trained.
+//! The loss mask: the tokens of a row that the loss covers.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -6,61 +6,60 @@ use serde_json::Value;
 use crate::message::Message;
 use crate::template::REASONING;
 
-/// Which turns of a conversation are trained. Other rows have their own idea of it: of a prompt and a completion the
-/// completion counts, of a text everything.
+/// The turns of a conversation that the loss covers. In other rows it covers the completion, or all of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TrainOn {
-    /// All of the assistant's.
+    /// All turns of the assistant.
     #[default]
     Assistant,
-    /// The last of the assistant's.
+    /// The assistant's last turn.
     LastAssistant,
-    /// Every token of the rendered conversation, and of a prompt too. The first token of a row never counts.
+    /// Every token of the rendered conversation, including the prompt. The first token of a row never counts.
     All,
 }
 
-/// What happens to the reasoning of a conversation's assistant turns: `reasoning_content`, by this or another name, and
-/// `<think>…</think>` before an answer.
+/// The treatment of reasoning in assistant turns: `reasoning_content` or its other names, and `<think>…</think>` before
+/// an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Thinking {
-    /// It is shown, where the template shows it, and trained.
+    /// Render it if the template does, and train it.
     #[default]
     Keep,
-    /// It is taken out of the messages before the template sees them.
+    /// Remove it from the messages before rendering.
     Strip,
-    /// It is shown and not trained, from the beginning of the turn to the white space after `</think>`.
+    /// Render it without training it, from the beginning of the turn to the white space after `</think>`.
     Mask,
 }
 
-/// What happens to a row in which no label counts.
+/// The treatment of a row without a label that counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Untrained {
-    /// Loading fails and names the row.
+    /// Fail, with the row in the message.
     #[default]
     Error,
-    /// The row is left out.
+    /// Omit the row.
     Drop,
 }
 
-/// What happens to a row of which the chat template leaves something out: calls of tools, `tools`, a turn, or the
-/// reasoning of a turn that is trained.
+/// The treatment of a row of which the chat template omits a part: tool calls, `tools`, a turn, or the reasoning of a
+/// trained turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NotShown {
-    /// Loading fails and names the row and the part.
+    /// Fail, with the row and the part in the message.
     #[default]
     Error,
-    /// The row is left out, and counted.
+    /// Omit the row, and count it.
     Drop,
-    /// The row is trained as the template shows it, and counted.
+    /// Train the row as rendered, and count it.
     Allow,
 }
 
-/// Whether each turn may be trained: a turn may say `"train": false`, or `"weight": 0`. Both keys are taken out of the
-/// messages.
+/// Returns true for each turn that may be trained: `"train": false` or `"weight": 0` exclude a turn. Removes both keys
+/// from the messages.
 pub(crate) fn take_weights(messages: &mut [Message]) -> Result<Vec<bool>, String> {
     let weight = |(turn, message): (usize, &mut Message)| {
         let mut trained = true;
@@ -82,7 +81,7 @@ pub(crate) fn take_weights(messages: &mut [Message]) -> Result<Vec<bool>, String
     messages.iter_mut().enumerate().map(weight).collect()
 }
 
-/// The assistant turns that `train_on` means, those before `from` left out.
+/// Returns the assistant turns of `train_on`, from turn `from` on.
 pub(crate) fn turns(messages: &[Message], from: usize, train_on: TrainOn) -> Vec<usize> {
     let assistant = |from: usize| (from..messages.len()).filter(|&turn| messages[turn].is_assistant());
     match train_on {
@@ -92,7 +91,7 @@ pub(crate) fn turns(messages: &[Message], from: usize, train_on: TrainOn) -> Vec
     }
 }
 
-/// Takes the reasoning out of the assistant's turns.
+/// Removes the reasoning from the assistant's turns.
 pub(crate) fn strip_reasoning(messages: &mut [Message]) -> Result<(), String> {
     for (turn, message) in messages.iter_mut().enumerate().filter(|(_, message)| message.is_assistant()) {
         for name in REASONING {
@@ -114,7 +113,8 @@ pub(crate) fn strip_reasoning(messages: &mut [Message]) -> Result<(), String> {
     Ok(())
 }
 
-/// Where the thought that a text begins with ends, the white space after it included. A prompt may have opened it.
+/// Returns the end of the reasoning at the beginning of a text, including the white space after it. Its opening tag may
+/// be in the prompt.
 pub(crate) fn thought_end(text: &str) -> Option<usize> {
     const CLOSE: &str = "</think>";
     let close = text.find(CLOSE)?;

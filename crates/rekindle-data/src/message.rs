@@ -2,10 +2,10 @@ use serde_json::{Map, Value, json};
 
 use crate::numbers;
 
-/// The roles that a chat template may be asked for.
+/// The roles that chat templates support.
 pub(crate) const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 
-/// What ShareGPT's files and their relatives call them.
+/// Other names of roles, in ShareGPT's files and similar ones.
 const OTHER_NAMES: [(&str, &str); 11] = [
     ("human", "user"),
     ("gpt", "assistant"),
@@ -28,19 +28,19 @@ const CALLS: [&str; 2] = ["function_call", "tool_call"];
 pub struct Message {
     /// `system`, `developer`, `user`, `assistant` or `tool`.
     pub role: String,
-    /// The text. `None` is the null beside `tool_calls`, which a template sees as none.
+    /// The text. `None` is the null beside `tool_calls`, which a template receives as none.
     pub content: Option<String>,
-    /// Everything else of the turn (`tool_calls`, `reasoning_content`, `name` …), handed to the template as it is.
+    /// All other fields of the turn (`tool_calls`, `reasoning_content`, `name` …), passed to the template unchanged.
     pub extra: Map<String, Value>,
 }
 
 impl Message {
-    /// A turn with text only.
+    /// Returns a turn with only text.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Message { role: role.into(), content: Some(content.into()), extra: Map::new() }
     }
 
-    /// The text; empty where there is none.
+    /// Returns the text, which is empty if there is none.
     pub fn text(&self) -> &str {
         self.content.as_deref().unwrap_or_default()
     }
@@ -49,9 +49,9 @@ impl Message {
         self.role == "assistant"
     }
 
-    /// Reads one element of a list of messages, of `role` and `content` or of ShareGPT's `from` and `value`; `what` names
-    /// it in errors. Null fields are left out: tables with one type a column are full of them, and some templates ask
-    /// whether a field is there.
+    /// Reads an element of a list of messages, with `role` and `content` or ShareGPT's `from` and `value`; `what` names
+    /// it in errors. Null fields are removed, because tables with one type per column have many of them, and some
+    /// templates check for the presence of a field.
     pub(crate) fn from_json(value: Value, what: &str) -> Result<Self, String> {
         let mut fields = match value {
             Value::Object(fields) if numbers::integer_of(&fields).is_none() => fields,
@@ -99,7 +99,7 @@ impl Message {
     }
 }
 
-/// Checks `tool_calls`, and takes an empty list away: many exports have one in every turn, and it says nothing.
+/// Checks `tool_calls`, and removes an empty list, which many exports have in every turn.
 fn check_calls(fields: &mut Map<String, Value>, what: &str) -> Result<(), String> {
     let calls = match fields.get("tool_calls") {
         None => return Ok(()),
@@ -124,7 +124,8 @@ fn check_calls(fields: &mut Map<String, Value>, what: &str) -> Result<(), String
     Ok(())
 }
 
-/// The calls whose JSON is a turn's text, `{"name": …, "arguments": …}` or a list of these, as templates read them.
+/// Parses the calls in a turn's text, `{"name": …, "arguments": …}` or a list of these, into the form that templates
+/// use.
 fn calls(text: &str, what: &str) -> Result<Value, String> {
     let value = numbers::parse(text).map_err(|error| format!("{what} is not the JSON of a call: {error}"))?;
     let calls = match value {
@@ -152,7 +153,7 @@ fn join_parts(parts: &[Value], what: &str) -> Result<String, String> {
     Ok(text)
 }
 
-/// What a JSON value is, with its article.
+/// Returns the type of a JSON value, with its article.
 pub(crate) fn type_name(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -165,7 +166,7 @@ pub(crate) fn type_name(value: &Value) -> &'static str {
     }
 }
 
-/// The keys of an object for an error message.
+/// Returns the keys of an object for an error message.
 pub(crate) fn quoted_keys(fields: &Map<String, Value>) -> String {
     if fields.is_empty() {
         return "none".to_owned();

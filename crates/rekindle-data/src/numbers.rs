@@ -1,7 +1,7 @@
 //! Integers of JSON beyond 64 bits, which `serde_json::Value` would round to floats.
 //!
-//! Python keeps every digit of an integer. [`parse`] gives those beyond 64 bits as objects with one key that no data has;
-//! a template gets the integer back.
+//! Python keeps every digit of an integer. [`parse`] represents integers beyond 64 bits as objects with one private
+//! key; a template receives the integer.
 
 use std::borrow::Cow;
 use std::io::{self, BufRead, Read};
@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 /// The key of such an object: private-use characters.
 const KEY: &str = "\u{f5a3}\u{f1ca}";
 
-/// Digits that an integer of 64 bits may have without being too large.
+/// The number of digits that always fit into 64 bits.
 const SAFE_DIGITS: usize = 18;
 
 /// Parses JSON, keeping integers of any size. `-0` is the integer 0, as in Python.
@@ -23,12 +23,12 @@ pub(crate) fn parse(text: &str) -> serde_json::Result<Value> {
     }
 }
 
-/// Returns the digits, and perhaps the sign, of an integer beyond 64 bits.
+/// Returns the digits, with a sign if negative, of an integer beyond 64 bits.
 pub(crate) fn integer(value: &Value) -> Option<&str> {
     value.as_object().and_then(integer_of)
 }
 
-/// As [`integer`], of the fields of an object.
+/// Returns the integer like [`integer`], from the fields of an object.
 pub(crate) fn integer_of(fields: &Map<String, Value>) -> Option<&str> {
     match fields.len() {
         1 => fields.get(KEY)?.as_str(),
@@ -41,7 +41,7 @@ pub(crate) fn shown(value: &Value) -> String {
     integer(value).map_or_else(|| value.to_string(), str::to_owned)
 }
 
-/// The text with an object in the place of every integer that serde_json would make a float.
+/// Replaces every integer that serde_json would make a float by an object.
 fn guarded(text: &str) -> Cow<'_, str> {
     if !may_have_large_integers(text.as_bytes()) {
         return Cow::Borrowed(text);
@@ -71,13 +71,13 @@ fn guarded(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// A document on its way to the parser, with the same objects in the place of large integers as in [`parse`].
+/// A reader that replaces large integers by objects as in [`parse`], for documents that are parsed while they are read.
 pub(crate) struct Guarded<R> {
     reader: R,
     place: Place,
-    /// The number that is being read.
+    /// The current number.
     number: String,
-    /// What is to be read next, and how much of it was.
+    /// The bytes to read next, and the number of those already read.
     ready: Vec<u8>,
     given: usize,
 }
@@ -146,7 +146,7 @@ fn is_part_of_number(byte: &u8) -> bool {
     matches!(byte, b'-' | b'+' | b'.' | b'e' | b'E' | b'0'..=b'9')
 }
 
-/// A quick look that is right for nearly all rows.
+/// Returns false for text that certainly has no large integers, which is nearly all rows.
 fn may_have_large_integers(bytes: &[u8]) -> bool {
     let mut digits = 0;
     let mut negative = false;
@@ -163,7 +163,7 @@ fn may_have_large_integers(bytes: &[u8]) -> bool {
     false
 }
 
-/// Where the string that begins at `start` ends.
+/// Returns the end of the string that begins at `start`.
 fn string_end(bytes: &[u8], start: usize) -> usize {
     let mut at = start + 1;
     while at < bytes.len() {
@@ -176,7 +176,7 @@ fn string_end(bytes: &[u8], start: usize) -> usize {
     bytes.len()
 }
 
-/// What stands for a number, if it cannot stay.
+/// Returns the replacement of a number, if it needs one.
 fn replacement(number: &str) -> Option<String> {
     let digits = number.strip_prefix('-').unwrap_or(number);
     let is_integer = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
@@ -225,7 +225,7 @@ mod tests {
         assert_eq!(parse("[-0, -0.0, 0]").expect("valid").to_string(), "[0,-0.0,0]");
     }
 
-    /// As [`parse`], whatever pieces the document comes in.
+    /// The same as [`parse`], for any division of the document into reads.
     #[test]
     fn documents_keep_their_digits() {
         let text = r#"{"a": "25000000000000000000 \" 25000000000000000000\\", "b": [25000000000000000000, -0, true, 1e5],

@@ -5,28 +5,28 @@ use serde::{Deserialize, Serialize};
 use crate::mask::{NotShown, Thinking, TrainOn, Untrained};
 use crate::overlong::Overlong;
 
-/// Options of encoding: the length limit, the vocabulary, and which tokens are trained.
+/// Options of encoding: the maximum length, the vocabulary, and the loss mask.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EncodeOptions {
-    /// The most tokens of an example, at least 2.
+    /// The maximum number of tokens of an example, at least 2.
     pub max_seq_length: usize,
-    /// Handling of longer rows.
+    /// The treatment of longer rows.
     pub overlong: Overlong,
-    /// The vocabulary of the model; an id that is not below it is an error.
+    /// The vocabulary size of the model; a larger id is an error.
     pub vocab_size: Option<usize>,
-    /// The turns of a conversation that are trained.
+    /// The turns of a conversation that the loss covers.
     pub train_on: TrainOn,
-    /// Handling of reasoning.
+    /// The treatment of reasoning.
     pub thinking: Thinking,
-    /// Handling of rows without a label that counts.
+    /// The treatment of rows without a label that counts.
     pub untrained: Untrained,
-    /// Handling of rows of which the chat template leaves something out.
+    /// The treatment of rows of which the chat template omits a part.
     pub not_shown: NotShown,
-    /// The name of the chat template, of a checkpoint that has several. Default: as transformers chooses, `tool_use` for
+    /// The name of a chat template, for a checkpoint with several. Default: as transformers chooses, `tool_use` for
     /// rows with tools, else `default`.
     pub chat_template: Option<String>,
-    /// True if rows of `text` end with the end token, which counts.
+    /// If true, rows of `text` end with the end token, which the loss covers.
     // Left out of fingerprints where it is the default, so that caches of before it stay valid.
     #[serde(skip_serializing_if = "is_true")]
     pub text_end_token: bool,

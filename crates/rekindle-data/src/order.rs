@@ -1,7 +1,7 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-/// The order in which examples are visited: epoch after epoch, each a permutation of `0..len`.
+/// The order of examples: epoch after epoch, each a permutation of `0..len`.
 ///
 /// Position `p` of the endless sequence is element `p mod len` of epoch `p div len`, so a run is resumed from the number
 /// of examples that it has taken, [`Order::from_cursor`], and nothing else.
@@ -17,22 +17,22 @@ pub struct Order {
 }
 
 impl Order {
-    /// The order of `len` examples.
+    /// Returns the order of `len` examples.
     pub fn new(len: usize, shuffle: bool, seed: u64) -> Self {
         Order { len, shuffle, seed }
     }
 
-    /// Number of examples in an epoch.
+    /// Returns the number of examples in an epoch.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Returns true if there is nothing to visit.
+    /// Returns true if there are no examples.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The permutation of epoch `epoch`, counted from 0.
+    /// Returns the permutation of epoch `epoch`, counted from 0.
     pub fn epoch(&self, epoch: u64) -> Vec<usize> {
         let mut indices: Vec<usize> = (0..self.len).collect();
         if self.shuffle {
@@ -44,9 +44,9 @@ impl Order {
         indices
     }
 
-    /// The endless sequence of example indices after the first `cursor` of them; `take(n)` makes it finite.
+    /// Returns the endless sequence of example indices after the first `cursor` of them; `take(n)` makes it finite.
     ///
-    /// Empty when there are no examples.
+    /// It is empty if there are no examples.
     pub fn from_cursor(&self, cursor: u64) -> impl Iterator<Item = usize> + use<> {
         let order = *self;
         let len = self.len.max(1) as u64;
@@ -64,7 +64,7 @@ impl Order {
     }
 }
 
-/// `⌊word·n / 2⁶⁴⌋`: uniform in `0..n` up to a bias of at most n / 2⁶⁴.
+/// Returns `⌊word·n / 2⁶⁴⌋`: uniform in `0..n` up to a bias of at most n / 2⁶⁴.
 fn below(word: u64, n: usize) -> usize {
     ((u128::from(word) * n as u128) >> 64) as usize
 }

@@ -2,19 +2,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::example::{Encoded, IGNORED};
 
-/// What happens to a row with more than `max_seq_length` tokens.
+/// The treatment of a row with more than `max_seq_length` tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Overlong {
-    /// Loading fails and names the row.
+    /// Fail, with the row in the message.
     #[default]
     Error,
-    /// The row is left out.
+    /// Omit the row.
     Drop,
-    /// The first `max_seq_length` tokens are kept.
+    /// Keep the first `max_seq_length` tokens.
     Truncate,
-    /// The row becomes several examples. Each begins with the last token of the one before it, with that token's label
-    /// ignored, so that every label of the row still counts exactly once.
+    /// Split the row into several examples. Each begins with the last token of the one before it, with that token's
+    /// label ignored, so that every label of the row counts exactly once.
     Split,
 }
 
@@ -25,7 +25,7 @@ pub(crate) fn truncate(mut example: Encoded, max: usize) -> Encoded {
     example
 }
 
-/// Pieces of at most `max` tokens (`max` ≥ 2) that share one token at each cut.
+/// Splits an example into pieces of at most `max` tokens (`max` ≥ 2) that share one token at each cut.
 pub(crate) fn split(example: &Encoded, max: usize) -> Vec<Encoded> {
     let len = example.input_ids.len();
     let mut pieces = Vec::new();

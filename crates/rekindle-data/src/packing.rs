@@ -1,29 +1,30 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
-/// Which examples make one row of a batch: one each, or as many as fit into `capacity` tokens.
+/// The assignment of examples to rows of a batch: one each, or as many as fit into `capacity` tokens.
 ///
-/// Packing only fills rows. Documents of a pack keep their own positions and never see each other, so what a step learns
-/// from them is the same as without.
+/// Packing only fills rows. Documents of a pack keep their own positions and do not attend to each other, so a step
+/// learns the same from them as without packing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packs {
-    /// Examples, pack after pack.
+    /// Examples, in the order of packs.
     members: Vec<usize>,
-    /// Where each pack ends in `members`.
+    /// The end of each pack in `members`.
     ends: Vec<usize>,
 }
 
 impl Packs {
-    /// Every one of `count` examples by itself.
+    /// Returns `count` packs of one example each.
     pub fn single(count: usize) -> Self {
         Packs { members: (0..count).collect(), ends: (1..=count).collect() }
     }
 
-    /// Best fit decreasing: the longest example first, each into the pack that it fills best, or a new one.
+    /// Assigns examples by best fit decreasing: the longest example first, each into the pack that it fills best, or a
+    /// new one.
     ///
-    /// A function of the lengths alone, in O(n log n); of examples with the same length the first comes first, of packs
-    /// with the same room the newest. A pack lists its examples in their order. Needs at most 11/9 · OPT + 4 packs
-    /// (Johnson et al., SIAM J. Comput. 3, 1974). An example beyond `capacity` gets a pack of its own.
+    /// The result depends only on the lengths and takes O(n log n). Of examples with the same length the first comes
+    /// first, of packs with the same free space the newest. A pack lists its examples in their order. It needs at most
+    /// 11/9 · OPT + 4 packs (Johnson et al., SIAM J. Comput. 3, 1974). An example beyond `capacity` gets its own pack.
     pub fn best_fit(lengths: impl IntoIterator<Item = usize>, capacity: usize) -> Self {
         let lengths: Vec<usize> = lengths.into_iter().collect();
         let mut order: Vec<usize> = (0..lengths.len()).collect();
@@ -52,32 +53,32 @@ impl Packs {
         all
     }
 
-    /// How many packs there are.
+    /// Returns the number of packs.
     pub fn len(&self) -> usize {
         self.ends.len()
     }
 
-    /// Returns true if there are none.
+    /// Returns true if there are no packs.
     pub fn is_empty(&self) -> bool {
         self.ends.is_empty()
     }
 
-    /// The examples of a pack, in their order.
+    /// Returns the examples of a pack, in their order.
     ///
     /// # Panics
-    /// When there are not that many packs.
+    /// Panics if `index` is out of range.
     pub fn pack(&self, index: usize) -> &[usize] {
         let start = index.checked_sub(1).map_or(0, |before| self.ends[before]);
         &self.members[start..self.ends[index]]
     }
 
-    /// All packs, in order.
+    /// Returns all packs, in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &[usize]> {
         (0..self.len()).map(|index| self.pack(index))
     }
 }
 
-/// The newest of the packs with the least room that is at least `length`, taken out, and its room.
+/// Removes and returns the newest of the packs with the least free space of at least `length`, and that space.
 fn take_fitting(rooms: &mut BTreeMap<usize, Vec<usize>>, length: usize) -> Option<(usize, usize)> {
     let (&room, packs) = rooms.range_mut(length..).next()?;
     let pack = packs.pop()?;
@@ -96,7 +97,7 @@ mod tests {
 
     const CAPACITY: usize = 2048;
 
-    /// Lengths with ln ~ N(ln 350, 0.9²), as conversations have, at most the capacity.
+    /// Returns lengths with ln ~ N(ln 350, 0.9²), typical of conversations, up to the capacity.
     fn lognormal(count: usize, seed: u64) -> Vec<usize> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut uniform = || (rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
@@ -140,7 +141,7 @@ mod tests {
         }
     }
 
-    /// Full packs cut into pieces, so that the least number is known.
+    /// Full packs cut into pieces, so that the optimal number is known.
     #[test]
     fn within_the_known_bound() {
         for seed in 0..60 {
@@ -160,7 +161,7 @@ mod tests {
         }
     }
 
-    /// The share of rows that is filled; what it is without packing stands beside it.
+    /// The filled share of rows, compared with that without packing.
     #[test]
     fn a_mix_of_lengths_fills_its_packs() {
         let lengths = lognormal(20_000, 1);

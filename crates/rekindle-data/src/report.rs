@@ -8,57 +8,57 @@ use crate::counted;
 use crate::error::place;
 use crate::row::{RowFormat, RowNumber};
 
-/// What loading a dataset found and did; `Display` gives it in one line.
+/// The report of loading a dataset; `Display` formats it in one line.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct LoadReport {
-    /// The files, in the order in which they were read.
+    /// The files, in reading order.
     #[serde(skip)]
     pub files: Vec<PathBuf>,
-    /// The shapes of rows that occur.
+    /// The formats of the rows.
     pub formats: BTreeSet<RowFormat>,
     /// Rows in the files.
     pub rows: usize,
-    /// Examples made of them.
+    /// Examples made from them.
     pub examples: usize,
     /// Tokens of all examples.
     pub tokens: usize,
-    /// Labels that count, of all examples.
+    /// Labels that count, in all examples.
     pub trained_tokens: usize,
-    /// Tokens of the longest row, before anything was cut.
+    /// Tokens of the longest row, before truncation.
     pub longest: usize,
-    /// Where that row is.
+    /// The place of that row.
     pub longest_at: Option<RowPlace>,
-    /// Rows left out because they were too long, or because truncation left nothing to learn of them.
+    /// Rows that were omitted because they were too long, or had no label left after truncation.
     pub dropped: usize,
-    /// Rows cut at `max_seq_length`.
+    /// Rows truncated to `max_seq_length`.
     pub truncated: usize,
-    /// Rows made into several examples.
+    /// Rows split into several examples.
     pub split: usize,
-    /// Rows left out because no label of them counts.
+    /// Rows that were omitted because none of their labels counts.
     pub untrained: usize,
-    /// Rows of which the chat template leaves something out, with `not_shown` as `drop` or `allow`.
+    /// Rows of which the chat template omits a part, with `not_shown` as `drop` or `allow`.
     pub not_shown: usize,
-    /// True if those were left out.
+    /// True if those were omitted.
     pub not_shown_dropped: bool,
-    /// Rows in which one token would span what is given and what is learned.
+    /// Rows in which a token would span prompt and completion.
     pub joined: usize,
-    /// Rows of a prompt and a completion as text, which the checkpoint's chat template does not show.
+    /// Rows of prompt and completion as text that do not go through the checkpoint's chat template.
     pub plain_prompts: usize,
-    /// The first of the rows that were left out, truncated or split.
+    /// The first rows that were omitted, truncated or split.
     pub first_changed: Vec<(Change, RowPlace)>,
-    /// What the user should be told of how the files were found.
+    /// Notices for the user about the selection of files.
     #[serde(skip)]
     pub notices: Vec<String>,
-    /// What happened to the cache.
+    /// The use of the cache.
     #[serde(skip)]
     pub cache: CacheUse,
 }
 
-/// How the cache was used while a dataset was loaded.
+/// The use of the cache while a dataset was loaded.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum CacheUse {
-    /// There is none, or the rows cannot be read twice.
+    /// No cache, or the rows cannot be read twice.
     #[default]
     Off,
     /// The examples are memory-mapped from this file.
@@ -69,42 +69,42 @@ pub enum CacheUse {
     Failed(String),
 }
 
-/// Where a row stands.
+/// The place of a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RowPlace {
     /// The index of its file.
     pub file: usize,
-    /// The line or row in it.
+    /// The line or row number.
     pub row: RowNumber,
 }
 
-/// What happened to a row that was not taken as it is.
+/// A change of a row during loading.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Change {
-    /// It was left out.
+    /// It was omitted.
     Dropped,
-    /// It was cut.
+    /// It was truncated.
     Truncated,
-    /// It became several examples.
+    /// It was split into several examples.
     Split,
-    /// It was left out because no label of it counts.
+    /// It was omitted because none of its labels counts.
     Untrained,
-    /// The chat template does not show all of it.
+    /// The chat template omits a part of it.
     NotShown,
-    /// What is given and what is learned were encoded apart.
+    /// Prompt and completion were encoded separately.
     Joined,
 }
 
-/// Said of rows whose prompt ends where no token does, in a space for example.
+/// The note about rows whose prompt does not end at a token border, for example in a space.
 const JOINED: &str = "encoded with prompt and answer apart, where one token would span both (a prompt should not end in a \
                       space)";
 
-/// How many rows of each change are named.
+/// The maximum number of rows to name for each change.
 const NAMED: usize = 3;
 
 impl LoadReport {
-    /// Counts a row that was changed.
+    /// Counts a changed row.
     pub(crate) fn changed(&mut self, change: Change, at: RowPlace) {
         let count = match change {
             Change::Dropped => &mut self.dropped,
@@ -120,7 +120,7 @@ impl LoadReport {
         }
     }
 
-    /// Where a row is; the file is left out where there is only one.
+    /// Returns the place of a row, without the file if there is only one.
     fn place(&self, at: RowPlace) -> String {
         match self.files.get(at.file).filter(|_| self.files.len() > 1) {
             Some(path) => place(path, at.row),

@@ -13,9 +13,9 @@ mod proposal;
 
 pub(crate) use conversation::read_prompt;
 
-/// The keys of every shape, first the one that a row is taken for when it has several.
+/// The keys of every row format. If a row has the keys of several, the first format applies.
 ///
-/// What belongs to no shape stays out of this: `tools`, `system`, `chat_template_kwargs`, `input`, `labels`.
+/// Keys that belong to no format are excluded: `tools`, `system`, `chat_template_kwargs`, `input`, `labels`.
 pub(crate) const SHAPES: [(RowFormat, &[&str]); 6] = [
     (RowFormat::InputIds, &["input_ids"]),
     (RowFormat::Messages, &["messages"]),
@@ -25,11 +25,11 @@ pub(crate) const SHAPES: [(RowFormat, &[&str]); 6] = [
     (RowFormat::Text, &["text"]),
 ];
 
-/// The keys that some shape reads beside its own.
+/// Keys that some format reads in addition to its own.
 pub(crate) const BESIDE: [&str; 7] =
     ["labels", "attention_mask", "tools", "chat_template_kwargs", "system", "input", "history"];
 
-/// What a row holds, not yet encoded.
+/// The content of a row, not yet encoded.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum RowContent {
     /// A conversation: `messages`, `conversations`, `prompt` and `completion` as two lists of messages, or an alpaca row
@@ -37,57 +37,57 @@ pub(crate) enum RowContent {
     Messages {
         /// The whole conversation.
         messages: Vec<Message>,
-        /// Assistant turns count from this one on: 0, or the length of the prompt.
+        /// The first trained turn: 0, or the length of the prompt.
         trained_from: usize,
         /// `tools`, for the template.
         tools: Option<Value>,
         /// `chat_template_kwargs`, for the template.
         kwargs: Map<String, Value>,
     },
-    /// `prompt` and `completion` as strings, or an alpaca row as text; only the completion counts.
+    /// `prompt` and `completion` as strings, or an alpaca row as text; the loss covers only the completion.
     PromptCompletion {
-        /// What is given.
+        /// The prompt.
         prompt: String,
-        /// What is learned.
+        /// The completion.
         completion: String,
     },
-    /// `text`, all of which counts.
+    /// `text`; the loss covers all of it.
     Text(String),
     /// `input_ids` and perhaps `labels`, of the same length.
     InputIds {
         /// Token ids.
         input_ids: Vec<u32>,
-        /// −100 or a token id each; the ids themselves when absent.
+        /// −100 or a token id each; the ids themselves if absent.
         labels: Option<Vec<i32>>,
     },
 }
 
-/// The shapes a row can have. Keys that belong to none of them are ignored, and so are null ones.
+/// The format of a row. Unknown keys and null values are ignored.
 ///
-/// Where a row has the keys of several shapes, the first of this order is taken.
+/// If a row has the keys of several formats, the first in this order applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[non_exhaustive]
 #[serde(rename_all = "snake_case")]
 pub enum RowFormat {
-    /// `input_ids`, perhaps with `labels`.
+    /// `input_ids`, optionally with `labels`.
     InputIds,
-    /// `messages` with `role` and `content`, perhaps with `tools` and `chat_template_kwargs`.
+    /// `messages` with `role` and `content`, optionally with `tools` and `chat_template_kwargs`.
     Messages,
-    /// ShareGPT's `conversations`: turns of `from` (`human`, `gpt` …) and `value`, or of `role` and `content`, perhaps
-    /// with `system` and `tools`.
+    /// ShareGPT's `conversations`: turns of `from` (`human`, `gpt` …) and `value`, or of `role` and `content`,
+    /// optionally with `system` and `tools`.
     Conversations,
     /// `prompt` and `completion`: two strings, or two lists of messages.
     PromptCompletion,
-    /// Alpaca's `instruction` and `output`, perhaps with `input` and `system`.
+    /// Alpaca's `instruction` and `output`, optionally with `input` and `system`.
     ///
-    /// With a chat template: a user turn of the instruction, an empty line and the input, answered by the output. Without:
-    /// Stanford Alpaca's text as prompt, the output as completion.
+    /// With a chat template: a user turn of the instruction, an empty line and the input, answered by the output.
+    /// Without: Stanford Alpaca's text as prompt, the output as completion.
     Alpaca,
     /// `text`.
     Text,
 }
 
-/// Which row of its file it is, counted from 1.
+/// The number of a row in its file, from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RowNumber {
@@ -98,7 +98,7 @@ pub enum RowNumber {
 }
 
 impl RowNumber {
-    /// The number alone.
+    /// Returns the number.
     pub fn get(self) -> usize {
         match self {
             RowNumber::Line(number) | RowNumber::Row(number) => number,
@@ -116,7 +116,7 @@ impl fmt::Display for RowNumber {
 }
 
 impl RowFormat {
-    /// As in a run's output and in a report: the keys that make it.
+    /// Returns the name for reports: the keys of the format.
     pub fn name(self) -> &'static str {
         match self {
             RowFormat::InputIds => "input_ids",
@@ -136,7 +136,7 @@ impl fmt::Display for RowFormat {
 }
 
 impl RowContent {
-    /// Reads the fields of a row; `has_template` says whether an alpaca row becomes a conversation.
+    /// Reads the fields of a row; `has_template` is true if an alpaca row becomes a conversation.
     pub(crate) fn read(mut fields: Map<String, Value>, has_template: bool) -> Result<(RowFormat, Self), String> {
         let is = |fields: &Map<String, Value>, key: &str| fields.get(key).is_some_and(|value| !value.is_null());
         // An empty cell of a table is null; the input asks then.
@@ -175,7 +175,7 @@ impl RowContent {
     }
 }
 
-/// The fields of a row.
+/// Returns the fields of a row.
 pub(crate) fn object(value: Value) -> Result<Map<String, Value>, String> {
     match value {
         Value::Object(fields) if numbers::integer_of(&fields).is_none() => Ok(fields),

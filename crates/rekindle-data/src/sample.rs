@@ -1,4 +1,4 @@
-//! Random parts of a dataset: at most so many rows, and rows held out of training.
+//! Random samples of a dataset: a maximum number of rows, and held-out rows.
 
 use sha2::{Digest, Sha256};
 
@@ -8,7 +8,7 @@ use crate::hash::hex;
 use crate::order::Order;
 use crate::report::{LoadReport, RowPlace};
 
-/// A random choice of rows, the same for the same seed and number of rows.
+/// A random selection of rows, the same for the same seed and number of rows.
 ///
 /// Rows are shuffled; the first `max_rows` of them are used, and of these the first are held out. So a count of held-out
 /// rows gives the same rows whatever `max_rows` is. Examples stay in the order of their files, and the pieces of a split
@@ -31,11 +31,11 @@ use crate::report::{LoadReport, RowPlace};
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct RowSample {
-    /// The most rows that are used.
+    /// The maximum number of rows.
     pub max_rows: Option<usize>,
-    /// Rows that are held out: a fraction of those that are used, or their number if it is 1 or more.
+    /// Held-out rows: a fraction of the selected rows, or their number if it is 1 or more.
     pub held_out: Option<f64>,
-    /// The seed of the choice.
+    /// The seed of the selection.
     pub seed: u64,
 }
 
@@ -49,14 +49,14 @@ pub enum RowPart {
     HeldOut,
 }
 
-/// The epoch of [`Order`] that shuffles the rows; no run trains for so many.
+/// The epoch of [`Order`] that shuffles the rows, beyond that of any run.
 const EPOCH: u64 = u64::MAX;
 
 impl RowSample {
-    /// Checks the numbers.
+    /// Checks the values.
     ///
     /// # Errors
-    /// [`Error::Options`] for a number of rows that is 0, and for a fraction that is none.
+    /// [`Error::Options`] for a number of rows that is 0, and for an invalid fraction.
     pub fn check(&self) -> Result<()> {
         if self.max_rows == Some(0) {
             return Err(Error::Options("max_rows = 0 leaves no row; it must be at least 1".to_owned()));
@@ -74,7 +74,7 @@ impl RowSample {
     /// Returns a part of the rows of `dataset`, and `report` for that part.
     ///
     /// # Errors
-    /// [`Error::Options`] as [`check`](Self::check) gives them, and where all rows would be held out.
+    /// [`Error::Options`] as in [`check`](Self::check), and if all rows would be held out.
     pub fn take(&self, dataset: &Dataset, report: &LoadReport, part: RowPart) -> Result<(Dataset, LoadReport)> {
         self.check()?;
         if self.max_rows.is_none() && self.held_out.is_none() {
@@ -133,7 +133,7 @@ impl RowSample {
     }
 }
 
-/// The report for a part of what was loaded.
+/// Returns the report for a part of the loaded rows.
 fn counted(report: LoadReport, dataset: &Dataset, rows: usize) -> LoadReport {
     // The first of the longest, as where all rows are loaded.
     let longest = dataset
@@ -155,7 +155,7 @@ fn counted(report: LoadReport, dataset: &Dataset, rows: usize) -> LoadReport {
     }
 }
 
-/// The number of each example's row, counted from 0.
+/// Returns the number of each example's row, counted from 0.
 fn row_numbers(dataset: &Dataset) -> Vec<usize> {
     let mut numbers = Vec::with_capacity(dataset.len());
     let mut last = None;
@@ -175,7 +175,7 @@ mod tests {
     use crate::test_support::write_rows;
     use crate::{EncodeOptions, Overlong};
 
-    /// Rows of ids `[i, i, …]`, the last five tokens long.
+    /// Returns rows of ids `[i, i, …]`, the last five tokens long.
     fn load(rows: usize) -> (Dataset, LoadReport) {
         let line = |i: usize| format!("{{\"input_ids\": {:?}}}\n", vec![i; if i + 1 == rows { 5 } else { 2 }]);
         let (_dir, path) = write_rows((0..rows).map(line).collect::<String>());

@@ -3,23 +3,24 @@ use std::ops::Range;
 use crate::message::Message;
 use crate::template::{ChatTemplate, Marked, RenderOptions, STOPPED};
 
-/// A conversation's text and where in it some of the assistant's turns are.
+/// A conversation's text, and the positions of some assistant turns in it.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Conversation {
     pub(crate) text: String,
     pub(crate) turns: Vec<Turn>,
 }
 
-/// What the assistant says in one turn.
+/// The assistant's text in one turn.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Turn {
     /// The index of its message.
     pub(crate) message: usize,
-    /// Byte ranges, in order and apart; at least one.
+    /// Byte ranges, in order and disjoint; at least one.
     pub(crate) spans: Vec<Range<usize>>,
 }
 
-/// Stands for a turn's content while its place is sought: private-use characters, so no template rewrites it.
+/// A placeholder for a turn's content while its position is searched: private-use characters, which no template
+/// rewrites.
 const MARK: &str = "\u{f5a3}\u{f1c7}\u{f5a3}";
 
 /// Renders `messages` and locates the assistant's `turns`.
@@ -57,10 +58,10 @@ pub(crate) fn locate(
     Ok(Conversation { text, turns: located })
 }
 
-/// The turns of a template that marks them.
+/// Returns the turns of a template that marks them.
 ///
-/// One block for each assistant turn is what templates have. Where there are more or fewer, turn `i` has those that the
-/// rendering of `messages[..=i]` has more than that of the assistant turn before.
+/// Templates usually have one block for each assistant turn. If there are more or fewer, turn `i` has the blocks that
+/// the rendering of `messages[..=i]` adds to that of the assistant turn before.
 fn by_marks(
     template: &ChatTemplate,
     messages: &[Message],
@@ -120,11 +121,12 @@ fn span(
     span_by_mark(template, messages, turn, text, options, prompt.as_deref(), &marked)
 }
 
-/// The span of a turn whose content stands between `marked.before` and `marked.after` in the whole.
+/// Returns the span of a turn whose content is between `marked.before` and `marked.after` in the rendering.
 ///
-/// - It begins at the end of the longest common beginning of the prompt and `before`, provided the prompt differs from
-///   the whole only in how it opens the turn; else at the content.
-/// - It ends after what the rendering of `messages[..=turn]` puts behind the content, as far as the whole has it too.
+/// - It begins at the end of the longest common prefix of the prompt and `before`, if the prompt differs from the whole
+/// only in the opening of the turn; else at the content.
+/// - It ends after the text that the rendering of `messages[..=turn]` adds after the content, as far as the whole has
+/// it too.
 fn span_by_mark(
     template: &ChatTemplate,
     messages: &[Message],
@@ -152,11 +154,11 @@ fn span_by_mark(
     if start < end { Ok(start..end) } else { Err("nothing of it is shown".to_owned()) }
 }
 
-/// What stands around a turn's content in the rendering of the whole.
+/// The text around a turn's content in the rendering of the whole.
 struct Surroundings {
     before: String,
     after: String,
-    /// What a template writes between a content and the calls after it, but not where the content is empty.
+    /// The text between a content and the calls after it, which templates omit for an empty content.
     joint: String,
 }
 
@@ -198,7 +200,7 @@ fn with_generation_prompt(options: &RenderOptions) -> RenderOptions {
     RenderOptions { add_generation_prompt: true, ..options.clone() }
 }
 
-/// Length in bytes, on a character boundary, of the longest common beginning.
+/// Returns the length in bytes of the longest common prefix, on a character boundary.
 fn common_prefix(a: &str, b: &str) -> usize {
     a.chars().zip(b.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum()
 }

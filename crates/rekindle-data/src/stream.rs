@@ -1,18 +1,18 @@
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 
-/// Decodes a growing sequence of ids, in pieces that together are the text of the whole.
+/// A decoder of a growing sequence of ids, in pieces that together are the text of the whole.
 ///
-/// A token may end in the middle of a character, and a decoder may treat the first token of a text differently; so ids
-/// are decoded in a window that begins with tokens already shown, and a piece that ends in an incomplete character waits.
+/// A token may end within a character, and a decoder may treat the first token of a text differently. Therefore ids are
+/// decoded in a window that begins with tokens already returned, and a piece with an incomplete character is held back.
 #[derive(Debug)]
 pub struct StreamDecoder<'a> {
     tokenizer: &'a Tokenizer,
     skip_special: bool,
-    /// `ids[..context]` were shown before; they only give the others their surroundings.
+    /// Ids of the window; `ids[..context]` were returned before and only give context.
     ids: Vec<u32>,
     context: usize,
-    /// Bytes of the window's text that were shown.
+    /// Bytes of the window's text that were returned.
     shown: usize,
 }
 
@@ -21,10 +21,10 @@ impl<'a> StreamDecoder<'a> {
         StreamDecoder { tokenizer, skip_special, ids: Vec::new(), context: 0, shown: 0 }
     }
 
-    /// Takes the next id and gives the text that is certain by now, if any is new.
+    /// Adds an id; returns the new text that is complete, if any.
     ///
     /// # Errors
-    /// When the tokenizer's decoder fails.
+    /// An error if the tokenizer's decoder fails.
     pub fn push(&mut self, id: u32) -> Result<Option<String>> {
         self.ids.push(id);
         let text = self.tokenizer.decode(&self.ids, self.skip_special)?;
@@ -38,10 +38,10 @@ impl<'a> StreamDecoder<'a> {
         Ok(piece)
     }
 
-    /// Gives what still waited, with `U+FFFD` for bytes that never became a character.
+    /// Returns the remaining text, with `U+FFFD` for incomplete characters.
     ///
     /// # Errors
-    /// When the tokenizer's decoder fails.
+    /// An error if the tokenizer's decoder fails.
     pub fn finish(mut self) -> Result<Option<String>> {
         let text = self.tokenizer.decode(&self.ids, self.skip_special)?;
         Ok(self.show(&text))
@@ -62,7 +62,7 @@ mod tests {
     use crate::Tokenizer;
     use crate::test_support::{CHATML, tokenizer, write_json};
 
-    /// Pieces and rest of a stream over `ids`.
+    /// Returns the pieces and the rest of a stream over `ids`.
     fn stream(ids: &[u32], skip_special: bool) -> (Vec<Option<String>>, Option<String>) {
         let (_dir, tokenizer) = tokenizer(CHATML);
         let mut decoder = tokenizer.stream_decoder(skip_special);
@@ -100,7 +100,8 @@ mod tests {
         assert_eq!(text(false), ["a", "<|im_end|>", "b"]);
     }
 
-    /// The decoder of a Llama 2 checkpoint: words carry their space, which the first loses; unknown characters are bytes.
+    /// The decoder of a Llama 2 checkpoint: words include their space, which the first word loses; unknown characters
+    /// are bytes.
     #[test]
     fn words_keep_their_spaces_and_bytes_wait() {
         let vocab = json!({"<unk>": 0, "▁a": 1, "b": 2, "<0xC3>": 3, "<0xA9>": 4, "<0x62>": 5});

@@ -24,37 +24,37 @@ pub(crate) use values::REASONING;
 
 const NAME: &str = "chat_template";
 
-/// A chat template, rendered as transformers renders it.
+/// A chat template, rendered as in transformers.
 ///
-/// Jinja2 with `trim_blocks`, `lstrip_blocks`, `break`/`continue`, Python's methods of strings, lists and dicts,
-/// `raise_exception`, `strftime_now`, `namespace` and a `tojson` that writes what Python's `json.dumps` writes. Numbers
-/// are written as Python writes them, everywhere.
+/// It supports Jinja2 with `trim_blocks`, `lstrip_blocks`, `break`/`continue`, Python's methods of strings, lists and
+/// dicts, `raise_exception`, `strftime_now`, `namespace` and a `tojson` equal to Python's `json.dumps`. Numbers are
+/// formatted as in Python.
 ///
-/// Two differences from transformers. `strftime_now` gives UTC, at the time the template was read, so that a
-/// conversation renders the same for a whole run. A rendering that takes too many steps or writes too much is an error;
-/// the limits grow with the conversation.
+/// There are two differences from transformers. `strftime_now` returns UTC at the time when the template was read, so that
+/// a conversation renders the same throughout a run. A rendering with too many steps or too much output is an error; the
+/// limits grow with the conversation.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special_tokens: BTreeMap<String, String>,
-    /// As `environment`, with marks around what `{% generation %}` blocks write, where there are such blocks.
+    /// The template with marks around the output of `{% generation %}` blocks, if it has any.
     marking: Option<Environment<'static>>,
-    /// The file and perhaps the name, for errors.
+    /// The file and the name, for errors.
     origin: Option<String>,
 }
 
-/// A rendering and what of it stands in `{% generation %}` blocks.
+/// A rendering, and the parts of it from `{% generation %}` blocks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Marked {
-    /// What [`ChatTemplate::render`] gives.
+    /// The text, as of [`ChatTemplate::render`].
     pub text: String,
-    /// Byte ranges, in order and apart, none of them empty.
+    /// Non-empty byte ranges, in order and disjoint.
     pub spans: Vec<Range<usize>>,
 }
 
-/// What a template gets beside the messages.
+/// The inputs of a template besides the messages.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct RenderOptions {
-    /// End with the beginning of an assistant turn.
+    /// If true, the rendering ends with the beginning of an assistant turn.
     pub add_generation_prompt: bool,
     /// Descriptions of tools.
     pub tools: Option<serde_json::Value>,
@@ -66,7 +66,7 @@ impl ChatTemplate {
     /// Reads a template that uses no special tokens.
     ///
     /// # Errors
-    /// [`Error::Template`] with the line when the template does not parse.
+    /// [`Error::Template`] with the line if the template does not parse.
     pub fn new(source: &str) -> Result<Self> {
         Self::with_special_tokens(source, &BTreeMap::new())
     }
@@ -74,7 +74,7 @@ impl ChatTemplate {
     /// Reads a template; `special_tokens` are its variables `bos_token`, `eos_token` …
     ///
     /// # Errors
-    /// [`Error::Template`] with the line when the template does not parse.
+    /// [`Error::Template`] with the line if the template does not parse.
     pub fn with_special_tokens(source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Self> {
         let (source, has_marks) = generation::as_filters(&unix_lines(source));
         let source = concat::as_calls(&source);
@@ -91,35 +91,35 @@ impl ChatTemplate {
         Ok(ChatTemplate { environment, marking, special_tokens: special_tokens.clone(), origin: None })
     }
 
-    /// Names the file that the template is from in errors.
+    /// Sets the file of the template, for errors.
     #[must_use]
     pub(crate) fn with_origin(self, origin: String) -> Self {
         ChatTemplate { origin: Some(origin), ..self }
     }
 
-    /// The file that the template is from, for errors.
+    /// Returns the file of the template, for errors.
     pub(crate) fn origin(&self) -> &str {
         self.origin.as_deref().unwrap_or("(given as text)")
     }
 
-    /// Returns true if the template marks what the assistant says, with `{% generation %}` blocks.
+    /// Returns true if the template marks the assistant's text with `{% generation %}` blocks.
     pub fn has_marks(&self) -> bool {
         self.marking.is_some()
     }
 
-    /// The text of a conversation.
+    /// Renders a conversation.
     ///
     /// # Errors
-    /// [`Error::Template`] when the template fails or calls `raise_exception`.
+    /// [`Error::Template`] if the template fails or calls `raise_exception`.
     pub fn render(&self, messages: &[Message], options: &RenderOptions) -> Result<String> {
         self.try_render(messages, options).map_err(|message| self.error(message))
     }
 
-    /// The text of a conversation, and what of it the template marks with `{% generation %}` blocks: transformers'
-    /// `return_assistant_tokens_mask` before it goes to tokens.
+    /// Renders a conversation, and returns the parts from `{% generation %}` blocks, as transformers'
+    /// `return_assistant_tokens_mask` does.
     ///
     /// # Errors
-    /// [`Error::Template`] as for [`render`](Self::render), and when the template looks into what a block wrote.
+    /// [`Error::Template`] as for [`render`](Self::render), and if the template inspects the output of a block.
     pub fn render_marked(&self, messages: &[Message], options: &RenderOptions) -> Result<Marked> {
         self.try_render_marked(messages, options).map_err(|message| self.error(message))
     }
@@ -141,7 +141,7 @@ impl ChatTemplate {
         Ok(Marked { text, spans })
     }
 
-    /// As [`render`](Self::render), with the bare message for whoever knows the place better.
+    /// Renders like [`render`](Self::render), with an error message without the place.
     pub(crate) fn try_render(&self, messages: &[Message], options: &RenderOptions) -> Result<String, String> {
         self.render_in(&self.environment, messages, options)
     }
@@ -173,7 +173,7 @@ impl std::fmt::Debug for ChatTemplate {
     }
 }
 
-/// Jinja with what transformers adds to it, and text as Python has it.
+/// Returns the Jinja engine with transformers' additions and Python's text formatting.
 fn engine(now: SystemTime) -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_syntax(
@@ -193,7 +193,7 @@ fn engine(now: SystemTime) -> Environment<'static> {
     environment
 }
 
-/// Jinja2 reads every line end as `\n`, also inside of string literals.
+/// Replaces every line end by `\n`, as Jinja2 does, also in string literals.
 fn unix_lines(source: &str) -> String {
     source.replace("\r\n", "\n").replace('\r', "\n")
 }

@@ -15,16 +15,16 @@ use crate::Tokenizer;
 pub(crate) const CHATML: &str = include_str!("../tests/templates/chatml.jinja");
 /// Header tokens, the BOS in the template, trimmed contents and a date.
 pub(crate) const HEADERS: &str = include_str!("../tests/templates/headers.jinja");
-/// As ChatML, with a system prompt of its own where none is given, and tools.
+/// Like ChatML, with a default system prompt, and tools.
 pub(crate) const DEFAULT_SYSTEM: &str = include_str!("../tests/templates/default_system.jinja");
-/// As ChatML, dropping the reasoning of turns before the last question.
+/// Like ChatML, without the reasoning of turns before the last question.
 pub(crate) const THINKING: &str = include_str!("../tests/templates/thinking.jinja");
-/// As ChatML, with `{% generation %}` blocks.
+/// Like ChatML, with `{% generation %}` blocks.
 pub(crate) const MARKED: &str = include_str!("../tests/templates/marked.jinja");
 /// Roles marked by brackets, the BOS and EOS around each pair of turns.
 pub(crate) const BRACKETS: &str = include_str!("../tests/templates/brackets.jinja");
 
-/// `<s>`, the first of the special tokens, which follow the 256 bytes and the merges.
+/// Special tokens, which follow the 256 bytes and the merges; `<s>` is the first.
 pub(crate) const SPECIAL: [&str; 9] = [
     "<s>",
     "</s>",
@@ -37,7 +37,7 @@ pub(crate) const SPECIAL: [&str; 9] = [
     "<|eot|>",
 ];
 
-/// A checkpoint directory with the template and `<|im_end|>` as end token.
+/// Returns a checkpoint directory with the template and `<|im_end|>` as end token.
 pub(crate) fn tokenizer(template: &str) -> (TempDir, Tokenizer) {
     let dir = checkpoint();
     write(dir.path(), "chat_template.jinja", template);
@@ -45,7 +45,7 @@ pub(crate) fn tokenizer(template: &str) -> (TempDir, Tokenizer) {
     (dir, tokenizer)
 }
 
-/// A checkpoint directory without a chat template: BOS `<s>`, EOS `<|im_end|>`; the post-processor adds `<s>`.
+/// Returns a checkpoint directory without a chat template: BOS `<s>`, EOS `<|im_end|>`; the post-processor adds `<s>`.
 pub(crate) fn checkpoint() -> TempDir {
     let dir = tempfile::tempdir().expect("a directory");
     save_tokenizer(dir.path(), &["<s>", "$A"]);
@@ -57,7 +57,7 @@ pub(crate) fn checkpoint() -> TempDir {
     dir
 }
 
-/// Writes a `tokenizer.json` whose post-processor puts a text into `around`, as in `["<s>", "$A"]`.
+/// Writes a `tokenizer.json` whose post-processor adds tokens around a text, as in `["<s>", "$A"]`.
 pub(crate) fn save_tokenizer(dir: &Path, around: &[&str]) {
     let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
     alphabet.sort_unstable();
@@ -98,7 +98,7 @@ pub(crate) fn write_json(dir: &Path, name: &str, value: &Value) {
     write(dir, name, &value.to_string());
 }
 
-/// A dataset file with these bytes.
+/// Returns a dataset file with these bytes.
 pub(crate) fn write_rows(bytes: impl AsRef<[u8]>) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("rows.jsonl");

@@ -16,12 +16,12 @@ pub use checkpoint::{chat_template_sources, eos_token_ids};
 pub(crate) use templates::NamedTemplate;
 use templates::Templates;
 
-/// A checkpoint's tokenizer: text to token ids and back, its special tokens and its chat template.
+/// A checkpoint's tokenizer: text to token ids and back, its special tokens and its chat templates.
 ///
-/// Padding and truncation that `tokenizer.json` may ask for are turned off: rows are never padded, and what is too long
-/// is [`Overlong`](crate::Overlong)'s to decide.
+/// Padding and truncation in `tokenizer.json` are disabled: rows are never padded, and [`Overlong`](crate::Overlong)
+/// decides about long rows.
 pub struct Tokenizer {
-    /// Without its post-processor, which would trim spaces off the offsets that loss masks are made from.
+    /// The tokenizer without its post-processor, which would trim spaces from the offsets that loss masks need.
     inner: tokenizers::Tokenizer,
     post_processor: Option<PostProcessorWrapper>,
     vocab_size: usize,
@@ -33,7 +33,7 @@ pub struct Tokenizer {
     dir: PathBuf,
 }
 
-/// Token ids and where in the text each stands.
+/// Token ids, and the position of each in the text.
 pub(crate) struct Tokenized {
     pub(crate) ids: Vec<u32>,
     /// Byte ranges; `None` for tokens that the post-processor added.
@@ -90,59 +90,59 @@ impl Tokenizer {
         })
     }
 
-    /// Token ids of `text`. Special tokens written in the text become their ids either way; `add_special_tokens` adds
-    /// those that the tokenizer puts around a text (its BOS, say).
+    /// Returns the token ids of `text`. Special tokens written in the text become their ids in any case;
+    /// `add_special_tokens` adds those that the tokenizer puts around a text, such as its BOS.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] when the tokenizer has no token for a piece of the text.
+    /// [`Error::Tokenizer`] if the tokenizer has no token for a part of the text.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         Ok(self.encode_with_places(text, add_special_tokens)?.ids)
     }
 
-    /// The text of token ids; ids that the tokenizer does not know are left out, special tokens with `skip_special`.
+    /// Returns the text of token ids; unknown ids are omitted, and special tokens with `skip_special`.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] when the tokenizer's decoder fails.
+    /// [`Error::Tokenizer`] if the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         self.inner.decode(ids, skip_special).map_err(|error| self.error(format!("cannot decode {ids:?}: {error}")))
     }
 
-    /// Decodes ids one at a time.
+    /// Returns a decoder that decodes ids one at a time.
     pub fn stream_decoder(&self, skip_special: bool) -> StreamDecoder<'_> {
         StreamDecoder::new(self, skip_special)
     }
 
-    /// One more than the largest token id.
+    /// Returns one more than the largest token id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// The id of `bos_token`.
+    /// Returns the id of `bos_token`.
     pub fn bos_id(&self) -> Option<u32> {
         self.bos_id
     }
 
-    /// The id that ends a text: `eos_token`, or the first of [`eos_ids`](Self::eos_ids) where none is named.
+    /// Returns the id that ends a text: `eos_token`, or the first of [`eos_ids`](Self::eos_ids) if there is none.
     pub fn eos_id(&self) -> Option<u32> {
         self.eos_id
     }
 
-    /// The ids that end a generation.
+    /// Returns the ids that end a generation.
     pub fn eos_ids(&self) -> &[u32] {
         &self.eos_ids
     }
 
-    /// The id of a token, by its text.
+    /// Returns the id of a token, by its text.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
-    /// Returns true if the checkpoint has a chat template (which may still not parse).
+    /// Returns true if the checkpoint has a chat template, even if it does not parse.
     pub fn has_chat_template(&self) -> bool {
         !self.templates.is_empty()
     }
 
-    /// The chat template of a conversation without tools.
+    /// Returns the chat template of a conversation without tools.
     ///
     /// # Errors
     /// As [`chat_template_for`](Self::chat_template_for).
@@ -150,11 +150,11 @@ impl Tokenizer {
         self.chat_template_for(None, false)
     }
 
-    /// The chat template that transformers' `apply_chat_template` chooses: of several, the one with this name; without a
-    /// name, `tool_use` for a conversation with tools, where there is one, else `default`.
+    /// Returns the chat template that transformers' `apply_chat_template` chooses: the one with this name; without a
+    /// name, `tool_use` for a conversation with tools if it exists, else `default`.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] when there is none or it does not parse, [`Error::Options`] when none has this name.
+    /// [`Error::Tokenizer`] if there is none or it does not parse, [`Error::Options`] if none has this name.
     pub fn chat_template_for(&self, name: Option<&str>, has_tools: bool) -> Result<&ChatTemplate> {
         self.named_template(name, has_tools)?.template().map_err(|message| self.error(message))
     }
@@ -166,22 +166,23 @@ impl Tokenizer {
         })
     }
 
-    /// The files of the chat templates.
+    /// Returns the files of the chat templates.
     pub(crate) fn template_files(&self) -> BTreeSet<&Path> {
         self.templates.iter().map(|template| &*template.path).collect()
     }
 
-    /// The tokenizer's files in the checkpoint, for whoever saves it elsewhere.
+    /// Returns the tokenizer's files in the checkpoint, for saving them elsewhere.
     pub fn files(&self) -> Vec<PathBuf> {
         rekindle_hub::companion_files(&self.dir)
     }
 
-    /// The text of a token as the vocabulary has it, by its id.
+    /// Returns the text of a token in the vocabulary, by its id.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
-    /// Whether the id is that of a special token, such as an end token; `<think>` is none where the vocabulary says so.
+    /// Returns true if the id is that of a special token, such as an end token. The vocabulary decides whether
+    /// `<think>` is one.
     pub fn is_special(&self, id: u32) -> bool {
         self.special_ids.contains(&id)
     }
@@ -197,13 +198,14 @@ impl Tokenizer {
         Ok(Tokenized { ids: processed.get_ids().to_vec(), places: spread(places, &processed) })
     }
 
-    /// The token with which the chat template ends the assistant's turns, found by rendering a conversation. It need not
-    /// be one of [`eos_ids`](Self::eos_ids): checkpoints that were never trained on conversations may stop at another.
+    /// Returns the token with which the chat template ends the assistant's turns, found by rendering a conversation. It
+    /// may differ from [`eos_ids`](Self::eos_ids): checkpoints that were never trained on conversations may stop at
+    /// another token.
     pub fn end_of_turn(&self) -> Option<u32> {
         self.end_of_turn_of(self.templates.choose(None, false).ok()?)
     }
 
-    /// Returns the tokens with which the chat templates, all that the checkpoint has, end the assistant's turns.
+    /// Returns the tokens with which the checkpoint's chat templates end the assistant's turns.
     pub fn ends_of_turns(&self) -> BTreeSet<u32> {
         self.templates.iter().filter_map(|named| self.end_of_turn_of(named)).collect()
     }
@@ -244,7 +246,7 @@ fn read_tokenizer(dir: &Path) -> Result<(tokenizers::Tokenizer, PathBuf)> {
     Ok((inner, path))
 }
 
-/// Gives each token of `processed` its place; the post-processor adds tokens but neither drops nor reorders any.
+/// Assigns each token of `processed` its position; the post-processor adds tokens but neither removes nor reorders any.
 fn spread(places: Vec<Range<usize>>, processed: &Encoding) -> Vec<Option<Range<usize>>> {
     let mut places = places.into_iter();
     let added = processed.get_special_tokens_mask();

@@ -1,17 +1,17 @@
-//! The round numbers of a plot's axis.
+//! Round numbers for the axis of a plot.
 
 /// An axis from the first to the last of its ticks.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Axis {
     /// Round values at equal distances, at least two.
     pub(crate) ticks: Vec<f64>,
-    /// Digits behind the point that tell them apart.
+    /// Decimal places that distinguish the ticks.
     pub(crate) digits: usize,
 }
 
 impl Axis {
-    /// The shortest axis over `min` to `max` with distances of 1, 2, 2.5 or 5 times a power of ten, five at most and a
-    /// little more where the ends ask for it.
+    /// Returns the shortest axis over `min` to `max` with at most five intervals of 1, 2, 2.5 or 5 times a power of
+    /// ten, extended slightly if the ends require it.
     pub(crate) fn over(min: f64, max: f64) -> Self {
         // One value alone stands in the middle.
         let (min, max) = if max > min { (min, max) } else { (min - 0.5 * min.abs(), max + 0.5 * max.abs()) };
@@ -31,13 +31,13 @@ impl Axis {
         Self { ticks: (first..=last).map(round).collect(), digits }
     }
 
-    /// Where `value` lies, 0 at the first tick and 1 at the last.
+    /// Returns the position of `value`: 0 at the first tick, 1 at the last.
     pub(crate) fn place(&self, value: f64) -> f64 {
         let (first, last) = (self.ticks[0], self.ticks[self.ticks.len() - 1]);
         (value - first) / (last - first)
     }
 
-    /// A tick as text: all with the same digits, in powers of ten where that is shorter.
+    /// Formats a tick. All ticks have the same number of digits, in powers of ten if that is shorter.
     pub(crate) fn label(&self, tick: f64) -> String {
         let digits = self.digits;
         if digits > 4 && tick != 0.0 {

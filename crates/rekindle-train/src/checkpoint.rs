@@ -1,8 +1,8 @@
-//! `checkpoint-N/`: the trained model after N steps, and what a run needs to go on from there as if it had not stopped.
+//! `checkpoint-N/`: the trained model after N steps, and the state for resuming the run.
 //!
-//! Beside the adapter's or model's files lie `trainer_state.json` ([`TrainerState`]), `optimizer.safetensors`, and for an
-//! adapter `master_weights.safetensors`: its trained parameters in f32, as they are and not as an adapter's file has
-//! them. Where all weights are trained, the model's own files are that.
+//! Besides the files of the adapter or model, a checkpoint contains `trainer_state.json` ([`TrainerState`]),
+//! `optimizer.safetensors`, and for an adapter `master_weights.safetensors`: its trained parameters in f32, before the
+//! conversion for the adapter's file. If all weights are trained, the model's files contain them.
 
 mod fingerprint;
 mod state;
@@ -19,12 +19,12 @@ pub(crate) use fingerprint::{dataset_fingerprint, weights_fingerprint};
 pub use state::Best;
 pub(crate) use state::{TrainerState, configuration_sha256};
 
-/// Files of a checkpoint that the result of a run has not.
+/// Files of a checkpoint that the result of a run does not have.
 pub(crate) const FILES: [&str; 3] = [TrainerState::FILE, tensors::OPTIMIZER, tensors::MASTERS];
 
 const PREFIX: &str = "checkpoint-";
 
-/// One on disk that is whole.
+/// A complete checkpoint on disk.
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
     pub(crate) path: PathBuf,
@@ -32,17 +32,17 @@ pub(crate) struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Reads what it says of itself.
+    /// Reads the state of the checkpoint at `path`.
     pub(crate) fn open(path: &Path) -> Result<Self, Error> {
         Ok(Self { path: path.to_owned(), state: TrainerState::read(path)? })
     }
 
-    /// Where the one after `step` steps belongs.
+    /// Returns the path of the checkpoint after `step` steps.
     pub(crate) fn path(output_dir: &Path, step: usize) -> PathBuf {
         output_dir.join(format!("{PREFIX}{step}"))
     }
 
-    /// Those in `output_dir` that a run can go on from, by their steps, the last one last.
+    /// Returns the steps and paths of the complete checkpoints in `output_dir`, in ascending order.
     pub(crate) fn list(output_dir: &Path) -> Vec<(usize, PathBuf)> {
         let entries = std::fs::read_dir(output_dir).into_iter().flatten().flatten();
         let mut found: Vec<(usize, PathBuf)> = entries
@@ -56,7 +56,8 @@ impl Checkpoint {
         found
     }
 
-    /// Writes one as a whole, replacing an earlier one of the same step; `write_model` writes the files of a result.
+    /// Writes a checkpoint atomically, replacing an earlier one of the same step; `write_model` writes the files of a
+    /// result.
     pub(crate) fn write(
         path: &Path,
         model: &CausalLm,
@@ -77,18 +78,18 @@ impl Checkpoint {
         })
     }
 
-    /// Brings the trained parameters back.
+    /// Restores the trained parameters.
     pub(crate) fn restore_model(&self, model: &mut CausalLm) -> Result<(), Error> {
         tensors::read_masters(&self.path, model)
     }
 
-    /// Brings the optimizer back.
+    /// Restores the optimizer.
     pub(crate) fn restore_optimizer(&self, optimizer: &mut Optimizer) -> Result<(), Error> {
         tensors::read_optimizer(&self.path, optimizer, self.state.optimizer_steps)
     }
 }
 
-/// Returns true if a name in an output directory is one that a run writes atomically.
+/// Returns true if a run writes the name atomically into its output directory.
 pub(crate) fn is_ours(name: &str) -> bool {
     const NAMES: [&str; 7] =
         ["adapter", "model", "metrics.jsonl", "loss.svg", "report.html", "run.toml", "run.resolved.toml"];

@@ -6,10 +6,10 @@ use rekindle_hub::{companion_name, write_atomic};
 
 use crate::Error;
 
-/// A file that is saved beside weights: one of the tokenizer's, say, or the generation configuration.
+/// A file that is saved beside weights, such as a tokenizer file or the generation configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Companion {
-    /// A copy of this file, under its own name or, for a named chat template, in the directory of these.
+    /// A copy of this file, under its own name. A named chat template is copied into the directory of these templates.
     Copy(PathBuf),
     /// A file with this name and content.
     Text {
@@ -27,7 +27,7 @@ impl From<PathBuf> for Companion {
 }
 
 impl Companion {
-    /// Writes it into `dir`.
+    /// Writes the file into `dir`.
     pub(crate) fn write(&self, dir: &Path) -> Result<(), Error> {
         match self {
             Self::Text { name, text } => Ok(write_atomic(&dir.join(name), text.as_bytes())?),

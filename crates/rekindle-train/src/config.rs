@@ -1,4 +1,4 @@
-//! The numbers of a run, under the names of Hugging Face's `TrainingArguments`.
+//! The training configuration, with the names of Hugging Face's `TrainingArguments`.
 
 mod step_count;
 mod timetable;
@@ -14,11 +14,11 @@ use crate::{Error, LrSchedulerKwargs, LrSchedulerType, Optim, ReportTo, Schedule
 pub use step_count::StepCount;
 pub use timetable::{EvalStrategy, SaveStrategy, Timetable};
 
-/// How a run trains. `deny_unknown_fields`: a misspelt key is an error.
+/// The training configuration: batches, steps, learning rates, evaluation and checkpoints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SftConfig {
-    /// The run's name, in the title of its report and its model card. Default: what is trained.
+    /// The run's name, used as the title of its report and its model card. Default: the model's name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run_name: Option<String>,
     /// Rows of one forward and backward pass. Default 8.
@@ -27,25 +27,25 @@ pub struct SftConfig {
     pub per_device_eval_batch_size: usize,
     /// Passes of one optimizer step. Default 1.
     pub gradient_accumulation_steps: usize,
-    /// True if a row of training is as many examples as fit into `max_seq_length`, instead of one. They never see each
-    /// other, so this changes how many examples a step takes, and nothing of what is learned from one. Default false.
+    /// If true, a training row is as many examples as fit into `max_seq_length`, instead of one. Attention does not
+    /// cross examples, so packing changes only the number of examples per step. Default false.
     pub packing: bool,
-    /// Passes over the data, when `max_steps` is absent. Default 3.
+    /// Passes over the data, if `max_steps` is absent. Default 3.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "whole_or_not")]
     pub num_train_epochs: Option<f64>,
-    /// Optimizer steps; overrides `num_train_epochs`. An epoch ends a step: its last step has the rows that are left.
+    /// Optimizer steps; overrides `num_train_epochs`. An epoch ends a step, so the last step of an epoch has the
+    /// remaining rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<usize>,
-    /// The schedule's peak. Default 2e-4 for adapters, 2e-5 when all weights are trained.
+    /// The peak learning rate. Default 2e-4 for adapters, 2e-5 when all weights are trained.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
-    /// The peak for an embedding table and output layer that are trained: by `modules_to_save`, or as all weights are.
-    /// Default: `learning_rate`.
+    /// The peak learning rate of an embedding table and output layer, if they are trained. Default: `learning_rate`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub embedding_learning_rate: Option<f64>,
-    /// How the learning rate moves. Default linear.
+    /// The learning-rate schedule. Default linear.
     pub lr_scheduler_type: LrSchedulerType,
-    /// What the schedule takes besides.
+    /// Further parameters of the schedule.
     #[serde(skip_serializing_if = "LrSchedulerKwargs::is_empty")]
     pub lr_scheduler_kwargs: LrSchedulerKwargs,
     /// Steps of linear warm-up from 0, or a share of all steps. Default 0.
@@ -55,18 +55,18 @@ pub struct SftConfig {
     pub warmup_ratio: f64,
     /// The optimizer. Default AdamW.
     pub optim: Optim,
-    /// Weight decay, on matrices only; decoupled from the gradient, but for SGD. Default 0.01.
+    /// Weight decay of matrices, decoupled from the gradient except for SGD. Default 0.01.
     pub weight_decay: f64,
-    /// Of AdamW and Lion. Default 0.9.
+    /// β₁ of AdamW and Lion. Default 0.9.
     pub adam_beta1: f64,
-    /// Of AdamW and Lion. Default 0.999.
+    /// β₂ of AdamW and Lion. Default 0.999.
     pub adam_beta2: f64,
-    /// Of AdamW. Default 1e-8.
+    /// ε of AdamW. Default 1e-8.
     pub adam_epsilon: f64,
-    /// Of SGD. Default 0.
+    /// Momentum of SGD. Default 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub momentum: Option<f64>,
-    /// The global gradient norm is clipped to this; 0 turns clipping off. Default 1.
+    /// The maximum global gradient norm; 0 turns clipping off. Default 1.
     pub max_grad_norm: f64,
     /// Noise on the embeddings in training (NEFTune, arXiv:2310.05914): uniform within ± this / √(length · hidden_size) of
     /// each document. Default: none.
@@ -74,53 +74,54 @@ pub struct SftConfig {
     pub neftune_noise_alpha: Option<f64>,
     /// Gradient checkpointing. Default false: all activations are kept.
     pub use_gradient_checkpointing: GradientCheckpointing,
-    /// Whether parameters move in the backward, block by block, so that the gradients of all weights never exist at once
-    /// (torchtune's name). For `full_finetuning` with `gradient_accumulation_steps = 1`; `max_grad_norm` then clips each
-    /// block by its own norm. Default false.
+    /// If true, each block's parameters are updated as soon as its gradients are complete, so that the gradients of all
+    /// weights never exist at once (torchtune's name). Requires `full_finetuning` and `gradient_accumulation_steps =
+    /// 1`; `max_grad_norm` then clips each block by its own norm. Default false.
     #[serde(skip_serializing_if = "core::ops::Not::not")]
     pub optimizer_in_bwd: bool,
-    /// Steps between log lines, or a share of all steps. Default 1. The metrics file has every step.
+    /// Steps between log lines, or a share of all steps. Default 1. The metrics file contains every step.
     pub logging_steps: StepCount,
-    /// True if the first step has a log line too. Default true.
+    /// If true, the first step has a log line too. Default true.
     #[serde(skip_serializing_if = "is_true")]
     pub logging_first_step: bool,
-    /// When the evaluation set is evaluated. Default: every `eval_steps`, or once at the end without them.
+    /// The times of evaluation. Default: every `eval_steps`, or once at the end without them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_strategy: Option<EvalStrategy>,
     /// Steps between evaluations, or a share of all steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_steps: Option<StepCount>,
-    /// True if the evaluation set is evaluated before the first step too, so that the run says what it changed. This
-    /// evaluation is not a candidate for the best model. Default: whether there is an evaluation set.
+    /// If true, the evaluation set is also evaluated before the first step. This evaluation is not a candidate for the
+    /// best model. Default: true if there is an evaluation set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_on_start: Option<bool>,
-    /// When checkpoints are written. Default: every `save_steps`, or never without them.
+    /// The times of checkpoints. Default: every `save_steps`, or never without them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_strategy: Option<SaveStrategy>,
-    /// Steps between saves into `checkpoint-N`, or a share of all steps, with one at the end; without it only the result
-    /// is saved.
+    /// Steps between checkpoints, or a share of all steps, with a checkpoint at the end. Without it only the result is
+    /// saved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_steps: Option<StepCount>,
-    /// Who is told the numbers beside `metrics.jsonl` and `report.html`. Default TensorBoard, in files.
+    /// Receivers of the metrics besides `metrics.jsonl` and `report.html`. Default TensorBoard, in files.
     pub report_to: ReportTo,
-    /// Messages that the model answers at each evaluation, put into its chat template if there is one. Default none.
+    /// Messages that the model answers at each evaluation, in its chat template if there is one. Default none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sample_prompts: Vec<String>,
-    /// How many of the evaluation set's rows, from the first on, lend their prompts to be answered at each evaluation.
-    /// Default 0: answers take time, a pass through the model for every token.
+    /// Rows of the evaluation set, from the first on, whose prompts the model answers at each evaluation. Default 0,
+    /// because each generated token takes a forward pass.
     pub eval_samples: usize,
-    /// The most tokens of such an answer. Default 64.
+    /// The maximum number of tokens of such an answer. Default 64.
     pub sample_max_new_tokens: usize,
-    /// How many checkpoints stay, the oldest going first; the best one stays with `load_best_model_at_end`. Default all.
+    /// The maximum number of checkpoints; the oldest are removed first. The best one is kept with
+    /// `load_best_model_at_end`. Default: no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_total_limit: Option<usize>,
-    /// Whether the result is the model at its lowest evaluation loss, which is then kept in a checkpoint, instead of the
+    /// If true, the result is the model with the lowest evaluation loss, which is kept in a checkpoint, instead of the
     /// last one. Default false.
     pub load_best_model_at_end: bool,
-    /// The run ends after so many evaluations in a row that were not better than the best before them.
+    /// Consecutive evaluations without improvement after which the run ends. Default: no early stopping.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stopping_patience: Option<usize>,
-    /// By how much the evaluation loss must fall to count as better for that. Default 0.
+    /// The decrease of the evaluation loss that counts as an improvement. Default 0.
     pub early_stopping_threshold: f64,
 }
 
@@ -142,7 +143,7 @@ fn is_true(value: &bool) -> bool {
     *value
 }
 
-/// `num_train_epochs` where neither it nor `max_steps` is given.
+/// The default of `num_train_epochs`, if `max_steps` is absent.
 const EPOCHS: f64 = 3.0;
 
 impl Default for SftConfig {
@@ -191,16 +192,16 @@ impl Default for SftConfig {
 }
 
 impl SftConfig {
-    /// How the learning rate moves over `total` steps to and from the peak `peak`.
+    /// Returns the learning-rate schedule over `total` steps with the peak `peak`.
     ///
     /// # Errors
-    /// [`Error::Config`] when `lr_scheduler_kwargs` does not fit the schedule or the steps.
+    /// [`Error::Config`] if `lr_scheduler_kwargs` does not fit the schedule or the steps.
     pub fn schedule(&self, peak: f64, total: usize) -> Result<Schedule, Error> {
         let (kind, kwargs, warmup) = (self.lr_scheduler_type, &self.lr_scheduler_kwargs, self.warmup().of(total));
         Schedule::new(kind, kwargs, peak, warmup, total).map_err(Error::Config)
     }
 
-    /// Returns true if anything has the `embedding_learning_rate`, if there is one.
+    /// Refuses an `embedding_learning_rate` if no embedding is trained.
     pub(crate) fn check_embedding_rate(&self, params: &Params) -> Result<(), Error> {
         if self.embedding_learning_rate.is_none() || params.infos().iter().any(|info| info.group == Group::Embedding) {
             return Ok(());
@@ -210,33 +211,34 @@ impl SftConfig {
         Err(Error::Config(vec![problem.to_owned()]))
     }
 
-    /// The rows that training takes from `dataset`, packed or one example each.
+    /// Returns the rows that training takes from `dataset`, packed or one example each.
     pub fn rows(&self, dataset: &Dataset, max_seq_length: usize) -> Packs {
         let lengths = dataset.examples().map(|example| example.input_ids.len());
         if self.packing { Packs::best_fit(lengths, max_seq_length) } else { Packs::single(dataset.len()) }
     }
 
-    /// Rows of one optimizer step.
+    /// Returns the rows of one optimizer step.
     pub fn rows_per_step(&self) -> usize {
         self.per_device_train_batch_size * self.gradient_accumulation_steps
     }
 
-    /// The steps of a run over `rows` rows ([`rows`](Self::rows)), and what falls due after which of them.
+    /// Returns the steps of a run over `rows` rows ([`rows`](Self::rows)), and the times of evaluations, checkpoints
+    /// and log lines.
     pub fn timetable(&self, rows: usize) -> Timetable {
         Timetable::new(self, rows)
     }
 
-    /// Passes over the data where `max_steps` does not say how long the run is.
+    /// Returns the number of passes over the data if `max_steps` is absent.
     pub fn epochs(&self) -> f64 {
         self.num_train_epochs.unwrap_or(EPOCHS)
     }
 
-    /// Steps of warm-up, whichever key says it.
+    /// Returns the steps of warm-up, from either key.
     pub fn warmup(&self) -> StepCount {
         if self.warmup_steps.is_zero() { StepCount::Share(self.warmup_ratio) } else { self.warmup_steps }
     }
 
-    /// Keys that need rows to evaluate, and whether they are set.
+    /// Returns the keys that need rows to evaluate, each with true if it is set.
     pub fn needs_eval(&self) -> [(bool, &'static str); 3] {
         [
             (self.eval_steps.is_some(), "eval_steps"),
@@ -245,13 +247,13 @@ impl SftConfig {
         ]
     }
 
-    /// Returns true if the evaluation set is evaluated before the first step, if there is one.
+    /// Returns true if an evaluation set is evaluated before the first step.
     pub fn evaluates_on_start(&self) -> bool {
         self.eval_on_start.unwrap_or(self.eval_strategy != Some(EvalStrategy::No))
     }
 
-    /// Fills in the defaults that depend on other keys, and leaves one key where two say the same: `max_steps` or
-    /// `num_train_epochs`, `warmup_steps` and not `warmup_ratio`.
+    /// Fills in the defaults that depend on other keys, and keeps one of two equivalent keys: `max_steps` or
+    /// `num_train_epochs`, and `warmup_steps` instead of `warmup_ratio`.
     pub fn resolve(&mut self, full_finetuning: bool, has_eval: bool) {
         match self.max_steps {
             Some(_) => self.num_train_epochs = None,
@@ -267,7 +269,7 @@ impl SftConfig {
         }
     }
 
-    /// The schedule's peak.
+    /// Returns the peak learning rate.
     pub fn resolved_learning_rate(&self, full_finetuning: bool) -> f64 {
         self.learning_rate.unwrap_or(if full_finetuning { 2e-5 } else { 2e-4 })
     }

@@ -1,32 +1,32 @@
-//! What is known of a step whose loss or gradient is not finite.
+//! A diagnosis of a step whose loss or gradient is not finite.
 
 use core::fmt;
 use std::path::PathBuf;
 
 use rekindle_models::NonFinite;
 
-/// A run that stopped because a number is infinite or not a number.
+/// A run that stopped because a value is infinite or not a number.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Diverged {
-    /// The optimizer step, from 1 on; of an evaluation, the steps done before it.
+    /// The optimizer step, from 1; for an evaluation, the steps before it.
     pub step: usize,
     /// `loss`, `grad_norm` or `eval_loss`.
     pub what: &'static str,
-    /// What it became.
+    /// The value.
     pub value: f64,
-    /// Where it began, found by going through the step again.
+    /// The first non-finite weight, output or gradient, found by repeating the step.
     pub found: Option<NonFinite>,
-    /// File and line of the rows that it comes from; all of the step when none stands out.
+    /// File and line of the affected rows; all rows of the step if none stands out.
     pub rows: Vec<(PathBuf, usize)>,
-    /// True if `rows` are all of the step.
+    /// True if `rows` are all rows of the step.
     pub all_rows: bool,
-    /// What to try, one sentence each.
+    /// Suggestions, one sentence each.
     pub advice: Vec<String>,
-    /// The last checkpoint before it.
+    /// The last checkpoint before the step.
     pub checkpoint: Option<PathBuf>,
 }
 
-/// Rows that a message names.
+/// The maximum number of rows in a message.
 const SHOWN: usize = 8;
 
 impl fmt::Display for Diverged {

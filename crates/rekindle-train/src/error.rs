@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use crate::Diverged;
 
-/// Why a run cannot start or go on.
+/// A reason that a run cannot start or continue.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -38,20 +38,20 @@ pub enum Error {
         /// True if the run was to resume.
         resumes: bool,
     },
-    /// The run is not the one that the checkpoint is of, one sentence for each difference.
+    /// The run differs from the one that wrote the checkpoint.
     #[error("cannot go on from {}: {}; a run goes on with what it began with", .path.display(), .differences.join("; "))]
     Differs {
         /// The checkpoint.
         path: PathBuf,
-        /// What was and what is.
+        /// One sentence for each difference.
         differences: Vec<String>,
     },
-    /// A checkpoint that cannot be gone on from.
+    /// A checkpoint that a run cannot resume from.
     #[error("{}: {problem}", .path.display())]
     Checkpoint {
         /// The checkpoint or its file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         problem: String,
     },
     /// The model refused a batch.

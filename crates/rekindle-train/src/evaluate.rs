@@ -8,12 +8,12 @@ use serde::Serialize;
 
 use crate::Error;
 
-/// The loss of a dataset, in whole and row by row.
+/// The loss of a dataset, in total and by row.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Evaluation {
     /// Σ nll ÷ counted tokens.
     pub loss: f64,
-    /// e^loss, at most the largest f64.
+    /// e^loss, limited to the largest f64.
     pub perplexity: f64,
     /// Counted tokens.
     pub tokens: usize,
@@ -28,7 +28,7 @@ pub struct RowLoss {
     pub nll: f64,
     /// Counted labels.
     pub tokens: usize,
-    /// The loss of each counted label, where it was asked for ([`evaluate_tokens`]).
+    /// The loss of each counted label, if requested ([`evaluate_tokens`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_nll: Option<Vec<TokenLoss>>,
 }
@@ -36,15 +36,15 @@ pub struct RowLoss {
 /// The loss of one label.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct TokenLoss {
-    /// The token's index in its row, from 0 on; the first token of a row has no loss.
+    /// The token's index in its row, from 0; the first token of a row has no loss.
     pub position: usize,
     /// The token.
     pub id: u32,
-    /// −ln of the probability that the tokens before it give it.
+    /// The negative log-probability of the token given the tokens before it.
     pub nll: f64,
 }
 
-/// Evaluates `dataset`, `batch_size` rows at a time; `progress` is told how many rows are done.
+/// Evaluates `dataset`, `batch_size` rows at a time; `progress` receives the number of rows done.
 ///
 /// # Errors
 /// [`Error::Model`] when a row does not fit the model; of the kind
@@ -58,7 +58,7 @@ pub fn evaluate(
     evaluate_finite(model, dataset, batch_size, false, progress)
 }
 
-/// [`evaluate`], with the loss of every token of every row.
+/// Evaluates like [`evaluate`], and returns the loss of every token of every row.
 ///
 /// # Errors
 /// As `evaluate`.
@@ -93,8 +93,8 @@ fn evaluate_finite(
     Ok(Evaluation::of(rows))
 }
 
-/// Evaluates `dataset` without a check for finite losses, which a run has of its own; `None` when `go_on`, asked after
-/// each batch, says no before the end.
+/// Evaluates `dataset` without a check for finite losses, which a run does itself. Calls `go_on` after each batch;
+/// returns `None` if it returns false before the end.
 pub(crate) fn evaluate_while(
     model: &CausalLm,
     dataset: &Dataset,
@@ -141,7 +141,7 @@ fn row_losses(model: &CausalLm, batch: &Batch, per_token: bool) -> Result<Vec<Ro
     Ok(batch.documents().map(row).collect())
 }
 
-/// The error for rows of `batch` whose losses are not finite.
+/// Returns the error for rows of `batch` whose losses are not finite.
 fn not_finite(model: &CausalLm, dataset: &Dataset, batch: &Batch, rows: &[usize]) -> Error {
     let found = match model.first_non_finite_output(std::slice::from_ref(batch), None) {
         Ok(found) => found,
@@ -157,7 +157,7 @@ fn not_finite(model: &CausalLm, dataset: &Dataset, batch: &Batch, rows: &[usize]
     rekindle_models::Error::NonFinite { what, found }.into()
 }
 
-/// A batch of examples whose first is row `first_row` of the optimizer step.
+/// Returns a batch of examples whose first is row `first_row` of the optimizer step.
 pub(crate) fn batch<'a>(examples: impl Iterator<Item = Example<'a>>, first_row: usize) -> Batch {
     Batch::from_rows(examples.map(|e| (e.input_ids, e.labels)), first_row as u32)
 }

@@ -1,32 +1,32 @@
-//! What a run tells while it goes on, and at its end.
+//! Events of a run, and its report.
 
 use std::path::{Path, PathBuf};
 
 use crate::{Best, EvalMetrics, Sample, StepMetrics, Timetable};
 
-/// What a run tells while it goes on.
+/// An event of a run.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
     /// The first step is about to be taken.
     Started {
-        /// Steps that were done before, by a run that this one goes on from.
+        /// Steps done before, by the run that this one resumes.
         done: usize,
-        /// Steps of the whole run, and what falls due after which of them.
+        /// The steps of the whole run, and the times of evaluations, checkpoints and log lines.
         times: &'a Timetable,
-        /// What it goes on from.
+        /// The checkpoint that the run resumes from.
         checkpoint: Option<&'a Path>,
-        /// What the user should know of that and of the run, one sentence each.
+        /// Notices for the user, one sentence each.
         notes: &'a [String],
     },
     /// An optimizer step is done.
     Step {
-        /// Its numbers.
+        /// The metrics of the step.
         metrics: &'a StepMetrics,
         /// Steps of the whole run.
         total: usize,
     },
-    /// The evaluation set was looked at.
+    /// The evaluation set was evaluated.
     Eval(&'a EvalMetrics),
     /// A prompt was answered.
     Sample(&'a Sample),
@@ -34,30 +34,30 @@ pub enum Event<'a> {
     Saved(&'a Path),
 }
 
-/// What a run has to say at its end.
+/// The report of a finished or interrupted run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
-    /// Every step, those before a resumption included.
+    /// Every step, including those before resuming.
     pub steps: Vec<StepMetrics>,
     /// Every evaluation, the last one after the last step.
     pub evals: Vec<EvalMetrics>,
-    /// Why it ended.
+    /// The reason for the end.
     pub end: End,
-    /// The lowest evaluation loss, if the evaluation set was looked at.
+    /// The lowest evaluation loss, if there was an evaluation.
     pub best: Option<Best>,
     /// The last checkpoint, if there is one.
     pub checkpoint: Option<PathBuf>,
-    /// Where the adapter or model was written, if anywhere.
+    /// The path of the adapter or model, if it was written.
     pub saved: Option<PathBuf>,
 }
 
-/// Why a run ended.
+/// The reason for a run's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     /// All steps are done.
     Finished,
-    /// The evaluation loss did not fall any more (`early_stopping_patience`).
+    /// The evaluation loss no longer fell (`early_stopping_patience`).
     EarlyStopping,
-    /// It was asked to stop ([`Trainer::stop_flag`](crate::Trainer::stop_flag)); there is no result yet.
+    /// The run was asked to stop ([`Trainer::stop_flag`](crate::Trainer::stop_flag)); there is no result yet.
     Interrupted,
 }

@@ -1,10 +1,10 @@
 //! The trainer: optimizer step, schedules, evaluation, metrics and the training loop.
 //!
-//! [`Trainer`] runs a whole job over a [`Dataset`](rekindle_data::Dataset); [`Optimizer`] is one optimizer
-//! step over given micro-batches, for loops of your own; [`evaluate`] is the loss of a dataset.
+//! [`Trainer`] runs a whole job over a [`Dataset`](rekindle_data::Dataset); [`Optimizer`] performs one optimizer step
+//! over given micro-batches, for custom loops; [`evaluate`] computes the loss of a dataset.
 //!
-//! The loss of a step is Σ nll ÷ counted tokens of the whole step, so that any split of the same rows into
-//! micro-batches gives the same gradient.
+//! The loss of a step is Σ nll ÷ counted tokens of the whole step, so every split of the same rows into micro-batches
+//! gives the same gradient.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 

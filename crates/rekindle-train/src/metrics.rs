@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: one JSON object a line, for every step, every evaluation and every sample.
+//! `metrics.jsonl`: one JSON object per line for every step, every evaluation and every sample.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -11,29 +11,29 @@ use crate::Error;
 /// One optimizer step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepMetrics {
-    /// From 1 on.
+    /// The step, from 1.
     pub step: usize,
-    /// Share of the data seen, 1 for all of it once.
+    /// The share of the data seen; 1 is one pass.
     pub epoch: f64,
     /// Mean loss of the step's counted tokens.
     pub loss: f64,
-    /// Before clipping.
+    /// Global gradient norm before clipping.
     pub grad_norm: f64,
-    /// Used by this step.
+    /// Learning rate of this step.
     pub learning_rate: f64,
-    /// Tokens that went through the model in this step.
+    /// Tokens of this step.
     pub tokens: usize,
-    /// Tokens that counted in the loss.
+    /// Tokens that the loss covers.
     pub trained_tokens: usize,
     /// `tokens` ÷ the step's wall-clock time.
     pub tokens_per_second: f64,
     /// Wall-clock time since the run began.
     pub seconds: f64,
-    /// Bytes in use after the step: of the device, on the CPU of the process
+    /// Bytes in use after the step, on the device; on the CPU, of the process
     /// ([`Device::memory`](rekindle_kernels::Device::memory)).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<u64>,
-    /// The most bytes in use so far.
+    /// The peak of bytes in use so far.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_memory: Option<u64>,
 }
@@ -51,36 +51,36 @@ pub struct EvalMetrics {
     pub eval_tokens: usize,
 }
 
-/// What the model made of a prompt.
+/// The model's answer to a prompt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sample {
     /// Steps done before it.
     pub step: usize,
-    /// Which of the run's prompts, from 1 on.
+    /// The number of the prompt, from 1.
     pub sample: usize,
-    /// The prompt, as it was tokenized.
+    /// The prompt, decoded from its tokens.
     pub prompt: String,
-    /// What the rows have in this place, if the prompt is theirs.
+    /// The answer in the row, if the prompt is from a row.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected: Option<String>,
     /// The most likely continuation.
     pub output: String,
     /// Its tokens.
     pub new_tokens: usize,
-    /// True if it ended by itself, and not because it was long enough.
+    /// True if it ended with an end token, and not at the length limit.
     pub ended: bool,
 }
 
-/// Up to where a run's numbers stand.
+/// The position up to which a run's metrics are valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Until {
     /// Steps done.
     pub steps: usize,
-    /// The step after which the last evaluation was done; 0 without one.
+    /// The step of the last evaluation; 0 without one.
     pub evaluated: usize,
 }
 
-/// A run's numbers so far, those of before a resumption included.
+/// A run's metrics so far, including those before resuming.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RunHistory {
     /// Every step.
@@ -91,7 +91,7 @@ pub struct RunHistory {
     pub samples: Vec<Sample>,
 }
 
-/// A line of the file. Keys that are not known here are passed over, and so are lines of other kinds.
+/// A line of the file. Unknown keys and lines of other kinds are ignored.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Line {
@@ -113,15 +113,15 @@ impl Line {
 }
 
 impl RunHistory {
-    /// Reads a `metrics.jsonl`. A last line that was cut off, as by a kill, is passed over.
+    /// Reads a `metrics.jsonl`. An incomplete last line is ignored.
     ///
     /// # Errors
-    /// [`Error::Io`] when the file cannot be read or another line is broken.
+    /// [`Error::Io`] if the file cannot be read or another line is invalid.
     pub fn read(path: &Path) -> Result<Self, Error> {
         Ok(Self::parse(path, Until { steps: usize::MAX, evaluated: usize::MAX })?.0)
     }
 
-    /// What `path` says of a run up to `until`, and the lines that say it.
+    /// Reads the metrics in `path` up to `until`, and their lines.
     fn parse(path: &Path, until: Until) -> Result<(Self, String), Error> {
         let failed = |source| Error::Io { path: path.to_owned(), source };
         let text = std::fs::read_to_string(path).map_err(failed)?;
@@ -146,7 +146,7 @@ impl RunHistory {
     }
 }
 
-/// Writes `metrics.jsonl`; every line reaches the file before the next step begins.
+/// A writer of `metrics.jsonl`. Every line reaches the file before the next step begins.
 #[derive(Debug)]
 pub struct MetricsFile {
     path: PathBuf,
@@ -163,11 +163,11 @@ impl MetricsFile {
         Ok(Self { path: path.to_owned(), out: BufWriter::new(file) })
     }
 
-    /// Goes on with the file of a run that has come to `until`, without its later lines; gives what the lines that stay
-    /// say. A file that is not there is created.
+    /// Continues the file of a run that has reached `until`, without its later lines, and returns the metrics before.
+    /// Creates the file if it is missing.
     ///
     /// # Errors
-    /// [`Error::Io`], and [`Error::File`] when the shorter file cannot be written.
+    /// [`Error::Io`], and [`Error::File`] if the shortened file cannot be written.
     pub fn resume(path: &Path, until: Until) -> Result<(Self, RunHistory), Error> {
         if !path.exists() {
             return Ok((Self::create(path)?, RunHistory::default()));

@@ -1,4 +1,4 @@
-//! `README.md` beside what a run saves: the model card that the Hugging Face hub shows.
+//! `README.md` beside saved files: the model card that the Hugging Face hub shows.
 
 use core::fmt::Write as _;
 use std::path::Path;
@@ -14,26 +14,26 @@ use crate::{Error, EvalMetrics, SftConfig, StepMetrics};
 /// The file's name.
 pub(crate) const README: &str = "README.md";
 
-/// The line that tells a card from a README that someone wrote.
+/// The line that distinguishes a model card from a user's README.
 const MARK: &str = "<!-- Written by Rekindle; a README.md without this line is kept. -->";
 
 /// Rows of the table of results.
 const RESULTS: usize = 20;
 
-/// What a model card says of a run that the run's numbers do not.
+/// The contents of a model card besides the run's metrics.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ModelCard {
-    /// The title. Default: what the result is.
+    /// The title. Default: the kind of result.
     pub title: Option<String>,
-    /// Datasets on the hub that were trained on.
+    /// Datasets on the hub that the model was trained on.
     pub datasets: Vec<String>,
-    /// The training and the evaluation data, a line each.
+    /// The training and the evaluation data, one line each.
     pub data: Vec<String>,
     /// Seed of the run.
     pub seed: Option<u64>,
 }
 
-/// A run up to what is saved.
+/// A run up to the save.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CardRun<'a> {
     pub(crate) config: &'a SftConfig,
@@ -54,7 +54,7 @@ impl ModelCard {
         Ok(write_atomic(&dir.join(README), text.as_bytes())?)
     }
 
-    /// The text of the card. Nothing in it depends on when, where or how fast the run was.
+    /// Returns the text of the card. It does not depend on the time, place or speed of the run.
     fn text(&self, base: &str, lora: Option<&LoraConfig>, run: Option<CardRun<'_>>) -> String {
         let mut text = self.header(base, lora.is_some());
         let what = match lora {
@@ -92,7 +92,7 @@ impl ModelCard {
         text
     }
 
-    /// The metadata that the hub reads, as PEFT writes it.
+    /// Returns the metadata for the hub, as PEFT writes it.
     fn header(&self, base: &str, is_adapter: bool) -> String {
         let mut text = "---\n".to_owned();
         line(&mut text, &format!("base_model: {}", yaml(base)));
@@ -160,12 +160,12 @@ impl ModelCard {
     }
 }
 
-/// Returns true if a value says that something is not used.
+/// Returns true if a value means that an option is not used.
 fn is_off(value: &Value) -> bool {
     matches!(value, Value::Null | Value::Bool(false)) || value.as_array().is_some_and(Vec::is_empty)
 }
 
-/// The first step, those with an evaluation and the last one, at most [`RESULTS`] of them.
+/// Returns the first step, those with an evaluation and the last one, at most [`RESULTS`] of them.
 fn results(run: CardRun<'_>) -> Vec<String> {
     let CardRun { steps, evals, .. } = run;
     let last = steps.last().map_or(0, |step| step.step);
@@ -188,7 +188,7 @@ fn results(run: CardRun<'_>) -> Vec<String> {
     .collect()
 }
 
-/// A text as a YAML scalar: plain where that is beyond doubt, else in JSON's quotes, which YAML reads too.
+/// Returns a text as a YAML scalar: plain if that is unambiguous, else in JSON's quotes, which YAML accepts.
 fn yaml(text: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-:".contains(c);
     let begins = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '/' || c == '.');
@@ -199,12 +199,12 @@ fn yaml(text: &str) -> String {
     Value::from(text).to_string()
 }
 
-/// Returns true if the file at `path` is a card of this program.
+/// Returns true if the file at `path` is a card written by this program.
 pub(crate) fn is_card(path: &Path) -> bool {
     std::fs::read_to_string(path).is_ok_and(|text| text.contains(MARK))
 }
 
-/// Keeps a README that someone wrote in `old`, the directory that `new` replaces.
+/// Keeps a user's README in `old`, the directory that `new` replaces.
 pub(crate) fn keep_readme(old: &Path, new: &Path) -> Result<(), Error> {
     let (old, new) = (old.join(README), new.join(README));
     if !old.is_file() || is_card(&old) {
@@ -213,7 +213,7 @@ pub(crate) fn keep_readme(old: &Path, new: &Path) -> Result<(), Error> {
     std::fs::copy(&old, &new).map(|_| ()).map_err(|source| Error::Io { path: new, source })
 }
 
-/// A line of the card about rows: what they are and how many.
+/// Returns a line of the card about rows: their kind and number.
 pub fn data_line(what: &str, name: &str, rows: usize, tokens: usize, trained_tokens: usize) -> String {
     format!(
         "{what}: {name}, {} with {}, {} of them in the loss",

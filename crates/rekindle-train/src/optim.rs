@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::SftConfig;
 
-/// An optimizer by the name that Hugging Face's `optim` has for it.
+/// An optimizer, with the names of Hugging Face's `optim`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Optim {
@@ -28,12 +28,12 @@ pub enum Optim {
     /// Lion with its state in 8-bit blocks in host memory.
     #[serde(rename = "paged_lion_8bit")]
     PagedLion8bit,
-    /// Gradient descent, with `momentum`.
+    /// Stochastic gradient descent, with `momentum`.
     Sgd,
 }
 
 impl Optim {
-    /// How values move, with the numbers of `config`.
+    /// Returns the update rule with the values of `config`.
     pub(crate) fn rule(self, config: &SftConfig) -> Rule {
         let (beta1, beta2) = (config.adam_beta1, config.adam_beta2);
         match self {
@@ -45,7 +45,7 @@ impl Optim {
         }
     }
 
-    /// How the state is kept.
+    /// Returns the format of the optimizer's state.
     pub(crate) fn format(self) -> StateFormat {
         match self {
             Self::Adamw | Self::Lion | Self::Sgd => StateFormat::F32,
@@ -54,7 +54,7 @@ impl Optim {
         }
     }
 
-    /// What of `config` is set and means nothing to this optimizer.
+    /// Returns the keys of `config` that are set and have no effect on this optimizer.
     pub(crate) fn ignored(self, config: &SftConfig) -> Vec<String> {
         let rule = self.rule(config);
         let usual = SftConfig::default();

@@ -10,31 +10,31 @@ use rekindle_models::{Batch, CausalLm, Objective, StepKey};
 
 use crate::{Error, SftConfig, show_bytes};
 
-/// What changes the parameters.
+/// The configuration of an optimizer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OptimizerConfig {
-    /// How they move.
+    /// The update rule.
     pub rule: Rule,
-    /// How the optimizer's state is kept.
+    /// The format of the optimizer's state.
     pub format: StateFormat,
     /// Weight decay, on matrices only.
     pub weight_decay: f64,
-    /// The global norm is clipped to this; 0 for no clipping.
+    /// The maximum global norm; 0 for no clipping.
     pub max_grad_norm: f64,
-    /// Noise on the embeddings; 0 for none.
+    /// NEFTune's α; 0 for no noise.
     pub neftune_noise_alpha: f64,
-    /// Whether parameters move as soon as their gradients are there, block by block. Each block is then clipped by its own
-    /// norm.
+    /// If true, parameters are updated block by block as soon as their gradients are complete, and each block is
+    /// clipped by its own norm.
     pub optimizer_in_bwd: bool,
 }
 
 impl OptimizerConfig {
-    /// What the optimizer's state takes for the parameters of `model`.
+    /// Returns the bytes of the optimizer's state for the parameters of `model`.
     pub fn state_bytes(&self, model: &CausalLm) -> StateBytes {
         self.format.bytes(self.rule, model.params().infos().iter().map(|info| info.at.range().len()))
     }
 
-    /// What is slower or elsewhere than its name says, in a sentence each.
+    /// Returns notices about formats that are slower than expected or stored elsewhere, one sentence each.
     pub fn notes(&self, model: &CausalLm) -> Vec<String> {
         let paged = Self { format: StateFormat::Host8, ..*self }.state_bytes(model).host;
         let mut notes = Vec::new();
@@ -83,19 +83,19 @@ impl From<&SftConfig> for OptimizerConfig {
 /// The result of a step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepResult {
-    /// The loss of the step before the parameters moved, as its [`Objective`] defines it.
+    /// The loss of the step before the update, as its [`Objective`] defines it.
     pub loss: f64,
     /// Global norm of the gradient before clipping.
     pub grad_norm: f64,
-    /// Tokens that counted in the loss.
+    /// Tokens that the loss covers.
     pub counted: usize,
-    /// Tokens that went through the model.
+    /// Tokens of the step.
     pub tokens: usize,
     /// The objective's other means, by name; none for SFT.
     pub metrics: Vec<(&'static str, f64)>,
 }
 
-/// The optimizer with its state.
+/// An optimizer with its state.
 #[derive(Debug)]
 pub struct Optimizer {
     config: OptimizerConfig,
@@ -105,11 +105,10 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// A state of zeros for the parameters of `model`. `seed` is that of dropout.
+    /// Returns an optimizer with a zero state for the parameters of `model`. `seed` is the seed of dropout.
     ///
     /// # Errors
-    /// [`Error::NothingToTrain`], and [`Error::Config`] for a model in f16 or an adapter whose gradients are to be applied
-    /// block by block.
+    /// [`Error::NothingToTrain`], and [`Error::Config`] for a model in f16 or `optimizer_in_bwd` with an adapter.
     pub fn new(model: &CausalLm, config: OptimizerConfig, seed: u64) -> Result<Self, Error> {
         if model.params().numel() == 0 {
             return Err(Error::NothingToTrain);
@@ -128,41 +127,41 @@ impl Optimizer {
         Ok(Self { config, state, t: 0, seed })
     }
 
-    /// How many steps were done: those whose gradients were finite.
+    /// Returns the number of steps done: those with finite gradients.
     pub fn steps(&self) -> u64 {
         self.t
     }
 
-    /// What the random numbers of the next step depend on.
+    /// Returns the key of the random numbers of the next step.
     pub fn key(&self) -> StepKey {
         let neftune_noise_alpha = self.config.neftune_noise_alpha as f32;
         StepKey { seed: self.seed, step: self.t as u32, neftune_noise_alpha }
     }
 
-    /// What it remembers of the parameters.
+    /// Returns the state.
     pub fn state(&self) -> &State {
         &self.state
     }
 
-    /// Goes on after `steps` steps, with the state that was left by them.
+    /// Restores the state after `steps` steps.
     ///
     /// # Errors
-    /// When the state is not one of these parameters; then nothing changes.
+    /// An error if the state does not match the parameters; nothing changes then.
     pub fn resume(&mut self, steps: u64, state: impl IntoIterator<Item = StateTensor>) -> Result<(), StateError> {
         self.state.load(state)?;
         self.t = steps;
         Ok(())
     }
 
-    /// Accumulates the gradient of the mean loss of `objective` over all of `batches`, clips it by its global norm
-    /// (times min(1, max_grad_norm / (norm + 1e-6)), as PyTorch), and moves the parameters.
+    /// Accumulates the gradient of the mean loss of `objective` over all of `batches`, clips it by its global norm (times
+    /// min(1, max_grad_norm / (norm + 1e-6)), as in PyTorch), and updates the parameters.
     ///
-    /// When the norm is not finite, as after a loss that is not, the parameters stay as they are; the caller sees it in
-    /// the result. With [`optimizer_in_bwd`](OptimizerConfig::optimizer_in_bwd) those of blocks with finite gradients have
-    /// moved by then.
+    /// If the norm is not finite, the parameters do not change, and the result contains the norm. With
+    /// [`optimizer_in_bwd`](OptimizerConfig::optimizer_in_bwd), blocks with finite gradients are already updated by
+    /// then.
     ///
     /// # Errors
-    /// [`Error::Model`] when a batch does not fit the model, or the device fails.
+    /// [`Error::Model`] if a batch does not fit the model, or the device fails.
     pub fn step(
         &mut self,
         model: &mut CausalLm,
@@ -208,7 +207,7 @@ impl Optimizer {
         Ok(result)
     }
 
-    /// Moves the parameters of a block as soon as their gradients are there, each block clipped by its own norm.
+    /// Updates each block's parameters as soon as its gradients are complete, clipped by the block's own norm.
     fn move_in_backward(
         &mut self,
         model: &mut CausalLm,

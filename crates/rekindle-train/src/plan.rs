@@ -1,8 +1,8 @@
-//! The memory that a run takes, before it is loaded.
+//! The memory of a run, planned before anything is loaded.
 //!
-//! One definition throughout: the most bytes that are allocated at once, on the device that computes. On the CPU a process
-//! is resident with more than that, which [`MemoryPlan::mapped`] names: pages of the checkpoint's files, which the system
-//! takes back when memory is short, and the program itself.
+//! The plan is the peak of allocated bytes on the device that computes. On the CPU, the resident size of a process is
+//! larger: it also includes mapped pages of the checkpoint's files ([`MemoryPlan::mapped`]), which the system reclaims
+//! when memory is short, and the program itself.
 
 mod advice;
 mod fit;
@@ -23,14 +23,14 @@ pub use advice::Change;
 pub use fit::{Fit, Verdict};
 pub use memory::{MemoryBytes, MemoryCategory};
 
-/// A run to plan for: what is loaded, what is trained, and with what.
+/// A run to plan: model, adapter and training configuration.
 #[derive(Clone, Debug)]
 pub struct Job {
-    /// What the model's `config.json` says.
+    /// The model's `config.json`.
     pub json: Value,
     /// The model's name or directory, for messages.
     pub name: PathBuf,
-    /// How it is loaded, and where the run is planned for.
+    /// The options for loading it, with the device to plan for.
     pub load: LoadOptions,
     /// The adapter; without one all weights are trained.
     pub lora: Option<LoraConfig>,
@@ -40,10 +40,10 @@ pub struct Job {
     pub evaluates: bool,
 }
 
-/// Plans one job for batches of any size.
+/// A memory planner of one job, for batches of any size.
 ///
-/// The model is built without values on a device that counts memory and computes nothing ([`Device::planned`]), and one
-/// optimizer step of the largest batch runs through the code that trains: what the device counted is the plan.
+/// The model is built without values on a device that counts memory and computes nothing ([`Device::planned`]). One
+/// optimizer step of the largest batch runs through the training code; the peak that the device counts is the plan.
 pub struct Planner {
     job: Job,
     objective: Box<dyn Objective>,
@@ -59,30 +59,30 @@ pub struct Rows {
     pub lengths: Vec<usize>,
 }
 
-/// The most bytes that a run allocates at once, by category.
+/// The peak of a run's allocated bytes, by category.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryPlan {
     /// Rows of the largest pass.
     pub rows: usize,
-    /// Tokens in them.
+    /// Tokens of these rows.
     pub tokens: usize,
     /// Gradient checkpointing.
     pub use_gradient_checkpointing: GradientCheckpointing,
     /// Bytes by category at the peak.
     #[serde(serialize_with = "by_category")]
     pub bytes: MemoryBytes,
-    /// Free memory between tensors that was too short for others.
+    /// Free memory between tensors that could not be used.
     #[serde(rename = "gaps")]
     pub fragmentation: usize,
-    /// On a GPU, memory beside the tensors ([`CUDA_CONTEXT_BYTES`](rekindle_kernels::runtime::CUDA_CONTEXT_BYTES)).
+    /// On a GPU, memory besides the tensors ([`CUDA_CONTEXT_BYTES`](rekindle_kernels::runtime::CUDA_CONTEXT_BYTES)).
     #[serde(rename = "outside")]
     pub context: usize,
-    /// All of these. This is what is compared with the available memory.
+    /// The total, which must not exceed the available memory.
     pub peak: usize,
-    /// Host memory that a GPU's activations and states go to.
+    /// Host memory for offloaded activations and optimizer states of a GPU.
     pub host: usize,
-    /// On the CPU, bytes of the checkpoint's files that are mapped while it loads. They count as resident, beside `peak`,
-    /// until the system needs the memory for something else.
+    /// On the CPU, bytes of the checkpoint's files that are mapped while it loads. They are resident in addition to
+    /// `peak` until the system needs the memory.
     pub mapped: usize,
 }
 
@@ -110,7 +110,7 @@ impl Planner {
         Self { objective, ..self }
     }
 
-    /// Plans evaluation passes too ([`Job::evaluates`]).
+    /// Includes evaluation passes in the plan ([`Job::evaluates`]).
     pub fn with_evaluation(mut self) -> Self {
         self.job.evaluates = true;
         self
@@ -119,12 +119,12 @@ impl Planner {
     /// Plans the job with these rows in the largest pass.
     ///
     /// # Errors
-    /// [`Error::Model`] for rows that the model does not take.
+    /// [`Error::Model`] for rows that exceed the model's limits.
     pub fn plan(&mut self, rows: &Rows) -> Result<MemoryPlan, Error> {
         self.plan_with(rows, self.job.train.use_gradient_checkpointing)
     }
 
-    /// [`plan`](Self::plan) with another kind of gradient checkpointing.
+    /// Plans like [`plan`](Self::plan), with another gradient checkpointing.
     ///
     /// # Errors
     /// As [`plan`](Self::plan).
@@ -145,22 +145,22 @@ impl Planner {
         Ok(MemoryPlan { host, ..largest })
     }
 
-    /// The job.
+    /// Returns the job.
     pub fn job(&self) -> &Job {
         &self.job
     }
 
-    /// Returns the longest row that the job's model takes.
+    /// Returns the maximum length of a row.
     pub fn max_seq_length(&self) -> usize {
         self.job.load.max_seq_length
     }
 
-    /// Returns the number of token ids of the model.
+    /// Returns the vocabulary size of the model.
     pub fn vocab_size(&self) -> usize {
         self.model.config().vocab_size()
     }
 
-    /// Returns the number of tokens that the model was made for.
+    /// Returns the model's window in tokens.
     pub(crate) fn window(&self) -> usize {
         self.model.config().max_position_embeddings
     }
@@ -171,7 +171,7 @@ impl Planner {
         self.device.memory_stats().in_use
     }
 
-    /// The plan that the device counted since [`begin`](Self::begin).
+    /// Returns the plan from the device's counts since [`begin`](Self::begin).
     fn counted(&self, rows: &Rows, checkpointing: GradientCheckpointing, before: usize) -> MemoryPlan {
         let stats = self.device.memory_stats();
         let mut bytes = MemoryBytes::default();
@@ -203,7 +203,7 @@ impl Planner {
         }
     }
 
-    /// The size of the checkpoint's files, from the shapes and the dtype that its configuration names.
+    /// Returns the size of the checkpoint's files, from the shapes and the dtype in its configuration.
     fn mapped(&self, bytes: &MemoryBytes) -> usize {
         let json = &self.job.json;
         if is_quantized(json) {
@@ -216,12 +216,12 @@ impl Planner {
 }
 
 impl Rows {
-    /// `count` rows of `length` tokens.
+    /// Returns `count` rows of `length` tokens.
     pub fn equal(count: usize, length: usize) -> Self {
         Self { lengths: vec![length; count] }
     }
 
-    /// The longest `count` of rows with these lengths, which no pass exceeds.
+    /// Returns the longest `count` of rows with these lengths, the upper bound of a pass.
     pub fn longest(count: usize, lengths: impl IntoIterator<Item = usize>) -> Self {
         let mut lengths: Vec<usize> = lengths.into_iter().collect();
         lengths.sort_unstable_by(|a, b| b.cmp(a));
@@ -229,12 +229,12 @@ impl Rows {
         Self { lengths }
     }
 
-    /// As many of the longest row as one pass of evaluation has.
+    /// Returns an evaluation pass of the longest row.
     fn for_evaluation(&self, count: usize) -> Self {
         Self::equal(count, self.lengths.iter().copied().max().unwrap_or(0))
     }
 
-    /// Documents of these lengths, all of whose tokens count.
+    /// Returns documents of these lengths; the loss covers all their tokens.
     fn batch(&self) -> Batch {
         let zeros: Vec<_> = self.lengths.iter().map(|&length| (vec![0; length], vec![0; length])).collect();
         Batch::from_rows(zeros.iter().map(|(ids, labels)| (&ids[..], &labels[..])), 0)
@@ -246,7 +246,7 @@ fn by_category<S: Serializer>(bytes: &MemoryBytes, serializer: S) -> Result<S::O
 }
 
 impl fmt::Display for MemoryPlan {
-    /// A table of bytes by category.
+    /// Formats the bytes by category as a table.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut line = |name: &str, bytes: usize| match bytes {
             0 => Ok(()),
@@ -267,7 +267,7 @@ impl fmt::Display for MemoryPlan {
     }
 }
 
-/// Bytes for people, in powers of 1,024 as memory is sold.
+/// Formats bytes in powers of 1,024.
 pub fn show(bytes: usize) -> String {
     match bytes {
         0..0x10_0000 => format!("{:.1} KiB", bytes as f64 / 1024.0),

@@ -1,4 +1,4 @@
-//! `loss.svg`: the losses of a run as a picture that any browser opens.
+//! `loss.svg`: the losses of a run as an image.
 
 use core::fmt::Write as _;
 
@@ -12,7 +12,7 @@ const RIGHT: f64 = 16.0;
 const TOP: f64 = 36.0;
 const BOTTOM: f64 = 44.0;
 
-/// Draws the losses of training and evaluation over steps. Points that are not finite are left out.
+/// Draws the training and evaluation losses over steps. Points that are not finite are omitted.
 pub fn loss_svg(history: &RunHistory) -> String {
     let train = history.steps.iter().map(|step| (step.step as f64, step.loss)).collect();
     let eval = history.evals.iter().map(|eval| (eval.step as f64, eval.eval_loss)).collect();
@@ -25,14 +25,14 @@ pub fn loss_svg(history: &RunHistory) -> String {
     lines_svg("loss", &series)
 }
 
-/// A line over steps.
+/// A line of a plot over steps.
 #[derive(Clone, Debug)]
 pub struct Series {
-    /// What it is called in the picture.
+    /// The name in the legend.
     pub name: &'static str,
-    /// A colour of CSS.
+    /// A CSS color.
     pub color: &'static str,
-    /// `(step, value)`, values not negative.
+    /// `(step, value)` pairs with non-negative values.
     pub points: Vec<(f64, f64)>,
 }
 

@@ -1,4 +1,4 @@
-//! What a run leaves behind beside what it trained.
+//! The records of a run: metrics, events, report and plot.
 
 use std::path::{Path, PathBuf};
 
@@ -9,8 +9,8 @@ use crate::{
     loss_svg, report_html,
 };
 
-/// Writes a run's numbers: `metrics.jsonl` and TensorBoard's event files as they come, `report.html` and `loss.svg`
-/// whenever they are [published](Self::publish).
+/// A recorder of a run's metrics. It writes `metrics.jsonl` and TensorBoard's event files immediately, and
+/// `report.html` and `loss.svg` when they are [published](Self::publish).
 #[derive(Debug)]
 pub struct Recorder {
     dir: PathBuf,
@@ -22,11 +22,11 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Begins the records of a run of `total` steps in `dir`, or goes on with those of one that has come to `resumed`. What
-    /// an earlier run left there, or this one recorded of later steps, is removed.
+    /// Begins the records of a run of `total` steps in `dir`, or continues those of a run that has reached `resumed`.
+    /// Removes the records of an earlier run, and of steps after `resumed`.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::File`] when the system refuses, or `metrics.jsonl` is not what it should be.
+    /// [`Error::Io`] and [`Error::File`] if a file cannot be written, or `metrics.jsonl` is invalid.
     pub fn open(
         dir: &Path,
         report_to: ReportTo,
@@ -52,7 +52,7 @@ impl Recorder {
         Ok(recorder)
     }
 
-    /// What was recorded so far, before a resumption too.
+    /// Returns the records so far, including those before resuming.
     pub fn history(&self) -> &RunHistory {
         &self.history
     }
@@ -60,7 +60,7 @@ impl Recorder {
     /// Records a step.
     ///
     /// # Errors
-    /// [`Error::Io`], as of the other records.
+    /// [`Error::Io`].
     pub fn step(&mut self, step: &StepMetrics) -> Result<(), Error> {
         self.metrics.write(step)?;
         if let Some(events) = &mut self.events {
@@ -92,7 +92,7 @@ impl Recorder {
         Ok(())
     }
 
-    /// Records what the model made of a prompt.
+    /// Records the answer to a prompt.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -108,7 +108,7 @@ impl Recorder {
         Ok(())
     }
 
-    /// Writes `report.html` and `loss.svg` of what was recorded so far; a reader sees the old page or the new one.
+    /// Writes `report.html` and `loss.svg` atomically from the records so far.
     ///
     /// # Errors
     /// [`Error::File`].

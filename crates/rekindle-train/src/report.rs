@@ -1,4 +1,4 @@
-//! `report.html`: a run on one page that needs nothing but itself.
+//! `report.html`: a run on one self-contained page.
 
 mod chart;
 mod curves;
@@ -10,27 +10,27 @@ use core::fmt::Write as _;
 use crate::RunHistory;
 use text::{bytes, count, duration, escape, group, significant};
 
-/// What a report says of a run beside its numbers.
+/// The description of a run in its report, besides its metrics.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RunDescription {
     /// The page's title, such as the model's name.
     pub title: String,
-    /// What was trained on what, a name and a text each.
+    /// Names and texts that describe the model and the data.
     pub facts: Vec<(String, String)>,
-    /// How the result is used: what with, and the lines to write.
+    /// Ways to use the result: the program, and the lines to write.
     pub usage: Vec<(String, String)>,
-    /// The configuration, as a run file has it.
+    /// The configuration, as a run file.
     pub configuration: String,
 }
 
 const STYLE: &str = include_str!("report/style.css");
 const SCRIPT: &str = include_str!("report/script.js");
 
-/// The page of a run of `total` steps that `history` has some of.
+/// Returns the page of a run of `total` steps, with the steps in `history`.
 ///
-/// It opens without a network: styles, script and pictures are in it, and its policy forbids the browser to load
-/// anything. Charts are drawn without the script too, which only adds what is under the pointer. Their series are thinned
-/// to about a thousand points, extremes kept, so that the page of a long run stays small.
+/// The page loads nothing: styles, script and images are embedded, and its policy forbids requests. Charts are drawn
+/// without the script, which only shows the values under the pointer. Their series are thinned to about a thousand
+/// points, with extremes kept, so that the page of a long run stays small.
 pub fn report_html(history: &RunHistory, total: usize, description: &RunDescription) -> String {
     let title = escape(&description.title);
     let done = history.steps.last().map_or(0, |step| step.step);
@@ -89,7 +89,7 @@ fn progress(done: usize, total: usize) -> String {
     }
 }
 
-/// The numbers that are looked for first.
+/// Returns the main figures of the run.
 fn figures(history: &RunHistory) -> String {
     let Some(last) = history.steps.last() else { return String::new() };
     let mut tiles = Vec::new();

@@ -1,16 +1,16 @@
-//! `report_to`: who else is told a run's numbers.
+//! `report_to`: receivers of a run's metrics.
 
 use serde::{Deserialize, Serialize};
 
-/// Who is told the numbers beside `metrics.jsonl` and `report.html`, which every run writes: in
-/// `TrainingArguments` a list of programs and services, here files alone. Nothing is ever sent anywhere.
+/// Receivers of the metrics besides `metrics.jsonl` and `report.html`, which every run writes. `TrainingArguments`
+/// takes a list of programs and services; here there are only files, and nothing is sent anywhere.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", try_from = "Names")]
 pub enum ReportTo {
     /// TensorBoard: event files in `tensorboard/` of the output directory.
     #[default]
     Tensorboard,
-    /// Nobody.
+    /// No receiver.
     None,
 }
 

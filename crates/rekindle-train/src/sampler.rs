@@ -1,14 +1,14 @@
-//! What the model says to some prompts while it learns.
+//! Answers to prompts during training.
 
 use rekindle_data::{Example, IGNORED, Tokenizer};
 use rekindle_models::{CausalLm, GenerationConfig, StopReason};
 
 use crate::{Error, Sample};
 
-/// Prompts that are continued at each evaluation, greedily and one after another.
+/// A sampler that continues prompts at each evaluation, greedily and one after another.
 ///
-/// Each costs a forward pass over the prompt and one a token after it, as `generate` does; training is not touched: no
-/// random number is drawn.
+/// Each prompt costs a forward pass over the prompt and one for each further token, as in `generate`. Sampling does not
+/// affect training, because it draws no random number.
 #[derive(Clone, Debug)]
 pub struct Sampler<'a> {
     prompts: Vec<SamplePrompt>,
@@ -16,18 +16,18 @@ pub struct Sampler<'a> {
     tokenizer: Option<&'a Tokenizer>,
 }
 
-/// The beginning of a text.
+/// The beginning of a text, to be continued.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SamplePrompt {
-    /// What is continued.
+    /// The tokens of the prompt.
     pub ids: Vec<u32>,
-    /// What the rows go on with.
+    /// The continuation in the row.
     pub expected: Option<Vec<u32>>,
 }
 
 impl SamplePrompt {
-    /// What comes before the last run of trained tokens in a row, in a chat the turns before the last answer; `None`
-    /// when a row is trained from its beginning.
+    /// Returns the tokens before the last span of trained tokens in a row: in a chat, the turns before the last answer.
+    /// Returns `None` if a row is trained from its beginning.
     pub fn of_example(example: &Example<'_>) -> Option<Self> {
         let end = example.labels.iter().rposition(|&label| label != IGNORED)? + 1;
         let start = example.labels[..end].iter().rposition(|&label| label == IGNORED)? + 1;
@@ -37,8 +37,8 @@ impl SamplePrompt {
 }
 
 impl<'a> Sampler<'a> {
-    /// Continues `prompts` by `max_new_tokens` tokens at most, until one of `eos_ids`. Without a tokenizer texts are
-    /// token ids.
+    /// Returns a sampler that continues each prompt by at most `max_new_tokens` tokens, until one of `eos_ids`. Without
+    /// a tokenizer, texts are token ids.
     pub fn new(
         prompts: Vec<SamplePrompt>,
         max_new_tokens: usize,
@@ -49,12 +49,12 @@ impl<'a> Sampler<'a> {
         Self { prompts, generation, tokenizer }
     }
 
-    /// Returns true if there is nothing to be asked.
+    /// Returns true if there are no prompts.
     pub fn is_empty(&self) -> bool {
         self.prompts.is_empty()
     }
 
-    /// The samples of a model that has taken `step` steps.
+    /// Returns the samples of a model after `step` steps.
     ///
     /// # Errors
     /// [`Error::Model`] for a prompt that is too long for the model, logits that are not finite, or a device that fails.
@@ -75,13 +75,13 @@ impl<'a> Sampler<'a> {
         prompts.map(one).collect()
     }
 
-    /// What stands before the first end token: templates may write more after it, which is never asked for.
+    /// Returns the tokens before the first end token. Templates may write more after it, which is never generated.
     fn answer<'i>(&self, ids: &'i [u32]) -> &'i [u32] {
         let end = ids.iter().position(|id| self.generation.eos_ids.contains(id));
         end.map_or(ids, |end| &ids[..end])
     }
 
-    /// `answer`s are shown without special tokens.
+    /// Decodes tokens; an `answer` without special tokens.
     fn text(&self, ids: &[u32], answer: bool) -> String {
         let text = self.tokenizer.and_then(|tokenizer| tokenizer.decode(ids, answer).ok());
         text.unwrap_or_else(|| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" "))

@@ -1,4 +1,4 @@
-//! Writing what a run produced.
+//! Saving of adapters and models.
 
 use std::path::Path;
 
@@ -10,25 +10,25 @@ use rekindle_models::{CausalLm, DEFAULT_ADAPTER, Positions, save_positions};
 use crate::model_card::{CardRun, README, keep_readme};
 use crate::{Companion, Error, ModelCard, checkpoint};
 
-/// Writes the trained result to `dir`: PEFT's files for an adapter, a whole checkpoint in `dtype` when all weights
-/// were trained; with `companions` beside it, such as the tokenizer's files.
+/// Writes the trained result to `dir`: PEFT's files for an adapter, or a whole checkpoint in `dtype` if all weights are
+/// trained. Adds `companions`, such as the tokenizer's files.
 ///
-/// `dir` appears whole or not at all. One that is there is replaced if it holds an earlier result of the same kind
-/// and nothing else.
+/// `dir` is written atomically. An existing directory is replaced if it contains an earlier result of the same kind and
+/// nothing else.
 ///
 /// # Errors
-/// [`Error::File`] when `dir` holds anything else, or the system refuses; [`Error::Model`] likewise.
+/// [`Error::File`] if `dir` contains anything else or cannot be written; [`Error::Model`] if the model cannot be saved.
 pub fn save_result(model: &CausalLm, dir: &Path, companions: &[Companion], dtype: Dtype) -> Result<(), Error> {
     write_result(dir, model.lora().is_some(), companions, |target| write_model(model, target, dtype))
 }
 
-/// Writes the adapter, or the whole model in `dtype` when all weights are trained, into an existing directory, with a
+/// Writes the adapter, or the whole model in `dtype` if all weights are trained, into an existing directory, with a
 /// model card.
 pub(crate) fn write_model(model: &CausalLm, target: &Path, dtype: Dtype) -> Result<(), Error> {
     write_model_with(model, target, dtype, &ModelCard::default(), None)
 }
 
-/// As [`write_model`], with a card that says more.
+/// Writes like [`write_model`], with details for the card.
 pub(crate) fn write_model_with(
     model: &CausalLm,
     target: &Path,
@@ -48,23 +48,24 @@ pub(crate) fn write_model_with(
     }
 }
 
-/// Writes the adapter called `name` to `dir` as [`save_result`] does the one that is on the model.
+/// Writes the adapter called `name` to `dir`, as [`save_result`] writes the active one.
 ///
 /// # Errors
-/// As `save_result`, and for a name that is no adapter's.
+/// As `save_result`, and for an unknown name.
 pub fn save_adapter(model: &CausalLm, name: &str, dir: &Path, companions: &[Companion]) -> Result<(), Error> {
     let adapter = model.adapter_called(name)?;
     write_result(dir, true, companions, |target| write_adapter(model, &adapter, target, &ModelCard::default(), None))
 }
 
-/// Writes all adapters of `model` to `dir` as PEFT lays them out: the one called [`DEFAULT_ADAPTER`] at its top, others
-/// in directories of their names; with `companions` beside it at the top.
+/// Writes all adapters of `model` to `dir` in PEFT's layout: the one called [`DEFAULT_ADAPTER`] at the top, others in
+/// directories of their names. Adds `companions` at the top.
 ///
-/// `dir` appears whole or not at all. One that is there is replaced if it holds an earlier result of these adapters and
-/// nothing else.
+/// `dir` is written atomically. An existing directory is replaced if it contains an earlier result of these adapters
+/// and nothing else.
 ///
 /// # Errors
-/// [`Error::File`] when `dir` holds anything else, or the system refuses; [`Error::Model`] likewise.
+/// [`Error::File`] if `dir` contains anything else or cannot be written; [`Error::Model`] if an adapter cannot be
+/// saved.
 pub fn save_adapters(model: &CausalLm, dir: &Path, companions: &[Companion]) -> Result<(), Error> {
     let is_named = |name: &&str| *name != DEFAULT_ADAPTER;
     let named: Vec<&str> = model.adapters().into_iter().filter(is_named).collect();
@@ -86,7 +87,7 @@ pub fn save_adapters(model: &CausalLm, dir: &Path, companions: &[Companion]) -> 
     })
 }
 
-/// The files of one adapter of `model`.
+/// Writes the files of one adapter of `model`.
 fn write_adapter(
     model: &CausalLm,
     adapter: &Adapter,
@@ -101,13 +102,13 @@ fn write_adapter(
     card.write(model, Some(adapter.config.lora()), run, dir)
 }
 
-/// Makes `dir` with what `write` puts into the directory that it is given, and `companions`.
+/// Writes `dir` atomically with the output of `write`, which receives a directory, and `companions`.
 ///
-/// `dir` appears whole or not at all. One that is there is replaced if it holds an earlier result of the same kind,
-/// adapter or checkpoint, and nothing else.
+/// An existing directory is replaced if it contains an earlier result of the same kind, adapter or checkpoint, and
+/// nothing else.
 ///
 /// # Errors
-/// [`Error::File`] when `dir` holds anything else, or the system refuses, and those of `write`.
+/// [`Error::File`] if `dir` contains anything else or cannot be written, and those of `write`.
 pub fn write_result<T>(
     dir: &Path,
     is_adapter: bool,
@@ -118,7 +119,7 @@ pub fn write_result<T>(
     write_new(dir, companions, write)
 }
 
-/// As [`write_result`], whatever is there.
+/// Writes like [`write_result`], without a check of the existing directory.
 pub(crate) fn write_new<T>(
     dir: &Path,
     companions: &[Companion],
@@ -132,17 +133,17 @@ pub(crate) fn write_new<T>(
     Ok(written)
 }
 
-/// Refuses a directory with anything in it that an earlier save of this kind did not write.
+/// Refuses a directory with anything that an earlier save of this kind did not write.
 pub(crate) fn check_replaceable(dir: &Path, adapter: bool) -> Result<(), Error> {
     check_with(dir, adapter, &[], &[])
 }
 
-/// As [`check_replaceable`], for a checkpoint that a run can go on from.
+/// Checks like [`check_replaceable`], for a checkpoint of a run.
 pub(crate) fn check_checkpoint(dir: &Path, adapter: bool) -> Result<(), Error> {
     check_with(dir, adapter, &[], &checkpoint::FILES)
 }
 
-/// As [`check_replaceable`], with adapters in directories of the names `named`, and `files`.
+/// Checks like [`check_replaceable`], with adapters in the directories `named`, and additional `files`.
 fn check_with(dir: &Path, adapter: bool, named: &[&str], files: &[&str]) -> Result<(), Error> {
     let Ok(entries) = std::fs::read_dir(dir) else { return Ok(()) };
     for name in named {

@@ -1,4 +1,4 @@
-//! Learning-rate schedules, as `transformers.get_scheduler` has them.
+//! Learning-rate schedules, as in `transformers.get_scheduler`.
 
 use core::f64::consts::PI;
 
@@ -9,50 +9,51 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LrSchedulerType {
-    /// Always the peak, without warm-up.
+    /// The peak throughout, without warm-up.
     Constant,
     /// The peak after the warm-up.
     ConstantWithWarmup,
-    /// Falls on a line to 0 at the last step.
+    /// A linear decrease to 0 at the last step.
     #[default]
     Linear,
-    /// Falls on half a cosine to 0 at the last step.
+    /// Half a cosine to 0 at the last step.
     Cosine,
-    /// Half cosines to 0, `num_cycles` of them, each from the peak.
+    /// `num_cycles` half cosines to 0, each from the peak.
     CosineWithRestarts,
-    /// Falls as one over the root of the steps.
+    /// A decrease with the inverse square root of the steps.
     InverseSqrt,
-    /// The peak after the warm-up, and a fall in the last `num_decay_steps`.
+    /// The peak after the warm-up, and a decay in the last `num_decay_steps`.
     WarmupStableDecay,
-    /// Falls on half a cosine to `min_lr` at the last step.
+    /// Half a cosine to `min_lr` at the last step.
     CosineWithMinLr,
 }
 
-/// What some schedules take besides; each is an error where it means nothing.
+/// Further parameters of some schedules. A parameter that the schedule does not use is an error.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LrSchedulerKwargs {
-    /// `cosine_with_restarts`: how many half cosines. Default 1. `cosine`, `cosine_with_min_lr` and the fall of
-    /// `warmup_stable_decay`: how many waves. Default 0.5.
+    /// `cosine_with_restarts`: the number of half cosines. Default 1. `cosine`, `cosine_with_min_lr` and the decay of
+    /// `warmup_stable_decay`: the number of waves. Default 0.5.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub num_cycles: Option<f64>,
-    /// `inverse_sqrt`: steps after which the rate is 1/√2 of the peak, from the end of the warm-up. Default: the steps of
-    /// warm-up, or 10,000 without one.
+    /// `inverse_sqrt`: steps from the end of the warm-up until the rate is 1/√2 of the peak. Default: the steps of
+    /// warm-up, or 10,000 without warm-up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timescale: Option<usize>,
-    /// `warmup_stable_decay`: steps of the fall.
+    /// `warmup_stable_decay`: steps of the decay.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub num_decay_steps: Option<usize>,
-    /// `warmup_stable_decay`: the fall as a share of all steps, instead of `num_decay_steps`.
+    /// `warmup_stable_decay`: the decay as a share of all steps, instead of `num_decay_steps`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decay_ratio: Option<f64>,
-    /// `warmup_stable_decay`: the shape of the fall. Default cosine.
+    /// `warmup_stable_decay`: the shape of the decay. Default cosine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decay_type: Option<Curve>,
     /// `warmup_stable_decay`: the shape of the warm-up. Default linear.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub warmup_type: Option<Curve>,
-    /// `warmup_stable_decay`: where warm-up begins and the fall ends, as a share of the peak. Default 0.
+    /// `warmup_stable_decay`: the rate at the start of the warm-up and the end of the decay, as a share of the peak.
+    /// Default 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_lr_ratio: Option<f64>,
     /// `cosine_with_min_lr`: the last rate.
@@ -64,13 +65,13 @@ pub struct LrSchedulerKwargs {
 }
 
 impl LrSchedulerKwargs {
-    /// Returns true if nothing is given.
+    /// Returns true if no parameter is set.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// The shape of a rise or fall.
+/// The shape of a warm-up or decay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Curve {
@@ -78,12 +79,12 @@ pub enum Curve {
     Linear,
     /// Half a cosine.
     Cosine,
-    /// 1 − √ of the progress of a fall; a rise is the same backward.
+    /// 1 − √progress for a decay, and its reverse for a warm-up.
     #[serde(rename = "1-sqrt")]
     OneMinusSqrt,
 }
 
-/// What the peak learning rate is multiplied with in each step of a run.
+/// The factor of the peak learning rate in each step of a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Schedule {
     warmup: usize,
@@ -102,10 +103,10 @@ enum Shape {
 }
 
 impl Schedule {
-    /// That of a run of `total` steps, `warmup` of them (none for `constant`) on the way to the rate `peak`.
+    /// Returns the schedule of a run of `total` steps, with `warmup` steps (none for `constant`) to the rate `peak`.
     ///
     /// # Errors
-    /// One sentence for each of `kwargs` that is missing, out of range, or means nothing to the schedule.
+    /// One sentence for each of `kwargs` that is missing, out of range, or not used by the schedule.
     pub fn new(
         kind: LrSchedulerType,
         kwargs: &LrSchedulerKwargs,
@@ -119,7 +120,7 @@ impl Schedule {
         if reader.problems.is_empty() { Ok(Self { warmup, total, shape }) } else { Err(reader.problems) }
     }
 
-    /// The factor of step `step`, counted from 0.
+    /// Returns the factor of step `step`, counted from 0.
     ///
     /// Warm-up: step / warmup. After it, with progress = (step − warmup) / (total − warmup): linear 1 − progress; cosine
     /// ½(1 + cos(2π · cycles · progress)) · (1 − min) + min; with restarts ½(1 + cos(π · frac(cycles · progress))), 0 from
@@ -172,7 +173,7 @@ impl Schedule {
     }
 }
 
-/// Takes what belongs to a kind out of the arguments.
+/// A reader that takes the parameters of a schedule out of the arguments.
 struct Reader {
     kind: LrSchedulerType,
     problems: Vec<String>,

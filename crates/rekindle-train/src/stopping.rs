@@ -1,28 +1,28 @@
-//! Which evaluation was the best, and when enough of them were not better.
+//! The best evaluation, and early stopping.
 
 use crate::SftConfig;
 use crate::checkpoint::Best;
 
-/// Follows the evaluation losses of a run, as transformers' `EarlyStoppingCallback` does.
+/// The evaluation losses of a run, as in transformers' `EarlyStoppingCallback`.
 ///
-/// An evaluation counts as better for `early_stopping_patience` when its loss is below the best before it by more than
-/// `early_stopping_threshold`; the best is the lowest loss, by however little.
+/// An evaluation is an improvement for `early_stopping_patience` if its loss is below the previous best by more than
+/// `early_stopping_threshold`. The best evaluation is the one with the lowest loss.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Stopping {
     pub(crate) best: Option<Best>,
-    /// Evaluations in a row that were not better.
+    /// Consecutive evaluations without improvement.
     pub(crate) counter: usize,
     patience: Option<usize>,
     threshold: f64,
 }
 
 impl Stopping {
-    /// After `best` and `counter` worse evaluations, or at the beginning of a run.
+    /// Returns the state after `best` and `counter` evaluations without improvement, or at the beginning of a run.
     pub(crate) fn new(config: &SftConfig, best: Option<Best>, counter: usize) -> Self {
         Self { best, counter, patience: config.early_stopping_patience, threshold: config.early_stopping_threshold }
     }
 
-    /// Counts an evaluation; whether its loss is the lowest so far.
+    /// Counts an evaluation; returns true if its loss is the lowest so far.
     pub(crate) fn evaluated(&mut self, step: usize, eval_loss: f64) -> bool {
         let better_by = |margin| self.best.is_none_or(|best| best.eval_loss - eval_loss > margin);
         self.counter = if better_by(self.threshold) { 0 } else { self.counter + 1 };
@@ -33,7 +33,7 @@ impl Stopping {
         is_best
     }
 
-    /// Returns true if the run is to end.
+    /// Returns true if the run must end.
     pub(crate) fn is_over(&self) -> bool {
         self.patience.is_some_and(|patience| self.counter >= patience)
     }

@@ -1,14 +1,14 @@
-//! TensorBoard's event files: the numbers of a run as `tensorboard --logdir` shows them.
+//! TensorBoard's event files: the metrics of a run as `tensorboard --logdir` shows them.
 //!
 //! A file named `*tfevents*` is a sequence of records ([`record`]), each the protocol buffer `Event` ([`event`]): first
-//! the version of the format, then what happened, with a wall-clock time and a step. Tags are those that transformers'
-//! trainer writes (`train/loss`, `train/grad_norm`, `train/learning_rate`, `eval/loss`), so that runs of both lie over
-//! one another. A run that goes on adds a file, which begins by declaring void what was written of later steps, as
-//! `purge_step` of PyTorch's `SummaryWriter` does.
+//! the version of the format, then events, with a wall-clock time and a step. Tags are those of transformers' trainer
+//! (`train/loss`, `train/grad_norm`, `train/learning_rate`, `eval/loss`), so that runs of both are comparable. A
+//! resumed run adds a file, which begins by invalidating later steps, as `purge_step` of PyTorch's `SummaryWriter`
+//! does.
 //!
-//! `goldens/tensorboard` holds what TensorBoard's own writer makes of the same events, equal byte for byte. TensorBoard
-//! 2.21 (`EventAccumulator`) reads of a run every number that `metrics.jsonl` has, rounded to f32, and a run that was
-//! resumed twice as one, each step once.
+//! `goldens/tensorboard` contains the files that TensorBoard's own writer makes of the same events; ours are
+//! byte-identical. TensorBoard 2.21 (`EventAccumulator`) reads every value of `metrics.jsonl`, rounded to f32, and
+//! reads a run that was resumed twice as one run, with each step once.
 
 mod event;
 mod record;
@@ -22,12 +22,12 @@ use event::{Event, What};
 
 use crate::Error;
 
-/// What TensorBoard looks for in a name; it reads the files of a directory in the order of their names.
+/// The name that TensorBoard looks for. It reads the files of a directory in the order of their names.
 const PREFIX: &str = "events.out.tfevents.";
-/// Tells our files from those of other programs.
+/// The suffix that distinguishes our files from those of other programs.
 const SUFFIX: &str = ".rekindle";
 
-/// Writes an event file; every event reaches the file before the next step begins.
+/// A writer of an event file. Every event reaches the file before the next step begins.
 #[derive(Debug)]
 pub struct EventFile {
     path: PathBuf,
@@ -46,7 +46,7 @@ impl EventFile {
         Self::open(dir)
     }
 
-    /// Goes on with a run of which `steps` steps are done; what earlier files say of later ones is void.
+    /// Continues a run after `steps` steps; later steps in earlier files become invalid.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -56,7 +56,7 @@ impl EventFile {
         Ok(file)
     }
 
-    /// Writes numbers of a step under their tags.
+    /// Writes values of a step under their tags.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -91,12 +91,12 @@ impl EventFile {
     }
 }
 
-/// Seconds since 1970.
+/// Returns the seconds since 1970.
 fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
-/// The event files in `dir` that this program wrote.
+/// Returns the event files in `dir` that this program wrote.
 fn ours(dir: &Path) -> Vec<PathBuf> {
     let is_ours = |path: &PathBuf| {
         let name = path.file_name().map_or_else(Default::default, |name| name.to_string_lossy());

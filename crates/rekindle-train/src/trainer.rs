@@ -1,4 +1,4 @@
-//! A training job: what it is made of, and what is checked before it runs.
+//! A training job and its checks.
 
 mod agreement;
 mod guard;
@@ -42,7 +42,7 @@ pub struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    /// A run with nothing written to disk and rows shuffled by seed 3407, until told otherwise.
+    /// Returns a run that writes nothing to disk and shuffles rows with seed 3407.
     pub fn new(model: &'a mut CausalLm, train: Dataset, config: SftConfig) -> Self {
         Self {
             model,
@@ -71,28 +71,29 @@ impl<'a> Trainer<'a> {
         self
     }
 
-    /// Returns true if each epoch has its own order.
+    /// If true, each epoch has its own order. Default true.
     #[must_use]
     pub fn shuffle(mut self, shuffle: bool) -> Self {
         self.shuffle = shuffle;
         self
     }
 
-    /// Seed of the order and of dropout.
+    /// Sets the seed of the order and of dropout. Default 3407.
     #[must_use]
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
-    /// Writes `checkpoint-N/`, `adapter/` (or `model/`) and what a [`Recorder`](crate::Recorder) does there.
+    /// Sets the directory for `checkpoint-N/`, `adapter/` (or `model/`) and the files of a
+    /// [`Recorder`](crate::Recorder).
     #[must_use]
     pub fn output_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.output_dir = Some(dir.into());
         self
     }
 
-    /// Files to lie beside everything that is saved, such as the tokenizer's.
+    /// Sets files to save beside every checkpoint and result, such as the tokenizer's.
     #[must_use]
     pub fn companions(mut self, companions: Vec<Companion>) -> Self {
         self.companions = companions;
@@ -106,51 +107,51 @@ impl<'a> Trainer<'a> {
         self
     }
 
-    /// What `report.html` says of the run beside its numbers.
+    /// Sets the description of the run in `report.html`.
     #[must_use]
     pub fn describe(mut self, description: RunDescription) -> Self {
         self.description = description;
         self
     }
 
-    /// What the user should know of the run, one sentence each; [`Event::Started`] reports it.
+    /// Sets notices for the user, one sentence each; [`Event::Started`] reports them.
     #[must_use]
     pub fn notes(mut self, notes: Vec<String>) -> Self {
         self.notes = notes;
         self
     }
 
-    /// What the `README.md` beside everything that is saved says of the run beside its numbers.
+    /// Sets the contents of the model card besides the run's metrics.
     #[must_use]
     pub fn model_card(mut self, card: ModelCard) -> Self {
         self.card = card;
         self
     }
 
-    /// Resumes from a checkpoint, with a model as the earlier run started with. On the CPU the result is bit-identical to
-    /// that of an uninterrupted run.
+    /// Resumes from a checkpoint, with the model that the earlier run started with. On the CPU the result is
+    /// bit-identical to that of an uninterrupted run.
     #[must_use]
     pub fn resume(mut self, resume: Resume) -> Self {
         self.resume = Some(resume);
         self
     }
 
-    /// Whether the run may replace the checkpoints and the result of an earlier run in the output directory. Default
-    /// false: such a directory is refused.
+    /// If true, checkpoints and the result of an earlier run in the output directory are replaced. Default false: such
+    /// a directory is refused.
     #[must_use]
     pub fn overwrite(mut self, overwrite: bool) -> Self {
         self.overwrite = overwrite;
         self
     }
 
-    /// Ends the run after the step at which `flag` is found true, with a checkpoint ([`End::Interrupted`](crate::End)).
+    /// Sets a flag that ends the run after the current step, with a checkpoint ([`End::Interrupted`](crate::End)).
     #[must_use]
     pub fn stop_flag(mut self, flag: Arc<AtomicBool>) -> Self {
         self.stop = flag;
         self
     }
 
-    /// Is told about every step, evaluation, sample and save.
+    /// Sets a callback for every step, evaluation, sample and checkpoint.
     #[must_use]
     pub fn on_event(mut self, on_event: impl FnMut(Event<'_>) + 'a) -> Self {
         self.on_event = Box::new(on_event);
@@ -160,14 +161,14 @@ impl<'a> Trainer<'a> {
     /// Runs to the end.
     ///
     /// # Errors
-    /// [`Error::Config`], [`Error::NothingToTrain`], [`Error::EarlierRun`], [`Error::FinishedRun`], [`Error::Differs`] and
-    /// [`Error::Checkpoint`] before anything happens; [`Error::Diverged`] when a number is not finite; [`Error::File`] and [`Error::Io`] when
-    /// results cannot be written.
+    /// [`Error::Config`], [`Error::NothingToTrain`], [`Error::EarlierRun`], [`Error::FinishedRun`], [`Error::Differs`]
+    /// and [`Error::Checkpoint`] before the first step; [`Error::Diverged`] if a value is not finite; [`Error::File`]
+    /// and [`Error::Io`] if results cannot be written.
     pub fn train(self) -> Result<Report, Error> {
         Run::begin(self)?.go()
     }
 
-    /// Refuses what asks for something that is not there.
+    /// Refuses settings that need rows to evaluate or an output directory that is missing.
     fn check_needs(&self) -> Result<(), Error> {
         let mut problems = Vec::new();
         for (_, what) in self.config.needs_eval().iter().filter(|(wanted, _)| *wanted && self.eval.is_none()) {

@@ -2,9 +2,9 @@
 //! with every way to compute a backward pass.
 
 use rekindle_kernels::linear_cross_entropy::{LogProbValues, TokenWeights};
-use rekindle_lora::{GradientCheckpointing, LoraConfig};
+use rekindle_lora::LoraConfig;
 use rekindle_models::objective::{BatchLoss, Dpo};
-use rekindle_models::{Batch, CausalLm, IGNORED, Objective, Sft, StepKey};
+use rekindle_models::{Batch, CausalLm, GradientCheckpointing, IGNORED, Objective, Sft, StepKey};
 use rekindle_tests::{Golden, goldens, read_json, relative_distance, tensors};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 use serde_json::Value;

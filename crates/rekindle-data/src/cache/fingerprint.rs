@@ -1,4 +1,4 @@
-//! The hash of all that a dataset is made from.
+//! The hash of everything that a dataset is made from.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -14,19 +14,20 @@ use crate::hash::hex;
 use crate::options::EncodeOptions;
 use crate::tokenizer::Tokenizer;
 
-/// Raised with every change that makes other ids or labels of the same rows, or stores them otherwise.
+/// The version of the encoding. Raise it with every change that gives other ids or labels for the same rows, or stores
+/// them in another format.
 const VERSION: u32 = 2;
 
-/// What files held when they were hashed.
+/// The contents of files at the time of hashing.
 #[derive(Debug)]
 pub(crate) struct Fingerprint {
-    /// SHA-256 in hexadecimal: of the version of the encoding, the options, the columns, the tokenizer's files, and the
-    /// bytes of the files of rows in their order, wherever they lie.
+    /// SHA-256 in hexadecimal of the version of the encoding, the options, the columns, the tokenizer's files, and the
+    /// bytes of the row files in their order. Paths are not included.
     pub(crate) hex: String,
     seen: Vec<(u64, Option<SystemTime>)>,
 }
 
-/// Hashes all that a dataset is made from; `None` when a file can be read only once, such as a pipe.
+/// Hashes everything that a dataset is made from. Returns `None` for a file that can be read only once, such as a pipe.
 pub(crate) fn fingerprint(
     files: &[PathBuf],
     columns: &Columns,
@@ -65,8 +66,10 @@ pub(crate) fn fingerprint(
 }
 
 impl Fingerprint {
+    /// Checks that the files have not changed since they were hashed.
+    ///
     /// # Errors
-    /// [`Error::Dataset`] when one of the files is no longer what was hashed.
+    /// [`Error::Dataset`] if a file has changed.
     pub(crate) fn check_unchanged(&self, files: &[PathBuf]) -> Result<()> {
         match look(files)?.iter().zip(&self.seen).position(|(now, then)| now != then) {
             Some(index) => Err(Error::dataset(&files[index], "was changed while it was being read; try again")),

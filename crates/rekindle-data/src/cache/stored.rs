@@ -1,5 +1,4 @@
-//! A dataset in a safetensors file: `input_ids` and `labels` one behind the other, where each example ends, and where it
-//! comes from.
+//! A dataset in a safetensors file: concatenated `input_ids` and `labels`, the end of each example, and its origin.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -14,7 +13,7 @@ use crate::dataset::Examples;
 use crate::hash::hex;
 use crate::report::LoadReport;
 
-/// The file of a dataset, memory-mapped and checked.
+/// A dataset file that is memory-mapped and checked.
 #[derive(Debug)]
 pub(crate) struct Stored(SafetensorsFile);
 
@@ -26,11 +25,11 @@ const ROWS: &str = "rows";
 const TENSORS: [(&str, Dtype); 5] =
     [(INPUT_IDS, Dtype::U32), (LABELS, Dtype::I32), (ENDS, Dtype::U64), (FILES, Dtype::U32), (ROWS, Dtype::U64)];
 
-/// Bytes that are hashed as one piece.
+/// Bytes that are hashed as one chunk.
 const PIECE: usize = 1 << 20;
 
 impl Stored {
-    /// The file at `path` and the report in it; `None` when there is none, it is damaged, or it is another's.
+    /// Opens the file at `path` and the report in it. Returns `None` if it is missing, damaged, or of another dataset.
     pub(crate) fn open(path: &Path, fingerprint: &str, files: usize) -> Option<(Stored, LoadReport)> {
         let file = SafetensorsFile::open(path).ok()?;
         let note = |name: &str| file.metadata().get(name).map(String::as_str);
@@ -91,7 +90,8 @@ impl Stored {
             && of_files.iter().all(|&file| (file as usize) < files)
     }
 
-    /// A tensor as numbers; `None` where it is not there, or the machine has them in another order or place.
+    /// Returns a tensor as numbers. Returns `None` if it is missing, or cannot be mapped on this machine because of its
+    /// byte order or alignment.
     fn try_get<T: Pod>(&self, name: &str) -> Option<&[T]> {
         let TensorView { data, .. } = self.0.get(name)?;
         if cfg!(target_endian = "big") { None } else { bytemuck::try_cast_slice(data).ok() }
@@ -124,7 +124,7 @@ impl Examples for Stored {
     }
 }
 
-/// SHA-256 of the report and of the hashes of all pieces, which are hashed on all cores.
+/// Returns the SHA-256 of the report and of the hashes of all chunks, which are hashed on all cores.
 fn checksum(report: &str, tensors: &[&[u8]]) -> String {
     let mut whole = Sha256::new_with_prefix(report);
     for bytes in tensors {

@@ -31,7 +31,7 @@ impl Machine {
     }
 }
 
-/// Everything of a dataset that can be seen.
+/// Returns everything observable of a dataset.
 fn seen(dataset: &Dataset) -> Vec<(Vec<u32>, Vec<i32>, String)> {
     let one = |example: crate::Example<'_>| {
         (example.input_ids.to_vec(), example.labels.to_vec(), format!("{} {}", example.path.display(), example.row))

@@ -1,4 +1,4 @@
-//! From files to examples.
+//! Loading of examples from files.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,10 +21,10 @@ use crate::row::{RowContent, RowFormat, RowNumber};
 use crate::template::STOPPED;
 use crate::tokenizer::Tokenizer;
 
-/// Encodes the rows of `files`, whose fingerprint is that of what they hold where none is given.
+/// Encodes the rows of `files`, with their fingerprint; without one, the fingerprint of their contents is used.
 ///
-/// Rows are parsed and encoded on all cores, some at a time, and taken in their order: the first row of the first file
-/// that is wrong is the error, whichever core was first.
+/// Rows are parsed and encoded on all cores, in batches, and collected in order. The error is always that of the first
+/// wrong row of the first file, whichever core finds it.
 pub(crate) fn load(
     files: &[PathBuf],
     columns: &Columns,
@@ -70,37 +70,37 @@ pub(crate) fn load(
 
 struct Loader<'a> {
     files: &'a [PathBuf],
-    /// The index of the file that is being read.
+    /// The index of the current file.
     file: usize,
     columns: &'a Columns,
     tokenizer: Option<&'a Tokenizer>,
     options: &'a EncodeOptions,
-    /// Rows that are encoded together.
+    /// Rows waiting to be encoded together.
     waiting: Vec<RawRow>,
     waiting_bytes: usize,
     report: LoadReport,
     examples: InMemory,
-    /// The mapped columns that some row had.
+    /// The mapped columns found so far.
     found: Found,
-    /// Rows without a label that counts; an error, but which depends on the rest of the files.
+    /// Rows without a label that counts. The error depends on the other rows.
     untrained: Vec<RowPlace>,
-    /// Rows that were encoded, with success or not.
+    /// Rows that were encoded, successfully or not.
     looked_at: usize,
     /// The first row that is wrong.
     wrong: Option<WrongRow>,
 }
 
-/// The first wrong row. Some more rows are looked at to count those with the same fault.
+/// The first wrong row. Some more rows are encoded to count those with the same fault.
 struct WrongRow {
     error: Error,
-    /// Its message without numbers, which differ from row to row.
+    /// Its message without digits, which differ between rows.
     fault: String,
     rows: usize,
-    /// How many rows had been looked at when it was found.
+    /// The number of rows encoded when it was found.
     found_at: usize,
 }
 
-/// How many rows are looked at after a wrong one.
+/// The number of rows to encode after a wrong one.
 const ROWS_AFTER: usize = 10_000;
 
 impl WrongRow {
@@ -108,7 +108,7 @@ impl WrongRow {
         message.chars().filter(|character| !character.is_ascii_digit()).collect()
     }
 
-    /// The error, with the number of rows that have it where there are several of the `looked_at`.
+    /// Returns the error, with the number of affected rows among the `looked_at` if there are several.
     fn counted(self, looked_at: usize, are_all: bool) -> Error {
         let rows = self.rows;
         match self.error {
@@ -121,17 +121,17 @@ impl WrongRow {
     }
 }
 
-/// How many rows, and how many bytes of them, are encoded together.
+/// The maximum number and bytes of rows to encode together.
 const ROWS_AT_ONCE: usize = 1024;
 const BYTES_AT_ONCE: usize = 8 << 20;
 
-/// A row that was encoded, and what is known of it beside.
+/// An encoded row, with its properties.
 struct Ready {
     example: Encoded,
     number: RowNumber,
     format: RowFormat,
     found: Found,
-    /// True if it is text that the checkpoint's chat template does not show.
+    /// True if it is text that the checkpoint's chat template does not render.
     is_plain: bool,
 }
 
@@ -264,7 +264,7 @@ impl Loader<'_> {
         self.fit(example, at)
     }
 
-    /// Does with a row that is too long what the options say.
+    /// Treats a row that is too long as the options require.
     fn fit(&mut self, example: Encoded, at: RowPlace) -> Result<()> {
         let max = self.options.max_seq_length;
         match self.options.overlong {
@@ -334,7 +334,7 @@ impl Loader<'_> {
     }
 }
 
-/// What a kind of row needs of the checkpoint is missed there, not in the row.
+/// Checks that the checkpoint has what the row format needs.
 fn check_tokenizer(content: &RowContent, tokenizer: Option<&Tokenizer>, options: &EncodeOptions) -> Result<()> {
     match (content, tokenizer) {
         (RowContent::Messages { tools, .. }, Some(tokenizer)) => {
@@ -351,7 +351,7 @@ fn check_tokenizer(content: &RowContent, tokenizer: Option<&Tokenizer>, options:
     }
 }
 
-/// The fingerprint of examples from files that can be read only once.
+/// Returns the fingerprint of examples from files that can be read only once.
 fn of_contents(examples: &InMemory) -> String {
     let mut hash = Sha256::new();
     hash.update(bytemuck::cast_slice(examples.ends()));
@@ -360,7 +360,7 @@ fn of_contents(examples: &InMemory) -> String {
     hex(&hash.finalize())
 }
 
-/// All files, for an error about all of them.
+/// Returns the names of all files, for an error about all of them.
 fn name(files: &[PathBuf]) -> String {
     match files {
         [] => "no file".to_owned(),

@@ -239,7 +239,7 @@ fn mapped_columns_that_are_nowhere_are_an_error() {
     );
 }
 
-/// Of arguments, tools (also as text) and variables, in files of lines and of lists.
+/// Integers in arguments, tools (also as text) and variables, in JSON lines and in JSON lists.
 #[test]
 fn integers_keep_their_digits_from_the_file_to_the_template() {
     let source = "{{ tools[0].function.name }} {{ tools[0].function.parameters.max }};{{ low }};{% for m in messages %}{{ m.content }}\
@@ -285,7 +285,7 @@ fn integers_keep_their_digits_from_the_file_to_the_template() {
     assert!(error("25000000000000000000").ends_with("expected a JSON object, found a number"));
 }
 
-/// A template that is stopped takes its time once, not for every row.
+/// A template that exceeds its budget is run once, not for every row.
 #[test]
 fn rows_after_one_that_is_stopped_are_not_tried() {
     let source = "{% for i in range(20000) %}{% for j in range(20000) %}x{% endfor %}{% endfor %}";

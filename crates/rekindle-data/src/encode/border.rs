@@ -1,13 +1,13 @@
-//! The border between what is given and what is learned, where a token would span both.
+//! The border between prompt and completion, if a token would span it.
 
 use crate::tokenizer::{Tokenized, Tokenizer};
 
-/// The tokens of `text`, which is already encoded as a whole, with what stands before and after each border encoded apart
-/// where a token spans it; and whether one does.
+/// Encodes the parts before and after each border separately if a token of `text`, encoded as a whole, spans the
+/// border. Also returns true if one does.
 ///
-/// A model is given the text up to the border and makes the rest. So the tokens of "It is " and "the" are what it will see
-/// and what it has to make, and " the" is a token that it could not. Where a tokenizer writes the parts otherwise than the
-/// whole (some put a space before every text), the whole stays.
+/// A model receives the text up to the border and generates the rest: after the tokens of "It is " it generates "the",
+/// and could not generate the token " the". If the tokenizer encodes the parts differently from the whole (some add a
+/// space before every text), the encoding of the whole is kept.
 pub(super) fn split(
     tokenizer: &Tokenizer,
     text: &str,

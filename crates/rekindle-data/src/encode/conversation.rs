@@ -1,4 +1,4 @@
-//! A conversation's ids and labels.
+//! The ids and labels of a conversation.
 
 use std::ops::Range;
 
@@ -13,17 +13,17 @@ use crate::spans::{self, Conversation, Turn};
 use crate::template::{ChatTemplate, REASONING, RenderOptions};
 use crate::tokenizer::{NamedTemplate, Tokenized, Tokenizer};
 
-/// Encodes the template's text, to which no special tokens are added again.
+/// Encodes the rendered conversation, without adding special tokens again.
 ///
-/// - A token counts when any part of it stands in a trained turn, as [`spans::locate`] finds it; with a template that
-///   marks turns by `{% generation %}` that is transformers' `assistant_masks`. With any other, where a token would span
-///   the generation prompt and a trained turn, they are encoded apart, as [`border::split`] says.
-/// - Every assistant turn that is looked at must end with an end token, so that what is trained knows where to stop:
-///   nothing but white space follows its last special token, which counts where the turn does and is one that ends a
-///   generation, or the one with which the template ends turns.
+/// - The loss covers a token if any part of it is in a trained turn, as located by [`spans::locate`]; with a template
+/// that marks turns by `{% generation %}`, this equals transformers' `assistant_masks`. With other templates, a token
+/// that would span the generation prompt and a trained turn is split, as in [`border::split`].
+/// - Every trained assistant turn must end with an end token, so that the model learns to stop: only white space may
+/// follow its last special token, which is one that ends a generation, or the one with which the template ends turns.
+/// The loss covers it with the turn.
 ///
-/// Errors: a template that fails or hides where a turn is; a turn without an end token; two BOS at the beginning; a part
-/// of the row that the template leaves out.
+/// Errors: a template that fails or does not reveal the place of a turn; a turn without an end token; two BOS at the
+/// beginning; a part of the row that the template omits.
 pub(super) fn encode(
     tokenizer: &Tokenizer,
     mut messages: Vec<Message>,
@@ -86,7 +86,7 @@ pub(super) fn encode(
     Ok((encoded.ids, labels, RowNotes { joined, not_shown: !left_out.is_empty() }))
 }
 
-/// Returns true if a part of a token stands in one of the spans.
+/// Returns true if a part of a token is in one of the spans.
 fn overlaps(place: &Range<usize>, spans: &[Range<usize>]) -> bool {
     spans.iter().any(|span| span.contains(&place.start) || (place.start < span.start && span.start < place.end))
 }
@@ -113,7 +113,8 @@ fn not_shown(named: &NamedTemplate, left_out: &[String]) -> String {
     )
 }
 
-/// The token with which the template ends the assistant's turns, whatever ends a generation.
+/// Returns the token with which the template ends the assistant's turns, which may differ from the end tokens of
+/// generation.
 pub(crate) fn end_of_turn(tokenizer: &Tokenizer, template: &ChatTemplate) -> Option<u32> {
     let messages = [Message::new("user", "Q"), Message::new("assistant", "A")];
     let Conversation { text, turns } = spans::locate(template, &messages, &[1], &RenderOptions::default()).ok()?;
@@ -121,7 +122,7 @@ pub(crate) fn end_of_turn(tokenizer: &Tokenizer, template: &ChatTemplate) -> Opt
     last_special(tokenizer, &encoded, &text, turns.first()?)
 }
 
-/// The special token that a turn ends with, white space aside.
+/// Returns the special token that ends a turn, ignoring white space.
 fn last_special(tokenizer: &Tokenizer, encoded: &Tokenized, text: &str, turn: &Turn) -> Option<u32> {
     let span = turn.spans.last()?;
     let tokens = encoded.ids.iter().zip(&encoded.places).rev();

@@ -1,4 +1,4 @@
-//! Messages as the template at hand can show them.
+//! Normalization of messages for a chat template.
 
 use serde_json::Value;
 
@@ -6,7 +6,7 @@ use crate::message::Message;
 use crate::numbers;
 use crate::template::{ChatTemplate, RenderOptions};
 
-/// Settles what a row leaves open: a content that is null, and arguments that are JSON as text.
+/// Normalizes null contents, and arguments that are JSON as text.
 pub(crate) fn settle(template: &ChatTemplate, messages: &mut Vec<Message>, options: &RenderOptions) {
     settle_null_contents(template, messages, options);
     if let Some(parsed) = parsed_if_needed(template, messages, options) {
@@ -14,8 +14,8 @@ pub(crate) fn settle(template: &ChatTemplate, messages: &mut Vec<Message>, optio
     }
 }
 
-/// A content beside calls that is null stays none for the template, unless it fails with none or writes "None". Then the
-/// content is empty.
+/// Keeps a null content beside calls as none, unless the template fails with it or renders "None"; then the content
+/// becomes empty.
 fn settle_null_contents(template: &ChatTemplate, messages: &mut [Message], options: &RenderOptions) {
     if messages.iter().all(|message| message.content.is_some()) {
         return;
@@ -35,8 +35,8 @@ fn settle_null_contents(template: &ChatTemplate, messages: &mut [Message], optio
     }
 }
 
-/// The messages with the arguments of calls parsed, where they are JSON as text (as OpenAI's rows have them) and the
-/// template needs an object: it encodes them a second time, leaves them out, or fails.
+/// Returns the messages with the arguments of calls parsed, if they are JSON as text (as in OpenAI's rows) and the
+/// template needs an object: it encodes them a second time, omits them, or fails.
 fn parsed_if_needed(template: &ChatTemplate, messages: &[Message], options: &RenderOptions) -> Option<Vec<Message>> {
     let mut parsed = messages.to_vec();
     let mut texts = Vec::new();
@@ -76,12 +76,12 @@ fn parsed_if_needed(template: &ChatTemplate, messages: &[Message], options: &Ren
     is_better.then_some(parsed)
 }
 
-/// The calls of a turn.
+/// Returns the calls of a turn.
 pub(super) fn calls(message: &mut Message) -> impl Iterator<Item = &mut Value> {
     message.extra.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten()
 }
 
-/// Where a call has its name and arguments: in `function`, or itself.
+/// Returns the object with a call's name and arguments: `function`, or the call itself.
 pub(super) fn function(call: &mut Value) -> &mut Value {
     match call.get("function") {
         Some(Value::Object(_)) => &mut call["function"],
@@ -93,7 +93,7 @@ fn arguments(call: &mut Value) -> Option<&mut Value> {
     function(call).get_mut("arguments")
 }
 
-/// A text as JSON, with and without characters beyond ASCII.
+/// Returns a text as JSON, with and without escaped non-ASCII characters.
 fn encoded_again(text: &Value) -> [String; 2] {
     let plain = text.to_string();
     let escape = |c: char| match c.is_ascii() {

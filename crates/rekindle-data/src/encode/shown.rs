@@ -1,4 +1,4 @@
-//! Whether a template shows all of a row.
+//! Detection of parts of a row that a template omits.
 
 use std::collections::BTreeSet;
 
@@ -9,11 +9,11 @@ use crate::mask::thought_end;
 use crate::message::Message;
 use crate::template::{ChatTemplate, REASONING, RenderOptions};
 
-/// The parts of a conversation that the template leaves out, such as `messages[1].tool_calls`.
+/// Returns the parts of a conversation that the template omits, such as `messages[1].tool_calls`.
 ///
-/// Every text of the conversation gets a mark, and the template shows a part when its mark is in the rendering. Reasoning
-/// may be missing: templates drop that of earlier turns. Of the turns in `trained` it must be shown by the rendering that
-/// ends with the turn, where the model would write it.
+/// A mark is inserted into every text of the conversation; a part is rendered if its mark is. Reasoning may be missing,
+/// because templates drop that of earlier turns. The reasoning of turns in `trained` must be in the rendering that ends
+/// with the turn, where the model would generate it.
 pub(super) fn left_out(
     template: &ChatTemplate,
     messages: &[Message],
@@ -50,24 +50,24 @@ pub(super) fn left_out(
     missing
 }
 
-/// What stands before the name of a turn whose reasoning is part of its content.
+/// The prefix of the name of a turn whose reasoning is part of its content.
 pub(super) const REASONING_OF: &str = "the reasoning of";
 
-/// How long a text is that is not in a rendering by chance.
+/// The length from which a text does not occur in a rendering by chance.
 const TELLING: usize = 24;
 
-/// A text of a conversation that has a mark.
+/// A text of a conversation with its mark.
 struct Part {
     name: String,
-    /// The turn whose reasoning it is.
+    /// The turn, if the text is its reasoning.
     reasoning_of: Option<usize>,
-    /// True if it is the name of a function that is called.
+    /// True if the text is the name of a called function.
     is_callee: bool,
     text: String,
 }
 
 impl Part {
-    /// Returns true if the text is in a rendering as it is, or as JSON.
+    /// Returns true if the text is in a rendering, verbatim or as JSON.
     fn stands_in(&self, rendering: &str) -> bool {
         let text = self.text.trim();
         let json = Value::from(text).to_string();
@@ -80,11 +80,11 @@ struct Marked {
     messages: Vec<Message>,
     options: RenderOptions,
     parts: Vec<Part>,
-    /// The digits that every mark begins with.
+    /// The digits at the beginning of every mark.
     base: String,
 }
 
-/// How many digits tell the marks apart.
+/// The number of digits that distinguish marks.
 const DIGITS: usize = 6;
 
 impl Marked {
@@ -114,7 +114,7 @@ impl Marked {
         self.options.tools = tools;
     }
 
-    /// Adds a part and gives its mark.
+    /// Adds a part; returns its mark.
     fn mark(&mut self, name: String, reasoning_of: Option<usize>, text: &str) -> String {
         let mark = format!("{}{:0DIGITS$}", self.base, self.parts.len());
         self.parts.push(Part { name, reasoning_of, is_callee: false, text: text.to_owned() });
@@ -183,7 +183,7 @@ impl Marked {
         self.mark_leaves(arguments, name);
     }
 
-    /// Marks the texts and integers in a value; where there are none, something else in it.
+    /// Marks the texts and integers in a value; without any, marks other values in it.
     fn mark_leaves(&mut self, value: &mut Value, name: &str) {
         let before = self.parts.len();
         self.mark_where(value, name, &|leaf| leaf.is_string() || leaf.is_i64() || leaf.is_u64());
@@ -201,7 +201,7 @@ impl Marked {
         }
     }
 
-    /// Puts a mark in the place of a value: a number for an integer, else a text.
+    /// Replaces a value by a mark: an integer by a number, anything else by a text.
     fn mark_value(&mut self, value: &mut Value, name: &str) {
         let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         if text.trim().is_empty() {
@@ -215,7 +215,8 @@ impl Marked {
     }
 }
 
-/// The text with the mark about in its middle, but not in a tag: templates look at what a text begins and ends with.
+/// Inserts the mark near the middle of the text, but not into a tag, because templates check the beginning and end of
+/// texts.
 fn insert(text: &str, mark: &str) -> String {
     let middle = text.len() / 2;
     let fits = |at: &usize| {
@@ -229,7 +230,7 @@ fn insert(text: &str, mark: &str) -> String {
     format!("{}{mark}{}", &text[..at], &text[at..])
 }
 
-/// The numbers of the marks in a rendering.
+/// Returns the numbers of the marks in a rendering.
 fn marks_in(rendering: &str, base: &str) -> BTreeSet<usize> {
     let number = |(at, _): (usize, &str)| rendering.get(at + base.len()..at + base.len() + DIGITS)?.parse().ok();
     rendering.match_indices(base).filter_map(number).collect()

@@ -10,7 +10,7 @@ fn try_encode(tokenizer: &Tokenizer, row: Value, options: &EncodeOptions) -> Res
     encode(RowContent::from_json(row).expect("a valid row"), 1, Some(tokenizer), options)
 }
 
-/// The text of all tokens of a row, and of those whose label counts.
+/// Returns the text of all tokens of a row, and of those whose label counts.
 fn texts(tokenizer: &Tokenizer, row: Value) -> (String, String) {
     texts_with(tokenizer, row, &EncodeOptions::default())
 }
@@ -37,7 +37,7 @@ fn pair(all: &str, trained: &str) -> (String, String) {
     (all.to_owned(), trained.to_owned())
 }
 
-/// Contents with merges across words, several bytes a character, leading, trailing and inner white space, and markup.
+/// Contents with merges across words, multi-byte characters, leading, trailing and inner white space, and markup.
 const CONTENTS: [&str; 8] = [
     "hello world",
     "x",
@@ -49,7 +49,8 @@ const CONTENTS: [&str; 8] = [
     "[INST] hell",
 ];
 
-/// What is trained of a chat is the contents of its assistant turns with their end tokens, whatever stands beside them.
+/// The loss of a chat covers the contents of its assistant turns with their end tokens, whatever else the chat
+/// contains.
 #[test]
 fn assistant_turns_and_nothing_else_count() {
     type Turn = fn(&str) -> String;
@@ -97,7 +98,7 @@ fn only_the_completion_of_a_list_counts() {
     assert_eq!(texts(&tokenizer, row).1, "B<|im_end|>\n");
 }
 
-/// The tokenizer's post-processor trims offsets, which would move the spaces before "A" into the completion.
+/// The tokenizer's post-processor trims offsets, which would assign the spaces before "A" to the completion.
 #[test]
 fn spaces_before_the_completion_are_the_prompts() {
     let (_dir, tokenizer) = tokenizer(CHATML);
@@ -105,8 +106,8 @@ fn spaces_before_the_completion_are_the_prompts() {
     assert_eq!(texts(&tokenizer, row), pair("<s>Q:   A<|im_end|>", "A<|im_end|>"));
 }
 
-/// "hello" and " w" are one token each. What stands before the completion is what a model is given, and the completion is
-/// all that it has to make.
+/// "hello" and " w" are one token each. The model receives the text before the completion, and must generate exactly
+/// the completion.
 #[test]
 fn a_token_across_the_border_is_two() {
     let (_dir, tokenizer) = tokenizer(CHATML);
@@ -153,7 +154,7 @@ fn a_generation_prompt_that_ends_in_a_space() {
     assert_eq!((texts(&tokenizer, row).1.as_str(), encoded.notes.joined), (" w<|im_end|>", false));
 }
 
-/// A tokenizer that puts a space before every text cannot write the completion apart.
+/// A tokenizer that adds a space before every text cannot encode the completion separately.
 #[test]
 fn where_the_parts_read_otherwise_the_whole_stays() {
     let (dir, _) = tokenizer(CHATML);
@@ -167,7 +168,7 @@ fn where_the_parts_read_otherwise_the_whole_stays() {
     assert_eq!((texts(&tokenizer, row).1.as_str(), encoded.notes.joined), (" w<|im_end|>", true));
 }
 
-/// The white space after a thought may be of one token with the answer.
+/// The white space after the reasoning may share a token with the answer.
 #[test]
 fn a_token_of_thought_and_answer_is_trained() {
     let source = "{% for m in messages %}{{ m.role ~ ':' ~ m.content }}<|im_end|>{% endfor %}\
@@ -301,7 +302,7 @@ fn marked_turns_count_without_what_follows_them() {
     assert_eq!(texts(&tokenizer, row).1, "A<|im_end|>");
 }
 
-/// A model that never sees its end token behind an answer does not learn to stop.
+/// A model that never sees an end token after an answer does not learn to stop.
 #[test]
 fn every_turn_ends_with_an_end_token() {
     let row =

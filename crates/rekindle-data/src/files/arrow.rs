@@ -1,7 +1,7 @@
-//! Arrow IPC files, as a stream or with a footer: what `Dataset.save_to_disk` and pandas' `to_feather` write.
+//! Arrow IPC files, as a stream or with a footer, as written by `Dataset.save_to_disk` and pandas' `to_feather`.
 //!
-//! A file is a sequence of messages: the schema, the values of dictionaries, batches of rows. The footer, which only says
-//! where the messages are, is not needed. Every number of a file is checked against the bytes that there are.
+//! A file is a sequence of messages: the schema, the values of dictionaries, batches of rows. The footer, an index of
+//! the messages, is not needed. Every number in a file is checked against the available bytes.
 
 use std::io::{BufRead, Read};
 use std::path::Path;
@@ -28,7 +28,7 @@ pub(super) const CONTINUATION: [u8; 4] = [0xff; 4];
 
 const CUT: &str = "it is cut short";
 
-/// Reads the columns that rows are made of, batch by batch.
+/// Reads the columns that rows use, batch by batch.
 pub(super) fn read(
     path: &Path,
     mut reader: Box<dyn BufRead>,
@@ -81,7 +81,7 @@ pub(super) fn read(
     Ok(())
 }
 
-/// What the rows of a batch are read with.
+/// The inputs for reading the rows of a batch.
 struct Batch<'a> {
     path: &'a Path,
     fields: &'a [Field],
@@ -122,7 +122,7 @@ impl Batch<'_> {
     }
 }
 
-/// Reads the values of a dictionary, or more of them.
+/// Reads the values of a dictionary, or additional ones.
 fn dictionary(header: Table<'_>, bytes: &[u8], fields: &[Field], all: &mut Dictionaries) -> Result<(), String> {
     let number = header.i64(0).unwrap_or(0);
     let field = coded(fields, number).ok_or(CONTRADICTS)?;
@@ -139,7 +139,7 @@ fn dictionary(header: Table<'_>, bytes: &[u8], fields: &[Field], all: &mut Dicti
     Ok(())
 }
 
-/// The field with this dictionary.
+/// Returns the field with this dictionary.
 fn coded(fields: &[Field], number: i64) -> Option<&Field> {
     fields.iter().find_map(|field| match field.dictionary {
         Some((of, _)) if of == number => Some(field),
@@ -154,7 +154,7 @@ struct Message {
 
 enum Next {
     Message(Message),
-    /// The mark at which the stream ends.
+    /// The marker of the stream's end.
     End,
     /// The end of the file.
     Nothing,
@@ -180,7 +180,7 @@ fn next(reader: &mut impl BufRead) -> Result<Next, String> {
     Ok(Next::Message(Message { header, body }))
 }
 
-/// So many bytes. Memory grows with those that are there, not with the length that the file names.
+/// Reads an exact number of bytes. Memory grows with the available bytes, not with the length that the file claims.
 fn exactly(reader: &mut impl Read, length: u64) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::new();
     reader.take(length).read_to_end(&mut bytes).map_err(|error| error.to_string())?;

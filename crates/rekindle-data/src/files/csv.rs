@@ -1,4 +1,4 @@
-//! CSV and TSV: a header and a row of text cells for each record.
+//! CSV and TSV: a header, and a row of text cells for each record.
 
 use std::io::{BufRead, Read};
 use std::path::Path;
@@ -11,22 +11,22 @@ use crate::columns::Columns;
 use crate::error::{Error, Result};
 use crate::row::RowNumber;
 
-/// Delimiters that a header of `*.csv` can have, the default first.
+/// Delimiters that the header of `*.csv` can have, the default first.
 const DELIMITERS: [u8; 4] = [b',', b';', b'\t', b'|'];
 
-/// The most bytes of a header that are looked at to find the delimiter.
+/// The maximum number of header bytes to search for the delimiter.
 const LONGEST_HEADER: usize = 1 << 16;
 
-/// A record after the last one. The crate accepts a quoted cell that is never closed; such a cell swallows this record.
+/// A record after the last one. The `csv` crate accepts a quoted cell without an end; such a cell swallows this record.
 const END: &[u8] = b"\n\0end of rows\0\n";
 
-/// Keys whose values are lists or objects, which a cell holds as JSON text.
+/// Keys whose values are lists or objects, stored in a cell as JSON text.
 const STRUCTURED: [&str; 6] =
     ["messages", "conversations", "input_ids", "labels", "attention_mask", "chat_template_kwargs"];
 
-/// Reads the rows below the header. Rows are counted from 1 without it; blank lines are no rows.
+/// Reads the rows below the header. Rows are counted from 1, without the header; blank lines are not rows.
 ///
-/// Cells stay text, numbers too; an empty cell is null. Without a `delimiter` the header tells it.
+/// Cells stay text, even numbers; an empty cell is null. Without a `delimiter`, it is detected from the header.
 pub(super) fn read(
     path: &Path,
     mut reader: Box<dyn BufRead>,
@@ -76,7 +76,7 @@ pub(super) fn read(
 struct Records<R> {
     reader: R,
     parser: Reader,
-    /// The cells of a record, one behind the other, and where each ends.
+    /// The concatenated cells of a record, and the end of each.
     cells: Vec<u8>,
     ends: Vec<usize>,
 }
@@ -115,7 +115,7 @@ fn is_end(record: &[Vec<u8>]) -> bool {
     matches!(record, [cell] if cell == END.trim_ascii())
 }
 
-/// Returns true if a quoted cell has no end: it swallowed the record that follows the last one.
+/// Returns true if a quoted cell has no end and swallowed the record after the last one.
 fn is_open(record: &[Vec<u8>]) -> bool {
     record.last().is_some_and(|cell| cell.ends_with(END))
 }
@@ -135,7 +135,7 @@ fn header(record: &[Vec<u8>]) -> Result<Vec<String>, String> {
     Ok(names)
 }
 
-/// The delimiter that the first line has most of outside of quotes.
+/// Returns the delimiter that occurs most often in the first line, outside of quotes.
 fn delimiter_of(head: &[u8]) -> u8 {
     let mut counts = [0; DELIMITERS.len()];
     let mut quoted = false;

@@ -1,4 +1,4 @@
-//! From what a user writes to files.
+//! Resolution of paths, directories and patterns to row files.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use super::saved;
 use super::split::{canonical, of_words, split_of};
 use crate::error::{Error, Result};
 
-/// Kinds of files of rows, by how their names end.
+/// Formats of row files, by the endings of their names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     JsonLines,
@@ -32,50 +32,51 @@ const ENDINGS: [(&str, Kind); 8] = [
 /// Endings of compressed files.
 const COMPRESSED: [&str; 2] = [".gz", ".zst"];
 
-/// Other endings that only names of files have.
+/// Other endings that only file names have.
 const OF_FILES: [&str; 16] = [
     ".txt", ".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".xlsx", ".xls", ".pkl", ".pickle", ".npy", ".md",
     ".yaml", ".toml",
 ];
 
-/// JSON files beside rows, which hold none.
+/// JSON files without rows that accompany row files.
 const NO_ROWS: [&str; 4] = ["dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"];
 
-/// The splits that are wanted of folders, the first that is there.
+/// The splits to choose in folders, in order of preference.
 #[derive(Debug)]
 pub(super) struct Choice<'a> {
     pub(super) wanted: Vec<&'a str>,
-    /// True if a user named the split.
+    /// True if the user named the split.
     pub(super) explicit: bool,
 }
 
 impl<'a> Choice<'a> {
-    /// A split that a user named, else the first of `defaults`.
+    /// Returns the choice of a split that the user named, else of `defaults`.
     pub(super) fn new(split: Option<&'a str>, defaults: &[&'a str]) -> Self {
         let wanted = split.map_or_else(|| defaults.to_vec(), |split| vec![canonical(split).unwrap_or(split)]);
         Self { wanted, explicit: split.is_some() }
     }
 
-    /// The error where none of them is there.
+    /// Returns the error for a folder without any of them.
     pub(super) fn missing(&self, there: String) -> String {
         let wanted = self.wanted.iter().map(|split| format!("{split:?}")).collect::<Vec<_>>().join(" or ");
         format!("has no split {wanted}; it has {there}; name one of them as split, or name the files")
     }
 }
 
-/// Files, and sentences for the user about how they were chosen.
+/// Files, and notices about their selection.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     pub(super) files: Vec<PathBuf>,
     pub(super) notices: Vec<String>,
 }
 
-/// Finds the files of `paths`: a file itself, of a directory the files of a split, of a pattern (`*`, `?`, `[…]`, `**`)
-/// the files it matches; each of the latter two sorted by name.
+/// Finds the files of `paths`: a file itself, the files of a split of a directory, and the files that match a pattern
+/// (`*`, `?`, `[…]`, `**`), the latter two sorted by name.
 ///
 /// # Errors
-/// [`Error::Dataset`] for a directory without such files, a pattern that matches nothing or is none, a file that comes
-/// twice; [`Error::Read`] for a directory that cannot be read. Whether a file exists is seen when it is opened.
+/// [`Error::Dataset`] for a directory without such files, an invalid pattern or one without a match, or a file that
+/// occurs twice; [`Error::Read`] for a directory that cannot be read. The existence of a file is checked when it is
+/// opened.
 pub(super) fn find(paths: &[PathBuf], choice: &Choice<'_>) -> Result<Found> {
     let mut found = Found::default();
     for path in paths {
@@ -98,7 +99,7 @@ fn is_pattern(path: &Path) -> bool {
     path.to_str().is_some_and(|path| path.contains(['*', '?', '[']))
 }
 
-/// The kind of a file of rows, by its name.
+/// Returns the format of a row file, by its name.
 pub(super) fn kind_of(name: &str) -> Option<Kind> {
     let name = name.to_ascii_lowercase();
     let plain = COMPRESSED.iter().find_map(|ending| name.strip_suffix(ending)).unwrap_or(&name);
@@ -107,22 +108,22 @@ pub(super) fn kind_of(name: &str) -> Option<Kind> {
     kind.filter(|kind| *kind != Kind::Parquet || plain.len() == name.len())
 }
 
-/// Whether a name ends as those of files do, of rows or not: `.jsonl`, `.csv.gz`, `.txt`. Such a name is never looked for
-/// on the hub.
+/// Returns true if a name has the ending of a file: `.jsonl`, `.csv.gz`, `.txt`. Such a name is never searched on the
+/// hub.
 pub fn is_file_name(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     kind_of(&name).is_some() || OF_FILES.iter().any(|ending| name.ends_with(ending))
 }
 
-/// A file of rows below a directory.
+/// A row file below a directory.
 struct Candidate {
-    /// Its path below the directory, with `/` between the parts.
+    /// Its path relative to the directory, with `/` as the separator.
     below: String,
     kind: Kind,
 }
 
-/// The files of rows below a directory, sorted, and the names at its top for errors. Of its folders, those are entered
-/// whose name is a split, and `data` and `default`, which hold the rows of repositories.
+/// Returns the sorted row files below a directory, and the names at its top for errors. Searches folders named like a
+/// split, and `data` and `default`, which contain the rows of repositories.
 fn candidates(dir: &Path) -> Result<(Vec<Candidate>, Vec<String>)> {
     let mut found = Vec::new();
     let mut top = Vec::new();
@@ -212,10 +213,10 @@ fn in_directory(dir: &Path, choice: &Choice<'_>, found: &mut Found) -> Result<()
     Ok(())
 }
 
-/// The most names that a sentence lists.
+/// The maximum number of names in a message.
 const LISTED: usize = 8;
 
-/// Names in quotes, at most some of them.
+/// Lists names in quotes, up to a maximum.
 pub(super) fn listed(names: &[impl AsRef<str>]) -> String {
     let shown = names.iter().take(LISTED).map(|name| format!("{:?}", name.as_ref())).collect::<Vec<_>>().join(", ");
     match names.len().checked_sub(LISTED) {
@@ -256,12 +257,12 @@ mod tests {
         dir
     }
 
-    /// What `paths` below the directory are, by their names in it.
+    /// Returns the files found for `paths` below the directory, by their names in it.
     fn found(dir: &Path, paths: &[&str]) -> Result<Vec<String>, String> {
         of_split(dir, paths, None, &["train"]).map(|(files, _)| files)
     }
 
-    /// The same of a split, with the notices.
+    /// Returns the files of a split, with the notices.
     fn of_split(
         dir: &Path,
         paths: &[&str],

@@ -1,6 +1,6 @@
-//! Files that hold no rows that are read, told by their first bytes.
+//! Detection of unsupported files by their first bytes.
 
-/// First bytes, and the sentence about such a file.
+/// First bytes, and the message about such a file.
 const KINDS: [(&[u8], &str); 13] = [
     (b"PK\x03\x04", "is a ZIP archive or an Excel workbook, which is not read; unpack it, or save the sheet as CSV"),
     (b"\x80\x02", PICKLE),
@@ -32,10 +32,10 @@ const TEXTS: [(&[u8], &str); 3] = [
 
 const PAGE: &str = "is an HTML page, perhaps one that says why a download failed; download the file again";
 
-/// Where the mark of a tar archive lies.
+/// The position of a tar archive's magic bytes.
 const TAR: std::ops::Range<usize> = 257..262;
 
-/// The sentence about a file that begins so, if its kind is known and not read.
+/// Returns the message about a file with these first bytes, if its format is known and unsupported.
 pub(super) fn refusal(first: &[u8]) -> Option<&'static str> {
     if first.get(TAR) == Some(b"ustar".as_slice()) {
         return Some("is a tar archive, which is not read; unpack it");

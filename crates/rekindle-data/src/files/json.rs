@@ -1,4 +1,4 @@
-//! One JSON document: a list of rows, or an object with such a list as `data`.
+//! A JSON document: a list of rows, or an object with such a list as `data`.
 
 use std::cell::Cell;
 use std::fmt;
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::numbers::Guarded;
 use crate::row::RowNumber;
 
-/// Reads it row by row; only one is in memory.
+/// Reads the document row by row, with one row in memory at a time.
 pub(super) fn read(path: &Path, reader: impl BufRead, sink: Sink<'_>) -> Result<()> {
     let mut refused = None;
     let mut begun = 0;
@@ -46,10 +46,10 @@ pub(super) fn read(path: &Path, reader: impl BufRead, sink: Sink<'_>) -> Result<
     }
 }
 
-/// Remembers the last bytes: where the parser fails, the byte it failed at is among them.
+/// A reader that remembers the last bytes, among them the one at which the parser fails.
 struct Watched<'a, R> {
     reader: R,
-    /// The newest byte comes second.
+    /// The last two bytes; the newest is the second.
     last: &'a Cell<[u8; 2]>,
 }
 
@@ -64,12 +64,12 @@ impl<R: Read> Read for Watched<'_, R> {
     }
 }
 
-/// The rows on their way to the sink.
+/// The receiver of the rows.
 struct Rows<'a, 'b> {
     sink: Sink<'a>,
-    /// What the sink failed with: the parser has errors of its own.
+    /// The error of the sink, because the parser has its own error type.
     refused: &'b mut Option<Error>,
-    /// The number of the row that is being read; 0 outside of the list.
+    /// The number of the current row; 0 outside of the list.
     begun: &'b mut usize,
 }
 

@@ -1,4 +1,4 @@
-//! JSON lines: an object a line.
+//! JSON lines: one object per line.
 
 use std::io::BufRead;
 use std::path::Path;
@@ -9,7 +9,7 @@ use super::{RawRow, Sink};
 use crate::error::{Error, Result};
 use crate::numbers;
 
-/// Blank lines are skipped, and counted.
+/// Reads the lines; blank lines are skipped but counted.
 pub(super) fn read(path: &Path, mut lines: impl BufRead, sink: Sink<'_>) -> Result<()> {
     for number in 1.. {
         let mut line = Vec::new();
@@ -38,13 +38,13 @@ pub(super) fn parse(line: &[u8]) -> Result<Value, String> {
     })
 }
 
-/// The message without serde_json's own place in it.
+/// Returns the message without serde_json's own position.
 pub(super) fn without_place(error: &serde_json::Error) -> String {
     let text = error.to_string();
     text.split(" at line ").next().unwrap_or(&text).to_owned()
 }
 
-/// A way out for text that other programs take for JSON; `rest` begins where it stops being JSON, and may end there.
+/// Returns a hint about text that other programs accept as JSON; `rest` begins where the text is no longer JSON.
 pub(super) fn hint(rest: &[u8]) -> Option<&'static str> {
     match rest.first()? {
         b'N' if rest.starts_with(b"None") => Some(PYTHON),

@@ -1,4 +1,4 @@
-//! The kind of a file.
+//! Detection of a file's format.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Cursor, Read};
@@ -11,29 +11,30 @@ use serde::de::IgnoredAny;
 use super::{arrow, find, foreign};
 use crate::error::{Error, Result};
 
-/// A file at its beginning.
+/// A file at its beginning, with its format.
 pub(super) enum Opened {
     Lines(Box<dyn BufRead>),
     Json(Box<dyn BufRead>),
     Parquet(File),
-    /// Without a delimiter, the header tells it.
+    /// Delimited text; without a delimiter, it is detected from the header.
     Delimited {
         reader: Box<dyn BufRead>,
         delimiter: Option<u8>,
     },
     Arrow {
         reader: Box<dyn BufRead>,
-        /// True if it is a file with a footer; else a stream.
+        /// True for a file with a footer; false for a stream.
         is_file: bool,
     },
 }
 
-/// As much of a first line as is looked at; a longer one is a whole document.
+/// The maximum length of a first line; a longer one is a whole document.
 const LONGEST_FIRST_LINE: u64 = 1 << 26;
 const BUFFER: usize = 1 << 16;
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
-/// Opens a file. Its first bytes tell JSON, Parquet and Arrow; the name's ending tells CSV, and JSON lines from an object.
+/// Opens a file. Its first bytes determine JSON, Parquet and Arrow; the ending of its name determines CSV, and JSON
+/// lines.
 pub(super) fn open(path: &Path) -> Result<Opened> {
     let failed = |source| Error::Read { path: path.to_owned(), source };
     let (mut reader, head) = uncompressed(path).map_err(failed)?;
@@ -81,7 +82,7 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
     }
 }
 
-/// The contents, with their first bytes as they lie on the disk.
+/// Returns the decompressed contents, with the first bytes on disk.
 fn uncompressed(path: &Path) -> std::io::Result<(Box<dyn BufRead>, Vec<u8>)> {
     // Opening a directory succeeds on Unix; its metadata tells before the first read fails obscurely.
     if std::fs::metadata(path)?.is_dir() {
@@ -101,7 +102,7 @@ fn uncompressed(path: &Path) -> std::io::Result<(Box<dyn BufRead>, Vec<u8>)> {
     Ok((reader, head))
 }
 
-/// `*.json` that begins with an object: `{"data": [...]}`, or JSON lines under another name.
+/// Detects the format of a `*.json` that begins with an object: `{"data": [...]}`, or JSON lines.
 fn object_or_lines(mut reader: Box<dyn BufRead>) -> std::io::Result<Opened> {
     #[derive(Deserialize)]
     struct Document {

@@ -1,4 +1,4 @@
-//! Parquet: tables with nested columns, read as the JSON that they were made from.
+//! Parquet: tables with nested columns, read as JSON.
 
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,7 +16,7 @@ use crate::columns::Columns;
 use crate::error::{Error, Result};
 use crate::row::RowNumber;
 
-/// Reads the columns that rows are made of, row group by row group; others are not decoded.
+/// Reads the columns that rows use, one row group at a time; other columns are not decoded.
 pub(super) fn read(path: &Path, file: File, columns: &Columns, sink: Sink<'_>) -> Result<()> {
     let broken = |error: ParquetError| Error::dataset(path, format!("is a damaged Parquet file: {error}"));
     let table = guarded(|| SerializedFileReader::new(file)).map_err(broken)?;
@@ -46,7 +46,7 @@ pub(super) fn read(path: &Path, file: File, columns: &Columns, sink: Sink<'_>) -
     Ok(())
 }
 
-/// The crate asserts what a damaged file can break.
+/// Catches panics: the `parquet` crate asserts properties that a damaged file can violate.
 fn guarded<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, ParquetError> {
     catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
@@ -54,7 +54,8 @@ fn guarded<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, Parqu
     })
 }
 
-/// Null fields of a struct are left out: a table gives every struct of a column the fields of all of them.
+/// Returns a field as JSON. Null fields of a struct are omitted, because a table gives every struct of a column all of
+/// its fields.
 fn json(field: &Field) -> Result<Value, &'static str> {
     Ok(match field {
         Field::Null => Value::Null,

@@ -1,4 +1,4 @@
-//! Folders that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` of Python's `datasets` wrote.
+//! Folders written by `Dataset.save_to_disk` and `DatasetDict.save_to_disk` of Python's `datasets`.
 
 use std::path::{Path, PathBuf};
 
@@ -20,7 +20,7 @@ struct Splits {
 struct State {
     #[serde(rename = "_data_files")]
     files: Vec<DataFile>,
-    /// Files of row numbers, from before `save_to_disk` wrote the rows in their order.
+    /// Files of row numbers, from versions before `save_to_disk` wrote the rows in order.
     #[serde(rename = "_indices_data_files", default)]
     indices: Option<serde_json::Value>,
     #[serde(rename = "_split", default)]
@@ -32,7 +32,7 @@ struct DataFile {
     filename: String,
 }
 
-/// The files of such a folder with what is to be said about them; `None` where it is no such folder.
+/// Returns the files of such a folder, with notices; `None` for other folders.
 pub(super) fn find(dir: &Path, choice: &Choice<'_>) -> Result<Option<(Vec<PathBuf>, Option<String>)>> {
     let dict = dir.join("dataset_dict.json");
     if !dict.is_file() {

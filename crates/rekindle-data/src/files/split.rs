@@ -1,19 +1,19 @@
-//! Splits of a folder, told from the names of its files as Python's `datasets` does.
+//! Splits of a folder, detected from the names of its files as Python's `datasets` does.
 
-/// Splits, and the words for them in names of files and folders.
+/// Splits, each with its words in names of files and folders.
 const SPLITS: [(&str, &[&str]); 3] = [
     ("train", &["train", "training"]),
     ("validation", &["validation", "valid", "val", "dev"]),
     ("test", &["test", "testing", "eval", "evaluation"]),
 ];
 
-/// The usual name of a split.
+/// Returns the usual name of a split.
 pub(super) fn canonical(word: &str) -> Option<&'static str> {
     SPLITS.iter().find(|(_, words)| words.iter().any(|known| known.eq_ignore_ascii_case(word))).map(|(split, _)| *split)
 }
 
-/// The split that a path below a folder names, by `NAME-00000-of-00001`, else by a word of a folder or of the file's name.
-/// Words are letters between other characters: `my_train2.csv` is of `train`, `contest.csv` of none.
+/// Returns the split of a path below a folder, by `NAME-00000-of-00001`, else by a word of a folder or of the file's
+/// name. Words are letters between other characters: `my_train2.csv` is of `train`, `contest.csv` of none.
 pub(super) fn split_of(path: &str) -> Option<String> {
     let (folders, name) = path.rsplit_once('/').unwrap_or(("", path));
     if let Some(numbered) = numbered(name) {
@@ -22,12 +22,12 @@ pub(super) fn split_of(path: &str) -> Option<String> {
     of_words(folders).or_else(|| of_words(name)).map(str::to_owned)
 }
 
-/// The split that a word of a text names.
+/// Returns the split that a word of a text names.
 pub(super) fn of_words(text: &str) -> Option<&'static str> {
     text.split(|character: char| !character.is_alphabetic()).find_map(canonical)
 }
 
-/// `NAME` of `NAME-00000-of-00001.parquet`; `data-00000-of-00001.arrow` names no split.
+/// Returns `NAME` of `NAME-00000-of-00001.parquet`; `data-00000-of-00001.arrow` names no split.
 fn numbered(name: &str) -> Option<&str> {
     let (before, after) = name.split_once("-of-")?;
     let (split, number) = before.rsplit_once('-')?;

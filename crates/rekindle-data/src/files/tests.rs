@@ -14,7 +14,7 @@ fn arrow(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/arrow").join(name)
 }
 
-/// Every row of a file, by its number.
+/// Returns every row of a file, by its number.
 fn rows_of(path: &Path, columns: &Columns) -> Result<Vec<(RowNumber, Value)>> {
     let mut rows = Vec::new();
     read(path, columns, &mut |row| {
@@ -26,7 +26,7 @@ fn rows_of(path: &Path, columns: &Columns) -> Result<Vec<(RowNumber, Value)>> {
     Ok(rows)
 }
 
-/// The rows of a file that is called `name`.
+/// Returns the rows of a file called `name`.
 fn rows(name: &str, bytes: impl AsRef<[u8]>) -> Result<Vec<(RowNumber, Value)>, String> {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join(name);
@@ -141,7 +141,7 @@ fn a_file_without_rows_is_an_error() {
     assert!(missing.to_string().starts_with("cannot read no/such.jsonl: "), "{missing}");
 }
 
-/// Tables that pyarrow wrote, nested, in several row groups, and with every compression.
+/// Tables written by pyarrow: nested, in several row groups, and with every compression.
 #[test]
 fn parquet_gives_the_rows_that_it_was_made_from() {
     let expected: Map<String, Value> =
@@ -261,7 +261,7 @@ fn damaged_csv_is_an_error_with_its_row() {
     }
 }
 
-/// Files that pyarrow wrote, as streams and with footers, compressed, and with dictionaries.
+/// Files written by pyarrow: as streams and with footers, compressed, and with dictionaries.
 #[test]
 fn arrow_gives_the_rows_that_it_was_made_from() {
     let expected: Map<String, Value> =
@@ -335,7 +335,7 @@ fn folders_of_save_to_disk_are_read() {
     );
 }
 
-/// Cut anywhere, and with bytes replaced: an error or other rows, never a panic, and no memory that is not there.
+/// Truncated anywhere, and with bytes replaced: an error or other rows, never a panic or excessive memory.
 #[test]
 fn damaged_arrow_files_do_not_panic() {
     for name in
@@ -410,7 +410,7 @@ fn what_other_programs_take_for_json_is_named() {
     assert!(error("rows.jsonl", "{'text': 'a'}\n").ends_with("write the rows with json.dumps, not with str"));
 }
 
-/// Cut anywhere, and with any byte replaced: an error or other rows, never a panic.
+/// Truncated anywhere, and with any byte replaced: an error or other rows, never a panic.
 #[test]
 fn damaged_files_do_not_panic() {
     let whole = "{\"prompt\": [{\"role\": \"user\", \"content\": \"ä\"}], \"completion\": [{\"role\": \"assistant\", \
@@ -436,7 +436,7 @@ fn damaged_files_do_not_panic() {
     }
 }
 
-/// What the reader of Parquet asserts is caught; a row that comes out all the same is one that the file now holds.
+/// Assertions of the `parquet` crate are caught; rows that are still read are in the file.
 #[test]
 fn damaged_tables_do_not_panic() {
     let dir = tempfile::tempdir().expect("a directory");

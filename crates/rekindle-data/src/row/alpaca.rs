@@ -6,7 +6,7 @@ use super::RowContent;
 use super::conversation::system_prompt;
 use crate::message::{Message, type_name};
 
-/// A conversation where there is a chat template, else the text that Stanford Alpaca trained on.
+/// Reads a row: as a conversation if there is a chat template, else as Stanford Alpaca's text.
 pub(super) fn read(mut fields: Map<String, Value>, has_template: bool) -> Result<RowContent, String> {
     if fields.get("history").and_then(Value::as_array).is_some_and(|history| !history.is_empty()) {
         return Err("\"history\" beside \"instruction\" is not read; write the turns as \"messages\"".to_owned());
@@ -43,8 +43,8 @@ pub(super) fn read(mut fields: Map<String, Value>, has_template: bool) -> Result
     Ok(RowContent::Messages { messages, trained_from: 0, tools: None, kwargs: Map::new() })
 }
 
-/// The text of Stanford Alpaca (`PROMPT_DICT` of its train.py), with the line end after the last heading that torchtune,
-/// axolotl and Alpaca-LoRA write.
+/// Returns the prompt of Stanford Alpaca (`PROMPT_DICT` of its train.py), with the line end after the last heading that
+/// torchtune, axolotl and Alpaca-LoRA write.
 fn prompt(instruction: &str, input: &str) -> String {
     let (paired, section) = match input {
         "" => ("", String::new()),

@@ -1,4 +1,4 @@
-//! Conversations: `messages`, ShareGPT's `conversations`, and lists of messages elsewhere.
+//! Conversations: `messages`, ShareGPT's `conversations`, and lists of messages in other formats.
 
 use serde_json::{Map, Value};
 
@@ -7,13 +7,13 @@ use crate::chat_prompt::ChatPrompt;
 use crate::message::{Message, quoted_keys, type_name};
 use crate::numbers;
 
-/// A row whose turns are `value`, called `name`.
+/// Reads a row whose turns are `value`, called `name`.
 pub(super) fn read(value: Value, name: &str, mut fields: Map<String, Value>) -> Result<RowContent, String> {
     let messages = all_turns(value, name, &mut fields)?;
     finish(messages, 0, name, fields)
 }
 
-/// The turns `value`, called `name`, after the system prompt that ShareGPT has beside them.
+/// Reads the turns `value`, called `name`, after ShareGPT's separate system prompt.
 fn all_turns(value: Value, name: &str, fields: &mut Map<String, Value>) -> Result<Vec<Message>, String> {
     let mut messages = turns(value, name)?;
     if name == "conversations"
@@ -27,7 +27,7 @@ fn all_turns(value: Value, name: &str, fields: &mut Map<String, Value>) -> Resul
     Ok(messages)
 }
 
-/// Reads a conversation that is to be answered: the fields of a row, or the list of its messages alone.
+/// Reads a conversation to answer: the fields of a row, or only the list of its messages.
 pub(crate) fn read_prompt(value: Value) -> Result<ChatPrompt, String> {
     let mut fields = match value {
         Value::Array(_) => Map::from_iter([("messages".to_owned(), value)]),
@@ -47,7 +47,7 @@ pub(crate) fn read_prompt(value: Value) -> Result<ChatPrompt, String> {
     Ok(ChatPrompt { messages, tools, kwargs, chat_template: None })
 }
 
-/// A list of turns.
+/// Reads a list of turns.
 pub(super) fn turns(value: Value, name: &str) -> Result<Vec<Message>, String> {
     let Value::Array(values) = value else {
         return Err(format!("\"{name}\" is {}, not a list of messages", type_name(&value)));
@@ -58,7 +58,7 @@ pub(super) fn turns(value: Value, name: &str) -> Result<Vec<Message>, String> {
     values.into_iter().enumerate().map(|(i, value)| Message::from_json(value, &format!("{name}[{i}]"))).collect()
 }
 
-/// The conversation with what stands beside its turns; those from `trained_from` on are called `name`.
+/// Returns the conversation with its other fields; turns from `trained_from` on are called `name`.
 pub(super) fn finish(
     messages: Vec<Message>,
     trained_from: usize,
@@ -72,7 +72,7 @@ pub(super) fn finish(
     Ok(RowContent::Messages { messages, trained_from, tools, kwargs })
 }
 
-/// `tools` and `chat_template_kwargs`, which the template gets beside the messages.
+/// Takes `tools` and `chat_template_kwargs`, which are passed to the template.
 fn for_template(fields: &mut Map<String, Value>) -> Result<(Option<Value>, Map<String, Value>), String> {
     let tools = match fields.shift_remove("tools") {
         None | Some(Value::Null) => None,
@@ -86,7 +86,7 @@ fn for_template(fields: &mut Map<String, Value>) -> Result<(Option<Value>, Map<S
     Ok((tools, kwargs))
 }
 
-/// `system`, unless it is empty.
+/// Takes `system`, unless it is empty.
 pub(super) fn system_prompt(fields: &mut Map<String, Value>) -> Result<Option<String>, String> {
     match fields.shift_remove("system") {
         None | Some(Value::Null) => Ok(None),
@@ -95,8 +95,8 @@ pub(super) fn system_prompt(fields: &mut Map<String, Value>) -> Result<Option<St
     }
 }
 
-/// `tools` is a list; in tables with one type a column it is often its JSON. A template would go through the characters
-/// of a text without complaint.
+/// Returns `tools` as a list; tables with one type per column often have it as JSON text. A template would iterate over
+/// the characters of a text without an error.
 fn list_of_tools(tools: Value) -> Result<Value, String> {
     let tools = match tools {
         Value::String(text) if text.trim().is_empty() => Value::Array(Vec::new()),

@@ -6,7 +6,7 @@ use super::RowContent;
 use crate::message::type_name;
 use crate::numbers;
 
-/// `labels` and `attention_mask`, where there are some, are as long as the ids.
+/// Reads ids; `labels` and `attention_mask`, if present, must have the same length.
 pub(super) fn read(ids: Value, fields: &Map<String, Value>) -> Result<RowContent, String> {
     // Ids and labels share the range of i32, so that −100 fits beside every id.
     let input_ids: Vec<u32> = integers(&ids, "input_ids", 0)?.into_iter().map(i32::unsigned_abs).collect();

@@ -1,17 +1,17 @@
-//! Errors for rows of no known shape, with columns that would make them one.
+//! Errors for rows of no known format, with a proposal of columns.
 
 use serde_json::{Map, Value};
 
 use crate::message::quoted_keys;
 
-/// Names that questions have in other files.
+/// Names of questions in other files.
 const QUESTIONS: [&str; 11] =
     ["question", "query", "problem", "user", "human", "instruction", "prompt", "input", "source", "context", "q"];
-/// Names that answers have in other files.
+/// Names of answers in other files.
 const ANSWERS: [&str; 11] =
     ["answer", "response", "completion", "output", "solution", "assistant", "reply", "target", "chosen", "label", "a"];
 
-/// The error for a row with keys of no shape.
+/// Returns the error for a row with keys of no format.
 pub(super) fn unknown(fields: &Map<String, Value>, has_template: bool) -> String {
     let found = conversation(fields).or_else(|| pair(fields, has_template));
     let columns = found.unwrap_or_else(|| mapped("question", "answer", has_template));
@@ -23,7 +23,7 @@ pub(super) fn unknown(fields: &Map<String, Value>, has_template: bool) -> String
     )
 }
 
-/// The error for a row with one of the two keys of a shape.
+/// Returns the error for a row with one of the two keys of a format.
 pub(super) fn lacking(fields: &Map<String, Value>, there: &str, lacking: &str, has_template: bool) -> String {
     let message = format!("has {there:?} but no {lacking:?}");
     match pair(fields, has_template) {
@@ -32,7 +32,7 @@ pub(super) fn lacking(fields: &Map<String, Value>, there: &str, lacking: &str, h
     }
 }
 
-/// Columns for a key that holds turns.
+/// Proposes columns for a key with turns.
 fn conversation(fields: &Map<String, Value>) -> Option<String> {
     let (column, first) = fields.iter().find_map(|(column, value)| {
         let first = value.as_array()?.first()?.as_object()?;
@@ -42,7 +42,7 @@ fn conversation(fields: &Map<String, Value>) -> Option<String> {
     Some(format!("columns = {{ {key} = {column:?} }}"))
 }
 
-/// Columns for keys that hold a question and an answer.
+/// Proposes columns for keys with a question and an answer.
 fn pair(fields: &Map<String, Value>, has_template: bool) -> Option<String> {
     let find = |names: &[&str]| {
         names.iter().find_map(|name| {
@@ -53,7 +53,8 @@ fn pair(fields: &Map<String, Value>, has_template: bool) -> Option<String> {
     Some(mapped(find(&QUESTIONS)?, find(&ANSWERS)?, has_template))
 }
 
-/// A chat template shows an instruction and its output as turns; a prompt and a completion do not go through it.
+/// Proposes keys for a question and an answer: with a chat template `instruction` and `output`, which are rendered as
+/// turns; else `prompt` and `completion`.
 fn mapped(question: &str, answer: &str, has_template: bool) -> String {
     let [asked, answered] = if has_template { ["instruction", "output"] } else { ["prompt", "completion"] };
     let column = |key: &str, column: &str| (key != column).then(|| format!("{key} = {column:?}"));

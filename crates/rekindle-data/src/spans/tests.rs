@@ -3,7 +3,7 @@ use serde_json::json;
 use super::*;
 use crate::test_support::{BRACKETS, CHATML, DEFAULT_SYSTEM, HEADERS, MARKED, THINKING};
 
-/// A conversation whose turns alternate, beginning with the user's.
+/// Returns a conversation of alternating turns that begins with the user's.
 fn chat(turns: &[&str]) -> Vec<Message> {
     turns.iter().zip(["user", "assistant"].iter().cycle()).map(|(text, role)| Message::new(*role, *text)).collect()
 }
@@ -75,7 +75,7 @@ fn calls_of_tools() {
     assert_eq!(plain(DEFAULT_SYSTEM, &messages), ["<call>clock {}</call><|im_end|>\n", "A<|im_end|>\n"]);
 }
 
-/// The template writes an empty thought for the last turn only, and a line break only between a content and a call.
+/// The template writes empty reasoning only for the last turn, and a line break only between a content and a call.
 #[test]
 fn a_call_without_content_in_a_template_that_drops_thoughts() {
     let call = |content: &str| {
@@ -131,7 +131,7 @@ fn marks_decide_where_there_are_some() {
     assert_eq!(plain(MARKED, &chat(&["Q", " A", "R", "B "])), ["A<|im_end|>", "B<|im_end|>"]);
 }
 
-/// A turn of two calls has two blocks, so that blocks and turns have to be matched.
+/// A turn of two calls has two blocks, so blocks have to be matched with turns.
 #[test]
 fn blocks_are_counted_turn_by_turn() {
     let calls = json!({"role": "assistant", "content": "", "tool_calls": [{"name": "a"}, {"name": "b"}]});

@@ -1,4 +1,4 @@
-//! What one rendering may cost: a template from elsewhere can loop for ever, or write more than there is memory.
+//! The budget of a rendering: an untrusted template can loop forever, or exceed the memory.
 
 use std::io;
 
@@ -8,23 +8,23 @@ use super::RenderOptions;
 use super::values::size;
 use crate::message::Message;
 
-/// Steps of the engine: an instruction, a visited element, or 64 bytes of text that is made or looked at.
+/// The number of engine steps: an instruction, a visited element, or 64 bytes of text that is created or searched.
 const STEPS: u64 = 1_000_000;
-/// Further steps for each byte and for each message of the conversation. Those for messages leave room for templates that
-/// look at every message for every message.
+/// Further steps for each byte and for each message of the conversation. The latter allow templates to visit every
+/// message for every message.
 const STEPS_PER_BYTE: u64 = 100;
 const STEPS_PER_MESSAGE: u64 = 25_000;
-/// Bytes of output, for any conversation and for each byte of it.
+/// Bytes of output: a base for any conversation, and more for each byte of it.
 const OUTPUT: usize = 16 << 20;
 const OUTPUT_PER_BYTE: usize = 16;
 
-/// Steps of a rendering on the stack of whoever asks for it, which may have 2 MiB. A level of nesting takes at least 8 steps,
-/// and up to 1 KiB of the stack to go through and free (measured without optimization).
+/// Steps of a rendering on the caller's stack, which may have 2 MiB. A level of nesting takes at least 8 steps, and up
+/// to 1 KiB of the stack to visit and free (measured without optimization).
 const STEPS_ON_THE_STACK: u64 = 10_000;
 const STACK_PER_STEP: usize = 128;
 const LARGEST_STACK: usize = 1 << 30;
 
-/// What a message about a rendering that was stopped contains, so that it is told from other failures.
+/// A part of the message about a stopped rendering, which distinguishes it from other failures.
 pub(crate) const STOPPED: &str = "the limit for a conversation of this size";
 
 /// The budget of one rendering.
@@ -35,7 +35,7 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    /// The budget of a conversation.
+    /// Returns the budget of a conversation.
     pub(super) fn of(messages: &[Message], options: &RenderOptions) -> Self {
         let of_message = |message: &Message| {
             let extra: usize = message.extra.iter().map(|(name, value)| name.len() + size(value)).sum();
@@ -126,7 +126,7 @@ fn is_out_of_fuel(error: &Error) -> bool {
     false
 }
 
-/// Output that ends at a limit.
+/// A writer that ends at a limit.
 struct Limited {
     bytes: Vec<u8>,
     limit: usize,
@@ -148,7 +148,7 @@ impl io::Write for Limited {
     }
 }
 
-/// A number with commas between its thousands.
+/// Formats a number with commas between thousands.
 fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::new();

@@ -18,7 +18,7 @@ const MONTHS: [&str; 12] = [
 ];
 const WEEKDAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 
-/// Python's `strftime` in the C locale and UTC, for the directives that need no time zone.
+/// Formats a time like Python's `strftime` in the C locale and UTC, for the directives that need no time zone.
 pub(super) fn strftime(format: &str, now: SystemTime) -> Result<String, Error> {
     let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let date = Date::from_days(seconds / 86_400);
@@ -64,17 +64,17 @@ pub(super) fn strftime(format: &str, now: SystemTime) -> Result<String, Error> {
 
 struct Date {
     year: u64,
-    /// From 1.
+    /// The month, from 1.
     month: u64,
-    /// From 1.
+    /// The day, from 1.
     day: u64,
-    /// From 1.
+    /// The day of the year, from 1.
     day_of_year: u64,
     weekday: &'static str,
 }
 
 impl Date {
-    /// The Gregorian date that many days after 1970-01-01, a Thursday.
+    /// Returns the Gregorian date a number of days after 1970-01-01, a Thursday.
     fn from_days(days: u64) -> Self {
         let weekday = WEEKDAYS[((days + 4) % 7) as usize];
         let (mut year, mut day) = (1970, days);

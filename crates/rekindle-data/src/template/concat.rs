@@ -1,19 +1,20 @@
-//! Operators whose operands have to be looked at, for which the engine has no hook.
+//! Rewriting of operators whose operands need checks that the engine has no hook for.
 //!
-//! - `~` writes numbers as Rust does in the engine and as Python does here. `a ~ b * 2` becomes
+//! - `~` formats numbers as Rust does in the engine, and must format them as Python does. `a ~ b * 2` becomes
 //!   `__text(a) ~ __text(b * 2)`.
-//! - `+` of lists is lazy in the engine, so that a list that is added to itself some forty times has more elements than
-//!   could ever be counted, and takes no steps. `a + b` becomes `__list(a) + __list(b)`, and a list takes a step for each
-//!   element. Where a string literal is added too, there are no lists.
+//! - `+` of lists is lazy in the engine, so a list that is added to itself some forty times has too many elements to visit
+//!   and takes no steps. `a + b` becomes `__list(a) + __list(b)`, which counts a step for each element. Sums with a string
+//!   literal contain no lists.
 
 use std::ops::Range;
 
-/// Gives the text of a value.
+/// The name of the function that returns the text of a value.
 pub(super) const TEXT: &str = "__text";
-/// Takes steps for the elements of a list.
+/// The name of the function that counts steps for the elements of a list.
 pub(super) const LIST: &str = "__list";
 
-/// The source with [`TEXT`] around every operand of `~` and [`LIST`] around those of `+`. Lines stay as they are.
+/// Returns the source with [`TEXT`] around every operand of `~` and [`LIST`] around those of `+`. Line numbers do not
+/// change.
 pub(super) fn as_calls(source: &str) -> String {
     if !source.contains(['~', '+']) {
         return source.to_owned();
@@ -31,10 +32,10 @@ pub(super) fn as_calls(source: &str) -> String {
     insert(source, &operands)
 }
 
-/// Where an operand stands, and the function for it.
+/// The position of an operand, and the function for it.
 type Operand = (Range<usize>, &'static str);
 
-/// Writes the calls around the operands, which may stand in one another.
+/// Writes the calls around the operands, which may be nested.
 fn insert(source: &str, operands: &[Operand]) -> String {
     let mut places: Vec<(usize, Option<&str>)> = operands
         .iter()
@@ -56,14 +57,14 @@ fn insert(source: &str, operands: &[Operand]) -> String {
     out
 }
 
-/// The next `{{`, `{%` or `{#`, and its second character.
+/// Returns the position of the next `{{`, `{%` or `{#`, and its second character.
 fn next_delimiter(source: &str, from: usize) -> Option<(usize, u8)> {
     let bytes = source.as_bytes();
     let is_open = |at: &usize| bytes[*at] == b'{' && matches!(bytes.get(at + 1), Some(b'{' | b'%' | b'#'));
     (from..bytes.len()).find(is_open).map(|at| (at, bytes[at + 1]))
 }
 
-/// The first word of a tag.
+/// Returns the first word of a tag.
 fn tag_name(inside: &str) -> &str {
     let rest = inside.trim_start_matches(['-', '+']).trim_start();
     &rest[..rest.find(|c: char| !c.is_alphanumeric()).unwrap_or(rest.len())]
@@ -80,37 +81,37 @@ fn end_of_raw(source: &str, from: usize) -> usize {
     source.len()
 }
 
-/// Reads the expressions between `{{` or `{%` and their end.
+/// A scanner of the expressions between `{{` or `{%` and their end.
 struct Scanner<'a> {
     source: &'a str,
     at: usize,
-    /// What is open: the region itself, and brackets in it.
+    /// The open groups: the region itself, and brackets in it.
     groups: Vec<Group>,
-    /// The token before.
+    /// The previous token.
     previous: Previous,
 }
 
 /// Expressions between two brackets.
 #[derive(Default)]
 struct Group {
-    /// The operand that is being read.
+    /// The current operand.
     operand: Option<Range<usize>>,
-    /// How many tokens it has.
+    /// The number of its tokens.
     tokens: usize,
     /// True if its only token is a string.
     is_string: bool,
-    /// What stands before it.
+    /// The operator before it.
     before: Join,
-    /// The other operands of the sum that it is part of.
+    /// The other operands of its sum.
     sum: Vec<Range<usize>>,
     /// True if the sum is a string.
     sum_is_string: bool,
 }
 
-/// What stands between two operands.
+/// The text between two operands.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Join {
-    /// Anything else that binds less than `~`, or nothing.
+    /// An operator with a lower precedence than `~`, or nothing.
     #[default]
     Other,
     Concat,
@@ -139,7 +140,7 @@ impl<'a> Scanner<'a> {
         Scanner { source, at, groups: vec![Group::default()], previous }
     }
 
-    /// Adds the operands of `~` and returns where the region ends.
+    /// Adds the operands of `~`; returns the end of the region.
     fn scan(mut self, operands: &mut Vec<Operand>) -> usize {
         let bytes = self.source.as_bytes();
         while let Some(&byte) = bytes.get(self.at) {
@@ -216,7 +217,7 @@ impl<'a> Scanner<'a> {
         self.source.len()
     }
 
-    /// An operator that binds more than `~`.
+    /// Handles an operator with a higher precedence than `~`.
     fn operator(&mut self, len: usize, start: usize) {
         self.at += len;
         self.token(start, false);
@@ -243,7 +244,7 @@ impl<'a> Scanner<'a> {
         };
     }
 
-    /// A token of the current operand, from `start` to where the scanner is.
+    /// Adds a token to the current operand, from `start` to the scanner's position.
     fn token(&mut self, start: usize, is_string: bool) {
         let group = self.groups.last_mut().expect("the region is always open");
         group.tokens += 1;
@@ -254,7 +255,7 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// Ends the current operand, before what joins the next one to it.
+    /// Ends the current operand; `after` follows it.
     fn end_operand(&mut self, operands: &mut Vec<Operand>, after: Join) {
         let group = self.groups.last_mut().expect("the region is always open");
         let (before, is_string) = (group.before, group.is_string);

@@ -1,4 +1,4 @@
-//! Filters and methods that make text of any value, which the engine does as Rust does and Python otherwise.
+//! Filters and methods that convert values to text as Python does, unlike the engine.
 
 use minijinja::filters;
 use minijinja::value::{Kwargs, Rest, StringInput, ValueKind, ValueOrKwargs};
@@ -16,7 +16,7 @@ pub(super) fn add(environment: &mut Environment<'static>) {
     environment.set_unknown_method_callback(method);
 }
 
-/// Takes a step for each element of a list.
+/// Counts a step for each element of a list.
 pub(super) fn counted(state: &State<'_, '_>, value: &Value) -> Result<Value, Error> {
     if matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) {
         state.consume_fuel(value.len().unwrap_or_default() as u64)?;
@@ -55,7 +55,8 @@ fn join(
     filters::join(state, &Value::from(items), joiner, attribute, kwargs)
 }
 
-/// `"%s" | format(value)`, with the texts of lists and dicts.
+/// Implements `"%s"
+/// format(value)`, with Python's text of lists and dicts.
 fn format(state: &mut State<'_, '_>, format: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
     let names_values = format.as_str().is_some_and(|format| format.contains("%("));
     let texts = args.0.into_iter().map(|arg| match arg.as_object().is_some() && !arg.is_kwargs() && !names_values {
@@ -66,7 +67,7 @@ fn format(state: &mut State<'_, '_>, format: &Value, args: Rest<ValueOrKwargs>) 
     filters::format(state, format, Rest(texts))
 }
 
-/// Python's methods. `"{}".format(value)` gets texts where the format asks for nothing else.
+/// Implements Python's methods. `"{}".format(value)` passes texts if the format requires nothing else.
 fn method(state: &mut State<'_, '_>, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     let format = value.as_str().filter(|_| name == "format");
     if let Some(format) = format {
@@ -80,8 +81,8 @@ fn method(state: &mut State<'_, '_>, value: &Value, name: &str, args: &[Value]) 
     minijinja_contrib::pycompat::unknown_method_callback(state, value, name, &texts)
 }
 
-/// How many bytes the widths and precisions of a format ask for: all its numbers, and those of the arguments where a width
-/// is one of them.
+/// Returns the number of bytes that the widths and precisions of a format request: all its numbers, and the arguments
+/// that are widths.
 fn width(format: &str, args: &[Value]) -> u64 {
     let numbers = format.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
     let of_format = numbers.map(|digits| digits.parse().unwrap_or(u64::MAX)).fold(0, u64::saturating_add);

@@ -1,16 +1,16 @@
-//! `{% generation %}` blocks, with which a template marks what the assistant says.
+//! `{% generation %}` blocks, with which a template marks the assistant's text.
 
 use std::ops::Range;
 
-/// The filter that a block becomes.
+/// The filter that replaces a block.
 pub(super) const FILTER: &str = "__generation";
-/// What a marked block begins and ends with: private-use characters, which no template rewrites.
+/// The marks at the beginning and end of a block: private-use characters, which no template rewrites.
 const OPEN: &str = "\u{f5a3}\u{f1c8}\u{f5a3}";
 const CLOSE: &str = "\u{f5a3}\u{f1c9}\u{f5a3}";
 
-/// The source with `{% filter … %}{% with %}` … `{% endwith %}{% endfilter %}` for `{% generation %}` …
-/// `{% endgeneration %}`, a tag that the engine lacks, and whether there are any. A block is a scope of its own and
-/// controls white space as any tag.
+/// Returns the source with `{% filter … %}{% with %}` … `{% endwith %}{% endfilter %}` for `{% generation %}` … `{%
+/// endgeneration %}`, which the engine does not support, and true if there are any. A block has its own scope and
+/// white-space control, like any tag.
 pub(super) fn as_filters(source: &str) -> (String, bool) {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -34,12 +34,12 @@ pub(super) fn as_filters(source: &str) -> (String, bool) {
     (out, found)
 }
 
-/// What a block wrote, between marks.
+/// Encloses the output of a block in marks.
 pub(super) fn enclose(text: &str) -> String {
     format!("{OPEN}{text}{CLOSE}")
 }
 
-/// The text without the marks, and what stood between them. A mark without its like stays.
+/// Returns the text without the marks, and the marked ranges. A mark without a counterpart is kept.
 pub(super) fn extract(marked: &str) -> (String, Vec<Range<usize>>) {
     let (mut text, mut spans) = (String::with_capacity(marked.len()), Vec::new());
     let mut rest = marked;
@@ -58,7 +58,7 @@ pub(super) fn extract(marked: &str) -> (String, Vec<Range<usize>>) {
     (text, spans)
 }
 
-/// The replacement of the tag at the beginning of `text` and the tag's length, if it is one of the two.
+/// Returns the replacement of the tag at the beginning of `text` and the tag's length, if it is one of the two.
 fn generation_tag(text: &str) -> Option<(String, usize)> {
     let len = text.find("%}")? + 2;
     let inner = &text[2..len - 2];
@@ -72,7 +72,7 @@ fn generation_tag(text: &str) -> Option<(String, usize)> {
     Some((tags, len))
 }
 
-/// The white-space control beside a delimiter.
+/// Returns the white-space control next to a delimiter.
 fn control(sign: Option<char>) -> Option<&'static str> {
     match sign {
         Some('-') => Some("-"),

@@ -3,8 +3,8 @@ use minijinja::{Error, ErrorKind, State, Value};
 
 use super::python::{DEEPEST, Writer, float, float_repr};
 
-/// `tojson` as transformers defines it: Python's `json.dumps` with `ensure_ascii`, `indent`, `separators` and `sort_keys`,
-/// not escaping what HTML would.
+/// Implements `tojson` as transformers defines it: Python's `json.dumps` with `ensure_ascii`, `indent`, `separators`
+/// and `sort_keys`, without HTML escapes.
 pub(super) fn tojson(state: &State<'_, '_>, value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
     let separators: Option<Vec<String>> = kwargs.get("separators")?;
@@ -117,7 +117,7 @@ impl<'a> List<'a> {
         List { style, open, depth, count: 0 }
     }
 
-    /// Writes what stands before the next element.
+    /// Writes the separator before the next element.
     fn separate(&mut self, out: &mut Writer<'_>) -> Result<(), Error> {
         match self.count {
             0 => out.push(self.open.encode_utf8(&mut [0; 4]))?,
@@ -145,7 +145,7 @@ fn number(value: &Value) -> String {
     }
 }
 
-/// A key that is no string, as `json.dumps` writes it.
+/// Returns a key that is not a string as `json.dumps` writes it.
 fn key_text(key: &Value) -> Result<String, Error> {
     match key.kind() {
         ValueKind::None => Ok("null".to_owned()),
@@ -159,7 +159,7 @@ fn key_text(key: &Value) -> Result<String, Error> {
 mod tests {
     use super::*;
 
-    /// Expected texts are those of Python 3.11's `json.dumps` on the same value.
+    /// Expected texts are from Python 3.11's `json.dumps` on the same value.
     #[test]
     fn text_is_that_of_json_dumps() {
         let value = Value::from(minijinja::value::Serde(serde_json::json!({

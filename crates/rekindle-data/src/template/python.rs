@@ -1,9 +1,9 @@
-//! Values as Python writes them: `str`, `repr` and the digits of floats.
+//! Python's text of values: `str`, `repr` and the digits of floats.
 
 use minijinja::value::ValueKind;
 use minijinja::{Error, ErrorKind, Output, State, Value};
 
-/// The deepest nesting of lists and dicts that is written; JSON of rows has at most 128.
+/// The maximum nesting of lists and dicts; JSON of rows has at most 128 levels.
 pub(super) const DEEPEST: usize = 200;
 
 /// Writes a value to the output of a template, `{{ value }}`.
@@ -15,7 +15,7 @@ pub(super) fn write_value(out: &mut Output<'_>, state: &mut State<'_, '_>, value
     written.map_err(|_| Error::new(ErrorKind::WriteFailure, "the output is too long"))
 }
 
-/// `str(value)`, as `|string` and `~` have it. Undefined is empty.
+/// Returns `str(value)`, as in `|string` and `~`. Undefined is empty.
 pub(super) fn text(state: &State<'_, '_>, value: &Value) -> Result<Value, Error> {
     match value.kind() {
         ValueKind::String => Ok(value.clone()),
@@ -33,15 +33,15 @@ fn str(state: &State<'_, '_>, value: &Value) -> Result<String, Error> {
     Ok(out.text)
 }
 
-/// Text that is paid for with the fuel of a rendering while it grows, so that a small value that stands in itself many
-/// times over cannot fill the memory.
+/// A text that consumes the fuel of a rendering while it grows, so that a small value that contains itself many times
+/// cannot exceed the memory.
 pub(super) struct Writer<'a> {
     state: &'a State<'a, 'a>,
     text: String,
     paid: usize,
 }
 
-/// How many bytes one unit of fuel pays for, as in the engine itself.
+/// The number of bytes per unit of fuel, as in the engine.
 const BYTES: usize = 64;
 
 impl<'a> Writer<'a> {
@@ -59,7 +59,7 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// Pays for looking at one element.
+    /// Consumes fuel for visiting one element.
     pub(super) fn visit(&self) -> Result<(), Error> {
         self.state.consume_fuel(1)
     }
@@ -117,7 +117,7 @@ fn write_repr(value: &Value, depth: usize, out: &mut Writer<'_>) -> Result<(), E
     }
 }
 
-/// The number, if it is a float.
+/// Returns the number, if it is a float.
 pub(super) fn float(value: &Value) -> Option<f64> {
     match value.kind() {
         ValueKind::Number if !value.is_integer() => f64::try_from(value.clone()).ok(),
@@ -125,7 +125,7 @@ pub(super) fn float(value: &Value) -> Option<f64> {
     }
 }
 
-/// A float as Python's `repr` writes it: the shortest digits that give it back, with an exponent below 10⁻⁴ and from
+/// Formats a float as Python's `repr` does: the shortest digits that round-trip, with an exponent below 10⁻⁴ and from
 /// 10¹⁶ on.
 pub(super) fn float_repr(value: f64) -> String {
     if value.is_nan() {
@@ -144,7 +144,7 @@ pub(super) fn float_repr(value: f64) -> String {
     }
 }
 
-/// A string as Python's `repr` writes it.
+/// Formats a string as Python's `repr` does.
 fn quoted(text: &str) -> String {
     let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     let mut out = String::with_capacity(text.len() + 2);
@@ -169,7 +169,8 @@ fn quoted(text: &str) -> String {
     out
 }
 
-/// Rust escapes the same classes of characters as Python's `repr`; behind another character it leaves combining ones.
+/// Returns true if Python's `repr` does not escape the character. Rust escapes the same classes of characters, except
+/// for combining ones after another character.
 fn is_printable(c: char) -> bool {
     let mut buffer = [b'a'; 5];
     let len = 1 + c.encode_utf8(&mut buffer[1..]).len();

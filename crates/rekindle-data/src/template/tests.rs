@@ -192,7 +192,7 @@ fn a_template_that_does_not_parse_names_the_line() {
     assert!(error.to_string().starts_with("chat template: ") && error.to_string().contains("line 2"), "{error}");
 }
 
-/// Numbers, and lists and dicts of them, are written as Python writes them. The expected texts are those of
+/// Numbers, and lists and dicts of them, are formatted as in Python. The expected texts are those of
 /// `goldens/numbers/make.py`.
 #[test]
 fn numbers_are_pythons() {
@@ -271,7 +271,7 @@ fn a_rendering_has_a_budget() {
     );
 }
 
-/// Deep values are gone through and freed by recursion, which needs a stack that is large enough.
+/// Deep values are visited and freed recursively, which needs a large enough stack.
 #[test]
 fn deep_values_do_not_overflow_the_stack() {
     let deep = |times: usize, set: &str, then: &str| {
@@ -289,7 +289,7 @@ fn deep_values_do_not_overflow_the_stack() {
     }
 }
 
-/// What a template of the usual kind does with a long conversation is far from the limit.
+/// A usual template stays far below the limit for a long conversation.
 #[test]
 fn long_conversations_have_room() {
     let turns = 2_000;

@@ -1,4 +1,4 @@
-//! What a template gets: the values of a row.
+//! The values that a template receives from a row.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,11 +10,11 @@ use serde_json::Value as Json;
 use crate::message::Message;
 use crate::numbers;
 
-/// The names that a turn's reasoning goes by.
+/// Names of a turn's reasoning.
 pub(crate) const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
-/// A message as a template sees it: without keys that are null, and with its reasoning by the two names that templates
-/// read, `reasoning_content` and `thinking`. A content that is null stays, as none.
+/// Returns a message as a template receives it: without null keys, and with its reasoning under the two names that
+/// templates read, `reasoning_content` and `thinking`. A null content stays, as none.
 pub(super) fn message(message: &Message) -> Value {
     let mut fields: Vec<(Value, Value)> = Vec::with_capacity(message.extra.len() + 4);
     fields.push(("role".into(), message.role.as_str().into()));
@@ -37,7 +37,7 @@ pub(super) fn message(message: &Message) -> Value {
     Value::from_pairs(fields)
 }
 
-/// A value of JSON; an integer has all its digits.
+/// Converts a JSON value; an integer keeps all its digits.
 pub(super) fn json(value: &Json) -> Value {
     match value {
         Json::Null => Value::from(()),
@@ -56,7 +56,8 @@ pub(super) fn json(value: &Json) -> Value {
     }
 }
 
-/// The engine has integers of 128 bits; larger ones can be written and are numbers, but cannot be calculated with.
+/// Converts an integer. The engine has integers of 128 bits; larger ones can be rendered and are numbers, but do not
+/// support arithmetic.
 fn integer(digits: &str) -> Value {
     match (digits.parse::<i128>(), digits.parse::<u128>()) {
         (Ok(number), _) => Value::from(number),
@@ -83,12 +84,12 @@ pub(super) fn is_integer(value: &Value) -> bool {
     value.is_integer() || value.downcast_object_ref::<Integer>().is_some()
 }
 
-/// As [`is_integer`], and floats.
+/// Returns true if a value is an integer or a float.
 pub(super) fn is_number(value: &Value) -> bool {
     minijinja::tests::is_number(value) || is_integer(value)
 }
 
-/// About how many bytes a value has as JSON.
+/// Estimates the size of a value as JSON.
 pub(super) fn size(value: &Json) -> usize {
     match value {
         Json::String(text) => text.len() + 2,

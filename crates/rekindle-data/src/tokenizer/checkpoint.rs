@@ -1,4 +1,4 @@
-//! The files around `tokenizer.json`.
+//! The files that accompany `tokenizer.json`.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -9,7 +9,8 @@ use serde_json::{Map, Value};
 use super::templates::{DEFAULT, TemplateSource};
 use crate::error::{Error, Result};
 
-/// `bos_token`, `eos_token`, `unk_token` … by name. A token is a string, or an object with its text under `content`.
+/// Reads `bos_token`, `eos_token`, `unk_token` … by name. A token is a string, or an object with its text under
+/// `content`.
 pub(crate) fn special_tokens(dir: &Path) -> Result<BTreeMap<String, String>> {
     let mut tokens = BTreeMap::new();
     for file in ["tokenizer_config.json", "special_tokens_map.json"] {
@@ -24,10 +25,11 @@ pub(crate) fn special_tokens(dir: &Path) -> Result<BTreeMap<String, String>> {
     Ok(tokens)
 }
 
-/// `eos_token_id` of a checkpoint directory, a number or a list: from `generation_config.json`, else `config.json`.
+/// Reads `eos_token_id` of a checkpoint directory, a number or a list: from `generation_config.json`, else
+/// `config.json`.
 ///
 /// # Errors
-/// [`Error::Tokenizer`] when the file is broken or holds anything but token ids.
+/// [`Error::Tokenizer`] if the file is invalid or contains anything but token ids.
 pub fn eos_token_ids(dir: &Path) -> Result<Option<Vec<u32>>> {
     for file in ["generation_config.json", "config.json"] {
         let path = dir.join(file);
@@ -46,15 +48,15 @@ pub fn eos_token_ids(dir: &Path) -> Result<Option<Vec<u32>>> {
     Ok(None)
 }
 
-/// Returns the texts of the chat templates that a checkpoint or adapter brings, by name.
+/// Returns the texts of the chat templates of a checkpoint or adapter, by name.
 ///
 /// # Errors
-/// [`Error::Tokenizer`] when a file is broken.
+/// [`Error::Tokenizer`] if a file is invalid.
 pub fn chat_template_sources(dir: &Path) -> Result<BTreeMap<String, String>> {
     Ok(chat_templates(dir)?.into_iter().map(|template| (template.name, template.text)).collect())
 }
 
-/// The checkpoint's chat templates: `chat_template.jinja` and `additional_chat_templates/*.jinja`, else those of
+/// Reads the checkpoint's chat templates: `chat_template.jinja` and `additional_chat_templates/*.jinja`, else those of
 /// `tokenizer_config.json`.
 pub(crate) fn chat_templates(dir: &Path) -> Result<Vec<TemplateSource>> {
     let mut templates = Vec::new();
@@ -110,7 +112,7 @@ fn token_id(value: &Value) -> Option<u32> {
     value.as_u64().and_then(|id| u32::try_from(id).ok())
 }
 
-/// The object in a JSON file, `None` when there is no such file.
+/// Reads the object in a JSON file; `None` if there is no such file.
 fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,

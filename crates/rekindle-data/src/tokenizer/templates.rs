@@ -1,4 +1,4 @@
-//! The chat templates of a checkpoint, and which of them a conversation gets.
+//! The chat templates of a checkpoint, and the choice among them.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -6,15 +6,15 @@ use std::sync::OnceLock;
 
 use crate::template::ChatTemplate;
 
-/// What a template that is not named is called.
+/// The name of a template without a name.
 pub(super) const DEFAULT: &str = "default";
-/// The template of conversations with tools.
+/// The template for conversations with tools.
 const TOOL_USE: &str = "tool_use";
 
-/// A template as it stands in a file.
+/// A template in a file.
 #[derive(Debug)]
 pub(crate) struct TemplateSource {
-    /// `default`, or what it is called.
+    /// The name, or `default`.
     pub(crate) name: String,
     /// The file.
     pub(crate) path: PathBuf,
@@ -26,7 +26,7 @@ pub(crate) struct TemplateSource {
 pub(crate) struct NamedTemplate {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
-    /// One that does not parse is an error only for who needs it.
+    /// The template, or the error if it does not parse, which is reported only when the template is used.
     template: Result<ChatTemplate, String>,
     pub(crate) end_of_turn: OnceLock<Option<u32>>,
 }
@@ -66,7 +66,7 @@ impl Templates {
     }
 
     /// Chooses as transformers' `apply_chat_template` does: the one with this name; else `tool_use` for a conversation
-    /// with tools, where there is one; else `default`, or the only one.
+    /// with tools if it exists; else `default`, or the only one.
     pub(super) fn choose(&self, name: Option<&str>, has_tools: bool) -> Result<&NamedTemplate, String> {
         // As in a dict of Python, the last of several of one name.
         let called = |name: &str| self.0.iter().rev().find(|template| template.name == name);

@@ -97,7 +97,7 @@ fn templates_from_the_file_beside_or_the_config() {
     assert_eq!(render(), "beside <s>");
 }
 
-/// As transformers' `apply_chat_template` chooses.
+/// The same choice as transformers' `apply_chat_template`.
 #[test]
 fn one_of_several_templates_is_chosen() {
     let dir = checkpoint();

@@ -211,7 +211,7 @@ fn equal<T: serde::Serialize>(what: &str, ours: &T, theirs: &Value) -> Result<()
     if ours == *theirs { Ok(()) } else { Err(format!("{what}:\n  here         {ours}\n  transformers {theirs}")) }
 }
 
-/// What a template gets beside the messages; Llama's know the date by another variable than the clock's.
+/// The inputs of a template besides the messages; Llama's templates read the date from a variable of their own.
 fn options(chat: &Value, source: &str) -> RenderOptions {
     let mut kwargs: Map<String, Value> = chat["kwargs"].as_object().cloned().unwrap_or_default();
     if source.contains("date_string") {

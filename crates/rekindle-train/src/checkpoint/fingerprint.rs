@@ -1,4 +1,4 @@
-//! What tells data and weights apart.
+//! Hashes that identify data and weights.
 
 use rekindle_data::Dataset;
 use rekindle_hub::Checkpoint;
@@ -6,12 +6,12 @@ use sha2::{Digest, Sha256};
 
 use crate::Error;
 
-/// Bytes of each tensor that count. Other weights of the same shapes differ there, and a model of any size is read in no
-/// time.
+/// Bytes of each tensor that are hashed. Different weights of the same shapes differ there, and hashing is fast for
+/// models of any size.
 const SAMPLE: usize = 4096;
 
-/// SHA-256 of the ids and labels of all examples: of what is trained on, however it was made. [`Dataset::fingerprint`]
-/// is of what it was made from, and a template may write the date.
+/// Returns the SHA-256 of the ids and labels of all examples. In contrast, [`Dataset::fingerprint`] covers the files
+/// they were made from, and a chat template may insert the date.
 pub(crate) fn dataset_fingerprint(dataset: &Dataset) -> String {
     let (mut hash, mut bytes) = (Sha256::new(), Vec::new());
     for example in dataset.examples() {
@@ -24,7 +24,7 @@ pub(crate) fn dataset_fingerprint(dataset: &Dataset) -> String {
     hex(&hash.finalize())
 }
 
-/// SHA-256 of the names, shapes, dtypes and first bytes of all tensors that a model was read from.
+/// Returns the SHA-256 of the names, shapes, dtypes and first bytes of all tensors of a checkpoint.
 pub(crate) fn weights_fingerprint(checkpoint: &Checkpoint) -> Result<String, Error> {
     let mut names: Vec<&str> = checkpoint.names().collect();
     names.sort_unstable();

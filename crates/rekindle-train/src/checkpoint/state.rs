@@ -11,20 +11,20 @@ use sha2::{Digest, Sha256};
 use super::fingerprint::hex;
 use crate::Error;
 
-/// Where a run is, and what it must be to go on from there.
+/// The progress of a run, and the configuration that a resumed run must share.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct TrainerState {
     /// [`TrainerState::FORMAT`].
     pub(crate) format_version: u32,
     /// Steps done.
     pub(crate) global_step: usize,
-    /// Steps whose gradients moved the parameters: the optimizer's own count, which dropout depends on too.
+    /// Steps that updated the parameters; the optimizer's own count, on which dropout depends.
     pub(crate) optimizer_steps: u64,
-    /// Examples taken, from the beginning of the run: where the order of rows goes on.
+    /// Examples consumed since the beginning of the run, which determine the next rows.
     pub(crate) examples_seen: u64,
     /// Wall-clock time of the run up to here.
     pub(crate) seconds: f64,
-    /// After which step the evaluation set was looked at last.
+    /// The step after which the last evaluation took place.
     pub(crate) last_evaluation: Option<usize>,
     /// The lowest evaluation loss so far.
     pub(crate) best: Option<Best>,
@@ -32,9 +32,9 @@ pub(crate) struct TrainerState {
     pub(crate) early_stopping_patience_counter: usize,
     /// SHA-256 of `configuration`.
     pub(crate) configuration_sha256: String,
-    /// What a run that goes on must have alike: configuration, data, base model.
+    /// The configuration, data and base model that a resumed run must share.
     pub(crate) configuration: BTreeMap<String, Value>,
-    /// What it may have otherwise, with consequences.
+    /// Settings that a resumed run may change, with consequences.
     pub(crate) changeable: BTreeMap<String, Value>,
 }
 
@@ -49,7 +49,7 @@ pub struct Best {
 
 impl TrainerState {
     pub(crate) const FILE: &str = "trainer_state.json";
-    /// 2: an epoch ends a step.
+    /// The version of the format. In version 2, an epoch ends a step.
     pub(crate) const FORMAT: u32 = 2;
 
     pub(super) fn write(&self, dir: &Path) -> Result<(), Error> {
@@ -80,7 +80,7 @@ impl TrainerState {
     }
 }
 
-/// SHA-256 of a configuration as compact JSON.
+/// Returns the SHA-256 of a configuration as compact JSON.
 pub(crate) fn configuration_sha256(configuration: &BTreeMap<String, Value>) -> String {
     let text = serde_json::to_vec(configuration).expect("JSON serializes");
     hex(&Sha256::digest(text))

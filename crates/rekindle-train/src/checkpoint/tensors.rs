@@ -1,4 +1,4 @@
-//! The trained parameters and the optimizer's state, exact to the bit.
+//! The trained parameters and the optimizer's state, stored exactly.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,9 +12,9 @@ use rekindle_models::CausalLm;
 
 use crate::{Error, Optimizer};
 
-/// The trained parameters of an adapter, f32, or the bytes of parameters that are kept in place.
+/// The trained parameters of an adapter in f32, or the bytes of parameters that are stored in place.
 pub(super) const MASTERS: &str = "master_weights.safetensors";
-/// What the optimizer remembers of each parameter.
+/// The optimizer's state of each parameter.
 pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 
 pub(super) fn write_masters(dir: &Path, model: &CausalLm) -> Result<(), Error> {
@@ -38,7 +38,8 @@ pub(super) fn write_masters(dir: &Path, model: &CausalLm) -> Result<(), Error> {
     Ok(())
 }
 
-/// Replaces the trained parameters by those of the checkpoint in `dir`; a problem is found before any changes.
+/// Replaces the trained parameters by those of the checkpoint in `dir`. Every problem is found before any parameter
+/// changes.
 pub(super) fn read_masters(dir: &Path, model: &mut CausalLm) -> Result<(), Error> {
     if model.params().are_in_place() {
         let path = dir.join(MASTERS);
@@ -64,7 +65,7 @@ pub(super) fn read_masters(dir: &Path, model: &mut CausalLm) -> Result<(), Error
     Ok(())
 }
 
-/// The values of all trained parameters, in order, from `get`, which knows `count` tensors.
+/// Returns the values of all trained parameters, in order, from `get`, which has `count` tensors.
 fn gather<'a>(
     path: &Path,
     model: &CausalLm,

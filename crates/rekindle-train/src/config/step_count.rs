@@ -1,23 +1,23 @@
-//! Numbers of steps that may be shares of a run.
+//! Numbers of steps, absolute or as a share of a run.
 
 use core::fmt;
 
 use serde::de::{Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// A number of steps, or a share of a run's steps, as `TrainingArguments` of transformers 5 takes them.
+/// A number of steps, or a share of a run's steps, as in `TrainingArguments` of transformers 5.
 ///
-/// In files a number below 1 with a decimal point is a share: `eval_steps = 0.1` is every tenth of the run.
+/// In files, a number below 1 with a decimal point is a share: `eval_steps = 0.1` is every tenth of the run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum StepCount {
-    /// So many steps.
+    /// An absolute number.
     Steps(usize),
     /// A share of all steps, at least 0 and below 1, rounded up to whole steps.
     Share(f64),
 }
 
 impl StepCount {
-    /// Returns the number of steps in a run of `total` steps: ⌈share · total⌉ of a share.
+    /// Returns the number of steps in a run of `total` steps; a share is rounded up.
     pub fn of(self, total: usize) -> usize {
         match self {
             Self::Steps(steps) => steps,
@@ -25,7 +25,7 @@ impl StepCount {
         }
     }
 
-    /// Returns true if it is no steps in every run.
+    /// Returns true if it is zero steps in every run.
     pub fn is_zero(self) -> bool {
         matches!(self, Self::Steps(0)) || self == Self::Share(0.0)
     }

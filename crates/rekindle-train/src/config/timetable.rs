@@ -1,10 +1,10 @@
-//! When evaluations, saves and log lines fall due.
+//! The times of evaluations, checkpoints and log lines.
 
 use serde::{Deserialize, Serialize};
 
 use super::SftConfig;
 
-/// When the evaluation set is evaluated, under the names of `TrainingArguments.eval_strategy`.
+/// The times of evaluation, with the names of `TrainingArguments.eval_strategy`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EvalStrategy {
@@ -12,30 +12,30 @@ pub enum EvalStrategy {
     No,
     /// Every `eval_steps`, and at the end.
     Steps,
-    /// At the end of each epoch, and of the run.
+    /// At the end of each epoch and of the run.
     Epoch,
 }
 
-/// When checkpoints are written, under the names of `TrainingArguments.save_strategy`.
+/// The times of checkpoints, with the names of `TrainingArguments.save_strategy`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SaveStrategy {
-    /// Never; the result is written all the same.
+    /// Never; the result is written in any case.
     No,
     /// Every `save_steps`, and at the end.
     Steps,
-    /// At the end of each epoch, and of the run.
+    /// At the end of each epoch and of the run.
     Epoch,
     /// After each evaluation with the lowest loss so far.
     Best,
 }
 
-/// The steps of a run, and what falls due after which of them.
+/// The steps of a run, and the times of evaluations, checkpoints and log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timetable {
     /// Optimizer steps of the run.
     pub total: usize,
-    /// Optimizer steps of an epoch. The last one of an epoch has the rows that are left.
+    /// Optimizer steps of an epoch. The last one has the remaining rows.
     pub steps_per_epoch: usize,
     /// Steps of warm-up.
     pub warmup: usize,
@@ -47,7 +47,7 @@ pub struct Timetable {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Due {
-    /// After every so many steps, and at the end.
+    /// Every given number of steps, and at the end.
     Every(usize),
     /// At the end.
     End,
@@ -65,8 +65,8 @@ impl Due {
 }
 
 impl Timetable {
-    /// The timetable of a run over `rows` rows, an epoch of which is closed by a step as in transformers' `Trainer`: it
-    /// has ⌈rows / rows of a step⌉ steps.
+    /// Returns the timetable of a run over `rows` rows. A step ends with its epoch as in transformers' `Trainer`, so an
+    /// epoch has ⌈rows / rows of a step⌉ steps.
     pub(super) fn new(config: &SftConfig, rows: usize) -> Self {
         let steps_per_epoch = rows.div_ceil(config.rows_per_step()).max(1);
         let by_epochs = || (config.epochs() * steps_per_epoch as f64).ceil() as usize;
@@ -98,7 +98,7 @@ impl Timetable {
         self.save.after(step, self.total)
     }
 
-    /// Returns true if checkpoints are written at all, and so at the end of a run that ends early.
+    /// Returns true if checkpoints are written, in which case a run that ends early writes one too.
     pub fn saves(&self) -> bool {
         self.save != Due::Never
     }
@@ -108,7 +108,7 @@ impl Timetable {
         step == self.total || step.is_multiple_of(self.logging) || (step == 1 && self.logging_first)
     }
 
-    /// Evaluations of the whole run after step 1, and checkpoints.
+    /// Returns the number of evaluations after step 1.
     pub fn evaluations(&self) -> usize {
         (1..=self.total).filter(|&step| self.evaluates_after(step)).count()
     }

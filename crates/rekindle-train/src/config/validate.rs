@@ -1,13 +1,13 @@
-//! What makes a configuration invalid, whatever is trained.
+//! Checks of a training configuration that do not depend on the model.
 
 use super::{EvalStrategy, SaveStrategy, SftConfig};
 use crate::{Error, LrSchedulerType, Schedule};
 
 impl SftConfig {
-    /// Checks every number.
+    /// Checks every value.
     ///
     /// # Errors
-    /// [`Error::Config`] with one sentence for each that is out of range.
+    /// [`Error::Config`] with one sentence for each value that is out of range.
     pub fn validate(&self) -> Result<(), Error> {
         let mut problems = Vec::new();
         let mut check = |ok: bool, name: &str, value: &dyn core::fmt::Display, range: &str| {
@@ -108,7 +108,7 @@ impl SftConfig {
         if problems.is_empty() { Ok(()) } else { Err(Error::Config(problems)) }
     }
 
-    /// Checks that what depends on evaluations and saves has them.
+    /// Checks that keys which depend on evaluations or checkpoints have them.
     fn validate_strategies(&self, problems: &mut Vec<String>) {
         match (self.eval_strategy, self.eval_steps) {
             (Some(EvalStrategy::Steps), None) => {

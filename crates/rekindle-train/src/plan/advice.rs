@@ -1,4 +1,4 @@
-//! What to change of a job that does not fit, in the order of what it costs.
+//! Changes that make a job fit, in the order of their cost.
 
 use core::fmt;
 
@@ -8,12 +8,12 @@ use serde::Serialize;
 use super::{Job, Planner, Rows, show};
 use crate::{Error, Optim};
 
-/// A change of the run file, on top of those before it.
+/// A change of the run file, in addition to those before it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Change {
-    /// Keys and values, as they are written.
+    /// The keys and values, in the notation of a run file.
     pub set: String,
-    /// Bytes that are then taken.
+    /// The peak of the job with the change.
     pub peak: usize,
 }
 
@@ -23,7 +23,8 @@ impl fmt::Display for Change {
     }
 }
 
-/// The changes after which `rows` of the job fit, and whether they do. Each stays for those after it; what saves nothing is left out.
+/// Returns changes after which `rows` of the job fit, and true if they suffice. Each change includes those before it;
+/// changes that save nothing are omitted.
 pub(super) fn advise(job: &Job, rows: &Rows, available: usize) -> Result<(Vec<Change>, bool), Error> {
     let mut search = Search {
         peak: Planner::new(job.clone())?.plan(rows)?.peak,
@@ -50,7 +51,7 @@ struct Search {
 }
 
 impl Search {
-    /// Takes over what saves something; whether it then fits.
+    /// Keeps a change if it saves memory; returns true if the job then fits.
     fn try_out(&mut self, job: Job, rows: Rows, set: String) -> Result<bool, Error> {
         let peak = Planner::new(job.clone())?.plan(&rows)?.peak;
         if peak >= self.peak {
@@ -86,7 +87,7 @@ impl Search {
         self.try_out(job, self.rows.clone(), "model.load_in_4bit = true".to_owned())
     }
 
-    /// The largest part of a pass that fits, or one row.
+    /// Splits a pass into the largest parts that fit, or into single rows.
     fn accumulate(&mut self) -> Result<bool, Error> {
         let train = &self.job.train;
         let (size, passes) = (train.per_device_train_batch_size, train.gradient_accumulation_steps);

@@ -1,4 +1,4 @@
-//! Whether a plan fits into the memory there is, and how much would.
+//! The comparison of a plan with the available memory.
 
 use core::fmt;
 
@@ -10,42 +10,43 @@ use super::advice::{Change, advise};
 use super::{MemoryPlan, Planner, Rows, show};
 use crate::Error;
 
-/// The most tokens of a pass that are looked at when the largest batch is searched.
+/// The maximum number of tokens in a pass when searching for the largest batch.
 const MOST_TOKENS: usize = 1 << 20;
 
-/// A plan beside the memory there is.
+/// A plan compared with the available memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Fit {
-    /// What the run takes.
+    /// The plan.
     pub plan: MemoryPlan,
-    /// What there is.
+    /// The available bytes.
     pub available: usize,
-    /// True if it is enough.
+    /// True if the plan fits.
     pub fits: bool,
-    /// The longest rows that fit, as many of them in a pass as asked for; 0 when none do. Within the model's window.
+    /// The maximum length of rows that fit, with the configured number of rows in a pass and within the model's window;
+    /// 0 if none fits.
     pub longest_sequence: usize,
-    /// The most rows of `max_seq_length` tokens that fit into a pass; 0 when none do. No more than 2²⁰ tokens are tried.
+    /// The maximum number of rows of `max_seq_length` tokens in a pass that fits, up to 2²⁰ tokens; 0 if none fits.
     pub largest_batch: usize,
-    /// What to change, one after the other, until it fits; nothing when it does.
+    /// Changes to apply one after the other until the run fits; empty if it fits.
     pub changes: Vec<Change>,
-    /// True if it fits with all of these.
+    /// True if the run fits with all of these changes.
     pub changes_suffice: bool,
 }
 
-/// What becomes of a run.
+/// The decision about a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It fits, with this fate of activations.
+    /// The run fits, with this gradient checkpointing.
     Fits(MemoryPlan),
-    /// It does not.
+    /// The run does not fit.
     DoesNotFit(Box<Fit>),
 }
 
 impl Planner {
-    /// The plan for `rows`, and what would fit into `available` bytes.
+    /// Plans `rows`, and searches for settings that fit into `available` bytes.
     ///
     /// # Errors
-    /// [`Error::Model`] for rows that the model does not take.
+    /// [`Error::Model`] for rows that exceed the model's limits.
     pub fn fit(&mut self, rows: &Rows, available: usize) -> Result<Fit, Error> {
         let plan = self.plan(rows)?;
         let fits = plan.peak <= available;
@@ -62,8 +63,8 @@ impl Planner {
         })
     }
 
-    /// Decides between the fates of activations that are asked for, fastest first: the first that fits. Only where none
-    /// does, the rest of a [`Fit`] is found out.
+    /// Chooses the fastest gradient checkpointing that fits, among those that the configuration permits. Computes a
+    /// [`Fit`] only if none fits.
     ///
     /// # Errors
     /// As [`fit`](Self::fit).
@@ -77,10 +78,10 @@ impl Planner {
         Ok(Verdict::DoesNotFit(Box::new(self.fit(rows, available)?)))
     }
 
-    /// What [`GradientCheckpointing::Auto`] may become, fastest first; otherwise what is asked for.
+    /// Returns the candidates for [`GradientCheckpointing::Auto`], fastest first; otherwise the configured setting.
     ///
-    /// On an H100 the training step of Qwen3-4B runs at 28.2, 23.4 and 22.1 thousand tokens a second in this order. On
-    /// the CPU nothing goes anywhere, and keeping less takes as long as `true`.
+    /// On an H100, the training step of Qwen3-4B runs at 28.2, 23.4 and 22.1 thousand tokens a second in this order. On
+    /// the CPU nothing is offloaded, so `"unsloth"` is no candidate.
     fn candidates(&self) -> Vec<GradientCheckpointing> {
         use GradientCheckpointing::{Auto, Block, Host, Off};
         match self.job().train.use_gradient_checkpointing {
@@ -90,7 +91,7 @@ impl Planner {
         }
     }
 
-    /// The longest rows of which `count` fit into a pass, up to the model's window.
+    /// Returns the maximum length of rows of which `count` fit into a pass, within the model's window.
     ///
     /// # Errors
     /// As [`fit`](Self::fit).
@@ -108,7 +109,7 @@ impl Planner {
         largest(most, |length| wider.takes(&Rows::equal(count, length), available))
     }
 
-    /// How many rows of `max_seq_length` tokens fit into a pass.
+    /// Returns the number of rows of `max_seq_length` tokens that fit into a pass.
     ///
     /// # Errors
     /// As [`fit`](Self::fit).
@@ -123,7 +124,8 @@ impl Planner {
     }
 }
 
-/// The largest number up to `most` of which `fits` holds, 0 if of none; it holds of all below one of which it does.
+/// Returns the largest number up to `most` for which `fits` is true, or 0. `fits` must be true for every number below
+/// one for which it is true.
 fn largest(most: usize, mut fits: impl FnMut(usize) -> Result<bool, Error>) -> Result<usize, Error> {
     let (mut good, mut bad) = (0, 1);
     while bad <= most && fits(bad)? {
@@ -142,7 +144,7 @@ fn largest(most: usize, mut fits: impl FnMut(usize) -> Result<bool, Error>) -> R
 }
 
 impl fmt::Display for Fit {
-    /// The plan as a table, and what would fit.
+    /// Formats the plan as a table, with the settings that would fit.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { plan, available, fits, longest_sequence, largest_batch, .. } = self;
         writeln!(f, "{plan}")?;
@@ -156,7 +158,7 @@ impl fmt::Display for Fit {
     }
 }
 
-/// Why a run does not start, and what to change.
+/// The message for a run that does not fit, with changes.
 struct Refusal<'a>(&'a Fit);
 
 impl fmt::Display for Refusal<'_> {
@@ -179,7 +181,7 @@ impl fmt::Display for Refusal<'_> {
 }
 
 impl Fit {
-    /// Why a run does not start, and what to change.
+    /// Returns the message for a run that does not fit, with changes.
     pub fn refusal(&self) -> String {
         Refusal(self).to_string()
     }

@@ -9,7 +9,7 @@ use serde::Serialize;
 pub enum MemoryCategory {
     /// Weights of the model, with the LoRA factors that are fused with them on CUDA, and the rotary tables.
     Weights,
-    /// Trained parameters beside the model's weights.
+    /// Trained parameters other than the model's weights.
     Adapters,
     /// Gradients of the trained parameters.
     Gradients,
@@ -24,7 +24,7 @@ pub enum MemoryCategory {
 }
 
 impl MemoryCategory {
-    /// All of them, in the order of tables.
+    /// All categories, in the order of tables.
     pub const ALL: [Self; 7] = [
         Self::Weights,
         Self::Adapters,
@@ -35,7 +35,7 @@ impl MemoryCategory {
         Self::LossChunks,
     ];
 
-    /// Returns its name in tables.
+    /// Returns the name of the category in tables.
     pub fn label(self) -> &'static str {
         match self {
             Self::Weights => "weights",
@@ -48,7 +48,7 @@ impl MemoryCategory {
         }
     }
 
-    /// Returns the category of a device's count; `None` for activations, which are saved or temporary.
+    /// Returns the category of a use of memory; `None` for activations, which are either saved or temporary.
     pub(super) fn of(usage: MemoryUse, has_adapter: bool) -> Option<Self> {
         Some(match usage {
             MemoryUse::Weights | MemoryUse::QuantizedWeights | MemoryUse::FusedWeights | MemoryUse::ParamCopies => {

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::*;
 
-/// A Qwen3 of the published 4-billion shape, on a card that is not there.
+/// Returns a job with the shape of Qwen3-4B, planned for a GPU that need not exist.
 fn job(load_in: Option<LoadIn>, lora: Option<LoraConfig>, checkpointing: GradientCheckpointing) -> Job {
     let json = json!({
         "architectures": ["Qwen3ForCausalLM"],

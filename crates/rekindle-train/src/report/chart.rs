@@ -1,4 +1,4 @@
-//! One chart: curves over steps as SVG, its labels as HTML around it, so that they keep their size at any width.
+//! A chart: curves over steps as SVG, with labels as HTML around it, so that text keeps its size at any width.
 
 use core::fmt::Write as _;
 
@@ -7,15 +7,15 @@ use serde_json::json;
 use super::text::{escape, group, significant};
 use crate::axis::Axis;
 
-/// Points of a series that are drawn, about.
+/// The approximate number of points to draw of a series.
 const MOST: usize = 1000;
-/// The picture's own width and height; it is stretched to what the page has.
+/// The width and height of the SVG, which is stretched to the page.
 const SIZE: f64 = 1000.0;
 
 /// Curves over one axis.
 pub(super) struct Chart {
     title: &'static str,
-    /// The unit of the values, which is said beside the title.
+    /// The unit of the values, shown beside the title.
     unit: &'static str,
     format: Format,
     series: Vec<Series>,
@@ -23,14 +23,14 @@ pub(super) struct Chart {
     wide: bool,
 }
 
-/// How values are written.
+/// The format of values.
 #[derive(Clone, Copy)]
 pub(super) enum Format {
-    /// With three or four digits.
+    /// Three or four significant digits.
     Significant,
-    /// As whole numbers.
+    /// Whole numbers.
     Whole,
-    /// With the unit that they are given in.
+    /// Bytes in the given unit.
     Bytes(&'static str),
 }
 
@@ -56,7 +56,7 @@ impl Series {
 }
 
 impl Chart {
-    /// A chart of the series that have points.
+    /// Returns a chart of the series that have points.
     pub(super) fn new(title: &'static str, format: Format, mut series: Vec<Series>) -> Self {
         series.iter_mut().for_each(|series| series.points.retain(|point| point.1.is_finite()));
         series.retain(|series| !series.points.is_empty());
@@ -70,13 +70,13 @@ impl Chart {
         self
     }
 
-    /// Has 0 on the axis.
+    /// Includes 0 in the axis.
     pub(super) fn with_zero(mut self) -> Self {
         self.has_zero = true;
         self
     }
 
-    /// Takes the whole width of the page.
+    /// Makes the chart as wide as the page.
     pub(super) fn wide(mut self) -> Self {
         self.wide = true;
         self
@@ -86,7 +86,7 @@ impl Chart {
         !self.series.is_empty()
     }
 
-    /// The chart over steps 0 to `last`.
+    /// Returns the chart over steps 0 to `last` as HTML.
     pub(super) fn html(&self, last: usize) -> String {
         let values = || self.series.iter().flat_map(|series| &series.points).map(|point| point.1);
         let zero = self.has_zero.then_some(0.0);
@@ -154,7 +154,7 @@ impl Chart {
         }
     }
 
-    /// The chart in words, for who does not see it.
+    /// Returns a description of the chart for screen readers.
     fn summary(&self) -> String {
         let ends = self.series.iter().filter(|series| series.class != "raw").filter_map(|series| {
             let (first, last) = (series.points.first()?, series.points.last()?);
@@ -165,7 +165,7 @@ impl Chart {
     }
 }
 
-/// Round steps under the axis, its end among them where that does not touch the one before.
+/// Returns round steps for the axis, including the last one if it does not overlap the one before.
 fn steps(last: usize) -> Vec<usize> {
     let ticks = Axis::over(0.0, last as f64).ticks;
     let mut steps: Vec<usize> =
@@ -175,7 +175,7 @@ fn steps(last: usize) -> Vec<usize> {
     steps
 }
 
-/// The least and the greatest of as many points as make about [`MOST`] of them.
+/// Thins a series to about [`MOST`] points: the minimum and the maximum of each group.
 fn thin(points: Vec<(usize, f64)>) -> Vec<(usize, f64)> {
     if points.len() <= MOST {
         return points;

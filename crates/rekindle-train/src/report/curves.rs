@@ -1,10 +1,10 @@
-//! The curves of a run: which numbers are drawn, and how they are smoothed.
+//! The curves of a run, and their smoothing.
 
 use super::chart::{Chart, Format, Series};
 use super::text::byte_unit;
 use crate::{RunHistory, StepMetrics};
 
-/// The charts of a page, the loss first.
+/// Returns the charts of a page, the loss first.
 pub(super) fn charts(history: &RunHistory) -> Vec<Chart> {
     if history.steps.is_empty() {
         return Vec::new();
@@ -31,12 +31,12 @@ pub(super) fn charts(history: &RunHistory) -> Vec<Chart> {
     .collect()
 }
 
-/// The mean loss of the last steps, as many as the curve is smoothed over.
+/// Returns the mean loss of the last steps, over the span of the smoothing.
 pub(super) fn recent_loss(history: &RunHistory) -> f64 {
     smooth(&points(history, |step| Some(step.loss))).last().map_or(f64::NAN, |point| point.1)
 }
 
-/// The median of the steps' tokens a second.
+/// Returns the median of tokens per second over the steps.
 pub(super) fn median_speed(history: &RunHistory) -> f64 {
     let mut speeds: Vec<f64> = history.steps.iter().map(|step| step.tokens_per_second).collect();
     speeds.sort_by(f64::total_cmp);
@@ -67,7 +67,7 @@ fn points(history: &RunHistory, value: impl Fn(&StepMetrics) -> Option<f64>) -> 
     points.filter(|point| point.1.is_finite()).collect()
 }
 
-/// The points faintly and their smooth course, where there are enough of them for two.
+/// Returns the points as a faint series, and a smoothed series if there are enough points.
 fn smoothed(name: &str, points: Vec<(usize, f64)>) -> Vec<Series> {
     if span(points.len()) < 2 {
         return vec![Series::line(name, "train", points)];
@@ -76,12 +76,12 @@ fn smoothed(name: &str, points: Vec<(usize, f64)>) -> Vec<Series> {
     vec![Series::line(name, "raw", points), Series::line("smoothed", "train", smooth)]
 }
 
-/// How many points the smooth course is about: a fiftieth of all, so that it lags little, fifty at most.
+/// Returns the span of the smoothing: a fiftieth of all points, at most fifty.
 fn span(count: usize) -> usize {
     (count / 50).min(50)
 }
 
-/// An exponential moving average, s ← s + α(y − s) with α = 2 / (span + 1), without the weight of its beginning.
+/// Computes an exponential moving average, s ← s + α(y − s) with α = 2 / (span + 1), corrected for its start.
 fn smooth(points: &[(usize, f64)]) -> Vec<(usize, f64)> {
     let alpha = 2.0 / (span(points.len()).max(1) as f64 + 1.0);
     let (mut sum, mut weight) = (0.0, 0.0);

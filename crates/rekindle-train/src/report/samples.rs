@@ -1,11 +1,11 @@
-//! What the model said at each evaluation.
+//! The answers to prompts at each evaluation.
 
 use std::collections::BTreeMap;
 
 use super::text::{escape, group};
 use crate::Sample;
 
-/// A section with each prompt and its answers in the order of the run; empty without samples.
+/// Returns a section with each prompt and its answers in the order of the run; empty without samples.
 pub(super) fn html(samples: &[Sample]) -> String {
     let mut prompts: BTreeMap<usize, Vec<&Sample>> = BTreeMap::new();
     for sample in samples {
@@ -20,7 +20,7 @@ pub(super) fn html(samples: &[Sample]) -> String {
     )
 }
 
-/// A prompt with its answers, of which there is one at least.
+/// Returns a prompt with its answers, of which there is at least one.
 fn card(answers: &[&Sample]) -> String {
     let Some(Sample { prompt, expected, .. }) = answers.first() else { return String::new() };
     let mut rows = String::new();
@@ -50,7 +50,7 @@ fn row(name: &str, class: &str, html: &str) -> String {
     format!("<tr class=\"{class}\"><th>{name}</th><td>{html}</td></tr>\n")
 }
 
-/// Text with its special tokens, such as `<|im_end|>`, in the background.
+/// Returns text as HTML, with special tokens such as `<|im_end|>` dimmed.
 fn text(text: &str) -> String {
     let mut html = String::new();
     let mut rest = text;

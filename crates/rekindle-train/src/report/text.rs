@@ -1,11 +1,11 @@
-//! Numbers and texts as people read them.
+//! Formatting of numbers and texts.
 
-/// Text in HTML, between tags and in attributes.
+/// Escapes text for HTML, between tags and in attributes.
 pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-/// Three or four digits that count; powers of ten below a thousandth.
+/// Formats three or four significant digits; powers of ten below a thousandth.
 pub(super) fn significant(value: f64) -> String {
     if value == 0.0 {
         return "0".to_owned();
@@ -22,7 +22,7 @@ pub(super) fn significant(value: f64) -> String {
     }
 }
 
-/// A whole number with its thousands apart.
+/// Formats a whole number with separators of thousands.
 pub(super) fn group(value: f64) -> String {
     let digits = format!("{value:.0}");
     let mut text = String::new();
@@ -36,7 +36,7 @@ pub(super) fn group(value: f64) -> String {
     text
 }
 
-/// A count, from a hundred thousand on with three or four digits.
+/// Formats a count; from a hundred thousand on, with three or four digits.
 pub(super) fn count(count: usize) -> String {
     let count = count as f64;
     match count {
@@ -47,19 +47,19 @@ pub(super) fn count(count: usize) -> String {
     }
 }
 
-/// Bytes of memory, in powers of 1,024.
+/// Formats bytes in powers of 1,024.
 pub(super) fn bytes(bytes: u64) -> String {
     let (unit, name) = byte_unit(bytes as f64);
     format!("{:.*} {name}", if name == "GiB" { 2 } else { 1 }, bytes as f64 / unit)
 }
 
-/// The unit for bytes of memory up to `most`.
+/// Returns the unit for bytes up to `most`.
 pub(super) fn byte_unit(most: f64) -> (f64, &'static str) {
     const GIB: f64 = (1 << 30) as f64;
     if most >= GIB { (GIB, "GiB") } else { (GIB / 1024.0, "MiB") }
 }
 
-/// Seconds as `12 s`, `3 m 04 s` or `2 h 05 m`.
+/// Formats seconds as `12 s`, `3 m 04 s` or `2 h 05 m`.
 pub(super) fn duration(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
     match (seconds / 3600, seconds / 60 % 60, seconds % 60) {

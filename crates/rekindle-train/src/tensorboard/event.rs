@@ -10,7 +10,7 @@
 //! - `TensorProto`: dtype 1, tensor_shape 2 (dim 2, size 1), string_val 8
 //! - `SessionLog`: status 1
 
-/// Something that happened.
+/// An event with its time and step.
 pub(super) struct Event<'a> {
     /// Seconds since 1970.
     pub(super) wall_time: f64,
@@ -18,15 +18,15 @@ pub(super) struct Event<'a> {
     pub(super) what: What<'a>,
 }
 
-/// What an event says.
+/// The content of an event.
 pub(super) enum What<'a> {
-    /// The format that the file follows; first in every file.
+    /// The version of the format; first in every file.
     Version,
-    /// Numbers under their tags.
+    /// Values under their tags.
     Scalars(&'a [(&'a str, f64)]),
-    /// A text for the plugin that shows them.
+    /// A text for the text plugin.
     Text { tag: &'a str, text: &'a str },
-    /// The run (re)starts: events of this step and later ones in what was read before are void.
+    /// The start of a run: events of this step and later ones in earlier files are invalid.
     Start,
 }
 
@@ -60,7 +60,7 @@ impl Event<'_> {
     }
 }
 
-/// A tensor of shape `[1]` with the text in it.
+/// Returns a tensor of shape `[1]` with the text.
 fn text_tensor(text: &str) -> Message {
     let mut tensor = Message::default();
     let mut shape = Message::default();
@@ -69,7 +69,7 @@ fn text_tensor(text: &str) -> Message {
     tensor
 }
 
-/// A message that is being written.
+/// A message in the making.
 #[derive(Default)]
 struct Message(Vec<u8>);
 
@@ -105,7 +105,7 @@ impl Message {
         self.bytes(field, &value.0)
     }
 
-    /// Seven bits a byte, the lowest first; all but the last have the eighth set.
+    /// Writes seven bits per byte, the lowest first; all but the last have the eighth bit set.
     fn raw(&mut self, mut value: u64) {
         while value >= 0x80 {
             self.0.push(value as u8 | 0x80);

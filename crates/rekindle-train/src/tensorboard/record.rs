@@ -9,7 +9,7 @@
 //!
 //! The CRC is Castagnoli's (polynomial 0x1EDC6F41, reflected); masked is ((crc ≫ 15) | (crc ≪ 17)) + 0xA282EAD8.
 
-/// A record of `data`.
+/// Returns a record of `data`.
 pub(super) fn encode(data: &[u8]) -> Vec<u8> {
     let length = (data.len() as u64).to_le_bytes();
     let mut record = Vec::with_capacity(data.len() + 16);
@@ -44,7 +44,7 @@ const TABLE: [u32; 256] = {
     table
 };
 
-/// The data of every record, or what is wrong with the first that is broken.
+/// Returns the data of every record, or the problem with the first invalid one.
 #[cfg(test)]
 pub(super) fn decode(mut bytes: &[u8]) -> Result<Vec<Vec<u8>>, String> {
     let mut records = Vec::new();

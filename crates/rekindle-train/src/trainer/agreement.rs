@@ -1,4 +1,4 @@
-//! What a run and the checkpoint that it goes on from must have alike.
+//! The settings that a resumed run must share with its checkpoint.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,8 +12,8 @@ use super::Trainer;
 use crate::checkpoint::{TrainerState, dataset_fingerprint, weights_fingerprint};
 use crate::{Error, LrSchedulerType, SftConfig};
 
-/// Keys of `[train]` that another run over the same checkpoint may have otherwise: they move no parameter, or when they
-/// do (`max_steps` by the schedule, the batch size by the order of sums) it is said.
+/// Keys of `[train]` that a resumed run may change. They do not affect parameters, or a notice says how they do
+/// (`max_steps` through the schedule, the batch size through the order of sums).
 const MAY_CHANGE: [&str; 22] = [
     "run_name",
     "per_device_train_batch_size",
@@ -39,17 +39,17 @@ const MAY_CHANGE: [&str; 22] = [
     "use_gradient_checkpointing",
 ];
 
-/// A run as far as a checkpoint must know it.
+/// The settings of a run that a checkpoint records.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Agreement {
-    /// What must be alike.
+    /// Settings that must be the same.
     pub(super) configuration: BTreeMap<String, Value>,
-    /// What may be otherwise, with consequences.
+    /// Settings that may change, with consequences.
     pub(super) changeable: BTreeMap<String, Value>,
 }
 
 impl Agreement {
-    /// That of a run of `total` steps.
+    /// Returns the settings of a run of `total` steps.
     pub(super) fn of(job: &Trainer<'_>, total: usize) -> Result<Self, Error> {
         let config = &job.config;
         let full = job.model.lora().is_none();
@@ -82,10 +82,10 @@ impl Agreement {
         Ok(Self { configuration, changeable })
     }
 
-    /// What follows from what this run has otherwise than the one that wrote `state`, one sentence each.
+    /// Compares the settings with those of the run that wrote `state`; returns a notice for each change.
     ///
     /// # Errors
-    /// [`Error::Differs`] when they are not one run.
+    /// [`Error::Differs`] if settings differ that must be the same.
     pub(super) fn check(&self, path: &Path, state: &TrainerState, job: &Trainer<'_>) -> Result<Vec<String>, Error> {
         let mut problems: Vec<String> = differences(&state.configuration, &self.configuration)
             .iter()
@@ -124,7 +124,7 @@ impl Agreement {
     }
 }
 
-/// What of a run must be as in its checkpoint and is known without the model.
+/// The settings that must be the same and do not depend on the model.
 pub(super) struct RunTerms<'a> {
     pub(super) config: &'a SftConfig,
     pub(super) train: &'a Dataset,
@@ -148,7 +148,7 @@ impl RunTerms<'_> {
         configuration
     }
 
-    /// Refuses a checkpoint of another run, as far as that shows without the model.
+    /// Refuses a checkpoint of another run, as far as that is known without the model.
     pub(super) fn check(&self, path: &Path, state: &TrainerState) -> Result<(), Error> {
         let ours = self.configuration();
         let theirs =
@@ -165,7 +165,7 @@ impl RunTerms<'_> {
 
 type Difference = (String, Value, Value);
 
-/// Keys with another value, absent as null: what it was and what it is.
+/// Returns the keys with different values, each with its old and new value; absent keys are null.
 fn differences(was: &BTreeMap<String, Value>, is: &BTreeMap<String, Value>) -> Vec<Difference> {
     let mut keys: Vec<&String> = was.keys().chain(is.keys()).collect();
     keys.sort_unstable();
@@ -187,7 +187,7 @@ fn most(value: &Value) -> usize {
     value.as_u64().unwrap_or(0) as usize
 }
 
-/// The fields of a configuration; those that are left out are absent.
+/// Returns the serialized fields of a configuration.
 fn object(config: &impl Serialize) -> BTreeMap<String, Value> {
     match serde_json::to_value(config).expect("a configuration is numbers and texts") {
         Value::Object(fields) => fields.into_iter().collect(),

@@ -1,4 +1,4 @@
-//! What is said of a step or an evaluation whose numbers are not finite.
+//! The diagnosis of a step or an evaluation with values that are not finite.
 
 use std::path::PathBuf;
 
@@ -9,9 +9,9 @@ use crate::evaluate::batch;
 use crate::optimizer::step_scale;
 use crate::{Diverged, Error, Evaluation, SftConfig};
 
-/// A pass that went wrong.
+/// A pass with a value that is not finite.
 pub(super) struct Pass<'a> {
-    /// The optimizer step, from 1 on; of an evaluation, the steps done before it.
+    /// The optimizer step, from 1; for an evaluation, the steps before it.
     pub(super) step: usize,
     pub(super) what: &'static str,
     pub(super) value: f64,
@@ -19,14 +19,14 @@ pub(super) struct Pass<'a> {
     /// The micro-batches, and the example of each of their rows.
     pub(super) batches: &'a [Batch],
     pub(super) examples: &'a [usize],
-    /// Of dropout; `None` in evaluation.
+    /// The key of dropout; `None` in evaluation.
     pub(super) key: Option<StepKey>,
     pub(super) learning_rate: f64,
     pub(super) checkpoint: Option<PathBuf>,
 }
 
 impl Pass<'_> {
-    /// Goes through it again, to find where it stops being finite, and says so.
+    /// Repeats the pass to find the first non-finite value, and returns the error.
     pub(super) fn explain(self, model: &CausalLm, config: &SftConfig) -> Error {
         let scale = step_scale(&Sft, self.batches) as f32;
         let found = match model.first_non_finite(&Sft, self.batches, scale, self.key) {
@@ -50,7 +50,7 @@ impl Pass<'_> {
     }
 }
 
-/// The rows of an evaluation whose losses are not finite, as batches that can be gone through again.
+/// Returns batches with the rows of an evaluation whose losses are not finite.
 pub(super) fn broken_rows(dataset: &Dataset, evaluation: &Evaluation, batch_size: usize) -> (Vec<Batch>, Vec<usize>) {
     let rows = evaluation.rows.iter().enumerate();
     let examples: Vec<usize> = rows.filter(|(_, row)| !row.nll.is_finite()).map(|(index, _)| index).collect();

@@ -1,4 +1,4 @@
-//! What an output directory holds of earlier runs, and what a new run may do with it.
+//! The output directory and the results of earlier runs in it.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use crate::checkpoint::Checkpoint;
 use crate::save::{check_checkpoint, check_replaceable};
 use crate::{Error, Timetable};
 
-/// The output directory of a run, and how the run treats what is in it.
+/// The output directory of a run, and the treatment of its contents.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OutputDir<'a> {
     pub(super) dir: Option<&'a Path>,
@@ -20,8 +20,8 @@ pub(super) struct OutputDir<'a> {
 }
 
 impl OutputDir<'_> {
-    /// Returns the checkpoint that the run resumes from; refuses a directory whose checkpoints or result the run would
-    /// replace without having been asked to.
+    /// Returns the checkpoint that the run resumes from. Refuses a directory whose checkpoints or result the run would
+    /// replace without `overwrite`.
     pub(super) fn checkpoint(&self) -> Result<Option<PathBuf>, Error> {
         if self.overwrite && self.resume.is_some() {
             let problem = "resume and overwrite exclude each other: one keeps the earlier run, the other replaces it";
@@ -45,7 +45,7 @@ impl OutputDir<'_> {
         }
     }
 
-    /// Refuses, before any work is done, what would be found out when results are written.
+    /// Refuses an output directory that cannot be written, before any work is done.
     pub(super) fn check_writable(&self, times: &Timetable) -> Result<(), Error> {
         let Some(dir) = self.dir else { return Ok(()) };
         check_replaceable(&dir.join(result_name(self.full)), !self.full)?;
@@ -53,7 +53,7 @@ impl OutputDir<'_> {
         saves.try_for_each(|step| check_checkpoint(&Checkpoint::path(dir, step), !self.full))
     }
 
-    /// Removes the checkpoints that the run replaces: a later `--resume` would take them for its own.
+    /// Removes the checkpoints that the run replaces, so that a later `--resume` does not find them.
     pub(super) fn clear(&self) -> Result<(), Error> {
         if self.overwrite {
             for (_, path) in self.checkpoints() {

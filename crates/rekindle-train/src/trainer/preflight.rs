@@ -12,15 +12,15 @@ use crate::{Error, SftConfig, Timetable};
 
 /// A run without its model.
 ///
-/// [`check`](Self::check) refuses what [`Trainer::train`](crate::Trainer::train) would refuse, as far as that shows without
-/// weights: they may take minutes to load.
+/// [`check`](Self::check) refuses what [`Trainer::train`](crate::Trainer::train) would refuse, as far as that is known
+/// without weights, which may take minutes to load.
 #[derive(Clone, Copy, Debug)]
 pub struct Preflight<'a> {
-    /// The run's numbers.
+    /// The training configuration.
     pub config: &'a SftConfig,
-    /// The rows that are trained on.
+    /// The rows to train on.
     pub train: &'a Dataset,
-    /// The most tokens of a row.
+    /// The maximum length of a row.
     pub max_seq_length: usize,
     /// True if all weights are trained.
     pub full_finetuning: bool,
@@ -28,7 +28,7 @@ pub struct Preflight<'a> {
     pub shuffle: bool,
     /// Seed of the order and of dropout.
     pub seed: u64,
-    /// Where results are written.
+    /// The directory for results.
     pub output_dir: Option<&'a Path>,
     /// The checkpoint that the run resumes from.
     pub resume: Option<&'a Resume>,
@@ -37,7 +37,7 @@ pub struct Preflight<'a> {
 }
 
 impl Preflight<'_> {
-    /// Returns the steps of the run.
+    /// Checks the run; returns its steps.
     ///
     /// # Errors
     /// [`Error::Config`], [`Error::EarlierRun`], [`Error::FinishedRun`], [`Error::Differs`], [`Error::Checkpoint`] and
@@ -60,8 +60,8 @@ impl Preflight<'_> {
     }
 }
 
-/// Refuses an output directory that holds checkpoints or a result of an earlier run, unless the run resumes from them or
-/// may overwrite them. Nothing else of the run needs to be known for this.
+/// Refuses an output directory with checkpoints or a result of an earlier run, unless the run resumes from them or may
+/// overwrite them.
 ///
 /// # Errors
 /// [`Error::EarlierRun`], [`Error::FinishedRun`], [`Error::Config`] where both are asked for.

@@ -18,17 +18,17 @@ pub enum Resume {
     From(PathBuf),
 }
 
-/// What a run starts with.
+/// The checkpoint of a run, and its settings.
 pub(super) struct Start {
     pub(super) checkpoint: Option<Checkpoint>,
     pub(super) agreement: Agreement,
-    /// What the user should know.
+    /// Notices for the user.
     pub(super) notes: Vec<String>,
 }
 
 impl Start {
-    /// Finds the checkpoint and makes sure that it is one of this run, of `total` steps. The output directory is then
-    /// free of what a killed run left half-written.
+    /// Finds the checkpoint and checks that it belongs to this run of `total` steps. Removes files that a killed run
+    /// left incomplete.
     pub(super) fn find(job: &Trainer<'_>, total: usize) -> Result<Self, Error> {
         if job.output_dir.is_none() && job.resume.is_none() {
             return Ok(Self { checkpoint: None, agreement: Agreement::default(), notes: Vec::new() });
@@ -51,7 +51,7 @@ impl Start {
     }
 }
 
-/// Refuses a checkpoint that is beyond the run's last step, or before a later one in the output directory.
+/// Refuses a checkpoint beyond the run's last step, or before a later checkpoint in the output directory.
 pub(super) fn check_step(checkpoint: &Checkpoint, total: usize, there: &[(usize, PathBuf)]) -> Result<(), Error> {
     let (path, done) = (checkpoint.path.clone(), checkpoint.state.global_step);
     if done > total {
@@ -69,7 +69,7 @@ pub(super) fn check_step(checkpoint: &Checkpoint, total: usize, there: &[(usize,
     Ok(())
 }
 
-/// Where a checkpoint's best predecessor lies: in the output directory, or beside the checkpoint.
+/// Returns the path of the best checkpoint: in the output directory, or beside the given checkpoint.
 pub(super) fn best_path(checkpoint: &Path, output_dir: &Path, step: usize) -> Result<PathBuf, Error> {
     let beside = checkpoint.parent().unwrap_or(Path::new("."));
     let mut places = [output_dir, beside].map(|dir| Checkpoint::path(dir, step)).into_iter();

@@ -1,4 +1,4 @@
-//! Which examples each step takes, and the batches that they become.
+//! The examples and batches of each step.
 
 use rekindle_data::{Dataset, Order, Packs};
 use rekindle_models::Batch;
@@ -6,45 +6,45 @@ use rekindle_models::Batch;
 use crate::SftConfig;
 use crate::evaluate::batch;
 
-/// The rows of a run from a cursor on, step by step; a row is a pack of examples.
+/// The rows of a run from a position on; a row is a pack of examples.
 pub(super) struct Rows {
     packs: Packs,
-    /// Without an end: the run knows how many steps it takes.
+    /// The order of rows, without an end.
     order: Box<dyn Iterator<Item = usize>>,
     rows_per_step: usize,
     batch_size: usize,
     seen: u64,
 }
 
-/// What one optimizer step goes through.
+/// The rows of one optimizer step.
 pub(super) struct StepRows {
     /// The micro-batches.
     pub(super) batches: Vec<Batch>,
-    /// The example of each row of the step: the numbers in [`Batch::rows`] are places in here.
+    /// The example of each row of the step; [`Batch::rows`] are indices into it.
     pub(super) examples: Vec<usize>,
 }
 
 impl Rows {
-    /// The rows of a run over `packs` after the first `cursor` of them.
+    /// Returns the rows of a run over `packs`, after the first `cursor` of them.
     pub(super) fn new(config: &SftConfig, packs: Packs, shuffle: bool, seed: u64, cursor: u64) -> Self {
         let order = Order::new(packs.len(), shuffle, seed).from_cursor(cursor);
         let (rows_per_step, batch_size) = (config.rows_per_step(), config.per_device_train_batch_size);
         Self { packs, order: Box::new(order), rows_per_step, batch_size, seen: cursor }
     }
 
-    /// How often all rows were gone through.
+    /// Returns the number of passes over the rows.
     pub(super) fn epoch(&self) -> f64 {
         self.seen() as f64 / self.packs.len() as f64
     }
 
-    /// Rows taken so far, those before the cursor included: where another run would go on.
+    /// Returns the number of rows taken, including those before the start position.
     pub(super) fn seen(&self) -> u64 {
         self.seen
     }
 
-    /// The next step's rows: as many as a step has, or those that are left of the epoch.
+    /// Returns the next step's rows: a full step, or the remaining rows of the epoch.
     ///
-    /// How many rows were taken says where in its epoch a run is, so that a resumed run goes on in the same steps.
+    /// The number of rows taken determines the position in the epoch, so a resumed run continues with the same steps.
     pub(super) fn next_step(&mut self, dataset: &Dataset) -> StepRows {
         let left = self.packs.len() - (self.seen % self.packs.len() as u64) as usize;
         let rows: Vec<usize> = self.order.by_ref().take(self.rows_per_step.min(left)).collect();

@@ -1,4 +1,4 @@
-//! The loop: one step after another, with what falls due between them.
+//! The training loop.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -24,7 +24,7 @@ use crate::{
 };
 use rekindle_data::counted;
 
-/// A run that goes on.
+/// A run in progress.
 pub(super) struct Run<'a> {
     job: Trainer<'a>,
     agreement: Agreement,
@@ -41,20 +41,20 @@ pub(super) struct Run<'a> {
     stopping: Stopping,
     recorder: Option<Recorder>,
     report: Report,
-    /// After which steps the evaluation set was looked at last, and a checkpoint written.
+    /// The steps of the last evaluation and of the last checkpoint.
     evaluated: Option<usize>,
     saved: Option<usize>,
     /// The checkpoint with the lowest evaluation loss.
     best: Option<PathBuf>,
     start: Instant,
-    /// Seconds that the run took before it was resumed.
+    /// Seconds of the run before it was resumed.
     before: f64,
-    /// The output directory is this run's alone.
+    /// The lock that keeps other runs out of the output directory.
     _locked: Option<DirectoryLock>,
 }
 
 impl<'a> Run<'a> {
-    /// Brings everything to where the run begins or goes on.
+    /// Prepares the start of the run, or resumes it.
     pub(super) fn begin(mut job: Trainer<'a>) -> Result<Self, Error> {
         job.config.validate()?;
         let full = job.model.lora().is_none();
@@ -122,7 +122,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Takes the steps that are left, and writes the result.
+    /// Runs the remaining steps, and writes the result.
     pub(super) fn go(mut self) -> Result<Report, Error> {
         (self.job.on_event)(Event::Started {
             done: self.done,
@@ -169,7 +169,7 @@ impl<'a> Run<'a> {
         self.job.stop.load(Ordering::Relaxed)
     }
 
-    /// Takes the next step.
+    /// Runs the next step.
     fn step(&mut self) -> Result<(), Error> {
         let began = Instant::now();
         let rows = self.rows.next_step(&self.job.train);
@@ -205,8 +205,8 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Looks at the evaluation set and answers the prompts; whether the loss is the lowest so far, or `None` when the run
-    /// is asked to stop meanwhile.
+    /// Evaluates the evaluation set and answers the prompts. Returns true if the loss is the lowest so far, or `None`
+    /// if the run is asked to stop.
     fn evaluate(&mut self) -> Result<Option<bool>, Error> {
         let mut is_best = false;
         if self.job.eval.is_some() {
@@ -232,7 +232,7 @@ impl<'a> Run<'a> {
         Ok(Some(is_best))
     }
 
-    /// The loss of the evaluation set, or `None` when the run is asked to stop meanwhile.
+    /// Returns the loss of the evaluation set, or `None` if the run is asked to stop.
     fn evaluation(&self) -> Result<Option<EvalMetrics>, Error> {
         let Some(eval) = &self.job.eval else { return Ok(None) };
         let size = self.job.config.per_device_eval_batch_size;
@@ -261,7 +261,7 @@ impl<'a> Run<'a> {
         self.recorder.as_ref().map_or(Ok(()), Recorder::publish)
     }
 
-    /// Why a step went wrong.
+    /// Returns the error for a step with a value that is not finite.
     fn diverged(&self, what: &'static str, value: f64, lr: f64, rows: &StepRows, key: StepKey) -> Error {
         let pass = Pass {
             step: self.done + 1,
@@ -277,7 +277,7 @@ impl<'a> Run<'a> {
         pass.explain(self.job.model, &self.job.config)
     }
 
-    /// Writes a checkpoint of this step and removes those beyond `save_total_limit`.
+    /// Writes a checkpoint of this step, and removes those beyond `save_total_limit`.
     fn save_checkpoint(&mut self, is_best: bool) -> Result<(), Error> {
         let Some(dir) = &self.job.output_dir else { return Ok(()) };
         let path = Checkpoint::path(dir, self.done);
@@ -317,7 +317,7 @@ impl<'a> Run<'a> {
         self.publish()
     }
 
-    /// Ends before all steps are done, with a checkpoint to go on from.
+    /// Ends the run before its last step, with a checkpoint to resume from.
     fn interrupted(mut self) -> Result<Report, Error> {
         if self.done > 0 && self.saved != Some(self.done) {
             self.save_checkpoint(false)?;
@@ -347,7 +347,7 @@ impl<'a> Run<'a> {
         Ok(self.report)
     }
 
-    /// The run so far, for the model card.
+    /// Returns the run so far, for the model card.
     fn card_run(&self) -> CardRun<'_> {
         CardRun { config: &self.job.config, steps: &self.report.steps, evals: &self.report.evals }
     }
@@ -357,7 +357,7 @@ impl<'a> Run<'a> {
     }
 }
 
-/// What is said of a run whose epochs have fewer rows than a step.
+/// Returns a notice for a run whose epochs have fewer rows than a step.
 fn small_epochs(config: &SftConfig, rows: usize) -> Option<String> {
     let per_step = config.rows_per_step();
     (rows < per_step).then(|| {
@@ -369,7 +369,7 @@ fn small_epochs(config: &SftConfig, rows: usize) -> Option<String> {
     })
 }
 
-/// The records of a run that begins, or that goes on from `checkpoint`, whose history they then have.
+/// Returns the records of a new run, or of a run that resumes from `checkpoint`, with its history.
 fn open_recorder(
     job: &mut Trainer<'_>,
     total: usize,

@@ -2,7 +2,7 @@ use serde_json::json;
 
 use super::*;
 
-/// Renders after [`settle`].
+/// Renders a conversation after [`settle`].
 fn settled(source: &str, messages: Value) -> String {
     let template = ChatTemplate::new(source).expect("valid");
     let values = messages.as_array().expect("a list").clone();
@@ -77,7 +77,7 @@ fn arguments_are_what_the_template_needs() {
     assert_eq!(settled(&all("{{ c | tojson }}"), flat), "{\"name\": \"move\", \"arguments\": {}}");
 }
 
-/// A user may write what encoded arguments look like.
+/// Text of a user that looks like encoded arguments is not changed.
 #[test]
 fn escapes_in_other_text_do_not_matter() {
     let mut messages = call(json!(""), json!("{\"x\": 0}"));

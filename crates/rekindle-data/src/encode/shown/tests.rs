@@ -124,7 +124,7 @@ fn reasoning_of_earlier_turns_may_be_dropped() {
     }
 }
 
-/// A template that chooses by a text may refuse the marks.
+/// A template that branches on a text may refuse the marks.
 #[test]
 fn texts_that_decide_are_looked_for_themselves() {
     let source = "{% for m in messages %}{% if m.role == 'system' and m.content != 'brief' %}{{ raise_exception('no') }}{% endif %}\

@@ -1,4 +1,4 @@
-//! Arrays of a record batch, and their values as the JSON that they were made from.
+//! Arrays of a record batch, and their values as JSON.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -13,28 +13,29 @@ use super::schema::{Field, Kind};
 /// Values of dictionaries, by their number.
 pub(super) type Dictionaries = HashMap<i64, Vec<Value>>;
 
-/// The error for a file that says two things at once.
+/// The error for a file with contradictory values.
 pub(super) const CONTRADICTS: &str = "it contradicts itself";
 
-/// The longest list. The elements of some types take no bytes in a file, so that any length can be claimed.
+/// The maximum length of a list. The elements of some types take no bytes in a file, so a damaged file could claim any
+/// length.
 const LONGEST_LIST: usize = 1 << 24;
 
 /// A column of a batch, or a part of one.
 pub(super) struct Array<'a> {
     field: &'a Field,
     len: usize,
-    /// Which values there are, a bit each, and what the kind has: offsets, bytes.
+    /// The validity bitmap, and the buffers of the kind: offsets, bytes.
     buffers: Vec<Cow<'a, [u8]>>,
     children: Vec<Array<'a>>,
     dictionary: Option<&'a [Value]>,
 }
 
-/// The body of a batch while its arrays are made, in the order of the schema's fields.
+/// The body of a batch while its arrays are read, in the order of the schema's fields.
 pub(super) struct Body<'a> {
     bytes: &'a [u8],
     nodes: Vector<'a>,
     buffers: Vector<'a>,
-    /// How many buffers the texts of each view lie in.
+    /// The number of text buffers of each view.
     views: Option<Vector<'a>>,
     codec: Option<u8>,
     next_node: usize,
@@ -43,7 +44,7 @@ pub(super) struct Body<'a> {
 }
 
 impl<'a> Body<'a> {
-    /// The body of the batch whose header this is.
+    /// Returns the body of the batch with this header.
     pub(super) fn new(header: Table<'a>, bytes: &'a [u8]) -> Result<Self, String> {
         let (nodes, buffers) = header.vector(1).zip(header.vector(2)).ok_or(CONTRADICTS)?;
         let codec = header.table(3).map(|compression| compression.u8(0).unwrap_or(0));
@@ -51,7 +52,7 @@ impl<'a> Body<'a> {
         Ok(Self { bytes, nodes, buffers, views, codec, next_node: 0, next_buffer: 0, next_view: 0 })
     }
 
-    /// The next array. Of one that is not `wanted`, the buffers are passed over.
+    /// Returns the next array; skips the buffers of one that is not `wanted`.
     pub(super) fn array(
         &mut self,
         field: &'a Field,
@@ -116,7 +117,7 @@ impl<'a> Body<'a> {
     }
 }
 
-/// Memory grows with the bytes that there are, not with the size that the file names.
+/// Decompresses a buffer. Memory grows with the available bytes, not with the size that the file claims.
 fn unpack(reader: impl Read, size: u64) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     reader.take(size).read_to_end(&mut bytes)?;
@@ -128,8 +129,8 @@ impl Array<'_> {
         self.len
     }
 
-    /// The value at `index`. Null fields of a struct are left out: a table gives every struct of a column the fields of all
-    /// of them.
+    /// Returns the value at `index`. Null fields of a struct are omitted, because a table gives every struct of a
+    /// column all of its fields.
     pub(super) fn json(&self, index: usize) -> Result<Value, String> {
         if index >= self.len {
             return Err(CONTRADICTS.to_owned());
@@ -267,12 +268,12 @@ impl Array<'_> {
         usize::try_from(offset).map_err(|_| CONTRADICTS.to_owned())
     }
 
-    /// Where the value at `index` begins and ends.
+    /// Returns the start and end of the value at `index`.
     fn range(&self, large: bool, index: usize) -> Result<(usize, usize), String> {
         Ok((self.offset(1, large, index)?, self.offset(1, large, index + 1)?))
     }
 
-    /// The bytes of a view: in it up to twelve, else in one of the buffers behind the views.
+    /// Returns the bytes of a view: inline up to twelve bytes, else in one of the buffers after the views.
     fn view(&self, index: usize) -> Result<&[u8], String> {
         let begin = index.checked_mul(16).ok_or(CONTRADICTS)?;
         let view = self.bytes(1)?.get(begin..).and_then(|rest| rest.get(..16)).ok_or(CONTRADICTS)?;
@@ -314,7 +315,7 @@ fn decimal(value: i128, scale: u32) -> String {
     format!("{sign}{whole}{point}{part}")
 }
 
-/// A day in the proleptic Gregorian calendar, counted from 1970-01-01.
+/// Formats a day of the proleptic Gregorian calendar, counted from 1970-01-01.
 fn date(days: i64) -> String {
     // Eras of 400 years that begin in March, so that leap days come last.
     let days = days.saturating_add(719_468);

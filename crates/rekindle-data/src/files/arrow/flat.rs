@@ -1,17 +1,17 @@
-//! Tables of a FlatBuffer, as far as Arrow's messages need them. Every access is checked; `None` is damage, or a field that
-//! is not there.
+//! FlatBuffer tables, as far as Arrow's messages need them. Every access is checked; `None` means damage, or an absent
+//! field.
 
 /// A table.
 #[derive(Clone, Copy)]
 pub(super) struct Table<'a> {
     bytes: &'a [u8],
     at: usize,
-    /// Where its fields are, as 16-bit offsets from `at`.
+    /// The offset of its fields' table, with 16-bit offsets from `at`.
     vtable: usize,
     vtable_len: usize,
 }
 
-/// A vector, of tables by their offsets or of structs by their bytes.
+/// A vector of tables, by their offsets, or of structs, by their bytes.
 #[derive(Clone, Copy)]
 pub(super) struct Vector<'a> {
     bytes: &'a [u8],
@@ -28,7 +28,7 @@ fn offset(bytes: &[u8], at: usize) -> Option<usize> {
 }
 
 impl<'a> Table<'a> {
-    /// The table that a buffer begins with an offset to.
+    /// Returns the root table of a buffer.
     pub(super) fn root(bytes: &'a [u8]) -> Option<Self> {
         Self::new(bytes, offset(bytes, 0)?)
     }
@@ -40,7 +40,7 @@ impl<'a> Table<'a> {
         Some(Self { bytes, at, vtable, vtable_len })
     }
 
-    /// Where field `number` is; `None` where it has its default.
+    /// Returns the position of field `number`; `None` if it has its default.
     fn field(&self, number: usize) -> Option<usize> {
         let slot = 4 + 2 * number;
         if slot + 2 > self.vtable_len {
@@ -89,18 +89,18 @@ impl<'a> Table<'a> {
 }
 
 impl<'a> Vector<'a> {
-    /// The table at `index`, below `len`.
+    /// Returns the table at `index`, below `len`.
     pub(super) fn table(&self, index: usize) -> Option<Table<'a>> {
         Table::new(self.bytes, offset(self.bytes, self.at.checked_add(4 * index)?)?)
     }
 
-    /// Two 64-bit numbers of the struct at `index`.
+    /// Returns two 64-bit numbers of the struct at `index`.
     pub(super) fn pair(&self, index: usize) -> Option<(i64, i64)> {
         let [first, second] = [0, 8].map(|half| read(self.bytes, self.at.checked_add(16 * index + half)?));
         Some((i64::from_le_bytes(first?), i64::from_le_bytes(second?)))
     }
 
-    /// The 64-bit number at `index`.
+    /// Returns the 64-bit number at `index`.
     pub(super) fn i64(&self, index: usize) -> Option<i64> {
         read(self.bytes, self.at.checked_add(8 * index)?).map(i64::from_le_bytes)
     }

@@ -8,9 +8,9 @@ pub(super) struct Field {
     pub(super) name: String,
     pub(super) kind: Kind,
     pub(super) children: Vec<Field>,
-    /// The dictionary that holds its values, and the kind of the numbers that stand for them.
+    /// The dictionary of its values, and the kind of the dictionary's indices.
     pub(super) dictionary: Option<(i64, Kind)>,
-    /// True if it is text that holds JSON: the feature `Json` of `datasets`.
+    /// True if it is text with JSON, the feature `Json` of `datasets`.
     pub(super) is_json: bool,
 }
 
@@ -26,7 +26,7 @@ pub(super) enum Kind {
     Float {
         bytes: usize,
     },
-    /// Text or bytes; offsets are of 64 bits where it is large.
+    /// Text or bytes; large ones have 64-bit offsets.
     Text {
         large: bool,
     },
@@ -50,18 +50,18 @@ pub(super) enum Kind {
     },
     /// Days since 1970.
     Date,
-    /// So many to a second since 1970.
+    /// Units since 1970, with this many per second.
     Time {
         per_second: i64,
     },
-    /// A type that is not read, with so many buffers.
+    /// An unsupported type, with the number of its buffers.
     Other {
         name: &'static str,
         buffers: usize,
     },
 }
 
-/// Structs in structs: more is damage.
+/// The maximum nesting of structs; more is damage.
 const DEEPEST: usize = 64;
 
 /// Reads the header of a schema message.
@@ -112,7 +112,7 @@ fn int(table: Table<'_>) -> Option<Kind> {
     Some(Kind::Int { bytes, signed: table.u8(1).unwrap_or(0) != 0 })
 }
 
-/// The kind of a type, by its number in the format's `union Type`.
+/// Returns the kind of a type, by its number in the format's `union Type`.
 fn kind(number: u8, table: Table<'_>) -> Option<Kind> {
     let size = |number| usize::try_from(table.i32(number).unwrap_or(0)).ok();
     let other = |name, buffers| Kind::Other { name, buffers };
@@ -152,7 +152,7 @@ fn kind(number: u8, table: Table<'_>) -> Option<Kind> {
 }
 
 impl Kind {
-    /// How many buffers an array has before those of its children, without those that a view's texts lie in.
+    /// Returns the number of buffers of an array before those of its children, excluding the text buffers of views.
     pub(super) fn buffers(self) -> usize {
         match self {
             Kind::Null => 0,
