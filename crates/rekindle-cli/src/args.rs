@@ -31,38 +31,38 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Fine-tune the built-in example model and show what changed, in under a minute
+    /// Fine-tune the built-in example model and show the difference, in under a minute
     Quickstart(QuickstartArgs),
-    /// Write a commented run file that fits a model, rows and this machine
+    /// Write a commented run file for a model, rows and this machine
     Init(InitArgs),
-    /// Train what a run file describes
+    /// Train a model as a run file describes
     Train(TrainArgs),
-    /// Look at the rows of a run file as they are trained, without loading a weight
+    /// Show the rows of a run file as they are trained, without loading weights
     #[command(subcommand)]
     Data(DataCommand),
-    /// Compute the memory that a run takes, before anything is loaded, and what would fit
+    /// Plan the memory of a run without loading it, and find settings that fit
     Plan(PlanArgs),
-    /// Measure a model's loss on a file of rows
+    /// Compute a model's loss on a file of rows
     Eval(EvalArgs),
     /// Continue a prompt or answer a message
     Generate(Box<GenerateArgs>),
-    /// Write a checkpoint with an adapter added into its weights
+    /// Merge an adapter into its base and write the checkpoint
     Merge(MergeArgs),
-    /// Write a checkpoint with its linears in 4-bit or 8-bit codes, as bitsandbytes reads them
+    /// Write a checkpoint with linears in 4 or 8 bits, in bitsandbytes' format
     Quantize(QuantizeArgs),
-    /// Say what a checkpoint or adapter holds, without loading it
+    /// Show the contents of a checkpoint or adapter without loading it
     Inspect(InspectArgs),
-    /// Say what the hub's cache holds, or make it smaller
+    /// List or prune the hub's cache
     #[cfg(feature = "network")]
     #[command(subcommand)]
     Cache(CacheCommand),
-    /// Say what of CUDA is found on this machine, and what is missing; exit code 1 if something is
+    /// Check the CUDA installation of this machine; exit code 1 if something is missing
     Doctor,
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct QuickstartArgs {
-    /// Where to put the example, and what it makes. A former quickstart there is replaced
+    /// Directory for the example and its results; an earlier quickstart there is replaced
     #[arg(long, value_name = "DIR", default_value = "rekindle-quickstart")]
     pub(crate) out: PathBuf,
 }
@@ -70,19 +70,19 @@ pub(crate) struct QuickstartArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = INIT)]
 pub(crate) struct InitArgs {
-    /// The model: a directory, or a name on the hub, which is downloaded; an adapter is gone on with
+    /// The model: a directory, or a name on the hub, which is downloaded; an adapter's training is continued
     #[arg(long, value_name = "M")]
     pub(crate) model: PathBuf,
     /// Rows to train on
     #[arg(long, value_name = "D")]
     pub(crate) data: PathBuf,
-    /// Rows that are never trained on
+    /// Rows to evaluate, never used for training
     #[arg(long, value_name = "D")]
     pub(crate) eval: Option<PathBuf>,
-    /// The run file; one that is there is not written over
+    /// The run file; an existing file is not overwritten
     #[arg(long, value_name = "RUN.toml", default_value = "run.toml")]
     pub(crate) out: PathBuf,
-    /// Where the run will be: auto, cpu, cuda, cuda:N, wgpu or wgpu:N
+    /// The device of the run: auto, cpu, cuda, cuda:N, wgpu or wgpu:N
     #[arg(long, value_name = "D", default_value = "auto", value_parser = parse_device)]
     pub(crate) device: DeviceKind,
     #[command(flatten)]
@@ -95,16 +95,16 @@ pub(crate) struct TrainArgs {
     /// The run file
     #[arg(value_name = "RUN.toml")]
     pub(crate) run_file: PathBuf,
-    /// Replaces or adds a key of the run file; the value is TOML, or else text as it is
+    /// Sets a key of the run file; the value is TOML, or else plain text
     #[arg(value_name = "section.key=value")]
     pub(crate) overrides: Vec<ConfigOverride>,
-    /// Continue from the last checkpoint in output_dir, or from this one, as if the run had not stopped
+    /// Resume from the last checkpoint in output_dir, or from this one
     #[arg(long, value_name = "latest|DIR", num_args = 0..=1, default_missing_value = "latest", value_parser = resume, conflicts_with_all = ["dry_run", "overwrite"])]
     pub(crate) resume: Option<Resume>,
     /// Replace the checkpoints and the adapter or model of an earlier run in output_dir
     #[arg(long)]
     pub(crate) overwrite: bool,
-    /// Load everything, print the resolved configuration and what would be trained, and write nothing
+    /// Load everything, print the resolved configuration and a summary of the run, and write nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
 }
@@ -112,24 +112,25 @@ pub(crate) struct TrainArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = MERGE)]
 pub(crate) struct MergeArgs {
-    /// An adapter's directory or name on the hub, or the output directory of a run that trained one; several are combined
+    /// An adapter's directory or name on the hub, or the output directory of a run that trained one; several are
+    /// combined
     #[arg(value_name = "RUN_OR_ADAPTER", required = true)]
     pub(crate) adapters: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) combine: CombineArgs,
-    /// Where to put the merged checkpoint; a directory that is not there yet, or an empty one
+    /// Directory for the merged checkpoint; it must be new or empty
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// The base model, a directory or a name on the hub [default: the one that the adapter was trained on]
+    /// The base model, a directory or a name on the hub [default: the base that the adapter was trained on]
     #[arg(long, value_name = "M")]
     pub(crate) model: Option<PathBuf>,
-    /// Dtype of the result; auto is that of each tensor of the base
+    /// Dtype of the result; auto keeps that of each tensor of the base
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtype())]
     pub(crate) dtype: Dtype,
-    /// Compare the losses of adapter and merged model, and fail above a bound
+    /// Compare the losses of the adapter and the merged model, and fail above a bound
     #[arg(long)]
     pub(crate) verify: bool,
-    /// Where --verify computes: cpu, cuda, cuda:N, wgpu or wgpu:N [default: cpu]
+    /// Device for --verify: cpu, cuda, cuda:N, wgpu or wgpu:N [default: cpu]
     #[arg(long, value_name = "D", requires = "verify", value_parser = parse_device)]
     pub(crate) device: Option<DeviceKind>,
     #[command(flatten)]
@@ -145,16 +146,17 @@ pub(crate) struct QuantizeArgs {
     /// nf4, fp4 or int8
     #[arg(long, value_name = "FORMAT")]
     pub(crate) to: String,
-    /// Where to put the quantized checkpoint: a directory that is not there yet, or an earlier result, which is replaced
+    /// Directory for the quantized checkpoint: new, or an earlier result, which is replaced
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// Weights that share a scale, a power of two from 32 to 4096 [default: 64]
+    /// Weights per scale, a power of two from 32 to 4096 [default: 64]
     #[arg(long, value_name = "N")]
     pub(crate) blocksize: Option<usize>,
-    /// True if the scales of 4-bit codes are quantized too [default: true]
+    /// Quantize the scales of 4-bit weights too [default: true]
     #[arg(long, value_name = "BOOL")]
     pub(crate) double_quant: Option<bool>,
-    /// Modules that stay dense, separated by commas: names of linears, or paths such as model.layers.0 [default: lm_head]
+    /// Modules to leave unquantized, separated by commas: names of linears, or paths such as model.layers.0 [default:
+    /// lm_head]
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub(crate) skip_modules: Option<Vec<String>>,
     #[command(flatten)]
@@ -163,7 +165,7 @@ pub(crate) struct QuantizeArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct InspectArgs {
-    /// A directory with a checkpoint or an adapter, or a name on the hub, whose weights stay there
+    /// A directory with a checkpoint or an adapter, or a name on the hub, whose weights are not downloaded
     #[arg(value_name = "M")]
     pub(crate) path: PathBuf,
     #[command(flatten)]
@@ -173,13 +175,13 @@ pub(crate) struct InspectArgs {
     pub(crate) json: bool,
 }
 
-/// What to load, and where to compute.
+/// The model to load, and the device.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ModelArgs {
-    /// A checkpoint directory in the Hugging Face layout, or a name on the hub; an adapter stands for its base with it
+    /// A checkpoint directory in the Hugging Face layout, or a name on the hub; an adapter is loaded with its base
     #[arg(long, value_name = "M")]
     pub(crate) model: PathBuf,
-    /// An adapter in PEFT's format: a directory, or a name on the hub. Given several times, they are combined
+    /// An adapter in PEFT's format: a directory, or a name on the hub; repeat it to combine several
     #[arg(long, value_name = "A")]
     pub(crate) adapter: Vec<PathBuf>,
     #[command(flatten)]
@@ -189,35 +191,36 @@ pub(crate) struct ModelArgs {
     pub(crate) dtype: Dtype,
     #[command(flatten)]
     pub(crate) quant: QuantArgs,
-    /// The most tokens of a row, or of prompt and answer together [default: 2048, or the model's own limit if lower]
+    /// Maximum tokens of a row, or of prompt and answer together [default: 2048, or the model's window if shorter]
     #[arg(long, value_name = "N")]
     pub(crate) max_seq_length: Option<usize>,
-    /// How a longer --max-seq-length than the model's own is reached: auto, linear, dynamic, yarn or {rope_type="yarn", factor=4.0} [default: auto, or as the adapter was trained]
+    /// Method for a --max-seq-length beyond the model's window: auto, linear, dynamic, yarn or {rope_type="yarn",
+    /// factor=4.0} [default: auto, or as the adapter was trained]
     #[arg(long, value_name = "METHOD", value_parser = rope_scaling)]
     pub(crate) rope_scaling: Option<RopeScaling>,
-    /// auto, cpu, cuda, cuda:N, wgpu or wgpu:N
+    /// The device: auto, cpu, cuda, cuda:N, wgpu or wgpu:N
     #[arg(long, value_name = "D", default_value = "auto", value_parser = parse_device)]
     pub(crate) device: DeviceKind,
-    /// How many token ids the model is to have; new rows of embedding and head are the mean of the others
+    /// Vocabulary size; new rows of embedding and head are the mean of the others
     #[arg(long, value_name = "N")]
     pub(crate) resize_model_vocab: Option<usize>,
     #[command(flatten)]
     pub(crate) hub: HubArgs,
 }
 
-/// How several adapters become one.
+/// The combination of several adapters.
 #[derive(Debug, clap::Args)]
 pub(crate) struct CombineArgs {
-    /// What each adapter counts, separated by commas, in their order [default: 1 each]
+    /// Weight of each adapter, separated by commas, in their order [default: 1 each]
     #[arg(long, value_name = "W,W", value_delimiter = ',', allow_negative_numbers = true)]
     pub(crate) adapter_weights: Option<Vec<f64>>,
-    /// How adapters are combined: cat (the sum, exactly), linear (A and B added up apart) or svd:N (the sum in rank N)
+    /// Combination of adapters: cat (the exact sum), linear (sums of A and of B) or svd:N (the sum in rank N)
     #[arg(long, value_name = "HOW", default_value = "cat", value_parser = combination)]
     pub(crate) combine: Combination,
 }
 
 impl CombineArgs {
-    /// The adapters, and what each counts.
+    /// Returns the adapters with their weights.
     pub(crate) fn weighted<T>(&self, adapters: impl IntoIterator<Item = T>) -> Result<Vec<(T, f64)>, Failure> {
         let adapters: Vec<T> = adapters.into_iter().collect();
         let count = adapters.len();
@@ -232,25 +235,26 @@ impl CombineArgs {
     }
 }
 
-/// How the linears of the model are kept.
+/// The quantization of the linears.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct QuantArgs {
-    /// Keep the linears in 4-bit codes, quantized while loading; a quantized checkpoint needs no flag
+    /// Quantize the linears to 4 bits while loading; a quantized checkpoint needs no flag
     #[arg(long = "load-in-4bit")]
     pub(crate) load_in_4bit: bool,
-    /// Keep the linears in LLM.int8() codes
+    /// Quantize the linears to LLM.int8() while loading
     #[arg(long = "load-in-8bit")]
     pub(crate) load_in_8bit: bool,
     /// The 4-bit data type, nf4 or fp4 [default: nf4]
     #[arg(long, value_name = "TYPE")]
     pub(crate) quant_type: Option<String>,
-    /// Weights that share a scale, a power of two from 32 to 4096 [default: 64]
+    /// Weights per scale, a power of two from 32 to 4096 [default: 64]
     #[arg(long, value_name = "N")]
     pub(crate) blocksize: Option<usize>,
-    /// True if the scales of 4-bit codes are quantized too [default: true]
+    /// Quantize the scales of 4-bit weights too [default: true]
     #[arg(long, value_name = "BOOL")]
     pub(crate) double_quant: Option<bool>,
-    /// Modules that stay dense, separated by commas: names of linears, or paths such as model.layers.0 [default: lm_head]
+    /// Modules to leave unquantized, separated by commas: names of linears, or paths such as model.layers.0 [default:
+    /// lm_head]
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub(crate) skip_modules: Option<Vec<String>>,
 }
@@ -278,7 +282,7 @@ impl ModelArgs {
     }
 }
 
-/// What follows `--resume` may also be what comes next on the command line.
+/// Parses the value of `--resume`, which may accidentally be the next argument.
 fn resume(text: &str) -> Result<Resume, String> {
     if text == "latest" {
         return Ok(Resume::Latest);
@@ -289,7 +293,7 @@ fn resume(text: &str) -> Result<Resume, String> {
     Ok(Resume::From(text.into()))
 }
 
-/// A name, or the parameters as a table of TOML.
+/// Parses a name, or the parameters as a TOML table.
 fn rope_scaling(text: &str) -> Result<RopeScaling, String> {
     match parse_value(text) {
         toml::Value::String(name) => name.parse().map_err(|error: rekindle::RopeError| {

@@ -1,4 +1,4 @@
-//! `rekindle cache`: what was downloaded, here or by Python, and making it less.
+//! `rekindle cache`: listing and pruning of downloads.
 
 use std::path::PathBuf;
 
@@ -43,7 +43,7 @@ fn dir(place: &CacheDir) -> PathBuf {
     place.cache_dir.clone().unwrap_or_else(default_dir)
 }
 
-/// A line for the model and one for each revision.
+/// Formats a line for the model and one for each revision.
 fn table(model: &CachedModel) -> String {
     let incomplete = match model.incomplete_bytes {
         0 => String::new(),
@@ -71,7 +71,7 @@ fn to_json(model: &CachedModel) -> serde_json::Value {
     })
 }
 
-/// A number of ten characters.
+/// Formats a number in ten characters.
 fn bytes(count: u64) -> String {
     let units = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")];
     let count = count as f64;

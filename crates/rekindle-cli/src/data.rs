@@ -1,4 +1,4 @@
-//! `rekindle data`: the rows of a run, as they are trained.
+//! `rekindle data`: the rows of a run as they are trained.
 
 mod stats;
 mod view;

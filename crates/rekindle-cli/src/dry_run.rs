@@ -1,4 +1,4 @@
-//! `rekindle train --dry-run`: what a run would do, as a run file with the facts in comments.
+//! `rekindle train --dry-run`: the resolved run file, with a summary of the run in comments.
 
 use rekindle::run::TrainingRun;
 use rekindle::{Dataset, Error, OptimizerConfig, Timetable, TokenTime, counted, show_bytes};
@@ -6,13 +6,14 @@ use rekindle::{Dataset, Error, OptimizerConfig, Timetable, TokenTime, counted, s
 use crate::failure::Failure;
 use crate::{data, output};
 
-/// Examples that are shown.
+/// The number of examples to show.
 const SHOWN: usize = 2;
-/// Lines of an example that are shown, and characters of a line.
+/// The number of lines to show of an example, and of characters in a line.
 const LINES: usize = 12;
 const WIDTH: usize = 200;
 
-/// `refusal` is why the run would not start in its output directory.
+/// Prints the configuration and the summary; `refusal` is the error that the run would end with in its output
+/// directory.
 pub(crate) fn print(run: &TrainingRun, refusal: Option<&Error>) -> Result<(), Failure> {
     let TrainingRun { config, model, tokenizer, train_rows, eval_rows, .. } = run;
     let train = train_rows.dataset();
@@ -40,7 +41,7 @@ pub(crate) fn print(run: &TrainingRun, refusal: Option<&Error>) -> Result<(), Fa
     output::line(&format!("{}\n{comments}# a dry run: nothing was written", config.to_toml()))
 }
 
-/// The number of trained parameters, and the memory for training them.
+/// Returns the number of trained parameters, and the memory for training them.
 pub(crate) fn trainable(run: &TrainingRun) -> String {
     let model = run.model.causal_lm();
     let trained = model.params().numel();

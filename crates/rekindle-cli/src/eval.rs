@@ -47,7 +47,7 @@ struct Row<'a> {
 struct Token<'a> {
     #[serde(flatten)]
     loss: &'a TokenLoss,
-    /// Its text; null where the checkpoint has no tokenizer.
+    /// Its text; null if the checkpoint has no tokenizer.
     token: Option<String>,
 }
 
@@ -62,7 +62,7 @@ fn per_token<'a>(evaluation: &'a Evaluation, tokenizer: Option<&Tokenizer>) -> P
     PerToken { loss, perplexity, tokens, rows: rows.collect() }
 }
 
-/// Every row with its tokens, the sum of their losses and the mean.
+/// Returns a table of rows with their tokens, the sum of their losses and the mean.
 fn table(evaluation: &Evaluation) -> String {
     let mut text = format!("{:>6}  {:>7}  {:>12}  {:>9}\n", "row", "tokens", "nll", "loss");
     for (index, row) in evaluation.rows.iter().enumerate() {

@@ -1,31 +1,31 @@
-//! Why a command ends early, and the exit code that says so.
+//! The failures of a command, and their exit codes.
 
 use std::io;
 use std::path::PathBuf;
 
 use rekindle::ErrorKind;
 
-/// The exit code of a run that a signal ended: 128 and the number of SIGINT.
+/// The exit code of an interrupted run: 128 and the number of SIGINT.
 pub(crate) const INTERRUPTED: u8 = 130;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
-    /// The command line or the run file.
+    /// An error in the command line.
     #[error("{0}")]
     Configuration(String),
-    /// Everything that the library refuses.
+    /// An error of the library.
     #[error(transparent)]
     Library(#[from] rekindle::Error),
-    /// Something that a command looked for and that is not there.
+    /// A missing installation or file.
     #[error("{0}")]
     Missing(String),
-    /// A file or directory that this program reads or makes itself.
+    /// A file or directory that this program cannot read or create.
     #[error("{}: {source}", .path.display())]
     File { path: PathBuf, source: io::Error },
-    /// Ctrl-C cannot be listened for.
+    /// Signals cannot be handled.
     #[error("cannot listen for signals: {0}")]
     Signals(io::Error),
-    /// A signal ended the run; what is left of it, and how to go on.
+    /// The run was interrupted; how to resume it.
     #[error("{0}")]
     Interrupted(String),
     /// Standard output cannot be written.
@@ -34,7 +34,8 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// 1 failed, 2 usage or configuration, 3 data, 4 memory, 5 network or hub, 6 a number is not finite, 130 interrupted.
+    /// Returns the exit code: 1 failure, 2 usage or configuration, 3 data, 4 memory, 5 network or hub, 6 non-finite
+    /// value, 130 interrupted.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Configuration(_) => 2,

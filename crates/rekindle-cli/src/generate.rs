@@ -63,7 +63,7 @@ fn encode(args: &GenerateArgs, model: &Model, tokenizer: Option<&Tokenizer>) -> 
     Ok(conversation.encode(tokenizer).map_err(Error::from)?)
 }
 
-/// The text of a file, or of standard input for `-`.
+/// Reads the text of a file, or of standard input for `-`.
 fn read(path: &Path) -> Result<String, Failure> {
     let mut text = String::new();
     let read = if path == Path::new("-") {
@@ -74,23 +74,23 @@ fn read(path: &Path) -> Result<String, Failure> {
     read.map_err(|source| Failure::File { path: path.to_owned(), source })
 }
 
-/// The answer of `--json`.
+/// The output of `--json`.
 #[derive(Serialize)]
 struct Answer<'a> {
-    /// Without special tokens and stop string; null where the checkpoint has no tokenizer.
+    /// The text without special tokens and stop string; null if the checkpoint has no tokenizer.
     text: Option<&'a str>,
-    /// The new tokens, an end token and those of a stop string included.
+    /// The new tokens, including an end token and those of a stop string.
     ids: &'a [u32],
     /// `end_token`, `stop_string` or `length`.
     stop_reason: &'static str,
-    /// The stop string that was found.
+    /// The stop string at the end.
     #[serde(skip_serializing_if = "Option::is_none")]
     stop: Option<&'a str>,
     prompt_tokens: usize,
     new_tokens: usize,
     /// Seconds until the first new token.
     prompt_seconds: f64,
-    /// New tokens a second after the first.
+    /// New tokens per second after the first.
     #[serde(skip_serializing_if = "Option::is_none")]
     tokens_per_second: Option<f64>,
 }
@@ -113,7 +113,7 @@ impl<'a> Answer<'a> {
         output::line(&serde_json::to_string(self).expect("text and finite numbers serialize"))
     }
 
-    /// Ends the line of an answer that was printed as it was made, and says on stderr how it went.
+    /// Ends the line of a streamed answer, and prints its statistics to stderr.
     fn finish(&self) -> Result<(), Failure> {
         output::line("")?;
         let speed = self.tokens_per_second.map_or_else(String::new, |speed| format!(", {speed:.1} tokens/s"));

@@ -1,4 +1,4 @@
-//! `rekindle init`: a first run file, in which every key says why it is what it is.
+//! `rekindle init`: a first run file, in which a comment explains every key.
 
 use std::fmt::{Display, Write as _};
 use std::path::Path;
@@ -40,12 +40,12 @@ pub(crate) fn run(args: &InitArgs) -> Result<(), Failure> {
     output::line(&out.display().to_string())
 }
 
-/// The part of the rows that is held out where there are none to evaluate.
+/// The share of rows to hold out if there are none to evaluate.
 const HELD_OUT: f64 = 0.05;
-/// The fewest rows of which some are held out: of fewer, each is needed.
+/// The minimum number of rows for holding some out.
 const FEWEST: usize = 20;
 
-/// A suggestion with rows held out, where there are enough of them, and whether there are.
+/// Returns a suggestion; with true if rows are held out, which needs enough rows.
 fn held_out(args: &InitArgs, data: &DataSource) -> Result<(Suggestion, bool), Error> {
     let sample = RowSample { held_out: Some(HELD_OUT), seed: SAMPLE_SEED, max_rows: None };
     // The same rows are read for both parts.
@@ -71,7 +71,7 @@ fn loader(args: &InitArgs) -> Loader<'static> {
     Loader::new(arguments).on_download(progress::downloading())
 }
 
-/// What the run takes of what there is, in a sentence.
+/// Formats the memory of the run, compared with the free memory.
 fn memory(suggestion: &Suggestion) -> String {
     let Suggestion { estimated, free, fits, .. } = suggestion;
     let takes = format!("the run takes about {}", gib(*estimated));
@@ -86,16 +86,16 @@ fn memory(suggestion: &Suggestion) -> String {
     }
 }
 
-/// Bytes of memory.
+/// Formats bytes.
 fn gib(bytes: u64) -> String {
     show_bytes(bytes as usize)
 }
 
-/// Lines of a run file, with what is said of them beside them.
+/// The lines of a run file, with comments beside them.
 #[derive(Default)]
 struct Lines(String);
 
-/// Where what is said of a key begins.
+/// The column of comments.
 const COLUMN: usize = 37;
 
 impl Lines {
@@ -113,7 +113,7 @@ impl Lines {
         writeln!(self.0, "{setting:<COLUMN$} # {why}").expect("writing to a string");
     }
 
-    /// A key that is left at its default.
+    /// Writes a key as a comment, because it keeps its default.
     fn without(&mut self, setting: &str, why: &str) {
         writeln!(self.0, "{:<COLUMN$} # {why}", format!("# {setting}")).expect("writing to a string");
     }

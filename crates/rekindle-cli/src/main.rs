@@ -1,9 +1,9 @@
-//! The `rekindle` command: a quickstart, run files and training from them, evaluation, generation, merging,
-//! quantization, and what a checkpoint, the hub's cache or this machine holds.
+//! The `rekindle` command: training from run files, evaluation, generation, merging, quantization, and inspection of
+//! checkpoints, the hub's cache and this machine.
 //!
-//! Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed (a model or adapter that is
-//! missing or broken, a result that cannot be written), 2 usage or configuration, 3 data, 4 more memory than there is,
-//! 5 network or hub, 6 a number that is not finite, 130 a run that was interrupted and saved a checkpoint.
+//! Results are printed to stdout, progress and errors to stderr. Exit codes: 0 success, 1 failure (a model or adapter
+//! that is missing or invalid, a result that cannot be written), 2 usage or configuration, 3 data, 4 insufficient
+//! memory, 5 network or hub, 6 non-finite value, 130 interrupted with a checkpoint.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 

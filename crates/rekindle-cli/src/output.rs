@@ -9,7 +9,7 @@ pub(crate) fn line(text: &str) -> Result<(), Failure> {
     piece(&format!("{text}\n")).map(|_| ())
 }
 
-/// Prints a piece of text at once; `false` when nobody reads any more, as after `| head`.
+/// Prints a piece of text immediately; returns false if the reader has closed the pipe, as with `| head`.
 pub(crate) fn piece(text: &str) -> Result<bool, Failure> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {

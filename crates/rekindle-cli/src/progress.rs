@@ -1,25 +1,25 @@
-//! How far a command is: a bar on a terminal, plain lines elsewhere; always on stderr.
+//! Progress on stderr: a bar on a terminal, plain lines elsewhere.
 
 use std::io::{IsTerminal, stderr};
 
 use indicatif::{BinaryBytes, DecimalBytes, HumanCount, ProgressBar, ProgressFinish, ProgressStyle};
 use rekindle::{EvalMetrics, Event, Sample, StepMetrics, Timetable, counted};
 
-/// Follows a training run.
+/// The progress of a training run.
 #[derive(Debug)]
 pub(crate) struct Progress {
     /// The steps at which evaluations and saves are due, known from the start of the run.
     times: Option<Timetable>,
-    /// Made by the first step, which knows how many there are.
+    /// The bar, created by the first step, which knows their number.
     bar: Option<ProgressBar>,
     is_terminal: bool,
     clock: Clock,
 }
 
-/// Where the time of a run goes: into its training steps, and into evaluations, answers and saves between them.
+/// The time of a run, divided into training steps, and evaluations, samples and checkpoints between them.
 #[derive(Debug, Default, PartialEq)]
 struct Clock {
-    /// Steps that were followed.
+    /// Steps observed.
     steps: usize,
     /// Wall-clock seconds of the run at the last step.
     last: Option<f64>,
@@ -43,7 +43,7 @@ impl Clock {
         self.line = (self.line.0 + metrics.tokens, self.line.1 + seconds);
     }
 
-    /// Tokens a second of the training steps since this was asked last; evaluations are no part of it.
+    /// Returns tokens per second of the training steps since the last call, without evaluations.
     fn speed(&mut self) -> f64 {
         let (tokens, seconds) = std::mem::take(&mut self.line);
         tokens as f64 / seconds
@@ -97,7 +97,7 @@ impl Progress {
         }
     }
 
-    /// A line above the bar.
+    /// Prints a line above the bar.
     fn note(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.suspend(|| eprintln!("{text}")),
@@ -106,7 +106,7 @@ impl Progress {
     }
 }
 
-/// Follows what reads weights, `doing` in a word, by their bytes: nothing off a terminal.
+/// Returns a callback that shows the bytes of weights read, with the verb `doing`, on a terminal only.
 pub(crate) fn reading(doing: &'static str) -> impl FnMut(u64, u64) + 'static {
     let bar = stderr().is_terminal().then(|| {
         let style = style("{msg} {bar:30} {bytes} of {total_bytes}  {eta} left");
@@ -123,7 +123,8 @@ pub(crate) fn reading(doing: &'static str) -> impl FnMut(u64, u64) + 'static {
     }
 }
 
-/// Follows downloads by their bytes: a bar on a terminal, elsewhere a line at the beginning of each and one at its end.
+/// Returns a callback that shows downloaded bytes: a bar on a terminal, elsewhere a line at the beginning and at the
+/// end of each download.
 pub(crate) fn downloading() -> impl FnMut(u64, u64) + 'static {
     let is_terminal = stderr().is_terminal();
     let mut bar: Option<ProgressBar> = None;
@@ -151,7 +152,7 @@ pub(crate) fn downloading() -> impl FnMut(u64, u64) + 'static {
     }
 }
 
-/// Follows an evaluation by the number of rows done: nothing off a terminal.
+/// Returns a callback that shows the rows evaluated, on a terminal only.
 pub(crate) fn rows() -> impl FnMut(usize) {
     let bar = stderr().is_terminal().then(|| ProgressBar::no_length().with_style(style("{pos} rows")));
     move |done| {
@@ -183,7 +184,7 @@ fn bar_message(metrics: &StepMetrics) -> String {
     format!("loss {:.3}  {speed} tok/s{memory}", metrics.loss)
 }
 
-/// Characters of an answer that are shown.
+/// The maximum number of characters of an answer.
 const WIDTH: usize = 100;
 
 fn sample_line(sample: &Sample) -> String {
@@ -204,12 +205,12 @@ fn eval_line(metrics: &EvalMetrics) -> String {
     )
 }
 
-/// The place of an evaluation in the run.
+/// Returns the time of an evaluation in the run.
 fn when(step: usize) -> String {
     if step == 0 { "before step 1".to_owned() } else { format!("after step {step}") }
 }
 
-/// Seconds as `12s`, `3m04s` or `2h05m`.
+/// Formats seconds as `12s`, `3m04s` or `2h05m`.
 pub(crate) fn duration(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
     match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
@@ -233,7 +234,7 @@ mod tests {
         assert!(eval_line(&eval(7)).starts_with("eval after step 7  "));
     }
 
-    /// A step of half a second.
+    /// Returns the metrics of a step of half a second.
     fn metrics(step: usize, seconds: f64) -> StepMetrics {
         StepMetrics {
             step,

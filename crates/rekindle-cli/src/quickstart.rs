@@ -1,4 +1,4 @@
-//! `rekindle quickstart`: unpacks the example, shows the base model, fine-tunes it, shows what changed.
+//! `rekindle quickstart`: unpacks the example, shows the base model, fine-tunes it, and shows the difference.
 
 mod unpack;
 
@@ -17,9 +17,9 @@ use crate::progress::duration;
 use crate::train::TerminalObserver;
 use crate::{output, progress};
 
-/// Held-out rows whose answers are shown.
+/// The number of held-out rows whose answers are shown.
 const SHOWN: usize = 3;
-/// Longer than any right answer.
+/// The maximum length of an answer; correct answers are shorter.
 const MOST_TOKENS: usize = 64;
 
 pub(crate) fn run(args: &QuickstartArgs) -> Result<(), Failure> {
@@ -46,13 +46,13 @@ pub(crate) fn run(args: &QuickstartArgs) -> Result<(), Failure> {
     output::line(&ending(dir, &job, &report, start.elapsed().as_secs_f64()))
 }
 
-/// A question that was not trained on, and its right answer.
+/// A held-out question, and its correct answer.
 struct Question {
     text: String,
     right: String,
 }
 
-/// What the model makes of the held-out questions.
+/// The model's answers to the held-out questions.
 struct Look {
     shown: Vec<(String, String)>,
     right: usize,
@@ -125,7 +125,7 @@ Then put your own rows and model into a copy of {dir}/run.toml.",
     )
 }
 
-/// How the user calls this program: through Cargo when it lies where Cargo builds it.
+/// Returns the command that runs this program: through Cargo if it is in Cargo's build directory.
 fn command(executable: Option<&Path>) -> &'static str {
     let built = executable.and_then(Path::parent).is_some_and(|dir| dir.ends_with("target/release"));
     if built { "cargo run --release --" } else { "rekindle" }

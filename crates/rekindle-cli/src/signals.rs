@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM while a run goes on.
+//! Handling of Ctrl-C and SIGTERM during a run.
 
 use std::io;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use signal_hook::flag;
 
 use crate::failure::INTERRUPTED;
 
-/// From now on the first of these signals sets `stop`, and the next one ends the process at once.
+/// Makes the first of these signals set `stop`, and the next one end the process immediately.
 pub(crate) fn raise(stop: &Arc<AtomicBool>) -> io::Result<()> {
     for signal in [SIGINT, SIGTERM] {
         // In this order: the first signal finds the flag down, and raises it.

@@ -8,7 +8,11 @@ use rekindle_train::save_adapter;
 
 use crate::{Error, Model};
 
-/// Adapters by name: one at most is on the model, computes and is trained; the others wait in host memory.
+/// Named adapters. At most one is active: it is used in computation and trained. The others stay inactive in host
+/// memory.
+///
+/// [`get_peft_model`](Model::get_peft_model) and [`load_adapter`](Model::load_adapter) attach an adapter called
+/// `"default"`, as in PEFT.
 ///
 /// [`get_peft_model`](Model::get_peft_model) and [`load_adapter`](Model::load_adapter) put one on that has no name of its
 /// own, which is then `"default"`, as in PEFT.
@@ -28,20 +32,20 @@ use crate::{Error, Model};
 /// # }
 /// ```
 impl Model {
-    /// The names of all adapters, sorted.
+    /// Returns the names of all adapters, sorted.
     pub fn adapters(&self) -> Vec<&str> {
         self.causal_lm().adapters()
     }
 
-    /// The name of the adapter that is on the model.
+    /// Returns the name of the active adapter.
     pub fn active_adapter(&self) -> Option<&str> {
         self.causal_lm().active_adapter()
     }
 
-    /// Puts a new adapter on the model under a name of its own; the one that was on it waits.
+    /// Adds a new adapter with a name and activates it; the previous one becomes inactive.
     ///
     /// # Errors
-    /// [`Error::Model`] for a configuration that is invalid or matches nothing, and for a name that is taken or cannot be
+    /// [`Error::Model`] for a configuration that is invalid or matches nothing, and for a name that exists or cannot be
     /// a directory's.
     pub fn add_adapter(&mut self, name: &str, config: &LoraConfig) -> Result<(), Error> {
         self.causal_lm_mut().add_adapter_as(name, config)?;
@@ -49,11 +53,11 @@ impl Model {
         Ok(())
     }
 
-    /// Puts an adapter from PEFT's files on the model under a name of its own; the one that was on it waits. The tokenizer
-    /// and chat template stay those of the first adapter ([`load_tokenizer`](Self::load_tokenizer)).
+    /// Loads an adapter from PEFT's files under a name and activates it; the previous one becomes inactive. The
+    /// tokenizer and chat template remain those of the first adapter ([`load_tokenizer`](Self::load_tokenizer)).
     ///
     /// # Errors
-    /// As [`load_adapter`](Self::load_adapter), and for a name that is taken or cannot be a directory's.
+    /// As [`load_adapter`](Self::load_adapter), and for a name that exists or cannot be a directory's.
     pub fn load_adapter_as(&mut self, name: &str, name_or_path: impl AsRef<Path>) -> Result<(), Error> {
         let dir = self.find(name_or_path.as_ref())?;
         self.causal_lm_mut().load_adapter_as(name, &dir)?;
@@ -61,11 +65,11 @@ impl Model {
         Ok(())
     }
 
-    /// Puts an adapter on the model that is made of others: their names, and what each counts.
+    /// Adds an adapter combined from others, given as names and weights, and activates it.
     ///
     /// # Errors
-    /// [`Error::Model`] for adapters that cannot be combined so, or a name that is no adapter's, taken, or cannot be a
-    /// directory's.
+    /// [`Error::Model`] for adapters that cannot be combined this way, and for an unknown name, or a new name that
+    /// exists or cannot be a directory's.
     pub fn add_weighted_adapter(
         &mut self,
         name: &str,
@@ -75,40 +79,40 @@ impl Model {
         Ok(self.causal_lm_mut().add_weighted_adapter(name, adapters, combination)?)
     }
 
-    /// Puts the adapter of this name on the model; the one that was on it waits.
+    /// Activates the adapter of this name; the previous one becomes inactive.
     ///
     /// # Errors
-    /// [`Error::Model`] for a name that is no adapter's.
+    /// [`Error::Model`] for an unknown name.
     pub fn set_adapter(&mut self, name: &str) -> Result<(), Error> {
         Ok(self.causal_lm_mut().set_adapter(name)?)
     }
 
-    /// Takes the adapter off the model, which is then its base, until [`set_adapter`](Self::set_adapter).
+    /// Deactivates the adapter, so that the model is its base until [`set_adapter`](Self::set_adapter).
     ///
     /// # Errors
-    /// [`Error::Model`] when the device fails.
+    /// [`Error::Model`] if the device fails.
     pub fn disable_adapter(&mut self) -> Result<(), Error> {
         Ok(self.causal_lm_mut().disable_adapter()?)
     }
 
-    /// Forgets the adapter of this name. If it was on the model, that is its base then.
+    /// Deletes the adapter of this name. If it was active, the model is its base afterwards.
     ///
     /// # Errors
-    /// [`Error::Model`] for a name that is no adapter's.
+    /// [`Error::Model`] for an unknown name.
     pub fn delete_adapter(&mut self, name: &str) -> Result<(), Error> {
         Ok(self.causal_lm_mut().delete_adapter(name)?)
     }
 
-    /// Writes the adapter of this name, alone, with the tokenizer's files.
+    /// Writes only the adapter of this name, with the tokenizer's files.
     ///
     /// # Errors
-    /// [`Error::Train`] for a name that is no adapter's, or when the system refuses.
+    /// [`Error::Train`] for an unknown name, or if the files cannot be written.
     pub fn save_adapter(&self, name: &str, dir: impl AsRef<Path>) -> Result<(), Error> {
         Ok(save_adapter(self.causal_lm(), name, dir.as_ref(), &self.companions(None)?)?)
     }
 
-    /// The model with one adapter made of several, from directories or names on the hub, and what each counts. One that
-    /// counts 1 and is alone is taken as it is.
+    /// Returns the model with one adapter combined from several, given as directories or names on the hub, and weights.
+    /// A single adapter with weight 1 is loaded unchanged.
     ///
     /// # Errors
     /// As [`load_adapter`](Self::load_adapter) and [`add_weighted_adapter`](Self::add_weighted_adapter).
@@ -130,7 +134,7 @@ impl Model {
         Ok(self)
     }
 
-    /// Puts the adapter without a name of its own on the model, in the place of another such.
+    /// Attaches the adapter called `"default"`, replacing an earlier one.
     pub(crate) fn put(&mut self, name_or_path: &Path) -> Result<(), Error> {
         let dir = self.find(name_or_path)?;
         self.causal_lm_mut().load_adapter(&dir)?;
@@ -138,7 +142,7 @@ impl Model {
         Ok(())
     }
 
-    /// Notes what the user should be told of the adapter called `adapter`, which lies in `dir`.
+    /// Records the notices about the adapter `adapter` in `dir`.
     fn note(&mut self, adapter: &Path, dir: &Path, replaces: bool) {
         let tokenizer = self.files_mut().put_adapter(dir, replaces);
         self.notices.extend(tokenizer);

@@ -1,4 +1,4 @@
-//! What `report.html` says of a run beside its numbers.
+//! The description of a run in `report.html` and in the model card.
 
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -61,7 +61,7 @@ pub(crate) fn describe(
     }
 }
 
-/// What the model card says of a run's data: names and sizes, and no paths of this machine.
+/// Returns the data of the model card: names and sizes, without paths of this machine.
 pub(crate) fn model_card(title: Option<&str>, train: &EncodedRows, eval: Option<&EncodedRows>, seed: u64) -> ModelCard {
     let line = |what: &str, rows: &EncodedRows| {
         let LoadReport { examples, tokens, trained_tokens, .. } = rows.report;
@@ -72,7 +72,7 @@ pub(crate) fn model_card(title: Option<&str>, train: &EncodedRows, eval: Option<
     ModelCard { title: title.map(str::to_owned), datasets: train.source.names_on_hub(), data, seed: Some(seed) }
 }
 
-/// How the result in `dir` is loaded, here and elsewhere.
+/// Returns the ways to load the result in `dir`, in Rekindle and in Python.
 fn usage(base: &str, is_adapter: bool, dir: &Path) -> Vec<(String, String)> {
     let result = dir.join(if is_adapter { "adapter" } else { "model" });
     let quoted = |text: &str| if text.contains([' ', '\'', '$']) { format!("{text:?}") } else { text.to_owned() };
@@ -96,18 +96,18 @@ fn usage(base: &str, is_adapter: bool, dir: &Path) -> Vec<(String, String)> {
     ]
 }
 
-/// A number of parameters.
+/// Formats a number of parameters.
 fn millions(count: usize) -> String {
     format!("{:.2} M", count as f64 / 1e6)
 }
 
-/// A list as text, or a text as it is.
+/// Formats a list, or a text.
 fn names(value: &Value) -> String {
     let name = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     value.as_array().map_or_else(|| name(value), |list| list.iter().map(name).collect::<Vec<_>>().join(", "))
 }
 
-/// A time as `2026-11-26 22:16 UTC`.
+/// Formats a time as `2026-11-26 22:16 UTC`.
 fn utc(time: SystemTime) -> String {
     let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let (mut day, mut year) = (seconds / 86_400, 1970);

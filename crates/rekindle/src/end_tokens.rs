@@ -1,4 +1,4 @@
-//! The tokens that end a generation: what runs, what is saved, and what the user is told.
+//! The tokens that end a generation, in computation and in saved files.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use crate::{Error, ModelFiles};
 
-/// Returns the end tokens that the checkpoint in `model` names, then those that only `tokenizer` knows of.
+/// Returns the end tokens of the checkpoint in `model`, then those that only `tokenizer` has.
 pub(crate) fn end_tokens(model: &Path, tokenizer: Option<&Tokenizer>) -> Result<Vec<u32>, Error> {
     let mut ids = eos_token_ids(model)?.unwrap_or_default();
     if let Some(tokenizer) = tokenizer {
@@ -22,9 +22,9 @@ pub(crate) fn end_tokens(model: &Path, tokenizer: Option<&Tokenizer>) -> Result<
     Ok(ids)
 }
 
-/// Returns the text of a `generation_config.json` that ends at all of `end_tokens`: that of `file` with its
-/// `eos_token_id` extended or, without a file, the token ids of the checkpoint's `config`. `None` when nothing is to be
-/// added to what the checkpoint says.
+/// Returns the text of a `generation_config.json` with all of `end_tokens`: that of `file` with an extended
+/// `eos_token_id` or, without a file, the token ids of the checkpoint's `config`. Returns `None` if the checkpoint
+/// already has them all.
 pub(crate) fn generation_config(
     file: Option<&Path>,
     config: &Path,
@@ -52,7 +52,7 @@ pub(crate) fn generation_config(
     Ok(Some(format!("{:#}\n", Value::Object(fields))))
 }
 
-/// Returns what is saved beside weights: `files`, and among them a generation configuration that ends at all end tokens.
+/// Returns the files to save beside weights: `files`, with a generation configuration that has all end tokens.
 pub(crate) fn companions(files: &ModelFiles, tokenizer: Option<&Tokenizer>) -> Result<Vec<Companion>, Error> {
     const NAME: &str = "generation_config.json";
     let paths = files.companions();
@@ -65,8 +65,7 @@ pub(crate) fn companions(files: &ModelFiles, tokenizer: Option<&Tokenizer>) -> R
     Ok(companions)
 }
 
-/// What the user should be told of a run that trains texts to end with a token at which the checkpoint in `model` does
-/// not end.
+/// Returns a notice if a run trains texts to end with a token that is no end token of the checkpoint in `model`.
 pub(crate) fn notice(model: &Path, tokenizer: &Tokenizer, rows: &Dataset) -> Result<Option<String>, Error> {
     let named = eos_token_ids(model)?;
     let named = named.unwrap_or_else(|| tokenizer.eos_id().into_iter().collect());
@@ -94,7 +93,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    /// What is written for these files and end tokens.
+    /// Returns the generation configuration to write for these files and end tokens.
     fn written(file: Option<Value>, config: Value, end_tokens: &[u32]) -> Option<Value> {
         let dir = tempfile::tempdir().unwrap();
         let [path, config_path] = ["generation_config.json", "config.json"].map(|name| dir.path().join(name));

@@ -1,8 +1,8 @@
-/// Anything that can go wrong, from loading to saving.
+/// An error of this crate, from loading to saving.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Arguments that contradict each other or cannot be met.
+    /// Arguments that contradict each other or cannot be satisfied.
     #[error("{0}")]
     Argument(String),
     /// A run file or its overrides are invalid.
@@ -13,38 +13,38 @@ pub enum Error {
         /// Every problem in it, one sentence each.
         problems: Vec<String>,
     },
-    /// The device cannot be opened.
+    /// The device is not available.
     #[error(transparent)]
     Device(#[from] rekindle_kernels::DeviceError),
-    /// The dataset, the tokenizer or the chat template.
+    /// The dataset, the tokenizer or the chat template is invalid.
     #[error(transparent)]
     Data(#[from] rekindle_data::Error),
-    /// A checkpoint or a result on disk.
+    /// A checkpoint or a result cannot be read or written.
     #[error(transparent)]
     File(#[from] rekindle_hub::Error),
-    /// The model or its adapter.
+    /// The model or its adapter is invalid.
     #[error(transparent)]
     Model(#[from] rekindle_models::Error),
-    /// The run.
+    /// The run cannot start or continue.
     #[error(transparent)]
     Train(#[from] rekindle_train::Error),
-    /// The run takes more memory than there is.
+    /// The run exceeds the available memory.
     #[error("{}", .0.refusal())]
     DoesNotFit(Box<rekindle_train::Fit>),
-    /// The model that an adapter was trained on cannot be had.
+    /// The base model of an adapter cannot be loaded.
     #[error("the base model of the adapter {}: {source}; or give the base as the model, and the adapter beside it", .adapter.display())]
     AdapterBase {
-        /// The adapter, as it was given.
+        /// The adapter, as given.
         adapter: std::path::PathBuf,
-        /// What is wrong with its base.
+        /// The error for the base model.
         source: Box<Error>,
     },
-    /// Rows that are neither on disk nor on the hub.
+    /// Rows that exist neither on disk nor on the hub.
     #[error("{}: no such file or directory; as a dataset on the hub: {source}", .path.display())]
     NoSuchRows {
-        /// The path or name, as it was given.
+        /// The path or name, as given.
         path: std::path::PathBuf,
-        /// The hub's answer.
+        /// The hub's error.
         source: Box<Error>,
     },
 }
@@ -57,7 +57,7 @@ fn list(problems: &[String]) -> String {
     }
 }
 
-/// The subject of an [`Error`], which is what a program's exit code depends on.
+/// The subject of an [`Error`], which determines the exit code of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -67,16 +67,16 @@ pub enum ErrorKind {
     Configuration,
     /// A dataset, a row or a token id.
     Data,
-    /// A number that is infinite or not a number: a loss or gradient, a weight, logits to choose a token from.
+    /// A value that is infinite or not a number: a loss or gradient, a weight, or logits to sample from.
     Diverged,
-    /// More memory than there is.
+    /// Insufficient memory.
     Memory,
-    /// A name that the Hugging Face hub or the network did not turn into files.
+    /// A name that could not be downloaded from the Hugging Face hub.
     Hub,
 }
 
 impl Error {
-    /// What it is about.
+    /// Returns the subject.
     pub fn kind(&self) -> ErrorKind {
         use rekindle_models::Error as Model;
         use rekindle_train::Error as Train;

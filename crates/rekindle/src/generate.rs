@@ -8,34 +8,34 @@ use rekindle_models::{GenerationConfig, StopReason};
 use crate::stop_strings::StopStrings;
 use crate::{Error, Model};
 
-/// What [`Model::generate`] made.
+/// The result of [`Model::generate`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Generated {
-    /// The new tokens, an end token included.
+    /// The new tokens, including an end token.
     pub ids: Vec<u32>,
-    /// Why it ended.
+    /// The reason for the end.
     pub stop: StopReason,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// The time until the first new token, in which the prompt is read.
+    /// The time until the first new token, including the forward pass over the prompt.
     pub first_token: Duration,
-    /// The time of all of it.
+    /// The total time.
     pub time: Duration,
 }
 
-/// What [`Model::generate_text`] made.
+/// The result of [`Model::generate_text`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GeneratedText {
     /// The new text, without special tokens, up to the end token or the stop string.
     pub text: String,
     /// The stop string that ended it.
     pub stop_string: Option<String>,
-    /// Its tokens: all of them, those of a stop string included.
+    /// Its tokens, including those of a stop string.
     pub generated: Generated,
 }
 
 impl Generated {
-    /// New tokens a second after the first one; `None` when there is no second token.
+    /// Returns new tokens per second after the first one; `None` if there is only one.
     pub fn tokens_per_second(&self) -> Option<f64> {
         let seconds = (self.time - self.first_token).as_secs_f64();
         (self.ids.len() > 1 && seconds > 0.0).then(|| (self.ids.len() - 1) as f64 / seconds)
@@ -43,14 +43,14 @@ impl Generated {
 }
 
 impl GeneratedText {
-    /// Why it ended, in a word: `"end_token"`, `"stop_string"`, `"length"` or `"caller"`.
+    /// Returns the reason for the end: `"end_token"`, `"stop_string"`, `"length"` or `"caller"`.
     pub fn stop_reason(&self) -> &'static str {
         if self.stop_string.is_some() { "stop_string" } else { self.generated.stop.name() }
     }
 }
 
 impl Model {
-    /// Continues `prompt` token by token; `on_token` returns whether to go on.
+    /// Continues `prompt` token by token, until `on_token` returns false.
     ///
     /// # Errors
     /// [`Error::Model`] for a prompt that is empty, too long or beyond the vocabulary, and for logits that are not
@@ -71,16 +71,16 @@ impl Model {
         Ok(Generated { ids, stop, prompt_tokens: prompt.len(), first_token, time })
     }
 
-    /// Continues `prompt` with text, until an end token or one of the strings `stop`; `on_text` gets each piece as soon
-    /// as it is certain, and returns whether to go on. The pieces are [`GeneratedText::text`], except where bytes that
-    /// are no UTF-8 turn out to be so only later.
+    /// Continues `prompt` with text, until an end token, one of the strings `stop`, or until `on_text` returns false.
+    /// `on_text` receives each piece of text as soon as it is final. The pieces are [`GeneratedText::text`], except for
+    /// bytes that turn out to be invalid UTF-8 later.
     ///
-    /// A stop string is cut off exactly, also where it begins or ends within a token. One that is a special token, such
-    /// as `<|im_end|>`, is a further end token. Only new text is looked at.
+    /// A stop string is removed exactly, even if it begins or ends within a token. A stop string that is a special
+    /// token, such as `<|im_end|>`, acts as an end token. Only new text is searched.
     ///
     /// # Errors
-    /// As [`generate`](Self::generate); [`Error::Argument`] for a stop string that is empty or has a special token in it,
-    /// [`Error::Data`] when the tokenizer's decoder fails.
+    /// As [`generate`](Self::generate); [`Error::Argument`] for a stop string that is empty or contains a special
+    /// token, [`Error::Data`] if the tokenizer's decoder fails.
     pub fn generate_text(
         &self,
         tokenizer: &Tokenizer,

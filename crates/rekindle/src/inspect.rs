@@ -1,4 +1,4 @@
-//! What a directory or a name on the hub holds, from its headers alone.
+//! Inspection of a checkpoint or an adapter from its headers.
 
 use core::fmt;
 use std::path::Path;
@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::{Error, ModelSource};
 
-/// A checkpoint's or an adapter's facts.
+/// The properties of a checkpoint or an adapter.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Inspection {
@@ -24,15 +24,15 @@ pub enum Inspection {
         shape: Value,
         /// The dtype that `config.json` names.
         dtype: Option<String>,
-        /// What `quantization_config` says, if there is one.
+        /// The `quantization_config`, if there is one.
         quantization: Option<Value>,
         /// Bytes on disk, by class.
         memory: MemoryReport,
         /// Bytes of all tensors.
         bytes: u64,
-        /// Bits that a quantized weight takes, scales included.
+        /// Bits per quantized weight, including scales.
         bits_per_quantized_weight: Option<f64>,
-        /// The share of the bytes of a 16-bit model that is saved; negative for wider weights.
+        /// The saving compared with a 16-bit model, as a share of its bytes; negative for wider weights.
         saving: f64,
     },
     /// An adapter in PEFT's format.
@@ -43,11 +43,11 @@ pub enum Inspection {
         r: usize,
         /// The numerator of the scale.
         lora_alpha: f64,
-        /// What B·A·x is multiplied with.
+        /// The factor of B·A·x.
         scale: f64,
-        /// The window and RoPE parameters that it was trained with, if they are not its base's own.
+        /// The window and RoPE parameters of its training, if they differ from its base's.
         positions: Option<Value>,
-        /// The linears that it is on, by the last part of their names.
+        /// The adapted linears, by the last part of their names.
         target_modules: Vec<String>,
         /// Tensors in the file.
         tensors: usize,
@@ -58,22 +58,21 @@ pub enum Inspection {
     },
 }
 
-/// Reads the headers of the checkpoint or adapter in the directory `path`, or of that name on the hub; no weight is read,
-/// and of a name none is downloaded. [`ModelSource::inspect`] says more about where.
+/// Reads the headers of the checkpoint or adapter in the directory or name `path`. Weights are neither read nor
+/// downloaded. [`ModelSource::inspect`] has options for the hub.
 ///
 /// # Errors
-/// [`Error::File`] and [`Error::Model`] for a directory that holds neither, or a broken one.
+/// [`Error::File`] and [`Error::Model`] for a directory that contains neither, or an invalid one.
 pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection, Error> {
     Ok(ModelSource::new(path.as_ref()).inspect()?.0)
 }
 
 impl ModelSource<'_> {
-    /// What a checkpoint or an adapter holds, from its headers: of a name on the hub those alone are read, and its
-    /// configuration is kept in the cache. The second is what the user should be told: the hub was out of reach, and the
-    /// cache was taken instead.
+    /// Inspects a checkpoint or an adapter by its headers. Of a name on the hub, only those and the configuration are
+    /// downloaded. Also returns a notice if the hub could not be reached and the cache was used.
     ///
     /// # Errors
-    /// As [`fetch`](Self::fetch), and [`Error::Model`] for a broken configuration.
+    /// As [`fetch`](Self::fetch), and [`Error::Model`] for an invalid configuration.
     pub fn inspect(self) -> Result<(Inspection, Option<String>), Error> {
         let (headers, notice) = self.headers()?;
         let found = if headers.is_adapter { adapter(&headers)? } else { checkpoint(&headers)? };
@@ -131,7 +130,7 @@ fn adapter(headers: &CheckpointHeaders) -> Result<Inspection, Error> {
 }
 
 impl fmt::Display for Inspection {
-    /// Facts a line each; for a checkpoint also the table of its bytes.
+    /// Formats the properties, one per line; for a checkpoint also the table of its bytes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Checkpoint {

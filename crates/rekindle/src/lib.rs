@@ -1,6 +1,6 @@
 //! Fine-tune language models in Rust.
 //!
-//! Load a checkpoint, put a LoRA adapter on it, train it, save what the rest of the ecosystem reads:
+//! Load a checkpoint, add a LoRA adapter, train it, and save it in PEFT's format:
 //!
 //! ```no_run
 //! use rekindle::{DataSource, FastLanguageModel, LoraConfig, SftConfig, SftTrainer};
@@ -16,10 +16,12 @@
 //! # }
 //! ```
 //!
-//! Names on the Hugging Face hub are the feature `network`, which is on by default; without it models are directories,
+//! [`run`] reads the run files of the `rekindle` command and runs them.
+//!
+//! The feature `network`, which is on by default, adds names on the Hugging Face hub; without it, models are directories
 //! and no HTTP client is built.
 //!
-//! The layers underneath are crates of their own: `rekindle-kernels`, `rekindle-rope`, `rekindle-lora`,
+//! The underlying crates can be used on their own: `rekindle-kernels`, `rekindle-rope`, `rekindle-lora`,
 //! `rekindle-models`, `rekindle-data`, `rekindle-train` and `rekindle-hub`.
 
 #![warn(missing_docs)]

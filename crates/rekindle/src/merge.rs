@@ -1,4 +1,4 @@
-//! Adapters merged into their base, from directory to directory.
+//! Merging of adapters into their base, from files to files.
 
 use std::path::{Path, PathBuf};
 
@@ -14,10 +14,10 @@ use crate::model_source::{FetchedFiles, OnDownload, find};
 use crate::pretrained::base_directory;
 use crate::{Dtype, Error, FastLanguageModel, HubAccess, Model, ModelFiles};
 
-/// What to merge, and how.
+/// A merge of adapters into their base.
 #[derive(Clone, Debug)]
 pub struct Merge {
-    /// What each counts.
+    /// The adapters with their weights.
     adapters: Vec<(PathBuf, f64)>,
     combination: Combination,
     base: Option<PathBuf>,
@@ -26,49 +26,49 @@ pub struct Merge {
     access: HubAccess,
 }
 
-/// How far the losses of a merged model are from those of its base with the adapter.
+/// The difference between the losses of a merged model and those of its base with the adapter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Verified {
     /// The mean over tokens of |Δ nll|.
     pub mean: f64,
     /// The largest |Δ nll|.
     pub largest: f64,
-    /// The bound that the mean was held to.
+    /// The bound for the mean.
     pub bound: f64,
 }
 
 impl Merge {
-    /// The adapter in `adapter`: a directory in PEFT's format, a run's output directory that holds one, or a name on the
-    /// hub.
+    /// Returns a merge of one adapter: a directory in PEFT's format, the output directory of a run that trained one, or
+    /// a name on the hub.
     pub fn new(adapter: impl Into<PathBuf>) -> Self {
         Self::weighted([(adapter, 1.0)], Combination::default())
     }
 
-    /// One adapter made of several ([`weighted`]), named as for [`new`](Self::new), and what each counts. The first says
-    /// what the base is.
+    /// Returns a merge of a weighted combination of adapters ([`weighted`]), named as for [`new`](Self::new). The first
+    /// one determines the base.
     pub fn weighted(adapters: impl IntoIterator<Item = (impl Into<PathBuf>, f64)>, combination: Combination) -> Self {
         let adapters = adapters.into_iter().map(|(adapter, weight)| (of_run(adapter.into()), weight)).collect();
         let (base, revision) = (None, None);
         Self { adapters, combination, base, dtype: Dtype::Auto, revision, access: HubAccess::default() }
     }
 
-    /// The base's directory or name. Default: what the adapter says it was trained on. A base in 4 or 8 bits is decoded, since
-    /// that is what the adapter was trained against; give the 16-bit original here to merge onto that.
+    /// Sets the base's directory or name. Default: the base that the adapter was trained on. A 4-bit or 8-bit base is
+    /// decoded, since the adapter was trained on it; set the 16-bit original to merge onto that instead.
     #[must_use]
     pub fn base(mut self, base: impl Into<PathBuf>) -> Self {
         self.base = Some(base.into());
         self
     }
 
-    /// The dtype of the result. Default: that of each tensor of the base.
+    /// Sets the dtype of the result. Default: that of each tensor of the base.
     #[must_use]
     pub fn dtype(mut self, dtype: Dtype) -> Self {
         self.dtype = dtype;
         self
     }
 
-    /// A branch, tag or commit of the first adapter, where that is a name on the hub. Default `main`. Of the base, the
-    /// adapter's configuration says it.
+    /// Sets the branch, tag or commit of the first adapter, if it is a name on the hub. Default `main`. The adapter
+    /// records that of its base.
     #[must_use]
     pub fn revision(mut self, revision: impl Into<String>) -> Self {
         self.revision = Some(revision.into());
@@ -82,15 +82,16 @@ impl Merge {
         self
     }
 
-    /// Finds the adapters and their base, downloading what is missing; what is done here begins with this. `on_download`
-    /// is told the bytes that are here, and those of all files that are being downloaded, of one after the other.
+    /// Finds the adapters and their base; downloads missing files. The other methods begin with this. `on_download`
+    /// receives the bytes downloaded so far, and those of all files to download, for one model or adapter after the
+    /// other.
     ///
-    /// What is returned is for the user: the hub was out of reach, and the cache was taken instead; the first adapter's
-    /// tokenizer or template, which the result gets, is not the base's.
+    /// Returns notices for the user: the hub could not be reached and the cache was used; the first adapter's tokenizer
+    /// or chat template, which the result gets, differs from the base's.
     ///
     /// # Errors
-    /// [`Error::File`] for what is not there, and for an adapter that does not name its base, [`Error::Argument`] without
-    /// an adapter, [`Error::AdapterBase`] when the base cannot be had.
+    /// [`Error::File`] for missing files, and for an adapter that does not name its base, [`Error::Argument`] without
+    /// an adapter, [`Error::AdapterBase`] if the base cannot be loaded.
     pub fn fetch(&mut self, on_download: OnDownload<'_>) -> Result<Vec<String>, Error> {
         let (mut notices, mut elsewhere) = (Vec::new(), Vec::new());
         let mut revision = self.revision.take();
@@ -128,16 +129,15 @@ impl Merge {
         Ok(notices)
     }
 
-    /// Writes the merged checkpoint to `out`, the tokenizer's files included. One tensor is in memory at a time.
-    /// `progress` is told the bytes read so far and in all.
+    /// Writes the merged checkpoint to `out`, with the tokenizer's files. One tensor is in memory at a time. `progress`
+    /// receives the bytes read so far and in total.
     ///
-    /// An adapter that was trained with another number of token ids (`resize_model_vocab`) has saved its tables and brings
-    /// that number along. `out` appears whole or not at all; what is there already is never
-    /// replaced.
+    /// The vocabulary size is that of the adapter if it was trained with `resize_model_vocab`. `out` is written
+    /// atomically and must not exist.
     ///
     /// # Errors
-    /// [`Error::File`] and [`Error::Model`] for an adapter or a base that is missing, broken or does not fit,
-    /// [`Error::Train`] when the result cannot be written.
+    /// [`Error::File`] and [`Error::Model`] for an adapter or a base that is missing, invalid or does not match,
+    /// [`Error::Train`] if the result cannot be written.
     pub fn write(&self, out: impl AsRef<Path>, progress: &mut dyn FnMut(u64, u64)) -> Result<(), Error> {
         let (base, adapters) = self.directories()?;
         let checkpoint = Checkpoint::open(&base)?;
@@ -179,8 +179,8 @@ impl Merge {
     /// pseudo-random tokens in `f32`.
     ///
     /// # Errors
-    /// [`Error::Argument`] when the mean difference is above what one rounding to the dtype can explain,
-    /// [`Error::Model`] for losses that are not finite, and those of loading.
+    /// [`Error::Argument`] if the mean difference exceeds the effect of rounding once to the dtype, [`Error::Model`]
+    /// for losses that are not finite, and those of loading.
     pub fn verify(&self, merged: impl AsRef<Path>, device: DeviceKind) -> Result<Verified, Error> {
         let load = |dir: &Path| FastLanguageModel::from_pretrained(dir).dtype(Dtype::F32).device(device);
         let (base, adapters) = self.directories()?;
@@ -204,7 +204,7 @@ impl Merge {
         )))
     }
 
-    /// Of the base and the adapters.
+    /// Returns the directories of the base and of the weighted adapters.
     fn directories(&self) -> Result<(PathBuf, Vec<(PathBuf, f64)>), Error> {
         let mut found = self.clone();
         found.fetch(&mut |_, _| ())?;
@@ -232,27 +232,27 @@ fn tokens_without_rows(base: &Path, adapter: &Path) -> Result<Option<String>, Er
     }))
 }
 
-/// The adapter in a run's directory, or what was named.
+/// Returns the adapter in a run's output directory, or the given path.
 fn of_run(adapter: PathBuf) -> PathBuf {
     let inside = adapter.join("adapter");
     if inside.join(rekindle_lora::peft::CONFIG_FILE).exists() { inside } else { adapter }
 }
 
 impl Model {
-    /// The model with its adapter added into the weights, and no adapter.
+    /// Returns the model with its adapter merged into the weights.
     ///
     /// # Errors
-    /// [`Error::Model`] when the device fails, as for lack of memory.
+    /// [`Error::Model`] if the device fails, for example for lack of memory.
     pub fn merge_and_unload(mut self) -> Result<Self, Error> {
         self.causal_lm_mut().merge_and_unload()?;
         Ok(self)
     }
 
-    /// Writes the checkpoint that this model was loaded from with its adapter added into it, `W + s·B·A` in `f32` and
-    /// rounded once to `dtype` ([`Dtype::Auto`]: what each tensor has), with the tokenizer's files.
+    /// Writes the checkpoint that this model was loaded from with its adapter merged into it, `W + s·B·A` in `f32` and
+    /// rounded once to `dtype` ([`Dtype::Auto`]: that of each tensor), with the tokenizer's files.
     ///
     /// # Errors
-    /// [`Error::Argument`] without an adapter, [`Error::Train`] when the system refuses.
+    /// [`Error::Argument`] without an adapter, [`Error::Train`] if the files cannot be written.
     pub fn save_pretrained_merged(&self, dir: impl AsRef<Path>, dtype: Dtype) -> Result<(), Error> {
         let adapter = self.causal_lm().adapter();
         let adapter = adapter.ok_or_else(|| {
@@ -277,7 +277,7 @@ impl Model {
     }
 }
 
-/// The dtype on disk; `None` is that of each tensor.
+/// Returns the dtype on disk; `None` is that of each tensor.
 fn stored(dtype: Dtype) -> Option<rekindle_hub::Dtype> {
     match dtype {
         Dtype::Auto => None,
@@ -313,11 +313,11 @@ fn write_merged(
     Ok(())
 }
 
-/// Rows and tokens that are compared.
+/// The number of rows and tokens to compare.
 const ROWS: u32 = 4;
 const TOKENS: usize = 64;
 
-/// Losses of `model`, called `name` in errors.
+/// Returns the losses of `model`, called `name` in errors.
 fn losses(model: &Model, name: &str) -> Result<Vec<f32>, Error> {
     let (vocab, length) =
         (model.causal_lm().config().vocab_size() as u64, TOKENS.min(model.causal_lm().max_seq_length()));
@@ -335,8 +335,8 @@ fn losses(model: &Model, name: &str) -> Result<Vec<f32>, Error> {
     Err(rekindle_models::Error::NonFinite { what: format!("a loss of {name} is not finite"), found }.into())
 }
 
-/// What one rounding of every weight may move the mean loss by. Measured on the tiny models of the tests: at most 1.3e-6
-/// in f32, 2.3e-3 in f16 and 1.9e-2 in bf16.
+/// Returns the bound for the mean difference of the losses after rounding every weight once. Measured on the tiny
+/// models of the tests: at most 1.3e-6 in f32, 2.3e-3 in f16 and 1.9e-2 in bf16.
 fn bound(merged: &Path) -> Result<f64, Error> {
     let checkpoint = Checkpoint::open(merged)?;
     let is = |dtype| checkpoint.names().filter_map(|name| checkpoint.get(name)).any(|view| view.dtype == dtype);

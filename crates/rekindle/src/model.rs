@@ -1,4 +1,4 @@
-//! A loaded model and what can be done with it.
+//! A loaded model.
 
 use std::path::{Path, PathBuf};
 
@@ -18,7 +18,7 @@ use crate::{DataSource, Error, HubAccess, ModelFiles};
 /// Rows of a pass in evaluation.
 const EVAL_BATCH_SIZE: usize = 8;
 
-/// A model with its place on disk.
+/// A loaded model, with its tokenizer files and its device.
 #[derive(Debug)]
 pub struct Model {
     inner: CausalLm,
@@ -54,12 +54,12 @@ impl Model {
         }
     }
 
-    /// Where it computes, never [`DeviceKind::Auto`].
+    /// Returns the device, never [`DeviceKind::Auto`].
     pub fn device(&self) -> DeviceKind {
         self.device
     }
 
-    /// What it computes in, never [`Dtype::Auto`](crate::Dtype::Auto).
+    /// Returns the compute dtype, never [`Dtype::Auto`](crate::Dtype::Auto).
     pub fn dtype(&self) -> crate::Dtype {
         match self.inner.dtype() {
             DType::BF16 => crate::Dtype::Bf16,
@@ -68,7 +68,7 @@ impl Model {
         }
     }
 
-    /// The checkpoint's directory.
+    /// Returns the checkpoint's directory.
     pub fn path(&self) -> &Path {
         &self.files.model
     }
@@ -77,13 +77,13 @@ impl Model {
         &mut self.files
     }
 
-    /// What its checkpoint was called.
+    /// Returns the checkpoint's name as given.
     pub(crate) fn name(&self) -> &str {
         &self.files.name
     }
 
-    /// What a saved model or adapter carries along: the tokenizer's files, and a generation configuration with the end
-    /// tokens of `tokenizer`, or else of the tokenizer among the files.
+    /// Returns the files to save with a model or adapter: the tokenizer's files, and a generation configuration with
+    /// the end tokens of `tokenizer`, or else of the tokenizer among the files.
     pub(crate) fn companions(&self, tokenizer: Option<&Tokenizer>) -> Result<Vec<Companion>, Error> {
         if tokenizer.is_some() {
             return companions(&self.files, tokenizer);
@@ -92,22 +92,22 @@ impl Model {
         companions(&self.files, self.files.load_tokenizer().ok().flatten().as_ref())
     }
 
-    /// What its weights take in memory, by class.
+    /// Returns the memory of the weights, by class.
     pub fn memory_report(&self) -> MemoryReport {
         self.inner.memory_report()
     }
 
-    /// The model underneath.
+    /// Returns the underlying model.
     pub fn causal_lm(&self) -> &CausalLm {
         &self.inner
     }
 
-    /// The model underneath, for training loops of your own.
+    /// Returns the underlying model, for custom training loops.
     pub fn causal_lm_mut(&mut self) -> &mut CausalLm {
         &mut self.inner
     }
 
-    /// The model with a new adapter; only the adapter is trained.
+    /// Returns the model with a new adapter; only the adapter is trained.
     ///
     /// # Errors
     /// [`Error::Model`] for a configuration that is invalid or matches nothing.
@@ -117,7 +117,7 @@ impl Model {
         Ok(self)
     }
 
-    /// Says of a new adapter that it carries tables which it does not train.
+    /// Records a notice if a new adapter contains tables that it does not train.
     pub(crate) fn note_carried_tables(&mut self) {
         let tables = self.inner.carried_tables();
         let names: Vec<&str> = tables.iter().map(|name| name.rsplit('.').next().unwrap_or(name)).collect();
@@ -132,36 +132,35 @@ impl Model {
         ));
     }
 
-    /// The model with an adapter from PEFT's files: a directory, or a name on the hub ([`ModelSource`](crate::ModelSource)).
-    /// [`load_adapter_as`](Self::load_adapter_as) is for several.
+    /// Returns the model with an adapter from PEFT's files: a directory, or a name on the hub
+    /// ([`ModelSource`](crate::ModelSource)). Use [`load_adapter_as`](Self::load_adapter_as) for several.
     ///
-    /// Its tokenizer and chat template take the place of the checkpoint's where it brings them: saving writes these, and
-    /// [`load_tokenizer`](Self::load_tokenizer) reads them. [`notices`](Self::notices) says so where they differ.
+    /// If the adapter has a tokenizer and chat template, they replace the checkpoint's in saved files and in
+    /// [`load_tokenizer`](Self::load_tokenizer). [`notices`](Self::notices) reports differences.
     ///
     /// # Errors
-    /// [`Error::File`] when they are not found, [`Error::Model`] when they are unreadable or do not match this model
-    /// exactly.
+    /// [`Error::File`] if files are missing, [`Error::Model`] if they are invalid or do not match this model exactly.
     pub fn load_adapter(mut self, name_or_path: impl AsRef<Path>) -> Result<Self, Error> {
         self.put(name_or_path.as_ref())?;
         Ok(self)
     }
 
-    /// Returns notices for the user about the adapters: one that changes nothing, that carries untrained tables, or that
-    /// brings another tokenizer or chat template than the checkpoint's.
+    /// Returns notices for the user about the adapters: one without an effect, with untrained tables or unknown keys,
+    /// or with another tokenizer or chat template than the checkpoint's.
     pub fn notices(&self) -> &[String] {
         &self.notices
     }
 
-    /// Where what is called, or lies at, `name_or_path` is.
+    /// Finds the directory of `name_or_path`.
     pub(crate) fn find(&self, name_or_path: &Path) -> Result<PathBuf, Error> {
         Ok(find(name_or_path, None, &self.access, &mut |_, _| ())?.path)
     }
 
-    /// Writes what is trained, with the tokenizer's files: all adapters, as PEFT lays them out (the one without a name of
-    /// its own at the top, the others in directories of their names), or the whole model when all weights are trained.
+    /// Writes the trained weights with the tokenizer's files: all adapters in PEFT's layout (the default one at the
+    /// top, others in directories of their names), or the whole model if all weights are trained.
     ///
     /// # Errors
-    /// [`Error::Train`] when the system refuses; a directory that stood there before is then untouched.
+    /// [`Error::Train`] if the files cannot be written; an existing directory is unchanged then.
     pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<(), Error> {
         if self.inner.adapters().is_empty() {
             return Ok(save_result(&self.inner, dir.as_ref(), &self.companions(None)?, self.inner.trained_dtype())?);
@@ -169,7 +168,7 @@ impl Model {
         Ok(save_adapters(&self.inner, dir.as_ref(), &self.companions(None)?)?)
     }
 
-    /// [`evaluate`](Self::evaluate), with the loss of every token of every row.
+    /// Evaluates like [`evaluate`](Self::evaluate), and returns the loss of every token of every row.
     ///
     /// # Errors
     /// As `evaluate`.
@@ -183,7 +182,7 @@ impl Model {
         Ok(evaluate_tokens(&self.inner, &dataset, EVAL_BATCH_SIZE, progress)?)
     }
 
-    /// The loss of every row of `data`. Rows longer than the model's `max_seq_length` are errors.
+    /// Returns the loss of every row of `data`. Rows longer than the model's `max_seq_length` are errors.
     ///
     /// # Errors
     /// [`Error::Data`] for rows that cannot be read or do not fit, [`Error::Train`] for a loss that is not finite.
@@ -197,38 +196,38 @@ impl Model {
         Ok(evaluate(&self.inner, &dataset, EVAL_BATCH_SIZE, progress)?)
     }
 
-    /// The ids that end a generation: `eos_token_id` of the checkpoint's `generation_config.json` or, where that has none,
-    /// of `config.json`; and with a tokenizer, those of its own directory (an adapter's, say), its `eos_token`, and the
+    /// Returns the ids that end a generation: `eos_token_id` of the checkpoint's `generation_config.json`, else of
+    /// `config.json`; and with a tokenizer, those of its own directory (such as an adapter's), its `eos_token`, and the
     /// token with which its chat template ends the assistant's turns.
     ///
-    /// Rows are trained to end with one of these, so that a base model that learned conversations stops at the end of a
-    /// turn, which its checkpoint does not name.
+    /// Rows are trained to end with one of these tokens, so a base model that was trained on conversations stops at the
+    /// end of a turn, even if its checkpoint does not name that token.
     ///
     /// # Errors
-    /// [`Error::Data`] when a file of the checkpoint is broken.
+    /// [`Error::Data`] if a file of the checkpoint is invalid.
     pub fn end_tokens(&self, tokenizer: Option<&Tokenizer>) -> Result<Vec<u32>, Error> {
         end_tokens(self.path(), tokenizer)
     }
 
-    /// What a user should be told when `rows` train texts to end with a token that the checkpoint does not name as an end
-    /// token, as conversations do for most base models. [`end_tokens`](Self::end_tokens) has it all the same.
+    /// Returns a notice if `rows` train texts to end with a token that is no end token of the checkpoint, as
+    /// conversations do for most base models. [`end_tokens`](Self::end_tokens) includes that token in any case.
     ///
     /// # Errors
-    /// [`Error::Data`] when a file of the checkpoint is broken.
+    /// [`Error::Data`] if a file of the checkpoint is invalid.
     pub fn end_token_notice(&self, tokenizer: &Tokenizer, rows: &Dataset) -> Result<Option<String>, Error> {
         notice(self.path(), tokenizer, rows)
     }
 
-    /// Reads the tokenizer that goes with the model, with its chat template: the adapter's where it brings them, else the
-    /// checkpoint's; `None` where there is none.
+    /// Reads the tokenizer and its chat template: the adapter's if it has them, else the checkpoint's; `None` if there
+    /// is none.
     ///
     /// # Errors
-    /// [`Error::Data`] for a broken tokenizer.
+    /// [`Error::Data`] for an invalid tokenizer.
     pub fn load_tokenizer(&self) -> Result<Option<Tokenizer>, Error> {
         self.files.load_tokenizer()
     }
 
-    /// The rows of `data` as this model takes them, and what was found in its files.
+    /// Encodes the rows of `data` for this model; also returns a report about the files.
     ///
     /// # Errors
     /// [`Error::Data`] for rows that cannot be read or do not fit.

@@ -8,6 +8,7 @@ use rekindle_hub::Checkpoint;
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::saved_rows;
+use rekindle_models::spec::AttentionMask;
 use rekindle_models::{
     CausalLm, LoadOptions, ModelConfig, Positions, RopeScaling, is_quantized, loftq_base, saved_positions,
 };
@@ -196,8 +197,8 @@ impl<'a> Loader<'a> {
     /// Loads the model and its tokenizer.
     ///
     /// # Errors
-    /// [`Error::File`] and [`Error::Model`] for a checkpoint that is missing, broken or not supported,
-    /// [`Error::Data`] for its tokenizer, [`Error::Device`] and [`Error::Argument`] for what was asked, and those of
+    /// [`Error::File`] and [`Error::Model`] for a checkpoint that is missing, invalid or not supported, [`Error::Data`]
+    /// for its tokenizer, [`Error::Device`] and [`Error::Argument`] for the arguments, and those of
     /// [`fetch`](Self::fetch).
     pub fn load(mut self) -> Result<(Model, Tokenizer), Error> {
         let files = self.fetch()?.clone();
@@ -278,7 +279,7 @@ impl<'a> Loader<'a> {
         let saved = adapter.map(saved_positions).transpose()?.flatten();
         let window = match (&saved, &self.args.rope_scaling) {
             (Some(saved), None) => saved.max_position_embeddings(),
-            _ => config.max_position_embeddings,
+            _ => supported_length(config),
         };
         Ok((saved, self.args.max_seq_length.unwrap_or(MAX_SEQ_LENGTH.min(window))))
     }
@@ -295,6 +296,20 @@ impl<'a> Loader<'a> {
 impl core::fmt::Debug for Loader<'_> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("Loader").field("args", &self.args).field("device", &self.device).finish_non_exhaustive()
+    }
+}
+
+/// Returns the maximum length of documents that the model supports: its window, or a shorter attention window that this
+/// version does not compute.
+pub(crate) fn supported_length(config: &ModelConfig) -> usize {
+    let window = config.max_position_embeddings;
+    let windows = config.spec.layers.iter().filter_map(|layer| match layer.attention.mask {
+        AttentionMask::Full => None,
+        AttentionMask::Sliding(tokens) | AttentionMask::Chunked(tokens) => Some(tokens),
+    });
+    match windows.min() {
+        Some(shortest) if shortest < window && !config.spec.unsupported(window).is_empty() => shortest,
+        _ => window,
     }
 }
 

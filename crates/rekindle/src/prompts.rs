@@ -1,11 +1,11 @@
-//! The prompts that are answered while a model is trained.
+//! The prompts that a model answers during training.
 
 use rekindle_data::{ChatPrompt, Dataset, Tokenizer, counted};
 use rekindle_train::{SamplePrompt, Sampler, SftConfig};
 
 use crate::{Error, Model};
 
-/// Returns what answers prompts at each evaluation; `None` when `config` asks for none.
+/// Returns the sampler for each evaluation; `None` if `config` has no prompts.
 pub(crate) fn sampler<'a>(
     model: &Model,
     tokenizer: Option<&'a Tokenizer>,
@@ -18,8 +18,7 @@ pub(crate) fn sampler<'a>(
     Ok((!sampler.is_empty()).then_some(sampler))
 }
 
-/// Returns the prompts that `config` asks to be answered: messages of its own, then prompts of the evaluation set's first
-/// rows.
+/// Returns the prompts of `config`: its own messages, then the prompts of the evaluation set's first rows.
 pub(crate) fn prompts(
     tokenizer: Option<&Tokenizer>,
     config: &SftConfig,
@@ -59,7 +58,7 @@ pub(crate) fn prompts(
     Ok(prompts)
 }
 
-/// A user's message up to where the answer begins, or text as it is where there is no chat template.
+/// Encodes a user's message up to the answer, or the plain text if there is no chat template.
 fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Error> {
     if !tokenizer.has_chat_template() {
         return Ok(tokenizer.encode(text, true)?);

@@ -1,4 +1,4 @@
-//! From a dense checkpoint on disk to a quantized one.
+//! Quantization of a dense checkpoint, from files to files.
 
 use std::path::Path;
 
@@ -9,15 +9,15 @@ use serde_json::Value;
 
 use crate::{Error, ModelSource, skip};
 
-/// Writes the checkpoint in `model`, a directory or a name on the hub, to `out` with its linears in codes, as transformers with bitsandbytes reads it,
-/// the tokenizer's files included. `skip_modules` stay dense; `None` is `lm_head`. `progress` is told the bytes read so
-/// far and in all.
+/// Writes the checkpoint `model`, a directory or a name on the hub, to `out` with quantized linears in bitsandbytes'
+/// format, and the tokenizer's files. `skip_modules` are not quantized; `None` is `lm_head`. `progress` receives the
+/// bytes read so far and in total.
 ///
-/// `out` appears whole or not at all; an earlier quantized checkpoint there is replaced, a dense one never.
+/// `out` is written atomically; an earlier quantized checkpoint there is replaced, a dense one never.
 ///
 /// # Errors
-/// [`Error::File`] and [`Error::Model`] for a checkpoint that is missing, broken, not supported or quantized already,
-/// [`Error::Train`] when the result cannot be written.
+/// [`Error::File`] and [`Error::Model`] for a checkpoint that is missing, invalid, not supported or already quantized,
+/// [`Error::Train`] if the result cannot be written.
 pub fn quantize(
     model: impl AsRef<Path>,
     load_in: LoadIn,
@@ -43,7 +43,7 @@ pub fn quantize(
     Ok(report)
 }
 
-/// Refuses a directory with weights that no quantization made, which could not be had back: `model` itself, perhaps.
+/// Refuses to replace a directory with dense weights, such as `model` itself.
 fn spare_dense(out: &Path) -> Result<(), Error> {
     let config = out.join("config.json");
     if !config.exists() {

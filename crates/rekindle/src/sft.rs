@@ -1,4 +1,4 @@
-//! `SftTrainer`: supervised fine-tuning on rows.
+//! `SftTrainer`: supervised fine-tuning.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,12 +11,12 @@ use crate::describe::{describe, model_card};
 use crate::prompts::sampler;
 use crate::{DataSource, EncodedRows, Error, Model, RunPlanner};
 
-/// The rows of an [`SftTrainer`]: files that it reads, or rows that a [`RowEncoder`](crate::RowEncoder) has read.
+/// The rows of an [`SftTrainer`]: a source, or rows encoded by a [`RowEncoder`](crate::RowEncoder).
 #[derive(Clone, Debug)]
 pub enum TrainingRows {
-    /// To be read when training starts.
+    /// A source, which is encoded when training starts.
     Source(Box<DataSource>),
-    /// Encoded for the same model.
+    /// Rows encoded for the same model.
     Encoded(Box<EncodedRows>),
 }
 
@@ -32,7 +32,7 @@ impl From<EncodedRows> for TrainingRows {
     }
 }
 
-/// Trains what is trainable in a model on the rows of a source.
+/// A trainer of a model's adapter, or of all its weights, on rows.
 pub struct SftTrainer<'a> {
     model: &'a mut Model,
     tokenizer: Option<&'a Tokenizer>,
@@ -54,7 +54,7 @@ pub struct SftTrainer<'a> {
 type OnData<'a> = Box<dyn FnMut(&DataSource, &LoadReport) + 'a>;
 
 impl<'a> SftTrainer<'a> {
-    /// A run over `train`. `tokenizer` may be `None` for pretokenized rows.
+    /// Returns a trainer on `train`. `tokenizer` may be `None` for pretokenized rows.
     pub fn new(
         model: &'a mut Model,
         tokenizer: impl Into<Option<&'a Tokenizer>>,
@@ -87,29 +87,29 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
-    /// Returns true if each epoch has its own order. Default true.
+    /// If true, each epoch has its own order. Default true.
     #[must_use]
     pub fn shuffle(mut self, shuffle: bool) -> Self {
         self.shuffle = shuffle;
         self
     }
 
-    /// Seed of the order and of dropout. Default 3407.
+    /// Sets the seed of the order and of dropout. Default 3407.
     #[must_use]
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
-    /// Where `adapter/` (or `model/`), `metrics.jsonl`, `report.html`, `loss.svg` and `tensorboard/` are written; without
-    /// it, nothing is.
+    /// Sets the directory for `adapter/` (or `model/`), `metrics.jsonl`, `report.html`, `loss.svg` and `tensorboard/`.
+    /// Default: nothing is written.
     #[must_use]
     pub fn output_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.output_dir = Some(dir.into());
         self
     }
 
-    /// The configuration that `report.html` shows. Default: the [`SftConfig`].
+    /// Sets the configuration that `report.html` shows. Default: the [`SftConfig`].
     #[must_use]
     pub fn run_file(mut self, text: impl Into<String>) -> Self {
         self.run_file = Some(text.into());
@@ -124,7 +124,7 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
-    /// Whether checkpoints and the result of an earlier run in `output_dir` are replaced. Default false: the run is
+    /// If true, checkpoints and the result of an earlier run in `output_dir` are replaced. Default false: the run is
     /// refused.
     #[must_use]
     pub fn overwrite(mut self, overwrite: bool) -> Self {
@@ -141,7 +141,7 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
-    /// Ends the run after the step at which `flag` is found true, with a checkpoint to go on from
+    /// Sets a flag that ends the run after the current step, with a checkpoint to resume from
     /// ([`End::Interrupted`](crate::End)).
     #[must_use]
     pub fn stop_flag(mut self, flag: Arc<AtomicBool>) -> Self {
@@ -149,25 +149,25 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
-    /// Is told about every step, evaluation, sample and save.
+    /// Sets a callback for every step, evaluation, sample and checkpoint.
     #[must_use]
     pub fn on_event(mut self, on_event: impl FnMut(Event<'_>) + 'a) -> Self {
         self.on_event = Box::new(on_event);
         self
     }
 
-    /// Calls back with what was found in each source of rows that the trainer reads.
+    /// Sets a callback for the report about each source of rows that the trainer reads.
     #[must_use]
     pub fn on_data(mut self, on_data: impl FnMut(&DataSource, &LoadReport) + 'a) -> Self {
         self.on_data = Box::new(on_data);
         self
     }
 
-    /// Encodes the rows and runs to the end.
+    /// Encodes the rows and trains to the end.
     ///
     /// # Errors
-    /// [`Error::DoesNotFit`] for a run that exceeds the memory, [`Error::Data`] for rows that cannot be used, [`Error::Argument`] for samples that cannot be made, and
-    /// [`Error::Train`] for everything after that.
+    /// [`Error::DoesNotFit`] for a run that exceeds the memory, [`Error::Data`] for rows that cannot be used,
+    /// [`Error::Argument`] for invalid prompts, and [`Error::Train`] for everything else.
     pub fn train(mut self) -> Result<Report, Error> {
         let train = self.encode(self.train.clone())?;
         let eval = self.eval.take().map(|rows| self.encode(rows)).transpose()?;

@@ -1,4 +1,4 @@
-//! Whether `skip_modules` names anything.
+//! The check of `skip_modules` against the modules of a model.
 
 use rekindle_lora::BLOCK_LINEARS;
 use rekindle_models::{ModelConfig, ParameterSpec};
@@ -7,7 +7,7 @@ use rekindle_quant::bnb::QuantizationConfig;
 
 use crate::Error;
 
-/// Refuses entries that match no module of the model: what they were meant to keep dense would be quantized.
+/// Refuses entries that match no module of the model, whose intended modules would be quantized.
 pub(crate) fn check(skip_modules: &[String], config: &ModelConfig) -> Result<(), Error> {
     let parameters = config.parameters();
     let modules = || parameters.iter().map(ParameterSpec::module).chain([HEAD]);
@@ -27,7 +27,7 @@ pub(crate) fn check(skip_modules: &[String], config: &ModelConfig) -> Result<(),
     )))
 }
 
-/// Tied models have no such tensor, and lists name it all the same.
+/// The head, which tied models do not have and lists name nevertheless.
 const HEAD: &str = "lm_head";
 
 #[cfg(test)]

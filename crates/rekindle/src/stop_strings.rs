@@ -1,10 +1,10 @@
-//! Texts at which a generation ends.
+//! Texts that end a generation.
 
 use rekindle_data::Tokenizer;
 
 use crate::Error;
 
-/// Finds stop strings in a text that comes in pieces, and holds back what may be the beginning of one.
+/// A search for stop strings in a text that arrives in pieces. It holds back a possible beginning of one.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct StopStrings {
     stops: Vec<String>,
@@ -12,7 +12,8 @@ pub(crate) struct StopStrings {
 }
 
 impl StopStrings {
-    /// The stop strings that are texts, and the ids of those that are one special token each: such a token is in no text.
+    /// Returns a search for the stop strings that are texts, and the ids of those that are a single special token,
+    /// which no text contains.
     ///
     /// # Errors
     /// [`Error::Argument`] for an empty string, and for one with a special token among other text.
@@ -38,7 +39,7 @@ impl StopStrings {
         Ok((Self { stops: texts, held: String::new() }, ids))
     }
 
-    /// Takes the next piece of the text. Returns what is certain to stand before any stop string, and the stop string
+    /// Adds the next piece of the text. Returns the text that certainly precedes any stop string, and the stop string
     /// if one is complete; of several, the one that begins first.
     pub(crate) fn push(&mut self, piece: &str) -> (String, Option<String>) {
         self.held.push_str(piece);
@@ -57,7 +58,7 @@ impl StopStrings {
         (std::mem::replace(&mut self.held, rest), None)
     }
 
-    /// Returns what was held back, once no more comes.
+    /// Returns the text that was held back, at the end of the generation.
     pub(crate) fn finish(self) -> String {
         self.held
     }
@@ -67,7 +68,7 @@ impl StopStrings {
 mod tests {
     use super::*;
 
-    /// The pieces that are let through, and the stop string that was found.
+    /// Returns the pieces that were passed on, and the stop string that was found.
     fn run(stops: &[&str], pieces: &[&str]) -> (Vec<String>, Option<String>) {
         let stops = stops.iter().map(|&stop| stop.to_owned()).collect();
         let mut strings = StopStrings { stops, held: String::new() };

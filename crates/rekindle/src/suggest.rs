@@ -9,65 +9,67 @@ use rekindle_lora::LoraConfig;
 use rekindle_models::{GradientCheckpointing, ModelConfig, is_quantized};
 use rekindle_train::{Rows, SamplePrompt, SftConfig, StepCount};
 
+use crate::pretrained::supported_length;
 use crate::time_estimate::{Work, token_time};
 use crate::{DataSource, Error, Loader, RunPlanner, TimeEstimate};
 use lengths::{Fitted, fitted};
 
-/// What a first run might look like, and the facts that say so.
+/// A suggested configuration of a first run, with its reasons.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Suggestion {
-    /// What was found in the rows.
+    /// The report about the rows.
     pub rows: LoadReport,
-    /// What was found in the rows to evaluate, if there are any.
+    /// The report about the rows to evaluate, if there are any.
     pub eval_rows: Option<LoadReport>,
-    /// True if rows to evaluate have prompts that can be answered.
+    /// True if rows to evaluate have prompts to answer.
     pub has_prompts: bool,
-    /// 99 of 100 rows have at most this many tokens.
+    /// The 99th percentile of row lengths in tokens.
     pub most: usize,
-    /// The longest row that is allowed.
+    /// The maximum length of a row.
     pub max_seq_length: usize,
-    /// Rows that are longer, of both files; they would be left out.
+    /// Longer rows, in training and evaluation, which would be dropped.
     pub longer: usize,
-    /// What the model was made for.
+    /// The model's window.
     pub window: usize,
-    /// Where it would run.
+    /// The device of the run.
     pub device: DeviceKind,
-    /// Bytes that are free there, if anyone counts them.
+    /// Free bytes of the device, if known.
     pub free: Option<u64>,
-    /// What the run takes there, as planned.
+    /// The planned peak of the run.
     pub estimated: u64,
-    /// What it would take with everything kept in 16 bits (32 on the CPU).
+    /// The planned peak with dense weights in 16 bits (32 on the CPU).
     pub estimated_dense: u64,
-    /// True if that leaves a tenth of what is free.
+    /// True if a tenth of the free memory remains.
     pub fits: bool,
-    /// True if an adapter was given, which is gone on with.
+    /// True if the model is an adapter, whose training the run continues.
     pub is_adapter: bool,
     /// True if the checkpoint is quantized already.
     pub is_quantized: bool,
     /// True if the linears are quantized while loading.
     pub load_in_4bit: bool,
-    /// What becomes of activations.
+    /// Gradient checkpointing.
     pub use_gradient_checkpointing: GradientCheckpointing,
     /// Rank of the adapter.
     pub r: usize,
-    /// Batches, epochs and what is due when.
+    /// Batches, epochs, evaluations and checkpoints.
     pub train: SftConfig,
-    /// Optimizer steps of that.
+    /// Optimizer steps of the run.
     pub steps: usize,
-    /// How long they take, where there are figures for the device.
+    /// The duration of the run, for devices with figures.
     pub time: Option<TimeEstimate>,
 }
 
-/// Rows of one optimizer step, where there are enough of them.
+/// Rows of one optimizer step, if there are enough of them.
 const ROWS_PER_STEP: usize = 16;
 
-/// What may be used of the memory that is free.
+/// The share of the free memory that a run may use.
 const USABLE: f64 = 0.9;
 
-/// Reads a model's configuration, the rows and the device, and chooses what fits all three.
+/// Suggests a configuration for a model, rows and a device.
 ///
-/// The memory is that of a planned run ([`RunPlanner`]). No weight is read, but a name on the hub is downloaded whole.
+/// The memory is planned as for a run ([`RunPlanner`]). No weight is read, but a name on the hub is downloaded
+/// completely.
 ///
 /// # Errors
 /// Those of [`Loader::fetch`], [`Error::Data`] for rows that cannot be used, [`Error::Device`].
@@ -92,7 +94,8 @@ pub fn suggest(
         .is_some_and(|(dataset, _)| dataset.examples().any(|example| SamplePrompt::of_example(&example).is_some()));
     let lengths = dataset.examples().map(|example| example.input_ids.len()).collect();
     let held_out = eval.iter().flat_map(|(dataset, _)| dataset.examples()).map(|example| example.input_ids.len());
-    let Fitted { most, max_seq_length, longer } = fitted(lengths, held_out.collect(), config.max_position_embeddings);
+    let window = supported_length(&config);
+    let Fitted { most, max_seq_length, longer } = fitted(lengths, held_out.collect(), window);
 
     let (opened, device) = open_device(device)?;
     let free = opened.free_memory().map(|bytes| bytes as u64);
@@ -119,7 +122,7 @@ pub fn suggest(
         most,
         max_seq_length,
         longer,
-        window: config.max_position_embeddings,
+        window,
         device,
         free,
         estimated: bytes,
@@ -137,7 +140,7 @@ pub fn suggest(
     })
 }
 
-/// What decides over memory, and how much it takes.
+/// The settings that determine the memory, and the planned peak.
 #[derive(Debug, PartialEq, Eq)]
 struct Choice {
     load_in_4bit: bool,
@@ -150,13 +153,13 @@ struct Choice {
 /// Memory plans of LoRA runs on one model.
 struct Plans {
     dense: RunPlanner,
-    /// With linears quantized while loading; the checkpoint may be quantized already.
+    /// With linears quantized while loading; `None` if the checkpoint is quantized already.
     in_4bit: Option<RunPlanner>,
     max_seq_length: usize,
 }
 
 impl Plans {
-    /// Builds the model without values, dense and in 4 bits. `memory` is what the device has, instead of what it says.
+    /// Builds the model without values, dense and in 4 bits. `memory` replaces the free memory of the device.
     fn new(model: Loader<'_>, max_seq_length: usize, is_quantized: bool, memory: Option<usize>) -> Result<Self, Error> {
         let plan = |model: &Loader<'_>| model.planner(Some(LoraConfig::new(RANK)), SftConfig::default(), memory);
         let model = model.max_seq_length(max_seq_length);
@@ -165,15 +168,15 @@ impl Plans {
         Ok(Self { dense, in_4bit, max_seq_length })
     }
 
-    /// Returns the peak of a run whose rows are all as long as they can be.
+    /// Returns the peak of a run whose rows all have the maximum length.
     fn peak(&mut self, load_in_4bit: bool, checkpointing: GradientCheckpointing, batch: usize) -> Result<u64, Error> {
         let planner = self.in_4bit.as_mut().filter(|_| load_in_4bit).unwrap_or(&mut self.dense);
         Ok(planner.plan_with(&Rows::equal(batch, self.max_seq_length), checkpointing)?.peak as u64)
     }
 
-    /// Chooses the fastest settings that fit into the usable part of the memory, or those that take least.
+    /// Chooses the fastest settings that fit into the usable memory, or those with the lowest peak.
     ///
-    /// The order is fastest first: dense weights, then 4 bits; activations kept, then recomputed; one row alone last.
+    /// The order, fastest first, is: dense weights, then 4 bits; activations kept, then recomputed; single rows last.
     fn choose(&mut self, examples: usize) -> Result<Choice, Error> {
         let usable = self.dense.available().map(|bytes| (USABLE * bytes as f64) as u64);
         let on_cuda = matches!(self.dense.device(), DeviceKind::Cuda(_));
@@ -203,10 +206,10 @@ impl Plans {
     }
 }
 
-/// PEFT's 8 is little for all seven linears' work; what more would bring shows after a first run.
+/// The rank. PEFT's default of 8 is low for all seven linears; a first run shows if more is needed.
 const RANK: usize = 16;
 
-/// Batches and epochs for so many examples.
+/// Returns batches and epochs for a number of examples.
 fn numbers(examples: usize, batch: usize) -> SftConfig {
     let rows_per_step = ROWS_PER_STEP.min((examples / 8).max(1)).max(batch);
     SftConfig {
@@ -270,6 +273,19 @@ pub(crate) mod tests {
         });
         let quantized = choose(&config, 1000, 8.0);
         assert!(!quantized.load_in_4bit && quantized.fits, "{quantized:?}");
+    }
+
+    #[test]
+    fn rows_are_within_an_attention_window_that_is_not_computed() {
+        use rekindle_models::spec::AttentionMask;
+        let mut config = ModelConfig::from_json(&qwen3_4b_json()).unwrap();
+        assert_eq!(supported_length(&config), 40_960);
+        for layer in &mut config.spec.layers {
+            layer.attention.mask = AttentionMask::Chunked(4096);
+        }
+        assert_eq!(supported_length(&config), 4096);
+        config.max_position_embeddings = 2048;
+        assert_eq!(supported_length(&config), 2048, "no document exceeds the chunks");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! How long a run takes, before it runs.
+//! Estimates of the duration of a run.
 
 use core::fmt;
 use std::time::{Duration, Instant};
@@ -11,15 +11,15 @@ use rekindle_train::{SftConfig, Timetable};
 
 use crate::{Error, Model};
 
-/// A range of seconds, and what it was estimated from.
+/// A range of seconds, and its basis.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct TimeEstimate {
-    /// The shortest time that is likely.
+    /// The lower end.
     pub low: f64,
-    /// The longest.
+    /// The upper end.
     pub high: f64,
-    /// What it was estimated from.
+    /// The basis of the estimate.
     pub basis: String,
 }
 
@@ -31,22 +31,22 @@ pub struct TokenTime {
     basis: String,
 }
 
-/// A forward pass of evaluation beside a training pass with the same tokens: 2 of 4 products per weight, and no more.
+/// The cost of an evaluation pass relative to a training pass with the same tokens: 2 of 4 products per weight.
 const EVALUATION: f64 = 0.5;
 
-/// What is trained, as far as its arithmetic goes.
+/// The arithmetic of a training run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Work<'a> {
     pub(crate) config: &'a ModelConfig,
     /// True if all weights are trained.
     pub(crate) full: bool,
-    /// True if blocks run forward again in the backward pass.
+    /// True if blocks are recomputed in the backward pass.
     pub(crate) recomputes: bool,
 }
 
 impl Work<'_> {
-    /// FLOPs of the products with a token: 2 per weight forward, 2 for the gradient to the input, 2 for that of a trained
-    /// weight, and 2 for running forward again. Attention scores and everything thin are left to the range.
+    /// Returns the FLOPs of the products for a token: 2 per weight forward, 2 for the gradient to the input, 2 for that
+    /// of a trained weight, and 2 for recomputing. Attention scores and small products are covered by the range.
     fn flops(&self) -> f64 {
         let linears = self.config.parameters().into_iter().filter(|parameter| parameter.role.is_linear());
         let blocks: f64 = linears.map(|linear| linear.numel() as f64).sum();
@@ -55,10 +55,10 @@ impl Work<'_> {
         (4.0 + trained) * (blocks + head) + if self.recomputes { 2.0 * blocks } else { 0.0 }
     }
 
-    /// Estimates from the speed of a product of f32 matrices as large as the model's, which is timed here.
+    /// Estimates from the speed of a product of f32 matrices of the model's size, which is timed here.
     ///
-    /// Most of a step on a CPU is products; the upper end leaves room for attention, norms and thin products, which weigh
-    /// most in small models (docs/training.md has measured runs).
+    /// Most of a step on a CPU is products; the upper end covers attention, norms and small products, which matter most
+    /// in small models (docs/training.md has measured runs).
     pub(crate) fn on_cpu(&self) -> TokenTime {
         let speed = cpu_flops(self.config.hidden_size(), self.config.intermediate_size());
         let time = self.flops() / speed;
@@ -66,7 +66,7 @@ impl Work<'_> {
         TokenTime { low: time, high: 2.5 * time, basis }
     }
 
-    /// Estimates from a card's multiprocessors: a step reaches 20 % (small batches) to 60 % (large ones) of the peak in
+    /// Estimates from a GPU's multiprocessors: a step reaches 20 % (small batches) to 60 % (large ones) of the peak in
     /// bf16, as measured on an H200 (docs/benchmarks.md).
     pub(crate) fn on_card(&self, props: &DeviceProps) -> Option<TokenTime> {
         let peak = card_flops(props)?;
@@ -76,7 +76,7 @@ impl Work<'_> {
     }
 }
 
-/// Estimates the time of a token on `device`, where there are figures for it.
+/// Estimates the time of a token on `device`; `None` for devices without figures.
 pub(crate) fn token_time(work: &Work<'_>, device: &Device) -> Option<TokenTime> {
     match device {
         Device::Cuda(cuda) => work.on_card(cuda.props()),
@@ -86,11 +86,11 @@ pub(crate) fn token_time(work: &Work<'_>, device: &Device) -> Option<TokenTime> 
 }
 
 impl TokenTime {
-    /// Times a training pass of `model` over the first rows of `data`. No parameter changes. On a GPU a pass before it
+    /// Times a training pass of `model` over the first rows of `data`. No parameter changes. On a GPU, a pass before it
     /// compiles kernels.
     ///
     /// # Errors
-    /// [`Error::Model`] when the device fails.
+    /// [`Error::Model`] if the device fails.
     pub fn measure(model: &Model, data: &Dataset, config: &SftConfig) -> Result<Self, Error> {
         let lm = model.causal_lm();
         let is_cpu = lm.device().is_cpu();
@@ -124,14 +124,14 @@ impl TokenTime {
         self.of(epochs * tokens as f64 + EVALUATION * (evaluations * eval_tokens) as f64)
     }
 
-    /// Estimates so many tokens of training.
+    /// Estimates the training time of a number of tokens.
     pub fn of(&self, tokens: f64) -> TimeEstimate {
         TimeEstimate { low: self.low * tokens, high: self.high * tokens, basis: self.basis.clone() }
     }
 }
 
 impl fmt::Display for TimeEstimate {
-    /// "12 to 40 s (estimate: …)".
+    /// Formats the range as "12 to 40 s (estimate: …)".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (unit, name) = match self.high {
             0.0..120.0 => (1.0, "s"),
@@ -145,7 +145,7 @@ impl fmt::Display for TimeEstimate {
     }
 }
 
-/// FLOP/s of an f32 product as in a block, timed for a tenth of a second after a first one.
+/// Returns the FLOP/s of an f32 product of a block's size, timed for a tenth of a second after a first one.
 fn cpu_flops(hidden: usize, inner: usize) -> f64 {
     const TOKENS: usize = 256;
     const TIME: Duration = Duration::from_millis(100);
@@ -162,8 +162,8 @@ fn cpu_flops(hidden: usize, inner: usize) -> f64 {
     (count * 2 * TOKENS * hidden * inner) as f64 / began.elapsed().as_secs_f64()
 }
 
-/// Peak of dense bf16 products with f32 sums, from NVIDIA's data sheets: FLOPs per multiprocessor and cycle, at 1.7 GHz,
-/// about what cards hold under load.
+/// Returns the peak of dense bf16 products with f32 sums, from NVIDIA's data sheets: FLOPs per multiprocessor and
+/// cycle, at 1.7 GHz, a typical clock under load.
 fn card_flops(props: &DeviceProps) -> Option<f64> {
     let per_cycle = match (props.major, props.minor) {
         (8, 0) => 2048.0,

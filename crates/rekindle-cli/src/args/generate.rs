@@ -12,7 +12,7 @@ pub(crate) struct EvalArgs {
     /// Rows: a file of JSON lines, JSON, CSV, Parquet or Arrow, a directory or a dataset on the hub (its split test), or a pattern
     #[arg(long, value_name = "ROWS")]
     pub(crate) data: PathBuf,
-    /// Leave out the end token after rows of "text", which counts in the loss as it does in training
+    /// Omit the end token after rows of "text", which the loss covers as in training
     #[arg(long)]
     pub(crate) no_end_token: bool,
     /// Also print the loss of every row
@@ -36,34 +36,34 @@ pub(crate) struct GenerateArgs {
     /// A system prompt before the message of --chat
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["prompt", "messages", "prompt_ids"])]
     pub(crate) system: Option<String>,
-    /// Which of several chat templates of the checkpoint [default: tool_use with tools, else default]
+    /// Name of one of the checkpoint's chat templates [default: tool_use with tools, else default]
     #[arg(long, value_name = "NAME", conflicts_with_all = ["prompt", "prompt_ids"])]
     pub(crate) chat_template: Option<String>,
-    /// The most tokens to generate
+    /// Maximum number of tokens to generate
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub(crate) max_new_tokens: usize,
-    /// 0 always takes the most likely token; 1 draws from the model's own probabilities
+    /// Temperature of sampling; 0 always takes the most likely token
     #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     pub(crate) temperature: f32,
-    /// Draw from the K most likely tokens only; 0 for all
+    /// Sample from the K most likely tokens; 0 for all
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub(crate) top_k: usize,
-    /// Draw from the fewest most likely tokens whose probabilities reach P
+    /// Sample from the most likely tokens whose probabilities sum to P
     #[arg(long, value_name = "P", default_value_t = 1.0)]
     pub(crate) top_p: f32,
-    /// Draw only from tokens at least P times as likely as the most likely one; 0 for all
+    /// Sample from tokens at least P times as likely as the most likely one; 0 for all
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     pub(crate) min_p: f32,
-    /// Divide the positive logits of tokens that occurred already by R, and multiply the negative ones; 1 for none
+    /// Divide the positive logits of tokens that already occurred by R, and multiply the negative ones; 1 for none
     #[arg(long, value_name = "R", default_value_t = 1.0)]
     pub(crate) repetition_penalty: f32,
-    /// End at this text, which is not printed; may be given several times
+    /// End at this text, which is not printed; may be repeated
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) stop: Vec<String>,
-    /// End at these tokens too, separated by commas
+    /// Additional end tokens, separated by commas
     #[arg(long, value_name = "1,2,3", value_delimiter = ',')]
     pub(crate) stop_ids: Vec<u32>,
-    /// Seed of the draws
+    /// Seed of sampling
     #[arg(long, value_name = "S", default_value_t = 3407)]
     pub(crate) seed: u64,
     /// Print one JSON object at the end instead of streaming text: text, ids, stop_reason, token counts and speed
@@ -77,7 +77,7 @@ pub(crate) struct PromptArgs {
     /// Text to continue
     #[arg(long, value_name = "T")]
     pub(crate) prompt: Option<String>,
-    /// A user's message to answer, put into the model's chat template
+    /// A user's message to answer, in the model's chat template
     #[arg(long, value_name = "T")]
     pub(crate) chat: Option<String>,
     /// A conversation to answer, as JSON: a list of messages, or an object with messages, tools and chat_template_kwargs; - reads standard input

@@ -9,13 +9,13 @@ const HEADING: &str = "Names on the Hugging Face hub";
 /// Access to the hub. The token is read from the environment, because command lines are visible to other users.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct HubArgs {
-    /// Branch, tag or commit of what is named first: the model, or the adapter to merge [default: main]
+    /// Branch, tag or commit of the model, or of the adapter to merge [default: main]
     #[arg(long, value_name = "R", help_heading = HEADING)]
     pub(crate) revision: Option<String>,
-    /// Where downloads lie [default: HF_HUB_CACHE, or hub in HF_HOME, or ~/.cache/huggingface/hub]
+    /// Directory for downloads [default: HF_HUB_CACHE, or hub in HF_HOME, or ~/.cache/huggingface/hub]
     #[arg(long, value_name = "DIR", help_heading = HEADING)]
     pub(crate) cache_dir: Option<PathBuf>,
-    /// Leave the network alone: take what is in the cache, or fail
+    /// Do not use the network; fail if the cache lacks a file
     #[arg(long, help_heading = HEADING)]
     pub(crate) local_files_only: bool,
 }
@@ -40,9 +40,9 @@ impl HubArgs {
 #[cfg(feature = "network")]
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum CacheCommand {
-    /// List models and adapters, with their revisions and bytes
+    /// List models and adapters, with their revisions and sizes
     Ls(ListArgs),
-    /// Remove revisions that no branch or tag stands at, interrupted downloads and files of no revision
+    /// Remove revisions without a branch or tag, interrupted downloads and files without a revision
     Prune(PruneArgs),
 }
 
@@ -52,7 +52,7 @@ pub(crate) enum CacheCommand {
 pub(crate) struct ListArgs {
     #[command(flatten)]
     pub(crate) place: CacheDir,
-    /// Print one JSON object a line
+    /// Print one JSON object per line
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -68,7 +68,7 @@ pub(crate) struct PruneArgs {
     pub(crate) place: CacheDir,
 }
 
-/// Which cache.
+/// The directory of a cache.
 #[cfg(feature = "network")]
 #[derive(Debug, clap::Args)]
 pub(crate) struct CacheDir {

@@ -19,10 +19,10 @@ pub(crate) struct PlanArgs {
     /// The run file
     #[arg(value_name = "RUN.toml")]
     pub(crate) run_file: PathBuf,
-    /// Replaces or adds a key of the run file; the value is TOML, or else text as it is
+    /// Sets a key of the run file; the value is TOML, or else plain text
     #[arg(value_name = "section.key=value")]
     pub(crate) overrides: Vec<ConfigOverride>,
-    /// The memory of the device, such as 24GiB [default: what is free on it]. With it there need not be such a device
+    /// Memory of the device, such as 24GiB [default: its free memory]; the device need not exist then
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub(crate) device_memory: Option<usize>,
     /// Print one JSON object
@@ -30,7 +30,7 @@ pub(crate) struct PlanArgs {
     pub(crate) json: bool,
 }
 
-/// A number of bytes with a unit: powers of 1,000 (GB) or of 1,024 (GiB, and G alone).
+/// Parses a number of bytes with a unit: powers of 1,000 (GB) or of 1,024 (GiB, and G alone).
 fn bytes(text: &str) -> Result<usize, String> {
     const UNITS: [(&str, f64); 11] = [
         ("", 1.0),

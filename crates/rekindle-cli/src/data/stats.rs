@@ -1,4 +1,4 @@
-//! `rekindle data stats`: what the rows of a run are like, in numbers.
+//! `rekindle data stats`: statistics of the rows of a run.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -12,7 +12,7 @@ use crate::args::StatsArgs;
 use crate::failure::Failure;
 use crate::output;
 
-/// What is known of the rows of one source.
+/// Statistics of the rows of one source.
 #[derive(Debug, Serialize)]
 struct Stats {
     source: String,
@@ -24,12 +24,12 @@ struct Stats {
     trained_tokens: usize,
     lengths: Lengths,
     duplicates: usize,
-    /// Where the first two examples that are the same stand.
+    /// The places of the first two equal examples.
     first_duplicate: Option<[String; 2]>,
     dropped: usize,
     truncated: usize,
     split: usize,
-    /// Rows with nothing to train; left out here.
+    /// Rows without a token to train, which are omitted here.
     untrained: usize,
     not_shown: usize,
     /// Rows that training refuses with `overlong = "error"`.
@@ -44,7 +44,7 @@ struct Lengths {
     p90: usize,
     p99: usize,
     max: usize,
-    /// Examples of at most so many tokens, and of more than the entry before.
+    /// Numbers of examples by their maximum length.
     histogram: Vec<Bar>,
 }
 
@@ -54,7 +54,7 @@ struct Bar {
     examples: usize,
 }
 
-/// How full rows of `max_seq_length` tokens are, with one example each and packed.
+/// The share of filled rows of `max_seq_length` tokens, with one example each and packed.
 #[derive(Debug, Serialize)]
 struct Packing {
     max_seq_length: usize,
@@ -203,7 +203,7 @@ impl Lengths {
 }
 
 impl Packing {
-    /// Of the rows that fit.
+    /// Computes the shares from the rows that fit.
     fn new(lengths: &[usize], max_seq_length: usize) -> Self {
         let fitting: Vec<usize> = lengths.iter().copied().filter(|&length| length <= max_seq_length).collect();
         let tokens: usize = fitting.iter().sum();
@@ -213,7 +213,7 @@ impl Packing {
     }
 }
 
-/// How many examples equal an earlier one, and where the first such pair stands.
+/// Returns the number of examples that equal an earlier one, and the places of the first such pair.
 fn duplicates(dataset: &Dataset) -> (usize, Option<[String; 2]>) {
     let place = |example: &Example<'_>| format!("{} {}", example.path.display(), example.row);
     let mut seen = HashMap::new();

@@ -1,18 +1,18 @@
-//! A row as text that shows what is trained.
+//! Rows as text, with their trained tokens marked.
 
 use rekindle::{Example, IGNORED, RowNumber, Tokenizer};
 use serde::Serialize;
 
-/// How trained tokens are told apart.
+/// The marking of trained tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Style {
-    /// Green, and special tokens bold; the others as the terminal has it, their special tokens dim.
+    /// Trained tokens green, with bold special tokens; others in the default color, with dim special tokens.
     Colour,
-    /// `⟦` and `⟧` around what is trained.
+    /// `⟦` and `⟧` around trained tokens.
     Plain,
 }
 
-/// One line about a row: where it is from, its tokens and how many of them are trained.
+/// Formats the place of a row, its tokens and its trained tokens in a line.
 pub(crate) fn facts(example: &Example<'_>) -> String {
     let (tokens, trained) = (example.input_ids.len(), example.trained_tokens());
     let share = 100.0 * trained as f64 / tokens as f64;
@@ -22,8 +22,8 @@ pub(crate) fn facts(example: &Example<'_>) -> String {
     format!("{path} {row}: {tokens} tokens, {trained} trained ({share:.1} %) in {pieces}")
 }
 
-/// The row's text, or its ids where there is no tokenizer. Line breaks are shown as `↵` and made; other control
-/// characters are escaped, so that rows cannot command the terminal.
+/// Returns the row's text, or its ids without a tokenizer. Line breaks are shown as `↵` and kept; other control
+/// characters are escaped, so that rows cannot control the terminal.
 pub(crate) fn view(example: &Example<'_>, tokenizer: Option<&Tokenizer>, style: Style) -> String {
     let mut out = String::new();
     for Piece { ids, trained } in pieces(example) {
@@ -46,10 +46,10 @@ pub(crate) fn view(example: &Example<'_>, tokenizer: Option<&Tokenizer>, style: 
 /// A row of `--json`.
 #[derive(Serialize)]
 struct JsonRow<'a> {
-    /// Its number among all that are trained or evaluated, from 1.
+    /// Its number among all rows, from 1.
     index: usize,
     file: String,
-    /// `line` of a file of lines, or `row` of a table or a list.
+    /// The line of a file of lines, or the row of a table or a list.
     #[serde(flatten)]
     place: RowNumber,
     tokens: usize,
@@ -63,13 +63,13 @@ struct JsonRow<'a> {
 struct JsonPiece {
     trained: bool,
     tokens: usize,
-    /// Absent where there is no tokenizer.
+    /// The text; absent without a tokenizer.
     #[serde(skip_serializing_if = "Option::is_none")]
     text: Option<String>,
 }
 
-/// The row as one JSON object. Texts are as the tokenizer decodes them, control characters escaped as in all JSON; a
-/// character that two pieces share is `U+FFFD` in both.
+/// Returns the row as a JSON object. Texts are decoded by the tokenizer; a character that two pieces share is `U+FFFD`
+/// in both.
 pub(super) fn json(example: &Example<'_>, tokenizer: Option<&Tokenizer>, index: usize) -> String {
     let piece = |Piece { ids, trained }| JsonPiece {
         trained,
@@ -89,7 +89,7 @@ pub(super) fn json(example: &Example<'_>, tokenizer: Option<&Tokenizer>, index: 
     serde_json::to_string(&row).expect("numbers and texts serialize")
 }
 
-/// Tokens beside one another that are trained, or are not.
+/// Adjacent tokens that are all trained, or all not.
 struct Piece<'a> {
     ids: &'a [u32],
     trained: bool,

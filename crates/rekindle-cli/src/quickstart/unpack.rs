@@ -1,4 +1,4 @@
-//! The example's files, carried inside the binary.
+//! The example's files, embedded in the binary.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use rekindle::{Error, write_atomic};
 
 use crate::failure::Failure;
 
-/// The rows that are not trained on.
+/// The held-out rows.
 pub(super) const HELD_OUT: &str = include_str!("../../../../examples/quickstart/heldout.jsonl");
 
 /// A file under `examples/quickstart` with its content.
@@ -56,7 +56,7 @@ fn check(dir: &Path) -> Result<(), Failure> {
     Err(Failure::Configuration(format!("{} holds other files; give a new directory with --out DIR", dir.display())))
 }
 
-/// The commented run file with the paths of `dir`.
+/// Returns the commented run file with the paths of `dir`.
 fn run_file(dir: &Path) -> String {
     let quoted = |path: &Path| toml::Value::from(path.display().to_string()).to_string();
     let text = RUN_FILE.replace("{dir}", &quoted(dir));

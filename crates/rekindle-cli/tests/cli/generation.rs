@@ -113,7 +113,7 @@ fn whole_models_and_samples_know_the_end_of_a_turn() {
     }
 }
 
-/// Where the checkpoint names all of them there is nothing to say, and its file is copied as it is.
+/// If the checkpoint names all of them, there is no notice, and its file is copied unchanged.
 #[test]
 fn a_chat_model_is_left_as_it_is() {
     let scratch = Scratch::new();

@@ -52,7 +52,7 @@ impl Machine {
         done(self.command(line).env("HF_HUB_OFFLINE", "1"))
     }
 
-    /// Of `org/model` in the cache.
+    /// Returns the directory of `org/model` in the cache.
     fn snapshot(&self) -> PathBuf {
         self.home.path().join("hub/models--org--model/snapshots").join(COMMIT)
     }
@@ -62,7 +62,7 @@ fn eval(model: &str) -> String {
     format!("eval --device cpu --json --data {} --model {model}", golden("qwen3-tied/rows.jsonl").display())
 }
 
-/// What the same command says of the files on disk.
+/// Returns the output of the same command for the files on disk.
 fn on_disk(more: &str) -> Value {
     crate::run(&format!("{} {more}", eval(&golden("qwen3-tied").display().to_string()))).json()
 }

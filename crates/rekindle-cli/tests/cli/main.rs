@@ -28,7 +28,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-/// What a command left behind.
+/// The exit code and the output of a command.
 struct Done {
     code: i32,
     stdout: String,
@@ -51,7 +51,7 @@ impl Done {
         assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
     }
 
-    /// What `generate --json` printed, without the times, which no two runs share.
+    /// Returns the output of `generate --json` without times, which differ between runs.
     fn answer(self) -> Value {
         let mut answer = self.json();
         let fields = answer.as_object_mut().unwrap();

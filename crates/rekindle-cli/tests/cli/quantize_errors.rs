@@ -1,4 +1,4 @@
-//! What quantizing refuses, with its exit codes, and what it never writes over.
+//! Errors of quantizing with their exit codes, and files that it never overwrites.
 
 use std::fs;
 use std::path::Path;

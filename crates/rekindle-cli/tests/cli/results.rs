@@ -1,4 +1,4 @@
-//! What `eval` and `generate` print.
+//! The output of `eval` and `generate`.
 
 use crate::{Scratch, expect, golden, run};
 

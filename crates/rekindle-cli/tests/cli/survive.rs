@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::{Scratch, command};
 
-/// What every run here trains, beside what [`Scratch`] does: something random in each step, and two batches of it.
+/// Settings of every run here, in addition to those of [`Scratch`]: random numbers in each step, and two batches.
 const JOB: [&str; 6] = [
     "train.max_steps=40",
     "train.gradient_accumulation_steps=2",
@@ -84,7 +84,7 @@ fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
     files
 }
 
-/// What `metrics.jsonl` says, but for times and memory.
+/// Returns the lines of `metrics.jsonl` without times and memory.
 fn metrics(out: &Path) -> Vec<Value> {
     let text = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());

@@ -1,4 +1,4 @@
-//! What `train` writes.
+//! The files that `train` writes.
 
 use std::fs;
 

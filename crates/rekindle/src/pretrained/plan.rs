@@ -14,7 +14,7 @@ use rekindle_train::{Fit, Job, MemoryPlan, Planner, Rows, SftConfig, Verdict};
 use crate::time_estimate::{Work, token_time};
 use crate::{DataSource, Error, Loader, Model, TokenTime};
 
-/// Memory plans of one run for batches of any size.
+/// A memory planner of one run, for batches of any size.
 ///
 /// ```no_run
 /// use rekindle::{DeviceKind, FastLanguageModel, LoraConfig, SftConfig};
@@ -67,7 +67,7 @@ impl Loader<'_> {
 /// Returns the configuration of the adapter in a directory.
 ///
 /// # Errors
-/// [`Error::Model`] where there is none, or it is broken.
+/// [`Error::Model`] if there is none, or it is invalid.
 pub fn saved_lora_config(adapter: &Path) -> Result<LoraConfig, Error> {
     Ok(AdapterConfig::open(adapter).map_err(rekindle_models::Error::from)?.lora().clone())
 }

@@ -1,4 +1,4 @@
-//! Rows as a model takes them, without its weights.
+//! Encoding of rows for a model, without its weights.
 
 use core::fmt;
 
@@ -9,7 +9,7 @@ use rekindle_models::ModelConfig;
 
 use crate::{DataSource, Error, Loader};
 
-/// What encoding rows needs to know of a model: its tokenizer, its vocabulary and how long a row may be.
+/// An encoder of rows: a model's tokenizer, vocabulary size and maximum row length.
 #[derive(Debug)]
 pub struct RowEncoder {
     tokenizer: Option<Tokenizer>,
@@ -18,12 +18,12 @@ pub struct RowEncoder {
 }
 
 impl Loader<'_> {
-    /// What encodes rows for the model as these arguments describe it. No weight is read, but a name on the hub is
-    /// downloaded whole.
+    /// Returns the encoder of rows for the model that these arguments describe. No weight is read, but a name on the
+    /// hub is downloaded completely.
     ///
     /// # Errors
-    /// Those of [`fetch`](Self::fetch); [`Error::Data`] for a broken tokenizer, [`Error::Model`] for a configuration that
-    /// is not supported. A checkpoint without `tokenizer.json` will do for token ids.
+    /// Those of [`fetch`](Self::fetch); [`Error::Data`] for an invalid tokenizer, [`Error::Model`] for a configuration
+    /// that is not supported. Token ids can be encoded without a `tokenizer.json`.
     pub fn row_encoder(&mut self) -> Result<RowEncoder, Error> {
         let files = self.fetch()?.clone();
         let path = files.model.join("config.json");
@@ -43,7 +43,7 @@ pub struct EncodedRows {
     pub(crate) source: DataSource,
     pub(crate) dataset: Dataset,
     pub(crate) report: LoadReport,
-    /// What they were encoded for.
+    /// The maximum length and vocabulary size that they were encoded for.
     pub(crate) max_seq_length: usize,
     pub(crate) vocab_size: usize,
 }
@@ -54,12 +54,12 @@ impl EncodedRows {
         &self.dataset
     }
 
-    /// Returns what was found in the files.
+    /// Returns the report about the files.
     pub fn report(&self) -> &LoadReport {
         &self.report
     }
 
-    /// Returns where the rows come from.
+    /// Returns the source of the rows.
     pub fn source(&self) -> &DataSource {
         &self.source
     }
@@ -72,7 +72,7 @@ impl fmt::Display for EncodedRows {
 }
 
 impl RowEncoder {
-    /// Encodes the rows of `source`, to be trained on or evaluated by an [`SftTrainer`](crate::SftTrainer).
+    /// Encodes the rows of `source` for training or evaluation by an [`SftTrainer`](crate::SftTrainer).
     ///
     /// # Errors
     /// [`Error::Data`] for rows that cannot be read or do not fit.
@@ -82,7 +82,7 @@ impl RowEncoder {
         Ok(EncodedRows { source, dataset, report, max_seq_length, vocab_size })
     }
 
-    /// The rows of `data`, and what was found in its files.
+    /// Encodes the rows of `data`; also returns a report about the files.
     ///
     /// # Errors
     /// [`Error::Data`] for rows that cannot be read or do not fit.
@@ -90,7 +90,7 @@ impl RowEncoder {
         data.encode(self.tokenizer.as_ref(), self.max_seq_length, self.vocab_size)
     }
 
-    /// The checkpoint's tokenizer, if it has one.
+    /// Returns the checkpoint's tokenizer, if it has one.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
         self.tokenizer.as_ref()
     }
@@ -100,12 +100,12 @@ impl RowEncoder {
         self.tokenizer
     }
 
-    /// The most tokens of a row.
+    /// Returns the maximum length of a row in tokens.
     pub fn max_seq_length(&self) -> usize {
         self.max_seq_length
     }
 
-    /// The same for rows of any length.
+    /// Removes the limit on the length of rows.
     #[must_use]
     pub fn of_any_length(self) -> Self {
         Self { max_seq_length: usize::MAX, ..self }

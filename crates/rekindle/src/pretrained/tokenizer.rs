@@ -1,4 +1,4 @@
-//! Which tokenizer and chat template a model has: one rule for every way in which an adapter arrives.
+//! The choice of a model's tokenizer and chat template.
 
 use std::path::Path;
 
@@ -10,28 +10,28 @@ use super::ModelFiles;
 use crate::Error;
 
 impl ModelFiles {
-    /// The adapter whose tokenizer and chat template count.
+    /// Returns the adapter whose tokenizer and chat template are used.
     pub(crate) fn adapter_in_use(&self) -> Option<&Path> {
         self.beside.as_deref().or(self.adapter.as_deref())
     }
 
-    /// The directory whose tokenizer and chat template are used: the adapter's where it has a `tokenizer.json`, else the
-    /// checkpoint's. ModelFiles of both are never mixed.
+    /// Returns the directory of the tokenizer and chat template in use: the adapter's if it has a `tokenizer.json`,
+    /// else the checkpoint's. Files of both are never mixed.
     pub fn tokenizer(&self) -> &Path {
         self.adapter_in_use().filter(|adapter| has_tokenizer(adapter)).unwrap_or(&self.model)
     }
 
-    /// Reads the tokenizer with its chat template; `None` where there is no `tokenizer.json`.
+    /// Reads the tokenizer and its chat template; `None` if there is no `tokenizer.json`.
     ///
     /// # Errors
-    /// [`Error::Data`] for a broken tokenizer.
+    /// [`Error::Data`] for an invalid tokenizer.
     pub fn load_tokenizer(&self) -> Result<Option<Tokenizer>, Error> {
         let dir = self.tokenizer();
         Ok(has_tokenizer(dir).then(|| Tokenizer::from_dir(dir)).transpose()?)
     }
 
-    /// Takes the tokenizer and the chat template of an adapter that is put on the model. Where `replaces` is false and
-    /// another adapter is there, that one's stay. Returns what the user should be told.
+    /// Uses the tokenizer and the chat template of an adapter that is attached. If `replaces` is false and there is
+    /// another adapter, that one's remain. Returns a notice for the user if they differ.
     pub(crate) fn put_adapter(&mut self, adapter: &Path, replaces: bool) -> Option<String> {
         match self.adapter_in_use() {
             Some(now) if same(now, adapter) => None,
@@ -43,7 +43,7 @@ impl ModelFiles {
         }
     }
 
-    /// What the user should be told when tokenizer or template are not the checkpoint's.
+    /// Returns a notice if the tokenizer or template is not the checkpoint's.
     pub(crate) fn notice(&self) -> Option<String> {
         let adapter = self.adapter_in_use()?;
         difference(adapter, &self.model, adapter)
@@ -58,7 +58,8 @@ fn same(a: &Path, b: &Path) -> bool {
     a == b || a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
 }
 
-/// Says how tokenizer and chat template of `adapter` are not those of `other`, and whose are `used`.
+/// Returns a notice if the tokenizer or chat template of `adapter` differs from that of `other`; `used` is the one in
+/// use.
 fn difference(adapter: &Path, other: &Path, used: &Path) -> Option<String> {
     // A template that cannot be read is an error for who needs it.
     let [own, others] = [adapter, other].map(|dir| chat_template_sources(dir).unwrap_or_default());
@@ -83,7 +84,7 @@ fn difference(adapter: &Path, other: &Path, used: &Path) -> Option<String> {
     Some(format!("adapter {name} brings {what} of {}: {whose} tokenizer and template are used", other.display()))
 }
 
-/// Returns true if both directories have a tokenizer, and one encodes or ends texts otherwise than the other.
+/// Returns true if both directories have a tokenizer, and they encode or end texts differently.
 fn tokenizers_differ(a: &Path, b: &Path) -> bool {
     if !has_tokenizer(a) || !has_tokenizer(b) {
         return false;
@@ -103,7 +104,7 @@ fn tokenizers_differ(a: &Path, b: &Path) -> bool {
     ends_a != ends_b || content(bytes_a) != content(bytes_b)
 }
 
-/// The texts of `bos_token` and `eos_token`.
+/// Returns the texts of `bos_token` and `eos_token`.
 fn special_tokens(dir: &Path) -> [Option<String>; 2] {
     let files = ["tokenizer_config.json", "special_tokens_map.json"];
     let files = files.map(|file| read_json::<Value>(&dir.join(file)).unwrap_or_default());
@@ -118,7 +119,7 @@ mod tests {
     use super::*;
     use std::fs;
 
-    /// A checkpoint with a tokenizer and a template, and an adapter with these files.
+    /// Returns a checkpoint with a tokenizer and a template, and an adapter with these files.
     fn files(adapter: &[(&str, &str)]) -> (tempfile::TempDir, ModelFiles) {
         let scratch = tempfile::tempdir().unwrap();
         let base = [
@@ -136,7 +137,7 @@ mod tests {
         (scratch, ModelFiles::of(&base, &adapter))
     }
 
-    /// Whose tokenizer is used, and what is said of it.
+    /// Returns the directory of the tokenizer in use, and the notice.
     fn chosen(adapter: &[(&str, &str)]) -> (String, String) {
         let (_scratch, files) = files(adapter);
         (files.tokenizer().file_name().unwrap().to_str().unwrap().to_owned(), files.notice().unwrap_or_default())

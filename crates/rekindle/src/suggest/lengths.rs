@@ -1,17 +1,17 @@
-//! How long rows may be.
+//! The maximum length of rows.
 
-/// A limit for rows, and what it does to them.
+/// A maximum length of rows, and its effect on them.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Fitted {
-    /// 99 of 100 rows have at most this many tokens.
+    /// The 99th percentile of lengths in tokens.
     pub(super) most: usize,
     pub(super) max_seq_length: usize,
-    /// Rows that are longer.
+    /// The number of longer rows.
     pub(super) longer: usize,
 }
 
-/// The limit is the longest row, or what 99 of 100 rows have where the longest is more than twice that: memory is needed
-/// for the longest batch. Rounded up to 64, within `window`.
+/// Chooses the longest row, or the 99th percentile if the longest row is more than twice as long, because the longest
+/// batch determines the memory. The result is rounded up to a multiple of 64, within `window`.
 pub(super) fn fitted(mut lengths: Vec<usize>, held_out: Vec<usize>, window: usize) -> Fitted {
     lengths.sort_unstable();
     let most = lengths[(lengths.len() * 99).div_ceil(100) - 1];
