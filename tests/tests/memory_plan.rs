@@ -16,7 +16,9 @@ use rekindle_kernels::linear_cross_entropy::LogProbValues;
 use rekindle_lora::LoraConfig;
 use rekindle_models::objective::{BatchLoss, Dpo};
 use rekindle_models::{Batch, CausalLm, GradientCheckpointing, LoadIn, LoadOptions, ModelConfig, Objective, Sft};
-use rekindle_train::{Job, MemoryCategory, MemoryPlan, Optimizer, OptimizerConfig, Planner, Rows, SftConfig};
+use rekindle_train::{
+    MemoryCategory, MemoryPlan, Optimizer, OptimizerConfig, PassRows, PlannedRun, Planner, SftConfig,
+};
 use serde_json::{Value, json};
 
 /// Counts the allocated bytes and their peak.
@@ -73,7 +75,7 @@ struct Case {
     checkpointing: bool,
     rows: usize,
     length: usize,
-    /// Whether all weights are trained in bf16 without an f32 copy.
+    /// True if all weights are trained in bf16 without an f32 copy.
     stochastic_rounding: bool,
     optimizer_in_bwd: bool,
     /// Rows of one pass of evaluation, after the steps; 0 for none.
@@ -205,7 +207,7 @@ fn measured(case: &Case) -> (MemoryPlan, usize) {
         use_gradient_checkpointing: checkpointing,
         ..SftConfig::default()
     };
-    let job = Job {
+    let job = PlannedRun {
         json,
         name: dir.path().to_owned(),
         load: options.clone(),
@@ -213,7 +215,7 @@ fn measured(case: &Case) -> (MemoryPlan, usize) {
         train: train.clone(),
         evaluates: case.evaluated > 0,
     };
-    let rows = Rows::equal(case.rows, case.length);
+    let rows = PassRows::equal(case.rows, case.length);
     let plan = Planner::new(job).unwrap().objective((case.objective)()).plan(&rows).unwrap();
 
     let before = NOW.load(Relaxed);

@@ -4,10 +4,10 @@ use std::error::Error;
 use std::fs;
 
 use rekindle::{
-    DataSource, DeviceKind, Dtype, FastLanguageModel, Loader, LrSchedulerType, QuantConfig, Report, SftConfig,
-    SftTrainer, StepCount, Tokenizer,
+    DataSource, DeviceKind, Dtype, FastLanguageModel, Loader, LrSchedulerType, QuantConfig, SftConfig, SftTrainer,
+    StepCount, Tokenizer, TrainReport,
 };
-use rekindle_train::{Series, lines_svg};
+use rekindle_train::{PlotSeries, lines_svg};
 
 use crate::root;
 
@@ -88,7 +88,7 @@ pub(crate) fn measure(steps: usize) -> Result<(), Box<dyn Error>> {
         println!("| {name} | {megabytes:.2} | training |{}", cells(&train));
         println!("| | | held out |{}", cells(&eval));
         let points = report.steps.iter().map(|step| (step.step as f64, step.loss)).collect();
-        series.push(Series { name, color, points });
+        series.push(PlotSeries { name, color, points });
     }
     fs::write(root().join(PICTURE), lines_svg("training loss", &series))?;
     println!("\n{PICTURE} is drawn");
@@ -96,7 +96,7 @@ pub(crate) fn measure(steps: usize) -> Result<(), Box<dyn Error>> {
 }
 
 /// Returns the training losses, averaged between evaluations, and the held-out losses.
-fn curves(report: &Report) -> (Vec<f64>, Vec<f64>) {
+fn curves(report: &TrainReport) -> (Vec<f64>, Vec<f64>) {
     let mean = |steps: &[rekindle::StepMetrics]| steps.iter().map(|step| step.loss).sum::<f64>() / steps.len() as f64;
     (report.steps.chunks_exact(EVERY).map(mean).collect(), report.evals.iter().map(|eval| eval.eval_loss).collect())
 }

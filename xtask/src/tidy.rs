@@ -62,7 +62,41 @@ const WORDS: [(&str, &[&str]); 9] = [
     ("todo!(", &[]),
 ];
 
-/// Rooms of `kernels/src`, from the lowest up: a room names none above it.
+/// Keys of a `config.json` that describe an architecture. Production code names them only in [`FAMILIES`].
+const ARCHITECTURE_KEYS: [&str; 18] = [
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_local_experts",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "attention_bias",
+    "rms_norm_eps",
+    "sliding_window",
+    "layer_types",
+    "tie_word_embeddings",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+];
+
+/// The folder of the model families.
+const FAMILIES: &str = "crates/rekindle-models/src/families/";
+
+/// Files outside of [`FAMILIES`] that write architecture keys: the output of `inspect`, and a merge that unties the head.
+const KEY_WRITERS: [&str; 2] = ["crates/rekindle/src/inspect.rs", "crates/rekindle-models/src/checkpoint/merge.rs"];
+
+/// First words of a doc comment that make it a noun clause instead of a verb or a noun phrase.
+const CLAUSES: [&str; 4] = ["What", "Whether", "How", "Of"];
+
+/// Paths whose doc comments are not checked for [`CLAUSES`] yet.
+const UNCHECKED_DOCS: [&str; 3] = ["crates/rekindle-lora/", "crates/rekindle-models/", "kernels/"];
+
+/// Folders of `kernels/src`, from the lowest up: a folder names none above it.
 const ROOMS: [&str; 6] = ["runtime", "host", "tensor", "params", "ops", "optimizer"];
 
 /// A file longer than this needs a reason.
@@ -84,6 +118,8 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
         if let Some(problem) = room_above(&name, &text) {
             problems.push(problem);
         }
+        problems.extend(architecture_keys(&name, &text));
+        problems.extend(noun_clauses(&name, &text));
         let lines = text.lines().count();
         if lines > LONG_FILE {
             problems.push(format!("{name} has {lines} lines; split files longer than {LONG_FILE} lines"));
@@ -96,7 +132,42 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
     Err(problems.join("\n       ").into())
 }
 
-/// The name of a room of `kernels/src` in a file of a lower one.
+/// Returns the architecture keys that a file of production code names outside of the families.
+fn architecture_keys(name: &str, text: &str) -> Vec<String> {
+    let is_production = name.contains("/src/") && !name.starts_with("xtask/") && !name.ends_with("tests.rs");
+    if !is_production || name.starts_with(FAMILIES) || KEY_WRITERS.contains(&name) {
+        return Vec::new();
+    }
+    let code = text.split("#[cfg(test)]").next().unwrap_or(text);
+    let named = ARCHITECTURE_KEYS.iter().filter(|key| code.contains(&format!("\"{key}\"")));
+    named.map(|key| format!("{name}: the architecture key \"{key}\" belongs to {FAMILIES}")).collect()
+}
+
+/// Returns the text of a line of a doc comment.
+fn doc(line: &str) -> Option<&str> {
+    let line = line.trim_start();
+    line.strip_prefix("///").or_else(|| line.strip_prefix("//!"))
+}
+
+/// Returns the doc comments of a file that begin with a noun clause.
+fn noun_clauses(name: &str, text: &str) -> Vec<String> {
+    if UNCHECKED_DOCS.iter().any(|path| name.starts_with(path)) {
+        return Vec::new();
+    }
+    let mut previous_is_doc = false;
+    let mut problems = Vec::new();
+    for (index, line) in text.lines().enumerate() {
+        let begins = doc(line).filter(|_| !previous_is_doc).and_then(|doc| doc.split_whitespace().next());
+        if let Some(word) = begins.filter(|word| CLAUSES.contains(word)) {
+            let line = index + 1;
+            problems.push(format!("{name}:{line}: begin the doc comment with a verb or a noun, not with \"{word}\""));
+        }
+        previous_is_doc = doc(line).is_some();
+    }
+    problems
+}
+
+/// Returns a problem if a file of `kernels/src` names a folder above its own.
 fn room_above(name: &str, text: &str) -> Option<String> {
     let room = name.strip_prefix("kernels/src/")?.split_once('/')?.0;
     let floor = ROOMS.iter().position(|&known| known == room)?;
@@ -153,4 +224,27 @@ fn sources(dir: &Path) -> Result<Vec<PathBuf>, Box<dyn Error>> {
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn architecture_keys_belong_to_families() {
+        let code = "let heads = json[\"num_attention_heads\"];";
+        assert_eq!(architecture_keys("crates/rekindle-models/src/loss.rs", code).len(), 1);
+        assert!(architecture_keys("crates/rekindle-models/src/families/llama.rs", code).is_empty());
+        let test = format!("#[cfg(test)]\nmod tests {{ {code} }}");
+        assert!(architecture_keys("crates/rekindle-models/src/loss.rs", &test).is_empty());
+    }
+
+    #[test]
+    fn doc_comments_begin_with_a_verb_or_a_noun() {
+        let found = |text: &str| noun_clauses("crates/rekindle/src/lib.rs", text).len();
+        assert_eq!(found("    /// What it is.\n    /// How it works.\n"), 1, "only the first line counts");
+        assert_eq!(found("//! Whether it works.\n"), 1);
+        assert_eq!(found("/// Returns the loss.\n/// What follows is a note.\n// What a comment may say.\n"), 0);
+        assert!(noun_clauses("crates/rekindle-lora/src/lib.rs", "/// Of it.\n").is_empty());
+    }
 }

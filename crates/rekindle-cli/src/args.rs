@@ -288,7 +288,7 @@ fn resume(text: &str) -> Result<Resume, String> {
         return Ok(Resume::Latest);
     }
     if !Path::new(text).is_dir() {
-        return Err(format!("\"{text}\" is no directory; put --resume at the end, or write --resume=latest"));
+        return Err(format!("\"{text}\" is not a directory; put --resume at the end, or write --resume=latest"));
     }
     Ok(Resume::From(text.into()))
 }
@@ -323,55 +323,57 @@ Start here:
   rekindle init --model Qwen/Qwen3-0.6B --data train.jsonl
 
 Results are printed to stdout, progress to stderr.
-Models and adapters are directories, or names on the Hugging Face hub such as Qwen/Qwen3-0.6B. HF_HOME, HF_HUB_CACHE,
-HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are obeyed.
-Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 data, 4 more memory than there is, 5 network or hub, 6 a number is not finite, 130 interrupted.";
+Models and adapters are directories, or names on the Hugging Face hub such as Qwen/Qwen3-0.6B. The environment variables
+HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE apply.
+Exit codes: 0 success, 1 failure, 2 usage or configuration, 3 data, 4 not enough memory, 5 network or hub, 6 non-finite
+loss or gradient, 130 interrupted.";
 
-const RUN_FILE: &str = r#"Example of a run file; all that is not commented out is needed:
+const RUN_FILE: &str = r#"Example of a run file; commented keys are optional and show their defaults or an example:
   # output_dir = "outputs/run"      # default: outputs/ and the name of the run file
   # seed = 3407
   # device = "auto"                 # auto | cpu | cuda[:N] | wgpu[:N]
 
-  [model]                           # or, where that is all of it, model = "…" at the top
-  name_or_path = "Qwen/Qwen3-0.6B"  # a directory, or a name on the hub; an adapter is gone on with
+  [model]                           # or model = "…" at the top, if there are no other keys
+  name_or_path = "Qwen/Qwen3-0.6B"  # a directory, or a name on the hub; the training of an adapter is continued
   # revision = "main"               # with token, cache_dir, local_files_only
   # max_seq_length = 2048
-  # rope_scaling = "auto"           # for more than the model's window: auto | linear | dynamic | yarn | { rope_type = ... }
+  # rope_scaling = "auto"           # beyond the model's window: auto | linear | dynamic | yarn | { rope_type = ... }
   # dtype = "auto"                  # auto | bf16 | f16 | f32
   # load_in_4bit = false            # true: QLoRA; with quant_type, blocksize, double_quant, skip_modules
   # load_in_8bit = false
-  # full_finetuning = false         # true trains all weights; leave [lora] out then
-  # resize_model_vocab = 152000     # rows of embedding and head
+  # full_finetuning = false         # true: train all weights, without [lora]
+  # resize_model_vocab = 152000     # rows of the embedding and the head
 
   [lora]
   r = 16                            # lora_alpha, lora_dropout, use_rslora, target_modules ...
-  # init_from = "outputs/first/adapter"   # or a name: go on with this adapter instead of a new one
+  # init_from = "outputs/first/adapter"   # continue training this adapter, or a name on the hub
 
   [data]
   train = "train.jsonl"             # or .json, .csv, .parquet, .arrow, a directory, a pattern, a dataset on the hub, a list
-  # eval = "heldout.jsonl"          # or eval_fraction = 0.05: rows of train that are held out; max_rows, sample_seed
+  # eval = "heldout.jsonl"          # or eval_fraction = 0.05: hold out rows of train; max_rows, sample_seed
   # split = "train"                 # of a directory or a dataset on the hub; eval_split = "test"
   # columns = { instruction = "question", output = "answer" }   # key = the file's column
   # shuffle = true
   # overlong = "error"              # error | drop | truncate | split
   # train_on = "assistant"          # assistant | last_assistant | all
-  # thinking = "keep"               # keep | strip | mask: reasoning, taken out or shown and not trained
-  # untrained = "error"             # error | drop: rows with nothing to train
-  # not_shown = "error"             # error | drop | allow: rows of which the chat template leaves something out
-  # chat_template = "tool_use"      # one of several templates by name
+  # thinking = "keep"               # keep | strip | mask: train reasoning, remove it, or render it untrained
+  # untrained = "error"             # error | drop: rows without a token to train
+  # not_shown = "error"             # error | drop | allow: rows of which the chat template omits a part
+  # chat_template = "tool_use"      # the name of one of several templates
 
   [train]                           # names as in Hugging Face's TrainingArguments
   # per_device_train_batch_size = 8, packing = false, num_train_epochs = 3 or max_steps, learning_rate,
   # lr_scheduler_type, warmup_steps, eval_steps, logging_steps, save_steps (below 1: shares of the run), save_total_limit,
   # load_best_model_at_end, early_stopping_patience ...
-  # eval_samples = 2                # answers to prompts of eval, into the report; sample_prompts = ["..."] gives others
+  # use_gradient_checkpointing = false    # true: recompute activations | "unsloth": offload them | "auto"
+  # eval_samples = 2                # answer prompts of eval, for the report; sample_prompts = ["..."] adds others
 
 Relative paths are relative to the current directory, not to the run file.
-A run writes into output_dir: adapter/ (or model/ when all weights were trained), report.html, metrics.jsonl, loss.svg,
+A run writes into output_dir: adapter/ (or model/ if all weights are trained), report.html, metrics.jsonl, loss.svg,
 tensorboard/ and run.toml, the configuration with all defaults filled in. The adapter, model and checkpoints of an
 earlier run are only replaced with --overwrite.
 The last line on stdout is the path of the adapter or model.
-Ctrl-C ends a run after its step, with a checkpoint-N for --resume; pressed twice, at once.
+Ctrl-C ends a run after the current step, with a checkpoint for --resume; pressed twice, it ends the run immediately.
 
 Examples:
   rekindle train run.toml --dry-run
@@ -379,16 +381,16 @@ Examples:
   rekindle train run.toml train.learning_rate=1e-4 train.max_steps=200 output_dir=outputs/second"#;
 
 const INIT: &str = "\
-Reads the model's configuration, the lengths of the rows and what memory is free, and chooses max_seq_length, 16 or 4 bits,
-batches and epochs. Every key in the file says why it is what it is.
+Reads the model's configuration, the lengths of the rows and the free memory, and chooses max_seq_length, 16 or 4 bits,
+batches and epochs. A comment in the file explains every key.
 
 Examples:
   rekindle init --model Qwen/Qwen3-0.6B --data train.jsonl --eval heldout.jsonl
   rekindle train run.toml --dry-run";
 
 const MERGE: &str = "\
-A base in 4 or 8 bits is decoded: that is what the adapter was trained against. To merge onto the 16-bit original,
-name it with --model.
+A 4-bit or 8-bit base is decoded, because the adapter was trained on it. To merge onto the 16-bit original, give it with
+--model.
 
 Examples:
   rekindle merge outputs/run --out models/tuned --verify
@@ -396,7 +398,7 @@ Examples:
   rekindle merge outputs/sql outputs/chat --adapter-weights 0.7,0.3 --out models/both";
 
 const QUANTIZE: &str = "\
-The result loads here and in transformers with bitsandbytes.
+Rekindle, and transformers with bitsandbytes, load the result.
 
 Examples:
   rekindle quantize --model models/Qwen3-0.6B --to nf4 --out models/Qwen3-0.6B-nf4

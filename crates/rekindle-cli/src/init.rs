@@ -18,7 +18,7 @@ pub(crate) fn run(args: &InitArgs) -> Result<(), Failure> {
     let out = &args.out;
     if out.exists() {
         return Err(Failure::Configuration(format!(
-            "{} is there already; give another file with --out, or remove it",
+            "{} already exists; give another file with --out, or remove it",
             out.display()
         )));
     }
@@ -79,8 +79,7 @@ fn memory(suggestion: &Suggestion) -> String {
         None => format!("{takes}; free memory of {} is not known", suggestion.device),
         Some(free) if *fits => format!("{takes} of {} free", gib(*free)),
         Some(free) => format!(
-            "{takes}, more than nine tenths of the {} that are free: it will hardly fit; choose a smaller model, or shorter \
-             rows",
+            "{takes}, more than nine tenths of the {} free: it may not fit; choose a smaller model, or shorter rows",
             gib(*free)
         ),
     }
@@ -122,21 +121,25 @@ impl Lines {
 fn text(args: &InitArgs, suggestion: &Suggestion, held_out: bool) -> String {
     let mut lines = Lines::default();
     let stem = args.out.file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy());
-    lines.line("# Written by `rekindle init`, to be changed: every key says why it is what it is.");
+    lines.line("# Written by `rekindle init` as a starting point. A comment explains each key.");
     lines.line(&format!(
-        "# `rekindle train {} --dry-run` shows what it does, `rekindle train --help` the other keys.",
+        "# `rekindle train {} --dry-run` summarizes the run; `rekindle train --help` lists the other keys.",
         args.out.display()
     ));
-    lines.line("# Paths are relative to the directory you are in.\n");
-    lines.key("output_dir", path(&Path::new("outputs").join(&*stem)), "adapter/, report.html and the like go there");
+    lines.line("# Paths are relative to the current directory.\n");
+    lines.key(
+        "output_dir",
+        path(&Path::new("outputs").join(&*stem)),
+        "directory for adapter/, report.html and metrics.jsonl",
+    );
     lines.key(
         "seed",
         3407,
-        "of the adapter, the order of the rows and dropout; with the same one a CPU gives the same bits",
+        "seed of the adapter, the order of rows and dropout; on the CPU it makes runs bit-identical",
     );
     let device = match args.device {
         DeviceKind::Auto => format!("an NVIDIA GPU, else the CPU; here {}", suggestion.device),
-        _ => "as asked for".to_owned(),
+        _ => "as requested".to_owned(),
     };
     lines.key("device", args.device.to_string(), device);
     model(&mut lines, args, suggestion);
@@ -154,25 +157,25 @@ fn model(lines: &mut Lines, args: &InitArgs, suggestion: &Suggestion) {
         lines.key("revision", revision.clone(), "the branch, tag or commit");
     }
     if let Some(dir) = &args.hub.cache_dir {
-        lines.key("cache_dir", path(dir), "where downloads lie");
+        lines.key("cache_dir", path(dir), "directory for downloads");
     }
     if args.hub.local_files_only {
-        lines.key("local_files_only", true, "the network is left alone");
+        lines.key("local_files_only", true, "do not use the network");
     }
     let why = match longer {
         0 => format!("every row fits: the longest has {}", counted(rows.longest, "token")),
         _ => format!(
-            "99 of 100 rows have at most {}; longer are {longer}; the model's window is {window}",
+            "99 of 100 rows have at most {}; {longer} are longer; the model's window is {window}",
             counted(*most, "token")
         ),
     };
     lines.key("max_seq_length", *max_seq_length as i64, why);
     if suggestion.is_quantized {
-        lines.without("load_in_4bit", "the checkpoint is quantized, and loads as it is");
+        lines.without("load_in_4bit", "the checkpoint is already quantized");
     } else {
         let why = match (suggestion.load_in_4bit, suggestion.free) {
             (true, _) => {
-                format!("QLoRA: with dense weights the run would take about {}", gib(suggestion.estimated_dense))
+                format!("QLoRA: dense weights would take about {}", gib(suggestion.estimated_dense))
             }
             (false, Some(free)) => format!("dense weights fit: {} are free", gib(free)),
             (false, None) => "true: weights in NF4, a quarter of the memory".to_owned(),
@@ -184,12 +187,12 @@ fn model(lines: &mut Lines, args: &InitArgs, suggestion: &Suggestion) {
 fn lora(lines: &mut Lines, suggestion: &Suggestion) {
     lines.section("lora");
     if suggestion.is_adapter {
-        lines.without("r", "the adapter that was given is gone on with, with all that it is");
+        lines.without("r", "the given adapter is continued, with its settings");
     } else {
         let r = suggestion.r as i64;
-        lines.key("r", r, "the rank, on all linears of a block: 8 to adapt a style, 32 and more for much that is new");
-        lines.key("lora_alpha", 2 * r, "what the adapter adds is multiplied by lora_alpha / r = 2, as is usual");
-        lines.key("lora_dropout", 0.0, "0.05 to 0.1 where the evaluation loss rises while the training loss falls");
+        lines.key("r", r, "rank, on all linears of a block: 8 for a style, 32 or more for much new knowledge");
+        lines.key("lora_alpha", 2 * r, "the adapter's output is multiplied by lora_alpha / r = 2, a usual value");
+        lines.key("lora_dropout", 0.0, "0.05 to 0.1 if the evaluation loss rises while the training loss falls");
     }
 }
 
@@ -203,13 +206,13 @@ fn data(lines: &mut Lines, args: &InitArgs, suggestion: &Suggestion, held_out: b
             let why = format!("{rows} held out to evaluate; eval = \"heldout.jsonl\" names a file instead");
             lines.key("eval_fraction", HELD_OUT, why);
         }
-        _ => lines.without("eval = \"heldout.jsonl\"", "rows that are never trained on tell learning from memorizing"),
+        _ => lines.without("eval = \"heldout.jsonl\"", "rows never trained on distinguish learning from memorizing"),
     }
     let (value, why) = match suggestion.longer {
-        0 => ("error", "a longer row would stop the run before it begins".to_owned()),
+        0 => ("error", "a longer row is an error before the run starts".to_owned()),
         rows => {
             let rows = counted(rows, "longer row");
-            ("drop", format!("left out and counted: {rows}; \"truncate\" and \"split\" use them"))
+            ("drop", format!("omitted: {rows}; \"truncate\" and \"split\" use them"))
         }
     };
     lines.key("overlong", value, why);
@@ -229,13 +232,13 @@ fn train(lines: &mut Lines, suggestion: &Suggestion) {
     let (value, why) = match suggestion.use_gradient_checkpointing {
         GradientCheckpointing::Off => (
             Value::Boolean(false),
-            "they fit; \"unsloth\" keeps a fraction of them, and takes 1.2 times as long on a GPU",
+            "activations fit; \"unsloth\" keeps a fraction of them, and takes 1.2 times as long on a GPU",
         ),
         GradientCheckpointing::Host => (
             Value::String("unsloth".to_owned()),
-            "blocks are computed again in the backward, which saves most activations",
+            "blocks are recomputed in the backward pass, which saves most activations",
         ),
-        _ => (Value::Boolean(true), "blocks are computed again in the backward, which saves most activations"),
+        _ => (Value::Boolean(true), "blocks are recomputed in the backward pass, which saves most activations"),
     };
     lines.key("use_gradient_checkpointing", value, why);
     lines.key(
@@ -247,11 +250,11 @@ fn train(lines: &mut Lines, suggestion: &Suggestion) {
     lines.key(
         "learning_rate",
         train.learning_rate.unwrap_or(2e-4),
-        "usual for LoRA; the first to be tried otherwise, 5e-5 to 1e-3",
+        "usual for LoRA; the first key to tune, from 5e-5 to 1e-3",
     );
-    lines.key("lr_scheduler_type", "cosine", "falls slowly, then fast, then slowly to 0");
+    lines.key("lr_scheduler_type", "cosine", "decreases to 0 along half a cosine");
     let (warmup, logging) = (train.warmup(), train.logging_steps.of(*steps) as i64);
-    lines.key("warmup_steps", steps_value(warmup), "a share of all steps, while Adam's moments are young");
+    lines.key("warmup_steps", steps_value(warmup), "a share of all steps, until Adam's moments are reliable");
     lines.key("logging_steps", logging, "steps between lines in the terminal; metrics.jsonl has every step");
     if let Some(every) = train.eval_steps {
         let evaluations = counted(train.timetable(rows.examples).evaluations(), "evaluation");
@@ -261,16 +264,16 @@ fn train(lines: &mut Lines, suggestion: &Suggestion) {
         lines.key(
             "eval_samples",
             train.eval_samples as i64,
-            "prompts of eval that are answered at each, for report.html",
+            "prompts of eval to answer at each evaluation, for report.html",
         );
         lines.key(
             "sample_max_new_tokens",
             train.sample_max_new_tokens as i64,
-            "of such an answer; each is a pass through the model",
+            "maximum tokens of an answer; each is a pass through the model",
         );
     }
     if let Some(every) = train.save_steps {
-        lines.key("save_steps", steps_value(every), "checkpoints on the way");
+        lines.key("save_steps", steps_value(every), "steps between checkpoints");
     }
 }
 

@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, stderr};
 
 use indicatif::{BinaryBytes, DecimalBytes, HumanCount, ProgressBar, ProgressFinish, ProgressStyle};
-use rekindle::{EvalMetrics, Event, Sample, StepMetrics, Timetable, counted};
+use rekindle::{EvalMetrics, PromptSample, StepMetrics, Timetable, TrainEvent, counted};
 
 /// The progress of a training run.
 #[derive(Debug)]
@@ -60,19 +60,19 @@ impl Progress {
         Self { times: None, bar: None, is_terminal: stderr().is_terminal(), clock: Clock::default() }
     }
 
-    pub(crate) fn event(&mut self, event: &Event<'_>) {
+    pub(crate) fn event(&mut self, event: &TrainEvent<'_>) {
         match event {
-            Event::Started { done, times, checkpoint, notes } => {
+            TrainEvent::Started { done, times, checkpoint, notes } => {
                 self.times = Some(**times);
                 notes.iter().for_each(|note| eprintln!("{note}"));
                 if let Some(path) = checkpoint {
                     eprintln!("resuming from {} after step {done} of {}", path.display(), times.total);
                 }
             }
-            Event::Step { metrics, total } => self.step(metrics, *total),
-            Event::Eval(metrics) => self.note(&eval_line(metrics)),
-            Event::Sample(sample) => self.note(&sample_line(sample)),
-            Event::Saved(path) => self.note(&format!("saved {}", path.display())),
+            TrainEvent::Step { metrics, total } => self.step(metrics, *total),
+            TrainEvent::Eval(metrics) => self.note(&eval_line(metrics)),
+            TrainEvent::Sample(sample) => self.note(&sample_line(sample)),
+            TrainEvent::Saved(path) => self.note(&format!("saved {}", path.display())),
             _ => {}
         }
     }
@@ -80,7 +80,7 @@ impl Progress {
     fn step(&mut self, metrics: &StepMetrics, total: usize) {
         self.clock.step(metrics);
         if self.is_terminal {
-            // A run that goes on begins in the middle; what came before is no part of the speed.
+            // A resumed run starts in the middle; earlier steps do not count for the speed.
             let bar = self.bar.get_or_insert_with(|| bar(total).with_position(metrics.step as u64 - 1));
             bar.set_message(bar_message(metrics));
             bar.set_position(metrics.step as u64);
@@ -187,7 +187,7 @@ fn bar_message(metrics: &StepMetrics) -> String {
 /// The maximum number of characters of an answer.
 const WIDTH: usize = 100;
 
-fn sample_line(sample: &Sample) -> String {
+fn sample_line(sample: &PromptSample) -> String {
     let text = format!("{:?}", sample.output);
     let text = match text.char_indices().nth(WIDTH) {
         Some((end, _)) => format!("{} …", &text[..end]),
@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn an_answer_is_one_line() {
-        let sample = Sample {
+        let sample = PromptSample {
             step: 20,
             sample: 1,
             prompt: "q".into(),
@@ -277,7 +277,7 @@ mod tests {
             ended: true,
         };
         assert_eq!(sample_line(&sample), "sample 1 after step 20: \"a\\nb\"");
-        let long = sample_line(&Sample { output: "ä".repeat(500), ..sample });
+        let long = sample_line(&PromptSample { output: "ä".repeat(500), ..sample });
         assert!(long.ends_with("ää …") && long.chars().count() < 130, "{long}");
     }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use rekindle::run::{RunConfig, TrainOptions, TrainingRun};
-use rekindle::{DataSource, Model, Report, Tokenizer};
+use rekindle::{DataSource, Model, Tokenizer, TrainReport};
 use serde::Deserialize;
 
 use crate::args::QuickstartArgs;
@@ -107,7 +107,7 @@ fn look(job: &TrainingRun, questions: &[Question]) -> Result<Look, Failure> {
     Ok(look)
 }
 
-fn ending(dir: &Path, job: &TrainingRun, report: &Report, seconds: f64) -> String {
+fn ending(dir: &Path, job: &TrainingRun, report: &TrainReport, seconds: f64) -> String {
     let dir = dir.display();
     let adapter = report.saved.as_deref().map_or_else(|| format!("{dir}/adapter"), |path| path.display().to_string());
     let trained = job.model.causal_lm().params().numel();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rekindle::run::{RunConfig, RunObserver, TrainOptions, TrainingRun};
-use rekindle::{EncodedRows, End, Event, MemoryPlan, Model, Report, counted, show_bytes};
+use rekindle::{EncodedRows, MemoryPlan, Model, TrainEnd, TrainEvent, TrainReport, counted, show_bytes};
 
 use crate::args::TrainArgs;
 use crate::failure::Failure;
@@ -30,7 +30,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     if let Some(error) = observer.signals_failed.take() {
         return Err(Failure::Signals(error));
     }
-    if report.end == End::Interrupted {
+    if report.end == TrainEnd::Interrupted {
         return Err(Failure::Interrupted(interruption(&report)));
     }
     summarize(&report, &run.config.output_dir, &observer.written.take());
@@ -107,13 +107,13 @@ impl RunObserver for TerminalObserver {
         }
     }
 
-    fn event(&self, event: &Event<'_>) {
+    fn event(&self, event: &TrainEvent<'_>) {
         self.progress.borrow_mut().event(event);
     }
 }
 
 /// Returns the message for a run that a signal ended.
-fn interruption(report: &Report) -> String {
+fn interruption(report: &TrainReport) -> String {
     let done = report.steps.last().map_or(0, |step| step.step);
     match &report.checkpoint {
         Some(path) => format!(
@@ -124,9 +124,9 @@ fn interruption(report: &Report) -> String {
     }
 }
 
-fn summarize(report: &Report, dir: &Path, resolved: &Path) {
+fn summarize(report: &TrainReport, dir: &Path, resolved: &Path) {
     eprintln!("{}", summary(report));
-    if report.end == End::EarlyStopping {
+    if report.end == TrainEnd::EarlyStopping {
         eprintln!("the evaluation loss stopped falling: the run ended early (early_stopping_patience)");
     }
     let [metrics, page] = ["metrics.jsonl", "report.html"].map(|name| dir.join(name));
@@ -134,7 +134,7 @@ fn summarize(report: &Report, dir: &Path, resolved: &Path) {
 }
 
 /// Summarizes a run in a line: its length, and both losses at its start and end.
-fn summary(report: &Report) -> String {
+fn summary(report: &TrainReport) -> String {
     let Some((first, last)) = report.steps.first().zip(report.steps.last()) else { return "no steps".to_owned() };
     let mut text = format!("{} in {}", counted(last.step, "step"), duration(last.seconds));
     text += &format!(", training loss {:.3} -> {:.3}", first.loss, last.loss);

@@ -136,7 +136,7 @@ mod tests {
         let row = json!({"question": "q", "answer": "a", "messages": [], "prompt": "unused", "id": 1});
         let (row, found) = apply(&mapped, row).expect("both are there");
         assert_eq!((row, found), (json!({"id": 1, "completion": "a", "prompt": "q"}), 0b11));
-        // The other half of a shape keeps its own name.
+        // The other key of the format keeps its own name.
         let (row, _) =
             apply(&columns(&[("completion", "answer")]), json!({"prompt": "q", "answer": "a"})).expect("valid");
         assert_eq!(row, json!({"prompt": "q", "completion": "a"}));

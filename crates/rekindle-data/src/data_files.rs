@@ -10,13 +10,10 @@ use crate::report::LoadReport;
 use crate::tokenizer::Tokenizer;
 
 /// The row files of a dataset.
-/// | JSON lines, JSON (a list of rows, or an object with one as `data`), CSV and TSV, each optionally compressed by
-/// gzip or zstd, Parquet and Arrow IPC. The format of a file is detected by its first bytes, that of CSV by its name;
-/// the [format of a row](crate::RowFormat) by its keys.
 ///
-/// JSON lines, JSON (a list of rows, or an object with one as `data`), CSV and TSV, each perhaps compressed by gzip or zstd,
-/// Parquet and Arrow IPC. A file's first bytes tell its kind, except for CSV, which its name tells; the keys of each row
-/// tell its [shape](crate::RowFormat).
+/// The formats are JSON lines, JSON (a list of rows, or an object with one as `data`), CSV and TSV, each optionally
+/// compressed by gzip or zstd, Parquet and Arrow IPC. The format of a file is detected by its first bytes, that of CSV
+/// by its name; the [format of a row](crate::RowFormat) by its keys.
 ///
 /// ```
 /// use rekindle_data::{DataFiles, EncodeOptions};

@@ -17,7 +17,7 @@ pub(crate) use prepare::settle;
 ///
 /// - Messages: see [`conversation::encode`].
 /// - Prompt and completion: encoded as one text with the tokenizer's special tokens and the end token, unless the text
-/// already ends with it; the loss covers the completion. A token that would span both is split as in [`border::split`].
+///   already ends with it; the loss covers the completion. A token that would span both is split as in [`border::split`].
 /// - Text: likewise, and the loss covers everything.
 /// - Ids: unchanged.
 ///

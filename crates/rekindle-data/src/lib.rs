@@ -1,11 +1,11 @@
 //! Training rows, chat templates and loss masks: everything between files of rows and token ids.
 //!
 //! [`Tokenizer`] reads a checkpoint's tokenizer and [`ChatTemplate`]; [`DataFiles`] finds files of rows, in every
-//! [`RowFormat`]; [`Dataset::load`] turns each row into an [`Example`], token ids with a label beside each; [`Order`] says in which sequence the examples are visited. Nothing
-//! here knows of tensors.
+//! [`RowFormat`]; [`Dataset::load`] encodes each row into an [`Example`], token ids with labels; [`Order`] is the order
+//! of the examples. This crate knows no tensors.
 //!
-//! A label stands beside the token it equals: the label of position `i` is predicted from the tokens before `i`, so the
-//! first label of an example never counts, and [`IGNORED`] marks the others that do not.
+//! A label has the position of the token that it equals: the label of position `i` is predicted from the tokens before
+//! `i`. Therefore the first label of an example never counts; [`IGNORED`] marks others that do not.
 //!
 //! ```
 //! use rekindle_data::{Dataset, EncodeOptions, Order};
@@ -71,9 +71,9 @@ pub use options::EncodeOptions;
 pub use order::Order;
 pub use overlong::Overlong;
 pub use packing::Packs;
-pub use report::{CacheUse, Change, LoadReport, RowPlace};
+pub use report::{CacheUse, LoadReport, RowChange, RowPlace};
 pub use row::{RowFormat, RowNumber};
 pub use sample::{RowPart, RowSample};
 pub use stream::StreamDecoder;
-pub use template::{ChatTemplate, Marked, RenderOptions};
+pub use template::{ChatTemplate, MarkedRendering, RenderOptions};
 pub use tokenizer::{Tokenizer, chat_template_sources, eos_token_ids};

@@ -3,12 +3,13 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 /// The order of examples: epoch after epoch, each a permutation of `0..len`.
 ///
-/// Position `p` of the endless sequence is element `p mod len` of epoch `p div len`, so a run is resumed from the number
-/// of examples that it has taken, [`Order::from_cursor`], and nothing else.
+/// Position `p` of the endless sequence is element `p mod len` of epoch `p div len`, so a run resumes from the number
+/// of examples that it has taken ([`Order::from_cursor`]) and nothing else.
 ///
 /// With `shuffle`, epoch `e` is the Fisher–Yates shuffle of `0..len`: for `i = len − 1, …, 1` swap elements `i` and
-/// `⌊u·(i + 1) / 2⁶⁴⌋`, where the `u` are the successive 64-bit words of ChaCha8 with the seed (little-endian, zero-padded)
-/// as its key and `e` as its stream. It depends on no library's idea of a shuffle. Without, every epoch is `0..len`.
+/// `⌊u·(i + 1) / 2⁶⁴⌋`, where the `u` are the successive 64-bit words of ChaCha8 with the seed (little-endian,
+/// zero-padded) as its key and `e` as its stream. It depends on no library's shuffle. Without `shuffle`, every epoch is
+/// `0..len`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Order {
     len: usize,

@@ -30,7 +30,7 @@ impl Packs {
         let mut order: Vec<usize> = (0..lengths.len()).collect();
         order.sort_by_key(|&example| Reverse(lengths[example]));
         let mut packs: Vec<Vec<usize>> = Vec::new();
-        // Packs by the room that is left in them.
+        // Packs by their free space.
         let mut rooms: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         for example in order {
             let length = lengths[example];

@@ -46,7 +46,7 @@ pub struct LoadReport {
     /// Rows of prompt and completion as text that do not go through the checkpoint's chat template.
     pub plain_prompts: usize,
     /// The first rows that were omitted, truncated or split.
-    pub first_changed: Vec<(Change, RowPlace)>,
+    pub first_changed: Vec<(RowChange, RowPlace)>,
     /// Notices for the user about the selection of files.
     #[serde(skip)]
     pub notices: Vec<String>,
@@ -81,7 +81,7 @@ pub struct RowPlace {
 /// A change of a row during loading.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Change {
+pub enum RowChange {
     /// It was omitted.
     Dropped,
     /// It was truncated.
@@ -105,14 +105,14 @@ const NAMED: usize = 3;
 
 impl LoadReport {
     /// Counts a changed row.
-    pub(crate) fn changed(&mut self, change: Change, at: RowPlace) {
+    pub(crate) fn changed(&mut self, change: RowChange, at: RowPlace) {
         let count = match change {
-            Change::Dropped => &mut self.dropped,
-            Change::Truncated => &mut self.truncated,
-            Change::Split => &mut self.split,
-            Change::Untrained => &mut self.untrained,
-            Change::NotShown => &mut self.not_shown,
-            Change::Joined => &mut self.joined,
+            RowChange::Dropped => &mut self.dropped,
+            RowChange::Truncated => &mut self.truncated,
+            RowChange::Split => &mut self.split,
+            RowChange::Untrained => &mut self.untrained,
+            RowChange::NotShown => &mut self.not_shown,
+            RowChange::Joined => &mut self.joined,
         };
         *count += 1;
         if *count <= NAMED {
@@ -151,12 +151,12 @@ impl fmt::Display for LoadReport {
             false => "trained without what the chat template does not show",
         };
         let counts = [
-            (Change::Dropped, self.dropped, "dropped"),
-            (Change::Truncated, self.truncated, "truncated"),
-            (Change::Split, self.split, "split"),
-            (Change::Untrained, self.untrained, "dropped with nothing to train"),
-            (Change::NotShown, self.not_shown, not_shown),
-            (Change::Joined, self.joined, JOINED),
+            (RowChange::Dropped, self.dropped, "dropped"),
+            (RowChange::Truncated, self.truncated, "truncated"),
+            (RowChange::Split, self.split, "split"),
+            (RowChange::Untrained, self.untrained, "dropped with nothing to train"),
+            (RowChange::NotShown, self.not_shown, not_shown),
+            (RowChange::Joined, self.joined, JOINED),
         ];
         for (change, count, what) in counts.into_iter().filter(|(_, count, _)| *count > 0) {
             let first = self.first_changed.iter().filter(|(other, _)| *other == change);

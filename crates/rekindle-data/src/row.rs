@@ -32,8 +32,8 @@ pub(crate) const BESIDE: [&str; 7] =
 /// The content of a row, not yet encoded.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum RowContent {
-    /// A conversation: `messages`, `conversations`, `prompt` and `completion` as two lists of messages, or an alpaca row
-    /// for a checkpoint with a chat template.
+    /// A conversation: `messages`, `conversations`, `prompt` and `completion` as two lists of messages, or an alpaca
+    /// row for a checkpoint with a chat template.
     Messages {
         /// The whole conversation.
         messages: Vec<Message>,
@@ -144,7 +144,7 @@ impl RowContent {
             fields.insert("instruction".to_owned(), Value::String(String::new()));
         }
         let has = |key: &&str| is(&fields, key);
-        // Half of a shape is taken for it only when nothing is whole, so that what is missing can be named.
+        // A format with a missing key applies only if no format is complete, so that the error can name the key.
         let whole = SHAPES.iter().find(|(_, keys)| keys.iter().all(has));
         let Some((format, keys)) = whole.or_else(|| SHAPES.iter().find(|(_, keys)| keys.iter().any(has))) else {
             return Err(proposal::unknown(&fields, has_template));

@@ -10,9 +10,9 @@ use crate::report::{LoadReport, RowPlace};
 
 /// A random selection of rows, the same for the same seed and number of rows.
 ///
-/// Rows are shuffled; the first `max_rows` of them are used, and of these the first are held out. So a count of held-out
-/// rows gives the same rows whatever `max_rows` is. Examples stay in the order of their files, and the pieces of a split
-/// row stay together.
+/// Rows are shuffled; the first `max_rows` of them are selected, and of these the first are held out. Therefore a
+/// number of held-out rows gives the same rows for every `max_rows`. Examples keep the order of their files, and the
+/// pieces of a split row stay together.
 ///
 /// ```
 /// use rekindle_data::{Dataset, EncodeOptions, RowPart, RowSample};

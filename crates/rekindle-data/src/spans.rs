@@ -1,7 +1,7 @@
 use std::ops::Range;
 
 use crate::message::Message;
-use crate::template::{ChatTemplate, Marked, RenderOptions, STOPPED};
+use crate::template::{ChatTemplate, MarkedRendering, RenderOptions, STOPPED};
 
 /// A conversation's text, and the positions of some assistant turns in it.
 #[derive(Debug, PartialEq)]
@@ -25,10 +25,10 @@ const MARK: &str = "\u{f5a3}\u{f1c7}\u{f5a3}";
 
 /// Renders `messages` and locates the assistant's `turns`.
 ///
-/// A template with `{% generation %}` blocks says itself what the assistant's is, see [`by_marks`]. With any other, turn
-/// `i` begins where the rendering of `messages[..i]` with the generation prompt ends, which is where a model takes over,
-/// and ends where the rendering of `messages[..=i]` ends: its end token is inside, and so is what the template writes
-/// after that token before the next turn (ChatML's newline).
+/// A template with `{% generation %}` blocks says itself what the assistant's is, see [`by_marks`]. With any other,
+/// turn `i` begins where the rendering of `messages[..i]` with the generation prompt ends, which is where a model takes
+/// over, and ends where the rendering of `messages[..=i]` ends: its end token is inside, and so is what the template
+/// writes after that token before the next turn (ChatML's newline).
 ///
 /// Some templates write a turn differently once others follow it (they drop its reasoning), so that the two renderings
 /// are no beginnings of the whole. Then the turn's content is replaced by a mark, which shows what stands before and
@@ -68,7 +68,7 @@ fn by_marks(
     turns: &[usize],
     options: &RenderOptions,
 ) -> Result<Conversation, String> {
-    let Marked { text, spans } = template.try_render_marked(messages, options).map_err(failed(template))?;
+    let MarkedRendering { text, spans } = template.try_render_marked(messages, options).map_err(failed(template))?;
     let assistant: Vec<usize> = (0..messages.len()).filter(|&turn| messages[turn].is_assistant()).collect();
     let ends: Vec<usize> = if spans.len() == assistant.len() {
         (1..=spans.len()).collect()
@@ -124,9 +124,9 @@ fn span(
 /// Returns the span of a turn whose content is between `marked.before` and `marked.after` in the rendering.
 ///
 /// - It begins at the end of the longest common prefix of the prompt and `before`, if the prompt differs from the whole
-/// only in the opening of the turn; else at the content.
+///   only in the opening of the turn; else at the content.
 /// - It ends after the text that the rendering of `messages[..=turn]` adds after the content, as far as the whole has
-/// it too.
+///   it too.
 fn span_by_mark(
     template: &ChatTemplate,
     messages: &[Message],

@@ -48,7 +48,7 @@ impl<'a> StreamDecoder<'a> {
     }
 
     fn show(&mut self, text: &str) -> Option<String> {
-        // A decoder that takes back what it gave can leave `shown` inside a character.
+        // If a decoder revises earlier text, `shown` can be inside a character.
         let from = (self.shown..text.len()).find(|&at| text.is_char_boundary(at))?;
         self.shown = text.len();
         Some(text[from..].to_owned())
@@ -125,7 +125,7 @@ mod tests {
         };
         assert_eq!(pieces(&[1, 1, 2, 3, 4, 1]), ["a", " a", "b", "", "é", " a"]);
         assert_eq!(pieces(&[2, 3, 2]), ["b", "", "\u{fffd}b"]);
-        // A byte that was shown becomes part of a run that is no UTF-8: what was shown stays.
+        // A returned byte becomes part of invalid UTF-8: text that was returned is not revised.
         assert_eq!(pieces(&[5, 3, 5, 1]), ["b", "", "", "\u{fffd}\u{fffd} a"]);
     }
 }

@@ -30,9 +30,9 @@ const NAME: &str = "chat_template";
 /// dicts, `raise_exception`, `strftime_now`, `namespace` and a `tojson` equal to Python's `json.dumps`. Numbers are
 /// formatted as in Python.
 ///
-/// There are two differences from transformers. `strftime_now` returns UTC at the time when the template was read, so that
-/// a conversation renders the same throughout a run. A rendering with too many steps or too much output is an error; the
-/// limits grow with the conversation.
+/// There are two differences from transformers. `strftime_now` returns UTC at the time when the template was read, so
+/// that a conversation renders the same throughout a run. A rendering with too many steps or too much output is an
+/// error; the limits grow with the conversation.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special_tokens: BTreeMap<String, String>,
@@ -44,7 +44,7 @@ pub struct ChatTemplate {
 
 /// A rendering, and the parts of it from `{% generation %}` blocks.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Marked {
+pub struct MarkedRendering {
     /// The text, as of [`ChatTemplate::render`].
     pub text: String,
     /// Non-empty byte ranges, in order and disjoint.
@@ -120,7 +120,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`Error::Template`] as for [`render`](Self::render), and if the template inspects the output of a block.
-    pub fn render_marked(&self, messages: &[Message], options: &RenderOptions) -> Result<Marked> {
+    pub fn render_marked(&self, messages: &[Message], options: &RenderOptions) -> Result<MarkedRendering> {
         self.try_render_marked(messages, options).map_err(|message| self.error(message))
     }
 
@@ -131,14 +131,18 @@ impl ChatTemplate {
         })
     }
 
-    pub(crate) fn try_render_marked(&self, messages: &[Message], options: &RenderOptions) -> Result<Marked, String> {
+    pub(crate) fn try_render_marked(
+        &self,
+        messages: &[Message],
+        options: &RenderOptions,
+    ) -> Result<MarkedRendering, String> {
         let text = self.try_render(messages, options)?;
-        let Some(marking) = &self.marking else { return Ok(Marked { text, spans: Vec::new() }) };
+        let Some(marking) = &self.marking else { return Ok(MarkedRendering { text, spans: Vec::new() }) };
         let (plain, spans) = generation::extract(&self.render_in(marking, messages, options)?);
         if plain != text {
             return Err("the text depends on what its {% generation %} blocks hold".to_owned());
         }
-        Ok(Marked { text, spans })
+        Ok(MarkedRendering { text, spans })
     }
 
     /// Renders like [`render`](Self::render), with an error message without the place.

@@ -14,7 +14,7 @@ pub enum Error {
     NotFound {
         /// The requested path.
         path: PathBuf,
-        /// What was found instead, and what to pass.
+        /// The value found instead, and the one to pass.
         reason: String,
     },
 
@@ -23,7 +23,7 @@ pub enum Error {
     Missing {
         /// The directory or file that should contain it.
         path: PathBuf,
-        /// What is missing, and how to fix it.
+        /// The missing part, and the remedy.
         what: String,
     },
 
@@ -41,7 +41,7 @@ pub enum Error {
     Unsupported {
         /// The file or directory.
         path: PathBuf,
-        /// What it contains, and what to use instead.
+        /// The unsupported content, and the alternative.
         reason: String,
     },
 
@@ -70,7 +70,7 @@ pub enum Error {
         kind: HubErrorKind,
         /// `organization/model`, as given.
         name: String,
-        /// What happened, and what to do.
+        /// The problem, and the remedy.
         reason: String,
     },
 

@@ -39,7 +39,7 @@ pub enum Error {
         length: usize,
         /// The model's window.
         window: usize,
-        /// How to request the length explicitly.
+        /// The explicit request for the length.
         explicit: String,
     },
     /// A scaling method was given, but the length is within the window.

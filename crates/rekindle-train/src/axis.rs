@@ -13,7 +13,7 @@ impl Axis {
     /// Returns the shortest axis over `min` to `max` with at most five intervals of 1, 2, 2.5 or 5 times a power of
     /// ten, extended slightly if the ends require it.
     pub(crate) fn over(min: f64, max: f64) -> Self {
-        // One value alone stands in the middle.
+        // A single value is in the middle.
         let (min, max) = if max > min { (min, max) } else { (min - 0.5 * min.abs(), max + 0.5 * max.abs()) };
         let (min, max) = if max > min { (min, max) } else { (0.0, 1.0) };
         let raw = (max - min) / 5.0;

@@ -16,7 +16,7 @@ use crate::save::{check_checkpoint, write_new};
 use crate::{Companion, Error, Optimizer};
 
 pub(crate) use fingerprint::{dataset_fingerprint, weights_fingerprint};
-pub use state::Best;
+pub use state::BestEvaluation;
 pub(crate) use state::{TrainerState, configuration_sha256};
 
 /// Files of a checkpoint that the result of a run does not have.

@@ -68,8 +68,8 @@ pub struct SftConfig {
     pub momentum: Option<f64>,
     /// The maximum global gradient norm; 0 turns clipping off. Default 1.
     pub max_grad_norm: f64,
-    /// Noise on the embeddings in training (NEFTune, arXiv:2310.05914): uniform within ± this / √(length · hidden_size) of
-    /// each document. Default: none.
+    /// Noise on the embeddings in training (NEFTune, arXiv:2310.05914): uniform within ± this / √(length · hidden_size)
+    /// of each document. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub neftune_noise_alpha: Option<f64>,
     /// Gradient checkpointing. Default false: all activations are kept.

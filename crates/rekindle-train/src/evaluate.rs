@@ -129,7 +129,7 @@ fn row_losses(model: &CausalLm, batch: &Batch, per_token: bool) -> Result<Vec<Ro
     let row = |document: Range<usize>| {
         let start = document.start;
         let counted = document.clone().filter(|&at| batch.targets[at] != IGNORED);
-        // A target stands beside the token before it.
+        // Labels are shifted: a target is at the position of the token before it.
         let token =
             |at: usize| TokenLoss { position: at - start + 1, id: batch.targets[at] as u32, nll: nll[at].into() };
         RowLoss {

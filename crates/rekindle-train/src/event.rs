@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::{Best, EvalMetrics, Sample, StepMetrics, Timetable};
+use crate::{BestEvaluation, EvalMetrics, PromptSample, StepMetrics, Timetable};
 
 /// An event of a run.
 #[derive(Debug)]
 #[non_exhaustive]
-pub enum Event<'a> {
+pub enum TrainEvent<'a> {
     /// The first step is about to be taken.
     Started {
         /// Steps done before, by the run that this one resumes.
@@ -29,22 +29,22 @@ pub enum Event<'a> {
     /// The evaluation set was evaluated.
     Eval(&'a EvalMetrics),
     /// A prompt was answered.
-    Sample(&'a Sample),
+    Sample(&'a PromptSample),
     /// A checkpoint or the result was written.
     Saved(&'a Path),
 }
 
 /// The report of a finished or interrupted run.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Report {
+pub struct TrainReport {
     /// Every step, including those before resuming.
     pub steps: Vec<StepMetrics>,
     /// Every evaluation, the last one after the last step.
     pub evals: Vec<EvalMetrics>,
     /// The reason for the end.
-    pub end: End,
+    pub end: TrainEnd,
     /// The lowest evaluation loss, if there was an evaluation.
-    pub best: Option<Best>,
+    pub best: Option<BestEvaluation>,
     /// The last checkpoint, if there is one.
     pub checkpoint: Option<PathBuf>,
     /// The path of the adapter or model, if it was written.
@@ -53,7 +53,7 @@ pub struct Report {
 
 /// The reason for a run's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum TrainEnd {
     /// All steps are done.
     Finished,
     /// The evaluation loss no longer fell (`early_stopping_patience`).

@@ -32,24 +32,27 @@ mod stopping;
 mod tensorboard;
 mod trainer;
 
-pub use checkpoint::Best;
+pub use checkpoint::BestEvaluation;
 pub use companion::Companion;
 pub use config::{EvalStrategy, SaveStrategy, SftConfig, StepCount, Timetable};
 pub use diverged::Diverged;
 pub use error::Error;
 pub use evaluate::{Evaluation, RowLoss, TokenLoss, evaluate, evaluate_tokens};
-pub use event::{End, Event, Report};
-pub use metrics::{EvalMetrics, MetricsFile, RunHistory, Sample, StepMetrics, Until};
+pub use event::{TrainEnd, TrainEvent, TrainReport};
+pub use metrics::{EvalMetrics, MetricsFile, PromptSample, RecordedUntil, RunHistory, StepMetrics};
 pub use model_card::{ModelCard, data_line};
 pub use optim::Optim;
 pub use optimizer::{Optimizer, OptimizerConfig, StepResult};
-pub use plan::{Change, Fit, Job, MemoryBytes, MemoryCategory, MemoryPlan, Planner, Rows, Verdict, show as show_bytes};
-pub use plot::{Series, lines_svg, loss_svg};
+pub use plan::{
+    MemoryBytes, MemoryCategory, MemoryChange, MemoryFit, MemoryPlan, MemoryVerdict, PassRows, PlannedRun, Planner,
+    show as show_bytes,
+};
+pub use plot::{PlotSeries, lines_svg, loss_svg};
 pub use recorder::Recorder;
 pub use report::{RunDescription, report_html};
 pub use report_to::ReportTo;
 pub use sampler::{SamplePrompt, Sampler};
 pub use save::{save_adapter, save_adapters, save_result, write_result};
-pub use schedule::{Curve, LrSchedulerKwargs, LrSchedulerType, Schedule};
+pub use schedule::{LrCurve, LrSchedulerKwargs, LrSchedulerType, Schedule};
 pub use tensorboard::EventFile;
 pub use trainer::{Preflight, Resume, Trainer, check_output_dir};

@@ -53,7 +53,7 @@ pub struct EvalMetrics {
 
 /// The model's answer to a prompt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Sample {
+pub struct PromptSample {
     /// Steps done before it.
     pub step: usize,
     /// The number of the prompt, from 1.
@@ -73,7 +73,7 @@ pub struct Sample {
 
 /// The position up to which a run's metrics are valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Until {
+pub struct RecordedUntil {
     /// Steps done.
     pub steps: usize,
     /// The step of the last evaluation; 0 without one.
@@ -88,7 +88,7 @@ pub struct RunHistory {
     /// Every evaluation.
     pub evals: Vec<EvalMetrics>,
     /// Every sample.
-    pub samples: Vec<Sample>,
+    pub samples: Vec<PromptSample>,
 }
 
 /// A line of the file. Unknown keys and lines of other kinds are ignored.
@@ -97,12 +97,12 @@ pub struct RunHistory {
 enum Line {
     Step(StepMetrics),
     Eval(EvalMetrics),
-    Sample(Sample),
+    Sample(PromptSample),
     Other { step: Option<usize> },
 }
 
 impl Line {
-    fn is_after(&self, until: Until) -> bool {
+    fn is_after(&self, until: RecordedUntil) -> bool {
         match self {
             Self::Step(line) => line.step > until.steps,
             Self::Eval(line) => line.step > until.evaluated,
@@ -118,11 +118,11 @@ impl RunHistory {
     /// # Errors
     /// [`Error::Io`] if the file cannot be read or another line is invalid.
     pub fn read(path: &Path) -> Result<Self, Error> {
-        Ok(Self::parse(path, Until { steps: usize::MAX, evaluated: usize::MAX })?.0)
+        Ok(Self::parse(path, RecordedUntil { steps: usize::MAX, evaluated: usize::MAX })?.0)
     }
 
     /// Reads the metrics in `path` up to `until`, and their lines.
-    fn parse(path: &Path, until: Until) -> Result<(Self, String), Error> {
+    fn parse(path: &Path, until: RecordedUntil) -> Result<(Self, String), Error> {
         let failed = |source| Error::Io { path: path.to_owned(), source };
         let text = std::fs::read_to_string(path).map_err(failed)?;
         let (mut history, mut kept) = (Self::default(), String::new());
@@ -168,7 +168,7 @@ impl MetricsFile {
     ///
     /// # Errors
     /// [`Error::Io`], and [`Error::File`] if the shortened file cannot be written.
-    pub fn resume(path: &Path, until: Until) -> Result<(Self, RunHistory), Error> {
+    pub fn resume(path: &Path, until: RecordedUntil) -> Result<(Self, RunHistory), Error> {
         if !path.exists() {
             return Ok((Self::create(path)?, RunHistory::default()));
         }
@@ -215,16 +215,16 @@ pub(crate) mod tests {
         EvalMetrics { step, eval_loss: 2.25, eval_perplexity: 2.25f64.exp(), eval_tokens: 70 }
     }
 
-    pub(crate) fn sample(step: usize) -> Sample {
+    pub(crate) fn sample(step: usize) -> PromptSample {
         let output = format!("after {step}");
-        Sample { step, sample: 1, prompt: "<q>".into(), expected: None, output, new_tokens: 2, ended: true }
+        PromptSample { step, sample: 1, prompt: "<q>".into(), expected: None, output, new_tokens: 2, ended: true }
     }
 
     #[test]
     fn a_resumed_file_goes_on_after_its_step() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let (mut file, nothing) = MetricsFile::resume(&path, Until { steps: 5, evaluated: 5 }).unwrap();
+        let (mut file, nothing) = MetricsFile::resume(&path, RecordedUntil { steps: 5, evaluated: 5 }).unwrap();
         assert_eq!(nothing, RunHistory::default());
         for n in 1..=4 {
             file.write(&step(n)).unwrap();
@@ -239,7 +239,7 @@ pub(crate) mod tests {
         std::fs::write(&path, &text).unwrap();
         assert_eq!(RunHistory::read(&path).unwrap().steps.len(), 4);
 
-        let (mut file, history) = MetricsFile::resume(&path, Until { steps: 2, evaluated: 2 }).unwrap();
+        let (mut file, history) = MetricsFile::resume(&path, RecordedUntil { steps: 2, evaluated: 2 }).unwrap();
         let mut expected = RunHistory { steps: vec![step(1), step(2)], evals: vec![eval(2)], samples: vec![sample(2)] };
         assert_eq!(history, expected);
         file.write(&step(3)).unwrap();
@@ -249,7 +249,7 @@ pub(crate) mod tests {
         drop(file);
 
         // Stopped before its evaluation.
-        let (_, history) = MetricsFile::resume(&path, Until { steps: 2, evaluated: 0 }).unwrap();
+        let (_, history) = MetricsFile::resume(&path, RecordedUntil { steps: 2, evaluated: 0 }).unwrap();
         assert_eq!(history, RunHistory { steps: vec![step(1), step(2)], ..RunHistory::default() });
     }
 

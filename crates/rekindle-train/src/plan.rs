@@ -19,13 +19,13 @@ use serde_json::Value;
 
 use crate::{Error, Optimizer, OptimizerConfig, SftConfig};
 
-pub use advice::Change;
-pub use fit::{Fit, Verdict};
+pub use advice::MemoryChange;
+pub use fit::{MemoryFit, MemoryVerdict};
 pub use memory::{MemoryBytes, MemoryCategory};
 
 /// A run to plan: model, adapter and training configuration.
 #[derive(Clone, Debug)]
-pub struct Job {
+pub struct PlannedRun {
     /// The model's `config.json`.
     pub json: Value,
     /// The model's name or directory, for messages.
@@ -45,7 +45,7 @@ pub struct Job {
 /// The model is built without values on a device that counts memory and computes nothing ([`Device::planned`]). One
 /// optimizer step of the largest batch runs through the training code; the peak that the device counts is the plan.
 pub struct Planner {
-    job: Job,
+    job: PlannedRun,
     objective: Box<dyn Objective>,
     device: Device,
     model: CausalLm,
@@ -54,7 +54,7 @@ pub struct Planner {
 
 /// The rows of the largest forward and backward pass of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rows {
+pub struct PassRows {
     /// Tokens of each row.
     pub lengths: Vec<usize>,
 }
@@ -92,7 +92,7 @@ impl Planner {
     /// # Errors
     /// [`Error::Model`] for a model that is not supported or an adapter that matches nothing, [`Error::Config`] and
     /// [`Error::NothingToTrain`] as the run itself.
-    pub fn new(job: Job) -> Result<Self, Error> {
+    pub fn new(job: PlannedRun) -> Result<Self, Error> {
         job.train.validate()?;
         let device = job.load.device.planned();
         let load = LoadOptions { device: device.clone(), ..job.load.clone() };
@@ -110,7 +110,7 @@ impl Planner {
         Self { objective, ..self }
     }
 
-    /// Includes evaluation passes in the plan ([`Job::evaluates`]).
+    /// Includes evaluation passes in the plan ([`PlannedRun::evaluates`]).
     pub fn with_evaluation(mut self) -> Self {
         self.job.evaluates = true;
         self
@@ -120,7 +120,7 @@ impl Planner {
     ///
     /// # Errors
     /// [`Error::Model`] for rows that exceed the model's limits.
-    pub fn plan(&mut self, rows: &Rows) -> Result<MemoryPlan, Error> {
+    pub fn plan(&mut self, rows: &PassRows) -> Result<MemoryPlan, Error> {
         self.plan_with(rows, self.job.train.use_gradient_checkpointing)
     }
 
@@ -128,7 +128,7 @@ impl Planner {
     ///
     /// # Errors
     /// As [`plan`](Self::plan).
-    pub fn plan_with(&mut self, rows: &Rows, checkpointing: GradientCheckpointing) -> Result<MemoryPlan, Error> {
+    pub fn plan_with(&mut self, rows: &PassRows, checkpointing: GradientCheckpointing) -> Result<MemoryPlan, Error> {
         self.model.set_gradient_checkpointing(checkpointing);
         let before = self.begin();
         self.optimizer.step(&mut self.model, &*self.objective, &[rows.batch()], 0.0)?;
@@ -146,7 +146,7 @@ impl Planner {
     }
 
     /// Returns the job.
-    pub fn job(&self) -> &Job {
+    pub fn job(&self) -> &PlannedRun {
         &self.job
     }
 
@@ -172,7 +172,7 @@ impl Planner {
     }
 
     /// Returns the plan from the device's counts since [`begin`](Self::begin).
-    fn counted(&self, rows: &Rows, checkpointing: GradientCheckpointing, before: usize) -> MemoryPlan {
+    fn counted(&self, rows: &PassRows, checkpointing: GradientCheckpointing, before: usize) -> MemoryPlan {
         let stats = self.device.memory_stats();
         let mut bytes = MemoryBytes::default();
         let mut activations = 0;
@@ -215,7 +215,7 @@ impl Planner {
     }
 }
 
-impl Rows {
+impl PassRows {
     /// Returns `count` rows of `length` tokens.
     pub fn equal(count: usize, length: usize) -> Self {
         Self { lengths: vec![length; count] }

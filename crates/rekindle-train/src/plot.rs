@@ -17,8 +17,8 @@ pub fn loss_svg(history: &RunHistory) -> String {
     let train = history.steps.iter().map(|step| (step.step as f64, step.loss)).collect();
     let eval = history.evals.iter().map(|eval| (eval.step as f64, eval.eval_loss)).collect();
     let mut series = vec![
-        Series { name: "training loss", color: "#2b6cb0", points: train },
-        Series { name: "evaluation loss", color: "#c05621", points: eval },
+        PlotSeries { name: "training loss", color: "#2b6cb0", points: train },
+        PlotSeries { name: "evaluation loss", color: "#c05621", points: eval },
     ];
     series.iter_mut().for_each(|series| series.points.retain(|point| point.1.is_finite()));
     series.retain(|series| !series.points.is_empty());
@@ -27,7 +27,7 @@ pub fn loss_svg(history: &RunHistory) -> String {
 
 /// A line of a plot over steps.
 #[derive(Clone, Debug)]
-pub struct Series {
+pub struct PlotSeries {
     /// The name in the legend.
     pub name: &'static str,
     /// A CSS color.
@@ -37,7 +37,7 @@ pub struct Series {
 }
 
 /// Draws lines over steps.
-pub fn lines_svg(title: &str, series: &[Series]) -> String {
+pub fn lines_svg(title: &str, series: &[PlotSeries]) -> String {
     let points = || series.iter().flat_map(|series| &series.points);
     let x_max = points().map(|p| p.0).fold(1.0, f64::max);
     let axis = Axis::over(0.0, points().map(|p| p.1).fold(0.0, f64::max));
@@ -65,7 +65,7 @@ pub fn lines_svg(title: &str, series: &[Series]) -> String {
         line(format!("<text x=\"{at:.1}\" y=\"{below}\" text-anchor=\"middle\">{step}</text>"));
     }
     line(format!("<text x=\"{}\" y=\"{}\" text-anchor=\"end\">step</text>", WIDTH - RIGHT, HEIGHT - 8.0));
-    for (i, Series { name, color, points }) in series.iter().enumerate() {
+    for (i, PlotSeries { name, color, points }) in series.iter().enumerate() {
         let mut path = String::new();
         for (step, loss) in points {
             let command = if path.is_empty() { 'M' } else { 'L' };

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use rekindle_hub::write_atomic;
 
 use crate::{
-    Error, EvalMetrics, EventFile, MetricsFile, ReportTo, RunDescription, RunHistory, Sample, StepMetrics, Until,
-    loss_svg, report_html,
+    Error, EvalMetrics, EventFile, MetricsFile, PromptSample, RecordedUntil, ReportTo, RunDescription, RunHistory,
+    StepMetrics, loss_svg, report_html,
 };
 
 /// A recorder of a run's metrics. It writes `metrics.jsonl` and TensorBoard's event files immediately, and
@@ -31,7 +31,7 @@ impl Recorder {
         dir: &Path,
         report_to: ReportTo,
         total: usize,
-        resumed: Option<Until>,
+        resumed: Option<RecordedUntil>,
         description: RunDescription,
     ) -> Result<Self, Error> {
         std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_owned(), source })?;
@@ -96,11 +96,11 @@ impl Recorder {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn sample(&mut self, sample: &Sample) -> Result<(), Error> {
+    pub fn sample(&mut self, sample: &PromptSample) -> Result<(), Error> {
         self.metrics.write(sample)?;
         if let Some(events) = &mut self.events {
-            let Sample { prompt, output, .. } = sample;
-            // Markdown takes what is indented as it is.
+            let PromptSample { prompt, output, .. } = sample;
+            // Markdown renders indented text verbatim.
             let text = format!("{prompt}{output}").replace('\n', "\n    ");
             events.text(sample.step, &format!("samples/{}", sample.sample), &format!("    {text}"))?;
         }
@@ -146,11 +146,11 @@ mod tests {
 
         record(None, 1..=5);
         assert!(read("report.html").contains("Step 4 of 6"));
-        record(Some(Until { steps: 3, evaluated: 2 }), 4..=6);
+        record(Some(RecordedUntil { steps: 3, evaluated: 2 }), 4..=6);
         assert_eq!(["metrics.jsonl", "report.html", "loss.svg"].map(read), whole);
         record(None, 1..=1);
         assert!(read("report.html").contains("Step 0 of 6"), "the earlier run's page is gone");
-        record(Some(Until { steps: 0, evaluated: 0 }), 1..=6);
+        record(Some(RecordedUntil { steps: 0, evaluated: 0 }), 1..=6);
         let files = || std::fs::read_dir(dir.path().join("tensorboard")).unwrap().count();
         assert_eq!(files(), 2, "of the last run's two parts");
         record(None, 1..=1);

@@ -3,7 +3,7 @@
 use rekindle_data::{Example, IGNORED, Tokenizer};
 use rekindle_models::{CausalLm, GenerationConfig, StopReason};
 
-use crate::{Error, Sample};
+use crate::{Error, PromptSample};
 
 /// A sampler that continues prompts at each evaluation, greedily and one after another.
 ///
@@ -57,12 +57,13 @@ impl<'a> Sampler<'a> {
     /// Returns the samples of a model after `step` steps.
     ///
     /// # Errors
-    /// [`Error::Model`] for a prompt that is too long for the model, logits that are not finite, or a device that fails.
-    pub fn sample(&self, model: &CausalLm, step: usize) -> Result<Vec<Sample>, Error> {
+    /// [`Error::Model`] for a prompt that is too long for the model, logits that are not finite, or a device that
+    /// fails.
+    pub fn sample(&self, model: &CausalLm, step: usize) -> Result<Vec<PromptSample>, Error> {
         let prompts = self.prompts.iter().enumerate();
         let one = |(index, prompt): (usize, &SamplePrompt)| {
             let (ids, stop) = model.generate(&prompt.ids, &self.generation, |_| true)?;
-            Ok(Sample {
+            Ok(PromptSample {
                 step,
                 sample: index + 1,
                 prompt: self.text(&prompt.ids, false),

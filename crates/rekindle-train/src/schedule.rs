@@ -48,10 +48,10 @@ pub struct LrSchedulerKwargs {
     pub decay_ratio: Option<f64>,
     /// `warmup_stable_decay`: the shape of the decay. Default cosine.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub decay_type: Option<Curve>,
+    pub decay_type: Option<LrCurve>,
     /// `warmup_stable_decay`: the shape of the warm-up. Default linear.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub warmup_type: Option<Curve>,
+    pub warmup_type: Option<LrCurve>,
     /// `warmup_stable_decay`: the rate at the start of the warm-up and the end of the decay, as a share of the peak.
     /// Default 0.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -74,7 +74,7 @@ impl LrSchedulerKwargs {
 /// The shape of a warm-up or decay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Curve {
+pub enum LrCurve {
     /// A line.
     Linear,
     /// Half a cosine.
@@ -99,7 +99,7 @@ enum Shape {
     Cosine { cycles: f64, min: f64 },
     Restarts { cycles: f64 },
     InverseSqrt { timescale: f64 },
-    WarmupStableDecay { rise: Curve, fall: Curve, decay: usize, cycles: f64, min: f64 },
+    WarmupStableDecay { rise: LrCurve, fall: LrCurve, decay: usize, cycles: f64, min: f64 },
 }
 
 impl Schedule {
@@ -122,9 +122,9 @@ impl Schedule {
 
     /// Returns the factor of step `step`, counted from 0.
     ///
-    /// Warm-up: step / warmup. After it, with progress = (step − warmup) / (total − warmup): linear 1 − progress; cosine
-    /// ½(1 + cos(2π · cycles · progress)) · (1 − min) + min; with restarts ½(1 + cos(π · frac(cycles · progress))), 0 from
-    /// the last step on; inverse root 1 / √((step + timescale − warmup) / timescale).
+    /// Warm-up: step / warmup. After it, with progress = (step − warmup) / (total − warmup): linear 1 − progress;
+    /// cosine ½(1 + cos(2π · cycles · progress)) · (1 − min) + min; with restarts ½(1 + cos(π · frac(cycles ·
+    /// progress))), 0 from the last step on; inverse root 1 / √((step + timescale − warmup) / timescale).
     pub fn factor(&self, step: usize) -> f64 {
         let &Self { warmup, total, shape } = self;
         if step < warmup {
@@ -132,9 +132,9 @@ impl Schedule {
             return match shape {
                 Shape::WarmupStableDecay { rise, min, .. } => {
                     let risen = match rise {
-                        Curve::Linear => progress,
-                        Curve::Cosine => 0.5 * (1.0 - (PI * progress).cos()),
-                        Curve::OneMinusSqrt => 1.0 - (1.0 - progress).sqrt(),
+                        LrCurve::Linear => progress,
+                        LrCurve::Cosine => 0.5 * (1.0 - (PI * progress).cos()),
+                        LrCurve::OneMinusSqrt => 1.0 - (1.0 - progress).sqrt(),
                     };
                     (risen * (1.0 - min) + min).max(0.0)
                 }
@@ -163,9 +163,9 @@ impl Schedule {
                 }
                 let progress = (step - begin) as f64 / decay as f64;
                 let fallen = match fall {
-                    Curve::Linear => 1.0 - progress,
-                    Curve::Cosine => wave(cycles, progress),
-                    Curve::OneMinusSqrt => 1.0 - progress.sqrt(),
+                    LrCurve::Linear => 1.0 - progress,
+                    LrCurve::Cosine => wave(cycles, progress),
+                    LrCurve::OneMinusSqrt => 1.0 - progress.sqrt(),
                 };
                 (fallen * (1.0 - min) + min).max(0.0)
             }
@@ -197,9 +197,9 @@ impl Reader {
                 let decay = self.decay_steps(rest.num_decay_steps.take(), rest.decay_ratio.take(), warmup, total);
                 let min = rest.min_lr_ratio.take().unwrap_or(0.0);
                 self.share("min_lr_ratio", min);
-                let rise = rest.warmup_type.take().unwrap_or(Curve::Linear);
-                let fall = rest.decay_type.take().unwrap_or(Curve::Cosine);
-                let cycles = if fall == Curve::Cosine { rest.num_cycles.take() } else { None };
+                let rise = rest.warmup_type.take().unwrap_or(LrCurve::Linear);
+                let fall = rest.decay_type.take().unwrap_or(LrCurve::Cosine);
+                let cycles = if fall == LrCurve::Cosine { rest.num_cycles.take() } else { None };
                 Shape::WarmupStableDecay { rise, fall, decay, cycles: cycles.unwrap_or(0.5), min }
             }
             Kind::CosineWithMinLr => {

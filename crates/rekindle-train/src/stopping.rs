@@ -1,7 +1,7 @@
 //! The best evaluation, and early stopping.
 
 use crate::SftConfig;
-use crate::checkpoint::Best;
+use crate::checkpoint::BestEvaluation;
 
 /// The evaluation losses of a run, as in transformers' `EarlyStoppingCallback`.
 ///
@@ -9,7 +9,7 @@ use crate::checkpoint::Best;
 /// `early_stopping_threshold`. The best evaluation is the one with the lowest loss.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Stopping {
-    pub(crate) best: Option<Best>,
+    pub(crate) best: Option<BestEvaluation>,
     /// Consecutive evaluations without improvement.
     pub(crate) counter: usize,
     patience: Option<usize>,
@@ -18,7 +18,7 @@ pub(crate) struct Stopping {
 
 impl Stopping {
     /// Returns the state after `best` and `counter` evaluations without improvement, or at the beginning of a run.
-    pub(crate) fn new(config: &SftConfig, best: Option<Best>, counter: usize) -> Self {
+    pub(crate) fn new(config: &SftConfig, best: Option<BestEvaluation>, counter: usize) -> Self {
         Self { best, counter, patience: config.early_stopping_patience, threshold: config.early_stopping_threshold }
     }
 
@@ -28,7 +28,7 @@ impl Stopping {
         self.counter = if better_by(self.threshold) { 0 } else { self.counter + 1 };
         let is_best = better_by(0.0);
         if is_best {
-            self.best = Some(Best { step, eval_loss });
+            self.best = Some(BestEvaluation { step, eval_loss });
         }
         is_best
     }
@@ -53,7 +53,7 @@ mod tests {
             .map(|(step, loss)| (stopping.evaluated(step, loss), stopping.counter, stopping.is_over()))
             .collect();
         assert_eq!(seen, [(true, 0, false), (true, 0, false), (true, 1, false), (false, 2, true), (true, 0, false)]);
-        assert_eq!(stopping.best, Some(Best { step: 10, eval_loss: 1.0 }));
+        assert_eq!(stopping.best, Some(BestEvaluation { step: 10, eval_loss: 1.0 }));
     }
 
     #[test]

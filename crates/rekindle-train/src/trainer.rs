@@ -15,7 +15,7 @@ use std::sync::atomic::AtomicBool;
 use rekindle_data::Dataset;
 use rekindle_models::CausalLm;
 
-use crate::{Companion, Error, Event, ModelCard, Report, RunDescription, Sampler, SaveStrategy, SftConfig};
+use crate::{Companion, Error, ModelCard, RunDescription, Sampler, SaveStrategy, SftConfig, TrainEvent, TrainReport};
 use output::OutputDir;
 pub use preflight::{Preflight, check_output_dir};
 pub use resume::Resume;
@@ -38,7 +38,7 @@ pub struct Trainer<'a> {
     resume: Option<Resume>,
     overwrite: bool,
     stop: Arc<AtomicBool>,
-    on_event: Box<dyn FnMut(Event<'_>) + 'a>,
+    on_event: Box<dyn FnMut(TrainEvent<'_>) + 'a>,
 }
 
 impl<'a> Trainer<'a> {
@@ -114,7 +114,7 @@ impl<'a> Trainer<'a> {
         self
     }
 
-    /// Sets notices for the user, one sentence each; [`Event::Started`] reports them.
+    /// Sets notices for the user, one sentence each; [`TrainEvent::Started`] reports them.
     #[must_use]
     pub fn notes(mut self, notes: Vec<String>) -> Self {
         self.notes = notes;
@@ -144,7 +144,7 @@ impl<'a> Trainer<'a> {
         self
     }
 
-    /// Sets a flag that ends the run after the current step, with a checkpoint ([`End::Interrupted`](crate::End)).
+    /// Sets a flag that ends the run after the current step, with a checkpoint ([`TrainEnd::Interrupted`](crate::End)).
     #[must_use]
     pub fn stop_flag(mut self, flag: Arc<AtomicBool>) -> Self {
         self.stop = flag;
@@ -153,7 +153,7 @@ impl<'a> Trainer<'a> {
 
     /// Sets a callback for every step, evaluation, sample and checkpoint.
     #[must_use]
-    pub fn on_event(mut self, on_event: impl FnMut(Event<'_>) + 'a) -> Self {
+    pub fn on_event(mut self, on_event: impl FnMut(TrainEvent<'_>) + 'a) -> Self {
         self.on_event = Box::new(on_event);
         self
     }
@@ -164,7 +164,7 @@ impl<'a> Trainer<'a> {
     /// [`Error::Config`], [`Error::NothingToTrain`], [`Error::EarlierRun`], [`Error::FinishedRun`], [`Error::Differs`]
     /// and [`Error::Checkpoint`] before the first step; [`Error::Diverged`] if a value is not finite; [`Error::File`]
     /// and [`Error::Io`] if results cannot be written.
-    pub fn train(self) -> Result<Report, Error> {
+    pub fn train(self) -> Result<TrainReport, Error> {
         Run::begin(self)?.go()
     }
 

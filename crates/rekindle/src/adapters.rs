@@ -14,16 +14,13 @@ use crate::{Error, Model};
 /// [`get_peft_model`](Model::get_peft_model) and [`load_adapter`](Model::load_adapter) attach an adapter called
 /// `"default"`, as in PEFT.
 ///
-/// [`get_peft_model`](Model::get_peft_model) and [`load_adapter`](Model::load_adapter) put one on that has no name of its
-/// own, which is then `"default"`, as in PEFT.
-///
 /// ```no_run
 /// use rekindle::{Combination, FastLanguageModel};
 ///
 /// # fn main() -> Result<(), rekindle::Error> {
 /// let mut model = FastLanguageModel::from_pretrained("Qwen/Qwen3-0.6B").load_model()?;
 /// model.load_adapter_as("sql", "outputs/sql/adapter")?;
-/// model.load_adapter_as("chat", "outputs/chat/adapter")?; // now on the model, and "sql" waits
+/// model.load_adapter_as("chat", "outputs/chat/adapter")?; // now active; "sql" is inactive
 /// model.set_adapter("sql")?;
 /// model.add_weighted_adapter("both", &[("sql", 0.7), ("chat", 0.3)], Combination::Cat)?;
 /// model.delete_adapter("chat")?;

@@ -14,12 +14,13 @@ use crate::{Error, HubAccess};
 
 /// Rows to train on or to evaluate: files, and how they are encoded.
 ///
-/// A file of JSON lines, JSON, CSV, Parquet or Arrow, a directory of such files, a pattern such as `data/*.parquet`, the
-/// name of a dataset on the Hugging Face hub, or several of these. An existing path takes precedence over a name; patterns,
-/// names with the ending of a row file, and paths that begin with `./`, `../`, `/` or `~` are never names on the hub.
+/// A file of JSON lines, JSON, CSV, Parquet or Arrow, a directory of such files, a pattern such as `data/*.parquet`,
+/// the name of a dataset on the Hugging Face hub, or several of these. An existing path takes precedence over a name;
+/// patterns, names with the ending of a row file, and paths that begin with `./`, `../`, `/` or `~` are never names on
+/// the hub.
 ///
-/// The setters of arguments set the fields of a [`DataArguments`], whose `train_source` and `eval_source` make the rows of
-/// a run file.
+/// The setters of arguments set the fields of a [`DataArguments`], whose `train_source` and `eval_source` make the rows
+/// of a run file.
 ///
 /// ```
 /// use rekindle::{DataSource, Overlong};
@@ -46,8 +47,8 @@ const TRAIN_SPLITS: &[&str] = &["train"];
 const EVAL_SPLITS: &[&str] = &["test", "validation"];
 
 impl DataSource {
-    /// Returns the rows of a file, a directory, a pattern or a dataset. A row longer than the model's `max_seq_length` is
-    /// an error.
+    /// Returns the rows of a file, a directory, a pattern or a dataset. A row longer than the model's `max_seq_length`
+    /// is an error.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self::of([path])
     }
@@ -99,8 +100,8 @@ impl DataSource {
         self
     }
 
-    /// Sets the name of one of the tokenizer's chat templates. Default: `tool_use` for rows with tools if it exists, else
-    /// `default`.
+    /// Sets the name of one of the tokenizer's chat templates. Default: `tool_use` for rows with tools if it exists,
+    /// else `default`.
     #[must_use]
     pub fn chat_template(mut self, name: Option<String>) -> Self {
         self.args.chat_template = name;
@@ -109,8 +110,8 @@ impl DataSource {
 
     /// If true, plain text ends with the end token, which the loss covers. Default true.
     ///
-    /// Without it, the loss of a text covers only its own tokens, as other programs report it, and a model trained on such
-    /// rows does not learn where texts end. An end token that the tokenizer itself adds is kept.
+    /// Without it, the loss of a text covers only its own tokens, as other programs report it, and a model trained on
+    /// such rows does not learn where texts end. An end token that the tokenizer itself adds is kept.
     #[must_use]
     pub fn text_end_token(mut self, text_end_token: bool) -> Self {
         self.args.text_end_token = text_end_token;
@@ -140,8 +141,8 @@ impl DataSource {
         self
     }
 
-    /// If true, encoded rows are cached in `REKINDLE_CACHE` or the user's cache directory, and memory-mapped when the same
-    /// files are encoded again with the same tokenizer and options. Default false.
+    /// If true, encoded rows are cached in `REKINDLE_CACHE` or the user's cache directory, and memory-mapped when the
+    /// same files are encoded again with the same tokenizer and options. Default false.
     #[must_use]
     pub fn cache(mut self, cache: bool) -> Self {
         self.args.cache = cache;
@@ -162,8 +163,8 @@ impl DataSource {
         self
     }
 
-    /// Sets the split of directories and datasets on the hub: `train`, `test` or another word of the files' names. Default
-    /// `train`.
+    /// Sets the split of directories and datasets on the hub: `train`, `test` or another word of the files' names.
+    /// Default `train`.
     #[must_use]
     pub fn split(mut self, split: Option<String>) -> Self {
         self.split = split;

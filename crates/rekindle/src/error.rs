@@ -30,7 +30,7 @@ pub enum Error {
     Train(#[from] rekindle_train::Error),
     /// The run exceeds the available memory.
     #[error("{}", .0.refusal())]
-    DoesNotFit(Box<rekindle_train::Fit>),
+    DoesNotFit(Box<rekindle_train::MemoryFit>),
     /// The base model of an adapter cannot be loaded.
     #[error("the base model of the adapter {}: {source}; or give the base as the model, and the adapter beside it", .adapter.display())]
     AdapterBase {

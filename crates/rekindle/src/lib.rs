@@ -18,8 +18,8 @@
 //!
 //! [`run`] reads the run files of the `rekindle` command and runs them.
 //!
-//! The feature `network`, which is on by default, adds names on the Hugging Face hub; without it, models are directories
-//! and no HTTP client is built.
+//! The feature `network`, which is on by default, adds names on the Hugging Face hub; without it, models are
+//! directories and no HTTP client is built.
 //!
 //! The underlying crates can be used on their own: `rekindle-kernels`, `rekindle-rope`, `rekindle-lora`,
 //! `rekindle-models`, `rekindle-data`, `rekindle-train` and `rekindle-hub`.
@@ -55,10 +55,7 @@ pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
 pub use model::Model;
 pub use model_source::{FetchedFiles, HubAccess, HubToken, ModelSource};
-pub use preflight::check_run;
-pub use pretrained::{
-    Dtype, EncodedRows, FastLanguageModel, Loader, ModelFiles, RowEncoder, RunPlanner, saved_lora_config,
-};
+pub use pretrained::{Dtype, EncodedRows, FastLanguageModel, Loader, ModelFiles, RowEncoder, RunPlanner};
 pub use quantize::quantize;
 pub use sft::{SftTrainer, TrainingRows};
 pub use suggest::{Suggestion, suggest};
@@ -68,7 +65,7 @@ pub use rekindle_data::{
     ChatPrompt, Columns, Dataset, Example, IGNORED, LoadReport, Message, NotShown, Overlong, Packs, RenderOptions,
     RowFormat, RowNumber, RowPart, RowSample, Thinking, Tokenizer, TrainOn, Untrained, counted,
 };
-pub use rekindle_hub::{AtomicDir, write_atomic};
+pub use rekindle_hub::write_atomic;
 #[cfg(feature = "network")]
 pub use rekindle_hub::{HubErrorKind, cache};
 pub use rekindle_kernels::runtime::{Report as CudaReport, report as cuda_report};
@@ -82,8 +79,8 @@ pub use rekindle_models::{
 };
 pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
 pub use rekindle_train::{
-    Best, Curve, Diverged, End, EvalMetrics, EvalStrategy, Evaluation, Event, LrSchedulerKwargs, LrSchedulerType,
-    Optim, OptimizerConfig, Preflight, Report, ReportTo, Resume, RowLoss, RunHistory, Sample, SaveStrategy, SftConfig,
-    StepCount, StepMetrics, Timetable, TokenLoss,
+    BestEvaluation, Diverged, EvalMetrics, EvalStrategy, Evaluation, LrCurve, LrSchedulerKwargs, LrSchedulerType,
+    Optim, OptimizerConfig, PromptSample, ReportTo, Resume, RowLoss, RunHistory, SaveStrategy, SftConfig, StepCount,
+    StepMetrics, Timetable, TokenLoss, TrainEnd, TrainEvent, TrainReport,
 };
-pub use rekindle_train::{Change, Fit, MemoryPlan, Rows, check_output_dir, show_bytes};
+pub use rekindle_train::{MemoryChange, MemoryFit, MemoryPlan, PassRows, show_bytes};

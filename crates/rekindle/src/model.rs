@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::DType;
 
 use rekindle_data::{Dataset, LoadReport, Tokenizer};
-use rekindle_kernels::DeviceKind;
+use rekindle_kernels::{Device, DeviceKind};
 use rekindle_lora::LoraConfig;
 use rekindle_models::{CausalLm, LoadOptions, MemoryReport};
 use rekindle_train::{Companion, Evaluation, evaluate, evaluate_tokens, save_adapters, save_result};
@@ -46,10 +46,11 @@ impl Model {
         &self.loaded_as
     }
 
-    /// Returns the bytes that the model has allocated on its device.
-    pub(crate) fn allocated_bytes(&self) -> usize {
-        match (self.device, self.inner.device().memory()) {
-            (DeviceKind::Cuda(_), Some(memory)) => memory.in_use as usize,
+    /// Returns the bytes of the device that a run of this model can use in addition to the free ones: on a GPU all that the
+    /// process has mapped, elsewhere the weights.
+    pub(crate) fn reusable_bytes(&self) -> usize {
+        match self.inner.device() {
+            Device::Cuda(cuda) => cuda.memory().mapped,
             _ => self.memory_report().bytes() as usize,
         }
     }

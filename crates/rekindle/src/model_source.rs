@@ -12,9 +12,9 @@ use crate::Error;
 
 /// A model or an adapter: a directory, or a name on the Hugging Face hub.
 ///
-/// An existing directory is used as it is. `organization/model` is downloaded into the cache that is shared with Python:
-/// only missing files, and only weights in safetensors, never pickled ones. `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`,
-/// `HF_ENDPOINT` and `HF_HUB_OFFLINE` apply. Without the feature `network`, only directories are supported.
+/// An existing directory is used as it is. `organization/model` is downloaded into the cache that is shared with
+/// Python: only missing files, and only weights in safetensors, never pickled ones. `HF_HOME`, `HF_HUB_CACHE`,
+/// `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` apply. Without the feature `network`, only directories are supported.
 ///
 /// ```no_run
 /// # fn main() -> Result<(), rekindle::Error> {
@@ -98,8 +98,8 @@ impl<'a> ModelSource<'a> {
         self
     }
 
-    /// Sets a callback for the bytes downloaded so far, and those of all files to download. It is not called if there is
-    /// nothing to download.
+    /// Sets a callback for the bytes downloaded so far, and those of all files to download. It is not called if there
+    /// is nothing to download.
     pub fn on_download(mut self, on_download: impl FnMut(u64, u64) + 'a) -> Self {
         self.on_download = Some(Box::new(on_download));
         self

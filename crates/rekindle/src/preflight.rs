@@ -12,7 +12,11 @@ use crate::{EncodedRows, Error, RowEncoder};
 ///
 /// # Errors
 /// [`Error::Argument`] for invalid prompts, [`Error::Train`] for everything else.
-pub fn check_run(run: &Preflight<'_>, encoder: &RowEncoder, eval: Option<&EncodedRows>) -> Result<Timetable, Error> {
+pub(crate) fn check_run(
+    run: &Preflight<'_>,
+    encoder: &RowEncoder,
+    eval: Option<&EncodedRows>,
+) -> Result<Timetable, Error> {
     let times = run.check()?;
     prompts(encoder.tokenizer(), run.config, eval.map(EncodedRows::dataset), run.max_seq_length)?;
     Ok(times)

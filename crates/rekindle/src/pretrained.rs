@@ -25,7 +25,8 @@ mod tokenizer;
 
 pub use files::ModelFiles;
 pub(crate) use files::base_directory;
-pub use plan::{RunPlanner, saved_lora_config};
+pub use plan::RunPlanner;
+pub(crate) use plan::saved_lora_config;
 pub use rows::{EncodedRows, RowEncoder};
 
 /// The entry point, named as in Unsloth.
@@ -33,9 +34,9 @@ pub use rows::{EncodedRows, RowEncoder};
 pub struct FastLanguageModel;
 
 impl FastLanguageModel {
-    /// Returns a loader of a model: a checkpoint directory in the Hugging Face layout or, if there is no such directory, a
-    /// name on the hub ([`ModelSource`](crate::ModelSource)). The directory or name of an adapter loads its base with the
-    /// adapter attached.
+    /// Returns a loader of a model: a checkpoint directory in the Hugging Face layout or, if there is no such
+    /// directory, a name on the hub ([`ModelSource`](crate::ModelSource)). The directory or name of an adapter loads
+    /// its base with the adapter attached.
     pub fn from_pretrained<'a>(name_or_path: impl Into<PathBuf>) -> Loader<'a> {
         Loader::new(ModelArguments { name_or_path: name_or_path.into(), ..ModelArguments::default() })
     }
@@ -91,8 +92,8 @@ impl<'a> Loader<'a> {
         self
     }
 
-    /// Sets the context extension beyond the model's window. Default [`RopeScaling::Auto`], or that of the adapter named in
-    /// [`for_adapter`](Self::for_adapter). [`CausalLm::context_extension`] returns the result.
+    /// Sets the context extension beyond the model's window. Default [`RopeScaling::Auto`], or that of the adapter
+    /// named in [`for_adapter`](Self::for_adapter). [`CausalLm::context_extension`] returns the result.
     pub fn rope_scaling(mut self, rope_scaling: impl Into<RopeScaling>) -> Self {
         self.args.rope_scaling = Some(rope_scaling.into());
         self
@@ -101,8 +102,8 @@ impl<'a> Loader<'a> {
     /// Prepares the model for an adapter that will be attached to it.
     ///
     /// The model gets the adapter's tokenizer and chat template if it has them, the adapter's context extension, and
-    /// embedding tables with as many rows as those the adapter saved. A dense base of an adapter initialized by LoftQ is
-    /// quantized as the adapter requires, unless [`load_in_4bit`](Self::load_in_4bit) or the like is set.
+    /// embedding tables with as many rows as those the adapter saved. A dense base of an adapter initialized by LoftQ
+    /// is quantized as the adapter requires, unless [`load_in_4bit`](Self::load_in_4bit) or the like is set.
     pub fn for_adapter(mut self, dir: impl Into<PathBuf>) -> Self {
         self.adapter = Some(dir.into());
         self
@@ -142,8 +143,8 @@ impl<'a> Loader<'a> {
         self
     }
 
-    /// If true, linears of layers are quantized to LLM.int8() while loading. An 8-bit checkpoint is always loaded as it is.
-    /// Default false.
+    /// If true, linears of layers are quantized to LLM.int8() while loading. An 8-bit checkpoint is always loaded as it
+    /// is. Default false.
     pub fn load_in_8bit(mut self, load_in_8bit: bool) -> Self {
         self.args.load_in_8bit = load_in_8bit;
         self
@@ -165,16 +166,16 @@ impl<'a> Loader<'a> {
         self
     }
 
-    /// Sets the modules that are not quantized: names of linears, or paths from the root such as `model.layers.0`, as in
-    /// transformers' `llm_int8_skip_modules`. A name that matches nothing is an error. Default `lm_head`; embeddings and
-    /// norms are never quantized.
+    /// Sets the modules that are not quantized: names of linears, or paths from the root such as `model.layers.0`, as
+    /// in transformers' `llm_int8_skip_modules`. A name that matches nothing is an error. Default `lm_head`; embeddings
+    /// and norms are never quantized.
     pub fn skip_modules(mut self, modules: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.args.skip_modules = Some(modules.into_iter().map(Into::into).collect());
         self
     }
 
-    /// Sets the vocabulary size: rows of the embedding table and the head are removed at the end, or added as the mean of
-    /// the existing rows. Default: that of the checkpoint.
+    /// Sets the vocabulary size: rows of the embedding table and the head are removed at the end, or added as the mean
+    /// of the existing rows. Default: that of the checkpoint.
     ///
     /// Train new rows with `modules_to_save`; an adapter saves the vocabulary size with its tables.
     pub fn resize_model_vocab(mut self, rows: usize) -> Self {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use rekindle_data::{LoadReport, Tokenizer};
-use rekindle_train::{Event, Report, Resume, SftConfig, Trainer};
+use rekindle_train::{Resume, SftConfig, TrainEvent, TrainReport, Trainer};
 
 use crate::describe::{describe, model_card};
 use crate::prompts::sampler;
@@ -47,7 +47,7 @@ pub struct SftTrainer<'a> {
     overwrite: bool,
     check_memory: bool,
     stop: Arc<AtomicBool>,
-    on_event: Box<dyn FnMut(Event<'_>) + 'a>,
+    on_event: Box<dyn FnMut(TrainEvent<'_>) + 'a>,
     on_data: OnData<'a>,
 }
 
@@ -116,8 +116,8 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
-    /// Resumes from a checkpoint of an earlier run with the same model, rows and configuration. On the CPU the result is
-    /// bit-identical to that of an uninterrupted run.
+    /// Resumes from a checkpoint of an earlier run with the same model, rows and configuration. On the CPU the result
+    /// is bit-identical to that of an uninterrupted run.
     #[must_use]
     pub fn resume(mut self, resume: Resume) -> Self {
         self.resume = Some(resume);
@@ -132,9 +132,9 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
-    /// If true, a run that does not fit into memory is refused before the first step ([`Error::DoesNotFit`], which lists
-    /// changes that would fit), and [`GradientCheckpointing::Auto`] becomes the fastest setting that fits. Default true.
-    /// Without the check, it is as `true`.
+    /// If true, a run that does not fit into memory is refused before the first step ([`Error::DoesNotFit`], which
+    /// lists changes that would fit), and [`GradientCheckpointing::Auto`] becomes the fastest setting that fits.
+    /// Default true. Without the check, it is as `true`.
     #[must_use]
     pub fn check_memory(mut self, check_memory: bool) -> Self {
         self.check_memory = check_memory;
@@ -142,7 +142,7 @@ impl<'a> SftTrainer<'a> {
     }
 
     /// Sets a flag that ends the run after the current step, with a checkpoint to resume from
-    /// ([`End::Interrupted`](crate::End)).
+    /// ([`TrainEnd::Interrupted`](crate::End)).
     #[must_use]
     pub fn stop_flag(mut self, flag: Arc<AtomicBool>) -> Self {
         self.stop = flag;
@@ -151,7 +151,7 @@ impl<'a> SftTrainer<'a> {
 
     /// Sets a callback for every step, evaluation, sample and checkpoint.
     #[must_use]
-    pub fn on_event(mut self, on_event: impl FnMut(Event<'_>) + 'a) -> Self {
+    pub fn on_event(mut self, on_event: impl FnMut(TrainEvent<'_>) + 'a) -> Self {
         self.on_event = Box::new(on_event);
         self
     }
@@ -168,7 +168,7 @@ impl<'a> SftTrainer<'a> {
     /// # Errors
     /// [`Error::DoesNotFit`] for a run that exceeds the memory, [`Error::Data`] for rows that cannot be used,
     /// [`Error::Argument`] for invalid prompts, and [`Error::Train`] for everything else.
-    pub fn train(mut self) -> Result<Report, Error> {
+    pub fn train(mut self) -> Result<TrainReport, Error> {
         let train = self.encode(self.train.clone())?;
         let eval = self.eval.take().map(|rows| self.encode(rows)).transpose()?;
         if self.check_memory {

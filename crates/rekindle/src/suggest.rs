@@ -7,7 +7,7 @@ use rekindle_hub::Checkpoint;
 use rekindle_kernels::{DeviceKind, open_device};
 use rekindle_lora::LoraConfig;
 use rekindle_models::{GradientCheckpointing, ModelConfig, is_quantized};
-use rekindle_train::{Rows, SamplePrompt, SftConfig, StepCount};
+use rekindle_train::{PassRows, SamplePrompt, SftConfig, StepCount};
 
 use crate::pretrained::supported_length;
 use crate::time_estimate::{Work, token_time};
@@ -85,7 +85,7 @@ pub fn suggest(
     let is_quantized = is_quantized(checkpoint.config());
     let tokenizer = files.load_tokenizer()?;
 
-    // Whatever the longest row is: how long rows may be is what is to be found out.
+    // Without a limit, because the limit is chosen from the lengths.
     let load = |source: &DataSource| source.encode(tokenizer.as_ref(), usize::MAX, config.vocab_size());
     let (dataset, rows) = load(train)?;
     let eval = eval.map(load).transpose()?;
@@ -171,7 +171,7 @@ impl Plans {
     /// Returns the peak of a run whose rows all have the maximum length.
     fn peak(&mut self, load_in_4bit: bool, checkpointing: GradientCheckpointing, batch: usize) -> Result<u64, Error> {
         let planner = self.in_4bit.as_mut().filter(|_| load_in_4bit).unwrap_or(&mut self.dense);
-        Ok(planner.plan_with(&Rows::equal(batch, self.max_seq_length), checkpointing)?.peak as u64)
+        Ok(planner.plan_with(&PassRows::equal(batch, self.max_seq_length), checkpointing)?.peak as u64)
     }
 
     /// Chooses the fastest settings that fit into the usable memory, or those with the lowest peak.

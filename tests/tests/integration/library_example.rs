@@ -91,7 +91,7 @@ fn repeated_runs_write_the_same_losses() {
     assert_ne!(run(1), run(2), "the seed determines the order and dropout");
 }
 
-fn check_metrics(text: &str, report: &rekindle::Report) {
+fn check_metrics(text: &str, report: &rekindle::TrainReport) {
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect();
     let (steps, evals): (Vec<&Value>, Vec<&Value>) = lines.iter().partition(|line| line.get("loss").is_some());
     assert_eq!((steps.len(), evals.len()), (8, 3));

@@ -28,6 +28,7 @@ mod pretrained;
 mod quantized;
 mod resume;
 mod rope;
+mod run;
 mod saved_tables;
 mod schedules;
 mod splits;

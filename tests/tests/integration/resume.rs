@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rekindle::{
-    Bias, DataSource, DeviceKind, End, Event, FastLanguageModel, InitLoraWeights, LoraConfig, LrSchedulerType, Model,
-    Optim, Report, Resume, SftConfig, SftTrainer, StepCount, Tokenizer,
+    Bias, DataSource, DeviceKind, FastLanguageModel, InitLoraWeights, LoraConfig, LrSchedulerType, Model, Optim,
+    Resume, SftConfig, SftTrainer, StepCount, Tokenizer, TrainEnd, TrainEvent, TrainReport,
 };
 use rekindle_tests::Golden;
 
@@ -60,8 +60,10 @@ impl TrainingJob {
             .output_dir(dir)
             .stop_flag(stop)
             .on_event(|event| match event {
-                Event::Step { metrics, .. } if Some(metrics.step) == stop_at => flag.store(true, Ordering::Relaxed),
-                Event::Started { notes: told, .. } => notes = told.to_vec(),
+                TrainEvent::Step { metrics, .. } if Some(metrics.step) == stop_at => {
+                    flag.store(true, Ordering::Relaxed)
+                }
+                TrainEvent::Started { notes: told, .. } => notes = told.to_vec(),
                 _ => {}
             });
         if self.config.eval_steps.is_some() {
@@ -76,7 +78,7 @@ impl TrainingJob {
 }
 
 struct Outcome {
-    report: Report,
+    report: TrainReport,
     values: Vec<f32>,
     /// The name and bytes of every file in the result.
     files: Vec<(String, Vec<u8>)>,
@@ -99,7 +101,7 @@ impl Outcome {
     }
 }
 
-fn files(report: &Report) -> Vec<(String, Vec<u8>)> {
+fn files(report: &TrainReport) -> Vec<(String, Vec<u8>)> {
     let Some(dir) = &report.saved else { return Vec::new() };
     let entries = std::fs::read_dir(dir).expect("it was just written").map(|entry| entry.expect("it can be read"));
     let mut files: Vec<_> = entries
@@ -120,11 +122,11 @@ fn scratch() -> tempfile::TempDir {
 fn check(what: &str, job: &TrainingJob, stops: &[usize]) {
     let (whole, parts) = (scratch(), scratch());
     let expected = job.run(whole.path(), None, None).expect("it runs");
-    assert_eq!(expected.report.end, End::Finished);
+    assert_eq!(expected.report.end, TrainEnd::Finished);
     let mut resume = None;
     for &stop in stops {
         let part = job.run(parts.path(), resume, Some(stop)).expect("it runs");
-        assert_eq!((part.report.end, part.report.steps.len()), (End::Interrupted, stop), "{what}");
+        assert_eq!((part.report.end, part.report.steps.len()), (TrainEnd::Interrupted, stop), "{what}");
         assert_eq!(part.report.checkpoint, Some(parts.path().join(format!("checkpoint-{stop}"))), "{what}");
         assert!(part.values != expected.values, "{what}: the run is not finished yet");
         resume = Some(Resume::Latest);
@@ -259,13 +261,13 @@ fn early_stopping_ends_the_run() {
     });
     let dir = scratch();
     let whole = job.run(dir.path(), None, None).expect("it runs");
-    assert_eq!((whole.report.end, whole.report.steps.len()), (End::EarlyStopping, 6));
+    assert_eq!((whole.report.end, whole.report.steps.len()), (TrainEnd::EarlyStopping, 6));
     assert!(whole.report.saved.is_some());
     // The patience used so far is restored.
     let parts = scratch();
     job.run(parts.path(), None, Some(5)).expect("it runs");
     let rest = job.run(parts.path(), Some(Resume::Latest), None).expect("it runs");
-    assert_eq!((rest.report.end, rest.report.steps.len()), (End::EarlyStopping, 6));
+    assert_eq!((rest.report.end, rest.report.steps.len()), (TrainEnd::EarlyStopping, 6));
     rest.assert_is(&whole, "early stopping");
     let again = job.run(parts.path(), Some(Resume::Latest), None).expect("it runs");
     again.assert_is(&whole, "a finished run");

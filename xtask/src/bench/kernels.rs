@@ -346,7 +346,7 @@ impl Bench<'_> {
         self.routing(rows)
     }
 
-    /// What stands between the products of Qwen3-30B-A3B's experts.
+    /// The operations between the products of Qwen3-30B-A3B's experts.
     fn routing(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {
         const TOP_K: usize = 8;
         let (experts, [width, hidden]) = EXPERTS[0];

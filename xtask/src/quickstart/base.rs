@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
 
 use rekindle::{
-    DataSource, Dtype, Event, FastLanguageModel, LrSchedulerType, SftConfig, SftTrainer, StepCount, Tokenizer,
+    DataSource, Dtype, FastLanguageModel, LrSchedulerType, SftConfig, SftTrainer, StepCount, Tokenizer, TrainEvent,
 };
 use rekindle_data::{Message, RenderOptions};
 use rekindle_train::{Companion, save_result};
@@ -59,7 +59,7 @@ pub(crate) fn make(scratch: &Path, steps: usize) -> Result<(), Box<dyn Error>> {
     };
     SftTrainer::new(&mut model, None, DataSource::new(&ids), train)
         .on_event(|event| {
-            if let Event::Step { metrics, total } = event
+            if let TrainEvent::Step { metrics, total } = event
                 && (metrics.step % 100 == 0 || metrics.step == total)
             {
                 eprintln!(

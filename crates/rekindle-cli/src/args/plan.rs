@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use rekindle::run::ConfigOverride;
 
 const PLAN: &str = "\
-Prints the most that is taken at a time, by use, the longest rows and the largest batch that fit and, if the run does
-not fit, what to change, with exit code 4. The model's configuration is enough: of a name on the hub nothing else is
-downloaded. device = \"cuda\" with --device-memory plans for a card that is not there.
+Prints the peak of memory by use, the longest rows and the largest batch that fit and, if the run does not fit, settings
+to change, with exit code 4. Of a name on the hub, only the configuration is downloaded. device=cuda with --device-memory
+plans for a GPU that need not exist.
 
 Examples:
   rekindle plan run.toml

@@ -182,7 +182,7 @@ impl Stats {
 impl Lengths {
     fn new(mut lengths: Vec<usize>) -> Self {
         lengths.sort_unstable();
-        // The smallest length that so many of a hundred reach at most.
+        // The smallest length that this percentage of rows does not exceed.
         let share = |percent: usize| lengths[(percent * lengths.len()).div_ceil(100).max(1) - 1];
         let mut histogram = Vec::new();
         let (mut at_most, mut before) = (lengths[0].next_power_of_two(), 0);

@@ -56,7 +56,7 @@ fn what_it_writes_passes_a_dry_run_and_is_kept() {
     assert!(dry.stdout.contains("75 steps of 16 rows, 3.00 epochs of 25 steps; 3 steps of warm-up"), "{}", dry.stdout);
 
     let line = format!("init --model {0}/base --data {0}/train.jsonl --out {file}", quickstart("").display());
-    run(&line).fails(2, &["first.toml is there already", "--out"]);
+    run(&line).fails(2, &["first.toml already exists", "--out"]);
     assert_eq!(fs::read_to_string(&file).unwrap(), text);
 }
 
@@ -72,7 +72,7 @@ fn rows_that_are_far_longer_are_dropped_and_said() {
     let text = init(&scratch, &golden("qwen3-tied"), Path::new(&data), &[]);
     has(&text, &["max_seq_length = 64 ", "overlong = \"drop\" ", "eval_fraction = 0.05 ", "eval_steps = "]);
     assert!(text.contains("# 8 rows held out to evaluate"), "{text}");
-    assert!(text.contains("left out and counted: 1 longer row;"), "{text}");
+    assert!(text.contains("omitted: 1 longer row;"), "{text}");
     let dry = run(&format!("train {} --dry-run", scratch.path("first.toml").display())).ok();
     assert!(dry.stdout.contains("1 dropped"), "{}", dry.stdout);
 }

@@ -1,4 +1,4 @@
-//! Runs that are killed, interrupted or refused, and gone on with.
+//! Runs that are killed, interrupted or refused, and resumed.
 
 use std::fs;
 use std::io::{BufRead, BufReader};

@@ -16,7 +16,7 @@ use crate::hash::hex;
 use crate::mask::{NotShown, Untrained};
 use crate::options::EncodeOptions;
 use crate::overlong::{self, Overlong};
-use crate::report::{Change, LoadReport, RowPlace};
+use crate::report::{LoadReport, RowChange, RowPlace};
 use crate::row::{RowContent, RowFormat, RowNumber};
 use crate::template::STOPPED;
 use crate::tokenizer::Tokenizer;
@@ -53,7 +53,7 @@ pub(crate) fn load(
         loader.file = index;
         let mut refused = false;
         let read = files::read(path, columns, &mut |row| loader.take(row).inspect_err(|_| refused = true));
-        // What stands before the place at which reading failed may be wrong too, and comes first.
+        // Rows before the place at which reading failed may be wrong too, and come first.
         if !refused {
             loader.encode_waiting()?;
         }
@@ -149,7 +149,7 @@ impl Loader<'_> {
         self.waiting_bytes = 0;
         let waiting = std::mem::take(&mut self.waiting);
         let this = &*self;
-        // A template that has to be stopped takes its time for every row, so none after the first of them is tried.
+        // A template that exceeds its budget is slow for every row, so later rows are not tried.
         let stopped = AtomicUsize::new(usize::MAX);
         let encode = |(index, row)| {
             if index > stopped.load(Ordering::Relaxed) {
@@ -245,13 +245,13 @@ impl Loader<'_> {
             (self.report.longest, self.report.longest_at) = (len, Some(at));
         }
         if example.notes.not_shown {
-            self.report.changed(Change::NotShown, at);
+            self.report.changed(RowChange::NotShown, at);
             if self.options.not_shown == NotShown::Drop {
                 return Ok(());
             }
         }
         if example.notes.joined {
-            self.report.changed(Change::Joined, at);
+            self.report.changed(RowChange::Joined, at);
         }
         if example.trained_tokens() == 0 {
             self.untrained.push(at);
@@ -276,18 +276,18 @@ impl Loader<'_> {
                 );
                 return Err(Error::row(self.path(), at.row, message));
             }
-            Overlong::Drop => self.report.changed(Change::Dropped, at),
+            Overlong::Drop => self.report.changed(RowChange::Dropped, at),
             Overlong::Truncate => {
                 let example = overlong::truncate(example, max);
                 if example.trained_tokens() > 0 {
-                    self.report.changed(Change::Truncated, at);
+                    self.report.changed(RowChange::Truncated, at);
                     self.examples.push(&example, at.file, at.row);
                 } else {
-                    self.report.changed(Change::Dropped, at);
+                    self.report.changed(RowChange::Dropped, at);
                 }
             }
             Overlong::Split => {
-                self.report.changed(Change::Split, at);
+                self.report.changed(RowChange::Split, at);
                 for piece in overlong::split(&example, max).iter().filter(|piece| piece.trained_tokens() > 0) {
                     self.examples.push(piece, at.file, at.row);
                 }
@@ -315,7 +315,7 @@ impl Loader<'_> {
             }
             return Err(Error::row(&files[file], row, message));
         }
-        untrained.iter().for_each(|&at| report.changed(Change::Untrained, at));
+        untrained.iter().for_each(|&at| report.changed(RowChange::Untrained, at));
         if examples.ends.is_empty() && report.not_shown == report.rows {
             return Err(of_all("no row is left: the chat template does not show all of any".to_owned()));
         }

@@ -16,11 +16,11 @@ use crate::tokenizer::{NamedTemplate, Tokenized, Tokenizer};
 /// Encodes the rendered conversation, without adding special tokens again.
 ///
 /// - The loss covers a token if any part of it is in a trained turn, as located by [`spans::locate`]; with a template
-/// that marks turns by `{% generation %}`, this equals transformers' `assistant_masks`. With other templates, a token
-/// that would span the generation prompt and a trained turn is split, as in [`border::split`].
+///   that marks turns by `{% generation %}`, this equals transformers' `assistant_masks`. With other templates, a token
+///   that would span the generation prompt and a trained turn is split, as in [`border::split`].
 /// - Every trained assistant turn must end with an end token, so that the model learns to stop: only white space may
-/// follow its last special token, which is one that ends a generation, or the one with which the template ends turns.
-/// The loss covers it with the turn.
+///   follow its last special token, which is one that ends a generation, or the one with which the template ends turns.
+///   The loss covers it with the turn.
 ///
 /// Errors: a template that fails or does not reveal the place of a turn; a turn without an end token; two BOS at the
 /// beginning; a part of the row that the template omits.

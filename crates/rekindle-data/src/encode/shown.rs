@@ -39,7 +39,7 @@ pub(super) fn left_out(
             (Some(marks), _) if marks.contains(&number) => true,
             (_, Some(turn)) if !trained.contains(&turn) => true,
             (_, Some(turn)) => shown(&with_marks[..=turn]).is_some_and(|marks| marks.contains(&number)),
-            // A template may look into a text and choose by it, so that a mark changes what it shows.
+            // A template may branch on a text, so that a mark changes the rendering.
             (Some(_), None) => part.text.len() >= TELLING && part.stands_in(text),
             (None, None) => part.stands_in(text),
         };

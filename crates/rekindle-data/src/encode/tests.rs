@@ -124,7 +124,7 @@ fn a_token_across_the_border_is_two() {
     }
     let row = json!({"prompt": "say ", "completion": "no"});
     assert!(!try_encode(&tokenizer, row, &EncodeOptions::default()).expect("encodable").notes.joined);
-    // As one text, what is trained is the text.
+    // Trained as one text, all of it counts.
     let row = json!({"prompt": "say hel", "completion": "lo!"});
     let all = try_encode(&tokenizer, row, &train_on(TrainOn::All)).expect("encodable");
     assert_eq!((all.input_ids.len(), all.notes.joined), (8, false));
@@ -327,7 +327,7 @@ fn every_turn_ends_with_an_end_token() {
     let last = turns("{{ '<|im_end|>' if loop.last else ';' }}");
     assert!(error(&last, &assistant).is_some_and(|error| error.contains("messages[1]")));
     assert_eq!(error(&last, &train_on(TrainOn::LastAssistant)), None);
-    // What stands behind it would be learned as well.
+    // The text after it would be trained as well.
     assert!(error(&turns("<|im_end|> ok?"), &assistant).is_some());
     // The template's own, which the checkpoint does not stop at.
     assert_eq!(error(&turns("<|eot|>"), &assistant), None);
@@ -360,7 +360,7 @@ fn what_the_template_leaves_out_is_an_error_or_counted() {
         let options = EncodeOptions { not_shown, ..EncodeOptions::default() };
         assert!(try_encode(&tokenizer, row.clone(), &options).expect("encodable").notes.not_shown);
     }
-    // Reasoning can be left out on purpose.
+    // Reasoning can be omitted on purpose.
     let row =
         json!({"messages": [turn("user", "Q"), {"role": "assistant", "content": "A", "reasoning_content": "why"}]});
     for how in [Thinking::Keep, Thinking::Mask] {

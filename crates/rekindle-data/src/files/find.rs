@@ -319,7 +319,7 @@ mod tests {
         let dir = scratch(&["data/train/0000.parquet", "data/train/0001.parquet", "data/validation/0000.parquet"]);
         assert_eq!(found(dir.path(), &[""]).expect("files"), ["data/train/0000.parquet", "data/train/0001.parquet"]);
         assert_eq!(of_split(dir.path(), &["data"], None, &EVAL).expect("files").0, ["data/validation/0000.parquet"]);
-        // Only test files: rows to train on have to be asked for.
+        // There are only test files; training on them needs an explicit split.
         let dir = scratch(&["test.csv"]);
         assert!(found(dir.path(), &[""]).expect_err("no train").contains("has no split \"train\"; it has \"test\""));
         assert_eq!(of_split(dir.path(), &[""], Some("test"), &["train"]).expect("files").0, ["test.csv"]);
@@ -365,7 +365,7 @@ mod tests {
         assert_eq!(found(dir.path(), &[""]).expect("files"), ["[x].jsonl", "a.parquet", "b.jsonl", "c.json.gz"]);
         assert_eq!(found(dir.path(), &["sub", "?.jsonl"]).expect("files"), ["sub/e.jsonl", "b.jsonl"]);
         assert_eq!(found(dir.path(), &["**/[be].jsonl"]).expect("files"), ["b.jsonl", "sub/e.jsonl"]);
-        // A file that exists is no pattern, and one that does not is for whoever opens it.
+        // An existing file is not a pattern; a missing one is reported when it is opened.
         assert_eq!(found(dir.path(), &["[x].jsonl", "z.jsonl"]).expect("files"), ["[x].jsonl", "z.jsonl"]);
     }
 

@@ -27,7 +27,7 @@ pub(crate) struct TrainerState {
     /// The step after which the last evaluation took place.
     pub(crate) last_evaluation: Option<usize>,
     /// The lowest evaluation loss so far.
-    pub(crate) best: Option<Best>,
+    pub(crate) best: Option<BestEvaluation>,
     /// Evaluations in a row that were not better, for early stopping.
     pub(crate) early_stopping_patience_counter: usize,
     /// SHA-256 of `configuration`.
@@ -40,7 +40,7 @@ pub(crate) struct TrainerState {
 
 /// The lowest evaluation loss of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Best {
+pub struct BestEvaluation {
     /// Steps done when it was measured.
     pub step: usize,
     /// The loss.
@@ -100,7 +100,7 @@ mod tests {
             examples_seen: 32,
             seconds: 0.1 + 0.2,
             last_evaluation: Some(4),
-            best: Some(Best { step: 2, eval_loss: 1.0 / 3.0 }),
+            best: Some(BestEvaluation { step: 2, eval_loss: 1.0 / 3.0 }),
             early_stopping_patience_counter: 1,
             configuration_sha256: configuration_sha256(&configuration),
             configuration,

@@ -5,19 +5,19 @@ use core::fmt;
 use rekindle_models::{GradientCheckpointing, LoadIn, is_quantized};
 use serde::Serialize;
 
-use super::{Job, Planner, Rows, show};
+use super::{PassRows, PlannedRun, Planner, show};
 use crate::{Error, Optim};
 
 /// A change of the run file, in addition to those before it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Change {
+pub struct MemoryChange {
     /// The keys and values, in the notation of a run file.
     pub set: String,
     /// The peak of the job with the change.
     pub peak: usize,
 }
 
-impl fmt::Display for Change {
+impl fmt::Display for MemoryChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.set, show(self.peak))
     }
@@ -25,7 +25,7 @@ impl fmt::Display for Change {
 
 /// Returns changes after which `rows` of the job fit, and true if they suffice. Each change includes those before it;
 /// changes that save nothing are omitted.
-pub(super) fn advise(job: &Job, rows: &Rows, available: usize) -> Result<(Vec<Change>, bool), Error> {
+pub(super) fn advise(job: &PlannedRun, rows: &PassRows, available: usize) -> Result<(Vec<MemoryChange>, bool), Error> {
     let mut search = Search {
         peak: Planner::new(job.clone())?.plan(rows)?.peak,
         job: job.clone(),
@@ -43,21 +43,21 @@ pub(super) fn advise(job: &Job, rows: &Rows, available: usize) -> Result<(Vec<Ch
 
 /// A job with the changes so far.
 struct Search {
-    job: Job,
-    rows: Rows,
+    job: PlannedRun,
+    rows: PassRows,
     available: usize,
     peak: usize,
-    changes: Vec<Change>,
+    changes: Vec<MemoryChange>,
 }
 
 impl Search {
     /// Keeps a change if it saves memory; returns true if the job then fits.
-    fn try_out(&mut self, job: Job, rows: Rows, set: String) -> Result<bool, Error> {
+    fn try_out(&mut self, job: PlannedRun, rows: PassRows, set: String) -> Result<bool, Error> {
         let peak = Planner::new(job.clone())?.plan(&rows)?.peak;
         if peak >= self.peak {
             return Ok(false);
         }
-        self.changes.push(Change { set, peak });
+        self.changes.push(MemoryChange { set, peak });
         (self.job, self.rows, self.peak) = (job, rows, peak);
         Ok(peak <= self.available)
     }
@@ -131,7 +131,7 @@ impl Search {
         job.load.max_seq_length = length;
         self.try_out(
             job,
-            Rows { lengths },
+            PassRows { lengths },
             format!("model.max_seq_length = {length}, with data.overlong for longer rows"),
         )
     }

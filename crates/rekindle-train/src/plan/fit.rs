@@ -6,8 +6,8 @@ use rekindle_data::counted;
 use rekindle_models::GradientCheckpointing;
 use serde::Serialize;
 
-use super::advice::{Change, advise};
-use super::{MemoryPlan, Planner, Rows, show};
+use super::advice::{MemoryChange, advise};
+use super::{MemoryPlan, PassRows, Planner, show};
 use crate::Error;
 
 /// The maximum number of tokens in a pass when searching for the largest batch.
@@ -15,7 +15,7 @@ const MOST_TOKENS: usize = 1 << 20;
 
 /// A plan compared with the available memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Fit {
+pub struct MemoryFit {
     /// The plan.
     pub plan: MemoryPlan,
     /// The available bytes.
@@ -28,18 +28,18 @@ pub struct Fit {
     /// The maximum number of rows of `max_seq_length` tokens in a pass that fits, up to 2²⁰ tokens; 0 if none fits.
     pub largest_batch: usize,
     /// Changes to apply one after the other until the run fits; empty if it fits.
-    pub changes: Vec<Change>,
+    pub changes: Vec<MemoryChange>,
     /// True if the run fits with all of these changes.
     pub changes_suffice: bool,
 }
 
 /// The decision about a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum MemoryVerdict {
     /// The run fits, with this gradient checkpointing.
     Fits(MemoryPlan),
     /// The run does not fit.
-    DoesNotFit(Box<Fit>),
+    DoesNotFit(Box<MemoryFit>),
 }
 
 impl Planner {
@@ -47,12 +47,12 @@ impl Planner {
     ///
     /// # Errors
     /// [`Error::Model`] for rows that exceed the model's limits.
-    pub fn fit(&mut self, rows: &Rows, available: usize) -> Result<Fit, Error> {
+    pub fn fit(&mut self, rows: &PassRows, available: usize) -> Result<MemoryFit, Error> {
         let plan = self.plan(rows)?;
         let fits = plan.peak <= available;
         let (changes, changes_suffice) = if fits { (Vec::new(), true) } else { advise(self.job(), rows, available)? };
         let count = self.job().train.per_device_train_batch_size;
-        Ok(Fit {
+        Ok(MemoryFit {
             fits,
             available,
             longest_sequence: self.longest_sequence(count, available)?,
@@ -64,18 +64,18 @@ impl Planner {
     }
 
     /// Chooses the fastest gradient checkpointing that fits, among those that the configuration permits. Computes a
-    /// [`Fit`] only if none fits.
+    /// [`MemoryFit`] only if none fits.
     ///
     /// # Errors
     /// As [`fit`](Self::fit).
-    pub fn decide(&mut self, rows: &Rows, available: usize) -> Result<Verdict, Error> {
+    pub fn decide(&mut self, rows: &PassRows, available: usize) -> Result<MemoryVerdict, Error> {
         for policy in self.candidates() {
             let plan = self.plan_with(rows, policy)?;
             if plan.peak <= available {
-                return Ok(Verdict::Fits(plan));
+                return Ok(MemoryVerdict::Fits(plan));
             }
         }
-        Ok(Verdict::DoesNotFit(Box::new(self.fit(rows, available)?)))
+        Ok(MemoryVerdict::DoesNotFit(Box::new(self.fit(rows, available)?)))
     }
 
     /// Returns the candidates for [`GradientCheckpointing::Auto`], fastest first; otherwise the configured setting.
@@ -99,14 +99,14 @@ impl Planner {
         let asked = self.job().load.max_seq_length;
         let window = self.window();
         if window <= asked {
-            return largest(asked, |length| self.takes(&Rows::equal(count, length), available));
+            return largest(asked, |length| self.takes(&PassRows::equal(count, length), available));
         }
         // Longer rows need longer tables of angles.
         let mut job = self.job().clone();
         job.load.max_seq_length = window;
         let mut wider = Self::new(job)?;
         let most = window.min((MOST_TOKENS / count.max(1)).max(asked));
-        largest(most, |length| wider.takes(&Rows::equal(count, length), available))
+        largest(most, |length| wider.takes(&PassRows::equal(count, length), available))
     }
 
     /// Returns the number of rows of `max_seq_length` tokens that fit into a pass.
@@ -115,11 +115,11 @@ impl Planner {
     /// As [`fit`](Self::fit).
     pub fn largest_batch(&mut self, available: usize) -> Result<usize, Error> {
         let length = self.job().load.max_seq_length;
-        largest((MOST_TOKENS / length).max(1), |count| self.takes(&Rows::equal(count, length), available))
+        largest((MOST_TOKENS / length).max(1), |count| self.takes(&PassRows::equal(count, length), available))
     }
 
-    pub(super) fn takes(&mut self, rows: &Rows, available: usize) -> Result<bool, Error> {
-        let policy = self.candidates().pop().expect("there is a fate for activations");
+    pub(super) fn takes(&mut self, rows: &PassRows, available: usize) -> Result<bool, Error> {
+        let policy = self.candidates().pop().expect("every setting has a candidate");
         Ok(self.plan_with(rows, policy)?.peak <= available)
     }
 }
@@ -143,7 +143,7 @@ fn largest(most: usize, mut fits: impl FnMut(usize) -> Result<bool, Error>) -> R
     Ok(good)
 }
 
-impl fmt::Display for Fit {
+impl fmt::Display for MemoryFit {
     /// Formats the plan as a table, with the settings that would fit.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { plan, available, fits, longest_sequence, largest_batch, .. } = self;
@@ -159,11 +159,11 @@ impl fmt::Display for Fit {
 }
 
 /// The message for a run that does not fit, with changes.
-struct Refusal<'a>(&'a Fit);
+struct Refusal<'a>(&'a MemoryFit);
 
 impl fmt::Display for Refusal<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Fit { plan, available, changes, changes_suffice, .. } = self.0;
+        let MemoryFit { plan, available, changes, changes_suffice, .. } = self.0;
         let (peak, there_is) = (show(plan.peak), show(*available));
         write!(f, "the run takes {peak} at its peak, and {there_is} is available")?;
         if changes.is_empty() {
@@ -180,7 +180,7 @@ impl fmt::Display for Refusal<'_> {
     }
 }
 
-impl Fit {
+impl MemoryFit {
     /// Returns the message for a run that does not fit, with changes.
     pub fn refusal(&self) -> String {
         Refusal(self).to_string()

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::*;
 
 /// Returns a job with the shape of Qwen3-4B, planned for a GPU that need not exist.
-fn job(load_in: Option<LoadIn>, lora: Option<LoraConfig>, checkpointing: GradientCheckpointing) -> Job {
+fn job(load_in: Option<LoadIn>, lora: Option<LoraConfig>, checkpointing: GradientCheckpointing) -> PlannedRun {
     let json = json!({
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -29,11 +29,11 @@ fn job(load_in: Option<LoadIn>, lora: Option<LoraConfig>, checkpointing: Gradien
     let mut load = LoadOptions::new(device, DType::BF16, 2048);
     (load.load_in, load.full_finetuning) = (load_in, lora.is_none());
     let train = SftConfig { use_gradient_checkpointing: checkpointing, ..SftConfig::default() };
-    Job { json, name: "4b".into(), load, lora, train, evaluates: false }
+    PlannedRun { json, name: "4b".into(), load, lora, train, evaluates: false }
 }
 
-fn plan(job: Job) -> MemoryPlan {
-    Planner::new(job).unwrap().plan(&Rows::equal(4, 2048)).unwrap()
+fn plan(job: PlannedRun) -> MemoryPlan {
+    Planner::new(job).unwrap().plan(&PassRows::equal(4, 2048)).unwrap()
 }
 
 const WEIGHTS: usize = 4_022_468_096;
@@ -65,7 +65,7 @@ fn bytes_of_a_large_model_by_hand() {
 fn less_is_kept_from_policy_to_policy() {
     let lora = || Some(LoraConfig::new(16));
     let mut planner = Planner::new(job(None, lora(), GradientCheckpointing::Auto)).unwrap();
-    let rows = Rows::equal(4, 2048);
+    let rows = PassRows::equal(4, 2048);
     let [off, host, block] = [GradientCheckpointing::Off, GradientCheckpointing::Host, GradientCheckpointing::Block]
         .map(|policy| planner.plan_with(&rows, policy).unwrap());
     assert!(host.peak < block.peak && block.peak < off.peak, "{host}\n{block}\n{off}");
@@ -78,7 +78,7 @@ fn less_is_kept_from_policy_to_policy() {
         .unwrap()
         .decide(&rows, available)
     {
-        Ok(Verdict::Fits(plan)) => Some(plan.use_gradient_checkpointing),
+        Ok(MemoryVerdict::Fits(plan)) => Some(plan.use_gradient_checkpointing),
         _ => None,
     };
     assert_eq!(decided(off.peak), Some(GradientCheckpointing::Off));
@@ -88,7 +88,7 @@ fn less_is_kept_from_policy_to_policy() {
 
 #[test]
 fn what_does_not_fit_is_changed_until_it_does() {
-    let rows = Rows::equal(4, 2048);
+    let rows = PassRows::equal(4, 2048);
     let mut planner = Planner::new(job(None, Some(LoraConfig::new(16)), GradientCheckpointing::Off)).unwrap();
     let fit = planner.fit(&rows, 6 << 30).unwrap();
     assert!(!fit.fits && fit.changes_suffice, "{fit:?}");
@@ -99,7 +99,7 @@ fn what_does_not_fit_is_changed_until_it_does() {
 
     let fit = planner.fit(&rows, 40 << 30).unwrap();
     assert!(fit.largest_batch > 0 && fit.longest_sequence > 0, "{fit:?}");
-    let at = |planner: &mut Planner, count, length| planner.plan(&Rows::equal(count, length)).unwrap().peak;
+    let at = |planner: &mut Planner, count, length| planner.plan(&PassRows::equal(count, length)).unwrap().peak;
     assert!(at(&mut planner, fit.largest_batch, 2048) <= 40 << 30);
     assert!(at(&mut planner, fit.largest_batch + 1, 2048) > 40 << 30);
 }
@@ -117,6 +117,6 @@ fn codes_take_the_place_of_weights() {
 
 #[test]
 fn rows_of_a_pass_are_the_longest_ones() {
-    assert_eq!(Rows::longest(2, [3, 9, 1, 7]).lengths, [9, 7]);
-    assert_eq!(Rows::longest(2, [3, 9, 1, 7]).for_evaluation(3).lengths, [9, 9, 9]);
+    assert_eq!(PassRows::longest(2, [3, 9, 1, 7]).lengths, [9, 7]);
+    assert_eq!(PassRows::longest(2, [3, 9, 1, 7]).for_evaluation(3).lengths, [9, 9, 9]);
 }

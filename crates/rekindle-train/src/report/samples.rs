@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::text::{escape, group};
-use crate::Sample;
+use crate::PromptSample;
 
 /// Returns a section with each prompt and its answers in the order of the run; empty without samples.
-pub(super) fn html(samples: &[Sample]) -> String {
-    let mut prompts: BTreeMap<usize, Vec<&Sample>> = BTreeMap::new();
+pub(super) fn html(samples: &[PromptSample]) -> String {
+    let mut prompts: BTreeMap<usize, Vec<&PromptSample>> = BTreeMap::new();
     for sample in samples {
         prompts.entry(sample.sample).or_default().push(sample);
     }
@@ -21,8 +21,8 @@ pub(super) fn html(samples: &[Sample]) -> String {
 }
 
 /// Returns a prompt with its answers, of which there is at least one.
-fn card(answers: &[&Sample]) -> String {
-    let Some(Sample { prompt, expected, .. }) = answers.first() else { return String::new() };
+fn card(answers: &[&PromptSample]) -> String {
+    let Some(PromptSample { prompt, expected, .. }) = answers.first() else { return String::new() };
     let mut rows = String::new();
     if let Some(expected) = expected {
         rows += &row("in the rows", "expected", &text(expected));
@@ -76,8 +76,8 @@ mod tests {
 
     #[test]
     fn a_prompt_has_its_answers_in_order() {
-        let right = Sample { expected: Some("after 8".into()), ended: false, ..sample(8) };
-        let html = html(&[Sample { expected: Some("after 8".into()), ..sample(4) }, right]);
+        let right = PromptSample { expected: Some("after 8".into()), ended: false, ..sample(8) };
+        let html = html(&[PromptSample { expected: Some("after 8".into()), ..sample(4) }, right]);
         let at = |part: &str| html.find(part).unwrap_or_else(|| panic!("{part}: {html}"));
         assert!(
             at("&lt;q&gt;") < at("in the rows")
@@ -85,7 +85,7 @@ mod tests {
                 && at("step 4") < at("class=\"same\"")
         );
         assert_eq!(html.matches("… cut").count(), 1);
-        let twice = super::html(&[sample(4), Sample { step: 6, ..sample(4) }]);
+        let twice = super::html(&[sample(4), PromptSample { step: 6, ..sample(4) }]);
         assert!(twice.contains("<th>steps 4 to 6</th><td>after 4</td>"), "{twice}");
         assert_eq!(super::html(&[]), "");
     }

@@ -1,8 +1,8 @@
 //! The part of TensorBoard's protocol buffers that a run needs, encoded by hand.
 //!
 //! A field is a key, `number << 3 | wire type`, and its value: wire type 0 a varint, 1 eight bytes, 2 a length and as
-//! many bytes, 5 four bytes. Fields stand in the order of their numbers, and a number that is 0 is left out, as protobuf
-//! itself does. The numbers are those of `event.proto`, `summary.proto` and `tensor.proto`:
+//! many bytes, 5 four bytes. Fields stand in the order of their numbers, and a number that is 0 is left out, as
+//! protobuf itself does. The numbers are those of `event.proto`, `summary.proto` and `tensor.proto`:
 //!
 //! - `Event`: wall_time 1 (double), step 2, file_version 3, summary 5, session_log 7
 //! - `Summary`: value 1, repeated; `Value`: tag 1, simple_value 2 (float), tensor 8, metadata 9

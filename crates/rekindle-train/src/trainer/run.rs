@@ -19,8 +19,8 @@ use crate::model_card::CardRun;
 use crate::save::write_model_with;
 use crate::stopping::Stopping;
 use crate::{
-    End, Error, EvalMetrics, Evaluation, Event, Optimizer, OptimizerConfig, Recorder, Report, RunHistory, SaveStrategy,
-    Schedule, SftConfig, StepMetrics, Timetable, Until, write_result,
+    Error, EvalMetrics, Evaluation, Optimizer, OptimizerConfig, RecordedUntil, Recorder, RunHistory, SaveStrategy,
+    Schedule, SftConfig, StepMetrics, Timetable, TrainEnd, TrainEvent, TrainReport, write_result,
 };
 use rekindle_data::counted;
 
@@ -40,7 +40,7 @@ pub(super) struct Run<'a> {
     rows: Rows,
     stopping: Stopping,
     recorder: Option<Recorder>,
-    report: Report,
+    report: TrainReport,
     /// The steps of the last evaluation and of the last checkpoint.
     evaluated: Option<usize>,
     saved: Option<usize>,
@@ -114,7 +114,7 @@ impl<'a> Run<'a> {
             evaluated: state.as_ref().and_then(|state| state.last_evaluation),
             saved: path.as_ref().map(|_| done),
             best,
-            report: Report { steps, evals, end: End::Finished, best: None, checkpoint: path, saved: None },
+            report: TrainReport { steps, evals, end: TrainEnd::Finished, best: None, checkpoint: path, saved: None },
             start: Instant::now(),
             before,
             _locked: locked,
@@ -123,8 +123,8 @@ impl<'a> Run<'a> {
     }
 
     /// Runs the remaining steps, and writes the result.
-    pub(super) fn go(mut self) -> Result<Report, Error> {
-        (self.job.on_event)(Event::Started {
+    pub(super) fn go(mut self) -> Result<TrainReport, Error> {
+        (self.job.on_event)(TrainEvent::Started {
             done: self.done,
             times: &self.times,
             checkpoint: self.report.checkpoint.as_deref(),
@@ -137,7 +137,7 @@ impl<'a> Run<'a> {
                 self.save_checkpoint(is_best)?;
             }
             if self.stopping.is_over() {
-                self.report.end = End::EarlyStopping;
+                self.report.end = TrainEnd::EarlyStopping;
                 return self.finish();
             }
             if self.done == self.times.total {
@@ -200,7 +200,7 @@ impl<'a> Run<'a> {
         if let Some(recorder) = &mut self.recorder {
             recorder.step(&metrics)?;
         }
-        (self.job.on_event)(Event::Step { metrics: &metrics, total: self.times.total });
+        (self.job.on_event)(TrainEvent::Step { metrics: &metrics, total: self.times.total });
         self.report.steps.push(metrics);
         Ok(())
     }
@@ -214,7 +214,7 @@ impl<'a> Run<'a> {
             if let Some(recorder) = &mut self.recorder {
                 recorder.eval(&metrics)?;
             }
-            (self.job.on_event)(Event::Eval(&metrics));
+            (self.job.on_event)(TrainEvent::Eval(&metrics));
             // As in transformers, the model before the first step is no candidate for the best.
             is_best = self.done > 0 && self.stopping.evaluated(self.done, metrics.eval_loss);
             self.report.evals.push(metrics);
@@ -224,7 +224,7 @@ impl<'a> Run<'a> {
                 if let Some(recorder) = &mut self.recorder {
                     recorder.sample(&sample)?;
                 }
-                (self.job.on_event)(Event::Sample(&sample));
+                (self.job.on_event)(TrainEvent::Sample(&sample));
             }
         }
         self.evaluated = Some(self.done);
@@ -312,23 +312,23 @@ impl<'a> Run<'a> {
                 remove_atomic(&old)?;
             }
         }
-        (self.job.on_event)(Event::Saved(&path));
+        (self.job.on_event)(TrainEvent::Saved(&path));
         self.report.checkpoint = Some(path);
         self.publish()
     }
 
     /// Ends the run before its last step, with a checkpoint to resume from.
-    fn interrupted(mut self) -> Result<Report, Error> {
+    fn interrupted(mut self) -> Result<TrainReport, Error> {
         if self.done > 0 && self.saved != Some(self.done) {
             self.save_checkpoint(false)?;
         }
-        self.report.end = End::Interrupted;
+        self.report.end = TrainEnd::Interrupted;
         self.report.best = self.stopping.best;
         Ok(self.report)
     }
 
     /// Writes the result.
-    fn finish(mut self) -> Result<Report, Error> {
+    fn finish(mut self) -> Result<TrainReport, Error> {
         let best = self.stopping.best.zip(self.best.as_deref());
         if let Some((_, path)) = best.filter(|(best, _)| best.step != self.done) {
             Checkpoint::open(path)?.restore_model(self.job.model)?;
@@ -339,7 +339,7 @@ impl<'a> Run<'a> {
                 let model = &*self.job.model;
                 write_model_with(model, target, model.trained_dtype(), &self.job.card, Some(self.card_run()))
             })?;
-            (self.job.on_event)(Event::Saved(&path));
+            (self.job.on_event)(TrainEvent::Saved(&path));
             self.report.saved = Some(path);
         }
         self.publish()?;
@@ -378,7 +378,7 @@ fn open_recorder(
     let Some(dir) = &job.output_dir else { return Ok(None) };
     let description = std::mem::take(&mut job.description);
     if let Some(checkpoint) = checkpoint {
-        // It may lie elsewhere than where the run goes on.
+        // The checkpoint may be in another directory than the output.
         let name = "metrics.jsonl";
         let (here, beside) = (dir.join(name), checkpoint.path.parent().unwrap_or(Path::new(".")).join(name));
         let same = here.canonicalize().is_ok_and(|here| beside.canonicalize().is_ok_and(|beside| here == beside));
@@ -387,7 +387,7 @@ fn open_recorder(
             copied.map_err(|source| Error::Io { path: here, source })?;
         }
     }
-    let until = checkpoint.map(|Checkpoint { state, .. }| Until {
+    let until = checkpoint.map(|Checkpoint { state, .. }| RecordedUntil {
         steps: state.global_step,
         evaluated: state.last_evaluation.unwrap_or(0),
     });

@@ -16,8 +16,8 @@ pub struct ModelFiles {
     pub model: PathBuf,
     /// The directory of the adapter, if one was given as the model.
     pub adapter: Option<PathBuf>,
-    /// Notices for the user: the hub could not be reached and the cache was used; the adapter has another tokenizer or chat
-    /// template than the checkpoint.
+    /// Notices for the user: the hub could not be reached and the cache was used; the adapter has another tokenizer or
+    /// chat template than the checkpoint.
     pub notices: Vec<String>,
     /// The checkpoint's name as given, and its revision if one was given.
     pub(crate) name: String,
@@ -33,11 +33,12 @@ impl ModelFiles {
         Self { name: model.display().to_string(), model, adapter, notices: Vec::new(), revision: None, beside: None }
     }
 
-    /// Returns the files that are saved with a model or adapter: tokenizer, chat templates, processors and the generation
-    /// configuration.
+    /// Returns the files that are saved with a model or adapter: tokenizer, chat templates, processors and the
+    /// generation configuration.
     ///
-    /// If the adapter has the tokenizer, its missing files are taken from the checkpoint if they agree with it: other forms
-    /// of the vocabulary if `tokenizer.json` is the same, and templates if `tokenizer_config.json` is the same too.
+    /// If the adapter has the tokenizer, its missing files are taken from the checkpoint if they agree with it: other
+    /// forms of the vocabulary if `tokenizer.json` is the same, and templates if `tokenizer_config.json` is the same
+    /// too.
     pub(crate) fn companions(&self) -> Vec<PathBuf> {
         let tokenizer = self.tokenizer();
         let mut files = companion_files(tokenizer);
@@ -87,8 +88,8 @@ impl<'a> Loader<'a> {
         self
     }
 
-    /// Sets a callback for the bytes downloaded so far, and those of all files to download, of an adapter and its base one
-    /// after the other. It is not called if there is nothing to download.
+    /// Sets a callback for the bytes downloaded so far, and those of all files to download, of an adapter and its base
+    /// one after the other. It is not called if there is nothing to download.
     pub fn on_download(mut self, on_download: impl FnMut(u64, u64) + 'a) -> Self {
         self.on_download = Some(Box::new(on_download));
         self
@@ -98,8 +99,8 @@ impl<'a> Loader<'a> {
     ///
     /// # Errors
     /// As [`check`](Self::check); [`Error::File`] for missing files, of the kind
-    /// [`ErrorKind::Hub`](crate::ErrorKind::Hub) if a name could not be downloaded; [`Error::AdapterBase`] for an adapter
-    /// without its base.
+    /// [`ErrorKind::Hub`](crate::ErrorKind::Hub) if a name could not be downloaded; [`Error::AdapterBase`] for an
+    /// adapter without its base.
     pub fn fetch(&mut self) -> Result<&ModelFiles, Error> {
         let files = match self.files.take() {
             Some(files) => files,
@@ -148,8 +149,8 @@ impl<'a> Loader<'a> {
         Ok(ModelFiles { model: found.path, adapter: Some(adapter), notices, name, revision, beside: None })
     }
 
-    /// Returns the directories with the configuration of the model, and of the adapter that was given as the model. Does
-    /// not download the weights of a name on the hub.
+    /// Returns the directories with the configuration of the model, and of the adapter that was given as the model.
+    /// Does not download the weights of a name on the hub.
     pub(super) fn find_config(&self) -> Result<(PathBuf, Option<PathBuf>), Error> {
         self.check()?;
         if let Some(files) = &self.files {
@@ -168,8 +169,8 @@ impl<'a> Loader<'a> {
     }
 }
 
-/// Returns the directory of an adapter's base, or its name on the hub. Adds a notice if a relative path was resolved from a
-/// directory above the adapter. `commit` is that of an adapter from the hub, whose base is on the hub too.
+/// Returns the directory of an adapter's base, or its name on the hub. Adds a notice if a relative path was resolved
+/// from a directory above the adapter. `commit` is that of an adapter from the hub, whose base is on the hub too.
 pub(crate) fn base_directory(
     base: &AdapterBase,
     adapter: &Path,

@@ -9,7 +9,7 @@ use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::LoraConfig;
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_models::{GradientCheckpointing, LoadOptions, ModelConfig};
-use rekindle_train::{Fit, Job, MemoryPlan, Planner, Rows, SftConfig, Verdict};
+use rekindle_train::{MemoryFit, MemoryPlan, MemoryVerdict, PassRows, PlannedRun, Planner, SftConfig};
 
 use crate::time_estimate::{Work, token_time};
 use crate::{DataSource, Error, Loader, Model, TokenTime};
@@ -36,10 +36,11 @@ pub struct RunPlanner {
 }
 
 impl Loader<'_> {
-    /// Plans a run from the configuration of the model, and of an adapter to continue; no weights are loaded or downloaded.
+    /// Plans a run from the configuration of the model, and of an adapter to continue; no weights are loaded or
+    /// downloaded.
     ///
-    /// `lora` is the adapter to train; without one, and without an adapter to continue, all weights are trained. `memory`
-    /// replaces the free memory of the device, which then need not exist.
+    /// `lora` is the adapter to train; without one, and without an adapter to continue, all weights are trained.
+    /// `memory` replaces the free memory of the device, which then need not exist.
     ///
     /// # Errors
     /// Those of [`load`](Self::load) that need no weights.
@@ -59,7 +60,7 @@ impl Loader<'_> {
             Some(adapter) if lora.is_some() => Some(saved_lora_config(adapter)?),
             _ => lora,
         };
-        let job = Job { json, name: self.args.name_or_path.clone(), load, lora, train, evaluates: false };
+        let job = PlannedRun { json, name: self.args.name_or_path.clone(), load, lora, train, evaluates: false };
         Ok(RunPlanner { planner: Planner::new(job)?, device: kind, card, available })
     }
 }
@@ -68,7 +69,7 @@ impl Loader<'_> {
 ///
 /// # Errors
 /// [`Error::Model`] if there is none, or it is invalid.
-pub fn saved_lora_config(adapter: &Path) -> Result<LoraConfig, Error> {
+pub(crate) fn saved_lora_config(adapter: &Path) -> Result<LoraConfig, Error> {
     Ok(AdapterConfig::open(adapter).map_err(rekindle_models::Error::from)?.lora().clone())
 }
 
@@ -79,18 +80,18 @@ impl RunPlanner {
         let (json, options) = model.loaded_as();
         let load = LoadOptions { device, ..options.clone() };
         let lora = model.causal_lm().lora().cloned();
-        let job = Job { json: json.clone(), name: model.path().to_owned(), load, lora, train, evaluates };
-        let available = available.map(|free| free.saturating_add(model.allocated_bytes()));
+        let job = PlannedRun { json: json.clone(), name: model.path().to_owned(), load, lora, train, evaluates };
+        let available = available.map(|free| free.saturating_add(model.reusable_bytes()));
         Ok(Self { planner: Planner::new(job)?, device: kind, card, available })
     }
 
     /// Returns the longest rows of encoded rows that can be in one pass.
-    pub(crate) fn rows_in(&self, rows: &Dataset) -> Rows {
+    pub(crate) fn rows_in(&self, rows: &Dataset) -> PassRows {
         if self.planner.job().train.packing {
             return self.rows();
         }
         let lengths = rows.examples().map(|example| example.input_ids.len());
-        Rows::longest(self.planner.job().train.per_device_train_batch_size, lengths)
+        PassRows::longest(self.planner.job().train.per_device_train_batch_size, lengths)
     }
 
     /// Includes evaluation passes: the run has rows to evaluate.
@@ -100,16 +101,16 @@ impl RunPlanner {
     }
 
     /// Returns the rows of a pass, each of the maximum length.
-    pub fn rows(&self) -> Rows {
+    pub fn rows(&self) -> PassRows {
         let job = self.planner.job();
-        Rows::equal(job.train.per_device_train_batch_size, job.load.max_seq_length)
+        PassRows::equal(job.train.per_device_train_batch_size, job.load.max_seq_length)
     }
 
     /// Returns the longest rows of `data` that can be in one pass.
     ///
     /// # Errors
     /// [`Error::Data`] for rows that cannot be read or do not fit.
-    pub fn rows_of(&self, tokenizer: Option<&Tokenizer>, data: &DataSource) -> Result<Rows, Error> {
+    pub fn rows_of(&self, tokenizer: Option<&Tokenizer>, data: &DataSource) -> Result<PassRows, Error> {
         if self.planner.job().train.packing {
             return Ok(self.rows());
         }
@@ -121,7 +122,7 @@ impl RunPlanner {
     ///
     /// # Errors
     /// [`Error::Train`] for rows that exceed the model's limits.
-    pub fn plan(&mut self, rows: &Rows) -> Result<MemoryPlan, Error> {
+    pub fn plan(&mut self, rows: &PassRows) -> Result<MemoryPlan, Error> {
         Ok(self.planner.plan(rows)?)
     }
 
@@ -129,7 +130,7 @@ impl RunPlanner {
     ///
     /// # Errors
     /// As [`plan`](Self::plan).
-    pub fn plan_with(&mut self, rows: &Rows, checkpointing: GradientCheckpointing) -> Result<MemoryPlan, Error> {
+    pub fn plan_with(&mut self, rows: &PassRows, checkpointing: GradientCheckpointing) -> Result<MemoryPlan, Error> {
         Ok(self.planner.plan_with(rows, checkpointing)?)
     }
 
@@ -137,7 +138,7 @@ impl RunPlanner {
     ///
     /// # Errors
     /// As [`plan`](Self::plan); [`Error::Argument`] if the available memory is unknown.
-    pub fn fit(&mut self, rows: &Rows) -> Result<Fit, Error> {
+    pub fn fit(&mut self, rows: &PassRows) -> Result<MemoryFit, Error> {
         let available = self.available.ok_or_else(|| {
             Error::Argument(format!(
                 "device \"{}\" does not report its free memory; give the memory to plan for",
@@ -147,15 +148,15 @@ impl RunPlanner {
         Ok(self.planner.fit(rows, available)?)
     }
 
-    /// Returns the plan of a run that fits, with a choice for [`GradientCheckpointing::Auto`]. If the available memory is
-    /// unknown, every run fits.
+    /// Returns the plan of a run that fits, with a choice for [`GradientCheckpointing::Auto`]. If the available memory
+    /// is unknown, every run fits.
     ///
     /// # Errors
     /// [`Error::DoesNotFit`], and as [`plan`](Self::plan).
-    pub fn decide(&mut self, rows: &Rows) -> Result<MemoryPlan, Error> {
+    pub fn decide(&mut self, rows: &PassRows) -> Result<MemoryPlan, Error> {
         match self.planner.decide(rows, self.available.unwrap_or(usize::MAX))? {
-            Verdict::Fits(plan) => Ok(plan),
-            Verdict::DoesNotFit(fit) => Err(Error::DoesNotFit(fit)),
+            MemoryVerdict::Fits(plan) => Ok(plan),
+            MemoryVerdict::DoesNotFit(fit) => Err(Error::DoesNotFit(fit)),
         }
     }
 

@@ -8,14 +8,15 @@ use rekindle_models::ModelConfig;
 use toml::{Table, Value};
 
 use super::{LoraArguments, RunConfig, RunObserver};
-use crate::{Error, Loader, LoraConfig, Model, TargetModules, saved_lora_config};
+use crate::pretrained::saved_lora_config;
+use crate::{Error, Loader, LoraConfig, Model, TargetModules};
 
 /// Keys that select the adapted linears.
 const TARGET_KEYS: [&str; 5] =
     ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "finetune_last_n_layers"];
 
-/// Returns the configuration of the adapter that the run continues: that of `init_from`, in the directory `start`, or the
-/// one given as the model. Keys of `[lora]` that contradict it are an error.
+/// Returns the configuration of the adapter that the run continues: that of `init_from`, in the directory `start`, or
+/// the one given as the model. Keys of `[lora]` that contradict it are an error.
 pub(super) fn continued_adapter(
     config: &RunConfig,
     loader: &mut Loader<'_>,
@@ -79,8 +80,8 @@ fn linears(dir: &Path) -> Result<Vec<String>, Error> {
 
 /// Lists the keys that the run file sets and the saved adapter has otherwise.
 ///
-/// Keys that select linears agree if they select the same of the model's `linears`: `"all-linear"` is saved as a list of
-/// names.
+/// Keys that select linears agree if they select the same of the model's `linears`: `"all-linear"` is saved as a list
+/// of names.
 fn contradictions(lora: &LoraArguments, saved: &LoraConfig, linears: &[String]) -> Vec<String> {
     let selected = |config: &LoraConfig| match_targets(config, linears).ok();
     let same_linears = selected(saved).is_some_and(|names| selected(&lora.config) == Some(names));

@@ -23,8 +23,8 @@ pub struct DataArguments {
     /// The maximum number of rows of `train` to use. Default: all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_rows: Option<usize>,
-    /// Seed of `eval_fraction` and `max_rows`. It is separate from the run's seed, so that runs with other seeds hold out
-    /// the same rows. Default 3407.
+    /// Seed of `eval_fraction` and `max_rows`. It is separate from the run's seed, so that runs with other seeds hold
+    /// out the same rows. Default 3407.
     #[serde(skip_serializing_if = "is_default_seed")]
     pub sample_seed: u64,
     /// If true, each epoch has its own random order. Default true.

@@ -1,7 +1,7 @@
 //! Suggestions for misspelled names.
 
-/// Returns the candidate that `word` probably means: the nearest misspelling, or the only candidate that contains all of
-/// its parts. Returns `None` if a suggestion would be a guess.
+/// Returns the candidate that `word` probably means: the nearest misspelling, or the only candidate that contains all
+/// of its parts. Returns `None` if a suggestion would be a guess.
 ///
 /// The distance of a misspelling is at most a quarter of its length (insertions, deletions, substitutions and swapped
 /// neighbours). Parts are separated by underscores: "scheduler_type" means "lr_scheduler_type".

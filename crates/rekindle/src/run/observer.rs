@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::RunConfig;
-use crate::{EncodedRows, Event, MemoryPlan, Model};
+use crate::{EncodedRows, MemoryPlan, Model, TrainEvent};
 
 /// Receives what happens in a training run. Every method does nothing by default, and `()` observes nothing.
 ///
@@ -45,7 +45,7 @@ pub trait RunObserver {
     fn started(&self, config: &RunConfig, written: &Path) {}
 
     /// Receives each step, evaluation, sample and checkpoint.
-    fn event(&self, event: &Event<'_>) {}
+    fn event(&self, event: &TrainEvent<'_>) {}
 }
 
 impl RunObserver for () {}

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rekindle_kernels::{DeviceKind, parse_device};
-use rekindle_train::{OptimizerConfig, Preflight, Report, Resume, Timetable, check_output_dir};
+use rekindle_train::{OptimizerConfig, Preflight, Resume, Timetable, TrainReport, check_output_dir};
 
 use super::adapter::{attach, continued_adapter};
 use super::{RunConfig, RunObserver};
+use crate::preflight::check_run;
 use crate::{
-    DataSource, EncodedRows, Error, Event, GradientCheckpointing, Loader, Model, ModelSource, RowEncoder, RunPlanner,
-    SftTrainer, Tokenizer, check_run, write_atomic,
+    DataSource, EncodedRows, Error, GradientCheckpointing, Loader, Model, ModelSource, RowEncoder, RunPlanner,
+    SftTrainer, Tokenizer, TrainEvent, write_atomic,
 };
 
 /// The options of a training run that are not part of its configuration.
@@ -19,11 +20,11 @@ use crate::{
 pub struct TrainOptions {
     /// The checkpoint to resume from. Default: none.
     pub resume: Option<Resume>,
-    /// If true, checkpoints and the result of an earlier run in the output directory are replaced. Default false: the run
-    /// is refused.
+    /// If true, checkpoints and the result of an earlier run in the output directory are replaced. Default false: the
+    /// run is refused.
     pub overwrite: bool,
-    /// If true, a run that does not fit into memory is refused before anything is loaded. Default true. Without the check,
-    /// [`GradientCheckpointing::Auto`] is as `true`.
+    /// If true, a run that does not fit into memory is refused before anything is loaded. Default true. Without the
+    /// check, [`GradientCheckpointing::Auto`] is as `true`.
     pub check_memory: bool,
     /// Set it to true to end the run after the current step, with a checkpoint to resume from.
     pub stop: Arc<AtomicBool>,
@@ -66,7 +67,7 @@ impl RunConfig {
     ///
     /// # Errors
     /// Those of [`TrainingRun::open`] and [`TrainingRun::train`].
-    pub fn train(self, options: TrainOptions, observer: &dyn RunObserver) -> Result<Report, Error> {
+    pub fn train(self, options: TrainOptions, observer: &dyn RunObserver) -> Result<TrainReport, Error> {
         TrainingRun::open(self, options, observer)?.train(observer)
     }
 
@@ -133,8 +134,8 @@ impl RunConfig {
         Ok(())
     }
 
-    /// Writes the configuration to `run.toml` in the output directory, or to `run.resolved.toml` if that is the run file
-    /// itself. Returns the path.
+    /// Writes the configuration to `run.toml` in the output directory, or to `run.resolved.toml` if that is the run
+    /// file itself. Returns the path.
     fn write_resolved(&self) -> Result<PathBuf, Error> {
         let dir = &self.output_dir;
         let failed = |source| rekindle_train::Error::Io { path: dir.clone(), source };
@@ -155,8 +156,8 @@ impl RunConfig {
 impl TrainingRun {
     /// Checks everything that needs no weights, then loads the model and attaches its adapter.
     ///
-    /// The checks are the output directory, the memory plan, the adapter to continue, the rows, the schedule, prompts and
-    /// the checkpoint to resume from.
+    /// The checks are the output directory, the memory plan, the adapter to continue, the rows, the schedule, prompts
+    /// and the checkpoint to resume from.
     ///
     /// # Errors
     /// [`Error::DoesNotFit`] for a run that does not fit into memory, [`Error::Train`] for an output directory or a
@@ -204,7 +205,7 @@ impl TrainingRun {
     ///
     /// # Errors
     /// [`Error::Train`] for a loss that is not finite, or when a result cannot be written.
-    pub fn train(&mut self, observer: &dyn RunObserver) -> Result<Report, Error> {
+    pub fn train(&mut self, observer: &dyn RunObserver) -> Result<TrainReport, Error> {
         let Self { config, model, tokenizer, train_rows, eval_rows, options } = self;
         let notes = OptimizerConfig::from(&config.train).notes(model.causal_lm());
         notes.iter().for_each(|note| observer.notice(&format!("[train] optim: {note}")));
@@ -219,7 +220,7 @@ impl TrainingRun {
             .stop_flag(Arc::clone(&options.stop))
             .on_event(|event| {
                 observer.event(&event);
-                if let Event::Started { .. } = event {
+                if let TrainEvent::Started { .. } = event {
                     match config.write_resolved() {
                         Ok(path) => observer.started(config, &path),
                         Err(error) => {

@@ -8,7 +8,7 @@ use rekindle::LoraConfig;
 use rekindle_kernels::Device;
 use rekindle_kernels::runtime::{self, CUDA_CONTEXT_BYTES, Cuda, DeviceProps};
 use rekindle_models::{LoadIn, LoadOptions};
-use rekindle_train::{Job, MemoryPlan, Planner, Rows, SftConfig};
+use rekindle_train::{MemoryPlan, PassRows, PlannedRun, Planner, SftConfig};
 
 use super::super::name;
 use super::super::shape::Shape;
@@ -98,7 +98,14 @@ impl Train {
         load.load_in = (self.mode == Mode::Qlora).then_some(LoadIn::FourBit(None));
         let lora = (self.mode != Mode::Full).then(|| LoraConfig::new(16).lora_alpha(32.0));
         let train = SftConfig { use_gradient_checkpointing: self.checkpointing.setting(), ..SftConfig::default() };
-        let job = Job { json: self.shape.config(), name: name(self.shape).into(), load, lora, train, evaluates: false };
-        Ok(Planner::new(job)?.plan(&Rows::equal(self.batch, self.seq))?)
+        let job = PlannedRun {
+            json: self.shape.config(),
+            name: name(self.shape).into(),
+            load,
+            lora,
+            train,
+            evaluates: false,
+        };
+        Ok(Planner::new(job)?.plan(&PassRows::equal(self.batch, self.seq))?)
     }
 }

@@ -44,7 +44,7 @@ fn arguments_are_what_the_template_needs() {
     let parsed = "{\"x\": 0, \"name\": \"Köln \\\"a\\\"\", \"wei\": 25000000000000000000}";
     let as_it_is = "{\"x\":  0, \"name\": \"Köln \\\"a\\\"\", \"wei\": 25000000000000000000}";
     for (calls, expected) in [
-        // Needs an object: it would be encoded twice, be left out, or fail.
+        // The template needs an object: a text would be encoded twice, be omitted, or fail.
         ("{{ c.function.arguments | tojson }}", parsed.to_owned()),
         ("{{ c.function.arguments | tojson(ensure_ascii=true) }}", parsed.replace('ö', "\\u00f6")),
         ("{{ c.function | tojson }}", format!("{{\"name\": \"move\", \"arguments\": {parsed}}}")),
@@ -66,7 +66,7 @@ fn arguments_are_what_the_template_needs() {
     ] {
         assert_eq!(settled(&all(calls), text()), expected, "{calls}");
     }
-    // An object stays one, and what is no JSON of one stays a text.
+    // Objects are kept, and text that is not the JSON of an object stays text.
     assert_eq!(settled(&all("{{ c.function.arguments | tojson }}"), call(json!(""), json!({"x": 0}))), "{\"x\": 0}");
     for other in ["[1]", "7", "\"a\"", "x = 0", ""] {
         let expected = json!(other).to_string();

@@ -112,7 +112,7 @@ fn reasoning_of_earlier_turns_may_be_dropped() {
         json!({"role": "assistant", "content": "B", "reasoning_content": "so"}),
     ]);
     assert_eq!(left_out(THINKING, chat.clone(), json!(null)), Vec::<String>::new());
-    // This one never shows the reasoning that stands beside a content.
+    // This template never renders the reasoning of a turn with content.
     assert_eq!(left_out(CHATML, chat.clone(), json!(null)), ["messages[3].reasoning_content"]);
     // And this one none, as that of R1's distillations, which would train answers without their reasoning.
     let answers = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}";

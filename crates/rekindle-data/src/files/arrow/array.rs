@@ -151,7 +151,7 @@ impl Array<'_> {
         if matches!(self.field.kind, Kind::Other { .. }) {
             return Ok(false);
         }
-        // Where all values are there, the bits may be left out.
+        // The bitmap may be omitted if no value is null.
         match self.buffers.first().filter(|bits| !bits.is_empty()) {
             None => Ok(false),
             Some(bits) => bit(bits, index).map(|valid| !valid),
