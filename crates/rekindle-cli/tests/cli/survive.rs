@@ -222,7 +222,7 @@ fn what_diverges_ends_with_six_and_says_where() {
 #[test]
 fn a_checkpoint_that_is_not_there_is_named() {
     let scratch = Scratch::new();
-    scratch.train(&["--resume=no/such"]).fails(2, &["no/such", "no directory"]);
+    scratch.train(&["--resume=no/such"]).fails(2, &["no/such", "is not a directory"]);
     scratch.train(&["--resume", "train.max_steps=1"]).fails(2, &["train.max_steps=1", "--resume at the end"]);
     let here = scratch.path("").display().to_string();
     scratch.train(&["--resume", &here]).fails(1, &["trainer_state.json: there is none"]);

@@ -8,14 +8,14 @@ use crate::{EncodedRows, MemoryPlan, Model, TrainEvent};
 /// Receives what happens in a training run. Every method does nothing by default, and `()` observes nothing.
 ///
 /// ```
-/// use rekindle::Event;
+/// use rekindle::TrainEvent;
 /// use rekindle::run::RunObserver;
 ///
 /// struct Losses;
 ///
 /// impl RunObserver for Losses {
-///     fn event(&self, event: &Event<'_>) {
-///         if let Event::Step { metrics, total } = event {
+///     fn event(&self, event: &TrainEvent<'_>) {
+///         if let TrainEvent::Step { metrics, total } = event {
 ///             println!("{}/{total}: loss {:.3}", metrics.step, metrics.loss);
 ///         }
 ///     }
