@@ -65,13 +65,12 @@ pub(super) fn add_tn(grad: &Array, alpha: f32, [dy, x]: [&Rows; 2], [n, k]: [usi
 
 fn kernel(form: Form, operand: &Array) -> Kernel {
     let dtype = operand.dtype();
-    let out = if form == Form::Tn { DType::F32 } else { dtype };
-    let defines = [("T", dtype.name()), ("FORM", form.name()), ("OUT", out.name())];
+    let defines = [("T", dtype.name()), ("FORM", form.name())];
     operand.cuda().kernel(entry!("grouped.cu", "grouped"), &defines)
 }
 
-/// Two stages of two tiles 32 deep in f32, three in 16 bits.
+/// Two stages of two tiles 32 deep in f32, three in 16 bits, and the expert and row that a block finds.
 fn shared(dtype: DType) -> u32 {
     let stages = if dtype == DType::F32 { 2 } else { 3 };
-    blocks(stages * 2 * TILE * 32 * dtype.bytes())
+    blocks(stages * 2 * TILE * 32 * dtype.bytes() + 16)
 }
