@@ -4,10 +4,8 @@ use rekindle_hub::Checkpoint;
 use rekindle_rope::{ContextExtension, RopeConfig, RopeScaling, extend_context};
 use serde_json::Value;
 
-use crate::families::{self, ConfigReader, TensorNames};
+use crate::families::{self, ConfigReader, TIED, TensorNames};
 use crate::{Error, ModelSpec};
-
-const TIED: &str = "tie_word_embeddings";
 
 /// A checkpoint's `config.json`: the decoder that it describes, and the file itself.
 #[derive(Clone, Debug)]

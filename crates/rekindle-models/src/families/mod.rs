@@ -29,6 +29,9 @@ pub(crate) use reader::ConfigReader;
 
 use crate::ModelSpec;
 
+/// The key of a tied output layer, which multimodal checkpoints may have beside their `text_config`.
+pub(crate) const TIED: &str = "tie_word_embeddings";
+
 /// A family of models.
 pub(crate) struct Family {
     /// The entry of `architectures`.
