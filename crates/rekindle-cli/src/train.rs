@@ -40,11 +40,14 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     }
 }
 
+/// A display of the bytes done and the bytes in total.
+type ByteProgress = Box<dyn FnMut(u64, u64)>;
+
 /// An observer that prints the progress of a run to stderr.
 pub(crate) struct TerminalObserver {
     progress: RefCell<Progress>,
-    downloading: RefCell<Box<dyn FnMut(u64, u64)>>,
-    loading: RefCell<Option<Box<dyn FnMut(u64, u64)>>>,
+    downloading: RefCell<ByteProgress>,
+    loading: RefCell<Option<ByteProgress>>,
     /// The flag that signals set from the first step on; `None` leaves signals alone.
     stops: Option<Arc<AtomicBool>>,
     /// The error if signals cannot be handled.

@@ -119,7 +119,7 @@ impl Attention {
                     scores = (scores / softcap).tanh() * softcap;
                 }
                 let scores = scores + hidden.clone();
-                let sink = sinks.map(|sinks| sinks.clone().slice([head..head + 1]).reshape([1, 1]));
+                let sink = sinks.map(|sinks| sinks.clone().narrow(0, head, 1).reshape([1, 1]));
                 let mut max = scores.clone().max_dim(1).detach();
                 if let Some(sink) = &sink {
                     max = max.max_pair(sink.clone().detach().expand([length, 1]));

@@ -136,7 +136,7 @@ impl Case for Activation {
         let slots = (0..top_k).map(|slot| {
             let parts = (0..tokens).map(|token| {
                 let row = host.rows[token * top_k + slot] as usize;
-                dact.clone().slice([row..row + 1])
+                dact.clone().narrow(0, row, 1)
             });
             BurnTensor::cat(parts.collect(), 0)
         });

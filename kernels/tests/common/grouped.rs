@@ -99,7 +99,7 @@ impl Case for Grouped {
         let host = self.host();
         let product = |x: &BurnTensor<2>| -> BurnTensor<2> {
             let parts = (0..self.experts).filter(|&expert| !host.range(expert).is_empty()).map(|expert| {
-                let w = w.clone().slice([expert * n..(expert + 1) * n]);
+                let w = w.clone().narrow(0, expert * n, n);
                 x.clone().slice([host.range(expert)]).matmul(w.transpose())
             });
             BurnTensor::cat(parts.collect(), 0)
