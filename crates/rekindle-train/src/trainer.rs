@@ -144,7 +144,7 @@ impl<'a> Trainer<'a> {
         self
     }
 
-    /// Sets a flag that ends the run after the current step, with a checkpoint ([`TrainEnd::Interrupted`](crate::End)).
+    /// Sets a flag that ends the run after the current step, with a checkpoint ([`TrainEnd::Interrupted`](crate::TrainEnd)).
     #[must_use]
     pub fn stop_flag(mut self, flag: Arc<AtomicBool>) -> Self {
         self.stop = flag;

@@ -133,8 +133,8 @@ impl<'a> SftTrainer<'a> {
     }
 
     /// If true, a run that does not fit into memory is refused before the first step ([`Error::DoesNotFit`], which
-    /// lists changes that would fit), and [`GradientCheckpointing::Auto`] becomes the fastest setting that fits.
-    /// Default true. Without the check, it is as `true`.
+    /// lists changes that would fit), and [`GradientCheckpointing::Auto`](crate::GradientCheckpointing::Auto) becomes the
+    /// fastest setting that fits. Default true. Without the check, `Auto` is as `true`.
     #[must_use]
     pub fn check_memory(mut self, check_memory: bool) -> Self {
         self.check_memory = check_memory;
@@ -142,7 +142,7 @@ impl<'a> SftTrainer<'a> {
     }
 
     /// Sets a flag that ends the run after the current step, with a checkpoint to resume from
-    /// ([`TrainEnd::Interrupted`](crate::End)).
+    /// ([`TrainEnd::Interrupted`](crate::TrainEnd)).
     #[must_use]
     pub fn stop_flag(mut self, flag: Arc<AtomicBool>) -> Self {
         self.stop = flag;
