@@ -96,7 +96,7 @@ template <int DIM> struct Warp {
     }
 };
 
-// The pairs of one head in a lane, as they lie in memory.
+// The pairs of one head in a lane, in memory order.
 struct Raw { uint4 lo, hi; };
 DEVICE Raw fetch(const T* p, int second, bool live) {
     const uint4 zero = make_uint4(0, 0, 0, 0);

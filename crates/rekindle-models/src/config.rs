@@ -240,7 +240,7 @@ mod tests {
         assert_eq!((first.mask, first.rope.unwrap().id.0), (AttentionMask::Sliding(1024), 1));
     }
 
-    /// What names the size of the vocabulary stands beside the other numbers of the decoder.
+    /// A key of the decoder is set in its section, and outside of it where the wrapper repeats it.
     #[test]
     fn a_wrapper_keeps_its_own_keys() {
         let json = json!({

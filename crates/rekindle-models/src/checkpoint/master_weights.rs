@@ -21,7 +21,7 @@ pub(crate) fn format(asked: LoadIn) -> LoadIn {
     }
 }
 
-/// Returns true if what is trained is kept without an f32 copy.
+/// Returns true if trained weights have no f32 copy.
 ///
 /// # Errors
 /// [`Error::Argument`] where that is asked for and cannot be had.

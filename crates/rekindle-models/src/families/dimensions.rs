@@ -44,7 +44,7 @@ pub(crate) struct ClassDefaults {
     pub(crate) vocab_size: Option<usize>,
     pub(crate) max_position_embeddings: usize,
     pub(crate) rms_norm_eps: f64,
-    /// How the norms' weights become factors, which no file says.
+    /// The form of the norms' weights; `config.json` does not state it.
     pub(crate) norm_weight: NormWeight,
     /// The nonlinearity, the only one of the class.
     pub(crate) activation: Activation,

@@ -16,14 +16,7 @@ pub(super) const MULTIMODAL: Family = Family {
     architecture: "Gemma3ForConditionalGeneration",
     model_type: "gemma3",
     section: Some("text_config"),
-    names: TensorNames {
-        embedding: "model.language_model.embed_tokens",
-        final_norm: "model.language_model.norm",
-        layers: "model.language_model.layers",
-        stored: TensorNames::STORED_MULTIMODAL,
-        kept: TensorNames::KEPT_MULTIMODAL,
-        ..gemma2::NAMES
-    },
+    names: TensorNames::multimodal(gemma2::NAMES),
     spec,
 };
 

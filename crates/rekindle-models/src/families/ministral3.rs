@@ -1,5 +1,5 @@
 //! Ministral 3: Mistral with YaRN and queries that grow with the position. Multimodal checkpoints of Ministral 3 and of
-//! Mistral Small 3 are computed without their vision part, which is kept as it is when such a model is saved.
+//! Mistral Small 3 are computed without their vision part, whose tensors are saved unchanged.
 
 use serde_json::Value;
 
@@ -22,14 +22,7 @@ pub(super) const MULTIMODAL: Family = Family {
     architecture: "Mistral3ForConditionalGeneration",
     model_type: "mistral3",
     section: Some("text_config"),
-    names: TensorNames {
-        embedding: "model.language_model.embed_tokens",
-        final_norm: "model.language_model.norm",
-        layers: "model.language_model.layers",
-        stored: TensorNames::STORED_MULTIMODAL,
-        kept: TensorNames::KEPT_MULTIMODAL,
-        ..TensorNames::LLAMA
-    },
+    names: TensorNames::multimodal(TensorNames::LLAMA),
     spec: |config| match config.get("model_type").and_then(Value::as_str) {
         Some("mistral") => mistral::spec(config),
         _ => spec(config),

@@ -29,6 +29,18 @@ pub(crate) struct TensorNames {
 }
 
 impl TensorNames {
+    /// The names of a multimodal checkpoint whose text part has the names `text`.
+    pub(super) const fn multimodal(text: Self) -> Self {
+        Self {
+            embedding: "model.language_model.embed_tokens",
+            final_norm: "model.language_model.norm",
+            layers: "model.language_model.layers",
+            stored: Self::STORED_MULTIMODAL,
+            kept: Self::KEPT_MULTIMODAL,
+            ..text
+        }
+    }
+
     /// Those of `LlamaForCausalLM`, with the fused linears of Phi-3 and the post norms of GLM-4.
     pub(crate) const LLAMA: Self = Self {
         embedding: "model.embed_tokens",

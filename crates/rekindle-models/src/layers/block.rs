@@ -66,7 +66,7 @@ pub struct BlockSaved {
     pub(super) post_feed_forward: Option<Normalized>,
 }
 
-/// What a norm after a half normalized.
+/// The input of a norm after a half.
 #[derive(Debug)]
 pub(super) struct Normalized {
     /// `[tokens, hidden]`.

@@ -22,7 +22,7 @@ use crate::spec::{NormSpec, NormWeight};
 pub struct RmsNorm {
     /// w, one row.
     pub weight: Weight,
-    /// How w becomes the factor g.
+    /// The form of the factor g.
     pub form: NormWeight,
     /// Added to the mean square.
     pub eps: f64,

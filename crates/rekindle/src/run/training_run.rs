@@ -243,7 +243,7 @@ impl TrainingRun {
 }
 
 impl RunConfig {
-    /// Checks the run as far as it is known without weights; returns its steps.
+    /// Checks what can be checked before the weights are loaded, and returns the number of steps.
     fn preflight(
         &self,
         encoder: &RowEncoder,

@@ -277,34 +277,22 @@ impl Logits {
         );
     }
 
-    /// The gradient lies over the logits, each row in the end of its row.
+    /// Writes the losses to `nll` and returns the gradient.
     fn losses_and_gradient(self, targets: u64, weights: u64, nll: &Array) -> Array {
-        let Self { logits, .. } = &self;
-        let gradient = logits.row_ends_as(self.dtype);
-        self.kernel(entry!("cross_entropy.cu", "cross_entropy_fwd_bwd")).launch(
-            [blocks(logits.rows()), 1, 1],
-            [512, 1, 1],
-            0,
-            args![
-                logits.ptr(),
-                targets,
-                weights,
-                nll.ptr(),
-                gradient.ptr(),
-                int(logits.cols()),
-                int(logits.ld()),
-                int(gradient.ld()),
-                self.cap()
-            ],
-        );
-        gradient
+        self.launch_gradient(entry!("cross_entropy.cu", "cross_entropy_fwd_bwd"), targets, weights, nll)
     }
 
-    /// [`losses_and_gradient`](Self::losses_and_gradient) from known statistics.
+    /// Returns the gradient, from known statistics.
     fn gradient(self, targets: u64, weights: u64, statistics: &Array) -> Array {
+        self.launch_gradient(entry!("cross_entropy.cu", "cross_entropy_bwd"), targets, weights, statistics)
+    }
+
+    /// Launches a kernel that writes the gradient over the logits, each row in the end of its row. `rows` has its values
+    /// for each row.
+    fn launch_gradient(self, entry: Entry, targets: u64, weights: u64, rows: &Array) -> Array {
         let Self { logits, .. } = &self;
         let gradient = logits.row_ends_as(self.dtype);
-        self.kernel(entry!("cross_entropy.cu", "cross_entropy_bwd")).launch(
+        self.kernel(entry).launch(
             [blocks(logits.rows()), 1, 1],
             [512, 1, 1],
             0,
@@ -312,7 +300,7 @@ impl Logits {
                 logits.ptr(),
                 targets,
                 weights,
-                statistics.ptr(),
+                rows.ptr(),
                 gradient.ptr(),
                 int(logits.cols()),
                 int(logits.ld()),
