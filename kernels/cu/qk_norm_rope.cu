@@ -117,19 +117,19 @@ DEVICE void split(const Raw& raw, f32 (&a)[N], f32 (&b)[N]) {
     }
 }
 DEVICE void join(T* p, int second, const f32 (&a)[N], const f32 (&b)[N]) {
-    if (PAIRS == HALVES) {
+    if constexpr (PAIRS == HALVES) {
         store16(p, a);
         store16(p + second, b);
-        return;
-    }
-    f32 lo[N], hi[N];
+    } else {
+        f32 lo[N], hi[N];
 #pragma unroll
-    for (int i = 0; i < N / 2; i++) {
-        lo[2 * i] = a[i], lo[2 * i + 1] = b[i];
-        hi[2 * i] = a[N / 2 + i], hi[2 * i + 1] = b[N / 2 + i];
+        for (int i = 0; i < N / 2; i++) {
+            lo[2 * i] = a[i], lo[2 * i + 1] = b[i];
+            hi[2 * i] = a[N / 2 + i], hi[2 * i + 1] = b[N / 2 + i];
+        }
+        store16(p, lo);
+        store16(p + second, hi);
     }
-    store16(p, lo);
-    store16(p + second, hi);
 }
 
 template <int DIM>
