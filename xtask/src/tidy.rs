@@ -10,14 +10,18 @@ use serde_json::Value;
 use crate::root;
 
 /// The workspace crates that each crate may depend on, excluding dev-dependencies.
-const LAYERS: [(&str, &[&str]); 12] = [
+const LAYERS: [(&str, &[&str]); 13] = [
     ("rekindle-hub", &[]),
     ("rekindle-rope", &[]),
     ("rekindle-data", &["rekindle-hub"]),
+    ("rekindle-gguf", &["rekindle-hub"]),
     ("rekindle-kernels", &[]),
     ("rekindle-quant", &["rekindle-kernels", "rekindle-hub"]),
     ("rekindle-lora", &["rekindle-kernels", "rekindle-hub", "rekindle-quant"]),
-    ("rekindle-models", &["rekindle-kernels", "rekindle-hub", "rekindle-quant", "rekindle-rope", "rekindle-lora"]),
+    (
+        "rekindle-models",
+        &["rekindle-kernels", "rekindle-gguf", "rekindle-hub", "rekindle-quant", "rekindle-rope", "rekindle-lora"],
+    ),
     ("rekindle-train", &["rekindle-kernels", "rekindle-hub", "rekindle-data", "rekindle-lora", "rekindle-models"]),
     (
         "rekindle",
@@ -25,6 +29,7 @@ const LAYERS: [(&str, &[&str]); 12] = [
             "rekindle-kernels",
             "rekindle-hub",
             "rekindle-data",
+            "rekindle-gguf",
             "rekindle-lora",
             "rekindle-models",
             "rekindle-quant",

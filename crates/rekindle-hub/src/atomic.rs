@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process;
 
 pub use directory::AtomicDir;
-pub(crate) use file::AtomicFile;
+pub use file::AtomicFile;
 pub use leftovers::{clear_leftovers, remove_atomic};
 pub use lock::DirectoryLock;
 

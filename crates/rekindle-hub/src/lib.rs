@@ -52,6 +52,7 @@ mod error;
 mod hub;
 mod index;
 mod json;
+mod mapped_file;
 mod safetensors_file;
 mod safetensors_header;
 mod sharded;
@@ -59,7 +60,7 @@ mod tensor;
 mod write;
 
 pub use adapter::{AdapterBase, adapter_base, open_adapter};
-pub use atomic::{AtomicDir, DirectoryLock, clear_leftovers, remove_atomic, write_atomic};
+pub use atomic::{AtomicDir, AtomicFile, DirectoryLock, clear_leftovers, remove_atomic, write_atomic};
 pub use checkpoint::{Checkpoint, read_config};
 pub use checkpoint_headers::{CheckpointHeaders, TensorInfo};
 pub use companion::{ADDITIONAL_CHAT_TEMPLATES, companion_files, companion_name, is_companion};
@@ -68,6 +69,7 @@ pub use error::{Error, HubErrorKind};
 #[cfg(feature = "network")]
 pub use hub::{DatasetPart, HubOptions, Resolved, ResolvedRows, headers, resolve, resolve_rows};
 pub use json::read_json;
+pub use mapped_file::MappedFile;
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::{DEFAULT_MAX_SHARD_SIZE, write_sharded};
 pub use tensor::{TensorView, write_f32};

@@ -1,21 +1,15 @@
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-
-use memmap2::Mmap;
+use std::path::Path;
 
 use crate::safetensors_header::{SafetensorsHeader, TensorEntry};
-use crate::{Error, TensorView};
+use crate::{Error, MappedFile, TensorView};
 
 /// A memory-mapped safetensors file with a validated header.
 ///
-/// Tensors are read from disk when their bytes are accessed. The file must not be modified in place while it is open:
-/// truncating it makes a later read fail with a signal. This crate's own writers replace files by renaming, which does
-/// not affect open files.
+/// Tensors are read from disk when their bytes are accessed; [`MappedFile`] says what that requires of the file.
 pub struct SafetensorsFile {
-    path: PathBuf,
-    map: Mmap,
+    file: MappedFile,
     header: SafetensorsHeader,
 }
 
@@ -26,20 +20,14 @@ impl SafetensorsFile {
     /// [`Error::Malformed`] if the file is truncated or inconsistent, [`Error::Unsupported`] for an unsupported dtype,
     /// [`Error::Io`] if it cannot be opened.
     pub fn open(path: &Path) -> Result<SafetensorsFile, Error> {
-        // Checked before opening, because opening a named pipe would wait for a writer.
-        let about = fs::metadata(path).map_err(Error::io(path))?;
-        if !about.is_file() {
-            return Err(Error::malformed(path, "it is not a regular file"));
-        }
-        let file = File::open(path).map_err(Error::io(path))?;
-        let map = map(&file).map_err(Error::io(path))?;
-        let header = SafetensorsHeader::parse(path, &map)?;
-        Ok(SafetensorsFile { path: path.to_path_buf(), map, header })
+        let file = MappedFile::open(path)?;
+        let header = SafetensorsHeader::parse(path, file.bytes())?;
+        Ok(SafetensorsFile { file, header })
     }
 
     /// Returns the path of the file.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
     /// Returns the file's metadata (`__metadata__`), such as `format = pt`; empty if there is none.
@@ -56,7 +44,7 @@ impl SafetensorsFile {
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let (name, entry) = self.header.tensors.get_key_value(name)?;
         let TensorEntry { dtype, shape, range } = entry;
-        Some(TensorView { name, dtype: *dtype, shape, data: &self.map[range.clone()] })
+        Some(TensorView { name, dtype: *dtype, shape, data: &self.file.bytes()[range.clone()] })
     }
 
     /// Returns the size of all tensors in bytes.
@@ -70,22 +58,16 @@ impl fmt::Debug for SafetensorsFile {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_struct("SafetensorsFile")
-            .field("path", &self.path)
+            .field("path", &self.path())
             .field("header", &self.header)
             .finish_non_exhaustive()
     }
 }
 
-#[allow(unsafe_code)]
-fn map(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the map is private and read-only, and is only accessed as plain bytes, for which every value is valid.
-    // The file must not change while it is mapped. No process can enforce this; `SafetensorsFile` documents it as a
-    // requirement for callers, and `AtomicFile` complies with it.
-    unsafe { Mmap::map(file) }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::{Dtype, TensorSpec, write_f32, write_safetensors};
 

@@ -7,7 +7,8 @@ use crate::Error;
 
 /// A file that appears under its final name on [`commit`](AtomicFile::commit). If it is dropped before that, nothing is
 /// left.
-pub(crate) struct AtomicFile {
+#[derive(Debug)]
+pub struct AtomicFile {
     path: PathBuf,
     temporary: PathBuf,
     file: File,
@@ -15,7 +16,11 @@ pub(crate) struct AtomicFile {
 }
 
 impl AtomicFile {
-    pub(crate) fn create(path: &Path) -> Result<AtomicFile, Error> {
+    /// Starts a file that will be named `path`, or replace the file there.
+    ///
+    /// # Errors
+    /// [`Error::Unwritable`] if a directory exists there; [`Error::Io`] if its parent is not writable.
+    pub fn create(path: &Path) -> Result<AtomicFile, Error> {
         if path.is_dir() {
             return Err(Error::unwritable(path, "it is a directory"));
         }
@@ -24,7 +29,11 @@ impl AtomicFile {
         Ok(AtomicFile { path: path.to_path_buf(), temporary, file, committed: false })
     }
 
-    pub(crate) fn commit(mut self) -> Result<(), Error> {
+    /// Flushes the file to the device and gives it its final name.
+    ///
+    /// # Errors
+    /// [`Error::Io`], for instance on a full disk; `path` then has its previous content.
+    pub fn commit(mut self) -> Result<(), Error> {
         // A full disk may only be reported here, when the system writes back its buffers.
         self.file.sync_all().map_err(Error::io(&self.path))?;
         fs::rename(&self.temporary, &self.path).map_err(Error::io(&self.path))?;
