@@ -2,7 +2,8 @@
 //
 // 4-bit: w = codebook[code]·absmax[block], in f32 with subnormals flushed, rounded once to T; blocks of `blocksize` run
 // over the flattened tensor. Double: absmax = map[code8]·nested[block >> nested_shift] + offset, a rounding after the
-// product and one after the sum. int8: w = (code·scb[row])·f32(1/127), a rounding after each factor, then to T.
+// product and one after the sum; offsets [parts], each for
+// `section` blocks. int8: w = (code·scb[row])·f32(1/127), a rounding after each factor, then to T.
 // The same bits as bitsandbytes' CUDA kernels.
 //
 // Layout: packed [ceil(out·in / 2)] u8, the even element of the flattened tensor in the high nibble; absmax
@@ -13,8 +14,8 @@
 //
 // Launch: grid ceil(out·ceil(in / 8) / 512), block 256, dynamic shared memory 0. Fewer than 2^32 groups of 8.
 //   dequant_4bit(packed, absmax, codebook, w, i32 out, in, ldw, block_shift)
-//   dequant_4bit_double(packed, absmax8, map, nested, f32 offset, codebook, w, i32 out, in, ldw, block_shift,
-//     nested_shift)
+//   dequant_4bit_double(packed, absmax8, map, nested, offsets, codebook, w, i32 out, in, ldw, block_shift,
+//     nested_shift, section)
 //   dequant_int8(codes, scb, w, i32 out, in, ldw)
 //
 // Bytes → floor on an H200 at the 4.25 TB/s that a large copy reaches, and measured to bf16, 2026-11-23; a launch of
@@ -63,12 +64,15 @@ struct Single {
 struct Double {
     const u8* codes;
     const f32* nested;
-    f32 offset;
+    const f32* offsets;
     int nested_shift;
-    struct Parts { u8 code; f32 nested; };
-    DEVICE Parts fetch(u32 block) const { return {codes[block], nested[block >> nested_shift]}; }
+    u32 section;
+    struct Parts { u8 code; f32 nested; f32 offset; };
+    DEVICE Parts fetch(u32 block) const {
+        return {codes[block], nested[block >> nested_shift], offsets[block / section]};
+    }
     DEVICE f32 scale(Parts parts, const f32* map) const {
-        return __fadd_rn(mul_ftz(map[parts.code], parts.nested), offset);
+        return __fadd_rn(mul_ftz(map[parts.code], parts.nested), parts.offset);
     }
 };
 
@@ -132,9 +136,10 @@ dequant_4bit(const u8* packed, const f32* absmax, const f32* codebook, T* w, int
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-dequant_4bit_double(const u8* packed, const u8* absmax8, const f32* map, const f32* nested, f32 offset,
-                    const f32* codebook, T* w, int out, int in, int ldw, int block_shift, int nested_shift) {
-    dequant(packed, Double{absmax8, nested, offset, nested_shift}, map, codebook, w, out, in, ldw, block_shift);
+dequant_4bit_double(const u8* packed, const u8* absmax8, const f32* map, const f32* nested, const f32* offsets,
+                    const f32* codebook, T* w, int out, int in, int ldw, int block_shift, int nested_shift,
+                    int section) {
+    dequant(packed, Double{absmax8, nested, offsets, nested_shift, (u32)section}, map, codebook, w, out, in, ldw, block_shift);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)

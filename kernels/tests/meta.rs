@@ -204,7 +204,7 @@ const OPERATIONS: &[(&str, Operation)] = &[
     }),
     ("quantized weights", |device, begin| {
         let data =
-            [QuantizedData::four_bit_zeros([1024, 2048], 64, Some(256)), QuantizedData::int8_zeros([1024, 2048])];
+            [QuantizedData::four_bit_zeros([1024, 2048], 1, 64, Some(256)), QuantizedData::int8_zeros([1024, 2048])];
         let weights = data.map(|data| QuantizedWeight::new(data, device));
         let x = matrix(device, TOKENS, 2048);
         begin();
@@ -221,7 +221,7 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let mut builder = ParamsBuilder::in_place(device, DType::F32);
         builder.push("norm", &[512], false, &[1.0; 512]);
         let table = builder.push_bf16(Group::Embedding, "table", &[2000, 512], &vec![0; 2 * 2000 * 512]);
-        for data in [QuantizedData::four_bit_zeros([512, 512], 64, None), QuantizedData::int8_zeros([512, 512])] {
+        for data in [QuantizedData::four_bit_zeros([512, 512], 1, 64, None), QuantizedData::int8_zeros([512, 512])] {
             builder.push_quantized("linear", QuantizedWeight::new(data, device));
         }
         let mut params = builder.build();

@@ -64,10 +64,19 @@ impl QuantFormat {
     /// Returns the device data of a weight `[out, in]` that is all zeros: as long as any other of its shape.
     #[cfg(feature = "linear")]
     pub fn zeros(self, dims: [usize; 2]) -> QuantizedData {
+        self.stacked_zeros(dims, 1)
+    }
+
+    /// Returns the device data of a weight `[out, in]` that is all zeros and stacked from `parts` weights of one shape.
+    #[cfg(feature = "linear")]
+    pub fn stacked_zeros(self, dims: [usize; 2], parts: usize) -> QuantizedData {
         match self {
             Self::FourBit(config) => {
-                let nested = config.double_quant.then(|| Blocksize::B256.get());
-                QuantizedData::four_bit_zeros(dims, config.blocksize.get(), nested)
+                let (blocksize, nested) = (config.blocksize.get(), Blocksize::B256.get());
+                // The scales of stacked weights stay quantized where those of each fill their blocks.
+                let fills = parts == 1 || (dims[0] / parts * dims[1]).is_multiple_of(blocksize * nested);
+                let nested = (config.double_quant && fills).then_some(nested);
+                QuantizedData::four_bit_zeros(dims, parts, blocksize, nested)
             }
             Self::Int8 => QuantizedData::int8_zeros(dims),
         }

@@ -161,7 +161,7 @@ impl DiskMetadata {
                 map: Box::new(*double.map().values()),
                 nested: double.nested_absmax().to_vec(),
                 blocksize: double.blocksize().get(),
-                offset: double.offset(),
+                offsets: vec![double.offset()],
                 codes: double.into_codes(),
             },
         };
@@ -191,7 +191,11 @@ impl DiskMetadata {
             ) => {
                 let absmax = match absmax {
                     quantized::Absmax::Single(absmax) => Absmax::Single(absmax),
-                    quantized::Absmax::Double { codes, map, nested, blocksize, offset } => {
+                    quantized::Absmax::Double { codes, map, nested, blocksize, offsets } => {
+                        let [offset] = offsets[..] else {
+                            let reason = format!("is stacked from {} weights", offsets.len());
+                            return Err(Error::Stored { key: "weight".to_owned(), reason });
+                        };
                         let (map, blocksize) = (DynamicMap::from_values(*map)?, Blocksize::new(blocksize)?);
                         Absmax::Double(DoubleQuant::from_parts(codes, nested, blocksize, offset, map)?)
                     }

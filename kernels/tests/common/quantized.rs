@@ -43,7 +43,7 @@ impl Packed {
                 map: Box::new(noise(9, 256).try_into().expect("256 values")),
                 nested: noise(10, blocks.div_ceil(BLOCKS.1)),
                 blocksize: BLOCKS.1,
-                offset: 0.7,
+                offsets: vec![0.7],
             },
         };
         let format = match kind {
@@ -73,8 +73,8 @@ impl Packed {
                 let block = i / blocksize;
                 let scale = match absmax {
                     Absmax::Single(absmax) => absmax[block],
-                    Absmax::Double { codes, map, nested, blocksize, offset } => {
-                        map[usize::from(codes[block])] * nested[block / blocksize] + offset
+                    Absmax::Double { codes, map, nested, blocksize, offsets } => {
+                        map[usize::from(codes[block])] * nested[block / blocksize] + offsets[0]
                     }
                 };
                 table[usize::from(code)] * scale

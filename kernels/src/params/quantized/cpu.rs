@@ -79,12 +79,12 @@ fn unpack(codes: &[u8], values: &[f32; 16], at: usize, out: &mut [f32]) {
 impl Absmax {
     /// The scale of a block.
     #[inline(always)]
-    fn at(&self, block: usize) -> f32 {
+    pub(super) fn at(&self, block: usize) -> f32 {
         match self {
             Self::Single(absmax) => absmax[block],
-            Self::Double { codes, map, nested, blocksize, offset } => {
+            Self::Double { codes, map, nested, blocksize, offsets } => {
                 let product = flush(map[usize::from(codes[block])] * flush(nested[block / blocksize]));
-                flush(product + offset)
+                flush(product + offsets[block / (codes.len() / offsets.len())])
             }
         }
     }

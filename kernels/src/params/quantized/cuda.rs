@@ -37,7 +37,9 @@ struct Double {
     map: Arc<Buffer>,
     nested: Arc<Buffer>,
     shift: u32,
-    offset: f32,
+    /// Added to `section` blocks each.
+    offsets: Arc<Buffer>,
+    section: usize,
 }
 
 impl QuantizedArray {
@@ -47,9 +49,10 @@ impl QuantizedArray {
             QuantizedFormat::FourBit { codes, table, blocksize, absmax } => {
                 let (scales, double) = match absmax {
                     Absmax::Single(absmax) => (floats(cuda, absmax), None),
-                    Absmax::Double { codes, map, nested, blocksize, offset } => {
-                        let (map, nested) = (floats(cuda, &map[..]), floats(cuda, nested));
-                        let double = Double { map, nested, shift: blocksize.ilog2(), offset: *offset };
+                    Absmax::Double { codes, map, nested, blocksize, offsets } => {
+                        let section = codes.len() / offsets.len();
+                        let [map, nested, offsets] = [&map[..], nested, offsets].map(|values| floats(cuda, values));
+                        let double = Double { map, nested, shift: blocksize.ilog2(), offsets, section };
                         (Arc::new(cuda.uploaded(codes, MemoryUse::QuantizedWeights)), Some(double))
                     }
                 };
@@ -81,7 +84,7 @@ impl QuantizedArray {
     /// Returns the bytes of the codes, and of their scales.
     pub(crate) fn bytes(&self) -> (usize, usize) {
         let nested = match &self.format {
-            Format::FourBit { double: Some(double), .. } => double.nested.bytes() + 4,
+            Format::FourBit { double: Some(double), .. } => double.nested.bytes() + double.offsets.bytes(),
             _ => 0,
         };
         (self.codes.bytes(), self.scales.bytes() + nested)
@@ -128,7 +131,7 @@ impl QuantizedArray {
                     args![codes, scales, table.ptr(), w.ptr(), out, width, ld, *block_shift],
                 );
             }
-            Format::FourBit { table, block_shift, double: Some(Double { map, nested, shift, offset }) } => {
+            Format::FourBit { table, block_shift, double: Some(Double { map, nested, shift, offsets, section }) } => {
                 kernel(cuda, entry!("dequant.cu", "dequant_4bit_double"), dtype).launch(
                     grid,
                     [256, 1, 1],
@@ -138,14 +141,15 @@ impl QuantizedArray {
                         scales,
                         map.ptr(),
                         nested.ptr(),
-                        *offset,
+                        offsets.ptr(),
                         table.ptr(),
                         w.ptr(),
                         out,
                         width,
                         ld,
                         *block_shift,
-                        *shift
+                        *shift,
+                        int(*section)
                     ],
                 );
             }

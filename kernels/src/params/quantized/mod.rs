@@ -5,7 +5,8 @@
 //!
 //! - [`QuantizedFormat::FourBit`]: value = table\[code\] · absmax of the code's block; blocks run over the flattened matrix,
 //!   two codes lie in a byte, the even element in the high nibble. absmax itself may be coded in 8 bits:
-//!   absmax = map\[code\] · nested + offset, a rounding after the product and one after the sum.
+//!   absmax = map\[code\] · nested + offset, a rounding after the product and one after the sum. A weight that is stacked
+//!   from several has an offset for each.
 //! - [`QuantizedFormat::Int8`]: value = (code · scale of the row) · factor.
 //!
 //! `rekindle-quant` decides what the tables hold.
@@ -23,6 +24,7 @@
 pub(crate) mod cpu;
 pub(crate) mod cuda;
 pub(crate) mod portable;
+mod stacked;
 
 use std::sync::Arc;
 
@@ -92,15 +94,15 @@ pub enum Absmax {
         nested: Vec<f32>,
         /// Codes that share a nested scale: a power of two.
         blocksize: usize,
-        /// Added last.
-        offset: f32,
+        /// Added last; each to as many blocks as the others.
+        offsets: Vec<f32>,
     },
 }
 
 impl QuantizedData {
-    /// 4-bit codes of a weight `[out, in]` that is all zeros, `blocksize` of them with one scale; with `nested`, so many
-    /// scales with one of their own.
-    pub fn four_bit_zeros(dims: [usize; 2], blocksize: usize, nested: Option<usize>) -> Self {
+    /// 4-bit codes of a weight `[out, in]` that is all zeros, stacked from `parts`; `blocksize` of them with one scale; with
+    /// `nested`, so many scales with one of their own.
+    pub fn four_bit_zeros(dims: [usize; 2], parts: usize, blocksize: usize, nested: Option<usize>) -> Self {
         let elements = dims[0] * dims[1];
         let blocks = elements.div_ceil(blocksize);
         let absmax = match nested {
@@ -110,7 +112,7 @@ impl QuantizedData {
                 map: Box::new([0.0; 256]),
                 nested: vec![0.0; blocks.div_ceil(blocksize)],
                 blocksize,
-                offset: 0.0,
+                offsets: vec![0.0; parts],
             },
         };
         let codes = vec![0; elements.div_ceil(2)];
@@ -132,9 +134,9 @@ impl QuantizedData {
     pub fn bytes(&self) -> (usize, usize) {
         match &self.format {
             QuantizedFormat::FourBit { codes, absmax: Absmax::Single(absmax), .. } => (codes.len(), 4 * absmax.len()),
-            QuantizedFormat::FourBit { codes, absmax: Absmax::Double { codes: absmax, nested, .. }, .. } => {
-                (codes.len(), absmax.len() + 4 * nested.len() + 4)
-            }
+            QuantizedFormat::FourBit {
+                codes, absmax: Absmax::Double { codes: absmax, nested, offsets, .. }, ..
+            } => (codes.len(), absmax.len() + 4 * nested.len() + 4 * offsets.len()),
             QuantizedFormat::Int8 { codes, scales, .. } => (codes.len(), 4 * scales.len()),
         }
     }
@@ -219,7 +221,12 @@ impl QuantizedData {
                 let blocks = elements.div_ceil(*blocksize);
                 match absmax {
                     Absmax::Single(absmax) => assert_eq!(absmax.len(), blocks, "scales of {rows} × {cols}"),
-                    Absmax::Double { codes, nested, blocksize, .. } => {
+                    Absmax::Double { codes, nested, blocksize, offsets, .. } => {
+                        let sections = offsets.len();
+                        assert!(
+                            sections > 0 && blocks.is_multiple_of(sections),
+                            "{sections} offsets of {blocks} scales"
+                        );
                         assert!(blocksize.is_power_of_two(), "a block of {blocksize} scales");
                         assert_eq!(codes.len(), blocks, "scales of {rows} × {cols}");
                         assert_eq!(nested.len(), blocks.div_ceil(*blocksize), "nested scales of {rows} × {cols}");
@@ -407,7 +414,7 @@ mod tests {
         let device = BurnDevice::flex();
         let bytes = |seed, n| noise(seed, n).into_iter().map(|x| (x * 128.0) as i8).collect::<Vec<_>>();
         let unsigned = |seed, n| bytes(seed, n).into_iter().map(i8::cast_unsigned).collect::<Vec<u8>>();
-        for dims in [[1usize, 1], [5, 13], [9, 64], [33, 129]] {
+        for dims in [[1usize, 1], [5, 13], [9, 64], [16, 64], [33, 129]] {
             let n = dims[0] * dims[1];
             let blocks = n.div_ceil(32);
             let absmax = [
@@ -417,7 +424,8 @@ mod tests {
                     map: Box::new(noise(3, 256).try_into().expect("256 values")),
                     nested: noise(4, blocks.div_ceil(8)),
                     blocksize: 8,
-                    offset: 0.25,
+                    // One for each half of the scales where they have halves.
+                    offsets: if blocks.is_multiple_of(2) { vec![0.25, -0.5] } else { vec![0.25] },
                 },
             ];
             let table = noise(5, 16).try_into().expect("16 values");

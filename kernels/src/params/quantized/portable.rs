@@ -32,7 +32,7 @@ enum WordAbsmax {
         map: Box<[f32; 256]>,
         nested: Tensor<1>,
         blocksize: usize,
-        offset: f32,
+        offsets: Vec<f32>,
     },
 }
 
@@ -46,13 +46,13 @@ impl Words {
             QuantizedFormat::FourBit { codes, table, blocksize, absmax } => {
                 let absmax = match absmax {
                     Absmax::Single(absmax) => WordAbsmax::Single(floats(absmax)),
-                    Absmax::Double { codes, map, nested, blocksize, offset } => WordAbsmax::Double {
+                    Absmax::Double { codes, map, nested, blocksize, offsets } => WordAbsmax::Double {
                         codes: words(codes, device),
                         blocks: codes.len(),
                         map: map.clone(),
                         nested: floats(nested),
                         blocksize: *blocksize,
-                        offset: *offset,
+                        offsets: offsets.clone(),
                     },
                 };
                 (words(codes, device), WordFormat::FourBit { table: *table, blocksize: *blocksize, absmax })
@@ -80,12 +80,12 @@ impl Words {
             WordFormat::FourBit { table, blocksize, absmax } => {
                 let absmax = match absmax {
                     WordAbsmax::Single(absmax) => Absmax::Single(floats(absmax)),
-                    WordAbsmax::Double { codes, blocks, map, nested, blocksize, offset } => Absmax::Double {
+                    WordAbsmax::Double { codes, blocks, map, nested, blocksize, offsets } => Absmax::Double {
                         codes: self::bytes(codes, *blocks),
                         map: map.clone(),
                         nested: floats(nested),
                         blocksize: *blocksize,
-                        offset: *offset,
+                        offsets: offsets.clone(),
                     },
                 };
                 QuantizedFormat::FourBit { codes: bytes, table: *table, blocksize: *blocksize, absmax }
@@ -127,11 +127,19 @@ impl WordAbsmax {
     fn values(&self, blocks: Range<usize>) -> Tensor<1> {
         match self {
             Self::Single(absmax) => absmax.clone().narrow(0, blocks.start, blocks.len()),
-            Self::Double { codes, map, nested, blocksize, offset, .. } => {
+            Self::Double { codes, blocks: all, map, nested, blocksize, offsets } => {
                 let values = lookup(&BYTES, codes, blocks.clone(), &map[..]);
                 let nesting = blocks.start / blocksize..blocks.end.div_ceil(*blocksize);
                 let scales = repeat(nested.clone().narrow(0, nesting.start, nesting.len()), *blocksize);
-                values * scales.narrow(0, blocks.start - nesting.start * blocksize, blocks.len()) + *offset
+                let values = values * scales.narrow(0, blocks.start - nesting.start * blocksize, blocks.len());
+                // One term for each section, so that a weight of its own adds a scalar.
+                let section = all / offsets.len();
+                let parts = (blocks.start / section..=(blocks.end - 1) / section).map(|index| {
+                    let first = blocks.start.max(index * section);
+                    let count = blocks.end.min((index + 1) * section) - first;
+                    values.clone().narrow(0, first - blocks.start, count) + offsets[index]
+                });
+                Tensor::cat(parts.collect(), 0)
             }
         }
     }
