@@ -13,4 +13,4 @@ pub use compare::{assert_nll, relative_distance, worst_nll};
 pub use golden::{Golden, MODELS, Row, RowLosses, goldens, read_json, tensors};
 pub use poison::{poison, poisoned};
 pub use trajectory::{Tolerances, Trajectory};
-pub use written::train_written_adapter;
+pub use written::{random_expert_adapter, train_written_adapter};

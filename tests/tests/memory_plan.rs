@@ -163,6 +163,19 @@ fn cases() -> Vec<Case> {
             ..of("all weights, weights from log-probabilities", "llama", 40_000, None, None, true, 2, 256)
         },
         Case { evaluated: 16, ..of("LoRA, larger batches in evaluation", "qwen3", 2000, None, lora(), true, 1, 256) },
+        of("LoRA on experts", "qwen3_moe", 2000, None, lora(), false, 2, 256),
+        of("QLoRA on experts, recomputed", "qwen3_moe", 2000, nf4, lora(), true, 2, 256),
+        of(
+            "LoRA on the attention of a mixture",
+            "qwen3_moe",
+            2000,
+            None,
+            lora().map(|l| l.target_modules(["q_proj", "v_proj"])),
+            true,
+            2,
+            256,
+        ),
+        of("all weights of a mixture", "qwen3_moe", 2000, None, None, false, 2, 256),
     ]
 }
 
@@ -243,7 +256,11 @@ fn measured(case: &Case) -> (MemoryPlan, usize) {
 }
 
 fn config(family: &str, vocab: usize) -> Value {
-    let architecture = if family == "qwen3" { "Qwen3ForCausalLM" } else { "LlamaForCausalLM" };
+    let architecture = match family {
+        "qwen3" => "Qwen3ForCausalLM",
+        "qwen3_moe" => "Qwen3MoeForCausalLM",
+        _ => "LlamaForCausalLM",
+    };
     json!({
         "architectures": [architecture],
         "model_type": family,
@@ -258,7 +275,11 @@ fn config(family: &str, vocab: usize) -> Value {
         "rope_theta": 1e6,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": family == "qwen3",
-        "hidden_act": "silu"
+        "hidden_act": "silu",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 384,
+        "norm_topk_prob": true
     })
 }
 

@@ -32,6 +32,24 @@ struct Location {
     file: usize,
     /// The tensor's name there, if it is another.
     stored_as: Option<String>,
+    /// The part of that tensor that this one is, if it is not all of it.
+    part: Option<Part>,
+}
+
+/// Some elements of a stored tensor.
+#[derive(Clone, Debug)]
+struct Part {
+    first: usize,
+    shape: Vec<usize>,
+}
+
+/// A tensor that is stored as a part of another one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorPart {
+    /// Its name.
+    pub name: String,
+    /// The dimensions, outermost first.
+    pub shape: Vec<usize>,
 }
 
 impl Checkpoint {
@@ -80,7 +98,14 @@ impl Checkpoint {
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let (name, location) = self.tensors.get_key_value(name)?;
         let view = self.files[location.file].get(location.stored_as.as_ref().unwrap_or(name))?;
-        Some(TensorView { name, ..view })
+        Some(match &location.part {
+            None => TensorView { name, ..view },
+            Some(Part { first, shape }) => {
+                let size = view.dtype.size();
+                let bytes = first * size..(first + shape.iter().product::<usize>()) * size;
+                TensorView { name, shape, data: &view.data[bytes], ..view }
+            }
+        })
     }
 
     /// Returns the same checkpoint, its files mapped once, with every tensor under the name that `name` gives it; `None`
@@ -88,10 +113,33 @@ impl Checkpoint {
     pub fn renamed(&self, name: impl Fn(&str) -> String) -> Option<Checkpoint> {
         let renamed = self.tensors.iter().map(|(old, location)| {
             let stored_as = location.stored_as.clone().unwrap_or_else(|| old.clone());
-            (name(old), Location { file: location.file, stored_as: Some(stored_as) })
+            (name(old), Location { stored_as: Some(stored_as), ..location.clone() })
         });
         let tensors: BTreeMap<String, Location> = renamed.collect();
         (tensors.len() == self.tensors.len()).then(|| Checkpoint { tensors, ..self.clone() })
+    }
+
+    /// Returns the same checkpoint, its files mapped once, with some tensors replaced by their parts: row-major, one part
+    /// after another.
+    ///
+    /// # Panics
+    /// If a tensor is not there or the parts are not all of it.
+    #[must_use]
+    pub fn with_parts(&self, parts: BTreeMap<String, Vec<TensorPart>>) -> Checkpoint {
+        let mut tensors = self.tensors.clone();
+        for (whole, parts) in parts {
+            let numel: usize = self.get(&whole).expect("the tensor is there").shape.iter().product();
+            let Location { file, stored_as, part } = tensors.remove(&whole).expect("the tensor is there");
+            let (stored_as, mut first) = (stored_as.unwrap_or(whole), part.map_or(0, |part| part.first));
+            let end = first + numel;
+            for TensorPart { name, shape } in parts {
+                let part = Part { first, shape };
+                first += part.shape.iter().product::<usize>();
+                tensors.insert(name, Location { file, stored_as: Some(stored_as.clone()), part: Some(part) });
+            }
+            assert_eq!(first, end, "the parts of \"{stored_as}\" are all of it");
+        }
+        Checkpoint { tensors, ..self.clone() }
     }
 
     /// Returns the stored size of all tensors in bytes.
@@ -172,7 +220,7 @@ fn locate(files: &[SafetensorsFile]) -> Result<BTreeMap<String, Location>, Error
     let mut tensors: BTreeMap<String, Location> = BTreeMap::new();
     for (position, file) in files.iter().enumerate() {
         for name in file.names() {
-            let location = Location { file: position, stored_as: None };
+            let location = Location { file: position, stored_as: None, part: None };
             if let Some(other) = tensors.insert(name.to_owned(), location) {
                 let other = files[other.file].path().file_name().unwrap_or_default();
                 return Err(Error::malformed(file.path(), format!("its tensor {name:?} is also in {other:?}")));
@@ -232,6 +280,19 @@ mod tests {
         assert_eq!(checkpoint.get("a").unwrap().data, [1, 1]);
         assert_eq!(checkpoint.get("b").unwrap().data, [0, 0]);
         assert!(checkpoint.get("d").is_none());
+    }
+
+    #[test]
+    fn a_tensor_is_read_in_parts() {
+        let scratch = two_shards();
+        let checkpoint = Checkpoint::open(scratch.path()).unwrap();
+        let part = |name: &str| TensorPart { name: name.to_owned(), shape: vec![1] };
+        let parts = checkpoint.with_parts(BTreeMap::from([("c".to_owned(), vec![part("c.1"), part("c.0")])]));
+        assert_eq!(parts.names().collect::<Vec<_>>(), ["a", "b", "c.0", "c.1"]);
+        assert_eq!(parts.get("c.1").unwrap().data.as_ptr(), checkpoint.get("c").unwrap().data.as_ptr());
+        assert_eq!((parts.get("c.0").unwrap().shape, parts.get("c.0").unwrap().data), (&[1][..], &[0][..]));
+        let renamed = parts.renamed(|name| format!("model.{name}")).unwrap();
+        assert_eq!(renamed.get("model.c.0").unwrap().shape, [1]);
     }
 
     #[test]

@@ -61,7 +61,7 @@ mod write;
 
 pub use adapter::{AdapterBase, adapter_base, open_adapter};
 pub use atomic::{AtomicDir, AtomicFile, DirectoryLock, clear_leftovers, remove_atomic, write_atomic};
-pub use checkpoint::{Checkpoint, read_config};
+pub use checkpoint::{Checkpoint, TensorPart, read_config};
 pub use checkpoint_headers::{CheckpointHeaders, TensorInfo};
 pub use companion::{ADDITIONAL_CHAT_TEMPLATES, companion_files, companion_name, is_companion};
 pub use dtype::Dtype;

@@ -1,12 +1,14 @@
 //! Adapters in memory and in PEFT's files.
 
+mod stacked;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use rekindle_hub::{Dtype, SafetensorsFile, TensorSpec, open_adapter, write_atomic, write_f32, write_safetensors};
 
 use crate::peft::{AdapterConfig, CONFIG_FILE, Key, TENSORS_FILE};
-use crate::{Bias, Error, LoraConfig, SAVABLE, match_targets};
+use crate::{Bias, Error, ExpertProjection, LoraConfig, SAVABLE, match_targets};
 
 /// A `[r, in]` and B `[out, r]` of one adapted linear, row-major.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,12 +54,16 @@ pub struct EmbeddingTable {
 /// What of a model an adapter can be on.
 #[derive(Clone, Debug, Default)]
 pub struct Modules {
-    /// Every linear of the blocks.
+    /// Every linear of the blocks, those of experts too.
     pub linears: Vec<Module>,
     /// The modules that `modules_to_save` can name: full name and shape of the weight.
     pub savable: Vec<(String, [usize; 2])>,
     /// True if those are one weight, the table of embeddings being the head.
     pub tied: bool,
+    /// The projections of experts, whose linears are among `linears`.
+    pub experts: Vec<ExpertProjection>,
+    /// The outputs of an expert taken together, where there are several: what adapters on `target_parameters` are on.
+    pub joined: Vec<Module>,
 }
 
 /// A linear of the model.
@@ -133,7 +139,10 @@ impl Adapter {
         let mut reader = Reader { file: &file, read: BTreeSet::new(), problems: Vec::new() };
 
         let mut factors = BTreeMap::new();
-        for linear in modules.linears.iter().filter(|linear| adapted.contains(&linear.name)) {
+        reader.stacked(config.lora(), modules, &mut factors)?;
+        let is_separate = |linear: &&Module| adapted.contains(&linear.name) && !factors.contains_key(&linear.name);
+        let separate: Vec<&Module> = modules.linears.iter().filter(is_separate).collect();
+        for linear in separate {
             let Module { name, input, out, .. } = linear;
             let r = config.lora().rank_of(name);
             let a = reader.take(&Key::A(name), &[r, *input])?;
@@ -186,6 +195,10 @@ impl Adapter {
         {
             problems.push("the tied weights that it saved differ, although ensure_weight_tying is true".to_owned());
         }
+        let adapted: Vec<String> = factors.keys().cloned().collect();
+        if let (Err(error), true) = (modules.check_experts(config.lora(), &adapted), problems.is_empty()) {
+            problems.push(error.to_string());
+        }
         for name in file.names().filter(|name| !reader.read.contains(*name)) {
             problems.push(format!("tensor \"{name}\" belongs to nothing of this model that the adapter is on"));
         }
@@ -212,7 +225,13 @@ impl Adapter {
     pub fn save(&self, dir: &Path) -> Result<(), Error> {
         let mut tensors: Vec<(String, Vec<usize>, &[f32])> = Vec::new();
         let mut dtypes = BTreeMap::new();
-        for (module, Factors { r, a, b, magnitude }) in &self.factors {
+        let stacked = self.stacked();
+        for (module, [a_shape, b_shape], (a, b)) in &stacked.tensors {
+            tensors.push((Key::A(module).to_string(), a_shape.to_vec(), a));
+            tensors.push((Key::B(module).to_string(), b_shape.to_vec(), b));
+        }
+        let separate = self.factors.iter().filter(|(module, _)| !stacked.modules.contains(module.as_str()));
+        for (module, Factors { r, a, b, magnitude }) in separate {
             tensors.push((Key::A(module).to_string(), vec![*r, a.len() / r], a));
             tensors.push((Key::B(module).to_string(), vec![b.len() / r, *r], b));
             tensors.extend(magnitude.as_ref().map(|m| (Key::Magnitude(module).to_string(), vec![m.len()], &m[..])));
@@ -264,8 +283,14 @@ fn adapted_modules(file: &SafetensorsFile, config: &AdapterConfig, modules: &Mod
         Key::A(module) | Key::B(module) => Some(module.to_owned()),
         _ => None,
     });
-    // A pattern that only Python's regular expressions understand cannot be checked; its tensors still are.
-    named.chain(match_targets(config.lora(), &modules.names()).unwrap_or_default()).collect()
+    // A pattern that only Python's regular expressions understand cannot be checked; its tensors still are. Of a mixture
+    // the file says what the adapter is on: PEFT leaves experts alone that are not linears there.
+    let matched = if modules.experts.is_empty() {
+        match_targets(config.lora(), &modules.names()).unwrap_or_default()
+    } else {
+        Vec::new()
+    };
+    named.chain(matched).collect()
 }
 
 /// Takes tensors out of a file and notes what is wrong with them.
@@ -317,7 +342,7 @@ mod tests {
     fn modules(layer: usize, input: usize) -> Modules {
         let name = format!("model.layers.{layer}.self_attn.q_proj");
         let linears = vec![Module { name, input, out: 4, has_bias: true }];
-        Modules { linears, savable: vec![("lm_head".to_owned(), [3, 2])], tied: false }
+        Modules { linears, savable: vec![("lm_head".to_owned(), [3, 2])], ..Modules::default() }
     }
 
     #[test]

@@ -52,6 +52,10 @@ pub struct LoraConfig {
     pub bias: Bias,
     /// Which linears get an adapter. Default [`BLOCK_LINEARS`], or a layer's linears where some of those are fused.
     pub target_modules: TargetModules,
+    /// Parameters of experts that get an adapter for each expert, such as `mlp.experts.gate_up_proj`: gate and up of an expert
+    /// then share one. As in PEFT on transformers 5, whose layout the adapter's file has.
+    #[serde(deserialize_with = "lists::names_or_none", skip_serializing_if = "Vec::is_empty")]
+    pub target_parameters: Vec<String>,
     /// Which of those get none after all: names, or a regular expression for whole names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<TargetModules>,
@@ -125,6 +129,13 @@ impl LoraConfig {
     #[must_use]
     pub fn target_modules(mut self, target_modules: impl Into<TargetModules>) -> Self {
         self.target_modules = target_modules.into();
+        self
+    }
+
+    /// Chooses parameters of experts by the ends of their names.
+    #[must_use]
+    pub fn target_parameters(mut self, parameters: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.target_parameters = parameters.into_iter().map(Into::into).collect();
         self
     }
 
@@ -251,7 +262,7 @@ impl LoraConfig {
             let hint = nearest_hint(module, SAVABLE);
             problems.push(format!("modules_to_save \"{module}\" is none of embed_tokens and lm_head{hint}"));
         }
-        if self.target_modules == TargetModules::Names(Vec::new()) {
+        if self.target_modules == TargetModules::Names(Vec::new()) && self.target_parameters.is_empty() {
             problems.push(match self.modules_to_save[..] {
                 [] => "target_modules is empty; nothing would be trained (usual: \"all-linear\")".to_owned(),
                 _ => {
@@ -299,6 +310,7 @@ impl Default for LoraConfig {
             lora_dropout: 0.0,
             bias: Bias::None,
             target_modules: BLOCK_LINEARS.into(),
+            target_parameters: Vec::new(),
             exclude_modules: None,
             layers_to_transform: None,
             layers_pattern: None,

@@ -29,10 +29,13 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod adaptable;
 mod adapter;
 mod config;
 mod dora;
 mod error;
+mod expert_targets;
+mod experts;
 mod init;
 mod linear;
 mod magnitude;
@@ -44,12 +47,15 @@ mod svd;
 mod targets;
 mod weighted;
 
+pub use adaptable::{Adaptable, AdaptableMut};
 pub use adapter::{Adapter, EmbeddingTable, Factors, Module, Modules, saved_rows};
 pub use config::{
     BLOCK_LINEARS, Bias, FUSED_LINEARS, InitLoraWeights, LoftqConfig, LoraConfig, Pattern, SAVABLE, TargetModules,
 };
 pub use dora::initial_magnitude;
 pub use error::Error;
+pub use expert_targets::ExpertProjection;
+pub use experts::{ExpertLinear, ExpertNames, ExpertPending, ExpertSaved};
 pub use init::initial_factors;
 pub use linear::{Adaptation, Dropout, Linear, LinearContext, LinearGroup, LinearPending, LinearSaved};
 pub use merge::merge;

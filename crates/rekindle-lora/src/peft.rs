@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::{BLOCK_LINEARS, Bias, Error, InitLoraWeights, LoraConfig, Pattern, TargetModules};
 
 mod keys;
+pub(crate) mod stacked;
 
 pub use keys::Key;
 
@@ -28,7 +29,7 @@ pub struct AdapterConfig {
 }
 
 /// Fields that change which weights are used or how, unless they are null, false or empty.
-const UNSUPPORTED: [&str; 13] = [
+const UNSUPPORTED: [&str; 12] = [
     "alora_invocation_tokens",
     "arrow_config",
     "fan_in_fan_out",
@@ -37,7 +38,6 @@ const UNSUPPORTED: [&str; 13] = [
     "lora_bias",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
@@ -45,7 +45,7 @@ const UNSUPPORTED: [&str; 13] = [
 ];
 
 /// Fields that are read, or that say nothing about a trained adapter's result.
-const SUPPORTED: [&str; 29] = [
+const SUPPORTED: [&str; 30] = [
     "alpha_pattern",
     "exclude_modules",
     "layers_pattern",
@@ -73,6 +73,7 @@ const SUPPORTED: [&str; 29] = [
     "revision",
     "runtime_config",
     "target_modules",
+    "target_parameters",
     "task_type",
     "use_rslora",
 ];
@@ -95,6 +96,7 @@ impl AdapterConfig {
             names.dedup();
             lora.target_modules = names.into();
         }
+        lora.target_modules = crate::targets::spelled_out(lora.target_modules, modules);
         if lora.finetune_last_n_layers.take().is_some() {
             // PEFT has no such argument; full names say the same whatever the targets were.
             lora.target_modules = TargetModules::Names(modules.to_vec());
@@ -123,6 +125,9 @@ impl AdapterConfig {
             "use_rslora": lora.use_rslora,
         });
         let mut fields = fields.as_object().expect("the literal above is an object").clone();
+        if !lora.target_parameters.is_empty() {
+            fields.insert("target_parameters".to_owned(), json!(lora.target_parameters));
+        }
         if let Some(excluded) = &lora.exclude_modules {
             fields.insert("exclude_modules".to_owned(), json!(excluded));
         }
@@ -209,6 +214,7 @@ impl AdapterConfig {
             lora_alpha: r as f64,
             lora_dropout: kept.lora_dropout,
             target_modules,
+            target_parameters: kept.target_parameters.clone(),
             random_state: kept.random_state,
             ..LoraConfig::new(r)
         };
@@ -298,6 +304,7 @@ impl Reader<'_> {
             layers_to_transform,
             init_lora_weights: self.init(),
             bias: self.bias(),
+            target_parameters: self.names("target_parameters").unwrap_or_default(),
             exclude_modules: self.typed("exclude_modules", "a list of names or a string").filter(is_not_empty),
             layers_pattern: self.names("layers_pattern"),
             rank_pattern,
@@ -313,6 +320,9 @@ impl Reader<'_> {
     fn target_modules(&mut self) -> TargetModules {
         let targets = self.typed("target_modules", "a list of names or a string");
         if targets.is_none() && !self.fields.get("target_modules").is_some_and(is_set) {
+            if self.fields.get("target_parameters").is_some_and(is_set) {
+                return TargetModules::Names(Vec::new());
+            }
             self.problems.push("target_modules is missing".to_owned());
         }
         targets.unwrap_or(TargetModules::AllLinear)

@@ -13,7 +13,8 @@ const ALL_LINEAR: &str = "all-linear";
 /// `linears` are the full names of all linears of the model, such as `model.layers.3.self_attn.q_proj` or `lm_head`.
 /// The rules are PEFT's: a name in the list selects the linear of exactly that name, in every layer, and the linears
 /// that end with a dot and the name, in `layers_to_transform`; a string is a regular expression for whole names;
-/// `"all-linear"` is every linear but `lm_head`. On a model with fused linears the default list stands for all of a
+/// `"all-linear"` is every linear but `lm_head` and the routers of mixtures. `gate_proj`, `up_proj` and `down_proj` also
+/// select the experts' linears that a family calls otherwise (Mixtral's `w1`, `w3` and `w2`). On a model with fused linears the default list stands for all of a
 /// layer's linears, too.
 ///
 /// # Errors
@@ -22,7 +23,9 @@ const ALL_LINEAR: &str = "all-linear";
 pub fn match_targets<S: AsRef<str>>(config: &LoraConfig, linears: &[S]) -> Result<Vec<String>, Error> {
     let linears: Vec<&str> = linears.iter().map(AsRef::as_ref).collect();
     let mut selected = match &config.target_modules {
-        TargetModules::AllLinear => linears.iter().copied().filter(|name| !is_output_layer(name)).collect(),
+        TargetModules::AllLinear => {
+            linears.iter().copied().filter(|name| !is_output_layer(name) && !is_router(name)).collect()
+        }
         TargetModules::Regex(pattern) => match_pattern("target_modules", pattern, &linears)?,
         TargetModules::Names(names) if is_default_of_fused(names, &linears) => {
             let layers = Layers::of(config);
@@ -41,9 +44,10 @@ pub fn match_targets<S: AsRef<str>>(config: &LoraConfig, linears: &[S]) -> Resul
     }
     if let Some(excluded) = &config.exclude_modules {
         let excluded = exclusions(excluded, &linears)?;
+        let excluded: BTreeSet<&str> = excluded.into_iter().collect();
         selected.retain(|linear| !excluded.contains(linear));
     }
-    if selected.is_empty() {
+    if selected.is_empty() && config.target_parameters.is_empty() {
         return Err(problems(vec!["target_modules selects no linear of this model".to_owned()]));
     }
     let wrong = [
@@ -172,9 +176,41 @@ fn match_pattern<'a>(argument: &str, pattern: &str, linears: &[&'a str]) -> Resu
     Ok(selected)
 }
 
-/// `linear` is `name` or ends with `.name`.
+/// `linear` is `name` or ends with `.name`, or with another family's name of it.
 fn is_named(linear: &str, name: &str) -> bool {
-    linear.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    let ends_with = |name: &str| linear.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+    ends_with(name) || own_name(name).is_some_and(|own| is_of_expert(linear) && ends_with(own))
+}
+
+/// The usual names of an expert's linears, and Mixtral's.
+const EXPERT_NAMES: [(&str, &str); 3] = [("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")];
+
+fn own_name(name: &str) -> Option<&'static str> {
+    EXPERT_NAMES.iter().find(|(usual, _)| *usual == name).map(|(_, own)| *own)
+}
+
+fn is_of_expert(linear: &str) -> bool {
+    linear.contains(".experts.")
+}
+
+/// `targets` with the names that the selected `modules` have themselves, for programs that know no other.
+pub(crate) fn spelled_out(targets: TargetModules, modules: &[String]) -> TargetModules {
+    let TargetModules::Names(names) = targets else { return targets };
+    let is_literal = |name: &str| {
+        modules
+            .iter()
+            .any(|linear| linear.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')))
+    };
+    let spelled = names.into_iter().map(|name| match own_name(&name) {
+        Some(own) if !is_literal(&name) && is_literal(own) => own.to_owned(),
+        _ => name,
+    });
+    TargetModules::Names(spelled.collect())
+}
+
+/// Returns true for the linears whose result chooses or weighs experts.
+fn is_router(linear: &str) -> bool {
+    ["gate", "shared_expert_gate"].iter().any(|name| is_named(linear, name))
 }
 
 fn is_output_layer(linear: &str) -> bool {

@@ -171,6 +171,16 @@ fn problems(adapters: &[(&str, &Adapter, f64)], combination: Combination) -> Vec
             ));
         }
     }
+    let parameters =
+        |adapter: &Adapter| adapter.config.lora().target_parameters.iter().cloned().collect::<BTreeSet<_>>();
+    if let Some((name, first, _)) = adapters.first()
+        && let Some((other, ..)) = adapters.iter().find(|(_, other, _)| parameters(other) != parameters(first))
+    {
+        problems.push(format!(
+            "adapters \"{name}\" and \"{other}\" differ in target_parameters, so that gate and up of an expert share an \
+             adapter in one of them alone; merge one of them into the base first"
+        ));
+    }
     let mut tables = adapters.iter().filter(|(_, adapter, _)| !adapter.tables.is_empty());
     if let Some((name, first, _)) = tables.next()
         && let Some((other, ..)) = tables.find(|(_, adapter, _)| adapter.tables != first.tables)
@@ -200,9 +210,16 @@ fn rank(adapter: &Adapter) -> usize {
 /// The linears as `target_modules`: by the last parts of their names where that says the same.
 fn targets(factors: &BTreeMap<String, Factors>, modules: &Modules) -> TargetModules {
     let last = |name: &str| name.rsplit('.').next().unwrap_or_default().to_owned();
+    // Those of `target_parameters` are named there.
+    let is_linear = |name: &&String| modules.linear(name).is_some();
+    let factors: BTreeMap<&String, &Factors> = factors.iter().filter(|(name, _)| is_linear(name)).collect();
     let ends: BTreeSet<String> = factors.keys().map(|name| last(name)).collect();
     let says_the_same = modules.linears.iter().filter(|linear| ends.contains(&last(&linear.name))).count();
-    if says_the_same == factors.len() { Vec::from_iter(ends).into() } else { Vec::from_iter(factors.keys()).into() }
+    if says_the_same == factors.len() {
+        Vec::from_iter(ends).into()
+    } else {
+        Vec::from_iter(factors.into_keys()).into()
+    }
 }
 
 impl Combination {

@@ -50,6 +50,8 @@ pub(crate) struct Provenance {
     pub(crate) merged: bool,
     /// True if embedding and head have another number of rows than the checkpoint's.
     pub(crate) resized: bool,
+    /// True if the checkpoint has the linears of all experts of a layer in one tensor.
+    pub(crate) stacked_experts: bool,
 }
 
 impl Provenance {
@@ -63,6 +65,7 @@ impl Provenance {
             context_extension,
             merged: false,
             resized: false,
+            stacked_experts: false,
         }
     }
 }
@@ -151,6 +154,13 @@ impl CausalLm {
         self.adapters.active.as_ref().map(|active| &active.config)
     }
 
+    /// What adapters on experts cost, if the active adapter is on some: how many experts, and their share of what is
+    /// trained.
+    pub fn expert_advice(&self) -> Option<String> {
+        let (modules, lora) = (self.modules(), self.lora()?);
+        modules.expert_advice(lora, &modules.targets(lora).ok()?)
+    }
+
     /// Number of scalars in all weights, adapters not counted.
     pub fn num_parameters(&self) -> usize {
         self.config.parameters().iter().map(ParameterSpec::numel).sum()
@@ -158,11 +168,8 @@ impl CausalLm {
 
     /// `(full name, in, out)` of every linear of the layers.
     pub fn linears(&self) -> Vec<(String, usize, usize)> {
-        let linear = |linear: &rekindle_lora::Linear| {
-            let [out, input] = linear.weight.dims();
-            (linear.name.clone(), input, out)
-        };
-        self.decoder.linears().map(linear).collect()
+        let modules = self.modules();
+        modules.linears.into_iter().map(|linear| (linear.name, linear.input, linear.out)).collect()
     }
 
     /// Returns the treatment of activations between forward and backward.

@@ -5,7 +5,9 @@ use rekindle_rope::{ContextExtension, RopeConfig, RopeScaling, extend_context};
 use serde_json::Value;
 
 use crate::families::{self, ConfigReader, TIED, TensorNames};
-use crate::{Error, ModelSpec};
+use crate::parameters::{LayerRole, ParameterSpec};
+use crate::spec::FeedForwardSpec;
+use crate::{Error, ModelSpec, Role};
 
 /// A checkpoint's `config.json`: the decoder that it describes, and the file itself.
 #[derive(Clone, Debug)]
@@ -143,9 +145,42 @@ impl ModelConfig {
         self.spec.layers.len()
     }
 
-    /// Width of the first layer's gated feed-forward half.
+    /// Width of the first layer's feed-forward half; of a mixture, that of all experts of a token together.
     pub fn intermediate_size(&self) -> usize {
-        self.spec.layers[0].gated().map_or(0, |gated| gated.intermediate_size)
+        match &self.spec.layers[0].feed_forward {
+            FeedForwardSpec::Gated(gated) => gated.intermediate_size,
+            FeedForwardSpec::Plain { intermediate_size, .. } => *intermediate_size,
+            FeedForwardSpec::Moe(moe) => {
+                moe.top_k * moe.intermediate_size + moe.shared.map_or(0, |shared| shared.intermediate_size)
+            }
+        }
+    }
+
+    /// The tensor of all experts of a layer in the place of the first of its linears, and none in that of the others. Any
+    /// other parameter is as it is.
+    pub(crate) fn stacked_parameter(&self, parameter: ParameterSpec) -> Option<ParameterSpec> {
+        let (Role::Layer(layer, _), Some((role, expert))) = (parameter.role, parameter.role.expert()) else {
+            return Some(parameter);
+        };
+        let (stack, place) = role.place();
+        if expert > 0 || place > 0 {
+            return None;
+        }
+        let FeedForwardSpec::Moe(moe) = &self.spec.layers[layer].feed_forward else { return Some(parameter) };
+        let ([rows, input], role) = (moe.stack_shape(stack, self.hidden_size()), LayerRole::Experts(stack));
+        let (role, shape) = (Role::Layer(layer, role), vec![moe.experts, rows / moe.experts, input]);
+        Some(ParameterSpec { name: self.names.tensor(role), role, shape })
+    }
+
+    /// The share of tokens that a parameter computes with: 1, or top_k of all experts for the linears of one.
+    pub fn active_share(&self, role: Role) -> f64 {
+        match (role, role.expert()) {
+            (Role::Layer(layer, _), Some(_)) => match &self.spec.layers[layer].feed_forward {
+                FeedForwardSpec::Moe(moe) => moe.top_k as f64 / moe.experts as f64,
+                _ => 1.0,
+            },
+            _ => 1.0,
+        }
     }
 
     /// Query heads of the first layer.
@@ -161,6 +196,23 @@ impl ModelConfig {
     /// Channels of a head in the first layer.
     pub fn head_dim(&self) -> usize {
         self.spec.layers[0].attention.head_dim
+    }
+
+    /// The modules that stay dense when linears are quantized: those that are asked for or else the head, and the routers
+    /// of mixtures, whose choice a rounded weight would change. `None` where that is the head alone.
+    pub(crate) fn skip_modules(&self, asked: Option<&[String]>) -> Option<Vec<String>> {
+        let mut routers: Vec<String> = Vec::new();
+        for layer in &self.spec.layers {
+            let names = layer.linears(self.hidden_size()).into_iter().map(|linear| linear.role);
+            let names = names.filter(|role| role.is_router()).map(|role| (self.names.linear)(role).to_owned());
+            routers.extend(names.filter(|name| !routers.contains(name)).collect::<Vec<_>>());
+        }
+        if asked.is_none() && routers.is_empty() {
+            return None;
+        }
+        let asked = asked.map_or_else(|| vec!["lm_head".to_owned()], <[String]>::to_vec);
+        routers.retain(|router| !asked.contains(router));
+        Some(asked.into_iter().chain(routers).collect())
     }
 
     /// Returns true if the output layer is the embedding table.
@@ -278,9 +330,9 @@ mod tests {
     #[test]
     fn an_unknown_architecture_comes_with_the_nearest() {
         let mut json = qwen3();
-        json["architectures"] = json!(["Qwen3MoeForCausalLM"]);
+        json["architectures"] = json!(["Qwen3XForCausalLM"]);
         let text = ModelConfig::from_json(&json).unwrap_err().join("; ");
-        assert!(text.contains("\"Qwen3MoeForCausalLM\" is not supported; nearest: Qwen3ForCausalLM; "), "{text}");
+        assert!(text.contains("\"Qwen3XForCausalLM\" is not supported; nearest: Qwen3ForCausalLM; "), "{text}");
         json["architectures"] = json!(["GPT2LMHeadModel"]);
         let text = ModelConfig::from_json(&json).unwrap_err().join("; ");
         assert!(text.contains("GPT2LMHeadModel\" is not supported; supported: Qwen3ForCausalLM"), "{text}");

@@ -14,14 +14,14 @@ use rekindle_kernels::linear_cross_entropy::LmHead;
 use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::rope::Tables;
 use rekindle_kernels::{Device, Params, Tensor, Weight, embedding, from_f32, to_f32};
-use rekindle_lora::{Linear, LinearGroup};
+use rekindle_lora::{Adaptable, AdaptableMut, ExpertLinear, Linear, LinearGroup};
 use rekindle_rope::RopeConfig;
 
 pub use backward::{DecoderBackward, DecoderSaved};
 pub use batch_context::{BatchContext, StepKey};
 
-use crate::layers::{Block, Context, LayerBuilder, LayerKvCache, RmsNorm, WeightSource};
-use crate::parameters::{Parameter, ParameterSpec};
+use crate::layers::{Block, Context, FeedForward, LayerBuilder, LayerKvCache, RmsNorm, WeightSource};
+use crate::parameters::{ExpertStack, Parameter, ParameterSpec, WeightPart};
 use crate::spec::{EmbeddingSpec, QueryScale, RopeId};
 use crate::{Batch, Error, GradientCheckpointing, ModelConfig, Role};
 
@@ -173,6 +173,21 @@ impl Decoder {
         }
     }
 
+    /// Returns the weight with a role, or the one that holds the rows of an expert's linear.
+    pub(crate) fn weight_part(&self, role: Role) -> Option<WeightPart<'_>> {
+        let (Role::Layer(layer, _), Some((linear, expert))) = (role, role.expert()) else {
+            return Some(WeightPart { weight: self.weight(role)?, part: (0, 1) });
+        };
+        let FeedForward::Moe(moe) = &self.layers.get(layer)?.feed_forward else { return None };
+        let (stack, place) = linear.place();
+        let experts = match stack {
+            ExpertStack::GateUp => &moe.gate_up,
+            ExpertStack::Down => &moe.down,
+        };
+        let each = stack.roles().len();
+        Some(WeightPart { weight: &experts.weight, part: (expert * each + place, experts.experts() * each) })
+    }
+
     /// Returns the weight with a role; `None` for one that this model does not have.
     pub fn weight(&self, role: Role) -> Option<&Weight> {
         match role {
@@ -183,24 +198,29 @@ impl Decoder {
         }
     }
 
-    /// The groups of linears of all layers, in the order of the forward pass.
-    pub fn groups(&self) -> impl Iterator<Item = &LinearGroup> {
-        self.layers.iter().flat_map(Block::groups)
+    /// Everything in the layers that adapters can be on, in the order of the forward pass.
+    pub fn adaptable(&self) -> impl Iterator<Item = Adaptable<'_>> {
+        self.layers.iter().flat_map(Block::adaptable)
     }
 
-    /// As [`groups`](Self::groups).
-    pub fn groups_mut(&mut self) -> impl Iterator<Item = &mut LinearGroup> {
-        self.layers.iter_mut().flat_map(Block::groups_mut)
+    /// As [`adaptable`](Self::adaptable).
+    pub fn adaptable_mut(&mut self) -> impl Iterator<Item = AdaptableMut<'_>> {
+        self.layers.iter_mut().flat_map(Block::adaptable_mut)
     }
 
-    /// The linears of all layers, in the order of the forward pass.
+    /// The linears of all layers without those of experts, in the order of the forward pass.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
-        self.groups().flat_map(|group| group.linears())
+        self.adaptable().filter_map(Adaptable::linears).flat_map(LinearGroup::linears)
     }
 
     /// As [`linears`](Self::linears).
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
-        self.groups_mut().flat_map(|group| group.linears_mut())
+        self.adaptable_mut().filter_map(AdaptableMut::linears).flat_map(LinearGroup::linears_mut)
+    }
+
+    /// The projections of the experts of all layers, in the order of the forward pass.
+    pub fn experts_mut(&mut self) -> impl Iterator<Item = &mut ExpertLinear> {
+        self.adaptable_mut().filter_map(AdaptableMut::experts)
     }
 
     /// Returns the normalized hidden states that the head reads, `[tokens, hidden]`, and what the backward needs. Layers

@@ -7,7 +7,8 @@ use rekindle_kernels::Weight;
 use rekindle_quant::bnb;
 use serde::Serialize;
 
-use crate::checkpoint::TensorNaming;
+use crate::checkpoint::checkpoint_headers;
+use crate::parameters::Parameter;
 use crate::{CausalLm, ModelConfig, Role};
 
 /// A kind of weight.
@@ -81,9 +82,7 @@ impl MemoryReport {
     /// What the tensors of a checkpoint take on disk.
     pub fn of_headers(headers: &CheckpointHeaders, config: &ModelConfig) -> Self {
         let mut report = Self::default();
-        let naming = TensorNaming::of(&config.json, headers.tensors.keys().map(String::as_str));
-        let tensors: std::collections::BTreeMap<String, _> =
-            headers.tensors.iter().map(|(stored, tensor)| (naming.name(stored), tensor)).collect();
+        let tensors = checkpoint_headers(headers, config);
         let owners: std::collections::BTreeSet<String> = tensors.keys().filter_map(|name| bnb::owner(name)).collect();
         for needed in config.parameters() {
             let Some(tensor) = tensors.get(&needed.name) else { continue };
@@ -143,15 +142,15 @@ impl CausalLm {
         let mut report = MemoryReport::default();
         let size = self.dtype().size();
         let mut trained = 0;
-        for needed in self.config.parameters() {
-            let elements = needed.numel();
-            match self.weight(&needed) {
+        self.decoder.parameters(&mut |Parameter { role, weight }| {
+            let elements = weight.dims().iter().product::<usize>();
+            match weight {
                 Weight::Quantized(packed) => {
                     let (codes, scales) = packed.bytes();
                     report.add(MemoryClass::PackedCodes, elements, codes);
                     report.add(MemoryClass::Scales, 0, scales);
                 }
-                Weight::Frozen(_) => report.add(MemoryClass::of(needed.role), elements, size * elements),
+                Weight::Frozen(_) => report.add(MemoryClass::of(role), elements, size * elements),
                 Weight::Trained(at) => {
                     trained += elements;
                     match self.params.quantized(*at) {
@@ -160,11 +159,11 @@ impl CausalLm {
                             report.add(MemoryClass::PackedCodes, elements, codes);
                             report.add(MemoryClass::Scales, 0, scales);
                         }
-                        None => report.add(MemoryClass::of(needed.role), elements, self.params.bytes_of(*at)),
+                        None => report.add(MemoryClass::of(role), elements, self.params.bytes_of(*at)),
                     }
                 }
             }
-        }
+        });
         let adapter = self.params.numel() - trained;
         if adapter > 0 {
             report.add(MemoryClass::Adapter, adapter, Dtype::F32.size() * adapter);

@@ -198,9 +198,15 @@ impl CausalLm {
         let is_tied = self.decoder.vocabulary.head.is_none() && depth == self.depth(Role::Head);
         let depth = if is_tied { 0 } else { depth };
         for needed in self.config.parameters().into_iter().filter(|needed| self.depth(needed.role) == depth) {
-            let weight = self.weight(&needed);
-            let is_trained = matches!(weight, Weight::Trained(_));
-            if !is_trained && !to_f32(weight.matrix(&self.params)).iter().all(|w| w.is_finite()) {
+            let part = self.weight(&needed);
+            let is_finite = |rows: &Tensor<2>| to_f32(rows.clone()).iter().all(|w| w.is_finite());
+            let rows = part.rows();
+            let broken = match part.weight {
+                Weight::Trained(_) => false,
+                Weight::Frozen(whole) => !is_finite(&whole.rows(rows.start, rows.len())),
+                Weight::Quantized(codes) => !is_finite(&codes.decode_rows(rows.start, rows.len())),
+            };
+            if broken {
                 return Some((needed.name, false));
             }
         }

@@ -6,7 +6,7 @@
 
 use rekindle_kernels::Weight;
 
-use crate::spec::NormSpec;
+use crate::spec::{FeedForwardSpec, NormSpec};
 use crate::{LayerSpec, ModelConfig};
 
 /// The part that a tensor plays in a model, whatever its name is.
@@ -43,6 +43,10 @@ pub enum LayerRole {
     PreFeedForwardNorm,
     /// The norm of the result of the feed-forward half.
     PostFeedForwardNorm,
+    /// A linear of the expert with this index, as checkpoints have it.
+    Expert(ExpertRole, usize),
+    /// The linears of all experts as one weight, as models have them.
+    Experts(ExpertStack),
 }
 
 /// The part that a linear plays in a layer.
@@ -66,6 +70,64 @@ pub enum LinearRole {
     GateUp,
     /// Back to the residual stream.
     Down,
+    /// The logits of a mixture's router.
+    Router,
+    /// The gate of the expert that every token uses.
+    SharedGate,
+    /// What that gate multiplies.
+    SharedUp,
+    /// Back from the expert that every token uses.
+    SharedDown,
+    /// The gate on the result of the expert that every token uses.
+    SharedExpertGate,
+}
+
+/// The part that a linear plays in an expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ExpertRole {
+    /// The gate.
+    Gate,
+    /// What the gate multiplies.
+    Up,
+    /// Back to the residual stream.
+    Down,
+}
+
+/// Linears of all experts that are one weight, expert by expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ExpertStack {
+    /// Of each expert the rows of gate, then those of up.
+    GateUp,
+    /// The rows of down.
+    Down,
+}
+
+impl LinearRole {
+    /// Returns true if its result are logits that choose or weigh experts.
+    pub(crate) fn is_router(self) -> bool {
+        matches!(self, Self::Router | Self::SharedExpertGate)
+    }
+}
+
+impl ExpertStack {
+    /// The linears of an expert whose rows it holds, in order.
+    pub fn roles(self) -> &'static [ExpertRole] {
+        match self {
+            Self::GateUp => &[ExpertRole::Gate, ExpertRole::Up],
+            Self::Down => &[ExpertRole::Down],
+        }
+    }
+}
+
+impl ExpertRole {
+    /// The stack with this linear's rows, and its number among [`ExpertStack::roles`].
+    pub fn place(self) -> (ExpertStack, usize) {
+        match self {
+            Self::Gate => (ExpertStack::GateUp, 0),
+            Self::Up => (ExpertStack::GateUp, 1),
+            Self::Down => (ExpertStack::Down, 0),
+        }
+    }
 }
 
 /// A tensor that a model needs.
@@ -88,10 +150,35 @@ pub struct Parameter<'a> {
     pub weight: &'a Weight,
 }
 
+/// A weight of a built model that one of the configuration's parameters is, or is a part of.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WeightPart<'a> {
+    pub(crate) weight: &'a Weight,
+    /// Which of so many equal parts, one below another.
+    pub(crate) part: (usize, usize),
+}
+
+impl WeightPart<'_> {
+    /// The rows of the weight.
+    pub(crate) fn rows(&self) -> core::ops::Range<usize> {
+        let (index, count) = self.part;
+        let rows = self.weight.dims()[0] / count;
+        index * rows..(index + 1) * rows
+    }
+}
+
 impl Role {
     /// Returns true if this is the weight of a linear of a layer, which can be quantized.
     pub fn is_linear(self) -> bool {
-        matches!(self, Self::Layer(_, LayerRole::Weight(_)))
+        matches!(self, Self::Layer(_, LayerRole::Weight(_) | LayerRole::Expert(..) | LayerRole::Experts(_)))
+    }
+
+    /// The linear of an expert, and the expert's index.
+    pub fn expert(self) -> Option<(ExpertRole, usize)> {
+        match self {
+            Self::Layer(_, LayerRole::Expert(role, expert)) => Some((role, expert)),
+            _ => None,
+        }
     }
 
     /// Whether this is the embedding table or the output layer.
@@ -131,6 +218,14 @@ impl LayerSpec {
             list.push((LayerRole::Weight(linear.role), linear.shape.to_vec()));
             if linear.bias {
                 list.push((LayerRole::Bias(linear.role), linear.shape[..1].to_vec()));
+            }
+        }
+        if let FeedForwardSpec::Moe(moe) = &self.feed_forward {
+            for stack in [ExpertStack::GateUp, ExpertStack::Down] {
+                for expert in 0..moe.experts {
+                    let shape = moe.expert_shape(stack, hidden_size).to_vec();
+                    list.extend(stack.roles().iter().map(|&role| (LayerRole::Expert(role, expert), shape.clone())));
+                }
             }
         }
         if self.attention.qk_norm.is_some() {

@@ -12,6 +12,7 @@ mod linears;
 mod unsupported;
 
 pub use linears::LinearSpec;
+pub use rekindle_kernels::routing::RoutingForm;
 use rekindle_rope::RopeConfig;
 
 /// A decoder with its embedding and head.
@@ -281,21 +282,32 @@ pub struct GatedSpec {
     pub bias: bool,
 }
 
-/// A mixture of experts: the outputs of `top_k` experts, weighted by a router.
+/// A mixture of experts: the outputs of `top_k` gated feed-forward halves, weighted by a router.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MoeSpec {
     /// Number of experts.
     pub experts: usize,
     /// Experts for each token.
     pub top_k: usize,
-    /// One expert.
-    pub expert: GatedSpec,
-    /// Width of the expert that every token uses, if there is one.
-    pub shared_intermediate_size: Option<usize>,
-    /// True if the router's weights of the chosen experts are scaled to sum to 1.
-    pub normalizes_weights: bool,
-    /// True if the router scores with a sigmoid (DeepSeek V3, Llama 4) instead of a softmax.
-    pub sigmoid_scores: bool,
+    /// Width of the hidden activations of an expert.
+    pub intermediate_size: usize,
+    /// The nonlinearity on an expert's gate.
+    pub activation: Activation,
+    /// True if experts and router have biases (gpt-oss).
+    pub bias: bool,
+    /// How the weights of the chosen experts follow from the router's logits.
+    pub routing: RoutingForm,
+    /// The expert that every token uses, if there is one.
+    pub shared: Option<SharedExpertSpec>,
+}
+
+/// The expert of a mixture that every token uses.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SharedExpertSpec {
+    /// Width of its hidden activations.
+    pub intermediate_size: usize,
+    /// True if its result is multiplied with the sigmoid of a logit for each token (Qwen2-MoE).
+    pub gated: bool,
 }
 
 /// The nonlinearity of a feed-forward half.

@@ -115,6 +115,7 @@ impl Model {
     pub fn get_peft_model(mut self, config: LoraConfig) -> Result<Self, Error> {
         self.inner.add_adapter(&config)?;
         self.note_carried_tables();
+        self.notices.extend(self.inner.expert_advice());
         Ok(self)
     }
 

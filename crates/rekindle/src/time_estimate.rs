@@ -49,7 +49,7 @@ impl Work<'_> {
     /// of a trained weight, and 2 for recomputing. Attention scores and small products are covered by the range.
     fn flops(&self) -> f64 {
         let linears = self.config.parameters().into_iter().filter(|parameter| parameter.role.is_linear());
-        let blocks: f64 = linears.map(|linear| linear.numel() as f64).sum();
+        let blocks: f64 = linears.map(|linear| linear.numel() as f64 * self.config.active_share(linear.role)).sum();
         let head = (self.config.vocab_size() * self.config.hidden_size()) as f64;
         let trained = if self.full { 2.0 } else { 0.0 };
         (4.0 + trained) * (blocks + head) + if self.recomputes { 2.0 * blocks } else { 0.0 }

@@ -28,13 +28,19 @@ from transformers import (
     HunYuanDenseV1Config,
     Ministral3Config,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
     SiglipVisionConfig,
     SmolLM3Config,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import moe  # noqa: E402, beside this file
 
 HERE = Path(__file__).resolve().parent
 
@@ -51,6 +57,7 @@ base = shared()
 SEED = 31_000
 NONE = base.NO_SPECIAL_TOKENS
 SPLIT = base.SEVEN
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 FUSED_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 
@@ -204,6 +211,33 @@ FAMILIES = {
         rope_parameters={"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 1e4},
         tie_word_embeddings=True, **NONE,
     ), SPLIT),
+    # Normalized weights of three of eight experts.
+    "qwen3-moe": (Qwen3MoeConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=40, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=12, num_experts=8, num_experts_per_tok=3,
+        norm_topk_prob=True, max_position_embeddings=256, tie_word_embeddings=False,
+        rope_parameters=base.rope(1e5), **NONE,
+    ), ATTENTION),
+    # Weights that are not normalized; of every other layer, the last has none after all.
+    "qwen3-moe-sparse": (Qwen3MoeConfig(
+        vocab_size=95, hidden_size=40, intermediate_size=44, moe_intermediate_size=32, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=12, num_experts=6, num_experts_per_tok=2,
+        norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[3], max_position_embeddings=256, tie_word_embeddings=True,
+        rope_parameters=base.rope(1e4), **NONE,
+    ), ATTENTION),
+    # A shared expert behind a sigmoid, biases on queries, keys and values.
+    "qwen2-moe": (Qwen2MoeConfig(
+        vocab_size=109, hidden_size=32, intermediate_size=44, moe_intermediate_size=20,
+        shared_expert_intermediate_size=36, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_experts=8, num_experts_per_tok=2, max_position_embeddings=256, tie_word_embeddings=False,
+        rope_parameters=base.rope(1e4), **NONE,
+    ), ATTENTION),
+    # Two of four experts, whose names are Mixtral's.
+    "mixtral": (MixtralConfig(
+        vocab_size=93, hidden_size=32, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256,
+        sliding_window=None, rope_parameters=base.rope(1e4), tie_word_embeddings=False, **NONE,
+    ), ATTENTION),
 }
 # Without rotation, a key bias shifts all scores of a query alike: its gradient is rounding error, which AdamW must not
 # blow up.
@@ -213,6 +247,24 @@ FULL_RUN = {
     **base.LORA_RUN, "max_steps": 6, "gradient_accumulation_steps": 2, "weight_decay": 0.5,
     "lr_scheduler_type": "cosine", "warmup_steps": 2,
 }
+
+
+def train(directory, adapter, run, **options):
+    """base.train, with the trained weights under the names of checkpoints."""
+    steps, final = TRAIN(directory, adapter, run, **options)
+    return steps, final if adapter else moe.disk_names(final, moe.read_config(directory))
+
+
+def load(directory, *arguments, **options):
+    """base.load, with a loop over experts, which float64 needs."""
+    model = LOAD(directory, *arguments, **options)
+    if moe.is_mixture(model.config):
+        model.set_experts_implementation("eager")
+    return model
+
+
+TRAIN, base.train = base.train, train
+LOAD, base.load = base.load, load
 
 
 def main():
@@ -239,8 +291,14 @@ def make_family(directory, name, config, targets, seed):
     expect["adapters"] = {
         "all-linear": {"rows": base.make_adapter(directory, name, "all-linear", lora, rows, generator)}
     }
+    if moe.is_mixture(config):
+        for adapter, experts in moe.EXPERT_ADAPTERS.items():
+            made = base.make_adapter(directory, name, adapter, experts, rows, generator)
+            expect["adapters"][adapter] = {"rows": made}
+        base.make_trajectory(directory, "experts", "experts", clipped(directory, "experts", LORA_RUN))
     base.write_json(directory / "expect.json", expect)
-    save_file(gradients(directory, rows), directory / "gradients.safetensors")
+    named = moe.router_names(gradients(directory, rows), moe.read_config(directory))
+    save_file(named, directory / "gradients.safetensors")
     base.make_trajectory(directory, "lora", "all-linear", clipped(directory, "all-linear", LORA_RUN))
     full = {**FULL_RUN, "adam_epsilon": ADAM_EPSILON.get(name, FULL_RUN["adam_epsilon"])}
     base.make_trajectory(directory, "full", None, clipped(directory, None, full))

@@ -19,6 +19,7 @@ mod library_example;
 mod lora_options;
 mod losses;
 mod merge;
+mod moe;
 mod named_adapters;
 mod non_finite;
 mod objectives;

@@ -424,7 +424,7 @@ impl Kind {
                     map: Box::new(core::array::from_fn(|i| i as f32 / 128.0 - 1.0)),
                     nested: vec![0.1; n / 64 / 256],
                     blocksize: 256,
-                    offset: 0.05,
+                    offsets: vec![0.05],
                 },
             },
         };

@@ -18,7 +18,7 @@ impl<T: Copy> Pattern<T> {
 
     /// The value for `module`, or `default`.
     pub fn get(&self, module: &str, default: T) -> T {
-        let found = self.0.iter().find(|(key, _)| compiled(key).is_ok_and(|regex| regex.is_match(module)));
+        let found = self.0.iter().find(|(key, _)| compiled(key).is_ok_and(|regex| is_match(&regex, module)));
         found.map_or(default, |(_, value)| *value)
     }
 
@@ -31,7 +31,7 @@ impl<T: Copy> Pattern<T> {
     pub(crate) fn problems<S: AsRef<str>>(&self, argument: &str, modules: &[S]) -> Vec<String> {
         let problem = |key: &String| match checked(argument, key) {
             Err(problem) => Some(problem),
-            Ok(regex) if modules.iter().any(|module| regex.is_match(module.as_ref())) => None,
+            Ok(regex) if modules.iter().any(|module| is_match(&regex, module.as_ref())) => None,
             Ok(_) => {
                 let names = modules.iter().filter_map(|module| module.as_ref().rsplit('.').next());
                 let hint = crate::error::nearest_hint(key, names);
@@ -40,6 +40,19 @@ impl<T: Copy> Pattern<T> {
         };
         self.0.keys().filter_map(problem).collect()
     }
+}
+
+/// Returns true if a key is for this module. A linear of an expert also goes by its name without the expert's index, which
+/// is for all experts.
+fn is_match(regex: &Regex, module: &str) -> bool {
+    regex.is_match(module) || without_expert(module).is_some_and(|module| regex.is_match(&module))
+}
+
+/// `model.layers.0.mlp.experts.up_proj` for `model.layers.0.mlp.experts.7.up_proj`.
+fn without_expert(module: &str) -> Option<String> {
+    let (before, after) = module.split_once(".experts.")?;
+    let (index, rest) = after.split_once('.')?;
+    index.bytes().all(|byte| byte.is_ascii_digit()).then(|| format!("{before}.experts.{rest}"))
 }
 
 /// The key of an argument, or what is wrong with it.

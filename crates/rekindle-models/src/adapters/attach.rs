@@ -8,13 +8,14 @@ use rekindle_hub::Dtype;
 use rekindle_kernels::{Group, ParamsBuilder, Weight, from_f32, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{
-    Adaptation, Adapter, EmbeddingTable, InitLoraWeights, Linear, LoraConfig, Module, Modules, initial_magnitude,
-    match_targets,
+    Adaptation, Adapter, EmbeddingTable, ExpertProjection, InitLoraWeights, Linear, LoraConfig, Module, Modules,
+    initial_magnitude,
 };
 
 use super::{ActiveAdapter, DEFAULT_ADAPTER, InactiveAdapter};
-use crate::parameters::LayerRole;
-use crate::spec::LinearSpec;
+use crate::layers::expert_names;
+use crate::parameters::{ExpertStack, LayerRole};
+use crate::spec::{FeedForwardSpec, LinearSpec};
 use crate::{CausalLm, Error, ModelConfig, Role};
 
 /// The modules with a row for each token id.
@@ -29,12 +30,25 @@ impl ModelConfig {
             Module { name, input, out, has_bias: linear.bias }
         };
         let layers = self.spec.layers.iter().enumerate();
-        let linears = layers.flat_map(|(index, layer)| {
-            layer.linears(self.spec.hidden_size).into_iter().map(move |spec| linear(index, spec))
-        });
+        let hidden = self.spec.hidden_size;
+        let (mut linears, mut experts, mut joined) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, layer) in layers {
+            linears.extend(layer.linears(hidden).into_iter().map(|spec| linear(index, spec)));
+            let FeedForwardSpec::Moe(moe) = &layer.feed_forward else { continue };
+            for stack in [ExpertStack::GateUp, ExpertStack::Down] {
+                let names = expert_names(&self.names, index, moe, stack, hidden);
+                let [_, input] = moe.expert_shape(stack, hidden);
+                let projection = ExpertProjection { names, experts: moe.experts, input };
+                linears.extend(projection.linears());
+                if stack == ExpertStack::GateUp {
+                    joined.extend(projection.joined());
+                }
+                experts.push(projection);
+            }
+        }
         let shape = [self.spec.vocab_size, self.spec.hidden_size];
         let savable = [Role::Embedding, Role::Head].map(|role| (self.names.module(role), shape)).to_vec();
-        Modules { linears: linears.collect(), savable, tied: self.spec.head.tied }
+        Modules { linears, savable, tied: self.spec.head.tied, experts, joined }
     }
 }
 
@@ -62,7 +76,8 @@ impl CausalLm {
     pub(crate) fn attach_new(&mut self, name: &str, config: &LoraConfig) -> Result<(), Error> {
         config.validate()?;
         let modules = self.modules();
-        let targets = match_targets(config, &modules.names())?;
+        let targets = modules.targets(config)?;
+        modules.check_expert_dropout(config, &targets)?;
         let saved = modules.saved(config)?;
         self.check_placeable()?;
         let source = self.init_source(config, &targets)?;
@@ -72,9 +87,9 @@ impl CausalLm {
         let mut factors = BTreeMap::new();
         let starts = self.initial_factors(config, &targets, source)?;
         for (target, mut start) in targets.iter().zip(starts) {
-            let linear = self.linear(target);
-            let [out, input] = linear.weight.dims();
             if config.use_dora {
+                let linear = self.linear(target);
+                let [out, input] = linear.weight.dims();
                 let dense = to_f32(linear.weight.matrix(&self.params));
                 start.magnitude = Some(initial_magnitude(&dense, [out, input], &start, config.scale_of(target)));
             }
@@ -146,7 +161,7 @@ impl CausalLm {
     pub(super) fn active(&self) -> Option<InactiveAdapter> {
         let config = self.adapter_config().cloned()?;
         let (mut factors, mut biases) = (BTreeMap::new(), BTreeMap::new());
-        for (name, trained) in self.decoder.groups().flat_map(|group| group.trained(&self.params)) {
+        for (name, trained) in self.decoder.adaptable().flat_map(|part| part.trained(&self.params)) {
             factors.extend(trained.factors.map(|(f, _)| (name.clone(), f)));
             biases.extend(trained.bias.map(|bias| (name, bias)));
         }
@@ -199,8 +214,8 @@ impl CausalLm {
         }
         self.adapters.carried.clear();
         let mut params = ParamsBuilder::new(self.device(), self.dtype());
-        for group in self.decoder.groups_mut() {
-            group.adapt(&mut params, 0, |_| Adaptation::default());
+        for part in self.decoder.adaptable_mut() {
+            part.adapt(&mut params, 0, |_| Adaptation::default());
         }
         self.restore_vocabulary();
         self.params = params.build();
@@ -213,10 +228,10 @@ impl CausalLm {
         self.restore_vocabulary();
         let mut params = ParamsBuilder::new(self.device(), self.dtype());
         let Adapter { config, mut factors, mut biases, saved, tables } = adapter;
-        for (site, group) in self.decoder.groups_mut().enumerate() {
-            group.adapt(&mut params, site as u32, |linear| Adaptation {
-                factors: factors.remove(&linear.name).map(|f| (f, config.lora().scale_of(&linear.name))),
-                bias: biases.remove(&linear.name),
+        for (site, part) in self.decoder.adaptable_mut().enumerate() {
+            part.adapt(&mut params, site as u32, |linear| Adaptation {
+                factors: factors.remove(linear).map(|f| (f, config.lora().scale_of(linear))),
+                bias: biases.remove(linear),
             });
         }
         let is_tied = self.config.tie_word_embeddings() && config.lora().ensure_weight_tying;

@@ -14,7 +14,7 @@ use rekindle_quant::{Blocksize, QuantConfig, QuantFormat};
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::{LoadIn, QuantizationPlan, canonical, frozen, is_quantized};
-use crate::{CausalLm, Error};
+use crate::{CausalLm, Error, ModelConfig};
 
 /// The initial B·A that the active adapter subtracted from the base, and how to restore that.
 #[derive(Debug, Default)]
@@ -106,9 +106,11 @@ impl CausalLm {
         source: Option<Checkpoint>,
     ) -> Result<Vec<Factors>, Error> {
         let Some(checkpoint) = source else {
+            let modules = self.modules();
+            let by_name = modules.by_name();
             let start = |name: &String| {
-                let [out, input] = self.linear(name).weight.dims();
-                initial_factors(config, name, input, out)
+                let module = by_name[name.as_str()];
+                initial_factors(config, name, module.input, module.out)
             };
             return Ok(targets.iter().map(start).collect());
         };
@@ -291,12 +293,17 @@ pub fn loftq_base(config: &AdapterConfig) -> Result<Option<LoftqBase>, Error> {
 
 /// How `base` is read for a merge with an adapter: in the codes that it was made for, if it was made for any. A base that
 /// is in other codes already is an error.
-pub(crate) fn quantization_plan(base: &Checkpoint, adapter: &Adapter) -> Result<Option<QuantizationPlan>, Error> {
-    let stored = QuantizationPlan::of(base, None, None)?;
+pub(crate) fn quantization_plan(
+    base: &Checkpoint,
+    adapter: &Adapter,
+    config: &ModelConfig,
+) -> Result<Option<QuantizationPlan>, Error> {
+    let stored = QuantizationPlan::of(base, None, None, config)?;
     match loftq_base(&adapter.config)? {
         None => Ok(stored),
         Some(on) => {
-            QuantizationPlan::of(base, Some(on.load_in), on.skip_modules.as_deref().filter(|_| stored.is_none()))
+            let skip = on.skip_modules.as_deref().filter(|_| stored.is_none());
+            QuantizationPlan::of(base, Some(on.load_in), skip, config)
         }
     }
 }

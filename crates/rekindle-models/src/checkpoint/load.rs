@@ -4,17 +4,19 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
+use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::{
     Device, DeviceLimits, Group, ParamsBuilder, QuantizedWeight, Tensor, Weight, from_f32, from_le_bytes,
 };
 use rekindle_quant::DiskMetadata;
 use rekindle_rope::{ContextExtension, RopeScaling};
 
+use super::experts::{ByExpert, by_expert};
 use super::quantization::{LoadIn, Quantization, QuantizationPlan, is_quantized, stored_bytes};
 use super::tensor_names::canonical;
 use super::{master_weights, resize};
 use crate::causal_lm::Provenance;
-use crate::layers::WeightSource;
+use crate::layers::{StackedTensors, WeightSource};
 use crate::parameters::ParameterSpec;
 use crate::{CausalLm, Decoder, Error, ModelConfig, Role};
 
@@ -69,9 +71,10 @@ impl CausalLm {
         let LoadOptions { device, dtype, full_finetuning, load_in, skip_modules, .. } = options;
         let checkpoint = &canonical(checkpoint);
         let (mut config, extension) = options.prepare(ModelConfig::from_checkpoint(checkpoint)?)?;
+        let ByExpert { checkpoint, was_stacked } = &by_expert(checkpoint, &config)?;
         let stored = is_quantized(checkpoint.config());
         let load_in = if *full_finetuning && !stored { load_in.map(master_weights::format) } else { *load_in };
-        let plan = QuantizationPlan::of(checkpoint, load_in, skip_modules.as_deref())?;
+        let plan = QuantizationPlan::of(checkpoint, load_in, skip_modules.as_deref(), &config)?;
         let in_place = master_weights::in_place(options, plan.is_some(), &config)?;
         check_tensors(checkpoint, &config, plan.as_ref())?;
         let stored_rows = config.vocab_size();
@@ -95,7 +98,9 @@ impl CausalLm {
         debug_assert!(*full_finetuning || source.params.is_empty());
         device.check()?;
         let CheckpointWeights { params, quantization, .. } = source;
-        let provenance = Provenance { quantization, resized, ..Provenance::new(checkpoint.path(), extension) };
+        let stacked_experts = *was_stacked;
+        let provenance =
+            Provenance { quantization, resized, stacked_experts, ..Provenance::new(checkpoint.path(), extension) };
         Ok(Self::new(config, decoder, params, provenance))
     }
 }
@@ -161,24 +166,99 @@ impl CheckpointWeights<'_> {
         Ok(())
     }
 
-    /// The quantized weight of a linear; `None` when it stays dense.
-    fn quantized(&mut self, tensor: &ParameterSpec) -> Result<Option<Weight>, Error> {
+    /// The codes of a linear; `None` when it stays dense.
+    fn codes(&mut self, tensor: &ParameterSpec) -> Result<Option<QuantizedData>, Error> {
         let name = &tensor.name;
         let Some(plan) = &self.plan else { return Ok(None) };
         let Some(stored) = plan.weight(self.checkpoint, name, &tensor.shape)? else { return Ok(None) };
         (self.progress)(stored_bytes(self.checkpoint, name));
         let (metadata, codes) =
             DiskMetadata::split(stored).expect("the weight of a linear is a matrix, as was checked");
-        let packed = QuantizedWeight::new(codes, &self.options.device);
-        if self.options.full_finetuning {
-            if !packed.can_be_trained() {
-                return Err(master_weights::coded_scales(&format!("tensor \"{name}\" of the checkpoint")));
-            }
-            return Ok(Some(Weight::Trained(self.params.push_quantized(name, packed))));
+        if let Some(quantization) = &mut self.quantization {
+            quantization.disk_metadata.insert(name.clone(), metadata);
         }
-        let quantization = self.quantization.as_mut().expect("there is a plan");
-        quantization.disk_metadata.insert(name.clone(), metadata);
-        Ok(Some(Weight::Quantized(packed)))
+        Ok(Some(codes))
+    }
+
+    /// The quantized weight of a linear, or of all experts.
+    fn quantized(&mut self, name: &str, codes: QuantizedData) -> Result<Weight, Error> {
+        let packed = QuantizedWeight::new(codes, &self.options.device);
+        if !self.options.full_finetuning {
+            return Ok(Weight::Quantized(packed));
+        }
+        if !packed.can_be_trained() {
+            return Err(master_weights::coded_scales(&format!("tensor \"{name}\" of the checkpoint")));
+        }
+        Ok(Weight::Trained(self.params.push_quantized(name, packed)))
+    }
+
+    /// The codes of the linears of all experts; `None` where they stay dense.
+    fn stacked_codes(&mut self, stack: &StackedTensors) -> Result<Option<QuantizedData>, Error> {
+        let mut codes = Vec::new();
+        for part in &stack.parts {
+            codes.extend(self.codes(part)?);
+        }
+        let (found, all) = (codes.len(), stack.parts.len());
+        let fail =
+            |problem: String| Error::Tensors { path: self.checkpoint.path().to_owned(), problems: vec![problem] };
+        let name = &stack.whole.name;
+        if found == 0 {
+            return Ok(None);
+        }
+        if found < all {
+            return Err(fail(format!(
+                "{found} of the {all} linears of experts in \"{name}\" are quantized; all of a layer are, or none"
+            )));
+        }
+        let stacked = QuantizedData::stacked(codes).ok_or_else(|| {
+            fail(format!(
+                "the linears of experts in \"{name}\" {:?} are not quantized alike in whole blocks; load the experts in \
+                 16 bits with skip_modules = [\".*experts\"], or use a smaller blocksize",
+                stack.parts[0].shape
+            ))
+        })?;
+        Ok(Some(stacked))
+    }
+
+    /// A tensor as it is read, with its dtype noted.
+    fn view(&mut self, name: &str) -> TensorView<'_> {
+        let view = self.checkpoint.get(name).expect("every needed tensor was checked to be there");
+        (self.progress)(view.data.len() as u64);
+        if let Some(quantization) = &mut self.quantization {
+            quantization.dtypes.insert(name.to_owned(), view.dtype);
+        }
+        view
+    }
+
+    /// The linears of all experts as one dense weight.
+    fn dense_stack(&mut self, StackedTensors { whole, parts }: &StackedTensors) -> Result<Weight, Error> {
+        let shape = [whole.shape[0], whole.shape[1]];
+        let (device, dtype) = (self.options.device.clone(), self.options.dtype);
+        if self.in_place {
+            let mut bytes = Vec::with_capacity(2 * whole.numel());
+            for part in parts {
+                bytes.extend_from_slice(&master_weights::bf16_bytes(&self.view(&part.name))?);
+            }
+            return Ok(Weight::Trained(self.params.push_bf16(group(whole.role), &whole.name, &shape, &bytes)));
+        }
+        let stored = self.checkpoint.get(&parts[0].name).map(|view| view.dtype);
+        let same_bits = parts.iter().all(|part| self.checkpoint.get(&part.name).map(|view| view.dtype) == stored)
+            && stored.is_some_and(|stored| is_same(stored, dtype));
+        if same_bits && !self.options.full_finetuning {
+            let mut bytes = Vec::with_capacity(dtype.size() * whole.numel());
+            for part in parts {
+                bytes.extend_from_slice(self.view(&part.name).data);
+            }
+            return Ok(Weight::Frozen(from_le_bytes(&bytes, shape, &device, dtype)));
+        }
+        let mut values = Vec::with_capacity(whole.numel());
+        for part in parts {
+            values.extend(self.view(&part.name).to_f32()?);
+        }
+        if self.options.full_finetuning {
+            return Ok(Weight::Trained(self.params.push_in(group(whole.role), &whole.name, &shape, true, &values)));
+        }
+        Ok(Weight::Frozen(from_f32(values, shape, &device, dtype)))
     }
 
     fn dense(&mut self, tensor: &ParameterSpec) -> Result<Weight, Error> {
@@ -230,17 +310,29 @@ impl WeightSource for CheckpointWeights<'_> {
             return Ok(weight);
         }
         if tensor.role.is_linear()
-            && let Some(weight) = self.quantized(tensor)?
+            && let Some(codes) = self.codes(tensor)?
         {
-            return Ok(weight);
+            return self.quantized(&tensor.name, codes);
         }
         self.dense(tensor)
+    }
+
+    fn stacked(&mut self, stack: &StackedTensors) -> Result<Weight, Error> {
+        match self.stacked_codes(stack)? {
+            Some(codes) => self.quantized(&stack.whole.name, codes),
+            None => self.dense_stack(stack),
+        }
     }
 }
 
 /// The learning-rate group of a weight.
 fn group(role: Role) -> Group {
     if role.is_vocabulary() { Group::Embedding } else { Group::Default }
+}
+
+/// Returns true if 16-bit elements of a file are those of a tensor, bit for bit.
+fn is_same(stored: Dtype, dtype: DType) -> bool {
+    matches!((stored, dtype), (Dtype::BF16, DType::BF16) | (Dtype::F16, DType::F16))
 }
 
 /// A frozen tensor on its device.
@@ -250,8 +342,7 @@ pub(crate) fn frozen(
     device: &Device,
     dtype: DType,
 ) -> Result<Tensor<2>, Error> {
-    let same = matches!((view.dtype, dtype), (Dtype::BF16, DType::BF16) | (Dtype::F16, DType::F16));
-    if same {
+    if is_same(view.dtype, dtype) {
         // The bits as they are, one copy.
         return Ok(from_le_bytes(view.data, shape, device, dtype));
     }

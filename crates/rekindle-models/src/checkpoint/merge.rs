@@ -1,21 +1,23 @@
 //! An adapter added into its base, as a checkpoint or in memory.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use rekindle_hub::{Checkpoint, Dtype, TensorSpec, write_f32};
-use rekindle_kernels::{Weight, from_f32, to_f32};
-use rekindle_lora::{Adapter, EmbeddingTable};
+use rekindle_kernels::{Params, Weight, from_f32, to_f32};
+use rekindle_lora::{Adapter, EmbeddingTable, ExpertLinear, Factors};
 use rekindle_quant::bnb::StoredWeight;
 use rekindle_rope::Positions;
 use serde_json::Value;
 
+use super::experts::{ByExpert, by_expert};
 use super::load::check_tensors;
-use super::quantization::QuantizationPlan;
+use super::quantization::{Quantization, QuantizationPlan};
 use super::resize::resize_rows;
 use super::tensor_names::canonical;
 use super::writer::{self, CheckpointTensor, KeptTensors};
 use crate::adapters::quantization_plan;
-use crate::parameters::ParameterSpec;
+use crate::parameters::{ExpertStack, LayerRole, ParameterSpec};
 use crate::{CausalLm, Error, ModelConfig, NonFinite, Role};
 
 /// What a merge is to be, where it is not as the base is.
@@ -51,18 +53,20 @@ pub fn merge(
     check_adapter(adapter)?;
     let base = &canonical(base);
     let mut config = ModelConfig::from_checkpoint(base)?;
-    let plan = quantization_plan(base, adapter)?;
+    let ByExpert { checkpoint: base, was_stacked } = &by_expert(base, &config)?;
+    let plan = quantization_plan(base, adapter, &config)?;
     check_tensors(base, &config, plan.as_ref())?;
     if let Some(rows) = resize_model_vocab {
         config = config.resized(rows)?;
     }
     let is_tied = config.tie_word_embeddings();
-    let source = MergedTensors { base, plan, adapter, is_tied, embedding: config.names.tensor(Role::Embedding) };
+    let embedding = config.names.tensor(Role::Embedding);
+    let source = MergedTensors { base, config: &config, plan, adapter, is_tied, was_stacked: *was_stacked, embedding };
     let tensor = |needed: ParameterSpec| {
         let dtype = dtype.unwrap_or_else(|| source.dtype(&needed));
         CheckpointTensor { spec: TensorSpec::new(needed.name.clone(), dtype, needed.shape.clone()), source: needed }
     };
-    let tensors = source.tensors(&config).into_iter().map(tensor).collect();
+    let tensors = source.tensors().into_iter().map(tensor).collect();
     let mut refused = None;
     let kept = KeptTensors::of(base.path(), &config)?;
     let written = writer::write_tensors(dir, &kept, tensors, |needed, spec, out| {
@@ -74,7 +78,7 @@ pub fn merge(
             refused = Some(error);
             std::io::Error::other("a tensor cannot be merged")
         })?;
-        progress(source.view(needed).map_or(0, |view| view.data.len() as u64));
+        progress(source.bytes(needed));
         write_f32(out, spec.dtype, &values)
     });
     if let Some(error) = refused {
@@ -98,8 +102,11 @@ pub fn merge(
 /// The tensors of a base with an adapter added into them.
 struct MergedTensors<'a> {
     base: &'a Checkpoint,
+    config: &'a ModelConfig,
     plan: Option<QuantizationPlan>,
     adapter: &'a Adapter,
+    /// True if the base has the linears of all experts of a layer in one tensor.
+    was_stacked: bool,
     /// True if the base's embedding table is its head.
     is_tied: bool,
     /// The name of the embedding table, which a tied head is read from.
@@ -108,8 +115,12 @@ struct MergedTensors<'a> {
 
 impl MergedTensors<'_> {
     /// The tensors of the result: the base's, and a head of its own where the adapter unties it from the table.
-    fn tensors(&self, config: &ModelConfig) -> Vec<ParameterSpec> {
+    fn tensors(&self) -> Vec<ParameterSpec> {
+        let config = self.config;
         let mut list = config.parameters();
+        if self.was_stacked {
+            list = list.into_iter().filter_map(|needed| config.stacked_parameter(needed)).collect();
+        }
         if unties(self.adapter, config) {
             let shape = vec![config.vocab_size(), config.hidden_size()];
             list.push(ParameterSpec { name: config.names.tensor(Role::Head), role: Role::Head, shape });
@@ -127,8 +138,21 @@ impl MergedTensors<'_> {
     }
 
     fn view(&self, needed: &ParameterSpec) -> Option<rekindle_hub::TensorView<'_>> {
+        if let Some(first) = self.linears(needed).first() {
+            return self.base.get(&first.name);
+        }
         let tied = || (needed.role == Role::Head).then(|| self.base.get(&self.embedding)).flatten();
         self.base.get(&needed.name).or_else(tied)
+    }
+
+    /// The bytes that a tensor has in the base, whatever it is there.
+    fn bytes(&self, needed: &ParameterSpec) -> u64 {
+        let bytes = |view: rekindle_hub::TensorView<'_>| view.data.len() as u64;
+        let linears = self.linears(needed);
+        if linears.is_empty() {
+            return self.view(needed).map_or(0, bytes);
+        }
+        linears.iter().filter_map(|linear| self.view(linear)).map(bytes).sum()
     }
 
     fn stored(&self, needed: &ParameterSpec) -> Result<Option<StoredWeight>, Error> {
@@ -145,8 +169,45 @@ impl MergedTensors<'_> {
         tables.get(needed.module()).or_else(tied)
     }
 
+    /// The linears of the experts whose tensor this is; none of another tensor.
+    fn linears(&self, needed: &ParameterSpec) -> Vec<ParameterSpec> {
+        let Role::Layer(layer, LayerRole::Experts(stack)) = needed.role else { return Vec::new() };
+        let (experts, each) = (needed.shape[0], stack.roles().len());
+        let shape = vec![needed.shape[1] / each, needed.shape[2]];
+        let linear = |role| {
+            let role = Role::Layer(layer, role);
+            ParameterSpec { name: self.config.names.tensor(role), role, shape: shape.clone() }
+        };
+        let of = |expert| stack.roles().iter().map(move |&role| LayerRole::Expert(role, expert));
+        (0..experts).flat_map(of).map(linear).collect()
+    }
+
+    /// The factors on a linear; of those on all outputs of an expert, the part for this one.
+    fn factors(&self, needed: &ParameterSpec) -> Option<(Cow<'_, Factors>, f64)> {
+        let (factors, lora) = (&self.adapter.factors, self.adapter.config.lora());
+        let module = needed.module();
+        if let Some(found) = factors.get(module) {
+            return Some((Cow::Borrowed(found), lora.scale_of(module)));
+        }
+        let (role, _) = needed.role.expert()?;
+        let joined = format!("{}.gate_up_proj", module.rsplit_once('.')?.0);
+        let (stack, place) = role.place();
+        let Factors { r, a, b, .. } = factors.get(&joined).filter(|_| stack == ExpertStack::GateUp)?;
+        let rows = b.len() / stack.roles().len();
+        let part = Factors { r: *r, a: a.clone(), b: b[place * rows..][..rows].to_vec(), magnitude: None };
+        Some((Cow::Owned(part), lora.scale_of(&joined)))
+    }
+
     /// The values of a tensor with what the adapter adds to it.
     fn merged(&self, needed: &ParameterSpec) -> Result<Vec<f32>, Error> {
+        let linears = self.linears(needed);
+        if !linears.is_empty() {
+            let mut all = Vec::with_capacity(needed.numel());
+            for linear in &linears {
+                all.extend(self.merged(linear)?);
+            }
+            return Ok(all);
+        }
         let (module, kind) = needed.name.rsplit_once('.').unwrap_or((&needed.name, ""));
         if kind == "bias"
             && let Some(bias) = self.adapter.biases.get(module)
@@ -170,9 +231,8 @@ impl MergedTensors<'_> {
         if let (true, &[rows, width]) = (needed.role.is_vocabulary(), needed.shape.as_slice()) {
             values = resize_rows(values, width, rows);
         }
-        if let (Some(factors), &[out, input]) = (self.adapter.factors.get(module), needed.shape.as_slice()) {
-            let scale = self.adapter.config.lora().scale_of(module);
-            rekindle_lora::merge(&mut values, [out, input], factors, scale, factors.magnitude.as_deref());
+        if let (Some((factors, scale)), &[out, input]) = (self.factors(needed), needed.shape.as_slice()) {
+            rekindle_lora::merge(&mut values, [out, input], &factors, scale, factors.magnitude.as_deref());
         }
         Ok(values)
     }
@@ -215,6 +275,9 @@ impl CausalLm {
                 linear.bias = Some(frozen(bias.clone(), [1, bias.len()]));
             }
         }
+        for experts in decoder.experts_mut() {
+            merge_experts(experts, &adapter, params, &frozen, provenance.quantization.as_mut());
+        }
         if let Some(quantization) = &mut provenance.quantization {
             quantization.keep_dense(adapter.factors.keys());
             if quantization.disk_metadata.is_empty() {
@@ -245,6 +308,38 @@ impl CausalLm {
         }
         self.device().check()?;
         Ok(())
+    }
+}
+
+/// Adds the factors of an adapter into the weight of experts that it is on, which becomes dense.
+fn merge_experts(
+    experts: &mut ExpertLinear,
+    adapter: &Adapter,
+    params: &Params,
+    frozen: &impl Fn(Vec<f32>, [usize; 2]) -> Weight,
+    quantization: Option<&mut Quantization>,
+) {
+    let (names, count) = (experts.names().clone(), experts.experts());
+    let is_adapted = |part: &str| adapter.factors.contains_key(&names.linear(0, part));
+    let parts: Vec<_> = names.parts().into_iter().filter(|(part, ..)| is_adapted(part)).collect();
+    if parts.is_empty() {
+        return;
+    }
+    let shape @ [rows, input] = experts.weight.dims();
+    let mut values = to_f32(experts.weight.matrix(params));
+    for (expert, rows) in values.chunks_exact_mut(rows / count * input).enumerate() {
+        for (part, first, width) in &parts {
+            let name = names.linear(expert, part);
+            let (factors, scale) = (&adapter.factors[&name], adapter.config.lora().scale_of(&name));
+            rekindle_lora::merge(&mut rows[first * input..][..width * input], [*width, input], factors, scale, None);
+        }
+    }
+    experts.weight = frozen(values, shape);
+    if let Some(quantization) = quantization {
+        let linears = (0..count).flat_map(|expert| names.outputs.iter().map(move |(output, _)| (expert, *output)));
+        for (expert, output) in linears {
+            quantization.disk_metadata.remove(&format!("{}.weight", names.linear(expert, output)));
+        }
     }
 }
 

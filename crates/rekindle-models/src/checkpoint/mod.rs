@@ -1,20 +1,23 @@
 //! Checkpoints: loading, saving, quantizing, merging, and models without values.
 
+mod experts;
 mod load;
 mod master_weights;
 mod merge;
 mod on_meta;
 mod quantization;
 mod quantize;
+mod read_weights;
 mod resize;
 mod save;
 mod tensor_names;
 mod writer;
 
+pub(crate) use experts::headers as checkpoint_headers;
 pub use load::LoadOptions;
 pub(crate) use load::frozen;
 pub use merge::{MergeOptions, merge};
 pub use quantization::{LoadIn, is_quantized, stored_quantization};
 pub(crate) use quantization::{Quantization, QuantizationPlan};
 pub use quantize::quantize;
-pub(crate) use tensor_names::{TensorNaming, canonical};
+pub(crate) use tensor_names::canonical;

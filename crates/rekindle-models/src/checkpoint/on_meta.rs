@@ -2,16 +2,17 @@
 
 use std::path::Path;
 
+use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::{Group, ParamsBuilder, QuantizedWeight, Weight, unfilled};
 use rekindle_lora::peft::AdapterConfig;
-use rekindle_lora::{Adapter, Factors, LoraConfig, match_targets};
+use rekindle_lora::{Adapter, Factors, LoraConfig};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
 use super::master_weights;
 use super::quantization::{LinearFormat, is_quantized};
 use crate::causal_lm::Provenance;
-use crate::layers::WeightSource;
+use crate::layers::{StackedTensors, WeightSource};
 use crate::parameters::ParameterSpec;
 use crate::{CausalLm, DEFAULT_ADAPTER, Decoder, Error, LoadOptions, ModelConfig};
 
@@ -33,7 +34,8 @@ impl CausalLm {
         let as_trained = options.full_finetuning && !stored;
         let load_in = if as_trained { options.load_in.map(master_weights::format) } else { options.load_in };
         let options = &LoadOptions { load_in, ..options.clone() };
-        let format = LinearFormat::of(json, path, load_in, options.skip_modules.as_deref())?;
+        let skip_modules = config.skip_modules(options.skip_modules.as_deref());
+        let format = LinearFormat::of(json, path, load_in, options.skip_modules.as_deref(), skip_modules)?;
         let in_place = master_weights::in_place(options, format.is_some(), &config)?;
         let (device, dtype) = (&options.device, options.dtype);
         let params = if in_place { ParamsBuilder::in_place(device, dtype) } else { ParamsBuilder::new(device, dtype) };
@@ -51,9 +53,11 @@ impl CausalLm {
     pub fn add_adapter_on_meta(&mut self, config: &LoraConfig) -> Result<(), Error> {
         config.validate()?;
         let modules = self.modules();
-        let targets = match_targets(config, &modules.names())?;
+        let targets = modules.targets(config)?;
+        modules.check_expert_dropout(config, &targets)?;
+        let by_name = modules.by_name();
         let zeros = |name: &String| {
-            let linear = modules.linear(name).expect("a target is a linear of the model");
+            let linear = by_name[name.as_str()];
             let r = config.rank_of(name);
             let magnitude = config.use_dora.then(|| vec![0.0; linear.out]);
             Factors { r, a: vec![0.0; r * linear.input], b: vec![0.0; linear.out * r], magnitude }
@@ -95,6 +99,17 @@ impl MetaWeights<'_> {
         }
     }
 
+    fn quantized(&mut self, name: &str, codes: QuantizedData) -> Result<Weight, Error> {
+        let weight = QuantizedWeight::new(codes, &self.options.device);
+        if !self.options.full_finetuning {
+            return Ok(Weight::Quantized(weight));
+        }
+        if !weight.can_be_trained() {
+            return Err(master_weights::coded_scales(&format!("tensor \"{name}\" of the checkpoint")));
+        }
+        Ok(Weight::Trained(self.params.push_quantized(name, weight)))
+    }
+
     fn dense(&mut self, tensor: &ParameterSpec) -> Weight {
         let shape = &tensor.shape;
         if self.in_place && !tensor.is_vector() {
@@ -121,16 +136,17 @@ impl WeightSource for MetaWeights<'_> {
         if let (true, &[out, input]) = (tensor.role.is_linear(), tensor.shape.as_slice()) {
             let format = self.format.as_ref().and_then(|linears| linears.of_module(tensor.module()));
             if let Some(format) = format {
-                let weight = QuantizedWeight::new(format.zeros([out, input]), &self.options.device);
-                if !self.options.full_finetuning {
-                    return Ok(Weight::Quantized(weight));
-                }
-                if !weight.can_be_trained() {
-                    return Err(master_weights::coded_scales(&format!("tensor \"{}\" of the checkpoint", tensor.name)));
-                }
-                return Ok(Weight::Trained(self.params.push_quantized(&tensor.name, weight)));
+                return self.quantized(&tensor.name, format.zeros([out, input]));
             }
         }
         Ok(self.dense(tensor))
+    }
+
+    fn stacked(&mut self, StackedTensors { whole, parts }: &StackedTensors) -> Result<Weight, Error> {
+        let dims = [whole.shape[0], whole.shape[1]];
+        match self.format.as_ref().and_then(|linears| linears.of_module(parts[0].module())) {
+            Some(format) => self.quantized(&whole.name, format.stacked_zeros(dims, parts.len())),
+            None => Ok(self.dense(whole)),
+        }
     }
 }

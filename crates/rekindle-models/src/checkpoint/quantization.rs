@@ -9,8 +9,8 @@ use rekindle_quant::bnb::{self, QuantizationConfig, RawTensor, StoredWeight};
 use rekindle_quant::{DiskMetadata, QuantConfig, QuantFormat};
 use serde_json::Value;
 
-use crate::Error;
 use crate::non_finite::check_view;
+use crate::{Error, ModelConfig};
 
 /// How the linears of the blocks are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +105,8 @@ impl LinearFormat {
     /// Returns the format of the linears of the checkpoint at `path` with the `config.json` `json`; `None` if all are
     /// dense. 4-bit weights of a quantized checkpoint count as in blocks of 64 unless `load_in` names another size.
     ///
+    /// `skip_modules` is the argument of that name, `dense` the list of [`ModelConfig::skip_modules`] for it.
+    ///
     /// # Errors
     /// [`Error::Argument`] for a quantized checkpoint asked for in another format, [`Error::Config`] for a
     /// `quantization_config` that is not bitsandbytes'.
@@ -113,6 +115,7 @@ impl LinearFormat {
         path: &Path,
         load_in: Option<LoadIn>,
         skip_modules: Option<&[String]>,
+        dense: Option<Vec<String>>,
     ) -> Result<Option<Self>, Error> {
         let asked = load_in.and_then(LoadIn::format);
         let Some(stored) = stored_quantization(json) else {
@@ -126,7 +129,7 @@ impl LinearFormat {
                     )),
                 };
             };
-            let config = QuantizationConfig::new(format, compute_dtype(json), skip_modules.map(<[String]>::to_vec));
+            let config = QuantizationConfig::new(format, compute_dtype(json), dense);
             return Ok(Some(Self { config, format, is_stored: false }));
         };
         let config = QuantizationConfig::parse(stored).map_err(|error| Error::Config {
@@ -162,7 +165,7 @@ pub(crate) struct QuantizationPlan {
 }
 
 impl QuantizationPlan {
-    /// Returns the plan for `checkpoint` when it is asked for in `load_in`; `None` keeps everything dense.
+    /// Returns the plan for the checkpoint of `model` when it is asked for in `load_in`; `None` keeps everything dense.
     ///
     /// # Errors
     /// As [`LinearFormat::of`].
@@ -170,8 +173,10 @@ impl QuantizationPlan {
         checkpoint: &Checkpoint,
         load_in: Option<LoadIn>,
         skip_modules: Option<&[String]>,
+        model: &ModelConfig,
     ) -> Result<Option<Self>, Error> {
-        let linears = LinearFormat::of(checkpoint.config(), checkpoint.path(), load_in, skip_modules)?;
+        let dense = model.skip_modules(skip_modules);
+        let linears = LinearFormat::of(checkpoint.config(), checkpoint.path(), load_in, skip_modules, dense)?;
         let asked = load_in.filter(|asked| *asked != LoadIn::FourBit(None)).and_then(LoadIn::format);
         Ok(linears.map(|linears| {
             let stored =

@@ -6,6 +6,7 @@ use std::path::Path;
 use rekindle_hub::{Checkpoint, CheckpointHeaders, TensorSpec};
 use rekindle_quant::bnb::StoredWeight;
 
+use super::experts::{ByExpert, by_expert};
 use super::load::check_tensors;
 use super::quantization::{LoadIn, QuantizationPlan, is_quantized};
 use super::tensor_names::canonical;
@@ -32,13 +33,14 @@ pub fn quantize(
 ) -> Result<MemoryReport, Error> {
     let checkpoint = &canonical(checkpoint);
     let config = ModelConfig::from_checkpoint(checkpoint)?;
+    let ByExpert { checkpoint, .. } = &by_expert(checkpoint, &config)?;
     if is_quantized(checkpoint.config()) {
         return Err(Error::Argument(format!(
             "{} is quantized already; give the 16-bit checkpoint that it was made from",
             checkpoint.path().display()
         )));
     }
-    let plan = QuantizationPlan::of(checkpoint, Some(load_in), skip_modules)?;
+    let plan = QuantizationPlan::of(checkpoint, Some(load_in), skip_modules, &config)?;
     let plan = plan.ok_or_else(|| Error::Argument("quantizing needs a 4-bit or 8-bit format".to_owned()))?;
     check_tensors(checkpoint, &config, None)?;
 

@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use rekindle_hub::{Dtype, TensorSpec, write_f32};
-use rekindle_kernels::{Weight, to_f32};
+use rekindle_kernels::Weight;
 use rekindle_quant::bnb::StoredWeight;
 
+use super::read_weights::ReadWeights;
 use super::writer::{self, CheckpointTensor, KeptTensors};
-use crate::parameters::ParameterSpec;
+use crate::parameters::{ParameterSpec, WeightPart};
 use crate::{CausalLm, Error};
 
 impl CausalLm {
@@ -23,13 +24,12 @@ impl CausalLm {
     /// # Errors
     /// [`Error::File`] when the system refuses.
     pub fn save(&self, dir: &Path, dtype: Dtype) -> Result<(), Error> {
-        let mut last = LastQuantized::default();
+        let (mut last, mut read) = (LastQuantized::default(), ReadWeights::default());
         let kept = KeptTensors::of(&self.provenance.path, &self.config)?;
-        writer::write_tensors(dir, &kept, self.files(dtype)?, |source, spec, out| match self.weight(source) {
-            Weight::Frozen(tensor) => write_f32(out, spec.dtype, &to_f32(tensor.clone())),
-            Weight::Trained(at) => write_f32(out, spec.dtype, &self.params.values(*at)),
+        writer::write_tensors(dir, &kept, self.files(dtype)?, |source, spec, out| match self.weight(source).weight {
+            Weight::Frozen(_) | Weight::Trained(_) => write_f32(out, spec.dtype, read.values(self, source.role)),
             Weight::Quantized(_) => {
-                let stored = last.of(&source.name, || self.stored(source)).map_err(std::io::Error::other)?;
+                let stored = last.of(&source.name, || self.stored(source, &mut read)).map_err(std::io::Error::other)?;
                 writer::write_quantized(&source.name, stored, spec, out)
             }
         })?;
@@ -47,33 +47,42 @@ impl CausalLm {
 
     /// The tensors of the files, each with the parameter that it belongs to.
     fn files(&self, dtype: Dtype) -> Result<Vec<CheckpointTensor<ParameterSpec>>, Error> {
-        let mut list = Vec::new();
+        let (mut list, mut read) = (Vec::new(), ReadWeights::default());
         for source in self.config.parameters() {
-            if let Weight::Quantized(_) = self.weight(&source) {
-                list.extend(CheckpointTensor::quantized(&source.name, &self.stored(&source)?, &source));
+            if let Weight::Quantized(_) = self.weight(&source).weight {
+                list.extend(CheckpointTensor::quantized(&source.name, &self.stored(&source, &mut read)?, &source));
                 continue;
             }
             let as_read = self.provenance.quantization.as_ref().and_then(|q| q.dtypes.get(&source.name).copied());
+            let Some(source) = self.as_it_was_read(source) else { continue };
             let spec = TensorSpec::new(source.name.clone(), as_read.unwrap_or(dtype), source.shape.clone());
             list.push(CheckpointTensor { spec, source });
         }
         Ok(list)
     }
 
+    /// A parameter as the checkpoint had it: the linears of experts that were one tensor are one again, in the place of the
+    /// first.
+    fn as_it_was_read(&self, source: ParameterSpec) -> Option<ParameterSpec> {
+        if !self.provenance.stacked_experts {
+            return Some(source);
+        }
+        self.config.stacked_parameter(source)
+    }
+
     /// The quantized weight of a parameter as it is written.
-    fn stored(&self, parameter: &ParameterSpec) -> Result<StoredWeight, Error> {
+    fn stored(&self, parameter: &ParameterSpec, read: &mut ReadWeights) -> Result<StoredWeight, Error> {
         let name = &parameter.name;
         let quantization =
             self.provenance.quantization.as_ref().expect("a quantized model says how its weights were stored");
         let metadata = quantization.disk_metadata.get(name).expect("every quantized weight has its disk metadata");
-        let Weight::Quantized(packed) = self.weight(parameter) else { unreachable!("\"{name}\" is quantized") };
-        let codes = std::sync::Arc::unwrap_or_clone(packed.data());
+        let codes = read.codes(self, parameter.role);
         metadata.restore(codes).map_err(|error| Error::Argument(format!("tensor \"{name}\": {error}")))
     }
 
-    /// The weight of a parameter of this model.
-    pub(crate) fn weight(&self, parameter: &ParameterSpec) -> &Weight {
-        self.decoder.weight(parameter.role).expect("every parameter of the configuration has its weight")
+    /// The weight of a parameter of this model, or the part of one that it is.
+    pub(crate) fn weight(&self, parameter: &ParameterSpec) -> WeightPart<'_> {
+        self.decoder.weight_part(parameter.role).expect("every parameter of the configuration has its weight")
     }
 }
 

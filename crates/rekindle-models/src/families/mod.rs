@@ -13,12 +13,16 @@ mod hunyuan_v1_dense;
 mod llama;
 mod ministral3;
 mod mistral;
+mod mixtral;
+mod moe;
 mod names;
 mod olmo2;
 mod olmo3;
 mod phi3;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
+mod qwen3_moe;
 mod reader;
 mod smollm3;
 
@@ -65,6 +69,9 @@ const FAMILIES: &[&Family] = &[
     &hunyuan_v1_dense::FAMILY,
     &ministral3::TEXT,
     &ministral3::MULTIMODAL,
+    &qwen3_moe::FAMILY,
+    &qwen2_moe::FAMILY,
+    &mixtral::FAMILY,
 ];
 
 /// Returns the family named by `architectures`, or by `model_type` where that is missing.

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use rekindle_lora::LoraConfig;
 
-use crate::parameters::{LayerRole, LinearRole, Role};
+use crate::parameters::{ExpertRole, ExpertStack, LayerRole, LinearRole, Role};
 
 /// The module names of one family. Defaults are Llama's ([`LLAMA`](Self::LLAMA)).
 #[derive(Clone, Copy, Debug)]
@@ -22,10 +22,22 @@ pub(crate) struct TensorNames {
     pub(crate) pre_feed_forward_norm: &'static str,
     pub(crate) post_feed_forward_norm: &'static str,
     pub(crate) linear: fn(LinearRole) -> &'static str,
+    pub(crate) experts: ExpertTensorNames,
     /// Beginnings of names in files with what stands in their place in the model, where the two differ.
     pub(crate) stored: &'static [(&'static str, &'static str)],
     /// Beginnings of names of tensors that are no part of the decoder. They are written as they were read.
     pub(crate) kept: &'static [&'static str],
+}
+
+/// The names of a mixture's experts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ExpertTensorNames {
+    /// The module that stands before an expert's index.
+    pub(crate) module: &'static str,
+    /// An expert's linear.
+    pub(crate) linear: fn(ExpertRole) -> &'static str,
+    /// The tensors of all experts as one, `[experts, out, in]`, in checkpoints that have them.
+    pub(crate) stacked: fn(ExpertStack) -> &'static str,
 }
 
 impl TensorNames {
@@ -41,7 +53,7 @@ impl TensorNames {
         }
     }
 
-    /// Those of `LlamaForCausalLM`, with the fused linears of Phi-3 and the post norms of GLM-4.
+    /// Those of `LlamaForCausalLM`, with the fused linears of Phi-3, the post norms of GLM-4 and the mixtures of Qwen.
     pub(crate) const LLAMA: Self = Self {
         embedding: "model.embed_tokens",
         final_norm: "model.norm",
@@ -64,6 +76,23 @@ impl TensorNames {
             LinearRole::Up => "mlp.up_proj",
             LinearRole::GateUp => "mlp.gate_up_proj",
             LinearRole::Down => "mlp.down_proj",
+            LinearRole::Router => "mlp.gate",
+            LinearRole::SharedGate => "mlp.shared_expert.gate_proj",
+            LinearRole::SharedUp => "mlp.shared_expert.up_proj",
+            LinearRole::SharedDown => "mlp.shared_expert.down_proj",
+            LinearRole::SharedExpertGate => "mlp.shared_expert_gate",
+        },
+        experts: ExpertTensorNames {
+            module: "mlp.experts",
+            linear: |role| match role {
+                ExpertRole::Gate => "gate_proj",
+                ExpertRole::Up => "up_proj",
+                ExpertRole::Down => "down_proj",
+            },
+            stacked: |stack| match stack {
+                ExpertStack::GateUp => "mlp.experts.gate_up_proj",
+                ExpertStack::Down => "mlp.experts.down_proj",
+            },
         },
         stored: &[],
         kept: &[],
@@ -105,8 +134,8 @@ impl TensorNames {
         let module = self.module(role);
         match role {
             Role::Layer(_, LayerRole::Bias(_)) => format!("{module}.bias"),
-            // A parameter of the attention module itself.
-            Role::Layer(_, LayerRole::Sinks) => module,
+            // Parameters of the attention module and of the experts' module themselves.
+            Role::Layer(_, LayerRole::Sinks | LayerRole::Experts(_)) => module,
             _ => format!("{module}.weight"),
         }
     }
@@ -128,8 +157,17 @@ impl TensorNames {
             LayerRole::PreFeedForwardNorm => self.pre_feed_forward_norm,
             LayerRole::PostFeedForwardNorm => self.post_feed_forward_norm,
             LayerRole::Weight(linear) | LayerRole::Bias(linear) => (self.linear)(linear),
+            LayerRole::Experts(stack) => (self.experts.stacked)(stack),
+            LayerRole::Expert(role, expert) => {
+                return format!("{}.{expert}.{}", self.experts(layer), (self.experts.linear)(role));
+            }
         };
         format!("{}.{part}", self.layer(layer))
+    }
+
+    /// The full name of the module that holds the experts of a layer.
+    pub(crate) fn experts(&self, layer: usize) -> String {
+        format!("{}.{}", self.layer(layer), self.experts.module)
     }
 
     /// The full name of a layer.

@@ -3,7 +3,7 @@
 use core::ops::Range;
 
 use rekindle_kernels::{Grads, ParamRef, Params, Tensor, Weight};
-use rekindle_lora::LinearGroup;
+use rekindle_lora::{Adaptable, AdaptableMut};
 
 use super::checkpointed::CheckpointParts;
 use super::{
@@ -145,11 +145,11 @@ impl Block {
     pub fn trained_params(&self) -> Vec<ParamRef> {
         let mut norms = Vec::new();
         self.visit(&mut |role, weight| {
-            if !matches!(role, LayerRole::Weight(_) | LayerRole::Bias(_)) {
+            if !matches!(role, LayerRole::Weight(_) | LayerRole::Bias(_) | LayerRole::Experts(_)) {
                 norms.extend(weight.trained());
             }
         });
-        self.groups().into_iter().flat_map(LinearGroup::trained_params).chain(norms).collect()
+        self.adaptable().flat_map(Adaptable::trained_params).chain(norms).collect()
     }
 
     /// Returns true if anything in here is trained.
@@ -166,21 +166,21 @@ impl Block {
         whole
     }
 
-    /// The groups of linears in the order of the forward pass.
-    pub fn groups(&self) -> [&LinearGroup; 4] {
-        let [inputs, output] = self.feed_forward.groups();
-        [&self.attention.qkv, &self.attention.o, inputs, output]
+    /// Everything that adapters can be on, in the order of the forward pass.
+    pub fn adaptable(&self) -> impl Iterator<Item = Adaptable<'_>> {
+        let attention = [&self.attention.qkv, &self.attention.o].map(Adaptable::Linears);
+        attention.into_iter().chain(self.feed_forward.adaptable())
     }
 
-    /// As [`groups`](Self::groups).
-    pub fn groups_mut(&mut self) -> [&mut LinearGroup; 4] {
-        let [inputs, output] = self.feed_forward.groups_mut();
-        [&mut self.attention.qkv, &mut self.attention.o, inputs, output]
+    /// As [`adaptable`](Self::adaptable).
+    pub fn adaptable_mut(&mut self) -> impl Iterator<Item = AdaptableMut<'_>> {
+        let attention = [&mut self.attention.qkv, &mut self.attention.o].map(AdaptableMut::Linears);
+        attention.into_iter().chain(self.feed_forward.adaptable_mut())
     }
 
     /// Columns that the gradient to the block's output should have room for.
     pub fn room(&self) -> usize {
-        self.attention.o.room().max(self.feed_forward.output().room())
+        self.attention.o.room().max(self.feed_forward.output_room())
     }
 
     /// Returns y for x.
@@ -194,19 +194,19 @@ impl Block {
 
     /// Returns what the forward saved, from a checkpoint. y is not computed where enough was kept.
     pub fn resume(&self, ctx: Context<'_>, kept: Checkpointed) -> BlockSaved {
-        let CheckpointParts { x, middle, down, post_feed_forward: rstd4 } = kept.take();
-        if down.is_none() && rstd4.is_none() {
+        let CheckpointParts { x, middle, feed_forward: kept, post_feed_forward: rstd4 } = kept.take();
+        if kept.is_none() && rstd4.is_none() {
             return self.forward(ctx, x).1;
         }
         let (n, rstd) = self.attention_input(ctx, &x);
         let (attention, middle) = match middle {
-            Some((kept, Some(h))) => {
-                let attention = self.attention.resume(ctx, n, kept);
+            Some((of_attention, Some(h))) => {
+                let attention = self.attention.resume(ctx, n, of_attention);
                 let (n, rstd) = self.feed_forward_input(ctx, &h);
                 (attention, Middle { post_attention: None, h, n, rstd })
             }
-            Some((kept, None)) => {
-                let (delta, attention) = self.attention.resume_output(ctx, n, kept);
+            Some((of_attention, None)) => {
+                let (delta, attention) = self.attention.resume_output(ctx, n, of_attention);
                 (attention, self.middle(ctx, &x, delta))
             }
             None => {
@@ -215,12 +215,12 @@ impl Block {
             }
         };
         let Middle { post_attention, h, n, rstd: rstd2 } = middle;
-        let (feed_forward, post_feed_forward) = match (rstd4, down) {
+        let (feed_forward, post_feed_forward) = match (rstd4, kept) {
             (Some(rstd), _) => {
                 let (x, saved) = self.feed_forward.forward(ctx, n);
                 (saved, Some(Normalized { x, rstd }))
             }
-            (None, Some(down)) => (self.feed_forward.resume(ctx, n, down), None),
+            (None, Some(kept)) => (self.feed_forward.resume(ctx, n, kept), None),
             (None, None) => unreachable!("returned above"),
         };
         BlockSaved { x, rstd, attention, post_attention, h, rstd2, feed_forward, post_feed_forward }
@@ -246,7 +246,7 @@ impl Block {
         let params = ctx.params;
         let BlockSaved { x, rstd, attention, post_attention, h, rstd2, feed_forward, post_feed_forward } = saved;
 
-        let room = self.feed_forward.output().room();
+        let room = self.feed_forward.output_room();
         let d_half = self.backward_half(params, grads, &self.norms.post_feed_forward, post_feed_forward, &dy, room);
         let pre = self.norms.pre_feed_forward.as_ref().zip(rstd2.as_ref());
         let recompute = || pre.map_or_else(|| h.clone(), |(norm, rstd)| norm.recompute(params, &h, rstd));
@@ -279,12 +279,12 @@ impl Block {
 
     /// N₃(h), which is h without N₃, and its rstd.
     fn feed_forward_input(&self, ctx: Context<'_>, h: &Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>) {
-        normalized(ctx, &self.norms.pre_feed_forward, h, self.feed_forward.inputs().room())
+        normalized(ctx, &self.norms.pre_feed_forward, h, self.feed_forward.input_room())
     }
 
     /// h = x + m·N₂(delta), and N₃(h).
     fn middle(&self, ctx: Context<'_>, x: &Tensor<2>, delta: Tensor<2>) -> Middle {
-        let (params, room) = (ctx.params, self.feed_forward.inputs().room());
+        let (params, room) = (ctx.params, self.feed_forward.input_room());
         match (&self.norms.post_attention, &self.norms.pre_feed_forward) {
             (None, Some(pre)) => {
                 let (h, n, rstd) = pre.add_forward(params, x, self.scaled(delta), room);

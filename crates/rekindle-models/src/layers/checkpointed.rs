@@ -4,6 +4,7 @@ use rekindle_kernels::{Offloaded, Tensor};
 use rekindle_lora::LinearSaved;
 
 use super::BlockSaved;
+use super::feed_forward::FeedForwardCheckpoint;
 use crate::GradientCheckpointing;
 
 /// A layer's input, and what spares the costliest parts of the second forward.
@@ -13,7 +14,7 @@ pub struct Checkpointed {
     /// The checkpoint of attention, and the middle of the residual stream unless a norm stands between the two: its
     /// backward needs the result of attention's last linear, and the middle follows from that.
     middle: Option<(AttentionCheckpoint<Offloaded>, Option<Offloaded>)>,
-    down: Option<LinearSaved>,
+    feed_forward: Option<FeedForwardCheckpoint>,
     /// The rstd of the norm after the feed-forward half, whose last linear runs again.
     post_feed_forward: Option<Tensor<1>>,
 }
@@ -22,7 +23,7 @@ pub struct Checkpointed {
 pub(super) struct CheckpointParts {
     pub(super) x: Tensor<2>,
     pub(super) middle: Option<(AttentionCheckpoint<Tensor<2>>, Option<Tensor<2>>)>,
-    pub(super) down: Option<LinearSaved>,
+    pub(super) feed_forward: Option<FeedForwardCheckpoint>,
     pub(super) post_feed_forward: Option<Tensor<1>>,
 }
 
@@ -41,17 +42,18 @@ impl Checkpointed {
         let BlockSaved { x, attention, post_attention, h, feed_forward, post_feed_forward, .. } = saved;
         let post_feed_forward = post_feed_forward.map(|normalized| normalized.rstd);
         let (o, lse, saved_o) = attention.into_checkpoint();
-        let down = feed_forward.into_checkpoint();
+        let feed_forward = feed_forward.into_checkpoint();
         let put = |tensor| if soon { Offloaded::here(tensor) } else { Offloaded::begin(tensor) };
-        let down = (post_feed_forward.is_none() && down.is_small()).then(|| down.detached());
+        let keeps = post_feed_forward.is_none() && feed_forward.is_small();
+        let feed_forward = keeps.then(|| feed_forward.detached());
         // Where nothing can go anywhere, keeping more would only take more.
         if checkpointing != GradientCheckpointing::Host || !Offloaded::frees(&x) {
-            return Self { x: Offloaded::here(x), middle: None, down, post_feed_forward };
+            return Self { x: Offloaded::here(x), middle: None, feed_forward, post_feed_forward };
         }
         let saved_o = saved_o.is_small().then(|| saved_o.detached());
         let h = Some(h).filter(|_| post_attention.is_none());
         let middle = saved_o.map(|saved_o| (AttentionCheckpoint { o: put(o), lse, saved_o }, h.map(put)));
-        Self { x: put(x), middle, down, post_feed_forward }
+        Self { x: put(x), middle, feed_forward, post_feed_forward }
     }
 
     /// Frees the device memory of what goes to the host; later work on the stream waits for the copies.
@@ -68,9 +70,9 @@ impl Checkpointed {
 
     /// Returns the parts, on the device.
     pub(super) fn take(self) -> CheckpointParts {
-        let Self { x, middle, down, post_feed_forward } = self;
+        let Self { x, middle, feed_forward, post_feed_forward } = self;
         let middle = middle.map(|(attention, h)| (attention.map(Offloaded::take), h.map(Offloaded::take)));
-        CheckpointParts { x: x.take(), middle, down, post_feed_forward }
+        CheckpointParts { x: x.take(), middle, feed_forward, post_feed_forward }
     }
 
     fn map(self, f: fn(Offloaded) -> Offloaded) -> Self {

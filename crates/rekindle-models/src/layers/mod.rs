@@ -9,6 +9,7 @@
 //! | [`RmsNorm`] | g ∘ x / √(mean(x²) + eps), g = w or 1 + w |
 //! | [`Attention`] | causal grouped-query attention with its projections |
 //! | [`GatedMlp`] | down(act(gate(x)) ∘ up(x)) |
+//! | [`Moe`] | Σ w·(a gated feed-forward half) over the experts of a token |
 //! | [`Block`] | both halves with their norms around the residual stream |
 
 mod attention;
@@ -17,7 +18,9 @@ mod checkpointed;
 mod feed_forward;
 mod gated_mlp;
 mod kv_cache;
+mod moe;
 mod norm;
+mod shared_expert;
 
 pub use attention::{Attention, AttentionPending, AttentionSaved, QkNormPlace};
 pub use block::{Block, BlockNorms, BlockSaved};
@@ -25,14 +28,17 @@ pub use checkpointed::{AttentionCheckpoint, Checkpointed};
 pub use feed_forward::{FeedForward, FeedForwardSaved};
 pub use gated_mlp::{GatedMlp, GatedMlpSaved};
 pub use kv_cache::LayerKvCache;
+pub(crate) use moe::expert_names;
+pub use moe::{Moe, MoeSaved};
 pub use norm::RmsNorm;
 use rekindle_kernels::attention::Documents;
 use rekindle_kernels::rope::Angles;
 use rekindle_kernels::{Params, Weight};
 use rekindle_lora::{Dropout, LinearContext};
+pub use shared_expert::{SharedExpert, SharedExpertSaved};
 
-use crate::parameters::{LayerRole, ParameterSpec};
-use crate::spec::RopeId;
+use crate::parameters::{ExpertStack, LayerRole, ParameterSpec};
+use crate::spec::{MoeSpec, RopeId};
 
 /// Everything that the layers share while a batch goes through.
 ///
@@ -73,6 +79,17 @@ pub type VisitWeights<'v, 'a> = &'v mut dyn FnMut(LayerRole, &'a Weight);
 pub(crate) trait WeightSource {
     /// Returns the weight of a tensor; called once for each, in the order of the forward pass.
     fn weight(&mut self, tensor: &ParameterSpec) -> Result<Weight, crate::Error>;
+
+    /// Returns one weight with the rows of several tensors; called once, as [`weight`](Self::weight).
+    fn stacked(&mut self, stack: &StackedTensors) -> Result<Weight, crate::Error>;
+}
+
+/// Tensors of one shape that become one weight, the rows of each below those of the one before.
+pub(crate) struct StackedTensors {
+    /// The weight.
+    pub(crate) whole: ParameterSpec,
+    /// The tensors.
+    pub(crate) parts: Vec<ParameterSpec>,
 }
 
 /// Builds the weights of one layer.
@@ -86,5 +103,18 @@ impl LayerBuilder<'_> {
     fn weight(&mut self, role: LayerRole, shape: &[usize]) -> Result<Weight, crate::Error> {
         let role = crate::Role::Layer(self.layer, role);
         self.source.weight(&ParameterSpec { name: self.names.tensor(role), role, shape: shape.to_vec() })
+    }
+
+    /// The linears of all experts as one weight.
+    fn stacked(&mut self, spec: &MoeSpec, stack: ExpertStack, hidden: usize) -> Result<Weight, crate::Error> {
+        let tensor = |role: LayerRole, shape: [usize; 2]| {
+            let role = crate::Role::Layer(self.layer, role);
+            ParameterSpec { name: self.names.tensor(role), role, shape: shape.to_vec() }
+        };
+        let shape = spec.expert_shape(stack, hidden);
+        let of = |expert: usize| stack.roles().iter().map(move |&role| LayerRole::Expert(role, expert));
+        let parts = (0..spec.experts).flat_map(of).map(|role| tensor(role, shape)).collect();
+        let whole = tensor(LayerRole::Experts(stack), spec.stack_shape(stack, hidden));
+        self.source.stacked(&StackedTensors { whole, parts })
     }
 }

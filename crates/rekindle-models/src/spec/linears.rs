@@ -1,7 +1,7 @@
 //! The linears of a layer, as its spec implies them.
 
-use super::{AttentionSpec, FeedForwardSpec, GatedSpec, LayerSpec, Projections};
-use crate::parameters::LinearRole;
+use super::{AttentionSpec, FeedForwardSpec, GatedSpec, LayerSpec, MoeSpec, Projections, SharedExpertSpec};
+use crate::parameters::{ExpertStack, LinearRole};
 
 /// A linear of a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +63,45 @@ impl GatedSpec {
     }
 }
 
+impl MoeSpec {
+    /// The router.
+    pub fn router(&self, hidden_size: usize) -> LinearSpec {
+        LinearSpec::new(LinearRole::Router, [self.experts, hidden_size], self.bias)
+    }
+
+    /// `[out, in]` of a linear of an expert, by the stack that its rows are in.
+    pub fn expert_shape(&self, stack: ExpertStack, hidden_size: usize) -> [usize; 2] {
+        match stack {
+            ExpertStack::GateUp => [self.intermediate_size, hidden_size],
+            ExpertStack::Down => [hidden_size, self.intermediate_size],
+        }
+    }
+
+    /// `[experts · out, in]` of all experts.
+    pub fn stack_shape(&self, stack: ExpertStack, hidden_size: usize) -> [usize; 2] {
+        let [out, input] = self.expert_shape(stack, hidden_size);
+        [self.experts * stack.roles().len() * out, input]
+    }
+}
+
+impl SharedExpertSpec {
+    /// The linears that read the normalized input; their outputs are gate and up.
+    pub fn inputs(&self, hidden_size: usize) -> Vec<LinearSpec> {
+        let linear = |role| LinearSpec::new(role, [self.intermediate_size, hidden_size], false);
+        [LinearRole::SharedGate, LinearRole::SharedUp].map(linear).to_vec()
+    }
+
+    /// The linear that reads act(gate) ∘ up.
+    pub fn output(&self, hidden_size: usize) -> LinearSpec {
+        LinearSpec::new(LinearRole::SharedDown, [hidden_size, self.intermediate_size], false)
+    }
+
+    /// The linear of the gate on its result, if there is one.
+    pub fn gate(&self, hidden_size: usize) -> Option<LinearSpec> {
+        self.gated.then(|| LinearSpec::new(LinearRole::SharedExpertGate, [1, hidden_size], false))
+    }
+}
+
 impl LayerSpec {
     /// The gated feed-forward half, if it is one.
     pub fn gated(&self) -> Option<&GatedSpec> {
@@ -72,16 +111,29 @@ impl LayerSpec {
         }
     }
 
-    /// The layer's linears in the order of the forward pass, in groups that read the same input.
+    /// Returns true if the feed-forward half is a mixture of experts.
+    pub fn is_mixture(&self) -> bool {
+        matches!(self.feed_forward, FeedForwardSpec::Moe(_))
+    }
+
+    /// The layer's linears without those of experts, in the order of the forward pass and in groups that read the same
+    /// input.
     pub fn linear_groups(&self, hidden_size: usize) -> Vec<Vec<LinearSpec>> {
         let mut groups = vec![self.attention.inputs(hidden_size), vec![self.attention.output(hidden_size)]];
         if let Some(gated) = self.gated() {
             groups.extend([gated.inputs(hidden_size), vec![gated.output(hidden_size)]]);
         }
+        if let FeedForwardSpec::Moe(moe) = &self.feed_forward {
+            groups.push(vec![moe.router(hidden_size)]);
+            if let Some(shared) = &moe.shared {
+                groups.extend([shared.inputs(hidden_size), vec![shared.output(hidden_size)]]);
+                groups.extend(shared.gate(hidden_size).map(|gate| vec![gate]));
+            }
+        }
         groups
     }
 
-    /// The layer's linears in the order of the forward pass.
+    /// The layer's linears without those of experts, in the order of the forward pass.
     pub fn linears(&self, hidden_size: usize) -> Vec<LinearSpec> {
         self.linear_groups(hidden_size).into_iter().flatten().collect()
     }

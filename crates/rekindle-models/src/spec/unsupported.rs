@@ -63,8 +63,9 @@ impl LayerSpec {
                 list.activation(*activation);
             }
             FeedForwardSpec::Moe(moe) => {
-                list.push(true, || "a mixture of experts".to_owned());
-                list.gated(&moe.expert);
+                list.push(moe.bias, || "biases of experts".to_owned());
+                let silu = moe.activation == Activation::Silu;
+                list.push(!silu, || "experts with another activation than SiLU".to_owned());
             }
         }
         let norms = &self.norms;

@@ -4,7 +4,7 @@ use serde_json::json;
 use super::*;
 use crate::spec::{
     AttentionBiases, EmbeddingSpec, HeadSpec, LayerNorms, MoeSpec, OutputGate, QkNormSpec, QueryScale, RopeId,
-    RotarySpec,
+    RotarySpec, RoutingForm,
 };
 
 const HIDDEN: usize = 64;
@@ -140,13 +140,14 @@ fn what_is_not_computed_is_named() {
         layer.feed_forward = FeedForwardSpec::Moe(MoeSpec {
             experts: 32,
             top_k: 4,
-            expert: GatedSpec { bias: true, ..gated(Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 }) },
-            shared_intermediate_size: None,
-            normalizes_weights: true,
-            sigmoid_scores: false,
+            intermediate_size: 96,
+            activation: Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 },
+            bias: true,
+            routing: RoutingForm::TopKSoftmax,
+            shared: None,
         });
     });
-    assert_eq!(gpt_oss.unsupported(4096), ["a mixture of experts"]);
+    assert_eq!(gpt_oss.unsupported(4096), ["biases of experts", "experts with another activation than SiLU"]);
 
     let cohere = llama_with(|_, layer| {
         let norm = NormSpec { kind: NormKind::Layer, ..NormSpec::rms(1e-5) };
