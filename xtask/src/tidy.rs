@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::root;
 
 /// The workspace crates that each crate may depend on, excluding dev-dependencies.
-const LAYERS: [(&str, &[&str]); 13] = [
+const LAYERS: [(&str, &[&str]); 14] = [
     ("rekindle-hub", &[]),
     ("rekindle-rope", &[]),
     ("rekindle-data", &["rekindle-hub"]),
@@ -36,19 +36,23 @@ const LAYERS: [(&str, &[&str]); 13] = [
             "rekindle-train",
         ],
     ),
-    ("rekindle-cli", &["rekindle"]),
+    ("rekindle-serve", &[]),
+    ("rekindle-cli", &["rekindle", "rekindle-serve"]),
     ("rekindle-tests", &["*"]),
     ("xtask", &["*"]),
 ];
 
 /// External crates that only some workspace crates may depend on.
-const OWNERS: [(&str, &[&str]); 6] = [
+const OWNERS: [(&str, &[&str]); 9] = [
     ("cudarc", &["rekindle-kernels"]),
     ("burn-flex", &["rekindle-kernels"]),
     ("gemm", &["rekindle-kernels"]),
     ("hf-hub", &["rekindle-hub"]),
     ("memmap2", &["rekindle-hub"]),
     ("minijinja", &["rekindle-data", "xtask"]),
+    ("axum", &["rekindle-serve"]),
+    ("llguidance", &["rekindle-serve"]),
+    ("tokio", &["rekindle-serve"]),
 ];
 
 /// Words that may occur only below certain paths: the word and the allowed path prefixes.

@@ -1,0 +1,11 @@
+//! The server over HTTP, with an engine whose answers are known.
+
+#![allow(clippy::unwrap_used)]
+
+mod chat;
+mod client;
+mod completions;
+mod engine;
+mod load;
+mod openai;
+mod routes;
