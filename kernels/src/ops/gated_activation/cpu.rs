@@ -12,6 +12,12 @@ trait Gate: Copy + Sync {
     /// `(g, z(g), g·z′(g))`, g as it enters the product.
     fn gate(self, g: f32) -> (f32, f32, f32);
 
+    /// 1 − σ, from e = e^−z and σ = 1 / (1 + e), without cancellation.
+    #[inline(always)]
+    fn complement(self, e: f32, sig: f32) -> f32 {
+        e * sig
+    }
+
     /// True if the gradient reaches g.
     #[inline(always)]
     fn passes(self, _g: f32) -> bool {
@@ -41,6 +47,12 @@ impl Gate for Silu {
     #[inline(always)]
     fn gate(self, g: f32) -> (f32, f32, f32) {
         (g, g, g)
+    }
+
+    /// The plain difference: it is added to 1 / g, and PyTorch computes it so.
+    #[inline(always)]
+    fn complement(self, _e: f32, sig: f32) -> f32 {
+        1.0 - sig
     }
 }
 
@@ -124,10 +136,9 @@ fn backward_with(by: impl Gate, dact: &Tensor<2>, gate: Tensor<2>, up: Tensor<2>
                     for ((gate, up), &d) in gate.iter_mut().zip(up).zip(dact) {
                         let (g, z, along) = by.gate(*gate);
                         let (u, du) = by.up(*up);
-                        // 1 − σ without cancellation.
                         let e = exp(-z);
                         let sig = 1.0 / (1.0 + e);
-                        let dgate = d * u * sig * (1.0 + along * (e * sig));
+                        let dgate = d * u * sig * (1.0 + along * by.complement(e, sig));
                         *gate = if by.passes(*gate) { dgate } else { 0.0 };
                         *up = d * g * sig * du;
                     }

@@ -27,12 +27,12 @@ pub(crate) fn backward(
     up: Tensor<2>,
 ) -> (Tensor<2>, Tensor<2>) {
     if activation == Activation::Silu {
-        return gradients(dact.clone(), Product::silu(gate, up));
+        return gradients(dact.clone(), Product::silu(gate, up), Complement::Difference);
     }
     let dtype = gate.dtype();
     let (gate, up) = (gate.cast(DType::F32), up.cast(DType::F32));
     let product = Product::of(activation, gate.clone(), up.clone());
-    let (mut dgate, mut dup) = gradients(dact.clone().cast(DType::F32), product);
+    let (mut dgate, mut dup) = gradients(dact.clone().cast(DType::F32), product, Complement::Sigmoid);
     if let Activation::ClampedSwiglu { limit, .. } = activation {
         dgate = dgate.mask_fill(gate.greater_elem(limit), 0.0);
         dup = dup.mask_fill(up.abs().greater_elem(limit), 0.0);
@@ -72,10 +72,26 @@ impl Product {
     }
 }
 
+/// The computation of 1 − σ(z).
+#[derive(Clone, Copy)]
+enum Complement {
+    /// As PyTorch computes it for SiLU.
+    Difference,
+    /// σ(−z), without cancellation.
+    Sigmoid,
+}
+
 /// The gradients to g and u.
-fn gradients(dact: Tensor<2>, Product { gate, up, z, along }: Product) -> (Tensor<2>, Tensor<2>) {
-    // 1 − σ(z) = σ(−z), without cancellation.
-    let (sig, rest) = (sigmoid(z.clone()), sigmoid(z.neg()));
+fn gradients(
+    dact: Tensor<2>,
+    Product { gate, up, z, along }: Product,
+    complement: Complement,
+) -> (Tensor<2>, Tensor<2>) {
+    let sig = sigmoid(z.clone());
+    let rest = match complement {
+        Complement::Difference => sig.clone().neg() + 1.0,
+        Complement::Sigmoid => sigmoid(z.neg()),
+    };
     let act = gate * sig.clone();
     let slope = sig * (along * rest + 1.0);
     (dact.clone() * up * slope, dact * act)
