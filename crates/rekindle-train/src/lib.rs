@@ -55,4 +55,4 @@ pub use sampler::{SamplePrompt, Sampler};
 pub use save::{save_adapter, save_adapters, save_result, write_result};
 pub use schedule::{LrCurve, LrSchedulerKwargs, LrSchedulerType, Schedule};
 pub use tensorboard::EventFile;
-pub use trainer::{Preflight, Resume, Trainer, check_output_dir};
+pub use trainer::{Preflight, Resume, Trainer, TrainerArguments, check_output_dir};

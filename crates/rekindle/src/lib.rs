@@ -81,6 +81,6 @@ pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType}
 pub use rekindle_train::{
     BestEvaluation, Diverged, EvalMetrics, EvalStrategy, Evaluation, LrCurve, LrSchedulerKwargs, LrSchedulerType,
     Optim, OptimizerConfig, PromptSample, ReportTo, Resume, RowLoss, RunHistory, SaveStrategy, SftConfig, StepCount,
-    StepMetrics, Timetable, TokenLoss, TrainEnd, TrainEvent, TrainReport,
+    StepMetrics, Timetable, TokenLoss, TrainEnd, TrainEvent, TrainReport, TrainerArguments,
 };
 pub use rekindle_train::{MemoryChange, MemoryFit, MemoryPlan, PassRows, show_bytes};

@@ -1,11 +1,10 @@
 //! `SftTrainer`: supervised fine-tuning.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use rekindle_data::{LoadReport, Tokenizer};
-use rekindle_train::{Resume, SftConfig, TrainEvent, TrainReport, Trainer};
+use rekindle_train::{SftConfig, TrainEvent, TrainReport, Trainer, TrainerArguments};
 
 use crate::describe::{describe, model_card};
 use crate::prompts::sampler;
@@ -39,12 +38,8 @@ pub struct SftTrainer<'a> {
     train: TrainingRows,
     eval: Option<TrainingRows>,
     config: SftConfig,
-    shuffle: bool,
-    seed: u64,
-    output_dir: Option<PathBuf>,
+    arguments: TrainerArguments,
     run_file: Option<String>,
-    resume: Option<Resume>,
-    overwrite: bool,
     check_memory: bool,
     stop: Arc<AtomicBool>,
     on_event: Box<dyn FnMut(TrainEvent<'_>) + 'a>,
@@ -67,12 +62,8 @@ impl<'a> SftTrainer<'a> {
             train: train.into(),
             eval: None,
             config,
-            shuffle: true,
-            seed: 3407,
-            output_dir: None,
+            arguments: TrainerArguments::default(),
             run_file: None,
-            resume: None,
-            overwrite: false,
             check_memory: true,
             stop: Arc::default(),
             on_event: Box::new(|_| ()),
@@ -87,25 +78,11 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
-    /// If true, each epoch has its own order. Default true.
+    /// Sets the order of the rows, the output directory and the checkpoint to resume from. By default, nothing is
+    /// written.
     #[must_use]
-    pub fn shuffle(mut self, shuffle: bool) -> Self {
-        self.shuffle = shuffle;
-        self
-    }
-
-    /// Sets the seed of the order and of dropout. Default 3407.
-    #[must_use]
-    pub fn seed(mut self, seed: u64) -> Self {
-        self.seed = seed;
-        self
-    }
-
-    /// Sets the directory for `adapter/` (or `model/`), `metrics.jsonl`, `report.html`, `loss.svg` and `tensorboard/`.
-    /// Default: nothing is written.
-    #[must_use]
-    pub fn output_dir(mut self, dir: impl Into<PathBuf>) -> Self {
-        self.output_dir = Some(dir.into());
+    pub fn arguments(mut self, arguments: TrainerArguments) -> Self {
+        self.arguments = arguments;
         self
     }
 
@@ -113,22 +90,6 @@ impl<'a> SftTrainer<'a> {
     #[must_use]
     pub fn run_file(mut self, text: impl Into<String>) -> Self {
         self.run_file = Some(text.into());
-        self
-    }
-
-    /// Resumes from a checkpoint of an earlier run with the same model, rows and configuration. On the CPU the result
-    /// is bit-identical to that of an uninterrupted run.
-    #[must_use]
-    pub fn resume(mut self, resume: Resume) -> Self {
-        self.resume = Some(resume);
-        self
-    }
-
-    /// If true, checkpoints and the result of an earlier run in `output_dir` are replaced. Default false: the run is
-    /// refused.
-    #[must_use]
-    pub fn overwrite(mut self, overwrite: bool) -> Self {
-        self.overwrite = overwrite;
         self
     }
 
@@ -182,38 +143,29 @@ impl<'a> SftTrainer<'a> {
         let notice = notice.transpose()?.flatten();
         let configuration = self.run_file.unwrap_or_else(|| format!("{:#?}", self.config));
         let run_name = self.config.run_name.clone();
+        let seed = self.arguments.seed;
         let description = describe(
             self.model,
             &train,
             eval.as_ref(),
-            self.seed,
-            self.output_dir.as_deref(),
+            seed,
+            self.arguments.output_dir.as_deref(),
             run_name.as_deref(),
             configuration,
         );
-        let card = model_card(self.config.run_name.as_deref(), &train, eval.as_ref(), self.seed);
-        let mut trainer = Trainer::new(self.model.causal_lm_mut(), train.dataset, self.config)
-            .shuffle(self.shuffle)
-            .seed(self.seed)
-            .companions(companions)
-            .describe(description)
-            .model_card(card)
-            .overwrite(self.overwrite)
-            .notes(notice.into_iter().collect())
-            .stop_flag(self.stop)
-            .on_event(self.on_event);
-        if let Some(eval) = eval {
-            trainer = trainer.eval_dataset(eval.dataset);
-        }
-        if let Some(sampler) = sampler {
-            trainer = trainer.sampler(sampler);
-        }
-        if let Some(dir) = self.output_dir {
-            trainer = trainer.output_dir(dir);
-        }
-        if let Some(resume) = self.resume {
-            trainer = trainer.resume(resume);
-        }
+        let card = model_card(run_name.as_deref(), &train, eval.as_ref(), seed);
+        let trainer = Trainer {
+            arguments: self.arguments,
+            eval: eval.map(|eval| eval.dataset),
+            companions,
+            sampler,
+            description,
+            card,
+            notes: notice.into_iter().collect(),
+            stop: self.stop,
+            on_event: self.on_event,
+            ..Trainer::new(self.model.causal_lm_mut(), train.dataset, self.config)
+        };
         Ok(trainer.train()?)
     }
 

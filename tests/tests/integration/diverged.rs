@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rekindle::{
     DataSource, DeviceKind, Diverged, Error, ErrorKind, FastLanguageModel, LoraConfig, NonFinite, SftConfig,
-    SftTrainer, StepCount, Tokenizer,
+    SftTrainer, StepCount, Tokenizer, TrainerArguments,
 };
 use rekindle_models::Sft;
 use rekindle_tests::{Golden, poisoned};
@@ -24,10 +24,9 @@ fn run(golden: &Golden, change: impl FnOnce(&mut SftConfig), out: Option<&Path>)
     change(&mut config);
     let before = model.causal_lm().params().all_values();
     let rows = DataSource::new(golden.dir.join("rows.jsonl"));
-    let mut trainer = SftTrainer::new(&mut model, NO_TOKENIZER, rows, config).shuffle(false);
-    if let Some(out) = out {
-        trainer = trainer.output_dir(out);
-    }
+    let arguments =
+        TrainerArguments { shuffle: false, output_dir: out.map(Path::to_owned), ..TrainerArguments::default() };
+    let trainer = SftTrainer::new(&mut model, NO_TOKENIZER, rows, config).arguments(arguments);
     let error = trainer.train().expect_err("it diverges");
     assert_eq!(error.kind(), ErrorKind::Diverged);
     let Error::Train(rekindle_train::Error::Diverged(diverged)) = error else { panic!("{error}") };
@@ -86,7 +85,7 @@ fn an_excessive_learning_rate_is_diagnosed() {
     assert!(module.starts_with("model.layers.") && largest_input.is_finite(), "{diverged}");
     assert_eq!(diverged.checkpoint, Some(out.path().join("checkpoint-1")));
     let text = diverged.to_string();
-    for part in ["try: a lower learning_rate than 1e30, or a warm-up", "the last good checkpoint is "] {
+    for part in ["try: set learning_rate below 1e30, or add a warm-up", "the last good checkpoint is "] {
         assert!(text.contains(part), "{part:?} is not in: {text}");
     }
 }

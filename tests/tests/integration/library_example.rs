@@ -1,7 +1,10 @@
 //! The workflow of the README's library example: load, add an adapter, train, save, load again.
 
+use std::path::Path;
+
 use rekindle::{
     DataSource, DeviceKind, Dtype, FastLanguageModel, LoraConfig, Model, SftConfig, SftTrainer, StepCount, Tokenizer,
+    TrainerArguments,
 };
 use rekindle_tests::{Golden, read_json};
 use serde_json::Value;
@@ -34,7 +37,7 @@ fn a_trained_and_saved_model_loads_again() {
     let mut told = 0;
     let report = SftTrainer::new(&mut model, NO_TOKENIZER, rows.clone(), config)
         .eval_dataset(rows.clone())
-        .output_dir(&run)
+        .arguments(into_dir(&run))
         .on_event(|_| told += 1)
         .train()
         .expect("golden rows can be trained on");
@@ -66,7 +69,7 @@ fn full_finetuning_writes_a_model() {
     let mut model = loader.load_model().expect("a golden checkpoint loads");
     let config = SftConfig { max_steps: Some(2), learning_rate: Some(1e-3), ..SftConfig::default() };
     SftTrainer::new(&mut model, NO_TOKENIZER, rows.clone(), config)
-        .output_dir(out.path())
+        .arguments(into_dir(out.path()))
         .train()
         .expect("golden rows can be trained on");
     let saved = Golden { dir: out.path().join("model"), ..Golden::open("qwen2") };
@@ -84,11 +87,17 @@ fn repeated_runs_write_the_same_losses() {
         let mut model = load(&golden).get_peft_model(LoraConfig::new(2).lora_dropout(0.1)).expect("valid");
         let config = SftConfig { per_device_train_batch_size: 2, max_steps: Some(5), ..SftConfig::default() };
         let rows = DataSource::new(golden.dir.join("rows.jsonl"));
-        let report = SftTrainer::new(&mut model, NO_TOKENIZER, rows, config).seed(seed).train().expect("it runs");
+        let arguments = TrainerArguments { seed, ..TrainerArguments::default() };
+        let trainer = SftTrainer::new(&mut model, NO_TOKENIZER, rows, config).arguments(arguments);
+        let report = trainer.train().expect("it runs");
         report.steps.iter().map(|step| (step.loss, step.grad_norm)).collect::<Vec<_>>()
     };
     assert_eq!(run(1), run(1));
     assert_ne!(run(1), run(2), "the seed determines the order and dropout");
+}
+
+fn into_dir(dir: &Path) -> TrainerArguments {
+    TrainerArguments { output_dir: Some(dir.to_owned()), ..TrainerArguments::default() }
 }
 
 fn check_metrics(text: &str, report: &rekindle::TrainReport) {

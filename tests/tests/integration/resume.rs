@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rekindle::{
     Bias, DataSource, DeviceKind, FastLanguageModel, InitLoraWeights, LoraConfig, LrSchedulerType, Model, Optim,
-    Resume, SftConfig, SftTrainer, StepCount, Tokenizer, TrainEnd, TrainEvent, TrainReport,
+    Resume, SftConfig, SftTrainer, StepCount, Tokenizer, TrainEnd, TrainEvent, TrainReport, TrainerArguments,
 };
 use rekindle_tests::Golden;
 
@@ -57,7 +57,7 @@ impl TrainingJob {
         let flag = Arc::clone(&stop);
         let mut notes = Vec::new();
         let mut trainer = SftTrainer::new(&mut model, NO_TOKENIZER, rows.clone(), self.config.clone())
-            .output_dir(dir)
+            .arguments(TrainerArguments { output_dir: Some(dir.to_owned()), resume, ..TrainerArguments::default() })
             .stop_flag(stop)
             .on_event(|event| match event {
                 TrainEvent::Step { metrics, .. } if Some(metrics.step) == stop_at => {
@@ -68,9 +68,6 @@ impl TrainingJob {
             });
         if self.config.eval_steps.is_some() {
             trainer = trainer.eval_dataset(rows);
-        }
-        if let Some(resume) = resume {
-            trainer = trainer.resume(resume);
         }
         let report = trainer.train()?;
         Ok(Outcome { values: model.causal_lm().params().all_values(), files: files(&report), report, notes })
@@ -301,21 +298,28 @@ fn resuming_a_different_run_is_refused_with_the_differences() {
         config.learning_rate = Some(0.02);
         config.weight_decay = 0.5;
     });
-    let parts =
-        ["[lora] r was 4 and is 8", "[train] learning_rate was 0.01 and is 0.02", "weight_decay was 0.01 and is 0.5"];
+    let parts = [
+        "[lora] r was 4 and is now 8",
+        "[train] learning_rate was 0.01 and is now 0.02",
+        "weight_decay was 0.01 and is now 0.5",
+    ];
     fails(&other, from(), &parts);
     let rows = TrainingJob::new("qwen3-tied", Some(lora())).config(|config| config.per_device_train_batch_size = 1);
-    fails(&rows, from(), &["rows of a step was 4 and is 2"]);
+    fails(&rows, from(), &["rows of a step was 4 and is now 2"]);
     fails(
         &TrainingJob::new("qwen2", Some(lora())),
         from(),
-        &["the base weights are others", "the training rows are others"],
+        &["the base weights have changed", "the training rows have changed"],
     );
-    fails(&TrainingJob::new("qwen3-tied", None), from(), &["full_finetuning was false and is true"]);
+    fails(&TrainingJob::new("qwen3-tied", None), from(), &["full_finetuning was false and is now true"]);
     let short = TrainingJob::new("qwen3-tied", Some(lora())).config(|config| config.max_steps = Some(2));
-    fails(&short, from(), &["is of step 3, and the run has 2", "raise max_steps"]);
-    fails(&job, Some(Resume::From(dir.path().join("checkpoint-2"))), &["checkpoint-3 of step 3", "remove it"]);
-    fails(&job, Some(Resume::From(dir.path().join("adapter"))), &["trainer_state.json: there is none"]);
+    fails(&short, from(), &["is at step 3, but the run has only 2", "raise max_steps"]);
+    fails(
+        &job,
+        Some(Resume::From(dir.path().join("checkpoint-2"))),
+        &["checkpoint-3 at step 3", "remove the later one"],
+    );
+    fails(&job, Some(Resume::From(dir.path().join("adapter"))), &["trainer_state.json: it does not exist"]);
 }
 
 #[test]
@@ -333,9 +337,9 @@ fn allowed_changes_are_reported() {
     assert_eq!(done.report.steps.len(), 8);
     let notes = done.notes.join("\n");
     for part in [
-        "max_steps was 6 and is 8; learning rates from here on",
-        "per_device_train_batch_size was 2 and is 4",
-        "not equal to the last bit",
+        "max_steps was 6 and is now 8; from here on, learning rates",
+        "per_device_train_batch_size was 2 and is now 4",
+        "not bit-identical",
     ] {
         assert!(notes.contains(part), "{part:?} is not in: {notes}");
     }
@@ -352,7 +356,7 @@ fn resuming_without_a_checkpoint_starts_a_new_run() {
     let job = TrainingJob::new("llama3", Some(lora())).config(|config| config.save_steps = None);
     let (dir, plain) = (scratch(), scratch());
     let run = job.run(dir.path(), Some(Resume::Latest), None).expect("it runs");
-    assert!(run.notes[0].contains("holds no checkpoint: the run starts from the beginning"), "{:?}", run.notes);
+    assert!(run.notes[0].contains("contains no checkpoint: the run starts from the beginning"), "{:?}", run.notes);
     assert!(checkpoints(dir.path()).is_empty());
     run.assert_is(&job.run(plain.path(), None, None).expect("it runs"), "anew");
     assert!(job.run(plain.path(), Some(Resume::From(PathBuf::from("no/such"))), None).is_err());

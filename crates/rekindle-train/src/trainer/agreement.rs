@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::Trainer;
 use crate::checkpoint::{TrainerState, dataset_fingerprint, weights_fingerprint};
-use crate::{Error, LrSchedulerType, SftConfig};
+use crate::{Error, LrSchedulerType, SftConfig, TrainerArguments};
 
 /// Keys of `[train]` that a resumed run may change. They do not affect parameters, or a notice says how they do
 /// (`max_steps` through the schedule, the batch size through the order of sums).
@@ -53,7 +53,7 @@ impl Agreement {
     pub(super) fn of(job: &Trainer<'_>, total: usize) -> Result<Self, Error> {
         let config = &job.config;
         let full = job.model.lora().is_none();
-        let terms = RunTerms { config, train: &job.train, full, shuffle: job.shuffle, seed: job.seed };
+        let terms = RunTerms { config, train: &job.train, full, arguments: &job.arguments };
         let mut configuration = terms.configuration();
         let mut changeable = BTreeMap::new();
         let lora = job.model.lora().map(object).unwrap_or_default();
@@ -98,22 +98,26 @@ impl Agreement {
                 "max_steps" => {
                     let flat = [LrSchedulerType::Constant, LrSchedulerType::ConstantWithWarmup];
                     let schedule = !flat.contains(&job.config.lr_scheduler_type);
-                    let follows =
-                        if schedule { "; learning rates from here on are those of the new length" } else { "" };
+                    let follows = if schedule { "; from here on, learning rates follow the new length" } else { "" };
                     notes.push(format!("{what}{follows}"));
                 }
                 "evaluation rows (SHA-256)" => {
                     if job.config.load_best_model_at_end || job.config.early_stopping_patience.is_some() {
-                        problems.push(format!("{what}, and the best evaluation is chosen by them"));
+                        problems.push(format!("{what}, so the best evaluation is not comparable"));
                     } else {
-                        notes.push("the evaluation rows are others; losses before and after do not compare".to_owned());
+                        notes.push(
+                            "the evaluation rows have changed; losses before and after are not \
+                             comparable"
+                                .to_owned(),
+                        );
                     }
                 }
                 "warmup_steps" if state.global_step >= most(&was).max(most(&is)) => {}
-                "warmup_steps" => notes.push(format!("{what}; learning rates of the warm-up move")),
-                _ => {
-                    notes.push(format!("{what}: the rest is computed in another order, and not equal to the last bit"))
-                }
+                "warmup_steps" => notes.push(format!("{what}; the learning rates of the warm-up change")),
+                _ => notes.push(format!(
+                    "{what}: sums are computed in another order, so the result is not \
+                         bit-identical"
+                )),
             }
         }
         if problems.is_empty() {
@@ -130,8 +134,7 @@ pub(super) struct RunTerms<'a> {
     pub(super) train: &'a Dataset,
     /// True if all weights are trained.
     pub(super) full: bool,
-    pub(super) shuffle: bool,
-    pub(super) seed: u64,
+    pub(super) arguments: &'a TrainerArguments,
 }
 
 impl RunTerms<'_> {
@@ -141,8 +144,8 @@ impl RunTerms<'_> {
         let keys = object(&config).into_iter().filter(|(key, _)| !MAY_CHANGE.contains(&&**key));
         let mut configuration: BTreeMap<_, _> = keys.map(|(key, value)| (format!("[train] {key}"), value)).collect();
         configuration.insert("rows of a step".to_owned(), config.rows_per_step().into());
-        configuration.insert("[data] shuffle".to_owned(), self.shuffle.into());
-        configuration.insert("seed".to_owned(), self.seed.into());
+        configuration.insert("[data] shuffle".to_owned(), self.arguments.shuffle.into());
+        configuration.insert("seed".to_owned(), self.arguments.seed.into());
         configuration.insert("training rows (SHA-256)".to_owned(), dataset_fingerprint(self.train).into());
         configuration.insert("full_finetuning".to_owned(), self.full.into());
         configuration
@@ -177,10 +180,10 @@ fn differences(was: &BTreeMap<String, Value>, is: &BTreeMap<String, Value>) -> V
 
 fn sentence(key: &str, was: &Value, is: &Value) -> String {
     if key.ends_with("(SHA-256)") {
-        return format!("the {} are others", key.trim_end_matches(" (SHA-256)"));
+        return format!("the {} have changed", key.trim_end_matches(" (SHA-256)"));
     }
     let show = |value: &Value| if value.is_null() { "not set".to_owned() } else { value.to_string() };
-    format!("{key} was {} and is {}", show(was), show(is))
+    format!("{key} was {} and is now {}", show(was), show(is))
 }
 
 fn most(value: &Value) -> usize {

@@ -62,19 +62,19 @@ pub(super) fn broken_rows(dataset: &Dataset, evaluation: &Evaluation, batch_size
 
 fn advice(found: Option<&NonFinite>, all_rows: bool, learning_rate: f64, config: &SftConfig) -> Vec<String> {
     if let Some(NonFinite::Weight { trained: false, .. }) = found {
-        return vec!["the checkpoint that the model was loaded from: that weight is damaged there".to_owned()];
+        return vec!["download or save the checkpoint again: that weight is damaged in it".to_owned()];
     }
     let mut advice = Vec::new();
     if !all_rows {
-        advice.push("to look at these rows, and to leave them out".to_owned());
+        advice.push("inspect these rows, and remove them if they are wrong".to_owned());
     }
-    let mut rate = format!("a lower learning_rate than {:e}", config.learning_rate.unwrap_or(learning_rate));
+    let mut rate = format!("set learning_rate below {:e}", config.learning_rate.unwrap_or(learning_rate));
     if config.warmup().is_zero() {
-        rate += ", or a warm-up (warmup_steps)";
+        rate += ", or add a warm-up (warmup_steps)";
     }
     advice.push(rate);
     if config.max_grad_norm == 0.0 {
-        advice.push("max_grad_norm = 1: gradients are not clipped now".to_owned());
+        advice.push("set max_grad_norm = 1: gradients are not clipped now".to_owned());
     }
     advice
 }
@@ -90,10 +90,10 @@ mod tests {
         let of = |found: Option<&NonFinite>, all| advice(found, all, 0.0, &config).join(" | ");
         let weight = |trained| NonFinite::Weight { name: "w".to_owned(), trained, rows: vec![0] };
         assert!(of(Some(&weight(false)), true).contains("damaged"));
-        let all = "a lower learning_rate than 3e0, or a warm-up (warmup_steps) | max_grad_norm = 1: gradients are not clipped now";
+        let all = "set learning_rate below 3e0, or add a warm-up (warmup_steps) | set max_grad_norm = 1: gradients are not clipped now";
         assert_eq!(of(Some(&weight(true)), true), all);
-        assert_eq!(of(None, false), format!("to look at these rows, and to leave them out | {all}"));
+        assert_eq!(of(None, false), format!("inspect these rows, and remove them if they are wrong | {all}"));
         let careful = SftConfig { warmup_steps: StepCount::Steps(5), max_grad_norm: 1.0, ..config };
-        assert_eq!(advice(None, true, 0.0, &careful), ["a lower learning_rate than 3e0"]);
+        assert_eq!(advice(None, true, 0.0, &careful), ["set learning_rate below 3e0"]);
     }
 }

@@ -1,14 +1,12 @@
 //! Checks of a run before its model is loaded.
 
-use std::path::Path;
-
 use rekindle_data::Dataset;
 
 use super::agreement::RunTerms;
 use super::output::OutputDir;
-use super::resume::{Resume, check_step};
+use super::resume::check_step;
 use crate::checkpoint::Checkpoint;
-use crate::{Error, SftConfig, Timetable};
+use crate::{Error, SftConfig, Timetable, TrainerArguments};
 
 /// A run without its model.
 ///
@@ -24,16 +22,8 @@ pub struct Preflight<'a> {
     pub max_seq_length: usize,
     /// True if all weights are trained.
     pub full_finetuning: bool,
-    /// True if each epoch has its own order.
-    pub shuffle: bool,
-    /// Seed of the order and of dropout.
-    pub seed: u64,
-    /// The directory for results.
-    pub output_dir: Option<&'a Path>,
-    /// The checkpoint that the run resumes from.
-    pub resume: Option<&'a Resume>,
-    /// True if results of an earlier run may be replaced.
-    pub overwrite: bool,
+    /// The order of the rows, the output directory and the checkpoint to resume from.
+    pub arguments: &'a TrainerArguments,
 }
 
 impl Preflight<'_> {
@@ -43,16 +33,16 @@ impl Preflight<'_> {
     /// [`Error::Config`], [`Error::EarlierRun`], [`Error::FinishedRun`], [`Error::Differs`], [`Error::Checkpoint`] and
     /// [`Error::File`], as the run itself.
     pub fn check(&self) -> Result<Timetable, Error> {
-        let Self { config, train, full_finetuning: full, .. } = *self;
+        let Self { config, train, full_finetuning: full, arguments, .. } = *self;
         config.validate()?;
         let times = config.timetable(config.rows(train, self.max_seq_length).len());
         config.schedule(config.resolved_learning_rate(full), times.total)?;
-        let output = OutputDir { dir: self.output_dir, full, resume: self.resume, overwrite: self.overwrite };
+        let output = OutputDir { arguments, full };
         let checkpoint = output.checkpoint()?;
         output.check_writable(&times)?;
         if let Some(path) = checkpoint {
             let checkpoint = Checkpoint::open(&path)?;
-            let terms = RunTerms { config, train, full, shuffle: self.shuffle, seed: self.seed };
+            let terms = RunTerms { config, train, full, arguments };
             terms.check(&path, &checkpoint.state)?;
             check_step(&checkpoint, times.total, &output.checkpoints())?;
         }
@@ -64,12 +54,7 @@ impl Preflight<'_> {
 /// overwrite them.
 ///
 /// # Errors
-/// [`Error::EarlierRun`], [`Error::FinishedRun`], [`Error::Config`] where both are asked for.
-pub fn check_output_dir(
-    dir: &Path,
-    full_finetuning: bool,
-    resume: Option<&Resume>,
-    overwrite: bool,
-) -> Result<(), Error> {
-    OutputDir { dir: Some(dir), full: full_finetuning, resume, overwrite }.checkpoint().map(|_| ())
+/// [`Error::EarlierRun`], [`Error::FinishedRun`], and [`Error::Config`] if both are set.
+pub fn check_output_dir(arguments: &TrainerArguments, full_finetuning: bool) -> Result<(), Error> {
+    OutputDir { arguments, full: full_finetuning }.checkpoint().map(|_| ())
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use rekindle_hub::clear_leftovers;
+use serde::{Deserialize, Serialize};
 
 use super::Trainer;
 use super::agreement::Agreement;
@@ -10,7 +11,8 @@ use crate::Error;
 use crate::checkpoint::{Checkpoint, is_ours};
 
 /// The checkpoint that a run resumes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Resume {
     /// The last checkpoint in the output directory; without one, the run starts from the beginning.
     Latest,
@@ -30,18 +32,19 @@ impl Start {
     /// Finds the checkpoint and checks that it belongs to this run of `total` steps. Removes files that a killed run
     /// left incomplete.
     pub(super) fn find(job: &Trainer<'_>, total: usize) -> Result<Self, Error> {
-        if job.output_dir.is_none() && job.resume.is_none() {
+        let arguments = &job.arguments;
+        if arguments.output_dir.is_none() && arguments.resume.is_none() {
             return Ok(Self { checkpoint: None, agreement: Agreement::default(), notes: Vec::new() });
         }
         let agreement = Agreement::of(job, total)?;
-        if let Some(dir) = &job.output_dir {
+        if let Some(dir) = &arguments.output_dir {
             clear_leftovers(dir, is_ours)?;
         }
         let output = job.output();
         let Some(path) = output.checkpoint()? else {
-            let wanted = job.resume.iter().zip(&job.output_dir);
+            let wanted = arguments.resume.iter().zip(&arguments.output_dir);
             let notes = wanted
-                .map(|(_, dir)| format!("{} holds no checkpoint: the run starts from the beginning", dir.display()));
+                .map(|(_, dir)| format!("{} contains no checkpoint: the run starts from the beginning", dir.display()));
             return Ok(Self { checkpoint: None, agreement, notes: notes.collect() });
         };
         let checkpoint = Checkpoint::open(&path)?;
@@ -55,13 +58,16 @@ impl Start {
 pub(super) fn check_step(checkpoint: &Checkpoint, total: usize, there: &[(usize, PathBuf)]) -> Result<(), Error> {
     let (path, done) = (checkpoint.path.clone(), checkpoint.state.global_step);
     if done > total {
-        let problem = format!("it is of step {done}, and the run has {total}; raise max_steps or num_train_epochs");
+        let problem = format!(
+            "it is at step {done}, but the run has only {total}; raise max_steps or \
+             num_train_epochs"
+        );
         return Err(Error::Checkpoint { path, problem });
     }
     if let Some((step, later)) = there.iter().find(|(step, _)| *step > done) {
         let problem = format!(
-            "it is of step {done}, and {} of step {step} is later in the same run; remove it to go back, or set another \
-             output_dir",
+            "it is at step {done}, and {} at step {step} is a later checkpoint of the same run; remove the later one, \
+             or set another output_dir",
             later.display()
         );
         return Err(Error::Checkpoint { path, problem });
@@ -75,7 +81,8 @@ pub(super) fn best_path(checkpoint: &Path, output_dir: &Path, step: usize) -> Re
     let mut places = [output_dir, beside].map(|dir| Checkpoint::path(dir, step)).into_iter();
     places.find(|path| path.is_dir()).ok_or_else(|| Error::Checkpoint {
         path: Checkpoint::path(output_dir, step),
-        problem: "it is not there, and it is the best so far; set load_best_model_at_end = false to do without"
+        problem: "it is missing, although it is the best checkpoint so far; restore it, or set load_best_model_at_end \
+             = false"
             .to_owned(),
     })
 }

@@ -65,14 +65,14 @@ impl<'a> Run<'a> {
         let schedule = job.config.schedule(peak, total)?;
         job.config.check_embedding_rate(job.model.params())?;
         job.model.set_gradient_checkpointing(job.config.use_gradient_checkpointing);
-        let mut optimizer = Optimizer::new(job.model, OptimizerConfig::from(&job.config), job.seed)?;
+        let mut optimizer = Optimizer::new(job.model, OptimizerConfig::from(&job.config), job.arguments.seed)?;
         job.check_needs()?;
         let lock = |dir: &PathBuf| DirectoryLock::acquire(dir);
-        let mut locked = job.output_dir.as_ref().filter(|dir| dir.is_dir()).map(lock).transpose()?;
+        let mut locked = job.arguments.output_dir.as_ref().filter(|dir| dir.is_dir()).map(lock).transpose()?;
         let Start { checkpoint, agreement, mut notes } = Start::find(&job, total)?;
         job.output().check_writable(&times)?;
         notes.extend(small_epochs(&job.config, packs.len()));
-        if let (Some(dir), None) = (&job.output_dir, &locked) {
+        if let (Some(dir), None) = (&job.arguments.output_dir, &locked) {
             std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.clone(), source })?;
             locked = Some(lock(dir)?);
         }
@@ -83,7 +83,7 @@ impl<'a> Run<'a> {
             checkpoint.restore_optimizer(&mut optimizer)?;
             checkpoint.restore_model(job.model)?;
             let wanted = checkpoint.state.best.filter(|_| job.config.load_best_model_at_end);
-            let place = wanted.zip(job.output_dir.as_ref());
+            let place = wanted.zip(job.arguments.output_dir.as_ref());
             best = place.map(|(best, dir)| best_path(&checkpoint.path, dir, best.step)).transpose()?;
         }
         let recorder = open_recorder(&mut job, total, checkpoint.as_ref())?;
@@ -93,7 +93,7 @@ impl<'a> Run<'a> {
             state.as_ref().map_or((0, 0, 0.0), |state| (state.global_step, state.examples_seen, state.seconds));
         if recorder.is_some() && steps.len() != done {
             let had = steps.len();
-            notes.push(format!("metrics.jsonl has {had} of the {done} steps before: its beginning is lost"));
+            notes.push(format!("metrics.jsonl has only {had} of the {done} earlier steps"));
         }
         let stopping = match &state {
             Some(state) => Stopping::new(&job.config, state.best, state.early_stopping_patience_counter),
@@ -108,7 +108,7 @@ impl<'a> Run<'a> {
             schedule,
             peaks: Rates { default: peak, embedding: job.config.embedding_learning_rate.unwrap_or(peak) },
             optimizer,
-            rows: Rows::new(&job.config, packs, job.shuffle, job.seed, examples_seen),
+            rows: Rows::new(&job.config, packs, job.arguments.shuffle, job.arguments.seed, examples_seen),
             stopping,
             recorder,
             evaluated: state.as_ref().and_then(|state| state.last_evaluation),
@@ -279,7 +279,7 @@ impl<'a> Run<'a> {
 
     /// Writes a checkpoint of this step, and removes those beyond `save_total_limit`.
     fn save_checkpoint(&mut self, is_best: bool) -> Result<(), Error> {
-        let Some(dir) = &self.job.output_dir else { return Ok(()) };
+        let Some(dir) = &self.job.arguments.output_dir else { return Ok(()) };
         let path = Checkpoint::path(dir, self.done);
         let Agreement { configuration, changeable } = self.agreement.clone();
         let state = TrainerState {
@@ -333,7 +333,7 @@ impl<'a> Run<'a> {
         if let Some((_, path)) = best.filter(|(best, _)| best.step != self.done) {
             Checkpoint::open(path)?.restore_model(self.job.model)?;
         }
-        if let Some(dir) = &self.job.output_dir {
+        if let Some(dir) = &self.job.arguments.output_dir {
             let path = dir.join(result_name(self.full));
             write_result(&path, !self.full, &self.job.companions, |target| {
                 let model = &*self.job.model;
@@ -362,8 +362,8 @@ fn small_epochs(config: &SftConfig, rows: usize) -> Option<String> {
     let per_step = config.rows_per_step();
     (rows < per_step).then(|| {
         format!(
-            "an epoch has {}, fewer than the {per_step} rows of a step (per_device_train_batch_size · \
-             gradient_accumulation_steps): each step takes them all once",
+            "an epoch has only {}, fewer than the {per_step} rows of a step (per_device_train_batch_size · \
+             gradient_accumulation_steps): each step uses every row once",
             counted(rows, "row")
         )
     })
@@ -375,7 +375,7 @@ fn open_recorder(
     total: usize,
     checkpoint: Option<&Checkpoint>,
 ) -> Result<Option<Recorder>, Error> {
-    let Some(dir) = &job.output_dir else { return Ok(None) };
+    let Some(dir) = &job.arguments.output_dir else { return Ok(None) };
     let description = std::mem::take(&mut job.description);
     if let Some(checkpoint) = checkpoint {
         // The checkpoint may be in another directory than the output.

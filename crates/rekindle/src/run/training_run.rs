@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rekindle_kernels::{DeviceKind, parse_device};
-use rekindle_train::{OptimizerConfig, Preflight, Resume, Timetable, TrainReport, check_output_dir};
+use rekindle_train::{OptimizerConfig, Preflight, Resume, Timetable, TrainReport, TrainerArguments, check_output_dir};
 
 use super::adapter::{attach, continued_adapter};
 use super::{RunConfig, RunObserver};
@@ -76,8 +76,18 @@ impl RunConfig {
     /// # Errors
     /// [`Error::Train`].
     pub fn check_output_dir(&self, options: &TrainOptions) -> Result<(), Error> {
-        let full_finetuning = self.lora.is_none();
-        Ok(check_output_dir(&self.output_dir, full_finetuning, options.resume.as_ref(), options.overwrite)?)
+        Ok(check_output_dir(&self.trainer_arguments(options), self.lora.is_none())?)
+    }
+
+    /// Returns the arguments of the trainer.
+    pub(crate) fn trainer_arguments(&self, options: &TrainOptions) -> TrainerArguments {
+        TrainerArguments {
+            shuffle: self.data.shuffle,
+            seed: self.seed,
+            output_dir: Some(self.output_dir.clone()),
+            resume: options.resume.clone(),
+            overwrite: options.overwrite,
+        }
     }
 
     /// Returns the loader of the model, prepared for the adapter of `init_from`, and the directory of that adapter.
@@ -211,10 +221,7 @@ impl TrainingRun {
         notes.iter().for_each(|note| observer.notice(&format!("[train] optim: {note}")));
         let mut written = Ok(());
         let mut trainer = SftTrainer::new(model, tokenizer.as_ref(), train_rows.clone(), config.train.clone())
-            .shuffle(config.data.shuffle)
-            .seed(config.seed)
-            .output_dir(&config.output_dir)
-            .overwrite(options.overwrite)
+            .arguments(config.trainer_arguments(options))
             .check_memory(false)
             .run_file(config.to_toml())
             .stop_flag(Arc::clone(&options.stop))
@@ -233,9 +240,6 @@ impl TrainingRun {
         if let Some(eval) = eval_rows {
             trainer = trainer.eval_dataset(eval.clone());
         }
-        if let Some(resume) = &options.resume {
-            trainer = trainer.resume(resume.clone());
-        }
         let report = trainer.train()?;
         written?;
         Ok(report)
@@ -251,16 +255,13 @@ impl RunConfig {
         eval_rows: Option<&EncodedRows>,
         options: &TrainOptions,
     ) -> Result<Timetable, Error> {
+        let arguments = self.trainer_arguments(options);
         let run = Preflight {
             config: &self.train,
             train: train_rows.dataset(),
             max_seq_length: encoder.max_seq_length(),
             full_finetuning: self.lora.is_none(),
-            shuffle: self.data.shuffle,
-            seed: self.seed,
-            output_dir: Some(&self.output_dir),
-            resume: options.resume.as_ref(),
-            overwrite: options.overwrite,
+            arguments: &arguments,
         };
         check_run(&run, encoder, eval_rows)
     }
