@@ -227,7 +227,7 @@ impl CombineArgs {
         let weights = self.adapter_weights.clone().unwrap_or_else(|| vec![1.0; count]);
         if weights.len() != count {
             return Err(Failure::Configuration(format!(
-                "--adapter-weights has {} numbers and there are {count} adapters; give one for each, or leave it out",
+                "--adapter-weights has {} numbers for {count} adapters; pass one for each, or omit it",
                 weights.len()
             )));
         }

@@ -33,7 +33,7 @@ fn remove(args: &PruneArgs) -> Result<(), Failure> {
     let what = args.model.as_deref().map_or(Prune::Unreferenced, Prune::Model);
     let pruned = prune(&dir(&args.place), what).map_err(Error::from)?;
     for name in &pruned.busy {
-        eprintln!("{name} is being downloaded, and stays as it is");
+        eprintln!("{name} is being downloaded and is not removed");
     }
     pruned.models.iter().try_for_each(|name| output::line(name))?;
     output::line(&format!("{} are free now", bytes(pruned.bytes).trim_start()))

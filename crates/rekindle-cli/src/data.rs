@@ -36,7 +36,7 @@ fn preview(args: &PreviewArgs) -> Result<(), Failure> {
     let (config, encoder) = open(&args.run)?;
     let source = if args.eval {
         config.data.eval_source(&config.model).ok_or_else(|| {
-            Failure::Configuration("[data] has neither eval nor eval_fraction; leave --eval out".to_owned())
+            Failure::Configuration("[data] has neither eval nor eval_fraction; omit --eval".to_owned())
         })?
     } else {
         config.data.train_source(&config.model)
@@ -48,7 +48,7 @@ fn preview(args: &PreviewArgs) -> Result<(), Failure> {
         None => 0..args.rows.min(count),
         Some(row) if (1..=count).contains(&row) => row - 1..row,
         Some(row) => {
-            return Err(Failure::Configuration(format!("--row {row} is not there; the rows are 1 to {count}")));
+            return Err(Failure::Configuration(format!("--row {row} is out of range; the rows are 1 to {count}")));
         }
     };
     let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());

@@ -16,7 +16,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let vocab = model.causal_lm().config().vocab_size();
     if let Some(id) = args.stop_ids.iter().find(|&&id| id as usize >= vocab) {
         return Err(Failure::Configuration(format!(
-            "--stop-ids {id} is beyond the model's vocabulary of {vocab}, so nothing would end there"
+            "--stop-ids {id} is outside the model's vocabulary of {vocab} tokens"
         )));
     }
     let config = GenerationConfig {
@@ -33,7 +33,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
         Some(tokenizer) => text(&model, tokenizer, &prompt, &config, args),
         None if args.stop.is_empty() => ids(&model, &prompt, &config, args.json),
         None => Err(Failure::Configuration(
-            "--stop is text, and this checkpoint has no tokenizer.json; use --stop-ids".to_owned(),
+            "--stop needs a tokenizer, and this checkpoint has no tokenizer.json; use --stop-ids".to_owned(),
         )),
     }
 }

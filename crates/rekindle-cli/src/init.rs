@@ -18,7 +18,7 @@ pub(crate) fn run(args: &InitArgs) -> Result<(), Failure> {
     let out = &args.out;
     if out.exists() {
         return Err(Failure::Configuration(format!(
-            "{} already exists; give another file with --out, or remove it",
+            "{} already exists; choose another file with --out, or remove it",
             out.display()
         )));
     }
@@ -79,7 +79,7 @@ fn memory(suggestion: &Suggestion) -> String {
         None => format!("{takes}; free memory of {} is not known", suggestion.device),
         Some(free) if *fits => format!("{takes} of {} free", gib(*free)),
         Some(free) => format!(
-            "{takes}, more than nine tenths of the {} free: it may not fit; choose a smaller model, or shorter rows",
+            "{takes}, more than nine tenths of the {} free: it may not fit; use a smaller model or shorter rows",
             gib(*free)
         ),
     }

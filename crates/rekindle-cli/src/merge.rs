@@ -21,7 +21,8 @@ pub(crate) fn run(args: &MergeArgs) -> Result<(), Failure> {
     if args.verify {
         let found = merge.verify(&args.out, args.device.unwrap_or(DeviceKind::Cpu))?;
         eprintln!(
-            "losses of adapter and merged model differ by {:.1e} on the mean and {:.1e} at most (bound {:.0e})",
+            "the losses of the adapter and the merged model differ by {:.1e} on average and by {:.1e} at most (bound \
+             {:.0e})",
             found.mean, found.largest, found.bound
         );
     }

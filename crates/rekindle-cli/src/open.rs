@@ -24,7 +24,7 @@ pub(crate) fn open(args: &ModelArgs) -> Result<(Model, Option<Tokenizer>), Failu
     }
     if model.causal_lm().lora().is_some() {
         return Err(Failure::Configuration(format!(
-            "--model {} is an adapter, which stands for its base with it; leave --adapter out, or give the base",
+            "--model {} is an adapter, which also loads its base; omit --adapter, or pass the base as --model",
             args.model.display()
         )));
     }

@@ -19,7 +19,7 @@ fn format(args: &QuantizeArgs) -> Result<LoadIn, Failure> {
     if args.to == "int8" {
         if args.blocksize.is_some() || args.double_quant.is_some() {
             return Err(Failure::Configuration(
-                "int8 has one scale a row; leave out --blocksize and --double-quant, or quantize --to nf4".to_owned(),
+                "--to int8 has one scale per row; omit --blocksize and --double-quant, or use --to nf4".to_owned(),
             ));
         }
         return Ok(LoadIn::EightBit);

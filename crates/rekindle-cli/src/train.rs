@@ -130,7 +130,7 @@ fn interruption(report: &TrainReport) -> String {
 fn summarize(report: &TrainReport, dir: &Path, resolved: &Path) {
     eprintln!("{}", summary(report));
     if report.end == TrainEnd::EarlyStopping {
-        eprintln!("the evaluation loss stopped falling: the run ended early (early_stopping_patience)");
+        eprintln!("the run ended early because the evaluation loss stopped falling (early_stopping_patience)");
     }
     let [metrics, page] = ["metrics.jsonl", "report.html"].map(|name| dir.join(name));
     eprintln!("report {}  numbers {}  configuration {}", page.display(), metrics.display(), resolved.display());

@@ -29,11 +29,14 @@ impl Columns {
         let known = || SHAPES.iter().flat_map(|(_, keys)| keys.iter()).chain(&BESIDE);
         if let Some(wrong) = of.keys().find(|key| !known().any(|known| known == key)) {
             let known = known().copied().collect::<Vec<_>>().join(", ");
-            return Err(Error::Options(format!("columns: {wrong:?} is no key of a row; known: {known}")));
+            return Err(Error::Options(format!("columns: {wrong:?} is not a key of a row; known: {known}")));
         }
         for (key, column) in &of {
             if let Some((other, _)) = of.iter().find(|(other, theirs)| *other != key && *theirs == column) {
-                return Err(Error::Options(format!("columns: {column:?} stands for both {key:?} and {other:?}")));
+                return Err(Error::Options(format!(
+                    "columns: {column:?} is mapped to both {key:?} and {other:?}; \
+                     remove one of them"
+                )));
             }
         }
         let is_mapped = |keys: &[&str]| keys.iter().any(|key| of.contains_key(*key));
@@ -81,7 +84,7 @@ impl Columns {
     /// Returns the message for a mapped column that no row has.
     pub(crate) fn missing(&self, found: Found) -> Option<String> {
         let (_, (key, column)) = self.of.iter().enumerate().find(|(bit, _)| found & (1 << bit) == 0)?;
-        Some(format!("no row has {column:?} (for {key:?}); correct columns, or leave {key:?} out"))
+        Some(format!("no row has {column:?} (for {key:?}); correct columns, or remove {key:?}"))
     }
 
     /// Checks a table's columns before any row of it is read.
@@ -90,7 +93,7 @@ impl Columns {
         match self.of.iter().find(|(_, column)| !columns.contains(&column.as_str())) {
             Some((key, column)) => Err(format!("has no column {column:?} (for {key:?}); its columns: {}", there())),
             None if columns.iter().any(|column| self.is_read(column)) => Ok(()),
-            None => Err(format!("has no column that rows are made of; its columns: {}", there())),
+            None => Err(format!("has no column that Rekindle reads; its columns: {}", there())),
         }
     }
 
@@ -172,7 +175,10 @@ mod tests {
             let of = [(key.to_owned(), column.to_owned()), ("text".to_owned(), "body".to_owned())].into();
             Columns::new(of).expect_err("refused").to_string()
         };
-        assert!(error("promt", "q").starts_with("columns: \"promt\" is no key of a row; known: input_ids, messages, "));
+        assert!(error("promt", "q").starts_with(
+            "columns: \"promt\" is not a key of a row; known: input_ids, \
+             messages, "
+        ));
         assert_eq!(error("prompt", "body"), "columns: \"body\" stands for both \"prompt\" and \"text\"");
     }
 }

@@ -67,7 +67,7 @@ impl DataFiles {
     ) -> Result<Self> {
         let paths: Vec<PathBuf> = paths.into_iter().map(|path| path.as_ref().to_owned()).collect();
         if paths.is_empty() {
-            return Err(Error::Options("no file of rows is named".to_owned()));
+            return Err(Error::Options("no data file is given; pass at least one".to_owned()));
         }
         let (files, notices) = files::find(&paths, split, defaults)?;
         Ok(DataFiles { files, columns: Columns::default(), cache_dir: None, notices })

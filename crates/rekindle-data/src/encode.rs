@@ -32,7 +32,7 @@ pub(crate) fn encode(
         let labels = labels.unwrap_or_else(|| input_ids.iter().map(|&id| label(id)).collect());
         return Ok(Encoded { input_ids, labels, line, notes: RowNotes::default() });
     }
-    let tokenizer = tokenizer.ok_or("this kind of row needs a tokenizer; only \"input_ids\" does without")?;
+    let tokenizer = tokenizer.ok_or("this kind of row needs a tokenizer; without one, use rows of \"input_ids\"")?;
     let (input_ids, labels, notes) = match content {
         RowContent::Messages { messages, trained_from, tools, kwargs } => {
             conversation::encode(tokenizer, messages, trained_from, tools, kwargs, options)?

@@ -105,7 +105,7 @@ pub(crate) fn strip_reasoning(messages: &mut [Message]) -> Result<(), String> {
         let calls = message.extra.get("tool_calls").is_some_and(|calls| !calls.is_null());
         if message.text().trim().is_empty() && !calls {
             return Err(format!(
-                "messages[{turn}] (assistant) has nothing but reasoning, which thinking = \"strip\" takes away; \
+                "messages[{turn}] (assistant) has nothing but reasoning, which thinking = \"strip\" removes; \
                  remove the row, or set thinking = \"keep\" or \"mask\""
             ));
         }

@@ -97,8 +97,8 @@ pub enum RowChange {
 }
 
 /// The note about rows whose prompt does not end at a token border, for example in a space.
-const JOINED: &str = "encoded with prompt and answer apart, where one token would span both (a prompt should not end in a \
-                      space)";
+const JOINED: &str = "encoded with prompt and answer separately, because one token would span both (a prompt should \
+     not end in a space)";
 
 /// The maximum number of rows to name for each change.
 const NAMED: usize = 3;
@@ -147,14 +147,14 @@ impl fmt::Display for LoadReport {
             write!(f, " ({})", self.place(at))?;
         }
         let not_shown = match self.not_shown_dropped {
-            true => "dropped because the chat template does not show all of them",
-            false => "trained without what the chat template does not show",
+            true => "dropped because the chat template does not render them completely",
+            false => "trained without the parts that the chat template does not render",
         };
         let counts = [
             (RowChange::Dropped, self.dropped, "dropped"),
             (RowChange::Truncated, self.truncated, "truncated"),
             (RowChange::Split, self.split, "split"),
-            (RowChange::Untrained, self.untrained, "dropped with nothing to train"),
+            (RowChange::Untrained, self.untrained, "dropped because they have no token to train"),
             (RowChange::NotShown, self.not_shown, not_shown),
             (RowChange::Joined, self.joined, JOINED),
         ];

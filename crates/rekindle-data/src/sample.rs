@@ -112,7 +112,7 @@ impl RowSample {
         }
         let rows = crate::counted(used, "row");
         let part = self.held_out.unwrap_or_default();
-        Err(Error::Options(format!("eval_fraction = {part} of {rows} leaves none to train on; lower it, or give eval")))
+        Err(Error::Options(format!("eval_fraction = {part} of {rows} leaves none to train on; lower it, or set eval")))
     }
 
     fn describe(&self, count: usize, held_out: usize, part: RowPart) -> String {
@@ -238,7 +238,7 @@ mod tests {
         }
         assert_eq!(
             error(Some(3), Some(3.0)),
-            "eval_fraction = 3 of 3 rows leaves none to train on; lower it, or give eval"
+            "eval_fraction = 3 of 3 rows leaves none to train on; lower it, or set eval"
         );
         assert!(error(Some(1), Some(0.5)).starts_with("eval_fraction = 0.5 of 1 row leaves none"));
     }

@@ -46,9 +46,8 @@ pub(crate) fn locate(
     let mut located: Vec<Turn> = Vec::new();
     let mut end = 0;
     for &turn in turns {
-        let span = span(template, messages, turn, &text, options).map_err(|reason| {
-            format!("cannot tell what of the chat template's output is messages[{turn}]: {reason}")
-        })?;
+        let span = span(template, messages, turn, &text, options)
+            .map_err(|reason| format!("cannot find messages[{turn}] in the chat template's output: {reason}"))?;
         if end > span.start {
             return Err(format!("the chat template mixes messages[{turn}] with the assistant turn before it"));
         }
@@ -79,7 +78,7 @@ fn by_marks(
     };
     if !ends.is_sorted() || ends.last() != Some(&spans.len()) {
         return Err(format!(
-            "cannot tell which of the {} {{% generation %}} blocks of the chat template are which assistant turn's",
+            "cannot match the {} {{% generation %}} blocks of the chat template to the assistant turns",
             spans.len()
         ));
     }
@@ -148,10 +147,10 @@ fn span_by_mark(
     let ending = template
         .try_render(&with_mark(&messages[..=turn], turn), options)
         .map_err(|error| format!("it cannot be rendered as the last message: {error}"))?;
-    let (_, ending) = ending.split_once(MARK).ok_or("it is not shown when it is the last message")?;
+    let (_, ending) = ending.split_once(MARK).ok_or("it is not rendered when it is the last message")?;
     let ending = ending.strip_prefix(marked.joint.as_str()).unwrap_or(ending);
     let end = content_end + common_prefix(ending, &marked.after);
-    if start < end { Ok(start..end) } else { Err("nothing of it is shown".to_owned()) }
+    if start < end { Ok(start..end) } else { Err("none of it is rendered".to_owned()) }
 }
 
 /// The text around a turn's content in the rendering of the whole.
@@ -175,7 +174,7 @@ impl Surroundings {
             .map_err(|error| format!("its place could not be marked: {error}"))?;
         let parts: Vec<&str> = marked.split(MARK).collect();
         let &[before, after] = parts.as_slice() else {
-            return Err(format!("its content is shown {} times", parts.len() - 1));
+            return Err(format!("its content is rendered {} times", parts.len() - 1));
         };
         let rest = text.strip_prefix(before).unwrap_or_default();
         let joint = match after.strip_suffix(rest) {

@@ -140,7 +140,7 @@ impl ChatTemplate {
         let Some(marking) = &self.marking else { return Ok(MarkedRendering { text, spans: Vec::new() }) };
         let (plain, spans) = generation::extract(&self.render_in(marking, messages, options)?);
         if plain != text {
-            return Err("the text depends on what its {% generation %} blocks hold".to_owned());
+            return Err("the text depends on the contents of its {% generation %} blocks".to_owned());
         }
         Ok(MarkedRendering { text, spans })
     }

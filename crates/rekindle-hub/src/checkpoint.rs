@@ -171,7 +171,7 @@ pub fn read_config(directory: &Path) -> Result<Value, Error> {
     let path = directory.join("config.json");
     if !path.exists() {
         let way_out = if directory.join("adapter_config.json").exists() {
-            "it holds a PEFT adapter; pass it as the adapter and its base model as the model"
+            "it contains a PEFT adapter; pass it as the adapter and its base model as the model"
         } else {
             "pass a model directory in the Hugging Face layout"
         };
@@ -342,7 +342,7 @@ mod tests {
         let error = message(scratch.path(), "lacks config.json; pass a model directory");
         assert!(matches!(error, Error::Missing { .. }), "{error}");
         fs::write(scratch.path().join("adapter_config.json"), "{}").unwrap();
-        message(scratch.path(), "holds a PEFT adapter");
+        message(scratch.path(), "contains a PEFT adapter");
 
         fs::write(scratch.path().join("config.json"), "{}").unwrap();
         let error = message(scratch.path(), "neither model.safetensors nor");

@@ -100,7 +100,7 @@ impl Modules {
             let is = |name: &&(String, _)| name.0 == *wanted || name.0.ends_with(&format!(".{wanted}"));
             self.savable.iter().find(is).map(|(name, _)| name.clone()).ok_or_else(|| {
                 let known: Vec<&str> = self.savable.iter().map(|(name, _)| name.as_str()).collect();
-                format!("modules_to_save \"{wanted}\" is none of the modules that can be saved: {}", known.join(", "))
+                format!("modules_to_save \"{wanted}\" is not a module that can be saved; use {}", known.join(", "))
             })
         };
         let found: Vec<Result<String, String>> = modules_to_save.iter().map(find).collect();
@@ -176,15 +176,12 @@ impl Adapter {
         if modules.tied && tables.len() > 1 {
             let first = tables.pop_first().map(|(_, table)| table.values);
             if first != tables.values().next().map(|table| table.values.clone()) {
-                problems.push(
-                    "the embedding table and the head that it holds differ, and this model ties them into one"
-                        .to_owned(),
-                );
+                problems.push("its embedding table and head differ, but this model ties them".to_owned());
             }
         }
         if let (Some(rows), Some(has)) = (rows, rows_of(&file).filter(|has| Some(*has) != rows)) {
             problems.push(format!(
-                "it was trained with {has} token ids and this model has {rows}; load the base with \
+                "it was trained with {has} token ids, but this model has {rows}; load the base with \
                  resize_model_vocab = {has}"
             ));
         }
@@ -193,17 +190,17 @@ impl Adapter {
             && config.lora().ensure_weight_tying
             && saved.values().zip(saved.values().skip(1)).any(different)
         {
-            problems.push("the tied weights that it saved differ, although ensure_weight_tying is true".to_owned());
+            problems.push("its saved tied weights differ, although ensure_weight_tying is true".to_owned());
         }
         let adapted: Vec<String> = factors.keys().cloned().collect();
         if let (Err(error), true) = (modules.check_experts(config.lora(), &adapted), problems.is_empty()) {
             problems.push(error.to_string());
         }
         for name in file.names().filter(|name| !reader.read.contains(*name)) {
-            problems.push(format!("tensor \"{name}\" belongs to nothing of this model that the adapter is on"));
+            problems.push(format!("tensor \"{name}\" matches no adapted module of this model"));
         }
         if factors.is_empty() && problems.is_empty() {
-            problems.push("holds no adapter tensors".to_owned());
+            problems.push("it contains no adapter tensors".to_owned());
         }
         if problems.is_empty() {
             Ok(Self { config, factors, biases, saved, tables })
@@ -394,7 +391,7 @@ mod tests {
 
         let tied = Modules { tied: true, ..untied.clone() };
         let error = Adapter::load(dir.path(), &tied).unwrap_err().to_string();
-        assert!(error.contains("the embedding table and the head that it holds differ"), "{error}");
+        assert!(error.contains("its embedding table and head differ"), "{error}");
         brought.tables.insert(embed, table(0.25));
         brought.save(dir.path()).unwrap();
         let tables = Adapter::load(dir.path(), &tied).unwrap().tables;

@@ -260,31 +260,36 @@ impl LoraConfig {
         }
         for module in self.modules_to_save.iter().filter(|module| !SAVABLE.contains(&module.as_str())) {
             let hint = nearest_hint(module, SAVABLE);
-            problems.push(format!("modules_to_save \"{module}\" is none of embed_tokens and lm_head{hint}"));
+            problems.push(format!("modules_to_save \"{module}\" is not supported; use embed_tokens or lm_head{hint}"));
         }
         if self.target_modules == TargetModules::Names(Vec::new()) && self.target_parameters.is_empty() {
             problems.push(match self.modules_to_save[..] {
                 [] => "target_modules is empty; nothing would be trained (usual: \"all-linear\")".to_owned(),
-                _ => {
-                    "target_modules is empty; beside modules_to_save too an adapter is on one linear at least (usual: \
+                _ => "target_modules is empty; an adapter with modules_to_save also needs at least one linear (usual: \
                       \"all-linear\")"
-                        .to_owned()
-                }
+                    .to_owned(),
             });
         }
         if self.finetune_last_n_layers == Some(0) {
-            problems.push("finetune_last_n_layers is 0; leave it out to adapt every block".to_owned());
+            problems.push("finetune_last_n_layers is 0; remove it to adapt every block".to_owned());
         }
         if self.finetune_last_n_layers.is_some() && self.layers_to_transform.is_some() {
-            problems
-                .push("finetune_last_n_layers and layers_to_transform exclude each other; leave one out".to_owned());
+            problems.push(
+                "finetune_last_n_layers and layers_to_transform exclude each other; remove one of \
+                     them"
+                    .to_owned(),
+            );
         }
         if self.layers_pattern.is_some() && self.layers_to_transform.is_none() {
-            problems.push("layers_pattern says where block numbers stand; it needs layers_to_transform".to_owned());
+            problems.push(
+                "layers_pattern has no effect without layers_to_transform; set both, or remove \
+                 it"
+                .to_owned(),
+            );
         }
         match (&self.layers_to_transform, &self.target_modules) {
             (Some(layers), _) if layers.is_empty() => {
-                problems.push("layers_to_transform is empty; leave it out to adapt every block".to_owned());
+                problems.push("layers_to_transform is empty; remove it to adapt every block".to_owned());
             }
             (Some(_), TargetModules::Regex(_) | TargetModules::AllLinear) => problems.push(
                 "layers_to_transform needs target_modules to be a list of names, such as [\"q_proj\", \"v_proj\"]"
@@ -295,7 +300,7 @@ impl LoraConfig {
         problems.extend(self.init_lora_weights.problem());
         problems.extend(self.loftq_config.and_then(LoftqConfig::problem));
         if self.loftq_config.is_some() && self.init_lora_weights != InitLoraWeights::Loftq {
-            problems.push("loftq_config is for init_lora_weights = \"loftq\"; leave it out".to_owned());
+            problems.push("loftq_config applies only to init_lora_weights = \"loftq\"; remove it".to_owned());
         }
         if problems.is_empty() { Ok(()) } else { Err(Error::Config { problems }) }
     }
@@ -420,7 +425,9 @@ mod tests {
         config("loftq", json!({ "loftq_bits": 8, "loftq_iter": 1 })).validate().expect("valid");
         assert!(message(&config("loftq", json!({ "loftq_iter": 5 }))).contains("loftq_iter is 5; only 1"));
         assert!(message(&config("loftq", json!({ "loftq_bits": 2 }))).contains("loftq_bits is 2; bases have"));
-        assert!(message(&config("pissa", json!({}))).contains("loftq_config is for init_lora_weights = \"loftq\""));
+        assert!(
+            message(&config("pissa", json!({}))).contains("loftq_config applies only to init_lora_weights = \"loftq\"")
+        );
     }
 
     #[test]

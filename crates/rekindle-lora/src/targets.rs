@@ -37,7 +37,7 @@ pub fn match_targets<S: AsRef<str>>(config: &LoraConfig, linears: &[S]) -> Resul
     if let Some(n) = config.finetune_last_n_layers {
         let layers = linears.iter().filter_map(|linear| layer_index(linear)).max().map_or(0, |last| last + 1);
         if n > layers {
-            let problem = format!("finetune_last_n_layers is {n}, and this model has {layers} layers");
+            let problem = format!("finetune_last_n_layers is {n}, but this model has only {layers} layers");
             return Err(problems(vec![problem]));
         }
         selected.retain(|linear| layer_index(linear).is_some_and(|layer| layer >= layers - n));
@@ -77,7 +77,7 @@ pub(crate) fn is_fused(linear: &str) -> bool {
 fn exclusions<'a>(excluded: &TargetModules, linears: &[&'a str]) -> Result<Vec<&'a str>, Error> {
     match excluded {
         TargetModules::AllLinear => Err(problems(vec![
-            "exclude_modules \"all-linear\" leaves nothing to adapt; name the linears that stay as they are".to_owned(),
+            "exclude_modules \"all-linear\" leaves nothing to adapt; name the linears to exclude".to_owned(),
         ])),
         TargetModules::Regex(pattern) => match_pattern("exclude_modules", pattern, linears),
         TargetModules::Names(names) => {
@@ -128,7 +128,10 @@ impl<'a> Layers<'a> {
         let known: BTreeSet<usize> = linears.iter().filter_map(|linear| self.index(linear)).collect();
         if known.is_empty() && self.wanted.is_some() {
             let patterns = self.patterns.join("\", \"");
-            return vec![format!("layers_pattern \"{patterns}\" stands before no block number; nearest: \"layers\"")];
+            return vec![format!(
+                "layers_pattern \"{patterns}\" precedes no block number in the names of this model; \
+                 nearest: \"layers\""
+            )];
         }
         let last = known.last().copied().unwrap_or(0);
         let missing = self.wanted.into_iter().flatten().filter(|layer| !known.contains(layer));
@@ -170,7 +173,7 @@ fn match_pattern<'a>(argument: &str, pattern: &str, linears: &[&'a str]) -> Resu
             None => format!("; names look like \"{}\"", linears.first().unwrap_or(&"")),
         };
         return Err(problems(vec![format!(
-            "{argument} \"{pattern}\" matches no linear of this model from its first to its last letter{hint}"
+            "{argument} \"{pattern}\" matches the whole name of no linear in this model{hint}"
         )]));
     }
     Ok(selected)

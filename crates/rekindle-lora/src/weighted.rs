@@ -139,7 +139,7 @@ fn svd(parts: &[Part<'_>], [out, input]: [usize; 2], r: usize) -> Factors {
 fn problems(adapters: &[(&str, &Adapter, f64)], combination: Combination) -> Vec<String> {
     let mut problems = Vec::new();
     if adapters.is_empty() {
-        problems.push("no adapters to combine; name at least one".to_owned());
+        problems.push("no adapters to combine; pass at least one".to_owned());
     }
     if combination == Combination::Svd(Some(0)) {
         problems.push("the rank of svd is 0; it must be at least 1".to_owned());
@@ -150,12 +150,11 @@ fn problems(adapters: &[(&str, &Adapter, f64)], combination: Combination) -> Vec
             problems.push(format!("the weight of adapter \"{name}\" is {weight}; expected a finite number"));
         }
         let mut alone = |what: &str| {
-            problems.push(format!(
-                "adapter \"{name}\" has {what}, which cannot be weighted and added up; merge it into the base first"
-            ));
+            problems
+                .push(format!("adapter \"{name}\" has {what}, which cannot be combined; merge it into the base first"));
         };
         if lora.use_dora {
-            alone("DoRA's lengths (use_dora)");
+            alone("DoRA magnitudes (use_dora)");
         }
         if !adapter.biases.is_empty() {
             alone("trained biases (bias)");
@@ -166,7 +165,7 @@ fn problems(adapters: &[(&str, &Adapter, f64)], combination: Combination) -> Vec
         let mixed = adapter.factors.values().map(|factors| factors.r).find(|r| *r != rank(adapters[0].1));
         if let (Combination::Linear, Some(r)) = (combination, mixed) {
             problems.push(format!(
-                "linear adds A and B up apart and needs one rank; adapter \"{name}\" has {r} beside {}; use cat or svd",
+                "linear combines only adapters of equal rank; adapter \"{name}\" has rank {r}, not {}; use cat or svd",
                 rank(adapters[0].1)
             ));
         }
@@ -186,7 +185,7 @@ fn problems(adapters: &[(&str, &Adapter, f64)], combination: Combination) -> Vec
         && let Some((other, ..)) = tables.find(|(_, adapter, _)| adapter.tables != first.tables)
     {
         problems.push(format!(
-            "adapters \"{name}\" and \"{other}\" bring different embedding tables along; merge one of them into the base \
+            "adapters \"{name}\" and \"{other}\" have different embedding tables; merge one of them into the base \
              first"
         ));
     }
@@ -195,8 +194,8 @@ fn problems(adapters: &[(&str, &Adapter, f64)], combination: Combination) -> Vec
         && let Some((other, _)) = codes.find(|(_, codes)| *codes != first)
     {
         problems.push(format!(
-            "adapters \"{name}\" and \"{other}\" start from what codes miss (loftq), and their codes differ; combine \
-             adapters of one base"
+            "adapters \"{name}\" and \"{other}\" were initialized by LoftQ for bases that are quantized differently; \
+             combine adapters of one base"
         ));
     }
     problems
@@ -240,7 +239,10 @@ impl FromStr for Combination {
             (_, Some(Ok(rank))) => Ok(Self::Svd(Some(rank))),
             _ => {
                 let hint = nearest_hint(text, Self::NAMES);
-                let problem = format!("\"{text}\" is none of \"cat\", \"linear\", \"svd\" and \"svd:N\"{hint}");
+                let problem = format!(
+                    "\"{text}\" is not a combination; use \"cat\", \"linear\", \"svd\" or \
+                     \"svd:N\"{hint}"
+                );
                 Err(Error::Config { problems: vec![problem] })
             }
         }
@@ -379,7 +381,7 @@ mod tests {
             assert!(text.contains(part), "{part}: {text}");
         }
         let text = weighted(&[], Combination::Cat, &modules()).unwrap_err().to_string();
-        assert_eq!(text, "no adapters to combine; name at least one");
+        assert_eq!(text, "no adapters to combine; pass at least one");
     }
 
     #[test]

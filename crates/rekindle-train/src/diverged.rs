@@ -44,7 +44,7 @@ impl fmt::Display for Diverged {
                 write!(f, " and {rest} more")?;
             }
             if self.all_rows && self.rows.len() > 1 {
-                f.write_str(" (all of the step)")?;
+                f.write_str(" (all rows of the step)")?;
             }
         }
         for advice in &self.advice {
@@ -52,7 +52,7 @@ impl fmt::Display for Diverged {
         }
         match &self.checkpoint {
             Some(path) => write!(f, "\n  the last good checkpoint is {}", path.display()),
-            None => f.write_str("\n  there is no checkpoint before it (save_steps makes them)"),
+            None => f.write_str("\n  there is no earlier checkpoint; set save_steps to write them"),
         }
     }
 }

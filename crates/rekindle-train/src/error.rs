@@ -17,7 +17,8 @@ pub enum Error {
     Diverged(Box<Diverged>),
     /// The output directory holds checkpoints of an earlier run.
     #[error(
-        "{} is of an earlier run in {}; pass --resume to continue that run, --overwrite to remove its checkpoints and start \
+        "{} is a checkpoint of an earlier run in {}; pass --resume to continue that run, --overwrite to remove its \
+         checkpoints and start \
          again, or set another output_dir",
         .latest.display(), .output_dir.display()
     )]
@@ -39,7 +40,8 @@ pub enum Error {
         resumes: bool,
     },
     /// The run differs from the one that wrote the checkpoint.
-    #[error("cannot go on from {}: {}; a run goes on with what it began with", .path.display(), .differences.join("; "))]
+    #[error("cannot resume from {}: {}; a resumed run must keep these \
+         settings", .path.display(), .differences.join("; "))]
     Differs {
         /// The checkpoint.
         path: PathBuf,

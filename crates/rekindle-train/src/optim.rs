@@ -69,7 +69,7 @@ impl Optim {
         ] {
             if given && !taken {
                 let optim = serde_json::to_string(&self).unwrap_or_default();
-                ignored.push(format!("{name} means nothing to optim = {optim}; leave it out"));
+                ignored.push(format!("{name} has no effect with optim = {optim}; remove it"));
             }
         }
         ignored

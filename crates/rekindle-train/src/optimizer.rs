@@ -41,24 +41,26 @@ impl OptimizerConfig {
         match (self.format, model.device()) {
             (StateFormat::F32, _) => {}
             _ if paged == 0 => {
-                notes.push("no state has 8 bits: no parameter has 4,096 elements and a state".to_owned())
+                notes.push("no optimizer state has 8 bits: that needs parameters of at least 4,096 elements".to_owned())
             }
             (StateFormat::Host8, Device::Cuda(_)) => notes.push(format!(
-                "the optimizer state is in page-locked host memory: each step reads {} over the bus and writes as much",
+                "the optimizer state is in page-locked host memory: each step copies {} to the device and back",
                 show_bytes(paged)
             )),
             (_, Device::Cuda(_)) => {}
             (format, device) => {
                 if format == StateFormat::Host8 {
                     notes.push(
-                        "a paged optimizer is as one that is not: its state is in host memory as it is".to_owned(),
+                        "a paged optimizer makes no difference here: the optimizer state is in host memory \
+                         anyway"
+                            .to_owned(),
                     );
                 }
                 if !device.is_cpu() {
                     let moved = show_bytes(4 * model.params().numel());
                     notes.push(format!(
-                        "the host changes what has an 8-bit optimizer state: each step brings up to {moved} of gradients \
-                         and as much of parameters there, and the parameters back"
+                        "parameters with 8-bit optimizer state are updated on the host: each step copies up to \
+                         {moved} of gradients and as much of parameters to it, and the parameters back"
                     ));
                 }
             }
@@ -114,13 +116,13 @@ impl Optimizer {
             return Err(Error::NothingToTrain);
         }
         if model.dtype() == DType::F16 {
-            let problem = "dtype \"f16\" is not trained in: its smallest value is 6e-8, and the loss is not scaled to keep \
-                           gradients above that; use \"bf16\" or \"f32\"";
+            let problem = "dtype \"f16\" cannot be used for training: small gradients underflow, because the loss is \
+                 not scaled; use \"bf16\" or \"f32\"";
             return Err(Error::Config(vec![problem.to_owned()]));
         }
         if config.optimizer_in_bwd && model.lora().is_some() {
-            let problem = "optimizer_in_bwd spares the gradients of all weights, and an adapter has few of them; leave it \
-                           out, or train with full_finetuning = true";
+            let problem = "optimizer_in_bwd saves memory only with full_finetuning, because an adapter's gradients \
+                 are small; remove it, or set full_finetuning = true";
             return Err(Error::Config(vec![problem.to_owned()]));
         }
         let state = State::new(model.params().infos(), model.device(), config.rule, config.format);
@@ -218,7 +220,8 @@ impl Optimizer {
     ) -> Result<(Vec<PendingLoss>, Vec<Clip>), Error> {
         let [batch] = batches else {
             return Err(Error::Config(vec![format!(
-                "optimizer_in_bwd = true moves parameters in the middle of a batch, so a step has one batch, not {}",
+                "optimizer_in_bwd = true updates parameters during the backward pass, so a step must be one batch, \
+                 not {}",
                 batches.len()
             )]));
         };

@@ -34,8 +34,8 @@ impl TryFrom<Names> for ReportTo {
             ["tensorboard"] => Ok(Self::Tensorboard),
             ["none"] | [] => Ok(Self::None),
             _ => Err(format!(
-                "report_to = {names:?}: it is \"tensorboard\", files in the output directory, or \"none\"; nothing is \
-                 sent to a service"
+                "report_to = {names:?} is not supported; use \"tensorboard\", which writes files to the output \
+                 directory, or \"none\""
             )),
         }
     }
@@ -58,7 +58,7 @@ mod tests {
         }
         for value in [json!("all"), json!(["tensorboard", "wandb"])] {
             let error = read(value.clone()).unwrap_err().to_string();
-            assert!(error.contains("sent to a service"), "{value}: {error}");
+            assert!(error.contains("is not supported; use"), "{value}: {error}");
         }
         assert_eq!(serde_json::to_value(ReportTo::default()).unwrap(), json!("tensorboard"));
     }

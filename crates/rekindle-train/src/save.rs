@@ -175,7 +175,7 @@ fn check_with(dir: &Path, adapter: bool, named: &[&str], files: &[&str]) -> Resu
         None => Ok(()),
         Some(name) => Err(rekindle_hub::Error::Unwritable {
             path: dir.to_owned(),
-            reason: format!("it holds \"{name}\", which saving would remove; give a new directory"),
+            reason: format!("it holds \"{name}\", which saving would remove; choose a new directory"),
         }
         .into()),
     }

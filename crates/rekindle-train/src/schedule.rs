@@ -247,7 +247,7 @@ impl Reader {
         self.check(
             decay <= room,
             &format!(
-                "a fall of {} is longer than the {room} that {} leave after {warmup} of warm-up",
+                "a decay of {} is longer than the {room} that remain of {} after {warmup} of warm-up",
                 counted(decay, "step"),
                 counted(total, "step")
             ),
@@ -279,7 +279,7 @@ impl Reader {
                 _ => "nothing",
             };
             let kind = serde_json::to_string(&self.kind).unwrap_or_default();
-            self.check(!given, &format!("{name} means nothing to {kind}, which takes {takes}"));
+            self.check(!given, &format!("{name} has no effect with {kind}, which takes {takes}"));
         }
     }
 

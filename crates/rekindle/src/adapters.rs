@@ -150,8 +150,7 @@ impl Model {
             .extend(unknown.iter().map(|key| format!("{name}: the key \"{key}\" is unknown and has no effect")));
         if self.causal_lm().adapter_changes_nothing() {
             self.notices.push(format!(
-                "{}: every product B·A of this adapter is zero, and the model with it is its base; it was saved before it \
-                 was trained",
+                "{}: this adapter is untrained (every B·A is zero): it does not change the model",
                 adapter.display()
             ));
         }

@@ -223,13 +223,13 @@ impl DataSource {
         let options = [("revision", &self.args.revision), ("subset", &self.args.subset)];
         if let Some((key, value)) = options.iter().find_map(|(key, value)| Some((key, value.as_ref()?))) {
             return Err(Error::Argument(format!(
-                "{key} = {value:?} is for datasets on the hub, and {self} is on disk; leave it out"
+                "{key} = {value:?} applies to datasets on the hub, but {self} is on disk; remove it"
             )));
         }
         match &self.split {
             Some(split) if !paths.iter().any(|path| path.is_dir()) => Err(Error::Argument(format!(
-                "split = {split:?} chooses among the files of a directory or of a dataset on the hub, and {self} is \
-                 neither; leave it out"
+                "split = {split:?} selects files of a directory or of a dataset on the hub, but {self} is neither; \
+                 remove it"
             ))),
             _ => Ok((paths, notices)),
         }
@@ -257,7 +257,8 @@ impl DataSource {
     #[cfg(not(feature = "network"))]
     fn fetch(&self, name: &str) -> Result<(Vec<PathBuf>, Option<String>), Error> {
         Err(Error::Argument(format!(
-            "{name}: there is no such file or directory, and this program was built without names on the hub (the feature network)"
+            "{name}: no such file or directory, and this build cannot download from the hub; build it with the \
+             feature \"network\""
         )))
     }
 

@@ -79,11 +79,12 @@ pub(crate) fn notice(model: &Path, tokenizer: &Tokenizer, rows: &Dataset) -> Res
     let Some(end) = ends.find(|end| !named.contains(end) && is_trained(*end)) else { return Ok(None) };
     let what = if turns.contains(&end) { "the chat template ends turns" } else { "texts end" };
     let base = match &named[..] {
-        [] => "the base model names no end token".to_owned(),
+        [] => "the base model has no end token".to_owned(),
         ids => format!("the base model ends at {}", ids.iter().map(|&id| show(id)).collect::<Vec<_>>().join(", ")),
     };
     Ok(Some(format!(
-        "{what} with {}, and {base}: generation and the saved generation_config.json end at all of them",
+        "{what} with {}, and {base}; generation ends at any of them, and the saved generation_config.json lists them \
+         all",
         show(end)
     )))
 }

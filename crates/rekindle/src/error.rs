@@ -32,7 +32,8 @@ pub enum Error {
     #[error("{}", .0.refusal())]
     DoesNotFit(Box<rekindle_train::MemoryFit>),
     /// The base model of an adapter cannot be loaded.
-    #[error("the base model of the adapter {}: {source}; or give the base as the model, and the adapter beside it", .adapter.display())]
+    #[error("the base model of the adapter {}: {source}; to use another base, pass it as the model and the adapter \
+         separately", .adapter.display())]
     AdapterBase {
         /// The adapter, as given.
         adapter: std::path::PathBuf,

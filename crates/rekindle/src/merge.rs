@@ -109,7 +109,7 @@ impl Merge {
             *adapter = path;
         }
         let (Some(given), Some((first, _))) = (given, self.adapters.first()) else {
-            return Err(Error::Argument("no adapter to merge; name at least one".to_owned()));
+            return Err(Error::Argument("no adapter to merge; pass at least one".to_owned()));
         };
         let base = match &self.base {
             Some(base) => bring(base, None)?.0,
@@ -199,8 +199,8 @@ impl Merge {
             return Ok(verified);
         }
         Err(Error::Argument(format!(
-            "the merged model's losses are {mean:.2e} from the adapter's on the mean, more than the {bound:.0e} that \
-             rounding explains; merge in a wider dtype, or onto the base that the adapter was trained on"
+            "the merged model's losses differ from the adapter's by {mean:.2e} on average, more than rounding \
+             explains ({bound:.0e}); merge in a wider dtype, or into the base that the adapter was trained on"
         )))
     }
 
@@ -225,8 +225,8 @@ fn tokens_without_rows(base: &Path, adapter: &Path) -> Result<Option<String>, Er
     let rows = saved.map(|rows| rows as u64).or_else(stored).filter(|rows| *rows < tokens as u64);
     Ok(rows.map(|rows| {
         format!(
-            "the merged model has {rows} token ids and its tokenizer, {}, has {tokens}: it cannot take the last ones; \
-             train the adapter with resize_model_vocab = {tokens} to give them rows",
+            "the merged model has {rows} token ids, but its tokenizer, {}, has {tokens}; train the adapter with \
+             resize_model_vocab = {tokens} to add the missing rows",
             dir.display()
         )
     }))
@@ -256,12 +256,12 @@ impl Model {
     pub fn save_pretrained_merged(&self, dir: impl AsRef<Path>, dtype: Dtype) -> Result<(), Error> {
         let adapter = self.causal_lm().adapter();
         let adapter = adapter.ok_or_else(|| {
-            Error::Argument("there is no adapter to merge; save_pretrained writes the model as it is".to_owned())
+            Error::Argument("this model has no adapter to merge; call save_pretrained to write it as it is".to_owned())
         })?;
         if self.causal_lm().is_merged() {
             return Err(Error::Argument(
-                "an earlier adapter was merged into this model, and its checkpoint has it not; call merge_and_unload, \
-                 then save_pretrained"
+                "an earlier adapter was merged into this model's weights, which its checkpoint does not contain; call \
+                 merge_and_unload, then save_pretrained"
                     .to_owned(),
             ));
         }
@@ -297,10 +297,10 @@ fn write_merged(
 ) -> Result<(), Error> {
     let same = out.canonicalize().is_ok_and(|out| base.path().canonicalize().is_ok_and(|base| base == out));
     if same {
-        return Err(Error::Argument(format!("{} is the base itself; give another directory", out.display())));
+        return Err(Error::Argument(format!("{} is the base model's own directory; choose another", out.display())));
     }
     if std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(Error::Argument(format!("{} is not empty; give a new directory", out.display())));
+        return Err(Error::Argument(format!("{} is not empty; choose a new directory", out.display())));
     }
     let (mut done, total) = (0, base.total_bytes());
     write_result(out, false, companions, |dir| {

@@ -128,8 +128,8 @@ impl Model {
         }
         let rows = self.inner.config().vocab_size();
         self.notices.push(format!(
-            "resize_model_vocab: {} with {rows} rows stays frozen and is saved with the adapter, new rows as they are \
-             (the mean of the others); to train them, add modules_to_save = [\"embed_tokens\", \"lm_head\"]",
+            "resize_model_vocab: {} with {rows} rows stays frozen and is saved with the adapter; new rows are the \
+             mean of the others. To train them, add modules_to_save = [\"embed_tokens\", \"lm_head\"]",
             names.join(" and ")
         ));
     }

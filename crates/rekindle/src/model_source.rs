@@ -179,7 +179,7 @@ pub(crate) fn find(name: &Path, _: Option<&str>, _: &HubAccess, _: OnDownload<'_
         return Ok(FetchedFiles::directory(name));
     }
     let reason =
-        "there is no such directory, and this program was built without names on the hub (the feature network)";
+        "no such directory, and this build cannot download from the hub; build it with the feature \"network\"";
     Err(rekindle_hub::Error::NotFound { path: name.to_owned(), reason: reason.to_owned() }.into())
 }
 

@@ -28,7 +28,11 @@ pub(crate) fn prompts(
     let mut prompts = Vec::new();
     for text in &config.sample_prompts {
         let Some(tokenizer) = tokenizer else {
-            return Err(Error::Argument("sample_prompts are texts; the checkpoint has no tokenizer.json".to_owned()));
+            return Err(Error::Argument(
+                "sample_prompts needs a tokenizer, and the checkpoint has no tokenizer.json; \
+                 remove sample_prompts"
+                    .to_owned(),
+            ));
         };
         let ids = encode(tokenizer, text)?;
         let most = max_seq_length - 1;
@@ -42,15 +46,19 @@ pub(crate) fn prompts(
     }
     if config.eval_samples > 0 {
         let Some(eval) = eval else {
-            return Err(Error::Argument("eval_samples needs rows to evaluate".to_owned()));
+            return Err(Error::Argument(
+                "eval_samples needs evaluation rows; set eval or eval_fraction in \
+                 [data]"
+                    .to_owned(),
+            ));
         };
         let before = prompts.len();
         let of_rows = eval.examples().filter_map(|example| SamplePrompt::of_example(&example));
         prompts.extend(of_rows.take(config.eval_samples));
         if prompts.len() == before {
             return Err(Error::Argument(
-                "eval_samples: every row to evaluate is trained from its beginning, none has a prompt; give \
-                 sample_prompts"
+                "eval_samples: no evaluation row has a prompt, because each is trained from its first token; set \
+                 sample_prompts instead"
                     .to_owned(),
             ));
         }

@@ -55,7 +55,7 @@ fn spare_dense(out: &Path) -> Result<(), Error> {
     }
     Err(rekindle_hub::Error::Unwritable {
         path: out.to_owned(),
-        reason: "it holds a checkpoint that is not quantized, which would be lost; give a new directory".to_owned(),
+        reason: "it contains an unquantized checkpoint, which would be overwritten; choose a new directory".to_owned(),
     }
     .into())
 }

@@ -21,7 +21,7 @@ impl StopStrings {
         let (mut texts, mut ids) = (Vec::new(), Vec::new());
         for stop in stops {
             if stop.is_empty() {
-                return Err(Error::Argument("a stop string is empty; leave it out".to_owned()));
+                return Err(Error::Argument("a stop string is empty; remove it".to_owned()));
             }
             if let Some(id) = tokenizer.token_to_id(stop).filter(|&id| tokenizer.is_special(id)) {
                 ids.push(id);
@@ -30,8 +30,8 @@ impl StopStrings {
             let special = tokenizer.encode(stop, false)?.into_iter().find(|&id| tokenizer.is_special(id));
             if let Some(token) = special.and_then(|id| tokenizer.id_to_token(id)) {
                 return Err(Error::Argument(format!(
-                    "stop string {stop:?} has the special token {token} in it, which generated text does not show; give \
-                     the token alone"
+                    "stop string {stop:?} contains the special token {token}, which generated text does not include; \
+                     pass the token alone"
                 )));
             }
             texts.push(stop.clone());

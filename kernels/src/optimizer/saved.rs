@@ -27,7 +27,7 @@ pub struct StateTensor {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum StateError {
     /// It was not saved for these parameters and this optimizer.
-    #[error("the optimizer state does not fit the run: {}", .0.join("; "))]
+    #[error("the optimizer state does not match the run: {}", .0.join("; "))]
     Other(Vec<String>),
     /// The device failed.
     #[error(transparent)]
@@ -97,7 +97,7 @@ impl State {
                 Some(t) => loaded.push((part, t.bytes)),
             }
         }
-        problems.extend(found.into_keys().map(|name| format!("\"{name}\" is not of this run")));
+        problems.extend(found.into_keys().map(|name| format!("\"{name}\" does not belong to this run")));
         if !problems.is_empty() {
             return Err(StateError::Other(problems));
         }

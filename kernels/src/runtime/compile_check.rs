@@ -72,7 +72,7 @@ pub fn compile_check(archs: &[Arch]) -> Result<Vec<Checked>, CudaError> {
 fn unmatched(source: &Source, usages: &[Usage]) -> Vec<String> {
     let compiled = |name: &&&str| usages.iter().any(|usage| usage.entry == **name);
     let missing = source.entries.iter().filter(|name| !compiled(name));
-    let missing = missing.map(|name| format!("{name} is listed in sources.rs, and the file does not have it"));
+    let missing = missing.map(|name| format!("{name} is listed in sources.rs but not defined in the file"));
     let unnamed = usages.iter().filter(|usage| !source.entries.contains(&usage.entry.as_str()));
     missing.chain(unnamed.map(|usage| format!("{} is not listed in sources.rs", usage.entry))).collect()
 }

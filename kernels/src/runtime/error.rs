@@ -16,7 +16,8 @@ pub enum CudaError {
     },
     /// The driver is older than the functions that are called.
     #[error(
-        "the NVIDIA driver supports CUDA {found}, and at least {needed} is needed; update the driver to release 570 or newer"
+        "the NVIDIA driver supports CUDA {found}, but at least {needed} is needed; update the driver to release 570 \
+         or newer"
     )]
     DriverTooOld {
         /// The CUDA version of the driver.
@@ -34,7 +35,7 @@ pub enum CudaError {
     },
     /// The kernels are not for a card this old.
     #[error(
-        "cuda:{index} ({name}) has compute capability {capability}, and the kernels need 8.0 or newer (Ampere); use \
+        "cuda:{index} ({name}) has compute capability {capability}, but the kernels need 8.0 or newer (Ampere); use \
          another index or device \"cpu\""
     )]
     CardTooOld {
@@ -83,7 +84,7 @@ pub enum CudaError {
     },
     /// Memory of the device is used up.
     #[error(
-        "out of memory: {usage} needs {} and {} of {} are free on the device; in use here: {} ({users}); \
+        "out of memory: {usage} needs {}, but only {} of {} are free on the device; this process uses {} ({users}); \
          use a smaller batch, shorter sequences, use_gradient_checkpointing, or end other programs on the device",
         bytes(*asked), bytes(*free), bytes(*total), bytes(*arena)
     )]

@@ -145,7 +145,14 @@ pub(super) fn check(gemm: &Gemm) -> Result<(), CudaError> {
             return Err(refused(gemm, &format!("{name} has {columns} columns and its rows are {} apart", operand.ld)));
         }
         if !operand.ptr.is_multiple_of(operand.dtype.bytes() as u64) {
-            return Err(refused(gemm, &format!("the address {:#x} of {name} splits an element", operand.ptr)));
+            return Err(refused(
+                gemm,
+                &format!(
+                    "the address {:#x} of {name} is not aligned to its \
+                 elements",
+                    operand.ptr
+                ),
+            ));
         }
     }
     match a.dtype == b.dtype && (d.dtype == a.dtype || d.dtype == DType::F32) && c.dtype == d.dtype && k > 0 {

@@ -66,7 +66,7 @@ impl Kernel {
         // The driver reads as many arguments as the kernel has parameters, each as long as the parameter is.
         if !arguments.iter().map(|argument| argument.size).eq(function.parameters.iter().copied()) {
             let given: Vec<_> = arguments.iter().map(|argument| argument.size).collect();
-            let reason = format!("takes arguments of {:?} bytes, and was given {given:?}", function.parameters);
+            let reason = format!("expects arguments of {:?} bytes, not {given:?}", function.parameters);
             self.cuda.fail(CudaError::Usage { operation: function.name.clone(), reason });
             return;
         }

@@ -234,7 +234,7 @@ impl core::fmt::Display for DeviceKind {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum DeviceError {
     /// Not one of the words.
-    #[error("device \"{0}\" is unknown; it is one of auto, cpu, cuda, cuda:N, wgpu, wgpu:N")]
+    #[error("device \"{0}\" is unknown; use one of auto, cpu, cuda, cuda:N, wgpu, wgpu:N")]
     Unknown(String),
     /// This binary was built without the backend.
     #[error("device \"{0}\" is not in this build; build with `--features {0}` or use device \"cpu\"")]

@@ -107,7 +107,7 @@ fn an_adapter_brings_its_tokenizer_to_a_loaded_model() {
 
     let (model, _) = load(&base());
     let model = model.load_adapter(&adapter).expect("it is of this model");
-    let notice = model.notices().iter().find(|notice| notice.contains("brings another chat template"));
+    let notice = model.notices().iter().find(|notice| notice.contains("has another chat template"));
     assert!(notice.is_some_and(|notice| notice.contains("the adapter's")), "{:?}", model.notices());
     let tokenizer = model.load_tokenizer().expect("valid").expect("the adapter has one");
     let prompt = ChatPrompt::new(None, "Q").encode(&tokenizer).expect("it has a template");

@@ -265,7 +265,7 @@ fn several_adapters_are_loaded_as_one() {
     check("by the facade", model.causal_lm(), &entry["rows"]);
 }
 
-/// An adapter that was saved before it was trained has no effect, which is reported.
+/// An adapter that was saved this adapter is untrained has no effect, which is reported.
 #[test]
 fn an_adapter_without_effect_is_reported() {
     let out = tempfile::tempdir().expect("a temporary directory");
@@ -288,7 +288,10 @@ fn an_adapter_without_effect_is_reported() {
         model.save_pretrained(&dir).expect("the disk has space");
         let loaded = facade().load_adapter(&dir).expect("it was just written");
         let [notice] = loaded.notices() else { panic!("{config:?}: {:?}", loaded.notices()) };
-        assert!(notice.starts_with(&dir.display().to_string()) && notice.contains("before it was trained"), "{notice}");
+        assert!(
+            notice.starts_with(&dir.display().to_string()) && notice.contains("this adapter is untrained"),
+            "{notice}"
+        );
         assert_eq!(
             FastLanguageModel::from_pretrained(&dir).load_model().expect("its base is named").notices().len(),
             1

@@ -167,10 +167,10 @@ fn a_resized_vocabulary_is_merged() {
 }
 
 #[test]
-fn an_engine_for_generation_is_not_there_yet() {
-    let error = loader(Path::new("/no/such/model")).fast_inference(true).load_model().expect_err("not there yet");
+fn fast_inference_is_refused() {
+    let error = loader(Path::new("/no/such/model")).fast_inference(true).load_model().expect_err("it is not supported");
     assert_eq!(error.kind(), ErrorKind::Configuration);
-    assert!(error.to_string().starts_with("fast_inference = true is not there yet"), "{error}");
+    assert!(error.to_string().starts_with("fast_inference = true is not supported"), "{error}");
     let error = loader(Path::new("/no/such/model")).fast_inference(false).load_model().expect_err("no such model");
     assert_eq!(error.kind(), ErrorKind::Failed);
 }

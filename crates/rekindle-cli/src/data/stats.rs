@@ -156,7 +156,7 @@ impl Stats {
             } else {
                 ", dropped"
             };
-            line(format!("{} with nothing to train{refused}", counted(self.untrained, "row")));
+            line(format!("{} without a token to train{refused}", counted(self.untrained, "row")));
         }
         if self.not_shown > 0 {
             let what = match data.not_shown {
@@ -164,11 +164,11 @@ impl Stats {
                 NotShown::Drop => ", dropped",
                 NotShown::Allow => "",
             };
-            line(format!("{} that the chat template does not show all of{what}", counted(self.not_shown, "row")));
+            line(format!("{} that the chat template does not render completely{what}", counted(self.not_shown, "row")));
         }
         let Packing { rows, filled, packed_rows, packed_filled, .. } = self.packing;
         line(format!(
-            "of max_seq_length = {max_seq_length}: {:.1} % filled by {}; packed, {:.1} % by {}",
+            "fill of max_seq_length = {max_seq_length}: {:.1} % on average over {}; packed, {:.1} % over {}",
             100.0 * filled,
             counted(rows, "row"),
             100.0 * packed_filled,

@@ -53,7 +53,11 @@ fn check(dir: &Path) -> Result<(), Failure> {
     if is_empty || is_quickstart() {
         return Ok(());
     }
-    Err(Failure::Configuration(format!("{} holds other files; give a new directory with --out DIR", dir.display())))
+    Err(Failure::Configuration(format!(
+        "{} contains other files; choose a new directory with --out \
+         DIR",
+        dir.display()
+    )))
 }
 
 /// Returns the commented run file with the paths of `dir`.

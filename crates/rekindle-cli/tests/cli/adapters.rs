@@ -10,7 +10,7 @@ fn a_run_is_merged_and_verified() {
     let merge = ["merge", run_dir.to_str().unwrap(), "--out", out.to_str().unwrap(), "--verify", "--device", "cpu"];
     let done = rekindle(merge).ok();
     assert_eq!(done.stdout.trim(), out.display().to_string());
-    assert!(done.stderr.contains("losses of adapter and merged model differ by"), "{}", done.stderr);
+    assert!(done.stderr.contains("the losses of the adapter and the merged model differ by"), "{}", done.stderr);
     // What is there is never replaced, and the name of a device means nothing where nothing is computed.
     rekindle(merge).fails(2, &["merged is not empty; give a new directory"]);
     run(&format!("merge {} --out elsewhere --device cpu", run_dir.display())).fails(2, &["--verify"]);
@@ -58,7 +58,8 @@ fn several_adapters_become_one() {
 
     on_base(&format!("{both} --adapter-weights 1")).fails(2, &["--adapter-weights has 1 numbers", "2 adapters"]);
     on_base(&format!("{both} --combine linaer")).fails(2, &["\"linaer\"", "nearest: \"linear\""]);
-    on_base(&format!("{both} --adapter {} --combine linear", adapter("patterns"))).fails(2, &["needs one rank", "svd"]);
+    on_base(&format!("{both} --adapter {} --combine linear", adapter("patterns")))
+        .fails(2, &["adapters of equal rank", "svd"]);
     on_base(&format!("{both} --adapter {}", adapter("dora"))).fails(2, &["(use_dora)", "merge it into the base"]);
 }
 
@@ -91,7 +92,7 @@ fn an_adapter_of_another_vocabulary_is_merged() {
     scratch.train(&["model.resize_model_vocab=140", "lora.modules_to_save=[\"lm_head\"]"]).ok();
     let (run_dir, out) = (scratch.path("out"), scratch.path("merged"));
     let done = run(&format!("merge {} --out {} --verify", run_dir.display(), out.display())).ok();
-    assert!(done.stderr.contains("losses of adapter and merged model differ by"), "{}", done.stderr);
+    assert!(done.stderr.contains("the losses of the adapter and the merged model differ by"), "{}", done.stderr);
     let ids = "--prompt-ids 1,139 --max-new-tokens 4 --json --device cpu";
     let generated = |model: &std::path::Path| run(&format!("generate --model {} {ids}", model.display())).answer();
     assert_eq!(generated(&run_dir.join("adapter")), generated(&out));
@@ -113,7 +114,7 @@ fn starts_from_weights_are_run_and_merged() {
         scratch.train(arguments).ok();
         let (run_dir, out) = (scratch.path("out"), scratch.path("merged"));
         let done = run(&format!("merge {} --out {} --verify --device cpu", run_dir.display(), out.display())).ok();
-        assert!(done.stderr.contains("losses of adapter and merged model differ by"), "{}", done.stderr);
+        assert!(done.stderr.contains("the losses of the adapter and the merged model differ by"), "{}", done.stderr);
         let resolved = std::fs::read_to_string(run_dir.join("run.toml")).unwrap();
         let name = arguments[0].split('=').next_back().unwrap();
         assert!(resolved.contains(&format!("init_lora_weights = \"{name}\"")), "{resolved}");

@@ -132,10 +132,10 @@ fn a_relative_base_is_found_from_elsewhere() {
 
     let generate = format!("generate --device cpu --json --prompt-ids 1,2 --model {}", adapter.display());
     let here = run_in(&project, &generate).ok();
-    assert!(!here.stderr.contains("is taken from"), "{}", here.stderr);
+    assert!(!here.stderr.contains("is loaded from"), "{}", here.stderr);
     let there = run_in(elsewhere.path(), &generate).ok();
     let said =
-        format!("the adapter's base model \"models/base\" is taken from {}", base.canonicalize().unwrap().display());
+        format!("the adapter's base model \"models/base\" is loaded from {}", base.canonicalize().unwrap().display());
     assert!(there.stderr.contains(&said), "{}", there.stderr);
     assert_eq!(there.answer(), here.answer());
     let merged = run_in(elsewhere.path(), &format!("merge {} --out merged", adapter.display())).ok();
@@ -152,7 +152,7 @@ fn a_relative_base_is_found_from_elsewhere() {
         &[
             "the base model of the adapter",
             "models/base: there is no such directory",
-            "give the base as the model, and the adapter beside it",
+            "pass it as the model and the adapter separately",
         ],
     );
 }

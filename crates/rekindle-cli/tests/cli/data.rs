@@ -111,7 +111,7 @@ fn tables_of_other_programs_are_rows() {
     let damaged = scratch.write("rows.arrow", &fs::read(arrow("chat_file.arrow")).unwrap()[..900]);
     train(&scratch, &damaged).fails(3, &["rows.arrow: is a damaged Arrow file: it is cut short"]);
     let named = scratch.write("none.csv", "q,a\nb,c\n");
-    train(&scratch, &named).fails(3, &["none.csv: has no column that rows are made of; its columns: \"q\", \"a\""]);
+    train(&scratch, &named).fails(3, &["none.csv: has no column that Rekindle reads; its columns: \"q\", \"a\""]);
 }
 
 #[test]

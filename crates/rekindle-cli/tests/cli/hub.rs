@@ -115,7 +115,7 @@ fn an_adapter_by_its_name_and_in_the_place_of_a_model() {
     assert_eq!(machine.offline(&eval("org/adapter")).json(), expected);
     machine
         .run(&eval("org/adapter --adapter org/adapter"))
-        .fails(2, &["--model org/adapter is an adapter", "leave --adapter out"]);
+        .fails(2, &["--model org/adapter is an adapter", "omit --adapter"]);
 }
 
 #[test]
@@ -221,7 +221,7 @@ fn an_adapter_without_its_base_says_so() {
     let machine = Machine::new();
     let config = br#"{"peft_type": "LORA", "base_model_name_or_path": "org/gone"}"#;
     machine.hub.add("org/orphan", &[("adapter_config.json", config), ("adapter_model.safetensors", b"")]);
-    let parts = ["the base model of the adapter org/orphan: org/gone: ", "or give the base as the model"];
+    let parts = ["the base model of the adapter org/orphan: org/gone: ", "to use another base, pass it as the model"];
     machine.run(&eval("org/orphan")).fails(5, &parts);
     // The path of another machine.
     let config = br#"{"peft_type": "LORA", "base_model_name_or_path": "/kaggle/model"}"#;

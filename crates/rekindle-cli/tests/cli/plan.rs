@@ -73,7 +73,7 @@ fn what_does_not_fit_is_told_with_what_to_change() {
     assert_eq!(done.code, 4, "{}", done.stderr);
     assert!(done.stdout.contains("peak "), "{}", done.stdout);
     for part in
-        ["error: the run takes ", "and 100.0 KiB is available", "use_gradient_checkpointing = true", "load_in_4bit"]
+        ["error: the run needs ", "but 100.0 KiB is available", "use_gradient_checkpointing = true", "load_in_4bit"]
     {
         assert!(done.stderr.contains(part), "{part}: {}", done.stderr);
     }
@@ -110,7 +110,7 @@ fn a_run_that_cannot_fit_does_not_start() {
     let scratch = Scratch::new();
     let model = scratch.outline(65_536, 200);
     let done = scratch.train(&[&model]);
-    done.fails(4, &["the run takes ", "is available", "one after the other"]);
+    done.fails(4, &["the run needs ", "is available", "one after the other"]);
     assert!(!scratch.path("out").exists(), "nothing was written");
 }
 

@@ -11,8 +11,8 @@ fn arguments_that_contradict_are_2() {
     let line = format!("eval --device cpu --model {} --data {}", model.display(), rows.display());
     for (flags, parts) in [
         ("--load-in-4bit --load-in-8bit", ["load_in_4bit and load_in_8bit", "exclude each other"]),
-        ("--quant-type fp4", ["quant_type", "need load_in_4bit"]),
-        ("--load-in-8bit --blocksize 64", ["blocksize", "need load_in_4bit"]),
+        ("--quant-type fp4", ["quant_type", "apply only with load_in_4bit"]),
+        ("--load-in-8bit --blocksize 64", ["blocksize", "apply only with load_in_4bit"]),
         ("--load-in-4bit --blocksize 48", ["blocksize 48", "64, 128"]),
         ("--load-in-4bit --quant-type nf5", ["\"nf5\"", "\"nf4\""]),
         ("--load-in-4bit --skip-modules q_porj,v_proj", ["skip_modules \"q_porj\" matches no module", "q_proj"]),
@@ -24,7 +24,7 @@ fn arguments_that_contradict_are_2() {
     scratch
         .train(&["model.load_in_4bit=true", "model.load_in_8bit=true"])
         .fails(2, &["[model] load_in_4bit and load_in_8bit exclude each other"]);
-    scratch.train(&["model.quant_type=nf4"]).fails(2, &["[model] quant_type", "need load_in_4bit"]);
+    scratch.train(&["model.quant_type=nf4"]).fails(2, &["[model] quant_type", "apply only with load_in_4bit"]);
     scratch.train(&["model.load_in_4bit=true", "model.blocksize=100"]).fails(2, &["[model] blocksize 100"]);
     scratch.train(&["model.bnb_4bit_quant_type=nf4"]).fails(2, &["quant_type = \"nf4\""]);
     scratch.train(&["model.load_in_4bt=true"]).fails(2, &["load_in_4bt", "nearest: \"load_in_4bit\""]);
@@ -76,9 +76,9 @@ fn quantize_spares_what_it_did_not_make() {
     }
     let to = |out: &Path| run(&format!("quantize --model {} --to nf4 --out {}", model.display(), out.display()));
     // Its own source first of all.
-    to(&model).fails(1, &["holds a checkpoint that is not quantized", "give a new directory"]);
+    to(&model).fails(1, &["contains an unquantized checkpoint", "choose a new directory"]);
     assert!(fs::read(model.join("model.safetensors")).unwrap() == fs::read(golden.join("model.safetensors")).unwrap());
     scratch.write("notes.txt", "kept");
-    to(scratch.path("notes.txt").parent().unwrap()).fails(1, &["which saving would remove", "give a new directory"]);
+    to(scratch.path("notes.txt").parent().unwrap()).fails(1, &["which saving would remove", "choose a new directory"]);
     assert_eq!(fs::read_to_string(scratch.path("notes.txt")).unwrap(), "kept");
 }

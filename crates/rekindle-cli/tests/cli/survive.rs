@@ -174,7 +174,7 @@ fn signals_end_a_run_with_a_checkpoint() {
         // A run that forgets about it is reminded.
         let (code, said) = Running::start(&scratch, &out, &["train.save_steps=30"]).end();
         assert_eq!(code, 2, "{said}");
-        assert!(said.contains("is of an earlier run") && said.contains("--resume"), "{said}");
+        assert!(said.contains("is a checkpoint of an earlier run") && said.contains("--resume"), "{said}");
         let (code, said) = Running::start(&scratch, &out, &["train.save_steps=30", "--resume=latest"]).end();
         assert_eq!(code, 0, "{said}");
         assert_same(&out, &whole);
@@ -214,7 +214,7 @@ fn what_diverges_ends_with_six_and_says_where() {
     let done = scratch.train(&["train.learning_rate=1e30", "train.max_steps=5", "train.save_steps=1"]);
     let checkpoint = out.join("checkpoint-1").display().to_string();
     let parts =
-        ["step 2: ", "is the first that is not finite", "rows.jsonl:", "a lower learning_rate than 1e30", &checkpoint];
+        ["step 2: ", "is the first that is not finite", "rows.jsonl:", "set learning_rate below 1e30", &checkpoint];
     done.fails(6, &parts);
     assert!(out.join("checkpoint-1").is_dir() && !out.join("adapter").exists());
 }
@@ -227,5 +227,5 @@ fn a_checkpoint_that_is_not_there_is_named() {
     let here = scratch.path("").display().to_string();
     scratch.train(&["--resume", &here]).fails(1, &["trainer_state.json: there is none"]);
     let done = scratch.train(&["--resume"]).ok();
-    assert!(done.stderr.contains("holds no checkpoint: the run starts from the beginning"), "{}", done.stderr);
+    assert!(done.stderr.contains("contains no checkpoint: the run starts from the beginning"), "{}", done.stderr);
 }

@@ -18,14 +18,14 @@ fn rows_that_are_not_shown_are_refused_dropped_or_counted() {
         .fails(3, &["chat.jsonl:1", "chat_template.jinja shows nothing of messages[1].tool_calls[0]", "not_shown"]);
     let dropped = preview(&["data.not_shown=drop"]).ok();
     assert!(
-        dropped.stderr.contains("1 dropped because the chat template does not show all of them (line 1)"),
+        dropped.stderr.contains("1 dropped because the chat template does not render them completely (line 1)"),
         "{}",
         dropped.stderr
     );
     assert!(dropped.stdout.starts_with("row 1 of 1, "), "{}", dropped.stdout);
     let allowed = preview(&["data.not_shown=allow"]).ok();
     assert!(
-        allowed.stderr.contains("1 trained without what the chat template does not show (line 1)"),
+        allowed.stderr.contains("1 trained without the parts that the chat template does not render (line 1)"),
         "{}",
         allowed.stderr
     );
@@ -33,7 +33,7 @@ fn rows_that_are_not_shown_are_refused_dropped_or_counted() {
     let stats = rekindle(["data", "stats", &run_file]).ok().stdout;
     assert!(stats.contains("1 row that the chat template does not show all of: training refuses such rows"), "{stats}");
     scratch.write("chat.jsonl", CALLS.lines().next().unwrap());
-    preview(&["data.not_shown=drop"]).fails(3, &["no row is left: the chat template does not show all of any"]);
+    preview(&["data.not_shown=drop"]).fails(3, &["no row is left: the chat template renders none of them completely"]);
 }
 
 #[test]

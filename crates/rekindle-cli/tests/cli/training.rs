@@ -136,8 +136,8 @@ fn what_needs_no_weights_is_checked_before_they_load() {
     anew(&[]).fails(1, &["model.safetensors"]);
     anew(&["model.max_seq_length=16"]).fails(3, &["19 tokens", "max_seq_length = 16"]);
     anew(&["data.eval=no/such.jsonl"]).fails(3, &["no/such.jsonl"]);
-    anew(&["train.sample_prompts=[\"hello\"]"]).fails(2, &["sample_prompts are texts"]);
-    anew(&["train.report_to=wandb"]).fails(2, &["report_to", "nothing is sent"]);
+    anew(&["train.sample_prompts=[\"hello\"]"]).fails(2, &["sample_prompts needs a tokenizer"]);
+    anew(&["train.report_to=wandb"]).fails(2, &["report_to", "is not supported; use"]);
     anew(&["train.embedding_learning_rate=1e-5"]).fails(2, &["embedding_learning_rate needs"]);
     anew(&["train.optimizer_in_bwd=true"]).fails(2, &["optimizer_in_bwd"]);
     let wsd = ["train.lr_scheduler_type=warmup_stable_decay", "train.lr_scheduler_kwargs={num_decay_steps=9}"];
@@ -145,7 +145,7 @@ fn what_needs_no_weights_is_checked_before_they_load() {
     let from = format!("lora.init_from={}", scratch.path("out/adapter").display());
     anew(&[&from, "lora.r=3"]).fails(2, &["r = 3 but it has 2"]);
     train(&[]).fails(2, &["checkpoint-2 is of an earlier run"]);
-    train(&["--resume=latest", "train.weight_decay=0.5"]).fails(2, &["weight_decay was 0.01 and is 0.5"]);
+    train(&["--resume=latest", "train.weight_decay=0.5"]).fails(2, &["weight_decay was 0.01 and is now 0.5"]);
     train(&["--resume=latest", "train.max_steps=1"]).fails(1, &["is of step 2, and the run has 1"]);
     assert!(!scratch.path("elsewhere").exists(), "nothing was written");
 }

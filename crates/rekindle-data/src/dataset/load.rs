@@ -218,10 +218,10 @@ impl Loader<'_> {
                 Some(tokens) => {
                     format!("the tokenizer has {tokens}: load the model with resize_model_vocab = {tokens}")
                 }
-                None => "was the row made with another tokenizer?".to_owned(),
+                None => "check that the row was made with this model's tokenizer".to_owned(),
             };
             let message = format!(
-                "{what} {id} is beyond the model's vocabulary of {vocab_size} (0 to {}); {way_out}",
+                "{what} {id} is outside the model's vocabulary of {vocab_size} (0 to {}); {way_out}",
                 vocab_size.saturating_sub(1)
             );
             Err(Error::row(self.path(), number, message))
@@ -303,13 +303,12 @@ impl Loader<'_> {
             return Err(of_all(missing));
         }
         if untrained.len() == report.rows {
-            return Err(of_all("all labels are ignored: no row has a token to learn".to_owned()));
+            return Err(of_all("no row has a token to train on: all labels are ignored".to_owned()));
         }
         if let Some(&RowPlace { file, row }) = untrained.first().filter(|_| options.untrained == Untrained::Error) {
-            let mut message =
-                "no label counts: the row has nothing to learn (the first token never does); remove it, or \
+            let mut message = "the row has no token to train on (the first token is never trained); remove it, or \
                                set data.untrained = \"drop\""
-                    .to_owned();
+                .to_owned();
             if untrained.len() > 1 {
                 message += &format!(" ({} of {} rows have this fault)", untrained.len(), report.rows);
             }
@@ -317,7 +316,7 @@ impl Loader<'_> {
         }
         untrained.iter().for_each(|&at| report.changed(RowChange::Untrained, at));
         if examples.ends.is_empty() && report.not_shown == report.rows {
-            return Err(of_all("no row is left: the chat template does not show all of any".to_owned()));
+            return Err(of_all("no row is left: the chat template renders none of them completely".to_owned()));
         }
         if examples.ends.is_empty() {
             return Err(of_all(format!(
@@ -345,8 +344,7 @@ fn check_tokenizer(content: &RowContent, tokenizer: Option<&Tokenizer>, options:
         }
         (_, None) => Err(Error::Tokenizer {
             path: "tokenizer.json".into(),
-            message: "the checkpoint has none, but these rows are text; only rows of \"input_ids\" do without"
-                .to_owned(),
+            message: "the checkpoint has none, and these rows are text; use rows of \"input_ids\" instead".to_owned(),
         }),
     }
 }

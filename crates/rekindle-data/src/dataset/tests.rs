@@ -75,17 +75,17 @@ fn long_rows_can_be_split() {
 fn a_row_without_a_label_is_named_and_a_file_of_them_too() {
     let none = "{\"input_ids\": [1, 2], \"labels\": [1, -100]}\n";
     assert_eq!(
-        load(&format!("{ROWS}{none}"), EncodeOptions::default()).expect_err("nothing to learn"),
-        "rows.jsonl:4: no label counts: the row has nothing to learn (the first token never does); remove it, or set \
+        load(&format!("{ROWS}{none}"), EncodeOptions::default()).expect_err("no token to train on"),
+        "rows.jsonl:4: the row has no token to train on (the first token is never trained); remove it, or set \
          data.untrained = \"drop\""
     );
     let options = EncodeOptions { untrained: Untrained::Drop, ..EncodeOptions::default() };
     let (dataset, report) = load(&format!("{ROWS}{none}"), options).expect("loads");
     assert_eq!((dataset.len(), report.rows, report.untrained), (2, 3, 1));
-    assert!(report.to_string().ends_with("; 1 dropped with nothing to train (line 4)"), "{report}");
+    assert!(report.to_string().ends_with("; 1 dropped because they have no token to train (line 4)"), "{report}");
     assert_eq!(
-        load(&none.repeat(3), EncodeOptions::default()).expect_err("nothing to learn"),
-        "rows.jsonl: all labels are ignored: no row has a token to learn"
+        load(&none.repeat(3), EncodeOptions::default()).expect_err("no token to train on"),
+        "rows.jsonl: no row has a token to train on: all labels are ignored"
     );
 }
 
@@ -94,8 +94,8 @@ fn ids_beyond_the_vocabulary_are_named() {
     load(ROWS, vocabulary(7)).expect("6 is the largest id");
     assert_eq!(
         load(ROWS, vocabulary(6)).expect_err("beyond"),
-        "rows.jsonl:3: token id 6 is beyond the model's vocabulary of 6 (0 to 5); was the row made with another \
-         tokenizer?"
+        "rows.jsonl:3: token id 6 is beyond the model's vocabulary of 6 (0 to 5); check that the row was made with \
+         this model's tokenizer"
     );
     let error = load("{\"input_ids\": [1, 2], \"labels\": [-100, 9]}", vocabulary(6)).expect_err("beyond");
     assert!(error.starts_with("rows.jsonl:1: label 9 is beyond the model's vocabulary of 6 (0 to 5)"), "{error}");

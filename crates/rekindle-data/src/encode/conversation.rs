@@ -52,8 +52,8 @@ pub(super) fn encode(
         && Some(*first) == tokenizer.bos_id()
     {
         return Err(
-            "begins with two BOS tokens: the chat template writes one, and the messages another; take it out of \
-                    the messages"
+            "begins with two BOS tokens: the chat template writes one, and the messages another; remove it from the \
+             messages"
                 .to_owned(),
         );
     }
@@ -106,8 +106,8 @@ fn not_shown(named: &NamedTemplate, left_out: &[String]) -> String {
         false => "",
     };
     format!(
-        "the chat template {} shows nothing of {}{more}; use a template that shows it, or set {strip}data.not_shown = \
-         \"drop\" to leave such rows out, \"allow\" to train them without it",
+        "the chat template {} does not render {}{more}; use a template that does, or set {strip}data.not_shown = \
+         \"drop\" to drop such rows or \"allow\" to train them without it",
         named.path.display(),
         first.join(", ")
     )
@@ -161,5 +161,5 @@ fn check_end(
             ends.join(" or ")
         ),
     };
-    Err(format!("the chat template {from} {found}, so what is trained would not learn to stop; {way_out}"))
+    Err(format!("the chat template {from} {found}, so the model would not learn to stop; {way_out}"))
 }

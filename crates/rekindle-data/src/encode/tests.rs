@@ -235,7 +235,7 @@ fn other_rows_need_a_tokenizer_and_a_template() {
         || RowContent::from_json(json!({"messages": [{"role": "assistant", "content": "A"}]})).expect("valid");
     assert_eq!(
         encode(content(), 1, None, &EncodeOptions::default()).expect_err("no tokenizer"),
-        "this kind of row needs a tokenizer; only \"input_ids\" does without"
+        "this kind of row needs a tokenizer; without one, use rows of \"input_ids\""
     );
     let dir = checkpoint();
     let tokenizer = Tokenizer::from_dir(dir.path()).expect("valid");
@@ -314,7 +314,7 @@ fn every_turn_ends_with_an_end_token() {
     };
     let turns = |end: &str| format!("{{% for m in messages %}}{{{{ m.role ~ ': ' ~ m.content }}}}{end}{{% endfor %}}");
     let assistant = train_on(TrainOn::Assistant);
-    let stop = "so what is trained would not learn to stop";
+    let stop = "so the model would not learn to stop";
     let way_out = "let it write <|im_end|> after every assistant turn, or train the last turn alone with \
                    data.train_on = \"last_assistant\" where that one ends so";
     assert_eq!(

@@ -59,7 +59,7 @@ pub(super) fn read(
         }
         if record.len() != names.len() {
             return Err(wrong(format!(
-                "has {} and the header {}; put cells that hold the delimiter, a quote or a line end in quotes",
+                "has {} and the header has {}; put cells that contain the delimiter, a quote or a line end in quotes",
                 crate::counted(record.len(), "cell"),
                 names.len()
             )));

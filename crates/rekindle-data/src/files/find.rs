@@ -90,7 +90,7 @@ pub(super) fn find(paths: &[PathBuf], choice: &Choice<'_>) -> Result<Found> {
     }
     let mut seen = BTreeSet::new();
     match found.files.iter().find(|file| !seen.insert(*file)) {
-        Some(twice) => Err(Error::dataset(twice, "is named twice; its rows would count twice")),
+        Some(twice) => Err(Error::dataset(twice, "is listed twice; its rows would be used twice")),
         None => Ok(found),
     }
 }
@@ -174,7 +174,8 @@ fn in_directory(dir: &Path, choice: &Choice<'_>, found: &mut Found) -> Result<()
     if all.is_empty() {
         let there = if top.is_empty() { "nothing".to_owned() } else { listed(&top) };
         let message = format!(
-            "the directory has no *.jsonl, *.json, *.parquet, *.csv, *.tsv or *.arrow in it but {there}; name the files"
+            "the directory has no *.jsonl, *.json, *.parquet, *.csv, *.tsv or *.arrow files, only {there}; name the \
+             files"
         );
         return Err(Error::dataset(dir, message));
     }
@@ -184,7 +185,7 @@ fn in_directory(dir: &Path, choice: &Choice<'_>, found: &mut Found) -> Result<()
     if named.is_empty() {
         // Without names of splits all rows are to be trained on, or all to be evaluated.
         if choice.explicit && choice.wanted != ["train"] {
-            return Err(Error::dataset(dir, choice.missing("only files whose names say no split".to_owned())));
+            return Err(Error::dataset(dir, choice.missing("only files without a split in their names".to_owned())));
         }
     }
     let split = match (named.is_empty(), choice.wanted.iter().find(|wanted| has(wanted))) {
@@ -228,7 +229,7 @@ pub(super) fn listed(names: &[impl AsRef<str>]) -> String {
 fn matching(pattern: &Path) -> Result<Vec<PathBuf>> {
     let text = pattern.to_str().expect("only text is taken for a pattern");
     let paths =
-        glob::glob(text).map_err(|error| Error::dataset(pattern, format!("is no pattern of file names: {error}")))?;
+        glob::glob(text).map_err(|error| Error::dataset(pattern, format!("is not a valid file pattern: {error}")))?;
     let mut files = Vec::new();
     for path in paths {
         let path = path.map_err(|error| Error::Read { path: error.path().to_owned(), source: error.into() })?;
@@ -293,7 +294,7 @@ mod tests {
         // What is named is read.
         assert_eq!(
             of_split(dir.path(), &["test.jsonl", "*.jsonl"], None, &["train"]).expect_err("twice"),
-            "D/test.jsonl: is named twice; its rows would count twice"
+            "D/test.jsonl: is listed twice; its rows would be used twice"
         );
         assert_eq!(
             of_split(dir.path(), &[""], Some("train_sft"), &["train"]).expect_err("none"),
@@ -332,7 +333,13 @@ mod tests {
             assert_eq!(of_split(dir.path(), &[""], split, defaults).expect("files").0, ["a.jsonl", "b.jsonl"]);
         }
         let error = of_split(dir.path(), &[""], Some("test"), &["train"]).expect_err("none");
-        assert!(error.starts_with("D/: has no split \"test\"; it has only files whose names say no split;"), "{error}");
+        assert!(
+            error.starts_with(
+                "D/: has no split \"test\"; it has only files without a split in their \
+             names;"
+            ),
+            "{error}"
+        );
     }
 
     #[test]
@@ -380,9 +387,9 @@ mod tests {
         );
         assert_eq!(
             found(dir.path(), &["a.jsonl", "*.jsonl"]).expect_err("twice"),
-            "D/a.jsonl: is named twice; its rows would count twice"
+            "D/a.jsonl: is listed twice; its rows would be used twice"
         );
-        let error = found(dir.path(), &["a***b"]).expect_err("no pattern");
-        assert!(error.starts_with("D/a***b: is no pattern of file names: "), "{error}");
+        let error = found(dir.path(), &["a***b"]).expect_err("not a valid file pattern");
+        assert!(error.starts_with("D/a***b: is not a valid file pattern of file names: "), "{error}");
     }
 }

@@ -75,7 +75,7 @@ struct Rows<'a, 'b> {
 
 struct Document<'a, 'b>(Rows<'a, 'b>);
 
-const EXPECTED: &str = "a list of rows, an object with one as \"data\", or a row on each line";
+const EXPECTED: &str = "a list of rows, an object with such a list as \"data\", or one row per line";
 
 impl<'de> Visitor<'de> for Document<'_, '_> {
     type Value = ();

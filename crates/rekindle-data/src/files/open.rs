@@ -43,7 +43,7 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
         return File::open(path).map(Opened::Parquet).map_err(failed);
     }
     if name.ends_with(".parquet") {
-        return Err(Error::dataset(path, "is no Parquet file: it does not begin with \"PAR1\""));
+        return Err(Error::dataset(path, "is not a Parquet file: it does not begin with \"PAR1\""));
     }
     let mut first = Vec::new();
     reader.by_ref().take(BUFFER as u64).read_to_end(&mut first).map_err(failed)?;
@@ -71,7 +71,7 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
         (_, Some(find::Kind::Csv)) => Ok(Opened::Delimited { reader, delimiter: None }),
         (_, Some(find::Kind::Tsv)) => Ok(Opened::Delimited { reader, delimiter: Some(b'\t') }),
         (_, Some(find::Kind::Arrow)) => {
-            Err(Error::dataset(path, "is no Arrow file: it begins as neither a file nor a stream of Arrow does"))
+            Err(Error::dataset(path, "is not an Arrow file: it begins like neither an Arrow file nor an Arrow stream"))
         }
         (_, Some(find::Kind::Json | find::Kind::JsonLines | find::Kind::Parquet)) => Ok(Opened::Lines(reader)),
         (_, None) => Err(Error::dataset(

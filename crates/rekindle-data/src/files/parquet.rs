@@ -50,7 +50,7 @@ pub(super) fn read(path: &Path, file: File, columns: &Columns, sink: Sink<'_>) -
 fn guarded<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, ParquetError> {
     catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-        Err(ParquetError::General(text.unwrap_or("it contradicts itself").to_owned()))
+        Err(ParquetError::General(text.unwrap_or("it is inconsistent").to_owned()))
     })
 }
 
@@ -74,7 +74,7 @@ fn json(field: &Field) -> Result<Value, &'static str> {
         Field::Str(text) => Value::String(text.clone()),
         Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
             Ok(text) => Value::String(text.to_owned()),
-            Err(_) => return Err("holds bytes that are no UTF-8 text"),
+            Err(_) => return Err("contains bytes that are not UTF-8"),
         },
         Field::Group(row) => {
             let mut fields = Map::new();
@@ -87,7 +87,7 @@ fn json(field: &Field) -> Result<Value, &'static str> {
         Field::MapInternal(map) => {
             let mut fields = Map::new();
             for (key, field) in map.entries() {
-                let Value::String(key) = json(key)? else { return Err("has a map whose keys are no text") };
+                let Value::String(key) = json(key)? else { return Err("has a map whose keys are not text") };
                 fields.insert(key, json(field)?);
             }
             Value::Object(fields)
@@ -98,5 +98,5 @@ fn json(field: &Field) -> Result<Value, &'static str> {
 }
 
 fn float(value: f64) -> Result<Value, &'static str> {
-    Number::from_f64(value).map(Value::Number).ok_or("holds a number that is not finite")
+    Number::from_f64(value).map(Value::Number).ok_or("contains a number that is not finite")
 }

@@ -115,8 +115,8 @@ fn errors_name_the_row_of_a_document() {
     assert_eq!(document("[{\"text\": \"a\"}] x"), "rows.json: invalid JSON at line 1, column 17: trailing characters");
     assert_eq!(
         document("{\n\"rows\": []\n}"),
-        "rows.json: invalid JSON at line 3, column 1: is one JSON object without \"data\"; expected a list of rows, an \
-         object with one as \"data\", or a row on each line"
+        "rows.json: invalid JSON at line 3, column 1: is one JSON object without \"data\"; expected a list of rows, \
+         an object with such a list as \"data\", or one row per line"
     );
     assert!(
         document("{\n\"data\": {}}").contains("invalid type: map, expected a list of rows"),
@@ -170,7 +170,7 @@ fn columns_of_a_table_are_checked_before_its_rows() {
     );
     assert_eq!(
         mapped("text", "blob").expect_err("bytes"),
-        "T, row 1: column \"blob\" holds bytes that are no UTF-8 text"
+        "T, row 1: column \"blob\" contains bytes that are not UTF-8"
     );
 }
 
@@ -179,7 +179,7 @@ fn a_table_cut_short_is_an_error() {
     let whole = std::fs::read(golden("chat.parquet")).expect("there");
     for len in [0, 3, 4, 11, whole.len() / 2, whole.len() - 1] {
         let error = error("rows.parquet", &whole[..len]);
-        let expected = if len < 4 { "is no Parquet file" } else { "is a damaged Parquet file" };
+        let expected = if len < 4 { "is not a Parquet file" } else { "is a damaged Parquet file" };
         assert!(error.starts_with(&format!("rows.parquet: {expected}")), "{len}: {error}");
     }
 }
@@ -245,7 +245,7 @@ fn damaged_csv_is_an_error_with_its_row() {
     );
     assert_eq!(
         error("rows.csv", "question,answer\na,b\n"),
-        "rows.csv: has no column that rows are made of; its columns: \"question\", \"answer\""
+        "rows.csv: has no column that Rekindle reads; its columns: \"question\", \"answer\""
     );
     for text in ["prompt,completion\n", "", "\n\n"] {
         assert!(error("rows.csv", text).starts_with("rows.csv: the dataset is empty"), "{text:?}");
@@ -284,7 +284,7 @@ fn arrow_gives_the_rows_that_it_was_made_from() {
     );
     let columns = Columns::new([("text".to_owned(), "blob".to_owned())].into()).expect("a known key");
     let bytes = rows_of(&arrow("text.feather"), &columns).expect_err("bytes").to_string();
-    assert!(bytes.ends_with("text.feather, row 1: column \"blob\" holds bytes that are no UTF-8 text"), "{bytes}");
+    assert!(bytes.ends_with("text.feather, row 1: column \"blob\" contains bytes that are not UTF-8"), "{bytes}");
 }
 
 #[test]
@@ -374,7 +374,7 @@ fn other_files_are_named_for_what_they_are() {
         ("rows.jsonl", b"<!DOCTYPE html>\n<html>", "is an HTML page"),
         ("rows.parquet.x", b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS"),
         ("rows.tar", &tar, "is a tar archive"),
-        ("rows.arrow", b"ARROW2", "is no Arrow file"),
+        ("rows.arrow", b"ARROW2", "is not an Arrow file"),
         ("rows.txt", b"plain text", "does not begin as JSON, Parquet or Arrow does"),
     ] {
         let error = error(name, bytes);

@@ -66,7 +66,7 @@ pub(super) fn finish(
     mut fields: Map<String, Value>,
 ) -> Result<RowContent, String> {
     if !messages[trained_from..].iter().any(Message::is_assistant) {
-        return Err(format!("{name:?} has no assistant turn, so no label counts"));
+        return Err(format!("{name:?} has no assistant turn, so it has no token to train on"));
     }
     let (tools, kwargs) = for_template(&mut fields)?;
     Ok(RowContent::Messages { messages, trained_from, tools, kwargs })

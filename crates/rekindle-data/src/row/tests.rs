@@ -59,7 +59,7 @@ fn errors_say_what_was_found_and_what_is_known() {
         (json!({"messages": "hi"}), "\"messages\" is a string, not a list of messages"),
         (
             json!({"messages": [{"role": "user", "content": "q"}]}),
-            "\"messages\" has no assistant turn, so no label counts",
+            "\"messages\" has no assistant turn, so it has no token to train on",
         ),
         (json!({"text": 1}), "\"text\" is a number, not a string"),
         (json!({"text": ""}), "\"text\" is empty"),

@@ -163,6 +163,6 @@ fn marks_that_cannot_be_told_apart_say_so() {
     );
     assert_eq!(
         error("{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x|length }}"),
-        "the chat template failed: the text depends on what its {% generation %} blocks hold"
+        "the chat template failed: the text depends on the contents of its {% generation %} blocks"
     );
 }

@@ -15,8 +15,8 @@ impl LoraConfig {
             && names.iter().all(is_attention)
         {
             advice.push(
-                "target_modules are attention's alone; with gate_proj, up_proj and down_proj an adapter usually learns \
-                 more (\"all-linear\")"
+                "target_modules covers only attention; an adapter usually learns more with gate_proj, up_proj and \
+                 down_proj too (\"all-linear\")"
                     .to_owned(),
             );
         }
@@ -43,11 +43,11 @@ impl LoraConfig {
     /// The options that keep linears from being one product with their factors on CUDA, and what that costs, a sentence
     /// each.
     pub fn slower_on_cuda(&self) -> Vec<String> {
-        const COST: &str = "leaves the fast path of CUDA: a product each for W, A and B of every linear instead of one for \
-                            the linears that read the same";
+        const COST: &str = "is slower on CUDA: W, A and B of every linear are separate products, instead of one for \
+             all linears with the same input";
         let mut slower = Vec::new();
         if self.use_dora {
-            slower.push(format!("use_dora {COST}, and the lengths of rows are computed on the host"));
+            slower.push(format!("use_dora {COST}, and row norms are computed on the host"));
         }
         if self.bias != Bias::None {
             slower.push(format!("bias = {} {COST}, where one of them has a bias", serde_json::json!(self.bias)));
@@ -78,7 +78,7 @@ mod tests {
         let config = LoraConfig::new(64).lora_alpha(16.0).target_modules(["self_attn.q_proj", "v_proj"]);
         let advice = config.advice();
         assert_eq!(advice.len(), 3, "{advice:?}");
-        assert!(advice[0].starts_with("target_modules are attention's alone"));
+        assert!(advice[0].starts_with("target_modules covers only attention"));
         assert!(advice[1].starts_with("lora_alpha is 16 at r = 64, a scale of 0.25; usual are r and 2r: 64 or 128"));
         assert!(advice[2].starts_with("r is 64 without use_rslora"));
         assert!(LoraConfig::new(8).lora_alpha(256.0).advice()[0].contains("a scale of 32"));

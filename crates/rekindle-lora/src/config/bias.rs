@@ -34,7 +34,7 @@ impl TryFrom<String> for Bias {
         let known = [Self::None, Self::All, Self::LoraOnly];
         known.into_iter().find(|bias| bias.name() == name).ok_or_else(|| {
             let hint = nearest_hint(&name, known.map(Self::name));
-            let problem = format!("bias \"{name}\" is none of \"none\", \"all\" and \"lora_only\"{hint}");
+            let problem = format!("bias \"{name}\" is unknown; use \"none\", \"all\" or \"lora_only\"{hint}");
             Error::Config { problems: vec![problem] }
         })
     }

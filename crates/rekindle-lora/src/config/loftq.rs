@@ -23,10 +23,10 @@ impl LoftqConfig {
         match self {
             Self { loftq_bits: 4 | 8, loftq_iter: 1 } => None,
             Self { loftq_bits: 4 | 8, loftq_iter } => Some(format!(
-                "loftq_iter is {loftq_iter}; only 1 is supported, since more would change the codes of the base, which \
-                 the saved adapter could not bring along"
+                "loftq_iter is {loftq_iter}; only 1 is supported, because more iterations change the quantized base, \
+                 which an adapter does not contain"
             )),
-            Self { loftq_bits, .. } => Some(format!("loftq_bits is {loftq_bits}; bases have codes of 4 or 8 bits")),
+            Self { loftq_bits, .. } => Some(format!("loftq_bits is {loftq_bits}; it must be 4 or 8")),
         }
     }
 }

@@ -61,20 +61,22 @@ impl TrainerState {
         let path = dir.join(Self::FILE);
         let broken = |problem: String| Error::Checkpoint { path: path.clone(), problem };
         if !path.is_file() {
-            let problem = "there is none; only a checkpoint-N that a run has written can be gone on from".to_owned();
+            let problem = "it does not exist; pass a checkpoint-N directory that a run has written".to_owned();
             return Err(broken(problem));
         }
         let json: Value = read_json(&path)?;
         let version = json.get("format_version").and_then(Value::as_u64);
         if version != Some(Self::FORMAT.into()) {
             let version = version.map_or_else(|| "none".to_owned(), |version| version.to_string());
-            return Err(broken(format!("it has format_version {version}; this program reads {}", Self::FORMAT)));
+            return Err(broken(format!(
+                "it has format_version {version}; this version of Rekindle reads \
+                 {}",
+                Self::FORMAT
+            )));
         }
         let state: Self = serde_json::from_value(json).map_err(|error| broken(error.to_string()))?;
         if state.configuration_sha256 != configuration_sha256(&state.configuration) {
-            return Err(broken(
-                "its configuration is not the one that it was written with: the hash differs".to_owned(),
-            ));
+            return Err(broken("its configuration was changed after it was written: the hash differs".to_owned()));
         }
         Ok(state)
     }

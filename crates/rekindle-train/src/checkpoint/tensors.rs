@@ -47,7 +47,7 @@ pub(super) fn read_masters(dir: &Path, model: &mut CausalLm) -> Result<(), Error
         let bytes = |info: &rekindle_kernels::ParamInfo| file.get(&info.name).map(|view| view.data.to_vec());
         let bytes: Option<Vec<Vec<u8>>> = model.params().infos().iter().map(bytes).collect();
         if !bytes.is_some_and(|bytes| model.params_mut().restore(&bytes)) {
-            let problem = "it holds other parameters than the model trains, or holds them otherwise".to_owned();
+            let problem = "its parameters are not those that the model trains".to_owned();
             return Err(Error::Checkpoint { path, problem });
         }
         return Ok(());

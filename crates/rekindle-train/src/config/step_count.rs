@@ -67,7 +67,7 @@ impl Visitor<'_> for StepCountVisitor {
     type Value = StepCount;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a whole number of steps, or a share of all steps between 0 and 1")
+        f.write_str("a whole number of steps, or a fraction of all steps between 0 and 1")
     }
 
     fn visit_u64<E: serde::de::Error>(self, steps: u64) -> Result<StepCount, E> {
@@ -116,7 +116,7 @@ mod tests {
         }
         for value in [json!(-1), json!(-0.5), json!(1.5), json!(1e300), json!("5")] {
             let error = read(value.clone()).unwrap_err().to_string();
-            assert!(error.contains("a share of all steps"), "{value}: {error}");
+            assert!(error.contains("a fraction of all steps"), "{value}: {error}");
         }
         assert_eq!(serde_json::to_value(StepCount::Share(0.25)).unwrap(), json!(0.25));
         assert_eq!(serde_json::to_value(StepCount::Steps(5)).unwrap(), json!(5));

@@ -40,7 +40,7 @@ impl SftConfig {
                 value.is_none_or(|value| !value.is_zero()),
                 name,
                 &0,
-                "at least 1, or a share of all steps between 0 and 1",
+                "at least 1, or a fraction of all steps between 0 and 1",
             );
         }
         let epochs = self.epochs();
@@ -71,7 +71,11 @@ impl SftConfig {
         }
         let rows = self.per_device_train_batch_size.checked_mul(self.gradient_accumulation_steps);
         if rows.is_none_or(|rows| rows > u32::MAX as usize) {
-            problems.push("per_device_train_batch_size · gradient_accumulation_steps is beyond 2³²".to_owned());
+            problems.push(
+                "per_device_train_batch_size · gradient_accumulation_steps exceeds 2³²; lower one of \
+                 them"
+                    .to_owned(),
+            );
         }
         if self.early_stopping_threshold > 0.0 && self.early_stopping_patience.is_none() {
             problems.push("early_stopping_threshold needs early_stopping_patience".to_owned());
@@ -79,23 +83,23 @@ impl SftConfig {
         self.validate_strategies(&mut problems);
         if self.optimizer_in_bwd && self.gradient_accumulation_steps > 1 {
             problems.push(format!(
-                "gradient_accumulation_steps is {}, and optimizer_in_bwd = true has no gradients to accumulate in; put the \
-                 rows into one batch, per_device_train_batch_size = {}, with use_gradient_checkpointing where memory is short",
+                "gradient_accumulation_steps is {}, but optimizer_in_bwd = true keeps no gradients to accumulate; use \
+                 one batch, per_device_train_batch_size = {}, with use_gradient_checkpointing if memory is short",
                 self.gradient_accumulation_steps,
                 self.per_device_train_batch_size.saturating_mul(self.gradient_accumulation_steps)
             ));
         }
         if !self.warmup_steps.is_zero() && self.warmup_ratio > 0.0 {
             problems.push(format!(
-                "warmup_steps = {} and warmup_ratio = {} are both given; keep warmup_steps, which may be a share of all \
-                 steps too",
+                "warmup_steps = {} and warmup_ratio = {} are both set; keep warmup_steps, which can also be a \
+                 fraction of all steps",
                 self.warmup_steps, self.warmup_ratio
             ));
         }
         if !self.warmup().is_zero() && self.lr_scheduler_type == LrSchedulerType::Constant {
             problems.push(
-                "lr_scheduler_type = \"constant\" has no warm-up; write \"constant_with_warmup\", or leave \
-                 warmup_steps and warmup_ratio out"
+                "lr_scheduler_type = \"constant\" has no warm-up; use \"constant_with_warmup\", or remove \
+                 warmup_steps and warmup_ratio"
                     .to_owned(),
             );
         }
@@ -115,7 +119,11 @@ impl SftConfig {
                 problems.push("eval_strategy = \"steps\" needs eval_steps, such as eval_steps = 0.1".to_owned());
             }
             (Some(EvalStrategy::No | EvalStrategy::Epoch), Some(_)) => {
-                problems.push("eval_steps needs eval_strategy = \"steps\", which is the default with it".to_owned());
+                problems.push(
+                    "eval_steps needs eval_strategy = \"steps\", the default if eval_steps is \
+                     set"
+                    .to_owned(),
+                );
             }
             _ => {}
         }
@@ -124,12 +132,16 @@ impl SftConfig {
                 problems.push("save_strategy = \"steps\" needs save_steps, such as save_steps = 0.25".to_owned());
             }
             (Some(SaveStrategy::No | SaveStrategy::Epoch | SaveStrategy::Best), Some(_)) => {
-                problems.push("save_steps needs save_strategy = \"steps\", which is the default with it".to_owned());
+                problems.push(
+                    "save_steps needs save_strategy = \"steps\", the default if save_steps is \
+                     set"
+                    .to_owned(),
+                );
             }
             _ => {}
         }
         if self.eval_strategy == Some(EvalStrategy::No) && self.eval_on_start == Some(true) {
-            problems.push("eval_on_start = true contradicts eval_strategy = \"no\"; leave one of them out".to_owned());
+            problems.push("eval_on_start = true contradicts eval_strategy = \"no\"; remove one of them".to_owned());
         }
         let evaluates = self.eval_steps.is_some() || self.eval_strategy == Some(EvalStrategy::Epoch);
         for (wanted, name) in [

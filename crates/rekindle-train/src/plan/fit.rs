@@ -165,18 +165,18 @@ impl fmt::Display for Refusal<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let MemoryFit { plan, available, changes, changes_suffice, .. } = self.0;
         let (peak, there_is) = (show(plan.peak), show(*available));
-        write!(f, "the run takes {peak} at its peak, and {there_is} is available")?;
+        write!(f, "the run needs {peak} at its peak, but {there_is} is available")?;
         if changes.is_empty() {
             return write!(f, "; no setting makes it fit: use a smaller model or a larger device");
         }
-        write!(f, "; change these, one after the other, until it fits:")?;
+        write!(f, "; make these changes, one after the other, until it fits:")?;
         for change in changes {
             write!(f, "\n  {change}")?;
         }
         if *changes_suffice {
             return Ok(());
         }
-        write!(f, "\nand even that does not fit: use a smaller model or a larger device")
+        write!(f, "\nit does not fit even then: use a smaller model or a larger device")
     }
 }
 

@@ -135,7 +135,7 @@ impl<'a> Loader<'a> {
         let adapter = first.path;
         if *full_finetuning {
             return Err(Error::Argument(format!(
-                "{} is an adapter, and full_finetuning trains a whole model; merge it first, or give its base \
+                "{} is an adapter, but full_finetuning trains all weights of a model; merge it first, or use its base \
                  ({}) instead",
                 given.display(),
                 base.name_or_path
@@ -181,7 +181,7 @@ pub(crate) fn base_directory(
     let found = if commit.is_none() { base.directory(adapter) } else { None };
     let found = found.unwrap_or_else(|| given.clone());
     if found != given {
-        notices.push(format!("the adapter's base model \"{}\" is taken from {}", given.display(), found.display()));
+        notices.push(format!("the adapter's base model \"{}\" is loaded from {}", given.display(), found.display()));
     }
     found
 }

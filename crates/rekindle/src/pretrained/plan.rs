@@ -141,7 +141,7 @@ impl RunPlanner {
     pub fn fit(&mut self, rows: &PassRows) -> Result<MemoryFit, Error> {
         let available = self.available.ok_or_else(|| {
             Error::Argument(format!(
-                "device \"{}\" does not report its free memory; give the memory to plan for",
+                "device \"{}\" does not report its free memory; set the memory to plan for",
                 self.device
             ))
         })?;

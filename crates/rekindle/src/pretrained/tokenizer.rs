@@ -67,21 +67,25 @@ fn difference(adapter: &Path, other: &Path, used: &Path) -> Option<String> {
     if !has_tokenizer(adapter) {
         let ignored = !own.is_empty() && own != others;
         return ignored.then(|| {
-            format!("adapter {name} has a chat template but no tokenizer.json: those of {} are used", other.display())
+            format!(
+                "adapter {name} has a chat template but no tokenizer.json: the tokenizer and template of {} are \
+                 used",
+                other.display()
+            )
         });
     }
     if !has_tokenizer(other) {
         return None;
     }
     let what = match (own.is_empty(), others.is_empty()) {
-        (true, false) => "a tokenizer without the chat template",
-        (false, true) => "a chat template beside the tokenizer",
-        _ if own != others => "another chat template than that",
-        _ if tokenizers_differ(adapter, other) => "another tokenizer than that",
+        (true, false) => "has a tokenizer without a chat template, unlike",
+        (false, true) => "has a tokenizer with a chat template, unlike",
+        _ if own != others => "has another chat template than",
+        _ if tokenizers_differ(adapter, other) => "has another tokenizer than",
         _ => return None,
     };
     let whose = if used == adapter { "the adapter's" } else { "the latter's" };
-    Some(format!("adapter {name} brings {what} of {}: {whose} tokenizer and template are used", other.display()))
+    Some(format!("adapter {name} {what} {}: {whose} tokenizer and template are used", other.display()))
 }
 
 /// Returns true if both directories have a tokenizer, and they encode or end texts differently.
@@ -154,17 +158,13 @@ mod tests {
             (&[template], "base", ""),
             (&[("chat_template.jinja", "X")], "base", "has a chat template but no tokenizer.json"),
             (&[tokenizer, config, template], "adapter", ""),
-            (&[tokenizer, config], "adapter", "brings a tokenizer without the chat template of"),
-            (
-                &[tokenizer, config, ("chat_template.jinja", "X")],
-                "adapter",
-                "brings another chat template than that of",
-            ),
-            (&[tokenizer, other_end], "adapter", "brings another tokenizer than that of"),
+            (&[tokenizer, config], "adapter", "brings has a tokenizer without a chat template, unlike of"),
+            (&[tokenizer, config, ("chat_template.jinja", "X")], "adapter", "brings has another chat template than of"),
+            (&[tokenizer, other_end], "adapter", "brings has another tokenizer than of"),
             (
                 &[("tokenizer.json", r#"{"model": 2}"#), config, template],
                 "adapter",
-                "brings another tokenizer than that of",
+                "brings has another tokenizer than of",
             ),
         ] {
             let (used, notice) = chosen(adapter);

@@ -90,7 +90,16 @@ fn contradictions(lora: &LoraArguments, saved: &LoraConfig, linears: &[String]) 
     let agrees = |key: &&String| same_linears && TARGET_KEYS.contains(&key.as_str());
     let show = |value: Option<&Value>| value.map_or_else(|| "none".to_owned(), Value::to_string);
     let differing = lora.given.iter().filter(|key| differs(key) && !agrees(key));
-    differing.map(|key| format!("{key} = {} but it has {}", show(ours.get(key)), show(theirs.get(key)))).collect()
+    differing
+        .map(|key| {
+            format!(
+                "{key} = {}, but the adapter has \
+         {}",
+                show(ours.get(key)),
+                show(theirs.get(key))
+            )
+        })
+        .collect()
 }
 
 /// Returns the keys that describe an adapter, without the seed, which each run chooses.

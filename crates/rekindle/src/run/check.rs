@@ -24,7 +24,7 @@ impl RunConfig {
     pub(super) fn list_problems(&self, problems: &mut Vec<String>) {
         if self.model.name_or_path.as_os_str().is_empty() {
             problems.push(
-                "[model] name_or_path is missing; give a checkpoint's directory, or its name on the hub".to_owned(),
+                "[model] name_or_path is missing; set it to a checkpoint's directory or its name on the hub".to_owned(),
             );
         }
         self.data.list_problems(problems);
@@ -35,7 +35,7 @@ impl RunConfig {
         }
         match (&self.lora, self.model.full_finetuning) {
             (None, false) => problems.push(
-                "nothing to train: add a section [lora] (for instance with r = 16) to train an adapter, or write \
+                "nothing to train: add a section [lora] (for instance with r = 16) to train an adapter, or set \
                  full_finetuning = true in [model] to train all weights"
                     .to_owned(),
             ),
@@ -56,8 +56,8 @@ impl RunConfig {
         }
         if self.model.dtype == Dtype::F16 {
             problems.push(
-                "[model] dtype = \"f16\" is not for training: its smallest value is 6e-8, and the loss is not scaled to keep \
-                 gradients above that; use \"bf16\" or \"f32\""
+                "[model] dtype = \"f16\" cannot be used for training: small gradients underflow, because the loss is \
+                 not scaled; use \"bf16\" or \"f32\""
                     .to_owned(),
             );
         }
@@ -77,7 +77,8 @@ impl RunConfig {
         }
         if self.train.optimizer_in_bwd {
             problems.push(
-                "[train] optimizer_in_bwd is for full_finetuning: the gradients of an adapter are small; remove it"
+                "[train] optimizer_in_bwd saves memory only with full_finetuning, because an adapter's gradients are \
+                 small; remove it"
                     .to_owned(),
             );
         }
@@ -90,12 +91,13 @@ impl RunConfig {
         }
         for (_, key) in self.train.needs_eval().iter().filter(|(wanted, _)| *wanted) {
             problems.push(format!(
-                "[train] {key} needs rows to evaluate; give eval = \"…\" or eval_fraction = 0.05 in [data]"
+                "[train] {key} needs evaluation rows; set eval = \"…\" or eval_fraction = 0.05 in [data]"
             ));
         }
         if self.train.eval_samples > 0 {
             problems.push(
-                "[train] eval_samples takes prompts of rows to evaluate; give eval = \"…\" in [data], or sample_prompts"
+                "[train] eval_samples takes its prompts from evaluation rows; set eval = \"…\" in [data], or \
+                 sample_prompts"
                     .to_owned(),
             );
         }

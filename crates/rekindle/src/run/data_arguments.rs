@@ -147,8 +147,11 @@ impl DataArguments {
 
     pub(super) fn list_problems(&self, problems: &mut Vec<String>) {
         if self.train.is_empty() {
-            problems
-                .push("[data] train is missing; give a file of rows, such as JSON lines, CSV or Parquet".to_owned());
+            problems.push(
+                "[data] train is missing; set it to a file of rows, such as JSON lines, CSV or \
+                     Parquet"
+                    .to_owned(),
+            );
         }
         if let Err(error) = Columns::new(self.columns.clone()) {
             problems.push(format!("[data] {error}"));

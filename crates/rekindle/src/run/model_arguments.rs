@@ -103,8 +103,7 @@ impl ModelArguments {
         self.load_in()?;
         if self.fast_inference {
             return Err(Error::Argument(
-                "fast_inference = true is not there yet: generation runs the model that is trained; leave it out"
-                    .to_owned(),
+                "fast_inference = true is not supported: generation uses the model being trained; remove it".to_owned(),
             ));
         }
         Ok(())
@@ -128,7 +127,9 @@ impl ModelArguments {
             [one] if quant_config.is_none() || self.load_in_4bit => Ok(Some(one)),
             [] if quant_config.is_none() => Ok(None),
             _ => Err(Error::Argument(
-                "quant_type, blocksize and double_quant describe a 4-bit format; they need load_in_4bit".to_owned(),
+                "quant_type, blocksize and double_quant apply only with load_in_4bit = true; set it, or remove \
+                 them"
+                    .to_owned(),
             )),
         }
     }

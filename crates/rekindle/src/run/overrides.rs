@@ -25,7 +25,7 @@ impl ConfigOverride {
             let entry = place.entry(section).or_insert_with(|| Table::new().into());
             let kind = entry.type_str();
             place = entry.as_table_mut().ok_or_else(|| {
-                format!("{}: \"{section}\" is no section of the run file but a key ({kind})", self.path.join("."))
+                format!("{}: \"{section}\" is a key of the run file ({kind}), not a section", self.path.join("."))
             })?;
         }
         place.insert(key.clone(), self.value.clone());
@@ -48,7 +48,7 @@ impl ConfigOverride {
             .ok_or_else(|| format!("\"{text}\" is not of the form section.key=value, such as train.max_steps=60"))?;
         let path: Vec<String> = path.split('.').map(|part| part.trim().to_owned()).collect();
         if path.iter().any(String::is_empty) {
-            return Err(format!("\"{text}\" lacks a name before \"=\"; write section.key=value"));
+            return Err(format!("\"{text}\" has no name before \"=\"; write section.key=value"));
         }
         let value = parse_value(value);
         if let [section, key] = &path[..]

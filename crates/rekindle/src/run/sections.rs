@@ -58,8 +58,8 @@ impl SectionReader {
         // From the last section to the top, where "train" is a section and not the key of [data].
         if let Some((home, _)) = self.known.iter().rev().find(|(_, keys)| keys.contains(&key)) {
             return match *home {
-                "" => format!("{place} is unknown; {key} stands at the top of the file, before the first section"),
-                home => format!("{place} is unknown; {key} belongs into [{home}]"),
+                "" => format!("{place} is unknown; write {key} at the top of the file, before the first section"),
+                home => format!("{place} is unknown; {key} belongs in [{home}]"),
             };
         }
         if let Some(advice) = foreign::advice(key) {
@@ -187,7 +187,7 @@ mod tests {
         let table = "max_steps = 4\nlearning_rate = 1\nwarmup_steps = -1".parse().unwrap();
         let config: SftConfig = reader.read("train", table);
         assert_eq!((config.max_steps, config.learning_rate, config.warmup_steps.of(8)), (Some(4), Some(1.0), 0));
-        let expected = "expected a whole number of steps, or a share of all steps between 0 and 1";
+        let expected = "expected a whole number of steps, or a fraction of all steps between 0 and 1";
         assert_eq!(reader.problems, [format!("[train] key \"warmup_steps\" = -1: {expected}")]);
     }
 

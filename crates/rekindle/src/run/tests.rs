@@ -122,8 +122,8 @@ fn what_other_programs_take_is_explained() {
             "[model] key \"gpu_memory_utilization\" is unknown; memory is allocated on demand; nothing is reserved for \
              an engine",
             "[model] key \"random_state\" is unknown; random_state belongs into [lora]",
-            "[model] key \"trust_remote_code\" is unknown; no code of a checkpoint is ever run; its architecture is known \
-             here or refused by name",
+            "[model] key \"trust_remote_code\" is unknown; code in a checkpoint is never run; unknown architectures \
+             are refused",
         ]
     );
     let engine = parse(&LEAST.replace("\"m\"", "\"m\"\nfast_inference = true")).unwrap_err();
@@ -168,7 +168,7 @@ fn what_is_missing_or_out_of_range_is_named() {
         "[lora] r is 0",
         "[train] logging_steps is 0",
         "eval_steps needs rows",
-        "eval_samples takes prompts",
+        "eval_samples takes its prompts",
         "\"constant\" has no warm-up",
     ] {
         assert!(problems.contains(part), "{part}: {problems}");

@@ -14,7 +14,7 @@ use super::schema::{Field, Kind};
 pub(super) type Dictionaries = HashMap<i64, Vec<Value>>;
 
 /// The error for a file with contradictory values.
-pub(super) const CONTRADICTS: &str = "it contradicts itself";
+pub(super) const CONTRADICTS: &str = "it is inconsistent";
 
 /// The maximum length of a list. The elements of some types take no bytes in a file, so a damaged file could claim any
 /// length.
@@ -141,7 +141,7 @@ impl Array<'_> {
         let value = self.value(index)?;
         match value {
             Value::String(text) if self.field.is_json => {
-                serde_json::from_str(&text).map_err(|error| format!("holds text that is not JSON: {error}"))
+                serde_json::from_str(&text).map_err(|error| format!("contains text that is not JSON: {error}"))
             }
             value => Ok(value),
         }
@@ -300,12 +300,12 @@ fn bit(bits: &[u8], index: usize) -> Result<bool, String> {
 fn text(bytes: &[u8]) -> Result<Value, String> {
     match std::str::from_utf8(bytes) {
         Ok(text) => Ok(Value::String(text.to_owned())),
-        Err(_) => Err("holds bytes that are no UTF-8 text".to_owned()),
+        Err(_) => Err("contains bytes that are not UTF-8".to_owned()),
     }
 }
 
 fn float(value: f64) -> Result<Value, String> {
-    Number::from_f64(value).map(Value::Number).ok_or_else(|| "holds a number that is not finite".to_owned())
+    Number::from_f64(value).map(Value::Number).ok_or_else(|| "contains a number that is not finite".to_owned())
 }
 
 fn decimal(value: i128, scale: u32) -> String {
