@@ -324,7 +324,7 @@ fn optimizer(suite: &mut Suite) -> Result<(), Lost> {
     })
 }
 
-/// What only holds where equal calls give equal bits.
+/// Tests that need equal calls to give equal bits.
 fn determinism(suite: &mut Suite) -> Result<(), Lost> {
     for dtype in ALL_DTYPES {
         let place = |device: &Device| owned(device, dtype);
@@ -443,7 +443,7 @@ impl Suite {
     }
 }
 
-/// What a panic says.
+/// Returns the message of a panic.
 fn message(panic: Box<dyn std::any::Any + Send>) -> String {
     let text = panic.downcast_ref::<String>().cloned();
     text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()

@@ -1,4 +1,4 @@
-//! What holds whatever the numbers are.
+//! Properties that hold for any values.
 
 mod common;
 
@@ -47,7 +47,7 @@ fn cached_attention_gives_the_last_rows() {
     on_both_paths(|| properties::cached_attention_gives_the_last_rows(&Device::cpu(), F32, 24, F32_FLOOR));
 }
 
-/// On the CPU it is a run and the same run.
+/// Runs twice on the CPU.
 #[test]
 fn values_in_place_come_out_the_same_again() {
     properties::values_in_place_are_those_of_the_cpu(&Device::cpu());
@@ -90,7 +90,7 @@ fn what_is_clamped_gets_no_gradient() {
     });
 }
 
-/// With the exponential clamped at e^±88, silu(−10¹⁴) is −6e-25 at most: zero beside values from 2 on.
+/// Flushes tiny values to zero: with the exponential clamped at e^±88, silu(−10¹⁴) is up to −6e-25.
 fn flushed(tensor: Tensor<2>) -> Vec<f32> {
     to_f32(tensor).into_iter().map(|x| if x.abs() < 1e-24 { 0.0 } else { x }).collect()
 }

@@ -103,7 +103,7 @@ const KEY_WRITERS: [&str; 2] = ["crates/rekindle/src/inspect.rs", "crates/rekind
 const CLAUSES: [&str; 4] = ["What", "Whether", "How", "Of"];
 
 /// Paths whose doc comments are not checked for [`CLAUSES`] yet.
-const UNCHECKED_DOCS: [&str; 3] = ["crates/rekindle-lora/", "crates/rekindle-models/", "kernels/"];
+const UNCHECKED_DOCS: [&str; 2] = ["crates/rekindle-lora/src/linear", "crates/rekindle-models/"];
 
 /// Folders of `kernels/src`, from the lowest up: a folder names none above it.
 const ROOMS: [&str; 6] = ["runtime", "host", "tensor", "params", "ops", "optimizer"];

@@ -68,6 +68,6 @@ pub(crate) fn describe(model: &Model) {
     }
     let memory = model.memory_report();
     let bits = memory.bits_per_quantized_weight();
-    let bits = bits.map_or_else(String::new, |bits| format!(", {bits:.2} bits a quantized weight"));
+    let bits = bits.map_or_else(String::new, |bits| format!(", {bits:.2} bits per quantized weight"));
     eprintln!("weights {}{bits}", show_bytes(memory.bytes() as usize));
 }

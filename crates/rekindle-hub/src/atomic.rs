@@ -71,6 +71,20 @@ fn sync_directory(path: &Path) -> Result<(), Error> {
 }
 
 #[cfg(test)]
+mod test_support {
+    use std::fs;
+    use std::path::Path;
+
+    /// Returns the sorted names of the entries of a directory.
+    pub(crate) fn names(directory: &Path) -> Vec<String> {
+        let entries = fs::read_dir(directory).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use std::fs;

@@ -19,14 +19,14 @@ pub struct Factors {
     pub a: Vec<f32>,
     /// B's values.
     pub b: Vec<f32>,
-    /// DoRA's lengths of rows, `[out]`.
+    /// DoRA's magnitude of each row, `[out]`.
     pub magnitude: Option<Vec<f32>>,
 }
 
 /// An adapter: its configuration and everything that is trained with it, by module name.
 #[derive(Clone, Debug)]
 pub struct Adapter {
-    /// What `adapter_config.json` says.
+    /// The contents of `adapter_config.json`.
     pub config: AdapterConfig,
     /// Factors by the full name of the linear.
     pub factors: BTreeMap<String, Factors>,
@@ -34,9 +34,9 @@ pub struct Adapter {
     pub biases: BTreeMap<String, Vec<f32>>,
     /// Weights that are trained whole, with their shapes, by the full name of the module, such as `lm_head`.
     pub saved: BTreeMap<String, ([usize; 2], Vec<f32>)>,
-    /// Frozen weights that replace the base's, by the full name of the module: PEFT saves the embedding table and the head
-    /// with an adapter when their number of rows was changed (`save_embedding_layers`). One of them stands for both where
-    /// they are tied.
+    /// Frozen weights that replace the base's, by the full name of the module. PEFT saves the embedding table and the head
+    /// with an adapter when their number of rows was changed (`save_embedding_layers`). If they are tied, there is one
+    /// entry for both.
     pub tables: BTreeMap<String, EmbeddingTable>,
 }
 
@@ -51,14 +51,14 @@ pub struct EmbeddingTable {
     pub values: Vec<f32>,
 }
 
-/// What of a model an adapter can be on.
+/// The modules of a model that an adapter can adapt or save.
 #[derive(Clone, Debug, Default)]
 pub struct Modules {
     /// Every linear of the blocks, those of experts too.
     pub linears: Vec<Module>,
     /// The modules that `modules_to_save` can name: full name and shape of the weight.
     pub savable: Vec<(String, [usize; 2])>,
-    /// True if those are one weight, the table of embeddings being the head.
+    /// True if the embedding table and the head are one weight.
     pub tied: bool,
     /// The projections of experts, whose linears are among `linears`.
     pub experts: Vec<ExpertProjection>,
@@ -71,29 +71,29 @@ pub struct Modules {
 pub struct Module {
     /// Full name, such as `model.layers.0.self_attn.q_proj`.
     pub name: String,
-    /// Width of its input.
+    /// The number of input features.
     pub input: usize,
-    /// Width of its result.
+    /// The number of output features.
     pub out: usize,
     /// True if it has a bias.
     pub has_bias: bool,
 }
 
 impl Modules {
-    /// The linear of that name.
+    /// Returns the linear with this full name.
     pub fn linear(&self, name: &str) -> Option<&Module> {
         self.linears.iter().find(|linear| linear.name == name)
     }
 
-    /// Names of the linears, in order.
+    /// Returns the names of the linears, in order.
     pub fn names(&self) -> Vec<&str> {
         self.linears.iter().map(|linear| linear.name.as_str()).collect()
     }
 
-    /// The full names of the modules that `config.modules_to_save` names, and those that are tied to them.
+    /// Returns the full names of the modules that `config.modules_to_save` names, and of those tied to them.
     ///
     /// # Errors
-    /// [`Error::Targets`] for a name that this model has not.
+    /// [`Error::Targets`] for a name that this model does not have.
     pub fn saved(&self, config: &LoraConfig) -> Result<Vec<String>, Error> {
         let modules_to_save = &config.modules_to_save;
         let find = |wanted: &String| {
@@ -112,7 +112,7 @@ impl Modules {
         if problems.is_empty() { Ok(names.into_iter().collect()) } else { Err(Error::Targets { problems }) }
     }
 
-    /// The linears whose biases are trained.
+    /// Returns the linears whose biases are trained. `adapted` is true for the name of an adapted linear.
     pub fn biased(&self, bias: Bias, adapted: impl Fn(&str) -> bool) -> Vec<&Module> {
         let trained = |linear: &&Module| match bias {
             Bias::None => false,
@@ -136,7 +136,7 @@ impl Adapter {
         let path = dir.join(TENSORS_FILE);
         let file = open_adapter(dir)?;
         let adapted = adapted_modules(&file, &config, modules);
-        let mut reader = Reader { file: &file, read: BTreeSet::new(), problems: Vec::new() };
+        let mut reader = TensorReader { file: &file, read: BTreeSet::new(), problems: Vec::new() };
 
         let mut factors = BTreeMap::new();
         reader.stacked(config.lora(), modules, &mut factors)?;
@@ -209,7 +209,7 @@ impl Adapter {
         }
     }
 
-    /// Returns true if every product B·A is zero, as of an adapter that was never trained.
+    /// Returns true if every product B·A is zero, as in an untrained adapter.
     pub fn is_zero(&self) -> bool {
         let zero = |x: &[f32]| x.iter().all(|x| *x == 0.0);
         self.factors.values().all(|factors| zero(&factors.b) || zero(&factors.a))
@@ -218,7 +218,7 @@ impl Adapter {
     /// Writes the files that PEFT reads into the existing directory `dir`, everything but [`tables`](Self::tables) in `f32`.
     ///
     /// # Errors
-    /// [`Error::File`] when the system refuses; nothing half-written stands under a final name.
+    /// [`Error::File`] if a file cannot be written. No incomplete file appears under a final name.
     pub fn save(&self, dir: &Path) -> Result<(), Error> {
         let mut tensors: Vec<(String, Vec<usize>, &[f32])> = Vec::new();
         let mut dtypes = BTreeMap::new();
@@ -256,10 +256,11 @@ impl Adapter {
     }
 }
 
-/// How many token ids the modules have that the adapter in `dir` saved whole; `None` for an adapter without them.
+/// Returns the number of token ids of the embedding table or head that the adapter in `dir` saved, or `None` if it saved
+/// neither.
 ///
 /// # Errors
-/// [`Error::File`] when its tensors cannot be read.
+/// [`Error::File`] if its tensors cannot be read.
 pub fn saved_rows(dir: &Path) -> Result<Option<usize>, Error> {
     Ok(rows_of(&open_adapter(dir)?))
 }
@@ -274,7 +275,7 @@ fn rows_of(file: &SafetensorsFile) -> Option<usize> {
     found.all(|rows| rows == first).then_some(first)
 }
 
-/// The linears that the file has factors for, and those that the configuration says it should have.
+/// Returns the linears that the file has factors for, and those that the configuration requires.
 fn adapted_modules(file: &SafetensorsFile, config: &AdapterConfig, modules: &Modules) -> BTreeSet<String> {
     let named = file.names().filter_map(Key::parse).filter_map(|key| match key {
         Key::A(module) | Key::B(module) => Some(module.to_owned()),
@@ -290,15 +291,15 @@ fn adapted_modules(file: &SafetensorsFile, config: &AdapterConfig, modules: &Mod
     named.chain(matched).collect()
 }
 
-/// Takes tensors out of a file and notes what is wrong with them.
-struct Reader<'a> {
+/// Reads tensors of an adapter's file and collects what is wrong with them.
+struct TensorReader<'a> {
     file: &'a SafetensorsFile,
     read: BTreeSet<String>,
     problems: Vec<String>,
 }
 
-impl Reader<'_> {
-    /// The values of a tensor; none with a problem noted.
+impl TensorReader<'_> {
+    /// Returns the values of a tensor, or none after recording a problem.
     fn take(&mut self, key: &Key<'_>, shape: &[usize]) -> Result<Vec<f32>, Error> {
         let key = key.to_string();
         match self.file.get(&key) {

@@ -20,10 +20,10 @@ pub use targets::TargetModules;
 /// The seven linears of a decoder block, the default of [`LoraConfig::target_modules`].
 pub const BLOCK_LINEARS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
-/// Linears that stand for several of [`BLOCK_LINEARS`].
+/// Fused linears, each of which replaces several of [`BLOCK_LINEARS`].
 pub const FUSED_LINEARS: [&str; 2] = ["qkv_proj", "gate_up_proj"];
 
-/// What [`LoraConfig::modules_to_save`] may name.
+/// The modules that [`LoraConfig::modules_to_save`] accepts.
 pub const SAVABLE: [&str; 2] = ["embed_tokens", "lm_head"];
 
 /// The arguments of `get_peft_model`, under the names that PEFT and Unsloth give them.
@@ -46,26 +46,26 @@ pub struct LoraConfig {
     pub lora_alpha: f64,
     /// True if the scale is `lora_alpha / √r` (arXiv:2312.03732) instead of `lora_alpha / r`. Default false.
     pub use_rslora: bool,
-    /// Probability in `[0, 1)` with which an element of x is dropped on its way to A. Default 0.
+    /// Dropout probability of the adapter's input, in `[0, 1)`. Default 0.
     pub lora_dropout: f64,
-    /// Which biases of the base model are trained. Default none.
+    /// The biases of the base model that are trained. Default none.
     pub bias: Bias,
-    /// Which linears get an adapter. Default [`BLOCK_LINEARS`], or a layer's linears where some of those are fused.
+    /// The linears that get an adapter. Default [`BLOCK_LINEARS`], or all linears of a layer if some of those are fused.
     pub target_modules: TargetModules,
-    /// Parameters of experts that get an adapter for each expert, such as `mlp.experts.gate_up_proj`: gate and up of an expert
-    /// then share one. As in PEFT on transformers 5, whose layout the adapter's file has.
+    /// Parameters of experts that get an adapter for each expert, such as `mlp.experts.gate_up_proj`; gate and up of an expert
+    /// then share one, as in PEFT on transformers 5, whose layout the adapter's file has.
     #[serde(deserialize_with = "lists::names_or_none", skip_serializing_if = "Vec::is_empty")]
     pub target_parameters: Vec<String>,
-    /// Which of those get none after all: names, or a regular expression for whole names.
+    /// Targets to exclude: names, or a regular expression for whole names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<TargetModules>,
-    /// Block numbers that get adapters; all of them when absent. Needs a list of `target_modules`, as in PEFT.
+    /// The numbers of the blocks that get adapters. Default: all. Needs a list in `target_modules`, as in PEFT.
     #[serde(deserialize_with = "lists::numbers", skip_serializing_if = "Option::is_none")]
     pub layers_to_transform: Option<Vec<usize>>,
-    /// What stands before the block number in a module's name, where that is not the third part of it.
+    /// The segments that precede the block number in a module's name, if the number is not its third segment.
     #[serde(deserialize_with = "lists::names", skip_serializing_if = "Option::is_none")]
     pub layers_pattern: Option<Vec<String>>,
-    /// Only the last N blocks get adapters: `layers_to_transform` without counting. Not in PEFT.
+    /// The number of blocks, counted from the end, that get adapters. Not in PEFT.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finetune_last_n_layers: Option<usize>,
     /// Ranks of some modules instead of `r`.
@@ -74,17 +74,17 @@ pub struct LoraConfig {
     /// `lora_alpha` of some modules.
     #[serde(skip_serializing_if = "Pattern::is_empty")]
     pub alpha_pattern: Pattern<f64>,
-    /// `embed_tokens` and `lm_head`, where they are trained whole beside the adapter and saved with it.
+    /// The modules that are trained in full and saved with the adapter: `embed_tokens`, `lm_head`.
     #[serde(deserialize_with = "lists::names_or_none", skip_serializing_if = "Vec::is_empty")]
     pub modules_to_save: Vec<String>,
-    /// True if a table and a head that are one weight stay one when `modules_to_save` names one of them. Default true;
-    /// PEFT's is false, which trains a copy of the one and leaves the other as it was.
+    /// True if a tied embedding table and head stay tied when `modules_to_save` names one of them. Default true. PEFT's
+    /// default is false, which trains a copy of one and leaves the other unchanged.
     pub ensure_weight_tying: bool,
-    /// True if the rows of W + s·B·A are brought to trained lengths (DoRA, arXiv:2402.09353). Default false.
+    /// True if the rows of W + s·B·A are scaled to trained magnitudes (DoRA, arXiv:2402.09353). Default false.
     pub use_dora: bool,
     /// Seed of the initial A (and of dropout). Default 3407.
     pub random_state: u64,
-    /// How A and B start. Default true.
+    /// The initial values of A and B. Default true.
     pub init_lora_weights: InitLoraWeights,
     /// Arguments of `init_lora_weights` = `"loftq"`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -92,7 +92,7 @@ pub struct LoraConfig {
 }
 
 impl LoraConfig {
-    /// A configuration with rank `r` and otherwise the defaults.
+    /// Returns a configuration with rank `r` and defaults otherwise.
     pub fn new(r: usize) -> Self {
         Self { r, ..Self::default() }
     }
@@ -104,28 +104,28 @@ impl LoraConfig {
         self
     }
 
-    /// Chooses `lora_alpha / √r` as the scale.
+    /// Sets whether the scale is `lora_alpha / √r`.
     #[must_use]
     pub fn use_rslora(mut self, use_rslora: bool) -> Self {
         self.use_rslora = use_rslora;
         self
     }
 
-    /// Sets the probability of dropping an element of the adapter's input.
+    /// Sets the dropout probability of the adapter's input.
     #[must_use]
     pub fn lora_dropout(mut self, lora_dropout: f64) -> Self {
         self.lora_dropout = lora_dropout;
         self
     }
 
-    /// Chooses the trained biases.
+    /// Sets the trained biases.
     #[must_use]
     pub fn bias(mut self, bias: Bias) -> Self {
         self.bias = bias;
         self
     }
 
-    /// Chooses the adapted linears: a list of names, or a string with a regular expression or `"all-linear"`.
+    /// Sets the adapted linears: a list of names, or a string with a regular expression or `"all-linear"`.
     #[must_use]
     pub fn target_modules(mut self, target_modules: impl Into<TargetModules>) -> Self {
         self.target_modules = target_modules.into();
@@ -153,7 +153,7 @@ impl LoraConfig {
         self
     }
 
-    /// Leaves some of the targets out: a list of names, or a string with a regular expression.
+    /// Excludes some of the targets: a list of names, or a string with a regular expression.
     #[must_use]
     pub fn exclude_modules(mut self, exclude_modules: impl Into<TargetModules>) -> Self {
         self.exclude_modules = Some(exclude_modules.into());
@@ -167,59 +167,59 @@ impl LoraConfig {
         self
     }
 
-    /// Gives some modules another rank.
+    /// Sets the rank of some modules.
     #[must_use]
     pub fn rank_pattern<S: Into<String>>(mut self, ranks: impl IntoIterator<Item = (S, usize)>) -> Self {
         self.rank_pattern = Pattern(ranks.into_iter().map(|(key, r)| (key.into(), r)).collect());
         self
     }
 
-    /// Gives some modules another `lora_alpha`.
+    /// Sets `lora_alpha` of some modules.
     #[must_use]
     pub fn alpha_pattern<S: Into<String>>(mut self, alphas: impl IntoIterator<Item = (S, f64)>) -> Self {
         self.alpha_pattern = Pattern(alphas.into_iter().map(|(key, alpha)| (key.into(), alpha)).collect());
         self
     }
 
-    /// Trains `embed_tokens` or `lm_head` whole.
+    /// Trains `embed_tokens` or `lm_head` in full.
     #[must_use]
     pub fn modules_to_save(mut self, modules: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.modules_to_save = modules.into_iter().map(Into::into).collect();
         self
     }
 
-    /// Chooses whether a tied table and head stay tied when one of them is trained.
+    /// Sets whether a tied embedding table and head stay tied when one of them is trained.
     #[must_use]
     pub fn ensure_weight_tying(mut self, ensure_weight_tying: bool) -> Self {
         self.ensure_weight_tying = ensure_weight_tying;
         self
     }
 
-    /// Chooses DoRA.
+    /// Sets whether the adapter is a DoRA.
     #[must_use]
     pub fn use_dora(mut self, use_dora: bool) -> Self {
         self.use_dora = use_dora;
         self
     }
 
-    /// Chooses the initial values of A and B.
+    /// Sets the initial values of A and B.
     #[must_use]
     pub fn init_lora_weights(mut self, init_lora_weights: InitLoraWeights) -> Self {
         self.init_lora_weights = init_lora_weights;
         self
     }
 
-    /// What `(x·Aᵀ)·Bᵀ` is multiplied with: `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`.
+    /// Returns the scale s of (x·Aᵀ)·Bᵀ: `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`.
     pub fn scale(&self) -> f64 {
         self.scaled(self.lora_alpha, self.r)
     }
 
-    /// The rank of the adapter of `module`.
+    /// Returns the rank of the adapter on `module`.
     pub fn rank_of(&self, module: &str) -> usize {
         self.rank_pattern.get(module, self.r)
     }
 
-    /// The scale of the adapter of `module`.
+    /// Returns the scale of the adapter on `module`.
     pub fn scale_of(&self, module: &str) -> f64 {
         self.scaled(self.alpha_pattern.get(module, self.lora_alpha), self.rank_of(module))
     }

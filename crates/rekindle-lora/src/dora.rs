@@ -1,13 +1,13 @@
-//! DoRA's row lengths (arXiv:2402.09353).
+//! The row norms of DoRA (arXiv:2402.09353).
 
 use rayon::prelude::*;
 
 use crate::Factors;
 use crate::merge::{add_product, assert_shape};
 
-/// m at the start: ‖W + s·B·A‖ by row, `[out]`, which leaves the function of the base and the adapter unchanged.
+/// Returns the initial magnitude m = ‖W + s·B·A‖ of each row, `[out]`. It leaves the function of base and adapter unchanged.
 ///
-/// W `[out, in]` row-major. A row is summed in `f64` and rounded once.
+/// W is `[out, in]`, row-major. A row is summed in `f64` and rounded once.
 ///
 /// # Panics
 /// If a slice's length is not that of its shape.
@@ -26,7 +26,7 @@ pub fn initial_magnitude(w: &[f32], [out, input]: [usize; 2], factors: &Factors,
     if input == 0 { vec![0.0; out] } else { w.par_chunks_exact(input).enumerate().map(row).collect() }
 }
 
-/// ‖W + s·B·A‖ by row, `[out]`, from products with A alone, without forming W + s·B·A:
+/// Returns ‖W + s·B·A‖ of each row, `[out]`, from products with A, without forming W + s·B·A:
 ///
 /// ‖w + s·b·A‖² = ‖w‖² + 2s·b·(A·wᵀ) + s²·b·(A·Aᵀ)·bᵀ
 ///
@@ -36,11 +36,11 @@ pub fn initial_magnitude(w: &[f32], [out, input]: [usize; 2], factors: &Factors,
 /// ‖w‖² `[out]`, `wa` = W·Aᵀ `[out, r]`, A `[r, in]`, B `[out, r]`.
 ///
 /// # Dtypes
-/// Stored in `f32`, summed in `f64`. What remains is the rounding of ‖w‖² and W·Aᵀ to `f32`, which grows where
+/// Stored in `f32`, summed in `f64`. The remaining error is the rounding of ‖w‖² and W·Aᵀ to `f32`; it is largest where
 /// the adapter nearly cancels the base.
 ///
 /// # Gradients
-/// None: PEFT and §4.3 of the paper hold this length constant in the backward pass.
+/// None: PEFT and §4.3 of the paper treat this norm as a constant in the backward pass.
 ///
 /// # Panics
 /// If a slice's length is not that of its shape.
@@ -61,7 +61,7 @@ pub(crate) fn dora_norm(row_norms_sq: &[f32], wa: &[f32], factors: &Factors, sca
     row_norms_sq.par_iter().zip(wa.par_chunks_exact(r)).zip(factors.b.par_chunks_exact(r)).map(row).collect()
 }
 
-/// A row's length.
+/// Returns the norm of a row.
 pub(crate) fn norm(row: &[f32]) -> f64 {
     norm_sq(row).sqrt()
 }
@@ -70,13 +70,13 @@ fn norm_sq(row: &[f32]) -> f64 {
     dot(row, row)
 }
 
-/// A·Aᵀ, `[r, r]`.
+/// Returns A·Aᵀ, `[r, r]`.
 fn gram(a: &[f32], r: usize) -> Vec<f64> {
     let input = a.len() / r;
     (0..r * r).into_par_iter().map(|at| dot(&a[at / r * input..][..input], &a[at % r * input..][..input])).collect()
 }
 
-/// A dot product in `f64`, as eight sums: one alone would wait for itself.
+/// Returns the dot product in `f64`. Eight independent sums hide the latency of an addition.
 fn dot(x: &[f32], y: &[f32]) -> f64 {
     let mut sums = [0f64; 8];
     let (x, x_rest) = x.as_chunks::<8>();

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use thiserror::Error as ThisError;
 
-/// Why an adapter cannot be configured, placed or read.
+/// An error of configuring, attaching or reading an adapter.
 #[derive(Debug, ThisError)]
 #[non_exhaustive]
 pub enum Error {
@@ -12,7 +12,7 @@ pub enum Error {
         /// One sentence for each argument.
         problems: Vec<String>,
     },
-    /// `target_modules` or `layers_to_transform` do not fit the model, one sentence each.
+    /// `target_modules` or `layers_to_transform` do not match the model, one sentence each.
     #[error("{}", .problems.join("; "))]
     Targets {
         /// One sentence for each target or layer.
@@ -29,7 +29,7 @@ pub enum Error {
     /// A file of the adapter cannot be read or written.
     #[error(transparent)]
     File(#[from] rekindle_hub::Error),
-    /// `adapter_config.json` is malformed, or asks for something that would change the result and is not supported.
+    /// `adapter_config.json` is malformed, or has a setting that changes the result and is not supported.
     #[error("adapter_config.json: {}", .problems.join("; "))]
     AdapterConfig {
         /// One sentence for each field.
@@ -37,14 +37,14 @@ pub enum Error {
     },
 }
 
-/// The candidate that looks most like `word`, unless none looks like it at all.
+/// Returns the candidate most similar to `word`, if any is similar enough.
 pub(crate) fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    // Below 0.7 the suggestions are noise: "embed" would be told "k_proj".
+    // Below 0.7 the suggestions are noise: "embed" would suggest "k_proj".
     let scored = candidates.into_iter().map(|candidate| (strsim::jaro_winkler(word, candidate), candidate));
     scored.filter(|(score, _)| *score >= 0.7).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, candidate)| candidate)
 }
 
-/// `; nearest: "…"`, or nothing.
+/// Returns `; nearest: "…"`, or an empty text.
 pub(crate) fn nearest_hint<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
     nearest(word, candidates).map(|name| format!("; nearest: \"{name}\"")).unwrap_or_default()
 }

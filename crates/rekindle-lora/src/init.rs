@@ -1,17 +1,17 @@
-//! The values that A and B start from.
+//! Initial values of A and B.
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::{Factors, InitLoraWeights, LoraConfig};
 
-/// A and B of a new adapter for the linear `module` with `[out, in]` weight.
+/// Returns A and B of a new adapter for the linear `module` with a weight of `[out, in]`.
 ///
 /// A is uniform in ±1/√in (Kaiming-uniform with a = √5, as PEFT), normal with standard deviation 1/r for
 /// `"gaussian"`; B is zero, or uniform in ±1/√r with `init_lora_weights = false`.
 ///
-/// The numbers come from a ChaCha stream keyed by `random_state` and the module's name: adding a target
-/// changes no other adapter's start.
+/// The numbers come from a ChaCha stream keyed by `random_state` and the module's name, so that adding a target changes
+/// no other adapter's initial values.
 pub fn initial_factors(config: &LoraConfig, module: &str, in_features: usize, out_features: usize) -> Factors {
     let r = config.rank_of(module);
     let mut rng = stream(config, module);
@@ -29,7 +29,7 @@ pub fn initial_factors(config: &LoraConfig, module: &str, in_features: usize, ou
             let a = (0..r * in_features).map(|_| (normal(&mut rng) / r as f64) as f32).collect();
             Factors { r, a, b: vec![0.0; out_features * r], magnitude: None }
         }
-        // Methods that look at the weight are `spectral.rs`'s business, and another method's adapter is only ever loaded.
+        // `spectral.rs` initializes methods that use the weight; adapters of other methods are only loaded.
         _ => {
             let (a, b) = (uniform(r * in_features, a_bound), vec![0.0; out_features * r]);
             Factors { r, a, b, magnitude: None }
@@ -37,21 +37,21 @@ pub fn initial_factors(config: &LoraConfig, module: &str, in_features: usize, ou
     }
 }
 
-/// The random numbers of `module`.
+/// Returns the random stream of `module`.
 pub(crate) fn stream(config: &LoraConfig, module: &str) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(config.random_state);
     rng.set_stream(fnv1a(module));
     rng
 }
 
-/// A standard normal number (Box–Muller).
+/// Returns a standard normal number (Box–Muller).
 pub(crate) fn normal(rng: &mut ChaCha8Rng) -> f64 {
     let u: f64 = 1.0 - rng.random::<f64>();
     let v: f64 = rng.random();
     (-2.0 * u.ln()).sqrt() * (core::f64::consts::TAU * v).cos()
 }
 
-/// The 64-bit FNV-1a hash.
+/// Returns the 64-bit FNV-1a hash.
 fn fnv1a(text: &str) -> u64 {
     text.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3))
 }

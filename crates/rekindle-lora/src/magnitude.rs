@@ -1,13 +1,13 @@
-//! DoRA as a layer (Liu et al., arXiv:2402.09353): the rows of W + s·B·A are brought to trained lengths m.
+//! The DoRA layer (Liu et al., arXiv:2402.09353): the rows of W + s·B·A are scaled to trained magnitudes m.
 //!
-//! With g = m / ‖W + s·B·A‖ (one number for each row, the norm a constant to the gradient, as in PEFT):
-//! y = g ∘ z + (x − x̃)·Wᵀ + b, z = x̃·Wᵀ + s·(x̃·Aᵀ)·Bᵀ, where x̃ = dropout(x); the second term is PEFT's, which drops
-//! nothing on the base model's own way.
+//! With g = m / ‖W + s·B·A‖ (one number per row; the gradient treats the norm as a constant, as in PEFT):
+//! y = g ∘ z + (x − x̃)·Wᵀ + b, z = x̃·Wᵀ + s·(x̃·Aᵀ)·Bᵀ, where x̃ = dropout(x). The second term is PEFT's: the base path
+//! has no dropout.
 //!
 //! # Gradients
-//! dm = Σ_rows dy ∘ z / ‖W + s·B·A‖; to z: g ∘ dy. Saved: z, `[tokens, out]`.
+//! dm = Σ_rows dy ∘ z / ‖W + s·B·A‖; dz = g ∘ dy. Saved: z, `[tokens, out]`.
 //!
-//! The norms come from parts ([`dora_norm`]), so that W + s·B·A is never formed.
+//! [`dora_norm`] computes the norms without forming W + s·B·A.
 
 use std::sync::Arc;
 
@@ -24,13 +24,13 @@ pub(crate) struct Magnitude {
     row_norms: Arc<Vec<f32>>,
 }
 
-/// What the factor g is made of, `[out]` each.
+/// The factor g and the reciprocal norm, `[out]` each.
 pub(crate) struct Gain {
     gain: Tensor<1>,
     reciprocal: Tensor<1>,
 }
 
-/// What the backward needs.
+/// The state that the backward pass needs.
 #[derive(Clone, Debug)]
 pub(crate) struct MagnitudeSaved {
     z: Tensor<2>,
@@ -44,7 +44,7 @@ impl Magnitude {
         Self { at, row_norms: Arc::new(weight.row_norms_squared()) }
     }
 
-    /// g for the factors as they are now.
+    /// Returns g for the current factors.
     pub(crate) fn gain(&self, params: &Params, weight: &Weight, a: ParamRef, b: ParamRef, scale: f32) -> Gain {
         let matrix = params.matrix(a);
         let device = matrix.device();
@@ -54,14 +54,14 @@ impl Magnitude {
         let factors = Factors { r, a: params.values(a), b: params.values(b), magnitude: None };
         let norms = dora_norm(&self.row_norms, &wa, &factors, f64::from(scale));
         let magnitude = params.values(self.at);
-        // A row without length has no direction: it stays zero, as in a merge.
+        // A row of norm zero has no direction. It stays zero, as in a merge.
         let reciprocal: Vec<f32> = norms.iter().map(|&norm| if norm > 0.0 { norm.recip() } else { 0.0 }).collect();
         let gain = magnitude.iter().zip(&reciprocal).map(|(m, reciprocal)| m * reciprocal).collect();
         Gain { gain: vector(gain, &device, params), reciprocal: vector(reciprocal, &device, params) }
     }
 }
 
-/// y without its bias from z and, where there is dropout, from (x − x̃)·Wᵀ.
+/// Returns y without its bias from z and, with dropout, from (x − x̃)·Wᵀ.
 pub(crate) fn forward(z: Tensor<2>, beside: Option<Tensor<2>>, gain: Gain) -> (Tensor<2>, MagnitudeSaved) {
     let Gain { gain, reciprocal } = gain;
     let mut y = z.clone().scale_columns(&gain);
@@ -72,7 +72,7 @@ pub(crate) fn forward(z: Tensor<2>, beside: Option<Tensor<2>>, gain: Gain) -> (T
 }
 
 impl MagnitudeSaved {
-    /// The gradient to z; adds that of the magnitude.
+    /// Returns the gradient of z, and adds that of the magnitude to `grads`.
     pub(crate) fn backward(&self, dy: &Tensor<2>, grads: &mut Grads, magnitude: ParamRef) -> Tensor<2> {
         let by_row = dy.clone().times(&self.z).scale_columns(&self.reciprocal);
         grads.add_row_sum(magnitude, &by_row);

@@ -1,4 +1,4 @@
-//! An adapter added into its base weight.
+//! Adds an adapter to its base weight.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -6,19 +6,19 @@ use rayon::prelude::*;
 use crate::Factors;
 use crate::dora::norm;
 
-/// Rows that one task takes: enough that a tile of A, read once, serves all of them from the nearest cache.
+/// Rows of a task: enough that a tile of A, read once, is reused from the L1 cache.
 const ROWS: usize = 16;
 
-/// W += s·B·A in place; with DoRA's magnitude m, W = m / ‖W + s·B·A‖ · (W + s·B·A), row by row.
+/// Computes W += s·B·A in place or, with DoRA's magnitude m, W = m / ‖W + s·B·A‖ · (W + s·B·A), row by row.
 ///
 /// # Shapes
-/// W `[out, in]` row-major, A `[r, in]`, B `[out, r]`, m `[out]`; ‖·‖ is the length of a row.
+/// W `[out, in]` row-major, A `[r, in]`, B `[out, r]`, m `[out]`; ‖·‖ is the norm of a row.
 ///
 /// # Dtypes
-/// All in `f32`; a row's length is summed in `f64`. Each element is rounded once by the sum over r, once by its
-/// addition to W and, with m, once more. Rounding to 16 bits afterwards is the caller's.
+/// All in `f32`; a row's norm is summed in `f64`. Each element is rounded once by the sum over r, once by its addition to
+/// W and, with m, once more. The caller rounds to 16 bits if it needs to.
 ///
-/// A row of length zero stays zero. Memory beside the arguments: none.
+/// A row of norm zero stays zero. No memory is allocated.
 ///
 /// Equal to PEFT's `merge` for one adapter, LoRA or DoRA (arXiv:2402.09353 §4).
 ///

@@ -1,4 +1,4 @@
-//! Adapters with a number that is not finite.
+//! Search for values that are not finite in adapters.
 
 use crate::Adapter;
 

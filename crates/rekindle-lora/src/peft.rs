@@ -14,14 +14,14 @@ pub(crate) mod stacked;
 
 pub use keys::Key;
 
-/// The file beside the adapter's tensors that says how they are applied.
+/// The file with the adapter's configuration.
 pub const CONFIG_FILE: &str = "adapter_config.json";
-/// The adapter's tensors.
+/// The file with the adapter's tensors.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 
-/// The content of an `adapter_config.json`.
+/// The contents of an `adapter_config.json`.
 ///
-/// What is not understood here is kept and written back, unless it would change the result: then reading fails.
+/// Unknown fields are kept and written back. Reading fails for fields that change the result and are not supported.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterConfig {
     fields: Map<String, Value>,
@@ -44,7 +44,7 @@ const UNSUPPORTED: [&str; 12] = [
     "velora_config",
 ];
 
-/// Fields that are read, or that say nothing about a trained adapter's result.
+/// Fields that are read, or that do not affect the result of a trained adapter.
 const SUPPORTED: [&str; 30] = [
     "alpha_pattern",
     "exclude_modules",
@@ -82,10 +82,10 @@ const SUPPORTED: [&str; 30] = [
 const CHANGES_BASE: [&str; 5] = ["pissa", "olora", "loftq", "corda", "lora_ga"];
 
 impl AdapterConfig {
-    /// The file for an adapter that was made from `lora` on the linears `modules` (their full names).
+    /// Returns the configuration of an adapter that was created from `lora` on the linears `modules` (their full names).
     ///
-    /// `"all-linear"`, or the default on a model with fused linears, is written as the last segments of `modules`, as a list: not every program that reads adapters
-    /// knows the word, and PEFT too resolves it before it saves.
+    /// `"all-linear"`, and the default on a model with fused linears, become a list of the last segments of `modules`, as in
+    /// PEFT: not every program that reads adapters knows the word.
     pub fn new(lora: &LoraConfig, base_model_name_or_path: Option<&str>, modules: &[String]) -> Self {
         let mut lora = lora.clone();
         let is_default = lora.target_modules == TargetModules::from(BLOCK_LINEARS);
@@ -98,7 +98,7 @@ impl AdapterConfig {
         }
         lora.target_modules = crate::targets::spelled_out(lora.target_modules, modules);
         if lora.finetune_last_n_layers.take().is_some() {
-            // PEFT has no such argument; full names say the same whatever the targets were.
+            // PEFT has no such argument; full names express it for any targets.
             lora.target_modules = TargetModules::Names(modules.to_vec());
         }
         let fields = json!({
@@ -145,7 +145,7 @@ impl AdapterConfig {
     pub fn from_json(text: &str) -> Result<Self, Error> {
         let fields: Map<String, Value> =
             serde_json::from_str(text).map_err(|error| problems(vec![format!("not a JSON object: {error}")]))?;
-        let mut reader = Reader { fields: &fields, problems: Vec::new() };
+        let mut reader = FieldReader { fields: &fields, problems: Vec::new() };
         let lora = reader.lora();
         if !reader.problems.is_empty() {
             return Err(problems(reader.problems));
@@ -156,32 +156,32 @@ impl AdapterConfig {
     /// Reads the file of the adapter in `dir`, as [`from_json`](Self::from_json).
     ///
     /// # Errors
-    /// [`Error::File`] when there is none, and those of `from_json`.
+    /// [`Error::File`] if there is none, and those of `from_json`.
     pub fn open(dir: &Path) -> Result<Self, Error> {
         let value: Value = rekindle_hub::read_json(&dir.join(CONFIG_FILE))?;
         Self::from_json(&value.to_string())
     }
 
-    /// The text of the file: indented by two and sorted by key, as PEFT writes it.
+    /// Returns the text of the file, indented by two and sorted by key as PEFT writes it.
     pub fn to_json(&self) -> String {
         let mut value = Value::Object(self.fields.clone());
         value.sort_all_objects();
         format!("{value:#}")
     }
 
-    /// Returns the arguments that the adapter was made with; `random_state`, which the file does not contain, has its
+    /// Returns the arguments that the adapter was created with. `random_state`, which the file does not contain, has its
     /// default.
     pub fn lora(&self) -> &LoraConfig {
         &self.lora
     }
 
-    /// The arguments, to be changed where they say nothing about the adapter itself.
+    /// Returns the arguments for changes that do not affect the adapter itself.
     pub fn lora_mut(&mut self) -> &mut LoraConfig {
         &mut self.lora
     }
 
-    /// The file of the adapter in its plain form: one that a loader neither takes out of the base nor quantizes for.
-    /// `doubled` is for [`to_plain`](crate::to_plain): twice the rank at the same scale.
+    /// Returns the configuration of the adapter in its plain form, whose initial B·A is not subtracted from the base and which
+    /// needs no quantization. `doubled` is for [`to_plain`](crate::to_plain): twice the rank at the same scale.
     #[must_use]
     pub fn plain(&self, doubled: bool) -> Self {
         let mut plain = self.clone();
@@ -205,8 +205,8 @@ impl AdapterConfig {
         plain
     }
 
-    /// The file of an adapter that is made of this one and others: plain factors of rank `r` and scale 1 on
-    /// `target_modules`, and otherwise what this one says.
+    /// Returns the configuration of an adapter combined from this one and others: plain factors of rank `r` and scale 1 on
+    /// `target_modules`, and this configuration otherwise.
     #[must_use]
     pub fn combined(&self, r: usize, target_modules: TargetModules) -> Self {
         let (mut fields, kept) = (self.fields.clone(), &self.lora);
@@ -218,7 +218,7 @@ impl AdapterConfig {
             random_state: kept.random_state,
             ..LoraConfig::new(r)
         };
-        // What stands nowhere else is as in a new file.
+        // All other fields are as in a new file.
         let new = Self::new(&lora, None, &[]).fields;
         let own = ["base_model_name_or_path", "revision"];
         fields.extend(new.into_iter().filter(|(key, _)| !own.contains(&key.as_str())));
@@ -226,28 +226,28 @@ impl AdapterConfig {
         Self { fields, lora }
     }
 
-    /// What the file says of the codes that the adapter was made for, by LoftQ; `None` for any other adapter.
+    /// Returns the description of the quantized base that LoftQ initialized the adapter for, or `None` for other adapters.
     pub fn codes(&self) -> Option<&Map<String, Value>> {
         self.fields.get("loftq_config").and_then(Value::as_object).filter(|codes| !codes.is_empty())
     }
 
-    /// Says what codes the adapter was made for. PEFT keeps the object and acts on it only where it makes a new adapter.
+    /// Sets the description of the quantized base. PEFT keeps the object and uses it only for new adapters.
     pub fn set_codes(&mut self, codes: Map<String, Value>) {
         self.fields.insert("loftq_config".to_owned(), Value::Object(codes));
     }
 
-    /// The name or path of the model that the adapter belongs to.
+    /// Returns the name or path of the base model.
     pub fn base_model_name_or_path(&self) -> Option<&str> {
         self.fields.get("base_model_name_or_path").and_then(Value::as_str)
     }
 
-    /// Names the branch, tag or commit of the base model that the adapter was made on.
+    /// Sets the branch, tag or commit of the base model.
     pub fn set_revision(&mut self, revision: Option<&str>) {
         self.fields.insert("revision".to_owned(), Value::from(revision));
     }
 
-    /// Fields that are neither null, false nor empty and that PEFT 0.21 does not have, to be named in a log: they are
-    /// kept, but nothing acts on them.
+    /// Returns fields that PEFT 0.21 does not have and that are neither null, false nor empty. They are kept, but have no
+    /// effect.
     pub fn unknown_fields(&self) -> Vec<&str> {
         let known = |key: &&str| UNSUPPORTED.contains(key) || SUPPORTED.contains(key);
         let set = self.fields.iter().filter(|(_, value)| is_set(value)).map(|(key, _)| key.as_str());
@@ -255,12 +255,12 @@ impl AdapterConfig {
     }
 }
 
-struct Reader<'a> {
+struct FieldReader<'a> {
     fields: &'a Map<String, Value>,
     problems: Vec<String>,
 }
 
-impl Reader<'_> {
+impl FieldReader<'_> {
     fn lora(&mut self) -> LoraConfig {
         self.choice("peft_type", &["LORA"], true);
         self.choice("task_type", &["CAUSAL_LM"], false);
@@ -337,7 +337,7 @@ impl Reader<'_> {
         })
     }
 
-    /// A list of names, or one; nothing and an empty list are `None`.
+    /// Reads a list of names, or one name. Absence and an empty list are `None`.
     fn names(&mut self, key: &str) -> Option<Vec<String>> {
         let list: Option<List<String>> = self.typed(key, "a list of names");
         list.map(List::into_list).filter(|names| !names.is_empty())
@@ -355,7 +355,7 @@ impl Reader<'_> {
         init
     }
 
-    /// The field must be one of the words; if it is not `required` it may be absent too.
+    /// Checks that a field is one of the words, or absent if it is not `required`.
     fn choice(&mut self, key: &str, words: &[&str], required: bool) {
         match self.fields.get(key) {
             None | Some(Value::Null) if required => self.problems.push(format!("{key} is missing")),
@@ -395,7 +395,7 @@ fn is_not_empty(targets: &TargetModules) -> bool {
     *targets != TargetModules::Names(Vec::new())
 }
 
-/// Returns true if a field says more than "off".
+/// Returns true if a field is set to anything but null, false or an empty value.
 fn is_set(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => false,
@@ -410,7 +410,7 @@ fn alphas(lora: &LoraConfig) -> Value {
     lora.alpha_pattern.0.iter().map(|(key, alpha)| (key.clone(), number(*alpha))).collect()
 }
 
-/// 32 rather than 32.0, since PEFT declares `lora_alpha` as an integer.
+/// Returns 32 rather than 32.0, because PEFT declares `lora_alpha` as an integer.
 fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 2f64.powi(53) { json!(value as i64) } else { json!(value) }
 }

@@ -1,11 +1,11 @@
-//! Adapters that start from the weight that they are on: PiSSA, OLoRA and LoftQ.
+//! Initial factors computed from the weight: PiSSA, OLoRA and LoftQ.
 //!
-//! PiSSA and OLoRA take a part of W into the adapter and leave the rest as the base, so that the sum still computes W;
-//! LoftQ puts into it what codes miss of W. The work is spread over all cores: one weight at a time is best.
+//! PiSSA and OLoRA move a part of W into the adapter and leave the rest as the base, so that the sum is still W. LoftQ
+//! starts from the quantization error of W. All cores work on one weight, so initialize one weight at a time.
 //!
-//! A weight of 2,560 × 9,728, or 9,728 × 2,560, at r = 16 takes PiSSA 1.3 and 2.1 s on two cores of a Xeon with other work
-//! on them, `"pissa_niter_4"` 0.5 and 0.8 s, OLoRA 0.2 and 0.3 s. What PiSSA then leaves of a weight with a decaying
-//! spectrum is what 100 rounds leave, to six digits.
+//! Measured at r = 16 on two shared Xeon cores, for weights of 2,560 × 9,728 and 9,728 × 2,560: PiSSA 1.3 and 2.1 s,
+//! `"pissa_niter_4"` 0.5 and 0.8 s, OLoRA 0.2 and 0.3 s. On a weight with a decaying spectrum, the residual of PiSSA equals
+//! that of 100 rounds to six digits.
 
 use rand_chacha::ChaCha8Rng;
 
@@ -14,17 +14,17 @@ use crate::merge::merge;
 use crate::svd::{Triplets, leading, orthonormal, randomized, transposed_times};
 use crate::{Factors, InitLoraWeights, LoraConfig};
 
-/// An adapter's start and the base that goes with it: base + s·B·A = W up to rounding, or for LoftQ nearly.
+/// Initial factors and their base: base + s·B·A = W up to rounding, or approximately for LoftQ.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Start {
     /// A `[r, in]` and B `[out, r]`.
     pub factors: Factors,
-    /// What takes the place of W, `[out, in]`.
+    /// The base that replaces W, `[out, in]`.
     pub base: Vec<f32>,
 }
 
 impl Start {
-    /// The start that took `factors` out of W once before: the same base, bit for bit.
+    /// Subtracts s·B·A of known `factors` from W; the base is bit-identical to that of the first time.
     pub fn again(w: &[f32], shape: [usize; 2], factors: &Factors, scale: f64) -> Self {
         let mut base = w.to_vec();
         merge(&mut base, shape, factors, -scale, None);
@@ -32,27 +32,28 @@ impl Start {
     }
 }
 
-/// What `init_lora_weights` takes out of the weight W of the linear `module`; `None` for a method that leaves W as it is.
+/// Returns the factors that `init_lora_weights` subtracts from the weight W of the linear `module`, or `None` for a method
+/// that leaves W unchanged.
 ///
 /// With s = `config.scale_of(module)` and W's singular triplets u, σ, v, largest first:
 ///
 /// - `"pissa"` (arXiv:2404.02948): A = √(σ/s)·vᵀ, B = u·√(σ/s) of the first r;
-/// - `"pissa_niter_N"`: the same by N rounds of randomized subspace iteration, quicker and less exact;
+/// - `"pissa_niter_N"`: the same by N rounds of randomized subspace iteration, faster and less exact;
 /// - `"olora"` (arXiv:2406.01775): with W = Q·R, B = the first r columns of Q and A = the first r rows of R. The scale is
 ///   not divided out: where s is not 1, the base keeps (1 − s)·B·A.
 ///
 /// In all of them base = W − s·B·A.
 ///
 /// # Shapes
-/// W and base `[out, in]` row-major, A `[r, in]`, B `[out, r]`. Where r is above the shorter side of W, what has no vector
-/// is zero.
+/// W and base `[out, in]` row-major, A `[r, in]`, B `[out, r]`. If r exceeds the shorter side of W, the rest
+/// of A and B is zero.
 ///
 /// # Dtypes
-/// W in `f32`. Up to 128 rows or columns the triplets are computed in `f64`, beyond that from products in `f32`. A and B
-/// are rounded to `f32`, and base is W − s·B·A for the rounded ones.
+/// W is `f32`. If a side has at most 128 elements, the triplets are computed in `f64`, otherwise from products in `f32`. A
+/// and B are rounded to `f32`, and base = W − s·B·A uses the rounded values.
 ///
-/// Equal to PEFT's up to the common sign of a row of A and its column of B; the random numbers of `"pissa_niter_N"` are
-/// not PyTorch's. Held by `tests/goldens/lora-options`.
+/// Equal to PEFT up to the common sign of a row of A and its column of B. The random numbers of `"pissa_niter_N"` are not
+/// PyTorch's. Tested against `tests/goldens/lora-options`.
 ///
 /// # Panics
 /// If W is not `out · in` long or not finite.
@@ -71,13 +72,14 @@ pub fn taken(config: &LoraConfig, module: &str, w: &[f32], shape: [usize; 2]) ->
     Some(Start::again(w, shape, &factors, scale))
 }
 
-/// LoftQ (arXiv:2310.08659, algorithm 1) for the linear `module` with weight W: `iterations` times, at least once,
-/// base = q(W − s·B·A), then s·B·A = the best approximation of rank r to W − base. The sum is nearer to W than q(W) alone.
+/// Returns LoftQ's factors (arXiv:2310.08659, algorithm 1) for the linear `module` with weight W: `iterations` times, at
+/// least once, base = q(W − s·B·A), then s·B·A = the best approximation of rank r to W − base. The sum is closer to W than
+/// q(W) alone.
 ///
-/// q is `encode_decode`: the values that codes stand for. After one iteration base is q(W).
+/// q is `encode_decode`, which quantizes and dequantizes. After one iteration, base is q(W).
 ///
-/// Shapes and dtypes are those of [`taken`]. Equal to PEFT's `"loftq"` where s = 1; for other scales PEFT starts with s
-/// times the approximation instead, which is not nearer to W.
+/// Shapes and dtypes are those of [`taken`]. Equal to PEFT's `"loftq"` if s = 1. For other scales, PEFT starts with s times
+/// the approximation, which is not closer to W.
 ///
 /// # Panics
 /// If W or what `encode_decode` returns is not `out · in` long or not finite.
@@ -107,11 +109,11 @@ pub fn loftq(
     unreachable!("it returns after `iterations`")
 }
 
-/// The adapter for W itself that equals `now` on the base of `start`: W + s·B·A = base + s·B_now·A_now with
+/// Returns the adapter on W that equals `now` on the base of `start`: W + s·B·A = base + s·B_now·A_now with
 ///
 /// A = [A_now; A_start], B = [B_now, −B_start],
 ///
-/// of rank r_now + r_start and the same s. DoRA's magnitude stays what it is, since it sets the lengths of the same sum.
+/// of rank r_now + r_start and the same s. DoRA's magnitude is unchanged, because the sum is the same.
 ///
 /// Equal to what PEFT saves with `path_initial_model_for_weight_conversion`.
 ///
@@ -129,7 +131,7 @@ pub fn to_plain(now: &Factors, start: &Factors) -> Factors {
     }
 }
 
-/// The columns of Q depend on the first r columns of W alone, and those rows of R are Qᵀ·W.
+/// Returns OLoRA's factors. The first r columns of Q depend only on the first r columns of W, and those rows of R are Qᵀ·W.
 fn olora(w: &[f32], [out, input]: [usize; 2], r: usize) -> Factors {
     let columns = (0..r.min(input).min(out)).map(|j| (0..out).map(|i| f64::from(w[i * input + j])).collect());
     let q = orthonormal(columns.collect());
@@ -139,13 +141,13 @@ fn olora(w: &[f32], [out, input]: [usize; 2], r: usize) -> Factors {
     factors([out, input], r, q.len(), a, |row, column| q[column][row])
 }
 
-/// Half of s·B·A's singular values on either side.
+/// Splits the singular values of s·B·A evenly: A and B each get their square roots.
 fn halves(Triplets { u, s, v }: &Triplets, shape: [usize; 2], r: usize, scale: f64) -> Factors {
     let half: Vec<f64> = s.iter().map(|s| (s / scale).sqrt()).collect();
     factors(shape, r, s.len(), |row, column| half[row] * v[row][column], |row, column| u[column][row] * half[column])
 }
 
-/// A and B from their elements where the rank is below `k`, and zeros from there to `r`.
+/// Returns A and B from their elements for ranks below `k`, with zeros from there to `r`.
 pub(crate) fn factors(
     [out, input]: [usize; 2],
     r: usize,

@@ -1,6 +1,6 @@
-//! Leading singular triplets and orthonormal bases of a weight that is held in `f32`.
+//! Leading singular triplets and orthonormal bases of a weight in `f32`.
 //!
-//! A matrix of few long vectors is a `Vec` of them, in `f64`; products with a large W are in `f32`, on all cores.
+//! A matrix of a few long vectors is a `Vec` of them, in `f64`. Products with a large W are in `f32`, on all cores.
 
 use burn::tensor::DType;
 use rand_chacha::ChaCha8Rng;
@@ -12,11 +12,11 @@ use crate::init::normal;
 /// Long vectors.
 pub(crate) type Vectors = Vec<Vec<f64>>;
 
-/// Up to this many rows or columns all triplets are computed.
+/// The length of the shorter side up to which all triplets are computed.
 const SMALL: usize = 128;
-/// Vectors of a block of [`leading`] beyond the rank.
+/// The number of vectors of a block of [`leading`] in addition to the rank.
 const BEYOND: usize = 8;
-/// Vectors of its whole basis, unless that is fewer than [`LEAST_BLOCKS`].
+/// The number of vectors of its whole basis, unless that is less than [`LEAST_BLOCKS`].
 const BASIS: usize = 256;
 const LEAST_BLOCKS: usize = 4;
 
@@ -27,12 +27,12 @@ pub(crate) struct Triplets {
     pub(crate) v: Vectors,
 }
 
-/// The min(r, out, in) triplets with the largest singular values; W `[out, in]` is row-major and finite.
+/// Returns the min(r, out, in) triplets with the largest singular values. W `[out, in]` is row-major and finite.
 ///
-/// One-sided Jacobi (Hestenes) in `f64` where a side is short. Otherwise from a block Krylov space (arXiv:1504.05477),
-/// which r + 8 random vectors span with what powers of W·Wᵀ make of them, of 256 dimensions, or 4·(r + 8) if that is
-/// more. Singular values that lie very close together are told apart only in part: of a random matrix of 2,560 × 9,728 it
-/// takes 0.2 % less of the energy than 100 rounds of [`randomized`].
+/// If a side is short, it uses one-sided Jacobi (Hestenes) in `f64`. Otherwise it uses a block Krylov space
+/// (arXiv:1504.05477): the span of r + 8 random vectors and their products with powers of W·Wᵀ, of 256 dimensions or
+/// 4·(r + 8) if that is more. It only partly separates singular values that are very close: of a random matrix of
+/// 2,560 × 9,728 it captures 0.2 % less energy than 100 rounds of [`randomized`].
 pub(crate) fn leading(w: &[f32], shape: [usize; 2], r: usize, rng: &mut ChaCha8Rng) -> Triplets {
     let short = shape[0].min(shape[1]);
     let block = r + BEYOND;
@@ -51,10 +51,10 @@ pub(crate) fn leading(w: &[f32], shape: [usize; 2], r: usize, rng: &mut ChaCha8R
     w.triplets(&basis, &images, r)
 }
 
-/// As [`leading`], by `rounds` rounds of subspace iteration from r random vectors (arXiv:0909.4061, algorithm 4.4): the
-/// method of `torch.svd_lowrank`.
+/// Returns the triplets of [`leading`] by `rounds` rounds of subspace iteration from r random vectors (arXiv:0909.4061,
+/// algorithm 4.4), the method of `torch.svd_lowrank`.
 ///
-/// What it leaves of the direction of triplet i is of the order (σ_{r+1} / σ_i)^(2·rounds + 2).
+/// The error in the direction of triplet i is of the order (σ_{r+1} / σ_i)^(2·rounds + 2).
 pub(crate) fn randomized(w: &[f32], shape: [usize; 2], r: usize, rounds: usize, rng: &mut ChaCha8Rng) -> Triplets {
     let w = Product::new(w, shape);
     let start = w.random(r.min(shape[0]).min(shape[1]), rng);
@@ -66,10 +66,10 @@ pub(crate) fn randomized(w: &[f32], shape: [usize; 2], r: usize, rounds: usize, 
     w.triplets(&basis, &images, r)
 }
 
-/// The min(r, out, in) triplets of B·A with the largest singular values, from the columns of B and the rows of A: those of
-/// the small matrix that B·A is between a basis of the ones and a basis of the others. All in `f64`.
+/// Returns the min(r, out, in) triplets of B·A with the largest singular values, from the columns of B and the rows of A.
+/// They are those of the small matrix Qᵀ·B·A·P, with orthonormal bases Q of the columns and P of the rows. All in `f64`.
 pub(crate) fn of_product(b: &Vectors, a: &Vectors, r: usize) -> Triplets {
-    // As many of them as there are dimensions have a basis of everything.
+    // As many vectors as there are dimensions already span the whole space.
     let basis = |x: &Vectors| orthonormal(x.iter().take(x[0].len()).cloned().collect());
     let (q, p) = (basis(b), basis(a));
     let products = |basis: &Vectors, x: &Vectors| -> Vectors {
@@ -129,28 +129,29 @@ impl Product {
         Self { w: tensor(w, shape), tall: shape[0] >= shape[1] }
     }
 
-    /// Normal vectors of the longer side.
+    /// Returns vectors of the longer side with normal elements.
     fn random(&self, count: usize, rng: &mut ChaCha8Rng) -> Vectors {
         let [out, input] = self.w.dims();
         (0..count).map(|_| (0..out.max(input)).map(|_| normal(rng)).collect()).collect()
     }
 
-    /// From the shorter side to the longer.
+    /// Maps vectors of the shorter side to the longer.
     fn down(&self, x: &[Vec<f64>]) -> Vectors {
         let x = rows(x);
         vectors(&if self.tall { matmul::nt(&x, &self.w) } else { matmul::nn(&x, &self.w) })
     }
 
-    /// From the longer side to the shorter.
+    /// Maps vectors of the longer side to the shorter.
     fn up(&self, x: &[Vec<f64>]) -> Vectors {
         let x = rows(x);
         vectors(&if self.tall { matmul::nn(&x, &self.w) } else { matmul::nt(&x, &self.w) })
     }
 
-    /// The first r of what W is on the span of `basis`, an orthonormal one of the shorter side, with its `images`.
+    /// Returns the first r triplets of W restricted to the span of `basis`, an orthonormal basis on the shorter side, with
+    /// its `images`.
     ///
-    /// The eigenvectors of the images' products turn both. Squaring costs half of `f64`'s 53 bits and leaves more than the
-    /// 24 that W has.
+    /// The eigenvectors of the images' Gram matrix rotate both. Squaring loses half of `f64`'s 53 bits, which leaves more
+    /// than the 24 bits of W.
     fn triplets(&self, basis: &Vectors, images: &Vectors, r: usize) -> Triplets {
         let gram = images.par_iter().map(|x| images.iter().map(|y| dot(x, y)).collect()).collect();
         let turns = jacobi(gram).v;
@@ -274,7 +275,7 @@ fn norm(x: &[f64]) -> f64 {
     dot(x, x).sqrt()
 }
 
-/// As eight sums: one alone would wait for itself.
+/// Returns the dot product. Eight independent sums hide the latency of an addition.
 fn dot(x: &[f64], y: &[f64]) -> f64 {
     let mut sums = [0f64; 8];
     let (x, x_rest) = x.as_chunks::<8>();

@@ -5,21 +5,21 @@ use regex::Regex;
 use crate::error::{nearest, nearest_hint};
 use crate::{BLOCK_LINEARS, Error, FUSED_LINEARS, LoraConfig, TargetModules};
 
-/// The word for every linear but the output layer.
+/// The value of `target_modules` for every linear but the output layer.
 const ALL_LINEAR: &str = "all-linear";
 
-/// The linears of a model that get an adapter, in the model's order.
+/// Returns the linears of a model that get an adapter, in the model's order.
 ///
 /// `linears` are the full names of all linears of the model, such as `model.layers.3.self_attn.q_proj` or `lm_head`.
 /// The rules are PEFT's: a name in the list selects the linear of exactly that name, in every layer, and the linears
 /// that end with a dot and the name, in `layers_to_transform`; a string is a regular expression for whole names;
 /// `"all-linear"` is every linear but `lm_head` and the routers of mixtures. `gate_proj`, `up_proj` and `down_proj` also
-/// select the experts' linears that a family calls otherwise (Mixtral's `w1`, `w3` and `w2`). On a model with fused linears the default list stands for all of a
-/// layer's linears, too.
+/// select the experts' linears that a family names differently (Mixtral's `w1`, `w3` and `w2`). On a model with fused
+/// linears, the default list selects all linears of a layer.
 ///
 /// # Errors
 /// [`Error::Targets`] with one sentence for each name that selects nothing in any layer (PEFT ignores it when another
-/// name selects something), for each layer that the model has not, and for a regular expression that does not compile.
+/// name selects something), for each layer that the model does not have, and for a regular expression that does not compile.
 pub fn match_targets<S: AsRef<str>>(config: &LoraConfig, linears: &[S]) -> Result<Vec<String>, Error> {
     let linears: Vec<&str> = linears.iter().map(AsRef::as_ref).collect();
     let mut selected = match &config.target_modules {
@@ -61,19 +61,19 @@ pub fn match_targets<S: AsRef<str>>(config: &LoraConfig, linears: &[S]) -> Resul
     Ok(selected.into_iter().map(str::to_owned).collect())
 }
 
-/// Whether `names` are the default, [`BLOCK_LINEARS`], and some of those linears are fused in this model: the default then
-/// stands for every linear of a layer.
+/// Returns true if `names` are the default, [`BLOCK_LINEARS`], and some of those linears are fused in this model. The
+/// default then selects every linear of a layer.
 fn is_default_of_fused(names: &[String], linears: &[&str]) -> bool {
     let is_missing = |name: &String| !linears.iter().any(|linear| is_named(linear, name));
     names == BLOCK_LINEARS && names.iter().any(is_missing) && linears.iter().any(|linear| is_fused(linear))
 }
 
-/// Returns true if a linear stands for several of [`BLOCK_LINEARS`].
+/// Returns true if a linear replaces several of [`BLOCK_LINEARS`].
 pub(crate) fn is_fused(linear: &str) -> bool {
     FUSED_LINEARS.iter().any(|name| is_named(linear, name))
 }
 
-/// The linears that `exclude_modules` names.
+/// Returns the linears that `exclude_modules` names.
 fn exclusions<'a>(excluded: &TargetModules, linears: &[&'a str]) -> Result<Vec<&'a str>, Error> {
     match excluded {
         TargetModules::AllLinear => Err(problems(vec![
@@ -92,11 +92,11 @@ fn exclusions<'a>(excluded: &TargetModules, linears: &[&'a str]) -> Result<Vec<&
     }
 }
 
-/// Which blocks the names of `target_modules` are looked for in.
+/// The blocks in which the names of `target_modules` are searched.
 struct Layers<'a> {
-    /// `None` for all. PEFT takes an empty list for that, too.
+    /// `None` for all. PEFT also reads an empty list so.
     wanted: Option<&'a [usize]>,
-    /// What stands before the number; none for the third part of a name.
+    /// The segments before the block number; empty if it is the third segment of a name.
     patterns: &'a [String],
 }
 
@@ -112,7 +112,7 @@ impl<'a> Layers<'a> {
         }
         let number = |pattern: &String| {
             let segments: Vec<&str> = linear.split('.').collect();
-            // Something stands before the pattern and after the number, as in PEFT's regular expression.
+            // There is a segment before the pattern and one after the number, as in PEFT's regular expression.
             let inner = segments.get(1..segments.len().checked_sub(1)?)?;
             inner.windows(2).find(|pair| pair[0] == pattern)?[1].parse().ok()
         };
@@ -123,7 +123,7 @@ impl<'a> Layers<'a> {
         self.wanted.is_none_or(|layers| self.index(linear).is_some_and(|layer| layers.contains(&layer)))
     }
 
-    /// One sentence for each block that the model has not.
+    /// Returns one sentence for each block that the model does not have.
     fn missing(&self, linears: &[&str]) -> Vec<String> {
         let known: BTreeSet<usize> = linears.iter().filter_map(|linear| self.index(linear)).collect();
         if known.is_empty() && self.wanted.is_some() {
@@ -179,13 +179,13 @@ fn match_pattern<'a>(argument: &str, pattern: &str, linears: &[&'a str]) -> Resu
     Ok(selected)
 }
 
-/// `linear` is `name` or ends with `.name`, or with another family's name of it.
+/// Returns true if `linear` is `name` or ends with `.name`, or with another family's name for it.
 fn is_named(linear: &str, name: &str) -> bool {
     let ends_with = |name: &str| linear.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
     ends_with(name) || own_name(name).is_some_and(|own| is_of_expert(linear) && ends_with(own))
 }
 
-/// The usual names of an expert's linears, and Mixtral's.
+/// The usual names of an expert's linears, and Mixtral's names for them.
 const EXPERT_NAMES: [(&str, &str); 3] = [("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")];
 
 fn own_name(name: &str) -> Option<&'static str> {
@@ -196,7 +196,7 @@ fn is_of_expert(linear: &str) -> bool {
     linear.contains(".experts.")
 }
 
-/// `targets` with the names that the selected `modules` have themselves, for programs that know no other.
+/// Returns `targets` with the names of the selected `modules` themselves, for programs that know no others.
 pub(crate) fn spelled_out(targets: TargetModules, modules: &[String]) -> TargetModules {
     let TargetModules::Names(names) = targets else { return targets };
     let is_literal = |name: &str| {
@@ -211,7 +211,7 @@ pub(crate) fn spelled_out(targets: TargetModules, modules: &[String]) -> TargetM
     TargetModules::Names(spelled.collect())
 }
 
-/// Returns true for the linears whose result chooses or weighs experts.
+/// Returns true for the linears that choose or weigh experts.
 fn is_router(linear: &str) -> bool {
     ["gate", "shared_expert_gate"].iter().any(|name| is_named(linear, name))
 }
@@ -220,8 +220,8 @@ fn is_output_layer(linear: &str) -> bool {
     is_named(linear, "lm_head")
 }
 
-/// The number of the first segment that is a number and has two segments before it and one behind it, as
-/// in `model.layers.3.mlp.up_proj`.
+/// Returns the number of the first segment that is a number with two segments before it and one after it, as in
+/// `model.layers.3.mlp.up_proj`.
 fn layer_index(linear: &str) -> Option<usize> {
     let segments: Vec<&str> = linear.split('.').collect();
     let inner = segments.get(2..segments.len().checked_sub(1)?)?;
@@ -238,7 +238,7 @@ fn no_match(argument: &str, name: &str, linears: &[&str]) -> String {
     format!("{argument} \"{name}\" matches no linear of this model{}", nearest_hint(name, endings))
 }
 
-/// The last `depth` segments of a dotted name.
+/// Returns the last `depth` segments of a dotted name.
 fn ending(linear: &str, depth: usize) -> &str {
     let dots = linear.rmatch_indices('.').map(|(at, _)| at + 1);
     dots.take(depth).nth(depth - 1).map_or(linear, |start| &linear[start..])

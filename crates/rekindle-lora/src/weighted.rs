@@ -1,4 +1,4 @@
-//! One adapter made of several.
+//! Combines several adapters into one.
 
 use core::fmt;
 use core::str::FromStr;
@@ -11,38 +11,38 @@ use crate::spectral::factors;
 use crate::svd::{Triplets, of_product};
 use crate::{Adapter, Error, Factors, Modules, TargetModules};
 
-/// How [`weighted`] makes one adapter of several.
+/// A method of combining adapters; see [`weighted`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Combination {
-    /// The sum of the products, exactly, in the sum of the ranks.
+    /// The exact sum of the products, whose rank is the sum of the ranks.
     #[default]
     Cat,
-    /// A and B added up apart: not the sum of the products, but of their rank, which must be one for all.
+    /// The sums of A and of B. It keeps the rank, which must be equal for all, but is not the sum of the products.
     Linear,
-    /// The best approximation of the sum of the products in this rank; `None` is the largest among the adapters.
+    /// The best approximation of the sum of the products with this rank; `None` is the largest rank of the adapters.
     Svd(Option<usize>),
 }
 
-/// An adapter that does what Σ w·(adapter) does, of rank r and scale 1.
+/// Returns an adapter of scale 1 that computes or approximates Σ w·(adapter).
 ///
-/// Of each linear, with the factors and scales of those adapters that are on it:
+/// For each linear, from the factors and scales of the adapters that adapt it:
 ///
 /// - [`Combination::Cat`]: A = \[w₁·s₁·A₁; w₂·s₂·A₂; …\], B = \[B₁, B₂, …\], so that B·A = Σ w·s·B·A;
 /// - [`Combination::Linear`]: A = Σ sign(w)·√|w·s|·A, B = Σ √|w·s|·B;
 /// - [`Combination::Svd`]: with the singular triplets u, σ, v of Σ w·s·B·A, largest first, A = vᵀ, B = u·σ.
 ///
-/// One adapter alone is always combined linearly. What a rank leaves over is zero.
+/// A single adapter is always combined linearly. Unused rows of A and columns of B are zero.
 ///
 /// # Dtypes
 /// Factors in `f32`; sums and singular values in `f64`, rounded once.
 ///
-/// Equal to PEFT's `add_weighted_adapter`, held by `tests/goldens/lora-options`, but that the result never has
-/// `use_rslora`: there it keeps that of the first adapter, with `lora_alpha` = r, and so is √r times the sum.
+/// Equal to PEFT's `add_weighted_adapter` (tested against `tests/goldens/lora-options`), except that the result never has
+/// `use_rslora`. PEFT keeps the value of the first adapter with `lora_alpha` = r, so that its result is √r times the sum.
 ///
 /// # Errors
-/// [`Error::Config`] with one sentence for each weight that is not finite and each adapter that cannot be added up: with
-/// DoRA's lengths, trained biases or saved modules, for other codes than another one, or, combined linearly, of
-/// another rank.
+/// [`Error::Config`] with one sentence for each weight that is not finite, and for each adapter that cannot be combined:
+/// one with DoRA's magnitudes, trained biases or saved modules, one for a differently quantized base or, for
+/// [`Combination::Linear`], one of another rank.
 pub fn weighted(
     adapters: &[(&str, &Adapter, f64)],
     combination: Combination,
@@ -61,7 +61,8 @@ pub fn weighted(
     };
     let names: BTreeSet<&String> = adapters.iter().flat_map(|(_, adapter, _)| adapter.factors.keys()).collect();
     let combined = names.par_iter().map(|&name| {
-        let parts: Vec<Part<'_>> = adapters.iter().filter_map(|part| Part::of(part, name)).collect();
+        let parts: Vec<WeightedFactors<'_>> =
+            adapters.iter().filter_map(|part| WeightedFactors::of(part, name)).collect();
         let first = parts[0].factors;
         let shape = [first.b.len() / first.r, first.a.len() / first.r];
         let combined = match combination {
@@ -81,24 +82,24 @@ pub fn weighted(
     Ok(Adapter { config, factors: combined, biases: BTreeMap::new(), saved: BTreeMap::new(), tables })
 }
 
-/// An adapter's factors on one linear, and what their product counts.
-struct Part<'a> {
+/// An adapter's factors on one linear, and the weight of their product.
+struct WeightedFactors<'a> {
     factors: &'a Factors,
     weight: f64,
 }
 
-impl<'a> Part<'a> {
-    /// What an adapter has on a linear.
+impl<'a> WeightedFactors<'a> {
+    /// Returns the factors and the weight of an adapter on a linear, if it adapts it.
     fn of((_, adapter, weight): &(&str, &'a Adapter, f64), linear: &str) -> Option<Self> {
         let scale = adapter.config.lora().scale_of(linear);
         Some(Self { factors: adapter.factors.get(linear)?, weight: weight * scale })
     }
 }
 
-fn cat(parts: &[Part<'_>], [out, input]: [usize; 2], r: usize) -> Factors {
+fn cat(parts: &[WeightedFactors<'_>], [out, input]: [usize; 2], r: usize) -> Factors {
     let (mut a, mut b) = (Vec::with_capacity(r * input), vec![0.0; out * r]);
     let mut first = 0;
-    for Part { factors, weight } in parts {
+    for WeightedFactors { factors, weight } in parts {
         a.extend(factors.a.iter().map(|a| (f64::from(*a) * weight) as f32));
         for (row, from) in b.chunks_exact_mut(r).zip(factors.b.chunks_exact(factors.r)) {
             row[first..][..factors.r].copy_from_slice(from);
@@ -109,7 +110,7 @@ fn cat(parts: &[Part<'_>], [out, input]: [usize; 2], r: usize) -> Factors {
     Factors { r, a, b, magnitude: None }
 }
 
-fn linear(parts: &[Part<'_>], r: usize) -> Factors {
+fn linear(parts: &[WeightedFactors<'_>], r: usize) -> Factors {
     let sum = |of: fn(&Factors) -> &[f32], weight: fn(f64) -> f64| {
         let mut sum = vec![0.0; of(parts[0].factors).len()];
         for part in parts {
@@ -123,12 +124,12 @@ fn linear(parts: &[Part<'_>], r: usize) -> Factors {
     Factors { r, a, b: sum(|factors| &factors.b, |weight| weight.abs().sqrt()), magnitude: None }
 }
 
-fn svd(parts: &[Part<'_>], [out, input]: [usize; 2], r: usize) -> Factors {
+fn svd(parts: &[WeightedFactors<'_>], [out, input]: [usize; 2], r: usize) -> Factors {
     let ranks = || parts.iter().flat_map(|part| (0..part.factors.r).map(move |k| (part, k)));
-    let column = |(part, k): (&Part<'_>, usize)| -> Vec<f64> {
+    let column = |(part, k): (&WeightedFactors<'_>, usize)| -> Vec<f64> {
         part.factors.b.iter().skip(k).step_by(part.factors.r).map(|b| f64::from(*b)).collect()
     };
-    let row = |(part, k): (&Part<'_>, usize)| -> Vec<f64> {
+    let row = |(part, k): (&WeightedFactors<'_>, usize)| -> Vec<f64> {
         part.factors.a[k * input..][..input].iter().map(|a| f64::from(*a) * part.weight).collect()
     };
     let (columns, rows) = (ranks().map(column).collect(), ranks().map(row).collect());
@@ -250,7 +251,7 @@ impl FromStr for Combination {
 }
 
 impl fmt::Display for Combination {
-    /// As it is read.
+    /// Writes the form that `FromStr` reads.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cat => f.write_str("cat"),

@@ -53,13 +53,13 @@ pub fn report_html(history: &RunHistory, total: usize, description: &RunDescript
         let rows = description.facts.iter();
         let rows: String =
             rows.map(|(name, text)| format!("<dt>{}</dt><dd>{}</dd>\n", escape(name), escape(text))).collect();
-        section(&mut page, "What was trained", &format!("<dl>\n{rows}</dl>\n"));
+        section(&mut page, "Model and data", &format!("<dl>\n{rows}</dl>\n"));
     }
     if !description.usage.is_empty() {
         let rows = description.usage.iter();
         let rows: String =
             rows.map(|(with, lines)| format!("<h3>{}</h3>\n<pre>{}</pre>\n", escape(with), escape(lines))).collect();
-        section(&mut page, "Using it", &rows);
+        section(&mut page, "Usage", &rows);
     }
     if !description.configuration.is_empty() {
         let text = format!("<pre>{}</pre>\n", escape(&description.configuration));
@@ -68,7 +68,8 @@ pub fn report_html(history: &RunHistory, total: usize, description: &RunDescript
     let version = env!("CARGO_PKG_VERSION");
     write!(
         page,
-        "<footer>Written by Rekindle {version}. Everything is in this file; it loads nothing and sends nothing.</footer>\n\
+        "<footer>Written by Rekindle {version}. This file is self-contained: it loads nothing and sends \
+         nothing.</footer>\n\
          </main>\n<script>\n{SCRIPT}</script>\n</body>\n</html>\n"
     )
     .expect("writing to a string");
@@ -201,7 +202,7 @@ mod tests {
     fn a_run_that_is_not_over_says_so() {
         let page = report_html(&history(5), 2000, &RunDescription::default());
         assert!(page.contains("Step 5 of 2,000") && page.contains("data-last=\"5\""), "{page}");
-        assert!(!page.contains("Configuration</h2>") && !page.contains("Using it"));
+        assert!(!page.contains("Configuration</h2>") && !page.contains("Usage"));
         let empty = report_html(&RunHistory::default(), 10, &RunDescription::default());
         assert!(empty.contains("Step 0 of 10") && !empty.contains("<svg"), "{empty}");
     }

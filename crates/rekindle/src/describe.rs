@@ -24,7 +24,7 @@ pub(crate) fn describe(
     let how = match (lm.lora(), memory.bits_per_quantized_weight()) {
         (None, _) => "all weights".to_owned(),
         (Some(lora), None) => format!("LoRA r = {}", lora.r),
-        (Some(lora), Some(bits)) => format!("LoRA r = {} over {bits:.1} bits a weight", lora.r),
+        (Some(lora), Some(bits)) => format!("LoRA r = {} over {bits:.1} bits per weight", lora.r),
     };
     let trained = lm.params().numel();
     let all = lm.num_parameters() + if lm.lora().is_some() { trained } else { 0 };
@@ -49,7 +49,7 @@ pub(crate) fn describe(
     facts.extend(eval.map(|rows| ("evaluation data", rows.to_string())));
     facts.push(("weights", format!("{} in memory", show_bytes(memory.bytes() as usize))));
     facts.push(("device", format!("{}, {}", model.device(), format!("{:?}", lm.dtype()).to_lowercase())));
-    facts.push(("longest row", format!("{} tokens allowed (max_seq_length)", lm.max_seq_length())));
+    facts.push(("longest row", format!("up to {} tokens (max_seq_length)", lm.max_seq_length())));
     facts.extend(lm.context_extension().map(|extension| ("rope_scaling", extension.to_string())));
     facts.push(("seed", seed.to_string()));
     facts.push(("started", utc(SystemTime::now())));

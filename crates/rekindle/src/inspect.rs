@@ -144,7 +144,7 @@ impl fmt::Display for Inspection {
                     writeln!(f, "quantization_config {quantization}")?;
                 }
                 if let Some(bits) = bits_per_quantized_weight {
-                    writeln!(f, "{bits:.3} bits a quantized weight")?;
+                    writeln!(f, "{bits:.3} bits per quantized weight")?;
                 }
                 write!(f, "{memory}")
             }

@@ -1,4 +1,4 @@
-//! Norms of gradients, and what gradients are multiplied with before a step.
+//! Norms of gradients and gradient clipping.
 
 use rayon::prelude::*;
 
@@ -20,12 +20,12 @@ enum Factor {
 }
 
 impl Clip {
-    /// By the global norm of all gradients. On CUDA the host does not wait for it.
+    /// Clips by the global norm of all gradients. On CUDA, the host does not wait for it.
     pub fn of(grads: &Grads, grad_scale: f64, max_norm: f64) -> Self {
         Self::of_values(grads.flat(), grad_scale, max_norm)
     }
 
-    /// By the norm of some gradients alone. On CUDA the host does not wait for it.
+    /// Clips by the norm of some of the gradients. On CUDA, the host does not wait for it.
     pub fn of_values(grads: &Tensor<1>, grad_scale: f64, max_norm: f64) -> Self {
         match grads {
             Tensor::Cuda(g) => Self(Factor::Cuda(cuda::norm(g, max_norm as f32, grad_scale as f32))),
@@ -33,7 +33,7 @@ impl Clip {
         }
     }
 
-    /// By a norm that is known: that of gradients that do not exist all at once, say. It is the norm of g · grad_scale.
+    /// Clips by a known norm of g · grad_scale, for example of gradients that never exist all at once.
     pub fn of_norm(norm: f64, grad_scale: f64, max_norm: f64, device: &Device) -> Self {
         let host = Self::host(norm, grad_scale, max_norm);
         match device {
@@ -42,7 +42,7 @@ impl Clip {
         }
     }
 
-    /// The norm before clipping. Waits for the device; after an error of the device it is NaN.
+    /// Returns the norm before clipping. Waits for the device; after a device error it is NaN.
     pub fn norm(&self) -> f64 {
         match &self.0 {
             Factor::Host { norm, .. } => *norm,

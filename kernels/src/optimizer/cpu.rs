@@ -128,7 +128,7 @@ fn one_moment<M: IndexedParallelIterator>(
     });
 }
 
-/// As many nothings as needed.
+/// Returns an iterator over any number of units.
 fn none() -> impl IndexedParallelIterator<Item = ()> {
     rayon::iter::repeat_n((), usize::MAX)
 }

@@ -23,7 +23,7 @@ pub(crate) struct Norm {
     pub(crate) norm: f32,
     /// The factor of the gradients.
     pub(crate) factor: f32,
-    /// Whether a gradient was infinite or not a number; a step then changes nothing.
+    /// True if a gradient was infinite or NaN; a step then changes nothing.
     pub(crate) not_finite: bool,
 }
 

@@ -67,14 +67,14 @@ pub enum Rule {
 /// The format of the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StateFormat {
-    /// In `f32`.
+    /// State in `f32`.
     F32,
-    /// In 8-bit blocks of 256 elements with an `f32` scale, as bitsandbytes does; of parameters with fewer than 4,096
-    /// elements in `f32`. Wherever values are neither on the CPU nor on CUDA the blocks are on the host, and the values
-    /// go there and back in each step.
+    /// 8-bit blocks of 256 elements with an `f32` scale, as in bitsandbytes. Parameters with fewer than 4,096 elements have
+    /// state in `f32`. If parameters are neither on the CPU nor on CUDA, the blocks are on the host, and each step copies
+    /// the values there and back.
     Blockwise8,
-    /// As [`Blockwise8`](Self::Blockwise8), with the blocks in page-locked host memory, which CUDA kernels read and write
-    /// over the bus.
+    /// The blocks of [`Blockwise8`](Self::Blockwise8) in page-locked host memory, which CUDA kernels read and write over
+    /// the bus.
     Host8,
 }
 

@@ -61,9 +61,9 @@ struct Run {
 /// Bytes of a state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StateBytes {
-    /// On the device of the parameters.
+    /// Bytes on the device of the parameters.
     pub device: usize,
-    /// In page-locked host memory, where the parameters are on CUDA.
+    /// Bytes in page-locked host memory, if the parameters are on CUDA.
     pub host: usize,
 }
 

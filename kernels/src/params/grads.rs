@@ -21,7 +21,7 @@ pub struct Grads {
 #[derive(Debug)]
 struct GradPart {
     range: Range<usize>,
-    /// From [`base`](Self::base) on.
+    /// The gradients of the parameters from [`base`](Self::base) on.
     flat: Tensor<1>,
 }
 

@@ -110,13 +110,13 @@ pub struct ParamsBuilder {
 }
 
 impl ParamsBuilder {
-    /// For parameters on `device`, whose views are read in `dtype`.
+    /// Returns a builder of parameters on `device`, whose views are in `dtype`.
     pub fn new(device: &Device, dtype: DType) -> Self {
         let (infos, values, param_copies) = Default::default();
         Self { device: device.clone(), dtype, infos, values, numel: 0, param_copies, in_place: None }
     }
 
-    /// For parameters that are kept in place, without an f32 buffer.
+    /// Returns a builder of parameters that are stored in place, without an f32 buffer.
     pub fn in_place(device: &Device, dtype: DType) -> Self {
         Self { in_place: Some(Vec::new()), ..Self::new(device, dtype) }
     }
@@ -243,9 +243,9 @@ pub struct Params {
     /// Seed of stochastic rounding.
     seed: u64,
     dtype: DType,
-    /// On CUDA, the values in the compute dtype where that is not `f32`: views of it cost nothing.
+    /// The values in the compute dtype, on CUDA and unless that is `f32`; views of it are free.
     compute: Option<Array>,
-    /// On CUDA, where else some of them are kept.
+    /// The copies of some values elsewhere, on CUDA.
     param_copies: Option<ParamCopies>,
 }
 

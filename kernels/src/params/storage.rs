@@ -20,7 +20,7 @@ pub(crate) struct ParamStorage {
 #[derive(Clone, Debug)]
 #[allow(clippy::large_enum_variant, reason = "one for each parameter")]
 enum Repr {
-    /// As they are: vectors, which are few.
+    /// Values in f32: vectors, which are few.
     F32(Tensor<2>),
     /// The bits of bf16 on the host.
     Bf16(Arc<[u16]>),

@@ -42,8 +42,8 @@ macro_rules! tiles {
 }
 
 impl Tiles {
-    /// For a card and a `head_dim` of 64, 128 or 256; `options`: with any of those of `attention_scores.cuh`, which take a few
-    /// registers more.
+    /// Returns the tiles for a card and a `head_dim` of 64, 128 or 256. `options` is true with any option of
+    /// `attention_scores.cuh`; options need a few more registers.
     pub fn of(kernel: AttentionKernel, head_dim: u32, arch: Arch, options: bool) -> Self {
         use AttentionKernel::{BwdDkdv, BwdDq, Fwd};
         // In the order of the columns: what a card has of shared memory and registers decides.

@@ -18,7 +18,7 @@ pub struct Report {
 /// One library.
 #[derive(Clone, Debug)]
 pub struct Finding {
-    /// Which one.
+    /// The library.
     pub library: Library,
     /// Its version and file, or what is missing and how to get it.
     pub state: Result<(String, Option<PathBuf>), String>,

@@ -28,7 +28,7 @@ macro_rules! driver {
 pub(super) use driver;
 
 impl Failed {
-    /// As an error of the operation that was asked for.
+    /// Returns the error of an operation.
     pub(super) fn during(self, operation: impl Into<String>) -> super::CudaError {
         super::CudaError::Call {
             operation: operation.into(),

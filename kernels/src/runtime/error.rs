@@ -9,7 +9,7 @@ pub enum CudaError {
     /// A shared library is not on this machine.
     #[error("{library} was not found (looked {looked}); {}", library.remedy())]
     LibraryMissing {
-        /// Which one.
+        /// The missing library.
         library: Library,
         /// Where.
         looked: String,

@@ -1,4 +1,4 @@
-//! From an embedded source to a kernel on the device, compiled once a machine and loaded once a process.
+//! Loads kernels from the embedded sources: compiled once per machine, loaded once per process.
 
 use core::num::NonZero;
 use std::collections::HashMap;

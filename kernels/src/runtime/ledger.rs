@@ -5,17 +5,17 @@ use super::MemoryUse;
 /// Memory of a device in use and its peak, in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MemoryStats {
-    /// In buffers.
+    /// Bytes in buffers.
     pub in_use: usize,
-    /// The most that was in buffers since the start or the last reset.
+    /// The maximum of `in_use` since the start or the last reset.
     pub high_water: usize,
     /// Taken from the driver.
     pub mapped: usize,
     /// The end of the highest buffer at any time since then: with the gaps between buffers, what had to be taken.
     pub extent: usize,
-    /// In buffers, by use, largest first.
+    /// Bytes in buffers by use, largest first.
     pub by_use: Vec<(MemoryUse, usize)>,
-    /// The same when [`MemoryStats::high_water`] was reached.
+    /// Bytes by use when [`MemoryStats::high_water`] was reached.
     pub at_high_water: Vec<(MemoryUse, usize)>,
 }
 

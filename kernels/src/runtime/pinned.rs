@@ -31,8 +31,8 @@ pub struct Ticket {
 }
 
 impl Cuda {
-    /// At least `bytes` of page-locked host memory, of what was dropped before if something is long enough and not twice
-    /// as long: the driver takes milliseconds for new memory.
+    /// Returns at least `bytes` of page-locked host memory. It reuses a dropped buffer that is long enough but less than
+    /// twice as long, because the driver takes milliseconds to allocate.
     pub fn pinned(&self, bytes: usize) -> PinnedBuffer {
         let spare = lock(&self.0.pinned).take(bytes);
         let (memory, bytes) = spare.unwrap_or_else(|| {

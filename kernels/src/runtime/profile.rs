@@ -15,7 +15,7 @@ pub struct ProfileEntry {
     pub name: String,
     /// Number of runs.
     pub calls: usize,
-    /// In all.
+    /// The total time of its launches.
     pub milliseconds: f64,
 }
 

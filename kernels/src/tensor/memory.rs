@@ -14,8 +14,8 @@ pub struct DeviceMemory {
 }
 
 impl Device {
-    /// On CUDA what lies in buffers of the arena. On the CPU what of this process is resident, all of it, as Linux
-    /// counts it. `None` where nothing counts: on wgpu, and on the CPU of other systems.
+    /// Returns the memory in use: on CUDA the buffers of the arena, on the CPU the resident memory of the process as Linux
+    /// reports it. `None` on wgpu, and on the CPU of other systems.
     pub fn memory(&self) -> Option<DeviceMemory> {
         match self {
             Self::Cuda(cuda) => {

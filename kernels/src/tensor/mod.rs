@@ -20,8 +20,8 @@ use crate::runtime::{self, Array, MemoryUse, elementwise};
 
 /// Activations, weights or statistics: a matrix or a vector of floats on a device.
 ///
-/// On the CPU and on wgpu this is a tensor of Burn; on CUDA an array in the arena of [`runtime`]. Operands of one operation
-/// lie on one device. Cloning shares the memory.
+/// On the CPU and on wgpu this is a tensor of Burn; on CUDA it is an array in the arena of [`runtime`]. All operands of an
+/// operation are on one device. Cloning shares the memory.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor as BurnTensor};
@@ -61,7 +61,7 @@ impl<const D: usize> Tensor<D> {
         }
     }
 
-    /// Its place.
+    /// Returns the device.
     pub fn device(&self) -> Device {
         match self {
             Self::Burn(tensor) => Device::Burn(tensor.device()),
@@ -70,7 +70,7 @@ impl<const D: usize> Tensor<D> {
         }
     }
 
-    /// `self + other`, into this tensor's memory where nothing else holds it.
+    /// Returns `self + other`, in this tensor's memory unless it is shared.
     #[must_use]
     pub fn plus(self, other: &Self) -> Self {
         match self {
@@ -80,7 +80,7 @@ impl<const D: usize> Tensor<D> {
         }
     }
 
-    /// `self · factor`.
+    /// Returns `self · factor`.
     #[must_use]
     pub fn scale(self, factor: f32) -> Self {
         match self {
@@ -100,7 +100,7 @@ impl<const D: usize> Tensor<D> {
         }
     }
 
-    /// Burn's tensor, where the operation has no other path.
+    /// Returns Burn's tensor, for operations of that backend.
     pub(crate) fn burn(&self) -> &BurnTensor<D> {
         match self {
             Self::Burn(tensor) => tensor,
@@ -108,7 +108,7 @@ impl<const D: usize> Tensor<D> {
         }
     }
 
-    /// As [`burn`](Self::burn), by value.
+    /// Returns the tensor of [`burn`](Self::burn) by value.
     pub(crate) fn into_burn(self) -> BurnTensor<D> {
         match self {
             Self::Burn(tensor) => tensor,
@@ -116,7 +116,7 @@ impl<const D: usize> Tensor<D> {
         }
     }
 
-    /// As [`burn`](Self::burn), to change it.
+    /// Returns the tensor of [`burn`](Self::burn) mutably.
     pub(crate) fn burn_mut(&mut self) -> &mut BurnTensor<D> {
         match self {
             Self::Burn(tensor) => tensor,
@@ -124,7 +124,7 @@ impl<const D: usize> Tensor<D> {
         }
     }
 
-    /// The array, where the operation runs on CUDA.
+    /// Returns the array, for operations on CUDA.
     pub(crate) fn cuda(&self) -> &Array {
         match self {
             Self::Burn(_) | Self::Meta(_) => two_devices(),
@@ -132,7 +132,7 @@ impl<const D: usize> Tensor<D> {
         }
     }
 
-    /// As [`cuda`](Self::cuda), by value.
+    /// Returns the array of [`cuda`](Self::cuda) by value.
     pub(crate) fn into_cuda(self) -> Array {
         match self {
             Self::Burn(_) | Self::Meta(_) => two_devices(),
@@ -140,7 +140,7 @@ impl<const D: usize> Tensor<D> {
         }
     }
 
-    /// The tensor without values, where the operation only counts memory.
+    /// Returns the tensor without values, for operations that only count memory.
     pub(crate) fn meta(&self) -> &MetaTensor {
         match self {
             Self::Burn(_) | Self::Cuda(_) => two_devices(),
@@ -148,7 +148,7 @@ impl<const D: usize> Tensor<D> {
         }
     }
 
-    /// As [`meta`](Self::meta), by value.
+    /// Returns the tensor of [`meta`](Self::meta) by value.
     pub(crate) fn into_meta(self) -> MetaTensor {
         match self {
             Self::Burn(_) | Self::Cuda(_) => two_devices(),
@@ -192,8 +192,7 @@ impl Tensor<2> {
         }
     }
 
-    /// The same values in memory of their own size, which nothing else reaches, on CUDA: columns that stay while the
-    /// matrix they belong to may go.
+    /// Returns the values in memory of their own on CUDA, so that the matrix that the columns belong to can be freed.
     #[must_use]
     pub fn detached(self) -> Self {
         match self {
@@ -204,7 +203,7 @@ impl Tensor<2> {
         }
     }
 
-    /// Every row multiplied by `factors` `[columns]`, element by element.
+    /// Multiplies every row by `factors` `[columns]`, element by element.
     #[must_use]
     pub fn scale_columns(self, factors: &Tensor<1>) -> Self {
         match self {
@@ -214,7 +213,7 @@ impl Tensor<2> {
         }
     }
 
-    /// `row` `[columns]` added to every row.
+    /// Adds `row` `[columns]` to every row.
     #[must_use]
     pub fn add_row(self, row: &Tensor<1>) -> Self {
         match self {
@@ -224,7 +223,7 @@ impl Tensor<2> {
         }
     }
 
-    /// Matrices of one height side by side; the same memory where they lie so already.
+    /// Concatenates matrices of equal height along columns; without a copy if they are already adjacent in memory.
     pub fn cat_columns(mut parts: Vec<Self>) -> Self {
         if parts.len() == 1 {
             return parts.remove(0);

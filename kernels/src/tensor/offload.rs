@@ -13,13 +13,13 @@ pub struct Offloaded(State);
 #[derive(Debug)]
 #[allow(clippy::large_enum_variant, reason = "one a block")]
 enum State {
-    /// On its device.
+    /// The tensor on its device.
     Here(Tensor<2>),
-    /// Being copied to the host; its memory is not free yet.
+    /// A tensor that is being copied to the host; its memory is not free yet.
     Going(Ticket, Away),
-    /// On the host.
+    /// The values on the host.
     There(Away),
-    /// Being copied back.
+    /// A tensor that is being copied back.
     Coming(Ticket, ArrayShape),
 }
 

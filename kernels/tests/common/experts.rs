@@ -1,4 +1,4 @@
-//! What stands between the products of a mixture of experts: router, activation, sum over the experts of a token.
+//! The operations between the products of a mixture of experts: router, activation, sum over the experts of a token.
 
 use burn::tensor::{DType, Tensor as BurnTensor};
 use rekindle_kernels::routing::{self, Dispatch, HostDispatch, RoutingForm};

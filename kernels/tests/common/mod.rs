@@ -1,4 +1,4 @@
-//! What the tests of the operations share: repeatable inputs, the ways an operation is run, and the rule
+//! Shared parts of the operations' tests: repeatable inputs, the ways an operation is run, and the rule
 //! by which a result is judged.
 //!
 //! A [`Case`] is one operation on one set of inputs. It is computed three times: by the crate, and twice by
@@ -33,13 +33,13 @@ pub(crate) type Results = Vec<(&'static str, Vec<f64>)>;
 
 /// One operation on one set of inputs.
 pub(crate) trait Case: std::fmt::Debug {
-    /// By the plain formula and Burn's gradients, computed in `dtype`.
+    /// Computes the plain formula and Burn's gradients in `dtype`.
     fn naive(&self, dtype: DType) -> Results;
 
-    /// By the crate.
+    /// Computes the results by the crate.
     fn ours(&self, place: &Place) -> Results;
 
-    /// By Burn's gradients of the crate's forward, where the forward can be differentiated.
+    /// Computes Burn's gradients of the crate's forward, if it can be differentiated.
     fn differentiated(&self) -> Option<Results> {
         None
     }
@@ -109,7 +109,7 @@ pub(crate) fn judge(what: &str, got: &Results, naive: &Results, truth: &Results,
     worst
 }
 
-/// Where the plain formulas run: the CPU with Burn's autodiff.
+/// The device of the plain formulas: the CPU with Burn's autodiff.
 pub(crate) struct Oracle {
     device: BurnDevice,
     dtype: DType,

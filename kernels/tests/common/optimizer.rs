@@ -129,7 +129,7 @@ fn filled(params: &Params, places: &[ParamRef], device: &Device, values: &[f32])
     grads
 }
 
-/// Which values a step is given.
+/// The values of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum By {
     /// All at once, in the flat buffer.

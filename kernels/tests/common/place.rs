@@ -1,11 +1,11 @@
-//! Where the crate's operations are run: a device, a dtype, and how operands lie in memory.
+//! The setting of an operation under test: device, dtype and memory layout of operands.
 
 use std::cell::RefCell;
 
 use burn::tensor::{DType, Tensor as BurnTensor};
 use rekindle_kernels::{Device, Tensor, from_f32, to_f32};
 
-/// How a matrix operand lies in memory. An operation may not care.
+/// The memory layout of a matrix operand. Operations must not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
     /// Row-major, held by the operation alone, which may write over it.

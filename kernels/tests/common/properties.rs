@@ -1,4 +1,4 @@
-//! What holds whatever the numbers are, on any device.
+//! Properties that hold for any values on any device.
 
 use burn::tensor::DType;
 use rekindle_kernels::attention::AttentionGrads;
@@ -141,7 +141,7 @@ pub(crate) fn dropout_masks_are_the_same_everywhere(device: &Device, dtype: DTyp
     }
 }
 
-/// So is the noise of NEFTune.
+/// The noise of NEFTune is keyed so too.
 pub(crate) fn noise_is_the_same_everywhere(device: &Device, dtype: DType) {
     let tokens: Vec<Token> = (0..67).map(|t| Token { row: t / 20, position: t % 20 }).collect();
     let lengths: Vec<u32> = (0..67).map(|t| if t < 60 { 20 } else { 7 }).collect();

@@ -16,7 +16,7 @@ pub(crate) struct Packed {
     beside: Vec<f32>,
 }
 
-/// What the codes are.
+/// The format of the weight.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Kind {
     FourBit,

@@ -6,7 +6,7 @@ use rekindle_kernels::rms_norm::{self, Gain, GainEps};
 
 use super::{Case, Oracle, Place, ROOM, Results, grad, noise, rounded, values};
 
-/// How the weight becomes the factor.
+/// The form of the factor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Form {
     Plain,
@@ -34,7 +34,7 @@ pub(crate) struct RmsNorm {
     x: Vec<f32>,
     weight: Vec<f32>,
     dy: Vec<f32>,
-    /// What is added before the norm, and the gradient that reaches the sum beside it.
+    /// The addend before the norm, and the gradient that reaches the sum past the norm.
     residual: Option<(Vec<f32>, Vec<f32>)>,
 }
 

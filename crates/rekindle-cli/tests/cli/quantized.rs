@@ -162,7 +162,7 @@ fn inspect_tells_what_a_directory_holds() {
     assert_eq!(json["quantization"]["load_in_8bit"], true);
     let bits = json["bits_per_quantized_weight"].as_f64().unwrap();
     assert_eq!(bits, 8.0 * (linears + scales) as f64 / linears as f64);
-    assert!(text.contains(&format!("{bits:.3} bits a quantized weight\n")), "{text}");
+    assert!(text.contains(&format!("{bits:.3} bits per quantized weight\n")), "{text}");
 
     let adapter = golden("qwen3-tied/adapters/qv-rslora").display().to_string();
     let (text, json) = inspect(&adapter);

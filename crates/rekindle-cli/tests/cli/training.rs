@@ -217,6 +217,6 @@ fn keys_of_transformers_5_are_read_and_resolved() {
     for part in ["num_train_epochs", "warmup_ratio", "metric_for_best_model"] {
         assert!(!resolved.contains(part), "{part}: {resolved}");
     }
-    scratch.train(&["train.eval_strategy=epoch"]).fails(2, &["eval_strategy needs rows to evaluate"]);
+    scratch.train(&["train.eval_strategy=epoch"]).fails(2, &["eval_strategy needs evaluation rows"]);
     scratch.train(&["train.max_length=512"]).fails(2, &["max_seq_length in [model]"]);
 }

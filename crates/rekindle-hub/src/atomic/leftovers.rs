@@ -64,13 +64,7 @@ fn parse(hidden: &str) -> Option<(&str, bool)> {
 mod tests {
     use super::*;
     use crate::AtomicDir;
-
-    fn names(directory: &Path) -> Vec<String> {
-        let entries = fs::read_dir(directory).unwrap();
-        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
+    use crate::atomic::test_support::names;
 
     #[test]
     fn partial_output_is_deleted_and_moved_directories_are_restored() {

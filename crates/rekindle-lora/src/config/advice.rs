@@ -2,11 +2,11 @@ use super::{Bias, LoraConfig, TargetModules};
 
 /// The linears of attention.
 const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
-/// The rank from which a scale of `lora_alpha / r` is said to slow learning down (arXiv:2312.03732).
+/// The rank from which a scale of `lora_alpha / r` slows learning down (arXiv:2312.03732).
 const HIGH_RANK: usize = 64;
 
 impl LoraConfig {
-    /// What is allowed and usually not meant, a sentence each.
+    /// Returns advice about settings that are valid but unusual, one sentence each.
     pub fn advice(&self) -> Vec<String> {
         let mut advice = Vec::new();
         let is_attention = |name: &String| ATTENTION.contains(&name.rsplit('.').next().unwrap_or(name));
@@ -40,8 +40,7 @@ impl LoraConfig {
         advice
     }
 
-    /// The options that keep linears from being one product with their factors on CUDA, and what that costs, a sentence
-    /// each.
+    /// Returns the options that make training slower on CUDA, one sentence each.
     pub fn slower_on_cuda(&self) -> Vec<String> {
         const COST: &str = "is slower on CUDA: W, A and B of every linear are separate products, instead of one for \
              all linears with the same input";

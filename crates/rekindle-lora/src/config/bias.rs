@@ -3,7 +3,7 @@ use serde::{Deserialize, Serialize};
 use crate::Error;
 use crate::error::nearest_hint;
 
-/// Which biases of the base model are trained along with the adapter.
+/// The biases of the base model that are trained with the adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", try_from = "String")]
 pub enum Bias {
@@ -17,7 +17,7 @@ pub enum Bias {
 }
 
 impl Bias {
-    /// The name in configuration files.
+    /// Returns the name in configuration files.
     pub fn name(self) -> &'static str {
         match self {
             Self::None => "none",

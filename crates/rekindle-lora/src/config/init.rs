@@ -12,28 +12,29 @@ pub enum InitLoraWeights {
     Random,
     /// `"gaussian"`: A normal with standard deviation 1/r, B zero.
     Gaussian,
-    /// `"pissa"`: the r principal singular triplets of the weight, which the base loses (arXiv:2404.02948).
+    /// `"pissa"`: the r principal singular triplets of the weight, which are subtracted from the base (arXiv:2404.02948).
     Pissa,
-    /// `"pissa_niter_N"`: the same by N rounds of a randomized iteration.
+    /// `"pissa_niter_N"`: the same, approximated by N rounds of randomized subspace iteration.
     PissaNiter(u32),
-    /// `"olora"`: the first r columns and rows of the weight's QR decomposition, which the base loses (arXiv:2406.01775).
+    /// `"olora"`: the first r columns and rows of the weight's QR decomposition, which are subtracted from the base
+    /// (arXiv:2406.01775).
     Olora,
-    /// `"loftq"`: what the codes of a weight that is quantized while loading miss of it (arXiv:2310.08659).
+    /// `"loftq"`: the quantization error of a weight that is quantized while loading (arXiv:2310.08659).
     Loftq,
-    /// Another method's name. An adapter that started with it can be loaded; a new one cannot be made.
+    /// Another method's name. An adapter initialized by it can be loaded, but not created.
     Other(String),
 }
 
-/// The names that can be asked for.
+/// The supported names.
 const NAMES: [&str; 5] = ["gaussian", "pissa", "pissa_niter_16", "olora", "loftq"];
 
 impl InitLoraWeights {
-    /// Returns true if the base loses what the adapter starts with.
+    /// Returns true if the initial B·A is subtracted from the base.
     pub fn changes_base(&self) -> bool {
         matches!(self, Self::Pissa | Self::PissaNiter(_) | Self::Olora)
     }
 
-    /// What is wrong with it for a new adapter.
+    /// Returns the reason that a new adapter cannot be initialized so.
     pub(super) fn problem(&self) -> Option<String> {
         let Self::Other(name) = self else { return None };
         let hint = nearest_hint(name, NAMES);

@@ -4,10 +4,10 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LoftqConfig {
-    /// Bits of the codes, which the base has too. Default 4.
+    /// Bits of the quantized base. Default 4.
     pub loftq_bits: u32,
-    /// How often codes and factors are found in turn. Default 1, and no other: after that the codes are no longer those
-    /// of the base, and an adapter alone could not say what it belongs to.
+    /// The number of iterations. Only 1 is supported: further iterations change the quantized base, which an adapter does
+    /// not contain. Default 1.
     pub loftq_iter: usize,
 }
 
@@ -18,7 +18,7 @@ impl Default for LoftqConfig {
 }
 
 impl LoftqConfig {
-    /// What is wrong with it.
+    /// Returns the reason that it is not supported.
     pub(super) fn problem(self) -> Option<String> {
         match self {
             Self { loftq_bits: 4 | 8, loftq_iter: 1 } => None,

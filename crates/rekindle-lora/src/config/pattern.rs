@@ -2,32 +2,32 @@ use indexmap::IndexMap;
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
-/// Values for some modules instead of the one for all, by a regular expression for the end of their names.
+/// Values for some modules that replace the common one, by a regular expression for the end of their names.
 ///
-/// As in PEFT, a key stands for a module whose name it matches from its beginning or from a dot to its end, and the
-/// first key that matches counts: `q_proj`, `layers\.0\..*_proj`.
+/// As in PEFT, a key applies to a module whose name it matches from the beginning, or from a dot, to the end. The first
+/// key that matches is used: `q_proj`, `layers\.0\..*_proj`.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Pattern<T>(pub IndexMap<String, T>);
 
 impl<T: Copy> Pattern<T> {
-    /// Returns true if there is none.
+    /// Returns true if there are no values.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The value for `module`, or `default`.
+    /// Returns the value for `module`, or `default`.
     pub fn get(&self, module: &str, default: T) -> T {
         let found = self.0.iter().find(|(key, _)| compiled(key).is_ok_and(|regex| is_match(&regex, module)));
         found.map_or(default, |(_, value)| *value)
     }
 
-    /// One sentence for each key that is no regular expression here, whatever it is in Python.
+    /// Returns one sentence for each key that is not a regular expression of the `regex` crate.
     pub(crate) fn invalid(&self, argument: &'static str) -> impl Iterator<Item = String> {
         self.0.keys().filter_map(move |key| checked(argument, key).err())
     }
 
-    /// One sentence for each key that is no regular expression, or matches none of `modules`.
+    /// Returns one sentence for each key that is not a regular expression, or matches none of `modules`.
     pub(crate) fn problems<S: AsRef<str>>(&self, argument: &str, modules: &[S]) -> Vec<String> {
         let problem = |key: &String| match checked(argument, key) {
             Err(problem) => Some(problem),
@@ -42,20 +42,20 @@ impl<T: Copy> Pattern<T> {
     }
 }
 
-/// Returns true if a key is for this module. A linear of an expert also goes by its name without the expert's index, which
-/// is for all experts.
+/// Returns true if a key applies to this module. It also applies to a linear of an expert if it matches the name without the
+/// expert's index.
 fn is_match(regex: &Regex, module: &str) -> bool {
     regex.is_match(module) || without_expert(module).is_some_and(|module| regex.is_match(&module))
 }
 
-/// `model.layers.0.mlp.experts.up_proj` for `model.layers.0.mlp.experts.7.up_proj`.
+/// Returns `model.layers.0.mlp.experts.up_proj` for `model.layers.0.mlp.experts.7.up_proj`.
 fn without_expert(module: &str) -> Option<String> {
     let (before, after) = module.split_once(".experts.")?;
     let (index, rest) = after.split_once('.')?;
     index.bytes().all(|byte| byte.is_ascii_digit()).then(|| format!("{before}.experts.{rest}"))
 }
 
-/// The key of an argument, or what is wrong with it.
+/// Compiles a key of an argument, or returns the problem.
 fn checked(argument: &str, key: &str) -> Result<Regex, String> {
     compiled(key).map_err(|_| format!("{argument} key \"{key}\" is not a regular expression without look-around"))
 }

@@ -24,7 +24,7 @@ impl<S: Into<String>> From<Vec<S>> for TargetModules {
 }
 
 impl From<&str> for TargetModules {
-    /// A string is a regular expression, except `"all-linear"` in any case of letters.
+    /// Reads a string as a regular expression, except `"all-linear"` in any letter case.
     fn from(text: &str) -> Self {
         if text.eq_ignore_ascii_case("all-linear") { Self::AllLinear } else { Self::Regex(text.to_owned()) }
     }

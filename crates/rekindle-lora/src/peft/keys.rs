@@ -15,25 +15,25 @@ pub enum Key<'a> {
     A(&'a str),
     /// `lora_B`, `[out, r]`.
     B(&'a str),
-    /// DoRA's lengths of rows, `[out]`.
+    /// DoRA's magnitude of each row, `[out]`.
     Magnitude(&'a str),
     /// The bias of an adapted linear.
     AdaptedBias(&'a str),
     /// The bias of a linear without an adapter.
     Bias(&'a str),
-    /// The weight of a module that is trained whole.
+    /// The weight of a module that is trained in full.
     Saved(&'a str),
 }
 
 const PREFIX: &str = "base_model.model.";
 
 impl<'a> Key<'a> {
-    /// The key of a bias.
+    /// Returns the key of a bias.
     pub fn bias(module: &'a str, adapted: bool) -> Self {
         if adapted { Self::AdaptedBias(module) } else { Self::Bias(module) }
     }
 
-    /// What `key` names; `None` for a key of another kind.
+    /// Parses `key`; returns `None` for a key of another kind.
     pub fn parse(key: &'a str) -> Option<Self> {
         let inner = key.strip_prefix(PREFIX)?;
         // The longer endings first: each ends like the shorter ones.
@@ -44,13 +44,13 @@ impl<'a> Key<'a> {
         })
     }
 
-    /// Returns the keys that PEFT adds for a module of `modules_to_save` when it saves the tables too. They repeat its weight
-    /// and keep the base's, which that replaces.
+    /// Returns the keys that PEFT adds for a module of `modules_to_save` when it saves the tables too: a copy of the weight,
+    /// and the base's weight.
     pub(crate) fn repeated(module: &str) -> [String; 2] {
         ["modules_to_save", "original_module"].map(|copy| format!("{PREFIX}{module}.{copy}.weight"))
     }
 
-    /// What follows the module's name.
+    /// Returns the suffix after the module's name.
     pub(crate) fn suffix(&self) -> &'static str {
         match self {
             Self::A(_) => ".lora_A.weight",

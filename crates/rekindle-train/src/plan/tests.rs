@@ -110,7 +110,7 @@ fn codes_take_the_place_of_weights() {
     let dense = plan(job(None, Some(LoraConfig::new(16)), GradientCheckpointing::Host));
     let linears = WEIGHTS - 151_936 * 2560;
     let saved = dense.bytes.of(MemoryCategory::Weights) - coded.bytes.of(MemoryCategory::Weights);
-    // 2 bytes less 4.127 bits a weight.
+    // 2 bytes less 4.127 bits per weight.
     let expected = linears as f64 * (2.0 - 4.127 / 8.0);
     assert!((saved as f64 / expected - 1.0).abs() < 0.01, "{saved} and not {expected}");
 }

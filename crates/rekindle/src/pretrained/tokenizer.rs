@@ -158,14 +158,10 @@ mod tests {
             (&[template], "base", ""),
             (&[("chat_template.jinja", "X")], "base", "has a chat template but no tokenizer.json"),
             (&[tokenizer, config, template], "adapter", ""),
-            (&[tokenizer, config], "adapter", "brings has a tokenizer without a chat template, unlike of"),
-            (&[tokenizer, config, ("chat_template.jinja", "X")], "adapter", "brings has another chat template than of"),
-            (&[tokenizer, other_end], "adapter", "brings has another tokenizer than of"),
-            (
-                &[("tokenizer.json", r#"{"model": 2}"#), config, template],
-                "adapter",
-                "brings has another tokenizer than of",
-            ),
+            (&[tokenizer, config], "adapter", "has a tokenizer without a chat template, unlike"),
+            (&[tokenizer, config, ("chat_template.jinja", "X")], "adapter", "has another chat template than"),
+            (&[tokenizer, other_end], "adapter", "has another tokenizer than"),
+            (&[("tokenizer.json", r#"{"model": 2}"#), config, template], "adapter", "has another tokenizer than"),
         ] {
             let (used, notice) = chosen(adapter);
             assert_eq!((used.as_str(), notice.is_empty()), (whose, said.is_empty()), "{adapter:?}: {notice}");

@@ -150,9 +150,9 @@ mod tests {
         assert_eq!(
             contradictions("r = 4\nlora_alpha = 16\ntarget_modules = [\"q_proj\"]"),
             [
-                "lora_alpha = 16.0 but it has 32.0",
-                "r = 4 but it has 8",
-                "target_modules = [\"q_proj\"] but it has [\"q_proj\", \"v_proj\"]",
+                "lora_alpha = 16.0, but the adapter has 32.0",
+                "r = 4, but the adapter has 8",
+                "target_modules = [\"q_proj\"], but the adapter has [\"q_proj\", \"v_proj\"]",
             ]
         );
     }
@@ -170,7 +170,7 @@ mod tests {
             let fewer = saved.clone().target_modules(["o_proj"]);
             assert_eq!(
                 contradictions(&given, &fewer, &linears),
-                ["target_modules = \"all-linear\" but it has [\"o_proj\"]"]
+                ["target_modules = \"all-linear\", but the adapter has [\"o_proj\"]"]
             );
             // Full names, as they are saved for some layers.
             let last = saved.target_modules(linears[names.len()..].to_vec());

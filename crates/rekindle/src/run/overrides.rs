@@ -104,7 +104,7 @@ mod tests {
         let expected = "seed = 2\n[train]\nmax_steps = 6\nwarmup_steps = 2\n[lora]\nr = 4";
         assert_eq!(table, expected.parse().unwrap());
         let error = "seed.x=1".parse::<ConfigOverride>().unwrap().apply(&mut table).unwrap_err();
-        assert!(error.contains("\"seed\" is no section"), "{error}");
+        assert!(error.contains("\"seed\" is a key of the run file"), "{error}");
     }
 
     #[test]

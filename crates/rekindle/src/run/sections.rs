@@ -200,8 +200,8 @@ mod tests {
                 "[train] key \"learning_rat\" is unknown; nearest: \"learning_rate\"",
                 "[train] key \"lora_alfa\" is unknown; nearest: \"lora_alpha\" in [lora]",
                 "[train] key \"maxsteps\" is unknown; nearest: \"max_steps\"",
-                "[train] key \"r\" is unknown; r belongs into [lora]",
-                "[train] key \"seed\" is unknown; seed stands at the top of the file, before the first section",
+                "[train] key \"r\" is unknown; r belongs in [lora]",
+                "[train] key \"seed\" is unknown; write seed at the top of the file, before the first section",
             ]
         );
     }

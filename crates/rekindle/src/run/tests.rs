@@ -121,7 +121,7 @@ fn what_other_programs_take_is_explained() {
             "[model] key \"device_map\" is unknown; a model is on one device; write device at the top of the file",
             "[model] key \"gpu_memory_utilization\" is unknown; memory is allocated on demand; nothing is reserved for \
              an engine",
-            "[model] key \"random_state\" is unknown; random_state belongs into [lora]",
+            "[model] key \"random_state\" is unknown; random_state belongs in [lora]",
             "[model] key \"trust_remote_code\" is unknown; code in a checkpoint is never run; unknown architectures \
              are refused",
         ]
@@ -151,7 +151,7 @@ fn all_problems_are_listed() {
             "key \"lora\" = 3: expected a section",
             "key \"trian\" is unknown; nearest: \"train\"",
             "[model] key \"full_finetunning\" is unknown; nearest: \"full_finetuning\"",
-            "[model] key \"train\" is unknown; train belongs into [data]",
+            "[model] key \"train\" is unknown; train belongs in [data]",
             "[data] key \"suffle\" is unknown; nearest: \"shuffle\"",
         ]
     );
@@ -167,7 +167,7 @@ fn what_is_missing_or_out_of_range_is_named() {
         "device \"gpu\" is unknown",
         "[lora] r is 0",
         "[train] logging_steps is 0",
-        "eval_steps needs rows",
+        "eval_steps needs evaluation rows",
         "eval_samples takes its prompts",
         "\"constant\" has no warm-up",
     ] {

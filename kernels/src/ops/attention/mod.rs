@@ -38,7 +38,7 @@ use crate::{Backend, Device, Tensor};
 /// Queries whose scores are held at once on the CPU and in Burn's operations.
 pub(crate) const QUERIES: usize = 128;
 
-/// Heads of one attention layer, and how their scores are made.
+/// The heads of an attention layer, and the options of their scores.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Heads {
     /// Query heads; a multiple of `kv_heads`.
@@ -183,13 +183,13 @@ pub struct Saved {
 /// Gradients that [`backward`] returns.
 #[derive(Clone, Debug)]
 pub struct AttentionGrads<M = Tensor<2>, V = Tensor<1>> {
-    /// To the queries.
+    /// The gradient to the queries.
     pub q: M,
-    /// To the keys.
+    /// The gradient to the keys.
     pub k: M,
-    /// To the values.
+    /// The gradient to the values.
     pub v: M,
-    /// To the sinks, f32; `None` where they were not given.
+    /// The gradient to the sinks, f32; `None` without sinks.
     pub sinks: Option<V>,
 }
 

@@ -26,7 +26,7 @@ mod portable;
 use crate::tensor::triple;
 use crate::{Backend, Tensor};
 
-/// The nonlinearity on the gate, and how it meets up.
+/// The nonlinearity on the gate, and its product with up.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// silu(gate) ∘ up.
@@ -81,5 +81,5 @@ const GELU_SLOPE: f32 = 1.595_769;
 /// The factor of g³.
 const GELU_CUBE: f32 = 0.044_715;
 
-/// From here on σ(z(g)) of the GELU is 0 or 1 in `f32`; g³ of larger gates could overflow.
+/// The |g| from which σ(z(g)) of the GELU is 0 or 1 in `f32`; g³ of larger gates could overflow.
 const GELU_BOUND: f32 = 16.0;

@@ -22,14 +22,14 @@ fn scratch(sizes: (usize, usize, usize), form: Form) -> Scratch {
     (matmul::cpu::scratch_serial(sizes, form), matmul::cpu::scratch(sizes, form))
 }
 
-/// As [`nt`], with decoded rows; their experts come one after another.
+/// Returns the scratch memory of [`nt`] with decoded rows, one expert after another.
 pub(super) fn quantized_nt(rows: usize, dims @ [_, k]: [usize; 2]) -> Scratch {
     let part = decoded_rows(dims);
     let bytes = size_of::<f32>() * part * k + matmul::cpu::scratch((rows, part, k), Form::Nt);
     (bytes, bytes)
 }
 
-/// As [`nn`], with decoded rows.
+/// Returns the scratch memory of [`nn`] with decoded rows.
 pub(super) fn quantized_nn(rows: usize, dims @ [_, k]: [usize; 2]) -> Scratch {
     let part = decoded_rows(dims);
     let bytes = size_of::<f32>() * part * k + matmul::cpu::scratch((rows, k, part), Form::Nn);

@@ -16,11 +16,11 @@ pub(super) fn chunk_rows(vocab: usize) -> usize {
 
 /// Some of the rows that have a target.
 pub(super) struct Chunk {
-    /// Their hidden states.
+    /// The hidden states of the rows.
     pub(super) hidden: Tensor<2>,
-    /// Their targets.
+    /// The targets of the rows.
     pub(super) targets: Vec<u32>,
-    /// Where they lie among all rows that have a target.
+    /// The range of the rows among all rows that have a target.
     pub(super) range: core::ops::Range<usize>,
 }
 

@@ -132,7 +132,7 @@ impl Rows {
         }
     }
 
-    /// Where the losses of a chunk go first.
+    /// Returns the array that the losses of a chunk are written to first.
     fn losses_of(&self, nll: &Array, chunk: &Chunk) -> Array {
         if self.plan.is_whole() {
             column(nll, chunk.first, chunk.rows)
@@ -185,7 +185,7 @@ fn chunk_rows(vocab: usize) -> usize {
 struct Plan {
     /// The row of each counted target; when some targets do not count, rows of padding at the end, which name row 0.
     places: Vec<u32>,
-    /// Their targets; −100 in the padding.
+    /// The targets of these rows; −100 in the padding.
     targets: Vec<i32>,
     /// Number of rows that are not padding.
     live: usize,

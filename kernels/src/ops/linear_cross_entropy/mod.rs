@@ -60,7 +60,7 @@ pub fn forward(h: &Tensor<2>, head: &LmHead, targets: &[i32]) -> Losses {
     }
 }
 
-/// As [`forward`], and the gradient of Σ w_t·nll_t to h; that to W is added to `weight_grad`.
+/// Returns the losses of [`forward`] and the gradient of Σ w_t·nll_t to h; adds that to W to `weight_grad`.
 ///
 /// # Panics
 /// If there are not as many weights as targets.

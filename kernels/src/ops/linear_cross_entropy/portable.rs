@@ -95,7 +95,7 @@ fn indices(targets: &[u32], like: &Tensor<2>) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(targets, [rows, 1]), (&like.device().inner(), DType::I32))
 }
 
-/// As [`indices`], of f32 values.
+/// Returns f32 values as a column, `[rows, 1]`.
 fn column(values: Vec<f32>, like: &Tensor<2>) -> Tensor<2> {
     let rows = values.len();
     Tensor::from_data(TensorData::new(values, [rows, 1]), (&like.device(), DType::F32))

@@ -69,41 +69,41 @@ pub(crate) fn into_slice(out: &mut [f32], beta: f32, alpha: f32, a: &Tensor<2>, 
 pub(crate) fn into_strided(
     out: &mut [f32],
     out_stride: usize,
-    (m, n, k): (usize, usize, usize),
+    sizes: (usize, usize, usize),
     beta: f32,
     alpha: f32,
     a: Mat<'_>,
     b: Mat<'_>,
 ) {
-    let turned = turned((m, n, k), a, b);
-    let b = turned.as_deref().map_or(b, |turned| Mat::rows(turned, n));
-    parallel(out, out_stride, (m, n, k), beta, alpha, a, b);
+    in_stable_order(sizes, a, b, |b| parallel(out, out_stride, sizes, beta, alpha, a, b));
 }
 
-/// As [`into_strided`], on one thread. The sums are in the same order.
+/// Computes [`into_strided`] on one thread, with sums in the same order.
 pub(crate) fn into_strided_serial(
     out: &mut [f32],
     out_stride: usize,
-    (m, n, k): (usize, usize, usize),
+    sizes: (usize, usize, usize),
     beta: f32,
     alpha: f32,
     a: Mat<'_>,
     b: Mat<'_>,
 ) {
-    let turned = turned((m, n, k), a, b);
-    let b = turned.as_deref().map_or(b, |turned| Mat::rows(turned, n));
-    gemm(out, out_stride, (m, n, k), beta, alpha, a, b);
+    in_stable_order(sizes, a, b, |b| gemm(out, out_stride, sizes, beta, alpha, a, b));
 }
 
-/// b turned to run along n, where [`sums_by_lanes`] asks for that.
-fn turned((m, n, k): (usize, usize, usize), a: Mat<'_>, b: Mat<'_>) -> Option<Vec<f32>> {
-    let turn = || (0..k * n).map(|i| b.data[i / n + i % n * b.col_stride as usize]).collect();
-    sums_by_lanes((m, n, k), a, b).then(turn)
+/// Calls `multiply` with b or, if [`sums_by_lanes`], with a copy of b that runs along n.
+fn in_stable_order(sizes: (usize, usize, usize), a: Mat<'_>, b: Mat<'_>, multiply: impl FnOnce(Mat<'_>)) {
+    if !sums_by_lanes(sizes, a, b) {
+        return multiply(b);
+    }
+    let (_, n, k) = sizes;
+    let copy: Vec<f32> = (0..k * n).map(|i| b.data[i / n + i % n * b.col_stride as usize]).collect();
+    multiply(Mat::rows(&copy, n));
 }
 
-/// Returns whether the `gemm` crate would sum this product in another order than larger ones: few results of operands that
-/// both run along k are dot products over SIMD lanes. A token's result would then depend on how many tokens it came
-/// with; with b turned to run along n it does not. A single row, as in decoding, has nothing to agree with.
+/// Returns true if the `gemm` crate would sum this product in another order than larger ones: few results of operands that
+/// both run along k are dot products over SIMD lanes. A token's result would then depend on the number of tokens in the
+/// product; with a b that runs along n it does not. A single row, as in decoding, needs no agreement.
 fn sums_by_lanes(sizes: (usize, usize, usize), a: Mat<'_>, b: Mat<'_>) -> bool {
     a.col_stride == 1 && b.row_stride == 1 && has_few_results(sizes)
 }
@@ -188,7 +188,7 @@ fn has_avx512() -> bool {
     has
 }
 
-/// As [`gemm`], split over the threads of the pool.
+/// Computes [`gemm`], split over the threads of the pool.
 pub(crate) fn parallel(
     out: &mut [f32],
     out_stride: usize,

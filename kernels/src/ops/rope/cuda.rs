@@ -35,7 +35,7 @@ pub(crate) struct Rotation<'a> {
 pub(crate) struct Norm<'a> {
     /// `[1, head_dim]`.
     pub(crate) weight: &'a Array,
-    /// How the weight becomes the factor.
+    /// The form of the factor.
     pub(crate) form: GainForm,
     /// Added to the mean square.
     pub(crate) eps: f32,

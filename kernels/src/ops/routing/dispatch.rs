@@ -23,9 +23,9 @@ pub struct Dispatch {
 /// A dispatch where it is used.
 #[derive(Clone, Debug)]
 pub(crate) enum DispatchPlace {
-    /// In plain memory, for the CPU and Burn's other devices.
+    /// A dispatch in host memory, for the CPU and Burn's other devices.
     Host(Arc<HostDispatch>),
-    /// On a CUDA device, whose host never learns how many rows an expert has.
+    /// A dispatch on a CUDA device. The host never knows the number of rows of an expert.
     Cuda(DeviceDispatch),
     /// The memory that the host's would take.
     Meta(#[allow(dead_code, reason = "held while it is counted")] Arc<MetaMemory>),

@@ -1,4 +1,4 @@
-//! The router of a mixture of experts: which experts a token uses, and how much each counts.
+//! The router of a mixture of experts: it chooses each token's experts and computes their weights.
 //!
 //! With logits l and p = softmax(l) over all E experts, in f32:
 //!
@@ -36,7 +36,7 @@ use burn::tensor::DType;
 use crate::tensor::cuda_dtype;
 use crate::{Backend, Tensor};
 
-/// How the weights of the chosen experts follow from the logits.
+/// The formula of the chosen experts' weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RoutingForm {
     /// Softmax over all experts, of which the largest are chosen.

@@ -82,9 +82,9 @@ impl QuantizedFormat {
 /// The scales of 4-bit blocks.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Absmax {
-    /// As they are.
+    /// Scales in f32.
     Single(Vec<f32>),
-    /// In 8 bits.
+    /// Scales in 8 bits.
     Double {
         /// One for each block.
         codes: Vec<u8>,
@@ -250,7 +250,7 @@ pub(crate) enum Place {
     Host(Arc<QuantizedData>),
     Meta(Arc<MetaQuantized>),
     Burn(Arc<portable::Words>),
-    /// With what else the codes had on the host, which is small.
+    /// On CUDA, with the small remaining data on the host.
     Cuda(cuda::QuantizedArray, Arc<QuantizedData>),
 }
 

@@ -147,7 +147,7 @@ impl WordAbsmax {
 
 /// First bits of the codes in a word, in the order of elements: two a byte, the high nibble first.
 const NIBBLES: [i32; 8] = [4, 0, 12, 8, 20, 16, 28, 24];
-/// As [`NIBBLES`], one a byte.
+/// The shifts of [`NIBBLES`] for one value per byte.
 const BYTES: [i32; 4] = [0, 8, 16, 24];
 
 /// Looks up the values of some elements.

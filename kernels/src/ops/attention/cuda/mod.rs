@@ -52,7 +52,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// For documents whose borders are `cu_seqlens`, from 0 on.
+    /// Returns the tables for documents with the cumulative lengths `cu_seqlens`, which begin with 0.
     pub(crate) fn new(cuda: &Cuda, cu_seqlens: &[u32], heads: Heads, dtype: DType) -> Self {
         Self::with(cuda, cu_seqlens, heads, dtype, Engine::fastest(cuda.props(), dtype, heads.head_dim))
     }

@@ -117,7 +117,7 @@ pub(super) fn backward(inputs: &Inputs, grads: &[Array; 3], plan: &Plan) {
     );
 }
 
-/// With 256 channels: dq by one kernel, dk and dv by another, and no sums in global memory.
+/// Computes the backward with 256 channels: dq by one kernel, dk and dv by another, without sums in global memory.
 fn backward_wide(inputs: &Inputs, [dq, dk, dv]: &[Array; 3], plan: &Plan) {
     let Inputs { q, k, v, o, d_o, lse, delta } = inputs;
     let Plan { heads, tokens, tables, .. } = plan;
