@@ -160,7 +160,7 @@ mod tests {
         let (_, found) = apply(&mapped, json!({"question": "q", "completion": "a"})).expect("without a persona");
         assert_eq!(
             mapped.missing(found).expect("nowhere"),
-            "no row has \"persona\" (for \"system\"); correct columns, or leave \"system\" out"
+            "no row has \"persona\" (for \"system\"); correct columns, or remove \"system\""
         );
         assert_eq!(mapped.missing(0b11), None);
         assert_eq!(
@@ -179,6 +179,9 @@ mod tests {
             "columns: \"promt\" is not a key of a row; known: input_ids, \
              messages, "
         ));
-        assert_eq!(error("prompt", "body"), "columns: \"body\" stands for both \"prompt\" and \"text\"");
+        assert_eq!(
+            error("prompt", "body"),
+            "columns: \"body\" is mapped to both \"prompt\" and \"text\"; remove one of them"
+        );
     }
 }

@@ -250,7 +250,7 @@ mod tests {
             [
                 "\"a.exp_avg_sq\" is F32 [3, 2], not F32 [2, 3]",
                 "\"b.exp_avg_sq\" is missing",
-                "\"c.exp_avg_sq\" is not of this run"
+                "\"c.exp_avg_sq\" does not belong to this run"
             ]
         );
         assert_eq!(state.tensors().map(Result::unwrap).collect::<Vec<_>>(), before);

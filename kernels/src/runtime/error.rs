@@ -84,7 +84,7 @@ pub enum CudaError {
     },
     /// Memory of the device is used up.
     #[error(
-        "out of memory: {usage} needs {}, but only {} of {} are free on the device; this process uses {} ({users}); \
+        "out of memory: {usage} needs {}, but only {} of {} is free on the device; this process uses {} ({users}); \
          use a smaller batch, shorter sequences, use_gradient_checkpointing, or end other programs on the device",
         bytes(*asked), bytes(*free), bytes(*total), bytes(*arena)
     )]
@@ -182,7 +182,7 @@ mod tests {
         };
         assert_eq!(
             error.to_string(),
-            "out of memory: logits needs 3.0 GiB and 1.0 MiB of 80.0 GiB are free on the device; in use here: 79.0 GiB \
+            "out of memory: logits needs 3.0 GiB, but only 1.0 MiB of 80.0 GiB is free on the device; this process uses 79.0 GiB \
              (weights 40.0 GiB, activations 39.0 GiB); use a smaller batch, shorter sequences, \
              use_gradient_checkpointing, or end other programs on the device"
         );

@@ -12,7 +12,7 @@ fn a_run_is_merged_and_verified() {
     assert_eq!(done.stdout.trim(), out.display().to_string());
     assert!(done.stderr.contains("the losses of the adapter and the merged model differ by"), "{}", done.stderr);
     // What is there is never replaced, and the name of a device means nothing where nothing is computed.
-    rekindle(merge).fails(2, &["merged is not empty; give a new directory"]);
+    rekindle(merge).fails(2, &["merged is not empty; choose a new directory"]);
     run(&format!("merge {} --out elsewhere --device cpu", run_dir.display())).fails(2, &["--verify"]);
     // The same losses by the other command, to what f32 sums in another order differ by.
     let rows = golden("qwen3-tied/rows.jsonl");
@@ -74,7 +74,7 @@ fn an_adapter_that_changes_nothing_is_reported() {
     scratch.train(&["train.learning_rate=0"]).ok();
     let adapter = scratch.path("out/adapter").display().to_string();
     let idle = eval(&format!("--adapter {adapter}"));
-    let said = format!("{adapter}: every product B·A of this adapter is zero");
+    let said = format!("{adapter}: this adapter is untrained");
     assert!(idle.stderr.contains(&said), "{}", idle.stderr);
     assert_eq!(idle.json(), eval("").json());
     let alone = run(&format!("eval --device cpu --json --data {rows} --model {adapter}")).ok();
@@ -145,7 +145,7 @@ fn what_is_seldom_meant_is_said_and_done() {
     let scratch = Scratch::new();
     let done = scratch.train(&["lora.lora_alpha=32", "lora.target_modules=[\"q_proj\"]"]).ok();
     for part in [
-        "[lora] target_modules are attention's alone",
+        "[lora] target_modules covers only attention",
         "[lora] lora_alpha is 32 at r = 2, a scale of 16; usual are r and 2r: 2 or 4",
         "parameters are trained (",
         " of optimizer state",
@@ -175,7 +175,7 @@ fn arguments_that_cannot_be_met_name_the_nearest() {
         ("lora.rank_pattern={\"q_porj\"=4}", ["rank_pattern key \"q_porj\"", "nearest: \"q_proj\""]),
         ("lora.modules_to_save=[\"lm_haed\"]", ["modules_to_save \"lm_haed\"", "nearest: \"lm_head\""]),
         ("lora.layers_to_transform=[99]", ["layers_to_transform 99", "nearest: 2"]),
-        ("lora.finetune_last_n_layers=9", ["finetune_last_n_layers is 9", "has 3 layers"]),
+        ("lora.finetune_last_n_layers=9", ["finetune_last_n_layers is 9", "has only 3 layers"]),
         ("lora.bias=some", ["bias \"some\"", "\"lora_only\""]),
         ("lora.lora_dropout=1.5", ["lora_dropout is 1.5", "below 1"]),
         ("lora.r=0", ["r is 0", "at least 1"]),

@@ -170,7 +170,7 @@ fn rows_of_a_resized_vocabulary_come_along() {
     fs::write(&file, tokenizer.to_string()).unwrap();
     let rows = CHAT.replace("ok", "ok <|new|>");
     let hint = "the tokenizer has 1050: load the model with resize_model_vocab = 1050";
-    train(&scratch, &rows, &[]).fails(3, &["is beyond the model's vocabulary of 1049", hint]);
+    train(&scratch, &rows, &[]).fails(3, &["is outside the model's vocabulary of 1049", hint]);
 
     // An adapter that was trained without the row merges, with a notice.
     let out = |name: &str| scratch.path(name).display().to_string();

@@ -299,7 +299,7 @@ fn malformed_rows_are_3_with_file_and_row() {
             &["half.json, row 2: invalid JSON at line 1, column", "EOF"],
         ),
         ("cut.parquet", cut("chat.parquet", 900), &["cut.parquet: is a damaged Parquet file: "]),
-        ("no.parquet", good.into(), &["no.parquet: is no Parquet file"]),
+        ("no.parquet", good.into(), &["no.parquet: is not a Parquet file"]),
         (
             "qa.jsonl",
             b"{\"q\": \"Q\", \"a\": \"A\"}".to_vec(),

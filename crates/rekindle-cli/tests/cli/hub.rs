@@ -284,10 +284,9 @@ fn rows_by_the_name_of_their_dataset() {
     train("data.subset=de").fails(5, &["org/rows: it has no subset \"de\"; it has none"]);
     train("data.revision=v9").fails(5, &["org/rows: it has no branch, tag or commit \"v9\""]);
     let on_disk = format!("data.train={} data.split=train", golden("qwen3-tied/rows.jsonl").display());
-    machine.run(&format!("train {} --overwrite {on_disk}", scratch.path("run.toml").display())).fails(
-        2,
-        &["split = \"train\" chooses among the files of a directory or of a dataset on the hub", "rows.jsonl"],
-    );
+    machine
+        .run(&format!("train {} --overwrite {on_disk}", scratch.path("run.toml").display()))
+        .fails(2, &["split = \"train\" selects files of a directory or of a dataset on the hub", "rows.jsonl"]);
     crate::run(&format!("train {} --overwrite data.train=org/none", scratch.path("run.toml").display())).fails(
         5,
         &["org/none: no such file or directory; as a dataset on the hub: ", "cannot reach http://127.0.0.1:9"],

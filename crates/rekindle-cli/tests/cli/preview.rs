@@ -39,7 +39,7 @@ fn preview_marks_what_is_trained() {
     let second = preview(&["--row", "2"]);
     assert!(second.starts_with("row 2 of 3, ") && !second.contains("row 1 of"), "{second}");
     let missing = rekindle(["data", "preview", &run_file, "--row", "4"]);
-    missing.fails(2, &["--row 4 is not there; the rows are 1 to 3"]);
+    missing.fails(2, &["--row 4 is out of range; the rows are 1 to 3"]);
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn stats_count_what_there_is() {
     assert!(stats["trained_tokens"].as_u64().unwrap() < tokens);
     assert_eq!((&stats["packing"]["rows"], &stats["packing"]["packed_rows"]), (&json!(3), &json!(1)));
     let text = rekindle(["data", "stats", &run_file]).ok().stdout;
-    for part in ["chat.jsonl: 3 rows (messages), ", "tokens a row: min ", "chat.jsonl line 3 as ", " % by 1 row\n"] {
+    for part in ["chat.jsonl: 3 rows (messages), ", "tokens a row: min ", "chat.jsonl line 3 as ", " % over 1 row\n"] {
         assert!(text.contains(part), "{part}: {text}");
     }
     // Rows that training would refuse are counted.

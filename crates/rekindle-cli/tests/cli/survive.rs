@@ -225,7 +225,7 @@ fn a_checkpoint_that_is_not_there_is_named() {
     scratch.train(&["--resume=no/such"]).fails(2, &["no/such", "is not a directory"]);
     scratch.train(&["--resume", "train.max_steps=1"]).fails(2, &["train.max_steps=1", "--resume at the end"]);
     let here = scratch.path("").display().to_string();
-    scratch.train(&["--resume", &here]).fails(1, &["trainer_state.json: there is none"]);
+    scratch.train(&["--resume", &here]).fails(1, &["trainer_state.json: it does not exist"]);
     let done = scratch.train(&["--resume"]).ok();
     assert!(done.stderr.contains("contains no checkpoint: the run starts from the beginning"), "{}", done.stderr);
 }

@@ -15,7 +15,7 @@ fn rows_that_are_not_shown_are_refused_dropped_or_counted() {
     scratch.write("chat.jsonl", CALLS);
     let preview = |more: &[&str]| rekindle(["data", "preview", &run_file].iter().chain(more));
     preview(&[])
-        .fails(3, &["chat.jsonl:1", "chat_template.jinja shows nothing of messages[1].tool_calls[0]", "not_shown"]);
+        .fails(3, &["chat.jsonl:1", "chat_template.jinja does not render messages[1].tool_calls[0]", "not_shown"]);
     let dropped = preview(&["data.not_shown=drop"]).ok();
     assert!(
         dropped.stderr.contains("1 dropped because the chat template does not render them completely (line 1)"),
@@ -73,5 +73,5 @@ fn a_prompt_that_ends_in_a_space_is_counted() {
     let rows = scratch.write("pairs.jsonl", rows);
     let preview = rekindle(["data", "preview", &run_file, &format!("data.train={rows}")]).ok();
     assert!(preview.stdout.contains("⟦the<|im_end|>⟧"), "{}", preview.stdout);
-    assert!(preview.stderr.contains("1 encoded with prompt and answer apart"), "{}", preview.stderr);
+    assert!(preview.stderr.contains("1 encoded with prompt and answer separately"), "{}", preview.stderr);
 }

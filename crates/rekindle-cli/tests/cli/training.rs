@@ -70,7 +70,7 @@ fn an_adapter_can_be_gone_on_with() {
         assert!(resolved.contains(part), "{part}: {resolved}");
     }
     let third = format!("output_dir={}", scratch.path("third").display());
-    scratch.train(&[&third, &from, "lora.r=3"]).fails(2, &["r = 3 but it has 2", "init_from"]);
+    scratch.train(&[&third, &from, "lora.r=3"]).fails(2, &["r = 3, but the adapter has 2", "init_from"]);
 }
 
 #[test]
@@ -96,7 +96,7 @@ fn a_finished_adapter_is_replaced_only_when_asked() {
     scratch.train(&["train.save_steps=1"]).ok();
     let adapter = scratch.path("out/adapter/adapter_model.safetensors");
     let first = fs::read(&adapter).unwrap();
-    scratch.train(&["seed=1"]).fails(2, &["checkpoint-2 is of an earlier run", "--resume", "--overwrite"]);
+    scratch.train(&["seed=1"]).fails(2, &["checkpoint-2 is a checkpoint of an earlier run", "--resume", "--overwrite"]);
     for step in ["checkpoint-1", "checkpoint-2"] {
         fs::remove_dir_all(scratch.path("out").join(step)).unwrap();
     }
@@ -141,10 +141,10 @@ fn what_needs_no_weights_is_checked_before_they_load() {
     anew(&["train.embedding_learning_rate=1e-5"]).fails(2, &["embedding_learning_rate needs"]);
     anew(&["train.optimizer_in_bwd=true"]).fails(2, &["optimizer_in_bwd"]);
     let wsd = ["train.lr_scheduler_type=warmup_stable_decay", "train.lr_scheduler_kwargs={num_decay_steps=9}"];
-    anew(&wsd).fails(2, &["a fall of 9 steps is longer than the 2 that 2 steps leave"]);
+    anew(&wsd).fails(2, &["a decay of 9 steps is longer than the 2 that remain of 2 steps"]);
     let from = format!("lora.init_from={}", scratch.path("out/adapter").display());
-    anew(&[&from, "lora.r=3"]).fails(2, &["r = 3 but it has 2"]);
-    train(&[]).fails(2, &["checkpoint-2 is of an earlier run"]);
+    anew(&[&from, "lora.r=3"]).fails(2, &["r = 3, but the adapter has 2"]);
+    train(&[]).fails(2, &["checkpoint-2 is a checkpoint of an earlier run"]);
     train(&["--resume=latest", "train.weight_decay=0.5"]).fails(2, &["weight_decay was 0.01 and is now 0.5"]);
     train(&["--resume=latest", "train.max_steps=1"]).fails(1, &["is of step 2, and the run has 1"]);
     assert!(!scratch.path("elsewhere").exists(), "nothing was written");

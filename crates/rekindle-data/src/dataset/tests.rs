@@ -94,11 +94,11 @@ fn ids_beyond_the_vocabulary_are_named() {
     load(ROWS, vocabulary(7)).expect("6 is the largest id");
     assert_eq!(
         load(ROWS, vocabulary(6)).expect_err("beyond"),
-        "rows.jsonl:3: token id 6 is beyond the model's vocabulary of 6 (0 to 5); check that the row was made with \
+        "rows.jsonl:3: token id 6 is outside the model's vocabulary of 6 (0 to 5); check that the row was made with \
          this model's tokenizer"
     );
     let error = load("{\"input_ids\": [1, 2], \"labels\": [-100, 9]}", vocabulary(6)).expect_err("beyond");
-    assert!(error.starts_with("rows.jsonl:1: label 9 is beyond the model's vocabulary of 6 (0 to 5)"), "{error}");
+    assert!(error.starts_with("rows.jsonl:1: label 9 is outside the model's vocabulary of 6 (0 to 5)"), "{error}");
 }
 
 #[test]
@@ -231,7 +231,7 @@ fn mapped_columns_that_are_nowhere_are_an_error() {
     assert_eq!(load(&[("input_ids", "ids"), ("labels", "mask")]).expect("loads").0.len(), 2);
     assert_eq!(
         load(&[("input_ids", "ids"), ("labels", "masks")]).expect_err("nowhere"),
-        "rows.jsonl: no row has \"masks\" (for \"labels\"); correct columns, or leave \"labels\" out"
+        "rows.jsonl: no row has \"masks\" (for \"labels\"); correct columns, or remove \"labels\""
     );
     assert_eq!(
         load(&[("input_ids", "tokens")]).expect_err("nowhere"),

@@ -353,8 +353,8 @@ fn what_the_template_leaves_out_is_an_error_or_counted() {
     let row = json!({"messages": [turn("user", "Q"), call, turn("tool", "5"), turn("assistant", "A")]});
     assert_eq!(
         error(row.clone(), &EncodeOptions::default()),
-        "the chat template DIR/chat_template.jinja shows nothing of messages[1].tool_calls[0]; use a template that shows it, \
-         or set data.not_shown = \"drop\" to leave such rows out, \"allow\" to train them without it"
+        "the chat template DIR/chat_template.jinja does not render messages[1].tool_calls[0]; use a template that does, or \
+         set data.not_shown = \"drop\" to drop such rows or \"allow\" to train them without it"
     );
     for not_shown in [NotShown::Drop, NotShown::Allow] {
         let options = EncodeOptions { not_shown, ..EncodeOptions::default() };

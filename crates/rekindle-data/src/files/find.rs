@@ -382,7 +382,7 @@ mod tests {
         assert_eq!(found(dir.path(), &["*.parquet"]).expect_err("none"), "D/*.parquet: no file matches this pattern");
         assert_eq!(
             found(dir.path(), &["sub"]).expect_err("none"),
-            "D/sub: the directory has no *.jsonl, *.json, *.parquet, *.csv, *.tsv or *.arrow in it but \"notes.txt\"; name \
+            "D/sub: the directory has no *.jsonl, *.json, *.parquet, *.csv, *.tsv or *.arrow files, only \"notes.txt\"; name \
              the files"
         );
         assert_eq!(

@@ -48,9 +48,9 @@ pub(super) fn without_place(error: &serde_json::Error) -> String {
 pub(super) fn hint(rest: &[u8]) -> Option<&'static str> {
     match rest.first()? {
         b'N' if rest.starts_with(b"None") => Some(PYTHON),
-        b'N' if rest.starts_with(b"NaN") => Some("NaN is not JSON; write null, or leave the key out"),
-        b'N' => Some("NaN and None are not JSON; write null, or leave the key out"),
-        b'I' => Some("Infinity is not JSON; write null, or leave the key out"),
+        b'N' if rest.starts_with(b"NaN") => Some("NaN is not JSON; write null, or omit the key"),
+        b'N' => Some("NaN and None are not JSON; write null, or omit the key"),
+        b'I' => Some("Infinity is not JSON; write null, or omit the key"),
         b'T' | b'F' => Some(PYTHON),
         b'\'' => Some("JSON puts text in double quotes; write the rows with json.dumps, not with str"),
         _ => None,

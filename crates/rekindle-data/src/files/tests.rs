@@ -226,7 +226,7 @@ fn cells_of_lists_are_json() {
 fn damaged_csv_is_an_error_with_its_row() {
     assert_eq!(
         error("rows.csv", "prompt,completion\na,b\nc\n"),
-        "rows.csv, row 2: has 1 cell and the header 2; put cells that hold the delimiter, a quote or a line end in quotes"
+        "rows.csv, row 2: has 1 cell and the header has 2; put cells that contain the delimiter, a quote or a line end in quotes"
     );
     assert!(
         error("rows.csv", "prompt,completion\na,b,c\n").starts_with("rows.csv, row 1: has 3 cells and the header 2")
@@ -389,9 +389,9 @@ fn other_files_are_named_for_what_they_are() {
 #[test]
 fn what_other_programs_take_for_json_is_named() {
     for (value, hint) in [
-        ("NaN", "NaN is not JSON; write null, or leave the key out"),
-        ("-Infinity", "Infinity is not JSON; write null, or leave the key out"),
-        ("[1, NaN]", "NaN is not JSON; write null, or leave the key out"),
+        ("NaN", "NaN is not JSON; write null, or omit the key"),
+        ("-Infinity", "Infinity is not JSON; write null, or omit the key"),
+        ("[1, NaN]", "NaN is not JSON; write null, or omit the key"),
         ("None", "None, True and False are Python; write the rows with json.dumps, as null, true and false"),
         ("True", "None, True and False are Python; write the rows with json.dumps, as null, true and false"),
         ("'b'", "JSON puts text in double quotes; write the rows with json.dumps, not with str"),
@@ -401,7 +401,7 @@ fn what_other_programs_take_for_json_is_named() {
         let document = error("rows.json", format!("[{{\"text\": \"a\"}},\n {{\"score\": {value}}}]"));
         // Of a document only the byte at which it stops being JSON is known.
         let is_nan = ["NaN", "[1, NaN]", "None"].contains(&value);
-        let hint = if is_nan { "NaN and None are not JSON; write null, or leave the key out" } else { hint };
+        let hint = if is_nan { "NaN and None are not JSON; write null, or omit the key" } else { hint };
         assert!(
             document.starts_with("rows.json, row 2: invalid JSON at line 2, ") && document.ends_with(hint),
             "{document}"

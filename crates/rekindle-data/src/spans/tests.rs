@@ -113,11 +113,11 @@ fn a_template_that_puts_something_into_the_last_question() {
 fn what_cannot_be_located_says_why() {
     let error =
         |source: &str| spans(source, &chat(&["Q", "A", "R", "B"]), &RenderOptions::default()).expect_err("lost");
-    let place = "cannot tell what of the chat template's output is messages[1]: ";
-    assert_eq!(error("{{ messages[-1].content }}"), format!("{place}its content is shown 0 times"));
+    let place = "cannot find messages[1] in the chat template's output: ";
+    assert_eq!(error("{{ messages[-1].content }}"), format!("{place}its content is rendered 0 times"));
     assert_eq!(
         error("{{ messages|length }}{% for m in messages %}{{ m.content ~ m.content }}{% endfor %}"),
-        format!("{place}its content is shown 2 times")
+        format!("{place}its content is rendered 2 times")
     );
     assert_eq!(
         error("{{ messages|length }}{% for m in messages %}{{ m.content|length }}{{ m.content }}{% endfor %}"),

@@ -127,7 +127,7 @@ fn what_other_programs_take_is_explained() {
         ]
     );
     let engine = parse(&LEAST.replace("\"m\"", "\"m\"\nfast_inference = true")).unwrap_err();
-    assert!(engine[0].starts_with("[model] fast_inference = true is not there yet"), "{engine:?}");
+    assert!(engine[0].starts_with("[model] fast_inference = true is not supported"), "{engine:?}");
 }
 
 #[test]
