@@ -367,7 +367,7 @@ mod tests {
         let other = Modules { savable: vec![("lm_head".to_owned(), [4, 2])], ..modules(0, 3) };
         let error = Adapter::load(dir.path(), &other).unwrap_err().to_string();
         assert!(error.contains("has shape [3, 2], expected [4, 2]"), "{error}");
-        assert!(error.contains("trained with 3 token ids and this model has 4; load the base with resize"), "{error}");
+        assert!(error.contains("trained with 3 token ids, but this model has 4; load the base with resize"), "{error}");
     }
 
     #[test]
@@ -401,7 +401,7 @@ mod tests {
         let smaller =
             Modules { savable: untied.savable.iter().map(|(name, _)| (name.clone(), [2, 2])).collect(), ..untied };
         let error = Adapter::load(dir.path(), &smaller).unwrap_err().to_string();
-        assert!(error.contains("trained with 3 token ids and this model has 2; load the base with resize"), "{error}");
+        assert!(error.contains("trained with 3 token ids, but this model has 2; load the base with resize"), "{error}");
     }
 
     #[test]
@@ -412,7 +412,7 @@ mod tests {
         assert!(error.contains("q_proj.lora_A.weight\" has shape [2, 3], expected [2, 5]"), "{error}");
         let error = Adapter::load(dir.path(), &modules(1, 3)).unwrap_err().to_string();
         assert!(
-            error.contains("layers.0.self_attn.q_proj.lora_A.weight\" belongs to nothing of this model"),
+            error.contains("layers.0.self_attn.q_proj.lora_A.weight\" matches no adapted module of this model"),
             "{error}"
         );
         assert!(error.contains("layers.1.self_attn.q_proj.lora_B.weight\" is missing"), "{error}");

@@ -381,7 +381,7 @@ mod tests {
     #[test]
     fn an_unknown_bias_names_the_choices() {
         let error = serde_json::from_value::<LoraConfig>(json!({ "bias": "lora" })).expect_err("unknown");
-        let expected = "bias \"lora\" is none of \"none\", \"all\" and \"lora_only\"; nearest: \"lora_only\"";
+        let expected = "bias \"lora\" is unknown; use \"none\", \"all\" or \"lora_only\"; nearest: \"lora_only\"";
         assert_eq!(error.to_string(), expected);
     }
 
@@ -391,7 +391,9 @@ mod tests {
         assert!(text.contains("r is 0"), "{text}");
         assert!(text.contains("lora_dropout is 1.5"), "{text}");
         assert!(
-            text.contains("modules_to_save \"lm_haed\" is none of embed_tokens and lm_head; nearest: \"lm_head\""),
+            text.contains(
+                "modules_to_save \"lm_haed\" is not supported; use embed_tokens or lm_head; nearest: \"lm_head\""
+            ),
             "{text}"
         );
         assert!(text.contains("lora_alpha is NaN"), "{text}");
@@ -424,7 +426,7 @@ mod tests {
         config("loftq", json!({})).validate().expect("valid");
         config("loftq", json!({ "loftq_bits": 8, "loftq_iter": 1 })).validate().expect("valid");
         assert!(message(&config("loftq", json!({ "loftq_iter": 5 }))).contains("loftq_iter is 5; only 1"));
-        assert!(message(&config("loftq", json!({ "loftq_bits": 2 }))).contains("loftq_bits is 2; bases have"));
+        assert!(message(&config("loftq", json!({ "loftq_bits": 2 }))).contains("loftq_bits is 2; it must be 4 or 8"));
         assert!(
             message(&config("pissa", json!({}))).contains("loftq_config applies only to init_lora_weights = \"loftq\"")
         );

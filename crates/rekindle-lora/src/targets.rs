@@ -341,7 +341,7 @@ mod tests {
             "{text}"
         );
         let text = message(&targets("all-linear").finetune_last_n_layers(9));
-        assert!(text.contains("finetune_last_n_layers is 9, and this model has 3 layers"), "{text}");
+        assert!(text.contains("finetune_last_n_layers is 9, but this model has only 3 layers"), "{text}");
     }
 
     #[test]
@@ -350,7 +350,7 @@ mod tests {
         config.layers_pattern = Some(vec!["layers".to_owned()]);
         assert_eq!(selected(&config), ["model.layers.1.self_attn.q_proj"]);
         config.layers_pattern = Some(vec!["h".to_owned()]);
-        assert!(message(&config).contains("layers_pattern \"h\" stands before no block number"));
+        assert!(message(&config).contains("layers_pattern \"h\" precedes no block number"));
     }
 
     #[test]

@@ -373,7 +373,7 @@ mod tests {
         };
         let text = message(&odd, f64::NAN, Combination::Linear);
         assert!(text.contains("the weight of adapter \"plain\" is NaN"), "{text}");
-        assert!(text.contains("needs one rank; adapter \"odd\" has 3 beside 2; use cat or svd"), "{text}");
+        assert!(text.contains("adapters of equal rank; adapter \"odd\" has rank 3, not 2; use cat or svd"), "{text}");
         odd.config.lora_mut().use_dora = true;
         odd.biases.insert(name(0), vec![0.0; 7]);
         odd.saved.insert("lm_head".to_owned(), ([1, 1], vec![0.0]));

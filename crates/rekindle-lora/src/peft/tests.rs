@@ -111,7 +111,7 @@ fn every_unsupported_field_is_listed() {
     for part in [
         "use_qalora = true is not supported",
         "layers_to_transform needs target_modules to be a list",
-        "bias \"some\" is none of \"none\", \"all\" and \"lora_only\"",
+        "bias \"some\" is unknown; use \"none\", \"all\" or \"lora_only\"",
         "rank_pattern is {\"q_proj\":\"8\"}; expected ranks by name",
         "task_type = \"SEQ_CLS\" is not supported",
         "init_lora_weights = \"pissa_niter_16\" changes the base weights",
