@@ -49,12 +49,12 @@ mod packing;
 mod report;
 mod row;
 mod sample;
-mod spans;
 mod stream;
 mod template;
 #[cfg(test)]
 mod test_support;
 mod tokenizer;
+mod trained_spans;
 
 pub use cache::default_cache_dir;
 pub use chat_prompt::ChatPrompt;

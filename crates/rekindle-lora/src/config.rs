@@ -4,6 +4,7 @@ mod init;
 mod lists;
 mod loftq;
 mod pattern;
+mod scale;
 mod targets;
 
 use serde::{Deserialize, Serialize};
@@ -207,26 +208,6 @@ impl LoraConfig {
     pub fn init_lora_weights(mut self, init_lora_weights: InitLoraWeights) -> Self {
         self.init_lora_weights = init_lora_weights;
         self
-    }
-
-    /// Returns the scale s of (x·Aᵀ)·Bᵀ: `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`.
-    pub fn scale(&self) -> f64 {
-        self.scaled(self.lora_alpha, self.r)
-    }
-
-    /// Returns the rank of the adapter on `module`.
-    pub fn rank_of(&self, module: &str) -> usize {
-        self.rank_pattern.get(module, self.r)
-    }
-
-    /// Returns the scale of the adapter on `module`.
-    pub fn scale_of(&self, module: &str) -> f64 {
-        self.scaled(self.alpha_pattern.get(module, self.lora_alpha), self.rank_of(module))
-    }
-
-    fn scaled(&self, lora_alpha: f64, r: usize) -> f64 {
-        let r = r as f64;
-        lora_alpha / if self.use_rslora { r.sqrt() } else { r }
     }
 
     /// Checks everything that can be checked without a model.

@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn what_means_nothing_is_named() {
         let config = SftConfig { momentum: Some(0.9), adam_epsilon: 1e-6, adam_beta2: 0.95, ..SftConfig::default() };
-        assert_eq!(Optim::Adamw.ignored(&config), ["momentum means nothing to optim = \"adamw\"; leave it out"]);
+        assert_eq!(Optim::Adamw.ignored(&config), ["momentum has no effect with optim = \"adamw\"; remove it"]);
         assert_eq!(Optim::Lion8bit.ignored(&config).len(), 2);
         let problems = Optim::Sgd.ignored(&config).join("; ");
         assert!(problems.contains("adam_beta1 or adam_beta2") && problems.contains("adam_epsilon"), "{problems}");

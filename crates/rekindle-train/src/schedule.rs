@@ -276,7 +276,7 @@ impl Reader {
                     "num_decay_steps or decay_ratio, min_lr_ratio, warmup_type, decay_type, and num_cycles of a cosine"
                 }
                 LrSchedulerType::CosineWithMinLr => "min_lr or min_lr_rate, and num_cycles",
-                _ => "nothing",
+                _ => "no arguments",
             };
             let kind = serde_json::to_string(&self.kind).unwrap_or_default();
             self.check(!given, &format!("{name} has no effect with {kind}, which takes {takes}"));
@@ -330,7 +330,7 @@ mod tests {
         };
         let none = LrSchedulerKwargs::default();
         for (kind, kwargs, text) in [
-            (Linear, LrSchedulerKwargs { num_cycles: Some(2.0), ..none }, "num_cycles means nothing to \"linear\""),
+            (Linear, LrSchedulerKwargs { num_cycles: Some(2.0), ..none }, "num_cycles has no effect with \"linear\""),
             (Cosine, LrSchedulerKwargs { num_cycles: Some(0.0), ..none }, "num_cycles is 0;"),
             (WarmupStableDecay, none, "needs one of num_decay_steps and decay_ratio"),
             (WarmupStableDecay, LrSchedulerKwargs { num_decay_steps: Some(13), ..none }, "longer than the 12"),

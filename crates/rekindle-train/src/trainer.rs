@@ -1,11 +1,11 @@
 //! A training job and its checks.
 
-mod agreement;
 mod arguments;
 mod guard;
 mod output;
 mod preflight;
 mod resume;
+mod resume_compatibility;
 mod rows;
 mod run;
 

@@ -30,6 +30,7 @@
 mod adapters;
 mod data_source;
 mod describe;
+mod dtype;
 mod end_tokens;
 mod error;
 mod generate;
@@ -49,13 +50,14 @@ mod suggest;
 mod time_estimate;
 
 pub use data_source::DataSource;
+pub use dtype::Dtype;
 pub use error::{Error, ErrorKind};
 pub use generate::{Generated, GeneratedText};
 pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
 pub use model::Model;
 pub use model_source::{FetchedFiles, HubAccess, HubToken, ModelSource};
-pub use pretrained::{Dtype, EncodedRows, FastLanguageModel, Loader, ModelFiles, RowEncoder, RunPlanner};
+pub use pretrained::{EncodedRows, FastLanguageModel, Loader, ModelFiles, RowEncoder, RunPlanner};
 pub use quantize::quantize;
 pub use sft::{SftTrainer, TrainingRows};
 pub use suggest::{Suggestion, suggest};

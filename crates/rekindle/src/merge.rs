@@ -169,7 +169,7 @@ impl Merge {
             }
         };
         let options =
-            MergeOptions { positions: positions.as_ref(), resize_model_vocab: rows, dtype: stored(self.dtype) };
+            MergeOptions { positions: positions.as_ref(), resize_model_vocab: rows, dtype: self.dtype.stored() };
         let files = ModelFiles::of(&base, first);
         let companions = companions(&files, files.load_tokenizer().ok().flatten().as_ref())?;
         write_merged(&checkpoint, &adapter, options, &companions, out.as_ref(), progress)
@@ -271,19 +271,9 @@ impl Model {
             positions: self.causal_lm().context_extension().map(|extension| &extension.positions),
             resize_model_vocab: Some(rows)
                 .filter(|rows| ModelConfig::from_json(base.config()).is_ok_and(|stored| stored.vocab_size() != *rows)),
-            dtype: stored(dtype),
+            dtype: dtype.stored(),
         };
         write_merged(&base, &adapter, options, &self.companions(None)?, dir.as_ref(), &mut |_, _| ())
-    }
-}
-
-/// Returns the dtype on disk; `None` is that of each tensor.
-fn stored(dtype: Dtype) -> Option<rekindle_hub::Dtype> {
-    match dtype {
-        Dtype::Auto => None,
-        Dtype::F32 => Some(rekindle_hub::Dtype::F32),
-        Dtype::Bf16 => Some(rekindle_hub::Dtype::BF16),
-        Dtype::F16 => Some(rekindle_hub::Dtype::F16),
     }
 }
 

@@ -2,8 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::DType;
-
 use rekindle_data::{Dataset, LoadReport, Tokenizer};
 use rekindle_kernels::{Device, DeviceKind};
 use rekindle_lora::LoraConfig;
@@ -62,11 +60,7 @@ impl Model {
 
     /// Returns the compute dtype, never [`Dtype::Auto`](crate::Dtype::Auto).
     pub fn dtype(&self) -> crate::Dtype {
-        match self.inner.dtype() {
-            DType::BF16 => crate::Dtype::Bf16,
-            DType::F16 => crate::Dtype::F16,
-            _ => crate::Dtype::F32,
-        }
+        self.inner.dtype().into()
     }
 
     /// Returns the checkpoint's directory.

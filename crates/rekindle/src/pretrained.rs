@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::DType;
 use rekindle_data::Tokenizer;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{Device, DeviceKind, open_device};
@@ -13,10 +12,9 @@ use rekindle_models::{
     CausalLm, LoadOptions, ModelConfig, Positions, RopeScaling, is_quantized, loftq_base, saved_positions,
 };
 use rekindle_quant::QuantConfig;
-use serde::{Deserialize, Serialize};
 
 use crate::run::ModelArguments;
-use crate::{Error, Model, skip};
+use crate::{Dtype, Error, Model, skip};
 
 mod files;
 mod plan;
@@ -40,21 +38,6 @@ impl FastLanguageModel {
     pub fn from_pretrained<'a>(name_or_path: impl Into<PathBuf>) -> Loader<'a> {
         Loader::new(ModelArguments { name_or_path: name_or_path.into(), ..ModelArguments::default() })
     }
-}
-
-/// The dtype of frozen weights and activations.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// f32 on the CPU and wgpu, bf16 on CUDA.
-    #[default]
-    Auto,
-    /// bfloat16.
-    Bf16,
-    /// IEEE half precision.
-    F16,
-    /// Single precision.
-    F32,
 }
 
 /// A loader of a model: its [`ModelArguments`], the device and callbacks. The setters of arguments set their fields.
@@ -247,7 +230,7 @@ impl<'a> Loader<'a> {
     ) -> Result<LoadOptions, Error> {
         let (mut load_in, mut skip_modules) = (self.args.load_in()?, self.args.skip_modules.clone());
         let adapter = adapter.or(self.adapter.as_deref());
-        let dtype = resolve(self.args.dtype, &device, kind)?;
+        let dtype = self.args.dtype.resolve(&device, kind)?;
         if let (Some(adapter), None, false) = (adapter, load_in, is_quantized(&config.json))
             && let Some(on) = loftq_base(&AdapterConfig::open(adapter).map_err(rekindle_models::Error::from)?)?
         {
@@ -312,20 +295,4 @@ pub(crate) fn supported_length(config: &ModelConfig) -> usize {
         Some(shortest) if shortest < window && !config.spec.unsupported(window).is_empty() => shortest,
         _ => window,
     }
-}
-
-/// Returns the tensor dtype for `asked` on `device`.
-fn resolve(asked: Dtype, device: &Device, kind: DeviceKind) -> Result<DType, Error> {
-    let dtype = match asked {
-        Dtype::Auto if matches!(kind, DeviceKind::Cuda(_)) => DType::BF16,
-        Dtype::Auto | Dtype::F32 => DType::F32,
-        Dtype::Bf16 => DType::BF16,
-        Dtype::F16 => DType::F16,
-    };
-    if !device.supports_dtype(dtype) {
-        return Err(Error::Argument(format!(
-            "dtype {dtype:?} is not supported by device \"{kind}\"; use dtype \"f32\""
-        )));
-    }
-    Ok(dtype)
 }

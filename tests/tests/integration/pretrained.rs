@@ -127,7 +127,7 @@ fn a_vocabulary_mismatch_is_reported() {
     assert_eq!(loss(&beside.expect("it fits"), &golden), loss(&model, &golden));
     let base = loader(&golden.dir).load_model().expect("a golden checkpoint loads");
     let error = base.load_adapter(out.path()).expect_err("131 rows are not 140").to_string();
-    assert!(error.contains("trained with 140 token ids and this model has 131"), "{error}");
+    assert!(error.contains("trained with 140 token ids, but this model has 131"), "{error}");
     assert!(error.contains("resize_model_vocab = 140"), "{error}");
 }
 

@@ -217,7 +217,11 @@ fn fewer_rows_than_a_step_has_make_a_step_an_epoch() {
     });
     let run = job.run(scratch().path(), None, None).expect("it runs");
     assert_eq!(run.report.steps.iter().map(|step| step.epoch).collect::<Vec<_>>(), [1.0, 2.0, 3.0, 4.0]);
-    assert!(run.notes.concat().contains("an epoch has 7 rows, fewer than the 32 rows of a step"), "{:?}", run.notes);
+    assert!(
+        run.notes.concat().contains("an epoch has only 7 rows, fewer than the 32 rows of a step"),
+        "{:?}",
+        run.notes
+    );
 }
 
 #[test]
@@ -292,7 +296,11 @@ fn resuming_a_different_run_is_refused_with_the_differences() {
             assert!(error.contains(part), "{part:?} is not in: {error}");
         }
     };
-    fails(&job, None, &["checkpoint-3 is of an earlier run", "--resume", "--overwrite", "another output_dir"]);
+    fails(
+        &job,
+        None,
+        &["checkpoint-3 is a checkpoint of an earlier run", "--resume", "--overwrite", "another output_dir"],
+    );
     let from = || Some(Resume::Latest);
     let other = TrainingJob::new("qwen3-tied", Some(LoraConfig { r: 8, ..lora() })).config(|config| {
         config.learning_rate = Some(0.02);

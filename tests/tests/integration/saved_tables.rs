@@ -208,7 +208,7 @@ fn adapters_with_different_tables_are_not_added_up() {
     bare.tables.clear();
     let error =
         weighted(&[("a", &embed, 1.0), ("b", &head, 1.0)], Combination::Cat, &modules).expect_err("they differ");
-    assert!(error.to_string().contains("adapters \"a\" and \"b\" bring different embedding tables along"), "{error}");
+    assert!(error.to_string().contains("adapters \"a\" and \"b\" have different embedding tables"), "{error}");
     let both = weighted(&[("a", &bare, 1.0), ("b", &embed, 0.5)], Combination::Cat, &modules).expect("one has tables");
     assert_eq!(both.tables, embed.tables);
 }

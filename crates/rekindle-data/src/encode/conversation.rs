@@ -9,13 +9,13 @@ use crate::example::{IGNORED, RowNotes};
 use crate::mask::{self, NotShown, Thinking, TrainOn};
 use crate::message::Message;
 use crate::options::EncodeOptions;
-use crate::spans::{self, Conversation, Turn};
 use crate::template::{ChatTemplate, REASONING, RenderOptions};
 use crate::tokenizer::{NamedTemplate, Tokenized, Tokenizer};
+use crate::trained_spans::{self, Conversation, Turn};
 
 /// Encodes the rendered conversation, without adding special tokens again.
 ///
-/// - The loss covers a token if any part of it is in a trained turn, as located by [`spans::locate`]; with a template
+/// - The loss covers a token if any part of it is in a trained turn, as located by [`trained_spans::locate`]; with a template
 ///   that marks turns by `{% generation %}`, this equals transformers' `assistant_masks`. With other templates, a token
 ///   that would span the generation prompt and a trained turn is split, as in [`border::split`].
 /// - Every trained assistant turn must end with an end token, so that the model learns to stop: only white space may
@@ -41,7 +41,7 @@ pub(super) fn encode(
     let turns = mask::turns(&messages, trained_from, options.train_on);
     let render = RenderOptions { add_generation_prompt: false, tools, kwargs };
     prepare::settle(template, &mut messages, &render);
-    let Conversation { text, turns } = spans::locate(template, &messages, &turns, &render)?;
+    let Conversation { text, turns } = trained_spans::locate(template, &messages, &turns, &render)?;
     let trained_turns: Vec<usize> = turns.iter().map(|turn| turn.message).filter(|&turn| weights[turn]).collect();
     let encoded = tokenizer.encode_with_places(&text, false).map_err(text_error)?;
     let starts = turns.iter().filter(|turn| weights[turn.message] && !template.has_marks());
@@ -117,7 +117,8 @@ fn not_shown(named: &NamedTemplate, left_out: &[String]) -> String {
 /// generation.
 pub(crate) fn end_of_turn(tokenizer: &Tokenizer, template: &ChatTemplate) -> Option<u32> {
     let messages = [Message::new("user", "Q"), Message::new("assistant", "A")];
-    let Conversation { text, turns } = spans::locate(template, &messages, &[1], &RenderOptions::default()).ok()?;
+    let Conversation { text, turns } =
+        trained_spans::locate(template, &messages, &[1], &RenderOptions::default()).ok()?;
     let encoded = tokenizer.encode_with_places(&text, false).ok()?;
     last_special(tokenizer, &encoded, &text, turns.first()?)
 }

@@ -121,10 +121,10 @@ mod tests {
     fn what_is_no_state_of_this_program_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let error = || TrainerState::read(dir.path()).unwrap_err().to_string();
-        assert!(error().contains("trainer_state.json: there is none"), "{}", error());
+        assert!(error().contains("trainer_state.json: it does not exist"), "{}", error());
         type Change = fn(&mut TrainerState);
         let changes: [(Change, &str); 2] = [
-            (|state| state.format_version = 9, "format_version 9; this program reads 2"),
+            (|state| state.format_version = 9, "format_version 9; this version of Rekindle reads 2"),
             (|state| drop(state.configuration.remove("seed")), "the hash differs"),
         ];
         for (change, part) in changes {

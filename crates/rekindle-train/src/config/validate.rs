@@ -212,7 +212,7 @@ mod tests {
             ),
             (
                 SftConfig { warmup_ratio: 0.1, warmup_steps: StepCount::Steps(5), ..usual() },
-                "warmup_steps = 5 and warmup_ratio = 0.1 are both given",
+                "warmup_steps = 5 and warmup_ratio = 0.1 are both set",
             ),
         ] {
             let text = problems(config);

@@ -2,9 +2,9 @@
 
 use rekindle_data::Dataset;
 
-use super::agreement::RunTerms;
 use super::output::OutputDir;
 use super::resume::check_step;
+use super::resume_compatibility::RunTerms;
 use crate::checkpoint::Checkpoint;
 use crate::{Error, SftConfig, Timetable, TrainerArguments};
 

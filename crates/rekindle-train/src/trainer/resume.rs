@@ -6,7 +6,7 @@ use rekindle_hub::clear_leftovers;
 use serde::{Deserialize, Serialize};
 
 use super::Trainer;
-use super::agreement::Agreement;
+use super::resume_compatibility::RecordedSettings;
 use crate::Error;
 use crate::checkpoint::{Checkpoint, is_ours};
 
@@ -23,7 +23,7 @@ pub enum Resume {
 /// The checkpoint of a run, and its settings.
 pub(super) struct Start {
     pub(super) checkpoint: Option<Checkpoint>,
-    pub(super) agreement: Agreement,
+    pub(super) settings: RecordedSettings,
     /// Notices for the user.
     pub(super) notes: Vec<String>,
 }
@@ -34,9 +34,9 @@ impl Start {
     pub(super) fn find(job: &Trainer<'_>, total: usize) -> Result<Self, Error> {
         let arguments = &job.arguments;
         if arguments.output_dir.is_none() && arguments.resume.is_none() {
-            return Ok(Self { checkpoint: None, agreement: Agreement::default(), notes: Vec::new() });
+            return Ok(Self { checkpoint: None, settings: RecordedSettings::default(), notes: Vec::new() });
         }
-        let agreement = Agreement::of(job, total)?;
+        let settings = RecordedSettings::of(job, total)?;
         if let Some(dir) = &arguments.output_dir {
             clear_leftovers(dir, is_ours)?;
         }
@@ -45,12 +45,12 @@ impl Start {
             let wanted = arguments.resume.iter().zip(&arguments.output_dir);
             let notes = wanted
                 .map(|(_, dir)| format!("{} contains no checkpoint: the run starts from the beginning", dir.display()));
-            return Ok(Self { checkpoint: None, agreement, notes: notes.collect() });
+            return Ok(Self { checkpoint: None, settings, notes: notes.collect() });
         };
         let checkpoint = Checkpoint::open(&path)?;
-        let notes = agreement.check(&path, &checkpoint.state, job)?;
+        let notes = settings.check(&path, &checkpoint.state, job)?;
         check_step(&checkpoint, total, &output.checkpoints())?;
-        Ok(Self { checkpoint: Some(checkpoint), agreement, notes })
+        Ok(Self { checkpoint: Some(checkpoint), settings, notes })
     }
 }
 

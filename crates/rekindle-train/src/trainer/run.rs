@@ -8,9 +8,9 @@ use rekindle_hub::{DirectoryLock, remove_atomic};
 use rekindle_kernels::optimizer::Rates;
 use rekindle_models::{Sft, StepKey};
 
-use super::agreement::Agreement;
 use super::guard::{self, Pass};
 use super::resume::{Start, best_path};
+use super::resume_compatibility::RecordedSettings;
 use super::rows::{Rows, StepRows};
 use super::{Trainer, result_name};
 use crate::checkpoint::{Checkpoint, TrainerState, configuration_sha256};
@@ -27,7 +27,7 @@ use rekindle_data::counted;
 /// A run in progress.
 pub(super) struct Run<'a> {
     job: Trainer<'a>,
-    agreement: Agreement,
+    settings: RecordedSettings,
     notes: Vec<String>,
     /// True if all weights are trained.
     full: bool,
@@ -69,7 +69,7 @@ impl<'a> Run<'a> {
         job.check_needs()?;
         let lock = |dir: &PathBuf| DirectoryLock::acquire(dir);
         let mut locked = job.arguments.output_dir.as_ref().filter(|dir| dir.is_dir()).map(lock).transpose()?;
-        let Start { checkpoint, agreement, mut notes } = Start::find(&job, total)?;
+        let Start { checkpoint, settings, mut notes } = Start::find(&job, total)?;
         job.output().check_writable(&times)?;
         notes.extend(small_epochs(&job.config, packs.len()));
         if let (Some(dir), None) = (&job.arguments.output_dir, &locked) {
@@ -100,7 +100,7 @@ impl<'a> Run<'a> {
             None => Stopping::new(&job.config, None, 0),
         };
         Ok(Self {
-            agreement,
+            settings,
             notes,
             full,
             done,
@@ -281,7 +281,7 @@ impl<'a> Run<'a> {
     fn save_checkpoint(&mut self, is_best: bool) -> Result<(), Error> {
         let Some(dir) = &self.job.arguments.output_dir else { return Ok(()) };
         let path = Checkpoint::path(dir, self.done);
-        let Agreement { configuration, changeable } = self.agreement.clone();
+        let RecordedSettings { configuration, changeable } = self.settings.clone();
         let state = TrainerState {
             format_version: TrainerState::FORMAT,
             global_step: self.done,

@@ -1,3 +1,5 @@
+//! Locates the trained tokens of a conversation in the text that its chat template renders.
+
 use std::ops::Range;
 
 use crate::message::Message;

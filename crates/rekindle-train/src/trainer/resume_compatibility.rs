@@ -41,14 +41,14 @@ const MAY_CHANGE: [&str; 22] = [
 
 /// The settings of a run that a checkpoint records.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Agreement {
+pub(super) struct RecordedSettings {
     /// Settings that must be the same.
     pub(super) configuration: BTreeMap<String, Value>,
     /// Settings that may change, with consequences.
     pub(super) changeable: BTreeMap<String, Value>,
 }
 
-impl Agreement {
+impl RecordedSettings {
     /// Returns the settings of a run of `total` steps.
     pub(super) fn of(job: &Trainer<'_>, total: usize) -> Result<Self, Error> {
         let config = &job.config;
