@@ -31,7 +31,7 @@ impl<'a> Adaptable<'a> {
         }
     }
 
-    /// What is trained of every linear as it is now, by the linear's name.
+    /// Returns the current trained parameters of every linear, by the linear's name.
     pub fn trained(self, params: &Params) -> Vec<(String, Adaptation)> {
         match self {
             Self::Linears(group) => group.trained(params),

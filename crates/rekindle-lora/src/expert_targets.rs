@@ -151,7 +151,7 @@ impl Modules {
         Err(Error::Targets { problems: vec![problem] })
     }
 
-    /// What adapters on experts cost, if there are any: how many experts they are on, and their share of what is trained.
+    /// Returns a notice if experts are adapted: the number of experts, and their share of the trained parameters.
     pub fn expert_advice(&self, config: &LoraConfig, targets: &[String]) -> Option<String> {
         let by_name = self.by_name();
         let (mut on_experts, mut elsewhere) = (0, 0);

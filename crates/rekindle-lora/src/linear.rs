@@ -28,7 +28,7 @@ pub struct Linear {
     adapter: Option<Placed>,
 }
 
-/// What is trained of one linear besides its weight.
+/// The trained parameters of one linear besides its weight.
 #[derive(Clone, Debug, Default)]
 pub struct Adaptation {
     /// The factors and the scale s.
@@ -114,7 +114,7 @@ impl Linear {
         }
     }
 
-    /// Where the gradient of b goes, if it is trained.
+    /// Returns the target of the gradient of b, if b is trained.
     fn bias_grad(&self) -> Option<ParamRef> {
         self.trained_bias.or_else(|| self.bias.as_ref().and_then(Weight::trained))
     }
@@ -193,7 +193,7 @@ impl LinearGroup {
         self.stack = Stacked::new(parts.collect(), params);
     }
 
-    /// What is trained of every linear as it is now, by the linear's name.
+    /// Returns the current trained parameters of every linear, by the linear's name.
     pub fn trained(&self, params: &Params) -> Vec<(String, Adaptation)> {
         let adaptation = |linear: &Linear| {
             let factors = linear.adapter.as_ref().map(|Placed { a, b, scale, magnitude }| {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Adapter, Factors, Modules, Reader};
+use super::{Adapter, Factors, Modules, TensorReader};
 use crate::peft::{Key, stacked};
 use crate::{Error, ExpertProjection, LoraConfig};
 
@@ -43,7 +43,7 @@ impl Adapter {
     }
 }
 
-impl Reader<'_> {
+impl TensorReader<'_> {
     /// Takes the factors of `target_parameters` apart into those of every expert.
     pub(super) fn stacked(
         &mut self,
