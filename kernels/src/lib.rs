@@ -35,8 +35,8 @@ pub mod runtime;
 mod tensor;
 
 pub use ops::{
-    attention, dropout, embedding, expert_act, gated_activation, grouped, linear_cross_entropy, matmul, neftune,
-    rms_norm, rope, routing, stacked,
+    attention, causal_conv, dropout, embedding, expert_act, gated_activation, gated_delta, gated_norm, grouped,
+    linear_cross_entropy, matmul, neftune, output_gate, rms_norm, rope, routing, stacked,
 };
 pub use params::{
     Grads, Group, ParamInfo, ParamRef, Params, ParamsBuilder, QuantizedWeight, Weight, quantized, stochastic,

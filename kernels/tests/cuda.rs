@@ -12,13 +12,17 @@ use std::time::Instant;
 
 use burn::tensor::DType;
 use common::attention::Attention;
+use common::causal_conv::{self, CausalConv};
 use common::embedding::Embedding;
 use common::experts::{Activation, Router};
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
+use common::gated_delta::{self, GatedDelta};
+use common::gated_norm::GatedNorm;
 use common::grouped::Grouped;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
 use common::optimizer::{By, RULES, Steps, some_steps};
+use common::output_gate::OutputGate;
 use common::quantized::{Kind, Packed};
 use common::rms_norm::{AddedNorm, Form, RmsNorm};
 use common::rope::Rope;
@@ -70,6 +74,7 @@ fn run(suite: &mut Suite) -> Result<(), Lost> {
     operations(suite)?;
     experts(suite)?;
     attentions(suite)?;
+    gated_deltas(suite)?;
     losses(suite)?;
     optimizer(suite)?;
     suite.cuda.set_deterministic(true);
@@ -253,6 +258,42 @@ fn attentions(suite: &mut Suite) -> Result<(), Lost> {
                 properties::cached_attention_gives_the_last_rows(device, dtype, head_dim, floor);
             })?;
         }
+    }
+    Ok(())
+}
+
+fn gated_deltas(suite: &mut Suite) -> Result<(), Lost> {
+    // A thread has 32 tokens of the convolution, a block 256; chunks of the rule have 64.
+    for lengths in [&[1][..], &[2, 1, 3, 4, 5], &[32, 31, 33], &[250, 1, 300]] {
+        for channels in [1, 40, 264] {
+            suite.dtypes(|dtype| CausalConv::new(lengths, channels, 4, dtype))?;
+        }
+    }
+    let batches: [(&[usize], [usize; 2], [usize; 2]); 6] = [
+        (&[1, 63, 64, 65, 130, 2], [2, 4], [16, 16]),
+        (&[1, 63, 64, 65, 130, 2], [1, 3], [32, 64]),
+        (&[129, 64], [2, 2], [64, 32]),
+        (&[1, 5, 70], [1, 2], [128, 128]),
+        (&[200], [1, 1], [128, 128]),
+        (&[70; 24], [2, 4], [64, 64]),
+    ];
+    for (lengths, heads, dims) in batches {
+        suite.dtypes(|dtype| GatedDelta::new(lengths, heads, dims, dtype))?;
+    }
+    for shape in [[1, 1, 8], [3, 2, 40], [70, 3, 16], [33, 5, 128]] {
+        suite.dtypes(|dtype| GatedNorm::new(shape, dtype))?;
+    }
+    for shape in [[1, 1, 8], [37, 4, 16], [9, 2, 256]] {
+        suite.dtypes(|dtype| OutputGate::new(shape, dtype))?;
+    }
+    for (dtype, rounding) in [(F32, 1e-5), (DType::BF16, 1.0 / 64.0), (DType::F16, 1.0 / 512.0)] {
+        suite.property(&format!("gated delta: states continue a document {dtype:?}"), |device| {
+            gated_delta::states_continue_a_document(device, dtype, [16, 32], rounding);
+            gated_delta::states_continue_a_document(device, dtype, [128, 128], rounding);
+        })?;
+        suite.property(&format!("causal convolution: rows continue a document {dtype:?}"), |device| {
+            causal_conv::rows_continue_a_document(device, dtype);
+        })?;
     }
     Ok(())
 }

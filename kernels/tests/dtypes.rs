@@ -5,10 +5,14 @@ mod common;
 
 use burn::tensor::DType;
 use common::attention::Attention;
+use common::causal_conv::CausalConv;
 use common::embedding::Embedding;
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
+use common::gated_delta::GatedDelta;
+use common::gated_norm::GatedNorm;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
+use common::output_gate::OutputGate;
 use common::rms_norm::{AddedNorm, Form, RmsNorm};
 use common::rope::Rope;
 use common::{Case, LOW_DTYPES, Layout, Place, judge};
@@ -63,6 +67,14 @@ fn attention() {
     check(|dtype| Attention::new(&[7, 1, 30], 4, 2, 24, dtype));
     check(|dtype| Attention::new(&[130], 2, 1, 64, dtype));
     check(|dtype| Attention::new(&[130], 2, 1, 64, dtype).window(50).softcap(3.0).sinks());
+}
+
+#[test]
+fn gated_delta() {
+    check(|dtype| CausalConv::new(&[2, 1, 30], 7, 4, dtype));
+    check(|dtype| GatedDelta::new(&[3, 70], [1, 2], [8, 6], dtype));
+    check(|dtype| GatedNorm::new([40, 3, 16], dtype));
+    check(|dtype| OutputGate::new([37, 4, 16], dtype));
 }
 
 #[test]

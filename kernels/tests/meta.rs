@@ -12,12 +12,16 @@ use burn::tensor::DType;
 use rekindle_kernels::attention::{self, Documents, Heads, Saved};
 use rekindle_kernels::dropout::{self, Dropout, Token, Tokens};
 use rekindle_kernels::gated_activation::{self, Activation};
+use rekindle_kernels::gated_delta::{self, DeltaHeads, DeltaInputs, Sequences};
 use rekindle_kernels::linear_cross_entropy::{self, LmHead, TokenWeights};
 use rekindle_kernels::optimizer::{Rule, State, StateFormat, Step, clipped_range_step, clipped_step};
 use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::rms_norm::{self, Gain};
 use rekindle_kernels::rope::{self, Norm, Rotation, Tables};
-use rekindle_kernels::{Device, Group, ParamsBuilder, QuantizedWeight, RngKey, Tensor, embedding, from_f32, matmul};
+use rekindle_kernels::{
+    Device, Group, ParamsBuilder, QuantizedWeight, RngKey, Tensor, causal_conv, embedding, from_f32, gated_norm,
+    matmul, output_gate,
+};
 
 /// Counts what is allocated, and the most of it.
 struct Counting;
@@ -155,6 +159,40 @@ const OPERATIONS: &[(&str, Operation)] = &[
     }),
     ("attention with a window and sinks", |device, begin| {
         attention(Heads::new(8, 4, 64, 0.125).with_window(200), true, device, begin);
+    }),
+    ("a causal convolution", |device, begin| {
+        let (x, weight) = (matrix(device, TOKENS, WIDTH), matrix(device, WIDTH, 4));
+        let sequences = Sequences::new(&[0, 100, TOKENS as u32], device);
+        begin();
+        let y = causal_conv::forward(&x, &weight, &sequences);
+        drop(causal_conv::backward(&y, &x, &weight, &sequences, false));
+        drop(causal_conv::backward(&y, &x, &weight, &sequences, true));
+    }),
+    ("the gated delta rule", |device, begin| {
+        let heads = DeltaHeads { key_heads: 4, value_heads: 8, key_dim: 32, value_dim: 64 };
+        let qkv = matrix(device, 600, heads.width());
+        let [b, a] = [(); 2].map(|()| matrix(device, 600, 8));
+        let inputs = DeltaInputs { qkv, b, a, a_log: vector(device, 8), dt_bias: vector(device, 8) };
+        let sequences = Sequences::new(&[0, 400, 600], device);
+        begin();
+        let o = gated_delta::forward(&inputs, heads, &sequences);
+        drop(gated_delta::backward(&o, &inputs, heads, &sequences));
+    }),
+    ("the gated norm", |device, begin| {
+        let [x, z, dy] = [(); 3].map(|()| matrix(device, TOKENS, WIDTH));
+        let weight = vector(device, 64);
+        begin();
+        drop(gated_norm::forward(&x, &z, &weight, 1e-6, 0));
+        drop(gated_norm::weight_grad(&dy, &x, &z, &weight, 1e-6));
+        drop(gated_norm::backward(&dy, &x, &z, &weight, 1e-6));
+    }),
+    ("the output gate", |device, begin| {
+        let [o, dy, dq] = [(); 3].map(|()| matrix(device, TOKENS, WIDTH));
+        let qg = matrix(device, TOKENS, 2 * WIDTH);
+        begin();
+        drop(output_gate::queries(&qg, 64));
+        drop(output_gate::forward(&o, &qg, 64, 0));
+        drop(output_gate::join(&dq, &dy, &o, &qg, 64));
     }),
     ("embedding", |device, begin| {
         let mut builder = ParamsBuilder::new(device, DType::F32);

@@ -6,13 +6,17 @@ mod common;
 
 use burn::tensor::DType::F32;
 use common::attention::Attention;
+use common::causal_conv::{self, CausalConv};
 use common::embedding::Embedding;
 use common::experts::{Activation, Router};
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
+use common::gated_delta::{self, GatedDelta};
+use common::gated_norm::GatedNorm;
 use common::grouped::Grouped;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
 use common::optimizer::{By, RULES, Steps, some_steps};
+use common::output_gate::OutputGate;
 use common::quantized::{Kind, Packed};
 use common::rms_norm::{AddedNorm, Form, RmsNorm};
 use common::rope::Rope;
@@ -112,6 +116,48 @@ fn attention_with_a_softcap_and_sinks() {
     let all = Attention::new(&[128, 129], 2, 1, 24, F32).window(50).softcap(3.0).sinks();
     check_in(&all, &[Layout::Owned, Layout::Columns]);
     check_in(&Attention::new(&[2, 300, 3], 4, 2, 256, F32).softcap(3.0).sinks(), &[Layout::Owned, Layout::Columns]);
+}
+
+#[test]
+fn causal_conv() {
+    // Rows are handed out by 32: documents end inside a block, at its end and in the next one, and are shorter than the taps.
+    for lengths in [&[1][..], &[2, 1, 3, 4, 5], &[32, 31, 33], &[70, 1]] {
+        for (channels, width) in [(1, 4), (7, 4), (33, 3)] {
+            check(&CausalConv::new(lengths, channels, width, F32));
+        }
+    }
+    for place in [false, true] {
+        let run = || causal_conv::rows_continue_a_document(&Device::cpu(), F32);
+        if place { Backend::portable_only(run) } else { run() }
+    }
+}
+
+#[test]
+fn gated_delta() {
+    // Chunks have 64 tokens.
+    check(&GatedDelta::new(&[1], [1, 1], [1, 1], F32));
+    check(&GatedDelta::new(&[1, 2, 5], [1, 2], [3, 5], F32));
+    check_in(&GatedDelta::new(&[63, 64, 1, 65], [2, 4], [8, 6], F32), &[Layout::Owned, Layout::Columns]);
+    check_in(&GatedDelta::new(&[130, 7], [1, 3], [16, 24], F32), &[Layout::Owned, Layout::Shared]);
+    check_in(&GatedDelta::new(&[200], [1, 1], [128, 128], F32), &[Layout::Owned]);
+    for place in [false, true] {
+        let run = || gated_delta::states_continue_a_document(&Device::cpu(), F32, [16, 8], 2e-5);
+        if place { Backend::portable_only(run) } else { run() }
+    }
+}
+
+#[test]
+fn gated_norm() {
+    for shape in [[2, 3, 4], [3, 2, 5], [40, 3, 16], [33, 2, 129]] {
+        check(&GatedNorm::new(shape, F32));
+    }
+}
+
+#[test]
+fn output_gate() {
+    for shape in [[1, 1, 1], [3, 2, 5], [37, 4, 16]] {
+        check(&OutputGate::new(shape, F32));
+    }
 }
 
 #[test]

@@ -10,11 +10,15 @@ use std::process::ExitCode;
 
 use burn::tensor::{DType, Device as BurnDevice, DeviceKind, DeviceType};
 use common::attention::Attention;
+use common::causal_conv::CausalConv;
 use common::embedding::Embedding;
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
+use common::gated_delta::GatedDelta;
+use common::gated_norm::GatedNorm;
 use common::linear::Linear;
 use common::linear_cross_entropy::LinearCrossEntropy;
 use common::optimizer::{By, RULES, Steps, some_steps};
+use common::output_gate::OutputGate;
 use common::quantized::{Kind, Packed};
 use common::rms_norm::{AddedNorm, Form, RmsNorm};
 use common::rope::Rope;
@@ -64,6 +68,10 @@ fn main() -> ExitCode {
     check(&Attention::new(&[17, 1, 30], 4, 2, 24, F32));
     check(&Attention::new(&[2, 150], 4, 1, 64, F32));
     check(&Attention::new(&[2, 150], 4, 1, 64, F32).window(40).softcap(3.0).sinks());
+    check(&CausalConv::new(&[2, 1, 30], 7, 4, F32));
+    check(&GatedDelta::new(&[3, 70], [1, 2], [8, 6], F32));
+    check(&GatedNorm::new([40, 3, 16], F32));
+    check(&OutputGate::new([37, 4, 16], F32));
     check(&Embedding::new(11, 7, &[3, 10, 3, 0, 3, 9], F32));
     check(&LinearCrossEntropy::new([9, 5, 13], F32, |t| t % 3 != 1));
     check(&LinearCrossEntropy::new([41, 33, 70], F32, |_| true));

@@ -5,15 +5,19 @@
 //! two), `cuda.rs` launches kernels of `kernels/cu/` and queues cuBLASLt products.
 
 pub mod attention;
+pub mod causal_conv;
 pub mod dropout;
 pub mod embedding;
 pub mod expert_act;
 pub mod gated_activation;
+pub mod gated_delta;
+pub mod gated_norm;
 pub mod grouped;
 mod linear;
 pub mod linear_cross_entropy;
 pub mod matmul;
 pub mod neftune;
+pub mod output_gate;
 mod quantized;
 pub mod rms_norm;
 pub mod rope;

@@ -183,7 +183,8 @@ impl ParamsBuilder {
     fn describe(&mut self, group: Group, name: impl Into<String>, shape: &[usize], decays: bool) -> ParamRef {
         let (rows, cols) = match *shape {
             [n] => (1, n),
-            [rows, cols] => (rows, cols),
+            // The weight of a depthwise convolution has an axis of 1 between them.
+            [rows, cols] | [rows, 1, cols] => (rows, cols),
             _ => panic!("a parameter has one or two axes, not {shape:?}"),
         };
         let at = ParamRef { offset: self.numel, rows, cols };

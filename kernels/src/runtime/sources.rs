@@ -58,6 +58,7 @@ sources! {
     "attention_fwd.cu" after "attention_scores.cuh", "mma_sync.cuh" with |arch| attention(AttentionKernel::Fwd, arch), ["attention_fwd"];
     "attention_fwd_sm90.cu" after "attention_scores.cuh", "sm90.cuh" with attention_fwd_sm90, ["attention_fwd_sm90"];
     "attention_sinks.cu" with any_dtype, ["attention_bwd_sinks"];
+    "causal_conv.cu" with conv_widths, ["causal_conv_bwd", "causal_conv_fwd"];
     "cross_entropy.cu" with with_softcap_and_without, [
         "cross_entropy_bwd", "cross_entropy_fwd", "cross_entropy_fwd_bwd", "cross_entropy_statistics"
     ];
@@ -73,8 +74,14 @@ sources! {
     "grouped.cu" with grouped, ["grouped"];
     "grouped_grad_sm90.cu" after "sm90.cuh" with grouped_grad_sm90, ["grouped_grad_sm90"];
     "grouped_sm90.cu" after "sm90.cuh" with grouped_sm90, ["grouped_sm90"];
+    "gated_delta.cu" after "delta_tiles.cuh" with delta_scans, [
+        "gated_delta_bwd_scan", "gated_delta_fwd", "gated_delta_prep", "gated_delta_states", "gated_delta_step"
+    ];
+    "gated_delta_bwd.cu" after "delta_tiles.cuh" with delta_grads, ["gated_delta_bwd"];
+    "gated_norm.cu" with any_dtype, ["gated_norm_bwd", "gated_norm_fwd"];
     "optimizer.cu" with any_dtype, ["adamw", "lion", "sgd", "sum_squares", "sum_squares_finish"];
     "optimizer_8bit.cu" with f32_alone, ["adamw_8bit", "lion_8bit", "sgd_8bit"];
+    "output_gate.cu" with any_dtype, ["output_gate_fwd", "output_gate_join", "output_gate_queries"];
     "param_copies.cu" with any_dtype, ["param_copies"];
     "qk_norm_rope.cu" with qk_norm_rope, [
         "qk_norm_rope_bwd", "qk_norm_rope_bwd_128", "qk_norm_rope_bwd_256", "qk_norm_rope_bwd_64",
@@ -187,6 +194,31 @@ fn qk_norm_rope(arch: Arch) -> Vec<Defines> {
 
 fn any_activation(arch: Arch) -> Vec<Defines> {
     any_dtype_with(arch, "ACTIVATION", &["SILU", "GELU_TANH", "CLAMPED_SWIGLU"])
+}
+
+/// Every dtype, with the width that models have.
+fn conv_widths(arch: Arch) -> Vec<Defines> {
+    any_dtype(arch).into_iter().map(|defines| [defines, vec![("W", "4")]].concat()).collect()
+}
+
+/// Every dtype, with the heads that models have and the smallest, and the shares of a head that scans take.
+fn delta_scans(arch: Arch) -> Vec<Defines> {
+    let shapes = [("128", "128", "2"), ("128", "32", "2"), ("128", "32", "1"), ("16", "16", "2")];
+    delta_heads(
+        arch,
+        &shapes.map(|(dim, columns, stages)| vec![("DK", dim), ("DV", dim), ("DVS", columns), ("STAGES", stages)]),
+    )
+}
+
+/// The same heads, with whole states in shared memory and without.
+fn delta_grads(arch: Arch) -> Vec<Defines> {
+    let shapes = [("128", "1"), ("128", "0"), ("16", "1")];
+    delta_heads(arch, &shapes.map(|(dim, wide)| vec![("DK", dim), ("DV", dim), ("WIDE", wide)]))
+}
+
+fn delta_heads(arch: Arch, shapes: &[Defines]) -> Vec<Defines> {
+    let with = |defines: Defines| shapes.iter().map(move |shape| [defines.clone(), shape.clone()].concat());
+    any_dtype(arch).into_iter().flat_map(with).collect()
 }
 
 /// The variants of a file that does not use `T`.

@@ -245,6 +245,32 @@ impl Tensor<2> {
         }
     }
 
+    /// Matrices of one width below each other, in new memory.
+    pub fn cat_rows(mut parts: Vec<Self>) -> Self {
+        if parts.len() == 1 {
+            return parts.remove(0).detached();
+        }
+        match &parts[0] {
+            Self::Burn(_) => Self::Burn(BurnTensor::cat(parts.into_iter().map(Self::into_burn).collect(), 0)),
+            Self::Cuda(first) => {
+                let rows = parts.iter().map(|part| part.dims()[0]).sum();
+                let dims = [rows, first.cols()];
+                let whole = Array::empty(first.cuda(), dims, first.dtype(), MemoryUse::Activations);
+                let mut row = 0;
+                for part in &parts {
+                    let part = part.cuda();
+                    elementwise::copy_into(part, &whole.row_range(row, part.rows()));
+                    row += part.rows();
+                }
+                Self::Cuda(whole)
+            }
+            Self::Meta(first) => {
+                let rows = parts.iter().map(|part| part.dims()[0]).sum();
+                Self::Meta(first.sized([rows, first.dims()[1]]))
+            }
+        }
+    }
+
     /// Returns the one row as a vector.
     pub fn row_vector(self) -> Tensor<1> {
         match self {

@@ -8,13 +8,17 @@
 #![allow(dead_code)]
 
 pub(crate) mod attention;
+pub(crate) mod causal_conv;
 pub(crate) mod embedding;
 pub(crate) mod experts;
 pub(crate) mod gated_activation;
+pub(crate) mod gated_delta;
+pub(crate) mod gated_norm;
 pub(crate) mod grouped;
 pub(crate) mod linear;
 pub(crate) mod linear_cross_entropy;
 pub(crate) mod optimizer;
+pub(crate) mod output_gate;
 pub(crate) mod properties;
 pub(crate) mod quantized;
 pub(crate) mod rms_norm;
