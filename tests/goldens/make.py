@@ -146,8 +146,8 @@ def make_model(directory, name, seed):
 def save_checkpoint(directory, name, generator):
     """Random weights that leave the logits far from uniform, in the Hugging Face layout."""
     model = AutoModelForCausalLM.from_config(CONFIGS[name])
-    # Gemma's norms multiply with 1 + w.
-    one = 0.0 if name.startswith("gemma") else 1.0
+    # Gemma's and Qwen3.5's norms multiply with 1 + w, but for that of a gated delta layer's result.
+    one = 0.0 if name.startswith(("gemma", "qwen3_5")) else 1.0
     with torch.no_grad():
         for key, weight in sorted(model.named_parameters()):
             noise = torch.randn(weight.shape, generator=generator)
@@ -155,7 +155,7 @@ def save_checkpoint(directory, name, generator):
                 # Signs of both kinds: a tied head would otherwise repeat what the scaled embedding puts in.
                 weight.copy_(noise - 1.0)
             elif "norm" in key:
-                weight.copy_(one + 0.1 * noise)
+                weight.copy_((1.0 if "linear_attn" in key else one) + 0.1 * noise)
             elif key.endswith("bias"):
                 weight.copy_(0.2 * noise)
             else:

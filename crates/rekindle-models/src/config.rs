@@ -6,8 +6,8 @@ use serde_json::Value;
 
 use crate::families::{self, ConfigReader, TIED, TensorNames};
 use crate::parameters::{LayerRole, ParameterSpec};
-use crate::spec::FeedForwardSpec;
-use crate::{Error, ModelSpec, Role};
+use crate::spec::{AttentionSpec, FeedForwardSpec};
+use crate::{Error, LayerSpec, ModelSpec, Role};
 
 /// A checkpoint's `config.json`: the decoder that it describes, and the file itself.
 #[derive(Clone, Debug)]
@@ -183,19 +183,24 @@ impl ModelConfig {
         }
     }
 
-    /// Query heads of the first layer.
+    /// The first softmax attention.
+    fn attention(&self) -> Option<&AttentionSpec> {
+        self.spec.layers.iter().find_map(LayerSpec::attention)
+    }
+
+    /// Query heads of the first layer with softmax attention.
     pub fn num_attention_heads(&self) -> usize {
-        self.spec.layers[0].attention.heads
+        self.attention().map_or(0, |attention| attention.heads)
     }
 
-    /// Key/value heads of the first layer.
+    /// Key/value heads of the first layer with softmax attention.
     pub fn num_key_value_heads(&self) -> usize {
-        self.spec.layers[0].attention.kv_heads
+        self.attention().map_or(0, |attention| attention.kv_heads)
     }
 
-    /// Channels of a head in the first layer.
+    /// Channels of a head in the first layer with softmax attention.
     pub fn head_dim(&self) -> usize {
-        self.spec.layers[0].attention.head_dim
+        self.attention().map_or(0, |attention| attention.head_dim)
     }
 
     /// The modules that stay dense when linears are quantized: those that are asked for or else the head, and the routers
@@ -243,7 +248,7 @@ mod tests {
 
     #[test]
     fn families_differ_in_norms_and_biases() {
-        let attention = |json: &Value| ModelConfig::from_json(json).unwrap().spec.layers.remove(0).attention;
+        let attention = |json: &Value| ModelConfig::from_json(json).unwrap().attention().unwrap().clone();
         let qwen = attention(&qwen3());
         assert!(qwen.qk_norm.is_some() && qwen.biases == AttentionBiases::default() && qwen.head_dim == 24);
         let mut json = qwen3();
@@ -286,9 +291,9 @@ mod tests {
         assert_eq!([multimodal.max_position_embeddings, older.max_position_embeddings], [131_072; 2]);
         let thetas: Vec<f64> = older.spec.ropes.iter().map(RopeConfig::theta).collect();
         assert_eq!(thetas, [1e6, 1e4]);
-        let sixth = &older.spec.layers[5].attention;
+        let sixth = older.spec.layers[5].attention().unwrap();
         assert_eq!((sixth.mask, sixth.rope.unwrap().id.0, sixth.scale), (AttentionMask::Full, 0, 0.0625));
-        let first = &older.spec.layers[0].attention;
+        let first = older.spec.layers[0].attention().unwrap();
         assert_eq!((first.mask, first.rope.unwrap().id.0), (AttentionMask::Sliding(1024), 1));
     }
 

@@ -22,8 +22,8 @@ pub use batch_context::{BatchContext, StepKey};
 
 use crate::layers::{Block, Context, FeedForward, LayerBuilder, LayerKvCache, RmsNorm, WeightSource};
 use crate::parameters::{ExpertStack, Parameter, ParameterSpec, WeightPart};
-use crate::spec::{EmbeddingSpec, QueryScale, RopeId};
-use crate::{Batch, Error, GradientCheckpointing, ModelConfig, Role};
+use crate::spec::{AttentionSpec, EmbeddingSpec, QueryScale, RopeId};
+use crate::{Batch, Error, GradientCheckpointing, LayerSpec, ModelConfig, Role};
 
 /// The layers of a model with its embedding and head.
 ///
@@ -82,8 +82,8 @@ impl Decoder {
         let layouts = config.layouts();
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (layer, layer_spec) in spec.layers.iter().enumerate() {
-            let heads = layer_spec.attention.layout();
-            let layout = layouts.iter().position(|known| *known == heads).expect("every layer's layout is listed");
+            let heads = layer_spec.attention().map(AttentionSpec::layout);
+            let layout = layouts.iter().position(|known| Some(*known) == heads);
             let mut builder = LayerBuilder { source: &mut *source, names, layer };
             layers.push(Block::build(&mut builder, layer_spec, spec.hidden_size, layout)?);
         }
@@ -101,14 +101,17 @@ impl Decoder {
         let mut ropes: Vec<Tables> = spec.ropes.iter().map(|rope| tables(rope, None)).collect();
         let mut scaled: Vec<(RopeId, QueryScale)> = Vec::new();
         for (layer, layer_spec) in layers.iter_mut().zip(&spec.layers) {
-            let Some((rope, scale)) = layer_spec.attention.rope.zip(layer_spec.attention.query_scale) else { continue };
+            let Some(attention) = layer_spec.attention() else { continue };
+            let Some((rope, scale)) = attention.rope.zip(attention.query_scale) else { continue };
             let known = scaled.iter().position(|known| *known == (rope.id, scale));
             let at = known.unwrap_or_else(|| {
                 scaled.push((rope.id, scale));
                 ropes.push(tables(&spec.ropes[rope.id.0], Some(scale)));
                 scaled.len() - 1
             });
-            layer.attention.query_rope = Some(RopeId(spec.ropes.len() + at));
+            if let Some(attention) = layer.mixer.attention_mut() {
+                attention.query_rope = Some(RopeId(spec.ropes.len() + at));
+            }
         }
         Ok(Self {
             layers,
@@ -268,7 +271,7 @@ impl Decoder {
     pub fn decode(&self, params: &Params, ids: &[u32], position: usize, caches: &mut [LayerKvCache]) -> Tensor<2> {
         let positions: Vec<u32> = (position..position + ids.len()).map(|p| p as u32).collect();
         let ropes: Vec<_> = self.ropes.iter().map(|tables| tables.angles(&positions)).collect();
-        let ctx = Context { params, ropes: &ropes, documents: &[], dropout: None, adapters: true };
+        let ctx = Context { params, ropes: &ropes, documents: &[], sequences: None, dropout: None, adapters: true };
         let layer = |index: usize, layer: &Block, h| layer.decode(ctx, h, &mut caches[index]);
         let Ok(h) = self.walk(ctx, ids, None, layer, |_, _| Ok::<(), Infallible>(()));
         self.norm.forward(params, &h.rows(ids.len() - 1, 1), 0).0
@@ -328,8 +331,8 @@ impl ModelConfig {
     /// The distinct layouts of attention, in the order of their first layers.
     pub(crate) fn layouts(&self) -> Vec<Heads> {
         let mut layouts: Vec<Heads> = Vec::new();
-        for layer in &self.spec.layers {
-            let heads = layer.attention.layout();
+        for attention in self.spec.layers.iter().filter_map(LayerSpec::attention) {
+            let heads = attention.layout();
             if !layouts.contains(&heads) {
                 layouts.push(heads);
             }

@@ -6,7 +6,7 @@
 
 use rekindle_kernels::Weight;
 
-use crate::spec::{FeedForwardSpec, NormSpec};
+use crate::spec::{FeedForwardSpec, MixerSpec, NormSpec};
 use crate::{LayerSpec, ModelConfig};
 
 /// The part that a tensor plays in a model, whatever its name is.
@@ -37,6 +37,14 @@ pub enum LayerRole {
     KeyNorm,
     /// The logits of attention's sinks.
     Sinks,
+    /// The convolution of a gated delta layer.
+    ShortConv,
+    /// The logarithm of its decays' rates.
+    DecayRate,
+    /// The addend of its decays' inputs.
+    DecayBias,
+    /// The gated norm of its result.
+    GatedNorm,
     /// The norm of the result of attention.
     PostAttentionNorm,
     /// The norm before the feed-forward half.
@@ -62,6 +70,16 @@ pub enum LinearRole {
     Qkv,
     /// The result of attention.
     Output,
+    /// Queries, keys and values of a gated delta layer.
+    DeltaQkv,
+    /// The gate of its result.
+    DeltaGate,
+    /// The strength of its updates.
+    DeltaBeta,
+    /// The input of its decays.
+    DeltaDecay,
+    /// Its result.
+    DeltaOutput,
     /// The gate of the feed-forward half.
     Gate,
     /// What the gate multiplies.
@@ -167,6 +185,11 @@ impl WeightPart<'_> {
     }
 }
 
+impl LinearRole {
+    /// The linears of a gated delta layer that read its input.
+    pub const DELTA_INPUTS: [Self; 4] = [Self::DeltaQkv, Self::DeltaGate, Self::DeltaBeta, Self::DeltaDecay];
+}
+
 impl Role {
     /// Returns true if this is the weight of a linear of a layer, which can be quantized.
     pub fn is_linear(self) -> bool {
@@ -191,6 +214,11 @@ impl ParameterSpec {
     /// Number of scalars.
     pub fn numel(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// Returns true if weight decay applies: to all but norms and biases, as in transformers' Trainer.
+    pub fn decays(&self) -> bool {
+        !self.is_vector() || matches!(self.role, Role::Layer(_, LayerRole::DecayRate))
     }
 
     /// Whether it is a vector: a norm or a bias.
@@ -228,12 +256,20 @@ impl LayerSpec {
                 }
             }
         }
-        if self.attention.qk_norm.is_some() {
-            let [q, k] = self.attention.qk_norm_widths();
-            list.extend([(LayerRole::QueryNorm, vec![q]), (LayerRole::KeyNorm, vec![k])]);
-        }
-        if self.attention.sinks {
-            list.push((LayerRole::Sinks, vec![self.attention.heads]));
+        match &self.mixer {
+            MixerSpec::Attention(attention) => {
+                if attention.qk_norm.is_some() {
+                    let [q, k] = attention.qk_norm_widths();
+                    list.extend([(LayerRole::QueryNorm, vec![q]), (LayerRole::KeyNorm, vec![k])]);
+                }
+                if attention.sinks {
+                    list.push((LayerRole::Sinks, vec![attention.heads]));
+                }
+            }
+            MixerSpec::GatedDelta(delta) => {
+                let roles = [LayerRole::ShortConv, LayerRole::DecayRate, LayerRole::DecayBias, LayerRole::GatedNorm];
+                list.extend(roles.map(|role| (role, delta.shape(role))));
+            }
         }
         norm(&mut list, LayerRole::PostAttentionNorm, &self.norms.post_attention);
         norm(&mut list, LayerRole::PreFeedForwardNorm, &self.norms.pre_feed_forward);

@@ -63,8 +63,8 @@ pub struct HeadSpec {
 /// One decoder layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
-    /// The attention half.
-    pub attention: AttentionSpec,
+    /// The half that looks across tokens.
+    pub mixer: MixerSpec,
     /// The feed-forward half.
     pub feed_forward: FeedForwardSpec,
     /// The norms around both.
@@ -75,6 +75,33 @@ pub struct LayerSpec {
     pub parallel: bool,
     /// True if the layer's output is multiplied with a stored scalar (Gemma 4's `layer_scalar`).
     pub output_scalar: bool,
+}
+
+/// The half of a layer that looks across tokens.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "one for each layer")]
+pub enum MixerSpec {
+    /// Softmax attention.
+    Attention(AttentionSpec),
+    /// Linear attention by the gated delta rule (Qwen3-Next, Qwen3.5).
+    GatedDelta(GatedDeltaSpec),
+}
+
+/// A gated delta layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GatedDeltaSpec {
+    /// Heads of queries and keys.
+    pub key_heads: usize,
+    /// Heads of values; a multiple of `key_heads`.
+    pub value_heads: usize,
+    /// Channels of a query or key.
+    pub key_dim: usize,
+    /// Channels of a value.
+    pub value_dim: usize,
+    /// Taps of the convolution on queries, keys and values.
+    pub conv_width: usize,
+    /// Added to the mean square in the gated norm.
+    pub eps: f64,
 }
 
 /// Where a layer has norms.
@@ -332,6 +359,24 @@ impl NormSpec {
     /// An RMSNorm with a plain weight, as Llama's.
     pub fn rms(eps: f64) -> Self {
         Self { kind: NormKind::Rms, eps, weight: NormWeight::Plain }
+    }
+}
+
+impl LayerSpec {
+    /// Returns softmax attention, if the layer has it.
+    pub fn attention(&self) -> Option<&AttentionSpec> {
+        match &self.mixer {
+            MixerSpec::Attention(attention) => Some(attention),
+            MixerSpec::GatedDelta(_) => None,
+        }
+    }
+
+    /// As [`attention`](Self::attention).
+    pub fn attention_mut(&mut self) -> Option<&mut AttentionSpec> {
+        match &mut self.mixer {
+            MixerSpec::Attention(attention) => Some(attention),
+            MixerSpec::GatedDelta(_) => None,
+        }
     }
 }
 

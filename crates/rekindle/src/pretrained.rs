@@ -7,7 +7,7 @@ use rekindle_hub::Checkpoint;
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::saved_rows;
-use rekindle_models::spec::AttentionMask;
+use rekindle_models::spec::{AttentionMask, LayerSpec};
 use rekindle_models::{
     CausalLm, LoadOptions, ModelConfig, Positions, RopeScaling, is_quantized, loftq_base, saved_positions,
 };
@@ -287,7 +287,8 @@ impl core::fmt::Debug for Loader<'_> {
 /// version does not compute.
 pub(crate) fn supported_length(config: &ModelConfig) -> usize {
     let window = config.max_position_embeddings;
-    let windows = config.spec.layers.iter().filter_map(|layer| match layer.attention.mask {
+    let attention = config.spec.layers.iter().filter_map(LayerSpec::attention);
+    let windows = attention.filter_map(|attention| match attention.mask {
         AttentionMask::Full => None,
         AttentionMask::Sliding(tokens) | AttentionMask::Chunked(tokens) => Some(tokens),
     });

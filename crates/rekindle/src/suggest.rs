@@ -281,7 +281,7 @@ pub(crate) mod tests {
         let mut config = ModelConfig::from_json(&qwen3_4b_json()).unwrap();
         assert_eq!(supported_length(&config), 40_960);
         for layer in &mut config.spec.layers {
-            layer.attention.mask = AttentionMask::Chunked(4096);
+            layer.attention_mut().expect("softmax attention").mask = AttentionMask::Chunked(4096);
         }
         assert_eq!(supported_length(&config), 4096);
         config.max_position_embeddings = 2048;

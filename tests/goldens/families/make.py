@@ -35,6 +35,8 @@ from transformers import (
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
+    Qwen3_5Config,
+    Qwen3_5TextConfig,
     SiglipVisionConfig,
     SmolLM3Config,
 )
@@ -59,6 +61,7 @@ NONE = base.NO_SPECIAL_TOKENS
 SPLIT = base.SEVEN
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+DELTA = [*SPLIT, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
 FUSED_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
@@ -86,6 +89,21 @@ def gemma3_text(vocab_size, **more):
             "sliding_attention": base.rope(1e4),
         },
         **NONE, **more,
+    })
+
+
+def qwen3_5_text(vocab_size, **more):
+    """Every third layer has softmax attention; a quarter of each of its heads is rotated.
+
+    The results of a gated delta layer are q·k times a value and more, and some of them are small. With an eps of 1e-6 their
+    norm would magnify rounding so that float32 keeps four digits of the gradients.
+    """
+    return Qwen3_5TextConfig(**{
+        "vocab_size": vocab_size, "hidden_size": 36, "intermediate_size": 44, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "full_attention_interval": 3,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 32,
+        "max_position_embeddings": 256, "tie_word_embeddings": True, "rms_norm_eps": 1e-2,
+        "rope_parameters": {**base.rope(1e6), "partial_rotary_factor": 0.25}, **NONE, **more,
     })
 
 
@@ -239,6 +257,16 @@ FAMILIES = {
         sliding_window=None, rope_parameters=base.rope(1e4), tie_word_embeddings=False, **NONE,
     ), ATTENTION),
 }
+FAMILIES |= {
+    # Gated delta layers, and attention with an output gate.
+    "qwen3_5": (qwen3_5_text(109), DELTA),
+    # The text part beside a vision tower, with a head of its own.
+    "qwen3_5-multimodal": (Qwen3_5Config(
+        text_config=qwen3_5_text(103, num_hidden_layers=3, tie_word_embeddings=False).to_dict(), vision_config=dict(
+            hidden_size=8, intermediate_size=8, depth=1, num_heads=1, out_hidden_size=36, num_position_embeddings=16,
+        ), tie_word_embeddings=False, **NONE,
+    ), DELTA),
+}
 # Without rotation, a key bias shifts all scores of a query alike: its gradient is rounding error, which AdamW must not
 # blow up.
 ADAM_EPSILON = {"glm": 1e-4}
@@ -286,7 +314,7 @@ def make_family(directory, name, config, targets, seed):
     model = base.load(directory)
     expect = {"rows": base.evaluate(model, rows), "spread": base.evaluation_spread(directory, rows)}
     expect["generate"] = base.make_generations(directory, model, generator, stop_early=False)
-    excluded = r".*\.vision_tower\..*" if hasattr(config, "vision_config") else None
+    excluded = r".*\.(vision_tower|visual)\..*" if hasattr(config, "vision_config") else None
     lora = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=targets, exclude_modules=excluded)
     expect["adapters"] = {
         "all-linear": {"rows": base.make_adapter(directory, name, "all-linear", lora, rows, generator)}

@@ -12,7 +12,7 @@ use rekindle_models::{
 use rekindle_tests::{Golden, Trajectory, assert_nll, relative_distance, tensors, worst_nll};
 use serde_json::Value;
 
-/// Bound of a gradient against transformers, in L2 norm. Measured: at most 2.3e-6.
+/// Bound of a gradient against transformers, in L2 norm. Measured: at most 7.2e-6.
 const GRADIENT: f64 = 1e-5;
 
 fn nll(model: &CausalLm, batch: &Batch) -> Vec<f32> {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
+use rekindle_kernels::gated_delta::DeltaHeads;
 use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::{
     Device, DeviceLimits, Group, ParamsBuilder, QuantizedWeight, Tensor, Weight, from_f32, from_le_bytes,
@@ -18,6 +19,7 @@ use super::{master_weights, resize};
 use crate::causal_lm::Provenance;
 use crate::layers::{StackedTensors, WeightSource};
 use crate::parameters::ParameterSpec;
+use crate::spec::MixerSpec;
 use crate::{CausalLm, Decoder, Error, ModelConfig, Role};
 
 /// How a checkpoint is loaded.
@@ -133,6 +135,17 @@ impl LoadOptions {
                 "head_dim is {}; on CUDA it is a multiple of {head_dim_multiple}, up to {}; use device \"cpu\"",
                 heads.head_dim,
                 max_head_dim.unwrap_or(usize::MAX)
+            )));
+        }
+        let deltas = config.spec.layers.iter().filter_map(|layer| match &layer.mixer {
+            MixerSpec::GatedDelta(delta) => Some(delta.heads()),
+            MixerSpec::Attention(_) => None,
+        });
+        if let Some(heads) = deltas.into_iter().find(|heads| !heads.supported_by(&self.device)) {
+            let DeltaHeads { key_dim, value_dim, .. } = heads;
+            return Err(Error::Argument(format!(
+                "linear_key_head_dim is {key_dim} and linear_value_head_dim {value_dim}; on CUDA each is 16, 32, 64 or 128; \
+                 use device \"cpu\""
             )));
         }
         Ok((config, extension))
@@ -277,12 +290,12 @@ impl CheckpointWeights<'_> {
                 return Ok(Weight::Trained(self.params.push_bf16(group, name, view.shape, &bytes)));
             }
             // As in transformers' Trainer: norms and biases, the vectors, take no weight decay.
-            let decays = !tensor.is_vector();
+            let decays = tensor.decays();
             return Ok(Weight::Trained(self.params.push_in(group, name, view.shape, decays, &view.to_f32()?)));
         }
         let [rows, cols] = match *view.shape {
             [n] => [1, n],
-            [rows, cols] => [rows, cols],
+            [rows, cols] | [rows, 1, cols] => [rows, cols],
             _ => unreachable!("shapes were checked"),
         };
         Ok(Weight::Frozen(frozen(&view, [rows, cols], &self.options.device, self.options.dtype)?))

@@ -118,10 +118,10 @@ impl MetaWeights<'_> {
         }
         if self.options.full_finetuning {
             let values = vec![0.0; tensor.numel()];
-            return Weight::Trained(self.params.push(&tensor.name, shape, !tensor.is_vector(), &values));
+            return Weight::Trained(self.params.push(&tensor.name, shape, tensor.decays(), &values));
         }
         let [rows, cols] = match *shape.as_slice() {
-            [rows, cols] => [rows, cols],
+            [rows, cols] | [rows, 1, cols] => [rows, cols],
             _ => [1, tensor.numel()],
         };
         Weight::Frozen(unfilled([rows, cols], &self.options.device, self.options.dtype))

@@ -2,6 +2,7 @@
 
 use rekindle_kernels::attention::{Documents, Heads};
 use rekindle_kernels::dropout::{Dropout, Token, Tokens};
+use rekindle_kernels::gated_delta::Sequences;
 use rekindle_kernels::neftune::Noise;
 use rekindle_kernels::rope::Angles;
 use rekindle_kernels::{Params, RngKey};
@@ -34,6 +35,8 @@ pub struct BatchContext<'a> {
     pub(super) batch: &'a Batch,
     angles: Vec<Angles>,
     documents: Vec<Documents>,
+    /// The documents for gated delta layers, where there are some.
+    sequences: Option<Sequences>,
     /// Probability of dropping an element before an adapter.
     lora_dropout: f32,
     random: Option<StepRandomness>,
@@ -57,10 +60,12 @@ impl<'a> BatchContext<'a> {
             lengths: if key.neftune_noise_alpha > 0.0 { lengths(batch) } else { Vec::new() },
         });
         let documents = |heads: &Heads| Documents::new(&batch.cu_seqlens, *heads, &decoder.device, decoder.dtype);
+        let recurrent = decoder.layers.iter().any(|layer| layer.mixer.attention().is_none());
         Self {
             batch,
             angles: decoder.ropes.iter().map(|tables| tables.angles(&batch.positions)).collect(),
             documents: decoder.layouts.iter().map(documents).collect(),
+            sequences: recurrent.then(|| Sequences::new(&batch.cu_seqlens, &decoder.device)),
             lora_dropout,
             random,
         }
@@ -76,7 +81,14 @@ impl<'a> BatchContext<'a> {
         let dropout = self.random.as_ref().filter(|_| adapters && self.lora_dropout > 0.0);
         let dropout =
             dropout.map(|StepRandomness { key, tokens, .. }| Dropout { p: self.lora_dropout, key: key.rng(), tokens });
-        Context { params, ropes: &self.angles, documents: &self.documents, dropout, adapters }
+        Context {
+            params,
+            ropes: &self.angles,
+            documents: &self.documents,
+            sequences: self.sequences.as_ref(),
+            dropout,
+            adapters,
+        }
     }
 
     /// The noise on the embeddings, if there is any.

@@ -5,7 +5,7 @@ use rekindle_rope::RopeConfig;
 use super::ConfigReader;
 use crate::spec::{
     Activation, AttentionMask, AttentionSpec, EmbeddingSpec, FeedForwardSpec, GatedSpec, HeadSpec, LayerNorms,
-    LayerSpec, ModelSpec, NormSpec, NormWeight, RopeId, RotarySpec,
+    LayerSpec, MixerSpec, ModelSpec, NormSpec, NormWeight, RopeId, RotarySpec,
 };
 
 /// Sizes and switches under the names that Llama gave them.
@@ -145,7 +145,7 @@ impl Dimensions {
     /// A layer with norms before both halves.
     pub(crate) fn layer(&self, attention: AttentionSpec, gated: GatedSpec) -> LayerSpec {
         LayerSpec {
-            attention,
+            mixer: MixerSpec::Attention(attention),
             feed_forward: FeedForwardSpec::Gated(gated),
             norms: LayerNorms::pre(self.norm()),
             residual_multiplier: None,
@@ -160,7 +160,9 @@ impl Dimensions {
         let mut model = self.model(layer, masks);
         for (layer, &sliding) in model.layers.iter_mut().zip(sliding) {
             let id = RopeId(usize::from(sliding));
-            layer.attention.rope = layer.attention.rope.map(|rope| RotarySpec { id, ..rope });
+            if let Some(attention) = layer.attention_mut() {
+                attention.rope = attention.rope.map(|rope| RotarySpec { id, ..rope });
+            }
         }
         model
     }
@@ -168,8 +170,11 @@ impl Dimensions {
     /// A model with a layer for each mask, alike otherwise.
     pub(crate) fn model(self, layer: &LayerSpec, masks: Vec<AttentionMask>) -> ModelSpec {
         let masked = |mask| {
-            let attention = AttentionSpec { mask, ..layer.attention.clone() };
-            LayerSpec { attention, ..layer.clone() }
+            let mut layer = layer.clone();
+            if let Some(attention) = layer.attention_mut() {
+                attention.mask = mask;
+            }
+            layer
         };
         ModelSpec {
             vocab_size: self.vocab_size,

@@ -27,7 +27,7 @@ fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
         .sliding_layers(dimensions.num_hidden_layers, |layer| has_windows && !(layer + 1).is_multiple_of(pattern));
     let masks = sliding.iter().map(|&sliding| if sliding { window } else { AttentionMask::Full }).collect();
     let mut model = dimensions.model(&layer, masks);
-    for (LayerSpec { attention, .. }, sliding) in model.layers.iter_mut().zip(sliding) {
+    for (attention, sliding) in model.layers.iter_mut().filter_map(LayerSpec::attention_mut).zip(sliding) {
         attention.rope = attention.rope.filter(|_| sliding || !has_windows);
     }
     model

@@ -22,6 +22,7 @@ mod phi3;
 mod qwen2;
 mod qwen2_moe;
 mod qwen3;
+mod qwen3_5;
 mod qwen3_moe;
 mod reader;
 mod smollm3;
@@ -52,6 +53,8 @@ pub(crate) struct Family {
 
 const FAMILIES: &[&Family] = &[
     &qwen3::FAMILY,
+    &qwen3_5::TEXT,
+    &qwen3_5::MULTIMODAL,
     &qwen2::FAMILY,
     &llama::FAMILY,
     &mistral::FAMILY,

@@ -72,6 +72,11 @@ impl TensorNames {
             LinearRole::Value => "self_attn.v_proj",
             LinearRole::Qkv => "self_attn.qkv_proj",
             LinearRole::Output => "self_attn.o_proj",
+            LinearRole::DeltaQkv => "linear_attn.in_proj_qkv",
+            LinearRole::DeltaGate => "linear_attn.in_proj_z",
+            LinearRole::DeltaBeta => "linear_attn.in_proj_b",
+            LinearRole::DeltaDecay => "linear_attn.in_proj_a",
+            LinearRole::DeltaOutput => "linear_attn.out_proj",
             LinearRole::Gate => "mlp.gate_proj",
             LinearRole::Up => "mlp.up_proj",
             LinearRole::GateUp => "mlp.gate_up_proj",
@@ -135,7 +140,9 @@ impl TensorNames {
         match role {
             Role::Layer(_, LayerRole::Bias(_)) => format!("{module}.bias"),
             // Parameters of the attention module and of the experts' module themselves.
-            Role::Layer(_, LayerRole::Sinks | LayerRole::Experts(_)) => module,
+            Role::Layer(_, LayerRole::Sinks | LayerRole::DecayRate | LayerRole::DecayBias | LayerRole::Experts(_)) => {
+                module
+            }
             _ => format!("{module}.weight"),
         }
     }
@@ -153,6 +160,10 @@ impl TensorNames {
             LayerRole::QueryNorm => self.query_norm,
             LayerRole::KeyNorm => self.key_norm,
             LayerRole::Sinks => self.sinks,
+            LayerRole::ShortConv => "linear_attn.conv1d",
+            LayerRole::DecayRate => "linear_attn.A_log",
+            LayerRole::DecayBias => "linear_attn.dt_bias",
+            LayerRole::GatedNorm => "linear_attn.norm",
             LayerRole::PostAttentionNorm => self.post_attention_norm,
             LayerRole::PreFeedForwardNorm => self.pre_feed_forward_norm,
             LayerRole::PostFeedForwardNorm => self.post_feed_forward_norm,

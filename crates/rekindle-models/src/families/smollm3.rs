@@ -33,7 +33,7 @@ fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     let rotated = rotated_layers(config, dimensions.num_hidden_layers);
     let masks = config.masks(dimensions.num_hidden_layers);
     let mut model = dimensions.model(&layer, masks);
-    for (LayerSpec { attention, .. }, rotated) in model.layers.iter_mut().zip(rotated) {
+    for (attention, rotated) in model.layers.iter_mut().filter_map(LayerSpec::attention_mut).zip(rotated) {
         attention.rope = attention.rope.filter(|_| rotated);
     }
     model

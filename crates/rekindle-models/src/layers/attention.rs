@@ -2,10 +2,10 @@
 
 use rekindle_kernels::attention::{self, AttentionGrads, Heads};
 use rekindle_kernels::rope::{self, Norm, Rotation};
-use rekindle_kernels::{Grads, Params, Tensor, Weight};
+use rekindle_kernels::{Grads, Params, Tensor, Weight, output_gate};
 use rekindle_lora::{Linear, LinearGroup, LinearSaved};
 
-use super::{AttentionCheckpoint, Context, LayerBuilder, LayerKvCache, RmsNorm, VisitWeights};
+use super::{Context, LayerBuilder, LayerKvCache, MixerCheckpoint, RmsNorm, VisitWeights};
 use crate::Error;
 use crate::parameters::{LayerRole, LinearRole};
 use crate::spec::{AttentionMask, AttentionSpec, LinearSpec, RopeId, RotarySpec};
@@ -29,6 +29,8 @@ use crate::spec::{AttentionMask, AttentionSpec, LinearSpec, RopeId, RotarySpec};
 pub struct Attention {
     /// The projections of q, k and v, one fused linear or three.
     pub qkv: LinearGroup,
+    /// True if `q_proj` makes, for each head, its query and then the logits of a gate on its result (Qwen3-Next).
+    pub output_gate: bool,
     /// Norms of queries and keys.
     pub qk_norm: Option<[RmsNorm; 2]>,
     /// Where they are.
@@ -65,7 +67,11 @@ pub struct AttentionSaved {
     qkv: LinearSaved,
     /// q and k before their norms, with the norms' rstd.
     qk: Option<[(Tensor<2>, Tensor<1>); 2]>,
+    /// Queries and logits of the gate as `q_proj` made them, with a gate.
+    qg: Option<Tensor<2>>,
     heads: attention::Saved,
+    /// The gated result, where an adapter's x·Aᵀ shares its memory.
+    y: Option<Tensor<2>>,
     o: LinearSaved,
 }
 
@@ -79,9 +85,9 @@ pub struct AttentionPending {
 
 impl AttentionSaved {
     /// The part that makes attention and its output projection unnecessary in a recomputation.
-    pub(super) fn into_checkpoint(self) -> (Tensor<2>, Tensor<2>, LinearSaved) {
+    pub(super) fn into_checkpoint(self) -> MixerCheckpoint<Tensor<2>> {
         let attention::Saved { o, lse, .. } = self.heads;
-        (o, lse, self.o)
+        MixerCheckpoint { o, lse: Some(lse), saved_o: self.o }
     }
 }
 
@@ -93,6 +99,7 @@ struct Projected {
     v: Tensor<2>,
     qkv: LinearSaved,
     qk: Option<[(Tensor<2>, Tensor<1>); 2]>,
+    qg: Option<Tensor<2>>,
 }
 
 impl Attention {
@@ -118,6 +125,7 @@ impl Attention {
         let o = builder.linears(&[spec.output(hidden_size)])?;
         Ok(Self {
             qkv,
+            output_gate: spec.output_gate.is_some(),
             qk_norm,
             qk_norm_place,
             sinks,
@@ -148,19 +156,21 @@ impl Attention {
 
     /// Returns the result for a whole batch, `[tokens, hidden]`.
     pub fn forward(&self, ctx: Context<'_>, x: Tensor<2>) -> (Tensor<2>, AttentionSaved) {
-        let Projected { x, q, k, v, qkv, qk } = self.project(ctx, x);
+        let Projected { x, q, k, v, qkv, qk, qg } = self.project(ctx, x);
         let documents = ctx.documents(self.layout);
         let sinks = self.sinks.as_ref().map(|sinks| sinks.vector(ctx.params));
-        let (o, lse) = attention::forward(&q, &k, &v, sinks.as_ref(), self.heads, documents, self.o.room());
-        let (y, saved) = single(self.o.forward(ctx.linear(), &o));
-        (y, AttentionSaved { x, qkv, qk, heads: attention::Saved { q, k, v, o, lse }, o: saved })
+        let room = if self.output_gate { 0 } else { self.o.room() };
+        let (o, lse) = attention::forward(&q, &k, &v, sinks.as_ref(), self.heads, documents, room);
+        let (result, y, saved) = self.project_output(ctx, &o, qg.as_ref());
+        (result, AttentionSaved { x, qkv, qk, qg, heads: attention::Saved { q, k, v, o, lse }, y, o: saved })
     }
 
     /// Returns what [`forward`](Self::forward) saved, from the part that was kept.
-    pub fn resume(&self, ctx: Context<'_>, x: Tensor<2>, kept: AttentionCheckpoint<Tensor<2>>) -> AttentionSaved {
-        let Projected { x, q, k, v, qkv, qk } = self.project(ctx, x);
-        let AttentionCheckpoint { o, lse, saved_o } = kept;
-        AttentionSaved { x, qkv, qk, heads: attention::Saved { q, k, v, o, lse }, o: saved_o }
+    pub fn resume(&self, ctx: Context<'_>, x: Tensor<2>, kept: MixerCheckpoint<Tensor<2>>) -> AttentionSaved {
+        let Projected { x, q, k, v, qkv, qk, qg } = self.project(ctx, x);
+        let MixerCheckpoint { o, lse, saved_o } = kept;
+        let lse = lse.expect("attention keeps it");
+        AttentionSaved { x, qkv, qk, qg, heads: attention::Saved { q, k, v, o, lse }, y: None, o: saved_o }
     }
 
     /// [`resume`](Self::resume) with the result, from the kept result of attention.
@@ -168,20 +178,34 @@ impl Attention {
         &self,
         ctx: Context<'_>,
         x: Tensor<2>,
-        kept: AttentionCheckpoint<Tensor<2>>,
+        kept: MixerCheckpoint<Tensor<2>>,
     ) -> (Tensor<2>, AttentionSaved) {
-        let AttentionCheckpoint { o, lse, .. } = kept;
-        let (y, saved_o) = single(self.o.forward(ctx.linear(), &o));
-        (y, self.resume(ctx, x, AttentionCheckpoint { o, lse, saved_o }))
+        let Projected { x, q, k, v, qkv, qk, qg } = self.project(ctx, x);
+        let MixerCheckpoint { o, lse, .. } = kept;
+        let lse = lse.expect("attention keeps it");
+        let (result, y, saved) = self.project_output(ctx, &o, qg.as_ref());
+        (result, AttentionSaved { x, qkv, qk, qg, heads: attention::Saved { q, k, v, o, lse }, y, o: saved })
     }
 
     /// Returns the result for the next tokens of one document, whose earlier keys and values are in `cache`.
     pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, cache: &mut LayerKvCache) -> Tensor<2> {
-        let Projected { q, k, v, .. } = self.project(ctx, x);
+        let Projected { q, k, v, qg, .. } = self.project(ctx, x);
         let (k, v) = cache.append(k, v);
         let sinks = self.sinks.as_ref().map(|sinks| sinks.vector(ctx.params));
         let o = attention::forward_cached(&q, &k, &v, sinks.as_ref(), self.heads);
-        single(self.o.forward(ctx.linear(), &o)).0
+        self.project_output(ctx, &o, qg.as_ref()).0
+    }
+
+    /// The result for that of attention; the gated one, where it is needed again; and what the linear saves.
+    fn project_output(
+        &self,
+        ctx: Context<'_>,
+        o: &Tensor<2>,
+        qg: Option<&Tensor<2>>,
+    ) -> (Tensor<2>, Option<Tensor<2>>, LinearSaved) {
+        let gated = qg.map(|qg| output_gate::forward(o, qg, self.heads.head_dim, self.o.room()));
+        let (result, saved) = single(self.o.forward(ctx.linear(), gated.as_ref().unwrap_or(o)));
+        (result, gated.filter(|_| self.o.keeps_input()), saved)
     }
 
     /// The first half of the backward: adds the gradients of `o`, the norms and the sinks, and returns those to q, k and v.
@@ -192,10 +216,17 @@ impl Attention {
         saved: AttentionSaved,
         dy: &Tensor<2>,
     ) -> AttentionPending {
-        let AttentionSaved { x, qkv, qk, heads, o } = saved;
+        let AttentionSaved { x, qkv, qk, qg, heads, y, o } = saved;
         let dys = core::slice::from_ref(dy);
-        let d_o = self.o.backward(ctx.linear(), grads, &heads.o, &o, dys, true).expect("asked for");
-        drop(o);
+        let head_dim = self.heads.head_dim;
+        let gated = qg.as_ref().map(|qg| y.unwrap_or_else(|| output_gate::forward(&heads.o, qg, head_dim, 0)));
+        let input = gated.as_ref().unwrap_or(&heads.o);
+        let dy = self.o.backward(ctx.linear(), grads, input, &o, dys, true).expect("asked for");
+        drop((o, gated));
+        let (d_o, gate) = match qg {
+            None => (dy, None),
+            Some(qg) => (output_gate::backward(&dy, &qg, head_dim), Some((dy, heads.o.clone(), qg))),
+        };
         let documents = ctx.documents(self.layout);
         let trained_sinks = self.sinks.as_ref().and_then(|sinks| Some((sinks.trained()?, sinks.vector(ctx.params))));
         let sinks = trained_sinks.as_ref().map(|(_, sinks)| sinks);
@@ -205,7 +236,10 @@ impl Attention {
         if let (Some((at, _)), Some(dsinks)) = (trained_sinks, dsinks) {
             grads.add(at, dsinks.as_row());
         }
-        let (dq, dk) = self.rotate_backward(ctx, [dq, dk], &dv, qk, grads);
+        let (mut dq, dk) = self.rotate_backward(ctx, [dq, dk], &dv, qk, grads);
+        if let Some((dy, o, qg)) = gate {
+            dq = output_gate::join(&dq, &dy, &o, &qg, head_dim);
+        }
         AttentionPending { x, qkv, dqkv: [dq, dk, dv] }
     }
 
@@ -228,7 +262,13 @@ impl Attention {
     fn project(&self, ctx: Context<'_>, x: Tensor<2>) -> Projected {
         let (ys, qkv) = self.qkv.forward(ctx.linear(), &x);
         let x = Some(x).filter(|_| self.qkv.keeps_input());
-        let [q, k, v] = ys.try_into().expect("the projections are those of q, k and v");
+        let [mut q, k, v] = ys.try_into().expect("the projections are those of q, k and v");
+        let mut qg = None;
+        if self.output_gate {
+            let both = q;
+            q = output_gate::queries(&both, self.heads.head_dim);
+            qg = Some(both);
+        }
         let (head_dim, rotation) = (self.heads.head_dim, self.rotation(ctx));
         let rotate = |q, k| {
             let [(q, _), (k, _)] = match (rotation, self.query_rotation(ctx)) {
@@ -240,14 +280,14 @@ impl Attention {
         };
         let Some(layers) = &self.qk_norm else {
             let (q, k) = rotate(q, k);
-            return Projected { x, q, k, v, qkv, qk: None };
+            return Projected { x, q, k, v, qkv, qk: None, qg };
         };
         if self.qk_norm_place == QkNormPlace::FullWidth {
             let before = (q, k);
             let (q, rstd_q) = layers[0].forward(ctx.params, &before.0, 0);
             let (k, rstd_k) = layers[1].forward(ctx.params, &before.1, 0);
             let (q, k) = rotate(q, k);
-            return Projected { x, q, k, v, qkv, qk: Some([(before.0, rstd_q), (before.1, rstd_k)]) };
+            return Projected { x, q, k, v, qkv, qk: Some([(before.0, rstd_q), (before.1, rstd_k)]), qg };
         }
         let norms = self.norms(ctx.params);
         let (before, rotation) = match self.qk_norm_place {
@@ -257,7 +297,7 @@ impl Attention {
         let (q, k) = (before.0.clone(), before.1.clone());
         let [(q, rstd_q), (k, rstd_k)] = rope::forward_qk(q, k, &v, head_dim, norms.as_ref(), rotation);
         let saved = |x, rstd: Option<Tensor<1>>| (x, rstd.expect("a norm leaves its rstd"));
-        Projected { x, q, k, v, qkv, qk: Some([saved(before.0, rstd_q), saved(before.1, rstd_k)]) }
+        Projected { x, q, k, v, qkv, qk: Some([saved(before.0, rstd_q), saved(before.1, rstd_k)]), qg }
     }
 
     /// The gradients to q and k as the linears made them.

@@ -7,8 +7,8 @@ use rekindle_lora::{Adaptable, AdaptableMut};
 
 use super::checkpointed::CheckpointParts;
 use super::{
-    Attention, AttentionSaved, Checkpointed, Context, FeedForward, FeedForwardSaved, LayerBuilder, LayerKvCache,
-    RmsNorm, VisitWeights,
+    Checkpointed, Context, FeedForward, FeedForwardSaved, LayerBuilder, LayerKvCache, Mixer, MixerSaved, RmsNorm,
+    VisitWeights,
 };
 use crate::Error;
 use crate::parameters::LayerRole;
@@ -30,8 +30,8 @@ use crate::spec::{LayerSpec, NormSpec};
 pub struct Block {
     /// The norms.
     pub norms: BlockNorms,
-    /// The attention half.
-    pub attention: Attention,
+    /// The half that looks across tokens.
+    pub mixer: Mixer,
     /// The feed-forward half.
     pub feed_forward: FeedForward,
     /// m.
@@ -57,7 +57,7 @@ pub struct BlockSaved {
     /// `[tokens, hidden]`.
     pub(super) x: Tensor<2>,
     rstd: Option<Tensor<1>>,
-    pub(super) attention: AttentionSaved,
+    pub(super) mixer: MixerSaved,
     pub(super) post_attention: Option<Normalized>,
     /// `[tokens, hidden]`.
     pub(super) h: Tensor<2>,
@@ -95,20 +95,20 @@ impl Block {
         builder: &mut LayerBuilder<'_>,
         spec: &LayerSpec,
         hidden_size: usize,
-        layout: usize,
+        layout: Option<usize>,
     ) -> Result<Self, Error> {
         let norm = |builder: &mut LayerBuilder<'_>, role, norm: &Option<NormSpec>| {
             norm.as_ref().map(|norm| RmsNorm::build(builder, role, norm, hidden_size)).transpose()
         };
         let pre_attention = norm(builder, LayerRole::PreAttentionNorm, &spec.norms.pre_attention)?;
-        let attention = Attention::build(builder, &spec.attention, hidden_size, layout)?;
+        let mixer = Mixer::build(builder, &spec.mixer, hidden_size, layout)?;
         let post_attention = norm(builder, LayerRole::PostAttentionNorm, &spec.norms.post_attention)?;
         let pre_feed_forward = norm(builder, LayerRole::PreFeedForwardNorm, &spec.norms.pre_feed_forward)?;
         let feed_forward = FeedForward::build(builder, &spec.feed_forward, hidden_size)?;
         let post_feed_forward = norm(builder, LayerRole::PostFeedForwardNorm, &spec.norms.post_feed_forward)?;
         Ok(Self {
             norms: BlockNorms { pre_attention, post_attention, pre_feed_forward, post_feed_forward },
-            attention,
+            mixer,
             feed_forward,
             residual_multiplier: spec.residual_multiplier.map(|m| m as f32),
         })
@@ -123,7 +123,7 @@ impl Block {
             }
         };
         norm(LayerRole::PreAttentionNorm, pre_attention, visit);
-        self.attention.visit(visit);
+        self.mixer.visit(visit);
         norm(LayerRole::PostAttentionNorm, post_attention, visit);
         norm(LayerRole::PreFeedForwardNorm, pre_feed_forward, visit);
         self.feed_forward.visit(visit);
@@ -168,28 +168,26 @@ impl Block {
 
     /// Everything that adapters can be on, in the order of the forward pass.
     pub fn adaptable(&self) -> impl Iterator<Item = Adaptable<'_>> {
-        let attention = [&self.attention.qkv, &self.attention.o].map(Adaptable::Linears);
-        attention.into_iter().chain(self.feed_forward.adaptable())
+        self.mixer.groups().map(Adaptable::Linears).into_iter().chain(self.feed_forward.adaptable())
     }
 
     /// As [`adaptable`](Self::adaptable).
     pub fn adaptable_mut(&mut self) -> impl Iterator<Item = AdaptableMut<'_>> {
-        let attention = [&mut self.attention.qkv, &mut self.attention.o].map(AdaptableMut::Linears);
-        attention.into_iter().chain(self.feed_forward.adaptable_mut())
+        self.mixer.groups_mut().map(AdaptableMut::Linears).into_iter().chain(self.feed_forward.adaptable_mut())
     }
 
     /// Columns that the gradient to the block's output should have room for.
     pub fn room(&self) -> usize {
-        self.attention.o.room().max(self.feed_forward.output_room())
+        self.mixer.output().room().max(self.feed_forward.output_room())
     }
 
     /// Returns y for x.
     pub fn forward(&self, ctx: Context<'_>, x: Tensor<2>) -> (Tensor<2>, BlockSaved) {
         let (n, rstd) = self.attention_input(ctx, &x);
-        let (delta, attention) = self.attention.forward(ctx, n);
+        let (delta, mixer) = self.mixer.forward(ctx, n);
         let Middle { post_attention, h, n, rstd: rstd2 } = self.middle(ctx, &x, delta);
         let (y, feed_forward, post_feed_forward) = self.feed_forward_onto(ctx, n, &h);
-        (y, BlockSaved { x, rstd, attention, post_attention, h, rstd2, feed_forward, post_feed_forward })
+        (y, BlockSaved { x, rstd, mixer, post_attention, h, rstd2, feed_forward, post_feed_forward })
     }
 
     /// Returns what the forward saved, from a checkpoint. y is not computed where enough was kept.
@@ -199,19 +197,19 @@ impl Block {
             return self.forward(ctx, x).1;
         }
         let (n, rstd) = self.attention_input(ctx, &x);
-        let (attention, middle) = match middle {
-            Some((of_attention, Some(h))) => {
-                let attention = self.attention.resume(ctx, n, of_attention);
+        let (mixer, middle) = match middle {
+            Some((kept, Some(h))) => {
+                let mixer = self.mixer.resume(ctx, n, kept);
                 let (n, rstd) = self.feed_forward_input(ctx, &h);
-                (attention, Middle { post_attention: None, h, n, rstd })
+                (mixer, Middle { post_attention: None, h, n, rstd })
             }
-            Some((of_attention, None)) => {
-                let (delta, attention) = self.attention.resume_output(ctx, n, of_attention);
-                (attention, self.middle(ctx, &x, delta))
+            Some((kept, None)) => {
+                let (delta, mixer) = self.mixer.resume_output(ctx, n, kept);
+                (mixer, self.middle(ctx, &x, delta))
             }
             None => {
-                let (delta, attention) = self.attention.forward(ctx, n);
-                (attention, self.middle(ctx, &x, delta))
+                let (delta, mixer) = self.mixer.forward(ctx, n);
+                (mixer, self.middle(ctx, &x, delta))
             }
         };
         let Middle { post_attention, h, n, rstd: rstd2 } = middle;
@@ -223,13 +221,13 @@ impl Block {
             (None, Some(kept)) => (self.feed_forward.resume(ctx, n, kept), None),
             (None, None) => unreachable!("returned above"),
         };
-        BlockSaved { x, rstd, attention, post_attention, h, rstd2, feed_forward, post_feed_forward }
+        BlockSaved { x, rstd, mixer, post_attention, h, rstd2, feed_forward, post_feed_forward }
     }
 
     /// Returns y for the next tokens of one document, whose earlier keys and values are in `cache`.
     pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, cache: &mut LayerKvCache) -> Tensor<2> {
         let (n, _) = self.attention_input(ctx, &x);
-        let delta = self.attention.decode(ctx, n, cache);
+        let delta = self.mixer.decode(ctx, n, cache);
         let Middle { h, n, .. } = self.middle(ctx, &x, delta);
         self.feed_forward_onto(ctx, n, &h).0
     }
@@ -244,7 +242,7 @@ impl Block {
         want_dx: bool,
     ) -> Option<Tensor<2>> {
         let params = ctx.params;
-        let BlockSaved { x, rstd, attention, post_attention, h, rstd2, feed_forward, post_feed_forward } = saved;
+        let BlockSaved { x, rstd, mixer, post_attention, h, rstd2, feed_forward, post_feed_forward } = saved;
 
         let room = self.feed_forward.output_room();
         let d_half = self.backward_half(params, grads, &self.norms.post_feed_forward, post_feed_forward, &dy, room);
@@ -255,14 +253,14 @@ impl Block {
         let dh = self.backward_input(params, grads, pre, &dn, &h, dy);
         drop((dn, h));
 
-        let room = self.attention.o.room();
+        let room = self.mixer.output().room();
         let d_half = self.backward_half(params, grads, &self.norms.post_attention, post_attention, &dh, room);
-        let pending = self.attention.backward_heads(ctx, grads, attention, d_half.as_ref().unwrap_or(&dh));
+        let pending = self.mixer.backward_heads(ctx, grads, mixer, d_half.as_ref().unwrap_or(&dh));
         drop(d_half);
         let pre = self.norms.pre_attention.as_ref().zip(rstd.as_ref());
         let recompute = || pre.map_or_else(|| x.clone(), |(norm, rstd)| norm.recompute(params, &x, rstd));
         let want_dn = want_dx || pre.is_some_and(|(norm, _)| norm.weight.trained().is_some());
-        let dn = self.attention.backward_projections(ctx, grads, pending, recompute, want_dn)?;
+        let dn = self.mixer.backward_projections(ctx, grads, pending, recompute, want_dn)?;
         if !want_dx {
             if let Some((norm, rstd)) = pre {
                 norm.backward_weight(grads, &dn, &x, rstd);
@@ -274,7 +272,7 @@ impl Block {
 
     /// N₁(x), which is x without N₁, and its rstd.
     fn attention_input(&self, ctx: Context<'_>, x: &Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>) {
-        normalized(ctx, &self.norms.pre_attention, x, self.attention.qkv.room())
+        normalized(ctx, &self.norms.pre_attention, x, self.mixer.inputs().room())
     }
 
     /// N₃(h), which is h without N₃, and its rstd.

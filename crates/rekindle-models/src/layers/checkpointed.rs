@@ -1,19 +1,18 @@
 //! What stays of a layer between its forward and its backward when most of it is recomputed.
 
 use rekindle_kernels::{Offloaded, Tensor};
-use rekindle_lora::LinearSaved;
 
-use super::BlockSaved;
 use super::feed_forward::FeedForwardCheckpoint;
+use super::{BlockSaved, MixerCheckpoint};
 use crate::GradientCheckpointing;
 
 /// A layer's input, and what spares the costliest parts of the second forward.
 #[derive(Debug)]
 pub struct Checkpointed {
     x: Offloaded,
-    /// The checkpoint of attention, and the middle of the residual stream unless a norm stands between the two: its
+    /// The checkpoint of the mixer, and the middle of the residual stream unless a norm stands between the two: its
     /// backward needs the result of attention's last linear, and the middle follows from that.
-    middle: Option<(AttentionCheckpoint<Offloaded>, Option<Offloaded>)>,
+    middle: Option<(MixerCheckpoint<Offloaded>, Option<Offloaded>)>,
     feed_forward: Option<FeedForwardCheckpoint>,
     /// The rstd of the norm after the feed-forward half, whose last linear runs again.
     post_feed_forward: Option<Tensor<1>>,
@@ -22,26 +21,18 @@ pub struct Checkpointed {
 /// The parts of a [`Checkpointed`], on the device.
 pub(super) struct CheckpointParts {
     pub(super) x: Tensor<2>,
-    pub(super) middle: Option<(AttentionCheckpoint<Tensor<2>>, Option<Tensor<2>>)>,
+    pub(super) middle: Option<(MixerCheckpoint<Tensor<2>>, Option<Tensor<2>>)>,
     pub(super) feed_forward: Option<FeedForwardCheckpoint>,
     pub(super) post_feed_forward: Option<Tensor<1>>,
-}
-
-/// The result of attention. Where it is kept, attention does not run again, nor the linear after it unless a norm follows.
-#[derive(Debug)]
-pub struct AttentionCheckpoint<T> {
-    pub(super) o: T,
-    pub(super) lse: Tensor<2>,
-    pub(super) saved_o: LinearSaved,
 }
 
 impl Checkpointed {
     /// Keeps a part of `saved`. Host memory has space for more of it, but what is needed again `soon` stays on the device.
     pub fn new(saved: BlockSaved, checkpointing: GradientCheckpointing, soon: bool) -> Self {
         // Everything else is dropped here, so that nothing but the part that stays reaches its memory.
-        let BlockSaved { x, attention, post_attention, h, feed_forward, post_feed_forward, .. } = saved;
+        let BlockSaved { x, mixer, post_attention, h, feed_forward, post_feed_forward, .. } = saved;
         let post_feed_forward = post_feed_forward.map(|normalized| normalized.rstd);
-        let (o, lse, saved_o) = attention.into_checkpoint();
+        let MixerCheckpoint { o, lse, saved_o } = mixer.into_checkpoint();
         let feed_forward = feed_forward.into_checkpoint();
         let put = |tensor| if soon { Offloaded::here(tensor) } else { Offloaded::begin(tensor) };
         let keeps = post_feed_forward.is_none() && feed_forward.is_small();
@@ -52,7 +43,7 @@ impl Checkpointed {
         }
         let saved_o = saved_o.is_small().then(|| saved_o.detached());
         let h = Some(h).filter(|_| post_attention.is_none());
-        let middle = saved_o.map(|saved_o| (AttentionCheckpoint { o: put(o), lse, saved_o }, h.map(put)));
+        let middle = saved_o.map(|saved_o| (MixerCheckpoint { o: put(o), lse, saved_o }, h.map(put)));
         Self { x: put(x), middle, feed_forward, post_feed_forward }
     }
 
@@ -71,19 +62,12 @@ impl Checkpointed {
     /// Returns the parts, on the device.
     pub(super) fn take(self) -> CheckpointParts {
         let Self { x, middle, feed_forward, post_feed_forward } = self;
-        let middle = middle.map(|(attention, h)| (attention.map(Offloaded::take), h.map(Offloaded::take)));
+        let middle = middle.map(|(mixer, h)| (mixer.map(Offloaded::take), h.map(Offloaded::take)));
         CheckpointParts { x: x.take(), middle, feed_forward, post_feed_forward }
     }
 
     fn map(self, f: fn(Offloaded) -> Offloaded) -> Self {
-        let middle = self.middle.map(|(attention, h)| (attention.map(f), h.map(f)));
+        let middle = self.middle.map(|(mixer, h)| (mixer.map(f), h.map(f)));
         Self { x: f(self.x), middle, ..self }
-    }
-}
-
-impl<T> AttentionCheckpoint<T> {
-    fn map<U>(self, f: fn(T) -> U) -> AttentionCheckpoint<U> {
-        let Self { o, lse, saved_o } = self;
-        AttentionCheckpoint { o: f(o), lse, saved_o }
     }
 }

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`RmsNorm`] | g ∘ x / √(mean(x²) + eps), g = w or 1 + w |
 //! | [`Attention`] | causal grouped-query attention with its projections |
+//! | [`GatedDeltaNet`] | linear attention by the gated delta rule with its projections |
 //! | [`GatedMlp`] | down(act(gate(x)) ∘ up(x)) |
 //! | [`Moe`] | Σ w·(a gated feed-forward half) over the experts of a token |
 //! | [`Block`] | both halves with their norms around the residual stream |
@@ -16,22 +17,27 @@ mod attention;
 mod block;
 mod checkpointed;
 mod feed_forward;
+mod gated_delta_net;
 mod gated_mlp;
 mod kv_cache;
+mod mixer;
 mod moe;
 mod norm;
 mod shared_expert;
 
 pub use attention::{Attention, AttentionPending, AttentionSaved, QkNormPlace};
 pub use block::{Block, BlockNorms, BlockSaved};
-pub use checkpointed::{AttentionCheckpoint, Checkpointed};
+pub use checkpointed::Checkpointed;
 pub use feed_forward::{FeedForward, FeedForwardSaved};
+pub use gated_delta_net::{GatedDeltaNet, GatedDeltaNetPending, GatedDeltaNetSaved};
 pub use gated_mlp::{GatedMlp, GatedMlpSaved};
 pub use kv_cache::LayerKvCache;
+pub use mixer::{Mixer, MixerCheckpoint, MixerPending, MixerSaved};
 pub(crate) use moe::expert_names;
 pub use moe::{Moe, MoeSaved};
 pub use norm::RmsNorm;
 use rekindle_kernels::attention::Documents;
+use rekindle_kernels::gated_delta::Sequences;
 use rekindle_kernels::rope::Angles;
 use rekindle_kernels::{Params, Weight};
 use rekindle_lora::{Dropout, LinearContext};
@@ -51,6 +57,8 @@ pub struct Context<'a> {
     pub ropes: &'a [Angles],
     /// The batch's documents, by [`Attention::layout`]; empty while decoding.
     pub documents: &'a [Documents],
+    /// The batch's documents for gated delta layers; `None` while decoding.
+    pub sequences: Option<&'a Sequences>,
     /// Dropout before adapters; `None` outside training.
     pub dropout: Option<Dropout<'a>>,
     /// True if adapters take part.
@@ -65,6 +73,10 @@ impl<'a> Context<'a> {
 
     fn angles(&self, rope: RopeId) -> &'a Angles {
         &self.ropes[rope.0]
+    }
+
+    fn sequences(&self) -> &'a Sequences {
+        self.sequences.expect("a batch has its documents for gated delta layers")
     }
 
     fn documents(&self, layout: usize) -> &'a Documents {

@@ -1,7 +1,12 @@
 //! The linears of a layer, as its spec implies them.
 
-use super::{AttentionSpec, FeedForwardSpec, GatedSpec, LayerSpec, MoeSpec, Projections, SharedExpertSpec};
-use crate::parameters::{ExpertStack, LinearRole};
+use rekindle_kernels::gated_delta::DeltaHeads;
+
+use super::{
+    AttentionSpec, FeedForwardSpec, GatedDeltaSpec, GatedSpec, LayerSpec, MixerSpec, MoeSpec, OutputGate, Projections,
+    SharedExpertSpec,
+};
+use crate::parameters::{ExpertStack, LayerRole, LinearRole};
 
 /// A linear of a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +36,10 @@ impl AttentionSpec {
     /// version does not compute.
     pub fn inputs(&self, hidden_size: usize) -> Vec<LinearSpec> {
         let bias = self.biases.qkv;
-        let [q, kv] = [self.heads, self.kv_heads].map(|heads| heads * self.head_dim);
+        let [mut q, kv] = [self.heads, self.kv_heads].map(|heads| heads * self.head_dim);
+        if self.output_gate == Some(OutputGate::InQueries) {
+            q *= 2;
+        }
         match self.projections {
             Projections::Separate => [(LinearRole::Query, q), (LinearRole::Key, kv), (LinearRole::Value, kv)]
                 .map(|(role, out)| LinearSpec::new(role, [out, hidden_size], bias))
@@ -44,6 +52,54 @@ impl AttentionSpec {
     /// The linear that reads the result of attention.
     pub fn output(&self, hidden_size: usize) -> LinearSpec {
         LinearSpec::new(LinearRole::Output, [hidden_size, self.heads * self.head_dim], self.biases.o)
+    }
+}
+
+impl GatedDeltaSpec {
+    /// The linears that read the normalized input; their outputs are q, k and v together, z, b and a.
+    pub fn inputs(&self, hidden_size: usize) -> Vec<LinearSpec> {
+        let (heads, values) = (self.value_heads, self.heads().value_width());
+        let widths = [self.heads().width(), values, heads, heads];
+        let linear = |(role, out)| LinearSpec::new(role, [out, hidden_size], false);
+        LinearRole::DELTA_INPUTS.into_iter().zip(widths).map(linear).collect()
+    }
+
+    /// The linear that makes the result.
+    pub fn output(&self, hidden_size: usize) -> LinearSpec {
+        LinearSpec::new(LinearRole::DeltaOutput, [hidden_size, self.heads().value_width()], false)
+    }
+
+    /// Shape of a tensor besides the linears, in a checkpoint.
+    pub(crate) fn shape(&self, role: LayerRole) -> Vec<usize> {
+        match role {
+            LayerRole::ShortConv => vec![self.heads().width(), 1, self.conv_width],
+            LayerRole::GatedNorm => vec![self.value_dim],
+            _ => vec![self.value_heads],
+        }
+    }
+
+    /// The heads as the operation takes them.
+    pub(crate) fn heads(&self) -> DeltaHeads {
+        let Self { key_heads, value_heads, key_dim, value_dim, .. } = *self;
+        DeltaHeads { key_heads, value_heads, key_dim, value_dim }
+    }
+}
+
+impl MixerSpec {
+    /// The linears that read the normalized input.
+    pub fn inputs(&self, hidden_size: usize) -> Vec<LinearSpec> {
+        match self {
+            Self::Attention(attention) => attention.inputs(hidden_size),
+            Self::GatedDelta(delta) => delta.inputs(hidden_size),
+        }
+    }
+
+    /// The linear that makes the result.
+    pub fn output(&self, hidden_size: usize) -> LinearSpec {
+        match self {
+            Self::Attention(attention) => attention.output(hidden_size),
+            Self::GatedDelta(delta) => delta.output(hidden_size),
+        }
     }
 }
 
@@ -119,7 +175,7 @@ impl LayerSpec {
     /// The layer's linears without those of experts, in the order of the forward pass and in groups that read the same
     /// input.
     pub fn linear_groups(&self, hidden_size: usize) -> Vec<Vec<LinearSpec>> {
-        let mut groups = vec![self.attention.inputs(hidden_size), vec![self.attention.output(hidden_size)]];
+        let mut groups = vec![self.mixer.inputs(hidden_size), vec![self.mixer.output(hidden_size)]];
         if let Some(gated) = self.gated() {
             groups.extend([gated.inputs(hidden_size), vec![gated.output(hidden_size)]]);
         }

@@ -2,7 +2,7 @@
 
 use super::{
     Activation, AttentionMask, AttentionSpec, FeedForwardSpec, GatedSpec, LayerSpec, ModelSpec, NormKind, NormSpec,
-    NormWeight, Projections,
+    NormWeight, OutputGate, Projections,
 };
 
 impl ModelSpec {
@@ -15,7 +15,7 @@ impl ModelSpec {
         list.norm(&self.final_norm);
         for layer in &self.layers {
             layer.unsupported(max_seq_length, &mut list);
-            let AttentionSpec { rope, query_scale, head_dim, .. } = layer.attention;
+            let Some(&AttentionSpec { rope, query_scale, head_dim, .. }) = layer.attention() else { continue };
             let rope = rope.filter(|_| query_scale.is_some()).and_then(|rope| self.ropes.get(rope.id.0));
             list.push(rope.is_some_and(|rope| rope.rotary_dim() < head_dim), || {
                 "queries scaled by position with partial rotary positions".to_owned()
@@ -55,7 +55,9 @@ impl Features {
 
 impl LayerSpec {
     fn unsupported(&self, max_seq_length: usize, list: &mut Features) {
-        self.attention.unsupported(max_seq_length, list);
+        if let Some(attention) = self.attention() {
+            attention.unsupported(max_seq_length, list);
+        }
         match &self.feed_forward {
             FeedForwardSpec::Gated(gated) => list.gated(gated),
             FeedForwardSpec::Plain { activation, .. } => {
@@ -106,7 +108,7 @@ impl AttentionSpec {
             Projections::Latent { .. } => Some("multi-head latent attention"),
         };
         list.push(projections.is_some(), || projections.unwrap_or_default().to_owned());
-        list.push(self.output_gate.is_some(), || "a gate on the result of attention".to_owned());
+        list.push(self.output_gate == Some(OutputGate::Projection), || "a gate on the result of attention".to_owned());
     }
 }
 

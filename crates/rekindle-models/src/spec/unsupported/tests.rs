@@ -3,8 +3,8 @@ use serde_json::json;
 
 use super::*;
 use crate::spec::{
-    AttentionBiases, EmbeddingSpec, HeadSpec, LayerNorms, MoeSpec, OutputGate, QkNormSpec, QueryScale, RopeId,
-    RotarySpec, RoutingForm,
+    AttentionBiases, EmbeddingSpec, HeadSpec, LayerNorms, MixerSpec, MoeSpec, OutputGate, QkNormSpec, QueryScale,
+    RopeId, RotarySpec, RoutingForm,
 };
 
 const HIDDEN: usize = 64;
@@ -17,11 +17,15 @@ fn rotary(id: usize, interleaved: bool) -> Option<RotarySpec> {
     Some(RotarySpec { id: RopeId(id), interleaved })
 }
 
+fn attention(layer: &mut LayerSpec) -> &mut AttentionSpec {
+    layer.attention_mut().expect("a layer with softmax attention")
+}
+
 /// A Llama of two layers.
 fn llama() -> ModelSpec {
     let norm = NormSpec::rms(1e-6);
     let layer = LayerSpec {
-        attention: AttentionSpec::new(4, 2, 16, rotary(0, false)),
+        mixer: MixerSpec::Attention(AttentionSpec::new(4, 2, 16, rotary(0, false))),
         feed_forward: FeedForwardSpec::Gated(gated(Activation::Silu)),
         norms: LayerNorms::pre(norm),
         residual_multiplier: None,
@@ -50,15 +54,15 @@ fn everything_that_is_computed_is_supported() {
     assert_eq!(llama().unsupported(4096), [""; 0]);
     let mut granite = llama_with(|index, layer| {
         layer.residual_multiplier = Some(0.22);
-        layer.attention.scale = 0.015625;
-        layer.attention.projections = Projections::Fused;
-        layer.attention.biases = AttentionBiases { qkv: true, o: true };
-        layer.attention.sinks = true;
-        layer.attention.softcap = Some(50.0);
+        attention(layer).scale = 0.015625;
+        attention(layer).projections = Projections::Fused;
+        attention(layer).biases = AttentionBiases { qkv: true, o: true };
+        attention(layer).sinks = true;
+        attention(layer).softcap = Some(50.0);
         layer.feed_forward = FeedForwardSpec::Gated(GatedSpec { fused: true, bias: true, ..gated(Activation::Silu) });
         if index == 1 {
-            layer.attention.rope = None;
-            layer.attention.mask = AttentionMask::Sliding(128);
+            attention(layer).rope = None;
+            attention(layer).mask = AttentionMask::Sliding(128);
         }
     });
     granite.embedding.multiplier = Some(12.0);
@@ -74,7 +78,7 @@ fn everything_that_is_computed_is_supported() {
             pre_feed_forward: Some(norm),
             post_feed_forward: Some(norm),
         };
-        layer.attention.qk_norm = Some(QkNormSpec { norm, full_width: false, after_rope: false });
+        attention(layer).qk_norm = Some(QkNormSpec { norm, full_width: false, after_rope: false });
         layer.feed_forward = FeedForwardSpec::Gated(gated(Activation::GeluTanh));
     });
     let embedding = EmbeddingSpec { multiplier: Some(8.0), rounds_multiplier: true, per_layer_input: None };
@@ -84,20 +88,20 @@ fn everything_that_is_computed_is_supported() {
     let olmo2 = llama_with(|index, layer| {
         let norm = norm(NormWeight::RoundedAfter);
         layer.norms = LayerNorms { post_attention: Some(norm), post_feed_forward: Some(norm), ..LayerNorms::default() };
-        layer.attention.qk_norm = Some(QkNormSpec { norm, full_width: index == 0, after_rope: index == 1 });
-        layer.attention.rope = rotary(0, true).filter(|_| index == 0);
+        attention(layer).qk_norm = Some(QkNormSpec { norm, full_width: index == 0, after_rope: index == 1 });
+        attention(layer).rope = rotary(0, true).filter(|_| index == 0);
     });
     assert_eq!(olmo2.unsupported(4096), [""; 0]);
 }
 
 #[test]
 fn what_depends_on_positions_is_refused_only_where_a_document_can_reach_them() {
-    let chunked = llama_with(|_, layer| layer.attention.mask = AttentionMask::Chunked(4096));
+    let chunked = llama_with(|_, layer| attention(layer).mask = AttentionMask::Chunked(4096));
     assert_eq!(chunked.unsupported(4096), [""; 0]);
     assert_eq!(chunked.unsupported(4097), ["chunked attention (chunks of 4096, below max_seq_length 4097)"]);
     let scaled = llama_with(|_, layer| {
-        layer.attention.query_scale = Some(QueryScale { beta: 0.1, window: 16_384, offset: 0 });
-        layer.attention.rope = None;
+        attention(layer).query_scale = Some(QueryScale { beta: 0.1, window: 16_384, offset: 0 });
+        attention(layer).rope = None;
     });
     assert_eq!(scaled.unsupported(16_384), [""; 0]);
     assert_eq!(
@@ -117,8 +121,8 @@ fn what_is_not_computed_is_named() {
             pre_feed_forward: Some(one_plus),
             post_feed_forward: Some(one_plus),
         };
-        layer.attention.softcap = Some(50.0);
-        layer.attention.mask = if index == 0 { AttentionMask::Sliding(4096) } else { AttentionMask::Full };
+        attention(layer).softcap = Some(50.0);
+        attention(layer).mask = if index == 0 { AttentionMask::Sliding(4096) } else { AttentionMask::Full };
         layer.feed_forward = FeedForwardSpec::Gated(gated(Activation::GeluTanh));
     });
     gemma2.final_norm = one_plus;
@@ -136,7 +140,7 @@ fn what_is_not_computed_is_named() {
     );
 
     let gpt_oss = llama_with(|_, layer| {
-        layer.attention.sinks = true;
+        attention(layer).sinks = true;
         layer.feed_forward = FeedForwardSpec::Moe(MoeSpec {
             experts: 32,
             top_k: 4,
@@ -153,16 +157,16 @@ fn what_is_not_computed_is_named() {
         let norm = NormSpec { kind: NormKind::Layer, ..NormSpec::rms(1e-5) };
         layer.norms = LayerNorms { pre_attention: Some(norm), ..LayerNorms::default() };
         layer.parallel = true;
-        layer.attention.rope = rotary(0, true);
+        attention(layer).rope = rotary(0, true);
     });
     assert_eq!(cohere.unsupported(4096), ["LayerNorm", "attention and feed-forward in parallel"]);
 
     let gemma4 = llama_with(|index, layer| {
         let weightless = NormSpec { weight: NormWeight::None, ..NormSpec::rms(1e-6) };
-        layer.attention.scale = 1.0;
-        layer.attention.value_norm = Some(weightless);
-        layer.attention.rope = rotary(index, false);
-        layer.attention.projections =
+        attention(layer).scale = 1.0;
+        attention(layer).value_norm = Some(weightless);
+        attention(layer).rope = rotary(index, false);
+        attention(layer).projections =
             if index == 0 { Projections::ValuesAreKeys } else { Projections::SharedKeys { layer: 0 } };
         layer.output_scalar = true;
     });
@@ -178,11 +182,11 @@ fn what_is_not_computed_is_named() {
 
     let llama4_and_muse = llama_with(|index, layer| {
         let norm = NormSpec { weight: NormWeight::None, ..NormSpec::rms(1e-6) };
-        layer.attention.qk_norm = Some(QkNormSpec { norm, full_width: false, after_rope: index == 0 });
-        layer.attention.mask = AttentionMask::Chunked(2048);
-        layer.attention.output_gate = (index == 1).then_some(OutputGate::Projection);
+        attention(layer).qk_norm = Some(QkNormSpec { norm, full_width: false, after_rope: index == 0 });
+        attention(layer).mask = AttentionMask::Chunked(2048);
+        attention(layer).output_gate = (index == 1).then_some(OutputGate::Projection);
         if index == 1 {
-            layer.attention.rope = None;
+            attention(layer).rope = None;
         }
     });
     assert_eq!(
@@ -195,7 +199,7 @@ fn what_is_not_computed_is_named() {
     );
 
     let deepseek = llama_with(|_, layer| {
-        layer.attention.projections =
+        attention(layer).projections =
             Projections::Latent { q_rank: Some(768), kv_rank: 512, nope_dim: 192, rope_dim: 64, value_dim: 256 };
     });
     assert_eq!(deepseek.unsupported(4096), ["multi-head latent attention"]);
@@ -211,7 +215,7 @@ fn what_is_not_computed_is_named() {
 fn fused_linears_have_the_rows_of_their_parts() {
     let mut layer = llama().layers.remove(0);
     let separate: usize = layer.linears(HIDDEN).iter().map(|linear| linear.shape[0] * linear.shape[1]).sum();
-    layer.attention.projections = Projections::Fused;
+    attention(&mut layer).projections = Projections::Fused;
     layer.feed_forward = FeedForwardSpec::Gated(GatedSpec { fused: true, ..gated(Activation::Silu) });
     let fused = layer.linears(HIDDEN);
     let shapes: Vec<_> = fused.iter().map(|linear| (linear.shape, linear.outputs.as_slice())).collect();
