@@ -22,7 +22,7 @@ pub struct Checkpoint {
     path: PathBuf,
     config: Value,
     files: Arc<Vec<SafetensorsFile>>,
-    /// Where each tensor is.
+    /// The location of each tensor.
     tensors: BTreeMap<String, Location>,
 }
 

@@ -17,18 +17,18 @@ pub use base_delta::{LoftqBase, loftq_base};
 
 use crate::{CausalLm, Error, Role};
 
-/// The name of an adapter that was given none, as in PEFT.
+/// The name of an adapter without a name of its own, as in PEFT.
 pub const DEFAULT_ADAPTER: &str = "default";
 
 /// The adapters of a model.
 #[derive(Debug, Default)]
 pub(crate) struct Adapters {
     pub(crate) active: Option<ActiveAdapter>,
-    /// By name.
+    /// The inactive adapters, by name.
     pub(crate) inactive: BTreeMap<String, InactiveAdapter>,
     /// The frozen tables that the active adapter is saved with.
     pub(crate) carried: Vec<Role>,
-    /// What the active adapter subtracted from the base.
+    /// The initial B·A that the active adapter subtracted from the base.
     pub(crate) base_delta: BaseDelta,
 }
 
@@ -43,12 +43,12 @@ pub(crate) struct ActiveAdapter {
 #[derive(Clone, Debug)]
 pub(crate) struct InactiveAdapter {
     pub(crate) adapter: Adapter,
-    /// By the linear's name; empty unless it starts from the weights.
+    /// The initial factors by the linear's name; empty unless they were computed from the weights.
     pub(crate) base_delta: BTreeMap<String, Factors>,
 }
 
 impl InactiveAdapter {
-    /// The adapter for the base as its checkpoint holds it.
+    /// Returns the adapter for the base as it is in its checkpoint.
     pub(crate) fn into_plain(self) -> Adapter {
         let Self { mut adapter, base_delta } = self;
         let init = adapter.config.lora().init_lora_weights.clone();
@@ -65,7 +65,7 @@ impl InactiveAdapter {
 }
 
 impl CausalLm {
-    /// The names of all adapters, active and inactive, sorted.
+    /// Returns the names of all adapters, active and inactive, sorted.
     pub fn adapters(&self) -> Vec<&str> {
         let mut names: Vec<&str> =
             self.adapters.inactive.keys().map(String::as_str).chain(self.active_adapter()).collect();
@@ -73,7 +73,7 @@ impl CausalLm {
         names
     }
 
-    /// The name of the active adapter, which is the one that is trained.
+    /// Returns the name of the active adapter, the one that is trained.
     pub fn active_adapter(&self) -> Option<&str> {
         self.adapters.active.as_ref().map(|active| active.name.as_str())
     }
@@ -120,7 +120,7 @@ impl CausalLm {
         self.attach(name, made)
     }
 
-    /// The adapter of this name as it is now, as [`adapter`](Self::adapter).
+    /// Returns the current state of the adapter of this name, like [`adapter`](Self::adapter).
     ///
     /// # Errors
     /// [`Error::Argument`] for a name that is no adapter's, [`Error::Device`] when it cannot be read.
@@ -180,7 +180,7 @@ impl CausalLm {
         Ok(())
     }
 
-    /// Whether the active adapter is untrained: every B·A is zero, and magnitudes, biases and modules beside them are the
+    /// Returns true if the active adapter is untrained: every B·A is zero, and magnitudes, biases and saved modules equal the
     /// base's, so that it does not change the model.
     pub fn adapter_changes_nothing(&self) -> bool {
         let Some(InactiveAdapter { adapter, base_delta }) = self.active() else { return false };

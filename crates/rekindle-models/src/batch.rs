@@ -1,25 +1,25 @@
-//! Documents one after another, ready for a model.
+//! Batches: concatenated documents.
 
-/// The label of a token that does not count in the loss.
+/// The label of a token that the loss ignores.
 pub const IGNORED: i32 = -100;
 
-/// One or more documents, one after another.
+/// One or more concatenated documents.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     /// Token ids, `[tokens]`.
     pub input_ids: Vec<u32>,
-    /// What each token is to predict: the label of the token after it in its document, [`IGNORED`] for none.
+    /// The target of each token: the label of the next token in its document, or [`IGNORED`].
     pub targets: Vec<i32>,
-    /// Where documents begin and end, `[documents + 1]`.
+    /// The cumulative lengths of the documents, from 0 to the number of tokens, `[documents + 1]`.
     pub cu_seqlens: Vec<u32>,
-    /// Each token's place in its document, `[tokens]`.
+    /// The position of each token in its document, `[tokens]`.
     pub positions: Vec<u32>,
-    /// Each document's number within the optimizer step; dropout depends on it.
+    /// The number of each document within the optimizer step, which dropout depends on.
     pub rows: Vec<u32>,
 }
 
 impl Batch {
-    /// A batch of `(input_ids, labels)` documents.
+    /// Returns a batch of `(input_ids, labels)` documents.
     ///
     /// `labels[i]` stands beside `input_ids[i]` and is predicted from the tokens before i, so a document's
     /// first label never counts. `first_row` is the number of the first document within the optimizer step.
@@ -42,17 +42,17 @@ impl Batch {
         batch
     }
 
-    /// Number of tokens.
+    /// Returns the number of tokens.
     pub fn tokens(&self) -> usize {
         self.input_ids.len()
     }
 
-    /// Number of tokens that count in the loss.
+    /// Returns the number of tokens in the loss.
     pub fn counted(&self) -> usize {
         self.targets.iter().filter(|&&t| t != IGNORED).count()
     }
 
-    /// Its documents, each a batch of its own with the same number within the step.
+    /// Returns the documents as batches of their own, each with its number within the step.
     pub fn split(&self) -> impl Iterator<Item = Self> + '_ {
         self.documents().zip(&self.rows).map(|(range, &row)| Self {
             input_ids: self.input_ids[range.clone()].to_vec(),
@@ -63,7 +63,7 @@ impl Batch {
         })
     }
 
-    /// Token ranges of the documents.
+    /// Returns the token ranges of the documents.
     pub fn documents(&self) -> impl Iterator<Item = core::ops::Range<usize>> + '_ {
         self.cu_seqlens.windows(2).map(|w| w[0] as usize..w[1] as usize)
     }

@@ -1,4 +1,4 @@
-//! A causal language model: a decoder, its trained parameters, its adapters, and where it came from.
+//! A causal language model: a decoder, its trained parameters, its adapters, and its provenance.
 
 use std::path::{Path, PathBuf};
 
@@ -29,22 +29,22 @@ pub struct CausalLm {
     pub(crate) params: Params,
     pub(crate) adapters: Adapters,
     pub(crate) provenance: Provenance,
-    /// What happens to activations where an adapter does not say.
+    /// The gradient checkpointing.
     pub(crate) checkpointing: GradientCheckpointing,
 }
 
-/// Where a model's weights came from, and what was done to them since.
+/// The origin of a model's weights, and changes to them since loading.
 #[derive(Debug)]
 pub(crate) struct Provenance {
     /// The directory of the checkpoint.
     pub(crate) path: PathBuf,
-    /// What adapters name as their base.
+    /// The name that adapters record as their base.
     pub(crate) name_or_path: String,
     /// The revision that was requested of a model on the hub.
     pub(crate) revision: Option<String>,
-    /// How the checkpoint's linears were quantized, if any were.
+    /// The quantization of the checkpoint's linears, if any.
     pub(crate) quantization: Option<Quantization>,
-    /// How the checkpoint's context was extended, if it was.
+    /// The extension of the checkpoint's context, if any.
     pub(crate) context_extension: Option<ContextExtension>,
     /// True if an adapter was merged into the weights.
     pub(crate) merged: bool,
@@ -55,7 +55,7 @@ pub(crate) struct Provenance {
 }
 
 impl Provenance {
-    /// A dense checkpoint at `path`.
+    /// Returns the provenance of a dense checkpoint at `path`.
     pub(crate) fn new(path: &Path, context_extension: Option<ContextExtension>) -> Self {
         Self {
             path: path.to_owned(),
@@ -82,107 +82,107 @@ impl CausalLm {
         }
     }
 
-    /// The model's configuration.
+    /// Returns the model's configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// The layers, with embedding and head.
+    /// Returns the layers with embedding and head.
     pub fn decoder(&self) -> &Decoder {
         &self.decoder
     }
 
-    /// Returns the name of the checkpoint, as new adapters give it.
+    /// Returns the name of the checkpoint that new adapters record as their base.
     pub fn name_or_path(&self) -> &str {
         &self.provenance.name_or_path
     }
 
-    /// Sets what new adapters name as their base: a model on the hub, with the revision if one was requested. Without
+    /// Sets the name that new adapters record as their base: a model on the hub, with the revision if one was requested. Without
     /// this it is the checkpoint's directory.
     pub fn set_name_or_path(&mut self, name_or_path: impl Into<String>, revision: Option<String>) {
         self.provenance.name_or_path = name_or_path.into();
         self.provenance.revision = revision;
     }
 
-    /// The directory of the checkpoint that the weights came from.
+    /// Returns the directory of the checkpoint.
     pub fn path(&self) -> &Path {
         &self.provenance.path
     }
 
-    /// The device of the weights.
+    /// Returns the device of the weights.
     pub fn device(&self) -> &Device {
         self.decoder.device()
     }
 
-    /// The dtype of frozen weights and activations.
+    /// Returns the dtype of frozen weights and activations.
     pub fn dtype(&self) -> DType {
         self.decoder.dtype()
     }
 
-    /// The longest document that a batch may hold.
+    /// Returns the maximum length of a document.
     pub fn max_seq_length(&self) -> usize {
         self.decoder.max_seq_length()
     }
 
-    /// How `rope_scaling` extended the context of the checkpoint, if it did.
+    /// Returns the context extension by `rope_scaling`, if any.
     pub fn context_extension(&self) -> Option<&ContextExtension> {
         self.provenance.context_extension.as_ref()
     }
 
-    /// The `quantization_config` that a saved `config.json` gets, if the model is quantized.
+    /// Returns the `quantization_config` of a saved `config.json`, if the model is quantized.
     pub fn quantization_config(&self) -> Option<serde_json::Value> {
         self.provenance.quantization.as_ref().map(|quantization| quantization.config.to_json())
     }
 
-    /// The trainable parameters.
+    /// Returns the trainable parameters.
     pub fn params(&self) -> &Params {
         &self.params
     }
 
-    /// The trainable parameters, for the optimizer.
+    /// Returns the trainable parameters for the optimizer.
     pub fn params_mut(&mut self) -> &mut Params {
         &mut self.params
     }
 
-    /// The configuration of the active adapter.
+    /// Returns the configuration of the active adapter.
     pub fn lora(&self) -> Option<&LoraConfig> {
         self.adapter_config().map(AdapterConfig::lora)
     }
 
-    /// What the file of the active adapter says.
+    /// Returns the contents of the active adapter's `adapter_config.json`.
     pub fn adapter_config(&self) -> Option<&AdapterConfig> {
         self.adapters.active.as_ref().map(|active| &active.config)
     }
 
-    /// What adapters on experts cost, if the active adapter is on some: how many experts, and their share of what is
-    /// trained.
+    /// Returns a notice if the active adapter adapts experts: the number of experts, and their share of the trained
+    /// parameters.
     pub fn expert_advice(&self) -> Option<String> {
         let (modules, lora) = (self.modules(), self.lora()?);
         modules.expert_advice(lora, &modules.targets(lora).ok()?)
     }
 
-    /// Number of scalars in all weights, adapters not counted.
+    /// Returns the number of scalars in all weights, without adapters.
     pub fn num_parameters(&self) -> usize {
         self.config.parameters().iter().map(ParameterSpec::numel).sum()
     }
 
-    /// `(full name, in, out)` of every linear of the layers.
+    /// Returns `(full name, in, out)` of every linear of the layers.
     pub fn linears(&self) -> Vec<(String, usize, usize)> {
         let modules = self.modules();
         modules.linears.into_iter().map(|linear| (linear.name, linear.input, linear.out)).collect()
     }
 
-    /// Returns the treatment of activations between forward and backward.
+    /// Returns the gradient checkpointing.
     pub fn gradient_checkpointing(&self) -> GradientCheckpointing {
         self.checkpointing
     }
 
-    /// Sets the treatment of activations between forward and backward. Default [`GradientCheckpointing::Off`].
+    /// Sets the gradient checkpointing. Default [`GradientCheckpointing::Off`].
     pub fn set_gradient_checkpointing(&mut self, checkpointing: GradientCheckpointing) {
         self.checkpointing = checkpointing;
     }
 
-    /// Fails while the active adapter has subtracted a part from the base.
+    /// Fails while the active adapter has subtracted its initial B·A from the base.
     pub(crate) fn check_base(&self) -> Result<(), Error> {
         if self.adapters.base_delta.is_empty() {
             return Ok(());

@@ -1,4 +1,4 @@
-//! A model as its `config.json` describes it.
+//! The contents of a `config.json`.
 
 use rekindle_hub::Checkpoint;
 use rekindle_rope::{ContextExtension, RopeConfig, RopeScaling, extend_context};
@@ -16,7 +16,7 @@ pub struct ModelConfig {
     pub architecture: String,
     /// The decoder.
     pub spec: ModelSpec,
-    /// The longest sequence the checkpoint was made for.
+    /// The longest sequence that the checkpoint was trained for.
     pub max_position_embeddings: usize,
     /// The whole file, written back by `save_pretrained`.
     pub json: Value,
@@ -24,7 +24,7 @@ pub struct ModelConfig {
     section: Option<&'static str>,
     /// True if `rope_scaling` cannot extend the rotary embedding.
     has_fixed_context: bool,
-    /// What the family calls its tensors.
+    /// The family's tensor names.
     pub(crate) names: TensorNames,
 }
 
@@ -77,8 +77,8 @@ impl ModelConfig {
         })
     }
 
-    /// This model for documents of up to `length` tokens, and how its context was extended: not at all within its
-    /// window, unless `rope_scaling` is a table. The rules are those of [`extend_context`].
+    /// Returns this configuration for documents of up to `length` tokens, and the context extension. Within the model's
+    /// window there is none, unless `rope_scaling` is a table. The rules are those of [`extend_context`].
     ///
     /// # Errors
     /// [`Error::Argument`] for a length that `rope_scaling` does not reach.
@@ -130,22 +130,22 @@ impl ModelConfig {
         }
     }
 
-    /// Number of token ids.
+    /// Returns the number of token ids.
     pub fn vocab_size(&self) -> usize {
         self.spec.vocab_size
     }
 
-    /// Width of the residual stream.
+    /// Returns the width of the residual stream.
     pub fn hidden_size(&self) -> usize {
         self.spec.hidden_size
     }
 
-    /// Number of decoder layers.
+    /// Returns the number of decoder layers.
     pub fn num_hidden_layers(&self) -> usize {
         self.spec.layers.len()
     }
 
-    /// Width of the first layer's feed-forward half; of a mixture, that of all experts of a token together.
+    /// Returns the width of the first layer's feed-forward half; of a mixture, the total width of a token's experts.
     pub fn intermediate_size(&self) -> usize {
         match &self.spec.layers[0].feed_forward {
             FeedForwardSpec::Gated(gated) => gated.intermediate_size,
@@ -225,7 +225,7 @@ impl ModelConfig {
         self.spec.head.tied
     }
 
-    /// The rotary position embedding; the first where layers differ.
+    /// Returns the rotary position embedding; the first one if layers differ.
     pub fn rope(&self) -> &RopeConfig {
         &self.spec.ropes[0]
     }

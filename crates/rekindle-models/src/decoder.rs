@@ -1,4 +1,4 @@
-//! Embedding → layers → final norm: the one walk through a model.
+//! The decoder: embedding → layers → final norm, in one walk.
 //!
 //! Training, evaluation, generation and the search for non-finite numbers all go through [`Decoder::walk`]. The head
 //! and the loss come after it (`loss.rs`).
@@ -35,9 +35,9 @@ pub struct Decoder {
     pub layers: Vec<Block>,
     /// The norm after the last layer.
     pub norm: RmsNorm,
-    /// Table and head as they are now.
+    /// The current embedding table and head.
     pub(crate) vocabulary: Vocabulary,
-    /// Table and head of the base model, where an adapter trains one of them whole.
+    /// The embedding table and head of the base model, if an adapter trains one of them in full.
     pub(crate) base_vocabulary: Option<Vocabulary>,
     embedding_multiplier: Option<f32>,
     /// True if the multiplier belongs to the embedding: noise is added to the product.
@@ -129,32 +129,32 @@ impl Decoder {
         })
     }
 
-    /// The device of the weights.
+    /// Returns the device of the weights.
     pub fn device(&self) -> &Device {
         &self.device
     }
 
-    /// The dtype of frozen weights and activations.
+    /// Returns the dtype of frozen weights and activations.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
-    /// The longest document that a batch may hold.
+    /// Returns the maximum length of a document.
     pub fn max_seq_length(&self) -> usize {
         self.ropes.iter().map(Tables::positions).min().unwrap_or(0)
     }
 
-    /// The embedding table; with `adapters`, the one that an adapter trains whole.
+    /// Returns the embedding table; with `adapters`, the one that an adapter trains in full, if any.
     pub fn embedding(&self, adapters: bool) -> &Weight {
         &self.vocabulary(adapters).embedding
     }
 
-    /// The output layer, which may be the embedding table.
+    /// Returns the output layer, which may be the embedding table.
     pub fn head(&self, adapters: bool) -> &Weight {
         self.vocabulary(adapters).head()
     }
 
-    /// The output layer as the loss and generation apply it.
+    /// Returns the output layer for the loss and for generation.
     pub fn lm_head(&self, params: &Params, adapters: bool) -> LmHead {
         let weight = self.head(adapters).matrix(params);
         LmHead { weight, multiplier: self.logit_multiplier, softcap: self.logit_softcap }
@@ -206,7 +206,7 @@ impl Decoder {
         self.layers.iter().flat_map(Block::adaptable)
     }
 
-    /// As [`adaptable`](Self::adaptable).
+    /// Returns the same as [`adaptable`](Self::adaptable), mutably.
     pub fn adaptable_mut(&mut self) -> impl Iterator<Item = AdaptableMut<'_>> {
         self.layers.iter_mut().flat_map(Block::adaptable_mut)
     }
@@ -216,7 +216,7 @@ impl Decoder {
         self.adaptable().filter_map(Adaptable::linears).flat_map(LinearGroup::linears)
     }
 
-    /// As [`linears`](Self::linears).
+    /// Returns the same as [`linears`](Self::linears), mutably.
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         self.adaptable_mut().filter_map(AdaptableMut::linears).flat_map(LinearGroup::linears_mut)
     }

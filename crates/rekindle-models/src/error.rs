@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use crate::NonFinite;
 use crate::non_finite::explain;
 
-/// Why a model cannot be read, built or run.
+/// An error of reading, building or running a model.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -32,7 +32,7 @@ pub enum Error {
     /// An operation failed on the device: out of memory, say.
     #[error(transparent)]
     Device(#[from] rekindle_kernels::DeviceError),
-    /// A number that is infinite or not a number, where only finite ones mean anything.
+    /// A value that is infinite or NaN.
     #[error("{what}{}", explain(.found.as_ref()))]
     NonFinite {
         /// The number and its place, as "the logits of new token 1 are not finite".
@@ -40,10 +40,10 @@ pub enum Error {
         /// The first weight or output that is not finite, if it was found.
         found: Option<NonFinite>,
     },
-    /// An argument that this model cannot take.
+    /// An argument that is invalid for this model.
     #[error("{0}")]
     Argument(String),
-    /// A row that this model cannot take.
+    /// A row that is invalid for this model.
     #[error("{0}")]
     Row(String),
 }

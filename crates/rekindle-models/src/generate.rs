@@ -4,23 +4,23 @@ use crate::layers::LayerKvCache;
 use crate::sample::Sampler;
 use crate::{CausalLm, Error};
 
-/// How tokens are chosen and when to stop.
+/// The settings of sampling, and the conditions that end generation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerationConfig {
-    /// At most this many tokens.
+    /// The maximum number of new tokens.
     pub max_new_tokens: usize,
-    /// 0 takes the most likely token; above, logits are divided by it before the draw.
+    /// The temperature: 0 takes the most likely token; above 0, logits are divided by it before sampling.
     pub temperature: f32,
-    /// Draw from the k most likely tokens only; 0 for all.
+    /// The number of most likely tokens to sample from; 0 for all.
     pub top_k: usize,
-    /// Draw from the smallest set of most likely tokens whose probabilities reach this sum.
+    /// The sum of probabilities that the smallest set of most likely tokens must reach to be sampled from.
     pub top_p: f32,
-    /// Draw only from tokens whose probability is at least this share of the most likely token's; 0 for all.
+    /// The minimum probability of a sampled token, as a fraction of the most likely token's; 0 for all.
     pub min_p: f32,
     /// The logits of tokens that prompt or text have already are divided by it where they are positive, and multiplied
     /// where they are negative; 1 changes nothing. Also applies at temperature 0.
     pub repetition_penalty: f32,
-    /// Seed of the draws.
+    /// Seed of sampling.
     pub seed: u64,
     /// Tokens that end the text.
     pub eos_ids: Vec<u32>,
@@ -42,19 +42,19 @@ impl Default for GenerationConfig {
     }
 }
 
-/// Why generation ended.
+/// The reason that generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopReason {
     /// The model chose one of [`GenerationConfig::eos_ids`].
     EndToken,
     /// `max_new_tokens` or the model's `max_seq_length` was reached.
     Length,
-    /// The caller asked for it.
+    /// The caller stopped it.
     Caller,
 }
 
 impl StopReason {
-    /// In a word: `"end_token"`, `"length"` or `"caller"`.
+    /// Returns `"end_token"`, `"length"` or `"caller"`.
     pub fn name(self) -> &'static str {
         match self {
             Self::EndToken => "end_token",
@@ -65,7 +65,7 @@ impl StopReason {
 }
 
 impl CausalLm {
-    /// Continues `prompt`; `on_token` gets every new token as it is chosen and returns whether to go on.
+    /// Continues `prompt`; `on_token` receives every new token and returns true to continue.
     ///
     /// Returns the new tokens, an end token included.
     ///

@@ -1,6 +1,6 @@
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Gradient checkpointing: the treatment of a block's activations between its forward and its backward.
+/// Gradient checkpointing: the activations of a block that are kept from its forward to its backward.
 ///
 /// In a run file and in JSON: `false`, `true`, `"unsloth"` or `"auto"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

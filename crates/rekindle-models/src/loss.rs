@@ -153,7 +153,7 @@ impl CausalLm {
         linear_cross_entropy::backward(&pass.hidden, &head, log_probs, weights, self.head_grad(grads))
     }
 
-    /// Where the gradient of the head goes, if it is trained.
+    /// Returns the target of the head's gradient, if it is trained.
     fn head_grad<'g>(&self, grads: &'g mut Grads) -> Option<(&'g mut Grads, ParamRef)> {
         self.decoder.head(true).trained().map(|at| (grads, at))
     }
@@ -211,7 +211,7 @@ impl CausalLm {
         self.nll_with(batch, true)
     }
 
-    /// [`nll`](Self::nll) of the base model, whatever adapter is active: no weight is moved or copied.
+    /// Returns [`nll`](Self::nll) of the base model without the active adapter. No weight is moved or copied.
     ///
     /// # Errors
     /// As [`forward`](Self::forward), and [`Error::Argument`] while the active adapter has subtracted its initial B·A from

@@ -1,4 +1,4 @@
-//! What the weights of a model take, by class: in memory once it is loaded, or in a checkpoint that is not.
+//! The size of a model's weights by class, in memory or in a checkpoint.
 
 use core::fmt;
 
@@ -15,9 +15,9 @@ use crate::{CausalLm, ModelConfig, Role};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MemoryClass {
-    /// Codes of quantized linears.
+    /// Quantized data of linears.
     PackedCodes,
-    /// What their codes are scaled with, code tables and descriptions included where a file has them.
+    /// Scales of quantized linears, with the code tables and metadata of a file.
     Scales,
     /// Linears of the blocks that are not quantized.
     DenseLinears,
@@ -25,7 +25,7 @@ pub enum MemoryClass {
     EmbeddingsAndHead,
     /// Vectors.
     NormsAndBiases,
-    /// Trainable factors of an adapter.
+    /// Trainable factors of adapters.
     Adapter,
 }
 
@@ -63,23 +63,23 @@ impl MemoryClass {
 /// One line of a [`MemoryReport`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryLine {
-    /// What.
+    /// The class.
     pub class: MemoryClass,
-    /// Scalars of the model that it stands for; of the scales none, since the codes stand for the same ones.
+    /// The number of the model's scalars; 0 for scales, which belong to counted weights.
     pub weights: u64,
-    /// Bytes that it takes.
+    /// The size in bytes.
     pub bytes: u64,
 }
 
-/// Bytes of a model's weights, by class; classes without any are left out.
+/// Bytes of a model's weights, by class; empty classes are omitted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct MemoryReport {
-    /// In the order of [`MemoryClass`].
+    /// The lines, in the order of [`MemoryClass`].
     pub lines: Vec<MemoryLine>,
 }
 
 impl MemoryReport {
-    /// What the tensors of a checkpoint take on disk.
+    /// Returns the sizes of a checkpoint's tensors on disk.
     pub fn of_headers(headers: &CheckpointHeaders, config: &ModelConfig) -> Self {
         let mut report = Self::default();
         let tensors = checkpoint_headers(headers, config);
@@ -96,29 +96,29 @@ impl MemoryReport {
         report
     }
 
-    /// All bytes.
+    /// Returns the total size in bytes.
     pub fn bytes(&self) -> u64 {
         self.lines.iter().map(|line| line.bytes).sum()
     }
 
-    /// All scalars of the model.
+    /// Returns the total number of scalars.
     pub fn weights(&self) -> u64 {
         self.lines.iter().map(|line| line.weights).sum()
     }
 
-    /// Bits that a quantized weight takes, scales included; `None` when nothing is quantized.
+    /// Returns the bits per quantized weight, scales included, or `None` if nothing is quantized.
     pub fn bits_per_quantized_weight(&self) -> Option<f64> {
         let codes = self.line(MemoryClass::PackedCodes)?;
         let scales = self.line(MemoryClass::Scales).map_or(0, |line| line.bytes);
         Some(8.0 * (codes.bytes + scales) as f64 / codes.weights as f64)
     }
 
-    /// The share of the bytes of a 16-bit model that is saved; negative for wider weights.
+    /// Returns the fraction of a 16-bit model's bytes that is saved; negative for wider weights.
     pub fn saving(&self) -> f64 {
         1.0 - self.bytes() as f64 / (2.0 * self.weights() as f64)
     }
 
-    /// The line of a class.
+    /// Returns the line of a class.
     pub fn line(&self, class: MemoryClass) -> Option<&MemoryLine> {
         self.lines.iter().find(|line| line.class == class)
     }
@@ -137,7 +137,7 @@ impl MemoryReport {
 }
 
 impl CausalLm {
-    /// What the weights of this model take in memory. Trained ones count their `f32` values, not their gradients.
+    /// Returns the sizes of this model's weights in memory. Trained weights count their `f32` values, without gradients.
     pub fn memory_report(&self) -> MemoryReport {
         let mut report = MemoryReport::default();
         let size = self.dtype().size();
@@ -173,7 +173,7 @@ impl CausalLm {
 }
 
 impl fmt::Display for MemoryReport {
-    /// A table.
+    /// Writes a table.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{:<20} {:>14} {:>12} {:>12}", "", "weights", "bytes", "bits/weight")?;
         for line in &self.lines {
@@ -195,7 +195,7 @@ impl fmt::Display for MemoryReport {
     }
 }
 
-/// Bytes of memory for people, in powers of 1,024.
+/// Formats bytes of memory in powers of 1,024.
 fn size(bytes: u64) -> String {
     match bytes {
         0..0x10_0000 => format!("{:.1} KiB", bytes as f64 / 1024.0),

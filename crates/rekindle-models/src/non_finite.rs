@@ -1,30 +1,30 @@
-//! Where the numbers of a step stop being finite: the step once more, looked at module by module.
+//! Search for the first value of a step that is not finite: the step is repeated and checked module by module.
 
 use rekindle_hub::{Dtype, TensorView};
 use rekindle_kernels::{Grads, Tensor, Weight, linear_cross_entropy, to_f32};
 
 use crate::{Batch, CausalLm, Error, IGNORED, Objective, Role, StepKey};
 
-/// The first place of a step, in the order of computation, where a number is infinite or not a number.
+/// The first place of a step, in the order of computation, with a value that is infinite or NaN.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum NonFinite {
     /// A weight, before anything is computed with it.
     Weight {
-        /// Its name in the checkpoint or among the trained parameters.
+        /// The name in the checkpoint or among the trained parameters.
         name: String,
         /// True if it is trained.
         trained: bool,
-        /// The rows of the step that it spoils.
+        /// The affected rows of the step.
         rows: Vec<u32>,
     },
-    /// What a module makes of finite inputs and weights.
+    /// The output of a module with finite inputs and weights.
     Output {
-        /// Its name; `lm_head` for logits and loss.
+        /// The module's name; `lm_head` for logits and loss.
         module: String,
-        /// The largest magnitude that it was given.
+        /// The largest magnitude of its inputs.
         largest_input: f32,
-        /// The rows of the step whose numbers these are.
+        /// The affected rows of the step.
         rows: Vec<u32>,
     },
     /// A gradient of a finite loss.
@@ -38,13 +38,13 @@ pub enum NonFinite {
     Norm {
         /// The parameter with the largest gradient.
         parameter: String,
-        /// Its magnitude.
+        /// The magnitude of its gradient.
         largest: f32,
     },
 }
 
 impl NonFinite {
-    /// The rows of the step that are to blame, as far as they were found.
+    /// Returns the rows of the step that cause it, if they were found.
     pub fn rows(&self) -> &[u32] {
         match self {
             Self::Weight { rows, .. } | Self::Output { rows, .. } | Self::Gradient { rows, .. } => rows,
@@ -77,7 +77,7 @@ impl core::fmt::Display for NonFinite {
     }
 }
 
-/// Where one batch stops being finite in its forward pass.
+/// The first output of a batch's forward pass that is not finite.
 struct BrokenOutput {
     /// 0 for the embedding, then the layers, the final norm and the head.
     depth: usize,
@@ -252,7 +252,7 @@ impl CausalLm {
         Ok(most.map(|(largest, name)| NonFinite::Norm { parameter: name.clone(), largest }))
     }
 
-    /// Of the parameters whose gradients are not finite, the first that a backward pass reaches: its depth and number.
+    /// Returns the depth and the number of the first parameter in backward order whose gradient is not finite.
     fn deepest_broken(&self, grads: &Grads) -> Option<(usize, usize)> {
         let infos = self.params.infos().iter().enumerate();
         let broken = infos.filter(|(_, info)| !grads.values(info.at).iter().all(|g| g.is_finite()));
@@ -271,7 +271,7 @@ impl CausalLm {
     }
 }
 
-/// What an error says after "… is not finite": where that began, and what to do.
+/// Returns the text of an error after "… is not finite": the origin, and what to do.
 pub(crate) fn explain(found: Option<&NonFinite>) -> String {
     let advice = match found {
         None => return String::new(),

@@ -82,19 +82,19 @@ pub enum LinearRole {
     DeltaOutput,
     /// The gate of the feed-forward half.
     Gate,
-    /// What the gate multiplies.
+    /// The projection that the gate multiplies.
     Up,
     /// Gate and up as one linear.
     GateUp,
-    /// Back to the residual stream.
+    /// The projection back to the residual stream.
     Down,
     /// The logits of a mixture's router.
     Router,
     /// The gate of the expert that every token uses.
     SharedGate,
-    /// What that gate multiplies.
+    /// The projection that this gate multiplies.
     SharedUp,
-    /// Back from the expert that every token uses.
+    /// The projection back from the expert that every token uses.
     SharedDown,
     /// The gate on the result of the expert that every token uses.
     SharedExpertGate,
@@ -105,16 +105,16 @@ pub enum LinearRole {
 pub enum ExpertRole {
     /// The gate.
     Gate,
-    /// What the gate multiplies.
+    /// The projection that the gate multiplies.
     Up,
-    /// Back to the residual stream.
+    /// The projection back to the residual stream.
     Down,
 }
 
 /// Linears of all experts that are one weight, expert by expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ExpertStack {
-    /// Of each expert the rows of gate, then those of up.
+    /// The rows of gate, then those of up, of each expert.
     GateUp,
     /// The rows of down.
     Down,
@@ -151,11 +151,11 @@ impl ExpertRole {
 /// A tensor that a model needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParameterSpec {
-    /// Its name in a checkpoint.
+    /// The name in a checkpoint.
     pub name: String,
     /// The part that it plays.
     pub role: Role,
-    /// Its shape in a checkpoint.
+    /// The shape in a checkpoint.
     pub shape: Vec<usize>,
 }
 
@@ -172,7 +172,7 @@ pub struct Parameter<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WeightPart<'a> {
     pub(crate) weight: &'a Weight,
-    /// Which of so many equal parts, one below another.
+    /// The index of the part, and the number of equal parts of rows.
     pub(crate) part: (usize, usize),
 }
 
@@ -204,14 +204,14 @@ impl Role {
         }
     }
 
-    /// Whether this is the embedding table or the output layer.
+    /// Returns true for the embedding table and the output layer.
     pub fn is_vocabulary(self) -> bool {
         matches!(self, Self::Embedding | Self::Head)
     }
 }
 
 impl ParameterSpec {
-    /// Number of scalars.
+    /// Returns the number of scalars.
     pub fn numel(&self) -> usize {
         self.shape.iter().product()
     }
@@ -221,19 +221,19 @@ impl ParameterSpec {
         !self.is_vector() || matches!(self.role, Role::Layer(_, LayerRole::DecayRate))
     }
 
-    /// Whether it is a vector: a norm or a bias.
+    /// Returns true for a vector: a norm or a bias.
     pub fn is_vector(&self) -> bool {
         self.shape.len() == 1
     }
 
-    /// The name of the module that it belongs to.
+    /// Returns the name of the module that it belongs to.
     pub fn module(&self) -> &str {
         self.name.rsplit_once('.').map_or(&self.name, |(module, _)| module)
     }
 }
 
 impl LayerSpec {
-    /// The tensors of a layer with their shapes, in the order of a checkpoint.
+    /// Returns the tensors of a layer with their shapes, in the order of a checkpoint.
     pub fn parameters(&self, hidden_size: usize) -> Vec<(LayerRole, Vec<usize>)> {
         let mut list = Vec::new();
         let norm = |list: &mut Vec<_>, role, norm: &Option<NormSpec>| {
@@ -279,7 +279,7 @@ impl LayerSpec {
 }
 
 impl ModelConfig {
-    /// Every tensor of a checkpoint of this model, in the order of the forward pass.
+    /// Returns every tensor of a checkpoint of this model, in the order of the forward pass.
     pub fn parameters(&self) -> Vec<ParameterSpec> {
         let spec = &self.spec;
         let table = || vec![spec.vocab_size, spec.hidden_size];

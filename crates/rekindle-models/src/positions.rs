@@ -1,4 +1,4 @@
-//! The positions that an adapter was trained with, beside its files.
+//! The file that records the positions an adapter was trained with.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use rekindle_rope::Positions;
 
 use crate::{CausalLm, Error};
 
-/// Writes [`Positions::FILE`] into the adapter's directory `dir`: an adapter has no `config.json` to say it in.
+/// Writes [`Positions::FILE`] into the adapter's directory `dir`: an adapter has no `config.json` to record them.
 ///
 /// # Errors
 /// [`Error::File`] when the system refuses.
@@ -16,7 +16,7 @@ pub fn save_positions(positions: &Positions, dir: &Path) -> Result<(), Error> {
     Ok(write_atomic(&dir.join(Positions::FILE), text.as_bytes())?)
 }
 
-/// The positions that the adapter in `dir` was trained with, if they were not its base's own.
+/// Returns the positions that the adapter in `dir` was trained with, if they differ from its base's.
 ///
 /// # Errors
 /// [`Error::File`] and [`Error::Config`] for a file that is broken.
@@ -30,7 +30,7 @@ pub fn saved_positions(dir: &Path) -> Result<Option<Positions>, Error> {
 }
 
 impl CausalLm {
-    /// Fails unless this model has the positions that the adapter in `dir` was trained with.
+    /// Fails if this model's positions differ from those that the adapter in `dir` was trained with.
     pub(crate) fn check_positions(&self, dir: &Path) -> Result<(), Error> {
         let Some(saved) = saved_positions(dir)? else { return Ok(()) };
         let wanted = saved.rope(self.config.head_dim()).map_err(|error| Error::Argument(error.to_string()))?;

@@ -1,4 +1,4 @@
-//! Choosing the next token from logits.
+//! Sampling of the next token from logits.
 
 use core::cmp::Ordering;
 use std::collections::BTreeSet;
@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::{Error, GenerationConfig};
 
-/// Chooses tokens as [`GenerationConfig`] says.
+/// A sampler with the settings of a [`GenerationConfig`].
 ///
 /// The filters and their order are those of transformers: repetition penalty, then temperature, `top_k`, `top_p` and
 /// `min_p`. One difference: `top_k` keeps exactly k tokens, the lower ids of equal ones, where transformers keeps all
@@ -114,7 +114,7 @@ impl Sampler {
 /// draw seldom goes beyond its first few tokens. Of equal weights the lower id comes first.
 struct Ranked {
     tokens: Vec<(u32, f64)>,
-    /// This many are in order, and none of the others comes before them.
+    /// The number of leading tokens that are in order and precede all others.
     sorted: usize,
 }
 

@@ -1,4 +1,4 @@
-//! A decoder as data: everything that tells one architecture from another.
+//! A decoder as data: everything in which architectures differ.
 //!
 //! `families` turns a `config.json` into a [`ModelSpec`]; [`layers`](crate::layers) and
 //! `decoder` compute what it says. The spec can describe more than the operations of this version
@@ -22,7 +22,7 @@ pub struct ModelSpec {
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// How token ids become the input of the first layer.
+    /// The embedding of token ids.
     pub embedding: EmbeddingSpec,
     /// The layers in order.
     pub layers: Vec<LayerSpec>,
@@ -104,16 +104,16 @@ pub struct GatedDeltaSpec {
     pub eps: f64,
 }
 
-/// Where a layer has norms.
+/// The norms of a layer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerNorms {
-    /// Before attention (`input_layernorm` of Llama).
+    /// The norm before attention (`input_layernorm` of Llama).
     pub pre_attention: Option<NormSpec>,
-    /// On the result of attention, before the residual addition.
+    /// The norm of attention's result, before the residual addition.
     pub post_attention: Option<NormSpec>,
-    /// Before the feed-forward half (`post_attention_layernorm` of Llama).
+    /// The norm before the feed-forward half (`post_attention_layernorm` of Llama).
     pub pre_feed_forward: Option<NormSpec>,
-    /// On the result of the feed-forward half, before the residual addition.
+    /// The norm of the feed-forward half's result, before the residual addition.
     pub post_feed_forward: Option<NormSpec>,
 }
 
@@ -175,9 +175,9 @@ pub struct AttentionSpec {
     pub rope: Option<RotarySpec>,
     /// A factor on queries that grows with the position (Ministral 3, Llama 4).
     pub query_scale: Option<QueryScale>,
-    /// Which projections carry a bias.
+    /// The projections that have a bias.
     pub biases: AttentionBiases,
-    /// How queries, keys and values come from the input.
+    /// The projections of queries, keys and values.
     pub projections: Projections,
     /// A sigmoid gate on the result (Qwen3-Next, Muse Glimmer).
     pub output_gate: Option<OutputGate>,
@@ -233,7 +233,7 @@ impl QueryScale {
     }
 }
 
-/// Which projections of attention carry a bias.
+/// The projections of attention that have a bias.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AttentionBiases {
     /// `q_proj`, `k_proj` and `v_proj`, or the fused `qkv_proj`.
@@ -242,7 +242,7 @@ pub struct AttentionBiases {
     pub o: bool,
 }
 
-/// How queries, keys and values come from the input.
+/// The projections of queries, keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Projections {
     /// `q_proj`, `k_proj` and `v_proj`.
@@ -305,7 +305,7 @@ pub struct GatedSpec {
     pub activation: Activation,
     /// True if gate and up are one `gate_up_proj` (Phi-3, GLM).
     pub fused: bool,
-    /// True if all its projections carry a bias.
+    /// True if all its projections have a bias.
     pub bias: bool,
 }
 
@@ -322,7 +322,7 @@ pub struct MoeSpec {
     pub activation: Activation,
     /// True if experts and router have biases (gpt-oss).
     pub bias: bool,
-    /// How the weights of the chosen experts follow from the router's logits.
+    /// The formula of the chosen experts' weights from the router's logits.
     pub routing: RoutingForm,
     /// The expert that every token uses, if there is one.
     pub shared: Option<SharedExpertSpec>,

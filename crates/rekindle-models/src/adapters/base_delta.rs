@@ -1,5 +1,5 @@
-//! Where new adapters start: the initial B·A that some subtract from the base, how the base is restored, and the
-//! quantization errors that LoftQ starts from.
+//! Initialization of adapters from the weights: the initial B·A that some subtract from the base, the restoration of the
+//! base, and the quantization errors that LoftQ starts from.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,7 +19,7 @@ use crate::{CausalLm, Error, ModelConfig};
 /// The initial B·A that the active adapter subtracted from the base, and how to restore that.
 #[derive(Debug, Default)]
 pub(crate) struct BaseDelta {
-    /// By the linear's name.
+    /// The subtracted factors by the linear's name.
     linears: BTreeMap<String, LinearDelta>,
     /// The weights are read again from here.
     checkpoint: Option<Checkpoint>,
@@ -38,7 +38,7 @@ impl BaseDelta {
         self.linears.is_empty()
     }
 
-    /// What was subtracted, by the linear's name.
+    /// Returns the subtracted factors by the linear's name.
     pub(crate) fn factors(&self) -> BTreeMap<String, Factors> {
         self.linears.iter().map(|(name, delta)| (name.clone(), delta.factors.clone())).collect()
     }
@@ -128,7 +128,7 @@ impl CausalLm {
         starts
     }
 
-    /// What codes miss of a weight.
+    /// Returns factors of the quantization error of a weight.
     fn quantization_error(&self, config: &LoraConfig, name: &str, checkpoint: &Checkpoint) -> Result<Factors, Error> {
         let Weight::Quantized(packed) = &self.linear(name).weight else { unreachable!("the source was checked") };
         let view = checkpoint.get(&format!("{name}.weight")).expect("the codes were made from it");
@@ -139,7 +139,7 @@ impl CausalLm {
         Ok(loftq(config, name, &w, packed.dims(), 1, |_| decoded.clone()).factors)
     }
 
-    /// Takes out of the base again what an adapter took that was off the model: the same bits remain.
+    /// Subtracts the initial B·A of a reactivated adapter from the base again; the result is bit-identical.
     ///
     /// # Errors
     /// [`Error::File`] when the checkpoint is gone; the base is then as it was.
@@ -187,7 +187,7 @@ impl CausalLm {
         Ok(factors)
     }
 
-    /// Gives the base back what the adapter took. There is no adapter at this time.
+    /// Restores the base after the active adapter was detached.
     pub(crate) fn restore_base(&mut self) {
         let BaseDelta { linears, checkpoint } = core::mem::take(&mut self.adapters.base_delta);
         for (name, delta) in linears {
@@ -201,7 +201,7 @@ impl CausalLm {
         }
     }
 
-    /// What the codes of `linear` are, as adapters made for them say it; `None` for a dense weight.
+    /// Returns the description of the format of `linear` that adapters record, or `None` for a dense weight.
     pub(crate) fn quantized_format(&self, linear: &str) -> Option<Map<String, Value>> {
         let Weight::Quantized(_) = &self.linear(linear).weight else { return None };
         let quantization = self.provenance.quantization.as_ref().expect("a model with codes says where they came from");
@@ -217,7 +217,7 @@ impl CausalLm {
         codes.as_object().cloned()
     }
 
-    /// Refuses an adapter that was made for other codes than those of this model.
+    /// Refuses an adapter that was initialized for a base that is quantized differently.
     pub(crate) fn check_quantized_format(&self, dir: &Path, adapter: &Adapter) -> Result<(), Error> {
         let Some(wanted) = adapter.config.codes() else { return Ok(()) };
         let Some(LoftqBase { load_in, skip_modules }) = loftq_base(&adapter.config)? else { return Ok(()) };
@@ -257,16 +257,16 @@ impl CausalLm {
     }
 }
 
-/// The base that an adapter was made for.
+/// The base that a LoftQ adapter was initialized for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoftqBase {
-    /// Its codes.
+    /// The format of its linears.
     pub load_in: LoadIn,
-    /// The modules that stayed dense.
+    /// The modules that are not quantized.
     pub skip_modules: Option<Vec<String>>,
 }
 
-/// The codes that a LoftQ adapter was made for; `None` for any other adapter.
+/// Returns the base that a LoftQ adapter was initialized for, or `None` for other adapters.
 ///
 /// # Errors
 /// [`Error::Argument`] for codes that are not known here.
@@ -291,8 +291,8 @@ pub fn loftq_base(config: &AdapterConfig) -> Result<Option<LoftqBase>, Error> {
     }
 }
 
-/// How `base` is read for a merge with an adapter: in the codes that it was made for, if it was made for any. A base that
-/// is in other codes already is an error.
+/// Returns the quantization of `base` for a merge with an adapter: the format that the adapter was initialized for, if
+/// any. A base that is already in another format is an error.
 pub(crate) fn quantization_plan(
     base: &Checkpoint,
     adapter: &Adapter,

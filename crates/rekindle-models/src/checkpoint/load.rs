@@ -1,4 +1,4 @@
-//! From a checkpoint to a model, tensor by tensor.
+//! Loads a model from a checkpoint, tensor by tensor.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,24 +22,24 @@ use crate::parameters::ParameterSpec;
 use crate::spec::MixerSpec;
 use crate::{CausalLm, Decoder, Error, ModelConfig, Role};
 
-/// How a checkpoint is loaded.
+/// The options of loading a checkpoint.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
-    /// Where the weights go.
+    /// The device of the weights.
     pub device: Device,
     /// The dtype of frozen weights and activations.
     pub dtype: DType,
-    /// The longest document; the rotary tables are made for it.
+    /// The maximum length of a document, which is also the length of the rotary tables.
     pub max_seq_length: usize,
-    /// How positions beyond the model's window are made.
+    /// The context extension beyond the model's window.
     pub rope_scaling: RopeScaling,
-    /// Whether all weights are trained: in `f32`, or in codes where `load_in` or the checkpoint says so.
+    /// True if all weights are trained: in `f32`, or quantized if `load_in` or the checkpoint selects that.
     pub full_finetuning: bool,
-    /// True if weights that are trained are kept in bf16 alone, and updates are rounded stochastically.
+    /// True if trained weights are only stored in bf16, and updates are rounded stochastically.
     pub stochastic_rounding: bool,
-    /// How the linears of the blocks are kept. `None` is dense, or as a quantized checkpoint has them.
+    /// The storage of the blocks' linears. `None` is that of the checkpoint, dense or quantized.
     pub load_in: Option<LoadIn>,
-    /// Linears that stay dense when the others are quantized, as transformers' `llm_int8_skip_modules`. `None` is
+    /// Linears to leave dense when the others are quantized, as transformers' `llm_int8_skip_modules`. `None` is
     /// `lm_head`.
     pub skip_modules: Option<Vec<String>>,
     /// Rows that the embedding table and the head are brought to. New ones are the mean of the old.
@@ -64,7 +64,7 @@ impl LoadOptions {
 }
 
 impl CausalLm {
-    /// Builds the model that `checkpoint` holds. `progress` is told the bytes of each tensor as it is read.
+    /// Builds the model in `checkpoint`. `progress` receives the bytes of each tensor after it is read.
     ///
     /// # Errors
     /// [`Error::Config`] or [`Error::Tensors`], each a list of everything that is wrong; [`Error::Argument`]

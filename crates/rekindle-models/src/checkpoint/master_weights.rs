@@ -1,9 +1,9 @@
-//! How weights are kept when all of them are trained.
+//! Storage of the weights when all of them are trained.
 //!
-//! In f32, with a copy in the compute dtype where that is another: the default. Or in place, without an f32 copy: in bf16
-//! (`stochastic_rounding`), or the linears of the blocks in 4-bit or 8-bit codes and the other matrices in bf16; vectors are
-//! f32. An update decodes a tensor into an f32 scratch, changes it there, and rounds it back stochastically, with new
-//! scales ([`rekindle_kernels::stochastic`]).
+//! By default they are stored in f32, with a copy in the compute dtype if that differs. Otherwise they are stored in place,
+//! without an f32 copy: in bf16 (`stochastic_rounding`), or the linears of the blocks in 4 or 8 bits and the other matrices in
+//! bf16; vectors are f32. An update decodes a tensor into f32 scratch memory, changes it there, and rounds it back
+//! stochastically with new scales ([`rekindle_kernels::stochastic`]).
 
 use std::borrow::Cow;
 
@@ -65,7 +65,7 @@ pub(crate) fn in_place(options: &LoadOptions, is_quantized: bool, config: &Model
     }
 }
 
-/// Scales in codes do not change with the weights.
+/// Returns the error for doubly quantized scales, which cannot change with the weights.
 pub(crate) fn coded_scales(what: &str) -> Error {
     Error::Argument(format!(
         "{what} has doubly quantized scales, which cannot follow weights that are trained; give the 16-bit checkpoint with \

@@ -1,4 +1,4 @@
-//! An adapter added into its base, as a checkpoint or in memory.
+//! Merges an adapter into its base, as a checkpoint or in memory.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -20,7 +20,7 @@ use crate::adapters::quantization_plan;
 use crate::parameters::{ExpertStack, LayerRole, ParameterSpec};
 use crate::{CausalLm, Error, ModelConfig, NonFinite, Role};
 
-/// What a merge is to be, where it is not as the base is.
+/// The properties of a merged checkpoint that differ from the base's.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct MergeOptions<'a> {
     /// The positions that the adapter was trained with.
@@ -31,7 +31,7 @@ pub struct MergeOptions<'a> {
     pub dtype: Option<Dtype>,
 }
 
-/// Writes `base` with `adapter` added into it, into the existing directory `dir`: W + s·B·A in `f32`, rounded once to
+/// Writes `base` with `adapter` merged into it, into the existing directory `dir`: W + s·B·A in `f32`, rounded once to
 /// `dtype`, or to what the tensor has in the base.
 ///
 /// Codes of a quantized base are decoded: the adapter was trained against what they stand for, and the result is

@@ -1,4 +1,4 @@
-//! A model without the values of its weights: what its configuration alone says, for memory plans.
+//! Models without the values of their weights, for memory plans.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! Which linears of a model are quantized: those of a quantized checkpoint, or those quantized while loading.
+//! The quantized linears of a model: those of a quantized checkpoint, or those quantized while loading.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::non_finite::check_view;
 use crate::{Error, ModelConfig};
 
-/// How the linears of the blocks are kept.
+/// The storage of the blocks' linears.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoadIn {
     /// Dense, in the compute dtype.
@@ -25,7 +25,7 @@ pub enum LoadIn {
 }
 
 impl LoadIn {
-    /// The argument of `from_pretrained` that asks for it.
+    /// Returns the argument of `from_pretrained` that selects it.
     pub fn argument(self) -> &'static str {
         match self {
             Self::SixteenBit => "load_in_16bit",
@@ -72,7 +72,7 @@ pub fn is_quantized(config: &Value) -> bool {
 #[derive(Clone, Debug)]
 pub(crate) struct Quantization {
     pub(crate) config: QuantizationConfig,
-    /// By the weight's name.
+    /// The metadata of quantized weights, by name.
     pub(crate) disk_metadata: BTreeMap<String, DiskMetadata>,
     /// The dtypes of the dense tensors in the checkpoint, by name.
     pub(crate) dtypes: BTreeMap<String, Dtype>,

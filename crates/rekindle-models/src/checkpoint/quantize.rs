@@ -1,4 +1,4 @@
-//! From a dense checkpoint to a quantized one, without a model in between.
+//! Quantizes a dense checkpoint without building a model.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,7 +14,7 @@ use super::writer::{self, CheckpointTensor, KeptTensors};
 use crate::non_finite::check_view;
 use crate::{Error, MemoryReport, ModelConfig, Role};
 
-/// Writes `checkpoint` with its linears in codes into the existing directory `dir`: the tensors and the
+/// Writes `checkpoint` with quantized linears into the existing directory `dir`: the tensors and the
 /// `config.json` that bitsandbytes would have written. Everything else stays as it is, bit for bit.
 ///
 /// `skip_modules` are the linears that stay dense; `None` is `lm_head`. The codes are held in memory until all are

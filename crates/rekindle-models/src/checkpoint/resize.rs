@@ -1,4 +1,4 @@
-//! A vocabulary of another size than the checkpoint's.
+//! Changes the size of the vocabulary.
 
 use serde_json::Value;
 
@@ -8,7 +8,7 @@ use crate::{Error, ModelConfig};
 const MOST_IDS: usize = i32::MAX as usize;
 
 impl ModelConfig {
-    /// This model with `rows` token ids.
+    /// Returns this configuration with `rows` token ids.
     ///
     /// # Errors
     /// [`Error::Argument`] for a number that labels cannot name.

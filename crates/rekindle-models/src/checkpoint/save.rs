@@ -1,4 +1,4 @@
-//! From a model to a checkpoint.
+//! Writes a model as a checkpoint.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::parameters::{ParameterSpec, WeightPart};
 use crate::{CausalLm, Error};
 
 impl CausalLm {
-    /// The dtype that holds trained weights as they are: f32, or bf16 where they are kept in place. Weights trained in
+    /// Returns the dtype that stores trained weights without loss: f32, or bf16 where they are kept in place. Weights trained in
     /// quantized form are rounded to bf16.
     pub fn trained_dtype(&self) -> Dtype {
         if self.params.are_in_place() { Dtype::BF16 } else { Dtype::F32 }

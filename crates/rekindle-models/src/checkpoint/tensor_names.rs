@@ -1,4 +1,5 @@
-//! Checkpoints whose tensors have prefixes that the model's own names lack, or lack the one that they have, or have another.
+//! Renames the tensors of a checkpoint to the model's own names: prefixes of wrappers are removed, and missing or different
+//! prefixes are corrected.
 
 use rekindle_hub::Checkpoint;
 use serde_json::Value;
@@ -25,7 +26,7 @@ pub(crate) fn canonical(checkpoint: &Checkpoint) -> Checkpoint {
     checkpoint.renamed(|stored| naming.name(stored)).unwrap_or_else(|| checkpoint.clone())
 }
 
-/// How the names of one checkpoint become the model's own.
+/// The renaming of one checkpoint's tensors to the model's own names.
 #[derive(Default)]
 pub(crate) struct TensorNaming {
     lacks_prefix: bool,

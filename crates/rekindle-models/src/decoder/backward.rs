@@ -6,7 +6,7 @@ use super::Decoder;
 use crate::GradientCheckpointing;
 use crate::layers::{BlockSaved, Checkpointed, Context};
 
-/// What waits for a layer's backward.
+/// The saved state of a layer until its backward.
 #[allow(clippy::large_enum_variant, reason = "one entry a layer")]
 #[derive(Debug)]
 enum LayerSaved {

@@ -11,7 +11,7 @@ use super::Decoder;
 use crate::Batch;
 use crate::layers::Context;
 
-/// What the random numbers of a training step depend on.
+/// The key of a training step's random numbers.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepKey {
     /// Seed of the run.
@@ -42,7 +42,7 @@ pub struct BatchContext<'a> {
     random: Option<StepRandomness>,
 }
 
-/// What the random numbers of a batch depend on.
+/// The key of a batch's random numbers.
 #[derive(Debug)]
 struct StepRandomness {
     key: StepKey,

@@ -6,13 +6,13 @@ use super::ConfigReader;
 use crate::ModelSpec;
 use crate::spec::{Activation, AttentionMask, FeedForwardSpec, MoeSpec, RoutingForm, SharedExpertSpec};
 
-/// What a family's mixtures have besides the sizes that `config.json` names.
+/// The properties of a family's mixtures besides the sizes in `config.json`.
 pub(super) struct MoeKeys {
     /// The keys that may hold the number of experts.
     pub(super) experts: &'static [&'static str],
     /// The key of the width of an expert.
     pub(super) intermediate_size: &'static str,
-    /// How the router's weights are made.
+    /// The formula of the router's weights.
     pub(super) routing: RoutingForm,
     /// The expert that every token uses.
     pub(super) shared: Option<SharedExpertSpec>,

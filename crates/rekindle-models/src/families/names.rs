@@ -12,7 +12,7 @@ pub(crate) struct TensorNames {
     pub(crate) embedding: &'static str,
     pub(crate) final_norm: &'static str,
     pub(crate) head: &'static str,
-    /// What stands before a layer's index.
+    /// The prefix of a layer's index.
     pub(crate) layers: &'static str,
     pub(crate) pre_attention_norm: &'static str,
     pub(crate) query_norm: &'static str,

@@ -33,7 +33,7 @@ pub struct Attention {
     pub output_gate: bool,
     /// Norms of queries and keys.
     pub qk_norm: Option<[RmsNorm; 2]>,
-    /// Where they are.
+    /// The place of the query and key norms.
     pub qk_norm_place: QkNormPlace,
     /// A logit for each head that takes part in the softmax without a value, `[heads]` (gpt-oss).
     pub sinks: Option<Weight>,

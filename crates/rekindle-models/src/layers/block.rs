@@ -171,7 +171,7 @@ impl Block {
         self.mixer.groups().map(Adaptable::Linears).into_iter().chain(self.feed_forward.adaptable())
     }
 
-    /// As [`adaptable`](Self::adaptable).
+    /// Returns the same as [`adaptable`](Self::adaptable), mutably.
     pub fn adaptable_mut(&mut self) -> impl Iterator<Item = AdaptableMut<'_>> {
         self.mixer.groups_mut().map(AdaptableMut::Linears).into_iter().chain(self.feed_forward.adaptable_mut())
     }

@@ -1,4 +1,4 @@
-//! What stays of a layer between its forward and its backward when most of it is recomputed.
+//! The activations of a layer that are kept when most of it is recomputed in the backward.
 
 use rekindle_kernels::{Offloaded, Tensor};
 

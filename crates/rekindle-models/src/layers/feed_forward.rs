@@ -100,7 +100,7 @@ impl FeedForward {
         }
     }
 
-    /// As [`adaptable`](Self::adaptable).
+    /// Returns the same as [`adaptable`](Self::adaptable), mutably.
     pub fn adaptable_mut(&mut self) -> Vec<AdaptableMut<'_>> {
         match self {
             Self::Gated(mlp) => [&mut mlp.gate_up, &mut mlp.down].map(AdaptableMut::Linears).into(),

@@ -1,4 +1,4 @@
-//! What decoding keeps of the tokens so far.
+//! The state of decoding: keys and values of the tokens so far.
 
 use rekindle_kernels::{Rows, Tensor, from_f32};
 
@@ -11,7 +11,7 @@ pub struct LayerKvCache {
     recurrent: Option<RecurrentState>,
 }
 
-/// What a gated delta layer keeps.
+/// The state of a gated delta layer.
 #[derive(Debug)]
 struct RecurrentState {
     /// The last inputs of the convolution, `[taps - 1, channels]`.

@@ -87,7 +87,7 @@ impl<'a> Context<'a> {
 /// Receives the weights of a layer with their roles, in the order in which they were built.
 pub type VisitWeights<'v, 'a> = &'v mut dyn FnMut(LayerRole, &'a Weight);
 
-/// Where the weights of a model come from while it is built.
+/// The source of a model's weights while it is built.
 pub(crate) trait WeightSource {
     /// Returns the weight of a tensor; called once for each, in the order of the forward pass.
     fn weight(&mut self, tensor: &ParameterSpec) -> Result<Weight, crate::Error>;

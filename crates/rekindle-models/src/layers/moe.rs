@@ -40,7 +40,7 @@ pub struct Moe {
     pub shared: Option<SharedExpert>,
     /// Experts of each token.
     pub top_k: usize,
-    /// How the weights follow from the logits.
+    /// The formula of the weights from the logits.
     pub form: RoutingForm,
 }
 
@@ -123,7 +123,7 @@ impl Moe {
         [Adaptable::Linears(&self.router)].into_iter().chain(experts).chain(shared).collect()
     }
 
-    /// As [`adaptable`](Self::adaptable).
+    /// Returns the same as [`adaptable`](Self::adaptable), mutably.
     pub fn adaptable_mut(&mut self) -> Vec<AdaptableMut<'_>> {
         let experts = [&mut self.gate_up, &mut self.down].map(AdaptableMut::Experts);
         let shared = self.shared.iter_mut().flat_map(SharedExpert::groups_mut).map(AdaptableMut::Linears);

@@ -88,7 +88,7 @@ impl SharedExpert {
         [&self.mlp.gate_up, &self.mlp.down].into_iter().chain(&self.gate)
     }
 
-    /// As [`groups`](Self::groups).
+    /// Returns the same as [`groups`](Self::groups), mutably.
     pub fn groups_mut(&mut self) -> impl Iterator<Item = &mut LinearGroup> {
         [&mut self.mlp.gate_up, &mut self.mlp.down].into_iter().chain(&mut self.gate)
     }

@@ -1,4 +1,4 @@
-//! What a spec can say and this version does not compute.
+//! Features that a spec can describe and this version does not compute.
 
 use super::{
     Activation, AttentionMask, AttentionSpec, FeedForwardSpec, GatedSpec, LayerSpec, ModelSpec, NormKind, NormSpec,

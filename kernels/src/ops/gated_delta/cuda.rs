@@ -237,7 +237,7 @@ impl Operands {
     }
 }
 
-/// What the chunks compute before any state.
+/// The quantities of the chunks that do not depend on the state.
 struct Prepared {
     solve: Array,
     scores: Array,
@@ -259,7 +259,7 @@ struct Step<'a> {
     chunks: &'a Chunks,
 }
 
-/// How the scans share a value head's channels.
+/// The split of a value head's channels over the scans.
 #[derive(Clone, Copy)]
 struct ScanShape {
     /// Channels of a block.

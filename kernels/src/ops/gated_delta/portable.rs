@@ -118,7 +118,7 @@ pub(crate) fn backward(
     GradsIn { qkv: Tensor::cat(qkv, 0), b: Tensor::cat(b, 0), a: Tensor::cat(a, 0), a_log, dt_bias }
 }
 
-/// What the value heads compute of a chunk's tokens, `[heads, rows, …]` in f32.
+/// The quantities of a chunk's tokens for all value heads, `[heads, rows, …]` in f32.
 struct Chunk {
     first: usize,
     rows: usize,

@@ -81,7 +81,7 @@ fn run(dy: &Array, x: &Array, z: &Array, weight: &Array, eps: f32, dx: &Array, d
     );
 }
 
-/// How the heads of a matrix are shared by lanes.
+/// The split of a matrix's heads over lanes.
 struct Heads {
     heads: usize,
     width: usize,

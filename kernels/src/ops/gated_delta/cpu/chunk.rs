@@ -60,7 +60,7 @@ impl Operands<'_> {
     }
 }
 
-/// What a value head computes of a chunk's tokens.
+/// The quantities of a chunk's tokens for one value head.
 pub(super) struct Chunk {
     pub(super) heads: DeltaHeads,
     pub(super) first: usize,
