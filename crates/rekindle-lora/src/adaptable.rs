@@ -2,7 +2,7 @@
 
 use rekindle_kernels::{ParamRef, Params, ParamsBuilder};
 
-use crate::{Adaptation, ExpertLinear, LinearGroup};
+use crate::{ExpertLinear, LinearGroup, LoraInit};
 
 /// A part of a layer that adapters can be on.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +32,7 @@ impl<'a> Adaptable<'a> {
     }
 
     /// Returns the current trained parameters of every linear, by the linear's name.
-    pub fn trained(self, params: &Params) -> Vec<(String, Adaptation)> {
+    pub fn trained(self, params: &Params) -> Vec<(String, LoraInit)> {
         match self {
             Self::Linears(group) => group.trained(params),
             Self::Experts(experts) => experts.trained(params),
@@ -67,7 +67,7 @@ impl<'a> AdaptableMut<'a> {
 
     /// Gives each linear what `adaptation` returns for its name, replacing what it had. `site` tells the dropout masks of
     /// linears from all others.
-    pub fn adapt(self, params: &mut ParamsBuilder, site: u32, mut adaptation: impl FnMut(&str) -> Adaptation) {
+    pub fn adapt(self, params: &mut ParamsBuilder, site: u32, mut adaptation: impl FnMut(&str) -> LoraInit) {
         match self {
             Self::Linears(group) => group.adapt(params, site, |linear| adaptation(&linear.name)),
             Self::Experts(experts) => experts.adapt(params, adaptation),

@@ -7,12 +7,12 @@ use std::path::Path;
 
 use rekindle_hub::{Dtype, SafetensorsFile, TensorSpec, open_adapter, write_atomic, write_f32, write_safetensors};
 
-use crate::peft::{AdapterConfig, CONFIG_FILE, Key, TENSORS_FILE};
+use crate::peft::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, TensorKey};
 use crate::{Bias, Error, ExpertProjection, LoraConfig, SAVABLE, match_targets};
 
 /// A `[r, in]` and B `[out, r]` of one adapted linear, row-major.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Factors {
+pub struct LoraFactors {
     /// The rank.
     pub r: usize,
     /// A's values.
@@ -29,7 +29,7 @@ pub struct Adapter {
     /// The contents of `adapter_config.json`.
     pub config: AdapterConfig,
     /// Factors by the full name of the linear.
-    pub factors: BTreeMap<String, Factors>,
+    pub factors: BTreeMap<String, LoraFactors>,
     /// Trained biases by the full name of the linear.
     pub biases: BTreeMap<String, Vec<f32>>,
     /// Weights that are trained whole, with their shapes, by the full name of the module, such as `lm_head`.
@@ -53,9 +53,9 @@ pub struct EmbeddingTable {
 
 /// The modules of a model that an adapter can adapt or save.
 #[derive(Clone, Debug, Default)]
-pub struct Modules {
+pub struct AdaptableModules {
     /// Every linear of the blocks, those of experts too.
-    pub linears: Vec<Module>,
+    pub linears: Vec<LinearModule>,
     /// The modules that `modules_to_save` can name: full name and shape of the weight.
     pub savable: Vec<(String, [usize; 2])>,
     /// True if the embedding table and the head are one weight.
@@ -63,12 +63,12 @@ pub struct Modules {
     /// The projections of experts, whose linears are among `linears`.
     pub experts: Vec<ExpertProjection>,
     /// The outputs of an expert taken together, where there are several: what adapters on `target_parameters` are on.
-    pub joined: Vec<Module>,
+    pub joined: Vec<LinearModule>,
 }
 
 /// A linear of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Module {
+pub struct LinearModule {
     /// Full name, such as `model.layers.0.self_attn.q_proj`.
     pub name: String,
     /// The number of input features.
@@ -79,9 +79,9 @@ pub struct Module {
     pub has_bias: bool,
 }
 
-impl Modules {
+impl AdaptableModules {
     /// Returns the linear with this full name.
-    pub fn linear(&self, name: &str) -> Option<&Module> {
+    pub fn linear(&self, name: &str) -> Option<&LinearModule> {
         self.linears.iter().find(|linear| linear.name == name)
     }
 
@@ -113,8 +113,8 @@ impl Modules {
     }
 
     /// Returns the linears whose biases are trained. `adapted` is true for the name of an adapted linear.
-    pub fn biased(&self, bias: Bias, adapted: impl Fn(&str) -> bool) -> Vec<&Module> {
-        let trained = |linear: &&Module| match bias {
+    pub fn biased(&self, bias: Bias, adapted: impl Fn(&str) -> bool) -> Vec<&LinearModule> {
+        let trained = |linear: &&LinearModule| match bias {
             Bias::None => false,
             Bias::All => linear.has_bias,
             Bias::LoraOnly => linear.has_bias && adapted(&linear.name),
@@ -131,7 +131,7 @@ impl Adapter {
     /// # Errors
     /// [`Error::File`] and [`Error::AdapterConfig`] for unreadable files; [`Error::Tensors`] that lists every tensor
     /// which is missing, unexpected or misshaped.
-    pub fn load(dir: &Path, modules: &Modules) -> Result<Self, Error> {
+    pub fn load(dir: &Path, modules: &AdaptableModules) -> Result<Self, Error> {
         let config = AdapterConfig::open(dir)?;
         let path = dir.join(TENSORS_FILE);
         let file = open_adapter(dir)?;
@@ -140,36 +140,38 @@ impl Adapter {
 
         let mut factors = BTreeMap::new();
         reader.stacked(config.lora(), modules, &mut factors)?;
-        let is_separate = |linear: &&Module| adapted.contains(&linear.name) && !factors.contains_key(&linear.name);
-        let separate: Vec<&Module> = modules.linears.iter().filter(is_separate).collect();
+        let is_separate =
+            |linear: &&LinearModule| adapted.contains(&linear.name) && !factors.contains_key(&linear.name);
+        let separate: Vec<&LinearModule> = modules.linears.iter().filter(is_separate).collect();
         for linear in separate {
-            let Module { name, input, out, .. } = linear;
+            let LinearModule { name, input, out, .. } = linear;
             let r = config.lora().rank_of(name);
-            let a = reader.take(&Key::A(name), &[r, *input])?;
-            let b = reader.take(&Key::B(name), &[*out, r])?;
-            let magnitude = config.lora().use_dora.then(|| reader.take(&Key::Magnitude(name), &[*out])).transpose()?;
-            factors.insert(name.clone(), Factors { r, a, b, magnitude });
+            let a = reader.take(&TensorKey::A(name), &[r, *input])?;
+            let b = reader.take(&TensorKey::B(name), &[*out, r])?;
+            let magnitude =
+                config.lora().use_dora.then(|| reader.take(&TensorKey::Magnitude(name), &[*out])).transpose()?;
+            factors.insert(name.clone(), LoraFactors { r, a, b, magnitude });
         }
         let mut biases = BTreeMap::new();
         for linear in modules.biased(config.lora().bias, |name| factors.contains_key(name)) {
-            let key = Key::bias(&linear.name, factors.contains_key(&linear.name));
+            let key = TensorKey::bias(&linear.name, factors.contains_key(&linear.name));
             biases.insert(linear.name.clone(), reader.take(&key, &[linear.out])?);
         }
         let mut saved = BTreeMap::new();
         for name in modules.saved(config.lora())? {
             let shape = modules.savable.iter().find(|(known, _)| *known == name).map_or([0, 0], |(_, shape)| *shape);
-            let weight = reader.take(&Key::Saved(&name), &shape)?;
+            let weight = reader.take(&TensorKey::Saved(&name), &shape)?;
             saved.insert(name, (shape, weight));
         }
         let mut tables = BTreeMap::new();
         for (name, shape) in modules.savable.iter().filter(|(name, _)| !saved.contains_key(name)) {
-            let key = Key::Saved(name);
+            let key = TensorKey::Saved(name);
             let Some(dtype) = file.get(&key.to_string()).map(|tensor| tensor.dtype) else { continue };
             let values = reader.take(&key, shape)?;
             tables.insert(name.clone(), EmbeddingTable { shape: *shape, dtype, values });
         }
         // Repetitions of a module that is trained whole, where PEFT saved the tables as well.
-        let repeated = saved.keys().flat_map(|name| Key::repeated(name));
+        let repeated = saved.keys().flat_map(|name| TensorKey::repeated(name));
         reader.read.extend(repeated.filter(|key| file.get(key).is_some()));
         let mut problems = reader.problems;
         let rows = saved.values().map(|(shape, _)| shape[0]).chain(tables.values().map(|table| table.shape[0])).next();
@@ -224,25 +226,26 @@ impl Adapter {
         let mut dtypes = BTreeMap::new();
         let stacked = self.stacked();
         for (module, [a_shape, b_shape], (a, b)) in &stacked.tensors {
-            tensors.push((Key::A(module).to_string(), a_shape.to_vec(), a));
-            tensors.push((Key::B(module).to_string(), b_shape.to_vec(), b));
+            tensors.push((TensorKey::A(module).to_string(), a_shape.to_vec(), a));
+            tensors.push((TensorKey::B(module).to_string(), b_shape.to_vec(), b));
         }
         let separate = self.factors.iter().filter(|(module, _)| !stacked.modules.contains(module.as_str()));
-        for (module, Factors { r, a, b, magnitude }) in separate {
-            tensors.push((Key::A(module).to_string(), vec![*r, a.len() / r], a));
-            tensors.push((Key::B(module).to_string(), vec![b.len() / r, *r], b));
-            tensors.extend(magnitude.as_ref().map(|m| (Key::Magnitude(module).to_string(), vec![m.len()], &m[..])));
+        for (module, LoraFactors { r, a, b, magnitude }) in separate {
+            tensors.push((TensorKey::A(module).to_string(), vec![*r, a.len() / r], a));
+            tensors.push((TensorKey::B(module).to_string(), vec![b.len() / r, *r], b));
+            tensors
+                .extend(magnitude.as_ref().map(|m| (TensorKey::Magnitude(module).to_string(), vec![m.len()], &m[..])));
         }
         for (module, bias) in &self.biases {
-            let key = Key::bias(module, self.factors.contains_key(module));
+            let key = TensorKey::bias(module, self.factors.contains_key(module));
             tensors.push((key.to_string(), vec![bias.len()], bias));
         }
         for (module, (shape, weight)) in &self.saved {
-            tensors.push((Key::Saved(module).to_string(), shape.to_vec(), weight));
+            tensors.push((TensorKey::Saved(module).to_string(), shape.to_vec(), weight));
         }
         for (module, EmbeddingTable { shape, dtype, values }) in &self.tables {
-            dtypes.insert(Key::Saved(module).to_string(), *dtype);
-            tensors.push((Key::Saved(module).to_string(), shape.to_vec(), values));
+            dtypes.insert(TensorKey::Saved(module).to_string(), *dtype);
+            tensors.push((TensorKey::Saved(module).to_string(), shape.to_vec(), values));
         }
         let dtype = |key: &String| dtypes.get(key).copied().unwrap_or(Dtype::F32);
         let specs: Vec<TensorSpec> =
@@ -266,8 +269,10 @@ pub fn saved_rows(dir: &Path) -> Result<Option<usize>, Error> {
 }
 
 fn rows_of(file: &SafetensorsFile) -> Option<usize> {
-    let rows = |name: &str| match Key::parse(name)? {
-        Key::Saved(module) if SAVABLE.contains(&module.rsplit('.').next()?) => file.get(name)?.shape.first().copied(),
+    let rows = |name: &str| match TensorKey::parse(name)? {
+        TensorKey::Saved(module) if SAVABLE.contains(&module.rsplit('.').next()?) => {
+            file.get(name)?.shape.first().copied()
+        }
         _ => None,
     };
     let mut found = file.names().filter_map(rows);
@@ -276,9 +281,9 @@ fn rows_of(file: &SafetensorsFile) -> Option<usize> {
 }
 
 /// Returns the linears that the file has factors for, and those that the configuration requires.
-fn adapted_modules(file: &SafetensorsFile, config: &AdapterConfig, modules: &Modules) -> BTreeSet<String> {
-    let named = file.names().filter_map(Key::parse).filter_map(|key| match key {
-        Key::A(module) | Key::B(module) => Some(module.to_owned()),
+fn adapted_modules(file: &SafetensorsFile, config: &AdapterConfig, modules: &AdaptableModules) -> BTreeSet<String> {
+    let named = file.names().filter_map(TensorKey::parse).filter_map(|key| match key {
+        TensorKey::A(module) | TensorKey::B(module) => Some(module.to_owned()),
         _ => None,
     });
     // A pattern that only Python's regular expressions understand cannot be checked; its tensors still are. Of a mixture
@@ -300,7 +305,7 @@ struct TensorReader<'a> {
 
 impl TensorReader<'_> {
     /// Returns the values of a tensor, or none after recording a problem.
-    fn take(&mut self, key: &Key<'_>, shape: &[usize]) -> Result<Vec<f32>, Error> {
+    fn take(&mut self, key: &TensorKey<'_>, shape: &[usize]) -> Result<Vec<f32>, Error> {
         let key = key.to_string();
         match self.file.get(&key) {
             None => self.problems.push(format!("tensor \"{key}\" is missing")),
@@ -326,7 +331,7 @@ mod tests {
     fn adapter() -> Adapter {
         let module = "model.layers.0.self_attn.q_proj".to_owned();
         let factors =
-            Factors { r: 2, a: (0..6).map(|i| i as f32).collect(), b: vec![0.5; 8], magnitude: Some(vec![1.5; 4]) };
+            LoraFactors { r: 2, a: (0..6).map(|i| i as f32).collect(), b: vec![0.5; 8], magnitude: Some(vec![1.5; 4]) };
         let config = LoraConfig::new(2).use_dora(true).bias(crate::Bias::LoraOnly).modules_to_save(["lm_head"]);
         Adapter {
             config: AdapterConfig::new(&config.target_modules(["q_proj"]), Some("base"), std::slice::from_ref(&module)),
@@ -337,10 +342,10 @@ mod tests {
         }
     }
 
-    fn modules(layer: usize, input: usize) -> Modules {
+    fn modules(layer: usize, input: usize) -> AdaptableModules {
         let name = format!("model.layers.{layer}.self_attn.q_proj");
-        let linears = vec![Module { name, input, out: 4, has_bias: true }];
-        Modules { linears, savable: vec![("lm_head".to_owned(), [3, 2])], ..Modules::default() }
+        let linears = vec![LinearModule { name, input, out: 4, has_bias: true }];
+        AdaptableModules { linears, savable: vec![("lm_head".to_owned(), [3, 2])], ..AdaptableModules::default() }
     }
 
     #[test]
@@ -364,7 +369,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         adapter().save(dir.path()).unwrap();
         assert_eq!(saved_rows(dir.path()).unwrap(), Some(3));
-        let other = Modules { savable: vec![("lm_head".to_owned(), [4, 2])], ..modules(0, 3) };
+        let other = AdaptableModules { savable: vec![("lm_head".to_owned(), [4, 2])], ..modules(0, 3) };
         let error = Adapter::load(dir.path(), &other).unwrap_err().to_string();
         assert!(error.contains("has shape [3, 2], expected [4, 2]"), "{error}");
         assert!(error.contains("trained with 3 token ids, but this model has 4; load the base with resize"), "{error}");
@@ -387,10 +392,10 @@ mod tests {
         brought.save(dir.path()).unwrap();
         assert_eq!(saved_rows(dir.path()).unwrap(), Some(3));
         let savable = vec![(embed.clone(), [3, 2]), (head, [3, 2])];
-        let untied = Modules { savable, ..modules(0, 3) };
+        let untied = AdaptableModules { savable, ..modules(0, 3) };
         assert_eq!(Adapter::load(dir.path(), &untied).unwrap().tables, brought.tables);
 
-        let tied = Modules { tied: true, ..untied.clone() };
+        let tied = AdaptableModules { tied: true, ..untied.clone() };
         let error = Adapter::load(dir.path(), &tied).unwrap_err().to_string();
         assert!(error.contains("its embedding table and head differ"), "{error}");
         brought.tables.insert(embed, table(0.25));
@@ -398,8 +403,10 @@ mod tests {
         let tables = Adapter::load(dir.path(), &tied).unwrap().tables;
         assert_eq!(tables.into_values().collect::<Vec<_>>(), [table(0.25)], "one stands for both");
 
-        let smaller =
-            Modules { savable: untied.savable.iter().map(|(name, _)| (name.clone(), [2, 2])).collect(), ..untied };
+        let smaller = AdaptableModules {
+            savable: untied.savable.iter().map(|(name, _)| (name.clone(), [2, 2])).collect(),
+            ..untied
+        };
         let error = Adapter::load(dir.path(), &smaller).unwrap_err().to_string();
         assert!(error.contains("trained with 3 token ids, but this model has 2; load the base with resize"), "{error}");
     }

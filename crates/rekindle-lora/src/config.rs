@@ -15,7 +15,7 @@ use crate::error::nearest_hint;
 pub use bias::Bias;
 pub use init::InitLoraWeights;
 pub use loftq::LoftqConfig;
-pub use pattern::Pattern;
+pub use pattern::ModulePattern;
 pub use targets::TargetModules;
 
 /// The seven linears of a decoder block, the default of [`LoraConfig::target_modules`].
@@ -70,11 +70,11 @@ pub struct LoraConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finetune_last_n_layers: Option<usize>,
     /// Ranks of some modules instead of `r`.
-    #[serde(skip_serializing_if = "Pattern::is_empty")]
-    pub rank_pattern: Pattern<usize>,
+    #[serde(skip_serializing_if = "ModulePattern::is_empty")]
+    pub rank_pattern: ModulePattern<usize>,
     /// `lora_alpha` of some modules.
-    #[serde(skip_serializing_if = "Pattern::is_empty")]
-    pub alpha_pattern: Pattern<f64>,
+    #[serde(skip_serializing_if = "ModulePattern::is_empty")]
+    pub alpha_pattern: ModulePattern<f64>,
     /// The modules that are trained in full and saved with the adapter: `embed_tokens`, `lm_head`.
     #[serde(deserialize_with = "lists::names_or_none", skip_serializing_if = "Vec::is_empty")]
     pub modules_to_save: Vec<String>,
@@ -171,14 +171,14 @@ impl LoraConfig {
     /// Sets the rank of some modules.
     #[must_use]
     pub fn rank_pattern<S: Into<String>>(mut self, ranks: impl IntoIterator<Item = (S, usize)>) -> Self {
-        self.rank_pattern = Pattern(ranks.into_iter().map(|(key, r)| (key.into(), r)).collect());
+        self.rank_pattern = ModulePattern(ranks.into_iter().map(|(key, r)| (key.into(), r)).collect());
         self
     }
 
     /// Sets `lora_alpha` of some modules.
     #[must_use]
     pub fn alpha_pattern<S: Into<String>>(mut self, alphas: impl IntoIterator<Item = (S, f64)>) -> Self {
-        self.alpha_pattern = Pattern(alphas.into_iter().map(|(key, alpha)| (key.into(), alpha)).collect());
+        self.alpha_pattern = ModulePattern(alphas.into_iter().map(|(key, alpha)| (key.into(), alpha)).collect());
         self
     }
 
@@ -301,8 +301,8 @@ impl Default for LoraConfig {
             layers_to_transform: None,
             layers_pattern: None,
             finetune_last_n_layers: None,
-            rank_pattern: Pattern::default(),
-            alpha_pattern: Pattern::default(),
+            rank_pattern: ModulePattern::default(),
+            alpha_pattern: ModulePattern::default(),
             modules_to_save: Vec::new(),
             ensure_weight_tying: true,
             use_dora: false,

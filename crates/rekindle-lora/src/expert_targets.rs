@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::nearest_hint;
-use crate::{Error, ExpertNames, InitLoraWeights, LoraConfig, Module, Modules, match_targets};
+use crate::{AdaptableModules, Error, ExpertNames, InitLoraWeights, LinearModule, LoraConfig, match_targets};
 
 /// A projection of the experts of a layer, which adapters can be on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,19 +18,19 @@ pub struct ExpertProjection {
 
 impl ExpertProjection {
     /// The linears of all experts, those of an expert one after another.
-    pub fn linears(&self) -> impl Iterator<Item = Module> + '_ {
+    pub fn linears(&self) -> impl Iterator<Item = LinearModule> + '_ {
         let of =
             move |expert| self.names.outputs.iter().map(move |&(output, width)| self.module(expert, output, width));
         (0..self.experts).flat_map(of)
     }
 
     /// The outputs of each expert taken together.
-    pub fn joined(&self) -> impl Iterator<Item = Module> + '_ {
+    pub fn joined(&self) -> impl Iterator<Item = LinearModule> + '_ {
         (0..self.experts).map(move |expert| self.module(expert, self.names.joined, self.names.width()))
     }
 
-    fn module(&self, expert: usize, output: &str, out: usize) -> Module {
-        Module { name: self.names.linear(expert, output), input: self.input, out, has_bias: false }
+    fn module(&self, expert: usize, output: &str, out: usize) -> LinearModule {
+        LinearModule { name: self.names.linear(expert, output), input: self.input, out, has_bias: false }
     }
 
     /// Returns true if one of `target_parameters` names it.
@@ -41,9 +41,9 @@ impl ExpertProjection {
     }
 }
 
-impl Modules {
+impl AdaptableModules {
     /// Every module that an adapter can be on by its full name.
-    pub fn by_name(&self) -> BTreeMap<&str, &Module> {
+    pub fn by_name(&self) -> BTreeMap<&str, &LinearModule> {
         self.linears.iter().chain(&self.joined).map(|module| (module.name.as_str(), module)).collect()
     }
 
@@ -195,12 +195,17 @@ mod tests {
     use super::*;
 
     /// Two layers with three experts each, and attention.
-    pub(crate) fn modules() -> Modules {
+    pub(crate) fn modules() -> AdaptableModules {
         let (mut linears, mut experts, mut joined) = (Vec::new(), Vec::new(), Vec::new());
         for layer in 0..2 {
             let attention = format!("model.layers.{layer}.self_attn.q_proj");
-            linears.push(Module { name: attention, input: 8, out: 8, has_bias: false });
-            linears.push(Module { name: format!("model.layers.{layer}.mlp.gate"), input: 8, out: 3, has_bias: false });
+            linears.push(LinearModule { name: attention, input: 8, out: 8, has_bias: false });
+            linears.push(LinearModule {
+                name: format!("model.layers.{layer}.mlp.gate"),
+                input: 8,
+                out: 3,
+                has_bias: false,
+            });
             let module = format!("model.layers.{layer}.mlp.experts");
             for (outputs, joined_name, input) in
                 [(vec![("gate_proj", 4), ("up_proj", 4)], "gate_up_proj", 8), (vec![("down_proj", 8)], "down_proj", 4)]
@@ -215,7 +220,7 @@ mod tests {
                 experts.push(projection);
             }
         }
-        Modules { linears, experts, joined, ..Modules::default() }
+        AdaptableModules { linears, experts, joined, ..AdaptableModules::default() }
     }
 
     fn targets(config: &LoraConfig) -> Vec<String> {

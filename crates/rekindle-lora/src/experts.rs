@@ -4,8 +4,8 @@ use rekindle_kernels::grouped::{self, GroupedRows};
 use rekindle_kernels::routing::Dispatch;
 use rekindle_kernels::{Grads, ParamRef, Params, ParamsBuilder, Tensor, Weight};
 
-use crate::peft::Key;
-use crate::{Adaptation, Factors, LinearContext};
+use crate::peft::TensorKey;
+use crate::{LinearContext, LoraFactors, LoraInit};
 
 /// A linear of every expert: y_e = x_e·W_eᵀ for the rows of each expert e.
 ///
@@ -140,12 +140,12 @@ impl ExpertLinear {
     /// adapters on all experts, of one rank and one scale, or on none.
     ///
     /// # Panics
-    /// Where that is not so; [`Modules::check_experts`](crate::Modules::check_experts) refuses such adapters.
-    pub fn adapt(&mut self, params: &mut ParamsBuilder, mut adaptation: impl FnMut(&str) -> Adaptation) {
+    /// Where that is not so; [`AdaptableModules::check_experts`](crate::Modules::check_experts) refuses such adapters.
+    pub fn adapt(&mut self, params: &mut ParamsBuilder, mut adaptation: impl FnMut(&str) -> LoraInit) {
         let mut found = Vec::new();
         for (name, first, width) in self.names.parts() {
             let factors = (0..self.experts).filter_map(|e| adaptation(&self.names.linear(e, name)).factors);
-            let factors: Vec<(Factors, f64)> = factors.collect();
+            let factors: Vec<(LoraFactors, f64)> = factors.collect();
             if factors.is_empty() {
                 continue;
             }
@@ -165,18 +165,18 @@ impl ExpertLinear {
             let of = |expert: usize| found.iter().flat_map(move |(_, factors)| &factors[expert].0.a);
             (0..self.experts).flat_map(of).copied().collect()
         };
-        let name = format!("{module}.{}{}", self.names.joined, Key::A("").suffix());
+        let name = format!("{module}.{}{}", self.names.joined, TensorKey::A("").suffix());
         let a = params.push(name, &[self.experts * ranks, input], true, &a);
         let parts = found.iter().map(|&((name, first, width), ref factors)| {
             let (r, scale) = (factors[0].0.r, factors[0].1);
-            let is_same = |(f, s): &(Factors, f64)| f.r == r && *s == scale;
+            let is_same = |(f, s): &(LoraFactors, f64)| f.r == r && *s == scale;
             assert!(factors.iter().all(is_same), "one rank and one scale for all experts of {module}");
             let b = if params.is_planned() {
                 vec![0.0; self.experts * width * r]
             } else {
                 factors.iter().flat_map(|(f, _)| &f.b).copied().collect()
             };
-            let full = format!("{module}.{name}{}", Key::B("").suffix());
+            let full = format!("{module}.{name}{}", TensorKey::B("").suffix());
             let b = params.push(full, &[self.experts * width, r], true, &b);
             PlacedPart { name, first, width, r, b, scale: scale as f32 }
         });
@@ -185,7 +185,7 @@ impl ExpertLinear {
     }
 
     /// The factors of every linear as they are now, by the linear's full name.
-    pub fn trained(&self, params: &Params) -> Vec<(String, Adaptation)> {
+    pub fn trained(&self, params: &Params) -> Vec<(String, LoraInit)> {
         let Some(PlacedExperts { a, parts }) = &self.adapters else { return Vec::new() };
         let ([rows, input], all_a) = (a.dims(), params.values(*a));
         let ranks = rows / self.experts;
@@ -195,8 +195,8 @@ impl ExpertLinear {
             for expert in 0..self.experts {
                 let a = all_a[(expert * ranks + row) * input..][..r * input].to_vec();
                 let b = all_b[expert * width * r..][..width * r].to_vec();
-                let factors = Some((Factors { r: *r, a, b, magnitude: None }, f64::from(*scale)));
-                list.push((self.names.linear(expert, name), Adaptation { factors, bias: None }));
+                let factors = Some((LoraFactors { r: *r, a, b, magnitude: None }, f64::from(*scale)));
+                list.push((self.names.linear(expert, name), LoraInit { factors, bias: None }));
             }
             row += r;
         }
@@ -277,7 +277,7 @@ impl ExpertLinear {
 }
 
 /// The factors of every expert for one part of [`ExpertNames::parts`].
-type FoundPart = ((&'static str, usize, usize), Vec<(Factors, f64)>);
+type FoundPart = ((&'static str, usize, usize), Vec<(LoraFactors, f64)>);
 
 #[cfg(test)]
 mod tests {
@@ -305,26 +305,26 @@ mod tests {
         }
     }
 
-    fn factors(expert: usize, input: usize, out: usize, r: usize) -> Factors {
+    fn factors(expert: usize, input: usize, out: usize, r: usize) -> LoraFactors {
         let (a, b) = (numbers(10 + expert, r * input), numbers(20 + expert, out * r));
-        Factors { r, a, b, magnitude: None }
+        LoraFactors { r, a, b, magnitude: None }
     }
 
-    fn adapted(weight: Weight, of: impl Fn(&str, usize) -> Option<(Factors, f64)>) -> (ExpertLinear, Params) {
+    fn adapted(weight: Weight, of: impl Fn(&str, usize) -> Option<(LoraFactors, f64)>) -> (ExpertLinear, Params) {
         let mut linear = ExpertLinear::new(names(), EXPERTS, weight);
         let mut params = ParamsBuilder::new(&Device::cpu(), DType::F32);
         linear.adapt(&mut params, |name| {
             let (rest, last) = name.rsplit_once('.').expect("a full name");
             let expert = rest.rsplit_once('.').expect("a full name").1.parse().expect("a number");
-            Adaptation { factors: of(last, expert), bias: None }
+            LoraInit { factors: of(last, expert), bias: None }
         });
         (linear, params.build())
     }
 
     /// W + s·B·A of every expert in the place of W.
-    fn merged(weight: &[f32], input: usize, factors: &[(usize, usize, Factors, f64)]) -> Vec<f32> {
+    fn merged(weight: &[f32], input: usize, factors: &[(usize, usize, LoraFactors, f64)]) -> Vec<f32> {
         let mut merged = weight.to_vec();
-        for (expert, first, Factors { r, a, b, .. }, scale) in factors {
+        for (expert, first, LoraFactors { r, a, b, .. }, scale) in factors {
             for (row, b) in b.chunks_exact(*r).enumerate() {
                 for column in 0..input {
                     let sum: f32 = (0..*r).map(|i| b[i] * a[i * input + column]).sum();
@@ -349,7 +349,7 @@ mod tests {
         };
         let joined = |name: &str, expert: usize| (name == "gate_up_proj").then(|| (factors(expert, input, 8, 2), 0.5));
         let only_up = |name: &str, expert: usize| (name == "up_proj").then(|| (factors(expert, input, 4, 1), 1.0));
-        let all: [&dyn Fn(&str, usize) -> Option<(Factors, f64)>; 3] = [&separate, &joined, &only_up];
+        let all: [&dyn Fn(&str, usize) -> Option<(LoraFactors, f64)>; 3] = [&separate, &joined, &only_up];
         let dispatch = Dispatch::of(&[2, 0, 0, 2, 2, 0], EXPERTS, 2, &Device::cpu());
         let (x, dy) = (matrix(3, [3, input]), matrix(4, [6, 8]));
         for of in all {

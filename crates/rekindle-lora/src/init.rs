@@ -1,9 +1,12 @@
 //! Initial values of A and B.
 
+pub(crate) mod from_weights;
+pub(crate) mod svd;
+
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::{Factors, InitLoraWeights, LoraConfig};
+use crate::{InitLoraWeights, LoraConfig, LoraFactors};
 
 /// Returns A and B of a new adapter for the linear `module` with a weight of `[out, in]`.
 ///
@@ -12,7 +15,7 @@ use crate::{Factors, InitLoraWeights, LoraConfig};
 ///
 /// The numbers come from a ChaCha stream keyed by `random_state` and the module's name, so that adding a target changes
 /// no other adapter's initial values.
-pub fn initial_factors(config: &LoraConfig, module: &str, in_features: usize, out_features: usize) -> Factors {
+pub fn initial_factors(config: &LoraConfig, module: &str, in_features: usize, out_features: usize) -> LoraFactors {
     let r = config.rank_of(module);
     let mut rng = stream(config, module);
     let mut uniform = |n: usize, bound: f64| -> Vec<f32> {
@@ -23,16 +26,16 @@ pub fn initial_factors(config: &LoraConfig, module: &str, in_features: usize, ou
         InitLoraWeights::Random => {
             let a = uniform(r * in_features, a_bound);
             let b = uniform(out_features * r, 1.0 / (r as f64).sqrt());
-            Factors { r, a, b, magnitude: None }
+            LoraFactors { r, a, b, magnitude: None }
         }
         InitLoraWeights::Gaussian => {
             let a = (0..r * in_features).map(|_| (normal(&mut rng) / r as f64) as f32).collect();
-            Factors { r, a, b: vec![0.0; out_features * r], magnitude: None }
+            LoraFactors { r, a, b: vec![0.0; out_features * r], magnitude: None }
         }
-        // `spectral.rs` initializes methods that use the weight; adapters of other methods are only loaded.
+        // `from_weights.rs` initializes methods that use the weight; adapters of other methods are only loaded.
         _ => {
             let (a, b) = (uniform(r * in_features, a_bound), vec![0.0; out_features * r]);
-            Factors { r, a, b, magnitude: None }
+            LoraFactors { r, a, b, magnitude: None }
         }
     }
 }

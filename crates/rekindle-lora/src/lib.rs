@@ -8,7 +8,7 @@
 //! ```
 //! use burn::tensor::DType;
 //! use rekindle_kernels::{Device, ParamsBuilder, Weight, from_f32, to_f32};
-//! use rekindle_lora::{Adaptation, Linear, LinearContext, LinearGroup, LoraConfig, initial_factors};
+//! use rekindle_lora::{LoraInit, Linear, LinearContext, LinearGroup, LoraConfig, initial_factors};
 //!
 //! let device = Device::cpu();
 //! let config = LoraConfig::new(2).lora_alpha(4.0);
@@ -17,7 +17,7 @@
 //! let mut params = ParamsBuilder::new(&device, DType::F32);
 //! group.adapt(&mut params, 0, |linear| {
 //!     let factors = initial_factors(&config, &linear.name, 3, 2);
-//!     Adaptation { factors: Some((factors, config.scale())), bias: None }
+//!     LoraInit { factors: Some((factors, config.scale())), bias: None }
 //! });
 //! let params = params.build();
 //!
@@ -38,27 +38,24 @@ mod expert_targets;
 mod experts;
 mod init;
 mod linear;
-mod magnitude;
 mod merge;
 mod non_finite;
 pub mod peft;
-mod spectral;
-mod svd;
 mod targets;
 mod weighted;
 
 pub use adaptable::{Adaptable, AdaptableMut};
-pub use adapter::{Adapter, EmbeddingTable, Factors, Module, Modules, saved_rows};
+pub use adapter::{AdaptableModules, Adapter, EmbeddingTable, LinearModule, LoraFactors, saved_rows};
 pub use config::{
-    BLOCK_LINEARS, Bias, FUSED_LINEARS, InitLoraWeights, LoftqConfig, LoraConfig, Pattern, SAVABLE, TargetModules,
+    BLOCK_LINEARS, Bias, FUSED_LINEARS, InitLoraWeights, LoftqConfig, LoraConfig, ModulePattern, SAVABLE, TargetModules,
 };
 pub use dora::initial_magnitude;
 pub use error::Error;
 pub use expert_targets::ExpertProjection;
 pub use experts::{ExpertLinear, ExpertNames, ExpertPending, ExpertSaved};
+pub use init::from_weights::{WeightSplit, loftq, split_weight, to_plain};
 pub use init::initial_factors;
-pub use linear::{Adaptation, Dropout, Linear, LinearContext, LinearGroup, LinearPending, LinearSaved};
+pub use linear::{Dropout, Linear, LinearContext, LinearGroup, LinearPending, LinearSaved, LoraInit};
 pub use merge::merge;
-pub use spectral::{Start, loftq, taken, to_plain};
 pub use targets::match_targets;
 pub use weighted::{Combination, weighted};

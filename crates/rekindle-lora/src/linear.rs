@@ -3,14 +3,14 @@
 mod pass;
 
 pub use rekindle_kernels::dropout::Dropout;
-use rekindle_kernels::stacked::{Part, Stacked};
+use rekindle_kernels::stacked::{Stacked, StackedLinear};
 use rekindle_kernels::{ParamRef, Params, ParamsBuilder, Tensor, Weight};
 
 pub use pass::{LinearContext, LinearPending, LinearSaved};
 
-use crate::Factors;
-use crate::magnitude::Magnitude;
-use crate::peft::Key;
+use crate::LoraFactors;
+use crate::dora::layer::Magnitude;
+use crate::peft::TensorKey;
 
 /// A linear of the base model: y = x·Wᵀ + b.
 #[derive(Clone, Debug)]
@@ -30,9 +30,9 @@ pub struct Linear {
 
 /// The trained parameters of one linear besides its weight.
 #[derive(Clone, Debug, Default)]
-pub struct Adaptation {
+pub struct LoraInit {
     /// The factors and the scale s.
-    pub factors: Option<(Factors, f64)>,
+    pub factors: Option<(LoraFactors, f64)>,
     /// The bias as it starts.
     pub bias: Option<Vec<f32>>,
 }
@@ -51,7 +51,7 @@ struct Placed {
 /// y_j = x·W_jᵀ + b_j + s_j·(dropout(x)·A_jᵀ)·B_jᵀ
 ///
 /// W_j is dense or in codes ([`Weight::Quantized`]), which is QLoRA (arXiv:2305.14314). With a magnitude, DoRA, the rows
-/// of W_j + s_j·B_j·A_j have trained lengths; the equation stands in `magnitude.rs`.
+/// of W_j + s_j·B_j·A_j have trained lengths; the equation is in `dora/layer.rs`.
 ///
 /// The A's lie one after another in the flat buffer and are applied as one wide product; the dense
 /// W + s·B·A is never formed, and no gradient of a frozen W is computed. On CUDA frozen weights and their factors are
@@ -146,15 +146,15 @@ impl LinearGroup {
     ///
     /// `site` tells this group's dropout masks from those of all other groups. A magnitude needs the lengths of the
     /// rows of W, which are measured here.
-    pub fn adapt(&mut self, params: &mut ParamsBuilder, site: u32, adaptation: impl FnMut(&Linear) -> Adaptation) {
+    pub fn adapt(&mut self, params: &mut ParamsBuilder, site: u32, adaptation: impl FnMut(&Linear) -> LoraInit) {
         self.site = site;
-        let found: Vec<Adaptation> = self.linears.iter().map(adaptation).collect();
+        let found: Vec<LoraInit> = self.linears.iter().map(adaptation).collect();
         let mut joined: Option<ParamRef> = None;
         let mut placed_a = Vec::new();
         for (linear, found) in self.linears.iter().zip(&found) {
             placed_a.push(found.factors.as_ref().map(|(f, _)| {
                 let shape = [f.r, linear.weight.dims()[1]];
-                let a = params.push(format!("{}{}", linear.name, Key::A("").suffix()), &shape, true, &f.a);
+                let a = params.push(format!("{}{}", linear.name, TensorKey::A("").suffix()), &shape, true, &f.a);
                 let all = joined.map_or(a, |all| all.join(a).expect("pushed one after another, equally wide"));
                 joined = Some(all);
                 a
@@ -163,11 +163,11 @@ impl LinearGroup {
         for ((linear, found), a) in self.linears.iter_mut().zip(found).zip(placed_a) {
             let out = linear.weight.dims()[0];
             linear.adapter = found.factors.zip(a).map(|((f, scale), a)| {
-                let b = params.push(format!("{}{}", linear.name, Key::B("").suffix()), &[out, f.r], true, &f.b);
+                let b = params.push(format!("{}{}", linear.name, TensorKey::B("").suffix()), &[out, f.r], true, &f.b);
                 // As in transformers' Trainer, where all but biases and norms takes weight decay.
-                let magnitude = f
-                    .magnitude
-                    .map(|m| params.push(format!("{}{}", linear.name, Key::Magnitude("").suffix()), &[out], true, &m));
+                let magnitude = f.magnitude.map(|m| {
+                    params.push(format!("{}{}", linear.name, TensorKey::Magnitude("").suffix()), &[out], true, &m)
+                });
                 let magnitude = magnitude.map(|at| Magnitude::new(at, &linear.weight));
                 Placed { a, b, scale: scale as f32, magnitude }
             });
@@ -185,7 +185,7 @@ impl LinearGroup {
         if self.a.is_none() || self.linears.iter().any(|l| has_magnitude(l) || l.trained_bias.is_some()) {
             return;
         }
-        let parts = self.linears.iter_mut().map(|linear| Part {
+        let parts = self.linears.iter_mut().map(|linear| StackedLinear {
             factors: linear.adapter.as_ref().map(|placed| (placed.a, placed.b, placed.scale)),
             weight: &mut linear.weight,
             bias: linear.bias.as_ref(),
@@ -194,15 +194,15 @@ impl LinearGroup {
     }
 
     /// Returns the current trained parameters of every linear, by the linear's name.
-    pub fn trained(&self, params: &Params) -> Vec<(String, Adaptation)> {
+    pub fn trained(&self, params: &Params) -> Vec<(String, LoraInit)> {
         let adaptation = |linear: &Linear| {
             let factors = linear.adapter.as_ref().map(|Placed { a, b, scale, magnitude }| {
                 let magnitude = magnitude.as_ref().map(|magnitude| params.values(magnitude.at));
-                let factors = Factors { r: a.dims()[0], a: params.values(*a), b: params.values(*b), magnitude };
+                let factors = LoraFactors { r: a.dims()[0], a: params.values(*a), b: params.values(*b), magnitude };
                 (factors, f64::from(*scale))
             });
             let bias = linear.trained_bias.map(|at| params.values(at));
-            (factors.is_some() || bias.is_some()).then(|| (linear.name.clone(), Adaptation { factors, bias }))
+            (factors.is_some() || bias.is_some()).then(|| (linear.name.clone(), LoraInit { factors, bias }))
         };
         self.linears.iter().filter_map(adaptation).collect()
     }

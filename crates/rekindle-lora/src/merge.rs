@@ -3,8 +3,8 @@
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::Factors;
-use crate::dora::norm;
+use crate::LoraFactors;
+use crate::dora::norm::norm;
 
 /// Rows of a task: enough that a tile of A, read once, is reused from the L1 cache.
 const ROWS: usize = 16;
@@ -24,7 +24,7 @@ const ROWS: usize = 16;
 ///
 /// # Panics
 /// If a slice's length is not that of its shape.
-pub fn merge(w: &mut [f32], [out, input]: [usize; 2], factors: &Factors, scale: f64, magnitude: Option<&[f32]>) {
+pub fn merge(w: &mut [f32], [out, input]: [usize; 2], factors: &LoraFactors, scale: f64, magnitude: Option<&[f32]>) {
     assert_shape(factors, [out, input]);
     assert_eq!(w.len(), out * input, "W is [{out}, {input}]");
     assert!(magnitude.is_none_or(|m| m.len() == out), "the magnitude is [{out}]");
@@ -45,14 +45,14 @@ pub fn merge(w: &mut [f32], [out, input]: [usize; 2], factors: &Factors, scale: 
 }
 
 /// Panics unless A is `[r, in]` and B `[out, r]`.
-pub(crate) fn assert_shape(factors: &Factors, [out, input]: [usize; 2]) {
+pub(crate) fn assert_shape(factors: &LoraFactors, [out, input]: [usize; 2]) {
     let r = factors.r;
     assert_eq!(factors.a.len(), r * input, "A is [{r}, {input}]");
     assert_eq!(factors.b.len(), out * r, "B is [{out}, {r}]");
 }
 
 /// Adds rows `first..` of s·B·A to `rows`.
-pub(crate) fn add_product(rows: &mut [f32], input: usize, factors: &Factors, first: usize, scale: f64) {
+pub(crate) fn add_product(rows: &mut [f32], input: usize, factors: &LoraFactors, first: usize, scale: f64) {
     let b = &factors.b[first * factors.r..][..rows.len() / input * factors.r];
     Arch::new().dispatch(AddProduct { rows, input, a: &factors.a, b, r: factors.r, scale: scale as f32 });
 }
@@ -108,7 +108,7 @@ mod tests {
     use crate::dora::initial_magnitude;
 
     /// W + s·B·A in f64.
-    fn truth(w: &[f32], [out, input]: [usize; 2], f: &Factors, scale: f64) -> Vec<f64> {
+    fn truth(w: &[f32], [out, input]: [usize; 2], f: &LoraFactors, scale: f64) -> Vec<f64> {
         let product = |i: usize, j: usize| -> f64 {
             (0..f.r).map(|k| f64::from(f.b[i * f.r + k]) * f64::from(f.a[k * input + j])).sum()
         };
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn two_by_two_by_hand() {
-        let factors = Factors { r: 1, a: vec![1.0, 2.0], b: vec![3.0, -1.0], magnitude: None };
+        let factors = LoraFactors { r: 1, a: vec![1.0, 2.0], b: vec![3.0, -1.0], magnitude: None };
         let mut w = [1.0, 0.0, 0.0, 1.0];
         merge(&mut w, [2, 2], &factors, 0.5, None);
         assert_eq!(w, [2.5, 3.0, -0.5, 0.0]);
@@ -136,7 +136,7 @@ mod tests {
     #[test]
     fn every_shape_is_the_f64_sum_up_to_rounding() {
         for [out, input, r] in [[1, 1, 1], [3, 5, 2], [17, 130, 8], [33, 257, 5], [40, 64, 16]] {
-            let factors = Factors { r, a: wave(r * input, 0.7), b: wave(out * r, 1.3), magnitude: None };
+            let factors = LoraFactors { r, a: wave(r * input, 0.7), b: wave(out * r, 1.3), magnitude: None };
             let before = wave(out * input, 0.37);
             let mut after = before.clone();
             merge(&mut after, [out, input], &factors, 2.0, None);
@@ -151,7 +151,7 @@ mod tests {
     #[test]
     fn the_initial_magnitude_changes_nothing_but_rounding() {
         let shape = [19, 70];
-        let factors = Factors { r: 3, a: wave(3 * 70, 0.7), b: wave(19 * 3, 1.3), magnitude: None };
+        let factors = LoraFactors { r: 3, a: wave(3 * 70, 0.7), b: wave(19 * 3, 1.3), magnitude: None };
         let w = wave(19 * 70, 0.37);
         let (mut plain, mut dora) = (w.clone(), w.clone());
         merge(&mut plain, shape, &factors, 0.5, None);
@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn a_row_of_zeros_stays() {
-        let factors = Factors { r: 1, a: vec![1.0; 3], b: vec![0.0], magnitude: None };
+        let factors = LoraFactors { r: 1, a: vec![1.0; 3], b: vec![0.0], magnitude: None };
         let mut w = [0.0; 3];
         merge(&mut w, [1, 3], &factors, 1.0, Some(&[0.0]));
         assert_eq!(w, [0.0; 3]);

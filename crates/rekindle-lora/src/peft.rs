@@ -7,12 +7,12 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use crate::{BLOCK_LINEARS, Bias, Error, InitLoraWeights, LoraConfig, Pattern, TargetModules};
+use crate::{BLOCK_LINEARS, Bias, Error, InitLoraWeights, LoraConfig, ModulePattern, TargetModules};
 
 mod keys;
 pub(crate) mod stacked;
 
-pub use keys::Key;
+pub use keys::TensorKey;
 
 /// The file with the adapter's configuration.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -285,8 +285,8 @@ impl FieldReader<'_> {
         if layers_to_transform.is_some() && !matches!(target_modules, TargetModules::Names(_)) {
             self.problems.push("layers_to_transform needs target_modules to be a list of names".to_owned());
         }
-        let rank_pattern: Pattern<usize> = self.typed("rank_pattern", "ranks by name").unwrap_or_default();
-        let alpha_pattern: Pattern<f64> = self.typed("alpha_pattern", "numbers by name").unwrap_or_default();
+        let rank_pattern: ModulePattern<usize> = self.typed("rank_pattern", "ranks by name").unwrap_or_default();
+        let alpha_pattern: ModulePattern<f64> = self.typed("alpha_pattern", "numbers by name").unwrap_or_default();
         self.problems.extend(rank_pattern.invalid("rank_pattern").chain(alpha_pattern.invalid("alpha_pattern")));
         for (key, _) in rank_pattern.0.iter().filter(|(_, r)| **r == 0) {
             self.problems.push(format!("rank_pattern \"{key}\" is 0; expected a rank of at least 1"));

@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use rayon::prelude::*;
 
 use crate::error::nearest_hint;
-use crate::spectral::factors;
-use crate::svd::{Triplets, of_product};
-use crate::{Adapter, Error, Factors, Modules, TargetModules};
+use crate::init::from_weights::factors;
+use crate::init::svd::{Triplets, of_product};
+use crate::{AdaptableModules, Adapter, Error, LoraFactors, TargetModules};
 
 /// A method of combining adapters; see [`weighted`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,7 +46,7 @@ pub enum Combination {
 pub fn weighted(
     adapters: &[(&str, &Adapter, f64)],
     combination: Combination,
-    modules: &Modules,
+    modules: &AdaptableModules,
 ) -> Result<Adapter, Error> {
     let combination = if adapters.len() == 1 { Combination::Linear } else { combination };
     let problems = problems(adapters, combination);
@@ -72,7 +72,7 @@ pub fn weighted(
         };
         (name.clone(), combined)
     });
-    let combined: BTreeMap<String, Factors> = combined.collect();
+    let combined: BTreeMap<String, LoraFactors> = combined.collect();
     let mut config = first.config.combined(r, targets(&combined, modules));
     if let Some(codes) = adapters.iter().find_map(|(_, adapter, _)| adapter.config.codes()) {
         config.set_codes(codes.clone());
@@ -84,7 +84,7 @@ pub fn weighted(
 
 /// An adapter's factors on one linear, and the weight of their product.
 struct WeightedFactors<'a> {
-    factors: &'a Factors,
+    factors: &'a LoraFactors,
     weight: f64,
 }
 
@@ -96,7 +96,7 @@ impl<'a> WeightedFactors<'a> {
     }
 }
 
-fn cat(parts: &[WeightedFactors<'_>], [out, input]: [usize; 2], r: usize) -> Factors {
+fn cat(parts: &[WeightedFactors<'_>], [out, input]: [usize; 2], r: usize) -> LoraFactors {
     let (mut a, mut b) = (Vec::with_capacity(r * input), vec![0.0; out * r]);
     let mut first = 0;
     for WeightedFactors { factors, weight } in parts {
@@ -107,11 +107,11 @@ fn cat(parts: &[WeightedFactors<'_>], [out, input]: [usize; 2], r: usize) -> Fac
         first += factors.r;
     }
     a.resize(r * input, 0.0);
-    Factors { r, a, b, magnitude: None }
+    LoraFactors { r, a, b, magnitude: None }
 }
 
-fn linear(parts: &[WeightedFactors<'_>], r: usize) -> Factors {
-    let sum = |of: fn(&Factors) -> &[f32], weight: fn(f64) -> f64| {
+fn linear(parts: &[WeightedFactors<'_>], r: usize) -> LoraFactors {
+    let sum = |of: fn(&LoraFactors) -> &[f32], weight: fn(f64) -> f64| {
         let mut sum = vec![0.0; of(parts[0].factors).len()];
         for part in parts {
             let weight = weight(part.weight);
@@ -121,10 +121,10 @@ fn linear(parts: &[WeightedFactors<'_>], r: usize) -> Factors {
     };
     // signum is 1 at zero, where the root is zero.
     let a = sum(|factors| &factors.a, |weight| weight.signum() * weight.abs().sqrt());
-    Factors { r, a, b: sum(|factors| &factors.b, |weight| weight.abs().sqrt()), magnitude: None }
+    LoraFactors { r, a, b: sum(|factors| &factors.b, |weight| weight.abs().sqrt()), magnitude: None }
 }
 
-fn svd(parts: &[WeightedFactors<'_>], [out, input]: [usize; 2], r: usize) -> Factors {
+fn svd(parts: &[WeightedFactors<'_>], [out, input]: [usize; 2], r: usize) -> LoraFactors {
     let ranks = || parts.iter().flat_map(|part| (0..part.factors.r).map(move |k| (part, k)));
     let column = |(part, k): (&WeightedFactors<'_>, usize)| -> Vec<f64> {
         part.factors.b.iter().skip(k).step_by(part.factors.r).map(|b| f64::from(*b)).collect()
@@ -208,11 +208,11 @@ fn rank(adapter: &Adapter) -> usize {
 }
 
 /// The linears as `target_modules`: by the last parts of their names where that says the same.
-fn targets(factors: &BTreeMap<String, Factors>, modules: &Modules) -> TargetModules {
+fn targets(factors: &BTreeMap<String, LoraFactors>, modules: &AdaptableModules) -> TargetModules {
     let last = |name: &str| name.rsplit('.').next().unwrap_or_default().to_owned();
     // Those of `target_parameters` are named there.
     let is_linear = |name: &&String| modules.linear(name).is_some();
-    let factors: BTreeMap<&String, &Factors> = factors.iter().filter(|(name, _)| is_linear(name)).collect();
+    let factors: BTreeMap<&String, &LoraFactors> = factors.iter().filter(|(name, _)| is_linear(name)).collect();
     let ends: BTreeSet<String> = factors.keys().map(|name| last(name)).collect();
     let says_the_same = modules.linears.iter().filter(|linear| ends.contains(&last(&linear.name))).count();
     if says_the_same == factors.len() {
@@ -266,7 +266,7 @@ impl fmt::Display for Combination {
 mod tests {
     use super::*;
     use crate::peft::AdapterConfig;
-    use crate::{LoraConfig, Module, merge};
+    use crate::{LinearModule, LoraConfig, merge};
 
     const SHAPE: [usize; 2] = [7, 5];
 
@@ -274,14 +274,14 @@ mod tests {
         format!("model.layers.{layer}.mlp.up_proj")
     }
 
-    fn modules() -> Modules {
-        let linear = |layer| Module { name: name(layer), input: SHAPE[1], out: SHAPE[0], has_bias: false };
-        Modules { linears: (0..3).map(linear).collect(), ..Modules::default() }
+    fn modules() -> AdaptableModules {
+        let linear = |layer| LinearModule { name: name(layer), input: SHAPE[1], out: SHAPE[0], has_bias: false };
+        AdaptableModules { linears: (0..3).map(linear).collect(), ..AdaptableModules::default() }
     }
 
     fn adapter(r: usize, alpha: f64, layers: &[usize], step: f32) -> Adapter {
         let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect();
-        let factors = |layer: usize| Factors {
+        let factors = |layer: usize| LoraFactors {
             r,
             a: wave(r * SHAPE[1], step + layer as f32),
             b: wave(SHAPE[0] * r, 2.0 * step),

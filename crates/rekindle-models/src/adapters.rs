@@ -9,7 +9,8 @@ use std::path::Path;
 use rekindle_kernels::{Weight, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{
-    Adapter, Combination, EmbeddingTable, Factors, InitLoraWeights, LoraConfig, initial_magnitude, to_plain, weighted,
+    Adapter, Combination, EmbeddingTable, InitLoraWeights, LoraConfig, LoraFactors, initial_magnitude, to_plain,
+    weighted,
 };
 
 pub(crate) use base_delta::{BaseDelta, quantization_plan};
@@ -44,7 +45,7 @@ pub(crate) struct ActiveAdapter {
 pub(crate) struct InactiveAdapter {
     pub(crate) adapter: Adapter,
     /// The initial factors by the linear's name; empty unless they were computed from the weights.
-    pub(crate) base_delta: BTreeMap<String, Factors>,
+    pub(crate) base_delta: BTreeMap<String, LoraFactors>,
 }
 
 impl InactiveAdapter {
@@ -188,7 +189,7 @@ impl CausalLm {
             return false;
         }
         let same = |weight: &Weight, values: &[f32]| to_f32(weight.matrix(&self.params)) == values;
-        let magnitudes = |(name, factors): (&String, &Factors)| {
+        let magnitudes = |(name, factors): (&String, &LoraFactors)| {
             let Some(magnitudes) = &factors.magnitude else { return true };
             let weight = &self.linear(name).weight;
             let w = to_f32(weight.matrix(&self.params));
@@ -229,13 +230,13 @@ impl CausalLm {
     fn check_new(&self, name: &str) -> Result<(), Error> {
         if self.adapters().contains(&name) {
             return Err(Error::Argument(format!(
-                "there is an adapter \"{name}\" already; choose another name, or delete_adapter it first"
+                "an adapter \"{name}\" already exists; choose another name, or call delete_adapter first"
             )));
         }
         // Saved, an adapter of a name is a directory beside files.
         if name.is_empty() || name.contains(['/', '\\', '.']) || name.chars().any(char::is_control) {
             return Err(Error::Argument(format!(
-                "adapter name {name:?} cannot be a directory's; give one of letters, digits, - and _"
+                "adapter name {name:?} cannot be used as a directory name; use letters, digits, - and _"
             )));
         }
         Ok(())

@@ -93,7 +93,7 @@ impl ModelConfig {
                 Ok((self, None))
             } else {
                 Err(Error::Argument(format!(
-                    "rope_scaling cannot extend the rotary embedding of {}; leave it out, and set max_seq_length to at \
+                    "rope_scaling cannot extend the rotary embedding of {}; remove it, and set max_seq_length to at \
                      most {}",
                     self.architecture, self.max_position_embeddings
                 )))

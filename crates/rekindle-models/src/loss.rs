@@ -275,7 +275,7 @@ impl CausalLm {
         let vocab = self.config.vocab_size();
         match ids.iter().find(|&&id| id as usize >= vocab) {
             Some(id) => Err(format!(
-                "token id {id} is beyond the model's vocabulary of {vocab}; if its tokenizer has that token, load the \
+                "token id {id} is outside the model's vocabulary of {vocab}; if its tokenizer has that token, load the \
                  model with resize_model_vocab = {}",
                 u64::from(*id) + 1
             )),

@@ -145,8 +145,8 @@ impl CausalLm {
         }
         if self.lora().is_none() {
             return Err(Error::Argument(format!(
-                "{objective:?} compares the model with a reference model, which is the base model without its adapter, and \
-                 this model has no adapter; train an adapter instead of all weights"
+                "{objective:?} needs a reference model, the base without its adapter, but this model has no adapter; \
+                 train an adapter instead of all weights"
             )));
         }
         Ok(Some(self.base_log_probs(batch)?.values()))

@@ -39,8 +39,8 @@ impl CausalLm {
         }
         let ours = self.context_extension().map_or("its own".to_owned(), |extension| extension.positions.to_string());
         Err(Error::Argument(format!(
-            "the adapter in {} was trained with RoPE {saved} ({}), and the model that it goes onto has {ours}; load that \
-             with the parameters of the file and without another choice of its own",
+            "the adapter in {} was trained with RoPE {saved} ({}), but this model has {ours}; load the model with the \
+             parameters of that file and without another rope_scaling",
             dir.display(),
             Positions::FILE,
         )))

@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Tensor as BurnTensor};
 use rekindle_kernels::quantized::QuantizedData;
-use rekindle_kernels::stacked::{Part, Stacked, Wanted};
+use rekindle_kernels::stacked::{InputGradient, Stacked, StackedLinear};
 use rekindle_kernels::{ParamsBuilder, QuantizedWeight, Tensor, Weight};
 
 use super::quantized::{Kind, Packed};
@@ -124,7 +124,7 @@ impl Case for Stack {
         let parts = self.linears.iter().zip(&mut weights).zip(&biases);
         let parts = parts.map(|((Linear { n, r, scale, a, b, .. }, weight), bias)| {
             let mut factors = || (builder.push("a", &[*r, k], true, a), builder.push("b", &[*n, *r], true, b), *scale);
-            Part { weight, bias: bias.as_ref(), factors: (*r > 0).then(&mut factors) }
+            StackedLinear { weight, bias: bias.as_ref(), factors: (*r > 0).then(&mut factors) }
         });
         let parts = parts.collect();
         let stack = Stacked::new(parts, &mut builder).expect("a CUDA device stacks what is frozen");
@@ -135,9 +135,9 @@ impl Case for Stack {
         let base_ys = stack.forward_base(&x, onto.clone());
         let (ys, xa) = stack.forward(&x, None, onto);
         let dys: Vec<Tensor<2>> = self.linears.iter().map(|linear| place.matrix(&linear.dy, [m, linear.n])).collect();
-        let (dxa, dx) = stack.backward(&dys, Wanted::Whole);
-        let (again, base) = stack.backward(&dys, Wanted::Base);
-        let (none, nothing) = stack.backward(&dys, Wanted::No);
+        let (dxa, dx) = stack.backward(&dys, InputGradient::Whole);
+        let (again, base) = stack.backward(&dys, InputGradient::Base);
+        let (none, nothing) = stack.backward(&dys, InputGradient::No);
         assert!(nothing.is_none());
         assert_eq!(values(dxa.clone()), values(none));
         let mut results =

@@ -5,7 +5,7 @@
 use burn::tensor::DType;
 use rekindle_kernels::dropout::{Dropout, Token, Tokens};
 use rekindle_kernels::{Device, Params, ParamsBuilder, RngKey, Weight, from_f32, to_f32};
-use rekindle_lora::{Adaptation, Factors, Linear, LinearContext, LinearGroup};
+use rekindle_lora::{Linear, LinearContext, LinearGroup, LoraFactors, LoraInit};
 
 const WIDTH: usize = 64;
 const TOKENS: usize = 2000;
@@ -22,8 +22,8 @@ fn group(through_adapter: bool) -> (LinearGroup, Params) {
     let mut group = LinearGroup::new(vec![linear("q_proj"), linear("k_proj")]);
     let mut params = ParamsBuilder::new(&device, DType::F32);
     group.adapt(&mut params, 0, |_| {
-        let factors = Factors { r: WIDTH, a: identity.clone(), b: b.clone(), magnitude: None };
-        Adaptation { factors: Some((factors, 1.0)), bias: None }
+        let factors = LoraFactors { r: WIDTH, a: identity.clone(), b: b.clone(), magnitude: None };
+        LoraInit { factors: Some((factors, 1.0)), bias: None }
     });
     (group, params.build())
 }

@@ -107,7 +107,7 @@ fn every_unsupported_value_is_listed_at_once() {
         &[
             "hidden_act is \"gelu\"; only \"silu\" is supported",
             "use_sliding_window is true",
-            "num_attention_heads 4 is no multiple of num_key_value_heads 3",
+            "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
             "factor",
             "vocab_size is missing",
         ],

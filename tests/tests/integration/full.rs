@@ -160,7 +160,7 @@ fn unsupported_settings_are_explained() {
         CausalLm::load(&checkpoint, &options, &mut |_| ()).expect_err("refused").to_string()
     };
     let error = refuse(|options| options.stochastic_rounding = true);
-    assert!(error.contains("add full_finetuning = true, or leave it out"), "{error}");
+    assert!(error.contains("set full_finetuning = true, or remove it"), "{error}");
     let error = refuse(|options| {
         options.full_finetuning = true;
         options.load_in = Some(LoadIn::FourBit(Some(QuantConfig::default())));

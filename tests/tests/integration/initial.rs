@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rekindle::{DeviceKind, FastLanguageModel};
 use rekindle_hub::{Checkpoint, Dtype};
-use rekindle_lora::{Adapter, Factors, InitLoraWeights, LoraConfig};
+use rekindle_lora::{Adapter, InitLoraWeights, LoraConfig, LoraFactors};
 use rekindle_models::{CausalLm, LoadIn, MergeOptions, Sft, merge};
 use rekindle_quant::{QuantConfig, QuantizedTensor};
 use rekindle_tests::{Golden, RowLosses, assert_nll, goldens, read_json, relative_distance, tensors, worst_nll};
@@ -88,23 +88,23 @@ fn base_of(model: &CausalLm) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
 }
 
 /// Returns the initial factors of a saved adapter: the second half of A, and that of B negated.
-fn started(adapter: &Adapter) -> BTreeMap<String, Factors> {
-    let half = |f: &Factors| {
+fn started(adapter: &Adapter) -> BTreeMap<String, LoraFactors> {
+    let half = |f: &LoraFactors| {
         let r = f.r / 2;
         let b = f.b.chunks_exact(f.r).flat_map(|row| row[r..].iter().map(|b| -b)).collect();
-        Factors { r, a: f.a[f.a.len() / 2..].to_vec(), b, magnitude: None }
+        LoraFactors { r, a: f.a[f.a.len() / 2..].to_vec(), b, magnitude: None }
     };
     adapter.factors.iter().map(|(name, factors)| (name.clone(), half(factors))).collect()
 }
 
 /// Returns row i of A concatenated with column i of B, which is unique up to a common sign.
-fn pairs(f: &Factors) -> Vec<Vec<f32>> {
+fn pairs(f: &LoraFactors) -> Vec<Vec<f32>> {
     let input = f.a.len() / f.r;
     let column = |k: usize| f.b.iter().skip(k).step_by(f.r);
     (0..f.r).map(|k| f.a[k * input..][..input].iter().chain(column(k)).copied().collect()).collect()
 }
 
-fn assert_same_up_to_signs(what: &str, got: &Factors, want: &Factors, tolerance: f64) -> f64 {
+fn assert_same_up_to_signs(what: &str, got: &LoraFactors, want: &LoraFactors, tolerance: f64) -> f64 {
     let mut worst = 0.0f64;
     for (got, want) in pairs(got).iter().zip(pairs(want)) {
         let negative: Vec<f32> = got.iter().map(|x| -x).collect();
@@ -282,7 +282,7 @@ fn loftq_starts_closer_to_the_base_than_plain_quantization() {
             options.skip_modules = Some(vec!["o_proj".to_owned()]);
         });
         let error = { beside }.load_adapter(&saved).expect_err("o_proj is dense").to_string();
-        assert!(error.contains("o_proj is not in these codes"), "{error}");
+        assert!(error.contains("o_proj is not quantized so"), "{error}");
 
         // The adapter records how its base is quantized.
         let loader =
@@ -362,7 +362,11 @@ fn unsuitable_bases_are_refused() {
         assert!(parts.iter().all(|part| error.contains(part)), "{error}");
     };
     let pissa = config(InitLoraWeights::Pissa);
-    refused(quantized(LoadIn::EightBit), &pissa, &["\"pissa\" takes a part", "q_proj is kept in codes", "\"loftq\""]);
+    refused(
+        quantized(LoadIn::EightBit),
+        &pissa,
+        &["\"pissa\" subtracts from the base", "q_proj is quantized", "\"loftq\""],
+    );
     refused(Golden::open(BASE).load(), &loftq_config(), &["\"loftq\" starts from", "is dense", "load_in_4bit"]);
     let stored = Golden::open("quantized/qwen3-tied-nf4").load();
     refused(stored, &loftq_config(), &["holds nothing but the codes", "16-bit checkpoint"]);

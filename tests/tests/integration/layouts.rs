@@ -107,7 +107,7 @@ fn names_of_another_model_make_one_short_sentence() {
     assert!(error.matches("feed_forward").count() == 3 && error.ends_with("and 6 more"), "{error}");
 
     let error = refused("adapted", &|name| name.replace("q_proj.", "q_proj.base_layer."));
-    assert!(error.contains("it was saved with an adapter on it; call merge_and_unload before saving"), "{error}");
+    assert!(error.contains("it was saved with an adapter attached; call merge_and_unload before saving"), "{error}");
 }
 
 /// transformers makes such a head up; here it is an error.

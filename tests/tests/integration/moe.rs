@@ -178,7 +178,7 @@ fn joined_and_separate_adapters_are_one_function() {
         };
         let half = factors.b.len() / 2;
         for (linear, b) in [("gate_proj", &factors.b[..half]), ("up_proj", &factors.b[half..])] {
-            let part = rekindle_lora::Factors { b: b.to_vec(), ..factors.clone() };
+            let part = rekindle_lora::LoraFactors { b: b.to_vec(), ..factors.clone() };
             separate.factors.insert(format!("{expert}.{linear}"), part);
         }
     }

@@ -198,14 +198,14 @@ fn a_format_other_than_the_checkpoints_is_refused() {
         ("quantized/qwen2-nf4-double", LoadIn::FourBit(Some(fp4)), ["4-bit (nf4)", "quant_type \"fp4\""]),
     ] {
         let text = refused(golden, |options| options.load_in = Some(load_in));
-        for part in words.into_iter().chain(["is quantized already", "leave that out to load it as it is"]) {
+        for part in words.into_iter().chain(["is already quantized", "remove it to load the checkpoint as it is"]) {
             assert!(text.contains(part), "\"{part}\" is not in: {text}");
         }
     }
     let blocks = QuantConfig { blocksize: rekindle_quant::Blocksize::B256, ..fp4 };
     let text =
         refused("quantized/qwen3-tied-fp4-double", |options| options.load_in = Some(LoadIn::FourBit(Some(blocks))));
-    assert!(text.contains("has blocks of 64, and blocksize 256 was asked for"), "{text}");
+    assert!(text.contains("has blocks of 64, but blocksize is 256"), "{text}");
     // Requesting the checkpoint's own format is allowed.
     let golden = Golden::open("quantized/qwen3-tied-fp4-double");
     golden.load_with(|options| options.load_in = Some(LoadIn::FourBit(Some(fp4))));
@@ -221,7 +221,7 @@ fn unsatisfiable_arguments_are_refused() {
     let checkpoint = Checkpoint::open(&goldens().join("quantized/qwen2-int8")).expect("a golden checkpoint opens");
     let out = tempfile::tempdir().expect("a temporary directory");
     let error = quantize(&checkpoint, LoadIn::EightBit, None, out.path(), &mut |_| ()).expect_err("it is quantized");
-    assert!(error.to_string().contains("give the 16-bit checkpoint"), "{error}");
+    assert!(error.to_string().contains("use the 16-bit checkpoint"), "{error}");
 }
 
 /// Copies a quantized golden with one tensor changed or omitted.

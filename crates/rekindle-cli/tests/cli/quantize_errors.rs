@@ -42,11 +42,11 @@ fn a_quantized_checkpoint_loads_as_it_is_or_not_at_all() {
         ("--load-in-4bit --skip-modules v_proj", "skip_modules"),
     ] {
         let line = format!("eval --device cpu --model {nf4} --data {} {flags}", rows.display());
-        run(&line).fails(2, &["is quantized already, 4-bit (nf4)", asked, "16-bit checkpoint"]);
+        run(&line).fails(2, &["is already quantized, 4-bit (nf4)", asked, "16-bit checkpoint"]);
     }
     let dense = format!("model.name_or_path={nf4}");
-    scratch.train(&[&dense, "model.load_in_16bit=true"]).fails(2, &["quantized already", "load_in_16bit"]);
-    run(&format!("quantize --model {nf4} --to int8 --out {nf4}-again")).fails(2, &["is quantized already"]);
+    scratch.train(&[&dense, "model.load_in_16bit=true"]).fails(2, &["already quantized", "load_in_16bit"]);
+    run(&format!("quantize --model {nf4} --to int8 --out {nf4}-again")).fails(2, &["is already quantized"]);
     assert!(!scratch.path("nf4-again").exists());
 }
 

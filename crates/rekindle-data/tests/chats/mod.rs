@@ -137,8 +137,8 @@ impl Job<'_> {
         loaded.map(|(dataset, _)| dataset).map_err(|error| error.to_string())
     }
 
-    /// Where a template has no marks, what stands between the header of an assistant turn and its end token, found by
-    /// token ids alone. A generation prompt that closes the thought belongs to the header.
+    /// Returns the text between the header of an assistant turn and its end token, for templates without marks, by token
+    /// ids alone. A generation prompt that closes the thought belongs to the header.
     fn turns_by_headers(&self, ids: &[u32]) -> Vec<Range<usize>> {
         let encode = |text: &str| self.tokenizer.encode(text, false).expect("encodable");
         let llama = self.source.contains("<|start_header_id|>");

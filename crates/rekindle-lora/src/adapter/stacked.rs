@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Adapter, Factors, Modules, TensorReader};
-use crate::peft::{Key, stacked};
+use super::{AdaptableModules, Adapter, LoraFactors, TensorReader};
+use crate::peft::{TensorKey, stacked};
 use crate::{Error, ExpertProjection, LoraConfig};
 
 /// The factors of experts that are written as those of all of a layer.
@@ -23,7 +23,7 @@ impl Adapter {
         let is_end = |rest: &str| rest.is_empty() || rest.ends_with('.');
         let is_wanted = |name: &str| wanted.iter().any(|end| name.strip_suffix(end.as_str()).is_some_and(is_end));
         // By layer as the names have it, and gate_up_proj before down_proj, as modules have them.
-        let mut parameters: BTreeMap<(String, bool), BTreeMap<usize, &Factors>> = BTreeMap::new();
+        let mut parameters: BTreeMap<(String, bool), BTreeMap<usize, &LoraFactors>> = BTreeMap::new();
         for (linear, factors) in &self.factors {
             if let Some((name, expert)) = stacked::parameter_of(linear).filter(|(name, _)| is_wanted(name)) {
                 let (module, last) = name.rsplit_once('.').unwrap_or_default();
@@ -34,8 +34,8 @@ impl Adapter {
         }
         let names: Vec<String> = parameters.keys().map(|(module, is_down)| format!("{module}.{is_down}")).collect();
         for (key, factors) in stacked::key_modules(&names).into_iter().zip(parameters.values()) {
-            let factors: Vec<&Factors> = factors.values().copied().collect();
-            let Factors { r, a, b, .. } = factors[0];
+            let factors: Vec<&LoraFactors> = factors.values().copied().collect();
+            let LoraFactors { r, a, b, .. } = factors[0];
             let (ranks, input, out) = (factors.len() * r, a.len() / r, b.len() / r);
             stacked.tensors.push((key, [[ranks, input], [out, ranks]], stacked::join(&factors)));
         }
@@ -48,8 +48,8 @@ impl TensorReader<'_> {
     pub(super) fn stacked(
         &mut self,
         config: &LoraConfig,
-        modules: &Modules,
-        factors: &mut BTreeMap<String, Factors>,
+        modules: &AdaptableModules,
+        factors: &mut BTreeMap<String, LoraFactors>,
     ) -> Result<(), Error> {
         let projections: Vec<&ExpertProjection> =
             modules.experts.iter().filter(|projection| projection.is_named(&config.target_parameters)).collect();
@@ -57,8 +57,8 @@ impl TensorReader<'_> {
         for (projection, module) in projections.iter().zip(stacked::key_modules(&parameters)) {
             let names = &projection.names;
             let r = config.rank_of(&names.linear(0, names.joined));
-            let (key_a, key_b) = (Key::A(&module), Key::B(&module));
-            let shape = |key: &Key<'_>| self.file.get(&key.to_string()).map(|tensor| tensor.shape.to_vec());
+            let (key_a, key_b) = (TensorKey::A(&module), TensorKey::B(&module));
+            let shape = |key: &TensorKey<'_>| self.file.get(&key.to_string()).map(|tensor| tensor.shape.to_vec());
             let found = [shape(&key_a), shape(&key_b)];
             let (right, swapped) = (stacked::shapes(projection, r), stacked::swapped_shapes(projection, r));
             let is = |shapes: [[usize; 2]; 2]| found == shapes.map(|shape| Some(shape.to_vec()));

@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 /// key that matches is used: `q_proj`, `layers\.0\..*_proj`.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Pattern<T>(pub IndexMap<String, T>);
+pub struct ModulePattern<T>(pub IndexMap<String, T>);
 
-impl<T: Copy> Pattern<T> {
+impl<T: Copy> ModulePattern<T> {
     /// Returns true if there are no values.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn the_first_key_that_matches_the_end_counts() {
         let text = r#"{"layers\\.0\\..*q_proj": 2, "q_proj": 3, "proj": 4}"#;
-        let pattern: Pattern<usize> = serde_json::from_str(text).expect("valid");
+        let pattern: ModulePattern<usize> = serde_json::from_str(text).expect("valid");
         assert_eq!(pattern.get("model.layers.0.self_attn.q_proj", 8), 2);
         assert_eq!(pattern.get("model.layers.10.self_attn.q_proj", 8), 3);
         assert_eq!(pattern.get("model.layers.1.self_attn.v_proj", 8), 8, "a key does not begin within a name");

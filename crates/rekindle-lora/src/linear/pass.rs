@@ -1,10 +1,10 @@
 //! Forward and backward of a group.
 
-use rekindle_kernels::stacked::{Stacked, Wanted};
+use rekindle_kernels::stacked::{InputGradient, Stacked};
 use rekindle_kernels::{Grads, Params, Tensor, dropout, matmul};
 
 use super::{Dropout, Linear, LinearGroup, Placed};
-use crate::magnitude;
+use crate::dora::layer as magnitude;
 
 /// Everything a pass through linears shares.
 #[derive(Clone, Copy, Debug)]
@@ -247,9 +247,9 @@ impl LinearGroup {
         }
         let a = self.a.expect("what is stacked has an adapter");
         let wanted = match (want_dx, ctx.dropout) {
-            (false, _) => Wanted::No,
-            (true, None) => Wanted::Whole,
-            (true, Some(_)) => Wanted::Base,
+            (false, _) => InputGradient::No,
+            (true, None) => InputGradient::Whole,
+            (true, Some(_)) => InputGradient::Base,
         };
         let (dxa, mut dx) = stack.backward(dys, wanted);
         // Without the zeros that fill up its rank.

@@ -3,14 +3,14 @@ use core::fmt;
 /// A tensor of an adapter file, by the full name of its module.
 ///
 /// ```
-/// use rekindle_lora::peft::Key;
+/// use rekindle_lora::peft::TensorKey;
 ///
-/// let key = Key::A("model.layers.0.self_attn.q_proj").to_string();
+/// let key = TensorKey::A("model.layers.0.self_attn.q_proj").to_string();
 /// assert_eq!(key, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
-/// assert_eq!(Key::parse(&key), Some(Key::A("model.layers.0.self_attn.q_proj")));
+/// assert_eq!(TensorKey::parse(&key), Some(TensorKey::A("model.layers.0.self_attn.q_proj")));
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Key<'a> {
+pub enum TensorKey<'a> {
     /// `lora_A`, `[r, in]`.
     A(&'a str),
     /// `lora_B`, `[out, r]`.
@@ -27,7 +27,7 @@ pub enum Key<'a> {
 
 const PREFIX: &str = "base_model.model.";
 
-impl<'a> Key<'a> {
+impl<'a> TensorKey<'a> {
     /// Returns the key of a bias.
     pub fn bias(module: &'a str, adapted: bool) -> Self {
         if adapted { Self::AdaptedBias(module) } else { Self::Bias(module) }
@@ -37,7 +37,14 @@ impl<'a> Key<'a> {
     pub fn parse(key: &'a str) -> Option<Self> {
         let inner = key.strip_prefix(PREFIX)?;
         // The longer endings first: each ends like the shorter ones.
-        let kinds: [fn(&'a str) -> Self; 6] = [Key::A, Key::B, Key::Magnitude, Key::AdaptedBias, Key::Bias, Key::Saved];
+        let kinds: [fn(&'a str) -> Self; 6] = [
+            TensorKey::A,
+            TensorKey::B,
+            TensorKey::Magnitude,
+            TensorKey::AdaptedBias,
+            TensorKey::Bias,
+            TensorKey::Saved,
+        ];
         kinds.into_iter().find_map(|kind| {
             let module = inner.strip_suffix(kind("").suffix())?;
             (!module.is_empty() && !module.starts_with('.')).then(|| kind(module))
@@ -74,7 +81,7 @@ impl<'a> Key<'a> {
     }
 }
 
-impl fmt::Display for Key<'_> {
+impl fmt::Display for TensorKey<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{PREFIX}{}{}", self.module(), self.suffix())
     }
@@ -87,12 +94,17 @@ mod tests {
     #[test]
     fn keys_are_parsed_back() {
         let module = "model.layers.0.mlp.up_proj";
-        for key in [Key::A(module), Key::B(module), Key::Magnitude(module), Key::AdaptedBias(module), Key::Bias(module)]
-        {
-            assert_eq!(Key::parse(&key.to_string()), Some(key));
+        for key in [
+            TensorKey::A(module),
+            TensorKey::B(module),
+            TensorKey::Magnitude(module),
+            TensorKey::AdaptedBias(module),
+            TensorKey::Bias(module),
+        ] {
+            assert_eq!(TensorKey::parse(&key.to_string()), Some(key));
         }
-        assert_eq!(Key::parse("base_model.model.lm_head.weight"), Some(Key::Saved("lm_head")));
-        assert_eq!(Key::parse("base_model.model..lora_A.weight"), None);
-        assert_eq!(Key::parse("model.layers.0.mlp.up_proj.lora_A.weight"), None);
+        assert_eq!(TensorKey::parse("base_model.model.lm_head.weight"), Some(TensorKey::Saved("lm_head")));
+        assert_eq!(TensorKey::parse("base_model.model..lora_A.weight"), None);
+        assert_eq!(TensorKey::parse("model.layers.0.mlp.up_proj.lora_A.weight"), None);
     }
 }

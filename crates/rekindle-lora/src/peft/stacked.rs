@@ -8,7 +8,7 @@
 //! Where several parameters of one module have adapters, each wrapper is inside the next: the first parameter's key has
 //! the most `base_layer` segments.
 
-use crate::{ExpertProjection, Factors};
+use crate::{ExpertProjection, LoraFactors};
 
 /// The modules that the keys of parameters name, given in the order in which their modules have them.
 pub(crate) fn key_modules(parameters: &[String]) -> Vec<String> {
@@ -44,7 +44,7 @@ pub(crate) fn swapped_shapes(projection: &ExpertProjection, r: usize) -> [[usize
 }
 
 /// The factors of every expert from those of all.
-pub(crate) fn split(projection: &ExpertProjection, r: usize, a: &[f32], b: &[f32], swapped: bool) -> Vec<Factors> {
+pub(crate) fn split(projection: &ExpertProjection, r: usize, a: &[f32], b: &[f32], swapped: bool) -> Vec<LoraFactors> {
     let experts = projection.experts;
     let (input, out) = (projection.input, projection.names.width());
     let (columns, rows) = if swapped { (out, input) } else { (input, out) };
@@ -53,13 +53,13 @@ pub(crate) fn split(projection: &ExpertProjection, r: usize, a: &[f32], b: &[f32
         let of_b = |row: usize| (0..r).map(move |k| b[row * r * experts + k * experts + expert]);
         let b: Vec<f32> = (0..rows).flat_map(of_b).collect(); // [rows, r]
         let (a, b) = if swapped { (transposed(&b, rows, r), transposed(&a, r, columns)) } else { (a, b) };
-        Factors { r, a, b, magnitude: None }
+        LoraFactors { r, a, b, magnitude: None }
     };
     (0..experts).map(factors).collect()
 }
 
 /// The factors of all experts from those of each, in their order.
-pub(crate) fn join(factors: &[&Factors]) -> (Vec<f32>, Vec<f32>) {
+pub(crate) fn join(factors: &[&LoraFactors]) -> (Vec<f32>, Vec<f32>) {
     let (experts, r) = (factors.len(), factors.first().map_or(1, |factors| factors.r));
     let a = factors.iter().flat_map(|factors| &factors.a).copied().collect();
     let rows = factors.first().map_or(0, |factors| factors.b.len() / r);
@@ -92,7 +92,7 @@ mod tests {
     fn columns_of_b_are_ordered_by_rank_and_then_by_expert() {
         let a: Vec<f32> = (0..16).map(|i| i as f32).collect(); // [2 experts · 2 ranks, 4]
         let b: Vec<f32> = (0..12).map(|i| i as f32).collect(); // [3, 2 ranks · 2 experts]
-        let [first, second]: [Factors; 2] = split(&projection(), 2, &a, &b, false).try_into().unwrap();
+        let [first, second]: [LoraFactors; 2] = split(&projection(), 2, &a, &b, false).try_into().unwrap();
         assert_eq!((&first.a[..], &second.a[..]), (&a[..8], &a[8..]));
         assert_eq!(first.b, [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]);
         assert_eq!(second.b, [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]);

@@ -8,8 +8,8 @@ use rekindle_hub::Dtype;
 use rekindle_kernels::{Group, ParamsBuilder, Weight, from_f32, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{
-    Adaptation, Adapter, EmbeddingTable, ExpertProjection, InitLoraWeights, Linear, LoraConfig, Module, Modules,
-    initial_magnitude,
+    AdaptableModules, Adapter, EmbeddingTable, ExpertProjection, InitLoraWeights, Linear, LinearModule, LoraConfig,
+    LoraInit, initial_magnitude,
 };
 
 use super::{ActiveAdapter, DEFAULT_ADAPTER, InactiveAdapter};
@@ -23,11 +23,11 @@ const TABLES: [Role; 2] = [Role::Embedding, Role::Head];
 
 impl ModelConfig {
     /// The modules that an adapter can target or save.
-    pub fn modules(&self) -> Modules {
+    pub fn modules(&self) -> AdaptableModules {
         let linear = |layer: usize, linear: LinearSpec| {
             let [out, input] = linear.shape;
             let name = self.names.module(Role::Layer(layer, LayerRole::Weight(linear.role)));
-            Module { name, input, out, has_bias: linear.bias }
+            LinearModule { name, input, out, has_bias: linear.bias }
         };
         let layers = self.spec.layers.iter().enumerate();
         let hidden = self.spec.hidden_size;
@@ -48,13 +48,13 @@ impl ModelConfig {
         }
         let shape = [self.spec.vocab_size, self.spec.hidden_size];
         let savable = [Role::Embedding, Role::Head].map(|role| (self.names.module(role), shape)).to_vec();
-        Modules { linears, savable, tied: self.spec.head.tied, experts, joined }
+        AdaptableModules { linears, savable, tied: self.spec.head.tied, experts, joined }
     }
 }
 
 impl CausalLm {
     /// The modules that an adapter can target or save.
-    pub fn modules(&self) -> Modules {
+    pub fn modules(&self) -> AdaptableModules {
         self.config.modules()
     }
 
@@ -95,7 +95,7 @@ impl CausalLm {
             }
             factors.insert(target.clone(), start);
         }
-        let bias = |linear: &Module| {
+        let bias = |linear: &LinearModule| {
             let bias = self.linear(&linear.name).bias.as_ref().expect("the module says that it has one");
             (linear.name.clone(), to_f32(bias.matrix(&self.params)))
         };
@@ -215,7 +215,7 @@ impl CausalLm {
         self.adapters.carried.clear();
         let mut params = ParamsBuilder::new(self.device(), self.dtype());
         for part in self.decoder.adaptable_mut() {
-            part.adapt(&mut params, 0, |_| Adaptation::default());
+            part.adapt(&mut params, 0, |_| LoraInit::default());
         }
         self.restore_vocabulary();
         self.params = params.build();
@@ -229,7 +229,7 @@ impl CausalLm {
         let mut params = ParamsBuilder::new(self.device(), self.dtype());
         let Adapter { config, mut factors, mut biases, saved, tables } = adapter;
         for (site, part) in self.decoder.adaptable_mut().enumerate() {
-            part.adapt(&mut params, site as u32, |linear| Adaptation {
+            part.adapt(&mut params, site as u32, |linear| LoraInit {
                 factors: factors.remove(linear).map(|f| (f, config.lora().scale_of(linear))),
                 bias: biases.remove(linear),
             });
@@ -282,7 +282,9 @@ impl CausalLm {
     fn check_placeable(&self) -> Result<(), Error> {
         if self.adapters.active.is_none() && self.params.numel() > 0 {
             return Err(Error::Argument(
-                "all weights are trained; an adapter goes onto a model loaded with full_finetuning = false".to_owned(),
+                "all weights of this model are trained; to add an adapter, load it with full_finetuning = \
+                 false"
+                    .to_owned(),
             ));
         }
         Ok(())

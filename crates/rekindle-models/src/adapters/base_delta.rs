@@ -8,7 +8,9 @@ use burn::tensor::DType;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::{Device, Weight, from_f32, to_f32};
 use rekindle_lora::peft::AdapterConfig;
-use rekindle_lora::{Adapter, Factors, InitLoraWeights, Linear, LoraConfig, Start, initial_factors, loftq, taken};
+use rekindle_lora::{
+    Adapter, InitLoraWeights, Linear, LoraConfig, LoraFactors, WeightSplit, initial_factors, loftq, split_weight,
+};
 use rekindle_quant::bnb::QuantizationConfig;
 use rekindle_quant::{Blocksize, QuantConfig, QuantFormat};
 use serde_json::{Map, Value, json};
@@ -27,7 +29,7 @@ pub(crate) struct BaseDelta {
 
 #[derive(Debug)]
 struct LinearDelta {
-    factors: Factors,
+    factors: LoraFactors,
     /// The weight before the subtraction, where the checkpoint does not hold it.
     kept: Option<Weight>,
 }
@@ -39,7 +41,7 @@ impl BaseDelta {
     }
 
     /// Returns the subtracted factors by the linear's name.
-    pub(crate) fn factors(&self) -> BTreeMap<String, Factors> {
+    pub(crate) fn factors(&self) -> BTreeMap<String, LoraFactors> {
         self.linears.iter().map(|(name, delta)| (name.clone(), delta.factors.clone())).collect()
     }
 }
@@ -59,20 +61,20 @@ impl CausalLm {
         let name = json!(init);
         if let (Some(linear), true) = (targets.iter().find(in_codes), init.changes_base()) {
             return Err(Error::Argument(format!(
-                "init_lora_weights {name} takes a part out of the base weights, and {linear} is kept in codes, which \
-                 cannot give it exactly; use \"loftq\" on a base that is quantized while loading, or load it in 16 bits"
+                "init_lora_weights {name} subtracts from the base weights, but {linear} is quantized; use \"loftq\" \
+                 with a base that is quantized while loading, or load the base in 16 bits"
             )));
         }
         if let (Some(linear), true) = (targets.iter().find(|name| !in_codes(name)), needs_codes) {
             return Err(Error::Argument(format!(
-                "init_lora_weights {name} starts from what codes miss of a weight, and {linear} is dense; add \
-                 load_in_4bit or load_in_8bit, leave the linear out of the targets, or use \"pissa\""
+                "init_lora_weights {name} starts from quantization errors, but {linear} is not quantized; set \
+                 load_in_4bit or load_in_8bit, exclude the linear from the targets, or use \"pissa\""
             )));
         }
         let checkpoint = canonical(&Checkpoint::open(&self.provenance.path)?);
         if needs_codes && is_quantized(checkpoint.config()) {
             return Err(Error::Argument(format!(
-                "init_lora_weights {name} starts from what codes miss of a weight, and {} holds nothing but the codes; \
+                "init_lora_weights {name} starts from quantization errors, but {} contains only quantized weights; \
                  load the 16-bit checkpoint that it was made from with load_in_4bit or load_in_8bit",
                 self.provenance.path.display()
             )));
@@ -87,7 +89,7 @@ impl CausalLm {
             return Ok(());
         }
         Err(Error::Argument(format!(
-            "loftq_bits is {}, and the base is in codes of {} bits; leave it out, or load the base with {}",
+            "loftq_bits is {}, but the base is quantized to {} bits; remove it, or load the base with {}",
             asked.loftq_bits,
             codes["loftq_bits"],
             if asked.loftq_bits == 8 { "load_in_8bit" } else { "load_in_4bit" }
@@ -104,7 +106,7 @@ impl CausalLm {
         config: &LoraConfig,
         targets: &[String],
         source: Option<Checkpoint>,
-    ) -> Result<Vec<Factors>, Error> {
+    ) -> Result<Vec<LoraFactors>, Error> {
         let Some(checkpoint) = source else {
             let modules = self.modules();
             let by_name = modules.by_name();
@@ -117,10 +119,10 @@ impl CausalLm {
         let starts = targets.iter().map(|name| match config.init_lora_weights {
             InitLoraWeights::Loftq => self.quantization_error(config, name, &checkpoint),
             _ => self.subtract_init(name, &checkpoint, |w, shape| {
-                taken(config, name, w, shape).expect("the source is for nothing else")
+                split_weight(config, name, w, shape).expect("the source is for nothing else")
             }),
         });
-        let starts: Result<Vec<Factors>, Error> = starts.collect();
+        let starts: Result<Vec<LoraFactors>, Error> = starts.collect();
         self.adapters.base_delta.checkpoint = Some(checkpoint);
         if starts.is_err() {
             self.restore_base();
@@ -129,7 +131,12 @@ impl CausalLm {
     }
 
     /// Returns factors of the quantization error of a weight.
-    fn quantization_error(&self, config: &LoraConfig, name: &str, checkpoint: &Checkpoint) -> Result<Factors, Error> {
+    fn quantization_error(
+        &self,
+        config: &LoraConfig,
+        name: &str,
+        checkpoint: &Checkpoint,
+    ) -> Result<LoraFactors, Error> {
         let Weight::Quantized(packed) = &self.linear(name).weight else { unreachable!("the source was checked") };
         let view = checkpoint.get(&format!("{name}.weight")).expect("the codes were made from it");
         let w = view.to_f32()?;
@@ -145,16 +152,18 @@ impl CausalLm {
     /// [`Error::File`] when the checkpoint is gone; the base is then as it was.
     pub(crate) fn subtract_init_again(
         &mut self,
-        parts: &BTreeMap<String, Factors>,
+        parts: &BTreeMap<String, LoraFactors>,
         config: &LoraConfig,
     ) -> Result<(), Error> {
         if parts.is_empty() {
             return Ok(());
         }
         let checkpoint = canonical(&Checkpoint::open(&self.provenance.path)?);
-        let take = |(name, factors): (&String, &Factors)| {
-            self.subtract_init(name, &checkpoint, |w, shape| Start::again(w, shape, factors, config.scale_of(name)))
-                .map(|_| ())
+        let take = |(name, factors): (&String, &LoraFactors)| {
+            self.subtract_init(name, &checkpoint, |w, shape| {
+                WeightSplit::again(w, shape, factors, config.scale_of(name))
+            })
+            .map(|_| ())
         };
         let done = parts.iter().try_for_each(take);
         self.adapters.base_delta.checkpoint = Some(checkpoint);
@@ -168,8 +177,8 @@ impl CausalLm {
         &mut self,
         name: &str,
         checkpoint: &Checkpoint,
-        start: impl FnOnce(&[f32], [usize; 2]) -> Start,
-    ) -> Result<Factors, Error> {
+        start: impl FnOnce(&[f32], [usize; 2]) -> WeightSplit,
+    ) -> Result<LoraFactors, Error> {
         let weight = self.linear(name).weight.clone();
         let shape = weight.dims();
         let w = to_f32(weight.matrix(&self.params));
@@ -179,7 +188,7 @@ impl CausalLm {
             Some(view) if view.shape == shape => to_f32(frozen(&view, shape, &Device::cpu(), self.dtype())?) == w,
             _ => false,
         };
-        let Start { factors, base } = start(&w, shape);
+        let WeightSplit { factors, base } = start(&w, shape);
         let base = Weight::Frozen(from_f32(base, shape, self.device(), self.dtype()));
         self.set_weight(name, base);
         let kept = (!stored).then_some(weight);
@@ -229,8 +238,8 @@ impl CausalLm {
         let fits = |name: &&String| self.quantized_format(name).is_some_and(|found| same(&found));
         if let Some(linear) = adapter.factors.keys().find(|name| !fits(name)) {
             return Err(Error::Argument(format!(
-                "the adapter in {} starts from what codes miss of their weights (loftq), and {linear} is not in these \
-                 codes: {}; load the base with {}",
+                "the adapter in {} was initialized by LoftQ for a quantized base, but {linear} is not quantized so: \
+                 {}; load the base with {}",
                 dir.display(),
                 Value::from(wanted.clone()),
                 load_in.argument()
@@ -246,7 +255,7 @@ impl CausalLm {
             None => "without skip_modules".to_owned(),
         };
         Err(Error::Argument(format!(
-            "the adapter in {} was trained (loftq) beside {name} {was}, which is otherwise here; load the base {asked}",
+            "the adapter in {} was trained (loftq) with {name} {was}, which is different here; load the base {asked}",
             dir.display()
         )))
     }
@@ -274,7 +283,7 @@ pub fn loftq_base(config: &AdapterConfig) -> Result<Option<LoftqBase>, Error> {
     // PEFT leaves these alone: there it is an argument, and nothing says what the codes were.
     let Some(codes) = config.codes().filter(|codes| codes.contains_key("skip_modules")) else { return Ok(None) };
     let unknown =
-        || Error::Argument(format!("loftq_config {} names codes that are not known", Value::from(codes.clone())));
+        || Error::Argument(format!("loftq_config {} names an unknown quantized format", Value::from(codes.clone())));
     let skip_modules = serde_json::from_value(codes["skip_modules"].clone()).map_err(|_| unknown())?;
     if codes.get("loftq_bits") == Some(&json!(8)) {
         return Ok(Some(LoftqBase { load_in: LoadIn::EightBit, skip_modules }));
@@ -312,7 +321,7 @@ fn check_finite(name: &str, w: &[f32]) -> Result<(), Error> {
     match w.iter().find(|w| !w.is_finite()) {
         None => Ok(()),
         Some(value) => Err(Error::Argument(format!(
-            "tensor \"{name}.weight\" holds {value}; an adapter starts from a weight that is finite (use \
+            "tensor \"{name}.weight\" holds {value}; an adapter can only be initialized from finite weights (use \
              init_lora_weights = true)"
         ))),
     }

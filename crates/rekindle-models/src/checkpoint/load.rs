@@ -111,13 +111,13 @@ impl LoadOptions {
     /// The configuration for the length that is asked for, and what that took, after checks of what the device can.
     pub(crate) fn prepare(&self, config: ModelConfig) -> Result<(ModelConfig, Option<ContextExtension>), Error> {
         if self.max_seq_length == 0 {
-            return Err(Error::Argument("max_seq_length is 0; give at least 1".to_owned()));
+            return Err(Error::Argument("max_seq_length is 0; it must be at least 1".to_owned()));
         }
         let (config, extension) = config.with_context_length(self.max_seq_length, &self.rope_scaling)?;
         let unsupported = config.spec.unsupported(self.max_seq_length);
         if !unsupported.is_empty() {
             return Err(Error::Argument(format!(
-                "{} needs what this version does not compute: {}",
+                "{} needs features that this version does not support: {}",
                 config.architecture,
                 unsupported.join(", ")
             )));
@@ -125,14 +125,14 @@ impl LoadOptions {
         let limits = self.device.limits();
         if let Some(most) = limits.max_hidden_size.filter(|&most| config.hidden_size() > most) {
             return Err(Error::Argument(format!(
-                "hidden_size is {}; on CUDA it is at most {most}; use device \"cpu\"",
+                "hidden_size is {}, more than the {most} that CUDA supports; use device \"cpu\"",
                 config.hidden_size()
             )));
         }
         if let Some(heads) = config.layouts().into_iter().find(|heads| !limits.takes_head_dim(heads.head_dim)) {
             let DeviceLimits { head_dim_multiple, max_head_dim, .. } = limits;
             return Err(Error::Argument(format!(
-                "head_dim is {}; on CUDA it is a multiple of {head_dim_multiple}, up to {}; use device \"cpu\"",
+                "head_dim is {}; on CUDA it must be a multiple of {head_dim_multiple}, up to {}; use device \"cpu\"",
                 heads.head_dim,
                 max_head_dim.unwrap_or(usize::MAX)
             )));
@@ -377,13 +377,13 @@ pub(crate) fn check_tensors(
             // Checked when its quantized data is read.
             Some(_) if is_quantized(name) && role.is_linear() => {}
             Some(_) if is_quantized(name) => {
-                unfit.push(format!("\"{name}\" is quantized; only the linears of the blocks are read so"));
+                unfit.push(format!("\"{name}\" is quantized; only linears of blocks can be quantized"));
             }
             Some(view) if view.shape != shape.as_slice() => {
                 unfit.push(format!("\"{name}\" has shape {:?}, expected {shape:?}", view.shape));
             }
             Some(view) if !matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
-                unfit.push(format!("\"{name}\" is {}; F32, F16 and BF16 are read", view.dtype));
+                unfit.push(format!("\"{name}\" has dtype {}; supported: F32, F16, BF16", view.dtype));
             }
             Some(_) => {}
         }
@@ -427,7 +427,7 @@ pub(crate) fn check_tensors(
         let mut problems: Vec<String> =
             kinds.into_iter().flat_map(|(list, one, many)| few(&list, &one, &many)).collect();
         if adapted {
-            problems.push("it was saved with an adapter on it; call merge_and_unload before saving".to_owned());
+            problems.push("it was saved with an adapter attached; call merge_and_unload before saving".to_owned());
         }
         problems
     };

@@ -30,8 +30,8 @@ pub(crate) fn in_place(options: &LoadOptions, is_quantized: bool, config: &Model
     if !full_finetuning {
         if *stochastic_rounding {
             return Err(Error::Argument(
-                "stochastic_rounding is about weights that are trained, and they are frozen; add full_finetuning = true, \
-                 or leave it out"
+                "stochastic_rounding applies to trained weights, but the weights are frozen; set full_finetuning = \
+                 true, or remove it"
                     .to_owned(),
             ));
         }
@@ -47,8 +47,8 @@ pub(crate) fn in_place(options: &LoadOptions, is_quantized: bool, config: &Model
     let limits = device.limits();
     if !limits.trains_in_place {
         return Err(Error::Argument(
-            "full_finetuning over bf16 with stochastic_rounding, or over codes, runs on the CPU and on CUDA; choose one of \
-             them, or leave stochastic_rounding, load_in_4bit and load_in_8bit out"
+            "full_finetuning without f32 weights (stochastic_rounding, load_in_4bit or load_in_8bit) needs the CPU or \
+             CUDA; use one of them, or remove these keys"
                 .to_owned(),
         ));
     }
@@ -58,8 +58,8 @@ pub(crate) fn in_place(options: &LoadOptions, is_quantized: bool, config: &Model
     match odd {
         None => Ok(true),
         Some(needed) => Err(Error::Argument(format!(
-            "tensor \"{}\" is of shape {:?}; on CUDA rows of weights that are trained without an f32 copy have a \
-             multiple of {multiple} elements; leave stochastic_rounding, load_in_4bit and load_in_8bit out",
+            "tensor \"{}\" has shape {:?}; on CUDA, weights that are trained without an f32 copy need rows of a \
+             multiple of {multiple} elements; remove stochastic_rounding, load_in_4bit and load_in_8bit",
             needed.name, needed.shape
         ))),
     }
@@ -68,7 +68,7 @@ pub(crate) fn in_place(options: &LoadOptions, is_quantized: bool, config: &Model
 /// Returns the error for doubly quantized scales, which cannot change with the weights.
 pub(crate) fn coded_scales(what: &str) -> Error {
     Error::Argument(format!(
-        "{what} has doubly quantized scales, which cannot follow weights that are trained; give the 16-bit checkpoint with \
+        "{what} has doubly quantized scales, which do not support training; use the 16-bit checkpoint with \
          load_in_4bit and double_quant = false, or train an adapter"
     ))
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use rekindle_hub::{Checkpoint, Dtype, TensorSpec, write_f32};
 use rekindle_kernels::{Params, Weight, from_f32, to_f32};
-use rekindle_lora::{Adapter, EmbeddingTable, ExpertLinear, Factors};
+use rekindle_lora::{Adapter, EmbeddingTable, ExpertLinear, LoraFactors};
 use rekindle_quant::bnb::StoredWeight;
 use rekindle_rope::Positions;
 use serde_json::Value;
@@ -183,7 +183,7 @@ impl MergedTensors<'_> {
     }
 
     /// The factors on a linear; of those on all outputs of an expert, the part for this one.
-    fn factors(&self, needed: &ParameterSpec) -> Option<(Cow<'_, Factors>, f64)> {
+    fn factors(&self, needed: &ParameterSpec) -> Option<(Cow<'_, LoraFactors>, f64)> {
         let (factors, lora) = (&self.adapter.factors, self.adapter.config.lora());
         let module = needed.module();
         if let Some(found) = factors.get(module) {
@@ -192,9 +192,9 @@ impl MergedTensors<'_> {
         let (role, _) = needed.role.expert()?;
         let joined = format!("{}.gate_up_proj", module.rsplit_once('.')?.0);
         let (stack, place) = role.place();
-        let Factors { r, a, b, .. } = factors.get(&joined).filter(|_| stack == ExpertStack::GateUp)?;
+        let LoraFactors { r, a, b, .. } = factors.get(&joined).filter(|_| stack == ExpertStack::GateUp)?;
         let rows = b.len() / stack.roles().len();
-        let part = Factors { r: *r, a: a.clone(), b: b[place * rows..][..rows].to_vec(), magnitude: None };
+        let part = LoraFactors { r: *r, a: a.clone(), b: b[place * rows..][..rows].to_vec(), magnitude: None };
         Some((Cow::Owned(part), lora.scale_of(&joined)))
     }
 
@@ -360,7 +360,7 @@ fn check_values(name: &str, dtype: Dtype, values: &[f32]) -> Result<(), Error> {
     };
     let Some(value) = values.iter().find(|value| value.is_nan() || value.abs() >= limit) else { return Ok(()) };
     let what = if value.is_finite() {
-        format!("{value:e} in the merged \"{name}\" is beyond the range of {dtype}: merge with dtype bf16 or f32")
+        format!("{value:e} in the merged \"{name}\" is outside the range of {dtype}: merge with dtype bf16 or f32")
     } else {
         format!("the merged \"{name}\" is not finite: the base's weight is damaged, or the adapter's product overflows")
     };

@@ -5,7 +5,7 @@ use std::path::Path;
 use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::{Group, ParamsBuilder, QuantizedWeight, Weight, unfilled};
 use rekindle_lora::peft::AdapterConfig;
-use rekindle_lora::{Adapter, Factors, LoraConfig};
+use rekindle_lora::{Adapter, LoraConfig, LoraFactors};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -60,9 +60,9 @@ impl CausalLm {
             let linear = by_name[name.as_str()];
             let r = config.rank_of(name);
             let magnitude = config.use_dora.then(|| vec![0.0; linear.out]);
-            Factors { r, a: vec![0.0; r * linear.input], b: vec![0.0; linear.out * r], magnitude }
+            LoraFactors { r, a: vec![0.0; r * linear.input], b: vec![0.0; linear.out * r], magnitude }
         };
-        let factors: BTreeMap<String, Factors> = targets.iter().map(|name| (name.clone(), zeros(name))).collect();
+        let factors: BTreeMap<String, LoraFactors> = targets.iter().map(|name| (name.clone(), zeros(name))).collect();
         let biased = modules.biased(config.bias, |name| factors.contains_key(name)).into_iter();
         let biases = biased.map(|linear| (linear.name.clone(), vec![0.0; linear.out])).collect();
         let [rows, hidden] = [self.config.vocab_size(), self.config.hidden_size()];

@@ -123,8 +123,8 @@ impl LinearFormat {
                 return match skip_modules {
                     None => Ok(None),
                     Some(_) => Err(Error::Argument(
-                        "skip_modules names linears that stay dense, and nothing is quantized; \
-                         add load_in_4bit or load_in_8bit, or leave it out"
+                        "skip_modules has no effect because nothing is quantized; set load_in_4bit or load_in_8bit, \
+                         or remove it"
                             .to_owned(),
                     )),
                 };
@@ -140,8 +140,8 @@ impl LinearFormat {
         let skips = || skip_modules.map(|_| "skip_modules".to_owned());
         if let Some(asked) = load_in.and_then(|asked| asked.conflict(found)).or_else(skips) {
             return Err(Error::Argument(format!(
-                "{} is quantized already, {found}, and {asked} asks for something else; leave that out to load it as \
-                 it is, or give the 16-bit checkpoint that it was made from",
+                "{} is already quantized, {found}, but {asked} selects another format; remove it to load the \
+                 checkpoint as it is, or use the 16-bit checkpoint that it was made from",
                 path.display()
             )));
         }
@@ -211,16 +211,19 @@ impl QuantizationPlan {
             }
             let find = |key: &str| checkpoint.get(key).map(|view| raw(&view));
             let weight = StoredWeight::read(name, find).map_err(failed)?;
-            let weight = weight.ok_or_else(|| fail(format!("tensor \"{name}\" has scales but no codes")))?;
+            let weight = weight.ok_or_else(|| fail(format!("tensor \"{name}\" has scales but no quantized data")))?;
             if weight.shape() != shape {
                 let found = weight.shape();
-                return Err(fail(format!("tensor \"{name}\" holds codes of shape {found:?}, expected {shape:?}")));
+                return Err(fail(format!(
+                    "tensor \"{name}\" has quantized data of shape {found:?}, expected \
+                     {shape:?}"
+                )));
             }
             let blocksizes = weight.format().blocksize().zip(self.asked.and_then(QuantFormat::blocksize));
             if let Some((found, asked)) = blocksizes.filter(|(found, asked)| found != asked) {
                 return Err(Error::Argument(format!(
-                    "tensor \"{name}\" has blocks of {}, and blocksize {} was asked for; leave the 4-bit format out to \
-                     load the checkpoint as it is",
+                    "tensor \"{name}\" has blocks of {}, but blocksize is {}; remove the 4-bit format to load the \
+                     checkpoint as it is",
                     found.get(),
                     asked.get()
                 )));

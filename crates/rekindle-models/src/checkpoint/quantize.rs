@@ -36,7 +36,7 @@ pub fn quantize(
     let ByExpert { checkpoint, .. } = &by_expert(checkpoint, &config)?;
     if is_quantized(checkpoint.config()) {
         return Err(Error::Argument(format!(
-            "{} is quantized already; give the 16-bit checkpoint that it was made from",
+            "{} is already quantized; use the 16-bit checkpoint that it was made from",
             checkpoint.path().display()
         )));
     }

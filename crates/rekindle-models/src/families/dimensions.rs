@@ -96,7 +96,8 @@ impl Dimensions {
         let num_key_value_heads = config.size("num_key_value_heads", Some(default_kv_heads));
         if !num_attention_heads.is_multiple_of(num_key_value_heads.max(1)) {
             config.problem(format!(
-                "num_attention_heads {num_attention_heads} is no multiple of num_key_value_heads {num_key_value_heads}"
+                "num_attention_heads {num_attention_heads} is not a multiple of num_key_value_heads \
+                 {num_key_value_heads}"
             ));
         }
         match defaults.activation {

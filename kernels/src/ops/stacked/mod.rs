@@ -31,7 +31,7 @@ pub struct Stacked {
 
 /// One linear of a group.
 #[derive(Debug)]
-pub struct Part<'a> {
+pub struct StackedLinear<'a> {
     /// W_j, `[out, in]`. A dense one lies in the stack afterwards.
     pub weight: &'a mut Weight,
     /// One row of `out`.
@@ -44,7 +44,7 @@ impl Stacked {
     /// Stacks frozen weights on a CUDA device; the factors follow the parameters from the building of `params` on.
     ///
     /// `None` for what has no such product: other devices, trained weights and biases, and dense weights beside codes.
-    pub fn new(mut parts: Vec<Part<'_>>, params: &mut ParamsBuilder) -> Option<Self> {
+    pub fn new(mut parts: Vec<StackedLinear<'_>>, params: &mut ParamsBuilder) -> Option<Self> {
         let biases = parts.iter().filter_map(|part| part.bias).map(frozen).collect::<Option<Vec<Array>>>()?;
         if !(biases.is_empty() || biases.len() == parts.len()) {
             return None;
@@ -119,13 +119,13 @@ impl Stacked {
     }
 
     /// dXA, and dX if it is wanted: with what comes through A, or without.
-    pub fn backward(&self, dys: &[Tensor<2>], dx: Wanted) -> (Tensor<2>, Option<Tensor<2>>) {
+    pub fn backward(&self, dys: &[Tensor<2>], dx: InputGradient) -> (Tensor<2>, Option<Tensor<2>>) {
         let dys: Vec<Array> = dys.iter().map(|dy| dy.cuda().clone()).collect();
         let (dy, dxa) = self.stack.backward_factors(&Array::side_by_side(&dys, self.rank()));
         let dx = match dx {
-            Wanted::No => None,
-            Wanted::Base => Some(self.stack.backward_base(&dy)),
-            Wanted::Whole => Some(self.stack.backward(&dy)),
+            InputGradient::No => None,
+            InputGradient::Base => Some(self.stack.backward_base(&dy)),
+            InputGradient::Whole => Some(self.stack.backward(&dy)),
         };
         (dxa.into(), dx.map(Tensor::from))
     }
@@ -141,7 +141,7 @@ fn frozen(weight: &Weight) -> Option<Array> {
 
 /// The gradient to x that is requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wanted {
+pub enum InputGradient {
     /// None.
     No,
     /// dY·W.

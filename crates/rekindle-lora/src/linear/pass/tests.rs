@@ -2,7 +2,7 @@ use burn::tensor::DType;
 use rekindle_kernels::{Device, Grads, Params, ParamsBuilder, Tensor, Weight, from_f32, to_f32};
 
 use super::LinearContext;
-use crate::{Adaptation, Factors, Linear, LinearGroup};
+use crate::{Linear, LinearGroup, LoraFactors, LoraInit};
 
 const TOKENS: usize = 5;
 const INPUT: usize = 6;
@@ -22,9 +22,9 @@ fn magnitude(name: &str, out: usize, use_dora: bool) -> Option<Vec<f32>> {
     use_dora.then(|| values(name.len() as u32, out).iter().map(|m| 1.5 + m).collect())
 }
 
-fn adapted(mut group: LinearGroup, factors: impl Fn(&Linear) -> Factors, bias: bool) -> (LinearGroup, Params) {
+fn adapted(mut group: LinearGroup, factors: impl Fn(&Linear) -> LoraFactors, bias: bool) -> (LinearGroup, Params) {
     let mut params = ParamsBuilder::new(&Device::cpu(), DType::F32);
-    group.adapt(&mut params, 0, |linear| Adaptation {
+    group.adapt(&mut params, 0, |linear| LoraInit {
         factors: Some((factors(linear), 0.5)),
         bias: bias.then(|| values(99, linear.weight.dims()[0])),
     });
@@ -64,7 +64,7 @@ fn a_fused_linear_is_its_parts() {
         let lengths: Vec<f32> =
             (0..3).flat_map(|i| magnitude(["q", "kk", "vvv"][i], OUTPUTS[i], use_dora).unwrap_or_default()).collect();
         let fused = Linear::fused("qkv", frozen(&w, total), None, OUTPUTS.to_vec());
-        let whole = || Factors { r: R, a: a.clone(), b: b.clone(), magnitude: use_dora.then(|| lengths.clone()) };
+        let whole = || LoraFactors { r: R, a: a.clone(), b: b.clone(), magnitude: use_dora.then(|| lengths.clone()) };
         let (fused, fused_params) = adapted(LinearGroup::new(vec![fused]), |_| whole(), true);
 
         let part = |i: usize| {
@@ -74,14 +74,14 @@ fn a_fused_linear_is_its_parts() {
         let factors = |linear: &Linear| {
             let i = linear.name.len() - 1;
             let magnitude = magnitude(&linear.name, OUTPUTS[i], use_dora);
-            Factors { r: R, a: a.clone(), b: b[from(i) * R..to(i) * R].to_vec(), magnitude }
+            LoraFactors { r: R, a: a.clone(), b: b[from(i) * R..to(i) * R].to_vec(), magnitude }
         };
         let mut parts = LinearGroup::new((0..3).map(part).collect());
         let mut params = ParamsBuilder::new(&Device::cpu(), DType::F32);
         let bias = values(99, total);
         parts.adapt(&mut params, 0, |linear| {
             let i = linear.name.len() - 1;
-            Adaptation { factors: Some((factors(linear), 0.5)), bias: Some(bias[from(i)..to(i)].to_vec()) }
+            LoraInit { factors: Some((factors(linear), 0.5)), bias: Some(bias[from(i)..to(i)].to_vec()) }
         });
         let params = params.build();
 
@@ -121,7 +121,7 @@ fn adapters_can_be_switched_off_for_one_pass() {
         let factors = |linear: &Linear| {
             let out = linear.weight.dims()[0];
             let magnitude = magnitude(&linear.name, out, use_dora);
-            Factors { r: R, a: values(4, R * INPUT), b: values(6, out * R), magnitude }
+            LoraFactors { r: R, a: values(4, R * INPUT), b: values(6, out * R), magnitude }
         };
         let (group, params) = adapted(base(), factors, true);
         let (ys, dx, grads) = run(&group, &params, false);

@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use rekindle_kernels::{Device, Grads, ParamRef, Params, Tensor, Weight, from_f32, to_f32};
 
-use crate::Factors;
-use crate::dora::dora_norm;
+use super::norm::dora_norm;
+use crate::LoraFactors;
 
 /// The magnitude of one linear.
 #[derive(Clone, Debug)]
@@ -51,7 +51,7 @@ impl Magnitude {
         let (r, out) = (a.dims()[0], weight.dims()[0]);
         let aw = to_f32(weight.nt(params, &matrix, None)); // [r, out]
         let wa: Vec<f32> = (0..out * r).map(|i| aw[i % r * out + i / r]).collect(); // [out, r]
-        let factors = Factors { r, a: params.values(a), b: params.values(b), magnitude: None };
+        let factors = LoraFactors { r, a: params.values(a), b: params.values(b), magnitude: None };
         let norms = dora_norm(&self.row_norms, &wa, &factors, f64::from(scale));
         let magnitude = params.values(self.at);
         // A row of norm zero has no direction. It stays zero, as in a merge.

@@ -9,23 +9,23 @@
 
 use rand_chacha::ChaCha8Rng;
 
-use crate::init::stream;
+use super::stream;
+use super::svd::{Triplets, leading, orthonormal, randomized, transposed_times};
 use crate::merge::merge;
-use crate::svd::{Triplets, leading, orthonormal, randomized, transposed_times};
-use crate::{Factors, InitLoraWeights, LoraConfig};
+use crate::{InitLoraWeights, LoraConfig, LoraFactors};
 
 /// Initial factors and their base: base + s·B·A = W up to rounding, or approximately for LoftQ.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Start {
+pub struct WeightSplit {
     /// A `[r, in]` and B `[out, r]`.
-    pub factors: Factors,
+    pub factors: LoraFactors,
     /// The base that replaces W, `[out, in]`.
     pub base: Vec<f32>,
 }
 
-impl Start {
+impl WeightSplit {
     /// Subtracts s·B·A of known `factors` from W; the base is bit-identical to that of the first time.
-    pub fn again(w: &[f32], shape: [usize; 2], factors: &Factors, scale: f64) -> Self {
+    pub fn again(w: &[f32], shape: [usize; 2], factors: &LoraFactors, scale: f64) -> Self {
         let mut base = w.to_vec();
         merge(&mut base, shape, factors, -scale, None);
         Self { factors: factors.clone(), base }
@@ -57,7 +57,7 @@ impl Start {
 ///
 /// # Panics
 /// If W is not `out · in` long or not finite.
-pub fn taken(config: &LoraConfig, module: &str, w: &[f32], shape: [usize; 2]) -> Option<Start> {
+pub fn split_weight(config: &LoraConfig, module: &str, w: &[f32], shape: [usize; 2]) -> Option<WeightSplit> {
     let (r, scale) = (config.rank_of(module), config.scale_of(module));
     let mut rng = stream(config, module);
     check(w, shape);
@@ -69,7 +69,7 @@ pub fn taken(config: &LoraConfig, module: &str, w: &[f32], shape: [usize; 2]) ->
         InitLoraWeights::Olora => olora(w, shape, r),
         _ => return None,
     };
-    Some(Start::again(w, shape, &factors, scale))
+    Some(WeightSplit::again(w, shape, &factors, scale))
 }
 
 /// Returns LoftQ's factors (arXiv:2310.08659, algorithm 1) for the linear `module` with weight W: `iterations` times, at
@@ -78,7 +78,7 @@ pub fn taken(config: &LoraConfig, module: &str, w: &[f32], shape: [usize; 2]) ->
 ///
 /// q is `encode_decode`, which quantizes and dequantizes. After one iteration, base is q(W).
 ///
-/// Shapes and dtypes are those of [`taken`]. Equal to PEFT's `"loftq"` if s = 1. For other scales, PEFT starts with s times
+/// Shapes and dtypes are those of [`split_weight`]. Equal to PEFT's `"loftq"` if s = 1. For other scales, PEFT starts with s times
 /// the approximation, which is not closer to W.
 ///
 /// # Panics
@@ -90,7 +90,7 @@ pub fn loftq(
     shape: [usize; 2],
     iterations: usize,
     mut encode_decode: impl FnMut(&[f32]) -> Vec<f32>,
-) -> Start {
+) -> WeightSplit {
     let (r, scale) = (config.rank_of(module), config.scale_of(module));
     let mut rng: ChaCha8Rng = stream(config, module);
     check(w, shape);
@@ -100,7 +100,7 @@ pub fn loftq(
         let missed: Vec<f32> = w.iter().zip(&base).map(|(w, base)| w - base).collect();
         let factors = halves(&leading(&missed, shape, r, &mut rng), shape, r, scale);
         if iteration >= iterations {
-            return Start { factors, base };
+            return WeightSplit { factors, base };
         }
         let mut target = w.to_vec();
         merge(&mut target, shape, &factors, -scale, None);
@@ -119,11 +119,11 @@ pub fn loftq(
 ///
 /// # Panics
 /// If the two do not belong to the same linear.
-pub fn to_plain(now: &Factors, start: &Factors) -> Factors {
+pub fn to_plain(now: &LoraFactors, start: &LoraFactors) -> LoraFactors {
     assert_eq!(now.a.len() * start.r, start.a.len() * now.r, "both A's have the same width");
     assert_eq!(now.b.len() * start.r, start.b.len() * now.r, "both B's have the same height");
     let rows = now.b.chunks_exact(now.r).zip(start.b.chunks_exact(start.r));
-    Factors {
+    LoraFactors {
         r: now.r + start.r,
         a: [now.a.as_slice(), &start.a].concat(),
         b: rows.flat_map(|(now, start)| now.iter().copied().chain(start.iter().map(|b| -b))).collect(),
@@ -132,7 +132,7 @@ pub fn to_plain(now: &Factors, start: &Factors) -> Factors {
 }
 
 /// Returns OLoRA's factors. The first r columns of Q depend only on the first r columns of W, and those rows of R are Qᵀ·W.
-fn olora(w: &[f32], [out, input]: [usize; 2], r: usize) -> Factors {
+fn olora(w: &[f32], [out, input]: [usize; 2], r: usize) -> LoraFactors {
     let columns = (0..r.min(input).min(out)).map(|j| (0..out).map(|i| f64::from(w[i * input + j])).collect());
     let q = orthonormal(columns.collect());
     let rows = transposed_times(w, [out, input], &q);
@@ -142,7 +142,7 @@ fn olora(w: &[f32], [out, input]: [usize; 2], r: usize) -> Factors {
 }
 
 /// Splits the singular values of s·B·A evenly: A and B each get their square roots.
-fn halves(Triplets { u, s, v }: &Triplets, shape: [usize; 2], r: usize, scale: f64) -> Factors {
+fn halves(Triplets { u, s, v }: &Triplets, shape: [usize; 2], r: usize, scale: f64) -> LoraFactors {
     let half: Vec<f64> = s.iter().map(|s| (s / scale).sqrt()).collect();
     factors(shape, r, s.len(), |row, column| half[row] * v[row][column], |row, column| u[column][row] * half[column])
 }
@@ -154,10 +154,10 @@ pub(crate) fn factors(
     k: usize,
     a: impl Fn(usize, usize) -> f64,
     b: impl Fn(usize, usize) -> f64,
-) -> Factors {
+) -> LoraFactors {
     let a = (0..r * input).map(|at| (at / input, at % input)).map(|(i, j)| if i < k { a(i, j) as f32 } else { 0.0 });
     let b = (0..out * r).map(|at| (at / r, at % r)).map(|(i, j)| if j < k { b(i, j) as f32 } else { 0.0 });
-    Factors { r, a: a.collect(), b: b.collect(), magnitude: None }
+    LoraFactors { r, a: a.collect(), b: b.collect(), magnitude: None }
 }
 
 fn check(w: &[f32], [out, input]: [usize; 2]) {
@@ -177,8 +177,8 @@ mod tests {
         LoraConfig::new(r).lora_alpha(scale * r as f64).init_lora_weights(init)
     }
 
-    fn start(w: &[f32], shape: [usize; 2], r: usize, scale: f64, init: InitLoraWeights) -> Start {
-        taken(&config(r, scale, init), MODULE, w, shape).unwrap()
+    fn start(w: &[f32], shape: [usize; 2], r: usize, scale: f64, init: InitLoraWeights) -> WeightSplit {
+        split_weight(&config(r, scale, init), MODULE, w, shape).unwrap()
     }
 
     fn weight(shape: [usize; 2]) -> Vec<f32> {
@@ -186,7 +186,7 @@ mod tests {
     }
 
     /// base + s·B·A.
-    fn sum(start: &Start, shape: [usize; 2], scale: f64) -> Vec<f32> {
+    fn sum(start: &WeightSplit, shape: [usize; 2], scale: f64) -> Vec<f32> {
         let mut sum = start.base.clone();
         merge(&mut sum, shape, &start.factors, scale, None);
         sum
@@ -219,7 +219,7 @@ mod tests {
     fn pissa_of_a_diagonal_by_hand() {
         // σ = 8, 2, 1; s = 2: the first triplet is √(8/2) = 2 on either side, the base keeps the others.
         let w = [0.0, 2.0, 0.0, 8.0, 0.0, 0.0, 0.0, 0.0, 1.0];
-        let Start { factors: Factors { a, b, .. }, base } = start(&w, [3, 3], 1, 2.0, InitLoraWeights::Pissa);
+        let WeightSplit { factors: LoraFactors { a, b, .. }, base } = start(&w, [3, 3], 1, 2.0, InitLoraWeights::Pissa);
         let sign = a[0].signum();
         assert_near(&times(&a, sign), &[2.0, 0.0, 0.0]);
         assert_near(&times(&b, sign), &[0.0, 2.0, 0.0]);
@@ -230,7 +230,7 @@ mod tests {
     fn olora_by_hand() {
         // W = [[3, 1], [4, 2]]: q = (3, 4)/5 and its row of R is (25, 11)/5, up to a common sign.
         let w = [3.0, 1.0, 4.0, 2.0];
-        let Start { factors: Factors { a, b, .. }, base } = start(&w, [2, 2], 1, 1.0, InitLoraWeights::Olora);
+        let WeightSplit { factors: LoraFactors { a, b, .. }, base } = start(&w, [2, 2], 1, 1.0, InitLoraWeights::Olora);
         let sign = a[0].signum();
         assert_near(&times(&a, sign), &[5.0, 2.2]);
         assert_near(&times(&b, sign), &[0.6, 0.8]);
@@ -306,7 +306,7 @@ mod tests {
         let mut original = w;
         merge(&mut original, shape, &to_plain(&now, &start.factors), 2.0, None);
         assert!(distance(&changed, &original) < 1e-5);
-        let one = |a: [f32; 2], b: [f32; 2]| Factors { r: 1, a: a.to_vec(), b: b.to_vec(), magnitude: None };
+        let one = |a: [f32; 2], b: [f32; 2]| LoraFactors { r: 1, a: a.to_vec(), b: b.to_vec(), magnitude: None };
         let both = to_plain(&one([1.0, 2.0], [3.0, 4.0]), &one([5.0, 6.0], [7.0, 8.0]));
         assert_eq!((both.r, both.a, both.b), (2, vec![1.0, 2.0, 5.0, 6.0], vec![3.0, -7.0, 4.0, -8.0]));
     }

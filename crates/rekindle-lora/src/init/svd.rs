@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use rekindle_kernels::{Device, Tensor, from_f32, matmul, to_f32};
 
-use crate::init::normal;
+use super::normal;
 
 /// Long vectors.
 pub(crate) type Vectors = Vec<Vec<f64>>;
