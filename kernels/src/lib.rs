@@ -12,8 +12,7 @@
 //!
 //! ```
 //! use rekindle_kernels::rms_norm::{self, Gain};
-//! use rekindle_kernels::{Device, from_f32, to_f32};
-//! use burn::tensor::DType;
+//! use rekindle_kernels::{DType, Device, from_f32, to_f32};
 //!
 //! let device = Device::cpu();
 //! let x = from_f32(vec![3.0, 4.0], [1, 2], &device, DType::F32);
@@ -34,6 +33,8 @@ mod rng;
 pub mod runtime;
 mod tensor;
 
+/// The dtype of a tensor. Activations, weights in use and results are f32, f16 or bf16.
+pub use burn::tensor::DType;
 pub use ops::{
     attention, causal_conv, dropout, embedding, expert_act, gated_activation, gated_delta, gated_norm, grouped,
     linear_cross_entropy, matmul, neftune, output_gate, rms_norm, rope, routing, stacked,

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, SafetensorsFile};
+use rekindle_kernels::DType;
 use rekindle_kernels::Device;
 use rekindle_models::{Batch, CausalLm, LoadOptions};
 use serde_json::Value;

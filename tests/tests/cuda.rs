@@ -6,9 +6,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
-use burn::tensor::DType;
 use rekindle_kernels::runtime::Cuda;
-use rekindle_kernels::{Device, DeviceKind, open_device};
+use rekindle_kernels::{DType, Device, DeviceKind, open_device};
 use rekindle_lora::{InitLoraWeights, LoraConfig};
 use rekindle_models::objective::Dpo;
 use rekindle_models::{CausalLm, GenerationConfig, GradientCheckpointing, LoadIn, Sft};

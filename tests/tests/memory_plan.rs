@@ -9,8 +9,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
-use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, Dtype, TensorSpec, write_atomic, write_safetensors};
+use rekindle_kernels::DType;
 use rekindle_kernels::Device;
 use rekindle_kernels::linear_cross_entropy::LogProbValues;
 use rekindle_lora::LoraConfig;

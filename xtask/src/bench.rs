@@ -11,12 +11,12 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use burn::tensor::DType;
 use clap::ValueEnum;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rekindle::LoraConfig;
 use rekindle_hub::Checkpoint;
+use rekindle_kernels::DType;
 use rekindle_kernels::Device;
 use rekindle_models::{Batch, CausalLm, LoadOptions, Sft};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};

@@ -43,8 +43,9 @@ const LAYERS: [(&str, &[&str]); 14] = [
 ];
 
 /// External crates that only some workspace crates may depend on.
-const OWNERS: [(&str, &[&str]); 9] = [
+const OWNERS: [(&str, &[&str]); 10] = [
     ("cudarc", &["rekindle-kernels"]),
+    ("burn", &["rekindle-kernels", "rekindle-quant", "rekindle-tests"]),
     ("burn-flex", &["rekindle-kernels"]),
     ("gemm", &["rekindle-kernels"]),
     ("hf-hub", &["rekindle-hub"]),

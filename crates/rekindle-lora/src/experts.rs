@@ -281,7 +281,7 @@ type FoundPart = ((&'static str, usize, usize), Vec<(LoraFactors, f64)>);
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::DType;
+    use rekindle_kernels::DType;
     use rekindle_kernels::{Device, from_f32, to_f32};
 
     use super::*;

@@ -6,8 +6,7 @@
 //! [`Adapter`] reads and writes the files that PEFT reads and writes.
 //!
 //! ```
-//! use burn::tensor::DType;
-//! use rekindle_kernels::{Device, ParamsBuilder, Weight, from_f32, to_f32};
+//! use rekindle_kernels::{DType, Device, ParamsBuilder, Weight, from_f32, to_f32};
 //! use rekindle_lora::{LoraInit, Linear, LinearContext, LinearGroup, LoraConfig, initial_factors};
 //!
 //! let device = Device::cpu();

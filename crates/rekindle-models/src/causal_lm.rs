@@ -2,8 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::DType;
-use rekindle_kernels::{Device, Params, ParamsBuilder};
+use rekindle_kernels::{DType, Device, Params, ParamsBuilder};
 use rekindle_lora::{LoraConfig, peft::AdapterConfig};
 use rekindle_rope::ContextExtension;
 

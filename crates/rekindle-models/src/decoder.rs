@@ -8,12 +8,11 @@ mod batch_context;
 
 use core::convert::Infallible;
 
-use burn::tensor::DType;
 use rekindle_kernels::attention::Heads;
 use rekindle_kernels::linear_cross_entropy::LmHead;
 use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::rope::Tables;
-use rekindle_kernels::{Device, Params, Tensor, Weight, embedding, from_f32, to_f32};
+use rekindle_kernels::{DType, Device, Params, Tensor, Weight, embedding, from_f32, to_f32};
 use rekindle_lora::{Adaptable, AdaptableMut, ExpertLinear, Linear, LinearGroup};
 use rekindle_rope::RopeConfig;
 

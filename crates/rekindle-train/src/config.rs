@@ -300,7 +300,7 @@ mod tests {
 
     #[test]
     fn an_embedding_learning_rate_is_for_something() {
-        use burn::tensor::DType;
+        use rekindle_kernels::DType;
         use rekindle_kernels::{Device, ParamsBuilder};
         let given = SftConfig { embedding_learning_rate: Some(1e-5), ..SftConfig::default() };
         let mut builder = ParamsBuilder::new(&Device::cpu(), DType::F32);

@@ -1,10 +1,9 @@
 //! One optimizer step over given micro-batches.
 
-use burn::tensor::DType;
 use rekindle_kernels::optimizer::{
     Clip, Rates, Rule, State, StateBytes, StateError, StateFormat, StateTensor, Step, clipped_range_step, clipped_step,
 };
-use rekindle_kernels::{Device, Grads, Params};
+use rekindle_kernels::{DType, Device, Grads, Params};
 use rekindle_models::objective::PendingLoss;
 use rekindle_models::{Batch, CausalLm, Objective, StepKey};
 

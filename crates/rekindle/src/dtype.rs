@@ -1,7 +1,6 @@
 //! The dtype that a user requests, and its conversions to compute and storage dtypes.
 
-use burn::tensor::DType;
-use rekindle_kernels::{Device, DeviceKind};
+use rekindle_kernels::{DType, Device, DeviceKind};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;

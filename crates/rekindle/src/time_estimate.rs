@@ -151,7 +151,8 @@ fn cpu_flops(hidden: usize, inner: usize) -> f64 {
     const TIME: Duration = Duration::from_millis(100);
     let (hidden, inner) = (hidden.clamp(16, 2048), inner.clamp(16, 4096));
     let device = Device::cpu();
-    let ones = |rows, columns| from_f32(vec![1.0; rows * columns], [rows, columns], &device, burn::tensor::DType::F32);
+    let ones =
+        |rows, columns| from_f32(vec![1.0; rows * columns], [rows, columns], &device, rekindle_kernels::DType::F32);
     let (x, w) = (ones(TOKENS, hidden), ones(inner, hidden));
     drop(matmul::nt(&x, &w));
     let (began, mut count) = (Instant::now(), 0);

@@ -2,9 +2,8 @@
 //!
 //! `splits.rs` tests that the mask is the same in recomputation and in any split, and that evaluation has no dropout.
 
-use burn::tensor::DType;
 use rekindle_kernels::dropout::{Dropout, Token, Tokens};
-use rekindle_kernels::{Device, Params, ParamsBuilder, RngKey, Weight, from_f32, to_f32};
+use rekindle_kernels::{DType, Device, Params, ParamsBuilder, RngKey, Weight, from_f32, to_f32};
 use rekindle_lora::{Linear, LinearContext, LinearGroup, LoraFactors, LoraInit};
 
 const WIDTH: usize = 64;

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, Dtype, TensorSpec, write_f32, write_safetensors};
+use rekindle_kernels::DType;
 use rekindle_kernels::Device;
 use rekindle_lora::LoraConfig;
 use rekindle_models::{Batch, CausalLm, Error, LoadOptions};

@@ -154,7 +154,7 @@ fn quantizing_first_or_while_loading_is_the_same() {
             let checkpoint = Checkpoint::open(&golden.dir).expect("a golden checkpoint opens");
             let dir = tempfile::tempdir().expect("a temporary directory");
             quantize(&checkpoint, load_in, None, dir.path(), &mut |_| ()).expect("a golden checkpoint quantizes");
-            let options = LoadOptions::new(Device::cpu(), burn::tensor::DType::F32, 128);
+            let options = LoadOptions::new(Device::cpu(), rekindle_kernels::DType::F32, 128);
             let written = Checkpoint::open(dir.path()).expect("it was just written");
             let written = CausalLm::load(&written, &options, &mut |_| ()).expect("it was just written");
             let loaded = golden.load_with(|options| options.load_in = Some(load_in));
@@ -186,7 +186,7 @@ fn tensors_beside_the_decoder_are_written_as_they_were() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         write(dir.path());
         assert_eq!(beside(dir.path()), want);
-        let options = LoadOptions::new(Device::cpu(), burn::tensor::DType::F32, 128);
+        let options = LoadOptions::new(Device::cpu(), rekindle_kernels::DType::F32, 128);
         let written = Checkpoint::open(dir.path()).expect("it was just written");
         nll(&CausalLm::load(&written, &options, &mut |_| ()).expect("it was just written"), &batch)
     };

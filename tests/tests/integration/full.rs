@@ -154,7 +154,7 @@ fn memory_matches_the_formats() {
 fn unsupported_settings_are_explained() {
     let golden = Golden::open("qwen3-tied");
     let refuse = |change: fn(&mut LoadOptions)| {
-        let mut options = LoadOptions::new(rekindle_kernels::Device::cpu(), burn::tensor::DType::F32, 128);
+        let mut options = LoadOptions::new(rekindle_kernels::Device::cpu(), rekindle_kernels::DType::F32, 128);
         change(&mut options);
         let checkpoint = rekindle_hub::Checkpoint::open(&golden.dir).expect("a golden checkpoint opens");
         CausalLm::load(&checkpoint, &options, &mut |_| ()).expect_err("refused").to_string()

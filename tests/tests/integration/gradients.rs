@@ -2,8 +2,8 @@
 
 mod oracle;
 
-use burn::tensor::DType;
 use oracle::Oracle;
+use rekindle_kernels::DType;
 use rekindle_models::CausalLm;
 use rekindle_tests::Golden;
 

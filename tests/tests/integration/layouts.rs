@@ -33,7 +33,7 @@ fn rename(from: &Path, to: &Path, name: impl Fn(&str) -> String) {
 }
 
 fn load(dir: &Path) -> Result<CausalLm, Error> {
-    let options = LoadOptions::new(rekindle_kernels::Device::cpu(), burn::tensor::DType::F32, 128);
+    let options = LoadOptions::new(rekindle_kernels::Device::cpu(), rekindle_kernels::DType::F32, 128);
     CausalLm::load(&Checkpoint::open(dir)?, &options, &mut |_| ())
 }
 

@@ -9,7 +9,7 @@ use rekindle_quant::DynamicMap;
 use rekindle_tests::{Golden, goldens, read_json, relative_distance};
 use rekindle_train::{Optim, Optimizer, OptimizerConfig, SftConfig};
 
-use burn::tensor::DType::F32;
+use rekindle_kernels::DType::F32;
 
 #[test]
 fn optimizer_states_and_weights_use_the_same_maps() {

@@ -34,7 +34,7 @@ fn both_paths_give_the_same_gradient() {
 #[test]
 fn bfloat16_is_as_close_as_torch_is() {
     let golden = Golden::open("qwen3-tied");
-    let model = golden.load_with(|options| options.dtype = burn::tensor::DType::BF16);
+    let model = golden.load_with(|options| options.dtype = rekindle_kernels::DType::BF16);
     let (truth, torch) = (golden.base_losses(), RowLosses::list(&golden.expect["bf16"]["rows"]));
     let ours = losses(&model, &golden.packed());
     let (tokens, sums) = furthest(&torch, &truth);

@@ -181,7 +181,8 @@ fn skipped_modules_stay_dense() {
 }
 
 fn refused(golden: &str, change: impl FnOnce(&mut rekindle_models::LoadOptions)) -> String {
-    let mut options = rekindle_models::LoadOptions::new(rekindle_kernels::Device::cpu(), burn::tensor::DType::F32, 64);
+    let mut options =
+        rekindle_models::LoadOptions::new(rekindle_kernels::Device::cpu(), rekindle_kernels::DType::F32, 64);
     change(&mut options);
     let checkpoint = Checkpoint::open(&goldens().join(golden)).expect("a golden checkpoint opens");
     let loaded = rekindle_models::CausalLm::load(&checkpoint, &options, &mut |_| ());
@@ -270,7 +271,8 @@ fn damaged_quantized_tensors_are_named() {
         ),
     ] {
         let checkpoint = Checkpoint::open(dir.path()).expect("the file itself is whole");
-        let options = rekindle_models::LoadOptions::new(rekindle_kernels::Device::cpu(), burn::tensor::DType::F32, 64);
+        let options =
+            rekindle_models::LoadOptions::new(rekindle_kernels::Device::cpu(), rekindle_kernels::DType::F32, 64);
         let error =
             rekindle_models::CausalLm::load(&checkpoint, &options, &mut |_| ()).expect_err("damaged").to_string();
         for part in words {

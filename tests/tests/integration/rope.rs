@@ -2,10 +2,9 @@
 
 use std::path::Path;
 
-use burn::tensor::DType;
 use rekindle::{DataSource, Dtype, FastLanguageModel, Loader, LoraConfig, Merge, RopeScaling, SftConfig, SftTrainer};
 use rekindle_hub::Checkpoint;
-use rekindle_kernels::{Device, DeviceKind};
+use rekindle_kernels::{DType, Device, DeviceKind};
 use rekindle_models::{Batch, CausalLm, LoadOptions, Positions};
 use rekindle_tests::{Golden, RowLosses, assert_nll, goldens, read_json, worst_nll};
 use rekindle_train::save_result;

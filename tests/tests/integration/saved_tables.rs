@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use burn::tensor::DType;
 use rekindle::{FastLanguageModel, Merge};
 use rekindle_hub::Dtype;
+use rekindle_kernels::DType;
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::{Adapter, Combination, LoraConfig, saved_rows, weighted};
 use rekindle_models::{Batch, CausalLm};

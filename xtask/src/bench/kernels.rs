@@ -4,7 +4,6 @@ use std::error::Error;
 use std::path::Path;
 use std::process::Command;
 
-use burn::tensor::DType;
 use rekindle_kernels::attention::{self, Documents, Heads};
 use rekindle_kernels::gated_activation::{self, Activation};
 use rekindle_kernels::grouped::{self, GroupedRows};
@@ -16,7 +15,7 @@ use rekindle_kernels::rope::{self, Norm, Rotation, Tables};
 use rekindle_kernels::routing::{self, Dispatch, RoutingForm};
 use rekindle_kernels::runtime::Cuda;
 use rekindle_kernels::{
-    Device, ParamsBuilder, QuantizedWeight, Tensor, expert_act, from_f32, from_le_bytes, matmul, parse_device,
+    DType, Device, ParamsBuilder, QuantizedWeight, Tensor, expert_act, from_f32, from_le_bytes, matmul, parse_device,
 };
 use serde_json::{Value, json};
 

@@ -6,9 +6,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use burn::tensor::DType;
 use clap::ValueEnum;
 use rekindle_hub::Checkpoint;
+use rekindle_kernels::DType;
 use rekindle_kernels::Device;
 use rekindle_models::{CausalLm, LoadIn, LoadOptions, MemoryReport, quantize};
 use serde_json::{Value, json};

@@ -8,14 +8,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use burn::tensor::DType;
 use clap::{Args, ValueEnum};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rekindle::LoraConfig;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::runtime::{Cuda, ProfileEntry};
-use rekindle_kernels::{Device, parse_device};
+use rekindle_kernels::{DType, Device, parse_device};
 use rekindle_models::{CausalLm, GradientCheckpointing, LoadIn, LoadOptions, Sft};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 use serde_json::{Value, json};

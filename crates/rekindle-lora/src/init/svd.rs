@@ -2,10 +2,9 @@
 //!
 //! A matrix of a few long vectors is a `Vec` of them, in `f64`. Products with a large W are in `f32`, on all cores.
 
-use burn::tensor::DType;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
-use rekindle_kernels::{Device, Tensor, from_f32, matmul, to_f32};
+use rekindle_kernels::{DType, Device, Tensor, from_f32, matmul, to_f32};
 
 use super::normal;
 

@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use burn::tensor::DType;
 use rekindle_hub::Dtype;
-use rekindle_kernels::{Group, ParamsBuilder, Weight, from_f32, to_f32};
+use rekindle_kernels::{DType, Group, ParamsBuilder, Weight, from_f32, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{
     AdaptableModules, Adapter, EmbeddingTable, ExpertProjection, InitLoraWeights, Linear, LinearModule, LoraConfig,

@@ -4,9 +4,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use burn::tensor::DType;
 use rekindle_hub::Checkpoint;
-use rekindle_kernels::{Device, Weight, from_f32, to_f32};
+use rekindle_kernels::{DType, Device, Weight, from_f32, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{
     Adapter, InitLoraWeights, Linear, LoraConfig, LoraFactors, WeightSplit, initial_factors, loftq, split_weight,

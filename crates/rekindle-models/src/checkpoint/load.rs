@@ -2,12 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use burn::tensor::DType;
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
 use rekindle_kernels::gated_delta::DeltaHeads;
 use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::{
-    Device, DeviceLimits, Group, ParamsBuilder, QuantizedWeight, Tensor, Weight, from_f32, from_le_bytes,
+    DType, Device, DeviceLimits, Group, ParamsBuilder, QuantizedWeight, Tensor, Weight, from_f32, from_le_bytes,
 };
 use rekindle_quant::DiskMetadata;
 use rekindle_rope::{ContextExtension, RopeScaling};

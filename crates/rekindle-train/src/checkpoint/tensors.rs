@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use burn::tensor::DType;
 use rekindle_hub::{
     Checkpoint as ModelFiles, Dtype, SafetensorsFile, TensorSpec, TensorView, write_f32, write_safetensors,
 };
+use rekindle_kernels::DType;
 use rekindle_kernels::optimizer::StateTensor;
 use rekindle_models::CausalLm;
 

@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use burn::tensor::DType;
+use rekindle_kernels::DType;
 use rekindle_kernels::runtime::{Cuda, DeviceProps};
 use rekindle_models::LoadIn;
 use serde_json::json;

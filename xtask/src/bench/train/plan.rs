@@ -3,8 +3,8 @@
 use std::error::Error;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::DType;
 use rekindle::LoraConfig;
+use rekindle_kernels::DType;
 use rekindle_kernels::Device;
 use rekindle_kernels::runtime::{self, CUDA_CONTEXT_BYTES, Cuda, DeviceProps};
 use rekindle_models::{LoadIn, LoadOptions};

@@ -1,5 +1,4 @@
-use burn::tensor::DType;
-use rekindle_kernels::{Device, Grads, Params, ParamsBuilder, Tensor, Weight, from_f32, to_f32};
+use rekindle_kernels::{DType, Device, Grads, Params, ParamsBuilder, Tensor, Weight, from_f32, to_f32};
 
 use super::LinearContext;
 use crate::{Linear, LinearGroup, LoraFactors, LoraInit};
