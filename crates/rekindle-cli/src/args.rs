@@ -1,9 +1,12 @@
 //! The command line.
 
+mod chat;
 mod data;
 mod generate;
 mod hub;
 mod plan;
+#[cfg(feature = "serve")]
+mod serve;
 
 use std::path::{Path, PathBuf};
 
@@ -14,12 +17,15 @@ use rekindle::{Combination, DeviceKind, Dtype, Resume, RopeScaling, parse_device
 
 use crate::failure::Failure;
 
+pub(crate) use chat::{ChatArgs, NamedAdapter};
 pub(crate) use data::{DataCommand, PreviewArgs, RunFileArgs, StatsArgs};
 pub(crate) use generate::{EvalArgs, GenerateArgs, PromptArgs};
 pub(crate) use hub::HubArgs;
 #[cfg(feature = "network")]
 pub(crate) use hub::{CacheCommand, CacheDir, ListArgs, PruneArgs};
 pub(crate) use plan::PlanArgs;
+#[cfg(feature = "serve")]
+pub(crate) use serve::ServeArgs;
 
 /// Fine-tune language models in Rust.
 #[derive(Debug, Parser)]
@@ -46,6 +52,11 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Continue a prompt or answer a message
     Generate(Box<GenerateArgs>),
+    /// Talk to a model in the terminal
+    Chat(Box<ChatArgs>),
+    /// Serve a model over HTTP with OpenAI's API and a chat page
+    #[cfg(feature = "serve")]
+    Serve(Box<ServeArgs>),
     /// Merge an adapter into its base and write the checkpoint
     Merge(MergeArgs),
     /// Write a checkpoint with linears in 4 or 8 bits, in bitsandbytes' format
@@ -186,6 +197,13 @@ pub(crate) struct ModelArgs {
     pub(crate) adapter: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) combine: CombineArgs,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+}
+
+/// The form in which a model is loaded, and the device.
+#[derive(Debug, clap::Args)]
+pub(crate) struct LoadArgs {
     /// Dtype of weights and activations; auto is f32 on the CPU and wgpu, bf16 on CUDA
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtype())]
     pub(crate) dtype: Dtype,
@@ -259,11 +277,11 @@ pub(crate) struct QuantArgs {
     pub(crate) skip_modules: Option<Vec<String>>,
 }
 
-impl ModelArgs {
-    /// Returns the arguments of `from_pretrained`.
-    pub(crate) fn arguments(&self) -> ModelArguments {
+impl LoadArgs {
+    /// Returns the arguments of `from_pretrained` for a model.
+    pub(crate) fn arguments(&self, model: &Path) -> ModelArguments {
         ModelArguments {
-            name_or_path: self.model.clone(),
+            name_or_path: model.to_owned(),
             max_seq_length: self.max_seq_length,
             rope_scaling: self.rope_scaling.clone(),
             dtype: self.dtype,

@@ -1,4 +1,4 @@
-//! The `rekindle` command: training from run files, evaluation, generation, merging, quantization, and inspection of
+//! The `rekindle` command: training from run files, evaluation, generation, chat, serving, merging, quantization, and inspection of
 //! checkpoints, the hub's cache and this machine.
 //!
 //! Results are printed to stdout, progress and errors to stderr. Exit codes: 0 success, 1 failure (a model or adapter
@@ -27,6 +27,8 @@ mod plan;
 mod progress;
 mod quantize;
 mod quickstart;
+#[cfg(feature = "serve")]
+mod serve;
 mod signals;
 mod train;
 
@@ -46,6 +48,9 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Chat(args) => chat::run(&args),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Inspect(args) => inspect::run(&args),

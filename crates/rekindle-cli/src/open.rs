@@ -1,20 +1,20 @@
 //! Loading of a model with its tokenizer and adapters.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use rekindle::{Loader, Model, Tokenizer, show_bytes};
+use rekindle::{Error, Loader, Model, Tokenizer, show_bytes};
 
-use crate::args::ModelArgs;
+use crate::args::{LoadArgs, ModelArgs, NamedAdapter};
 use crate::failure::Failure;
 use crate::{fetch, progress};
 
 /// Loads the model of the command line, with its adapter.
 pub(crate) fn open(args: &ModelArgs) -> Result<(Model, Option<Tokenizer>), Failure> {
-    let arguments = args.arguments();
+    let arguments = args.load.arguments(&args.model);
     let dirs = args.adapter.iter().map(|name| fetch::directory(arguments.adapter(name)));
     let dirs: Vec<PathBuf> = dirs.collect::<Result<_, Failure>>()?;
     let adapters = args.combine.weighted(dirs)?;
-    let mut loader = Loader::new(arguments).device(args.device);
+    let mut loader = Loader::new(arguments).device(args.load.device);
     if let Some((first, _)) = adapters.first() {
         loader = loader.for_adapter(first);
     }
@@ -31,6 +31,36 @@ pub(crate) fn open(args: &ModelArgs) -> Result<(Model, Option<Tokenizer>), Failu
     let model = model.load_weighted_adapters(&adapters, args.combine.combine)?;
     say(&model);
     Ok((model, tokenizer))
+}
+
+/// Loads a model with adapters by name; the last one is active.
+pub(crate) fn open_named(
+    model: &Path,
+    adapters: &[NamedAdapter],
+    args: &LoadArgs,
+) -> Result<(Model, Option<Tokenizer>), Failure> {
+    let arguments = args.arguments(model);
+    let dirs = adapters.iter().map(|adapter| fetch::directory(arguments.adapter(&adapter.path)));
+    let dirs: Vec<PathBuf> = dirs.collect::<Result<_, Failure>>()?;
+    let mut loader = Loader::new(arguments).device(args.device);
+    if let Some(first) = dirs.first() {
+        loader = loader.for_adapter(first);
+    }
+    let (mut model, tokenizer) = load(loader)?;
+    let noted = model.notices().len();
+    for (adapter, dir) in adapters.iter().zip(&dirs) {
+        model.load_adapter_as(&adapter.name, dir)?;
+    }
+    model.notices()[noted..].iter().for_each(|notice| eprintln!("{notice}"));
+    Ok((model, tokenizer))
+}
+
+/// Returns the tokenizer, or an error that says what the checkpoint lacks.
+pub(crate) fn need_tokenizer(model: &Model, tokenizer: Option<Tokenizer>) -> Result<Tokenizer, Failure> {
+    match tokenizer {
+        Some(tokenizer) => Ok(tokenizer),
+        None => Ok(Tokenizer::from_dir(model.path()).map_err(Error::from)?),
+    }
 }
 
 /// Prints the library's notices about the adapters of a model.

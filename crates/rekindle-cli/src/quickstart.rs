@@ -7,11 +7,10 @@ use std::path::Path;
 use std::time::Instant;
 
 use rekindle::run::{RunConfig, TrainOptions, TrainingRun};
-use rekindle::{DataSource, Model, Tokenizer, TrainReport};
+use rekindle::{ChatPrompt, DataSource, Error, GenerationConfig, Model, Tokenizer, TrainReport};
 use serde::Deserialize;
 
 use crate::args::QuickstartArgs;
-use crate::chat::answer;
 use crate::failure::Failure;
 use crate::progress::duration;
 use crate::train::TerminalObserver;
@@ -44,6 +43,14 @@ pub(crate) fn run(args: &QuickstartArgs) -> Result<(), Failure> {
     output::line(&look(&job, &held_out)?.describe(loss))?;
 
     output::line(&ending(dir, &job, &report, start.elapsed().as_secs_f64()))
+}
+
+/// Returns the model's most likely answer.
+fn answer(model: &Model, tokenizer: &Tokenizer, question: &str, most: usize) -> Result<String, Failure> {
+    let prompt = ChatPrompt::new(None, question).encode(tokenizer).map_err(Error::from)?;
+    let eos_ids = model.end_tokens(Some(tokenizer))?;
+    let config = GenerationConfig { max_new_tokens: most, eos_ids, ..GenerationConfig::default() };
+    Ok(model.generate_text(tokenizer, &prompt, &config, &[], |_| true)?.text)
 }
 
 /// A held-out question, and its correct answer.

@@ -18,3 +18,10 @@ pub(crate) fn raise(stop: &Arc<AtomicBool>) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Makes Ctrl-C set `stop`, and end the process if `stop` is still set.
+pub(crate) fn raise_on_interrupt(stop: &Arc<AtomicBool>) -> io::Result<()> {
+    flag::register_conditional_shutdown(SIGINT, INTERRUPTED.into(), Arc::clone(stop))?;
+    flag::register(SIGINT, Arc::clone(stop))?;
+    Ok(())
+}

@@ -12,6 +12,18 @@ use crate::row::read_prompt;
 use crate::template::RenderOptions;
 use crate::tokenizer::Tokenizer;
 
+/// The end of a rendered conversation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PromptEnd {
+    /// The beginning of the assistant's turn.
+    #[default]
+    AssistantStart,
+    /// The end of the last turn.
+    Turn,
+    /// The text of the last turn, which the model continues.
+    Text,
+}
+
 /// A conversation up to the assistant's answer, with further inputs of its template.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ChatPrompt {
@@ -23,6 +35,8 @@ pub struct ChatPrompt {
     pub kwargs: Map<String, Value>,
     /// The name of the chat template; `None` chooses as [`Tokenizer::chat_template_for`] does.
     pub chat_template: Option<String>,
+    /// The end of the rendering.
+    pub end: PromptEnd,
 }
 
 impl ChatPrompt {
@@ -44,19 +58,41 @@ impl ChatPrompt {
         read_prompt(value).map_err(|message| Error::dataset(path, message))
     }
 
-    /// Returns the token ids of the conversation and of the beginning of the assistant's turn.
+    /// Returns the token ids of the conversation and of the beginning of the assistant's turn, or of another
+    /// [`end`](Self::end).
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] without a chat template, [`Error::Template`] if it refuses the messages.
+    /// As [`render`](Self::render).
     pub fn encode(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        // The template has written the special tokens already.
+        tokenizer.encode(&self.render(tokenizer)?, false)
+    }
+
+    /// Returns the text of the conversation, in the tokenizer's chat template.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] without a chat template, [`Error::Template`] if it refuses the messages or does not show the
+    /// text of the last one.
+    pub fn render(&self, tokenizer: &Tokenizer) -> Result<String> {
         let template = tokenizer.chat_template_for(self.chat_template.as_deref(), self.tools.is_some())?;
-        let options =
-            RenderOptions { add_generation_prompt: true, tools: self.tools.clone(), kwargs: self.kwargs.clone() };
+        let options = RenderOptions {
+            add_generation_prompt: self.end == PromptEnd::AssistantStart,
+            tools: self.tools.clone(),
+            kwargs: self.kwargs.clone(),
+        };
         let mut messages = self.messages.clone();
         settle(template, &mut messages, &options);
-        let text = template.render(&messages, &options)?;
-        // The template has written the special tokens already.
-        tokenizer.encode(&text, false)
+        let mut text = template.render(&messages, &options)?;
+        if self.end == PromptEnd::Text {
+            let last = self.messages.last().map_or("", Message::text).trim();
+            let at = text.rfind(last).filter(|_| !last.is_empty()).ok_or_else(|| {
+                Error::Template(
+                    "the rendering does not show the text of the last turn, so it cannot be continued".into(),
+                )
+            })?;
+            text.truncate(at + last.len());
+        }
+        Ok(text)
     }
 }
 
@@ -85,6 +121,25 @@ mod tests {
         assert_eq!(row.tools, Some(Value::Array(Vec::new())));
         let shared = r#"{"system": "S", "conversations": [{"from": "human", "value": "Q"}]}"#;
         assert_eq!(read(shared).expect("valid"), prompt);
+    }
+
+    #[test]
+    fn the_last_turn_can_be_continued() {
+        let (_dir, chatml) = tokenizer(CHATML);
+        let mut prompt = ChatPrompt::new(None, "Q");
+        prompt.messages.push(Message::new("assistant", " A, and "));
+        let mut render = |end| {
+            prompt.end = end;
+            prompt.render(&chatml)
+        };
+        let turns = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n A, and ";
+        assert_eq!(render(PromptEnd::Turn).expect("renders"), format!("{turns}<|im_end|>\n"));
+        assert_eq!(render(PromptEnd::Text).expect("renders"), turns.trim_end());
+        assert!(render(PromptEnd::AssistantStart).expect("renders").ends_with("<|im_start|>assistant\n"));
+        prompt.messages.push(Message::new("assistant", " "));
+        assert!(prompt.render(&chatml).is_ok());
+        prompt.end = PromptEnd::Text;
+        assert!(prompt.render(&chatml).is_err());
     }
 
     #[test]

@@ -57,7 +57,7 @@ mod tokenizer;
 mod trained_spans;
 
 pub use cache::default_cache_dir;
-pub use chat_prompt::ChatPrompt;
+pub use chat_prompt::{ChatPrompt, PromptEnd};
 pub use columns::Columns;
 pub use counted::counted;
 pub use data_files::DataFiles;

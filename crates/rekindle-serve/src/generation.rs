@@ -88,6 +88,7 @@ impl Generation {
         let now = Instant::now();
         match event {
             EngineEvent::Prompt(_) => return,
+            EngineEvent::Tokens { ids, .. } if ids.is_empty() => return,
             EngineEvent::Tokens { ids, .. } => {
                 metrics.generation_tokens.add(ids.len());
                 match clock.last_token.replace(now) {

@@ -12,6 +12,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderValue, Method, Response, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::routing::{any, get, post};
+use axum::serve::ListenerExt;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -39,7 +40,8 @@ pub struct Server {
     runtime: tokio::runtime::Runtime,
     listener: TcpListener,
     address: SocketAddr,
-    state: Arc<ServerState>,
+    engine: Arc<dyn Engine>,
+    config: ServerConfig,
     stop: watch::Sender<bool>,
 }
 
@@ -63,13 +65,17 @@ impl Server {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let listener = runtime.block_on(TcpListener::bind((host, port)))?;
         let address = listener.local_addr()?;
-        let state = Arc::new(ServerState::new(engine, config));
-        Ok(Self { runtime, listener, address, state, stop: watch::Sender::new(false) })
+        Ok(Self { runtime, listener, address, engine, config, stop: watch::Sender::new(false) })
     }
 
     /// Returns the address, with the port that was chosen.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Changes the options, for example by the address.
+    pub fn configure(&mut self, change: impl FnOnce(&mut ServerConfig)) {
+        change(&mut self.config);
     }
 
     /// Returns a handle that stops the server.
@@ -82,7 +88,8 @@ impl Server {
     /// # Errors
     /// An error if signals cannot be handled or the listener fails.
     pub fn run(self) -> io::Result<()> {
-        let Self { runtime, listener, state, stop, .. } = self;
+        let Self { runtime, listener, engine, config, stop, .. } = self;
+        let state = Arc::new(ServerState::new(engine, config));
         let served = runtime.block_on(serve(listener, state, stop));
         // Requests that are still running are ended by dropping them.
         runtime.shutdown_timeout(std::time::Duration::from_secs(1));
@@ -97,6 +104,10 @@ async fn serve(listener: TcpListener, state: Arc<ServerState>, stop: watch::Send
         let _ = stopping.wait_for(|&stopping| stopping).await;
     };
     let service = router(state.clone());
+    let listener = listener.tap_io(|stream| {
+        // A token would otherwise wait for the acknowledgement of the one before it. Without the option it still works.
+        let _ = stream.set_nodelay(true);
+    });
     let server = axum::serve(listener, service).with_graceful_shutdown(stopped(stop.subscribe()));
     let server = server.into_future();
     tokio::pin!(server);

@@ -64,8 +64,9 @@ pub use suggest::{Suggestion, suggest};
 pub use time_estimate::{TimeEstimate, TokenTime};
 
 pub use rekindle_data::{
-    ChatPrompt, Columns, Dataset, Example, IGNORED, LoadReport, Message, NotShown, Overlong, Packs, RenderOptions,
-    RowFormat, RowNumber, RowPart, RowSample, Thinking, Tokenizer, TrainOn, Untrained, counted,
+    ChatPrompt, Columns, Dataset, Example, IGNORED, LoadReport, Message, NotShown, Overlong, Packs, PromptEnd,
+    RenderOptions, RowFormat, RowNumber, RowPart, RowSample, Thinking, Tokenizer, TrainOn, Untrained,
+    chat_template_sources, counted,
 };
 pub use rekindle_hub::write_atomic;
 #[cfg(feature = "network")]

@@ -127,7 +127,10 @@ mod tests {
         assert!(parse(&["--messages", "a", "--chat", "b"]).is_err());
         let args = parse(&["--prompt-ids", "1,2,3"]).unwrap();
         assert_eq!(args.prompt.prompt_ids, Some(vec![1, 2, 3]));
-        assert_eq!((args.temperature, args.model.dtype, args.model.device), (0.0, Dtype::Auto, DeviceKind::Auto));
+        assert_eq!(
+            (args.temperature, args.model.load.dtype, args.model.load.device),
+            (0.0, Dtype::Auto, DeviceKind::Auto)
+        );
     }
 
     #[test]

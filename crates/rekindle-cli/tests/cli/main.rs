@@ -17,6 +17,8 @@ mod quantize_errors;
 mod quantized;
 mod quickstart;
 mod results;
+#[cfg(feature = "serve")]
+mod serve;
 #[cfg(unix)]
 mod survive;
 mod templates;

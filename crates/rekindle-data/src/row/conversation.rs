@@ -44,7 +44,7 @@ pub(crate) fn read_prompt(value: Value) -> Result<ChatPrompt, String> {
         ));
     }
     let (tools, kwargs) = for_template(&mut fields)?;
-    Ok(ChatPrompt { messages, tools, kwargs, chat_template: None })
+    Ok(ChatPrompt { messages, tools, kwargs, ..ChatPrompt::default() })
 }
 
 /// Reads a list of turns.

@@ -8,4 +8,5 @@ mod completions;
 mod engine;
 mod load;
 mod openai;
+mod page;
 mod routes;

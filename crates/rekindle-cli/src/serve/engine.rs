@@ -1,0 +1,230 @@
+//! A loaded model as the engine of a server.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use rekindle::{ChatPrompt, Message, Model, PromptEnd, Tokenizer, chat_template_sources};
+use rekindle_serve::{
+    ChatFormat, ChatInput, Engine, EngineError, EngineErrorKind, EngineLimits, EngineRequest, EngineStats, EventSink,
+    RenderedChat, RequestId, ServedModel, Vocabulary,
+};
+use serde_json::{Map, Value};
+
+use crate::args::NamedAdapter;
+use crate::failure::Failure;
+
+use super::invalid;
+use super::worker::Worker;
+
+/// A model, its tokenizer and its adapters.
+pub(super) struct ModelEngine {
+    tokenizer: Arc<Tokenizer>,
+    format: ChatFormat,
+    limits: EngineLimits,
+    end_tokens: Vec<u32>,
+    vocabulary: OnceLock<Result<Arc<Vocabulary>, String>>,
+    base: String,
+    adapters: Mutex<Vec<ServedAdapter>>,
+    worker: Worker,
+}
+
+/// An adapter that requests can name.
+struct ServedAdapter {
+    /// The name in requests.
+    name: String,
+    /// The name in the model.
+    inner: String,
+    root: String,
+}
+
+impl ModelEngine {
+    /// Moves a model to a thread of its own. `base` is its name in requests; `own` is an adapter that was loaded with
+    /// it, with its name in the model and that in requests.
+    pub(super) fn start(
+        model: Model,
+        tokenizer: Tokenizer,
+        base: String,
+        own: Option<(String, String)>,
+        adapters: &[NamedAdapter],
+    ) -> Result<Self, Failure> {
+        let end_tokens = model.end_tokens(Some(&tokenizer))?;
+        let limits = EngineLimits {
+            max_model_len: model.causal_lm().max_seq_length(),
+            vocab_size: model.causal_lm().config().vocab_size(),
+        };
+        let own = own.map(|(inner, name)| ServedAdapter { root: name.clone(), name, inner });
+        let named = adapters.iter().map(|adapter| ServedAdapter {
+            name: adapter.name.clone(),
+            inner: adapter.name.clone(),
+            root: adapter.path.display().to_string(),
+        });
+        let served: Vec<ServedAdapter> = own.into_iter().chain(named).collect();
+        let mut names: Vec<&str> = served.iter().map(|adapter| adapter.name.as_str()).chain([base.as_str()]).collect();
+        names.sort_unstable();
+        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(Failure::Configuration(format!(
+                "two models would be called {:?}; give another name with --adapter NAME=DIR or --served-model-name",
+                pair[0]
+            )));
+        }
+        let format = chat_format(&tokenizer);
+        let tokenizer = Arc::new(tokenizer);
+        let worker = Worker::start(model, tokenizer.clone(), end_tokens.clone());
+        Ok(Self {
+            tokenizer,
+            format,
+            limits,
+            end_tokens,
+            vocabulary: OnceLock::new(),
+            base,
+            adapters: Mutex::new(served),
+            worker,
+        })
+    }
+
+    fn adapters(&self) -> std::sync::MutexGuard<'_, Vec<ServedAdapter>> {
+        self.adapters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Returns the form of answers in the tokenizer's chat templates; a broken template has none and fails when it is used.
+fn chat_format(tokenizer: &Tokenizer) -> ChatFormat {
+    let sources = tokenizer_dir(tokenizer).and_then(|dir| chat_template_sources(&dir).ok()).unwrap_or_default();
+    ChatFormat::of_template(&sources.into_values().collect::<String>())
+}
+
+/// Returns the directory of the tokenizer's files.
+fn tokenizer_dir(tokenizer: &Tokenizer) -> Option<std::path::PathBuf> {
+    tokenizer.files().iter().find(|file| file.ends_with("tokenizer.json"))?.parent().map(Path::to_owned)
+}
+
+impl Engine for ModelEngine {
+    fn models(&self) -> Vec<ServedModel> {
+        let base = ServedModel { name: self.base.clone(), root: self.base.clone(), parent: None };
+        let adapters = self.adapters();
+        let adapters = adapters.iter().map(|adapter| ServedModel {
+            name: adapter.name.clone(),
+            root: adapter.root.clone(),
+            parent: Some(self.base.clone()),
+        });
+        [base].into_iter().chain(adapters).collect()
+    }
+
+    fn limits(&self) -> EngineLimits {
+        self.limits
+    }
+
+    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, EngineError> {
+        self.tokenizer.encode(text, add_special_tokens).map_err(invalid)
+    }
+
+    fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, EngineError> {
+        self.tokenizer.decode(ids, skip_special_tokens).map_err(invalid)
+    }
+
+    fn token_bytes(&self, id: u32) -> Vec<u8> {
+        match self.vocabulary() {
+            Ok(vocabulary) => vocabulary.bytes(id).to_vec(),
+            Err(_) => self.tokenizer.decode(&[id], false).unwrap_or_default().into_bytes(),
+        }
+    }
+
+    fn render_chat(&self, chat: &ChatInput) -> Result<RenderedChat, EngineError> {
+        let end = match (chat.add_generation_prompt, chat.continue_final_message) {
+            (_, true) => PromptEnd::Text,
+            (true, false) => PromptEnd::AssistantStart,
+            (false, false) => PromptEnd::Turn,
+        };
+        let prompt = ChatPrompt {
+            messages: chat.messages.iter().map(message).collect(),
+            tools: chat.tools.clone(),
+            kwargs: chat.kwargs.clone(),
+            chat_template: None,
+            end,
+        };
+        let text = prompt.render(&self.tokenizer).map_err(invalid)?;
+        let ids = self.tokenizer.encode(&text, false).map_err(invalid)?;
+        Ok(RenderedChat { text, ids })
+    }
+
+    fn chat_format(&self) -> ChatFormat {
+        self.format
+    }
+
+    fn vocabulary(&self) -> Result<Arc<Vocabulary>, EngineError> {
+        let read = || {
+            let dir = tokenizer_dir(&self.tokenizer).ok_or("the tokenizer has no tokenizer.json")?;
+            let text = std::fs::read(dir.join("tokenizer.json")).map_err(|error| error.to_string())?;
+            let file: Value = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+            Vocabulary::from_tokenizer_json(&file, self.limits.vocab_size, &self.end_tokens).map(Arc::new)
+        };
+        self.vocabulary
+            .get_or_init(read)
+            .clone()
+            .map_err(|message| EngineError::new(EngineErrorKind::Internal, message))
+    }
+
+    fn submit(&self, mut request: EngineRequest, events: EventSink) -> Result<RequestId, EngineError> {
+        if let Some(name) = &request.adapter {
+            let inner = self.adapters().iter().find(|adapter| adapter.name == *name).map(|found| found.inner.clone());
+            let unloaded = || EngineError::new(EngineErrorKind::NotFound, format!("the adapter {name:?} was unloaded"));
+            request.adapter = Some(inner.ok_or_else(unloaded)?);
+        }
+        self.worker.submit(request, events)
+    }
+
+    fn abort(&self, id: RequestId) {
+        self.worker.abort(id);
+    }
+
+    fn load_adapter(&self, name: &str, path: &str, replace: bool) -> Result<(), EngineError> {
+        let known = self.adapters().iter().position(|adapter| adapter.name == name);
+        if name == self.base {
+            return Err(EngineError::invalid(format!("{name:?} is the base model; choose another lora_name")));
+        }
+        if known.is_some() && !replace {
+            let way_out = "unload it first, or set load_inplace";
+            return Err(EngineError::invalid(format!("an adapter {name:?} is loaded already; {way_out}")));
+        }
+        // The one that is replaced stays until its successor is loaded.
+        let inner = match known {
+            None => name.to_owned(),
+            Some(_) => self.worker.unused_name(name)?,
+        };
+        self.worker.load(inner.clone(), path.to_owned())?;
+        let mut adapters = self.adapters();
+        let found = adapters.iter().position(|adapter| adapter.name == name);
+        let added = ServedAdapter { name: name.to_owned(), inner, root: path.to_owned() };
+        let replaced = match found {
+            Some(at) => Some(std::mem::replace(&mut adapters[at], added)),
+            None => {
+                adapters.push(added);
+                None
+            }
+        };
+        drop(adapters);
+        replaced.map_or(Ok(()), |old| self.worker.unload(old.inner))
+    }
+
+    fn unload_adapter(&self, name: &str) -> Result<(), EngineError> {
+        let mut adapters = self.adapters();
+        let Some(at) = adapters.iter().position(|adapter| adapter.name == name) else {
+            let message = format!("there is no adapter {name:?}");
+            return Err(EngineError::new(EngineErrorKind::NotFound, message));
+        };
+        let removed = adapters.remove(at);
+        drop(adapters);
+        self.worker.unload(removed.inner)
+    }
+
+    fn stats(&self) -> EngineStats {
+        self.worker.stats()
+    }
+}
+
+fn message(turn: &Map<String, Value>) -> Message {
+    let mut extra = turn.clone();
+    let role = extra.shift_remove("role").and_then(|role| role.as_str().map(str::to_owned));
+    let content = extra.shift_remove("content").and_then(|content| content.as_str().map(str::to_owned));
+    Message { role: role.unwrap_or_default(), content, extra }
+}
