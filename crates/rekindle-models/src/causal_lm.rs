@@ -148,7 +148,7 @@ impl CausalLm {
         self.adapter_config().map(AdapterConfig::lora)
     }
 
-    /// Returns the contents of the active adapter's `adapter_config.json`.
+    /// Returns the contents of the active adapter's configuration file.
     pub fn adapter_config(&self) -> Option<&AdapterConfig> {
         self.adapters.active.as_ref().map(|active| &active.config)
     }

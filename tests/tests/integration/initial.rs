@@ -343,8 +343,8 @@ fn loftq_requires_the_other_linears_in_the_same_format() {
     let config = loftq_config().target_modules(["q_proj"]);
     let out = tempfile::tempdir().expect("a temporary directory");
     for (skip, other, parts) in [
-        (Some(&["up_proj"][..]), None, ["up_proj dense, which is otherwise", "with skip_modules = [\"up_proj\"]"]),
-        (None, Some(&["up_proj"][..]), ["up_proj in codes, which is otherwise", "load the base without skip_modules"]),
+        (Some(&["up_proj"][..]), None, ["up_proj dense, which is different", "with skip_modules = [\"up_proj\"]"]),
+        (None, Some(&["up_proj"][..]), ["up_proj in codes, which is different", "load the base without skip_modules"]),
     ] {
         let mut model = base(skip);
         model.add_adapter(&config).expect("a valid configuration");
@@ -367,9 +367,9 @@ fn unsuitable_bases_are_refused() {
         &pissa,
         &["\"pissa\" subtracts from the base", "q_proj is quantized", "\"loftq\""],
     );
-    refused(Golden::open(BASE).load(), &loftq_config(), &["\"loftq\" starts from", "is dense", "load_in_4bit"]);
+    refused(Golden::open(BASE).load(), &loftq_config(), &["\"loftq\" starts from", "is not quantized", "load_in_4bit"]);
     let stored = Golden::open("quantized/qwen3-tied-nf4").load();
-    refused(stored, &loftq_config(), &["holds nothing but the codes", "16-bit checkpoint"]);
+    refused(stored, &loftq_config(), &["contains only quantized weights", "16-bit checkpoint"]);
     let mut asked = loftq_config();
     asked.loftq_config = Some(rekindle_lora::LoftqConfig::default());
     refused(quantized(LoadIn::EightBit), &asked, &["loftq_bits is 4", "8 bits", "load_in_4bit"]);

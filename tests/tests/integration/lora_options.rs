@@ -51,8 +51,8 @@ impl Options {
 /// Adapters on other modules than the linears of the blocks, and the resulting errors.
 const REFUSED: [(&str, &str); 3] = [
     ("save-norms", "modules_to_save \"norm\" is not a module that can be saved"),
-    ("target-lm-head", "lm_head.lora_A.weight\" belongs to nothing"),
-    ("target-embed-tokens", "embed_tokens.lora_embedding_A\" belongs to nothing"),
+    ("target-lm-head", "lm_head.lora_A.weight\" matches no adapted module"),
+    ("target-embed-tokens", "embed_tokens.lora_embedding_A\" matches no adapted module"),
 ];
 
 fn is_refused(adapter: &str) -> bool {

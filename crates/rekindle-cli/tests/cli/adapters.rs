@@ -181,7 +181,7 @@ fn arguments_that_cannot_be_met_name_the_nearest() {
         ("lora.r=0", ["r is 0", "at least 1"]),
         ("lora.init_lora_weights=pisa", ["init_lora_weights \"pisa\" is not supported", "nearest: \"pissa\""]),
         ("lora.init_lora_weights=pissa_niter_x", ["\"pissa_niter_N\" with a number", "nearest: \"pissa_niter_16\""]),
-        ("lora.init_lora_weights=loftq", ["is dense", "load_in_4bit"]),
+        ("lora.init_lora_weights=loftq", ["is not quantized", "load_in_4bit"]),
         ("lora.target_modules=[]", ["target_modules is empty", "usual: \"all-linear\""]),
         ("lora.target_modules=q_proj", ["\"q_proj\" matches no linear", "[\"q_proj\"] or \".*q_proj\""]),
         ("lora.target_modules=all-linaer", ["\"all-linaer\"", "\"all-linear\""]),

@@ -325,7 +325,7 @@ fn malformed_rows_are_3_with_file_and_row() {
         scratch.train(&["--overwrite", &train, &columns, &format!("model={}", quickstart().display())])
     };
     mapped("{text=\"body\"}").fails(3, &["good.jsonl:1: has no \"body\" (for \"text\"); its keys: \"messages\""]);
-    mapped("{txt=\"body\"}").fails(2, &["[data] columns: \"txt\" is no key of a row", "text"]);
+    mapped("{txt=\"body\"}").fails(2, &["[data] columns: \"txt\" is not a key of a row", "text"]);
     assert!(!scratch.path("out/adapter").exists());
 }
 

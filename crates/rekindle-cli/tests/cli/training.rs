@@ -146,7 +146,7 @@ fn what_needs_no_weights_is_checked_before_they_load() {
     anew(&[&from, "lora.r=3"]).fails(2, &["r = 3, but the adapter has 2"]);
     train(&[]).fails(2, &["checkpoint-2 is a checkpoint of an earlier run"]);
     train(&["--resume=latest", "train.weight_decay=0.5"]).fails(2, &["weight_decay was 0.01 and is now 0.5"]);
-    train(&["--resume=latest", "train.max_steps=1"]).fails(1, &["is of step 2, and the run has 1"]);
+    train(&["--resume=latest", "train.max_steps=1"]).fails(1, &["is at step 2, but the run has only 1"]);
     assert!(!scratch.path("elsewhere").exists(), "nothing was written");
 }
 

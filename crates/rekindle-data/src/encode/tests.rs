@@ -366,9 +366,7 @@ fn what_the_template_leaves_out_is_an_error_or_counted() {
     for how in [Thinking::Keep, Thinking::Mask] {
         let found = error(row.clone(), &thinking(how));
         assert!(
-            found.contains(
-                "messages[1].reasoning_content; use a template that shows it, or set data.thinking = \"strip\""
-            ),
+            found.contains("messages[1].reasoning_content; use a template that does, or set data.thinking = \"strip\""),
             "{found}"
         );
     }
