@@ -36,6 +36,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
     Qwen3_5Config,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     SiglipVisionConfig,
     SmolLM3Config,
@@ -92,14 +93,14 @@ def gemma3_text(vocab_size, **more):
     })
 
 
-def qwen3_5_text(vocab_size, **more):
+def qwen3_5_text(vocab_size, config=Qwen3_5TextConfig, **more):
     """Every third layer has softmax attention; a quarter of each of its heads is rotated.
 
     The results of a gated delta layer are q·k times a value and more, and some of them are small. With an eps of 1e-6 their
     norm would magnify rounding so that float32 keeps four digits of the gradients.
     """
-    return Qwen3_5TextConfig(**{
-        "vocab_size": vocab_size, "hidden_size": 36, "intermediate_size": 44, "num_hidden_layers": 4,
+    return config(**{
+        "vocab_size": vocab_size, "hidden_size": 36, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "full_attention_interval": 3,
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 32,
         "max_position_embeddings": 256, "tie_word_embeddings": True, "rms_norm_eps": 1e-2,
@@ -259,13 +260,18 @@ FAMILIES = {
 }
 FAMILIES |= {
     # Gated delta layers, and attention with an output gate.
-    "qwen3_5": (qwen3_5_text(109), DELTA),
+    "qwen3_5": (qwen3_5_text(109, intermediate_size=44), DELTA),
     # The text part beside a vision tower, with a head of its own.
     "qwen3_5-multimodal": (Qwen3_5Config(
-        text_config=qwen3_5_text(103, num_hidden_layers=3, tie_word_embeddings=False).to_dict(), vision_config=dict(
+        text_config=qwen3_5_text(103, intermediate_size=44, num_hidden_layers=3, tie_word_embeddings=False).to_dict(), vision_config=dict(
             hidden_size=8, intermediate_size=8, depth=1, num_heads=1, out_hidden_size=36, num_position_embeddings=16,
         ), tie_word_embeddings=False, **NONE,
     ), DELTA),
+    # A mixture with a shared expert in every layer.
+    "qwen3_5-moe": (qwen3_5_text(
+        97, Qwen3_5MoeTextConfig, num_hidden_layers=3, moe_intermediate_size=20, shared_expert_intermediate_size=28,
+        num_experts=6, num_experts_per_tok=2, tie_word_embeddings=False,
+    ), [*ATTENTION, *DELTA[7:]]),
 }
 # Without rotation, a key bias shifts all scores of a query alike: its gradient is rounding error, which AdamW must not
 # blow up.

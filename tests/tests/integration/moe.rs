@@ -21,8 +21,8 @@ const STACKED: [&str; 2] = ["experts", "experts-rslora"];
 const TENSORS: &str = "model.safetensors";
 const ADAPTER: &str = "adapter_model.safetensors";
 
-fn mixtures() -> [Golden; 4] {
-    ["qwen3-moe", "qwen3-moe-sparse", "qwen2-moe", "mixtral"].map(|name| Golden::open(&format!("families/{name}")))
+fn mixtures() -> [Golden; 5] {
+    ["qwen3-moe", "qwen3-moe-sparse", "qwen2-moe", "mixtral", "qwen3_5-moe"].map(|name| Golden::open(&format!("families/{name}")))
 }
 
 fn nll(model: &CausalLm, batch: &Batch) -> Vec<f32> {

@@ -23,6 +23,7 @@ mod qwen2;
 mod qwen2_moe;
 mod qwen3;
 mod qwen3_5;
+mod qwen3_5_moe;
 mod qwen3_moe;
 mod reader;
 mod smollm3;
@@ -55,6 +56,8 @@ const FAMILIES: &[&Family] = &[
     &qwen3::FAMILY,
     &qwen3_5::TEXT,
     &qwen3_5::MULTIMODAL,
+    &qwen3_5_moe::TEXT,
+    &qwen3_5_moe::MULTIMODAL,
     &qwen2::FAMILY,
     &llama::FAMILY,
     &mistral::FAMILY,

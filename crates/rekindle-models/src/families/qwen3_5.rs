@@ -25,30 +25,45 @@ pub(super) const MULTIMODAL: Family = Family {
     architecture: "Qwen3_5ForConditionalGeneration",
     model_type: "qwen3_5",
     section: Some("text_config"),
-    names: TensorNames {
-        embedding: "model.language_model.embed_tokens",
-        final_norm: "model.language_model.norm",
-        layers: "model.language_model.layers",
-        kept: &["model.visual.", "mtp."],
-        ..TensorNames::LLAMA
-    },
+    names: MULTIMODAL_NAMES,
     spec,
+};
+
+/// The names of the text part of multimodal checkpoints.
+pub(super) const MULTIMODAL_NAMES: TensorNames = TensorNames {
+    embedding: "model.language_model.embed_tokens",
+    final_norm: "model.language_model.norm",
+    layers: "model.language_model.layers",
+    kept: &["model.visual.", "mtp."],
+    ..TensorNames::LLAMA
 };
 
 fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     let defaults = ClassDefaults {
-        vocab_size: Some(248_320),
         hidden_size: Some(4096),
         intermediate_size: Some(12_288),
         num_hidden_layers: Some(32),
-        num_attention_heads: Some(16),
         num_key_value_heads: Some(4),
+        ..class_defaults()
+    };
+    hybrid(config, defaults)
+}
+
+/// Returns the defaults that the dense class and that of mixtures share.
+pub(super) fn class_defaults() -> ClassDefaults {
+    ClassDefaults {
+        vocab_size: Some(248_320),
+        num_attention_heads: Some(16),
         head_dim: Some(256),
         max_position_embeddings: 32_768,
         norm_weight: NormWeight::OnePlus,
         partial_rotary_factor: Some(0.25),
         ..ClassDefaults::default()
-    };
+    }
+}
+
+/// The model with gated feed-forward halves in all layers.
+pub(super) fn hybrid(config: &mut ConfigReader<'_>, defaults: ClassDefaults) -> ModelSpec {
     let dimensions = Dimensions::read(config, defaults);
     let bias = config.flag("attention_bias", false);
     let attention = AttentionSpec {
