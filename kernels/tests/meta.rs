@@ -97,7 +97,12 @@ const OPERATIONS: &[(&str, Operation)] = &[
         drop(matmul::nt_add(y, 2.0, &x, &w));
     }),
     ("a product with the rows of few results turned", |device, begin| {
-        let (x, w) = (matrix(device, 12, 4096), matrix(device, 16, 4096));
+        let (x, w) = (matrix(device, 40, 4096), matrix(device, 6, 4096));
+        begin();
+        drop(matmul::nt(&x, &w));
+    }),
+    ("a product of few rows", |device, begin| {
+        let (x, w) = (matrix(device, 12, 1024), matrix(device, 4096, 1024));
         begin();
         drop(matmul::nt(&x, &w));
     }),

@@ -4,7 +4,7 @@
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
-use super::Form;
+use super::{Form, few_rows};
 use crate::host::{Shared, View, from_vec, into_vec};
 
 /// A matrix in a slice.
@@ -75,6 +75,9 @@ pub(crate) fn into_strided(
     a: Mat<'_>,
     b: Mat<'_>,
 ) {
+    if few_rows::takes(sizes, a, b) {
+        return few_rows::product(out, out_stride, sizes, [beta, alpha], a, b, false);
+    }
     in_stable_order(sizes, a, b, |b| parallel(out, out_stride, sizes, beta, alpha, a, b));
 }
 
@@ -88,6 +91,9 @@ pub(crate) fn into_strided_serial(
     a: Mat<'_>,
     b: Mat<'_>,
 ) {
+    if few_rows::takes(sizes, a, b) {
+        return few_rows::product(out, out_stride, sizes, [beta, alpha], a, b, true);
+    }
     in_stable_order(sizes, a, b, |b| gemm(out, out_stride, sizes, beta, alpha, a, b));
 }
 
@@ -103,7 +109,7 @@ fn in_stable_order(sizes: (usize, usize, usize), a: Mat<'_>, b: Mat<'_>, multipl
 
 /// Returns true if the `gemm` crate would sum this product in another order than larger ones: few results of operands that
 /// both run along k are dot products over SIMD lanes. A token's result would then depend on the number of tokens in the
-/// product; with a b that runs along n it does not. A single row, as in decoding, needs no agreement.
+/// product; with a b that runs along n it does not.
 fn sums_by_lanes(sizes: (usize, usize, usize), a: Mat<'_>, b: Mat<'_>) -> bool {
     a.col_stride == 1 && b.row_stride == 1 && has_few_results(sizes)
 }
@@ -147,6 +153,9 @@ fn split((m, n, k): (usize, usize, usize)) -> Option<Split> {
 
 /// Bytes of scratch memory that [`into_slice`] takes for operands without gaps.
 pub(crate) fn scratch((m, n, k): (usize, usize, usize), form: Form) -> usize {
+    if form == Form::Nt && few_rows::counts(m, n) {
+        return 0;
+    }
     let turned = form == Form::Nt && has_few_results((m, n, k));
     let parts = |m, n| packed((m, n, k), form != Form::Tn, form != Form::Nt || turned);
     let packed = match split((m, n, k)) {
@@ -161,6 +170,9 @@ pub(crate) fn scratch((m, n, k): (usize, usize, usize), form: Form) -> usize {
 
 /// Bytes of scratch memory that [`into_strided_serial`] takes at most, for operands without gaps.
 pub(crate) fn scratch_serial((m, n, k): (usize, usize, usize), form: Form) -> usize {
+    if form == Form::Nt && few_rows::counts(m, n) {
+        return 0;
+    }
     let turned = form == Form::Nt && has_few_results((m, n, k));
     let packed = packed((m, n, k), form != Form::Tn, form != Form::Nt || turned);
     size_of::<f32>() * (packed + if turned { k * n } else { 0 })
@@ -175,7 +187,7 @@ pub(crate) fn packed((m, n, k): (usize, usize, usize), a_along_k: bool, b_along_
     let (lanes, tile) = if has_avx512() { (16, 64) } else { (8, 16) };
     let depth = k.div_ceil(k.div_ceil(DEPTH).max(1));
     let a = if n > if a_along_k { 128 * tile } else { 2 * tile } { m } else { 0 };
-    let b = if n <= 16 * tile && (!b_along_n || !n.is_multiple_of(lanes)) { n } else { 0 };
+    let b = if n <= 16 * tile && (!b_along_n || !n.is_multiple_of(lanes)) { n.next_multiple_of(tile) } else { 0 };
     if m.min(n) <= 1 { 0 } else { depth * (a + b) }
 }
 
@@ -233,7 +245,7 @@ pub(crate) fn gemm(
     }
 }
 
-fn assert_bounds(out: &[f32], out_stride: usize, (m, n, k): (usize, usize, usize), a: Mat<'_>, b: Mat<'_>) {
+pub(super) fn assert_bounds(out: &[f32], out_stride: usize, (m, n, k): (usize, usize, usize), a: Mat<'_>, b: Mat<'_>) {
     Mat::rows(out, out_stride).assert_holds(m, n);
     a.assert_holds(m, k);
     b.assert_holds(k, n);
@@ -288,11 +300,11 @@ mod tests {
             let values = (0..rows * cols).map(|i| ((i * 7919 + 13) % 1009) as f32 / 1009.0 - 0.5).collect();
             from_f32(values, [rows, cols], &Device::cpu(), DType::F32)
         };
-        for (out, input) in [(4, 40), (28, 40), (96, 40), (40, 52), (48, 1024), (300, 64)] {
+        for (out, input) in [(1, 40), (4, 40), (28, 40), (96, 40), (40, 52), (48, 1024), (300, 64)] {
             let (x, w) = (matrix(210, input), matrix(out, input));
             let whole = to_f32(matmul::nt(&x, &w));
             // 49 and 97 rows leave a thread with a single one.
-            for rows in [2, 7, 19, 48, 49, 97] {
+            for rows in [1, 2, 7, 19, 48, 49, 97] {
                 let part = to_f32(matmul::nt(&x.rows(50, rows), &w));
                 assert_eq!(part, whole[50 * out..][..rows * out], "{rows} rows of {input}, {out} wide");
             }

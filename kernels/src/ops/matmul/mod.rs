@@ -9,6 +9,7 @@
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
+mod few_rows;
 mod grads;
 pub(crate) mod meta;
 pub(crate) mod portable;
