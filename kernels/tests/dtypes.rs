@@ -63,6 +63,19 @@ fn gated_activation() {
 }
 
 #[test]
+fn attention_over_pages() {
+    for (dtype, rounding) in LOW_DTYPES {
+        for case in [
+            Attention::new(&[1, 16, 40], 4, 2, 24, dtype),
+            Attention::new(&[50, 17], 4, 1, 16, dtype).window(20).softcap(3.0).sinks(),
+        ] {
+            let place = |layout| Place::new(Device::cpu(), dtype, layout);
+            common::paged_attention::check(&case, dtype, rounding, place);
+        }
+    }
+}
+
+#[test]
 fn attention() {
     check(|dtype| Attention::new(&[7, 1, 30], 4, 2, 24, dtype));
     check(|dtype| Attention::new(&[130], 2, 1, 64, dtype));

@@ -15,6 +15,7 @@ use rekindle_kernels::gated_activation::{self, Activation};
 use rekindle_kernels::gated_delta::{self, DeltaHeads, DeltaInputs, Sequences};
 use rekindle_kernels::linear_cross_entropy::{self, LmHead, TokenWeights};
 use rekindle_kernels::optimizer::{Rule, State, StateFormat, Step, clipped_range_step, clipped_step};
+use rekindle_kernels::paged_attention::{self, KvPages, PagedBatch};
 use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::rms_norm::{self, Gain};
 use rekindle_kernels::rope::{self, Norm, Rotation, Tables};
@@ -198,6 +199,15 @@ const OPERATIONS: &[(&str, Operation)] = &[
         drop(output_gate::queries(&qg, 64));
         drop(output_gate::forward(&o, &qg, 64, 0));
         drop(output_gate::join(&dq, &dy, &o, &qg, 64));
+    ("attention over pages", |device, begin| {
+        let heads = Heads::new(8, 4, 64, 0.125);
+        let (q, k, v) = (matrix(device, 300, 512), matrix(device, 300, 256), matrix(device, 300, 256));
+        begin();
+        let mut pages = KvPages::new(70, heads, device, DType::F32).expect("not CUDA");
+        let mut batch = PagedBatch::default();
+        batch.push(0, 280, &(0..20).collect::<Vec<u32>>());
+        batch.push(500, 20, &(20..60).collect::<Vec<u32>>());
+        drop(paged_attention::forward(&q, &k, &v, None, heads, &mut pages, &batch));
     }),
     ("embedding", |device, begin| {
         let mut builder = ParamsBuilder::new(device, DType::F32);

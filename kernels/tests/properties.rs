@@ -47,6 +47,51 @@ fn cached_attention_gives_the_last_rows() {
     on_both_paths(|| properties::cached_attention_gives_the_last_rows(&Device::cpu(), F32, 24, F32_FLOOR));
 }
 
+/// Plain heads, and every option of attention. Lengths are below, at and above whole pages and blocks of queries.
+fn paged_cases() -> Vec<Attention> {
+    let lengths = [1, 16, 17, 75, 150];
+    let case = |heads, kv_heads, head_dim| Attention::new(&lengths, heads, kv_heads, head_dim, F32);
+    vec![
+        case(1, 1, 1),
+        case(4, 2, 24),
+        case(4, 4, 8).window(1),
+        case(6, 2, 33).window(20),
+        case(4, 1, 16).softcap(3.0).sinks(),
+        case(4, 2, 16).window(16).softcap(2.0).sinks(),
+    ]
+}
+
+#[test]
+fn attention_over_pages_is_that_of_whole_documents() {
+    for case in paged_cases() {
+        on_both_paths(|| {
+            let place = |layout| Place::new(Device::cpu(), F32, layout);
+            common::paged_attention::check(&case, F32, F32_FLOOR, place);
+        });
+    }
+}
+
+/// Sampling relies on it: the tokens of a request do not depend on its neighbours, nor on how its prompt was split.
+#[test]
+fn attention_over_pages_has_the_same_bits_in_any_batch() {
+    for case in paged_cases() {
+        let bits = |schedule| {
+            let o = common::paged_attention::run(&case, &cpu(), schedule);
+            o.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        let schedules = common::paged_attention::schedules(&case);
+        let whole = bits(&schedules[0]);
+        for schedule in &schedules[1..] {
+            assert_eq!(bits(schedule), whole, "{case:?} in {} calls", schedule.len());
+        }
+    }
+}
+
+#[test]
+fn copied_pages_part() {
+    on_both_paths(|| common::paged_attention::copied_pages_part(cpu));
+}
+
 /// Runs twice on the CPU.
 #[test]
 fn values_in_place_come_out_the_same_again() {

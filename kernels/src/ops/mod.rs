@@ -18,6 +18,7 @@ pub mod linear_cross_entropy;
 pub mod matmul;
 pub mod neftune;
 pub mod output_gate;
+pub mod paged_attention;
 mod quantized;
 pub mod rms_norm;
 pub mod rope;

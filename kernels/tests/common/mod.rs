@@ -19,6 +19,7 @@ pub(crate) mod linear;
 pub(crate) mod linear_cross_entropy;
 pub(crate) mod optimizer;
 pub(crate) mod output_gate;
+pub(crate) mod paged_attention;
 pub(crate) mod properties;
 pub(crate) mod quantized;
 pub(crate) mod rms_norm;

@@ -189,7 +189,7 @@ fn sinks_grad(sinks: &[f32], d_o: &[f32], o: &[f32], lse: &[f32], head_dim: usiz
 }
 
 /// The factor of q·k: scale, or scale / c where tanh follows.
-fn factor(heads: Heads) -> f32 {
+pub(crate) fn factor(heads: Heads) -> f32 {
     heads.softcap.map_or(heads.scale, |softcap| heads.scale / softcap)
 }
 
@@ -226,7 +226,7 @@ pub(super) fn backward_scratch(heads: Heads, documents: &[Document]) -> usize {
 
 /// Turns scores into probabilities; returns the logarithm of the denominator, of which `sink` is a term.
 #[inline(always)]
-fn softmax(row: &mut [f32], sink: Option<f32>) -> f32 {
+pub(crate) fn softmax(row: &mut [f32], sink: Option<f32>) -> f32 {
     let (max, sum) = exp_shifted(row);
     let (shrink, top, sum) = match sink {
         None => (1.0, max, sum),

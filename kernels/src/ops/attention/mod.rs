@@ -74,7 +74,7 @@ impl Heads {
     }
 
     /// Returns the first key that the query at `position` sees.
-    fn first_key(&self, position: usize) -> usize {
+    pub(crate) fn first_key(&self, position: usize) -> usize {
         self.window.map_or(0, |window| (position + 1).saturating_sub(window))
     }
 
@@ -309,7 +309,7 @@ impl QueryBlock {
     }
 }
 
-fn check(q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>, sinks: Option<&Tensor<1>>, heads: Heads) {
+pub(crate) fn check(q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>, sinks: Option<&Tensor<1>>, heads: Heads) {
     assert!(heads.window.is_none_or(|window| window > 0), "a window of 0 keys; a query sees at least its own");
     assert!(heads.softcap.is_none_or(|softcap| softcap > 0.0), "a softcap of {:?}; it is above 0", heads.softcap);
     let Heads { heads, kv_heads, head_dim, .. } = heads;
