@@ -199,6 +199,7 @@ const OPERATIONS: &[(&str, Operation)] = &[
         drop(output_gate::queries(&qg, 64));
         drop(output_gate::forward(&o, &qg, 64, 0));
         drop(output_gate::join(&dq, &dy, &o, &qg, 64));
+    }),
     ("attention over pages", |device, begin| {
         let heads = Heads::new(8, 4, 64, 0.125);
         let (q, k, v) = (matrix(device, 300, 512), matrix(device, 300, 256), matrix(device, 300, 256));

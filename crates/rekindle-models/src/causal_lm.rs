@@ -182,7 +182,10 @@ impl CausalLm {
     }
 
     /// Fails while the active adapter has subtracted its initial B·A from the base.
-    pub(crate) fn check_base(&self) -> Result<(), Error> {
+    ///
+    /// # Errors
+    /// [`Error::Argument`].
+    pub fn check_base(&self) -> Result<(), Error> {
         if self.adapters.base_delta.is_empty() {
             return Ok(());
         }

@@ -5,6 +5,7 @@
 
 mod backward;
 mod batch_context;
+mod decode;
 
 use core::convert::Infallible;
 
@@ -18,8 +19,10 @@ use rekindle_rope::RopeConfig;
 
 pub use backward::{DecoderBackward, DecoderSaved};
 pub use batch_context::{BatchContext, StepKey};
+pub(crate) use decode::SequenceRows;
+pub use decode::{DecodeBatch, DecodeStates};
 
-use crate::layers::{Block, Context, FeedForward, LayerBuilder, LayerKvCache, RmsNorm, WeightSource};
+use crate::layers::{Block, Context, FeedForward, LayerBuilder, RmsNorm, WeightSource};
 use crate::parameters::{ExpertStack, Parameter, ParameterSpec, WeightPart};
 use crate::spec::{AttentionSpec, EmbeddingSpec, QueryScale, RopeId};
 use crate::{Batch, Error, GradientCheckpointing, LayerSpec, ModelConfig, Role};
@@ -263,17 +266,6 @@ impl Decoder {
         let (n, _) = self.norm.forward(ctx.params, &h, 0);
         look(self.layers.len() + 1, &n)?;
         Ok(n)
-    }
-
-    /// Returns the normalized hidden state of the last of `ids`, `[1, hidden]`. They are the next tokens of one document,
-    /// at `position` and on, whose earlier keys and values are in `caches`, one for each layer.
-    pub fn decode(&self, params: &Params, ids: &[u32], position: usize, caches: &mut [LayerKvCache]) -> Tensor<2> {
-        let positions: Vec<u32> = (position..position + ids.len()).map(|p| p as u32).collect();
-        let ropes: Vec<_> = self.ropes.iter().map(|tables| tables.angles(&positions)).collect();
-        let ctx = Context { params, ropes: &ropes, documents: &[], sequences: None, dropout: None, adapters: true };
-        let layer = |index: usize, layer: &Block, h| layer.decode(ctx, h, &mut caches[index]);
-        let Ok(h) = self.walk(ctx, ids, None, layer, |_, _| Ok::<(), Infallible>(()));
-        self.norm.forward(params, &h.rows(ids.len() - 1, 1), 0).0
     }
 
     /// Returns the residual stream after the last layer. `layer` runs each of them; `look` sees what it reads.

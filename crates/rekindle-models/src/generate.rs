@@ -1,8 +1,9 @@
 //! Generation with a key/value cache.
 
-use crate::layers::LayerKvCache;
-use crate::sample::Sampler;
-use crate::{CausalLm, Error};
+use rekindle_kernels::Tensor;
+
+use crate::sample::{Sampler, SamplingParams, TokenLimits};
+use crate::{CausalLm, DecodeBatch, DecodeStates, Error};
 
 /// The settings of sampling, and the conditions that end generation.
 #[derive(Clone, Debug, PartialEq)]
@@ -64,6 +65,14 @@ impl StopReason {
     }
 }
 
+impl GenerationConfig {
+    /// Returns the choice of each token.
+    pub fn sampling(&self) -> SamplingParams {
+        let Self { temperature, top_k, top_p, min_p, repetition_penalty, seed, .. } = *self;
+        SamplingParams { temperature, top_k, top_p, min_p, repetition_penalty, seed, ..SamplingParams::default() }
+    }
+}
+
 impl CausalLm {
     /// Continues `prompt`; `on_token` receives every new token and returns true to continue.
     ///
@@ -79,28 +88,24 @@ impl CausalLm {
         config: &GenerationConfig,
         mut on_token: impl FnMut(u32) -> bool,
     ) -> Result<(Vec<u32>, StopReason), Error> {
-        self.check_ids(prompt).map_err(Error::Row)?;
-        let mut sampler = Sampler::new(config, prompt)?;
-        let limit = self.max_seq_length();
-        if prompt.is_empty() || prompt.len() >= limit {
-            return Err(Error::Argument(format!(
-                "the prompt has {} tokens; it must have 1 to {} (max_seq_length - 1)",
-                prompt.len(),
-                limit - 1
-            )));
-        }
-        let room = config.max_new_tokens.min(limit - prompt.len());
-        let mut caches: Vec<_> = self.decoder.layers.iter().map(|_| LayerKvCache::new(prompt.len() + room)).collect();
+        self.check_prompt(prompt)?;
+        let mut sampler = Sampler::new(&config.sampling(), prompt, 0, self.config.vocab_size())?;
+        let room = config.max_new_tokens.min(self.max_seq_length() - prompt.len());
+        let (mut states, pages) = self.decoder.states_for_one(prompt.len() + room)?;
         let mut new = Vec::new();
         let mut pending = prompt.to_vec();
-        let mut position = 0;
+        let mut past = 0;
         while new.len() < room {
-            let mut logits = self.decode(&pending, position, &mut caches);
+            let mut batch = DecodeBatch::default();
+            batch.push(0, &pending, past, &pages, pending.len() - 1..pending.len());
+            let hidden = self.decode(&batch, &mut states, true); // [1, hidden]
+            let logits = self.logits(&hidden, true);
             self.device().check()?;
-            position += pending.len();
-            let Some(id) = sampler.next(&mut logits) else {
+            past += pending.len();
+            let Ok(sampled) = sampler.next(&logits, TokenLimits::default()) else {
                 return Err(self.non_finite_logits(&[prompt, &new].concat(), new.len() + 1));
             };
+            let id = sampled.id;
             new.push(id);
             let go_on = on_token(id);
             if config.eos_ids.contains(&id) {
@@ -114,10 +119,33 @@ impl CausalLm {
         Ok((new, StopReason::Length))
     }
 
-    /// Returns the logits after the last of `ids`, which are at `position` and on; appends their keys and values to
-    /// `caches`.
-    fn decode(&self, ids: &[u32], position: usize, caches: &mut [LayerKvCache]) -> Vec<f32> {
-        let n = self.decoder.decode(&self.params, ids, position, caches); // [1, hidden]
-        self.decoder.lm_head(&self.params, true).logits(&n)
+    /// Refuses a prompt that this model cannot continue.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an empty prompt and one as long as `max_seq_length`, [`Error::Row`] for ids beyond the
+    /// vocabulary.
+    pub fn check_prompt(&self, prompt: &[u32]) -> Result<(), Error> {
+        self.check_ids(prompt).map_err(Error::Row)?;
+        let limit = self.max_seq_length();
+        if prompt.is_empty() || prompt.len() >= limit {
+            return Err(Error::Argument(format!(
+                "the prompt has {} tokens; it must have 1 to {} (max_seq_length - 1)",
+                prompt.len(),
+                limit - 1
+            )));
+        }
+        Ok(())
+    }
+
+    /// Returns the normalized hidden states of the tokens of `batch` that are wanted, `[outputs, hidden]`, and adds the
+    /// batch's tokens to `states`; see [`Decoder::decode`](crate::Decoder::decode).
+    pub fn decode(&self, batch: &DecodeBatch, states: &mut DecodeStates, adapters: bool) -> Tensor<2> {
+        self.decoder.decode(&self.params, batch, states, adapters)
+    }
+
+    /// Returns the logits of all rows of `hidden` on the host, `[rows · vocab]`. All of them exist at once, so give a few
+    /// rows at a time.
+    pub fn logits(&self, hidden: &Tensor<2>, adapters: bool) -> Vec<f32> {
+        self.decoder.lm_head(&self.params, adapters).logits(hidden)
     }
 }

@@ -123,8 +123,8 @@ impl CausalLm {
         }))
     }
 
-    /// The error for logits after `ids` that are not finite, which would have given the new token of this number.
-    pub(crate) fn non_finite_logits(&self, ids: &[u32], number: usize) -> Error {
+    /// Returns the error for logits after `ids` that are not finite, which would have given the new token of this number.
+    pub fn non_finite_logits(&self, ids: &[u32], number: usize) -> Error {
         let mut batch = Batch::from_rows([(ids, &*vec![IGNORED; ids.len()])], 0);
         // The loss of any token after the last one depends on all of its logits.
         if let Some(target) = batch.targets.last_mut() {

@@ -1,36 +1,67 @@
 //! Sampling of the next token from logits.
 
 use core::cmp::Ordering;
-use std::collections::BTreeSet;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::{Error, GenerationConfig};
+use crate::Error;
 
-/// A sampler with the settings of a [`GenerationConfig`].
+/// The choice of a token from its logits.
 ///
-/// The filters and their order are those of transformers: repetition penalty, then temperature, `top_k`, `top_p` and
-/// `min_p`. One difference: `top_k` keeps exactly k tokens, the lower ids of equal ones, where transformers keeps all
-/// that are equal to the k-th.
-pub(crate) struct Sampler {
-    temperature: f32,
-    top_k: usize,
-    top_p: f64,
-    min_p: f64,
-    repetition_penalty: f32,
-    /// The tokens of the text so far; empty without a penalty.
-    seen: BTreeSet<u32>,
-    rng: ChaCha8Rng,
+/// The steps and their order are those of transformers and vLLM: a mask and `logit_bias`, the penalties, then
+/// `temperature`, `top_k`, `top_p` and `min_p`. One difference: `top_k` keeps exactly k tokens, the lower ids of equal
+/// ones, where transformers keeps all that are equal to the k-th.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 takes the most likely token; above, logits are divided by it before the draw.
+    pub temperature: f32,
+    /// Draw from the k most likely tokens only; 0 for all.
+    pub top_k: usize,
+    /// Draw from the smallest set of most likely tokens whose probabilities reach this sum.
+    pub top_p: f32,
+    /// Draw only from tokens whose probability is at least this share of the most likely token's; 0 for all.
+    pub min_p: f32,
+    /// The logits of tokens in the prompt or the text so far are divided by it where they are positive, and multiplied
+    /// where they are negative; 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens that the text so far has, without the prompt.
+    pub presence_penalty: f32,
+    /// Subtracted from the logit of a token for each time that the text so far has it, without the prompt.
+    pub frequency_penalty: f32,
+    /// Numbers to add to the logits of some tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Seed of the draws. The draw of a token depends only on the seed, the number of the sample and the index of the
+    /// token.
+    pub seed: u64,
 }
 
-impl Sampler {
-    /// A sampler for a text that begins with `prompt`, whose ids are in the vocabulary.
+impl Default for SamplingParams {
+    /// Greedy.
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+        }
+    }
+}
+
+impl SamplingParams {
+    /// Checks that every number is in its range, for a vocabulary of this size.
     ///
     /// # Errors
-    /// [`Error::Argument`] for numbers out of range.
-    pub(crate) fn new(config: &GenerationConfig, prompt: &[u32]) -> Result<Self, Error> {
-        let GenerationConfig { temperature, top_k, top_p, min_p, repetition_penalty, seed, .. } = *config;
+    /// [`Error::Argument`].
+    pub fn check(&self, vocab_size: usize) -> Result<(), Error> {
+        let Self { temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, .. } = *self;
         let problem = if !(temperature >= 0.0 && temperature.is_finite()) {
             format!("temperature is {temperature}; it must be 0 (greedy) or above")
         } else if !(top_p > 0.0 && top_p <= 1.0) {
@@ -39,71 +70,237 @@ impl Sampler {
             format!("min_p is {min_p}; it must be 0 (off) to 1")
         } else if !(repetition_penalty > 0.0 && repetition_penalty.is_finite()) {
             format!("repetition_penalty is {repetition_penalty}; it must be above 0, and 1 is none")
+        } else if !presence_penalty.is_finite() {
+            format!("presence_penalty is {presence_penalty}; it must be a finite number, and 0 is none")
+        } else if !frequency_penalty.is_finite() {
+            format!("frequency_penalty is {frequency_penalty}; it must be a finite number, and 0 is none")
+        } else if let Some((id, bias)) = self.logit_bias.iter().find(|(_, bias)| !bias.is_finite()) {
+            format!("logit_bias of token {id} is {bias}; it must be a finite number")
+        } else if let Some((id, _)) = self.logit_bias.iter().find(|(id, _)| *id as usize >= vocab_size) {
+            format!("logit_bias names token {id}, and the model's vocabulary has {vocab_size} tokens")
         } else {
-            let seen = if repetition_penalty == 1.0 { BTreeSet::new() } else { prompt.iter().copied().collect() };
-            let (top_p, min_p) = (f64::from(top_p), f64::from(min_p));
-            let rng = ChaCha8Rng::seed_from_u64(seed);
-            return Ok(Self { temperature, top_k, top_p, min_p, repetition_penalty, seen, rng });
+            return Ok(());
         };
         Err(Error::Argument(problem))
     }
 
-    /// Returns the next token, or `None` when a logit is infinite or not a number. Changes `logits`.
-    pub(crate) fn next(&mut self, logits: &mut [f32]) -> Option<u32> {
+    /// Returns true if logits are changed before the temperature.
+    fn changes_logits(&self) -> bool {
+        self.repetition_penalty != 1.0
+            || self.presence_penalty != 0.0
+            || self.frequency_penalty != 0.0
+            || !self.logit_bias.is_empty()
+    }
+}
+
+/// A set of token ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenMask {
+    /// One bit for each id, from the lowest bit of the first word on.
+    words: Vec<u32>,
+    vocab_size: usize,
+}
+
+impl TokenMask {
+    /// Returns a set without tokens, for a vocabulary of this size.
+    pub fn none(vocab_size: usize) -> Self {
+        Self { words: vec![0; vocab_size.div_ceil(32)], vocab_size }
+    }
+
+    /// Returns the set of all tokens.
+    pub fn all(vocab_size: usize) -> Self {
+        Self::from_words(vec![u32::MAX; vocab_size.div_ceil(32)], vocab_size)
+    }
+
+    /// Returns the set of these bits, the lowest of the first word for token 0. Missing words are zeros, and bits beyond
+    /// the vocabulary are ignored.
+    pub fn from_words(mut words: Vec<u32>, vocab_size: usize) -> Self {
+        words.resize(vocab_size.div_ceil(32), 0);
+        if let Some(last) = words.last_mut() {
+            *last &= u32::MAX >> (vocab_size.next_multiple_of(32) - vocab_size);
+        }
+        Self { words, vocab_size }
+    }
+
+    /// Adds a token; one beyond the vocabulary is ignored.
+    pub fn set(&mut self, id: u32) {
+        if (id as usize) < self.vocab_size {
+            self.words[id as usize / 32] |= 1 << (id % 32);
+        }
+    }
+
+    /// Returns true if the set has this token.
+    pub fn allows(&self, id: u32) -> bool {
+        self.words.get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1)
+    }
+
+    /// Returns true if the set has no token.
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|&word| word == 0)
+    }
+}
+
+/// Tokens that cannot be chosen next.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TokenLimits<'a> {
+    /// The tokens that can be chosen; `None` for all.
+    pub allowed: Option<&'a TokenMask>,
+    /// Tokens that cannot be chosen.
+    pub banned: &'a [u32],
+}
+
+/// A token that was chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampled {
+    /// The token.
+    pub id: u32,
+    /// ln p of the token in the distribution that it was drawn from; 0 for a greedy choice.
+    pub log_prob: f32,
+}
+
+/// The reason why no token was chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unsampled {
+    /// A logit is infinite or not a number.
+    NonFinite,
+    /// No token is allowed.
+    NothingAllowed,
+}
+
+/// Chooses the tokens of one text, one after another.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    params: SamplingParams,
+    /// The number of the random stream.
+    stream: u64,
+    /// The tokens of the prompt; empty without a repetition penalty.
+    prompt: BTreeSet<u32>,
+    /// How often the text has each token; empty without penalties.
+    counts: BTreeMap<u32, u32>,
+    /// Tokens chosen so far.
+    index: u64,
+}
+
+impl Sampler {
+    /// Returns a sampler for a text that begins with `prompt`. Samples of one prompt have a `stream` each.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for numbers out of range, as [`SamplingParams::check`].
+    pub fn new(params: &SamplingParams, prompt: &[u32], stream: u64, vocab_size: usize) -> Result<Self, Error> {
+        params.check(vocab_size)?;
+        let prompt = if params.repetition_penalty == 1.0 { BTreeSet::new() } else { prompt.iter().copied().collect() };
+        Ok(Self { params: params.clone(), stream, prompt, counts: BTreeMap::new(), index: 0 })
+    }
+
+    /// Chooses the next token.
+    ///
+    /// # Errors
+    /// [`Unsampled`]; the sampler is then unchanged.
+    pub fn next(&mut self, logits: &[f32], limits: TokenLimits<'_>) -> Result<Sampled, Unsampled> {
         if !logits.iter().all(|logit| logit.is_finite()) {
-            return None;
+            return Err(Unsampled::NonFinite);
         }
-        self.penalize(logits);
-        let id = if self.temperature == 0.0 { argmax(logits) } else { self.draw(logits) };
-        if self.repetition_penalty != 1.0 {
-            self.seen.insert(id);
+        let logits = self.changed(logits, limits);
+        let sampled = if self.params.temperature == 0.0 {
+            let id = argmax(&logits).ok_or(Unsampled::NothingAllowed)?;
+            Sampled { id, log_prob: 0.0 }
+        } else {
+            self.draw(&logits).ok_or(Unsampled::NothingAllowed)?
+        };
+        self.index += 1;
+        if self.params.changes_logits() {
+            *self.counts.entry(sampled.id).or_default() += 1;
         }
-        Some(id)
+        Ok(sampled)
     }
 
-    /// Divides the positive logits of tokens that the text has already by the penalty, and multiplies the negative ones.
-    fn penalize(&self, logits: &mut [f32]) {
-        for &id in &self.seen {
-            let logit = &mut logits[id as usize];
-            let penalized =
-                if *logit < 0.0 { *logit * self.repetition_penalty } else { *logit / self.repetition_penalty };
-            *logit = penalized.clamp(f32::MIN, f32::MAX);
+    /// Returns the logits after masks, biases and penalties; −∞ for tokens that cannot be chosen.
+    fn changed<'l>(&self, logits: &'l [f32], limits: TokenLimits<'_>) -> Cow<'l, [f32]> {
+        let TokenLimits { allowed, banned } = limits;
+        if !self.params.changes_logits() && allowed.is_none() && banned.is_empty() {
+            return Cow::Borrowed(logits);
         }
+        let finite = |logit: f32| logit.clamp(f32::MIN, f32::MAX);
+        let mut logits = logits.to_vec();
+        let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, ref logit_bias, .. } =
+            self.params;
+        for &(id, bias) in logit_bias {
+            logits[id as usize] = finite(logits[id as usize] + bias);
+        }
+        if repetition_penalty != 1.0 {
+            let new = self.counts.keys().filter(|id| !self.prompt.contains(id));
+            for &id in self.prompt.iter().chain(new) {
+                let logit = &mut logits[id as usize];
+                *logit = finite(if *logit < 0.0 { *logit * repetition_penalty } else { *logit / repetition_penalty });
+            }
+        }
+        if presence_penalty != 0.0 || frequency_penalty != 0.0 {
+            for (&id, &count) in &self.counts {
+                let logit = &mut logits[id as usize];
+                *logit = finite(*logit - presence_penalty - frequency_penalty * count as f32);
+            }
+        }
+        if let Some(allowed) = allowed {
+            let mut ids = 0..;
+            logits.iter_mut().for_each(|logit| {
+                if !allowed.allows(ids.next().expect("ids are endless")) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            });
+        }
+        for &id in banned {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        Cow::Owned(logits)
     }
 
-    fn draw(&mut self, logits: &[f32]) -> u32 {
+    fn draw(&self, logits: &[f32]) -> Option<Sampled> {
         let mut candidates = self.candidates(logits);
         let total: f64 = candidates.tokens.iter().map(|(_, weight)| weight).sum();
-        let mut left = self.rng.random::<f64>() * total;
-        let mut last = 0;
+        let mut left = self.uniform() * total;
+        let mut chosen = None;
         for rank in 0..candidates.tokens.len() {
             let (id, weight) = candidates.get(rank);
             left -= weight;
-            last = id;
+            chosen = Some(Sampled { id, log_prob: (weight / total).ln() as f32 });
             if left < 0.0 {
                 break;
             }
         }
-        last
+        chosen
+    }
+
+    /// Returns the random number of the next token, in [0, 1).
+    fn uniform(&self) -> f64 {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.params.seed);
+        rng.set_stream(self.stream);
+        // A number takes two words of the stream.
+        rng.set_word_pos(2 * u128::from(self.index));
+        rng.random()
     }
 
     /// The tokens that may be drawn, with weights in proportion to their probabilities; the largest weight is 1.
     fn candidates(&self, logits: &[f32]) -> Ranked {
-        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-        if self.top_k > 0 && self.top_k < order.len() {
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
+        let (top_p, min_p) = (f64::from(top_p), f64::from(min_p));
+        let mut order: Vec<u32> =
+            (0..logits.len() as u32).filter(|&id| logits[id as usize] > f32::NEG_INFINITY).collect();
+        if top_k > 0 && top_k < order.len() {
             let by_logit = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-            order.select_nth_unstable_by(self.top_k - 1, by_logit);
-            order.truncate(self.top_k);
+            order.select_nth_unstable_by(top_k - 1, by_logit);
+            order.truncate(top_k);
         }
         let max = order.iter().map(|&id| logits[id as usize]).fold(f32::MIN, f32::max);
-        let weight = |id: u32| f64::from((logits[id as usize] - max) / self.temperature).exp();
+        let weight = |id: u32| f64::from((logits[id as usize] - max) / temperature).exp();
         let mut ranked = Ranked::new(order.into_iter().map(|id| (id, weight(id))).collect());
-        if self.top_p < 1.0 {
-            let kept = ranked.nucleus(self.top_p);
+        if top_p < 1.0 {
+            let kept = ranked.nucleus(top_p);
             ranked.tokens.truncate(kept);
         }
-        if self.min_p > 0.0 {
-            ranked.tokens.retain(|(_, weight)| *weight >= self.min_p);
+        if min_p > 0.0 {
+            ranked.tokens.retain(|(_, weight)| *weight >= min_p);
             ranked.sorted = ranked.sorted.min(ranked.tokens.len());
         }
         ranked
@@ -152,143 +349,16 @@ impl Ranked {
     }
 }
 
-fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = id;
+/// Returns the token with the largest logit, the lower id of equal ones; `None` if all are −∞.
+fn argmax(logits: &[f32]) -> Option<u32> {
+    let mut best: Option<usize> = None;
+    for (id, &logit) in logits.iter().enumerate() {
+        if logit > best.map_or(f32::NEG_INFINITY, |best| logits[best]) {
+            best = Some(id);
         }
     }
-    best as u32
+    best.map(|id| id as u32)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sampling() -> GenerationConfig {
-        GenerationConfig { temperature: 1.0, ..GenerationConfig::default() }
-    }
-
-    /// The filtered distribution by id, of the tokens that are left.
-    fn distribution(config: &GenerationConfig, prompt: &[u32], logits: &[f32]) -> Vec<(u32, f64)> {
-        let sampler = Sampler::new(config, prompt).unwrap();
-        let mut logits = logits.to_vec();
-        sampler.penalize(&mut logits);
-        let mut tokens = sampler.candidates(&logits).tokens;
-        let total: f64 = tokens.iter().map(|(_, weight)| weight).sum();
-        tokens.sort_unstable_by_key(|(id, _)| *id);
-        tokens.into_iter().map(|(id, weight)| (id, weight / total)).collect()
-    }
-
-    /// Logits are rounded to f32, so probabilities are right to 1e-6.
-    fn assert_is(got: &[(u32, f64)], expected: &[(u32, f64)]) {
-        let ids = |list: &[(u32, f64)]| list.iter().map(|(id, _)| *id).collect::<Vec<_>>();
-        assert_eq!(ids(got), ids(expected));
-        for ((id, got), (_, expected)) in got.iter().zip(expected) {
-            assert!((got - expected).abs() < 1e-6, "token {id}: {got} for {expected}");
-        }
-    }
-
-    /// Probabilities 1/2, 1/4, 1/8, 1/16 and 1/16, not in order.
-    fn halves() -> Vec<f32> {
-        [0.125f32, 0.5, 0.0625, 0.25, 0.0625].map(f32::ln).to_vec()
-    }
-
-    #[test]
-    fn cuts_and_shares() {
-        let config = GenerationConfig { temperature: 1.0, top_k: 2, seed: 1, ..GenerationConfig::default() };
-        let logits = [0.0, 3f32.ln(), 0.5f32.ln(), 0.0];
-        let mut sampler = Sampler::new(&config, &[]).unwrap();
-        let draws: Vec<u32> = (0..4000).map(|_| sampler.next(&mut logits.to_vec()).unwrap()).collect();
-        let count = |id| draws.iter().filter(|&&d| d == id).count();
-        assert_eq!(count(2) + count(3), 0, "outside the top 2 (ties go to the lower id)");
-        // 4,000 draws with p = 3/4: standard deviation 27; five of them.
-        assert!(count(1).abs_diff(3000) < 137, "{}", count(1));
-        let nucleus = |weights: &[f64], top_p| Ranked::new((0..).zip(weights.iter().copied()).collect()).nucleus(top_p);
-        assert_eq!(nucleus(&[0.5, 0.3, 0.2], 0.5), 1);
-        assert_eq!(nucleus(&[0.5, 0.3, 0.2], 0.51), 2);
-        assert_eq!(nucleus(&[0.5, 0.3, 0.2], 1.0), 3);
-        let mut greedy = Sampler::new(&GenerationConfig::default(), &[]).unwrap();
-        assert_eq!(greedy.next(&mut [1.0, 2.0, 2.0]), Some(1));
-        assert!(Sampler::new(&GenerationConfig { top_p: 0.0, ..config }, &[]).is_err());
-    }
-
-    #[test]
-    fn temperature_divides_logits() {
-        let config = GenerationConfig { temperature: 0.5, ..sampling() };
-        // Squares of 2, 4, 1 and 1, in twenty-seconds.
-        let logits = [2f32.ln(), 4f32.ln(), 0.0, 0.0];
-        let expected = [(0, 4.0 / 22.0), (1, 16.0 / 22.0), (2, 1.0 / 22.0), (3, 1.0 / 22.0)];
-        assert_is(&distribution(&config, &[], &logits), &expected);
-    }
-
-    #[test]
-    fn top_k_and_top_p_renormalize_what_they_keep() {
-        let top_k = GenerationConfig { top_k: 3, ..sampling() };
-        assert_is(&distribution(&top_k, &[], &halves()), &[(0, 1.0 / 7.0), (1, 4.0 / 7.0), (3, 2.0 / 7.0)]);
-        // 1/2 + 1/4 are not yet 0.8.
-        let top_p = GenerationConfig { top_p: 0.8, ..sampling() };
-        assert_is(&distribution(&top_p, &[], &halves()), &[(0, 1.0 / 7.0), (1, 4.0 / 7.0), (3, 2.0 / 7.0)]);
-        // The share is of what top_k left: 4/7 + 2/7 reach 0.8, of all tokens they would not.
-        let both = GenerationConfig { top_k: 3, top_p: 0.8, ..sampling() };
-        assert_is(&distribution(&both, &[], &halves()), &[(1, 2.0 / 3.0), (3, 1.0 / 3.0)]);
-    }
-
-    #[test]
-    fn min_p_is_a_share_of_the_most_likely_token() {
-        let with = |min_p| GenerationConfig { min_p, ..sampling() };
-        // The bounds are 0.5 · 0.3 = 0.15 and 0.5 · 0.2 = 0.1: below 1/4 and 1/8.
-        assert_is(&distribution(&with(0.3), &[], &halves()), &[(1, 2.0 / 3.0), (3, 1.0 / 3.0)]);
-        assert_is(&distribution(&with(0.2), &[], &halves()), &[(0, 1.0 / 7.0), (1, 4.0 / 7.0), (3, 2.0 / 7.0)]);
-        assert_is(&distribution(&with(1.0), &[], &halves()), &[(1, 1.0)]);
-        // After the temperature: squares of the shares, 1, 1/4, 1/16 and 1/64 twice.
-        let hot = GenerationConfig { temperature: 0.5, ..with(0.1) };
-        assert_is(&distribution(&hot, &[], &halves()), &[(1, 0.8), (3, 0.2)]);
-        for wrong in [-0.1, 1.1, f32::NAN] {
-            assert!(Sampler::new(&with(wrong), &[]).is_err_and(|e| e.to_string().contains("min_p")), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn the_repetition_penalty_counts_each_token_once() {
-        let config = GenerationConfig { repetition_penalty: 2.0, ..GenerationConfig::default() };
-        let mut sampler = Sampler::new(&config, &[0, 3, 3]).unwrap();
-        let mut logits = [4.0, 3.0, -1.0, -3.0];
-        assert_eq!(sampler.next(&mut logits), Some(1), "4 became 2");
-        assert_eq!(logits, [2.0, 3.0, -1.0, -6.0]);
-        let mut logits = [4.0, 3.0, 2.5, -3.0];
-        assert_eq!(sampler.next(&mut logits), Some(2), "what was chosen is penalized too");
-        assert_eq!(logits, [2.0, 1.5, 2.5, -6.0]);
-        // Before the temperature: 2 · ln 2 becomes ln 2, divided by 1/2 twice that.
-        let warm = GenerationConfig { temperature: 0.5, ..config.clone() };
-        assert_is(&distribution(&warm, &[0], &[4f32.ln(), 0.0]), &[(0, 0.8), (1, 0.2)]);
-        for wrong in [0.0, -1.0, f32::NAN, f32::INFINITY] {
-            let config = GenerationConfig { repetition_penalty: wrong, ..config.clone() };
-            assert!(Sampler::new(&config, &[]).is_err_and(|e| e.to_string().contains("repetition_penalty")), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn nothing_is_drawn_from_what_is_not_finite() {
-        for config in [GenerationConfig::default(), sampling()] {
-            let mut sampler = Sampler::new(&config, &[]).unwrap();
-            for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                assert_eq!(sampler.next(&mut [0.0, wrong, 1.0]), None);
-            }
-            assert!(sampler.next(&mut [f32::MAX, f32::MIN]).is_some());
-        }
-    }
-
-    /// A vocabulary that is sorted in parts: ranks are those of a whole sort.
-    #[test]
-    fn ranks_are_those_of_a_sort() {
-        let tokens: Vec<(u32, f64)> = (0..1000).map(|id| (id, f64::from(id * 7919 % 101))).collect();
-        let mut sorted = tokens.clone();
-        sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
-        let mut ranked = Ranked::new(tokens);
-        for (rank, expected) in sorted.iter().enumerate() {
-            assert_eq!(ranked.get(rank), *expected, "{rank}");
-        }
-    }
-}
+mod tests;

@@ -1,12 +1,13 @@
 //! Attention with its projections.
 
 use rekindle_kernels::attention::{self, AttentionGrads, Heads};
+use rekindle_kernels::paged_attention;
 use rekindle_kernels::rope::{self, Norm, Rotation};
 use rekindle_kernels::{Grads, Params, Tensor, Weight, output_gate};
 use rekindle_lora::{Linear, LinearGroup, LinearSaved};
 
-use super::{Context, LayerBuilder, LayerKvCache, MixerCheckpoint, RmsNorm, VisitWeights};
-use crate::Error;
+use super::{Context, LayerBuilder, LayerState, MixerCheckpoint, RmsNorm, VisitWeights};
+use crate::{DecodeBatch, Error};
 use crate::parameters::{LayerRole, LinearRole};
 use crate::spec::{AttentionMask, AttentionSpec, LinearSpec, RopeId, RotarySpec};
 
@@ -187,12 +188,20 @@ impl Attention {
         (result, AttentionSaved { x, qkv, qk, qg, heads: attention::Saved { q, k, v, o, lse }, y, o: saved })
     }
 
-    /// Returns the result for the next tokens of one document, whose earlier keys and values are in `cache`.
-    pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, cache: &mut LayerKvCache) -> Tensor<2> {
+    /// Returns the result for new tokens of sequences whose earlier keys and values are in `state`.
+    pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, state: &mut LayerState, batch: &DecodeBatch) -> Tensor<2> {
         let Projected { q, k, v, qg, .. } = self.project(ctx, x);
-        let (k, v) = cache.append(k, v);
         let sinks = self.sinks.as_ref().map(|sinks| sinks.vector(ctx.params));
-        let o = attention::forward_cached(&q, &k, &v, sinks.as_ref(), self.heads);
+        let o = match state {
+            LayerState::Pages(pages) => {
+                paged_attention::forward(&q, &k, &v, sinks.as_ref(), self.heads, pages, &batch.pages)
+            }
+            LayerState::Contiguous(cache) => {
+                let (k, v) = cache.append(k, v);
+                attention::forward_cached(&q, &k, &v, sinks.as_ref(), self.heads)
+            }
+            LayerState::Recurrent(_) => unreachable!("the states of a layer are made for its kind"),
+        };
         self.project_output(ctx, &o, qg.as_ref()).0
     }
 

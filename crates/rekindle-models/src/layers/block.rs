@@ -7,10 +7,10 @@ use rekindle_lora::{Adaptable, AdaptableMut};
 
 use super::checkpointed::CheckpointParts;
 use super::{
-    Checkpointed, Context, FeedForward, FeedForwardSaved, LayerBuilder, LayerKvCache, Mixer, MixerSaved, RmsNorm,
+    Checkpointed, Context, FeedForward, FeedForwardSaved, LayerBuilder, LayerState, Mixer, MixerSaved, RmsNorm,
     VisitWeights,
 };
-use crate::Error;
+use crate::{DecodeBatch, Error};
 use crate::parameters::LayerRole;
 use crate::spec::{LayerSpec, NormSpec};
 
@@ -224,10 +224,10 @@ impl Block {
         BlockSaved { x, rstd, mixer, post_attention, h, rstd2, feed_forward, post_feed_forward }
     }
 
-    /// Returns y for the next tokens of one document, whose earlier keys and values are in `cache`.
-    pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, cache: &mut LayerKvCache) -> Tensor<2> {
+    /// Returns y for new tokens of sequences whose earlier tokens are in `state`.
+    pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, state: &mut LayerState, batch: &DecodeBatch) -> Tensor<2> {
         let (n, _) = self.attention_input(ctx, &x);
-        let delta = self.mixer.decode(ctx, n, cache);
+        let delta = self.mixer.decode(ctx, n, state, batch);
         let Middle { h, n, .. } = self.middle(ctx, &x, delta);
         self.feed_forward_onto(ctx, n, &h).0
     }

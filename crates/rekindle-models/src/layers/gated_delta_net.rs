@@ -5,8 +5,9 @@ use rekindle_kernels::{Grads, Params, Tensor, Weight, causal_conv, gated_norm};
 use rekindle_lora::{LinearGroup, LinearSaved};
 
 use super::attention::{single, visit_linears};
-use super::{Context, LayerBuilder, LayerKvCache, MixerCheckpoint, VisitWeights};
-use crate::Error;
+use super::{Context, LayerBuilder, LayerState, MixerCheckpoint, VisitWeights};
+use crate::decoder::SequenceRows;
+use crate::{DecodeBatch, Error};
 use crate::parameters::{LayerRole, LinearRole};
 use crate::spec::GatedDeltaSpec;
 
@@ -139,13 +140,24 @@ impl GatedDeltaNet {
         (result, GatedDeltaNetSaved { x, projected, o: kept.o, y, output })
     }
 
-    /// Returns the result for the next tokens of one document, whose state and last inputs of the convolution are in `cache`.
-    pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, cache: &mut LayerKvCache) -> Tensor<2> {
+    /// Returns the result for new tokens of sequences, whose states and last inputs of the convolution are in `state`.
+    pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, state: &mut LayerState, batch: &DecodeBatch) -> Tensor<2> {
+        let LayerState::Recurrent(states) = state else { unreachable!("the states of a layer are made for its kind") };
         let (_, projected) = self.project(ctx, x);
-        let (past, state) = cache.take_recurrent(self.conv_width - 1, &projected.qkv);
-        let qkv = causal_conv::forward_cached(&projected.qkv, &self.conv.matrix(ctx.params), &past);
-        let (o, state) = gated_delta::forward_cached(&self.rule(ctx.params, &projected, qkv), self.heads, state);
-        cache.put_recurrent(past, &projected.qkv, state);
+        let conv = self.conv.matrix(ctx.params);
+        let of_sequence = |rows: &SequenceRows| {
+            let &SequenceRows { sequence, first, count, past } = rows;
+            let new = projected.qkv.rows(first, count);
+            let (last, state) = states.take(sequence, past == 0, self.conv_width - 1, &new);
+            let qkv = causal_conv::forward_cached(&new, &conv, &last);
+            let mut inputs = self.rule(ctx.params, &projected, qkv);
+            inputs.b = inputs.b.rows(first, count);
+            inputs.a = inputs.a.rows(first, count);
+            let (o, state) = gated_delta::forward_cached(&inputs, self.heads, state);
+            states.put(sequence, last, &new, state);
+            o
+        };
+        let o = Tensor::cat_rows(batch.sequences().iter().map(of_sequence).collect());
         let y = self.normalized(ctx.params, &o, &projected.z);
         single(self.output.forward(ctx.linear(), &y)).0
     }

@@ -5,9 +5,9 @@ use rekindle_lora::{LinearGroup, LinearSaved};
 
 use super::{
     Attention, AttentionPending, AttentionSaved, Context, GatedDeltaNet, GatedDeltaNetPending, GatedDeltaNetSaved,
-    LayerBuilder, LayerKvCache, VisitWeights,
+    LayerBuilder, LayerState, VisitWeights,
 };
-use crate::Error;
+use crate::{DecodeBatch, Error};
 use crate::spec::MixerSpec;
 
 /// The half of a layer that looks across tokens.
@@ -173,11 +173,11 @@ impl Mixer {
         }
     }
 
-    /// Returns the result for the next tokens of one document, whose earlier tokens `cache` stands for.
-    pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, cache: &mut LayerKvCache) -> Tensor<2> {
+    /// Returns the result for new tokens of sequences whose earlier tokens are in `state`.
+    pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, state: &mut LayerState, batch: &DecodeBatch) -> Tensor<2> {
         match self {
-            Self::Attention(attention) => attention.decode(ctx, x, cache),
-            Self::GatedDelta(net) => net.decode(ctx, x, cache),
+            Self::Attention(attention) => attention.decode(ctx, x, state, batch),
+            Self::GatedDelta(net) => net.decode(ctx, x, state, batch),
         }
     }
 

@@ -19,7 +19,7 @@ mod checkpointed;
 mod feed_forward;
 mod gated_delta_net;
 mod gated_mlp;
-mod kv_cache;
+mod layer_state;
 mod mixer;
 mod moe;
 mod norm;
@@ -31,7 +31,7 @@ pub use checkpointed::Checkpointed;
 pub use feed_forward::{FeedForward, FeedForwardSaved};
 pub use gated_delta_net::{GatedDeltaNet, GatedDeltaNetPending, GatedDeltaNetSaved};
 pub use gated_mlp::{GatedMlp, GatedMlpSaved};
-pub use kv_cache::LayerKvCache;
+pub use layer_state::{LayerKvCache, LayerState, RecurrentStates};
 pub use mixer::{Mixer, MixerCheckpoint, MixerPending, MixerSaved};
 pub(crate) use moe::expert_names;
 pub use moe::{Moe, MoeSaved};
@@ -48,7 +48,7 @@ use crate::spec::{MoeSpec, RopeId};
 
 /// Everything that the layers share while a batch goes through.
 ///
-/// A cache of keys and values is no part of it: each layer has its own, and only [`Block::decode`] changes one.
+/// The states of sequences are no part of it: each layer has its own, and only [`Block::decode`] changes one.
 #[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
     /// The trained parameters.
