@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::root;
 
 /// The workspace crates that each crate may depend on, excluding dev-dependencies.
-const LAYERS: [(&str, &[&str]); 14] = [
+const LAYERS: [(&str, &[&str]); 15] = [
     ("rekindle-hub", &[]),
     ("rekindle-rope", &[]),
     ("rekindle-data", &["rekindle-hub"]),
@@ -22,7 +22,11 @@ const LAYERS: [(&str, &[&str]); 14] = [
         "rekindle-models",
         &["rekindle-kernels", "rekindle-gguf", "rekindle-hub", "rekindle-quant", "rekindle-rope", "rekindle-lora"],
     ),
-    ("rekindle-train", &["rekindle-kernels", "rekindle-hub", "rekindle-data", "rekindle-lora", "rekindle-models"]),
+    ("rekindle-engine", &["rekindle-kernels", "rekindle-models"]),
+    (
+        "rekindle-train",
+        &["rekindle-kernels", "rekindle-hub", "rekindle-data", "rekindle-lora", "rekindle-models", "rekindle-engine"],
+    ),
     (
         "rekindle",
         &[
@@ -33,6 +37,7 @@ const LAYERS: [(&str, &[&str]); 14] = [
             "rekindle-lora",
             "rekindle-models",
             "rekindle-quant",
+            "rekindle-engine",
             "rekindle-train",
         ],
     ),

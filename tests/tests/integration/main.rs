@@ -7,6 +7,7 @@
 mod adapters;
 mod diverged;
 mod dropout;
+mod engine;
 mod errors;
 mod families;
 mod full;
