@@ -16,6 +16,9 @@ pub(crate) enum Failure {
     /// An error of the library.
     #[error(transparent)]
     Library(#[from] rekindle::Error),
+    /// A row that cannot be used.
+    #[error("{0}")]
+    Row(String),
     /// A missing installation or file.
     #[error("{0}")]
     Missing(String),
@@ -39,6 +42,7 @@ impl Failure {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Configuration(_) => 2,
+            Self::Row(_) => 3,
             Self::Library(error) => match error.kind() {
                 ErrorKind::Configuration => 2,
                 ErrorKind::Data => 3,
@@ -72,6 +76,7 @@ mod tests {
         let device = rekindle::parse_device("gpu").unwrap_err();
         assert_eq!(Failure::from(Error::from(device)).exit_code(), 2);
         assert_eq!(Failure::Configuration(String::new()).exit_code(), 2);
+        assert_eq!(Failure::Row(String::new()).exit_code(), 3);
         assert_eq!(Failure::Interrupted(String::new()).exit_code(), 130);
         assert_eq!(Failure::from(io::Error::other("full")).exit_code(), 1);
     }

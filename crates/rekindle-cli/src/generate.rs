@@ -8,11 +8,10 @@ use serde::Serialize;
 
 use crate::args::{GenerateArgs, PromptArgs};
 use crate::failure::Failure;
-use crate::{open, output};
+use crate::{generate_rows, open, output};
 
 pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let (model, tokenizer) = open::open(&args.model)?;
-    let prompt = encode(args, &model, tokenizer.as_ref())?;
     let vocab = model.causal_lm().config().vocab_size();
     if let Some(id) = args.stop_ids.iter().find(|&&id| id as usize >= vocab) {
         return Err(Failure::Configuration(format!(
@@ -29,17 +28,23 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
         seed: args.seed,
         eos_ids: [model.end_tokens(tokenizer.as_ref())?, args.stop_ids.clone()].concat(),
     };
+    if tokenizer.is_none() && !args.stop.is_empty() {
+        return Err(Failure::Configuration(
+            "--stop is text, and this checkpoint has no tokenizer.json; use --stop-ids".to_owned(),
+        ));
+    }
+    if let (Some(data), Some(out)) = (&args.prompt.data, &args.out) {
+        return generate_rows::run(&model, tokenizer.as_ref(), &config, args, [data, out]);
+    }
+    let prompt = encode(args, &model, tokenizer.as_ref())?;
     match &tokenizer {
         Some(tokenizer) => text(&model, tokenizer, &prompt, &config, args),
-        None if args.stop.is_empty() => ids(&model, &prompt, &config, args.json),
-        None => Err(Failure::Configuration(
-            "--stop needs a tokenizer, and this checkpoint has no tokenizer.json; use --stop-ids".to_owned(),
-        )),
+        None => ids(&model, &prompt, &config, args.json),
     }
 }
 
 fn encode(args: &GenerateArgs, model: &Model, tokenizer: Option<&Tokenizer>) -> Result<Vec<u32>, Failure> {
-    let PromptArgs { prompt, chat, messages, prompt_ids } = &args.prompt;
+    let PromptArgs { prompt, chat, messages, prompt_ids, data: _ } = &args.prompt;
     if let Some(ids) = prompt_ids {
         return Ok(ids.clone());
     }

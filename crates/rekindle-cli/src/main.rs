@@ -18,6 +18,7 @@ mod eval;
 mod failure;
 mod fetch;
 mod generate;
+mod generate_rows;
 mod init;
 mod inspect;
 mod merge;

@@ -152,6 +152,25 @@ pub(crate) fn downloading() -> impl FnMut(u64, u64) + 'static {
     }
 }
 
+/// Returns a callback that shows the answered rows of `total` and the speed in tokens per second: a bar on a terminal, and
+/// a line at each tenth elsewhere.
+pub(crate) fn answers(total: usize) -> impl FnMut(usize, f64) {
+    let bar = stderr().is_terminal().then(|| bar(total));
+    move |done, speed| match &bar {
+        Some(bar) => {
+            bar.set_message(format!("{speed:.0} tok/s"));
+            bar.set_position(done as u64);
+            if done == total {
+                bar.finish_and_clear();
+            }
+        }
+        None if done * 10 / total > (done - 1) * 10 / total => {
+            eprintln!("answered {done}/{total}  {speed:.0} tok/s");
+        }
+        None => {}
+    }
+}
+
 /// Returns a callback that shows the rows evaluated, on a terminal only.
 pub(crate) fn rows() -> impl FnMut(usize) {
     let bar = stderr().is_terminal().then(|| ProgressBar::no_length().with_style(style("{pos} rows")));

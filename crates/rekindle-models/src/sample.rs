@@ -175,7 +175,7 @@ pub struct Sampler {
     stream: u64,
     /// The tokens of the prompt; empty without a repetition penalty.
     prompt: BTreeSet<u32>,
-    /// How often the text has each token; empty without penalties.
+    /// The number of times that the text has each token; empty without penalties.
     counts: BTreeMap<u32, u32>,
     /// Tokens chosen so far.
     index: u64,

@@ -59,6 +59,9 @@ pub enum Error {
     /// The model refused a batch.
     #[error(transparent)]
     Model(#[from] rekindle_models::Error),
+    /// The engine refused a prompt.
+    #[error(transparent)]
+    Engine(rekindle_engine::Error),
     /// A result cannot be written.
     #[error(transparent)]
     File(#[from] rekindle_hub::Error),
@@ -70,4 +73,13 @@ pub enum Error {
         /// The system's reason.
         source: std::io::Error,
     },
+}
+
+impl From<rekindle_engine::Error> for Error {
+    fn from(error: rekindle_engine::Error) -> Self {
+        match error {
+            rekindle_engine::Error::Model(error) => Self::Model(error),
+            other => Self::Engine(other),
+        }
+    }
 }

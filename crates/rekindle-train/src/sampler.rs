@@ -1,14 +1,18 @@
 //! Answers to prompts during training.
 
+use std::collections::HashMap;
+
 use rekindle_data::{Example, IGNORED, Tokenizer};
+use rekindle_engine::{CacheSize, Engine, EngineConfig, Event, FinishReason, Request};
+use rekindle_kernels::paged_attention::PAGE;
 use rekindle_models::{CausalLm, GenerationConfig, StopReason};
 
 use crate::{Error, PromptSample};
 
-/// A sampler that continues prompts at each evaluation, greedily and one after another.
+/// A sampler that continues prompts at each evaluation, greedily and all of them at once.
 ///
-/// Each prompt costs a forward pass over the prompt and one for each further token, as in `generate`. Sampling does not
-/// affect training, because it draws no random number.
+/// The engine computes them with the trained weights. On CUDA, for which it has no kernels, they are continued one after
+/// another. Sampling does not affect training, because it draws no random number.
 #[derive(Clone, Debug)]
 pub struct Sampler<'a> {
     prompts: Vec<SamplePrompt>,
@@ -60,20 +64,57 @@ impl<'a> Sampler<'a> {
     /// [`Error::Model`] for a prompt that is too long for the model, logits that are not finite, or a device that
     /// fails.
     pub fn sample(&self, model: &CausalLm, step: usize) -> Result<Vec<PromptSample>, Error> {
-        let prompts = self.prompts.iter().enumerate();
-        let one = |(index, prompt): (usize, &SamplePrompt)| {
-            let (ids, stop) = model.generate(&prompt.ids, &self.generation, |_| true)?;
-            Ok(PromptSample {
-                step,
-                sample: index + 1,
-                prompt: self.text(&prompt.ids, false),
-                expected: prompt.expected.as_ref().map(|ids| self.text(self.answer(ids), true)),
-                output: self.text(self.answer(&ids), true),
-                new_tokens: ids.len(),
-                ended: stop == StopReason::EndToken,
-            })
+        let answers = self.continuations(model)?;
+        let one = |(index, (prompt, (ids, ended))): (usize, (&SamplePrompt, (Vec<u32>, bool)))| PromptSample {
+            step,
+            sample: index + 1,
+            prompt: self.text(&prompt.ids, false),
+            expected: prompt.expected.as_ref().map(|ids| self.text(self.answer(ids), true)),
+            output: self.text(self.answer(&ids), true),
+            new_tokens: ids.len(),
+            ended,
         };
-        prompts.map(one).collect()
+        Ok(self.prompts.iter().zip(answers).enumerate().map(one).collect())
+    }
+
+    /// Returns the new tokens of each prompt, and true for those that end with an end token.
+    fn continuations(&self, model: &CausalLm) -> Result<Vec<(Vec<u32>, bool)>, Error> {
+        if self.is_empty() {
+            return Ok(Vec::new());
+        }
+        if model.device().name() == "cuda" {
+            let one = |prompt: &SamplePrompt| {
+                let (ids, stop) = model.generate(&prompt.ids, &self.generation, |_| true)?;
+                Ok((ids, stop == StopReason::EndToken))
+            };
+            return self.prompts.iter().map(one).collect();
+        }
+        let length = |prompt: &SamplePrompt| prompt.ids.len() + self.generation.max_new_tokens;
+        let pages = self.prompts.iter().map(|prompt| length(prompt).min(model.max_seq_length()).div_ceil(PAGE)).sum();
+        let mut engine =
+            Engine::new(model, EngineConfig { cache: CacheSize::Pages(pages), ..EngineConfig::default() })?;
+        let mut indices = HashMap::new();
+        for (index, prompt) in self.prompts.iter().enumerate() {
+            let request = Request {
+                max_tokens: self.generation.max_new_tokens,
+                stop_ids: self.generation.eos_ids.clone(),
+                ..Request::new(prompt.ids.clone())
+            };
+            indices.insert(engine.submit(request)?, index);
+        }
+        let mut answers = vec![(Vec::new(), false); self.prompts.len()];
+        while engine.has_work() {
+            for event in engine.step() {
+                let index = indices[&event.request()];
+                match event {
+                    Event::Token { token, .. } => answers[index].0.push(token.id),
+                    Event::Finished { reason, .. } => answers[index].1 = matches!(reason, FinishReason::Stop(_)),
+                    Event::Failed { error, .. } => return Err(error.into()),
+                    Event::Prompt { .. } => {}
+                }
+            }
+        }
+        Ok(answers)
     }
 
     /// Returns the tokens before the first end token. Templates may write more after it, which is never generated.

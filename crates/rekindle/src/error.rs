@@ -25,6 +25,9 @@ pub enum Error {
     /// The model or its adapter is invalid.
     #[error(transparent)]
     Model(#[from] rekindle_models::Error),
+    /// The engine refuses a request or its configuration.
+    #[error(transparent)]
+    Engine(rekindle_engine::Error),
     /// The run cannot start or continue.
     #[error(transparent)]
     Train(#[from] rekindle_train::Error),
@@ -48,6 +51,15 @@ pub enum Error {
         /// The hub's error.
         source: Box<Error>,
     },
+}
+
+impl From<rekindle_engine::Error> for Error {
+    fn from(error: rekindle_engine::Error) -> Self {
+        match error {
+            rekindle_engine::Error::Model(error) => Self::Model(error),
+            other => Self::Engine(other),
+        }
+    }
 }
 
 /// Formats a single problem on the same line, several on a line each.
@@ -108,6 +120,8 @@ impl Error {
                 | Train::FinishedRun { .. }
                 | Train::Differs { .. },
             ) => ErrorKind::Configuration,
+            Self::Engine(rekindle_engine::Error::Argument(_)) => ErrorKind::Configuration,
+            Self::Engine(_) => ErrorKind::Failed,
             Self::Train(Train::Diverged(_)) => ErrorKind::Diverged,
             Self::Train(_) => ErrorKind::Failed,
         }

@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 use rekindle_data::Tokenizer;
 use rekindle_models::{GenerationConfig, StopReason};
 
-use crate::stop_strings::StopStrings;
-use crate::{Error, Model};
+use crate::{Error, Model, TextStream};
 
 /// The result of [`Model::generate`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,40 +88,36 @@ impl Model {
         stop: &[String],
         mut on_text: impl FnMut(&str) -> bool,
     ) -> Result<GeneratedText, Error> {
-        let (mut stops, ids) = StopStrings::new(tokenizer, stop)?;
+        let (mut stream, ids) = TextStream::new(tokenizer, stop)?;
         let mut config = config.clone();
         config.eos_ids.extend(ids);
-        let mut decoder = tokenizer.stream_decoder(true);
         let (mut text, mut stop_string, mut failure) = (String::new(), None, None);
         let generated = self.generate(prompt, &config, |id| {
             // An end token that the vocabulary does not call special would be shown.
             if config.eos_ids.contains(&id) {
                 return true;
             }
-            let piece = match decoder.push(id) {
-                Ok(piece) => piece.unwrap_or_default(),
+            let piece = match stream.push(id) {
+                Ok(piece) => piece,
                 Err(error) => {
                     failure = Some(error);
                     return false;
                 }
             };
-            let (certain, found) = stops.push(&piece);
-            text += &certain;
-            let go_on = certain.is_empty() || on_text(&certain);
-            stop_string = found;
+            text += &piece.text;
+            let go_on = piece.text.is_empty() || on_text(&piece.text);
+            stop_string = piece.stop;
             go_on && stop_string.is_none()
         })?;
         if let Some(error) = failure {
-            return Err(error.into());
+            return Err(error);
         }
         if stop_string.is_none() {
-            // What waited for the rest of a character or of a stop string.
-            let (certain, found) = stops.push(&decoder.finish()?.unwrap_or_default());
-            let rest = if found.is_none() { certain + &stops.finish() } else { certain };
-            stop_string = found;
-            text += &rest;
-            if !rest.is_empty() && generated.stop != StopReason::Caller {
-                on_text(&rest);
+            let rest = stream.finish()?;
+            stop_string = rest.stop;
+            text += &rest.text;
+            if !rest.text.is_empty() && generated.stop != StopReason::Caller {
+                on_text(&rest.text);
             }
         }
         if stop_string.is_none() {

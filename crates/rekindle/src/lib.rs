@@ -34,6 +34,7 @@ mod dtype;
 mod end_tokens;
 mod error;
 mod generate;
+mod generate_batch;
 mod inspect;
 mod merge;
 mod model;
@@ -47,6 +48,7 @@ mod sft;
 mod skip;
 mod stop_strings;
 mod suggest;
+mod text_stream;
 mod time_estimate;
 
 pub use data_source::DataSource;
@@ -61,6 +63,7 @@ pub use pretrained::{EncodedRows, FastLanguageModel, Loader, ModelFiles, RowEnco
 pub use quantize::quantize;
 pub use sft::{SftTrainer, TrainingRows};
 pub use suggest::{Suggestion, suggest};
+pub use text_stream::{TextPiece, TextStream};
 pub use time_estimate::{TimeEstimate, TokenTime};
 
 pub use rekindle_data::{
@@ -68,6 +71,8 @@ pub use rekindle_data::{
     RenderOptions, RowFormat, RowNumber, RowPart, RowSample, Thinking, Tokenizer, TrainOn, Untrained,
     chat_template_sources, counted,
 };
+/// Batched generation: the engine, its requests and events.
+pub use rekindle_engine as engine;
 pub use rekindle_hub::write_atomic;
 #[cfg(feature = "network")]
 pub use rekindle_hub::{HubErrorKind, cache};

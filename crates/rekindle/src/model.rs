@@ -28,6 +28,16 @@ pub struct Model {
     pub(crate) notices: Vec<String>,
 }
 
+impl rekindle_engine::EngineModel for Model {
+    fn causal_lm(&self) -> &CausalLm {
+        &self.inner
+    }
+
+    fn causal_lm_mut(&mut self) -> Option<&mut CausalLm> {
+        Some(&mut self.inner)
+    }
+}
+
 impl Model {
     pub(crate) fn new(
         inner: CausalLm,

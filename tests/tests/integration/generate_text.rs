@@ -1,8 +1,10 @@
 //! Text generation: stop strings, end tokens, and the tokenizer that an adapter brings.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use rekindle::engine::EngineConfig;
 use rekindle::{ChatPrompt, DeviceKind, FastLanguageModel, GenerationConfig, LoraConfig, Model, StopReason, Tokenizer};
 
 fn base() -> PathBuf {
@@ -56,6 +58,54 @@ fn a_stop_string_is_cut_exactly_wherever_it_is() {
     // One that never comes holds back its beginning until the end.
     let never = run(&[&format!("{}!", &text[text.len() - 2..])]);
     assert_eq!((never.text.as_str(), never.stop_reason()), (text.as_str(), "end_token"));
+}
+
+/// Texts, tokens and reasons are those of one prompt at a time, with stop strings that end some of them.
+#[test]
+fn a_batch_is_answered_as_one_prompt_at_a_time() {
+    let (model, tokenizer) = load(&base());
+    let questions = [QUESTION, "What is a whale?", "Anna has a cat.", "Who sold the fish?", "Where is the red ball?"];
+    let prompts: Vec<Vec<u32>> = questions
+        .iter()
+        .map(|question| ChatPrompt::new(None, question).encode(&tokenizer).expect("a chat model"))
+        .collect();
+    let eos_ids = model.end_tokens(Some(&tokenizer)).expect("its files are valid");
+    for (temperature, stop) in
+        [(0.0, vec![]), (0.0, vec!["e b".to_owned()]), (1.0, vec!["a".to_owned(), " t".to_owned()])]
+    {
+        let config = GenerationConfig {
+            eos_ids: eos_ids.clone(),
+            max_new_tokens: 30,
+            temperature,
+            seed: 40,
+            ..GenerationConfig::default()
+        };
+        let mut answers = BTreeMap::new();
+        let limits = EngineConfig { max_sequences: 2, ..EngineConfig::default() };
+        let numbered = prompts.iter().cloned().enumerate();
+        model
+            .generate_batch(Some(&tokenizer), numbered, &config, &stop, limits, |index, answer| {
+                answers.insert(index, answer);
+                Ok(true)
+            })
+            .expect("the prompts fit");
+        assert_eq!(answers.len(), prompts.len());
+        for (index, answer) in answers {
+            let config = GenerationConfig { seed: 40 + index as u64, ..config.clone() };
+            let want = model.generate_text(&tokenizer, &prompts[index], &config, &stop, |_| true).expect("it fits");
+            assert_eq!((&answer.text, &answer.stop_string), (&want.text, &want.stop_string));
+            assert_eq!((&answer.generated.ids, answer.generated.stop), (&want.generated.ids, want.generated.stop));
+        }
+    }
+    let mut count = 0;
+    let config = GenerationConfig { max_new_tokens: 3, ..GenerationConfig::default() };
+    let numbered = prompts.iter().cloned().enumerate();
+    let ended = model.generate_batch(None, numbered, &config, &[], EngineConfig::default(), |_, answer| {
+        count += 1;
+        assert_eq!((answer.text.as_str(), answer.generated.ids.len()), ("", 3));
+        Ok(count < 2)
+    });
+    assert!(ended.is_ok() && count == 2, "{count}");
 }
 
 #[test]

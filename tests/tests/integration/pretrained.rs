@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use rekindle::engine::EngineConfig;
 use rekindle::{
     DataSource, DeviceKind, Dtype, ErrorKind, FastLanguageModel, Loader, LoraConfig, Merge, Model, SftConfig,
     SftTrainer, Tokenizer,
@@ -166,11 +167,12 @@ fn a_resized_vocabulary_is_merged() {
     }
 }
 
+/// The CPU has the engine, so that the argument changes nothing there.
 #[test]
-fn fast_inference_is_refused() {
-    let error = loader(Path::new("/no/such/model")).fast_inference(true).load_model().expect_err("it is not supported");
-    assert_eq!(error.kind(), ErrorKind::Configuration);
-    assert!(error.to_string().starts_with("fast_inference = true is not supported"), "{error}");
-    let error = loader(Path::new("/no/such/model")).fast_inference(false).load_model().expect_err("no such model");
-    assert_eq!(error.kind(), ErrorKind::Failed);
+fn fast_inference_needs_the_engine() {
+    let golden = Golden::open("qwen3-tied");
+    let [with, without] =
+        [true, false].map(|on| loader(&golden.dir).fast_inference(on).load_model().expect("the CPU has the engine"));
+    assert!(with.has_engine() && with.engine(EngineConfig::default()).is_ok());
+    assert_eq!(loss(&with, &golden), loss(&without, &golden));
 }

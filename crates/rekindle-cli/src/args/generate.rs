@@ -34,7 +34,7 @@ pub(crate) struct GenerateArgs {
     #[command(flatten)]
     pub(crate) prompt: PromptArgs,
     /// A system prompt before the message of --chat
-    #[arg(long, value_name = "TEXT", conflicts_with_all = ["prompt", "messages", "prompt_ids"])]
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["prompt", "messages", "prompt_ids", "data"])]
     pub(crate) system: Option<String>,
     /// Name of one of the checkpoint's chat templates [default: tool_use with tools, else default]
     #[arg(long, value_name = "NAME", conflicts_with_all = ["prompt", "prompt_ids"])]
@@ -67,8 +67,14 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "S", default_value_t = 3407)]
     pub(crate) seed: u64,
     /// Print one JSON object at the end instead of streaming text: text, ids, stop_reason, token counts and speed
-    #[arg(long)]
+    #[arg(long, conflicts_with = "data")]
     pub(crate) json: bool,
+    /// File for the answers to --data, one JSON object a line; rows that it answers already are skipped
+    #[arg(long, value_name = "FILE", requires = "data")]
+    pub(crate) out: Option<PathBuf>,
+    /// Rows of --data that are answered at the same time
+    #[arg(long, value_name = "N", default_value_t = 64, requires = "data")]
+    pub(crate) batch_size: usize,
 }
 
 #[derive(Debug, clap::Args)]
@@ -86,6 +92,9 @@ pub(crate) struct PromptArgs {
     /// Token ids to continue, separated by commas; needs no tokenizer
     #[arg(long, value_name = "1,2,3", value_delimiter = ',')]
     pub(crate) prompt_ids: Option<Vec<u32>>,
+    /// A file of JSON lines to answer all at once, each with prompt (a text or a list of messages), messages or prompt_ids; needs --out
+    #[arg(long, value_name = "FILE", requires = "out")]
+    pub(crate) data: Option<PathBuf>,
 }
 
 const EVAL: &str = "\
@@ -103,7 +112,8 @@ the token with which the chat template ends a turn. --stop and --stop-ids add ot
 Examples:
   rekindle generate --model Qwen/Qwen3-0.6B --chat 'What is a whale?' --system 'Answer in one sentence.'
   rekindle generate --model outputs/run/adapter --messages conversation.json --json
-  rekindle generate --model models/Qwen3-0.6B --adapter outputs/run/adapter --prompt 'Once' --temperature 0.8 --min-p 0.05";
+  rekindle generate --model models/Qwen3-0.6B --adapter outputs/run/adapter --prompt 'Once' --temperature 0.8 --min-p 0.05
+  rekindle generate --model outputs/run/adapter --data prompts.jsonl --out answers.jsonl";
 
 #[cfg(test)]
 mod tests {
@@ -131,6 +141,14 @@ mod tests {
             (args.temperature, args.model.load.dtype, args.model.load.device),
             (0.0, Dtype::Auto, DeviceKind::Auto)
         );
+    }
+
+    #[test]
+    fn rows_need_a_file_for_answers() {
+        assert!(parse(&["--data", "a"]).is_err() && parse(&["--prompt", "a", "--out", "b"]).is_err());
+        assert!(parse(&["--data", "a", "--out", "b", "--json"]).is_err());
+        let args = parse(&["--data", "a", "--out", "b", "--batch-size", "3"]).unwrap();
+        assert_eq!((args.prompt.data, args.out, args.batch_size), (Some("a".into()), Some("b".into()), 3));
     }
 
     #[test]

@@ -311,3 +311,69 @@ fn what_is_not_finite_ends_with_6() {
     let eval = ["eval", "--device", "cpu", "--load-in-4bit", "--model", &model, "--data", &rows];
     rekindle(eval).fails(6, &[tensor]);
 }
+
+/// Reads a file of JSON lines.
+fn lines(path: &Path) -> Vec<Value> {
+    fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn a_file_of_prompts_is_answered_row_by_row() {
+    let scratch = Scratch::new();
+    let model = quickstart().join("base").display().to_string();
+    let rows = [
+        json!({"messages": [{"role": "user", "content": QUESTION}], "id": "first"}),
+        json!({"prompt": "A whale is"}),
+        json!({"prompt": [{"role": "user", "content": "What is a whale?"}]}),
+        json!({"prompt_ids": [5, 6, 7]}),
+        json!({"messages": [{"role": "user", "content": QUESTION}]}),
+    ];
+    let text: Vec<String> = rows.iter().map(Value::to_string).collect();
+    let data = scratch.write("prompts.jsonl", format!("{}\n\n{}\n", text[0], text[1..].join("\n")));
+    let out = scratch.path("answers.jsonl");
+    let answer = |more: &[&str]| {
+        let rows = ["--data", &data, "--out", out.to_str().unwrap()];
+        generate(&model, &rows.into_iter().chain(more.iter().copied()).collect::<Vec<_>>())
+    };
+    let done = answer(&[]).ok();
+    assert_eq!(done.stdout.trim(), out.to_str().unwrap());
+    assert!(done.stderr.contains("5 rows, 0 of them answered before"), "{}", done.stderr);
+    let mut answers = lines(&out);
+    answers.sort_by_key(|answer| answer["row"].as_u64());
+    let numbers: Vec<u64> = answers.iter().map(|answer| answer["row"].as_u64().unwrap()).collect();
+    assert_eq!(numbers, [1, 3, 4, 5, 6], "an empty line has no answer");
+    assert!(answers.iter().map(|answer| &answer["input"]).eq(&rows));
+    // They are the answers of single prompts.
+    let single = generate(&model, &["--chat", QUESTION, "--json"]).json();
+    for key in ["text", "ids", "stop_reason", "prompt_tokens", "new_tokens"] {
+        assert_eq!((&answers[0][key], &answers[4][key]), (&single[key], &single[key]), "{key}");
+    }
+    let single = generate(&model, &["--prompt-ids", "5,6,7", "--json"]).json();
+    assert_eq!(answers[3]["ids"], single["ids"]);
+
+    // A command that was killed while it wrote its third answer.
+    let whole = fs::read_to_string(&out).unwrap();
+    let kept: Vec<&str> = whole.lines().take(2).collect();
+    fs::write(&out, format!("{}\n{}", kept.join("\n"), &whole.lines().nth(2).unwrap()[..20])).unwrap();
+    let done = answer(&["--batch-size", "2"]).ok();
+    assert!(done.stderr.contains("5 rows, 2 of them answered before"), "{}", done.stderr);
+    let mut again = lines(&out);
+    again.sort_by_key(|answer| answer["row"].as_u64());
+    assert_eq!(again, answers);
+
+    // Other rows, and rows that cannot be answered.
+    let other = scratch.write("other.jsonl", json!({"prompt": "Another"}).to_string());
+    let out = out.to_str().unwrap();
+    generate(&model, &["--data", &other, "--out", out]).fails(2, &["answers another row 1"]);
+    for (row, message) in [
+        ("{}", "none of prompt, messages and prompt_ids"),
+        ("[1]", "not an object"),
+        ("{\"prompt\": 1}", "neither a text nor a list"),
+        ("{\"prompt_ids\": [99999999]}", "vocabulary"),
+        ("{", "invalid JSON"),
+        ("", "has no rows"),
+    ] {
+        let wrong = scratch.write("wrong.jsonl", row);
+        generate(&model, &["--data", &wrong, "--out", "/no/such/directory/out.jsonl"]).fails(3, &[message]);
+    }
+}

@@ -7,9 +7,9 @@ use rekindle_kernels::{Grads, Params, Tensor, Weight, output_gate};
 use rekindle_lora::{Linear, LinearGroup, LinearSaved};
 
 use super::{Context, LayerBuilder, LayerState, MixerCheckpoint, RmsNorm, VisitWeights};
-use crate::{DecodeBatch, Error};
 use crate::parameters::{LayerRole, LinearRole};
 use crate::spec::{AttentionMask, AttentionSpec, LinearSpec, RopeId, RotarySpec};
+use crate::{DecodeBatch, Error};
 
 /// Causal grouped-query attention: o_proj(attention(rope(norm(q)), rope(norm(k)), v)) with q, k, v = projections of x.
 ///

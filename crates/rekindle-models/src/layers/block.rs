@@ -10,9 +10,9 @@ use super::{
     Checkpointed, Context, FeedForward, FeedForwardSaved, LayerBuilder, LayerState, Mixer, MixerSaved, RmsNorm,
     VisitWeights,
 };
-use crate::{DecodeBatch, Error};
 use crate::parameters::LayerRole;
 use crate::spec::{LayerSpec, NormSpec};
+use crate::{DecodeBatch, Error};
 
 /// A decoder layer on the residual stream: h = x + m·N₂(attention(N₁(x))); y = h + m·N₄(feed_forward(N₃(h))), with those of
 /// the norms N₁ … N₄ that the spec has, and a residual multiplier m of 1 unless it has one.

@@ -7,9 +7,9 @@ use rekindle_lora::{LinearGroup, LinearSaved};
 use super::attention::{single, visit_linears};
 use super::{Context, LayerBuilder, LayerState, MixerCheckpoint, VisitWeights};
 use crate::decoder::SequenceRows;
-use crate::{DecodeBatch, Error};
 use crate::parameters::{LayerRole, LinearRole};
 use crate::spec::GatedDeltaSpec;
+use crate::{DecodeBatch, Error};
 
 /// A gated delta layer (Qwen3-Next, Qwen3.5): out_proj(gated_norm(rule(silu(conv(in_proj_qkv x)), in_proj_b x, in_proj_a x),
 /// in_proj_z x)), with the [causal convolution](rekindle_kernels::causal_conv), the

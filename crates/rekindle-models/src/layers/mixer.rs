@@ -7,8 +7,8 @@ use super::{
     Attention, AttentionPending, AttentionSaved, Context, GatedDeltaNet, GatedDeltaNetPending, GatedDeltaNetSaved,
     LayerBuilder, LayerState, VisitWeights,
 };
-use crate::{DecodeBatch, Error};
 use crate::spec::MixerSpec;
+use crate::{DecodeBatch, Error};
 
 /// The half of a layer that looks across tokens.
 #[derive(Clone, Debug)]

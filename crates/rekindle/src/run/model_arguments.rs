@@ -53,7 +53,7 @@ pub struct ModelArguments {
     /// Vocabulary size after adding or removing rows of the embedding table and the head. Default: the checkpoint's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resize_model_vocab: Option<usize>,
-    /// Not supported: `true` is an error.
+    /// If true, a device without the engine for batched generation is refused: CUDA at present. Default false.
     #[serde(skip_serializing_if = "is_false")]
     pub fast_inference: bool,
     /// Branch, tag or commit of a name on the hub. Default `main`.
@@ -98,15 +98,9 @@ impl ModelArguments {
     /// Checks the arguments against each other.
     ///
     /// # Errors
-    /// [`Error::Argument`] for two formats at once, a 4-bit format without 4-bit loading, or an unsupported argument.
+    /// [`Error::Argument`] for two formats at once, or a 4-bit format without 4-bit loading.
     pub fn check(&self) -> Result<(), Error> {
-        self.load_in()?;
-        if self.fast_inference {
-            return Err(Error::Argument(
-                "fast_inference = true is not supported: generation uses the model being trained; remove it".to_owned(),
-            ));
-        }
-        Ok(())
+        self.load_in().map(|_| ())
     }
 
     /// Returns the requested format of the linears, if any.
