@@ -31,16 +31,26 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod architecture;
 mod codec;
 mod error;
 mod file;
+mod file_type;
 mod ggml_type;
 mod header;
+mod importance;
 mod metadata;
+mod tokenizer;
 mod write;
 
+pub use architecture::{
+    GgufArchitecture, GgufDecoder, GgufDescription, GgufLayer, GgufPart, GgufRope, GgufRopeScaling, interleave_rows,
+};
 pub use error::Error;
 pub use file::{GgufModel, GgufTensor};
+pub use file_type::{GgufFileType, Recipe, RecipeModel};
 pub use ggml_type::GgmlType;
+pub use importance::{Importance, read_importance};
 pub use metadata::{MetadataArray, MetadataValue};
+pub use tokenizer::GgufTokenizer;
 pub use write::{GgufTensorSpec, write_gguf, write_gguf_files};

@@ -79,7 +79,7 @@ fn what_is_written_is_read() {
         let written = write_gguf_files(&path, None, &metadata, &tensors, |index, out| {
             out.write_all(&vec![index as u8 + 1; tensors[index].bytes().unwrap() as usize])
         });
-        assert_eq!(written.unwrap(), [path.clone()]);
+        assert_eq!(written.unwrap(), std::slice::from_ref(&path));
         let model = GgufModel::open(&path).unwrap();
         for (key, value) in &metadata {
             assert_eq!(model.metadata(key), Some(value));
@@ -151,7 +151,8 @@ fn what_a_file_cannot_hold_is_not_written() {
     let path = scratch.path().join("m.gguf");
     let spec = |name: &str, kind, shape: &[u64]| GgufTensorSpec::new(name, kind, shape);
     let long = "n".repeat(64);
-    let cases: Vec<(Vec<GgufTensorSpec>, Vec<(String, MetadataValue)>, usize, &str)> = vec![
+    type Case = (Vec<GgufTensorSpec>, Vec<(String, MetadataValue)>, usize, &'static str);
+    let cases: Vec<Case> = vec![
         (vec![spec("a", GgmlType::F32, &[2])], vec![], 7, "1 bytes too few were written for tensor \"a\""),
         (vec![spec("a", GgmlType::F32, &[2])], vec![], 9, "1 bytes too many were written for tensor \"a\""),
         (vec![spec("a", GgmlType::F32, &[2]); 2], vec![], 8, "two tensors are named \"a\""),

@@ -18,16 +18,25 @@ const N: usize = 32;
 /// The scales that Q4_1 and Q5_1 try if there are importances.
 const TRIALS: Trials = Trials { first: -0.9, step: 0.05, tries: 36, absolute: false };
 
+/// Rounds to the nearest integer, halves away from zero, for |x| below 2²².
+#[inline(always)]
+fn round_half_away(x: f32) -> i32 {
+    const BELOW_HALF: f32 = 0.499_999_97;
+    (x + BELOW_HALF.copysign(x)) as i32
+}
+
+#[inline(always)]
 pub(super) fn quantize_q8_0(x: &[f32], out: &mut [u8]) {
     let d = largest(x).abs() / 127.0;
     let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
     put_f16(out, 0, d);
     for (slot, &x) in out[2..].iter_mut().zip(x) {
         // Halves are rounded away from zero.
-        *slot = ((x * inverse).round() as i8).cast_unsigned();
+        *slot = (round_half_away(x * inverse) as i8).cast_unsigned();
     }
 }
 
+#[inline(always)]
 pub(super) fn decode_q8_0(block: &[u8], out: &mut [f32]) {
     let d = f16_at(block, 0);
     for (slot, &q) in out.iter_mut().zip(&block[2..]) {
@@ -36,11 +45,13 @@ pub(super) fn decode_q8_0(block: &[u8], out: &mut [f32]) {
 }
 
 /// Returns w·√(σ² + x²) for a block, with the row's mean square σ².
+#[inline(always)]
 fn weights(x: &[f32], importance: &[f32], sigma2: f32) -> [f32; N] {
     std::array::from_fn(|j| importance[j] * (sigma2 + x[j] * x[j]).sqrt())
 }
 
 /// Rounds to codes 0 … 2·`levels` − 1 around `levels`, with a scale that maps the largest element to −`levels`.
+#[inline(always)]
 fn centered(x: &[f32], importance: Option<(&[f32], f32)>, levels: u8, codes: &mut [u8; N]) -> f32 {
     if let Some((importance, sigma2)) = importance {
         return symmetric(x, Some(&weights(x, importance, sigma2)), codes, i32::from(levels));
@@ -54,6 +65,7 @@ fn centered(x: &[f32], importance: Option<(&[f32], f32)>, levels: u8, codes: &mu
 }
 
 /// Rounds to codes 0 … `levels` between the smallest and the largest element. Returns the scale and the minimum.
+#[inline(always)]
 fn ranged(x: &[f32], importance: Option<(&[f32], f32)>, levels: u8, codes: &mut [u8; N]) -> (f32, f32) {
     if let Some((importance, sigma2)) = importance {
         let found = scale_min(x, &weights(x, importance, sigma2), codes, levels, TRIALS);
@@ -72,33 +84,39 @@ fn ranged(x: &[f32], importance: Option<(&[f32], f32)>, levels: u8, codes: &mut 
     (d, min)
 }
 
+#[inline(always)]
 fn put_nibbles(codes: &[u8; N], out: &mut [u8]) {
     for (j, slot) in out[..N / 2].iter_mut().enumerate() {
         *slot = (codes[j] & 15) | ((codes[j + N / 2] & 15) << 4);
     }
 }
 
+#[inline(always)]
 fn put_high_bits(codes: &[u8; N], out: &mut [u8]) {
     let bits = codes.iter().enumerate().fold(0_u32, |bits, (j, code)| bits | (u32::from(code >> 4) << j));
     out[..4].copy_from_slice(&bits.to_le_bytes());
 }
 
 /// Returns code j of a block, with the nibbles and the fifth bits.
+#[inline(always)]
 fn code_at(nibbles: &[u8], high: u32, j: usize) -> u8 {
     let low = if j < N / 2 { nibbles[j] & 15 } else { nibbles[j - N / 2] >> 4 };
     low | ((((high >> j) & 1) as u8) << 4)
 }
 
+#[inline(always)]
 fn high_bits(block: &[u8]) -> u32 {
     u32::from_le_bytes([block[0], block[1], block[2], block[3]])
 }
 
+#[inline(always)]
 pub(super) fn quantize_q4_0(x: &[f32], importance: Option<(&[f32], f32)>, out: &mut [u8]) {
     let mut codes = [0; N];
     put_f16(out, 0, centered(x, importance, 8, &mut codes));
     put_nibbles(&codes, &mut out[2..]);
 }
 
+#[inline(always)]
 pub(super) fn decode_q4_0(block: &[u8], out: &mut [f32]) {
     let d = f16_at(block, 0);
     for (j, slot) in out.iter_mut().enumerate() {
@@ -106,6 +124,7 @@ pub(super) fn decode_q4_0(block: &[u8], out: &mut [f32]) {
     }
 }
 
+#[inline(always)]
 pub(super) fn quantize_q4_1(x: &[f32], importance: Option<(&[f32], f32)>, out: &mut [u8]) {
     let mut codes = [0; N];
     let (d, m) = ranged(x, importance, 15, &mut codes);
@@ -114,6 +133,7 @@ pub(super) fn quantize_q4_1(x: &[f32], importance: Option<(&[f32], f32)>, out: &
     put_nibbles(&codes, &mut out[4..]);
 }
 
+#[inline(always)]
 pub(super) fn decode_q4_1(block: &[u8], out: &mut [f32]) {
     let (d, m) = (f16_at(block, 0), f16_at(block, 2));
     for (j, slot) in out.iter_mut().enumerate() {
@@ -121,6 +141,7 @@ pub(super) fn decode_q4_1(block: &[u8], out: &mut [f32]) {
     }
 }
 
+#[inline(always)]
 pub(super) fn quantize_q5_0(x: &[f32], importance: Option<(&[f32], f32)>, out: &mut [u8]) {
     let mut codes = [0; N];
     put_f16(out, 0, centered(x, importance, 16, &mut codes));
@@ -128,6 +149,7 @@ pub(super) fn quantize_q5_0(x: &[f32], importance: Option<(&[f32], f32)>, out: &
     put_nibbles(&codes, &mut out[6..]);
 }
 
+#[inline(always)]
 pub(super) fn decode_q5_0(block: &[u8], out: &mut [f32]) {
     let (d, high) = (f16_at(block, 0), high_bits(&block[2..]));
     for (j, slot) in out.iter_mut().enumerate() {
@@ -135,6 +157,7 @@ pub(super) fn decode_q5_0(block: &[u8], out: &mut [f32]) {
     }
 }
 
+#[inline(always)]
 pub(super) fn quantize_q5_1(x: &[f32], importance: Option<(&[f32], f32)>, out: &mut [u8]) {
     let mut codes = [0; N];
     let (d, m) = ranged(x, importance, 31, &mut codes);
@@ -144,6 +167,7 @@ pub(super) fn quantize_q5_1(x: &[f32], importance: Option<(&[f32], f32)>, out: &
     put_nibbles(&codes, &mut out[8..]);
 }
 
+#[inline(always)]
 pub(super) fn decode_q5_1(block: &[u8], out: &mut [f32]) {
     let (d, m, high) = (f16_at(block, 0), f16_at(block, 2), high_bits(&block[4..]));
     for (j, slot) in out.iter_mut().enumerate() {

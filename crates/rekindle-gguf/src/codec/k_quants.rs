@@ -10,7 +10,8 @@
 //!
 //! Codes are rounded once more with the quantized scales.
 
-use super::search::{ScaleMin, Trials, ZERO, descent, largest, positive, round, scale_min, symmetric};
+use super::lanes::{LANES, scale_min, symmetric, transposed};
+use super::search::{ScaleMin, Trials, ZERO, descent, largest, positive, round};
 use super::{f16_at, put_f16};
 
 const N: usize = 256;
@@ -18,25 +19,41 @@ const N: usize = 256;
 /// The trials with importances.
 const WEIGHTED: Trials = Trials { first: -0.9, step: 0.05, tries: 36, absolute: false };
 
-/// Returns w·√(σ² + x²) for a group.
-fn weights<const G: usize>(x: &[f32], importance: &[f32], sigma2: f32) -> [f32; G] {
+/// Returns w·√(σ² + x²).
+#[inline(always)]
+fn weights(x: &[f32], importance: &[f32], sigma2: f32) -> [f32; N] {
     std::array::from_fn(|l| importance[l] * (sigma2 + x[l] * x[l]).sqrt())
 }
 
+/// Searches the scales of 16 groups of 16.
+#[inline(always)]
+fn symmetric_groups(x: &[f32], w: Option<&[f32]>, codes: &mut [u8; N], levels: i32, scales: &mut [f32; 16]) {
+    const PART: usize = LANES * 16;
+    for (part, codes) in codes.chunks_mut(PART).enumerate() {
+        let w = w.map(|w| transposed::<16>(&w[part * PART..]));
+        let found = symmetric(&transposed::<16>(&x[part * PART..]), w.as_ref(), codes, levels);
+        scales[part * LANES..][..LANES].copy_from_slice(&found);
+    }
+}
+
+#[inline(always)]
 fn sum(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |sum, x| sum + x)
 }
 
+#[inline(always)]
 fn sum_of_squares(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |sum, x| sum + x * x)
 }
 
 /// Returns the largest of values that are not negative.
+#[inline(always)]
 fn max_of(values: impl Iterator<Item = f32>) -> f32 {
     values.fold(0.0, |max, value| if value > max { value } else { max })
 }
 
 /// Rounds a group with its final scale and minimum; a scale of 0 leaves the codes.
+#[inline(always)]
 fn requantize(x: &[f32], codes: &mut [u8], d: f32, min: f32, levels: i32) {
     if d != 0.0 {
         for (slot, &x) in codes.iter_mut().zip(x) {
@@ -46,6 +63,7 @@ fn requantize(x: &[f32], codes: &mut [u8], d: f32, min: f32, levels: i32) {
 }
 
 /// Rounds a group with its final scale to codes around `levels`; a scale of 0 leaves the codes.
+#[inline(always)]
 fn requantize_centered(x: &[f32], codes: &mut [u8], d: f32, levels: i32) {
     if d != 0.0 {
         for (slot, &x) in codes.iter_mut().zip(x) {
@@ -55,6 +73,7 @@ fn requantize_centered(x: &[f32], codes: &mut [u8], d: f32, levels: i32) {
 }
 
 /// Puts the low two bits of 256 codes into 64 bytes: byte l of 32 holds l, l + 32, l + 64 and l + 96 of its half.
+#[inline(always)]
 fn put_pairs(codes: &[u8; N], shift: u32, out: &mut [u8]) {
     for (half, out) in codes.as_chunks::<128>().0.iter().zip(out.as_chunks_mut::<32>().0) {
         for (l, slot) in out.iter_mut().enumerate() {
@@ -64,10 +83,12 @@ fn put_pairs(codes: &[u8; N], shift: u32, out: &mut [u8]) {
 }
 
 /// Returns the two bits of element i that [`put_pairs`] stored.
+#[inline(always)]
 fn pair_at(bytes: &[u8], i: usize) -> u8 {
     (bytes[32 * (i / 128) + i % 32] >> (2 * (i % 128 / 32))) & 3
 }
 
+#[inline(always)]
 pub(super) fn quantize_q2_k(x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     const TRIALS: Trials = Trials { first: -0.5, step: 0.1, tries: 15, absolute: true };
     const G: usize = 16;
@@ -75,13 +96,17 @@ pub(super) fn quantize_q2_k(x: &[f32], importance: Option<&[f32]>, out: &mut [u8
     let mut found = [ScaleMin::default(); N / G];
     let mut group_weights = [0.0; N / G];
     let sigma2 = sum_of_squares(x) / N as f32;
-    for (j, (x, codes)) in x.chunks(G).zip(codes.chunks_mut(G)).enumerate() {
-        let (w, trials) = match importance {
-            Some(importance) => (weights::<G>(x, &importance[j * G..], sigma2), WEIGHTED),
-            None => (std::array::from_fn(|l| x[l].abs()), TRIALS),
-        };
-        group_weights[j] = sum(&w);
-        found[j] = scale_min(x, &w, codes, 3, trials);
+    let (w, trials) = match importance {
+        Some(importance) => (weights(x, importance, sigma2), WEIGHTED),
+        None => (std::array::from_fn(|l| x[l].abs()), TRIALS),
+    };
+    for (slot, w) in group_weights.iter_mut().zip(w.chunks(G)) {
+        *slot = sum(w);
+    }
+    const PART: usize = LANES * G;
+    for (part, codes) in codes.chunks_mut(PART).enumerate() {
+        let (x, w) = (transposed::<G>(&x[part * PART..]), transposed::<G>(&w[part * PART..]));
+        found[part * LANES..][..LANES].copy_from_slice(&scale_min(&x, &w, codes, 3, trials));
     }
     let (d, dmin) = if importance.is_some() {
         let (mut scales, mut mins) = ([0; N / G], [0; N / G]);
@@ -109,6 +134,7 @@ pub(super) fn quantize_q2_k(x: &[f32], importance: Option<&[f32]>, out: &mut [u8
     put_pairs(&codes, 0, &mut out[16..80]);
 }
 
+#[inline(always)]
 pub(super) fn decode_q2_k(block: &[u8], out: &mut [f32]) {
     let (d, dmin) = (f16_at(block, 80), f16_at(block, 82));
     for (i, slot) in out.iter_mut().enumerate() {
@@ -119,6 +145,7 @@ pub(super) fn decode_q2_k(block: &[u8], out: &mut [f32]) {
 }
 
 /// Puts 16 6-bit scales into 12 bytes: low halves of 0 … 7 and 8 … 15, then the high bits of j, j + 4, j + 8, j + 12.
+#[inline(always)]
 fn put_q3_scales(scales: &[u8; 16], out: &mut [u8]) {
     out[..12].fill(0);
     for (j, &scale) in scales.iter().enumerate() {
@@ -127,12 +154,14 @@ fn put_q3_scales(scales: &[u8; 16], out: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 fn q3_scale_at(scales: &[u8], j: usize) -> i8 {
     let low = (scales[j % 8] >> (4 * (j / 8))) & 15;
     let high = (scales[8 + j % 4] >> (2 * (j / 4))) & 3;
     (low | (high << 4)).cast_signed() - 32
 }
 
+#[inline(always)]
 pub(super) fn quantize_q3_k(x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     const G: usize = 16;
     let mut codes = [0_u8; N];
@@ -141,12 +170,12 @@ pub(super) fn quantize_q3_k(x: &[f32], importance: Option<&[f32]>, out: &mut [u8
     let d = if let Some(importance) = importance {
         let sigma2 = 2.0 * sum_of_squares(x) / N as f32;
         let mut group_weights = [0.0; N / G];
-        for (j, (x, codes)) in x.chunks(G).zip(codes.chunks_mut(G)).enumerate() {
-            let w = weights::<G>(x, &importance[j * G..], sigma2);
-            group_weights[j] = sum(&w);
-            scales[j] = symmetric(x, Some(&w), codes, 4);
+        let w = weights(x, importance, sigma2);
+        for (slot, w) in group_weights.iter_mut().zip(w.chunks(G)) {
+            *slot = sum(w);
         }
-        symmetric(&scales, Some(&group_weights), &mut stored, 32)
+        symmetric_groups(x, Some(&w), &mut codes, 4, &mut scales);
+        super::search::symmetric(&scales, Some(&group_weights), &mut stored, 32)
     } else {
         for ((scale, x), codes) in scales.iter_mut().zip(x.chunks(G)).zip(codes.chunks_mut(G)) {
             *scale = descent(x, codes, 4);
@@ -173,6 +202,7 @@ pub(super) fn quantize_q3_k(x: &[f32], importance: Option<&[f32]>, out: &mut [u8
     put_pairs(&codes, 0, &mut out[32..96]);
 }
 
+#[inline(always)]
 pub(super) fn decode_q3_k(block: &[u8], out: &mut [f32]) {
     let d = f16_at(block, 108);
     for (i, slot) in out.iter_mut().enumerate() {
@@ -184,6 +214,7 @@ pub(super) fn decode_q3_k(block: &[u8], out: &mut [f32]) {
 
 /// Puts 8 pairs of 6-bit scales and minima into 12 bytes. Bytes 0 … 3 hold scales and 4 … 7 minima of the first four;
 /// bytes 8 … 11 the low halves of the last four, whose high bits are on top of the others.
+#[inline(always)]
 fn put_k4_scales(scales: &[u8; 8], mins: &[u8; 8], out: &mut [u8]) {
     for j in 0..4 {
         out[j] = scales[j] | ((scales[j + 4] >> 4) << 6);
@@ -193,6 +224,7 @@ fn put_k4_scales(scales: &[u8; 8], mins: &[u8; 8], out: &mut [u8]) {
 }
 
 /// Returns scale and minimum j that [`put_k4_scales`] stored.
+#[inline(always)]
 fn k4_scales_at(bytes: &[u8], j: usize) -> (u8, u8) {
     if j < 4 {
         return (bytes[j] & 63, bytes[j + 4] & 63);
@@ -202,22 +234,28 @@ fn k4_scales_at(bytes: &[u8], j: usize) -> (u8, u8) {
 }
 
 /// Quantizes to groups of 32 with 6-bit scales and minima, which are written to the first 16 bytes of `out`.
+#[inline(always)]
 fn groups_of_32(x: &[f32], importance: Option<&[f32]>, levels: u8, trials: Trials, out: &mut [u8]) -> [u8; N] {
     const G: usize = 32;
     let mut codes = [0_u8; N];
     let mut found = [ScaleMin::default(); N / G];
     let mut group_weights = [0.0; N / G];
     let sigma2 = 2.0 * sum_of_squares(x) / N as f32;
-    for (j, (x, codes)) in x.chunks(G).zip(codes.chunks_mut(G)).enumerate() {
-        let (w, trials) = if let Some(importance) = importance {
-            (weights::<G>(x, &importance[j * G..], sigma2), WEIGHTED)
-        } else {
-            let rms = (sum_of_squares(x) / G as f32).sqrt();
-            (std::array::from_fn(|l| rms + x[l].abs()), trials)
-        };
-        group_weights[j] = sum(&w);
-        found[j] = scale_min(x, &w, codes, levels, trials);
+    let (w, trials) = match importance {
+        Some(importance) => (weights(x, importance, sigma2), WEIGHTED),
+        None => {
+            let mut w = [0.0; N];
+            for (w, x) in w.chunks_mut(G).zip(x.chunks(G)) {
+                let rms = (sum_of_squares(x) / G as f32).sqrt();
+                w.iter_mut().zip(x).for_each(|(w, x)| *w = rms + x.abs());
+            }
+            (w, trials)
+        }
+    };
+    for (slot, w) in group_weights.iter_mut().zip(w.chunks(G)) {
+        *slot = sum(w);
     }
+    found.copy_from_slice(&scale_min(&transposed::<G>(x), &transposed::<G>(&w), &mut codes, levels, trials));
     let (mut scales, mut mins) = ([0; N / G], [0; N / G]);
     let (d, dmin) = if importance.is_some() {
         let d = positive(&found.map(|found| found.scale), &group_weights, &mut scales, 63);
@@ -241,6 +279,7 @@ fn groups_of_32(x: &[f32], importance: Option<&[f32]>, levels: u8, trials: Trial
 }
 
 /// Puts the low halves of 256 codes into 128 bytes: byte l of 32 holds l and l + 32 of its 64.
+#[inline(always)]
 fn put_nibbles(codes: &[u8; N], out: &mut [u8]) {
     for (codes, out) in codes.as_chunks::<64>().0.iter().zip(out.as_chunks_mut::<32>().0) {
         for (l, slot) in out.iter_mut().enumerate() {
@@ -249,16 +288,19 @@ fn put_nibbles(codes: &[u8; N], out: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 pub(super) fn quantize_q4_k(x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     const TRIALS: Trials = Trials { first: -1.0, step: 0.1, tries: 20, absolute: false };
     let codes = groups_of_32(x, importance, 15, TRIALS, out);
     put_nibbles(&codes, &mut out[16..144]);
 }
 
+#[inline(always)]
 pub(super) fn decode_q4_k(block: &[u8], out: &mut [f32]) {
     decode_groups_of_32(block, out, &block[16..144], |_, _| 0);
 }
 
+#[inline(always)]
 pub(super) fn quantize_q5_k(x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     const TRIALS: Trials = Trials { first: -0.5, step: 0.1, tries: 15, absolute: false };
     let codes = groups_of_32(x, importance, 31, TRIALS, out);
@@ -269,12 +311,14 @@ pub(super) fn quantize_q5_k(x: &[f32], importance: Option<&[f32]>, out: &mut [u8
     put_nibbles(&codes, &mut out[48..176]);
 }
 
+#[inline(always)]
 pub(super) fn decode_q5_k(block: &[u8], out: &mut [f32]) {
     let high = &block[16..48];
     decode_groups_of_32(block, out, &block[48..176], |j, l| ((high[l] >> j) & 1) << 4);
 }
 
 /// Decodes groups of 32; `high(j, l)` is the fifth bit of element l of group j.
+#[inline(always)]
 fn decode_groups_of_32(block: &[u8], out: &mut [f32], nibbles: &[u8], high: impl Fn(usize, usize) -> u8) {
     let (d, dmin) = (f16_at(block, 0), f16_at(block, 2));
     for (j, out) in out.chunks_mut(32).enumerate() {
@@ -288,13 +332,12 @@ fn decode_groups_of_32(block: &[u8], out: &mut [f32], nibbles: &[u8], high: impl
     }
 }
 
+#[inline(always)]
 pub(super) fn quantize_q6_k(x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     const G: usize = 16;
     let mut codes = [0_u8; N];
     let mut scales = [0.0; N / G];
-    for (j, (x, codes)) in x.chunks(G).zip(codes.chunks_mut(G)).enumerate() {
-        scales[j] = symmetric(x, importance.map(|importance| &importance[j * G..][..G]), codes, 32);
-    }
+    symmetric_groups(x, importance, &mut codes, 32, &mut scales);
     let max = largest(&scales);
     if max.abs() < ZERO {
         out.fill(0);
@@ -317,6 +360,7 @@ pub(super) fn quantize_q6_k(x: &[f32], importance: Option<&[f32]>, out: &mut [u8
     put_pairs(&codes, 4, &mut out[128..192]);
 }
 
+#[inline(always)]
 pub(super) fn decode_q6_k(block: &[u8], out: &mut [f32]) {
     let d = f16_at(block, 208);
     for (i, slot) in out.iter_mut().enumerate() {

@@ -7,10 +7,12 @@
 
 mod blocks32;
 mod k_quants;
+mod lanes;
 mod search;
 mod table4;
 
 use half::{bf16, f16};
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::{Error, GgmlType};
@@ -61,7 +63,9 @@ impl GgmlType {
             let length = values.len();
             return Err(self.error(format!("{length} values in rows of {columns} do not consist of blocks of {block}")));
         }
-        if let Some(at) = values.par_iter().position_first(|value| !value.is_finite()) {
+        let is_finite = |values: &[f32]| values.iter().fold(true, |all, value| all & value.is_finite());
+        if !values.par_chunks(PIECE).all(is_finite) {
+            let at = values.iter().position(|value| !value.is_finite()).unwrap_or_default();
             return Err(self.error(format!(
                 "value {} in row {}, column {} is not finite",
                 values[at],
@@ -82,41 +86,9 @@ impl GgmlType {
         let rows = (PIECE / columns).max(1);
         let pieces = values.par_chunks(rows * columns).zip(out.par_chunks_mut(rows * row_bytes));
         pieces.for_each(|(values, out)| {
-            for (row, out) in values.chunks(columns).zip(out.chunks_mut(row_bytes)) {
-                self.quantize_row(row, importance, out);
-            }
+            Arch::new().dispatch(QuantizeRows { kind: self, values, columns, importance, out });
         });
         Ok(out)
-    }
-
-    /// Quantizes a row of whole blocks.
-    fn quantize_row(self, x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
-        let (block, bytes) = (self.block_size(), self.block_bytes());
-        // The mean square of the row, which weights of blocks of 32 use.
-        let mean = || x.iter().fold(0.0_f32, |sum, x| sum + x * x) / x.len() as f32;
-        let importance = importance.map(|importance| (importance, mean()));
-        for (at, (x, out)) in x.chunks(block).zip(out.chunks_mut(bytes)).enumerate() {
-            let importance = importance.map(|(weights, mean)| (&weights[at * block..][..block], mean));
-            let alone = importance.map(|(weights, _)| weights);
-            match self {
-                Self::F32 => out.copy_from_slice(&x[0].to_le_bytes()),
-                Self::F16 => put_f16(out, 0, x[0]),
-                Self::BF16 => out.copy_from_slice(&bf16::from_f32(x[0]).to_le_bytes()),
-                Self::Q8_0 => blocks32::quantize_q8_0(x, out),
-                Self::Q4_0 => blocks32::quantize_q4_0(x, importance, out),
-                Self::Q4_1 => blocks32::quantize_q4_1(x, importance, out),
-                Self::Q5_0 => blocks32::quantize_q5_0(x, importance, out),
-                Self::Q5_1 => blocks32::quantize_q5_1(x, importance, out),
-                Self::Q2_K => k_quants::quantize_q2_k(x, alone, out),
-                Self::Q3_K => k_quants::quantize_q3_k(x, alone, out),
-                Self::Q4_K => k_quants::quantize_q4_k(x, alone, out),
-                Self::Q5_K => k_quants::quantize_q5_k(x, alone, out),
-                Self::Q6_K => k_quants::quantize_q6_k(x, alone, out),
-                Self::IQ4_NL => table4::quantize_iq4_nl(x, alone, out),
-                Self::MXFP4 => table4::quantize_mxfp4(x, out),
-                _ => unreachable!("checked by quantize"),
-            }
-        }
     }
 
     /// Decodes whole blocks to f32, on all cores.
@@ -134,32 +106,9 @@ impl GgmlType {
         let piece = PIECE / block;
         let pieces = bytes.par_chunks(piece * block_bytes).zip(out.par_chunks_mut(piece * block));
         pieces.for_each(|(bytes, out)| {
-            for (bytes, out) in bytes.chunks(block_bytes).zip(out.chunks_mut(block)) {
-                self.decode_block(bytes, out);
-            }
+            Arch::new().dispatch(DecodeBlocks { kind: self, bytes, out });
         });
         Ok(out)
-    }
-
-    fn decode_block(self, bytes: &[u8], out: &mut [f32]) {
-        match self {
-            Self::F32 => out[0] = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
-            Self::F16 => out[0] = f16_at(bytes, 0),
-            Self::BF16 => out[0] = bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
-            Self::Q8_0 => blocks32::decode_q8_0(bytes, out),
-            Self::Q4_0 => blocks32::decode_q4_0(bytes, out),
-            Self::Q4_1 => blocks32::decode_q4_1(bytes, out),
-            Self::Q5_0 => blocks32::decode_q5_0(bytes, out),
-            Self::Q5_1 => blocks32::decode_q5_1(bytes, out),
-            Self::Q2_K => k_quants::decode_q2_k(bytes, out),
-            Self::Q3_K => k_quants::decode_q3_k(bytes, out),
-            Self::Q4_K => k_quants::decode_q4_k(bytes, out),
-            Self::Q5_K => k_quants::decode_q5_k(bytes, out),
-            Self::Q6_K => k_quants::decode_q6_k(bytes, out),
-            Self::IQ4_NL => table4::decode_iq4_nl(bytes, out),
-            Self::MXFP4 => table4::decode_mxfp4(bytes, out),
-            _ => unreachable!("checked by decode"),
-        }
     }
 
     fn check_supported(self, what: &str) -> Result<(), Error> {
@@ -172,6 +121,112 @@ impl GgmlType {
 
     fn error(self, reason: String) -> Error {
         Error::Codec { kind: self, reason }
+    }
+}
+
+/// Quantization of whole rows. All functions below are inlined, so that they are compiled for each instruction set; none
+/// of them fuses a multiplication and an addition.
+struct QuantizeRows<'a> {
+    kind: GgmlType,
+    values: &'a [f32],
+    columns: usize,
+    importance: Option<&'a [f32]>,
+    out: &'a mut [u8],
+}
+
+impl QuantizeRows<'_> {
+    /// Quantizes blocks that do not depend on their row.
+    #[inline(always)]
+    fn each(self, quantize: impl Fn(&[f32], Option<&[f32]>, &mut [u8])) {
+        let (block, bytes) = (self.kind.block_size(), self.kind.block_bytes());
+        let blocks = self.values.chunks_exact(block).zip(self.out.chunks_exact_mut(bytes));
+        for (at, (x, out)) in blocks.enumerate() {
+            let column = at * block % self.columns;
+            quantize(x, self.importance.map(|weights| &weights[column..][..block]), out);
+        }
+    }
+
+    /// Quantizes blocks of 32, whose importances depend on the mean square of their row.
+    #[inline(always)]
+    fn each_with_mean(self, quantize: impl Fn(&[f32], Option<(&[f32], f32)>, &mut [u8])) {
+        let Some(importance) = self.importance else { return self.each(|x, _, out| quantize(x, None, out)) };
+        let row_bytes = self.columns / self.kind.block_size() * self.kind.block_bytes();
+        for (row, out) in self.values.chunks_exact(self.columns).zip(self.out.chunks_exact_mut(row_bytes)) {
+            let mean = row.iter().fold(0.0_f32, |sum, x| sum + x * x) / row.len() as f32;
+            let one = QuantizeRows { values: row, importance: Some(importance), out, ..self };
+            one.each(|x, weights, out| quantize(x, weights.map(|weights| (weights, mean)), out));
+        }
+    }
+}
+
+impl WithSimd for QuantizeRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        match self.kind {
+            GgmlType::F32 => self.each(|x, _, out| out.copy_from_slice(&x[0].to_le_bytes())),
+            GgmlType::F16 => self.each(|x, _, out| put_f16(out, 0, x[0])),
+            GgmlType::BF16 => self.each(|x, _, out| out.copy_from_slice(&bf16::from_f32(x[0]).to_le_bytes())),
+            GgmlType::Q8_0 => self.each(|x, _, out| blocks32::quantize_q8_0(x, out)),
+            GgmlType::Q4_0 => self.each_with_mean(blocks32::quantize_q4_0),
+            GgmlType::Q4_1 => self.each_with_mean(blocks32::quantize_q4_1),
+            GgmlType::Q5_0 => self.each_with_mean(blocks32::quantize_q5_0),
+            GgmlType::Q5_1 => self.each_with_mean(blocks32::quantize_q5_1),
+            GgmlType::Q2_K => self.each(k_quants::quantize_q2_k),
+            GgmlType::Q3_K => self.each(k_quants::quantize_q3_k),
+            GgmlType::Q4_K => self.each(k_quants::quantize_q4_k),
+            GgmlType::Q5_K => self.each(k_quants::quantize_q5_k),
+            GgmlType::Q6_K => self.each(k_quants::quantize_q6_k),
+            GgmlType::IQ4_NL => self.each(table4::quantize_iq4_nl),
+            GgmlType::MXFP4 => self.each(|x, _, out| table4::quantize_mxfp4(x, out)),
+            _ => unreachable!("checked by quantize"),
+        }
+    }
+}
+
+/// Decoding of whole blocks.
+struct DecodeBlocks<'a> {
+    kind: GgmlType,
+    bytes: &'a [u8],
+    out: &'a mut [f32],
+}
+
+impl DecodeBlocks<'_> {
+    #[inline(always)]
+    fn each(self, decode: impl Fn(&[u8], &mut [f32])) {
+        let (block, bytes) = (self.kind.block_size(), self.kind.block_bytes());
+        for (bytes, out) in self.bytes.chunks_exact(bytes).zip(self.out.chunks_exact_mut(block)) {
+            decode(bytes, out);
+        }
+    }
+}
+
+impl WithSimd for DecodeBlocks<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        match self.kind {
+            GgmlType::F32 => {
+                self.each(|bytes, out| out[0] = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+            }
+            GgmlType::F16 => self.each(|bytes, out| out[0] = f16_at(bytes, 0)),
+            GgmlType::BF16 => self.each(|bytes, out| out[0] = bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32()),
+            GgmlType::Q8_0 => self.each(blocks32::decode_q8_0),
+            GgmlType::Q4_0 => self.each(blocks32::decode_q4_0),
+            GgmlType::Q4_1 => self.each(blocks32::decode_q4_1),
+            GgmlType::Q5_0 => self.each(blocks32::decode_q5_0),
+            GgmlType::Q5_1 => self.each(blocks32::decode_q5_1),
+            GgmlType::Q2_K => self.each(k_quants::decode_q2_k),
+            GgmlType::Q3_K => self.each(k_quants::decode_q3_k),
+            GgmlType::Q4_K => self.each(k_quants::decode_q4_k),
+            GgmlType::Q5_K => self.each(k_quants::decode_q5_k),
+            GgmlType::Q6_K => self.each(k_quants::decode_q6_k),
+            GgmlType::IQ4_NL => self.each(table4::decode_iq4_nl),
+            GgmlType::MXFP4 => self.each(table4::decode_mxfp4),
+            _ => unreachable!("checked by decode"),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ pub(super) fn round(x: f32) -> i32 {
 }
 
 /// Returns the element with the largest absolute value, the first of several; 0 for an empty slice.
-#[inline]
+#[inline(always)]
 pub(super) fn largest(x: &[f32]) -> f32 {
     let mut largest = 0.0_f32;
     for &x in x {
@@ -206,6 +206,7 @@ pub(super) fn descent(x: &[f32], stored: &mut [u8], levels: i32) -> f32 {
 
 /// Searches the scale of codes 0 … `levels` for values x ≥ 0 that minimizes Σ w·(x − scale·code)²: eight trials around
 /// the largest value, then up to five passes of coordinate descent.
+#[inline(always)]
 pub(super) fn positive(x: &[f32], w: &[f32], codes: &mut [u8], levels: u8) -> f32 {
     let max = x.iter().fold(0.0_f32, |max, &x| if max > x { max } else { x });
     if max < ZERO {

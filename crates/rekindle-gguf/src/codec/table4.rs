@@ -19,6 +19,7 @@ const IQ4_NL: [f32; 16] = [-127., -104., -83., -65., -49., -35., -22., -10., 1.,
 const E2M1: [f32; 16] = [0., 1., 2., 3., 4., 6., 8., 12., 0., -1., -2., -3., -4., -6., -8., -12.];
 
 /// Returns the index of the nearest value of the ascending [`IQ4_NL`]; of two at the same distance, the upper one.
+#[inline(always)]
 fn nearest(x: f32) -> usize {
     if x <= IQ4_NL[0] {
         return 0;
@@ -31,6 +32,7 @@ fn nearest(x: f32) -> usize {
 }
 
 /// Searches the scale with the largest (Σ w·q·x)² / Σ w·q² among 16.
+#[inline(always)]
 fn iq4_nl_scale(x: &[f32], importance: Option<&[f32]>) -> f32 {
     let mut mean = x.iter().fold(0.0_f32, |sum, x| sum + x * x);
     mean *= 2.0 / N as f32;
@@ -64,6 +66,7 @@ fn iq4_nl_scale(x: &[f32], importance: Option<&[f32]>) -> f32 {
     scale
 }
 
+#[inline(always)]
 pub(super) fn quantize_iq4_nl(x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     let scale = iq4_nl_scale(x, importance);
     put_f16(out, 0, scale);
@@ -73,6 +76,7 @@ pub(super) fn quantize_iq4_nl(x: &[f32], importance: Option<&[f32]>, out: &mut [
     }
 }
 
+#[inline(always)]
 pub(super) fn decode_iq4_nl(block: &[u8], out: &mut [f32]) {
     let d = f16_at(block, 0);
     for (j, &byte) in block[2..].iter().enumerate() {
@@ -82,10 +86,12 @@ pub(super) fn decode_iq4_nl(block: &[u8], out: &mut [f32]) {
 }
 
 /// Returns half of 2^(e − 127), exactly.
+#[inline(always)]
 fn half_power(e: u8) -> f32 {
     f32::from_bits(if e < 2 { 0x0020_0000 << e } else { u32::from(e - 1) << 23 })
 }
 
+#[inline(always)]
 pub(super) fn quantize_mxfp4(x: &[f32], out: &mut [u8]) {
     let max = largest(x).abs();
     // In f64 and rounded to f32 as the logarithm in f32 is: just below a power of two it is that power.
@@ -108,6 +114,7 @@ pub(super) fn quantize_mxfp4(x: &[f32], out: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 pub(super) fn decode_mxfp4(block: &[u8], out: &mut [f32]) {
     let d = half_power(block[0]);
     for (j, &byte) in block[1..].iter().enumerate() {

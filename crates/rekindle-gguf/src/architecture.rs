@@ -1,0 +1,626 @@
+//! Architectures of llama.cpp: the names of tensors, the metadata that describes a decoder, and the limits of both.
+//!
+//! A family is one row of [`ARCHITECTURES`]. Tensors are named by their place in the decoder, which gives the same
+//! names in every architecture.
+
+use crate::{Error, MetadataValue};
+
+/// A decoder, as metadata describes it. Values are those of the original model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GgufDecoder {
+    /// Number of token ids.
+    pub vocab_size: u64,
+    /// Tokens that the model was trained for.
+    pub context_length: u64,
+    /// Width of the residual stream.
+    pub embedding_length: u64,
+    /// Width of the feed-forward half.
+    pub feed_forward_length: u64,
+    /// Query heads.
+    pub heads: u64,
+    /// Key/value heads.
+    pub kv_heads: u64,
+    /// Channels of a head.
+    pub head_dim: u64,
+    /// The constant in norms.
+    pub rms_epsilon: f64,
+    /// The factor on attention scores.
+    pub attention_scale: f64,
+    /// c in c·tanh(scores / c).
+    pub attention_softcap: Option<f64>,
+    /// c in c·tanh(logits / c).
+    pub logit_softcap: Option<f64>,
+    /// A factor on embeddings.
+    pub embedding_scale: Option<f64>,
+    /// A factor on what each half adds to the residual stream.
+    pub residual_scale: Option<f64>,
+    /// A factor on logits.
+    pub logit_multiplier: Option<f64>,
+    /// β and w of queries that grow as 1 + β·ln(1 + ⌊position / w⌋).
+    pub query_growth: Option<(f64, u64)>,
+    /// The layers.
+    pub layers: Vec<GgufLayer>,
+    /// The rotary embeddings that layers refer to.
+    pub ropes: Vec<GgufRope>,
+}
+
+/// A layer of a decoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GgufLayer {
+    /// Keys that a query sees; `None` for all.
+    pub window: Option<u64>,
+    /// The index of its rotary embedding; `None` for a layer without positions.
+    pub rope: Option<usize>,
+}
+
+/// A rotary embedding.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GgufRope {
+    /// The base of the frequencies.
+    pub base: f64,
+    /// Channels of a head that rotate.
+    pub dimensions: u64,
+    /// The change of the frequencies.
+    pub scaling: GgufRopeScaling,
+}
+
+/// A change of rotary frequencies.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum GgufRopeScaling {
+    /// No change.
+    None,
+    /// All frequencies are divided by a factor.
+    Linear {
+        /// The factor.
+        factor: f64,
+    },
+    /// YaRN with rounded correction dimensions.
+    Yarn {
+        /// The factor.
+        factor: f64,
+        /// The context length before the extension.
+        original: u64,
+        /// The factor on rotated queries and keys.
+        attention_factor: f64,
+        /// Rotations at which interpolation begins.
+        beta_fast: f64,
+        /// Rotations at which interpolation is complete.
+        beta_slow: f64,
+    },
+    /// Each frequency is divided by a factor of its own (Llama 3).
+    Divisors(Vec<f32>),
+    /// Divisors for short and for long contexts (LongRoPE).
+    Long {
+        /// Divisors up to the original context length.
+        short: Vec<f32>,
+        /// Divisors beyond it.
+        long: Vec<f32>,
+        /// The context length before the extension.
+        original: u64,
+        /// The factor on rotated queries and keys.
+        attention_factor: f64,
+    },
+}
+
+/// The part of a decoder that a tensor belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GgufPart {
+    /// The embedding table.
+    Embedding,
+    /// The norm after the last layer.
+    OutputNorm,
+    /// The output layer.
+    Output,
+    /// The norm before attention.
+    AttentionNorm(usize),
+    /// Queries.
+    Query(usize),
+    /// Keys.
+    Key(usize),
+    /// Values.
+    Value(usize),
+    /// Queries, keys and values as one linear.
+    QueryKeyValue(usize),
+    /// The result of attention.
+    AttentionOutput(usize),
+    /// The norm of queries.
+    QueryNorm(usize),
+    /// The norm of keys.
+    KeyNorm(usize),
+    /// The logits of attention's sinks.
+    Sinks(usize),
+    /// The norm of attention's result.
+    PostAttentionNorm(usize),
+    /// The norm before the feed-forward half.
+    FeedForwardNorm(usize),
+    /// The gate of the feed-forward half.
+    Gate(usize),
+    /// What the gate multiplies, or both as one linear.
+    Up(usize),
+    /// Back to the residual stream.
+    Down(usize),
+    /// The norm of the feed-forward half's result.
+    PostFeedForwardNorm(usize),
+}
+
+impl GgufPart {
+    /// Returns the name of the tensor; `kind` is `weight` or `bias`.
+    pub fn tensor_name(self, kind: &str) -> String {
+        let (layer, name) = match self {
+            Self::Embedding => return format!("token_embd.{kind}"),
+            Self::OutputNorm => return format!("output_norm.{kind}"),
+            Self::Output => return format!("output.{kind}"),
+            Self::AttentionNorm(layer) => (layer, "attn_norm"),
+            Self::Query(layer) => (layer, "attn_q"),
+            Self::Key(layer) => (layer, "attn_k"),
+            Self::Value(layer) => (layer, "attn_v"),
+            Self::QueryKeyValue(layer) => (layer, "attn_qkv"),
+            Self::AttentionOutput(layer) => (layer, "attn_output"),
+            Self::QueryNorm(layer) => (layer, "attn_q_norm"),
+            Self::KeyNorm(layer) => (layer, "attn_k_norm"),
+            Self::Sinks(layer) => (layer, "attn_sinks"),
+            Self::PostAttentionNorm(layer) => (layer, "post_attention_norm"),
+            Self::FeedForwardNorm(layer) => (layer, "ffn_norm"),
+            Self::Gate(layer) => (layer, "ffn_gate"),
+            Self::Up(layer) => (layer, "ffn_up"),
+            Self::Down(layer) => (layer, "ffn_down"),
+            Self::PostFeedForwardNorm(layer) => (layer, "post_ffw_norm"),
+        };
+        format!("blk.{layer}.{name}.{kind}")
+    }
+}
+
+/// Layers with a window.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Windows {
+    /// llama.cpp ignores windows: texts up to the window's length have the same result.
+    Ignored,
+    /// The file lists the layers with a window.
+    Listed,
+    /// As listed, in models of 64 layers; others have none.
+    ListedIn64Layers,
+}
+
+/// The factor on attention scores.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum AttentionScale {
+    /// 1 / √head_dim.
+    HeadDim,
+    /// The file has it.
+    Stored,
+    /// 1 / √(embedding_length / heads) in models of this many layers, otherwise 1 / √head_dim.
+    Gemma(usize),
+}
+
+/// An architecture of llama.cpp.
+#[derive(Clone, Copy)]
+pub struct GgufArchitecture {
+    /// The value of `model_type` in a `config.json`.
+    model_type: &'static str,
+    /// The value of `general.architecture`.
+    name: &'static str,
+    /// True if channels 2i and 2i + 1 of queries and keys rotate together.
+    rotates_pairs: bool,
+    windows: Windows,
+    attention_scale: AttentionScale,
+    /// True if the file can divide each frequency by a factor of its own.
+    has_divisors: bool,
+    /// Every so many layers one has no positions; 0 if all have them, or those with a window alone.
+    no_rope_step: usize,
+    /// True if factors on embeddings, residuals and logits are stored.
+    has_scales: bool,
+}
+
+const LLAMA: GgufArchitecture = GgufArchitecture {
+    model_type: "llama",
+    name: "llama",
+    rotates_pairs: true,
+    windows: Windows::Ignored,
+    attention_scale: AttentionScale::Stored,
+    has_divisors: true,
+    no_rope_step: 0,
+    has_scales: false,
+};
+
+/// An architecture that rotates halves of heads, as most do.
+const HALVES: GgufArchitecture =
+    GgufArchitecture { rotates_pairs: false, attention_scale: AttentionScale::HeadDim, has_divisors: false, ..LLAMA };
+
+/// The families, each with its architecture.
+const ARCHITECTURES: [GgufArchitecture; 18] = [
+    LLAMA,
+    GgufArchitecture { model_type: "mistral", ..LLAMA },
+    GgufArchitecture { model_type: "ministral3", name: "mistral3", ..LLAMA },
+    GgufArchitecture { model_type: "smollm3", name: "smollm3", has_divisors: false, no_rope_step: 4, ..LLAMA },
+    GgufArchitecture { model_type: "granite", name: "granite", has_scales: true, ..LLAMA },
+    GgufArchitecture { model_type: "qwen2", name: "qwen2", ..HALVES },
+    GgufArchitecture { model_type: "qwen3", name: "qwen3", ..HALVES },
+    GgufArchitecture {
+        model_type: "gemma2",
+        name: "gemma2",
+        windows: Windows::Listed,
+        attention_scale: AttentionScale::Gemma(46),
+        ..HALVES
+    },
+    GEMMA3,
+    GgufArchitecture { model_type: "gemma3", ..GEMMA3 },
+    GgufArchitecture { model_type: "phi3", name: "phi3", ..HALVES },
+    GgufArchitecture { model_type: "olmo2", name: "olmo2", windows: Windows::Listed, ..HALVES },
+    GgufArchitecture { model_type: "olmo3", name: "olmo2", windows: Windows::Listed, ..HALVES },
+    GgufArchitecture {
+        model_type: "exaone4",
+        name: "exaone4",
+        windows: Windows::ListedIn64Layers,
+        has_divisors: true,
+        ..HALVES
+    },
+    GgufArchitecture { model_type: "glm4", name: "glm4", rotates_pairs: true, ..HALVES },
+    GgufArchitecture { model_type: "glm", name: "chatglm", rotates_pairs: true, ..HALVES },
+    GgufArchitecture { model_type: "hunyuan_v1_dense", name: "hunyuan-dense", ..HALVES },
+    GgufArchitecture { model_type: "mistral3", name: "mistral3", ..LLAMA },
+];
+
+const GEMMA3: GgufArchitecture = GgufArchitecture {
+    model_type: "gemma3_text",
+    name: "gemma3",
+    windows: Windows::Listed,
+    attention_scale: AttentionScale::Gemma(62),
+    ..HALVES
+};
+
+/// The description of a decoder in a file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GgufDescription {
+    /// Keys and values.
+    pub metadata: Vec<(String, MetadataValue)>,
+    /// Vectors beside the model's own tensors: divisors of rotary frequencies.
+    pub vectors: Vec<(String, Vec<f32>)>,
+    /// Differences that llama.cpp's computation has, as sentences for a user.
+    pub notices: Vec<String>,
+}
+
+impl GgufArchitecture {
+    /// Returns the architecture of a `model_type` of a `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a family that has none here.
+    pub fn of_model_type(model_type: &str) -> Result<Self, Error> {
+        let found = ARCHITECTURES.iter().find(|architecture| architecture.model_type == model_type);
+        found.copied().ok_or_else(|| {
+            let names: Vec<_> = ARCHITECTURES.iter().map(|architecture| architecture.model_type).collect();
+            let names = names.join(", ");
+            Error::Model(format!("models of type \"{model_type}\" cannot be exported to GGUF; supported: {names}"))
+        })
+    }
+
+    /// Returns the value of `general.architecture`.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Returns true if the decoder is one that llama.cpp counts as 70B.
+    pub fn is_70b(&self, decoder: &GgufDecoder) -> bool {
+        let has_groups = self.name == "qwen2" || decoder.heads != decoder.kv_heads;
+        ["llama", "qwen2"].contains(&self.name) && decoder.layers.len() == 80 && has_groups
+    }
+
+    /// Returns true if channels 2i and 2i + 1 of queries and keys rotate together. The rows of a model whose halves
+    /// rotate together are permuted then ([`interleave_rows`]).
+    pub fn rotates_pairs(&self) -> bool {
+        self.rotates_pairs
+    }
+
+    /// Returns the metadata of a decoder.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a decoder that llama.cpp's architecture of this name does not compute.
+    pub fn describe(&self, decoder: &GgufDecoder) -> Result<GgufDescription, Error> {
+        let mut out = Describer { architecture: self, metadata: Vec::new(), vectors: Vec::new(), notices: Vec::new() };
+        out.sizes(decoder)?;
+        out.attention_scale(decoder)?;
+        out.scales(decoder)?;
+        out.windows(decoder)?;
+        out.positions(decoder)?;
+        let Describer { metadata, vectors, notices, .. } = out;
+        Ok(GgufDescription { metadata, vectors, notices })
+    }
+}
+
+struct Describer<'a> {
+    architecture: &'a GgufArchitecture,
+    metadata: Vec<(String, MetadataValue)>,
+    vectors: Vec<(String, Vec<f32>)>,
+    notices: Vec<String>,
+}
+
+impl Describer<'_> {
+    fn set(&mut self, key: &str, value: impl Into<MetadataValue>) {
+        self.metadata.push((format!("{}.{key}", self.architecture.name), value.into()));
+    }
+
+    fn set_size(&mut self, key: &str, value: u64) -> Result<(), Error> {
+        let value = u32::try_from(value).map_err(|_| self.refused(&format!("{key} is {value}")))?;
+        self.set(key, value);
+        Ok(())
+    }
+
+    fn refused(&self, what: &str) -> Error {
+        let name = self.architecture.name;
+        Error::Model(format!("{what}, which llama.cpp's architecture \"{name}\" does not support"))
+    }
+
+    fn sizes(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
+        self.set_size("vocab_size", decoder.vocab_size)?;
+        self.set_size("context_length", decoder.context_length)?;
+        self.set_size("embedding_length", decoder.embedding_length)?;
+        self.set_size("block_count", decoder.layers.len() as u64)?;
+        self.set_size("feed_forward_length", decoder.feed_forward_length)?;
+        self.set_size("attention.head_count", decoder.heads)?;
+        self.set_size("attention.head_count_kv", decoder.kv_heads)?;
+        self.set_size("attention.key_length", decoder.head_dim)?;
+        self.set_size("attention.value_length", decoder.head_dim)?;
+        self.set("attention.layer_norm_rms_epsilon", decoder.rms_epsilon as f32);
+        Ok(())
+    }
+
+    fn attention_scale(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
+        let head_dim = (decoder.head_dim as f64).sqrt().recip();
+        let implied = match self.architecture.attention_scale {
+            AttentionScale::Gemma(layers) if layers == decoder.layers.len() => {
+                ((decoder.embedding_length / decoder.heads.max(1)) as f64).sqrt().recip()
+            }
+            _ => head_dim,
+        };
+        let scale = decoder.attention_scale;
+        if (scale / implied - 1.0).abs() < 1e-6 {
+            return Ok(());
+        }
+        if self.architecture.attention_scale != AttentionScale::Stored {
+            return Err(self.refused(&format!("the attention scores are multiplied with {scale} instead of {implied}")));
+        }
+        self.set("attention.scale", scale as f32);
+        Ok(())
+    }
+
+    fn scales(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
+        let GgufArchitecture { name, has_scales, .. } = *self.architecture;
+        match decoder.attention_softcap {
+            Some(cap) if name == "gemma2" => self.set("attn_logit_softcapping", cap as f32),
+            Some(cap) => return Err(self.refused(&format!("attention scores are capped at {cap}"))),
+            None if name == "gemma2" => return Err(self.refused("attention scores are not capped")),
+            None => {}
+        }
+        match decoder.logit_softcap {
+            Some(cap) if name.starts_with("gemma") => self.set("final_logit_softcapping", cap as f32),
+            Some(cap) => return Err(self.refused(&format!("logits are capped at {cap}"))),
+            None if name == "gemma2" => return Err(self.refused("logits are not capped")),
+            None => {}
+        }
+        if has_scales {
+            // A file has the divisor of logits.
+            self.set("logit_scale", decoder.logit_multiplier.map_or(1.0, f64::recip) as f32);
+            self.set("residual_scale", decoder.residual_scale.unwrap_or(1.0) as f32);
+            self.set("embedding_scale", decoder.embedding_scale.unwrap_or(1.0) as f32);
+            return Ok(());
+        }
+        // Gemma's √embedding_length is a part of its architectures.
+        let scales_embeddings = decoder.embedding_scale.is_some_and(|scale| {
+            !(name.starts_with("gemma") && (scale / (decoder.embedding_length as f64).sqrt() - 1.0).abs() < 1e-6)
+        });
+        if scales_embeddings || decoder.residual_scale.is_some() || decoder.logit_multiplier.is_some() {
+            return Err(self.refused("embeddings, residuals or logits are multiplied with a factor"));
+        }
+        Ok(())
+    }
+
+    fn windows(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
+        let mut windows: Vec<u64> = decoder.layers.iter().filter_map(|layer| layer.window).collect();
+        windows.dedup();
+        let window = match windows[..] {
+            [] => {
+                // Gemma 2 always has windows.
+                return if self.architecture.name == "gemma2" {
+                    Err(self.refused("no layer has a window"))
+                } else {
+                    Ok(())
+                };
+            }
+            [window] => window,
+            _ => return Err(self.refused("layers have windows of different lengths")),
+        };
+        let listed = match self.architecture.windows {
+            Windows::Listed => true,
+            Windows::ListedIn64Layers => decoder.layers.len() == 64,
+            Windows::Ignored => {
+                if window < decoder.context_length {
+                    self.notices.push(format!(
+                        "llama.cpp ignores the attention window of {window} tokens of this model: longer texts have \
+                         other results than in training"
+                    ));
+                }
+                return Ok(());
+            }
+        };
+        if !listed {
+            return Err(self.refused("layers have a window, but there are not 64 layers"));
+        }
+        self.set_size("attention.sliding_window", window)?;
+        let pattern: Vec<bool> = decoder.layers.iter().map(|layer| layer.window.is_some()).collect();
+        self.set("attention.sliding_window_pattern", pattern);
+        Ok(())
+    }
+
+    fn positions(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
+        let step = self.architecture.no_rope_step;
+        let has_windows = decoder.layers.iter().any(|layer| layer.window.is_some());
+        let rotates = |(index, layer): (usize, &GgufLayer)| match self.architecture.windows {
+            Windows::ListedIn64Layers => !has_windows || layer.window.is_some(),
+            _ => step == 0 || (index + 1) % step != 0,
+        };
+        let wrong =
+            decoder.layers.iter().enumerate().find(|(index, layer)| rotates((*index, layer)) != layer.rope.is_some());
+        if let Some((index, layer)) = wrong {
+            let positions = if layer.rope.is_some() { "positions" } else { "no positions" };
+            return Err(self.refused(&format!("layer {index} has {positions}")));
+        }
+        let of = |has_window: bool| {
+            let mut ids = decoder.layers.iter().filter(|layer| layer.window.is_some() == has_window);
+            let first = ids.find_map(|layer| layer.rope);
+            first.and_then(|id| decoder.ropes.get(id))
+        };
+        let Some(rope) = of(false).or_else(|| of(true)) else { return Err(self.refused("no layer has positions")) };
+        self.set_size("rope.dimension_count", rope.dimensions)?;
+        self.set("rope.freq_base", rope.base as f32);
+        if let Some(windowed) = of(true).filter(|windowed| *windowed != rope) {
+            let is_listed = self.architecture.windows == Windows::Listed;
+            if !is_listed || windowed.scaling != GgufRopeScaling::None || windowed.dimensions != rope.dimensions {
+                return Err(self.refused("layers with a window have other rotary positions"));
+            }
+            self.set("rope.freq_base_swa", windowed.base as f32);
+        } else if has_windows && self.architecture.windows == Windows::Listed && rope.scaling != GgufRopeScaling::None {
+            return Err(self.refused("layers with a window have scaled rotary positions"));
+        }
+        if let Some((beta, window)) = decoder.query_growth {
+            let original = match rope.scaling {
+                GgufRopeScaling::Yarn { original, .. } => Some(original),
+                _ => None,
+            };
+            if self.architecture.name != "mistral3" || original != Some(window) {
+                return Err(self.refused("queries grow with the position"));
+            }
+            self.set("attention.temperature_scale", beta as f32);
+        }
+        self.rope_scaling(&rope.scaling)
+    }
+
+    fn rope_scaling(&mut self, scaling: &GgufRopeScaling) -> Result<(), Error> {
+        match scaling {
+            GgufRopeScaling::None => {}
+            GgufRopeScaling::Linear { factor } => {
+                self.set("rope.scaling.type", "linear");
+                self.set("rope.scaling.factor", *factor as f32);
+            }
+            GgufRopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow } => {
+                self.set("rope.scaling.type", "yarn");
+                self.set("rope.scaling.factor", *factor as f32);
+                self.set_size("rope.scaling.original_context_length", *original)?;
+                self.set("rope.scaling.yarn_beta_fast", *beta_fast as f32);
+                self.set("rope.scaling.yarn_beta_slow", *beta_slow as f32);
+                // llama.cpp multiplies with YaRN's own factor.
+                let own = 1.0 + 0.1 * factor.ln();
+                self.set("rope.scaling.attn_factor", (attention_factor / own) as f32);
+            }
+            GgufRopeScaling::Divisors(divisors) => {
+                if !self.architecture.has_divisors {
+                    return Err(self.refused("rotary frequencies have divisors of their own (rope_type llama3)"));
+                }
+                self.vectors.push(("rope_freqs.weight".to_owned(), divisors.clone()));
+            }
+            GgufRopeScaling::Long { short, long, original, attention_factor } => {
+                if self.architecture.name != "phi3" {
+                    return Err(
+                        self.refused("rotary frequencies depend on the length of the text (rope_type longrope)")
+                    );
+                }
+                self.set("rope.scaling.type", "longrope");
+                self.set_size("rope.scaling.original_context_length", *original)?;
+                self.set("rope.scaling.attn_factor", *attention_factor as f32);
+                self.vectors.push(("rope_factors_long.weight".to_owned(), long.clone()));
+                self.vectors.push(("rope_factors_short.weight".to_owned(), short.clone()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the source row of each row of queries or keys whose halves rotate together, for a rotation of pairs: row 2i of
+/// a head is its row i, and row 2i + 1 its row i + head_dim / 2.
+pub fn interleave_rows(rows: usize, head_dim: usize) -> impl Iterator<Item = usize> {
+    let half = head_dim / 2;
+    (0..rows).map(move |row| {
+        let (head, at) = (row / head_dim, row % head_dim);
+        head * head_dim + at % 2 * half + at / 2
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decoder() -> GgufDecoder {
+        GgufDecoder {
+            vocab_size: 100,
+            context_length: 256,
+            embedding_length: 64,
+            feed_forward_length: 96,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 16,
+            rms_epsilon: 1e-6,
+            attention_scale: 0.25,
+            attention_softcap: None,
+            logit_softcap: None,
+            embedding_scale: None,
+            residual_scale: None,
+            logit_multiplier: None,
+            query_growth: None,
+            layers: vec![GgufLayer { window: None, rope: Some(0) }; 4],
+            ropes: vec![GgufRope { base: 1e4, dimensions: 16, scaling: GgufRopeScaling::None }],
+        }
+    }
+
+    fn describe(model_type: &str, decoder: &GgufDecoder) -> Result<GgufDescription, String> {
+        let architecture = GgufArchitecture::of_model_type(model_type).map_err(|error| error.to_string())?;
+        architecture.describe(decoder).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_llama_cpp_does_not_compute_is_refused() {
+        assert!(
+            describe("bert", &decoder()).unwrap_err().contains("\"bert\" cannot be exported to GGUF; supported: llama")
+        );
+        let window = GgufDecoder { layers: vec![GgufLayer { window: Some(8), rope: Some(0) }; 4], ..decoder() };
+        let long = GgufRopeScaling::Long { short: vec![], long: vec![], original: 8, attention_factor: 1.0 };
+        let divisors = GgufRopeScaling::Divisors(vec![1.0; 8]);
+        let scaled = |scaling: GgufRopeScaling| {
+            let ropes = vec![GgufRope { scaling, ..decoder().ropes.remove(0) }];
+            GgufDecoder { ropes, ..decoder() }
+        };
+        let cases = [
+            ("qwen3", GgufDecoder { attention_scale: 0.5, ..decoder() }, "multiplied with 0.5 instead of 0.25"),
+            ("qwen3", GgufDecoder { attention_softcap: Some(50.0), ..decoder() }, "capped at 50"),
+            ("llama", GgufDecoder { logit_softcap: Some(30.0), ..decoder() }, "logits are capped at 30"),
+            ("llama", GgufDecoder { residual_scale: Some(0.5), ..decoder() }, "multiplied with a factor"),
+            ("gemma2", decoder(), "not capped"),
+            ("exaone4", window.clone(), "not 64 layers"),
+            ("smollm3", decoder(), "layer 3 has positions"),
+            ("qwen3", scaled(divisors), "llama3"),
+            ("llama", scaled(long), "longrope"),
+            ("llama", GgufDecoder { query_growth: Some((0.1, 8)), ..decoder() }, "queries grow"),
+        ];
+        for (model_type, decoder, expected) in cases {
+            let error = describe(model_type, &decoder).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+        let notices = describe("mistral", &window).unwrap().notices;
+        assert!(notices[0].contains("ignores the attention window of 8 tokens"), "{notices:?}");
+    }
+
+    #[test]
+    fn metadata_has_the_architectures_name() {
+        let granite = GgufDecoder { logit_multiplier: Some(0.125), attention_scale: 0.1, ..decoder() };
+        let found = describe("granite", &granite).unwrap().metadata;
+        let get = |key: &str| found.iter().find(|(name, _)| name == key).map(|(_, value)| value.clone());
+        assert_eq!(get("granite.logit_scale"), Some(8.0_f32.into()));
+        assert_eq!(get("granite.attention.scale"), Some(0.1_f32.into()));
+        assert_eq!(get("granite.block_count"), Some(4_u32.into()));
+    }
+
+    #[test]
+    fn halves_become_pairs() {
+        let order: Vec<_> = interleave_rows(8, 4).collect();
+        assert_eq!(order, [0, 2, 1, 3, 4, 6, 5, 7]);
+    }
+}
