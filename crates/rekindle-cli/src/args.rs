@@ -2,6 +2,7 @@
 
 mod chat;
 mod data;
+mod export;
 mod generate;
 mod hub;
 mod plan;
@@ -19,6 +20,7 @@ use crate::failure::Failure;
 
 pub(crate) use chat::{ChatArgs, NamedAdapter};
 pub(crate) use data::{DataCommand, PreviewArgs, RunFileArgs, StatsArgs};
+pub(crate) use export::{ExportCommand, GgufArgs};
 pub(crate) use generate::{EvalArgs, GenerateArgs, PromptArgs};
 pub(crate) use hub::HubArgs;
 #[cfg(feature = "network")]
@@ -61,6 +63,9 @@ pub(crate) enum Command {
     Merge(MergeArgs),
     /// Write a checkpoint with linears in 4 or 8 bits, in bitsandbytes' format
     Quantize(QuantizeArgs),
+    /// Export a model or adapter for other programs
+    #[command(subcommand)]
+    Export(ExportCommand),
     /// Show the contents of a checkpoint or adapter without loading it
     Inspect(InspectArgs),
     /// List or prune the hub's cache

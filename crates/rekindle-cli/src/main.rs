@@ -15,6 +15,7 @@ mod data;
 mod doctor;
 mod dry_run;
 mod eval;
+mod export;
 mod failure;
 mod fetch;
 mod generate;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => serve::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Quantize(args) => quantize::run(&args),
+        Command::Export(command) => export::run(&command),
         Command::Inspect(args) => inspect::run(&args),
         #[cfg(feature = "network")]
         Command::Cache(command) => cache::run(&command),

@@ -29,6 +29,9 @@ pub enum Error {
     /// The adapter does not fit or cannot be read.
     #[error(transparent)]
     Lora(#[from] rekindle_lora::Error),
+    /// The model cannot be a GGUF file, or the file not be written.
+    #[error(transparent)]
+    Gguf(#[from] rekindle_gguf::Error),
     /// An operation failed on the device: out of memory, say.
     #[error(transparent)]
     Device(#[from] rekindle_kernels::DeviceError),

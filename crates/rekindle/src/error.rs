@@ -28,6 +28,9 @@ pub enum Error {
     /// The engine refuses a request or its configuration.
     #[error(transparent)]
     Engine(rekindle_engine::Error),
+    /// A GGUF file cannot be read or written.
+    #[error(transparent)]
+    Gguf(#[from] rekindle_gguf::Error),
     /// The run cannot start or continue.
     #[error(transparent)]
     Train(#[from] rekindle_train::Error),
@@ -101,7 +104,7 @@ impl Error {
                 _ => ErrorKind::Failed,
             },
             Self::File(error) if error.hub_kind().is_some() => ErrorKind::Hub,
-            Self::File(_) => ErrorKind::Failed,
+            Self::File(_) | Self::Gguf(_) => ErrorKind::Failed,
             Self::DoesNotFit(_) => ErrorKind::Memory,
             Self::AdapterBase { source, .. } | Self::NoSuchRows { source, .. } => source.kind(),
             Self::Model(error) | Self::Train(Train::Model(error)) => match error {

@@ -33,12 +33,14 @@ mod describe;
 mod dtype;
 mod end_tokens;
 mod error;
+mod export;
 mod generate;
 mod generate_batch;
 mod inspect;
 mod merge;
 mod model;
 mod model_source;
+mod modelfile;
 mod preflight;
 mod pretrained;
 mod prompts;
@@ -54,6 +56,7 @@ mod time_estimate;
 pub use data_source::DataSource;
 pub use dtype::Dtype;
 pub use error::{Error, ErrorKind};
+pub use export::{GgufExport, GgufFile};
 pub use generate::{Generated, GeneratedText};
 pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
@@ -73,6 +76,7 @@ pub use rekindle_data::{
 };
 /// Batched generation: the engine, its requests and events.
 pub use rekindle_engine as engine;
+pub use rekindle_gguf::{Error as GgufError, GgufFileType, Importance, read_importance};
 pub use rekindle_hub::write_atomic;
 #[cfg(feature = "network")]
 pub use rekindle_hub::{HubErrorKind, cache};

@@ -6,7 +6,7 @@ use rekindle_data::Tokenizer;
 use rekindle_hub::{AdapterBase, Checkpoint, read_config};
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::{Adapter, Combination, saved_rows, weighted};
-use rekindle_models::{Batch, MergeOptions, ModelConfig, saved_positions};
+use rekindle_models::{Batch, MergeOptions, ModelConfig, Positions, saved_positions};
 use rekindle_train::{Companion, write_result};
 
 use crate::end_tokens::companions;
@@ -24,6 +24,19 @@ pub struct Merge {
     dtype: Dtype,
     revision: Option<String>,
     access: HubAccess,
+}
+
+/// The parts of a merge.
+pub(crate) struct LoadedMerge {
+    pub(crate) checkpoint: Checkpoint,
+    /// The adapter, or the combination of several.
+    pub(crate) adapter: Adapter,
+    /// The positions that it was trained with.
+    pub(crate) positions: Option<Positions>,
+    /// Rows of the embedding and the head, if the adapter was trained with other ones.
+    pub(crate) rows: Option<usize>,
+    /// The files of base and adapter.
+    pub(crate) files: ModelFiles,
 }
 
 /// The difference between the losses of a merged model and those of its base with the adapter.
@@ -139,6 +152,18 @@ impl Merge {
     /// [`Error::File`] and [`Error::Model`] for an adapter or a base that is missing, invalid or does not match,
     /// [`Error::Train`] if the result cannot be written.
     pub fn write(&self, out: impl AsRef<Path>, progress: &mut dyn FnMut(u64, u64)) -> Result<(), Error> {
+        let LoadedMerge { checkpoint, adapter, positions, rows, files } = self.load()?;
+        let options =
+            MergeOptions { positions: positions.as_ref(), resize_model_vocab: rows, dtype: self.dtype.stored() };
+        let companions = companions(&files, files.load_tokenizer().ok().flatten().as_ref())?;
+        write_merged(&checkpoint, &adapter, options, &companions, out.as_ref(), progress)
+    }
+
+    /// Reads the adapters, and opens their base.
+    ///
+    /// # Errors
+    /// Those of [`write`](Self::write) for an adapter or a base.
+    pub(crate) fn load(&self) -> Result<LoadedMerge, Error> {
         let (base, adapters) = self.directories()?;
         let checkpoint = Checkpoint::open(&base)?;
         let mut config = ModelConfig::from_checkpoint(&checkpoint)?;
@@ -168,11 +193,8 @@ impl Merge {
                 weighted(&all, self.combination, &modules).map_err(lora)?
             }
         };
-        let options =
-            MergeOptions { positions: positions.as_ref(), resize_model_vocab: rows, dtype: self.dtype.stored() };
         let files = ModelFiles::of(&base, first);
-        let companions = companions(&files, files.load_tokenizer().ok().flatten().as_ref())?;
-        write_merged(&checkpoint, &adapter, options, &companions, out.as_ref(), progress)
+        Ok(LoadedMerge { checkpoint, adapter, positions, rows, files })
     }
 
     /// Compares the losses of the checkpoint in `merged` with those of the base with the adapter, on rows of
@@ -233,7 +255,7 @@ fn tokens_without_rows(base: &Path, adapter: &Path) -> Result<Option<String>, Er
 }
 
 /// Returns the adapter in a run's output directory, or the given path.
-fn of_run(adapter: PathBuf) -> PathBuf {
+pub(crate) fn of_run(adapter: PathBuf) -> PathBuf {
     let inside = adapter.join("adapter");
     if inside.join(rekindle_lora::peft::CONFIG_FILE).exists() { inside } else { adapter }
 }

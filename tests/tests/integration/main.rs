@@ -13,6 +13,7 @@ mod families;
 mod full;
 mod generate;
 mod generate_text;
+mod gguf;
 mod gradients;
 mod initial;
 mod layouts;

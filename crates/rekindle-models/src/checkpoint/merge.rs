@@ -50,25 +50,15 @@ pub fn merge(
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), Error> {
     let MergeOptions { positions, resize_model_vocab, dtype } = options;
-    check_adapter(adapter)?;
-    let base = &canonical(base);
-    let mut config = ModelConfig::from_checkpoint(base)?;
-    let ByExpert { checkpoint: base, was_stacked } = &by_expert(base, &config)?;
-    let plan = quantization_plan(base, adapter, &config)?;
-    check_tensors(base, &config, plan.as_ref())?;
-    if let Some(rows) = resize_model_vocab {
-        config = config.resized(rows)?;
-    }
-    let is_tied = config.tie_word_embeddings();
-    let embedding = config.names.tensor(Role::Embedding);
-    let source = MergedTensors { base, config: &config, plan, adapter, is_tied, was_stacked: *was_stacked, embedding };
+    let source = MergedTensors::open(base, Some(adapter), resize_model_vocab)?;
     let tensor = |needed: ParameterSpec| {
         let dtype = dtype.unwrap_or_else(|| source.dtype(&needed));
         CheckpointTensor { spec: TensorSpec::new(needed.name.clone(), dtype, needed.shape.clone()), source: needed }
     };
     let tensors = source.tensors().into_iter().map(tensor).collect();
     let mut refused = None;
-    let kept = KeptTensors::of(base.path(), &config)?;
+    let mut config = source.config.clone();
+    let kept = KeptTensors::of(source.base.path(), &config)?;
     let written = writer::write_tensors(dir, &kept, tensors, |needed, spec, out| {
         let values = source.merged(needed).and_then(|values| {
             check_values(&needed.name, spec.dtype, &values)?;
@@ -85,7 +75,7 @@ pub fn merge(
         return Err(error);
     }
     written?;
-    if unties(adapter, &config) {
+    if source.unties() {
         config.set_json("tie_word_embeddings", Value::from(false));
     }
     if let Some(positions) = positions {
@@ -99,12 +89,13 @@ pub fn merge(
     writer::write_config(dir, &json)
 }
 
-/// The tensors of a base with an adapter added into them.
-struct MergedTensors<'a> {
-    base: &'a Checkpoint,
-    config: &'a ModelConfig,
+/// The tensors of a base, with an adapter added into them if there is one.
+pub(super) struct MergedTensors<'a> {
+    base: Checkpoint,
+    /// The configuration of the result.
+    pub(super) config: ModelConfig,
     plan: Option<QuantizationPlan>,
-    adapter: &'a Adapter,
+    adapter: Option<&'a Adapter>,
     /// True if the base has the linears of all experts of a layer in one tensor.
     was_stacked: bool,
     /// True if the base's embedding table is its head.
@@ -113,19 +104,59 @@ struct MergedTensors<'a> {
     embedding: String,
 }
 
-impl MergedTensors<'_> {
-    /// The tensors of the result: the base's, and a head of its own where the adapter unties it from the table.
-    fn tensors(&self) -> Vec<ParameterSpec> {
-        let config = self.config;
+impl<'a> MergedTensors<'a> {
+    /// Checks a base and an adapter, and returns the tensors of the result, with `resize_model_vocab` rows.
+    pub(super) fn open(
+        base: &Checkpoint,
+        adapter: Option<&'a Adapter>,
+        resize_model_vocab: Option<usize>,
+    ) -> Result<Self, Error> {
+        adapter.map(check_adapter).transpose()?;
+        let base = &canonical(base);
+        let mut config = ModelConfig::from_checkpoint(base)?;
+        let ByExpert { checkpoint: base, was_stacked } = by_expert(base, &config)?;
+        let plan = match adapter {
+            Some(adapter) => quantization_plan(&base, adapter, &config)?,
+            None => QuantizationPlan::of(&base, None, None, &config)?,
+        };
+        check_tensors(&base, &config, plan.as_ref())?;
+        if let Some(rows) = resize_model_vocab {
+            config = config.resized(rows)?;
+        }
+        let (is_tied, embedding) = (config.tie_word_embeddings(), config.names.tensor(Role::Embedding));
+        Ok(Self { base, config, plan, adapter, was_stacked, is_tied, embedding })
+    }
+
+    /// Returns the tensors of the result: the base's, and a head of its own where the adapter unties it from the table.
+    pub(super) fn tensors(&self) -> Vec<ParameterSpec> {
+        let config = &self.config;
         let mut list = config.parameters();
         if self.was_stacked {
             list = list.into_iter().filter_map(|needed| config.stacked_parameter(needed)).collect();
         }
-        if unties(self.adapter, config) {
+        if self.unties() {
             let shape = vec![config.vocab_size(), config.hidden_size()];
             list.push(ParameterSpec { name: config.names.tensor(Role::Head), role: Role::Head, shape });
         }
         list
+    }
+
+    /// Returns true if the head is the embedding table in the base and has rows of its own in the result.
+    pub(super) fn unties(&self) -> bool {
+        self.adapter.is_some_and(|adapter| unties(adapter, &self.config))
+    }
+
+    /// Returns the tensor of the base if it is the result: stored dense, with the given shape, and not adapted.
+    pub(super) fn unchanged(&self, needed: &ParameterSpec) -> Option<rekindle_hub::TensorView<'_>> {
+        let module = needed.module();
+        let is_adapted = self.adapter.is_some_and(|adapter| {
+            adapter.biases.contains_key(module)
+                || adapter.saved.contains_key(module)
+                || self.factors(needed).is_some()
+                || self.table(needed).is_some()
+        });
+        let is_quantized = self.plan.is_some() && needed.role.is_linear();
+        self.view(needed).filter(|view| !is_adapted && !is_quantized && view.shape == needed.shape)
     }
 
     fn dtype(&self, needed: &ParameterSpec) -> Dtype {
@@ -146,7 +177,7 @@ impl MergedTensors<'_> {
     }
 
     /// The bytes that a tensor has in the base, whatever it is there.
-    fn bytes(&self, needed: &ParameterSpec) -> u64 {
+    pub(super) fn bytes(&self, needed: &ParameterSpec) -> u64 {
         let bytes = |view: rekindle_hub::TensorView<'_>| view.data.len() as u64;
         let linears = self.linears(needed);
         if linears.is_empty() {
@@ -157,14 +188,14 @@ impl MergedTensors<'_> {
 
     fn stored(&self, needed: &ParameterSpec) -> Result<Option<StoredWeight>, Error> {
         match &self.plan {
-            Some(plan) if needed.role.is_linear() => plan.weight(self.base, &needed.name, &needed.shape),
+            Some(plan) if needed.role.is_linear() => plan.weight(&self.base, &needed.name, &needed.shape),
             _ => Ok(None),
         }
     }
 
     /// The table that the adapter brings for this parameter; one stands for both where the base ties them.
     fn table(&self, needed: &ParameterSpec) -> Option<&EmbeddingTable> {
-        let tables = &self.adapter.tables;
+        let tables = &self.adapter?.tables;
         let tied = || tables.values().next().filter(|_| self.is_tied && needed.role.is_vocabulary());
         tables.get(needed.module()).or_else(tied)
     }
@@ -184,7 +215,8 @@ impl MergedTensors<'_> {
 
     /// The factors on a linear; of those on all outputs of an expert, the part for this one.
     fn factors(&self, needed: &ParameterSpec) -> Option<(Cow<'_, LoraFactors>, f64)> {
-        let (factors, lora) = (&self.adapter.factors, self.adapter.config.lora());
+        let adapter = self.adapter?;
+        let (factors, lora) = (&adapter.factors, adapter.config.lora());
         let module = needed.module();
         if let Some(found) = factors.get(module) {
             return Some((Cow::Borrowed(found), lora.scale_of(module)));
@@ -199,7 +231,7 @@ impl MergedTensors<'_> {
     }
 
     /// The values of a tensor with what the adapter adds to it.
-    fn merged(&self, needed: &ParameterSpec) -> Result<Vec<f32>, Error> {
+    pub(super) fn merged(&self, needed: &ParameterSpec) -> Result<Vec<f32>, Error> {
         let linears = self.linears(needed);
         if !linears.is_empty() {
             let mut all = Vec::with_capacity(needed.numel());
@@ -210,12 +242,12 @@ impl MergedTensors<'_> {
         }
         let (module, kind) = needed.name.rsplit_once('.').unwrap_or((&needed.name, ""));
         if kind == "bias"
-            && let Some(bias) = self.adapter.biases.get(module)
+            && let Some(bias) = self.adapter.and_then(|adapter| adapter.biases.get(module))
         {
             return Ok(bias.clone());
         }
         if kind == "weight"
-            && let Some((_, weight)) = self.adapter.saved.get(module)
+            && let Some((_, weight)) = self.adapter.and_then(|adapter| adapter.saved.get(module))
         {
             return Ok(weight.clone());
         }

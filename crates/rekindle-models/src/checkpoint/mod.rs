@@ -1,6 +1,9 @@
 //! Checkpoints: loading, saving, quantizing, merging, and models without values.
 
 mod experts;
+mod gguf;
+mod gguf_adapter;
+mod gguf_decoder;
 mod load;
 mod master_weights;
 mod merge;
@@ -14,6 +17,8 @@ mod tensor_names;
 mod writer;
 
 pub(crate) use experts::headers as checkpoint_headers;
+pub use gguf::{GgufOptions, GgufTotals, export_gguf};
+pub use gguf_adapter::export_gguf_adapter;
 pub use load::LoadOptions;
 pub(crate) use load::frozen;
 pub use merge::{MergeOptions, merge};

@@ -33,6 +33,11 @@ impl ModelFiles {
         Self { name: model.display().to_string(), model, adapter, notices: Vec::new(), revision: None, beside: None }
     }
 
+    /// Returns the files of a checkpoint in this directory, without an adapter.
+    pub(crate) fn of_model(model: &Path) -> Self {
+        Self { adapter: None, ..Self::of(model, model) }
+    }
+
     /// Returns the files that are saved with a model or adapter: tokenizer, chat templates, processors and the
     /// generation configuration.
     ///

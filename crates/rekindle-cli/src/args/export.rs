@@ -1,0 +1,90 @@
+//! The arguments of `rekindle export`.
+
+use std::path::PathBuf;
+
+use clap::Subcommand;
+use rekindle::GgufFileType;
+
+use super::HubArgs;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ExportCommand {
+    /// Write GGUF files for llama.cpp, Ollama and LM Studio
+    Gguf(GgufArgs),
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = GGUF)]
+pub(crate) struct GgufArgs {
+    /// A checkpoint, an adapter, or the output directory of a run: a directory or a name on the hub; an adapter is merged
+    /// into its base
+    #[arg(value_name = "MODEL_OR_RUN")]
+    pub(crate) model: PathBuf,
+    /// Precisions, separated by commas: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_0, q5_1, q4_k_m, q4_k_s, q4_0,
+    /// q4_1, iq4_nl, q3_k_l, q3_k_m, q3_k_s, q2_k, mxfp4_moe [default: q4_k_m]
+    #[arg(long, value_name = "TYPE,TYPE", value_delimiter = ',', value_parser = file_type)]
+    pub(crate) quant: Vec<GgufFileType>,
+    /// Directory for the files; files of the same name are replaced
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Write the adapter alone, as a GGUF adapter for llama.cpp's --lora
+    #[arg(long, conflicts_with_all = ["quant", "imatrix", "split_max_size"])]
+    pub(crate) adapter_only: bool,
+    /// The base of an adapter: a directory or a name on the hub [default: the base that it was trained on]
+    #[arg(long, value_name = "M")]
+    pub(crate) base: Option<PathBuf>,
+    /// Name of the model, with which file names begin [default: the name of the directory]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Importance matrix: a file of llama-imatrix
+    #[arg(long, value_name = "FILE")]
+    pub(crate) imatrix: Option<PathBuf>,
+    /// Split larger models into files of this size, such as 2GB or 1.5GiB
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) split_max_size: Option<u64>,
+    /// llama.cpp's name of the pre-tokenizer, for a tokenizer whose own is not recognized
+    #[arg(long, value_name = "NAME")]
+    pub(crate) pre_tokenizer: Option<String>,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
+}
+
+fn file_type(text: &str) -> Result<GgufFileType, String> {
+    text.parse().map_err(|error: rekindle::GgufError| error.to_string())
+}
+
+/// Parses a number of bytes with a unit.
+fn size(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, f64); 6] =
+        [("GiB", 1_073_741_824.0), ("MiB", 1_048_576.0), ("GB", 1e9), ("MB", 1e6), ("G", 1e9), ("M", 1e6)];
+    let unit = UNITS.iter().find(|(unit, _)| text.ends_with(unit));
+    let parsed = unit.and_then(|(unit, factor)| Some(text.strip_suffix(unit)?.trim().parse::<f64>().ok()? * factor));
+    match parsed {
+        Some(bytes) if bytes >= 1.0 && bytes.is_finite() => Ok(bytes as u64),
+        _ => Err(format!("\"{text}\" is no size; write it as 2GB, 500MB or 1.5GiB")),
+    }
+}
+
+const GGUF: &str = "\
+Weights are quantized as llama.cpp's own tools do it, without a 16-bit file between. A Modelfile for `ollama create` is
+written beside the files.
+
+Examples:
+  rekindle export gguf outputs/run --quant q4_k_m,q8_0 --out models/run-gguf
+  rekindle export gguf outputs/run --adapter-only --out models/run-gguf
+  rekindle export gguf Qwen/Qwen3-0.6B --quant q6_k --out models/qwen3";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(size("2GB"), Ok(2_000_000_000));
+        assert_eq!(size("1.5 GiB"), Ok(1_610_612_736));
+        assert_eq!(size("50M"), Ok(50_000_000));
+        for wrong in ["2", "GB", "-1GB", "0GB", "1TB"] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+    }
+}

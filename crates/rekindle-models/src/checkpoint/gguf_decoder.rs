@@ -1,0 +1,188 @@
+//! From a spec to the description of a decoder in a GGUF file.
+
+use rekindle_gguf::{GgufArchitecture, GgufDecoder, GgufDescription, GgufLayer, GgufPart, GgufRope, GgufRopeScaling};
+use rekindle_rope::{RopeConfig, Scaling};
+
+use crate::spec::{AttentionMask, AttentionSpec, FeedForwardSpec, NormSpec, NormWeight};
+use crate::{Error, LayerRole, LinearRole, ModelConfig, Role, families};
+
+/// A model as a GGUF file has it.
+pub(super) struct GgufModelSpec {
+    pub(super) architecture: GgufArchitecture,
+    pub(super) decoder: GgufDecoder,
+    pub(super) description: GgufDescription,
+}
+
+impl GgufModelSpec {
+    pub(super) fn new(config: &ModelConfig) -> Result<Self, Error> {
+        let architecture = architecture(config)?;
+        let decoder = decoder(config)?;
+        let description = architecture.describe(&decoder)?;
+        Ok(Self { architecture, decoder, description })
+    }
+}
+
+/// Returns the architecture of a model, by the `model_type` of the decoder's part of its configuration.
+pub(super) fn architecture(config: &ModelConfig) -> Result<GgufArchitecture, Error> {
+    let family = families::of(&config.json).map_err(Error::Argument)?;
+    let section = family.section.map_or(&config.json, |section| &config.json[section]);
+    let model_type = section["model_type"].as_str().unwrap_or(family.model_type);
+    Ok(GgufArchitecture::of_model_type(model_type)?)
+}
+
+/// Returns the name of a tensor in a GGUF file.
+///
+/// # Errors
+/// [`Error::Argument`] for parts that no supported architecture has.
+pub(super) fn tensor_name(role: Role) -> Result<String, Error> {
+    let (layer, part) = match role {
+        Role::Embedding => return Ok(GgufPart::Embedding.tensor_name("weight")),
+        Role::FinalNorm => return Ok(GgufPart::OutputNorm.tensor_name("weight")),
+        Role::Head => return Ok(GgufPart::Output.tensor_name("weight")),
+        Role::Layer(layer, part) => (layer, part),
+    };
+    let unknown = || Error::Argument(format!("a GGUF file cannot have the tensor {part:?} of layer {layer} yet"));
+    let linear = |role| match role {
+        LinearRole::Query => Some(GgufPart::Query(layer)),
+        LinearRole::Key => Some(GgufPart::Key(layer)),
+        LinearRole::Value => Some(GgufPart::Value(layer)),
+        LinearRole::Qkv => Some(GgufPart::QueryKeyValue(layer)),
+        LinearRole::Output => Some(GgufPart::AttentionOutput(layer)),
+        LinearRole::Gate => Some(GgufPart::Gate(layer)),
+        LinearRole::Up | LinearRole::GateUp => Some(GgufPart::Up(layer)),
+        LinearRole::Down => Some(GgufPart::Down(layer)),
+        _ => None,
+    };
+    let (part, kind) = match part {
+        LayerRole::PreAttentionNorm => (GgufPart::AttentionNorm(layer), "weight"),
+        LayerRole::Weight(role) => (linear(role).ok_or_else(unknown)?, "weight"),
+        LayerRole::Bias(role) => (linear(role).ok_or_else(unknown)?, "bias"),
+        LayerRole::QueryNorm => (GgufPart::QueryNorm(layer), "weight"),
+        LayerRole::KeyNorm => (GgufPart::KeyNorm(layer), "weight"),
+        LayerRole::Sinks => (GgufPart::Sinks(layer), "weight"),
+        LayerRole::PostAttentionNorm => (GgufPart::PostAttentionNorm(layer), "weight"),
+        LayerRole::PreFeedForwardNorm => (GgufPart::FeedForwardNorm(layer), "weight"),
+        LayerRole::PostFeedForwardNorm => (GgufPart::PostFeedForwardNorm(layer), "weight"),
+        _ => return Err(unknown()),
+    };
+    Ok(part.tensor_name(kind))
+}
+
+/// Returns the norm that a tensor is the weight of.
+pub(super) fn norm(config: &ModelConfig, role: Role) -> Option<NormSpec> {
+    let Role::Layer(layer, part) = role else {
+        return (role == Role::FinalNorm).then_some(config.spec.final_norm);
+    };
+    let layer = &config.spec.layers[layer];
+    match part {
+        LayerRole::PreAttentionNorm => layer.norms.pre_attention,
+        LayerRole::PostAttentionNorm => layer.norms.post_attention,
+        LayerRole::PreFeedForwardNorm => layer.norms.pre_feed_forward,
+        LayerRole::PostFeedForwardNorm => layer.norms.post_feed_forward,
+        LayerRole::QueryNorm | LayerRole::KeyNorm => layer.attention()?.qk_norm.map(|qk| qk.norm),
+        _ => None,
+    }
+}
+
+/// Returns the number that a file has added to a norm's weight: 1 where the model multiplies with 1 + w.
+pub(super) fn norm_shift(config: &ModelConfig, role: Role) -> f32 {
+    match norm(config, role) {
+        Some(NormSpec { weight: NormWeight::OnePlus, .. }) => 1.0,
+        _ => 0.0,
+    }
+}
+
+/// Returns true if the rows of a tensor are those of queries or keys.
+pub(super) fn is_rotated(role: Role) -> bool {
+    use LinearRole::{Key, Query};
+    matches!(role, Role::Layer(_, LayerRole::Weight(Query | Key) | LayerRole::Bias(Query | Key)))
+}
+
+fn decoder(config: &ModelConfig) -> Result<GgufDecoder, Error> {
+    let spec = &config.spec;
+    let refuse = |what: &str| Error::Argument(format!("a GGUF file cannot describe {what}"));
+    let first = spec.layers.first().ok_or_else(|| refuse("a model without layers"))?;
+    let gated_delta = || refuse("this model's linear attention yet");
+    let attention = first.attention().ok_or_else(gated_delta)?;
+    let same = |other: &AttentionSpec| {
+        (other.heads, other.kv_heads, other.head_dim, other.scale, other.softcap)
+            == (attention.heads, attention.kv_heads, attention.head_dim, attention.scale, attention.softcap)
+    };
+    let width = match &first.feed_forward {
+        FeedForwardSpec::Gated(gated) => gated.intermediate_size,
+        _ => return Err(refuse("this model's feed-forward layers yet")),
+    };
+    let uniform = spec.layers.iter().all(|layer| {
+        layer.attention().is_none_or(same)
+            && layer.gated().is_some_and(|gated| gated.intermediate_size == width)
+            && layer.residual_multiplier == first.residual_multiplier
+    });
+    if !uniform {
+        return Err(refuse("layers that differ in their sizes"));
+    }
+    let layers = spec.layers.iter().map(|layer| {
+        let attention = layer.attention().ok_or_else(gated_delta)?;
+        let window = match attention.mask {
+            AttentionMask::Full => None,
+            AttentionMask::Sliding(window) => Some(window as u64),
+            AttentionMask::Chunked(_) => return Err(refuse("attention in chunks yet")),
+        };
+        Ok(GgufLayer { window, rope: attention.rope.map(|rope| rope.id.0) })
+    });
+    let eps = spec.final_norm.eps;
+    Ok(GgufDecoder {
+        vocab_size: spec.vocab_size as u64,
+        context_length: config.max_position_embeddings as u64,
+        embedding_length: spec.hidden_size as u64,
+        feed_forward_length: width as u64,
+        heads: attention.heads as u64,
+        kv_heads: attention.kv_heads as u64,
+        head_dim: attention.head_dim as u64,
+        rms_epsilon: eps,
+        attention_scale: attention.scale.into(),
+        attention_softcap: attention.softcap,
+        logit_softcap: spec.head.softcap,
+        embedding_scale: spec.embedding.multiplier,
+        residual_scale: first.residual_multiplier,
+        logit_multiplier: spec.head.multiplier,
+        query_growth: attention.query_scale.map(|scale| (scale.beta, scale.window as u64)),
+        layers: layers.collect::<Result<_, _>>()?,
+        ropes: spec.ropes.iter().map(rope).collect::<Result<_, _>>()?,
+    })
+}
+
+fn rope(rope: &RopeConfig) -> Result<GgufRope, Error> {
+    let f32s = |values: &[f64]| values.iter().map(|&value| value as f32).collect();
+    let scaling = match rope.scaling() {
+        Scaling::Default => GgufRopeScaling::None,
+        Scaling::Linear { factor } => GgufRopeScaling::Linear { factor: *factor },
+        &Scaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow, truncate } => {
+            if !truncate {
+                return Err(Error::Argument("llama.cpp rounds YaRN's dimensions, and this model does not".to_owned()));
+            }
+            GgufRopeScaling::Yarn { factor, original: original as u64, attention_factor, beta_fast, beta_slow }
+        }
+        Scaling::Llama3 { .. } => {
+            let dimensions = rope.rotary_dim();
+            let base = (0..dimensions / 2).map(|i| rope.theta().powf(-2.0 * i as f64 / dimensions as f64));
+            let scaled = rope.inv_freq(1);
+            GgufRopeScaling::Divisors(
+                base.zip(scaled).map(|(base, scaled)| (base / f64::from(scaled)) as f32).collect(),
+            )
+        }
+        Scaling::LongRope { short_factor, long_factor, original, attention_factor } => GgufRopeScaling::Long {
+            short: f32s(short_factor),
+            long: f32s(long_factor),
+            original: *original as u64,
+            attention_factor: *attention_factor,
+        },
+        other => {
+            return Err(Error::Argument(format!(
+                "llama.cpp does not compute rotary positions of the type {}; train with rope_scaling = \"yarn\" or \
+                 \"linear\"",
+                other.name()
+            )));
+        }
+    };
+    Ok(GgufRope { base: rope.theta(), dimensions: rope.rotary_dim() as u64, scaling })
+}
