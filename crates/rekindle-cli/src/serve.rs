@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rekindle::Error;
+use rekindle::engine::EngineConfig;
 use rekindle_serve::{Server, ServerConfig};
 
 use crate::args::ServeArgs;
@@ -29,7 +30,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
         Some(_) => model.path().display().to_string(),
         None => args.model.display().to_string(),
     });
-    let engine = ModelEngine::start(model, tokenizer, base, own, &args.adapter)?;
+    let engine = ModelEngine::start(model, tokenizer, base, own, &args.adapter, EngineConfig::default())?;
     let key = args.api_key.clone().or_else(|| env::var(KEY).ok()).filter(|key| !key.is_empty());
     let names: Vec<String> = rekindle_serve::Engine::models(&engine).into_iter().map(|model| model.name).collect();
     let config = ServerConfig {

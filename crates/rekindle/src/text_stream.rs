@@ -49,6 +49,12 @@ impl<'a> TextStream<'a> {
         Ok((Self { decoder: tokenizer.stream_decoder(true), stops }, ids))
     }
 
+    /// Returns the stream with special tokens in its text. Nothing may have been added yet.
+    #[must_use]
+    pub fn with_special_tokens(self, tokenizer: &'a Tokenizer) -> Self {
+        Self { decoder: tokenizer.stream_decoder(false), ..self }
+    }
+
     /// Adds a token; returns the text that has become final.
     ///
     /// # Errors

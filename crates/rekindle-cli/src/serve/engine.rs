@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use rekindle::engine::EngineConfig;
 use rekindle::{ChatPrompt, Message, Model, PromptEnd, Tokenizer, chat_template_sources};
 use rekindle_serve::{
     ChatFormat, ChatInput, Engine, EngineError, EngineErrorKind, EngineLimits, EngineRequest, EngineStats, EventSink,
@@ -18,13 +19,16 @@ use super::worker::Worker;
 
 /// A model, its tokenizer and its adapters.
 pub(super) struct ModelEngine {
-    tokenizer: Arc<Tokenizer>,
+    /// Lives as long as the process, as the engine's thread may.
+    tokenizer: &'static Tokenizer,
     format: ChatFormat,
     limits: EngineLimits,
     end_tokens: Vec<u32>,
     vocabulary: OnceLock<Result<Arc<Vocabulary>, String>>,
     base: String,
     adapters: Mutex<Vec<ServedAdapter>>,
+    /// Adapters that were unloaded while requests used them.
+    retired: Mutex<Vec<ServedAdapter>>,
     worker: Worker,
 }
 
@@ -35,6 +39,14 @@ struct ServedAdapter {
     /// The name in the model.
     inner: String,
     root: String,
+    /// A clone for each request that uses it.
+    users: Arc<()>,
+}
+
+impl ServedAdapter {
+    fn new(name: &str, inner: &str, root: String) -> Self {
+        Self { name: name.to_owned(), inner: inner.to_owned(), root, users: Arc::new(()) }
+    }
 }
 
 impl ModelEngine {
@@ -46,18 +58,17 @@ impl ModelEngine {
         base: String,
         own: Option<(String, String)>,
         adapters: &[NamedAdapter],
+        config: EngineConfig,
     ) -> Result<Self, Failure> {
         let end_tokens = model.end_tokens(Some(&tokenizer))?;
         let limits = EngineLimits {
             max_model_len: model.causal_lm().max_seq_length(),
             vocab_size: model.causal_lm().config().vocab_size(),
         };
-        let own = own.map(|(inner, name)| ServedAdapter { root: name.clone(), name, inner });
-        let named = adapters.iter().map(|adapter| ServedAdapter {
-            name: adapter.name.clone(),
-            inner: adapter.name.clone(),
-            root: adapter.path.display().to_string(),
-        });
+        let own = own.map(|(inner, name)| ServedAdapter::new(&name, &inner, name.clone()));
+        let named = adapters
+            .iter()
+            .map(|adapter| ServedAdapter::new(&adapter.name, &adapter.name, adapter.path.display().to_string()));
         let served: Vec<ServedAdapter> = own.into_iter().chain(named).collect();
         let mut names: Vec<&str> = served.iter().map(|adapter| adapter.name.as_str()).chain([base.as_str()]).collect();
         names.sort_unstable();
@@ -68,8 +79,9 @@ impl ModelEngine {
             )));
         }
         let format = chat_format(&tokenizer);
-        let tokenizer = Arc::new(tokenizer);
-        let worker = Worker::start(model, tokenizer.clone(), end_tokens.clone());
+        let tokenizer: &'static Tokenizer = Box::leak(Box::new(tokenizer));
+        let worker = Worker::start(model, tokenizer, end_tokens.clone(), config);
+        let worker = worker.map_err(|error| Failure::Configuration(error.to_string()))?;
         Ok(Self {
             tokenizer,
             format,
@@ -78,8 +90,23 @@ impl ModelEngine {
             vocabulary: OnceLock::new(),
             base,
             adapters: Mutex::new(served),
+            retired: Mutex::default(),
             worker,
         })
+    }
+
+    /// Removes an adapter from the model, and those of earlier calls, once no request uses them.
+    fn retire(&self, adapter: Option<ServedAdapter>) -> Result<(), EngineError> {
+        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        retired.extend(adapter);
+        let (unused, used) = retired.drain(..).partition(|adapter| Arc::strong_count(&adapter.users) == 1);
+        *retired = used;
+        let unused: Vec<ServedAdapter> = unused;
+        drop(retired);
+        for adapter in unused {
+            self.worker.change(move |model| model.delete_adapter(&adapter.inner))?;
+        }
+        Ok(())
     }
 
     fn adapters(&self) -> std::sync::MutexGuard<'_, Vec<ServedAdapter>> {
@@ -142,7 +169,7 @@ impl Engine for ModelEngine {
             chat_template: None,
             end,
         };
-        let text = prompt.render(&self.tokenizer).map_err(invalid)?;
+        let text = prompt.render(self.tokenizer).map_err(invalid)?;
         let ids = self.tokenizer.encode(&text, false).map_err(invalid)?;
         Ok(RenderedChat { text, ids })
     }
@@ -153,7 +180,7 @@ impl Engine for ModelEngine {
 
     fn vocabulary(&self) -> Result<Arc<Vocabulary>, EngineError> {
         let read = || {
-            let dir = tokenizer_dir(&self.tokenizer).ok_or("the tokenizer has no tokenizer.json")?;
+            let dir = tokenizer_dir(self.tokenizer).ok_or("the tokenizer has no tokenizer.json")?;
             let text = std::fs::read(dir.join("tokenizer.json")).map_err(|error| error.to_string())?;
             let file: Value = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
             Vocabulary::from_tokenizer_json(&file, self.limits.vocab_size, &self.end_tokens).map(Arc::new)
@@ -165,12 +192,16 @@ impl Engine for ModelEngine {
     }
 
     fn submit(&self, mut request: EngineRequest, events: EventSink) -> Result<RequestId, EngineError> {
+        let mut user = None;
         if let Some(name) = &request.adapter {
-            let inner = self.adapters().iter().find(|adapter| adapter.name == *name).map(|found| found.inner.clone());
+            let adapters = self.adapters();
+            let found = adapters.iter().find(|adapter| adapter.name == *name);
             let unloaded = || EngineError::new(EngineErrorKind::NotFound, format!("the adapter {name:?} was unloaded"));
-            request.adapter = Some(inner.ok_or_else(unloaded)?);
+            let found = found.ok_or_else(unloaded)?;
+            user = Some(found.users.clone());
+            request.adapter = Some(found.inner.clone());
         }
-        self.worker.submit(request, events)
+        self.worker.submit(request, events, user)
     }
 
     fn abort(&self, id: RequestId) {
@@ -186,16 +217,21 @@ impl Engine for ModelEngine {
             let way_out = "unload it first, or set load_inplace";
             return Err(EngineError::invalid(format!("an adapter {name:?} is loaded already; {way_out}")));
         }
-        // The one that is replaced stays until its successor is loaded.
-        let inner = match known {
-            None => name.to_owned(),
-            Some(_) => self.worker.unused_name(name)?,
-        };
-        self.worker.load(inner.clone(), path.to_owned())?;
+        self.retire(None)?;
+        let (wanted, path) = (name.to_owned(), path.to_owned());
+        let root = path.clone();
+        let inner = self.worker.change(move |model| {
+            // The one that is replaced stays until its requests have ended.
+            let known = model.adapters();
+            let mut names = (2..).map(|number| format!("{wanted}-{number}"));
+            let is_free = |name: &String| !known.contains(&name.as_str());
+            let inner = Some(wanted.clone()).filter(is_free).or_else(|| names.find(is_free)).unwrap_or_default();
+            model.load_adapter_as(&inner, path)?;
+            Ok(inner)
+        })?;
+        let added = ServedAdapter::new(name, &inner, root);
         let mut adapters = self.adapters();
-        let found = adapters.iter().position(|adapter| adapter.name == name);
-        let added = ServedAdapter { name: name.to_owned(), inner, root: path.to_owned() };
-        let replaced = match found {
+        let replaced = match adapters.iter().position(|adapter| adapter.name == name) {
             Some(at) => Some(std::mem::replace(&mut adapters[at], added)),
             None => {
                 adapters.push(added);
@@ -203,7 +239,7 @@ impl Engine for ModelEngine {
             }
         };
         drop(adapters);
-        replaced.map_or(Ok(()), |old| self.worker.unload(old.inner))
+        self.retire(replaced)
     }
 
     fn unload_adapter(&self, name: &str) -> Result<(), EngineError> {
@@ -214,7 +250,7 @@ impl Engine for ModelEngine {
         };
         let removed = adapters.remove(at);
         drop(adapters);
-        self.worker.unload(removed.inner)
+        self.retire(Some(removed))
     }
 
     fn stats(&self) -> EngineStats {

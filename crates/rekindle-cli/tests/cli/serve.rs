@@ -147,6 +147,19 @@ fn texts_stops_and_streams() {
     }
 }
 
+/// Runs the checks of `openai_client.py` with the Python of `REKINDLE_CLIENT_PYTHON`, which has the packages `openai` and
+/// `jsonschema`.
+#[test]
+fn the_python_client() {
+    let Some(python) = std::env::var_os("REKINDLE_CLIENT_PYTHON") else {
+        eprintln!("not run: REKINDLE_CLIENT_PYTHON is not set");
+        return;
+    };
+    let server = Server::start(&[]);
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cli/openai_client.py");
+    assert!(Command::new(python).arg(script).arg(&server.address).status().unwrap().success(), "it failed");
+}
+
 /// Returns the exit code, the answers and what went to stderr of a chat with these lines.
 fn chat(more: &[&str], lines: &str) -> (i32, String, String) {
     let mut command = command();
