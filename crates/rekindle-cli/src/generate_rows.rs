@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use rekindle::engine::EngineConfig;
-use rekindle::{ChatPrompt, Error, GeneratedText, GenerationConfig, Model, Tokenizer, counted};
+use rekindle::{ChatPrompt, GeneratedText, GenerationConfig, Model, Tokenizer, counted};
 use serde_json::{Map, Value, json};
 
 use crate::args::GenerateArgs;

@@ -195,7 +195,7 @@ impl Receiver {
     }
 
     fn finished(&mut self, sample: usize, reason: End, cached_tokens: usize) -> bool {
-        let Some(mut text) = self.texts[sample].take() else { return true };
+        let Some(text) = self.texts[sample].take() else { return true };
         let (reason, mut stop) = match reason {
             // The caller has gone.
             End::Aborted => return false,

@@ -163,8 +163,8 @@ impl From<Error> for PutError {
 
 /// Returns true for queries and keys of a model whose halves of heads rotate together.
 pub(super) fn rotates_halves(config: &ModelConfig, needed: &ParameterSpec) -> bool {
-    let ropes = config.spec.layers.iter().filter_map(|layer| layer.attention()?.rope);
-    let is_interleaved = ropes.into_iter().all(|rope| rope.interleaved);
+    let mut ropes = config.spec.layers.iter().filter_map(|layer| layer.attention()?.rope);
+    let is_interleaved = ropes.all(|rope| rope.interleaved);
     is_rotated(needed.role) && !is_interleaved
 }
 

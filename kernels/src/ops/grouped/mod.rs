@@ -17,7 +17,7 @@
 //! Operands share one float dtype; sums in f32.
 //!
 //! # Determinism
-//! On the CPU a row of the result does not depend on which other rows there are, except that a lone token, as in decoding,
+//! On the CPU a row of the result does not depend on which other rows there are, except that the gradient of a lone token
 //! is summed in another order.
 
 pub(crate) mod cpu;

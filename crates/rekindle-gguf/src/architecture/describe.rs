@@ -1,0 +1,223 @@
+//! The metadata of a decoder, and the refusal of what an architecture does not compute.
+
+use super::{AttentionScale, GgufArchitecture, GgufDecoder, GgufDescription, GgufLayer, GgufRopeScaling, Windows};
+use crate::{Error, MetadataValue};
+
+/// Returns the metadata of a decoder as the architecture has it.
+pub(super) fn description(architecture: &GgufArchitecture, decoder: &GgufDecoder) -> Result<GgufDescription, Error> {
+    let mut out = Describer { architecture, metadata: Vec::new(), vectors: Vec::new(), notices: Vec::new() };
+    out.sizes(decoder)?;
+    out.attention_scale(decoder)?;
+    out.scales(decoder)?;
+    out.windows(decoder)?;
+    out.positions(decoder)?;
+    let Describer { metadata, vectors, notices, .. } = out;
+    Ok(GgufDescription { metadata, vectors, notices })
+}
+
+struct Describer<'a> {
+    architecture: &'a GgufArchitecture,
+    metadata: Vec<(String, MetadataValue)>,
+    vectors: Vec<(String, Vec<f32>)>,
+    notices: Vec<String>,
+}
+
+impl Describer<'_> {
+    fn set(&mut self, key: &str, value: impl Into<MetadataValue>) {
+        self.metadata.push((format!("{}.{key}", self.architecture.name), value.into()));
+    }
+
+    fn set_size(&mut self, key: &str, value: u64) -> Result<(), Error> {
+        let value = u32::try_from(value).map_err(|_| self.refused(&format!("{key} is {value}")))?;
+        self.set(key, value);
+        Ok(())
+    }
+
+    fn refused(&self, what: &str) -> Error {
+        let name = self.architecture.name;
+        Error::Model(format!("{what}, which llama.cpp's architecture \"{name}\" does not support"))
+    }
+
+    fn sizes(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
+        self.set_size("vocab_size", decoder.vocab_size)?;
+        self.set_size("context_length", decoder.context_length)?;
+        self.set_size("embedding_length", decoder.embedding_length)?;
+        self.set_size("block_count", decoder.layers.len() as u64)?;
+        self.set_size("feed_forward_length", decoder.feed_forward_length)?;
+        self.set_size("attention.head_count", decoder.heads)?;
+        self.set_size("attention.head_count_kv", decoder.kv_heads)?;
+        self.set_size("attention.key_length", decoder.head_dim)?;
+        self.set_size("attention.value_length", decoder.head_dim)?;
+        self.set("attention.layer_norm_rms_epsilon", decoder.rms_epsilon as f32);
+        Ok(())
+    }
+
+    fn attention_scale(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
+        let head_dim = (decoder.head_dim as f64).sqrt().recip();
+        let implied = match self.architecture.attention_scale {
+            AttentionScale::Gemma(layers) if layers == decoder.layers.len() => {
+                ((decoder.embedding_length / decoder.heads.max(1)) as f64).sqrt().recip()
+            }
+            _ => head_dim,
+        };
+        let scale = decoder.attention_scale;
+        if (scale / implied - 1.0).abs() < 1e-6 {
+            return Ok(());
+        }
+        if self.architecture.attention_scale != AttentionScale::Stored {
+            return Err(self.refused(&format!("the attention scores are multiplied with {scale} instead of {implied}")));
+        }
+        self.set("attention.scale", scale as f32);
+        Ok(())
+    }
+
+    fn scales(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
+        let GgufArchitecture { name, has_scales, .. } = *self.architecture;
+        match decoder.attention_softcap {
+            Some(cap) if name == "gemma2" => self.set("attn_logit_softcapping", cap as f32),
+            Some(cap) => return Err(self.refused(&format!("attention scores are capped at {cap}"))),
+            None if name == "gemma2" => return Err(self.refused("attention scores are not capped")),
+            None => {}
+        }
+        match decoder.logit_softcap {
+            Some(cap) if name.starts_with("gemma") => self.set("final_logit_softcapping", cap as f32),
+            Some(cap) => return Err(self.refused(&format!("logits are capped at {cap}"))),
+            None if name == "gemma2" => return Err(self.refused("logits are not capped")),
+            None => {}
+        }
+        if has_scales {
+            // A file has the divisor of logits.
+            self.set("logit_scale", decoder.logit_multiplier.map_or(1.0, f64::recip) as f32);
+            self.set("residual_scale", decoder.residual_scale.unwrap_or(1.0) as f32);
+            self.set("embedding_scale", decoder.embedding_scale.unwrap_or(1.0) as f32);
+            return Ok(());
+        }
+        // Gemma's √embedding_length is a part of its architectures.
+        let scales_embeddings = decoder.embedding_scale.is_some_and(|scale| {
+            !(name.starts_with("gemma") && (scale / (decoder.embedding_length as f64).sqrt() - 1.0).abs() < 1e-6)
+        });
+        if scales_embeddings || decoder.residual_scale.is_some() || decoder.logit_multiplier.is_some() {
+            return Err(self.refused("embeddings, residuals or logits are multiplied with a factor"));
+        }
+        Ok(())
+    }
+
+    fn windows(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
+        let mut windows: Vec<u64> = decoder.layers.iter().filter_map(|layer| layer.window).collect();
+        windows.dedup();
+        let window = match windows[..] {
+            [] => {
+                // Gemma 2 always has windows.
+                return if self.architecture.name == "gemma2" {
+                    Err(self.refused("no layer has a window"))
+                } else {
+                    Ok(())
+                };
+            }
+            [window] => window,
+            _ => return Err(self.refused("layers have windows of different lengths")),
+        };
+        let listed = match self.architecture.windows {
+            Windows::Listed => true,
+            Windows::ListedIn64Layers => decoder.layers.len() == 64,
+            Windows::Ignored => {
+                if window < decoder.context_length {
+                    self.notices.push(format!(
+                        "llama.cpp ignores the attention window of {window} tokens of this model: longer texts have \
+                         other results than in training"
+                    ));
+                }
+                return Ok(());
+            }
+        };
+        if !listed {
+            return Err(self.refused("layers have a window, but there are not 64 layers"));
+        }
+        self.set_size("attention.sliding_window", window)?;
+        let pattern: Vec<bool> = decoder.layers.iter().map(|layer| layer.window.is_some()).collect();
+        self.set("attention.sliding_window_pattern", pattern);
+        Ok(())
+    }
+
+    fn positions(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
+        let step = self.architecture.no_rope_step;
+        let has_windows = decoder.layers.iter().any(|layer| layer.window.is_some());
+        let rotates = |(index, layer): (usize, &GgufLayer)| match self.architecture.windows {
+            Windows::ListedIn64Layers => !has_windows || layer.window.is_some(),
+            _ => step == 0 || (index + 1) % step != 0,
+        };
+        let wrong =
+            decoder.layers.iter().enumerate().find(|(index, layer)| rotates((*index, layer)) != layer.rope.is_some());
+        if let Some((index, layer)) = wrong {
+            let positions = if layer.rope.is_some() { "positions" } else { "no positions" };
+            return Err(self.refused(&format!("layer {index} has {positions}")));
+        }
+        let of = |has_window: bool| {
+            let mut ids = decoder.layers.iter().filter(|layer| layer.window.is_some() == has_window);
+            let first = ids.find_map(|layer| layer.rope);
+            first.and_then(|id| decoder.ropes.get(id))
+        };
+        let Some(rope) = of(false).or_else(|| of(true)) else { return Err(self.refused("no layer has positions")) };
+        self.set_size("rope.dimension_count", rope.dimensions)?;
+        self.set("rope.freq_base", rope.base as f32);
+        if let Some(windowed) = of(true).filter(|windowed| *windowed != rope) {
+            let is_listed = self.architecture.windows == Windows::Listed;
+            if !is_listed || windowed.scaling != GgufRopeScaling::None || windowed.dimensions != rope.dimensions {
+                return Err(self.refused("layers with a window have other rotary positions"));
+            }
+            self.set("rope.freq_base_swa", windowed.base as f32);
+        } else if has_windows && self.architecture.windows == Windows::Listed && rope.scaling != GgufRopeScaling::None {
+            return Err(self.refused("layers with a window have scaled rotary positions"));
+        }
+        if let Some((beta, window)) = decoder.query_growth {
+            let original = match rope.scaling {
+                GgufRopeScaling::Yarn { original, .. } => Some(original),
+                _ => None,
+            };
+            if self.architecture.name != "mistral3" || original != Some(window) {
+                return Err(self.refused("queries grow with the position"));
+            }
+            self.set("attention.temperature_scale", beta as f32);
+        }
+        self.rope_scaling(&rope.scaling)
+    }
+
+    fn rope_scaling(&mut self, scaling: &GgufRopeScaling) -> Result<(), Error> {
+        match scaling {
+            GgufRopeScaling::None => {}
+            GgufRopeScaling::Linear { factor } => {
+                self.set("rope.scaling.type", "linear");
+                self.set("rope.scaling.factor", *factor as f32);
+            }
+            GgufRopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow } => {
+                self.set("rope.scaling.type", "yarn");
+                self.set("rope.scaling.factor", *factor as f32);
+                self.set_size("rope.scaling.original_context_length", *original)?;
+                self.set("rope.scaling.yarn_beta_fast", *beta_fast as f32);
+                self.set("rope.scaling.yarn_beta_slow", *beta_slow as f32);
+                // llama.cpp multiplies with YaRN's own factor.
+                let own = 1.0 + 0.1 * factor.ln();
+                self.set("rope.scaling.attn_factor", (attention_factor / own) as f32);
+            }
+            GgufRopeScaling::Divisors(divisors) => {
+                if !self.architecture.has_divisors {
+                    return Err(self.refused("rotary frequencies have divisors of their own (rope_type llama3)"));
+                }
+                self.vectors.push(("rope_freqs.weight".to_owned(), divisors.clone()));
+            }
+            GgufRopeScaling::Long { short, long, original, attention_factor } => {
+                if self.architecture.name != "phi3" {
+                    return Err(
+                        self.refused("rotary frequencies depend on the length of the text (rope_type longrope)")
+                    );
+                }
+                self.set("rope.scaling.type", "longrope");
+                self.set_size("rope.scaling.original_context_length", *original)?;
+                self.set("rope.scaling.attn_factor", *attention_factor as f32);
+                self.vectors.push(("rope_factors_long.weight".to_owned(), long.clone()));
+                self.vectors.push(("rope_factors_short.weight".to_owned(), short.clone()));
+            }
+        }
+        Ok(())
+    }
+}
