@@ -102,8 +102,13 @@ const ARCHITECTURE_KEYS: [&str; 18] = [
 /// The folder of the model families.
 const FAMILIES: &str = "crates/rekindle-models/src/families/";
 
-/// Files outside of [`FAMILIES`] that write architecture keys: the output of `inspect`, and a merge that unties the head.
-const KEY_WRITERS: [&str; 2] = ["crates/rekindle/src/inspect.rs", "crates/rekindle-models/src/checkpoint/merge.rs"];
+/// Files outside of [`FAMILIES`] that write architecture keys: the output of `inspect`, a merge that unties the head, and
+/// the keys of GGUF, some of which have the same names.
+const KEY_WRITERS: [&str; 3] = [
+    "crates/rekindle/src/inspect.rs",
+    "crates/rekindle-models/src/checkpoint/merge.rs",
+    "crates/rekindle-gguf/src/architecture/describe.rs",
+];
 
 /// First words of a doc comment that make it a noun clause instead of a verb or a noun phrase.
 const CLAUSES: [&str; 6] = ["What", "Whether", "How", "Of", "Where", "Which"];

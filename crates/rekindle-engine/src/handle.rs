@@ -1,7 +1,7 @@
 //! An engine on a thread of its own.
 
 use std::collections::HashMap;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::Duration;
 
 use crate::request::{Event, Request, RequestId};
@@ -52,10 +52,7 @@ impl RequestStream {
 
     /// Waits for the next event at most this long; returns `None` if there was none, or if the request is complete.
     pub fn next_within(&self, time: Duration) -> Option<Event> {
-        match self.events.recv_timeout(time) {
-            Ok(event) => Some(event),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        self.events.recv_timeout(time).ok()
     }
 }
 

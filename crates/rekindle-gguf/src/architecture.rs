@@ -139,7 +139,7 @@ pub enum GgufPart {
     FeedForwardNorm(usize),
     /// The gate of the feed-forward half.
     Gate(usize),
-    /// What the gate multiplies, or both as one linear.
+    /// The linear that the gate multiplies, or both as one.
     Up(usize),
     /// Back to the residual stream.
     Down(usize),

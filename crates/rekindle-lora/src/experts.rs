@@ -349,7 +349,8 @@ mod tests {
         };
         let joined = |name: &str, expert: usize| (name == "gate_up_proj").then(|| (factors(expert, input, 8, 2), 0.5));
         let only_up = |name: &str, expert: usize| (name == "up_proj").then(|| (factors(expert, input, 4, 1), 1.0));
-        let all: [&dyn Fn(&str, usize) -> Option<(LoraFactors, f64)>; 3] = [&separate, &joined, &only_up];
+        type FactorsOf<'a> = &'a dyn Fn(&str, usize) -> Option<(LoraFactors, f64)>;
+        let all: [FactorsOf<'_>; 3] = [&separate, &joined, &only_up];
         let dispatch = Dispatch::of(&[2, 0, 0, 2, 2, 0], EXPERTS, 2, &Device::cpu());
         let (x, dy) = (matrix(3, [3, input]), matrix(4, [6, 8]));
         for of in all {

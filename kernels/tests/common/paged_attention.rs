@@ -145,7 +145,7 @@ pub(crate) fn copied_pages_part(place: impl Fn() -> Place) {
     let other = run(PAGE + 4, 1, &[3, 0], -2.0, Some([1, 0]));
     let last = run(PAGE + 4, 1, &[3, 1], 1.0, None);
     assert_ne!(other, last);
-    let whole = self::run(&case, &&place, &vec![vec![(0, PAGE + 5)]]);
+    let whole = self::run(&case, &place, &vec![vec![(0, PAGE + 5)]]);
     for (got, want) in last.iter().zip(&whole[(PAGE + 4) * wide[1]..]) {
         assert!((got - want).abs() <= 1e-6, "{got} is not {want}");
     }

@@ -269,7 +269,7 @@ FAMILIES |= {
     ), DELTA),
     # A mixture with a shared expert in every layer.
     "qwen3_5-moe": (qwen3_5_text(
-        97, Qwen3_5MoeTextConfig, num_hidden_layers=3, moe_intermediate_size=20, shared_expert_intermediate_size=28,
+        97, Qwen3_5MoeTextConfig, num_hidden_layers=3, moe_intermediate_size=16, shared_expert_intermediate_size=28,
         num_experts=6, num_experts_per_tok=2, tie_word_embeddings=False,
     ), [*ATTENTION, *DELTA[7:]]),
 }

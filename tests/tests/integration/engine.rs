@@ -33,10 +33,11 @@ impl Answer {
     }
 }
 
+/// The log-probabilities of prompts.
+type Prompts = BTreeMap<RequestId, Vec<Option<PromptToken>>>;
+
 /// Runs until nothing is left to do; returns the answers by request and sample, and the prompts' log-probabilities.
-fn run<M: EngineModel>(
-    engine: &mut Engine<M>,
-) -> (BTreeMap<(RequestId, usize), Answer>, BTreeMap<RequestId, Vec<Option<PromptToken>>>) {
+fn run<M: EngineModel>(engine: &mut Engine<M>) -> (BTreeMap<(RequestId, usize), Answer>, Prompts) {
     let (mut answers, mut prompts) = (BTreeMap::<_, Answer>::new(), BTreeMap::new());
     while engine.has_work() {
         for event in engine.step() {

@@ -199,7 +199,8 @@ fn joined_and_separate_adapters_are_one_function() {
 /// The golden's checkpoint with the experts of each layer in one tensor, as transformers 5 has them in memory.
 fn stacked_checkpoint(golden: &Golden, dir: &Path) {
     let mut stored = tensors(&golden.dir.join(TENSORS));
-    let mut stacks: BTreeMap<(String, bool), BTreeMap<(usize, bool), (Vec<usize>, Vec<f32>)>> = BTreeMap::new();
+    type Parts = BTreeMap<(usize, bool), (Vec<usize>, Vec<f32>)>;
+    let mut stacks: BTreeMap<(String, bool), Parts> = BTreeMap::new();
     let experts: Vec<String> = stored.keys().filter(|name| name.contains(".experts.")).cloned().collect();
     for name in experts {
         let tensor = stored.remove(&name).expect("it is listed");

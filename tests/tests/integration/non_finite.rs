@@ -141,7 +141,7 @@ fn a_dtype_that_cannot_hold_a_merged_weight_is_refused() {
     let merge = |dtype| Merge::new(adapter.path()).base(&golden.dir).dtype(dtype).write(&out, &mut |_, _| ());
     let error = merge(Dtype::F16).expect_err("it is too large");
     assert_eq!(error.kind(), ErrorKind::Diverged);
-    for part in ["in the merged \"model.layers.", "beyond the range of F16", "merge with dtype bf16 or f32"] {
+    for part in ["in the merged \"model.layers.", "outside the range of F16", "merge with dtype bf16 or f32"] {
         assert!(error.to_string().contains(part), "{part:?} is not in: {error}");
     }
     assert!(!out.exists());

@@ -70,7 +70,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long, conflicts_with = "data")]
     pub(crate) json: bool,
     /// File for the answers to --data, one JSON object a line; rows that it answers already are skipped
-    #[arg(long, value_name = "FILE", requires = "data")]
+    #[arg(long, value_name = "FILE", requires = "data", conflicts_with_all = ["prompt", "chat", "messages", "prompt_ids"])]
     pub(crate) out: Option<PathBuf>,
     /// Rows of --data that are answered at the same time
     #[arg(long, value_name = "N", default_value_t = 64, requires = "data")]

@@ -128,7 +128,7 @@ fn starts_from_weights_are_run_and_merged() {
         let merged =
             run(&format!("eval --device cpu --json --data {} --model {}", rows.display(), out.display())).json();
         let adapted = if number == 2 {
-            eval(" --load-in-8bit").fails(2, &["(loftq)", "load_in_4bit"]);
+            eval(" --load-in-8bit").fails(2, &["initialized by LoftQ", "load_in_4bit"]);
             let asked = eval(" --load-in-4bit").json();
             assert_eq!(eval("").json(), asked, "the adapter says how its base is loaded");
             asked
@@ -183,7 +183,10 @@ fn arguments_that_cannot_be_met_name_the_nearest() {
         ("lora.init_lora_weights=pissa_niter_x", ["\"pissa_niter_N\" with a number", "nearest: \"pissa_niter_16\""]),
         ("lora.init_lora_weights=loftq", ["is not quantized", "load_in_4bit"]),
         ("lora.target_modules=[]", ["target_modules is empty", "usual: \"all-linear\""]),
-        ("lora.target_modules=q_proj", ["\"q_proj\" matches no linear", "[\"q_proj\"] or \".*q_proj\""]),
+        (
+            "lora.target_modules=q_proj",
+            ["\"q_proj\" matches the whole name of no linear", "[\"q_proj\"] or \".*q_proj\""],
+        ),
         ("lora.target_modules=all-linaer", ["\"all-linaer\"", "\"all-linear\""]),
         ("lora.bias=lora", ["bias \"lora\"", "nearest: \"lora_only\""]),
         ("lora.lora_alpha=0", ["lora_alpha is 0", "usual: r = 2"]),

@@ -31,7 +31,10 @@ fn rows_that_are_not_shown_are_refused_dropped_or_counted() {
     );
     assert!(allowed.stdout.starts_with("row 1 of 2, "), "{}", allowed.stdout);
     let stats = rekindle(["data", "stats", &run_file]).ok().stdout;
-    assert!(stats.contains("1 row that the chat template does not show all of: training refuses such rows"), "{stats}");
+    assert!(
+        stats.contains("1 row that the chat template does not render completely: training refuses such rows"),
+        "{stats}"
+    );
     scratch.write("chat.jsonl", CALLS.lines().next().unwrap());
     preview(&["data.not_shown=drop"]).fails(3, &["no row is left: the chat template renders none of them completely"]);
 }

@@ -390,6 +390,6 @@ mod tests {
             "D/a.jsonl: is listed twice; its rows would be used twice"
         );
         let error = found(dir.path(), &["a***b"]).expect_err("not a valid file pattern");
-        assert!(error.starts_with("D/a***b: is not a valid file pattern of file names: "), "{error}");
+        assert!(error.starts_with("D/a***b: is not a valid file pattern: "), "{error}");
     }
 }

@@ -229,7 +229,8 @@ fn damaged_csv_is_an_error_with_its_row() {
         "rows.csv, row 2: has 1 cell and the header has 2; put cells that contain the delimiter, a quote or a line end in quotes"
     );
     assert!(
-        error("rows.csv", "prompt,completion\na,b,c\n").starts_with("rows.csv, row 1: has 3 cells and the header 2")
+        error("rows.csv", "prompt,completion\na,b,c\n")
+            .starts_with("rows.csv, row 1: has 3 cells and the header has 2")
     );
     assert_eq!(
         error("rows.csv", "prompt,completion\na,b\nc,\"d\ne,f\n"),

@@ -25,11 +25,7 @@ pub(super) fn transposed<const G: usize>(x: &[f32]) -> [Lane; G] {
 
 #[inline(always)]
 fn each(f: impl Fn(usize) -> f32) -> Lane {
-    let mut out = [0.0; LANES];
-    for lane in 0..LANES {
-        out[lane] = f(lane);
-    }
-    out
+    core::array::from_fn(f)
 }
 
 #[inline(always)]

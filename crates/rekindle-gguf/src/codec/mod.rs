@@ -236,7 +236,8 @@ mod tests {
 
     #[test]
     fn inconsistent_arguments_are_errors() {
-        let cases: [(GgmlType, Vec<f32>, usize, Option<Vec<f32>>, &str); 8] = [
+        type Case = (GgmlType, Vec<f32>, usize, Option<Vec<f32>>, &'static str);
+        let cases: [Case; 8] = [
             (GgmlType::Q4_K, vec![0.0; 128], 128, None, "blocks of 256"),
             (GgmlType::Q8_0, vec![0.0; 48], 32, None, "blocks of 32"),
             (GgmlType::F32, vec![0.0; 3], 0, None, "rows of 0"),

@@ -6,11 +6,14 @@ use super::{AdaptableModules, Adapter, LoraFactors, TensorReader};
 use crate::peft::{TensorKey, stacked};
 use crate::{Error, ExpertProjection, LoraConfig};
 
+/// The values of A and of B.
+type FactorValues = (Vec<f32>, Vec<f32>);
+
 /// The factors of experts that are written as those of all of a layer.
 #[derive(Default)]
 pub(super) struct StackedFactors {
     /// The modules that their keys name, the shapes of A and B, and their values.
-    pub(super) tensors: Vec<(String, [[usize; 2]; 2], (Vec<f32>, Vec<f32>))>,
+    pub(super) tensors: Vec<(String, [[usize; 2]; 2], FactorValues)>,
     /// The linears whose factors they are.
     pub(super) modules: BTreeSet<String>,
 }

@@ -118,11 +118,11 @@ pub fn export_gguf(
                 done
             }
         };
-        result.or_else(|error| match error {
-            PutError::Io(error) => Err(error),
+        result.map_err(|error| match error {
+            PutError::Io(error) => error,
             PutError::Model(error) => {
                 refused = Some(error);
-                Err(io::Error::other("a tensor cannot be exported"))
+                io::Error::other("a tensor cannot be exported")
             }
         })
     });

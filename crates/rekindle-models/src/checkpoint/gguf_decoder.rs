@@ -162,13 +162,9 @@ fn rope(rope: &RopeConfig) -> Result<GgufRope, Error> {
             }
             GgufRopeScaling::Yarn { factor, original: original as u64, attention_factor, beta_fast, beta_slow }
         }
-        Scaling::Llama3 { .. } => {
-            let dimensions = rope.rotary_dim();
-            let base = (0..dimensions / 2).map(|i| rope.theta().powf(-2.0 * i as f64 / dimensions as f64));
-            let scaled = rope.inv_freq(1);
-            GgufRopeScaling::Divisors(
-                base.zip(scaled).map(|(base, scaled)| (base / f64::from(scaled)) as f32).collect(),
-            )
+        &Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
+            let bands = [factor, low_freq_factor, high_freq_factor, original as f64].map(|x| x as f32);
+            GgufRopeScaling::Divisors(llama3_divisors(rope.theta() as f32, rope.rotary_dim(), bands))
         }
         Scaling::LongRope { short_factor, long_factor, original, attention_factor } => GgufRopeScaling::Long {
             short: f32s(short_factor),
@@ -185,4 +181,22 @@ fn rope(rope: &RopeConfig) -> Result<GgufRope, Error> {
         }
     };
     Ok(GgufRope { base: rope.theta(), dimensions: rope.rotary_dim() as u64, scaling })
+}
+
+/// The divisors of the frequencies of Llama 3.1, in f32 step by step as llama.cpp's converter computes them: 1 for short
+/// waves, the factor for long ones, and a harmonic mean between them.
+fn llama3_divisors(theta: f32, dimensions: usize, [factor, low, high, original]: [f32; 4]) -> Vec<f32> {
+    let divisor = |pair: usize| {
+        let frequency = 1.0 / theta.powf(2.0 * pair as f32 / dimensions as f32);
+        let wave = core::f32::consts::TAU / frequency;
+        if wave < original / high {
+            1.0
+        } else if wave > original / low {
+            factor
+        } else {
+            let smooth = (original / wave - low) / (high - low);
+            1.0 / ((1.0 - smooth) / factor + smooth)
+        }
+    };
+    (0..dimensions / 2).map(divisor).collect()
 }

@@ -107,6 +107,7 @@ fn nearest(name: &str) -> Option<&'static str> {
         let pairs = known.chars().zip(name.chars());
         pairs.take_while(|(a, b)| a.eq_ignore_ascii_case(b)).count()
     };
-    let best = FAMILIES.iter().map(|f| f.architecture).max_by_key(|known| shared(known))?;
+    // The first of equal ones.
+    let best = FAMILIES.iter().rev().map(|f| f.architecture).max_by_key(|known| shared(known))?;
     (shared(best) >= 4).then_some(best)
 }

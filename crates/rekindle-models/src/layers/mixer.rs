@@ -32,6 +32,7 @@ pub enum MixerSaved {
 
 /// Gradients to the results of the projections, from the first half of the backward.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "one at a time")]
 pub enum MixerPending {
     /// Those of softmax attention.
     Attention(AttentionPending),

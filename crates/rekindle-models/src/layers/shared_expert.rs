@@ -30,6 +30,7 @@ pub struct SharedExpert {
 pub struct SharedExpertSaved(Saved);
 
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "one for each layer")]
 enum Saved {
     Plain(Box<GatedMlpSaved>),
     Gated {

@@ -132,5 +132,5 @@ try {
   const ended = new Promise((resolve) => browser.on("exit", resolve));
   browser.kill();
   await ended;
-  rmSync(profile, { recursive: true, force: true, maxRetries: 5 });
+  rmSync(profile, { recursive: true, force: true, maxRetries: 20, retryDelay: 100 });
 }

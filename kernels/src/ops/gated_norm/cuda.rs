@@ -36,7 +36,7 @@ pub(super) fn forward(x: &Array, z: &Array, weight: &Array, eps: f32, pad_cols: 
 
 pub(super) fn backward(dy: &Array, x: &Array, z: &Array, weight: &Array, eps: f32) -> (Array, Array) {
     let (dx, dz) = (like(x), like(z));
-    run(dy, x, z, weight, eps, &dx, &dz, None);
+    run([dy, x, z, weight], eps, [&dx, &dz], None);
     (dx, dz)
 }
 
@@ -45,13 +45,13 @@ pub(super) fn weight_grad(dy: &Array, x: &Array, z: &Array, weight: &Array, eps:
     let partial = Array::dense(x.cuda(), [heads.blocks, heads.width], DType::F32, MemoryUse::Scratch);
     // The kernel makes all gradients; those to x and z go where nothing reads them.
     let (dx, dz) = (like(x), like(z));
-    run(dy, x, z, weight, eps, &dx, &dz, Some(&partial));
+    run([dy, x, z, weight], eps, [&dx, &dz], Some(&partial));
     let grad = Array::zeros(x.cuda(), [1, heads.width], DType::F32, MemoryUse::Activations);
     reduce::sum_partials(&partial, &grad);
     grad
 }
 
-fn run(dy: &Array, x: &Array, z: &Array, weight: &Array, eps: f32, dx: &Array, dz: &Array, partial: Option<&Array>) {
+fn run([dy, x, z, weight]: [&Array; 4], eps: f32, [dx, dz]: [&Array; 2], partial: Option<&Array>) {
     check_dims("dy", dy, x.dims());
     let heads = Heads::of(x, weight);
     let (dy, x, z, weight) = (dy.aligned(), x.aligned(), z.aligned(), weight.aligned());
