@@ -140,7 +140,8 @@ impl ExpertLinear {
     /// adapters on all experts, of one rank and one scale, or on none.
     ///
     /// # Panics
-    /// Where that is not so; [`AdaptableModules::check_experts`](crate::Modules::check_experts) refuses such adapters.
+    /// If only some experts have one, or ranks or scales differ;
+    /// [`AdaptableModules::check_experts`](crate::AdaptableModules::check_experts) refuses such adapters.
     pub fn adapt(&mut self, params: &mut ParamsBuilder, mut adaptation: impl FnMut(&str) -> LoraInit) {
         let mut found = Vec::new();
         for (name, first, width) in self.names.parts() {

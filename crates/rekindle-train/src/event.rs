@@ -58,6 +58,6 @@ pub enum TrainEnd {
     Finished,
     /// The evaluation loss no longer fell (`early_stopping_patience`).
     EarlyStopping,
-    /// The run was asked to stop ([`Trainer::stop_flag`](crate::Trainer::stop_flag)); there is no result yet.
+    /// The run was asked to stop ([`Trainer::stop`](crate::Trainer::stop)); there is no result yet.
     Interrupted,
 }

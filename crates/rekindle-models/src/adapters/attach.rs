@@ -61,7 +61,7 @@ impl CausalLm {
     /// own ([`DEFAULT_ADAPTER`]). [`add_adapter_as`](Self::add_adapter_as) adds one beside others.
     ///
     /// With `init_lora_weights` = `"pissa"`, `"pissa_niter_N"` or `"olora"` the initial B·A is subtracted from the base
-    /// ([`rekindle_lora::taken`]) until the adapter is deactivated, so that the model is unchanged at step 0.
+    /// ([`rekindle_lora::split_weight`]) until the adapter is deactivated, so that the model is unchanged at step 0.
     /// [`adapter`](Self::adapter) is the same function on the base as it was. bf16 weights are rounded once more by the
     /// subtraction.
     ///
