@@ -7,7 +7,7 @@ import { join } from "node:path";
 const [url, screenshots] = process.argv.slice(2);
 const profile = mkdtempSync(join(tmpdir(), "rekindle-page-"));
 const browser = spawn("chromium", ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
-  `--user-data-dir=${profile}`, "--window-size=900,700", "about:blank"], { stdio: ["ignore", "ignore", "pipe"] });
+  `--user-data-dir=${profile}`, "--window-size=900,700", "about:blank"], { stdio: ["ignore", "ignore", "pipe"], detached: true });
 
 const endpoint = await new Promise((resolve, reject) => {
   let text = "";
@@ -130,7 +130,8 @@ try {
   socket.close();
   browser.removeAllListeners("exit");
   const ended = new Promise((resolve) => browser.on("exit", resolve));
-  browser.kill();
+  // Its whole process group: a helper process that outlives it would still write to the profile.
+  process.kill(-browser.pid, "SIGKILL");
   await ended;
   rmSync(profile, { recursive: true, force: true, maxRetries: 20, retryDelay: 100 });
 }
