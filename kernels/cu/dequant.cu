@@ -2,8 +2,7 @@
 //
 // 4-bit: w = codebook[code]·absmax[block], in f32 with subnormals flushed, rounded once to T; blocks of `blocksize` run
 // over the flattened tensor. Double: absmax = map[code8]·nested[block >> nested_shift] + offset, a rounding after the
-// product and one after the sum; offsets [parts], each for
-// `section` blocks. int8: w = (code·scb[row])·f32(1/127), a rounding after each factor, then to T.
+// product and one after the sum; offsets [parts], each for `section` blocks. int8: w = (code·scb[row])·f32(1/127), a rounding after each factor, then to T.
 // The same bits as bitsandbytes' CUDA kernels.
 //
 // Layout: packed [ceil(out·in / 2)] u8, the even element of the flattened tensor in the high nibble; absmax
@@ -15,7 +14,7 @@
 // Launch: grid ceil(out·ceil(in / 8) / 512), block 256, dynamic shared memory 0. Fewer than 2^32 groups of 8.
 //   dequant_4bit(packed, absmax, codebook, w, i32 out, in, ldw, block_shift)
 //   dequant_4bit_double(packed, absmax8, map, nested, offsets, codebook, w, i32 out, in, ldw, block_shift,
-//     nested_shift, section)
+//     nested_shift, section), and dequant_4bit_stacked for several offsets
 //   dequant_int8(codes, scb, w, i32 out, in, ldw)
 //
 // Bytes → floor on an H200 at the 4.25 TB/s that a large copy reaches, and measured to bf16, 2026-11-23; a launch of
@@ -58,21 +57,21 @@ struct Single {
     // What a group's scale is made of, fetched early.
     struct Parts { f32 absmax; };
     DEVICE Parts fetch(u32 block) const { return {absmax[block]}; }
-    DEVICE f32 scale(Parts parts, const f32*) const { return parts.absmax; }
+    DEVICE f32 scale(Parts parts, u32, const f32*) const { return parts.absmax; }
 };
 
-struct Double {
+// With several offsets (STACKED), each is for `section` blocks.
+template <bool STACKED> struct Double {
     const u8* codes;
     const f32* nested;
     const f32* offsets;
     int nested_shift;
     u32 section;
-    struct Parts { u8 code; f32 nested; f32 offset; };
-    DEVICE Parts fetch(u32 block) const {
-        return {codes[block], nested[block >> nested_shift], offsets[block / section]};
-    }
-    DEVICE f32 scale(Parts parts, const f32* map) const {
-        return __fadd_rn(mul_ftz(map[parts.code], parts.nested), parts.offset);
+    struct Parts { u8 code; f32 nested; };
+    DEVICE Parts fetch(u32 block) const { return {codes[block], nested[block >> nested_shift]}; }
+    // Fetches the offset late, because there are no registers left for it.
+    DEVICE f32 scale(Parts parts, u32 block, const f32* map) const {
+        return __fadd_rn(mul_ftz(map[parts.code], parts.nested), offsets[STACKED ? block / section : 0]);
     }
 };
 
@@ -108,7 +107,8 @@ DEVICE void dequant(const u8* packed, Scales scales, const f32* map, const f32* 
         if (first + k * THREADS >= total) break;
         f32 v[8];
         if (whole) {
-            const f32 scale = scales.scale(parts[k], map_values);
+            const u32 block = (u32)(((u64)(first + k * THREADS) * 8) >> block_shift);
+            const f32 scale = scales.scale(parts[k], block, map_values);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 // Little endian: byte i / 2, its high nibble first.
@@ -121,7 +121,8 @@ DEVICE void dequant(const u8* packed, Scales scales, const f32* map, const f32* 
             for (int i = 0; i < 8; i++) {
                 if (i >= to[k].n) continue;
                 const u32 byte = packed[(flat + i) / 2];
-                const f32 scale = scales.scale(scales.fetch((u32)((flat + i) >> block_shift)), map_values);
+                const u32 block = (u32)((flat + i) >> block_shift);
+                const f32 scale = scales.scale(scales.fetch(block), block, map_values);
                 v[i] = mul_ftz(values[(flat + i) % 2 == 0 ? byte >> 4 : byte & 15], scale);
             }
         }
@@ -139,7 +140,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 dequant_4bit_double(const u8* packed, const u8* absmax8, const f32* map, const f32* nested, const f32* offsets,
                     const f32* codebook, T* w, int out, int in, int ldw, int block_shift, int nested_shift,
                     int section) {
-    dequant(packed, Double{absmax8, nested, offsets, nested_shift, (u32)section}, map, codebook, w, out, in, ldw, block_shift);
+    const Double<false> scales{absmax8, nested, offsets, nested_shift, (u32)section};
+    dequant(packed, scales, map, codebook, w, out, in, ldw, block_shift);
+}
+
+// The division by `section` takes registers, so fewer blocks fit.
+extern "C" __global__ void __launch_bounds__(THREADS, 6)
+dequant_4bit_stacked(const u8* packed, const u8* absmax8, const f32* map, const f32* nested, const f32* offsets,
+                     const f32* codebook, T* w, int out, int in, int ldw, int block_shift, int nested_shift,
+                     int section) {
+    const Double<true> scales{absmax8, nested, offsets, nested_shift, (u32)section};
+    dequant(packed, scales, map, codebook, w, out, in, ldw, block_shift);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)

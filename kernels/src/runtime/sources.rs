@@ -62,7 +62,9 @@ sources! {
     "cross_entropy.cu" with with_softcap_and_without, [
         "cross_entropy_bwd", "cross_entropy_fwd", "cross_entropy_fwd_bwd", "cross_entropy_statistics"
     ];
-    "dequant.cu" with any_dtype, ["dequant_4bit", "dequant_4bit_double", "dequant_int8"];
+    "dequant.cu" with any_dtype, [
+        "dequant_4bit", "dequant_4bit_double", "dequant_4bit_stacked", "dequant_int8"
+    ];
     "dropout.cu" after "philox.cuh" with any_dtype, ["dropout", "neftune"];
     "elementwise.cu" with any_dtype, [
         "cast_bf16", "cast_f16", "cast_f32", "mul",

@@ -132,7 +132,12 @@ impl QuantizedArray {
                 );
             }
             Format::FourBit { table, block_shift, double: Some(Double { map, nested, shift, offsets, section }) } => {
-                kernel(cuda, entry!("dequant.cu", "dequant_4bit_double"), dtype).launch(
+                let entry = if offsets.bytes() > size_of::<f32>() {
+                    entry!("dequant.cu", "dequant_4bit_stacked")
+                } else {
+                    entry!("dequant.cu", "dequant_4bit_double")
+                };
+                kernel(cuda, entry, dtype).launch(
                     grid,
                     [256, 1, 1],
                     0,
