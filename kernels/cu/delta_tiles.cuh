@@ -331,8 +331,8 @@ typedef SumOf<E>::Type Sum;
 DEVICE f32 e_to(Sum x) { return expf((f32)x); }
 
 static const int C = 64;
-static const int LK = DK + PAD, LV = DV + PAD, LC = C + PAD;
-static const f32 L2_EPS = 1e-6f;
+[[maybe_unused]] static const int LK = DK + PAD, LV = DV + PAD, LC = C + PAD;
+[[maybe_unused]] static const f32 L2_EPS = 1e-6f;
 
 DEVICE f32 inverse_root(f32 x) { return 1.0f / sqrtf(x); }
 DEVICE f32 sigmoid(f32 x) { return 1.0f / (1.0f + expf(-x)); }

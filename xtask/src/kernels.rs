@@ -62,10 +62,16 @@ fn problems(variant: &Checked) -> Vec<String> {
         Ok(usages) => usages,
         Err(error) => return vec![error.to_string()],
     };
-    let spills = usages.iter().filter(|usage| spilled(usage) > 0);
+    let spills = usages.iter().filter(|usage| spilled(usage) > allowed_spill(file));
     let spills = spills.map(|usage| format!("{place}: {} spills {} bytes", usage.entry, spilled(usage)));
     let others = warnings.iter().chain(unmatched).map(|problem| format!("{place}: {problem}"));
     spills.chain(others).collect()
+}
+
+/// Returns the bytes that kernels of a file may spill. The backward of the gated delta rule keeps more tiles than it has
+/// registers for.
+fn allowed_spill(file: &str) -> u32 {
+    if file == "gated_delta_bwd.cu" { 1024 } else { 0 }
 }
 
 /// Returns the bytes of registers that a thread spills to memory.
