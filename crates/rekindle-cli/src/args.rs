@@ -6,6 +6,7 @@ mod export;
 mod generate;
 mod hub;
 mod plan;
+mod sampling;
 #[cfg(feature = "serve")]
 mod serve;
 
@@ -26,6 +27,7 @@ pub(crate) use hub::HubArgs;
 #[cfg(feature = "network")]
 pub(crate) use hub::{CacheCommand, CacheDir, ListArgs, PruneArgs};
 pub(crate) use plan::PlanArgs;
+pub(crate) use sampling::SamplingFilterArgs;
 #[cfg(feature = "serve")]
 pub(crate) use serve::ServeArgs;
 

@@ -32,12 +32,9 @@ pub(crate) fn run(args: &ChatArgs) -> Result<(), Failure> {
     let config = GenerationConfig {
         max_new_tokens: args.max_new_tokens.unwrap_or(usize::MAX),
         temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        min_p: args.min_p,
-        repetition_penalty: args.repetition_penalty,
         seed: args.seed,
         eos_ids,
+        ..args.filters.config()
     };
     let adapter = model.active_adapter().map(str::to_owned);
     let chat = Chat {

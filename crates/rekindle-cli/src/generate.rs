@@ -21,12 +21,9 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let config = GenerationConfig {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        min_p: args.min_p,
-        repetition_penalty: args.repetition_penalty,
         seed: args.seed,
         eos_ids: [model.end_tokens(tokenizer.as_ref())?, args.stop_ids.clone()].concat(),
+        ..args.filters.config()
     };
     if tokenizer.is_none() && !args.stop.is_empty() {
         return Err(Failure::Configuration(

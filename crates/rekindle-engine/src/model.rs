@@ -7,7 +7,7 @@ pub trait EngineModel {
     /// Returns the model.
     fn causal_lm(&self) -> &CausalLm;
 
-    /// Returns the model to change it; `None` if it is borrowed and stays as it is.
+    /// Returns the model for changes; `None` if it is borrowed immutably.
     fn causal_lm_mut(&mut self) -> Option<&mut CausalLm>;
 
     /// Returns true if the adapter of this name is active or can be activated.

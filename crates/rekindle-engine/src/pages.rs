@@ -11,7 +11,7 @@ use rekindle_kernels::paged_attention::PAGE;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Node(u64);
 
-/// A full page as it is looked up.
+/// The key of a full page in the lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     parent: Node,

@@ -209,7 +209,7 @@ pub struct GgufArchitecture {
     attention_scale: AttentionScale,
     /// True if the file can divide each frequency by a factor of its own.
     has_divisors: bool,
-    /// Every so many layers one has no positions; 0 if all have them, or those with a window alone.
+    /// The interval of layers without positions; 0 if all layers have them, or only those with a window.
     no_rope_step: usize,
     /// True if factors on embeddings, residuals and logits are stored.
     has_scales: bool,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use rekindle_hub::AtomicFile;
+use rekindle_hub::{AtomicFile, TensorWriter};
 
 use crate::file::{SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, SplitName};
 use crate::header::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS, MAX_KEY_BYTES, MAX_NAME_BYTES, VERSION};
@@ -62,9 +62,9 @@ pub fn write_gguf(
     out.write_all(&header).map_err(failed)?;
     for (index, tensor) in tensors.iter().enumerate() {
         let size = tensor.bytes().expect("encode_header checked it");
-        let mut elements = Elements { out, remaining: size, overrun: 0 };
+        let mut elements = TensorWriter::new(out, size);
         let filled = fill(index, &mut elements);
-        let Elements { remaining, overrun, .. } = elements;
+        let (missing, overrun) = (elements.missing(), elements.overrun());
         let GgufTensorSpec { name, kind, shape } = tensor;
         // Checked first, because a `fill` that wrote too much fails for that reason.
         if overrun > 0 {
@@ -73,9 +73,8 @@ pub fn write_gguf(
             return Err(Error::unwritable(path, reason));
         }
         filled.map_err(failed)?;
-        if remaining > 0 {
-            let reason =
-                format!("{remaining} bytes too few were written for tensor {name:?}, {kind} of shape {shape:?}");
+        if missing > 0 {
+            let reason = format!("{missing} bytes too few were written for tensor {name:?}, {kind} of shape {shape:?}");
             return Err(Error::unwritable(path, reason));
         }
         let padding = size.next_multiple_of(alignment) - size;
@@ -253,27 +252,3 @@ macro_rules! put_values {
     };
 }
 for_numbers!(put_values);
-
-/// A writer that accepts exactly the bytes of one tensor.
-struct Elements<'a> {
-    out: &'a mut dyn Write,
-    remaining: u64,
-    overrun: u64,
-}
-
-impl Write for Elements<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let length = bytes.len() as u64;
-        if length > self.remaining {
-            self.overrun += length - self.remaining;
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "more bytes than the tensor has"));
-        }
-        let written = self.out.write(bytes)?;
-        self.remaining -= written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
-    }
-}

@@ -57,6 +57,7 @@ mod safetensors_file;
 mod safetensors_header;
 mod sharded;
 mod tensor;
+mod tensor_writer;
 mod write;
 
 pub use adapter::{AdapterBase, adapter_base, open_adapter};
@@ -73,4 +74,5 @@ pub use mapped_file::MappedFile;
 pub use safetensors_file::SafetensorsFile;
 pub use sharded::{DEFAULT_MAX_SHARD_SIZE, write_sharded};
 pub use tensor::{TensorView, write_f32};
+pub use tensor_writer::TensorWriter;
 pub use write::{TensorSpec, write_safetensors};

@@ -7,7 +7,7 @@ use serde::ser::{SerializeMap, Serializer};
 
 use crate::atomic::AtomicFile;
 use crate::safetensors_header::{LENGTH_BYTES, MAX_JSON_BYTES, METADATA_KEY};
-use crate::{Dtype, Error};
+use crate::{Dtype, Error, TensorWriter};
 
 /// The description of a tensor to write, without its elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,9 +64,9 @@ pub(crate) fn write_selected(
     out.write_all(&header.encode(path)?).map_err(Error::io(path))?;
     for (index, entry) in selected.into_iter().zip(&header.entries) {
         let [start, end] = entry.data_offsets;
-        let mut elements = Elements { out: &mut out, remaining: end - start, overrun: 0 };
+        let mut elements = TensorWriter::new(&mut out, end - start);
         let filled = fill(index, &mut elements);
-        let (missing, overrun) = (elements.remaining, elements.overrun);
+        let (missing, overrun) = (elements.missing(), elements.overrun());
         // Checked first, because a `fill` that wrote too much fails for that reason.
         if overrun > 0 {
             let reason = format!("{overrun} bytes too many were written for {entry}");
@@ -180,30 +180,6 @@ impl std::fmt::Display for LayoutEntry<'_> {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let LayoutEntry { name, dtype, shape, .. } = self;
         write!(formatter, "tensor {name:?}, {dtype} of shape {shape:?}")
-    }
-}
-
-/// A writer that accepts exactly the bytes of one tensor.
-struct Elements<'a> {
-    out: &'a mut dyn Write,
-    remaining: u64,
-    overrun: u64,
-}
-
-impl Write for Elements<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let length = bytes.len() as u64;
-        if length > self.remaining {
-            self.overrun += length - self.remaining;
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "more bytes than the tensor has"));
-        }
-        let written = self.out.write(bytes)?;
-        self.remaining -= written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
     }
 }
 

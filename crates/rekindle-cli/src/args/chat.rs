@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::LoadArgs;
+use super::{LoadArgs, SamplingFilterArgs};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = CHAT)]
@@ -25,18 +25,8 @@ pub(crate) struct ChatArgs {
     /// Temperature of sampling; 0 always takes the most likely token
     #[arg(long, value_name = "T", default_value_t = 0.7, allow_negative_numbers = true)]
     pub(crate) temperature: f32,
-    /// Sample from the K most likely tokens; 0 for all
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    pub(crate) top_k: usize,
-    /// Sample from the most likely tokens whose probabilities sum to P
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
-    pub(crate) top_p: f32,
-    /// Sample from tokens at least P times as likely as the most likely one; 0 for all
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
-    pub(crate) min_p: f32,
-    /// Divide the positive logits of tokens that already occurred by R, and multiply the negative ones; 1 for none
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
-    pub(crate) repetition_penalty: f32,
+    #[command(flatten)]
+    pub(crate) filters: SamplingFilterArgs,
     /// Seed of sampling; each answer continues it
     #[arg(long, value_name = "S", default_value_t = 3407)]
     pub(crate) seed: u64,

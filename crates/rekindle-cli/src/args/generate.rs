@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::ModelArgs;
+use super::{ModelArgs, SamplingFilterArgs};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = EVAL)]
@@ -45,18 +45,8 @@ pub(crate) struct GenerateArgs {
     /// Temperature of sampling; 0 always takes the most likely token
     #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     pub(crate) temperature: f32,
-    /// Sample from the K most likely tokens; 0 for all
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    pub(crate) top_k: usize,
-    /// Sample from the most likely tokens whose probabilities sum to P
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
-    pub(crate) top_p: f32,
-    /// Sample from tokens at least P times as likely as the most likely one; 0 for all
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
-    pub(crate) min_p: f32,
-    /// Divide the positive logits of tokens that already occurred by R, and multiply the negative ones; 1 for none
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
-    pub(crate) repetition_penalty: f32,
+    #[command(flatten)]
+    pub(crate) filters: SamplingFilterArgs,
     /// End at this text, which is not printed; may be repeated
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) stop: Vec<String>,

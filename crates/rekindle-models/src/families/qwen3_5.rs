@@ -31,11 +31,9 @@ pub(super) const MULTIMODAL: Family = Family {
 
 /// The names of the text part of multimodal checkpoints.
 pub(super) const MULTIMODAL_NAMES: TensorNames = TensorNames {
-    embedding: "model.language_model.embed_tokens",
-    final_norm: "model.language_model.norm",
-    layers: "model.language_model.layers",
+    stored: TensorNames::LLAMA.stored,
     kept: &["model.visual.", "mtp."],
-    ..TensorNames::LLAMA
+    ..TensorNames::multimodal(TensorNames::LLAMA)
 };
 
 fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
