@@ -161,3 +161,53 @@ template <int M, int N> DEVICE void shape_scores(f32 (&s)[M][N][4], const ScoreS
                 for (int e = 0; e < 4; e++) s[m][n][e] = score.shaped(s[m][n][e]);
     }
 }
+
+// Sums are rescaled only when a maximum grows by more than this many powers of two. Until then they may exceed 1 by that
+// factor, which f32 and the 16-bit probabilities represent without loss.
+static const f32 SLACK = 8.0f;
+
+// Adds a block of scores to the running softmax: s becomes probabilities relative to `top`.
+template <int M, int N8>
+DEVICE void softmax_step(f32 (&s)[M][N8][4], f32 (&acc)[M][D8][4], f32 (&top)[M][2], f32 (&sum)[M][2], f32 scale_log2) {
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        f32 highest[2];
+        bool grew = false;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            f32 x = s[m][0][half * 2];
+#pragma unroll
+            for (int n = 0; n < N8; n++) x = fmaxf(x, fmaxf(s[m][n][half * 2], s[m][n][half * 2 + 1]));
+            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+            highest[half] = x;
+            grew |= (x - top[m][half]) * scale_log2 > SLACK;
+        }
+        if (__any_sync(0xffffffffu, grew)) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const f32 next = fmaxf(top[m][half], highest[half]);
+                const f32 shrink = exp2_approx((top[m][half] - next) * scale_log2);
+                top[m][half] = next;
+                sum[m][half] *= shrink;
+#pragma unroll
+                for (int d = 0; d < D8; d++) {
+                    acc[m][d][half * 2] *= shrink;
+                    acc[m][d][half * 2 + 1] *= shrink;
+                }
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const f32 offset = -top[m][half] * scale_log2;
+#pragma unroll
+            for (int n = 0; n < N8; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    f32& x = s[m][n][half * 2 + e];
+                    x = exp2_approx(fmaf(x, scale_log2, offset));
+                    sum[m][half] += x;
+                }
+        }
+    }
+}

@@ -74,6 +74,7 @@ fn run(suite: &mut Suite) -> Result<(), Lost> {
     operations(suite)?;
     experts(suite)?;
     attentions(suite)?;
+    paged_attentions(suite)?;
     gated_deltas(suite)?;
     losses(suite)?;
     optimizer(suite)?;
@@ -162,7 +163,7 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
 /// Compiles the attention kernels on all processors, instead of one after another when they are used.
 fn compile_attention(cuda: &Cuda) {
     let arch = Arch::new(cuda.props().major, cuda.props().minor);
-    let files = SOURCES.iter().filter(|source| source.file.starts_with("attention_"));
+    let files = SOURCES.iter().filter(|source| source.file.contains("attention_"));
     let mut variants: Vec<_> =
         files.flat_map(|source| (source.variants)(arch).into_iter().map(|v| (source.file, v))).collect();
     // What runs without tensor cores below.
@@ -258,6 +259,36 @@ fn attentions(suite: &mut Suite) -> Result<(), Lost> {
                 properties::cached_attention_gives_the_last_rows(device, dtype, head_dim, floor);
             })?;
         }
+    }
+    Ok(())
+}
+
+fn paged_attentions(suite: &mut Suite) -> Result<(), Lost> {
+    // Whole prompts, parts of prompts and single tokens, in pages and shares of a block that are full and that are not.
+    let lengths = [1, 16, 17, 75, 700];
+    for head_dim in [24, 64, 128, 256] {
+        for dtype in ALL_DTYPES {
+            let floor = LOW_DTYPES.into_iter().find(|(low, _)| *low == dtype).map_or(FLOOR, |(_, rounding)| rounding);
+            let case = |heads, kv_heads| Attention::new(&lengths, heads, kv_heads, head_dim, dtype);
+            let cases = [
+                case(4, 4),
+                case(4, 2).window(1),
+                case(7, 1).window(20),
+                case(8, 2).softcap(3.0).sinks(),
+                case(20, 1).window(300).softcap(2.0).sinks(),
+            ];
+            for case in cases {
+                suite.property(&format!("paged attention: {case:?} {dtype:?}"), |device| {
+                    let place = |layout| Place::new(device.clone(), dtype, layout);
+                    common::paged_attention::check(&case, dtype, floor, place);
+                })?;
+            }
+        }
+    }
+    for dtype in [F32, DType::BF16] {
+        suite.property(&format!("paged attention: copied pages part {dtype:?}"), |device| {
+            common::paged_attention::copied_pages_part(|| owned(device, dtype));
+        })?;
     }
     Ok(())
 }

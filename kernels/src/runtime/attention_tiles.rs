@@ -88,6 +88,67 @@ impl Tiles {
     }
 }
 
+/// The tile sizes of the kernels of attention over pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PagedTiles {
+    /// Warps of a block.
+    pub warps: u32,
+    /// Pages that a decoding warp has space for.
+    stages: u32,
+    /// Keys that a block of a prompt's part takes at a time.
+    block_n: u32,
+    words: [(&'static str, &'static str); 3],
+}
+
+impl PagedTiles {
+    /// Returns the tiles for a card and a `head_dim` of 64, 128 or 256.
+    pub fn of(head_dim: u32, arch: Arch) -> Self {
+        macro_rules! tiles {
+            ($warps:literal, $stages:literal, $n:literal) => {
+                Self {
+                    warps: $warps,
+                    stages: $stages,
+                    block_n: $n,
+                    words: [
+                        ("WARPS", stringify!($warps)),
+                        ("STAGES", stringify!($stages)),
+                        ("BLOCK_N", stringify!($n)),
+                    ],
+                }
+            };
+        }
+        // What a card has of shared memory decides.
+        match (head_dim, arch.sm) {
+            (64, _) => tiles!(4, 4, 64),
+            (128, 80 | 87 | 90 | 100 | 103) => tiles!(4, 3, 64),
+            (128, _) => tiles!(4, 2, 64),
+            (_, 90 | 100 | 103) => tiles!(4, 3, 32),
+            (_, 80 | 87) => tiles!(4, 2, 32),
+            _ => tiles!(2, 2, 32),
+        }
+    }
+
+    /// The definitions to compile with.
+    pub fn defines(&self, dtype: &'static str, head_dim: u32) -> Defines {
+        [("T", dtype), ("HEAD_DIM", digits(head_dim))].into_iter().chain(self.words).collect()
+    }
+
+    /// Rows of a tile of a prompt's part.
+    pub fn rows(&self) -> usize {
+        16 * self.warps as usize
+    }
+
+    /// Bytes of dynamic shared memory for single tokens.
+    pub fn decode_shared(&self, head_dim: u32) -> u32 {
+        (16 + 32 * self.warps * self.stages) * head_dim * 2
+    }
+
+    /// Bytes of dynamic shared memory for parts of prompts.
+    pub fn chunk_shared(&self, head_dim: u32) -> u32 {
+        (16 * self.warps + 4 * self.block_n) * head_dim * 2
+    }
+}
+
 /// The size of a head that the tensor cores take, in digits.
 pub(super) fn digits(head_dim: u32) -> &'static str {
     match head_dim {
@@ -119,6 +180,11 @@ mod tests {
                     let rows = |tiles: Tiles| if kernel == BwdDkdv { tiles.block_n } else { tiles.block_m };
                     assert_eq!(rows(plain), rows(optioned), "sm_{sm} {kernel:?} {head_dim}: the same table");
                 }
+            }
+            for head_dim in [64, 128, 256] {
+                let tiles = PagedTiles::of(head_dim, Arch { sm });
+                let shared = tiles.decode_shared(head_dim).max(tiles.chunk_shared(head_dim));
+                assert!(shared <= kib << 10, "sm_{sm} {head_dim}: {tiles:?}");
             }
         }
     }

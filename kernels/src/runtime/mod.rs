@@ -46,7 +46,7 @@ mod transfer;
 
 pub use arena::Buffer;
 pub use array::{Array, ArrayShape, Ints, Word};
-pub use attention_tiles::{AttentionKernel, Tiles};
+pub use attention_tiles::{AttentionKernel, PagedTiles, Tiles};
 pub use compile_check::{Checked, compile_check};
 pub use context::{CUDA_CONTEXT_BYTES, Cuda, DeviceProps, count, device_props, first};
 pub use doctor::{Finding, Report, report};

@@ -4,7 +4,7 @@
 //! architecture.
 
 use super::attention_tiles::digits;
-use super::{Arch, AttentionKernel, Tiles};
+use super::{Arch, AttentionKernel, PagedTiles, Tiles};
 
 /// A kernel file.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +84,9 @@ sources! {
     "optimizer.cu" with any_dtype, ["adamw", "lion", "sgd", "sum_squares", "sum_squares_finish"];
     "optimizer_8bit.cu" with f32_alone, ["adamw_8bit", "lion_8bit", "sgd_8bit"];
     "output_gate.cu" with any_dtype, ["output_gate_fwd", "output_gate_join", "output_gate_queries"];
+    "paged_attention.cu" after "attention_scores.cuh", "mma_sync.cuh" with paged_attention, ["paged_chunk", "paged_decode"];
+    "paged_attention_plain.cu" after "attention_scores.cuh" with paged_attention_plain, ["paged_attention_plain"];
+    "paged_write.cu" with any_dtype, ["paged_write"];
     "param_copies.cu" with any_dtype, ["param_copies"];
     "qk_norm_rope.cu" with qk_norm_rope, [
         "qk_norm_rope_bwd", "qk_norm_rope_bwd_128", "qk_norm_rope_bwd_256", "qk_norm_rope_bwd_64",
@@ -264,6 +267,19 @@ fn attention(kernel: AttentionKernel, arch: Arch) -> Vec<Defines> {
     };
     let scores = if kernel == AttentionKernel::Fwd { FWD_SCORES } else { BWD_SCORES };
     [variants(false), with_each(&variants(true), scores)].concat()
+}
+
+fn paged_attention(arch: Arch) -> Vec<Defines> {
+    let all = TENSOR_CORES.into_iter().filter(|_| arch.sm >= 80);
+    let plain: Vec<Defines> =
+        all.map(|(dtype, head_dim)| PagedTiles::of(head_dim, arch).defines(dtype, head_dim)).collect();
+    [plain.clone(), with_each(&plain, FWD_SCORES)].concat()
+}
+
+fn paged_attention_plain(arch: Arch) -> Vec<Defines> {
+    let all = any_head_dim(arch);
+    let unusual: Vec<_> = all.iter().filter(|defines| defines.contains(&("HEAD_DIM", "80"))).cloned().collect();
+    [all, with_each(&unusual, FWD_SCORES)].concat()
 }
 
 /// wgmma exists on compute capability 9.0 alone.

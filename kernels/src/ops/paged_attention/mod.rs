@@ -28,12 +28,13 @@ mod meta;
 mod portable;
 
 use core::ops::Range;
+use std::sync::Arc;
 
 use burn::tensor::DType;
 
 use crate::attention::Heads;
-use crate::runtime::MemoryUse;
-use crate::tensor::MetaTensor;
+use crate::runtime::{Array, MemoryUse};
+use crate::tensor::{MetaTensor, cuda_dtype};
 use crate::{Backend, Device, DeviceError, Tensor, from_f32, unfilled};
 
 /// Tokens of a page.
@@ -51,19 +52,19 @@ impl KvPages {
     /// Allocates a pool of pages for a layer with these heads.
     ///
     /// # Errors
-    /// [`DeviceError::Cuda`] on CUDA, where the operation has no kernel.
+    /// [`DeviceError::Cuda`] where the device's memory does not suffice.
     pub fn new(pages: usize, heads: Heads, device: &Device, dtype: DType) -> Result<Self, DeviceError> {
         let shape = [pages * PAGE, heads.kv_heads * heads.head_dim];
         let tensor = || match device {
             // A list of zeros is written in place from the first call on; Burn's own zeros would be copied once.
-            Device::Burn(_) if dtype == DType::F32 => {
-                Ok(from_f32(vec![0.0; shape[0] * shape[1]], shape, device, dtype))
-            }
-            Device::Burn(_) => Ok(unfilled(shape, device, dtype)),
-            Device::Cuda(_) => Err(DeviceError::from(cuda::unsupported())),
-            Device::Meta(meta) => Ok(MetaTensor::new(meta, shape, dtype, MemoryUse::KvCache).into()),
+            Device::Burn(_) if dtype == DType::F32 => from_f32(vec![0.0; shape[0] * shape[1]], shape, device, dtype),
+            Device::Burn(_) => unfilled(shape, device, dtype),
+            Device::Cuda(cuda) => Array::empty(cuda, shape, cuda_dtype(dtype), MemoryUse::KvCache).into(),
+            Device::Meta(meta) => MetaTensor::new(meta, shape, dtype, MemoryUse::KvCache).into(),
         };
-        Ok(Self { k: tensor()?, v: tensor()? })
+        let pages = Self { k: tensor(), v: tensor() };
+        device.check()?;
+        Ok(pages)
     }
 
     /// Returns the bytes of one page of a layer with these heads.
@@ -87,7 +88,7 @@ impl KvPages {
             match Backend::of(pool) {
                 Backend::Cpu => cpu::copy_page(pool.burn_mut(), from, to),
                 Backend::Portable => portable::copy_page(pool.burn_mut(), from, to),
-                Backend::Cuda => pool.cuda().cuda().fail(cuda::unsupported()),
+                Backend::Cuda => cuda::copy_page(pool.cuda(), from, to),
                 Backend::Meta => {}
             }
         }
@@ -99,6 +100,8 @@ impl KvPages {
 pub struct PagedBatch {
     sequences: Vec<PagedSequence>,
     rows: usize,
+    /// What the kernels of a GPU read, made on first use.
+    lists: Arc<cuda::ListsByHeads>,
 }
 
 /// The part of a batch that belongs to one sequence.
@@ -123,6 +126,7 @@ impl PagedBatch {
         assert!(pages.len() >= needed, "{} pages for {} tokens", pages.len(), past + new);
         self.sequences.push(PagedSequence { row: self.rows, new, past, pages: pages[..needed].to_vec() });
         self.rows += new;
+        self.lists = Arc::default();
     }
 
     /// Returns the number of new tokens.
@@ -184,7 +188,10 @@ pub fn forward(
             portable::write(v.burn(), v_pool.burn_mut(), batch);
             portable::forward(q.burn(), k_pool.burn(), v_pool.burn(), sinks.map(Tensor::burn), heads, batch).into()
         }
-        Backend::Cuda => cuda::forward(q.cuda()).into(),
+        Backend::Cuda => {
+            let pools = [k_pool.cuda(), v_pool.cuda()];
+            cuda::forward([q, k, v].map(Tensor::cuda), sinks.map(Tensor::cuda), pools, heads, batch).into()
+        }
         Backend::Meta => meta::forward(q.meta(), heads, batch).into(),
     }
 }

@@ -4,6 +4,8 @@ mod general;
 mod sm90;
 mod tables;
 
+use core::ops::Range;
+
 use super::{AttentionGrads, Heads, SavedIn};
 use crate::runtime::limits::{HEAD_DIM_MULTIPLE, MAX_HEAD_DIM};
 use crate::runtime::op::{blocks, check_dims, int, kernel, padded};
@@ -62,6 +64,12 @@ impl Plan {
         let documents: Vec<_> = cu_seqlens.windows(2).map(|w| Document::whole(w[0] as usize, w[1] as usize)).collect();
         let tokens = cu_seqlens.last().map_or(0, |&end| end as usize);
         Self::of(cuda, &documents, [tokens; 2], heads, dtype, engine)
+    }
+
+    /// Returns the tables for prompts that are these rows of a batch of `tokens` rows.
+    pub(crate) fn of_prompts(cuda: &Cuda, rows: &[Range<usize>], tokens: usize, heads: Heads, dtype: DType) -> Self {
+        let documents: Vec<_> = rows.iter().map(|rows| Document::whole(rows.start, rows.end)).collect();
+        Self::of(cuda, &documents, [tokens; 2], heads, dtype, Engine::fastest(cuda.props(), dtype, heads.head_dim))
     }
 
     fn of(cuda: &Cuda, documents: &[Document], tokens: [usize; 2], heads: Heads, dtype: DType, engine: Engine) -> Self {
@@ -144,6 +152,12 @@ pub(crate) fn forward_cached(q: &Array, k: &Array, v: &Array, sinks: Option<&Arr
     run(q, k, v, sinks, None, &Plan::of(cuda, &[document], [new, all], heads, q.dtype(), engine), 0)
 }
 
+/// Attention inside the documents of `plan`, which need not be all rows, into their rows of o. q, k and v are aligned.
+pub(crate) fn forward_onto(q: &Array, k: &Array, v: &Array, sinks: Option<&Array>, o: &Array, plan: &Plan) {
+    plan.check(q, k, v, sinks);
+    launch_forward(q, k, v, sinks, o, Some(&plan.statistics()), plan);
+}
+
 /// Returns the gradients: those to q, k and v as columns of one matrix with `pad_cols` spare columns behind them, and that to
 /// `sinks`, f32 `[1, heads]`.
 pub(crate) fn backward(
@@ -199,13 +213,15 @@ fn run(
     if plan.tokens[0] == 0 {
         return o;
     }
-    match plan.engine {
-        Engine::Sm90 => {
-            sm90::forward(&q, &k, &v, sinks.as_ref(), &o, lse.expect("only cached tokens go without"), plan);
-        }
-        Engine::MmaSync | Engine::Plain => general::forward(&q, &k, &v, sinks.as_ref(), &o, lse, plan),
-    }
+    launch_forward(&q, &k, &v, sinks.as_ref(), &o, lse, plan);
     o
+}
+
+fn launch_forward(q: &Array, k: &Array, v: &Array, sinks: Option<&Array>, o: &Array, lse: Option<&Array>, plan: &Plan) {
+    match plan.engine {
+        Engine::Sm90 => sm90::forward(q, k, v, sinks, o, lse.expect("only cached tokens go without"), plan),
+        Engine::MmaSync | Engine::Plain => general::forward(q, k, v, sinks, o, lse, plan),
+    }
 }
 
 fn arch(cuda: &Cuda) -> Arch {
