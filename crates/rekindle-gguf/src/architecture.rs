@@ -4,6 +4,7 @@
 //! names in every architecture.
 
 mod describe;
+mod read;
 
 use crate::{Error, MetadataValue};
 
@@ -295,6 +296,11 @@ impl GgufArchitecture {
             let names = names.join(", ");
             Error::Model(format!("models of type \"{model_type}\" cannot be exported to GGUF; supported: {names}"))
         })
+    }
+
+    /// Returns the value of `model_type` in a `config.json`.
+    pub fn model_type(&self) -> &'static str {
+        self.model_type
     }
 
     /// Returns the value of `general.architecture`.

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use rekindle_hub::{BlockFormat, Dtype};
+
 /// The element type of a tensor in a GGUF file. Quantized types store blocks of several elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(non_camel_case_types)]
@@ -160,6 +162,38 @@ impl GgmlType {
         self.block_size() > 1
     }
 
+    /// Returns the dtype of a tensor in a checkpoint: blocks of a type with a decoder decode there too.
+    pub fn dtype(self) -> Dtype {
+        fn decode<const ID: u32>(bytes: &[u8]) -> Option<Vec<f32>> {
+            GgmlType::from_id(ID)?.decode(bytes).ok()
+        }
+        let decode: fn(&[u8]) -> Option<Vec<f32>> = match self {
+            Self::F32 => return Dtype::F32,
+            Self::F16 => return Dtype::F16,
+            Self::BF16 => return Dtype::BF16,
+            Self::F64 => return Dtype::F64,
+            Self::I8 => return Dtype::I8,
+            Self::I16 => return Dtype::I16,
+            Self::I32 => return Dtype::I32,
+            Self::I64 => return Dtype::I64,
+            Self::Q4_0 => decode::<2>,
+            Self::Q4_1 => decode::<3>,
+            Self::Q5_0 => decode::<6>,
+            Self::Q5_1 => decode::<7>,
+            Self::Q8_0 => decode::<8>,
+            Self::Q2_K => decode::<10>,
+            Self::Q3_K => decode::<11>,
+            Self::Q4_K => decode::<12>,
+            Self::Q5_K => decode::<13>,
+            Self::Q6_K => decode::<14>,
+            Self::IQ4_NL => decode::<20>,
+            Self::MXFP4 => decode::<39>,
+            _ => |_| None,
+        };
+        let (name, elements, bytes) = (self.name(), self.block_size(), self.block_bytes());
+        Dtype::Blocks(BlockFormat { name, elements, bytes, decode })
+    }
+
     /// Returns the bytes of a tensor of this `shape`, outermost dimension first. `None` if the count overflows a `u64`
     /// or the last dimension is not a multiple of the block.
     pub fn bytes_of(self, shape: &[u64]) -> Option<u64> {
@@ -193,6 +227,16 @@ mod tests {
             assert_eq!(GgmlType::from_name(&kind.name().to_lowercase()), Some(kind));
         }
         assert_eq!(GgmlType::from_id(4), None, "Q4_2 was removed");
+    }
+
+    #[test]
+    fn every_block_decodes_as_its_own_type() {
+        for kind in GgmlType::all().filter(|kind| kind.is_quantized()) {
+            let Dtype::Blocks(format) = kind.dtype() else { panic!("{kind} has blocks") };
+            assert_eq!(GgmlType::from_name(format.name), Some(kind));
+            let bytes: Vec<u8> = (0..kind.block_bytes()).map(|at| (at * 37 % 120) as u8).collect();
+            assert_eq!((format.decode)(&bytes), kind.decode(&bytes).ok(), "{kind}");
+        }
     }
 
     #[test]

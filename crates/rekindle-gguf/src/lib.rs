@@ -41,6 +41,7 @@ mod header;
 mod importance;
 mod metadata;
 mod tokenizer;
+mod tokenizer_files;
 mod write;
 
 pub use architecture::{
@@ -53,4 +54,5 @@ pub use ggml_type::GgmlType;
 pub use importance::{Importance, read_importance};
 pub use metadata::{MetadataArray, MetadataValue};
 pub use tokenizer::GgufTokenizer;
+pub use tokenizer_files::GgufTokenizerFiles;
 pub use write::{GgufTensorSpec, write_gguf, write_gguf_files};

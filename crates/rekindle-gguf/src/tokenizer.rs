@@ -7,28 +7,28 @@ use serde_json::Value;
 use crate::{Error, MetadataValue};
 
 /// Types of tokens.
-const NORMAL: i32 = 1;
-const UNKNOWN: i32 = 2;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
-const UNUSED: i32 = 5;
-const BYTE: i32 = 6;
+pub(crate) const NORMAL: i32 = 1;
+pub(crate) const UNKNOWN: i32 = 2;
+pub(crate) const CONTROL: i32 = 3;
+pub(crate) const USER_DEFINED: i32 = 4;
+pub(crate) const UNUSED: i32 = 5;
+pub(crate) const BYTE: i32 = 6;
 
 /// SentencePiece's mark of a space.
-const SPACE: &str = "\u{2581}";
+pub(crate) const SPACE: &str = "\u{2581}";
 
 /// A byte-level pre-tokenizer of llama.cpp.
-struct PreTokenizer {
+pub(crate) struct PreTokenizer {
     /// The value of `tokenizer.ggml.pre`.
-    name: &'static str,
+    pub(crate) name: &'static str,
     /// The regular expressions of the splits before the byte level, in order.
-    splits: &'static [&'static str],
+    pub(crate) splits: &'static [&'static str],
     /// True if single digits are split off.
-    digits: bool,
+    pub(crate) digits: bool,
     /// True if the byte level splits with GPT-2's expression.
-    gpt2: bool,
+    pub(crate) gpt2: bool,
     /// True if a word that is a token is not merged from its bytes; `None` if both are read.
-    ignore_merges: Option<bool>,
+    pub(crate) ignore_merges: Option<bool>,
 }
 
 /// The expression of GPT-4, as OLMo 2, Phi-4 and others write it. Both forms split the same texts.
@@ -40,7 +40,7 @@ const BYTE_LEVEL: PreTokenizer =
     PreTokenizer { name: "gpt-2", splits: &[], digits: false, gpt2: true, ignore_merges: None };
 
 /// The pre-tokenizers, by their expressions: llama.cpp has them compiled in, and a file names one.
-const PRE_TOKENIZERS: [PreTokenizer; 13] = [
+pub(crate) static PRE_TOKENIZERS: [PreTokenizer; 13] = [
     BYTE_LEVEL,
     PreTokenizer { name: "smollm", digits: true, ..BYTE_LEVEL },
     PreTokenizer { name: "llama-bpe", splits: &[CL100K], gpt2: false, ignore_merges: Some(true), ..BYTE_LEVEL },
@@ -441,17 +441,17 @@ mod tests {
 
     #[test]
     fn every_known_pre_tokenizer_is_found_by_its_steps() {
-        for PreTokenizer { name, splits, digits, gpt2, ignore_merges } in PRE_TOKENIZERS {
+        for PreTokenizer { name, splits, digits, gpt2, ignore_merges } in &PRE_TOKENIZERS {
             let mut steps: Vec<Value> =
                 splits.iter().map(|regex| json!({"type": "Split", "pattern": {"Regex": regex}})).collect();
-            if digits {
+            if *digits {
                 steps.push(json!({"type": "Digits", "individual_digits": true}));
             }
             steps.push(json!({"type": "ByteLevel", "use_regex": gpt2}));
             let mut json = byte_level();
             json["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": steps});
             json["model"]["ignore_merges"] = ignore_merges.unwrap_or(false).into();
-            assert_eq!(tokenizer(&json).pre_tokenizer().unwrap(), name);
+            assert_eq!(tokenizer(&json).pre_tokenizer().unwrap(), *name);
         }
     }
 }

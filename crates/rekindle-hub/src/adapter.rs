@@ -48,7 +48,7 @@ impl AdapterBase {
 }
 
 impl AdapterBase {
-    /// Finds the base of the adapter in `adapter` as a directory: where `name_or_path` leads from the current directory,
+    /// Finds the base of the adapter in `adapter` as a directory or a GGUF file: where `name_or_path` leads from the current directory,
     /// else from the adapter's directory and from those above it, the nearest first. `None` without such a directory.
     ///
     /// A relative path is relative to where the adapter was trained, which usually is above the adapter.
@@ -60,7 +60,7 @@ impl AdapterBase {
         let adapter = adapter.canonicalize().ok()?;
         // A pinned revision is one of the hub; what lies above the adapter only resembles it.
         let places = adapter.ancestors().filter(|_| given.is_relative() && self.revision.is_none());
-        places.map(|place| place.join(given)).find(|found| found.join("config.json").is_file())
+        places.map(|place| place.join(given)).find(|found| found.join("config.json").is_file() || found.is_file())
     }
 }
 

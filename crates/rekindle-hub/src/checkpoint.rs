@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -17,13 +18,41 @@ use crate::{Error, SafetensorsFile, TensorView, read_json};
 /// shards it names. As in transformers, the single file takes precedence if both exist, and every tensor of a shard
 /// belongs to the checkpoint even if the index does not list it. The files must not be modified in place while they are
 /// open (see [`SafetensorsFile`]).
+///
+/// [`with_store`](Self::with_store) makes a checkpoint of tensors in files of another format.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     config: Value,
-    files: Arc<Vec<SafetensorsFile>>,
+    files: Arc<Vec<Box<dyn TensorStore>>>,
     /// The location of each tensor.
     tensors: BTreeMap<String, Location>,
+}
+
+/// Tensors by name, in a file or several.
+pub trait TensorStore: Debug + Send + Sync {
+    /// Returns the names of all tensors.
+    fn names(&self) -> Vec<&str>;
+
+    /// Returns the tensor named `name`, if it exists.
+    fn get(&self, name: &str) -> Option<TensorView<'_>>;
+
+    /// Returns the stored size of all tensors in bytes.
+    fn total_bytes(&self) -> u64;
+}
+
+impl TensorStore for SafetensorsFile {
+    fn names(&self) -> Vec<&str> {
+        self.names().collect()
+    }
+
+    fn get(&self, name: &str) -> Option<TensorView<'_>> {
+        self.get(name)
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.total_bytes()
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -76,7 +105,15 @@ impl Checkpoint {
             return Err(no_weights(path));
         };
         let tensors = locate(&files)?;
+        let files = files.into_iter().map(|file| Box::new(file) as Box<dyn TensorStore>).collect();
         Ok(Checkpoint { path: path.to_path_buf(), config, files: Arc::new(files), tensors })
+    }
+
+    /// Returns a checkpoint of the tensors in `store`; `path` is its directory and `config` the content of `config.json`.
+    pub fn with_store(path: &Path, config: Value, store: Box<dyn TensorStore>) -> Checkpoint {
+        let here = |name: &str| (name.to_owned(), Location { file: 0, stored_as: None, part: None });
+        let tensors = store.names().into_iter().map(here).collect();
+        Checkpoint { path: path.to_path_buf(), config, files: Arc::new(vec![store]), tensors }
     }
 
     /// Returns the directory as given.
@@ -101,8 +138,8 @@ impl Checkpoint {
         Some(match &location.part {
             None => TensorView { name, ..view },
             Some(Part { first, shape }) => {
-                let size = view.dtype.size();
-                let bytes = first * size..(first + shape.iter().product::<usize>()) * size;
+                let (block, size) = (view.dtype.block_elements(), view.dtype.size());
+                let bytes = first / block * size..(first + shape.iter().product::<usize>()) / block * size;
                 TensorView { name, shape, data: &view.data[bytes], ..view }
             }
         })
@@ -123,7 +160,7 @@ impl Checkpoint {
     /// after another.
     ///
     /// # Panics
-    /// If a tensor is not there or the parts are not all of it.
+    /// If a tensor is not there or the parts are not all of it. Parts of blocks are whole blocks.
     #[must_use]
     pub fn with_parts(&self, parts: BTreeMap<String, Vec<TensorPart>>) -> Checkpoint {
         let mut tensors = self.tensors.clone();
@@ -144,7 +181,7 @@ impl Checkpoint {
 
     /// Returns the stored size of all tensors in bytes.
     pub fn total_bytes(&self) -> u64 {
-        self.files.iter().map(SafetensorsFile::total_bytes).sum()
+        self.files.iter().map(|file| file.total_bytes()).sum()
     }
 }
 

@@ -45,10 +45,15 @@ impl CheckpointHeaders {
             let file = open_adapter(path)?;
             headers.tensors = file.names().filter_map(|name| file.get(name)).map(info).collect();
         } else {
-            let checkpoint = Checkpoint::open(path)?;
-            headers.tensors = checkpoint.names().filter_map(|name| checkpoint.get(name)).map(info).collect();
+            return Ok(Self::of(&Checkpoint::open(path)?));
         }
         Ok(headers)
+    }
+
+    /// Returns the headers of a checkpoint.
+    pub fn of(checkpoint: &Checkpoint) -> CheckpointHeaders {
+        let tensors = checkpoint.names().filter_map(|name| checkpoint.get(name)).map(info).collect();
+        CheckpointHeaders { path: checkpoint.path().to_path_buf(), is_adapter: false, tensors }
     }
 
     /// Returns the size of all tensors in bytes.

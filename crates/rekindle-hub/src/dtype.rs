@@ -1,4 +1,52 @@
+use std::cmp::Ordering;
 use std::fmt;
+use std::hash::{Hash, Hasher};
+
+/// A format of blocks, in which several elements share scales. It is defined outside of this crate, for instance by GGUF.
+#[derive(Clone, Copy)]
+pub struct BlockFormat {
+    /// The unique name.
+    pub name: &'static str,
+    /// The elements of a block.
+    pub elements: usize,
+    /// The bytes of a block.
+    pub bytes: usize,
+    /// Decodes whole blocks; `None` for a format without a decoder.
+    pub decode: fn(&[u8]) -> Option<Vec<f32>>,
+}
+
+impl fmt::Debug for BlockFormat {
+    /// Writes the name, which is the same in every process; the address of a function is not.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.name)
+    }
+}
+
+impl PartialEq for BlockFormat {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+impl Eq for BlockFormat {}
+
+impl PartialOrd for BlockFormat {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for BlockFormat {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.name.cmp(other.name)
+    }
+}
+
+impl Hash for BlockFormat {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.name.hash(state);
+    }
+}
 
 /// The element type of a stored tensor, with the names of the safetensors format.
 ///
@@ -37,10 +85,12 @@ pub enum Dtype {
     I64,
     /// Unsigned 64-bit integer.
     U64,
+    /// Blocks of several elements. No safetensors file has them.
+    Blocks(BlockFormat),
 }
 
 impl Dtype {
-    /// All of them, in order.
+    /// All of the safetensors format, in order.
     pub const ALL: [Self; 15] = [
         Self::Bool,
         Self::U8,
@@ -59,13 +109,22 @@ impl Dtype {
         Self::U64,
     ];
 
-    /// Returns the size of an element in bytes.
+    /// Returns the size of an element in bytes; of a block in [`Dtype::Blocks`].
     pub fn size(self) -> usize {
         match self {
+            Dtype::Blocks(format) => format.bytes,
             Dtype::Bool | Dtype::U8 | Dtype::I8 | Dtype::F8E5M2 | Dtype::F8E4M3 => 1,
             Dtype::I16 | Dtype::U16 | Dtype::F16 | Dtype::BF16 => 2,
             Dtype::I32 | Dtype::U32 | Dtype::F32 => 4,
             Dtype::F64 | Dtype::I64 | Dtype::U64 => 8,
+        }
+    }
+
+    /// Returns the number of elements of a block, 1 in all dtypes but [`Dtype::Blocks`].
+    pub fn block_elements(self) -> usize {
+        match self {
+            Dtype::Blocks(format) => format.elements,
+            _ => 1,
         }
     }
 
@@ -74,9 +133,10 @@ impl Dtype {
         Self::ALL.into_iter().find(|dtype| dtype.name() == name)
     }
 
-    /// Returns the name in a safetensors header.
+    /// Returns the name in a safetensors header, or that of the format of blocks.
     pub fn name(self) -> &'static str {
         match self {
+            Dtype::Blocks(format) => format.name,
             Dtype::Bool => "BOOL",
             Dtype::U8 => "U8",
             Dtype::I8 => "I8",
@@ -95,9 +155,10 @@ impl Dtype {
         }
     }
 
-    /// Returns PyTorch's name, which JSON files use: `bfloat16`, `float32`, ….
+    /// Returns PyTorch's name, which JSON files use: `bfloat16`, `float32`, …; for blocks, that of their format.
     pub fn torch_name(self) -> &'static str {
         match self {
+            Dtype::Blocks(format) => format.name,
             Dtype::Bool => "bool",
             Dtype::U8 => "uint8",
             Dtype::I8 => "int8",
@@ -121,9 +182,12 @@ impl Dtype {
         Self::ALL.into_iter().find(|dtype| dtype.torch_name() == name)
     }
 
-    /// Returns the bytes of a tensor of this `shape`, or `None` if the count overflows a `usize`.
+    /// Returns the bytes of a tensor of this `shape`, or `None` if the count overflows a `usize`, or the elements are not
+    /// whole blocks.
     pub(crate) fn bytes_of(self, shape: &[usize]) -> Option<usize> {
-        shape.iter().try_fold(1_usize, |product, &extent| product.checked_mul(extent))?.checked_mul(self.size())
+        let elements = shape.iter().try_fold(1_usize, |product, &extent| product.checked_mul(extent))?;
+        let block = self.block_elements();
+        elements.is_multiple_of(block).then(|| (elements / block).checked_mul(self.size())).flatten()
     }
 }
 

@@ -62,10 +62,10 @@ mod write;
 
 pub use adapter::{AdapterBase, adapter_base, open_adapter};
 pub use atomic::{AtomicDir, AtomicFile, DirectoryLock, clear_leftovers, remove_atomic, write_atomic};
-pub use checkpoint::{Checkpoint, TensorPart, read_config};
+pub use checkpoint::{Checkpoint, TensorPart, TensorStore, read_config};
 pub use checkpoint_headers::{CheckpointHeaders, TensorInfo};
 pub use companion::{ADDITIONAL_CHAT_TEMPLATES, companion_files, companion_name, is_companion};
-pub use dtype::Dtype;
+pub use dtype::{BlockFormat, Dtype};
 pub use error::{Error, HubErrorKind};
 #[cfg(feature = "network")]
 pub use hub::{DatasetPart, HubOptions, Resolved, ResolvedRows, headers, resolve, resolve_rows};

@@ -14,22 +14,28 @@ pub struct TensorView<'a> {
     pub dtype: Dtype,
     /// The dimensions, outermost first; empty for a scalar.
     pub shape: &'a [usize],
-    /// The elements, row-major and little-endian, with any alignment.
+    /// The elements or blocks, row-major and little-endian, with any alignment.
     pub data: &'a [u8],
 }
 
 impl TensorView<'_> {
-    /// Returns the elements as f32, row-major: F16 and BF16 exactly, F64 rounded to nearest.
+    /// Returns the elements as f32, row-major: F16 and BF16 exactly, F64 rounded to nearest, blocks decoded.
     ///
     /// # Errors
-    /// [`Error::NotFloat`] for any other dtype.
+    /// [`Error::NotFloat`] for any other dtype, and for blocks without a decoder.
     pub fn to_f32(&self) -> Result<Vec<f32>, Error> {
         match self.dtype {
             Dtype::F32 => Ok(decode(self.data, f32::from_le_bytes)),
             Dtype::BF16 => Ok(decode(self.data, |b| bf16::from_le_bytes(b).to_f32())),
             Dtype::F16 => Ok(decode(self.data, |b| f16::from_le_bytes(b).to_f32())),
             Dtype::F64 => Ok(decode(self.data, |b| f64::from_le_bytes(b) as f32)),
-            dtype => Err(Error::NotFloat { name: self.name.to_owned(), dtype }),
+            dtype => {
+                let decoded = match dtype {
+                    Dtype::Blocks(format) => (format.decode)(self.data),
+                    _ => None,
+                };
+                decoded.ok_or_else(|| Error::NotFloat { name: self.name.to_owned(), dtype })
+            }
         }
     }
 }

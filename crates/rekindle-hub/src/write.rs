@@ -85,6 +85,13 @@ pub(crate) fn write_selected(
 /// Returns the bytes of the tensor's elements.
 pub(crate) fn bytes_of(path: &Path, tensor: &TensorSpec) -> Result<u64, Error> {
     let TensorSpec { name, dtype, shape } = tensor;
+    if let Dtype::Blocks(format) = dtype {
+        let format = format.name;
+        return Err(Error::unwritable(
+            path,
+            format!("tensor {name:?} is {format}, which safetensors files do not have"),
+        ));
+    }
     let bytes = dtype
         .bytes_of(shape)
         .ok_or_else(|| Error::unwritable(path, format!("tensor {name:?} of shape {shape:?} has too many bytes")))?;

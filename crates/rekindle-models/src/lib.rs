@@ -35,7 +35,7 @@ pub mod spec;
 pub use adapters::{DEFAULT_ADAPTER, LoftqBase, loftq_base};
 pub use batch::{Batch, IGNORED};
 pub use causal_lm::CausalLm;
-pub use checkpoint::{GgufOptions, GgufTotals, export_gguf, export_gguf_adapter};
+pub use checkpoint::{GgufOptions, GgufTotals, export_gguf, export_gguf_adapter, open_checkpoint, unpack_gguf};
 pub use checkpoint::{LoadIn, LoadOptions, MergeOptions, is_quantized, merge, quantize, stored_quantization};
 pub use config::ModelConfig;
 pub use decoder::{BatchContext, DecodeBatch, DecodeStates, Decoder, DecoderBackward, DecoderSaved, StepKey};

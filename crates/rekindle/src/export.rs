@@ -6,7 +6,7 @@ use rekindle_data::{Tokenizer, chat_template_sources};
 use rekindle_gguf::{GgmlType, GgufFileType, GgufTokenizer, MetadataValue, read_importance};
 use rekindle_hub::{Checkpoint, read_json, write_atomic};
 use rekindle_lora::Adapter;
-use rekindle_models::{GgufOptions, ModelConfig, Positions, export_gguf, export_gguf_adapter};
+use rekindle_models::{GgufOptions, ModelConfig, Positions, export_gguf, export_gguf_adapter, open_checkpoint};
 use serde_json::Value;
 
 use crate::end_tokens::end_tokens;
@@ -256,7 +256,7 @@ impl GgufExport {
             return found.load();
         }
         let files = ModelFiles::of_model(&self.model);
-        Ok(Loaded { checkpoint: Checkpoint::open(&self.model)?, adapter: None, positions: None, rows: None, files })
+        Ok(Loaded { checkpoint: open_checkpoint(&self.model)?, adapter: None, positions: None, rows: None, files })
     }
 
     /// Returns the beginning of file names.

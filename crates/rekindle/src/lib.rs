@@ -36,6 +36,7 @@ mod error;
 mod export;
 mod generate;
 mod generate_batch;
+mod gguf_model;
 mod inspect;
 mod merge;
 mod model;

@@ -6,7 +6,7 @@ use rekindle_data::Tokenizer;
 use rekindle_hub::{AdapterBase, Checkpoint, read_config};
 use rekindle_kernels::DeviceKind;
 use rekindle_lora::{Adapter, Combination, saved_rows, weighted};
-use rekindle_models::{Batch, MergeOptions, ModelConfig, Positions, saved_positions};
+use rekindle_models::{Batch, MergeOptions, ModelConfig, Positions, open_checkpoint, saved_positions};
 use rekindle_train::{Companion, write_result};
 
 use crate::end_tokens::companions;
@@ -165,7 +165,7 @@ impl Merge {
     /// Those of [`write`](Self::write) for an adapter or a base.
     pub(crate) fn load(&self) -> Result<LoadedMerge, Error> {
         let (base, adapters) = self.directories()?;
-        let checkpoint = Checkpoint::open(&base)?;
+        let checkpoint = open_checkpoint(&base)?;
         let mut config = ModelConfig::from_checkpoint(&checkpoint)?;
         let first = &adapters[0].0;
         let lora = rekindle_models::Error::from;
@@ -287,7 +287,7 @@ impl Model {
                     .to_owned(),
             ));
         }
-        let base = Checkpoint::open(self.path())?;
+        let base = open_checkpoint(self.path())?;
         let rows = self.causal_lm().config().vocab_size();
         let options = MergeOptions {
             positions: self.causal_lm().context_extension().map(|extension| &extension.positions),

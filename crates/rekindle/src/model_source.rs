@@ -6,13 +6,16 @@ use std::path::{Path, PathBuf};
 use rekindle_hub::CheckpointHeaders;
 #[cfg(feature = "network")]
 use rekindle_hub::{HubOptions, Resolved};
+use rekindle_models::open_checkpoint;
 use serde::Deserialize;
 
 use crate::Error;
+use crate::gguf_model::{is_gguf, unpacked};
 
-/// A model or an adapter: a directory, or a name on the Hugging Face hub.
+/// A model or an adapter: a directory, a GGUF file, or a name on the Hugging Face hub.
 ///
-/// An existing directory is used as it is. `organization/model` is downloaded into the cache that is shared with
+/// An existing directory is used as it is. A GGUF file stands for a directory in Rekindle's cache with its configuration
+/// and tokenizer; of a split model, any of its files. `organization/model` is downloaded into the cache that is shared with
 /// Python: only missing files, and only weights in safetensors, never pickled ones. `HF_HOME`, `HF_HUB_CACHE`,
 /// `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` apply. Without the feature `network`, only directories are supported.
 ///
@@ -128,6 +131,9 @@ pub(crate) fn find(
     access: &HubAccess,
     on_download: OnDownload<'_>,
 ) -> Result<FetchedFiles, Error> {
+    if is_gguf(name) {
+        return Ok(FetchedFiles::directory(&unpacked(name)?));
+    }
     let Some(text) = name.to_str() else { return Ok(FetchedFiles::directory(name)) };
     let options = HubOptions { on_progress: Some(Box::new(on_download)), ..access.options(revision) };
     let Resolved { path, commit, notice } = rekindle_hub::resolve(text, options)?;
@@ -151,6 +157,9 @@ impl HubAccess {
 impl ModelSource<'_> {
     /// Reads the headers of the tensors; also returns a notice for the user.
     pub(crate) fn headers(self) -> Result<(CheckpointHeaders, Option<String>), Error> {
+        if is_gguf(&self.name_or_path) {
+            return Ok((CheckpointHeaders::of(&open_checkpoint(&unpacked(&self.name_or_path)?)?), None));
+        }
         #[cfg(feature = "network")]
         if let Some(name) = self.name_or_path.to_str() {
             let options = self.access.options(self.revision.as_deref());
@@ -175,6 +184,9 @@ pub(crate) fn find_config(name: &Path, revision: Option<&str>, access: &HubAcces
 /// Returns the directory `name`.
 #[cfg(not(feature = "network"))]
 pub(crate) fn find(name: &Path, _: Option<&str>, _: &HubAccess, _: OnDownload<'_>) -> Result<FetchedFiles, Error> {
+    if is_gguf(name) {
+        return Ok(FetchedFiles::directory(&unpacked(name)?));
+    }
     if name.exists() {
         return Ok(FetchedFiles::directory(name));
     }

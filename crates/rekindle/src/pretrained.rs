@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use rekindle_data::Tokenizer;
-use rekindle_hub::Checkpoint;
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::saved_rows;
 use rekindle_models::spec::{AttentionMask, LayerSpec};
 use rekindle_models::{
-    CausalLm, LoadOptions, ModelConfig, Positions, RopeScaling, is_quantized, loftq_base, saved_positions,
+    CausalLm, LoadOptions, ModelConfig, Positions, RopeScaling, is_quantized, loftq_base, open_checkpoint,
+    saved_positions,
 };
 use rekindle_quant::QuantConfig;
 
@@ -198,7 +198,7 @@ impl<'a> Loader<'a> {
     pub fn load_model(mut self) -> Result<Model, Error> {
         self.args.load_in()?;
         let files = self.fetch()?.clone();
-        let checkpoint = Checkpoint::open(&files.model)?;
+        let checkpoint = open_checkpoint(&files.model)?;
         let config = ModelConfig::from_checkpoint(&checkpoint)?;
         if let Some(modules) = &self.args.skip_modules {
             skip::check(modules, &config)?;

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use rekindle_hub::{Checkpoint, companion_files};
-use rekindle_models::{LoadIn, MemoryReport, ModelConfig, is_quantized};
+use rekindle_hub::companion_files;
+use rekindle_models::{LoadIn, MemoryReport, ModelConfig, is_quantized, open_checkpoint};
 use rekindle_train::{Companion, write_result};
 use serde_json::Value;
 
@@ -26,7 +26,7 @@ pub fn quantize(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<MemoryReport, Error> {
     let model = &ModelSource::new(model.as_ref()).fetch()?.path;
-    let checkpoint = Checkpoint::open(model)?;
+    let checkpoint = open_checkpoint(model)?;
     if let Some(modules) = skip_modules {
         skip::check(modules, &ModelConfig::from_checkpoint(&checkpoint)?)?;
     }

@@ -3,10 +3,9 @@
 mod lengths;
 
 use rekindle_data::LoadReport;
-use rekindle_hub::Checkpoint;
 use rekindle_kernels::{DeviceKind, open_device};
 use rekindle_lora::LoraConfig;
-use rekindle_models::{GradientCheckpointing, ModelConfig, is_quantized};
+use rekindle_models::{GradientCheckpointing, ModelConfig, is_quantized, open_checkpoint};
 use rekindle_train::{PassRows, SamplePrompt, SftConfig, StepCount};
 
 use crate::pretrained::supported_length;
@@ -80,7 +79,7 @@ pub fn suggest(
     eval: Option<&DataSource>,
 ) -> Result<Suggestion, Error> {
     let files = model.fetch()?.clone();
-    let checkpoint = Checkpoint::open(&files.model)?;
+    let checkpoint = open_checkpoint(&files.model)?;
     let config = ModelConfig::from_checkpoint(&checkpoint)?;
     let is_quantized = is_quantized(checkpoint.config());
     let tokenizer = files.load_tokenizer()?;

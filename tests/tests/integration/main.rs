@@ -14,6 +14,7 @@ mod full;
 mod generate;
 mod generate_text;
 mod gguf;
+mod gguf_base;
 mod gradients;
 mod initial;
 mod layouts;

@@ -8,6 +8,7 @@ mod context;
 mod data;
 mod errors;
 mod generation;
+mod gguf;
 #[cfg(feature = "network")]
 mod hub;
 mod init;

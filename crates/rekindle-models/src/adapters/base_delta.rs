@@ -14,7 +14,7 @@ use rekindle_quant::bnb::QuantizationConfig;
 use rekindle_quant::{Blocksize, QuantConfig, QuantFormat};
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::{LoadIn, QuantizationPlan, canonical, frozen, is_quantized};
+use crate::checkpoint::{LoadIn, QuantizationPlan, canonical, frozen, is_quantized, open_checkpoint};
 use crate::{CausalLm, Error, ModelConfig};
 
 /// The initial B·A that the active adapter subtracted from the base, and how to restore that.
@@ -70,7 +70,7 @@ impl CausalLm {
                  load_in_4bit or load_in_8bit, exclude the linear from the targets, or use \"pissa\""
             )));
         }
-        let checkpoint = canonical(&Checkpoint::open(&self.provenance.path)?);
+        let checkpoint = canonical(&open_checkpoint(&self.provenance.path)?);
         if needs_codes && is_quantized(checkpoint.config()) {
             return Err(Error::Argument(format!(
                 "init_lora_weights {name} starts from quantization errors, but {} contains only quantized weights; \
@@ -157,7 +157,7 @@ impl CausalLm {
         if parts.is_empty() {
             return Ok(());
         }
-        let checkpoint = canonical(&Checkpoint::open(&self.provenance.path)?);
+        let checkpoint = canonical(&open_checkpoint(&self.provenance.path)?);
         let take = |(name, factors): (&String, &LoraFactors)| {
             self.subtract_init(name, &checkpoint, |w, shape| {
                 WeightSplit::again(w, shape, factors, config.scale_of(name))

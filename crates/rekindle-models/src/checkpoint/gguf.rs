@@ -180,8 +180,9 @@ fn put_parameter(
     let columns = needed.shape.last().copied().unwrap_or(1).max(1);
     if let Some(view) = source.unchanged(needed).filter(|_| interleaved_heads.is_none() && shift == 0.0) {
         let rows = (PIECE / columns).max(1);
-        for bytes in view.data.chunks(rows * columns * view.dtype.size()) {
-            let shape = [bytes.len() / view.dtype.size()];
+        let (block, size) = (view.dtype.block_elements(), view.dtype.size());
+        for bytes in view.data.chunks(rows * columns / block * size) {
+            let shape = [bytes.len() / size * block];
             let values = TensorView { data: bytes, shape: &shape, ..view }.to_f32().map_err(Error::from)?;
             put(tensor, &values, importance, out)?;
         }

@@ -347,6 +347,15 @@ fn is_same(stored: Dtype, dtype: DType) -> bool {
     matches!((stored, dtype), (Dtype::BF16, DType::BF16) | (Dtype::F16, DType::F16))
 }
 
+/// Returns true for dtypes whose elements become a model's weights.
+fn is_float(dtype: Dtype) -> bool {
+    match dtype {
+        // Only a format with a decoder decodes nothing.
+        Dtype::Blocks(format) => (format.decode)(&[]).is_some(),
+        dtype => matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16),
+    }
+}
+
 /// A frozen tensor on its device.
 pub(crate) fn frozen(
     view: &TensorView<'_>,
@@ -381,8 +390,11 @@ pub(crate) fn check_tensors(
             Some(view) if view.shape != shape.as_slice() => {
                 unfit.push(format!("\"{name}\" has shape {:?}, expected {shape:?}", view.shape));
             }
-            Some(view) if !matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
-                unfit.push(format!("\"{name}\" has dtype {}; supported: F32, F16, BF16", view.dtype));
+            Some(view) if !is_float(view.dtype) => {
+                unfit.push(format!(
+                    "\"{name}\" has dtype {}; supported: F32, F16, BF16 and blocks of GGUF with a decoder",
+                    view.dtype
+                ));
             }
             Some(_) => {}
         }

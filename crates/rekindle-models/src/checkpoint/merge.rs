@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::experts::{ByExpert, by_expert};
 use super::load::check_tensors;
-use super::quantization::{Quantization, QuantizationPlan};
+use super::quantization::{Quantization, QuantizationPlan, written_dtype};
 use super::resize::resize_rows;
 use super::tensor_names::canonical;
 use super::writer::{self, CheckpointTensor, KeptTensors};
@@ -164,7 +164,7 @@ impl<'a> MergedTensors<'a> {
         let in_base = self.plan.as_ref().is_some_and(|plan| plan.is_stored(&needed.name));
         match if in_base { self.stored(needed) } else { Ok(None) } {
             Ok(Some(weight)) => weight.dense_dtype(),
-            _ => self.view(needed).map_or(Dtype::F32, |view| view.dtype),
+            _ => self.view(needed).map_or(Dtype::F32, |view| written_dtype(view.dtype)),
         }
     }
 

@@ -3,6 +3,7 @@
 mod experts;
 mod gguf;
 mod gguf_adapter;
+mod gguf_base;
 mod gguf_decoder;
 mod load;
 mod master_weights;
@@ -19,6 +20,7 @@ mod writer;
 pub(crate) use experts::headers as checkpoint_headers;
 pub use gguf::{GgufOptions, GgufTotals, export_gguf};
 pub use gguf_adapter::export_gguf_adapter;
+pub use gguf_base::{open_checkpoint, unpack_gguf};
 pub use load::LoadOptions;
 pub(crate) use load::frozen;
 pub use merge::{MergeOptions, merge};

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use rekindle_hub::{Checkpoint, Dtype, TensorView};
+use rekindle_hub::{Checkpoint, Dtype, TensorView, write_f32};
 use rekindle_quant::bnb::{self, QuantizationConfig, RawTensor, StoredWeight};
 use rekindle_quant::{DiskMetadata, QuantConfig, QuantFormat};
 use serde_json::Value;
@@ -235,8 +235,19 @@ impl QuantizationPlan {
         };
         let view = checkpoint.get(name).expect("every needed tensor was checked to be there");
         check_view(&view)?;
+        if matches!(view.dtype, Dtype::Blocks(_)) {
+            let mut bytes = Vec::new();
+            write_f32(&mut bytes, Dtype::F32, &view.to_f32()?).expect("memory takes what is written");
+            return format.quantize(&bytes, Dtype::F32, view.shape).map(Some).map_err(failed);
+        }
         format.quantize(view.data, view.dtype, view.shape).map(Some).map_err(failed)
     }
+}
+
+/// Returns the dtype in which the values of a stored tensor are written to a safetensors file: that of the tensor, or BF16
+/// for blocks.
+pub(crate) fn written_dtype(stored: Dtype) -> Dtype {
+    if matches!(stored, Dtype::Blocks(_)) { Dtype::BF16 } else { stored }
 }
 
 /// The bytes that a weight takes in the checkpoint, scales included.

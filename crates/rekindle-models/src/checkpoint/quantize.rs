@@ -1,14 +1,15 @@
 //! Quantizes a dense checkpoint without building a model.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 
-use rekindle_hub::{Checkpoint, CheckpointHeaders, TensorSpec};
+use rekindle_hub::{Checkpoint, CheckpointHeaders, TensorSpec, write_f32};
 use rekindle_quant::bnb::StoredWeight;
 
 use super::experts::{ByExpert, by_expert};
 use super::load::check_tensors;
-use super::quantization::{LoadIn, QuantizationPlan, is_quantized};
+use super::quantization::{LoadIn, QuantizationPlan, is_quantized, written_dtype};
 use super::tensor_names::canonical;
 use super::writer::{self, CheckpointTensor, KeptTensors};
 use crate::non_finite::check_view;
@@ -54,7 +55,7 @@ pub fn quantize(
         match quantized {
             None => {
                 check_view(&view)?;
-                let spec = TensorSpec::new(needed.name.clone(), view.dtype, needed.shape);
+                let spec = TensorSpec::new(needed.name.clone(), written_dtype(view.dtype), needed.shape);
                 tensors.push(CheckpointTensor { spec, source: needed.name });
             }
             Some(weight) => {
@@ -74,7 +75,14 @@ pub fn quantize(
 
     let kept = KeptTensors::of(checkpoint.path(), &config)?;
     writer::write_tensors(dir, &kept, tensors, |name, spec, out| match packed.get(name) {
-        None => out.write_all(checkpoint.get(name).expect("it was listed").data),
+        None => {
+            let view = checkpoint.get(name).expect("it was listed");
+            if view.dtype == spec.dtype {
+                return out.write_all(view.data);
+            }
+            let values = view.to_f32().map_err(io::Error::other)?;
+            write_f32(out, spec.dtype, &values)
+        }
         Some(weight) => writer::write_quantized(name, weight, spec, out),
     })?;
     let mut json = checkpoint.config().clone();

@@ -7,6 +7,7 @@ mod dimensions;
 mod exaone4;
 mod gemma2;
 mod gemma3;
+mod gguf;
 mod glm;
 mod granite;
 mod hunyuan_v1_dense;
@@ -30,6 +31,7 @@ mod smollm3;
 
 use serde_json::Value;
 
+pub(crate) use gguf::config as config_of_gguf;
 pub(crate) use names::TensorNames;
 pub(crate) use reader::ConfigReader;
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use rekindle_data::Dataset;
-use rekindle_hub::Checkpoint as ModelFiles;
+use rekindle_models::open_checkpoint;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -59,7 +59,7 @@ impl RecordedSettings {
         let lora = job.model.lora().map(object).unwrap_or_default();
         configuration.extend(lora.into_iter().map(|(key, value)| (format!("[lora] {key}"), value)));
         let model = &*job.model;
-        let weights = ModelFiles::open(model.path())?;
+        let weights = open_checkpoint(model.path())?;
         configuration.insert("base weights (SHA-256)".to_owned(), weights_fingerprint(&weights)?.into());
         configuration.insert("dtype".to_owned(), format!("{:?}", model.dtype()).into());
         configuration.insert("quantization_config".to_owned(), model.quantization_config().unwrap_or_default());

@@ -1,0 +1,207 @@
+//! GGUF files as checkpoints: under the names, in the order of rows and with the values of the Hugging Face layout.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use rekindle_gguf::{GgufModel, GgufTensor, GgufTokenizerFiles, interleave_rows};
+use rekindle_hub::{
+    ADDITIONAL_CHAT_TEMPLATES, Checkpoint, Dtype, TensorStore, TensorView, read_config, read_json, write_atomic,
+    write_f32,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::gguf::rotates_halves;
+use super::gguf_decoder::{architecture, norm_shift, tensor_name};
+use crate::parameters::ParameterSpec;
+use crate::{Error, ModelConfig, families};
+
+/// The file in a directory that names the GGUF file with its weights.
+const POINTER: &str = "gguf.json";
+
+/// Tensors of a GGUF file that are read into the configuration.
+const IN_CONFIG: [&str; 3] = ["rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"];
+
+/// The content of [`POINTER`].
+#[derive(Serialize, Deserialize)]
+struct GgufPointer {
+    /// The GGUF file, or the first of a split model.
+    file: PathBuf,
+}
+
+/// Writes everything but the weights of a GGUF model into the existing directory `dir`, in the Hugging Face layout:
+/// `config.json`, the tokenizer and its chat templates, `generation_config.json`, and the path of `file`.
+///
+/// # Errors
+/// [`Error::Gguf`] for a damaged file, and one with an architecture or a tokenizer that is not supported.
+pub fn unpack_gguf(file: &Path, dir: &Path) -> Result<(), Error> {
+    let model = GgufModel::open(file)?;
+    let mut config = families::config_of_gguf(&model)?;
+    let write = |name: &str, json: &Value| write_atomic(&dir.join(name), format!("{json:#}\n").as_bytes());
+    if let Some(files) = GgufTokenizerFiles::read(&model)? {
+        let ends: Value = match files.ends[..] {
+            [] => Value::Null,
+            [end] => end.into(),
+            _ => files.ends.clone().into(),
+        };
+        let ids = [("bos_token_id", files.bos.into()), ("eos_token_id", ends), ("pad_token_id", files.padding.into())];
+        let mut generation = json!({});
+        for (key, value) in ids.into_iter().filter(|(_, value): &(_, Value)| !value.is_null()) {
+            config[key] = value.clone();
+            generation[key] = value;
+        }
+        write("generation_config.json", &generation)?;
+        write("tokenizer_config.json", &files.config)?;
+        for (name, text) in &files.chat_templates {
+            let path = if name == "default" {
+                dir.join("chat_template.jinja")
+            } else {
+                let others = dir.join(ADDITIONAL_CHAT_TEMPLATES);
+                let made = fs::create_dir_all(&others);
+                made.map_err(|source| rekindle_hub::Error::Io { path: others.clone(), source })?;
+                others.join(format!("{name}.jinja"))
+            };
+            write_atomic(&path, text.as_bytes())?;
+        }
+        write_atomic(&dir.join("tokenizer.json"), files.tokenizer.to_string().as_bytes())?;
+    }
+    write("config.json", &config)?;
+    let absolute = file.canonicalize().map_err(|source| rekindle_hub::Error::Io { path: file.to_owned(), source })?;
+    write(POINTER, &json!(GgufPointer { file: absolute }))?;
+    Ok(())
+}
+
+/// Opens the checkpoint in a directory: safetensors files, or the GGUF file that [`unpack_gguf`] wrote the directory for.
+///
+/// # Errors
+/// [`Error::File`] and [`Error::Gguf`] for missing or damaged files; [`Error::Config`] for a configuration of a GGUF file
+/// that is not supported.
+pub fn open_checkpoint(dir: &Path) -> Result<Checkpoint, Error> {
+    let pointer = dir.join(POINTER);
+    if !pointer.is_file() {
+        return Ok(Checkpoint::open(dir)?);
+    }
+    let GgufPointer { file } = read_json(&pointer)?;
+    let model = GgufModel::open(&file)?;
+    let json = read_config(dir)?;
+    let config = ModelConfig::from_json(&json).map_err(|problems| Error::Config { path: file.clone(), problems })?;
+    let store = GgufStore::new(model, &config)?;
+    Ok(Checkpoint::with_store(dir, json, Box::new(store)))
+}
+
+/// The tensors of a GGUF file under the model's own names.
+#[derive(Debug)]
+struct GgufStore {
+    model: GgufModel,
+    tensors: BTreeMap<String, StoredTensor>,
+}
+
+/// A tensor of the model in a GGUF file.
+#[derive(Debug)]
+struct StoredTensor {
+    /// The name in the file.
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    content: TensorContent,
+}
+
+#[derive(Debug)]
+enum TensorContent {
+    /// These bytes of the tensor in the file.
+    InFile(Range<usize>),
+    /// Rows of queries or keys in the order of pairs, which are brought into the order of halves when they are first read.
+    Pairs { head_dim: usize, rows: OnceLock<Vec<u8>> },
+    /// Values that differ from those in the file.
+    Computed(Vec<u8>),
+}
+
+impl GgufStore {
+    fn new(model: GgufModel, config: &ModelConfig) -> Result<Self, Error> {
+        let rotates_pairs = architecture(config)?.rotates_pairs();
+        let mut tensors = BTreeMap::new();
+        let mut used: BTreeSet<String> = IN_CONFIG.map(str::to_owned).into();
+        for needed in config.parameters() {
+            let name = tensor_name(needed.role)?;
+            let Some(found) = model.tensor(&name) else { continue };
+            let pairs = rotates_pairs && rotates_halves(config, &needed);
+            let stored = StoredTensor::new(&found, &needed, config, pairs)?;
+            tensors.insert(needed.name, stored);
+            used.insert(name);
+        }
+        // Others keep their names, for the check of tensors to report.
+        for other in model.tensors().filter(|tensor| !used.contains(tensor.name)) {
+            tensors.insert(other.name.to_owned(), StoredTensor::as_it_is(&other));
+        }
+        Ok(Self { model, tensors })
+    }
+}
+
+impl StoredTensor {
+    fn as_it_is(found: &GgufTensor<'_>) -> Self {
+        Self {
+            name: found.name.to_owned(),
+            dtype: found.kind.dtype(),
+            // Extents are at most the length of a file unless one of them is 0.
+            shape: found.shape.iter().map(|&extent| usize::try_from(extent).unwrap_or(usize::MAX)).collect(),
+            content: TensorContent::InFile(0..found.data.len()),
+        }
+    }
+
+    fn new(found: &GgufTensor<'_>, needed: &ParameterSpec, config: &ModelConfig, pairs: bool) -> Result<Self, Error> {
+        let mut stored = Self::as_it_is(found);
+        let extents = |shape: &[usize]| shape.iter().copied().filter(|extent| *extent != 1).collect::<Vec<_>>();
+        if extents(&stored.shape) != extents(&needed.shape) {
+            // The check of tensors reports both shapes.
+            return Ok(stored);
+        }
+        stored.shape.clone_from(&needed.shape);
+        let shift = norm_shift(config, needed.role);
+        if shift != 0.0 {
+            let values: Vec<f32> = found.to_f32()?.into_iter().map(|value| value - shift).collect();
+            let mut bytes = Vec::with_capacity(4 * values.len());
+            write_f32(&mut bytes, Dtype::F32, &values).expect("memory takes what is written");
+            stored.dtype = Dtype::F32;
+            stored.content = TensorContent::Computed(bytes);
+        } else if pairs {
+            stored.content = TensorContent::Pairs { head_dim: config.head_dim(), rows: OnceLock::new() };
+        }
+        Ok(stored)
+    }
+}
+
+/// Returns the rows in the order of halves.
+fn in_halves(data: &[u8], rows: usize, head_dim: usize) -> Vec<u8> {
+    let mut out = vec![0; data.len()];
+    let width = data.len() / rows.max(1);
+    for (at, to) in interleave_rows(rows, head_dim).enumerate() {
+        out[to * width..][..width].copy_from_slice(&data[at * width..][..width]);
+    }
+    out
+}
+
+impl TensorStore for GgufStore {
+    fn names(&self) -> Vec<&str> {
+        self.tensors.keys().map(String::as_str).collect()
+    }
+
+    fn get(&self, name: &str) -> Option<TensorView<'_>> {
+        let (name, stored) = self.tensors.get_key_value(name)?;
+        let data = self.model.tensor(&stored.name)?.data;
+        let data = match &stored.content {
+            TensorContent::InFile(range) => data.get(range.clone())?,
+            TensorContent::Pairs { head_dim, rows } => {
+                rows.get_or_init(|| in_halves(data, stored.shape.first().copied().unwrap_or(1), *head_dim))
+            }
+            TensorContent::Computed(bytes) => bytes,
+        };
+        Some(TensorView { name, dtype: stored.dtype, shape: &stored.shape, data })
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.model.tensors().map(|tensor| tensor.data.len() as u64).sum()
+    }
+}

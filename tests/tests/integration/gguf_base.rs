@@ -1,0 +1,224 @@
+//! GGUF files as bases: a file that was exported from a checkpoint is read as that checkpoint.
+
+use std::path::{Path, PathBuf};
+
+use rekindle::{GgufExport, GgufFileType};
+use rekindle_data::{Tokenizer, chat_template_sources};
+use rekindle_gguf::{GgmlType, GgufModel, GgufTensorSpec, MetadataValue, write_gguf_files};
+use rekindle_hub::{Checkpoint, read_json, write_atomic};
+use rekindle_kernels::{DType, Device};
+use rekindle_models::{CausalLm, LoadOptions, ModelConfig, open_checkpoint, unpack_gguf};
+use rekindle_tests::{Golden, goldens};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Bound of a loss of the same weights whose rotary base or divisors were rounded to f32. Measured: at most 2.4e-6.
+const LOSS: f32 = 1e-5;
+
+/// Values of `config.json` with which llama.cpp has an architecture for a golden, without the weights being others.
+fn changes(name: &str) -> Value {
+    match name {
+        "families/gemma2" | "families/gemma3" => json!({"query_pre_attn_scalar": 16}),
+        "families/exaone4" => json!({"sliding_window": null, "layer_types": vec!["full_attention"; 5]}),
+        // llama.cpp ignores these windows.
+        "families/mistral-window" => json!({"sliding_window": null}),
+        "families/qwen2-window" => json!({"use_sliding_window": false, "layer_types": null}),
+        _ => json!({}),
+    }
+}
+
+/// Returns a copy of a golden checkpoint with changed values of its configuration.
+fn changed(name: &str) -> (TempDir, PathBuf) {
+    let scratch = tempfile::tempdir().expect("a temporary directory");
+    let from = goldens().join(name);
+    for entry in std::fs::read_dir(&from).expect("a golden") {
+        let entry = entry.expect("an entry").path();
+        if entry.is_file() {
+            std::fs::copy(&entry, scratch.path().join(entry.file_name().expect("a name"))).expect("a copy");
+        }
+    }
+    let mut config: Value = read_json(&from.join("config.json")).expect("JSON");
+    for (key, value) in changes(name).as_object().expect("an object") {
+        config[key] = value.clone();
+    }
+    write_atomic(&scratch.path().join("config.json"), config.to_string().as_bytes()).expect("it is written");
+    let dir = scratch.path().to_owned();
+    (scratch, dir)
+}
+
+fn export(model: &Path, out: &Path, file_type: GgufFileType) -> PathBuf {
+    let files = GgufExport::new(model).name("tiny").write(out, &[file_type], &mut |_, _| ());
+    files.expect("it is supported")[0].paths[0].clone()
+}
+
+/// Returns the directory that stands for a GGUF file, and the checkpoint in it.
+fn unpacked(file: &Path) -> (TempDir, Checkpoint) {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    unpack_gguf(file, dir.path()).expect("it is supported");
+    let checkpoint = open_checkpoint(dir.path()).expect("it was just written");
+    (dir, checkpoint)
+}
+
+fn load(checkpoint: &Checkpoint) -> CausalLm {
+    let options = LoadOptions::new(Device::cpu(), DType::F32, 128);
+    CausalLm::load(checkpoint, &options, &mut |_| ()).expect("it loads")
+}
+
+#[test]
+fn every_family_is_read_back() {
+    let golden: Value = read_json(&goldens().join("gguf/converted.json")).expect("a golden");
+    let mut compared = 0;
+    for name in golden["checkpoints"].as_object().expect("an object").keys() {
+        if name == "families/gemma3-multimodal" {
+            // Its text part is that of families/gemma3.
+            continue;
+        }
+        let (_scratch, dir) = changed(name);
+        let out = tempfile::tempdir().expect("a temporary directory");
+        let file = export(&dir, out.path(), GgufFileType::F32);
+        let (_dir, read) = unpacked(&file);
+        let original = Checkpoint::open(&dir).expect("a golden checkpoint");
+        for tensor in read.names() {
+            let (ours, theirs) = (read.get(tensor).expect("listed"), original.get(tensor));
+            let theirs = theirs.unwrap_or_else(|| panic!("{name}: {tensor} is none of the checkpoint's"));
+            assert_eq!(ours.shape, theirs.shape, "{name}: {tensor}");
+            let (ours, theirs) = (ours.to_f32().expect("a float"), theirs.to_f32().expect("a float"));
+            // Norms of Gemma are stored with 1 added.
+            let bound = if name.contains("gemma") && tensor.contains("norm") { 1e-7 } else { 0.0 };
+            let off = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(off <= bound, "{name}: {tensor} is off by {off:e}");
+            compared += 1;
+        }
+        let golden = Golden::open(name);
+        let [ours, theirs] =
+            [&read, &original].map(|checkpoint| load(checkpoint).nll(&golden.packed()).expect("it fits"));
+        let off = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        println!("{name}: losses off by {off:.1e}");
+        assert!(off <= LOSS, "{name}: losses are off by {off:e}");
+    }
+    assert!(compared > 500, "{compared} tensors");
+}
+
+/// Quantized tensors have the values that their blocks decode to.
+#[test]
+fn blocks_are_decoded() {
+    let out = tempfile::tempdir().expect("a temporary directory");
+    for file_type in [GgufFileType::Q4_K_M, GgufFileType::Q8_0, GgufFileType::F16, GgufFileType::IQ4_NL] {
+        let file = export(&goldens().join("llama2"), out.path(), file_type);
+        let (_dir, read) = unpacked(&file);
+        let gguf = GgufModel::open(&file).expect("just written");
+        for (own, stored) in [
+            ("model.embed_tokens.weight", "token_embd.weight"),
+            ("model.layers.1.mlp.up_proj.weight", "blk.1.ffn_up.weight"),
+        ] {
+            let expected = gguf.tensor(stored).expect("a tensor").to_f32().expect("a float");
+            assert!(read.get(own).expect("a tensor").to_f32().expect("a float") == expected, "{file_type}: {own}");
+        }
+        // Rows of keys are in another order, and are in that of the checkpoint again.
+        let mut rows: Vec<Vec<f32>> = Vec::new();
+        for (checkpoint, name) in
+            [(Some(&read), "model.layers.0.self_attn.k_proj.weight"), (None, "blk.0.attn_k.weight")]
+        {
+            let values = match checkpoint {
+                Some(checkpoint) => checkpoint.get(name).expect("a tensor").to_f32(),
+                None => gguf.tensor(name).expect("a tensor").to_f32().map_err(|_| unreachable!()),
+            };
+            let mut sorted = values.expect("floats");
+            sorted.sort_by(f32::total_cmp);
+            rows.push(sorted);
+        }
+        assert!(rows[0] == rows[1], "{file_type}");
+        let losses = load(&read).nll(&Golden::open("llama2").packed()).expect("it fits");
+        assert!(losses.iter().all(|loss| loss.is_finite()), "{file_type}");
+    }
+}
+
+#[test]
+fn the_tokenizer_and_the_template_are_rebuilt() {
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/quickstart/base");
+    let out = tempfile::tempdir().expect("a temporary directory");
+    let (dir, checkpoint) = unpacked(&export(&base, out.path(), GgufFileType::Q8_0));
+    let [original, read] = [&base, dir.path()].map(|dir: &Path| Tokenizer::from_dir(dir).expect("a tokenizer"));
+    assert_eq!((original.eos_ids(), original.bos_id()), (read.eos_ids(), read.bos_id()));
+    assert_eq!(
+        chat_template_sources(&base).expect("a template"),
+        chat_template_sources(dir.path()).expect("a template")
+    );
+    for text in [
+        "Hello, world! I'm 1234 years old.",
+        "Grüße aus München — schön!",
+        "<|im_start|>user\nWhat is a whale?<|im_end|>\n",
+        "  spaces   and\ttabs\n\nлиния 日本語",
+    ] {
+        let ids = original.encode(text, true).expect("it is encoded");
+        assert_eq!(read.encode(text, true).expect("it is encoded"), ids, "{text}");
+        assert_eq!(read.decode(&ids, false).expect("it is decoded"), text);
+    }
+    let config = ModelConfig::from_checkpoint(&checkpoint).expect("it is supported");
+    let expected = ModelConfig::from_checkpoint(&Checkpoint::open(&base).expect("a checkpoint")).expect("supported");
+    assert_eq!(config.spec, expected.spec);
+}
+
+/// Returns the error of loading a file with these keys and one tensor.
+fn refusal(change: impl FnOnce(&mut Vec<(String, MetadataValue)>, &mut Vec<GgufTensorSpec>)) -> String {
+    let out = tempfile::tempdir().expect("a temporary directory");
+    let key = |name: &str, value: MetadataValue| (name.to_owned(), value);
+    let mut metadata = vec![
+        key("general.architecture", "llama".into()),
+        key("llama.block_count", 1_u32.into()),
+        key("llama.embedding_length", 32_u32.into()),
+        key("llama.feed_forward_length", 64_u32.into()),
+        key("llama.context_length", 64_u32.into()),
+        key("llama.attention.head_count", 2_u32.into()),
+        key("llama.attention.layer_norm_rms_epsilon", 1e-5_f32.into()),
+    ];
+    let mut tensors = vec![GgufTensorSpec::new("token_embd.weight", GgmlType::F32, [8, 32])];
+    change(&mut metadata, &mut tensors);
+    let path = out.path().join("a.gguf");
+    write_gguf_files(&path, None, &metadata, &tensors, |index, out| {
+        out.write_all(&vec![0; tensors[index].bytes().expect("it fits") as usize])
+    })
+    .expect("it is valid");
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let opened = unpack_gguf(&path, dir.path()).and_then(|()| open_checkpoint(dir.path()));
+    let options = LoadOptions::new(Device::cpu(), DType::F32, 16);
+    match opened.and_then(|checkpoint| CausalLm::load(&checkpoint, &options, &mut |_| ())) {
+        Ok(_) => panic!("it has one tensor"),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[test]
+fn what_cannot_be_loaded_is_an_error() {
+    let set = |name: &'static str, value: MetadataValue| {
+        move |metadata: &mut Vec<(String, MetadataValue)>, _: &mut Vec<GgufTensorSpec>| {
+            metadata.retain(|(key, _)| key != name);
+            metadata.push((name.to_owned(), value));
+        }
+    };
+    let cases = [
+        (refusal(set("general.architecture", "mamba".into())), "architecture \"mamba\""),
+        (refusal(set("llama.block_count", 0_u32.into())), "llama.block_count is 0; expected a positive integer"),
+        (refusal(set("llama.block_count", 4_000_000_000_u32.into())), "expected at most 10000"),
+        (refusal(set("llama.attention.head_count", vec![2_u32, 4].into())), "layers that differ in their sizes"),
+        (refusal(set("llama.attention.head_count", 0_u32.into())), "head_count is 0"),
+        (refusal(set("llama.attention.head_count_kv", 7_u32.into())), "num_key_value_heads"),
+        (refusal(set("llama.rope.scaling.type", "longrope".into())), "\"longrope\""),
+        (refusal(set("llama.rope.dimension_count", 15_u32.into())), "rotary dimensions"),
+        (refusal(set("llama.attention.layer_norm_rms_epsilon", f32::NAN.into())), "expected a number"),
+        (refusal(set("tokenizer.ggml.model", "bert".into())), "kind \"bert\""),
+        (refusal(set("tokenizer.ggml.model", "gpt2".into())), "pre-tokenizer \"default\""),
+        (refusal(|_, tensors| tensors[0].name = "other.weight".to_owned()), "token_embd.weight is missing"),
+        (
+            refusal(|metadata, tensors| {
+                metadata[2].1 = 256_u32.into();
+                tensors[0] = GgufTensorSpec::new("token_embd.weight", GgmlType::IQ4_XS, [8, 256]);
+            }),
+            "has dtype IQ4_XS; supported",
+        ),
+        (refusal(|_, _| ()), "are missing"),
+    ];
+    for (error, expected) in cases {
+        assert!(error.contains(expected), "{error:?} instead of {expected:?}");
+    }
+}
