@@ -110,8 +110,7 @@ paged_decode(const T* __restrict__ q, const T* __restrict__ k, const T* __restri
         copy16_async(q_tile + row * ROW_BYTES + ((piece ^ (row % 8)) << 4), q + (row < rows ? row : 0) * HEAD_DIM + piece * 8,
                      row < rows);
     }
-    copies_arrived();
-    __syncthreads();
+    commit_copies();
 
     // Block table entries of the warp's next 32 pages, one a lane.
     u32 entries = 0;
@@ -140,6 +139,8 @@ paged_decode(const T* __restrict__ q, const T* __restrict__ k, const T* __restri
     const u32 q_fragment = fragment_a(q_tile);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) load_page(i);
+    copies_left<STAGES - 1>();
+    __syncthreads();
     for (int i = 0; i < count; i++) {
         __syncwarp();
         load_page(i + STAGES - 1);

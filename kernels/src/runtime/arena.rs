@@ -36,6 +36,12 @@ pub(super) struct Arena {
     chunks: Vec<usize>,
     blocks: Blocks,
     ledger: MemoryLedger,
+    /// Bytes in blocks, less those of the beginning, and their maximum, while work is measured.
+    measured: Option<(isize, isize)>,
+    /// While work is recorded, the memory that blocks come from: its address and its parts.
+    recorded: Option<(u64, Blocks)>,
+    /// True if recorded work found no space there.
+    outgrown: bool,
 }
 
 impl Cuda {
@@ -153,10 +159,43 @@ impl Arena {
 
     fn new(base: u64, reserved: usize, granularity: usize, device: Option<sys::CUdevice>) -> Self {
         let (chunks, blocks, ledger) = Default::default();
-        Self { base, reserved, granularity, device, chunks, blocks, ledger }
+        let (measured, recorded, outgrown) = (None, None, false);
+        Self { base, reserved, granularity, device, chunks, blocks, ledger, measured, recorded, outgrown }
+    }
+
+    /// Begins to measure how much memory is held at a time.
+    pub(super) fn begin_measurement(&mut self) {
+        self.measured = Some((0, 0));
+    }
+
+    /// Returns the most bytes held since the measurement began, beyond those of the beginning.
+    pub(super) fn end_measurement(&mut self) -> usize {
+        self.measured.take().map_or(0, |(_, most)| most.unsigned_abs())
+    }
+
+    /// Gives out parts of one block until [`end_recording`](Self::end_recording).
+    pub(super) fn begin_recording(&mut self, address: u64, bytes: usize) {
+        let mut parts = Blocks::default();
+        parts.grow(bytes / ALIGN * ALIGN);
+        (self.recorded, self.outgrown) = (Some((address, parts)), false);
+    }
+
+    /// Returns whether the block sufficed, and all parts came back.
+    pub(super) fn end_recording(&mut self) -> bool {
+        self.recorded.take().is_some_and(|(_, parts)| parts.in_use() == 0) && !self.outgrown
     }
 
     pub(super) fn alloc(&mut self, size: usize, usage: MemoryUse) -> Result<u64, Failed> {
+        if let Some((now, most)) = &mut self.measured {
+            *now += size as isize;
+            *most = (*most).max(*now);
+        }
+        if let Some((address, parts)) = &mut self.recorded {
+            if let Some(offset) = parts.take(size) {
+                return Ok(*address + offset as u64);
+            }
+            self.outgrown = true;
+        }
         let offset = match self.blocks.take(size) {
             Some(offset) => offset,
             None => {
@@ -169,6 +208,14 @@ impl Arena {
     }
 
     pub(super) fn free(&mut self, address: u64, size: usize, usage: MemoryUse) {
+        if let Some((now, _)) = &mut self.measured {
+            *now -= size as isize;
+        }
+        if let Some((start, parts)) = &mut self.recorded
+            && (*start..*start + parts.end() as u64).contains(&address)
+        {
+            return parts.give((address - *start) as usize, size);
+        }
         self.blocks.give((address - self.base) as usize, size);
         self.ledger.release(usage, size);
     }

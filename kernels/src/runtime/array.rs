@@ -293,6 +293,8 @@ impl Array {
 #[derive(Clone, Debug)]
 pub struct Ints {
     buffer: Arc<Buffer>,
+    /// Elements of the buffer before the first one.
+    first: usize,
     len: usize,
 }
 
@@ -306,12 +308,12 @@ impl Ints {
     /// Uploads a list, which may change as soon as this returns.
     pub fn from_slice<W: Word>(cuda: &Cuda, values: &[W], usage: MemoryUse) -> Self {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.bytes()).collect();
-        Self { buffer: Arc::new(cuda.uploaded(&bytes, usage)), len: values.len() }
+        Self { buffer: Arc::new(cuda.uploaded(&bytes, usage)), first: 0, len: values.len() }
     }
 
     /// A list that is not initialized.
     pub fn unfilled(cuda: &Cuda, len: usize, usage: MemoryUse) -> Self {
-        Self { buffer: Arc::new(cuda.alloc(4 * len, usage)), len }
+        Self { buffer: Arc::new(cuda.alloc(4 * len, usage)), first: 0, len }
     }
 
     /// The elements, after waiting for everything queued so far.
@@ -320,8 +322,24 @@ impl Ints {
     /// The first error of the device since the last one that was taken.
     pub fn to_vec(&self) -> Result<Vec<u32>, CudaError> {
         let mut bytes = vec![0; 4 * self.len];
-        self.buffer.cuda().download(&self.buffer, &mut bytes)?;
+        self.buffer.cuda().download_at(&self.buffer, 4 * self.first, &mut bytes)?;
         Ok(bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
+    }
+
+    /// Writes values over the first elements, in the order of the stream.
+    ///
+    /// # Panics
+    /// If there are more values than elements.
+    pub fn write(&self, values: &[u32]) {
+        assert!(values.len() <= self.len, "{} values over {} elements", values.len(), self.len);
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.buffer.cuda().upload_at(&self.buffer, 4 * self.first, &bytes);
+    }
+
+    /// `len` elements from `first` on, in the same memory.
+    pub fn part(&self, first: usize, len: usize) -> Self {
+        assert!(first + len <= self.len, "elements {first}..{} of {}", first + len, self.len);
+        Self { buffer: Arc::clone(&self.buffer), first: self.first + first, len }
     }
 
     /// Returns the number of elements.
@@ -341,7 +359,7 @@ impl Ints {
 
     /// The address of one of them.
     pub fn ptr_at(&self, index: usize) -> u64 {
-        self.buffer.ptr() + 4 * index as u64
+        self.buffer.ptr() + 4 * (self.first + index) as u64
     }
 }
 

@@ -47,6 +47,8 @@ pub(super) struct Inner {
     pub(super) workspace: OnceLock<()>,
     pub(super) deterministic: AtomicBool,
     synchronous: bool,
+    /// True while work is recorded, which then cannot reach the host.
+    pub(super) recording: AtomicBool,
     /// Measurements so far, while [`Cuda::profile`] runs.
     pub(super) profile: Mutex<Vec<Span>>,
     pub(super) profiling: AtomicBool,
@@ -176,11 +178,17 @@ impl Cuda {
     /// launch, so that the fault is found at the launch that caused it.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.check()?;
+        self.refuse_recording("waiting for the device");
         self.run("waiting for the device", || {
             driver!(cuStreamSynchronize(self.compute()))?;
             driver!(cuStreamSynchronize(self.copies()))
         });
         self.check()
+    }
+
+    /// Returns whether every launch is waited for.
+    pub(super) fn is_synchronous(&self) -> bool {
+        self.0.synchronous
     }
 
     /// The compute stream, for libraries that take one.
@@ -219,6 +227,14 @@ impl Cuda {
         done.map_err(|failed| self.fail(failed.during(operation))).is_ok()
     }
 
+    /// Fails while work is recorded: the operation would not be repeated with the rest.
+    pub(super) fn refuse_recording(&self, operation: &str) {
+        if self.0.recording.load(Relaxed) {
+            let reason = "it cannot be recorded in a graph".to_owned();
+            self.fail(CudaError::Usage { operation: operation.to_owned(), reason });
+        }
+    }
+
     /// Keeps an error, if it is the first.
     pub(crate) fn fail(&self, error: CudaError) {
         lock(&self.0.error).get_or_insert(error);
@@ -248,6 +264,7 @@ impl Inner {
             workspace: OnceLock::new(),
             deterministic: AtomicBool::new(false),
             synchronous: false,
+            recording: AtomicBool::new(false),
             profile: Mutex::default(),
             profiling: AtomicBool::new(false),
             failed: AtomicBool::new(false),

@@ -77,6 +77,7 @@ impl Cuda {
         copy: impl FnOnce(sys::CUstream) -> Result<(), super::driver::Failed>,
     ) -> Ticket {
         let mut done = Handle(core::ptr::null_mut());
+        self.refuse_recording(operation);
         if buffer.bytes() > host.bytes() {
             let reason = format!("{buffer:?} is longer than the {} bytes of the pinned memory", host.bytes());
             self.fail(CudaError::Usage { operation: operation.into(), reason });

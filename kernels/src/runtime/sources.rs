@@ -100,6 +100,7 @@ sources! {
     "routing.cu" with any_dtype, [
         "dispatch_count", "dispatch_place", "dispatch_scan", "router_bwd", "router_fwd", "sum_slots"
     ];
+    "sample.cu" with with_softcap_and_without, ["sample"];
     "stochastic.cu" after "philox.cuh" with any_dtype, ["store_4bit", "store_bf16", "store_int8"];
 }
 

@@ -11,6 +11,7 @@ impl Cuda {
 
     /// Copies host bytes into a buffer, from a byte on.
     pub fn upload_at(&self, target: &Buffer, offset: usize, source: &[u8]) {
+        self.refuse_recording("upload");
         if self.fits("upload", target, offset, source.len()) {
             // The driver stages memory that is not pinned before it returns.
             self.run("upload", || {
@@ -44,6 +45,7 @@ impl Cuda {
     /// # Errors
     /// As [`Cuda::download`].
     pub fn download_at(&self, source: &Buffer, offset: usize, target: &mut [u8]) -> Result<(), CudaError> {
+        self.refuse_recording("download");
         self.check()?;
         if self.is_planned() {
             target.fill(0);

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{PAGE, PagedBatch, PagedSequence};
+use super::{FixedLists, PAGE, PagedBatch, PagedSequence};
 use crate::attention::Heads;
 use crate::ops::attention::cuda::{self as attention, Engine};
 use crate::runtime::op::{blocks, int, kernel, lanes, like};
@@ -10,9 +10,6 @@ use crate::runtime::{Arch, Array, Cuda, DType, Entry, Ints, Kernel, MemoryUse, P
 
 /// Query heads of a tile of the decoding kernel.
 const TILE_HEADS: usize = 16;
-
-/// Blocks of the decoding kernel for each multiprocessor, as long as a sequence has pages for more.
-const BLOCKS_PER_SM: usize = 4;
 
 /// The most blocks that share a sequence: their results are merged by one block.
 const MAX_SPLITS: usize = 64;
@@ -45,10 +42,11 @@ struct Lists {
     others: usize,
     /// Parts of prompts with earlier tokens, as (first row, queries, position, start of the block table).
     tiles: usize,
-    /// The first word of the tiles, of the counters, of the block tables.
+    /// The first word of the tiles, and of the block tables.
     tiles_at: usize,
-    counters_at: usize,
     tables_at: usize,
+    /// Blocks that have ended, for each tile of heads of a sequence that several blocks share.
+    counters: Ints,
     /// Blocks that share a sequence of a single token.
     splits: usize,
     /// Whole prompts, which attend to their own rows.
@@ -71,15 +69,37 @@ fn head_tiles(heads: Heads) -> usize {
     heads.kv_heads * (heads.heads / heads.kv_heads).div_ceil(TILE_HEADS)
 }
 
-/// Returns the number of blocks that share each of `sequences`, the longest of which has `pages` pages.
+/// Returns the number of blocks that share each of `sequences`, the longest of which has `pages` pages: as many as give
+/// every multiprocessor one. More cost more to merge than they gain.
 fn splits(cuda: &Cuda, tiles: &PagedTiles, heads: Heads, sequences: usize, pages: usize) -> usize {
-    let wanted = BLOCKS_PER_SM * cuda.props().sm_count as usize / (head_tiles(heads) * sequences.max(1));
+    let wanted = cuda.props().sm_count as usize / (head_tiles(heads) * sequences.max(1));
     wanted.min(pages.div_ceil(tiles.warps as usize)).clamp(1, MAX_SPLITS)
 }
 
 impl Lists {
     fn new(cuda: &Cuda, heads: Heads, dtype: DType, batch: &PagedBatch) -> Self {
         let tensor_cores = tiles(cuda, heads, dtype);
+        // Counters of the blocks that share a sequence, and how many do.
+        let shared = |sequences: usize, pages: usize| {
+            let splits = tensor_cores.as_ref().map_or(1, |tiles| splits(cuda, tiles, heads, sequences, pages));
+            let counters = if splits > 1 { sequences * head_tiles(heads) } else { 0 };
+            (Ints::from_slice(cuda, &vec![0u32; counters], MemoryUse::Inputs), splits)
+        };
+        if let Some(FixedLists { words, tables_at, pages }) = &batch.fixed {
+            let (words, singles, tables_at) = (words.clone(), batch.rows, *tables_at);
+            let (counters, splits) = shared(singles, *pages);
+            return Self {
+                words,
+                singles,
+                others: 0,
+                tiles: 0,
+                tiles_at: 0,
+                tables_at,
+                counters,
+                splits,
+                prompts: None,
+            };
+        }
         let (singles, others): (Vec<_>, Vec<_>) = batch.sequences.iter().partition(|sequence| sequence.new == 1);
         let mut tables = Vec::new();
         let mut rows = Vec::new();
@@ -101,19 +121,18 @@ impl Lists {
             }
         }
         let longest = singles.iter().map(|sequence| sequence.pages.len()).max().unwrap_or(0);
-        let splits = tensor_cores.as_ref().map_or(1, |kernels| splits(cuda, kernels, heads, singles.len(), longest));
-        let counters = if splits > 1 { singles.len() * head_tiles(heads) } else { 0 };
-        let (tiles_at, counters_at) = (rows.len(), rows.len() + tiles.len());
+        let (counters, splits) = shared(singles.len(), longest);
+        let (tiles_at, tables_at) = (rows.len(), rows.len() + tiles.len());
         let words: Vec<u32> = rows.iter().chain(&tiles).map(|&word| word as u32).collect();
-        let words = [words, vec![0; counters], tables].concat();
+        let words = [words, tables].concat();
         Self {
             words: Ints::from_slice(cuda, &words, MemoryUse::Inputs),
             singles: singles.len(),
             others: batch.rows - singles.len(),
             tiles: tiles.len() / ENTRY,
             tiles_at,
-            counters_at,
-            tables_at: counters_at + counters,
+            tables_at,
+            counters,
             splits,
             prompts: (!prompts.is_empty())
                 .then(|| attention::Plan::of_prompts(cuda, &prompts, batch.rows, heads, dtype)),
@@ -207,7 +226,7 @@ impl Call<'_> {
 
     /// Computes the rows of single tokens, and writes their keys and values.
     fn decode(&self, tiles: &PagedTiles, o: &Array) {
-        let &Lists { ref words, singles, counters_at, splits, .. } = self.lists;
+        let &Lists { ref words, ref counters, singles, splits, .. } = self.lists;
         if singles == 0 {
             return;
         }
@@ -232,7 +251,7 @@ impl Call<'_> {
                 o.ptr(),
                 partial.ptr(),
                 stats.ptr(),
-                words.ptr_at(counters_at),
+                counters.ptr(),
                 words.ptr(),
                 self.tables(),
                 int(self.q.ld()),

@@ -33,7 +33,7 @@ use std::sync::Arc;
 use burn::tensor::DType;
 
 use crate::attention::Heads;
-use crate::runtime::{Array, MemoryUse};
+use crate::runtime::{Array, Ints, MemoryUse};
 use crate::tensor::{MetaTensor, cuda_dtype};
 use crate::{Backend, Device, DeviceError, Tensor, from_f32, unfilled};
 
@@ -43,9 +43,10 @@ pub const PAGE: usize = 16;
 /// The keys and values of one layer, in pages that sequences own or share.
 #[derive(Debug)]
 pub struct KvPages {
-    /// `[pages · 16, kv_heads · head_dim]`.
+    /// `[pages · 16, kv_heads · head_dim]`, on a GPU with one page more, which belongs to no sequence.
     k: Tensor<2>,
     v: Tensor<2>,
+    pages: usize,
 }
 
 impl KvPages {
@@ -54,7 +55,8 @@ impl KvPages {
     /// # Errors
     /// [`DeviceError::Cuda`] where the device's memory does not suffice.
     pub fn new(pages: usize, heads: Heads, device: &Device, dtype: DType) -> Result<Self, DeviceError> {
-        let shape = [pages * PAGE, heads.kv_heads * heads.head_dim];
+        let spare = usize::from(matches!(device, Device::Cuda(_)));
+        let shape = [(pages + spare) * PAGE, heads.kv_heads * heads.head_dim];
         let tensor = || match device {
             // A list of zeros is written in place from the first call on; Burn's own zeros would be copied once.
             Device::Burn(_) if dtype == DType::F32 => from_f32(vec![0.0; shape[0] * shape[1]], shape, device, dtype),
@@ -62,9 +64,9 @@ impl KvPages {
             Device::Cuda(cuda) => Array::empty(cuda, shape, cuda_dtype(dtype), MemoryUse::KvCache).into(),
             Device::Meta(meta) => MetaTensor::new(meta, shape, dtype, MemoryUse::KvCache).into(),
         };
-        let pages = Self { k: tensor(), v: tensor() };
+        let pool = Self { k: tensor(), v: tensor(), pages };
         device.check()?;
-        Ok(pages)
+        Ok(pool)
     }
 
     /// Returns the bytes of one page of a layer with these heads.
@@ -74,7 +76,7 @@ impl KvPages {
 
     /// Returns the number of pages.
     pub fn pages(&self) -> usize {
-        self.k.dims()[0] / PAGE
+        self.pages
     }
 
     /// Copies all tokens of page `from` to page `to`.
@@ -100,8 +102,20 @@ impl KvPages {
 pub struct PagedBatch {
     sequences: Vec<PagedSequence>,
     rows: usize,
+    /// Where a GPU finds the sequences, if they are not in `sequences`.
+    fixed: Option<FixedLists>,
     /// What the kernels of a GPU read, made on first use.
     lists: Arc<cuda::ListsByHeads>,
+}
+
+/// One token of each of some sequences, in lists that change in place.
+#[derive(Clone, Debug)]
+struct FixedLists {
+    /// Rows as (row, position, start of the block table, 0), and the block tables further on.
+    words: Ints,
+    tables_at: usize,
+    /// The most pages of a sequence.
+    pages: usize,
 }
 
 /// The part of a batch that belongs to one sequence.
@@ -127,6 +141,12 @@ impl PagedBatch {
         self.sequences.push(PagedSequence { row: self.rows, new, past, pages: pages[..needed].to_vec() });
         self.rows += new;
         self.lists = Arc::default();
+    }
+
+    /// Returns a batch of one token of each of `rows` sequences in lists on a GPU: (row, position, start of the block table,
+    /// 0) of each, and block tables of at most `pages` pages from `tables_at` on.
+    pub(crate) fn at(words: Ints, rows: usize, tables_at: usize, pages: usize) -> Self {
+        Self { rows, fixed: Some(FixedLists { words, tables_at, pages }), ..Self::default() }
     }
 
     /// Returns the number of new tokens.
@@ -176,7 +196,7 @@ pub fn forward(
     assert_eq!(k.dims()[1], cache.k.dims()[1], "width of the pool");
     let highest = batch.sequences.iter().flat_map(|sequence| &sequence.pages).max();
     assert!(highest.is_none_or(|&page| (page as usize) < cache.pages()), "{highest:?} of {} pages", cache.pages());
-    let KvPages { k: k_pool, v: v_pool } = cache;
+    let KvPages { k: k_pool, v: v_pool, .. } = cache;
     match Backend::of(q) {
         Backend::Cpu => {
             cpu::write(k.burn(), k_pool.burn_mut(), batch);

@@ -74,9 +74,8 @@ impl Tables {
 
     /// Returns the angles of tokens at these positions.
     pub fn angles(&self, positions: &[u32]) -> Angles {
-        if let (Device::Cuda(cuda), Some([cos, sin])) = (&self.device, &self.cuda) {
-            let positions = Ints::from_slice(cuda, positions, MemoryUse::Inputs);
-            return Angles(AnglesIn::Cuda(cuda::Angles { cos: cos.clone(), sin: sin.clone(), positions }));
+        if let Device::Cuda(cuda) = &self.device {
+            return self.angles_at(Ints::from_slice(cuda, positions, MemoryUse::Inputs));
         }
         let rows = |table: &[f32]| -> Tensor<2> {
             let row = |&position: &u32| &table[position as usize * self.half..][..self.half];
@@ -87,6 +86,14 @@ impl Tables {
             [Tensor::Burn(cos), Tensor::Burn(sin)] => AnglesIn::Burn(CosSin { cos, sin }),
             tables => AnglesIn::Meta(tables.map(Tensor::into_meta)),
         })
+    }
+}
+
+impl Tables {
+    /// Returns the angles of tokens at positions that are on the tables' GPU.
+    pub(crate) fn angles_at(&self, positions: Ints) -> Angles {
+        let [cos, sin] = self.cuda.clone().unwrap_or_else(|| two_devices());
+        Angles(AnglesIn::Cuda(cuda::Angles { cos, sin, positions }))
     }
 }
 

@@ -1,0 +1,192 @@
+//! A step of decoding on a GPU: one token of each of several sequences, from its id to the choice of the next one.
+//!
+//! All that differs from step to step lies in [`StepInputs`], at fixed addresses, so that the step can be recorded once and
+//! replayed by one call ([`RecordedStep`]): a model of 36 layers queues about 300 kernels for a token, and the host needs
+//! longer to queue them than the device to run them.
+//!
+//! [`draw`] chooses tokens from logits that stay on the device. Its distributions are those of the sampler on the CPU, whose
+//! random numbers it is given; it finds the token of a random number in another order, so the same seed draws other
+//! tokens.
+//!
+//! # Shapes
+//! Hidden states `[rows, hidden]`, one row for each choice.
+
+mod cuda;
+mod recorded;
+
+use crate::linear_cross_entropy::LmHead;
+use crate::paged_attention::PagedBatch;
+use crate::rope::{Angles, Tables};
+use crate::runtime::{Cuda, Ints, MemoryUse, elementwise};
+use crate::{Device, DeviceError, Tensor, matmul};
+
+pub use crate::runtime::Workspace;
+pub use recorded::RecordedStep;
+
+/// The choice of one token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// 0 takes the most likely token; above, logits are divided by it.
+    pub temperature: f32,
+    /// Draw from the k most likely tokens only; 0 for all.
+    pub top_k: usize,
+    /// Draw from the smallest set of most likely tokens whose probabilities reach this sum.
+    pub top_p: f32,
+    /// Draw only from tokens whose probability is at least this share of the most likely token's.
+    pub min_p: f32,
+    /// The random number, in [0, 1).
+    pub uniform: f64,
+}
+
+impl Draw {
+    /// Takes the most likely token.
+    pub const GREEDY: Self = Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, uniform: 0.0 };
+}
+
+/// A token that was chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Drawn {
+    /// The token.
+    pub id: u32,
+    /// ln p of the token by the logits as they are.
+    pub log_prob: f32,
+    /// ln p of the token in the distribution that it was drawn from; 0 for a greedy choice.
+    pub sampling_log_prob: f32,
+    /// False if a logit is infinite or not a number; the rest then means nothing.
+    pub is_finite: bool,
+}
+
+/// The token of a sequence in a step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepToken<'a> {
+    /// Its id.
+    pub id: u32,
+    /// Its position in the sequence.
+    pub position: usize,
+    /// The pages of the sequence, this token's included.
+    pub pages: &'a [u32],
+    /// The choice of the token after it.
+    pub draw: Draw,
+}
+
+/// The inputs and results of a step at fixed addresses of a GPU.
+#[derive(Debug)]
+pub struct StepInputs {
+    cuda: Cuda,
+    words: Ints,
+    rows: usize,
+    /// Words of all block tables.
+    tables: usize,
+    batch: PagedBatch,
+    drawn: Ints,
+}
+
+/// Words of a row: in the list of tokens, of its draw, and of its result.
+const ENTRY: usize = 4;
+const DRAW: usize = 8;
+const DRAWN: usize = 4;
+
+impl StepInputs {
+    /// Allocates inputs for `rows` tokens, whose sequences have `pages` pages at most.
+    ///
+    /// # Panics
+    /// On other devices than a GPU.
+    pub fn new(device: &Device, rows: usize, pages: usize) -> Self {
+        let Device::Cuda(cuda) = device else { panic!("steps at fixed addresses are for CUDA") };
+        let tables = rows * pages;
+        let words = Ints::unfilled(cuda, Self::tables_at(rows) + tables, MemoryUse::Inputs);
+        let batch = PagedBatch::at(words.clone(), rows, Self::tables_at(rows), pages);
+        let drawn = Ints::unfilled(cuda, rows * DRAWN, MemoryUse::Inputs);
+        Self { cuda: cuda.clone(), words, rows, tables, batch, drawn }
+    }
+
+    /// Returns the first words of ids, positions, draws and block tables behind the list of tokens.
+    const fn parts(rows: usize) -> [usize; 4] {
+        let draws = rows * ENTRY;
+        let ids = draws + rows * DRAW;
+        [ids, ids + rows, draws, ids + 2 * rows]
+    }
+
+    const fn tables_at(rows: usize) -> usize {
+        Self::parts(rows)[3]
+    }
+
+    /// Returns the number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Writes the tokens of the next step. Rows without one compute a token of their own page `unused`, which belongs to no
+    /// sequence.
+    ///
+    /// # Panics
+    /// If there are more tokens than rows, or more pages than there is space for.
+    pub fn write(&self, tokens: &[StepToken<'_>], unused: u32) {
+        assert!(tokens.len() <= self.rows, "{} tokens in {} rows", tokens.len(), self.rows);
+        let fill = StepToken { id: 0, position: 0, pages: &[unused], draw: Draw::GREEDY };
+        let tokens: Vec<_> = tokens.iter().copied().chain(core::iter::repeat(fill)).take(self.rows).collect();
+        let mut words: Vec<u32> = Vec::new();
+        let mut table = 0;
+        for (row, token) in tokens.iter().enumerate() {
+            words.extend([row as u32, token.position as u32, table as u32, 0]);
+            table += token.pages.len();
+        }
+        assert!(table <= self.tables, "{table} pages in {} words", self.tables);
+        tokens.iter().for_each(|token| words.extend(cuda::draw_words(&token.draw)));
+        words.extend(tokens.iter().map(|token| token.id));
+        words.extend(tokens.iter().map(|token| token.position as u32));
+        tokens.iter().for_each(|token| words.extend_from_slice(token.pages));
+        self.words.write(&words);
+    }
+
+    /// Returns the rows of an embedding table for the tokens, `[rows, hidden]`.
+    pub fn embed(&self, table: &Tensor<2>) -> Tensor<2> {
+        let [ids, ..] = Self::parts(self.rows);
+        elementwise::gather_rows(table.cuda(), self.words.ptr_at(ids), self.rows).into()
+    }
+
+    /// Returns the angles of the tokens.
+    pub fn angles(&self, tables: &Tables) -> Angles {
+        let [_, positions, ..] = Self::parts(self.rows);
+        tables.angles_at(self.words.part(positions, self.rows))
+    }
+
+    /// Returns the tokens as a batch for attention over pages.
+    pub fn batch(&self) -> &PagedBatch {
+        &self.batch
+    }
+
+    /// Chooses a token from each of `rows` hidden states; [`drawn`](Self::drawn) returns them.
+    pub fn choose(&self, head: &LmHead, hidden: &Tensor<2>) {
+        let [_, _, draws, _] = Self::parts(self.rows);
+        let logits = matmul::nt(hidden, &head.weight);
+        cuda::sample(logits.cuda(), head, self.words.ptr_at(draws), &self.drawn);
+    }
+
+    /// Waits for the step; returns the tokens of the first `count` rows.
+    ///
+    /// # Errors
+    /// The first error of the device.
+    pub fn drawn(&self, count: usize) -> Result<Vec<Drawn>, DeviceError> {
+        self.cuda.check()?;
+        Ok(cuda::drawn(&self.drawn.part(0, count * DRAWN).to_vec()?))
+    }
+}
+
+/// Chooses a token from each row of hidden states.
+///
+/// # Errors
+/// The first error of the device.
+///
+/// # Panics
+/// If there are not as many rows as draws, and on other devices than a GPU.
+pub fn draw(head: &LmHead, hidden: &Tensor<2>, draws: &[Draw]) -> Result<Vec<Drawn>, DeviceError> {
+    assert_eq!(hidden.dims()[0], draws.len(), "a row of hidden states for each draw");
+    let cuda = hidden.cuda().cuda().clone();
+    let words: Vec<u32> = draws.iter().flat_map(cuda::draw_words).collect();
+    let words = Ints::from_slice(&cuda, &words, MemoryUse::Inputs);
+    let drawn = Ints::unfilled(&cuda, draws.len() * DRAWN, MemoryUse::Inputs);
+    let logits = matmul::nt(hidden, &head.weight);
+    cuda::sample(logits.cuda(), head, words.ptr(), &drawn);
+    Ok(cuda::drawn(&drawn.to_vec()?))
+}
