@@ -46,9 +46,6 @@ pub(crate) fn run(
     let left: Vec<Prompt> = prompts.into_iter().filter(|prompt| !answered.contains_key(&prompt.row)).collect();
     let failed = |source| Failure::File { path: out.to_owned(), source };
     let mut file = OpenOptions::new().create(true).append(true).open(out).map_err(failed)?;
-    if !model.has_engine() {
-        eprintln!("device {} has no engine for batches: rows are answered one after another", model.device());
-    }
     let inputs: BTreeMap<usize, Value> = left.iter().map(|prompt| (prompt.row, prompt.input.clone())).collect();
     let limits = EngineConfig {
         max_sequences: args.batch_size,

@@ -1,19 +1,18 @@
 //! The engine: requests in, events out, one step at a time.
 
+mod compute;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use rekindle_kernels::paged_attention::PAGE;
-use rekindle_models::{DecodeBatch, DecodeStates, Sampler};
+use rekindle_models::{DecodeStates, DecodeSteps, Sampler};
 
 use crate::pages::Node;
 use crate::request::{AdapterChoice, Event, FinishReason, Request, RequestId, Usage};
 use crate::scheduler::{Part, SampleId, Scheduler};
-use crate::sequence::{Refused, Row, Sequence, Settings};
+use crate::sequence::{Sequence, Settings};
 use crate::{EngineConfig, EngineModel, Error};
-
-/// Rows whose logits exist at once.
-const LOGIT_ROWS: usize = 32;
 
 /// Runs requests on a model.
 ///
@@ -26,6 +25,8 @@ pub struct Engine<M> {
     scheduler: Scheduler,
     /// The keys and values; `None` while the engine sleeps.
     states: Option<DecodeStates>,
+    /// Recorded steps for `states` and the weights as they are.
+    steps: DecodeSteps,
     sequences: BTreeMap<SampleId, Sequence>,
     /// The beginnings of the chains of pages, by adapter.
     roots: HashMap<Option<String>, Node>,
@@ -88,18 +89,11 @@ impl<M: EngineModel> Engine<M> {
     /// `&mut CausalLm`.
     ///
     /// # Errors
-    /// [`Error::Argument`] for limits that contradict each other, for a cache without a page, and on CUDA, for which the
-    /// engine has no kernels.
+    /// [`Error::Argument`] for limits that contradict each other and for a cache without a page, [`Error::Model`] when the
+    /// device has no memory for the cache.
     pub fn new(model: M, config: EngineConfig) -> Result<Self, Error> {
         config.check()?;
         let lm = model.causal_lm();
-        if lm.device().name() == "cuda" {
-            return Err(Error::Argument(
-                "the engine has no kernels for device \"cuda\"; generate without it, or load the model with device \
-                 \"cpu\""
-                    .to_owned(),
-            ));
-        }
         let pages = config.pages(lm)?;
         let states = lm.decoder().paged_states(pages).map_err(rekindle_models::Error::from)?;
         Ok(Self {
@@ -107,6 +101,7 @@ impl<M: EngineModel> Engine<M> {
             config,
             scheduler: Scheduler::new(config.max_batch_tokens, config.max_sequences, pages),
             states: Some(states),
+            steps: DecodeSteps::default(),
             sequences: BTreeMap::new(),
             roots: HashMap::new(),
             events: Vec::new(),
@@ -242,6 +237,11 @@ impl<M: EngineModel> Engine<M> {
         }
     }
 
+    /// Returns the reason why the device computes single tokens without recorded steps, if it was tried.
+    pub fn steps_refusal(&self) -> Option<&str> {
+        self.steps.refusal()
+    }
+
     /// Computes the next tokens of samples; returns what happened, in order.
     pub fn step(&mut self) -> Vec<Event> {
         if self.states.is_some() && !self.sequences.is_empty() {
@@ -315,101 +315,13 @@ impl<M: EngineModel> Engine<M> {
     /// Makes the model ready for an adapter, or for the base.
     fn prepare(&mut self, adapter: Option<&str>) -> Result<(), Error> {
         match adapter {
-            Some(name) => Ok(self.model.activate(name)?),
+            Some(name) => {
+                if self.model.causal_lm().active_adapter() != Some(name) {
+                    self.steps = DecodeSteps::default();
+                }
+                Ok(self.model.activate(name)?)
+            }
             None => Ok(self.model.causal_lm().check_base()?),
-        }
-    }
-
-    /// Computes parts of samples, and chooses the next tokens of those that are complete.
-    fn compute(&mut self, parts: &[Part], adapters: bool) {
-        let mut batch = DecodeBatch::default();
-        let mut rows = Vec::new();
-        for part in parts {
-            let &Part { id, start, count } = part;
-            let cached = self.scheduler.get(id).expect("it was scheduled");
-            let prompt = self.sequences[&id].prompt_rows(start, count);
-            let is_complete = start + count == cached.tokens.len();
-            let outputs = match (prompt.is_empty(), is_complete) {
-                (true, false) => 0..0,
-                (true, true) => count - 1..count,
-                (false, _) => prompt.start..prompt.end + usize::from(is_complete),
-            };
-            rows.extend(prompt.map(|row| Row::Prompt(id, start + row + 1)));
-            rows.extend(is_complete.then_some(Row::Next(id)));
-            let ids = &cached.tokens[start..start + count];
-            batch.push(self.sequences[&id].number, ids, start, &cached.pages, outputs);
-        }
-        assert_eq!(rows.len(), batch.outputs(), "a use for every row");
-        let states = self.states.as_mut().expect("the engine is awake");
-        let hidden = self.model.causal_lm().decode(&batch, states, adapters);
-        if let Err(error) = self.model.causal_lm().device().check() {
-            let error = Error::from(rekindle_models::Error::from(error));
-            return self.fail_all(parts.iter().map(|part| part.id), &error);
-        }
-        self.counts.computed_tokens += batch.tokens() as u64;
-        parts.iter().for_each(|part| self.scheduler.computed(part));
-        for (chunk, rows) in rows.chunks(LOGIT_ROWS).enumerate() {
-            let hidden = hidden.rows(chunk * LOGIT_ROWS, rows.len());
-            let logits = self.model.causal_lm().logits(&hidden, adapters);
-            let vocab = logits.len() / rows.len();
-            for (row, logits) in rows.iter().zip(logits.chunks(vocab)) {
-                match *row {
-                    Row::Prompt(id, token) => {
-                        let token = self.scheduler.get(id).expect("it was computed").tokens[token];
-                        self.sequences.get_mut(&id).expect("it was computed").push_prompt(token, logits);
-                    }
-                    Row::Next(id) => self.next_token(id, logits),
-                }
-            }
-        }
-    }
-
-    /// Chooses the next token of a sample, and the first ones of samples that share its prompt.
-    fn next_token(&mut self, id: SampleId, logits: &[f32]) {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
-        let is_prompt = sequence.new_tokens == 0;
-        if let Some(tokens) = sequence.prompt.take() {
-            self.events.push(Event::Prompt { request: id.request, tokens });
-        }
-        let mut forked: Vec<SampleId> = Vec::new();
-        if is_prompt && id.sample == 0 {
-            let others: Vec<SampleId> = self
-                .sequences
-                .range(SampleId { sample: 1, ..id }..)
-                .map(|(&other, _)| other)
-                .take_while(|other| other.request == id.request)
-                .collect();
-            forked = others.into_iter().filter(|&other| self.scheduler.fork(id, other)).collect();
-            if let Some(states) = &mut self.states {
-                let number = |id: &SampleId| self.sequences[id].number;
-                forked.iter().for_each(|other| states.copy_sequence(number(&id), number(other)));
-            }
-        }
-        self.choose(id, logits);
-        forked.into_iter().for_each(|other| self.choose(other, logits));
-    }
-
-    fn choose(&mut self, id: SampleId, logits: &[f32]) {
-        let sequence = self.sequences.get_mut(&id).expect("it runs");
-        if sequence.settings.max_tokens == 0 {
-            return self.finish(id, FinishReason::Length);
-        }
-        match sequence.choose(logits) {
-            Ok(token) => {
-                self.counts.new_tokens += 1;
-                let ends = sequence.ends_with(token.id);
-                self.scheduler.push(id, token.id);
-                self.events.push(Event::Token { request: id.request, sample: id.sample, token });
-                if let Some(reason) = ends {
-                    self.finish(id, reason);
-                }
-            }
-            Err(Refused::Error(error)) => self.fail(id, error),
-            Err(Refused::NonFinite) => {
-                let tokens = &self.scheduler.get(id).expect("it runs").tokens;
-                let error = self.model.causal_lm().non_finite_logits(tokens, sequence.new_tokens + 1);
-                self.fail(id, error.into());
-            }
         }
     }
 
@@ -449,5 +361,6 @@ impl<M: EngineModel> Engine<M> {
     /// Makes running samples wait and forgets what pages hold.
     fn restart(&mut self) {
         self.scheduler.restart();
+        self.steps = DecodeSteps::default();
     }
 }

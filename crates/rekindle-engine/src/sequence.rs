@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use rekindle_kernels::decode_step::{Draw, Drawn};
 use rekindle_models::{LogSoftmax, Sampler, TokenLimits, Unsampled};
 
 use crate::Error;
@@ -64,6 +65,25 @@ impl Sequence {
         })
     }
 
+    /// Returns the choice of the next token for the model's device; `None` if it needs the logits on the host.
+    pub(crate) fn draw_on_device(&self) -> Option<Draw> {
+        let Settings { min_tokens, stop_ids, top_log_probs, max_tokens, .. } = &*self.settings;
+        let is_limited = self.constraint.is_some() || self.new_tokens < *min_tokens && !stop_ids.is_empty();
+        if is_limited || *top_log_probs > 0 || *max_tokens == 0 { None } else { self.sampler.draw_on_device() }
+    }
+
+    /// Accepts the token that the device chose.
+    pub(crate) fn accept(&mut self, drawn: Drawn) -> Result<NewToken, Refused> {
+        let Drawn { id, log_prob, sampling_log_prob, is_finite } = drawn;
+        if !is_finite {
+            return Err(Refused::NonFinite);
+        }
+        let index = self.new_tokens;
+        self.new_tokens += 1;
+        self.sampler.accept(id);
+        Ok(NewToken { index, id, log_prob, sampling_log_prob, top: Vec::new() })
+    }
+
     /// Returns the reason why the sample ends with this token, if it does.
     pub(crate) fn ends_with(&self, id: u32) -> Option<FinishReason> {
         if self.settings.stop_ids.contains(&id) {
@@ -112,4 +132,13 @@ pub(crate) enum Row {
     Next(SampleId),
     /// It gives the log-probability of this token of the sample's prompt.
     Prompt(SampleId, usize),
+}
+
+impl Row {
+    /// Returns the sample that the row belongs to.
+    pub(crate) fn sample(self) -> SampleId {
+        match self {
+            Self::Next(id) | Self::Prompt(id, _) => id,
+        }
+    }
 }

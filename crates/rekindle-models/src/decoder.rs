@@ -6,6 +6,7 @@
 mod backward;
 mod batch_context;
 mod decode;
+mod step;
 
 use core::convert::Infallible;
 
@@ -21,6 +22,7 @@ pub use backward::{DecoderBackward, DecoderSaved};
 pub use batch_context::{BatchContext, StepKey};
 pub(crate) use decode::SequenceRows;
 pub use decode::{DecodeBatch, DecodeStates};
+pub use step::DecodeSteps;
 
 use crate::layers::{Block, Context, FeedForward, LayerBuilder, RmsNorm, WeightSource};
 use crate::parameters::{ExpertStack, Parameter, ParameterSpec, WeightPart};
@@ -239,8 +241,7 @@ impl Decoder {
         let mut saved = DecoderSaved::new(self);
         let last = self.layers.len();
         let Ok(h) = self.walk(
-            ctx,
-            &batch.batch.input_ids,
+            self.embed(ctx, &batch.batch.input_ids),
             batch.noise(),
             |index, layer, h| {
                 let (y, block) = layer.forward(ctx, h);
@@ -261,23 +262,27 @@ impl Decoder {
         batch: &BatchContext<'_>,
         mut look: impl FnMut(usize, &Tensor<2>) -> Result<(), E>,
     ) -> Result<Tensor<2>, E> {
-        let ids = &batch.batch.input_ids;
-        let h = self.walk(ctx, ids, batch.noise(), |_, layer, h| layer.forward(ctx, h).0, &mut look)?;
+        let h = self.embed(ctx, &batch.batch.input_ids);
+        let h = self.walk(h, batch.noise(), |_, layer, h| layer.forward(ctx, h).0, &mut look)?;
         let (n, _) = self.norm.forward(ctx.params, &h, 0);
         look(self.layers.len() + 1, &n)?;
         Ok(n)
     }
 
-    /// Returns the residual stream after the last layer. `layer` runs each of them; `look` sees what it reads.
+    /// Returns the rows of the embedding table for `ids`.
+    fn embed(&self, ctx: Context<'_>, ids: &[u32]) -> Tensor<2> {
+        embedding::forward(&self.embedding(ctx.adapters).matrix(ctx.params), ids)
+    }
+
+    /// Returns the residual stream after the last layer, from the rows of the embedding table. `layer` runs each layer;
+    /// `look` sees what it reads.
     fn walk<E>(
         &self,
-        ctx: Context<'_>,
-        ids: &[u32],
+        mut h: Tensor<2>,
         noise: Option<Noise<'_>>,
         mut layer: impl FnMut(usize, &Block, Tensor<2>) -> Tensor<2>,
         mut look: impl FnMut(usize, &Tensor<2>) -> Result<(), E>,
     ) -> Result<Tensor<2>, E> {
-        let mut h = embedding::forward(&self.embedding(ctx.adapters).matrix(ctx.params), ids);
         let (before, after) = if self.noise_after_multiplier { (None, noise) } else { (noise, None) };
         if let Some(noise) = before {
             h = neftune::apply(h, noise);

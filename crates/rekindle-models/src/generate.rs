@@ -1,9 +1,10 @@
 //! Generation with a key/value cache.
 
 use rekindle_kernels::Tensor;
+use rekindle_kernels::decode_step::StepToken;
 
 use crate::sample::{Sampler, SamplingParams, TokenLimits};
-use crate::{CausalLm, DecodeBatch, DecodeStates, Error};
+use crate::{CausalLm, DecodeBatch, DecodeStates, DecodeSteps, Error};
 
 /// The settings of sampling, and the conditions that end generation.
 #[derive(Clone, Debug, PartialEq)]
@@ -92,20 +93,35 @@ impl CausalLm {
         let mut sampler = Sampler::new(&config.sampling(), prompt, 0, self.config.vocab_size())?;
         let room = config.max_new_tokens.min(self.max_seq_length() - prompt.len());
         let (mut states, pages) = self.decoder.states_for_one(prompt.len() + room)?;
+        let mut steps = DecodeSteps::default();
         let mut new = Vec::new();
         let mut pending = prompt.to_vec();
         let mut past = 0;
         while new.len() < room {
-            let mut batch = DecodeBatch::default();
-            batch.push(0, &pending, past, &pages, pending.len() - 1..pending.len());
-            let hidden = self.decode(&batch, &mut states, true); // [1, hidden]
-            let logits = self.logits(&hidden, true);
-            self.device().check()?;
-            past += pending.len();
-            let Ok(sampled) = sampler.next(&logits, TokenLimits::default()) else {
+            let draw = sampler.draw_on_device().filter(|_| self.has_steps());
+            let sampled = match draw {
+                Some(draw) => {
+                    let drawn = if past == 0 {
+                        let hidden = self.decode_last(&pending, past, &pages, &mut states);
+                        self.draw(&hidden, &[draw], true)?
+                    } else {
+                        let token = StepToken { id: pending[0], position: past, pages: &pages, draw };
+                        self.next_tokens(&[token], &mut states, &mut steps, true)?
+                    };
+                    drawn.first().filter(|drawn| drawn.is_finite).map(|drawn| drawn.id)
+                }
+                None => {
+                    let hidden = self.decode_last(&pending, past, &pages, &mut states);
+                    let logits = self.logits(&hidden, true);
+                    self.device().check()?;
+                    sampler.choose(&logits, TokenLimits::default()).ok().map(|sampled| sampled.id)
+                }
+            };
+            let Some(id) = sampled else {
                 return Err(self.non_finite_logits(&[prompt, &new].concat(), new.len() + 1));
             };
-            let id = sampled.id;
+            sampler.accept(id);
+            past += pending.len();
             new.push(id);
             let go_on = on_token(id);
             if config.eos_ids.contains(&id) {
@@ -117,6 +133,13 @@ impl CausalLm {
             pending = vec![id];
         }
         Ok((new, StopReason::Length))
+    }
+
+    /// Returns the hidden state of the last of some tokens of a single sequence, `[1, hidden]`.
+    fn decode_last(&self, ids: &[u32], past: usize, pages: &[u32], states: &mut DecodeStates) -> Tensor<2> {
+        let mut batch = DecodeBatch::default();
+        batch.push(0, ids, past, pages, ids.len() - 1..ids.len());
+        self.decode(&batch, states, true)
     }
 
     /// Refuses a prompt that this model cannot continue.

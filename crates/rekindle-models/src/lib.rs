@@ -38,7 +38,9 @@ pub use causal_lm::CausalLm;
 pub use checkpoint::{GgufOptions, GgufTotals, export_gguf, export_gguf_adapter, open_checkpoint, unpack_gguf};
 pub use checkpoint::{LoadIn, LoadOptions, MergeOptions, is_quantized, merge, quantize, stored_quantization};
 pub use config::ModelConfig;
-pub use decoder::{BatchContext, DecodeBatch, DecodeStates, Decoder, DecoderBackward, DecoderSaved, StepKey};
+pub use decoder::{
+    BatchContext, DecodeBatch, DecodeStates, DecodeSteps, Decoder, DecoderBackward, DecoderSaved, StepKey,
+};
 pub use error::Error;
 pub use generate::{GenerationConfig, StopReason};
 pub use gradient_checkpointing::GradientCheckpointing;

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rekindle_kernels::decode_step::Draw;
 
 use crate::Error;
 
@@ -197,21 +198,38 @@ impl Sampler {
     /// # Errors
     /// [`Unsampled`]; the sampler is then unchanged.
     pub fn next(&mut self, logits: &[f32], limits: TokenLimits<'_>) -> Result<Sampled, Unsampled> {
+        let sampled = self.choose(logits, limits)?;
+        self.accept(sampled.id);
+        Ok(sampled)
+    }
+
+    /// Returns the choice of the next token, which is then given to [`accept`](Self::accept).
+    pub(crate) fn choose(&self, logits: &[f32], limits: TokenLimits<'_>) -> Result<Sampled, Unsampled> {
         if !logits.iter().all(|logit| logit.is_finite()) {
             return Err(Unsampled::NonFinite);
         }
         let logits = self.changed(logits, limits);
-        let sampled = if self.params.temperature == 0.0 {
+        if self.params.temperature == 0.0 {
             let id = argmax(&logits).ok_or(Unsampled::NothingAllowed)?;
-            Sampled { id, log_prob: 0.0 }
-        } else {
-            self.draw(&logits).ok_or(Unsampled::NothingAllowed)?
-        };
+            return Ok(Sampled { id, log_prob: 0.0 });
+        }
+        self.draw(&logits).ok_or(Unsampled::NothingAllowed)
+    }
+
+    /// Returns the choice of the next token for [`CausalLm::draw`](crate::CausalLm::draw); `None` if penalties or biases change
+    /// its logits. The token that was drawn is given to [`accept`](Self::accept).
+    pub fn draw_on_device(&self) -> Option<Draw> {
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
+        let uniform = if temperature == 0.0 { 0.0 } else { self.uniform() };
+        (!self.params.changes_logits()).then_some(Draw { temperature, top_k, top_p, min_p, uniform })
+    }
+
+    /// Adds a token that was chosen elsewhere.
+    pub fn accept(&mut self, id: u32) {
         self.index += 1;
         if self.params.changes_logits() {
-            *self.counts.entry(sampled.id).or_default() += 1;
+            *self.counts.entry(id).or_default() += 1;
         }
-        Ok(sampled)
     }
 
     /// Returns the logits after masks, biases and penalties; −∞ for tokens that cannot be chosen.

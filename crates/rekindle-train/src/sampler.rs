@@ -5,14 +5,13 @@ use std::collections::HashMap;
 use rekindle_data::{Example, IGNORED, Tokenizer};
 use rekindle_engine::{CacheSize, Engine, EngineConfig, Event, FinishReason, Request};
 use rekindle_kernels::paged_attention::PAGE;
-use rekindle_models::{CausalLm, GenerationConfig, StopReason};
+use rekindle_models::{CausalLm, GenerationConfig};
 
 use crate::{Error, PromptSample};
 
 /// A sampler that continues prompts at each evaluation, greedily and all of them at once.
 ///
-/// The engine computes them with the trained weights. On CUDA, for which it has no kernels, they are continued one after
-/// another. Sampling does not affect training, because it draws no random number.
+/// The engine computes them with the trained weights. Sampling does not affect training, because it draws no random number.
 #[derive(Clone, Debug)]
 pub struct Sampler<'a> {
     prompts: Vec<SamplePrompt>,
@@ -81,13 +80,6 @@ impl<'a> Sampler<'a> {
     fn continuations(&self, model: &CausalLm) -> Result<Vec<(Vec<u32>, bool)>, Error> {
         if self.is_empty() {
             return Ok(Vec::new());
-        }
-        if model.device().name() == "cuda" {
-            let one = |prompt: &SamplePrompt| {
-                let (ids, stop) = model.generate(&prompt.ids, &self.generation, |_| true)?;
-                Ok((ids, stop == StopReason::EndToken))
-            };
-            return self.prompts.iter().map(one).collect();
         }
         let length = |prompt: &SamplePrompt| prompt.ids.len() + self.generation.max_new_tokens;
         let pages = self.prompts.iter().map(|prompt| length(prompt).min(model.max_seq_length()).div_ceil(PAGE)).sum();

@@ -30,14 +30,9 @@ impl Model {
     /// Returns an engine for this model: many requests at once, with a key/value cache that they share.
     ///
     /// # Errors
-    /// [`Error::Engine`] for limits that contradict each other, and on CUDA, for which the engine has no kernels.
+    /// [`Error::Engine`] for limits that contradict each other, and when the device has no memory for the cache.
     pub fn engine(&self, config: EngineConfig) -> Result<Engine<&rekindle_models::CausalLm>, Error> {
         Ok(Engine::new(self.causal_lm(), config)?)
-    }
-
-    /// Returns true if [`engine`](Self::engine) has kernels for this model's device.
-    pub fn has_engine(&self) -> bool {
-        self.causal_lm().device().name() != "cuda"
     }
 
     /// Continues many prompts, as [`generate_text`](Self::generate_text) continues one. `on_answer` receives each answer
@@ -46,8 +41,6 @@ impl Model {
     ///
     /// The prompt with number i draws with `config.seed + i`, so an answer does not depend on the other prompts. Without
     /// a tokenizer, texts are empty and `stop` must be.
-    ///
-    /// On devices without an [`engine`](Self::engine), prompts are answered one after another.
     ///
     /// # Errors
     /// As [`generate_text`](Self::generate_text); the first prompt that fails ends the generation.
@@ -65,21 +58,6 @@ impl Model {
         }
         let seeded = |index: usize| GenerationConfig { seed: config.seed.wrapping_add(index as u64), ..config.clone() };
         let mut prompts = prompts.into_iter();
-        if !self.has_engine() {
-            for (index, prompt) in prompts {
-                let answer = match tokenizer {
-                    Some(tokenizer) => self.generate_text(tokenizer, &prompt, &seeded(index), stop, |_| true)?,
-                    None => {
-                        let generated = self.generate(&prompt, &seeded(index), |_| true)?;
-                        GeneratedText { text: String::new(), stop_string: None, generated }
-                    }
-                };
-                if !on_answer(index, answer)? {
-                    break;
-                }
-            }
-            return Ok(());
-        }
         let mut engine = self.engine(limits)?;
         let mut pending: HashMap<RequestId, Pending<'_>> = HashMap::new();
         let mut stop_ids = config.eos_ids.clone();

@@ -166,8 +166,8 @@ impl<'a> Loader<'a> {
         self
     }
 
-    /// If true, a device without the [engine](crate::engine) for batched generation is refused: CUDA at present. Default
-    /// false: on such a device, texts are generated one after another.
+    /// Accepted for run files of other programs and without effect: every device has the [engine](crate::engine). Default
+    /// false.
     pub fn fast_inference(mut self, fast_inference: bool) -> Self {
         self.args.fast_inference = fast_inference;
         self
@@ -229,12 +229,6 @@ impl<'a> Loader<'a> {
         device: Device,
         kind: DeviceKind,
     ) -> Result<LoadOptions, Error> {
-        if self.args.fast_inference && matches!(device, Device::Cuda(_)) {
-            return Err(Error::Argument(format!(
-                "fast_inference = true needs the engine, which has no kernels for device \"{kind}\"; set it to false to \
-                 generate one text after another, or use device \"cpu\""
-            )));
-        }
         let (mut load_in, mut skip_modules) = (self.args.load_in()?, self.args.skip_modules.clone());
         let adapter = adapter.or(self.adapter.as_deref());
         let dtype = self.args.dtype.resolve(&device, kind)?;

@@ -7,7 +7,7 @@ use rekindle_kernels::paged_attention::{KvPages, PAGE, PagedBatch};
 use rekindle_kernels::{DeviceError, Params, Tensor, embedding};
 
 use super::Decoder;
-use crate::layers::{Block, Context, LayerKvCache, LayerState, Mixer, RecurrentStates};
+use crate::layers::{Block, Context, LayerState, Mixer, RecurrentStates};
 
 /// New tokens of several sequences, one after another: whole prompts, parts of prompts, single tokens.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +31,11 @@ pub(crate) struct SequenceRows {
 }
 
 impl DecodeBatch {
+    /// Returns a batch of the tokens of a step, which only attention can read.
+    pub(super) fn of_step(pages: PagedBatch) -> Self {
+        Self { pages, ..Self::default() }
+    }
+
     /// Adds the next tokens of a sequence that has `past` tokens. The caller chose its number, and `pages` hold all of its
     /// tokens. `outputs` are the new tokens whose hidden states are wanted, by their index in `ids`.
     ///
@@ -65,6 +70,8 @@ impl DecodeBatch {
 #[derive(Debug)]
 pub struct DecodeStates {
     layers: Vec<LayerState>,
+    /// Pages of each layer.
+    pub(super) pages: usize,
 }
 
 impl DecodeStates {
@@ -76,7 +83,6 @@ impl DecodeStates {
         for layer in &mut self.layers {
             match layer {
                 LayerState::Pages(pages) => pages.copy_page(from, to),
-                LayerState::Contiguous(_) => panic!("a sequence in one piece has no pages"),
                 LayerState::Recurrent(_) => {}
             }
         }
@@ -95,7 +101,7 @@ impl DecodeStates {
     fn recurrent(&mut self) -> impl Iterator<Item = &mut RecurrentStates> {
         self.layers.iter_mut().filter_map(|layer| match layer {
             LayerState::Recurrent(states) => Some(states),
-            LayerState::Pages(_) | LayerState::Contiguous(_) => None,
+            LayerState::Pages(_) => None,
         })
     }
 }
@@ -104,7 +110,7 @@ impl Decoder {
     /// Allocates states for sequences that take `pages` pages together.
     ///
     /// # Errors
-    /// [`DeviceError`] on CUDA, where attention over pages has no kernel.
+    /// [`DeviceError`] where the device's memory does not suffice.
     pub fn paged_states(&self, pages: usize) -> Result<DecodeStates, DeviceError> {
         let layer = |block: &Block| {
             Ok(match &block.mixer {
@@ -114,7 +120,7 @@ impl Decoder {
                 Mixer::GatedDelta(_) => LayerState::Recurrent(RecurrentStates::default()),
             })
         };
-        Ok(DecodeStates { layers: self.layers.iter().map(layer).collect::<Result<_, DeviceError>>()? })
+        Ok(DecodeStates { layers: self.layers.iter().map(layer).collect::<Result<_, DeviceError>>()?, pages })
     }
 
     /// Returns the bytes of one page in the states of all layers.
@@ -132,13 +138,6 @@ impl Decoder {
     pub(crate) fn states_for_one(&self, capacity: usize) -> Result<(DecodeStates, Vec<u32>), DeviceError> {
         let pages = capacity.div_ceil(PAGE);
         let table = (0..pages as u32).collect();
-        if self.device().name() == "cuda" {
-            let layer = |block: &Block| match &block.mixer {
-                Mixer::Attention(_) => LayerState::Contiguous(LayerKvCache::new(capacity)),
-                Mixer::GatedDelta(_) => LayerState::Recurrent(RecurrentStates::default()),
-            };
-            return Ok((DecodeStates { layers: self.layers.iter().map(layer).collect() }, table));
-        }
         Ok((self.paged_states(pages)?, table))
     }
 
@@ -151,13 +150,25 @@ impl Decoder {
         let positions = batch.pages.positions();
         let ropes: Vec<_> = self.ropes.iter().map(|tables| tables.angles(&positions)).collect();
         let ctx = Context { params, ropes: &ropes, documents: &[], sequences: None, dropout: None, adapters };
-        let layer = |index: usize, layer: &Block, h| layer.decode(ctx, h, &mut states.layers[index], batch);
-        let Ok(h) = self.walk(ctx, &batch.ids, None, layer, |_, _| Ok::<(), Infallible>(()));
+        let h = self.decode_layers(ctx, self.embed(ctx, &batch.ids), states, batch);
         let wanted = match *batch.outputs {
             // One row is read where it is.
             [row] => h.rows(row as usize, 1),
             _ => embedding::forward(&h, &batch.outputs),
         };
         self.norm.forward(params, &wanted, 0).0
+    }
+
+    /// Returns the residual stream of a batch after the last layer, from the rows of the embedding table.
+    pub(super) fn decode_layers(
+        &self,
+        ctx: Context<'_>,
+        h: Tensor<2>,
+        states: &mut DecodeStates,
+        batch: &DecodeBatch,
+    ) -> Tensor<2> {
+        let layer = |index: usize, layer: &Block, h| layer.decode(ctx, h, &mut states.layers[index], batch);
+        let Ok(h) = self.walk(h, None, layer, |_, _| Ok::<(), Infallible>(()));
+        h
     }
 }

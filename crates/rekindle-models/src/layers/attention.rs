@@ -192,16 +192,8 @@ impl Attention {
     pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, state: &mut LayerState, batch: &DecodeBatch) -> Tensor<2> {
         let Projected { q, k, v, qg, .. } = self.project(ctx, x);
         let sinks = self.sinks.as_ref().map(|sinks| sinks.vector(ctx.params));
-        let o = match state {
-            LayerState::Pages(pages) => {
-                paged_attention::forward(&q, &k, &v, sinks.as_ref(), self.heads, pages, &batch.pages)
-            }
-            LayerState::Contiguous(cache) => {
-                let (k, v) = cache.append(k, v);
-                attention::forward_cached(&q, &k, &v, sinks.as_ref(), self.heads)
-            }
-            LayerState::Recurrent(_) => unreachable!("the states of a layer are made for its kind"),
-        };
+        let LayerState::Pages(pages) = state else { unreachable!("the states of a layer are made for its kind") };
+        let o = paged_attention::forward(&q, &k, &v, sinks.as_ref(), self.heads, pages, &batch.pages);
         self.project_output(ctx, &o, qg.as_ref()).0
     }
 

@@ -3,36 +3,15 @@
 use std::collections::HashMap;
 
 use rekindle_kernels::paged_attention::KvPages;
-use rekindle_kernels::{Rows, Tensor, from_f32};
+use rekindle_kernels::{Tensor, from_f32};
 
 /// The state of one layer for all sequences that are decoded together.
 #[derive(Debug)]
 pub enum LayerState {
     /// Keys and values of any number of sequences, in pages.
     Pages(KvPages),
-    /// Keys and values of a single sequence in one piece: for CUDA, where attention over pages has no kernel.
-    Contiguous(LayerKvCache),
     /// The states of gated delta layers, one for each sequence.
     Recurrent(RecurrentStates),
-}
-
-/// The keys and values of one layer and one sequence, with space for more.
-#[derive(Debug)]
-pub struct LayerKvCache {
-    k: Rows,
-    v: Rows,
-}
-
-impl LayerKvCache {
-    /// An empty cache for `capacity` tokens.
-    pub fn new(capacity: usize) -> Self {
-        Self { k: Rows::new(capacity), v: Rows::new(capacity) }
-    }
-
-    /// Appends keys and values `[new, width]`; returns all so far, `[tokens, width]`.
-    pub fn append(&mut self, k: Tensor<2>, v: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
-        (self.k.append(k), self.v.append(v))
-    }
 }
 
 /// The states of one gated delta layer, by sequence.

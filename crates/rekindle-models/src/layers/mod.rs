@@ -31,7 +31,7 @@ pub use checkpointed::Checkpointed;
 pub use feed_forward::{FeedForward, FeedForwardSaved};
 pub use gated_delta_net::{GatedDeltaNet, GatedDeltaNetPending, GatedDeltaNetSaved};
 pub use gated_mlp::{GatedMlp, GatedMlpSaved};
-pub use layer_state::{LayerKvCache, LayerState, RecurrentStates};
+pub use layer_state::{LayerState, RecurrentStates};
 pub use mixer::{Mixer, MixerCheckpoint, MixerPending, MixerSaved};
 pub(crate) use moe::expert_names;
 pub use moe::{Moe, MoeSaved};

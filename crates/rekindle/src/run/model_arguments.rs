@@ -53,7 +53,7 @@ pub struct ModelArguments {
     /// Vocabulary size after adding or removing rows of the embedding table and the head. Default: the checkpoint's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resize_model_vocab: Option<usize>,
-    /// If true, a device without the engine for batched generation is refused: CUDA at present. Default false.
+    /// Accepted for run files of other programs and without effect: every device has the engine. Default false.
     #[serde(skip_serializing_if = "is_false")]
     pub fast_inference: bool,
     /// Branch, tag or commit of a name on the hub. Default `main`.

@@ -1,0 +1,128 @@
+//! Steps of one token of each of several sequences on a GPU, recorded and replayed.
+
+use std::collections::BTreeMap;
+
+use rekindle_kernels::decode_step::{self, Draw, Drawn, RecordedStep, StepInputs, StepToken, Workspace};
+use rekindle_kernels::{Device, Params, Tensor};
+
+use super::{DecodeBatch, DecodeStates, Decoder};
+use crate::layers::Context;
+use crate::{CausalLm, Error};
+
+/// The recorded steps of a model, by their number of rows.
+///
+/// They hold the addresses of weights and states, so they belong to one model as it is and to one [`DecodeStates`]: after
+/// either changed, make new ones.
+#[derive(Debug, Default)]
+pub struct DecodeSteps {
+    /// By the number of rows, and whether adapters are on.
+    steps: BTreeMap<(usize, bool), DecodeStep>,
+    workspace: Workspace,
+}
+
+#[derive(Debug)]
+struct DecodeStep {
+    inputs: StepInputs,
+    recorded: RecordedStep,
+}
+
+impl DecodeSteps {
+    /// Returns the reason why steps are not recorded, if they cannot be.
+    pub fn refusal(&self) -> Option<&str> {
+        self.steps.values().find_map(|step| step.recorded.refusal())
+    }
+}
+
+/// Returns the number of rows of the step for this many tokens: few sizes, so that few steps are recorded.
+fn step_rows(tokens: usize) -> usize {
+    match tokens {
+        0..=2 => tokens.max(1),
+        3..=8 => tokens.next_power_of_two(),
+        9..=64 => tokens.next_multiple_of(8),
+        65..=128 => tokens.next_multiple_of(16),
+        _ => tokens.next_multiple_of(32),
+    }
+}
+
+impl CausalLm {
+    /// Returns true if [`next_tokens`](Self::next_tokens) runs on this model's device and can compute its layers.
+    pub fn has_steps(&self) -> bool {
+        matches!(self.device(), Device::Cuda(_)) && self.decoder.shares_prefixes()
+    }
+
+    /// Adds one token to each of several sequences and chooses the token after it. The step is recorded when it is needed for
+    /// the second time with its number of rows.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the device fails.
+    ///
+    /// # Panics
+    /// If [`has_steps`](Self::has_steps) is false.
+    pub fn next_tokens(
+        &self,
+        tokens: &[StepToken<'_>],
+        states: &mut DecodeStates,
+        steps: &mut DecodeSteps,
+        adapters: bool,
+    ) -> Result<Vec<Drawn>, Error> {
+        let device = self.device();
+        let rows = step_rows(tokens.len());
+        let pages = states.pages;
+        let most = self.max_seq_length().div_ceil(rekindle_kernels::paged_attention::PAGE).min(pages);
+        let DecodeSteps { steps, workspace } = steps;
+        let step = steps.entry((rows, adapters)).or_insert_with(|| DecodeStep {
+            inputs: StepInputs::new(device, rows, most),
+            recorded: RecordedStep::default(),
+        });
+        // The page behind the last one belongs to no sequence.
+        step.inputs.write(tokens, pages as u32);
+        let head = self.decoder.lm_head(&self.params, adapters);
+        let batch = DecodeBatch::of_step(step.inputs.batch().clone());
+        step.recorded.run(device, workspace, || {
+            let hidden = self.decoder.decode_step(&self.params, &step.inputs, states, &batch, adapters);
+            step.inputs.choose(&head, &hidden);
+        });
+        Ok(step.inputs.drawn(tokens.len())?)
+    }
+
+    /// Chooses a token from each row of hidden states, without their logits on the host.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the device fails.
+    ///
+    /// # Panics
+    /// If there are not as many rows as draws, and on other devices than a GPU.
+    pub fn draw(&self, hidden: &Tensor<2>, draws: &[Draw], adapters: bool) -> Result<Vec<Drawn>, Error> {
+        Ok(decode_step::draw(&self.decoder.lm_head(&self.params, adapters), hidden, draws)?)
+    }
+}
+
+impl Decoder {
+    /// Returns the normalized hidden states of the tokens of a step, and adds them to `states`.
+    fn decode_step(
+        &self,
+        params: &Params,
+        inputs: &StepInputs,
+        states: &mut DecodeStates,
+        batch: &DecodeBatch,
+        adapters: bool,
+    ) -> Tensor<2> {
+        let ropes: Vec<_> = self.ropes.iter().map(|tables| inputs.angles(tables)).collect();
+        let ctx = Context { params, ropes: &ropes, documents: &[], sequences: None, dropout: None, adapters };
+        let h = inputs.embed(&self.embedding(adapters).matrix(params));
+        let h = self.decode_layers(ctx, h, states, batch);
+        self.norm.forward(params, &h, 0).0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::step_rows;
+
+    #[test]
+    fn steps_have_few_sizes() {
+        assert_eq!([1, 2, 3, 5, 8, 9, 64, 65, 130, 512].map(step_rows), [1, 2, 4, 8, 8, 16, 64, 80, 160, 512]);
+        let sizes: std::collections::BTreeSet<usize> = (1..=512).map(step_rows).collect();
+        assert_eq!(sizes.len(), 27);
+    }
+}
