@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: benchmarks.
 
+pub(crate) mod generate;
 pub(crate) mod kernels;
 pub(crate) mod quantize;
 pub(crate) mod shape;

@@ -131,6 +131,8 @@ enum Bench {
     },
     /// Measures fine-tuning in a real model's shape on a CUDA device; with `--python` also Unsloth or PEFT.
     Train(bench::train::Train),
+    /// Measures generation with the engine in a real model's shape on a CUDA device.
+    Generate(bench::generate::Generate),
     /// Compares the planned with the used memory of a CUDA device; nothing else should run on it.
     Plan {
         /// The directory that keeps the weights for the next run; by default they are deleted.
@@ -181,6 +183,8 @@ fn main() -> ExitCode {
         }
         #[cfg(feature = "models")]
         Task::Bench { what: Bench::Train(job) } => bench::train::run(&job),
+        #[cfg(feature = "models")]
+        Task::Bench { what: Bench::Generate(job) } => bench::generate::run(&job),
         #[cfg(feature = "models")]
         Task::Bench { what: Bench::Plan { weights } } => bench::train::plan::run(weights.as_deref()),
         #[cfg(feature = "models")]

@@ -269,7 +269,8 @@ fn gib(bytes: usize) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 
-fn print_profile(entries: &[ProfileEntry]) {
+/// Prints the time of each operation.
+pub(super) fn print_profile(entries: &[ProfileEntry]) {
     let total: f64 = entries.iter().map(|entry| entry.milliseconds).sum();
     eprintln!("{:>10}{:>8}{:>8}  operation", "ms", "calls", "%");
     for ProfileEntry { name, calls, milliseconds } in entries {
