@@ -18,6 +18,8 @@
 //! | `q_proj.SCB` | f32 `[out]` | scales |
 //! | `q_proj.weight_format` | u8 `[]` | 0, row-major |
 //!
+//! [`StoredWeight`] and [`QuantizationConfig`] also know the format of gpt-oss, [`mxfp4`](crate::mxfp4).
+//!
 //! [`QuantizationConfig`] is the corresponding section of the checkpoint's config.json.
 //!
 //! This module opens no files: readers take a function that looks up tensors by key, and writers return tensors.
@@ -37,11 +39,16 @@ pub use raw::RawTensor;
 pub use stored::StoredWeight;
 
 use crate::QuantType;
+use crate::mxfp4::{BLOCKS, SCALES};
 
 /// Returns the weight that `key` belongs to if `key` is a companion tensor of a quantized weight.
 ///
-/// `…q_proj.weight.absmax` and `…q_proj.SCB` belong to `…q_proj.weight`.
+/// `…q_proj.weight.absmax`, `…q_proj.weight_blocks` and `…q_proj.SCB` belong to `…q_proj.weight`.
 pub fn owner(key: &str) -> Option<String> {
+    let mxfp4 = [BLOCKS, SCALES].into_iter().find_map(|suffix| key.strip_suffix(suffix));
+    if let Some(weight) = mxfp4.filter(|weight| weight.ends_with(".weight")) {
+        return Some(weight.to_owned());
+    }
     let four_bit = FOUR_BIT_SUFFIXES.into_iter().find_map(|suffix| key.strip_suffix(suffix));
     let four_bit = four_bit
         .or_else(|| QuantType::ALL.into_iter().find_map(|quant_type| key.strip_suffix(quant_state_suffix(quant_type))));
@@ -71,6 +78,9 @@ mod tests {
 
     #[test]
     fn keys_name_their_weight() {
+        for key in ["a.weight_blocks", "a.weight_scales"] {
+            assert_eq!(owner(key).as_deref(), Some("a.weight"), "{key}");
+        }
         for key in ["a.weight.absmax", "a.weight.nested_quant_map", "a.weight.quant_state.bitsandbytes__fp4", "a.SCB"] {
             assert_eq!(owner(key).as_deref(), Some("a.weight"), "{key}");
         }

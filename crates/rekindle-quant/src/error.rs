@@ -61,9 +61,9 @@ pub enum Error {
         /// The key, the problem, and the expected value.
         reason: String,
     },
-    /// A checkpoint quantized by a method other than bitsandbytes.
+    /// A checkpoint quantized by a method that is neither bitsandbytes nor MXFP4.
     #[error(
-        "quant_method {got:?} is not supported; supported: \"bitsandbytes\" (nf4, fp4, int8). \
+        "quant_method {got:?} is not supported; supported: \"bitsandbytes\" (nf4, fp4, int8), \"mxfp4\". \
          Use the unquantized checkpoint and quantize it while loading"
     )]
     QuantMethod {

@@ -6,7 +6,10 @@ use core::fmt;
 use rekindle_kernels::quantized::QuantizedData;
 
 use crate::bnb::{FourBitWeight, StoredWeight};
-use crate::{Blocksize, Dtype, Error, Int8Tensor, QuantConfig, QuantizedTensor};
+use crate::little_endian::to_f32;
+#[cfg(feature = "linear")]
+use crate::mxfp4;
+use crate::{Blocksize, Dtype, Error, Int8Tensor, Mxfp4Tensor, QuantConfig, QuantizedTensor};
 
 /// The format of a quantized weight: the description that loading, saving, merging, plans and configurations share.
 ///
@@ -18,13 +21,15 @@ pub enum QuantFormat {
     FourBit(QuantConfig),
     /// LLM.int8(): 8-bit rows.
     Int8,
+    /// MXFP4: 4-bit floating-point codes in blocks of 32.
+    Mxfp4,
 }
 
 impl QuantFormat {
     /// Returns the bits of a code.
     pub const fn bits(self) -> u32 {
         match self {
-            Self::FourBit(_) => 4,
+            Self::FourBit(_) | Self::Mxfp4 => 4,
             Self::Int8 => 8,
         }
     }
@@ -34,21 +39,22 @@ impl QuantFormat {
         match self {
             Self::FourBit(config) => !config.double_quant,
             Self::Int8 => true,
+            Self::Mxfp4 => false,
         }
     }
 
-    /// Returns the number of elements that share a scale; `None` for formats with one scale a row.
+    /// Returns the number of elements that share a scale, where a user chooses it.
     pub const fn blocksize(self) -> Option<Blocksize> {
         match self {
             Self::FourBit(config) => Some(config.blocksize),
-            Self::Int8 => None,
+            Self::Int8 | Self::Mxfp4 => None,
         }
     }
 
     /// Quantizes a weight as stored in a file: little-endian elements of `dtype` at any alignment.
     ///
     /// # Errors
-    /// [`Error::Empty`], and [`Error::Length`] if `bytes` does not match `shape`.
+    /// [`Error::Empty`], and [`Error::Length`] if `bytes` does not match `shape`, or rows are not whole MXFP4 blocks.
     pub fn quantize(self, bytes: &[u8], dtype: Dtype, shape: &[usize]) -> Result<StoredWeight, Error> {
         match self {
             Self::FourBit(config) => QuantizedTensor::quantize_le_bytes(bytes, dtype, shape, &config)
@@ -58,6 +64,7 @@ impl QuantFormat {
                 let rows = shape.iter().product::<usize>() / cols.max(1);
                 Int8Tensor::quantize_le_bytes(bytes, dtype, [rows, cols]).map(StoredWeight::Int8)
             }
+            Self::Mxfp4 => Mxfp4Tensor::quantize(&to_f32(bytes, dtype)?, shape).map(StoredWeight::Mxfp4),
         }
     }
 
@@ -79,6 +86,10 @@ impl QuantFormat {
                 QuantizedData::four_bit_zeros(dims, parts, blocksize, nested)
             }
             Self::Int8 => QuantizedData::int8_zeros(dims),
+            Self::Mxfp4 => {
+                let blocks = dims[0] / parts * dims[1] / mxfp4::BLOCK;
+                QuantizedData::four_bit_zeros(dims, parts, mxfp4::BLOCK, Some(crate::linear::mxfp4_nesting(blocks)))
+            }
         }
     }
 }
@@ -89,6 +100,7 @@ impl fmt::Display for QuantFormat {
         match self {
             Self::FourBit(config) => write!(f, "4-bit ({})", config.quant_type.name()),
             Self::Int8 => f.write_str("8-bit (LLM.int8())"),
+            Self::Mxfp4 => f.write_str("4-bit (MXFP4)"),
         }
     }
 }
@@ -111,15 +123,24 @@ mod tests {
     fn every_format_names_its_weights() {
         let values: Vec<u8> = (0..64 * 3).flat_map(|i| ((i as f32 * 0.7).sin() * 0.1).to_le_bytes()).collect();
         let single = QuantConfig { quant_type: QuantType::Fp4, double_quant: false, ..QuantConfig::default() };
-        let formats = [QuantFormat::FourBit(QuantConfig::default()), QuantFormat::FourBit(single), QuantFormat::Int8];
+        let four_bit = QuantFormat::FourBit(QuantConfig::default());
+        let formats = [four_bit, QuantFormat::FourBit(single), QuantFormat::Int8, QuantFormat::Mxfp4];
         for format in formats {
             let weight = format.quantize(&values, Dtype::F32, &[3, 64]).expect("the shape fits");
             assert_eq!((weight.format(), weight.shape()), (format, vec![3, 64]));
-            assert_eq!(weight.dense_dtype(), if format == QuantFormat::Int8 { Dtype::F16 } else { Dtype::F32 });
+            let dense = match format {
+                QuantFormat::FourBit(_) => Dtype::F32,
+                QuantFormat::Int8 => Dtype::F16,
+                QuantFormat::Mxfp4 => Dtype::BF16,
+            };
+            assert_eq!(weight.dense_dtype(), dense);
             let decoded: Vec<f32> = weight.dequantize();
             assert_eq!(decoded.len(), 3 * 64);
         }
-        assert_eq!(formats.map(QuantFormat::is_trainable), [false, true, true]);
-        assert_eq!(formats.map(|format| format.to_string()), ["4-bit (nf4)", "4-bit (fp4)", "8-bit (LLM.int8())"]);
+        assert_eq!(formats.map(QuantFormat::is_trainable), [false, true, true, false]);
+        assert_eq!(
+            formats.map(|format| format.to_string()),
+            ["4-bit (nf4)", "4-bit (fp4)", "8-bit (LLM.int8())", "4-bit (MXFP4)"]
+        );
     }
 }

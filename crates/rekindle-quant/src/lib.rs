@@ -1,4 +1,4 @@
-//! NF4, FP4 and 8-bit weight formats, bit-exact with bitsandbytes.
+//! NF4, FP4 and 8-bit weight formats, bit-exact with bitsandbytes, and MXFP4.
 //!
 //! This crate is a plain Rust implementation of what bitsandbytes' CUDA backend computes: the same codes, the same
 //! scales and the same decoded bits, including the rounding of the hardware's approximate reciprocal. It needs no GPU
@@ -21,6 +21,7 @@
 //! | [`double_quant`] | the scales of those blocks, quantized to 8 bits |
 //! | [`blockwise`] | dynamic 8-bit blocks, the format of optimizer states |
 //! | [`int8`] | LLM.int8() weights with one scale per row, and their product with 8-bit activations |
+//! | [`mxfp4`] | 4-bit floating-point blocks whose scales are powers of two, as gpt-oss has its experts |
 //! | [`bnb`] | the tensor names and JSON of these formats in a checkpoint |
 
 mod absmax;
@@ -37,6 +38,7 @@ pub mod int8;
 #[cfg(feature = "linear")]
 mod linear;
 mod little_endian;
+pub mod mxfp4;
 mod reciprocal;
 mod simd;
 mod tensor;
@@ -50,5 +52,6 @@ pub use format::QuantFormat;
 pub use int8::Int8Tensor;
 #[cfg(feature = "linear")]
 pub use linear::{DiskMetadata, QuantLinear};
+pub use mxfp4::Mxfp4Tensor;
 pub use rekindle_hub::Dtype;
 pub use tensor::{Absmax, QuantizedTensor};

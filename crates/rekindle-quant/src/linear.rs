@@ -7,11 +7,11 @@ use rekindle_kernels::{Device, Params, QuantizedWeight, Tensor, Weight, from_f32
 use crate::bnb::{FourBitWeight, StoredWeight};
 use crate::format::matrix;
 use crate::{
-    Absmax, Blocksize, DoubleQuant, Dtype, DynamicMap, Element, Error, Int8Tensor, QuantConfig, QuantFormat,
-    QuantizedTensor,
+    Absmax, Blocksize, DoubleQuant, Dtype, DynamicMap, Element, Error, Int8Tensor, Mxfp4Tensor, QuantConfig,
+    QuantFormat, QuantizedTensor, mxfp4,
 };
 
-/// A frozen linear layer whose weight is 4-bit, 8-bit or dense: y = x·Wᵀ + b.
+/// A frozen linear layer whose weight is NF4, FP4, MXFP4, 8-bit or dense: y = x·Wᵀ + b.
 ///
 /// Only the quantized weight is kept; products decode a few rows of W at a time.
 ///
@@ -58,6 +58,14 @@ impl QuantLinear {
     /// Creates a layer over an LLM.int8() weight.
     pub fn int8(weight: Int8Tensor, bias: Option<Tensor<1>>, device: &Device) -> Self {
         Self::over(Weight::Quantized(QuantizedWeight::new(int8_codes(weight), device)), bias, device)
+    }
+
+    /// Creates a layer over an MXFP4 weight.
+    ///
+    /// # Errors
+    /// [`Error::Stored`] if the weight is not a matrix.
+    pub fn mxfp4(weight: Mxfp4Tensor, bias: Option<Tensor<1>>, device: &Device) -> Result<Self, Error> {
+        Ok(Self::over(Weight::Quantized(QuantizedWeight::new(mxfp4_codes(weight)?, device)), bias, device))
     }
 
     /// Creates a layer over a dense weight `[out, in]`.
@@ -132,6 +140,8 @@ pub enum DiskMetadata {
     },
     /// LLM.int8().
     Int8,
+    /// MXFP4.
+    Mxfp4,
 }
 
 impl DiskMetadata {
@@ -140,6 +150,7 @@ impl DiskMetadata {
         match self {
             Self::FourBit { config, .. } => QuantFormat::FourBit(*config),
             Self::Int8 => QuantFormat::Int8,
+            Self::Mxfp4 => QuantFormat::Mxfp4,
         }
     }
 
@@ -150,6 +161,7 @@ impl DiskMetadata {
     pub fn split(weight: StoredWeight) -> Result<(Self, quantized::QuantizedData), Error> {
         let FourBitWeight { tensor, storage, packed_shape } = match weight {
             StoredWeight::Int8(tensor) => return Ok((Self::Int8, int8_codes(tensor))),
+            StoredWeight::Mxfp4(tensor) => return Ok((Self::Mxfp4, mxfp4_codes(tensor)?)),
             StoredWeight::FourBit(weight) => weight,
         };
         let config = tensor.config();
@@ -205,6 +217,17 @@ impl DiskMetadata {
                 let (storage, packed_shape) = (*storage, packed_shape.clone());
                 Ok(StoredWeight::FourBit(FourBitWeight { tensor, storage, packed_shape }))
             }
+            (
+                Self::Mxfp4,
+                quantized::QuantizedFormat::FourBit {
+                    codes,
+                    absmax: quantized::Absmax::Double { codes: scales, .. },
+                    ..
+                },
+            ) => {
+                let tensor = Mxfp4Tensor::from_parts(dims.to_vec(), mxfp4::swapped(codes), scales)?;
+                Ok(StoredWeight::Mxfp4(tensor))
+            }
             (_, format) => Err(Error::Stored {
                 key: "weight".to_owned(),
                 reason: format!("was read as {self:?} but holds {}", format.name()),
@@ -229,4 +252,28 @@ fn int8_codes(tensor: Int8Tensor) -> quantized::QuantizedData {
     let dims = tensor.shape();
     let (codes, scales) = tensor.into_parts();
     quantized::QuantizedData { dims, format: quantized::QuantizedFormat::Int8 { codes, scales, factor: 1.0 / 127.0 } }
+}
+
+/// Returns the device format: 4-bit codes whose scales are codes too, of a map of powers of two. Their nested scales are 1
+/// and the offset is 0, so that a decoded scale is the power itself.
+fn mxfp4_codes(tensor: Mxfp4Tensor) -> Result<quantized::QuantizedData, Error> {
+    let (shape, codes, scales) = tensor.into_parts();
+    let dims = matrix(&shape)?;
+    let blocksize = mxfp4_nesting(scales.len());
+    let absmax = quantized::Absmax::Double {
+        map: Box::new(core::array::from_fn(|scale| mxfp4::power(scale as u8))),
+        nested: vec![1.0; scales.len() / blocksize],
+        blocksize,
+        offsets: vec![0.0],
+        codes: scales,
+    };
+    let (codes, blocksize) = (mxfp4::swapped(codes), mxfp4::BLOCK);
+    let format = quantized::QuantizedFormat::FourBit { codes, table: mxfp4::VALUES, blocksize, absmax };
+    Ok(quantized::QuantizedData { dims, format })
+}
+
+/// The number of scales that share a nested one, for a weight with `blocks` of them: it divides them, so that weights can
+/// be stacked.
+pub(crate) fn mxfp4_nesting(blocks: usize) -> usize {
+    1 << blocks.trailing_zeros().min(8)
 }

@@ -2,7 +2,8 @@
 
 use half::f16;
 
-use crate::Element;
+use crate::element::not_a_float;
+use crate::{Dtype, Element, Error};
 
 /// Number of elements copied to aligned storage at a time.
 const GROUP: usize = 256;
@@ -33,4 +34,19 @@ pub(crate) fn le_bf16_to_f32(from: &[[u8; 2]], to: &mut [f32]) {
     for (wide, &bytes) in to.iter_mut().zip(from) {
         *wide = f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16);
     }
+}
+
+/// Converts a whole tensor to f32; bytes beyond the last whole element are left out.
+///
+/// # Errors
+/// [`Error::Dtype`].
+pub(crate) fn to_f32(bytes: &[u8], dtype: Dtype) -> Result<Vec<f32>, Error> {
+    let mut values = vec![0.0; bytes.len() / dtype.size()];
+    match dtype {
+        Dtype::F32 => le_f32_to_f32(bytes.as_chunks().0, &mut values),
+        Dtype::F16 => le_f16_to_f32(bytes.as_chunks().0, &mut values),
+        Dtype::BF16 => le_bf16_to_f32(bytes.as_chunks().0, &mut values),
+        other => return Err(not_a_float(other)),
+    }
+    Ok(values)
 }

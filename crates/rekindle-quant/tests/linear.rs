@@ -7,7 +7,8 @@ use half::{bf16, f16};
 use rekindle_kernels::{Backend, Device as Place, QuantizedWeight, Tensor as Ours, quantized};
 use rekindle_quant::bnb::{FourBitWeight, StoredWeight};
 use rekindle_quant::{
-    Blocksize, DiskMetadata, Element, Int8Tensor, QuantConfig, QuantLinear, QuantType, QuantizedTensor,
+    Blocksize, DiskMetadata, Element, Int8Tensor, Mxfp4Tensor, QuantConfig, QuantLinear, QuantType, QuantizedTensor,
+    mxfp4,
 };
 
 /// `[tokens, out, in]`: all ones, all odd, whole blocks, and several tasks of the CPU path.
@@ -31,6 +32,9 @@ fn noise(seed: u64, n: usize) -> Vec<f32> {
 fn stored<T: Element>([out, input]: [usize; 2]) -> Vec<StoredWeight> {
     let dense: Vec<T> = noise(1, out * input).into_iter().map(|x| T::from_f32(0.05 * x)).collect();
     let mut weights = vec![StoredWeight::Int8(Int8Tensor::quantize(&dense, [out, input]).unwrap())];
+    // Rows of MXFP4 are whole blocks.
+    let whole = input.next_multiple_of(mxfp4::BLOCK) == input;
+    weights.extend(whole.then(|| StoredWeight::Mxfp4(Mxfp4Tensor::quantize(&dense, &[out, input]).unwrap())));
     for quant_type in QuantType::ALL {
         for double_quant in [false, true] {
             for blocksize in [Blocksize::B64, Blocksize::new(32).unwrap()] {
@@ -47,6 +51,7 @@ fn decoded<T: Element>(weight: &StoredWeight) -> Vec<T> {
     match weight {
         StoredWeight::FourBit(weight) => weight.tensor.dequantize(),
         StoredWeight::Int8(weight) => weight.dequantize(),
+        StoredWeight::Mxfp4(weight) => weight.dequantize(),
     }
 }
 
@@ -56,6 +61,7 @@ fn linear(weight: StoredWeight, bias: Option<Tensor<1>>) -> QuantLinear {
             QuantLinear::four_bit(weight.tensor, bias.map(Into::into), &Place::cpu()).unwrap()
         }
         StoredWeight::Int8(weight) => QuantLinear::int8(weight, bias.map(Into::into), &Place::cpu()),
+        StoredWeight::Mxfp4(weight) => QuantLinear::mxfp4(weight, bias.map(Into::into), &Place::cpu()).unwrap(),
     }
 }
 
@@ -111,6 +117,7 @@ fn forward_and_gradient_equal_those_of_the_decoded_weight() {
             let name = match &weight {
                 StoredWeight::FourBit(weight) => format!("{:?}", weight.tensor.config()),
                 StoredWeight::Int8(_) => "int8".to_owned(),
+                StoredWeight::Mxfp4(_) => "mxfp4".to_owned(),
             };
             let dense = decoded(&weight);
             cases.push((name, linear(weight, bias()), dense));

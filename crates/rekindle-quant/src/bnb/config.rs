@@ -4,7 +4,8 @@ use super::skip::SkipPattern;
 use crate::element::parse_float;
 use crate::{Dtype, Error, QuantConfig, QuantFormat, QuantType};
 
-/// The `quantization_config` of a checkpoint's config.json, with the keys of transformers' `BitsAndBytesConfig`.
+/// The `quantization_config` of a checkpoint's config.json, with the keys of transformers' `BitsAndBytesConfig` or
+/// `Mxfp4Config`.
 ///
 /// Unknown keys and the order of all keys are preserved when the value is written back. Absent keys have transformers'
 /// defaults. The block size is not among the keys: it is part of each weight's quant_state.
@@ -18,6 +19,9 @@ pub struct QuantizationConfig {
     skip_modules: Option<Vec<SkipPattern>>,
     entries: Map<String, Value>,
 }
+
+/// The `quant_method` of gpt-oss.
+const MXFP4: &str = "mxfp4";
 
 /// LLM.int8()'s outlier threshold.
 const THRESHOLD: f32 = 6.0;
@@ -42,6 +46,7 @@ impl QuantizationConfig {
         match keys.get("quant_method") {
             None => {}
             Some(Value::String(method)) if method == "bitsandbytes" => {}
+            Some(Value::String(method)) if method == MXFP4 => return Ok(Self::mxfp4(entries.clone())),
             Some(Value::String(method)) => return Err(Error::QuantMethod { got: shortened(method) }),
             Some(other) => return Err(keys.expected("quant_method", other, "a string")),
         }
@@ -75,12 +80,28 @@ impl QuantizationConfig {
         })
     }
 
+    fn mxfp4(entries: Map<String, Value>) -> Self {
+        Self {
+            format: QuantFormat::Mxfp4,
+            compute_dtype: Dtype::BF16,
+            quant_storage: Dtype::U8,
+            threshold: THRESHOLD,
+            has_fp16_weight: false,
+            skip_modules: None,
+            entries,
+        }
+    }
+
     /// Creates the configuration of a checkpoint in this format. `skip_modules` stay unquantized; `None` means `lm_head`.
     /// `compute_dtype` is that of 4-bit products.
     pub fn new(format: QuantFormat, compute_dtype: Dtype, skip_modules: Option<Vec<String>>) -> Self {
         let (eight_bit, compute_dtype, quant_type, double_quant) = match format {
             QuantFormat::FourBit(config) => (false, compute_dtype, config.quant_type, config.double_quant),
             QuantFormat::Int8 => (true, Dtype::F32, QuantType::Fp4, false),
+            QuantFormat::Mxfp4 => {
+                let entries = [("modules_to_not_convert", json!(skip_modules)), ("quant_method", json!(MXFP4))];
+                return Self::mxfp4(entries.map(|(key, value)| (key.to_owned(), value)).into_iter().collect());
+            }
         };
         // All keys that transformers writes, in its sorted order.
         let entries = [
@@ -147,8 +168,11 @@ impl QuantizationConfig {
     /// The rule is that of transformers 5: an entry of `llm_int8_skip_modules` matches either as a regular expression
     /// from the start of the name to the end of a component (`model.layers.1` does not match in `model.layers.11`), or
     /// as a suffix of the name. Without a list, `lm_head` is skipped. Embeddings are not linears and are never
-    /// quantized.
+    /// quantized. In MXFP4 are the experts alone, whatever the list says.
     pub fn skips(&self, module: &str) -> bool {
+        if self.format == QuantFormat::Mxfp4 {
+            return !module.contains(".experts.");
+        }
         match &self.skip_modules {
             None => module.ends_with(DEFAULT_SKIP),
             Some(patterns) => patterns.iter().any(|pattern| pattern.skips(module)),
@@ -244,6 +268,16 @@ mod tests {
     }
 
     #[test]
+    fn mxfp4_is_on_experts() {
+        let json = r#"{"modules_to_not_convert":["lm_head"],"quant_method":"mxfp4"}"#;
+        let config = parse(json).expect("valid");
+        assert_eq!((config.format(), config.to_json().to_string().as_str()), (QuantFormat::Mxfp4, json));
+        assert!(config.skips("model.layers.0.self_attn.q_proj"));
+        assert!(!config.skips("model.layers.0.mlp.experts.3.down_proj"));
+        assert_eq!(QuantizationConfig::new(QuantFormat::Mxfp4, Dtype::BF16, Some(vec!["lm_head".to_owned()])), config);
+    }
+
+    #[test]
     fn defaults_match_transformers() {
         let config = parse(r#"{"load_in_4bit": true}"#).expect("valid");
         let fp4 = QuantConfig { quant_type: QuantType::Fp4, double_quant: false, ..QuantConfig::default() };
@@ -280,7 +314,7 @@ mod tests {
             (
                 r#""bitsandbytes""#,
                 r#""gptq""#,
-                r#"quant_method "gptq" is not supported; supported: "bitsandbytes" (nf4, fp4, int8)"#,
+                r#"quant_method "gptq" is not supported; supported: "bitsandbytes" (nf4, fp4, int8), "mxfp4""#,
             ),
             (r#""bitsandbytes""#, "7", "quant_method is 7, expected a string"),
             (r#""load_in_8bit":false"#, r#""load_in_8bit":true"#, "load_in_4bit and load_in_8bit are both true"),

@@ -33,7 +33,7 @@ impl<'a> RawTensor<'a> {
         Ok(values.iter().map(|&v| f32::from_le_bytes(v)).collect())
     }
 
-    pub(super) fn expect(&self, dtype: Dtype, key: &str) -> Result<(), Error> {
+    pub(crate) fn expect(&self, dtype: Dtype, key: &str) -> Result<(), Error> {
         if self.dtype == dtype {
             return Ok(());
         }

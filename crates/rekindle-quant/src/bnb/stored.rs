@@ -1,5 +1,5 @@
 use super::{FourBitWeight, RawTensor, read_int8, write_int8};
-use crate::{Dtype, Element, Error, Int8Tensor, QuantFormat};
+use crate::{Dtype, Element, Error, Int8Tensor, Mxfp4Tensor, QuantFormat};
 
 /// A quantized weight of a checkpoint, in any [`QuantFormat`].
 #[derive(Debug, Clone, PartialEq)]
@@ -8,6 +8,8 @@ pub enum StoredWeight {
     FourBit(FourBitWeight),
     /// LLM.int8().
     Int8(Int8Tensor),
+    /// MXFP4.
+    Mxfp4(Mxfp4Tensor),
 }
 
 impl StoredWeight {
@@ -15,10 +17,13 @@ impl StoredWeight {
     /// name. `find` returns the tensor of a key.
     ///
     /// # Errors
-    /// The same as [`FourBitWeight::read`] and [`read_int8`].
+    /// The same as [`FourBitWeight::read`], [`read_int8`] and [`Mxfp4Tensor::read`].
     pub fn read<'a>(name: &str, find: impl Fn(&str) -> Option<RawTensor<'a>>) -> Result<Option<Self>, Error> {
         if let Some(weight) = FourBitWeight::read(name, &find)? {
             return Ok(Some(Self::FourBit(weight)));
+        }
+        if let Some(tensor) = Mxfp4Tensor::read(name, &find)? {
+            return Ok(Some(Self::Mxfp4(tensor)));
         }
         let Some(module) = name.strip_suffix(".weight") else { return Ok(None) };
         Ok(read_int8(module, find)?.map(Self::Int8))
@@ -29,6 +34,7 @@ impl StoredWeight {
         let (prefix, tensors) = match self {
             Self::FourBit(weight) => (name, weight.write()),
             Self::Int8(tensor) => (name.strip_suffix(".weight").unwrap_or(name), write_int8(tensor)),
+            Self::Mxfp4(tensor) => (name, tensor.write()),
         };
         tensors.into_iter().map(|(suffix, tensor)| (format!("{prefix}{suffix}"), tensor)).collect()
     }
@@ -38,14 +44,17 @@ impl StoredWeight {
         match self {
             Self::FourBit(weight) => QuantFormat::FourBit(weight.tensor.config()),
             Self::Int8(_) => QuantFormat::Int8,
+            Self::Mxfp4(_) => QuantFormat::Mxfp4,
         }
     }
 
-    /// Returns the dtype of the dense weight that was quantized. LLM.int8() casts to f16 before it quantizes.
+    /// Returns the dtype of the dense weight that was quantized. LLM.int8() casts to f16 before it quantizes; MXFP4 does
+    /// not say it, and bf16 holds its values exactly.
     pub fn dense_dtype(&self) -> Dtype {
         match self {
             Self::FourBit(weight) => weight.tensor.dtype(),
             Self::Int8(_) => Dtype::F16,
+            Self::Mxfp4(_) => Dtype::BF16,
         }
     }
 
@@ -54,6 +63,7 @@ impl StoredWeight {
         match self {
             Self::FourBit(weight) => weight.tensor.dequantize(),
             Self::Int8(tensor) => tensor.dequantize(),
+            Self::Mxfp4(tensor) => tensor.dequantize(),
         }
     }
 
@@ -62,6 +72,7 @@ impl StoredWeight {
         match self {
             Self::FourBit(weight) => weight.tensor.shape().to_vec(),
             Self::Int8(tensor) => tensor.shape().to_vec(),
+            Self::Mxfp4(tensor) => tensor.shape().to_vec(),
         }
     }
 }
