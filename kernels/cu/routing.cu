@@ -15,6 +15,11 @@
 //   router_fwd(logits, f32* weights, i32* chosen, i32 tokens, experts, top_k, form, ldl)
 //   router_bwd(logits|null, const f32* weights, const i32* chosen, const f32* dweights, dlogits, i32 tokens, experts, top_k, form,
 //              ldl, lddl)      grid ceil(tokens / 8), block 256: a warp a token; form 0 reads the logits
+//   router_spread(const f32* values, const i32* chosen, out, i32 tokens, experts, top_k, ldo)      the same grid: out [tokens, experts]
+//     of T is 0 but for the values [tokens, top_k] of the chosen
+//   router_pick(all, const i32* chosen, f32* values, i32 selections, top_k, lda)      grid ceil(selections / 256), block 256: its adjoint
+//   expert_row_sums(dy, const i32* offsets, f32* sums, i32 n, lddy)      grid (ceil(n / 32), experts), block 256: sums [experts, n] +=
+//     the rows of each expert
 //   dispatch_count(const i32* chosen, i32* counts, i32 selections, experts)      grid ceil(selections / 1024), block 1024
 //   dispatch_scan(i32* counts, i32* offsets, i32 blocks, experts)                grid 1, block 512
 //   dispatch_place(const i32* chosen, const i32* counts, i32* sorted, i32* place, i32 selections, experts)
@@ -146,6 +151,45 @@ router_bwd(const T* logits, const f32* weights, const int* chosen, const f32* dw
         const int e = i * 32 + lane;
         if (e < experts) dlogits[(u64)token * lddl + e] = from_f32<T>(x[i]);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+router_spread(const f32* values, const int* chosen, T* out, int tokens, int experts, int top_k, int ldo) {
+    const int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (token >= tokens) return;
+    const u64 at = (u64)token * top_k + lane;
+    const f32 value = lane < top_k ? values[at] : 0.0f;
+    const int expert = lane < top_k ? chosen[at] : -1;
+    for (int first = 0; first < experts; first += 32) {
+        f32 x = 0.0f;
+        for (int slot = 0; slot < top_k; slot++) {
+            const int e = __shfl_sync(0xffffffffu, expert, slot);
+            const f32 v = __shfl_sync(0xffffffffu, value, slot);
+            if (e == first + lane) x = v;
+        }
+        if (first + lane < experts) out[(u64)token * ldo + first + lane] = from_f32<T>(x);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+router_pick(const T* all, const int* chosen, f32* values, int selections, int top_k, int lda) {
+    const int s = blockIdx.x * 256 + threadIdx.x;
+    if (s < selections) values[s] = to_f32(all[(u64)(s / top_k) * lda + chosen[s]]);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+expert_row_sums(const T* dy, const int* offsets, f32* sums, int n, int lddy) {
+    __shared__ f32 parts[8][32];
+    const int col = blockIdx.x * 32 + threadIdx.x % 32, part = threadIdx.x / 32;
+    f32 sum = 0.0f;
+    if (col < n)
+        for (int row = offsets[blockIdx.y] + part; row < offsets[blockIdx.y + 1]; row += 8) sum += to_f32(dy[(u64)row * lddy + col]);
+    parts[part][threadIdx.x % 32] = sum;
+    __syncthreads();
+    if (part || col >= n) return;
+#pragma unroll
+    for (int i = 1; i < 8; i++) sum += parts[i][threadIdx.x];
+    sums[(u64)blockIdx.y * n + col] += sum;
 }
 
 // Selections of each expert in each 1024 selections.

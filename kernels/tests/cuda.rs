@@ -16,7 +16,7 @@ use burn::tensor::DType;
 use common::attention::Attention;
 use common::causal_conv::{self, CausalConv};
 use common::embedding::Embedding;
-use common::experts::{Activation, Router};
+use common::experts::{Activation, Clamped, Router};
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
 use common::gated_delta::{self, GatedDelta};
 use common::gated_norm::GatedNorm;
@@ -190,6 +190,7 @@ fn experts(suite: &mut Suite) -> Result<(), Lost> {
     }
     for (tokens, experts, top_k, width) in [(1, 1, 1, 1), (3, 5, 2, 7), (37, 8, 3, 40), (130, 16, 8, 264)] {
         suite.dtypes(|dtype| Activation::new(tokens, experts, top_k, width, dtype))?;
+        suite.dtypes(|dtype| Clamped::new(tokens, experts, top_k, width, dtype))?;
     }
     Ok(())
 }

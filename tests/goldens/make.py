@@ -220,9 +220,10 @@ def make_rows(vocab_size, generator):
 
 
 def other_attention(directory):
-    """Another implementation of attention: scaled_dot_product_attention, which has no soft cap."""
+    """Another implementation of attention: scaled_dot_product_attention, which has neither a soft cap nor sinks."""
     config = json.loads((directory / "config.json").read_text())
-    return "sdpa" if config.get("attn_logit_softcapping") is None else "eager"
+    is_plain = config.get("attn_logit_softcapping") is None and config["model_type"] != "gpt_oss"
+    return "sdpa" if is_plain else "eager"
 
 
 def load(directory, dtype=torch.float32, attention="eager"):

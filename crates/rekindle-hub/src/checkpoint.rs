@@ -70,6 +70,7 @@ struct Location {
 struct Part {
     first: usize,
     shape: Vec<usize>,
+    transposed: bool,
 }
 
 /// A tensor that is stored as a part of another one.
@@ -79,6 +80,8 @@ pub struct TensorPart {
     pub name: String,
     /// The dimensions, outermost first.
     pub shape: Vec<usize>,
+    /// True if the last two dimensions are stored in the other order.
+    pub transposed: bool,
 }
 
 impl Checkpoint {
@@ -137,10 +140,10 @@ impl Checkpoint {
         let view = self.files[location.file].get(location.stored_as.as_ref().unwrap_or(name))?;
         Some(match &location.part {
             None => TensorView { name, ..view },
-            Some(Part { first, shape }) => {
+            Some(Part { first, shape, transposed }) => {
                 let (block, size) = (view.dtype.block_elements(), view.dtype.size());
                 let bytes = first / block * size..(first + shape.iter().product::<usize>()) / block * size;
-                TensorView { name, shape, data: &view.data[bytes], ..view }
+                TensorView { name, shape, data: &view.data[bytes], transposed: *transposed, ..view }
             }
         })
     }
@@ -169,8 +172,8 @@ impl Checkpoint {
             let Location { file, stored_as, part } = tensors.remove(&whole).expect("the tensor is there");
             let (stored_as, mut first) = (stored_as.unwrap_or(whole), part.map_or(0, |part| part.first));
             let end = first + numel;
-            for TensorPart { name, shape } in parts {
-                let part = Part { first, shape };
+            for TensorPart { name, shape, transposed } in parts {
+                let part = Part { first, shape, transposed };
                 first += part.shape.iter().product::<usize>();
                 tensors.insert(name, Location { file, stored_as: Some(stored_as.clone()), part: Some(part) });
             }
@@ -323,7 +326,7 @@ mod tests {
     fn a_tensor_is_read_in_parts() {
         let scratch = two_shards();
         let checkpoint = Checkpoint::open(scratch.path()).unwrap();
-        let part = |name: &str| TensorPart { name: name.to_owned(), shape: vec![1] };
+        let part = |name: &str| TensorPart { name: name.to_owned(), shape: vec![1], transposed: false };
         let parts = checkpoint.with_parts(BTreeMap::from([("c".to_owned(), vec![part("c.1"), part("c.0")])]));
         assert_eq!(parts.names().collect::<Vec<_>>(), ["a", "b", "c.0", "c.1"]);
         assert_eq!(parts.get("c.1").unwrap().data.as_ptr(), checkpoint.get("c").unwrap().data.as_ptr());

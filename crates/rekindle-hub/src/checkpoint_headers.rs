@@ -77,6 +77,6 @@ impl CheckpointHeaders {
 }
 
 fn info(view: TensorView<'_>) -> (String, TensorInfo) {
-    let TensorView { name, dtype, shape, data } = view;
+    let TensorView { name, dtype, shape, data, .. } = view;
     (name.to_owned(), TensorInfo { dtype, shape: shape.to_vec(), bytes: data.len() as u64 })
 }

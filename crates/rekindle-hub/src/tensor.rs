@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, Write};
 
@@ -14,28 +15,75 @@ pub struct TensorView<'a> {
     pub dtype: Dtype,
     /// The dimensions, outermost first; empty for a scalar.
     pub shape: &'a [usize],
-    /// The elements or blocks, row-major and little-endian, with any alignment.
+    /// The stored elements or blocks, little-endian, with any alignment: row-major unless they are
+    /// [`transposed`](Self::transposed).
     pub data: &'a [u8],
+    /// True if the last two dimensions are stored in the other order.
+    pub transposed: bool,
 }
 
-impl TensorView<'_> {
+impl<'a> TensorView<'a> {
     /// Returns the elements as f32, row-major: F16 and BF16 exactly, F64 rounded to nearest, blocks decoded.
     ///
     /// # Errors
     /// [`Error::NotFloat`] for any other dtype, and for blocks without a decoder.
     pub fn to_f32(&self) -> Result<Vec<f32>, Error> {
+        let data = self.row_major();
         match self.dtype {
-            Dtype::F32 => Ok(decode(self.data, f32::from_le_bytes)),
-            Dtype::BF16 => Ok(decode(self.data, |b| bf16::from_le_bytes(b).to_f32())),
-            Dtype::F16 => Ok(decode(self.data, |b| f16::from_le_bytes(b).to_f32())),
-            Dtype::F64 => Ok(decode(self.data, |b| f64::from_le_bytes(b) as f32)),
+            Dtype::F32 => Ok(decode(&data, f32::from_le_bytes)),
+            Dtype::BF16 => Ok(decode(&data, |b| bf16::from_le_bytes(b).to_f32())),
+            Dtype::F16 => Ok(decode(&data, |b| f16::from_le_bytes(b).to_f32())),
+            Dtype::F64 => Ok(decode(&data, |b| f64::from_le_bytes(b) as f32)),
             dtype => {
                 let decoded = match dtype {
-                    Dtype::Blocks(format) => (format.decode)(self.data),
+                    Dtype::Blocks(format) => (format.decode)(&data),
                     _ => None,
                 };
                 decoded.ok_or_else(|| Error::NotFloat { name: self.name.to_owned(), dtype })
             }
+        }
+    }
+
+    /// Returns the stored elements, row-major.
+    pub fn row_major(&self) -> Cow<'a, [u8]> {
+        let &[.., rows, cols] = self.shape else { return Cow::Borrowed(self.data) };
+        if !self.transposed {
+            return Cow::Borrowed(self.data);
+        }
+        let size = self.dtype.size();
+        let mut out = vec![0; self.data.len()];
+        for (from, to) in self.data.chunks_exact(rows * cols * size).zip(out.chunks_exact_mut(rows * cols * size)) {
+            match size {
+                2 => transpose::<2>(from.as_chunks().0, to.as_chunks_mut().0, rows, cols),
+                4 => transpose::<4>(from.as_chunks().0, to.as_chunks_mut().0, rows, cols),
+                _ => transpose_bytes(from, to, [rows, cols], size),
+            }
+        }
+        Cow::Owned(out)
+    }
+}
+
+/// Elements on a side of the squares that are transposed at a time.
+const TILE: usize = 32;
+
+/// Writes `from` `[cols, rows]` to `to` `[rows, cols]`.
+fn transpose<const SIZE: usize>(from: &[[u8; SIZE]], to: &mut [[u8; SIZE]], rows: usize, cols: usize) {
+    for first_row in (0..rows).step_by(TILE) {
+        for first_col in (0..cols).step_by(TILE) {
+            for row in first_row..rows.min(first_row + TILE) {
+                for col in first_col..cols.min(first_col + TILE) {
+                    to[row * cols + col] = from[col * rows + row];
+                }
+            }
+        }
+    }
+}
+
+/// As [`transpose`], for elements of any size.
+fn transpose_bytes(from: &[u8], to: &mut [u8], [rows, cols]: [usize; 2], size: usize) {
+    for row in 0..rows {
+        for col in 0..cols {
+            to[(row * cols + col) * size..][..size].copy_from_slice(&from[(col * rows + row) * size..][..size]);
         }
     }
 }
@@ -95,7 +143,7 @@ mod tests {
     use super::*;
 
     fn view(dtype: Dtype, data: &[u8]) -> TensorView<'_> {
-        TensorView { name: "w", dtype, shape: &[2], data }
+        TensorView { name: "w", dtype, shape: &[2], data, transposed: false }
     }
 
     /// Uses the hand-written bit patterns of 1.5 and −2.
@@ -161,5 +209,21 @@ mod tests {
         assert!(matches!(&error, Error::NotFloat { name, dtype: Dtype::I32 } if name == "w"), "{error}");
         let error = write_f32(&mut Vec::new(), Dtype::U8, &[1.0]).unwrap_err();
         assert!(error.to_string().contains("not as U8"), "{error}");
+    }
+
+    #[test]
+    fn transposed_elements_come_back_in_rows() {
+        // Two matrices [3, 40], stored as [40, 3]: more than one square.
+        let value = |matrix: usize, row: usize, col: usize| (1000 * matrix + 100 * row + col) as f32;
+        let stored = (0..2).flat_map(|m| (0..40).flat_map(move |col| (0..3).map(move |row| value(m, row, col))));
+        let expected: Vec<f32> =
+            (0..2).flat_map(|m| (0..3).flat_map(move |row| (0..40).map(move |col| value(m, row, col)))).collect();
+        let stored: Vec<f32> = stored.collect();
+        for dtype in [Dtype::F64, Dtype::F32, Dtype::F16] {
+            let mut data = Vec::new();
+            write_f32(&mut data, dtype, &stored).unwrap();
+            let view = TensorView { name: "w", dtype, shape: &[2, 3, 40], data: &data, transposed: true };
+            assert_eq!(view.to_f32().unwrap(), expected, "{dtype}");
+        }
     }
 }

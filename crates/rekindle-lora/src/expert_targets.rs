@@ -14,6 +14,8 @@ pub struct ExpertProjection {
     pub experts: usize,
     /// Width of its input.
     pub input: usize,
+    /// True if the experts have no linears of their own outside of this program.
+    pub is_only_stacked: bool,
 }
 
 impl ExpertProjection {
@@ -72,6 +74,21 @@ impl AdaptableModules {
         targets.extend(stacked.iter().flat_map(|projection| projection.joined()).map(|module| module.name));
         self.check_experts(config, &targets)?;
         Ok(targets)
+    }
+
+    /// Returns `config` with the experts among `targets` in `target_parameters` where PEFT knows no other way to name them:
+    /// gpt-oss has gate and up of all experts in one parameter, and none of an expert.
+    pub fn with_target_parameters(&self, config: &LoraConfig, targets: &[String]) -> LoraConfig {
+        let mut config = config.clone();
+        for ExpertProjection { names, .. } in self.experts.iter().filter(|projection| projection.is_only_stacked) {
+            let end = names.parameter.split('.').rev().take(3).collect::<Vec<_>>();
+            let end = end.into_iter().rev().collect::<Vec<_>>().join(".");
+            let is_target = targets.contains(&names.linear(0, names.joined));
+            if is_target && !config.target_parameters.iter().any(|name| end.ends_with(name.as_str())) {
+                config.target_parameters.push(end);
+            }
+        }
+        config
     }
 
     /// One sentence for each of `target_parameters` that this model does not have.
@@ -212,7 +229,7 @@ mod tests {
             {
                 let parameter = format!("{module}.{joined_name}");
                 let names = ExpertNames { module: module.clone(), outputs, joined: joined_name, parameter };
-                let projection = ExpertProjection { names, experts: 3, input };
+                let projection = ExpertProjection { names, experts: 3, input, is_only_stacked: false };
                 linears.extend(projection.linears());
                 if projection.names.outputs.len() > 1 {
                     joined.extend(projection.joined());

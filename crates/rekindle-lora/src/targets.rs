@@ -29,7 +29,7 @@ pub fn match_targets<S: AsRef<str>>(config: &LoraConfig, linears: &[S]) -> Resul
         TargetModules::Regex(pattern) => match_pattern("target_modules", pattern, &linears)?,
         TargetModules::Names(names) if is_default_of_fused(names, &linears) => {
             let layers = Layers::of(config);
-            let of_layers = |name: &&str| !is_output_layer(name) && layers.contains(name);
+            let of_layers = |name: &&str| !is_output_layer(name) && !is_router(name) && layers.contains(name);
             linears.iter().copied().filter(of_layers).collect()
         }
         TargetModules::Names(names) => match_names(names, &Layers::of(config), &linears)?,
@@ -213,7 +213,7 @@ pub(crate) fn spelled_out(targets: TargetModules, modules: &[String]) -> TargetM
 
 /// Returns true for the linears that choose or weigh experts.
 fn is_router(linear: &str) -> bool {
-    ["gate", "shared_expert_gate"].iter().any(|name| is_named(linear, name))
+    ["gate", "shared_expert_gate", "mlp.router", "router.layer"].iter().any(|name| is_named(linear, name))
 }
 
 fn is_output_layer(linear: &str) -> bool {

@@ -168,7 +168,10 @@ impl ModelConfig {
         }
         let FeedForwardSpec::Moe(moe) = &self.spec.layers[layer].feed_forward else { return Some(parameter) };
         let ([rows, input], role) = (moe.stack_shape(stack, self.hidden_size()), LayerRole::Experts(stack));
-        let (role, shape) = (Role::Layer(layer, role), vec![moe.experts, rows / moe.experts, input]);
+        let (role, mut shape) = (Role::Layer(layer, role), vec![moe.experts, rows / moe.experts, input]);
+        if self.names.experts.transposed {
+            shape.swap(1, 2);
+        }
         Some(ParameterSpec { name: self.names.tensor(role), role, shape })
     }
 

@@ -191,7 +191,7 @@ impl Decoder {
             ExpertStack::GateUp => &moe.gate_up,
             ExpertStack::Down => &moe.down,
         };
-        let each = stack.roles().len();
+        let each = experts.names().outputs.len();
         Some(WeightPart { weight: &experts.weight, part: (expert * each + place, experts.experts() * each) })
     }
 

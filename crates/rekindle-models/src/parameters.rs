@@ -55,6 +55,8 @@ pub enum LayerRole {
     Expert(ExpertRole, usize),
     /// The linears of all experts as one weight, as models have them.
     Experts(ExpertStack),
+    /// The biases of all experts, `[experts, out]`.
+    ExpertBias(ExpertStack),
 }
 
 /// The part that a linear plays in a layer.
@@ -107,6 +109,8 @@ pub enum ExpertRole {
     Gate,
     /// The projection that the gate multiplies.
     Up,
+    /// Gate and up as one linear whose rows alternate.
+    GateUp,
     /// The projection back to the residual stream.
     Down,
 }
@@ -114,7 +118,7 @@ pub enum ExpertRole {
 /// Linears of all experts that are one weight, expert by expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ExpertStack {
-    /// The rows of gate, then those of up, of each expert.
+    /// The rows of gate, then those of up, of each expert; or both in turn.
     GateUp,
     /// The rows of down.
     Down,
@@ -128,21 +132,18 @@ impl LinearRole {
 }
 
 impl ExpertStack {
-    /// The linears of an expert whose rows it holds, in order.
-    pub fn roles(self) -> &'static [ExpertRole] {
-        match self {
-            Self::GateUp => &[ExpertRole::Gate, ExpertRole::Up],
-            Self::Down => &[ExpertRole::Down],
-        }
-    }
+    /// Both, in the order of the forward pass.
+    pub const ALL: [Self; 2] = [Self::GateUp, Self::Down];
 }
 
 impl ExpertRole {
-    /// The stack with this linear's rows, and its number among [`ExpertStack::roles`].
+    /// The stack with this linear's rows, and its number among those of an expert
+    /// ([`MoeSpec::roles`](crate::spec::MoeSpec::roles)).
     pub fn place(self) -> (ExpertStack, usize) {
         match self {
             Self::Gate => (ExpertStack::GateUp, 0),
             Self::Up => (ExpertStack::GateUp, 1),
+            Self::GateUp => (ExpertStack::GateUp, 0),
             Self::Down => (ExpertStack::Down, 0),
         }
     }
@@ -218,12 +219,12 @@ impl ParameterSpec {
 
     /// Returns true if weight decay applies: to all but norms and biases, as in transformers' Trainer.
     pub fn decays(&self) -> bool {
-        !self.is_vector() || matches!(self.role, Role::Layer(_, LayerRole::DecayRate))
+        !self.is_vector() || matches!(self.role, Role::Layer(_, LayerRole::DecayRate | LayerRole::Sinks))
     }
 
-    /// Returns true for a vector: a norm or a bias.
+    /// Returns true for a vector, such as a norm or a bias, and for the biases of all experts.
     pub fn is_vector(&self) -> bool {
-        self.shape.len() == 1
+        self.shape.len() == 1 || matches!(self.role, Role::Layer(_, LayerRole::ExpertBias(_)))
     }
 
     /// Returns the name of the module that it belongs to.
@@ -249,10 +250,14 @@ impl LayerSpec {
             }
         }
         if let FeedForwardSpec::Moe(moe) = &self.feed_forward {
-            for stack in [ExpertStack::GateUp, ExpertStack::Down] {
+            for stack in ExpertStack::ALL {
+                let shape = moe.expert_shape(stack, hidden_size);
                 for expert in 0..moe.experts {
-                    let shape = moe.expert_shape(stack, hidden_size).to_vec();
-                    list.extend(stack.roles().iter().map(|&role| (LayerRole::Expert(role, expert), shape.clone())));
+                    let roles = moe.roles(stack).iter();
+                    list.extend(roles.map(|&role| (LayerRole::Expert(role, expert), shape.to_vec())));
+                }
+                if moe.bias {
+                    list.push((LayerRole::ExpertBias(stack), moe.expert_bias_shape(stack, hidden_size).to_vec()));
                 }
             }
         }

@@ -318,7 +318,7 @@ pub struct MoeSpec {
     pub top_k: usize,
     /// Width of the hidden activations of an expert.
     pub intermediate_size: usize,
-    /// The nonlinearity on an expert's gate.
+    /// The nonlinearity of an expert. With [`Activation::ClampedSwiglu`], gate and up are one linear whose rows alternate.
     pub activation: Activation,
     /// True if experts and router have biases (gpt-oss).
     pub bias: bool,

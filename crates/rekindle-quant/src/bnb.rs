@@ -56,6 +56,15 @@ pub fn owner(key: &str) -> Option<String> {
     four_bit.map(str::to_owned).or_else(|| int8().map(|module| format!("{module}.weight")))
 }
 
+/// Returns the keys that the tensors of a weight may have in any format, its own first.
+pub fn keys(weight: &str) -> impl Iterator<Item = String> + use<'_> {
+    let module = weight.strip_suffix(".weight").unwrap_or(weight);
+    let four_bit = FOUR_BIT_SUFFIXES.into_iter().chain(QuantType::ALL.map(quant_state_suffix));
+    let beside = four_bit.chain([BLOCKS, SCALES]).map(move |suffix| format!("{weight}{suffix}"));
+    let of_module = INT8_SUFFIXES.map(|suffix| format!("{module}{suffix}"));
+    core::iter::once(weight.to_owned()).chain(beside).chain(of_module)
+}
+
 const ABSMAX: &str = ".absmax";
 const QUANT_MAP: &str = ".quant_map";
 const NESTED_ABSMAX: &str = ".nested_absmax";
@@ -78,6 +87,9 @@ mod tests {
 
     #[test]
     fn keys_name_their_weight() {
+        let keys: Vec<String> = keys("a.weight").collect();
+        assert_eq!(keys[0], "a.weight");
+        assert!(keys[1..].iter().all(|key| owner(key).as_deref() == Some("a.weight")), "{keys:?}");
         for key in ["a.weight_blocks", "a.weight_scales"] {
             assert_eq!(owner(key).as_deref(), Some("a.weight"), "{key}");
         }

@@ -6,7 +6,7 @@ use rekindle_data::Tokenizer;
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::saved_rows;
-use rekindle_models::spec::{AttentionMask, LayerSpec};
+use rekindle_models::spec::{Activation, AttentionMask, FeedForwardSpec, LayerSpec, MoeSpec};
 use rekindle_models::{
     CausalLm, LoadOptions, ModelConfig, Positions, RopeScaling, is_quantized, loftq_base, open_checkpoint,
     saved_positions,
@@ -204,6 +204,7 @@ impl<'a> Loader<'a> {
             skip::check(modules, &config)?;
         }
         let (device, kind) = open_device(self.device)?;
+        check_device(&config, &device)?;
         let options = self.options(&config, files.adapter.as_deref(), device, kind)?;
         let (mut done, total) = (0, checkpoint.total_bytes());
         let mut model = CausalLm::load(&checkpoint, &options, &mut |bytes| {
@@ -297,4 +298,21 @@ pub(crate) fn supported_length(config: &ModelConfig) -> usize {
         Some(shortest) if shortest < window && !config.spec.unsupported(window).is_empty() => shortest,
         _ => window,
     }
+}
+
+/// Refuses a model whose operations have not been compared on the device.
+fn check_device(config: &ModelConfig, device: &Device) -> Result<(), Error> {
+    let is_clamped = |layer: &LayerSpec| {
+        matches!(
+            &layer.feed_forward,
+            FeedForwardSpec::Moe(MoeSpec { activation: Activation::ClampedSwiglu { .. }, .. })
+        )
+    };
+    if !matches!(device, Device::Cuda(_)) || !config.spec.layers.iter().any(is_clamped) {
+        return Ok(());
+    }
+    Err(Error::Argument(format!(
+        "{}: experts with clamped SwiGLU have not been compared on CUDA; use device \"cpu\"",
+        config.architecture
+    )))
 }

@@ -71,7 +71,9 @@ sources! {
         "scale", "scale_columns", "scatter_rows"
     ];
     "embedding.cu" with any_dtype, ["embedding_bwd", "embedding_fwd"];
-    "expert_act.cu" with any_dtype, ["expert_act_bwd", "expert_act_fwd"];
+    "expert_act.cu" with any_dtype, [
+        "expert_act_bwd", "expert_act_fwd", "expert_clamped_bwd", "expert_clamped_fwd"
+    ];
     "gated_activation.cu" with any_activation, ["gated_activation_bwd", "gated_activation_fwd"];
     "grouped.cu" with grouped, ["grouped"];
     "grouped_grad_sm90.cu" after "sm90.cuh" with grouped_grad_sm90, ["grouped_grad_sm90"];
@@ -98,7 +100,8 @@ sources! {
         "rms_norm_add", "rms_norm_bwd", "rms_norm_dw", "rms_norm_fwd", "rms_norm_recompute"
     ];
     "routing.cu" with any_dtype, [
-        "dispatch_count", "dispatch_place", "dispatch_scan", "router_bwd", "router_fwd", "sum_slots"
+        "dispatch_count", "dispatch_place", "dispatch_scan", "expert_row_sums", "router_bwd", "router_fwd", "router_pick",
+        "router_spread", "sum_slots"
     ];
     "sample.cu" with with_softcap_and_without, ["sample"];
     "stochastic.cu" after "philox.cuh" with any_dtype, ["store_4bit", "store_bf16", "store_int8"];

@@ -1,8 +1,9 @@
 //! The operations between the products of a mixture of experts: router, activation, sum over the experts of a token.
 
 use burn::tensor::{DType, Tensor as BurnTensor};
+use rekindle_kernels::expert_act::{self, ClampedSwiglu, ExpertActivation};
 use rekindle_kernels::routing::{self, Dispatch, HostDispatch, RoutingForm};
-use rekindle_kernels::{Device, Tensor, expert_act, from_f32};
+use rekindle_kernels::{Device, ParamsBuilder, Tensor, from_f32};
 
 use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
 
@@ -158,12 +159,12 @@ impl Case for Activation {
         let dispatch = Dispatch::of(&self.chosen, experts, top_k, &place.device);
         let gate_up = place.matrix(&self.gate_up, [rows, 2 * width]);
         let weights = in_f32(&self.weights, [tokens, top_k], place);
-        let act = expert_act::forward(&gate_up, &weights, &dispatch);
+        let act = expert_act::forward(&gate_up, &weights, &dispatch, ExpertActivation::Silu);
         let y = place.matrix(&self.dact, [rows, width]);
         let onto = place.matrix(&self.onto, [tokens, width]);
         let sum = routing::sum_slots(&y, &dispatch, Some(&onto));
         let alone = routing::sum_slots(&y, &dispatch, None);
-        let grads = expert_act::backward(y, gate_up, &weights, &dispatch);
+        let grads = expert_act::backward(y, gate_up, &weights, &dispatch, ExpertActivation::Silu);
         vec![
             ("act", values(act)),
             ("act", values(grads.act)),
@@ -179,6 +180,126 @@ impl std::fmt::Debug for Activation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { tokens, experts, top_k, width, .. } = self;
         write!(f, "expert activation {tokens} tokens × {width}, {top_k} of {experts} experts")
+    }
+}
+
+/// gpt-oss: the activation with biases and clamps, and what experts add to each of their rows as a product.
+pub(crate) struct Clamped {
+    tokens: usize,
+    experts: usize,
+    top_k: usize,
+    width: usize,
+    chosen: Vec<u32>,
+    gate_up: Vec<f32>,
+    bias: Vec<f32>,
+    weights: Vec<f32>,
+    dact: Vec<f32>,
+    all: Vec<f32>,
+}
+
+/// Below a third of the values, so that both clamps are reached and passed by.
+const LIMIT: f32 = 2.5;
+const ALPHA: f32 = 1.702;
+
+impl Clamped {
+    pub(crate) fn new(tokens: usize, experts: usize, top_k: usize, width: usize, dtype: DType) -> Self {
+        let rows = tokens * top_k;
+        // An expert in the middle has no rows.
+        let expert = |s: usize| (s / top_k * 5 + s % top_k * 3) % experts;
+        let skipped = |expert: usize| if experts > 2 * top_k && expert == experts / 2 { experts - 1 } else { expert };
+        let mut chosen: Vec<u32> = (0..rows).map(|s| skipped(expert(s)) as u32).collect();
+        for slots in chosen.chunks_exact_mut(top_k) {
+            // No token has an expert twice.
+            for slot in 1..slots.len() {
+                while slots[..slot].contains(&slots[slot]) {
+                    slots[slot] = (slots[slot] + 1) % experts as u32;
+                }
+            }
+        }
+        let input = |seed, n, by: f32| rounded(noise(seed, n).iter().map(|x| x * by).collect(), dtype);
+        Self {
+            tokens,
+            experts,
+            top_k,
+            width,
+            chosen,
+            gate_up: input(1, rows * 2 * width, 4.0),
+            bias: input(5, experts * 2 * width, 1.0),
+            weights: noise(2, rows).iter().map(|x| x.abs()).collect(),
+            dact: input(3, rows * width, 1.0),
+            all: input(6, tokens * experts, 1.0),
+        }
+    }
+}
+
+impl Case for Clamped {
+    fn naive(&self, dtype: DType) -> Results {
+        let &Self { tokens, experts, top_k, width, .. } = self;
+        let (rows, host) = (tokens * top_k, HostDispatch::of(&self.chosen, experts));
+        let oracle = Oracle::new(dtype);
+        let gate_up = oracle.leaf(&self.gate_up, [rows, 2 * width]);
+        let bias = oracle.leaf(&self.bias, [experts, 2 * width]);
+        let w: Vec<f32> = host.sorted.iter().map(|&s| self.weights[s as usize]).collect();
+        let w = oracle.leaf(&w, [rows, 1]);
+        let biases = (0..rows).map(|row| bias.clone().narrow(0, host.expert(row), 1));
+        let pairs = (gate_up.clone() + BurnTensor::cat(biases.collect(), 0)).reshape([rows, width, 2]);
+        let [gate, up] = [0, 1].map(|at| pairs.clone().narrow(2, at, 1).reshape([rows, width]));
+        let (gate, up) = (gate.clamp_max(LIMIT), up.clamp(-LIMIT, LIMIT));
+        let act = gate.clone() / ((gate * ALPHA).neg().exp() + 1.0) * (up + 1.0) * w.clone();
+        let grads = (act.clone() * oracle.constant(&self.dact, [rows, width])).sum().backward();
+        let dw_sorted = grad(&w, &grads);
+        let dw = host.rows.iter().map(|&row| dw_sorted[row as usize]).collect();
+        let mut spread = vec![0.0; tokens * experts];
+        for (s, &expert) in self.chosen.iter().enumerate() {
+            let wide = oracle.constant(&self.weights[s..=s], [1, 1]);
+            spread[s / top_k * experts + expert as usize] = values(wide)[0];
+        }
+        let picked =
+            self.chosen.iter().enumerate().map(|(s, &e)| f64::from(self.all[s / top_k * experts + e as usize]));
+        vec![
+            ("act", values(act)),
+            ("dgate_up", grad(&gate_up, &grads)),
+            ("dweights", dw),
+            ("dbias", grad(&bias, &grads)),
+            ("spread", spread),
+            ("picked", picked.collect()),
+        ]
+    }
+
+    fn ours(&self, place: &Place) -> Results {
+        let &Self { tokens, experts, top_k, width, .. } = self;
+        let rows = tokens * top_k;
+        let dispatch = Dispatch::of(&self.chosen, experts, top_k, &place.device);
+        let gate_up = place.matrix(&self.gate_up, [rows, 2 * width]);
+        let bias = place.matrix(&self.bias, [experts, 2 * width]);
+        let weights = in_f32(&self.weights, [tokens, top_k], place);
+        let form = ExpertActivation::ClampedSwiglu(ClampedSwiglu { alpha: ALPHA, limit: LIMIT, bias: &bias });
+        let act = expert_act::forward(&gate_up, &weights, &dispatch, form);
+        let dact = place.matrix(&self.dact, [rows, width]);
+        let grads = expert_act::backward(dact, gate_up, &weights, &dispatch, form);
+        let mut builder = ParamsBuilder::new(&place.device, place.dtype);
+        let before = builder.push("before", &[5], true, &[0.0; 5]);
+        let at = builder.push("bias", &[experts, 2 * width], false, &self.bias);
+        let mut sums = builder.build().zero_grads();
+        sums.add_expert_rows(at, &grads.gate_up, &dispatch);
+        assert_eq!(sums.values(before), vec![0.0; 5]);
+        let all = place.matrix(&self.all, [tokens, experts]);
+        vec![
+            ("act", values(act)),
+            ("act", values(grads.act)),
+            ("dgate_up", values(grads.gate_up)),
+            ("dweights", values(grads.weights)),
+            ("dbias", sums.values(at).into_iter().map(f64::from).collect()),
+            ("spread", values(routing::spread(&weights, &dispatch, place.dtype))),
+            ("picked", values(routing::pick(&all, &dispatch))),
+        ]
+    }
+}
+
+impl std::fmt::Debug for Clamped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { tokens, experts, top_k, width, .. } = self;
+        write!(f, "clamped expert activation {tokens} tokens × {width}, {top_k} of {experts} experts")
     }
 }
 

@@ -18,12 +18,16 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Exaone4Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
     HunYuanDenseV1Config,
     Ministral3Config,
@@ -36,6 +40,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
     Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     SiglipVisionConfig,
@@ -43,7 +48,8 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import moe  # noqa: E402, beside this file
+import gpt_oss  # noqa: E402, beside this file
+import moe  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 
@@ -272,6 +278,25 @@ FAMILIES |= {
         97, Qwen3_5MoeTextConfig, num_hidden_layers=3, moe_intermediate_size=16, shared_expert_intermediate_size=28,
         num_experts=6, num_experts_per_tok=2, tie_word_embeddings=False,
     ), [*ATTENTION, *DELTA[7:]]),
+    # Sinks, a window of 12 in the first of two layers, YaRN without rounded bounds, and experts with biases and a limit that
+    # their activations reach.
+    "gpt-oss": (GptOssConfig(
+        vocab_size=101, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=6, num_experts_per_tok=2, sliding_window=12,
+        swiglu_limit=1.5, max_position_embeddings=256, tie_word_embeddings=False, rope_parameters={
+            "rope_type": "yarn", "rope_theta": 15e4, "factor": 4.0, "original_max_position_embeddings": 64,
+            "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        }, **NONE,
+    ), ATTENTION),
+    # The text part of a multimodal mixture.
+    "qwen3_5-moe-multimodal": (Qwen3_5MoeConfig(
+        text_config=qwen3_5_text(
+            93, Qwen3_5MoeTextConfig, num_hidden_layers=3, moe_intermediate_size=16, shared_expert_intermediate_size=20,
+            num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False,
+        ).to_dict(), vision_config=dict(
+            hidden_size=8, intermediate_size=8, depth=1, num_heads=1, out_hidden_size=36, num_position_embeddings=16,
+        ), tie_word_embeddings=False, **NONE,
+    ), [*ATTENTION, *DELTA[7:]]),
 }
 # Without rotation, a key bias shifts all scores of a query alike: its gradient is rounding error, which AdamW must not
 # blow up.
@@ -289,16 +314,39 @@ def train(directory, adapter, run, **options):
     return steps, final if adapter else moe.disk_names(final, moe.read_config(directory))
 
 
+class MultimodalOrText:
+    """transformers' own choice, but for Qwen3.5 with a vision tower, of which it would take the text part alone."""
+
+    @staticmethod
+    def of(config):
+        return AutoModelForImageTextToText if config.model_type in ("qwen3_5", "qwen3_5_moe") else AutoModelForCausalLM
+
+    @classmethod
+    def from_config(cls, config):
+        return cls.of(config).from_config(config)
+
+    @classmethod
+    def from_pretrained(cls, directory, **options):
+        return cls.of(AutoConfig.from_pretrained(directory)).from_pretrained(directory, **options)
+
+
+def stored_name(directory, key):
+    """base.stored_name; Qwen3.5's files have the names of its modules."""
+    return key if moe.read_config(directory)["model_type"].startswith("qwen3_5") else STORED_NAME(directory, key)
+
+
 def load(directory, *arguments, **options):
     """base.load, with a loop over experts, which float64 needs."""
     model = LOAD(directory, *arguments, **options)
-    if moe.is_mixture(model.config):
+    if moe.is_mixture(model.config.get_text_config()):
         model.set_experts_implementation("eager")
     return model
 
 
 TRAIN, base.train = base.train, train
 LOAD, base.load = base.load, load
+STORED_NAME, base.stored_name = base.stored_name, stored_name
+base.AutoModelForCausalLM = MultimodalOrText
 
 
 def main():
@@ -331,11 +379,13 @@ def make_family(directory, name, config, targets, seed):
             expect["adapters"][adapter] = {"rows": made}
         base.make_trajectory(directory, "experts", "experts", clipped(directory, "experts", LORA_RUN))
     base.write_json(directory / "expect.json", expect)
-    named = moe.router_names(gradients(directory, rows), moe.read_config(directory))
+    named = moe.by_output(moe.router_names(gradients(directory, rows), moe.read_config(directory)), config)
     save_file(named, directory / "gradients.safetensors")
     base.make_trajectory(directory, "lora", "all-linear", clipped(directory, "all-linear", LORA_RUN))
     full = {**FULL_RUN, "adam_epsilon": ADAM_EPSILON.get(name, FULL_RUN["adam_epsilon"])}
     base.make_trajectory(directory, "full", None, clipped(directory, None, full))
+    if config.model_type == "gpt_oss":
+        gpt_oss.make_mxfp4(directory, rows, base, lambda where: clipped(where, "experts", LORA_RUN))
     print(f"{name}: spread {expect['spread']:.1e}, mean nll {base.mean_nll(expect['rows']):.2f}")
 
 

@@ -25,7 +25,9 @@ def is_mixture(config):
 
 
 def disk_names(tensors, config):
-    """Named parameters under the names of checkpoints: one tensor for each linear of each expert."""
+    """Named parameters under the names of checkpoints: one tensor for each linear of each expert, or for all of a layer."""
+    if config["model_type"] == "gpt_oss":
+        return tensors
     mixtral = config["model_type"] == "mixtral"
     linears = {"gate_up_proj": ["w1", "w3"] if mixtral else ["gate_proj", "up_proj"]}
     linears["down_proj"] = ["w2"] if mixtral else ["down_proj"]
@@ -50,6 +52,15 @@ def router_names(tensors, config):
     if config["model_type"] != "mixtral":
         return tensors
     return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+def by_output(tensors, config):
+    """Experts as `[experts, out, in]`, where gpt-oss has `[experts, in, out]`."""
+    if config.model_type != "gpt_oss":
+        return tensors
+    return {
+        name: tensor.transpose(1, 2).contiguous() if STACKED.match(name) else tensor for name, tensor in tensors.items()
+    }
 
 
 def read_config(directory):

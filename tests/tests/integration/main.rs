@@ -15,6 +15,7 @@ mod generate;
 mod generate_text;
 mod gguf;
 mod gguf_base;
+mod gpt_oss;
 mod gradients;
 mod initial;
 mod layouts;

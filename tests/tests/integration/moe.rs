@@ -21,9 +21,15 @@ const STACKED: [&str; 2] = ["experts", "experts-rslora"];
 const TENSORS: &str = "model.safetensors";
 const ADAPTER: &str = "adapter_model.safetensors";
 
-fn mixtures() -> [Golden; 5] {
-    ["qwen3-moe", "qwen3-moe-sparse", "qwen2-moe", "mixtral", "qwen3_5-moe"]
-        .map(|name| Golden::open(&format!("families/{name}")))
+/// Those whose checkpoints have a tensor for each linear of each expert.
+fn linear_by_linear() -> Vec<Golden> {
+    let names = ["qwen3-moe", "qwen3-moe-sparse", "qwen2-moe", "mixtral", "qwen3_5-moe"];
+    names.map(|name| Golden::open(&format!("families/{name}"))).into()
+}
+
+fn mixtures() -> Vec<Golden> {
+    let stacked = ["gpt-oss"].map(|name| Golden::open(&format!("families/{name}")));
+    linear_by_linear().into_iter().chain(stacked).collect()
 }
 
 fn nll(model: &CausalLm, batch: &Batch) -> Vec<f32> {
@@ -119,7 +125,7 @@ fn merged_experts_have_the_adapters_losses_and_the_bases_names() {
 /// The default layout has a key for each linear of each expert, under the names of the checkpoint.
 #[test]
 fn an_adapter_on_experts_is_saved_linear_by_linear_and_loaded_again() {
-    for golden in mixtures() {
+    for golden in linear_by_linear() {
         let (batch, mut model) = (golden.packed(), golden.load());
         model.add_adapter(&per_expert()).expect("the targets are there");
         let (want, want_gradient) = (nll(&model, &batch), gradient(&model, &batch));
@@ -228,7 +234,7 @@ fn stacked_checkpoint(golden: &Golden, dir: &Path) {
 
 #[test]
 fn stacked_experts_are_the_same_model_and_stay_stacked() {
-    for golden in mixtures() {
+    for golden in linear_by_linear() {
         let (batch, dir) = (golden.packed(), tempfile::tempdir().expect("a temporary directory"));
         stacked_checkpoint(&golden, dir.path());
         let model = load(dir.path(), |_| ());
@@ -303,7 +309,10 @@ fn quantized_experts_are_their_decoded_weights() {
             let (got, want) = (nll(&model, &batch), nll(&decoded, &batch));
             assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-5 * b.abs().max(1.0)), "{what}");
             for model in [&mut model, &mut decoded] {
-                model.add_adapter(&per_expert()).expect("the targets are there");
+                let config = per_expert();
+                let is_joined = golden.name.ends_with("gpt-oss");
+                let joined = config.clone().target_modules(["q_proj", "gate_up_proj", "down_proj"]);
+                model.add_adapter(if is_joined { &joined } else { &config }).expect("the targets are there");
             }
             let error = relative_distance(&gradient(&model, &batch), &gradient(&decoded, &batch));
             assert!(error < 1e-5, "{what}: gradients are off by {error:e}");
@@ -312,7 +321,7 @@ fn quantized_experts_are_their_decoded_weights() {
 }
 
 fn is_router(linear: &str) -> bool {
-    linear.ends_with(".gate") || linear.ends_with(".shared_expert_gate")
+    linear.ends_with(".gate") || linear.ends_with(".router") || linear.ends_with(".shared_expert_gate")
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use rekindle_kernels::attention::{self, Documents, Heads};
+use rekindle_kernels::expert_act::{self, ClampedSwiglu, ExpertActivation};
 use rekindle_kernels::gated_activation::{self, Activation};
 use rekindle_kernels::grouped::{self, GroupedRows};
 use rekindle_kernels::linear_cross_entropy::{self, LmHead, TokenWeights};
@@ -15,7 +16,7 @@ use rekindle_kernels::rope::{self, Norm, Rotation, Tables};
 use rekindle_kernels::routing::{self, Dispatch, RoutingForm};
 use rekindle_kernels::runtime::Cuda;
 use rekindle_kernels::{
-    DType, Device, ParamsBuilder, QuantizedWeight, Tensor, expert_act, from_f32, from_le_bytes, matmul, parse_device,
+    DType, Device, ParamsBuilder, QuantizedWeight, Tensor, from_f32, from_le_bytes, matmul, parse_device,
 };
 use serde_json::{Value, json};
 
@@ -365,10 +366,18 @@ impl Bench<'_> {
         let (gate_up, dact) = (self.noise(4, [EXPERT_ROWS, width]), self.noise(5, [EXPERT_ROWS, width / 2]));
         let values = EXPERT_ROWS * width;
         self.time(rows, "expert activation forward", bytes(values + values / 2), "", || {
-            expert_act::forward(&gate_up, &weights, &dispatch);
+            expert_act::forward(&gate_up, &weights, &dispatch, ExpertActivation::Silu);
         })?;
         self.time(rows, "expert activation backward", bytes(3 * values), "expert_act", || {
-            expert_act::backward(dact.clone(), gate_up.clone(), &weights, &dispatch);
+            expert_act::backward(dact.clone(), gate_up.clone(), &weights, &dispatch, ExpertActivation::Silu);
+        })?;
+        let bias = self.noise(6, [experts, width]);
+        let clamped = ExpertActivation::ClampedSwiglu(ClampedSwiglu { alpha: 1.702, limit: 7.0, bias: &bias });
+        self.time(rows, "clamped expert activation forward", bytes(values + values / 2), "", || {
+            expert_act::forward(&gate_up, &weights, &dispatch, clamped);
+        })?;
+        self.time(rows, "clamped expert activation backward", bytes(3 * values), "", || {
+            expert_act::backward(dact.clone(), gate_up.clone(), &weights, &dispatch, clamped);
         })
     }
 

@@ -85,7 +85,7 @@ mod tests {
             joined: "gate_up_proj",
             parameter: "mlp.experts.gate_up_proj".into(),
         };
-        ExpertProjection { names, experts: 2, input: 4 }
+        ExpertProjection { names, experts: 2, input: 4, is_only_stacked: false }
     }
 
     #[test]

@@ -34,12 +34,13 @@ impl ModelConfig {
         for (index, layer) in layers {
             linears.extend(layer.linears(hidden).into_iter().map(|spec| linear(index, spec)));
             let FeedForwardSpec::Moe(moe) = &layer.feed_forward else { continue };
-            for stack in [ExpertStack::GateUp, ExpertStack::Down] {
+            for stack in ExpertStack::ALL {
                 let names = expert_names(&self.names, index, moe, stack, hidden);
                 let [_, input] = moe.expert_shape(stack, hidden);
-                let projection = ExpertProjection { names, experts: moe.experts, input };
+                let is_only_stacked = self.names.experts.transposed;
+                let projection = ExpertProjection { names, experts: moe.experts, input, is_only_stacked };
                 linears.extend(projection.linears());
-                if stack == ExpertStack::GateUp {
+                if projection.names.outputs.len() > 1 {
                     joined.extend(projection.joined());
                 }
                 experts.push(projection);
@@ -105,6 +106,7 @@ impl CausalLm {
             (name, (weight.dims(), to_f32(weight.matrix(&self.params))))
         });
         let saved: BTreeMap<_, _> = saved.collect();
+        let config = &modules.with_target_parameters(config, &targets);
         let config = self.config.names.excluding_kept(config);
         let mut config = AdapterConfig::new(&config, Some(&self.provenance.name_or_path), &targets);
         config.set_revision(self.provenance.revision.as_deref());

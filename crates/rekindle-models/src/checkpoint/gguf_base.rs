@@ -198,7 +198,7 @@ impl TensorStore for GgufStore {
             }
             TensorContent::Computed(bytes) => bytes,
         };
-        Some(TensorView { name, dtype: stored.dtype, shape: &stored.shape, data })
+        Some(TensorView { name, dtype: stored.dtype, shape: &stored.shape, data, transposed: false })
     }
 
     fn total_bytes(&self) -> u64 {

@@ -8,7 +8,7 @@ use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::{
     DType, Device, DeviceLimits, Group, ParamsBuilder, QuantizedWeight, Tensor, Weight, from_f32, from_le_bytes,
 };
-use rekindle_quant::DiskMetadata;
+use rekindle_quant::{DiskMetadata, mxfp4};
 use rekindle_rope::{ContextExtension, RopeScaling};
 
 use super::experts::{ByExpert, by_expert};
@@ -199,7 +199,10 @@ impl CheckpointWeights<'_> {
             return Ok(Weight::Quantized(packed));
         }
         if !packed.can_be_trained() {
-            return Err(master_weights::coded_scales(&format!("tensor \"{name}\" of the checkpoint")));
+            return Err(master_weights::untrainable(
+                name,
+                self.plan.as_ref().expect("something is quantized").config().format(),
+            ));
         }
         Ok(Weight::Trained(self.params.push_quantized(name, packed)))
     }
@@ -259,7 +262,7 @@ impl CheckpointWeights<'_> {
         if same_bits && !self.options.full_finetuning {
             let mut bytes = Vec::with_capacity(dtype.size() * whole.numel());
             for part in parts {
-                bytes.extend_from_slice(self.view(&part.name).data);
+                bytes.extend_from_slice(&self.view(&part.name).row_major());
             }
             return Ok(Weight::Frozen(from_le_bytes(&bytes, shape, &device, dtype)));
         }
@@ -365,7 +368,7 @@ pub(crate) fn frozen(
 ) -> Result<Tensor<2>, Error> {
     if is_same(view.dtype, dtype) {
         // The bits as they are, one copy.
-        return Ok(from_le_bytes(view.data, shape, device, dtype));
+        return Ok(from_le_bytes(&view.row_major(), shape, device, dtype));
     }
     Ok(from_f32(view.to_f32()?, shape, device, dtype))
 }
@@ -381,6 +384,8 @@ pub(crate) fn check_tensors(
     let (mut missing, mut unfit, mut foreign) = (Vec::new(), Vec::new(), Vec::new());
     for ParameterSpec { name, role, shape } in &needed {
         match checkpoint.get(name) {
+            // MXFP4 has codes and scales under other names.
+            None if is_quantized(name) && checkpoint.get(&format!("{name}{}", mxfp4::BLOCKS)).is_some() => {}
             None => missing.push(format!("\"{name}\" {shape:?}")),
             // Checked when its quantized data is read.
             Some(_) if is_quantized(name) && role.is_linear() => {}

@@ -8,7 +8,7 @@
 use std::borrow::Cow;
 
 use rekindle_hub::{Dtype, TensorView, write_f32};
-use rekindle_quant::QuantConfig;
+use rekindle_quant::{QuantConfig, QuantFormat};
 
 use super::quantization::LoadIn;
 use crate::{Error, LoadOptions, ModelConfig};
@@ -65,8 +65,19 @@ pub(crate) fn in_place(options: &LoadOptions, is_quantized: bool, config: &Model
     }
 }
 
+/// Returns the error for a weight of the checkpoint whose scales cannot change with its values.
+pub(crate) fn untrainable(name: &str, format: QuantFormat) -> Error {
+    match format {
+        QuantFormat::Mxfp4 => Error::Argument(format!(
+            "tensor \"{name}\" of the checkpoint is in MXFP4, which does not support training; use a 16-bit checkpoint, or \
+             train an adapter"
+        )),
+        _ => coded_scales(&format!("tensor \"{name}\" of the checkpoint")),
+    }
+}
+
 /// Returns the error for doubly quantized scales, which cannot change with the weights.
-pub(crate) fn coded_scales(what: &str) -> Error {
+fn coded_scales(what: &str) -> Error {
     Error::Argument(format!(
         "{what} has doubly quantized scales, which do not support training; use the 16-bit checkpoint with \
          load_in_4bit and double_quant = false, or train an adapter"
@@ -76,7 +87,7 @@ pub(crate) fn coded_scales(what: &str) -> Error {
 /// The tensor's values in bf16, as they are or rounded to nearest.
 pub(crate) fn bf16_bytes<'a>(view: &TensorView<'a>) -> Result<Cow<'a, [u8]>, Error> {
     if view.dtype == Dtype::BF16 {
-        return Ok(Cow::Borrowed(view.data));
+        return Ok(view.row_major());
     }
     Ok(Cow::Owned(rounded(&view.to_f32()?)))
 }

@@ -10,14 +10,15 @@ use rekindle_quant::bnb::StoredWeight;
 use rekindle_rope::Positions;
 use serde_json::Value;
 
-use super::experts::{ByExpert, by_expert};
+use super::experts::{ByExpert, by_expert, stored_order};
 use super::load::check_tensors;
-use super::quantization::{Quantization, QuantizationPlan, written_dtype};
+use super::quantization::{Quantization, QuantizationPlan, stored_bytes, written_dtype};
 use super::resize::resize_rows;
 use super::tensor_names::canonical;
 use super::writer::{self, CheckpointTensor, KeptTensors};
 use crate::adapters::quantization_plan;
 use crate::parameters::{ExpertStack, LayerRole, ParameterSpec};
+use crate::spec::FeedForwardSpec;
 use crate::{CausalLm, Error, ModelConfig, NonFinite, Role};
 
 /// The properties of a merged checkpoint that differ from the base's.
@@ -131,7 +132,7 @@ impl<'a> MergedTensors<'a> {
     pub(super) fn tensors(&self) -> Vec<ParameterSpec> {
         let config = &self.config;
         let mut list = config.parameters();
-        if self.was_stacked {
+        if self.was_stacked || config.names.experts.transposed {
             list = list.into_iter().filter_map(|needed| config.stacked_parameter(needed)).collect();
         }
         if self.unties() {
@@ -183,7 +184,7 @@ impl<'a> MergedTensors<'a> {
         if linears.is_empty() {
             return self.view(needed).map_or(0, bytes);
         }
-        linears.iter().filter_map(|linear| self.view(linear)).map(bytes).sum()
+        linears.iter().map(|linear| stored_bytes(&self.base, &linear.name)).sum()
     }
 
     fn stored(&self, needed: &ParameterSpec) -> Result<Option<StoredWeight>, Error> {
@@ -203,13 +204,14 @@ impl<'a> MergedTensors<'a> {
     /// The linears of the experts whose tensor this is; none of another tensor.
     fn linears(&self, needed: &ParameterSpec) -> Vec<ParameterSpec> {
         let Role::Layer(layer, LayerRole::Experts(stack)) = needed.role else { return Vec::new() };
-        let (experts, each) = (needed.shape[0], stack.roles().len());
-        let shape = vec![needed.shape[1] / each, needed.shape[2]];
+        let FeedForwardSpec::Moe(moe) = &self.config.spec.layers[layer].feed_forward else { return Vec::new() };
+        let (experts, roles) = (moe.experts, moe.roles(stack));
+        let shape = moe.expert_shape(stack, self.config.hidden_size()).to_vec();
         let linear = |role| {
             let role = Role::Layer(layer, role);
             ParameterSpec { name: self.config.names.tensor(role), role, shape: shape.clone() }
         };
-        let of = |expert| stack.roles().iter().map(move |&role| LayerRole::Expert(role, expert));
+        let of = |expert| roles.iter().map(move |&role| LayerRole::Expert(role, expert));
         (0..experts).flat_map(of).map(linear).collect()
     }
 
@@ -225,7 +227,8 @@ impl<'a> MergedTensors<'a> {
         let joined = format!("{}.gate_up_proj", module.rsplit_once('.')?.0);
         let (stack, place) = role.place();
         let LoraFactors { r, a, b, .. } = factors.get(&joined).filter(|_| stack == ExpertStack::GateUp)?;
-        let rows = b.len() / stack.roles().len();
+        // Where gate and up are one linear, the factors are under its own name.
+        let rows = b.len() / 2;
         let part = LoraFactors { r: *r, a: a.clone(), b: b[place * rows..][..rows].to_vec(), magnitude: None };
         Some((Cow::Owned(part), lora.scale_of(&joined)))
     }
@@ -238,7 +241,7 @@ impl<'a> MergedTensors<'a> {
             for linear in &linears {
                 all.extend(self.merged(linear)?);
             }
-            return Ok(all);
+            return Ok(stored_order(&all, &self.config, needed.role).into_owned());
         }
         let (module, kind) = needed.name.rsplit_once('.').unwrap_or((&needed.name, ""));
         if kind == "bias"

@@ -105,7 +105,10 @@ impl MetaWeights<'_> {
             return Ok(Weight::Quantized(weight));
         }
         if !weight.can_be_trained() {
-            return Err(master_weights::coded_scales(&format!("tensor \"{name}\" of the checkpoint")));
+            return Err(master_weights::untrainable(
+                name,
+                self.format.as_ref().expect("something is quantized").config.format(),
+            ));
         }
         Ok(Weight::Trained(self.params.push_quantized(name, weight)))
     }

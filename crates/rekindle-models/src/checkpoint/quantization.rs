@@ -46,7 +46,8 @@ impl LoadIn {
     /// Returns the part of this request that a checkpoint in the format `stored` does not satisfy.
     fn conflict(self, stored: QuantFormat) -> Option<String> {
         match (self, stored) {
-            (Self::FourBit(None), QuantFormat::FourBit(_)) | (Self::EightBit, QuantFormat::Int8) => None,
+            (Self::FourBit(None), QuantFormat::FourBit(_) | QuantFormat::Mxfp4)
+            | (Self::EightBit, QuantFormat::Int8) => None,
             // Each weight says its own block size.
             (Self::FourBit(Some(asked)), QuantFormat::FourBit(stored)) => {
                 let differs = (asked.quant_type, asked.double_quant) != (stored.quant_type, stored.double_quant);
@@ -81,6 +82,10 @@ pub(crate) struct Quantization {
 impl Quantization {
     /// Lists `modules`, which were quantized, among those that are dense.
     pub(crate) fn keep_dense<'a>(&mut self, modules: impl IntoIterator<Item = &'a String>) {
+        if self.config.format() == QuantFormat::Mxfp4 {
+            // Which experts are in MXFP4 is said by their tensors alone.
+            return;
+        }
         const SKIP: &str = "llm_int8_skip_modules";
         let mut json = self.config.to_json();
         // A list replaces the default, which is the head.
@@ -145,7 +150,9 @@ impl LinearFormat {
                 path.display()
             )));
         }
-        Ok(Some(Self { config, format: asked.unwrap_or(found), is_stored: true }))
+        // In MXFP4 are the experts alone, whose format has no settings.
+        let format = asked.filter(|_| found != QuantFormat::Mxfp4).unwrap_or(found);
+        Ok(Some(Self { config, format, is_stored: true }))
     }
 
     /// Returns the format of the linear `module`; `None` if it stays dense.
@@ -240,7 +247,7 @@ impl QuantizationPlan {
             write_f32(&mut bytes, Dtype::F32, &view.to_f32()?).expect("memory takes what is written");
             return format.quantize(&bytes, Dtype::F32, view.shape).map(Some).map_err(failed);
         }
-        format.quantize(view.data, view.dtype, view.shape).map(Some).map_err(failed)
+        format.quantize(&view.row_major(), view.dtype, view.shape).map(Some).map_err(failed)
     }
 }
 
@@ -252,8 +259,7 @@ pub(crate) fn written_dtype(stored: Dtype) -> Dtype {
 
 /// The bytes that a weight takes in the checkpoint, scales included.
 pub(crate) fn stored_bytes(checkpoint: &Checkpoint, name: &str) -> u64 {
-    let keys = checkpoint.names().filter(|key| *key == name || bnb::owner(key).as_deref() == Some(name));
-    keys.filter_map(|key| checkpoint.get(key)).map(|view| view.data.len() as u64).sum()
+    bnb::keys(name).filter_map(|key| checkpoint.get(&key)).map(|view| view.data.len() as u64).sum()
 }
 
 /// A stored tensor as `rekindle-quant` takes it.

@@ -78,7 +78,7 @@ pub fn quantize(
         None => {
             let view = checkpoint.get(name).expect("it was listed");
             if view.dtype == spec.dtype {
-                return out.write_all(view.data);
+                return out.write_all(&view.row_major());
             }
             let values = view.to_f32().map_err(io::Error::other)?;
             write_f32(out, spec.dtype, &values)

@@ -5,11 +5,14 @@ use std::path::Path;
 use rekindle_hub::{Dtype, TensorSpec, write_f32};
 use rekindle_kernels::Weight;
 use rekindle_quant::bnb::StoredWeight;
+use rekindle_quant::{DiskMetadata, QuantFormat};
 
+use super::experts::stored_order;
 use super::read_weights::ReadWeights;
 use super::writer::{self, CheckpointTensor, KeptTensors};
-use crate::parameters::{ParameterSpec, WeightPart};
-use crate::{CausalLm, Error};
+use crate::parameters::{LayerRole, ParameterSpec, WeightPart};
+use crate::spec::FeedForwardSpec;
+use crate::{CausalLm, Error, Role};
 
 impl CausalLm {
     /// Returns the dtype that stores trained weights without loss: f32, or bf16 where they are kept in place. Weights trained in
@@ -27,7 +30,10 @@ impl CausalLm {
         let (mut last, mut read) = (LastQuantized::default(), ReadWeights::default());
         let kept = KeptTensors::of(&self.provenance.path, &self.config)?;
         writer::write_tensors(dir, &kept, self.files(dtype)?, |source, spec, out| match self.weight(source).weight {
-            Weight::Frozen(_) | Weight::Trained(_) => write_f32(out, spec.dtype, read.values(self, source.role)),
+            Weight::Frozen(_) | Weight::Trained(_) => {
+                let values = stored_order(read.values(self, source.role), &self.config, source.role);
+                write_f32(out, spec.dtype, &values)
+            }
             Weight::Quantized(_) => {
                 let stored = last.of(&source.name, || self.stored(source, &mut read)).map_err(std::io::Error::other)?;
                 writer::write_quantized(&source.name, stored, spec, out)
@@ -50,6 +56,9 @@ impl CausalLm {
         let (mut list, mut read) = (Vec::new(), ReadWeights::default());
         for source in self.config.parameters() {
             if let Weight::Quantized(_) = self.weight(&source).weight {
+                // MXFP4 has no other layout than the tensors of all experts.
+                let source = if self.is_mxfp4(&source) { self.config.stacked_parameter(source) } else { Some(source) };
+                let Some(source) = source else { continue };
                 list.extend(CheckpointTensor::quantized(&source.name, &self.stored(&source, &mut read)?, &source));
                 continue;
             }
@@ -62,9 +71,9 @@ impl CausalLm {
     }
 
     /// A parameter as the checkpoint had it: the linears of experts that were one tensor are one again, in the place of the
-    /// first.
+    /// first. So are those of a family whose checkpoints have no others.
     fn as_it_was_read(&self, source: ParameterSpec) -> Option<ParameterSpec> {
-        if !self.provenance.stacked_experts {
+        if !self.provenance.stacked_experts && !self.config.names.experts.transposed {
             return Some(source);
         }
         self.config.stacked_parameter(source)
@@ -73,11 +82,33 @@ impl CausalLm {
     /// The quantized weight of a parameter as it is written.
     fn stored(&self, parameter: &ParameterSpec, read: &mut ReadWeights) -> Result<StoredWeight, Error> {
         let name = &parameter.name;
-        let quantization =
-            self.provenance.quantization.as_ref().expect("a quantized model says how its weights were stored");
-        let metadata = quantization.disk_metadata.get(name).expect("every quantized weight has its disk metadata");
+        let failed = |error| Error::Argument(format!("tensor \"{name}\": {error}"));
+        let metadata = self.disk_metadata(parameter).expect("every quantized weight has its disk metadata");
         let codes = read.codes(self, parameter.role);
-        metadata.restore(codes).map_err(|error| Error::Argument(format!("tensor \"{name}\": {error}")))
+        let [rows, input] = codes.dims;
+        match (metadata.restore(codes).map_err(failed)?, parameter.role) {
+            (StoredWeight::Mxfp4(tensor), Role::Layer(_, LayerRole::Experts(_))) => {
+                let experts = parameter.shape[0];
+                tensor.reshaped(vec![experts, rows / experts, input]).map(StoredWeight::Mxfp4).map_err(failed)
+            }
+            (weight, _) => Ok(weight),
+        }
+    }
+
+    fn is_mxfp4(&self, parameter: &ParameterSpec) -> bool {
+        self.disk_metadata(parameter).is_some_and(|metadata| metadata.format() == QuantFormat::Mxfp4)
+    }
+
+    /// The metadata of a quantized weight; of all experts, those of the first.
+    fn disk_metadata(&self, parameter: &ParameterSpec) -> Option<&DiskMetadata> {
+        let first = match parameter.role {
+            Role::Layer(layer, LayerRole::Experts(stack)) => {
+                let FeedForwardSpec::Moe(moe) = &self.config.spec.layers[layer].feed_forward else { return None };
+                self.config.names.tensor(Role::Layer(layer, LayerRole::Expert(moe.roles(stack)[0], 0)))
+            }
+            _ => parameter.name.clone(),
+        };
+        self.provenance.quantization.as_ref()?.disk_metadata.get(&first)
     }
 
     /// The weight of a parameter of this model, or the part of one that it is.

@@ -23,6 +23,7 @@ const NAMES: TensorNames = TensorNames {
             ExpertRole::Gate => "w1",
             ExpertRole::Up => "w3",
             ExpertRole::Down => "w2",
+            other => (TensorNames::LLAMA.experts.linear)(other),
         },
         ..TensorNames::LLAMA.experts
     },

@@ -9,6 +9,7 @@ mod gemma2;
 mod gemma3;
 mod gguf;
 mod glm;
+mod gpt_oss;
 mod granite;
 mod hunyuan_v1_dense;
 mod llama;
@@ -80,6 +81,7 @@ const FAMILIES: &[&Family] = &[
     &qwen3_moe::FAMILY,
     &qwen2_moe::FAMILY,
     &mixtral::FAMILY,
+    &gpt_oss::FAMILY,
 ];
 
 /// Returns the family named by `architectures`, or by `model_type` where that is missing.

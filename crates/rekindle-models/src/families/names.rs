@@ -38,6 +38,11 @@ pub(crate) struct ExpertTensorNames {
     pub(crate) linear: fn(ExpertRole) -> &'static str,
     /// The tensors of all experts as one, `[experts, out, in]`, in checkpoints that have them.
     pub(crate) stacked: fn(ExpertStack) -> &'static str,
+    /// The biases of all experts, `[experts, out]`.
+    pub(crate) bias: fn(ExpertStack) -> &'static str,
+    /// True if the tensors of all experts are `[experts, in, out]`, and the experts have no tensors of their own in
+    /// checkpoints of other programs.
+    pub(crate) transposed: bool,
 }
 
 impl TensorNames {
@@ -92,12 +97,18 @@ impl TensorNames {
             linear: |role| match role {
                 ExpertRole::Gate => "gate_proj",
                 ExpertRole::Up => "up_proj",
+                ExpertRole::GateUp => "gate_up_proj",
                 ExpertRole::Down => "down_proj",
             },
             stacked: |stack| match stack {
                 ExpertStack::GateUp => "mlp.experts.gate_up_proj",
                 ExpertStack::Down => "mlp.experts.down_proj",
             },
+            bias: |stack| match stack {
+                ExpertStack::GateUp => "mlp.experts.gate_up_proj_bias",
+                ExpertStack::Down => "mlp.experts.down_proj_bias",
+            },
+            transposed: false,
         },
         stored: &[],
         kept: &[],
@@ -140,9 +151,14 @@ impl TensorNames {
         match role {
             Role::Layer(_, LayerRole::Bias(_)) => format!("{module}.bias"),
             // Parameters of the attention module and of the experts' module themselves.
-            Role::Layer(_, LayerRole::Sinks | LayerRole::DecayRate | LayerRole::DecayBias | LayerRole::Experts(_)) => {
-                module
-            }
+            Role::Layer(
+                _,
+                LayerRole::Sinks
+                | LayerRole::DecayRate
+                | LayerRole::DecayBias
+                | LayerRole::Experts(_)
+                | LayerRole::ExpertBias(_),
+            ) => module,
             _ => format!("{module}.weight"),
         }
     }
@@ -169,6 +185,7 @@ impl TensorNames {
             LayerRole::PostFeedForwardNorm => self.post_feed_forward_norm,
             LayerRole::Weight(linear) | LayerRole::Bias(linear) => (self.linear)(linear),
             LayerRole::Experts(stack) => (self.experts.stacked)(stack),
+            LayerRole::ExpertBias(stack) => (self.experts.bias)(stack),
             LayerRole::Expert(role, expert) => {
                 return format!("{}.{expert}.{}", self.experts(layer), (self.experts.linear)(role));
             }

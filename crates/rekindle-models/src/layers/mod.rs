@@ -124,7 +124,8 @@ impl LayerBuilder<'_> {
             ParameterSpec { name: self.names.tensor(role), role, shape: shape.to_vec() }
         };
         let shape = spec.expert_shape(stack, hidden);
-        let of = |expert: usize| stack.roles().iter().map(move |&role| LayerRole::Expert(role, expert));
+        let roles = spec.roles(stack);
+        let of = |expert: usize| roles.iter().map(move |&role| LayerRole::Expert(role, expert));
         let parts = (0..spec.experts).flat_map(of).map(|role| tensor(role, shape)).collect();
         let whole = tensor(LayerRole::Experts(stack), spec.stack_shape(stack, hidden));
         self.source.stacked(&StackedTensors { whole, parts })

@@ -1,9 +1,9 @@
 //! Mixtures of experts.
 
-use rekindle_kernels::expert_act::{self, ExpertActGrads};
+use rekindle_kernels::expert_act::{self, ClampedSwiglu, ExpertActGrads, ExpertActivation};
 use rekindle_kernels::grouped::GroupedRows;
 use rekindle_kernels::routing::{self, Routing, RoutingForm};
-use rekindle_kernels::{Grads, Tensor};
+use rekindle_kernels::{Grads, Params, Tensor, Weight, matmul};
 use rekindle_lora::{Adaptable, AdaptableMut, ExpertLinear, ExpertNames, ExpertSaved, LinearGroup, LinearSaved};
 
 use super::attention::{single, visit_linears};
@@ -11,13 +11,16 @@ use super::shared_expert::{SharedExpert, SharedExpertSaved};
 use super::{Context, LayerBuilder, VisitWeights};
 use crate::Error;
 use crate::parameters::{ExpertStack, LayerRole, LinearRole};
-use crate::spec::MoeSpec;
+use crate::spec::{Activation, MoeSpec};
 
 /// A mixture of experts: y = Σ_slot w·down_e(silu(gate_e(x)) ∘ up_e(x)) over the experts e that the router chooses for a
 /// token, plus the expert that every token uses where there is one.
 ///
 /// The router's weight w multiplies silu(gate) ∘ up, which is the same since down is linear: the results of down are then
 /// summed as they are, and the gradient to w needs none of them.
+///
+/// gpt-oss has biases and a clamped activation in the place of silu(gate) ∘ up ([`ExpertActivation::ClampedSwiglu`]). Those
+/// of down add Σ_slot w·b_e, which is the product of w, spread over all experts, and the matrix of biases.
 ///
 /// # Shapes
 /// x and the result `[tokens, hidden]`; the rows of experts `[tokens · top_k, …]` in the order of the experts.
@@ -26,8 +29,8 @@ use crate::spec::MoeSpec;
 /// To x, to what is trained, and through w to the router. Saved: the routing, gate and up, and x·Aᵀ of every adapter;
 /// silu(gate) ∘ up is recomputed. x is kept only where an adapter's x·Aᵀ shares its memory.
 ///
-/// Equal to transformers' `Qwen3MoeSparseMoeBlock`, `Qwen2MoeSparseMoeBlock` and `MixtralSparseMoeBlock` in f32; in 16 bits
-/// those round w and multiply after down.
+/// Equal to transformers' `Qwen3MoeSparseMoeBlock`, `Qwen2MoeSparseMoeBlock`, `MixtralSparseMoeBlock` and `GptOssMLP` in
+/// f32; in 16 bits those round w and multiply after down.
 #[derive(Clone, Debug)]
 pub struct Moe {
     /// The logits of the experts.
@@ -36,12 +39,25 @@ pub struct Moe {
     pub gate_up: ExpertLinear,
     /// Back from all experts.
     pub down: ExpertLinear,
+    /// Biases and the clamped activation, for experts that have them.
+    pub clamped: Option<ClampedExperts>,
     /// The expert that every token uses.
     pub shared: Option<SharedExpert>,
     /// Experts of each token.
     pub top_k: usize,
     /// The formula of the weights from the logits.
     pub form: RoutingForm,
+}
+
+/// The biases of experts, and the numbers of their clamped activation.
+#[derive(Clone, Debug)]
+pub struct ClampedExperts {
+    /// Biases of gate and up, `[experts, 2 · intermediate]`.
+    pub gate_up_bias: Weight,
+    /// Biases of down, `[experts, hidden]`.
+    pub down_bias: Weight,
+    alpha: f32,
+    limit: f32,
 }
 
 /// Tensors that [`Moe::forward`] saves for the backward.
@@ -101,16 +117,30 @@ impl Moe {
     pub(crate) fn build(builder: &mut LayerBuilder<'_>, spec: &MoeSpec, hidden_size: usize) -> Result<Self, Error> {
         let router = builder.linears(&[spec.router(hidden_size)])?;
         let gate_up = builder.experts(spec, ExpertStack::GateUp, hidden_size)?;
+        let gate_up_bias = builder.expert_bias(spec, ExpertStack::GateUp, hidden_size)?;
         let down = builder.experts(spec, ExpertStack::Down, hidden_size)?;
+        let down_bias = builder.expert_bias(spec, ExpertStack::Down, hidden_size)?;
+        let clamped = match (spec.activation, gate_up_bias, down_bias) {
+            (Activation::ClampedSwiglu { alpha, limit }, Some(gate_up_bias), Some(down_bias)) => {
+                Some(ClampedExperts { gate_up_bias, down_bias, alpha: alpha as f32, limit: limit as f32 })
+            }
+            _ => None,
+        };
         let shared = spec.shared.map(|shared| SharedExpert::build(builder, &shared, hidden_size)).transpose()?;
-        Ok(Self { router, gate_up, down, shared, top_k: spec.top_k, form: spec.routing })
+        Ok(Self { router, gate_up, down, clamped, shared, top_k: spec.top_k, form: spec.routing })
     }
 
     /// Visits the weights.
     pub fn visit<'a>(&'a self, visit: VisitWeights<'_, 'a>) {
         visit_linears(&self.router, &[LinearRole::Router], visit);
         visit(LayerRole::Experts(ExpertStack::GateUp), &self.gate_up.weight);
+        if let Some(clamped) = &self.clamped {
+            visit(LayerRole::ExpertBias(ExpertStack::GateUp), &clamped.gate_up_bias);
+        }
         visit(LayerRole::Experts(ExpertStack::Down), &self.down.weight);
+        if let Some(clamped) = &self.clamped {
+            visit(LayerRole::ExpertBias(ExpertStack::Down), &clamped.down_bias);
+        }
         if let Some(shared) = &self.shared {
             shared.visit(visit);
         }
@@ -146,11 +176,16 @@ impl Moe {
         let routed = Routed { router, routing: routing::forward(logits, self.top_k, self.form) };
         let dispatch = &routed.routing.dispatch;
         let (gate_up, gate_up_saved) = self.gate_up.forward(ctx.linear(), GroupedRows::Tokens(&x), dispatch);
-        let act = expert_act::forward(&gate_up, &routed.routing.weights, dispatch);
+        let bias = self.gate_up_bias(ctx.params);
+        let act = expert_act::forward(&gate_up, &routed.routing.weights, dispatch, self.activation(bias.as_ref()));
         let (rows, down) = self.down.forward(ctx.linear(), GroupedRows::Sorted(&act), dispatch);
         drop(act);
-        let y = routing::sum_slots(&rows, dispatch, onto);
+        let mut y = routing::sum_slots(&rows, dispatch, onto);
         drop(rows);
+        if let Some(ClampedExperts { down_bias, .. }) = &self.clamped {
+            let w = routing::spread(&routed.routing.weights, dispatch, y.dtype()); // [tokens, experts]
+            y = down_bias.nn(ctx.params, &w, Some(y));
+        }
         let (y, shared) = match &self.shared {
             None => (y, None),
             Some(shared) => {
@@ -185,8 +220,12 @@ impl Moe {
         let Routed { router, routing } = routed;
         let (dispatch, dys) = (&routing.dispatch, GroupedRows::Tokens(dy));
         let (dact, pending) = self.down.backward_input(ctx.linear(), dys, dispatch);
-        let ExpertActGrads { gate_up: dgate_up, act, weights: dweights } =
-            expert_act::backward(dact, gate_up, &routing.weights, dispatch);
+        let bias = self.gate_up_bias(ctx.params);
+        let ExpertActGrads { gate_up: dgate_up, act, weights: mut dweights } =
+            expert_act::backward(dact, gate_up, &routing.weights, dispatch, self.activation(bias.as_ref()));
+        if let Some(clamped) = &self.clamped {
+            dweights = dweights.plus(&clamped.backward(ctx.params, grads, &routing, &dgate_up, dy));
+        }
         self.down.backward_params(grads, GroupedRows::Sorted(&act), &down, dys, &pending, dispatch);
         drop((act, down, pending));
 
@@ -209,12 +248,52 @@ impl Moe {
         }
     }
 
+    fn gate_up_bias(&self, params: &Params) -> Option<Tensor<2>> {
+        self.clamped.as_ref().map(|clamped| clamped.gate_up_bias.matrix(params))
+    }
+
+    fn activation<'a>(&self, bias: Option<&'a Tensor<2>>) -> ExpertActivation<'a> {
+        match (&self.clamped, bias) {
+            (&Some(ClampedExperts { alpha, limit, .. }), Some(bias)) => {
+                ExpertActivation::ClampedSwiglu(ClampedSwiglu { alpha, limit, bias })
+            }
+            _ => ExpertActivation::Silu,
+        }
+    }
+
     fn keeps_input(&self) -> bool {
         self.router.keeps_input() || self.shared.as_ref().is_some_and(SharedExpert::keeps_input)
     }
 }
 
+impl ClampedExperts {
+    /// Adds the gradients of biases that are trained, and returns that to the router's weights through those of down.
+    fn backward(
+        &self,
+        params: &Params,
+        grads: &mut Grads,
+        routing: &Routing,
+        dgate_up: &Tensor<2>,
+        dy: &Tensor<2>,
+    ) -> Tensor<2> {
+        let Routing { weights, dispatch, .. } = routing;
+        if let Some(at) = self.gate_up_bias.trained() {
+            grads.add_expert_rows(at, dgate_up, dispatch);
+        }
+        if let Some(at) = self.down_bias.trained() {
+            grads.add_tn(at, 1.0, &routing::spread(weights, dispatch, dy.dtype()), dy);
+        }
+        routing::pick(&matmul::nt(dy, &self.down_bias.matrix(params)), dispatch)
+    }
+}
+
 impl LayerBuilder<'_> {
+    /// The biases of a projection of all experts, if they have some.
+    fn expert_bias(&mut self, spec: &MoeSpec, stack: ExpertStack, hidden: usize) -> Result<Option<Weight>, Error> {
+        let shape = spec.expert_bias_shape(stack, hidden);
+        spec.bias.then(|| self.weight(LayerRole::ExpertBias(stack), &shape)).transpose()
+    }
+
     /// A projection of all experts.
     fn experts(&mut self, spec: &MoeSpec, stack: ExpertStack, hidden_size: usize) -> Result<ExpertLinear, Error> {
         let weight = self.stacked(spec, stack, hidden_size)?;
@@ -231,7 +310,7 @@ pub(crate) fn expert_names(
     hidden_size: usize,
 ) -> ExpertNames {
     let [out, _] = spec.expert_shape(stack, hidden_size);
-    let outputs: Vec<_> = stack.roles().iter().map(|&role| ((names.experts.linear)(role), out)).collect();
+    let outputs: Vec<_> = spec.roles(stack).iter().map(|&role| ((names.experts.linear)(role), out)).collect();
     let joined = match stack {
         ExpertStack::GateUp => "gate_up_proj",
         ExpertStack::Down => outputs[0].0,

@@ -1,6 +1,6 @@
 //! The expert of a mixture that every token uses.
 
-use rekindle_kernels::expert_act::{self, ExpertActGrads};
+use rekindle_kernels::expert_act::{self, ExpertActGrads, ExpertActivation};
 use rekindle_kernels::gated_activation::Activation;
 use rekindle_kernels::routing::{self, Routing, RoutingForm};
 use rekindle_kernels::{Grads, Tensor};
@@ -114,7 +114,7 @@ impl SharedExpert {
             return (y, SharedExpertSaved(Saved::Plain(Box::new(saved))));
         };
         let Inputs { gate, routing, inputs, gate_up } = self.inputs(ctx, gate, x);
-        let act = expert_act::forward(&gate_up, &routing.weights, &routing.dispatch);
+        let act = expert_act::forward(&gate_up, &routing.weights, &routing.dispatch, ExpertActivation::Silu);
         let (y, down) = self.mlp.down.forward_onto(ctx.linear(), &act, onto);
         (y, SharedExpertSaved(Saved::Gated { gate, routing, inputs, gate_up, down }))
     }
@@ -148,8 +148,9 @@ impl SharedExpert {
         };
         let dys = core::slice::from_ref(dy);
         let (dact, pending) = self.mlp.down.backward_input(ctx.linear(), grads, &down, dys, true);
+        let (dact, Routing { weights, dispatch, .. }) = (dact.expect("asked for"), routing.as_ref());
         let ExpertActGrads { gate_up: dgate_up, act, weights: dweights } =
-            expert_act::backward(dact.expect("asked for"), gate_up, &routing.weights, &routing.dispatch);
+            expert_act::backward(dact, gate_up, weights, dispatch, ExpertActivation::Silu);
         self.mlp.down.backward_params(ctx.linear(), grads, &act, &down, dys, pending);
         drop((act, down));
         let width = dgate_up.dims()[1] / 2;

@@ -6,7 +6,8 @@ use super::{
     AttentionSpec, FeedForwardSpec, GatedDeltaSpec, GatedSpec, LayerSpec, MixerSpec, MoeSpec, OutputGate, Projections,
     SharedExpertSpec,
 };
-use crate::parameters::{ExpertStack, LayerRole, LinearRole};
+use crate::parameters::{ExpertRole, ExpertStack, LayerRole, LinearRole};
+use crate::spec::Activation;
 
 /// A linear of a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,15 +129,30 @@ impl MoeSpec {
     /// `[out, in]` of a linear of an expert, by the stack that its rows are in.
     pub fn expert_shape(&self, stack: ExpertStack, hidden_size: usize) -> [usize; 2] {
         match stack {
-            ExpertStack::GateUp => [self.intermediate_size, hidden_size],
+            ExpertStack::GateUp => [2 * self.intermediate_size / self.roles(stack).len(), hidden_size],
             ExpertStack::Down => [hidden_size, self.intermediate_size],
         }
+    }
+
+    /// The linears of an expert whose rows a stack holds, in order.
+    pub fn roles(&self, stack: ExpertStack) -> &'static [ExpertRole] {
+        match (stack, self.activation) {
+            (ExpertStack::GateUp, Activation::ClampedSwiglu { .. }) => &[ExpertRole::GateUp],
+            (ExpertStack::GateUp, _) => &[ExpertRole::Gate, ExpertRole::Up],
+            (ExpertStack::Down, _) => &[ExpertRole::Down],
+        }
+    }
+
+    /// `[experts, out]` of the biases of a stack.
+    pub fn expert_bias_shape(&self, stack: ExpertStack, hidden_size: usize) -> [usize; 2] {
+        let [rows, _] = self.stack_shape(stack, hidden_size);
+        [self.experts, rows / self.experts]
     }
 
     /// `[experts · out, in]` of all experts.
     pub fn stack_shape(&self, stack: ExpertStack, hidden_size: usize) -> [usize; 2] {
         let [out, input] = self.expert_shape(stack, hidden_size);
-        [self.experts * stack.roles().len() * out, input]
+        [self.experts * self.roles(stack).len() * out, input]
     }
 }
 

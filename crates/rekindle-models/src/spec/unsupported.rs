@@ -65,9 +65,11 @@ impl LayerSpec {
                 list.activation(*activation);
             }
             FeedForwardSpec::Moe(moe) => {
-                list.push(moe.bias, || "biases of experts".to_owned());
-                let silu = moe.activation == Activation::Silu;
-                list.push(!silu, || "experts with another activation than SiLU".to_owned());
+                let clamped = matches!(moe.activation, Activation::ClampedSwiglu { .. });
+                list.push(moe.bias && !clamped, || "biases of experts without clamped SwiGLU".to_owned());
+                list.push(clamped && !moe.bias, || "clamped SwiGLU of experts without biases".to_owned());
+                let known = clamped || moe.activation == Activation::Silu;
+                list.push(!known, || "experts with another activation than SiLU or clamped SwiGLU".to_owned());
             }
         }
         let norms = &self.norms;

@@ -1,10 +1,11 @@
 use burn::tensor::DType;
 
 use super::*;
+use crate::expert_act::{self, ExpertActivation};
 use crate::host::tests::noise;
 use crate::quantized::{Absmax, QuantizedData, QuantizedFormat};
 use crate::routing::{self, RoutingForm};
-use crate::{Device, Params, ParamsBuilder, QuantizedWeight, Weight, expert_act, from_f32, to_f32};
+use crate::{Device, Params, ParamsBuilder, QuantizedWeight, Weight, from_f32, to_f32};
 
 fn matrix(seed: u64, dims: [usize; 2]) -> Tensor<2> {
     from_f32(noise(seed, dims[0] * dims[1]), dims, &Device::cpu(), DType::F32)
@@ -173,11 +174,11 @@ fn weights_before_the_last_product_weigh_its_results() {
     let (d, w) = (&routed.dispatch, &routed.weights);
     let gate_up = matrix(2, [d.rows(), 2 * width]);
     let down = matrix(3, [experts * hidden, width]);
-    let act = expert_act::forward(&gate_up, w, d);
+    let act = expert_act::forward(&gate_up, w, d, ExpertActivation::Silu);
     let y = to_f32(routing::sum_slots(&nt(GroupedRows::Sorted(&act), &down, d), d, None));
     // Without weights, and then weighted row by row.
     let ones = from_f32(vec![1.0; tokens * top_k], [tokens, top_k], &Device::cpu(), DType::F32);
-    let plain = expert_act::forward(&gate_up, &ones, d);
+    let plain = expert_act::forward(&gate_up, &ones, d, ExpertActivation::Silu);
     let rows = to_f32(nt(GroupedRows::Sorted(&plain), &down, d));
     let (host, weights) = (d.to_host(), to_f32(w.clone()));
     let mut want = vec![0.0; tokens * hidden];
@@ -191,7 +192,7 @@ fn weights_before_the_last_product_weigh_its_results() {
     // ⟨dy, row⟩ is the gradient to the weight.
     let dy = matrix(4, [tokens, hidden]);
     let dact = nn(GroupedRows::Tokens(&dy), &down, d);
-    let grads = expert_act::backward(dact, gate_up, w, d);
+    let grads = expert_act::backward(dact, gate_up, w, d, ExpertActivation::Silu);
     let dys = to_f32(dy);
     let mut dw = vec![0.0; tokens * top_k];
     for (row, &selection) in host.sorted.iter().enumerate() {

@@ -178,6 +178,51 @@ pub(super) fn sum_slots(y: &Array, dispatch: &Dispatch, onto: Option<&Array>) ->
     sum
 }
 
+pub(super) fn spread(values: &Array, dispatch: &Dispatch, dtype: DType) -> Array {
+    let (cuda, values) = (values.cuda(), values.contiguous());
+    let (tokens, experts) = (dispatch.tokens(), dispatch.experts());
+    let all = Array::empty(cuda, [tokens, experts], dtype, MemoryUse::Activations);
+    let [n, width, top_k, ld] = [tokens, experts, dispatch.top_k(), all.ld()].map(int);
+    kernel(cuda, entry!("routing.cu", "router_spread"), dtype).launch(
+        warps(tokens),
+        [256, 1, 1],
+        0,
+        args![values.ptr(), dispatch.cuda().chosen.ptr(), all.ptr(), n, width, top_k, ld],
+    );
+    all
+}
+
+pub(super) fn pick(all: &Array, dispatch: &Dispatch) -> Array {
+    let picked = [dispatch.tokens(), dispatch.top_k()];
+    let values = Array::dense(all.cuda(), picked, DType::F32, MemoryUse::Activations);
+    kernel(all.cuda(), entry!("routing.cu", "router_pick"), all.dtype()).launch(
+        [blocks(dispatch.rows().div_ceil(256)), 1, 1],
+        [256, 1, 1],
+        0,
+        args![
+            all.ptr(),
+            dispatch.cuda().chosen.ptr(),
+            values.ptr(),
+            int(dispatch.rows()),
+            int(picked[1]),
+            int(all.ld())
+        ],
+    );
+    values
+}
+
+/// Adds the sum of each expert's rows to its row of `sums`, `[experts, n]` in f32.
+pub(super) fn add_expert_rows(sums: &Array, dy: &Array, dispatch: &Dispatch) {
+    assert!(sums.is_contiguous(), "biases lie in one piece");
+    let (n, experts) = (dy.cols(), dispatch.experts());
+    kernel(dy.cuda(), entry!("routing.cu", "expert_row_sums"), dy.dtype()).launch(
+        [blocks(n.div_ceil(32)), blocks(experts), 1],
+        [256, 1, 1],
+        0,
+        args![dy.ptr(), dispatch.cuda().offsets.ptr(), sums.ptr(), int(n), int(dy.ld())],
+    );
+}
+
 /// A grid of a warp for each token, 8 in a block.
 fn warps(tokens: usize) -> [u32; 3] {
     [blocks(tokens.div_ceil(8)), 1, 1]

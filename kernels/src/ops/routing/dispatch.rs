@@ -79,6 +79,11 @@ impl HostDispatch {
         self.offsets[expert] as usize..self.offsets[expert + 1] as usize
     }
 
+    /// The expert of a row.
+    pub fn expert(&self, row: usize) -> usize {
+        self.offsets.partition_point(|&first| first as usize <= row) - 1
+    }
+
     /// The expert of each selection.
     pub fn chosen(&self) -> Vec<u32> {
         let mut chosen = vec![0; self.sorted.len()];
@@ -182,6 +187,7 @@ mod tests {
         assert_eq!(dispatch.rows, [2, 0, 1, 4, 3, 5]);
         assert_eq!(dispatch.range(2), 2..4);
         assert_eq!(dispatch.range(1), 2..2);
+        assert_eq!([0, 1, 2, 3, 4, 5].map(|row| dispatch.expert(row)), [0, 0, 2, 2, 3, 3]);
         assert_eq!(dispatch.chosen(), [2, 0, 0, 3, 2, 3]);
     }
 

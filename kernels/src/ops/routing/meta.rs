@@ -23,3 +23,13 @@ pub(super) fn sum_slots(y: &MetaTensor, dispatch: &Dispatch, onto: Option<&MetaT
     let _views = [Some(y), onto].map(|view| view.map(MetaTensor::contiguous));
     y.sized([dispatch.tokens(), y.dims()[1]])
 }
+
+pub(super) fn spread(values: &MetaTensor, dispatch: &Dispatch, dtype: DType) -> MetaTensor {
+    let _chosen = values.device().scratch(size_of::<u32>() * 2 * dispatch.rows());
+    values.f32_sized([dispatch.tokens(), dispatch.experts()]).cast(dtype)
+}
+
+pub(super) fn pick(all: &MetaTensor, dispatch: &Dispatch) -> MetaTensor {
+    let _chosen = all.device().scratch(size_of::<u32>() * 2 * dispatch.rows());
+    all.f32_sized([dispatch.tokens(), dispatch.top_k()])
+}

@@ -26,6 +26,7 @@
 mod cpu;
 pub(crate) mod cuda;
 mod dispatch;
+mod grads;
 mod meta;
 mod portable;
 
@@ -119,5 +120,27 @@ pub fn sum_slots(y: &Tensor<2>, dispatch: &Dispatch, onto: Option<&Tensor<2>>) -
         Backend::Portable => portable::sum_slots(y.burn(), dispatch, onto.map(Tensor::burn)).into(),
         Backend::Cuda => cuda::sum_slots(y.cuda(), dispatch, onto.map(Tensor::cuda)).into(),
         Backend::Meta => meta::sum_slots(y.meta(), dispatch, onto.map(Tensor::meta)).into(),
+    }
+}
+
+/// The weights of all experts, `[tokens, experts]` in `dtype`: `values` `[tokens, top_k]` at the chosen experts, 0 at the
+/// others. With it, what experts add to every one of their rows is a product.
+pub fn spread(values: &Tensor<2>, dispatch: &Dispatch, dtype: DType) -> Tensor<2> {
+    assert_eq!(values.dims(), [dispatch.tokens(), dispatch.top_k()], "values of the chosen experts");
+    match Backend::of(values) {
+        Backend::Cpu | Backend::Portable => portable::spread(values.burn(), dispatch).cast(dtype).into(),
+        Backend::Cuda => cuda::spread(values.cuda(), dispatch, cuda_dtype(dtype)).into(),
+        Backend::Meta => meta::spread(values.meta(), dispatch, dtype).into(),
+    }
+}
+
+/// The values of the chosen experts, `[tokens, top_k]` in f32, of those of all, `[tokens, experts]`: the adjoint of
+/// [`spread`].
+pub fn pick(all: &Tensor<2>, dispatch: &Dispatch) -> Tensor<2> {
+    assert_eq!(all.dims(), [dispatch.tokens(), dispatch.experts()], "values of all experts");
+    match Backend::of(all) {
+        Backend::Cpu | Backend::Portable => portable::pick(all.burn(), dispatch).into(),
+        Backend::Cuda => cuda::pick(all.cuda(), dispatch).into(),
+        Backend::Meta => meta::pick(all.meta(), dispatch).into(),
     }
 }

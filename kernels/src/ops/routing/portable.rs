@@ -66,6 +66,16 @@ pub(super) fn sum_slots(y: &BurnTensor<2>, dispatch: &Dispatch, onto: Option<&Bu
     }
 }
 
+pub(super) fn spread(values: &BurnTensor<2>, dispatch: &Dispatch) -> BurnTensor<2> {
+    let at = matrix_of(&dispatch.host().chosen(), values.dims(), values);
+    zeros(dispatch, values).scatter(1, at, values.clone(), IndexingUpdateOp::Add)
+}
+
+pub(super) fn pick(all: &BurnTensor<2>, dispatch: &Dispatch) -> BurnTensor<2> {
+    let at = matrix_of(&dispatch.host().chosen(), [dispatch.tokens(), dispatch.top_k()], all);
+    all.clone().gather(1, at).cast(DType::F32)
+}
+
 /// Numbers of columns for `gather` and `scatter`, beside `like` and outside its autodiff graph.
 fn matrix_of(values: &[u32], shape: [usize; 2], like: &BurnTensor<2>) -> BurnTensor<2, Int> {
     let values: Vec<i32> = values.iter().map(|&value| value.cast_signed()).collect();

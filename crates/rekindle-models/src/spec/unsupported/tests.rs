@@ -139,19 +139,32 @@ fn what_is_not_computed_is_named() {
         ["a residual multiplier beside norms after attention or the feed-forward half"]
     );
 
-    let gpt_oss = llama_with(|_, layer| {
-        attention(layer).sinks = true;
-        layer.feed_forward = FeedForwardSpec::Moe(MoeSpec {
-            experts: 32,
-            top_k: 4,
-            intermediate_size: 96,
-            activation: Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 },
-            bias: true,
-            routing: RoutingForm::TopKSoftmax,
-            shared: None,
-        });
-    });
-    assert_eq!(gpt_oss.unsupported(4096), ["biases of experts", "experts with another activation than SiLU"]);
+    let experts = MoeSpec {
+        experts: 32,
+        top_k: 4,
+        intermediate_size: 96,
+        activation: Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 },
+        bias: true,
+        routing: RoutingForm::TopKSoftmax,
+        shared: None,
+    };
+    let with_experts = |moe: MoeSpec| {
+        llama_with(|_, layer| {
+            attention(layer).sinks = true;
+            layer.feed_forward = FeedForwardSpec::Moe(moe);
+        })
+    };
+    assert_eq!(with_experts(experts).unsupported(4096), [""; 0]);
+    for (moe, missing) in [
+        (MoeSpec { bias: false, ..experts }, "clamped SwiGLU of experts without biases"),
+        (MoeSpec { activation: Activation::Silu, ..experts }, "biases of experts without clamped SwiGLU"),
+        (
+            MoeSpec { activation: Activation::GeluTanh, bias: false, ..experts },
+            "experts with another activation than SiLU or clamped SwiGLU",
+        ),
+    ] {
+        assert_eq!(with_experts(moe).unsupported(4096), [missing]);
+    }
 
     let cohere = llama_with(|_, layer| {
         let norm = NormSpec { kind: NormKind::Layer, ..NormSpec::rms(1e-5) };
