@@ -164,10 +164,11 @@ impl GgmlType {
 
     /// Returns the dtype of a tensor in a checkpoint: blocks of a type with a decoder decode there too.
     pub fn dtype(self) -> Dtype {
-        fn decode<const ID: u32>(bytes: &[u8]) -> Option<Vec<f32>> {
-            GgmlType::from_id(ID)?.decode(bytes).ok()
+        let (name, elements, bytes) = (self.name(), self.block_size(), self.block_bytes());
+        fn decode<const ID: u32>(bytes: &[u8], out: &mut [f32]) {
+            GgmlType::from_id(ID).expect("the id of a type").decode_blocks(bytes, out);
         }
-        let decode: fn(&[u8]) -> Option<Vec<f32>> = match self {
+        let decode: fn(&[u8], &mut [f32]) = match self {
             Self::F32 => return Dtype::F32,
             Self::F16 => return Dtype::F16,
             Self::BF16 => return Dtype::BF16,
@@ -188,10 +189,9 @@ impl GgmlType {
             Self::Q6_K => decode::<14>,
             Self::IQ4_NL => decode::<20>,
             Self::MXFP4 => decode::<39>,
-            _ => |_| None,
+            _ => return Dtype::Blocks(BlockFormat { name, elements, bytes, decode: None }),
         };
-        let (name, elements, bytes) = (self.name(), self.block_size(), self.block_bytes());
-        Dtype::Blocks(BlockFormat { name, elements, bytes, decode })
+        Dtype::Blocks(BlockFormat { name, elements, bytes, decode: Some(decode) })
     }
 
     /// Returns the bytes of a tensor of this `shape`, outermost dimension first. `None` if the count overflows a `u64`
@@ -235,7 +235,7 @@ mod tests {
             let Dtype::Blocks(format) = kind.dtype() else { panic!("{kind} has blocks") };
             assert_eq!(GgmlType::from_name(format.name), Some(kind));
             let bytes: Vec<u8> = (0..kind.block_bytes()).map(|at| (at * 37 % 120) as u8).collect();
-            assert_eq!((format.decode)(&bytes), kind.decode(&bytes).ok(), "{kind}");
+            assert_eq!(format.to_f32(&bytes), kind.decode(&bytes).ok(), "{kind}");
         }
     }
 

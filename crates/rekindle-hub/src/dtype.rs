@@ -11,8 +11,17 @@ pub struct BlockFormat {
     pub elements: usize,
     /// The bytes of a block.
     pub bytes: usize,
-    /// Decodes whole blocks; `None` for a format without a decoder.
-    pub decode: fn(&[u8]) -> Option<Vec<f32>>,
+    /// Decodes whole blocks into as many elements; `None` for a format without a decoder.
+    pub decode: Option<fn(&[u8], &mut [f32])>,
+}
+
+impl BlockFormat {
+    /// Returns the elements of whole blocks; `None` without a decoder.
+    pub fn to_f32(&self, blocks: &[u8]) -> Option<Vec<f32>> {
+        let mut values = vec![0.0; blocks.len() / self.bytes * self.elements];
+        self.decode?(blocks, &mut values);
+        Some(values)
+    }
 }
 
 impl fmt::Debug for BlockFormat {

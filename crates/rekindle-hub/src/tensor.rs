@@ -36,7 +36,7 @@ impl<'a> TensorView<'a> {
             Dtype::F64 => Ok(decode(&data, |b| f64::from_le_bytes(b) as f32)),
             dtype => {
                 let decoded = match dtype {
-                    Dtype::Blocks(format) => (format.decode)(&data),
+                    Dtype::Blocks(format) => format.to_f32(&data),
                     _ => None,
                 };
                 decoded.ok_or_else(|| Error::NotFloat { name: self.name.to_owned(), dtype })

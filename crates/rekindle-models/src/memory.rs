@@ -86,7 +86,8 @@ impl MemoryReport {
         let owners: std::collections::BTreeSet<String> = tensors.keys().filter_map(|name| bnb::owner(name)).collect();
         for needed in config.parameters() {
             let Some(tensor) = tensors.get(&needed.name) else { continue };
-            let quantized = owners.contains(&needed.name);
+            let is_blocks = matches!(tensor.dtype, Dtype::Blocks(_)) && needed.role.is_linear();
+            let quantized = is_blocks || owners.contains(&needed.name);
             let class = if quantized { MemoryClass::PackedCodes } else { MemoryClass::of(needed.role) };
             report.add(class, needed.numel(), tensor.bytes as usize);
         }

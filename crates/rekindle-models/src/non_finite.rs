@@ -295,7 +295,7 @@ pub(crate) fn check_view(view: &TensorView<'_>) -> Result<(), Error> {
         Dtype::F32 => finite(view.data, |bytes| f32::from_le_bytes(bytes).is_finite()),
         Dtype::F16 => finite(view.data, |bytes| u16::from_le_bytes(bytes) & 0x7c00 != 0x7c00),
         Dtype::BF16 => finite(view.data, |bytes| u16::from_le_bytes(bytes) & 0x7f80 != 0x7f80),
-        Dtype::Blocks(format) => (format.decode)(view.data).is_none_or(|values| values.iter().all(|x| x.is_finite())),
+        Dtype::Blocks(format) => format.to_f32(view.data).is_none_or(|values| values.iter().all(|x| x.is_finite())),
         _ => true,
     };
     if fine {

@@ -36,5 +36,6 @@ mod rope;
 mod run;
 mod saved_tables;
 mod schedules;
+mod smollm2;
 mod splits;
 mod trajectory;

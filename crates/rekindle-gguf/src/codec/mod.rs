@@ -103,12 +103,18 @@ impl GgmlType {
         }
         let blocks = bytes.len() / block_bytes;
         let mut out = vec![0.0; blocks * block];
+        self.decode_blocks(bytes, &mut out);
+        Ok(out)
+    }
+
+    /// Decodes whole blocks of a supported type, on all cores.
+    pub(crate) fn decode_blocks(self, bytes: &[u8], out: &mut [f32]) {
+        let (block, block_bytes) = (self.block_size(), self.block_bytes());
         let piece = PIECE / block;
         let pieces = bytes.par_chunks(piece * block_bytes).zip(out.par_chunks_mut(piece * block));
         pieces.for_each(|(bytes, out)| {
             Arch::new().dispatch(DecodeBlocks { kind: self, bytes, out });
         });
-        Ok(out)
     }
 
     fn check_supported(self, what: &str) -> Result<(), Error> {

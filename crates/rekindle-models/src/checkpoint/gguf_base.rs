@@ -16,8 +16,9 @@ use serde_json::{Value, json};
 
 use super::gguf::rotates_halves;
 use super::gguf_decoder::{architecture, norm_shift, tensor_name};
-use crate::parameters::ParameterSpec;
-use crate::{Error, ModelConfig, families};
+use super::kept_blocks;
+use crate::parameters::{ExpertStack, ParameterSpec};
+use crate::{Error, ModelConfig, Role, families};
 
 /// The file in a directory that names the GGUF file with its weights.
 const POINTER: &str = "gguf.json";
@@ -68,10 +69,38 @@ pub fn unpack_gguf(file: &Path, dir: &Path) -> Result<(), Error> {
         }
         write_atomic(&dir.join("tokenizer.json"), files.tokenizer.to_string().as_bytes())?;
     }
+    if let Some((key, section)) = kept_blocks::section(quantized_linears(&model, &config, file)?) {
+        config[key] = section;
+    }
     write("config.json", &config)?;
     let absolute = file.canonicalize().map_err(|source| rekindle_hub::Error::Io { path: file.to_owned(), source })?;
     write(POINTER, &json!(GgufPointer { file: absolute }))?;
     Ok(())
+}
+
+/// Returns the types of the linears that can stay in their blocks, by module. The linears of the experts of a layer are one
+/// weight, so they stay if all have one type.
+fn quantized_linears(model: &GgufModel, config: &Value, file: &Path) -> Result<BTreeMap<String, &'static str>, Error> {
+    let config =
+        ModelConfig::from_json(config).map_err(|problems| Error::Config { path: file.to_owned(), problems })?;
+    let (mut types, mut experts) = (BTreeMap::new(), BTreeMap::<_, BTreeMap<String, &str>>::new());
+    for needed in config.parameters() {
+        let (true, &[_, input]) = (needed.role.is_linear(), needed.shape.as_slice()) else { continue };
+        let Some(tensor) = model.tensor(&tensor_name(needed.role)?) else { continue };
+        if let Some(codec) = kept_blocks::codec(Some(tensor.kind)).filter(|codec| input.is_multiple_of(codec.elements))
+        {
+            let same_weight = match (needed.role, needed.role.expert()) {
+                (Role::Layer(layer, _), Some((role, _))) => {
+                    experts.entry((layer, role.place().0 == ExpertStack::Down)).or_default()
+                }
+                _ => &mut types,
+            };
+            same_weight.insert(needed.module().to_owned(), codec.name);
+        }
+    }
+    let is_uniform = |stack: &BTreeMap<String, &str>| stack.values().all(|name| stack.values().next() == Some(name));
+    types.extend(experts.into_values().filter(is_uniform).flatten());
+    Ok(types)
 }
 
 /// Opens the checkpoint in a directory: safetensors files, or the GGUF file that [`unpack_gguf`] wrote the directory for.

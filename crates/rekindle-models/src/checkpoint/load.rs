@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
 use rekindle_kernels::gated_delta::DeltaHeads;
-use rekindle_kernels::quantized::QuantizedData;
+use rekindle_kernels::quantized::{QuantizedData, QuantizedFormat};
 use rekindle_kernels::{
     DType, Device, DeviceLimits, Group, ParamsBuilder, QuantizedWeight, Tensor, Weight, from_f32, from_le_bytes,
 };
@@ -12,6 +12,7 @@ use rekindle_quant::{DiskMetadata, mxfp4};
 use rekindle_rope::{ContextExtension, RopeScaling};
 
 use super::experts::{ByExpert, by_expert};
+use super::kept_blocks::KeptBlocks;
 use super::quantization::{LoadIn, Quantization, QuantizationPlan, is_quantized, stored_bytes};
 use super::tensor_names::canonical;
 use super::{master_weights, resize};
@@ -78,6 +79,7 @@ impl CausalLm {
         let plan = QuantizationPlan::of(checkpoint, load_in, skip_modules.as_deref(), &config)?;
         let in_place = master_weights::in_place(options, plan.is_some(), &config)?;
         check_tensors(checkpoint, &config, plan.as_ref())?;
+        let kept = KeptBlocks::of(checkpoint.config(), options)?;
         let stored_rows = config.vocab_size();
         if let Some(rows) = options.resize_model_vocab {
             config = config.resized(rows)?;
@@ -93,7 +95,7 @@ impl CausalLm {
             if in_place { ParamsBuilder::in_place(device, *dtype) } else { ParamsBuilder::new(device, *dtype) };
         let vectors = BTreeMap::new();
         let mut source =
-            CheckpointWeights { checkpoint, options, plan, quantization, in_place, params, vectors, progress };
+            CheckpointWeights { checkpoint, options, plan, kept, quantization, in_place, params, vectors, progress };
         source.load_vectors(&config)?;
         let decoder = Decoder::build(&config, &mut source, device, *dtype, options.max_seq_length)?;
         debug_assert!(*full_finetuning || source.params.is_empty());
@@ -156,6 +158,8 @@ struct CheckpointWeights<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a LoadOptions,
     plan: Option<QuantizationPlan>,
+    /// The linears that stay in the blocks of a GGUF file.
+    kept: Option<KeptBlocks>,
     quantization: Option<Quantization>,
     /// True if trained weights have no f32 copy.
     in_place: bool,
@@ -181,6 +185,13 @@ impl CheckpointWeights<'_> {
     /// The codes of a linear; `None` when it stays dense.
     fn codes(&mut self, tensor: &ParameterSpec) -> Result<Option<QuantizedData>, Error> {
         let name = &tensor.name;
+        if let (Some(kept), &[out, input]) = (&self.kept, tensor.shape.as_slice()) {
+            let blocks = kept.blocks(self.checkpoint, name, tensor.module(), [out, input])?;
+            if let Some(QuantizedData { format: QuantizedFormat::Blocks { bytes, .. }, .. }) = &blocks {
+                (self.progress)(bytes.len() as u64);
+            }
+            return Ok(blocks);
+        }
         let Some(plan) = &self.plan else { return Ok(None) };
         let Some(stored) = plan.weight(self.checkpoint, name, &tensor.shape)? else { return Ok(None) };
         (self.progress)(stored_bytes(self.checkpoint, name));
@@ -353,8 +364,7 @@ fn is_same(stored: Dtype, dtype: DType) -> bool {
 /// Returns true for dtypes whose elements become a model's weights.
 fn is_float(dtype: Dtype) -> bool {
     match dtype {
-        // Only a format with a decoder decodes nothing.
-        Dtype::Blocks(format) => (format.decode)(&[]).is_some(),
+        Dtype::Blocks(format) => format.decode.is_some(),
         dtype => matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16),
     }
 }

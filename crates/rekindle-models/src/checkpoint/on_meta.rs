@@ -9,6 +9,7 @@ use rekindle_lora::{Adapter, LoraConfig, LoraFactors};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
+use super::kept_blocks::KeptBlocks;
 use super::master_weights;
 use super::quantization::{LinearFormat, is_quantized};
 use crate::causal_lm::Provenance;
@@ -39,7 +40,8 @@ impl CausalLm {
         let in_place = master_weights::in_place(options, format.is_some(), &config)?;
         let (device, dtype) = (&options.device, options.dtype);
         let params = if in_place { ParamsBuilder::in_place(device, dtype) } else { ParamsBuilder::new(device, dtype) };
-        let mut source = MetaWeights { options, format, in_place, params, vectors: BTreeMap::new() };
+        let kept = KeptBlocks::of(json, options)?;
+        let mut source = MetaWeights { options, format, kept, in_place, params, vectors: BTreeMap::new() };
         source.make_vectors(&config);
         let decoder = Decoder::build(&config, &mut source, device, dtype, options.max_seq_length)?;
         options.device.check()?;
@@ -82,6 +84,8 @@ impl CausalLm {
 struct MetaWeights<'a> {
     options: &'a LoadOptions,
     format: Option<LinearFormat>,
+    /// The linears that stay in the blocks of a GGUF file.
+    kept: Option<KeptBlocks>,
     /// True if trained weights have no f32 copy.
     in_place: bool,
     params: ParamsBuilder,
@@ -137,6 +141,9 @@ impl WeightSource for MetaWeights<'_> {
             return Ok(weight);
         }
         if let (true, &[out, input]) = (tensor.role.is_linear(), tensor.shape.as_slice()) {
+            if let Some(codec) = self.kept.as_ref().and_then(|kept| kept.of_module(tensor.module())) {
+                return self.quantized(&tensor.name, QuantizedData::block_zeros([out, input], codec));
+            }
             let format = self.format.as_ref().and_then(|linears| linears.of_module(tensor.module()));
             if let Some(format) = format {
                 return self.quantized(&tensor.name, format.zeros([out, input]));
@@ -147,6 +154,9 @@ impl WeightSource for MetaWeights<'_> {
 
     fn stacked(&mut self, StackedTensors { whole, parts }: &StackedTensors) -> Result<Weight, Error> {
         let dims = [whole.shape[0], whole.shape[1]];
+        if let Some(codec) = self.kept.as_ref().and_then(|kept| kept.of_module(parts[0].module())) {
+            return self.quantized(&whole.name, QuantizedData::block_zeros(dims, codec));
+        }
         match self.format.as_ref().and_then(|linears| linears.of_module(parts[0].module())) {
             Some(format) => self.quantized(&whole.name, format.stacked_zeros(dims, parts.len())),
             None => Ok(self.dense(whole)),

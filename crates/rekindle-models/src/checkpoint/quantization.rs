@@ -9,6 +9,7 @@ use rekindle_quant::bnb::{self, QuantizationConfig, RawTensor, StoredWeight};
 use rekindle_quant::{DiskMetadata, QuantConfig, QuantFormat};
 use serde_json::Value;
 
+use super::kept_blocks::is_gguf;
 use crate::non_finite::check_view;
 use crate::{Error, ModelConfig};
 
@@ -59,9 +60,10 @@ impl LoadIn {
     }
 }
 
-/// Returns the `quantization_config` of a `config.json`; `None` for a dense checkpoint.
+/// Returns the `quantization_config` of a `config.json`; `None` for a dense checkpoint, and for a GGUF file, whose tensors
+/// are decoded like dense ones.
 pub fn stored_quantization(config: &Value) -> Option<&Value> {
-    config.get("quantization_config").filter(|found| !found.is_null())
+    config.get("quantization_config").filter(|found| !found.is_null() && !is_gguf(found))
 }
 
 /// Returns true if the checkpoint with this `config.json` is quantized.

@@ -30,13 +30,14 @@ impl CausalLm {
         let (mut last, mut read) = (LastQuantized::default(), ReadWeights::default());
         let kept = KeptTensors::of(&self.provenance.path, &self.config)?;
         writer::write_tensors(dir, &kept, self.files(dtype)?, |source, spec, out| match self.weight(source).weight {
-            Weight::Frozen(_) | Weight::Trained(_) => {
-                let values = stored_order(read.values(self, source.role), &self.config, source.role);
-                write_f32(out, spec.dtype, &values)
-            }
-            Weight::Quantized(_) => {
+            Weight::Quantized(_) if self.provenance.quantization.is_some() => {
                 let stored = last.of(&source.name, || self.stored(source, &mut read)).map_err(std::io::Error::other)?;
                 writer::write_quantized(&source.name, stored, spec, out)
+            }
+            // Blocks of a GGUF file are written as what they decode to.
+            _ => {
+                let values = stored_order(read.values(self, source.role), &self.config, source.role);
+                write_f32(out, spec.dtype, &values)
             }
         })?;
         // What is read from a device that failed is no weight.
@@ -55,7 +56,8 @@ impl CausalLm {
     fn files(&self, dtype: Dtype) -> Result<Vec<CheckpointTensor<ParameterSpec>>, Error> {
         let (mut list, mut read) = (Vec::new(), ReadWeights::default());
         for source in self.config.parameters() {
-            if let Weight::Quantized(_) = self.weight(&source).weight {
+            let is_stored = self.provenance.quantization.is_some();
+            if is_stored && matches!(self.weight(&source).weight, Weight::Quantized(_)) {
                 // MXFP4 has no other layout than the tensors of all experts.
                 let source = if self.is_mxfp4(&source) { self.config.stacked_parameter(source) } else { Some(source) };
                 let Some(source) = source else { continue };

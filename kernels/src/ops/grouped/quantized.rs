@@ -13,7 +13,7 @@ impl QuantizedWeight {
         check(x, k, dispatch);
         match (&self.0, Backend::of(x.tensor())) {
             (Place::Host(codes), Backend::Cpu) => cpu::quantized_nt(x, codes, dispatch).into(),
-            (Place::Host(_) | Place::Burn(_), _) => {
+            (Place::Host(_) | Place::Copied(..) | Place::Burn(_), _) => {
                 let decode = |expert: usize| self.rows(expert * n..(expert + 1) * n, x.tensor().dtype());
                 portable::nt_of(x, n, decode, dispatch).into()
             }
@@ -30,7 +30,7 @@ impl QuantizedWeight {
             (Place::Host(codes), Backend::Cpu) => {
                 cpu::quantized_nn(dy, codes, dx.map(Tensor::into_burn), dispatch).into()
             }
-            (Place::Host(_) | Place::Burn(_), _) => {
+            (Place::Host(_) | Place::Copied(..) | Place::Burn(_), _) => {
                 let decode = |expert: usize| self.rows(expert * n..(expert + 1) * n, dy.tensor().dtype());
                 let product = portable::nn_of(dy, k, decode, dispatch);
                 match dx {

@@ -20,7 +20,7 @@ impl QuantizedWeight {
     pub fn nt(&self, x: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
         match (&self.0, Backend::of(x)) {
             (Place::Host(codes), Backend::Cpu) => cpu::nt(codes, x.burn(), bias.map(Tensor::burn)).into(),
-            (Place::Host(_) | Place::Burn(_), _) => {
+            (Place::Host(_) | Place::Copied(..) | Place::Burn(_), _) => {
                 let decode = |rows| self.rows(rows, x.dtype());
                 portable::nt(self.dims(), decode, x.burn(), bias.map(Tensor::burn)).into()
             }
@@ -33,7 +33,7 @@ impl QuantizedWeight {
     pub fn nn(&self, dy: &Tensor<2>, dx: Option<Tensor<2>>) -> Tensor<2> {
         match (&self.0, Backend::of(dy)) {
             (Place::Host(codes), Backend::Cpu) => cpu::nn(codes, dy.burn(), dx.map(Tensor::into_burn)).into(),
-            (Place::Host(_) | Place::Burn(_), _) => {
+            (Place::Host(_) | Place::Copied(..) | Place::Burn(_), _) => {
                 let decode = |rows| self.rows(rows, dy.dtype());
                 portable::nn(self.dims(), decode, dy.burn(), dx.map(Tensor::into_burn)).into()
             }

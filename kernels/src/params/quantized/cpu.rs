@@ -25,6 +25,13 @@ pub(crate) fn decode_rows(codes: &QuantizedData, rows: Range<usize>, out: &mut [
             task(start, head);
             rest.par_chunks_mut(step).enumerate().for_each(|(i, out)| task(start + lead + i * step, out));
         }
+        QuantizedFormat::Blocks { bytes, codec } => {
+            let width = input / codec.elements * codec.bytes;
+            // Enough rows for a task.
+            let step = 4096_usize.div_ceil(input.max(1));
+            let bytes = bytes[rows.start * width..rows.end * width].par_chunks((step * width).max(1));
+            out.par_chunks_mut((step * input).max(1)).zip(bytes).for_each(|(out, bytes)| (codec.decode)(bytes, out));
+        }
         QuantizedFormat::Int8 { codes, scales, factor } => {
             let codes = &codes[rows.start * input..rows.end * input];
             out.par_chunks_mut(input).zip(codes.par_chunks(input)).zip(&scales[rows]).for_each(

@@ -59,6 +59,8 @@ impl QuantizedArray {
                 let format = Format::FourBit { table: floats(cuda, table), block_shift: blocksize.ilog2(), double };
                 (cuda.uploaded(codes, MemoryUse::QuantizedWeights), scales, format)
             }
+            // A model that keeps them is refused when it is loaded.
+            QuantizedFormat::Blocks { codec, .. } => panic!("CUDA has no decoder for blocks of {}", codec.name),
             QuantizedFormat::Int8 { codes, scales, .. } => {
                 let placed = cuda.alloc(codes.len(), MemoryUse::QuantizedWeights);
                 if !cuda.is_planned() {

@@ -9,18 +9,22 @@
 //!   from several has an offset for each.
 //! - [`QuantizedFormat::Int8`]: value = (code · scale of the row) · factor.
 //!
+//! [`QuantizedFormat::Blocks`] is for the block formats of other crates, such as those of GGUF files. They are decoded on the
+//! CPU by a function of that crate; other devices of Burn get decoded rows, and CUDA has no kernel for them.
+//!
 //! `rekindle-quant` decides what the tables hold.
 //!
 //! # Shapes
 //! W `[out, in]`; x, dx `[tokens, in]`; y, dy `[tokens, out]`.
 //!
 //! # Dtypes
-//! Decoded in `f32`, subnormals flushed to zero as on a GPU, rounded once to the dtype of x; products as in
+//! Decoded in `f32`, subnormals flushed to zero as on a GPU (blocks of other crates are decoded as they define), rounded once to the dtype of x; products as in
 //! `ops/matmul`.
 //!
 //! # Gradients
 //! To x alone: dx = dy·W. Nothing is saved.
 
+mod blocks;
 pub(crate) mod cpu;
 pub(crate) mod cuda;
 pub(crate) mod portable;
@@ -29,6 +33,8 @@ mod stacked;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device as BurnDevice, Tensor as BurnTensor};
+
+pub use blocks::BlockCodec;
 
 use crate::params::stochastic::RoundingRng;
 use crate::runtime::MemoryUse;
@@ -67,6 +73,13 @@ pub enum QuantizedFormat {
         /// The last factor of every value: 1/127.
         factor: f32,
     },
+    /// Blocks of several elements, each with its scales. A row is whole blocks.
+    Blocks {
+        /// The blocks of all rows.
+        bytes: Vec<u8>,
+        /// The format of a block.
+        codec: BlockCodec,
+    },
 }
 
 impl QuantizedFormat {
@@ -75,6 +88,7 @@ impl QuantizedFormat {
         match self {
             Self::FourBit { .. } => "4-bit codes",
             Self::Int8 { .. } => "8-bit codes",
+            Self::Blocks { codec, .. } => codec.name,
         }
     }
 }
@@ -125,14 +139,20 @@ impl QuantizedData {
         Self { dims, format: QuantizedFormat::Int8 { codes, scales, factor: 1.0 / 127.0 } }
     }
 
-    /// Returns whether its values can be replaced: double-quantized scales cannot follow them.
+    /// Returns whether its values can be replaced: double-quantized scales cannot follow them, and blocks of other crates
+    /// are only decoded.
     fn can_be_trained(&self) -> bool {
-        !matches!(self.format, QuantizedFormat::FourBit { absmax: Absmax::Double { .. }, .. })
+        match &self.format {
+            QuantizedFormat::FourBit { absmax, .. } => matches!(absmax, Absmax::Single(_)),
+            QuantizedFormat::Int8 { .. } => true,
+            QuantizedFormat::Blocks { .. } => false,
+        }
     }
 
-    /// Returns the bytes of the codes, and of their scales.
+    /// Returns the bytes of the codes, and of their scales; of blocks, which hold both, all are bytes of codes.
     pub fn bytes(&self) -> (usize, usize) {
         match &self.format {
+            QuantizedFormat::Blocks { bytes, .. } => (bytes.len(), 0),
             QuantizedFormat::FourBit { codes, absmax: Absmax::Single(absmax), .. } => (codes.len(), 4 * absmax.len()),
             QuantizedFormat::FourBit {
                 codes, absmax: Absmax::Double { codes: absmax, nested, offsets, .. }, ..
@@ -155,6 +175,7 @@ impl QuantizedData {
                 let codes = codes.iter().map(|code| code.cast_unsigned()).collect();
                 [codes, floats(scales)].concat()
             }
+            QuantizedFormat::Blocks { bytes, .. } => bytes.clone(),
         }
     }
 
@@ -179,6 +200,7 @@ impl QuantizedData {
                 *codes = take(codes.len())?.iter().map(|code| code.cast_signed()).collect();
                 *scales = floats(take(4 * scales.len())?);
             }
+            QuantizedFormat::Blocks { bytes, .. } => *bytes = take(bytes.len())?.to_vec(),
         }
         rest.is_empty().then_some(whole)
     }
@@ -188,6 +210,7 @@ impl QuantizedData {
         match &mut self.format {
             QuantizedFormat::FourBit { codes, .. } => *codes = Vec::new(),
             QuantizedFormat::Int8 { codes, .. } => *codes = Vec::new(),
+            QuantizedFormat::Blocks { bytes, .. } => *bytes = Vec::new(),
         }
     }
 
@@ -205,6 +228,7 @@ impl QuantizedData {
                 *codes = bytes.into_iter().map(u8::cast_signed).collect();
                 *scales = now.unwrap_or_else(|| core::mem::take(scales));
             }
+            QuantizedFormat::Blocks { bytes: blocks, .. } => *blocks = bytes,
         }
         whole
     }
@@ -237,6 +261,10 @@ impl QuantizedData {
                 assert!(*factor == 1.0 / 127.0, "LLM.int8()'s factor is 1/127, not {factor}");
                 assert_eq!((codes.len(), scales.len()), (elements, rows), "codes and scales of {rows} × {cols}");
             }
+            QuantizedFormat::Blocks { bytes, codec } => {
+                assert!(cols.is_multiple_of(codec.elements), "rows of {cols} in blocks of {}", codec.elements);
+                assert_eq!(bytes.len(), elements / codec.elements * codec.bytes, "blocks of {rows} × {cols}");
+            }
         }
     }
 }
@@ -248,6 +276,8 @@ pub struct QuantizedWeight(pub(crate) Place);
 #[derive(Clone, Debug)]
 pub(crate) enum Place {
     Host(Arc<QuantizedData>),
+    /// In plain memory; decoded rows are copied to another device of Burn.
+    Copied(Arc<QuantizedData>, BurnDevice),
     Meta(Arc<MetaQuantized>),
     Burn(Arc<portable::Words>),
     /// On CUDA, with the small remaining data on the host.
@@ -287,6 +317,9 @@ impl QuantizedWeight {
         codes.check();
         Self(match device {
             Device::Burn(device) if *device == BurnDevice::flex() => Place::Host(Arc::new(codes)),
+            Device::Burn(device) if matches!(codes.format, QuantizedFormat::Blocks { .. }) => {
+                Place::Copied(Arc::new(codes), device.clone())
+            }
             Device::Burn(device) => Place::Burn(Arc::new(portable::Words::new(&codes, device))),
             Device::Meta(device) => Place::Meta(Arc::new(MetaQuantized::new(&codes, device))),
             Device::Cuda(cuda) => {
@@ -300,7 +333,7 @@ impl QuantizedWeight {
     /// Returns whether it holds no values.
     pub(crate) fn is_planned(&self) -> bool {
         match &self.0 {
-            Place::Host(_) | Place::Burn(_) => false,
+            Place::Host(_) | Place::Copied(..) | Place::Burn(_) => false,
             Place::Meta(_) => true,
             Place::Cuda(array, _) => array.cuda().is_planned(),
         }
@@ -310,14 +343,14 @@ impl QuantizedWeight {
     pub(crate) fn cuda(&self) -> Option<&cuda::QuantizedArray> {
         match &self.0 {
             Place::Cuda(array, _) => Some(array),
-            Place::Host(_) | Place::Burn(_) | Place::Meta(_) => None,
+            Place::Host(_) | Place::Copied(..) | Place::Burn(_) | Place::Meta(_) => None,
         }
     }
 
     /// `[out, in]`.
     pub fn dims(&self) -> [usize; 2] {
         match &self.0 {
-            Place::Host(codes) => codes.dims,
+            Place::Host(codes) | Place::Copied(codes, _) => codes.dims,
             Place::Burn(words) => words.dims(),
             Place::Meta(weight) => weight.dims,
             Place::Cuda(array, _) => array.dims(),
@@ -327,7 +360,7 @@ impl QuantizedWeight {
     /// The codes on the host. After an error of a CUDA device they are zeros, and [`Device::check`] says what happened.
     pub fn data(&self) -> Arc<QuantizedData> {
         match &self.0 {
-            Place::Host(codes) => Arc::clone(codes),
+            Place::Host(codes) | Place::Copied(codes, _) => Arc::clone(codes),
             Place::Burn(words) => Arc::new(words.codes()),
             Place::Meta(_) => panic!("a weight without values has no quantized data"),
             Place::Cuda(array, rest) => {
@@ -340,7 +373,7 @@ impl QuantizedWeight {
     /// Returns the bytes of the codes, and of their scales.
     pub fn bytes(&self) -> (usize, usize) {
         match &self.0 {
-            Place::Host(codes) => codes.bytes(),
+            Place::Host(codes) | Place::Copied(codes, _) => codes.bytes(),
             Place::Burn(words) => words.bytes(),
             Place::Meta(weight) => weight.bytes,
             Place::Cuda(array, _) => array.bytes(),
@@ -350,7 +383,7 @@ impl QuantizedWeight {
     /// Decodes the whole matrix.
     pub fn decode(&self, dtype: DType) -> Tensor<2> {
         match &self.0 {
-            Place::Host(_) | Place::Burn(_) => self.rows(0..self.dims()[0], dtype).into(),
+            Place::Host(_) | Place::Copied(..) | Place::Burn(_) => self.rows(0..self.dims()[0], dtype).into(),
             Place::Meta(weight) => weight.rows(weight.dims[0], dtype).into(),
             Place::Cuda(array, _) => array.decode(cuda_dtype(dtype), None).into(),
         }
@@ -360,7 +393,7 @@ impl QuantizedWeight {
     pub fn can_be_trained(&self) -> bool {
         match &self.0 {
             Place::Host(data) | Place::Cuda(_, data) => data.can_be_trained(),
-            Place::Burn(_) => false,
+            Place::Burn(_) | Place::Copied(..) => false,
             Place::Meta(weight) => weight.can_be_trained,
         }
     }
@@ -374,7 +407,7 @@ impl QuantizedWeight {
         match &mut self.0 {
             Place::Host(codes) => Arc::make_mut(codes).store(host::View::of(flat.burn()).as_slice(), rng),
             Place::Meta(_) => {}
-            Place::Burn(_) => panic!("words of Burn's other devices are not written"),
+            Place::Burn(_) | Place::Copied(..) => panic!("words of Burn's other devices are not written"),
             Place::Cuda(array, _) => array.store(&flat.cuda().part(0, dims), rng),
         }
     }
@@ -382,7 +415,7 @@ impl QuantizedWeight {
     /// Some rows of the matrix, in `f32`.
     pub fn decode_rows(&self, first: usize, count: usize) -> Tensor<2> {
         match &self.0 {
-            Place::Host(_) | Place::Burn(_) => self.rows(first..first + count, DType::F32).into(),
+            Place::Host(_) | Place::Copied(..) | Place::Burn(_) => self.rows(first..first + count, DType::F32).into(),
             Place::Meta(weight) => weight.rows(count, DType::F32).into(),
             Place::Cuda(array, _) => Tensor::from(array.decode(cuda_dtype(DType::F32), None)).rows(first, count),
         }
@@ -391,12 +424,8 @@ impl QuantizedWeight {
     /// Some rows of the matrix, in Burn's tensor.
     pub(crate) fn rows(&self, rows: core::ops::Range<usize>, dtype: DType) -> BurnTensor<2> {
         match &self.0 {
-            Place::Host(codes) => {
-                let shape = [rows.len(), codes.dims[1]];
-                let mut values = vec![0.0; shape[0] * shape[1]];
-                cpu::decode_rows(codes, rows, &mut values);
-                crate::from_f32(values, shape, &Device::cpu(), dtype).into_burn()
-            }
+            Place::Host(codes) => codes.rows_on(&Device::cpu(), rows, dtype),
+            Place::Copied(codes, device) => codes.rows_on(&Device::Burn(device.clone()), rows, dtype),
             Place::Burn(words) => words.rows(rows, dtype),
             Place::Cuda(..) | Place::Meta(_) => two_devices(),
         }

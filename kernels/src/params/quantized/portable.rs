@@ -57,6 +57,7 @@ impl Words {
                 };
                 (words(codes, device), WordFormat::FourBit { table: *table, blocksize: *blocksize, absmax })
             }
+            QuantizedFormat::Blocks { .. } => unreachable!("blocks stay in plain memory"),
             QuantizedFormat::Int8 { codes, scales, factor } => {
                 let bytes: Vec<u8> = codes.iter().map(|code| code.cast_unsigned()).collect();
                 (words(&bytes, device), WordFormat::Int8 { scales: floats(scales), factor: *factor })

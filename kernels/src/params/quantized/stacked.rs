@@ -27,6 +27,15 @@ impl QuantizedData {
                 }
                 QuantizedFormat::Int8 { codes, scales, factor }
             }
+            QuantizedFormat::Blocks { mut bytes, codec } => {
+                for part in parts {
+                    match part.format {
+                        QuantizedFormat::Blocks { bytes: more, codec: other } if other == codec => bytes.extend(more),
+                        _ => return None,
+                    }
+                }
+                QuantizedFormat::Blocks { bytes, codec }
+            }
             QuantizedFormat::FourBit { mut codes, table, blocksize, absmax } => {
                 if !elements.is_multiple_of(blocksize) {
                     return None;
@@ -66,6 +75,10 @@ impl QuantizedData {
                 scales: scales[scaled].to_vec(),
                 factor: *factor,
             },
+            QuantizedFormat::Blocks { bytes, codec } => {
+                let size = elements / codec.elements * codec.bytes;
+                QuantizedFormat::Blocks { bytes: bytes[index * size..][..size].to_vec(), codec: *codec }
+            }
             QuantizedFormat::FourBit { codes, table, blocksize, absmax } => {
                 let blocks = elements / blocksize;
                 QuantizedFormat::FourBit {
