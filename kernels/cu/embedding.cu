@@ -28,6 +28,7 @@ const int N = Vec<T>::N;
 
 extern "C" __global__ void __launch_bounds__(256)
 embedding_fwd(const T* table, const u32* ids, T* y, int tokens, int hidden, int ldt, int ldy) {
+    begin_early();
     const Place p = place<N>(blockIdx.x * 256 + threadIdx.x, hidden);
     if (p.row >= (u32)tokens) return;
     store_part(at(y, p.row, ldy, p.col), p.n, load_part(at(table, ids[p.row], ldt, p.col), p.n));

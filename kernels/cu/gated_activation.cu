@@ -67,6 +67,7 @@ DEVICE f32 clamped_up(f32 u, f32 limit) {
 extern "C" __global__ void __launch_bounds__(256)
 gated_activation_fwd(const T* gate, const T* up, T* act, int rows, int width, int ldg, int ldu, int lda, f32 alpha,
                      f32 limit) {
+    begin_early();
     const u32 i = blockIdx.x * 256 + threadIdx.x;
     const Place p = place<N>(i, width);
     if (p.row >= (u32)rows) return;

@@ -89,6 +89,7 @@ paged_decode(const T* __restrict__ q, const T* __restrict__ k, const T* __restri
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ float2 warp_stats[WARPS][16];
     __shared__ bool is_last;
+    begin_early();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int4 token = tokens[blockIdx.y];
     const int first_page = first_key(token.y, window) / PAGE, pages = token.y / PAGE + 1 - first_page;

@@ -34,6 +34,15 @@ template <> DEVICE f16 from_f32<f16>(f32 x) {
     return y;
 }
 
+// The first statement of a kernel that may begin before the one before it has ended (Kernel::early in
+// kernels/src/runtime/launch.rs): lets the next such kernel begin, and waits until all before this one have ended.
+DEVICE void begin_early() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Two values in one register, the first in the low half.
 template <typename To> DEVICE u32 pack2(f32 lo, f32 hi);
 template <> DEVICE u32 pack2<bf16>(f32 lo, f32 hi) {

@@ -136,6 +136,7 @@ template <int DIM>
 DEVICE void forward(const T* q, const T* k, const T* wq, const T* wk, const f32* cos, const f32* sin,
                     const u32* positions, T* q_out, T* k_out, f32* rstd_q, f32* rstd_k, int tokens, int q_heads,
                     int k_heads, int ldq, int ldk, int ldqo, int ldko, f32 eps) {
+    begin_early();
     const Warp<DIM> warp(q_heads + k_heads);
     const int HALF = Warp<DIM>::HALF, HEADS = Warp<DIM>::HEADS, SECOND = Warp<DIM>::SECOND;
     const int col = warp.col, channel = warp.channel;
@@ -300,6 +301,7 @@ extern "C" __global__ void __launch_bounds__(256)
 qk_norm_rope_fwd(const T* q, const T* k, const T* wq, const T* wk, const f32* cos, const f32* sin, const u32* positions,
                  T* q_out, T* k_out, f32* rstd_q, f32* rstd_k, int tokens, int q_heads, int k_heads, int head_dim,
                  int rotary_dim, int ldq, int ldk, int ldqo, int ldko, f32 eps) {
+    begin_early();
     const u32 unit = (blockIdx.x * 256 + threadIdx.x) / 32, heads = q_heads + k_heads, token = unit / heads;
     const int lane = threadIdx.x % 32, half = rotary_dim / 2;
     if (token >= (u32)tokens) return; // a whole warp

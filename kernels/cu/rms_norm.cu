@@ -71,6 +71,7 @@ DEVICE uint4 normalized(const uint4& x, const uint4& w, f32 rstd) {
 extern "C" __global__ void __launch_bounds__(1024, MIN_BLOCKS)
 rms_norm_fwd(const T* x, const T* delta, T* h_out, const T* w, T* y, f32* rstd, int rows, int width, int ldx, int ldd,
              int ldh, int ldy, f32 eps) {
+    begin_early();
     __shared__ f32 shared[32];
     const u32 row = blockIdx.x;
     uint4 h[VECS];
@@ -107,6 +108,7 @@ rms_norm_fwd(const T* x, const T* delta, T* h_out, const T* w, T* y, f32* rstd, 
 extern "C" __global__ void __launch_bounds__(1024)
 rms_norm_add(const T* x, const T* w1, const T* residual, T* h_out, f32* rstd1, const T* w2, T* y, f32* rstd2, int rows,
              int width, int ldx, int ldr, int ldh, int ldy, f32 eps1, f32 eps2) {
+    begin_early();
     __shared__ f32 shared[32];
     const u32 row = blockIdx.x;
     uint4 h[VECS];

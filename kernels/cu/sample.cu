@@ -155,6 +155,7 @@ sample(const T* logits, const Draw* draws, uint4* drawn, int vocab, int ld, f32 
         u64 words[WARPS];
     } shared;
     __shared__ int chosen;
+    begin_early();
     const Row row{logits + (long long)blockIdx.x * ld, vocab, multiplier, softcap};
     const Draw draw = draws[blockIdx.x];
     const bool greedy = draw.temperature == 0.0f;

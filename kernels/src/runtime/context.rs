@@ -49,6 +49,9 @@ pub(super) struct Inner {
     synchronous: bool,
     /// True while work is recorded, which then cannot reach the host.
     pub(super) recording: AtomicBool,
+    /// Whether kernels may begin before the ones before them have ended, and whether they do so now.
+    overlap_allowed: AtomicBool,
+    overlapping: AtomicBool,
     /// Measurements so far, while [`Cuda::profile`] runs.
     pub(super) profile: Mutex<Vec<Span>>,
     pub(super) profiling: AtomicBool,
@@ -150,6 +153,24 @@ impl Cuda {
     /// Returns whether [`Cuda::set_deterministic`] is on.
     pub fn is_deterministic(&self) -> bool {
         self.0.deterministic.load(Relaxed)
+    }
+
+    /// Sets whether kernels within [`Cuda::overlapping`] may begin before the ones before them have ended, on devices of
+    /// compute capability 9.0 and above. Default false.
+    pub fn allow_overlap(&self, on: bool) {
+        self.0.overlap_allowed.store(on && self.0.props.major >= 9, Relaxed);
+    }
+
+    /// Runs work whose kernels begin early, if that is allowed.
+    pub(crate) fn overlapping<R>(&self, work: impl FnOnce() -> R) -> R {
+        self.0.overlapping.store(self.0.overlap_allowed.load(Relaxed), Relaxed);
+        let result = work();
+        self.0.overlapping.store(false, Relaxed);
+        result
+    }
+
+    pub(super) fn is_overlapping(&self) -> bool {
+        self.0.overlapping.load(Relaxed)
     }
 
     /// The first error since the last [`Cuda::take_error`]. Does not wait for the device.
@@ -265,6 +286,8 @@ impl Inner {
             deterministic: AtomicBool::new(false),
             synchronous: false,
             recording: AtomicBool::new(false),
+            overlap_allowed: AtomicBool::new(false),
+            overlapping: AtomicBool::new(false),
             profile: Mutex::default(),
             profiling: AtomicBool::new(false),
             failed: AtomicBool::new(false),

@@ -137,7 +137,7 @@ pub(crate) fn gather_rows(x: &Array, places: u64, rows: usize) -> Array {
     let x = x.aligned();
     let y = Array::empty(x.cuda(), [rows, x.cols()], x.dtype(), MemoryUse::Activations);
     // Rows of a matrix are to be had as rows of an embedding table are.
-    kernel(x.cuda(), entry!("embedding.cu", "embedding_fwd"), x.dtype()).launch(
+    kernel(x.cuda(), entry!("embedding.cu", "embedding_fwd"), x.dtype()).early().launch(
         piece_grid(&y),
         [256, 1, 1],
         0,

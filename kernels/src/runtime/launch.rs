@@ -22,6 +22,8 @@ pub struct Kernel {
     cuda: Cuda,
     /// `None` after an error and on a planned device: a launch then does nothing.
     function: Option<Arc<Function>>,
+    /// True if it calls `begin_early`.
+    early: bool,
 }
 
 pub(super) struct Function {
@@ -54,6 +56,13 @@ macro_rules! args {
 pub(crate) use args;
 
 impl Kernel {
+    /// Lets the kernel begin before the one before it has ended, within [`Cuda::overlapping`]. Its first statement must be
+    /// `begin_early()` of prelude.cuh.
+    #[must_use]
+    pub(crate) fn early(self) -> Self {
+        Self { early: true, ..self }
+    }
+
     /// Queues the kernel on the compute stream.
     ///
     /// `shared` bytes of dynamic shared memory may be up to [`super::DeviceProps::shared_per_block`]. An empty grid is no
@@ -80,13 +89,38 @@ impl Kernel {
             let [bx, by, bz] = block;
             let (f, stream) = (function.function.0, self.cuda.compute());
             let extra = core::ptr::null_mut();
-            driver!(cuLaunchKernel(f, gx, gy, gz, bx, by, bz, shared, stream, values.as_mut_ptr(), extra))
+            if !(self.early && self.cuda.is_overlapping()) {
+                return driver!(cuLaunchKernel(f, gx, gy, gz, bx, by, bz, shared, stream, values.as_mut_ptr(), extra));
+            }
+            let mut attribute = overlap();
+            let config = sys::CUlaunchConfig {
+                gridDimX: gx,
+                gridDimY: gy,
+                gridDimZ: gz,
+                blockDimX: bx,
+                blockDimY: by,
+                blockDimZ: bz,
+                sharedMemBytes: shared,
+                hStream: stream,
+                attrs: &mut attribute,
+                numAttrs: 1,
+            };
+            driver!(cuLaunchKernelEx(&config, f, values.as_mut_ptr(), extra))
         });
     }
 
     pub(super) fn new(cuda: &Cuda, function: Option<Arc<Function>>) -> Self {
-        Self { cuda: cuda.clone(), function }
+        Self { cuda: cuda.clone(), function, early: false }
     }
+}
+
+/// The attribute of a launch that may begin before the launch before it has ended.
+fn overlap() -> sys::CUlaunchAttribute {
+    // SAFETY: integers, and a union of plain values.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { core::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    attribute
 }
 
 impl Function {

@@ -60,6 +60,9 @@ pub(crate) struct Generate {
     /// The directory that keeps the weights for the next job of that shape; by default they are deleted.
     #[arg(long)]
     weights: Option<PathBuf>,
+    /// Lets kernels of a step begin before the ones before them have ended.
+    #[arg(long)]
+    overlap: bool,
     /// Profiles four steps of single tokens for each batch, operation by operation, and prints the longest.
     #[arg(long)]
     profile: bool,
@@ -106,6 +109,9 @@ pub(crate) fn run(job: &Generate) -> Result<(), Box<dyn Error>> {
     if job.profile {
         ours.arg("--profile");
     }
+    if job.overlap {
+        ours.arg("--overlap");
+    }
     ours.args(options.iter().flat_map(|(option, value)| [*option, value.as_str()]));
     let report = result(&mut ours)?;
     println!("{} {}, prompt {}, {} new × {}", name(job.shape), name(job.mode), job.prompt, job.new, job.samples);
@@ -133,6 +139,9 @@ fn worker(job: &Generate) -> Result<(), Box<dyn Error>> {
         Device::Cuda(cuda) => Some(cuda.clone()),
         Device::Burn(_) | Device::Meta(_) => None,
     };
+    if let Some(cuda) = &cuda {
+        cuda.allow_overlap(job.overlap);
+    }
     let dtype = if cuda.is_some() { DType::BF16 } else { DType::F32 };
     let length = job.prompt + job.new;
     let mut options = LoadOptions::new(device.clone(), dtype, length + 1);

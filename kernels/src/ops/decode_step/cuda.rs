@@ -29,7 +29,7 @@ pub(super) fn sample(logits: &Array, head: &LmHead, draws: u64, drawn: &Ints) {
     let logits = logits.aligned();
     let mut defines = vec![("T", logits.dtype().name())];
     defines.extend(head.softcap.map(|_| ("SOFTCAP", "")));
-    logits.cuda().kernel(entry!("sample.cu", "sample"), &defines).launch(
+    logits.cuda().kernel(entry!("sample.cu", "sample"), &defines).early().launch(
         [blocks(logits.rows()), 1, 1],
         [1024, 1, 1],
         0,

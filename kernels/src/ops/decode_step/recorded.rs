@@ -24,6 +24,7 @@ impl RecordedStep {
     /// nor upload anything; where it does, it runs as it is every time.
     pub fn run(&mut self, device: &Device, workspace: &mut Workspace, mut work: impl FnMut()) {
         let Device::Cuda(cuda) = device else { return work() };
+        let mut work = || cuda.overlapping(&mut work);
         match &self.0 {
             State::New => {
                 let ((), bytes) = cuda.measured(work);

@@ -9,7 +9,7 @@ pub(crate) fn forward(activation: Activation, gate: &Array, up: &Array, pad_cols
     check_dims("up", up, gate.dims());
     let (gate, up, act) = (gate.aligned(), up.aligned(), padded(gate, pad_cols));
     let [alpha, limit] = parameters(activation);
-    kernel(&gate, entry!("gated_activation.cu", "gated_activation_fwd"), activation).launch(
+    kernel(&gate, entry!("gated_activation.cu", "gated_activation_fwd"), activation).early().launch(
         piece_grid(&gate),
         [256, 1, 1],
         0,

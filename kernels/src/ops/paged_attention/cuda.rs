@@ -238,7 +238,7 @@ impl Call<'_> {
         let (window, softcap, sinks) = self.options();
         let [k_pool, v_pool] = self.pools;
         let defines = tiles.defines(self.q.dtype().name(), head_dim as u32);
-        self.kernel(entry!("paged_attention.cu", "paged_decode"), defines).launch(
+        self.kernel(entry!("paged_attention.cu", "paged_decode"), defines).early().launch(
             [blocks(head_tiles(heads)), blocks(singles), blocks(splits)],
             [32 * tiles.warps, 1, 1],
             tiles.decode_shared(head_dim as u32),

@@ -163,7 +163,7 @@ fn run(
     let rstd = rows_of_f32(&x);
     let [delta_at, sum_at] = delta.as_ref().map_or([0; 2], |(delta, sum)| [delta.ptr(), sum.ptr()]);
     let [delta_ld, sum_ld] = delta.as_ref().map_or([0; 2], |(delta, sum)| [int(delta.ld()), int(sum.ld())]);
-    kernel(&x, entry!("rms_norm.cu", "rms_norm_fwd"), form).launch(
+    kernel(&x, entry!("rms_norm.cu", "rms_norm_fwd"), form).early().launch(
         [blocks(x.rows()), 1, 1],
         block(&x),
         0,
@@ -203,7 +203,7 @@ fn run_add(
     let then = then.map(|(weight, _, pad_cols)| (checked(&x, weight), padded(&x, pad_cols), rows_of_f32(&x)));
     let weight2 = then.as_ref().and_then(|(weight, ..)| weight.as_ref());
     let [y, rstd2] = then.as_ref().map_or([0; 2], |(_, y, rstd)| [y.ptr(), rstd.ptr()]);
-    kernel(&x, entry!("rms_norm.cu", "rms_norm_add"), form).launch(
+    kernel(&x, entry!("rms_norm.cu", "rms_norm_add"), form).early().launch(
         [blocks(x.rows()), 1, 1],
         block(&x),
         0,

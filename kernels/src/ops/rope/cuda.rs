@@ -184,7 +184,7 @@ fn launch_forward(
     let (q_heads, k_heads) = (heads(&q.x, head_dim), kx.map_or(0, |k| heads(k, head_dim)));
     let shape = Shape::of(&q.x, head_dim, rotation);
     let [cos, sin, positions] = shape.angles;
-    shape.kernel(shape.kernels.forward, &q.x, norm.map(|norm| norm.form)).launch(
+    shape.kernel(shape.kernels.forward, &q.x, norm.map(|norm| norm.form)).early().launch(
         shape.grid(tokens, q_heads + k_heads),
         [256, 1, 1],
         0,
