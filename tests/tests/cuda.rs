@@ -11,7 +11,7 @@ use rekindle_engine::{CacheSize, Engine, EngineConfig, Event, NewToken, Request,
 use rekindle_kernels::runtime::Cuda;
 use rekindle_kernels::{DType, Device, DeviceKind, open_device};
 use rekindle_lora::{InitLoraWeights, LoraConfig};
-use rekindle_models::objective::Dpo;
+use rekindle_models::objective::{Dpo, StepTerms};
 use rekindle_models::{CausalLm, GenerationConfig, GradientCheckpointing, LoadIn, Sft};
 use rekindle_tests::{Golden, Tolerances, Trajectory, assert_nll, goldens, read_json, relative_distance, tensors};
 use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
@@ -366,10 +366,11 @@ fn objectives(device: &Device) {
     let rows =
         expect["pairs"].as_array().expect("a list of pairs").iter().flat_map(|pair| pair.as_array().expect("rows"));
     let rows: Vec<usize> = rows.map(|row| row.as_u64().expect("a row's number") as usize).collect();
-    let dpo = Dpo { beta: expect["beta"].as_f64().expect("a number") };
+    let dpo = Dpo { beta: expect["beta"].as_f64().expect("a number"), ..Dpo::default() };
     let scale = 2.0 / rows.len() as f64;
     let mut grads = model.params().zero_grads();
-    let pending = model.objective_backward(&dpo, &golden.batch(&rows), scale as f32, &mut grads, None);
+    let pending =
+        model.objective_backward(&dpo, &golden.batch(&rows), &StepTerms::default(), scale as f32, &mut grads, None);
     let loss = scale * pending.expect("golden rows fit").wait().0;
     let error = (loss / expect["loss"].as_f64().expect("a number") - 1.0).abs();
     assert!(error <= 1e-5, "the loss of DPO is off by {error:e}");

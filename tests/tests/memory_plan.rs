@@ -14,7 +14,7 @@ use rekindle_kernels::DType;
 use rekindle_kernels::Device;
 use rekindle_kernels::linear_cross_entropy::LogProbValues;
 use rekindle_lora::LoraConfig;
-use rekindle_models::objective::{BatchLoss, Dpo};
+use rekindle_models::objective::{BatchLoss, Dpo, StepTerms};
 use rekindle_models::{Batch, CausalLm, GradientCheckpointing, LoadIn, LoadOptions, ModelConfig, Objective, Sft};
 use rekindle_train::{
     MemoryCategory, MemoryPlan, Optimizer, OptimizerConfig, PassRows, PlannedRun, Planner, SftConfig,
@@ -92,7 +92,7 @@ impl Objective for ExpectedErrors {
         batch.counted()
     }
 
-    fn loss(&self, _: &Batch, log_probs: &LogProbValues, _: Option<&LogProbValues>) -> BatchLoss {
+    fn loss(&self, _: &Batch, log_probs: &LogProbValues, _: Option<&LogProbValues>, _: &StepTerms) -> BatchLoss {
         let weights: Vec<f32> = log_probs.log_probs.iter().map(|x| x.exp()).collect();
         let sum = weights.iter().map(|&p| 1.0 - f64::from(p)).sum();
         BatchLoss { sum, weights, metrics: Vec::new() }
@@ -155,7 +155,7 @@ fn cases() -> Vec<Case> {
             ..of("all weights in 8 bits, in place", "llama", 4000, Some(LoadIn::EightBit), None, true, 2, 256)
         },
         Case {
-            objective: || Box::new(Dpo { beta: 0.1 }),
+            objective: || Box::new(Dpo::default()),
             ..of("LoRA, DPO, large vocabulary", "llama", 40_000, None, lora(), false, 2, 256)
         },
         Case {

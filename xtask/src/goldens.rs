@@ -7,10 +7,11 @@ use std::process::Command;
 use crate::{root, run};
 
 /// Scripts that write their data beside themselves and run without a GPU.
-const SCRIPTS: [&str; 9] = [
+const SCRIPTS: [&str; 10] = [
     "tests/goldens/make.py",
     "tests/goldens/bf16.py",
     "tests/goldens/dpo/make.py",
+    "tests/goldens/preferences/make.py",
     "tests/goldens/rope/make.py",
     "crates/rekindle-rope/goldens/make.py",
     "crates/rekindle-train/goldens/tensorboard/make.py",

@@ -5,8 +5,8 @@ mod view;
 
 use std::io::{IsTerminal, stdout};
 
-use rekindle::RowEncoder;
 use rekindle::run::RunConfig;
+use rekindle::{RowEncoder, RowTask};
 
 use crate::args::{DataCommand, PreviewArgs, RunFileArgs};
 use crate::failure::Failure;
@@ -35,15 +35,16 @@ fn open(args: &RunFileArgs) -> Result<(RunConfig, RowEncoder), Failure> {
 fn preview(args: &PreviewArgs) -> Result<(), Failure> {
     let (config, encoder) = open(&args.run)?;
     let source = if args.eval {
-        config.data.eval_source(&config.model).ok_or_else(|| {
+        config.eval_source().ok_or_else(|| {
             Failure::Configuration("[data] has neither eval nor eval_fraction; omit --eval".to_owned())
         })?
     } else {
-        config.data.train_source(&config.model)
+        config.train_source()
     };
     let (dataset, found) = encoder.encode(&source)?;
     eprintln!("{source}: {found}");
-    let count = dataset.len();
+    let per_row = if dataset.task() == RowTask::Pairs { 2 } else { 1 };
+    let count = dataset.len() / per_row;
     let shown = match args.row {
         None => 0..args.rows.min(count),
         Some(row) if (1..=count).contains(&row) => row - 1..row,
@@ -53,14 +54,15 @@ fn preview(args: &PreviewArgs) -> Result<(), Failure> {
     };
     let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let style = if stdout().is_terminal() && !no_color { Style::Colour } else { Style::Plain };
-    for index in shown {
-        let example = dataset.example(index);
+    for example in shown.flat_map(|row| row * per_row..(row + 1) * per_row) {
+        let row = example / per_row + 1;
+        let example = dataset.example(example);
         if args.json {
-            output::line(&view::json(&example, encoder.tokenizer(), index + 1))?;
+            output::line(&view::json(&example, encoder.tokenizer(), row))?;
             continue;
         }
         let text = view(&example, encoder.tokenizer(), style);
-        if !output::piece(&format!("row {} of {count}, {}\n{text}\n\n", index + 1, facts(&example)))? {
+        if !output::piece(&format!("row {row} of {count}, {}\n{text}\n\n", facts(&example)))? {
             break;
         }
     }

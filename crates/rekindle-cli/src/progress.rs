@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, stderr};
 
 use indicatif::{BinaryBytes, DecimalBytes, HumanCount, ProgressBar, ProgressFinish, ProgressStyle};
-use rekindle::{EvalMetrics, PromptSample, StepMetrics, Timetable, TrainEvent, counted};
+use rekindle::{EvalMetrics, MetricValues, PromptSample, StepMetrics, Timetable, TrainEvent, counted};
 
 /// The progress of a training run.
 #[derive(Debug)]
@@ -191,8 +191,9 @@ fn style(template: &str) -> ProgressStyle {
 
 fn step_line(metrics: &StepMetrics, total: usize, speed: f64, left: f64) -> String {
     let StepMetrics { step, loss, grad_norm, learning_rate, .. } = metrics;
+    let rewards = rewards(&metrics.metrics, "");
     format!(
-        "step {step}/{total}  loss {loss:.3}  grad_norm {grad_norm:.2}  lr {learning_rate:.1e}  {speed:.0} tok/s  eta {}",
+        "step {step}/{total}  loss {loss:.3}{rewards}  grad_norm {grad_norm:.2}  lr {learning_rate:.1e}  {speed:.0} tok/s  eta {}",
         duration(left)
     )
 }
@@ -200,7 +201,7 @@ fn step_line(metrics: &StepMetrics, total: usize, speed: f64, left: f64) -> Stri
 fn bar_message(metrics: &StepMetrics) -> String {
     let speed = HumanCount(metrics.tokens_per_second.round() as u64);
     let memory = metrics.memory.map_or_else(String::new, |bytes| format!("  {}", BinaryBytes(bytes)));
-    format!("loss {:.3}  {speed} tok/s{memory}", metrics.loss)
+    format!("loss {:.3}{}  {speed} tok/s{memory}", metrics.loss, rewards(&metrics.metrics, ""))
 }
 
 /// The maximum number of characters of an answer.
@@ -216,12 +217,22 @@ fn sample_line(sample: &PromptSample) -> String {
 }
 
 fn eval_line(metrics: &EvalMetrics) -> String {
-    let EvalMetrics { step, eval_loss, eval_perplexity, eval_tokens } = metrics;
+    let EvalMetrics { step, eval_loss, eval_perplexity, eval_tokens, metrics } = metrics;
+    let perplexity = eval_perplexity.map_or_else(String::new, |perplexity| format!("  perplexity {perplexity:.2}"));
     format!(
-        "eval {}  loss {eval_loss:.4}  perplexity {eval_perplexity:.2}  ({})",
+        "eval {}  loss {eval_loss:.4}{perplexity}{}  ({})",
         when(*step),
+        rewards(metrics, "eval_"),
         counted(*eval_tokens, "token")
     )
+}
+
+/// Returns the margin and the accuracy of the rewards of a preference loss.
+fn rewards(metrics: &MetricValues, prefix: &str) -> String {
+    let show = |(name, key): (&str, &str)| {
+        metrics.get(&format!("{prefix}rewards/{key}")).map(|value| format!("  {name} {value:.3}"))
+    };
+    [("margin", "margins"), ("accuracy", "accuracies")].into_iter().filter_map(show).collect()
 }
 
 /// Returns the time of an evaluation in the run.
@@ -248,9 +259,19 @@ mod tests {
         let line = step_line(&metrics(10, 2.4), 60, 1234.4, 12.0);
         assert_eq!(line, "step 10/60  loss 1.234  grad_norm 0.56  lr 2.0e-4  1234 tok/s  eta 12s");
         assert_eq!(bar_message(&metrics(10, 2.4)), "loss 1.234  200 tok/s  2.18 GiB");
-        let eval = |step| EvalMetrics { step, eval_loss: 0.5, eval_perplexity: 1.65, eval_tokens: 1 };
+        let eval = |step| EvalMetrics {
+            step,
+            eval_loss: 0.5,
+            eval_perplexity: Some(1.65),
+            eval_tokens: 1,
+            metrics: MetricValues::default(),
+        };
         assert_eq!(eval_line(&eval(0)), "eval before step 1  loss 0.5000  perplexity 1.65  (1 token)");
         assert!(eval_line(&eval(7)).starts_with("eval after step 7  "));
+        let values = [("eval_rewards/margins", 0.25), ("eval_rewards/accuracies", 0.5)];
+        let values = values.map(|(name, value)| (name.to_owned(), value));
+        let pairs = EvalMetrics { eval_perplexity: None, metrics: MetricValues(values.into()), ..eval(7) };
+        assert_eq!(eval_line(&pairs), "eval after step 7  loss 0.5000  margin 0.250  accuracy 0.500  (1 token)");
     }
 
     /// Returns the metrics of a step of half a second.
@@ -267,6 +288,7 @@ mod tests {
             seconds,
             memory: Some(2_345_000_000),
             peak_memory: None,
+            metrics: MetricValues::default(),
         }
     }
 

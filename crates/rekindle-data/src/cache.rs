@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::dataset::Dataset;
+use crate::options::RowTask;
 use crate::report::{CacheUse, LoadReport};
 
 pub(crate) use fingerprint::fingerprint;
@@ -28,12 +29,12 @@ fn path(dir: &Path, fingerprint: &str) -> PathBuf {
 }
 
 /// Reads a cached dataset. A damaged file counts as absent, and the dataset is encoded again.
-pub(crate) fn read(dir: &Path, fingerprint: &str, files: &[PathBuf]) -> Option<(Dataset, LoadReport)> {
+pub(crate) fn read(dir: &Path, fingerprint: &str, files: &[PathBuf], task: RowTask) -> Option<(Dataset, LoadReport)> {
     let path = path(dir, fingerprint);
     let (stored, mut report) = Stored::open(&path, fingerprint, files.len())?;
     report.files = files.to_vec();
     report.cache = CacheUse::Read(path);
-    Some((Dataset::new(stored, files.to_vec(), fingerprint.to_owned()), report))
+    Some((Dataset::new(stored, files.to_vec(), fingerprint.to_owned(), task), report))
 }
 
 /// Writes a dataset to the cache. A failure is recorded in `report` and is no error.

@@ -110,6 +110,7 @@ impl DataFiles {
                 "max_seq_length = {max} leaves nothing to predict; it must be at least 2"
             )));
         }
+        options.check_preferences()?;
         let (dataset, mut report) = self.load_files(tokenizer, options)?;
         report.notices.splice(0..0, self.notices.iter().cloned());
         Ok((dataset, report))
@@ -120,7 +121,8 @@ impl DataFiles {
         let Some(fingerprint) = cache::fingerprint(files, columns, tokenizer, options)? else {
             return load(files, columns, tokenizer, options, None);
         };
-        if let Some(found) = cache_dir.as_ref().and_then(|dir| cache::read(dir, &fingerprint.hex, files)) {
+        if let Some(found) = cache_dir.as_ref().and_then(|dir| cache::read(dir, &fingerprint.hex, files, options.task))
+        {
             return Ok(found);
         }
         let (dataset, mut report) = load(files, columns, tokenizer, options, Some(&fingerprint.hex))?;

@@ -2,6 +2,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::example::{Encoded, Example};
+use crate::options::RowTask;
 use crate::row::RowNumber;
 
 mod load;
@@ -16,11 +17,22 @@ pub struct Dataset {
     part: Option<Arc<[usize]>>,
     files: Vec<PathBuf>,
     fingerprint: String,
+    task: RowTask,
 }
 
 impl Dataset {
-    pub(crate) fn new(examples: impl Examples + 'static, files: Vec<PathBuf>, fingerprint: String) -> Self {
-        Dataset { examples: Arc::new(examples), part: None, files, fingerprint }
+    pub(crate) fn new(
+        examples: impl Examples + 'static,
+        files: Vec<PathBuf>,
+        fingerprint: String,
+        task: RowTask,
+    ) -> Self {
+        Dataset { examples: Arc::new(examples), part: None, files, fingerprint, task }
+    }
+
+    /// Returns the kind of rows that the examples are from. Those of a pair are at 2i (chosen) and 2i + 1.
+    pub fn task(&self) -> RowTask {
+        self.task
     }
 
     /// Returns the number of examples.
@@ -51,6 +63,7 @@ impl Dataset {
             labels: &self.examples.labels()[range],
             row: unpack(self.examples.rows()[index]),
             path: &self.files[self.examples.files()[index] as usize],
+            preferred: self.examples.preferred().get(index).map(|preferred| *preferred != 0),
         }
     }
 
@@ -82,6 +95,8 @@ pub(crate) trait Examples: std::fmt::Debug + Send + Sync {
     fn files(&self) -> &[u32];
     /// Returns each example's row in its file, as [`pack`] encodes it.
     fn rows(&self) -> &[u64];
+    /// Returns 1 for each chosen or desirable answer and 0 for others; empty if rows are not preferences.
+    fn preferred(&self) -> &[u8];
 }
 
 #[derive(Debug, Default)]
@@ -91,6 +106,7 @@ pub(crate) struct InMemory {
     ends: Vec<u64>,
     files: Vec<u32>,
     rows: Vec<u64>,
+    preferred: Vec<u8>,
 }
 
 impl InMemory {
@@ -100,6 +116,7 @@ impl InMemory {
         self.ends.push(self.input_ids.len() as u64);
         self.files.push(u32::try_from(file).expect("fewer files than 2^32"));
         self.rows.push(pack(row));
+        self.preferred.extend(example.preferred.map(u8::from));
     }
 }
 
@@ -122,6 +139,10 @@ impl Examples for InMemory {
 
     fn rows(&self) -> &[u64] {
         &self.rows
+    }
+
+    fn preferred(&self) -> &[u8] {
+        &self.preferred
     }
 }
 

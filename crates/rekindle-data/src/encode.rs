@@ -30,7 +30,7 @@ pub(crate) fn encode(
 ) -> Result<Encoded, String> {
     if let RowContent::InputIds { input_ids, labels } = content {
         let labels = labels.unwrap_or_else(|| input_ids.iter().map(|&id| label(id)).collect());
-        return Ok(Encoded { input_ids, labels, line, notes: RowNotes::default() });
+        return Ok(Encoded { input_ids, labels, line, notes: RowNotes::default(), preferred: None });
     }
     let tokenizer = tokenizer.ok_or("this kind of row needs a tokenizer; without one, use rows of \"input_ids\"")?;
     let (input_ids, labels, notes) = match content {
@@ -44,7 +44,7 @@ pub(crate) fn encode(
         RowContent::Text(text) => raw_text(tokenizer, "", &text, options.text_end_token)?,
         RowContent::InputIds { .. } => unreachable!("returned above"),
     };
-    Ok(Encoded { input_ids, labels, line, notes })
+    Ok(Encoded { input_ids, labels, line, notes, preferred: None })
 }
 
 /// Ids, labels, and notes for the report.

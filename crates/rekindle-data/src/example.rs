@@ -19,6 +19,8 @@ pub struct Example<'a> {
     pub row: RowNumber,
     /// The file.
     pub path: &'a Path,
+    /// In rows of preferences, true for a chosen or desirable answer.
+    pub preferred: Option<bool>,
 }
 
 impl Example<'_> {
@@ -35,6 +37,8 @@ pub(crate) struct Encoded {
     pub(crate) labels: Vec<i32>,
     pub(crate) line: usize,
     pub(crate) notes: RowNotes,
+    /// In rows of preferences, true for a chosen or desirable answer.
+    pub(crate) preferred: Option<bool>,
 }
 
 /// Notes about the encoding of a row, for the report.

@@ -67,7 +67,7 @@ pub use example::{Example, IGNORED};
 pub use files::is_file_name;
 pub use mask::{NotShown, Thinking, TrainOn, Untrained};
 pub use message::Message;
-pub use options::EncodeOptions;
+pub use options::{EncodeOptions, RowTask};
 pub use order::Order;
 pub use overlong::Overlong;
 pub use packing::Packs;

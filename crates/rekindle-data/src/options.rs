@@ -2,8 +2,22 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
 use crate::mask::{NotShown, Thinking, TrainOn, Untrained};
 use crate::overlong::Overlong;
+
+/// The kind of rows that a training method reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RowTask {
+    /// Rows to imitate, one example each.
+    #[default]
+    Sft,
+    /// Pairs of a chosen and a rejected answer: two examples each, the chosen one first.
+    Pairs,
+    /// Answers that are labelled as desirable or undesirable. A pair is one of each.
+    Labelled,
+}
 
 /// Options of encoding: the maximum length, the vocabulary, and the loss mask.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,11 +44,36 @@ pub struct EncodeOptions {
     // Left out of fingerprints where it is the default, so that caches of before it stay valid.
     #[serde(skip_serializing_if = "is_true")]
     pub text_end_token: bool,
+    /// The kind of rows.
+    #[serde(skip_serializing_if = "is_sft")]
+    pub task: RowTask,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_sft(value: &RowTask) -> bool {
+    *value == RowTask::Sft
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 fn is_true(value: &bool) -> bool {
     *value
+}
+
+impl EncodeOptions {
+    /// Refuses options that have no meaning for rows of preferences.
+    pub(crate) fn check_preferences(&self) -> Result<()> {
+        if self.task == RowTask::Sft {
+            return Ok(());
+        }
+        let problem = if self.overlong == Overlong::Split {
+            "overlong = \"split\" would compare a part of an answer; rows of preferences can be dropped or truncated"
+        } else if self.train_on == TrainOn::All {
+            "train_on = \"all\" would compare prompts, which are the same; use \"assistant\" or \"last_assistant\""
+        } else {
+            return Ok(());
+        };
+        Err(Error::Options(problem.to_owned()))
+    }
 }
 
 impl Default for EncodeOptions {
@@ -49,6 +88,7 @@ impl Default for EncodeOptions {
             not_shown: NotShown::Error,
             chat_template: None,
             text_end_token: true,
+            task: RowTask::Sft,
         }
     }
 }

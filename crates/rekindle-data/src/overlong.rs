@@ -41,6 +41,7 @@ pub(crate) fn split(example: &Encoded, max: usize) -> Vec<Encoded> {
             labels,
             line: example.line,
             notes: example.notes,
+            preferred: example.preferred,
         });
         if end == len {
             return pieces;
@@ -61,6 +62,7 @@ mod tests {
                 labels: (0..len as i32).collect(),
                 line: 1,
                 notes: Default::default(),
+                preferred: None,
             };
             let pieces = split(&row, max);
             assert!(pieces.iter().all(|piece| (2..=max).contains(&piece.input_ids.len())), "{pieces:?}");

@@ -53,6 +53,13 @@ impl Packs {
         all
     }
 
+    /// Returns packs of examples, from packs of their pairs: pair i is the examples 2i and 2i + 1.
+    #[must_use]
+    pub fn of_pairs(self) -> Self {
+        let members = self.members.iter().flat_map(|pair| [2 * pair, 2 * pair + 1]).collect();
+        Packs { members, ends: self.ends.iter().map(|end| 2 * end).collect() }
+    }
+
     /// Returns the number of packs.
     pub fn len(&self) -> usize {
         self.ends.len()

@@ -43,6 +43,12 @@ pub struct LoadReport {
     pub not_shown_dropped: bool,
     /// Rows in which a token would span prompt and completion.
     pub joined: usize,
+    /// Rows that were omitted because their chosen and rejected answers are the same.
+    #[serde(default)]
+    pub identical: usize,
+    /// In rows of preferences, the number of chosen or desirable answers.
+    #[serde(default)]
+    pub preferred: Option<usize>,
     /// Rows of prompt and completion as text that do not go through the checkpoint's chat template.
     pub plain_prompts: usize,
     /// The first rows that were omitted, truncated or split.
@@ -94,6 +100,8 @@ pub enum RowChange {
     NotShown,
     /// Prompt and completion were encoded separately.
     Joined,
+    /// It was omitted because its chosen and rejected answers are the same.
+    Identical,
 }
 
 /// The note about rows whose prompt does not end at a token border, for example in a space.
@@ -113,6 +121,7 @@ impl LoadReport {
             RowChange::Untrained => &mut self.untrained,
             RowChange::NotShown => &mut self.not_shown,
             RowChange::Joined => &mut self.joined,
+            RowChange::Identical => &mut self.identical,
         };
         *count += 1;
         if *count <= NAMED {
@@ -157,12 +166,16 @@ impl fmt::Display for LoadReport {
             (RowChange::Untrained, self.untrained, "dropped because they have no token to train"),
             (RowChange::NotShown, self.not_shown, not_shown),
             (RowChange::Joined, self.joined, JOINED),
+            (RowChange::Identical, self.identical, "dropped because chosen and rejected are the same"),
         ];
         for (change, count, what) in counts.into_iter().filter(|(_, count, _)| *count > 0) {
             let first = self.first_changed.iter().filter(|(other, _)| *other == change);
             let first: Vec<_> = first.map(|(_, at)| self.place(*at)).collect();
             let more = if count > first.len() { ", …" } else { "" };
             write!(f, "; {count} {what} ({}{more})", first.join(", "))?;
+        }
+        if let Some(preferred) = self.preferred.filter(|_| self.formats.contains(&RowFormat::LabelledCompletion)) {
+            write!(f, "; {preferred} desirable and {} undesirable", self.examples - preferred)?;
         }
         if self.split > 0 {
             write!(f, "; {}", counted(self.examples, "example"))?;
@@ -171,8 +184,8 @@ impl fmt::Display for LoadReport {
             let rows = if self.plain_prompts == 1 { "row has its" } else { "rows have their" };
             write!(
                 f,
-                "; {} {rows} prompt and completion as plain text: the chat template is not applied; for chats, map their \
-                 columns to instruction and output",
+                "; {} {rows} prompt and completion as plain text: the chat template is not applied; for chats, write \
+                 them as messages or map their columns to instruction and output",
                 self.plain_prompts
             )?;
         }

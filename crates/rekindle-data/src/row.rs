@@ -8,10 +8,12 @@ use crate::numbers;
 
 mod alpaca;
 mod conversation;
+mod preference;
 mod pretokenized;
 mod proposal;
 
 pub(crate) use conversation::read_prompt;
+pub(crate) use preference::{AnswerContent, Preference, read_labelled, read_pair};
 
 /// The keys of every row format. If a row has the keys of several, the first format applies.
 ///
@@ -26,8 +28,22 @@ pub(crate) const SHAPES: [(RowFormat, &[&str]); 6] = [
 ];
 
 /// Keys that some format reads in addition to its own.
-pub(crate) const BESIDE: [&str; 7] =
-    ["labels", "attention_mask", "tools", "chat_template_kwargs", "system", "input", "history"];
+pub(crate) const BESIDE: [&str; 14] = [
+    "labels",
+    "attention_mask",
+    "tools",
+    "chat_template_kwargs",
+    "system",
+    "input",
+    "history",
+    "chosen",
+    "rejected",
+    "label",
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+    "completion_ids",
+];
 
 /// The content of a row, not yet encoded.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,6 +101,11 @@ pub enum RowFormat {
     Alpaca,
     /// `text`.
     Text,
+    /// `chosen` and `rejected`, with `prompt` or beginning with it: strings, or lists of messages; or `prompt_ids`,
+    /// `chosen_ids` and `rejected_ids`.
+    Preference,
+    /// `prompt` and `completion` with `label`, true for a desirable completion; or `prompt_ids` and `completion_ids`.
+    LabelledCompletion,
 }
 
 /// The number of a row in its file, from 1.
@@ -125,6 +146,8 @@ impl RowFormat {
             RowFormat::PromptCompletion => "prompt + completion",
             RowFormat::Alpaca => "instruction + output (alpaca)",
             RowFormat::Text => "text",
+            RowFormat::Preference => "chosen + rejected",
+            RowFormat::LabelledCompletion => "prompt + completion + label",
         }
     }
 }
@@ -146,6 +169,9 @@ impl RowContent {
         let has = |key: &&str| is(&fields, key);
         // A format with a missing key applies only if no format is complete, so that the error can name the key.
         let whole = SHAPES.iter().find(|(_, keys)| keys.iter().all(has));
+        if whole.is_none() && has(&"chosen") && has(&"rejected") {
+            return Err(proposal::PREFERENCE.to_owned());
+        }
         let Some((format, keys)) = whole.or_else(|| SHAPES.iter().find(|(_, keys)| keys.iter().any(has))) else {
             return Err(proposal::unknown(&fields, has_template));
         };
@@ -157,13 +183,14 @@ impl RowContent {
             RowFormat::InputIds => pretokenized::read(take("input_ids"), &fields),
             RowFormat::Messages => conversation::read(take("messages"), "messages", fields),
             RowFormat::Conversations => conversation::read(take("conversations"), "conversations", fields),
-            RowFormat::PromptCompletion => prompt_completion(take("prompt"), take("completion"), fields),
+            RowFormat::PromptCompletion => prompt_completion(take("prompt"), take("completion"), "completion", fields),
             RowFormat::Alpaca => alpaca::read(fields, has_template),
             RowFormat::Text => match take("text") {
                 Value::String(text) if text.is_empty() => Err("\"text\" is empty".to_owned()),
                 Value::String(text) => Ok(RowContent::Text(text)),
                 other => Err(format!("\"text\" is {}, not a string", type_name(&other))),
             },
+            RowFormat::Preference | RowFormat::LabelledCompletion => unreachable!("not among the shapes"),
         };
         Ok((*format, content?))
     }
@@ -183,22 +210,28 @@ pub(crate) fn object(value: Value) -> Result<Map<String, Value>, String> {
     }
 }
 
-fn prompt_completion(prompt: Value, completion: Value, fields: Map<String, Value>) -> Result<RowContent, String> {
+/// Reads a prompt and its completion, called `name`.
+fn prompt_completion(
+    prompt: Value,
+    completion: Value,
+    name: &str,
+    fields: Map<String, Value>,
+) -> Result<RowContent, String> {
     match (prompt, completion) {
         (Value::String(prompt), Value::String(completion)) => {
             if completion.is_empty() {
-                return Err("\"completion\" is empty".to_owned());
+                return Err(format!("{name:?} is empty"));
             }
             Ok(RowContent::PromptCompletion { prompt, completion })
         }
         (prompt @ Value::Array(_), completion @ Value::Array(_)) => {
             let mut messages = conversation::turns(prompt, "prompt")?;
             let trained_from = messages.len();
-            messages.extend(conversation::turns(completion, "completion")?);
-            conversation::finish(messages, trained_from, "completion", fields)
+            messages.extend(conversation::turns(completion, name)?);
+            conversation::finish(messages, trained_from, name, fields)
         }
         (prompt, completion) => Err(format!(
-            "\"prompt\" is {} and \"completion\" is {}; both must be strings, or both lists of messages",
+            "\"prompt\" is {} and {name:?} is {}; both must be strings, or both lists of messages",
             type_name(&prompt),
             type_name(&completion)
         )),

@@ -151,6 +151,9 @@ fn counted(report: LoadReport, dataset: &Dataset, rows: usize) -> LoadReport {
         longest: longest.map_or(0, |example| example.input_ids.len()),
         longest_at,
         plain_prompts: report.plain_prompts.min(rows),
+        preferred: report
+            .preferred
+            .map(|_| dataset.examples().filter(|example| example.preferred == Some(true)).count()),
         ..report
     }
 }

@@ -3,8 +3,17 @@
 /// The label of a token that the loss ignores.
 pub const IGNORED: i32 = -100;
 
+/// A document's place in a preference, for losses that compare documents.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Answer {
+    /// True for a chosen or desirable answer, false for a rejected or undesirable one.
+    pub preferred: bool,
+    /// The sum of the reference model's log-probabilities of the answer, if it was computed before.
+    pub reference: Option<f64>,
+}
+
 /// One or more concatenated documents.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
     /// Token ids, `[tokens]`.
     pub input_ids: Vec<u32>,
@@ -16,6 +25,13 @@ pub struct Batch {
     pub positions: Vec<u32>,
     /// The number of each document within the optimizer step, which dropout depends on.
     pub rows: Vec<u32>,
+    /// The place of each document in its preference, `[documents]`; empty for losses that compare no documents.
+    pub answers: Vec<Answer>,
+    /// True for targets of prompts, which only the negative log-likelihood of a preference loss reads, `[tokens]`; empty if
+    /// there are none.
+    pub prompt_targets: Vec<bool>,
+    /// The prompts of this batch with answers to other prompts, for losses that compare with unrelated answers.
+    pub mismatched: Option<Box<Self>>,
 }
 
 impl Batch {
@@ -52,6 +68,16 @@ impl Batch {
         self.targets.iter().filter(|&&t| t != IGNORED).count()
     }
 
+    /// Returns true if there is a reference log-probability for every document.
+    pub fn has_references(&self) -> bool {
+        !self.answers.is_empty() && self.answers.iter().all(|answer| answer.reference.is_some())
+    }
+
+    /// Returns true if the target at `token` is one of a document's answer.
+    pub(crate) fn is_answer(&self, token: usize) -> bool {
+        self.targets[token] != IGNORED && !self.prompt_targets.get(token).is_some_and(|is_prompt| *is_prompt)
+    }
+
     /// Returns the documents as batches of their own, each with its number within the step.
     pub fn split(&self) -> impl Iterator<Item = Self> + '_ {
         self.documents().zip(&self.rows).map(|(range, &row)| Self {
@@ -60,6 +86,7 @@ impl Batch {
             cu_seqlens: vec![0, range.len() as u32],
             positions: self.positions[range].to_vec(),
             rows: vec![row],
+            ..Self::default()
         })
     }
 

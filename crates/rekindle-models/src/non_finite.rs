@@ -3,6 +3,7 @@
 use rekindle_hub::{Dtype, TensorView};
 use rekindle_kernels::{Grads, Tensor, Weight, linear_cross_entropy, to_f32};
 
+use crate::objective::StepTerms;
 use crate::{Batch, CausalLm, Error, IGNORED, Objective, Role, StepKey};
 
 /// The first place of a step, in the order of computation, with a value that is infinite or NaN.
@@ -229,15 +230,16 @@ impl CausalLm {
         let by_row = batches.iter().filter(|batch| objective.fixed_weights(batch).is_some());
         for document in by_row.flat_map(Batch::split) {
             let mut grads = self.params.zero_grads();
-            self.objective_backward(objective, &document, grad_scale, &mut grads, key)?;
+            self.objective_backward(objective, &document, &StepTerms::default(), grad_scale, &mut grads, key)?;
             if let Some(found) = self.deepest_broken(&grads) {
                 rows.extend(document.rows);
                 first = first.max(Some(found));
             }
         }
         if first.is_none() {
+            let terms = self.step_terms(objective, batches, key)?;
             for batch in batches {
-                self.objective_backward(objective, batch, grad_scale, &mut all, key)?;
+                self.objective_backward(objective, batch, &terms, grad_scale, &mut all, key)?;
             }
             first = self.deepest_broken(&all);
         }

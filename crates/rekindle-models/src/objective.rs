@@ -1,9 +1,16 @@
 //! Losses as functions of the log-probabilities of a batch's targets.
 
+mod answers;
+mod cpo;
 mod dpo;
+mod dual;
+mod kto;
+mod names;
+mod orpo;
 mod sft;
 
 use core::fmt::Debug;
+use std::collections::BTreeMap;
 
 use rekindle_kernels::Grads;
 use rekindle_kernels::linear_cross_entropy::{LogProbValues, Losses, TokenWeights};
@@ -11,14 +18,18 @@ use rekindle_kernels::linear_cross_entropy::{LogProbValues, Losses, TokenWeights
 use crate::loss::ApplyGradients;
 use crate::{Batch, CausalLm, Error, StepKey};
 
-pub use dpo::Dpo;
+pub use cpo::{Cpo, CpoLoss};
+pub use dpo::{Divergence, Dpo, DpoLoss};
+pub use kto::{Kto, KtoLoss};
+pub use names::OneOrMany;
+pub use orpo::Orpo;
 pub use sft::Sft;
 
 /// A loss to train with: a function of the log-probabilities of a batch's targets.
 ///
 /// The loss of an optimizer step is the sum over its micro-batches of [`loss`](Self::loss), divided by the sum of
-/// [`count`](Self::count). [`Sft`] and [`Dpo`] are examples; the model, the optimizer and the memory plan know nothing else of
-/// a loss.
+/// [`count`](Self::count). How a step is split into micro-batches does not change it: what all of them share is in
+/// [`StepTerms`]. [`Sft`] and [`Dpo`] are examples; the model, the optimizer and the memory plan know nothing else of a loss.
 pub trait Objective: Debug + Send + Sync {
     /// Returns the number of things that the loss is a mean over: labels, pairs, sequences.
     fn count(&self, batch: &Batch) -> usize;
@@ -30,15 +41,79 @@ pub trait Objective: Debug + Send + Sync {
         None
     }
 
-    /// Returns true if [`loss`](Self::loss) reads the log-probabilities of a reference model: the base model without the
-    /// adapter that is trained.
+    /// Returns true if [`loss`](Self::loss) reads the log-probabilities of a reference model: those in
+    /// [`Batch::answers`], or those of the base model without the adapter that is trained.
     fn needs_reference(&self) -> bool {
         false
     }
 
-    /// Returns the summed loss of `batch` and its weights, from the log-probabilities of the model and, where they are
-    /// needed, of the reference model.
-    fn loss(&self, batch: &Batch, log_probs: &LogProbValues, reference: Option<&LogProbValues>) -> BatchLoss;
+    /// Returns the log-probability of each document's answer as the loss reads it: what [`Answer::reference`] is for the
+    /// reference model.
+    ///
+    /// [`Answer::reference`]: crate::Answer::reference
+    fn answer_log_probs(&self, batch: &Batch, log_probs: &LogProbValues) -> Vec<f64> {
+        answers::answers(batch, log_probs, None, None).iter().map(|answer| answer.log_prob).collect()
+    }
+
+    /// Returns what the loss of each micro-batch needs to know of the whole step.
+    ///
+    /// # Errors
+    /// As [`CausalLm::forward`].
+    fn step_terms(&self, step: &StepPasses<'_>) -> Result<StepTerms, Error> {
+        let _ = step;
+        Ok(StepTerms::default())
+    }
+
+    /// Returns the summed loss of `batch` and its weights, from the log-probabilities of the model and, where the batch has
+    /// none of its own, of the reference model.
+    fn loss(
+        &self,
+        batch: &Batch,
+        log_probs: &LogProbValues,
+        reference: Option<&LogProbValues>,
+        terms: &StepTerms,
+    ) -> BatchLoss;
+}
+
+/// Values that the micro-batches of a step share, for objectives that are not a sum over documents.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepTerms {
+    /// The [`count`](Objective::count) of the step divided by the number of tokens of a mean over tokens.
+    pub per_token: f64,
+    /// An estimate of KL(π ‖ π_ref).
+    pub kl: f64,
+    /// By the row of a document, the value that it is compared with after sorting.
+    pub partners: BTreeMap<u32, f64>,
+}
+
+/// The micro-batches of a step, with forward passes over them.
+#[derive(Clone, Copy, Debug)]
+pub struct StepPasses<'a> {
+    model: &'a CausalLm,
+    /// The micro-batches.
+    pub batches: &'a [Batch],
+    key: Option<StepKey>,
+}
+
+impl StepPasses<'_> {
+    /// Returns the log-probabilities that the training pass of `batch` will have. Keeps nothing for a backward.
+    ///
+    /// # Errors
+    /// As [`CausalLm::forward`].
+    pub fn log_probs(&self, batch: &Batch) -> Result<LogProbValues, Error> {
+        match self.key {
+            None => Ok(self.model.log_probs(batch)?.values()),
+            Some(_) => Ok(self.model.log_probs_of(&self.model.forward(batch, self.key)?).values()),
+        }
+    }
+
+    /// Returns the log-probabilities of the reference model, or `None` if the batch has them.
+    ///
+    /// # Errors
+    /// As [`CausalLm::base_log_probs`].
+    pub fn reference(&self, objective: &dyn Objective, batch: &Batch) -> Result<Option<LogProbValues>, Error> {
+        self.model.reference(objective, batch)
+    }
 }
 
 /// The loss of a batch, before it is divided by the count of the step.
@@ -48,8 +123,53 @@ pub struct BatchLoss {
     pub sum: f64,
     /// w_t = ∂sum/∂nll_t = −∂sum/∂log p_t, `[tokens]`; those of tokens without a target are not read.
     pub weights: Vec<f32>,
-    /// Other sums to report, by name.
-    pub metrics: Vec<(&'static str, f64)>,
+    /// Other means to report.
+    pub metrics: Vec<Metric>,
+}
+
+/// A mean to report, over the micro-batches of a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Metric {
+    /// The name, as TRL reports it.
+    pub name: &'static str,
+    /// The sum.
+    pub sum: f64,
+    /// The number of terms.
+    pub count: usize,
+}
+
+impl Metric {
+    /// Returns a metric of `count` terms.
+    pub fn new(name: &'static str, sum: f64, count: usize) -> Self {
+        Self { name, sum, count }
+    }
+
+    /// Adds metrics to others, by name.
+    pub fn add(all: &mut Vec<Self>, more: impl IntoIterator<Item = Self>) {
+        for metric in more {
+            match all.iter_mut().find(|known| known.name == metric.name) {
+                Some(known) => {
+                    known.sum += metric.sum;
+                    known.count += metric.count;
+                }
+                None => all.push(metric),
+            }
+        }
+    }
+
+    /// Returns names and means; a metric without terms has none.
+    ///
+    /// Where answers are not in pairs, `rewards/margins` is the difference of the mean rewards.
+    pub fn means(all: &[Self]) -> Vec<(&'static str, f64)> {
+        let counted = all.iter().filter(|metric| metric.count > 0);
+        let mut means: Vec<_> = counted.map(|metric| (metric.name, metric.sum / metric.count as f64)).collect();
+        let mean = |name: &str| means.iter().find(|(known, _)| *known == name).map(|(_, mean)| *mean);
+        let margins = mean("rewards/chosen").zip(mean("rewards/rejected")).map(|(chosen, rejected)| chosen - rejected);
+        if let (None, Some(margins)) = (mean("rewards/margins"), margins) {
+            means.push(("rewards/margins", margins));
+        }
+        means
+    }
 }
 
 /// The loss of a batch whose backward is queued. On CUDA it may still be on its way.
@@ -74,8 +194,8 @@ impl PendingLoss {
         })
     }
 
-    /// Returns the summed loss and the other sums to report. Waits for the device.
-    pub fn wait(self) -> (f64, Vec<(&'static str, f64)>) {
+    /// Returns the summed loss and the other means to report. Waits for the device.
+    pub fn wait(self) -> (f64, Vec<Metric>) {
         match self.0 {
             Pending::Uniform(losses, weight) => (f64::from(weight) * losses.sum(), Vec::new()),
             Pending::Weighted(losses, weights) => {
@@ -88,7 +208,21 @@ impl PendingLoss {
 }
 
 impl CausalLm {
-    /// Adds the gradients of `scale` · loss of `batch` to `grads`.
+    /// Returns what the micro-batches of a step share; `key` is that of their passes.
+    ///
+    /// # Errors
+    /// As [`objective_backward`](Self::objective_backward).
+    pub fn step_terms(
+        &self,
+        objective: &dyn Objective,
+        batches: &[Batch],
+        key: Option<StepKey>,
+    ) -> Result<StepTerms, Error> {
+        objective.step_terms(&StepPasses { model: self, batches, key })
+    }
+
+    /// Adds the gradients of `scale` · loss of `batch` to `grads`. `terms` are those of its step
+    /// ([`step_terms`](Self::step_terms)).
     ///
     /// # Errors
     /// As [`forward`](Self::forward), and [`Error::Argument`] for an objective with a reference model where the base model
@@ -97,6 +231,7 @@ impl CausalLm {
         &self,
         objective: &dyn Objective,
         batch: &Batch,
+        terms: &StepTerms,
         scale: f32,
         grads: &mut Grads,
         key: Option<StepKey>,
@@ -108,7 +243,7 @@ impl CausalLm {
         let reference = self.reference(objective, batch)?;
         let pass = self.forward(batch, key)?;
         let log_probs = self.log_probs_of(&pass);
-        let loss = objective.loss(batch, &log_probs.values(), reference.as_ref());
+        let loss = objective.loss(batch, &log_probs.values(), reference.as_ref(), terms);
         self.backward(pass, &log_probs, TokenWeights::from(&*loss.weights).times(scale), grads)?;
         Ok(PendingLoss(Pending::Known(loss)))
     }
@@ -122,6 +257,7 @@ impl CausalLm {
         &mut self,
         objective: &dyn Objective,
         batch: &Batch,
+        terms: &StepTerms,
         scale: f32,
         key: Option<StepKey>,
         apply: ApplyGradients<'_>,
@@ -133,20 +269,34 @@ impl CausalLm {
         let reference = self.reference(objective, batch)?;
         let pass = self.forward(batch, key)?;
         let log_probs = self.log_probs_of(&pass);
-        let loss = objective.loss(batch, &log_probs.values(), reference.as_ref());
+        let loss = objective.loss(batch, &log_probs.values(), reference.as_ref(), terms);
         self.backward_applying(pass, &log_probs, TokenWeights::from(&*loss.weights).times(scale), apply)?;
         Ok(PendingLoss(Pending::Known(loss)))
     }
 
-    /// The log-probabilities of the reference model, if the objective needs them.
+    /// Returns the loss of `batch` without dropout and without a backward.
+    ///
+    /// # Errors
+    /// As [`objective_backward`](Self::objective_backward).
+    pub fn objective_loss(
+        &self,
+        objective: &dyn Objective,
+        batch: &Batch,
+        terms: &StepTerms,
+    ) -> Result<BatchLoss, Error> {
+        let reference = self.reference(objective, batch)?;
+        Ok(objective.loss(batch, &self.log_probs(batch)?.values(), reference.as_ref(), terms))
+    }
+
+    /// The log-probabilities of the reference model, if the objective needs them and the batch has none.
     fn reference(&self, objective: &dyn Objective, batch: &Batch) -> Result<Option<LogProbValues>, Error> {
-        if !objective.needs_reference() {
+        if !objective.needs_reference() || batch.has_references() {
             return Ok(None);
         }
         if self.lora().is_none() {
             return Err(Error::Argument(format!(
                 "{objective:?} needs a reference model, the base without its adapter, but this model has no adapter; \
-                 train an adapter instead of all weights"
+                 train an adapter instead of all weights, or give the batch reference log-probabilities"
             )));
         }
         Ok(Some(self.base_log_probs(batch)?.values()))

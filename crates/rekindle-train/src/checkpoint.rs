@@ -15,7 +15,7 @@ use rekindle_models::CausalLm;
 use crate::save::{check_checkpoint, write_new};
 use crate::{Companion, Error, Optimizer};
 
-pub(crate) use fingerprint::{dataset_fingerprint, weights_fingerprint};
+pub(crate) use fingerprint::{dataset_fingerprint, hex, weights_fingerprint};
 pub use state::BestEvaluation;
 pub(crate) use state::{TrainerState, configuration_sha256};
 

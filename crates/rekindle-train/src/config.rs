@@ -4,12 +4,12 @@ mod step_count;
 mod timetable;
 mod validate;
 
-use rekindle_data::{Dataset, Packs};
+use rekindle_data::{Dataset, Packs, RowTask};
 use rekindle_kernels::{Group, Params};
 use rekindle_models::GradientCheckpointing;
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::{Error, LrSchedulerKwargs, LrSchedulerType, Optim, ReportTo, Schedule};
+use crate::{Error, LrSchedulerKwargs, LrSchedulerType, Method, Optim, ReportTo, Schedule};
 
 pub use step_count::StepCount;
 pub use timetable::{EvalStrategy, SaveStrategy, Timetable};
@@ -21,6 +21,10 @@ pub struct SftConfig {
     /// The run's name, used as the title of its report and its model card. Default: the model's name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run_name: Option<String>,
+    /// The training method, with the arguments of its loss. In a run file, `method` and these arguments are keys beside the
+    /// others. Default supervised fine-tuning.
+    #[serde(skip)]
+    pub method: Method,
     /// Rows of one forward and backward pass. Default 8.
     pub per_device_train_batch_size: usize,
     /// Rows of one pass in evaluation. Default 8.
@@ -37,7 +41,8 @@ pub struct SftConfig {
     /// remaining rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<usize>,
-    /// The peak learning rate. Default 2e-4 for adapters, 2e-5 when all weights are trained.
+    /// The peak learning rate. Default 2e-4 for adapters and 2e-5 when all weights are trained; 1e-5 and 1e-6 for
+    /// preference losses.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
     /// The peak learning rate of an embedding table and output layer, if they are trained. Default: `learning_rate`.
@@ -150,6 +155,7 @@ impl Default for SftConfig {
     fn default() -> Self {
         Self {
             run_name: None,
+            method: Method::Sft,
             per_device_train_batch_size: 8,
             per_device_eval_batch_size: 8,
             gradient_accumulation_steps: 1,
@@ -211,10 +217,19 @@ impl SftConfig {
         Err(Error::Config(vec![problem.to_owned()]))
     }
 
-    /// Returns the rows that training takes from `dataset`, packed or one example each.
+    /// Returns the rows that training takes from `dataset`: one example or one pair each, or as many as fit with `packing`.
+    /// Both answers of a pair are always in one row; a packed row of pairs has twice `max_seq_length` tokens.
     pub fn rows(&self, dataset: &Dataset, max_seq_length: usize) -> Packs {
-        let lengths = dataset.examples().map(|example| example.input_ids.len());
-        if self.packing { Packs::best_fit(lengths, max_seq_length) } else { Packs::single(dataset.len()) }
+        let lengths: Vec<usize> = dataset.examples().map(|example| example.input_ids.len()).collect();
+        match (dataset.task(), self.packing) {
+            (RowTask::Pairs, true) => {
+                let pairs = lengths.chunks(2).map(|pair| pair.iter().sum());
+                Packs::best_fit(pairs, 2 * max_seq_length).of_pairs()
+            }
+            (RowTask::Pairs, false) => Packs::single(dataset.len() / 2).of_pairs(),
+            (_, true) => Packs::best_fit(lengths, max_seq_length),
+            (_, false) => Packs::single(dataset.len()),
+        }
     }
 
     /// Returns the rows of one optimizer step.
@@ -271,7 +286,7 @@ impl SftConfig {
 
     /// Returns the peak learning rate.
     pub fn resolved_learning_rate(&self, full_finetuning: bool) -> f64 {
-        self.learning_rate.unwrap_or(if full_finetuning { 2e-5 } else { 2e-4 })
+        self.learning_rate.unwrap_or_else(|| self.method.default_learning_rate(full_finetuning))
     }
 }
 

@@ -2,11 +2,14 @@
 
 use std::ops::Range;
 
-use rekindle_data::{Dataset, Example};
-use rekindle_models::{Batch, CausalLm, IGNORED};
+use rekindle_data::Dataset;
+use rekindle_models::objective::Metric;
+use rekindle_models::{Batch, CausalLm, IGNORED, Objective};
 use serde::Serialize;
 
 use crate::Error;
+use crate::batches::batch;
+use crate::optimizer::step_scale;
 
 /// The loss of a dataset, in total and by row.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -111,6 +114,39 @@ pub(crate) fn evaluate_while(
     Ok(Some(Evaluation::of(rows)))
 }
 
+/// The loss of a dataset by an objective.
+pub(crate) struct ObjectiveEvaluation {
+    pub(crate) loss: f64,
+    /// Tokens that the loss covers.
+    pub(crate) tokens: usize,
+    pub(crate) metrics: Vec<(&'static str, f64)>,
+}
+
+/// Evaluates batches as one step of `objective`, without dropout. Calls `go_on` before each batch; returns `None` if it
+/// returns false.
+pub(crate) fn evaluate_objective_while(
+    model: &CausalLm,
+    objective: &dyn Objective,
+    batches: &[Batch],
+    go_on: &mut dyn FnMut() -> bool,
+) -> Result<Option<ObjectiveEvaluation>, Error> {
+    let terms = model.step_terms(objective, batches, None)?;
+    let (mut loss, mut metrics) = (0.0, Vec::new());
+    for batch in batches {
+        if !go_on() {
+            return Ok(None);
+        }
+        let of_batch = model.objective_loss(objective, batch, &terms)?;
+        loss += of_batch.sum;
+        Metric::add(&mut metrics, of_batch.metrics);
+    }
+    Ok(Some(ObjectiveEvaluation {
+        loss: loss * step_scale(objective, batches),
+        tokens: batches.iter().map(Batch::counted).sum(),
+        metrics: Metric::means(&metrics),
+    }))
+}
+
 impl Evaluation {
     fn of(rows: Vec<RowLoss>) -> Self {
         let tokens: usize = rows.iter().map(|r| r.tokens).sum();
@@ -155,9 +191,4 @@ fn not_finite(model: &CausalLm, dataset: &Dataset, batch: &Batch, rows: &[usize]
     };
     let what = format!("the loss of {}:{}{more} is not finite", first.path.display(), first.row.get());
     rekindle_models::Error::NonFinite { what, found }.into()
-}
-
-/// Returns a batch of examples whose first is row `first_row` of the optimizer step.
-pub(crate) fn batch<'a>(examples: impl Iterator<Item = Example<'a>>, first_row: usize) -> Batch {
-    Batch::from_rows(examples.map(|e| (e.input_ids, e.labels)), first_row as u32)
 }

@@ -9,6 +9,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod axis;
+mod batches;
 mod checkpoint;
 mod companion;
 mod config;
@@ -16,6 +17,7 @@ mod diverged;
 mod error;
 mod evaluate;
 mod event;
+mod method;
 mod metrics;
 mod model_card;
 mod optim;
@@ -23,6 +25,7 @@ mod optimizer;
 mod plan;
 mod plot;
 mod recorder;
+mod reference;
 mod report;
 mod report_to;
 mod sampler;
@@ -32,6 +35,7 @@ mod stopping;
 mod tensorboard;
 mod trainer;
 
+pub use batches::Batches;
 pub use checkpoint::BestEvaluation;
 pub use companion::Companion;
 pub use config::{EvalStrategy, SaveStrategy, SftConfig, StepCount, Timetable};
@@ -39,7 +43,8 @@ pub use diverged::Diverged;
 pub use error::Error;
 pub use evaluate::{Evaluation, RowLoss, TokenLoss, evaluate, evaluate_tokens};
 pub use event::{TrainEnd, TrainEvent, TrainReport};
-pub use metrics::{EvalMetrics, MetricsFile, PromptSample, RecordedUntil, RunHistory, StepMetrics};
+pub use method::{Method, ReferenceArguments, WithReference};
+pub use metrics::{EvalMetrics, MetricValues, MetricsFile, PromptSample, RecordedUntil, RunHistory, StepMetrics};
 pub use model_card::{ModelCard, data_line};
 pub use optim::Optim;
 pub use optimizer::{Optimizer, OptimizerConfig, StepResult};

@@ -1,10 +1,11 @@
 //! `metrics.jsonl`: one JSON object per line for every step, every evaluation and every sample.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::Error;
 
@@ -15,7 +16,7 @@ pub struct StepMetrics {
     pub step: usize,
     /// The share of the data seen; 1 is one pass.
     pub epoch: f64,
-    /// Mean loss of the step's counted tokens.
+    /// The loss of the step: the mean over counted tokens, or that of the training method.
     pub loss: f64,
     /// Global gradient norm before clipping.
     pub grad_norm: f64,
@@ -36,6 +37,32 @@ pub struct StepMetrics {
     /// The peak of bytes in use so far.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_memory: Option<u64>,
+    /// The loss's own metrics, such as `rewards/margins`.
+    #[serde(flatten)]
+    pub metrics: MetricValues,
+}
+
+/// Numbers by name. Values of a line that are not numbers are ignored.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct MetricValues(pub BTreeMap<String, f64>);
+
+impl MetricValues {
+    /// Returns a value.
+    pub fn get(&self, name: &str) -> Option<f64> {
+        self.0.get(name).copied()
+    }
+
+    /// Returns these values, `prefix` before each name.
+    pub(crate) fn prefixed(values: &[(&'static str, f64)], prefix: &str) -> Self {
+        Self(values.iter().map(|(name, value)| (format!("{prefix}{name}"), *value)).collect())
+    }
+}
+
+impl<'de> Deserialize<'de> for MetricValues {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let values = BTreeMap::<String, serde_json::Value>::deserialize(deserializer)?;
+        Ok(Self(values.into_iter().filter_map(|(name, value)| Some((name, value.as_f64()?))).collect()))
+    }
 }
 
 /// One evaluation.
@@ -43,12 +70,16 @@ pub struct StepMetrics {
 pub struct EvalMetrics {
     /// Steps done before it.
     pub step: usize,
-    /// Mean loss of the counted tokens.
+    /// The loss, as that of a step.
     pub eval_loss: f64,
-    /// e^`eval_loss`.
-    pub eval_perplexity: f64,
+    /// e^`eval_loss`, if the loss is a negative log-likelihood.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_perplexity: Option<f64>,
     /// Counted tokens.
     pub eval_tokens: usize,
+    /// The loss's own metrics, such as `eval_rewards/margins`.
+    #[serde(flatten)]
+    pub metrics: MetricValues,
 }
 
 /// The model's answer to a prompt.
@@ -208,11 +239,13 @@ pub(crate) mod tests {
             seconds: step as f64,
             memory: Some(3 << 20),
             peak_memory: None,
+            metrics: MetricValues::default(),
         }
     }
 
     pub(crate) fn eval(step: usize) -> EvalMetrics {
-        EvalMetrics { step, eval_loss: 2.25, eval_perplexity: 2.25f64.exp(), eval_tokens: 70 }
+        let metrics = MetricValues::default();
+        EvalMetrics { step, eval_loss: 2.25, eval_perplexity: Some(2.25f64.exp()), eval_tokens: 70, metrics }
     }
 
     pub(crate) fn sample(step: usize) -> PromptSample {

@@ -9,7 +9,7 @@ use rekindle_lora::LoraConfig;
 use rekindle_models::CausalLm;
 use serde_json::Value;
 
-use crate::{Error, EvalMetrics, SftConfig, StepMetrics};
+use crate::{Error, EvalMetrics, Method, SftConfig, StepMetrics};
 
 /// The file's name.
 pub(crate) const README: &str = "README.md";
@@ -56,7 +56,8 @@ impl ModelCard {
 
     /// Returns the text of the card. It does not depend on the time, place or speed of the run.
     fn text(&self, base: &str, lora: Option<&LoraConfig>, run: Option<CardRun<'_>>) -> String {
-        let mut text = self.header(base, lora.is_some());
+        let method = run.map_or("sft", |run| run.config.method.name());
+        let mut text = self.header(base, lora.is_some(), method);
         let what = match lora {
             Some(_) => format!("A LoRA adapter for `{base}`"),
             None => format!("A fine-tuned version of `{base}`"),
@@ -93,7 +94,7 @@ impl ModelCard {
     }
 
     /// Returns the metadata for the hub, as PEFT writes it.
-    fn header(&self, base: &str, is_adapter: bool) -> String {
+    fn header(&self, base: &str, is_adapter: bool, method: &str) -> String {
         let mut text = "---\n".to_owned();
         line(&mut text, &format!("base_model: {}", yaml(base)));
         if !self.datasets.is_empty() {
@@ -106,7 +107,7 @@ impl ModelCard {
             true => line(&mut text, &format!("- {}\n- lora", yaml(&format!("base_model:adapter:{base}")))),
             false => line(&mut text, &format!("- {}", yaml(&format!("base_model:finetune:{base}")))),
         }
-        line(&mut text, "- rekindle\n- sft\n- transformers\n---");
+        line(&mut text, &format!("- rekindle\n- {method}\n- transformers\n---"));
         text
     }
 
@@ -150,6 +151,11 @@ impl ModelCard {
         if let Some(config) = config {
             let mut config = config.clone();
             config.resolve(lora.is_none(), false);
+            if config.method != Method::Sft {
+                let json = serde_json::to_value(&config.method).unwrap_or_default();
+                let names: Vec<String> = json.as_object().into_iter().flat_map(|map| map.keys().cloned()).collect();
+                add(json, &names.iter().map(String::as_str).collect::<Vec<_>>());
+            }
             add(serde_json::to_value(&config).unwrap_or_default(), &TRAIN);
         }
         if let Some(lora) = lora {

@@ -4,7 +4,7 @@ use rekindle_kernels::optimizer::{
     Clip, Rates, Rule, State, StateBytes, StateError, StateFormat, StateTensor, Step, clipped_range_step, clipped_step,
 };
 use rekindle_kernels::{DType, Device, Grads, Params};
-use rekindle_models::objective::PendingLoss;
+use rekindle_models::objective::{Metric, PendingLoss};
 use rekindle_models::{Batch, CausalLm, Objective, StepKey};
 
 use crate::{Error, SftConfig, show_bytes};
@@ -179,23 +179,24 @@ impl Optimizer {
         let (losses, clips) = if optimizer_in_bwd {
             self.move_in_backward(model, objective, batches, scale as f32, &step)?
         } else {
-            let key = self.key();
+            let key = Some(self.key());
+            let terms = model.step_terms(objective, batches, key)?;
             let mut grads = model.params().zero_grads();
             let mut losses = Vec::with_capacity(batches.len());
             for batch in batches {
-                losses.push(model.objective_backward(objective, batch, scale as f32, &mut grads, Some(key))?);
+                losses.push(model.objective_backward(objective, batch, &terms, scale as f32, &mut grads, key)?);
             }
             let clip = clipped_step(model.params_mut(), &grads, &mut self.state, &step, max_grad_norm);
             (losses, vec![clip])
         };
         // Everything is queued; from here on the host waits.
         let (mut loss, mut metrics) = (0.0, Vec::new());
-        for (sum, sums) in losses.into_iter().map(PendingLoss::wait) {
+        for (sum, more) in losses.into_iter().map(PendingLoss::wait) {
             loss += sum;
-            add_metrics(&mut metrics, sums);
+            Metric::add(&mut metrics, more);
         }
         loss *= scale;
-        metrics.iter_mut().for_each(|(_, value)| *value *= scale);
+        let metrics = Metric::means(&metrics);
         let grad_norm = match &clips[..] {
             [clip] => clip.norm(),
             clips => clips.iter().map(|clip| clip.norm().powi(2)).sum::<f64>().sqrt(),
@@ -224,7 +225,8 @@ impl Optimizer {
                 batches.len()
             )]));
         };
-        let (key, max_grad_norm, state) = (self.key(), self.config.max_grad_norm, &mut self.state);
+        let (key, max_grad_norm, state) = (Some(self.key()), self.config.max_grad_norm, &mut self.state);
+        let terms = model.step_terms(objective, core::slice::from_ref(batch), key)?;
         let mut clips = Vec::new();
         let mut apply = |params: &mut Params, grads: &Grads, index: usize| {
             let range = grads.ranges().swap_remove(index);
@@ -232,7 +234,7 @@ impl Optimizer {
                 clips.push(clipped_range_step(params, range, grads, state, step, max_grad_norm));
             }
         };
-        let loss = model.objective_backward_applying(objective, batch, scale, Some(key), &mut apply)?;
+        let loss = model.objective_backward_applying(objective, batch, &terms, scale, key, &mut apply)?;
         Ok((vec![loss], clips))
     }
 }
@@ -240,14 +242,4 @@ impl Optimizer {
 /// The factor that makes the summed loss of micro-batches the loss of their step.
 pub(crate) fn step_scale(objective: &dyn Objective, batches: &[Batch]) -> f64 {
     1.0 / batches.iter().map(|batch| objective.count(batch)).sum::<usize>().max(1) as f64
-}
-
-/// Adds sums to those of earlier micro-batches, by name.
-fn add_metrics(metrics: &mut Vec<(&'static str, f64)>, sums: Vec<(&'static str, f64)>) {
-    for (name, sum) in sums {
-        match metrics.iter_mut().find(|(known, _)| *known == name) {
-            Some((_, value)) => *value += sum,
-            None => metrics.push((name, sum)),
-        }
-    }
 }

@@ -11,13 +11,14 @@ mod memory;
 use core::fmt;
 use std::path::PathBuf;
 
+use rekindle_data::RowTask;
 use rekindle_kernels::{Device, MemoryUse};
 use rekindle_lora::LoraConfig;
-use rekindle_models::{Batch, CausalLm, GradientCheckpointing, LoadOptions, Objective, Sft, is_quantized};
+use rekindle_models::{Answer, Batch, CausalLm, GradientCheckpointing, LoadOptions, Objective, is_quantized};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
-use crate::{Error, Optimizer, OptimizerConfig, SftConfig};
+use crate::{Error, Method, Optimizer, OptimizerConfig, SftConfig};
 
 pub use advice::MemoryChange;
 pub use fit::{MemoryFit, MemoryVerdict};
@@ -55,7 +56,7 @@ pub struct Planner {
 /// The rows of the largest forward and backward pass of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PassRows {
-    /// Tokens of each row.
+    /// Tokens of each row; of a pair, those of its longer document.
     pub lengths: Vec<usize>,
 }
 
@@ -94,6 +95,7 @@ impl Planner {
     /// [`Error::NothingToTrain`] as the run itself.
     pub fn new(job: PlannedRun) -> Result<Self, Error> {
         job.train.validate()?;
+        let objective = job.train.method.objective();
         let device = job.load.device.planned();
         let load = LoadOptions { device: device.clone(), ..job.load.clone() };
         let mut model = CausalLm::on_meta(&job.json, &job.name, &load)?;
@@ -101,10 +103,10 @@ impl Planner {
             model.add_adapter_on_meta(lora)?;
         }
         let optimizer = Optimizer::new(&model, OptimizerConfig::from(&job.train), 0)?;
-        Ok(Self { job, objective: Box::new(Sft), device, model, optimizer })
+        Ok(Self { job, objective, device, model, optimizer })
     }
 
-    /// Plans steps of this objective instead of SFT.
+    /// Plans steps of this objective instead of that of the configured method.
     #[must_use]
     pub fn objective(self, objective: Box<dyn Objective>) -> Self {
         Self { objective, ..self }
@@ -131,14 +133,15 @@ impl Planner {
     pub fn plan_with(&mut self, rows: &PassRows, checkpointing: GradientCheckpointing) -> Result<MemoryPlan, Error> {
         self.model.set_gradient_checkpointing(checkpointing);
         let before = self.begin();
-        self.optimizer.step(&mut self.model, &*self.objective, &[rows.batch()], 0.0)?;
+        let batch = rows.batch(&self.job);
+        self.optimizer.step(&mut self.model, &*self.objective, &[batch], 0.0)?;
         let step = self.counted(rows, checkpointing, before);
         if !self.job.evaluates {
             return Ok(step);
         }
         let rows = rows.for_evaluation(self.job.train.per_device_eval_batch_size);
         let before = self.begin();
-        self.model.nll(&rows.batch())?;
+        self.model.nll(&rows.batch(&self.job))?;
         let evaluation = self.counted(&rows, checkpointing, before);
         let host = step.host.max(evaluation.host);
         let largest = if evaluation.peak > step.peak { evaluation } else { step };
@@ -192,7 +195,7 @@ impl Planner {
         let context = self.device.context_bytes();
         MemoryPlan {
             rows: rows.lengths.len(),
-            tokens: rows.lengths.iter().sum(),
+            tokens: rows.lengths.iter().sum::<usize>() * documents_per_row(&self.job.train.method),
             use_gradient_checkpointing: checkpointing,
             bytes,
             fragmentation: stats.extent - stats.high_water,
@@ -234,11 +237,28 @@ impl PassRows {
         Self::equal(count, self.lengths.iter().copied().max().unwrap_or(0))
     }
 
-    /// Returns documents of these lengths; the loss covers all their tokens.
-    fn batch(&self) -> Batch {
-        let zeros: Vec<_> = self.lengths.iter().map(|&length| (vec![0; length], vec![0; length])).collect();
-        Batch::from_rows(zeros.iter().map(|(ids, labels)| (&ids[..], &labels[..])), 0)
+    /// Returns documents of these lengths, two of a pair; the loss covers all their tokens.
+    fn batch(&self, job: &PlannedRun) -> Batch {
+        let method = &job.train.method;
+        let per_row = documents_per_row(method);
+        let lengths = self.lengths.iter().flat_map(|&length| core::iter::repeat_n(length, per_row));
+        let zeros: Vec<_> = lengths.map(|length| (vec![0; length], vec![0; length])).collect();
+        let mut batch = Batch::from_rows(zeros.iter().map(|(ids, labels)| (&ids[..], &labels[..])), 0);
+        if method.task() != RowTask::Sft {
+            // Without an adapter to turn off, the reference is computed before.
+            let reference = (method.reference().is_some() && job.lora.is_none()).then_some(0.0);
+            batch.answers = vec![Answer { preferred: true, reference }; batch.rows.len()];
+        }
+        if method.needs_mismatched() {
+            batch.mismatched = Some(Box::new(batch.clone()));
+        }
+        batch
     }
+}
+
+/// Returns the number of documents of a row.
+fn documents_per_row(method: &Method) -> usize {
+    if method.task() == RowTask::Pairs { 2 } else { 1 }
 }
 
 fn by_category<S: Serializer>(bytes: &MemoryBytes, serializer: S) -> Result<S::Ok, S::Error> {

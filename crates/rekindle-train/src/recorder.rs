@@ -73,6 +73,8 @@ impl Recorder {
             ];
             scalars.extend(step.memory.map(|bytes| ("train/memory", bytes as f64)));
             scalars.extend(step.peak_memory.map(|bytes| ("train/peak_memory", bytes as f64)));
+            let names: Vec<_> = step.metrics.0.iter().map(|(name, value)| (format!("train/{name}"), *value)).collect();
+            scalars.extend(names.iter().map(|(name, value)| (&**name, *value)));
             events.scalars(step.step, &scalars)?;
         }
         self.history.steps.push(step.clone());
@@ -86,7 +88,12 @@ impl Recorder {
     pub fn eval(&mut self, eval: &EvalMetrics) -> Result<(), Error> {
         self.metrics.write(eval)?;
         if let Some(events) = &mut self.events {
-            events.scalars(eval.step, &[("eval/loss", eval.eval_loss), ("eval/perplexity", eval.eval_perplexity)])?;
+            let mut scalars = vec![("eval/loss", eval.eval_loss)];
+            scalars.extend(eval.eval_perplexity.map(|perplexity| ("eval/perplexity", perplexity)));
+            let names = eval.metrics.0.iter().map(|(name, value)| (name.replacen("eval_", "eval/", 1), *value));
+            let names: Vec<_> = names.collect();
+            scalars.extend(names.iter().map(|(name, value)| (&**name, *value)));
+            events.scalars(eval.step, &scalars)?;
         }
         self.history.evals.push(eval.clone());
         Ok(())

@@ -106,9 +106,17 @@ fn figures(history: &RunHistory) -> String {
                 format!("best {} at step {}", significant(best.eval_loss), group(best.step as f64))
             }
             (Some(first), _) => format!("{} before step 1", significant(first.eval_loss)),
-            (None, _) => format!("perplexity {}", significant(eval.eval_perplexity)),
+            (None, _) => {
+                let perplexity = eval.eval_perplexity.map(significant);
+                perplexity.map_or_else(String::new, |perplexity| format!("perplexity {perplexity}"))
+            }
         };
         tile("evaluation loss", significant(eval.eval_loss), note);
+        if let Some(margin) = eval.metrics.get("eval_rewards/margins") {
+            let accuracy = eval.metrics.get("eval_rewards/accuracies");
+            let note = accuracy.map(|accuracy| format!("chosen preferred in {:.1} % of pairs", 100.0 * accuracy));
+            tile("held-out reward margin", significant(margin), note.unwrap_or_default());
+        }
     }
     let first = history.steps.first().map_or(f64::NAN, |step| step.loss);
     tile(

@@ -139,6 +139,7 @@ mod tests {
                 labels,
                 row: RowNumber::Line(1),
                 path: Path::new("rows"),
+                preferred: None,
             })
         };
         let split =

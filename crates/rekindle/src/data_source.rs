@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rekindle_data::{
-    DataFiles, Dataset, EncodeOptions, LoadReport, NotShown, Overlong, RowPart, RowSample, Thinking, Tokenizer,
-    TrainOn, Untrained, default_cache_dir, is_file_name,
+    DataFiles, Dataset, EncodeOptions, LoadReport, NotShown, Overlong, RowPart, RowSample, RowTask, Thinking,
+    Tokenizer, TrainOn, Untrained, default_cache_dir, is_file_name,
 };
 
 use crate::run::DataArguments;
@@ -36,6 +36,7 @@ pub struct DataSource {
     /// The splits to look for if `split` is `None`, in this order.
     pub(crate) default_splits: &'static [&'static str],
     pub(crate) part: RowPart,
+    pub(crate) task: RowTask,
     /// The encoding of the rows; its paths and splits are not used.
     pub(crate) args: DataArguments,
     pub(crate) access: HubAccess,
@@ -62,7 +63,7 @@ impl DataSource {
     /// Returns the rows of several paths, encoded as `args` describes.
     pub(crate) fn with_arguments(paths: Vec<PathBuf>, args: DataArguments) -> Self {
         let (split, part, access) = (None, RowPart::Kept, HubAccess::default());
-        Self { paths, split, default_splits: TRAIN_SPLITS, part, args, access }
+        Self { paths, split, default_splits: TRAIN_SPLITS, part, task: RowTask::Sft, args, access }
     }
 
     /// Sets the treatment of rows longer than `max_seq_length`. Default: an error that names the row.
@@ -123,6 +124,13 @@ impl DataSource {
     pub fn sample(mut self, sample: RowSample) -> Self {
         let RowSample { max_rows, held_out, seed } = sample;
         (self.args.max_rows, self.args.eval_fraction, self.args.sample_seed) = (max_rows, held_out, seed);
+        self
+    }
+
+    /// Sets the kind of rows that a training method reads. Default: rows to imitate.
+    #[must_use]
+    pub fn task(mut self, task: RowTask) -> Self {
+        self.task = task;
         self
     }
 
@@ -280,6 +288,7 @@ impl DataSource {
             not_shown: args.not_shown,
             chat_template: args.chat_template.clone(),
             text_end_token: args.text_end_token,
+            task: self.task,
         };
         let sample = args.sample();
         sample.check()?;

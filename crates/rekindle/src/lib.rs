@@ -72,7 +72,7 @@ pub use time_estimate::{TimeEstimate, TokenTime};
 
 pub use rekindle_data::{
     ChatPrompt, Columns, Dataset, Example, IGNORED, LoadReport, Message, NotShown, Overlong, Packs, PromptEnd,
-    RenderOptions, RowFormat, RowNumber, RowPart, RowSample, Thinking, Tokenizer, TrainOn, Untrained,
+    RenderOptions, RowFormat, RowNumber, RowPart, RowSample, RowTask, Thinking, Tokenizer, TrainOn, Untrained,
     chat_template_sources, counted,
 };
 /// Batched generation: the engine, its requests and events.
@@ -86,6 +86,7 @@ pub use rekindle_kernels::{DeviceKind, parse_device};
 pub use rekindle_lora::{
     BLOCK_LINEARS, Bias, Combination, Error as LoraError, InitLoraWeights, LoftqConfig, LoraConfig, TargetModules,
 };
+pub use rekindle_models::objective::{Cpo, CpoLoss, Divergence, Dpo, DpoLoss, Kto, KtoLoss, OneOrMany, Orpo};
 pub use rekindle_models::{
     CausalLm, ContextExtension, DEFAULT_ADAPTER, GenerationConfig, GradientCheckpointing, LoadIn, MemoryClass,
     MemoryLine, MemoryReport, ModelConfig, NonFinite, Positions, RopeError, RopeScaling, StopReason, is_quantized,
@@ -93,7 +94,8 @@ pub use rekindle_models::{
 pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
 pub use rekindle_train::{
     BestEvaluation, Diverged, EvalMetrics, EvalStrategy, Evaluation, LrCurve, LrSchedulerKwargs, LrSchedulerType,
-    Optim, OptimizerConfig, PromptSample, ReportTo, Resume, RowLoss, RunHistory, SaveStrategy, SftConfig, StepCount,
-    StepMetrics, Timetable, TokenLoss, TrainEnd, TrainEvent, TrainReport, TrainerArguments,
+    Method, MetricValues, Optim, OptimizerConfig, PromptSample, ReferenceArguments, ReportTo, Resume, RowLoss,
+    RunHistory, SaveStrategy, SftConfig, StepCount, StepMetrics, Timetable, TokenLoss, TrainEnd, TrainEvent,
+    TrainReport, TrainerArguments, WithReference,
 };
 pub use rekindle_train::{MemoryChange, MemoryFit, MemoryPlan, PassRows, show_bytes};

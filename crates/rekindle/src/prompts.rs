@@ -53,7 +53,10 @@ pub(crate) fn prompts(
             ));
         };
         let before = prompts.len();
-        let of_rows = eval.examples().filter_map(|example| SamplePrompt::of_example(&example));
+        let of_rows = eval
+            .examples()
+            .filter(|example| example.preferred != Some(false))
+            .filter_map(|example| SamplePrompt::of_example(&example));
         prompts.extend(of_rows.take(config.eval_samples));
         if prompts.len() == before {
             return Err(Error::Argument(

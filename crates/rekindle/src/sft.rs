@@ -173,12 +173,16 @@ impl<'a> SftTrainer<'a> {
         let model = self.model.causal_lm();
         let (max_seq_length, vocab_size) = (model.max_seq_length(), model.config().vocab_size());
         let source = match rows {
-            TrainingRows::Encoded(rows) if (rows.max_seq_length, rows.vocab_size) == (max_seq_length, vocab_size) => {
+            TrainingRows::Encoded(rows)
+                if (rows.max_seq_length, rows.vocab_size) == (max_seq_length, vocab_size)
+                    && rows.dataset.task() == self.config.method.task() =>
+            {
                 return Ok(*rows);
             }
             TrainingRows::Encoded(rows) => rows.source,
             TrainingRows::Source(source) => *source,
         };
+        let source = source.task(self.config.method.task());
         let (dataset, report) = self.model.encode(self.tokenizer, &source)?;
         (self.on_data)(&source, &report);
         Ok(EncodedRows { source, dataset, report, max_seq_length, vocab_size })

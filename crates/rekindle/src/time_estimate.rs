@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use rekindle_data::Dataset;
 use rekindle_kernels::runtime::DeviceProps;
 use rekindle_kernels::{Device, from_f32, matmul};
-use rekindle_models::{Batch, ModelConfig};
-use rekindle_train::{SftConfig, Timetable};
+use rekindle_models::ModelConfig;
+use rekindle_train::{Batches, SftConfig, Timetable};
 
 use crate::{Error, Model};
 
@@ -95,14 +95,22 @@ impl TokenTime {
         let lm = model.causal_lm();
         let is_cpu = lm.device().is_cpu();
         let rows = config.rows(data, lm.max_seq_length());
-        let examples = rows.iter().take(config.per_device_train_batch_size).flatten().map(|&row| data.example(row));
-        let batch = Batch::from_rows(examples.map(|example| (example.input_ids, example.labels)), 0);
+        let examples = rows.iter().take(config.per_device_train_batch_size).flatten().copied();
+        let examples: Vec<usize> = examples.collect();
+        let mut batch = Batches::new(data, config, lm.max_seq_length()).batch(&examples, 0);
+        // A reference that is computed before training takes no time in a step.
+        if !lm.adapter_changes_nothing() {
+            let mismatched = batch.mismatched.iter_mut().flat_map(|batch| &mut batch.answers);
+            mismatched.chain(&mut batch.answers).for_each(|answer| answer.reference = Some(0.0));
+        }
+        let objective = config.method.objective();
+        let scale = 1.0 / objective.count(&batch).max(1) as f32;
         let mut seconds = 0.0;
         for _ in 0..if is_cpu { 1 } else { 2 } {
             let mut grads = lm.params().zero_grads();
             let began = Instant::now();
-            let losses = lm.forward_backward(&batch, 1.0 / batch.counted().max(1) as f32, &mut grads, None)?;
-            losses.sum();
+            let terms = lm.step_terms(&*objective, core::slice::from_ref(&batch), None)?;
+            lm.objective_backward(&*objective, &batch, &terms, scale, &mut grads, None)?.wait();
             lm.device().check().map_err(rekindle_models::Error::from)?;
             seconds = began.elapsed().as_secs_f64();
         }

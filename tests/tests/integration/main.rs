@@ -29,6 +29,7 @@ mod non_finite;
 mod objectives;
 mod optimizers;
 mod portable;
+mod preferences;
 mod pretrained;
 mod quantized;
 mod resume;

@@ -70,8 +70,8 @@ pub(super) fn run(args: &StatsArgs) -> Result<(), Failure> {
     let refuses = config.data.overlong == Overlong::Error;
     // What training refuses is counted here.
     let encoder = if refuses { encoder.of_any_length() } else { encoder };
-    let train = config.data.train_source(&config.model);
-    for source in std::iter::once(train).chain(config.data.eval_source(&config.model)) {
+    let train = config.train_source();
+    for source in std::iter::once(train).chain(config.eval_source()) {
         let refuses_not_shown = config.data.not_shown == NotShown::Error;
         let counting = source.clone().untrained(Untrained::Drop);
         let counting = if refuses_not_shown { counting.not_shown(NotShown::Allow) } else { counting };

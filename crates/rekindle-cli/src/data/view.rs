@@ -19,7 +19,8 @@ pub(crate) fn facts(example: &Example<'_>) -> String {
     let pieces = pieces(example).filter(|piece| piece.trained).count();
     let pieces = if pieces == 1 { "1 piece".to_owned() } else { format!("{pieces} pieces") };
     let (path, row) = (example.path.display(), example.row);
-    format!("{path} {row}: {tokens} tokens, {trained} trained ({share:.1} %) in {pieces}")
+    let side = example.preferred.map_or("", |preferred| if preferred { " chosen" } else { " rejected" });
+    format!("{path} {row}{side}: {tokens} tokens, {trained} trained ({share:.1} %) in {pieces}")
 }
 
 /// Returns the row's text, or its ids without a tokenizer. Line breaks are shown as `↵` and kept; other control
@@ -52,6 +53,9 @@ struct JsonRow<'a> {
     /// The line of a file of lines, or the row of a table or a list.
     #[serde(flatten)]
     place: RowNumber,
+    /// True for a chosen or desirable answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    preferred: Option<bool>,
     tokens: usize,
     trained_tokens: usize,
     pieces: Vec<JsonPiece>,
@@ -80,6 +84,7 @@ pub(super) fn json(example: &Example<'_>, tokenizer: Option<&Tokenizer>, index: 
         index,
         file: example.path.display().to_string(),
         place: example.row,
+        preferred: example.preferred,
         tokens: example.input_ids.len(),
         trained_tokens: example.trained_tokens(),
         pieces: pieces(example).map(piece).collect(),
@@ -145,7 +150,7 @@ mod tests {
     use super::*;
 
     fn example<'a>(input_ids: &'a [u32], labels: &'a [i32]) -> Example<'a> {
-        Example { input_ids, labels, row: RowNumber::Line(3), path: Path::new("rows.jsonl") }
+        Example { input_ids, labels, row: RowNumber::Line(3), path: Path::new("rows.jsonl"), preferred: None }
     }
 
     #[test]
@@ -154,6 +159,8 @@ mod tests {
         // The first token never counts.
         assert_eq!(view(&row, None, Style::Plain), "5 6 ⟦7 8 ⟧9");
         assert_eq!(facts(&row), "rows.jsonl line 3: 5 tokens, 2 trained (40.0 %) in 1 piece");
+        let rejected = Example { preferred: Some(false), ..row };
+        assert!(facts(&rejected).starts_with("rows.jsonl line 3 rejected: 5 tokens"));
     }
 
     #[test]

@@ -22,6 +22,8 @@ const LABELS: &str = "labels";
 const ENDS: &str = "ends";
 const FILES: &str = "files";
 const ROWS: &str = "rows";
+/// Only in files of preferences.
+const PREFERRED: &str = "preferred";
 const TENSORS: [(&str, Dtype); 5] =
     [(INPUT_IDS, Dtype::U32), (LABELS, Dtype::I32), (ENDS, Dtype::U64), (FILES, Dtype::U32), (ROWS, Dtype::U64)];
 
@@ -39,6 +41,8 @@ impl Stored {
         let report: LoadReport = serde_json::from_str(note("report")?).ok()?;
         let tensors = TENSORS.map(|(name, dtype)| file.get(name).filter(|tensor| tensor.dtype == dtype));
         let bytes: Vec<&[u8]> = tensors.iter().map(|tensor| tensor.map(|tensor| tensor.data)).collect::<Option<_>>()?;
+        let preferred = file.get(PREFERRED).filter(|tensor| tensor.dtype == Dtype::U8).map(|tensor| tensor.data);
+        let bytes = [bytes, preferred.into_iter().collect()].concat();
         if note("sha256") != Some(checksum(note("report")?, &bytes).as_str()) {
             return None;
         }
@@ -53,13 +57,15 @@ impl Stored {
         fingerprint: &str,
         report: &LoadReport,
     ) -> Result<(), rekindle_hub::Error> {
-        let bytes: [&[u8]; 5] = [
+        let mut bytes: Vec<&[u8]> = vec![
             bytemuck::cast_slice(examples.input_ids()),
             bytemuck::cast_slice(examples.labels()),
             bytemuck::cast_slice(examples.ends()),
             bytemuck::cast_slice(examples.files()),
             bytemuck::cast_slice(examples.rows()),
         ];
+        let preferred = (!examples.preferred().is_empty()).then_some((PREFERRED, Dtype::U8));
+        bytes.extend(preferred.map(|_| examples.preferred()));
         let report = serde_json::to_string(report).expect("counts and names");
         let sha256 = checksum(&report, &bytes);
         let metadata: BTreeMap<String, String> =
@@ -67,9 +73,10 @@ impl Stored {
                 .map(|(name, value)| (name.to_owned(), value))
                 .into();
         let specs: Vec<TensorSpec> = TENSORS
-            .iter()
+            .into_iter()
+            .chain(preferred)
             .zip(&bytes)
-            .map(|(&(name, dtype), bytes)| TensorSpec::new(name, dtype, [bytes.len() / dtype.size()]))
+            .map(|((name, dtype), bytes)| TensorSpec::new(name, dtype, [bytes.len() / dtype.size()]))
             .collect();
         write_safetensors(path, &metadata, &specs, |index, out: &mut dyn Write| out.write_all(bytes[index]))
     }
@@ -88,6 +95,7 @@ impl Stored {
             && ends.is_sorted()
             && ends.last() == Some(&(ids.len() as u64))
             && of_files.iter().all(|&file| (file as usize) < files)
+            && self.0.get(PREFERRED).is_none_or(|tensor| tensor.data.len() == ends.len())
     }
 
     /// Returns a tensor as numbers. Returns `None` if it is missing, or cannot be mapped on this machine because of its
@@ -121,6 +129,10 @@ impl Examples for Stored {
 
     fn rows(&self) -> &[u64] {
         self.get(ROWS)
+    }
+
+    fn preferred(&self) -> &[u8] {
+        self.0.get(PREFERRED).map_or(&[], |tensor| tensor.data)
     }
 }
 

@@ -10,14 +10,14 @@ use super::{Dataset, Examples, InMemory};
 use crate::columns::{Columns, Found};
 use crate::encode::encode;
 use crate::error::{Error, Result};
-use crate::example::Encoded;
+use crate::example::{Encoded, IGNORED};
 use crate::files::{self, RawRow};
 use crate::hash::hex;
 use crate::mask::{NotShown, Untrained};
-use crate::options::EncodeOptions;
+use crate::options::{EncodeOptions, RowTask};
 use crate::overlong::{self, Overlong};
 use crate::report::{LoadReport, RowChange, RowPlace};
-use crate::row::{RowContent, RowFormat, RowNumber};
+use crate::row::{AnswerContent, Preference, RowContent, RowFormat, RowNumber, read_labelled, read_pair};
 use crate::template::STOPPED;
 use crate::tokenizer::Tokenizer;
 
@@ -127,7 +127,8 @@ const BYTES_AT_ONCE: usize = 8 << 20;
 
 /// An encoded row, with its properties.
 struct Ready {
-    example: Encoded,
+    /// One example, or two of a pair of answers.
+    examples: Vec<Encoded>,
     number: RowNumber,
     format: RowFormat,
     found: Found,
@@ -199,13 +200,28 @@ impl Loader<'_> {
         let mut fields = row.fields().map_err(wrong)?;
         let found = self.columns.apply(&mut fields).map_err(wrong)?;
         let has_template = self.tokenizer.is_none_or(Tokenizer::has_chat_template);
-        let (format, content) = RowContent::read(fields, has_template).map_err(wrong)?;
-        check_tokenizer(&content, self.tokenizer, self.options)?;
-        let is_plain = matches!(content, RowContent::PromptCompletion { .. })
+        let (format, row) = match self.options.task {
+            RowTask::Sft => {
+                let (format, content) = RowContent::read(fields, has_template).map_err(wrong)?;
+                (format, RowAnswers { contents: vec![(content, None)], implicit_text: false })
+            }
+            RowTask::Pairs => RowAnswers::of(read_pair(fields).map_err(wrong)?),
+            RowTask::Labelled => RowAnswers::of(read_labelled(fields).map_err(wrong)?),
+        };
+        let RowAnswers { contents, implicit_text } = row;
+        let is_plain = matches!(contents[0].0, RowContent::PromptCompletion { .. })
             && self.tokenizer.is_some_and(Tokenizer::has_chat_template);
-        let example = encode(content, number.get(), self.tokenizer, self.options).map_err(wrong)?;
-        self.check_vocabulary(&example, number)?;
-        Ok(Ready { example, number, format, found, is_plain })
+        let mut examples = Vec::with_capacity(contents.len());
+        for (content, preferred) in contents {
+            check_tokenizer(&content, self.tokenizer, self.options)?;
+            let example = encode(content, number.get(), self.tokenizer, self.options).map_err(wrong)?;
+            self.check_vocabulary(&example, number)?;
+            examples.push(Encoded { preferred, ..example });
+        }
+        if implicit_text {
+            ignore_shared(&mut examples);
+        }
+        Ok(Ready { examples, number, format, found, is_plain })
     }
 
     fn check_vocabulary(&self, example: &Encoded, number: RowNumber) -> Result<()> {
@@ -234,9 +250,9 @@ impl Loader<'_> {
     }
 
     fn add(&mut self, row: Ready) -> Result<()> {
-        let Ready { example, number, format, found, is_plain } = row;
+        let Ready { examples, number, format, found, is_plain } = row;
         let at = RowPlace { file: self.file, row: number };
-        let len = example.input_ids.len();
+        let len = examples.iter().map(|example| example.input_ids.len()).max().unwrap_or(0);
         self.report.rows += 1;
         self.report.plain_prompts += usize::from(is_plain);
         self.report.formats.insert(format);
@@ -244,52 +260,64 @@ impl Loader<'_> {
         if len > self.report.longest {
             (self.report.longest, self.report.longest_at) = (len, Some(at));
         }
-        if example.notes.not_shown {
+        if examples.iter().any(|example| example.notes.not_shown) {
             self.report.changed(RowChange::NotShown, at);
             if self.options.not_shown == NotShown::Drop {
                 return Ok(());
             }
         }
-        if example.notes.joined {
+        if are_same(&examples) {
+            self.report.changed(RowChange::Identical, at);
+            return Ok(());
+        }
+        if examples.iter().any(|example| example.notes.joined) {
             self.report.changed(RowChange::Joined, at);
         }
-        if example.trained_tokens() == 0 {
+        if examples.iter().any(|example| example.trained_tokens() == 0) {
             self.untrained.push(at);
             return Ok(());
         }
         if len <= self.options.max_seq_length {
-            self.examples.push(&example, self.file, number);
+            examples.iter().for_each(|example| self.examples.push(example, self.file, number));
             return Ok(());
         }
-        self.fit(example, at)
+        self.fit(examples, len, at)
     }
 
     /// Treats a row that is too long as the options require.
-    fn fit(&mut self, example: Encoded, at: RowPlace) -> Result<()> {
+    fn fit(&mut self, examples: Vec<Encoded>, len: usize, at: RowPlace) -> Result<()> {
         let max = self.options.max_seq_length;
         match self.options.overlong {
             Overlong::Error => {
+                let split = if self.options.task == RowTask::Sft { " | \"split\"" } else { "" };
                 let message = format!(
-                    "has {} tokens, more than max_seq_length = {max}; raise it, or set \
-                     data.overlong = \"drop\" | \"truncate\" | \"split\"",
-                    example.input_ids.len()
+                    "has {len} tokens, more than max_seq_length = {max}; raise it, or set \
+                     data.overlong = \"drop\" | \"truncate\"{split}"
                 );
                 return Err(Error::row(self.path(), at.row, message));
             }
             Overlong::Drop => self.report.changed(RowChange::Dropped, at),
             Overlong::Truncate => {
-                let example = overlong::truncate(example, max);
-                if example.trained_tokens() > 0 {
-                    self.report.changed(RowChange::Truncated, at);
-                    self.examples.push(&example, at.file, at.row);
-                } else {
-                    self.report.changed(RowChange::Dropped, at);
+                // Each side of a pair is cut alone.
+                let examples: Vec<_> = examples.into_iter().map(|example| overlong::truncate(example, max)).collect();
+                let is_left = examples.iter().all(|example| example.trained_tokens() > 0);
+                self.report.changed(
+                    match (is_left, are_same(&examples)) {
+                        (false, _) => RowChange::Dropped,
+                        (true, true) => RowChange::Identical,
+                        (true, false) => RowChange::Truncated,
+                    },
+                    at,
+                );
+                if is_left && !are_same(&examples) {
+                    examples.iter().for_each(|example| self.examples.push(example, at.file, at.row));
                 }
             }
             Overlong::Split => {
                 self.report.changed(RowChange::Split, at);
-                for piece in overlong::split(&example, max).iter().filter(|piece| piece.trained_tokens() > 0) {
-                    self.examples.push(piece, at.file, at.row);
+                let pieces = examples.iter().flat_map(|example| overlong::split(example, max));
+                for piece in pieces.filter(|piece| piece.trained_tokens() > 0) {
+                    self.examples.push(&piece, at.file, at.row);
                 }
             }
         }
@@ -318,6 +346,11 @@ impl Loader<'_> {
         if examples.ends.is_empty() && report.not_shown == report.rows {
             return Err(of_all("no row is left: the chat template renders none of them completely".to_owned()));
         }
+        if examples.ends.is_empty() && report.identical > 0 && report.dropped == 0 {
+            return Err(of_all(
+                "no row is left: the chosen and the rejected answer are the same in all of them".to_owned(),
+            ));
+        }
         if examples.ends.is_empty() {
             return Err(of_all(format!(
                 "no row is left: each is longer than max_seq_length = {} (the longest has {} tokens)",
@@ -327,9 +360,43 @@ impl Loader<'_> {
         report.examples = examples.ends.len();
         report.tokens = examples.input_ids.len();
         let fingerprint = fingerprint.map_or_else(|| of_contents(&examples), str::to_owned);
-        let dataset = Dataset::new(examples, files.to_vec(), fingerprint);
+        let preferred = examples.preferred.iter().filter(|preferred| **preferred != 0).count();
+        report.preferred = (options.task != RowTask::Sft).then_some(preferred);
+        let dataset = Dataset::new(examples, files.to_vec(), fingerprint, options.task);
         report.trained_tokens = dataset.examples().map(|example| example.trained_tokens()).sum();
         Ok((dataset, report))
+    }
+}
+
+/// The answers of a row, not yet encoded, each with its preference if it has one.
+struct RowAnswers {
+    contents: Vec<(RowContent, Option<bool>)>,
+    /// True if the prompt ends where the tokens of the two texts differ.
+    implicit_text: bool,
+}
+
+impl RowAnswers {
+    fn of((format, preference): (RowFormat, Preference)) -> (RowFormat, Self) {
+        let Preference { answers, implicit_text } = preference;
+        let contents = answers.into_iter().map(|AnswerContent { content, preferred }| (content, Some(preferred)));
+        (format, Self { contents: contents.collect(), implicit_text })
+    }
+}
+
+/// Returns true for a pair of answers without a difference.
+fn are_same(examples: &[Encoded]) -> bool {
+    matches!(examples, [chosen, rejected] if chosen.input_ids == rejected.input_ids)
+}
+
+/// Ignores the labels of the tokens that two texts begin with: they are the prompt.
+fn ignore_shared(examples: &mut [Encoded]) {
+    let [chosen, rejected] = examples else { return };
+    let both = chosen.input_ids.iter().zip(&rejected.input_ids);
+    let shared = both.take_while(|(chosen, rejected)| chosen == rejected).count();
+    // An answer has at least its last token.
+    let shared = shared.min(chosen.input_ids.len() - 1).min(rejected.input_ids.len() - 1);
+    for example in [chosen, rejected] {
+        example.labels[..shared].fill(IGNORED);
     }
 }
 

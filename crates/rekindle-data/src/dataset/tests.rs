@@ -3,7 +3,7 @@ use std::path::Path;
 use super::*;
 use crate::error::Result;
 use crate::test_support::{BRACKETS, CHATML, checkpoint, tokenizer, write_json, write_rows};
-use crate::{DataFiles, EncodeOptions, ErrorKind, LoadReport, Overlong, Tokenizer, Untrained};
+use crate::{DataFiles, EncodeOptions, ErrorKind, LoadReport, Overlong, RowTask, Tokenizer, Untrained};
 
 const ROWS: &str =
     "{\"input_ids\": [1, 2, 3]}\n\n{\"input_ids\": [1, 2, 3, 4, 5, 6], \"labels\": [-100, -100, -100, 4, 5, 6]}\n";
@@ -29,6 +29,106 @@ fn the_report_counts() {
     let (dataset, report) = load(ROWS, at_most(6, Overlong::Error)).expect("loads");
     assert_eq!(dataset.examples().map(|example| example.row.get()).collect::<Vec<_>>(), [1, 3]);
     assert_eq!(report.to_string(), "2 rows (input_ids), 9 tokens, 5 trained; longest row 6 (line 3)");
+}
+
+const PAIRS: &str = "{\"prompt_ids\": [1, 2], \"chosen_ids\": [3, 4], \"rejected_ids\": [5]}\n\
+     {\"prompt_ids\": [1, 2], \"chosen_ids\": [3], \"rejected_ids\": [3]}\n\
+     {\"prompt_ids\": [1, 2, 3], \"chosen_ids\": [6, 7, 8], \"rejected_ids\": [6, 7, 9]}\n";
+
+fn pairs(max_seq_length: usize, overlong: Overlong) -> EncodeOptions {
+    EncodeOptions { task: RowTask::Pairs, ..at_most(max_seq_length, overlong) }
+}
+
+#[test]
+fn pairs_are_two_examples_and_those_without_a_difference_are_counted() {
+    let (dataset, report) = load(PAIRS, pairs(6, Overlong::Error)).expect("loads");
+    let of = |index: usize| {
+        let example = dataset.example(index);
+        (example.input_ids.to_vec(), example.labels.to_vec(), example.preferred, example.row.get())
+    };
+    assert_eq!(of(0), (vec![1, 2, 3, 4], vec![-100, -100, 3, 4], Some(true), 1));
+    assert_eq!(of(1), (vec![1, 2, 5], vec![-100, -100, 5], Some(false), 1));
+    assert_eq!((of(3).2, of(3).3, dataset.len(), dataset.task()), (Some(false), 3, 4, RowTask::Pairs));
+    assert_eq!((report.rows, report.examples, report.identical, report.preferred), (3, 4, 1, Some(2)));
+    assert!(report.to_string().contains("1 dropped because chosen and rejected are the same (line 2)"), "{report}");
+    // The long pair differs only in its last token.
+    let (dataset, report) = load(PAIRS, pairs(5, Overlong::Truncate)).expect("loads");
+    assert_eq!((dataset.len(), report.truncated, report.identical), (2, 0, 2));
+    let (dataset, report) = load(PAIRS, pairs(3, Overlong::Truncate)).expect("loads");
+    assert_eq!((dataset.len(), report.truncated, report.dropped), (2, 1, 1), "the prompt of the last is too long");
+    let (dataset, report) = load(PAIRS, pairs(5, Overlong::Drop)).expect("loads");
+    assert_eq!((dataset.len(), report.dropped), (2, 1));
+    let same = PAIRS.lines().nth(1).expect("the second row");
+    assert_eq!(
+        load(same, pairs(6, Overlong::Error)).expect_err("nothing is left"),
+        "rows.jsonl: no row is left: the chosen and the rejected answer are the same in all of them"
+    );
+    let error = load(PAIRS, at_most(6, Overlong::Error)).expect_err("not for supervised fine-tuning");
+    assert!(error.contains("unknown kind of row"), "{error}");
+    let error = load(ROWS, pairs(6, Overlong::Error)).expect_err("no pairs");
+    assert!(error.contains("has no \"chosen\", and this method compares a chosen with a rejected answer"), "{error}");
+}
+
+#[test]
+fn labelled_answers_are_counted_and_pairs_are_two_of_them() {
+    let rows = format!("{{\"prompt_ids\": [1], \"completion_ids\": [2], \"label\": false}}\n{PAIRS}");
+    let options = EncodeOptions { task: RowTask::Labelled, ..at_most(6, Overlong::Error) };
+    let (dataset, report) = load(&rows, options).expect("loads");
+    let preferred: Vec<_> = dataset.examples().map(|example| example.preferred).collect();
+    assert_eq!(preferred, [Some(false), Some(true), Some(false), Some(true), Some(false)]);
+    assert!(report.to_string().contains("; 2 desirable and 3 undesirable"), "{report}");
+}
+
+#[test]
+fn preferences_are_cached() {
+    let (_dir, path) = write_rows(PAIRS);
+    let cache = tempfile::tempdir().expect("a directory");
+    let files = DataFiles::find([&path]).expect("a file").cache_dir(cache.path());
+    let options = pairs(6, Overlong::Error);
+    let (made, _) = files.load(None, &options).expect("loads");
+    let (read, report) = files.load(None, &options).expect("loads");
+    assert!(matches!(report.cache, crate::CacheUse::Read(_)), "{:?}", report.cache);
+    assert!(made.examples().eq(read.examples()) && read.task() == RowTask::Pairs);
+    assert_eq!(report.preferred, Some(2));
+}
+
+#[test]
+fn preferences_of_texts_and_conversations_are_encoded_as_completions_are() {
+    let encode = |tokenizer: &Tokenizer, row: &str, task: RowTask| {
+        let (_dir, path) = write_rows(row);
+        let options = EncodeOptions { task, ..EncodeOptions::default() };
+        Dataset::load(&path, Some(tokenizer), &options).expect("loads").0
+    };
+    let turn = |role: &str, content: &str| format!("{{\"role\": \"{role}\", \"content\": \"{content}\"}}");
+    let (user, good, bad) = (turn("user", "Q?"), turn("assistant", "good"), turn("assistant", "bad"));
+    let (_dir, with_template) = tokenizer(CHATML);
+    let plain = checkpoint();
+    let without = Tokenizer::from_dir(plain.path()).expect("a valid tokenizer");
+    for (tokenizer, pair, sides) in [
+        (
+            &with_template,
+            format!("{{\"chosen\": [{user}, {good}], \"rejected\": [{user}, {bad}]}}"),
+            [&good, &bad].map(|answer| format!("{{\"prompt\": [{user}], \"completion\": [{answer}]}}")),
+        ),
+        (
+            &without,
+            "{\"prompt\": \"Q? \", \"chosen\": \"good\", \"rejected\": \"bad\"}".to_owned(),
+            ["good", "bad"].map(|answer| format!("{{\"prompt\": \"Q? \", \"completion\": \"{answer}\"}}")),
+        ),
+    ] {
+        let pairs = encode(tokenizer, &pair, RowTask::Pairs);
+        for (index, side) in sides.iter().enumerate() {
+            let alone = encode(tokenizer, side, RowTask::Sft);
+            let (ours, theirs) = (pairs.example(index), alone.example(0));
+            assert_eq!((ours.input_ids, ours.labels), (theirs.input_ids, theirs.labels), "{side}");
+        }
+    }
+    // Texts that contain their prompt: it ends where their tokens differ.
+    let pairs = encode(&without, "{\"chosen\": \"Q? yes\", \"rejected\": \"Q? no\"}", RowTask::Pairs);
+    for example in pairs.examples() {
+        let shared = example.labels.iter().take_while(|label| **label == -100).count();
+        assert_eq!(without.decode(&example.input_ids[..shared], true).expect("decodes").trim_end(), "Q?");
+    }
 }
 
 #[test]

@@ -223,7 +223,16 @@ fn ids_are_taken_as_given() {
         encode(content, 4, None, &EncodeOptions::default()).expect("encodable")
     };
     let all = row(json!({"input_ids": [1, 2, 3]}));
-    assert_eq!(all, Encoded { input_ids: vec![1, 2, 3], labels: vec![1, 2, 3], line: 4, notes: RowNotes::default() });
+    assert_eq!(
+        all,
+        Encoded {
+            input_ids: vec![1, 2, 3],
+            labels: vec![1, 2, 3],
+            line: 4,
+            notes: RowNotes::default(),
+            preferred: None
+        }
+    );
     let some = row(json!({"input_ids": [1, 2, 3], "labels": [1, -100, 3]}));
     assert_eq!(some.labels, [1, IGNORED, 3]);
     assert_eq!(some.trained_tokens(), 1);

@@ -33,6 +33,23 @@ pub(super) fn read(ids: Value, fields: &Map<String, Value>) -> Result<RowContent
     Ok(RowContent::InputIds { input_ids, labels })
 }
 
+/// Reads a prompt and an answer as ids; the loss covers the answer.
+pub(super) fn read_answer(
+    prompt: Option<&Value>,
+    answer: Option<&Value>,
+    prompt_name: &str,
+    answer_name: &str,
+) -> Result<RowContent, String> {
+    let read = |value: Option<&Value>, name: &str| {
+        let ids = integers(value.unwrap_or(&Value::Null), name, 0)?;
+        if ids.is_empty() { Err(format!("\"{name}\" is an empty list")) } else { Ok(ids) }
+    };
+    let (prompt, answer) = (read(prompt, prompt_name)?, read(answer, answer_name)?);
+    let input_ids = prompt.iter().chain(&answer).map(|id| id.unsigned_abs()).collect();
+    let labels = prompt.iter().map(|_| crate::IGNORED).chain(answer).collect();
+    Ok(RowContent::InputIds { input_ids, labels: Some(labels) })
+}
+
 fn integers(value: &Value, name: &str, min: i32) -> Result<Vec<i32>, String> {
     let Value::Array(values) = value else {
         return Err(format!("\"{name}\" is {}, not a list of integers", type_name(value)));

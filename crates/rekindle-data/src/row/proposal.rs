@@ -11,6 +11,11 @@ const QUESTIONS: [&str; 11] =
 const ANSWERS: [&str; 11] =
     ["answer", "response", "completion", "output", "solution", "assistant", "reply", "target", "chosen", "label", "a"];
 
+/// The error for a row of preferences where answers are not compared.
+pub(super) const PREFERENCE: &str = "has \"chosen\" and \"rejected\", which are for training by preferences: set method = \"dpo\", \
+     \"kto\", \"orpo\", \"cpo\" or \"simpo\" in [train]; to train the chosen answers alone, map them, as in [data] columns = { \
+     completion = \"chosen\" }";
+
 /// Returns the error for a row with keys of no format.
 pub(super) fn unknown(fields: &Map<String, Value>, has_template: bool) -> String {
     let found = conversation(fields).or_else(|| pair(fields, has_template));

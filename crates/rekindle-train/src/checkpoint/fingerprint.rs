@@ -10,7 +10,7 @@ use crate::Error;
 /// models of any size.
 const SAMPLE: usize = 4096;
 
-/// Returns the SHA-256 of the ids and labels of all examples. In contrast, [`Dataset::fingerprint`] covers the files
+/// Returns the SHA-256 of the ids, labels and preferences of all examples. In contrast, [`Dataset::fingerprint`] covers the files
 /// they were made from, and a chat template may insert the date.
 pub(crate) fn dataset_fingerprint(dataset: &Dataset) -> String {
     let (mut hash, mut bytes) = (Sha256::new(), Vec::new());
@@ -19,6 +19,7 @@ pub(crate) fn dataset_fingerprint(dataset: &Dataset) -> String {
         bytes.extend((example.input_ids.len() as u64).to_le_bytes());
         bytes.extend(example.input_ids.iter().flat_map(|id| id.to_le_bytes()));
         bytes.extend(example.labels.iter().flat_map(|label| label.to_le_bytes()));
+        bytes.extend(example.preferred.map(u8::from));
         hash.update(&bytes);
     }
     hex(&hash.finalize())
@@ -37,6 +38,6 @@ pub(crate) fn weights_fingerprint(checkpoint: &Checkpoint) -> Result<String, Err
     Ok(hex(&hash.finalize()))
 }
 
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

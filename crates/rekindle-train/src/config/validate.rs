@@ -104,6 +104,7 @@ impl SftConfig {
             );
         }
         problems.extend(self.optim.ignored(self));
+        problems.extend(self.method.problems(self));
         // Whether the steps are enough shows when they are known.
         let (kind, kwargs) = (self.lr_scheduler_type, &self.lr_scheduler_kwargs);
         if let Err(more) = Schedule::new(kind, kwargs, self.learning_rate.unwrap_or(f64::MAX), 0, 1 << 40) {

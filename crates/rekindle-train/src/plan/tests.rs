@@ -3,6 +3,7 @@ use std::time::Instant;
 use rekindle_kernels::DType;
 use rekindle_kernels::runtime::{Cuda, DeviceProps};
 use rekindle_models::LoadIn;
+use rekindle_models::objective::{Dpo, Kto};
 use serde_json::json;
 
 use super::*;
@@ -37,6 +38,25 @@ fn plan(job: PlannedRun) -> MemoryPlan {
 }
 
 const WEIGHTS: usize = 4_022_468_096;
+
+#[test]
+fn a_pair_is_two_documents() {
+    let job = |method: Method| {
+        let mut job = job(None, Some(LoraConfig::new(16)), GradientCheckpointing::Block);
+        job.train.method = method;
+        job
+    };
+    let pairs = Planner::new(job(Dpo::default().into())).unwrap().plan(&PassRows::equal(2, 2048)).unwrap();
+    let sft = Planner::new(job(Method::Sft)).unwrap().objective(Box::new(Dpo::default()));
+    let documents = { sft }.plan(&PassRows::equal(4, 2048)).unwrap();
+    assert_eq!((pairs.peak, pairs.bytes, pairs.tokens), (documents.peak, documents.bytes, documents.tokens));
+    // All weights: the reference is computed before, so no adapter has to be turned off.
+    let mut full = job(Dpo::default().into());
+    (full.lora, full.load.full_finetuning) = (None, true);
+    assert!(Planner::new(full).unwrap().plan(&PassRows::equal(1, 2048)).unwrap().peak > pairs.peak);
+    let kto = Planner::new(job(Kto::default().into())).unwrap().plan(&PassRows::equal(4, 2048)).unwrap();
+    assert!(kto.peak >= pairs.peak, "mismatched answers take no less");
+}
 
 #[test]
 fn bytes_of_a_large_model_by_hand() {

@@ -10,8 +10,9 @@ pub(super) fn charts(history: &RunHistory) -> Vec<Chart> {
         return Vec::new();
     }
     let of = |value: fn(&StepMetrics) -> f64| points(history, |step| Some(value(step)));
-    vec![
-        loss(history),
+    let mut charts = vec![loss(history)];
+    charts.extend(rewards(history));
+    charts.extend([
         Chart::new(
             "Learning rate",
             Format::Significant,
@@ -25,10 +26,33 @@ pub(super) fn charts(history: &RunHistory) -> Vec<Chart> {
             .unit("tokens per second of training steps")
             .with_zero(),
         memory(history),
+    ]);
+    charts.retain(Chart::has_points);
+    charts
+}
+
+/// Returns the charts of a preference loss: rewards, their margin, and the share of pairs in the right order. Without such
+/// metrics they have no points.
+fn rewards(history: &RunHistory) -> [Chart; 3] {
+    let of = |name: &str| points(history, |step| step.metrics.get(name));
+    let both = |name: &str| {
+        let mut series = smoothed("training data", of(name));
+        let name = format!("eval_{name}");
+        let evals = history.evals.iter().filter_map(|eval| Some((eval.step, eval.metrics.get(&name)?))).collect();
+        series.push(Series::dotted("evaluation data", "eval", evals));
+        series
+    };
+    let sides = vec![
+        Series::line("chosen", "train", smooth(&of("rewards/chosen"))),
+        Series::line("rejected", "eval", smooth(&of("rewards/rejected"))),
+    ];
+    [
+        Chart::new("Reward margin", Format::Significant, both("rewards/margins")).unit("chosen − rejected").wide(),
+        Chart::new("Rewards", Format::Significant, sides).unit("training data"),
+        Chart::new("Reward accuracy", Format::Significant, both("rewards/accuracies"))
+            .unit("share of pairs")
+            .with_zero(),
     ]
-    .into_iter()
-    .filter(Chart::has_points)
-    .collect()
 }
 
 /// Returns the mean loss of the last steps, over the span of the smoothing.
@@ -47,7 +71,9 @@ fn loss(history: &RunHistory) -> Chart {
     let mut series = smoothed("training data", points(history, |step| Some(step.loss)));
     let evals = history.evals.iter().map(|eval| (eval.step, eval.eval_loss)).collect();
     series.push(Series::dotted("evaluation data", "eval", evals));
-    Chart::new("Loss", Format::Significant, series).unit("nats per token").wide()
+    let is_preference = history.steps.iter().any(|step| step.metrics.get("rewards/chosen").is_some());
+    let unit = if is_preference { "of the training method" } else { "nats per token" };
+    Chart::new("Loss", Format::Significant, series).unit(unit).wide()
 }
 
 fn memory(history: &RunHistory) -> Chart {
@@ -106,6 +132,20 @@ mod tests {
         let smooth = smooth(&noise);
         assert_eq!(smooth[0], (1, -1.0), "the first has no other to be averaged with");
         assert!(smooth[100..].iter().all(|point| point.1.abs() < 0.1), "{smooth:?}");
+    }
+
+    #[test]
+    fn a_preference_run_has_charts_of_rewards() {
+        let mut history = RunHistory { steps: (1..=12).map(step).collect(), ..RunHistory::default() };
+        let values = [("rewards/chosen", 0.5), ("rewards/rejected", -0.25), ("rewards/margins", 0.75)];
+        for step in &mut history.steps {
+            step.metrics = crate::MetricValues::prefixed(&values, "");
+        }
+        let html: String = charts(&history).iter().map(|chart| chart.html(12)).collect();
+        for part in ["<b>Reward margin</b>", "<b>Rewards</b>", "0.750", "of the training method"] {
+            assert!(html.contains(part), "{part}: {html}");
+        }
+        assert!(!html.contains("Reward accuracy"), "it has no values");
     }
 
     #[test]

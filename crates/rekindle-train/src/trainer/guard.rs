@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use rekindle_data::Dataset;
-use rekindle_models::{Batch, CausalLm, NonFinite, Sft, StepKey};
+use rekindle_models::{Batch, CausalLm, NonFinite, StepKey};
 
-use crate::evaluate::batch;
+use crate::batches::batch;
 use crate::optimizer::step_scale;
 use crate::{Diverged, Error, Evaluation, SftConfig};
 
@@ -28,8 +28,9 @@ pub(super) struct Pass<'a> {
 impl Pass<'_> {
     /// Repeats the pass to find the first non-finite value, and returns the error.
     pub(super) fn explain(self, model: &CausalLm, config: &SftConfig) -> Error {
-        let scale = step_scale(&Sft, self.batches) as f32;
-        let found = match model.first_non_finite(&Sft, self.batches, scale, self.key) {
+        let objective = config.method.objective();
+        let scale = step_scale(&*objective, self.batches) as f32;
+        let found = match model.first_non_finite(&*objective, self.batches, scale, self.key) {
             Ok(found) => found,
             Err(error) => return error.into(),
         };

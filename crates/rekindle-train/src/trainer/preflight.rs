@@ -35,6 +35,7 @@ impl Preflight<'_> {
     pub fn check(&self) -> Result<Timetable, Error> {
         let Self { config, train, full_finetuning: full, arguments, .. } = *self;
         config.validate()?;
+        config.method.check_rows(train)?;
         let times = config.timetable(config.rows(train, self.max_seq_length).len());
         config.schedule(config.resolved_learning_rate(full), times.total)?;
         let output = OutputDir { arguments, full };

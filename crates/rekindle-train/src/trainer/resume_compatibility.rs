@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::Trainer;
 use crate::checkpoint::{TrainerState, dataset_fingerprint, weights_fingerprint};
-use crate::{Error, LrSchedulerType, SftConfig, TrainerArguments};
+use crate::{Error, LrSchedulerType, Method, SftConfig, TrainerArguments};
 
 /// Keys of `[train]` that a resumed run may change. They do not affect parameters, or a notice says how they do
 /// (`max_steps` through the schedule, the batch size through the order of sums).
@@ -143,6 +143,10 @@ impl RunTerms<'_> {
         config.resolve(self.full, false);
         let keys = object(&config).into_iter().filter(|(key, _)| !MAY_CHANGE.contains(&&**key));
         let mut configuration: BTreeMap<_, _> = keys.map(|(key, value)| (format!("[train] {key}"), value)).collect();
+        if config.method != Method::Sft {
+            let keys = object(&config.method).into_iter().map(|(key, value)| (format!("[train] {key}"), value));
+            configuration.extend(keys);
+        }
         configuration.insert("rows of a step".to_owned(), config.rows_per_step().into());
         configuration.insert("[data] shuffle".to_owned(), self.arguments.shuffle.into());
         configuration.insert("seed".to_owned(), self.arguments.seed.into());

@@ -1,10 +1,10 @@
 //! The examples and batches of each step.
 
-use rekindle_data::{Dataset, Order, Packs};
+use rekindle_data::{Order, Packs};
 use rekindle_models::Batch;
 
 use crate::SftConfig;
-use crate::evaluate::batch;
+use crate::batches::Batches;
 
 /// The rows of a run from a position on; a row is a pack of examples.
 pub(super) struct Rows {
@@ -45,7 +45,7 @@ impl Rows {
     /// Returns the next step's rows: a full step, or the remaining rows of the epoch.
     ///
     /// The number of rows taken determines the position in the epoch, so a resumed run continues with the same steps.
-    pub(super) fn next_step(&mut self, dataset: &Dataset) -> StepRows {
+    pub(super) fn next_step(&mut self, from: &Batches<'_>) -> StepRows {
         let left = self.packs.len() - (self.seen % self.packs.len() as u64) as usize;
         let rows: Vec<usize> = self.order.by_ref().take(self.rows_per_step.min(left)).collect();
         self.seen += rows.len() as u64;
@@ -53,7 +53,7 @@ impl Rows {
         for part in rows.chunks(self.batch_size) {
             let first = examples.len();
             examples.extend(part.iter().flat_map(|&row| self.packs.pack(row)));
-            batches.push(batch(examples[first..].iter().map(|&example| dataset.example(example)), first));
+            batches.push(from.batch(&examples[first..], first));
         }
         StepRows { batches, examples }
     }

@@ -6,23 +6,49 @@ use std::time::Instant;
 
 use rekindle_hub::{DirectoryLock, remove_atomic};
 use rekindle_kernels::optimizer::Rates;
-use rekindle_models::{Sft, StepKey};
+use rekindle_models::{Batch, Objective, StepKey};
 
 use super::guard::{self, Pass};
 use super::resume::{Start, best_path};
 use super::resume_compatibility::RecordedSettings;
 use super::rows::{Rows, StepRows};
 use super::{Trainer, result_name};
+use crate::batches::Batches;
 use crate::checkpoint::{Checkpoint, TrainerState, configuration_sha256};
-use crate::evaluate::evaluate_while;
+use crate::evaluate::{evaluate_objective_while, evaluate_while};
 use crate::model_card::CardRun;
+use crate::reference::{ReferenceLogProbs, is_precomputed};
 use crate::save::write_model_with;
 use crate::stopping::Stopping;
 use crate::{
-    Error, EvalMetrics, Evaluation, Optimizer, OptimizerConfig, RecordedUntil, Recorder, RunHistory, SaveStrategy,
-    Schedule, SftConfig, StepMetrics, Timetable, TrainEnd, TrainEvent, TrainReport, write_result,
+    Error, EvalMetrics, Evaluation, Method, MetricValues, Optimizer, OptimizerConfig, RecordedUntil, Recorder,
+    RunHistory, SaveStrategy, Schedule, SftConfig, StepMetrics, Timetable, TrainEnd, TrainEvent, TrainReport,
+    write_result,
 };
-use rekindle_data::counted;
+use rekindle_data::{Dataset, RowTask, counted};
+
+/// The log-probabilities of the reference model, if they are computed before training.
+#[derive(Default)]
+struct References {
+    train: Option<ReferenceLogProbs>,
+    eval: Option<ReferenceLogProbs>,
+}
+
+impl References {
+    /// Computes the log-probabilities where the run needs them. The model is that before training.
+    fn of(job: &mut Trainer<'_>) -> Result<Self, Error> {
+        if !is_precomputed(&job.config.method, job.model)? {
+            return Ok(Self::default());
+        }
+        let file =
+            |name: &str| job.arguments.output_dir.as_ref().map(|dir| dir.join(format!("reference-{name}.safetensors")));
+        let of = |rows, name| ReferenceLogProbs::of(job.model, rows, &job.config, file(name).as_deref());
+        let train = of(&job.train, "train")?;
+        let eval = job.eval.as_ref().map(|eval| of(eval, "eval")).transpose()?;
+        job.notes.push("the log-probabilities of the reference model were computed before the first step".to_owned());
+        Ok(Self { train: Some(train), eval })
+    }
+}
 
 /// A run in progress.
 pub(super) struct Run<'a> {
@@ -37,6 +63,8 @@ pub(super) struct Run<'a> {
     schedule: Schedule,
     peaks: Rates,
     optimizer: Optimizer,
+    objective: Box<dyn Objective>,
+    reference: References,
     rows: Rows,
     stopping: Stopping,
     recorder: Option<Recorder>,
@@ -57,6 +85,7 @@ impl<'a> Run<'a> {
     /// Prepares the start of the run, or resumes it.
     pub(super) fn begin(mut job: Trainer<'a>) -> Result<Self, Error> {
         job.config.validate()?;
+        job.config.method.check_rows(&job.train)?;
         let full = job.model.lora().is_none();
         let packs = job.config.rows(&job.train, job.model.max_seq_length());
         let times = job.config.timetable(packs.len());
@@ -77,6 +106,8 @@ impl<'a> Run<'a> {
             locked = Some(lock(dir)?);
         }
         job.output().clear()?;
+        let reference = References::of(&mut job)?;
+        notes.extend(job.config.method.balance_advice(&job.train));
         notes.append(&mut job.notes);
         let mut best = None;
         if let Some(checkpoint) = &checkpoint {
@@ -108,6 +139,8 @@ impl<'a> Run<'a> {
             schedule,
             peaks: Rates { default: peak, embedding: job.config.embedding_learning_rate.unwrap_or(peak) },
             optimizer,
+            objective: job.config.method.objective(),
+            reference,
             rows: Rows::new(&job.config, packs, job.arguments.shuffle, job.arguments.seed, examples_seen),
             stopping,
             recorder,
@@ -172,11 +205,14 @@ impl<'a> Run<'a> {
     /// Runs the next step.
     fn step(&mut self) -> Result<(), Error> {
         let began = Instant::now();
-        let rows = self.rows.next_step(&self.job.train);
+        let max_seq_length = self.job.model.max_seq_length();
+        let reference = self.reference.train.as_ref();
+        let from = Batches::new(&self.job.train, &self.job.config, max_seq_length).reference(reference);
+        let rows = self.rows.next_step(&from);
         let factor = self.schedule.factor(self.done);
         let rates = Rates { default: self.peaks.default * factor, embedding: self.peaks.embedding * factor };
         let key = self.optimizer.key();
-        let result = self.optimizer.step(self.job.model, &Sft, &rows.batches, rates)?;
+        let result = self.optimizer.step(self.job.model, &*self.objective, &rows.batches, rates)?;
         for (what, value) in [("loss", result.loss), ("grad_norm", result.grad_norm)] {
             if !value.is_finite() {
                 return Err(self.diverged(what, value, rates.default, &rows, key));
@@ -196,6 +232,7 @@ impl<'a> Run<'a> {
             seconds: self.seconds(),
             memory: memory.map(|memory| memory.in_use),
             peak_memory: memory.map(|memory| memory.peak),
+            metrics: MetricValues::prefixed(&result.metrics, ""),
         };
         if let Some(recorder) = &mut self.recorder {
             recorder.step(&metrics)?;
@@ -235,6 +272,9 @@ impl<'a> Run<'a> {
     /// Returns the loss of the evaluation set, or `None` if the run is asked to stop.
     fn evaluation(&self) -> Result<Option<EvalMetrics>, Error> {
         let Some(eval) = &self.job.eval else { return Ok(None) };
+        if self.job.config.method != Method::Sft {
+            return self.preference_evaluation(eval);
+        }
         let size = self.job.config.per_device_eval_batch_size;
         let result = evaluate_while(self.job.model, eval, size, &mut |_| !self.is_asked_to_stop())?;
         let Some(evaluation) = result else { return Ok(None) };
@@ -254,7 +294,48 @@ impl<'a> Run<'a> {
             return Err(pass.explain(self.job.model, &self.job.config));
         }
         let Evaluation { loss, perplexity, tokens, .. } = evaluation;
-        Ok(Some(EvalMetrics { step: self.done, eval_loss: loss, eval_perplexity: perplexity, eval_tokens: tokens }))
+        Ok(Some(EvalMetrics {
+            step: self.done,
+            eval_loss: loss,
+            eval_perplexity: Some(perplexity),
+            eval_tokens: tokens,
+            metrics: MetricValues::default(),
+        }))
+    }
+
+    /// Returns the loss of the evaluation set by the method's objective, or `None` if the run is asked to stop.
+    fn preference_evaluation(&self, eval: &Dataset) -> Result<Option<EvalMetrics>, Error> {
+        let Trainer { model, config, .. } = &self.job;
+        let from = Batches::new(eval, config, model.max_seq_length()).reference(self.reference.eval.as_ref());
+        let per_row = if eval.task() == RowTask::Pairs { 2 } else { 1 };
+        let examples: Vec<usize> = (0..eval.len()).collect();
+        let size = per_row * config.per_device_eval_batch_size;
+        let parts = examples.chunks(size).enumerate();
+        let batches: Vec<Batch> = parts.map(|(index, part)| from.batch(part, index * size)).collect();
+        let go_on = &mut || !self.is_asked_to_stop();
+        let found = evaluate_objective_while(model, &*self.objective, &batches, go_on)?;
+        let Some(found) = found else { return Ok(None) };
+        if !found.loss.is_finite() {
+            let pass = Pass {
+                step: self.done,
+                what: "eval_loss",
+                value: found.loss,
+                dataset: eval,
+                batches: &batches,
+                examples: &examples,
+                key: None,
+                learning_rate: self.peaks.default,
+                checkpoint: self.report.checkpoint.clone(),
+            };
+            return Err(pass.explain(model, config));
+        }
+        Ok(Some(EvalMetrics {
+            step: self.done,
+            eval_loss: found.loss,
+            eval_perplexity: None,
+            eval_tokens: found.tokens,
+            metrics: MetricValues::prefixed(&found.metrics, "eval_"),
+        }))
     }
 
     fn publish(&self) -> Result<(), Error> {

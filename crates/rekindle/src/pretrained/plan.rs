@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rekindle_data::{Dataset, Tokenizer};
+use rekindle_data::{Dataset, RowTask, Tokenizer};
 use rekindle_hub::read_config;
 use rekindle_kernels::runtime::{self, CUDA_CONTEXT_BYTES, Cuda, DeviceProps};
 use rekindle_kernels::{Device, DeviceKind, open_device};
@@ -90,7 +90,9 @@ impl RunPlanner {
         if self.planner.job().train.packing {
             return self.rows();
         }
-        let lengths = rows.examples().map(|example| example.input_ids.len());
+        let lengths: Vec<usize> = rows.examples().map(|example| example.input_ids.len()).collect();
+        let per_row = if rows.task() == RowTask::Pairs { 2 } else { 1 };
+        let lengths = lengths.chunks(per_row).map(|row| row.iter().copied().max().unwrap_or(0));
         PassRows::longest(self.planner.job().train.per_device_train_batch_size, lengths)
     }
 

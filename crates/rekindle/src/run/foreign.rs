@@ -3,7 +3,19 @@
 use toml::Value;
 
 /// Keys without a counterpart, each with advice.
-const ADVICE: [(&str, &str); 30] = [
+const ADVICE: [(&str, &str); 42] = [
+    ("max_prompt_length", "write max_seq_length in [model]; a prompt is not cut alone"),
+    ("max_completion_length", "write max_seq_length in [model]; an answer is not cut alone"),
+    ("truncation_mode", "write overlong = \"truncate\" in [data], which keeps the beginning of a row"),
+    ("rpo_alpha", "write loss_type = [\"sigmoid\", \"sft\"] with loss_weights = [1.0, ALPHA]"),
+    ("reference_free", "use a method without a reference model: method = \"cpo\", \"simpo\" or \"orpo\""),
+    ("force_use_ref_model", "the reference is always the model before training; remove it"),
+    ("ref_adapter_name", "an adapter that the run continues (init_from in [lora]) is its own reference; remove it"),
+    ("model_adapter_name", "a run trains one adapter; remove it"),
+    ("precompute_ref_batch_size", "reference log-probabilities are computed in batches of training; remove it"),
+    ("disable_dropout", "dropout is lora_dropout in [lora]; set it to 0 there, as TRL does for preference losses"),
+    ("sync_ref_model", "the reference is always the model before training; remove it"),
+    ("use_weighting", "WPO's weights of pairs are not supported; remove it"),
     ("bnb_4bit_quant_type", "write quant_type = \"nf4\" or \"fp4\" in [model]"),
     ("bnb_4bit_use_double_quant", "write double_quant in [model]"),
     ("bnb_4bit_compute_dtype", "quantized weights are decoded to dtype in [model]"),
@@ -181,7 +193,7 @@ pub(super) fn synonym(section: &str, key: &str) -> Option<(&'static str, &'stati
 mod tests {
     use std::collections::BTreeSet;
 
-    use crate::{LoraConfig, SftConfig};
+    use crate::LoraConfig;
 
     use super::*;
     use crate::run::sections::fields_of;
@@ -194,7 +206,7 @@ mod tests {
             ("model", fields_of::<ModelArguments>()),
             ("lora", fields_of::<LoraConfig>()),
             ("data", fields_of::<DataArguments>()),
-            ("train", fields_of::<SftConfig>()),
+            ("train", crate::run::method::train_keys()),
         ];
         let keys: BTreeSet<&str> = sections.iter().flat_map(|(_, keys)| keys.iter().copied()).collect();
         for (home, name, others) in SYNONYMS {

@@ -26,6 +26,7 @@ mod check;
 mod data_arguments;
 mod foreign;
 mod lora_arguments;
+mod method;
 mod model_arguments;
 mod nearest;
 mod observer;
@@ -69,7 +70,8 @@ pub struct RunConfig {
     pub lora: Option<LoraArguments>,
     /// `[data]`: the rows.
     pub data: DataArguments,
-    /// `[train]`: batches, steps, learning rates and the like.
+    /// `[train]`: the method, batches, steps, learning rates and the like.
+    #[serde(serialize_with = "method::serialize")]
     pub train: SftConfig,
     /// The run file that this was read from, which a run never overwrites.
     #[serde(skip)]
@@ -153,9 +155,10 @@ impl RunConfig {
             ("model", fields_of::<ModelArguments>()),
             ("lora", lora_keys),
             ("data", fields_of::<DataArguments>()),
-            ("train", fields_of::<SftConfig>()),
+            ("train", method::train_keys()),
         ]);
-        let top: TopLevel = reader.read("", table);
+        let mut top: TopLevel = reader.read("", table);
+        let method = method::take_method(&mut reader, &mut top.train);
         let config = Self {
             output_dir: top.output_dir.unwrap_or_else(|| Path::new("outputs").join(stem)),
             seed: top.seed,
@@ -163,7 +166,7 @@ impl RunConfig {
             model: reader.read("model", top.model),
             lora: top.lora.map(|table| LoraArguments::read(&mut reader, table, top.seed)),
             data: reader.read("data", top.data),
-            train: reader.read("train", top.train),
+            train: SftConfig { method, ..reader.read("train", top.train) },
             path: None,
         };
         let mut problems = reader.problems;

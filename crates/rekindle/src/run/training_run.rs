@@ -107,6 +107,16 @@ impl RunConfig {
         Ok((loader, start))
     }
 
+    /// Returns the rows to train on, read as the training method needs them.
+    pub fn train_source(&self) -> DataSource {
+        self.data.train_source(&self.model).task(self.train.method.task())
+    }
+
+    /// Returns the rows to evaluate, read likewise.
+    pub fn eval_source(&self) -> Option<DataSource> {
+        Some(self.data.eval_source(&self.model)?.task(self.train.method.task()))
+    }
+
     /// Returns the memory planner of the run. `memory` replaces the free memory of the device.
     ///
     /// # Errors
@@ -126,7 +136,7 @@ impl RunConfig {
         let mut planner = self.planner(loader, None)?;
         let mut for_rows = |planner: &mut RunPlanner| {
             let tokenizer = loader.fetch()?.load_tokenizer()?;
-            let rows = planner.rows_of(tokenizer.as_ref(), &self.data.train_source(&self.model))?;
+            let rows = planner.rows_of(tokenizer.as_ref(), &self.train_source())?;
             planner.decide(&rows)
         };
         let plan = match planner.decide(&planner.rows()) {
@@ -187,8 +197,8 @@ impl TrainingRun {
             observer.encoded(&rows);
             Ok::<_, Error>(rows)
         };
-        let train_rows = encode(config.data.train_source(&config.model))?;
-        let eval_rows = config.data.eval_source(&config.model).map(encode).transpose()?;
+        let train_rows = encode(config.train_source())?;
+        let eval_rows = config.eval_source().map(encode).transpose()?;
         let times = config.preflight(&encoder, &train_rows, eval_rows.as_ref(), &options)?;
         if let Some(notice) = config.steps_notice(&times) {
             observer.notice(&notice);

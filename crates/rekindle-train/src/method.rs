@@ -1,0 +1,209 @@
+//! The training method: supervised fine-tuning, or a preference loss with its arguments.
+
+use rekindle_data::{Dataset, RowTask};
+use rekindle_models::objective::{Cpo, Dpo, Kto, KtoLoss, Orpo};
+use rekindle_models::{Objective, Sft};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, SftConfig};
+
+/// The training method, `[train] method` of a run file, with the arguments of its loss.
+///
+/// A loss lives in one file of `rekindle-models/src/objective/`; a variant here gives it a name.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(tag = "method", rename_all = "lowercase")]
+pub enum Method {
+    /// Supervised fine-tuning.
+    #[default]
+    Sft,
+    /// Direct preference optimization and its relatives, on pairs.
+    Dpo(WithReference<Dpo>),
+    /// Kahneman–Tversky optimization, on labelled answers.
+    Kto(WithReference<Kto>),
+    /// Odds ratio preference optimization, on pairs.
+    Orpo(Orpo),
+    /// Contrastive preference optimization and SimPO, on pairs.
+    Cpo(Cpo),
+}
+
+/// A loss with a reference model: the model before training.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct WithReference<L> {
+    /// The arguments of the loss.
+    #[serde(flatten)]
+    pub loss: L,
+    /// The arguments of the reference model.
+    #[serde(flatten)]
+    pub reference: ReferenceArguments,
+}
+
+/// The arguments of a reference model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReferenceArguments {
+    /// If true, the log-probabilities of the reference model are computed before the first step, and kept in `output_dir`
+    /// for resumed runs. If false, each step computes them with the adapter turned off. Default: false for a new adapter; true
+    /// where the adapter turned off is not the model before training, because all weights are trained or the adapter was
+    /// trained before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub precompute_ref_log_probs: Option<bool>,
+}
+
+impl From<Dpo> for Method {
+    fn from(loss: Dpo) -> Self {
+        Self::Dpo(WithReference { loss, reference: ReferenceArguments::default() })
+    }
+}
+
+impl From<Kto> for Method {
+    fn from(loss: Kto) -> Self {
+        Self::Kto(WithReference { loss, reference: ReferenceArguments::default() })
+    }
+}
+
+impl From<Orpo> for Method {
+    fn from(loss: Orpo) -> Self {
+        Self::Orpo(loss)
+    }
+}
+
+impl From<Cpo> for Method {
+    fn from(loss: Cpo) -> Self {
+        Self::Cpo(loss)
+    }
+}
+
+impl Method {
+    /// The names of all methods in a run file. `ipo` is `dpo` and `simpo` is `cpo` with that `loss_type`.
+    pub const NAMES: [&str; 7] = ["sft", "dpo", "ipo", "kto", "orpo", "cpo", "simpo"];
+
+    /// Returns the name in a run file.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Sft => "sft",
+            Self::Dpo(_) => "dpo",
+            Self::Kto(_) => "kto",
+            Self::Orpo(_) => "orpo",
+            Self::Cpo(_) => "cpo",
+        }
+    }
+
+    /// Returns the kind of rows that it is trained on.
+    pub fn task(&self) -> RowTask {
+        match self {
+            Self::Sft => RowTask::Sft,
+            Self::Dpo(_) | Self::Orpo(_) | Self::Cpo(_) => RowTask::Pairs,
+            Self::Kto(_) => RowTask::Labelled,
+        }
+    }
+
+    /// Returns the loss.
+    pub fn objective(&self) -> Box<dyn Objective> {
+        match self {
+            Self::Sft => Box::new(Sft),
+            Self::Dpo(dpo) => Box::new(dpo.loss.clone()),
+            Self::Kto(kto) => Box::new(kto.loss.clone()),
+            Self::Orpo(orpo) => Box::new(orpo.clone()),
+            Self::Cpo(cpo) => Box::new(cpo.clone()),
+        }
+    }
+
+    /// Returns the arguments of the reference model, if there is one.
+    pub fn reference(&self) -> Option<&ReferenceArguments> {
+        match self {
+            Self::Dpo(dpo) => Some(&dpo.reference),
+            Self::Kto(kto) => Some(&kto.reference),
+            Self::Sft | Self::Orpo(_) | Self::Cpo(_) => None,
+        }
+    }
+
+    /// Returns true if the loss covers the prompts of chosen answers.
+    pub(crate) fn covers_prompts(&self) -> bool {
+        matches!(self, Self::Orpo(_))
+    }
+
+    /// Returns true if the loss compares answers with mismatched ones.
+    pub(crate) fn needs_mismatched(&self) -> bool {
+        matches!(self, Self::Kto(kto) if kto.loss.loss_type == KtoLoss::Kto)
+    }
+
+    /// Returns the peak learning rate, if none is set.
+    pub(crate) fn default_learning_rate(&self, full_finetuning: bool) -> f64 {
+        match (self, full_finetuning) {
+            (Self::Sft, false) => 2e-4,
+            (Self::Sft, true) => 2e-5,
+            // TRL's default for all weights; an adapter takes ten times as much, as above.
+            (_, false) => 1e-5,
+            (_, true) => 1e-6,
+        }
+    }
+
+    /// Returns one sentence for each value that is out of range or contradicts `config`.
+    pub(crate) fn problems(&self, config: &SftConfig) -> Vec<String> {
+        let mut problems = match self {
+            Self::Sft => return Vec::new(),
+            Self::Dpo(dpo) => dpo.loss.problems(),
+            Self::Kto(kto) => kto.loss.problems(),
+            Self::Orpo(orpo) => orpo.problems(),
+            Self::Cpo(cpo) => cpo.problems(),
+        };
+        let name = self.name();
+        if config.neftune_noise_alpha.is_some() {
+            problems.push(format!("neftune_noise_alpha is for method = \"sft\"; with \"{name}\" remove it"));
+        }
+        if self.needs_mismatched() && config.rows_per_step() < 2 {
+            problems.push(
+                "method \"kto\" estimates KL from the answers to other rows of a step, so per_device_train_batch_size · \
+                 gradient_accumulation_steps must be at least 2"
+                    .to_owned(),
+            );
+        }
+        problems
+    }
+
+    /// Refuses rows of another kind, and labelled rows that are all desirable or all undesirable.
+    pub(crate) fn check_rows(&self, train: &Dataset) -> Result<(), Error> {
+        let refuse = |problem: String| Err(Error::Config(vec![problem]));
+        if train.task() != self.task() {
+            return refuse(format!(
+                "the rows were encoded for another method than \"{}\"; set the same method for both",
+                self.name()
+            ));
+        }
+        if let Self::Kto(_) = self {
+            let preferred = train.examples().filter(|example| example.preferred == Some(true)).count();
+            if preferred == 0 || preferred == train.len() {
+                let all = if preferred == 0 { "undesirable" } else { "desirable" };
+                return refuse(format!(
+                    "all {} answers are {all}; method \"kto\" needs desirable and undesirable ones",
+                    train.len()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns advice about the weights of desirable and undesirable answers that are far from balanced.
+    ///
+    /// Source: Ethayarajh et al., arXiv:2402.01306, equation 8: w_d·n_d / (w_u·n_u) from 1 to 4/3.
+    pub(crate) fn balance_advice(&self, train: &Dataset) -> Option<String> {
+        let Self::Kto(kto) = self else { return None };
+        let desirable = train.examples().filter(|example| example.preferred == Some(true)).count();
+        let undesirable = train.len() - desirable;
+        let (n_d, n_u) = (desirable as f64, undesirable as f64);
+        let Kto { desirable_weight: w_d, undesirable_weight: w_u, .. } = kto.loss;
+        let ratio = w_d * n_d / (w_u * n_u);
+        if n_d == n_u || (1.0..=1.33).contains(&ratio) {
+            return None;
+        }
+        Some(format!(
+            "{desirable} desirable and {undesirable} undesirable answers: the paper of KTO advises desirable_weight from \
+             {:.2} to {:.2} with this undesirable_weight, or undesirable_weight from {:.2} to {:.2} with this \
+             desirable_weight",
+            w_u * n_u / n_d,
+            1.33 * w_u * n_u / n_d,
+            w_d * n_d / n_u / 1.33,
+            w_d * n_d / n_u
+        ))
+    }
+}

@@ -1,0 +1,125 @@
+//! Log-probabilities of the reference model that are computed before training.
+
+use std::path::Path;
+
+use rekindle_data::{Dataset, RowTask};
+use rekindle_hub::{Checkpoint as ModelFiles, Dtype, SafetensorsFile, TensorSpec, write_safetensors};
+use rekindle_models::{Batch, CausalLm};
+use sha2::{Digest, Sha256};
+
+use crate::batches::Batches;
+use crate::checkpoint::{dataset_fingerprint, hex, weights_fingerprint};
+use crate::{Error, Method, SftConfig};
+
+/// The log-probabilities of a model's answers before training, by example.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct ReferenceLogProbs {
+    /// ln π_ref of each example's answer, as the loss reads it.
+    pub(crate) answers: Vec<f64>,
+    /// The same for its mismatched answer, if the loss compares with those.
+    pub(crate) mismatched: Vec<f64>,
+}
+
+/// The names of both lists in a file.
+const NAMES: [&str; 2] = ["answers", "mismatched"];
+
+/// Returns true if the reference log-probabilities of a run are computed before its first step.
+///
+/// # Errors
+/// [`Error::Config`] if the configuration forbids it, but the adapter turned off is not the model before training.
+pub(crate) fn is_precomputed(method: &Method, model: &CausalLm) -> Result<bool, Error> {
+    let Some(arguments) = method.reference() else { return Ok(false) };
+    // An adapter that changes nothing is the reference when it is off. PiSSA and OLoRA change the base for their adapter.
+    let is_base = model.lora().is_some() && model.adapter_changes_nothing();
+    match (arguments.precompute_ref_log_probs, is_base) {
+        (Some(true), _) | (None, false) => Ok(true),
+        (None | Some(false), true) => Ok(false),
+        (Some(false), false) => Err(Error::Config(vec![
+            "precompute_ref_log_probs = false computes the reference with the adapter turned off, which is not the model \
+             before training here (all weights are trained, or the adapter was trained before); remove it"
+                .to_owned(),
+        ])),
+    }
+}
+
+impl ReferenceLogProbs {
+    /// Returns the log-probabilities of the examples of `dataset` by `model`: those in `file` if they are of the same
+    /// model, rows and configuration, otherwise computed and written there.
+    pub(crate) fn of(
+        model: &CausalLm,
+        dataset: &Dataset,
+        config: &SftConfig,
+        file: Option<&Path>,
+    ) -> Result<Self, Error> {
+        let fingerprint = fingerprint(model, dataset, config)?;
+        if let Some(found) = file.and_then(|file| Self::read(file, &fingerprint, dataset.len())) {
+            return Ok(found);
+        }
+        let computed = Self::compute(model, dataset, config)?;
+        if let Some(file) = file {
+            computed.write(file, &fingerprint)?;
+        }
+        Ok(computed)
+    }
+
+    fn compute(model: &CausalLm, dataset: &Dataset, config: &SftConfig) -> Result<Self, Error> {
+        let objective = config.method.objective();
+        let batches = Batches::new(dataset, config, model.max_seq_length());
+        let of = |batch: &Batch| -> Result<Vec<f64>, Error> {
+            Ok(objective.answer_log_probs(batch, &model.log_probs(batch)?.values()))
+        };
+        let per_row = if dataset.task() == RowTask::Pairs { 2 } else { 1 };
+        let indices: Vec<usize> = (0..dataset.len()).collect();
+        let mut all = Self::default();
+        for indices in indices.chunks(per_row * config.per_device_train_batch_size) {
+            let batch = batches.batch(indices, 0);
+            all.answers.extend(of(&batch)?);
+            if let Some(mismatched) = &batch.mismatched {
+                all.mismatched.extend(of(mismatched)?);
+            }
+        }
+        Ok(all)
+    }
+
+    fn read(file: &Path, fingerprint: &str, examples: usize) -> Option<Self> {
+        let file = SafetensorsFile::open(file).ok()?;
+        if file.metadata().get("fingerprint").map(String::as_str) != Some(fingerprint) {
+            return None;
+        }
+        let list = |name: &str| {
+            let tensor = file.get(name).filter(|tensor| tensor.dtype == Dtype::F64)?;
+            Some(tensor.data.as_chunks().0.iter().map(|bytes| f64::from_le_bytes(*bytes)).collect::<Vec<_>>())
+        };
+        let [answers, mismatched] = NAMES.map(list);
+        let found = Self { answers: answers?, mismatched: mismatched? };
+        (found.answers.len() == examples).then_some(found)
+    }
+
+    fn write(&self, file: &Path, fingerprint: &str) -> Result<(), Error> {
+        let metadata = [("fingerprint".to_owned(), fingerprint.to_owned())].into();
+        let lists = [&self.answers, &self.mismatched];
+        let specs: Vec<_> =
+            NAMES.iter().zip(lists).map(|(name, list)| TensorSpec::new(*name, Dtype::F64, [list.len()])).collect();
+        Ok(write_safetensors(file, &metadata, &specs, |index, out| {
+            lists[index].iter().try_for_each(|value| out.write_all(&value.to_le_bytes()))
+        })?)
+    }
+}
+
+/// Returns the hash of everything that the log-probabilities depend on: the base, the trained parameters before training,
+/// the rows, the method, and the size of its groups of rows.
+fn fingerprint(model: &CausalLm, dataset: &Dataset, config: &SftConfig) -> Result<String, Error> {
+    /// Parameters that are hashed of each tensor.
+    const SAMPLE: usize = 4096;
+    let mut hash = Sha256::new_with_prefix("reference log-probabilities, version 1");
+    hash.update(weights_fingerprint(&ModelFiles::open(model.path())?)?);
+    hash.update(dataset_fingerprint(dataset));
+    hash.update(serde_json::to_string(&config.method).expect("names and numbers"));
+    hash.update(config.rows_per_step().to_le_bytes());
+    hash.update(format!("{:?} {:?} {:?}", model.dtype(), model.lora(), model.quantization_config()));
+    for info in model.params().infos() {
+        hash.update(&info.name);
+        model.params().values(info.at).iter().take(SAMPLE).for_each(|value| hash.update(value.to_le_bytes()));
+    }
+    Ok(hex(&hash.finalize()))
+}
