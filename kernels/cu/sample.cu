@@ -16,6 +16,10 @@
 //
 // Launch: sample(logits, draws, drawn, i32 vocab, ld, f32 multiplier, softcap), grid rows, block 1024; with -DSOFTCAP the softcap
 // is applied.
+//
+// Floor: the bytes of the logits, but at a few rows what one multiprocessor reads and computes.
+// Tests: against exact probabilities with evenly spread random numbers: each token comes as often as it must, to within one
+// draw, for every filter; tests/tests/cuda.rs.
 
 static const int THREADS = 1024;
 static const int WARPS = THREADS / 32;

@@ -46,5 +46,5 @@ pub use rng::RngKey;
 pub use runtime::{MemoryStats, MemoryUse};
 pub use tensor::{
     Backend, Device, DeviceError, DeviceKind, DeviceLimits, DeviceMemory, MetaDevice, MetaMemory, MetaTensor,
-    Offloaded, Rows, Tensor, from_f32, from_le_bytes, open_device, parse_device, to_f32, unfilled,
+    Offloaded, Tensor, from_f32, from_le_bytes, open_device, parse_device, to_f32, unfilled,
 };

@@ -42,11 +42,6 @@ fn lonely_tokens_see_themselves() {
     on_both_paths(|| properties::lonely_tokens_see_themselves(cpu, 24));
 }
 
-#[test]
-fn cached_attention_gives_the_last_rows() {
-    on_both_paths(|| properties::cached_attention_gives_the_last_rows(&Device::cpu(), F32, 24, F32_FLOOR));
-}
-
 /// Plain heads, and every option of attention. Lengths are below, at and above whole pages and blocks of queries.
 fn paged_cases() -> Vec<Attention> {
     let lengths = [1, 16, 17, 75, 150];

@@ -49,7 +49,7 @@ pub(super) struct Inner {
     synchronous: bool,
     /// True while work is recorded, which then cannot reach the host.
     pub(super) recording: AtomicBool,
-    /// Whether kernels may begin before the ones before them have ended, and whether they do so now.
+    /// True if kernels may begin before the ones before them have ended, and the same for those of the moment.
     overlap_allowed: AtomicBool,
     overlapping: AtomicBool,
     /// Measurements so far, while [`Cuda::profile`] runs.

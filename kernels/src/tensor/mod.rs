@@ -5,14 +5,12 @@ mod device;
 mod memory;
 mod meta;
 mod offload;
-mod rows;
 
 pub use backend::Backend;
 pub use device::{Device, DeviceError, DeviceKind, DeviceLimits, open as open_device, parse as parse_device};
 pub use memory::DeviceMemory;
 pub use meta::{MetaDevice, MetaMemory, MetaTensor};
 pub use offload::Offloaded;
-pub use rows::Rows;
 
 use burn::tensor::{DType, Int, Tensor as BurnTensor, TensorData};
 

@@ -6,10 +6,10 @@ use rekindle_kernels::dropout::{self, Dropout, Token, Tokens};
 use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, Step};
 use rekindle_kernels::quantized::{Absmax, QuantizedData, QuantizedFormat};
-use rekindle_kernels::{Device, Group, Params, ParamsBuilder, QuantizedWeight, RngKey, attention, from_f32, to_f32};
+use rekindle_kernels::{Device, Group, Params, ParamsBuilder, QuantizedWeight, RngKey, from_f32, to_f32};
 
 use super::attention::Attention;
-use super::{Case, F32_FLOOR, LOW_DTYPES, Layout, Place, judge, noise, values};
+use super::{Case, F32_FLOOR, LOW_DTYPES, Place, noise, values};
 
 /// Changing one document changes no bit of another.
 pub(crate) fn documents_do_not_reach_their_neighbours(place: impl Fn() -> Place, head_dim: usize) {
@@ -96,32 +96,6 @@ pub(crate) fn lonely_tokens_see_themselves(place: impl Fn() -> Place, head_dim: 
     let bound = case.heads.scale * 4.0 * 2.0 * 2.0 * (head_dim * head_dim) as f32 * f32::EPSILON;
     for gradient in to_f32(dq).into_iter().chain(to_f32(dk)) {
         assert!(gradient.abs() <= bound, "a gradient of {gradient}, and at most {bound} is rounding");
-    }
-}
-
-/// The last rows with all keys and values are the last rows of the whole, by the house rule with this floor.
-pub(crate) fn cached_attention_gives_the_last_rows(device: &Device, dtype: DType, head_dim: usize, floor: f64) {
-    let case = || Attention::new(&[300], 4, 2, head_dim, dtype);
-    for case in [case(), case().window(1), case().window(90), case().softcap(3.0).sinks(), case().window(7).sinks()] {
-        gives_the_last_rows(device, dtype, &case, floor);
-    }
-}
-
-fn gives_the_last_rows(device: &Device, dtype: DType, case: &Attention, floor: f64) {
-    let (wide, narrow) = case.shapes();
-    let [truth, naive] = [DType::F64, dtype].map(|dtype| case.naive(dtype).swap_remove(0).1);
-    for new in [1, 5, 130, 300] {
-        let first = (300 - new) * wide[1];
-        for layout in [Layout::Columns, Layout::Panel] {
-            let place = Place::new(device.clone(), dtype, layout);
-            let q = place.matrix(&case.q[first..], [new, wide[1]]);
-            let (k, v) = (place.matrix(&case.k, narrow), place.matrix(&case.v, narrow));
-            let sinks = case.sinks.as_ref().map(|sinks| place.vector(sinks));
-            let o = attention::forward_cached(&q, &k, &v, sinks.as_ref(), case.heads);
-            let last = |whole: &[f64]| vec![("o", whole[first..].to_vec())];
-            let what = format!("{case:?}, {new} new tokens {layout:?}");
-            judge(&what, &vec![("o", values(o))], &last(&naive), &last(&truth), 2.0, floor);
-        }
     }
 }
 

@@ -142,29 +142,6 @@ pub fn forward(
     }
 }
 
-/// Attention of new tokens, the last rows of one document whose keys and values are all given: `o`.
-///
-/// q `[new, heads · head_dim]`; k, v `[past + new, kv_heads · head_dim]`.
-pub fn forward_cached(
-    q: &Tensor<2>,
-    k: &Tensor<2>,
-    v: &Tensor<2>,
-    sinks: Option<&Tensor<1>>,
-    heads: Heads,
-) -> Tensor<2> {
-    check(q, k, v, sinks, heads);
-    let (new, all) = (q.dims()[0], k.dims()[0]);
-    let document = [Document { query: 0, key: 0, queries: new, past: all - new }];
-    match Backend::of(q) {
-        Backend::Cpu => cpu::forward(q.burn(), k.burn(), v.burn(), sinks.map(Tensor::burn), heads, &document).0.into(),
-        Backend::Portable => {
-            portable::forward(q.burn(), k.burn(), v.burn(), sinks.map(Tensor::burn), heads, &document).0.into()
-        }
-        Backend::Cuda => cuda::forward_cached(q.cuda(), k.cuda(), v.cuda(), sinks.map(Tensor::cuda), heads).into(),
-        Backend::Meta => meta::forward(q.meta(), k.meta(), v.meta(), heads, &document).0.into(),
-    }
-}
-
 /// Tensors that [`forward`] saves for [`backward`].
 #[derive(Clone, Debug)]
 pub struct Saved {

@@ -45,7 +45,7 @@ struct Parts {
     /// The factor of gate·sig.
     up: Tensor<2>,
     slope: f32,
-    /// Which gates and ups the clamp left as they were, for the form that has one.
+    /// The gates and ups that the clamp left as they were, for the form that has one.
     kept: Option<[Tensor<2>; 2]>,
 }
 

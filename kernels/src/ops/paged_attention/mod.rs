@@ -102,9 +102,9 @@ impl KvPages {
 pub struct PagedBatch {
     sequences: Vec<PagedSequence>,
     rows: usize,
-    /// Where a GPU finds the sequences, if they are not in `sequences`.
+    /// The place of the sequences on a GPU, if they are not in `sequences`.
     fixed: Option<FixedLists>,
-    /// What the kernels of a GPU read, made on first use.
+    /// The lists that the kernels of a GPU read, made on first use.
     lists: Arc<cuda::ListsByHeads>,
 }
 

@@ -5,15 +5,7 @@ use super::{Engine, Inputs, Plan, arch};
 use crate::runtime::op::{blocks, int, lanes};
 use crate::runtime::{Array, AttentionKernel, Kernel, Tiles, args, entry};
 
-pub(super) fn forward(
-    q: &Array,
-    k: &Array,
-    v: &Array,
-    sinks: Option<&Array>,
-    o: &Array,
-    lse: Option<&Array>,
-    plan: &Plan,
-) {
+pub(super) fn forward(q: &Array, k: &Array, v: &Array, sinks: Option<&Array>, o: &Array, lse: &Array, plan: &Plan) {
     let step = Step::of(plan, AttentionKernel::Fwd, plan.forward, sinks.is_some());
     let Plan { heads, tokens, .. } = plan;
     let (window, softcap) = plan.option_args();
@@ -26,7 +18,7 @@ pub(super) fn forward(
             k.ptr(),
             v.ptr(),
             o.ptr(),
-            lse.map_or(0, Array::ptr),
+            lse.ptr(),
             step.tiles,
             int(q.ld()),
             int(k.ld()),

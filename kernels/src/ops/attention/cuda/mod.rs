@@ -134,28 +134,13 @@ pub(crate) fn forward(
     pad_cols: usize,
 ) -> (Array, Array) {
     let lse = plan.statistics();
-    (run(q, k, v, sinks, Some(&lse), plan, pad_cols), lse)
-}
-
-/// Attention of new tokens, the last rows of one document whose keys and values are all given: o.
-///
-/// q `[new, heads · head_dim]`; k, v `[past + new, kv_heads · head_dim]`.
-pub(crate) fn forward_cached(q: &Array, k: &Array, v: &Array, sinks: Option<&Array>, heads: Heads) -> Array {
-    let (cuda, [new, all]) = (q.cuda(), [q.rows(), k.rows()]);
-    assert!(new <= all, "{new} new tokens of {all}");
-    let engine = match Engine::fastest(cuda.props(), q.dtype(), heads.head_dim) {
-        // Its tables have no place for a past.
-        Engine::Sm90 => Engine::MmaSync,
-        engine => engine,
-    };
-    let document = Document { query: 0, key: 0, queries: new, past: all - new };
-    run(q, k, v, sinks, None, &Plan::of(cuda, &[document], [new, all], heads, q.dtype(), engine), 0)
+    (run(q, k, v, sinks, &lse, plan, pad_cols), lse)
 }
 
 /// Attention inside the documents of `plan`, which need not be all rows, into their rows of o. q, k and v are aligned.
 pub(crate) fn forward_onto(q: &Array, k: &Array, v: &Array, sinks: Option<&Array>, o: &Array, plan: &Plan) {
     plan.check(q, k, v, sinks);
-    launch_forward(q, k, v, sinks, o, Some(&plan.statistics()), plan);
+    launch_forward(q, k, v, sinks, o, &plan.statistics(), plan);
 }
 
 /// Returns the gradients: those to q, k and v as columns of one matrix with `pad_cols` spare columns behind them, and that to
@@ -197,15 +182,7 @@ pub(crate) fn backward(
     AttentionGrads { q, k, v, sinks: dsinks }
 }
 
-fn run(
-    q: &Array,
-    k: &Array,
-    v: &Array,
-    sinks: Option<&Array>,
-    lse: Option<&Array>,
-    plan: &Plan,
-    pad_cols: usize,
-) -> Array {
+fn run(q: &Array, k: &Array, v: &Array, sinks: Option<&Array>, lse: &Array, plan: &Plan, pad_cols: usize) -> Array {
     plan.check(q, k, v, sinks);
     let [q, k, v] = [q, k, v].map(Array::aligned);
     let sinks = sinks.map(Array::contiguous);
@@ -217,9 +194,9 @@ fn run(
     o
 }
 
-fn launch_forward(q: &Array, k: &Array, v: &Array, sinks: Option<&Array>, o: &Array, lse: Option<&Array>, plan: &Plan) {
+fn launch_forward(q: &Array, k: &Array, v: &Array, sinks: Option<&Array>, o: &Array, lse: &Array, plan: &Plan) {
     match plan.engine {
-        Engine::Sm90 => sm90::forward(q, k, v, sinks, o, lse.expect("only cached tokens go without"), plan),
+        Engine::Sm90 => sm90::forward(q, k, v, sinks, o, lse, plan),
         Engine::MmaSync | Engine::Plain => general::forward(q, k, v, sinks, o, lse, plan),
     }
 }
