@@ -76,6 +76,14 @@ pub(crate) enum Command {
     Cache(CacheCommand),
     /// Check the CUDA installation of this machine; exit code 1 if something is missing
     Doctor,
+    /// Print the completions of a shell, for its startup file
+    Completions(CompletionsArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CompletionsArgs {
+    /// The shell
+    pub(crate) shell: clap_complete::Shell,
 }
 
 #[derive(Debug, clap::Args)]
@@ -348,8 +356,8 @@ Start here:
   rekindle init --model Qwen/Qwen3-0.6B --data train.jsonl
 
 Results are printed to stdout, progress to stderr.
-Models and adapters are directories, or names on the Hugging Face hub such as Qwen/Qwen3-0.6B. The environment variables
-HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE apply.
+Models and adapters are directories, or names on the Hugging Face hub such as Qwen/Qwen3-0.6B; a model can also be a GGUF
+file. The environment variables HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE apply.
 Exit codes: 0 success, 1 failure, 2 usage or configuration, 3 data, 4 not enough memory, 5 network or hub, 6 non-finite
 loss or gradient, 130 interrupted.";
 

@@ -11,6 +11,7 @@ mod args;
 #[cfg(feature = "network")]
 mod cache;
 mod chat;
+mod completions;
 mod data;
 mod doctor;
 mod dry_run;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
         #[cfg(feature = "network")]
         Command::Cache(command) => cache::run(&command),
         Command::Doctor => doctor::run(),
+        Command::Completions(args) => completions::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

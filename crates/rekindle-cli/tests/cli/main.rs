@@ -4,6 +4,7 @@
 
 mod adapters;
 mod checkpoints;
+mod completions;
 mod context;
 mod data;
 mod errors;
