@@ -17,8 +17,10 @@ pub struct GgufDecoder {
     pub context_length: u64,
     /// Width of the residual stream.
     pub embedding_length: u64,
-    /// Width of the feed-forward half.
+    /// Width of the feed-forward half; of an expert in a mixture.
     pub feed_forward_length: u64,
+    /// The mixture of experts in every layer; `None` for a dense model.
+    pub experts: Option<GgufExperts>,
     /// Query heads.
     pub heads: u64,
     /// Key/value heads.
@@ -45,6 +47,19 @@ pub struct GgufDecoder {
     pub layers: Vec<GgufLayer>,
     /// The rotary embeddings that layers refer to.
     pub ropes: Vec<GgufRope>,
+}
+
+/// A mixture of experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GgufExperts {
+    /// Number of experts.
+    pub count: u64,
+    /// Experts for each token.
+    pub used: u64,
+    /// Width of the expert that every token uses, if there is one.
+    pub shared_feed_forward_length: Option<u64>,
+    /// True if the weights of the chosen experts sum to 1.
+    pub normalizes: bool,
 }
 
 /// A layer of a decoder.
@@ -146,6 +161,22 @@ pub enum GgufPart {
     Down(usize),
     /// The norm of the feed-forward half's result.
     PostFeedForwardNorm(usize),
+    /// The router of a mixture.
+    Router(usize),
+    /// The gates of all experts, stacked.
+    ExpertGates(usize),
+    /// The linears that these gates multiply, stacked.
+    ExpertUps(usize),
+    /// Back to the residual stream from all experts, stacked.
+    ExpertDowns(usize),
+    /// The gate of the expert that every token uses.
+    SharedGate(usize),
+    /// The linear that this gate multiplies.
+    SharedUp(usize),
+    /// Back to the residual stream from this expert.
+    SharedDown(usize),
+    /// The gate on the result of this expert.
+    SharedExpertGate(usize),
 }
 
 impl GgufPart {
@@ -170,6 +201,14 @@ impl GgufPart {
             Self::Up(layer) => (layer, "ffn_up"),
             Self::Down(layer) => (layer, "ffn_down"),
             Self::PostFeedForwardNorm(layer) => (layer, "post_ffw_norm"),
+            Self::Router(layer) => (layer, "ffn_gate_inp"),
+            Self::ExpertGates(layer) => (layer, "ffn_gate_exps"),
+            Self::ExpertUps(layer) => (layer, "ffn_up_exps"),
+            Self::ExpertDowns(layer) => (layer, "ffn_down_exps"),
+            Self::SharedGate(layer) => (layer, "ffn_gate_shexp"),
+            Self::SharedUp(layer) => (layer, "ffn_up_shexp"),
+            Self::SharedDown(layer) => (layer, "ffn_down_shexp"),
+            Self::SharedExpertGate(layer) => (layer, "ffn_gate_inp_shexp"),
         };
         format!("blk.{layer}.{name}.{kind}")
     }
@@ -197,6 +236,17 @@ enum AttentionScale {
     Gemma(usize),
 }
 
+/// The mixtures of experts that an architecture computes. Files do not say if the weights of chosen experts are normalized.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mixtures {
+    /// Dense models only.
+    None,
+    /// Experts of the width of a dense feed-forward half, with weights that sum to 1.
+    Mixtral,
+    /// Experts of a width of their own; `true` if their weights sum to 1.
+    Qwen(bool),
+}
+
 /// An architecture of llama.cpp.
 #[derive(Clone, Copy)]
 pub struct GgufArchitecture {
@@ -214,6 +264,7 @@ pub struct GgufArchitecture {
     no_rope_step: usize,
     /// True if factors on embeddings, residuals and logits are stored.
     has_scales: bool,
+    mixtures: Mixtures,
 }
 
 const LLAMA: GgufArchitecture = GgufArchitecture {
@@ -225,6 +276,7 @@ const LLAMA: GgufArchitecture = GgufArchitecture {
     has_divisors: true,
     no_rope_step: 0,
     has_scales: false,
+    mixtures: Mixtures::None,
 };
 
 /// An architecture that rotates halves of heads, as most do.
@@ -232,7 +284,7 @@ const HALVES: GgufArchitecture =
     GgufArchitecture { rotates_pairs: false, attention_scale: AttentionScale::HeadDim, has_divisors: false, ..LLAMA };
 
 /// The families, each with its architecture.
-const ARCHITECTURES: [GgufArchitecture; 18] = [
+const ARCHITECTURES: [GgufArchitecture; 21] = [
     LLAMA,
     GgufArchitecture { model_type: "mistral", ..LLAMA },
     GgufArchitecture { model_type: "ministral3", name: "mistral3", ..LLAMA },
@@ -263,6 +315,9 @@ const ARCHITECTURES: [GgufArchitecture; 18] = [
     GgufArchitecture { model_type: "glm", name: "chatglm", rotates_pairs: true, ..HALVES },
     GgufArchitecture { model_type: "hunyuan_v1_dense", name: "hunyuan-dense", ..HALVES },
     GgufArchitecture { model_type: "mistral3", name: "mistral3", ..LLAMA },
+    GgufArchitecture { model_type: "mixtral", mixtures: Mixtures::Mixtral, ..LLAMA },
+    GgufArchitecture { model_type: "qwen2_moe", name: "qwen2moe", mixtures: Mixtures::Qwen(false), ..HALVES },
+    GgufArchitecture { model_type: "qwen3_moe", name: "qwen3moe", mixtures: Mixtures::Qwen(true), ..HALVES },
 ];
 
 const GEMMA3: GgufArchitecture = GgufArchitecture {
@@ -349,6 +404,7 @@ mod tests {
             context_length: 256,
             embedding_length: 64,
             feed_forward_length: 96,
+            experts: None,
             heads: 4,
             kv_heads: 2,
             head_dim: 16,

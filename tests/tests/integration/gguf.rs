@@ -14,7 +14,11 @@ use sha2::{Digest, Sha256};
 const NOT_WRITTEN: [&str; 2] = ["rope.scaling.yarn_log_multiplier", "phi3.attention.sliding_window"];
 
 /// Checkpoints that are not exported, with a part of the error.
-const REFUSED: [(&str, &str); 4] = [
+const REFUSED: [(&str, &str); 8] = [
+    ("families/qwen3-moe-sparse", "layers that differ in their sizes"),
+    ("families/qwen3_5", "cannot be exported to GGUF"),
+    ("families/qwen3_5-moe", "cannot be exported to GGUF"),
+    ("families/qwen3_5-multimodal", "cannot be exported to GGUF"),
     ("families/exaone4", "layers have a window, but there are not 64 layers"),
     ("families/gemma2", "the attention scores are multiplied with"),
     ("families/gemma3", "the attention scores are multiplied with"),
@@ -22,7 +26,10 @@ const REFUSED: [(&str, &str); 4] = [
 ];
 
 /// Values of checkpoints that are not the converter's.
-const OTHER_VALUES: [(&str, &str); 5] = [
+const OTHER_VALUES: [(&str, &str); 7] = [
+    // The width of dense layers, of which there are none.
+    ("families/qwen2-moe", "qwen2moe.feed_forward_length"),
+    ("families/qwen3-moe", "qwen3moe.feed_forward_length"),
     // The converter reads the keys of ChatGLM's own code, which transformers' config.json does not have, and takes defaults.
     ("families/glm", "chatglm.context_length"),
     ("families/glm", "chatglm.attention.layer_norm_rms_epsilon"),

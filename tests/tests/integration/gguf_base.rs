@@ -70,8 +70,8 @@ fn every_family_is_read_back() {
     let golden: Value = read_json(&goldens().join("gguf/converted.json")).expect("a golden");
     let mut compared = 0;
     for name in golden["checkpoints"].as_object().expect("an object").keys() {
-        if name == "families/gemma3-multimodal" {
-            // Its text part is that of families/gemma3.
+        // The text part of a multimodal model is that of families/gemma3; others are not exported.
+        if name == "families/gemma3-multimodal" || name.contains("qwen3_5") || name.ends_with("-sparse") {
             continue;
         }
         let (_scratch, dir) = changed(name);
@@ -81,7 +81,11 @@ fn every_family_is_read_back() {
         let original = Checkpoint::open(&dir).expect("a golden checkpoint");
         for tensor in read.names() {
             let (ours, theirs) = (read.get(tensor).expect("listed"), original.get(tensor));
-            let theirs = theirs.unwrap_or_else(|| panic!("{name}: {tensor} is none of the checkpoint's"));
+            // The linears of experts may be stacked there; then the losses tell.
+            let Some(theirs) = theirs else {
+                assert!(tensor.contains(".experts."), "{name}: {tensor} is none of the checkpoint's");
+                continue;
+            };
             assert_eq!(ours.shape, theirs.shape, "{name}: {tensor}");
             let (ours, theirs) = (ours.to_f32().expect("a float"), theirs.to_f32().expect("a float"));
             // Norms of Gemma are stored with 1 added.
@@ -250,7 +254,8 @@ fn what_cannot_be_loaded_is_an_error() {
     let cases = [
         (refusal(set("general.architecture", "mamba".into())), "architecture \"mamba\""),
         (refusal(set("llama.block_count", 0_u32.into())), "llama.block_count is 0; expected a positive integer"),
-        (refusal(set("llama.block_count", 4_000_000_000_u32.into())), "expected at most 10000"),
+        (refusal(set("llama.block_count", 4_000_000_000_u32.into())), "expected at most 512"),
+        (refusal(set("llama.expert_count", 4_000_000_000_u32.into())), "expert_used_count is missing"),
         (refusal(set("llama.attention.head_count", vec![2_u32, 4].into())), "layers that differ in their sizes"),
         (refusal(set("llama.attention.head_count", 0_u32.into())), "head_count is 0"),
         (refusal(set("llama.attention.head_count_kv", 7_u32.into())), "num_key_value_heads"),

@@ -1,12 +1,16 @@
 //! The metadata of a decoder, and the refusal of what an architecture does not compute.
 
-use super::{AttentionScale, GgufArchitecture, GgufDecoder, GgufDescription, GgufLayer, GgufRopeScaling, Windows};
+use super::{
+    AttentionScale, GgufArchitecture, GgufDecoder, GgufDescription, GgufExperts, GgufLayer, GgufRopeScaling, Mixtures,
+    Windows,
+};
 use crate::{Error, MetadataValue};
 
 /// Returns the metadata of a decoder as the architecture has it.
 pub(super) fn description(architecture: &GgufArchitecture, decoder: &GgufDecoder) -> Result<GgufDescription, Error> {
     let mut out = Describer { architecture, metadata: Vec::new(), vectors: Vec::new(), notices: Vec::new() };
     out.sizes(decoder)?;
+    out.experts(decoder)?;
     out.attention_scale(decoder)?;
     out.scales(decoder)?;
     out.windows(decoder)?;
@@ -50,6 +54,36 @@ impl Describer<'_> {
         self.set_size("attention.value_length", decoder.head_dim)?;
         self.set("attention.layer_norm_rms_epsilon", decoder.rms_epsilon as f32);
         Ok(())
+    }
+
+    fn experts(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
+        let (normalizes, has_width) = match (self.architecture.mixtures, decoder.experts) {
+            (Mixtures::None, None) => return Ok(()),
+            (Mixtures::None, Some(_)) => return Err(self.refused("layers have experts")),
+            (_, None) => return Err(self.refused("layers have no experts")),
+            (Mixtures::Mixtral, _) => (true, false),
+            (Mixtures::Qwen(normalizes), _) => (normalizes, true),
+        };
+        let Some(GgufExperts { count, used, shared_feed_forward_length, normalizes: wanted }) = decoder.experts else {
+            return Ok(());
+        };
+        if wanted != normalizes {
+            let what = if wanted { "sum to 1" } else { "do not sum to 1" };
+            return Err(self.refused(&format!("the weights of a token's experts {what}")));
+        }
+        self.set_size("expert_count", count)?;
+        self.set_size("expert_used_count", used)?;
+        if has_width {
+            self.set_size("expert_feed_forward_length", decoder.feed_forward_length)?;
+        }
+        match shared_feed_forward_length {
+            Some(width) if self.architecture.name == "qwen2moe" => {
+                self.set_size("expert_shared_feed_forward_length", width)
+            }
+            Some(_) => Err(self.refused("every token uses an expert beside the chosen ones")),
+            None if self.architecture.name == "qwen2moe" => Err(self.refused("no expert is used by every token")),
+            None => Ok(()),
+        }
     }
 
     fn attention_scale(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {

@@ -3,12 +3,14 @@
 //! Metadata that a file leaves out has the value that llama.cpp takes for it.
 
 use super::{
-    ARCHITECTURES, AttentionScale, GgufArchitecture, GgufDecoder, GgufLayer, GgufRope, GgufRopeScaling, Windows,
+    ARCHITECTURES, AttentionScale, GgufArchitecture, GgufDecoder, GgufExperts, GgufLayer, GgufRope, GgufRopeScaling,
+    Mixtures, Windows,
 };
 use crate::{Error, GgufModel, MetadataArray, MetadataValue};
 
-/// Far beyond any model; a damaged file must not fill the memory with layers.
-const MOST_LAYERS: u64 = 10_000;
+/// The limits of llama.cpp; a damaged file must not fill the memory with layers or experts.
+const MOST_LAYERS: u64 = 512;
+const MOST_EXPERTS: u64 = 512;
 
 impl GgufArchitecture {
     /// Returns the architecture of a file, and its decoder.
@@ -21,12 +23,17 @@ impl GgufArchitecture {
     pub fn read(model: &GgufModel) -> Result<(Self, GgufDecoder), Error> {
         let name = model.metadata("general.architecture").and_then(MetadataValue::as_str);
         let name = name.ok_or_else(|| Error::malformed(model.path(), "general.architecture is missing"))?;
-        let found = ARCHITECTURES.iter().find(|architecture| architecture.name == name);
+        let is_mixture = model.metadata(&format!("{name}.expert_count")).and_then(MetadataValue::as_u64) > Some(0);
+        let found = ARCHITECTURES
+            .iter()
+            .find(|architecture| architecture.name == name && is_mixture == (architecture.mixtures != Mixtures::None));
         let architecture = *found.ok_or_else(|| {
             let mut names: Vec<_> = ARCHITECTURES.iter().map(|architecture| architecture.name).collect();
+            names.sort_unstable();
             names.dedup();
+            let experts = if is_mixture { " with experts" } else { "" };
             Error::Model(format!(
-                "{} has the architecture \"{name}\", which cannot be loaded; supported: {}",
+                "{} has the architecture \"{name}\"{experts}, which cannot be loaded; supported: {}",
                 model.path().display(),
                 names.join(", ")
             ))
@@ -150,7 +157,8 @@ impl DecoderReader<'_> {
             vocab_size: table.shape.first().copied().unwrap_or(0),
             context_length: self.needed_size("context_length")?,
             embedding_length,
-            feed_forward_length: self.needed_size("feed_forward_length")?,
+            feed_forward_length: self.feed_forward_length()?,
+            experts: self.experts()?,
             heads,
             kv_heads: self.size("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
@@ -177,6 +185,36 @@ impl DecoderReader<'_> {
             layers,
             ropes,
         })
+    }
+
+    /// Returns the width of the feed-forward half, or of an expert.
+    fn feed_forward_length(&self) -> Result<u64, Error> {
+        let stacked = self.model.tensor("blk.0.ffn_gate_exps.weight");
+        match (self.architecture.mixtures, self.size("expert_feed_forward_length")?) {
+            (Mixtures::Qwen(_), Some(width)) => Ok(width),
+            (Mixtures::Qwen(_), None) => stacked.and_then(|tensor| tensor.shape.get(1).copied()).ok_or_else(|| {
+                self.malformed(format!("{}.expert_feed_forward_length is missing", self.architecture.name))
+            }),
+            _ => self.needed_size("feed_forward_length"),
+        }
+    }
+
+    fn experts(&self) -> Result<Option<GgufExperts>, Error> {
+        let normalizes = match self.architecture.mixtures {
+            Mixtures::None => return Ok(None),
+            Mixtures::Mixtral => true,
+            Mixtures::Qwen(normalizes) => normalizes,
+        };
+        let shared_feed_forward_length = match self.size("expert_shared_feed_forward_length")? {
+            Some(width) => Some(width),
+            None => self.model.tensor("blk.0.ffn_gate_shexp.weight").and_then(|tensor| tensor.shape.first().copied()),
+        };
+        let (count, used) = (self.needed_size("expert_count")?, self.needed_size("expert_used_count")?);
+        if count > MOST_EXPERTS {
+            let name = self.architecture.name;
+            return Err(self.malformed(format!("{name}.expert_count is {count}; expected at most {MOST_EXPERTS}")));
+        }
+        Ok(Some(GgufExperts { count, used, shared_feed_forward_length, normalizes }))
     }
 
     /// Returns for each layer if it has a window.

@@ -76,7 +76,7 @@ pub fn export_gguf(
         RecipeModel {
             layers: spec.decoder.layers.len() as u64,
             heads_per_kv_head: spec.decoder.heads / spec.decoder.kv_heads.max(1),
-            experts: 0,
+            experts: spec.decoder.experts.map_or(0, |experts| experts.count),
             tied: config.tie_word_embeddings() && !source.unties(),
             is_70b: spec.architecture.is_70b(&spec.decoder),
             has_importance: options.importance.is_some(),
@@ -88,11 +88,14 @@ pub fn export_gguf(
         tensors.push(GgufTensorSpec::new(name.clone(), GgmlType::F32, [values.len() as u64]));
         contents.push(TensorContent::Vector(values));
     }
-    for needed in source.tensors() {
-        let name = tensor_name(needed.role)?;
-        let shape: Vec<u64> = needed.shape.iter().map(|&extent| extent as u64).collect();
+    for parts in source.stacks() {
+        let name = tensor_name(parts[0].role)?;
+        let mut shape: Vec<u64> = parts[0].shape.iter().map(|&extent| extent as u64).collect();
+        if parts[0].role.expert().is_some() {
+            shape.insert(0, parts.len() as u64);
+        }
         tensors.push(GgufTensorSpec::new(name.clone(), recipe.tensor_type(&name, &shape), shape));
-        contents.push(TensorContent::Parameter(needed));
+        contents.push(TensorContent::Parameters(parts));
     }
     let mut metadata = vec![
         ("general.architecture".to_owned(), spec.architecture.name().into()),
@@ -109,13 +112,19 @@ pub fn export_gguf(
         let tensor = &tensors[index];
         let result = match &contents[index] {
             TensorContent::Vector(values) => put(tensor, values, None, out),
-            TensorContent::Parameter(needed) => {
+            TensorContent::Parameters(parts) => {
                 let importance = options.importance.and_then(|all| all.get(&tensor.name)).map(Vec::as_slice);
-                let head_dim = interleaves(needed).then_some(config.head_dim());
-                let done =
-                    put_parameter(&source, needed, tensor, norm_shift(&config, needed.role), head_dim, importance, out);
-                progress(source.bytes(needed));
-                done
+                let columns = tensor.shape.last().map_or(1, |&columns| columns as usize);
+                parts.iter().enumerate().try_for_each(|(index, needed)| {
+                    // An importance matrix has the columns of every expert.
+                    let importance = importance.map(|all| all.get(index * columns..).unwrap_or(all));
+                    let importance = importance.map(|rest| rest.get(..columns).unwrap_or(rest));
+                    let head_dim = interleaves(needed).then_some(config.head_dim());
+                    let shift = norm_shift(&config, needed.role);
+                    let done = put_parameter(&source, needed, tensor, shift, head_dim, importance, out);
+                    progress(source.bytes(needed));
+                    done
+                })
             }
         };
         result.map_err(|error| match error {
@@ -140,7 +149,8 @@ pub fn export_gguf(
 /// A tensor of the file.
 enum TensorContent<'a> {
     Vector(&'a [f32]),
-    Parameter(ParameterSpec),
+    /// A parameter, or the linears of all experts one after another.
+    Parameters(Vec<ParameterSpec>),
 }
 
 /// The reason that a tensor was not written: the file, or the model.

@@ -33,7 +33,8 @@ pub fn export_gguf_adapter(
 
     let (mut tensors, mut values) = (Vec::new(), Vec::new());
     for needed in config.parameters() {
-        let Some(factors) = adapter.factors.get(needed.module()).filter(|_| needed.role.is_linear()) else { continue };
+        let is_plain = needed.role.is_linear() && needed.role.expert().is_none();
+        let Some(factors) = adapter.factors.get(needed.module()).filter(|_| is_plain) else { continue };
         let &[out, input] = needed.shape.as_slice() else { continue };
         let ratio = alpha_of(needed.module(), factors) / alpha;
         let mut b: Vec<f32> = factors.b.iter().map(|&value| (f64::from(value) * ratio) as f32).collect();

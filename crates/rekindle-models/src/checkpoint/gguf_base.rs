@@ -183,11 +183,21 @@ impl StoredTensor {
     fn new(found: &GgufTensor<'_>, needed: &ParameterSpec, config: &ModelConfig, pairs: bool) -> Result<Self, Error> {
         let mut stored = Self::as_it_is(found);
         let extents = |shape: &[usize]| shape.iter().copied().filter(|extent| *extent != 1).collect::<Vec<_>>();
-        if extents(&stored.shape) != extents(&needed.shape) {
+        // The linears of all experts are one tensor.
+        let (experts, shape) = match (needed.role.expert(), stored.shape.split_first()) {
+            (Some((_, expert)), Some((&experts, rest))) if expert < experts => (experts, rest),
+            _ => (1, &stored.shape[..]),
+        };
+        if extents(shape) != extents(&needed.shape) {
             // The check of tensors reports both shapes.
             return Ok(stored);
         }
         stored.shape.clone_from(&needed.shape);
+        if let Some((_, expert)) = needed.role.expert() {
+            let size = found.data.len() / experts.max(1);
+            stored.content = TensorContent::InFile(expert * size..(expert + 1) * size);
+            return Ok(stored);
+        }
         let shift = norm_shift(config, needed.role);
         if shift != 0.0 {
             let values: Vec<f32> = found.to_f32()?.into_iter().map(|value| value - shift).collect();

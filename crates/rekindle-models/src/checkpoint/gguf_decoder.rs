@@ -1,9 +1,14 @@
 //! From a spec to the description of a decoder in a GGUF file.
 
-use rekindle_gguf::{GgufArchitecture, GgufDecoder, GgufDescription, GgufLayer, GgufPart, GgufRope, GgufRopeScaling};
+use rekindle_gguf::{
+    GgufArchitecture, GgufDecoder, GgufDescription, GgufExperts, GgufLayer, GgufPart, GgufRope, GgufRopeScaling,
+};
 use rekindle_rope::{RopeConfig, Scaling};
 
-use crate::spec::{AttentionMask, AttentionSpec, FeedForwardSpec, NormSpec, NormWeight};
+use crate::parameters::ExpertRole;
+use crate::spec::{
+    Activation, AttentionMask, AttentionSpec, FeedForwardSpec, MoeSpec, NormSpec, NormWeight, RoutingForm,
+};
 use crate::{Error, LayerRole, LinearRole, ModelConfig, Role, families};
 
 /// A model as a GGUF file has it.
@@ -30,7 +35,7 @@ pub(super) fn architecture(config: &ModelConfig) -> Result<GgufArchitecture, Err
     Ok(GgufArchitecture::of_model_type(model_type)?)
 }
 
-/// Returns the name of a tensor in a GGUF file.
+/// Returns the name of a tensor in a GGUF file. The linears of all experts of a layer are one tensor there.
 ///
 /// # Errors
 /// [`Error::Argument`] for parts that no supported architecture has.
@@ -51,6 +56,11 @@ pub(super) fn tensor_name(role: Role) -> Result<String, Error> {
         LinearRole::Gate => Some(GgufPart::Gate(layer)),
         LinearRole::Up | LinearRole::GateUp => Some(GgufPart::Up(layer)),
         LinearRole::Down => Some(GgufPart::Down(layer)),
+        LinearRole::Router => Some(GgufPart::Router(layer)),
+        LinearRole::SharedGate => Some(GgufPart::SharedGate(layer)),
+        LinearRole::SharedUp => Some(GgufPart::SharedUp(layer)),
+        LinearRole::SharedDown => Some(GgufPart::SharedDown(layer)),
+        LinearRole::SharedExpertGate => Some(GgufPart::SharedExpertGate(layer)),
         _ => None,
     };
     let (part, kind) = match part {
@@ -63,6 +73,9 @@ pub(super) fn tensor_name(role: Role) -> Result<String, Error> {
         LayerRole::PostAttentionNorm => (GgufPart::PostAttentionNorm(layer), "weight"),
         LayerRole::PreFeedForwardNorm => (GgufPart::FeedForwardNorm(layer), "weight"),
         LayerRole::PostFeedForwardNorm => (GgufPart::PostFeedForwardNorm(layer), "weight"),
+        LayerRole::Expert(ExpertRole::Gate, _) => (GgufPart::ExpertGates(layer), "weight"),
+        LayerRole::Expert(ExpertRole::Up, _) => (GgufPart::ExpertUps(layer), "weight"),
+        LayerRole::Expert(ExpertRole::Down, _) => (GgufPart::ExpertDowns(layer), "weight"),
         _ => return Err(unknown()),
     };
     Ok(part.tensor_name(kind))
@@ -108,13 +121,18 @@ fn decoder(config: &ModelConfig) -> Result<GgufDecoder, Error> {
         (other.heads, other.kv_heads, other.head_dim, other.scale, other.softcap)
             == (attention.heads, attention.kv_heads, attention.head_dim, attention.scale, attention.softcap)
     };
-    let width = match &first.feed_forward {
-        FeedForwardSpec::Gated(gated) => gated.intermediate_size,
-        _ => return Err(refuse("this model's feed-forward layers yet")),
+    let (width, experts) = match &first.feed_forward {
+        FeedForwardSpec::Gated(gated) => (gated.intermediate_size, None),
+        FeedForwardSpec::Moe(moe) => (moe.intermediate_size, Some(experts(moe)?)),
+        FeedForwardSpec::Plain { .. } => return Err(refuse("this model's feed-forward layers yet")),
     };
     let uniform = spec.layers.iter().all(|layer| {
         layer.attention().is_none_or(same)
-            && layer.gated().is_some_and(|gated| gated.intermediate_size == width)
+            && match (&layer.feed_forward, &first.feed_forward) {
+                (FeedForwardSpec::Gated(gated), FeedForwardSpec::Gated(_)) => gated.intermediate_size == width,
+                (FeedForwardSpec::Moe(moe), FeedForwardSpec::Moe(other)) => moe == other,
+                _ => false,
+            }
             && layer.residual_multiplier == first.residual_multiplier
     });
     if !uniform {
@@ -135,6 +153,7 @@ fn decoder(config: &ModelConfig) -> Result<GgufDecoder, Error> {
         context_length: config.max_position_embeddings as u64,
         embedding_length: spec.hidden_size as u64,
         feed_forward_length: width as u64,
+        experts,
         heads: attention.heads as u64,
         kv_heads: attention.kv_heads as u64,
         head_dim: attention.head_dim as u64,
@@ -148,6 +167,21 @@ fn decoder(config: &ModelConfig) -> Result<GgufDecoder, Error> {
         query_growth: attention.query_scale.map(|scale| (scale.beta, scale.window as u64)),
         layers: layers.collect::<Result<_, _>>()?,
         ropes: spec.ropes.iter().map(rope).collect::<Result<_, _>>()?,
+    })
+}
+
+fn experts(moe: &MoeSpec) -> Result<GgufExperts, Error> {
+    let RoutingForm::SoftmaxTopK { normalize: normalizes } = moe.routing else {
+        return Err(Error::Argument("a GGUF file cannot describe this model's router yet".to_owned()));
+    };
+    if moe.bias || moe.activation != Activation::Silu || moe.shared.is_some_and(|shared| !shared.gated) {
+        return Err(Error::Argument("a GGUF file cannot describe this model's experts yet".to_owned()));
+    }
+    Ok(GgufExperts {
+        count: moe.experts as u64,
+        used: moe.top_k as u64,
+        shared_feed_forward_length: moe.shared.map(|shared| shared.intermediate_size as u64),
+        normalizes,
     })
 }
 

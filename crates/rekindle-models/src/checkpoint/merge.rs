@@ -1,6 +1,7 @@
 //! Merges an adapter into its base, as a checkpoint or in memory.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use rekindle_hub::{Checkpoint, Dtype, TensorSpec, write_f32};
@@ -130,11 +131,41 @@ impl<'a> MergedTensors<'a> {
 
     /// Returns the tensors of the result: the base's, and a head of its own where the adapter unties it from the table.
     pub(super) fn tensors(&self) -> Vec<ParameterSpec> {
+        let list = self.parameters();
+        if !self.was_stacked && !self.config.names.experts.transposed {
+            return list;
+        }
+        list.into_iter().filter_map(|needed| self.config.stacked_parameter(needed)).collect()
+    }
+
+    /// Returns the parameters of the result, each alone but for the linears of experts: those of one kind of a layer are
+    /// together, in the order of experts.
+    pub(super) fn stacks(&self) -> Vec<Vec<ParameterSpec>> {
+        let key = |needed: &ParameterSpec| match (needed.role, needed.role.expert()) {
+            (Role::Layer(layer, _), Some((role, _))) => Some((layer, role)),
+            _ => None,
+        };
+        let mut stacks: Vec<Vec<ParameterSpec>> = Vec::new();
+        let mut places = BTreeMap::new();
+        for needed in self.parameters() {
+            match key(&needed) {
+                None => stacks.push(vec![needed]),
+                Some(key) => {
+                    let place = *places.entry(key).or_insert(stacks.len());
+                    if place == stacks.len() {
+                        stacks.push(Vec::new());
+                    }
+                    stacks[place].push(needed);
+                }
+            }
+        }
+        stacks
+    }
+
+    /// Returns the parameters of the result, and a head of its own where the adapter unties it from the table.
+    fn parameters(&self) -> Vec<ParameterSpec> {
         let config = &self.config;
         let mut list = config.parameters();
-        if self.was_stacked || config.names.experts.transposed {
-            list = list.into_iter().filter_map(|needed| config.stacked_parameter(needed)).collect();
-        }
         if self.unties() {
             let shape = vec![config.vocab_size(), config.hidden_size()];
             list.push(ParameterSpec { name: config.names.tensor(Role::Head), role: Role::Head, shape });

@@ -54,6 +54,17 @@ pub(crate) fn config(model: &GgufModel) -> Result<Value, rekindle_gguf::Error> {
     if ["llama", "granite", "smollm3"].contains(&model_type) {
         set("mlp_bias", has("blk.0.ffn_gate.bias").into());
     }
+    if let Some(experts) = decoder.experts {
+        set("num_experts_per_tok", experts.used.into());
+        if model_type == "mixtral" {
+            set("num_local_experts", experts.count.into());
+        } else {
+            set("num_experts", experts.count.into());
+            set("moe_intermediate_size", decoder.feed_forward_length.into());
+            set("shared_expert_intermediate_size", experts.shared_feed_forward_length.into());
+            set("norm_topk_prob", experts.normalizes.into());
+        }
+    }
     if model_type == "granite" {
         set("attention_multiplier", decoder.attention_scale.into());
         set("residual_multiplier", decoder.residual_scale.unwrap_or(1.0).into());
