@@ -34,13 +34,23 @@ template <> DEVICE f16 from_f32<f16>(f32 x) {
     return y;
 }
 
-// The first statement of a kernel that may begin before the one before it has ended (Kernel::early in
-// kernels/src/runtime/launch.rs): lets the next such kernel begin, and waits until all before this one have ended.
-DEVICE void begin_early() {
+// For kernels that may begin before the one before them has ended (Kernel::early in kernels/src/runtime/launch.rs). Waits
+// until it has ended and its results can be read.
+DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+// Lets the next such kernel begin when every block has come here or ended.
+DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// The first statement of a kernel that reads nothing before the one before it has ended.
+DEVICE void begin_early() {
+    let_next_begin();
+    wait_for_previous();
 }
 
 // Two values in one register, the first in the low half.

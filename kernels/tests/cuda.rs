@@ -7,6 +7,8 @@
 #[path = "cuda/attention.rs"]
 mod attention;
 mod common;
+#[path = "cuda/suite.rs"]
+mod suite;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -29,21 +31,14 @@ use common::quantized::{Kind, Packed};
 use common::rms_norm::{AddedNorm, Form, RmsNorm};
 use common::rope::Rope;
 use common::stacked::Stack;
-use common::{Case, LOW_DTYPES, Layout, Place, judge, properties};
+use common::{Case, Layout, Place, properties};
 use rekindle_kernels::Device;
 use rekindle_kernels::optimizer::StateFormat;
 use rekindle_kernels::routing::RoutingForm;
 use rekindle_kernels::runtime::Cuda;
+use suite::{FLOOR, Lost, Suite};
 
 const F32: DType = DType::F32;
-
-/// The factor of the house rule.
-const FACTOR: f64 = 2.0;
-
-/// Twelve units in the last place of the largest value, instead of the CPU's four, in f32. NVIDIA's guide lets `expf` be
-/// off by 2 units, a quotient by 2 and `rsqrtf` by 2; a gradient has up to three of them in a product, which doubles
-/// where it is a difference of two.
-const FLOOR: f64 = 3.0 * common::F32_FLOOR;
 
 fn main() -> ExitCode {
     let cuda = match Cuda::open(0) {
@@ -94,14 +89,25 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
     for sizes in [[1, 1, 1], [3, 5, 7], [1, 200, 40], [129, 33, 65], [64, 128, 256], [33, 250, 48], [200, 264, 136]] {
         suite.dtypes(|dtype| Linear::new(sizes, dtype))?;
     }
+    // Up to eight rows: one piece of k and several for each warp, a last tile that is short, few columns and many.
+    for sizes in [[1, 16, 8], [2, 33, 72], [8, 40, 2568], [5, 4100, 136], [1, 4096, 640]] {
+        suite.dtypes(|dtype| Linear::new(sizes, dtype))?;
+    }
     for kind in Kind::ALL {
         for sizes in [[1, 1, 1], [3, 5, 7], [4, 96, 130], [2, 33, 65], [33, 64, 40], [17, 256, 192]] {
+            suite.dtypes(|dtype| Packed::new(sizes, kind, dtype))?;
+        }
+        // Up to 32 rows of whole blocks: warps without a block, with one step and with several; more tiles than blocks.
+        for sizes in [[1, 16, 64], [8, 48, 1216], [9, 32, 640], [16, 16, 2560], [30, 48, 832], [3, 6512, 128]] {
             suite.dtypes(|dtype| Packed::new(sizes, kind, dtype))?;
         }
     }
     // Groups of one to three, ranks that fill the columns kept for them and that do not, a linear without factors.
     let groups: [&[(usize, usize)]; 4] = [&[(5, 2)], &[(40, 8)], &[(48, 3), (16, 0)], &[(64, 16), (24, 8), (24, 5)]];
-    for (linears, size) in groups.into_iter().zip([[3, 7], [33, 24], [17, 64], [130, 96]]) {
+    let sizes = [[3, 7], [33, 24], [17, 64], [130, 96]];
+    // Few rows of whole blocks and tiles.
+    let few: [(&[(usize, usize)], _); 2] = [(&[(48, 8)], [2, 128]), (&[(64, 16), (32, 0), (16, 5)], [12, 192])];
+    for (linears, size) in groups.into_iter().zip(sizes).chain(few) {
         for kind in [None, Some(Kind::FourBit), Some(Kind::FourBitDouble), Some(Kind::Int8)] {
             for bias in [false, true] {
                 suite.dtypes(|dtype| Stack::new(size, linears, kind, bias, dtype))?;
@@ -336,89 +342,4 @@ const ALL_DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
 fn owned(device: &Device, dtype: DType) -> Place {
     Place::new(device.clone(), dtype, Layout::Owned)
-}
-
-/// A fault that no later operation survives.
-struct Lost;
-
-struct Suite {
-    device: Device,
-    cuda: Cuda,
-    filter: String,
-    passed: usize,
-    failed: usize,
-    skipped: usize,
-}
-
-impl Suite {
-    /// A case in every dtype and every layout.
-    fn dtypes<C: Case>(&mut self, case: impl Fn(DType) -> C) -> Result<(), Lost> {
-        self.case(&case(F32), F32, FLOOR, &Layout::ROW_MAJOR)?;
-        for (dtype, rounding) in LOW_DTYPES {
-            self.case(&case(dtype), dtype, rounding, &Layout::ROW_MAJOR)?;
-        }
-        Ok(())
-    }
-
-    fn case(&mut self, case: &impl Case, dtype: DType, floor: f64, layouts: &[Layout]) -> Result<(), Lost> {
-        let device = self.device.clone();
-        self.test(&format!("{case:?} {dtype:?}"), || {
-            let (truth, naive) = (case.naive(DType::F64), case.naive(dtype));
-            let mut worst = 0.0f64;
-            for &layout in layouts {
-                let place = Place::new(device.clone(), dtype, layout);
-                let results = case.ours(&place);
-                // Before the numbers are judged, which are not there after an error.
-                device.check().unwrap_or_else(|error| panic!("{layout:?}: {error}"));
-                worst = worst.max(judge(&format!("{layout:?}"), &results, &naive, &truth, FACTOR, floor));
-                place.assert_unchanged();
-            }
-            format!("{worst:.2} × the plain error")
-        })
-    }
-
-    fn property(&mut self, name: &str, holds: impl FnOnce(&Device)) -> Result<(), Lost> {
-        let device = self.device.clone();
-        self.test(name, || {
-            holds(&device);
-            String::from("holds")
-        })
-    }
-
-    /// Runs a test and prints its line.
-    fn test(&mut self, name: &str, test: impl FnOnce() -> String) -> Result<(), Lost> {
-        if !name.contains(&self.filter) {
-            self.skipped += 1;
-            return Ok(());
-        }
-        let outcome = catch_unwind(AssertUnwindSafe(test));
-        // The device may find something wrong later than the test does.
-        let fault = self.cuda.synchronize().err();
-        match (&outcome, &fault) {
-            (Ok(said), None) => {
-                println!("ok      {name}: {said}");
-                self.passed += 1;
-            }
-            _ => {
-                let said = outcome.err().map(message).unwrap_or_default();
-                let fault = fault.map(|fault| fault.to_string()).filter(|fault| !said.contains(fault.as_str()));
-                let reasons: Vec<String> =
-                    [said].into_iter().chain(fault).filter(|reason| !reason.is_empty()).collect();
-                println!("FAILED  {name}: {}", reasons.join("; "));
-                self.failed += 1;
-            }
-        }
-        self.cuda.take_error();
-        // After a refusal the next operation runs; after a fault none does.
-        self.cuda.synchronize().map_err(|error| {
-            println!("the device is lost: {error}");
-            Lost
-        })
-    }
-}
-
-/// Returns the message of a panic.
-fn message(panic: Box<dyn std::any::Any + Send>) -> String {
-    let text = panic.downcast_ref::<String>().cloned();
-    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
 }

@@ -124,6 +124,11 @@ impl Buffer {
     pub fn cuda(&self) -> &Cuda {
         &self.cuda
     }
+
+    /// What the memory is for.
+    pub fn usage(&self) -> MemoryUse {
+        self.usage
+    }
 }
 
 impl Drop for Buffer {

@@ -157,6 +157,11 @@ impl Array {
         self.buffer.cuda()
     }
 
+    /// What the memory is for.
+    pub fn usage(&self) -> MemoryUse {
+        self.buffer.usage()
+    }
+
     /// The matrix for a product.
     pub fn operand(&self) -> Operand {
         Operand { ptr: self.ptr(), ld: self.ld, dtype: self.dtype }

@@ -156,7 +156,7 @@ impl Cuda {
     }
 
     /// Sets whether kernels within [`Cuda::overlapping`] may begin before the ones before them have ended, on devices of
-    /// compute capability 9.0 and above. Default false.
+    /// compute capability 9.0 and above. Default true.
     pub fn allow_overlap(&self, on: bool) {
         self.0.overlap_allowed.store(on && self.0.props.major >= 9, Relaxed);
     }
@@ -275,6 +275,7 @@ impl Cuda {
 impl Inner {
     /// A device on which nothing was done yet, without its card.
     pub(super) fn new(props: DeviceProps, arena: Arena) -> Self {
+        let overlap_allowed = AtomicBool::new(props.major >= 9);
         Self {
             props,
             card: None,
@@ -286,7 +287,7 @@ impl Inner {
             deterministic: AtomicBool::new(false),
             synchronous: false,
             recording: AtomicBool::new(false),
-            overlap_allowed: AtomicBool::new(false),
+            overlap_allowed,
             overlapping: AtomicBool::new(false),
             profile: Mutex::default(),
             profiling: AtomicBool::new(false),

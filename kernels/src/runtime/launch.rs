@@ -22,7 +22,7 @@ pub struct Kernel {
     cuda: Cuda,
     /// `None` after an error and on a planned device: a launch then does nothing.
     function: Option<Arc<Function>>,
-    /// True if it calls `begin_early`.
+    /// True if it waits for the kernel before it by itself.
     early: bool,
 }
 
@@ -57,7 +57,8 @@ pub(crate) use args;
 
 impl Kernel {
     /// Lets the kernel begin before the one before it has ended, within [`Cuda::overlapping`]. Its first statement must be
-    /// `begin_early()` of prelude.cuh.
+    /// `begin_early()` of prelude.cuh; or it calls `wait_for_previous()` before it reads what other kernels write, and before
+    /// it writes anything.
     #[must_use]
     pub(crate) fn early(self) -> Self {
         Self { early: true, ..self }
@@ -116,11 +117,11 @@ impl Kernel {
 
 /// The attribute of a launch that may begin before the launch before it has ended.
 fn overlap() -> sys::CUlaunchAttribute {
-    // SAFETY: integers, and a union of plain values.
-    let mut attribute: sys::CUlaunchAttribute = unsafe { core::mem::zeroed() };
-    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-    attribute.value.programmaticStreamSerializationAllowed = 1;
-    attribute
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    }
 }
 
 impl Function {

@@ -74,6 +74,8 @@ sources! {
     "expert_act.cu" with any_dtype, [
         "expert_act_bwd", "expert_act_fwd", "expert_clamped_bwd", "expert_clamped_fwd"
     ];
+    "few_rows.cu" after "few_rows.cuh" with few_rows, ["few_rows"];
+    "few_rows_4bit.cu" after "few_rows.cuh" with few_rows_4bit, ["few_rows_4bit"];
     "gated_activation.cu" with any_activation, ["gated_activation_bwd", "gated_activation_fwd"];
     "grouped.cu" with grouped, ["grouped"];
     "grouped_grad_sm90.cu" after "sm90.cuh" with grouped_grad_sm90, ["grouped_grad_sm90"];
@@ -185,6 +187,25 @@ fn with_softcap_and_without(arch: Arch) -> Vec<Defines> {
 fn any_dtype_with(arch: Arch, name: &'static str, values: &[&'static str]) -> Vec<Defines> {
     let with = |&value| any_dtype(arch).into_iter().map(move |defines| [defines, vec![(name, value)]].concat());
     values.iter().flat_map(with).collect()
+}
+
+/// The dtypes of 16 bits with these values of a definition.
+fn low_dtypes_with(arch: Arch, name: &'static str, values: &[&'static str]) -> Vec<Defines> {
+    any_dtype_with(arch, name, values).into_iter().filter(|defines| !defines.contains(&("T", "f32"))).collect()
+}
+
+fn few_rows(arch: Arch) -> Vec<Defines> {
+    let with_warps = low_dtypes_with(arch, "WARPS", &["4", "8"]).into_iter();
+    with_warps.map(|defines| [defines, vec![("GROUPS", "1")]].concat()).collect()
+}
+
+fn few_rows_4bit(arch: Arch) -> Vec<Defines> {
+    let shapes = [("1", "10"), ("2", "10"), ("4", "8")];
+    let with = |(groups, warps)| {
+        let low = low_dtypes_with(arch, "DOUBLE", &["0", "1"]).into_iter();
+        low.map(move |defines| [defines, vec![("GROUPS", groups), ("WARPS", warps)]].concat())
+    };
+    shapes.into_iter().flat_map(with).collect()
 }
 
 fn any_gain(arch: Arch) -> Vec<Defines> {

@@ -28,21 +28,26 @@ impl Kind {
     pub(crate) const ALL: [Self; 3] = [Self::FourBit, Self::FourBitDouble, Self::Int8];
 }
 
-/// Codes that share a scale, and scales that share a nested one.
-const BLOCKS: (usize, usize) = (32, 4);
+/// Scales that share a nested one.
+const NESTED: usize = 4;
+
+/// Codes that share a scale: as in a checkpoint where rows are whole blocks, which has a kernel of its own on CUDA.
+fn blocksize(width: usize) -> usize {
+    if width.is_multiple_of(64) { 64 } else { 32 }
+}
 
 impl Packed {
     pub(crate) fn new([m, n, k]: [usize; 3], kind: Kind, dtype: DType) -> Self {
         let input = |seed, n| rounded(noise(seed, n), dtype);
         let bytes = |seed, n| noise(seed, n).into_iter().map(|x| (x * 128.0) as i8).collect::<Vec<_>>();
-        let blocks = (n * k).div_ceil(BLOCKS.0);
+        let blocks = (n * k).div_ceil(blocksize(k));
         let absmax = match kind {
             Kind::FourBit => Absmax::Single(noise(8, blocks)),
             _ => Absmax::Double {
                 codes: bytes(8, blocks).into_iter().map(i8::cast_unsigned).collect(),
                 map: Box::new(noise(9, 256).try_into().expect("256 values")),
-                nested: noise(10, blocks.div_ceil(BLOCKS.1)),
-                blocksize: BLOCKS.1,
+                nested: noise(10, blocks.div_ceil(NESTED)),
+                blocksize: NESTED,
                 offsets: vec![0.7],
             },
         };
@@ -51,7 +56,7 @@ impl Packed {
             _ => QuantizedFormat::FourBit {
                 codes: bytes(7, (n * k).div_ceil(2)).into_iter().map(i8::cast_unsigned).collect(),
                 table: noise(11, 16).try_into().expect("16 values"),
-                blocksize: BLOCKS.0,
+                blocksize: blocksize(k),
                 absmax,
             },
         };

@@ -60,9 +60,9 @@ pub(crate) struct Generate {
     /// The directory that keeps the weights for the next job of that shape; by default they are deleted.
     #[arg(long)]
     weights: Option<PathBuf>,
-    /// Lets kernels of a step begin before the ones before them have ended.
+    /// Makes kernels of a step wait for the ones before them to end.
     #[arg(long)]
-    overlap: bool,
+    no_overlap: bool,
     /// Profiles four steps of single tokens for each batch, operation by operation, and prints the longest.
     #[arg(long)]
     profile: bool,
@@ -109,8 +109,8 @@ pub(crate) fn run(job: &Generate) -> Result<(), Box<dyn Error>> {
     if job.profile {
         ours.arg("--profile");
     }
-    if job.overlap {
-        ours.arg("--overlap");
+    if job.no_overlap {
+        ours.arg("--no-overlap");
     }
     ours.args(options.iter().flat_map(|(option, value)| [*option, value.as_str()]));
     let report = result(&mut ours)?;
@@ -140,7 +140,7 @@ fn worker(job: &Generate) -> Result<(), Box<dyn Error>> {
         Device::Burn(_) | Device::Meta(_) => None,
     };
     if let Some(cuda) = &cuda {
-        cuda.allow_overlap(job.overlap);
+        cuda.allow_overlap(!job.no_overlap);
     }
     let dtype = if cuda.is_some() { DType::BF16 } else { DType::F32 };
     let length = job.prompt + job.new;

@@ -1,6 +1,8 @@
 //! Matrix products. [`Form`] says which operand is transposed; a linear layer is `y = product(x, w, Nt)`, its gradients
 //! `dx = product(dy, w, Nn)` and `dw = product(dy, x, Tn)`.
 
+mod few_rows;
+
 use crate::runtime::op::{check_dims, like};
 use crate::runtime::{Array, Cuda, Form, Gemm, MemoryUse, elementwise};
 
@@ -41,6 +43,10 @@ pub(crate) fn linear(
         };
     }
     let out = Array::padded(a.cuda(), [m, n], pad_cols, a.dtype(), MemoryUse::Activations);
+    if few_rows::takes(a, b, form) {
+        few_rows::linear(&out, a, b, bias, None);
+        return out;
+    }
     let gemm = Gemm::new(form, shape, a.operand(), b.operand(), out.operand());
     with_bias(gemm, bias, out.cuda());
     out
@@ -54,6 +60,11 @@ fn add_onto(y: Array, alpha: f32, a: &Array, b: &Array, form: Form, bias: Option
             Some(bias) => elementwise::add_bias(y, bias),
             None => y,
         };
+    }
+    if alpha == 1.0 && y.dtype() == a.dtype() && few_rows::takes(a, b, form) {
+        let out = if y.is_unique() { y.clone() } else { like(&y) };
+        few_rows::linear(&out, a, b, bias, Some(&y));
+        return out;
     }
     // With a bias a product cannot be timed on y, whose values must stay what they are.
     let in_place = y.is_unique() && bias.is_none();
@@ -90,6 +101,9 @@ pub(crate) fn product_into(out: &Array, a: &Array, b: &Array, form: Form) {
     let shape @ [m, n, k] = sizes(a, b, form);
     check_dims("the product", out, [m, n]);
     assert!(k > 0, "a product of nothing has no place");
+    if out.dtype() == a.dtype() && few_rows::takes(a, b, form) {
+        return few_rows::linear(out, a, b, None, None);
+    }
     out.cuda().gemm(&Gemm::new(form, shape, a.operand(), b.operand(), out.operand()));
 }
 

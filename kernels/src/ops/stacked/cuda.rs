@@ -1,6 +1,7 @@
 //! Frozen weights that read the same input, with low-rank factors beside and below them; see [`super`].
 
 use crate::ops::matmul::cuda as matmul;
+use crate::ops::quantized::cuda::few_rows;
 use crate::params::quantized::cuda::QuantizedArray;
 use crate::runtime::{Array, Cuda, DType, Form, MemoryUse, elementwise};
 
@@ -97,6 +98,9 @@ impl Stacked {
         let both = x.with_padding(rank);
         let xa = both.columns(self.input, rank);
         matmul::product_into(&xa, dropped.unwrap_or(&x), &self.a(), Form::Nt);
+        if let Some(y) = self.few_rows(&x, onto.as_ref(), rank) {
+            return (matmul::product_add(y, 1.0, &xa, &self.s(), Form::Nt), xa);
+        }
         let w = match &self.base {
             Base::Dense(whole) => whole.row_range(0, self.out),
             Base::Packed { s, .. } => self.decoded(Some(s), None),
@@ -107,7 +111,33 @@ impl Stacked {
 
     /// `onto + x·Wᵀ + bias`, without the factors.
     pub(crate) fn forward_base(&self, x: &Array, onto: Option<Array>) -> Array {
+        if let Some(y) = self.few_rows(x, onto.as_ref(), 0) {
+            return y;
+        }
         matmul::linear(x, &self.base_weight(), Form::Nt, self.bias.as_ref(), onto, 0)
+    }
+
+    /// `onto + x·Wᵀ + bias` of a few rows with quantized weights, without decoding them; `None` for anything else.
+    fn few_rows(&self, x: &Array, onto: Option<&Array>, pad_cols: usize) -> Option<Array> {
+        let Base::Packed { parts, .. } = &self.base else { return None };
+        if !parts.iter().all(|part| few_rows::takes(x, part)) {
+            return None;
+        }
+        let y = Array::padded(x.cuda(), [x.rows(), self.out], pad_cols, self.dtype, MemoryUse::Activations);
+        let mut first = 0;
+        for part in parts {
+            let rows = part.dims()[0];
+            let columns = |array: &Array| array.columns(first, rows);
+            few_rows::linear(
+                &columns(&y),
+                x,
+                part,
+                self.bias.as_ref().map(columns).as_ref(),
+                onto.map(columns).as_ref(),
+            );
+            first += rows;
+        }
+        Some(y)
     }
 
     /// `dy·S`, in the spare columns of dy if there are enough; and the dy that has it.

@@ -31,6 +31,26 @@ enum Format {
     Int8,
 }
 
+/// The addresses that a kernel reads 4-bit blocks of 64 values by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FourBitBlocks {
+    pub(crate) codes: u64,
+    /// f32 scales, or with `double` their codes.
+    pub(crate) scales: u64,
+    /// The values of the sixteen codes.
+    pub(crate) table: u64,
+    pub(crate) double: Option<DoubleScales>,
+}
+
+/// A scale is map\[code\] · nested\[block >> shift\] + offset.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DoubleScales {
+    pub(crate) map: u64,
+    pub(crate) nested: u64,
+    pub(crate) shift: u32,
+    pub(crate) offset: u64,
+}
+
 /// The second level of scales.
 #[derive(Clone, Debug)]
 struct Double {
@@ -81,6 +101,20 @@ impl QuantizedArray {
     /// `[out, in]`.
     pub(crate) fn dims(&self) -> [usize; 2] {
         self.dims
+    }
+
+    /// The blocks of a 4-bit weight whose rows are whole blocks of 64 values; `None` for any other.
+    pub(crate) fn four_bit_blocks(&self) -> Option<FourBitBlocks> {
+        let Format::FourBit { table, block_shift: 6, double } = &self.format else { return None };
+        let one_offset = double.as_ref().is_none_or(|double| double.offsets.bytes() == size_of::<f32>());
+        let double = double.as_ref().map(|Double { map, nested, shift, offsets, .. }| DoubleScales {
+            map: map.ptr(),
+            nested: nested.ptr(),
+            shift: *shift,
+            offset: offsets.ptr(),
+        });
+        let [codes, scales, table] = [&self.codes, &self.scales, table].map(|buffer| buffer.ptr());
+        (one_offset && self.dims[1].is_multiple_of(64)).then_some(FourBitBlocks { codes, scales, table, double })
     }
 
     /// Returns the bytes of the codes, and of their scales.
