@@ -22,7 +22,7 @@
 static const int DEPTH = WARPS == 4 ? 4 : 3;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-few_rows(const T* __restrict__ x, const T* __restrict__ w, const T* bias, const T* onto, T* y, int m, int n, int k, int ldx, int ldw,
+few_rows(const T* x, const T* __restrict__ w, const T* bias, const T* onto, T* y, int m, int n, int k, int ldx, int ldw,
          int ldonto, int ldy, int frozen) {
     __shared__ Sums sums;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;

@@ -21,7 +21,7 @@ template <> DEVICE void mma16816<f16>(f32 (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 // Reads of weights, each once, which need not stay in the cache.
 DEVICE uint4 stream16(const void* p) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
 

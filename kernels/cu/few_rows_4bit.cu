@@ -45,7 +45,7 @@ DEVICE u32 look_up(u32 column, u32 row) {
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
-few_rows_4bit(const T* __restrict__ x, const u8* __restrict__ packed, const void* __restrict__ absmax, const f32* __restrict__ map,
+few_rows_4bit(const T* x, const u8* __restrict__ packed, const void* __restrict__ absmax, const f32* __restrict__ map,
               const f32* __restrict__ nested, const f32* __restrict__ offset, const f32* __restrict__ codebook,
               const T* bias, const T* onto, T* y, int m, int n, int k, int ldx, int ldonto, int ldy, int nested_shift) {
     // A map of 1 KiB and sums, the table at a multiple of its size, so that addresses need no sum, and again sums.

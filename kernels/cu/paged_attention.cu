@@ -95,9 +95,9 @@ struct Merged {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-paged_decode(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, T* k_pool, T* v_pool,
-             T* __restrict__ o, f32* partial, float2* stats, u32* counters, const int4* __restrict__ tokens,
-             const u32* __restrict__ tables, int ldq, int ldk, int ldv, int ldo, int ldp, int heads, int kv_heads,
+paged_decode(const T* q, const T* k, const T* v, T* k_pool, T* v_pool,
+             T* __restrict__ o, f32* partial, float2* stats, u32* counters, const int4* tokens,
+             const u32* tables, int ldq, int ldk, int ldv, int ldo, int ldp, int heads, int kv_heads,
              int splits, f32 scale, int window, f32 softcap, const T* __restrict__ sinks) {
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ float2 warp_stats[WARPS][16];

@@ -35,7 +35,8 @@ template <> DEVICE f16 from_f32<f16>(f32 x) {
 }
 
 // For kernels that may begin before the one before them has ended (Kernel::early in kernels/src/runtime/launch.rs). Waits
-// until it has ended and its results can be read.
+// until it has ended and its results can be read. What another kernel writes must not be read through a __restrict__ pointer:
+// the compiler takes it for constant and may move the read before the wait.
 DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
