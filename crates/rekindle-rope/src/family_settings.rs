@@ -28,6 +28,14 @@ impl RopeConfig {
         Self::from_config(&config, head_dim)
     }
 
+    /// Returns a problem if a configuration does not state the rotary embedding, for families whose class default is none of
+    /// [`from_config`](Self::from_config)'s.
+    pub fn missing(config: &Value) -> Option<String> {
+        section(config)
+            .is_none()
+            .then(|| "rope_parameters is missing; expected the scaling of the checkpoint".to_owned())
+    }
+
     /// Reads the type `dynamic` with an `alpha`, as Hunyuan has it: theta is `rope_theta · alpha^(d / (d − 2))`, whatever the
     /// length. `None` for other position settings.
     ///

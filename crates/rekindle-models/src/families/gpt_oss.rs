@@ -44,9 +44,7 @@ fn defaults() -> ClassDefaults {
 
 fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     let dimensions = Dimensions::read(config, defaults());
-    if config.get("rope_parameters").or(config.get("rope_scaling")).is_none() {
-        config.problem("rope_parameters is missing; expected the YaRN scaling of the checkpoint".to_owned());
-    }
+    config.require_rope();
     let bias = config.flag("attention_bias", true);
     let attention =
         AttentionSpec { biases: AttentionBiases { qkv: bias, o: bias }, sinks: true, ..dimensions.attention() };

@@ -220,6 +220,13 @@ impl<'a> ConfigReader<'a> {
         })
     }
 
+    /// Adds a problem if the file leaves the rotary embedding to the class, whose scaling is not the plain one.
+    pub(crate) fn require_rope(&mut self) {
+        if let Some(problem) = RopeConfig::missing(self.json) {
+            self.problem(problem);
+        }
+    }
+
     /// The rotary position embedding with an `alpha`, if the file has one; `rope_scaling` cannot extend it.
     pub(crate) fn rope_with_alpha(&mut self, head_dim: usize) -> Option<RopeConfig> {
         let rope = RopeConfig::with_alpha(self.json, head_dim)?;

@@ -272,7 +272,7 @@ mod tests {
         let json = r#"{"modules_to_not_convert":["lm_head"],"quant_method":"mxfp4"}"#;
         let config = parse(json).expect("valid");
         assert_eq!((config.format(), config.to_json().to_string().as_str()), (QuantFormat::Mxfp4, json));
-        assert!(config.skips("model.layers.0.self_attn.q_proj"));
+        assert!(config.skips("model.layers.0.q_proj"));
         assert!(!config.skips("model.layers.0.mlp.experts.3.down_proj"));
         assert_eq!(QuantizationConfig::new(QuantFormat::Mxfp4, Dtype::BF16, Some(vec!["lm_head".to_owned()])), config);
     }
