@@ -72,7 +72,16 @@ const WORDS: [(&str, &[&str]); 9] = [
     ("quant_state", &["crates/rekindle-quant/"]),
     ("adapter_config.json", &["crates/rekindle-lora/", "crates/rekindle-cli/", "tests/", "crates/rekindle-hub/"]),
     ("self_attn.", &["crates/rekindle-models/", "crates/rekindle-lora/", "tests/", "crates/rekindle/"]),
-    ("rope_parameters", &["crates/rekindle-rope/", "tests/", "crates/rekindle-cli/tests/", "crates/rekindle-hub/"]),
+    (
+        "rope_parameters",
+        &[
+            "crates/rekindle-rope/",
+            "crates/rekindle-models/src/families/",
+            "tests/",
+            "crates/rekindle-cli/tests/",
+            "crates/rekindle-hub/",
+        ],
+    ),
     ("lora_A", &["crates/rekindle-lora/", "kernels/src/params/", "tests/", "crates/rekindle-hub/"]),
     ("todo!(", &[]),
 ];
@@ -104,10 +113,11 @@ const FAMILIES: &str = "crates/rekindle-models/src/families/";
 
 /// Files outside of [`FAMILIES`] that write architecture keys: the output of `inspect`, a merge that unties the head, and
 /// the keys of GGUF, some of which have the same names.
-const KEY_WRITERS: [&str; 3] = [
+const KEY_WRITERS: [&str; 4] = [
     "crates/rekindle/src/inspect.rs",
     "crates/rekindle-models/src/checkpoint/merge.rs",
     "crates/rekindle-gguf/src/architecture/describe.rs",
+    "crates/rekindle-gguf/src/architecture/read.rs",
 ];
 
 /// First words of a doc comment that make it a noun clause instead of a verb or a noun phrase.
