@@ -14,11 +14,13 @@ use rekindle_kernels::dropout::{self, Dropout, Token, Tokens};
 use rekindle_kernels::gated_activation::{self, Activation};
 use rekindle_kernels::gated_delta::{self, DeltaHeads, DeltaInputs, Sequences};
 use rekindle_kernels::linear_cross_entropy::{self, LmHead, TokenWeights};
-use rekindle_kernels::optimizer::{Rule, State, StateFormat, Step, clipped_range_step, clipped_step};
+use rekindle_kernels::optimizer::{
+    OptimizerState, StateFormat, UpdateRule, UpdateStep, clipped_range_step, clipped_step,
+};
 use rekindle_kernels::paged_attention::{self, KvPages, PagedBatch};
 use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::rms_norm::{self, Gain};
-use rekindle_kernels::rope::{self, Norm, Rotation, Tables};
+use rekindle_kernels::rope::{self, HeadNorm, RopeTables, Rotation};
 use rekindle_kernels::{
     Device, Group, ParamsBuilder, QuantizedWeight, RngKey, Tensor, causal_conv, embedding, from_f32, gated_norm,
     matmul, output_gate,
@@ -149,9 +151,9 @@ const OPERATIONS: &[(&str, Operation)] = &[
         drop(gated_activation::backward(Activation::GeluTanh, dact, gate, up));
     }),
     ("RoPE", |device, begin| {
-        let tables = Tables::new(vec![0.5; TOKENS * 32], vec![0.5; TOKENS * 32], 32, device);
+        let tables = RopeTables::new(vec![0.5; TOKENS * 32], vec![0.5; TOKENS * 32], 32, device);
         let [q, k, v] = [WIDTH, 256, 256].map(|width| matrix(device, TOKENS, width));
-        let norms = [(); 2].map(|()| Norm { gain: Gain::Plain(vector(device, 64)), eps: 1e-6 });
+        let norms = [(); 2].map(|()| HeadNorm { gain: Gain::Plain(vector(device, 64)), eps: 1e-6 });
         begin();
         let angles = tables.angles(&(0..TOKENS as u32).collect::<Vec<_>>());
         let rotation = Some(Rotation { angles: &angles, interleaved: false });
@@ -281,10 +283,10 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let mut params = builder.build();
         begin();
         drop(matmul::nt(&matrix(device, 64, 512), &params.matrix(table)));
-        let rule = Rule::Sgd { momentum: 0.0 };
-        let mut state = State::new(params.infos(), device, rule, StateFormat::F32);
+        let rule = UpdateRule::Sgd { momentum: 0.0 };
+        let mut state = OptimizerState::new(params.infos(), device, rule, StateFormat::F32);
         let grads = params.zero_grads();
-        let step = Step { t: 1, rates: 1e-3.into(), weight_decay: 0.0 };
+        let step = UpdateStep { t: 1, rates: 1e-3.into(), weight_decay: 0.0 };
         drop(clipped_step(&mut params, &grads, &mut state, &step, 1.0));
     }),
 ];
@@ -309,9 +311,9 @@ fn optimizer_step(format: StateFormat, device: &Device, begin: &mut dyn FnMut())
     let second = params.infos()[1].at;
     let (dy, x) = (matrix(device, 64, 512), matrix(device, 64, 512));
     begin();
-    let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
-    let mut state = State::new(params.infos(), device, rule, format);
-    let step = Step { t: 1, rates: 1e-3.into(), weight_decay: 0.1 };
+    let rule = UpdateRule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+    let mut state = OptimizerState::new(params.infos(), device, rule, format);
+    let step = UpdateStep { t: 1, rates: 1e-3.into(), weight_decay: 0.1 };
     let mut grads = params.zero_grads();
     grads.add_tn(second, 1.0, &dy, &x);
     drop(clipped_step(&mut params, &grads, &mut state, &step, 1.0));

@@ -24,7 +24,7 @@ use common::rms_norm::{AddedNorm, Form, RmsNorm};
 use common::rope::Rope;
 use common::{Case, Layout, Place, judge};
 use rekindle_kernels::Device;
-use rekindle_kernels::optimizer::{Rule, StateFormat};
+use rekindle_kernels::optimizer::{StateFormat, UpdateRule};
 
 const F32: DType = DType::F32;
 
@@ -106,7 +106,7 @@ struct Tally {
 impl Tally {
     /// 8-bit states are changed on the host: the bits of the CPU. The small parameter and all of SGD without momentum have
     /// an f32 state, which [`Steps`] is for.
-    fn add_blocks(&mut self, rule: Rule, device: &Device) {
+    fn add_blocks(&mut self, rule: UpdateRule, device: &Device) {
         let of = |device: &Device| {
             let (_, state) = some_steps(device, rule, StateFormat::Blockwise8, By::All);
             state.into_iter().filter(|tensor| !tensor.name.starts_with("p2.")).collect::<Vec<_>>()

@@ -2,6 +2,9 @@ use std::cmp::Ordering;
 use std::fmt;
 use std::hash::{Hash, Hasher};
 
+/// Decodes whole blocks into as many elements.
+pub type DecodeBlocks = fn(&[u8], &mut [f32]);
+
 /// A format of blocks, in which several elements share scales. It is defined outside of this crate, for instance by GGUF.
 #[derive(Clone, Copy)]
 pub struct BlockFormat {
@@ -11,8 +14,8 @@ pub struct BlockFormat {
     pub elements: usize,
     /// The bytes of a block.
     pub bytes: usize,
-    /// Decodes whole blocks into as many elements; `None` for a format without a decoder.
-    pub decode: Option<fn(&[u8], &mut [f32])>,
+    /// The decoder, if there is one.
+    pub decode: Option<DecodeBlocks>,
 }
 
 impl BlockFormat {

@@ -65,7 +65,7 @@ pub use atomic::{AtomicDir, AtomicFile, DirectoryLock, clear_leftovers, remove_a
 pub use checkpoint::{Checkpoint, TensorPart, TensorStore, read_config};
 pub use checkpoint_headers::{CheckpointHeaders, TensorInfo};
 pub use companion::{ADDITIONAL_CHAT_TEMPLATES, companion_files, companion_name, is_companion};
-pub use dtype::{BlockFormat, Dtype};
+pub use dtype::{BlockFormat, DecodeBlocks, Dtype};
 pub use error::{Error, HubErrorKind};
 #[cfg(feature = "network")]
 pub use hub::{DatasetPart, HubOptions, Resolved, ResolvedRows, headers, resolve, resolve_rows};

@@ -13,7 +13,7 @@ use core::convert::Infallible;
 use rekindle_kernels::attention::Heads;
 use rekindle_kernels::linear_cross_entropy::LmHead;
 use rekindle_kernels::neftune::{self, Noise};
-use rekindle_kernels::rope::Tables;
+use rekindle_kernels::rope::RopeTables;
 use rekindle_kernels::{DType, Device, Params, Tensor, Weight, embedding, from_f32, to_f32};
 use rekindle_lora::{Adaptable, AdaptableMut, ExpertLinear, Linear, LinearGroup};
 use rekindle_rope::RopeConfig;
@@ -48,7 +48,7 @@ pub struct Decoder {
     noise_after_multiplier: bool,
     logit_multiplier: f32,
     logit_softcap: Option<f32>,
-    ropes: Vec<Tables>,
+    ropes: Vec<RopeTables>,
     /// The distinct layouts of attention; [`Attention::layout`](crate::layers::Attention::layout) is an index.
     layouts: Vec<Heads>,
     device: Device,
@@ -100,9 +100,9 @@ impl Decoder {
                 tables.cos.chunks_exact_mut(tables.half).enumerate().for_each(scaled);
                 tables.sin.chunks_exact_mut(tables.half).enumerate().for_each(scaled);
             }
-            Tables::new(tables.cos, tables.sin, tables.half, device)
+            RopeTables::new(tables.cos, tables.sin, tables.half, device)
         };
-        let mut ropes: Vec<Tables> = spec.ropes.iter().map(|rope| tables(rope, None)).collect();
+        let mut ropes: Vec<RopeTables> = spec.ropes.iter().map(|rope| tables(rope, None)).collect();
         let mut scaled: Vec<(RopeId, QueryScale)> = Vec::new();
         for (layer, layer_spec) in layers.iter_mut().zip(&spec.layers) {
             let Some(attention) = layer_spec.attention() else { continue };
@@ -145,7 +145,7 @@ impl Decoder {
 
     /// Returns the maximum length of a document.
     pub fn max_seq_length(&self) -> usize {
-        self.ropes.iter().map(Tables::positions).min().unwrap_or(0)
+        self.ropes.iter().map(RopeTables::positions).min().unwrap_or(0)
     }
 
     /// Returns the embedding table; with `adapters`, the one that an adapter trains in full, if any.

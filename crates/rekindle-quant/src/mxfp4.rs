@@ -215,7 +215,7 @@ mod tests {
         let mut values = vec![0.0_f32; 64];
         values[..6].copy_from_slice(&[6.0, -0.5, 0.25, 0.75, 2.5, 5.0]);
         values[32..34].copy_from_slice(&[0.75, -0.1]);
-        let tensor = Mxfp4Tensor::quantize(&values, &[2, 32]).unwrap();
+        let tensor = Mxfp4Tensor::quantize(&values, &[2, 32]).expect("it is valid");
         let (_, codes, scales) = tensor.clone().into_parts();
         assert_eq!(scales, [127, 124]);
         // 0.25 and 2.5 go down to an even code, 0.75 and 5 to 1 and 4.
@@ -228,15 +228,15 @@ mod tests {
     #[test]
     fn tensors_are_written_as_they_were_read() {
         let values: Vec<f32> = (0..2 * 3 * 64).map(|i| (i as f32 * 0.7).sin()).collect();
-        let tensor = Mxfp4Tensor::quantize(&values, &[2, 3, 64]).unwrap();
+        let tensor = Mxfp4Tensor::quantize(&values, &[2, 3, 64]).expect("it is valid");
         let stored = tensor.write();
         let find =
             |key: &str| stored.iter().find(|(suffix, _)| format!("w{suffix}") == key).map(|(_, raw)| raw.clone());
         assert_eq!(stored[0].1.shape, [2, 3, 2, 16]);
-        assert_eq!(Mxfp4Tensor::read("w", find).unwrap(), Some(tensor.clone()));
-        assert_eq!(Mxfp4Tensor::read("v", find).unwrap(), None);
+        assert_eq!(Mxfp4Tensor::read("w", find).expect("it is valid"), Some(tensor.clone()));
+        assert_eq!(Mxfp4Tensor::read("v", find).expect("it is valid"), None);
         let alone = |key: &str| find(key).filter(|_| key.ends_with(BLOCKS));
-        let error = Mxfp4Tensor::read("w", alone).unwrap_err().to_string();
+        let error = Mxfp4Tensor::read("w", alone).expect_err("it is refused").to_string();
         assert!(error.contains("no \"w_scales\", which \"w_blocks\" needs"), "{error}");
         let short = |key: &str| {
             let mut raw = find(key)?;
@@ -245,14 +245,16 @@ mod tests {
             }
             Some(raw)
         };
-        let error = Mxfp4Tensor::read("w", short).unwrap_err().to_string();
+        let error = Mxfp4Tensor::read("w", short).expect_err("it is refused").to_string();
         assert!(error.starts_with("\"w_blocks\" has shape [2, 3, 2, 16] and \"w_scales\" [2, 3, 1];"), "{error}");
     }
 
     #[test]
     fn damaged_blocks_are_refused() {
         let from = |shape: &[usize], codes, scale| {
-            Mxfp4Tensor::from_parts(shape.to_vec(), vec![0; codes], vec![scale; 2]).unwrap_err().to_string()
+            Mxfp4Tensor::from_parts(shape.to_vec(), vec![0; codes], vec![scale; 2])
+                .expect_err("it is refused")
+                .to_string()
         };
         assert!(from(&[2, 33], 33, 1).contains("needs 64 elements in whole blocks of a row, got 33"));
         assert!(from(&[2, 32], 31, 1).contains("needs 32 bytes of codes, got 31"));

@@ -1,6 +1,6 @@
 //! The names of optimizers.
 
-use rekindle_kernels::optimizer::{Rule, StateFormat};
+use rekindle_kernels::optimizer::{StateFormat, UpdateRule};
 use serde::{Deserialize, Serialize};
 
 use crate::SftConfig;
@@ -34,14 +34,14 @@ pub enum Optim {
 
 impl Optim {
     /// Returns the update rule with the values of `config`.
-    pub(crate) fn rule(self, config: &SftConfig) -> Rule {
+    pub(crate) fn rule(self, config: &SftConfig) -> UpdateRule {
         let (beta1, beta2) = (config.adam_beta1, config.adam_beta2);
         match self {
             Self::Adamw | Self::Adamw8bit | Self::PagedAdamw8bit => {
-                Rule::AdamW { beta1, beta2, eps: config.adam_epsilon }
+                UpdateRule::AdamW { beta1, beta2, eps: config.adam_epsilon }
             }
-            Self::Lion | Self::Lion8bit | Self::PagedLion8bit => Rule::Lion { beta1, beta2 },
-            Self::Sgd => Rule::Sgd { momentum: config.momentum.unwrap_or(0.0) },
+            Self::Lion | Self::Lion8bit | Self::PagedLion8bit => UpdateRule::Lion { beta1, beta2 },
+            Self::Sgd => UpdateRule::Sgd { momentum: config.momentum.unwrap_or(0.0) },
         }
     }
 
@@ -58,8 +58,8 @@ impl Optim {
     pub(crate) fn ignored(self, config: &SftConfig) -> Vec<String> {
         let rule = self.rule(config);
         let usual = SftConfig::default();
-        let adam = matches!(rule, Rule::AdamW { .. });
-        let sgd = matches!(rule, Rule::Sgd { .. });
+        let adam = matches!(rule, UpdateRule::AdamW { .. });
+        let sgd = matches!(rule, UpdateRule::Sgd { .. });
         let betas = config.adam_beta1 != usual.adam_beta1 || config.adam_beta2 != usual.adam_beta2;
         let mut ignored = Vec::new();
         for (name, given, taken) in [

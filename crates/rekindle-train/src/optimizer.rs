@@ -1,7 +1,8 @@
 //! One optimizer step over given micro-batches.
 
 use rekindle_kernels::optimizer::{
-    Clip, Rates, Rule, State, StateBytes, StateError, StateFormat, StateTensor, Step, clipped_range_step, clipped_step,
+    Clip, LearningRates, OptimizerState, StateBytes, StateError, StateFormat, StateTensor, UpdateRule, UpdateStep,
+    clipped_range_step, clipped_step,
 };
 use rekindle_kernels::{DType, Device, Grads, Params};
 use rekindle_models::objective::{Metric, PendingLoss};
@@ -13,7 +14,7 @@ use crate::{Error, SftConfig, show_bytes};
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OptimizerConfig {
     /// The update rule.
-    pub rule: Rule,
+    pub rule: UpdateRule,
     /// The format of the optimizer's state.
     pub format: StateFormat,
     /// Weight decay, on matrices only.
@@ -100,7 +101,7 @@ pub struct StepResult {
 #[derive(Debug)]
 pub struct Optimizer {
     config: OptimizerConfig,
-    state: State,
+    state: OptimizerState,
     t: u64,
     seed: u64,
 }
@@ -124,7 +125,7 @@ impl Optimizer {
                  are small; remove it, or set full_finetuning = true";
             return Err(Error::Config(vec![problem.to_owned()]));
         }
-        let state = State::new(model.params().infos(), model.device(), config.rule, config.format);
+        let state = OptimizerState::new(model.params().infos(), model.device(), config.rule, config.format);
         Ok(Self { config, state, t: 0, seed })
     }
 
@@ -140,7 +141,7 @@ impl Optimizer {
     }
 
     /// Returns the state.
-    pub fn state(&self) -> &State {
+    pub fn state(&self) -> &OptimizerState {
         &self.state
     }
 
@@ -168,13 +169,13 @@ impl Optimizer {
         model: &mut CausalLm,
         objective: &dyn Objective,
         batches: &[Batch],
-        rates: impl Into<Rates>,
+        rates: impl Into<LearningRates>,
     ) -> Result<StepResult, Error> {
         let counted = batches.iter().map(Batch::counted).sum();
         let tokens = batches.iter().map(Batch::tokens).sum();
         let scale = step_scale(objective, batches);
         let OptimizerConfig { weight_decay, max_grad_norm, optimizer_in_bwd, .. } = self.config;
-        let step = Step { t: self.t + 1, rates: rates.into(), weight_decay };
+        let step = UpdateStep { t: self.t + 1, rates: rates.into(), weight_decay };
         model.params_mut().set_rounding_seed(self.seed);
         let (losses, clips) = if optimizer_in_bwd {
             self.move_in_backward(model, objective, batches, scale as f32, &step)?
@@ -216,7 +217,7 @@ impl Optimizer {
         objective: &dyn Objective,
         batches: &[Batch],
         scale: f32,
-        step: &Step,
+        step: &UpdateStep,
     ) -> Result<(Vec<PendingLoss>, Vec<Clip>), Error> {
         let [batch] = batches else {
             return Err(Error::Config(vec![format!(

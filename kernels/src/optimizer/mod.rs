@@ -1,17 +1,17 @@
 //! Optimizers over flat buffers: one step changes values in place, from their gradients and a state.
 //!
-//! A [`Rule`] says how; a [`StateFormat`] how the state is kept; [`State`] holds it, for every parameter. The values need
-//! not lie in [`Params`]: [`State::apply`] takes any `f32` values of some parameters, so that weights kept otherwise can
+//! A [`UpdateRule`] says how; a [`StateFormat`] how the state is kept; [`OptimizerState`] holds it, for every parameter. The values need
+//! not lie in [`Params`]: [`OptimizerState::apply`] takes any `f32` values of some parameters, so that weights kept otherwise can
 //! be decoded, changed and written back one after another.
 //!
 //! g is scaled by the factor of [`Clip`] first; wd is 0 for parameters that take no part in weight decay. In `f32`:
 //!
-//! - [`Rule::AdamW`] (Loshchilov & Hutter, arXiv:1711.05101), with PyTorch's order of operations:
+//! - [`UpdateRule::AdamW`] (Loshchilov & Hutter, arXiv:1711.05101), with PyTorch's order of operations:
 //!   p ← p·(1 − lr·wd); m ← β₁m + (1 − β₁)g; v ← β₂v + (1 − β₂)g²;
 //!   p ← p − lr/(1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + eps)
-//! - [`Rule::Lion`] (Chen et al., arXiv:2302.06675):
+//! - [`UpdateRule::Lion`] (Chen et al., arXiv:2302.06675):
 //!   p ← p·(1 − lr·wd) − lr·sign(β₁m + (1 − β₁)g); m ← β₂m + (1 − β₂)g
-//! - [`Rule::Sgd`], as PyTorch's with decay in the gradient: g ← g + wd·p; m ← momentum·m + g; p ← p − lr·m
+//! - [`UpdateRule::Sgd`], as PyTorch's with decay in the gradient: g ← g + wd·p; m ← momentum·m + g; p ← p − lr·m
 //!
 //! Where the state has 8 bits, sums of products are fused, and AdamW's order is that of bitsandbytes, whose decay comes
 //! last: the head of `blockwise.rs` has the formulas.
@@ -32,7 +32,7 @@ pub use blockwise::maps;
 pub use clip::Clip;
 pub use saved::{StateError, StateTensor};
 pub(crate) use state::StepCoefficients;
-pub use state::{State, StateBytes};
+pub use state::{OptimizerState, StateBytes};
 
 use core::ops::Range;
 
@@ -40,7 +40,7 @@ use crate::{Grads, Group, Params};
 
 /// The update rule.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Rule {
+pub enum UpdateRule {
     /// Adam with decoupled weight decay.
     AdamW {
         /// Decay of the first moment.
@@ -80,14 +80,14 @@ pub enum StateFormat {
 
 /// Learning rates, by group of parameters.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rates {
+pub struct LearningRates {
     /// Rate of [`Group::Default`].
     pub default: f64,
     /// Rate of [`Group::Embedding`].
     pub embedding: f64,
 }
 
-impl Rates {
+impl LearningRates {
     /// Returns the rate of a group.
     pub fn of(self, group: Group) -> f64 {
         match group {
@@ -97,7 +97,7 @@ impl Rates {
     }
 }
 
-impl From<f64> for Rates {
+impl From<f64> for LearningRates {
     /// One for all.
     fn from(rate: f64) -> Self {
         Self { default: rate, embedding: rate }
@@ -106,16 +106,16 @@ impl From<f64> for Rates {
 
 /// One step's numbers.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Step {
+pub struct UpdateStep {
     /// The number of this step, from 1 on.
     pub t: u64,
     /// Learning rates.
-    pub rates: Rates,
+    pub rates: LearningRates,
     /// Weight decay, for the parameters that take part in it.
     pub weight_decay: f64,
 }
 
-impl Step {
+impl UpdateStep {
     /// Learning rate and weight decay of some parameters.
     fn of(&self, decays: bool, group: Group) -> (f64, f64) {
         (self.rates.of(group), if decays { self.weight_decay } else { 0.0 })
@@ -125,14 +125,20 @@ impl Step {
 /// Clips the gradients by their global norm and changes all parameters by one step.
 ///
 /// When the norm is not finite nothing changes. On CUDA the host does not wait for the norm.
-pub fn clipped_step(params: &mut Params, grads: &Grads, state: &mut State, step: &Step, max_grad_norm: f64) -> Clip {
+pub fn clipped_step(
+    params: &mut Params,
+    grads: &Grads,
+    state: &mut OptimizerState,
+    step: &UpdateStep,
+    max_grad_norm: f64,
+) -> Clip {
     let clip = Clip::of(grads, 1.0, max_grad_norm);
     apply(params, grads, state, step, &clip);
     clip
 }
 
 /// Changes all parameters by one step.
-pub fn apply(params: &mut Params, grads: &Grads, state: &mut State, step: &Step, clip: &Clip) {
+pub fn apply(params: &mut Params, grads: &Grads, state: &mut OptimizerState, step: &UpdateStep, clip: &Clip) {
     apply_range(params, 0..params.numel(), grads, state, step, clip);
 }
 
@@ -144,8 +150,8 @@ pub fn clipped_range_step(
     params: &mut Params,
     range: Range<usize>,
     grads: &Grads,
-    state: &mut State,
-    step: &Step,
+    state: &mut OptimizerState,
+    step: &UpdateStep,
     max_grad_norm: f64,
 ) -> Clip {
     let clip = Clip::of_values(&grads.of(range.clone()), 1.0, max_grad_norm);
@@ -153,7 +159,14 @@ pub fn clipped_range_step(
     clip
 }
 
-fn apply_range(params: &mut Params, range: Range<usize>, grads: &Grads, state: &mut State, step: &Step, clip: &Clip) {
+fn apply_range(
+    params: &mut Params,
+    range: Range<usize>,
+    grads: &Grads,
+    state: &mut OptimizerState,
+    step: &UpdateStep,
+    clip: &Clip,
+) {
     params.change(range, step.t as u32, |piece, values| {
         state.apply(piece.clone(), values, &grads.of(piece), step, clip);
     });

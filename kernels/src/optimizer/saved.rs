@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::DType;
 
-use super::State;
+use super::OptimizerState;
 use super::blockwise::BLOCK;
 use super::state::{Blocks, Place};
 use crate::runtime::elementwise;
@@ -34,7 +34,7 @@ pub enum StateError {
     Device(#[from] DeviceError),
 }
 
-/// A tensor of [`State::tensors`] without its bytes.
+/// A tensor of [`OptimizerState::tensors`] without its bytes.
 #[derive(Debug, PartialEq)]
 struct Part {
     name: String,
@@ -66,7 +66,7 @@ impl Part {
     }
 }
 
-impl State {
+impl OptimizerState {
     /// Everything, each part read from the device when it is reached. A moment in 8-bit blocks is two parts: codes, and
     /// `.absmax` with a scale for every 256 of them.
     pub fn tensors(&self) -> impl Iterator<Item = Result<StateTensor, DeviceError>> + '_ {
@@ -185,10 +185,10 @@ impl At {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::optimizer::{Rule, StateFormat, Step, clipped_step};
+    use crate::optimizer::{StateFormat, UpdateRule, UpdateStep, clipped_step};
     use crate::{Device, Params, ParamsBuilder, from_f32};
 
-    const RULE: Rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+    const RULE: UpdateRule = UpdateRule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
 
     fn params() -> Params {
         let mut builder = ParamsBuilder::new(&Device::cpu(), DType::F32);
@@ -197,17 +197,17 @@ mod tests {
         builder.build()
     }
 
-    fn step(params: &mut Params, state: &mut State, t: u64) {
+    fn step(params: &mut Params, state: &mut OptimizerState, t: u64) {
         let mut grads = params.zero_grads();
         for info in params.infos() {
             let values = (0..info.at.range().len()).map(|i| (i % 97) as f32 - 1.5 * t as f32).collect();
             grads.add(info.at, from_f32(values, info.at.dims(), &Device::cpu(), DType::F32));
         }
-        clipped_step(params, &grads, state, &Step { t, rates: 1e-2.into(), weight_decay: 0.1 }, 1.0);
+        clipped_step(params, &grads, state, &UpdateStep { t, rates: 1e-2.into(), weight_decay: 0.1 }, 1.0);
     }
 
-    fn state(params: &Params, format: StateFormat) -> State {
-        State::new(params.infos(), &Device::cpu(), RULE, format)
+    fn state(params: &Params, format: StateFormat) -> OptimizerState {
+        OptimizerState::new(params.infos(), &Device::cpu(), RULE, format)
     }
 
     #[test]
@@ -229,7 +229,8 @@ mod tests {
                 step(&mut resumed, &mut resumed_state, t);
             }
             assert_eq!(whole.all_values(), resumed.all_values());
-            let bytes = |state: &State| state.tensors().map(|t| t.expect("the CPU works").bytes).collect::<Vec<_>>();
+            let bytes =
+                |state: &OptimizerState| state.tensors().map(|t| t.expect("the CPU works").bytes).collect::<Vec<_>>();
             assert_eq!(bytes(&whole_state), bytes(&resumed_state));
         }
     }

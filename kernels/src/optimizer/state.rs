@@ -3,19 +3,19 @@
 use core::ops::Range;
 
 use super::blockwise::{self, BLOCK, BlockwiseCoefficients, HostBlocks, SMALLEST};
-use super::{Clip, Rule, StateFormat, Step, cpu, cuda, dynamic_map, portable};
+use super::{Clip, StateFormat, UpdateRule, UpdateStep, cpu, cuda, dynamic_map, portable};
 use crate::runtime::{Array, MemoryUse};
 use crate::tensor::{MetaMemory, two_devices};
 use crate::{Backend, Device, Group, ParamInfo, Tensor, host, params};
 
 /// The state of all parameters.
 #[derive(Debug)]
-pub struct State {
-    rule: Rule,
+pub struct OptimizerState {
+    rule: UpdateRule,
     format: StateFormat,
     pub(super) device: Device,
     pub(super) slots: Vec<ParamState>,
-    /// One vector for each of [`Rule::moments`], of the parameters whose state is in `f32`.
+    /// One vector for each of [`UpdateRule::moments`], of the parameters whose state is in `f32`.
     pub(super) moments: Vec<Tensor<1>>,
     /// The state of the other parameters.
     pub(super) blocks: Blocks,
@@ -35,7 +35,7 @@ pub(super) struct ParamState {
 
 #[derive(Clone, Debug)]
 pub(super) enum Place {
-    /// The first element in [`State::moments`].
+    /// The first element in [`OptimizerState::moments`].
     Dense(usize),
     /// Blocks, and tiles of the CUDA kernel.
     Blocks { blocks: Range<usize>, tiles: Range<usize> },
@@ -67,7 +67,7 @@ pub struct StateBytes {
     pub host: usize,
 }
 
-impl Rule {
+impl UpdateRule {
     /// The names of what it remembers of every element, PyTorch's.
     pub fn moments(&self) -> &'static [&'static str] {
         match self {
@@ -81,7 +81,7 @@ impl Rule {
 
 impl StateFormat {
     /// Returns the bytes of the state of parameters with these numbers of elements.
-    pub fn bytes(self, rule: Rule, sizes: impl IntoIterator<Item = usize>) -> StateBytes {
+    pub fn bytes(self, rule: UpdateRule, sizes: impl IntoIterator<Item = usize>) -> StateBytes {
         let mut bytes = StateBytes::default();
         for numel in sizes {
             let moments = rule.moments().len();
@@ -94,14 +94,14 @@ impl StateFormat {
         bytes
     }
 
-    fn has_blocks(self, rule: Rule, numel: usize) -> bool {
+    fn has_blocks(self, rule: UpdateRule, numel: usize) -> bool {
         self != Self::F32 && numel >= SMALLEST && !rule.moments().is_empty()
     }
 }
 
-impl State {
+impl OptimizerState {
     /// Zeros for parameters in ascending order of their places.
-    pub fn new(infos: &[ParamInfo], device: &Device, rule: Rule, format: StateFormat) -> Self {
+    pub fn new(infos: &[ParamInfo], device: &Device, rule: UpdateRule, format: StateFormat) -> Self {
         let mut slots: Vec<ParamState> = Vec::with_capacity(infos.len());
         let (mut end, mut blocks, mut tiles) = (0, 0, Vec::new());
         for ParamInfo { name, shape, at, decays, group } in infos {
@@ -148,7 +148,7 @@ impl State {
     }
 
     /// The update rule.
-    pub fn rule(&self) -> Rule {
+    pub fn rule(&self) -> UpdateRule {
         self.rule
     }
 
@@ -166,7 +166,14 @@ impl State {
     ///
     /// # Panics
     /// If `values` or `grads` are not as many as `range` says, or it cuts a parameter in two.
-    pub fn apply(&mut self, range: Range<usize>, values: &mut Tensor<1>, grads: &Tensor<1>, step: &Step, clip: &Clip) {
+    pub fn apply(
+        &mut self,
+        range: Range<usize>,
+        values: &mut Tensor<1>,
+        grads: &Tensor<1>,
+        step: &UpdateStep,
+        clip: &Clip,
+    ) {
         assert_eq!(values.dims(), [range.len()], "values of the elements {range:?}");
         assert_eq!(grads.dims(), [range.len()], "gradients of the elements {range:?}");
         if clip.skips() {
@@ -215,7 +222,7 @@ impl State {
         chosen: Range<usize>,
         values: &mut Tensor<1>,
         grads: &Tensor<1>,
-        step: &Step,
+        step: &UpdateStep,
         clip: &Clip,
     ) {
         for Run { range: run, at, decays, group } in self.runs(chosen) {
@@ -247,7 +254,7 @@ impl State {
         first: usize,
         chosen: Range<usize>,
         arrays: [&Array; 2],
-        step: &Step,
+        step: &UpdateStep,
         clip: &cuda::Clip,
     ) {
         let Blocks::Cuda(blocks) = &self.blocks else { return };
@@ -322,16 +329,16 @@ pub(crate) enum StepCoefficients {
 }
 
 impl StepCoefficients {
-    fn of(rule: Rule, t: u64, lr: f64, weight_decay: f64) -> Self {
+    fn of(rule: UpdateRule, t: u64, lr: f64, weight_decay: f64) -> Self {
         let keep = 1.0 - lr * weight_decay;
         match rule {
-            Rule::AdamW { beta1, beta2, eps } => {
+            UpdateRule::AdamW { beta1, beta2, eps } => {
                 let correct = |beta: f64| 1.0 - beta.powf(t as f64);
                 let (step_size, root_correction) = (lr / correct(beta1), correct(beta2).sqrt().recip());
                 Self::AdamW { keep, step_size, root_correction, beta1, beta2, eps }
             }
-            Rule::Lion { beta1, beta2 } => Self::Lion { keep, lr, beta1, beta2 },
-            Rule::Sgd { momentum } => Self::Sgd { weight_decay, lr, momentum },
+            UpdateRule::Lion { beta1, beta2 } => Self::Lion { keep, lr, beta1, beta2 },
+            UpdateRule::Sgd { momentum } => Self::Sgd { weight_decay, lr, momentum },
         }
     }
 }
@@ -343,7 +350,7 @@ mod tests {
     use super::*;
     use crate::ParamsBuilder;
 
-    const ADAMW: Rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+    const ADAMW: UpdateRule = UpdateRule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
 
     #[test]
     fn runs_end_where_parameters_move_otherwise() {
@@ -353,7 +360,7 @@ mod tests {
         builder.push("c", &[3], false, &[0.0; 3]);
         builder.push_in(Group::Embedding, "d", &[2], false, &[0.0; 2]);
         let params = builder.build();
-        let state = State::new(params.infos(), &Device::cpu(), ADAMW, StateFormat::F32);
+        let state = OptimizerState::new(params.infos(), &Device::cpu(), ADAMW, StateFormat::F32);
         let runs = |range| -> Vec<_> {
             let runs = state.runs(state.chosen(&range)).into_iter();
             runs.map(|run| (run.range, run.at, run.decays, run.group)).collect()
@@ -365,7 +372,7 @@ mod tests {
 
     #[test]
     fn bytes_by_hand() {
-        let (lion, sgd) = (Rule::Lion { beta1: 0.9, beta2: 0.99 }, Rule::Sgd { momentum: 0.0 });
+        let (lion, sgd) = (UpdateRule::Lion { beta1: 0.9, beta2: 0.99 }, UpdateRule::Sgd { momentum: 0.0 });
         let of = |format: StateFormat, rule, sizes: &[usize]| format.bytes(rule, sizes.iter().copied());
         let device = |device| StateBytes { device, host: 0 };
         assert_eq!(of(StateFormat::F32, ADAMW, &[6, 10]), device(128));

@@ -125,7 +125,7 @@ impl Buffer {
         &self.cuda
     }
 
-    /// What the memory is for.
+    /// The use of the memory.
     pub fn usage(&self) -> MemoryUse {
         self.usage
     }

@@ -157,7 +157,7 @@ impl Array {
         self.buffer.cuda()
     }
 
-    /// What the memory is for.
+    /// The use of the memory.
     pub fn usage(&self) -> MemoryUse {
         self.buffer.usage()
     }

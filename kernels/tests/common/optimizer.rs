@@ -1,7 +1,7 @@
 //! Five steps of an optimizer against the loop of its paper or of PyTorch, scalar by scalar.
 
 use burn::tensor::DType;
-use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, StateTensor, Step};
+use rekindle_kernels::optimizer::{self, Clip, OptimizerState, StateFormat, StateTensor, UpdateRule, UpdateStep};
 use rekindle_kernels::{Device, Grads, Group, ParamRef, Params, ParamsBuilder, Tensor, from_f32, to_f32};
 
 use super::{Case, Place, Results, noise, widened};
@@ -9,7 +9,7 @@ use super::{Case, Place, Results, noise, widened};
 /// Parameters of these sizes; those marked take part in weight decay.
 #[derive(Debug)]
 pub(crate) struct Steps {
-    pub(crate) rule: Rule,
+    pub(crate) rule: UpdateRule,
     pub(crate) params: &'static [(usize, bool)],
     pub(crate) weight_decay: f64,
     /// Gradients are clipped to this norm.
@@ -18,14 +18,14 @@ pub(crate) struct Steps {
 
 const STEPS: u64 = 5;
 
-pub(crate) const ADAMW: Rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+pub(crate) const ADAMW: UpdateRule = UpdateRule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
 
-pub(crate) const LION: Rule = Rule::Lion { beta1: 0.9, beta2: 0.99 };
+pub(crate) const LION: UpdateRule = UpdateRule::Lion { beta1: 0.9, beta2: 0.99 };
 
-pub(crate) const MOMENTUM: Rule = Rule::Sgd { momentum: 0.9 };
+pub(crate) const MOMENTUM: UpdateRule = UpdateRule::Sgd { momentum: 0.9 };
 
 /// Every rule, SGD also without momentum.
-pub(crate) const RULES: [Rule; 4] = [ADAMW, LION, MOMENTUM, Rule::Sgd { momentum: 0.0 }];
+pub(crate) const RULES: [UpdateRule; 4] = [ADAMW, LION, MOMENTUM, UpdateRule::Sgd { momentum: 0.0 }];
 
 impl Steps {
     fn numel(&self) -> usize {
@@ -43,8 +43,8 @@ impl Steps {
         noise(10 + t, self.numel()).iter().enumerate().map(|(i, g)| g * sizes[i % 5]).collect()
     }
 
-    fn step(&self, t: u64) -> Step {
-        Step { t, rates: (1e-2 / t as f64).into(), weight_decay: self.weight_decay }
+    fn step(&self, t: u64) -> UpdateStep {
+        UpdateStep { t, rates: (1e-2 / t as f64).into(), weight_decay: self.weight_decay }
     }
 
     fn grad_scale(&self, t: u64) -> f64 {
@@ -61,7 +61,7 @@ impl Case for Steps {
         let (mut m, mut v) = (vec![0.0; p.len()], vec![0.0; p.len()]);
         let decays: Vec<bool> = decays.collect();
         for t in 1..=STEPS {
-            let Step { rates, weight_decay, .. } = self.step(t);
+            let UpdateStep { rates, weight_decay, .. } = self.step(t);
             let (lr, grad_scale) = (rates.default, self.grad_scale(t));
             let clip = self.max_grad_norm.map_or(1.0, |max| {
                 let norm = self.grads(t).iter().map(|&g| (f64::from(g) * grad_scale).powi(2)).sum::<f64>().sqrt();
@@ -72,7 +72,7 @@ impl Case for Steps {
                 let g = r(f64::from(g) * grad_scale);
                 let decay = if decays[i] { weight_decay } else { 0.0 };
                 match self.rule {
-                    Rule::AdamW { beta1, beta2, eps } => {
+                    UpdateRule::AdamW { beta1, beta2, eps } => {
                         let bias_correction1 = 1.0 - beta1.powi(t as i32);
                         let bias_correction2_sqrt = (1.0 - beta2.powi(t as i32)).sqrt();
                         p[i] = r(p[i] * r(1.0 - lr * decay));
@@ -81,13 +81,13 @@ impl Case for Steps {
                         let denom = r(r(r(v[i].sqrt()) / r(bias_correction2_sqrt)) + r(eps));
                         p[i] = r(p[i] - r(r(lr / bias_correction1) * r(m[i] / denom)));
                     }
-                    Rule::Lion { beta1, beta2 } => {
+                    UpdateRule::Lion { beta1, beta2 } => {
                         let update = r(r(r(beta1) * m[i]) + r(r(1.0 - beta1) * g));
                         let direction = if update == 0.0 { 0.0 } else { update.signum() };
                         p[i] = r(r(p[i] * r(1.0 - lr * decay)) - r(lr) * direction);
                         m[i] = r(r(r(beta2) * m[i]) + r(r(1.0 - beta2) * g));
                     }
-                    Rule::Sgd { momentum } => {
+                    UpdateRule::Sgd { momentum } => {
                         let g = r(g + r(r(decay) * p[i]));
                         m[i] = r(r(r(momentum) * m[i]) + g);
                         p[i] = r(p[i] - r(r(lr) * m[i]));
@@ -111,7 +111,7 @@ impl Case for Steps {
             })
             .collect();
         let mut params = builder.build();
-        let mut state = State::new(params.infos(), &place.device, self.rule, StateFormat::F32);
+        let mut state = OptimizerState::new(params.infos(), &place.device, self.rule, StateFormat::F32);
         for t in 1..=STEPS {
             let grads = filled(&params, &places, &place.device, &self.grads(t));
             let clip = Clip::of(&grads, self.grad_scale(t), self.max_grad_norm.unwrap_or(0.0));
@@ -140,7 +140,12 @@ pub(crate) enum By {
 
 /// Values and state after some steps. Parameters begin on 16 bytes and not, their last blocks are full and not, some are
 /// too small for blocks, and they are of both groups, with weight decay and without.
-pub(crate) fn some_steps(device: &Device, rule: Rule, format: StateFormat, by: By) -> (Vec<f32>, Vec<StateTensor>) {
+pub(crate) fn some_steps(
+    device: &Device,
+    rule: UpdateRule,
+    format: StateFormat,
+    by: By,
+) -> (Vec<f32>, Vec<StateTensor>) {
     let mut builder = ParamsBuilder::new(device, DType::F32);
     let sizes = [(4096, true), (9000, false), (33, true), (5001, true), (256 * 40, false), (4100, true)];
     for (i, (n, decays)) in sizes.into_iter().enumerate() {
@@ -150,13 +155,14 @@ pub(crate) fn some_steps(device: &Device, rule: Rule, format: StateFormat, by: B
     }
     let mut params = builder.build();
     let places: Vec<ParamRef> = params.infos().iter().map(|info| info.at).collect();
-    let mut state = State::new(params.infos(), device, rule, format);
+    let mut state = OptimizerState::new(params.infos(), device, rule, format);
     // By element in some blocks, and by block in others, of which some have no gradient.
     let scale = |i: usize| [1.0, 1e-3, 1e-6, 0.0, 30.0][if i % 8192 < 4096 { i % 5 } else { i / 256 % 5 }];
     for t in 1..=4 {
         let values: Vec<f32> = noise(100 + t, params.numel()).iter().enumerate().map(|(i, g)| g * scale(i)).collect();
         let grads = filled(&params, &places, device, &values);
-        let step = Step { t, rates: optimizer::Rates { default: 1e-2, embedding: 1e-3 }, weight_decay: 0.1 };
+        let step =
+            UpdateStep { t, rates: optimizer::LearningRates { default: 1e-2, embedding: 1e-3 }, weight_decay: 0.1 };
         let clip = Clip::of_norm(1.0, 0.5, 0.0, device);
         if by == By::All {
             optimizer::apply(&mut params, &grads, &mut state, &step, &clip);

@@ -4,7 +4,7 @@ use burn::tensor::DType;
 use rekindle_kernels::attention::AttentionGrads;
 use rekindle_kernels::dropout::{self, Dropout, Token, Tokens};
 use rekindle_kernels::neftune::{self, Noise};
-use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, Step};
+use rekindle_kernels::optimizer::{self, Clip, OptimizerState, StateFormat, UpdateRule, UpdateStep};
 use rekindle_kernels::quantized::{Absmax, QuantizedData, QuantizedFormat};
 use rekindle_kernels::{Device, Group, Params, ParamsBuilder, QuantizedWeight, RngKey, from_f32, to_f32};
 
@@ -136,20 +136,20 @@ pub(crate) fn noise_is_the_same_everywhere(device: &Device, dtype: DType) {
 /// A step whose gradients are not finite does nothing, and says so; the next one goes on as if it had not been.
 pub(crate) fn gradients_that_are_not_finite_change_nothing(device: &Device) {
     let numel = 5000;
-    let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+    let rule = UpdateRule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
     let trained = |bad: Option<f32>| -> (Vec<f32>, f64) {
         let mut builder = ParamsBuilder::new(device, DType::F32);
         builder.push("a", &[numel - 7], true, &noise(1, numel - 7));
         builder.push("b", &[7], false, &noise(2, 7));
         let mut params = builder.build();
-        let mut state = State::new(params.infos(), device, rule, StateFormat::F32);
-        let clipped = |params: &mut Params, state: &mut State, values: &[f32], t: u64| {
+        let mut state = OptimizerState::new(params.infos(), device, rule, StateFormat::F32);
+        let clipped = |params: &mut Params, state: &mut OptimizerState, values: &[f32], t: u64| {
             let mut grads = params.zero_grads();
             for info in params.infos() {
                 grads.add(info.at, from_f32(values[info.at.range()].to_vec(), info.at.dims(), device, DType::F32));
             }
             let clip = Clip::of(&grads, 0.5, 1.0);
-            let step = Step { t, rates: 1e-2.into(), weight_decay: 0.1 };
+            let step = UpdateStep { t, rates: 1e-2.into(), weight_decay: 0.1 };
             optimizer::apply(params, &grads, state, &step, &clip);
             clip.norm()
         };
@@ -178,7 +178,7 @@ pub(crate) fn gradients_that_are_not_finite_change_nothing(device: &Device) {
 pub(crate) fn values_in_place_are_those_of_the_cpu(device: &Device) {
     let (dims, blocksize) = ([40, 96], 64);
     let n = dims[0] * dims[1];
-    let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+    let rule = UpdateRule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
     let trained = |device: &Device| -> Vec<Vec<u8>> {
         let mut builder = ParamsBuilder::in_place(device, DType::F32);
         let bits = noise(1, n).into_iter().flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes()).collect::<Vec<_>>();
@@ -201,14 +201,14 @@ pub(crate) fn values_in_place_are_those_of_the_cpu(device: &Device) {
         builder.push("vector", &[104], false, &noise(7, 104));
         let mut params = builder.build();
         params.set_rounding_seed(3407);
-        let mut state = State::new(params.infos(), device, rule, StateFormat::F32);
+        let mut state = OptimizerState::new(params.infos(), device, rule, StateFormat::F32);
         for t in 1..5 {
             let mut grads = params.zero_grads();
             for (i, info) in params.infos().iter().enumerate() {
                 let values = noise(10 * t + i as u64, info.at.range().len());
                 grads.add(info.at, from_f32(values, info.at.dims(), device, DType::F32));
             }
-            let step = Step { t, rates: 1e-2.into(), weight_decay: 0.1 };
+            let step = UpdateStep { t, rates: 1e-2.into(), weight_decay: 0.1 };
             optimizer::clipped_step(&mut params, &grads, &mut state, &step, 0.0);
         }
         params.to_bytes()

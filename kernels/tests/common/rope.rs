@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Tensor as BurnTensor};
 use rekindle_kernels::Device;
-use rekindle_kernels::rope::{self, Angles, Norm, Rotation, Tables};
+use rekindle_kernels::rope::{self, Angles, HeadNorm, RopeTables, Rotation};
 
 use super::rms_norm::Form;
 use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
@@ -62,8 +62,8 @@ impl Rope {
         (!self.cos.is_empty()).then_some(Rotation { angles, interleaved: self.interleaved })
     }
 
-    fn norm(&self, weight: rekindle_kernels::Tensor<1>) -> Norm {
-        Norm { gain: self.form.gain(weight), eps: EPS }
+    fn norm(&self, weight: rekindle_kernels::Tensor<1>) -> HeadNorm {
+        HeadNorm { gain: self.form.gain(weight), eps: EPS }
     }
 
     fn shape(&self) -> [usize; 2] {
@@ -74,7 +74,7 @@ impl Rope {
     fn angles(&self, device: &Device) -> Angles {
         let half = self.cos.len() / self.tokens;
         let last_first = |table: &[f32]| table.rchunks_exact(half.max(1)).flatten().copied().collect();
-        let tables = Tables::new(last_first(&self.cos), last_first(&self.sin), half, device);
+        let tables = RopeTables::new(last_first(&self.cos), last_first(&self.sin), half, device);
         let positions: Vec<u32> = (0..self.tokens as u32).rev().collect();
         tables.angles(&positions)
     }

@@ -1,7 +1,9 @@
 //! Tests of optimizers: 8-bit states against bitsandbytes, every name on a model, learning rates by group.
 
 use rekindle_hub::SafetensorsFile;
-use rekindle_kernels::optimizer::{self, Clip, Rates, Rule, State, StateFormat, StateTensor, Step, maps};
+use rekindle_kernels::optimizer::{
+    self, Clip, LearningRates, OptimizerState, StateFormat, StateTensor, UpdateRule, UpdateStep, maps,
+};
 use rekindle_kernels::{Device, Group, ParamsBuilder, from_f32};
 use rekindle_lora::LoraConfig;
 use rekindle_models::{CausalLm, Sft};
@@ -31,8 +33,8 @@ fn adamw_8bit_states_equal_bitsandbytes() {
         builder.push(name, &[n], true, &start);
     }
     let mut params = builder.build();
-    let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: number("eps") };
-    let mut state = State::new(params.infos(), &Device::cpu(), rule, StateFormat::Blockwise8);
+    let rule = UpdateRule::AdamW { beta1: 0.9, beta2: 0.999, eps: number("eps") };
+    let mut state = OptimizerState::new(params.infos(), &Device::cpu(), rule, StateFormat::Blockwise8);
     let mut travelled = vec![0.0f64; params.numel()];
     let mut worst = 0.0f64;
     for t in 1..=30 {
@@ -41,7 +43,7 @@ fn adamw_8bit_states_equal_bitsandbytes() {
         for (index, info) in params.infos().iter().enumerate() {
             grads.add(info.at, from_f32(gradient(index, t), info.at.dims(), &Device::cpu(), F32));
         }
-        let step = Step { t, rates: number("lr").into(), weight_decay: number("weight_decay") };
+        let step = UpdateStep { t, rates: number("lr").into(), weight_decay: number("weight_decay") };
         optimizer::apply(&mut params, &grads, &mut state, &step, &Clip::of(&grads, 1.0, 0.0));
         let moved = params.all_values().into_iter().zip(before).map(|(new, old)| f64::from((new - old).abs()));
         travelled.iter_mut().zip(moved).for_each(|(sum, moved)| *sum += moved);
@@ -114,7 +116,7 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
 }
 
 /// Runs a few steps on the golden rows; returns the losses and the model.
-fn train(golden: &Golden, config: &SftConfig, rates: Rates, steps: usize) -> (Vec<f64>, CausalLm) {
+fn train(golden: &Golden, config: &SftConfig, rates: LearningRates, steps: usize) -> (Vec<f64>, CausalLm) {
     let mut model = golden.load_full();
     let mut optimizer = Optimizer::new(&model, OptimizerConfig::from(config), 1).expect("something is trained");
     let batches = [golden.packed()];
@@ -143,7 +145,7 @@ fn every_optimizer_lowers_the_loss_and_8_bit_ones_equally() {
 #[test]
 fn embeddings_have_a_separate_learning_rate() {
     let golden = Golden::open("qwen3-untied-sharded");
-    let rate = |default, embedding| Rates { default, embedding };
+    let rate = |default, embedding| LearningRates { default, embedding };
     let before = golden.load_full();
     for (rates, moves) in [(rate(1e-3, 0.0), Group::Default), (rate(0.0, 1e-3), Group::Embedding)] {
         let (_, after) = train(&golden, &SftConfig::default(), rates, 1);

@@ -9,10 +9,10 @@ use rekindle_kernels::expert_act::{self, ClampedSwiglu, ExpertActivation};
 use rekindle_kernels::gated_activation::{self, Activation};
 use rekindle_kernels::grouped::{self, GroupedRows};
 use rekindle_kernels::linear_cross_entropy::{self, LmHead, TokenWeights};
-use rekindle_kernels::optimizer::{self, Clip, Rule, State, StateFormat, Step};
+use rekindle_kernels::optimizer::{self, Clip, OptimizerState, StateFormat, UpdateRule, UpdateStep};
 use rekindle_kernels::quantized::{Absmax, QuantizedData, QuantizedFormat};
 use rekindle_kernels::rms_norm::{self, Gain, GainEps};
-use rekindle_kernels::rope::{self, Norm, Rotation, Tables};
+use rekindle_kernels::rope::{self, HeadNorm, RopeTables, Rotation};
 use rekindle_kernels::routing::{self, Dispatch, RoutingForm};
 use rekindle_kernels::runtime::Cuda;
 use rekindle_kernels::{
@@ -228,11 +228,11 @@ impl Bench<'_> {
         let Heads { heads, kv_heads, head_dim, .. } = HEADS;
         let half = head_dim / 2;
         let table = |f: fn(f32) -> f32| (0..2048 * half).map(|i| f(i as f32)).collect::<Vec<_>>();
-        let tables = Tables::new(table(f32::cos), table(f32::sin), half, self.device);
+        let tables = RopeTables::new(table(f32::cos), table(f32::sin), half, self.device);
         let positions: Vec<u32> = (0..TOKENS as u32).map(|t| t % 2048).collect();
         let angles = tables.angles(&positions);
         let norms = [8, 9].map(|seed| self.noise(seed, [1, head_dim]).row_vector());
-        let norms = norms.map(|weight| Norm { gain: Gain::Plain(weight), eps: 1e-6 });
+        let norms = norms.map(|weight| HeadNorm { gain: Gain::Plain(weight), eps: 1e-6 });
         let rotation = Some(Rotation { angles: &angles, interleaved: false });
         let (q, k) = (self.noise(1, [TOKENS, heads * head_dim]), self.noise(2, [TOKENS, kv_heads * head_dim]));
         let v = self.noise(3, [TOKENS, 1]);
@@ -285,15 +285,15 @@ impl Bench<'_> {
         let mut grads = params.zero_grads();
         // Random codes of all values.
         grads.add(params.infos()[0].at, self.noise(1, [1024, n / 1024]));
-        let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
-        let step = Step { t: 1, rates: 1e-4.into(), weight_decay: 0.01 };
+        let rule = UpdateRule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+        let step = UpdateStep { t: 1, rates: 1e-4.into(), weight_decay: 0.01 };
         let clip = Clip::of(&grads, 1.0, 0.0);
         for (name, format, bytes) in [
             ("adamw", StateFormat::F32, 28.0),
             ("adamw_8bit", StateFormat::Blockwise8, 16.0 + 4.0 / 64.0),
             ("adamw_8bit, state in host memory", StateFormat::Host8, 16.0 + 4.0 / 64.0),
         ] {
-            let mut state = State::new(params.infos(), self.device, rule, format);
+            let mut state = OptimizerState::new(params.infos(), self.device, rule, format);
             self.time(rows, name, Work::Bytes(bytes * n as f64), "adamw", || {
                 optimizer::apply(&mut params, &grads, &mut state, &step, &clip);
             })?;

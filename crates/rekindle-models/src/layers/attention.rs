@@ -2,7 +2,7 @@
 
 use rekindle_kernels::attention::{self, AttentionGrads, Heads};
 use rekindle_kernels::paged_attention;
-use rekindle_kernels::rope::{self, Norm, Rotation};
+use rekindle_kernels::rope::{self, HeadNorm, Rotation};
 use rekindle_kernels::{Grads, Params, Tensor, Weight, output_gate};
 use rekindle_lora::{Linear, LinearGroup, LinearSaved};
 
@@ -361,8 +361,8 @@ impl Attention {
         self.rope.map(|rope| Rotation { angles: ctx.angles(rope.id), interleaved: rope.interleaved })
     }
 
-    fn norms(&self, params: &Params) -> Option<[Norm; 2]> {
-        let norm = |norm: &RmsNorm| Norm { gain: norm.gain(params), eps: norm.eps };
+    fn norms(&self, params: &Params) -> Option<[HeadNorm; 2]> {
+        let norm = |norm: &RmsNorm| HeadNorm { gain: norm.gain(params), eps: norm.eps };
         self.qk_norm.as_ref().map(|norms| norms.each_ref().map(norm))
     }
 }

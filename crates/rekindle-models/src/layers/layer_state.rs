@@ -7,6 +7,7 @@ use rekindle_kernels::{Tensor, from_f32};
 
 /// The state of one layer for all sequences that are decoded together.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "one a layer")]
 pub enum LayerState {
     /// Keys and values of any number of sequences, in pages.
     Pages(KvPages),

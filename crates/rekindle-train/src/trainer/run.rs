@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use rekindle_hub::{DirectoryLock, remove_atomic};
-use rekindle_kernels::optimizer::Rates;
+use rekindle_kernels::optimizer::LearningRates;
 use rekindle_models::{Batch, Objective, StepKey};
 
 use super::guard::{self, Pass};
@@ -61,7 +61,7 @@ pub(super) struct Run<'a> {
     done: usize,
     times: Timetable,
     schedule: Schedule,
-    peaks: Rates,
+    peaks: LearningRates,
     optimizer: Optimizer,
     objective: Box<dyn Objective>,
     reference: References,
@@ -137,7 +137,7 @@ impl<'a> Run<'a> {
             done,
             times,
             schedule,
-            peaks: Rates { default: peak, embedding: job.config.embedding_learning_rate.unwrap_or(peak) },
+            peaks: LearningRates { default: peak, embedding: job.config.embedding_learning_rate.unwrap_or(peak) },
             optimizer,
             objective: job.config.method.objective(),
             reference,
@@ -210,7 +210,7 @@ impl<'a> Run<'a> {
         let from = Batches::new(&self.job.train, &self.job.config, max_seq_length).reference(reference);
         let rows = self.rows.next_step(&from);
         let factor = self.schedule.factor(self.done);
-        let rates = Rates { default: self.peaks.default * factor, embedding: self.peaks.embedding * factor };
+        let rates = LearningRates { default: self.peaks.default * factor, embedding: self.peaks.embedding * factor };
         let key = self.optimizer.key();
         let result = self.optimizer.step(self.job.model, &*self.objective, &rows.batches, rates)?;
         for (what, value) in [("loss", result.loss), ("grad_norm", result.grad_norm)] {

@@ -16,7 +16,7 @@ mod recorded;
 
 use crate::linear_cross_entropy::LmHead;
 use crate::paged_attention::PagedBatch;
-use crate::rope::{Angles, Tables};
+use crate::rope::{Angles, RopeTables};
 use crate::runtime::{Cuda, Ints, MemoryUse, elementwise};
 use crate::{Device, DeviceError, Tensor, matmul};
 
@@ -146,7 +146,7 @@ impl StepInputs {
     }
 
     /// Returns the angles of the tokens.
-    pub fn angles(&self, tables: &Tables) -> Angles {
+    pub fn angles(&self, tables: &RopeTables) -> Angles {
         let [_, positions, ..] = Self::parts(self.rows);
         tables.angles_at(self.words.part(positions, self.rows))
     }

@@ -32,7 +32,7 @@ pub(crate) struct Rotation<'a> {
 
 /// A norm of heads.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Norm<'a> {
+pub(crate) struct HeadNorm<'a> {
     /// `[1, head_dim]`.
     pub(crate) weight: &'a Array,
     /// The form of the factor.
@@ -45,7 +45,7 @@ pub(crate) struct Norm<'a> {
 pub(crate) fn forward(
     x: &Array,
     head_dim: usize,
-    norm: Option<Norm<'_>>,
+    norm: Option<HeadNorm<'_>>,
     rotation: Option<Rotation<'_>>,
 ) -> (Array, Option<Array>) {
     let x = x.aligned();
@@ -59,7 +59,7 @@ pub(crate) fn forward(
 pub(crate) fn forward_qk(
     [q, k, v]: [&Array; 3],
     head_dim: usize,
-    norms: Option<[Norm<'_>; 2]>,
+    norms: Option<[HeadNorm<'_>; 2]>,
     rotation: Option<Rotation<'_>>,
 ) -> (Array, Array, Option<(Array, Array)>) {
     let free = norms.is_none() && Array::are_unique(&[q, k, v]) && q.is_aligned() && k.is_aligned();
@@ -75,7 +75,7 @@ pub(crate) fn forward_qk(
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SavedNorm<'a> {
     /// The norm.
-    pub(crate) norm: Norm<'a>,
+    pub(crate) norm: HeadNorm<'a>,
     /// The forward's input.
     pub(crate) x: &'a Array,
     /// The forward's rstd.
@@ -141,7 +141,7 @@ struct Saved {
 }
 
 impl Forward {
-    fn new(x: &Array, y: Array, head_dim: usize, norm: Option<Norm<'_>>) -> Self {
+    fn new(x: &Array, y: Array, head_dim: usize, norm: Option<HeadNorm<'_>>) -> Self {
         let heads = heads(x, head_dim);
         let weight = norm.map(|norm| checked(norm.weight, x, head_dim));
         let rstd =
@@ -152,7 +152,7 @@ impl Forward {
 
 impl Backward {
     fn new(dy: Array, dx: Array, head_dim: usize, norm: Option<SavedNorm<'_>>) -> Self {
-        let saved = norm.map(|SavedNorm { norm: Norm { weight, form, .. }, x, rstd }| {
+        let saved = norm.map(|SavedNorm { norm: HeadNorm { weight, form, .. }, x, rstd }| {
             check_dims("x", x, dy.dims());
             check_dims("rstd", rstd, [x.rows(), heads(x, head_dim)]);
             Saved { weight: checked(weight, x, head_dim), form, x: x.aligned(), rstd: rstd.contiguous() }
@@ -174,7 +174,7 @@ fn launch_forward(
     q: &Forward,
     k: Option<&Forward>,
     head_dim: usize,
-    norm: Option<Norm<'_>>,
+    norm: Option<HeadNorm<'_>>,
     rotation: Option<Rotation<'_>>,
 ) {
     let [tokens, _] = q.x.dims();

@@ -28,7 +28,7 @@ use crate::{Backend, Device, Tensor, from_f32};
 
 /// Cosines and sines of every position up to the longest document, made once for a model.
 #[derive(Clone, Debug)]
-pub struct Tables {
+pub struct RopeTables {
     /// Cosines and sines, `[positions, half]`, row-major.
     host: [Vec<f32>; 2],
     half: usize,
@@ -38,7 +38,7 @@ pub struct Tables {
     _counted: Option<Arc<MetaMemory>>,
 }
 
-impl Tables {
+impl RopeTables {
     /// Makes tables of `half` angles for each position; `cos` and `sin` are row-major.
     ///
     /// # Panics
@@ -89,7 +89,7 @@ impl Tables {
     }
 }
 
-impl Tables {
+impl RopeTables {
     /// Returns the angles of tokens at positions that are on the tables' GPU.
     pub(crate) fn angles_at(&self, positions: Ints) -> Angles {
         let [cos, sin] = self.cuda.clone().unwrap_or_else(|| two_devices());
@@ -134,7 +134,7 @@ impl Angles {
 
 /// The norm of each head, before the rotation.
 #[derive(Clone, Debug)]
-pub struct Norm {
+pub struct HeadNorm {
     /// The factor, `[head_dim]`; on CUDA it has a weight.
     pub gain: Gain,
     /// Added to the mean square.
@@ -156,10 +156,10 @@ impl<'a> Rotation<'a> {
     }
 }
 
-impl Norm {
-    fn cuda(&self) -> cuda::Norm<'_> {
+impl HeadNorm {
+    fn cuda(&self) -> cuda::HeadNorm<'_> {
         let weight = self.gain.weight().expect("the norm of a head has a weight").cuda();
-        cuda::Norm { weight, form: self.gain.form(), eps: self.eps as f32 }
+        cuda::HeadNorm { weight, form: self.gain.form(), eps: self.eps as f32 }
     }
 }
 
@@ -168,10 +168,10 @@ impl Norm {
 pub type Rotated = (Tensor<2>, Option<Tensor<1>>);
 
 /// The norm of a head, the x that it normalized, and its rstd.
-pub type SavedNorm<'a> = (&'a Norm, Tensor<2>, &'a Tensor<1>);
+pub type SavedNorm<'a> = (&'a HeadNorm, Tensor<2>, &'a Tensor<1>);
 
 /// Normalizes (if there is a norm) and rotates every head: `(y, rstd)`, rstd `[tokens · heads]`.
-pub fn forward(x: Tensor<2>, head_dim: usize, norm: Option<&Norm>, rotation: Option<Rotation<'_>>) -> Rotated {
+pub fn forward(x: Tensor<2>, head_dim: usize, norm: Option<&HeadNorm>, rotation: Option<Rotation<'_>>) -> Rotated {
     match Backend::of(&x) {
         Backend::Cpu | Backend::Portable | Backend::Meta => {
             let [_, width] = x.dims();
@@ -185,7 +185,7 @@ pub fn forward(x: Tensor<2>, head_dim: usize, norm: Option<&Norm>, rotation: Opt
             (rotate(x, head_dim, rotation, Direction::Forward), rstd)
         }
         Backend::Cuda => {
-            let (y, rstd) = cuda::forward(x.cuda(), head_dim, norm.map(Norm::cuda), rotation.map(Rotation::cuda));
+            let (y, rstd) = cuda::forward(x.cuda(), head_dim, norm.map(HeadNorm::cuda), rotation.map(Rotation::cuda));
             (y.into(), rstd.map(Into::into))
         }
     }
@@ -227,7 +227,7 @@ pub fn forward_qk(
     k: Tensor<2>,
     v: &Tensor<2>,
     head_dim: usize,
-    norms: Option<&[Norm; 2]>,
+    norms: Option<&[HeadNorm; 2]>,
     rotation: Option<Rotation<'_>>,
 ) -> [Rotated; 2] {
     match Backend::of(&q) {
@@ -236,7 +236,8 @@ pub fn forward_qk(
             [forward(q, head_dim, norm_q, rotation), forward(k, head_dim, norm_k, rotation)]
         }
         Backend::Cuda => {
-            let (norms, rotation) = (norms.map(|norms| norms.each_ref().map(Norm::cuda)), rotation.map(Rotation::cuda));
+            let (norms, rotation) =
+                (norms.map(|norms| norms.each_ref().map(HeadNorm::cuda)), rotation.map(Rotation::cuda));
             let (q, k, rstd) = cuda::forward_qk([q.cuda(), k.cuda(), v.cuda()], head_dim, norms, rotation);
             let (rstd_q, rstd_k) = rstd.map_or((None, None), |(q, k)| (Some(q.into()), Some(k.into())));
             [(q.into(), rstd_q), (k.into(), rstd_k)]

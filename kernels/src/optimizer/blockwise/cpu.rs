@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::{BLOCK, Blocks, BlockwiseCoefficients};
 use crate::host::simd;
-use crate::optimizer::Rule;
+use crate::optimizer::UpdateRule;
 use crate::optimizer::dynamic_map::{signed, unsigned};
 
 /// Blocks handed to one thread at a time.
@@ -22,7 +22,7 @@ struct Task<'a> {
 
 /// Changes the values of one parameter and its blocks by one step with gradients `factor · grads`.
 pub(crate) fn step(
-    rule: Rule,
+    rule: UpdateRule,
     coefficients: &BlockwiseCoefficients,
     values: &mut [f32],
     grads: &[f32],
@@ -42,7 +42,7 @@ pub(crate) fn step(
 }
 
 #[inline(always)]
-fn run(rule: Rule, coefficients: &BlockwiseCoefficients, factor: f32, Task { p, g, m, v }: Task<'_>) {
+fn run(rule: UpdateRule, coefficients: &BlockwiseCoefficients, factor: f32, Task { p, g, m, v }: Task<'_>) {
     let &BlockwiseCoefficients { decay: a, rate: r, beta1: [b1, c1], beta2: [b2, c2], eps } = coefficients;
     let mut second = v.into_iter().flat_map(|v| v.split(1));
     for ((p, g), first) in p.chunks_mut(BLOCK).zip(g.chunks(BLOCK)).zip(m.split(1)) {
@@ -52,7 +52,7 @@ fn run(rule: Rule, coefficients: &BlockwiseCoefficients, factor: f32, Task { p, 
             *m = signed().values[usize::from(code)] * old;
         }
         match rule {
-            Rule::AdamW { .. } => {
+            UpdateRule::AdamW { .. } => {
                 let second = second.next().expect("two moments");
                 let mut v = [0.0; BLOCK];
                 let old = second.absmax[0];
@@ -67,14 +67,14 @@ fn run(rule: Rule, coefficients: &BlockwiseCoefficients, factor: f32, Task { p, 
                 }
                 encode_second(&v[..p.len()], second);
             }
-            Rule::Lion { .. } => {
+            UpdateRule::Lion { .. } => {
                 for ((p, &g), m) in p.iter_mut().zip(g).zip(&mut m) {
                     let g = factor * g;
                     *p = (-r).mul_add(sign(c1.mul_add(g, *m * b1)), *p * a);
                     *m = flushed(c2.mul_add(g, *m * b2));
                 }
             }
-            Rule::Sgd { .. } => {
+            UpdateRule::Sgd { .. } => {
                 for ((p, &g), m) in p.iter_mut().zip(g).zip(&mut m) {
                     *m = flushed(m.mul_add(b1, p.mul_add(a, factor * g)));
                     *p = (-r).mul_add(*m, *p);

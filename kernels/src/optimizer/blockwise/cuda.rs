@@ -1,7 +1,7 @@
 //! Optimizer steps whose state is kept in 8-bit blocks.
 
 use super::{BLOCK, BlockwiseCoefficients};
-use crate::optimizer::Rule;
+use crate::optimizer::UpdateRule;
 use crate::optimizer::cuda::Clip;
 use crate::runtime::op::{blocks, int, kernel};
 use crate::runtime::{Array, Buffer, Cuda, CudaError, DType, Ints, MemoryUse, PinnedBuffer, args, entry};
@@ -49,7 +49,7 @@ impl Blocks {
     /// `coefficients` are those of each kind of parameters.
     pub(crate) fn step(
         &self,
-        rule: Rule,
+        rule: UpdateRule,
         [p, g]: [&Array; 2],
         first: usize,
         tiles: core::ops::Range<usize>,
@@ -57,9 +57,9 @@ impl Blocks {
         clip: &Clip,
     ) {
         let entry = match rule {
-            Rule::AdamW { .. } => entry!("optimizer_8bit.cu", "adamw_8bit"),
-            Rule::Lion { .. } => entry!("optimizer_8bit.cu", "lion_8bit"),
-            Rule::Sgd { .. } => entry!("optimizer_8bit.cu", "sgd_8bit"),
+            UpdateRule::AdamW { .. } => entry!("optimizer_8bit.cu", "adamw_8bit"),
+            UpdateRule::Lion { .. } => entry!("optimizer_8bit.cu", "lion_8bit"),
+            UpdateRule::Sgd { .. } => entry!("optimizer_8bit.cu", "sgd_8bit"),
         };
         let address = |moment: usize, which: usize| self.moments.get(moment).map_or(0, |memory| memory[which].ptr());
         let BlockwiseCoefficients { beta1, beta2, eps, .. } = coefficients[0];

@@ -23,7 +23,7 @@ pub(crate) mod cuda;
 use core::ops::Range;
 
 use super::dynamic_map;
-use super::{Rule, Step};
+use super::{UpdateRule, UpdateStep};
 use crate::Group;
 
 /// Elements of a block.
@@ -51,21 +51,21 @@ pub(crate) struct BlockwiseCoefficients {
 }
 
 impl BlockwiseCoefficients {
-    pub(crate) fn of(rule: Rule, step: &Step, decays: bool, group: Group) -> Self {
+    pub(crate) fn of(rule: UpdateRule, step: &UpdateStep, decays: bool, group: Group) -> Self {
         let (lr, decay) = step.of(decays, group);
         let keep = (1.0 - lr * decay) as f32;
         let pair = |beta: f64| [beta as f32, 1.0 - beta as f32];
         match rule {
-            Rule::AdamW { beta1, beta2, eps } => {
+            UpdateRule::AdamW { beta1, beta2, eps } => {
                 let correct = |beta: f64| 1.0 - beta.powf(step.t as f64);
                 let root = correct(beta2).sqrt();
                 let (rate, eps) = ((lr * root / correct(beta1)) as f32, (eps * root) as f32);
                 Self { decay: keep, rate, beta1: pair(beta1), beta2: pair(beta2), eps }
             }
-            Rule::Lion { beta1, beta2 } => {
+            UpdateRule::Lion { beta1, beta2 } => {
                 Self { decay: keep, rate: lr as f32, beta1: pair(beta1), beta2: pair(beta2), eps: 0.0 }
             }
-            Rule::Sgd { momentum } => {
+            UpdateRule::Sgd { momentum } => {
                 Self { decay: decay as f32, rate: lr as f32, beta1: pair(momentum), beta2: [0.0; 2], eps: 0.0 }
             }
         }
