@@ -155,8 +155,8 @@ impl Cuda {
         self.0.deterministic.load(Relaxed)
     }
 
-    /// Sets whether kernels within [`Cuda::overlapping`] may begin before the ones before them have ended, on devices of
-    /// compute capability 9.0 and above. Default true.
+    /// Sets whether the kernels of a recorded step may begin before the ones before them have ended, on devices of compute
+    /// capability 9.0 and above. Default true.
     pub fn allow_overlap(&self, on: bool) {
         self.0.overlap_allowed.store(on && self.0.props.major >= 9, Relaxed);
     }
