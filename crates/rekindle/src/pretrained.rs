@@ -3,15 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use rekindle_data::Tokenizer;
+use rekindle_hub::Checkpoint;
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::saved_rows;
-use rekindle_models::spec::{Activation, AttentionMask, FeedForwardSpec, LayerSpec, MoeSpec};
+use rekindle_models::spec::{AttentionMask, LayerSpec};
 use rekindle_models::{
     CausalLm, LoadOptions, ModelConfig, Positions, RopeScaling, is_quantized, loftq_base, open_checkpoint,
     saved_positions,
 };
-use rekindle_quant::QuantConfig;
+use rekindle_quant::{QuantConfig, mxfp4};
 
 use crate::run::ModelArguments;
 use crate::{Dtype, Error, Model, skip};
@@ -204,7 +205,7 @@ impl<'a> Loader<'a> {
             skip::check(modules, &config)?;
         }
         let (device, kind) = open_device(self.device)?;
-        check_device(&config, &device)?;
+        check_device(&checkpoint, &device)?;
         let options = self.options(&config, files.adapter.as_deref(), device, kind)?;
         let (mut done, total) = (0, checkpoint.total_bytes());
         let mut model = CausalLm::load(&checkpoint, &options, &mut |bytes| {
@@ -300,19 +301,12 @@ pub(crate) fn supported_length(config: &ModelConfig) -> usize {
     }
 }
 
-/// Refuses a model whose operations have not been compared on the device.
-fn check_device(config: &ModelConfig, device: &Device) -> Result<(), Error> {
-    let is_clamped = |layer: &LayerSpec| {
-        matches!(
-            &layer.feed_forward,
-            FeedForwardSpec::Moe(MoeSpec { activation: Activation::ClampedSwiglu { .. }, .. })
-        )
-    };
-    if !matches!(device, Device::Cuda(_)) || !config.spec.layers.iter().any(is_clamped) {
-        return Ok(());
+/// Refuses weights whose format has not been compared on the device.
+fn check_device(checkpoint: &Checkpoint, device: &Device) -> Result<(), Error> {
+    match checkpoint.names().find(|name| name.ends_with(mxfp4::BLOCKS)) {
+        Some(name) if matches!(device, Device::Cuda(_)) => Err(Error::Argument(format!(
+            "tensor \"{name}\" is in MXFP4, which has not been compared on CUDA; use a 16-bit checkpoint, or device \"cpu\""
+        ))),
+        _ => Ok(()),
     }
-    Err(Error::Argument(format!(
-        "{}: experts with clamped SwiGLU have not been compared on CUDA; use device \"cpu\"",
-        config.architecture
-    )))
 }
