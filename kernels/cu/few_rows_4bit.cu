@@ -14,13 +14,13 @@
 //
 // packed and scales are read while the kernel before this one still runs, which must not write them.
 //
-// GROUPS 1 or 2 with WARPS 10, or GROUPS 4 with WARPS 8, m <= 8·GROUPS; DOUBLE 0 or 1. Launch: grid BLOCKS for each SM, at
+// GROUPS 1 with WARPS 10, or GROUPS 2 or 4 with WARPS 8, m <= 8·GROUPS; DOUBLE 0 or 1. Launch: grid BLOCKS for each SM, at
 // most n / 16, block 32·WARPS, dynamic shared memory 65,536 + 512·WARPS·GROUPS.
 //   few_rows_4bit(x, packed, absmax, map, nested, offset, codebook, bias, onto, y, i32 m, n, k, ldx, ldonto, ldy,
 //     nested_shift)
 //
 // The linears of the 36 blocks of Qwen3-4B (2.0 GB of NF4, double quantization; 0.46 ms at 4.3 TB/s) on an H200, in a CUDA
-// graph, 2026-11-30: 1 row 1.39 ms, 8 rows 1.56, 16 rows 1.96. The time is that of instructions, about 200 a warp for a pair
+// graph, 2026-11-30: 1 row 1.39 ms, 8 rows 1.56, 16 rows 2.02. The time is that of instructions, about 200 a warp for a pair
 // of scale blocks, and not of memory.
 //
 // Tried: 8 bytes a thread without the exchange 1.60 ms for 1 row, 5 to 16 warps, 1 to 4 steps ahead.

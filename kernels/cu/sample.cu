@@ -24,7 +24,11 @@
 static const int THREADS = 1024;
 static const int WARPS = THREADS / 32;
 const int N = Vec<T>::N;
+#ifdef SOFTCAP
+static const int AHEAD = 2; // beside the softcap, more do not fit into registers
+#else
 static const int AHEAD = 4; // 16-byte loads of a thread on their way
+#endif
 
 #ifdef SOFTCAP
 static const bool HAS_SOFTCAP = true;

@@ -200,7 +200,7 @@ fn few_rows(arch: Arch) -> Vec<Defines> {
 }
 
 fn few_rows_4bit(arch: Arch) -> Vec<Defines> {
-    let shapes = [("1", "10"), ("2", "10"), ("4", "8")];
+    let shapes = [("1", "10"), ("2", "8"), ("4", "8")];
     let with = |(groups, warps)| {
         let low = low_dtypes_with(arch, "DOUBLE", &["0", "1"]).into_iter();
         low.map(move |defines| [defines, vec![("GROUPS", groups), ("WARPS", warps)]].concat())

@@ -30,7 +30,7 @@ pub(crate) fn linear(y: &Array, x: &Array, w: &QuantizedArray, bias: Option<&Arr
     // Groups of eight rows, warps of a block, blocks of an SM.
     let (groups, warps, resident) = match m {
         ..=8 => ("1", 10, 2),
-        9..=16 => ("2", 10, 2),
+        9..=16 => ("2", 8, 2),
         _ => ("4", 8, 1),
     };
     let kernel = x.cuda().kernel(
