@@ -217,7 +217,7 @@ fn text_beside_a_chat_template_is_said() {
     let scratch = Scratch::new();
     let file = scratch.write("rows.jsonl", "{\"prompt\": \"Q\", \"completion\": \"A\"}\n{\"text\": \"T\"}\n");
     let done = train(&scratch, &file).ok();
-    let said = "1 row has its prompt and completion as plain text: the chat template is not applied; for chats, map";
+    let said = "1 row has its prompt and completion as plain text: the chat template is not applied; for chats, write";
     assert!(done.stderr.contains(said), "{}", done.stderr);
     let file = scratch.write("qa.jsonl", "{\"question\": \"Q\", \"answer\": \"A\"}\n");
     train(&scratch, &file).fails(3, &["columns = { instruction = \"question\", output = \"answer\" }"]);
