@@ -98,7 +98,16 @@ pub(crate) fn copy_for(x: &Array, usage: MemoryUse) -> Array {
 
 /// Writes the values over those of `y`, rounded to its dtype.
 pub(crate) fn copy_into(x: &Array, y: &Array) {
+    // Kernels take sizes of 31 bits, and the flat buffer of all weights of a model may be longer.
+    const LONGEST: usize = 1 << 30;
     check_dims("the copy", y, x.dims());
+    if x.rows() == 1 && x.cols() > LONGEST {
+        for first in (0..x.cols()).step_by(LONGEST) {
+            let dims = [1, LONGEST.min(x.cols() - first)];
+            copy_into(&x.part(first, dims), &y.part(first, dims));
+        }
+        return;
+    }
     if x.dtype() == y.dtype() && x.is_aligned() && y.is_aligned() {
         kernel(x.cuda(), entry!("reduce.cu", "copy_2d"), x.dtype()).launch(
             piece_grid(x),
