@@ -4,8 +4,8 @@
 // share of the pairs of scale blocks of 64 values along k. The codes and scales of the next AHEAD pairs, also of the next
 // tile, are on their way while one is computed. Lane t reads 16 bytes of a row, half a scale block; lanes t and t ^ 2 then
 // exchange halves, so that all four lanes have 16 values of each block. A table of 256 × 32 words in shared memory turns a
-// byte of codes into two values, one column a lane, so that lookups do not conflict. The sum over a scale block is
-// multiplied by the scale in f32: a weight counts as codebook[code] rounded to T, times its f32 scale.
+// byte of codes into two values; each lane has its own column, so lookups have no bank conflicts. The sum over a scale block
+// is multiplied by the scale in f32: the weight is codebook[code] rounded to T, times its f32 scale.
 //
 // packed [n·k / 2] u8, the even element in the high nibble; absmax [n·k / 64] f32, or with DOUBLE the u8 codes of scales
 // map[code]·nested[block >> nested_shift] + *offset, rounded as dequant.cu does; x [m, k], bias [n] or null, onto [m, n]

@@ -144,7 +144,7 @@ template <typename F> DEVICE u32 largest_key(bool is_short, F reaches) {
 // Keeps of the kept tokens at `lowest` the first `some`.
 DEVICE Kept first_of_equal(const Row& row, const Kept& kept, f32 lowest, int some, int* shared) {
     int low = 0, high = lowest == kept.lowest ? kept.end : row.vocab;
-    // The fewest ids that have so many of them.
+    // Finds the smallest id below which there are `some` of them.
     while (low < high) {
         const int middle = (low + high) / 2;
         int count = 0;

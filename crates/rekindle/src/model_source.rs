@@ -14,8 +14,8 @@ use crate::gguf_model::{is_gguf, unpacked};
 
 /// A model or an adapter: a directory, a GGUF file, or a name on the Hugging Face hub.
 ///
-/// An existing directory is used as it is. A GGUF file stands for a directory in Rekindle's cache with its configuration
-/// and tokenizer; of a split model, any of its files. `organization/model` is downloaded into the cache that is shared with
+/// An existing directory is read in place. A GGUF file is unpacked into a directory in Rekindle's cache, without its weights;
+/// any file of a split model will do. `organization/model` is downloaded into the cache that is shared with
 /// Python: only missing files, and only weights in safetensors, never pickled ones. `HF_HOME`, `HF_HUB_CACHE`,
 /// `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` apply. Without the feature `network`, only directories are supported.
 ///

@@ -1,8 +1,8 @@
 //! Optimizers over flat buffers: one step changes values in place, from their gradients and a state.
 //!
-//! A [`UpdateRule`] says how; a [`StateFormat`] how the state is kept; [`OptimizerState`] holds it, for every parameter. The values need
-//! not lie in [`Params`]: [`OptimizerState::apply`] takes any `f32` values of some parameters, so that weights kept otherwise can
-//! be decoded, changed and written back one after another.
+//! An [`UpdateRule`] is the formula, a [`StateFormat`] the storage of the state, and [`OptimizerState`] holds the state of every
+//! parameter. [`OptimizerState::apply`] takes any `f32` values of some parameters, not only those in [`Params`], so that
+//! quantized weights can be decoded, updated and written back one after another.
 //!
 //! g is scaled by the factor of [`Clip`] first; wd is 0 for parameters that take no part in weight decay. In `f32`:
 //!

@@ -80,7 +80,7 @@ impl Cuda {
         if result.is_ok() && !within {
             let reason = "the work keeps memory, or needs more than it was measured to".to_owned();
             result = Err(CudaError::Usage { operation: "recording a graph".to_owned(), reason });
-            // What the work kept may lie in it.
+            // The work may still use this memory.
             core::mem::forget(Arc::clone(&memory));
         }
         let mut executable = core::ptr::null_mut();

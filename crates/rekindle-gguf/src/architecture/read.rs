@@ -15,7 +15,7 @@ const MOST_EXPERTS: u64 = 512;
 impl GgufArchitecture {
     /// Returns the architecture of a file, and its decoder.
     ///
-    /// Of several families with one architecture, the first is returned.
+    /// If several families have the same architecture, returns the first.
     ///
     /// # Errors
     /// [`Error::Malformed`] for metadata that is missing or invalid; [`Error::Model`] for an architecture that is not

@@ -11,8 +11,8 @@ use crate::{CausalLm, Error};
 
 /// The recorded steps of a model, by their number of rows.
 ///
-/// They hold the addresses of weights and states, so they belong to one model as it is and to one [`DecodeStates`]: after
-/// either changed, make new ones.
+/// They contain the addresses of the weights and of one [`DecodeStates`]. Create new ones after either has changed, for
+/// example after an adapter was loaded.
 #[derive(Debug, Default)]
 pub struct DecodeSteps {
     /// By the number of rows, and whether adapters are on.

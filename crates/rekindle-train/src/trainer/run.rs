@@ -280,18 +280,7 @@ impl<'a> Run<'a> {
         let Some(evaluation) = result else { return Ok(None) };
         if !evaluation.loss.is_finite() {
             let (batches, examples) = guard::broken_rows(eval, &evaluation, size);
-            let pass = Pass {
-                step: self.done,
-                what: "eval_loss",
-                value: evaluation.loss,
-                dataset: eval,
-                batches: &batches,
-                examples: &examples,
-                key: None,
-                learning_rate: self.peaks.default,
-                checkpoint: self.report.checkpoint.clone(),
-            };
-            return Err(pass.explain(self.job.model, &self.job.config));
+            return Err(self.broken_evaluation(eval, evaluation.loss, &batches, &examples));
         }
         let Evaluation { loss, perplexity, tokens, .. } = evaluation;
         Ok(Some(EvalMetrics {
@@ -316,18 +305,7 @@ impl<'a> Run<'a> {
         let found = evaluate_objective_while(model, &*self.objective, &batches, go_on)?;
         let Some(found) = found else { return Ok(None) };
         if !found.loss.is_finite() {
-            let pass = Pass {
-                step: self.done,
-                what: "eval_loss",
-                value: found.loss,
-                dataset: eval,
-                batches: &batches,
-                examples: &examples,
-                key: None,
-                learning_rate: self.peaks.default,
-                checkpoint: self.report.checkpoint.clone(),
-            };
-            return Err(pass.explain(model, config));
+            return Err(self.broken_evaluation(eval, found.loss, &batches, &examples));
         }
         Ok(Some(EvalMetrics {
             step: self.done,
@@ -336,6 +314,22 @@ impl<'a> Run<'a> {
             eval_tokens: found.tokens,
             metrics: MetricValues::prefixed(&found.metrics, "eval_"),
         }))
+    }
+
+    /// Returns the error for an evaluation whose loss is not finite.
+    fn broken_evaluation(&self, eval: &Dataset, loss: f64, batches: &[Batch], examples: &[usize]) -> Error {
+        let pass = Pass {
+            step: self.done,
+            what: "eval_loss",
+            value: loss,
+            dataset: eval,
+            batches,
+            examples,
+            key: None,
+            learning_rate: self.peaks.default,
+            checkpoint: self.report.checkpoint.clone(),
+        };
+        pass.explain(self.job.model, &self.job.config)
     }
 
     fn publish(&self) -> Result<(), Error> {

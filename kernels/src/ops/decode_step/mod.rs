@@ -1,6 +1,6 @@
 //! A step of decoding on a GPU: one token of each of several sequences, from its id to the choice of the next one.
 //!
-//! All that differs from step to step lies in [`StepInputs`], at fixed addresses, so that the step can be recorded once and
+//! [`StepInputs`] holds everything that changes from step to step, at fixed addresses, so that a step is recorded once and
 //! replayed by one call ([`RecordedStep`]): a model of 36 layers queues about 300 kernels for a token, and the host needs
 //! longer to queue them than the device to run them.
 //!

@@ -20,8 +20,8 @@ enum State {
 }
 
 impl RecordedStep {
-    /// Runs the work, which must be the same every time. It must drop all that it allocates, and neither wait for the device
-    /// nor upload anything; where it does, it runs as it is every time.
+    /// Runs the work, which must be the same every time. It must drop all memory that it allocates, and must not wait for the
+    /// device or upload anything; work that does is not recorded and runs directly every time.
     pub fn run(&mut self, device: &Device, workspace: &mut Workspace, mut work: impl FnMut()) {
         let Device::Cuda(cuda) = device else { return work() };
         let mut work = || cuda.overlapping(&mut work);

@@ -213,7 +213,7 @@ pub(super) fn pick(all: &Array, dispatch: &Dispatch) -> Array {
 
 /// Adds the sum of each expert's rows to its row of `sums`, `[experts, n]` in f32.
 pub(super) fn add_expert_rows(sums: &Array, dy: &Array, dispatch: &Dispatch) {
-    assert!(sums.is_contiguous(), "biases lie in one piece");
+    assert!(sums.is_contiguous(), "the sums of the biases have gaps between their rows");
     let (n, experts) = (dy.cols(), dispatch.experts());
     kernel(dy.cuda(), entry!("routing.cu", "expert_row_sums"), dy.dtype()).launch(
         [blocks(n.div_ceil(32)), blocks(experts), 1],

@@ -149,7 +149,7 @@ impl QuantizedData {
         }
     }
 
-    /// Returns the bytes of the codes, and of their scales; of blocks, which hold both, all are bytes of codes.
+    /// Returns the bytes of the codes and the bytes of their scales. GGUF blocks hold both and count as codes.
     pub fn bytes(&self) -> (usize, usize) {
         match &self.format {
             QuantizedFormat::Blocks { bytes, .. } => (bytes.len(), 0),

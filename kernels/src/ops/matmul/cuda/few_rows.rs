@@ -29,13 +29,13 @@ pub(super) fn linear(y: &Array, x: &Array, w: &Array, bias: Option<&Array>, onto
     assert!([w, y].into_iter().chain(bias).chain(onto).all(|array| array.dtype() == dtype), "dtypes of the product");
     // Weights that stay what they are can be read before the kernel before this one has ended.
     let frozen = matches!(w.usage(), MemoryUse::Weights | MemoryUse::FusedWeights);
-    let warps = if n >= WIDE { "4" } else { "8" };
+    let (warps, threads) = if n >= WIDE { ("4", 128) } else { ("8", 256) };
     let kernel =
         x.cuda().kernel(entry!("few_rows.cu", "few_rows"), &[("T", dtype.name()), ("WARPS", warps), ("GROUPS", "1")]);
     let [bias, onto_ptr] = [bias, onto].map(|array| array.map_or(0, Array::ptr));
     kernel.early().launch(
         [blocks(n.div_ceil(TILE)), 1, 1],
-        [if n >= WIDE { 128 } else { 256 }, 1, 1],
+        [threads, 1, 1],
         0,
         args![
             x.ptr(),
