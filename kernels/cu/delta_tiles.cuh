@@ -1,4 +1,4 @@
-// Products of small tiles in shared memory, for the gated delta rule. The loader puts this text between prelude.cuh and
+// Products of small tiles in shared memory, for the gated delta rule. The loader puts this text between mma.cuh and
 // gated_delta.cu or gated_delta_bwd.cu; it requires T, DK and DV.
 //
 // A tile is rows of E values; rows lie WIDTH + PAD elements apart, so that the eight rows which one ldmatrix phase reads
@@ -45,18 +45,8 @@ DEVICE void ldmatrix4_transposed(u32 (&r)[4], const E* p) {
                  : "memory");
 }
 
-template <typename X> DEVICE void mma16(f32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1);
-template <> DEVICE void mma16<bf16>(f32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-template <> DEVICE void mma16<f16>(f32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-template <> DEVICE void mma16<f32>(f32 (&)[4], const u32 (&)[4], u32, u32) {}
+// Not used; code for f32 that does not run must compile.
+template <> DEVICE void mma<f32>(f32 (&)[4], const u32 (&)[4], u32, u32) {}
 
 // How an operand lies: element (row, k) of A at [row][k] or, transposed, at [k][row]; element (k, col) of B at [k][col] or,
 // transposed, at [col][k].
@@ -96,8 +86,8 @@ DEVICE void product(f32 (&c)[M][N][4], const E* a, const E* b) {
                 else ldmatrix4(fb, bt + n * 8 * LDB + k);
 #pragma unroll
                 for (int m = 0; m < M; m++) {
-                    mma16<E>(c[m][n], fa[m], fb[0], fb[1]);
-                    mma16<E>(c[m][n + 1], fa[m], fb[2], fb[3]);
+                    mma<E>(c[m][n], fa[m], fb[0], fb[1]);
+                    mma<E>(c[m][n + 1], fa[m], fb[2], fb[3]);
                 }
             }
         }
@@ -164,8 +154,8 @@ DEVICE void product_from(f32 (&c)[M][N][4], const E* a, long long ld, int valid,
                 else ldmatrix4(fb, bt + n * 8 * LDB + k);
 #pragma unroll
                 for (int m = 0; m < M; m++) {
-                    mma16<E>(c[m][n], fa[m], fb[0], fb[1]);
-                    mma16<E>(c[m][n + 1], fa[m], fb[2], fb[3]);
+                    mma<E>(c[m][n], fa[m], fb[0], fb[1]);
+                    mma<E>(c[m][n + 1], fa[m], fb[2], fb[3]);
                 }
             }
         }
@@ -295,8 +285,8 @@ template <Lies B, int K, int LDB, Shape SHAPE, int N> DEVICE void product_held(f
                 u32 fb[4];
                 if (B == PLAIN) ldmatrix4_transposed(fb, bt + k * LDB + n * 8);
                 else ldmatrix4(fb, bt + n * 8 * LDB + k);
-                mma16<E>(c[n], a.pairs[CORES ? k / 16 : 0], fb[0], fb[1]);
-                mma16<E>(c[n + 1], a.pairs[CORES ? k / 16 : 0], fb[2], fb[3]);
+                mma<E>(c[n], a.pairs[CORES ? k / 16 : 0], fb[0], fb[1]);
+                mma<E>(c[n + 1], a.pairs[CORES ? k / 16 : 0], fb[2], fb[3]);
             }
     } else {
         // A loop, which puts the operand into local memory: unrolled, it takes the compiler minutes.

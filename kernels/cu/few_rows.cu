@@ -51,8 +51,8 @@ few_rows(const T* x, const T* __restrict__ w, const T* bias, const T* onto, T* y
                 const int col = base + d * (64 * WARPS) + 32 * j + 8 * t;
                 const uint4 b = col < k && g < m ? *reinterpret_cast<const uint4*>(at(x, g, ldx, col)) : zero;
                 const uint4 &low = q[d][0][j], &high = q[d][1][j];
-                mma16816<T>(c[0], low.x, high.x, low.y, high.y, b.x, b.y);
-                mma16816<T>(c[0], low.z, high.z, low.w, high.w, b.z, b.w);
+                mma<T>(c[0], {low.x, high.x, low.y, high.y}, b.x, b.y);
+                mma<T>(c[0], {low.z, high.z, low.w, high.w}, b.z, b.w);
             }
     }
     if (frozen && warp * 64 >= k) wait_for_previous();

@@ -1,5 +1,5 @@
-// Products of a few rows with a weight on the tensor cores, for few_rows.cu and few_rows_4bit.cu. It requires T (bf16 or f16),
-// WARPS, and GROUPS: groups of 8 rows of x.
+// Products of a few rows with a weight on the tensor cores, for few_rows.cu and few_rows_4bit.cu. The loader
+// puts it after mma.cuh. It requires T (bf16 or f16), WARPS, and GROUPS: groups of 8 rows of x.
 //
 // W is the A operand of mma.sync m16n8k16, a tile of 16 rows, and x is the B operand. The order of k within a product is
 // free as long as both operands agree, so each thread reads consecutive values of a row: with g = lane / 4 and
@@ -7,16 +7,6 @@
 // k = 2t, 2t + 1, 2t + 8, 2t + 9 of product i.
 
 static const int TILE = 16;
-
-template <typename E> DEVICE void mma16816(f32 (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1);
-template <> DEVICE void mma16816<bf16>(f32 (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-template <> DEVICE void mma16816<f16>(f32 (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // Reads of weights, each once, which need not stay in the cache.
 DEVICE uint4 stream16(const void* p) {

@@ -165,8 +165,8 @@ few_rows_4bit(const T* x, const u8* __restrict__ packed, const void* __restrict_
 #pragma unroll
                         for (int i = 0; i < 2; i++) {
                             const uint4& some = GROUPS == 1 ? early[d][i] : late[i];
-                            mma16816<T>(part, v[0][4 * i], v[1][4 * i], v[0][4 * i + 1], v[1][4 * i + 1], some.x, some.y);
-                            mma16816<T>(part, v[0][4 * i + 2], v[1][4 * i + 2], v[0][4 * i + 3], v[1][4 * i + 3], some.z, some.w);
+                            mma<T>(part, {v[0][4 * i], v[1][4 * i], v[0][4 * i + 1], v[1][4 * i + 1]}, some.x, some.y);
+                            mma<T>(part, {v[0][4 * i + 2], v[1][4 * i + 2], v[0][4 * i + 3], v[1][4 * i + 3]}, some.z, some.w);
                         }
                         c[r][0] += high * part[0];
                         c[r][1] += high * part[1];

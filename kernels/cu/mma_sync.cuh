@@ -1,5 +1,5 @@
 // Warp-level matrix products on the tensor cores of every GPU from sm_80 up: cp.async into swizzled tiles of shared
-// memory, ldmatrix out of them, mma.sync m16n8k16 with f32 sums. The loader puts this text between prelude.cuh and the
+// memory, ldmatrix out of them, mma.sync m16n8k16 with f32 sums. The loader puts this text between mma.cuh and the
 // attention kernels that use it; it requires T (bf16 or f16), HEAD_DIM (64, 128 or 256) and WARPS.
 //
 // A tile is rows of HEAD_DIM values; the 16-byte piece c of row r is stored at position c ^ (r % 8) of its row, so that the
@@ -55,18 +55,6 @@ DEVICE void ldmatrix(u32 (&r)[4], u32 address) {
 DEVICE void ldmatrix_transposed(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-
-template <typename E> DEVICE void mma(f32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1);
-template <> DEVICE void mma<bf16>(f32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-template <> DEVICE void mma<f16>(f32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // c = A·Bᵀ over HEAD_DIM: 16·M rows of a tile against 8·N rows of another; `a` from fragment_a, `b` from fragment_b.

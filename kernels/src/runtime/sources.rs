@@ -42,10 +42,10 @@ sources! {
     "attention_bwd_256_sm90.cu" after "attention_scores.cuh", "sm90.cuh" with attention_bwd_256_sm90, [
         "attention_bwd_dkdv_256_sm90", "attention_bwd_dq_256_sm90"
     ];
-    "attention_bwd_dkdv.cu" after "attention_scores.cuh", "mma_sync.cuh" with |arch| attention(AttentionKernel::BwdDkdv, arch), [
+    "attention_bwd_dkdv.cu" after "attention_scores.cuh", "mma.cuh", "mma_sync.cuh" with |arch| attention(AttentionKernel::BwdDkdv, arch), [
         "attention_bwd_dkdv"
     ];
-    "attention_bwd_dq.cu" after "attention_scores.cuh", "mma_sync.cuh" with |arch| attention(AttentionKernel::BwdDq, arch), [
+    "attention_bwd_dq.cu" after "attention_scores.cuh", "mma.cuh", "mma_sync.cuh" with |arch| attention(AttentionKernel::BwdDq, arch), [
         "attention_bwd_dq"
     ];
     "attention_bwd_sm90.cu" after "attention_scores.cuh", "sm90.cuh" with attention_bwd_sm90, [
@@ -55,7 +55,7 @@ sources! {
     "attention_f32.cu" after "attention_scores.cuh" with attention_f32, [
         "attention_bwd_dkdv", "attention_bwd_dq", "attention_fwd"
     ];
-    "attention_fwd.cu" after "attention_scores.cuh", "mma_sync.cuh" with |arch| attention(AttentionKernel::Fwd, arch), ["attention_fwd"];
+    "attention_fwd.cu" after "attention_scores.cuh", "mma.cuh", "mma_sync.cuh" with |arch| attention(AttentionKernel::Fwd, arch), ["attention_fwd"];
     "attention_fwd_sm90.cu" after "attention_scores.cuh", "sm90.cuh" with attention_fwd_sm90, ["attention_fwd_sm90"];
     "attention_sinks.cu" with any_dtype, ["attention_bwd_sinks"];
     "causal_conv.cu" with conv_widths, ["causal_conv_bwd", "causal_conv_fwd"];
@@ -74,21 +74,21 @@ sources! {
     "expert_act.cu" with any_dtype, [
         "expert_act_bwd", "expert_act_fwd", "expert_clamped_bwd", "expert_clamped_fwd"
     ];
-    "few_rows.cu" after "few_rows.cuh" with few_rows, ["few_rows"];
-    "few_rows_4bit.cu" after "few_rows.cuh" with few_rows_4bit, ["few_rows_4bit"];
+    "few_rows.cu" after "mma.cuh", "few_rows.cuh" with few_rows, ["few_rows"];
+    "few_rows_4bit.cu" after "mma.cuh", "few_rows.cuh" with few_rows_4bit, ["few_rows_4bit"];
     "gated_activation.cu" with any_activation, ["gated_activation_bwd", "gated_activation_fwd"];
     "grouped.cu" with grouped, ["grouped"];
     "grouped_grad_sm90.cu" after "sm90.cuh" with grouped_grad_sm90, ["grouped_grad_sm90"];
     "grouped_sm90.cu" after "sm90.cuh" with grouped_sm90, ["grouped_sm90"];
-    "gated_delta.cu" after "delta_tiles.cuh" with delta_scans, [
+    "gated_delta.cu" after "mma.cuh", "delta_tiles.cuh" with delta_scans, [
         "gated_delta_bwd_scan", "gated_delta_fwd", "gated_delta_prep", "gated_delta_states", "gated_delta_step"
     ];
-    "gated_delta_bwd.cu" after "delta_tiles.cuh" with delta_grads, ["gated_delta_bwd"];
+    "gated_delta_bwd.cu" after "mma.cuh", "delta_tiles.cuh" with delta_grads, ["gated_delta_bwd"];
     "gated_norm.cu" with any_dtype, ["gated_norm_bwd", "gated_norm_fwd"];
     "optimizer.cu" with any_dtype, ["adamw", "lion", "sgd", "sum_squares", "sum_squares_finish"];
     "optimizer_8bit.cu" with f32_alone, ["adamw_8bit", "lion_8bit", "sgd_8bit"];
     "output_gate.cu" with any_dtype, ["output_gate_fwd", "output_gate_join", "output_gate_queries"];
-    "paged_attention.cu" after "attention_scores.cuh", "mma_sync.cuh" with paged_attention, ["paged_chunk", "paged_decode"];
+    "paged_attention.cu" after "attention_scores.cuh", "mma.cuh", "mma_sync.cuh" with paged_attention, ["paged_chunk", "paged_decode"];
     "paged_attention_plain.cu" after "attention_scores.cuh" with paged_attention_plain, ["paged_attention_plain"];
     "paged_write.cu" with any_dtype, ["paged_write"];
     "param_copies.cu" with any_dtype, ["param_copies"];
