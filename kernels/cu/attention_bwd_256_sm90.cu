@@ -41,11 +41,6 @@ static_assert(HEAD_DIM == 256, "the sizes below are those of 256 channels");
 #define TILE_BYTES (64 * HEAD_DIM * 2)   // 64 rows
 #define STAGES 2
 
-#define REG8(io, d, i) \
-    io(d[i]), io(d[i + 1]), io(d[i + 2]), io(d[i + 3]), io(d[i + 4]), io(d[i + 5]), io(d[i + 6]), io(d[i + 7])
-#define REG32(io, d, i) REG8(io, d, i), REG8(io, d, i + 8), REG8(io, d, i + 16), REG8(io, d, i + 24)
-#define REG128(io, d) REG32(io, d, 0), REG32(io, d, 32), REG32(io, d, 64), REG32(io, d, 96)
-
 // d = a bT, or d += a bT, both operands in shared memory with the summed index contiguous.
 DEVICE void wgmma_set(f32 (&d)[32], u64 a, u64 b) {
     asm volatile("{ .reg .pred add; setp.ne.b32 add, 0, 0; " WGMMA(64) ACC32 ", %32, %33, add, 1, 1, 0, 0; }"
@@ -54,12 +49,6 @@ DEVICE void wgmma_set(f32 (&d)[32], u64 a, u64 b) {
 }
 DEVICE void wgmma(f32 (&d)[32], u64 a, u64 b) {
     asm volatile(WGMMA(64) ACC32 ", %32, %33, 1, 1, 1, 0, 0;" : REG32("+f", d, 0) : "l"(a), "l"(b));
-}
-// d += a b, a in registers, b with its columns contiguous.
-DEVICE void wgmma(f32 (&d)[128], const u32* a, u64 b) {
-    asm volatile(WGMMA(256) ACC128 ", {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
-                 : REG128("+f", d)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // [64, 64] = rows of `a` times rows of `b`, over the channels; panels of 64 columns are A_ROWS and 64 rows high.

@@ -99,31 +99,15 @@ DEVICE void bulk_add(f32* to, u32 from, u32 bytes) {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-#define REG8(io, d, i) \
-    io(d[i]), io(d[i + 1]), io(d[i + 2]), io(d[i + 3]), io(d[i + 4]), io(d[i + 5]), io(d[i + 6]), io(d[i + 7])
-#define REG32(io, d) REG8(io, d, 0), REG8(io, d, 8), REG8(io, d, 16), REG8(io, d, 24)
-#define REG64(io, d) REG32(io, d), REG8(io, d, 32), REG8(io, d, 40), REG8(io, d, 48), REG8(io, d, 56)
-
 // d = a b or d += a b, both in shared memory; TRANSPOSED: both with the summed index running over rows. The first form only
 // writes d, so that its registers serve other ends until then.
 template <int TRANSPOSED> DEVICE void wgmma_set(f32 (&d)[32], u64 a, u64 b) {
     asm volatile("{ .reg .pred add; setp.ne.b32 add, 0, 0; " WGMMA(64) ACC32 ", %32, %33, add, 1, 1, %34, %34; }"
-                 : REG32("=f", d)
+                 : REG32("=f", d, 0)
                  : "l"(a), "l"(b), "n"(TRANSPOSED));
 }
 template <int TRANSPOSED> DEVICE void wgmma(f32 (&d)[32], u64 a, u64 b) {
-    asm volatile(WGMMA(64) ACC32 ", %32, %33, 1, 1, 1, %34, %34;" : REG32("+f", d) : "l"(a), "l"(b), "n"(TRANSPOSED));
-}
-// d += a b, a in registers, b with its columns contiguous.
-DEVICE void wgmma(f32 (&d)[64], const u32* a, u64 b) {
-    asm volatile(WGMMA(128) ACC64 ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-                 : REG64("+f", d)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-DEVICE void wgmma(f32 (&d)[32], const u32* a, u64 b) {
-    asm volatile(WGMMA(64) ACC32 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                 : REG32("+f", d)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    asm volatile(WGMMA(64) ACC32 ", %32, %33, 1, 1, 1, %34, %34;" : REG32("+f", d, 0) : "l"(a), "l"(b), "n"(TRANSPOSED));
 }
 
 // [64 keys of the warpgroup, 64 queries] = keys (k or v) x queries (q or d_o), transposed.

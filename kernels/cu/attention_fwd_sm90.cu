@@ -92,14 +92,6 @@ template <int SLOTS> struct Ring {
     DEVICE u32 parity() const { return count / SLOTS % 2; }
 };
 
-#define REG8(d, i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define REG32(d) REG8(d, 0), REG8(d, 8), REG8(d, 16), REG8(d, 24)
-#define REG40(d) REG32(d), REG8(d, 32)
-#define REG64(d) REG40(d), REG8(d, 40), REG8(d, 48), REG8(d, 56)
-#define REG128(d) \
-    REG64(d), REG8(d, 64), REG8(d, 72), REG8(d, 80), REG8(d, 88), REG8(d, 96), REG8(d, 104), REG8(d, 112), REG8(d, 120)
-
 // d = a bT (+ d where `add`), both operands with the summed index contiguous.
 #if HEAD_DIM == 256
 #define AFTER_SCORES ", %40, %41, add, 1, 1, 0, 0; }"
@@ -110,24 +102,8 @@ template <int SLOTS> struct Ring {
 #endif
 DEVICE void wgmma(f32 (&d)[SCORES], u64 a, u64 b, int add) {
     asm volatile("{ .reg .pred add; setp.ne.b32 add, " ADD ", 0; " WGMMA_SCORES AFTER_SCORES
-                 : REG_SCORES(d)
+                 : REG_SCORES("+f", d, 0)
                  : "l"(a), "l"(b), "r"(add));
-}
-// d += a b, a in registers, b with its columns contiguous.
-DEVICE void wgmma(f32 (&d)[64], const u32* a, u64 b) {
-    asm volatile(WGMMA(128) ACC64 ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-                 : REG64(d)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-DEVICE void wgmma(f32 (&d)[32], const u32* a, u64 b) {
-    asm volatile(WGMMA(64) ACC32 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                 : REG32(d)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-DEVICE void wgmma(f32 (&d)[128], const u32* a, u64 b) {
-    asm volatile(WGMMA(256) ACC128 ", {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
-                 : REG128(d)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // The scores of 64 queries (one warpgroup's) and a tile of keys.

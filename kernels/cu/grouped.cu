@@ -68,8 +68,6 @@ typedef Tile<FORM == 2> TileA;
 typedef Tile<FORM != 0> TileB;
 
 #if TENSOR_CORES
-#define STRING_(x) #x
-#define STRING(x) STRING_(x)
 template <bool TRANSPOSED> DEVICE void ldmatrix(u32 (&r)[4], u32 address) {
     if (TRANSPOSED)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -77,11 +75,6 @@ template <bool TRANSPOSED> DEVICE void ldmatrix(u32 (&r)[4], u32 address) {
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-DEVICE void mma(f32* c, const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." STRING(T) "." STRING(T) ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // A warp has 64 rows by 32 columns: sum 16m + 4n + 2r + c is row 16m + 8r + lane / 4, column 8n + 2(lane % 4) + c of them.
@@ -107,7 +100,7 @@ DEVICE void multiply(f32 (&sums)[64], u32 a, u32 b) {
             u32 fa[4];
             ldmatrix<FORM == 2>(fa, a + at);
 #pragma unroll
-            for (int n = 0; n < 4; n++) mma(&sums[16 * m + 4 * n], fa, fb[n / 2][n % 2 * 2], fb[n / 2][n % 2 * 2 + 1]);
+            for (int n = 0; n < 4; n++) mma<T>(&sums[16 * m + 4 * n], fa, fb[n / 2][n % 2 * 2], fb[n / 2][n % 2 * 2 + 1]);
         }
     }
 }

@@ -70,19 +70,15 @@
 #define EMPTY (FULL + 8 * STAGES)
 #define TABLES_AT (EMPTY + 8 * STAGES)
 
-#define REG8(d, i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define REG32(d, i) REG8(d, i), REG8(d, i + 8), REG8(d, i + 16), REG8(d, i + 24)
-
 // d = a b (+ d where `add`): a with the summed index contiguous; b too, or (FORM 1) with its columns contiguous.
 DEVICE void wgmma(f32 (&d)[128], u64 a, u64 b, int add) {
     asm volatile("{ .reg .pred add; setp.ne.b32 add, %130, 0; " WGMMA(256) ACC128 ", %128, %129, add, 1, 1, 0, %131; }"
-                 : REG32(d, 0), REG32(d, 32), REG32(d, 64), REG32(d, 96)
+                 : REG128("+f", d, 0)
                  : "l"(a), "l"(b), "r"(add), "n"(FORM));
 }
 DEVICE void wgmma(f32 (&d)[32], u64 a, u64 b, int add) {
     asm volatile("{ .reg .pred add; setp.ne.b32 add, %34, 0; " WGMMA(64) ACC32 ", %32, %33, add, 1, 1, 0, %35; }"
-                 : REG32(d, 0)
+                 : REG32("+f", d, 0)
                  : "l"(a), "l"(b), "r"(add), "n"(FORM));
 }
 

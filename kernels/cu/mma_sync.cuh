@@ -150,13 +150,12 @@ template <int M, int N> DEVICE void shape_scores(f32 (&s)[M][N][4], const ScoreS
     }
 }
 
-// Sums are rescaled only when a maximum grows by more than this many powers of two. Until then they may exceed 1 by that
-// factor, which f32 and the 16-bit probabilities represent without loss.
-static const f32 SLACK = 8.0f;
-
 // Adds a block of scores to the running softmax: s becomes probabilities relative to `top`.
+// Sums are rescaled only when a maximum grows by more than SLACK powers of two. Until then they may exceed 1 by that
+// factor, which f32 and the 16-bit probabilities represent without loss.
 template <int M, int N8>
 DEVICE void softmax_step(f32 (&s)[M][N8][4], f32 (&acc)[M][D8][4], f32 (&top)[M][2], f32 (&sum)[M][2], f32 scale_log2) {
+    constexpr f32 SLACK = 8.0f;
 #pragma unroll
     for (int m = 0; m < M; m++) {
         f32 highest[2];

@@ -73,6 +73,14 @@ DEVICE void tma_load(u32 to, const TensorMap* map, u32 bar, int row, int panel) 
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
 
+// The operands of those lists, from d[i] on: "=f" for accumulators that are only written, "+f" for others.
+#define REG8(io, d, i) \
+    io(d[i]), io(d[i + 1]), io(d[i + 2]), io(d[i + 3]), io(d[i + 4]), io(d[i + 5]), io(d[i + 6]), io(d[i + 7])
+#define REG32(io, d, i) REG8(io, d, i), REG8(io, d, i + 8), REG8(io, d, i + 16), REG8(io, d, i + 24)
+#define REG40(io, d, i) REG32(io, d, i), REG8(io, d, i + 32)
+#define REG64(io, d, i) REG32(io, d, i), REG32(io, d, i + 32)
+#define REG128(io, d, i) REG64(io, d, i), REG64(io, d, i + 64)
+
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most PENDING groups run; the compiler may not read or move `d` across it.
@@ -80,6 +88,23 @@ template <int PENDING, int N> DEVICE void wgmma_wait(f32 (&d)[N]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// d += a b for 64 rows and 64, 128 or 256 columns: a in registers, b in shared memory with its columns contiguous.
+DEVICE void wgmma(f32 (&d)[32], const u32* a, u64 b) {
+    asm volatile(WGMMA(64) ACC32 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : REG32("+f", d, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+DEVICE void wgmma(f32 (&d)[64], const u32* a, u64 b) {
+    asm volatile(WGMMA(128) ACC64 ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+                 : REG64("+f", d, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+DEVICE void wgmma(f32 (&d)[128], const u32* a, u64 b) {
+    asm volatile(WGMMA(256) ACC128 ", {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
+                 : REG128("+f", d, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // A wgmma descriptor: 128-byte swizzle, 1024 bytes between groups of 8 rows, `panel` bytes between panels of 64 columns
