@@ -10,8 +10,9 @@ use serde_json::Value;
 use crate::root;
 
 /// The workspace crates that each crate may depend on, excluding dev-dependencies.
-const LAYERS: [(&str, &[&str]); 15] = [
+const LAYERS: [(&str, &[&str]); 16] = [
     ("rekindle-hub", &[]),
+    ("rekindle-rewards", &[]),
     ("rekindle-rope", &[]),
     ("rekindle-data", &["rekindle-hub"]),
     ("rekindle-gguf", &["rekindle-hub"]),
@@ -25,7 +26,15 @@ const LAYERS: [(&str, &[&str]); 15] = [
     ("rekindle-engine", &["rekindle-kernels", "rekindle-models"]),
     (
         "rekindle-train",
-        &["rekindle-kernels", "rekindle-hub", "rekindle-data", "rekindle-lora", "rekindle-models", "rekindle-engine"],
+        &[
+            "rekindle-kernels",
+            "rekindle-hub",
+            "rekindle-data",
+            "rekindle-lora",
+            "rekindle-models",
+            "rekindle-engine",
+            "rekindle-rewards",
+        ],
     ),
     (
         "rekindle",
@@ -38,6 +47,7 @@ const LAYERS: [(&str, &[&str]); 15] = [
             "rekindle-models",
             "rekindle-quant",
             "rekindle-engine",
+            "rekindle-rewards",
             "rekindle-train",
         ],
     ),
