@@ -46,7 +46,7 @@ DEVICE void ldmatrix4_transposed(u32 (&r)[4], const E* p) {
 }
 
 // Not used; code for f32 that does not run must compile.
-template <> DEVICE void mma<f32>(f32 (&)[4], const u32 (&)[4], u32, u32) {}
+template <> DEVICE void mma<f32>(f32*, const u32 (&)[4], u32, u32) {}
 
 // How an operand lies: element (row, k) of A at [row][k] or, transposed, at [k][row]; element (k, col) of B at [k][col] or,
 // transposed, at [col][k].
