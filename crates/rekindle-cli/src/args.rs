@@ -9,6 +9,7 @@ mod plan;
 mod sampling;
 #[cfg(feature = "serve")]
 mod serve;
+mod size;
 
 use std::path::{Path, PathBuf};
 

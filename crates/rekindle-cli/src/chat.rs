@@ -9,7 +9,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rekindle::{ChatPrompt, Error, GeneratedText, GenerationConfig, Message, Model, StopReason, Tokenizer};
+use rekindle::engine::{Engine, EngineConfig};
+use rekindle::{
+    ChatPrompt, Error, GeneratedText, GenerationConfig, Message, Model, StopReason, Tokenizer, generate_text_on,
+};
 use serde_json::{Value, json};
 
 use crate::args::ChatArgs;
@@ -37,8 +40,9 @@ pub(crate) fn run(args: &ChatArgs) -> Result<(), Failure> {
         ..args.filters.config()
     };
     let adapter = model.active_adapter().map(str::to_owned);
+    let limits = EngineConfig { max_sequences: 1, ..EngineConfig::for_device(model.causal_lm().device()) };
     let chat = Chat {
-        model,
+        engine: Engine::new(model, limits).map_err(Error::from)?,
         tokenizer,
         config,
         system: args.system.clone(),
@@ -51,7 +55,8 @@ pub(crate) fn run(args: &ChatArgs) -> Result<(), Failure> {
 
 /// A conversation and the model that answers.
 struct Chat {
-    model: Model,
+    /// Keeps the keys and values of the conversation, so that a turn computes only what is new.
+    engine: Engine<Model>,
     tokenizer: Tokenizer,
     config: GenerationConfig,
     system: Option<String>,
@@ -130,8 +135,8 @@ impl Chat {
         let name = match request {
             AdapterRequest::Show => None,
             AdapterRequest::Off => {
-                if self.model.active_adapter().is_some() {
-                    self.model.disable_adapter()?;
+                if self.engine.model().active_adapter().is_some() {
+                    self.engine.with_model(Model::disable_adapter)?;
                 }
                 None
             }
@@ -142,16 +147,17 @@ impl Chat {
             AdapterRequest::Named(name) => Some(name),
         };
         if let Some(name) = name {
-            let known = self.model.adapters();
+            let known = self.engine.model().adapters();
             if !known.contains(&name.as_str()) {
                 let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
                 return Err(Failure::Configuration(format!("there is no adapter {name:?}; loaded: {known}")));
             }
-            self.model.set_adapter(&name)?;
+            self.engine.with_model(|model| model.set_adapter(&name))?;
             self.adapter = Some(name);
         }
-        let active = self.model.active_adapter();
-        let list = self.model.adapters().into_iter().map(|name| {
+        let model = self.engine.model();
+        let active = model.active_adapter();
+        let list = model.adapters().into_iter().map(|name| {
             let mark = if active == Some(name) { " (active)" } else { "" };
             format!("{name}{mark}")
         });
@@ -165,7 +171,7 @@ impl Chat {
         let prompt = ChatPrompt { messages: self.messages(), ..ChatPrompt::default() };
         let text = prompt.render(&self.tokenizer).map_err(Error::from)?;
         let ids = self.tokenizer.encode(&text, false).map_err(Error::from)?;
-        let limit = self.model.causal_lm().max_seq_length();
+        let limit = self.engine.model().causal_lm().max_seq_length();
         if ids.len() >= limit {
             return Err(Failure::Configuration(format!(
                 "the conversation has {} tokens, and --max-seq-length is {limit}; /reset begins a new one",
@@ -176,7 +182,7 @@ impl Chat {
         let mut dimmer = Dimmer { is_terminal: stdout().is_terminal() };
         let mut shown = output::piece(&dimmer.begin(is_reasoning));
         let interrupted = self.interrupted.clone();
-        let answered = self.model.generate_text(&self.tokenizer, &ids, &self.config, &[], |piece| {
+        let answered = generate_text_on(&mut self.engine, &self.tokenizer, &ids, &self.config, &[], |piece| {
             shown = output::piece(&dimmer.piece(piece));
             matches!(shown, Ok(true)) && !interrupted.load(Ordering::Relaxed)
         });

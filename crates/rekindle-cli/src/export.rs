@@ -27,7 +27,7 @@ fn gguf(args: &GgufArgs) -> Result<(), Failure> {
         export = export.importance(path);
     }
     if let Some(bytes) = args.split_max_size {
-        export = export.max_file_bytes(bytes);
+        export = export.max_file_bytes(bytes as u64);
     }
     if let Some(name) = &args.pre_tokenizer {
         export = export.pre_tokenizer(name);

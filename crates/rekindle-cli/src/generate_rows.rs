@@ -47,11 +47,9 @@ pub(crate) fn run(
     let failed = |source| Failure::File { path: out.to_owned(), source };
     let mut file = OpenOptions::new().create(true).append(true).open(out).map_err(failed)?;
     let inputs: BTreeMap<usize, Value> = left.iter().map(|prompt| (prompt.row, prompt.input.clone())).collect();
-    let limits = EngineConfig {
-        max_sequences: args.batch_size,
-        max_batch_tokens: EngineConfig::default().max_batch_tokens.max(args.batch_size),
-        ..EngineConfig::default()
-    };
+    let limits = EngineConfig::for_device(model.causal_lm().device());
+    let max_batch_tokens = limits.max_batch_tokens.max(args.batch_size);
+    let limits = EngineConfig { max_sequences: args.batch_size, max_batch_tokens, ..limits };
     let (start, mut tokens, mut done, mut show) = (Instant::now(), 0, total - left.len(), progress::answers(total));
     let mut written = Ok(());
     model.generate_batch(

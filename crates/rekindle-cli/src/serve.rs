@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rekindle::Error;
-use rekindle::engine::EngineConfig;
+use rekindle::engine::{CacheSize, EngineConfig};
 use rekindle_serve::{Server, ServerConfig};
 
 use crate::args::ServeArgs;
@@ -30,7 +30,13 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
         Some(_) => model.path().display().to_string(),
         None => args.model.display().to_string(),
     });
-    let engine = ModelEngine::start(model, tokenizer, base, own, &args.adapter, EngineConfig::default())?;
+    let mut limits = EngineConfig::for_device(model.causal_lm().device());
+    if let Some(max_sequences) = args.max_sequences {
+        limits.max_sequences = max_sequences;
+        limits.max_batch_tokens = limits.max_batch_tokens.max(max_sequences);
+    }
+    limits.cache = args.cache_memory.map_or(CacheSize::Auto, CacheSize::Bytes);
+    let engine = ModelEngine::start(model, tokenizer, base, own, &args.adapter, limits)?;
     let key = args.api_key.clone().or_else(|| env::var(KEY).ok()).filter(|key| !key.is_empty());
     let names: Vec<String> = rekindle_serve::Engine::models(&engine).into_iter().map(|model| model.name).collect();
     let config = ServerConfig {

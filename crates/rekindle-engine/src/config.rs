@@ -1,5 +1,6 @@
 //! The configuration of an engine.
 
+use rekindle_kernels::Device;
 use rekindle_kernels::paged_attention::PAGE;
 use rekindle_models::CausalLm;
 
@@ -27,7 +28,8 @@ impl Default for EngineConfig {
 /// The size of a key/value cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheSize {
-    /// 1 GiB, but at least one sequence and at most `max_sequences` sequences of the model's `max_seq_length`.
+    /// 1 GiB, or on CUDA nine tenths of the free memory; but at least one sequence and at most `max_sequences` sequences of
+    /// the model's `max_seq_length`.
     Auto,
     /// This number of pages, each of which holds 16 tokens.
     Pages(usize),
@@ -36,6 +38,15 @@ pub enum CacheSize {
 }
 
 impl EngineConfig {
+    /// Returns the default limits of a device: steps of at most 4,096 tokens and 256 samples on CUDA, and
+    /// [`EngineConfig::default`] elsewhere.
+    pub fn for_device(device: &Device) -> Self {
+        match device {
+            Device::Cuda(_) => Self { max_batch_tokens: 4096, max_sequences: 256, ..Self::default() },
+            Device::Burn(_) | Device::Meta(_) => Self::default(),
+        }
+    }
+
     /// Checks the limits against each other.
     ///
     /// # Errors
@@ -59,12 +70,11 @@ impl EngineConfig {
     /// # Errors
     /// [`Error::Argument`] if there would be none.
     pub(crate) fn pages(&self, model: &CausalLm) -> Result<usize, Error> {
-        const AUTO: usize = 1 << 30;
         // A model without attention keeps nothing in pages.
         let page_bytes = model.decoder().page_bytes().max(1);
         let longest = model.max_seq_length().div_ceil(PAGE);
         let pages = match self.cache {
-            CacheSize::Auto => (AUTO / page_bytes).clamp(longest, longest * self.max_sequences),
+            CacheSize::Auto => (auto_bytes(model.device()) / page_bytes).clamp(longest, longest * self.max_sequences),
             CacheSize::Pages(pages) => pages,
             CacheSize::Bytes(bytes) => bytes / page_bytes,
         };
@@ -75,5 +85,14 @@ impl EngineConfig {
             )));
         }
         Ok(pages)
+    }
+}
+
+/// Returns the size of a cache that nobody chose: on CUDA, activations get the tenth that is left.
+fn auto_bytes(device: &Device) -> usize {
+    const ELSEWHERE: usize = 1 << 30;
+    match device {
+        Device::Cuda(_) => device.free_memory().map_or(ELSEWHERE, |free| free / 10 * 9),
+        Device::Burn(_) | Device::Meta(_) => ELSEWHERE,
     }
 }

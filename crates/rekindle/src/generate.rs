@@ -3,8 +3,10 @@
 use std::time::{Duration, Instant};
 
 use rekindle_data::Tokenizer;
+use rekindle_engine::{Engine, EngineModel, Event, FinishReason, Request};
 use rekindle_models::{GenerationConfig, StopReason};
 
+use crate::answer::Answer;
 use crate::{Error, Model, TextStream};
 
 /// The result of [`Model::generate`].
@@ -88,42 +90,82 @@ impl Model {
         stop: &[String],
         mut on_text: impl FnMut(&str) -> bool,
     ) -> Result<GeneratedText, Error> {
-        let (mut stream, ids) = TextStream::new(tokenizer, stop)?;
+        let (stream, stop_ids) = TextStream::new(tokenizer, stop)?;
         let mut config = config.clone();
-        config.eos_ids.extend(ids);
-        let (mut text, mut stop_string, mut failure) = (String::new(), None, None);
-        let generated = self.generate(prompt, &config, |id| {
-            // An end token that the vocabulary does not call special would be shown.
-            if config.eos_ids.contains(&id) {
-                return true;
+        config.eos_ids.extend(stop_ids);
+        let (mut answer, mut failure) = (Answer::new(prompt.len(), Some((tokenizer, stream))), None);
+        let (_, stop) = self.causal_lm().generate(prompt, &config, |id| match answer.push(id, &config.eos_ids) {
+            Ok(piece) => (piece.is_empty() || on_text(&piece)) && !answer.is_stopped(),
+            Err(error) => {
+                failure = Some(error);
+                false
             }
-            let piece = match stream.push(id) {
-                Ok(piece) => piece,
-                Err(error) => {
-                    failure = Some(error);
-                    return false;
-                }
-            };
-            text += &piece.text;
-            let go_on = piece.text.is_empty() || on_text(&piece.text);
-            stop_string = piece.stop;
-            go_on && stop_string.is_none()
         })?;
-        if let Some(error) = failure {
-            return Err(error);
+        match failure {
+            Some(error) => Err(error),
+            None => answer.finish(stop, |rest| {
+                on_text(rest);
+            }),
         }
-        if stop_string.is_none() {
-            let rest = stream.finish()?;
-            stop_string = rest.stop;
-            text += &rest.text;
-            if !rest.text.is_empty() && generated.stop != StopReason::Caller {
-                on_text(&rest.text);
+    }
+}
+
+/// Continues `prompt` on an engine as [`Model::generate_text`] does without one. The engine keeps the keys and values of
+/// prompt and text, so a later prompt that begins with them computes only the rest.
+///
+/// # Errors
+/// As [`Model::generate_text`]; [`Error::Argument`] for an engine that has other requests, whose events would be lost.
+pub fn generate_text_on<M: EngineModel>(
+    engine: &mut Engine<M>,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    config: &GenerationConfig,
+    stop: &[String],
+    mut on_text: impl FnMut(&str) -> bool,
+) -> Result<GeneratedText, Error> {
+    if engine.has_work() {
+        return Err(Error::Argument("the engine has other requests; run it until they are complete".to_owned()));
+    }
+    let (stream, stop_ids) = TextStream::new(tokenizer, stop)?;
+    let stop_ids = [config.eos_ids.as_slice(), &stop_ids].concat();
+    let mut answer = Answer::new(prompt.len(), Some((tokenizer, stream)));
+    let id = engine.submit(request(prompt.to_vec(), config, &stop_ids))?;
+    loop {
+        for event in engine.step() {
+            match event {
+                Event::Token { token, .. } => {
+                    let piece = answer.push(token.id, &stop_ids)?;
+                    if !(piece.is_empty() || on_text(&piece)) || answer.is_stopped() {
+                        engine.abort(id);
+                    }
+                }
+                Event::Finished { reason, .. } => {
+                    return answer.finish(stop_reason(reason), |rest| {
+                        on_text(rest);
+                    });
+                }
+                Event::Failed { error, .. } => return Err(error.into()),
+                Event::Prompt { .. } => {}
             }
         }
-        if stop_string.is_none() {
-            let end = usize::from(generated.stop == StopReason::EndToken);
-            text = tokenizer.decode(&generated.ids[..generated.ids.len() - end], true)?;
-        }
-        Ok(GeneratedText { text, stop_string, generated })
+    }
+}
+
+/// Returns a request that continues a prompt with these settings.
+pub(crate) fn request(prompt: Vec<u32>, config: &GenerationConfig, stop_ids: &[u32]) -> Request {
+    Request {
+        max_tokens: config.max_new_tokens,
+        sampling: config.sampling(),
+        stop_ids: stop_ids.to_vec(),
+        ..Request::new(prompt)
+    }
+}
+
+/// Returns the reason for the end of an answer.
+pub(crate) fn stop_reason(reason: FinishReason) -> StopReason {
+    match reason {
+        FinishReason::Stop(_) => StopReason::EndToken,
+        FinishReason::Length => StopReason::Length,
+        FinishReason::Aborted => StopReason::Caller,
     }
 }

@@ -1,30 +1,17 @@
 //! Generation for many prompts at once.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant};
 
 use rekindle_data::Tokenizer;
-use rekindle_engine::{Engine, EngineConfig, Event, FinishReason, Request, RequestId};
-use rekindle_models::{GenerationConfig, StopReason};
+use rekindle_engine::{Engine, EngineConfig, Event, RequestId};
+use rekindle_models::GenerationConfig;
 
-use crate::{Error, Generated, GeneratedText, Model, TextStream};
+use crate::answer::Answer;
+use crate::generate::{request, stop_reason};
+use crate::{Error, GeneratedText, Model, TextStream};
 
 /// Prompts that the engine holds for each one that runs, so that it never waits for new ones.
 const AHEAD: usize = 2;
-
-/// A prompt whose answer is being generated.
-struct Pending<'t> {
-    /// Its number.
-    index: usize,
-    prompt_tokens: usize,
-    start: Instant,
-    first_token: Option<Duration>,
-    ids: Vec<u32>,
-    /// The text so far, if there is a tokenizer; taken at a stop string.
-    stream: Option<TextStream<'t>>,
-    text: String,
-    stop_string: Option<String>,
-}
 
 impl Model {
     /// Returns an engine for this model: many requests at once, with a key/value cache that they share.
@@ -59,7 +46,7 @@ impl Model {
         let seeded = |index: usize| GenerationConfig { seed: config.seed.wrapping_add(index as u64), ..config.clone() };
         let mut prompts = prompts.into_iter();
         let mut engine = self.engine(limits)?;
-        let mut pending: HashMap<RequestId, Pending<'_>> = HashMap::new();
+        let mut pending: HashMap<RequestId, (usize, Answer<'_>)> = HashMap::new();
         let mut stop_ids = config.eos_ids.clone();
         if let Some(tokenizer) = tokenizer {
             stop_ids.extend(TextStream::new(tokenizer, stop)?.1);
@@ -68,32 +55,26 @@ impl Model {
             while pending.len() < AHEAD * limits.max_sequences {
                 let Some((index, prompt)) = prompts.next() else { break };
                 let stream = tokenizer.map(|tokenizer| TextStream::new(tokenizer, stop)).transpose()?;
-                let mut one = Pending::new(index, prompt.len());
-                one.stream = stream.map(|(stream, _)| stream);
-                let request = Request {
-                    max_tokens: config.max_new_tokens,
-                    sampling: seeded(index).sampling(),
-                    stop_ids: stop_ids.clone(),
-                    ..Request::new(prompt)
-                };
-                pending.insert(engine.submit(request)?, one);
+                let answer = Answer::new(prompt.len(), tokenizer.zip(stream.map(|(stream, _)| stream)));
+                let id = engine.submit(request(prompt, &seeded(index), &stop_ids))?;
+                pending.insert(id, (index, answer));
             }
             if pending.is_empty() {
                 return Ok(());
             }
             for event in engine.step() {
-                let request = event.request();
+                let id = event.request();
                 match event {
                     Event::Token { token, .. } => {
-                        let Some(one) = pending.get_mut(&request) else { continue };
-                        if one.push(token.id, &stop_ids)? {
-                            engine.abort(request);
+                        let Some((_, answer)) = pending.get_mut(&id) else { continue };
+                        answer.push(token.id, &stop_ids)?;
+                        if answer.is_stopped() {
+                            engine.abort(id);
                         }
                     }
                     Event::Finished { reason, .. } => {
-                        let Some(one) = pending.remove(&request) else { continue };
-                        let index = one.index;
-                        if !on_answer(index, one.finish(tokenizer, reason)?)? {
+                        let Some((index, answer)) = pending.remove(&id) else { continue };
+                        if !on_answer(index, answer.finish(stop_reason(reason), |_| ())?)? {
                             return Ok(());
                         }
                     }
@@ -102,58 +83,5 @@ impl Model {
                 }
             }
         }
-    }
-}
-
-impl Pending<'_> {
-    fn new(index: usize, prompt_tokens: usize) -> Self {
-        Self {
-            index,
-            prompt_tokens,
-            start: Instant::now(),
-            first_token: None,
-            ids: Vec::new(),
-            stream: None,
-            text: String::new(),
-            stop_string: None,
-        }
-    }
-
-    /// Adds a token; returns true if a stop string ends the text.
-    fn push(&mut self, id: u32, stop_ids: &[u32]) -> Result<bool, Error> {
-        if self.stop_string.is_some() {
-            return Ok(false);
-        }
-        self.first_token.get_or_insert_with(|| self.start.elapsed());
-        self.ids.push(id);
-        // An end token that the vocabulary does not call special would be shown.
-        if let Some(stream) = self.stream.as_mut().filter(|_| !stop_ids.contains(&id)) {
-            let piece = stream.push(id)?;
-            self.text += &piece.text;
-            self.stop_string = piece.stop;
-        }
-        Ok(self.stop_string.is_some())
-    }
-
-    fn finish(mut self, tokenizer: Option<&Tokenizer>, reason: FinishReason) -> Result<GeneratedText, Error> {
-        let stop = match reason {
-            _ if self.stop_string.is_some() => StopReason::Caller,
-            FinishReason::Stop(_) => StopReason::EndToken,
-            FinishReason::Length => StopReason::Length,
-            FinishReason::Aborted => StopReason::Caller,
-        };
-        if let Some(stream) = self.stream.take().filter(|_| self.stop_string.is_none()) {
-            let rest = stream.finish()?;
-            self.text += &rest.text;
-            self.stop_string = rest.stop;
-        }
-        if let Some(tokenizer) = tokenizer.filter(|_| self.stop_string.is_none()) {
-            let end = usize::from(stop == StopReason::EndToken);
-            self.text = tokenizer.decode(&self.ids[..self.ids.len() - end], true)?;
-        }
-        let time = self.start.elapsed();
-        let Self { ids, prompt_tokens, first_token, text, stop_string, .. } = self;
-        let generated = Generated { ids, stop, prompt_tokens, first_token: first_token.unwrap_or(time), time };
-        Ok(GeneratedText { text, stop_string, generated })
     }
 }

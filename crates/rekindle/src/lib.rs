@@ -28,6 +28,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod adapters;
+mod answer;
 mod data_source;
 mod describe;
 mod dtype;
@@ -58,7 +59,7 @@ pub use data_source::DataSource;
 pub use dtype::Dtype;
 pub use error::{Error, ErrorKind};
 pub use export::{GgufExport, GgufFile};
-pub use generate::{Generated, GeneratedText};
+pub use generate::{Generated, GeneratedText, generate_text_on};
 pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
 pub use model::Model;

@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use rekindle::engine::EngineConfig;
-use rekindle::{ChatPrompt, DeviceKind, FastLanguageModel, GenerationConfig, LoraConfig, Model, StopReason, Tokenizer};
+use rekindle::engine::{EngineConfig, Request};
+use rekindle::{
+    ChatPrompt, DeviceKind, FastLanguageModel, GenerationConfig, LoraConfig, Model, StopReason, Tokenizer,
+    generate_text_on,
+};
 
 fn base() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/quickstart/base")
@@ -106,6 +109,39 @@ fn a_batch_is_answered_as_one_prompt_at_a_time() {
         Ok(count < 2)
     });
     assert!(ended.is_ok() && count == 2, "{count}");
+}
+
+/// Answers equal those without an engine, and a turn computes only the tokens that the last one did not.
+#[test]
+fn a_conversation_on_an_engine_computes_only_what_is_new() {
+    let (model, tokenizer) = load(&base());
+    let eos_ids = model.end_tokens(Some(&tokenizer)).expect("its files are valid");
+    let config = GenerationConfig { eos_ids, max_new_tokens: 30, ..GenerationConfig::default() };
+    let mut prompt = ChatPrompt::new(None, QUESTION).encode(&tokenizer).expect("a chat model");
+    let mut engine = model.engine(EngineConfig { max_sequences: 1, ..EngineConfig::default() }).expect("it has room");
+    for stop in [vec![], vec!["e b".to_owned()]] {
+        let mut pieces = String::new();
+        let answer = generate_text_on(&mut engine, &tokenizer, &prompt, &config, &stop, |piece| {
+            pieces += piece;
+            true
+        });
+        let answer = answer.expect("the prompt fits");
+        let want = model.generate_text(&tokenizer, &prompt, &config, &stop, |_| true).expect("the prompt fits");
+        assert_eq!((&answer.text, &answer.stop_string), (&want.text, &want.stop_string));
+        assert_eq!((&answer.generated.ids, answer.generated.stop), (&want.generated.ids, want.generated.stop));
+        assert_eq!(pieces, answer.text);
+        prompt.extend(answer.generated.ids);
+        prompt.extend(tokenizer.encode("<|im_start|>user\nAnd a cat?<|im_end|>", false).expect("encodable"));
+    }
+    let before = engine.stats();
+    let stopped = generate_text_on(&mut engine, &tokenizer, &prompt, &config, &[], |_| false).expect("it fits");
+    assert_eq!((stopped.stop_reason(), stopped.generated.ids.len()), ("caller", 1));
+    let (after, page) = (engine.stats(), 16);
+    assert!(after.computed_tokens - before.computed_tokens < prompt.len() as u64 / 2, "{before:?} {after:?}");
+    assert_eq!((after.prefix_hits - before.prefix_hits) % page, 0, "whole pages are found");
+    engine.submit(Request::new(prompt.clone())).expect("it fits");
+    let busy = generate_text_on(&mut engine, &tokenizer, &prompt, &config, &[], |_| true);
+    assert!(busy.expect_err("the engine is busy").to_string().contains("other requests"));
 }
 
 #[test]

@@ -6,6 +6,7 @@ use clap::Subcommand;
 use rekindle::GgufFileType;
 
 use super::HubArgs;
+use super::size::bytes;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ExportCommand {
@@ -40,8 +41,8 @@ pub(crate) struct GgufArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) imatrix: Option<PathBuf>,
     /// Split larger models into files of this size, such as 2GB or 1.5GiB
-    #[arg(long, value_name = "SIZE", value_parser = size)]
-    pub(crate) split_max_size: Option<u64>,
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub(crate) split_max_size: Option<usize>,
     /// llama.cpp's name of the pre-tokenizer, for a tokenizer whose own is not recognized
     #[arg(long, value_name = "NAME")]
     pub(crate) pre_tokenizer: Option<String>,
@@ -53,18 +54,6 @@ fn file_type(text: &str) -> Result<GgufFileType, String> {
     text.parse().map_err(|error: rekindle::GgufError| error.to_string())
 }
 
-/// Parses a number of bytes with a unit.
-fn size(text: &str) -> Result<u64, String> {
-    const UNITS: [(&str, f64); 6] =
-        [("GiB", 1_073_741_824.0), ("MiB", 1_048_576.0), ("GB", 1e9), ("MB", 1e6), ("G", 1e9), ("M", 1e6)];
-    let unit = UNITS.iter().find(|(unit, _)| text.ends_with(unit));
-    let parsed = unit.and_then(|(unit, factor)| Some(text.strip_suffix(unit)?.trim().parse::<f64>().ok()? * factor));
-    match parsed {
-        Some(bytes) if bytes >= 1.0 && bytes.is_finite() => Ok(bytes as u64),
-        _ => Err(format!("\"{text}\" is no size; write it as 2GB, 500MB or 1.5GiB")),
-    }
-}
-
 const GGUF: &str = "\
 Weights are quantized as llama.cpp's own tools do it, without a 16-bit file between. A Modelfile for `ollama create` is
 written beside the files.
@@ -73,18 +62,3 @@ Examples:
   rekindle export gguf outputs/run --quant q4_k_m,q8_0 --out models/run-gguf
   rekindle export gguf outputs/run --adapter-only --out models/run-gguf
   rekindle export gguf Qwen/Qwen3-0.6B --quant q6_k --out models/qwen3";
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_have_units() {
-        assert_eq!(size("2GB"), Ok(2_000_000_000));
-        assert_eq!(size("1.5 GiB"), Ok(1_610_612_736));
-        assert_eq!(size("50M"), Ok(50_000_000));
-        for wrong in ["2", "GB", "-1GB", "0GB", "1TB"] {
-            assert!(size(wrong).is_err(), "{wrong}");
-        }
-    }
-}

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::size::bytes;
 use super::{LoadArgs, NamedAdapter};
 
 #[derive(Debug, clap::Args)]
@@ -31,6 +32,13 @@ pub(crate) struct ServeArgs {
     /// Maximum samples that run or wait; further requests get status 429
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub(crate) max_in_flight: usize,
+    /// Maximum samples that run at once; others wait [default: 64, on CUDA 256]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_sequences: Option<usize>,
+    /// Memory of the key/value cache, such as 8GiB [default: 1GiB, on CUDA nine tenths of the free memory; not more than
+    /// --max-sequences of --max-seq-length need]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub(crate) cache_memory: Option<usize>,
     /// Maximum size of a request's body in MiB
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub(crate) max_body_mib: usize,

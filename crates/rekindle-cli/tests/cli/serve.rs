@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::{Scratch, command, golden, rekindle};
+use crate::{Scratch, command, golden, rekindle, run};
 
 const QUESTION: &str = "What is a whale?";
 
@@ -108,6 +108,22 @@ fn the_server_answers_as_generate_does_and_adapters_come_and_go() {
     let missing = json!({"lora_name": "x", "lora_path": "/no/such/adapter"});
     let (status, body) = server.request("POST", "/v1/load_lora_adapter", &missing.to_string());
     assert!(status == 400 && body.contains("/no/such/adapter"), "{body}");
+}
+
+/// The cache has the size that was asked for, and at least a page.
+#[test]
+fn the_cache_has_a_size() {
+    let base = golden("../../examples/quickstart/base");
+    let base = base.display();
+    let serve = |more: &str| run(&format!("serve {base} --device cpu --port 0 {more}"));
+    serve("--cache-memory 100B").fails(2, &["make it larger"]);
+    serve("--cache-memory 4").fails(2, &["make it larger"]);
+    serve("--cache-memory much").fails(2, &["24GiB"]);
+    serve("--max-sequences 0").fails(2, &["max_sequences is 0"]);
+    let server = Server::start(&["--max-sequences", "600", "--cache-memory", "1MiB"]);
+    let long = json!({"model": "base", "prompt": "a b ".repeat(2000), "max_tokens": 1});
+    let (status, body) = server.request("POST", "/v1/completions", &long.to_string());
+    assert_eq!(status, 400, "{body}");
 }
 
 #[test]
