@@ -84,7 +84,7 @@ pub enum Error {
     },
 }
 
-/// The reason a hub name could not be resolved.
+/// The reason a hub name could not be resolved, or files not be uploaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum HubErrorKind {
@@ -110,6 +110,8 @@ pub enum HubErrorKind {
     Space,
     /// Another process is using a file of the cache.
     Busy,
+    /// The repository is public, and files were to be uploaded to a private one.
+    Public,
 }
 
 impl Error {

@@ -11,6 +11,7 @@ mod name;
 mod select;
 mod space;
 mod split;
+mod upload;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,7 @@ use name::{RepoKind, RepoName};
 pub(crate) use environment::Environment;
 pub(crate) use layout::{CachedRepo, INCOMPLETE};
 pub use split::DatasetPart;
+pub use upload::{UploadContent, UploadFile, UploadOptions, Uploaded, upload};
 
 /// Options for resolving a hub name. Unset options follow the environment, as in Python's `huggingface_hub`.
 #[derive(Default)]

@@ -9,7 +9,7 @@
 //!
 //! The feature `network` adds: `resolve` turns a hub name into such a directory in the cache shared with Python;
 //! `resolve_rows` turns a dataset name into the files of a split; `headers` lists a model's tensors without downloading
-//! them; `cache` lists and prunes the cache.
+//! them; `cache` lists and prunes the cache; `upload` commits files to a repository.
 //!
 //! ```
 //! use rekindle_hub::{AtomicDir, Checkpoint, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec};
@@ -68,7 +68,10 @@ pub use companion::{ADDITIONAL_CHAT_TEMPLATES, companion_files, companion_name, 
 pub use dtype::{BlockFormat, DecodeBlocks, Dtype};
 pub use error::{Error, HubErrorKind};
 #[cfg(feature = "network")]
-pub use hub::{DatasetPart, HubOptions, Resolved, ResolvedRows, headers, resolve, resolve_rows};
+pub use hub::{
+    DatasetPart, HubOptions, Resolved, ResolvedRows, UploadContent, UploadFile, UploadOptions, Uploaded, headers,
+    resolve, resolve_rows, upload,
+};
 pub use json::read_json;
 pub use mapped_file::MappedFile;
 pub use safetensors_file::SafetensorsFile;

@@ -11,7 +11,7 @@ use crate::{Done, Scratch, command, done, golden};
 
 #[allow(dead_code, reason = "the rest is for the tests of rekindle-hub")]
 #[path = "../../../rekindle-hub/tests/hub/server.rs"]
-mod server;
+pub(crate) mod server;
 
 use server::{COMMIT, Server};
 

@@ -1,5 +1,7 @@
 use std::fs::{File, TryLockError};
 use std::path::Path;
+use std::thread::sleep;
+use std::time::Duration;
 
 use crate::Error;
 
@@ -8,6 +10,10 @@ use crate::Error;
 /// Locking always succeeds on file systems without locks, and on systems other than Unix.
 #[derive(Debug)]
 pub struct DirectoryLock(#[allow(dead_code, reason = "the lock is held while the file is open")] Option<File>);
+
+/// The number of attempts before a lock counts as taken, and the pause after each.
+const TRIES: usize = 5;
+const PAUSE: Duration = Duration::from_millis(20);
 
 impl DirectoryLock {
     /// Locks the existing directory at `path`.
@@ -19,6 +25,13 @@ impl DirectoryLock {
             return Ok(Self(None));
         }
         let directory = File::open(path).map_err(Error::io(path))?;
+        for _ in 0..TRIES {
+            // The dashboard takes the lock for an instant to learn whether it is free.
+            if !matches!(directory.try_lock(), Err(TryLockError::WouldBlock)) {
+                break;
+            }
+            sleep(PAUSE);
+        }
         match directory.try_lock() {
             Err(TryLockError::WouldBlock) => Err(Error::unwritable(
                 path,

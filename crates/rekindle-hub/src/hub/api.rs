@@ -5,18 +5,18 @@
 //! the size and checksum in the hub's own response.
 
 use std::fmt::Write as _;
-use std::io::Read as _;
+use std::io::Read;
 use std::time::Duration;
 
 use hf_hub::api::RepoInfo;
 use hf_hub::{Repo, RepoType};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, ETAG, HeaderMap, LOCATION, RANGE};
+use ureq::http::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderMap, LOCATION, RANGE};
 use ureq::http::{Response, StatusCode, Uri};
 use ureq::tls::{RootCerts, TlsConfig};
 use ureq::typestate::WithoutBody;
-use ureq::{Agent, Body, RequestBuilder};
+use ureq::{Agent, Body, RequestBuilder, SendBody};
 
 use crate::{Error, HubErrorKind};
 
@@ -51,11 +51,17 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The timeout for the next bytes of a connection.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// The timeout for the response to an upload: the hub assembles large files before it answers.
+const WRITE_RESPONSE_TIMEOUT: Duration = Duration::from_secs(300);
+
 /// The maximum number of redirects: within the hub after a repository was renamed, and to the storage.
 const MAX_REDIRECTS: usize = 5;
 
 /// The maximum size of a JSON response in bytes; a list of 100,000 files has about 10 MB.
 const MAX_JSON: u64 = 64 << 20;
+
+/// The media type of the protocol for large files.
+pub(crate) const LFS_JSON: &str = "application/vnd.git-lfs+json";
 
 /// The branches and tags of a repository.
 #[derive(Deserialize)]
@@ -88,6 +94,7 @@ impl Api {
             .timeout_connect(Some(CONNECT_TIMEOUT))
             .timeout_recv_response(Some(READ_TIMEOUT))
             .timeout_per_read(Some(READ_TIMEOUT))
+            .timeout_per_write(Some(READ_TIMEOUT))
             .http_status_as_error(false)
             .max_redirects(0)
             .max_redirects_will_error(false)
@@ -188,10 +195,43 @@ impl Api {
     }
 
     /// Returns the JSON at `path` of the hub's API.
-    fn json<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+    pub(crate) fn json<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
         let answer = self.get(&format!("{}/api/{path}", self.request.endpoint), None)?;
+        self.parsed(self.accepted(answer)?)
+    }
+
+    /// Sends a body of the media type `media` to `url`. The token is sent to the hub only, not to its storage.
+    pub(crate) fn post(&self, url: &str, media: &str, body: &[u8]) -> Result<Response<Body>, Failure> {
+        let mut url = url.to_owned();
+        for _ in 0..MAX_REDIRECTS {
+            let mut request = self.client.post(&url).header(CONTENT_TYPE, media);
+            if media == LFS_JSON {
+                request = request.header(ACCEPT, LFS_JSON);
+            }
+            if let Some(token) = self.token.as_ref().filter(|_| origin(&url) == origin(&self.request.endpoint)) {
+                request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+            }
+            let request = request.config().timeout_recv_response(Some(WRITE_RESPONSE_TIMEOUT)).build();
+            let answer = request.send(body).map_err(|error| self.request.unreachable(&error))?;
+            match redirect(&url, &answer) {
+                Some(target) if origin(&target) == origin(&url) => url = target,
+                _ => return Ok(answer),
+            }
+        }
+        Err(self.unexpected_response(&format!("{url} is redirected more than {MAX_REDIRECTS} times")))
+    }
+
+    /// Sends `length` bytes to a signed URL of the storage.
+    pub(crate) fn put(&self, url: &str, bytes: &mut dyn Read, length: u64) -> Result<Response<Body>, Failure> {
+        let request = self.client.put(url).header(CONTENT_LENGTH, length.to_string());
+        let request = request.config().timeout_recv_response(Some(WRITE_RESPONSE_TIMEOUT)).build();
+        request.send(SendBody::from_reader(bytes)).map_err(|error| self.request.unreachable(&error))
+    }
+
+    /// Parses the JSON body of a response.
+    pub(crate) fn parsed<T: DeserializeOwned>(&self, answer: Response<Body>) -> Result<T, Failure> {
         let mut text = Vec::new();
-        let body = self.accepted(answer)?.into_body();
+        let body = answer.into_body();
         let read = body.into_with_config().limit(MAX_JSON).reader().read_to_end(&mut text);
         read.map_err(|error| self.request.interrupted(error))?;
         serde_json::from_slice(&text).map_err(|error| {
@@ -229,13 +269,7 @@ impl Api {
         if answer.status().is_success() {
             return Ok(answer);
         }
-        let header = |name| text(answer.headers(), name);
-        let (status, code, message) = (answer.status().as_u16(), header("x-error-code"), header("x-error-message"));
-        let message = message.or_else(|| {
-            let body = answer.into_body().into_with_config().limit(MAX_JSON).reader();
-            serde_json::from_reader(body).ok().map(|body: ErrorBody| body.error)
-        });
-        Err(self.request.refused(&Refusal { status, code, message }))
+        Err(self.request.refused(&refusal(answer)))
     }
 
     fn url(&self, commit: &str, file: &str) -> String {
@@ -261,11 +295,22 @@ impl Api {
         Ok(RemoteFile { name: file.to_owned(), etag: etag.to_owned(), size, checksum: Checksum::of_etag(etag) })
     }
 
-    fn unexpected_response(&self, what: &str) -> Failure {
+    pub(crate) fn unexpected_response(&self, what: &str) -> Failure {
         let reason =
             format!("{} did not respond like a Hugging Face hub: {what}; check HF_ENDPOINT", self.request.endpoint);
         Failure { error: self.request.error(HubErrorKind::Response, reason), transient: false }
     }
+}
+
+/// Reads the hub's reason for an error status.
+pub(crate) fn refusal(answer: Response<Body>) -> Refusal {
+    let header = |name| text(answer.headers(), name);
+    let (status, code, message) = (answer.status().as_u16(), header("x-error-code"), header("x-error-message"));
+    let message = message.or_else(|| {
+        let body = answer.into_body().into_with_config().limit(MAX_JSON).reader();
+        serde_json::from_reader(body).ok().map(|body: ErrorBody| body.error)
+    });
+    Refusal { status, code, message }
 }
 
 /// Percent-encodes a segment of a path.

@@ -1,5 +1,4 @@
 use std::fmt::Write as _;
-use std::fs::File;
 use std::io::{self, Read};
 
 use sha1::{Digest as _, Sha1};
@@ -45,8 +44,8 @@ impl Hasher {
     /// Starts a hash for contents of `size` bytes.
     pub(crate) fn new(checksum: Option<&Checksum>, size: u64) -> Hasher {
         match checksum {
-            Some(Checksum::Sha256(_)) => Hasher::Sha256(Sha256::new()),
-            Some(Checksum::GitBlob(_)) => Hasher::GitBlob(Sha1::new_with_prefix(format!("blob {size}\0"))),
+            Some(Checksum::Sha256(_)) => Hasher::sha256(),
+            Some(Checksum::GitBlob(_)) => Hasher::git_blob(size),
             None => Hasher::None,
         }
     }
@@ -59,8 +58,18 @@ impl Hasher {
         }
     }
 
+    /// Starts the hash of a file in large-file storage.
+    pub(crate) fn sha256() -> Hasher {
+        Hasher::Sha256(Sha256::new())
+    }
+
+    /// Starts the hash of a file of `size` bytes in the repository itself.
+    pub(crate) fn git_blob(size: u64) -> Hasher {
+        Hasher::GitBlob(Sha1::new_with_prefix(format!("blob {size}\0")))
+    }
+
     /// Adds the rest of `file`.
-    pub(crate) fn update_from(&mut self, file: &mut File) -> io::Result<()> {
+    pub(crate) fn update_from(&mut self, file: &mut impl Read) -> io::Result<()> {
         let mut buffer = vec![0; 1 << 20];
         loop {
             match file.read(&mut buffer)? {
@@ -70,14 +79,19 @@ impl Hasher {
         }
     }
 
-    /// Returns the actual and the expected hash if they differ.
-    pub(crate) fn mismatch(self, checksum: Option<&Checksum>) -> Option<Mismatch> {
-        let found = match self {
+    /// Returns the hash in hexadecimal digits; empty without one.
+    pub(crate) fn finish(self) -> String {
+        match self {
             Hasher::Sha256(hash) => hex(&hash.finalize()),
             Hasher::GitBlob(hash) => hex(&hash.finalize()),
-            Hasher::None => return None,
-        };
+            Hasher::None => String::new(),
+        }
+    }
+
+    /// Returns the actual and the expected hash if they differ.
+    pub(crate) fn mismatch(self, checksum: Option<&Checksum>) -> Option<Mismatch> {
         let expected = checksum?.expected();
+        let found = self.finish();
         (found != expected).then(|| Mismatch { expected: expected.to_owned(), found })
     }
 }

@@ -61,6 +61,11 @@ impl Request {
         Error::Hub { kind, name: self.name.to_string(), reason: reason.into() }
     }
 
+    /// Returns the address of the repository's page.
+    pub(crate) fn page(&self) -> String {
+        format!("{}/{}", self.endpoint, self.name.path())
+    }
+
     /// Translates a failed request.
     pub(crate) fn unreachable(&self, error: &ureq::Error) -> Failure {
         let endpoint = &self.endpoint;
@@ -110,7 +115,7 @@ impl Request {
     /// Translates an error response of the hub.
     pub(crate) fn refused(&self, refusal: &Refusal) -> Failure {
         let Request { name, endpoint, revision, has_token } = self;
-        let (page, noun) = (format!("{endpoint}/{}", name.path()), name.kind.noun());
+        let (page, noun) = (self.page(), name.kind.noun());
         let said = refusal.message.as_deref().map(|message| format!(" ({message})")).unwrap_or_default();
         let (kind, reason) = match (refusal.code.as_deref(), refusal.status) {
             (Some("GatedRepo"), _) if *has_token => (

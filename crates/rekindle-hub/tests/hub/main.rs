@@ -8,6 +8,7 @@ mod download;
 mod errors;
 mod rows;
 mod server;
+mod upload;
 
 use std::path::PathBuf;
 

@@ -2,8 +2,11 @@
 //!
 //! The tests of the binary include this file too.
 
+#[path = "upload_api.rs"]
+mod upload_api;
+
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
@@ -11,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use sha1::{Digest, Sha1};
 use sha2::Sha256;
+
+pub(crate) use upload_api::UploadApi;
 
 /// The model used by most tests.
 const MODEL: &str = "org/model";
@@ -73,6 +78,8 @@ pub(crate) struct Hub {
     pub(crate) requests: Vec<String>,
     /// True if the storage received a token.
     pub(crate) leaked_token: bool,
+    /// Uploads and the behaviour towards them.
+    pub(crate) uploads: UploadApi,
 }
 
 pub(crate) struct Server {
@@ -97,6 +104,7 @@ impl Server {
             at_once: 0,
             requests: Vec::new(),
             leaked_token: false,
+            uploads: UploadApi::default(),
         }));
         // Two ports count as two hosts: a token must not be sent from one to the other.
         let (front, storage) = (listen(), listen());
@@ -154,37 +162,55 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+#[derive(Default)]
 struct Request {
     method: String,
     path: String,
     authorization: Option<String>,
     range: Option<String>,
+    accept: Option<String>,
+    /// `Content-Length`.
+    length: Option<usize>,
+    body: Vec<u8>,
 }
 
-fn read(stream: &TcpStream) -> Option<Request> {
-    let mut lines = BufReader::new(stream).lines().map_while(Result::ok);
+/// Reads a request. Returns `None` if the connection is to be closed in the middle of its body.
+fn read(stream: &TcpStream, hub: &Mutex<Hub>) -> Option<Request> {
+    let mut reader = BufReader::new(stream);
+    let mut lines = reader.by_ref().lines().map_while(Result::ok);
     let first = lines.next()?;
     let mut words = first.split(' ').map(str::to_owned);
-    let mut request = Request { method: words.next()?, path: words.next()?, authorization: None, range: None };
+    let mut request = Request { method: words.next()?, path: words.next()?, ..Request::default() };
     for line in lines.take_while(|line| !line.is_empty()) {
         let (name, value) = line.split_once(':')?;
+        let value = value.trim().to_owned();
         match name.to_ascii_lowercase().as_str() {
-            "authorization" => request.authorization = Some(value.trim().to_owned()),
-            "range" => request.range = Some(value.trim().to_owned()),
+            "authorization" => request.authorization = Some(value),
+            "range" => request.range = Some(value),
+            "accept" => request.accept = Some(value),
+            "content-length" => request.length = value.parse().ok(),
             _ => {}
         }
     }
-    Some(request)
+    let length = request.length.unwrap_or(0);
+    let cut = if request.method == "PUT" { hub.lock().unwrap().uploads.cuts.pop() } else { None };
+    let wanted = cut.unwrap_or(length).min(length);
+    reader.take(wanted as u64).read_to_end(&mut request.body).ok()?;
+    (wanted == length).then_some(request)
 }
 
 fn answer(mut stream: &TcpStream, hub: &Mutex<Hub>, storage: &str, is_storage: bool) -> std::io::Result<()> {
-    let Some(request) = read(stream) else { return Ok(()) };
+    let Some(request) = read(stream, hub) else { return Ok(()) };
     let reply = {
         let mut hub = hub.lock().unwrap();
         let range = request.range.as_deref().map(|range| format!(" {range}")).unwrap_or_default();
         hub.requests.push(format!("{} {}{range}", request.method, request.path));
         hub.leaked_token |= is_storage && request.authorization.is_some();
-        if is_storage { hub.stored(&request) } else { hub.reply(&request, storage) }
+        match hub.upload(&request, storage, is_storage) {
+            Some(reply) => reply,
+            None if is_storage => hub.stored(&request),
+            None => hub.reply(&request, storage),
+        }
     };
     let is_transfer = is_storage && request.method == "GET";
     if is_transfer {
