@@ -263,7 +263,7 @@ async fn model(State(state): State<Arc<ServerState>>, request: Request) -> Respo
 }
 
 /// Decodes `%2F` and the like in a path.
-fn percent_decode(text: &str) -> String {
+pub(crate) fn percent_decode(text: &str) -> String {
     let bytes = text.as_bytes();
     let mut decoded = Vec::with_capacity(bytes.len());
     let mut at = 0;

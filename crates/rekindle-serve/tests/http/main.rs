@@ -5,6 +5,7 @@
 mod chat;
 mod client;
 mod completions;
+mod dashboard;
 mod engine;
 mod load;
 mod openai;

@@ -5,13 +5,21 @@ use serde_json::json;
 
 use crate::client::serve;
 
+/// Returns true if Node and Chromium are installed; says so if not.
+pub(crate) fn has_chromium() -> bool {
+    let is_installed = |program: &str| Command::new(program).arg("--version").output().is_ok();
+    let installed = is_installed("node") && is_installed("chromium");
+    if !installed {
+        assert!(std::env::var_os("REKINDLE_REQUIRE_CHROMIUM").is_none(), "node or chromium is not installed");
+        eprintln!("not run: node or chromium is not installed");
+    }
+    installed
+}
+
 /// Drives the chat page with `page_test.mjs`, if Node (20 or newer) and Chromium are installed.
 #[test]
 fn the_page_in_chromium() {
-    let is_installed = |program: &str| Command::new(program).arg("--version").output().is_ok();
-    if !is_installed("node") || !is_installed("chromium") {
-        assert!(std::env::var_os("REKINDLE_REQUIRE_CHROMIUM").is_none(), "node or chromium is not installed");
-        eprintln!("not run: node or chromium is not installed");
+    if !has_chromium() {
         return;
     }
     let served = serve(ServerConfig { runtime_adapters: true, ..ServerConfig::default() });
