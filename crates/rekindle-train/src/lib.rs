@@ -45,7 +45,7 @@ pub use evaluate::{Evaluation, RowLoss, TokenLoss, evaluate, evaluate_tokens};
 pub use event::{TrainEnd, TrainEvent, TrainReport};
 pub use method::{Method, ReferenceArguments, WithReference};
 pub use metrics::{EvalMetrics, MetricValues, MetricsFile, PromptSample, RecordedUntil, RunHistory, StepMetrics};
-pub use model_card::{ModelCard, data_line};
+pub use model_card::{ModelCard, PublishedCard, PublishedForm, data_line};
 pub use optim::Optim;
 pub use optimizer::{Optimizer, OptimizerConfig, StepResult};
 pub use plan::{
@@ -53,7 +53,7 @@ pub use plan::{
     show as show_bytes,
 };
 pub use plot::{PlotSeries, lines_svg, loss_svg};
-pub use recorder::Recorder;
+pub use recorder::{Recorder, eval_scalars, step_scalars};
 pub use report::{RunDescription, report_html};
 pub use report_to::ReportTo;
 pub use sampler::{SamplePrompt, Sampler};

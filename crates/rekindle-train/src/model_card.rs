@@ -1,5 +1,7 @@
 //! `README.md` beside saved files: the model card that the Hugging Face hub shows.
 
+mod published;
+
 use core::fmt::Write as _;
 use std::path::Path;
 
@@ -10,6 +12,8 @@ use rekindle_models::CausalLm;
 use serde_json::Value;
 
 use crate::{Error, EvalMetrics, Method, SftConfig, StepMetrics};
+
+pub use published::{PublishedCard, PublishedForm};
 
 /// The file's name.
 pub(crate) const README: &str = "README.md";

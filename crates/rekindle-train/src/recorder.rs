@@ -64,17 +64,8 @@ impl Recorder {
     pub fn step(&mut self, step: &StepMetrics) -> Result<(), Error> {
         self.metrics.write(step)?;
         if let Some(events) = &mut self.events {
-            let mut scalars = vec![
-                ("train/loss", step.loss),
-                ("train/grad_norm", step.grad_norm),
-                ("train/learning_rate", step.learning_rate),
-                ("train/epoch", step.epoch),
-                ("train/tokens_per_second", step.tokens_per_second),
-            ];
-            scalars.extend(step.memory.map(|bytes| ("train/memory", bytes as f64)));
-            scalars.extend(step.peak_memory.map(|bytes| ("train/peak_memory", bytes as f64)));
-            let names: Vec<_> = step.metrics.0.iter().map(|(name, value)| (format!("train/{name}"), *value)).collect();
-            scalars.extend(names.iter().map(|(name, value)| (&**name, *value)));
+            let scalars = step_scalars(step);
+            let scalars: Vec<_> = scalars.iter().map(|(name, value)| (&**name, *value)).collect();
             events.scalars(step.step, &scalars)?;
         }
         self.history.steps.push(step.clone());
@@ -88,11 +79,8 @@ impl Recorder {
     pub fn eval(&mut self, eval: &EvalMetrics) -> Result<(), Error> {
         self.metrics.write(eval)?;
         if let Some(events) = &mut self.events {
-            let mut scalars = vec![("eval/loss", eval.eval_loss)];
-            scalars.extend(eval.eval_perplexity.map(|perplexity| ("eval/perplexity", perplexity)));
-            let names = eval.metrics.0.iter().map(|(name, value)| (name.replacen("eval_", "eval/", 1), *value));
-            let names: Vec<_> = names.collect();
-            scalars.extend(names.iter().map(|(name, value)| (&**name, *value)));
+            let scalars = eval_scalars(eval);
+            let scalars: Vec<_> = scalars.iter().map(|(name, value)| (&**name, *value)).collect();
             events.scalars(eval.step, &scalars)?;
         }
         self.history.evals.push(eval.clone());
@@ -124,6 +112,29 @@ impl Recorder {
         let page = report_html(&self.history, self.total, &self.description);
         Ok(write_atomic(&self.dir.join("report.html"), page.as_bytes())?)
     }
+}
+
+/// Returns the metrics of a step under the names of transformers' trainer.
+pub fn step_scalars(step: &StepMetrics) -> Vec<(String, f64)> {
+    let mut scalars = vec![
+        ("train/loss".to_owned(), step.loss),
+        ("train/grad_norm".to_owned(), step.grad_norm),
+        ("train/learning_rate".to_owned(), step.learning_rate),
+        ("train/epoch".to_owned(), step.epoch),
+        ("train/tokens_per_second".to_owned(), step.tokens_per_second),
+    ];
+    scalars.extend(step.memory.map(|bytes| ("train/memory".to_owned(), bytes as f64)));
+    scalars.extend(step.peak_memory.map(|bytes| ("train/peak_memory".to_owned(), bytes as f64)));
+    scalars.extend(step.metrics.0.iter().map(|(name, value)| (format!("train/{name}"), *value)));
+    scalars
+}
+
+/// Returns the metrics of an evaluation under the names of transformers' trainer.
+pub fn eval_scalars(eval: &EvalMetrics) -> Vec<(String, f64)> {
+    let mut scalars = vec![("eval/loss".to_owned(), eval.eval_loss)];
+    scalars.extend(eval.eval_perplexity.map(|perplexity| ("eval/perplexity".to_owned(), perplexity)));
+    scalars.extend(eval.metrics.0.iter().map(|(name, value)| (name.replacen("eval_", "eval/", 1), *value)));
+    scalars
 }
 
 #[cfg(test)]
