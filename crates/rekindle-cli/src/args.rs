@@ -1,11 +1,17 @@
 //! The command line.
 
 mod chat;
+#[cfg(feature = "serve")]
+mod dashboard;
 mod data;
 mod export;
 mod generate;
 mod hub;
+#[cfg(all(test, feature = "network"))]
+mod notebook;
 mod plan;
+#[cfg(feature = "network")]
+mod push;
 mod sampling;
 #[cfg(feature = "serve")]
 mod serve;
@@ -21,13 +27,17 @@ use rekindle::{Combination, DeviceKind, Dtype, Resume, RopeScaling, parse_device
 use crate::failure::Failure;
 
 pub(crate) use chat::{ChatArgs, NamedAdapter};
+#[cfg(feature = "serve")]
+pub(crate) use dashboard::DashboardArgs;
 pub(crate) use data::{DataCommand, PreviewArgs, RunFileArgs, StatsArgs};
-pub(crate) use export::{ExportCommand, GgufArgs};
+pub(crate) use export::{ExportCommand, GgufArgs, MetricsArgs};
 pub(crate) use generate::{EvalArgs, GenerateArgs, PromptArgs};
 pub(crate) use hub::HubArgs;
 #[cfg(feature = "network")]
 pub(crate) use hub::{CacheCommand, CacheDir, ListArgs, PruneArgs};
 pub(crate) use plan::PlanArgs;
+#[cfg(feature = "network")]
+pub(crate) use push::PushArgs;
 pub(crate) use sampling::SamplingFilterArgs;
 #[cfg(feature = "serve")]
 pub(crate) use serve::ServeArgs;
@@ -62,6 +72,9 @@ pub(crate) enum Command {
     /// Serve a model over HTTP with OpenAI's API and a chat page
     #[cfg(feature = "serve")]
     Serve(Box<ServeArgs>),
+    /// Show finished and running runs on a local page
+    #[cfg(feature = "serve")]
+    Dashboard(DashboardArgs),
     /// Merge an adapter into its base and write the checkpoint
     Merge(MergeArgs),
     /// Write a checkpoint with linears in 4 or 8 bits, in bitsandbytes' format
@@ -69,13 +82,16 @@ pub(crate) enum Command {
     /// Export a model or adapter for other programs
     #[command(subcommand)]
     Export(ExportCommand),
+    /// Upload the result of a run to the Hugging Face hub
+    #[cfg(feature = "network")]
+    Push(PushArgs),
     /// Show the contents of a checkpoint or adapter without loading it
     Inspect(InspectArgs),
     /// List or prune the hub's cache
     #[cfg(feature = "network")]
     #[command(subcommand)]
     Cache(CacheCommand),
-    /// Check the CUDA installation of this machine; exit code 1 if something is missing
+    /// Show which device runs use; exit code 1 if a GPU cannot be used, with what is missing
     Doctor,
     /// Print the completions of a shell, for its startup file
     Completions(CompletionsArgs),
@@ -134,6 +150,10 @@ pub(crate) struct TrainArgs {
     /// Load everything, print the resolved configuration and a summary of the run, and write nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// Show the run, and the runs beside it, on a page at this address while it trains [default address: 127.0.0.1:8001]
+    #[cfg(feature = "serve")]
+    #[arg(long, value_name = "HOST:PORT", num_args = 0..=1, value_parser = dashboard::address, conflicts_with = "dry_run")]
+    pub(crate) dashboard: Option<Option<std::net::SocketAddr>>,
 }
 
 #[derive(Debug, clap::Args)]

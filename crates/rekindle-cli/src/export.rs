@@ -1,15 +1,21 @@
 //! `rekindle export`.
 
-use rekindle::{GgufExport, GgufFileType};
+use rekindle::{GgufExport, GgufFileType, export_metrics};
 
-use crate::args::{ExportCommand, GgufArgs};
+use crate::args::{ExportCommand, GgufArgs, MetricsArgs};
 use crate::failure::Failure;
 use crate::{fetch, output, progress};
 
 pub(crate) fn run(command: &ExportCommand) -> Result<(), Failure> {
     match command {
         ExportCommand::Gguf(args) => gguf(args),
+        ExportCommand::Metrics(args) => metrics(args),
     }
+}
+
+fn metrics(args: &MetricsArgs) -> Result<(), Failure> {
+    let written = export_metrics(&args.run, args.to, args.out.as_deref())?;
+    output::line(&written.display().to_string())
 }
 
 fn gguf(args: &GgufArgs) -> Result<(), Failure> {

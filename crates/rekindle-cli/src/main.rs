@@ -1,5 +1,5 @@
-//! The `rekindle` command: training from run files, evaluation, generation, chat, serving, merging, quantization, and inspection of
-//! checkpoints, the hub's cache and this machine.
+//! The `rekindle` command: training from run files, evaluation, generation, chat, serving, merging, quantization, export,
+//! uploads, a dashboard of runs, and inspection of checkpoints, the hub's cache and this machine.
 //!
 //! Results are printed to stdout, progress and errors to stderr. Exit codes: 0 success, 1 failure (a model or adapter
 //! that is missing or invalid, a result that cannot be written), 2 usage or configuration, 3 data, 4 insufficient
@@ -12,6 +12,8 @@ mod args;
 mod cache;
 mod chat;
 mod completions;
+#[cfg(feature = "serve")]
+mod dashboard;
 mod data;
 mod doctor;
 mod dry_run;
@@ -28,6 +30,8 @@ mod open;
 mod output;
 mod plan;
 mod progress;
+#[cfg(feature = "network")]
+mod push;
 mod quantize;
 mod quickstart;
 #[cfg(feature = "serve")]
@@ -54,9 +58,13 @@ fn main() -> ExitCode {
         Command::Chat(args) => chat::run(&args),
         #[cfg(feature = "serve")]
         Command::Serve(args) => serve::run(&args),
+        #[cfg(feature = "serve")]
+        Command::Dashboard(args) => dashboard::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Export(command) => export::run(&command),
+        #[cfg(feature = "network")]
+        Command::Push(args) => push::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         #[cfg(feature = "network")]
         Command::Cache(command) => cache::run(&command),

@@ -23,6 +23,10 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
         let run = TrainingRun::open(config, options, &TerminalObserver::default())?;
         return dry_run::print(&run, refusal.as_ref());
     }
+    #[cfg(feature = "serve")]
+    if let Some(address) = args.dashboard {
+        crate::dashboard::start(&config.output_dir, address)?;
+    }
     let observer = TerminalObserver { stops: Some(Arc::clone(&options.stop)), ..TerminalObserver::default() };
     let mut run = TrainingRun::open(config, options, &observer)?;
     eprintln!("{}", dry_run::trainable(&run));

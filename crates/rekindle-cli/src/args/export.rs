@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use clap::Subcommand;
-use rekindle::GgufFileType;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use rekindle::{GgufFileType, MetricsFormat};
 
 use super::HubArgs;
 use super::size::bytes;
@@ -12,7 +13,37 @@ use super::size::bytes;
 pub(crate) enum ExportCommand {
     /// Write GGUF files for llama.cpp, Ollama and LM Studio
     Gguf(GgufArgs),
+    /// Write a run's metrics for spreadsheets, MLflow or Weights & Biases; nothing is sent
+    Metrics(MetricsArgs),
 }
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = METRICS)]
+pub(crate) struct MetricsArgs {
+    /// The output directory of a run
+    #[arg(value_name = "RUN")]
+    pub(crate) run: PathBuf,
+    /// The format
+    #[arg(long, value_name = "FORMAT", value_parser = metrics_format())]
+    pub(crate) to: MetricsFormat,
+    /// The file, or the directory to which the run is added [default: metrics.csv in RUN, mlruns or wandb]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) out: Option<PathBuf>,
+}
+
+fn metrics_format() -> impl TypedValueParser<Value = MetricsFormat> {
+    PossibleValuesParser::new(MetricsFormat::NAMES).try_map(|name| name.parse::<MetricsFormat>())
+}
+
+const METRICS: &str = "\
+Metrics have the names of transformers' trainer: train/loss, eval/loss. An earlier export of the run is replaced.
+MLflow reads the directory with `mlflow ui --backend-store-uri mlruns`. `wandb sync DIR` uploads a run to Weights & Biases
+when you start it; Rekindle itself sends nothing.
+
+Examples:
+  rekindle export metrics outputs/run --to csv
+  rekindle export metrics outputs/run --to mlflow --out mlruns
+  rekindle export metrics outputs/run --to wandb-offline";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = GGUF)]
@@ -50,7 +81,7 @@ pub(crate) struct GgufArgs {
     pub(crate) hub: HubArgs,
 }
 
-fn file_type(text: &str) -> Result<GgufFileType, String> {
+pub(super) fn file_type(text: &str) -> Result<GgufFileType, String> {
     text.parse().map_err(|error: rekindle::GgufError| error.to_string())
 }
 

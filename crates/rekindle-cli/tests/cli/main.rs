@@ -13,8 +13,11 @@ mod gguf;
 #[cfg(feature = "network")]
 mod hub;
 mod init;
+mod metrics;
 mod plan;
 mod preview;
+#[cfg(feature = "network")]
+mod push;
 mod quantize_errors;
 mod quantized;
 mod quickstart;

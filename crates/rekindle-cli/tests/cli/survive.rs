@@ -229,3 +229,53 @@ fn a_checkpoint_that_is_not_there_is_named() {
     let done = scratch.train(&["--resume"]).ok();
     assert!(done.stderr.contains("contains no checkpoint: the run starts from the beginning"), "{}", done.stderr);
 }
+
+#[test]
+fn a_stop_file_ends_a_run_with_a_checkpoint() {
+    let scratch = Scratch::new();
+    let out = scratch.path("asked");
+    fs::create_dir(&out).unwrap();
+    fs::write(out.join("stop"), "").unwrap();
+    let mut run = Running::start(&scratch, &out, &["train.save_steps=3000", "train.max_steps=5000"]);
+    assert!(run.steps(3), "a file from before the start does not count: {}", run.said);
+    assert!(!out.join("stop").exists());
+    fs::write(out.join("stop"), "").unwrap();
+    stopped(run, &out);
+}
+
+#[cfg(feature = "serve")]
+#[test]
+fn the_dashboard_of_a_run_stops_it() {
+    use std::io::{Read, Write};
+
+    let scratch = Scratch::new();
+    let out = scratch.path("shown");
+    let more = ["train.save_steps=3000", "train.max_steps=5000", "--dashboard", "127.0.0.1:0"];
+    let mut run = Running::start(&scratch, &out, &more);
+    assert!(run.steps(3), "{}", run.said);
+    let address = run.said.lines().find_map(|line| line.strip_prefix("dashboard http://")).unwrap().to_owned();
+    let ask = |request: &str| {
+        let mut stream = std::net::TcpStream::connect(&address).unwrap();
+        let head =
+            "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+        write!(stream, "{request} HTTP/1.1\r\n{head}").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    let runs = ask("GET /api/runs");
+    assert!(runs.contains("\"name\":\"shown\",\"running\":true"), "{runs}");
+    let stopping = ask("POST /api/stop?run=shown");
+    assert!(stopping.contains("stopping"), "{stopping}");
+    stopped(run, &out);
+}
+
+/// Waits for the end of a run that was asked to stop.
+fn stopped(run: Running, out: &Path) {
+    let (code, said) = run.end();
+    assert_eq!(code, 130, "{said}");
+    for part in ["stopping after this step", "interrupted after step ", "checkpoint-", "with --resume"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert!(!out.join("stop").exists() && !out.join("adapter").exists());
+}

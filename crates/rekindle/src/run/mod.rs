@@ -49,7 +49,7 @@ pub use model_arguments::ModelArguments;
 pub use nearest::nearest;
 pub use observer::RunObserver;
 pub use overrides::{ConfigOverride, parse_value};
-pub use training_run::{TrainOptions, TrainingRun};
+pub use training_run::{STOP_FILE, TrainOptions, TrainingRun};
 
 /// The configuration of a training run: the sections of a run file, with every default filled in.
 ///

@@ -15,6 +15,10 @@ use crate::{
     SftTrainer, Tokenizer, TrainEvent, write_atomic,
 };
 
+/// The name of a file that ends a running run when it appears in the output directory, as [`TrainOptions::stop`] does.
+/// The run removes it.
+pub const STOP_FILE: &str = "stop";
+
 /// The options of a training run that are not part of its configuration.
 #[derive(Clone, Debug)]
 pub struct TrainOptions {
@@ -221,7 +225,8 @@ impl TrainingRun {
         Ok(Self { config, model, tokenizer, train_rows, eval_rows, options })
     }
 
-    /// Trains until the end or until [`TrainOptions::stop`] is set, and writes the result into `output_dir`.
+    /// Trains until the end, until [`TrainOptions::stop`] is set, or until [`STOP_FILE`] appears in `output_dir`, and
+    /// writes the result there.
     ///
     /// # Errors
     /// [`Error::Train`] for a loss that is not finite, or when a result cannot be written.
@@ -230,6 +235,7 @@ impl TrainingRun {
         let notes = OptimizerConfig::from(&config.train).notes(model.causal_lm());
         notes.iter().for_each(|note| observer.notice(&format!("[train] optim: {note}")));
         let mut written = Ok(());
+        let stop_file = config.output_dir.join(STOP_FILE);
         let mut trainer = SftTrainer::new(model, tokenizer.as_ref(), train_rows.clone(), config.train.clone())
             .arguments(config.trainer_arguments(options))
             .check_memory(false)
@@ -237,6 +243,11 @@ impl TrainingRun {
             .stop_flag(Arc::clone(&options.stop))
             .on_event(|event| {
                 observer.event(&event);
+                // One that lies there at the start was not meant for this run. A missing file is the usual case.
+                if std::fs::remove_file(&stop_file).is_ok() && !matches!(event, TrainEvent::Started { .. }) {
+                    observer.notice("stopping after this step: the output directory has a file named \"stop\"");
+                    options.stop.store(true, Ordering::Relaxed);
+                }
                 if let TrainEvent::Started { .. } = event {
                     match config.write_resolved() {
                         Ok(path) => observer.started(config, &path),
