@@ -10,7 +10,8 @@ use serde_json::Value;
 use crate::root;
 
 /// The workspace crates that each crate may depend on, excluding dev-dependencies.
-const LAYERS: [(&str, &[&str]); 16] = [
+const LAYERS: [(&str, &[&str]); 17] = [
+    ("rekindle-dist", &[]),
     ("rekindle-hub", &[]),
     ("rekindle-rewards", &[]),
     ("rekindle-rope", &[]),
@@ -30,6 +31,7 @@ const LAYERS: [(&str, &[&str]); 16] = [
             "rekindle-kernels",
             "rekindle-hub",
             "rekindle-data",
+            "rekindle-dist",
             "rekindle-lora",
             "rekindle-models",
             "rekindle-engine",
@@ -42,6 +44,7 @@ const LAYERS: [(&str, &[&str]); 16] = [
             "rekindle-kernels",
             "rekindle-hub",
             "rekindle-data",
+            "rekindle-dist",
             "rekindle-gguf",
             "rekindle-lora",
             "rekindle-models",

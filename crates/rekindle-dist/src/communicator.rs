@@ -1,0 +1,138 @@
+//! The collectives of a run.
+
+use core::fmt::{Debug, Display};
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use crate::Error;
+
+/// The place of a process among all processes of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RankPosition {
+    /// The number of the process, from 0.
+    pub rank: usize,
+    /// The number of processes.
+    pub world_size: usize,
+    /// The number of the process on its host, from 0.
+    pub local_rank: usize,
+    /// The number of processes on its host.
+    pub local_world_size: usize,
+}
+
+/// Collective operations between the ranks of a run.
+///
+/// Every rank calls the same operations in the same order; each waits for all ranks. Results have the same bits on all
+/// ranks, and the same bits in every run with the same number of ranks. After a failure, every operation returns it.
+pub trait Communicator: Debug + Send + Sync {
+    /// Returns the place of this process.
+    fn position(&self) -> RankPosition;
+
+    /// Replaces `values` by their elementwise sums over all ranks, added in the order of the ranks. All ranks pass the same
+    /// number of values.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if a rank failed.
+    fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), Error>;
+
+    /// Returns the bytes of all ranks, in the order of the ranks.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if a rank failed.
+    fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error>;
+
+    /// Returns the bytes of rank 0; those of other ranks are ignored.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if a rank failed.
+    fn broadcast(&self, bytes: Vec<u8>) -> Result<Vec<u8>, Error>;
+
+    /// Reports a failure of this rank to all others, which ends them. Only the first failure of a run counts.
+    fn fail(&self, message: &str);
+
+    /// Waits until all ranks have finished. Afterwards, the end of another rank is no failure.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if a rank failed.
+    fn finish(&self) -> Result<(), Error>;
+
+    /// Waits for all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if a rank failed.
+    fn barrier(&self) -> Result<(), Error> {
+        self.all_gather(&[]).map(|_| ())
+    }
+
+    /// Returns the number of this rank, from 0.
+    fn rank(&self) -> usize {
+        self.position().rank
+    }
+
+    /// Returns the number of ranks.
+    fn size(&self) -> usize {
+        self.position().world_size
+    }
+
+    /// Returns true for rank 0, which writes the files of a run.
+    fn is_first(&self) -> bool {
+        self.rank() == 0
+    }
+}
+
+/// A run of one rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OneRank;
+
+impl Communicator for OneRank {
+    fn position(&self) -> RankPosition {
+        RankPosition { rank: 0, world_size: 1, local_rank: 0, local_world_size: 1 }
+    }
+
+    fn all_reduce_sum(&self, _: &mut [f32]) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        Ok(vec![bytes.to_vec()])
+    }
+
+    fn broadcast(&self, bytes: Vec<u8>) -> Result<Vec<u8>, Error> {
+        Ok(bytes)
+    }
+
+    fn fail(&self, _: &str) {}
+
+    fn finish(&self) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+/// Runs the work of a rank and reports its end to the other ranks: its error or panic ends them too, and its success waits
+/// for theirs.
+///
+/// # Errors
+/// The error of `work`, or the failure of another rank.
+pub fn supervise<T, E: Display + From<Error>>(
+    world: &dyn Communicator,
+    work: impl FnOnce() -> Result<T, E>,
+) -> Result<T, E> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(value)) => {
+            world.finish()?;
+            Ok(value)
+        }
+        Ok(Err(error)) => {
+            world.fail(&error.to_string());
+            Err(error)
+        }
+        Err(panic) => {
+            world.fail(&format!("panicked: {}", panic_message(&*panic)));
+            resume_unwind(panic)
+        }
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
+}
