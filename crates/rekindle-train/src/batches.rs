@@ -57,6 +57,21 @@ impl<'a> Batches<'a> {
         batch
     }
 
+    /// Returns a batch of examples with the numbers that they have within the optimizer step.
+    pub(crate) fn batch_with_rows(&self, indices: &[usize], rows: &[u32]) -> Batch {
+        let mut batch = self.batch(indices, 0);
+        batch.rows = rows.to_vec();
+        if let Some(mismatched) = &mut batch.mismatched {
+            mismatched.rows = rows.to_vec();
+        }
+        batch
+    }
+
+    /// Returns the number of tokens of an example.
+    pub(crate) fn tokens(&self, index: usize) -> usize {
+        self.dataset.example(index).input_ids.len()
+    }
+
     fn answers(&self, indices: &[usize], of: impl Fn(&ReferenceLogProbs) -> &Vec<f64>) -> Vec<Answer> {
         let answer = |&index: &usize| Answer {
             preferred: self.dataset.example(index).preferred == Some(true),

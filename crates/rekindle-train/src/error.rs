@@ -62,6 +62,9 @@ pub enum Error {
     /// The engine refused a prompt.
     #[error(transparent)]
     Engine(rekindle_engine::Error),
+    /// The ranks of the run cannot work together, or another rank failed.
+    #[error(transparent)]
+    Ranks(#[from] rekindle_dist::Error),
     /// A result cannot be written.
     #[error(transparent)]
     File(#[from] rekindle_hub::Error),

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use rekindle_data::Dataset;
+use rekindle_dist::Communicator;
 use rekindle_models::objective::Metric;
 use rekindle_models::{Batch, CausalLm, IGNORED, Objective};
 use serde::Serialize;
@@ -10,6 +11,7 @@ use serde::Serialize;
 use crate::Error;
 use crate::batches::batch;
 use crate::optimizer::step_scale;
+use crate::world::{gather_losses, gather_rows};
 
 /// The loss of a dataset, in total and by row.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -96,20 +98,30 @@ fn evaluate_finite(
     Ok(Evaluation::of(rows))
 }
 
-/// Evaluates `dataset` without a check for finite losses, which a run does itself. Calls `go_on` after each batch;
-/// returns `None` if it returns false before the end.
+/// Evaluates `dataset` without a check for finite losses, which a run does itself. The batches are spread over the ranks of
+/// `world`; the result has the same bits for any number of them. Calls `go_on` after each batch; returns `None` if it
+/// returns false before the end, which must be the same on all ranks.
 pub(crate) fn evaluate_while(
     model: &CausalLm,
     dataset: &Dataset,
     batch_size: usize,
+    world: &dyn Communicator,
     go_on: &mut dyn FnMut(usize) -> bool,
 ) -> Result<Option<Evaluation>, Error> {
-    let mut rows = Vec::with_capacity(dataset.len());
-    while rows.len() < dataset.len() {
-        rows.extend(row_losses(model, &next_batch(dataset, rows.len(), batch_size), false)?);
+    let batch_size = batch_size.max(1);
+    let mut rows = Vec::with_capacity(dataset.len() / world.size());
+    for first in (0..dataset.len()).step_by(batch_size).skip(world.rank()).step_by(world.size()) {
+        rows.extend(row_losses(model, &next_batch(dataset, first, batch_size), false)?);
         if !go_on(rows.len()) && rows.len() < dataset.len() {
             return Ok(None);
         }
+    }
+    if world.size() > 1 {
+        let own: Vec<[u64; 2]> = rows.iter().map(|row| [row.nll.to_bits(), row.tokens as u64]).collect();
+        let all = gather_rows(world, &own, dataset.len(), batch_size)?;
+        let row =
+            |[nll, tokens]: [u64; 2]| RowLoss { nll: f64::from_bits(nll), tokens: tokens as usize, token_nll: None };
+        rows = all.into_iter().map(row).collect();
     }
     Ok(Some(Evaluation::of(rows)))
 }
@@ -122,23 +134,31 @@ pub(crate) struct ObjectiveEvaluation {
     pub(crate) metrics: Vec<(&'static str, f64)>,
 }
 
-/// Evaluates batches as one step of `objective`, without dropout. Calls `go_on` before each batch; returns `None` if it
-/// returns false.
+/// Evaluates batches as one step of `objective`, without dropout, spread over the ranks of `world` as in
+/// [`evaluate_while`]. Calls `go_on` before each batch; returns `None` if it returns false.
 pub(crate) fn evaluate_objective_while(
     model: &CausalLm,
     objective: &dyn Objective,
     batches: &[Batch],
+    world: &dyn Communicator,
     go_on: &mut dyn FnMut() -> bool,
 ) -> Result<Option<ObjectiveEvaluation>, Error> {
     let terms = model.step_terms(objective, batches, None)?;
-    let (mut loss, mut metrics) = (0.0, Vec::new());
-    for batch in batches {
+    let mut own = Vec::new();
+    for batch in batches.iter().skip(world.rank()).step_by(world.size()) {
         if !go_on() {
             return Ok(None);
         }
         let of_batch = model.objective_loss(objective, batch, &terms)?;
-        loss += of_batch.sum;
-        Metric::add(&mut metrics, of_batch.metrics);
+        own.push((of_batch.sum, of_batch.metrics));
+    }
+    let mut of_ranks: Vec<_> = gather_losses(world, own)?.into_iter().map(Vec::into_iter).collect();
+    let (mut loss, mut metrics) = (0.0, Vec::new());
+    // In the order of the batches, so that the sums do not depend on the number of ranks.
+    for index in 0..batches.len() {
+        let (sum, more) = of_ranks[index % world.size()].next().unwrap_or_default();
+        loss += sum;
+        Metric::add(&mut metrics, more);
     }
     Ok(Some(ObjectiveEvaluation {
         loss: loss * step_scale(objective, batches),

@@ -34,6 +34,7 @@ mod schedule;
 mod stopping;
 mod tensorboard;
 mod trainer;
+mod world;
 
 pub use batches::Batches;
 pub use checkpoint::BestEvaluation;
@@ -47,7 +48,7 @@ pub use method::{Method, ReferenceArguments, WithReference};
 pub use metrics::{EvalMetrics, MetricValues, MetricsFile, PromptSample, RecordedUntil, RunHistory, StepMetrics};
 pub use model_card::{ModelCard, PublishedCard, PublishedForm, data_line};
 pub use optim::Optim;
-pub use optimizer::{Optimizer, OptimizerConfig, StepResult};
+pub use optimizer::{Optimizer, OptimizerConfig, StepBatches, StepResult};
 pub use plan::{
     MemoryBytes, MemoryCategory, MemoryChange, MemoryFit, MemoryPlan, MemoryVerdict, PassRows, PlannedRun, Planner,
     show as show_bytes,

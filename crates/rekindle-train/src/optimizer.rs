@@ -1,5 +1,6 @@
 //! One optimizer step over given micro-batches.
 
+use rekindle_dist::{Communicator, OneRank};
 use rekindle_kernels::optimizer::{
     Clip, LearningRates, OptimizerState, StateBytes, StateError, StateFormat, StateTensor, UpdateRule, UpdateStep,
     clipped_range_step, clipped_step,
@@ -8,6 +9,7 @@ use rekindle_kernels::{DType, Device, Grads, Params};
 use rekindle_models::objective::{Metric, PendingLoss};
 use rekindle_models::{Batch, CausalLm, Objective, StepKey};
 
+use crate::world::gather_losses;
 use crate::{Error, SftConfig, show_bytes};
 
 /// The configuration of an optimizer.
@@ -97,6 +99,15 @@ pub struct StepResult {
     pub metrics: Vec<(&'static str, f64)>,
 }
 
+/// The micro-batches of a step with several ranks.
+#[derive(Clone, Copy, Debug)]
+pub struct StepBatches<'a> {
+    /// Those of this rank; there may be none.
+    pub own: &'a [Batch],
+    /// All rows of the step, as one rank would split them. Every rank has the same.
+    pub all: &'a [Batch],
+}
+
 /// An optimizer with its state.
 #[derive(Debug)]
 pub struct Optimizer {
@@ -171,21 +182,43 @@ impl Optimizer {
         batches: &[Batch],
         rates: impl Into<LearningRates>,
     ) -> Result<StepResult, Error> {
-        let counted = batches.iter().map(Batch::counted).sum();
-        let tokens = batches.iter().map(Batch::tokens).sum();
-        let scale = step_scale(objective, batches);
+        self.step_on_ranks(model, objective, StepBatches { own: batches, all: batches }, rates.into(), &OneRank)
+    }
+
+    /// [`step`](Self::step) of all ranks of `world` together: each computes the gradient of its own micro-batches, and all
+    /// clip and apply their sum. The loss is the mean over the rows of all ranks.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step); [`Error::Ranks`] if another rank failed, and [`Error::Config`] for several ranks with
+    /// `optimizer_in_bwd` or on a device other than the CPU.
+    pub fn step_on_ranks(
+        &mut self,
+        model: &mut CausalLm,
+        objective: &dyn Objective,
+        batches: StepBatches<'_>,
+        rates: LearningRates,
+        world: &dyn Communicator,
+    ) -> Result<StepResult, Error> {
+        let StepBatches { own, all } = batches;
+        let counted = all.iter().map(Batch::counted).sum();
+        let tokens = all.iter().map(Batch::tokens).sum();
+        let scale = step_scale(objective, all);
         let OptimizerConfig { weight_decay, max_grad_norm, optimizer_in_bwd, .. } = self.config;
-        let step = UpdateStep { t: self.t + 1, rates: rates.into(), weight_decay };
+        let step = UpdateStep { t: self.t + 1, rates, weight_decay };
         model.params_mut().set_rounding_seed(self.seed);
         let (losses, clips) = if optimizer_in_bwd {
-            self.move_in_backward(model, objective, batches, scale as f32, &step)?
+            self.move_in_backward(model, objective, own, scale as f32, &step)?
         } else {
             let key = Some(self.key());
-            let terms = model.step_terms(objective, batches, key)?;
+            let terms = model.step_terms(objective, all, key)?;
             let mut grads = model.params().zero_grads();
-            let mut losses = Vec::with_capacity(batches.len());
-            for batch in batches {
+            let mut losses = Vec::with_capacity(own.len());
+            for batch in own {
                 losses.push(model.objective_backward(objective, batch, &terms, scale as f32, &mut grads, key)?);
+            }
+            if world.size() > 1 {
+                let summed = grads.with_values_mut(|values| world.all_reduce_sum(values));
+                summed.ok_or_else(not_on_the_cpu)??;
             }
             let clip = clipped_step(model.params_mut(), &grads, &mut self.state, &step, max_grad_norm);
             (losses, vec![clip])
@@ -196,7 +229,8 @@ impl Optimizer {
             loss += sum;
             Metric::add(&mut metrics, more);
         }
-        loss *= scale;
+        let (loss, metrics) = sum_of_ranks(world, loss, metrics)?;
+        let loss = loss * scale;
         let metrics = Metric::means(&metrics);
         let grad_norm = match &clips[..] {
             [clip] => clip.norm(),
@@ -238,6 +272,25 @@ impl Optimizer {
         let loss = model.objective_backward_applying(objective, batch, &terms, scale, key, &mut apply)?;
         Ok((vec![loss], clips))
     }
+}
+
+/// Returns the sums over all ranks.
+fn sum_of_ranks(world: &dyn Communicator, loss: f64, metrics: Vec<Metric>) -> Result<(f64, Vec<Metric>), Error> {
+    let (mut loss_of_all, mut metrics_of_all) = (0.0, Vec::new());
+    for (loss, metrics) in gather_losses(world, vec![(loss, metrics)])?.into_iter().flatten() {
+        loss_of_all += loss;
+        Metric::add(&mut metrics_of_all, metrics);
+    }
+    Ok((loss_of_all, metrics_of_all))
+}
+
+/// Returns the error for gradients that several ranks cannot sum.
+pub(crate) fn not_on_the_cpu() -> Error {
+    Error::Config(vec![
+        "several ranks train on the CPU only in this version: sums over GPUs need NCCL, which it does not use yet; set \
+         device = \"cpu\", or train with one rank"
+            .to_owned(),
+    ])
 }
 
 /// The factor that makes the summed loss of micro-batches the loss of their step.

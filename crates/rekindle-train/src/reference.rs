@@ -3,16 +3,19 @@
 use std::path::Path;
 
 use rekindle_data::{Dataset, RowTask};
+use rekindle_dist::Communicator;
 use rekindle_hub::{Checkpoint as ModelFiles, Dtype, SafetensorsFile, TensorSpec, write_safetensors};
 use rekindle_models::{Batch, CausalLm};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::batches::Batches;
 use crate::checkpoint::{dataset_fingerprint, hex, weights_fingerprint};
+use crate::world::{gather_rows, share};
 use crate::{Error, Method, SftConfig};
 
 /// The log-probabilities of a model's answers before training, by example.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct ReferenceLogProbs {
     /// ln π_ref of each example's answer, as the loss reads it.
     pub(crate) answers: Vec<f64>,
@@ -44,25 +47,33 @@ pub(crate) fn is_precomputed(method: &Method, model: &CausalLm) -> Result<bool, 
 
 impl ReferenceLogProbs {
     /// Returns the log-probabilities of the examples of `dataset` by `model`: those in `file` if they are of the same
-    /// model, rows and configuration, otherwise computed and written there.
+    /// model, rows and configuration, otherwise computed by all ranks of `world` and written there. The file is that of
+    /// rank 0.
     pub(crate) fn of(
         model: &CausalLm,
         dataset: &Dataset,
         config: &SftConfig,
         file: Option<&Path>,
+        world: &dyn Communicator,
     ) -> Result<Self, Error> {
         let fingerprint = fingerprint(model, dataset, config)?;
-        if let Some(found) = file.and_then(|file| Self::read(file, &fingerprint, dataset.len())) {
+        let found = file.and_then(|file| Self::read(file, &fingerprint, dataset.len()));
+        if let Some(found) = share(world, found)? {
             return Ok(found);
         }
-        let computed = Self::compute(model, dataset, config)?;
+        let computed = Self::compute(model, dataset, config, world)?;
         if let Some(file) = file {
             computed.write(file, &fingerprint)?;
         }
         Ok(computed)
     }
 
-    fn compute(model: &CausalLm, dataset: &Dataset, config: &SftConfig) -> Result<Self, Error> {
+    fn compute(
+        model: &CausalLm,
+        dataset: &Dataset,
+        config: &SftConfig,
+        world: &dyn Communicator,
+    ) -> Result<Self, Error> {
         let objective = config.method.objective();
         let batches = Batches::new(dataset, config, model.max_seq_length());
         let of = |batch: &Batch| -> Result<Vec<f64>, Error> {
@@ -70,15 +81,25 @@ impl ReferenceLogProbs {
         };
         let per_row = if dataset.task() == RowTask::Pairs { 2 } else { 1 };
         let indices: Vec<usize> = (0..dataset.len()).collect();
-        let mut all = Self::default();
-        for indices in indices.chunks(per_row * config.per_device_train_batch_size) {
+        let size = per_row * config.per_device_train_batch_size;
+        let mut own = Self::default();
+        for indices in indices.chunks(size).skip(world.rank()).step_by(world.size()) {
             let batch = batches.batch(indices, 0);
-            all.answers.extend(of(&batch)?);
+            own.answers.extend(of(&batch)?);
             if let Some(mismatched) = &batch.mismatched {
-                all.mismatched.extend(of(mismatched)?);
+                own.mismatched.extend(of(mismatched)?);
             }
         }
-        Ok(all)
+        if world.size() == 1 {
+            return Ok(own);
+        }
+        let gather = |own: &[f64], rows: usize| -> Result<Vec<f64>, Error> {
+            let bits: Vec<[u64; 1]> = own.iter().map(|value| [value.to_bits()]).collect();
+            let all = gather_rows(world, &bits, rows, size)?;
+            Ok(all.into_iter().map(|[bits]| f64::from_bits(bits)).collect())
+        };
+        let mismatched = if config.method.needs_mismatched() { dataset.len() } else { 0 };
+        Ok(Self { answers: gather(&own.answers, dataset.len())?, mismatched: gather(&own.mismatched, mismatched)? })
     }
 
     fn read(file: &Path, fingerprint: &str, examples: usize) -> Option<Self> {

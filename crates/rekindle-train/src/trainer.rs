@@ -4,6 +4,7 @@ mod arguments;
 mod guard;
 mod output;
 mod preflight;
+mod ranks;
 mod resume;
 mod resume_compatibility;
 mod rows;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use rekindle_data::Dataset;
+use rekindle_dist::{Communicator, OneRank};
 use rekindle_models::CausalLm;
 
 use crate::{Companion, Error, ModelCard, RunDescription, Sampler, SaveStrategy, SftConfig, TrainEvent, TrainReport};
@@ -44,6 +46,9 @@ pub struct Trainer<'a> {
     pub card: ModelCard,
     /// Notices for the user, one sentence each; [`TrainEvent::Started`] reports them.
     pub notes: Vec<String>,
+    /// The ranks that train together; each has a trainer with the same rows and configuration. Rank 0 alone writes. Default:
+    /// [`OneRank`].
+    pub world: Arc<dyn Communicator>,
     /// A flag that ends the run after the current step, with a checkpoint ([`TrainEnd::Interrupted`](crate::TrainEnd)).
     pub stop: Arc<AtomicBool>,
     /// Called for every step, evaluation, sample and checkpoint.
@@ -64,6 +69,7 @@ impl<'a> Trainer<'a> {
             description: RunDescription::default(),
             card: ModelCard::default(),
             notes: Vec::new(),
+            world: Arc::new(OneRank),
             stop: Arc::default(),
             on_event: Box::new(|_| ()),
         }
@@ -73,7 +79,7 @@ impl<'a> Trainer<'a> {
     ///
     /// # Errors
     /// [`Error::Config`], [`Error::NothingToTrain`], [`Error::EarlierRun`], [`Error::FinishedRun`], [`Error::Differs`]
-    /// and [`Error::Checkpoint`] before the first step; [`Error::Diverged`] if a value is not finite; [`Error::File`]
+    /// and [`Error::Checkpoint`] before the first step; [`Error::Ranks`] if another rank failed; [`Error::Diverged`] if a value is not finite; [`Error::File`]
     /// and [`Error::Io`] if results cannot be written.
     pub fn train(self) -> Result<TrainReport, Error> {
         Run::begin(self)?.go()

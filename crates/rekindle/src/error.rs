@@ -56,6 +56,12 @@ pub enum Error {
     },
 }
 
+impl From<rekindle_dist::Error> for Error {
+    fn from(error: rekindle_dist::Error) -> Self {
+        Self::Train(error.into())
+    }
+}
+
 impl From<rekindle_engine::Error> for Error {
     fn from(error: rekindle_engine::Error) -> Self {
         match error {
@@ -89,6 +95,8 @@ pub enum ErrorKind {
     Memory,
     /// A name that could not be downloaded from the Hugging Face hub.
     Hub,
+    /// Another rank of a run with several ranks.
+    OtherRank,
 }
 
 impl Error {
@@ -126,6 +134,8 @@ impl Error {
             Self::Engine(rekindle_engine::Error::Argument(_)) => ErrorKind::Configuration,
             Self::Engine(_) => ErrorKind::Failed,
             Self::Train(Train::Diverged(_)) => ErrorKind::Diverged,
+            Self::Train(Train::Ranks(rekindle_dist::Error::Rank(_))) => ErrorKind::OtherRank,
+            Self::Train(Train::Ranks(rekindle_dist::Error::Variables(_))) => ErrorKind::Configuration,
             Self::Train(_) => ErrorKind::Failed,
         }
     }

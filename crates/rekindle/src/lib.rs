@@ -83,11 +83,13 @@ pub use rekindle_data::{
     chat_template_sources, counted,
 };
 /// Batched generation: the engine, its requests and events.
+pub use rekindle_dist as dist;
 pub use rekindle_engine as engine;
 pub use rekindle_gguf::{Error as GgufError, GgufFileType, Importance, read_importance};
 pub use rekindle_hub::write_atomic;
 #[cfg(feature = "network")]
 pub use rekindle_hub::{HubErrorKind, cache};
+pub use rekindle_kernels::runtime::count as cuda_device_count;
 pub use rekindle_kernels::runtime::{Report as CudaReport, report as cuda_report};
 pub use rekindle_kernels::{DeviceKind, parse_device};
 pub use rekindle_lora::{

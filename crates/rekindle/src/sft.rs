@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use rekindle_data::{LoadReport, Tokenizer};
+use rekindle_dist::{Communicator, OneRank};
 use rekindle_train::{SftConfig, TrainEvent, TrainReport, Trainer, TrainerArguments};
 
 use crate::describe::{describe, model_card};
@@ -41,6 +42,7 @@ pub struct SftTrainer<'a> {
     arguments: TrainerArguments,
     run_file: Option<String>,
     check_memory: bool,
+    world: Arc<dyn Communicator>,
     stop: Arc<AtomicBool>,
     on_event: Box<dyn FnMut(TrainEvent<'_>) + 'a>,
     on_data: OnData<'a>,
@@ -65,6 +67,7 @@ impl<'a> SftTrainer<'a> {
             arguments: TrainerArguments::default(),
             run_file: None,
             check_memory: true,
+            world: Arc::new(OneRank),
             stop: Arc::default(),
             on_event: Box::new(|_| ()),
             on_data: Box::new(|_, _| ()),
@@ -99,6 +102,14 @@ impl<'a> SftTrainer<'a> {
     #[must_use]
     pub fn check_memory(mut self, check_memory: bool) -> Self {
         self.check_memory = check_memory;
+        self
+    }
+
+    /// Sets the ranks that train together. Each has a trainer with the same rows and configuration; rank 0 alone writes.
+    /// Default: this process alone.
+    #[must_use]
+    pub fn world(mut self, world: Arc<dyn Communicator>) -> Self {
+        self.world = world;
         self
     }
 
@@ -162,6 +173,7 @@ impl<'a> SftTrainer<'a> {
             description,
             card,
             notes: notice.into_iter().collect(),
+            world: self.world,
             stop: self.stop,
             on_event: self.on_event,
             ..Trainer::new(self.model.causal_lm_mut(), train.dataset, self.config)

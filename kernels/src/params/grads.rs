@@ -88,6 +88,17 @@ impl Grads {
         self.parts.iter().flat_map(|part| to_f32(self.of(part.range.clone()))).collect()
     }
 
+    /// Gives all gradients to `f`, in the order of the parameters. Returns `None` without a call where they are not in one
+    /// buffer of [`Backend::Cpu`].
+    pub fn with_values_mut<R>(&mut self, f: impl FnOnce(&mut [f32]) -> R) -> Option<R> {
+        match &mut self.parts[..] {
+            [GradPart { flat: Tensor::Burn(flat), .. }] if Backend::of_burn(flat) == Backend::Cpu => {
+                Some(host::with_mut(flat, f))
+            }
+            _ => None,
+        }
+    }
+
     /// Returns the ranges that there are gradients of.
     pub fn ranges(&self) -> Vec<Range<usize>> {
         self.parts.iter().map(|part| part.range.clone()).collect()

@@ -32,6 +32,7 @@ mod portable;
 mod preferences;
 mod pretrained;
 mod quantized;
+mod ranks;
 mod resume;
 mod rope;
 mod run;

@@ -82,6 +82,16 @@ impl RecordedSettings {
         Ok(Self { configuration, changeable })
     }
 
+    /// Returns the settings that all ranks of a run must share.
+    pub(super) fn for_ranks(job: &Trainer<'_>, total: usize) -> Result<BTreeMap<String, Value>, Error> {
+        let Self { mut configuration, changeable } = Self::of(job, total)?;
+        configuration.extend(changeable);
+        // It does not change results, and a host with less memory may need another.
+        let keys = object(&job.config).into_iter().filter(|(key, _)| key != "use_gradient_checkpointing");
+        configuration.extend(keys.map(|(key, value)| (format!("[train] {key}"), value)));
+        Ok(configuration)
+    }
+
     /// Compares the settings with those of the run that wrote `state`; returns a notice for each change.
     ///
     /// # Errors
@@ -180,6 +190,15 @@ fn differences(was: &BTreeMap<String, Value>, is: &BTreeMap<String, Value>) -> V
     let get = |map: &BTreeMap<String, Value>, key: &str| map.get(key).cloned().unwrap_or_default();
     let pairs = keys.into_iter().map(|key| (key.clone(), get(was, key), get(is, key)));
     pairs.filter(|(_, was, is)| was != is).collect()
+}
+
+/// Returns the first setting of a rank that differs from rank 0.
+pub(super) fn first_difference(first: &BTreeMap<String, Value>, own: &BTreeMap<String, Value>) -> Option<String> {
+    let (key, there, here) = differences(first, own).into_iter().next()?;
+    Some(match key.strip_suffix(" (SHA-256)") {
+        Some(what) => format!("it has other {what}"),
+        None => format!("{key} is {here} on it and {there} on rank 0"),
+    })
 }
 
 fn sentence(key: &str, was: &Value, is: &Value) -> String {

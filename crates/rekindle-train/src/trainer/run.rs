@@ -1,6 +1,7 @@
 //! The training loop.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -9,6 +10,7 @@ use rekindle_kernels::optimizer::LearningRates;
 use rekindle_models::{Batch, Objective, StepKey};
 
 use super::guard::{self, Pass};
+use super::ranks::share_start;
 use super::resume::{Start, best_path};
 use super::resume_compatibility::RecordedSettings;
 use super::rows::{Rows, StepRows};
@@ -20,10 +22,11 @@ use crate::model_card::CardRun;
 use crate::reference::{ReferenceLogProbs, is_precomputed};
 use crate::save::write_model_with;
 use crate::stopping::Stopping;
+use crate::world::share_parameters;
 use crate::{
     Error, EvalMetrics, Evaluation, Method, MetricValues, Optimizer, OptimizerConfig, RecordedUntil, Recorder,
-    RunHistory, SaveStrategy, Schedule, SftConfig, StepMetrics, Timetable, TrainEnd, TrainEvent, TrainReport,
-    write_result,
+    RunHistory, SaveStrategy, Schedule, SftConfig, StepBatches, StepMetrics, Timetable, TrainEnd, TrainEvent,
+    TrainReport, write_result,
 };
 use rekindle_data::{Dataset, RowTask, counted};
 
@@ -42,7 +45,7 @@ impl References {
         }
         let file =
             |name: &str| job.arguments.output_dir.as_ref().map(|dir| dir.join(format!("reference-{name}.safetensors")));
-        let of = |rows, name| ReferenceLogProbs::of(job.model, rows, &job.config, file(name).as_deref());
+        let of = |rows, name| ReferenceLogProbs::of(job.model, rows, &job.config, file(name).as_deref(), &*job.world);
         let train = of(&job.train, "train")?;
         let eval = job.eval.as_ref().map(|eval| of(eval, "eval")).transpose()?;
         job.notes.push("the log-probabilities of the reference model were computed before the first step".to_owned());
@@ -96,6 +99,14 @@ impl<'a> Run<'a> {
         job.model.set_gradient_checkpointing(job.config.use_gradient_checkpointing);
         let mut optimizer = Optimizer::new(job.model, OptimizerConfig::from(&job.config), job.arguments.seed)?;
         job.check_needs()?;
+        job.check_ranks(total)?;
+        let world = Arc::clone(&job.world);
+        if !world.is_first() {
+            // Rank 0 alone writes and reads checkpoints, so the ranks need no shared file system.
+            job.arguments.output_dir = None;
+            job.arguments.resume = None;
+            job.sampler = None;
+        }
         let lock = |dir: &PathBuf| DirectoryLock::acquire(dir);
         let mut locked = job.arguments.output_dir.as_ref().filter(|dir| dir.is_dir()).map(lock).transpose()?;
         let Start { checkpoint, settings, mut notes } = Start::find(&job, total)?;
@@ -120,6 +131,7 @@ impl<'a> Run<'a> {
         let recorder = open_recorder(&mut job, total, checkpoint.as_ref())?;
         let RunHistory { steps, evals, .. } = recorder.as_ref().map(|r| r.history().clone()).unwrap_or_default();
         let (path, state) = checkpoint.map(|Checkpoint { path, state }| (path, state)).unzip();
+        let state = share_start(&*world, job.model, &mut optimizer, state)?;
         let (done, examples_seen, before) =
             state.as_ref().map_or((0, 0, 0.0), |state| (state.global_step, state.examples_seen, state.seconds));
         if recorder.is_some() && steps.len() != done {
@@ -176,7 +188,7 @@ impl<'a> Run<'a> {
             if self.done == self.times.total {
                 return self.finish();
             }
-            if self.is_asked_to_stop() {
+            if self.all_stop()? {
                 return self.interrupted();
             }
             self.step()?;
@@ -202,17 +214,30 @@ impl<'a> Run<'a> {
         self.job.stop.load(Ordering::Relaxed)
     }
 
+    /// Returns true if any rank is asked to stop.
+    fn all_stop(&self) -> Result<bool, Error> {
+        let asked = [u8::from(self.is_asked_to_stop())];
+        Ok(self.job.world.all_gather(&asked)?.iter().any(|asked| asked[..] == [1]))
+    }
+
+    /// Returns true if this rank may end an evaluation early: only without others, which would wait for it.
+    fn stops_evaluating(&self) -> bool {
+        self.job.world.size() == 1 && self.is_asked_to_stop()
+    }
+
     /// Runs the next step.
     fn step(&mut self) -> Result<(), Error> {
         let began = Instant::now();
         let max_seq_length = self.job.model.max_seq_length();
         let reference = self.reference.train.as_ref();
         let from = Batches::new(&self.job.train, &self.job.config, max_seq_length).reference(reference);
-        let rows = self.rows.next_step(&from);
+        let rows = self.rows.next_step(&from, self.job.world.position());
         let factor = self.schedule.factor(self.done);
         let rates = LearningRates { default: self.peaks.default * factor, embedding: self.peaks.embedding * factor };
         let key = self.optimizer.key();
-        let result = self.optimizer.step(self.job.model, &*self.objective, &rows.batches, rates)?;
+        let batches = StepBatches { own: rows.own(), all: &rows.batches };
+        let world = &*self.job.world;
+        let result = self.optimizer.step_on_ranks(self.job.model, &*self.objective, batches, rates, world)?;
         for (what, value) in [("loss", result.loss), ("grad_norm", result.grad_norm)] {
             if !value.is_finite() {
                 return Err(self.diverged(what, value, rates.default, &rows, key));
@@ -276,7 +301,8 @@ impl<'a> Run<'a> {
             return self.preference_evaluation(eval);
         }
         let size = self.job.config.per_device_eval_batch_size;
-        let result = evaluate_while(self.job.model, eval, size, &mut |_| !self.is_asked_to_stop())?;
+        let world = &*self.job.world;
+        let result = evaluate_while(self.job.model, eval, size, world, &mut |_| !self.stops_evaluating())?;
         let Some(evaluation) = result else { return Ok(None) };
         if !evaluation.loss.is_finite() {
             let (batches, examples) = guard::broken_rows(eval, &evaluation, size);
@@ -301,8 +327,8 @@ impl<'a> Run<'a> {
         let size = per_row * config.per_device_eval_batch_size;
         let parts = examples.chunks(size).enumerate();
         let batches: Vec<Batch> = parts.map(|(index, part)| from.batch(part, index * size)).collect();
-        let go_on = &mut || !self.is_asked_to_stop();
-        let found = evaluate_objective_while(model, &*self.objective, &batches, go_on)?;
+        let go_on = &mut || !self.stops_evaluating();
+        let found = evaluate_objective_while(model, &*self.objective, &batches, &*self.job.world, go_on)?;
         let Some(found) = found else { return Ok(None) };
         if !found.loss.is_finite() {
             return Err(self.broken_evaluation(eval, found.loss, &batches, &examples));
@@ -407,6 +433,9 @@ impl<'a> Run<'a> {
         let best = self.stopping.best.zip(self.best.as_deref());
         if let Some((_, path)) = best.filter(|(best, _)| best.step != self.done) {
             Checkpoint::open(path)?.restore_model(self.job.model)?;
+        }
+        if self.job.config.load_best_model_at_end {
+            share_parameters(&*self.job.world, self.job.model)?;
         }
         if let Some(dir) = &self.job.arguments.output_dir {
             let path = dir.join(result_name(self.full));

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rekindle_kernels::{DeviceKind, parse_device};
+use rekindle_dist::{Communicator, OneRank, RankPosition};
+use rekindle_kernels::{DeviceKind, parse_device, runtime};
 use rekindle_train::{OptimizerConfig, Preflight, Resume, Timetable, TrainReport, TrainerArguments, check_output_dir};
 
 use super::adapter::{attach, continued_adapter};
@@ -30,13 +31,15 @@ pub struct TrainOptions {
     /// If true, a run that does not fit into memory is refused before anything is loaded. Default true. Without the
     /// check, [`GradientCheckpointing::Auto`] is as `true`.
     pub check_memory: bool,
+    /// The ranks that train together, each with the same configuration. Rank 0 alone writes. Default: this process alone.
+    pub world: Arc<dyn Communicator>,
     /// Set it to true to end the run after the current step, with a checkpoint to resume from.
     pub stop: Arc<AtomicBool>,
 }
 
 impl Default for TrainOptions {
     fn default() -> Self {
-        Self { resume: None, overwrite: false, check_memory: true, stop: Arc::default() }
+        Self { resume: None, overwrite: false, check_memory: true, world: Arc::new(OneRank), stop: Arc::default() }
     }
 }
 
@@ -131,13 +134,49 @@ impl RunConfig {
         Ok(if self.data.eval.is_some() { planner.with_evaluation() } else { planner })
     }
 
-    /// Refuses a run that does not fit into memory, and chooses the gradient checkpointing of `"auto"`.
+    /// Refuses several ranks on a device other than the CPU.
+    fn check_ranks(&self, world: &dyn Communicator) -> Result<(), Error> {
+        if world.size() == 1 {
+            return Ok(());
+        }
+        let device = match parse_device(&self.device)? {
+            DeviceKind::Auto => match runtime::first().map_err(rekindle_kernels::DeviceError::from)? {
+                Some(index) => DeviceKind::Cuda(index),
+                None => DeviceKind::Cpu,
+            },
+            device => device,
+        };
+        match device {
+            DeviceKind::Cpu => Ok(()),
+            device => Err(Error::Argument(format!(
+                "the device is {device}, and several ranks train on the CPU only in this version: sums over GPUs need NCCL, \
+                 which it does not use yet; set device = \"cpu\", or train with one rank"
+            ))),
+        }
+    }
+
+    /// Gives all ranks the gradient checkpointing that `"auto"` became on rank 0.
+    fn share_gradient_checkpointing(&mut self, world: &dyn Communicator) -> Result<(), Error> {
+        if world.size() > 1 {
+            let own = serde_json::to_vec(&self.train.use_gradient_checkpointing).expect("a word");
+            let shared = world.broadcast(own)?;
+            let other_version = |error| Error::Argument(format!("rank 0 is another version of Rekindle: {error}"));
+            self.train.use_gradient_checkpointing = serde_json::from_slice(&shared).map_err(other_version)?;
+        }
+        Ok(())
+    }
+
+    /// Refuses a run that does not fit into memory with `ranks` of its ranks on this host, and chooses the gradient
+    /// checkpointing of `"auto"`.
     ///
     /// The first plan is for rows of the maximum length. Only if that does not fit, or if `"auto"` would recompute, the
     /// rows are read.
-    fn check_memory(&mut self, loader: &mut Loader<'_>, observer: &dyn RunObserver) -> Result<(), Error> {
+    fn check_memory(&mut self, loader: &mut Loader<'_>, ranks: usize, observer: &dyn RunObserver) -> Result<(), Error> {
         let is_auto = self.train.use_gradient_checkpointing == GradientCheckpointing::Auto;
         let mut planner = self.planner(loader, None)?;
+        if let Some(available) = planner.available().filter(|_| ranks > 1) {
+            planner = self.planner(loader, Some(available / ranks))?;
+        }
         let mut for_rows = |planner: &mut RunPlanner| {
             let tokenizer = loader.fetch()?.load_tokenizer()?;
             let rows = planner.rows_of(tokenizer.as_ref(), &self.train_source())?;
@@ -181,16 +220,28 @@ impl TrainingRun {
     /// Checks everything that needs no weights, then loads the model and attaches its adapter.
     ///
     /// The checks are the output directory, the memory plan, the adapter to continue, the rows, the schedule, prompts
-    /// and the checkpoint to resume from.
+    /// and the checkpoint to resume from. With several ranks, the first of each host does this before the others, which
+    /// then find downloads and encoded rows in the caches.
     ///
     /// # Errors
     /// [`Error::DoesNotFit`] for a run that does not fit into memory, [`Error::Train`] for an output directory or a
     /// checkpoint of another run, [`Error::Data`] for rows, and those of [`Loader::load`].
-    pub fn open(mut config: RunConfig, options: TrainOptions, observer: &dyn RunObserver) -> Result<Self, Error> {
+    pub fn open(mut config: RunConfig, mut options: TrainOptions, observer: &dyn RunObserver) -> Result<Self, Error> {
+        let world = Arc::clone(&options.world);
+        let RankPosition { local_rank, local_world_size, .. } = world.position();
+        config.check_ranks(&*world)?;
+        if !world.is_first() {
+            // The output directory is that of rank 0, which has checked it.
+            options.resume = None;
+            options.overwrite = true;
+        }
+        if local_rank > 0 {
+            world.barrier()?;
+        }
         config.check_output_dir(&options)?;
         let (mut loader, start) = config.loader(observer)?;
-        if options.check_memory {
-            config.check_memory(&mut loader, observer)?;
+        if options.check_memory && local_rank == 0 {
+            config.check_memory(&mut loader, local_world_size, observer)?;
         }
         let files = loader.fetch()?.clone();
         files.notices.iter().for_each(|notice| observer.notice(notice));
@@ -203,6 +254,10 @@ impl TrainingRun {
         };
         let train_rows = encode(config.train_source())?;
         let eval_rows = config.eval_source().map(encode).transpose()?;
+        if local_rank == 0 {
+            world.barrier()?;
+        }
+        config.share_gradient_checkpointing(&*world)?;
         let times = config.preflight(&encoder, &train_rows, eval_rows.as_ref(), &options)?;
         if let Some(notice) = config.steps_notice(&times) {
             observer.notice(&notice);
@@ -240,6 +295,7 @@ impl TrainingRun {
             .arguments(config.trainer_arguments(options))
             .check_memory(false)
             .run_file(config.to_toml())
+            .world(Arc::clone(&options.world))
             .stop_flag(Arc::clone(&options.stop))
             .on_event(|event| {
                 observer.event(&event);
@@ -249,7 +305,9 @@ impl TrainingRun {
                     options.stop.store(true, Ordering::Relaxed);
                 }
                 if let TrainEvent::Started { .. } = event {
-                    match config.write_resolved() {
+                    let path =
+                        if options.world.is_first() { config.write_resolved() } else { Ok(config.output_dir.clone()) };
+                    match path {
                         Ok(path) => observer.started(config, &path),
                         Err(error) => {
                             options.stop.store(true, Ordering::Relaxed);

@@ -1,0 +1,193 @@
+//! Values that the ranks of a run share.
+
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
+
+use rekindle_dist::Communicator;
+use rekindle_kernels::DType;
+use rekindle_kernels::optimizer::StateTensor;
+use rekindle_models::CausalLm;
+use rekindle_models::objective::Metric;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::{Error, Optimizer};
+
+/// The summed loss of a batch, or of several, and the metrics beside it.
+pub(crate) type LossSum = (f64, Vec<Metric>);
+
+/// A [`LossSum`] with the bits of its numbers, which JSON would lose where they are not finite.
+type LossBits = (u64, Vec<(String, u64, usize)>);
+
+/// Returns the value of rank 0.
+///
+/// # Errors
+/// [`Error::Ranks`] if a rank failed.
+pub(crate) fn share<T: Serialize + DeserializeOwned>(world: &dyn Communicator, value: T) -> Result<T, Error> {
+    if world.size() == 1 {
+        return Ok(value);
+    }
+    decode(&world.broadcast(encode(&value))?)
+}
+
+/// Returns the losses of all ranks, in the order of the ranks.
+///
+/// # Errors
+/// [`Error::Ranks`] if a rank failed.
+pub(crate) fn gather_losses(world: &dyn Communicator, own: Vec<LossSum>) -> Result<Vec<Vec<LossSum>>, Error> {
+    if world.size() == 1 {
+        return Ok(vec![own]);
+    }
+    let bits = |(loss, metrics): &LossSum| -> LossBits {
+        let metrics = metrics.iter().map(|metric| (metric.name.to_owned(), metric.sum.to_bits(), metric.count));
+        (loss.to_bits(), metrics.collect())
+    };
+    let sum = |(loss, metrics): LossBits| -> LossSum {
+        let metric = |(name, sum, count): (String, u64, usize)| Metric::new(interned(name), f64::from_bits(sum), count);
+        (f64::from_bits(loss), metrics.into_iter().map(metric).collect())
+    };
+    let own: Vec<LossBits> = own.iter().map(bits).collect();
+    let all = world.all_gather(&encode(&own))?;
+    all.iter().map(|bytes| Ok(decode::<Vec<LossBits>>(bytes)?.into_iter().map(sum).collect())).collect()
+}
+
+/// Returns rows that were dealt in batches of `batch_size`, one batch to each rank in turn, in their order. `own` are the
+/// rows of this rank with the numbers that describe each.
+///
+/// # Errors
+/// [`Error::Ranks`] if a rank failed.
+pub(crate) fn gather_rows<const N: usize>(
+    world: &dyn Communicator,
+    own: &[[u64; N]],
+    rows: usize,
+    batch_size: usize,
+) -> Result<Vec<[u64; N]>, Error> {
+    let bytes: Vec<u8> = own.iter().flatten().flat_map(|number| number.to_le_bytes()).collect();
+    let all = world.all_gather(&bytes)?;
+    let mut of_ranks: Vec<_> = all.iter().map(|bytes| bytes.as_chunks::<8>().0.as_chunks::<N>().0.iter()).collect();
+    let row = |row: usize| {
+        let numbers = of_ranks[row / batch_size % world.size()].next().ok_or_else(other_version)?;
+        Ok(numbers.map(u64::from_le_bytes))
+    };
+    (0..rows).map(row).collect()
+}
+
+/// Replaces the trained parameters by those of rank 0.
+///
+/// # Errors
+/// [`Error::Ranks`] if a rank failed, [`Error::Config`] if the ranks train other parameters.
+pub(crate) fn share_parameters(world: &dyn Communicator, model: &mut CausalLm) -> Result<(), Error> {
+    if world.size() == 1 {
+        return Ok(());
+    }
+    let own = if world.is_first() { join(&model.params().to_bytes()) } else { Vec::new() };
+    let shared = world.broadcast(own)?;
+    if world.is_first() || split(&shared).is_some_and(|bytes| model.params_mut().restore(&bytes)) {
+        return Ok(());
+    }
+    Err(Error::Config(vec![
+        "this rank trains other parameters than rank 0; start all ranks with the same model".to_owned(),
+    ]))
+}
+
+/// The description of a tensor of the optimizer: name, whether it has 8 bits, shape.
+type TensorHeader = (String, bool, Vec<usize>);
+
+/// Replaces the state of the optimizer by that of rank 0.
+///
+/// # Errors
+/// [`Error::Ranks`] if a rank failed, [`Error::Config`] if the ranks have other optimizers.
+pub(crate) fn share_optimizer(world: &dyn Communicator, optimizer: &mut Optimizer) -> Result<(), Error> {
+    if world.size() == 1 {
+        return Ok(());
+    }
+    let mut pieces = Vec::new();
+    if world.is_first() {
+        let tensors: Vec<StateTensor> =
+            optimizer.state().tensors().collect::<Result<_, _>>().map_err(rekindle_models::Error::from)?;
+        let header = |tensor: &StateTensor| (tensor.name.clone(), tensor.dtype == DType::U8, tensor.shape.clone());
+        let headers: Vec<TensorHeader> = tensors.iter().map(header).collect();
+        pieces.push(encode(&(optimizer.steps(), headers)));
+        pieces.extend(tensors.into_iter().map(|tensor| tensor.bytes));
+    }
+    let shared = world.broadcast(join(&pieces))?;
+    if world.is_first() {
+        return Ok(());
+    }
+    let mut pieces = split(&shared).ok_or_else(other_version)?.into_iter();
+    let (steps, headers): (u64, Vec<TensorHeader>) = decode(&pieces.next().ok_or_else(other_version)?)?;
+    let tensors = headers.into_iter().zip(pieces).map(|((name, is_u8, shape), bytes)| {
+        let dtype = if is_u8 { DType::U8 } else { DType::F32 };
+        StateTensor { name, dtype, shape, bytes }
+    });
+    optimizer.resume(steps, tensors).map_err(|error| Error::Config(vec![error.to_string()]))
+}
+
+/// Returns a name that lives as long as the process. The names are those of the objectives, so there are few.
+fn interned(name: String) -> &'static str {
+    static NAMES: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+    let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = names.get(&*name) {
+        return known;
+    }
+    let name: &'static str = Box::leak(name.into_boxed_str());
+    names.insert(name);
+    name
+}
+
+fn encode(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("numbers and texts serialize")
+}
+
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(bytes).map_err(|_| other_version())
+}
+
+fn other_version() -> Error {
+    Error::Config(vec![
+        "the ranks do not understand each other; start all with the same version of Rekindle".to_owned(),
+    ])
+}
+
+/// Joins pieces into one, each with its length in front.
+fn join(pieces: &[Vec<u8>]) -> Vec<u8> {
+    pieces.iter().flat_map(|piece| [&(piece.len() as u64).to_le_bytes()[..], piece].concat()).collect()
+}
+
+/// Returns the pieces of [`join`], or `None` for other bytes.
+fn split(mut bytes: &[u8]) -> Option<Vec<Vec<u8>>> {
+    let mut pieces = Vec::new();
+    while let Some((length, rest)) = bytes.split_first_chunk() {
+        let (piece, rest) = rest.split_at_checked(u64::from_le_bytes(*length) as usize)?;
+        pieces.push(piece.to_vec());
+        bytes = rest;
+    }
+    bytes.is_empty().then_some(pieces)
+}
+
+#[cfg(test)]
+mod tests {
+    use rekindle_dist::OneRank;
+
+    use super::*;
+
+    #[test]
+    fn pieces_come_back() {
+        let pieces = [vec![1, 2], Vec::new(), vec![3; 70]];
+        let mut bytes = join(&pieces);
+        assert_eq!(split(&bytes).unwrap(), pieces);
+        bytes.pop();
+        assert_eq!(split(&bytes), None);
+        assert_eq!(split(&[]).unwrap(), Vec::<Vec<u8>>::new());
+    }
+
+    #[test]
+    fn one_rank_has_its_own_values() {
+        assert_eq!(share(&OneRank, 7).unwrap(), 7);
+        let losses = vec![(f64::NAN, vec![Metric::new("kl", 1.0, 2)])];
+        assert!(gather_losses(&OneRank, losses).unwrap()[0][0].0.is_nan());
+        assert_eq!(gather_rows(&OneRank, &[[1, 2], [3, 4], [5, 6]], 3, 2).unwrap(), [[1, 2], [3, 4], [5, 6]]);
+        assert!(gather_rows(&OneRank, &[[1, 2]], 3, 2).is_err());
+        assert!(std::ptr::eq(interned("kl".to_owned()), interned("kl".to_owned())));
+    }
+}
