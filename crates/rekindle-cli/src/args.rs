@@ -147,6 +147,12 @@ pub(crate) struct TrainArgs {
     /// Replace the checkpoints and the adapter or model of an earlier run in output_dir
     #[arg(long)]
     pub(crate) overwrite: bool,
+    /// Train with N processes on the CPU of this machine, started by this command
+    #[arg(long, value_name = "N", value_parser = at_least_one, conflicts_with_all = ["gpus", "dry_run"])]
+    pub(crate) ranks: Option<usize>,
+    /// Train on N GPUs of this machine; more than one is refused in this version
+    #[arg(long, value_name = "N|all", value_parser = gpu_count)]
+    pub(crate) gpus: Option<GpuCount>,
     /// Load everything, print the resolved configuration and a summary of the run, and write nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -337,6 +343,22 @@ impl LoadArgs {
 }
 
 /// Parses the value of `--resume`, which may accidentally be the next argument.
+/// A number of GPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GpuCount {
+    /// All that the machine has.
+    All,
+    Number(usize),
+}
+
+fn gpu_count(text: &str) -> Result<GpuCount, String> {
+    if text == "all" { Ok(GpuCount::All) } else { at_least_one(text).map(GpuCount::Number) }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|number| *number > 0).ok_or_else(|| format!("\"{text}\" is not a whole number above 0"))
+}
+
 fn resume(text: &str) -> Result<Resume, String> {
     if text == "latest" {
         return Ok(Resume::Latest);
@@ -380,7 +402,7 @@ Results are printed to stdout, progress to stderr.
 Models and adapters are directories, or names on the Hugging Face hub such as Qwen/Qwen3-0.6B; a model can also be a GGUF
 file. The environment variables HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE apply.
 Exit codes: 0 success, 1 failure, 2 usage or configuration, 3 data, 4 not enough memory, 5 network or hub, 6 non-finite
-loss or gradient, 130 interrupted.";
+loss or gradient, 7 another rank failed, 130 interrupted.";
 
 const RUN_FILE: &str = r#"Example of a run file; commented keys are optional and show their defaults or an example:
   # output_dir = "outputs/run"      # default: outputs/ and the name of the run file

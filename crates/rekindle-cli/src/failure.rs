@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use rekindle::ErrorKind;
 
+/// The exit code of a rank that ends because another rank failed.
+pub(crate) const OTHER_RANK: u8 = 7;
+
 /// The exit code of an interrupted run: 128 and the number of SIGINT.
 pub(crate) const INTERRUPTED: u8 = 130;
 
@@ -31,14 +34,26 @@ pub(crate) enum Failure {
     /// The run was interrupted; how to resume it.
     #[error("{0}")]
     Interrupted(String),
+    /// Another rank failed; empty if another process prints the cause.
+    #[error("{0}")]
+    OtherRank(String),
+    /// A rank that this process started failed.
+    #[error("{text}")]
+    StartedRank { text: String, code: u8 },
     /// Standard output cannot be written.
     #[error("cannot write the result to standard output: {0}")]
     Output(#[from] io::Error),
 }
 
+impl From<rekindle::dist::Error> for Failure {
+    fn from(error: rekindle::dist::Error) -> Self {
+        Self::Library(error.into())
+    }
+}
+
 impl Failure {
     /// Returns the exit code: 1 failure, 2 usage or configuration, 3 data, 4 memory, 5 network or hub, 6 non-finite
-    /// value, 130 interrupted.
+    /// value, 7 another rank failed, 130 interrupted.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Configuration(_) => 2,
@@ -49,9 +64,12 @@ impl Failure {
                 ErrorKind::Memory => 4,
                 ErrorKind::Hub => 5,
                 ErrorKind::Diverged => 6,
+                ErrorKind::OtherRank => OTHER_RANK,
                 _ => 1,
             },
             Self::Interrupted(_) => INTERRUPTED,
+            Self::OtherRank(_) => OTHER_RANK,
+            Self::StartedRank { code, .. } => *code,
             Self::Missing(_) | Self::Signals(_) | Self::File { .. } | Self::Output(_) => 1,
         }
     }
@@ -61,6 +79,7 @@ impl Failure {
 mod tests {
     use std::path::Path;
 
+    use rekindle::dist::RankFailure;
     use rekindle::{Error, FastLanguageModel, Tokenizer};
 
     use super::*;
@@ -77,6 +96,8 @@ mod tests {
         assert_eq!(Failure::from(Error::from(device)).exit_code(), 2);
         assert_eq!(Failure::Configuration(String::new()).exit_code(), 2);
         assert_eq!(Failure::Row(String::new()).exit_code(), 3);
+        let lost = RankFailure { rank: 1, host: String::new(), message: String::new() };
+        assert_eq!(Failure::from(rekindle::dist::Error::Rank(lost)).exit_code(), 7);
         assert_eq!(Failure::Interrupted(String::new()).exit_code(), 130);
         assert_eq!(Failure::from(io::Error::other("full")).exit_code(), 1);
     }

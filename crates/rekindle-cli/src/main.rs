@@ -3,7 +3,7 @@
 //!
 //! Results are printed to stdout, progress and errors to stderr. Exit codes: 0 success, 1 failure (a model or adapter
 //! that is missing or invalid, a result that cannot be written), 2 usage or configuration, 3 data, 4 insufficient
-//! memory, 5 network or hub, 6 non-finite value, 130 interrupted with a checkpoint.
+//! memory, 5 network or hub, 6 non-finite value, 7 another rank failed, 130 interrupted with a checkpoint.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -34,6 +34,7 @@ mod progress;
 mod push;
 mod quantize;
 mod quickstart;
+mod ranks;
 #[cfg(feature = "serve")]
 mod serve;
 mod signals;
@@ -75,6 +76,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             match &failure {
+                // Another rank prints it.
+                Failure::Interrupted(text) | Failure::OtherRank(text) if text.is_empty() => {}
                 Failure::Interrupted(text) => eprintln!("{text}"),
                 failure => eprintln!("error: {failure}"),
             }

@@ -6,28 +6,62 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rekindle::dist::{Communicator, Launch, supervise};
 use rekindle::run::{RunConfig, RunObserver, TrainOptions, TrainingRun};
-use rekindle::{EncodedRows, MemoryPlan, Model, TrainEnd, TrainEvent, TrainReport, counted, show_bytes};
+use rekindle::{EncodedRows, MemoryPlan, Model, Resume, TrainEnd, TrainEvent, TrainReport, counted, show_bytes};
 
 use crate::args::TrainArgs;
 use crate::failure::Failure;
 use crate::progress::{Progress, duration};
+use crate::ranks::{self, QuietObserver, TrainRole};
 use crate::{dry_run, open, output, progress, signals};
 
 pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
+    let launch = Launch::from_env()?;
+    if let TrainRole::Launcher(node) = TrainRole::of(args, &launch)? {
+        return ranks::start(&node);
+    }
     let config = RunConfig::load(&args.run_file, &args.overrides)?;
-    let options = TrainOptions { resume: args.resume.clone(), overwrite: args.overwrite, ..TrainOptions::default() };
+    let mut options =
+        TrainOptions { resume: args.resume.clone(), overwrite: args.overwrite, ..TrainOptions::default() };
+    if launch.restarts > 0 && options.resume.is_none() {
+        // The launcher has started a run again that it had started before.
+        options.resume = Some(Resume::Latest);
+        options.overwrite = false;
+    }
     if args.dry_run {
         let refusal = config.check_output_dir(&options).err();
         let options = TrainOptions { overwrite: true, ..options };
         let run = TrainingRun::open(config, options, &TerminalObserver::default())?;
         return dry_run::print(&run, refusal.as_ref());
     }
+    let world = ranks::connect(&launch, &options.stop)?;
+    options.world = Arc::clone(&world);
     #[cfg(feature = "serve")]
-    if let Some(address) = args.dashboard {
+    if let Some(address) = args.dashboard.filter(|_| world.is_first()) {
         crate::dashboard::start(&config.output_dir, address)?;
     }
+    // An interruption is no failure: all ranks end after the same step.
+    let ended = supervise(&*world, || match train(config, options, &*world) {
+        Err(Failure::Interrupted(text)) => Ok(Err(Failure::Interrupted(text))),
+        other => other.map(Ok),
+    });
+    ended.flatten().map_err(|failure| ranks::report(&launch, failure))
+}
+
+/// Trains as one of the ranks of `world`.
+fn train(config: RunConfig, options: TrainOptions, world: &dyn Communicator) -> Result<(), Failure> {
+    if !world.is_first() {
+        let observer = QuietObserver { stop: Arc::clone(&options.stop) };
+        return match config.train(options, &observer)?.end {
+            TrainEnd::Interrupted => Err(Failure::Interrupted(String::new())),
+            _ => Ok(()),
+        };
+    }
     let observer = TerminalObserver { stops: Some(Arc::clone(&options.stop)), ..TerminalObserver::default() };
+    if world.size() > 1 {
+        eprintln!("{} ranks", world.size());
+    }
     let mut run = TrainingRun::open(config, options, &observer)?;
     eprintln!("{}", dry_run::trainable(&run));
     let report = run.train(&observer)?;

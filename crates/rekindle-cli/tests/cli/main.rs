@@ -21,6 +21,8 @@ mod push;
 mod quantize_errors;
 mod quantized;
 mod quickstart;
+#[cfg(target_os = "linux")]
+mod ranks;
 mod results;
 #[cfg(feature = "serve")]
 mod serve;
@@ -82,6 +84,9 @@ fn command() -> Command {
         command.env_remove(variable);
     }
     for variable in ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_IMPLICIT_TOKEN"] {
+        command.env_remove(variable);
+    }
+    for variable in ["RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_RANK", "PET_NNODES", "SKYPILOT_NUM_NODES"] {
         command.env_remove(variable);
     }
     // The port of `discard`, where nobody listens.

@@ -1,0 +1,207 @@
+//! `rekindle train --ranks`, and ranks that a launcher starts.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::{Scratch, command, done};
+
+const JOB: [&str; 4] =
+    ["train.max_steps=30", "train.gradient_accumulation_steps=2", "lora.lora_dropout=0.1", "train.save_steps=5"];
+
+/// Returns a command that trains into `out`.
+fn train(scratch: &Scratch, out: &Path, more: &[&str]) -> Command {
+    let mut command = command();
+    command.arg("train").arg(scratch.path("run.toml")).arg(format!("output_dir={}", out.display()));
+    command.args(JOB).args(more);
+    command
+}
+
+/// Returns the loss and the gradient norm of every step.
+fn numbers(out: &Path) -> Vec<[f64; 2]> {
+    let text = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.filter_map(|line| Some([line["loss"].as_f64()?, line["grad_norm"].as_f64()?])).collect()
+}
+
+fn assert_close(out: &Path, expected: &Path) {
+    let [ours, expected] = [out, expected].map(numbers);
+    assert_eq!((ours.len(), expected.len()), (30, 30));
+    for (ours, expected) in ours.iter().flatten().zip(expected.iter().flatten()) {
+        assert!((ours - expected).abs() <= 1e-6 * expected.max(1.0), "{ours} is not {expected}");
+    }
+}
+
+/// A run of several ranks whose steps can be waited for.
+struct RunningRanks {
+    child: Child,
+    stderr: BufReader<std::process::ChildStderr>,
+    text: String,
+}
+
+impl RunningRanks {
+    fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        Self { child, stderr, text: String::new() }
+    }
+
+    /// Reads until the line of a step.
+    fn wait_for_step(&mut self, step: usize) {
+        let start = format!("step {step}/");
+        loop {
+            let mut line = String::new();
+            assert!(self.stderr.read_line(&mut line).unwrap() > 0, "no step {step}: {}", self.text);
+            self.text += &line;
+            if line.starts_with(&start) {
+                return;
+            }
+        }
+    }
+
+    /// Returns the processes of the ranks.
+    fn ranks(&self) -> Vec<String> {
+        let id = self.child.id();
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
+        children.split_whitespace().map(str::to_owned).collect()
+    }
+
+    /// Returns the exit code and standard error.
+    fn end(mut self) -> (i32, String) {
+        let mut line = String::new();
+        while self.stderr.read_line(&mut line).unwrap() > 0 {
+            self.text += &line;
+            line.clear();
+        }
+        (self.child.wait().unwrap().code().unwrap_or(-1), self.text)
+    }
+}
+
+fn signal(name: &str, process: &str) {
+    assert!(Command::new("kill").args([&format!("-{name}"), process]).status().unwrap().success());
+}
+
+#[test]
+fn ranks_of_this_machine_train_together() {
+    let scratch = Scratch::new();
+    let [one, three] = ["one", "three"].map(|name| scratch.path(name));
+    done(&mut train(&scratch, &one, &[])).ok();
+    let result = done(&mut train(&scratch, &three, &["--ranks", "3"])).ok();
+    assert_eq!(result.stdout, format!("{}\n", three.join("adapter").display()), "rank 0 alone prints the result");
+    let count = |part: &str| result.stderr.matches(part).count();
+    assert_eq!([count("3 ranks\n"), count("step 30/30"), count("saved ")], [1, 1, 7], "{}", result.stderr);
+    assert_close(&three, &one);
+}
+
+/// A rank that is killed ends all within seconds, and the run resumes on another number of ranks.
+#[test]
+fn a_killed_rank_ends_all_and_the_run_resumes() {
+    let scratch = Scratch::new();
+    let [whole, out] = ["whole", "killed"].map(|name| scratch.path(name));
+    done(&mut train(&scratch, &whole, &[])).ok();
+    for (victim, step) in [(0, 3), (1, 9), (2, 14)] {
+        let mut running = RunningRanks::start(train(&scratch, &out, &["--ranks", "3", "--resume"]));
+        running.wait_for_step(step);
+        let processes = running.ranks();
+        assert_eq!(processes.len(), 3, "{}", running.text);
+        let killed = Instant::now();
+        signal("KILL", &processes[victim]);
+        let (code, text) = running.end();
+        assert!(killed.elapsed() < Duration::from_secs(10), "{:?}: {text}", killed.elapsed());
+        assert_eq!(code, 1, "{text}");
+        assert!(text.contains(&format!("error: rank {victim} was ended by a signal: 9")), "{text}");
+        if victim > 0 {
+            let cause = format!("error: rank {victim} on ");
+            assert!(text.contains(&cause) && text.contains("probably killed"), "{text}");
+        }
+    }
+    let result = done(&mut train(&scratch, &out, &["--ranks", "2", "--resume"])).ok();
+    assert!(result.stderr.contains("resuming from "), "{}", result.stderr);
+    assert_close(&out, &whole);
+}
+
+#[test]
+fn a_signal_ends_all_ranks_with_a_checkpoint() {
+    let scratch = Scratch::new();
+    let [whole, out] = ["whole", "stopped"].map(|name| scratch.path(name));
+    done(&mut train(&scratch, &whole, &[])).ok();
+    // Long enough that the signal comes before the end.
+    let mut running = RunningRanks::start(train(&scratch, &out, &["--ranks", "2", "train.max_steps=3000"]));
+    running.wait_for_step(3);
+    signal("TERM", &running.child.id().to_string());
+    let (code, text) = running.end();
+    assert_eq!(code, 130, "{text}");
+    assert!(text.contains("interrupted after step ") && !text.contains("error:"), "{text}");
+    assert_eq!(text.matches("interrupted").count(), 1, "{text}");
+}
+
+/// The error of a rank is printed once, with its exit code.
+#[test]
+fn the_error_of_a_rank_is_that_of_the_run() {
+    let scratch = Scratch::new();
+    let out = scratch.path("out");
+    let diverges = ["--ranks", "2", "train.learning_rate=1e30"];
+    done(&mut train(&scratch, &out, &diverges))
+        .fails(6, &["is the first that is not finite", "ended with exit code 6"]);
+    let conflict = ["--ranks", "2", "--gpus", "2"];
+    done(&mut train(&scratch, &out, &conflict)).fails(2, &["--ranks", "cannot be used with"]);
+    done(&mut train(&scratch, &out, &["--ranks", "0"])).fails(2, &["\"0\" is not a whole number above 0"]);
+    if !Path::new("/dev/nvidiactl").exists() {
+        done(&mut train(&scratch, &out, &["--gpus", "all"])).fails(2, &["no CUDA device", "--ranks N"]);
+    }
+    let mut ranked = train(&scratch, &out, &["--ranks", "2"]);
+    ranked.envs([("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")]);
+    done(&mut ranked).fails(2, &["has started this process as rank 1 of 2", "remove --ranks"]);
+    let mut incomplete = train(&scratch, &out, &[]);
+    done(incomplete.env("RANK", "1")).fails(2, &["RANK is 1, but WORLD_SIZE is not set"]);
+}
+
+/// The variables of a Slurm step, and of a restart by torchrun.
+#[test]
+fn launchers_start_and_restart_ranks() {
+    let scratch = Scratch::new();
+    let [whole, out] = ["whole", "out"].map(|name| scratch.path(name));
+    done(&mut train(&scratch, &whole, &[])).ok();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let slurm = |rank: &str, more: &[&str]| {
+        let mut command = train(&scratch, &out, more);
+        command.envs([("SLURM_JOB_ID", "71"), ("SLURM_STEP_ID", "0"), ("SLURM_STEP_NUM_TASKS", "2")]);
+        command.envs([("SLURM_STEP_NUM_NODES", "1"), ("SLURM_PROCID", rank), ("SLURM_LOCALID", rank)]);
+        command.env("MASTER_PORT", &port).env("RAYON_NUM_THREADS", "1");
+        command
+    };
+    // The first run is asked to stop; the second is the one that Slurm starts after it has requeued the job.
+    let first = RunningRanks::start(slurm("1", &[]));
+    let mut zero = RunningRanks::start(slurm("0", &[]));
+    zero.wait_for_step(4);
+    signal("TERM", &first.child.id().to_string());
+    let ends = [zero.end(), first.end()];
+    assert!(ends.iter().all(|(code, _)| *code == 130 || *code == 0), "{ends:?}");
+    let was_stopped = ends[0].0 == 130;
+    if was_stopped {
+        let mut one = slurm("1", &[]);
+        let one = RunningRanks::start(std::mem::replace(one.env("SLURM_RESTART_COUNT", "1"), command()));
+        let mut zero = slurm("0", &[]);
+        let zero = done(zero.env("SLURM_RESTART_COUNT", "1")).ok();
+        assert!(zero.stderr.contains("resuming from "), "{}", zero.stderr);
+        assert_eq!(one.end(), (0, String::new()), "ranks after the first print nothing");
+    }
+    assert_close(&out, &whole);
+
+    // One rank alone resumes by itself too.
+    let out = scratch.path("restarted");
+    let mut running = RunningRanks::start(train(&scratch, &out, &[]));
+    running.wait_for_step(8);
+    running.child.kill().unwrap();
+    running.end();
+    let mut restarted = train(&scratch, &out, &[]);
+    restarted.envs([("RANK", "0"), ("WORLD_SIZE", "1"), ("TORCHELASTIC_RESTART_COUNT", "1")]);
+    let restarted = done(&mut restarted).ok();
+    assert!(restarted.stderr.contains("resuming from "), "{}", restarted.stderr);
+    assert_close(&out, &whole);
+}
