@@ -99,6 +99,25 @@ impl Tokenizer {
         Ok(self.encode_with_places(text, add_special_tokens)?.ids)
     }
 
+    /// Returns the token ids of `text` as [`encode`](Self::encode) does, or `None` if there are more than `limit`. Of a much
+    /// longer text only the beginning is encoded, because encoding takes many times the text's memory.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_at_most(&self, text: &str, add_special_tokens: bool, limit: usize) -> Result<Option<Vec<u32>>> {
+        // A cut changes the tokens around it, so the beginning must have some more.
+        const MARGIN: usize = 64;
+        let mut end = 8 * (limit + MARGIN);
+        while end < text.len() {
+            let beginning = &text[..text.floor_char_boundary(end)];
+            if self.encode(beginning, add_special_tokens)?.len() > limit + MARGIN {
+                return Ok(None);
+            }
+            end *= 4;
+        }
+        Ok(Some(self.encode(text, add_special_tokens)?).filter(|ids| ids.len() <= limit))
+    }
+
     /// Returns the text of token ids; unknown ids are omitted, and special tokens with `skip_special`.
     ///
     /// # Errors

@@ -29,10 +29,8 @@ const OPEN: &str = "<think>";
 
 /// Answers a request.
 pub(crate) async fn answer(state: Arc<ServerState>, body: Value) -> Result<Response<Body>, ApiError> {
-    // Rendering, encoding and grammars take long for large requests.
     let shared = state.clone();
-    let prepared = tokio::task::spawn_blocking(move || prepare(&shared, body)).await;
-    let (request, engine_request, parser) = prepared.map_err(|error| ApiError::internal(error.to_string()))??;
+    let (request, engine_request, parser) = state.prepare(move || prepare(&shared, body)).await?;
     let prompt = engine_request.prompt.clone();
     let mut generation = Generation::submit(&state, vec![engine_request])?;
     let answers = Answers::new(&state, request, prompt, parser);
@@ -65,10 +63,8 @@ fn prepare(state: &Arc<ServerState>, body: Value) -> Result<(ChatRequest, Engine
     if !uses_tools {
         chat.tools = None;
     }
-    let RenderedChat { text, ids } = engine.render_chat(&chat).map_err(|error| match ApiError::from(error) {
-        error if error.param.is_none() => ApiError { param: Some("messages".to_owned()), ..error },
-        error => error,
-    })?;
+    let rendered = engine.render_chat(&chat).map_err(|error| ApiError::from(error).in_field("messages"));
+    let RenderedChat { text, ids } = rendered?;
     let max_tokens = state.max_tokens(&ids, request.max_tokens, usize::MAX, "messages")?;
     let in_reasoning = format.thinks && text.trim_end().ends_with(OPEN);
     let tools = if uses_tools { format.tools } else { None };

@@ -43,8 +43,7 @@ struct Prompt {
 /// Answers a request.
 pub(crate) async fn answer(state: Arc<ServerState>, body: Value) -> Result<Response<Body>, ApiError> {
     let shared = state.clone();
-    let prepared = tokio::task::spawn_blocking(move || prepare(&shared, body)).await;
-    let (mut completions, requests) = prepared.map_err(|error| ApiError::internal(error.to_string()))??;
+    let (mut completions, requests) = state.prepare(move || prepare(&shared, body)).await?;
     let mut generation = Generation::submit(&state, requests)?;
     if completions.params.stream.is_some() {
         return Ok(sse::response(generation, completions));
@@ -85,7 +84,10 @@ fn prepare(state: &Arc<ServerState>, body: Value) -> Result<(Completions, Vec<En
     let (mut requests, mut prompts) = (Vec::new(), Vec::new());
     for input in inputs {
         let (ids, text) = match input {
-            PromptInput::Text(text) => (engine.encode(&text, add_special_tokens)?, Some(text)),
+            PromptInput::Text(text) => {
+                let ids = engine.encode_prompt(&text, add_special_tokens);
+                (ids.map_err(|error| ApiError::from(error).in_field("prompt"))?, Some(text))
+            }
             PromptInput::Ids(ids) => (ids, None),
         };
         let max_tokens = state.max_tokens(&ids, asked, MAX_TOKENS, "prompt")?;

@@ -23,6 +23,14 @@ pub trait Engine: Send + Sync + 'static {
     /// An error if the text cannot be encoded.
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, EngineError>;
 
+    /// Encodes a prompt. May refuse one that exceeds the model's context without encoding all of it.
+    ///
+    /// # Errors
+    /// [`EngineErrorKind::TooLong`], and as [`encode`](Self::encode).
+    fn encode_prompt(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, EngineError> {
+        self.encode(text, add_special_tokens)
+    }
+
     /// Returns the text of token ids, which are below [`EngineLimits::vocab_size`].
     ///
     /// # Errors
@@ -294,6 +302,8 @@ pub struct EngineError {
 pub enum EngineErrorKind {
     /// The request is wrong (400).
     Invalid,
+    /// The prompt is longer than the model's context (400).
+    TooLong,
     /// There is no adapter of this name (404).
     NotFound,
     /// The queue is full (429).

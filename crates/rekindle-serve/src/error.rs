@@ -28,6 +28,11 @@ impl ApiError {
         Self { param: Some(param.into()), ..Self::invalid(message) }
     }
 
+    /// Returns the error as one about the field `param`, unless it names a field already.
+    pub(crate) fn in_field(self, param: &str) -> Self {
+        Self { param: self.param.or_else(|| Some(param.to_owned())), ..self }
+    }
+
     /// Returns an error about the request as a whole (400).
     pub(crate) fn invalid(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, INVALID, None, message)
@@ -119,6 +124,7 @@ impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
         match error.kind {
             EngineErrorKind::Invalid => Self::invalid(error.message),
+            EngineErrorKind::TooLong => Self { param: None, ..Self::too_long("", error.message) },
             EngineErrorKind::NotFound => {
                 Self::new(StatusCode::NOT_FOUND, INVALID, Some("model_not_found"), error.message)
             }

@@ -311,8 +311,8 @@ async fn blocking(
 ) -> Response<Body> {
     respond(async {
         let fields = Fields::new(body(&state, request).await?, "")?;
-        let answered = tokio::task::spawn_blocking(move || answer(&state, fields)).await;
-        let value = answered.map_err(|error| ApiError::internal(error.to_string()))??;
+        let shared = state.clone();
+        let value = state.prepare(move || answer(&shared, fields)).await?;
         Ok(json_response(StatusCode::OK, &value))
     })
     .await

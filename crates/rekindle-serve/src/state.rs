@@ -1,8 +1,12 @@
 //! The state that all requests share.
 
+use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread::available_parallelism;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::Semaphore;
 
 use crate::engine::{Engine, EngineLimits};
 use crate::error::ApiError;
@@ -51,6 +55,8 @@ pub(crate) struct ServerState {
     pub(crate) started: u64,
     pub(crate) stopping: AtomicBool,
     in_flight: AtomicUsize,
+    /// Permits for the preparation of requests.
+    preparing: Semaphore,
     next_id: AtomicU64,
     /// Makes ids of different servers different.
     id_prefix: u64,
@@ -66,9 +72,20 @@ impl ServerState {
             started: now.as_secs(),
             stopping: AtomicBool::new(false),
             in_flight: AtomicUsize::new(0),
+            preparing: Semaphore::new(available_parallelism().map_or(1, NonZero::get)),
             next_id: AtomicU64::new(0),
             id_prefix: now.as_nanos() as u64,
         }
+    }
+
+    /// Calls `work` on a thread that may block. Rendering, encoding and grammars take time and memory for large requests, so
+    /// at most one request for each core is prepared at a time.
+    pub(crate) async fn prepare<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let _permit = self.preparing.acquire().await.map_err(|error| ApiError::internal(error.to_string()))?;
+        tokio::task::spawn_blocking(work).await.map_err(|error| ApiError::internal(error.to_string()))?
     }
 
     /// Returns a new id with a prefix, such as `chatcmpl-`.

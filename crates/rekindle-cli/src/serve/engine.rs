@@ -145,6 +145,15 @@ impl Engine for ModelEngine {
         self.tokenizer.encode(text, add_special_tokens).map_err(invalid)
     }
 
+    fn encode_prompt(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, EngineError> {
+        let limit = self.limits.max_model_len;
+        let ids = self.tokenizer.encode_at_most(text, add_special_tokens, limit).map_err(invalid)?;
+        ids.ok_or_else(|| {
+            let message = format!("the maximum context length is {limit} tokens, and the prompt has more; shorten it");
+            EngineError::new(EngineErrorKind::TooLong, message)
+        })
+    }
+
     fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, EngineError> {
         self.tokenizer.decode(ids, skip_special_tokens).map_err(invalid)
     }
@@ -170,7 +179,7 @@ impl Engine for ModelEngine {
             end,
         };
         let text = prompt.render(self.tokenizer).map_err(invalid)?;
-        let ids = self.tokenizer.encode(&text, false).map_err(invalid)?;
+        let ids = self.encode_prompt(&text, false)?;
         Ok(RenderedChat { text, ids })
     }
 

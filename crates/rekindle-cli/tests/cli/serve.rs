@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -124,6 +125,35 @@ fn the_cache_has_a_size() {
     let long = json!({"model": "base", "prompt": "a b ".repeat(2000), "max_tokens": 1});
     let (status, body) = server.request("POST", "/v1/completions", &long.to_string());
     assert_eq!(status, 400, "{body}");
+}
+
+/// A prompt far beyond the context is refused without encoding it, which would take gigabytes.
+#[test]
+fn large_prompts_take_little_memory() {
+    let server = Server::start(&[]);
+    let text = "a b ".repeat(2 << 20);
+    let turn = json!({"model": "base", "messages": [{"role": "user", "content": text}]}).to_string();
+    let plain = json!({"model": "base", "prompt": text}).to_string();
+    thread::scope(|scope| {
+        for (path, body) in [("/v1/chat/completions", &turn), ("/v1/completions", &plain)].repeat(4) {
+            let server = &server;
+            scope.spawn(move || {
+                let (status, answer) = server.request("POST", path, body);
+                let answer: Value = serde_json::from_str(&answer).unwrap();
+                assert_eq!(
+                    (status, answer["error"]["code"].as_str()),
+                    (400, Some("context_length_exceeded")),
+                    "{answer}"
+                );
+            });
+        }
+    });
+    let status = fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let kib: u64 = peak.trim().strip_suffix(" kB").unwrap().parse().unwrap();
+    assert!(kib < 1 << 20, "{kib} KiB");
+    let answer = server.post("/v1/completions", &json!({"model": "base", "prompt": "A whale is", "max_tokens": 3}));
+    assert_eq!(answer["usage"]["completion_tokens"], 3);
 }
 
 #[test]

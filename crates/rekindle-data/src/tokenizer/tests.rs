@@ -29,6 +29,22 @@ fn text_survives_the_round_trip() {
 }
 
 #[test]
+fn a_text_is_encoded_up_to_a_limit() {
+    let dir = checkpoint();
+    let tokenizer = load(dir.path());
+    for piece in ["hello ", "é", "🦀 日本", "a", "  "] {
+        for count in [1, 9, 40, 900] {
+            let text = piece.repeat(count);
+            let ids = tokenizer.encode(&text, true).expect("encodable");
+            for limit in [0, 1, ids.len() - 1, ids.len(), ids.len() + 1] {
+                let some = tokenizer.encode_at_most(&text, true, limit).expect("encodable");
+                assert_eq!(some, (ids.len() <= limit).then(|| ids.clone()), "{count} times {piece:?}, {limit}");
+            }
+        }
+    }
+}
+
+#[test]
 fn sizes_and_special_ids() {
     let dir = checkpoint();
     let tokenizer = load(dir.path());
