@@ -6,6 +6,8 @@ mod adapters;
 mod checkpoints;
 mod completions;
 mod context;
+#[cfg(feature = "serve")]
+mod dashboard;
 mod data;
 mod errors;
 mod generation;
