@@ -15,6 +15,10 @@ pub(crate) fn run(args: &PushArgs) -> Result<(), Failure> {
     if let Some(message) = &args.message {
         push = push.message(message);
     }
+    if !args.dry_run {
+        // A merge takes long, and a missing token is known before it.
+        push.check()?;
+    }
     let verb = if args.merge { "merging" } else { "exporting" };
     let prepared = push.prepare(&mut progress::reading(verb))?;
     fetch::say(prepared.notices());

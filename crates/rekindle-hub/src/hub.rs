@@ -25,7 +25,7 @@ use name::{RepoKind, RepoName};
 pub(crate) use environment::Environment;
 pub(crate) use layout::{CachedRepo, INCOMPLETE};
 pub use split::DatasetPart;
-pub use upload::{UploadContent, UploadFile, UploadOptions, Uploaded, upload};
+pub use upload::{UploadContent, UploadFile, UploadOptions, Uploaded, check_upload, upload};
 
 /// Options for resolving a hub name. Unset options follow the environment, as in Python's `huggingface_hub`.
 #[derive(Default)]

@@ -69,8 +69,8 @@ pub use dtype::{BlockFormat, DecodeBlocks, Dtype};
 pub use error::{Error, HubErrorKind};
 #[cfg(feature = "network")]
 pub use hub::{
-    DatasetPart, HubOptions, Resolved, ResolvedRows, UploadContent, UploadFile, UploadOptions, Uploaded, headers,
-    resolve, resolve_rows, upload,
+    DatasetPart, HubOptions, Resolved, ResolvedRows, UploadContent, UploadFile, UploadOptions, Uploaded, check_upload,
+    headers, resolve, resolve_rows, upload,
 };
 pub use json::read_json;
 pub use mapped_file::MappedFile;

@@ -94,7 +94,8 @@ impl ExportedRun {
     fn read(dir: &Path) -> Result<Self, Error> {
         let path = dir.join("metrics.jsonl");
         let history = RunHistory::read(&path)?;
-        let modified = fs::metadata(&path).and_then(|metadata| metadata.modified()).unwrap_or(SystemTime::now());
+        let modified =
+            fs::metadata(&path).and_then(|metadata| metadata.modified()).unwrap_or_else(|_| SystemTime::now());
         let modified = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
         let length = history.steps.last().map_or(0.0, |step| step.seconds);
         let length = Duration::try_from_secs_f64(length).unwrap_or_default();

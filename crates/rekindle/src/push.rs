@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use rekindle_hub::{AtomicDir, UploadContent, UploadFile, UploadOptions, is_companion, upload};
+use rekindle_hub::{AtomicDir, UploadContent, UploadFile, UploadOptions, check_upload, is_companion, upload};
 use rekindle_lora::peft::{CONFIG_FILE, TENSORS_FILE};
 use rekindle_models::Positions;
 use rekindle_train::{PublishedCard, PublishedForm};
@@ -99,6 +99,28 @@ impl Push {
     pub fn hub(mut self, access: HubAccess) -> Self {
         self.access = access;
         self
+    }
+
+    /// Checks the name of the repository, the presence of a token, and that the network is not disabled. Sends nothing.
+    ///
+    /// # Errors
+    /// [`Error::File`] of the kind [`ErrorKind::Hub`](crate::ErrorKind::Hub).
+    pub fn check(&self) -> Result<(), Error> {
+        Ok(check_upload(&self.to, &self.options())?)
+    }
+
+    fn options(&self) -> UploadOptions<'static> {
+        let what = match (self.gguf.is_empty(), self.merge) {
+            (false, _) => "GGUF files",
+            (true, true) => "merged model",
+            (true, false) => "result of training",
+        };
+        UploadOptions {
+            token: self.access.token.as_ref().map(|token| token.as_str().to_owned()),
+            private: self.private,
+            message: self.message.clone().unwrap_or_else(|| format!("Upload {what} with Rekindle")),
+            ..UploadOptions::default()
+        }
     }
 
     /// Collects the files to upload; merges and exports if that was asked for. Nothing is sent. `progress` receives the
@@ -247,20 +269,8 @@ impl PreparedPush {
     /// # Errors
     /// [`Error::File`] of the kind [`ErrorKind::Hub`](crate::ErrorKind::Hub): no token, no permission, no connection.
     pub fn send(&self, progress: impl FnMut(u64, u64)) -> Result<Pushed, Error> {
-        let Push { to, private, merge, gguf, message, access, .. } = &self.push;
-        let what = match (gguf.is_empty(), merge) {
-            (false, _) => "GGUF files",
-            (true, true) => "merged model",
-            (true, false) => "result of training",
-        };
-        let options = UploadOptions {
-            token: access.token.as_ref().map(|token| token.as_str().to_owned()),
-            private: *private,
-            message: message.clone().unwrap_or_else(|| format!("Upload {what} with Rekindle")),
-            on_progress: Some(Box::new(progress)),
-            ..UploadOptions::default()
-        };
-        Ok(upload(to, &self.files, options)?)
+        let options = UploadOptions { on_progress: Some(Box::new(progress)), ..self.push.options() };
+        Ok(upload(&self.push.to, &self.files, options)?)
     }
 }
 

@@ -96,7 +96,9 @@ fn a_push_without_permission_or_result_says_so() {
     publisher.push("--base-model org/base").fails(5, &["ada/tuned: ", "does not accept the token", "write permission"]);
     let line = format!("push {} --to ada/tuned --base-model org/base", publisher.scratch.path("out").display());
     crate::run(&line).fails(5, &["ada/tuned: an upload needs a token", "HF_TOKEN"]);
+    // Known before the merge.
+    crate::run(&format!("{line} --merge")).fails(5, &["an upload needs a token"]);
     let empty = tempfile::tempdir().unwrap();
-    let line = format!("push {} --to ada/tuned", empty.path().display());
+    let line = format!("push {} --to ada/tuned --dry-run", empty.path().display());
     crate::run(&line).fails(2, &["holds no adapter and no model", "finished run"]);
 }

@@ -69,6 +69,15 @@ pub struct Uploaded {
     pub ignored: Vec<String>,
 }
 
+/// Checks what can be checked before an upload without a request: the name, the presence of a token, and that the network
+/// is not disabled.
+///
+/// # Errors
+/// [`Error::Hub`], as [`upload`].
+pub fn check_upload(name: &str, options: &UploadOptions<'_>) -> Result<(), Error> {
+    connect(name, options).map(drop)
+}
+
 /// Uploads files in one commit to the branch `main` of the model repository `name`, which is created if it does not
 /// exist. Files already in the repository are kept unless they have the same path.
 ///

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::fs;
 
-use rekindle_hub::{Error, HubErrorKind, UploadContent, UploadFile, UploadOptions, Uploaded, upload};
+use rekindle_hub::{Error, HubErrorKind, UploadContent, UploadFile, UploadOptions, Uploaded, check_upload, upload};
 use serde_json::json;
 
 use crate::Client;
@@ -120,11 +120,13 @@ fn a_token_with_write_permission_is_needed() {
     // A token for one repository that exists.
     server.add(NAME, &[]);
     assert!(!send(&server, &adapter()).unwrap().created);
-    let requests = server.requests();
-    upload("tuned", &adapter(), options(&server)).unwrap_err();
+    server.requests();
     let name = upload("tuned", &adapter(), options(&server));
     fails(name, HubErrorKind::Name, &["tuned: hub names have the form organization/model"]);
-    assert!(!requests.is_empty() && server.requests().is_empty(), "an invalid name asks nothing");
+    check_upload(NAME, &options(&server)).unwrap();
+    let error = check_upload("ada/tu ned", &options(&server)).unwrap_err();
+    assert!(error.to_string().contains("\"tu ned\" is not a valid hub name: it has ' '"), "{error}");
+    assert!(server.requests().is_empty(), "these ask nothing");
 }
 
 #[test]

@@ -149,7 +149,7 @@ fn file(records: &[Vec<u8>]) -> Vec<u8> {
         loop {
             let left = BLOCK - file.len() % BLOCK;
             if left < PIECE_HEADER {
-                file.extend(vec![0; left]);
+                file.resize(file.len() + left, 0);
                 continue;
             }
             let length = rest.len().min(left - PIECE_HEADER);
@@ -184,7 +184,8 @@ fn crc32(parts: &[&[u8]]) -> u32 {
 /// Formats seconds since 1970 as `YYYYMMDD_HHMMSS` in UTC.
 fn timestamp(seconds: u64) -> String {
     let (mut days, time) = (seconds / 86_400, seconds % 86_400);
-    let length = |year: u64| if year % 4 == 0 && (year % 100 != 0 || year % 400 == 0) { 366 } else { 365 };
+    let is_leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let length = |year| if is_leap(year) { 366 } else { 365 };
     let mut year = 1970;
     while days >= length(year) {
         days -= length(year);
