@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::{root, run};
 
 /// Scripts that write their data beside themselves and run without a GPU.
-const SCRIPTS: [&str; 10] = [
+const SCRIPTS: [&str; 11] = [
     "tests/goldens/make.py",
     "tests/goldens/bf16.py",
     "tests/goldens/dpo/make.py",
@@ -16,6 +16,7 @@ const SCRIPTS: [&str; 10] = [
     "crates/rekindle-rope/goldens/make.py",
     "crates/rekindle-train/goldens/tensorboard/make.py",
     "crates/rekindle-data/goldens/chats/make.py",
+    "crates/rekindle-data/goldens/chats/harmony.py",
     "crates/rekindle-data/goldens/parquet/make.py",
     "crates/rekindle-data/goldens/arrow/make.py",
 ];

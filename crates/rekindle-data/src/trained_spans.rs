@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::message::Message;
-use crate::template::{ChatTemplate, MarkedRendering, RenderOptions, STOPPED};
+use crate::template::{ChatTemplate, MarkedRendering, REASONING, RenderOptions, STOPPED};
 
 /// A conversation's text, and the positions of some assistant turns in it.
 #[derive(Debug, PartialEq)]
@@ -45,6 +45,7 @@ pub(crate) fn locate(
         return by_marks(template, messages, turns, options);
     }
     let text = template.try_render(messages, options).map_err(failed(template))?;
+    let messages = &without_dropped_text(template, messages, &text, options);
     let mut located: Vec<Turn> = Vec::new();
     let mut end = 0;
     for &turn in turns {
@@ -92,6 +93,34 @@ fn by_marks(
     });
     let turns = located.collect::<Result<_, _>>()?;
     Ok(Conversation { text, turns })
+}
+
+/// Returns the messages without the text of calls that the template drops once an answer follows (gpt-oss). It would be
+/// in the rendering of the messages up to such a call, and of those up to the answer.
+fn without_dropped_text(
+    template: &ChatTemplate,
+    messages: &[Message],
+    text: &str,
+    options: &RenderOptions,
+) -> Vec<Message> {
+    let mut messages = messages.to_vec();
+    for turn in 0..messages.len() {
+        let message = &messages[turn];
+        let calls = message.extra.get("tool_calls").is_some_and(|calls| !calls.is_null());
+        let reasons = REASONING.iter().any(|&name| message.extra.contains_key(name));
+        if !calls || (message.text().is_empty() && !reasons) {
+            continue;
+        }
+        let mut without = messages.clone();
+        without[turn].content = Some(String::new());
+        for name in REASONING {
+            without[turn].extra.shift_remove(name);
+        }
+        if template.try_render(&without, options).is_ok_and(|rendering| rendering == text) {
+            messages = without;
+        }
+    }
+    messages
 }
 
 fn failed(template: &ChatTemplate) -> impl Fn(String) -> String {

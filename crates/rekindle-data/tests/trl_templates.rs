@@ -4,6 +4,7 @@
 //! `goldens/chats/make.py`. The templates are not part of this project, so without the variable this is not run.
 
 mod chats;
+mod harmony;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
             Err(error) => problems.push(format!("{}: {error}", path.display())),
         }
     }
+    problems.extend(harmony::check(&dir));
     problems.iter().for_each(|problem| println!("{problem}"));
     println!("trl_templates: {count} templates, {} differences", problems.len());
     ExitCode::from(u8::from(count == 0 || !problems.is_empty()))

@@ -16,7 +16,7 @@ use crate::tokenizer::Tokenizer;
 
 /// The version of the encoding. Raise it with every change that gives other ids or labels for the same rows, or stores
 /// them in another format.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// The contents of files at the time of hashing.
 #[derive(Debug)]

@@ -20,7 +20,9 @@ use crate::trained_spans::{self, Conversation, Turn};
 ///   that would span the generation prompt and a trained turn is split, as in [`border::split`].
 /// - Every trained assistant turn must end with an end token, so that the model learns to stop: only white space may
 ///   follow its last special token, which is one that ends a generation, or the one with which the template ends turns.
-///   The loss covers it with the turn.
+///   The loss covers it with the turn. If the last turn ends so, earlier turns may end with a special token at which
+///   generation does not stop (gpt-oss: `<|end|>`, and `<|return|>` after the last turn). The loss leaves that token out,
+///   unless the template marks it as the assistant's.
 ///
 /// Errors: a template that fails or does not reveal the place of a turn; a turn without an end token; two BOS at the
 /// beginning; a part of the row that the template omits.
@@ -57,9 +59,7 @@ pub(super) fn encode(
                 .to_owned(),
         );
     }
-    for turn in &turns {
-        check_end(tokenizer, named, &encoded, &text, turn)?;
-    }
+    let inner_ends = inner_ends(tokenizer, named, &encoded, &text, &turns)?;
     let left_out = shown::left_out(template, &messages, &trained_turns, &render, &text);
     if !left_out.is_empty() && options.not_shown == NotShown::Error {
         return Err(not_shown(named, &left_out));
@@ -73,7 +73,8 @@ pub(super) fn encode(
             };
             let start = if weights[turn.message] { span.start + thought } else { span.end };
             ignored.push(span.start..start);
-            trained.push(start..span.end);
+            let end = inner_ends.iter().find(|end| span.contains(*end) && !template.has_marks());
+            trained.push(start..end.map_or(span.end, |&end| end.max(start)));
         }
     }
     let counts = |place: &Option<Range<usize>>| match (place, options.train_on) {
@@ -120,31 +121,58 @@ pub(crate) fn end_of_turn(tokenizer: &Tokenizer, template: &ChatTemplate) -> Opt
     let Conversation { text, turns } =
         trained_spans::locate(template, &messages, &[1], &RenderOptions::default()).ok()?;
     let encoded = tokenizer.encode_with_places(&text, false).ok()?;
-    last_special(tokenizer, &encoded, &text, turns.first()?)
+    last_special(tokenizer, &encoded, &text, turns.first()?).map(|(id, _)| id)
 }
 
-/// Returns the special token that ends a turn, ignoring white space.
-fn last_special(tokenizer: &Tokenizer, encoded: &Tokenized, text: &str, turn: &Turn) -> Option<u32> {
+/// Returns the special token that ends a turn, ignoring white space, and its position.
+fn last_special(tokenizer: &Tokenizer, encoded: &Tokenized, text: &str, turn: &Turn) -> Option<(u32, usize)> {
     let span = turn.spans.last()?;
     let tokens = encoded.ids.iter().zip(&encoded.places).rev();
     let mut inside =
         tokens.filter_map(|(&id, place)| Some((id, place.clone()?))).filter(|(_, p)| span.contains(&p.start));
     let (id, place) = inside.find(|&(id, _)| tokenizer.is_special(id))?;
-    let rest = text.get(place.end..span.end)?;
-    rest.trim().is_empty().then_some(id)
+    // The span of an inner turn may end within the token, if the last turn's token begins with the same characters.
+    let rest = text.get(place.end..span.end.max(place.end))?;
+    rest.trim().is_empty().then_some((id, place.start))
 }
 
-fn check_end(
+/// Returns the positions of the special tokens that end turns before the last and at which generation does not stop.
+///
+/// # Errors
+/// A turn without an end token, or a last turn whose end token does not end a generation.
+fn inner_ends(
     tokenizer: &Tokenizer,
     named: &NamedTemplate,
     encoded: &Tokenized,
     text: &str,
-    turn: &Turn,
-) -> Result<(), String> {
-    let last = last_special(tokenizer, encoded, text, turn);
-    if last.is_some_and(|id| tokenizer.eos_ids().contains(&id) || tokenizer.end_of_turn_of(named) == Some(id)) {
-        return Ok(());
+    turns: &[Turn],
+) -> Result<Vec<usize>, String> {
+    let stops = |id: u32| tokenizer.eos_ids().contains(&id) || tokenizer.end_of_turn_of(named) == Some(id);
+    let ends: Vec<Option<(u32, usize)>> =
+        turns.iter().map(|turn| last_special(tokenizer, encoded, text, turn)).collect();
+    let last_stops = ends.last().is_some_and(|end| end.is_some_and(|(id, _)| stops(id)));
+    let mut inner = Vec::new();
+    for (turn, end) in turns.iter().zip(ends) {
+        match end {
+            Some((id, _)) if stops(id) => {}
+            Some((_, start)) if last_stops => inner.push(start),
+            // The token that ends it has nothing in common with the last turn's, so it is outside the span.
+            None if last_stops && next_special(tokenizer, encoded, text, turn).is_some_and(|id| !stops(id)) => {}
+            end => return Err(no_end(tokenizer, named, turn, end.map(|(id, _)| id))),
+        }
     }
+    Ok(inner)
+}
+
+/// Returns the special token that follows a turn, ignoring white space.
+fn next_special(tokenizer: &Tokenizer, encoded: &Tokenized, text: &str, turn: &Turn) -> Option<u32> {
+    let span = turn.spans.last()?;
+    let tokens = encoded.ids.iter().zip(&encoded.places).filter_map(|(&id, place)| Some((id, place.clone()?)));
+    let (id, place) = tokens.filter(|(_, p)| p.start >= span.end).find(|&(id, _)| tokenizer.is_special(id))?;
+    text[span.end..place.start].trim().is_empty().then_some(id)
+}
+
+fn no_end(tokenizer: &Tokenizer, named: &NamedTemplate, turn: &Turn, last: Option<u32>) -> String {
     let message = turn.message;
     let from = named.path.display();
     let ends: Vec<String> = tokenizer.eos_ids().iter().filter_map(|&id| tokenizer.id_to_token(id)).collect();
@@ -162,5 +190,5 @@ fn check_end(
             ends.join(" or ")
         ),
     };
-    Err(format!("the chat template {from} {found}, so the model would not learn to stop; {way_out}"))
+    format!("the chat template {from} {found}, so the model would not learn to stop; {way_out}")
 }

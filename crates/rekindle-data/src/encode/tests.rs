@@ -311,6 +311,27 @@ fn marked_turns_count_without_what_follows_them() {
     assert_eq!(texts(&tokenizer, row).1, "A<|im_end|>");
 }
 
+/// As gpt-oss's: turns within a conversation end with a token that generation does not stop at, and the reasoning of
+/// earlier turns is dropped.
+#[test]
+fn an_inner_end_of_turn_is_not_trained() {
+    let source = "{% for m in messages %}{% if m.role == 'assistant' %}\
+                  {% if loop.last and m.thinking %}{{ '#analysis ' ~ m.thinking ~ '</s>' }}{% endif %}\
+                  {{ '#final ' ~ m.content ~ ('<|im_end|>' if loop.last else '</s>') }}\
+                  {% else %}{{ '#user ' ~ m.content ~ '</s>' }}{% endif %}{% endfor %}\
+                  {% if add_generation_prompt %}{{ '#' }}{% endif %}";
+    let (_dir, tokenizer) = tokenizer(source);
+    let thinking = |content: &str| json!({"role": "assistant", "content": content, "thinking": "hm"});
+    let row = json!({"messages": [turn("user", "Q"), thinking("A"), turn("user", "R"), thinking("B")]});
+    let encode = |options: &EncodeOptions| texts_with(&tokenizer, row.clone(), options);
+    let (text, trained) = encode(&train_on(TrainOn::Assistant));
+    assert_eq!(text, "#user Q</s>#final A</s>#user R</s>#analysis hm</s>#final B<|im_end|>");
+    assert_eq!(trained, "final Aanalysis hm</s>#final B<|im_end|>");
+    assert_eq!(encode(&train_on(TrainOn::LastAssistant)).1, "analysis hm</s>#final B<|im_end|>");
+    let (text, all) = encode(&train_on(TrainOn::All));
+    assert!(text.ends_with(&all) && all.contains("A</s>"), "{all}");
+}
+
 /// A model that never sees an end token after an answer does not learn to stop.
 #[test]
 fn every_turn_ends_with_an_end_token() {
