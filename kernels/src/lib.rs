@@ -37,7 +37,8 @@ mod tensor;
 pub use burn::tensor::DType;
 pub use ops::{
     attention, causal_conv, decode_step, dropout, embedding, expert_act, gated_activation, gated_delta, gated_norm,
-    grouped, linear_cross_entropy, matmul, neftune, output_gate, paged_attention, rms_norm, rope, routing, stacked,
+    grouped, linear_cross_entropy, matmul, neftune, output_gate, paged_attention, rms_norm, rope, router_probabilities,
+    routing, stacked,
 };
 pub use params::{
     Grads, Group, ParamInfo, ParamRef, Params, ParamsBuilder, QuantizedWeight, Weight, quantized, stochastic,

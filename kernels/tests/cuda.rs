@@ -18,7 +18,7 @@ use burn::tensor::DType;
 use common::attention::Attention;
 use common::causal_conv::{self, CausalConv};
 use common::embedding::Embedding;
-use common::experts::{Activation, Clamped, Router};
+use common::experts::{Activation, Clamped, Probabilities, Router};
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
 use common::gated_delta::{self, GatedDelta};
 use common::gated_norm::GatedNorm;
@@ -193,6 +193,9 @@ fn experts(suite: &mut Suite) -> Result<(), Lost> {
         for (tokens, experts, top_k) in [(3, 5, 2), (33, 8, 8), (300, 128, 8), (70, 512, 10)] {
             suite.dtypes(|dtype| Router::new(tokens, experts, top_k, form, dtype))?;
         }
+    }
+    for (tokens, experts) in [(3, 5), (70, 512)] {
+        suite.dtypes(|dtype| Probabilities::new(tokens, experts, dtype))?;
     }
     for (tokens, experts, top_k, width) in [(1, 1, 1, 1), (3, 5, 2, 7), (37, 8, 3, 40), (130, 16, 8, 264)] {
         suite.dtypes(|dtype| Activation::new(tokens, experts, top_k, width, dtype))?;

@@ -8,7 +8,7 @@ use burn::tensor::DType::F32;
 use common::attention::Attention;
 use common::causal_conv::{self, CausalConv};
 use common::embedding::Embedding;
-use common::experts::{Activation, Clamped, Router};
+use common::experts::{Activation, Clamped, Probabilities, Router};
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
 use common::gated_delta::{self, GatedDelta};
 use common::gated_norm::GatedNorm;
@@ -226,6 +226,9 @@ fn experts() {
         for (tokens, experts, top_k) in [(3, 5, 2), (33, 8, 8), (70, 40, 4)] {
             check(&Router::new(tokens, experts, top_k, form, F32));
         }
+    }
+    for (tokens, experts) in [(1, 1), (3, 5), (70, 40)] {
+        check(&Probabilities::new(tokens, experts, F32));
     }
     for (tokens, experts, top_k, width) in [(1, 1, 1, 1), (3, 5, 2, 7), (37, 8, 3, 40)] {
         check(&Activation::new(tokens, experts, top_k, width, F32));

@@ -30,6 +30,8 @@ pub struct CausalLm {
     pub(crate) provenance: Provenance,
     /// The gradient checkpointing.
     pub(crate) checkpointing: GradientCheckpointing,
+    /// The factor of the auxiliary loss for each token.
+    pub(crate) router_aux_loss: f32,
 }
 
 /// The origin of a model's weights, and changes to them since loading.
@@ -78,6 +80,7 @@ impl CausalLm {
             adapters: Adapters::default(),
             provenance,
             checkpointing: GradientCheckpointing::Off,
+            router_aux_loss: 0.0,
         }
     }
 
@@ -174,6 +177,14 @@ impl CausalLm {
     /// Returns the gradient checkpointing.
     pub fn gradient_checkpointing(&self) -> GradientCheckpointing {
         self.checkpointing
+    }
+
+    /// Adds the auxiliary loss that balances the experts of mixtures to later forward and backward passes: each batch adds
+    /// the gradient of `per_token` · tokens · E·Σ_e f_e·P_e, with f_e the share of its tokens that select expert e and P_e
+    /// the mean probability of e, both over all layers. For a coefficient c, `per_token` is c divided by the tokens of the
+    /// step. 0 turns it off, which is the default; it changes nothing for a model without mixtures.
+    pub fn set_router_aux_loss(&mut self, per_token: f32) {
+        self.router_aux_loss = per_token;
     }
 
     /// Sets the gradient checkpointing. Default [`GradientCheckpointing::Off`].

@@ -245,6 +245,7 @@ impl Decoder {
             batch.noise(),
             |index, layer, h| {
                 let (y, block) = layer.forward(ctx, h);
+                block.add_to(&mut saved.load);
                 saved.push(index, block, checkpointing, index + 1 == last);
                 y
             },

@@ -29,6 +29,7 @@ mod non_finite;
 pub mod objective;
 mod parameters;
 mod positions;
+mod router_loss;
 mod sample;
 pub mod spec;
 
@@ -52,5 +53,6 @@ pub use objective::{Objective, Sft};
 pub use parameters::{LayerRole, LinearRole, Parameter, ParameterSpec, Role};
 pub use positions::{save_positions, saved_positions};
 pub use rekindle_rope::{ContextExtension, Error as RopeError, Positions, RopeScaling};
+pub use router_loss::RouterPass;
 pub use sample::{Sampled, Sampler, SamplingParams, TokenLimits, TokenMask, Unsampled};
 pub use spec::{LayerSpec, ModelSpec};

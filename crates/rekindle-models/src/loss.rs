@@ -13,8 +13,10 @@ use rekindle_kernels::linear_cross_entropy::{self, Losses, TokenLogProbs, TokenW
 use rekindle_kernels::{Grads, ParamRef, Params, Tensor};
 
 use crate::decoder::{BatchContext, DecoderSaved};
-use crate::layers::Block;
-use crate::{Batch, CausalLm, Error, StepKey};
+use crate::layers::{Block, Context};
+use crate::objective::Metric;
+use crate::router_loss::RouterLoss;
+use crate::{Batch, CausalLm, Error, RouterPass, StepKey};
 
 /// A forward pass, with everything that its backward needs.
 #[derive(Debug)]
@@ -22,12 +24,18 @@ pub struct ForwardPass<'b> {
     batch: BatchContext<'b>,
     hidden: Tensor<2>,
     saved: DecoderSaved,
+    router: Option<RouterLoss>,
 }
 
 impl ForwardPass<'_> {
     /// The normalized hidden states that the head reads, `[tokens, hidden]`.
     pub fn hidden(&self) -> &Tensor<2> {
         &self.hidden
+    }
+
+    /// The auxiliary loss of mixtures, if it is on ([`CausalLm::set_router_aux_loss`]).
+    pub fn router_loss(&self) -> Option<Metric> {
+        self.router.as_ref().map(RouterLoss::metric)
     }
 }
 
@@ -45,9 +53,11 @@ impl CausalLm {
     pub fn forward<'b>(&self, batch: &'b Batch, key: Option<StepKey>) -> Result<ForwardPass<'b>, Error> {
         self.check(batch)?;
         let context = self.prepare(batch, key);
-        let (hidden, saved) =
-            self.decoder.forward(context.context(&self.params, true), &context, self.gradient_checkpointing());
-        self.checked(ForwardPass { batch: context, hidden, saved })
+        let router = if self.router_aux_loss > 0.0 { RouterPass::Save } else { RouterPass::Off };
+        let ctx = Context { router, ..context.context(&self.params, true) };
+        let (hidden, saved) = self.decoder.forward(ctx, &context, self.gradient_checkpointing());
+        let router = saved.load.loss(self.router_aux_loss);
+        self.checked(ForwardPass { batch: context, hidden, saved, router })
     }
 
     /// Returns the log-probability of each target of a forward pass, with entropies and arg-max flags.
@@ -101,10 +111,7 @@ impl CausalLm {
         grads: &mut Grads,
         key: Option<StepKey>,
     ) -> Result<Losses, Error> {
-        let pass = self.forward(batch, key)?;
-        let (losses, d_hidden) = self.loss_and_backward_head(&pass, weights.into(), grads);
-        self.backward_decoder(pass, d_hidden, grads);
-        self.checked(losses)
+        self.loss_and_backward(self.forward(batch, key)?, weights.into(), grads)
     }
 
     /// [`forward_backward`](Self::forward_backward) that gives the gradients of a layer to `apply` as soon as they are
@@ -122,9 +129,30 @@ impl CausalLm {
         key: Option<StepKey>,
         apply: ApplyGradients<'_>,
     ) -> Result<Losses, Error> {
+        self.loss_and_backward_applying(self.forward(batch, key)?, weights.into(), apply)
+    }
+
+    /// The second half of [`forward_backward`](Self::forward_backward).
+    pub(crate) fn loss_and_backward(
+        &self,
+        pass: ForwardPass<'_>,
+        weights: TokenWeights<'_>,
+        grads: &mut Grads,
+    ) -> Result<Losses, Error> {
+        let (losses, d_hidden) = self.loss_and_backward_head(&pass, weights, grads);
+        self.backward_decoder(pass, d_hidden, grads);
+        self.checked(losses)
+    }
+
+    /// The second half of [`forward_backward_applying`](Self::forward_backward_applying).
+    pub(crate) fn loss_and_backward_applying(
+        &mut self,
+        pass: ForwardPass<'_>,
+        weights: TokenWeights<'_>,
+        apply: ApplyGradients<'_>,
+    ) -> Result<Losses, Error> {
         let mut grads = self.grads_by_layer();
-        let pass = self.forward(batch, key)?;
-        let (losses, d_hidden) = self.loss_and_backward_head(&pass, weights.into(), &mut grads);
+        let (losses, d_hidden) = self.loss_and_backward_head(&pass, weights, &mut grads);
         self.backward_decoder_applying(pass, d_hidden, grads, apply);
         self.checked(losses)
     }
@@ -160,8 +188,8 @@ impl CausalLm {
 
     /// The backward of everything below the head.
     fn backward_decoder(&self, pass: ForwardPass<'_>, d_hidden: Tensor<2>, grads: &mut Grads) {
-        let ForwardPass { batch, hidden, saved } = pass;
-        let ctx = batch.context(&self.params, true);
+        let ForwardPass { batch, hidden, saved, router } = pass;
+        let ctx = Context { router: RouterLoss::pass(router.as_ref()), ..batch.context(&self.params, true) };
         let mut backward = self.decoder.begin_backward(ctx, saved, &d_hidden, grads);
         drop((hidden, d_hidden));
         while self.decoder.backward_layer(ctx, &mut backward, grads).is_some() {}
@@ -176,13 +204,15 @@ impl CausalLm {
         mut grads: Grads,
         apply: ApplyGradients<'_>,
     ) {
-        let ForwardPass { batch, hidden, saved } = pass;
+        let ForwardPass { batch, hidden, saved, router } = pass;
         let mut backward = self.decoder.begin_backward(batch.context(&self.params, true), saved, &d_hidden, &mut grads);
+        let router = RouterLoss::pass(router.as_ref());
         drop((hidden, d_hidden));
         let layers = self.trained_ranges();
         while let Some(next) = backward.next_layer() {
             grads.begin(0, layers[next].clone());
-            self.decoder.backward_layer(batch.context(&self.params, true), &mut backward, &mut grads);
+            let ctx = Context { router, ..batch.context(&self.params, true) };
+            self.decoder.backward_layer(ctx, &mut backward, &mut grads);
             apply(&mut self.params, &grads, 0);
         }
         grads.begin(0, 0..0);

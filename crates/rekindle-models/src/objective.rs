@@ -174,7 +174,10 @@ impl Metric {
 
 /// The loss of a batch whose backward is queued. On CUDA it may still be on its way.
 #[derive(Debug)]
-pub struct PendingLoss(Pending);
+pub struct PendingLoss {
+    loss: Pending,
+    router: Option<Metric>,
+}
 
 #[derive(Debug)]
 enum Pending {
@@ -184,26 +187,30 @@ enum Pending {
 }
 
 impl PendingLoss {
-    fn of(losses: Losses, weights: TokenWeights<'_>) -> Self {
-        Self(match weights {
+    fn of(losses: Losses, weights: TokenWeights<'_>, router: Option<Metric>) -> Self {
+        let loss = match weights {
             TokenWeights::Uniform(weight) => Pending::Uniform(losses, weight),
             TokenWeights::PerToken { .. } => {
                 let weights = (0..losses.tokens()).map(|token| weights.of(token)).collect();
                 Pending::Weighted(losses, weights)
             }
-        })
+        };
+        Self { loss, router }
     }
 
-    /// Returns the summed loss and the other means to report. Waits for the device.
+    /// Returns the summed loss and the other means to report, with the auxiliary loss of mixtures (`aux_loss`) if it is on,
+    /// which the sum does not contain. Waits for the device.
     pub fn wait(self) -> (f64, Vec<Metric>) {
-        match self.0 {
+        let (sum, mut metrics) = match self.loss {
             Pending::Uniform(losses, weight) => (f64::from(weight) * losses.sum(), Vec::new()),
             Pending::Weighted(losses, weights) => {
                 let losses = losses.values();
                 (losses.iter().zip(&weights).map(|(&nll, &w)| f64::from(w) * f64::from(nll)).sum(), Vec::new())
             }
             Pending::Known(loss) => (loss.sum, loss.metrics),
-        }
+        };
+        metrics.extend(self.router);
+        (sum, metrics)
     }
 }
 
@@ -237,15 +244,18 @@ impl CausalLm {
         key: Option<StepKey>,
     ) -> Result<PendingLoss, Error> {
         if let Some(weights) = objective.fixed_weights(batch) {
-            let losses = self.forward_backward(batch, weights.times(scale), grads, key)?;
-            return Ok(PendingLoss::of(losses, weights));
+            let pass = self.forward(batch, key)?;
+            let router = pass.router_loss();
+            let losses = self.loss_and_backward(pass, weights.times(scale), grads)?;
+            return Ok(PendingLoss::of(losses, weights, router));
         }
         let reference = self.reference(objective, batch)?;
         let pass = self.forward(batch, key)?;
         let log_probs = self.log_probs_of(&pass);
         let loss = objective.loss(batch, &log_probs.values(), reference.as_ref(), terms);
+        let router = pass.router_loss();
         self.backward(pass, &log_probs, TokenWeights::from(&*loss.weights).times(scale), grads)?;
-        Ok(PendingLoss(Pending::Known(loss)))
+        Ok(PendingLoss { loss: Pending::Known(loss), router })
     }
 
     /// [`objective_backward`](Self::objective_backward) that applies gradients layer by layer, as
@@ -263,15 +273,18 @@ impl CausalLm {
         apply: ApplyGradients<'_>,
     ) -> Result<PendingLoss, Error> {
         if let Some(weights) = objective.fixed_weights(batch) {
-            let losses = self.forward_backward_applying(batch, weights.times(scale), key, apply)?;
-            return Ok(PendingLoss::of(losses, weights));
+            let pass = self.forward(batch, key)?;
+            let router = pass.router_loss();
+            let losses = self.loss_and_backward_applying(pass, weights.times(scale), apply)?;
+            return Ok(PendingLoss::of(losses, weights, router));
         }
         let reference = self.reference(objective, batch)?;
         let pass = self.forward(batch, key)?;
         let log_probs = self.log_probs_of(&pass);
         let loss = objective.loss(batch, &log_probs.values(), reference.as_ref(), terms);
+        let router = pass.router_loss();
         self.backward_applying(pass, &log_probs, TokenWeights::from(&*loss.weights).times(scale), apply)?;
-        Ok(PendingLoss(Pending::Known(loss)))
+        Ok(PendingLoss { loss: Pending::Known(loss), router })
     }
 
     /// Returns the loss of `batch` without dropout and without a backward.

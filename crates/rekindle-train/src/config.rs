@@ -77,6 +77,10 @@ pub struct SftConfig {
     /// of each document. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub neftune_noise_alpha: Option<f64>,
+    /// The coefficient of the auxiliary loss that balances the experts of a mixture: the loss of a step adds this times
+    /// [`aux_loss`](rekindle_models::CausalLm::set_router_aux_loss). Default 0: no auxiliary loss.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub router_aux_loss_coef: f64,
     /// Gradient checkpointing. Default false: all activations are kept.
     pub use_gradient_checkpointing: GradientCheckpointing,
     /// If true, each block's parameters are updated as soon as its gradients are complete, so that the gradients of all
@@ -176,6 +180,7 @@ impl Default for SftConfig {
             momentum: None,
             max_grad_norm: 1.0,
             neftune_noise_alpha: None,
+            router_aux_loss_coef: 0.0,
             use_gradient_checkpointing: GradientCheckpointing::Off,
             optimizer_in_bwd: false,
             logging_steps: StepCount::Steps(1),

@@ -116,7 +116,7 @@ impl ModelCard {
     }
 
     fn parameters(&self, lora: Option<&LoraConfig>, config: Option<&SftConfig>) -> Vec<(String, String)> {
-        const TRAIN: [&str; 15] = [
+        const TRAIN: [&str; 16] = [
             "learning_rate",
             "embedding_learning_rate",
             "per_device_train_batch_size",
@@ -132,6 +132,7 @@ impl ModelCard {
             "weight_decay",
             "max_grad_norm",
             "neftune_noise_alpha",
+            "router_aux_loss_coef",
         ];
         const LORA: [&str; 8] = [
             "r",

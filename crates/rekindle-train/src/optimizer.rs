@@ -7,6 +7,7 @@ use rekindle_kernels::optimizer::{
 };
 use rekindle_kernels::{DType, Device, Grads, Params};
 use rekindle_models::objective::{Metric, PendingLoss};
+use rekindle_models::spec::FeedForwardSpec;
 use rekindle_models::{Batch, CausalLm, Objective, StepKey};
 
 use crate::world::gather_losses;
@@ -25,6 +26,8 @@ pub struct OptimizerConfig {
     pub max_grad_norm: f64,
     /// NEFTune's α; 0 for no noise.
     pub neftune_noise_alpha: f64,
+    /// The coefficient of the auxiliary loss of mixtures; 0 for none.
+    pub router_aux_loss_coef: f64,
     /// If true, parameters are updated block by block as soon as their gradients are complete, and each block is
     /// clipped by its own norm.
     pub optimizer_in_bwd: bool,
@@ -79,6 +82,7 @@ impl From<&SftConfig> for OptimizerConfig {
             weight_decay: config.weight_decay,
             max_grad_norm: config.max_grad_norm,
             neftune_noise_alpha: config.neftune_noise_alpha.unwrap_or(0.0),
+            router_aux_loss_coef: config.router_aux_loss_coef,
             optimizer_in_bwd: config.optimizer_in_bwd,
         }
     }
@@ -87,7 +91,8 @@ impl From<&SftConfig> for OptimizerConfig {
 /// The result of a step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepResult {
-    /// The loss of the step before the update, as its [`Objective`] defines it.
+    /// The loss of the step before the update, as its [`Objective`] defines it, plus the auxiliary loss of mixtures times
+    /// its coefficient.
     pub loss: f64,
     /// Global norm of the gradient before clipping.
     pub grad_norm: f64,
@@ -95,7 +100,7 @@ pub struct StepResult {
     pub counted: usize,
     /// Tokens of the step.
     pub tokens: usize,
-    /// The objective's other means, by name; none for SFT.
+    /// The objective's other means, by name, and the auxiliary loss of mixtures (`aux_loss`) if it is on.
     pub metrics: Vec<(&'static str, f64)>,
 }
 
@@ -121,7 +126,8 @@ impl Optimizer {
     /// Returns an optimizer with a zero state for the parameters of `model`. `seed` is the seed of dropout.
     ///
     /// # Errors
-    /// [`Error::NothingToTrain`], and [`Error::Config`] for a model in f16 or `optimizer_in_bwd` with an adapter.
+    /// [`Error::NothingToTrain`], and [`Error::Config`] for a model in f16, `optimizer_in_bwd` with an adapter, or
+    /// `router_aux_loss_coef` where it does not apply.
     pub fn new(model: &CausalLm, config: OptimizerConfig, seed: u64) -> Result<Self, Error> {
         if model.params().numel() == 0 {
             return Err(Error::NothingToTrain);
@@ -135,6 +141,9 @@ impl Optimizer {
             let problem = "optimizer_in_bwd saves memory only with full_finetuning, because an adapter's gradients \
                  are small; remove it, or set full_finetuning = true";
             return Err(Error::Config(vec![problem.to_owned()]));
+        }
+        if config.router_aux_loss_coef > 0.0 {
+            check_router_aux_loss(model)?;
         }
         let state = OptimizerState::new(model.params().infos(), model.device(), config.rule, config.format);
         Ok(Self { config, state, t: 0, seed })
@@ -201,11 +210,13 @@ impl Optimizer {
     ) -> Result<StepResult, Error> {
         let StepBatches { own, all } = batches;
         let counted = all.iter().map(Batch::counted).sum();
-        let tokens = all.iter().map(Batch::tokens).sum();
+        let tokens: usize = all.iter().map(Batch::tokens).sum();
         let scale = step_scale(objective, all);
         let OptimizerConfig { weight_decay, max_grad_norm, optimizer_in_bwd, .. } = self.config;
         let step = UpdateStep { t: self.t + 1, rates, weight_decay };
         model.params_mut().set_rounding_seed(self.seed);
+        let router_aux_loss_coef = self.config.router_aux_loss_coef;
+        model.set_router_aux_loss((router_aux_loss_coef / tokens.max(1) as f64) as f32);
         let (losses, clips) = if optimizer_in_bwd {
             self.move_in_backward(model, objective, own, scale as f32, &step)?
         } else {
@@ -230,8 +241,9 @@ impl Optimizer {
             Metric::add(&mut metrics, more);
         }
         let (loss, metrics) = sum_of_ranks(world, loss, metrics)?;
-        let loss = loss * scale;
         let metrics = Metric::means(&metrics);
+        let aux_loss = metrics.iter().find(|(name, _)| *name == "aux_loss").map_or(0.0, |(_, mean)| *mean);
+        let loss = loss * scale + router_aux_loss_coef * aux_loss;
         let grad_norm = match &clips[..] {
             [clip] => clip.norm(),
             clips => clips.iter().map(|clip| clip.norm().powi(2)).sum::<f64>().sqrt(),
@@ -291,6 +303,21 @@ pub(crate) fn not_on_the_cpu() -> Error {
          device = \"cpu\", or train with one rank"
             .to_owned(),
     ])
+}
+
+/// Refuses the auxiliary loss of mixtures where there is none, and where its gradient has not been compared.
+fn check_router_aux_loss(model: &CausalLm) -> Result<(), Error> {
+    let refuse = |problem: &str| Err(Error::Config(vec![problem.to_owned()]));
+    if !model.config().spec.layers.iter().any(|layer| matches!(layer.feed_forward, FeedForwardSpec::Moe(_))) {
+        return refuse("router_aux_loss_coef balances the experts of a mixture, and this model has none; remove it");
+    }
+    match model.device() {
+        Device::Cuda(_) => refuse(
+            "router_aux_loss_coef has not been compared with transformers on CUDA; remove it, or train with device = \
+             \"cpu\"",
+        ),
+        Device::Burn(_) | Device::Meta(_) => Ok(()),
+    }
 }
 
 /// The factor that makes the summed loss of micro-batches the loss of their step.

@@ -23,5 +23,6 @@ pub mod paged_attention;
 mod quantized;
 pub mod rms_norm;
 pub mod rope;
+pub mod router_probabilities;
 pub mod routing;
 pub mod stacked;

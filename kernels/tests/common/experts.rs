@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Tensor as BurnTensor};
 use rekindle_kernels::expert_act::{self, ClampedSwiglu, ExpertActivation};
 use rekindle_kernels::routing::{self, Dispatch, HostDispatch, RoutingForm};
-use rekindle_kernels::{Device, ParamsBuilder, Tensor, from_f32};
+use rekindle_kernels::{Device, ParamsBuilder, Tensor, from_f32, router_probabilities};
 
 use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
 
@@ -84,6 +84,51 @@ impl std::fmt::Debug for Router {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { tokens, experts, top_k, form, .. } = self;
         write!(f, "router {tokens} tokens, {top_k} of {experts} experts, {form:?}")
+    }
+}
+
+/// Sums of the probabilities of all experts.
+pub(crate) struct Probabilities {
+    tokens: usize,
+    experts: usize,
+    logits: Vec<f32>,
+    coefficients: Vec<f32>,
+}
+
+impl Probabilities {
+    pub(crate) fn new(tokens: usize, experts: usize, dtype: DType) -> Self {
+        let logits = rounded(noise(1, tokens * experts).iter().map(|x| x * 6.0).collect(), dtype);
+        Self { tokens, experts, logits, coefficients: noise(2, experts) }
+    }
+}
+
+impl Case for Probabilities {
+    fn naive(&self, dtype: DType) -> Results {
+        let &Self { tokens, experts, .. } = self;
+        // The softmax is in f32 whatever the logits are.
+        let oracle = Oracle::new(if dtype == DType::F64 { dtype } else { DType::F32 });
+        let logits = oracle.leaf(&self.logits, [tokens, experts]);
+        let e = (logits.clone() - logits.clone().max_dim(1)).exp();
+        let sums = (e.clone() / e.sum_dim(1)).sum_dim(0); // [1, experts]
+        let grads = (sums.clone() * oracle.constant(&self.coefficients, [1, experts])).sum().backward();
+        let dlogits = grad(&logits, &grads);
+        let dlogits = match dtype {
+            DType::F64 | DType::F32 => dlogits,
+            _ => rounded(dlogits.iter().map(|&x| x as f32).collect(), dtype).into_iter().map(f64::from).collect(),
+        };
+        vec![("sums", values(sums)), ("dlogits", dlogits)]
+    }
+
+    fn ours(&self, place: &Place) -> Results {
+        let logits = place.matrix(&self.logits, [self.tokens, self.experts]);
+        let dlogits = router_probabilities::backward(&logits, &self.coefficients);
+        vec![("sums", router_probabilities::forward(&logits)), ("dlogits", values(dlogits))]
+    }
+}
+
+impl std::fmt::Debug for Probabilities {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "probabilities of {} experts for {} tokens", self.experts, self.tokens)
     }
 }
 

@@ -24,6 +24,10 @@ def is_mixture(config):
     return hasattr(config, "num_experts_per_tok")
 
 
+def is_mixture_json(config):
+    return "num_experts_per_tok" in config
+
+
 def disk_names(tensors, config):
     """Named parameters under the names of checkpoints: one tensor for each linear of each expert, or for all of a layer."""
     if config["model_type"] == "gpt_oss":

@@ -35,6 +35,7 @@ mod quantized;
 mod ranks;
 mod resume;
 mod rope;
+mod router_loss;
 mod run;
 mod saved_tables;
 mod schedules;

@@ -5,6 +5,7 @@ use rekindle_kernels::{Grads, Tensor, embedding};
 use super::Decoder;
 use crate::GradientCheckpointing;
 use crate::layers::{BlockSaved, Checkpointed, Context};
+use crate::router_loss::RouterLoad;
 
 /// The saved state of a layer until its backward.
 #[allow(clippy::large_enum_variant, reason = "one entry a layer")]
@@ -22,6 +23,8 @@ pub struct DecoderSaved {
     /// The residual stream after the last layer, and the final norm's rstd.
     end: Option<(Tensor<2>, Tensor<1>)>,
     layers: SavedLayers,
+    /// The choices of mixtures, where the auxiliary loss is on.
+    pub(crate) load: RouterLoad,
 }
 
 /// The layers that wait for their backward.
@@ -47,7 +50,7 @@ impl DecoderSaved {
         let to_embedding = decoder.vocabulary.embedding.trained().is_some();
         let lowest = if to_embedding { 0 } else { decoder.lowest_trained() };
         let saved = Vec::with_capacity(decoder.layers.len());
-        Self { end: None, layers: SavedLayers { saved, lowest, to_embedding } }
+        Self { end: None, layers: SavedLayers { saved, lowest, to_embedding }, load: RouterLoad::default() }
     }
 
     /// Saves what the backward of layer `index` needs; layers below the lowest trained one need none.
@@ -108,7 +111,7 @@ impl Decoder {
         d_hidden: &Tensor<2>,
         grads: &mut Grads,
     ) -> DecoderBackward {
-        let DecoderSaved { end, layers } = saved;
+        let DecoderSaved { end, layers, .. } = saved;
         let (h, rstd) = end.expect("the forward reached the end");
         self.norm.backward_weight(grads, d_hidden, &h, &rstd);
         let room = self.layers.iter().map(crate::layers::Block::room).max().unwrap_or(0);

@@ -8,8 +8,8 @@ use rekindle_kernels::rope::Angles;
 use rekindle_kernels::{Params, RngKey};
 
 use super::Decoder;
-use crate::Batch;
 use crate::layers::Context;
+use crate::{Batch, RouterPass};
 
 /// The key of a training step's random numbers.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -88,6 +88,7 @@ impl<'a> BatchContext<'a> {
             sequences: self.sequences.as_ref(),
             dropout,
             adapters,
+            router: RouterPass::Off,
         }
     }
 

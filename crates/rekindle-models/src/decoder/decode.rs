@@ -7,6 +7,7 @@ use rekindle_kernels::paged_attention::{KvPages, PAGE, PagedBatch};
 use rekindle_kernels::{DeviceError, Params, Tensor, embedding};
 
 use super::Decoder;
+use crate::RouterPass;
 use crate::layers::{Block, Context, LayerState, Mixer, RecurrentStates};
 
 /// New tokens of several sequences, one after another: whole prompts, parts of prompts, single tokens.
@@ -149,7 +150,8 @@ impl Decoder {
     pub fn decode(&self, params: &Params, batch: &DecodeBatch, states: &mut DecodeStates, adapters: bool) -> Tensor<2> {
         let positions = batch.pages.positions();
         let ropes: Vec<_> = self.ropes.iter().map(|tables| tables.angles(&positions)).collect();
-        let ctx = Context { params, ropes: &ropes, documents: &[], sequences: None, dropout: None, adapters };
+        let router = RouterPass::Off;
+        let ctx = Context { params, ropes: &ropes, documents: &[], sequences: None, dropout: None, adapters, router };
         let h = self.decode_layers(ctx, self.embed(ctx, &batch.ids), states, batch);
         let wanted = match *batch.outputs {
             // One row is read where it is.

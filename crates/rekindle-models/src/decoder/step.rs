@@ -7,7 +7,7 @@ use rekindle_kernels::{Device, Params, Tensor};
 
 use super::{DecodeBatch, DecodeStates, Decoder};
 use crate::layers::Context;
-use crate::{CausalLm, Error};
+use crate::{CausalLm, Error, RouterPass};
 
 /// The recorded steps of a model, by their number of rows.
 ///
@@ -108,7 +108,8 @@ impl Decoder {
         adapters: bool,
     ) -> Tensor<2> {
         let ropes: Vec<_> = self.ropes.iter().map(|tables| inputs.angles(tables)).collect();
-        let ctx = Context { params, ropes: &ropes, documents: &[], sequences: None, dropout: None, adapters };
+        let router = RouterPass::Off;
+        let ctx = Context { params, ropes: &ropes, documents: &[], sequences: None, dropout: None, adapters, router };
         let h = inputs.embed(&self.embedding(adapters).matrix(params));
         let h = self.decode_layers(ctx, h, states, batch);
         self.norm.forward(params, &h, 0).0

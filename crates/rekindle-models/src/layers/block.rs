@@ -11,6 +11,7 @@ use super::{
     VisitWeights,
 };
 use crate::parameters::LayerRole;
+use crate::router_loss::RouterLoad;
 use crate::spec::{LayerSpec, NormSpec};
 use crate::{DecodeBatch, Error};
 
@@ -83,6 +84,11 @@ struct Middle {
 }
 
 impl BlockSaved {
+    /// Adds the choice of a mixture to the sums of the auxiliary loss.
+    pub(crate) fn add_to(&self, load: &mut RouterLoad) {
+        self.feed_forward.add_to(load);
+    }
+
     /// The same without a reference to the memory of the last linear's input.
     #[must_use]
     pub fn detached(self) -> Self {

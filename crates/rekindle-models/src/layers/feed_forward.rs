@@ -6,6 +6,7 @@ use rekindle_lora::{Adaptable, AdaptableMut, LinearSaved};
 use super::moe::MoeCheckpoint;
 use super::{Context, GatedMlp, GatedMlpSaved, LayerBuilder, Moe, MoeSaved, VisitWeights};
 use crate::Error;
+use crate::router_loss::RouterLoad;
 use crate::spec::FeedForwardSpec;
 
 /// The feed-forward half of a layer.
@@ -42,6 +43,13 @@ impl FeedForwardSaved {
         match self {
             Self::Gated(saved) => FeedForwardCheckpoint::Gated(saved.into_checkpoint()),
             Self::Moe(saved) => FeedForwardCheckpoint::Moe(saved.into_checkpoint()),
+        }
+    }
+
+    /// Adds a mixture's choice to the sums of the auxiliary loss.
+    pub(super) fn add_to(&self, load: &mut RouterLoad) {
+        if let Self::Moe(saved) = self {
+            saved.add_to(load);
         }
     }
 

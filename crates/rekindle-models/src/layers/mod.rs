@@ -43,6 +43,7 @@ use rekindle_kernels::{Params, Weight};
 use rekindle_lora::{Dropout, LinearContext};
 pub use shared_expert::{SharedExpert, SharedExpertSaved};
 
+use crate::RouterPass;
 use crate::parameters::{ExpertStack, LayerRole, ParameterSpec};
 use crate::spec::{MoeSpec, RopeId};
 
@@ -63,6 +64,8 @@ pub struct Context<'a> {
     pub dropout: Option<Dropout<'a>>,
     /// True if adapters take part.
     pub adapters: bool,
+    /// The part in the auxiliary loss of mixtures.
+    pub router: RouterPass<'a>,
 }
 
 impl<'a> Context<'a> {

@@ -3,15 +3,16 @@
 use rekindle_kernels::expert_act::{self, ClampedSwiglu, ExpertActGrads, ExpertActivation};
 use rekindle_kernels::grouped::GroupedRows;
 use rekindle_kernels::routing::{self, Routing, RoutingForm};
-use rekindle_kernels::{Grads, Params, Tensor, Weight, matmul};
+use rekindle_kernels::{Grads, Params, Tensor, Weight, matmul, router_probabilities};
 use rekindle_lora::{Adaptable, AdaptableMut, ExpertLinear, ExpertNames, ExpertSaved, LinearGroup, LinearSaved};
 
 use super::attention::{single, visit_linears};
 use super::shared_expert::{SharedExpert, SharedExpertSaved};
 use super::{Context, LayerBuilder, VisitWeights};
-use crate::Error;
 use crate::parameters::{ExpertStack, LayerRole, LinearRole};
+use crate::router_loss::RouterLoad;
 use crate::spec::{Activation, MoeSpec};
+use crate::{Error, RouterPass};
 
 /// A mixture of experts: y = Σ_slot w·down_e(silu(gate_e(x)) ∘ up_e(x)) over the experts e that the router chooses for a
 /// token, plus the expert that every token uses where there is one.
@@ -26,8 +27,9 @@ use crate::spec::{Activation, MoeSpec};
 /// x and the result `[tokens, hidden]`; the rows of experts `[tokens · top_k, …]` in the order of the experts.
 ///
 /// # Gradients
-/// To x, to what is trained, and through w to the router. Saved: the routing, gate and up, and x·Aᵀ of every adapter;
-/// silu(gate) ∘ up is recomputed. x is kept only where an adapter's x·Aᵀ shares its memory.
+/// To x, to what is trained, and through w and the auxiliary loss to the router. Saved: the routing, gate and up, and x·Aᵀ
+/// of every adapter, and for the auxiliary loss the logits; silu(gate) ∘ up is recomputed. x is kept only where an adapter's
+/// x·Aᵀ shares its memory.
 ///
 /// Equal to transformers' `Qwen3MoeSparseMoeBlock`, `Qwen2MoeSparseMoeBlock`, `MixtralSparseMoeBlock` and `GptOssMLP` in
 /// f32; in 16 bits those round w and multiply after down.
@@ -77,6 +79,8 @@ pub struct MoeSaved {
 struct Routed {
     router: LinearSaved,
     routing: Routing,
+    /// The logits, for the auxiliary loss.
+    logits: Option<Tensor<2>>,
 }
 
 /// The part of a mixture that is kept where the rest is recomputed: with it neither the router nor a last product runs
@@ -89,6 +93,13 @@ pub(super) struct MoeCheckpoint {
 }
 
 impl MoeSaved {
+    /// Adds the router's choice and its logits to the sums of the auxiliary loss, if the logits were saved.
+    pub(super) fn add_to(&self, load: &mut RouterLoad) {
+        if let Some(logits) = &self.routed.logits {
+            load.add(logits, &self.routed.routing.dispatch);
+        }
+    }
+
     /// The part that is kept in a checkpoint.
     pub(super) fn into_checkpoint(self) -> MoeCheckpoint {
         let Self { routed, down, shared, .. } = self;
@@ -107,8 +118,8 @@ impl MoeCheckpoint {
     }
 
     pub(super) fn detached(self) -> Self {
-        let Self { routed: Routed { router, routing }, down, shared } = self;
-        let routed = Routed { router: router.detached(), routing };
+        let Self { routed, down, shared } = self;
+        let routed = Routed { router: routed.router.detached(), ..routed };
         Self { routed, down, shared: shared.map(LinearSaved::detached) }
     }
 }
@@ -173,7 +184,8 @@ impl Moe {
     /// Returns the result for x, added to `onto` if there is one.
     pub fn forward(&self, ctx: Context<'_>, x: Tensor<2>, onto: Option<&Tensor<2>>) -> (Tensor<2>, MoeSaved) {
         let (logits, router) = single(self.router.forward(ctx.linear(), &x));
-        let routed = Routed { router, routing: routing::forward(logits, self.top_k, self.form) };
+        let kept = Some(&logits).filter(|_| ctx.router != RouterPass::Off).cloned();
+        let routed = Routed { router, routing: routing::forward(logits, self.top_k, self.form), logits: kept };
         let dispatch = &routed.routing.dispatch;
         let (gate_up, gate_up_saved) = self.gate_up.forward(ctx.linear(), GroupedRows::Tokens(&x), dispatch);
         let bias = self.gate_up_bias(ctx.params);
@@ -217,7 +229,7 @@ impl Moe {
         x: impl FnOnce() -> Tensor<2>,
     ) -> Tensor<2> {
         let MoeSaved { x: kept, routed, gate_up_saved, gate_up, down, shared } = saved;
-        let Routed { router, routing } = routed;
+        let Routed { router, routing, logits } = routed;
         let (dispatch, dys) = (&routing.dispatch, GroupedRows::Tokens(dy));
         let (dact, pending) = self.down.backward_input(ctx.linear(), dys, dispatch);
         let bias = self.gate_up_bias(ctx.params);
@@ -238,7 +250,10 @@ impl Moe {
         let dx = routing::sum_slots(&drows, dispatch, None);
         drop(drows);
 
-        let dlogits = routing::backward(&routing, &dweights);
+        let mut dlogits = routing::backward(&routing, &dweights);
+        if let (RouterPass::Backward(coefficients), Some(logits)) = (ctx.router, logits) {
+            dlogits = dlogits.plus(&router_probabilities::backward(&logits, coefficients));
+        }
         let through_router =
             self.router.backward(ctx.linear(), grads, &x, &router, &[dlogits], true).expect("asked for");
         let dx = dx.plus(&through_router);

@@ -65,6 +65,7 @@ impl SftConfig {
             ("weight_decay", self.weight_decay),
             ("adam_epsilon", self.adam_epsilon),
             ("max_grad_norm", self.max_grad_norm),
+            ("router_aux_loss_coef", self.router_aux_loss_coef),
             ("early_stopping_threshold", self.early_stopping_threshold),
         ] {
             check(value.is_finite() && value >= 0.0, name, &value, "at least 0");
