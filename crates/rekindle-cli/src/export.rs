@@ -40,7 +40,11 @@ fn gguf(args: &GgufArgs) -> Result<(), Failure> {
     }
     fetch::say(&export.fetch(&mut progress::downloading())?);
     if args.adapter_only {
-        return output::line(&export.write_adapter(&args.out)?.display().to_string());
+        let precisions = if args.quant.is_empty() { &[GgufFileType::F16][..] } else { &args.quant };
+        for &precision in precisions {
+            output::line(&export.write_adapter(&args.out, precision)?.display().to_string())?;
+        }
+        return Ok(());
     }
     let file_types = if args.quant.is_empty() { &[GgufFileType::Q4_K_M][..] } else { &args.quant };
     for file in export.write(&args.out, file_types, &mut progress::reading("exporting"))? {

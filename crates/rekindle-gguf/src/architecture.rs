@@ -4,7 +4,10 @@
 //! names in every architecture.
 
 mod describe;
+mod part;
 mod read;
+
+pub use part::GgufPart;
 
 use crate::{Error, MetadataValue};
 
@@ -21,6 +24,8 @@ pub struct GgufDecoder {
     pub feed_forward_length: u64,
     /// The mixture of experts in every layer; `None` for a dense model.
     pub experts: Option<GgufExperts>,
+    /// Linear attention, in the layers that have it.
+    pub delta: Option<GgufDelta>,
     /// Query heads.
     pub heads: u64,
     /// Key/value heads.
@@ -60,6 +65,23 @@ pub struct GgufExperts {
     pub shared_feed_forward_length: Option<u64>,
     /// True if the weights of the chosen experts sum to 1.
     pub normalizes: bool,
+    /// True for gpt-oss's experts: with biases, and a SwiGLU whose gate has the slope 1.702 and the bound 7.
+    pub is_clamped: bool,
+}
+
+/// Linear attention by the gated delta rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GgufDelta {
+    /// Heads of queries and keys.
+    pub key_heads: u64,
+    /// Heads of values; a multiple of `key_heads`.
+    pub value_heads: u64,
+    /// Channels of a query or key.
+    pub key_dim: u64,
+    /// Channels of a value.
+    pub value_dim: u64,
+    /// Taps of the convolution.
+    pub conv_width: u64,
 }
 
 /// A layer of a decoder.
@@ -69,6 +91,8 @@ pub struct GgufLayer {
     pub window: Option<u64>,
     /// The index of its rotary embedding; `None` for a layer without positions.
     pub rope: Option<usize>,
+    /// True for a layer of linear attention, which has neither a window nor positions.
+    pub is_linear: bool,
 }
 
 /// A rotary embedding.
@@ -93,7 +117,7 @@ pub enum GgufRopeScaling {
         /// The factor.
         factor: f64,
     },
-    /// YaRN with rounded correction dimensions.
+    /// YaRN.
     Yarn {
         /// The factor.
         factor: f64,
@@ -105,6 +129,8 @@ pub enum GgufRopeScaling {
         beta_fast: f64,
         /// Rotations at which interpolation is complete.
         beta_slow: f64,
+        /// True if the dimensions between which it changes are rounded.
+        truncate: bool,
     },
     /// Each frequency is divided by a factor of its own (Llama 3).
     Divisors(Vec<f32>),
@@ -119,99 +145,6 @@ pub enum GgufRopeScaling {
         /// The factor on rotated queries and keys.
         attention_factor: f64,
     },
-}
-
-/// The part of a decoder that a tensor belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum GgufPart {
-    /// The embedding table.
-    Embedding,
-    /// The norm after the last layer.
-    OutputNorm,
-    /// The output layer.
-    Output,
-    /// The norm before attention.
-    AttentionNorm(usize),
-    /// Queries.
-    Query(usize),
-    /// Keys.
-    Key(usize),
-    /// Values.
-    Value(usize),
-    /// Queries, keys and values as one linear.
-    QueryKeyValue(usize),
-    /// The result of attention.
-    AttentionOutput(usize),
-    /// The norm of queries.
-    QueryNorm(usize),
-    /// The norm of keys.
-    KeyNorm(usize),
-    /// The logits of attention's sinks.
-    Sinks(usize),
-    /// The norm of attention's result.
-    PostAttentionNorm(usize),
-    /// The norm before the feed-forward half.
-    FeedForwardNorm(usize),
-    /// The gate of the feed-forward half.
-    Gate(usize),
-    /// The linear that the gate multiplies, or both as one.
-    Up(usize),
-    /// Back to the residual stream.
-    Down(usize),
-    /// The norm of the feed-forward half's result.
-    PostFeedForwardNorm(usize),
-    /// The router of a mixture.
-    Router(usize),
-    /// The gates of all experts, stacked.
-    ExpertGates(usize),
-    /// The linears that these gates multiply, stacked.
-    ExpertUps(usize),
-    /// Back to the residual stream from all experts, stacked.
-    ExpertDowns(usize),
-    /// The gate of the expert that every token uses.
-    SharedGate(usize),
-    /// The linear that this gate multiplies.
-    SharedUp(usize),
-    /// Back to the residual stream from this expert.
-    SharedDown(usize),
-    /// The gate on the result of this expert.
-    SharedExpertGate(usize),
-}
-
-impl GgufPart {
-    /// Returns the name of the tensor; `kind` is `weight` or `bias`.
-    pub fn tensor_name(self, kind: &str) -> String {
-        let (layer, name) = match self {
-            Self::Embedding => return format!("token_embd.{kind}"),
-            Self::OutputNorm => return format!("output_norm.{kind}"),
-            Self::Output => return format!("output.{kind}"),
-            Self::AttentionNorm(layer) => (layer, "attn_norm"),
-            Self::Query(layer) => (layer, "attn_q"),
-            Self::Key(layer) => (layer, "attn_k"),
-            Self::Value(layer) => (layer, "attn_v"),
-            Self::QueryKeyValue(layer) => (layer, "attn_qkv"),
-            Self::AttentionOutput(layer) => (layer, "attn_output"),
-            Self::QueryNorm(layer) => (layer, "attn_q_norm"),
-            Self::KeyNorm(layer) => (layer, "attn_k_norm"),
-            Self::Sinks(layer) => (layer, "attn_sinks"),
-            Self::PostAttentionNorm(layer) => (layer, "post_attention_norm"),
-            Self::FeedForwardNorm(layer) => (layer, "ffn_norm"),
-            Self::Gate(layer) => (layer, "ffn_gate"),
-            Self::Up(layer) => (layer, "ffn_up"),
-            Self::Down(layer) => (layer, "ffn_down"),
-            Self::PostFeedForwardNorm(layer) => (layer, "post_ffw_norm"),
-            Self::Router(layer) => (layer, "ffn_gate_inp"),
-            Self::ExpertGates(layer) => (layer, "ffn_gate_exps"),
-            Self::ExpertUps(layer) => (layer, "ffn_up_exps"),
-            Self::ExpertDowns(layer) => (layer, "ffn_down_exps"),
-            Self::SharedGate(layer) => (layer, "ffn_gate_shexp"),
-            Self::SharedUp(layer) => (layer, "ffn_up_shexp"),
-            Self::SharedDown(layer) => (layer, "ffn_down_shexp"),
-            Self::SharedExpertGate(layer) => (layer, "ffn_gate_inp_shexp"),
-        };
-        format!("blk.{layer}.{name}.{kind}")
-    }
 }
 
 /// Layers with a window.
@@ -245,6 +178,8 @@ enum Mixtures {
     Mixtral,
     /// Experts of a width of their own; `true` if their weights sum to 1.
     Qwen(bool),
+    /// gpt-oss's, with weights that sum to 1.
+    GptOss,
 }
 
 /// An architecture of llama.cpp.
@@ -265,6 +200,16 @@ pub struct GgufArchitecture {
     /// True if factors on embeddings, residuals and logits are stored.
     has_scales: bool,
     mixtures: Mixtures,
+    /// True if every token uses an expert beside the chosen ones.
+    has_shared_expert: bool,
+    /// True if layers without positions may have linear attention, and rotary dimensions are listed by axis (Qwen3.5).
+    has_linear_layers: bool,
+    /// True if the norm before the feed-forward half has the name of the one after attention.
+    names_post_attention_norm: bool,
+    /// True if layers with a window have the scaled rotary positions of the others.
+    scales_windowed: bool,
+    /// False for an architecture that is written but not read.
+    is_read: bool,
 }
 
 const LLAMA: GgufArchitecture = GgufArchitecture {
@@ -277,6 +222,11 @@ const LLAMA: GgufArchitecture = GgufArchitecture {
     no_rope_step: 0,
     has_scales: false,
     mixtures: Mixtures::None,
+    has_shared_expert: false,
+    has_linear_layers: false,
+    names_post_attention_norm: false,
+    scales_windowed: false,
+    is_read: true,
 };
 
 /// An architecture that rotates halves of heads, as most do.
@@ -284,7 +234,7 @@ const HALVES: GgufArchitecture =
     GgufArchitecture { rotates_pairs: false, attention_scale: AttentionScale::HeadDim, has_divisors: false, ..LLAMA };
 
 /// The families, each with its architecture.
-const ARCHITECTURES: [GgufArchitecture; 21] = [
+const ARCHITECTURES: [GgufArchitecture; 26] = [
     LLAMA,
     GgufArchitecture { model_type: "mistral", ..LLAMA },
     GgufArchitecture { model_type: "ministral3", name: "mistral3", ..LLAMA },
@@ -316,9 +266,46 @@ const ARCHITECTURES: [GgufArchitecture; 21] = [
     GgufArchitecture { model_type: "hunyuan_v1_dense", name: "hunyuan-dense", ..HALVES },
     GgufArchitecture { model_type: "mistral3", name: "mistral3", ..LLAMA },
     GgufArchitecture { model_type: "mixtral", mixtures: Mixtures::Mixtral, ..LLAMA },
-    GgufArchitecture { model_type: "qwen2_moe", name: "qwen2moe", mixtures: Mixtures::Qwen(false), ..HALVES },
+    GgufArchitecture {
+        model_type: "qwen2_moe",
+        name: "qwen2moe",
+        mixtures: Mixtures::Qwen(false),
+        has_shared_expert: true,
+        ..HALVES
+    },
     GgufArchitecture { model_type: "qwen3_moe", name: "qwen3moe", mixtures: Mixtures::Qwen(true), ..HALVES },
+    QWEN35,
+    GgufArchitecture { model_type: "qwen3_5_text", ..QWEN35 },
+    QWEN35_MOE,
+    GgufArchitecture { model_type: "qwen3_5_moe_text", ..QWEN35_MOE },
+    GgufArchitecture {
+        model_type: "gpt_oss",
+        name: "gpt-oss",
+        windows: Windows::Listed,
+        mixtures: Mixtures::GptOss,
+        names_post_attention_norm: true,
+        scales_windowed: true,
+        is_read: false,
+        ..HALVES
+    },
 ];
+
+const QWEN35: GgufArchitecture = GgufArchitecture {
+    model_type: "qwen3_5",
+    name: "qwen35",
+    has_linear_layers: true,
+    names_post_attention_norm: true,
+    is_read: false,
+    ..HALVES
+};
+
+const QWEN35_MOE: GgufArchitecture = GgufArchitecture {
+    model_type: "qwen3_5_moe",
+    name: "qwen35moe",
+    mixtures: Mixtures::Qwen(true),
+    has_shared_expert: true,
+    ..QWEN35
+};
 
 const GEMMA3: GgufArchitecture = GgufArchitecture {
     model_type: "gemma3_text",
@@ -375,6 +362,15 @@ impl GgufArchitecture {
         self.rotates_pairs
     }
 
+    /// Returns the norm before the feed-forward half of a layer.
+    pub fn feed_forward_norm(&self, layer: usize) -> GgufPart {
+        if self.names_post_attention_norm {
+            GgufPart::PostAttentionNorm(layer)
+        } else {
+            GgufPart::FeedForwardNorm(layer)
+        }
+    }
+
     /// Returns the metadata of a decoder.
     ///
     /// # Errors
@@ -405,6 +401,7 @@ mod tests {
             embedding_length: 64,
             feed_forward_length: 96,
             experts: None,
+            delta: None,
             heads: 4,
             kv_heads: 2,
             head_dim: 16,
@@ -416,7 +413,7 @@ mod tests {
             residual_scale: None,
             logit_multiplier: None,
             query_growth: None,
-            layers: vec![GgufLayer { window: None, rope: Some(0) }; 4],
+            layers: vec![GgufLayer { window: None, rope: Some(0), is_linear: false }; 4],
             ropes: vec![GgufRope { base: 1e4, dimensions: 16, scaling: GgufRopeScaling::None }],
         }
     }
@@ -431,13 +428,20 @@ mod tests {
         assert!(
             describe("bert", &decoder()).unwrap_err().contains("\"bert\" cannot be exported to GGUF; supported: llama")
         );
-        let window = GgufDecoder { layers: vec![GgufLayer { window: Some(8), rope: Some(0) }; 4], ..decoder() };
+        let window = GgufDecoder {
+            layers: vec![GgufLayer { window: Some(8), rope: Some(0), is_linear: false }; 4],
+            ..decoder()
+        };
         let long = GgufRopeScaling::Long { short: vec![], long: vec![], original: 8, attention_factor: 1.0 };
         let divisors = GgufRopeScaling::Divisors(vec![1.0; 8]);
         let scaled = |scaling: GgufRopeScaling| {
             let ropes = vec![GgufRope { scaling, ..decoder().ropes.remove(0) }];
             GgufDecoder { ropes, ..decoder() }
         };
+        let delta = Some(GgufDelta { key_heads: 2, value_heads: 4, key_dim: 16, value_dim: 32, conv_width: 4 });
+        let mut linear = GgufDecoder { delta, ..decoder() };
+        linear.layers[0] = GgufLayer { window: None, rope: None, is_linear: true };
+        let wide_values = linear.clone();
         let cases = [
             ("qwen3", GgufDecoder { attention_scale: 0.5, ..decoder() }, "multiplied with 0.5 instead of 0.25"),
             ("qwen3", GgufDecoder { attention_softcap: Some(50.0), ..decoder() }, "capped at 50"),
@@ -449,6 +453,9 @@ mod tests {
             ("qwen3", scaled(divisors), "llama3"),
             ("llama", scaled(long), "longrope"),
             ("llama", GgufDecoder { query_growth: Some((0.1, 8)), ..decoder() }, "queries grow"),
+            ("glm", GgufDecoder { embedding_length: 80, ..decoder() }, "heads have 64 channels and the embedding 80"),
+            ("qwen3_5", wide_values, "values of 32 channels and keys of 16"),
+            ("qwen3", linear, "layer 0 has linear attention"),
         ];
         for (model_type, decoder, expected) in cases {
             let error = describe(model_type, &decoder).unwrap_err();

@@ -179,9 +179,14 @@ impl Recipe {
 
     /// Returns the type of the tensor with this name and shape, outermost dimension first.
     pub fn tensor_type(&self, name: &str, shape: &[u64]) -> GgmlType {
-        let is_weight = name.ends_with("weight") && shape.len() > 1;
-        // Norms, routers and small tables stay exact.
-        if !is_weight || name.contains("_norm.weight") || name.contains("ffn_gate_inp.weight") {
+        let is_matrix = shape.iter().filter(|extent| **extent > 1).count() > 1;
+        let is_weight = name.ends_with("weight") && is_matrix;
+        // Norms, routers, convolutions and small tables stay exact.
+        if !is_weight
+            || name.contains("_norm.weight")
+            || name.contains("ffn_gate_inp.weight")
+            || name.contains("ssm_conv1d")
+        {
             return GgmlType::F32;
         }
         let chosen = self.file_type.default_type();

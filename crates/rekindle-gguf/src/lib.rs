@@ -45,8 +45,8 @@ mod tokenizer_files;
 mod write;
 
 pub use architecture::{
-    GgufArchitecture, GgufDecoder, GgufDescription, GgufExperts, GgufLayer, GgufPart, GgufRope, GgufRopeScaling,
-    interleave_rows,
+    GgufArchitecture, GgufDecoder, GgufDelta, GgufDescription, GgufExperts, GgufLayer, GgufPart, GgufRope,
+    GgufRopeScaling, interleave_rows,
 };
 pub use error::Error;
 pub use file::{GgufModel, GgufTensor};

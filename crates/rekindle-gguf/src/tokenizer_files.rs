@@ -202,11 +202,15 @@ impl<'a> TokenizerReader<'a> {
             }
         };
         let kinds = self.types(tokens.len())?;
-        // Texts of the file's own tokens have spaces where the vocabulary has marks.
+        // The file's own tokens of spaces alone are of marks in the vocabulary.
+        let is_spaces = |token: &str| token.chars().all(|letter| letter == ' ');
         let written: Vec<String> = tokens
             .iter()
             .zip(&kinds)
-            .map(|(token, kind)| if *kind == USER_DEFINED { token.replace(' ', SPACE) } else { token.clone() })
+            .map(|(token, kind)| match *kind {
+                USER_DEFINED if is_spaces(token) => token.replace(' ', SPACE),
+                _ => token.clone(),
+            })
             .collect();
         let vocabulary = vocabulary(&written, &kinds);
         let merges = merges_by_score(&written, &kinds, scores, &vocabulary);
@@ -214,6 +218,12 @@ impl<'a> TokenizerReader<'a> {
             .id("unknown_token_id", tokens)?
             .or_else(|| kinds.iter().position(|kind| *kind == UNKNOWN).map(|id| id as u32));
         let prefix = self.flag("add_space_prefix", true);
+        let mut added = added_tokens(&written, &kinds);
+        for token in added.iter_mut().filter(|_| !prefix) {
+            // Tokens of marks alone are found where the normalizer has written marks for spaces.
+            let is_marks = token["content"].as_str().is_some_and(|content| content.replace(SPACE, "").is_empty());
+            token["normalized"] = is_marks.into();
+        }
         let mut normalizers = vec![json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})];
         let mut decoders = vec![
             json!({"type": "Replace", "pattern": {"String": SPACE}, "content": " "}),
@@ -226,7 +236,7 @@ impl<'a> TokenizerReader<'a> {
         }
         let json = json!({
             "version": "1.0", "truncation": null, "padding": null,
-            "added_tokens": added_tokens(tokens, &kinds),
+            "added_tokens": added,
             "normalizer": {"type": "Sequence", "normalizers": normalizers},
             "pre_tokenizer": null,
             "post_processor": self.post_processor(tokens, true)?,

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use rekindle_data::{Tokenizer, chat_template_sources};
-use rekindle_gguf::{GgmlType, GgufFileType, GgufTokenizer, MetadataValue, read_importance};
+use rekindle_gguf::{GgufFileType, GgufTokenizer, MetadataValue, read_importance};
 use rekindle_hub::{Checkpoint, read_json, write_atomic};
 use rekindle_lora::Adapter;
 use rekindle_models::{GgufOptions, ModelConfig, Positions, export_gguf, export_gguf_adapter, open_checkpoint};
@@ -229,19 +229,26 @@ impl GgufExport {
         Ok(written)
     }
 
-    /// Writes the adapter alone as `NAME-adapter-F16.gguf` in the directory `out`, for llama.cpp's `--lora`. Returns the
-    /// path.
+    /// Writes the adapter alone into the directory `out`, for llama.cpp's `--lora`, with factors in f32, f16 or bf16. The
+    /// file is named `NAME-adapter-F16.gguf` and so on. Returns the path.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the model is no adapter, [`Error::Model`] for an adapter with more than factors of linears.
-    pub fn write_adapter(&self, out: impl AsRef<Path>) -> Result<PathBuf, Error> {
+    /// [`Error::Argument`] if the model is no adapter, and for a quantized precision; [`Error::Model`] for an adapter with
+    /// more than factors of linears.
+    pub fn write_adapter(&self, out: impl AsRef<Path>, precision: GgufFileType) -> Result<PathBuf, Error> {
+        let kind = precision.default_type();
+        if kind.is_quantized() {
+            return Err(Error::Argument(format!(
+                "the factors of a GGUF adapter cannot be {precision}; use f16, f32 or bf16"
+            )));
+        }
         let loaded = self.load()?;
         let Some(adapter) = &loaded.adapter else {
             return Err(Error::Argument(format!("{} is no adapter", self.model.display())));
         };
         create_directory(out.as_ref())?;
-        let path = out.as_ref().join(format!("{}-adapter-F16.gguf", self.stem()));
-        export_gguf_adapter(&loaded.checkpoint, adapter, GgmlType::F16, &self.general(), &path)?;
+        let path = out.as_ref().join(format!("{}-adapter-{kind}.gguf", self.stem()));
+        export_gguf_adapter(&loaded.checkpoint, adapter, kind, &self.general(), &path)?;
         Ok(path)
     }
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use rekindle_data::{Dataset, LoadReport, Tokenizer};
+use rekindle_hub::AtomicDir;
 use rekindle_kernels::{Device, DeviceKind};
 use rekindle_lora::LoraConfig;
 use rekindle_models::{CausalLm, LoadOptions, MemoryReport};
@@ -11,7 +12,7 @@ use serde_json::Value;
 
 use crate::end_tokens::{companions, end_tokens, notice};
 use crate::model_source::find;
-use crate::{DataSource, Error, HubAccess, ModelFiles};
+use crate::{DEFAULT_ADAPTER, DataSource, Error, GgufExport, GgufFile, GgufFileType, HubAccess, ModelFiles};
 
 /// Rows of a pass in evaluation.
 const EVAL_BATCH_SIZE: usize = 8;
@@ -172,6 +173,40 @@ impl Model {
             return Ok(save_result(&self.inner, dir.as_ref(), &self.companions(None)?, self.inner.trained_dtype())?);
         }
         Ok(save_adapters(&self.inner, dir.as_ref(), &self.companions(None)?)?)
+    }
+
+    /// Writes the model with its active adapter merged into it as GGUF files for llama.cpp, one of each precision, and a
+    /// `Modelfile`: those that [`GgufExport`] makes of the result of [`save_pretrained`](Self::save_pretrained), which is
+    /// deleted afterwards. Files are named after the directory.
+    ///
+    /// # Errors
+    /// Those of [`save_pretrained`](Self::save_pretrained) and [`GgufExport::write`].
+    pub fn save_pretrained_gguf(
+        &self,
+        dir: impl AsRef<Path>,
+        file_types: &[GgufFileType],
+    ) -> Result<Vec<GgufFile>, Error> {
+        let dir = dir.as_ref();
+        let saved = AtomicDir::replace(dir)?;
+        let trained = saved.path().join("trained");
+        let mut export = match self.inner.active_adapter() {
+            // Adapters that are not active change nothing.
+            None if !self.inner.adapters().is_empty() => GgufExport::new(&self.files.model),
+            None => {
+                self.save_pretrained(&trained)?;
+                GgufExport::new(&trained)
+            }
+            Some(name) => {
+                self.save_pretrained(&trained)?;
+                let adapter = if name == DEFAULT_ADAPTER { trained } else { trained.join(name) };
+                GgufExport::new(adapter).base(&self.files.model)
+            }
+        };
+        if let Some(name) = dir.file_name() {
+            export = export.name(name.to_string_lossy());
+        }
+        export.fetch(&mut |_, _| ())?;
+        export.write(dir, file_types, &mut |_, _| ())
     }
 
     /// Evaluates like [`evaluate`](Self::evaluate), and returns the loss of every token of every row.

@@ -1,4 +1,5 @@
-"""Writes converted.json: the GGUF files that llama.cpp's converter makes of the small checkpoints in ../families and beside.
+"""Writes converted.json: the GGUF files that llama.cpp's converter makes of the small checkpoints in ../families, beside
+and here (checkpoints.py).
 
     python make.py LLAMA_CPP
 
@@ -6,8 +7,8 @@ LLAMA_CPP is the source tree of llama.cpp in the source distribution of the PyPI
 (vendor/llama.cpp); its convert_hf_to_gguf.py is used with f32 output and without a vocabulary. Needs torch,
 transformers and the requirements of the converter.
 
-For each checkpoint: "metadata" (numbers, strings and lists by key) and "tensors" (shape and SHA-256 of the f32 data by
-name), or "refused" with the converter's error.
+For each checkpoint: "metadata" (numbers, strings and lists by key) and "tensors" (shape and SHA-256 of the data by name:
+of the values in f32, or of the blocks of MXFP4), or "refused" with the converter's error.
 """
 
 import hashlib
@@ -35,10 +36,19 @@ def value_of(field):
     return value if not hasattr(value, "tolist") else value.tolist()
 
 
+def digest(tensor):
+    is_float = tensor.tensor_type in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+    data = tensor.data.astype("float32") if is_float else tensor.data
+    return hashlib.sha256(data.tobytes()).hexdigest()
+
+
 def convert(directory, out):
     hparams = base.ModelBase.load_hparams(directory, False)
     architecture = base.get_model_architecture(hparams, base.ModelType.TEXT)
     cls = get_model_class(architecture)
+    if getattr(cls, "supports_mtp_export", False):
+        # The layers that predict further tokens are not exported.
+        cls.no_mtp = True
     model = cls(directory, gguf.LlamaFileType.ALL_F32, out)
     for part in (model, getattr(model, "impl", model)):
         part.set_vocab = lambda: None
@@ -47,7 +57,7 @@ def convert(directory, out):
 
 def main():
     result = {"version": VERSION, "checkpoints": {}}
-    directories = [*sorted(root.glob("families/*")), *sorted(root.glob("*"))]
+    directories = [*sorted(root.glob("families/*")), *sorted(root.glob("*")), *sorted(root.glob("gguf/*"))]
     for directory in directories:
         if not (directory / "config.json").exists() or not list(directory.glob("*.safetensors")):
             continue
@@ -58,7 +68,13 @@ def main():
             shutil.copytree(directory, copy)
             # The converter counts the tokens of Gemma 3.
             config = json.loads((copy / "config.json").read_text())
-            rows = (config.get("text_config") or config)["vocab_size"]
+            text = config.get("text_config") or config
+            if text["model_type"].startswith("qwen3_5"):
+                # Text takes the rotary pairs of the three axes in turn.
+                pairs = int(text["head_dim"] * text["rope_parameters"]["partial_rotary_factor"]) // 2
+                text["rope_parameters"]["mrope_section"] = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3]
+                (copy / "config.json").write_text(json.dumps(config))
+            rows = text["vocab_size"]
             vocabulary = {str(i): i for i in range(rows)}
             (copy / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
             try:
@@ -69,10 +85,7 @@ def main():
                 continue
             reader = gguf.GGUFReader(out)
             metadata = {k: value_of(f) for k, f in reader.fields.items() if not k.startswith(SKIPPED)}
-            tensors = {
-                t.name: [[int(n) for n in reversed(t.shape)], hashlib.sha256(t.data.astype("float32").tobytes()).hexdigest()]
-                for t in reader.tensors
-            }
+            tensors = {t.name: [[int(n) for n in reversed(t.shape)], digest(t)] for t in reader.tensors}
             result["checkpoints"][name] = {
                 "architecture": value_of(reader.fields["general.architecture"]),
                 "metadata": metadata,

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use rekindle::{GgufExport, GgufFile, GgufFileType, Merge};
-use rekindle_gguf::{GgufModel, MetadataValue, interleave_rows};
+use rekindle::{DeviceKind, Dtype, FastLanguageModel, GgufExport, GgufFile, GgufFileType, Merge};
+use rekindle_gguf::{GgmlType, GgufModel, GgufTensor, MetadataValue, interleave_rows};
 use rekindle_hub::Checkpoint;
 use rekindle_tests::goldens;
 use serde_json::Value;
@@ -14,11 +14,14 @@ use sha2::{Digest, Sha256};
 const NOT_WRITTEN: [&str; 2] = ["rope.scaling.yarn_log_multiplier", "phi3.attention.sliding_window"];
 
 /// Checkpoints that are not exported, with a part of the error.
-const REFUSED: [(&str, &str); 8] = [
+const REFUSED: [(&str, &str); 11] = [
     ("families/qwen3-moe-sparse", "layers that differ in their sizes"),
-    ("families/qwen3_5", "cannot be exported to GGUF"),
-    ("families/qwen3_5-moe", "cannot be exported to GGUF"),
-    ("families/qwen3_5-multimodal", "cannot be exported to GGUF"),
+    ("families/qwen3_5", "values of 32 channels and keys of 16"),
+    ("families/qwen3_5-moe", "values of 32 channels and keys of 16"),
+    ("families/qwen3_5-multimodal", "values of 32 channels and keys of 16"),
+    ("families/qwen3_5-moe-multimodal", "values of 32 channels and keys of 16"),
+    ("families/glm", "the heads have 64 channels and the embedding 36"),
+    ("families/gpt-oss", "swiglu_limit 7"),
     ("families/exaone4", "layers have a window, but there are not 64 layers"),
     ("families/gemma2", "the attention scores are multiplied with"),
     ("families/gemma3", "the attention scores are multiplied with"),
@@ -26,14 +29,15 @@ const REFUSED: [(&str, &str); 8] = [
 ];
 
 /// Values of checkpoints that are not the converter's.
-const OTHER_VALUES: [(&str, &str); 7] = [
+const OTHER_VALUES: [(&str, &str); 8] = [
     // The width of dense layers, of which there are none.
     ("families/qwen2-moe", "qwen2moe.feed_forward_length"),
     ("families/qwen3-moe", "qwen3moe.feed_forward_length"),
+    ("gguf/qwen35-moe", "qwen35moe.feed_forward_length"),
     // The converter reads the keys of ChatGLM's own code, which transformers' config.json does not have, and takes defaults.
-    ("families/glm", "chatglm.context_length"),
-    ("families/glm", "chatglm.attention.layer_norm_rms_epsilon"),
-    ("families/glm", "chatglm.rope.dimension_count"),
+    ("gguf/glm", "chatglm.context_length"),
+    ("gguf/glm", "chatglm.attention.layer_norm_rms_epsilon"),
+    ("gguf/glm", "chatglm.rope.dimension_count"),
     // Without it, llama.cpp takes the context length, which is the same here.
     ("families/phi3", "phi3.rope.scaling.original_context_length"),
     ("families/phi4-mini", "phi3.rope.scaling.original_context_length"),
@@ -43,8 +47,12 @@ fn export(model: &Path, out: &Path, file_types: &[GgufFileType]) -> Result<Vec<G
     GgufExport::new(model).name("tiny").write(out, file_types, &mut |_, _| ())
 }
 
-fn sha256(values: &[f32]) -> String {
-    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+/// Returns the hash of a tensor's values, or of its blocks.
+fn sha256(tensor: &GgufTensor<'_>) -> String {
+    let bytes = match tensor.kind {
+        GgmlType::F32 => tensor.to_f32().expect("F32").iter().flat_map(|value| value.to_le_bytes()).collect(),
+        _ => tensor.data.to_vec(),
+    };
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -56,9 +64,13 @@ fn same(ours: &MetadataValue, golden: &Value) -> bool {
             (got - expected).abs() <= expected.abs() * 1e-6
         }
         Value::String(text) => ours.as_str() == Some(text),
-        Value::Array(flags) => {
-            let flags: Vec<bool> = flags.iter().filter_map(Value::as_bool).collect();
+        Value::Array(list) if list.iter().all(Value::is_boolean) => {
+            let flags: Vec<bool> = list.iter().filter_map(Value::as_bool).collect();
             *ours == MetadataValue::from(flags)
+        }
+        Value::Array(list) => {
+            let numbers: Option<Vec<i64>> = list.iter().map(Value::as_i64).collect();
+            ours.as_integers().map(|list| list.into_iter().map(|number| number as i64).collect()) == numbers
         }
         _ => false,
     }
@@ -101,8 +113,7 @@ fn every_family_has_the_file_of_llama_cpps_converter() {
                 problems.push(format!("{name}: {tensor} is missing"));
                 continue;
             };
-            let values = ours.to_f32().expect("F32");
-            if Value::from(ours.shape) != shape_and_hash[0] || sha256(&values) != shape_and_hash[1] {
+            if Value::from(ours.shape) != shape_and_hash[0] || sha256(&ours) != shape_and_hash[1] {
                 problems.push(format!("{name}: {tensor} {:?} differs from {shape_and_hash}", ours.shape));
             }
             compared += 1;
@@ -113,6 +124,25 @@ fn every_family_has_the_file_of_llama_cpps_converter() {
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
     assert!(compared > 500, "{compared} tensors");
+}
+
+/// Experts in MXFP4 stay as they are; other types quantize what they decode to.
+#[test]
+fn mxfp4_experts_are_kept_or_quantized() {
+    let out = tempfile::tempdir().expect("a temporary directory");
+    let types = [GgufFileType::F32, GgufFileType::MXFP4_MOE, GgufFileType::Q8_0];
+    let files = export(&goldens().join("gguf/gpt-oss"), out.path(), &types).expect("it is supported");
+    let models: Vec<_> = files.iter().map(|file| GgufModel::open(&file.paths[0]).expect("just written")).collect();
+    for name in ["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"] {
+        let name = format!("blk.1.{name}.weight");
+        let [exact, kept, quantized] = [0, 1, 2].map(|at: usize| models[at].tensor(&name).expect("experts"));
+        assert_eq!([exact.kind, kept.kind, quantized.kind], [GgmlType::MXFP4, GgmlType::MXFP4, GgmlType::Q8_0]);
+        assert!(exact.data == kept.data, "{name}");
+        let columns = *exact.shape.last().expect("a dimension") as usize;
+        let values = exact.to_f32().expect("it decodes");
+        assert!(GgmlType::Q8_0.quantize(&values, columns, None).expect("whole blocks") == quantized.data, "{name}");
+    }
+    assert_eq!(models[1].tensor("blk.0.attn_q.weight").expect("a linear").kind, GgmlType::Q8_0);
 }
 
 #[test]
@@ -150,11 +180,7 @@ fn an_adapter_is_merged_without_a_file_between() {
         let out = tempfile::tempdir().expect("a temporary directory");
         let base = goldens().join("qwen3-tied");
         let merged = out.path().join("merged");
-        Merge::new(adapter(name))
-            .base(&base)
-            .dtype(rekindle::Dtype::F32)
-            .write(&merged, &mut |_, _| ())
-            .expect("it fits");
+        Merge::new(adapter(name)).base(&base).dtype(Dtype::F32).write(&merged, &mut |_, _| ()).expect("it fits");
         let of_merged = export(&merged, &out.path().join("a"), &[GgufFileType::F32]).expect("a checkpoint");
 
         let mut export = GgufExport::new(adapter(name)).base(&base).name("tiny");
@@ -164,6 +190,31 @@ fn an_adapter_is_merged_without_a_file_between() {
         let (a, b) = (tensors(&of_merged[0].paths[0]), tensors(&of_adapter[0].paths[0]));
         assert!(a == b, "{name}");
     }
+}
+
+/// A model in memory with an adapter is exported like the adapter's files.
+#[test]
+fn a_loaded_model_is_saved_as_gguf() {
+    let out = tempfile::tempdir().expect("a temporary directory");
+    let base = goldens().join("qwen3-tied");
+    let loader = FastLanguageModel::from_pretrained(&base).device(DeviceKind::Cpu).dtype(Dtype::F32);
+    let model = loader.max_seq_length(64).load_model().expect("it loads");
+    let plain = model.save_pretrained_gguf(out.path().join("plain"), &[GgufFileType::F32]).expect("it is supported");
+    let expected = export(&base, &out.path().join("base"), &[GgufFileType::F32]).expect("it is supported");
+    assert!(tensors(&plain[0].paths[0]) == tensors(&expected[0].paths[0]));
+    assert_eq!(plain[0].paths[0], out.path().join("plain/plain-F32.gguf"));
+
+    let model = model.load_adapter(adapter("plain")).expect("it fits");
+    let types = [GgufFileType::F32, GgufFileType::Q8_0];
+    let written = model.save_pretrained_gguf(out.path().join("tuned"), &types).expect("it is supported");
+    let mut export = GgufExport::new(adapter("plain")).base(&base).name("tiny");
+    export.fetch(&mut |_, _| ()).expect("all files are there");
+    let expected = export.write(out.path().join("adapter"), &types, &mut |_, _| ()).expect("it fits the base");
+    for (ours, expected) in written.iter().zip(&expected) {
+        assert!(tensors(&ours.paths[0]) == tensors(&expected.paths[0]), "{}", ours.file_type);
+    }
+    let left: Vec<_> = std::fs::read_dir(out.path().join("tuned")).expect("a directory").flatten().collect();
+    assert_eq!(left.len(), 2, "{left:?}");
 }
 
 /// The factors of a GGUF adapter have the product of PEFT's, with one scale for all.
@@ -177,15 +228,11 @@ fn a_gguf_adapter_has_the_product_of_the_factors() {
         let base = goldens().join("qwen3-tied");
         let mut export = GgufExport::new(adapter(name)).base(&base).name("tiny");
         export.fetch(&mut |_, _| ()).expect("all files are there");
-        let path = export.write_adapter(out.path()).expect("factors alone");
+        let path = export.write_adapter(out.path(), GgufFileType::F16).expect("factors alone");
         let file = GgufModel::open(&path).expect("just written");
         let alpha = file.metadata("adapter.lora.alpha").and_then(MetadataValue::as_f64).expect("a number");
         let merged = out.path().join("merged");
-        Merge::new(adapter(name))
-            .base(&base)
-            .dtype(rekindle::Dtype::F32)
-            .write(&merged, &mut |_, _| ())
-            .expect("it fits");
+        Merge::new(adapter(name)).base(&base).dtype(Dtype::F32).write(&merged, &mut |_, _| ()).expect("it fits");
         let (merged, base) =
             (Checkpoint::open(&merged).expect("just written"), Checkpoint::open(&base).expect("a golden"));
         let (gguf, hub) = ("blk.1.attn_q.weight", "model.layers.1.self_attn.q_proj.weight");
@@ -205,8 +252,12 @@ fn a_gguf_adapter_has_the_product_of_the_factors() {
     }
     let mut export = GgufExport::new(adapter("dora")).base(goldens().join("qwen3-tied"));
     export.fetch(&mut |_, _| ()).expect("all files are there");
-    let error = export.write_adapter("/nowhere").expect_err("DoRA is more than factors").to_string();
-    assert!(error.contains("DoRA's magnitudes"), "{error}");
+    for (precision, reason) in
+        [(GgufFileType::F16, "DoRA's magnitudes"), (GgufFileType::Q8_0, "cannot be q8_0; use f16")]
+    {
+        let error = export.write_adapter("/nowhere", precision).expect_err("it is refused").to_string();
+        assert!(error.contains(reason), "{error}");
+    }
 }
 
 /// The rows of Llama's queries are in another order, so that pairs of channels rotate together.

@@ -70,8 +70,11 @@ fn every_family_is_read_back() {
     let golden: Value = read_json(&goldens().join("gguf/converted.json")).expect("a golden");
     let mut compared = 0;
     for name in golden["checkpoints"].as_object().expect("an object").keys() {
-        // The text part of a multimodal model is that of families/gemma3; others are not exported.
-        if name == "families/gemma3-multimodal" || name.contains("qwen3_5") || name.ends_with("-sparse") {
+        // The text part of a multimodal model is that of families/gemma3; others are not exported, or not read.
+        let is_left_out = ["families/gemma3-multimodal", "families/glm", "families/gpt-oss"].contains(&name.as_str())
+            || ["qwen3_5", "-sparse"].iter().any(|part| name.contains(part))
+            || name.starts_with("gguf/") && name != "gguf/glm";
+        if is_left_out {
             continue;
         }
         let (_scratch, dir) = changed(name);
@@ -94,9 +97,10 @@ fn every_family_is_read_back() {
             assert!(off <= bound, "{name}: {tensor} is off by {off:e}");
             compared += 1;
         }
-        let golden = Golden::open(name);
-        let [ours, theirs] =
-            [&read, &original].map(|checkpoint| load(checkpoint).nll(&golden.packed()).expect("it fits"));
+        let ids: Vec<u32> = (0..40).map(|at| at * 37 % 83).collect();
+        let labels: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+        let batch = Batch::from_rows([(ids.as_slice(), labels.as_slice())], 0);
+        let [ours, theirs] = [&read, &original].map(|checkpoint| load(checkpoint).nll(&batch).expect("it fits"));
         let off = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         println!("{name}: losses off by {off:.1e}");
         assert!(off <= LOSS, "{name}: losses are off by {off:e}");
@@ -253,6 +257,7 @@ fn what_cannot_be_loaded_is_an_error() {
     };
     let cases = [
         (refusal(set("general.architecture", "mamba".into())), "architecture \"mamba\""),
+        (refusal(set("general.architecture", "qwen35".into())), "architecture \"qwen35\", which cannot be loaded"),
         (refusal(set("llama.block_count", 0_u32.into())), "llama.block_count is 0; expected a positive integer"),
         (refusal(set("llama.block_count", 4_000_000_000_u32.into())), "expected at most 512"),
         (refusal(set("llama.expert_count", 4_000_000_000_u32.into())), "expert_used_count is missing"),

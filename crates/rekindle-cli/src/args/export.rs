@@ -59,8 +59,8 @@ pub(crate) struct GgufArgs {
     /// Directory for the files; files of the same name are replaced
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// Write the adapter alone, as a GGUF adapter for llama.cpp's --lora
-    #[arg(long, conflicts_with_all = ["quant", "imatrix", "split_max_size"])]
+    /// Write the adapter alone, as a GGUF adapter for llama.cpp's --lora, with --quant f16 (default), f32 or bf16
+    #[arg(long, conflicts_with_all = ["imatrix", "split_max_size"])]
     pub(crate) adapter_only: bool,
     /// The base of an adapter: a directory or a name on the hub [default: the base that it was trained on]
     #[arg(long, value_name = "M")]

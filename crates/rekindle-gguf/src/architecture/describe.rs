@@ -1,8 +1,8 @@
 //! The metadata of a decoder, and the refusal of what an architecture does not compute.
 
 use super::{
-    AttentionScale, GgufArchitecture, GgufDecoder, GgufDescription, GgufExperts, GgufLayer, GgufRopeScaling, Mixtures,
-    Windows,
+    AttentionScale, GgufArchitecture, GgufDecoder, GgufDelta, GgufDescription, GgufExperts, GgufLayer, GgufRopeScaling,
+    Mixtures, Windows,
 };
 use crate::{Error, MetadataValue};
 
@@ -11,6 +11,7 @@ pub(super) fn description(architecture: &GgufArchitecture, decoder: &GgufDecoder
     let mut out = Describer { architecture, metadata: Vec::new(), vectors: Vec::new(), notices: Vec::new() };
     out.sizes(decoder)?;
     out.experts(decoder)?;
+    out.linear_attention(decoder)?;
     out.attention_scale(decoder)?;
     out.scales(decoder)?;
     out.windows(decoder)?;
@@ -52,6 +53,11 @@ impl Describer<'_> {
         self.set_size("attention.head_count_kv", decoder.kv_heads)?;
         self.set_size("attention.key_length", decoder.head_dim)?;
         self.set_size("attention.value_length", decoder.head_dim)?;
+        if self.architecture.name == "chatglm" && decoder.heads * decoder.head_dim != decoder.embedding_length {
+            let width = decoder.heads * decoder.head_dim;
+            let embedding = decoder.embedding_length;
+            return Err(self.refused(&format!("the heads have {width} channels and the embedding {embedding}")));
+        }
         self.set("attention.layer_norm_rms_epsilon", decoder.rms_epsilon as f32);
         Ok(())
     }
@@ -63,10 +69,17 @@ impl Describer<'_> {
             (_, None) => return Err(self.refused("layers have no experts")),
             (Mixtures::Mixtral, _) => (true, false),
             (Mixtures::Qwen(normalizes), _) => (normalizes, true),
+            (Mixtures::GptOss, _) => (true, true),
         };
-        let Some(GgufExperts { count, used, shared_feed_forward_length, normalizes: wanted }) = decoder.experts else {
+        let Some(GgufExperts { count, used, shared_feed_forward_length, normalizes: wanted, is_clamped }) =
+            decoder.experts
+        else {
             return Ok(());
         };
+        if is_clamped != (self.architecture.mixtures == Mixtures::GptOss) {
+            let what = if is_clamped { "have" } else { "do not have" };
+            return Err(self.refused(&format!("experts {what} biases and a clamped SwiGLU")));
+        }
         if wanted != normalizes {
             let what = if wanted { "sum to 1" } else { "do not sum to 1" };
             return Err(self.refused(&format!("the weights of a token's experts {what}")));
@@ -77,13 +90,44 @@ impl Describer<'_> {
             self.set_size("expert_feed_forward_length", decoder.feed_forward_length)?;
         }
         match shared_feed_forward_length {
-            Some(width) if self.architecture.name == "qwen2moe" => {
+            Some(width) if self.architecture.has_shared_expert => {
                 self.set_size("expert_shared_feed_forward_length", width)
             }
             Some(_) => Err(self.refused("every token uses an expert beside the chosen ones")),
-            None if self.architecture.name == "qwen2moe" => Err(self.refused("no expert is used by every token")),
+            None if self.architecture.has_shared_expert => Err(self.refused("no expert is used by every token")),
             None => Ok(()),
         }
+    }
+
+    fn linear_attention(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
+        let linear: Vec<bool> = decoder.layers.iter().map(|layer| layer.is_linear).collect();
+        if !self.architecture.has_linear_layers {
+            return match linear.iter().position(|is_linear| *is_linear) {
+                Some(layer) => Err(self.refused(&format!("layer {layer} has linear attention"))),
+                None => Ok(()),
+            };
+        }
+        let Some(GgufDelta { key_heads, value_heads, key_dim, value_dim, conv_width }) = decoder.delta else {
+            return Err(self.refused("no layer has linear attention"));
+        };
+        if key_dim != value_dim {
+            let what = format!("linear attention has values of {value_dim} channels and keys of {key_dim}");
+            return Err(self.refused(&what));
+        }
+        self.set_size("ssm.conv_kernel", conv_width)?;
+        self.set_size("ssm.state_size", key_dim)?;
+        self.set_size("ssm.group_count", key_heads)?;
+        self.set_size("ssm.time_step_rank", value_heads)?;
+        self.set_size("ssm.inner_size", value_heads * value_dim)?;
+        // Older versions of llama.cpp read the interval alone.
+        let is_every = |interval: &usize| {
+            linear.iter().enumerate().all(|(layer, is_linear)| *is_linear == ((layer + 1) % interval != 0))
+        };
+        if let Some(interval) = (2..=linear.len()).find(is_every) {
+            self.set("full_attention_interval", interval as u32);
+        }
+        self.set("attention.recurrent_layers", linear);
+        Ok(())
     }
 
     fn attention_scale(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
@@ -178,7 +222,7 @@ impl Describer<'_> {
         let has_windows = decoder.layers.iter().any(|layer| layer.window.is_some());
         let rotates = |(index, layer): (usize, &GgufLayer)| match self.architecture.windows {
             Windows::ListedIn64Layers => !has_windows || layer.window.is_some(),
-            _ => step == 0 || (index + 1) % step != 0,
+            _ => !layer.is_linear && (step == 0 || (index + 1) % step != 0),
         };
         let wrong =
             decoder.layers.iter().enumerate().find(|(index, layer)| rotates((*index, layer)) != layer.rope.is_some());
@@ -194,13 +238,22 @@ impl Describer<'_> {
         let Some(rope) = of(false).or_else(|| of(true)) else { return Err(self.refused("no layer has positions")) };
         self.set_size("rope.dimension_count", rope.dimensions)?;
         self.set("rope.freq_base", rope.base as f32);
+        if self.architecture.has_linear_layers {
+            // The pairs of a text's one axis, dealt to three axes in turn.
+            let pairs = (rope.dimensions / 2) as i32;
+            self.set("rope.dimension_sections", vec![(pairs + 2) / 3, (pairs + 1) / 3, pairs / 3, 0]);
+        }
         if let Some(windowed) = of(true).filter(|windowed| *windowed != rope) {
             let is_listed = self.architecture.windows == Windows::Listed;
             if !is_listed || windowed.scaling != GgufRopeScaling::None || windowed.dimensions != rope.dimensions {
                 return Err(self.refused("layers with a window have other rotary positions"));
             }
             self.set("rope.freq_base_swa", windowed.base as f32);
-        } else if has_windows && self.architecture.windows == Windows::Listed && rope.scaling != GgufRopeScaling::None {
+        } else if has_windows
+            && self.architecture.windows == Windows::Listed
+            && !self.architecture.scales_windowed
+            && rope.scaling != GgufRopeScaling::None
+        {
             return Err(self.refused("layers with a window have scaled rotary positions"));
         }
         if let Some((beta, window)) = decoder.query_growth {
@@ -223,7 +276,18 @@ impl Describer<'_> {
                 self.set("rope.scaling.type", "linear");
                 self.set("rope.scaling.factor", *factor as f32);
             }
-            GgufRopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow } => {
+            GgufRopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow, truncate } => {
+                if !truncate && self.architecture.mixtures == Mixtures::GptOss {
+                    self.notices.push(
+                        "llama.cpp rounds the dimensions between which YaRN changes the frequencies, and this model does not: \
+                         logits differ slightly"
+                            .to_owned(),
+                    );
+                } else if !truncate {
+                    return Err(
+                        self.refused("the dimensions between which YaRN changes the frequencies are not rounded")
+                    );
+                }
                 self.set("rope.scaling.type", "yarn");
                 self.set("rope.scaling.factor", *factor as f32);
                 self.set_size("rope.scaling.original_context_length", *original)?;

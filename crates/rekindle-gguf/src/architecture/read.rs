@@ -27,8 +27,9 @@ impl GgufArchitecture {
         let found = ARCHITECTURES
             .iter()
             .find(|architecture| architecture.name == name && is_mixture == (architecture.mixtures != Mixtures::None));
-        let architecture = *found.ok_or_else(|| {
-            let mut names: Vec<_> = ARCHITECTURES.iter().map(|architecture| architecture.name).collect();
+        let architecture = *found.filter(|found| found.is_read).ok_or_else(|| {
+            let read = ARCHITECTURES.iter().filter(|architecture| architecture.is_read);
+            let mut names: Vec<_> = read.map(|architecture| architecture.name).collect();
             names.sort_unstable();
             names.dedup();
             let experts = if is_mixture { " with experts" } else { "" };
@@ -136,7 +137,7 @@ impl DecoderReader<'_> {
                 _ => no_rope_step == 0 || !(index + 1).is_multiple_of(no_rope_step),
             };
             let id = if is_windowed { ropes.len() - 1 } else { 0 };
-            GgufLayer { window: window.filter(|_| is_windowed), rope: rotates.then_some(id) }
+            GgufLayer { window: window.filter(|_| is_windowed), rope: rotates.then_some(id), is_linear: false }
         };
         let layers: Vec<GgufLayer> = windows.into_iter().enumerate().map(layer).collect();
         let implied_scale = (head_dim as f64).sqrt().recip();
@@ -159,6 +160,7 @@ impl DecoderReader<'_> {
             embedding_length,
             feed_forward_length: self.feed_forward_length()?,
             experts: self.experts()?,
+            delta: None,
             heads,
             kv_heads: self.size("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
@@ -204,6 +206,7 @@ impl DecoderReader<'_> {
             Mixtures::None => return Ok(None),
             Mixtures::Mixtral => true,
             Mixtures::Qwen(normalizes) => normalizes,
+            Mixtures::GptOss => true,
         };
         let shared_feed_forward_length = match self.size("expert_shared_feed_forward_length")? {
             Some(width) => Some(width),
@@ -214,7 +217,13 @@ impl DecoderReader<'_> {
             let name = self.architecture.name;
             return Err(self.malformed(format!("{name}.expert_count is {count}; expected at most {MOST_EXPERTS}")));
         }
-        Ok(Some(GgufExperts { count, used, shared_feed_forward_length, normalizes }))
+        Ok(Some(GgufExperts {
+            count,
+            used,
+            shared_feed_forward_length,
+            normalizes,
+            is_clamped: self.architecture.mixtures == Mixtures::GptOss,
+        }))
     }
 
     /// Returns for each layer if it has a window.
@@ -296,7 +305,8 @@ impl DecoderReader<'_> {
                 let beta_fast = self.positive("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0);
                 let beta_slow = self.positive("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0);
                 let (attention_factor, original) = (shortest(attention_factor), original()?);
-                Ok(GgufRopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow })
+                let truncate = true;
+                Ok(GgufRopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow, truncate })
             }
             (None | Some("linear"), Some(factor)) if factor != 1.0 => Ok(GgufRopeScaling::Linear { factor }),
             (None | Some("none" | "linear"), _) => Ok(GgufRopeScaling::None),

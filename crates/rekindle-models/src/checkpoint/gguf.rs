@@ -4,17 +4,18 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use rekindle_gguf::{
-    GgmlType, GgufFileType, GgufTensorSpec, Importance, MetadataValue, Recipe, RecipeModel, interleave_rows,
-    write_gguf_files,
+    GgmlType, GgufFileType, GgufTensorSpec, Importance, MetadataValue, Recipe, RecipeModel, write_gguf_files,
 };
 use rekindle_hub::{Checkpoint, TensorView};
 use rekindle_lora::Adapter;
+use rekindle_quant::mxfp4;
 use rekindle_rope::Positions;
 
-use super::gguf_decoder::{GgufModelSpec, is_rotated, norm_shift, tensor_name};
+use super::gguf_decoder::{GgufModelSpec, is_rotated};
+use super::gguf_tensors::{ValueChange, tensors_of};
 use super::merge::MergedTensors;
 use crate::parameters::ParameterSpec;
-use crate::{Error, ModelConfig, NonFinite};
+use crate::{Error, LayerRole, ModelConfig, NonFinite, Role};
 
 /// Elements that are decoded and quantized at a time: 64 MiB in f32.
 const PIECE: usize = 1 << 24;
@@ -88,14 +89,23 @@ pub fn export_gguf(
         tensors.push(GgufTensorSpec::new(name.clone(), GgmlType::F32, [values.len() as u64]));
         contents.push(TensorContent::Vector(values));
     }
-    for parts in source.stacks() {
-        let name = tensor_name(parts[0].role)?;
-        let mut shape: Vec<u64> = parts[0].shape.iter().map(|&extent| extent as u64).collect();
-        if parts[0].role.expert().is_some() {
-            shape.insert(0, parts.len() as u64);
+    for parameters in source.stacks() {
+        let is_stacked = parameters[0].role.expert().is_some();
+        let keeps_mxfp4 = keeps_mxfp4(file_type) && parameters.iter().all(|needed| source.mxfp4(needed).is_some());
+        for (index, part) in tensors_of(&spec.architecture, &config, &parameters[0])?.into_iter().enumerate() {
+            let mut shape: Vec<u64> = part.shape.iter().map(|&extent| extent as u64).collect();
+            if is_stacked {
+                shape.insert(0, parameters.len() as u64);
+            }
+            let kind = if keeps_mxfp4 { GgmlType::MXFP4 } else { recipe.tensor_type(&part.name, &shape) };
+            tensors.push(GgufTensorSpec::new(part.name, kind, shape));
+            contents.push(TensorContent::Parameters {
+                parameters: parameters.clone(),
+                change: part.change,
+                keeps_mxfp4,
+                is_first: index == 0,
+            });
         }
-        tensors.push(GgufTensorSpec::new(name.clone(), recipe.tensor_type(&name, &shape), shape));
-        contents.push(TensorContent::Parameters(parts));
     }
     let mut metadata = vec![
         ("general.architecture".to_owned(), spec.architecture.name().into()),
@@ -106,24 +116,27 @@ pub fn export_gguf(
     metadata.extend(spec.description.metadata.iter().cloned());
     metadata.extend(options.metadata.iter().cloned());
 
-    let interleaves = |needed: &ParameterSpec| spec.architecture.rotates_pairs() && rotates_halves(&config, needed);
     let mut refused = None;
     let written = write_gguf_files(path, options.max_file_bytes, &metadata, &tensors, |index, out| {
         let tensor = &tensors[index];
         let result = match &contents[index] {
             TensorContent::Vector(values) => put(tensor, values, None, out),
-            TensorContent::Parameters(parts) => {
+            TensorContent::Parameters { parameters, change, keeps_mxfp4, is_first } => {
                 let importance = options.importance.and_then(|all| all.get(&tensor.name)).map(Vec::as_slice);
                 let columns = tensor.shape.last().map_or(1, |&columns| columns as usize);
-                parts.iter().enumerate().try_for_each(|(index, needed)| {
-                    // An importance matrix has the columns of every expert.
-                    let importance = importance.map(|all| all.get(index * columns..).unwrap_or(all));
-                    let importance = importance.map(|rest| rest.get(..columns).unwrap_or(rest));
-                    let head_dim = interleaves(needed).then_some(config.head_dim());
-                    let shift = norm_shift(&config, needed.role);
-                    let done = put_parameter(&source, needed, tensor, shift, head_dim, importance, out);
-                    progress(source.bytes(needed));
-                    done
+                parameters.iter().enumerate().try_for_each(|(index, needed)| {
+                    if let Some(blocks) = source.mxfp4(needed).filter(|_| *keeps_mxfp4) {
+                        out.write_all(&repacked(blocks, columns, change))?;
+                    } else {
+                        // An importance matrix has the columns of every expert.
+                        let importance = importance.map(|all| all.get(index * columns..).unwrap_or(all));
+                        let importance = importance.map(|rest| rest.get(..columns).unwrap_or(rest));
+                        put_parameter(&source, needed, tensor, change, importance, out)?;
+                    }
+                    if *is_first {
+                        progress(source.bytes(needed));
+                    }
+                    Ok(())
                 })
             }
         };
@@ -149,8 +162,15 @@ pub fn export_gguf(
 /// A tensor of the file.
 enum TensorContent<'a> {
     Vector(&'a [f32]),
-    /// A parameter, or the linears of all experts one after another.
-    Parameters(Vec<ParameterSpec>),
+    /// A parameter, or the linears of all experts one after another; or a part of each.
+    Parameters {
+        parameters: Vec<ParameterSpec>,
+        change: ValueChange,
+        /// True if the blocks of the base are written as they are.
+        keeps_mxfp4: bool,
+        /// True for the first tensor of the parameters.
+        is_first: bool,
+    },
 }
 
 /// The reason that a tensor was not written: the file, or the model.
@@ -178,17 +198,45 @@ pub(super) fn rotates_halves(config: &ModelConfig, needed: &ParameterSpec) -> bo
     is_rotated(needed.role) && !is_interleaved
 }
 
+/// Returns true for file types that keep the experts of a checkpoint in MXFP4: no other type holds their values exactly in
+/// as few bytes.
+fn keeps_mxfp4(file_type: GgufFileType) -> bool {
+    use GgufFileType as T;
+    matches!(file_type, T::F32 | T::F16 | T::BF16 | T::MXFP4_MOE)
+}
+
+/// Returns the blocks of a GGUF file for rows in MXFP4: a scale, then the codes of elements j and j + 16 in byte j. The
+/// codes of a checkpoint are those of elements 2j and 2j + 1.
+fn repacked((codes, scales): (&[u8], &[u8]), columns: usize, change: &ValueChange) -> Vec<u8> {
+    let per_row = columns / mxfp4::BLOCK;
+    let all: Vec<usize> = (0..scales.len() / per_row.max(1)).collect();
+    let rows = change.rows.as_ref().unwrap_or(&all);
+    let mut out = Vec::with_capacity(rows.len() * per_row * (1 + mxfp4::BLOCK / 2));
+    for block in rows.iter().flat_map(|row| row * per_row..(row + 1) * per_row) {
+        out.push(scales[block]);
+        let codes = &codes[block * mxfp4::BLOCK / 2..][..mxfp4::BLOCK / 2];
+        let code = |element: usize| codes[element / 2] >> (element % 2 * 4) & 15;
+        out.extend((0..mxfp4::BLOCK / 2).map(|j| code(j) | code(j + mxfp4::BLOCK / 2) << 4));
+    }
+    out
+}
+
 fn put_parameter(
     source: &MergedTensors<'_>,
     needed: &ParameterSpec,
     tensor: &GgufTensorSpec,
-    shift: f32,
-    interleaved_heads: Option<usize>,
+    change: &ValueChange,
     importance: Option<&[f32]>,
     out: &mut dyn Write,
 ) -> Result<(), PutError> {
-    let columns = needed.shape.last().copied().unwrap_or(1).max(1);
-    if let Some(view) = source.unchanged(needed).filter(|_| interleaved_heads.is_none() && shift == 0.0) {
+    let columns = match needed.role {
+        // One channel of the convolution.
+        Role::Layer(_, LayerRole::ShortConv) => needed.shape[1..].iter().product(),
+        _ if needed.shape.len() == 1 && change.rows.is_some() => 1,
+        _ => needed.shape.last().copied().unwrap_or(1),
+    };
+    let columns: usize = columns.max(1);
+    if let Some(view) = source.unchanged(needed).filter(|_| change.is_identity()) {
         let rows = (PIECE / columns).max(1);
         let (block, size) = (view.dtype.block_elements(), view.dtype.size());
         for bytes in view.data.chunks(rows * columns / block * size) {
@@ -198,20 +246,7 @@ fn put_parameter(
         }
         return Ok(());
     }
-    let mut values = source.merged(needed)?;
-    if shift != 0.0 {
-        values.iter_mut().for_each(|value| *value += shift);
-    }
-    if let Some(head_dim) = interleaved_heads {
-        values = interleaved(&values, needed.shape[0], head_dim);
-    }
-    put(tensor, &values, importance, out)
-}
-
-/// Returns the rows of queries or keys in the order of a rotation of pairs.
-pub(super) fn interleaved(values: &[f32], rows: usize, head_dim: usize) -> Vec<f32> {
-    let width = values.len() / rows.max(1);
-    interleave_rows(rows, head_dim).flat_map(|row| &values[row * width..][..width]).copied().collect()
+    put(tensor, &change.apply(source.merged(needed)?, columns), importance, out)
 }
 
 /// Quantizes and writes values of whole rows.

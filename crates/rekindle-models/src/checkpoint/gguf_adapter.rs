@@ -6,8 +6,8 @@ use rekindle_gguf::{GgmlType, GgufTensorSpec, MetadataValue, write_gguf_files};
 use rekindle_hub::Checkpoint;
 use rekindle_lora::{Adapter, LoraFactors};
 
-use super::gguf::{interleaved, rotates_halves};
 use super::gguf_decoder::{architecture, tensor_name};
+use super::gguf_tensors::{ValueChange, change};
 use crate::{Error, ModelConfig};
 
 /// Writes `adapter`, trained on `base`, as a GGUF adapter at `path`, with factors of the type `kind` (F32, F16 or BF16).
@@ -37,14 +37,15 @@ pub fn export_gguf_adapter(
         let Some(factors) = adapter.factors.get(needed.module()).filter(|_| is_plain) else { continue };
         let &[out, input] = needed.shape.as_slice() else { continue };
         let ratio = alpha_of(needed.module(), factors) / alpha;
-        let mut b: Vec<f32> = factors.b.iter().map(|&value| (f64::from(value) * ratio) as f32).collect();
-        if architecture.rotates_pairs() && rotates_halves(&config, &needed) {
-            b = interleaved(&b, out, config.head_dim());
-        }
-        let name = tensor_name(needed.role)?;
+        let b: Vec<f32> = factors.b.iter().map(|&value| (f64::from(value) * ratio) as f32).collect();
+        let name = tensor_name(&architecture, needed.role)?;
+        // A has the columns of the weight, and B its rows.
+        let ValueChange { rows, columns, .. } = change(&architecture, &config, &needed);
+        let a = ValueChange::of_order(None, columns).apply(factors.a.clone(), input);
+        let b = ValueChange::of_order(rows, None).apply(b, factors.r);
         let r = factors.r as u64;
         tensors.push(GgufTensorSpec::new(format!("{name}.lora_a"), kind, [r, input as u64]));
-        values.push(factors.a.clone());
+        values.push(a);
         tensors.push(GgufTensorSpec::new(format!("{name}.lora_b"), kind, [out as u64, r]));
         values.push(b);
     }

@@ -83,10 +83,11 @@ pub fn unpack_gguf(file: &Path, dir: &Path) -> Result<(), Error> {
 fn quantized_linears(model: &GgufModel, config: &Value, file: &Path) -> Result<BTreeMap<String, &'static str>, Error> {
     let config =
         ModelConfig::from_json(config).map_err(|problems| Error::Config { path: file.to_owned(), problems })?;
+    let architecture = architecture(&config)?;
     let (mut types, mut experts) = (BTreeMap::new(), BTreeMap::<_, BTreeMap<String, &str>>::new());
     for needed in config.parameters() {
         let (true, &[_, input]) = (needed.role.is_linear(), needed.shape.as_slice()) else { continue };
-        let Some(tensor) = model.tensor(&tensor_name(needed.role)?) else { continue };
+        let Some(tensor) = model.tensor(&tensor_name(&architecture, needed.role)?) else { continue };
         if let Some(codec) = kept_blocks::codec(Some(tensor.kind)).filter(|codec| input.is_multiple_of(codec.elements))
         {
             let same_weight = match (needed.role, needed.role.expert()) {
@@ -150,13 +151,13 @@ enum TensorContent {
 
 impl GgufStore {
     fn new(model: GgufModel, config: &ModelConfig) -> Result<Self, Error> {
-        let rotates_pairs = architecture(config)?.rotates_pairs();
+        let architecture = architecture(config)?;
         let mut tensors = BTreeMap::new();
         let mut used: BTreeSet<String> = IN_CONFIG.map(str::to_owned).into();
         for needed in config.parameters() {
-            let name = tensor_name(needed.role)?;
+            let name = tensor_name(&architecture, needed.role)?;
             let Some(found) = model.tensor(&name) else { continue };
-            let pairs = rotates_pairs && rotates_halves(config, &needed);
+            let pairs = architecture.rotates_pairs() && rotates_halves(config, &needed);
             let stored = StoredTensor::new(&found, &needed, config, pairs)?;
             tensors.insert(needed.name, stored);
             used.insert(name);

@@ -1,13 +1,15 @@
 //! From a spec to the description of a decoder in a GGUF file.
 
 use rekindle_gguf::{
-    GgufArchitecture, GgufDecoder, GgufDescription, GgufExperts, GgufLayer, GgufPart, GgufRope, GgufRopeScaling,
+    GgufArchitecture, GgufDecoder, GgufDelta, GgufDescription, GgufExperts, GgufLayer, GgufPart, GgufRope,
+    GgufRopeScaling,
 };
 use rekindle_rope::{RopeConfig, Scaling};
 
-use crate::parameters::ExpertRole;
+use crate::parameters::{ExpertRole, ExpertStack};
 use crate::spec::{
-    Activation, AttentionMask, AttentionSpec, FeedForwardSpec, MoeSpec, NormSpec, NormWeight, RoutingForm,
+    Activation, AttentionMask, AttentionSpec, FeedForwardSpec, GatedDeltaSpec, MixerSpec, MoeSpec, NormSpec,
+    NormWeight, RoutingForm,
 };
 use crate::{Error, LayerRole, LinearRole, ModelConfig, Role, families};
 
@@ -38,45 +40,55 @@ pub(super) fn architecture(config: &ModelConfig) -> Result<GgufArchitecture, Err
 /// Returns the name of a tensor in a GGUF file. The linears of all experts of a layer are one tensor there.
 ///
 /// # Errors
-/// [`Error::Argument`] for parts that no supported architecture has.
-pub(super) fn tensor_name(role: Role) -> Result<String, Error> {
+/// [`Error::Argument`] for a parameter that is several tensors of a file.
+pub(super) fn tensor_name(architecture: &GgufArchitecture, role: Role) -> Result<String, Error> {
     let (layer, part) = match role {
         Role::Embedding => return Ok(GgufPart::Embedding.tensor_name("weight")),
         Role::FinalNorm => return Ok(GgufPart::OutputNorm.tensor_name("weight")),
         Role::Head => return Ok(GgufPart::Output.tensor_name("weight")),
         Role::Layer(layer, part) => (layer, part),
     };
-    let unknown = || Error::Argument(format!("a GGUF file cannot have the tensor {part:?} of layer {layer} yet"));
     let linear = |role| match role {
-        LinearRole::Query => Some(GgufPart::Query(layer)),
-        LinearRole::Key => Some(GgufPart::Key(layer)),
-        LinearRole::Value => Some(GgufPart::Value(layer)),
-        LinearRole::Qkv => Some(GgufPart::QueryKeyValue(layer)),
-        LinearRole::Output => Some(GgufPart::AttentionOutput(layer)),
-        LinearRole::Gate => Some(GgufPart::Gate(layer)),
-        LinearRole::Up | LinearRole::GateUp => Some(GgufPart::Up(layer)),
-        LinearRole::Down => Some(GgufPart::Down(layer)),
-        LinearRole::Router => Some(GgufPart::Router(layer)),
-        LinearRole::SharedGate => Some(GgufPart::SharedGate(layer)),
-        LinearRole::SharedUp => Some(GgufPart::SharedUp(layer)),
-        LinearRole::SharedDown => Some(GgufPart::SharedDown(layer)),
-        LinearRole::SharedExpertGate => Some(GgufPart::SharedExpertGate(layer)),
-        _ => None,
+        LinearRole::Query => GgufPart::Query(layer),
+        LinearRole::Key => GgufPart::Key(layer),
+        LinearRole::Value => GgufPart::Value(layer),
+        LinearRole::Qkv => GgufPart::QueryKeyValue(layer),
+        LinearRole::Output => GgufPart::AttentionOutput(layer),
+        LinearRole::Gate => GgufPart::Gate(layer),
+        LinearRole::Up | LinearRole::GateUp => GgufPart::Up(layer),
+        LinearRole::Down => GgufPart::Down(layer),
+        LinearRole::Router => GgufPart::Router(layer),
+        LinearRole::SharedGate => GgufPart::SharedGate(layer),
+        LinearRole::SharedUp => GgufPart::SharedUp(layer),
+        LinearRole::SharedDown => GgufPart::SharedDown(layer),
+        LinearRole::SharedExpertGate => GgufPart::SharedExpertGate(layer),
+        LinearRole::DeltaQkv => GgufPart::QueryKeyValue(layer),
+        LinearRole::DeltaGate => GgufPart::AttentionGate(layer),
+        LinearRole::DeltaBeta => GgufPart::UpdateStrength(layer),
+        LinearRole::DeltaDecay => GgufPart::DecayInput(layer),
+        LinearRole::DeltaOutput => GgufPart::DeltaOutput(layer),
     };
     let (part, kind) = match part {
         LayerRole::PreAttentionNorm => (GgufPart::AttentionNorm(layer), "weight"),
-        LayerRole::Weight(role) => (linear(role).ok_or_else(unknown)?, "weight"),
-        LayerRole::Bias(role) => (linear(role).ok_or_else(unknown)?, "bias"),
+        LayerRole::Weight(role) => (linear(role), "weight"),
+        LayerRole::Bias(role) => (linear(role), "bias"),
         LayerRole::QueryNorm => (GgufPart::QueryNorm(layer), "weight"),
         LayerRole::KeyNorm => (GgufPart::KeyNorm(layer), "weight"),
         LayerRole::Sinks => (GgufPart::Sinks(layer), "weight"),
         LayerRole::PostAttentionNorm => (GgufPart::PostAttentionNorm(layer), "weight"),
-        LayerRole::PreFeedForwardNorm => (GgufPart::FeedForwardNorm(layer), "weight"),
+        LayerRole::PreFeedForwardNorm => (architecture.feed_forward_norm(layer), "weight"),
         LayerRole::PostFeedForwardNorm => (GgufPart::PostFeedForwardNorm(layer), "weight"),
         LayerRole::Expert(ExpertRole::Gate, _) => (GgufPart::ExpertGates(layer), "weight"),
         LayerRole::Expert(ExpertRole::Up, _) => (GgufPart::ExpertUps(layer), "weight"),
         LayerRole::Expert(ExpertRole::Down, _) => (GgufPart::ExpertDowns(layer), "weight"),
-        _ => return Err(unknown()),
+        LayerRole::ExpertBias(ExpertStack::Down) => (GgufPart::ExpertDowns(layer), "bias"),
+        LayerRole::ShortConv => (GgufPart::ShortConvolution(layer), "weight"),
+        LayerRole::DecayRate => (GgufPart::DecayRate(layer), ""),
+        LayerRole::DecayBias => (GgufPart::DecayBias(layer), "bias"),
+        LayerRole::GatedNorm => (GgufPart::DeltaNorm(layer), "weight"),
+        LayerRole::Expert(ExpertRole::GateUp, _) | LayerRole::Experts(_) | LayerRole::ExpertBias(_) => {
+            return Err(Error::Argument(format!("{part:?} of layer {layer} is not one tensor of a GGUF file")));
+        }
     };
     Ok(part.tensor_name(kind))
 }
@@ -115,8 +127,12 @@ fn decoder(config: &ModelConfig) -> Result<GgufDecoder, Error> {
     let spec = &config.spec;
     let refuse = |what: &str| Error::Argument(format!("a GGUF file cannot describe {what}"));
     let first = spec.layers.first().ok_or_else(|| refuse("a model without layers"))?;
-    let gated_delta = || refuse("this model's linear attention yet");
-    let attention = first.attention().ok_or_else(gated_delta)?;
+    let attention = spec.layers.iter().find_map(|layer| layer.attention());
+    let attention = attention.ok_or_else(|| refuse("a model without softmax attention"))?;
+    let delta = spec.layers.iter().find_map(|layer| match layer.mixer {
+        MixerSpec::GatedDelta(delta) => Some(delta),
+        MixerSpec::Attention(_) => None,
+    });
     let same = |other: &AttentionSpec| {
         (other.heads, other.kv_heads, other.head_dim, other.scale, other.softcap)
             == (attention.heads, attention.kv_heads, attention.head_dim, attention.scale, attention.softcap)
@@ -127,7 +143,11 @@ fn decoder(config: &ModelConfig) -> Result<GgufDecoder, Error> {
         FeedForwardSpec::Plain { .. } => return Err(refuse("this model's feed-forward layers yet")),
     };
     let uniform = spec.layers.iter().all(|layer| {
-        layer.attention().is_none_or(same)
+        let same_mixer = match &layer.mixer {
+            MixerSpec::Attention(attention) => same(attention),
+            MixerSpec::GatedDelta(other) => Some(*other) == delta,
+        };
+        same_mixer
             && match (&layer.feed_forward, &first.feed_forward) {
                 (FeedForwardSpec::Gated(gated), FeedForwardSpec::Gated(_)) => gated.intermediate_size == width,
                 (FeedForwardSpec::Moe(moe), FeedForwardSpec::Moe(other)) => moe == other,
@@ -139,13 +159,15 @@ fn decoder(config: &ModelConfig) -> Result<GgufDecoder, Error> {
         return Err(refuse("layers that differ in their sizes"));
     }
     let layers = spec.layers.iter().map(|layer| {
-        let attention = layer.attention().ok_or_else(gated_delta)?;
+        let Some(attention) = layer.attention() else {
+            return Ok(GgufLayer { window: None, rope: None, is_linear: true });
+        };
         let window = match attention.mask {
             AttentionMask::Full => None,
             AttentionMask::Sliding(window) => Some(window as u64),
             AttentionMask::Chunked(_) => return Err(refuse("attention in chunks yet")),
         };
-        Ok(GgufLayer { window, rope: attention.rope.map(|rope| rope.id.0) })
+        Ok(GgufLayer { window, rope: attention.rope.map(|rope| rope.id.0), is_linear: false })
     });
     let eps = spec.final_norm.eps;
     Ok(GgufDecoder {
@@ -154,6 +176,7 @@ fn decoder(config: &ModelConfig) -> Result<GgufDecoder, Error> {
         embedding_length: spec.hidden_size as u64,
         feed_forward_length: width as u64,
         experts,
+        delta: delta.map(linear_attention),
         heads: attention.heads as u64,
         kv_heads: attention.kv_heads as u64,
         head_dim: attention.head_dim as u64,
@@ -170,18 +193,46 @@ fn decoder(config: &ModelConfig) -> Result<GgufDecoder, Error> {
     })
 }
 
+fn linear_attention(delta: GatedDeltaSpec) -> GgufDelta {
+    GgufDelta {
+        key_heads: delta.key_heads as u64,
+        value_heads: delta.value_heads as u64,
+        key_dim: delta.key_dim as u64,
+        value_dim: delta.value_dim as u64,
+        conv_width: delta.conv_width as u64,
+    }
+}
+
 fn experts(moe: &MoeSpec) -> Result<GgufExperts, Error> {
-    let RoutingForm::SoftmaxTopK { normalize: normalizes } = moe.routing else {
-        return Err(Error::Argument("a GGUF file cannot describe this model's router yet".to_owned()));
+    let normalizes = match moe.routing {
+        RoutingForm::SoftmaxTopK { normalize } => normalize,
+        RoutingForm::TopKSoftmax => true,
+        RoutingForm::Sigmoid => {
+            return Err(Error::Argument("a GGUF file cannot describe this model's router yet".to_owned()));
+        }
     };
-    if moe.bias || moe.activation != Activation::Silu || moe.shared.is_some_and(|shared| !shared.gated) {
-        return Err(Error::Argument("a GGUF file cannot describe this model's experts yet".to_owned()));
+    let is_clamped = match moe.activation {
+        Activation::ClampedSwiglu { alpha, limit } if moe.bias => {
+            if (alpha, limit) != (1.702, 7.0) {
+                return Err(Error::Argument(format!(
+                    "llama.cpp computes a clamped SwiGLU with swiglu_alpha 1.702 and swiglu_limit 7, and this model has \
+                     {alpha} and {limit}"
+                )));
+            }
+            true
+        }
+        Activation::Silu if !moe.bias => false,
+        _ => return Err(Error::Argument("a GGUF file cannot describe this model's experts yet".to_owned())),
+    };
+    if moe.shared.is_some_and(|shared| !shared.gated) {
+        return Err(Error::Argument("a GGUF file cannot describe a shared expert without a gate yet".to_owned()));
     }
     Ok(GgufExperts {
         count: moe.experts as u64,
         used: moe.top_k as u64,
         shared_feed_forward_length: moe.shared.map(|shared| shared.intermediate_size as u64),
         normalizes,
+        is_clamped,
     })
 }
 
@@ -191,14 +242,22 @@ fn rope(rope: &RopeConfig) -> Result<GgufRope, Error> {
         Scaling::Default => GgufRopeScaling::None,
         Scaling::Linear { factor } => GgufRopeScaling::Linear { factor: *factor },
         &Scaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow, truncate } => {
-            if !truncate {
-                return Err(Error::Argument("llama.cpp rounds YaRN's dimensions, and this model does not".to_owned()));
+            GgufRopeScaling::Yarn {
+                factor,
+                original: original as u64,
+                attention_factor,
+                beta_fast,
+                beta_slow,
+                truncate,
             }
-            GgufRopeScaling::Yarn { factor, original: original as u64, attention_factor, beta_fast, beta_slow }
         }
         &Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
             let bands = [factor, low_freq_factor, high_freq_factor, original as f64].map(|x| x as f32);
             GgufRopeScaling::Divisors(llama3_divisors(rope.theta() as f32, rope.rotary_dim(), bands))
+        }
+        // The same divisors for every length.
+        Scaling::LongRope { short_factor, long_factor, attention_factor: 1.0, .. } if short_factor == long_factor => {
+            GgufRopeScaling::Divisors(f32s(short_factor))
         }
         Scaling::LongRope { short_factor, long_factor, original, attention_factor } => GgufRopeScaling::Long {
             short: f32s(short_factor),

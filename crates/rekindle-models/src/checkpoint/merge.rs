@@ -8,6 +8,7 @@ use rekindle_hub::{Checkpoint, Dtype, TensorSpec, write_f32};
 use rekindle_kernels::{Params, Weight, from_f32, to_f32};
 use rekindle_lora::{Adapter, EmbeddingTable, ExpertLinear, LoraFactors};
 use rekindle_quant::bnb::StoredWeight;
+use rekindle_quant::mxfp4;
 use rekindle_rope::Positions;
 use serde_json::Value;
 
@@ -223,6 +224,13 @@ impl<'a> MergedTensors<'a> {
             Some(plan) if needed.role.is_linear() => plan.weight(&self.base, &needed.name, &needed.shape),
             _ => Ok(None),
         }
+    }
+
+    /// Returns the codes and scales of a linear that the base has in MXFP4 and the adapter does not change.
+    pub(super) fn mxfp4(&self, needed: &ParameterSpec) -> Option<(&[u8], &[u8])> {
+        let stored = |suffix| self.base.get(&format!("{}{suffix}", needed.name)).map(|view| view.data);
+        let both = stored(mxfp4::BLOCKS).zip(stored(mxfp4::SCALES));
+        both.filter(|_| self.factors(needed).is_none())
     }
 
     /// The table that the adapter brings for this parameter; one stands for both where the base ties them.

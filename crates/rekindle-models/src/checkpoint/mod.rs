@@ -5,6 +5,7 @@ mod gguf;
 mod gguf_adapter;
 mod gguf_base;
 mod gguf_decoder;
+mod gguf_tensors;
 mod kept_blocks;
 mod load;
 mod master_weights;

@@ -105,7 +105,7 @@ fn rope_parameters(decoder: &GgufDecoder, model_type: &str) -> Value {
 fn parameters(rope: &GgufRope, head_dim: u64) -> Value {
     let mut parameters = match &rope.scaling {
         GgufRopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-        GgufRopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow } => json!({
+        GgufRopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow, .. } => json!({
             "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
             "attention_factor": attention_factor, "beta_fast": beta_fast, "beta_slow": beta_slow,
         }),
