@@ -41,4 +41,5 @@ mod saved_tables;
 mod schedules;
 mod smollm2;
 mod splits;
+mod tokenizers;
 mod trajectory;
