@@ -17,6 +17,7 @@ use std::time::Instant;
 use burn::tensor::DType;
 use common::attention::Attention;
 use common::causal_conv::{self, CausalConv};
+use common::center::Center;
 use common::embedding::Embedding;
 use common::experts::{Activation, Clamped, Probabilities, Router};
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
@@ -227,6 +228,9 @@ fn gated_deltas(suite: &mut Suite) -> Result<(), Lost> {
     }
     for shape in [[1, 1, 8], [37, 4, 16], [9, 2, 256]] {
         suite.dtypes(|dtype| OutputGate::new(shape, dtype))?;
+    }
+    for shape in [[1, 1], [70, 129], [9, 5000]] {
+        suite.dtypes(|dtype| Center::new(shape, dtype))?;
     }
     for (dtype, rounding) in [(F32, 1e-5), (DType::BF16, 1.0 / 64.0), (DType::F16, 1.0 / 512.0)] {
         suite.property(&format!("gated delta: states continue a document {dtype:?}"), |device| {

@@ -6,6 +6,7 @@ mod common;
 use burn::tensor::DType;
 use common::attention::Attention;
 use common::causal_conv::CausalConv;
+use common::center::Center;
 use common::embedding::Embedding;
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
 use common::gated_delta::GatedDelta;
@@ -44,6 +45,11 @@ fn rms_norm() {
         check(|dtype| RmsNorm::with(form, [40, 129], true, dtype));
         check(|dtype| AddedNorm::new(form, [40, 129], dtype));
     }
+}
+
+#[test]
+fn center() {
+    check(|dtype| Center::new([40, 129], dtype));
 }
 
 #[test]

@@ -22,8 +22,8 @@ use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::rms_norm::{self, Gain};
 use rekindle_kernels::rope::{self, HeadNorm, RopeTables, Rotation};
 use rekindle_kernels::{
-    Device, Group, ParamsBuilder, QuantizedWeight, RngKey, Tensor, causal_conv, embedding, from_f32, gated_norm,
-    matmul, output_gate,
+    Device, Group, ParamsBuilder, QuantizedWeight, RngKey, Tensor, causal_conv, center, embedding, from_f32,
+    gated_norm, matmul, output_gate, router_probabilities,
 };
 
 /// Counts what is allocated, and the most of it.
@@ -201,6 +201,17 @@ const OPERATIONS: &[(&str, Operation)] = &[
         drop(output_gate::queries(&qg, 64));
         drop(output_gate::forward(&o, &qg, 64, 0));
         drop(output_gate::join(&dq, &dy, &o, &qg, 64));
+    }),
+    ("rows without their mean", |device, begin| {
+        let x = matrix(device, TOKENS, WIDTH);
+        begin();
+        drop(center::backward(&center::forward(&x)));
+    }),
+    ("probabilities of experts", |device, begin| {
+        let logits = matrix(device, TOKENS, WIDTH);
+        begin();
+        drop(router_probabilities::forward(&logits));
+        drop(router_probabilities::backward(&logits, &[0.5; WIDTH]));
     }),
     ("attention over pages", |device, begin| {
         let heads = Heads::new(8, 4, 64, 0.125);

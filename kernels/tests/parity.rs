@@ -7,6 +7,7 @@ mod common;
 use burn::tensor::DType::F32;
 use common::attention::Attention;
 use common::causal_conv::{self, CausalConv};
+use common::center::Center;
 use common::embedding::Embedding;
 use common::experts::{Activation, Clamped, Probabilities, Router};
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
@@ -212,6 +213,13 @@ fn grouped_products() {
     }
     check(&Grouped::of_tokens(1, 3, 3, [4, 5], F32));
     check(&Grouped::of_tokens(37, 8, 3, [24, 16], F32));
+}
+
+#[test]
+fn center() {
+    for shape in [[1, 1], [3, 5], [70, 129], [33, 300]] {
+        check(&Center::new(shape, F32));
+    }
 }
 
 #[test]

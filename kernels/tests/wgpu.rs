@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use burn::tensor::{DType, Device as BurnDevice, DeviceKind, DeviceType};
 use common::attention::Attention;
 use common::causal_conv::CausalConv;
+use common::center::Center;
 use common::embedding::Embedding;
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
 use common::gated_delta::GatedDelta;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         check(&Packed::new([3, 5, 7], kind, F32));
         check(&Packed::new([4, 96, 130], kind, F32));
     }
+    check(&Center::new([70, 129], F32));
     check(&RmsNorm::new([3, 5], false, F32));
     check(&RmsNorm::new([70, 129], true, F32));
     check(&RmsNorm::with(Form::OnePlus, [70, 129], true, F32));

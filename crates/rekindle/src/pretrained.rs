@@ -205,7 +205,7 @@ impl<'a> Loader<'a> {
             skip::check(modules, &config)?;
         }
         let (device, kind) = open_device(self.device)?;
-        check_device(&checkpoint, &device)?;
+        check_device(&checkpoint, &config, &device)?;
         let options = self.options(&config, files.adapter.as_deref(), device, kind)?;
         let (mut done, total) = (0, checkpoint.total_bytes());
         let mut model = CausalLm::load(&checkpoint, &options, &mut |bytes| {
@@ -301,8 +301,14 @@ pub(crate) fn supported_length(config: &ModelConfig) -> usize {
     }
 }
 
-/// Refuses weights whose format has not been compared on the device.
-fn check_device(checkpoint: &Checkpoint, device: &Device) -> Result<(), Error> {
+/// Refuses a model whose operations or weight format have not been compared on the device.
+fn check_device(checkpoint: &Checkpoint, config: &ModelConfig, device: &Device) -> Result<(), Error> {
+    if matches!(device, Device::Cuda(_)) && config.spec.layers.iter().any(|layer| layer.parallel) {
+        return Err(Error::Argument(format!(
+            "{} has not been compared with transformers on CUDA; use device \"cpu\"",
+            config.architecture
+        )));
+    }
     match checkpoint.names().find(|name| name.ends_with(mxfp4::BLOCKS)) {
         Some(name) if matches!(device, Device::Cuda(_)) => Err(Error::Argument(format!(
             "tensor \"{name}\" is in MXFP4, which has not been compared on CUDA; use a 16-bit checkpoint, or device \"cpu\""

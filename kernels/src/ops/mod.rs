@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod causal_conv;
+pub mod center;
 pub mod decode_step;
 pub mod dropout;
 pub mod embedding;

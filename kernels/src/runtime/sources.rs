@@ -59,6 +59,7 @@ sources! {
     "attention_fwd_sm90.cu" after "attention_scores.cuh", "sm90.cuh" with attention_fwd_sm90, ["attention_fwd_sm90"];
     "attention_sinks.cu" with any_dtype, ["attention_bwd_sinks"];
     "causal_conv.cu" with conv_widths, ["causal_conv_bwd", "causal_conv_fwd"];
+    "center.cu" with any_dtype, ["center"];
     "cross_entropy.cu" with with_softcap_and_without, [
         "cross_entropy_bwd", "cross_entropy_fwd", "cross_entropy_fwd_bwd", "cross_entropy_statistics"
     ];

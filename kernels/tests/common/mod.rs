@@ -9,6 +9,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod causal_conv;
+pub(crate) mod center;
 pub(crate) mod embedding;
 pub(crate) mod experts;
 pub(crate) mod gated_activation;

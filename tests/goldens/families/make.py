@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    Cohere2Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3Config,
@@ -297,6 +298,12 @@ FAMILIES |= {
             hidden_size=8, intermediate_size=8, depth=1, num_heads=1, out_hidden_size=36, num_position_embeddings=16,
         ), tie_word_embeddings=False, **NONE,
     ), [*ATTENTION, *DELTA[7:]]),
+    # LayerNorm, both halves on one norm, a window and interleaved positions in all layers but the third.
+    "cohere2": (Cohere2Config(
+        vocab_size=83, hidden_size=48, intermediate_size=52, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, sliding_window=12, sliding_window_pattern=3, logit_scale=0.25,
+        rope_parameters=base.rope(5e4), tie_word_embeddings=True, **NONE,
+    ), SPLIT),
 }
 # Without rotation, a key bias shifts all scores of a query alike: its gradient is rounding error, which AdamW must not
 # blow up.

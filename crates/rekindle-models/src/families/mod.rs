@@ -3,6 +3,7 @@
 //!
 //! Adding a family takes a file here with a [`Family`], its line in [`FAMILIES`], and goldens.
 
+mod cohere2;
 mod dimensions;
 mod exaone4;
 mod gemma2;
@@ -73,6 +74,7 @@ const FAMILIES: &[&Family] = &[
     &olmo2::FAMILY,
     &olmo3::FAMILY,
     &exaone4::FAMILY,
+    &cohere2::FAMILY,
     &glm::GLM,
     &glm::GLM4,
     &hunyuan_v1_dense::FAMILY,

@@ -18,6 +18,8 @@ use crate::{DecodeBatch, Error};
 /// A decoder layer on the residual stream: h = x + m·N₂(attention(N₁(x))); y = h + m·N₄(feed_forward(N₃(h))), with those of
 /// the norms N₁ … N₄ that the spec has, and a residual multiplier m of 1 unless it has one.
 ///
+/// In a parallel layer (Cohere) both halves read N₁(x): y = x + attention(N₁(x)) + feed_forward(N₁(x)).
+///
 /// The residual stream stays in here, so that the fusions across its parts do: the first addition with N₂ and N₃, the
 /// second with the last product or with N₄.
 ///
@@ -37,6 +39,8 @@ pub struct Block {
     pub feed_forward: FeedForward,
     /// m.
     pub residual_multiplier: Option<f32>,
+    /// True if both halves read N₁(x).
+    pub parallel: bool,
 }
 
 /// The norms of a [`Block`].
@@ -117,6 +121,7 @@ impl Block {
             mixer,
             feed_forward,
             residual_multiplier: spec.residual_multiplier.map(|m| m as f32),
+            parallel: spec.parallel,
         })
     }
 
@@ -191,7 +196,7 @@ impl Block {
     pub fn forward(&self, ctx: Context<'_>, x: Tensor<2>) -> (Tensor<2>, BlockSaved) {
         let (n, rstd) = self.attention_input(ctx, &x);
         let (delta, mixer) = self.mixer.forward(ctx, n);
-        let Middle { post_attention, h, n, rstd: rstd2 } = self.middle(ctx, &x, delta);
+        let Middle { post_attention, h, n, rstd: rstd2 } = self.middle(ctx, &x, rstd.as_ref(), delta);
         let (y, feed_forward, post_feed_forward) = self.feed_forward_onto(ctx, n, &h);
         (y, BlockSaved { x, rstd, mixer, post_attention, h, rstd2, feed_forward, post_feed_forward })
     }
@@ -206,16 +211,16 @@ impl Block {
         let (mixer, middle) = match middle {
             Some((kept, Some(h))) => {
                 let mixer = self.mixer.resume(ctx, n, kept);
-                let (n, rstd) = self.feed_forward_input(ctx, &h);
+                let (n, rstd) = self.feed_forward_input(ctx, &x, rstd.as_ref(), &h);
                 (mixer, Middle { post_attention: None, h, n, rstd })
             }
             Some((kept, None)) => {
                 let (delta, mixer) = self.mixer.resume_output(ctx, n, kept);
-                (mixer, self.middle(ctx, &x, delta))
+                (mixer, self.middle(ctx, &x, rstd.as_ref(), delta))
             }
             None => {
                 let (delta, mixer) = self.mixer.forward(ctx, n);
-                (mixer, self.middle(ctx, &x, delta))
+                (mixer, self.middle(ctx, &x, rstd.as_ref(), delta))
             }
         };
         let Middle { post_attention, h, n, rstd: rstd2 } = middle;
@@ -232,9 +237,9 @@ impl Block {
 
     /// Returns y for new tokens of sequences whose earlier tokens are in `state`.
     pub fn decode(&self, ctx: Context<'_>, x: Tensor<2>, state: &mut LayerState, batch: &DecodeBatch) -> Tensor<2> {
-        let (n, _) = self.attention_input(ctx, &x);
+        let (n, rstd) = self.attention_input(ctx, &x);
         let delta = self.mixer.decode(ctx, n, state, batch);
-        let Middle { h, n, .. } = self.middle(ctx, &x, delta);
+        let Middle { h, n, .. } = self.middle(ctx, &x, rstd.as_ref(), delta);
         self.feed_forward_onto(ctx, n, &h).0
     }
 
@@ -253,11 +258,18 @@ impl Block {
         let room = self.feed_forward.output_room();
         let d_half = self.backward_half(params, grads, &self.norms.post_feed_forward, post_feed_forward, &dy, room);
         let pre = self.norms.pre_feed_forward.as_ref().zip(rstd2.as_ref());
-        let recompute = || pre.map_or_else(|| h.clone(), |(norm, rstd)| norm.recompute(params, &h, rstd));
+        let recompute = || match pre {
+            _ if self.parallel => self.shared_input(ctx, &x, rstd.as_ref()),
+            Some((norm, rstd)) => norm.recompute(params, &h, rstd),
+            None => h.clone(),
+        };
         let dn = self.feed_forward.backward(ctx, grads, feed_forward, d_half.as_ref().unwrap_or(&dy), recompute);
         drop(d_half);
-        let dh = self.backward_input(params, grads, pre, &dn, &h, dy);
-        drop((dn, h));
+        let (dh, beside) = match self.parallel {
+            true => (dy, Some(dn)),
+            false => (self.backward_input(params, grads, pre, &dn, &h, dy), None),
+        };
+        drop(h);
 
         let room = self.mixer.output().room();
         let d_half = self.backward_half(params, grads, &self.norms.post_attention, post_attention, &dh, room);
@@ -267,6 +279,10 @@ impl Block {
         let recompute = || pre.map_or_else(|| x.clone(), |(norm, rstd)| norm.recompute(params, &x, rstd));
         let want_dn = want_dx || pre.is_some_and(|(norm, _)| norm.weight.trained().is_some());
         let dn = self.mixer.backward_projections(ctx, grads, pending, recompute, want_dn)?;
+        let dn = match beside {
+            Some(beside) => dn.plus(&beside),
+            None => dn,
+        };
         if !want_dx {
             if let Some((norm, rstd)) = pre {
                 norm.backward_weight(grads, &dn, &x, rstd);
@@ -281,14 +297,36 @@ impl Block {
         normalized(ctx, &self.norms.pre_attention, x, self.mixer.inputs().room())
     }
 
-    /// N₃(h), which is h without N₃, and its rstd.
-    fn feed_forward_input(&self, ctx: Context<'_>, h: &Tensor<2>) -> (Tensor<2>, Option<Tensor<1>>) {
+    /// N₁(x) of a parallel layer for its second half, from the rstd. Each half has it in memory of its own, since both write
+    /// behind its rows on CUDA.
+    fn shared_input(&self, ctx: Context<'_>, x: &Tensor<2>, rstd: Option<&Tensor<1>>) -> Tensor<2> {
+        match self.norms.pre_attention.as_ref().zip(rstd) {
+            Some((norm, rstd)) => norm.recompute(ctx.params, x, rstd),
+            None => x.clone(),
+        }
+    }
+
+    /// N₃(h), which is h without N₃, and its rstd; N₁(x) in a parallel layer.
+    fn feed_forward_input(
+        &self,
+        ctx: Context<'_>,
+        x: &Tensor<2>,
+        rstd: Option<&Tensor<1>>,
+        h: &Tensor<2>,
+    ) -> (Tensor<2>, Option<Tensor<1>>) {
+        if self.parallel {
+            return (self.shared_input(ctx, x, rstd), None);
+        }
         normalized(ctx, &self.norms.pre_feed_forward, h, self.feed_forward.input_room())
     }
 
-    /// h = x + m·N₂(delta), and N₃(h).
-    fn middle(&self, ctx: Context<'_>, x: &Tensor<2>, delta: Tensor<2>) -> Middle {
+    /// h = x + m·N₂(delta), and N₃(h), or N₁(x) in a parallel layer; `rstd` is that of N₁.
+    fn middle(&self, ctx: Context<'_>, x: &Tensor<2>, rstd: Option<&Tensor<1>>, delta: Tensor<2>) -> Middle {
         let (params, room) = (ctx.params, self.feed_forward.input_room());
+        if self.parallel {
+            let n = self.shared_input(ctx, x, rstd);
+            return Middle { post_attention: None, h: delta.plus(x), n, rstd: None };
+        }
         match (&self.norms.post_attention, &self.norms.pre_feed_forward) {
             (None, Some(pre)) => {
                 let (h, n, rstd) = pre.add_forward(params, x, self.scaled(delta), room);

@@ -6,7 +6,7 @@
 //!
 //! | layer | computes |
 //! |---|---|
-//! | [`RmsNorm`] | g ∘ x / √(mean(x²) + eps), g = w or 1 + w |
+//! | [`RmsNorm`] | g ∘ x / √(mean(x²) + eps), g = w or 1 + w; LayerNorm too |
 //! | [`Attention`] | causal grouped-query attention with its projections |
 //! | [`GatedDeltaNet`] | linear attention by the gated delta rule with its projections |
 //! | [`GatedMlp`] | down(act(gate(x)) ∘ up(x)) |

@@ -40,7 +40,6 @@ impl Features {
     }
 
     fn norm(&mut self, norm: &NormSpec) {
-        self.push(norm.kind == NormKind::Layer, || "LayerNorm".to_owned());
         self.push(norm.weight == NormWeight::None, || "norms without a weight".to_owned());
     }
 
@@ -79,7 +78,10 @@ impl LayerSpec {
         });
         let all = [&norms.pre_attention, &norms.post_attention, &norms.pre_feed_forward, &norms.post_feed_forward];
         all.into_iter().flatten().for_each(|norm| list.norm(norm));
-        list.push(self.parallel, || "attention and feed-forward in parallel".to_owned());
+        let other = post || norms.pre_feed_forward.is_some() || self.residual_multiplier.is_some();
+        list.push(self.parallel && other, || {
+            "attention and feed-forward in parallel with other norms than one before both".to_owned()
+        });
         list.push(self.output_scalar, || "a scalar on each layer's output".to_owned());
     }
 }
@@ -94,6 +96,7 @@ impl AttentionSpec {
         }
         if let Some(qk) = &self.qk_norm {
             list.norm(&qk.norm);
+            list.push(qk.norm.kind == NormKind::Layer, || "LayerNorm of queries and keys".to_owned());
             list.push(qk.full_width && qk.after_rope, || {
                 "query and key norms over the whole width after the rotation".to_owned()
             });

@@ -13,7 +13,7 @@
 //! The sums are returned to the host, which has to know them before the backward of the first layer. On CUDA the logits
 //! are copied to the host and computed there.
 //!
-//! Part of transformers' `load_balancing_loss_func`; `goldens/families/*/router` hold it.
+//! Part of transformers' `load_balancing_loss_func`; `tests/goldens/families/*/router` hold it.
 
 mod cpu;
 mod cuda;
