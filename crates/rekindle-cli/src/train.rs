@@ -18,10 +18,11 @@ use crate::{dry_run, open, output, progress, signals};
 
 pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let launch = Launch::from_env()?;
-    if let TrainRole::Launcher(node) = TrainRole::of(args, &launch)? {
+    let role = TrainRole::of(args, &launch)?;
+    let config = RunConfig::load(&args.run_file, &args.overrides)?;
+    if let TrainRole::Launcher(node) = role {
         return ranks::start(&node);
     }
-    let config = RunConfig::load(&args.run_file, &args.overrides)?;
     let mut options =
         TrainOptions { resume: args.resume.clone(), overwrite: args.overwrite, ..TrainOptions::default() };
     if launch.restarts > 0 && options.resume.is_none() {
@@ -37,14 +38,16 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     }
     let world = ranks::connect(&launch, &options.stop)?;
     options.world = Arc::clone(&world);
-    #[cfg(feature = "serve")]
-    if let Some(address) = args.dashboard.filter(|_| world.is_first()) {
-        crate::dashboard::start(&config.output_dir, address)?;
-    }
-    // An interruption is no failure: all ranks end after the same step.
-    let ended = supervise(&*world, || match train(config, options, &*world) {
-        Err(Failure::Interrupted(text)) => Ok(Err(Failure::Interrupted(text))),
-        other => other.map(Ok),
+    let ended = supervise(&*world, || {
+        #[cfg(feature = "serve")]
+        if let Some(address) = args.dashboard.filter(|_| world.is_first()) {
+            crate::dashboard::start(&config.output_dir, address)?;
+        }
+        match train(config, options, &*world) {
+            // An interruption is no failure: all ranks end after the same step.
+            Err(Failure::Interrupted(text)) => Ok(Err(Failure::Interrupted(text))),
+            other => other.map(Ok),
+        }
     });
     ended.flatten().map_err(|failure| ranks::report(&launch, failure))
 }

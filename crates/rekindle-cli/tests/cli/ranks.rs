@@ -148,6 +148,9 @@ fn the_error_of_a_rank_is_that_of_the_run() {
     let diverges = ["--ranks", "2", "train.learning_rate=1e30"];
     done(&mut train(&scratch, &out, &diverges))
         .fails(6, &["is the first that is not finite", "ended with exit code 6"]);
+    let unknown = done(&mut train(&scratch, &out, &["--ranks", "2", "train.no_such_key=1"]));
+    unknown.fails(2, &["no_such_key"]);
+    assert_eq!(unknown.stderr.matches("error:").count(), 1, "{}", unknown.stderr);
     let conflict = ["--ranks", "2", "--gpus", "2"];
     done(&mut train(&scratch, &out, &conflict)).fails(2, &["--ranks", "cannot be used with"]);
     done(&mut train(&scratch, &out, &["--ranks", "0"])).fails(2, &["\"0\" is not a whole number above 0"]);
