@@ -172,7 +172,8 @@ fn ranks_of_every_launcher() {
 
 #[test]
 fn launchers_of_one_process_on_each_host() {
-    let cases: [(&str, &[(&str, &str)], NodeLaunch); 2] = [
+    type Case = (&'static str, &'static [(&'static str, &'static str)], NodeLaunch);
+    let cases: [Case; 2] = [
         (
             "Kubeflow Trainer",
             &[
