@@ -115,7 +115,7 @@ def main():
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in out["texts"]]
         source = DATE + (templates / f"{template}.jinja").read_text()
         rows = []
-        # gpt-oss's template ends earlier answers with <|end|> and the last with <|return|>; Rekindle refuses such rows.
+        # gpt-oss ends earlier answers with another token than the last; rekindle-data's goldens have such conversations.
         for chat in out["chats"][: 2 if name == "gptoss" else None]:
             encoded = tokenizer.apply_chat_template(
                 chat, chat_template=source, return_dict=True, return_assistant_tokens_mask=True
