@@ -61,12 +61,13 @@ const LAYERS: [(&str, &[&str]); 17] = [
 ];
 
 /// External crates that only some workspace crates may depend on.
-const OWNERS: [(&str, &[&str]); 10] = [
+const OWNERS: [(&str, &[&str]); 11] = [
     ("cudarc", &["rekindle-kernels"]),
     ("burn", &["rekindle-kernels", "rekindle-quant", "rekindle-tests"]),
     ("burn-flex", &["rekindle-kernels"]),
     ("gemm", &["rekindle-kernels"]),
     ("hf-hub", &["rekindle-hub"]),
+    ("ureq", &["rekindle-hub", "rekindle-rewards"]),
     ("memmap2", &["rekindle-hub"]),
     ("minijinja", &["rekindle-data", "xtask"]),
     ("axum", &["rekindle-serve"]),

@@ -12,6 +12,7 @@ mod notebook;
 mod plan;
 #[cfg(feature = "network")]
 mod push;
+mod rewards;
 mod sampling;
 #[cfg(feature = "serve")]
 mod serve;
@@ -38,6 +39,7 @@ pub(crate) use hub::{CacheCommand, CacheDir, ListArgs, PruneArgs};
 pub(crate) use plan::PlanArgs;
 #[cfg(feature = "network")]
 pub(crate) use push::PushArgs;
+pub(crate) use rewards::{RewardsCommand, RewardsTestArgs, TemplateLanguage};
 pub(crate) use sampling::SamplingFilterArgs;
 #[cfg(feature = "serve")]
 pub(crate) use serve::ServeArgs;
@@ -61,6 +63,9 @@ pub(crate) enum Command {
     /// Show the rows of a run file as they are trained, without loading weights
     #[command(subcommand)]
     Data(DataCommand),
+    /// Try the rewards of a run file on rows, or print a program to start from
+    #[command(subcommand)]
+    Rewards(RewardsCommand),
     /// Plan the memory of a run without loading it, and find settings that fit
     Plan(PlanArgs),
     /// Compute a model's loss on a file of rows

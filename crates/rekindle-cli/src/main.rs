@@ -35,6 +35,7 @@ mod push;
 mod quantize;
 mod quickstart;
 mod ranks;
+mod rewards;
 #[cfg(feature = "serve")]
 mod serve;
 mod signals;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         Command::Init(args) => init::run(&args),
         Command::Data(command) => data::run(&command),
         Command::Train(args) => train::run(&args),
+        Command::Rewards(command) => rewards::run(&command),
         Command::Plan(args) => plan::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),

@@ -15,6 +15,8 @@ pub struct Columns {
     of: BTreeMap<String, String>,
     /// Keys of the formats that no mapped key belongs to.
     ignored: Vec<&'static str>,
+    /// True if every other column of a file is kept too.
+    keeps_all: bool,
 }
 
 /// The mapped columns of a row, one bit each.
@@ -46,7 +48,12 @@ impl Columns {
             }
             false => Vec::new(),
         };
-        Ok(Columns { of, ignored })
+        Ok(Columns { of, ignored, keeps_all: false })
+    }
+
+    /// Returns this mapping, with every other column of a file kept under its own name.
+    pub(crate) fn keeping_all(&self) -> Self {
+        Columns { of: self.of.clone(), ignored: Vec::new(), keeps_all: true }
     }
 
     /// Returns the file's column for each key.
@@ -106,6 +113,7 @@ impl Columns {
     pub(crate) fn is_read(&self, column: &str) -> bool {
         let is_known = SHAPES.iter().any(|(_, keys)| keys.contains(&column)) || BESIDE.contains(&column);
         self.of.values().any(|mapped| mapped == column)
+            || self.keeps_all
             || (is_known && !self.of.contains_key(column) && !self.ignored.contains(&column))
     }
 }

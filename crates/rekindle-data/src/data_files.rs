@@ -95,6 +95,11 @@ impl DataFiles {
         &self.files
     }
 
+    /// Returns the mapping of columns.
+    pub(crate) fn mapped_columns(&self) -> &Columns {
+        &self.columns
+    }
+
     /// Reads and encodes all rows. Only rows of `input_ids` need no `tokenizer`.
     ///
     /// # Errors

@@ -38,10 +38,27 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod command;
+mod config;
 mod error;
+mod exchange;
+#[cfg(test)]
+mod golden;
+mod http;
 mod reward;
+mod rules;
+mod schema;
 mod set;
+mod template;
 
+pub use command::{CommandReward, CommandRewardConfig};
+pub use config::{RewardConfig, RewardKind};
 pub use error::RewardError;
+pub use http::HttpRewardConfig;
 pub use reward::{Reward, Sample};
+pub use rules::{
+    Choice, Contains, Exact, Extract, Format, Json, JsonFrom, Length, LengthUnit, Numeric, Occurrence, Pattern,
+    Repetition, SoftOverlong,
+};
 pub use set::{RewardColumn, RewardGate, RewardSet, Scores};
+pub use template::PYTHON_TEMPLATE;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rekindle_data::{
-    DataFiles, Dataset, EncodeOptions, LoadReport, NotShown, Overlong, RowPart, RowSample, RowTask, Thinking,
+    DataFiles, Dataset, EncodeOptions, LoadReport, NotShown, Overlong, RawRow, RowPart, RowSample, RowTask, Thinking,
     Tokenizer, TrainOn, Untrained, default_cache_dir, is_file_name,
 };
 
@@ -268,6 +268,17 @@ impl DataSource {
             "{name}: no such file or directory, and this build cannot download from the hub; build it with the \
              feature \"network\""
         )))
+    }
+
+    /// Reads the first `limit` rows, or all of them, without encoding them. Their columns are all kept; those of
+    /// [`columns`](Self::columns) are renamed. A sample is not taken.
+    ///
+    /// # Errors
+    /// Those of [`DataFiles::find_split`] and [`DataFiles::raw_rows`], and a dataset that cannot be downloaded.
+    pub fn raw_rows(&self, limit: Option<usize>) -> Result<Vec<RawRow>, Error> {
+        let (paths, _) = self.find()?;
+        let files = DataFiles::find_split(paths, self.split.as_deref(), self.default_splits)?;
+        Ok(files.columns(self.args.columns.clone())?.raw_rows(limit)?)
     }
 
     /// Reads and encodes the rows.

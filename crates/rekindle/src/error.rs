@@ -34,6 +34,9 @@ pub enum Error {
     /// The run cannot start or continue.
     #[error(transparent)]
     Train(#[from] rekindle_train::Error),
+    /// A reward cannot be set up, or failed to score completions.
+    #[error(transparent)]
+    Reward(#[from] rekindle_rewards::RewardError),
     /// The run exceeds the available memory.
     #[error("{}", .0.refusal())]
     DoesNotFit(Box<rekindle_train::MemoryFit>),
@@ -113,6 +116,8 @@ impl Error {
             },
             Self::File(error) if error.hub_kind().is_some() => ErrorKind::Hub,
             Self::File(_) | Self::Gguf(_) => ErrorKind::Failed,
+            Self::Reward(rekindle_rewards::RewardError::Config { .. }) => ErrorKind::Configuration,
+            Self::Reward(_) => ErrorKind::Failed,
             Self::DoesNotFit(_) => ErrorKind::Memory,
             Self::AdapterBase { source, .. } | Self::NoSuchRows { source, .. } => source.kind(),
             Self::Model(error) | Self::Train(Train::Model(error)) => match error {

@@ -78,7 +78,7 @@ pub use text_stream::{TextPiece, TextStream};
 pub use time_estimate::{TimeEstimate, TokenTime};
 
 pub use rekindle_data::{
-    ChatPrompt, Columns, Dataset, Example, IGNORED, LoadReport, Message, NotShown, Overlong, Packs, PromptEnd,
+    ChatPrompt, Columns, Dataset, Example, IGNORED, LoadReport, Message, NotShown, Overlong, Packs, PromptEnd, RawRow,
     RenderOptions, RowFormat, RowNumber, RowPart, RowSample, RowTask, Thinking, Tokenizer, TrainOn, Untrained,
     chat_template_sources, counted,
 };
@@ -101,6 +101,8 @@ pub use rekindle_models::{
     MemoryLine, MemoryReport, ModelConfig, NonFinite, Positions, RopeError, RopeScaling, StopReason, is_quantized,
 };
 pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType};
+/// Rewards of completions, as `[[rewards]]` of a run file has them.
+pub use rekindle_rewards as rewards;
 pub use rekindle_train::{
     BestEvaluation, Diverged, EvalMetrics, EvalStrategy, Evaluation, LrCurve, LrSchedulerKwargs, LrSchedulerType,
     Method, MetricValues, Optim, OptimizerConfig, PromptSample, ReferenceArguments, ReportTo, Resume, RowLoss,

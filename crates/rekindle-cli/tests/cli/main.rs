@@ -26,6 +26,7 @@ mod quickstart;
 #[cfg(target_os = "linux")]
 mod ranks;
 mod results;
+mod rewards;
 #[cfg(feature = "serve")]
 mod serve;
 #[cfg(unix)]

@@ -3,6 +3,7 @@
 use rekindle_kernels::parse_device;
 
 use super::{LoraArguments, RunConfig};
+use crate::rewards::RewardSet;
 use crate::{Dtype, Error};
 
 impl RunConfig {
@@ -60,6 +61,9 @@ impl RunConfig {
                  not scaled; use \"bf16\" or \"f32\""
                     .to_owned(),
             );
+        }
+        if let Err(error) = RewardSet::check(&self.rewards) {
+            problems.push(format!("[[rewards]] {error}"));
         }
         self.list_adapter_problems(problems);
         self.list_evaluation_problems(problems);

@@ -31,6 +31,7 @@ mod model_arguments;
 mod nearest;
 mod observer;
 mod overrides;
+mod rewards;
 mod sections;
 mod training_run;
 
@@ -39,6 +40,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
+use crate::rewards::RewardConfig;
 use crate::{Error, LoraConfig, SftConfig};
 use lora_arguments::InitFrom;
 use sections::{SectionReader, fields_of};
@@ -73,6 +75,9 @@ pub struct RunConfig {
     /// `[train]`: the method, batches, steps, learning rates and the like.
     #[serde(serialize_with = "method::serialize")]
     pub train: SftConfig,
+    /// `[[rewards]]`: the rewards of completions, in order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rewards: Vec<RewardConfig>,
     /// The run file that this was read from, which a run never overwrites.
     #[serde(skip)]
     pub path: Option<PathBuf>,
@@ -91,6 +96,7 @@ impl Default for RunConfig {
             lora: None,
             data: DataArguments::default(),
             train: SftConfig::default(),
+            rewards: Vec::new(),
             path: None,
         }
     }
@@ -107,12 +113,13 @@ struct TopLevel {
     lora: Option<Table>,
     data: Table,
     train: Table,
+    rewards: Vec<Table>,
 }
 
 impl Default for TopLevel {
     fn default() -> Self {
-        let (model, data, train) = Default::default();
-        Self { output_dir: None, seed: SEED, device: "auto".to_owned(), model, lora: None, data, train }
+        let (model, data, train, rewards) = Default::default();
+        Self { output_dir: None, seed: SEED, device: "auto".to_owned(), model, lora: None, data, train, rewards }
     }
 }
 
@@ -167,6 +174,7 @@ impl RunConfig {
             lora: top.lora.map(|table| LoraArguments::read(&mut reader, table, top.seed)),
             data: reader.read("data", top.data),
             train: SftConfig { method, ..reader.read("train", top.train) },
+            rewards: rewards::read(&mut reader.problems, top.rewards),
             path: None,
         };
         let mut problems = reader.problems;
