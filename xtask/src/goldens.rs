@@ -7,11 +7,12 @@ use std::process::Command;
 use crate::{root, run};
 
 /// Scripts that write their data beside themselves and run without a GPU.
-const SCRIPTS: [&str; 11] = [
+const SCRIPTS: &[&str] = &[
     "tests/goldens/make.py",
     "tests/goldens/bf16.py",
     "tests/goldens/dpo/make.py",
     "tests/goldens/preferences/make.py",
+    "tests/goldens/grpo/make.py",
     "tests/goldens/rope/make.py",
     "crates/rekindle-rope/goldens/make.py",
     "crates/rekindle-train/goldens/tensorboard/make.py",

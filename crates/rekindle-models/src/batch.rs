@@ -12,6 +12,24 @@ pub struct Answer {
     pub reference: Option<f64>,
 }
 
+/// The completion of a document that a model has sampled, for losses of policy gradients.
+///
+/// Lists of log-probabilities have a value for each target of the document, in order; the loss takes the document's targets as
+/// the tokens of the completion.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SampledCompletion {
+    /// The advantage, which every token has.
+    pub advantage: f64,
+    /// The mean number of targets of the completions that were sampled together with this one.
+    pub mean_tokens: f64,
+    /// Log-probabilities of the model that sampled, as a training pass computes them; `None` if it is the model of this step.
+    pub old_log_probs: Option<Vec<f32>>,
+    /// Log-probabilities that the sampler computed, at the same temperature; `None` if they are unknown.
+    pub sampler_log_probs: Option<Vec<f32>>,
+    /// Log-probabilities of the reference model; `None` if they are not computed yet.
+    pub reference_log_probs: Option<Vec<f32>>,
+}
+
 /// One or more concatenated documents.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
@@ -27,6 +45,8 @@ pub struct Batch {
     pub rows: Vec<u32>,
     /// The place of each document in its preference, `[documents]`; empty for losses that compare no documents.
     pub answers: Vec<Answer>,
+    /// The sampled completion of each document, `[documents]`; empty for losses that need none.
+    pub completions: Vec<SampledCompletion>,
     /// True for targets of prompts, which only the negative log-likelihood of a preference loss reads, `[tokens]`; empty if
     /// there are none.
     pub prompt_targets: Vec<bool>,
@@ -70,7 +90,9 @@ impl Batch {
 
     /// Returns true if there is a reference log-probability for every document.
     pub fn has_references(&self) -> bool {
-        !self.answers.is_empty() && self.answers.iter().all(|answer| answer.reference.is_some())
+        let of_answers = !self.answers.is_empty() && self.answers.iter().all(|answer| answer.reference.is_some());
+        let mut of_completions = self.completions.iter().map(|completion| completion.reference_log_probs.is_some());
+        of_answers || !self.completions.is_empty() && of_completions.all(|is_known| is_known)
     }
 
     /// Returns true if the target at `token` is one of a document's answer.

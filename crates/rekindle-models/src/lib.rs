@@ -34,7 +34,7 @@ mod sample;
 pub mod spec;
 
 pub use adapters::{DEFAULT_ADAPTER, LoftqBase, loftq_base};
-pub use batch::{Answer, Batch, IGNORED};
+pub use batch::{Answer, Batch, IGNORED, SampledCompletion};
 pub use causal_lm::CausalLm;
 pub use checkpoint::{GgufOptions, GgufTotals, export_gguf, export_gguf_adapter, open_checkpoint, unpack_gguf};
 pub use checkpoint::{LoadIn, LoadOptions, MergeOptions, is_quantized, merge, quantize, stored_quantization};

@@ -25,9 +25,16 @@ pub struct ForwardPass<'b> {
     hidden: Tensor<2>,
     saved: DecoderSaved,
     router: Option<RouterLoss>,
+    temperature: f32,
 }
 
 impl ForwardPass<'_> {
+    /// Divides the logits of this pass by `temperature`, above 0, in its log-probabilities and in its backward. Default 1.
+    #[must_use]
+    pub fn at_temperature(self, temperature: f32) -> Self {
+        Self { temperature, ..self }
+    }
+
     /// The normalized hidden states that the head reads, `[tokens, hidden]`.
     pub fn hidden(&self) -> &Tensor<2> {
         &self.hidden
@@ -57,12 +64,12 @@ impl CausalLm {
         let ctx = Context { router, ..context.context(&self.params, true) };
         let (hidden, saved) = self.decoder.forward(ctx, &context, self.gradient_checkpointing());
         let router = saved.load.loss(self.router_aux_loss);
-        self.checked(ForwardPass { batch: context, hidden, saved, router })
+        self.checked(ForwardPass { batch: context, hidden, saved, router, temperature: 1.0 })
     }
 
     /// Returns the log-probability of each target of a forward pass, with entropies and arg-max flags.
     pub fn log_probs_of(&self, pass: &ForwardPass<'_>) -> TokenLogProbs {
-        let head = self.decoder.lm_head(&self.params, true);
+        let head = self.decoder.lm_head(&self.params, true).at_temperature(pass.temperature);
         linear_cross_entropy::log_probs(&pass.hidden, &head, &pass.batch.batch().targets)
     }
 
@@ -164,7 +171,7 @@ impl CausalLm {
         weights: TokenWeights<'_>,
         grads: &mut Grads,
     ) -> (Losses, Tensor<2>) {
-        let head = self.decoder.lm_head(&self.params, true);
+        let head = self.decoder.lm_head(&self.params, true).at_temperature(pass.temperature);
         let targets = &pass.batch.batch().targets;
         linear_cross_entropy::forward_backward(&pass.hidden, &head, targets, weights, self.head_grad(grads))
     }
@@ -177,7 +184,7 @@ impl CausalLm {
         weights: TokenWeights<'_>,
         grads: &mut Grads,
     ) -> Tensor<2> {
-        let head = self.decoder.lm_head(&self.params, true);
+        let head = self.decoder.lm_head(&self.params, true).at_temperature(pass.temperature);
         linear_cross_entropy::backward(&pass.hidden, &head, log_probs, weights, self.head_grad(grads))
     }
 
@@ -188,7 +195,7 @@ impl CausalLm {
 
     /// The backward of everything below the head.
     fn backward_decoder(&self, pass: ForwardPass<'_>, d_hidden: Tensor<2>, grads: &mut Grads) {
-        let ForwardPass { batch, hidden, saved, router } = pass;
+        let ForwardPass { batch, hidden, saved, router, .. } = pass;
         let ctx = Context { router: RouterLoss::pass(router.as_ref()), ..batch.context(&self.params, true) };
         let mut backward = self.decoder.begin_backward(ctx, saved, &d_hidden, grads);
         drop((hidden, d_hidden));
@@ -204,7 +211,7 @@ impl CausalLm {
         mut grads: Grads,
         apply: ApplyGradients<'_>,
     ) {
-        let ForwardPass { batch, hidden, saved, router } = pass;
+        let ForwardPass { batch, hidden, saved, router, .. } = pass;
         let mut backward = self.decoder.begin_backward(batch.context(&self.params, true), saved, &d_hidden, &mut grads);
         let router = RouterLoss::pass(router.as_ref());
         drop((hidden, d_hidden));
@@ -257,7 +264,15 @@ impl CausalLm {
     /// # Errors
     /// As [`forward`](Self::forward).
     pub fn log_probs(&self, batch: &Batch) -> Result<TokenLogProbs, Error> {
-        self.log_probs_with(batch, true)
+        self.log_probs_with(batch, true, 1.0)
+    }
+
+    /// [`log_probs`](Self::log_probs) of logits that are divided by `temperature`, above 0.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn log_probs_at(&self, batch: &Batch, temperature: f32) -> Result<TokenLogProbs, Error> {
+        self.log_probs_with(batch, true, temperature)
     }
 
     /// [`log_probs`](Self::log_probs) of the base model: those of a reference model while an adapter is trained.
@@ -265,8 +280,16 @@ impl CausalLm {
     /// # Errors
     /// As [`base_nll`](Self::base_nll).
     pub fn base_log_probs(&self, batch: &Batch) -> Result<TokenLogProbs, Error> {
+        self.base_log_probs_at(batch, 1.0)
+    }
+
+    /// [`base_log_probs`](Self::base_log_probs) of logits that are divided by `temperature`, above 0.
+    ///
+    /// # Errors
+    /// As [`base_nll`](Self::base_nll).
+    pub fn base_log_probs_at(&self, batch: &Batch, temperature: f32) -> Result<TokenLogProbs, Error> {
         self.check_base()?;
-        self.log_probs_with(batch, false)
+        self.log_probs_with(batch, false, temperature)
     }
 
     fn nll_with(&self, batch: &Batch, adapters: bool) -> Result<Vec<f32>, Error> {
@@ -275,9 +298,9 @@ impl CausalLm {
         self.checked(linear_cross_entropy::forward(&hidden, &head, &batch.targets).values())
     }
 
-    fn log_probs_with(&self, batch: &Batch, adapters: bool) -> Result<TokenLogProbs, Error> {
+    fn log_probs_with(&self, batch: &Batch, adapters: bool, temperature: f32) -> Result<TokenLogProbs, Error> {
         let hidden = self.hidden(batch, adapters)?;
-        let head = self.decoder.lm_head(&self.params, adapters);
+        let head = self.decoder.lm_head(&self.params, adapters).at_temperature(temperature);
         self.checked(linear_cross_entropy::log_probs(&hidden, &head, &batch.targets))
     }
 

@@ -4,9 +4,12 @@ mod answers;
 mod cpo;
 mod dpo;
 mod dual;
+mod grpo;
 mod kto;
 mod names;
 mod orpo;
+mod policy;
+mod rloo;
 mod sft;
 
 use core::fmt::Debug;
@@ -20,9 +23,11 @@ use crate::{Batch, CausalLm, Error, StepKey};
 
 pub use cpo::{Cpo, CpoLoss};
 pub use dpo::{Divergence, Dpo, DpoLoss};
+pub use grpo::{Grpo, GrpoLoss, ImportanceSamplingLevel, ImportanceSamplingMode};
 pub use kto::{Kto, KtoLoss};
 pub use names::OneOrMany;
 pub use orpo::Orpo;
+pub use rloo::Rloo;
 pub use sft::Sft;
 
 /// A loss to train with: a function of the log-probabilities of a batch's targets.
@@ -45,6 +50,11 @@ pub trait Objective: Debug + Send + Sync {
     /// [`Batch::answers`], or those of the base model without the adapter that is trained.
     fn needs_reference(&self) -> bool {
         false
+    }
+
+    /// Returns the number that logits are divided by before log-probabilities, above 0.
+    fn temperature(&self) -> f32 {
+        1.0
     }
 
     /// Returns the log-probability of each document's answer as the loss reads it: what [`Answer::reference`] is for the
@@ -82,6 +92,8 @@ pub struct StepTerms {
     pub per_token: f64,
     /// An estimate of KL(π ‖ π_ref).
     pub kl: f64,
+    /// The entropy from which on a token has a gradient; `None` for all tokens.
+    pub entropy_threshold: Option<f64>,
     /// By the row of a document, the value that it is compared with after sorting.
     pub partners: BTreeMap<u32, f64>,
 }
@@ -93,6 +105,7 @@ pub struct StepPasses<'a> {
     /// The micro-batches.
     pub batches: &'a [Batch],
     key: Option<StepKey>,
+    temperature: f32,
 }
 
 impl StepPasses<'_> {
@@ -102,8 +115,11 @@ impl StepPasses<'_> {
     /// As [`CausalLm::forward`].
     pub fn log_probs(&self, batch: &Batch) -> Result<LogProbValues, Error> {
         match self.key {
-            None => Ok(self.model.log_probs(batch)?.values()),
-            Some(_) => Ok(self.model.log_probs_of(&self.model.forward(batch, self.key)?).values()),
+            None => Ok(self.model.log_probs_at(batch, self.temperature)?.values()),
+            Some(_) => {
+                let pass = self.model.forward(batch, self.key)?.at_temperature(self.temperature);
+                Ok(self.model.log_probs_of(&pass).values())
+            }
         }
     }
 
@@ -127,37 +143,59 @@ pub struct BatchLoss {
     pub metrics: Vec<Metric>,
 }
 
-/// A mean to report, over the micro-batches of a step.
+/// A number to report, over the micro-batches of a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Metric {
     /// The name, as TRL reports it.
     pub name: &'static str,
-    /// The sum.
+    /// The sum of a mean, or the extreme.
     pub sum: f64,
-    /// The number of terms.
+    /// The number of terms of a mean; 1 for an extreme.
     pub count: usize,
+    kind: MetricKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum MetricKind {
+    Mean,
+    Min,
+    Max,
 }
 
 impl Metric {
-    /// Returns a metric of `count` terms.
+    /// Returns a mean of `count` terms.
     pub fn new(name: &'static str, sum: f64, count: usize) -> Self {
-        Self { name, sum, count }
+        Self { name, sum, count, kind: MetricKind::Mean }
+    }
+
+    /// Returns a minimum.
+    pub fn min(name: &'static str, value: f64) -> Self {
+        Self { name, sum: value, count: 1, kind: MetricKind::Min }
+    }
+
+    /// Returns a maximum.
+    pub fn max(name: &'static str, value: f64) -> Self {
+        Self { name, sum: value, count: 1, kind: MetricKind::Max }
     }
 
     /// Adds metrics to others, by name.
     pub fn add(all: &mut Vec<Self>, more: impl IntoIterator<Item = Self>) {
         for metric in more {
             match all.iter_mut().find(|known| known.name == metric.name) {
-                Some(known) => {
-                    known.sum += metric.sum;
-                    known.count += metric.count;
-                }
+                Some(known) => match metric.kind {
+                    MetricKind::Mean => {
+                        known.sum += metric.sum;
+                        known.count += metric.count;
+                    }
+                    MetricKind::Min => known.sum = known.sum.min(metric.sum),
+                    MetricKind::Max => known.sum = known.sum.max(metric.sum),
+                },
                 None => all.push(metric),
             }
         }
     }
 
-    /// Returns names and means; a metric without terms has none.
+    /// Returns names and values; a mean without terms has none.
     ///
     /// Where answers are not in pairs, `rewards/margins` is the difference of the mean rewards.
     pub fn means(all: &[Self]) -> Vec<(&'static str, f64)> {
@@ -225,7 +263,7 @@ impl CausalLm {
         batches: &[Batch],
         key: Option<StepKey>,
     ) -> Result<StepTerms, Error> {
-        objective.step_terms(&StepPasses { model: self, batches, key })
+        objective.step_terms(&StepPasses { model: self, batches, key, temperature: objective.temperature() })
     }
 
     /// Adds the gradients of `scale` · loss of `batch` to `grads`. `terms` are those of its step
@@ -250,7 +288,7 @@ impl CausalLm {
             return Ok(PendingLoss::of(losses, weights, router));
         }
         let reference = self.reference(objective, batch)?;
-        let pass = self.forward(batch, key)?;
+        let pass = self.forward(batch, key)?.at_temperature(objective.temperature());
         let log_probs = self.log_probs_of(&pass);
         let loss = objective.loss(batch, &log_probs.values(), reference.as_ref(), terms);
         let router = pass.router_loss();
@@ -279,7 +317,7 @@ impl CausalLm {
             return Ok(PendingLoss::of(losses, weights, router));
         }
         let reference = self.reference(objective, batch)?;
-        let pass = self.forward(batch, key)?;
+        let pass = self.forward(batch, key)?.at_temperature(objective.temperature());
         let log_probs = self.log_probs_of(&pass);
         let loss = objective.loss(batch, &log_probs.values(), reference.as_ref(), terms);
         let router = pass.router_loss();
@@ -298,7 +336,8 @@ impl CausalLm {
         terms: &StepTerms,
     ) -> Result<BatchLoss, Error> {
         let reference = self.reference(objective, batch)?;
-        Ok(objective.loss(batch, &self.log_probs(batch)?.values(), reference.as_ref(), terms))
+        let log_probs = self.log_probs_at(batch, objective.temperature())?.values();
+        Ok(objective.loss(batch, &log_probs, reference.as_ref(), terms))
     }
 
     /// The log-probabilities of the reference model, if the objective needs them and the batch has none.
@@ -312,6 +351,6 @@ impl CausalLm {
                  train an adapter instead of all weights, or give the batch reference log-probabilities"
             )));
         }
-        Ok(Some(self.base_log_probs(batch)?.values()))
+        Ok(Some(self.base_log_probs_at(batch, objective.temperature())?.values()))
     }
 }

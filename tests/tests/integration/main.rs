@@ -17,6 +17,7 @@ mod gguf;
 mod gguf_base;
 mod gpt_oss;
 mod gradients;
+mod grpo;
 mod initial;
 mod layouts;
 mod library_example;

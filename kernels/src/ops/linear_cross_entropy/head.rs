@@ -22,6 +22,14 @@ impl LmHead {
         Self { weight, multiplier: 1.0, softcap: None }
     }
 
+    /// Returns the layer whose logits are divided by `temperature`, which is above 0.
+    #[must_use]
+    pub fn at_temperature(self, temperature: f32) -> Self {
+        let Self { weight, multiplier, softcap } = self;
+        // c·tanh(x / c) / T = (c / T)·tanh((x / T) / (c / T)).
+        Self { weight, multiplier: multiplier / temperature, softcap: softcap.map(|cap| cap / temperature) }
+    }
+
     /// Returns the logits of every row of `h` on the host, `[rows · vocab]`. For a few rows, as in generation: all
     /// logits exist at once.
     pub fn logits(&self, h: &Tensor<2>) -> Vec<f32> {
