@@ -2,7 +2,7 @@ use crate::error::Error;
 use crate::example::{Encoded, IGNORED, RowNotes};
 use crate::mask::TrainOn;
 use crate::options::EncodeOptions;
-use crate::row::RowContent;
+use crate::row::{PromptContent, RowContent};
 use crate::tokenizer::{Tokenized, Tokenizer};
 
 mod border;
@@ -45,6 +45,26 @@ pub(crate) fn encode(
         RowContent::InputIds { .. } => unreachable!("returned above"),
     };
     Ok(Encoded { input_ids, labels, line, notes, preferred: None })
+}
+
+/// Encodes a prompt, up to the beginning of the assistant's turn in a conversation. The loss covers none of it.
+pub(crate) fn encode_prompt(
+    content: PromptContent,
+    line: usize,
+    tokenizer: Option<&Tokenizer>,
+    options: &EncodeOptions,
+) -> Result<Encoded, String> {
+    let needs = "this kind of row needs a tokenizer; without one, use rows of \"prompt_ids\"";
+    let input_ids = match content {
+        PromptContent::Ids(ids) => ids,
+        PromptContent::Text(text) => tokenizer.ok_or(needs)?.encode(&text, true).map_err(text_error)?,
+        PromptContent::Chat(mut prompt) => {
+            prompt.chat_template.clone_from(&options.chat_template);
+            prompt.encode(tokenizer.ok_or(needs)?).map_err(text_error)?
+        }
+    };
+    let labels = vec![IGNORED; input_ids.len()];
+    Ok(Encoded { input_ids, labels, line, notes: RowNotes::default(), preferred: None })
 }
 
 /// Ids, labels, and notes for the report.

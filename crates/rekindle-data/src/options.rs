@@ -17,6 +17,8 @@ pub enum RowTask {
     Pairs,
     /// Answers that are labelled as desirable or undesirable. A pair is one of each.
     Labelled,
+    /// Prompts that a model answers in training: examples without labels.
+    Prompts,
 }
 
 /// Options of encoding: the maximum length, the vocabulary, and the loss mask.
@@ -60,10 +62,19 @@ fn is_true(value: &bool) -> bool {
 }
 
 impl EncodeOptions {
-    /// Refuses options that have no meaning for rows of preferences.
+    /// Refuses options that have no meaning for rows of preferences, or for prompts.
     pub(crate) fn check_preferences(&self) -> Result<()> {
         if self.task == RowTask::Sft {
             return Ok(());
+        }
+        if self.task == RowTask::Prompts {
+            return match self.overlong {
+                Overlong::Error | Overlong::Drop => Ok(()),
+                Overlong::Truncate | Overlong::Split => Err(Error::Options(
+                    "a part of a prompt asks something else; for prompts, overlong can be \"error\" or \"drop\""
+                        .to_owned(),
+                )),
+            };
         }
         let problem = if self.overlong == Overlong::Split {
             "overlong = \"split\" would compare a part of an answer; rows of preferences can be dropped or truncated"

@@ -10,10 +10,12 @@ mod alpaca;
 mod conversation;
 mod preference;
 mod pretokenized;
+mod prompt;
 mod proposal;
 
 pub(crate) use conversation::read_prompt;
 pub(crate) use preference::{AnswerContent, Preference, read_labelled, read_pair};
+pub(crate) use prompt::{PromptContent, read_prompt_row};
 
 /// The keys of every row format. If a row has the keys of several, the first format applies.
 ///
@@ -106,6 +108,8 @@ pub enum RowFormat {
     Preference,
     /// `prompt` and `completion` with `label`, true for a desirable completion; or `prompt_ids` and `completion_ids`.
     LabelledCompletion,
+    /// `prompt`, a string or a list of messages; `messages` or `conversations` without an answer; or `prompt_ids`.
+    Prompt,
 }
 
 /// The number of a row in its file, from 1.
@@ -148,6 +152,7 @@ impl RowFormat {
             RowFormat::Text => "text",
             RowFormat::Preference => "chosen + rejected",
             RowFormat::LabelledCompletion => "prompt + completion + label",
+            RowFormat::Prompt => "prompt",
         }
     }
 }
@@ -190,7 +195,9 @@ impl RowContent {
                 Value::String(text) => Ok(RowContent::Text(text)),
                 other => Err(format!("\"text\" is {}, not a string", type_name(&other))),
             },
-            RowFormat::Preference | RowFormat::LabelledCompletion => unreachable!("not among the shapes"),
+            RowFormat::Preference | RowFormat::LabelledCompletion | RowFormat::Prompt => {
+                unreachable!("not among the shapes")
+            }
         };
         Ok((*format, content?))
     }

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Dataset, Examples, InMemory};
 use crate::columns::{Columns, Found};
-use crate::encode::encode;
+use crate::encode::{encode, encode_prompt};
 use crate::error::{Error, Result};
 use crate::example::{Encoded, IGNORED};
 use crate::files::{self, RawRow};
@@ -17,7 +17,10 @@ use crate::mask::{NotShown, Untrained};
 use crate::options::{EncodeOptions, RowTask};
 use crate::overlong::{self, Overlong};
 use crate::report::{LoadReport, RowChange, RowPlace};
-use crate::row::{AnswerContent, Preference, RowContent, RowFormat, RowNumber, read_labelled, read_pair};
+use crate::row::{
+    AnswerContent, Preference, PromptContent, RowContent, RowFormat, RowNumber, read_labelled, read_pair,
+    read_prompt_row,
+};
 use crate::template::STOPPED;
 use crate::tokenizer::Tokenizer;
 
@@ -200,6 +203,13 @@ impl Loader<'_> {
         let mut fields = row.fields().map_err(wrong)?;
         let found = self.columns.apply(&mut fields).map_err(wrong)?;
         let has_template = self.tokenizer.is_none_or(Tokenizer::has_chat_template);
+        if self.options.task == RowTask::Prompts {
+            let content = read_prompt_row(fields).map_err(wrong)?;
+            let is_plain = has_template && self.tokenizer.is_some() && matches!(content, PromptContent::Text(_));
+            let example = encode_prompt(content, number.get(), self.tokenizer, self.options).map_err(wrong)?;
+            self.check_vocabulary(&example, number)?;
+            return Ok(Ready { examples: vec![example], number, format: RowFormat::Prompt, found, is_plain });
+        }
         let (format, row) = match self.options.task {
             RowTask::Sft => {
                 let (format, content) = RowContent::read(fields, has_template).map_err(wrong)?;
@@ -207,6 +217,7 @@ impl Loader<'_> {
             }
             RowTask::Pairs => RowAnswers::of(read_pair(fields).map_err(wrong)?),
             RowTask::Labelled => RowAnswers::of(read_labelled(fields).map_err(wrong)?),
+            RowTask::Prompts => unreachable!("returned above"),
         };
         let RowAnswers { contents, implicit_text } = row;
         let is_plain = matches!(contents[0].0, RowContent::PromptCompletion { .. })
@@ -252,6 +263,7 @@ impl Loader<'_> {
     fn add(&mut self, row: Ready) -> Result<()> {
         let Ready { examples, number, format, found, is_plain } = row;
         let at = RowPlace { file: self.file, row: number };
+        let is_prompt = self.options.task == RowTask::Prompts;
         let len = examples.iter().map(|example| example.input_ids.len()).max().unwrap_or(0);
         self.report.rows += 1;
         self.report.plain_prompts += usize::from(is_plain);
@@ -273,11 +285,12 @@ impl Loader<'_> {
         if examples.iter().any(|example| example.notes.joined) {
             self.report.changed(RowChange::Joined, at);
         }
-        if examples.iter().any(|example| example.trained_tokens() == 0) {
+        if !is_prompt && examples.iter().any(|example| example.trained_tokens() == 0) {
             self.untrained.push(at);
             return Ok(());
         }
-        if len <= self.options.max_seq_length {
+        // A prompt leaves space for a token of its answer.
+        if len + usize::from(is_prompt) <= self.options.max_seq_length {
             examples.iter().for_each(|example| self.examples.push(example, self.file, number));
             return Ok(());
         }
@@ -288,6 +301,13 @@ impl Loader<'_> {
     fn fit(&mut self, examples: Vec<Encoded>, len: usize, at: RowPlace) -> Result<()> {
         let max = self.options.max_seq_length;
         match self.options.overlong {
+            Overlong::Error if self.options.task == RowTask::Prompts => {
+                let message = format!(
+                    "the prompt has {len} tokens, which leaves none of max_seq_length = {max} for an answer; raise it, or set \
+                     data.overlong = \"drop\""
+                );
+                return Err(Error::row(self.path(), at.row, message));
+            }
             Overlong::Error => {
                 let split = if self.options.task == RowTask::Sft { " | \"split\"" } else { "" };
                 let message = format!(
@@ -330,7 +350,7 @@ impl Loader<'_> {
         if let Some(missing) = columns.missing(found) {
             return Err(of_all(missing));
         }
-        if untrained.len() == report.rows {
+        if untrained.len() == report.rows && options.task != RowTask::Prompts {
             return Err(of_all("no row has a token to train on: all labels are ignored".to_owned()));
         }
         if let Some(&RowPlace { file, row }) = untrained.first().filter(|_| options.untrained == Untrained::Error) {
@@ -361,7 +381,7 @@ impl Loader<'_> {
         report.tokens = examples.input_ids.len();
         let fingerprint = fingerprint.map_or_else(|| of_contents(&examples), str::to_owned);
         let preferred = examples.preferred.iter().filter(|preferred| **preferred != 0).count();
-        report.preferred = (options.task != RowTask::Sft).then_some(preferred);
+        report.preferred = matches!(options.task, RowTask::Pairs | RowTask::Labelled).then_some(preferred);
         let dataset = Dataset::new(examples, files.to_vec(), fingerprint, options.task);
         report.trained_tokens = dataset.examples().map(|example| example.trained_tokens()).sum();
         Ok((dataset, report))

@@ -33,6 +33,15 @@ pub(super) fn read(ids: Value, fields: &Map<String, Value>) -> Result<RowContent
     Ok(RowContent::InputIds { input_ids, labels })
 }
 
+/// Reads a prompt as ids.
+pub(super) fn read_prompt(ids: &Value, name: &str) -> Result<Vec<u32>, String> {
+    let ids = integers(ids, name, 0)?;
+    if ids.is_empty() {
+        return Err(format!("\"{name}\" is an empty list"));
+    }
+    Ok(ids.into_iter().map(i32::unsigned_abs).collect())
+}
+
 /// Reads a prompt and an answer as ids; the loss covers the answer.
 pub(super) fn read_answer(
     prompt: Option<&Value>,
