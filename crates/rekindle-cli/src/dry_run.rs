@@ -26,10 +26,12 @@ pub(crate) fn print(run: &TrainingRun, refusal: Option<&Error>) -> Result<(), Fa
     facts.push(train_rows.to_string());
     facts.extend(eval_rows.as_ref().map(ToString::to_string));
     facts.push(steps(run, train));
-    if !config.train.optimizer_in_bwd {
+    // The length of completions that the model samples is not known.
+    let samples = config.train.method.has_rollouts();
+    if !config.train.optimizer_in_bwd && !samples {
         facts.push(time(run)?);
     }
-    if let Some(tokenizer) = tokenizer {
+    if let Some(tokenizer) = tokenizer.as_ref().filter(|_| !samples) {
         facts.extend(model.end_token_notice(tokenizer, train)?);
     }
     for example in train.examples().take(SHOWN) {
@@ -66,10 +68,13 @@ fn steps(run: &TrainingRun, train: &Dataset) -> String {
         true => format!(" ({} in {})", counted(train.len(), "example"), counted(packs, "pack")),
         false => String::new(),
     };
+    let rows = match config.method.has_rollouts() {
+        true => counted(config.rows_per_step(), "completion"),
+        false => counted(config.rows_per_step().min(packs), "row"),
+    };
     format!(
-        "{} of {}{packed}, {epochs:.2} epochs of {}; {} of warm-up",
+        "{} of {rows}{packed}, {epochs:.2} epochs of {}; {} of warm-up",
         counted(total, "step"),
-        counted(config.rows_per_step().min(packs), "row"),
         counted(steps_per_epoch, "step"),
         counted(warmup, "step")
     )

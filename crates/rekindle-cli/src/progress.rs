@@ -227,12 +227,12 @@ fn eval_line(metrics: &EvalMetrics) -> String {
     )
 }
 
-/// Returns the margin and the accuracy of the rewards of a preference loss.
+/// Returns the margin and the accuracy of the rewards of a preference loss, or the reward of sampled completions.
 fn rewards(metrics: &MetricValues, prefix: &str) -> String {
-    let show = |(name, key): (&str, &str)| {
-        metrics.get(&format!("{prefix}rewards/{key}")).map(|value| format!("  {name} {value:.3}"))
-    };
-    [("margin", "margins"), ("accuracy", "accuracies")].into_iter().filter_map(show).collect()
+    let show =
+        |(name, key): (&str, &str)| metrics.get(&format!("{prefix}{key}")).map(|value| format!("  {name} {value:.3}"));
+    let names = [("margin", "rewards/margins"), ("accuracy", "rewards/accuracies"), ("reward", "reward")];
+    names.into_iter().filter_map(show).collect()
 }
 
 /// Returns the time of an evaluation in the run.
@@ -272,6 +272,9 @@ mod tests {
         let values = values.map(|(name, value)| (name.to_owned(), value));
         let pairs = EvalMetrics { eval_perplexity: None, metrics: MetricValues(values.into()), ..eval(7) };
         assert_eq!(eval_line(&pairs), "eval after step 7  loss 0.5000  margin 0.250  accuracy 0.500  (1 token)");
+        let values = [("eval_reward".to_owned(), 0.75)].into();
+        let sampled = EvalMetrics { metrics: MetricValues(values), ..pairs };
+        assert_eq!(eval_line(&sampled), "eval after step 7  loss 0.5000  reward 0.750  (1 token)");
     }
 
     /// Returns the metrics of a step of half a second.

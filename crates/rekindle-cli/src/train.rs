@@ -177,10 +177,19 @@ fn summarize(report: &TrainReport, dir: &Path, resolved: &Path) {
     eprintln!("report {}  numbers {}  configuration {}", page.display(), metrics.display(), resolved.display());
 }
 
-/// Summarizes a run in a line: its length, and both losses at its start and end.
+/// Summarizes a run in a line: its length, and both losses or rewards at its start and end.
 fn summary(report: &TrainReport) -> String {
     let Some((first, last)) = report.steps.first().zip(report.steps.last()) else { return "no steps".to_owned() };
     let mut text = format!("{} in {}", counted(last.step, "step"), duration(last.seconds));
+    let sampled: Vec<f64> = report.steps.iter().filter_map(|step| step.metrics.get("reward")).collect();
+    if let (Some(first), Some(last)) = (sampled.first(), sampled.last()) {
+        text += &format!(", training reward {first:.3} -> {last:.3}");
+        let evals: Vec<f64> = report.evals.iter().filter_map(|eval| eval.metrics.get("eval_reward")).collect();
+        if let (Some(first), Some(last)) = (evals.first(), evals.last()) {
+            text += &format!(", evaluation reward {first:.3} -> {last:.3}");
+        }
+        return text;
+    }
     text += &format!(", training loss {:.3} -> {:.3}", first.loss, last.loss);
     match &report.evals[..] {
         [] => {}

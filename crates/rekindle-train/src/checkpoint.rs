@@ -2,7 +2,8 @@
 //!
 //! Besides the files of the adapter or model, a checkpoint contains `trainer_state.json` ([`TrainerState`]),
 //! `optimizer.safetensors`, and for an adapter `master_weights.safetensors`: its trained parameters in f32, before the
-//! conversion for the adapter's file. If all weights are trained, the model's files contain them.
+//! conversion for the adapter's file. If all weights are trained, the model's files contain them. `rollouts.json` has the sampled
+//! completions that later steps still use.
 
 mod fingerprint;
 mod state;
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use rekindle_models::CausalLm;
 
+use crate::rollout::Generation;
 use crate::save::{check_checkpoint, write_new};
 use crate::{Companion, Error, Optimizer};
 
@@ -20,7 +22,7 @@ pub use state::BestEvaluation;
 pub(crate) use state::{TrainerState, configuration_sha256};
 
 /// Files of a checkpoint that the result of a run does not have.
-pub(crate) const FILES: [&str; 3] = [TrainerState::FILE, tensors::OPTIMIZER, tensors::MASTERS];
+pub(crate) const FILES: [&str; 4] = [TrainerState::FILE, tensors::OPTIMIZER, tensors::MASTERS, Generation::FILE];
 
 const PREFIX: &str = "checkpoint-";
 

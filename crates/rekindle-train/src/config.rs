@@ -25,7 +25,7 @@ pub struct SftConfig {
     /// others. Default supervised fine-tuning.
     #[serde(skip)]
     pub method: Method,
-    /// Rows of one forward and backward pass. Default 8.
+    /// Rows of one forward and backward pass: examples, pairs, or completions that the model samples. Default 8.
     pub per_device_train_batch_size: usize,
     /// Rows of one pass in evaluation. Default 8.
     pub per_device_eval_batch_size: usize,
@@ -42,7 +42,7 @@ pub struct SftConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<usize>,
     /// The peak learning rate. Default 2e-4 for adapters and 2e-5 when all weights are trained; 1e-5 and 1e-6 for
-    /// preference losses.
+    /// preference losses and policy gradients.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
     /// The peak learning rate of an embedding table and output layer, if they are trained. Default: `learning_rate`.
@@ -245,7 +245,7 @@ impl SftConfig {
     /// Returns the steps of a run over `rows` rows ([`rows`](Self::rows)), and the times of evaluations, checkpoints
     /// and log lines.
     pub fn timetable(&self, rows: usize) -> Timetable {
-        Timetable::new(self, rows)
+        Timetable::new(self, rows * self.method.rows_per_prompt())
     }
 
     /// Returns the number of passes over the data if `max_steps` is absent.

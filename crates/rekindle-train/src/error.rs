@@ -65,6 +65,9 @@ pub enum Error {
     /// The ranks of the run cannot work together, or another rank failed.
     #[error(transparent)]
     Ranks(#[from] rekindle_dist::Error),
+    /// A reward failed to score completions.
+    #[error(transparent)]
+    Reward(#[from] rekindle_rewards::RewardError),
     /// A result cannot be written.
     #[error(transparent)]
     File(#[from] rekindle_hub::Error),

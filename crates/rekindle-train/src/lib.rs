@@ -28,6 +28,7 @@ mod recorder;
 mod reference;
 mod report;
 mod report_to;
+mod rollout;
 mod sampler;
 mod save;
 mod schedule;
@@ -44,7 +45,7 @@ pub use diverged::Diverged;
 pub use error::Error;
 pub use evaluate::{Evaluation, RowLoss, TokenLoss, evaluate, evaluate_tokens};
 pub use event::{TrainEnd, TrainEvent, TrainReport};
-pub use method::{Method, ReferenceArguments, WithReference};
+pub use method::{Method, ReferenceArguments, WithReference, WithRollouts};
 pub use metrics::{EvalMetrics, MetricValues, MetricsFile, PromptSample, RecordedUntil, RunHistory, StepMetrics};
 pub use model_card::{ModelCard, PublishedCard, PublishedForm, data_line};
 pub use optim::Optim;
@@ -57,6 +58,10 @@ pub use plot::{PlotSeries, lines_svg, loss_svg};
 pub use recorder::{Recorder, eval_scalars, step_scalars};
 pub use report::{RunDescription, report_html};
 pub use report_to::ReportTo;
+pub use rollout::{
+    GrpoAdvantages, MultiObjectiveAggregation, PromptColumns, PromptRow, RlooAdvantages, RolloutArguments, RolloutTask,
+    ScaleRewards,
+};
 pub use sampler::{SamplePrompt, Sampler};
 pub use save::{save_adapter, save_adapters, save_result, write_result};
 pub use schedule::{LrCurve, LrSchedulerKwargs, LrSchedulerType, Schedule};

@@ -1,11 +1,12 @@
-//! The training method: supervised fine-tuning, or a preference loss with its arguments.
+//! The training method: supervised fine-tuning, a preference loss or a policy gradient, with its arguments.
 
 use rekindle_data::{Dataset, RowTask};
-use rekindle_models::objective::{Cpo, Dpo, Kto, KtoLoss, Orpo};
+use rekindle_models::objective::{Cpo, Dpo, Grpo, Kto, KtoLoss, Orpo, Rloo};
 use rekindle_models::{Objective, Sft};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, SftConfig};
+use crate::rollout::{AdvantageRule, RolloutSettings};
+use crate::{Error, GrpoAdvantages, RlooAdvantages, RolloutArguments, SftConfig};
 
 /// The training method, `[train] method` of a run file, with the arguments of its loss.
 ///
@@ -24,6 +25,24 @@ pub enum Method {
     Orpo(Orpo),
     /// Contrastive preference optimization and SimPO, on pairs.
     Cpo(Cpo),
+    /// Group relative policy optimization and its relatives, on prompts.
+    Grpo(Box<WithRollouts<Grpo, GrpoAdvantages>>),
+    /// REINFORCE leave-one-out, on prompts.
+    Rloo(Box<WithRollouts<Rloo, RlooAdvantages>>),
+}
+
+/// A loss of completions that the model samples.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct WithRollouts<L, A> {
+    /// The arguments of the loss.
+    #[serde(flatten)]
+    pub loss: L,
+    /// The arguments of advantages.
+    #[serde(flatten)]
+    pub advantages: A,
+    /// The arguments of sampling.
+    #[serde(flatten)]
+    pub rollouts: RolloutArguments,
 }
 
 /// A loss with a reference model: the model before training.
@@ -73,9 +92,21 @@ impl From<Cpo> for Method {
     }
 }
 
+impl From<Grpo> for Method {
+    fn from(loss: Grpo) -> Self {
+        Self::Grpo(Box::new(WithRollouts { loss, ..WithRollouts::default() }))
+    }
+}
+
+impl From<Rloo> for Method {
+    fn from(loss: Rloo) -> Self {
+        Self::Rloo(Box::new(WithRollouts { loss, ..WithRollouts::default() }))
+    }
+}
+
 impl Method {
     /// The names of all methods in a run file. `ipo` is `dpo` and `simpo` is `cpo` with that `loss_type`.
-    pub const NAMES: [&str; 7] = ["sft", "dpo", "ipo", "kto", "orpo", "cpo", "simpo"];
+    pub const NAMES: [&str; 9] = ["sft", "dpo", "ipo", "kto", "orpo", "cpo", "simpo", "grpo", "rloo"];
 
     /// Returns the name in a run file.
     pub fn name(&self) -> &'static str {
@@ -85,6 +116,8 @@ impl Method {
             Self::Kto(_) => "kto",
             Self::Orpo(_) => "orpo",
             Self::Cpo(_) => "cpo",
+            Self::Grpo(_) => "grpo",
+            Self::Rloo(_) => "rloo",
         }
     }
 
@@ -94,6 +127,7 @@ impl Method {
             Self::Sft => RowTask::Sft,
             Self::Dpo(_) | Self::Orpo(_) | Self::Cpo(_) => RowTask::Pairs,
             Self::Kto(_) => RowTask::Labelled,
+            Self::Grpo(_) | Self::Rloo(_) => RowTask::Prompts,
         }
     }
 
@@ -105,6 +139,8 @@ impl Method {
             Self::Kto(kto) => Box::new(kto.loss.clone()),
             Self::Orpo(orpo) => Box::new(orpo.clone()),
             Self::Cpo(cpo) => Box::new(cpo.clone()),
+            Self::Grpo(grpo) => Box::new(grpo.loss.clone()),
+            Self::Rloo(rloo) => Box::new(rloo.loss.clone()),
         }
     }
 
@@ -113,8 +149,60 @@ impl Method {
         match self {
             Self::Dpo(dpo) => Some(&dpo.reference),
             Self::Kto(kto) => Some(&kto.reference),
-            Self::Sft | Self::Orpo(_) | Self::Cpo(_) => None,
+            Self::Sft | Self::Orpo(_) | Self::Cpo(_) | Self::Grpo(_) | Self::Rloo(_) => None,
         }
+    }
+
+    /// Returns true if the model samples the completions that it is trained on, which needs rewards.
+    pub fn has_rollouts(&self) -> bool {
+        matches!(self, Self::Grpo(_) | Self::Rloo(_))
+    }
+
+    /// Returns the most tokens of a sampled completion.
+    pub fn max_completion_length(&self) -> Option<usize> {
+        match self {
+            Self::Grpo(grpo) => Some(grpo.loss.max_completion_length),
+            Self::Rloo(rloo) => Some(rloo.loss.max_completion_length),
+            _ => None,
+        }
+    }
+
+    /// Returns the number of rows of steps that a row of the data becomes: those of each completion and pass.
+    pub(crate) fn rows_per_prompt(&self) -> usize {
+        let (generations, rollouts) = match self {
+            Self::Grpo(grpo) => (grpo.advantages.num_generations, &grpo.rollouts),
+            Self::Rloo(rloo) => (rloo.advantages.num_generations, &rloo.rollouts),
+            _ => return 1,
+        };
+        generations * rollouts.num_iterations
+    }
+
+    /// Returns the settings of rollouts, if the method has them and they are valid.
+    pub(crate) fn rollouts(&self, config: &SftConfig) -> Option<RolloutSettings> {
+        let (advantages, num_generations, arguments, [beta, temperature]) = match self {
+            Self::Grpo(grpo) => {
+                let advantages = AdvantageRule::Grpo(grpo.advantages.clone());
+                let numbers = [grpo.loss.beta, grpo.loss.temperature];
+                (advantages, grpo.advantages.num_generations, &grpo.rollouts, numbers)
+            }
+            Self::Rloo(rloo) => {
+                let advantages = AdvantageRule::Rloo(rloo.advantages.clone());
+                let numbers = [rloo.loss.beta, rloo.loss.temperature];
+                (advantages, rloo.advantages.num_generations, &rloo.rollouts, numbers)
+            }
+            _ => return None,
+        };
+        let rows = arguments.rows(config);
+        Some(RolloutSettings {
+            steps: rows / config.rows_per_step().max(1),
+            arguments: arguments.clone(),
+            advantages,
+            num_generations,
+            beta,
+            temperature,
+            max_completion_length: self.max_completion_length()?,
+            rows,
+        })
     }
 
     /// Returns true if the loss covers the prompts of chosen answers.
@@ -146,8 +234,35 @@ impl Method {
             Self::Kto(kto) => kto.loss.problems(),
             Self::Orpo(orpo) => orpo.problems(),
             Self::Cpo(cpo) => cpo.problems(),
+            Self::Grpo(grpo) => {
+                let WithRollouts { loss, advantages, rollouts } = &**grpo;
+                let corrects = loss.importance_sampling_correction;
+                let mut problems = loss.problems();
+                problems.extend(rollouts.problems(config, advantages.num_generations, loss.temperature, corrects));
+                problems
+            }
+            Self::Rloo(rloo) => {
+                let WithRollouts { loss, advantages, rollouts } = &**rloo;
+                let mut problems = loss.problems();
+                problems.extend(rollouts.problems(config, advantages.num_generations, loss.temperature, false));
+                problems.extend(advantages.problem());
+                problems
+            }
         };
         let name = self.name();
+        if self.has_rollouts() {
+            let refused = [
+                (config.packing, "packing has no effect, because rows are completions of any length without padding"),
+                (config.load_best_model_at_end, "load_best_model_at_end chooses by eval_loss, which does not fall"),
+                (config.early_stopping_patience.is_some(), "early_stopping_patience waits for eval_loss to fall"),
+                (
+                    config.save_strategy == Some(crate::SaveStrategy::Best),
+                    "save_strategy = \"best\" chooses by eval_loss, which does not fall",
+                ),
+            ];
+            let refused = refused.into_iter().filter(|(is_set, _)| *is_set);
+            problems.extend(refused.map(|(_, why)| format!("with method = \"{name}\", {why}; remove it")));
+        }
         if config.neftune_noise_alpha.is_some() {
             problems.push(format!("neftune_noise_alpha is for method = \"sft\"; with \"{name}\" remove it"));
         }

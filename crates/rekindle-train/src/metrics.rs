@@ -52,6 +52,13 @@ impl MetricValues {
         self.0.get(name).copied()
     }
 
+    /// Adds values, `prefix` before each name.
+    #[must_use]
+    pub(crate) fn with(mut self, values: Vec<(String, f64)>, prefix: &str) -> Self {
+        self.0.extend(values.into_iter().map(|(name, value)| (format!("{prefix}{name}"), value)));
+        self
+    }
+
     /// Returns these values, `prefix` before each name.
     pub(crate) fn prefixed(values: &[(&'static str, f64)], prefix: &str) -> Self {
         Self(values.iter().map(|(name, value)| (format!("{prefix}{name}"), *value)).collect())

@@ -14,7 +14,9 @@ use std::path::PathBuf;
 use rekindle_data::RowTask;
 use rekindle_kernels::{Device, MemoryUse};
 use rekindle_lora::LoraConfig;
-use rekindle_models::{Answer, Batch, CausalLm, GradientCheckpointing, LoadOptions, Objective, is_quantized};
+use rekindle_models::{
+    Answer, Batch, CausalLm, GradientCheckpointing, LoadOptions, Objective, SampledCompletion, is_quantized,
+};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
@@ -135,8 +137,11 @@ impl Planner {
         let before = self.begin();
         let batch = rows.batch(&self.job);
         self.optimizer.step(&mut self.model, &*self.objective, &[batch], 0.0)?;
-        let step = self.counted(rows, checkpointing, before);
-        if !self.job.evaluates {
+        let mut step = self.counted(rows, checkpointing, before);
+        if let Some(sampling) = self.sampling(rows, checkpointing)?.filter(|sampling| sampling.peak > step.peak) {
+            step = MemoryPlan { host: sampling.host.max(step.host), ..sampling };
+        }
+        if !self.job.evaluates || self.job.train.method.has_rollouts() {
             return Ok(step);
         }
         let rows = rows.for_evaluation(self.job.train.per_device_eval_batch_size);
@@ -146,6 +151,22 @@ impl Planner {
         let host = step.host.max(evaluation.host);
         let largest = if evaluation.peak > step.peak { evaluation } else { step };
         Ok(MemoryPlan { host, ..largest })
+    }
+
+    /// Plans the sampling of completions: the key/value cache, beside a part of the prompts.
+    fn sampling(&mut self, rows: &PassRows, checkpointing: GradientCheckpointing) -> Result<Option<MemoryPlan>, Error> {
+        let method = &self.job.train.method;
+        let Some(settings) = method.rollouts(&self.job.train) else { return Ok(None) };
+        let longest = rows.lengths.iter().copied().max().unwrap_or(1);
+        let before = self.begin();
+        let cache = self.model.decoder().paged_states(settings.pages(longest)).map_err(rekindle_models::Error::from)?;
+        // The largest step of the engine.
+        let part = rekindle_engine::EngineConfig::default().max_batch_tokens.max(settings.arguments.max_sequences);
+        let part = PassRows::equal(part.div_ceil(longest), longest.min(part));
+        self.model.nll(&part.batch(&self.job))?;
+        let plan = self.counted(rows, checkpointing, before);
+        drop(cache);
+        Ok(Some(plan))
     }
 
     /// Returns the job.
@@ -244,6 +265,14 @@ impl PassRows {
         let lengths = self.lengths.iter().flat_map(|&length| core::iter::repeat_n(length, per_row));
         let zeros: Vec<_> = lengths.map(|length| (vec![0; length], vec![0; length])).collect();
         let mut batch = Batch::from_rows(zeros.iter().map(|(ids, labels)| (&ids[..], &labels[..])), 0);
+        if method.has_rollouts() {
+            let completion = SampledCompletion { mean_tokens: 1.0, ..SampledCompletion::default() };
+            let tokens = |length: &usize| Some(vec![0.0; length.saturating_sub(1)]);
+            // A completion for every row; the reference is computed before.
+            let of_row = |length| SampledCompletion { reference_log_probs: tokens(length), ..completion.clone() };
+            batch.completions = self.lengths.iter().map(of_row).collect();
+            return batch;
+        }
         if method.task() != RowTask::Sft {
             // Without an adapter to turn off, the reference is computed before.
             let reference = (method.reference().is_some() && job.lora.is_none()).then_some(0.0);

@@ -9,6 +9,7 @@ mod resume;
 mod resume_compatibility;
 mod rows;
 mod run;
+mod source;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -17,11 +18,14 @@ use rekindle_data::Dataset;
 use rekindle_dist::{Communicator, OneRank};
 use rekindle_models::CausalLm;
 
-use crate::{Companion, Error, ModelCard, RunDescription, Sampler, SaveStrategy, SftConfig, TrainEvent, TrainReport};
+use crate::{
+    Companion, Error, ModelCard, RolloutTask, RunDescription, Sampler, SaveStrategy, SftConfig, TrainEvent, TrainReport,
+};
 pub use arguments::TrainerArguments;
 use output::OutputDir;
 pub use preflight::{Preflight, check_output_dir};
 pub use resume::Resume;
+pub(crate) use rows::StepRows;
 use run::Run;
 
 /// A run over encoded examples. [`Trainer::new`] fills in the defaults; set the other fields as needed.
@@ -40,6 +44,8 @@ pub struct Trainer<'a> {
     pub companions: Vec<Companion>,
     /// Answers prompts at each evaluation and at the end.
     pub sampler: Option<Sampler<'a>>,
+    /// The rewards of a method that samples completions, with the columns of its rows.
+    pub rollouts: Option<RolloutTask<'a>>,
     /// The description of the run in `report.html`.
     pub description: RunDescription,
     /// The contents of the model card besides the run's metrics.
@@ -66,6 +72,7 @@ impl<'a> Trainer<'a> {
             eval: None,
             companions: Vec::new(),
             sampler: None,
+            rollouts: None,
             description: RunDescription::default(),
             card: ModelCard::default(),
             notes: Vec::new(),
@@ -100,7 +107,35 @@ impl<'a> Trainer<'a> {
         for (_, what) in keeps.iter().filter(|(wanted, _)| *wanted && self.arguments.output_dir.is_none()) {
             problems.push(format!("{what} needs an output_dir"));
         }
+        if self.config.method.has_rollouts() {
+            problems.extend(self.rollout_problems());
+        }
         if problems.is_empty() { Ok(()) } else { Err(Error::Config(problems)) }
+    }
+
+    /// Returns a sentence for everything that a run with sampled completions lacks.
+    fn rollout_problems(&self) -> Vec<String> {
+        let (name, mut problems) = (self.config.method.name(), Vec::new());
+        if self.rollouts.as_ref().is_none_or(|task| task.rewards.is_empty()) {
+            problems.push(format!(
+                "method \"{name}\" needs a reward: add a section [[rewards]] with a type, such as type = \"exact\""
+            ));
+        }
+        if !self.model.device().is_cpu() {
+            problems.push(format!(
+                "method \"{name}\" has not been measured on device \"{}\" and runs on the CPU only; set device = \"cpu\"",
+                self.model.device().name()
+            ));
+        }
+        let beta = self.config.method.rollouts(&self.config).map_or(0.0, |settings| settings.beta);
+        let is_base = self.model.lora().is_some() && self.model.adapter_changes_nothing();
+        if beta != 0.0 && !is_base {
+            problems.push(format!(
+                "beta = {beta} needs a reference model, the model before training, which is a new adapter turned off; here all \
+                 weights are trained, or the adapter was trained before; set beta = 0, or merge the adapter into its base first"
+            ));
+        }
+        problems
     }
 
     fn output(&self) -> OutputDir<'_> {

@@ -95,7 +95,10 @@ pub use rekindle_kernels::{DeviceKind, parse_device};
 pub use rekindle_lora::{
     BLOCK_LINEARS, Bias, Combination, Error as LoraError, InitLoraWeights, LoftqConfig, LoraConfig, TargetModules,
 };
-pub use rekindle_models::objective::{Cpo, CpoLoss, Divergence, Dpo, DpoLoss, Kto, KtoLoss, OneOrMany, Orpo};
+pub use rekindle_models::objective::{
+    Cpo, CpoLoss, Divergence, Dpo, DpoLoss, Grpo, GrpoLoss, ImportanceSamplingLevel, ImportanceSamplingMode, Kto,
+    KtoLoss, OneOrMany, Orpo, Rloo,
+};
 pub use rekindle_models::{
     CausalLm, ContextExtension, DEFAULT_ADAPTER, GenerationConfig, GradientCheckpointing, LoadIn, MemoryClass,
     MemoryLine, MemoryReport, ModelConfig, NonFinite, Positions, RopeError, RopeScaling, StopReason, is_quantized,
@@ -104,9 +107,10 @@ pub use rekindle_quant::{Blocksize, Error as QuantError, QuantConfig, QuantType}
 /// Rewards of completions, as `[[rewards]]` of a run file has them.
 pub use rekindle_rewards as rewards;
 pub use rekindle_train::{
-    BestEvaluation, Diverged, EvalMetrics, EvalStrategy, Evaluation, LrCurve, LrSchedulerKwargs, LrSchedulerType,
-    Method, MetricValues, Optim, OptimizerConfig, PromptSample, ReferenceArguments, ReportTo, Resume, RowLoss,
-    RunHistory, SaveStrategy, SftConfig, StepCount, StepMetrics, Timetable, TokenLoss, TrainEnd, TrainEvent,
-    TrainReport, TrainerArguments, WithReference,
+    BestEvaluation, Diverged, EvalMetrics, EvalStrategy, Evaluation, GrpoAdvantages, LrCurve, LrSchedulerKwargs,
+    LrSchedulerType, Method, MetricValues, MultiObjectiveAggregation, Optim, OptimizerConfig, PromptSample,
+    ReferenceArguments, ReportTo, Resume, RlooAdvantages, RolloutArguments, RowLoss, RunHistory, SaveStrategy,
+    ScaleRewards, SftConfig, StepCount, StepMetrics, Timetable, TokenLoss, TrainEnd, TrainEvent, TrainReport,
+    TrainerArguments, WithReference, WithRollouts,
 };
 pub use rekindle_train::{MemoryChange, MemoryFit, MemoryPlan, PassRows, show_bytes};

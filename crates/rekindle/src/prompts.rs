@@ -1,6 +1,6 @@
 //! The prompts that a model answers during training.
 
-use rekindle_data::{ChatPrompt, Dataset, Tokenizer, counted};
+use rekindle_data::{ChatPrompt, Dataset, RowTask, Tokenizer, counted};
 use rekindle_train::{SamplePrompt, Sampler, SftConfig};
 
 use crate::{Error, Model};
@@ -53,10 +53,12 @@ pub(crate) fn prompts(
             ));
         };
         let before = prompts.len();
-        let of_rows = eval
-            .examples()
-            .filter(|example| example.preferred != Some(false))
-            .filter_map(|example| SamplePrompt::of_example(&example));
+        let is_prompt = eval.task() == RowTask::Prompts;
+        let of_rows =
+            eval.examples().filter(|example| example.preferred != Some(false)).filter_map(|example| match is_prompt {
+                true => Some(SamplePrompt { ids: example.input_ids.to_vec(), expected: None }),
+                false => SamplePrompt::of_example(&example),
+            });
         prompts.extend(of_rows.take(config.eval_samples));
         if prompts.len() == before {
             return Err(Error::Argument(

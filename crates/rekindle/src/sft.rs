@@ -5,7 +5,11 @@ use std::sync::atomic::AtomicBool;
 
 use rekindle_data::{LoadReport, Tokenizer};
 use rekindle_dist::{Communicator, OneRank};
-use rekindle_train::{SftConfig, TrainEvent, TrainReport, Trainer, TrainerArguments};
+use rekindle_rewards::RewardSet;
+use rekindle_train::{
+    PromptColumns, PromptRow, RolloutTask, SftConfig, TrainEvent, TrainReport, Trainer, TrainerArguments,
+};
+use serde_json::Value;
 
 use crate::describe::{describe, model_card};
 use crate::prompts::sampler;
@@ -33,6 +37,39 @@ impl From<EncodedRows> for TrainingRows {
 }
 
 /// A trainer of a model's adapter, or of all its weights, on rows.
+///
+/// [`SftConfig::method`] chooses the loss. For GRPO and RLOO, the rows are prompts, and [`rewards`](Self::rewards) score the
+/// completions that the model samples:
+///
+/// ```no_run
+/// use rekindle::rewards::{Reward, RewardError, RewardSet, Sample};
+/// use rekindle::{DataSource, FastLanguageModel, Grpo, LoraConfig, SftConfig, SftTrainer};
+///
+/// struct Short;
+///
+/// impl Reward for Short {
+///     fn name(&self) -> &str {
+///         "short"
+///     }
+///
+///     fn score(&mut self, samples: &[Sample]) -> Result<Vec<Option<f64>>, RewardError> {
+///         Ok(samples.iter().map(|sample| Some(-(sample.completion.len() as f64))).collect())
+///     }
+/// }
+///
+/// # fn main() -> Result<(), rekindle::Error> {
+/// let (model, tokenizer) = FastLanguageModel::from_pretrained("examples/quickstart/base").load()?;
+/// let mut model = model.get_peft_model(LoraConfig::new(8))?;
+/// let mut rewards = RewardSet::new();
+/// rewards.push(Box::new(Short), 1.0)?;
+/// let method = Grpo { max_completion_length: 32, ..Grpo::default() }.into();
+/// let config = SftConfig { method, max_steps: Some(10), ..SftConfig::default() };
+/// let prompts = DataSource::new("prompts.jsonl");
+/// let report = SftTrainer::new(&mut model, &tokenizer, prompts, config).rewards(rewards).train()?;
+/// println!("{:?}", report.steps[9].metrics.get("reward"));
+/// # Ok(())
+/// # }
+/// ```
 pub struct SftTrainer<'a> {
     model: &'a mut Model,
     tokenizer: Option<&'a Tokenizer>,
@@ -43,6 +80,7 @@ pub struct SftTrainer<'a> {
     run_file: Option<String>,
     check_memory: bool,
     world: Arc<dyn Communicator>,
+    rewards: Option<RewardSet>,
     stop: Arc<AtomicBool>,
     on_event: Box<dyn FnMut(TrainEvent<'_>) + 'a>,
     on_data: OnData<'a>,
@@ -68,6 +106,7 @@ impl<'a> SftTrainer<'a> {
             run_file: None,
             check_memory: true,
             world: Arc::new(OneRank),
+            rewards: None,
             stop: Arc::default(),
             on_event: Box::new(|_| ()),
             on_data: Box::new(|_, _| ()),
@@ -113,6 +152,13 @@ impl<'a> SftTrainer<'a> {
         self
     }
 
+    /// Sets the rewards of completions, for methods that sample them (GRPO, RLOO).
+    #[must_use]
+    pub fn rewards(mut self, rewards: RewardSet) -> Self {
+        self.rewards = Some(rewards);
+        self
+    }
+
     /// Sets a flag that ends the run after the current step, with a checkpoint to resume from
     /// ([`TrainEnd::Interrupted`](crate::TrainEnd)).
     #[must_use]
@@ -149,8 +195,11 @@ impl<'a> SftTrainer<'a> {
             self.config.use_gradient_checkpointing = plan.use_gradient_checkpointing;
         }
         let companions = self.model.companions(self.tokenizer)?;
+        let rollouts = self.rollouts(&train, eval.as_ref())?;
         let sampler = sampler(self.model, self.tokenizer, &self.config, eval.as_ref().map(|rows| &rows.dataset))?;
-        let notice = self.tokenizer.map(|tokenizer| self.model.end_token_notice(tokenizer, &train.dataset));
+        // Prompts have no end tokens to compare with.
+        let texts = self.tokenizer.filter(|_| !self.config.method.has_rollouts());
+        let notice = texts.map(|tokenizer| self.model.end_token_notice(tokenizer, &train.dataset));
         let notice = notice.transpose()?.flatten();
         let configuration = self.run_file.unwrap_or_else(|| format!("{:#?}", self.config));
         let run_name = self.config.run_name.clone();
@@ -170,6 +219,7 @@ impl<'a> SftTrainer<'a> {
             eval: eval.map(|eval| eval.dataset),
             companions,
             sampler,
+            rollouts,
             description,
             card,
             notes: notice.into_iter().collect(),
@@ -179,6 +229,29 @@ impl<'a> SftTrainer<'a> {
             ..Trainer::new(self.model.causal_lm_mut(), train.dataset, self.config)
         };
         Ok(trainer.train()?)
+    }
+
+    /// Returns the rewards with the columns of the rows, for a method that samples completions.
+    fn rollouts(&mut self, train: &EncodedRows, eval: Option<&EncodedRows>) -> Result<Option<RolloutTask<'a>>, Error> {
+        let Some(rewards) = self.rewards.take() else { return Ok(None) };
+        if !self.config.method.has_rollouts() {
+            return Err(Error::Argument(format!(
+                "rewards have no effect with method = \"{}\"; remove them, or use GRPO or RLOO",
+                self.config.method.name()
+            )));
+        }
+        let mut columns = PromptColumns::new();
+        for rows in core::iter::once(train).chain(eval) {
+            columns.extend(rows.source.raw_rows(None)?.into_iter().map(|row| {
+                let mut fields = row.fields;
+                let prompt = fields.shift_remove("prompt").filter(Value::is_array);
+                let messages = prompt.or_else(|| fields.shift_remove("messages"));
+                fields.shift_remove("prompt_ids");
+                ((row.path, row.row), PromptRow { columns: fields, messages })
+            }));
+        }
+        let stop_ids = self.model.end_tokens(self.tokenizer)?;
+        Ok(Some(RolloutTask { rewards, columns, stop_ids, tokenizer: self.tokenizer }))
     }
 
     fn encode(&mut self, rows: TrainingRows) -> Result<EncodedRows, Error> {

@@ -179,8 +179,17 @@ def run(arguments, rollouts):
     loss.backward()
     squares = [p.grad.double().square().sum() for p in trainer.model.parameters() if p.requires_grad and p.grad is not None]
     metrics = {name: float(values[-1]) for name, values in trainer._metrics["train"].items() if name != "num_tokens"}
-    return {"loss": loss.item(), "grad_norm": torch.stack(squares).sum().sqrt().item(), "advantages": advantages,
-            "metrics": metrics}
+    result = {"loss": loss.item(), "grad_norm": torch.stack(squares).sum().sqrt().item(), "advantages": advantages,
+              "metrics": metrics}
+    if is_rloo and config.beta != 0:
+        masks = arguments.get("mask_truncated_completions", False)
+        of_row = lambda row: log_probs(model, rollouts["prompts"][row["prompt"]], row["completion_ids"], 1.0)
+        policy = [sum(of_row(row)) for row in rows]
+        with model.disable_adapter():
+            reference = [sum(of_row(row)) for row in rows]
+        result["divergences"] = [0.0 if masks and row["completion_ids"][-1] != EOS else a - b
+                                 for row, a, b in zip(rows, policy, reference)]
+    return result
 
 
 def log_probs(model, prompt, completion, temperature):

@@ -1,4 +1,6 @@
-//! Policy gradients against TRL: loss, metrics and gradient norm of every loss, and splits of a step.
+//! Policy gradients: loss, metrics and gradient norm of every loss against TRL; runs that sample, stop and resume.
+
+mod runs;
 
 use rekindle_models::objective::{Grpo, Rloo};
 use rekindle_models::{Batch, CausalLm, IGNORED, Objective, SampledCompletion};

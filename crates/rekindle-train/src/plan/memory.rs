@@ -21,11 +21,13 @@ pub enum MemoryCategory {
     Scratch,
     /// Logits of one chunk of rows, and their gradient.
     LossChunks,
+    /// Keys and values of sampled completions.
+    KvCache,
 }
 
 impl MemoryCategory {
     /// All categories, in the order of tables.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Weights,
         Self::Adapters,
         Self::Gradients,
@@ -33,6 +35,7 @@ impl MemoryCategory {
         Self::SavedActivations,
         Self::Scratch,
         Self::LossChunks,
+        Self::KvCache,
     ];
 
     /// Returns the name of the category in tables.
@@ -45,6 +48,7 @@ impl MemoryCategory {
             Self::SavedActivations => "saved activations",
             Self::Scratch => "scratch",
             Self::LossChunks => "loss chunks",
+            Self::KvCache => "key/value cache",
         }
     }
 
@@ -60,11 +64,8 @@ impl MemoryCategory {
             MemoryUse::OptimizerState => Self::Optimizer,
             MemoryUse::Logits | MemoryUse::Targets => Self::LossChunks,
             MemoryUse::Activations => return None,
-            MemoryUse::Inputs
-            | MemoryUse::KvCache
-            | MemoryUse::DecodedWeights
-            | MemoryUse::Scratch
-            | MemoryUse::Workspace => Self::Scratch,
+            MemoryUse::KvCache => Self::KvCache,
+            MemoryUse::Inputs | MemoryUse::DecodedWeights | MemoryUse::Scratch | MemoryUse::Workspace => Self::Scratch,
         })
     }
 }

@@ -7,6 +7,7 @@ use rekindle_models::objective::{Dpo, Kto};
 use serde_json::json;
 
 use super::*;
+use crate::{RolloutArguments, WithRollouts};
 
 /// Returns a job with the shape of Qwen3-4B, planned for a GPU that need not exist.
 fn job(load_in: Option<LoadIn>, lora: Option<LoraConfig>, checkpointing: GradientCheckpointing) -> PlannedRun {
@@ -38,6 +39,21 @@ fn plan(job: PlannedRun) -> MemoryPlan {
 }
 
 const WEIGHTS: usize = 4_022_468_096;
+
+#[test]
+fn the_cache_of_sampled_completions_is_planned() {
+    let rollouts =
+        RolloutArguments { generation_batch_size: Some(256), max_sequences: 128, ..RolloutArguments::default() };
+    let method = Method::Grpo(Box::new(WithRollouts { rollouts, ..WithRollouts::default() }));
+    let mut job = job(None, Some(LoraConfig::new(16)), GradientCheckpointing::Block);
+    job.train = SftConfig { method, per_device_train_batch_size: 1, ..job.train };
+    let plan = Planner::new(job).unwrap().plan(&PassRows::equal(1, 2048)).unwrap();
+    // Keys and values of 36 layers with 8 heads of 128 channels in bf16, and the spare page that CUDA has.
+    let cache = (128 * 2048 + 16) * 36 * 2 * 8 * 128 * 2;
+    assert_eq!(plan.bytes.of(MemoryCategory::KvCache), cache);
+    assert!(plan.peak > WEIGHTS * 2 + cache, "{plan}");
+    assert!(plan.to_string().contains("key/value cache"), "{plan}");
+}
 
 #[test]
 fn a_pair_is_two_documents() {

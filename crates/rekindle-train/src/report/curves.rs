@@ -12,6 +12,7 @@ pub(super) fn charts(history: &RunHistory) -> Vec<Chart> {
     let of = |value: fn(&StepMetrics) -> f64| points(history, |step| Some(value(step)));
     let mut charts = vec![loss(history)];
     charts.extend(rewards(history));
+    charts.extend(completions(history));
     charts.extend([
         Chart::new(
             "Learning rate",
@@ -55,6 +56,29 @@ fn rewards(history: &RunHistory) -> [Chart; 3] {
     ]
 }
 
+/// Returns the charts of sampled completions: rewards, lengths, the divergence from the reference model, and the share of
+/// prompts without a signal. Without such metrics they have no points.
+fn completions(history: &RunHistory) -> [Chart; 4] {
+    let of = |name: &str| points(history, |step| step.metrics.get(name));
+    let evals = history.evals.iter().filter_map(|eval| Some((eval.step, eval.metrics.get("eval_reward")?))).collect();
+    let mut reward = smoothed("training data", of("reward"));
+    reward.push(Series::dotted("evaluation data", "eval", evals));
+    let lengths = vec![
+        Series::line("mean", "train", of("completions/mean_length")),
+        Series::line("max", "peak", of("completions/max_length")),
+    ];
+    // Preference losses have a divergence too, but no completions.
+    let divergence =
+        if history.steps.iter().any(|step| step.metrics.get("reward").is_some()) { of("kl") } else { vec![] };
+    let equal = vec![Series::line("equal rewards", "train", of("frac_reward_zero_std"))];
+    [
+        Chart::new("Reward", Format::Significant, reward).unit("mean over completions").wide(),
+        Chart::new("Completion length", Format::Whole, lengths).unit("tokens").with_zero(),
+        Chart::new("KL to the reference", Format::Significant, smoothed("KL", divergence)).unit("nats per token"),
+        Chart::new("Prompts without a signal", Format::Significant, equal).unit("share of prompts").with_zero(),
+    ]
+}
+
 /// Returns the mean loss of the last steps, over the span of the smoothing.
 pub(super) fn recent_loss(history: &RunHistory) -> f64 {
     smooth(&points(history, |step| Some(step.loss))).last().map_or(f64::NAN, |point| point.1)
@@ -71,7 +95,8 @@ fn loss(history: &RunHistory) -> Chart {
     let mut series = smoothed("training data", points(history, |step| Some(step.loss)));
     let evals = history.evals.iter().map(|eval| (eval.step, eval.eval_loss)).collect();
     series.push(Series::dotted("evaluation data", "eval", evals));
-    let is_preference = history.steps.iter().any(|step| step.metrics.get("rewards/chosen").is_some());
+    let has = |name: &str| history.steps.iter().any(|step| step.metrics.get(name).is_some());
+    let is_preference = has("rewards/chosen") || has("reward");
     let unit = if is_preference { "of the training method" } else { "nats per token" };
     Chart::new("Loss", Format::Significant, series).unit(unit).wide()
 }

@@ -22,6 +22,11 @@ impl Trainer<'_> {
         match &self.config.method {
             // Their rows are known before the run. A method that samples rows must spread them over the ranks first.
             Method::Sft | Method::Dpo(_) | Method::Kto(_) | Method::Orpo(_) | Method::Cpo(_) => {}
+            Method::Grpo(_) | Method::Rloo(_) => {
+                let name = self.config.method.name();
+                let problem = format!("method \"{name}\" trains on a single rank; start the run without --ranks");
+                return Err(Error::Config(vec![problem]));
+            }
         }
         if self.config.optimizer_in_bwd {
             let problem = "optimizer_in_bwd = true applies gradients before all ranks have theirs; remove it, or train with \

@@ -158,6 +158,9 @@ impl RunTerms<'_> {
             configuration.extend(keys);
         }
         configuration.insert("rows of a step".to_owned(), config.rows_per_step().into());
+        if let Some(rollouts) = config.method.rollouts(&config) {
+            configuration.insert("completions of a generation".to_owned(), rollouts.rows.into());
+        }
         configuration.insert("[data] shuffle".to_owned(), self.arguments.shuffle.into());
         configuration.insert("seed".to_owned(), self.arguments.seed.into());
         configuration.insert("training rows (SHA-256)".to_owned(), dataset_fingerprint(self.train).into());

@@ -13,7 +13,8 @@ use super::guard::{self, Pass};
 use super::ranks::share_start;
 use super::resume::{Start, best_path};
 use super::resume_compatibility::RecordedSettings;
-use super::rows::{Rows, StepRows};
+use super::rows::StepRows;
+use super::source::{StepSource, small_epochs};
 use super::{Trainer, result_name};
 use crate::batches::Batches;
 use crate::checkpoint::{Checkpoint, TrainerState, configuration_sha256};
@@ -25,10 +26,10 @@ use crate::stopping::Stopping;
 use crate::world::share_parameters;
 use crate::{
     Error, EvalMetrics, Evaluation, Method, MetricValues, Optimizer, OptimizerConfig, RecordedUntil, Recorder,
-    RunHistory, SaveStrategy, Schedule, SftConfig, StepBatches, StepMetrics, Timetable, TrainEnd, TrainEvent,
-    TrainReport, write_result,
+    RunHistory, SaveStrategy, Schedule, StepBatches, StepMetrics, Timetable, TrainEnd, TrainEvent, TrainReport,
+    write_result,
 };
-use rekindle_data::{Dataset, RowTask, counted};
+use rekindle_data::{Dataset, RowTask};
 
 /// The log-probabilities of the reference model, if they are computed before training.
 #[derive(Default)]
@@ -68,7 +69,7 @@ pub(super) struct Run<'a> {
     optimizer: Optimizer,
     objective: Box<dyn Objective>,
     reference: References,
-    rows: Rows,
+    rows: StepSource<'a>,
     stopping: Stopping,
     recorder: Option<Recorder>,
     report: TrainReport,
@@ -138,6 +139,7 @@ impl<'a> Run<'a> {
             let had = steps.len();
             notes.push(format!("metrics.jsonl has only {had} of the {done} earlier steps"));
         }
+        let rows = StepSource::begin(&mut job, packs, examples_seen, path.as_deref())?;
         let stopping = match &state {
             Some(state) => Stopping::new(&job.config, state.best, state.early_stopping_patience_counter),
             None => Stopping::new(&job.config, None, 0),
@@ -153,7 +155,7 @@ impl<'a> Run<'a> {
             optimizer,
             objective: job.config.method.objective(),
             reference,
-            rows: Rows::new(&job.config, packs, job.arguments.shuffle, job.arguments.seed, examples_seen),
+            rows,
             stopping,
             recorder,
             evaluated: state.as_ref().and_then(|state| state.last_evaluation),
@@ -188,10 +190,9 @@ impl<'a> Run<'a> {
             if self.done == self.times.total {
                 return self.finish();
             }
-            if self.all_stop()? {
+            if self.all_stop()? || !self.step()? {
                 return self.interrupted();
             }
-            self.step()?;
         }
     }
 
@@ -225,13 +226,12 @@ impl<'a> Run<'a> {
         self.job.world.size() == 1 && self.is_asked_to_stop()
     }
 
-    /// Runs the next step.
-    fn step(&mut self) -> Result<(), Error> {
+    /// Runs the next step. Returns false if the run is asked to stop before the step has rows.
+    fn step(&mut self) -> Result<bool, Error> {
         let began = Instant::now();
-        let max_seq_length = self.job.model.max_seq_length();
-        let reference = self.reference.train.as_ref();
-        let from = Batches::new(&self.job.train, &self.job.config, max_seq_length).reference(reference);
-        let rows = self.rows.next_step(&from, self.job.world.position());
+        let Some((rows, of_rollouts)) = self.rows.next_step(&self.job, self.reference.train.as_ref())? else {
+            return Ok(false);
+        };
         let factor = self.schedule.factor(self.done);
         let rates = LearningRates { default: self.peaks.default * factor, embedding: self.peaks.embedding * factor };
         let key = self.optimizer.key();
@@ -257,14 +257,14 @@ impl<'a> Run<'a> {
             seconds: self.seconds(),
             memory: memory.map(|memory| memory.in_use),
             peak_memory: memory.map(|memory| memory.peak),
-            metrics: MetricValues::prefixed(&result.metrics, ""),
+            metrics: MetricValues::prefixed(&result.metrics, "").with(of_rollouts, ""),
         };
         if let Some(recorder) = &mut self.recorder {
             recorder.step(&metrics)?;
         }
         (self.job.on_event)(TrainEvent::Step { metrics: &metrics, total: self.times.total });
         self.report.steps.push(metrics);
-        Ok(())
+        Ok(true)
     }
 
     /// Evaluates the evaluation set and answers the prompts. Returns true if the loss is the lowest so far, or `None`
@@ -295,7 +295,10 @@ impl<'a> Run<'a> {
     }
 
     /// Returns the loss of the evaluation set, or `None` if the run is asked to stop.
-    fn evaluation(&self) -> Result<Option<EvalMetrics>, Error> {
+    fn evaluation(&mut self) -> Result<Option<EvalMetrics>, Error> {
+        if let StepSource::Rollouts(_) = &self.rows {
+            return self.rows.evaluate(&self.job, &*self.objective, self.done);
+        }
         let Some(eval) = &self.job.eval else { return Ok(None) };
         if self.job.config.method != Method::Sft {
             return self.preference_evaluation(eval);
@@ -398,7 +401,8 @@ impl<'a> Run<'a> {
         };
         let write = |target: &Path| {
             let model = &*self.job.model;
-            write_model_with(model, target, model.trained_dtype(), &self.job.card, Some(self.card_run()))
+            write_model_with(model, target, model.trained_dtype(), &self.job.card, Some(self.card_run()))?;
+            self.rows.save(target)
         };
         Checkpoint::write(&path, self.job.model, &self.optimizer, &state, &self.job.companions, write)?;
         self.saved = Some(self.done);
@@ -459,18 +463,6 @@ impl<'a> Run<'a> {
     fn seconds(&self) -> f64 {
         self.before + self.start.elapsed().as_secs_f64()
     }
-}
-
-/// Returns a notice for a run whose epochs have fewer rows than a step.
-fn small_epochs(config: &SftConfig, rows: usize) -> Option<String> {
-    let per_step = config.rows_per_step();
-    (rows < per_step).then(|| {
-        format!(
-            "an epoch has only {}, fewer than the {per_step} rows of a step (per_device_train_batch_size · \
-             gradient_accumulation_steps): each step uses every row once",
-            counted(rows, "row")
-        )
-    })
 }
 
 /// Returns the records of a new run, or of a run that resumes from `checkpoint`, with its history.

@@ -92,7 +92,10 @@ impl RunPlanner {
         }
         let lengths: Vec<usize> = rows.examples().map(|example| example.input_ids.len()).collect();
         let per_row = if rows.task() == RowTask::Pairs { 2 } else { 1 };
-        let lengths = lengths.chunks(per_row).map(|row| row.iter().copied().max().unwrap_or(0));
+        let job = self.planner.job();
+        let completion = job.train.method.max_completion_length().unwrap_or(0);
+        let longest = |row: &[usize]| row.iter().copied().max().unwrap_or(0) + completion;
+        let lengths = lengths.chunks(per_row).map(|row| longest(row).min(job.load.max_seq_length));
         PassRows::longest(self.planner.job().train.per_device_train_batch_size, lengths)
     }
 

@@ -3,9 +3,8 @@
 use toml::Value;
 
 /// Keys without a counterpart, each with advice.
-const ADVICE: [(&str, &str); 42] = [
+const ADVICE: [(&str, &str); 58] = [
     ("max_prompt_length", "write max_seq_length in [model]; a prompt is not cut alone"),
-    ("max_completion_length", "write max_seq_length in [model]; an answer is not cut alone"),
     ("truncation_mode", "write overlong = \"truncate\" in [data], which keeps the beginning of a row"),
     ("rpo_alpha", "write loss_type = [\"sigmoid\", \"sft\"] with loss_weights = [1.0, ALPHA]"),
     ("reference_free", "use a method without a reference model: method = \"cpo\", \"simpo\" or \"orpo\""),
@@ -16,6 +15,26 @@ const ADVICE: [(&str, &str); 42] = [
     ("disable_dropout", "dropout is lora_dropout in [lora]; set it to 0 there, as TRL does for preference losses"),
     ("sync_ref_model", "the reference is always the model before training; remove it"),
     ("use_weighting", "WPO's weights of pairs are not supported; remove it"),
+    ("ref_model_mixup_alpha", "the reference is always the model before training; remove it"),
+    ("ref_model_sync_steps", "the reference is always the model before training; remove it"),
+    ("reward_weights", "write weight in each section [[rewards]]"),
+    ("reward_funcs", "write a section [[rewards]] for each reward"),
+    ("use_vllm", SAME_PROCESS),
+    ("vllm_mode", SAME_PROCESS),
+    (
+        "vllm_gpu_memory_utilization",
+        "write max_sequences in [train], which the size of the key/value cache follows from",
+    ),
+    ("vllm_enable_sleep_mode", SAME_PROCESS),
+    ("use_transformers_paged", SAME_PROCESS),
+    ("use_transformers_continuous_batching", SAME_PROCESS),
+    ("entropy_coef", "a bonus for entropy is not supported; remove it"),
+    ("use_adaptive_entropy", "a bonus for entropy is not supported; remove it"),
+    ("generation_kwargs", "write temperature, top_p, top_k, min_p and repetition_penalty in [train]"),
+    ("cast_lm_head_to_fp32", "logits are always computed in f32; remove it"),
+    ("log_completions", "write eval_samples in [train] for samples in report.html"),
+    ("token_level_kl", "the penalty of a completion is the sum over its tokens; remove it"),
+    ("max_tool_calling_iterations", "tools are not called while completions are sampled; remove it"),
     ("bnb_4bit_quant_type", "write quant_type = \"nf4\" or \"fp4\" in [model]"),
     ("bnb_4bit_use_double_quant", "write double_quant in [model]"),
     ("bnb_4bit_compute_dtype", "quantized weights are decoded to dtype in [model]"),
@@ -46,13 +65,16 @@ const ADVICE: [(&str, &str); 42] = [
     ("assistant_only_loss", "the loss covers the assistant's turns; change it with train_on in [data]"),
     ("train_on_inputs", "write train_on = \"all\" in [data] to train prompts too"),
     ("min_lr", "write lr_scheduler_type = \"cosine_with_min_lr\" with lr_scheduler_kwargs = { min_lr = … } in [train]"),
-    ("push_to_hub", "Rekindle does not upload; the adapter's directory can be uploaded as it is, with its README.md"),
+    ("push_to_hub", "`rekindle push RUN --to user/name` uploads the result of a run"),
     ("torch_compile", "there is nothing to compile; remove it"),
     ("dataloader_num_workers", "rows are encoded once, on all cores, before training; remove it"),
 ];
 
+/// The reason why options of a sampling server are not needed.
+const SAME_PROCESS: &str = "completions are sampled in the same process, on the same weights; remove it";
+
 /// Values, as TOML, that request what Rekindle always does.
-const NEUTRAL: [(&str, &[&str]); 9] = [
+const NEUTRAL: [(&str, &[&str]); 12] = [
     ("group_by_length", &["false"]),
     ("label_smoothing_factor", &["0", "0.0"]),
     ("metric_for_best_model", &["\"eval_loss\"", "\"loss\""]),
@@ -62,10 +84,13 @@ const NEUTRAL: [(&str, &[&str]); 9] = [
     ("torch_compile", &["false"]),
     ("bf16", &["false"]),
     ("fp16", &["false"]),
+    ("use_vllm", &["false"]),
+    ("entropy_coef", &["0", "0.0"]),
+    ("use_adaptive_entropy", &["false"]),
 ];
 
 /// Sections and names of keys, each with its names in other trainers.
-const SYNONYMS: [(&str, &str, &[&str]); 37] = [
+const SYNONYMS: [(&str, &str, &[&str]); 48] = [
     ("", "output_dir", &["output", "out_dir", "save_dir", "save_path"]),
     ("", "seed", &["data_seed", "random_seed"]),
     (
@@ -155,11 +180,7 @@ const SYNONYMS: [(&str, &str, &[&str]); 37] = [
         &["grad_accum", "grad_accumulation_steps", "accumulation_steps", "accumulate_grad_batches"],
     ),
     ("train", "num_train_epochs", &["epochs", "num_epochs", "n_epochs", "max_epochs"]),
-    (
-        "train",
-        "max_steps",
-        &["steps", "iters", "max_iters", "num_steps", "num_train_steps", "total_steps", "num_iterations"],
-    ),
+    ("train", "max_steps", &["steps", "iters", "max_iters", "num_steps", "num_train_steps", "total_steps"]),
     ("train", "learning_rate", &["lr", "peak_lr", "max_lr"]),
     ("train", "lr_scheduler_type", &["scheduler", "lr_scheduler", "schedule", "lr_schedule"]),
     ("train", "warmup_steps", &["warmup", "num_warmup_steps", "warmup_iters"]),
@@ -170,6 +191,17 @@ const SYNONYMS: [(&str, &str, &[&str]); 37] = [
     ("train", "eval_steps", &["eval_every", "eval_interval", "steps_per_eval", "val_steps", "evaluation_steps"]),
     ("train", "save_steps", &["save_every", "save_interval", "checkpoint_steps", "ckpt_interval"]),
     ("train", "early_stopping_patience", &["patience"]),
+    ("train", "num_generations", &["rloo_k", "num_sample_generations", "group_size", "num_rollouts"]),
+    ("train", "epsilon", &["cliprange", "clip_range", "epsilon_low"]),
+    ("train", "beta", &["kl_coef", "kl_coeff"]),
+    ("train", "num_iterations", &["num_ppo_epochs"]),
+    ("train", "max_completion_length", &["response_length", "max_response_length"]),
+    ("train", "normalize_advantages", &["normalize_reward"]),
+    ("train", "scale_rewards", &["scale_reward"]),
+    ("train", "importance_sampling_correction", &["vllm_importance_sampling_correction"]),
+    ("train", "importance_sampling_mode", &["vllm_importance_sampling_mode"]),
+    ("train", "importance_sampling_clip_max", &["vllm_importance_sampling_clip_max", "vllm_importance_sampling_cap"]),
+    ("train", "importance_sampling_clip_min", &["vllm_importance_sampling_clip_min"]),
 ];
 
 /// Returns the advice for a `key` without a counterpart.

@@ -6,16 +6,24 @@ use toml::{Table, Value};
 
 use super::nearest::hint;
 use super::sections::{SectionReader, fields_of};
-use crate::{Cpo, Dpo, Kto, Method, Orpo, ReferenceArguments, SftConfig, WithReference};
+use crate::{
+    Cpo, Dpo, Grpo, GrpoAdvantages, Kto, Method, Orpo, ReferenceArguments, Rloo, RlooAdvantages, RolloutArguments,
+    SftConfig, WithReference, WithRollouts,
+};
 
 /// The keys of `[train]` that only some methods have, with the names of these methods.
-fn keys_of_methods() -> [(Vec<&'static str>, &'static [&'static str]); 5] {
+fn keys_of_methods() -> [(Vec<&'static str>, &'static [&'static str]); 10] {
     [
         (fields_of::<Dpo>(), &["dpo", "ipo"]),
         (fields_of::<Kto>(), &["kto"]),
         (fields_of::<Orpo>(), &["orpo"]),
         (fields_of::<Cpo>(), &["cpo", "simpo"]),
         (fields_of::<ReferenceArguments>(), &["dpo", "ipo", "kto"]),
+        (fields_of::<Grpo>(), &["grpo"]),
+        (fields_of::<GrpoAdvantages>(), &["grpo"]),
+        (fields_of::<Rloo>(), &["rloo"]),
+        (fields_of::<RlooAdvantages>(), &["rloo"]),
+        (fields_of::<RolloutArguments>(), &["grpo", "rloo"]),
     ]
 }
 
@@ -66,6 +74,14 @@ pub(super) fn take_method(reader: &mut SectionReader, train: &mut Table) -> Meth
         "kto" => Method::Kto(WithReference { loss: take(reader, train), reference: take(reader, train) }),
         "orpo" => Method::Orpo(take(reader, train)),
         "cpo" | "simpo" => Method::Cpo(take(reader, train)),
+        "grpo" => {
+            let (loss, advantages) = (take(reader, train), take(reader, train));
+            Method::Grpo(Box::new(WithRollouts { loss, advantages, rollouts: take(reader, train) }))
+        }
+        "rloo" => {
+            let (loss, advantages) = (take(reader, train), take(reader, train));
+            Method::Rloo(Box::new(WithRollouts { loss, advantages, rollouts: take(reader, train) }))
+        }
         _ => Method::Sft,
     }
 }
@@ -139,12 +155,20 @@ mod tests {
             "method = \"kto\"\ndesirable_weight = 1.5\nprecompute_ref_log_probs = true",
             "method = \"orpo\"",
             "method = \"simpo\"\nsimpo_gamma = 1.0\nbeta = 2.0",
+            "method = \"grpo\"\nloss_type = \"dr_grpo\"\nscale_rewards = false\nnum_generations = 4",
+            "method = \"rloo\"\nreward_clip_range = [-1, 1]\ntop_p = 0.9",
             "lr_scheduler_type = \"cosine_with_min_lr\"\nmethod = \"dpo\"\nlr_scheduler_kwargs = { min_lr_rate = 0.1 }",
         ] {
             let config = parse(train).unwrap();
             let again = RunConfig::from_toml(&config.to_toml(), &[]).unwrap();
             assert_eq!(again.train, config.train, "{}", config.to_toml());
         }
+        let Method::Grpo(grpo) = parse("method = \"grpo\"\nscale_rewards = false\nbeta = 0.04").unwrap().train.method
+        else {
+            panic!("grpo")
+        };
+        let GrpoAdvantages { num_generations, scale_rewards, .. } = grpo.advantages;
+        assert_eq!((grpo.loss.beta, num_generations, scale_rewards), (0.04, 8, crate::ScaleRewards::None));
         let Method::Cpo(simpo) = parse("method = \"simpo\"").unwrap().train.method else { panic!("simpo is cpo") };
         assert_eq!(simpo, Cpo::simpo());
         let Method::Cpo(cpo) = parse("method = \"cpo\"\nloss_type = \"simpo\"").unwrap().train.method else {
@@ -185,6 +209,34 @@ mod tests {
             ("method = \"dpo\"\nrpo_alpha = 1", "loss_type = [\"sigmoid\", \"sft\"]"),
             ("method = \"dpo\"\nreference_free = true", "method = \"cpo\""),
             ("method = \"dpo\"\nbetaa = 1", "nearest: \"beta\""),
+            (
+                "method = \"grpo\"\nnum_generations = 1",
+                "num_generations is 1; it must be at least 2, because an advantage",
+            ),
+            (
+                "method = \"grpo\"\nnum_generations = 3",
+                "per_device_train_batch_size · gradient_accumulation_steps is 8, the number of completions that are sampled \
+                 together; it must be a multiple of num_generations = 3",
+            ),
+            (
+                "method = \"grpo\"\ngeneration_batch_size = 24\ngradient_accumulation_steps = 2",
+                "generation_batch_size is 24, the number of completions that are sampled together; it must be a multiple of \
+                 the 16 of a step",
+            ),
+            (
+                "method = \"grpo\"\ngeneration_batch_size = 16\nsteps_per_generation = 2",
+                "set the same; remove one of them",
+            ),
+            ("method = \"grpo\"\nscale_rewards = \"all\"", "expected one of group, batch, none"),
+            ("method = \"grpo\"\nloss_type = \"cispo\"", "\"cispo\" needs epsilon_high"),
+            ("method = \"grpo\"\ntop_p = 0.9\ntemperature = 0.7", "set importance_sampling_correction = false"),
+            ("method = \"grpo\"\npacking = true", "packing has no effect"),
+            ("method = \"grpo\"\nnormalize_advantages = true", "it is for method = \"rloo\""),
+            ("method = \"rloo\"\nreward_clip_range = [1, 0]", "the first must be below the second"),
+            ("method = \"grpo\"\nvllm_importance_sampling_cap = 2", "the key is \"importance_sampling_clip_max\""),
+            ("method = \"rloo\"\nrloo_k = 4", "the key is \"num_generations\""),
+            ("method = \"grpo\"\nreward_weights = [1]", "write weight in each section [[rewards]]"),
+            ("method = \"grpo\"\nuse_vllm = true", "completions are sampled in the same process"),
         ] {
             let error = parse(train).unwrap_err();
             assert!(error.contains(expected), "{train}: {error}");

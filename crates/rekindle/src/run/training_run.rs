@@ -11,6 +11,7 @@ use rekindle_train::{OptimizerConfig, Preflight, Resume, Timetable, TrainReport,
 use super::adapter::{attach, continued_adapter};
 use super::{RunConfig, RunObserver};
 use crate::preflight::check_run;
+use crate::rewards::RewardSet;
 use crate::{
     DataSource, EncodedRows, Error, GradientCheckpointing, Loader, Model, ModelSource, RowEncoder, RunPlanner,
     SftTrainer, Tokenizer, TrainEvent, write_atomic,
@@ -76,6 +77,23 @@ impl RunConfig {
     /// Those of [`TrainingRun::open`] and [`TrainingRun::train`].
     pub fn train(self, options: TrainOptions, observer: &dyn RunObserver) -> Result<TrainReport, Error> {
         TrainingRun::open(self, options, observer)?.train(observer)
+    }
+
+    /// Refuses a method that samples completions without a reward for them, and rewards that nothing uses.
+    fn check_rewards(&self) -> Result<(), Error> {
+        let method = self.train.method.name();
+        let problem = match (self.train.method.has_rollouts(), self.rewards.is_empty()) {
+            (true, true) => format!(
+                "method = \"{method}\" needs a reward: add a section [[rewards]] with a type, such as type = \"exact\""
+            ),
+            (false, false) => format!(
+                "[[rewards]] has no effect with method = \"{method}\"; remove it, or set method = \"grpo\" or \"rloo\" in \
+                 [train]"
+            ),
+            _ => return Ok(()),
+        };
+        let name = self.path.as_ref().map_or_else(|| "run file".to_owned(), |path| path.display().to_string());
+        Err(Error::RunFile { name, problems: vec![problem] })
     }
 
     /// Refuses an output directory with checkpoints or a result that the run would replace.
@@ -227,6 +245,7 @@ impl TrainingRun {
     /// [`Error::DoesNotFit`] for a run that does not fit into memory, [`Error::Train`] for an output directory or a
     /// checkpoint of another run, [`Error::Data`] for rows, and those of [`Loader::load`].
     pub fn open(mut config: RunConfig, mut options: TrainOptions, observer: &dyn RunObserver) -> Result<Self, Error> {
+        config.check_rewards()?;
         let world = Arc::clone(&options.world);
         let RankPosition { local_rank, local_world_size, .. } = world.position();
         config.check_ranks(&*world)?;
@@ -318,6 +337,9 @@ impl TrainingRun {
             });
         if let Some(eval) = eval_rows {
             trainer = trainer.eval_dataset(eval.clone());
+        }
+        if config.train.method.has_rollouts() {
+            trainer = trainer.rewards(RewardSet::from_configs(&config.rewards)?);
         }
         let report = trainer.train()?;
         written?;
