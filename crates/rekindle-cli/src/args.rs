@@ -443,6 +443,7 @@ const RUN_FILE: &str = r#"Example of a run file; commented keys are optional and
   # chat_template = "tool_use"      # the name of one of several templates
 
   [train]                           # names as in Hugging Face's TrainingArguments
+  # method = "sft"                  # or dpo, ipo, kto, orpo, cpo, simpo, grpo, rloo; grpo and rloo need [[rewards]]
   # per_device_train_batch_size = 8, packing = false, num_train_epochs = 3 or max_steps, learning_rate,
   # lr_scheduler_type, warmup_steps, eval_steps, logging_steps, save_steps (below 1: shares of the run), save_total_limit,
   # load_best_model_at_end, early_stopping_patience ...
