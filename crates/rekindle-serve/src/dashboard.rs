@@ -13,13 +13,13 @@ use std::sync::Arc;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, Response, StatusCode, header};
+use axum::http::{Response, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::routing::{get, post};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use crate::error::{ApiError, json_response, typed_response};
+use crate::error::{ApiError, json_response, page_response};
 use crate::server::percent_decode;
 
 use runs::{Run, find_runs};
@@ -117,11 +117,7 @@ async fn check_host(State(state): Shared, request: Request, next: Next) -> Respo
 }
 
 async fn page() -> Response<Body> {
-    let mut response = typed_response(StatusCode::OK, "text/html; charset=utf-8", include_str!("dashboard/page.html"));
-    let policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; \
-                  img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
-    response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
-    response
+    page_response(include_str!("dashboard/page.html"))
 }
 
 /// Runs `answer` with the runs on a thread that may block.

@@ -146,3 +146,13 @@ pub(crate) fn typed_response(status: StatusCode, content_type: &'static str, bod
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
+
+/// Returns a page of this server.
+pub(crate) fn page_response(html: &'static str) -> Response<Body> {
+    let mut response = typed_response(StatusCode::OK, "text/html; charset=utf-8", html);
+    // The page loads nothing from elsewhere, and nothing that a model writes may.
+    let policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; \
+                  img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+    response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
+    response
+}

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use axum::Router;
 use axum::body::{Body, HttpBody};
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, Method, Response, StatusCode, header};
+use axum::http::{Method, Response, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::routing::{any, get, post};
 use axum::serve::ListenerExt;
@@ -18,7 +18,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::engine::Engine;
-use crate::error::{ApiError, json_response, typed_response};
+use crate::error::{ApiError, json_response, page_response, typed_response};
 use crate::fields::Fields;
 use crate::state::{ServerConfig, ServerState};
 use crate::{chat, completions};
@@ -205,12 +205,7 @@ fn is_equal(a: &[u8], b: &[u8]) -> bool {
 }
 
 async fn page() -> Response<Body> {
-    let mut response = typed_response(StatusCode::OK, "text/html; charset=utf-8", include_str!("page.html"));
-    // The page loads nothing from elsewhere, and nothing that a model writes may.
-    let policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; \
-                  img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
-    response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
-    response
+    page_response(include_str!("page.html"))
 }
 
 async fn health(State(state): State<Arc<ServerState>>) -> Response<Body> {

@@ -24,6 +24,7 @@ mod optim;
 mod optimizer;
 mod plan;
 mod plot;
+pub mod protobuf;
 mod recorder;
 mod reference;
 mod report;

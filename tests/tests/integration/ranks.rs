@@ -174,7 +174,7 @@ fn assert_same_run(what: &str, report: &TrainReport, expected: &TrainReport) -> 
     worst
 }
 
-/// Runs `work` on so many ranks, each a thread with connections of its own.
+/// Runs `work` on a thread for each rank, with its own connections.
 fn on_ranks<T: Send>(
     ranks: usize,
     work: impl Fn(Arc<dyn Communicator>) -> Result<T, Error> + Sync,

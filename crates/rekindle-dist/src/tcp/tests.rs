@@ -24,7 +24,7 @@ fn quick() -> TcpOptions {
     }
 }
 
-/// Runs `work` on so many ranks, each a thread; returns the results in order.
+/// Runs `work` on a thread for each rank; returns the results in the order of the ranks.
 fn on_ranks<T: Send>(ranks: usize, work: impl Fn(&TcpCommunicator) -> T + Sync) -> Vec<T> {
     let port = free_port();
     let rank = |rank| {

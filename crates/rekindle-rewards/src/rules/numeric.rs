@@ -28,7 +28,7 @@ pub struct Numeric {
     /// The place of the completion's number. Default `boxed_or_last`.
     #[serde(default)]
     pub extract: Extract,
-    /// A regular expression whose first group is the completion's number; it takes the place of `extract`.
+    /// A regular expression whose first group captures the completion's number; replaces `extract`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pattern: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! The model card of a run as it is uploaded to the Hugging Face hub.
+//! The model card that a run uploads to the Hugging Face hub.
 
 use super::{MARK, line, yaml};
 
@@ -11,7 +11,7 @@ pub struct PublishedCard {
     pub form: PublishedForm,
     /// The base model's name on the hub. Without it, the metadata names no base.
     pub base: Option<String>,
-    /// True if `loss.svg` lies beside the card.
+    /// True if the directory of the card has `loss.svg`.
     pub has_plot: bool,
 }
 
@@ -28,7 +28,7 @@ pub enum PublishedForm {
 
 impl PublishedCard {
     /// Rewrites the card of a run: the metadata, the part about use and the plot become those of the repository. A README
-    /// that Rekindle did not write is returned as it is.
+    /// that Rekindle did not write is returned unchanged.
     ///
     /// The path of a base model on this machine is replaced by the base's name, or by the last part of the path.
     pub fn rewrite(&self, card: &str) -> String {

@@ -10,6 +10,8 @@
 //! - `TensorProto`: dtype 1, tensor_shape 2 (dim 2, size 1), string_val 8
 //! - `SessionLog`: status 1
 
+use crate::protobuf::ProtobufMessage;
+
 /// An event with its time and step.
 pub(super) struct Event<'a> {
     /// Seconds since 1970.
@@ -37,80 +39,34 @@ const STRING: u64 = 7;
 
 impl Event<'_> {
     pub(super) fn encode(&self) -> Vec<u8> {
-        let mut event = Message::default();
+        let mut event = ProtobufMessage::default();
         event.double(1, self.wall_time).varint(2, self.step);
         match self.what {
             What::Version => event.bytes(3, b"brain.Event:2"),
             What::Scalars(scalars) => {
-                let mut summary = Message::default();
+                let mut summary = ProtobufMessage::default();
                 for (tag, value) in scalars {
-                    summary.message(1, Message::default().bytes(1, tag.as_bytes()).float(2, *value as f32));
+                    summary.message(1, ProtobufMessage::default().bytes(1, tag.as_bytes()).float(2, *value as f32));
                 }
                 event.message(5, &summary)
             }
             What::Text { tag, text } => {
-                let mut value = Message::default();
+                let mut value = ProtobufMessage::default();
                 value.bytes(1, tag.as_bytes()).message(8, &text_tensor(text));
-                value.message(9, Message::default().message(1, Message::default().bytes(1, b"text")));
-                event.message(5, Message::default().message(1, &value))
+                value.message(9, ProtobufMessage::default().message(1, ProtobufMessage::default().bytes(1, b"text")));
+                event.message(5, ProtobufMessage::default().message(1, &value))
             }
-            What::Start => event.message(7, Message::default().varint(1, START)),
+            What::Start => event.message(7, ProtobufMessage::default().varint(1, START)),
         };
-        event.0
+        event.into_bytes()
     }
 }
 
 /// Returns a tensor of shape `[1]` with the text.
-fn text_tensor(text: &str) -> Message {
-    let mut tensor = Message::default();
-    let mut shape = Message::default();
-    shape.message(2, Message::default().varint(1, 1));
+fn text_tensor(text: &str) -> ProtobufMessage {
+    let mut tensor = ProtobufMessage::default();
+    let mut shape = ProtobufMessage::default();
+    shape.message(2, ProtobufMessage::default().varint(1, 1));
     tensor.varint(1, STRING).message(2, &shape).bytes(8, text.as_bytes());
     tensor
-}
-
-/// A message in the making.
-#[derive(Default)]
-struct Message(Vec<u8>);
-
-impl Message {
-    fn varint(&mut self, field: u64, value: u64) -> &mut Self {
-        if value != 0 {
-            self.raw(field << 3);
-            self.raw(value);
-        }
-        self
-    }
-
-    fn double(&mut self, field: u64, value: f64) -> &mut Self {
-        self.raw(field << 3 | 1);
-        self.0.extend(value.to_le_bytes());
-        self
-    }
-
-    fn float(&mut self, field: u64, value: f32) -> &mut Self {
-        self.raw(field << 3 | 5);
-        self.0.extend(value.to_le_bytes());
-        self
-    }
-
-    fn bytes(&mut self, field: u64, value: &[u8]) -> &mut Self {
-        self.raw(field << 3 | 2);
-        self.raw(value.len() as u64);
-        self.0.extend(value);
-        self
-    }
-
-    fn message(&mut self, field: u64, value: &Self) -> &mut Self {
-        self.bytes(field, &value.0)
-    }
-
-    /// Writes seven bits per byte, the lowest first; all but the last have the eighth bit set.
-    fn raw(&mut self, mut value: u64) {
-        while value >= 0x80 {
-            self.0.push(value as u8 | 0x80);
-            value >>= 7;
-        }
-        self.0.push(value as u8);
-    }
 }

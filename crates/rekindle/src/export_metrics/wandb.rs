@@ -9,6 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use rekindle_hub::AtomicDir;
+use rekindle_train::protobuf::ProtobufMessage;
 use serde_json::{Value, json};
 
 use super::{ExportedRun, MetricRow, io_error};
@@ -34,31 +35,31 @@ pub(super) fn write(run: &ExportedRun, out: &Path) -> Result<PathBuf, Error> {
 /// Returns the records of the file.
 fn records(run: &ExportedRun, id: &str) -> Vec<Vec<u8>> {
     let mut records = Vec::new();
-    let mut push = |field: u64, message: &Message| {
-        let mut record = Message::default();
+    let mut push = |field: u64, message: &ProtobufMessage| {
+        let mut record = ProtobufMessage::default();
         record.varint(1, records.len() as u64 + 1).message(field, message);
-        records.push(record.0);
+        records.push(record.into_bytes());
     };
-    let mut version = Message::default();
+    let mut version = ProtobufMessage::default();
     version.text(1, concat!("rekindle ", env!("CARGO_PKG_VERSION"))).text(2, READER);
-    push(HEADER, Message::default().message(1, &version));
+    push(HEADER, ProtobufMessage::default().message(1, &version));
 
-    let mut config = Message::default();
+    let mut config = ProtobufMessage::default();
     for (key, value) in &run.parameters {
-        config.message(1, Message::default().text(1, key).text(16, &json_of(value).to_string()));
+        config.message(1, ProtobufMessage::default().text(1, key).text(16, &json_of(value).to_string()));
     }
-    let mut time = Message::default();
+    let mut time = ProtobufMessage::default();
     time.varint(1, run.start.as_secs()).varint(2, run.start.subsec_nanos().into());
-    let mut message = Message::default();
+    let mut message = ProtobufMessage::default();
     message.text(1, id).text(3, PROJECT).message(4, &config).text(8, &run.name).message(17, &time);
     push(RUN, &message);
 
     for row in &run.rows {
-        push(HISTORY, Message::default().items(run, row, 2).message(2, Message::default().varint(1, row.step as u64)));
-        push(SUMMARY, Message::default().items(run, row, 2));
+        push(HISTORY, items(run, row, 2).message(2, ProtobufMessage::default().varint(1, row.step as u64)));
+        push(SUMMARY, &items(run, row, 2));
     }
     let runtime = run.rows.iter().map(|row| row.seconds).fold(0.0, f64::max);
-    push(EXIT, Message::default().varint(2, runtime as u64));
+    push(EXIT, ProtobufMessage::default().varint(2, runtime as u64));
     records
 }
 
@@ -80,57 +81,20 @@ fn json_of(value: &toml::Value) -> Value {
     }
 }
 
-/// A message in the making, with fields in the order of their numbers.
-#[derive(Default)]
-struct Message(Vec<u8>);
-
-impl Message {
-    fn varint(&mut self, field: u64, value: u64) -> &mut Self {
-        if value != 0 {
-            self.raw(field << 3);
-            self.raw(value);
-        }
-        self
+/// Returns the metrics of a step with wandb's own keys: key paths in the field `key`, JSON values in the field 16.
+fn items(run: &ExportedRun, row: &MetricRow, key: u64) -> ProtobufMessage {
+    let mut message = ProtobufMessage::default();
+    let own = [
+        ("_step", json!(row.step)),
+        ("_runtime", json!(row.seconds)),
+        ("_timestamp", json!(run.start.as_secs_f64() + row.seconds)),
+    ];
+    let own = own.into_iter().map(|(name, value)| (name.to_owned(), value));
+    let values = row.values.iter().map(|(name, value)| (name.clone(), json!(value)));
+    for (name, value) in own.chain(values) {
+        message.message(1, ProtobufMessage::default().text(key, &name).text(16, &value.to_string()));
     }
-
-    fn text(&mut self, field: u64, value: &str) -> &mut Self {
-        self.bytes(field, value.as_bytes())
-    }
-
-    fn message(&mut self, field: u64, value: &Self) -> &mut Self {
-        self.bytes(field, &value.0)
-    }
-
-    fn bytes(&mut self, field: u64, value: &[u8]) -> &mut Self {
-        self.raw(field << 3 | 2);
-        self.raw(value.len() as u64);
-        self.0.extend(value);
-        self
-    }
-
-    /// Adds the metrics of a step with wandb's own keys: key paths in the field `key`, JSON values in the field 16.
-    fn items(&mut self, run: &ExportedRun, row: &MetricRow, key: u64) -> &mut Self {
-        let own = [
-            ("_step", json!(row.step)),
-            ("_runtime", json!(row.seconds)),
-            ("_timestamp", json!(run.start.as_secs_f64() + row.seconds)),
-        ];
-        let own = own.into_iter().map(|(name, value)| (name.to_owned(), value));
-        let values = row.values.iter().map(|(name, value)| (name.clone(), json!(value)));
-        for (name, value) in own.chain(values) {
-            self.message(1, Self::default().text(key, &name).text(16, &value.to_string()));
-        }
-        self
-    }
-
-    /// Writes seven bits per byte, the lowest first; all but the last have the eighth bit set.
-    fn raw(&mut self, mut value: u64) {
-        while value >= 0x80 {
-            self.0.push(value as u8 | 0x80);
-            value >>= 7;
-        }
-        self.0.push(value as u8);
-    }
+    message
 }
 
 const BLOCK: usize = 32 << 10;

@@ -318,7 +318,7 @@ impl TrainingRun {
             .stop_flag(Arc::clone(&options.stop))
             .on_event(|event| {
                 observer.event(&event);
-                // One that lies there at the start was not meant for this run. A missing file is the usual case.
+                // Usually there is no such file. A file from before the start belongs to an earlier run.
                 if std::fs::remove_file(&stop_file).is_ok() && !matches!(event, TrainEvent::Started { .. }) {
                     observer.notice("stopping after this step: the output directory has a file named \"stop\"");
                     options.stop.store(true, Ordering::Relaxed);
