@@ -13,6 +13,7 @@ const SCRIPTS: &[&str] = &[
     "tests/goldens/dpo/make.py",
     "tests/goldens/preferences/make.py",
     "tests/goldens/grpo/make.py",
+    "tests/goldens/reward/make.py",
     "tests/goldens/rope/make.py",
     "crates/rekindle-rope/goldens/make.py",
     "crates/rekindle-train/goldens/tensorboard/make.py",

@@ -5,8 +5,8 @@ mod view;
 
 use std::io::{IsTerminal, stdout};
 
+use rekindle::RowEncoder;
 use rekindle::run::RunConfig;
-use rekindle::{RowEncoder, RowTask};
 
 use crate::args::{DataCommand, PreviewArgs, RunFileArgs};
 use crate::failure::Failure;
@@ -43,7 +43,7 @@ fn preview(args: &PreviewArgs) -> Result<(), Failure> {
     };
     let (dataset, found) = encoder.encode(&source)?;
     eprintln!("{source}: {found}");
-    let per_row = if dataset.task() == RowTask::Pairs { 2 } else { 1 };
+    let per_row = dataset.task().examples_per_row();
     let count = dataset.len() / per_row;
     let shown = match args.row {
         None => 0..args.rows.min(count),

@@ -64,6 +64,7 @@ impl Dataset {
             row: unpack(self.examples.rows()[index]),
             path: &self.files[self.examples.files()[index] as usize],
             preferred: self.examples.preferred().get(index).map(|preferred| *preferred != 0),
+            margin: self.examples.margins().get(index).copied(),
         }
     }
 
@@ -97,6 +98,8 @@ pub(crate) trait Examples: std::fmt::Debug + Send + Sync {
     fn rows(&self) -> &[u64];
     /// Returns 1 for each chosen or desirable answer and 0 for others; empty if rows are not preferences.
     fn preferred(&self) -> &[u8];
+    /// Returns the margin of each example's pair; empty if no row has one.
+    fn margins(&self) -> &[f32];
 }
 
 #[derive(Debug, Default)]
@@ -107,6 +110,7 @@ pub(crate) struct InMemory {
     files: Vec<u32>,
     rows: Vec<u64>,
     preferred: Vec<u8>,
+    margins: Vec<f32>,
 }
 
 impl InMemory {
@@ -117,6 +121,14 @@ impl InMemory {
         self.files.push(u32::try_from(file).expect("fewer files than 2^32"));
         self.rows.push(pack(row));
         self.preferred.extend(example.preferred.map(u8::from));
+    }
+
+    /// Adds the margin of the last `examples`. Those before the first row with a margin have 0.
+    fn push_margin(&mut self, margin: Option<f32>, examples: usize) {
+        if margin.is_some() || !self.margins.is_empty() {
+            self.margins.resize(self.ends.len() - examples, 0.0);
+            self.margins.resize(self.ends.len(), margin.unwrap_or(0.0));
+        }
     }
 }
 
@@ -143,6 +155,10 @@ impl Examples for InMemory {
 
     fn preferred(&self) -> &[u8] {
         &self.preferred
+    }
+
+    fn margins(&self) -> &[f32] {
+        &self.margins
     }
 }
 

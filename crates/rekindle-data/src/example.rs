@@ -8,7 +8,7 @@ use crate::row::RowNumber;
 pub const IGNORED: i32 = -100;
 
 /// An encoded row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Example<'a> {
     /// Token ids.
     pub input_ids: &'a [u32],
@@ -21,6 +21,8 @@ pub struct Example<'a> {
     pub path: &'a Path,
     /// In rows of preferences, true for a chosen or desirable answer.
     pub preferred: Option<bool>,
+    /// The margin of its pair, if rows for a reward model have margins.
+    pub margin: Option<f32>,
 }
 
 impl Example<'_> {

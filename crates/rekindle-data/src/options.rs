@@ -15,10 +15,25 @@ pub enum RowTask {
     Sft,
     /// Pairs of a chosen and a rejected answer: two examples each, the chosen one first.
     Pairs,
+    /// Pairs of answers for a reward model, with an optional `margin`. Answers are scored whole: none is cut.
+    #[serde(rename = "scored_pairs")]
+    ScoredPairs,
     /// Answers that are labelled as desirable or undesirable. A pair is one of each.
     Labelled,
     /// Prompts that a model answers in training: examples without labels.
     Prompts,
+}
+
+impl RowTask {
+    /// Returns true if each row is a pair of examples.
+    pub fn is_pairs(self) -> bool {
+        matches!(self, Self::Pairs | Self::ScoredPairs)
+    }
+
+    /// Returns the number of examples of a row: 2 of a pair.
+    pub fn examples_per_row(self) -> usize {
+        if self.is_pairs() { 2 } else { 1 }
+    }
 }
 
 /// Options of encoding: the maximum length, the vocabulary, and the loss mask.
@@ -78,6 +93,8 @@ impl EncodeOptions {
         }
         let problem = if self.overlong == Overlong::Split {
             "overlong = \"split\" would compare a part of an answer; rows of preferences can be dropped or truncated"
+        } else if self.overlong == Overlong::Truncate && self.task == RowTask::ScoredPairs {
+            "overlong = \"truncate\" would score an answer without its end; rows for a reward model can be dropped"
         } else if self.train_on == TrainOn::All {
             "train_on = \"all\" would compare prompts, which are the same; use \"assistant\" or \"last_assistant\""
         } else {

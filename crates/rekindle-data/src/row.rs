@@ -30,7 +30,7 @@ pub(crate) const SHAPES: [(RowFormat, &[&str]); 6] = [
 ];
 
 /// Keys that some format reads in addition to its own.
-pub(crate) const BESIDE: [&str; 14] = [
+pub(crate) const BESIDE: [&str; 15] = [
     "labels",
     "attention_mask",
     "tools",
@@ -41,6 +41,7 @@ pub(crate) const BESIDE: [&str; 14] = [
     "chosen",
     "rejected",
     "label",
+    "margin",
     "prompt_ids",
     "chosen_ids",
     "rejected_ids",

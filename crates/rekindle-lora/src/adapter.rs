@@ -8,7 +8,7 @@ use std::path::Path;
 use rekindle_hub::{Dtype, SafetensorsFile, TensorSpec, open_adapter, write_atomic, write_f32, write_safetensors};
 
 use crate::peft::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, TensorKey};
-use crate::{Bias, Error, ExpertProjection, LoraConfig, SAVABLE, match_targets};
+use crate::{Bias, Error, ExpertProjection, LoraConfig, match_targets};
 
 /// A `[r, in]` and B `[out, r]` of one adapted linear, row-major.
 #[derive(Clone, Debug, PartialEq)]
@@ -268,9 +268,12 @@ pub fn saved_rows(dir: &Path) -> Result<Option<usize>, Error> {
     Ok(rows_of(&open_adapter(dir)?))
 }
 
+/// The modules with a row for each token id.
+const TABLES: [&str; 2] = ["embed_tokens", "lm_head"];
+
 fn rows_of(file: &SafetensorsFile) -> Option<usize> {
     let rows = |name: &str| match TensorKey::parse(name)? {
-        TensorKey::Saved(module) if SAVABLE.contains(&module.rsplit('.').next()?) => {
+        TensorKey::Saved(module) if TABLES.contains(&module.rsplit('.').next()?) => {
             file.get(name)?.shape.first().copied()
         }
         _ => None,

@@ -25,7 +25,7 @@ pub const BLOCK_LINEARS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "g
 pub const FUSED_LINEARS: [&str; 2] = ["qkv_proj", "gate_up_proj"];
 
 /// The modules that [`LoraConfig::modules_to_save`] accepts.
-pub const SAVABLE: [&str; 2] = ["embed_tokens", "lm_head"];
+pub const SAVABLE: [&str; 3] = ["embed_tokens", "lm_head", "score"];
 
 /// The arguments of `get_peft_model`, under the names that PEFT and Unsloth give them.
 ///
@@ -241,7 +241,7 @@ impl LoraConfig {
         }
         for module in self.modules_to_save.iter().filter(|module| !SAVABLE.contains(&module.as_str())) {
             let hint = nearest_hint(module, SAVABLE);
-            problems.push(format!("modules_to_save \"{module}\" is not supported; use embed_tokens or lm_head{hint}"));
+            problems.push(format!("modules_to_save \"{module}\" is not supported; use embed_tokens, lm_head, or score of a reward model{hint}"));
         }
         if self.target_modules == TargetModules::Names(Vec::new()) && self.target_parameters.is_empty() {
             problems.push(match self.modules_to_save[..] {
@@ -373,7 +373,7 @@ mod tests {
         assert!(text.contains("lora_dropout is 1.5"), "{text}");
         assert!(
             text.contains(
-                "modules_to_save \"lm_haed\" is not supported; use embed_tokens or lm_head; nearest: \"lm_head\""
+                "modules_to_save \"lm_haed\" is not supported; use embed_tokens, lm_head, or score of a reward model; nearest: \"lm_head\""
             ),
             "{text}"
         );

@@ -120,7 +120,7 @@ impl AdapterConfig {
             "rank_pattern": lora.rank_pattern,
             "revision": null,
             "target_modules": lora.target_modules,
-            "task_type": "CAUSAL_LM",
+            "task_type": if lora.modules_to_save.iter().any(|module| module == SCORE) { REWARD_TASK } else { "CAUSAL_LM" },
             "use_dora": lora.use_dora,
             "use_rslora": lora.use_rslora,
         });
@@ -131,10 +131,15 @@ impl AdapterConfig {
         if let Some(excluded) = &lora.exclude_modules {
             fields.insert("exclude_modules".to_owned(), json!(excluded));
         }
-        if lora.ensure_weight_tying && !lora.modules_to_save.is_empty() {
+        if lora.ensure_weight_tying && lora.modules_to_save.iter().any(|module| module != SCORE) {
             fields.insert("ensure_weight_tying".to_owned(), Value::from(true));
         }
         Self { fields, lora }
+    }
+
+    /// Returns true for an adapter of a reward model, which brings the score head.
+    pub fn is_reward_model(&self) -> bool {
+        self.lora.modules_to_save.iter().any(|module| module == SCORE)
     }
 
     /// Reads the text of an `adapter_config.json`. Absent fields have PEFT's defaults (`r` and `lora_alpha` are 8).
@@ -255,6 +260,12 @@ impl AdapterConfig {
     }
 }
 
+/// The module of a reward model's head.
+const SCORE: &str = "score";
+
+/// The task of adapters of reward models.
+const REWARD_TASK: &str = "SEQ_CLS";
+
 struct FieldReader<'a> {
     fields: &'a Map<String, Value>,
     problems: Vec<String>,
@@ -263,7 +274,7 @@ struct FieldReader<'a> {
 impl FieldReader<'_> {
     fn lora(&mut self) -> LoraConfig {
         self.choice("peft_type", &["LORA"], true);
-        self.choice("task_type", &["CAUSAL_LM"], false);
+        self.choice("task_type", &["CAUSAL_LM", REWARD_TASK], false);
         for key in UNSUPPORTED {
             if let Some(value) = self.fields.get(key).filter(|value| is_set(value)) {
                 self.problems.push(format!("{key} = {value} is not supported"));
@@ -281,7 +292,8 @@ impl FieldReader<'_> {
         // PEFT takes an empty list for "every block".
         let layers_to_transform = layers.map(List::into_list).filter(|layers| !layers.is_empty());
         let target_modules = self.target_modules();
-        let saves = self.fields.get("modules_to_save").is_some_and(is_set);
+        let modules_to_save = self.modules_to_save();
+        let saves_tables = modules_to_save.iter().any(|module| module != SCORE);
         if layers_to_transform.is_some() && !matches!(target_modules, TargetModules::Names(_)) {
             self.problems.push("layers_to_transform needs target_modules to be a list of names".to_owned());
         }
@@ -309,12 +321,24 @@ impl FieldReader<'_> {
             layers_pattern: self.names("layers_pattern"),
             rank_pattern,
             alpha_pattern,
-            modules_to_save: self.names("modules_to_save").unwrap_or_default(),
+            modules_to_save,
             // Without such modules it means nothing.
-            ensure_weight_tying: self.typed("ensure_weight_tying", "true or false").unwrap_or(false) || !saves,
+            ensure_weight_tying: self.typed("ensure_weight_tying", "true or false").unwrap_or(false) || !saves_tables,
             use_dora: self.typed("use_dora", "true or false").unwrap_or(false),
             ..LoraConfig::default()
         }
+    }
+
+    /// Reads the modules that are saved whole. For sequence classification PEFT adds the names that heads have anywhere,
+    /// also a second time.
+    fn modules_to_save(&mut self) -> Vec<String> {
+        let names = self.names("modules_to_save").unwrap_or_default();
+        if self.fields.get("task_type").and_then(Value::as_str) != Some(REWARD_TASK) {
+            return names;
+        }
+        let mut kept = vec![SCORE.to_owned()];
+        kept.extend(names.into_iter().filter(|name| ![SCORE, "classifier"].contains(&name.as_str())));
+        kept
     }
 
     fn target_modules(&mut self) -> TargetModules {

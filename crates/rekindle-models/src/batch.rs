@@ -47,6 +47,8 @@ pub struct Batch {
     pub answers: Vec<Answer>,
     /// The sampled completion of each document, `[documents]`; empty for losses that need none.
     pub completions: Vec<SampledCompletion>,
+    /// The margin of each pair in the loss of a reward model, `[documents / 2]`; empty if there are none.
+    pub margins: Vec<f64>,
     /// True for targets of prompts, which only the negative log-likelihood of a preference loss reads, `[tokens]`; empty if
     /// there are none.
     pub prompt_targets: Vec<bool>,

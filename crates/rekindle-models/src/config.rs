@@ -4,9 +4,9 @@ use rekindle_hub::Checkpoint;
 use rekindle_rope::{ContextExtension, RopeConfig, RopeScaling, extend_context};
 use serde_json::Value;
 
-use crate::families::{self, ConfigReader, TIED, TensorNames};
+use crate::families::{self, ConfigReader, SCORE, TIED, TensorNames};
 use crate::parameters::{LayerRole, ParameterSpec};
-use crate::spec::{AttentionSpec, FeedForwardSpec};
+use crate::spec::{AttentionSpec, FeedForwardSpec, HeadSpec};
 use crate::{Error, LayerSpec, ModelSpec, Role};
 
 /// A checkpoint's `config.json`: the decoder that it describes, and the file itself.
@@ -24,6 +24,8 @@ pub struct ModelConfig {
     section: Option<&'static str>,
     /// True if `rope_scaling` cannot extend the rotary embedding.
     has_fixed_context: bool,
+    /// True for a reward model, whose head is a score.
+    has_score_head: bool,
     /// The family's tensor names.
     pub(crate) names: TensorNames,
 }
@@ -41,6 +43,9 @@ impl ModelConfig {
 
     /// Reads the content of a `config.json`; on failure one sentence for each problem.
     pub fn from_json(json: &Value) -> Result<Self, Vec<String>> {
+        if let Some(decoder) = families::decoder_of(json).map_err(|problem| vec![problem])? {
+            return Self::from_json(&decoder)?.with_score_head().map_err(|error| vec![error.to_string()]);
+        }
         let family = families::of(json).map_err(|problem| vec![problem])?;
         let decoder = match family.section {
             None => json.clone(),
@@ -73,8 +78,50 @@ impl ModelConfig {
             json,
             section: family.section,
             has_fixed_context,
+            has_score_head: false,
             names: family.names,
         })
+    }
+
+    /// Returns the configuration of the reward model on this decoder: a head that gives one score, without a vocabulary.
+    /// That of a reward model is unchanged.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an architecture of which transformers has no reward models.
+    pub fn with_score_head(mut self) -> Result<Self, Error> {
+        if self.has_score_head {
+            return Ok(self);
+        }
+        let Some(classifier) = families::classifier_of(&self.architecture) else {
+            return Err(Error::Argument(families::no_classifier(&self.architecture)));
+        };
+        self.architecture = classifier.to_owned();
+        self.spec.head = HeadSpec { tied: false, multiplier: None, softcap: None };
+        self.names.head = SCORE;
+        families::describe_score(&mut self.json, classifier);
+        self.has_score_head = true;
+        Ok(self)
+    }
+
+    /// Returns true for a reward model, whose head is a score instead of the vocabulary.
+    pub fn has_score_head(&self) -> bool {
+        self.has_score_head
+    }
+
+    /// Returns the shape of the head: a row for each token id, or one for a score.
+    pub(crate) fn head_shape(&self) -> [usize; 2] {
+        [if self.has_score_head { 1 } else { self.spec.vocab_size }, self.spec.hidden_size]
+    }
+
+    /// Returns the id of padding, which is never scored.
+    pub(crate) fn pad_token_id(&self) -> Option<u32> {
+        let id = self.json.get("pad_token_id")?.as_u64()?;
+        u32::try_from(id).ok()
+    }
+
+    /// Returns the standard deviation of new weights.
+    pub(crate) fn initializer_range(&self) -> f64 {
+        self.json.get("initializer_range").and_then(Value::as_f64).unwrap_or(0.02)
     }
 
     /// Returns this configuration for documents of up to `length` tokens, and the context extension. Within the model's

@@ -92,7 +92,8 @@ impl Decoder {
             layers.push(Block::build(&mut builder, layer_spec, spec.hidden_size, layout)?);
         }
         let norm = source.weight(&tensor(Role::FinalNorm, vec![spec.hidden_size]))?;
-        let head = if spec.head.tied { None } else { Some(source.weight(&tensor(Role::Head, table))?) };
+        let head =
+            if spec.head.tied { None } else { Some(source.weight(&tensor(Role::Head, config.head_shape().to_vec()))?) };
         let tables = |rope: &RopeConfig, scale: Option<QueryScale>| {
             let mut tables = rope.tables(max_seq_length);
             if let Some(scale) = scale {

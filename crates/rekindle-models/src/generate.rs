@@ -148,6 +148,7 @@ impl CausalLm {
     /// [`Error::Argument`] for an empty prompt and one as long as `max_seq_length`, [`Error::Row`] for ids beyond the
     /// vocabulary.
     pub fn check_prompt(&self, prompt: &[u32]) -> Result<(), Error> {
+        self.check_vocabulary_head()?;
         self.check_ids(prompt).map_err(Error::Row)?;
         let limit = self.max_seq_length();
         if prompt.is_empty() || prompt.len() >= limit {

@@ -31,6 +31,7 @@ mod parameters;
 mod positions;
 mod router_loss;
 mod sample;
+mod score;
 pub mod spec;
 
 pub use adapters::{DEFAULT_ADAPTER, LoftqBase, loftq_base};

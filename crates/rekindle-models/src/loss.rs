@@ -194,7 +194,7 @@ impl CausalLm {
     }
 
     /// The backward of everything below the head.
-    fn backward_decoder(&self, pass: ForwardPass<'_>, d_hidden: Tensor<2>, grads: &mut Grads) {
+    pub(crate) fn backward_decoder(&self, pass: ForwardPass<'_>, d_hidden: Tensor<2>, grads: &mut Grads) {
         let ForwardPass { batch, hidden, saved, router, .. } = pass;
         let ctx = Context { router: RouterLoss::pass(router.as_ref()), ..batch.context(&self.params, true) };
         let mut backward = self.decoder.begin_backward(ctx, saved, &d_hidden, grads);
@@ -204,7 +204,7 @@ impl CausalLm {
     }
 
     /// [`backward_decoder`](Self::backward_decoder) with the gradients of [`grads_by_layer`](Self::grads_by_layer).
-    fn backward_decoder_applying(
+    pub(crate) fn backward_decoder_applying(
         &mut self,
         pass: ForwardPass<'_>,
         d_hidden: Tensor<2>,
@@ -231,7 +231,7 @@ impl CausalLm {
 
     /// Gradients of zero in ranges: an empty one that goes from layer to layer, then those around the layers, which are
     /// complete at the end.
-    fn grads_by_layer(&self) -> Grads {
+    pub(crate) fn grads_by_layer(&self) -> Grads {
         let around = between(&self.trained_ranges(), self.params.numel());
         self.params.zero_grads_of(core::iter::once(0..0).chain(around))
     }
@@ -293,19 +293,21 @@ impl CausalLm {
     }
 
     fn nll_with(&self, batch: &Batch, adapters: bool) -> Result<Vec<f32>, Error> {
+        self.check_vocabulary_head()?;
         let hidden = self.hidden(batch, adapters)?;
         let head = self.decoder.lm_head(&self.params, adapters);
         self.checked(linear_cross_entropy::forward(&hidden, &head, &batch.targets).values())
     }
 
     fn log_probs_with(&self, batch: &Batch, adapters: bool, temperature: f32) -> Result<TokenLogProbs, Error> {
+        self.check_vocabulary_head()?;
         let hidden = self.hidden(batch, adapters)?;
         let head = self.decoder.lm_head(&self.params, adapters).at_temperature(temperature);
         self.checked(linear_cross_entropy::log_probs(&hidden, &head, &batch.targets))
     }
 
     /// The hidden states without dropout.
-    fn hidden(&self, batch: &Batch, adapters: bool) -> Result<Tensor<2>, Error> {
+    pub(crate) fn hidden(&self, batch: &Batch, adapters: bool) -> Result<Tensor<2>, Error> {
         self.check(batch)?;
         let context = self.prepare(batch, None);
         let ctx = context.context(&self.params, adapters);

@@ -164,6 +164,12 @@ impl CausalLm {
             Err(Stop::Broken(broken)) => return Ok(Some(broken)),
             Err(Stop::Failed(error)) => return Err(error),
         };
+        if self.has_score_head() {
+            let scores = self.scores(batch)?;
+            let rows = batch.rows.iter().zip(&scores).filter(|(_, score)| !score.is_finite()).map(|(&row, _)| row);
+            let (rows, depth): (Vec<u32>, _) = (rows.collect(), self.depth(Role::Head));
+            return Ok((!rows.is_empty()).then_some(BrokenOutput { depth, rows, largest_input }));
+        }
         let head = self.decoder.lm_head(&self.params, true);
         let nll = linear_cross_entropy::forward(&n, &head, &batch.targets).values();
         let rows = rows_with(batch, |token| nll[token].is_finite());

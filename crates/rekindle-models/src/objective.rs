@@ -9,6 +9,7 @@ mod kto;
 mod names;
 mod orpo;
 mod policy;
+mod reward;
 mod rloo;
 mod sft;
 
@@ -17,6 +18,7 @@ use std::collections::BTreeMap;
 
 use rekindle_kernels::Grads;
 use rekindle_kernels::linear_cross_entropy::{LogProbValues, Losses, TokenWeights};
+use serde::{Deserialize, Serialize};
 
 use crate::loss::ApplyGradients;
 use crate::{Batch, CausalLm, Error, StepKey};
@@ -27,6 +29,7 @@ pub use grpo::{Grpo, GrpoLoss, ImportanceSamplingLevel, ImportanceSamplingMode};
 pub use kto::{Kto, KtoLoss};
 pub use names::OneOrMany;
 pub use orpo::Orpo;
+pub use reward::{RewardModel, ScoreObjective};
 pub use rloo::Rloo;
 pub use sft::Sft;
 
@@ -43,6 +46,12 @@ pub trait Objective: Debug + Send + Sync {
     /// loss. With them, a step computes the logits once instead of twice.
     fn fixed_weights<'a>(&'a self, batch: &'a Batch) -> Option<TokenWeights<'a>> {
         let _ = batch;
+        None
+    }
+
+    /// Returns the loss of the scores of documents, for a model with a score head; `None` for a loss of log-probabilities.
+    /// With it, [`loss`](Self::loss) is not called.
+    fn of_scores(&self) -> Option<&dyn ScoreObjective> {
         None
     }
 
@@ -155,10 +164,14 @@ pub struct Metric {
     kind: MetricKind,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum MetricKind {
+/// The combination of a metric's values over the micro-batches of a step and over ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MetricKind {
+    /// The mean of all terms.
     Mean,
+    /// The smallest value.
     Min,
+    /// The largest value.
     Max,
 }
 
@@ -176,6 +189,17 @@ impl Metric {
     /// Returns a maximum.
     pub fn max(name: &'static str, value: f64) -> Self {
         Self { name, sum: value, count: 1, kind: MetricKind::Max }
+    }
+
+    /// Returns the combination of its values.
+    pub fn kind(&self) -> MetricKind {
+        self.kind
+    }
+
+    /// Returns a metric whose values are combined otherwise.
+    #[must_use]
+    pub fn combined_as(self, kind: MetricKind) -> Self {
+        Self { kind, ..self }
     }
 
     /// Adds metrics to others, by name.
@@ -225,6 +249,10 @@ enum Pending {
 }
 
 impl PendingLoss {
+    pub(crate) fn known(loss: BatchLoss) -> Self {
+        Self { loss: Pending::Known(loss), router: None }
+    }
+
     fn of(losses: Losses, weights: TokenWeights<'_>, router: Option<Metric>) -> Self {
         let loss = match weights {
             TokenWeights::Uniform(weight) => Pending::Uniform(losses, weight),
@@ -281,6 +309,10 @@ impl CausalLm {
         grads: &mut Grads,
         key: Option<StepKey>,
     ) -> Result<PendingLoss, Error> {
+        if let Some(scores) = objective.of_scores() {
+            return self.score_backward(scores, batch, scale, grads, key);
+        }
+        self.check_vocabulary_head()?;
         if let Some(weights) = objective.fixed_weights(batch) {
             let pass = self.forward(batch, key)?;
             let router = pass.router_loss();
@@ -310,6 +342,10 @@ impl CausalLm {
         key: Option<StepKey>,
         apply: ApplyGradients<'_>,
     ) -> Result<PendingLoss, Error> {
+        if let Some(scores) = objective.of_scores() {
+            return self.score_backward_applying(scores, batch, scale, key, apply);
+        }
+        self.check_vocabulary_head()?;
         if let Some(weights) = objective.fixed_weights(batch) {
             let pass = self.forward(batch, key)?;
             let router = pass.router_loss();
@@ -335,6 +371,9 @@ impl CausalLm {
         batch: &Batch,
         terms: &StepTerms,
     ) -> Result<BatchLoss, Error> {
+        if let Some(scores) = objective.of_scores() {
+            return self.score_loss(scores, batch);
+        }
         let reference = self.reference(objective, batch)?;
         let log_probs = self.log_probs_at(batch, objective.temperature())?.values();
         Ok(objective.loss(batch, &log_probs, reference.as_ref(), terms))

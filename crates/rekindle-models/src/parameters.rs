@@ -6,6 +6,7 @@
 
 use rekindle_kernels::Weight;
 
+use crate::families::SCORE;
 use crate::spec::{FeedForwardSpec, MixerSpec, NormSpec};
 use crate::{LayerSpec, ModelConfig};
 
@@ -227,6 +228,16 @@ impl ParameterSpec {
         self.shape.len() == 1 || matches!(self.role, Role::Layer(_, LayerRole::ExpertBias(_)))
     }
 
+    /// Returns true for the weight of a score head.
+    pub(crate) fn is_score(&self) -> bool {
+        self.role == Role::Head && self.module() == SCORE
+    }
+
+    /// Returns true for a table with a row for each token id.
+    pub(crate) fn is_vocabulary(&self) -> bool {
+        self.role.is_vocabulary() && !self.is_score()
+    }
+
     /// Returns the name of the module that it belongs to.
     pub fn module(&self) -> &str {
         self.name.rsplit_once('.').map_or(&self.name, |(module, _)| module)
@@ -298,7 +309,7 @@ impl ModelConfig {
         }
         push(Role::FinalNorm, vec![spec.hidden_size]);
         if !spec.head.tied {
-            push(Role::Head, table());
+            push(Role::Head, self.head_shape().to_vec());
         }
         list
     }

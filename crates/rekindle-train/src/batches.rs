@@ -45,6 +45,10 @@ impl<'a> Batches<'a> {
             return batch;
         }
         batch.answers = self.answers(indices, |reference| &reference.answers);
+        if self.method.task() == RowTask::ScoredPairs {
+            let margins = indices.iter().step_by(2).map(|&index| self.dataset.example(index).margin);
+            batch.margins = margins.flatten().map(f64::from).collect();
+        }
         if self.method.covers_prompts() {
             cover_prompts(&mut batch);
         }

@@ -4,7 +4,7 @@ mod step_count;
 mod timetable;
 mod validate;
 
-use rekindle_data::{Dataset, Packs, RowTask};
+use rekindle_data::{Dataset, Packs};
 use rekindle_kernels::{Group, Params};
 use rekindle_models::GradientCheckpointing;
 use serde::{Deserialize, Serialize, Serializer};
@@ -227,11 +227,11 @@ impl SftConfig {
     pub fn rows(&self, dataset: &Dataset, max_seq_length: usize) -> Packs {
         let lengths: Vec<usize> = dataset.examples().map(|example| example.input_ids.len()).collect();
         match (dataset.task(), self.packing) {
-            (RowTask::Pairs, true) => {
+            (task, true) if task.is_pairs() => {
                 let pairs = lengths.chunks(2).map(|pair| pair.iter().sum());
                 Packs::best_fit(pairs, 2 * max_seq_length).of_pairs()
             }
-            (RowTask::Pairs, false) => Packs::single(dataset.len() / 2).of_pairs(),
+            (task, false) if task.is_pairs() => Packs::single(dataset.len() / 2).of_pairs(),
             (_, true) => Packs::best_fit(lengths, max_seq_length),
             (_, false) => Packs::single(dataset.len()),
         }

@@ -1,8 +1,8 @@
 //! The training method: supervised fine-tuning, a preference loss or a policy gradient, with its arguments.
 
 use rekindle_data::{Dataset, RowTask};
-use rekindle_models::objective::{Cpo, Dpo, Grpo, Kto, KtoLoss, Orpo, Rloo};
-use rekindle_models::{Objective, Sft};
+use rekindle_models::objective::{Cpo, Dpo, Grpo, Kto, KtoLoss, Orpo, RewardModel, Rloo};
+use rekindle_models::{CausalLm, Objective, Sft};
 use serde::{Deserialize, Serialize};
 
 use crate::rollout::{AdvantageRule, RolloutSettings};
@@ -29,6 +29,8 @@ pub enum Method {
     Grpo(Box<WithRollouts<Grpo, GrpoAdvantages>>),
     /// REINFORCE leave-one-out, on prompts.
     Rloo(Box<WithRollouts<Rloo, RlooAdvantages>>),
+    /// A reward model, on pairs.
+    Reward(RewardModel),
 }
 
 /// A loss of completions that the model samples.
@@ -86,6 +88,12 @@ impl From<Orpo> for Method {
     }
 }
 
+impl From<RewardModel> for Method {
+    fn from(loss: RewardModel) -> Self {
+        Self::Reward(loss)
+    }
+}
+
 impl From<Cpo> for Method {
     fn from(loss: Cpo) -> Self {
         Self::Cpo(loss)
@@ -106,7 +114,7 @@ impl From<Rloo> for Method {
 
 impl Method {
     /// The names of all methods in a run file. `ipo` is `dpo` and `simpo` is `cpo` with that `loss_type`.
-    pub const NAMES: [&str; 9] = ["sft", "dpo", "ipo", "kto", "orpo", "cpo", "simpo", "grpo", "rloo"];
+    pub const NAMES: [&str; 10] = ["sft", "dpo", "ipo", "kto", "orpo", "cpo", "simpo", "grpo", "rloo", "reward"];
 
     /// Returns the name in a run file.
     pub fn name(&self) -> &'static str {
@@ -118,6 +126,7 @@ impl Method {
             Self::Cpo(_) => "cpo",
             Self::Grpo(_) => "grpo",
             Self::Rloo(_) => "rloo",
+            Self::Reward(_) => "reward",
         }
     }
 
@@ -128,6 +137,7 @@ impl Method {
             Self::Dpo(_) | Self::Orpo(_) | Self::Cpo(_) => RowTask::Pairs,
             Self::Kto(_) => RowTask::Labelled,
             Self::Grpo(_) | Self::Rloo(_) => RowTask::Prompts,
+            Self::Reward(_) => RowTask::ScoredPairs,
         }
     }
 
@@ -141,6 +151,7 @@ impl Method {
             Self::Cpo(cpo) => Box::new(cpo.clone()),
             Self::Grpo(grpo) => Box::new(grpo.loss.clone()),
             Self::Rloo(rloo) => Box::new(rloo.loss.clone()),
+            Self::Reward(reward) => Box::new(reward.clone()),
         }
     }
 
@@ -149,7 +160,7 @@ impl Method {
         match self {
             Self::Dpo(dpo) => Some(&dpo.reference),
             Self::Kto(kto) => Some(&kto.reference),
-            Self::Sft | Self::Orpo(_) | Self::Cpo(_) | Self::Grpo(_) | Self::Rloo(_) => None,
+            Self::Sft | Self::Orpo(_) | Self::Cpo(_) | Self::Grpo(_) | Self::Rloo(_) | Self::Reward(_) => None,
         }
     }
 
@@ -205,6 +216,11 @@ impl Method {
         })
     }
 
+    /// Returns true if the model is a reward model, whose head is a score.
+    pub fn has_score_head(&self) -> bool {
+        matches!(self, Self::Reward(_))
+    }
+
     /// Returns true if the loss covers the prompts of chosen answers.
     pub(crate) fn covers_prompts(&self) -> bool {
         matches!(self, Self::Orpo(_))
@@ -220,6 +236,8 @@ impl Method {
         match (self, full_finetuning) {
             (Self::Sft, false) => 2e-4,
             (Self::Sft, true) => 2e-5,
+            // TRL's default.
+            (Self::Reward(_), _) => 1e-4,
             // TRL's default for all weights; an adapter takes ten times as much, as above.
             (_, false) => 1e-5,
             (_, true) => 1e-6,
@@ -248,6 +266,7 @@ impl Method {
                 problems.extend(advantages.problem());
                 problems
             }
+            Self::Reward(reward) => reward.problems(),
         };
         let name = self.name();
         if self.has_rollouts() {
@@ -266,6 +285,20 @@ impl Method {
         if config.neftune_noise_alpha.is_some() {
             problems.push(format!("neftune_noise_alpha is for method = \"sft\"; with \"{name}\" remove it"));
         }
+        if self.has_score_head() && (config.eval_samples > 0 || !config.sample_prompts.is_empty()) {
+            problems.push(
+                "method \"reward\" trains a model that gives a score and writes no text; remove eval_samples and \
+                 sample_prompts"
+                    .to_owned(),
+            );
+        }
+        if self.has_score_head() && config.router_aux_loss_coef > 0.0 {
+            problems.push(
+                "router_aux_loss_coef is not for method \"reward\": transformers' sequence classification has no auxiliary \
+                 loss; remove it"
+                    .to_owned(),
+            );
+        }
         if self.needs_mismatched() && config.rows_per_step() < 2 {
             problems.push(
                 "method \"kto\" estimates KL from the answers to other rows of a step, so per_device_train_batch_size · \
@@ -274,6 +307,20 @@ impl Method {
             );
         }
         problems
+    }
+
+    /// Refuses a reward model for other methods, and other models for method reward.
+    pub(crate) fn check_model(&self, model: &CausalLm) -> Result<(), Error> {
+        let problem = match (self.has_score_head(), model.has_score_head()) {
+            (true, false) => "method \"reward\" needs a model with a score head; load it with `score_head`".to_owned(),
+            (false, true) => format!(
+                "the model is a reward model, which gives a score and no text; method \"{}\" cannot train it, use method = \
+                 \"reward\"",
+                self.name()
+            ),
+            _ => return Ok(()),
+        };
+        Err(Error::Config(vec![problem]))
     }
 
     /// Refuses rows of another kind, and labelled rows that are all desirable or all undesirable.

@@ -146,7 +146,12 @@ impl Planner {
         }
         let rows = rows.for_evaluation(self.job.train.per_device_eval_batch_size);
         let before = self.begin();
-        self.model.nll(&rows.batch(&self.job))?;
+        let batch = rows.batch(&self.job);
+        if self.model.has_score_head() {
+            self.model.scores(&batch)?;
+        } else {
+            self.model.nll(&batch)?;
+        }
         let evaluation = self.counted(&rows, checkpointing, before);
         let host = step.host.max(evaluation.host);
         let largest = if evaluation.peak > step.peak { evaluation } else { step };
@@ -287,7 +292,7 @@ impl PassRows {
 
 /// Returns the number of documents of a row.
 fn documents_per_row(method: &Method) -> usize {
-    if method.task() == RowTask::Pairs { 2 } else { 1 }
+    method.task().examples_per_row()
 }
 
 fn by_category<S: Serializer>(bytes: &MemoryBytes, serializer: S) -> Result<S::Ok, S::Error> {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rekindle_data::{Dataset, RowTask};
+use rekindle_data::Dataset;
 use rekindle_dist::Communicator;
 use rekindle_hub::{Checkpoint as ModelFiles, Dtype, SafetensorsFile, TensorSpec, write_safetensors};
 use rekindle_models::{Batch, CausalLm};
@@ -79,7 +79,7 @@ impl ReferenceLogProbs {
         let of = |batch: &Batch| -> Result<Vec<f64>, Error> {
             Ok(objective.answer_log_probs(batch, &model.log_probs(batch)?.values()))
         };
-        let per_row = if dataset.task() == RowTask::Pairs { 2 } else { 1 };
+        let per_row = dataset.task().examples_per_row();
         let indices: Vec<usize> = (0..dataset.len()).collect();
         let size = per_row * config.per_device_train_batch_size;
         let mut own = Self::default();

@@ -140,6 +140,7 @@ mod tests {
                 row: RowNumber::Line(1),
                 path: Path::new("rows"),
                 preferred: None,
+                margin: None,
             })
         };
         let split =

@@ -7,7 +7,7 @@ use rekindle_dist::Communicator;
 use rekindle_kernels::DType;
 use rekindle_kernels::optimizer::StateTensor;
 use rekindle_models::CausalLm;
-use rekindle_models::objective::Metric;
+use rekindle_models::objective::{Metric, MetricKind};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -17,7 +17,10 @@ use crate::{Error, Optimizer};
 pub(crate) type LossSum = (f64, Vec<Metric>);
 
 /// A [`LossSum`] with the bits of its numbers, which JSON would lose where they are not finite.
-type LossBits = (u64, Vec<(String, u64, usize)>);
+type LossBits = (u64, Vec<MetricBits>);
+
+/// A metric likewise: its name, sum, count and kind.
+type MetricBits = (String, u64, usize, MetricKind);
 
 /// Returns the value of rank 0.
 ///
@@ -39,11 +42,13 @@ pub(crate) fn gather_losses(world: &dyn Communicator, own: Vec<LossSum>) -> Resu
         return Ok(vec![own]);
     }
     let bits = |(loss, metrics): &LossSum| -> LossBits {
-        let metrics = metrics.iter().map(|metric| (metric.name.to_owned(), metric.sum.to_bits(), metric.count));
-        (loss.to_bits(), metrics.collect())
+        let bits = |metric: &Metric| (metric.name.to_owned(), metric.sum.to_bits(), metric.count, metric.kind());
+        (loss.to_bits(), metrics.iter().map(bits).collect())
     };
     let sum = |(loss, metrics): LossBits| -> LossSum {
-        let metric = |(name, sum, count): (String, u64, usize)| Metric::new(interned(name), f64::from_bits(sum), count);
+        let metric = |(name, sum, count, kind): MetricBits| {
+            Metric::new(interned(name), f64::from_bits(sum), count).combined_as(kind)
+        };
         (f64::from_bits(loss), metrics.into_iter().map(metric).collect())
     };
     let own: Vec<LossBits> = own.iter().map(bits).collect();

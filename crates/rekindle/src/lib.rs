@@ -97,7 +97,7 @@ pub use rekindle_lora::{
 };
 pub use rekindle_models::objective::{
     Cpo, CpoLoss, Divergence, Dpo, DpoLoss, Grpo, GrpoLoss, ImportanceSamplingLevel, ImportanceSamplingMode, Kto,
-    KtoLoss, OneOrMany, Orpo, Rloo,
+    KtoLoss, OneOrMany, Orpo, RewardModel, Rloo,
 };
 pub use rekindle_models::{
     CausalLm, ContextExtension, DEFAULT_ADAPTER, GenerationConfig, GradientCheckpointing, LoadIn, MemoryClass,

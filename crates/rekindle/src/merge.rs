@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use rekindle_data::Tokenizer;
 use rekindle_hub::{AdapterBase, Checkpoint, read_config};
 use rekindle_kernels::DeviceKind;
+use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{Adapter, Combination, saved_rows, weighted};
 use rekindle_models::{Batch, MergeOptions, ModelConfig, Positions, open_checkpoint, saved_positions};
 use rekindle_train::{Companion, write_result};
@@ -173,6 +174,9 @@ impl Merge {
         if let Some(rows) = rows {
             config = config.resized(rows)?;
         }
+        if AdapterConfig::open(first).map_err(lora)?.is_reward_model() {
+            config = config.with_score_head()?;
+        }
         let modules = config.modules();
         let positions = saved_positions(first)?;
         let mut loaded = Vec::new();
@@ -329,7 +333,7 @@ fn write_merged(
 const ROWS: u32 = 4;
 const TOKENS: usize = 64;
 
-/// Returns the losses of `model`, called `name` in errors.
+/// Returns the losses of `model`, called `name` in errors; of a reward model, its scores.
 fn losses(model: &Model, name: &str) -> Result<Vec<f32>, Error> {
     let (vocab, length) =
         (model.causal_lm().config().vocab_size() as u64, TOKENS.min(model.causal_lm().max_seq_length()));
@@ -339,7 +343,10 @@ fn losses(model: &Model, name: &str) -> Result<Vec<f32>, Error> {
     let rows: Vec<Vec<u32>> = (0..ROWS).map(|row| (0..length).map(|t| token(row, t) as u32).collect()).collect();
     let labels: Vec<Vec<i32>> = rows.iter().map(|row| row.iter().map(|&id| id as i32).collect()).collect();
     let batch = Batch::from_rows(rows.iter().map(Vec::as_slice).zip(labels.iter().map(Vec::as_slice)), 0);
-    let losses = model.causal_lm().nll(&batch)?;
+    let losses = match model.causal_lm().has_score_head() {
+        true => model.causal_lm().scores(&batch)?.into_iter().map(|score| score as f32).collect(),
+        false => model.causal_lm().nll(&batch)?,
+    };
     if losses.iter().all(|loss| loss.is_finite()) {
         return Ok(losses);
     }

@@ -49,6 +49,8 @@ pub struct Loader<'a> {
     device: DeviceKind,
     /// An adapter that will be attached after loading.
     adapter: Option<PathBuf>,
+    /// The seed of the head of a reward model, if that is wanted.
+    score_head: Option<u64>,
     /// The files, once they are found.
     files: Option<ModelFiles>,
     on_download: Option<Box<dyn FnMut(u64, u64) + 'a>>,
@@ -61,7 +63,15 @@ const MAX_SEQ_LENGTH: usize = 2048;
 impl<'a> Loader<'a> {
     /// Returns a loader with these arguments on [`DeviceKind::Auto`].
     pub fn new(args: ModelArguments) -> Self {
-        Self { args, device: DeviceKind::Auto, adapter: None, files: None, on_download: None, on_progress: None }
+        Self {
+            args,
+            device: DeviceKind::Auto,
+            adapter: None,
+            score_head: None,
+            files: None,
+            on_download: None,
+            on_progress: None,
+        }
     }
 
     /// Returns the arguments.
@@ -90,6 +100,13 @@ impl<'a> Loader<'a> {
     /// is quantized as the adapter requires, unless [`load_in_4bit`](Self::load_in_4bit) or the like is set.
     pub fn for_adapter(mut self, dir: impl Into<PathBuf>) -> Self {
         self.adapter = Some(dir.into());
+        self
+    }
+
+    /// Loads a reward model: the head is a score instead of the vocabulary. One that the checkpoint does not have is
+    /// initialized from `seed`. A checkpoint of a reward model, and the adapter of one, need no call.
+    pub fn score_head(mut self, seed: u64) -> Self {
+        self.score_head = Some(seed);
         self
     }
 
@@ -240,6 +257,11 @@ impl<'a> Loader<'a> {
             load_in = Some(on.load_in);
             skip_modules = skip_modules.or(on.skip_modules);
         }
+        // The adapter of a reward model brings its head.
+        let brings_score = match adapter {
+            Some(adapter) => AdapterConfig::open(adapter).map_err(rekindle_models::Error::from)?.is_reward_model(),
+            None => false,
+        };
         let (saved, max_seq_length) = self.positions(adapter, config)?;
         let saved = saved.map(RopeScaling::Saved);
         let rows = adapter.map(saved_rows).transpose().map_err(rekindle_models::Error::from)?.flatten();
@@ -254,6 +276,7 @@ impl<'a> Loader<'a> {
             load_in,
             skip_modules,
             resize_model_vocab: self.args.resize_model_vocab.or(rows),
+            score_head: self.score_head.or(brings_score.then_some(0)),
         })
     }
 

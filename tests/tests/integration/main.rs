@@ -35,6 +35,7 @@ mod pretrained;
 mod quantized;
 mod ranks;
 mod resume;
+mod reward;
 mod rope;
 mod router_loss;
 mod run;

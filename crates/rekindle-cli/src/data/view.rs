@@ -150,7 +150,14 @@ mod tests {
     use super::*;
 
     fn example<'a>(input_ids: &'a [u32], labels: &'a [i32]) -> Example<'a> {
-        Example { input_ids, labels, row: RowNumber::Line(3), path: Path::new("rows.jsonl"), preferred: None }
+        Example {
+            input_ids,
+            labels,
+            row: RowNumber::Line(3),
+            path: Path::new("rows.jsonl"),
+            preferred: None,
+            margin: None,
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::{Done, Scratch, rekindle};
+use crate::{Done, Scratch, golden, rekindle};
 
 /// A run file for the quickstart's base model, with `rewards` at its end. Returns its path.
 fn run_file(scratch: &Scratch, rows: &[Value], rewards: &str) -> String {
@@ -76,6 +76,21 @@ fn the_template_of_a_command_runs() {
     fs::write(&program, "raise SystemExit('no such model')").unwrap();
     let done = test(&scratch, &sums(), &command, &[]);
     done.fails(1, &["reward \"judge\": python3 after 2 restarts: the command ended without a reply", "no such model"]);
+}
+
+/// A reward model is planned, trained and evaluated, and its adapter is merged into a sequence classifier.
+#[test]
+fn a_reward_model_is_trained_and_merged() {
+    let scratch = Scratch::new();
+    let pairs = golden("reward").join("pairs.jsonl").display().to_string();
+    let [train, eval] = ["train", "eval"].map(|key| format!("data.{key}={pairs:?}"));
+    scratch.train(&["train.method=\"reward\"", "train.eval_steps=2", &train, &eval]).ok();
+    let metrics = fs::read_to_string(scratch.path("out/metrics.jsonl")).unwrap();
+    assert!(metrics.contains("\"eval_accuracy\":") && metrics.contains("\"mean_reward\":"), "{metrics}");
+    let (adapter, merged) = (scratch.path("out/adapter").display().to_string(), scratch.path("merged"));
+    rekindle(["merge", &adapter, "--out", &merged.display().to_string()]).ok();
+    let config: Value = serde_json::from_str(&fs::read_to_string(merged.join("config.json")).unwrap()).unwrap();
+    assert_eq!(config["architectures"], json!(["Qwen3ForSequenceClassification"]));
 }
 
 #[test]

@@ -24,6 +24,8 @@ const FILES: &str = "files";
 const ROWS: &str = "rows";
 /// Only in files of preferences.
 const PREFERRED: &str = "preferred";
+/// Only in files of pairs with margins.
+const MARGINS: &str = "margins";
 const TENSORS: [(&str, Dtype); 5] =
     [(INPUT_IDS, Dtype::U32), (LABELS, Dtype::I32), (ENDS, Dtype::U64), (FILES, Dtype::U32), (ROWS, Dtype::U64)];
 
@@ -42,7 +44,8 @@ impl Stored {
         let tensors = TENSORS.map(|(name, dtype)| file.get(name).filter(|tensor| tensor.dtype == dtype));
         let bytes: Vec<&[u8]> = tensors.iter().map(|tensor| tensor.map(|tensor| tensor.data)).collect::<Option<_>>()?;
         let preferred = file.get(PREFERRED).filter(|tensor| tensor.dtype == Dtype::U8).map(|tensor| tensor.data);
-        let bytes = [bytes, preferred.into_iter().collect()].concat();
+        let margins = file.get(MARGINS).filter(|tensor| tensor.dtype == Dtype::F32).map(|tensor| tensor.data);
+        let bytes = [bytes, preferred.into_iter().chain(margins).collect()].concat();
         if note("sha256") != Some(checksum(note("report")?, &bytes).as_str()) {
             return None;
         }
@@ -66,6 +69,8 @@ impl Stored {
         ];
         let preferred = (!examples.preferred().is_empty()).then_some((PREFERRED, Dtype::U8));
         bytes.extend(preferred.map(|_| examples.preferred()));
+        let margins = (!examples.margins().is_empty()).then_some((MARGINS, Dtype::F32));
+        bytes.extend(margins.map(|_| bytemuck::cast_slice::<f32, u8>(examples.margins())));
         let report = serde_json::to_string(report).expect("counts and names");
         let sha256 = checksum(&report, &bytes);
         let metadata: BTreeMap<String, String> =
@@ -75,6 +80,7 @@ impl Stored {
         let specs: Vec<TensorSpec> = TENSORS
             .into_iter()
             .chain(preferred)
+            .chain(margins)
             .zip(&bytes)
             .map(|((name, dtype), bytes)| TensorSpec::new(name, dtype, [bytes.len() / dtype.size()]))
             .collect();
@@ -96,6 +102,10 @@ impl Stored {
             && ends.last() == Some(&(ids.len() as u64))
             && of_files.iter().all(|&file| (file as usize) < files)
             && self.0.get(PREFERRED).is_none_or(|tensor| tensor.data.len() == ends.len())
+            && self
+                .0
+                .get(MARGINS)
+                .is_none_or(|_| self.try_get::<f32>(MARGINS).is_some_and(|margins| margins.len() == ends.len()))
     }
 
     /// Returns a tensor as numbers. Returns `None` if it is missing, or cannot be mapped on this machine because of its
@@ -133,6 +143,10 @@ impl Examples for Stored {
 
     fn preferred(&self) -> &[u8] {
         self.0.get(PREFERRED).map_or(&[], |tensor| tensor.data)
+    }
+
+    fn margins(&self) -> &[f32] {
+        self.try_get(MARGINS).unwrap_or(&[])
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use super::{Dataset, Examples, InMemory};
@@ -137,6 +138,8 @@ struct Ready {
     found: Found,
     /// True if it is text that the checkpoint's chat template does not render.
     is_plain: bool,
+    /// The margin of a pair.
+    margin: Option<f32>,
 }
 
 impl Loader<'_> {
@@ -208,18 +211,30 @@ impl Loader<'_> {
             let is_plain = has_template && self.tokenizer.is_some() && matches!(content, PromptContent::Text(_));
             let example = encode_prompt(content, number.get(), self.tokenizer, self.options).map_err(wrong)?;
             self.check_vocabulary(&example, number)?;
-            return Ok(Ready { examples: vec![example], number, format: RowFormat::Prompt, found, is_plain });
+            return Ok(Ready {
+                examples: vec![example],
+                number,
+                format: RowFormat::Prompt,
+                found,
+                is_plain,
+                margin: None,
+            });
         }
         let (format, row) = match self.options.task {
             RowTask::Sft => {
                 let (format, content) = RowContent::read(fields, has_template).map_err(wrong)?;
-                (format, RowAnswers { contents: vec![(content, None)], implicit_text: false })
+                (format, RowAnswers { contents: vec![(content, None)], implicit_text: false, margin: None })
+            }
+            RowTask::ScoredPairs => {
+                let margin = read_margin(&mut fields).map_err(wrong)?;
+                let (format, row) = RowAnswers::of(read_pair(fields).map_err(wrong)?);
+                (format, RowAnswers { margin, ..row })
             }
             RowTask::Pairs => RowAnswers::of(read_pair(fields).map_err(wrong)?),
             RowTask::Labelled => RowAnswers::of(read_labelled(fields).map_err(wrong)?),
             RowTask::Prompts => unreachable!("returned above"),
         };
-        let RowAnswers { contents, implicit_text } = row;
+        let RowAnswers { contents, implicit_text, margin } = row;
         let is_plain = matches!(contents[0].0, RowContent::PromptCompletion { .. })
             && self.tokenizer.is_some_and(Tokenizer::has_chat_template);
         let mut examples = Vec::with_capacity(contents.len());
@@ -232,7 +247,7 @@ impl Loader<'_> {
         if implicit_text {
             ignore_shared(&mut examples);
         }
-        Ok(Ready { examples, number, format, found, is_plain })
+        Ok(Ready { examples, number, format, found, is_plain, margin })
     }
 
     fn check_vocabulary(&self, example: &Encoded, number: RowNumber) -> Result<()> {
@@ -261,7 +276,7 @@ impl Loader<'_> {
     }
 
     fn add(&mut self, row: Ready) -> Result<()> {
-        let Ready { examples, number, format, found, is_plain } = row;
+        let Ready { examples, number, format, found, is_plain, margin } = row;
         let at = RowPlace { file: self.file, row: number };
         let is_prompt = self.options.task == RowTask::Prompts;
         let len = examples.iter().map(|example| example.input_ids.len()).max().unwrap_or(0);
@@ -292,6 +307,7 @@ impl Loader<'_> {
         // A prompt leaves space for a token of its answer.
         if len + usize::from(is_prompt) <= self.options.max_seq_length {
             examples.iter().for_each(|example| self.examples.push(example, self.file, number));
+            self.examples.push_margin(margin, examples.len());
             return Ok(());
         }
         self.fit(examples, len, at)
@@ -310,9 +326,10 @@ impl Loader<'_> {
             }
             Overlong::Error => {
                 let split = if self.options.task == RowTask::Sft { " | \"split\"" } else { "" };
+                let cut = if self.options.task == RowTask::ScoredPairs { "" } else { " | \"truncate\"" };
                 let message = format!(
                     "has {len} tokens, more than max_seq_length = {max}; raise it, or set \
-                     data.overlong = \"drop\" | \"truncate\"{split}"
+                     data.overlong = \"drop\"{cut}{split}"
                 );
                 return Err(Error::row(self.path(), at.row, message));
             }
@@ -393,14 +410,29 @@ struct RowAnswers {
     contents: Vec<(RowContent, Option<bool>)>,
     /// True if the prompt ends where the tokens of the two texts differ.
     implicit_text: bool,
+    /// The margin of a pair.
+    margin: Option<f32>,
 }
 
 impl RowAnswers {
     fn of((format, preference): (RowFormat, Preference)) -> (RowFormat, Self) {
         let Preference { answers, implicit_text } = preference;
         let contents = answers.into_iter().map(|AnswerContent { content, preferred }| (content, Some(preferred)));
-        (format, Self { contents: contents.collect(), implicit_text })
+        (format, Self { contents: contents.collect(), implicit_text, margin: None })
     }
+}
+
+/// Takes the margin of a pair from its row: a number, or a cell of a CSV file. Null is no margin.
+fn read_margin(fields: &mut Map<String, Value>) -> std::result::Result<Option<f32>, String> {
+    let margin = match fields.shift_remove("margin") {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::Number(number)) => number.as_f64(),
+        Some(Value::String(text)) if text.trim().is_empty() => return Ok(None),
+        Some(Value::String(text)) => text.trim().parse().ok(),
+        Some(_) => None,
+    };
+    let margin = margin.map(|margin| margin as f32).filter(|margin| margin.is_finite());
+    margin.map(Some).ok_or_else(|| "\"margin\" is not a finite number".to_owned())
 }
 
 /// Returns true for a pair of answers without a difference.
@@ -442,6 +474,7 @@ fn of_contents(examples: &InMemory) -> String {
     hash.update(bytemuck::cast_slice(examples.ends()));
     hash.update(bytemuck::cast_slice(examples.input_ids()));
     hash.update(bytemuck::cast_slice(examples.labels()));
+    hash.update(bytemuck::cast_slice(examples.margins()));
     hex(&hash.finalize())
 }
 

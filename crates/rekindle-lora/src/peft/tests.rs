@@ -102,10 +102,26 @@ fn all_linear_is_written_as_a_list() {
 }
 
 #[test]
+fn an_adapter_of_a_reward_model_saves_its_score() {
+    let lora = LoraConfig::new(4).modules_to_save(["score"]);
+    let config = AdapterConfig::new(&lora, None, &["model.layers.0.mlp.up_proj".to_owned()]);
+    assert!(config.is_reward_model());
+    assert_eq!(
+        (&config.fields["task_type"], &config.fields["modules_to_save"]),
+        (&json!("SEQ_CLS"), &json!(["score"]))
+    );
+    // As PEFT 0.21 writes it.
+    let text = json!({"peft_type": "LORA", "task_type": "SEQ_CLS", "target_modules": ["q_proj"],
+                      "modules_to_save": ["score", "classifier", "score"]});
+    let config = AdapterConfig::from_json(&text.to_string()).unwrap();
+    assert_eq!(config.lora().modules_to_save, ["score"]);
+}
+
+#[test]
 fn every_unsupported_field_is_listed() {
     let text = message(json!({
         "use_qalora": true, "bias": "some", "rank_pattern": { "q_proj": "8" },
-        "task_type": "SEQ_CLS", "init_lora_weights": "pissa_niter_16", "r": "4",
+        "task_type": "TOKEN_CLS", "init_lora_weights": "pissa_niter_16", "r": "4",
         "target_modules": ".*q_proj", "layers_to_transform": 0
     }));
     for part in [
@@ -113,7 +129,7 @@ fn every_unsupported_field_is_listed() {
         "layers_to_transform needs target_modules to be a list",
         "bias \"some\" is unknown; use \"none\", \"all\" or \"lora_only\"",
         "rank_pattern is {\"q_proj\":\"8\"}; expected ranks by name",
-        "task_type = \"SEQ_CLS\" is not supported",
+        "task_type = \"TOKEN_CLS\" is not supported",
         "init_lora_weights = \"pissa_niter_16\" changes the base weights",
         "r is \"4\"; expected a rank of at least 1",
     ] {

@@ -12,6 +12,7 @@ use rekindle_lora::{
 };
 
 use super::{ActiveAdapter, DEFAULT_ADAPTER, InactiveAdapter};
+use crate::families::SCORE;
 use crate::layers::expert_names;
 use crate::parameters::{ExpertStack, LayerRole};
 use crate::spec::{FeedForwardSpec, LinearSpec};
@@ -46,8 +47,9 @@ impl ModelConfig {
                 experts.push(projection);
             }
         }
-        let shape = [self.spec.vocab_size, self.spec.hidden_size];
-        let savable = [Role::Embedding, Role::Head].map(|role| (self.names.module(role), shape)).to_vec();
+        let table = [self.spec.vocab_size, self.spec.hidden_size];
+        let savable = [(Role::Embedding, table), (Role::Head, self.head_shape())];
+        let savable = savable.map(|(role, shape)| (self.names.module(role), shape)).to_vec();
         AdaptableModules { linears, savable, tied: self.spec.head.tied, experts, joined }
     }
 }
@@ -74,6 +76,7 @@ impl CausalLm {
     }
 
     pub(crate) fn attach_new(&mut self, name: &str, config: &LoraConfig) -> Result<(), Error> {
+        let config = &self.with_trained_score(config);
         config.validate()?;
         let modules = self.modules();
         let targets = modules.targets(config)?;
@@ -119,14 +122,26 @@ impl CausalLm {
         Ok(())
     }
 
+    /// Returns the configuration of a new adapter, which trains the head of a reward model too, as PEFT's adapters for
+    /// sequence classification do.
+    pub(crate) fn with_trained_score(&self, config: &LoraConfig) -> LoraConfig {
+        let mut config = config.clone();
+        if self.has_score_head() && !config.modules_to_save.iter().any(|module| module == SCORE) {
+            config.modules_to_save.push(SCORE.to_owned());
+        }
+        config
+    }
+
     /// Returns the tables that a new adapter has to carry because the checkpoint has them with other rows: those that it
     /// does not train itself. One stands for both where they are tied.
     fn unsaved_tables(&self, saved: &BTreeMap<String, ([usize; 2], Vec<f32>)>) -> Vec<Role> {
         if !self.provenance.resized {
             return Vec::new();
         }
+        // A score has no row for a token id.
+        let is_table = |role: &Role| *role == Role::Embedding || !self.has_score_head();
         let is_saved = |role: &Role| saved.contains_key(&self.config.names.module(*role));
-        let mut tables: Vec<Role> = TABLES.into_iter().filter(|role| !is_saved(role)).collect();
+        let mut tables: Vec<Role> = TABLES.into_iter().filter(|role| is_table(role) && !is_saved(role)).collect();
         if self.config.tie_word_embeddings() {
             tables.truncate(1);
         }
@@ -256,7 +271,8 @@ impl CausalLm {
             if is_head && is_tied {
                 continue; // The table is the head.
             }
-            let at = params.push_in(Group::Embedding, format!("{module}.weight"), &shape, true, &values);
+            let group = if module == SCORE { Group::Default } else { Group::Embedding };
+            let at = params.push_in(group, format!("{module}.weight"), &shape, true, &values);
             let trained = Weight::Trained(at);
             if is_head {
                 vocabulary.head = Some(trained);

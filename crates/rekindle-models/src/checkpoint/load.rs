@@ -1,16 +1,19 @@
 //! Loads a model from a checkpoint, tensor by tensor.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
 use rekindle_kernels::gated_delta::DeltaHeads;
 use rekindle_kernels::quantized::{QuantizedData, QuantizedFormat};
 use rekindle_kernels::{
     DType, Device, DeviceLimits, Group, ParamsBuilder, QuantizedWeight, Tensor, Weight, from_f32, from_le_bytes,
 };
-use rekindle_quant::{DiskMetadata, mxfp4};
+use rekindle_quant::DiskMetadata;
 use rekindle_rope::{ContextExtension, RopeScaling};
 
+use super::check_tensors::check_tensors;
 use super::experts::{ByExpert, by_expert};
 use super::kept_blocks::KeptBlocks;
 use super::quantization::{LoadIn, Quantization, QuantizationPlan, is_quantized, stored_bytes};
@@ -44,6 +47,9 @@ pub struct LoadOptions {
     pub skip_modules: Option<Vec<String>>,
     /// Rows that the embedding table and the head are brought to. New ones are the mean of the old.
     pub resize_model_vocab: Option<usize>,
+    /// The seed of a score head, which takes the place of the vocabulary's; one in the checkpoint is loaded. `None` loads
+    /// the head that the checkpoint describes.
+    pub score_head: Option<u64>,
 }
 
 impl LoadOptions {
@@ -59,6 +65,7 @@ impl LoadOptions {
             load_in: None,
             skip_modules: None,
             resize_model_vocab: None,
+            score_head: None,
         }
     }
 }
@@ -78,7 +85,9 @@ impl CausalLm {
         let load_in = if *full_finetuning && !stored { load_in.map(master_weights::format) } else { *load_in };
         let plan = QuantizationPlan::of(checkpoint, load_in, skip_modules.as_deref(), &config)?;
         let in_place = master_weights::in_place(options, plan.is_some(), &config)?;
-        check_tensors(checkpoint, &config, plan.as_ref())?;
+        let new_score = options.score_head.filter(|_| checkpoint.get(&config.names.tensor(Role::Head)).is_none());
+        let new_score = new_score.map(|seed| initial_score(&config, seed));
+        check_tensors(checkpoint, &config, plan.as_ref(), new_score.is_some())?;
         let kept = KeptBlocks::of(checkpoint.config(), options)?;
         let stored_rows = config.vocab_size();
         if let Some(rows) = options.resize_model_vocab {
@@ -94,8 +103,18 @@ impl CausalLm {
         let params =
             if in_place { ParamsBuilder::in_place(device, *dtype) } else { ParamsBuilder::new(device, *dtype) };
         let vectors = BTreeMap::new();
-        let mut source =
-            CheckpointWeights { checkpoint, options, plan, kept, quantization, in_place, params, vectors, progress };
+        let mut source = CheckpointWeights {
+            checkpoint,
+            options,
+            plan,
+            kept,
+            quantization,
+            in_place,
+            params,
+            vectors,
+            new_score,
+            progress,
+        };
         source.load_vectors(&config)?;
         let decoder = Decoder::build(&config, &mut source, device, *dtype, options.max_seq_length)?;
         debug_assert!(*full_finetuning || source.params.is_empty());
@@ -111,6 +130,13 @@ impl CausalLm {
 impl LoadOptions {
     /// The configuration for the length that is asked for, and what that took, after checks of what the device can.
     pub(crate) fn prepare(&self, config: ModelConfig) -> Result<(ModelConfig, Option<ContextExtension>), Error> {
+        let config = if self.score_head.is_some() { config.with_score_head()? } else { config };
+        if config.has_score_head() && !self.device.is_cpu() {
+            return Err(Error::Argument(format!(
+                "a reward model ({}) has been compared with TRL only on the CPU; use device \"cpu\"",
+                config.architecture
+            )));
+        }
         if self.max_seq_length == 0 {
             return Err(Error::Argument("max_seq_length is 0; it must be at least 1".to_owned()));
         }
@@ -166,6 +192,8 @@ struct CheckpointWeights<'a> {
     params: ParamsBuilder,
     /// Frozen norms and biases, by name.
     vectors: BTreeMap<String, Weight>,
+    /// The values of a score head that the checkpoint does not have.
+    new_score: Option<Vec<f32>>,
     progress: &'a mut dyn FnMut(u64),
 }
 
@@ -265,7 +293,7 @@ impl CheckpointWeights<'_> {
             for part in parts {
                 bytes.extend_from_slice(&master_weights::bf16_bytes(&self.view(&part.name))?);
             }
-            return Ok(Weight::Trained(self.params.push_bf16(group(whole.role), &whole.name, &shape, &bytes)));
+            return Ok(Weight::Trained(self.params.push_bf16(group(whole), &whole.name, &shape, &bytes)));
         }
         let stored = self.checkpoint.get(&parts[0].name).map(|view| view.dtype);
         let same_bits = parts.iter().all(|part| self.checkpoint.get(&part.name).map(|view| view.dtype) == stored)
@@ -282,19 +310,40 @@ impl CheckpointWeights<'_> {
             values.extend(self.view(&part.name).to_f32()?);
         }
         if self.options.full_finetuning {
-            return Ok(Weight::Trained(self.params.push_in(group(whole.role), &whole.name, &shape, true, &values)));
+            return Ok(Weight::Trained(self.params.push_in(group(whole), &whole.name, &shape, true, &values)));
         }
         Ok(Weight::Frozen(from_f32(values, shape, &device, dtype)))
     }
 
+    /// The weight of a new score head.
+    fn scored(&mut self, tensor: &ParameterSpec, values: &[f32]) -> Weight {
+        let (name, shape) = (&tensor.name, &tensor.shape);
+        if self.in_place {
+            return Weight::Trained(self.params.push_bf16(
+                group(tensor),
+                name,
+                shape,
+                &master_weights::rounded(values),
+            ));
+        }
+        if self.options.full_finetuning {
+            return Weight::Trained(self.params.push_in(group(tensor), name, shape, true, values));
+        }
+        let shape = [1, values.len()];
+        Weight::Frozen(from_f32(values.to_vec(), shape, &self.options.device, self.options.dtype))
+    }
+
     fn dense(&mut self, tensor: &ParameterSpec) -> Result<Weight, Error> {
-        let (name, group) = (&tensor.name, group(tensor.role));
+        if let Some(values) = self.new_score.clone().filter(|_| tensor.is_score()) {
+            return Ok(self.scored(tensor, &values));
+        }
+        let (name, group) = (&tensor.name, group(tensor));
         let view = self.checkpoint.get(name).expect("every needed tensor was checked to be there");
         (self.progress)(view.data.len() as u64);
         if let Some(quantization) = &mut self.quantization {
             quantization.dtypes.insert(name.clone(), view.dtype);
         }
-        if let (Some(rows), true) = (self.options.resize_model_vocab, tensor.role.is_vocabulary()) {
+        if let (Some(rows), true) = (self.options.resize_model_vocab, tensor.is_vocabulary()) {
             return self.resized(tensor, &view, rows);
         }
         if self.options.full_finetuning {
@@ -316,7 +365,7 @@ impl CheckpointWeights<'_> {
 
     /// The table `view` with as many rows as the vocabulary is to have.
     fn resized(&mut self, tensor: &ParameterSpec, view: &TensorView<'_>, rows: usize) -> Result<Weight, Error> {
-        let (name, group) = (&tensor.name, group(tensor.role));
+        let (name, group) = (&tensor.name, group(tensor));
         let hidden = view.shape[1];
         let values = resize::resize_rows(view.to_f32()?, hidden, rows);
         if self.in_place {
@@ -352,21 +401,13 @@ impl WeightSource for CheckpointWeights<'_> {
 }
 
 /// The learning-rate group of a weight.
-fn group(role: Role) -> Group {
-    if role.is_vocabulary() { Group::Embedding } else { Group::Default }
+fn group(tensor: &ParameterSpec) -> Group {
+    if tensor.is_vocabulary() { Group::Embedding } else { Group::Default }
 }
 
 /// Returns true if 16-bit elements of a file are those of a tensor, bit for bit.
 fn is_same(stored: Dtype, dtype: DType) -> bool {
     matches!((stored, dtype), (Dtype::BF16, DType::BF16) | (Dtype::F16, DType::F16))
-}
-
-/// Returns true for dtypes whose elements become a model's weights.
-fn is_float(dtype: Dtype) -> bool {
-    match dtype {
-        Dtype::Blocks(format) => format.decode.is_some(),
-        dtype => matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16),
-    }
 }
 
 /// A frozen tensor on its device.
@@ -383,98 +424,13 @@ pub(crate) fn frozen(
     Ok(from_f32(view.to_f32()?, shape, device, dtype))
 }
 
-/// Compares the tensors of the checkpoint, under [`canonical`] names, with those that the configuration needs.
-pub(crate) fn check_tensors(
-    checkpoint: &Checkpoint,
-    config: &ModelConfig,
-    plan: Option<&QuantizationPlan>,
-) -> Result<(), Error> {
-    let is_quantized = |name: &str| plan.is_some_and(|plan| plan.is_stored(name));
-    let needed = config.parameters();
-    let (mut missing, mut unfit, mut foreign) = (Vec::new(), Vec::new(), Vec::new());
-    for ParameterSpec { name, role, shape } in &needed {
-        match checkpoint.get(name) {
-            // MXFP4 has codes and scales under other names.
-            None if is_quantized(name) && checkpoint.get(&format!("{name}{}", mxfp4::BLOCKS)).is_some() => {}
-            None => missing.push(format!("\"{name}\" {shape:?}")),
-            // Checked when its quantized data is read.
-            Some(_) if is_quantized(name) && role.is_linear() => {}
-            Some(_) if is_quantized(name) => {
-                unfit.push(format!("\"{name}\" is quantized; only linears of blocks can be quantized"));
-            }
-            Some(view) if view.shape != shape.as_slice() => {
-                unfit.push(format!("\"{name}\" has shape {:?}, expected {shape:?}", view.shape));
-            }
-            Some(view) if !is_float(view.dtype) => {
-                unfit.push(format!(
-                    "\"{name}\" has dtype {}; supported: F32, F16, BF16 and blocks of GGUF with a decoder",
-                    view.dtype
-                ));
-            }
-            Some(_) => {}
-        }
-    }
-    let (embedding, head) = (config.names.tensor(Role::Embedding), config.names.tensor(Role::Head));
-    let known: BTreeSet<&str> = needed.iter().map(|n| n.name.as_str()).collect();
-    for name in checkpoint.names().filter(|name| !known.contains(name)) {
-        let owner = rekindle_quant::bnb::owner(name);
-        if owner.is_some_and(|weight| is_quantized(&weight) && known.contains(weight.as_str())) {
-            continue;
-        }
-        // Old Llama checkpoints carry the rotary frequencies, which follow from the configuration.
-        if name.ends_with("rotary_emb.inv_freq") || config.names.keeps(name) {
-            continue;
-        }
-        if name == head && config.tie_word_embeddings() {
-            let same = checkpoint.get(&head).map(|t| t.data) == checkpoint.get(&embedding).map(|t| t.data);
-            if !same {
-                unfit.push(format!("\"{head}\" differs from \"{embedding}\" although tie_word_embeddings is true"));
-            }
-            continue;
-        }
-        foreign.push(format!("\"{name}\""));
-    }
-    let architecture = &config.architecture;
-    let problems = if missing.len() == needed.len() {
-        let example = listed(&missing);
-        let has = checkpoint.names().map(|name| format!("\"{name}\"")).collect::<Vec<_>>();
-        vec![format!(
-            "no tensor has a name that {architecture} needs ({example}); it has {} tensors: {}",
-            has.len(),
-            listed(&has)
-        )]
-    } else {
-        let adapted = foreign.iter().any(|name| name.contains(".base_layer."));
-        let kinds = [
-            (missing, "is missing".to_owned(), "are missing".to_owned()),
-            (unfit, String::new(), "do not fit config.json".to_owned()),
-            (foreign, format!("is not part of {architecture}"), format!("are not part of {architecture}")),
-        ];
-        let mut problems: Vec<String> =
-            kinds.into_iter().flat_map(|(list, one, many)| few(&list, &one, &many)).collect();
-        if adapted {
-            problems.push("it was saved with an adapter attached; call merge_and_unload before saving".to_owned());
-        }
-        problems
-    };
-    if problems.is_empty() { Ok(()) } else { Err(Error::Tensors { path: checkpoint.path().to_path_buf(), problems }) }
-}
-
-/// Tensors that a message lists.
-const LISTED: usize = 3;
-
-/// A sentence for each tensor, or one for all of them where there are many.
-fn few(list: &[String], one: &str, many: &str) -> Vec<String> {
-    if list.len() <= LISTED {
-        return list.iter().map(|tensor| format!("tensor {tensor} {one}").trim_end().to_owned()).collect();
-    }
-    vec![format!("{} tensors {many}: {}", list.len(), listed(list))]
-}
-
-/// The first of the list, and how many more there are.
-fn listed(list: &[String]) -> String {
-    let shown: Vec<&str> = list.iter().take(LISTED).map(String::as_str).collect();
-    let more = list.len() - shown.len();
-    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-    format!("{}{more}", shown.join(", "))
+/// Returns the values of a new score head: normal with mean 0 and standard deviation `initializer_range`, as in
+/// transformers.
+fn initial_score(config: &ModelConfig, seed: u64) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut uniform = || rng.random::<f64>();
+    let range = config.initializer_range();
+    // Box and Muller's transform.
+    let mut normal = || (-2.0 * (1.0 - uniform()).ln()).sqrt() * (core::f64::consts::TAU * uniform()).cos();
+    (0..config.hidden_size()).map(|_| (range * normal()) as f32).collect()
 }

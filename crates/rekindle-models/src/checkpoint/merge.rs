@@ -12,8 +12,8 @@ use rekindle_quant::mxfp4;
 use rekindle_rope::Positions;
 use serde_json::Value;
 
+use super::check_tensors::check_tensors;
 use super::experts::{ByExpert, by_expert, stored_order};
-use super::load::check_tensors;
 use super::quantization::{Quantization, QuantizationPlan, stored_bytes, written_dtype};
 use super::resize::resize_rows;
 use super::tensor_names::canonical;
@@ -117,12 +117,16 @@ impl<'a> MergedTensors<'a> {
         adapter.map(check_adapter).transpose()?;
         let base = &canonical(base);
         let mut config = ModelConfig::from_checkpoint(base)?;
+        let brings_score = adapter.is_some_and(|adapter| adapter.config.is_reward_model());
+        if brings_score {
+            config = config.with_score_head()?;
+        }
         let ByExpert { checkpoint: base, was_stacked } = by_expert(base, &config)?;
         let plan = match adapter {
             Some(adapter) => quantization_plan(&base, adapter, &config)?,
             None => QuantizationPlan::of(&base, None, None, &config)?,
         };
-        check_tensors(&base, &config, plan.as_ref())?;
+        check_tensors(&base, &config, plan.as_ref(), brings_score)?;
         if let Some(rows) = resize_model_vocab {
             config = config.resized(rows)?;
         }

@@ -1,5 +1,6 @@
 //! Checkpoints: loading, saving, quantizing, merging, and models without values.
 
+mod check_tensors;
 mod experts;
 mod gguf;
 mod gguf_adapter;

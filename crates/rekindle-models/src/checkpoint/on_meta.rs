@@ -53,6 +53,7 @@ impl CausalLm {
     /// # Errors
     /// [`Error::Lora`] for a configuration that is invalid or matches nothing.
     pub fn add_adapter_on_meta(&mut self, config: &LoraConfig) -> Result<(), Error> {
+        let config = &self.with_trained_score(config);
         config.validate()?;
         let modules = self.modules();
         let targets = modules.targets(config)?;
@@ -67,8 +68,9 @@ impl CausalLm {
         let factors: BTreeMap<String, LoraFactors> = targets.iter().map(|name| (name.clone(), zeros(name))).collect();
         let biased = modules.biased(config.bias, |name| factors.contains_key(name)).into_iter();
         let biases = biased.map(|linear| (linear.name.clone(), vec![0.0; linear.out])).collect();
-        let [rows, hidden] = [self.config.vocab_size(), self.config.hidden_size()];
-        let saved = modules.saved(config)?.into_iter().map(|name| (name, ([rows, hidden], vec![0.0; rows * hidden])));
+        let names = modules.saved(config)?;
+        let saved = modules.savable.iter().filter(|(name, _)| names.contains(name));
+        let saved = saved.map(|(name, shape)| (name.clone(), (*shape, vec![0.0; shape[0] * shape[1]])));
         let adapter = Adapter {
             config: AdapterConfig::new(config, None, &targets),
             factors,

@@ -7,8 +7,8 @@ use std::path::Path;
 use rekindle_hub::{Checkpoint, CheckpointHeaders, TensorSpec, write_f32};
 use rekindle_quant::bnb::StoredWeight;
 
+use super::check_tensors::check_tensors;
 use super::experts::{ByExpert, by_expert};
-use super::load::check_tensors;
 use super::quantization::{LoadIn, QuantizationPlan, is_quantized, written_dtype};
 use super::tensor_names::canonical;
 use super::writer::{self, CheckpointTensor, KeptTensors};
@@ -43,7 +43,7 @@ pub fn quantize(
     }
     let plan = QuantizationPlan::of(checkpoint, Some(load_in), skip_modules, &config)?;
     let plan = plan.ok_or_else(|| Error::Argument("quantizing needs a 4-bit or 8-bit format".to_owned()))?;
-    check_tensors(checkpoint, &config, None)?;
+    check_tensors(checkpoint, &config, None, false)?;
 
     let mut packed: BTreeMap<String, StoredWeight> = BTreeMap::new();
     let mut tensors = Vec::new();

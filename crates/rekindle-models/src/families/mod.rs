@@ -29,6 +29,7 @@ mod qwen3_5;
 mod qwen3_5_moe;
 mod qwen3_moe;
 mod reader;
+mod score;
 mod smollm3;
 
 use serde_json::Value;
@@ -36,6 +37,7 @@ use serde_json::Value;
 pub(crate) use gguf::config as config_of_gguf;
 pub(crate) use names::TensorNames;
 pub(crate) use reader::ConfigReader;
+pub(crate) use score::{SCORE, classifier_of, decoder_of, describe_score, no_classifier};
 
 use crate::ModelSpec;
 

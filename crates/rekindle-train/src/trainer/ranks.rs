@@ -27,6 +27,10 @@ impl Trainer<'_> {
                 let problem = format!("method \"{name}\" trains on a single rank; start the run without --ranks");
                 return Err(Error::Config(vec![problem]));
             }
+            Method::Reward(_) => {
+                let problem = "method \"reward\" has not been run on several ranks; train it with one rank";
+                return Err(Error::Config(vec![problem.to_owned()]));
+            }
         }
         if self.config.optimizer_in_bwd {
             let problem = "optimizer_in_bwd = true applies gradients before all ranks have theirs; remove it, or train with \

@@ -29,7 +29,7 @@ use crate::{
     RunHistory, SaveStrategy, Schedule, StepBatches, StepMetrics, Timetable, TrainEnd, TrainEvent, TrainReport,
     write_result,
 };
-use rekindle_data::{Dataset, RowTask};
+use rekindle_data::Dataset;
 
 /// The log-probabilities of the reference model, if they are computed before training.
 #[derive(Default)]
@@ -90,6 +90,7 @@ impl<'a> Run<'a> {
     pub(super) fn begin(mut job: Trainer<'a>) -> Result<Self, Error> {
         job.config.validate()?;
         job.config.method.check_rows(&job.train)?;
+        job.config.method.check_model(job.model)?;
         let full = job.model.lora().is_none();
         let packs = job.config.rows(&job.train, job.model.max_seq_length());
         let times = job.config.timetable(packs.len());
@@ -325,7 +326,7 @@ impl<'a> Run<'a> {
     fn preference_evaluation(&self, eval: &Dataset) -> Result<Option<EvalMetrics>, Error> {
         let Trainer { model, config, .. } = &self.job;
         let from = Batches::new(eval, config, model.max_seq_length()).reference(self.reference.eval.as_ref());
-        let per_row = if eval.task() == RowTask::Pairs { 2 } else { 1 };
+        let per_row = eval.task().examples_per_row();
         let examples: Vec<usize> = (0..eval.len()).collect();
         let size = per_row * config.per_device_eval_batch_size;
         let parts = examples.chunks(size).enumerate();

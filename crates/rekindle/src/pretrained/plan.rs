@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rekindle_data::{Dataset, RowTask, Tokenizer};
+use rekindle_data::{Dataset, Tokenizer};
 use rekindle_hub::read_config;
 use rekindle_kernels::runtime::{self, CUDA_CONTEXT_BYTES, Cuda, DeviceProps};
 use rekindle_kernels::{Device, DeviceKind, open_device};
@@ -91,7 +91,7 @@ impl RunPlanner {
             return self.rows();
         }
         let lengths: Vec<usize> = rows.examples().map(|example| example.input_ids.len()).collect();
-        let per_row = if rows.task() == RowTask::Pairs { 2 } else { 1 };
+        let per_row = rows.task().examples_per_row();
         let job = self.planner.job();
         let completion = job.train.method.max_completion_length().unwrap_or(0);
         let longest = |row: &[usize]| row.iter().copied().max().unwrap_or(0) + completion;

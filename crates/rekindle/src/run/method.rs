@@ -7,17 +7,18 @@ use toml::{Table, Value};
 use super::nearest::hint;
 use super::sections::{SectionReader, fields_of};
 use crate::{
-    Cpo, Dpo, Grpo, GrpoAdvantages, Kto, Method, Orpo, ReferenceArguments, Rloo, RlooAdvantages, RolloutArguments,
-    SftConfig, WithReference, WithRollouts,
+    Cpo, Dpo, Grpo, GrpoAdvantages, Kto, Method, Orpo, ReferenceArguments, RewardModel, Rloo, RlooAdvantages,
+    RolloutArguments, SftConfig, WithReference, WithRollouts,
 };
 
 /// The keys of `[train]` that only some methods have, with the names of these methods.
-fn keys_of_methods() -> [(Vec<&'static str>, &'static [&'static str]); 10] {
+fn keys_of_methods() -> [(Vec<&'static str>, &'static [&'static str]); 11] {
     [
         (fields_of::<Dpo>(), &["dpo", "ipo"]),
         (fields_of::<Kto>(), &["kto"]),
         (fields_of::<Orpo>(), &["orpo"]),
         (fields_of::<Cpo>(), &["cpo", "simpo"]),
+        (fields_of::<RewardModel>(), &["reward"]),
         (fields_of::<ReferenceArguments>(), &["dpo", "ipo", "kto"]),
         (fields_of::<Grpo>(), &["grpo"]),
         (fields_of::<GrpoAdvantages>(), &["grpo"]),
@@ -82,6 +83,7 @@ pub(super) fn take_method(reader: &mut SectionReader, train: &mut Table) -> Meth
             let (loss, advantages) = (take(reader, train), take(reader, train));
             Method::Rloo(Box::new(WithRollouts { loss, advantages, rollouts: take(reader, train) }))
         }
+        "reward" => Method::Reward(take(reader, train)),
         _ => Method::Sft,
     }
 }
@@ -154,6 +156,7 @@ mod tests {
             "method = \"ipo\"\nbeta = 0.2\nmax_steps = 4",
             "method = \"kto\"\ndesirable_weight = 1.5\nprecompute_ref_log_probs = true",
             "method = \"orpo\"",
+            "method = \"reward\"\ncenter_rewards_coefficient = 0.01",
             "method = \"simpo\"\nsimpo_gamma = 1.0\nbeta = 2.0",
             "method = \"grpo\"\nloss_type = \"dr_grpo\"\nscale_rewards = false\nnum_generations = 4",
             "method = \"rloo\"\nreward_clip_range = [-1, 1]\ntop_p = 0.9",
@@ -185,7 +188,7 @@ mod tests {
         for (train, expected) in [
             (
                 "method = \"dop\"",
-                "[train] key \"method\" = \"dop\": expected one of sft, dpo, ipo, kto, orpo, cpo, simpo",
+                "[train] key \"method\" = \"dop\": expected one of sft, dpo, ipo, kto, orpo, cpo, simpo, reward",
             ),
             (
                 "beta = 0.1",
@@ -208,6 +211,9 @@ mod tests {
             ("method = \"dpo\"\nmax_prompt_length = 512", "write max_seq_length in [model]"),
             ("method = \"dpo\"\nrpo_alpha = 1", "loss_type = [\"sigmoid\", \"sft\"]"),
             ("method = \"dpo\"\nreference_free = true", "method = \"cpo\""),
+            ("method = \"reward\"\ncenter_rewards_coefficient = -1", "center_rewards_coefficient is -1; it must be"),
+            ("method = \"reward\"\nbeta = 1", "\"beta\" has no effect with method = \"reward\""),
+            ("method = \"reward\"\nsample_prompts = [\"q\"]", "writes no text; remove eval_samples and sample_prompts"),
             ("method = \"dpo\"\nbetaa = 1", "nearest: \"beta\""),
             (
                 "method = \"grpo\"\nnum_generations = 1",

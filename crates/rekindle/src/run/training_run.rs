@@ -124,6 +124,9 @@ impl RunConfig {
             .device(parse_device(&self.device)?)
             .on_download(|done, total| observer.downloading(done, total))
             .on_progress(|done, total| observer.loading(done, total));
+        if self.train.method.has_score_head() {
+            loader = loader.score_head(self.seed);
+        }
         let start = self.lora.as_ref().and_then(|lora| lora.init_from.as_ref());
         let start = start.map(|name| fetch(self.model.adapter(name), observer)).transpose()?;
         if let Some(dir) = &start {
