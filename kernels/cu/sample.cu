@@ -2,12 +2,16 @@
 //
 // l = multiplier·logit, with a softcap c l = c·tanh(l / c). A row with temperature 0 takes the largest l, the lowest id of
 // equal ones. Others draw from w = exp((l - max) / temperature), after these filters: top_k keeps the k largest l; top_p of
-// those the fewest largest whose w reach the share top_p; min_p those with w >= min_p. Of equal l the lower ids are kept. The
-// draw is that of `uniform` in [0, 1) in the cumulated weights, in the order of threads and not of ids: the distribution is
-// that of the CPU's sampler, the token that belongs to a random number is another one.
+// those the fewest largest whose w reach the share top_p; min_p those with w >= min_p. Of equal l the lower ids are kept.
 //
-// A block has a row. One pass finds maximum and sums; the filters' limits are found by bisection over the bits of l, a pass a
-// bit, 16 for logits of 16 bits and 32 otherwise.
+// Without a filter the draw is that of `uniform` in the cumulated weights in the order of threads, with filters in the
+// order of falling weights: the distribution is that of the CPU's sampler, the token of a random number is another one.
+//
+// A block has a row. The first pass over the logits finds maximum and sums. With a filter, a second pass collects the
+// candidates, tokens whose l reaches a limit, into shared memory, where they are sorted. The limit is the k-th largest
+// of the threads' maxima, which at least k tokens reach; k is top_k, or FIRST for top_p alone. Where the candidates do not
+// fit or do not reach top_p, the filters' limits are found by bisection over the bits of l, a pass a bit, 16 for logits of
+// 16 bits and 32 otherwise.
 //
 // Layout: logits [rows, vocab] of T, row-major, stride ld a multiple of 8, 16-byte aligned. draws 32 bytes a row: f32
 // temperature, top_p, min_p, u32 top_k (0 for all), f64 uniform, 8 bytes unused. drawn uint4 a row: id, ln p of the id by the
@@ -35,6 +39,9 @@ static const bool HAS_SOFTCAP = true;
 #else
 static const bool HAS_SOFTCAP = false;
 #endif
+
+static const int MOST = 2048; // candidates
+static const int FIRST = 512; // thread maxima that reach the limit of candidates for top_p alone
 
 struct Draw {
     f32 temperature, top_p, min_p;
@@ -91,6 +98,9 @@ DEVICE u32 key(f32 x) {
     const u32 bits = __float_as_uint(x);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+
+// The value of a key.
+DEVICE f32 value_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 
 struct Row {
     const T* logits;
@@ -154,6 +164,41 @@ DEVICE Kept first_of_equal(const Row& row, const Kept& kept, f32 lowest, int som
     return {lowest, low};
 }
 
+// Candidates as key << 32 | ~id, so that the most likely come first in falling order, the lower id of equal ones.
+struct Candidates {
+    u64 entries[MOST];
+    int count;
+
+    // Collects the tokens whose l is at least `limit`; returns how many there are, which may be more than fit.
+    DEVICE int collect(const Row& row, f32 limit) {
+        if (threadIdx.x == 0) count = 0;
+        for (int i = threadIdx.x; i < MOST; i += THREADS) entries[i] = 0;
+        __syncthreads();
+        row.each([&](int id, f32 l) {
+            if (l < limit) return;
+            const int at = atomicAdd(&count, 1);
+            if (at < MOST) entries[at] = (u64)key(l) << 32 | (u32)~id;
+        });
+        __syncthreads();
+        return count;
+    }
+
+    // Sorts the first `some` entries, a power of two, into falling order.
+    DEVICE void sort(int some) {
+        for (int size = 2; size <= some; size *= 2)
+            for (int stride = size / 2; stride > 0; stride /= 2) {
+                const int pair = threadIdx.x, low = pair / stride * stride * 2 + pair % stride, high = low + stride;
+                if (2 * pair < some) {
+                    const u64 a = entries[low], b = entries[high];
+                    if ((a < b) == ((low & size) == 0)) entries[low] = b, entries[high] = a;
+                }
+                __syncthreads();
+            }
+    }
+    DEVICE f32 logit(int i) const { return value_of((u32)(entries[i] >> 32)); }
+    DEVICE int id(int i) const { return (int)~(u32)entries[i]; }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 sample(const T* logits, const Draw* draws, uint4* drawn, int vocab, int ld, f32 multiplier, f32 softcap) {
     __shared__ union {
@@ -162,6 +207,7 @@ sample(const T* logits, const Draw* draws, uint4* drawn, int vocab, int ld, f32 
         int ints[WARPS];
         u64 words[WARPS];
     } shared;
+    __shared__ Candidates candidates;
     __shared__ int chosen;
     begin_early();
     const Row row{logits + (long long)blockIdx.x * ld, vocab, multiplier, softcap};
@@ -189,7 +235,7 @@ sample(const T* logits, const Draw* draws, uint4* drawn, int vocab, int ld, f32 
     const u64 mine = best < vocab ? (u64)(~key(top)) << 32 | (u32)best : ~0ull;
     const u64 first = block_reduce(mine, Smaller(), shared.words);
     const u32 top_key = ~(u32)(first >> 32);
-    const f32 highest = __uint_as_float(top_key & 0x80000000u ? top_key & 0x7fffffffu : ~top_key);
+    const f32 highest = value_of(top_key);
     const int all_finite = block_reduce(finite, Smaller(), shared.ints);
     const f32 shrink = best < vocab ? __expf(top - highest) : 0.0f;
     const double total = block_reduce((double)(sum * shrink), Add(), shared.doubles);
@@ -203,7 +249,50 @@ sample(const T* logits, const Draw* draws, uint4* drawn, int vocab, int ld, f32 
     Kept kept{-__int_as_float(0x7f800000), vocab};
     const bool is_filtered = (draw.top_k > 0 && draw.top_k < (u32)vocab) || draw.top_p < 1.0f || draw.min_p > 0.0f;
     f32 own = best < vocab ? weights * __expf((top - highest) * inverse) : 0.0f;
-    if (draw.top_k > 0 && draw.top_k < (u32)vocab) {
+    const bool has_top_k = draw.top_k > 0 && draw.top_k < (u32)vocab, has_top_p = draw.top_p < 1.0f;
+    if (is_filtered && (!has_top_k || draw.top_k <= THREADS)) {
+        // The limit that enough tokens reach.
+        f32 limit = highest + __logf(fmaxf(draw.min_p, 1e-37f)) * draw.temperature * 1.001f - 1e-3f;
+        if (has_top_k || has_top_p) {
+            const int wanted = has_top_k ? (int)draw.top_k : FIRST;
+            const u32 mine = key(top);
+            limit = value_of(largest_key(row.is_short(), [&](u32 cut) { return __syncthreads_count(mine >= cut) >= wanted; }));
+        }
+        const int count = candidates.collect(row, limit);
+        if (count <= MOST) {
+            int some = 2;
+            while (some < count) some *= 2;
+            candidates.sort(some);
+            const int kept = has_top_k ? min(count, (int)draw.top_k) : count, at = 2 * threadIdx.x;
+            const f32 w[2] = {at < kept ? weight(candidates.logit(at)) : 0.0f,
+                              at + 1 < kept ? weight(candidates.logit(at + 1)) : 0.0f};
+            double mass;
+            const double before = block_scan((double)w[0] + (double)w[1], shared.doubles, mass);
+            const double sums[2] = {before + w[0], before + w[0] + w[1]}; // with the entry itself
+            const double whole = has_top_k ? mass : block_reduce((double)own, Add(), shared.doubles);
+            const double target = has_top_p ? whole * (double)draw.top_p : 0.0;
+            if (mass >= target) {
+                int some = kept;
+                if (has_top_p) {
+                    const int below = (at < kept && sums[0] < target) + (at + 1 < kept && sums[1] < target);
+                    some = min(some, block_reduce(below, Add(), shared.ints) + 1);
+                }
+                if (draw.min_p > 0.0f)
+                    some = min(some, block_reduce((w[0] >= draw.min_p) + (w[1] >= draw.min_p), Add(), shared.ints));
+                const double all = block_reduce((at < some ? (double)w[0] : 0.0) + (at + 1 < some ? (double)w[1] : 0.0),
+                                                Add(), shared.doubles);
+                const double drawn_at = draw.uniform * all;
+                const int skipped = (at < some && sums[0] <= drawn_at) + (at + 1 < some && sums[1] <= drawn_at);
+                const int token = max(min(block_reduce(skipped, Add(), shared.ints), some - 1), 0);
+                if (token / 2 == (int)threadIdx.x)
+                    drawn[blockIdx.x] = make_uint4(
+                        (u32)candidates.id(token), __float_as_uint((f32)(candidates.logit(token) - highest - log(total))),
+                        __float_as_uint((f32)log((double)(token % 2 ? w[1] : w[0]) / all)), 1);
+                return;
+            }
+        }
+    }
+    if (has_top_k) {
         const int k = (int)draw.top_k;
         auto count_at = [&](u32 cut) {
             int count = 0;
@@ -219,7 +308,7 @@ sample(const T* logits, const Draw* draws, uint4* drawn, int vocab, int ld, f32 
         above = block_reduce(above, Add(), shared.ints);
         kept = first_of_equal(row, kept, lowest, k - above, shared.ints);
     }
-    if (draw.top_p < 1.0f) {
+    if (has_top_p) {
         auto mass_at = [&](u32 cut) {
             f32 mass = 0.0f;
             row.each([&](int id, f32 l) { mass += kept.has(id, l) && key(l) >= cut ? weight(l) : 0.0f; });

@@ -51,6 +51,12 @@ pub(crate) struct Generate {
     /// The temperature; 0 is greedy.
     #[arg(long, default_value_t = 0.0)]
     temperature: f32,
+    /// Draw from the k most likely tokens only; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    /// Draw from the smallest set of most likely tokens whose probabilities reach this sum.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f32,
     /// Tokens of a step at most.
     #[arg(long, default_value_t = 8192)]
     batch_tokens: usize,
@@ -104,6 +110,8 @@ pub(crate) fn run(job: &Generate) -> Result<(), Box<dyn Error>> {
         ("--new", job.new.to_string()),
         ("--samples", job.samples.to_string()),
         ("--temperature", job.temperature.to_string()),
+        ("--top-k", job.top_k.to_string()),
+        ("--top-p", job.top_p.to_string()),
         ("--batch-tokens", job.batch_tokens.to_string()),
     ];
     if job.profile {
@@ -213,11 +221,7 @@ fn generate(
     rng: &mut ChaCha8Rng,
 ) -> Result<f64, Box<dyn Error>> {
     let began = Instant::now();
-    for index in 0..batch {
-        let prompt: Vec<u32> = (0..job.prompt).map(|_| rng.random_range(IDS)).collect();
-        let sampling = SamplingParams { temperature: job.temperature, seed: index as u64, ..SamplingParams::default() };
-        engine.submit(Request { n: job.samples, max_tokens: new, sampling, ..Request::new(prompt) })?;
-    }
+    submit(job, engine, batch, new, rng)?;
     let mut tokens = 0;
     while engine.has_work() {
         for event in engine.step() {
@@ -244,7 +248,8 @@ fn submit(
 ) -> Result<(), Box<dyn Error>> {
     for index in 0..batch {
         let prompt: Vec<u32> = (0..job.prompt).map(|_| rng.random_range(IDS)).collect();
-        let sampling = SamplingParams { temperature: job.temperature, seed: index as u64, ..SamplingParams::default() };
+        let &Generate { temperature, top_k, top_p, .. } = job;
+        let sampling = SamplingParams { temperature, top_k, top_p, seed: index as u64, ..SamplingParams::default() };
         engine.submit(Request { n: job.samples, max_tokens: new, sampling, ..Request::new(prompt) })?;
     }
     Ok(())
