@@ -8,7 +8,7 @@
 // is multiplied by the scale in f32: the weight is codebook[code] rounded to T, times its f32 scale.
 //
 // packed [n·k / 2] u8, the even element in the high nibble; absmax [n·k / 64] f32, or with DOUBLE the u8 codes of scales
-// map[code]·nested[block >> nested_shift] + *offset, rounded as dequant.cu does; x [m, k], bias [n] or null, onto [m, n]
+// map[code]·nested[block >> nested_shift] + offsets[tile / section], rounded as dequant.cu does; x [m, k], bias [n] or null, onto [m, n]
 // or null, y [m, n] of T (bf16 or f16) with row strides in elements; y may be onto. n a multiple of 16, k of 64; x and
 // packed 16-byte aligned, ldx a multiple of 8.
 //
@@ -16,8 +16,8 @@
 //
 // GROUPS 1 with WARPS 10, or GROUPS 2 or 4 with WARPS 8, m <= 8·GROUPS; DOUBLE 0 or 1. Launch: grid BLOCKS for each SM, at
 // most n / 16, block 32·WARPS, dynamic shared memory 65,536 + 512·WARPS·GROUPS.
-//   few_rows_4bit(x, packed, absmax, map, nested, offset, codebook, bias, onto, y, i32 m, n, k, ldx, ldonto, ldy,
-//     nested_shift)
+//   few_rows_4bit(x, packed, absmax, map, nested, offsets, codebook, bias, onto, y, i32 m, n, k, ldx, ldonto, ldy,
+//     nested_shift, section)
 //
 // The linears of the 36 blocks of Qwen3-4B (2.0 GB of NF4, double quantization; 0.46 ms at 4.3 TB/s) on an H200, in a CUDA
 // graph, 2026-11-30: 1 row 1.39 ms, 8 rows 1.56, 16 rows 2.02. The time is that of instructions, about 200 a warp for a pair
@@ -46,8 +46,9 @@ DEVICE u32 look_up(u32 column, u32 row) {
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 few_rows_4bit(const T* x, const u8* __restrict__ packed, const void* __restrict__ absmax, const f32* __restrict__ map,
-              const f32* __restrict__ nested, const f32* __restrict__ offset, const f32* __restrict__ codebook,
-              const T* bias, const T* onto, T* y, int m, int n, int k, int ldx, int ldonto, int ldy, int nested_shift) {
+              const f32* __restrict__ nested, const f32* __restrict__ offsets, const f32* __restrict__ codebook,
+              const T* bias, const T* onto, T* y, int m, int n, int k, int ldx, int ldonto, int ldy, int nested_shift,
+              int section) {
     // A map of 1 KiB and sums, the table at a multiple of its size, so that addresses need no sum, and again sums.
     extern __shared__ __align__(128) u8 shared[];
     f32* map_values = reinterpret_cast<f32*>(shared);
@@ -96,7 +97,7 @@ few_rows_4bit(const T* x, const u8* __restrict__ packed, const void* __restrict_
     Step steps[AHEAD];
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) fetch(steps[a]);
-    const f32 shift = DOUBLE ? __ldg(offset) : 0.0f;
+    f32 shift = DOUBLE ? __ldg(offsets + blockIdx.x / section) : 0.0f;
     if (DOUBLE)
         for (int i = threadIdx.x; i < 256; i += 32 * WARPS) map_values[i] = __ldg(map + i);
     for (int i = threadIdx.x; i < 256 * 8; i += 32 * WARPS) {
@@ -179,6 +180,7 @@ few_rows_4bit(const T* x, const u8* __restrict__ packed, const void* __restrict_
             const int current = tile;
             pair = from;
             tile += gridDim.x;
+            if (DOUBLE && tile < tiles) shift = __ldg(offsets + tile / section);
             // Sums alternate between two places, so that one barrier a tile is enough.
             Sums& sums = parity ? odd : even;
             leave_sums(sums, c);

@@ -108,7 +108,14 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
     let sizes = [[3, 7], [33, 24], [17, 64], [130, 96]];
     // Few rows of whole blocks and tiles.
     let few: [(&[(usize, usize)], _); 2] = [(&[(48, 8)], [2, 128]), (&[(64, 16), (32, 0), (16, 5)], [12, 192])];
-    for (linears, size) in groups.into_iter().zip(sizes).chain(few) {
+    // Weights alone; the 4-bit ones of the last two are adjacent, with one offset for each part of 32 and 16 rows.
+    let alone: [(&[(usize, usize)], _); 4] = [
+        (&[(5, 0)], [3, 7]),
+        (&[(40, 0), (17, 0), (24, 0)], [130, 96]),
+        (&[(96, 0), (32, 0)], [3, 128]),
+        (&[(64, 0), (32, 0), (16, 0)], [12, 256]),
+    ];
+    for (linears, size) in groups.into_iter().zip(sizes).chain(few).chain(alone) {
         for kind in [None, Some(Kind::FourBit), Some(Kind::FourBitDouble), Some(Kind::Int8)] {
             for bias in [false, true] {
                 suite.dtypes(|dtype| Stack::new(size, linears, kind, bias, dtype))?;

@@ -55,7 +55,8 @@ struct Placed {
 ///
 /// The A's lie one after another in the flat buffer and are applied as one wide product; the dense
 /// W + s·B·A is never formed, and no gradient of a frozen W is computed. On CUDA frozen weights and their factors are
-/// one matrix ([`Stacked`]), so that the whole group is one product more than x·Aᵀ.
+/// one matrix ([`Stacked`]): a group without adapters is one product, and a group with adapters one product more than
+/// x·Aᵀ.
 ///
 /// A fused linear ([`Linear::fused`], such as Phi-3's `qkv_proj`) is one weight and one adapter with several outputs:
 /// the forward returns the outputs of all linears in order, and the backward takes a gradient for each.
@@ -78,7 +79,7 @@ pub struct LinearGroup {
     /// All A's as one matrix `[Σ r, in]`.
     a: Option<ParamRef>,
     site: u32,
-    /// Weights and factors as one matrix, where there is such a product.
+    /// Weights and factors as one matrix, where there is such a product; each weight is then a part of it.
     stack: Option<Stacked>,
 }
 
@@ -123,7 +124,9 @@ impl Linear {
 impl LinearGroup {
     /// A group without adapters. All weights have the same width.
     pub fn new(linears: Vec<Linear>) -> Self {
-        Self { linears, a: None, site: 0, stack: None }
+        let mut group = Self { linears, a: None, site: 0, stack: None };
+        group.stack_weights();
+        group
     }
 
     /// The linears, in order.
@@ -131,9 +134,19 @@ impl LinearGroup {
         &self.linears
     }
 
-    /// The linears, whose weights and biases may be replaced by others of the same shape until there is an adapter.
-    pub fn linears_mut(&mut self) -> &mut [Linear] {
-        &mut self.linears
+    /// Replaces weights and biases by others of the same shape. `replace` returns true if it changed the linear.
+    ///
+    /// # Panics
+    /// With an adapter.
+    pub fn replace_weights(&mut self, mut replace: impl FnMut(&mut Linear) -> bool) {
+        assert!(self.a.is_none(), "weights are replaced while there is no adapter");
+        let mut changed = false;
+        for linear in &mut self.linears {
+            changed |= replace(linear);
+        }
+        if changed {
+            self.stack_weights();
+        }
     }
 
     /// Columns that x and the gradients to the results should have room for, side by side as the linears are; without
@@ -178,12 +191,22 @@ impl LinearGroup {
         self.stack(params);
     }
 
-    /// Brings weights and factors into one matrix where there is such a product; the weights then lie in it.
+    /// Moves weights into one matrix where there is such a product.
+    fn stack_weights(&mut self) {
+        self.stack = None;
+        let weights = self.linears.iter_mut().map(|linear| (&mut linear.weight, linear.bias.as_ref()));
+        self.stack = Stacked::of_weights(weights.collect());
+    }
+
+    /// Moves weights and factors into one matrix where there is such a product.
     fn stack(&mut self, params: &mut ParamsBuilder) {
         self.stack = None;
         let has_magnitude = |linear: &Linear| linear.adapter.as_ref().is_some_and(|placed| placed.magnitude.is_some());
-        if self.a.is_none() || self.linears.iter().any(|l| has_magnitude(l) || l.trained_bias.is_some()) {
+        if self.linears.iter().any(|l| has_magnitude(l) || l.trained_bias.is_some()) {
             return;
+        }
+        if self.a.is_none() {
+            return self.stack_weights();
         }
         let parts = self.linears.iter_mut().map(|linear| StackedLinear {
             factors: linear.adapter.as_ref().map(|placed| (placed.a, placed.b, placed.scale)),

@@ -221,9 +221,9 @@ impl Decoder {
         self.adaptable().filter_map(Adaptable::linears).flat_map(LinearGroup::linears)
     }
 
-    /// Returns the same as [`linears`](Self::linears), mutably.
-    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
-        self.adaptable_mut().filter_map(AdaptableMut::linears).flat_map(LinearGroup::linears_mut)
+    /// Replaces weights and biases of [`linears`](Self::linears) as [`LinearGroup::replace_weights`] does.
+    pub fn replace_weights(&mut self, mut replace: impl FnMut(&mut Linear) -> bool) {
+        self.adaptable_mut().filter_map(AdaptableMut::linears).for_each(|group| group.replace_weights(&mut replace));
     }
 
     /// The projections of the experts of all layers, in the order of the forward pass.

@@ -37,24 +37,32 @@ fn blocksize(width: usize) -> usize {
 }
 
 impl Packed {
-    pub(crate) fn new([m, n, k]: [usize; 3], kind: Kind, dtype: DType) -> Self {
+    pub(crate) fn new(sizes: [usize; 3], kind: Kind, dtype: DType) -> Self {
+        Self::part(0, sizes, kind, dtype)
+    }
+
+    /// A case with values of its own; the tables are the same for all parts.
+    pub(crate) fn part(index: u64, [m, n, k]: [usize; 3], kind: Kind, dtype: DType) -> Self {
+        let own = |seed: u64| 100 * index + seed;
         let input = |seed, n| rounded(noise(seed, n), dtype);
         let bytes = |seed, n| noise(seed, n).into_iter().map(|x| (x * 128.0) as i8).collect::<Vec<_>>();
         let blocks = (n * k).div_ceil(blocksize(k));
         let absmax = match kind {
-            Kind::FourBit => Absmax::Single(noise(8, blocks)),
+            Kind::FourBit => Absmax::Single(noise(own(8), blocks)),
             _ => Absmax::Double {
-                codes: bytes(8, blocks).into_iter().map(i8::cast_unsigned).collect(),
+                codes: bytes(own(8), blocks).into_iter().map(i8::cast_unsigned).collect(),
                 map: Box::new(noise(9, 256).try_into().expect("256 values")),
-                nested: noise(10, blocks.div_ceil(NESTED)),
+                nested: noise(own(10), blocks.div_ceil(NESTED)),
                 blocksize: NESTED,
-                offsets: vec![0.7],
+                offsets: vec![0.7 - 0.2 * index as f32],
             },
         };
         let format = match kind {
-            Kind::Int8 => QuantizedFormat::Int8 { codes: bytes(7, n * k), scales: noise(8, n), factor: 1.0 / 127.0 },
+            Kind::Int8 => {
+                QuantizedFormat::Int8 { codes: bytes(own(7), n * k), scales: noise(own(8), n), factor: 1.0 / 127.0 }
+            }
             _ => QuantizedFormat::FourBit {
-                codes: bytes(7, (n * k).div_ceil(2)).into_iter().map(i8::cast_unsigned).collect(),
+                codes: bytes(own(7), (n * k).div_ceil(2)).into_iter().map(i8::cast_unsigned).collect(),
                 table: noise(11, 16).try_into().expect("16 values"),
                 blocksize: blocksize(k),
                 absmax,

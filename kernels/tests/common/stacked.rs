@@ -1,4 +1,4 @@
-//! Frozen weights and low-rank factors as one matrix, forward and backward.
+//! Frozen weights as one matrix, with low-rank factors and without, forward and backward.
 
 use burn::tensor::{DType, Tensor as BurnTensor};
 use rekindle_kernels::quantized::QuantizedData;
@@ -31,7 +31,8 @@ struct Linear {
 }
 
 impl Stack {
-    /// `linears` are rows and rank of each; a rank of 0 is a linear without factors.
+    /// `linears` are rows and rank of each; a rank of 0 is a linear without factors. If all ranks are 0, the weights are
+    /// stacked alone.
     pub(crate) fn new(
         [m, k]: [usize; 2],
         linears: &[(usize, usize)],
@@ -41,7 +42,7 @@ impl Stack {
     ) -> Self {
         let linear = |(seed, &(n, r)): (u64, &(usize, usize))| {
             let input = |part, n| rounded(noise(10 * seed + part, n), dtype);
-            let packed = kind.map(|kind| Packed::new([m, n, k], kind, dtype));
+            let packed = kind.map(|kind| Packed::part(seed, [m, n, k], kind, dtype));
             Linear {
                 n,
                 r,
@@ -56,6 +57,10 @@ impl Stack {
         };
         let onto = (linears.len() == 1).then(|| rounded(noise(7, m * linears[0].0), dtype));
         Self { m, k, linears: (0..).zip(linears).map(linear).collect(), x: rounded(noise(9, m * k), dtype), onto }
+    }
+
+    fn has_factors(&self) -> bool {
+        self.linears.iter().any(|linear| linear.r > 0)
     }
 
     fn name(part: &'static [&'static str; 3], index: usize) -> &'static str {
@@ -95,15 +100,19 @@ impl Case for Stack {
                 y = y + ((xa + xa_leaf.clone()) * *scale).matmul(oracle.constant(b, [*n, *r]).transpose());
                 inner.push((Self::name(&DXA, i), xa_leaf));
             }
-            results.push((Self::name(&Y, i), values(with_onto(y.clone()))));
+            if self.has_factors() {
+                results.push((Self::name(&Y, i), values(with_onto(y.clone()))));
+            }
             let dy = oracle.constant(dy, [m, *n]);
             loss = add(loss, (y * dy.clone()).sum());
             base_loss = add(base_loss, (base_x.clone().matmul(w.transpose()) * dy).sum());
         }
         let grads = loss.expect("there is a linear").backward();
         let base_grads = base_loss.expect("there is a linear").backward();
-        results.push(("dx", grad(&x, &grads)));
-        results.push(("dx of the base", grad(&base_x, &base_grads)));
+        if self.has_factors() {
+            results.push(("dx", grad(&x, &grads)));
+            results.push(("dx of the base", grad(&base_x, &base_grads)));
+        }
         results.push(("dx without factors", grad(&base_x, &base_grads)));
         results.extend(inner.into_iter().map(|(name, leaf)| (name, grad(&leaf, &grads))));
         results
@@ -121,42 +130,54 @@ impl Case for Stack {
         let mut weights: Vec<Weight> = self.linears.iter().map(weight).collect();
         let bias = |linear: &Linear| linear.bias.as_ref().map(|bias| Weight::Frozen(place.vector(bias).as_row()));
         let biases: Vec<Option<Weight>> = self.linears.iter().map(bias).collect();
-        let parts = self.linears.iter().zip(&mut weights).zip(&biases);
-        let parts = parts.map(|((Linear { n, r, scale, a, b, .. }, weight), bias)| {
-            let mut factors = || (builder.push("a", &[*r, k], true, a), builder.push("b", &[*n, *r], true, b), *scale);
-            StackedLinear { weight, bias: bias.as_ref(), factors: (*r > 0).then(&mut factors) }
-        });
-        let parts = parts.collect();
-        let stack = Stacked::new(parts, &mut builder).expect("a CUDA device stacks what is frozen");
+        let stack = if self.has_factors() {
+            let parts = self.linears.iter().zip(&mut weights).zip(&biases);
+            let parts = parts.map(|((Linear { n, r, scale, a, b, .. }, weight), bias)| {
+                let mut factors =
+                    || (builder.push("a", &[*r, k], true, a), builder.push("b", &[*n, *r], true, b), *scale);
+                StackedLinear { weight, bias: bias.as_ref(), factors: (*r > 0).then(&mut factors) }
+            });
+            Stacked::new(parts.collect(), &mut builder)
+        } else {
+            Stacked::of_weights(weights.iter_mut().zip(&biases).map(|(weight, bias)| (weight, bias.as_ref())).collect())
+        };
+        let stack = stack.expect("a CUDA device stacks what is frozen");
         let _params = builder.build();
 
         let x = place.matrix(&self.x, [m, k]);
         let onto = self.onto.as_ref().map(|onto| place.matrix(onto, [m, self.linears[0].n]));
+        let mut results = Vec::new();
         let base_ys = stack.forward_base(&x, onto.clone());
-        let (ys, xa) = stack.forward(&x, None, onto);
-        let dys: Vec<Tensor<2>> = self.linears.iter().map(|linear| place.matrix(&linear.dy, [m, linear.n])).collect();
-        let (dxa, dx) = stack.backward(&dys, InputGradient::Whole);
-        let (again, base) = stack.backward(&dys, InputGradient::Base);
-        let (none, nothing) = stack.backward(&dys, InputGradient::No);
-        assert!(nothing.is_none());
-        assert_eq!(values(dxa.clone()), values(none));
-        let mut results =
-            vec![("dx", values(dx.expect("asked for"))), ("dx of the base", values(base.expect("asked for")))];
-        results.push(("dx without factors", values(stack.backward_base(&dys))));
         results.extend(base_ys.into_iter().enumerate().map(|(i, y)| (Self::name(&BASE, i), values(y))));
-        let mut column = 0;
-        for (i, (linear, y)) in self.linears.iter().zip(ys).enumerate() {
-            results.push((Self::name(&Y, i), values(y)));
-            if linear.r > 0 {
-                results.push((Self::name(&XA, i), values(xa.columns(column, linear.r))));
-                results.push((Self::name(&DXA, i), values(again.columns(column, linear.r))));
-                column += linear.r;
+        let dys: Vec<Tensor<2>> = self.linears.iter().map(|linear| place.matrix(&linear.dy, [m, linear.n])).collect();
+        results.push(("dx without factors", values(stack.backward_base(&dys))));
+        if self.has_factors() {
+            let (ys, xa) = stack.forward(&x, None, onto);
+            let (dxa, dx) = stack.backward(&dys, InputGradient::Whole);
+            let (again, base) = stack.backward(&dys, InputGradient::Base);
+            let (none, nothing) = stack.backward(&dys, InputGradient::No);
+            assert!(nothing.is_none());
+            assert_eq!(values(dxa), values(none));
+            results.push(("dx", values(dx.expect("asked for"))));
+            results.push(("dx of the base", values(base.expect("asked for"))));
+            let mut column = 0;
+            for (i, (linear, y)) in self.linears.iter().zip(ys).enumerate() {
+                results.push((Self::name(&Y, i), values(y)));
+                if linear.r > 0 {
+                    results.push((Self::name(&XA, i), values(xa.columns(column, linear.r))));
+                    results.push((Self::name(&DXA, i), values(again.columns(column, linear.r))));
+                    column += linear.r;
+                }
             }
         }
         for (linear, weight) in self.linears.iter().zip(weights) {
-            if let Weight::Frozen(weight) = weight {
-                let expected: Vec<f64> = linear.w.iter().map(|&w| f64::from(w)).collect();
-                assert_eq!(values(weight), expected, "weights are what they were");
+            match weight {
+                Weight::Frozen(weight) => {
+                    let expected: Vec<f64> = linear.w.iter().map(|&w| f64::from(w)).collect();
+                    assert_eq!(values(weight), expected, "weights are what they were");
+                }
+                Weight::Quantized(weight) => assert_eq!(Some(&*weight.data()), linear.codes.as_ref()),
+                Weight::Trained(_) => unreachable!("the weights are frozen"),
             }
         }
         results

@@ -66,7 +66,7 @@ impl LinearSaved {
 impl LinearGroup {
     /// Returns true if what [`forward`](Self::forward) keeps lies beside x, so that x may as well be kept.
     pub fn keeps_input(&self) -> bool {
-        self.stack.is_some()
+        self.room() > 0
     }
 
     /// Returns the outputs of all linears for the same x.
@@ -86,7 +86,7 @@ impl LinearGroup {
 
     fn run(&self, ctx: LinearContext<'_>, x: &Tensor<2>, onto: Option<&Tensor<2>>) -> (Vec<Tensor<2>>, LinearSaved) {
         let LinearContext { params, dropout, adapters } = ctx;
-        if !adapters {
+        if !adapters || self.stack.is_some() && self.a.is_none() {
             return (self.run_base(params, x, onto), LinearSaved { xa: None, magnitudes: Vec::new() });
         }
         let dropped = self.dropped(x, dropout);
@@ -241,11 +241,10 @@ impl LinearGroup {
         want_dx: bool,
     ) -> (Option<Tensor<2>>, LinearPending) {
         let direct = self.linears.iter().map(|_| None).collect();
-        if !ctx.adapters {
+        let Some(a) = self.a.filter(|_| ctx.adapters) else {
             let dx = want_dx.then(|| stack.backward_base(dys));
             return (dx, LinearPending { dxa: None, direct, joined: self.joined(dys) });
-        }
-        let a = self.a.expect("what is stacked has an adapter");
+        };
         let wanted = match (want_dx, ctx.dropout) {
             (false, _) => InputGradient::No,
             (true, None) => InputGradient::Whole,

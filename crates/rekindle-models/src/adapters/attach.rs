@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use rekindle_hub::Dtype;
-use rekindle_kernels::{DType, Group, ParamsBuilder, Weight, from_f32, to_f32};
+use rekindle_kernels::{DType, Group, Params, ParamsBuilder, Weight, from_f32, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{
     AdaptableModules, Adapter, EmbeddingTable, ExpertProjection, InitLoraWeights, Linear, LinearModule, LoraConfig,
@@ -229,6 +229,7 @@ impl CausalLm {
             return;
         }
         self.adapters.carried.clear();
+        self.drop_params();
         let mut params = ParamsBuilder::new(self.device(), self.dtype());
         for part in self.decoder.adaptable_mut() {
             part.adapt(&mut params, 0, |_| LoraInit::default());
@@ -238,10 +239,17 @@ impl CausalLm {
         self.restore_base();
     }
 
+    /// Drops the parameters of an adapter. On CUDA their copies keep the matrices of weights and factors, which the weights
+    /// are about to leave one after another.
+    fn drop_params(&mut self) {
+        self.params = Params::none(self.device(), self.dtype());
+    }
+
     /// Attaches an adapter to the base, and makes it the active one.
     pub(crate) fn attach(&mut self, name: &str, adapter: Adapter) -> Result<(), Error> {
         self.check_placeable()?;
         self.restore_vocabulary();
+        self.drop_params();
         let mut params = ParamsBuilder::new(self.device(), self.dtype());
         let Adapter { config, mut factors, mut biases, saved, tables } = adapter;
         for (site, part) in self.decoder.adaptable_mut().enumerate() {

@@ -190,7 +190,11 @@ impl CausalLm {
         let WeightSplit { factors, base } = start(&w, shape);
         let base = Weight::Frozen(from_f32(base, shape, self.device(), self.dtype()));
         self.set_weight(name, base);
-        let kept = (!stored).then_some(weight);
+        // Without a reference to the memory of the weights beside it.
+        let kept = (!stored).then(|| match weight {
+            Weight::Frozen(weight) => Weight::Frozen(weight.detached()),
+            other => other,
+        });
         self.adapters.base_delta.linears.insert(name.to_owned(), LinearDelta { factors: factors.clone(), kept });
         Ok(factors)
     }
@@ -260,8 +264,13 @@ impl CausalLm {
     }
 
     fn set_weight(&mut self, name: &str, weight: Weight) {
-        let linears = self.decoder.linears_mut();
-        linears.filter(|linear| linear.name == name).for_each(|linear| linear.weight = weight.clone());
+        self.decoder.replace_weights(|linear| {
+            let found = linear.name == name;
+            if found {
+                linear.weight = weight.clone();
+            }
+            found
+        });
     }
 }
 

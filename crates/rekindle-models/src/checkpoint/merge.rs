@@ -338,8 +338,9 @@ impl CausalLm {
         let (device, dtype) = (self.device().clone(), self.dtype());
         let frozen = |values: Vec<f32>, shape: [usize; 2]| Weight::Frozen(from_f32(values, shape, &device, dtype));
         let Self { decoder, params, provenance, .. } = self;
-        for linear in decoder.linears_mut() {
-            if let Some(factors) = adapter.factors.get(&linear.name) {
+        decoder.replace_weights(|linear| {
+            let (factors, bias) = (adapter.factors.get(&linear.name), adapter.biases.get(&linear.name));
+            if let Some(factors) = factors {
                 let shape = linear.weight.dims();
                 let mut values = to_f32(linear.weight.matrix(params));
                 let scale = adapter.config.lora().scale_of(&linear.name);
@@ -349,10 +350,11 @@ impl CausalLm {
                     quantization.disk_metadata.remove(&format!("{}.weight", linear.name));
                 }
             }
-            if let Some(bias) = adapter.biases.get(&linear.name) {
+            if let Some(bias) = bias {
                 linear.bias = Some(frozen(bias.clone(), [1, bias.len()]));
             }
-        }
+            factors.is_some() || bias.is_some()
+        });
         for experts in decoder.experts_mut() {
             merge_experts(experts, &adapter, params, &frozen, provenance.quantization.as_mut());
         }

@@ -1,14 +1,14 @@
-//! Frozen weights that read the same input, with low-rank factors beside and below them; see [`super`].
+//! Frozen weights that read the same input, with the low-rank factors of an adapter beside and below them; see [`super`].
 
 use crate::ops::matmul::cuda as matmul;
 use crate::ops::quantized::cuda::few_rows;
 use crate::params::quantized::cuda::QuantizedArray;
-use crate::runtime::{Array, Cuda, DType, Form, MemoryUse, elementwise};
+use crate::runtime::{Array, DType, Form, MemoryUse, elementwise};
 
 /// Columns and rows for factors come in multiples of this many, so that rows begin at 16 bytes.
 const STEP: usize = 8;
 
-/// `[[W, S], [A, 0]]` of weights W_j that lie one below another.
+/// `[[W, S], [A, 0]]` of weights W_j one below another; W alone without factors.
 #[derive(Clone, Debug)]
 pub(crate) struct Stacked {
     base: Base,
@@ -18,27 +18,43 @@ pub(crate) struct Stacked {
     input: usize,
     /// Columns of S and rows of A; those beyond the factors' own are zero.
     rank: usize,
-    dtype: DType,
 }
 
 #[derive(Clone, Debug)]
 enum Base {
     /// The whole, `[Σ out + rank, in + rank]`.
     Dense(Array),
-    /// W in codes, S `[Σ out, rank]`, A `[rank, in]`.
-    Packed { parts: Vec<QuantizedArray>, s: Array, a: Array },
+    Quantized {
+        parts: Vec<QuantizedArray>,
+        /// The parts that the kernel for a few rows of x reads: a single one where they are adjacent in memory.
+        adjacent: Vec<QuantizedArray>,
+        factors: Option<Factors>,
+    },
+}
+
+/// The factors beside a quantized weight.
+#[derive(Clone, Debug)]
+struct Factors {
+    /// `[Σ out, rank]`.
+    s: Array,
+    /// `[rank, in]`.
+    a: Array,
 }
 
 impl Stacked {
-    /// Copies the weights, which then lie here, below one another; the factors, of `rank` rows in all, are zero.
+    /// Moves the weights into one matrix; the factors, of `rank` rows in all, are zero.
     ///
-    /// The weights pass through scratch memory, so that the stack can lie where they lay: the stacks of a model then take
-    /// the place of its weights, and no more.
+    /// The weights pass through scratch memory, so that the matrix can use the memory that they occupied: the matrices of a
+    /// model then replace its weights and need no more memory.
     pub(crate) fn dense(weights: &mut [&mut Array], bias: Option<Array>, rank: usize) -> Self {
-        let [first, ..] = &*weights else { panic!("there is something to stack") };
+        let [first, rest @ ..] = &*weights else { panic!("there is something to stack") };
         let (cuda, input, dtype) = (first.cuda().clone(), first.cols(), first.dtype());
         let out = weights.iter().map(|weight| weight.rows()).sum();
         let rank = rank.next_multiple_of(STEP);
+        if rank == 0 && rest.is_empty() {
+            return Self { base: Base::Dense((*first).clone()), bias, out, input, rank };
+        }
+        let usage = if rank == 0 { MemoryUse::Weights } else { MemoryUse::FusedWeights };
         let move_into = |weights: &mut [&mut Array], matrix: &Array| {
             let mut row = 0;
             for weight in weights {
@@ -48,26 +64,31 @@ impl Stacked {
                 **weight = place;
             }
         };
-        move_into(weights, &Array::empty(&cuda, [out, input], dtype, STACK));
-        let whole = Array::zeros(&cuda, [out + rank, input + rank], dtype, STACK);
+        move_into(weights, &Array::empty(&cuda, [out, input], dtype, usage));
+        let dims = [out + rank, input + rank];
+        let whole =
+            if rank == 0 { Array::empty(&cuda, dims, dtype, usage) } else { Array::zeros(&cuda, dims, dtype, usage) };
         move_into(weights, &whole.columns(0, input));
-        Self { base: Base::Dense(whole), bias, out, input, rank, dtype }
+        Self { base: Base::Dense(whole), bias, out, input, rank }
     }
 
-    /// Weights in codes, which are decoded one below another where they are used.
-    pub(crate) fn packed(
-        cuda: &Cuda,
+    /// Quantized weights, which are decoded one below another where they are used. `joined` are all of them as one weight,
+    /// and `dtype` is that of the factors.
+    pub(crate) fn quantized(
         parts: Vec<QuantizedArray>,
+        joined: Option<QuantizedArray>,
         bias: Option<Array>,
         rank: usize,
         dtype: DType,
     ) -> Self {
+        let first = parts.first().expect("there is something to stack");
+        let (cuda, [_, input]) = (first.cuda().clone(), first.dims());
         let out = parts.iter().map(|part| part.dims()[0]).sum();
-        let input = parts.first().expect("there is something to stack").dims()[1];
         let rank = rank.next_multiple_of(STEP);
-        let s = Array::zeros(cuda, [out, rank], dtype, STACK);
-        let a = Array::zeros(cuda, [rank, input], dtype, STACK);
-        Self { base: Base::Packed { parts, s, a }, bias, out, input, rank, dtype }
+        let zeros = |dims| Array::zeros(&cuda, dims, dtype, MemoryUse::FusedWeights);
+        let factors = (rank > 0).then(|| Factors { s: zeros([out, rank]), a: zeros([rank, input]) });
+        let adjacent = joined.map_or_else(|| parts.clone(), |joined| vec![joined]);
+        Self { base: Base::Quantized { parts, adjacent, factors }, bias, out, input, rank }
     }
 
     /// Returns the number of spare columns that x and dy should have.
@@ -76,18 +97,24 @@ impl Stacked {
     }
 
     /// S, `[Σ out, rank]`.
+    ///
+    /// # Panics
+    /// Without factors.
     pub(crate) fn s(&self) -> Array {
         match &self.base {
             Base::Dense(whole) => whole.row_range(0, self.out).columns(self.input, self.rank),
-            Base::Packed { s, .. } => s.clone(),
+            Base::Quantized { factors, .. } => factors.as_ref().expect("there are factors").s.clone(),
         }
     }
 
     /// A, `[rank, in]`.
+    ///
+    /// # Panics
+    /// Without factors.
     pub(crate) fn a(&self) -> Array {
         match &self.base {
             Base::Dense(whole) => whole.row_range(self.out, self.rank).columns(0, self.input),
-            Base::Packed { a, .. } => a.clone(),
+            Base::Quantized { factors, .. } => factors.as_ref().expect("there are factors").a.clone(),
         }
     }
 
@@ -103,7 +130,7 @@ impl Stacked {
         }
         let w = match &self.base {
             Base::Dense(whole) => whole.row_range(0, self.out),
-            Base::Packed { s, .. } => self.decoded(Some(s), None),
+            Base::Quantized { parts, .. } => self.decoded(parts, x.dtype(), Some(&self.s()), None),
         };
         let y = matmul::linear(&both, &w, Form::Nt, self.bias.as_ref(), onto, rank);
         (y, xa)
@@ -114,16 +141,16 @@ impl Stacked {
         if let Some(y) = self.few_rows(x, onto.as_ref(), 0) {
             return y;
         }
-        matmul::linear(x, &self.base_weight(), Form::Nt, self.bias.as_ref(), onto, 0)
+        matmul::linear(x, &self.base_weight(x.dtype()), Form::Nt, self.bias.as_ref(), onto, 0)
     }
 
     /// `onto + x·Wᵀ + bias` of a few rows with quantized weights, without decoding them; `None` for anything else.
     fn few_rows(&self, x: &Array, onto: Option<&Array>, pad_cols: usize) -> Option<Array> {
-        let Base::Packed { parts, .. } = &self.base else { return None };
+        let Base::Quantized { adjacent: parts, .. } = &self.base else { return None };
         if !parts.iter().all(|part| few_rows::takes(x, part)) {
             return None;
         }
-        let y = Array::padded(x.cuda(), [x.rows(), self.out], pad_cols, self.dtype, MemoryUse::Activations);
+        let y = Array::padded(x.cuda(), [x.rows(), self.out], pad_cols, x.dtype(), MemoryUse::Activations);
         let mut first = 0;
         for part in parts {
             let rows = part.dims()[0];
@@ -152,34 +179,33 @@ impl Stacked {
     pub(crate) fn backward(&self, dy: &Array) -> Array {
         let w = match &self.base {
             Base::Dense(whole) => whole.columns(0, self.input),
-            Base::Packed { a, .. } => self.decoded(None, Some(a)),
+            Base::Quantized { parts, .. } => self.decoded(parts, dy.dtype(), None, Some(&self.a())),
         };
         matmul::product(&dy.with_padding(self.rank), &w, Form::Nn)
     }
 
     /// `dy·W`, without the factors.
     pub(crate) fn backward_base(&self, dy: &Array) -> Array {
-        matmul::product(dy, &self.base_weight(), Form::Nn)
+        matmul::product(dy, &self.base_weight(dy.dtype()), Form::Nn)
     }
 
     /// W, `[Σ out, in]`, decoded where it is quantized.
-    fn base_weight(&self) -> Array {
+    fn base_weight(&self, dtype: DType) -> Array {
         match &self.base {
             Base::Dense(whole) => whole.row_range(0, self.out).columns(0, self.input),
-            Base::Packed { .. } => self.decoded(None, None),
+            Base::Quantized { parts, .. } => self.decoded(parts, dtype, None, None),
         }
     }
 
-    /// W out of its codes, with S beside it or A below it.
-    fn decoded(&self, s: Option<&Array>, a: Option<&Array>) -> Array {
-        let Base::Packed { parts, s: codes, .. } = &self.base else { panic!("a dense weight needs no decoding") };
+    /// The decoded W, with S beside it or A below it.
+    fn decoded(&self, parts: &[QuantizedArray], dtype: DType, s: Option<&Array>, a: Option<&Array>) -> Array {
         let (beside, below) = (s.map_or(0, Array::cols), a.map_or(0, Array::rows));
         let dims = [self.out + below, self.input + beside];
-        let whole = Array::empty(codes.cuda(), dims, self.dtype, MemoryUse::DecodedWeights);
+        let whole = Array::empty(parts[0].cuda(), dims, dtype, MemoryUse::DecodedWeights);
         let mut row = 0;
         for part in parts {
             let rows = part.dims()[0];
-            part.decode(self.dtype, Some(whole.row_range(row, rows).columns(0, self.input)));
+            part.decode(dtype, Some(whole.row_range(row, rows).columns(0, self.input)));
             row += rows;
         }
         if let Some(s) = s {
@@ -191,5 +217,3 @@ impl Stacked {
         whole
     }
 }
-
-const STACK: MemoryUse = MemoryUse::FusedWeights;

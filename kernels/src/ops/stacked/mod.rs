@@ -1,9 +1,10 @@
-//! Frozen weights of linears that read the same input and their low-rank factors, as one matrix: the adapted linears
-//! are then one product forward and one backward.
+//! Frozen weights of linears that read the same input, with the low-rank factors of an adapter or without, as one matrix:
+//! the linears are then one product forward and one backward.
 //!
 //! With W the weights W_j one below another, A the factors A_j likewise, and S block by block s_j·B_j, in the rows of
 //! W_j and the columns of A_j's rows:
 //! Y = \[X, X·Aᵀ\]·\[W, S\]ᵀ, dXA = dY·S, dX = \[dY, dXA\]·\[W; A\].
+//! Without factors, Y = X·Wᵀ and dX = dY·W.
 //! So y_j = x·W_jᵀ + s_j·(x·A_jᵀ)·B_jᵀ costs R = Σ r_j more terms in each sum, where a product of its own would read and
 //! write all of Y, and again all of dX, once more.
 //!
@@ -12,14 +13,18 @@
 //! 8, with zeros.
 //!
 //! # Memory
+//! Dense weights are moved into the matrix, and each remains addressable as rows of it. Quantized weights of one 4-bit
+//! format are made adjacent, so that one kernel reads them all where x has a few rows; products of more rows decode the
+//! group into scratch memory.
+//!
 //! X·Aᵀ lies beside X in the same rows, and dXA beside dY: whoever makes x and dy leaves
 //! [`Stacked::rank`] spare columns. Without them they are copied.
 
 mod cuda;
 
-use crate::runtime::Array;
+use crate::runtime::{self, Array};
 use crate::tensor::cuda_dtype;
-use crate::{ParamRef, ParamsBuilder, Tensor, Weight};
+use crate::{ParamRef, ParamsBuilder, QuantizedWeight, Tensor, Weight};
 
 /// Stacked weights of one group of linears, on a CUDA device.
 #[derive(Clone, Debug)]
@@ -41,10 +46,23 @@ pub struct StackedLinear<'a> {
 }
 
 impl Stacked {
-    /// Stacks frozen weights on a CUDA device; the factors follow the parameters from the building of `params` on.
+    /// Stacks frozen weights without factors.
     ///
-    /// `None` for what has no such product: other devices, trained weights and biases, and dense weights beside codes.
-    pub fn new(mut parts: Vec<StackedLinear<'_>>, params: &mut ParamsBuilder) -> Option<Self> {
+    /// `None` for what has no such product: other devices, trained weights and biases, and dense weights beside quantized
+    /// ones.
+    pub fn of_weights(linears: Vec<(&mut Weight, Option<&Weight>)>) -> Option<Self> {
+        let part = |(weight, bias)| StackedLinear { weight, bias, factors: None };
+        Self::place(linears.into_iter().map(part).collect(), None)
+    }
+
+    /// Stacks frozen weights and the factors, which follow the parameters from the building of `params` on.
+    ///
+    /// `None` as for [`of_weights`](Self::of_weights).
+    pub fn new(parts: Vec<StackedLinear<'_>>, params: &mut ParamsBuilder) -> Option<Self> {
+        Self::place(parts, Some(params))
+    }
+
+    fn place(mut parts: Vec<StackedLinear<'_>>, params: Option<&mut ParamsBuilder>) -> Option<Self> {
         let biases = parts.iter().filter_map(|part| part.bias).map(frozen).collect::<Option<Vec<Array>>>()?;
         if !(biases.is_empty() || biases.len() == parts.len()) {
             return None;
@@ -59,23 +77,27 @@ impl Stacked {
             });
             cuda::Stacked::dense(&mut arrays.collect::<Vec<_>>(), bias, rank)
         } else {
-            let codes = parts.iter().map(|part| match &*part.weight {
-                Weight::Quantized(weight) => weight.cuda().cloned(),
+            let quantized = parts.iter_mut().map(|part| match part.weight {
+                Weight::Quantized(weight) => Some(weight),
                 _ => None,
             });
-            let codes = codes.collect::<Option<Vec<_>>>()?;
-            let cuda = codes.first()?.cuda().clone();
-            cuda::Stacked::packed(&cuda, codes, bias, rank, cuda_dtype(params.dtype()))
+            let mut quantized = quantized.collect::<Option<Vec<_>>>()?;
+            let joined = QuantizedWeight::adjoin(&mut quantized);
+            let arrays = quantized.iter().map(|weight| weight.cuda().cloned()).collect::<Option<Vec<_>>>()?;
+            let dtype = params.as_ref().map_or(runtime::DType::F32, |params| cuda_dtype(params.dtype()));
+            cuda::Stacked::quantized(arrays, joined, bias, rank, dtype)
         };
-        let (mut row, mut column) = (0, 0);
-        for (part, &out) in parts.iter().zip(&outs) {
-            if let Some((a, b, scale)) = part.factors {
-                let [r, _] = a.dims();
-                params.copy_to(a, 1.0, &stack.a().row_range(column, r));
-                params.copy_to(b, scale, &stack.s().row_range(row, out).columns(column, r));
-                column += r;
+        if let Some(params) = params {
+            let (mut row, mut column) = (0, 0);
+            for (part, &out) in parts.iter().zip(&outs) {
+                if let Some((a, b, scale)) = part.factors {
+                    let [r, _] = a.dims();
+                    params.copy_to(a, 1.0, &stack.a().row_range(column, r));
+                    params.copy_to(b, scale, &stack.s().row_range(row, out).columns(column, r));
+                    column += r;
+                }
+                row += out;
             }
-            row += out;
         }
         Some(Self { stack, outs })
     }
@@ -87,6 +109,9 @@ impl Stacked {
 
     /// The results y_j, and X·Aᵀ, which goes through `dropped` in the place of x if it is given. `onto` is added to the
     /// result of a group of one.
+    ///
+    /// # Panics
+    /// Without factors, as [`backward`](Self::backward) does.
     pub fn forward(
         &self,
         x: &Tensor<2>,

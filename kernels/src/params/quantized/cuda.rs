@@ -10,13 +10,16 @@ use crate::runtime::{Array, Buffer, Cuda, CudaError, DType, MemoryUse, args, ent
 /// Groups of eight values that one block of the decoders takes.
 const GROUPS: usize = 512;
 
+/// Rows that a block of the kernel for a few rows of x takes at a time.
+pub(crate) const TILE: usize = 16;
+
 /// A weight `[out, in]` as codes. Cloning gives another handle of the same memory.
 #[derive(Clone, Debug)]
 pub(crate) struct QuantizedArray {
     dims: [usize; 2],
-    codes: Arc<Buffer>,
+    codes: Bytes,
     /// f32 scales, or the codes of scales.
-    scales: Arc<Buffer>,
+    scales: Bytes,
     format: Format,
 }
 
@@ -24,7 +27,7 @@ pub(crate) struct QuantizedArray {
 enum Format {
     /// `table`: the values of the sixteen codes.
     FourBit {
-        table: Arc<Buffer>,
+        table: Bytes,
         block_shift: u32,
         double: Option<Double>,
     },
@@ -48,36 +51,106 @@ pub(crate) struct DoubleScales {
     pub(crate) map: u64,
     pub(crate) nested: u64,
     pub(crate) shift: u32,
-    pub(crate) offset: u64,
+    /// One offset for every `section` rows of the weight.
+    pub(crate) offsets: u64,
+    pub(crate) section: usize,
 }
 
 /// The second level of scales.
 #[derive(Clone, Debug)]
 struct Double {
-    map: Arc<Buffer>,
-    nested: Arc<Buffer>,
+    map: Bytes,
+    nested: Bytes,
     shift: u32,
     /// Added to `section` blocks each.
-    offsets: Arc<Buffer>,
+    offsets: Bytes,
     section: usize,
+}
+
+/// Bytes of a buffer that may contain others too. Cloning gives another handle of the same memory.
+#[derive(Clone, Debug)]
+struct Bytes {
+    buffer: Arc<Buffer>,
+    first: usize,
+    len: usize,
+}
+
+impl Bytes {
+    fn whole(buffer: Buffer) -> Self {
+        Self { first: 0, len: buffer.bytes(), buffer: Arc::new(buffer) }
+    }
+
+    fn floats(cuda: &Cuda, values: &[f32]) -> Self {
+        let buffer = cuda.alloc(4 * values.len(), MemoryUse::QuantizedWeights);
+        if !cuda.is_planned() {
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            cuda.upload(&buffer, &bytes);
+        }
+        Self::whole(buffer)
+    }
+
+    fn ptr(&self) -> u64 {
+        self.buffer.ptr() + self.first as u64
+    }
+
+    fn part(&self, first: usize, len: usize) -> Self {
+        assert!(first + len <= self.len, "bytes {first}..{} of {}", first + len, self.len);
+        Self { buffer: Arc::clone(&self.buffer), first: self.first + first, len }
+    }
+
+    /// The parts one behind another, in the same memory where they are adjacent already.
+    fn joined(parts: &[Self]) -> Self {
+        let touch = |[a, b]: &[Self; 2]| Arc::ptr_eq(&a.buffer, &b.buffer) && a.first + a.len == b.first;
+        let len = parts.iter().map(|part| part.len).sum();
+        if parts.array_windows().all(touch) {
+            return Self { len, ..parts[0].clone() };
+        }
+        let cuda = parts[0].buffer.cuda();
+        let whole = cuda.alloc(len, MemoryUse::QuantizedWeights);
+        let mut at = 0;
+        for part in parts {
+            cuda.copy(&part.buffer, part.first, &whole, at, part.len);
+            at += part.len;
+        }
+        Self::whole(whole)
+    }
+
+    /// Moves the parts into adjacent memory, which is returned.
+    fn adjoin(parts: &mut [&mut Self]) -> Self {
+        let whole = Self::joined(&parts.iter().map(|part| (**part).clone()).collect::<Vec<_>>());
+        let mut at = 0;
+        for part in parts {
+            **part = whole.part(at, part.len);
+            at += part.len;
+        }
+        whole
+    }
+
+    fn download(&self) -> Result<Vec<u8>, CudaError> {
+        let mut bytes = vec![0; self.len];
+        self.buffer.cuda().download_at(&self.buffer, self.first, &mut bytes)?;
+        Ok(bytes)
+    }
 }
 
 impl QuantizedArray {
     /// Uploads codes whose lengths were checked.
     pub(crate) fn new(cuda: &Cuda, data: &QuantizedData) -> Self {
+        let floats = |values: &[f32]| Bytes::floats(cuda, values);
+        let uploaded = |bytes: &[u8]| Bytes::whole(cuda.uploaded(bytes, MemoryUse::QuantizedWeights));
         let (codes, scales, format) = match &data.format {
             QuantizedFormat::FourBit { codes, table, blocksize, absmax } => {
                 let (scales, double) = match absmax {
-                    Absmax::Single(absmax) => (floats(cuda, absmax), None),
+                    Absmax::Single(absmax) => (floats(absmax), None),
                     Absmax::Double { codes, map, nested, blocksize, offsets } => {
                         let section = codes.len() / offsets.len();
-                        let [map, nested, offsets] = [&map[..], nested, offsets].map(|values| floats(cuda, values));
+                        let [map, nested, offsets] = [&map[..], nested, offsets].map(floats);
                         let double = Double { map, nested, shift: blocksize.ilog2(), offsets, section };
-                        (Arc::new(cuda.uploaded(codes, MemoryUse::QuantizedWeights)), Some(double))
+                        (uploaded(codes), Some(double))
                     }
                 };
-                let format = Format::FourBit { table: floats(cuda, table), block_shift: blocksize.ilog2(), double };
-                (cuda.uploaded(codes, MemoryUse::QuantizedWeights), scales, format)
+                let format = Format::FourBit { table: floats(table), block_shift: blocksize.ilog2(), double };
+                (uploaded(codes), scales, format)
             }
             // A model that keeps them is refused when it is loaded.
             QuantizedFormat::Blocks { codec, .. } => panic!("CUDA has no decoder for blocks of {}", codec.name),
@@ -87,15 +160,62 @@ impl QuantizedArray {
                     let bytes: Vec<u8> = codes.iter().map(|code| code.cast_unsigned()).collect();
                     cuda.upload(&placed, &bytes);
                 }
-                (placed, floats(cuda, scales), Format::Int8)
+                (Bytes::whole(placed), floats(scales), Format::Int8)
             }
         };
-        Self { dims: data.dims, codes: Arc::new(codes), scales, format }
+        Self { dims: data.dims, codes, scales, format }
+    }
+
+    /// Moves 4-bit weights with the same tables into adjacent memory and returns all of them as one weight; `None`, and no
+    /// weight is moved, where the kernel for a few rows of x does not read them so.
+    pub(crate) fn adjoin(parts: &mut [&mut Self]) -> Option<Self> {
+        let cols = parts.first()?.dims[1];
+        if parts.iter().any(|part| part.dims[1] != cols || part.four_bit_blocks().is_none()) {
+            return None;
+        }
+        let blocks_of = |part: &Self| part.dims[0] * cols / 64;
+        let rows = parts.iter().map(|part| part.dims[0]).sum();
+        let blocks: Vec<usize> = parts.iter().map(|part| blocks_of(part)).collect();
+        let doubles = parts.iter().filter_map(|part| part.double().cloned()).collect::<Vec<_>>();
+        let section = blocks.iter().copied().fold(0, gcd);
+        if !doubles.is_empty() {
+            let fills = |(double, blocks): (&Double, &usize)| blocks.is_multiple_of(1 << double.shift);
+            let fit = doubles.len() == parts.len() && doubles.iter().zip(&blocks).all(fills);
+            if !fit || !(section * 64).is_multiple_of(cols * TILE) {
+                return None;
+            }
+        }
+        let codes = Bytes::adjoin(&mut parts.iter_mut().map(|part| &mut part.codes).collect::<Vec<_>>());
+        let scales = Bytes::adjoin(&mut parts.iter_mut().map(|part| &mut part.scales).collect::<Vec<_>>());
+        let mut format = parts[0].format.clone();
+        if let Format::FourBit { double: Some(double), .. } = &mut format {
+            let nested = parts.iter_mut().filter_map(|part| part.double_mut()).map(|double| &mut double.nested);
+            double.nested = Bytes::adjoin(&mut nested.collect::<Vec<_>>());
+            let repeated = doubles.iter().zip(&blocks);
+            let repeated = repeated.flat_map(|(double, blocks)| (0..blocks / section).map(|_| double.offsets.clone()));
+            double.offsets = Bytes::joined(&repeated.collect::<Vec<_>>());
+            double.section = section;
+        }
+        Some(Self { dims: [rows, cols], codes, scales, format })
+    }
+
+    fn double(&self) -> Option<&Double> {
+        match &self.format {
+            Format::FourBit { double, .. } => double.as_ref(),
+            Format::Int8 => None,
+        }
+    }
+
+    fn double_mut(&mut self) -> Option<&mut Double> {
+        match &mut self.format {
+            Format::FourBit { double, .. } => double.as_mut(),
+            Format::Int8 => None,
+        }
     }
 
     /// The device that the codes are on.
     pub(crate) fn cuda(&self) -> &Cuda {
-        self.codes.cuda()
+        self.codes.buffer.cuda()
     }
 
     /// `[out, in]`.
@@ -103,27 +223,34 @@ impl QuantizedArray {
         self.dims
     }
 
-    /// The blocks of a 4-bit weight whose rows are whole blocks of 64 values; `None` for any other.
+    /// The blocks of a 4-bit weight whose rows are whole blocks of 64 values, and whose offsets, if there are several, are
+    /// for whole tiles of 16 rows; `None` for any other.
     pub(crate) fn four_bit_blocks(&self) -> Option<FourBitBlocks> {
         let Format::FourBit { table, block_shift: 6, double } = &self.format else { return None };
-        let one_offset = double.as_ref().is_none_or(|double| double.offsets.bytes() == size_of::<f32>());
-        let double = double.as_ref().map(|Double { map, nested, shift, offsets, .. }| DoubleScales {
-            map: map.ptr(),
-            nested: nested.ptr(),
-            shift: *shift,
-            offset: offsets.ptr(),
-        });
-        let [codes, scales, table] = [&self.codes, &self.scales, table].map(|buffer| buffer.ptr());
-        (one_offset && self.dims[1].is_multiple_of(64)).then_some(FourBitBlocks { codes, scales, table, double })
+        let [rows, cols] = self.dims;
+        if !cols.is_multiple_of(64) {
+            return None;
+        }
+        let double = match double {
+            None => None,
+            Some(Double { map, nested, shift, offsets, section }) => {
+                let is_single = offsets.len == size_of::<f32>();
+                if !is_single && !(section * 64).is_multiple_of(cols * TILE) {
+                    return None;
+                }
+                let section = if is_single { rows.next_multiple_of(TILE) } else { section * 64 / cols };
+                let [map, nested, offsets] = [map, nested, offsets].map(Bytes::ptr);
+                Some(DoubleScales { map, nested, shift: *shift, offsets, section })
+            }
+        };
+        let [codes, scales, table] = [&self.codes, &self.scales, table].map(Bytes::ptr);
+        Some(FourBitBlocks { codes, scales, table, double })
     }
 
     /// Returns the bytes of the codes, and of their scales.
     pub(crate) fn bytes(&self) -> (usize, usize) {
-        let nested = match &self.format {
-            Format::FourBit { double: Some(double), .. } => double.nested.bytes() + double.offsets.bytes(),
-            _ => 0,
-        };
-        (self.codes.bytes(), self.scales.bytes() + nested)
+        let nested = self.double().map_or(0, |double| double.nested.len + double.offsets.len);
+        (self.codes.len, self.scales.len + nested)
     }
 
     /// The codes as they were given, after waiting for everything queued so far.
@@ -131,9 +258,7 @@ impl QuantizedArray {
     /// # Errors
     /// The first error of the device since the last one that was taken.
     pub(crate) fn download_codes(&self) -> Result<Vec<u8>, CudaError> {
-        let mut codes = vec![0; self.codes.bytes()];
-        self.codes.cuda().download(&self.codes, &mut codes)?;
-        Ok(codes)
+        self.codes.download()
     }
 
     /// The scales as they are now, after waiting for everything queued so far; none where they are in codes.
@@ -141,17 +266,16 @@ impl QuantizedArray {
     /// # Errors
     /// The first error of the device since the last one that was taken.
     pub(crate) fn download_scales(&self) -> Result<Option<Vec<f32>>, CudaError> {
-        if matches!(self.format, Format::FourBit { double: Some(_), .. }) {
+        if self.double().is_some() {
             return Ok(None);
         }
-        let mut bytes = vec![0; self.scales.bytes()];
-        self.scales.cuda().download(&self.scales, &mut bytes)?;
+        let bytes = self.scales.download()?;
         Ok(Some(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()))
     }
 
     /// The whole matrix, in `scratch` if it is given.
     pub(crate) fn decode(&self, dtype: DType, scratch: Option<Array>) -> Array {
-        let (cuda, [rows, cols]) = (self.codes.cuda(), self.dims);
+        let (cuda, [rows, cols]) = (self.cuda(), self.dims);
         let w = scratch.unwrap_or_else(|| Array::empty(cuda, self.dims, dtype, MemoryUse::DecodedWeights));
         check_dims("the scratch", &w, self.dims);
         assert!(w.dtype() == dtype && w.is_aligned(), "scratch is of {} and begins at 16 bytes", dtype.name());
@@ -168,7 +292,7 @@ impl QuantizedArray {
                 );
             }
             Format::FourBit { table, block_shift, double: Some(Double { map, nested, shift, offsets, section }) } => {
-                let entry = if offsets.bytes() > size_of::<f32>() {
+                let entry = if offsets.len > size_of::<f32>() {
                     entry!("dequant.cu", "dequant_4bit_stacked")
                 } else {
                     entry!("dequant.cu", "dequant_4bit_double")
@@ -213,7 +337,7 @@ impl QuantizedArray {
     pub(crate) fn store(&self, values: &Array, rng: RoundingRng) {
         check_dims("the values", values, self.dims);
         assert!(values.is_contiguous() && values.is_aligned() && values.dtype() == DType::F32, "dense f32 values");
-        let (cuda, [rows, cols]) = (self.codes.cuda(), self.dims);
+        let (cuda, [rows, cols]) = (self.cuda(), self.dims);
         let (codes, scales) = (self.codes.ptr(), self.scales.ptr());
         let (key, param, step) = (rng.key.for_rounding(), rng.param, rng.key.step);
         match &self.format {
@@ -240,11 +364,6 @@ impl QuantizedArray {
     }
 }
 
-fn floats(cuda: &Cuda, values: &[f32]) -> Arc<Buffer> {
-    let placed = cuda.alloc(4 * values.len(), MemoryUse::QuantizedWeights);
-    if !cuda.is_planned() {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        cuda.upload(&placed, &bytes);
-    }
-    Arc::new(placed)
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }

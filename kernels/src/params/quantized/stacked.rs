@@ -1,6 +1,24 @@
-//! Quantized weights of one shape stacked into one, and its parts.
+//! Quantized weights of one shape stacked into one, and its parts; weights in adjacent memory.
 
-use super::{Absmax, QuantizedData, QuantizedFormat};
+use super::cuda::QuantizedArray;
+use super::{Absmax, Place, QuantizedData, QuantizedFormat, QuantizedWeight};
+
+impl QuantizedWeight {
+    /// Moves 4-bit weights of one format on a CUDA device into adjacent memory and returns all of them as one weight.
+    /// `None` for anything else.
+    pub(crate) fn adjoin(parts: &mut [&mut Self]) -> Option<QuantizedArray> {
+        let places = parts.iter_mut().map(|part| match &mut part.0 {
+            Place::Cuda(array, rest) => Some((array, rest)),
+            _ => None,
+        });
+        let (mut arrays, data): (Vec<_>, Vec<_>) = places.collect::<Option<Vec<_>>>()?.into_iter().unzip();
+        let first = data.first()?;
+        if data.iter().any(|other| !first.decodes_as(other)) {
+            return None;
+        }
+        QuantizedArray::adjoin(&mut arrays)
+    }
+}
 
 impl QuantizedData {
     /// One weight with the rows of several, one below another. Codes and scales stay what they are; doubly quantized scales
@@ -117,6 +135,29 @@ fn stacked_absmax(scales: Vec<Absmax>, blocks: usize) -> Absmax {
         first => {
             let all = first.into_iter().chain(scales);
             Absmax::Single(all.flat_map(|scales| (0..blocks).map(move |block| scales.at(block))).collect())
+        }
+    }
+}
+
+impl QuantizedData {
+    /// Returns whether both are 4-bit codes with the same tables.
+    fn decodes_as(&self, other: &Self) -> bool {
+        match (&self.format, &other.format) {
+            (
+                QuantizedFormat::FourBit { table, blocksize, absmax, .. },
+                QuantizedFormat::FourBit { table: other_table, blocksize: other_size, absmax: other, .. },
+            ) => {
+                let scales = match (absmax, other) {
+                    (Absmax::Single(_), Absmax::Single(_)) => true,
+                    (
+                        Absmax::Double { map, blocksize, .. },
+                        Absmax::Double { map: other, blocksize: other_size, .. },
+                    ) => map == other && blocksize == other_size,
+                    _ => false,
+                };
+                table == other_table && blocksize == other_size && scales
+            }
+            _ => false,
         }
     }
 }

@@ -1,4 +1,8 @@
-use rekindle_kernels::{DType, Device, Grads, Params, ParamsBuilder, Tensor, Weight, from_f32, to_f32};
+use rekindle_kernels::quantized::QuantizedData;
+use rekindle_kernels::runtime::{Cuda, DeviceProps, MemoryUse};
+use rekindle_kernels::{
+    DType, Device, Grads, Params, ParamsBuilder, QuantizedWeight, Tensor, Weight, from_f32, to_f32, unfilled,
+};
 
 use super::LinearContext;
 use crate::{Linear, LinearGroup, LoraFactors, LoraInit};
@@ -127,5 +131,54 @@ fn adapters_can_be_switched_off_for_one_pass() {
         assert_eq!((ys, dx), (want_ys.clone(), want_dx.clone()));
         assert!(grads.all_values().iter().all(|&g| g == 0.0));
         assert_ne!(run(&group, &params, true).0, want_ys, "the adapter does change the result");
+    }
+}
+
+/// On CUDA the weights of a group move into one matrix, which takes the memory that they had, with an adapter and after it.
+#[test]
+fn on_cuda_the_weights_of_a_group_need_no_more_memory_than_alone() {
+    const WIDTH: usize = 256;
+    const ROWS: [usize; 3] = [64, 32, 16];
+    for usage in [MemoryUse::Weights, MemoryUse::QuantizedWeights] {
+        let cuda = Cuda::planned(DeviceProps::hopper(1 << 30));
+        let device = Device::Cuda(cuda.clone());
+        let weights = ROWS.map(|out| match usage {
+            MemoryUse::Weights => Weight::Frozen(unfilled([out, WIDTH], &device, DType::BF16)),
+            _ => {
+                let zeros = QuantizedData::four_bit_zeros([out, WIDTH], 1, 64, Some(16));
+                Weight::Quantized(QuantizedWeight::new(zeros, &device))
+            }
+        });
+        let before = cuda.memory();
+        assert_eq!(before.by_use.iter().map(|(usage, _)| *usage).collect::<Vec<_>>(), [usage]);
+        let linears = weights.into_iter().enumerate().map(|(i, weight)| Linear::new(format!("{i}"), weight, None));
+        let mut group = LinearGroup::new(linears.collect());
+        let alone = cuda.memory();
+        // Offsets of 4-bit scales are repeated: one for every 16 rows.
+        assert!(alone.in_use <= before.in_use + 4096, "{alone:?} after {before:?}");
+
+        let mut params = ParamsBuilder::new(&device, DType::BF16);
+        group.adapt(&mut params, 0, |linear| {
+            let [out, input] = linear.weight.dims();
+            let factors = LoraFactors { r: 8, a: vec![0.0; 8 * input], b: vec![0.0; 8 * out], magnitude: None };
+            LoraInit { factors: Some((factors, 1.0)), bias: None }
+        });
+        assert!(group.keeps_input() && group.room() == 24);
+        drop(params.build());
+        let mut none = ParamsBuilder::new(&device, DType::BF16);
+        group.adapt(&mut none, 0, |_| LoraInit::default());
+        assert!(!group.keeps_input());
+        group.replace_weights(|linear| linear.name == "1");
+        device.check().expect("nothing failed");
+        assert_eq!((cuda.memory().in_use, cuda.memory().by_use), (alone.in_use, alone.by_use));
+
+        let none = none.build();
+        let x = unfilled([3, WIDTH], &device, DType::BF16);
+        let (ys, saved) = group.forward(LinearContext::new(&none), &x);
+        assert_eq!(ys.iter().map(Tensor::dims).collect::<Vec<_>>(), ROWS.map(|out| [3, out]));
+        let dx = group.backward(LinearContext::new(&none), &mut none.zero_grads(), &x, &saved, &ys, true);
+        assert_eq!(dx.expect("asked for").dims(), [3, WIDTH]);
+        drop(group);
+        device.check().expect("nothing failed");
     }
 }

@@ -1,14 +1,11 @@
 //! Products of at most [`MOST`] rows with a 4-bit weight, which is not decoded into memory; see `few_rows_4bit.cu`.
 
-use crate::params::quantized::cuda::{FourBitBlocks, QuantizedArray};
+use crate::params::quantized::cuda::{FourBitBlocks, QuantizedArray, TILE};
 use crate::runtime::op::{blocks, check_dims, int};
 use crate::runtime::{Array, DType, args, entry};
 
 /// Rows that the kernel takes; from there on, decoding and a product of cuBLASLt are faster.
 const MOST: usize = 32;
-
-/// Rows of W that a block of threads computes at a time.
-const TILE: usize = 16;
 
 /// Returns true if the kernel computes `x · wᵀ`.
 pub(crate) fn takes(x: &Array, w: &QuantizedArray) -> bool {
@@ -42,7 +39,7 @@ pub(crate) fn linear(y: &Array, x: &Array, w: &QuantizedArray, bias: Option<&Arr
             ("WARPS", if warps == 10 { "10" } else { "8" }),
         ],
     );
-    let [map, nested, offset] = double.map_or([0; 3], |double| [double.map, double.nested, double.offset]);
+    let [map, nested, offsets] = double.map_or([0; 3], |double| [double.map, double.nested, double.offsets]);
     let [bias, onto_ptr] = [bias, onto].map(|array| array.map_or(0, Array::ptr));
     kernel.early().launch(
         [blocks(n / TILE).min(x.cuda().props().sm_count * resident), 1, 1],
@@ -54,7 +51,7 @@ pub(crate) fn linear(y: &Array, x: &Array, w: &QuantizedArray, bias: Option<&Arr
             scales,
             map,
             nested,
-            offset,
+            offsets,
             table,
             bias,
             onto_ptr,
@@ -65,7 +62,8 @@ pub(crate) fn linear(y: &Array, x: &Array, w: &QuantizedArray, bias: Option<&Arr
             int(x.ld()),
             int(onto.map_or(0, Array::ld)),
             int(y.ld()),
-            double.map_or(0, |double| double.shift as i32)
+            double.map_or(0, |double| double.shift as i32),
+            int(double.map_or(1, |double| double.section / TILE))
         ],
     );
 }
