@@ -3,6 +3,9 @@
 //! This is a separate binary that reports "not run" without a GPU instead of passing. `REKINDLE_REQUIRE_CUDA=1` makes
 //! that a failure. An argument selects the checks whose names contain it.
 
+#[path = "cuda/blocks.rs"]
+mod blocks;
+
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -26,9 +29,10 @@ const ADAPTER: &str = "adapter_model.safetensors";
 
 type Check = fn(&Device);
 
-const CHECKS: [(&str, Check); 17] = [
+const CHECKS: [(&str, Check); 18] = [
     ("losses of every model", losses),
     ("losses over quantized weights", losses_over_quantized_weights),
+    ("blocks of GGUF files are decoded", blocks::decoding),
     ("losses of every LoRA option", losses_of_options),
     ("starts from the weights", starts),
     ("adapters by name", adapters_by_name),

@@ -65,5 +65,5 @@ pub use nvrtc::{Arch, Usage};
 pub use pinned::{PinnedBuffer, Ticket};
 pub use profile::ProfileEntry;
 pub(crate) use sources::entry;
-pub use sources::{Defines, Entry, SOURCES, Source};
+pub use sources::{BLOCK_FORMATS, Defines, Entry, SOURCES, Source};
 pub use tensor_map::TensorMap;

@@ -66,6 +66,7 @@ sources! {
     "dequant.cu" with any_dtype, [
         "dequant_4bit", "dequant_4bit_double", "dequant_4bit_stacked", "dequant_int8"
     ];
+    "dequant_blocks.cu" with block_formats, ["dequant_blocks"];
     "dropout.cu" after "philox.cuh" with any_dtype, ["dropout", "neftune"];
     "elementwise.cu" with any_dtype, [
         "cast_bf16", "cast_f16", "cast_f32", "mul",
@@ -109,6 +110,22 @@ sources! {
     "sample.cu" with with_softcap_and_without, ["sample"];
     "stochastic.cu" after "philox.cuh" with any_dtype, ["store_4bit", "store_bf16", "store_int8"];
 }
+
+/// The block formats that `dequant_blocks.cu` decodes: the name, and the elements and bytes of a block.
+pub const BLOCK_FORMATS: [(&str, usize, usize); 12] = [
+    ("Q8_0", 32, 34),
+    ("Q4_0", 32, 18),
+    ("Q4_1", 32, 20),
+    ("Q5_0", 32, 22),
+    ("Q5_1", 32, 24),
+    ("Q2_K", 256, 84),
+    ("Q3_K", 256, 110),
+    ("Q4_K", 256, 144),
+    ("Q5_K", 256, 176),
+    ("Q6_K", 256, 210),
+    ("IQ4_NL", 32, 18),
+    ("MXFP4", 32, 17),
+];
 
 /// An entry point of a kernel file. A name that the file does not list does not compile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,6 +205,10 @@ fn with_softcap_and_without(arch: Arch) -> Vec<Defines> {
 fn any_dtype_with(arch: Arch, name: &'static str, values: &[&'static str]) -> Vec<Defines> {
     let with = |&value| any_dtype(arch).into_iter().map(move |defines| [defines, vec![(name, value)]].concat());
     values.iter().flat_map(with).collect()
+}
+
+fn block_formats(arch: Arch) -> Vec<Defines> {
+    any_dtype_with(arch, "FORMAT", &BLOCK_FORMATS.map(|(name, ..)| name))
 }
 
 /// The dtypes of 16 bits with these values of a definition.

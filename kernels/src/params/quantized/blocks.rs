@@ -7,6 +7,7 @@ use burn::tensor::{DType, Tensor as BurnTensor};
 
 use super::{QuantizedData, QuantizedFormat, cpu};
 use crate::Device;
+use crate::runtime::BLOCK_FORMATS;
 
 /// A format of blocks that another crate defines.
 #[derive(Clone, Copy)]
@@ -19,6 +20,13 @@ pub struct BlockCodec {
     pub bytes: usize,
     /// Decodes whole blocks into as many elements.
     pub decode: fn(&[u8], &mut [f32]),
+}
+
+impl BlockCodec {
+    /// Returns true if CUDA has a kernel that decodes these blocks.
+    pub fn has_cuda_decoder(&self) -> bool {
+        BLOCK_FORMATS.contains(&(self.name, self.elements, self.bytes))
+    }
 }
 
 impl fmt::Debug for BlockCodec {

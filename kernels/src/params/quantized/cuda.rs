@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use super::{Absmax, QuantizedData, QuantizedFormat};
+use super::{Absmax, BlockCodec, QuantizedData, QuantizedFormat};
 use crate::params::stochastic::RoundingRng;
 use crate::runtime::op::{blocks, check_dims, int, kernel};
 use crate::runtime::{Array, Buffer, Cuda, CudaError, DType, MemoryUse, args, entry};
 
-/// Groups of eight values that one block of the decoders takes.
+/// Groups of eight values that a thread block of `dequant.cu` decodes, and one of `dequant_blocks.cu`.
 const GROUPS: usize = 512;
+const BLOCK_GROUPS: usize = 1024;
 
 /// Rows that a block of the kernel for a few rows of x takes at a time.
 pub(crate) const TILE: usize = 16;
@@ -17,8 +18,9 @@ pub(crate) const TILE: usize = 16;
 #[derive(Clone, Debug)]
 pub(crate) struct QuantizedArray {
     dims: [usize; 2],
+    /// Codes, or blocks.
     codes: Bytes,
-    /// f32 scales, or the codes of scales.
+    /// f32 scales, or the codes of scales; empty for blocks.
     scales: Bytes,
     format: Format,
 }
@@ -32,6 +34,7 @@ enum Format {
         double: Option<Double>,
     },
     Int8,
+    Blocks(BlockCodec),
 }
 
 /// The addresses that a kernel reads 4-bit blocks of 64 values by.
@@ -152,8 +155,12 @@ impl QuantizedArray {
                 let format = Format::FourBit { table: floats(table), block_shift: blocksize.ilog2(), double };
                 (uploaded(codes), scales, format)
             }
-            // A model that keeps them is refused when it is loaded.
-            QuantizedFormat::Blocks { codec, .. } => panic!("CUDA has no decoder for blocks of {}", codec.name),
+            QuantizedFormat::Blocks { bytes, codec } => {
+                assert!(codec.has_cuda_decoder(), "CUDA has no decoder for blocks of {}", codec.name);
+                let stored = uploaded(bytes);
+                let none = stored.part(0, 0);
+                (stored, none, Format::Blocks(*codec))
+            }
             QuantizedFormat::Int8 { codes, scales, .. } => {
                 let placed = cuda.alloc(codes.len(), MemoryUse::QuantizedWeights);
                 if !cuda.is_planned() {
@@ -202,14 +209,14 @@ impl QuantizedArray {
     fn double(&self) -> Option<&Double> {
         match &self.format {
             Format::FourBit { double, .. } => double.as_ref(),
-            Format::Int8 => None,
+            Format::Int8 | Format::Blocks(_) => None,
         }
     }
 
     fn double_mut(&mut self) -> Option<&mut Double> {
         match &mut self.format {
             Format::FourBit { double, .. } => double.as_mut(),
-            Format::Int8 => None,
+            Format::Int8 | Format::Blocks(_) => None,
         }
     }
 
@@ -261,52 +268,90 @@ impl QuantizedArray {
         self.codes.download()
     }
 
-    /// The scales as they are now, after waiting for everything queued so far; none where they are in codes.
+    /// Returns the current scales, after waiting for everything queued so far; `None` where they are quantized or part of
+    /// blocks.
     ///
     /// # Errors
     /// The first error of the device since the last one that was taken.
     pub(crate) fn download_scales(&self) -> Result<Option<Vec<f32>>, CudaError> {
-        if self.double().is_some() {
+        if self.double().is_some() || matches!(self.format, Format::Blocks(_)) {
             return Ok(None);
         }
         let bytes = self.scales.download()?;
         Ok(Some(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()))
     }
 
-    /// The whole matrix, in `scratch` if it is given.
+    /// Decodes the whole matrix, into `scratch` if it is given.
     pub(crate) fn decode(&self, dtype: DType, scratch: Option<Array>) -> Array {
-        let (cuda, [rows, cols]) = (self.cuda(), self.dims);
-        let w = scratch.unwrap_or_else(|| Array::empty(cuda, self.dims, dtype, MemoryUse::DecodedWeights));
+        let w = scratch.unwrap_or_else(|| Array::empty(self.cuda(), self.dims, dtype, MemoryUse::DecodedWeights));
         check_dims("the scratch", &w, self.dims);
-        assert!(w.dtype() == dtype && w.is_aligned(), "scratch is of {} and begins at 16 bytes", dtype.name());
-        let grid = [blocks((rows * cols.div_ceil(8)).div_ceil(GROUPS)), 1, 1];
-        let (codes, scales) = (self.codes.ptr(), self.scales.ptr());
+        assert!(w.dtype() == dtype, "scratch is of {}", dtype.name());
+        self.decode_rows(0, &w);
+        w
+    }
+
+    /// Returns true if decoding can begin at each multiple of `rows`: blocks begin there, and so do the nested blocks of
+    /// their scales.
+    pub(crate) fn splits_at(&self, rows: usize) -> bool {
+        let elements = rows * self.dims[1];
+        match &self.format {
+            Format::FourBit { block_shift, double, .. } => {
+                let blocks = elements >> block_shift;
+                let divides = |Double { shift, offsets, section, .. }: &Double| {
+                    let has_one_offset = offsets.len == size_of::<f32>();
+                    blocks.is_multiple_of(1 << shift) && (has_one_offset || blocks.is_multiple_of(*section))
+                };
+                elements.is_multiple_of(1 << block_shift) && double.as_ref().is_none_or(divides)
+            }
+            // Kernels load up to 16 bytes at a time.
+            Format::Int8 => elements.is_multiple_of(16),
+            Format::Blocks(codec) => (elements / codec.elements * codec.bytes).is_multiple_of(16),
+        }
+    }
+
+    /// Decodes the rows from `first` on into `w`, as many as it has.
+    ///
+    /// # Panics
+    /// If `w` is not aligned or not as wide as the matrix, or no block begins at the row.
+    pub(crate) fn decode_rows(&self, first: usize, w: &Array) {
+        let (cuda, rows, cols, dtype) = (self.cuda(), w.rows(), self.dims[1], w.dtype());
+        assert!(first + rows <= self.dims[0] && w.cols() == cols, "rows {first}.. of {:?}", self.dims);
+        assert!(w.is_aligned(), "scratch begins at 16 bytes");
+        assert!(first == 0 || self.splits_at(first), "no block begins at row {first} of {:?}", self.dims);
+        let element = first * cols;
         let [out, width, ld] = [int(rows), int(cols), int(w.ld())];
+        let grid = |groups| [blocks((rows * cols.div_ceil(8)).div_ceil(groups)), 1, 1];
+        let after = |bytes: &Bytes, first: usize| bytes.ptr() + first as u64;
         match &self.format {
             Format::FourBit { table, block_shift, double: None } => {
+                let scales = after(&self.scales, 4 * (element >> block_shift));
+                let codes = after(&self.codes, element / 2);
                 kernel(cuda, entry!("dequant.cu", "dequant_4bit"), dtype).launch(
-                    grid,
+                    grid(GROUPS),
                     [256, 1, 1],
                     0,
                     args![codes, scales, table.ptr(), w.ptr(), out, width, ld, *block_shift],
                 );
             }
             Format::FourBit { table, block_shift, double: Some(Double { map, nested, shift, offsets, section }) } => {
-                let entry = if offsets.len > size_of::<f32>() {
-                    entry!("dequant.cu", "dequant_4bit_stacked")
+                let block = element >> block_shift;
+                let (codes, scales) = (after(&self.codes, element / 2), after(&self.scales, block));
+                let nested = after(nested, 4 * (block >> shift));
+                let (entry, offset) = if offsets.len > size_of::<f32>() {
+                    (entry!("dequant.cu", "dequant_4bit_stacked"), 4 * (block / section))
                 } else {
-                    entry!("dequant.cu", "dequant_4bit_double")
+                    (entry!("dequant.cu", "dequant_4bit_double"), 0)
                 };
                 kernel(cuda, entry, dtype).launch(
-                    grid,
+                    grid(GROUPS),
                     [256, 1, 1],
                     0,
                     args![
                         codes,
                         scales,
                         map.ptr(),
-                        nested.ptr(),
-                        offsets.ptr(),
+                        nested,
+                        after(offsets, offset),
                         table.ptr(),
                         w.ptr(),
                         out,
@@ -319,15 +364,25 @@ impl QuantizedArray {
                 );
             }
             Format::Int8 => {
+                let (codes, scales) = (after(&self.codes, element), after(&self.scales, 4 * first));
                 kernel(cuda, entry!("dequant.cu", "dequant_int8"), dtype).launch(
-                    grid,
+                    grid(GROUPS),
                     [256, 1, 1],
                     0,
                     args![codes, scales, w.ptr(), out, width, ld],
                 );
             }
+            Format::Blocks(codec) => {
+                let stored = after(&self.codes, element / codec.elements * codec.bytes);
+                let defines = [("T", dtype.name()), ("FORMAT", codec.name)];
+                cuda.kernel(entry!("dequant_blocks.cu", "dequant_blocks"), &defines).launch(
+                    grid(BLOCK_GROUPS),
+                    [256, 1, 1],
+                    0,
+                    args![stored, w.ptr(), out, width, ld],
+                );
+            }
         }
-        w
     }
 
     /// Replaces all values by `values`, f32 with nothing between the rows; scales follow from them.
@@ -351,6 +406,7 @@ impl QuantizedArray {
                 );
             }
             Format::FourBit { .. } => panic!("scales in codes cannot follow values that change"),
+            Format::Blocks(codec) => panic!("blocks of {} are only decoded", codec.name),
             Format::Int8 => {
                 assert!(cols.is_multiple_of(4), "rows of {cols} codes; the kernel takes whole words");
                 kernel(cuda, entry!("stochastic.cu", "store_int8"), DType::F32).launch(

@@ -1,7 +1,7 @@
 //! Frozen weights kept as codes: the codes are the only copy that stays. Products decode a few rows at a time, on CUDA the
 //! whole weight into scratch memory that the next product takes over.
 //!
-//! Two families of codes, which between them cover bitsandbytes' weights:
+//! Two families of codes, which between them cover bitsandbytes' weights, and the blocks of other crates:
 //!
 //! - [`QuantizedFormat::FourBit`]: value = table\[code\] · absmax of the code's block; blocks run over the flattened matrix,
 //!   two codes lie in a byte, the even element in the high nibble. absmax itself may be coded in 8 bits:
@@ -9,8 +9,9 @@
 //!   from several has an offset for each.
 //! - [`QuantizedFormat::Int8`]: value = (code · scale of the row) · factor.
 //!
-//! [`QuantizedFormat::Blocks`] is for the block formats of other crates, such as those of GGUF files. They are decoded on the
-//! CPU by a function of that crate; other devices of Burn get decoded rows, and CUDA has no kernel for them.
+//! [`QuantizedFormat::Blocks`] is for the block formats of other crates, such as those of GGUF files. A function of that crate
+//! decodes them on the CPU, and other devices of Burn get decoded rows. On CUDA, `cu/dequant_blocks.cu` decodes those that
+//! [`BlockCodec::has_cuda_decoder`] names, to the same f32 values.
 //!
 //! `rekindle-quant` decides what the tables hold.
 //!
