@@ -309,6 +309,9 @@ pub(crate) struct QuantArgs {
     /// Quantize the linears to LLM.int8() while loading
     #[arg(long = "load-in-8bit")]
     pub(crate) load_in_8bit: bool,
+    /// Decode the linears of a GGUF file while loading, instead of keeping their blocks
+    #[arg(long = "load-in-16bit")]
+    pub(crate) load_in_16bit: bool,
     /// The 4-bit data type, nf4 or fp4 [default: nf4]
     #[arg(long, value_name = "TYPE")]
     pub(crate) quant_type: Option<String>,
@@ -334,6 +337,7 @@ impl LoadArgs {
             dtype: self.dtype,
             load_in_4bit: self.quant.load_in_4bit,
             load_in_8bit: self.quant.load_in_8bit,
+            load_in_16bit: self.quant.load_in_16bit,
             quant_type: self.quant.quant_type.clone(),
             blocksize: self.quant.blocksize,
             double_quant: self.quant.double_quant,

@@ -151,7 +151,8 @@ impl<'a> Loader<'a> {
         self
     }
 
-    /// If true, all weights are dense, in [`dtype`](Self::dtype), and a quantized checkpoint is refused. Default false.
+    /// If true, all weights are dense, in [`dtype`](Self::dtype): the linears of a GGUF file are decoded while loading, and
+    /// a quantized checkpoint is refused. Default false.
     pub fn load_in_16bit(mut self, load_in_16bit: bool) -> Self {
         self.args.load_in_16bit = load_in_16bit;
         self

@@ -34,6 +34,8 @@ fn a_gguf_file_is_a_base_in_every_command() {
     let (stored, read, quantized) = (loss(&base, ""), loss(&exact, ""), loss(&small, ""));
     assert_eq!(stored, read);
     assert!((stored - quantized).abs() < 2e-2, "{stored} {quantized}");
+    // Decoding while loading does not change the values.
+    assert!((quantized - loss(&small, " --load-in-16bit")).abs() < 1e-5);
 
     let ask = |model: &str| {
         let line = format!("generate --device cpu --json --model {model} --chat whale --max-new-tokens 8");

@@ -11,6 +11,7 @@ fn arguments_that_contradict_are_2() {
     let line = format!("eval --device cpu --model {} --data {}", model.display(), rows.display());
     for (flags, parts) in [
         ("--load-in-4bit --load-in-8bit", ["load_in_4bit and load_in_8bit", "exclude each other"]),
+        ("--load-in-4bit --load-in-16bit", ["load_in_4bit and load_in_16bit", "exclude each other"]),
         ("--quant-type fp4", ["quant_type", "apply only with load_in_4bit"]),
         ("--load-in-8bit --blocksize 64", ["blocksize", "apply only with load_in_4bit"]),
         ("--load-in-4bit --blocksize 48", ["blocksize 48", "64, 128"]),
@@ -37,6 +38,7 @@ fn a_quantized_checkpoint_loads_as_it_is_or_not_at_all() {
     let rows = golden("qwen3-tied/rows.jsonl");
     for (flags, asked) in [
         ("--load-in-8bit", "load_in_8bit"),
+        ("--load-in-16bit", "load_in_16bit"),
         ("--load-in-4bit --quant-type fp4", "quant_type \"fp4\""),
         ("--load-in-4bit --double-quant false", "double_quant = false"),
         ("--load-in-4bit --skip-modules v_proj", "skip_modules"),

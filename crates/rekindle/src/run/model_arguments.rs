@@ -32,7 +32,7 @@ pub struct ModelArguments {
     /// If true, linears are quantized to LLM.int8() while loading. Default false.
     #[serde(skip_serializing_if = "is_false")]
     pub load_in_8bit: bool,
-    /// If true, a quantized checkpoint is refused. Default false.
+    /// If true, the linears of a GGUF file are decoded while loading, and a quantized checkpoint is refused. Default false.
     #[serde(skip_serializing_if = "is_false")]
     pub load_in_16bit: bool,
     /// The 4-bit data type, `nf4` or `fp4`. Default `nf4`.
