@@ -6,7 +6,7 @@ use std::path::Path;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rekindle_hub::{DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, write_atomic, write_f32, write_sharded};
-use rekindle_models::ModelConfig;
+use rekindle_models::{ModelConfig, ParameterSpec};
 use serde_json::Value;
 
 /// Writes `config.json` and weights into the existing directory `dir`: norms are 1, biases 0, and matrices normally
@@ -31,14 +31,23 @@ pub(crate) fn write(dir: &Path, config: &Value, seed: u64) -> Result<(), Box<dyn
     Ok(())
 }
 
-/// Writes `config.json` and 16-bit weights for a model of any size at the speed of the disk. Matrices are slices of one
-/// table of normal numbers, which does not affect the time and memory of their readers.
+/// Writes `config.json` and 16-bit weights for a model of any size at the speed of the disk, with experts in MXFP4 if the
+/// configuration says so. Matrices are slices of one table of normal numbers, which does not affect the time and memory of
+/// their readers.
 pub(crate) fn write_bf16(dir: &Path, config: &Value, seed: u64) -> Result<(), Box<dyn Error>> {
     const TABLE: usize = 1 << 22;
     let model = ModelConfig::from_json(config).map_err(|problems| problems.join("; "))?;
     write_atomic(&dir.join("config.json"), format!("{config:#}\n").as_bytes())?;
-    let tensors: Vec<_> =
-        model.parameters().into_iter().map(|tensor| TensorSpec::new(tensor.name, Dtype::BF16, tensor.shape)).collect();
+    let has_mxfp4 = config["quantization_config"]["quant_method"] == "mxfp4";
+    let stored = |tensor: ParameterSpec| match tensor.shape[..] {
+        [out, input] if has_mxfp4 && tensor.role.expert().is_some() => {
+            let blocks = TensorSpec::new(format!("{}_blocks", tensor.name), Dtype::U8, vec![out, input / 32, 16]);
+            let scales = TensorSpec::new(format!("{}_scales", tensor.name), Dtype::U8, vec![out, input / 32]);
+            vec![blocks, scales]
+        }
+        _ => vec![TensorSpec::new(tensor.name, Dtype::BF16, tensor.shape)],
+    };
+    let tensors: Vec<_> = model.parameters().into_iter().flat_map(stored).collect();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let values: Vec<f32> = (0..TABLE).map(|_| 0.02 * normal(&mut rng)).collect();
     let mut table = Vec::with_capacity(2 * TABLE);
@@ -50,8 +59,13 @@ pub(crate) fn write_bf16(dir: &Path, config: &Value, seed: u64) -> Result<(), Bo
         if tensor.shape.len() == 1 {
             return write_f32(out, Dtype::BF16, &vec![1.0; elements]);
         }
+        if tensor.name.ends_with("_scales") {
+            // 2⁻⁷: values up to 6 · 2⁻⁷.
+            return out.write_all(&vec![120; elements]);
+        }
+        let bytes = if tensor.dtype == Dtype::U8 { elements } else { 2 * elements };
         // Starts anywhere in the table and wraps around.
-        let (mut at, mut left) = (2 * rng.random_range(0..TABLE), 2 * elements);
+        let (mut at, mut left) = (2 * rng.random_range(0..TABLE), bytes);
         while left > 0 {
             let piece = left.min(table.len() - at);
             out.write_all(&table[at..at + piece])?;

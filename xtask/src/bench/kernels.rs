@@ -10,11 +10,11 @@ use rekindle_kernels::gated_activation::{self, Activation};
 use rekindle_kernels::grouped::{self, GroupedRows};
 use rekindle_kernels::linear_cross_entropy::{self, LmHead, TokenWeights};
 use rekindle_kernels::optimizer::{self, Clip, OptimizerState, StateFormat, UpdateRule, UpdateStep};
-use rekindle_kernels::quantized::{Absmax, QuantizedData, QuantizedFormat};
+use rekindle_kernels::quantized::{Absmax, BlockCodec, QuantizedData, QuantizedFormat};
 use rekindle_kernels::rms_norm::{self, Gain, GainEps};
 use rekindle_kernels::rope::{self, HeadNorm, RopeTables, Rotation};
 use rekindle_kernels::routing::{self, Dispatch, RoutingForm};
-use rekindle_kernels::runtime::Cuda;
+use rekindle_kernels::runtime::{BLOCK_FORMATS, Cuda};
 use rekindle_kernels::{
     DType, Device, ParamsBuilder, QuantizedWeight, Tensor, from_f32, from_le_bytes, matmul, parse_device,
 };
@@ -216,6 +216,15 @@ impl Bench<'_> {
             let bytes = (codes + scales + 2 * INTERMEDIATE * HIDDEN) as f64;
             self.time(rows, kind.name(), Work::Bytes(bytes), "dequant", || {
                 packed.decode(DType::BF16);
+            })?;
+        }
+        for (name, elements, bytes) in BLOCK_FORMATS {
+            let codec = BlockCodec { name, elements, bytes, decode: |_, _| unreachable!("decoded on the device") };
+            let data = QuantizedData::block_zeros([INTERMEDIATE, HIDDEN], codec);
+            let stored = QuantizedWeight::new(data, self.device);
+            let bytes = (stored.bytes().0 + 2 * INTERMEDIATE * HIDDEN) as f64;
+            self.time(rows, format!("decode {name}"), Work::Bytes(bytes), "dequant", || {
+                stored.decode(DType::BF16);
             })?;
         }
         let large = self.noise(7, [8 * TOKENS, 16 * 1024]);

@@ -20,6 +20,9 @@ pub(crate) enum Shape {
     /// All layers of Qwen3-30B-A3B.
     #[value(name = "qwen3-30b-a3b")]
     Qwen3_30bA3b,
+    /// With experts in MXFP4.
+    #[value(name = "gpt-oss-20b")]
+    GptOss20b,
 }
 
 impl Shape {
@@ -59,6 +62,33 @@ impl Shape {
             ),
             Self::Qwen3_30bA3b12 => qwen3_moe(12),
             Self::Qwen3_30bA3b => qwen3_moe(48),
+            Self::GptOss20b => with(
+                qwen3(2880, 2880, 24, 64),
+                json!({
+                    "architectures": ["GptOssForCausalLM"],
+                    "model_type": "gpt_oss",
+                    "head_dim": 64,
+                    "attention_bias": true,
+                    "vocab_size": 201_088,
+                    "rms_norm_eps": 1e-5,
+                    "rope_theta": 1.5e5,
+                    "max_position_embeddings": 131_072,
+                    "rope_scaling": {
+                        "rope_type": "yarn",
+                        "factor": 32.0,
+                        "beta_fast": 32.0,
+                        "beta_slow": 1.0,
+                        "original_max_position_embeddings": 4096,
+                        "truncate": false
+                    },
+                    "sliding_window": 128,
+                    "num_local_experts": 32,
+                    "num_experts_per_tok": 4,
+                    "swiglu_limit": 7.0,
+                    "tie_word_embeddings": false,
+                    "quantization_config": {"quant_method": "mxfp4"}
+                }),
+            ),
         }
     }
 }
