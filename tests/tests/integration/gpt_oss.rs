@@ -57,9 +57,36 @@ fn experts_in_mxfp4_have_the_losses_of_transformers() {
         let batch = golden.packed();
         assert_nll(what, &batch, &nll(&model, &batch), &expected);
     }
-    // A run file that asks for 4 bits takes them as they are.
-    let as_asked = golden.load_with(|options| options.load_in = Some(LoadIn::FourBit(None)));
-    assert_eq!(nll(&as_asked, &golden.packed()), nll(&golden.load(), &golden.packed()));
+}
+
+/// `load_in_4bit` leaves the experts as they are and quantizes attention beside them, which files have in 16 bits.
+#[test]
+fn attention_can_be_quantized_beside_mxfp4() {
+    let golden = mxfp4();
+    let load_in = Some(LoadIn::FourBit(None));
+    let options = LoadOptions { load_in, ..LoadOptions::new(Device::cpu(), DType::F32, 128) };
+    let model =
+        CausalLm::load(&Checkpoint::open(&golden.dir).expect("a golden"), &options, &mut |_| ()).expect("it loads");
+    let codes = |model: &CausalLm| model.memory_report().line(MemoryClass::PackedCodes).expect("the experts").weights;
+    // Queries, keys, values and output of both layers; routers and the head stay dense.
+    assert_eq!(codes(&model) - codes(&golden.load()), 2 * (2 * 64 * 64 + 2 * 32 * 64));
+    let json = read_json(&golden.dir.join("config.json"));
+    let options = LoadOptions { device: Device::meta(), ..options };
+    let planned = CausalLm::on_meta(&json, &golden.dir, &options).expect("it is planned");
+    assert_eq!(planned.memory_report(), model.memory_report());
+
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    model.save(dir.path(), Dtype::F32).expect("the disk has room");
+    for ((name, dtype, shape, bytes), (_, dtype_before, shape_before, before)) in
+        stored(dir.path()).into_iter().zip(stored(&golden.dir))
+    {
+        assert_eq!((dtype, shape), (dtype_before, shape_before), "{name}");
+        let is_rounded = name.contains("_proj.weight") && name.contains("self_attn");
+        assert_eq!(bytes != before, is_rounded, "{name}");
+    }
+    let [want, got] =
+        [model, load(dir.path()).expect("it was just written")].map(|model| nll(&model, &golden.packed()));
+    assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 2e-5 * b.abs().max(1.0)));
 }
 
 #[test]

@@ -47,8 +47,9 @@ impl LoadIn {
     /// Returns the part of this request that a checkpoint in the format `stored` does not satisfy.
     fn conflict(self, stored: QuantFormat) -> Option<String> {
         match (self, stored) {
-            (Self::FourBit(None), QuantFormat::FourBit(_) | QuantFormat::Mxfp4)
-            | (Self::EightBit, QuantFormat::Int8) => None,
+            (Self::FourBit(None), QuantFormat::FourBit(_)) | (Self::EightBit, QuantFormat::Int8) => None,
+            // The linears beside the experts can be quantized.
+            (Self::FourBit(_), QuantFormat::Mxfp4) => None,
             // Each weight says its own block size.
             (Self::FourBit(Some(asked)), QuantFormat::FourBit(stored)) => {
                 let differs = (asked.quant_type, asked.double_quant) != (stored.quant_type, stored.double_quant);
@@ -106,6 +107,8 @@ pub(crate) struct LinearFormat {
     format: QuantFormat,
     /// True if the checkpoint itself is quantized.
     is_stored: bool,
+    /// The format of the linears that a checkpoint has in 16 bits beside experts in MXFP4; `None` if they stay dense.
+    beside: Option<(QuantizationConfig, QuantFormat)>,
 }
 
 impl LinearFormat {
@@ -137,7 +140,7 @@ impl LinearFormat {
                 };
             };
             let config = QuantizationConfig::new(format, compute_dtype(json), dense);
-            return Ok(Some(Self { config, format, is_stored: false }));
+            return Ok(Some(Self { config, format, is_stored: false, beside: None }));
         };
         let config = QuantizationConfig::parse(stored).map_err(|error| Error::Config {
             path: path.join("config.json"),
@@ -152,14 +155,22 @@ impl LinearFormat {
                 path.display()
             )));
         }
-        // In MXFP4 are the experts alone, whose format has no settings.
-        let format = asked.filter(|_| found != QuantFormat::Mxfp4).unwrap_or(found);
-        Ok(Some(Self { config, format, is_stored: true }))
+        if found == QuantFormat::Mxfp4 {
+            let beside = asked.map(|format| (QuantizationConfig::new(format, compute_dtype(json), dense), format));
+            return Ok(Some(Self { config, format: found, is_stored: true, beside }));
+        }
+        Ok(Some(Self { config, format: asked.unwrap_or(found), is_stored: true, beside: None }))
     }
 
     /// Returns the format of the linear `module`; `None` if it stays dense.
     pub(crate) fn of_module(&self, module: &str) -> Option<QuantFormat> {
-        (!self.config.skips(module)).then_some(self.format)
+        if self.config.skips(module) { self.beside_experts(module) } else { Some(self.format) }
+    }
+
+    /// Returns the format to which the linear `module` is quantized beside experts in MXFP4.
+    fn beside_experts(&self, module: &str) -> Option<QuantFormat> {
+        let (config, format) = self.beside.as_ref()?;
+        (self.config.skips(module) && !config.skips(module)).then_some(*format)
     }
 }
 
@@ -214,10 +225,8 @@ impl QuantizationPlan {
     ) -> Result<Option<StoredWeight>, Error> {
         let fail = |problem: String| Error::Tensors { path: checkpoint.path().to_owned(), problems: vec![problem] };
         let failed = |error: rekindle_quant::Error| fail(format!("tensor \"{name}\": {error}"));
-        if self.linears.is_stored {
-            if !self.is_stored(name) {
-                return Ok(None);
-            }
+        let module = name.strip_suffix(".weight").unwrap_or(name);
+        if self.is_stored(name) {
             let find = |key: &str| checkpoint.get(key).map(|view| raw(&view));
             let weight = StoredWeight::read(name, find).map_err(failed)?;
             let weight = weight.ok_or_else(|| fail(format!("tensor \"{name}\" has scales but no quantized data")))?;
@@ -228,7 +237,8 @@ impl QuantizationPlan {
                      {shape:?}"
                 )));
             }
-            let blocksizes = weight.format().blocksize().zip(self.asked.and_then(QuantFormat::blocksize));
+            let asked = self.asked.filter(|_| self.linears.beside.is_none());
+            let blocksizes = weight.format().blocksize().zip(asked.and_then(QuantFormat::blocksize));
             if let Some((found, asked)) = blocksizes.filter(|(found, asked)| found != asked) {
                 return Err(Error::Argument(format!(
                     "tensor \"{name}\" has blocks of {}, but blocksize is {}; remove the 4-bit format to load the \
@@ -239,9 +249,9 @@ impl QuantizationPlan {
             }
             return Ok(Some(weight));
         }
-        let Some(format) = self.linears.of_module(name.strip_suffix(".weight").unwrap_or(name)) else {
-            return Ok(None);
-        };
+        let format =
+            if self.linears.is_stored { self.linears.beside_experts(module) } else { self.linears.of_module(module) };
+        let Some(format) = format else { return Ok(None) };
         let view = checkpoint.get(name).expect("every needed tensor was checked to be there");
         check_view(&view)?;
         if matches!(view.dtype, Dtype::Blocks(_)) {

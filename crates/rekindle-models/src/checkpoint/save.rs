@@ -30,11 +30,11 @@ impl CausalLm {
         let (mut last, mut read) = (LastQuantized::default(), ReadWeights::default());
         let kept = KeptTensors::of(&self.provenance.path, &self.config)?;
         writer::write_tensors(dir, &kept, self.files(dtype)?, |source, spec, out| match self.weight(source).weight {
-            Weight::Quantized(_) if self.provenance.quantization.is_some() => {
+            Weight::Quantized(_) if self.keeps_codes(source) => {
                 let stored = last.of(&source.name, || self.stored(source, &mut read)).map_err(std::io::Error::other)?;
                 writer::write_quantized(&source.name, stored, spec, out)
             }
-            // Blocks of a GGUF file are written as what they decode to.
+            // Blocks of a GGUF file are written as what they decode to, and so are linears quantized beside MXFP4.
             _ => {
                 let values = stored_order(read.values(self, source.role), &self.config, source.role);
                 write_f32(out, spec.dtype, &values)
@@ -56,8 +56,7 @@ impl CausalLm {
     fn files(&self, dtype: Dtype) -> Result<Vec<CheckpointTensor<ParameterSpec>>, Error> {
         let (mut list, mut read) = (Vec::new(), ReadWeights::default());
         for source in self.config.parameters() {
-            let is_stored = self.provenance.quantization.is_some();
-            if is_stored && matches!(self.weight(&source).weight, Weight::Quantized(_)) {
+            if matches!(self.weight(&source).weight, Weight::Quantized(_)) && self.keeps_codes(&source) {
                 // MXFP4 has no other layout than the tensors of all experts.
                 let source = if self.is_mxfp4(&source) { self.config.stacked_parameter(source) } else { Some(source) };
                 let Some(source) = source else { continue };
@@ -95,6 +94,13 @@ impl CausalLm {
             }
             (weight, _) => Ok(weight),
         }
+    }
+
+    /// Returns true if a quantized weight is written as codes: files with experts in MXFP4 have no other ones.
+    fn keeps_codes(&self, parameter: &ParameterSpec) -> bool {
+        let quantization = self.provenance.quantization.as_ref();
+        quantization
+            .is_some_and(|quantization| quantization.config.format() != QuantFormat::Mxfp4 || self.is_mxfp4(parameter))
     }
 
     fn is_mxfp4(&self, parameter: &ParameterSpec) -> bool {
