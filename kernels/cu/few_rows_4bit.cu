@@ -12,7 +12,8 @@
 // or null, y [m, n] of T (bf16 or f16) with row strides in elements; y may be onto. n a multiple of 16, k of 64; x and
 // packed 16-byte aligned, ldx a multiple of 8.
 //
-// packed and scales are read while the kernel before this one still runs, which must not write them.
+// packed and scales are read while the kernel before this one still runs, which must not write them. With one group the next
+// kernel begins at once, too; with more, its blocks would take the place of blocks that compute.
 //
 // GROUPS 1 with WARPS 10, or GROUPS 2 or 4 with WARPS 8, m <= 8·GROUPS; DOUBLE 0 or 1. Launch: grid BLOCKS for each SM, at
 // most n / 16, block 32·WARPS, dynamic shared memory 65,536 + 512·WARPS·GROUPS.
@@ -20,8 +21,9 @@
 //     nested_shift, section)
 //
 // The linears of the 36 blocks of Qwen3-4B (2.0 GB of NF4, double quantization; 0.46 ms at 4.3 TB/s) on an H200, in a CUDA
-// graph, 2026-11-30: 1 row 1.39 ms, 8 rows 1.56, 16 rows 2.02. The time is that of instructions, about 200 a warp for a pair
-// of scale blocks, and not of memory.
+// graph, 2026-11-30: 1 row 1.38 ms, 8 rows 1.55, 16 rows 2.02; with q, k and v, and gate and up, as one weight each 1 row 1.20,
+// 8 rows 1.37 (1.44 and 1.61 where the next kernel begins at the last tile). The time is that of instructions, about 200 a warp
+// for a pair of scale blocks, and of beginning: a table for each launch.
 //
 // Tried: 8 bytes a thread without the exchange 1.60 ms for 1 row, 5 to 16 warps, 1 to 4 steps ahead.
 // No spills from sm_80 to sm_120.
@@ -94,6 +96,7 @@ few_rows_4bit(const T* x, const u8* __restrict__ packed, const void* __restrict_
         }
     };
 
+    if (GROUPS == 1) let_next_begin();
     Step steps[AHEAD];
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) fetch(steps[a]);
@@ -188,7 +191,7 @@ few_rows_4bit(const T* x, const u8* __restrict__ packed, const void* __restrict_
             for (int r = 0; r < GROUPS; r++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) c[r][e] = 0.0f;
-            if (tile >= tiles) let_next_begin();
+            if (GROUPS > 1 && tile >= tiles) let_next_begin();
             __syncthreads();
             write_tile(sums, current, bias, onto, y, m, n, ldonto, ldy);
             parity ^= 1;

@@ -9,8 +9,8 @@ const MOST: usize = 8;
 /// Rows of W that a block of threads computes.
 const TILE: usize = 16;
 
-/// Columns of the result from which blocks have four warps and not eight: there are then enough blocks.
-const WIDE: usize = 4096;
+/// Columns of the result from which blocks have four warps and not eight: those of a vocabulary.
+const WIDE: usize = 32_768;
 
 /// Returns true if the kernel computes this product, with a result of the operands' dtype.
 pub(super) fn takes(x: &Array, w: &Array, form: Form) -> bool {
