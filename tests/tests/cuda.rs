@@ -5,12 +5,12 @@
 
 #[path = "cuda/blocks.rs"]
 mod blocks;
+#[path = "cuda/engine.rs"]
+mod engine;
 
-use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
-use rekindle_engine::{CacheSize, Engine, EngineConfig, Event, NewToken, Request, SamplingParams};
 use rekindle_kernels::runtime::Cuda;
 use rekindle_kernels::{DType, Device, DeviceKind, open_device};
 use rekindle_lora::{InitLoraWeights, LoraConfig};
@@ -37,7 +37,7 @@ const CHECKS: [(&str, Check); 18] = [
     ("starts from the weights", starts),
     ("adapters by name", adapters_by_name),
     ("greedy generation", generation),
-    ("engine: requests at once, in parts of prompts and recorded steps", engine),
+    ("engine: requests at once, in parts of prompts and recorded steps", engine::requests),
     ("packed rows have the losses of rows alone", packing),
     ("optimizer steps", steps),
     ("optimizer steps in bf16", steps_in_bf16),
@@ -211,59 +211,6 @@ fn generation(device: &Device) {
         let prompt = &golden.rows[0].input_ids[..3];
         let made = |model: CausalLm| model.generate(prompt, &config, |_| true).expect("a valid prompt").0;
         assert_eq!(made(on(device, &golden)), made(golden.load()), "{name}");
-    }
-}
-
-/// Requests that run together have the tokens and log-probabilities that the CPU's engine gives each of them, and draw with
-/// their seeds. Prompts are computed in parts beside single tokens.
-fn engine(device: &Device) {
-    let limits =
-        EngineConfig { max_batch_tokens: 7, max_sequences: 5, cache: CacheSize::Pages(24), ..EngineConfig::default() };
-    for name in MODELS {
-        let golden = Golden::open(name);
-        let requests = || {
-            golden.rows.iter().take(6).enumerate().map(|(index, row)| {
-                let length = row.input_ids.len().min(3 + 11 * index);
-                Request { max_tokens: 9, n: 1 + index % 2, ..Request::new(row.input_ids[..length].to_vec()) }
-            })
-        };
-        let answers = |model: &CausalLm, temperature: f32| {
-            let mut engine = Engine::new(model, limits).expect("valid limits");
-            for request in requests() {
-                let sampling = SamplingParams { temperature, seed: 3, ..SamplingParams::default() };
-                engine.submit(Request { sampling, ..request }).expect("a valid request");
-            }
-            let mut answers = BTreeMap::<_, Vec<NewToken>>::new();
-            while engine.has_work() {
-                for event in engine.step() {
-                    match event {
-                        Event::Token { request, sample, token } => {
-                            answers.entry((request, sample)).or_default().push(token);
-                        }
-                        Event::Failed { error, .. } => panic!("{name}: {error}"),
-                        Event::Prompt { .. } | Event::Finished { .. } => {}
-                    }
-                }
-            }
-            assert_eq!(engine.steps_refusal(), None, "{name}: steps are recorded");
-            assert_eq!(engine.stats().pages_used, 0, "{name}: pages come back");
-            answers
-        };
-        let (on_cpu, on_gpu) = (golden.load(), on(device, &golden));
-        let (want, got) = (answers(&on_cpu, 0.0), answers(&on_gpu, 0.0));
-        assert_eq!(got.len(), want.len(), "{name}");
-        for (got, want) in got.values().flatten().zip(want.values().flatten()) {
-            assert_eq!(got.id, want.id, "{name}");
-            let near = (got.log_prob - want.log_prob).abs() <= 1e-4 * want.log_prob.abs().max(1.0);
-            assert!(near, "{name}: {got:?} is not {want:?}");
-        }
-        let drawn = answers(&on_gpu, 1.0);
-        assert_eq!(drawn, answers(&on_gpu, 1.0), "{name}: seeds reproduce");
-        assert_ne!(drawn, got, "{name}: not greedy");
-        for token in drawn.values().flatten() {
-            let same = (token.sampling_log_prob - token.log_prob).abs() <= 1e-4 * token.log_prob.abs().max(1.0);
-            assert!(same, "{name}: at temperature 1 without filters, {token:?}");
-        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The engine: requests in, events out, one step at a time.
 
+mod ahead;
 mod compute;
 
 use std::collections::{BTreeMap, HashMap};
@@ -8,6 +9,7 @@ use std::sync::Arc;
 use rekindle_kernels::paged_attention::PAGE;
 use rekindle_models::{DecodeStates, DecodeSteps, Sampler};
 
+use self::ahead::StepAhead;
 use crate::pages::Node;
 use crate::request::{AdapterChoice, Event, FinishReason, Request, RequestId, Usage};
 use crate::scheduler::{Part, SampleId, Scheduler};
@@ -27,6 +29,8 @@ pub struct Engine<M> {
     states: Option<DecodeStates>,
     /// Recorded steps for `states` and the weights as they are.
     steps: DecodeSteps,
+    /// A step that the device computes.
+    ahead: Option<StepAhead>,
     sequences: BTreeMap<SampleId, Sequence>,
     /// The beginnings of the chains of pages, by adapter.
     roots: HashMap<Option<String>, Node>,
@@ -102,6 +106,7 @@ impl<M: EngineModel> Engine<M> {
             scheduler: Scheduler::new(config.max_batch_tokens, config.max_sequences, pages),
             states: Some(states),
             steps: DecodeSteps::default(),
+            ahead: None,
             sequences: BTreeMap::new(),
             roots: HashMap::new(),
             events: Vec::new(),
@@ -244,18 +249,30 @@ impl<M: EngineModel> Engine<M> {
 
     /// Computes the next tokens of samples; returns what happened, in order.
     pub fn step(&mut self) -> Vec<Event> {
-        if self.states.is_some() && !self.sequences.is_empty() {
+        if let Some(step) = self.ahead.take().filter(|_| !self.sequences.is_empty()) {
+            self.ahead = self.begin_next(&step);
+            self.end_step(step);
+        } else if self.states.is_some() && !self.sequences.is_empty() {
             let plan = self.scheduler.schedule();
             if let Some(states) = &mut self.states {
                 plan.copies.iter().for_each(|&(from, to)| states.copy_page(from, to));
             }
             self.counts.steps += u64::from(!plan.parts.is_empty());
-            for (adapter, parts) in self.by_adapter(plan.parts) {
+            let groups = self.by_adapter(plan.parts);
+            let is_single = groups.len() == 1;
+            for (adapter, parts) in groups {
                 if let Err(error) = self.prepare(adapter.as_deref()) {
                     self.fail_all(parts.iter().map(|part| part.id), &error);
                     continue;
                 }
-                self.compute(&parts, adapter.is_some());
+                let Some(step) = self.begin_step(&parts, adapter.is_some()) else {
+                    self.compute(&parts, adapter.is_some());
+                    continue;
+                };
+                if is_single {
+                    self.ahead = self.begin_next(&step);
+                }
+                self.end_step(step);
             }
         }
         std::mem::take(&mut self.events)
@@ -360,6 +377,7 @@ impl<M: EngineModel> Engine<M> {
 
     /// Makes running samples wait and forgets what pages hold.
     fn restart(&mut self) {
+        self.ahead = None;
         self.scheduler.restart();
         self.steps = DecodeSteps::default();
     }

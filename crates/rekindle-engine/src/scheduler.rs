@@ -185,6 +185,29 @@ impl Scheduler {
         plan
     }
 
+    /// Returns true if the samples that run could go on before their next tokens are known: no other sample may start.
+    pub(crate) fn can_run_ahead(&self) -> bool {
+        self.waiting.is_empty() || self.running.len() >= self.max_sequences
+    }
+
+    /// Reserves a page for the token after the last known one of each of these samples, whose next tokens are being
+    /// computed. Returns false, with nothing reserved, if there are too few pages.
+    pub(crate) fn reserve_ahead(&mut self, ids: &[SampleId]) -> bool {
+        let needs = |scheduler: &Self, id: &SampleId| {
+            let cached = &scheduler.samples[id];
+            cached.pages.len() * PAGE < cached.tokens.len() + 1
+        };
+        let wanting: Vec<SampleId> = ids.iter().copied().filter(|id| needs(self, id)).collect();
+        if wanting.len() > self.pool.available() {
+            return false;
+        }
+        for id in wanting {
+            let page = self.pool.allocate().expect("enough pages were available");
+            self.samples.get_mut(&id).expect("it runs").pages.push(page);
+        }
+        true
+    }
+
     fn continue_running(&mut self, id: SampleId, budget: &mut usize, plan: &mut StepPlan) {
         let count = self.missing(id).min(*budget);
         if count == 0 {

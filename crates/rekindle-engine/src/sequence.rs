@@ -65,11 +65,19 @@ impl Sequence {
         })
     }
 
-    /// Returns the choice of the next token for the model's device; `None` if it needs the logits on the host.
-    pub(crate) fn draw_on_device(&self) -> Option<Draw> {
+    /// Returns the choice of the token `ahead` tokens after the next one for the model's device; `None` if it needs the
+    /// logits on the host, or if the sample will have ended.
+    pub(crate) fn draw_on_device(&self, ahead: usize) -> Option<Draw> {
         let Settings { min_tokens, stop_ids, top_log_probs, max_tokens, .. } = &*self.settings;
-        let is_limited = self.constraint.is_some() || self.new_tokens < *min_tokens && !stop_ids.is_empty();
-        if is_limited || *top_log_probs > 0 || *max_tokens == 0 { None } else { self.sampler.draw_on_device() }
+        let index = self.new_tokens + ahead;
+        let is_limited = self.constraint.is_some() || index < *min_tokens && !stop_ids.is_empty();
+        let has_ended = index >= *max_tokens;
+        if is_limited || *top_log_probs > 0 || has_ended { None } else { self.sampler.draw_on_device(ahead as u64) }
+    }
+
+    /// Returns true if the next token is the last one whatever it is.
+    pub(crate) fn ends_by_length(&self) -> bool {
+        self.new_tokens + 1 >= self.settings.max_tokens
     }
 
     /// Accepts the token that the device chose.

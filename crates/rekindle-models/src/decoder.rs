@@ -22,7 +22,7 @@ pub use backward::{DecoderBackward, DecoderSaved};
 pub use batch_context::{BatchContext, StepKey};
 pub(crate) use decode::SequenceRows;
 pub use decode::{DecodeBatch, DecodeStates};
-pub use step::DecodeSteps;
+pub use step::{DecodeSteps, PendingStep};
 
 use crate::layers::{Block, Context, FeedForward, LayerBuilder, RmsNorm, WeightSource};
 use crate::parameters::{ExpertStack, Parameter, ParameterSpec, WeightPart};

@@ -1,7 +1,7 @@
 //! Generation with a key/value cache.
 
 use rekindle_kernels::Tensor;
-use rekindle_kernels::decode_step::StepToken;
+use rekindle_kernels::decode_step::{StepId, StepToken};
 
 use crate::sample::{Sampler, SamplingParams, TokenLimits};
 use crate::{CausalLm, DecodeBatch, DecodeStates, DecodeSteps, Error};
@@ -98,15 +98,15 @@ impl CausalLm {
         let mut pending = prompt.to_vec();
         let mut past = 0;
         while new.len() < room {
-            let draw = sampler.draw_on_device().filter(|_| self.has_steps());
+            let draw = sampler.draw_on_device(0).filter(|_| self.has_steps());
             let sampled = match draw {
                 Some(draw) => {
                     let drawn = if past == 0 {
                         let hidden = self.decode_last(&pending, past, &pages, &mut states);
                         self.draw(&hidden, &[draw], true)?
                     } else {
-                        let token = StepToken { id: pending[0], position: past, pages: &pages, draw };
-                        self.next_tokens(&[token], &mut states, &mut steps, true)?
+                        let token = StepToken { id: StepId::Known(pending[0]), position: past, pages: &pages, draw };
+                        self.begin_step(&[token], None, &mut states, &mut steps, true).wait()?
                     };
                     drawn.first().filter(|drawn| drawn.is_finite).map(|drawn| drawn.id)
                 }

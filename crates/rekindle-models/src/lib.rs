@@ -41,7 +41,7 @@ pub use checkpoint::{GgufOptions, GgufTotals, export_gguf, export_gguf_adapter, 
 pub use checkpoint::{LoadIn, LoadOptions, MergeOptions, is_quantized, merge, quantize, stored_quantization};
 pub use config::ModelConfig;
 pub use decoder::{
-    BatchContext, DecodeBatch, DecodeStates, DecodeSteps, Decoder, DecoderBackward, DecoderSaved, StepKey,
+    BatchContext, DecodeBatch, DecodeStates, DecodeSteps, Decoder, DecoderBackward, DecoderSaved, PendingStep, StepKey,
 };
 pub use error::Error;
 pub use generate::{GenerationConfig, StopReason};

@@ -216,11 +216,11 @@ impl Sampler {
         self.draw(&logits).ok_or(Unsampled::NothingAllowed)
     }
 
-    /// Returns the choice of the next token for [`CausalLm::draw`](crate::CausalLm::draw); `None` if penalties or biases change
-    /// its logits. The token that was drawn is given to [`accept`](Self::accept).
-    pub fn draw_on_device(&self) -> Option<Draw> {
+    /// Returns the choice of the next token for [`CausalLm::draw`](crate::CausalLm::draw), or of the token `ahead` tokens after
+    /// it; `None` if penalties or biases change its logits. The token that was drawn is given to [`accept`](Self::accept).
+    pub fn draw_on_device(&self, ahead: u64) -> Option<Draw> {
         let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
-        let uniform = if temperature == 0.0 { 0.0 } else { self.uniform() };
+        let uniform = if temperature == 0.0 { 0.0 } else { self.uniform(self.index + ahead) };
         (!self.params.changes_logits()).then_some(Draw { temperature, top_k, top_p, min_p, uniform })
     }
 
@@ -277,7 +277,7 @@ impl Sampler {
     fn draw(&self, logits: &[f32]) -> Option<Sampled> {
         let mut candidates = self.candidates(logits);
         let total: f64 = candidates.tokens.iter().map(|(_, weight)| weight).sum();
-        let mut left = self.uniform() * total;
+        let mut left = self.uniform(self.index) * total;
         let mut chosen = None;
         for rank in 0..candidates.tokens.len() {
             let (id, weight) = candidates.get(rank);
@@ -290,12 +290,12 @@ impl Sampler {
         chosen
     }
 
-    /// Returns the random number of the next token, in [0, 1).
-    fn uniform(&self) -> f64 {
+    /// Returns the random number of a token by its index, in [0, 1).
+    fn uniform(&self, index: u64) -> f64 {
         let mut rng = ChaCha8Rng::seed_from_u64(self.params.seed);
         rng.set_stream(self.stream);
         // A number takes two words of the stream.
-        rng.set_word_pos(2 * u128::from(self.index));
+        rng.set_word_pos(2 * u128::from(index));
         rng.random()
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::limits::ROW_MULTIPLE;
-use super::{Buffer, Cuda, CudaError, DType, MemoryUse, Operand};
+use super::{Buffer, Cuda, CudaError, DType, MemoryUse, Operand, ReadBack};
 use super::{elementwise, reduce};
 
 /// A row-major matrix on the device, or a view of one; a vector has one row. Cloning gives another handle of the same
@@ -329,6 +329,16 @@ impl Ints {
         let mut bytes = vec![0; 4 * self.len];
         self.buffer.cuda().download_at(&self.buffer, 4 * self.first, &mut bytes)?;
         Ok(bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
+    }
+
+    /// Begins to copy the elements to the host, behind everything queued so far.
+    pub fn read_back(&self) -> ReadBack {
+        self.cuda().read_back(&self.buffer, 4 * self.first, self.len)
+    }
+
+    /// The device.
+    pub fn cuda(&self) -> &Cuda {
+        self.buffer.cuda()
     }
 
     /// Writes values over the first elements, in the order of the stream.

@@ -24,6 +24,16 @@ impl Cuda {
 }
 
 impl Event {
+    /// Waits for everything queued before this event.
+    ///
+    /// # Errors
+    /// The error that sticks, if any.
+    pub fn wait(&self) -> Result<(), CudaError> {
+        self.cuda.check()?;
+        self.cuda.run("event", || driver!(cuEventSynchronize(self.event.0)));
+        self.cuda.check()
+    }
+
     /// Milliseconds on the device from an earlier event to this one, after waiting for this one.
     ///
     /// # Errors
@@ -36,6 +46,12 @@ impl Event {
             driver!(cuEventElapsedTime_v2(&mut milliseconds, earlier.event.0, self.event.0))
         });
         self.cuda.check().map(|()| milliseconds)
+    }
+}
+
+impl core::fmt::Debug for Event {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("Event")
     }
 }
 

@@ -131,6 +131,11 @@ impl PinnedBuffer {
         self.0.bytes
     }
 
+    /// The address on the host.
+    pub(super) fn host_ptr(&self) -> *mut u8 {
+        self.0.memory.0
+    }
+
     /// The address that kernels read and write it by: with unified addressing all pinned memory has one.
     pub fn device_ptr(&self) -> u64 {
         let mut address = 0;

@@ -108,6 +108,7 @@ sources! {
         "router_spread", "sum_slots"
     ];
     "sample.cu" with with_softcap_and_without, ["sample"];
+    "step_ids.cu" with f32_alone, ["step_ids"];
     "stochastic.cu" after "philox.cuh" with any_dtype, ["store_4bit", "store_bf16", "store_int8"];
 }
 

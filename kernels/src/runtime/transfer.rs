@@ -84,7 +84,7 @@ impl Cuda {
     }
 
     /// Returns whether there is anything to do, and the range lies within the buffer.
-    fn fits(&self, operation: &str, buffer: &Buffer, offset: usize, bytes: usize) -> bool {
+    pub(super) fn fits(&self, operation: &str, buffer: &Buffer, offset: usize, bytes: usize) -> bool {
         if self.has_failed() || bytes == 0 {
             return false;
         }

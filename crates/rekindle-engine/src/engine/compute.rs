@@ -1,6 +1,6 @@
 //! The computation of a step: hidden states, and the choice of tokens from them.
 
-use rekindle_kernels::decode_step::{Drawn, StepToken};
+use rekindle_kernels::decode_step::Drawn;
 use rekindle_kernels::{Tensor, embedding};
 use rekindle_models::DecodeBatch;
 
@@ -11,7 +11,7 @@ use crate::sequence::{Refused, Row};
 use crate::{EngineModel, Error};
 
 /// The origin of a sample's next token.
-enum Choice<'a> {
+pub(super) enum Choice<'a> {
     /// Logits on the host, from which it is still to be chosen.
     Logits(&'a [f32]),
     /// The choice of the model's device.
@@ -22,18 +22,8 @@ enum Choice<'a> {
 const LOGIT_ROWS: usize = 32;
 
 impl<M: EngineModel> Engine<M> {
-    /// Computes parts of samples, and chooses the next tokens of those that are complete.
+    /// Computes parts of samples in a batch of its own, and chooses the next tokens of those that are complete.
     pub(super) fn compute(&mut self, parts: &[Part], adapters: bool) {
-        if let Some(drawn) = self.compute_step(parts, adapters) {
-            return match drawn {
-                Ok(drawn) => {
-                    self.counts.computed_tokens += parts.len() as u64;
-                    parts.iter().for_each(|part| self.scheduler.computed(part));
-                    parts.iter().zip(drawn).for_each(|(part, drawn)| self.next_token(part.id, Choice::Drawn(drawn)));
-                }
-                Err(error) => self.fail_all(parts.iter().map(|part| part.id), &error),
-            };
-        }
         let mut batch = DecodeBatch::default();
         let mut rows = Vec::new();
         for part in parts {
@@ -87,27 +77,6 @@ impl<M: EngineModel> Engine<M> {
         }
     }
 
-    /// Computes single tokens and chooses the ones after them in one step of the device. Returns `None` if the device has no
-    /// such steps, or if a part needs more than that.
-    fn compute_step(&mut self, parts: &[Part], adapters: bool) -> Option<Result<Vec<Drawn>, Error>> {
-        let lm = self.model.causal_lm();
-        if !lm.has_steps() {
-            return None;
-        }
-        let token = |part: &Part| {
-            let cached = self.scheduler.get(part.id).expect("it was scheduled");
-            let sequence = &self.sequences[&part.id];
-            let is_next = part.count == 1 && part.start + 1 == cached.tokens.len() && sequence.prompt.is_none();
-            // The first token of several samples is chosen from the same logits.
-            let is_next = is_next && part.start >= sequence.settings.prompt_tokens;
-            let draw = sequence.draw_on_device().filter(|_| is_next)?;
-            Some(StepToken { id: cached.tokens[part.start], position: part.start, pages: &cached.pages, draw })
-        };
-        let tokens: Option<Vec<StepToken<'_>>> = parts.iter().map(token).collect();
-        let states = self.states.as_mut().expect("the engine is awake");
-        Some(lm.next_tokens(&tokens?, states, &mut self.steps, adapters).map_err(Error::from))
-    }
-
     /// Chooses tokens on the device from hidden states, those of forked samples included. Returns `None` if a row needs its
     /// logits on the host.
     fn draw(
@@ -120,7 +89,7 @@ impl<M: EngineModel> Engine<M> {
         let can_draw = |row: &Row| match *row {
             Row::Next(id) => {
                 let sequence = &self.sequences[&id];
-                sequence.prompt.is_none() && sequence.draw_on_device().is_some()
+                sequence.prompt.is_none() && sequence.draw_on_device(0).is_some()
             }
             Row::Prompt(..) => false,
         };
@@ -136,7 +105,7 @@ impl<M: EngineModel> Engine<M> {
             }
         }
         let draws: Vec<_> =
-            samples.iter().map(|id| self.sequences[id].draw_on_device().expect("as the first")).collect();
+            samples.iter().map(|id| self.sequences[id].draw_on_device(0).expect("as the first")).collect();
         let hidden = if samples.len() == rows.len() { hidden.clone() } else { embedding::forward(hidden, &places) };
         let drawn = self.model.causal_lm().draw(&hidden, &draws, adapters);
         Some(drawn.map(|drawn| samples.into_iter().zip(drawn).collect()).map_err(Error::from))
@@ -162,7 +131,7 @@ impl<M: EngineModel> Engine<M> {
     }
 
     /// Takes the next token of a sample.
-    fn next_token(&mut self, id: SampleId, choice: Choice<'_>) {
+    pub(super) fn next_token(&mut self, id: SampleId, choice: Choice<'_>) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         if let Some(tokens) = sequence.prompt.take() {
             self.events.push(Event::Prompt { request: id.request, tokens });

@@ -99,6 +99,34 @@ fn the_youngest_gives_up_its_pages() {
 }
 
 #[test]
+fn pages_are_reserved_before_a_token_is_known() {
+    let mut scheduler = Scheduler::new(100, 2, 4);
+    let root = scheduler.pool.root();
+    (0..2).for_each(|i| scheduler.add(id(i, 0), &prompt(i as u32, 15), root, true));
+    assert!(!scheduler.can_run_ahead(), "both wait");
+    step(&mut scheduler);
+    assert!(scheduler.can_run_ahead());
+    // The next step computes token 16 of 16, and the one after it begins a page.
+    let plan = scheduler.schedule();
+    assert_eq!(shape(&plan.parts), [(0, 15, 1), (1, 15, 1)]);
+    assert!(scheduler.reserve_ahead(&[id(0, 0), id(1, 0)]));
+    assert_eq!((scheduler.samples[&id(0, 0)].pages.len(), scheduler.pool.available()), (2, 0));
+    assert!(scheduler.reserve_ahead(&[id(0, 0)]), "the page is there");
+    // What was reserved is not reserved again, and comes back with the rest.
+    plan.parts.iter().for_each(|part| scheduler.computed(part));
+    (0..2).for_each(|i| scheduler.push(id(i, 0), 7));
+    assert_eq!(shape(&step(&mut scheduler)), [(0, 16, 1), (1, 16, 1)]);
+    scheduler.samples.get_mut(&id(0, 0)).unwrap().tokens.extend([1; 15]);
+    assert!(!scheduler.reserve_ahead(&[id(0, 0)]), "no page is free");
+    scheduler.add(id(2, 0), &prompt(2, 3), root, true);
+    assert!(scheduler.can_run_ahead(), "two may run");
+    scheduler.remove(id(1, 0));
+    assert!(!scheduler.can_run_ahead(), "the third can start");
+    (0..3).for_each(|i| scheduler.remove(id(i, 0)));
+    assert_eq!(scheduler.pool.available(), 4);
+}
+
+#[test]
 fn one_sample_can_fill_the_cache() {
     let mut scheduler = Scheduler::new(8, 4, 2);
     let root = scheduler.pool.root();

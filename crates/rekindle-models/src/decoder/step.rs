@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use rekindle_kernels::decode_step::{self, Draw, Drawn, RecordedStep, StepInputs, StepToken, Workspace};
+use rekindle_kernels::decode_step::{self, Draw, Drawn, DrawnTokens, RecordedStep, StepInputs, StepToken, Workspace};
 use rekindle_kernels::{Device, Params, Tensor};
 
 use super::{DecodeBatch, DecodeStates, Decoder};
@@ -24,6 +24,24 @@ pub struct DecodeSteps {
 struct DecodeStep {
     inputs: StepInputs,
     recorded: RecordedStep,
+}
+
+/// A step that the device computes.
+#[derive(Debug)]
+#[must_use = "its tokens are read by `wait`"]
+pub struct PendingStep {
+    key: (usize, bool),
+    tokens: DrawnTokens,
+}
+
+impl PendingStep {
+    /// Waits for the step and returns the token chosen in each row.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the device fails.
+    pub fn wait(self) -> Result<Vec<Drawn>, Error> {
+        Ok(self.tokens.wait()?)
+    }
 }
 
 impl DecodeSteps {
@@ -50,39 +68,41 @@ impl CausalLm {
         matches!(self.device(), Device::Cuda(_)) && self.decoder.shares_prefixes()
     }
 
-    /// Adds one token to each of several sequences and chooses the token after it. The step is recorded when it is needed for
-    /// the second time with its number of rows.
-    ///
-    /// # Errors
-    /// [`Error::Device`] when the device fails.
+    /// Adds one token to each of several sequences and begins to choose the token after it, without waiting for the device.
+    /// `previous` is the step before, if the device still computes it and chooses some of the tokens ([`StepId::Chosen`](decode_step::StepId::Chosen)).
+    /// The step is recorded when it is needed for the second time with its number of rows.
     ///
     /// # Panics
-    /// If [`has_steps`](Self::has_steps) is false.
-    pub fn next_tokens(
+    /// If [`has_steps`](Self::has_steps) is false, and for a chosen token without its step.
+    pub fn begin_step(
         &self,
         tokens: &[StepToken<'_>],
+        previous: Option<&PendingStep>,
         states: &mut DecodeStates,
         steps: &mut DecodeSteps,
         adapters: bool,
-    ) -> Result<Vec<Drawn>, Error> {
+    ) -> PendingStep {
         let device = self.device();
         let rows = step_rows(tokens.len());
         let pages = states.pages;
         let most = self.max_seq_length().div_ceil(rekindle_kernels::paged_attention::PAGE).min(pages);
         let DecodeSteps { steps, workspace } = steps;
-        let step = steps.entry((rows, adapters)).or_insert_with(|| DecodeStep {
+        let key = (rows, adapters);
+        steps.entry(key).or_insert_with(|| DecodeStep {
             inputs: StepInputs::new(device, rows, most),
             recorded: RecordedStep::default(),
         });
+        let previous = previous.and_then(|step| steps.get(&step.key)).map(|step| &step.inputs);
         // The page behind the last one belongs to no sequence.
-        step.inputs.write(tokens, pages as u32);
+        steps[&key].inputs.write(tokens, pages as u32, previous);
+        let step = steps.get_mut(&key).expect("it was inserted above");
         let head = self.decoder.lm_head(&self.params, adapters);
         let batch = DecodeBatch::of_step(step.inputs.batch().clone());
         step.recorded.run(device, workspace, || {
             let hidden = self.decoder.decode_step(&self.params, &step.inputs, states, &batch, adapters);
             step.inputs.choose(&head, &hidden);
         });
-        Ok(step.inputs.drawn(tokens.len())?)
+        PendingStep { key, tokens: step.inputs.drawn(tokens.len()) }
     }
 
     /// Chooses a token from each row of hidden states, without their logits on the host.

@@ -24,6 +24,16 @@ pub(super) fn drawn(words: &[u32]) -> Vec<Drawn> {
     words.as_chunks().0.iter().map(one).collect()
 }
 
+/// Takes the ids that the step before chose; `ids` and `previous` are the first words of these parts.
+pub(super) fn step_ids(words: &Ints, ids: usize, previous: usize, rows: usize) {
+    words.cuda().kernel(entry!("step_ids.cu", "step_ids"), &[("T", "f32")]).launch(
+        [blocks(rows.div_ceil(256)), 1, 1],
+        [256, 1, 1],
+        0,
+        args![words.ptr(), words.ptr_at(ids), words.ptr_at(previous), int(rows)],
+    );
+}
+
 /// Chooses a token from each row of logits; `draws` is the address of the draws.
 pub(super) fn sample(logits: &Array, head: &LmHead, draws: u64, drawn: &Ints) {
     let logits = logits.aligned();

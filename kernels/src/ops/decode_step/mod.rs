@@ -17,7 +17,7 @@ mod recorded;
 use crate::linear_cross_entropy::LmHead;
 use crate::paged_attention::PagedBatch;
 use crate::rope::{Angles, RopeTables};
-use crate::runtime::{Cuda, Ints, MemoryUse, elementwise};
+use crate::runtime::{Ints, MemoryUse, ReadBack, elementwise};
 use crate::{Device, DeviceError, Tensor, matmul};
 
 pub use crate::runtime::Workspace;
@@ -56,11 +56,20 @@ pub struct Drawn {
     pub is_finite: bool,
 }
 
+/// The id of a token in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StepId {
+    /// An id that the host knows.
+    Known(u32),
+    /// The token that the step before this one chose in this row.
+    Chosen(usize),
+}
+
 /// The token of a sequence in a step.
 #[derive(Clone, Copy, Debug)]
 pub struct StepToken<'a> {
     /// Its id.
-    pub id: u32,
+    pub id: StepId,
     /// Its position in the sequence.
     pub position: usize,
     /// The pages of the sequence, this token's included.
@@ -72,7 +81,6 @@ pub struct StepToken<'a> {
 /// The inputs and results of a step at fixed addresses of a GPU.
 #[derive(Debug)]
 pub struct StepInputs {
-    cuda: Cuda,
     words: Ints,
     rows: usize,
     /// Words of all block tables.
@@ -86,6 +94,9 @@ const ENTRY: usize = 4;
 const DRAW: usize = 8;
 const DRAWN: usize = 4;
 
+/// Words of an address.
+const ADDRESS: usize = 2;
+
 impl StepInputs {
     /// Allocates inputs for `rows` tokens, whose sequences have `pages` pages at most.
     ///
@@ -97,18 +108,19 @@ impl StepInputs {
         let words = Ints::unfilled(cuda, Self::tables_at(rows) + tables, MemoryUse::Inputs);
         let batch = PagedBatch::at(words.clone(), rows, Self::tables_at(rows), pages);
         let drawn = Ints::unfilled(cuda, rows * DRAWN, MemoryUse::Inputs);
-        Self { cuda: cuda.clone(), words, rows, tables, batch, drawn }
+        Self { words, rows, tables, batch, drawn }
     }
 
-    /// Returns the first words of ids, positions, draws and block tables behind the list of tokens.
-    const fn parts(rows: usize) -> [usize; 4] {
+    /// Returns the first words of ids, positions, draws, the address of earlier results, and block tables behind the list
+    /// of tokens.
+    const fn parts(rows: usize) -> [usize; 5] {
         let draws = rows * ENTRY;
         let ids = draws + rows * DRAW;
-        [ids, ids + rows, draws, ids + 2 * rows]
+        [ids, ids + rows, draws, ids + 2 * rows, ids + 2 * rows + ADDRESS]
     }
 
     const fn tables_at(rows: usize) -> usize {
-        Self::parts(rows)[3]
+        Self::parts(rows)[4]
     }
 
     /// Returns the number of rows.
@@ -116,32 +128,45 @@ impl StepInputs {
         self.rows
     }
 
-    /// Writes the tokens of the next step. Rows without one compute a token of their own page `unused`, which belongs to no
-    /// sequence.
+    /// Writes the tokens of the next step, some of which `previous` chose. Rows without one compute a token of their own
+    /// page `unused`, which belongs to no sequence.
     ///
     /// # Panics
-    /// If there are more tokens than rows, or more pages than there is space for.
-    pub fn write(&self, tokens: &[StepToken<'_>], unused: u32) {
+    /// If there are more tokens than rows, more pages than there is space for, or a row that `previous` does not have.
+    pub fn write(&self, tokens: &[StepToken<'_>], unused: u32, previous: Option<&Self>) {
         assert!(tokens.len() <= self.rows, "{} tokens in {} rows", tokens.len(), self.rows);
-        let fill = StepToken { id: 0, position: 0, pages: &[unused], draw: Draw::GREEDY };
+        let fill = StepToken { id: StepId::Known(0), position: 0, pages: &[unused], draw: Draw::GREEDY };
         let tokens: Vec<_> = tokens.iter().copied().chain(core::iter::repeat(fill)).take(self.rows).collect();
         let mut words: Vec<u32> = Vec::new();
         let mut table = 0;
         for (row, token) in tokens.iter().enumerate() {
-            words.extend([row as u32, token.position as u32, table as u32, 0]);
+            let source = match token.id {
+                StepId::Known(_) => 0,
+                StepId::Chosen(row) => {
+                    assert!(previous.is_some_and(|step| row < step.rows), "row {row} of the step before");
+                    row + 1
+                }
+            };
+            words.extend([row as u32, token.position as u32, table as u32, source as u32]);
             table += token.pages.len();
         }
         assert!(table <= self.tables, "{table} pages in {} words", self.tables);
         tokens.iter().for_each(|token| words.extend(cuda::draw_words(&token.draw)));
-        words.extend(tokens.iter().map(|token| token.id));
+        words.extend(tokens.iter().map(|token| match token.id {
+            StepId::Known(id) => id,
+            StepId::Chosen(_) => 0,
+        }));
         words.extend(tokens.iter().map(|token| token.position as u32));
+        let results = previous.map_or(0, |step| step.drawn.ptr());
+        words.extend([results as u32, (results >> 32) as u32]);
         tokens.iter().for_each(|token| words.extend_from_slice(token.pages));
         self.words.write(&words);
     }
 
     /// Returns the rows of an embedding table for the tokens, `[rows, hidden]`.
     pub fn embed(&self, table: &Tensor<2>) -> Tensor<2> {
-        let [ids, ..] = Self::parts(self.rows);
+        let [ids, _, _, previous, _] = Self::parts(self.rows);
+        cuda::step_ids(&self.words, ids, previous, self.rows);
         elementwise::gather_rows(table.cuda(), self.words.ptr_at(ids), self.rows).into()
     }
 
@@ -156,20 +181,30 @@ impl StepInputs {
         &self.batch
     }
 
-    /// Chooses a token from each of `rows` hidden states; [`drawn`](Self::drawn) returns them.
+    /// Chooses a token from each of `rows` hidden states; [`drawn`](Self::drawn) copies them to the host.
     pub fn choose(&self, head: &LmHead, hidden: &Tensor<2>) {
-        let [_, _, draws, _] = Self::parts(self.rows);
+        let [_, _, draws, ..] = Self::parts(self.rows);
         let logits = matmul::nt(hidden, &head.weight);
         cuda::sample(logits.cuda(), head, self.words.ptr_at(draws), &self.drawn);
     }
 
-    /// Waits for the step; returns the tokens of the first `count` rows.
+    /// Begins to copy the tokens of the first `count` rows to the host, behind everything queued so far.
+    pub fn drawn(&self, count: usize) -> DrawnTokens {
+        DrawnTokens(self.drawn.part(0, count * DRAWN).read_back())
+    }
+}
+
+/// Tokens on their way to the host.
+#[derive(Debug)]
+pub struct DrawnTokens(ReadBack);
+
+impl DrawnTokens {
+    /// Waits for the tokens and returns them.
     ///
     /// # Errors
     /// The first error of the device.
-    pub fn drawn(&self, count: usize) -> Result<Vec<Drawn>, DeviceError> {
-        self.cuda.check()?;
-        Ok(cuda::drawn(&self.drawn.part(0, count * DRAWN).to_vec()?))
+    pub fn wait(self) -> Result<Vec<Drawn>, DeviceError> {
+        Ok(cuda::drawn(&self.0.wait()?))
     }
 }
 
