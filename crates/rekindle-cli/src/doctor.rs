@@ -46,6 +46,11 @@ fn gpu_lines(report: &CudaReport, has_gpu: bool) -> Vec<String> {
             Err(missing) => lines.push(format!("missing: {missing}")),
         }
     }
+    lines.push(match &report.nccl.state {
+        Ok((version, Some(path))) => format!("{}: {version}, {}", report.nccl.library, path.display()),
+        Ok((version, None)) => format!("{}: {version}", report.nccl.library),
+        Err(missing) => format!("for several GPUs: {missing}"),
+    });
     lines
 }
 
@@ -98,7 +103,8 @@ mod tests {
 
     #[test]
     fn the_verdict_follows_from_what_is_there() {
-        let none = CudaReport { libraries: Vec::new(), headers: Err(String::new()), devices: Vec::new() };
+        let nccl = rekindle::cuda_report().nccl;
+        let none = CudaReport { libraries: Vec::new(), nccl, headers: Err(String::new()), devices: Vec::new() };
         assert_eq!(verdict(&none, false), Ok("ready: runs use the CPU".to_owned()));
         assert_eq!(gpu_lines(&none, false), ["GPU      none from NVIDIA"]);
         assert!(verdict(&none, true).unwrap_err().contains("nvidia-smi"));
@@ -107,6 +113,10 @@ mod tests {
             let problem = verdict(&found, true).unwrap_err();
             assert!(problem.starts_with("the GPU cannot be used without "), "{problem}");
             assert!(gpu_lines(&found, true).iter().any(|line| line.starts_with("missing: ")));
+        }
+        if found.nccl.state.is_err() {
+            let last = gpu_lines(&found, true).pop().unwrap();
+            assert!(last.starts_with("for several GPUs: NCCL (libnccl) was not found"), "{last}");
         }
     }
 }

@@ -144,6 +144,14 @@ impl Cuda {
         &self.0.props
     }
 
+    /// Returns the identifier of the device, which no other device of any machine has; `None` without a card.
+    pub fn uuid(&self) -> Option<[u8; 16]> {
+        let device = self.0.card.as_ref()?.device;
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        driver!(cuDeviceGetUuid_v2(&mut uuid, device)).ok()?;
+        Some(uuid.bytes.map(|byte| byte as u8))
+    }
+
     /// Sets whether equal calls must give equal bits from run to run: the algorithm of a product is then the first one that
     /// cuBLASLt proposes, not the fastest one measured.
     pub fn set_deterministic(&self, on: bool) {

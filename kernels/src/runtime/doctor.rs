@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
-use super::{DeviceProps, Library, context, find, nvrtc};
+use super::{DeviceProps, Library, context, find, nccl, nvrtc};
 
 /// The state of the machine.
 #[derive(Clone, Debug)]
 pub struct Report {
     /// One entry for each of [`Library::ALL`].
     pub libraries: Vec<Finding>,
+    /// NCCL, which only runs on several devices need.
+    pub nccl: Finding,
     /// The headers that Burn's own kernels need, unlike ours: their directory, or what to do.
     pub headers: Result<PathBuf, String>,
     /// The devices that the driver lists.
@@ -26,9 +28,10 @@ pub struct Finding {
 
 /// Looks for every library and device.
 pub fn report() -> Report {
-    let libraries = Library::ALL.map(|library| Finding { library, state: state(library) }).to_vec();
+    let finding = |library| Finding { library, state: state(library) };
+    let (libraries, nccl) = (Library::ALL.map(finding).to_vec(), finding(Library::Nccl));
     let devices = (0..context::count()).filter_map(|index| context::device_props(index).ok()).collect();
-    Report { libraries, headers: find::headers(), devices }
+    Report { libraries, nccl, headers: find::headers(), devices }
 }
 
 impl Report {
@@ -40,7 +43,7 @@ impl Report {
 
 impl core::fmt::Display for Report {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        for finding in &self.libraries {
+        for finding in self.libraries.iter().chain([&self.nccl]) {
             match &finding.state {
                 Ok((version, Some(path))) => writeln!(f, "{}: {version}, {}", finding.library, path.display())?,
                 Ok((version, None)) => writeln!(f, "{}: {version}", finding.library)?,
@@ -77,6 +80,7 @@ fn state(library: Library) -> Result<(String, Option<PathBuf>), String> {
             let version = unsafe { cudarc::cublaslt::sys::cublasLtGetVersion() };
             format!("{}.{}.{}", version / 10000, version / 100 % 100, version % 100)
         }
+        Library::Nccl => nccl::nccl_version().map_err(|error| error.to_string())?,
     };
     Ok((version, find::loaded_from(library)))
 }

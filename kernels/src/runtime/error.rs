@@ -30,7 +30,7 @@ pub enum CudaError {
     NoDevice {
         /// The index.
         index: usize,
-        /// Returns the number of elements.
+        /// The number of devices.
         found: usize,
     },
     /// The kernels are not for a card this old.
@@ -121,10 +121,12 @@ pub enum Library {
     Nvrtc,
     /// The matrix products of `libcublasLt`.
     CublasLt,
+    /// The sums over several devices of `libnccl`.
+    Nccl,
 }
 
 impl Library {
-    /// All of them, in the order in which they are needed.
+    /// Those that every run on a CUDA device needs, in this order.
     pub const ALL: [Library; 3] = [Library::Driver, Library::Nvrtc, Library::CublasLt];
 
     /// Returns how to get the library.
@@ -133,6 +135,10 @@ impl Library {
             Library::Driver => "install the NVIDIA driver, or use device \"cpu\"",
             Library::Nvrtc => "`pip install nvidia-cuda-nvrtc` in an active environment or install the CUDA toolkit",
             Library::CublasLt => "`pip install nvidia-cublas` in an active environment or install the CUDA toolkit",
+            Library::Nccl => {
+                "`pip install nvidia-nccl-cu13` (or nvidia-nccl-cu12 for a driver of CUDA 12) in an active environment, or \
+                 install NCCL"
+            }
         }
     }
 }
@@ -143,6 +149,7 @@ impl core::fmt::Display for Library {
             Library::Driver => "the NVIDIA driver (libcuda)",
             Library::Nvrtc => "NVRTC (libnvrtc)",
             Library::CublasLt => "cuBLASLt (libcublasLt)",
+            Library::Nccl => "NCCL (libnccl)",
         })
     }
 }

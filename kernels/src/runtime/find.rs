@@ -4,15 +4,17 @@
 //! nothing to do. Else the file is searched for and opened here by its path: the loader remembers it under its soname,
 //! `libnvrtc.so.13`, and gives it to whoever asks for that name later, which cudarc does.
 
+use core::ffi::{CStr, c_void};
 use std::env;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use super::driver::Handle;
 use super::{CudaError, Library};
 
 /// Makes a library ready to be called.
 pub(super) fn ensure(library: Library) -> Result<(), CudaError> {
-    static READY: [OnceLock<bool>; 3] = [const { OnceLock::new() }; 3];
+    static READY: [OnceLock<bool>; 4] = [const { OnceLock::new() }; 4];
     let ready = READY[library as usize].get_or_init(|| known_to_loader(library) || preload(library));
     if *ready { Ok(()) } else { Err(CudaError::LibraryMissing { library, looked: looked(library) }) }
 }
@@ -23,6 +25,18 @@ pub(super) fn loaded_from(library: Library) -> Option<PathBuf> {
     let path = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
     path.into_iter().find(|path| is_file_of(library, path)).map(Path::to_owned)
 }
+
+/// Returns the address of a function of NCCL, which cudarc does not find under the name that its wheel has.
+pub(super) fn nccl_function(name: &CStr) -> Option<*mut c_void> {
+    ensure(Library::Nccl).ok()?;
+    symbol(NCCL.get()?, name)
+}
+
+/// NCCL, once it is open.
+static NCCL: OnceLock<Handle<*mut c_void>> = OnceLock::new();
+
+/// The soname of every NCCL since 2.0.
+const NCCL_NAME: &str = "libnccl.so.2";
 
 /// The headers of CUDA where Burn's own kernels look for them; else what to do.
 pub(super) fn headers() -> Result<PathBuf, String> {
@@ -50,6 +64,7 @@ fn known_to_loader(library: Library) -> bool {
             Library::Driver => cudarc::driver::sys::is_culib_present(),
             Library::Nvrtc => cudarc::nvrtc::sys::is_culib_present(),
             Library::CublasLt => cudarc::cublaslt::sys::is_culib_present(),
+            Library::Nccl => NCCL.get().is_some() || open(library, Path::new(NCCL_NAME)),
         }
     }
 }
@@ -59,23 +74,10 @@ fn preload(library: Library) -> bool {
     files.into_iter().any(|file| open(library, &file)) && known_to_loader(library)
 }
 
-#[cfg(target_os = "linux")]
 fn open(library: Library, file: &Path) -> bool {
-    use std::ffi::{CString, c_char, c_int, c_void};
-    use std::os::unix::ffi::OsStrExt as _;
-
-    unsafe extern "C" {
-        fn dlopen(file: *const c_char, mode: c_int) -> *mut c_void;
-    }
-    const RTLD_NOW: c_int = 2;
-
-    let load = |file: &Path| {
-        CString::new(file.as_os_str().as_bytes())
-            // SAFETY: a terminated string; the handle is never closed, so the library stays.
-            .is_ok_and(|file| !unsafe { dlopen(file.as_ptr(), RTLD_NOW) }.is_null())
-    };
-    if !load(file) {
-        return false;
+    let Some(handle) = load(file) else { return false };
+    if library == Library::Nccl {
+        let _ = NCCL.set(handle);
     }
     // NVRTC opens its builtins by name while compiling, which the loader would not find either.
     if library == Library::Nvrtc {
@@ -87,9 +89,44 @@ fn open(library: Library, file: &Path) -> bool {
     true
 }
 
+/// Opens a library by its path, or by a name that the loader knows. It is never closed.
+#[cfg(target_os = "linux")]
+fn load(file: &Path) -> Option<Handle<*mut c_void>> {
+    use core::ffi::{c_char, c_int};
+    use std::ffi::CString;
+    use std::os::unix::ffi::OsStrExt as _;
+
+    unsafe extern "C" {
+        fn dlopen(file: *const c_char, mode: c_int) -> *mut c_void;
+    }
+    const RTLD_NOW: c_int = 2;
+
+    let file = CString::new(file.as_os_str().as_bytes()).ok()?;
+    // SAFETY: a terminated string; the libraries of NVIDIA have initializers without preconditions.
+    let handle = unsafe { dlopen(file.as_ptr(), RTLD_NOW) };
+    (!handle.is_null()).then_some(Handle(handle))
+}
+
+#[cfg(target_os = "linux")]
+fn symbol(library: &Handle<*mut c_void>, name: &CStr) -> Option<*mut c_void> {
+    use core::ffi::c_char;
+
+    unsafe extern "C" {
+        fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
+    }
+    // SAFETY: an open library and a terminated string.
+    let address = unsafe { dlsym(library.0, name.as_ptr()) };
+    (!address.is_null()).then_some(address)
+}
+
 #[cfg(not(target_os = "linux"))]
-fn open(_: Library, _: &Path) -> bool {
-    false
+fn load(_: &Path) -> Option<Handle<*mut c_void>> {
+    None
+}
+
+#[cfg(not(target_os = "linux"))]
+fn symbol(_: &Handle<*mut c_void>, _: &CStr) -> Option<*mut c_void> {
+    None
 }
 
 /// Returns the directories that are searched for the libraries after the loader's own, best first.
@@ -150,6 +187,7 @@ fn is_file_of(library: Library, path: &Path) -> bool {
         Library::Driver => "libcuda.so",
         Library::Nvrtc => "libnvrtc.so",
         Library::CublasLt => "libcublasLt.so",
+        Library::Nccl => "libnccl.so",
     };
     name(path).starts_with(stem)
 }
@@ -187,5 +225,6 @@ mod tests {
         assert!(!is_file_of(Library::Nvrtc, Path::new("/x/libnvrtc-builtins.so.13.2")));
         assert!(is_file_of(Library::CublasLt, Path::new("/x/libcublasLt.so.13")));
         assert!(!is_file_of(Library::Driver, Path::new("/x/libcudart.so.13")));
+        assert!(is_file_of(Library::Nccl, Path::new("/x/nvidia/nccl/lib/libnccl.so.2")));
     }
 }
