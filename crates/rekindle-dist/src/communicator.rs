@@ -1,10 +1,11 @@
 //! The collectives of a run.
 
 use core::fmt::{Debug, Display};
+use core::ops::Range;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use crate::Error;
+use crate::{Error, RankFailure};
 
 /// The place of a process among all processes of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +35,25 @@ pub trait Communicator: Debug + Send + Sync {
     /// [`Error::Rank`] if a rank failed.
     fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), Error>;
 
+    /// Replaces the values of this rank's shard by their sums over all ranks, as [`all_reduce_sum`](Self::all_reduce_sum) adds
+    /// them. `shards` are adjacent ranges, one for each rank in order. The values of other shards are undefined afterwards.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if a rank failed.
+    fn reduce_scatter_sum(&self, values: &mut [f32], shards: &[Range<usize>]) -> Result<(), Error>;
+
+    /// Replaces the values of every shard by those of its rank.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if a rank failed.
+    fn all_gather_shards(&self, values: &mut [f32], shards: &[Range<usize>]) -> Result<(), Error>;
+
+    /// Returns the bytes of all ranks on rank 0, in the order of the ranks, and `None` on the others.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if a rank failed.
+    fn gather(&self, bytes: Vec<u8>) -> Result<Option<Vec<Vec<u8>>>, Error>;
+
     /// Returns the bytes of all ranks, in the order of the ranks.
     ///
     /// # Errors
@@ -48,6 +68,9 @@ pub trait Communicator: Debug + Send + Sync {
 
     /// Reports a failure of this rank to all others, which ends them. Only the first failure of a run counts.
     fn fail(&self, message: &str);
+
+    /// Returns the first failure of the run, if a rank has failed. Waits for nothing.
+    fn failure(&self) -> Option<RankFailure>;
 
     /// Waits until all ranks have finished. Afterwards, the end of another rank is no failure.
     ///
@@ -92,6 +115,18 @@ impl Communicator for OneRank {
         Ok(())
     }
 
+    fn reduce_scatter_sum(&self, _: &mut [f32], _: &[Range<usize>]) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn all_gather_shards(&self, _: &mut [f32], _: &[Range<usize>]) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn gather(&self, bytes: Vec<u8>) -> Result<Option<Vec<Vec<u8>>>, Error> {
+        Ok(Some(vec![bytes]))
+    }
+
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
         Ok(vec![bytes.to_vec()])
     }
@@ -101,6 +136,10 @@ impl Communicator for OneRank {
     }
 
     fn fail(&self, _: &str) {}
+
+    fn failure(&self) -> Option<RankFailure> {
+        None
+    }
 
     fn finish(&self) -> Result<(), Error> {
         Ok(())

@@ -13,7 +13,9 @@ mod wire;
 mod tests;
 
 use core::fmt;
+use core::ops::Range;
 use core::time::Duration;
+use std::io;
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -114,6 +116,51 @@ impl TcpCommunicator {
         }
     }
 
+    /// Adds the values of all ranks, and gives each rank the sums of its part.
+    ///
+    /// Every rank sends a chunk and receives its part of it before the next, so that no two wait for each other to read.
+    fn reduce(
+        &self,
+        values: &mut [f32],
+        operation: impl FnOnce(u64, usize) -> Operation,
+        part_of: impl Fn(usize) -> Range<usize>,
+    ) -> Result<(), Error> {
+        let (mut collectives, number) = self.begin()?;
+        let operation = operation(number, values.len());
+        let mut bytes = vec![0; 4 * values.len().min(CHUNK)];
+        let links = &mut collectives.links;
+        if self.is_first() {
+            self.expect(links, operation)?;
+        } else {
+            let link = &mut links[0];
+            self.watch.checked(link.rank, write_header(&mut link.stream, operation))?;
+        }
+        for (index, chunk) in values.chunks_mut(CHUNK).enumerate() {
+            let (first, end) = (index * CHUNK, index * CHUNK + chunk.len());
+            let wanted = |rank: usize| {
+                let part = part_of(rank);
+                part.start.clamp(first, end) - first..part.end.clamp(first, end) - first
+            };
+            if self.is_first() {
+                for link in &mut *links {
+                    let bytes = &mut bytes[..4 * chunk.len()];
+                    self.watch.checked(link.rank, wire::read_exact(&mut link.stream, bytes))?;
+                    let others = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+                    chunk.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
+                }
+                for link in &mut *links {
+                    self.watch.checked(link.rank, write_values(&mut link.stream, &chunk[wanted(link.rank)]))?;
+                }
+            } else {
+                let link = &mut links[0];
+                self.watch.checked(link.rank, write_values(&mut link.stream, chunk))?;
+                let wanted = wanted(self.position.rank);
+                self.watch.checked(link.rank, read_values(&mut link.stream, &mut chunk[wanted]))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Reads the headers of all other ranks, which must have called the same operation.
     fn expect(&self, links: &mut [DataLink], expected: Operation) -> Result<(), Error> {
         for link in links {
@@ -133,38 +180,56 @@ impl Communicator for TcpCommunicator {
     }
 
     fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), Error> {
+        let whole = 0..values.len();
+        self.reduce(values, Operation::all_reduce, |_| whole.clone())
+    }
+
+    fn reduce_scatter_sum(&self, values: &mut [f32], shards: &[Range<usize>]) -> Result<(), Error> {
+        self.reduce(values, Operation::reduce_scatter, |rank| shards[rank].clone())
+    }
+
+    fn all_gather_shards(&self, values: &mut [f32], shards: &[Range<usize>]) -> Result<(), Error> {
         let (mut collectives, number) = self.begin()?;
-        let operation = Operation::all_reduce(number, values.len());
-        let mut bytes = vec![0; 4 * values.len().min(CHUNK)];
+        let operation = Operation::all_gather_shards(number, values.len());
         let links = &mut collectives.links;
-        if self.is_first() {
-            self.expect(links, operation)?;
-        } else {
-            let link = &mut links[0];
-            self.watch.checked(link.rank, write_header(&mut link.stream, operation))?;
+        if !self.is_first() {
+            let DataLink { rank, stream } = &mut links[0];
+            self.watch.checked(*rank, write_header(stream, operation))?;
+            self.watch.checked(*rank, write_values(stream, &values[shards[self.rank()].clone()]))?;
+            for shard in shards {
+                self.watch.checked(*rank, read_values(stream, &mut values[shard.clone()]))?;
+            }
+            return Ok(());
         }
-        for chunk in values.chunks_mut(CHUNK) {
-            let bytes = &mut bytes[..4 * chunk.len()];
-            if self.is_first() {
-                for link in &mut *links {
-                    self.watch.checked(link.rank, wire::read_exact(&mut link.stream, bytes))?;
-                    let others = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
-                    chunk.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
-                }
-                encode(chunk, bytes);
-                for link in &mut *links {
-                    self.watch.checked(link.rank, wire::write_all(&mut link.stream, bytes))?;
-                }
-            } else {
-                encode(chunk, bytes);
-                let link = &mut links[0];
-                self.watch.checked(link.rank, wire::write_all(&mut link.stream, bytes))?;
-                self.watch.checked(link.rank, wire::read_exact(&mut link.stream, bytes))?;
-                let sums = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
-                chunk.iter_mut().zip(sums).for_each(|(value, sum)| *value = sum);
+        self.expect(links, operation)?;
+        for link in &mut *links {
+            let shard = shards[link.rank].clone();
+            self.watch.checked(link.rank, read_values(&mut link.stream, &mut values[shard]))?;
+        }
+        for link in links {
+            for shard in shards {
+                self.watch.checked(link.rank, write_values(&mut link.stream, &values[shard.clone()]))?;
             }
         }
         Ok(())
+    }
+
+    fn gather(&self, bytes: Vec<u8>) -> Result<Option<Vec<Vec<u8>>>, Error> {
+        let (mut collectives, number) = self.begin()?;
+        let operation = Operation::gather(number);
+        let links = &mut collectives.links;
+        if !self.is_first() {
+            let DataLink { rank, stream } = &mut links[0];
+            self.watch.checked(*rank, write_header(stream, operation))?;
+            self.watch.checked(*rank, write_bytes(stream, &bytes))?;
+            return Ok(None);
+        }
+        self.expect(links, operation)?;
+        let mut all = vec![bytes];
+        for link in links {
+            all.push(self.watch.checked(link.rank, read_bytes(&mut link.stream))?);
+        }
+        Ok(Some(all))
     }
 
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
@@ -210,6 +275,10 @@ impl Communicator for TcpCommunicator {
         self.watch.fail(message.to_owned());
     }
 
+    fn failure(&self) -> Option<RankFailure> {
+        self.watch.failure()
+    }
+
     fn finish(&self) -> Result<(), Error> {
         self.watch.begin_end();
         self.barrier()?;
@@ -226,10 +295,29 @@ impl Drop for TcpCommunicator {
     }
 }
 
-fn encode(values: &[f32], bytes: &mut [u8]) {
-    for (bytes, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
-        *bytes = value.to_le_bytes();
+/// Writes values in little-endian order.
+fn write_values(stream: &mut TcpStream, values: &[f32]) -> io::Result<()> {
+    let mut bytes = vec![0; 4 * values.len().min(CHUNK)];
+    for values in values.chunks(CHUNK) {
+        let bytes = &mut bytes[..4 * values.len()];
+        for (bytes, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
+            *bytes = value.to_le_bytes();
+        }
+        wire::write_all(stream, bytes)?;
     }
+    Ok(())
+}
+
+/// Reads what [`write_values`] writes.
+fn read_values(stream: &mut TcpStream, values: &mut [f32]) -> io::Result<()> {
+    let mut bytes = vec![0; 4 * values.len().min(CHUNK)];
+    for values in values.chunks_mut(CHUNK) {
+        let bytes = &mut bytes[..4 * values.len()];
+        wire::read_exact(stream, bytes)?;
+        let read = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+        values.iter_mut().zip(read).for_each(|(value, read)| *value = read);
+    }
+    Ok(())
 }
 
 /// Returns the name of this machine.

@@ -57,6 +57,34 @@ fn sums_have_the_same_bits_everywhere() {
     }
 }
 
+/// A shard has the bits of an all-reduce, and gathering the shards gives all of it. Shards cross chunks, and one is empty.
+#[test]
+fn shards_have_the_sums_of_an_all_reduce() {
+    let length = 2 * CHUNK + 5;
+    let cuts = [0, CHUNK - 3, CHUNK - 3, CHUNK + 7, length];
+    let shards: Vec<Range<usize>> = cuts.windows(2).map(|pair| pair[0]..pair[1]).collect();
+    let all = on_ranks(4, |world| {
+        let rank = world.rank();
+        let mut values: Vec<f32> =
+            (0..length).map(|index| (index % 1000) as f32 * [1.0, 1e-7, -1.0, 3e-4][rank]).collect();
+        let mut sums = values.clone();
+        world.all_reduce_sum(&mut sums).unwrap();
+        world.reduce_scatter_sum(&mut values, &shards).unwrap();
+        assert_eq!(values[shards[rank].clone()], sums[shards[rank].clone()], "rank {rank}");
+        // Nothing but its own shard is used.
+        for (other, shard) in shards.iter().enumerate().filter(|(other, _)| *other != rank) {
+            values[shard.clone()].fill(f32::NAN * other as f32);
+        }
+        world.all_gather_shards(&mut values, &shards).unwrap();
+        let gathered = world.gather(vec![rank as u8; rank]).unwrap();
+        world.finish().unwrap();
+        (values == sums, gathered)
+    });
+    assert!(all.iter().all(|(is_equal, _)| *is_equal));
+    assert_eq!(all[0].1, Some(vec![vec![], vec![1], vec![2, 2], vec![3, 3, 3]]));
+    assert!(all[1..].iter().all(|(_, gathered)| gathered.is_none()));
+}
+
 #[test]
 fn bytes_of_all_ranks_and_of_the_first() {
     let all = on_ranks(3, |world| {

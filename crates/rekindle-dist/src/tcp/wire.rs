@@ -11,13 +11,16 @@ pub(super) struct Operation {
     kind: u8,
     /// The number of the operation in the run, from 1.
     number: u64,
-    /// The number of values of a sum.
+    /// The number of f32 values.
     values: u64,
 }
 
 const ALL_REDUCE: u8 = 1;
 const ALL_GATHER: u8 = 2;
 const BROADCAST: u8 = 3;
+const REDUCE_SCATTER: u8 = 4;
+const ALL_GATHER_SHARDS: u8 = 5;
+const GATHER: u8 = 6;
 
 impl Operation {
     pub(super) fn all_reduce(number: u64, values: usize) -> Self {
@@ -26,6 +29,18 @@ impl Operation {
 
     pub(super) fn all_gather(number: u64) -> Self {
         Self { kind: ALL_GATHER, number, values: 0 }
+    }
+
+    pub(super) fn reduce_scatter(number: u64, values: usize) -> Self {
+        Self { kind: REDUCE_SCATTER, number, values: values as u64 }
+    }
+
+    pub(super) fn all_gather_shards(number: u64, values: usize) -> Self {
+        Self { kind: ALL_GATHER_SHARDS, number, values: values as u64 }
+    }
+
+    pub(super) fn gather(number: u64) -> Self {
+        Self { kind: GATHER, number, values: 0 }
     }
 
     pub(super) fn broadcast(number: u64) -> Self {
@@ -40,6 +55,9 @@ impl fmt::Display for Operation {
             ALL_REDUCE => write!(f, "all-reduce {number} of {values} values"),
             ALL_GATHER => write!(f, "all-gather {number}"),
             BROADCAST => write!(f, "broadcast {number}"),
+            REDUCE_SCATTER => write!(f, "reduce-scatter {number} of {values} values"),
+            ALL_GATHER_SHARDS => write!(f, "all-gather {number} of {values} values"),
+            GATHER => write!(f, "gather {number}"),
             _ => write!(f, "the unknown operation {kind}"),
         }
     }
