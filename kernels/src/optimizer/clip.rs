@@ -1,8 +1,11 @@
 //! Norms of gradients and gradient clipping.
 
+use core::ops::Range;
+
 use rayon::prelude::*;
 
 use super::cuda;
+use crate::runtime::{Array, DType, MemoryUse, NcclComm};
 use crate::tensor::two_devices;
 use crate::{Backend, Device, Grads, Tensor, host};
 
@@ -42,6 +45,20 @@ impl Clip {
         }
     }
 
+    /// Clips by the norm of all gradients, of which this rank of `ranks` has the sums of `range`. All ranks call it. On CUDA,
+    /// the host does not wait for it.
+    ///
+    /// # Panics
+    /// If the gradients are not on the device of `ranks`.
+    pub fn of_shards(grads: &Grads, range: Range<usize>, max_norm: f64, ranks: &NcclComm) -> Self {
+        let own = grads.of(range);
+        let own = cuda::norm(own.cuda(), 0.0, 1.0);
+        let norms = Array::dense(own.cuda(), [1, ranks.size()], DType::F32, MemoryUse::Scratch);
+        ranks.gather_scalar(own.ptr(), &norms);
+        // The norm of the shards' norms is that of all gradients.
+        Self(Factor::Cuda(cuda::norm(&norms, max_norm as f32, 1.0)))
+    }
+
     /// Returns the norm before clipping. Waits for the device; after a device error it is NaN.
     pub fn norm(&self) -> f64 {
         match &self.0 {
@@ -78,6 +95,11 @@ impl Clip {
 }
 
 impl Grads {
+    /// [`norm`](Self::norm) of the gradients of some elements.
+    pub fn norm_of(&self, range: Range<usize>) -> f64 {
+        norm(&self.of(range))
+    }
+
     /// √Σ g²; on [`Backend::Cpu`] summed in `f64` over chunks of fixed size. Waits for the device.
     pub fn norm(&self) -> f64 {
         let mut flats = self.flats();

@@ -97,7 +97,12 @@ impl Clip {
         Self(Arc::new(cuda.uploaded(&bytes, MemoryUse::Scratch)))
     }
 
-    /// Its place.
+    /// Returns the device.
+    pub(super) fn cuda(&self) -> &Cuda {
+        self.0.cuda()
+    }
+
+    /// Its place, which begins with the norm.
     pub(super) fn ptr(&self) -> u64 {
         self.0.ptr()
     }

@@ -159,6 +159,14 @@ pub fn clipped_range_step(
     clip
 }
 
+/// Changes the parameters of a shard by one step, and not the copies of their values: `state` is one of the shard
+/// ([`OptimizerState::of_shard`]), `grads` has the sums of its gradients.
+pub fn apply_shard(params: &mut Params, grads: &Grads, state: &mut OptimizerState, step: &UpdateStep, clip: &Clip) {
+    params.change_values(state.shard(), step.t as u32, |piece, values| {
+        state.apply(piece.clone(), values, &grads.of(piece), step, clip);
+    });
+}
+
 fn apply_range(
     params: &mut Params,
     range: Range<usize>,

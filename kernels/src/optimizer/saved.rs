@@ -1,5 +1,6 @@
 //! The state in bytes: for checkpoints, exact to the bit.
 
+use core::ops::Range;
 use std::collections::BTreeMap;
 
 use burn::tensor::DType;
@@ -19,7 +20,8 @@ pub struct StateTensor {
     pub dtype: DType,
     /// The parameter's, or `[blocks]`.
     pub shape: Vec<usize>,
-    /// Little-endian elements, row-major.
+    /// Little-endian elements, row-major. Of the state of a shard, only those of the shard; those of all shards, one after
+    /// another, are the whole tensor.
     pub bytes: Vec<u8>,
 }
 
@@ -39,7 +41,10 @@ pub enum StateError {
 struct Part {
     name: String,
     dtype: DType,
+    /// The shape of the whole tensor.
     shape: Vec<usize>,
+    /// The elements of the tensor that belong to the shard.
+    inside: Range<usize>,
     moment: usize,
     at: At,
 }
@@ -57,18 +62,23 @@ enum At {
 
 impl Part {
     fn numel(&self) -> usize {
-        self.shape.iter().product()
+        self.inside.len()
     }
 
     /// Length.
     fn bytes(&self) -> usize {
         self.numel() * self.dtype.size()
     }
+
+    /// The length of the whole tensor.
+    fn whole_bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.size()
+    }
 }
 
 impl OptimizerState {
     /// Everything, each part read from the device when it is reached. A moment in 8-bit blocks is two parts: codes, and
-    /// `.absmax` with a scale for every 256 of them.
+    /// `.absmax` with a scale for every 256 of them. The state of a shard gives its piece of every tensor.
     pub fn tensors(&self) -> impl Iterator<Item = Result<StateTensor, DeviceError>> + '_ {
         self.parts().map(|part| {
             let bytes = self.read(&part)?;
@@ -77,7 +87,8 @@ impl OptimizerState {
         })
     }
 
-    /// Replaces everything by what [`tensors`](Self::tensors) gave.
+    /// Replaces everything by what [`tensors`](Self::tensors) of the whole state gave; the state of a shard takes its piece
+    /// of it.
     ///
     /// # Errors
     /// Unless `tensors` are exactly those of this state; then nothing changes.
@@ -91,7 +102,7 @@ impl OptimizerState {
                     "\"{}\" is {:?} {:?}, not {:?} {:?}",
                     part.name, t.dtype, t.shape, part.dtype, part.shape
                 )),
-                Some(t) if t.bytes.len() != part.bytes() => {
+                Some(t) if t.bytes.len() != part.whole_bytes() => {
                     problems.push(format!("\"{}\" has {} bytes", part.name, t.bytes.len()));
                 }
                 Some(t) => loaded.push((part, t.bytes)),
@@ -101,7 +112,11 @@ impl OptimizerState {
         if !problems.is_empty() {
             return Err(StateError::Other(problems));
         }
-        loaded.into_iter().try_for_each(|(part, bytes)| self.write(&part, &bytes)).map_err(StateError::from)
+        let inside = |part: &Part| part.inside.start * part.dtype.size()..part.inside.end * part.dtype.size();
+        loaded
+            .into_iter()
+            .try_for_each(|(part, bytes)| self.write(&part, &bytes[inside(&part)]))
+            .map_err(StateError::from)
     }
 
     fn parts(&self) -> impl Iterator<Item = Part> + use<'_> {
@@ -110,12 +125,27 @@ impl OptimizerState {
             moments.iter().enumerate().flat_map(move |(moment, what)| {
                 let name = format!("{}.{what}", slot.name);
                 let shape = slot.shape.clone();
+                // A parameter outside the shard has no elements, wherever they are.
+                let inside = match slot.range.is_empty() {
+                    true => 0..0,
+                    false => slot.range.start - slot.whole.start..slot.range.end - slot.whole.start,
+                };
                 match &slot.place {
-                    &Place::Dense(at) => vec![Part { name, dtype: DType::F32, shape, moment, at: At::Dense(at) }],
+                    &Place::Dense(at) => {
+                        vec![Part { name, dtype: DType::F32, shape, inside, moment, at: At::Dense(at) }]
+                    }
                     Place::Blocks { blocks, .. } => {
-                        let (scales, at) = (format!("{name}.absmax"), At::Absmax(blocks.start));
-                        let absmax = Part { name: scales, dtype: DType::F32, shape: vec![blocks.len()], moment, at };
-                        vec![Part { name, dtype: DType::U8, shape, moment, at: At::Codes(blocks.start) }, absmax]
+                        let first = inside.start / BLOCK;
+                        let absmax = Part {
+                            name: format!("{name}.absmax"),
+                            dtype: DType::F32,
+                            shape: vec![slot.whole.len().div_ceil(BLOCK)],
+                            inside: first..first + blocks.len(),
+                            moment,
+                            at: At::Absmax(blocks.start),
+                        };
+                        let at = At::Codes(blocks.start);
+                        vec![Part { name, dtype: DType::U8, shape, inside, moment, at }, absmax]
                     }
                 }
             })
@@ -123,6 +153,9 @@ impl OptimizerState {
     }
 
     fn read(&self, part: &Part) -> Result<Vec<u8>, DeviceError> {
+        if part.inside.is_empty() {
+            return Ok(Vec::new());
+        }
         let range = |at: usize| at..at + part.numel();
         let floats = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect();
         Ok(match (&self.blocks, part.at) {
@@ -144,6 +177,9 @@ impl OptimizerState {
     }
 
     fn write(&mut self, part: &Part, bytes: &[u8]) -> Result<(), DeviceError> {
+        if part.inside.is_empty() {
+            return Ok(());
+        }
         let range = |at: usize| at..at + part.numel();
         match (&mut self.blocks, part.at) {
             (_, At::Dense(at)) => {
@@ -185,8 +221,8 @@ impl At {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::optimizer::{StateFormat, UpdateRule, UpdateStep, clipped_step};
-    use crate::{Device, Params, ParamsBuilder, from_f32};
+    use crate::optimizer::{Clip, StateFormat, UpdateRule, UpdateStep, apply_shard, clipped_step};
+    use crate::{Device, Grads, Params, ParamsBuilder, from_f32};
 
     const RULE: UpdateRule = UpdateRule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
 
@@ -198,12 +234,17 @@ mod tests {
     }
 
     fn step(params: &mut Params, state: &mut OptimizerState, t: u64) {
+        let grads = grads(params, t);
+        clipped_step(params, &grads, state, &UpdateStep { t, rates: 1e-2.into(), weight_decay: 0.1 }, 1.0);
+    }
+
+    fn grads(params: &Params, t: u64) -> Grads {
         let mut grads = params.zero_grads();
         for info in params.infos() {
             let values = (0..info.at.range().len()).map(|i| (i % 97) as f32 - 1.5 * t as f32).collect();
             grads.add(info.at, from_f32(values, info.at.dims(), &Device::cpu(), DType::F32));
         }
-        clipped_step(params, &grads, state, &UpdateStep { t, rates: 1e-2.into(), weight_decay: 0.1 }, 1.0);
+        grads
     }
 
     fn state(params: &Params, format: StateFormat) -> OptimizerState {
@@ -232,6 +273,47 @@ mod tests {
             let bytes =
                 |state: &OptimizerState| state.tensors().map(|t| t.expect("the CPU works").bytes).collect::<Vec<_>>();
             assert_eq!(bytes(&whole_state), bytes(&resumed_state));
+        }
+    }
+
+    /// Steps of the shards one after another are those of the whole state, and so are their tensors.
+    #[test]
+    fn shards_take_the_steps_of_the_whole() {
+        for format in [StateFormat::F32, StateFormat::Blockwise8] {
+            let mut whole = params();
+            let mut whole_state = state(&whole, format);
+            let mut sharded = params();
+            let shards = OptimizerState::shards(sharded.infos(), RULE, format, 3);
+            let of_shard = |params: &Params, shard: &Range<usize>| {
+                OptimizerState::of_shard(params.infos(), shard.clone(), &Device::cpu(), RULE, format)
+            };
+            let mut states: Vec<OptimizerState> = shards.iter().map(|shard| of_shard(&sharded, shard)).collect();
+            let joined = |states: &[OptimizerState]| -> Vec<StateTensor> {
+                let mut all: Vec<StateTensor> = states[0].tensors().map(Result::unwrap).collect();
+                for state in &states[1..] {
+                    for (whole, piece) in all.iter_mut().zip(state.tensors().map(Result::unwrap)) {
+                        assert_eq!((&whole.name, &whole.shape), (&piece.name, &piece.shape));
+                        whole.bytes.extend(piece.bytes);
+                    }
+                }
+                all
+            };
+            for t in 1..4 {
+                step(&mut whole, &mut whole_state, t);
+                let grads = grads(&sharded, t);
+                let clip = Clip::of(&grads, 1.0, 1.0);
+                for state in &mut states {
+                    let step = UpdateStep { t, rates: 1e-2.into(), weight_decay: 0.1 };
+                    apply_shard(&mut sharded, &grads, state, &step, &clip);
+                }
+                assert_eq!(whole.all_values(), sharded.all_values());
+                let expected: Vec<StateTensor> = whole_state.tensors().map(Result::unwrap).collect();
+                assert_eq!(joined(&states), expected);
+                // Another number of shards takes over.
+                let shards = OptimizerState::shards(sharded.infos(), RULE, format, t as usize + 3);
+                states = shards.iter().map(|shard| of_shard(&sharded, shard)).collect();
+                states.iter_mut().for_each(|state| state.load(expected.clone()).expect("its own tensors"));
+            }
         }
     }
 

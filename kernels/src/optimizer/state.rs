@@ -8,12 +8,15 @@ use crate::runtime::{Array, MemoryUse};
 use crate::tensor::{MetaMemory, two_devices};
 use crate::{Backend, Device, Group, ParamInfo, Tensor, host, params};
 
-/// The state of all parameters.
+/// The state of all parameters, or of those elements that belong to a shard.
 #[derive(Debug)]
 pub struct OptimizerState {
     rule: UpdateRule,
     format: StateFormat,
     pub(super) device: Device,
+    /// The elements of the shard.
+    shard: Range<usize>,
+    /// Every parameter, also those outside the shard, which have no elements there.
     pub(super) slots: Vec<ParamState>,
     /// One vector for each of [`UpdateRule::moments`], of the parameters whose state is in `f32`.
     pub(super) moments: Vec<Tensor<1>>,
@@ -27,6 +30,8 @@ pub(super) struct ParamState {
     pub(super) name: String,
     pub(super) shape: Vec<usize>,
     /// Its elements among those of all parameters.
+    pub(super) whole: Range<usize>,
+    /// Those of them in the shard.
     pub(super) range: Range<usize>,
     decays: bool,
     group: Group,
@@ -102,12 +107,43 @@ impl StateFormat {
 impl OptimizerState {
     /// Zeros for parameters in ascending order of their places.
     pub fn new(infos: &[ParamInfo], device: &Device, rule: UpdateRule, format: StateFormat) -> Self {
+        Self::of_shard(infos, 0..numel(infos), device, rule, format)
+    }
+
+    /// Divides the elements of parameters into one shard for each of `ranks`, of about equal length. No block of 8-bit state
+    /// is in two of them.
+    pub fn shards(infos: &[ParamInfo], rule: UpdateRule, format: StateFormat, ranks: usize) -> Vec<Range<usize>> {
+        let numel = numel(infos);
+        let cut = |rank: usize| {
+            // Without an overflow for any number of parameters and ranks.
+            let even = numel / ranks * rank + numel % ranks * rank / ranks;
+            let inside = infos.partition_point(|info| info.at.range().end <= even);
+            let Some(range) = infos.get(inside).map(|info| info.at.range()) else { return numel };
+            match format.has_blocks(rule, range.len()) {
+                true => range.start + (even - range.start) / BLOCK * BLOCK,
+                // 16 bytes, for wide accesses.
+                false => (even / 4 * 4).max(range.start),
+            }
+        };
+        (0..ranks).map(|rank| cut(rank)..if rank + 1 == ranks { numel } else { cut(rank + 1) }).collect()
+    }
+
+    /// Zeros for the elements of `shard`, one of [`shards`](Self::shards).
+    pub fn of_shard(
+        infos: &[ParamInfo],
+        shard: Range<usize>,
+        device: &Device,
+        rule: UpdateRule,
+        format: StateFormat,
+    ) -> Self {
         let mut slots: Vec<ParamState> = Vec::with_capacity(infos.len());
         let (mut end, mut blocks, mut tiles) = (0, 0, Vec::new());
         for ParamInfo { name, shape, at, decays, group } in infos {
-            let range = at.range();
-            assert!(slots.last().is_none_or(|last| last.range.end <= range.start), "\"{name}\" comes in order");
-            let place = if format.has_blocks(rule, range.len()) {
+            let whole = at.range();
+            assert!(slots.last().is_none_or(|last| last.whole.end <= whole.start), "\"{name}\" comes in order");
+            let inside = |element: usize| element.clamp(shard.start, shard.end);
+            let range = inside(whole.start)..inside(whole.end);
+            let place = if format.has_blocks(rule, whole.len()) {
                 let first = tiles.len();
                 tiles.extend(blockwise::tiles(&range, blocks, *decays, *group));
                 let own = blocks..blocks + range.len().div_ceil(BLOCK);
@@ -122,6 +158,7 @@ impl OptimizerState {
             slots.push(ParamState {
                 name: name.clone(),
                 shape: shape.clone(),
+                whole,
                 range,
                 decays: *decays,
                 group: *group,
@@ -144,7 +181,7 @@ impl OptimizerState {
             }
         };
         let moments = moments.map(|_| params::zeros(end, device, MemoryUse::OptimizerState)).collect();
-        Self { rule, format, device: device.clone(), slots, moments, blocks }
+        Self { rule, format, device: device.clone(), shard, slots, moments, blocks }
     }
 
     /// The update rule.
@@ -157,9 +194,25 @@ impl OptimizerState {
         self.format
     }
 
+    /// Returns the elements that this is the state of.
+    pub fn shard(&self) -> Range<usize> {
+        self.shard.clone()
+    }
+
     /// Returns the bytes of the state.
     pub fn bytes(&self) -> StateBytes {
-        self.format.bytes(self.rule, self.slots.iter().map(|slot| slot.range.len()))
+        let mut bytes = StateBytes::default();
+        let moments = self.rule.moments().len();
+        for slot in &self.slots {
+            match &slot.place {
+                Place::Dense(_) => bytes.device += moments * 4 * slot.range.len(),
+                Place::Blocks { blocks, .. } => {
+                    let blocks = moments * (BLOCK + 4) * blocks.len();
+                    *if self.format == StateFormat::Host8 { &mut bytes.host } else { &mut bytes.device } += blocks;
+                }
+            }
+        }
+        bytes
     }
 
     /// Changes `values`, those of the parameters within `range` of all elements, and their state by one step.
@@ -300,6 +353,11 @@ impl OptimizerState {
     }
 }
 
+/// Returns the number of elements.
+fn numel(infos: &[ParamInfo]) -> usize {
+    infos.last().map_or(0, |last| last.at.range().end)
+}
+
 /// The coefficients of a step with an `f32` state, for parameters that move alike.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum StepCoefficients {
@@ -368,6 +426,29 @@ mod tests {
         let c = (11..14, 11, false, Group::Default);
         assert_eq!(runs(0..16), [(0..11, 0, true, Group::Default), c.clone(), (14..16, 14, false, Group::Embedding)]);
         assert_eq!(runs(6..14), [(6..11, 6, true, Group::Default), c]);
+    }
+
+    #[test]
+    fn shards_cover_everything_and_cut_no_block() {
+        let mut builder = ParamsBuilder::new(&Device::cpu(), DType::F32);
+        builder.push("a", &[7], false, &[0.0; 7]);
+        builder.push("b", &[90, 50], true, &[0.0; 4500]);
+        builder.push("c", &[60, 90], true, &[0.0; 5400]);
+        let params = builder.build();
+        for ranks in 1..9 {
+            for format in [StateFormat::F32, StateFormat::Blockwise8] {
+                let shards = OptimizerState::shards(params.infos(), ADAMW, format, ranks);
+                assert_eq!((shards.len(), shards[0].start, shards[ranks - 1].end), (ranks, 0, 9907));
+                assert!(shards.windows(2).all(|pair| pair[0].end == pair[1].start), "{shards:?}");
+                let even = 9907 / ranks;
+                assert!(shards.iter().all(|shard| shard.len().abs_diff(even) <= BLOCK), "{shards:?}");
+                let state = |shard| OptimizerState::of_shard(params.infos(), shard, &Device::cpu(), ADAMW, format);
+                let bytes: usize = shards.iter().map(|shard| state(shard.clone()).bytes().device).sum();
+                assert_eq!(bytes, state(0..9907).bytes().device, "no part of the state exists twice");
+            }
+        }
+        assert_eq!(OptimizerState::shards(params.infos(), ADAMW, StateFormat::Blockwise8, 2)[0], 0..4507 + 256);
+        assert_eq!(OptimizerState::shards(params.infos(), ADAMW, StateFormat::F32, 2)[0], 0..4952);
     }
 
     #[test]

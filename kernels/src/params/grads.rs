@@ -99,6 +99,14 @@ impl Grads {
         }
     }
 
+    /// Returns all gradients, in the order of the parameters, where they are in one buffer on a CUDA device.
+    pub fn cuda_values(&self) -> Option<&Array> {
+        match &self.parts[..] {
+            [GradPart { flat: Tensor::Cuda(flat), .. }] => Some(flat),
+            _ => None,
+        }
+    }
+
     /// Returns the ranges that there are gradients of.
     pub fn ranges(&self) -> Vec<Range<usize>> {
         self.parts.iter().map(|part| part.range.clone()).collect()

@@ -1,6 +1,6 @@
 //! Trainable parameters: a flat `f32` buffer with named views.
 //!
-//! One buffer for all values and one for all gradients ([`Grads`]) make the optimizer, the global norm and (later)
+//! One buffer for all values and one for all gradients ([`Grads`]) make the optimizer, the global norm and
 //! the reduction over ranks one pass each. Layers keep [`ParamRef`]s, not tensors: a view is made where
 //! it is read and gone before the optimizer writes, so that the write happens in place.
 //!
@@ -12,6 +12,7 @@ mod grads;
 pub mod quantized;
 pub mod stochastic;
 mod storage;
+mod update;
 mod weight;
 
 pub use grads::Grads;
@@ -23,11 +24,10 @@ use core::ops::Range;
 use burn::tensor::DType;
 
 use self::copies::{ParamCopies, ParamCopy};
-use self::stochastic::RoundingRng;
 use self::storage::ParamStorage;
-use crate::runtime::{Array, MemoryUse, elementwise};
-use crate::tensor::{MetaTensor, cuda_dtype};
-use crate::{Device, RngKey, Tensor, from_f32, to_f32};
+use crate::runtime::{Array, MemoryUse};
+use crate::tensor::MetaTensor;
+use crate::{Device, Tensor, from_f32, to_f32};
 
 /// The place of a parameter: a row-major matrix in the flat buffers. Vectors have one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -384,73 +384,6 @@ impl Params {
         let index = self.infos.partition_point(|info| info.at.offset < at.offset);
         assert_eq!(self.infos[index].at, at, "a parameter that is kept in place is read whole");
         index
-    }
-
-    /// The seed of what is rounded stochastically, where values lie in place. 0 until this is called.
-    pub fn set_rounding_seed(&mut self, seed: u64) {
-        self.seed = seed;
-    }
-
-    /// Gives the values of the parameters in `range` to `f`, in f32 and in one or more pieces, each with the elements that
-    /// it holds, and keeps what `f` leaves there. Values in place are rounded with the random numbers of `step`.
-    pub(crate) fn change(&mut self, range: Range<usize>, step: u32, mut f: impl FnMut(Range<usize>, &mut Tensor<1>)) {
-        let seed = self.seed;
-        if let Some(in_place) = &mut self.in_place {
-            let first = self.infos.partition_point(|info| info.at.offset < range.start);
-            let inside = self.infos.iter().zip(in_place).enumerate().skip(first);
-            for (param, (info, storage)) in inside.take_while(|(_, (info, _))| info.at.offset < range.end) {
-                let mut values = storage.flat();
-                f(info.at.range(), &mut values);
-                storage.store(values, RoundingRng { key: RngKey { seed, step }, param: param as u32 });
-            }
-            return;
-        }
-        if range.len() == self.numel() {
-            f(range, &mut self.values);
-            return self.sync();
-        }
-        match &mut self.values {
-            Tensor::Cuda(all) => f(range.clone(), &mut all.part(range.start, [1, range.len()]).into()),
-            // Some values are changed in a copy.
-            Tensor::Meta(all) => f(range.clone(), &mut all.part(range.start, [1, range.len()]).into()),
-            Tensor::Burn(all) => {
-                let mut values = Tensor::Burn(all.clone().slice([range.clone()]));
-                f(range.clone(), &mut values);
-                all.inplace(|all| all.slice_assign([range.clone()], values.into_burn()));
-            }
-        }
-        self.sync_part(range);
-    }
-
-    /// [`sync`](Self::sync) for some of the values, if there are no copies outside the flat buffer.
-    fn sync_part(&mut self, range: Range<usize>) {
-        match (&self.values, &self.compute, &self.param_copies) {
-            (Tensor::Cuda(values), Some(compute), None) => {
-                let part = |all: &Array| all.part(range.start, [1, range.len()]);
-                elementwise::copy_into(&part(values), &part(compute));
-            }
-            _ => self.sync(),
-        }
-    }
-
-    /// Brings the copies of the values up to date.
-    pub(crate) fn sync(&mut self) {
-        let values = match &self.values {
-            Tensor::Burn(_) | Tensor::Meta(_) => return,
-            Tensor::Cuda(values) => values,
-        };
-        if self.dtype != DType::F32 {
-            match &self.compute {
-                Some(compute) => elementwise::copy_into(values, compute),
-                None => {
-                    let dtype = cuda_dtype(self.dtype);
-                    self.compute = Some(elementwise::cast(values, dtype, MemoryUse::Parameters));
-                }
-            }
-        }
-        if let Some(param_copies) = &self.param_copies {
-            param_copies.sync(values);
-        }
     }
 }
 
