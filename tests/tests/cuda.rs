@@ -7,6 +7,8 @@
 mod blocks;
 #[path = "cuda/engine.rs"]
 mod engine;
+#[path = "cuda/ranks.rs"]
+mod ranks;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -61,7 +63,7 @@ fn main() -> ExitCode {
     };
     // Options of the test harness, such as `--nocapture`, are ignored.
     let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
-    let mut failed = 0;
+    let mut failed = ranks::run(&filter);
     for (name, check) in CHECKS.iter().filter(|(name, _)| name.contains(&filter)) {
         let passed = catch_unwind(AssertUnwindSafe(|| check(&device))).is_ok();
         println!("{name}: {}", if passed { "ok" } else { "FAILED" });

@@ -227,6 +227,7 @@ fn measured(case: &Case) -> (MemoryPlan, usize) {
         lora: case.lora.clone(),
         train: train.clone(),
         evaluates: case.evaluated > 0,
+        ranks: 1,
     };
     let rows = PassRows::equal(case.rows, case.length);
     let plan = Planner::new(job).unwrap().objective((case.objective)()).plan(&rows).unwrap();

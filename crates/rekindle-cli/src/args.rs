@@ -152,10 +152,10 @@ pub(crate) struct TrainArgs {
     /// Replace the checkpoints and the adapter or model of an earlier run in output_dir
     #[arg(long)]
     pub(crate) overwrite: bool,
-    /// Train with N processes on the CPU of this machine, started by this command
+    /// Train with N processes on this machine, started by this command; each takes a GPU of its own, or they share the CPU
     #[arg(long, value_name = "N", value_parser = at_least_one, conflicts_with_all = ["gpus", "dry_run"])]
     pub(crate) ranks: Option<usize>,
-    /// Train on N GPUs of this machine; more than one is refused in this version
+    /// Train on N GPUs of this machine, with a process for each; several need NCCL (see rekindle doctor)
     #[arg(long, value_name = "N|all", value_parser = gpu_count)]
     pub(crate) gpus: Option<GpuCount>,
     /// Load everything, print the resolved configuration and a summary of the run, and write nothing
@@ -170,8 +170,7 @@ pub(crate) struct TrainArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = MERGE)]
 pub(crate) struct MergeArgs {
-    /// An adapter's directory or name on the hub, or the output directory of a run that trained one; several are
-    /// combined
+    /// An adapter's directory or name on the hub, or the output_dir of a run that trained one; several are combined
     #[arg(value_name = "RUN_OR_ADAPTER", required = true)]
     pub(crate) adapters: Vec<PathBuf>,
     #[command(flatten)]
@@ -213,8 +212,7 @@ pub(crate) struct QuantizeArgs {
     /// Quantize the scales of 4-bit weights too [default: true]
     #[arg(long, value_name = "BOOL")]
     pub(crate) double_quant: Option<bool>,
-    /// Modules to leave unquantized, separated by commas: names of linears, or paths such as model.layers.0 [default:
-    /// lm_head]
+    /// Modules to leave unquantized, by commas: linears, or paths such as model.layers.0 [default: lm_head]
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub(crate) skip_modules: Option<Vec<String>>,
     #[command(flatten)]
@@ -259,8 +257,7 @@ pub(crate) struct LoadArgs {
     /// Maximum tokens of a row, or of prompt and answer together [default: 2048, or the model's window if shorter]
     #[arg(long, value_name = "N")]
     pub(crate) max_seq_length: Option<usize>,
-    /// Method for a --max-seq-length beyond the model's window: auto, linear, dynamic, yarn or {rope_type="yarn",
-    /// factor=4.0} [default: auto, or as the adapter was trained]
+    /// Method beyond the model's window: auto, linear, dynamic, yarn or {rope_type="yarn", factor=4.0} [default: auto or the adapter's]
     #[arg(long, value_name = "METHOD", value_parser = rope_scaling)]
     pub(crate) rope_scaling: Option<RopeScaling>,
     /// The device: auto, cpu, cuda, cuda:N, wgpu or wgpu:N
@@ -321,8 +318,7 @@ pub(crate) struct QuantArgs {
     /// Quantize the scales of 4-bit weights too [default: true]
     #[arg(long, value_name = "BOOL")]
     pub(crate) double_quant: Option<bool>,
-    /// Modules to leave unquantized, separated by commas: names of linears, or paths such as model.layers.0 [default:
-    /// lm_head]
+    /// Modules to leave unquantized, by commas: linears, or paths such as model.layers.0 [default: lm_head]
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub(crate) skip_modules: Option<Vec<String>>,
 }

@@ -5,7 +5,7 @@ mod launcher;
 use std::io::stdin;
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::exit;
+use std::process::{abort, exit};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -34,18 +34,17 @@ pub(crate) enum TrainRole {
 impl TrainRole {
     /// Returns the role that the arguments and the launcher give.
     pub(crate) fn of(args: &TrainArgs, launch: &Launch) -> Result<Self, Failure> {
-        if let Some(gpus) = args.gpus {
-            check_gpus(gpus, rekindle::cuda_device_count())?;
-        }
+        let gpus = args.gpus.map(|gpus| gpu_ranks(gpus, rekindle::cuda_device_count())).transpose()?;
         if args.dry_run {
             return Ok(Self::Rank);
         }
-        match (&launch.role, args.ranks) {
+        match (&launch.role, args.ranks.or(gpus)) {
             (LaunchRole::Rank(rank), Some(_)) if !launch.is_own() => Err(Failure::Configuration(format!(
-                "{} has started this process as rank {} of {}; remove --ranks",
+                "{} has started this process as rank {} of {}; remove {}",
                 launch.launcher.unwrap_or_default(),
                 rank.position.rank,
-                rank.position.world_size
+                rank.position.world_size,
+                if gpus.is_some() { "--gpus" } else { "--ranks" }
             ))),
             (LaunchRole::Rank(_), _) | (LaunchRole::Alone, None | Some(1)) => Ok(Self::Rank),
             (LaunchRole::Alone, Some(ranks)) => {
@@ -60,22 +59,18 @@ impl TrainRole {
     }
 }
 
-/// Refuses `--gpus` without that many GPUs, and more than one, for which there is no communication yet.
-fn check_gpus(gpus: GpuCount, found: usize) -> Result<(), Failure> {
+/// Returns the number of ranks that `--gpus` asks for; refuses more than there are.
+fn gpu_ranks(gpus: GpuCount, found: usize) -> Result<usize, Failure> {
     let wanted = match gpus {
         GpuCount::All => found,
         GpuCount::Number(number) => number,
     };
-    let problem = match (found, wanted) {
-        (0, _) => {
+    let problem = match found {
+        0 => {
             "--gpus: this machine has no CUDA device (see rekindle doctor); train on the CPU with --ranks N".to_owned()
         }
-        (_, 1) => return Ok(()),
         _ if wanted > found => format!("--gpus {wanted}: this machine has {found} of them"),
-        _ => format!(
-            "--gpus {wanted}: training on several GPUs needs NCCL, which this version does not use yet; train on one GPU with \
-             --gpus 1"
-        ),
+        _ => return Ok(wanted),
     };
     Err(Failure::Configuration(problem))
 }
@@ -101,6 +96,11 @@ pub(crate) fn connect(launch: &Launch, stop: &Arc<AtomicBool>) -> Result<Arc<dyn
             if prints {
                 eprintln!("error: {text}");
             }
+            // Libraries that wait for the other ranks may keep the process from ending in order.
+            thread::spawn(|| {
+                thread::sleep(GRACE);
+                abort();
+            });
             exit(OTHER_RANK.into());
         });
     };
@@ -166,12 +166,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn gpus_are_refused_by_name() {
-        let error = |gpus, found| check_gpus(gpus, found).map_err(|error| error.to_string()).err().unwrap_or_default();
-        assert!(error(GpuCount::All, 0).contains("no CUDA device"));
-        assert!(error(GpuCount::Number(1), 0).contains("--ranks N"));
-        assert_eq!((error(GpuCount::Number(1), 2), error(GpuCount::All, 1)), (String::new(), String::new()));
-        assert!(error(GpuCount::Number(3), 2).contains("has 2 of them"));
-        assert!(error(GpuCount::All, 2).contains("NCCL"));
+    fn gpus_become_ranks_or_are_refused_by_name() {
+        let ranks = |gpus, found| gpu_ranks(gpus, found).map_err(|error| error.to_string());
+        let refused = |gpus, found, part: &str| {
+            let problem = ranks(gpus, found).unwrap_err();
+            assert!(problem.contains(part), "{problem}");
+        };
+        refused(GpuCount::All, 0, "no CUDA device");
+        refused(GpuCount::Number(1), 0, "--ranks N");
+        refused(GpuCount::Number(3), 2, "has 2 of them");
+        assert_eq!((ranks(GpuCount::Number(1), 2), ranks(GpuCount::All, 4)), (Ok(1), Ok(4)));
     }
 }

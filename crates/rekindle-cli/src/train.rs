@@ -20,6 +20,11 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let launch = Launch::from_env()?;
     let role = TrainRole::of(args, &launch)?;
     let config = RunConfig::load(&args.run_file, &args.overrides)?;
+    if args.gpus.is_some() && config.device == "cpu" {
+        return Err(Failure::Configuration(
+            "--gpus: the run file has device = \"cpu\"; remove one of them, or train with --ranks N".to_owned(),
+        ));
+    }
     if let TrainRole::Launcher(node) = role {
         return ranks::start(&node);
     }

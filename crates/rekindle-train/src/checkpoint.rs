@@ -11,6 +11,7 @@ mod tensors;
 
 use std::path::{Path, PathBuf};
 
+use rekindle_kernels::optimizer::StateTensor;
 use rekindle_models::CausalLm;
 
 use crate::rollout::Generation;
@@ -63,7 +64,7 @@ impl Checkpoint {
     pub(crate) fn write(
         path: &Path,
         model: &CausalLm,
-        optimizer: &Optimizer,
+        optimizer: &[StateTensor],
         state: &TrainerState,
         companions: &[Companion],
         write_model: impl FnOnce(&Path) -> Result<(), Error>,
@@ -85,9 +86,13 @@ impl Checkpoint {
         tensors::read_masters(&self.path, model)
     }
 
-    /// Restores the optimizer.
-    pub(crate) fn restore_optimizer(&self, optimizer: &mut Optimizer) -> Result<(), Error> {
-        tensors::read_optimizer(&self.path, optimizer, self.state.optimizer_steps)
+    /// Restores the optimizer. Returns its whole state if there are other ranks, which need it too.
+    pub(crate) fn restore_optimizer(&self, optimizer: &mut Optimizer) -> Result<Vec<StateTensor>, Error> {
+        let (path, saved) = tensors::read_optimizer(&self.path)?;
+        let kept = if optimizer.world().ranks().size() > 1 { saved.clone() } else { Vec::new() };
+        let restored = optimizer.resume(self.state.optimizer_steps, saved);
+        restored.map_err(|error| Error::Checkpoint { path, problem: error.to_string() })?;
+        Ok(kept)
     }
 }
 

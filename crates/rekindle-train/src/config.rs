@@ -88,6 +88,11 @@ pub struct SftConfig {
     /// 1`; `max_grad_norm` then clips each block by its own norm. Default false.
     #[serde(skip_serializing_if = "core::ops::Not::not")]
     pub optimizer_in_bwd: bool,
+    /// If true, several ranks divide the state of the optimizer: each updates 1/N of the trained parameters (ZeRO stage 1,
+    /// arXiv:1910.02054). Default: true with `full_finetuning` in f32, false for adapters, whose state is small. Has no effect
+    /// on a single rank.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shard_optimizer: Option<bool>,
     /// Steps between log lines, or a share of all steps. Default 1. The metrics file contains every step.
     pub logging_steps: StepCount,
     /// If true, the first step has a log line too. Default true.
@@ -183,6 +188,7 @@ impl Default for SftConfig {
             router_aux_loss_coef: 0.0,
             use_gradient_checkpointing: GradientCheckpointing::Off,
             optimizer_in_bwd: false,
+            shard_optimizer: None,
             logging_steps: StepCount::Steps(1),
             logging_first_step: true,
             eval_strategy: None,

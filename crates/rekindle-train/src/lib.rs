@@ -34,6 +34,7 @@ mod sampler;
 mod save;
 mod schedule;
 mod stopping;
+mod tensor_world;
 mod tensorboard;
 mod trainer;
 mod world;
@@ -66,5 +67,6 @@ pub use rollout::{
 pub use sampler::{SamplePrompt, Sampler};
 pub use save::{save_adapter, save_adapters, save_result, write_result};
 pub use schedule::{LrCurve, LrSchedulerKwargs, LrSchedulerType, Schedule};
+pub use tensor_world::TensorWorld;
 pub use tensorboard::EventFile;
 pub use trainer::{Preflight, Resume, Trainer, TrainerArguments, check_output_dir};

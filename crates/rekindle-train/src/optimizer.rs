@@ -1,17 +1,19 @@
 //! One optimizer step over given micro-batches.
 
-use rekindle_dist::{Communicator, OneRank};
+use core::ops::Range;
+
+use rekindle_dist::Communicator;
 use rekindle_kernels::optimizer::{
     Clip, LearningRates, OptimizerState, StateBytes, StateError, StateFormat, StateTensor, UpdateRule, UpdateStep,
-    clipped_range_step, clipped_step,
+    apply_shard, clipped_range_step, clipped_step,
 };
 use rekindle_kernels::{DType, Device, Grads, Params};
 use rekindle_models::objective::{Metric, PendingLoss};
 use rekindle_models::spec::FeedForwardSpec;
 use rekindle_models::{Batch, CausalLm, Objective, StepKey};
 
-use crate::world::gather_losses;
-use crate::{Error, SftConfig, show_bytes};
+use crate::world::{gather_losses, gather_state};
+use crate::{Error, SftConfig, TensorWorld, show_bytes};
 
 /// The configuration of an optimizer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,6 +33,8 @@ pub struct OptimizerConfig {
     /// If true, parameters are updated block by block as soon as their gradients are complete, and each block is
     /// clipped by its own norm.
     pub optimizer_in_bwd: bool,
+    /// True if the optimizer's state is divided among several ranks; `None` for full fine-tuning in f32 only.
+    pub shard_optimizer: Option<bool>,
 }
 
 impl OptimizerConfig {
@@ -84,6 +88,7 @@ impl From<&SftConfig> for OptimizerConfig {
             neftune_noise_alpha: config.neftune_noise_alpha.unwrap_or(0.0),
             router_aux_loss_coef: config.router_aux_loss_coef,
             optimizer_in_bwd: config.optimizer_in_bwd,
+            shard_optimizer: config.shard_optimizer,
         }
     }
 }
@@ -120,6 +125,9 @@ pub struct Optimizer {
     state: OptimizerState,
     t: u64,
     seed: u64,
+    world: TensorWorld,
+    /// The elements that each rank updates, if the state is divided among the ranks.
+    shards: Option<Vec<Range<usize>>>,
 }
 
 impl Optimizer {
@@ -129,6 +137,35 @@ impl Optimizer {
     /// [`Error::NothingToTrain`], and [`Error::Config`] for a model in f16, `optimizer_in_bwd` with an adapter, or
     /// `router_aux_loss_coef` where it does not apply.
     pub fn new(model: &CausalLm, config: OptimizerConfig, seed: u64) -> Result<Self, Error> {
+        Self::on_ranks(model, config, seed, TensorWorld::default())
+    }
+
+    /// Returns the optimizer of a rank. With [`shard_optimizer`](OptimizerConfig::shard_optimizer), it holds the state of
+    /// its share of the elements (ZeRO stage 1, arXiv:1910.02054).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`Error::Config`] for several ranks with `optimizer_in_bwd`, or a divided state of parameters
+    /// that are trained in place.
+    pub fn on_ranks(model: &CausalLm, config: OptimizerConfig, seed: u64, world: TensorWorld) -> Result<Self, Error> {
+        let (rank, ranks) = (world.ranks().rank(), world.ranks().size());
+        Self::of_rank(model, config, seed, world, (rank, ranks))
+    }
+
+    /// Returns the optimizer of one of several ranks on a device without values, whose collectives do nothing.
+    ///
+    /// # Errors
+    /// As [`on_ranks`](Self::on_ranks).
+    pub(crate) fn planned(model: &CausalLm, config: OptimizerConfig, ranks: usize) -> Result<Self, Error> {
+        Self::of_rank(model, config, 0, TensorWorld::planned(), (0, ranks))
+    }
+
+    fn of_rank(
+        model: &CausalLm,
+        config: OptimizerConfig,
+        seed: u64,
+        world: TensorWorld,
+        (rank, ranks): (usize, usize),
+    ) -> Result<Self, Error> {
         if model.params().numel() == 0 {
             return Err(Error::NothingToTrain);
         }
@@ -145,8 +182,21 @@ impl Optimizer {
         if config.router_aux_loss_coef > 0.0 {
             check_router_aux_loss(model)?;
         }
-        let state = OptimizerState::new(model.params().infos(), model.device(), config.rule, config.format);
-        Ok(Self { config, state, t: 0, seed })
+        let (infos, device) = (model.params().infos(), model.device());
+        let shards = shards(model, &config, ranks)?;
+        let shard = shards.as_ref().map_or(0..model.params().numel(), |shards| shards[rank].clone());
+        let state = OptimizerState::of_shard(infos, shard, device, config.rule, config.format);
+        Ok(Self { config, state, t: 0, seed, world, shards })
+    }
+
+    /// Returns the ranks that take the steps.
+    pub fn world(&self) -> &TensorWorld {
+        &self.world
+    }
+
+    /// Returns true if each rank holds a part of the state.
+    pub fn is_sharded(&self) -> bool {
+        self.shards.is_some()
     }
 
     /// Returns the number of steps done: those with finite gradients.
@@ -165,7 +215,20 @@ impl Optimizer {
         &self.state
     }
 
-    /// Restores the state after `steps` steps.
+    /// Returns the whole state on rank 0, and `None` on the others. If the state is divided, every rank calls it.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if the device fails, [`Error::Ranks`] if another rank failed.
+    pub fn gather_state(&self) -> Result<Option<Vec<StateTensor>>, Error> {
+        let own = self.state.tensors().map(|tensor| tensor.map_err(|error| rekindle_models::Error::from(error).into()));
+        match self.world.ranks() {
+            ranks if self.is_sharded() => gather_state(ranks, own),
+            ranks if ranks.is_first() => own.collect::<Result<_, _>>().map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Restores the whole state after `steps` steps, of which a divided one keeps its part.
     ///
     /// # Errors
     /// An error if the state does not match the parameters; nothing changes then.
@@ -191,28 +254,26 @@ impl Optimizer {
         batches: &[Batch],
         rates: impl Into<LearningRates>,
     ) -> Result<StepResult, Error> {
-        self.step_on_ranks(model, objective, StepBatches { own: batches, all: batches }, rates.into(), &OneRank)
+        self.step_on_ranks(model, objective, StepBatches { own: batches, all: batches }, rates.into())
     }
 
-    /// [`step`](Self::step) of all ranks of `world` together: each computes the gradient of its own micro-batches, and all
-    /// clip and apply their sum. The loss is the mean over the rows of all ranks.
+    /// [`step`](Self::step) of all ranks together: each computes the gradient of its own micro-batches, and all clip and
+    /// apply their sum. The loss is the mean over the rows of all ranks.
     ///
     /// # Errors
-    /// As [`step`](Self::step); [`Error::Ranks`] if another rank failed, and [`Error::Config`] for several ranks with
-    /// `optimizer_in_bwd` or on a device other than the CPU.
+    /// As [`step`](Self::step); [`Error::Ranks`] if another rank failed.
     pub fn step_on_ranks(
         &mut self,
         model: &mut CausalLm,
         objective: &dyn Objective,
         batches: StepBatches<'_>,
         rates: LearningRates,
-        world: &dyn Communicator,
     ) -> Result<StepResult, Error> {
         let StepBatches { own, all } = batches;
         let counted = all.iter().map(Batch::counted).sum();
         let tokens: usize = all.iter().map(Batch::tokens).sum();
         let scale = step_scale(objective, all);
-        let OptimizerConfig { weight_decay, max_grad_norm, optimizer_in_bwd, .. } = self.config;
+        let OptimizerConfig { weight_decay, optimizer_in_bwd, .. } = self.config;
         let step = UpdateStep { t: self.t + 1, rates, weight_decay };
         model.params_mut().set_rounding_seed(self.seed);
         let router_aux_loss_coef = self.config.router_aux_loss_coef;
@@ -227,11 +288,7 @@ impl Optimizer {
             for batch in own {
                 losses.push(model.objective_backward(objective, batch, &terms, scale as f32, &mut grads, key)?);
             }
-            if world.size() > 1 {
-                let summed = grads.with_values_mut(|values| world.all_reduce_sum(values));
-                summed.ok_or_else(not_on_the_cpu)??;
-            }
-            let clip = clipped_step(model.params_mut(), &grads, &mut self.state, &step, max_grad_norm);
+            let clip = self.apply(model, &mut grads, &step)?;
             (losses, vec![clip])
         };
         // Everything is queued; from here on the host waits.
@@ -240,20 +297,39 @@ impl Optimizer {
             loss += sum;
             Metric::add(&mut metrics, more);
         }
-        let (loss, metrics) = sum_of_ranks(world, loss, metrics)?;
-        let metrics = Metric::means(&metrics);
-        let aux_loss = metrics.iter().find(|(name, _)| *name == "aux_loss").map_or(0.0, |(_, mean)| *mean);
-        let loss = loss * scale + router_aux_loss_coef * aux_loss;
         let grad_norm = match &clips[..] {
             [clip] => clip.norm(),
             clips => clips.iter().map(|clip| clip.norm().powi(2)).sum::<f64>().sqrt(),
         };
-        let result = StepResult { loss, grad_norm, counted, tokens, metrics };
+        // Before the other ranks are waited for: after an error of its device, this rank has not taken part in their sums.
         model.device().check().map_err(rekindle_models::Error::from)?;
+        let (loss, metrics) = sum_of_ranks(self.world.ranks(), loss, metrics)?;
+        let metrics = Metric::means(&metrics);
+        let aux_loss = metrics.iter().find(|(name, _)| *name == "aux_loss").map_or(0.0, |(_, mean)| *mean);
+        let loss = loss * scale + router_aux_loss_coef * aux_loss;
+        let result = StepResult { loss, grad_norm, counted, tokens, metrics };
         if result.grad_norm.is_finite() {
             self.t += 1;
         }
         Ok(result)
+    }
+
+    /// Sums the gradients of all ranks, clips and applies them.
+    fn apply(&mut self, model: &mut CausalLm, grads: &mut Grads, step: &UpdateStep) -> Result<Clip, Error> {
+        let max_grad_norm = self.config.max_grad_norm;
+        let device = model.device().clone();
+        let params = model.params_mut();
+        let Some(shards) = &self.shards else {
+            if self.world.ranks().size() > 1 {
+                self.world.all_reduce(grads)?;
+            }
+            return Ok(clipped_step(params, grads, &mut self.state, step, max_grad_norm));
+        };
+        self.world.reduce_scatter(grads, shards)?;
+        let clip = self.world.clip(grads, shards, max_grad_norm, &device)?;
+        apply_shard(params, grads, &mut self.state, step, &clip);
+        self.world.all_gather(params, shards)?;
+        Ok(clip)
     }
 
     /// Updates each block's parameters as soon as its gradients are complete, clipped by the block's own norm.
@@ -296,13 +372,30 @@ fn sum_of_ranks(world: &dyn Communicator, loss: f64, metrics: Vec<Metric>) -> Re
     Ok((loss_of_all, metrics_of_all))
 }
 
-/// Returns the error for gradients that several ranks cannot sum.
-pub(crate) fn not_on_the_cpu() -> Error {
-    Error::Config(vec![
-        "several ranks train on the CPU only in this version: sums over GPUs need NCCL, which it does not use yet; set \
-         device = \"cpu\", or train with one rank"
-            .to_owned(),
-    ])
+/// Returns the elements that each of `ranks` updates, if the state of the optimizer is divided among them.
+fn shards(model: &CausalLm, config: &OptimizerConfig, ranks: usize) -> Result<Option<Vec<Range<usize>>>, Error> {
+    if ranks == 1 {
+        return Ok(None);
+    }
+    let refuse = |problem: &str| Err(Error::Config(vec![problem.to_owned()]));
+    if config.optimizer_in_bwd {
+        return refuse(
+            "optimizer_in_bwd = true applies gradients before all ranks have theirs; remove it, or train with one rank",
+        );
+    }
+    let is_in_place = model.params().are_in_place();
+    if is_in_place && config.shard_optimizer == Some(true) {
+        return refuse(
+            "shard_optimizer = true needs weights in f32; remove it, or remove stochastic_rounding, load_in_8bit and \
+             load_in_4bit",
+        );
+    }
+    if !config.shard_optimizer.unwrap_or(model.lora().is_none() && !is_in_place) {
+        return Ok(None);
+    }
+    let shards = OptimizerState::shards(model.params().infos(), config.rule, config.format, ranks);
+    // A few values are not worth it.
+    Ok(shards.iter().all(|shard| !shard.is_empty()).then_some(shards))
 }
 
 /// Refuses the auxiliary loss of mixtures where there is none, and where its gradient has not been compared.

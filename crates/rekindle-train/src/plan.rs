@@ -41,6 +41,8 @@ pub struct PlannedRun {
     pub train: SftConfig,
     /// True if there are rows to evaluate.
     pub evaluates: bool,
+    /// The number of ranks that train together; the plan is for one of them.
+    pub ranks: usize,
 }
 
 /// A memory planner of one job, for batches of any size.
@@ -104,7 +106,7 @@ impl Planner {
         if let Some(lora) = &job.lora {
             model.add_adapter_on_meta(lora)?;
         }
-        let optimizer = Optimizer::new(&model, OptimizerConfig::from(&job.train), 0)?;
+        let optimizer = Optimizer::planned(&model, OptimizerConfig::from(&job.train), job.ranks)?;
         Ok(Self { job, objective, device, model, optimizer })
     }
 
@@ -172,6 +174,28 @@ impl Planner {
         let plan = self.counted(rows, checkpointing, before);
         drop(cache);
         Ok(Some(plan))
+    }
+
+    /// Returns true if each rank holds a part of the optimizer's state.
+    pub fn is_sharded(&self) -> bool {
+        self.optimizer.is_sharded()
+    }
+
+    /// Returns the bytes that each rank sends in a step, and receives as well: 2 · (N − 1)/N of the f32 gradients of N ranks.
+    ///
+    /// An all-reduce over a ring takes as many as the reduce-scatter of gradients and the all-gather of parameters that
+    /// take its place if the state is divided.
+    pub fn bytes_per_step(&self) -> usize {
+        let ranks = self.job.ranks;
+        let values = self.model.params().numel();
+        8 * values / ranks * (ranks - 1)
+    }
+
+    /// Returns the number of rows of the maximum length that have no fewer tokens than any pass of a rank. A step's rows are
+    /// dealt by their tokens.
+    pub fn rows_in_pass(&self) -> usize {
+        let train = &self.job.train;
+        train.per_device_train_batch_size.min(train.rows_per_step().div_ceil(self.job.ranks))
     }
 
     /// Returns the job.

@@ -11,7 +11,7 @@ use rekindle_models::objective::{Metric, MetricKind};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::{Error, Optimizer};
+use crate::{Error, Optimizer, TensorWorld};
 
 /// The summed loss of a batch, or of several, and the metrics beside it.
 pub(crate) type LossSum = (f64, Vec<Metric>);
@@ -81,51 +81,78 @@ pub(crate) fn gather_rows<const N: usize>(
 ///
 /// # Errors
 /// [`Error::Ranks`] if a rank failed, [`Error::Config`] if the ranks train other parameters.
-pub(crate) fn share_parameters(world: &dyn Communicator, model: &mut CausalLm) -> Result<(), Error> {
+pub(crate) fn share_parameters(tensors: &TensorWorld, model: &mut CausalLm) -> Result<(), Error> {
+    let world = tensors.ranks();
     if world.size() == 1 {
         return Ok(());
+    }
+    let other = || {
+        let problem = "this rank trains other parameters than rank 0; start all ranks with the same model";
+        Error::Config(vec![problem.to_owned()])
+    };
+    if share(world, model.params().numel())? != model.params().numel() {
+        return Err(other());
+    }
+    if tensors.broadcast_on_device(model.params_mut()) {
+        // No rank may end its part while another still receives.
+        model.device().synchronize().map_err(rekindle_models::Error::from)?;
+        return Ok(world.barrier()?);
     }
     let own = if world.is_first() { join(&model.params().to_bytes()) } else { Vec::new() };
     let shared = world.broadcast(own)?;
     if world.is_first() || split(&shared).is_some_and(|bytes| model.params_mut().restore(&bytes)) {
         return Ok(());
     }
-    Err(Error::Config(vec![
-        "this rank trains other parameters than rank 0; start all ranks with the same model".to_owned(),
-    ]))
+    Err(other())
 }
 
 /// The description of a tensor of the optimizer: name, whether it has 8 bits, shape.
 type TensorHeader = (String, bool, Vec<usize>);
 
-/// Replaces the state of the optimizer by that of rank 0.
+/// Replaces the state of the optimizer by `saved`, the whole state that rank 0 has restored.
 ///
 /// # Errors
 /// [`Error::Ranks`] if a rank failed, [`Error::Config`] if the ranks have other optimizers.
-pub(crate) fn share_optimizer(world: &dyn Communicator, optimizer: &mut Optimizer) -> Result<(), Error> {
+pub(crate) fn share_optimizer(optimizer: &mut Optimizer, saved: Vec<StateTensor>) -> Result<(), Error> {
+    let tensors = optimizer.world().clone();
+    let world = tensors.ranks();
     if world.size() == 1 {
         return Ok(());
     }
-    let mut pieces = Vec::new();
-    if world.is_first() {
-        let tensors: Vec<StateTensor> =
-            optimizer.state().tensors().collect::<Result<_, _>>().map_err(rekindle_models::Error::from)?;
-        let header = |tensor: &StateTensor| (tensor.name.clone(), tensor.dtype == DType::U8, tensor.shape.clone());
-        let headers: Vec<TensorHeader> = tensors.iter().map(header).collect();
-        pieces.push(encode(&(optimizer.steps(), headers)));
-        pieces.extend(tensors.into_iter().map(|tensor| tensor.bytes));
+    let header = |tensor: &StateTensor| (tensor.name.clone(), tensor.dtype == DType::U8, tensor.shape.clone());
+    let headers: Vec<TensorHeader> = saved.iter().map(header).collect();
+    let (steps, headers) = share(world, (optimizer.steps(), headers))?;
+    let mut saved = saved.into_iter();
+    let mut state = Vec::with_capacity(headers.len());
+    for (name, is_u8, shape) in headers {
+        let own = saved.next().map_or_else(Vec::new, |tensor| tensor.bytes);
+        let bytes = world.broadcast(own)?;
+        if !world.is_first() {
+            state.push(StateTensor { name, dtype: if is_u8 { DType::U8 } else { DType::F32 }, shape, bytes });
+        }
     }
-    let shared = world.broadcast(join(&pieces))?;
     if world.is_first() {
         return Ok(());
     }
-    let mut pieces = split(&shared).ok_or_else(other_version)?.into_iter();
-    let (steps, headers): (u64, Vec<TensorHeader>) = decode(&pieces.next().ok_or_else(other_version)?)?;
-    let tensors = headers.into_iter().zip(pieces).map(|((name, is_u8, shape), bytes)| {
-        let dtype = if is_u8 { DType::U8 } else { DType::F32 };
-        StateTensor { name, dtype, shape, bytes }
-    });
-    optimizer.resume(steps, tensors).map_err(|error| Error::Config(vec![error.to_string()]))
+    optimizer.resume(steps, state).map_err(|error| Error::Config(vec![error.to_string()]))
+}
+
+/// Joins the pieces of a divided state on rank 0, tensor by tensor; the other ranks get `None`.
+///
+/// # Errors
+/// [`Error::Ranks`] if a rank failed, and those of `own`.
+pub(crate) fn gather_state(
+    world: &dyn Communicator,
+    own: impl Iterator<Item = Result<StateTensor, Error>>,
+) -> Result<Option<Vec<StateTensor>>, Error> {
+    let mut all = world.is_first().then(Vec::new);
+    for tensor in own {
+        let StateTensor { name, dtype, shape, bytes } = tensor?;
+        if let Some((all, pieces)) = all.as_mut().zip(world.gather(bytes)?) {
+            all.push(StateTensor { name, dtype, shape, bytes: pieces.concat() });
+        }
+    }
+    Ok(all)
 }
 
 /// Returns a name that lives as long as the process. The names are those of the objectives, so there are few.
@@ -140,15 +167,15 @@ fn interned(name: String) -> &'static str {
     name
 }
 
-fn encode(value: &impl Serialize) -> Vec<u8> {
+pub(crate) fn encode(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("numbers and texts serialize")
 }
 
-fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     serde_json::from_slice(bytes).map_err(|_| other_version())
 }
 
-fn other_version() -> Error {
+pub(crate) fn other_version() -> Error {
     Error::Config(vec![
         "the ranks do not understand each other; start all with the same version of Rekindle".to_owned(),
     ])

@@ -1,22 +1,18 @@
 //! Runs of several ranks, connected over TCP, against the same run of one rank.
 
-use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 
 use rekindle_data::{Dataset, EncodeOptions};
-use rekindle_dist::{
-    Communicator, MasterAddress, OneRank, RankLaunch, RankPosition, TcpCommunicator, TcpOptions, supervise,
-};
+use rekindle_dist::{Communicator, OneRank};
 use rekindle_lora::LoraConfig;
 use rekindle_models::objective::{Dpo, DpoLoss, Kto};
 use rekindle_models::{CausalLm, LoadIn};
-use rekindle_tests::{Golden, goldens, relative_distance};
+use rekindle_tests::{Golden, goldens, on_ranks, relative_distance};
 use rekindle_train::{
-    Error, Method, ReferenceArguments, Resume, SftConfig, StepCount, TrainEvent, TrainReport, Trainer,
-    TrainerArguments, WithReference,
+    Error, Method, Optim, Optimizer, OptimizerConfig, ReferenceArguments, Resume, SftConfig, StepCount, TensorWorld,
+    TrainEvent, TrainReport, Trainer, TrainerArguments, WithReference,
 };
 
 /// The documented tolerance for losses and gradient norms. Rows have the same bits on any rank; the order of sums over them
@@ -119,13 +115,13 @@ impl RankJob {
         outcomes.into_iter().map(|outcome| outcome.expect("the run finishes")).collect()
     }
 
-    /// Trains on one rank and on two to four, and compares every step and evaluation.
+    /// Trains on one rank and on two to eight, and compares every step and evaluation.
     fn check(&self, what: &str) {
         let expected = self.alone();
         let moved = relative_distance(&expected.values, &(self.make)().params().all_values());
         assert!(moved > 1e-6, "{what}: the run changes the parameters");
         let mut worst = 0.0f64;
-        for ranks in 2..=4 {
+        for ranks in [2, 3, 4, 8] {
             let outcomes = self.on_ranks(ranks);
             for outcome in &outcomes {
                 let what = format!("{what}, {ranks} ranks");
@@ -174,28 +170,6 @@ fn assert_same_run(what: &str, report: &TrainReport, expected: &TrainReport) -> 
     worst
 }
 
-/// Runs `work` on a thread for each rank, with its own connections.
-fn on_ranks<T: Send>(
-    ranks: usize,
-    work: impl Fn(Arc<dyn Communicator>) -> Result<T, Error> + Sync,
-) -> Vec<Result<T, Error>> {
-    let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port");
-    let master = MasterAddress::new("127.0.0.1", free.port());
-    let rank = |rank| {
-        let position = RankPosition { rank, world_size: ranks, local_rank: rank, local_world_size: ranks };
-        let launch = RankLaunch { position, master: master.clone(), attempt: String::new() };
-        let work = &work;
-        move || {
-            let world: Arc<dyn Communicator> = Arc::new(TcpCommunicator::connect(&launch, TcpOptions::default())?);
-            supervise(&*world, || work(Arc::clone(&world)))
-        }
-    };
-    thread::scope(|scope| {
-        let ranks: Vec<_> = (0..ranks).map(|number| scope.spawn(rank(number))).collect();
-        ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
-    })
-}
-
 fn golden() -> Golden {
     Golden::open("qwen3-tied")
 }
@@ -231,9 +205,75 @@ fn quantized_bases_take_the_steps_of_one_rank() {
     RankJob::new(qlora).check("qlora");
 }
 
+/// The optimizer's state is divided among the ranks, unless it is turned off.
 #[test]
 fn all_weights_take_the_steps_of_one_rank() {
-    RankJob::new(full).config(|config| config.learning_rate = Some(1e-5)).check("full");
+    let with = |shard_optimizer: Option<bool>| {
+        RankJob::new(full).config(|config| {
+            config.learning_rate = Some(1e-5);
+            config.shard_optimizer = shard_optimizer;
+        })
+    };
+    with(None).check("full, divided state");
+    with(Some(false)).check("full, whole state");
+}
+
+/// Whether the state is divided or not, the same number of ranks takes the same steps to the bit.
+#[test]
+fn a_divided_state_takes_the_steps_of_a_whole_one() {
+    for (what, make) in [("full", full as fn() -> CausalLm), ("lora", lora_with_dropout)] {
+        for (optim, ranks) in [(Optim::Adamw, 3), (Optim::Adamw8bit, 2), (Optim::Adamw8bit, 8), (Optim::Lion, 4)] {
+            let run = |shard_optimizer: bool| {
+                let job = RankJob::new(make).config(|config| {
+                    config.optim = optim;
+                    config.learning_rate = Some(1e-4);
+                    config.shard_optimizer = Some(shard_optimizer);
+                });
+                job.on_ranks(ranks).swap_remove(ranks - 1)
+            };
+            let (divided, whole) = (run(true), run(false));
+            assert!(divided.values == whole.values, "{what}, {optim:?}, {ranks} ranks");
+        }
+    }
+}
+
+/// Each rank holds 1/N of the state, and the parts are the whole.
+#[test]
+fn a_divided_state_takes_a_share_of_the_memory() {
+    for (format, optim) in [("f32", Optim::Adamw), ("8 bits", Optim::Adamw8bit)] {
+        let config = OptimizerConfig::from(&SftConfig { optim, ..SftConfig::default() });
+        let whole = Optimizer::new(&full(), config, 0).expect("all is trained").state().bytes().device;
+        for ranks in [2, 3, 8] {
+            let bytes = on_ranks(ranks, |world| {
+                let model = full();
+                let world = TensorWorld::connect(world, model.device())?;
+                let optimizer = Optimizer::on_ranks(&model, config, 0, world)?;
+                assert!(optimizer.is_sharded());
+                Ok(optimizer.state().bytes().device)
+            });
+            let bytes: Vec<usize> = bytes.into_iter().map(|bytes| bytes.expect("the ranks connect")).collect();
+            assert_eq!(bytes.iter().sum::<usize>(), whole, "{format}, {ranks} ranks");
+            // A cut is moved by less than a block of 8-bit state, and small parameters have f32 state.
+            let (most, least) = (bytes.iter().max(), bytes.iter().min());
+            let spread = most.zip(least).map_or(0, |(most, least)| most - least);
+            assert!(spread <= whole / 10, "{format}, {ranks} ranks: {bytes:?}");
+        }
+    }
+}
+
+#[test]
+fn a_divided_state_of_weights_in_place_is_refused() {
+    let in_place = || {
+        golden().load_with(|options| {
+            options.full_finetuning = true;
+            options.stochastic_rounding = true;
+        })
+    };
+    let job = RankJob::new(in_place).config(|config| config.shard_optimizer = Some(true));
+    for result in on_ranks(2, |world| job.train(world, None, false, 0)) {
+        let error = result.expect_err("it is refused").to_string();
+        assert!(error.contains("shard_optimizer = true needs weights in f32") || error.contains("failed"), "{error}");
+    }
 }
 
 /// A pack is a row, and steps have fewer rows than ranks.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use rekindle::run::ConfigOverride;
 
+use super::at_least_one;
 use super::size::bytes;
 
 const PLAN: &str = "\
@@ -13,7 +14,8 @@ plans for a GPU that need not exist.
 
 Examples:
   rekindle plan run.toml
-  rekindle plan run.toml --device-memory 24GiB device=cuda model.load_in_4bit=true --json";
+  rekindle plan run.toml --device-memory 24GiB device=cuda model.load_in_4bit=true --json
+  rekindle plan run.toml --gpus 8 --device-memory 80GiB device=cuda";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = PLAN)]
@@ -27,6 +29,9 @@ pub(crate) struct PlanArgs {
     /// Memory of the device, such as 24GiB [default: its free memory]; the device need not exist then
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub(crate) device_memory: Option<usize>,
+    /// Plan for N of these GPUs, on one machine or several: memory of each, and bytes that each sends in a step
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub(crate) gpus: Option<usize>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

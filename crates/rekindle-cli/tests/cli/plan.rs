@@ -105,6 +105,40 @@ fn a_card_that_is_not_there_is_planned_for() {
     assert!(changes[0]["set"].as_str().unwrap().contains("unsloth"), "{small}");
 }
 
+/// Full fine-tuning divides the optimizer's state; the bytes sent are 2 · (N − 1)/N of the f32 gradients.
+#[test]
+fn several_gpus_divide_the_optimizer_state() {
+    let scratch = Scratch::new();
+    scratch.plan(&["--gpus", "2"]).fails(2, &["--gpus: the device of the run is cpu"]);
+    let model = scratch.outline(1024, 2);
+    let lora = ["device=cuda", &*model, "--device-memory", "80GiB", "--json"];
+    let one = scratch.plan(&lora).json();
+    assert_eq!(one.get("ranks"), None);
+    let four = scratch.plan(&[&lora[..], &["--gpus", "4"]].concat()).json();
+    assert_eq!(four["ranks"]["shard_optimizer"], false);
+    let (whole, divided) = (&four["ranks"]["peak_whole_state"], &four["ranks"]["peak_divided_state"]);
+    assert!(divided.as_u64() <= whole.as_u64(), "{four}");
+    let state = one["plan"]["bytes"]["gradients"].as_u64().unwrap();
+    let sent = four["ranks"]["bytes_per_step"].as_u64().unwrap();
+    assert!(sent.abs_diff(state * 2 * 3 / 4) < 64, "{sent} bytes of {state}");
+
+    let text = fs::read_to_string(scratch.path("run.toml")).unwrap();
+    scratch.write("run.toml", text.replace("[lora]\nr = 2\n", ""));
+    let full = ["model.full_finetuning=true", "device=cuda", &*model, "--device-memory", "80GiB", "--gpus", "4"];
+    let json = scratch.plan(&[&full[..], &["--json"]].concat()).json();
+    assert_eq!(json["ranks"]["shard_optimizer"], true, "{json}");
+    let peak = |name: &str| json["ranks"][name].as_u64().unwrap();
+    let values = peak("bytes_per_step") / 6;
+    // Three quarters of the two f32 moments are elsewhere.
+    let saved = peak("peak_whole_state") - peak("peak_divided_state");
+    assert!(saved.abs_diff(6 * values) < values / 10, "{saved} of {values} values");
+    assert_eq!(json["plan"]["peak"], json["ranks"]["peak_divided_state"]);
+    let text = scratch.plan(&full).ok().stdout;
+    assert!(text.contains("with 1/4 of it (shard_optimizer = true)") && text.contains("as this run does"), "{text}");
+    let in_place = scratch.plan(&[&full[..], &["model.stochastic_rounding=true"]].concat()).ok().stdout;
+    assert!(!in_place.contains("with 1/4"), "{in_place}");
+}
+
 #[test]
 fn a_run_that_cannot_fit_does_not_start() {
     let scratch = Scratch::new();

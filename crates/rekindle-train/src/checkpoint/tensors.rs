@@ -1,7 +1,7 @@
 //! The trained parameters and the optimizer's state, stored exactly.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rekindle_hub::{
     Checkpoint as ModelFiles, Dtype, SafetensorsFile, TensorSpec, TensorView, write_f32, write_safetensors,
@@ -10,7 +10,7 @@ use rekindle_kernels::DType;
 use rekindle_kernels::optimizer::StateTensor;
 use rekindle_models::CausalLm;
 
-use crate::{Error, Optimizer};
+use crate::Error;
 
 /// The trained parameters of an adapter in f32, or the bytes of parameters that are stored in place.
 pub(super) const MASTERS: &str = "master_weights.safetensors";
@@ -94,16 +94,15 @@ fn gather<'a>(
     Err(Error::Checkpoint { path: path.to_owned(), problem: problems.join("; ") })
 }
 
-pub(super) fn write_optimizer(dir: &Path, optimizer: &Optimizer) -> Result<(), Error> {
+pub(super) fn write_optimizer(dir: &Path, tensors: &[StateTensor]) -> Result<(), Error> {
     let path = dir.join(OPTIMIZER);
-    let tensors: Vec<StateTensor> =
-        optimizer.state().tensors().collect::<Result<_, _>>().map_err(rekindle_models::Error::from)?;
     let spec = |tensor: &StateTensor| TensorSpec::new(&tensor.name, stored(tensor.dtype), tensor.shape.clone());
     let specs: Vec<TensorSpec> = tensors.iter().map(spec).collect();
     Ok(write_safetensors(&path, &BTreeMap::new(), &specs, |index, out| out.write_all(&tensors[index].bytes))?)
 }
 
-pub(super) fn read_optimizer(dir: &Path, optimizer: &mut Optimizer, steps: u64) -> Result<(), Error> {
+/// Returns the path of the file and the tensors in it.
+pub(super) fn read_optimizer(dir: &Path) -> Result<(PathBuf, Vec<StateTensor>), Error> {
     let path = dir.join(OPTIMIZER);
     let file = SafetensorsFile::open(&path)?;
     let tensors = file.names().filter_map(|name| file.get(name)).map(|view| StateTensor {
@@ -112,7 +111,8 @@ pub(super) fn read_optimizer(dir: &Path, optimizer: &mut Optimizer, steps: u64) 
         shape: view.shape.to_vec(),
         bytes: view.data.to_vec(),
     });
-    optimizer.resume(steps, tensors).map_err(|error| Error::Checkpoint { path, problem: error.to_string() })
+    let tensors = tensors.collect();
+    Ok((path, tensors))
 }
 
 fn stored(dtype: DType) -> Dtype {

@@ -31,7 +31,7 @@ fn job(load_in: Option<LoadIn>, lora: Option<LoraConfig>, checkpointing: Gradien
     let mut load = LoadOptions::new(device, DType::BF16, 2048);
     (load.load_in, load.full_finetuning) = (load_in, lora.is_none());
     let train = SftConfig { use_gradient_checkpointing: checkpointing, ..SftConfig::default() };
-    PlannedRun { json, name: "4b".into(), load, lora, train, evaluates: false }
+    PlannedRun { json, name: "4b".into(), load, lora, train, evaluates: false, ranks: 1 }
 }
 
 fn plan(job: PlannedRun) -> MemoryPlan {

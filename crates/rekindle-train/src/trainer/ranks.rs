@@ -1,12 +1,11 @@
 //! The start of a run with several ranks.
 
-use rekindle_dist::Communicator;
+use rekindle_kernels::optimizer::StateTensor;
 use rekindle_models::CausalLm;
 
 use super::Trainer;
 use super::resume_compatibility::{RecordedSettings, first_difference};
 use crate::checkpoint::TrainerState;
-use crate::optimizer::not_on_the_cpu;
 use crate::world::{share, share_optimizer, share_parameters};
 use crate::{Error, Method, Optimizer};
 
@@ -15,9 +14,6 @@ impl Trainer<'_> {
     pub(super) fn check_ranks(&self, total: usize) -> Result<(), Error> {
         if self.world.size() == 1 {
             return Ok(());
-        }
-        if !self.model.device().is_cpu() {
-            return Err(not_on_the_cpu());
         }
         match &self.config.method {
             // Their rows are known before the run. A method that samples rows must spread them over the ranks first.
@@ -32,11 +28,6 @@ impl Trainer<'_> {
                 return Err(Error::Config(vec![problem.to_owned()]));
             }
         }
-        if self.config.optimizer_in_bwd {
-            let problem = "optimizer_in_bwd = true applies gradients before all ranks have theirs; remove it, or train with \
-                 one rank";
-            return Err(Error::Config(vec![problem.to_owned()]));
-        }
         let own = RecordedSettings::for_ranks(self, total)?;
         let first = share(&*self.world, own.clone())?;
         match first_difference(&first, &own) {
@@ -50,17 +41,17 @@ impl Trainer<'_> {
 }
 
 /// Gives all ranks the state of rank 0: the progress of the checkpoint that it resumes from, the parameters, and the
-/// optimizer. Returns the progress.
+/// optimizer, whose whole state `saved` is. Returns the progress.
 pub(super) fn share_start(
-    world: &dyn Communicator,
     model: &mut CausalLm,
     optimizer: &mut Optimizer,
     progress: Option<TrainerState>,
+    saved: Vec<StateTensor>,
 ) -> Result<Option<TrainerState>, Error> {
-    let progress = share(world, progress)?;
-    share_parameters(world, model)?;
+    let progress = share(optimizer.world().ranks(), progress)?;
+    share_parameters(optimizer.world(), model)?;
     if progress.is_some() {
-        share_optimizer(world, optimizer)?;
+        share_optimizer(optimizer, saved)?;
     }
     Ok(progress)
 }

@@ -14,7 +14,7 @@ use crate::{Error, LrSchedulerType, Method, SftConfig, TrainerArguments};
 
 /// Keys of `[train]` that a resumed run may change. They do not affect parameters, or a notice says how they do
 /// (`max_steps` through the schedule, the batch size through the order of sums).
-const MAY_CHANGE: [&str; 22] = [
+const MAY_CHANGE: [&str; 23] = [
     "run_name",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -37,6 +37,7 @@ const MAY_CHANGE: [&str; 22] = [
     "eval_samples",
     "sample_max_new_tokens",
     "use_gradient_checkpointing",
+    "shard_optimizer",
 ];
 
 /// The settings of a run that a checkpoint records.

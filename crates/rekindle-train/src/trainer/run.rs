@@ -23,11 +23,11 @@ use crate::model_card::CardRun;
 use crate::reference::{ReferenceLogProbs, is_precomputed};
 use crate::save::write_model_with;
 use crate::stopping::Stopping;
-use crate::world::share_parameters;
+use crate::world::{share, share_parameters};
 use crate::{
     Error, EvalMetrics, Evaluation, Method, MetricValues, Optimizer, OptimizerConfig, RecordedUntil, Recorder,
-    RunHistory, SaveStrategy, Schedule, StepBatches, StepMetrics, Timetable, TrainEnd, TrainEvent, TrainReport,
-    write_result,
+    RunHistory, SaveStrategy, Schedule, StepBatches, StepMetrics, TensorWorld, Timetable, TrainEnd, TrainEvent,
+    TrainReport, write_result,
 };
 use rekindle_data::Dataset;
 
@@ -73,6 +73,8 @@ pub(super) struct Run<'a> {
     stopping: Stopping,
     recorder: Option<Recorder>,
     report: TrainReport,
+    /// True if rank 0 writes checkpoints.
+    saves: bool,
     /// The steps of the last evaluation and of the last checkpoint.
     evaluated: Option<usize>,
     saved: Option<usize>,
@@ -99,10 +101,13 @@ impl<'a> Run<'a> {
         let schedule = job.config.schedule(peak, total)?;
         job.config.check_embedding_rate(job.model.params())?;
         job.model.set_gradient_checkpointing(job.config.use_gradient_checkpointing);
-        let mut optimizer = Optimizer::new(job.model, OptimizerConfig::from(&job.config), job.arguments.seed)?;
         job.check_needs()?;
         job.check_ranks(total)?;
         let world = Arc::clone(&job.world);
+        let tensors = TensorWorld::connect(Arc::clone(&world), job.model.device())?;
+        let config = OptimizerConfig::from(&job.config);
+        let mut optimizer = Optimizer::on_ranks(job.model, config, job.arguments.seed, tensors)?;
+        let saves = share(&*world, job.arguments.output_dir.is_some())?;
         if !world.is_first() {
             // Rank 0 alone writes and reads checkpoints, so the ranks need no shared file system.
             job.arguments.output_dir = None;
@@ -122,9 +127,9 @@ impl<'a> Run<'a> {
         let reference = References::of(&mut job)?;
         notes.extend(job.config.method.balance_advice(&job.train));
         notes.append(&mut job.notes);
-        let mut best = None;
+        let (mut best, mut saved) = (None, Vec::new());
         if let Some(checkpoint) = &checkpoint {
-            checkpoint.restore_optimizer(&mut optimizer)?;
+            saved = checkpoint.restore_optimizer(&mut optimizer)?;
             checkpoint.restore_model(job.model)?;
             let wanted = checkpoint.state.best.filter(|_| job.config.load_best_model_at_end);
             let place = wanted.zip(job.arguments.output_dir.as_ref());
@@ -133,7 +138,7 @@ impl<'a> Run<'a> {
         let recorder = open_recorder(&mut job, total, checkpoint.as_ref())?;
         let RunHistory { steps, evals, .. } = recorder.as_ref().map(|r| r.history().clone()).unwrap_or_default();
         let (path, state) = checkpoint.map(|Checkpoint { path, state }| (path, state)).unzip();
-        let state = share_start(&*world, job.model, &mut optimizer, state)?;
+        let state = share_start(job.model, &mut optimizer, state, saved)?;
         let (done, examples_seen, before) =
             state.as_ref().map_or((0, 0, 0.0), |state| (state.global_step, state.examples_seen, state.seconds));
         if recorder.is_some() && steps.len() != done {
@@ -160,7 +165,8 @@ impl<'a> Run<'a> {
             stopping,
             recorder,
             evaluated: state.as_ref().and_then(|state| state.last_evaluation),
-            saved: path.as_ref().map(|_| done),
+            saves,
+            saved: state.as_ref().map(|_| done),
             best,
             report: TrainReport { steps, evals, end: TrainEnd::Finished, best: None, checkpoint: path, saved: None },
             start: Instant::now(),
@@ -237,8 +243,7 @@ impl<'a> Run<'a> {
         let rates = LearningRates { default: self.peaks.default * factor, embedding: self.peaks.embedding * factor };
         let key = self.optimizer.key();
         let batches = StepBatches { own: rows.own(), all: &rows.batches };
-        let world = &*self.job.world;
-        let result = self.optimizer.step_on_ranks(self.job.model, &*self.objective, batches, rates, world)?;
+        let result = self.optimizer.step_on_ranks(self.job.model, &*self.objective, batches, rates)?;
         for (what, value) in [("loss", result.loss), ("grad_norm", result.grad_norm)] {
             if !value.is_finite() {
                 return Err(self.diverged(what, value, rates.default, &rows, key));
@@ -384,6 +389,10 @@ impl<'a> Run<'a> {
 
     /// Writes a checkpoint of this step, and removes those beyond `save_total_limit`.
     fn save_checkpoint(&mut self, is_best: bool) -> Result<(), Error> {
+        // All ranks save at the same steps.
+        self.saved = Some(self.done);
+        let optimizer = if self.saves { self.optimizer.gather_state()? } else { None };
+        let Some(optimizer) = optimizer else { return Ok(()) };
         let Some(dir) = &self.job.arguments.output_dir else { return Ok(()) };
         let path = Checkpoint::path(dir, self.done);
         let RecordedSettings { configuration, changeable } = self.settings.clone();
@@ -405,8 +414,7 @@ impl<'a> Run<'a> {
             write_model_with(model, target, model.trained_dtype(), &self.job.card, Some(self.card_run()))?;
             self.rows.save(target)
         };
-        Checkpoint::write(&path, self.job.model, &self.optimizer, &state, &self.job.companions, write)?;
-        self.saved = Some(self.done);
+        Checkpoint::write(&path, self.job.model, &optimizer, &state, &self.job.companions, write)?;
         if is_best && self.job.config.load_best_model_at_end {
             self.best = Some(path.clone());
         }
@@ -440,7 +448,7 @@ impl<'a> Run<'a> {
             Checkpoint::open(path)?.restore_model(self.job.model)?;
         }
         if self.job.config.load_best_model_at_end {
-            share_parameters(&*self.job.world, self.job.model)?;
+            share_parameters(self.optimizer.world(), self.job.model)?;
         }
         if let Some(dir) = &self.job.arguments.output_dir {
             let path = dir.join(result_name(self.full));

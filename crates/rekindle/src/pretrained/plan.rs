@@ -60,7 +60,8 @@ impl Loader<'_> {
             Some(adapter) if lora.is_some() => Some(saved_lora_config(adapter)?),
             _ => lora,
         };
-        let job = PlannedRun { json, name: self.args.name_or_path.clone(), load, lora, train, evaluates: false };
+        let name = self.args.name_or_path.clone();
+        let job = PlannedRun { json, name, load, lora, train, evaluates: false, ranks: 1 };
         Ok(RunPlanner { planner: Planner::new(job)?, device: kind, card, available })
     }
 }
@@ -80,7 +81,8 @@ impl RunPlanner {
         let (json, options) = model.loaded_as();
         let load = LoadOptions { device, ..options.clone() };
         let lora = model.causal_lm().lora().cloned();
-        let job = PlannedRun { json: json.clone(), name: model.path().to_owned(), load, lora, train, evaluates };
+        let (json, name) = (json.clone(), model.path().to_owned());
+        let job = PlannedRun { json, name, load, lora, train, evaluates, ranks: 1 };
         let available = available.map(|free| free.saturating_add(model.reusable_bytes()));
         Ok(Self { planner: Planner::new(job)?, device: kind, card, available })
     }
@@ -96,7 +98,11 @@ impl RunPlanner {
         let completion = job.train.method.max_completion_length().unwrap_or(0);
         let longest = |row: &[usize]| row.iter().copied().max().unwrap_or(0) + completion;
         let lengths = lengths.chunks(per_row).map(|row| longest(row).min(job.load.max_seq_length));
-        PassRows::longest(self.planner.job().train.per_device_train_batch_size, lengths)
+        let longest = PassRows::longest(job.train.per_device_train_batch_size, lengths);
+        // What is dealt to a rank has no more tokens than so many of the longest row.
+        let dealt = PassRows::equal(self.planner.rows_in_pass(), longest.lengths.first().copied().unwrap_or(0));
+        let tokens = |rows: &PassRows| rows.lengths.iter().sum::<usize>();
+        if tokens(&dealt) < tokens(&longest) { dealt } else { longest }
     }
 
     /// Includes evaluation passes: the run has rows to evaluate.
@@ -105,10 +111,30 @@ impl RunPlanner {
         self
     }
 
+    /// Plans for one of `ranks` ranks, each with a device like this one. `shard_optimizer` replaces that of the run.
+    ///
+    /// # Errors
+    /// [`Error::Train`] for a run that several ranks cannot train.
+    pub fn on_ranks(&self, ranks: usize, shard_optimizer: Option<bool>) -> Result<Self, Error> {
+        let mut job = PlannedRun { ranks, ..self.planner.job().clone() };
+        job.train.shard_optimizer = shard_optimizer.or(job.train.shard_optimizer);
+        let (card, available) = (self.card.clone(), self.available);
+        Ok(Self { planner: Planner::new(job)?, device: self.device, card, available })
+    }
+
+    /// Returns true if each of several ranks holds a part of the optimizer's state.
+    pub fn is_sharded(&self) -> bool {
+        self.planner.is_sharded()
+    }
+
+    /// Returns the bytes that each rank sends in a step, and receives as well.
+    pub fn bytes_per_step(&self) -> usize {
+        self.planner.bytes_per_step()
+    }
+
     /// Returns the rows of a pass, each of the maximum length.
     pub fn rows(&self) -> PassRows {
-        let job = self.planner.job();
-        PassRows::equal(job.train.per_device_train_batch_size, job.load.max_seq_length)
+        PassRows::equal(self.planner.rows_in_pass(), self.planner.job().load.max_seq_length)
     }
 
     /// Returns the longest rows of `data` that can be in one pass.

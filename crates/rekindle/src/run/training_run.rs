@@ -155,25 +155,28 @@ impl RunConfig {
         Ok(if self.data.eval.is_some() { planner.with_evaluation() } else { planner })
     }
 
-    /// Refuses several ranks on a device other than the CPU.
-    fn check_ranks(&self, world: &dyn Communicator) -> Result<(), Error> {
-        if world.size() == 1 {
+    /// Chooses the device of one of several ranks: among the GPUs of a host, the one with the number of the rank there.
+    fn choose_rank_device(&mut self, position: RankPosition) -> Result<(), Error> {
+        if position.world_size == 1 {
             return Ok(());
         }
         let device = match parse_device(&self.device)? {
-            DeviceKind::Auto => match runtime::first().map_err(rekindle_kernels::DeviceError::from)? {
-                Some(index) => DeviceKind::Cuda(index),
-                None => DeviceKind::Cpu,
-            },
+            DeviceKind::Auto if runtime::first().map_err(rekindle_kernels::DeviceError::from)?.is_none() => {
+                DeviceKind::Cpu
+            }
+            DeviceKind::Auto => DeviceKind::Cuda(rank_gpu(position, runtime::count()).map_err(Error::Argument)?),
+            DeviceKind::Cuda(0) => DeviceKind::Cuda(rank_gpu(position, runtime::count()).map_err(Error::Argument)?),
+            DeviceKind::Cuda(index) => {
+                return Err(Error::Argument(format!(
+                    "device = \"cuda:{index}\" is one GPU, and this host has {} ranks; set device = \"cuda\", and each rank \
+                     takes the GPU of its number on the host; CUDA_VISIBLE_DEVICES chooses among the GPUs",
+                    position.local_world_size
+                )));
+            }
             device => device,
         };
-        match device {
-            DeviceKind::Cpu => Ok(()),
-            device => Err(Error::Argument(format!(
-                "the device is {device}, and several ranks train on the CPU only in this version: sums over GPUs need NCCL, \
-                 which it does not use yet; set device = \"cpu\", or train with one rank"
-            ))),
-        }
+        self.device = device.to_string();
+        Ok(())
     }
 
     /// Gives all ranks the gradient checkpointing that `"auto"` became on rank 0.
@@ -187,17 +190,25 @@ impl RunConfig {
         Ok(())
     }
 
-    /// Refuses a run that does not fit into memory with `ranks` of its ranks on this host, and chooses the gradient
-    /// checkpointing of `"auto"`.
+    /// Refuses a run in which a rank at this position does not fit into memory, and chooses the gradient checkpointing of
+    /// `"auto"`.
     ///
     /// The first plan is for rows of the maximum length. Only if that does not fit, or if `"auto"` would recompute, the
     /// rows are read.
-    fn check_memory(&mut self, loader: &mut Loader<'_>, ranks: usize, observer: &dyn RunObserver) -> Result<(), Error> {
+    fn check_memory(
+        &mut self,
+        loader: &mut Loader<'_>,
+        ranks: RankPosition,
+        observer: &dyn RunObserver,
+    ) -> Result<(), Error> {
         let is_auto = self.train.use_gradient_checkpointing == GradientCheckpointing::Auto;
         let mut planner = self.planner(loader, None)?;
-        if let Some(available) = planner.available().filter(|_| ranks > 1) {
-            planner = self.planner(loader, Some(available / ranks))?;
+        // Ranks on the CPU share its memory.
+        let sharing = if planner.device() == DeviceKind::Cpu { ranks.local_world_size } else { 1 };
+        if let Some(available) = planner.available().filter(|_| sharing > 1) {
+            planner = self.planner(loader, Some(available / sharing))?;
         }
+        planner = planner.on_ranks(ranks.world_size, None)?;
         let mut for_rows = |planner: &mut RunPlanner| {
             let tokenizer = loader.fetch()?.load_tokenizer()?;
             let rows = planner.rows_of(tokenizer.as_ref(), &self.train_source())?;
@@ -250,8 +261,8 @@ impl TrainingRun {
     pub fn open(mut config: RunConfig, mut options: TrainOptions, observer: &dyn RunObserver) -> Result<Self, Error> {
         config.check_rewards()?;
         let world = Arc::clone(&options.world);
-        let RankPosition { local_rank, local_world_size, .. } = world.position();
-        config.check_ranks(&*world)?;
+        let RankPosition { local_rank, .. } = world.position();
+        config.choose_rank_device(world.position())?;
         if !world.is_first() {
             // The output directory is that of rank 0, which has checked it.
             options.resume = None;
@@ -263,7 +274,7 @@ impl TrainingRun {
         config.check_output_dir(&options)?;
         let (mut loader, start) = config.loader(observer)?;
         if options.check_memory && local_rank == 0 {
-            config.check_memory(&mut loader, local_world_size, observer)?;
+            config.check_memory(&mut loader, world.position(), observer)?;
         }
         let files = loader.fetch()?.clone();
         files.notices.iter().for_each(|notice| observer.notice(notice));
@@ -392,9 +403,35 @@ impl RunConfig {
     }
 }
 
+/// Returns the index of the GPU of a rank on a host with `found` of them, of which a launcher may show each rank only its own.
+fn rank_gpu(position: RankPosition, found: usize) -> Result<usize, String> {
+    match found {
+        1 => Ok(0),
+        _ if position.local_rank < found => Ok(position.local_rank),
+        _ => Err(format!(
+            "rank {} is number {} on its host, which has {found} GPUs; start one rank for each GPU",
+            position.rank, position.local_rank
+        )),
+    }
+}
+
 /// Finds the files of `source`, and reports downloads and notices.
 fn fetch(source: ModelSource<'_>, observer: &dyn RunObserver) -> Result<PathBuf, Error> {
     let found = source.on_download(|done, total| observer.downloading(done, total)).fetch()?;
     found.notice.iter().for_each(|notice| observer.notice(notice));
     Ok(found.path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_take_the_gpus_of_their_host() {
+        let of = |local_rank, found| {
+            rank_gpu(RankPosition { rank: 8 + local_rank, world_size: 16, local_rank, local_world_size: 8 }, found)
+        };
+        assert_eq!((of(0, 8), of(7, 8), of(3, 1)), (Ok(0), Ok(7), Ok(0)));
+        assert!(of(4, 4).unwrap_err().contains("rank 12 is number 4 on its host, which has 4 GPUs"));
+    }
 }

@@ -105,6 +105,7 @@ impl Train {
             lora,
             train,
             evaluates: false,
+            ranks: 1,
         };
         Ok(Planner::new(job)?.plan(&PassRows::equal(self.batch, self.seq))?)
     }
