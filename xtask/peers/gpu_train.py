@@ -14,6 +14,11 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("weights")
     parser.add_argument("--peer", choices=["unsloth", "peft"], default="unsloth")
+    parser.add_argument("--loss", choices=["sft", "dpo", "grpo"], default="sft")
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--passes", type=int, default=1)
+    parser.add_argument("--beta", type=float, default=0.0)
     parser.add_argument("--mode", choices=["lora", "qlora", "full"], default="lora")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=2048)
@@ -92,7 +97,96 @@ def peft_model(job):
     return model
 
 
+def token_log_probs(model, ids, prompt):
+    """Returns the log-probabilities of the tokens after the prompt. Logits exist for 1,024 tokens at a time."""
+    from torch.utils.checkpoint import checkpoint
+
+    base = model.get_base_model()
+    hidden = base.model(input_ids=ids).last_hidden_state[:, prompt - 1 : -1]
+    targets = ids[:, prompt:]
+
+    def of_chunk(h, t):
+        logits = (h @ base.lm_head.weight.T).float()
+        return logits.gather(-1, t.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+    chunks = zip(hidden.reshape(-1, hidden.shape[-1]).split(1024), targets.reshape(-1).split(1024))
+    found = [checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in chunks]
+    return torch.cat(found).view(targets.shape)
+
+
+def reference_log_probs(model, ids, prompt):
+    with torch.no_grad(), model.disable_adapter():
+        return token_log_probs(model, ids, prompt)
+
+
+def sft_step(model, job, generator):
+    ids = torch.randint(4, 2000, (job.batch, job.seq), generator=generator).cuda()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss
+
+
+def dpo_step(model, job, generator):
+    """A step of DPO, written by hand: the loss and reference of TRL's trainer without its data loader."""
+    prompts = torch.randint(4, 2000, (job.batch // 2, job.prompt), generator=generator).repeat_interleave(2, 0)
+    answers = torch.randint(4, 2000, (job.batch, job.seq - job.prompt), generator=generator)
+    ids = torch.cat([prompts, answers], 1).cuda()
+    reference = reference_log_probs(model, ids, job.prompt).sum(1)
+    difference = token_log_probs(model, ids, job.prompt).sum(1) - reference
+    loss = -torch.nn.functional.logsigmoid(0.1 * (difference[0::2] - difference[1::2])).mean()
+    loss.backward()
+    return loss
+
+
+def grpo_step(model, job, generator, parts, new):
+    """A step of GRPO, written by hand, with a constant reward; transformers' generate samples."""
+    began = time.perf_counter()
+
+    def lap(name):
+        nonlocal began
+        torch.cuda.synchronize()
+        now = time.perf_counter()
+        parts.setdefault(name, []).append(1e3 * (now - began))
+        began = now
+
+    prompts = torch.randint(4, 2000, (job.batch // job.generations, job.prompt), generator=generator)
+    prompts = prompts.repeat_interleave(job.generations, 0).cuda()
+    model.eval()
+    with torch.no_grad():
+        ids = model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            pad_token_id=0,
+            use_cache=True,
+        )
+    model.train()
+    lap("sampling")
+    rewards = torch.ones(job.batch // job.generations, job.generations)
+    advantages = ((rewards - rewards.mean(1, True)) / (rewards.std(1, keepdim=True) + 1e-4)).view(-1, 1).cuda()
+    lap("scoring")
+    micro = ids.split(job.batch // job.passes)
+    references = [reference_log_probs(model, part, job.prompt) if job.beta else None for part in micro]
+    lap("log-probabilities")
+    total = 0.0
+    for part, advantage, reference in zip(micro, advantages.split(job.batch // job.passes), references):
+        log_probs = token_log_probs(model, part, job.prompt)
+        loss = -(log_probs - log_probs.detach()).exp() * advantage
+        if reference is not None:
+            loss = loss + job.beta * ((reference - log_probs).exp() - (reference - log_probs) - 1)
+        loss = loss.mean() / job.passes
+        loss.backward()
+        total = total + loss.detach()
+    lap("update")
+    return total
+
+
 def main():
+    global torch
     job = arguments()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -110,13 +204,19 @@ def main():
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     generator = torch.Generator().manual_seed(1)
-    times, losses = [], []
+    times, losses, parts = [], [], {}
+    if job.loss == "grpo":
+        # A step of short completions warms up.
+        grpo_step(model, job, generator, {}, 8)
+        optimizer.zero_grad(set_to_none=True)
+        job.warmup = 0
     for _ in range(job.warmup + job.steps):
-        ids = torch.randint(4, 2000, (job.batch, job.seq), generator=generator).cuda()
         torch.cuda.synchronize()
         began = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        if job.loss == "grpo":
+            loss = grpo_step(model, job, generator, parts, job.seq - job.prompt)
+        else:
+            loss = (dpo_step if job.loss == "dpo" else sft_step)(model, job, generator)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
@@ -132,6 +232,7 @@ def main():
         "device_gib": (total - free) / 2**30,
         "allocator_gib": torch.cuda.max_memory_allocated() / 2**30,
         "losses": losses,
+        "parts_ms": {name: sorted(of_steps)[len(of_steps) // 2] for name, of_steps in parts.items()} or None,
     }
     print(json.dumps(report), file=out)
 

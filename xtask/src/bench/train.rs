@@ -1,5 +1,6 @@
 //! `cargo xtask bench train`: measures training steps in a real model's shape on a GPU, optionally with a peer.
 
+mod losses;
 pub(crate) mod plan;
 
 use core::ops::Range;
@@ -9,22 +10,18 @@ use std::process::Command;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 use rekindle::LoraConfig;
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::runtime::{Cuda, ProfileEntry};
 use rekindle_kernels::{DType, Device, parse_device};
-use rekindle_models::{CausalLm, GradientCheckpointing, LoadIn, LoadOptions, Sft};
-use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
+use rekindle_models::{CausalLm, GradientCheckpointing, LoadIn, LoadOptions};
+use rekindle_train::SftConfig;
 use serde_json::{Value, json};
 
+use self::losses::{Loss, LossArguments, MeasuredSteps, WARMUP};
 use super::shape::Shape;
-use super::{name, random_batch, result};
+use super::{name, result};
 use crate::random_checkpoint;
-
-/// Unmeasured steps; the first one compiles kernels and selects GEMM algorithms.
-const WARMUP: usize = 3;
 
 /// Token ids, few enough for the peers' small tokenizer.
 const IDS: Range<u32> = 4..2000;
@@ -41,6 +38,11 @@ pub(crate) struct Train {
     /// The training mode.
     #[arg(long, value_enum, default_value_t = Mode::Lora)]
     mode: Mode,
+    /// The loss.
+    #[arg(long, value_enum, default_value_t = Loss::Sft)]
+    loss: Loss,
+    #[command(flatten)]
+    arguments: LossArguments,
     /// Rows per step.
     #[arg(long, default_value_t = 4)]
     batch: usize,
@@ -154,6 +156,8 @@ pub(crate) fn table(weights: Option<&Path>, python: Option<&Path>) -> Result<Val
             weights: Some(weights.clone()),
             optim: "adamw".to_owned(),
             optimizer_in_bwd: false,
+            loss: Loss::Sft,
+            arguments: LossArguments::UNUSED,
             profile: false,
             python: python.map(Path::to_owned),
             peer: Peer::Unsloth,
@@ -184,11 +188,15 @@ pub(crate) fn run(job: &Train) -> Result<(), Box<dyn Error>> {
     }
     Ok(())
 }
+
 /// Prints one line of the table.
 fn row(name: &str, r: &Value) -> (f64, f64) {
     let number = |key: &str| r[key].as_f64().unwrap_or(f64::NAN);
     let [speed, step, memory] = ["tokens_per_second", "ms_per_step", "device_gib"].map(number);
     println!("{name:<16}{speed:>12.0}{step:>12.1}{memory:>12.2}");
+    for (part, value) in r["parts_ms"].as_object().into_iter().flatten() {
+        println!("  {part}: {:.3}", value.as_f64().unwrap_or(f64::NAN));
+    }
     (speed, memory)
 }
 
@@ -212,35 +220,15 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
 
     let optim = serde_json::from_value(Value::from(job.optim.as_str()))?;
     let config = SftConfig { optimizer_in_bwd: job.optimizer_in_bwd, optim, ..SftConfig::default() };
-    let mut optimizer = Optimizer::new(&model, OptimizerConfig::from(&config), 0)?;
-    let mut rng = ChaCha8Rng::seed_from_u64(2);
-    let (mut times, mut losses, mut first) = (Vec::new(), Vec::new(), 0.0);
-    for step in 0..WARMUP + job.steps {
-        let batch = random_batch(&mut rng, [job.batch, job.seq], IDS);
-        let began = Instant::now();
-        let result = optimizer.step(&mut model, &Sft, &[batch], 1e-4)?;
-        let seconds = began.elapsed().as_secs_f64();
-        match step {
-            0 => first = seconds,
-            _ if step >= WARMUP => times.push(seconds),
-            _ => {}
-        }
-        losses.push((result.loss * 1e4).round() / 1e4);
-    }
+    let MeasuredSteps { first, times, losses, parts } = losses::measure(job, config, &mut model, Some(cuda))?;
     let memory = taken(cuda);
-    if job.profile {
-        let batch = random_batch(&mut rng, [job.batch, job.seq], IDS);
-        let (stepped, entries) = cuda.profile(|| optimizer.step(&mut model, &Sft, &[batch], 1e-4))?;
-        stepped?;
-        print_profile(&entries);
-    }
-    times.sort_by(f64::total_cmp);
-    let median = times[times.len() / 2];
+    let fastest = times.iter().copied().fold(f64::INFINITY, f64::min);
+    let median = losses::median(times);
     let report = json!({
         "job": job.name(),
         "tokens_per_second": (job.batch * job.seq) as f64 / median,
         "ms_per_step": median * 1e3,
-        "ms_fastest_step": times[0] * 1e3,
+        "ms_fastest_step": fastest * 1e3,
         "device_gib": memory,
         "weights_gib": gib(weights),
         "high_water_gib": gib(cuda.memory().high_water),
@@ -252,6 +240,7 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
         "load_seconds": load_seconds,
         "first_step_seconds": first,
         "losses": losses,
+        "parts_ms": parts,
         "card": cuda.props().name,
     });
     println!("{report}");
@@ -314,15 +303,18 @@ impl Train {
             ("--seq", self.seq.to_string()),
             ("--checkpointing", name(self.checkpointing)),
             ("--steps", self.steps.to_string()),
+            ("--loss", name(self.loss)),
         ];
-        options.into_iter().flat_map(|(option, value)| [option.to_owned(), value]).collect()
+        let of_loss = self.arguments.options().into_iter().filter(|_| self.loss != Loss::Sft);
+        options.into_iter().chain(of_loss).flat_map(|(option, value)| [option.to_owned(), value]).collect()
     }
 
     fn name(&self) -> String {
-        let Self { shape, mode, batch, seq, checkpointing, optim, optimizer_in_bwd, .. } = self;
+        let Self { shape, mode, loss, batch, seq, checkpointing, optim, optimizer_in_bwd, .. } = self;
         let (shape, mode, checkpointing) = (name(*shape), name(*mode), name(*checkpointing));
+        let loss = if *loss == Loss::Sft { String::new() } else { format!(" {}", name(*loss)) };
         let in_bwd = if *optimizer_in_bwd { ", in the backward" } else { "" };
-        format!("{shape} {mode}, {batch} × {seq}, checkpointing {checkpointing}, {optim}{in_bwd}")
+        format!("{shape} {mode}{loss}, {batch} × {seq}, checkpointing {checkpointing}, {optim}{in_bwd}")
     }
 
     /// Returns a row of the table in docs/benchmarks.md.

@@ -12,7 +12,7 @@ use rekindle_train::{MemoryPlan, PassRows, PlannedRun, Planner, SftConfig};
 
 use super::super::name;
 use super::super::shape::Shape;
-use super::{Checkpointing, Mode, Peer, Train, gib};
+use super::{Checkpointing, Loss, LossArguments, Mode, Peer, Train, gib};
 
 /// Steps per job; memory peaks in the first.
 const STEPS: usize = 2;
@@ -48,6 +48,8 @@ pub(crate) fn run(weights: Option<&Path>) -> Result<(), Box<dyn Error>> {
         let job = Train {
             optim: "adamw".to_owned(),
             optimizer_in_bwd: false,
+            loss: Loss::Sft,
+            arguments: LossArguments::UNUSED,
             shape,
             mode,
             batch,
