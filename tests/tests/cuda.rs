@@ -9,6 +9,8 @@ mod blocks;
 mod engine;
 #[path = "cuda/ranks.rs"]
 mod ranks;
+#[path = "cuda/training_methods.rs"]
+mod training_methods;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -31,7 +33,7 @@ const ADAPTER: &str = "adapter_model.safetensors";
 
 type Check = fn(&Device);
 
-const CHECKS: [(&str, Check); 18] = [
+const CHECKS: [(&str, Check); 21] = [
     ("losses of every model", losses),
     ("losses over quantized weights", losses_over_quantized_weights),
     ("blocks of GGUF files are decoded", blocks::decoding),
@@ -46,6 +48,9 @@ const CHECKS: [(&str, Check); 18] = [
     ("gradients of all weights", all_weights),
     ("recomputed activations give the same bits", recomputation),
     ("objectives", objectives),
+    ("training methods: preferences", training_methods::preferences),
+    ("training methods: policy gradients", training_methods::policy_gradients),
+    ("training methods: rollouts", training_methods::rollouts),
     ("families: losses and greedy tokens", family_losses),
     ("families: gradients of all weights, recomputed or not", family_gradients),
     ("families: optimizer steps", family_steps),
