@@ -69,7 +69,12 @@ impl CausalLm {
 
     /// Returns the log-probability of each target of a forward pass, with entropies and arg-max flags.
     pub fn log_probs_of(&self, pass: &ForwardPass<'_>) -> TokenLogProbs {
-        let head = self.decoder.lm_head(&self.params, true).at_temperature(pass.temperature);
+        self.log_probs_of_at(pass, pass.temperature)
+    }
+
+    /// [`log_probs_of`](Self::log_probs_of) of logits that are divided by `temperature` instead of that of the pass.
+    pub(crate) fn log_probs_of_at(&self, pass: &ForwardPass<'_>, temperature: f32) -> TokenLogProbs {
+        let head = self.decoder.lm_head(&self.params, true).at_temperature(temperature);
         linear_cross_entropy::log_probs(&pass.hidden, &head, &pass.batch.batch().targets)
     }
 

@@ -14,10 +14,11 @@ mod rloo;
 mod sft;
 
 use core::fmt::Debug;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use rekindle_kernels::Grads;
-use rekindle_kernels::linear_cross_entropy::{LogProbValues, Losses, TokenWeights};
+use rekindle_kernels::linear_cross_entropy::{LogProbValues, Losses, TokenLogProbs, TokenWeights};
 use serde::{Deserialize, Serialize};
 
 use crate::loss::ApplyGradients;
@@ -66,6 +67,11 @@ pub trait Objective: Debug + Send + Sync {
         1.0
     }
 
+    /// Returns true if [`loss`](Self::loss) reads [`StepTerms::sharpened`], which costs another pass of the head.
+    fn needs_sharpened(&self) -> bool {
+        false
+    }
+
     /// Returns the log-probability of each document's answer as the loss reads it: what [`Answer::reference`] is for the
     /// reference model.
     ///
@@ -105,6 +111,23 @@ pub struct StepTerms {
     pub entropy_threshold: Option<f64>,
     /// By the row of a document, the value that it is compared with after sorting.
     pub partners: BTreeMap<u32, f64>,
+    /// The log-probability of each target of the batch where the distribution is p² / Σ p² instead of p, `[tokens]`; empty
+    /// unless the objective [needs it](Objective::needs_sharpened).
+    pub sharpened: Vec<f32>,
+}
+
+impl StepTerms {
+    /// Returns the terms of a batch, with log-probabilities at half the temperature if the objective needs them.
+    fn with_sharpened(
+        &self,
+        objective: &dyn Objective,
+        sharpened: impl FnOnce() -> Result<TokenLogProbs, Error>,
+    ) -> Result<Cow<'_, Self>, Error> {
+        if !objective.needs_sharpened() {
+            return Ok(Cow::Borrowed(self));
+        }
+        Ok(Cow::Owned(Self { sharpened: sharpened()?.values().log_probs, ..self.clone() }))
+    }
 }
 
 /// The micro-batches of a step, with forward passes over them.
@@ -322,7 +345,10 @@ impl CausalLm {
         let reference = self.reference(objective, batch)?;
         let pass = self.forward(batch, key)?.at_temperature(objective.temperature());
         let log_probs = self.log_probs_of(&pass);
-        let loss = objective.loss(batch, &log_probs.values(), reference.as_ref(), terms);
+        // p² / Σ p² is the softmax at half the temperature.
+        let sharpened = || self.log_probs_of_at(&pass, objective.temperature() / 2.0);
+        let terms = terms.with_sharpened(objective, || Ok(sharpened()))?;
+        let loss = objective.loss(batch, &log_probs.values(), reference.as_ref(), &terms);
         let router = pass.router_loss();
         self.backward(pass, &log_probs, TokenWeights::from(&*loss.weights).times(scale), grads)?;
         Ok(PendingLoss { loss: Pending::Known(loss), router })
@@ -355,7 +381,10 @@ impl CausalLm {
         let reference = self.reference(objective, batch)?;
         let pass = self.forward(batch, key)?.at_temperature(objective.temperature());
         let log_probs = self.log_probs_of(&pass);
-        let loss = objective.loss(batch, &log_probs.values(), reference.as_ref(), terms);
+        // p² / Σ p² is the softmax at half the temperature.
+        let sharpened = || self.log_probs_of_at(&pass, objective.temperature() / 2.0);
+        let terms = terms.with_sharpened(objective, || Ok(sharpened()))?;
+        let loss = objective.loss(batch, &log_probs.values(), reference.as_ref(), &terms);
         let router = pass.router_loss();
         self.backward_applying(pass, &log_probs, TokenWeights::from(&*loss.weights).times(scale), apply)?;
         Ok(PendingLoss { loss: Pending::Known(loss), router })
@@ -376,7 +405,9 @@ impl CausalLm {
         }
         let reference = self.reference(objective, batch)?;
         let log_probs = self.log_probs_at(batch, objective.temperature())?.values();
-        Ok(objective.loss(batch, &log_probs, reference.as_ref(), terms))
+        let sharpened = || self.log_probs_at(batch, objective.temperature() / 2.0);
+        let terms = terms.with_sharpened(objective, sharpened)?;
+        Ok(objective.loss(batch, &log_probs, reference.as_ref(), &terms))
     }
 
     /// The log-probabilities of the reference model, if the objective needs them and the batch has none.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use rekindle_kernels::linear_cross_entropy::LogProbValues;
 use serde::{Deserialize, Serialize};
 
-use super::answers::{ScoredAnswer, answers, pairs, pairs_per_chosen_token};
+use super::answers::{ScoredAnswer, answer_tokens, answers, pairs, pairs_per_chosen_token};
 use super::dual::Dual;
 use super::{BatchLoss, Objective, OneOrMany, StepPasses, StepTerms};
 use crate::{Batch, Error};
@@ -43,6 +43,9 @@ pub struct Dpo {
     /// arXiv:2409.06411). Default: none, which is 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ld_alpha: Option<f64>,
+    /// If true, the loss of a pair is multiplied by w(chosen)·w(rejected), where w is the geometric mean over an answer's tokens
+    /// of p / Σ p² and has no gradient (WPO, arXiv:2406.11827, equation 2). Default false.
+    pub use_weighting: bool,
     /// τ of `discopop`. Default 0.05.
     pub discopop_tau: f64,
 }
@@ -110,6 +113,7 @@ impl Default for Dpo {
             f_divergence_type: Divergence::default(),
             f_alpha_divergence_coef: 0.5,
             ld_alpha: None,
+            use_weighting: false,
             discopop_tau: 0.05,
         }
     }
@@ -168,6 +172,14 @@ impl Dpo {
         if has(DpoLoss::Aot) && has(DpoLoss::AotUnpaired) {
             problems
                 .push("loss_type holds both aot and aot_unpaired, which sort different values; keep one".to_owned());
+        }
+        let coupled = [DpoLoss::Aot, DpoLoss::AotUnpaired, DpoLoss::Sft];
+        if self.use_weighting && coupled.iter().any(|loss| has(*loss)) {
+            problems.push(
+                "use_weighting = true gives each pair a weight, and loss_type aot, aot_unpaired and sft are not sums over \
+                 pairs; remove one of both"
+                    .to_owned(),
+            );
         }
         // Only where the scores are subtracted does the unknown ln Z of a divergence cancel.
         let subtracted = |loss: &DpoLoss| {
@@ -247,6 +259,25 @@ impl Dpo {
         }
     }
 
+    /// The weight of a pair.
+    fn pair_weight(
+        &self,
+        batch: &Batch,
+        pair: &[ScoredAnswer; 2],
+        log_probs: &LogProbValues,
+        terms: &StepTerms,
+    ) -> f64 {
+        if !self.use_weighting {
+            return 1.0;
+        }
+        // ln p − ln Σ p² = ln(p² / Σ p²) − ln p.
+        let of = |token: usize| f64::from(terms.sharpened[token]) - f64::from(log_probs.log_probs[token]);
+        let mean = |answer: &ScoredAnswer| {
+            answer_tokens(batch, answer.document.clone()).map(of).sum::<f64>() / answer.tokens.max(1) as f64
+        };
+        pair.iter().map(mean).sum::<f64>().exp()
+    }
+
     /// The loss of a difference of sorted values.
     fn sorted_loss(&self, difference: Dual) -> Dual {
         let (logit, epsilon) = (self.beta * difference, self.label_smoothing);
@@ -300,6 +331,10 @@ impl Objective for Dpo {
         true
     }
 
+    fn needs_sharpened(&self) -> bool {
+        self.use_weighting
+    }
+
     fn answer_log_probs(&self, batch: &Batch, log_probs: &LogProbValues) -> Vec<f64> {
         answers(batch, log_probs, None, self.ld_alpha).iter().map(|answer| answer.log_prob).collect()
     }
@@ -331,7 +366,9 @@ impl Objective for Dpo {
                 references: [chosen.reference, rejected.reference],
                 lengths: [chosen, rejected].map(|answer| answer.tokens.max(1) as f64),
             };
+            let of_pair = self.pair_weight(batch, pair, log_probs, terms);
             for (loss, weight) in self.losses() {
+                let weight = weight * of_pair;
                 let pair_loss = match loss {
                     DpoLoss::Sft => {
                         result.add_nll(batch, chosen.document.clone(), log_probs, weight * terms.per_token);
