@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rekindle::rewards::{PYTHON_TEMPLATE, RewardColumn, RewardSet, Sample, Scores};
+use rekindle::rewards::{PYTHON_TEMPLATE, RewardColumn, Sample, Scores};
 use rekindle::run::RunConfig;
 use rekindle::{ChatPrompt, RawRow, Tokenizer, counted};
 use serde_json::{Map, Value, json};
@@ -31,6 +31,7 @@ struct Completion {
     /// The row's number, from 1.
     row: usize,
     prompt: String,
+    prompt_ids: Vec<u32>,
     messages: Option<Value>,
     text: String,
     ids: Vec<u32>,
@@ -58,7 +59,7 @@ fn test(args: &RewardsTestArgs) -> Result<(), Failure> {
             own_answers(rows, encoder.tokenizer())?
         }
     };
-    let mut rewards = RewardSet::from_configs(&config.rewards).map_err(rekindle::Error::from)?;
+    let mut rewards = config.reward_set(encoder.tokenizer(), &observer)?;
     let samples: Vec<Sample> = completions.iter().map(Completion::sample).collect();
     let scores = rewards.score(&samples).map_err(rekindle::Error::from)?;
     if args.json {
@@ -98,12 +99,18 @@ impl Completion {
             },
         };
         columns.shift_remove("completion");
-        Ok(Self { row: number, prompt, messages, text, ids, truncated: false, columns })
+        // The template has written the special tokens of a conversation already.
+        let encode = |tokenizer: &Tokenizer| {
+            tokenizer.encode(&prompt, messages.is_none()).map_err(|error| at(error.to_string()))
+        };
+        let prompt_ids = tokenizer.map(encode).transpose()?.unwrap_or_default();
+        Ok(Self { row: number, prompt, prompt_ids, messages, text, ids, truncated: false, columns })
     }
 
     fn sample(&self) -> Sample<'_> {
         Sample {
             prompt: &self.prompt,
+            prompt_ids: &self.prompt_ids,
             completion: &self.text,
             completion_ids: &self.ids,
             truncated: self.truncated,

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::command::{CommandReward, CommandRewardConfig};
 use crate::http::HttpRewardConfig;
+use crate::model::ModelRewardConfig;
 use crate::rules::{
     Choice, Contains, Exact, Format, Json, Length, Numeric, Pattern, Repetition, Rule, RuleReward, SoftOverlong,
 };
@@ -68,6 +69,8 @@ pub enum RewardKind {
     Command(CommandRewardConfig),
     /// A service.
     Http(HttpRewardConfig),
+    /// A reward model.
+    Model(ModelRewardConfig),
 }
 
 /// The keys that every type has.
@@ -124,6 +127,7 @@ impl RewardKind {
             Self::SoftOverlong(_) => "soft_overlong",
             Self::Command(_) => "command",
             Self::Http(_) => "http",
+            Self::Model(_) => "model",
         }
     }
 }
@@ -139,17 +143,18 @@ impl RewardConfig {
         self.name.as_deref().unwrap_or_else(|| self.kind.name())
     }
 
-    /// Returns the reward. A command is started here.
+    /// Returns the reward. A command is started here, and a reward model is loaded with `load`.
     ///
     /// # Errors
     ///
     /// [`RewardError::Config`] for an option that cannot work, [`RewardError::Failed`] for a program that does not start.
-    pub fn build(&self) -> Result<Box<dyn Reward>, RewardError> {
+    pub(crate) fn build(&self, load: LoadRewardModel<'_>) -> Result<Box<dyn Reward>, RewardError> {
         let name = self.name().to_owned();
         match self.prepared()? {
             Prepared::Rule(rule) => Ok(Box::new(RuleReward { name, rule })),
             Prepared::Command(config) => Ok(Box::new(CommandReward::start(name, config)?)),
             Prepared::Http(config) => crate::http::connect(name, config),
+            Prepared::Model(config) => load(&name, config),
         }
     }
 
@@ -186,6 +191,7 @@ impl RewardConfig {
             RewardKind::SoftOverlong(overlong) => rule(overlong, overlong.problem()),
             RewardKind::Command(config) => config.problem().map_or(Ok(Prepared::Command(config)), Err),
             RewardKind::Http(config) => config.problem().map_or(Ok(Prepared::Http(config)), Err),
+            RewardKind::Model(config) => config.problem().map_or(Ok(Prepared::Model(config)), Err),
         };
         prepared.map_err(|problem| RewardError::config(self.name(), problem))
     }
@@ -195,19 +201,38 @@ enum Prepared<'a> {
     Rule(Box<dyn Rule>),
     Command(&'a CommandRewardConfig),
     Http(&'a HttpRewardConfig),
+    Model(&'a ModelRewardConfig),
 }
 
+/// A loader of reward models, given the reward's name.
+type LoadRewardModel<'a> = &'a mut dyn FnMut(&str, &ModelRewardConfig) -> Result<Box<dyn Reward>, RewardError>;
+
 impl RewardSet {
-    /// Returns the rewards of a run file. Commands are started here.
+    /// Returns the rewards of a run file. Commands are started here. Reward models need
+    /// [`from_configs_with`](Self::from_configs_with).
     ///
     /// # Errors
     ///
-    /// Those of [`RewardConfig::build`] and [`RewardSet::push_gated`].
+    /// [`RewardError::Config`] for an option that cannot work and for a reward model, [`RewardError::Failed`] for a program that
+    /// does not start, and those of [`RewardSet::push_gated`].
     pub fn from_configs(configs: &[RewardConfig]) -> Result<Self, RewardError> {
+        let problem = "type = \"model\" needs a loader of models; use RewardSet::from_configs_with";
+        Self::from_configs_with(configs, &mut |name, _| Err(RewardError::config(name, problem)))
+    }
+
+    /// Returns the rewards of a run file. `load` loads a reward model, given the reward's name and options.
+    ///
+    /// # Errors
+    ///
+    /// As [`from_configs`](Self::from_configs), and those of `load`.
+    pub fn from_configs_with(
+        configs: &[RewardConfig],
+        load: &mut dyn FnMut(&str, &ModelRewardConfig) -> Result<Box<dyn Reward>, RewardError>,
+    ) -> Result<Self, RewardError> {
         Self::check(configs)?;
         let mut set = Self::new();
         for config in configs {
-            set.push_config(config, config.build()?)?;
+            set.push_config(config, config.build(load)?)?;
         }
         Ok(set)
     }
@@ -316,6 +341,7 @@ mod tests {
         let sample = |completion| Sample {
             prompt: "2 + 2",
             completion,
+            prompt_ids: &[],
             completion_ids: &[],
             truncated: false,
             row: row.as_object().unwrap(),

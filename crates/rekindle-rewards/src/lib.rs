@@ -26,6 +26,7 @@
 //! let sample = Sample {
 //!     prompt: "2 + 2 =",
 //!     completion: " 4",
+//!     prompt_ids: &[17, 488, 220, 17, 284],
 //!     completion_ids: &[220, 19],
 //!     truncated: false,
 //!     row: &row,
@@ -45,6 +46,7 @@ mod exchange;
 #[cfg(test)]
 mod golden;
 mod http;
+mod model;
 mod reward;
 mod rules;
 mod schema;
@@ -55,6 +57,7 @@ pub use command::{CommandReward, CommandRewardConfig};
 pub use config::{RewardConfig, RewardKind};
 pub use error::RewardError;
 pub use http::HttpRewardConfig;
+pub use model::ModelRewardConfig;
 pub use reward::{Reward, Sample};
 pub use rules::{
     Choice, Contains, Exact, Extract, Format, Json, JsonFrom, Length, LengthUnit, Numeric, Occurrence, Pattern,

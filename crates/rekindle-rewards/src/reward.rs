@@ -9,6 +9,8 @@ use crate::RewardError;
 pub struct Sample<'a> {
     /// The prompt as text; of a conversation, as the chat template renders it.
     pub prompt: &'a str,
+    /// The token ids of the prompt; empty if they are not known.
+    pub prompt_ids: &'a [u32],
     /// The completion as text, without special tokens.
     pub completion: &'a str,
     /// The sampled token ids, with the end token if the model produced it.

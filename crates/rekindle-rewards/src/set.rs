@@ -193,6 +193,7 @@ mod tests {
             .map(|ids| Sample {
                 prompt: "",
                 completion: "",
+                prompt_ids: &[],
                 completion_ids: ids,
                 truncated: false,
                 row: &row,

@@ -48,7 +48,9 @@ pub use error::Error;
 pub use evaluate::{Evaluation, RowLoss, TokenLoss, evaluate, evaluate_tokens};
 pub use event::{TrainEnd, TrainEvent, TrainReport};
 pub use method::{Method, ReferenceArguments, WithReference, WithRollouts};
-pub use metrics::{EvalMetrics, MetricValues, MetricsFile, PromptSample, RecordedUntil, RunHistory, StepMetrics};
+pub use metrics::{
+    EvalMetrics, MetricValues, MetricsFile, PromptSample, RecordedUntil, RewardedCompletion, RunHistory, StepMetrics,
+};
 pub use model_card::{ModelCard, PublishedCard, PublishedForm, data_line};
 pub use optim::Optim;
 pub use optimizer::{Optimizer, OptimizerConfig, StepBatches, StepResult};

@@ -59,7 +59,7 @@ pub struct WithReference<L> {
 }
 
 /// The arguments of a reference model.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ReferenceArguments {
     /// If true, the log-probabilities of the reference model are computed before the first step, and kept in `output_dir`
@@ -68,6 +68,16 @@ pub struct ReferenceArguments {
     /// trained before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub precompute_ref_log_probs: Option<bool>,
+    /// If true, the reference model follows the model that is trained: every `ref_model_sync_steps` steps, its trained parameters
+    /// become α · (those of the model) + (1 − α) · (its own) (TR-DPO, arXiv:2404.09656). Default false.
+    #[serde(skip_serializing_if = "core::ops::Not::not")]
+    pub sync_ref_model: bool,
+    /// α of `sync_ref_model`, above 0 and at most 1. Default 0.6.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ref_model_mixup_alpha: Option<f64>,
+    /// The number of steps between two synchronizations. Default 512.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ref_model_sync_steps: Option<usize>,
 }
 
 impl From<Dpo> for Method {
@@ -268,6 +278,7 @@ impl Method {
             }
             Self::Reward(reward) => reward.problems(),
         };
+        problems.extend(self.reference().into_iter().flat_map(ReferenceArguments::problems));
         let name = self.name();
         if self.has_rollouts() {
             let refused = [

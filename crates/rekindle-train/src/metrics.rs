@@ -109,6 +109,27 @@ pub struct PromptSample {
     pub ended: bool,
 }
 
+/// A completion that the model has sampled in a run with rewards.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RewardedCompletion {
+    /// The step that trains on it; of an evaluation, the steps done before it.
+    pub step: usize,
+    /// True for a prompt of the evaluation set.
+    pub evaluation: bool,
+    /// The prompt, decoded from its tokens.
+    pub prompt: String,
+    /// The completion, without special tokens.
+    pub completion: String,
+    /// The weighted sum of its rewards; `None` if all are null.
+    pub reward: Option<f64>,
+    /// Each reward, not weighted.
+    pub rewards: BTreeMap<String, Option<f64>>,
+    /// Its tokens.
+    pub new_tokens: usize,
+    /// True if it ended with an end token, and not at the length limit.
+    pub ended: bool,
+}
+
 /// The position up to which a run's metrics are valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecordedUntil {
@@ -127,6 +148,8 @@ pub struct RunHistory {
     pub evals: Vec<EvalMetrics>,
     /// Every sample.
     pub samples: Vec<PromptSample>,
+    /// Sampled completions with their rewards.
+    pub completions: Vec<RewardedCompletion>,
 }
 
 /// A line of the file. Unknown keys and lines of other kinds are ignored.
@@ -136,6 +159,7 @@ enum Line {
     Step(StepMetrics),
     Eval(EvalMetrics),
     Sample(PromptSample),
+    Completion(RewardedCompletion),
     Other { step: Option<usize> },
 }
 
@@ -145,6 +169,7 @@ impl Line {
             Self::Step(line) => line.step > until.steps,
             Self::Eval(line) => line.step > until.evaluated,
             Self::Sample(line) => line.step > until.evaluated,
+            Self::Completion(line) => line.step > if line.evaluation { until.evaluated } else { until.steps },
             Self::Other { step } => step.is_some_and(|step| step > until.steps),
         }
     }
@@ -177,6 +202,7 @@ impl RunHistory {
                 Line::Step(step) => history.steps.push(step),
                 Line::Eval(eval) => history.evals.push(eval),
                 Line::Sample(sample) => history.samples.push(sample),
+                Line::Completion(completion) => history.completions.push(completion),
                 Line::Other { .. } => {}
             }
         }
@@ -260,6 +286,19 @@ pub(crate) mod tests {
         PromptSample { step, sample: 1, prompt: "<q>".into(), expected: None, output, new_tokens: 2, ended: true }
     }
 
+    fn completion(step: usize, evaluation: bool) -> RewardedCompletion {
+        RewardedCompletion {
+            step,
+            evaluation,
+            prompt: "q".into(),
+            completion: "a".into(),
+            reward: None,
+            rewards: [("exact".to_owned(), Some(0.5)), ("judge".to_owned(), None)].into(),
+            new_tokens: 2,
+            ended: true,
+        }
+    }
+
     #[test]
     fn a_resumed_file_goes_on_after_its_step() {
         let dir = tempfile::tempdir().unwrap();
@@ -271,6 +310,9 @@ pub(crate) mod tests {
         }
         file.write(&eval(2)).unwrap();
         file.write(&sample(2)).unwrap();
+        file.write(&completion(2, false)).unwrap();
+        file.write(&completion(3, false)).unwrap();
+        file.write(&completion(3, true)).unwrap();
         file.write(&serde_json::json!({ "step": 4, "another": "kind" })).unwrap();
         drop(file);
         // As a kill leaves it.
@@ -280,17 +322,23 @@ pub(crate) mod tests {
         assert_eq!(RunHistory::read(&path).unwrap().steps.len(), 4);
 
         let (mut file, history) = MetricsFile::resume(&path, RecordedUntil { steps: 2, evaluated: 2 }).unwrap();
-        let mut expected = RunHistory { steps: vec![step(1), step(2)], evals: vec![eval(2)], samples: vec![sample(2)] };
+        let mut expected = RunHistory {
+            steps: vec![step(1), step(2)],
+            evals: vec![eval(2)],
+            samples: vec![sample(2)],
+            completions: vec![completion(2, false)],
+        };
         assert_eq!(history, expected);
         file.write(&step(3)).unwrap();
         expected.steps.push(step(3));
         assert_eq!(RunHistory::read(&path).unwrap(), expected);
-        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 5);
+        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 6);
         drop(file);
 
         // Stopped before its evaluation.
         let (_, history) = MetricsFile::resume(&path, RecordedUntil { steps: 2, evaluated: 0 }).unwrap();
-        assert_eq!(history, RunHistory { steps: vec![step(1), step(2)], ..RunHistory::default() });
+        let completions = vec![completion(2, false)];
+        assert_eq!(history, RunHistory { steps: vec![step(1), step(2)], completions, ..RunHistory::default() });
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use rekindle_hub::write_atomic;
 
 use crate::{
-    Error, EvalMetrics, EventFile, MetricsFile, PromptSample, RecordedUntil, ReportTo, RunDescription, RunHistory,
-    StepMetrics, loss_svg, report_html,
+    Error, EvalMetrics, EventFile, MetricsFile, PromptSample, RecordedUntil, ReportTo, RewardedCompletion,
+    RunDescription, RunHistory, StepMetrics, loss_svg, report_html,
 };
 
 /// A recorder of a run's metrics. It writes `metrics.jsonl` and TensorBoard's event files immediately, and
@@ -100,6 +100,16 @@ impl Recorder {
             events.text(sample.step, &format!("samples/{}", sample.sample), &format!("    {text}"))?;
         }
         self.history.samples.push(sample.clone());
+        Ok(())
+    }
+
+    /// Records sampled completions with their rewards.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn completions(&mut self, completions: Vec<RewardedCompletion>) -> Result<(), Error> {
+        completions.iter().try_for_each(|completion| self.metrics.write(completion))?;
+        self.history.completions.extend(completions);
         Ok(())
     }
 

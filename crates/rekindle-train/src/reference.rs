@@ -31,7 +31,7 @@ const NAMES: [&str; 2] = ["answers", "mismatched"];
 /// # Errors
 /// [`Error::Config`] if the configuration forbids it, but the adapter turned off is not the model before training.
 pub(crate) fn is_precomputed(method: &Method, model: &CausalLm) -> Result<bool, Error> {
-    let Some(arguments) = method.reference() else { return Ok(false) };
+    let Some(arguments) = method.reference().filter(|arguments| !arguments.sync_ref_model) else { return Ok(false) };
     // An adapter that changes nothing is the reference when it is off. PiSSA and OLoRA change the base for their adapter.
     let is_base = model.lora().is_some() && model.adapter_changes_nothing();
     match (arguments.precompute_ref_log_probs, is_base) {

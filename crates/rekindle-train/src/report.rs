@@ -1,6 +1,7 @@
 //! `report.html`: a run on one self-contained page.
 
 mod chart;
+mod completions;
 mod curves;
 mod samples;
 mod text;
@@ -49,6 +50,7 @@ pub fn report_html(history: &RunHistory, total: usize, description: &RunDescript
     curves::charts(history).iter().for_each(|chart| page += &chart.html(done));
     page += "</section>\n";
     page += &samples::html(&history.samples);
+    page += &completions::html(&history.completions);
     if !description.facts.is_empty() {
         let rows = description.facts.iter();
         let rows: String =
@@ -145,7 +147,12 @@ mod tests {
     fn history(steps: usize) -> RunHistory {
         let evals = (1..=steps).filter(|n| n % 4 == 0);
         let samples = evals.clone().map(sample).collect();
-        RunHistory { steps: (1..=steps).map(step).collect(), evals: evals.map(eval).collect(), samples }
+        RunHistory {
+            steps: (1..=steps).map(step).collect(),
+            evals: evals.map(eval).collect(),
+            samples,
+            completions: Vec::new(),
+        }
     }
 
     fn description() -> RunDescription {

@@ -23,7 +23,7 @@ use serde_json::{Map, Value};
 
 use crate::evaluate::{ObjectiveEvaluation, evaluate_objective_while};
 use crate::trainer::StepRows;
-use crate::{Error, SftConfig};
+use crate::{Error, RewardedCompletion, SftConfig};
 
 pub(crate) use arguments::{AdvantageRule, RolloutSettings};
 pub use arguments::{GrpoAdvantages, MultiObjectiveAggregation, RlooAdvantages, RolloutArguments, ScaleRewards};
@@ -75,12 +75,27 @@ pub(crate) struct Rollouts<'a> {
     seed: u64,
     batch_size: usize,
     generation: Option<Generation>,
+    /// Completions of training are recorded once in this many steps.
+    recorded_every: usize,
 }
 
-/// The rows of a step, with numbers about the generation if it was sampled for this step.
+/// Prompts of the evaluation set whose completions are recorded.
+const RECORDED_PROMPTS: usize = 4;
+
+/// Steps of a run whose completions are recorded.
+const RECORDED_STEPS: usize = 20;
+
+/// The rows of a step, with records of the generation if it was sampled for this step.
 pub(crate) struct RolloutStep {
     pub(crate) rows: StepRows,
+    pub(crate) records: RolloutRecords,
+}
+
+/// Numbers about completions that were sampled together, and some of them.
+#[derive(Debug, Default)]
+pub(crate) struct RolloutRecords {
     pub(crate) metrics: NamedMetrics,
+    pub(crate) completions: Vec<RewardedCompletion>,
 }
 
 impl<'a> Rollouts<'a> {
@@ -96,7 +111,23 @@ impl<'a> Rollouts<'a> {
         let (shuffle, seed) = order;
         let order = Box::new(Order::new(train.len(), shuffle, seed).from_cursor(seen));
         let batch_size = config.per_device_train_batch_size;
-        Self { task, settings, order, prompts: train.len(), seen, seed, batch_size, generation: None }
+        Self {
+            task,
+            settings,
+            order,
+            prompts: train.len(),
+            seen,
+            seed,
+            batch_size,
+            generation: None,
+            recorded_every: 1,
+        }
+    }
+
+    /// Records completions of about [`RECORDED_STEPS`] of the run's steps.
+    pub(crate) fn recorded_of(mut self, steps: usize) -> Self {
+        self.recorded_every = (steps / RECORDED_STEPS).max(1);
+        self
     }
 
     /// Restores a generation that the checkpoint in `dir` was still using.
@@ -133,47 +164,49 @@ impl<'a> Rollouts<'a> {
         generation.used >= self.settings.steps * self.settings.arguments.num_iterations
     }
 
-    /// Returns the rows of the next step; samples a generation if the last one is used up. Returns `None` if `go_on` returns
-    /// false before the generation is complete.
+    /// Returns the rows of `step`, the next one; samples a generation if the last one is used up. Returns `None` if `go_on`
+    /// returns false before the generation is complete.
     pub(crate) fn next_step(
         &mut self,
         model: &CausalLm,
         train: &Dataset,
+        step: usize,
         go_on: &mut dyn FnMut() -> bool,
     ) -> Result<Option<RolloutStep>, Error> {
-        let mut metrics = Vec::new();
+        let mut records = RolloutRecords::default();
         if self.generation.as_ref().is_none_or(|generation| self.is_used_up(generation)) {
             self.generation = None;
-            let Some((generation, of_generation)) = self.generate(model, train, go_on)? else { return Ok(None) };
-            metrics = of_generation;
+            let Some((generation, of_generation)) = self.generate(model, train, step, go_on)? else { return Ok(None) };
+            records = of_generation;
             self.generation = Some(generation);
         }
         let generation = self.generation.as_mut().expect("sampled above");
         let rows = generation.next_step(train, self.settings.steps, self.batch_size);
-        Ok(Some(RolloutStep { rows, metrics }))
+        Ok(Some(RolloutStep { rows, records }))
     }
 
-    /// Samples completions for prompts of `eval`, and returns their loss, rewards and other metrics; `None` if `go_on`
-    /// returns false before the end.
+    /// Samples completions for prompts of `eval` after `done` steps, and returns their loss, rewards and other metrics; `None`
+    /// if `go_on` returns false before the end.
     pub(crate) fn evaluate(
         &mut self,
         model: &CausalLm,
         objective: &dyn Objective,
         eval: &Dataset,
-        batch_size: usize,
+        (batch_size, done): (usize, usize),
         go_on: &mut dyn FnMut() -> bool,
-    ) -> Result<Option<(ObjectiveEvaluation, NamedMetrics)>, Error> {
+    ) -> Result<Option<(ObjectiveEvaluation, RolloutRecords)>, Error> {
         let prompts: Vec<(usize, u64)> = (0..eval.len()).map(|index| (index, index as u64)).collect();
         let settings = self.settings.for_evaluation();
         let seed = self.seed ^ sampling::EVALUATION;
-        let Some(groups) = sampling::sample(&mut self.task, &settings, model, eval, &prompts, seed, go_on)? else {
+        let Some(sampled) = sampling::sample(&mut self.task, &settings, model, eval, &prompts, seed, go_on)? else {
             return Ok(None);
         };
-        let (mut generation, metrics) = Generation::of(groups, &settings, model, eval, batch_size)?;
+        let completions = sampled.groups.iter().take(RECORDED_PROMPTS).map(|group| group.first(done)).collect();
+        let (mut generation, metrics) = Generation::of(sampled.groups, &settings, model, eval, batch_size)?;
         let rows = generation.next_step(eval, 1, batch_size);
         let batches: &[Batch] = &rows.batches;
         let found = evaluate_objective_while(model, objective, batches, &OneRank, go_on)?;
-        Ok(found.map(|found| (found, metrics)))
+        Ok(found.map(|found| (found, RolloutRecords { metrics, completions })))
     }
 
     /// Samples a generation.
@@ -181,12 +214,14 @@ impl<'a> Rollouts<'a> {
         &mut self,
         model: &CausalLm,
         train: &Dataset,
+        step: usize,
         go_on: &mut dyn FnMut() -> bool,
-    ) -> Result<Option<(Generation, NamedMetrics)>, Error> {
+    ) -> Result<Option<(Generation, RolloutRecords)>, Error> {
         let began = std::time::Instant::now();
         let wanted = self.settings.rows / self.settings.num_generations;
         let rounds = self.settings.arguments.generation_rounds();
         let (mut groups, mut spare, mut seen, mut sampled) = (Vec::new(), Vec::new(), self.seen, 0);
+        let mut scoring = 0.0;
         for _ in 0..rounds {
             let count = wanted - groups.len();
             let prompts: Vec<(usize, u64)> = self.order.by_ref().take(count).zip(seen..).collect();
@@ -198,7 +233,8 @@ impl<'a> Rollouts<'a> {
                 return Ok(None);
             };
             let is_kept = |group: &sampling::ScoredGroup| !settings.arguments.dynamic_sampling || group.has_spread();
-            let (kept, left): (Vec<_>, Vec<_>) = more.into_iter().partition(is_kept);
+            let (kept, left): (Vec<_>, Vec<_>) = more.groups.into_iter().partition(is_kept);
+            scoring += more.scoring;
             groups.extend(kept);
             spare.extend(left);
             if groups.len() == wanted {
@@ -209,6 +245,12 @@ impl<'a> Rollouts<'a> {
         groups.extend(spare.drain(..).take(wanted - groups.len()));
         self.seen = seen;
         let sampling = began.elapsed().as_secs_f64();
+        let (now, uses) = (step - 1, self.settings.steps * self.settings.arguments.num_iterations);
+        let is_recorded = now == 0 || now / self.recorded_every > now.saturating_sub(uses) / self.recorded_every;
+        let completions = match groups.first().filter(|_| is_recorded) {
+            Some(group) => group.extremes(step),
+            None => Vec::new(),
+        };
         let began = std::time::Instant::now();
         let (mut generation, mut metrics) = Generation::of(groups, &self.settings, model, train, self.batch_size)?;
         if self.settings.steps > 1 {
@@ -218,7 +260,8 @@ impl<'a> Rollouts<'a> {
             metrics.push(("dynamic_sampling/prompts".to_owned(), sampled as f64));
         }
         metrics.push(("time/sampling".to_owned(), sampling));
+        metrics.push(("time/scoring".to_owned(), scoring));
         metrics.push(("time/log_probs".to_owned(), began.elapsed().as_secs_f64()));
-        Ok(Some((generation, metrics)))
+        Ok(Some((generation, RolloutRecords { metrics, completions })))
     }
 }

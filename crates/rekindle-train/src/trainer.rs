@@ -2,9 +2,11 @@
 
 mod arguments;
 mod guard;
+mod moving_reference;
 mod output;
 mod preflight;
 mod ranks;
+mod records;
 mod resume;
 mod resume_compatibility;
 mod rows;

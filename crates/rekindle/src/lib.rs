@@ -42,6 +42,7 @@ mod gguf_model;
 mod inspect;
 mod merge;
 mod model;
+mod model_reward;
 mod model_source;
 mod modelfile;
 mod preflight;

@@ -3,7 +3,7 @@
     python tests/goldens/preferences/make.py
 
 The policy is qwen3-tied with adapters/all-linear. The reference is the base model, or in trajectories with "reference":
-"start" the adapter at its start. Needs torch, transformers, peft and trl; expect.json has the versions used. ../README.md
+"start" the adapter at its start, with "moving" a copy of all weights, which are trained and which it follows. Needs torch, transformers, peft and trl; expect.json has the versions used. ../README.md
 describes the files.
 """
 
@@ -49,6 +49,8 @@ LOSSES = [
         "exo_pair", "robust", "aot", "aot_unpaired")),
     {"method": "dpo", "beta": 0.3, "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     {"method": "dpo", "beta": 0.3, "ld_alpha": 0.4},
+    {"method": "dpo", "beta": 0.3, "use_weighting": True},
+    {"method": "dpo", "beta": 0.3, "loss_type": ["ipo"], "use_weighting": True},
     {"method": "dpo", "beta": 0.3, "f_divergence_type": "forward_kl"},
     {"method": "dpo", "beta": 0.3, "f_divergence_type": "js_divergence"},
     {"method": "dpo", "beta": 0.3, "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
@@ -61,6 +63,8 @@ LOSSES = [
     {"method": "cpo", "beta": 2.0, "loss_type": "simpo", "simpo_gamma": 0.7, "cpo_alpha": 0.0},
     {"method": "cpo", "beta": 2.0, "loss_type": "simpo", "cpo_alpha": 0.0, "alphapo_alpha": 0.25},
 ]
+# TRL moves the reference of full fine-tuning only.
+MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 3}
 TRAJECTORIES = {
     "dpo": ({"method": "dpo", "beta": 0.1}, "base"),
     "dpo-start": ({"method": "dpo", "beta": 0.1}, "start"),
@@ -68,6 +72,8 @@ TRAJECTORIES = {
     "kto": ({"method": "kto", "beta": 0.1}, "base"),
     "kto-start": ({"method": "kto", "beta": 0.1}, "start"),
     "orpo": ({"method": "orpo", "beta": 0.1}, None),
+    "dpo-moving": ({"method": "dpo", "beta": 0.1, **MOVING}, "moving"),
+    "kto-moving": ({"method": "kto", "beta": 0.1, **MOVING}, "moving"),
     "simpo": ({"method": "cpo", "beta": 2.0, "loss_type": "simpo", "cpo_alpha": 0.0}, None),
 }
 CLASSES = {"dpo": (DPOTrainer, DPOConfig), "kto": (KTOTrainer, KTOConfig), "orpo": (ORPOTrainer, ORPOConfig),
@@ -139,7 +145,8 @@ def make_trainer(arguments, reference, rows, batch_size, steps):
     arguments = {"alpha" if name == "alphapo_alpha" else name: value for name, value in arguments.items()}
     trainer_class, config_class = CLASSES[arguments.pop("method")]
     base = lambda: AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager")
-    model = PeftModel.from_pretrained(base(), MODEL / "adapters" / "all-linear", is_trainable=True)
+    model = base() if reference == "moving" else PeftModel.from_pretrained(
+        base(), MODEL / "adapters" / "all-linear", is_trainable=True)
     rename = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected", "completion_ids": "completion"}
     # Answers begin with a space, because prompt and answer are joined as text.
     texts = [{rename.get(key, key): value if key == "label" else (" " if key != "prompt_ids" else "") + text(value)
@@ -149,7 +156,7 @@ def make_trainer(arguments, reference, rows, batch_size, steps):
         per_device_train_batch_size=batch_size, max_steps=steps, logging_steps=1, save_strategy="no", max_length=128,
         train_sampling_strategy="sequential", disable_tqdm=True, **RUN, **arguments,
     )
-    kwargs = {"ref_model": base()} if reference == "base" and trainer_class in (DPOTrainer, KTOTrainer) else {}
+    kwargs = {"ref_model": base()} if reference in ("base", "moving") and trainer_class in (DPOTrainer, KTOTrainer) else {}
     trainer = trainer_class(model=model, args=config, train_dataset=Dataset.from_list(texts), processing_class=tokenizer(),
                             **kwargs)
     records = []

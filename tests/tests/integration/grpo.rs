@@ -1,5 +1,6 @@
 //! Policy gradients: loss, metrics and gradient norm of every loss against TRL; runs that sample, stop and resume.
 
+mod model_reward;
 mod runs;
 
 use rekindle_models::objective::{Grpo, Rloo};

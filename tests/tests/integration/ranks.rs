@@ -298,7 +298,7 @@ fn preferences_take_the_steps_of_one_rank() {
     with(Dpo::default().into()).check("dpo");
     // A loss with sums over the step, and reference log-probabilities that the ranks compute together.
     let sorted = Dpo { loss_type: DpoLoss::AotUnpaired.into(), ..Dpo::default() };
-    let reference = ReferenceArguments { precompute_ref_log_probs: Some(true) };
+    let reference = ReferenceArguments { precompute_ref_log_probs: Some(true), ..ReferenceArguments::default() };
     with(Method::Dpo(WithReference { loss: sorted, reference: reference.clone() })).check("aot_unpaired");
     with(Method::Kto(WithReference { loss: Kto::default(), reference })).check("kto");
 }

@@ -33,6 +33,7 @@ fn score(reward: &mut CommandReward, completions: &[&str]) -> Result<Vec<Option<
     let sample = |completion: &&'static str| Sample {
         prompt: "p",
         completion,
+        prompt_ids: &[],
         completion_ids: &[7],
         truncated: false,
         row: &row,
@@ -175,6 +176,7 @@ fn the_template_runs_a_function_with_the_signature_of_trl() {
     let sample = |row: &'static Value| Sample {
         prompt: "<user>Hi",
         completion: "Hello",
+        prompt_ids: &[],
         completion_ids: &[1, 2],
         truncated: false,
         row: row.as_object().unwrap(),

@@ -195,6 +195,7 @@ mod tests {
         let sample = |completion: &&'static str| Sample {
             prompt: "p",
             completion,
+            prompt_ids: &[],
             completion_ids: &[1, 2],
             truncated: true,
             row: &row,

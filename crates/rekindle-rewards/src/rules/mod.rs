@@ -95,10 +95,17 @@ pub(crate) mod testing {
     /// Scores one completion with token ids.
     pub(crate) fn score_ids(config: Value, completion: &str, ids: &[u32], row: Value) -> Result<Option<f64>, String> {
         let config: RewardConfig = serde_json::from_value(config).map_err(|error| error.to_string())?;
-        let mut reward = config.build().map_err(|error| error.to_string())?;
+        let mut reward = config.build(&mut |name, _| panic!("{name} is a rule")).map_err(|error| error.to_string())?;
         let Value::Object(row) = row else { panic!("a row is an object") };
-        let sample =
-            Sample { prompt: "", completion, completion_ids: ids, truncated: false, row: &row, messages: None };
+        let sample = Sample {
+            prompt: "",
+            prompt_ids: &[],
+            completion,
+            completion_ids: ids,
+            truncated: false,
+            row: &row,
+            messages: None,
+        };
         reward.score(&[sample]).map(|scores| scores[0]).map_err(|error| error.to_string())
     }
 }

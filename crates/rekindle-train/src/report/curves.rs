@@ -12,6 +12,7 @@ pub(super) fn charts(history: &RunHistory) -> Vec<Chart> {
     let of = |value: fn(&StepMetrics) -> f64| points(history, |step| Some(value(step)));
     let mut charts = vec![loss(history)];
     charts.extend(rewards(history));
+    charts.extend(scores(history));
     charts.extend(completions(history));
     charts.extend([
         Chart::new(
@@ -56,8 +57,31 @@ fn rewards(history: &RunHistory) -> [Chart; 3] {
     ]
 }
 
-/// Returns the charts of sampled completions: rewards, lengths, the divergence from the reference model, and the share of
-/// prompts without a signal. Without such metrics they have no points.
+/// Returns the charts of a reward model: the margin and the accuracy of its scores, and their range. Without such metrics they
+/// have no points.
+fn scores(history: &RunHistory) -> [Chart; 3] {
+    let of = |name: &str| points(history, |step| step.metrics.get(name));
+    let both = |name: &str| {
+        let mut series = smoothed("training data", of(name));
+        let name = format!("eval_{name}");
+        let evals = history.evals.iter().filter_map(|eval| Some((eval.step, eval.metrics.get(&name)?))).collect();
+        series.push(Series::dotted("evaluation data", "eval", evals));
+        series
+    };
+    let range = vec![
+        Series::line("max", "peak", smooth(&of("max_reward"))),
+        Series::line("mean", "train", smooth(&of("mean_reward"))),
+        Series::line("min", "eval", smooth(&of("min_reward"))),
+    ];
+    [
+        Chart::new("Score margin", Format::Significant, both("margin")).unit("chosen − rejected").wide(),
+        Chart::new("Scores", Format::Significant, range).unit("training data"),
+        Chart::new("Accuracy", Format::Significant, both("accuracy")).unit("share of pairs").with_zero(),
+    ]
+}
+
+/// Returns the charts of sampled completions: rewards, lengths, the divergence from the reference model, which `kto` has too, and
+/// the share of prompts without a signal. Without such metrics they have no points.
 fn completions(history: &RunHistory) -> [Chart; 4] {
     let of = |name: &str| points(history, |step| step.metrics.get(name));
     let evals = history.evals.iter().filter_map(|eval| Some((eval.step, eval.metrics.get("eval_reward")?))).collect();
@@ -67,14 +91,11 @@ fn completions(history: &RunHistory) -> [Chart; 4] {
         Series::line("mean", "train", of("completions/mean_length")),
         Series::line("max", "peak", of("completions/max_length")),
     ];
-    // Preference losses have a divergence too, but no completions.
-    let divergence =
-        if history.steps.iter().any(|step| step.metrics.get("reward").is_some()) { of("kl") } else { vec![] };
     let equal = vec![Series::line("equal rewards", "train", of("frac_reward_zero_std"))];
     [
         Chart::new("Reward", Format::Significant, reward).unit("mean over completions").wide(),
         Chart::new("Completion length", Format::Whole, lengths).unit("tokens").with_zero(),
-        Chart::new("KL to the reference", Format::Significant, smoothed("KL", divergence)).unit("nats per token"),
+        Chart::new("KL to the reference", Format::Significant, smoothed("KL", of("kl"))).unit("nats"),
         Chart::new("Prompts without a signal", Format::Significant, equal).unit("share of prompts").with_zero(),
     ]
 }
@@ -96,7 +117,7 @@ fn loss(history: &RunHistory) -> Chart {
     let evals = history.evals.iter().map(|eval| (eval.step, eval.eval_loss)).collect();
     series.push(Series::dotted("evaluation data", "eval", evals));
     let has = |name: &str| history.steps.iter().any(|step| step.metrics.get(name).is_some());
-    let is_preference = has("rewards/chosen") || has("reward");
+    let is_preference = has("rewards/chosen") || has("reward") || has("mean_reward");
     let unit = if is_preference { "of the training method" } else { "nats per token" };
     Chart::new("Loss", Format::Significant, series).unit(unit).wide()
 }
@@ -171,6 +192,22 @@ mod tests {
             assert!(html.contains(part), "{part}: {html}");
         }
         assert!(!html.contains("Reward accuracy"), "it has no values");
+    }
+
+    #[test]
+    fn a_reward_model_has_charts_of_scores() {
+        let mut history = RunHistory { steps: (1..=12).map(step).collect(), ..RunHistory::default() };
+        let values =
+            [("min_reward", -1.5), ("mean_reward", 0.0), ("max_reward", 2.5), ("margin", 0.75), ("accuracy", 1.0)];
+        for step in &mut history.steps {
+            step.metrics = crate::MetricValues::prefixed(&values, "");
+        }
+        let charts = charts(&history);
+        let html: String = charts.iter().map(|chart| chart.html(12)).collect();
+        for part in ["<b>Score margin</b>", "<b>Scores</b>", "<b>Accuracy</b>", "of the training method"] {
+            assert!(html.contains(part), "{part}: {html}");
+        }
+        assert_eq!(charts.len(), 8);
     }
 
     #[test]

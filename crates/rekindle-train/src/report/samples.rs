@@ -46,12 +46,13 @@ fn card(answers: &[&PromptSample]) -> String {
     format!("<article>\n<pre>{}</pre>\n<table>\n{rows}</table>\n</article>\n", text(prompt))
 }
 
-fn row(name: &str, class: &str, html: &str) -> String {
+/// Returns a row of a table.
+pub(super) fn row(name: &str, class: &str, html: &str) -> String {
     format!("<tr class=\"{class}\"><th>{name}</th><td>{html}</td></tr>\n")
 }
 
 /// Returns text as HTML, with special tokens such as `<|im_end|>` dimmed.
-fn text(text: &str) -> String {
+pub(super) fn text(text: &str) -> String {
     let mut html = String::new();
     let mut rest = text;
     while let Some(start) = rest.find("<|") {

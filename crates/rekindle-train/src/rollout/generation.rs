@@ -53,7 +53,7 @@ impl Generation {
         let mut table = RewardTable::default();
         let mut names = Vec::new();
         let mut rows = Vec::new();
-        for ScoredGroup { example, completions, scores } in groups {
+        for ScoredGroup { example, completions, scores, .. } in groups {
             table.totals.extend(scores.totals);
             for (index, column) in scores.columns.into_iter().enumerate() {
                 if names.len() == index {

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::mpsc;
+use std::time::Instant;
 
 use rekindle_data::{Dataset, Tokenizer};
 use rekindle_engine::{CacheSize, Engine, EngineConfig, Event, FinishReason, Request, SamplingParams};
@@ -10,7 +11,7 @@ use rekindle_rewards::{RewardError, RewardSet, Sample, Scores};
 
 use super::advantages::has_spread;
 use super::{PromptColumns, PromptRow, RolloutSettings, RolloutTask};
-use crate::Error;
+use crate::{Error, RewardedCompletion};
 
 /// Separates the random numbers of evaluations from those of training.
 pub(super) const EVALUATION: u64 = 0x6576_616c_7561_7465;
@@ -32,9 +33,41 @@ pub(super) struct ScoredGroup {
     pub(super) example: usize,
     pub(super) completions: Vec<Sampled>,
     pub(super) scores: Scores,
+    pub(super) prompt: String,
+    /// The completions as text.
+    pub(super) texts: Vec<String>,
 }
 
 impl ScoredGroup {
+    /// Returns a completion with its rewards, for the records of `step`.
+    fn record(&self, index: usize, step: usize, evaluation: bool) -> RewardedCompletion {
+        let rewards = self.scores.columns.iter().map(|column| (column.name.clone(), column.values[index]));
+        RewardedCompletion {
+            step,
+            evaluation,
+            prompt: self.prompt.clone(),
+            completion: self.texts[index].clone(),
+            reward: self.scores.totals[index],
+            rewards: rewards.collect(),
+            new_tokens: self.completions[index].ids.len(),
+            ended: !self.completions[index].truncated,
+        }
+    }
+
+    /// Returns the completions with the highest and the lowest reward, for a step of training.
+    pub(super) fn extremes(&self, step: usize) -> Vec<RewardedCompletion> {
+        let reward = |index: &usize| self.scores.totals[*index].unwrap_or(f64::NEG_INFINITY);
+        let by_reward = |a: &usize, b: &usize| reward(a).total_cmp(&reward(b));
+        let (most, least) = ((0..self.texts.len()).max_by(by_reward), (0..self.texts.len()).min_by(by_reward));
+        let both = most.into_iter().chain(least.filter(|least| Some(*least) != most));
+        both.map(|index| self.record(index, step, false)).collect()
+    }
+
+    /// Returns the first completion, for an evaluation after `step` steps. Its seed is the same in every evaluation.
+    pub(super) fn first(&self, step: usize) -> RewardedCompletion {
+        self.record(0, step, true)
+    }
+
     /// Returns true if the rewards differ, so that advantages are not all 0.
     pub(super) fn has_spread(&self) -> bool {
         has_spread(&self.scores.totals)
@@ -54,8 +87,17 @@ struct Finished {
     example: usize,
     completions: Vec<Sampled>,
     prompt: String,
+    prompt_ids: Vec<u32>,
     texts: Vec<String>,
     row: PromptRow,
+}
+
+/// Completions of some prompts, with their scores.
+#[derive(Clone, Debug)]
+pub(super) struct SampledGroups {
+    pub(super) groups: Vec<ScoredGroup>,
+    /// Seconds that rewards took, most of them while other completions were sampled.
+    pub(super) scoring: f64,
 }
 
 /// Samples the completions of prompts, each given by its index and by the number that its seed follows from, and scores each
@@ -68,7 +110,7 @@ pub(super) fn sample(
     prompts: &[(usize, u64)],
     seed: u64,
     go_on: &mut dyn FnMut() -> bool,
-) -> Result<Option<Vec<ScoredGroup>>, Error> {
+) -> Result<Option<SampledGroups>, Error> {
     let RolloutTask { rewards, columns, stop_ids, tokenizer } = task;
     let requests = Requests { settings, stop_ids, tokenizer: *tokenizer, columns, dataset, prompts, seed };
     let (sender, finished) = mpsc::channel();
@@ -78,29 +120,30 @@ pub(super) fn sample(
         drop(sender);
         let scored = scoring.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         // A reward that failed has ended the sampling, so its error comes first.
-        let mut groups = scored?;
+        let (mut groups, scoring) = scored?;
         // A stop that came during the last groups ends the generation too, so that its time does not matter.
         if !complete? || !go_on() {
             return Ok(None);
         }
         groups.sort_unstable_by_key(|(index, _)| *index);
-        Ok(Some(groups.into_iter().map(|(_, group)| group).collect()))
+        Ok(Some(SampledGroups { groups: groups.into_iter().map(|(_, group)| group).collect(), scoring }))
     })
 }
 
-/// Scores groups until there are no more, or until a reward fails.
+/// Scores groups until there are no more, or until a reward fails; returns them with the seconds that rewards took.
 fn score(
     rewards: &mut RewardSet,
     finished: impl Iterator<Item = Finished>,
-) -> Result<Vec<(usize, ScoredGroup)>, RewardError> {
-    let mut groups = Vec::new();
+) -> Result<(Vec<(usize, ScoredGroup)>, f64), RewardError> {
+    let (mut groups, mut seconds) = (Vec::new(), 0.0);
     for group in finished {
-        let Finished { index, example, completions, prompt, texts, row } = group;
+        let Finished { index, example, completions, prompt, prompt_ids, texts, row } = group;
         let samples: Vec<Sample<'_>> = completions
             .iter()
             .zip(&texts)
             .map(|(completion, text)| Sample {
                 prompt: &prompt,
+                prompt_ids: &prompt_ids,
                 completion: text,
                 completion_ids: &completion.ids,
                 truncated: completion.truncated,
@@ -108,10 +151,12 @@ fn score(
                 messages: row.messages.as_ref(),
             })
             .collect();
+        let began = Instant::now();
         let scores = rewards.score(&samples)?;
-        groups.push((index, ScoredGroup { example, completions, scores }));
+        seconds += began.elapsed().as_secs_f64();
+        groups.push((index, ScoredGroup { example, completions, scores, prompt, texts }));
     }
-    Ok(groups)
+    Ok((groups, seconds))
 }
 
 struct Requests<'a> {
@@ -222,6 +267,7 @@ impl Requests<'_> {
             index,
             example,
             prompt: self.text(row.input_ids, false),
+            prompt_ids: row.input_ids.to_vec(),
             texts: texts.collect(),
             completions,
             row: of_row,

@@ -10,7 +10,9 @@ use rekindle_kernels::optimizer::LearningRates;
 use rekindle_models::{Batch, Objective, StepKey};
 
 use super::guard::{self, Pass};
+use super::moving_reference::MovingReference;
 use super::ranks::share_start;
+use super::records::open_recorder;
 use super::resume::{Start, best_path};
 use super::resume_compatibility::RecordedSettings;
 use super::rows::StepRows;
@@ -25,9 +27,9 @@ use crate::save::write_model_with;
 use crate::stopping::Stopping;
 use crate::world::{share, share_parameters};
 use crate::{
-    Error, EvalMetrics, Evaluation, Method, MetricValues, Optimizer, OptimizerConfig, RecordedUntil, Recorder,
-    RunHistory, SaveStrategy, Schedule, StepBatches, StepMetrics, TensorWorld, Timetable, TrainEnd, TrainEvent,
-    TrainReport, write_result,
+    Error, EvalMetrics, Evaluation, Method, MetricValues, Optimizer, OptimizerConfig, Recorder, RunHistory,
+    SaveStrategy, Schedule, StepBatches, StepMetrics, TensorWorld, Timetable, TrainEnd, TrainEvent, TrainReport,
+    write_result,
 };
 use rekindle_data::Dataset;
 
@@ -69,6 +71,7 @@ pub(super) struct Run<'a> {
     optimizer: Optimizer,
     objective: Box<dyn Objective>,
     reference: References,
+    moving_reference: Option<MovingReference>,
     rows: StepSource<'a>,
     stopping: Stopping,
     recorder: Option<Recorder>,
@@ -145,7 +148,8 @@ impl<'a> Run<'a> {
             let had = steps.len();
             notes.push(format!("metrics.jsonl has only {had} of the {done} earlier steps"));
         }
-        let rows = StepSource::begin(&mut job, packs, examples_seen, path.as_deref())?;
+        let moving_reference = MovingReference::begin(&job.config, job.model, world.size(), path.as_deref())?;
+        let rows = StepSource::begin(&mut job, packs, (examples_seen, total), path.as_deref())?;
         let stopping = match &state {
             Some(state) => Stopping::new(&job.config, state.best, state.early_stopping_patience_counter),
             None => Stopping::new(&job.config, None, 0),
@@ -161,6 +165,7 @@ impl<'a> Run<'a> {
             optimizer,
             objective: job.config.method.objective(),
             reference,
+            moving_reference,
             rows,
             stopping,
             recorder,
@@ -236,9 +241,13 @@ impl<'a> Run<'a> {
     /// Runs the next step. Returns false if the run is asked to stop before the step has rows.
     fn step(&mut self) -> Result<bool, Error> {
         let began = Instant::now();
-        let Some((rows, of_rollouts)) = self.rows.next_step(&self.job, self.reference.train.as_ref())? else {
+        let next = self.rows.next_step(&self.job, self.reference.train.as_ref(), self.done + 1)?;
+        let Some((mut rows, of_rollouts)) = next else {
             return Ok(false);
         };
+        if let Some(reference) = &self.moving_reference {
+            reference.add_to(self.job.model, &*self.objective, &mut rows.batches)?;
+        }
         let factor = self.schedule.factor(self.done);
         let rates = LearningRates { default: self.peaks.default * factor, embedding: self.peaks.embedding * factor };
         let key = self.optimizer.key();
@@ -250,6 +259,9 @@ impl<'a> Run<'a> {
             }
         }
         self.done += 1;
+        if let Some(reference) = &mut self.moving_reference {
+            reference.after_step(self.done, self.job.model);
+        }
         let memory = self.job.model.device().memory();
         let metrics = StepMetrics {
             step: self.done,
@@ -263,9 +275,10 @@ impl<'a> Run<'a> {
             seconds: self.seconds(),
             memory: memory.map(|memory| memory.in_use),
             peak_memory: memory.map(|memory| memory.peak),
-            metrics: MetricValues::prefixed(&result.metrics, "").with(of_rollouts, ""),
+            metrics: MetricValues::prefixed(&result.metrics, "").with(of_rollouts.metrics, ""),
         };
         if let Some(recorder) = &mut self.recorder {
+            recorder.completions(of_rollouts.completions)?;
             recorder.step(&metrics)?;
         }
         (self.job.on_event)(TrainEvent::Step { metrics: &metrics, total: self.times.total });
@@ -303,11 +316,17 @@ impl<'a> Run<'a> {
     /// Returns the loss of the evaluation set, or `None` if the run is asked to stop.
     fn evaluation(&mut self) -> Result<Option<EvalMetrics>, Error> {
         if let StepSource::Rollouts(_) = &self.rows {
-            return self.rows.evaluate(&self.job, &*self.objective, self.done);
+            let found = self.rows.evaluate(&self.job, &*self.objective, self.done)?;
+            let Some((metrics, completions)) = found else { return Ok(None) };
+            if let Some(recorder) = &mut self.recorder {
+                recorder.completions(completions)?;
+            }
+            return Ok(Some(metrics));
         }
         let Some(eval) = &self.job.eval else { return Ok(None) };
         if self.job.config.method != Method::Sft {
-            return self.preference_evaluation(eval);
+            let eval = eval.clone();
+            return self.preference_evaluation(&eval);
         }
         let size = self.job.config.per_device_eval_batch_size;
         let world = &*self.job.world;
@@ -328,16 +347,20 @@ impl<'a> Run<'a> {
     }
 
     /// Returns the loss of the evaluation set by the method's objective, or `None` if the run is asked to stop.
-    fn preference_evaluation(&self, eval: &Dataset) -> Result<Option<EvalMetrics>, Error> {
+    fn preference_evaluation(&mut self, eval: &Dataset) -> Result<Option<EvalMetrics>, Error> {
         let Trainer { model, config, .. } = &self.job;
         let from = Batches::new(eval, config, model.max_seq_length()).reference(self.reference.eval.as_ref());
         let per_row = eval.task().examples_per_row();
         let examples: Vec<usize> = (0..eval.len()).collect();
         let size = per_row * config.per_device_eval_batch_size;
         let parts = examples.chunks(size).enumerate();
-        let batches: Vec<Batch> = parts.map(|(index, part)| from.batch(part, index * size)).collect();
+        let mut batches: Vec<Batch> = parts.map(|(index, part)| from.batch(part, index * size)).collect();
+        if let Some(reference) = &self.moving_reference {
+            reference.add_to(self.job.model, &*self.objective, &mut batches)?;
+        }
         let go_on = &mut || !self.stops_evaluating();
-        let found = evaluate_objective_while(model, &*self.objective, &batches, &*self.job.world, go_on)?;
+        let (model, world) = (&*self.job.model, &*self.job.world);
+        let found = evaluate_objective_while(model, &*self.objective, &batches, world, go_on)?;
         let Some(found) = found else { return Ok(None) };
         if !found.loss.is_finite() {
             return Err(self.broken_evaluation(eval, found.loss, &batches, &examples));
@@ -412,7 +435,8 @@ impl<'a> Run<'a> {
         let write = |target: &Path| {
             let model = &*self.job.model;
             write_model_with(model, target, model.trained_dtype(), &self.job.card, Some(self.card_run()))?;
-            self.rows.save(target)
+            self.rows.save(target)?;
+            self.moving_reference.as_ref().map_or(Ok(()), |reference| reference.save(target))
         };
         Checkpoint::write(&path, self.job.model, &optimizer, &state, &self.job.companions, write)?;
         if is_best && self.job.config.load_best_model_at_end {
@@ -472,29 +496,4 @@ impl<'a> Run<'a> {
     fn seconds(&self) -> f64 {
         self.before + self.start.elapsed().as_secs_f64()
     }
-}
-
-/// Returns the records of a new run, or of a run that resumes from `checkpoint`, with its history.
-fn open_recorder(
-    job: &mut Trainer<'_>,
-    total: usize,
-    checkpoint: Option<&Checkpoint>,
-) -> Result<Option<Recorder>, Error> {
-    let Some(dir) = &job.arguments.output_dir else { return Ok(None) };
-    let description = std::mem::take(&mut job.description);
-    if let Some(checkpoint) = checkpoint {
-        // The checkpoint may be in another directory than the output.
-        let name = "metrics.jsonl";
-        let (here, beside) = (dir.join(name), checkpoint.path.parent().unwrap_or(Path::new(".")).join(name));
-        let same = here.canonicalize().is_ok_and(|here| beside.canonicalize().is_ok_and(|beside| here == beside));
-        if beside.is_file() && !same {
-            let copied = std::fs::create_dir_all(dir).and_then(|()| std::fs::copy(&beside, &here));
-            copied.map_err(|source| Error::Io { path: here, source })?;
-        }
-    }
-    let until = checkpoint.map(|Checkpoint { state, .. }| RecordedUntil {
-        steps: state.global_step,
-        evaluated: state.last_evaluation.unwrap_or(0),
-    });
-    Ok(Some(Recorder::open(dir, job.config.report_to, total, until, description)?))
 }

@@ -10,8 +10,8 @@ use super::Trainer;
 use super::rows::{Rows, StepRows};
 use crate::batches::Batches;
 use crate::reference::ReferenceLogProbs;
-use crate::rollout::{NamedMetrics, RolloutStep, Rollouts};
-use crate::{Error, EvalMetrics, MetricValues, SftConfig};
+use crate::rollout::{RolloutRecords, RolloutStep, Rollouts};
+use crate::{Error, EvalMetrics, MetricValues, RewardedCompletion, SftConfig};
 
 /// The source of a run's steps.
 pub(super) enum StepSource<'a> {
@@ -20,11 +20,11 @@ pub(super) enum StepSource<'a> {
 }
 
 impl<'a> StepSource<'a> {
-    /// Returns the source of a run after `seen` rows or prompts; `checkpoint` is the one that it resumes from.
+    /// Returns the source of a run of `steps` steps after `seen` rows or prompts; `checkpoint` is the one that it resumes from.
     pub(super) fn begin(
         job: &mut Trainer<'a>,
         packs: Packs,
-        seen: u64,
+        (seen, steps): (u64, usize),
         checkpoint: Option<&Path>,
     ) -> Result<Self, Error> {
         let order = (job.arguments.shuffle, job.arguments.seed);
@@ -32,49 +32,53 @@ impl<'a> StepSource<'a> {
         let (Some(settings), Some(task)) = (settings, job.rollouts.take()) else {
             return Ok(Self::Rows(Rows::new(&job.config, packs, order.0, order.1, seen)));
         };
-        let mut rollouts = Rollouts::new(task, &job.config, settings, &job.train, order, seen);
+        let mut rollouts = Rollouts::new(task, &job.config, settings, &job.train, order, seen).recorded_of(steps);
         checkpoint.map(|checkpoint| rollouts.resume(checkpoint)).transpose()?;
         Ok(Self::Rollouts(Box::new(rollouts)))
     }
 
-    /// Returns the rows of the next step, and the metrics of completions that were sampled for it; `None` if the run is asked
+    /// Returns the rows of `step`, the next one, and records of completions that were sampled for it; `None` if the run is asked
     /// to stop before they are complete.
     pub(super) fn next_step(
         &mut self,
         job: &Trainer<'_>,
         reference: Option<&ReferenceLogProbs>,
-    ) -> Result<Option<(StepRows, NamedMetrics)>, Error> {
+        step: usize,
+    ) -> Result<Option<(StepRows, RolloutRecords)>, Error> {
         match self {
             Self::Rows(rows) => {
                 let from = Batches::new(&job.train, &job.config, job.model.max_seq_length()).reference(reference);
-                Ok(Some((rows.next_step(&from, job.world.position()), Vec::new())))
+                Ok(Some((rows.next_step(&from, job.world.position()), RolloutRecords::default())))
             }
             Self::Rollouts(rollouts) => {
                 let go_on = &mut || !job.stop.load(Ordering::Relaxed);
-                let step = rollouts.next_step(job.model, &job.train, go_on)?;
-                Ok(step.map(|RolloutStep { rows, metrics }| (rows, metrics)))
+                let step = rollouts.next_step(job.model, &job.train, step, go_on)?;
+                Ok(step.map(|RolloutStep { rows, records }| (rows, records)))
             }
         }
     }
 
-    /// Samples and scores completions of the evaluation set, after `done` steps; returns `None` if the run is asked to stop, or
+    /// Samples and scores completions of the evaluation set, after `done` steps, with some of them; returns `None` if the run is asked to stop, or
     /// if it samples none.
     pub(super) fn evaluate(
         &mut self,
         job: &Trainer<'_>,
         objective: &dyn Objective,
         done: usize,
-    ) -> Result<Option<EvalMetrics>, Error> {
+    ) -> Result<Option<(EvalMetrics, Vec<RewardedCompletion>)>, Error> {
         let (Self::Rollouts(rollouts), Some(eval)) = (self, &job.eval) else { return Ok(None) };
         let go_on = &mut || !job.stop.load(Ordering::Relaxed);
         let size = job.config.per_device_eval_batch_size;
-        let found = rollouts.evaluate(job.model, objective, eval, size, go_on)?;
-        Ok(found.map(|(found, of_rollouts)| EvalMetrics {
-            step: done,
-            eval_loss: found.loss,
-            eval_perplexity: None,
-            eval_tokens: found.tokens,
-            metrics: MetricValues::prefixed(&found.metrics, "eval_").with(of_rollouts, "eval_"),
+        let found = rollouts.evaluate(job.model, objective, eval, (size, done), go_on)?;
+        Ok(found.map(|(found, RolloutRecords { metrics, completions })| {
+            let metrics = EvalMetrics {
+                step: done,
+                eval_loss: found.loss,
+                eval_perplexity: None,
+                eval_tokens: found.tokens,
+                metrics: MetricValues::prefixed(&found.metrics, "eval_").with(metrics, "eval_"),
+            };
+            (metrics, completions)
         }))
     }
 

@@ -3,7 +3,7 @@
 use toml::Value;
 
 /// Keys without a counterpart, each with advice.
-const ADVICE: [(&str, &str); 58] = [
+const ADVICE: [(&str, &str); 54] = [
     ("max_prompt_length", "write max_seq_length in [model]; a prompt is not cut alone"),
     ("truncation_mode", "write overlong = \"truncate\" in [data], which keeps the beginning of a row"),
     ("rpo_alpha", "write loss_type = [\"sigmoid\", \"sft\"] with loss_weights = [1.0, ALPHA]"),
@@ -13,10 +13,6 @@ const ADVICE: [(&str, &str); 58] = [
     ("model_adapter_name", "a run trains one adapter; remove it"),
     ("precompute_ref_batch_size", "reference log-probabilities are computed in batches of training; remove it"),
     ("disable_dropout", "dropout is lora_dropout in [lora]; set it to 0 there, as TRL does for preference losses"),
-    ("sync_ref_model", "the reference is always the model before training; remove it"),
-    ("use_weighting", "WPO's weights of pairs are not supported; remove it"),
-    ("ref_model_mixup_alpha", "the reference is always the model before training; remove it"),
-    ("ref_model_sync_steps", "the reference is always the model before training; remove it"),
     ("reward_weights", "write weight in each section [[rewards]]"),
     ("reward_funcs", "write a section [[rewards]] for each reward"),
     ("use_vllm", SAME_PROCESS),

@@ -156,6 +156,7 @@ mod tests {
             "method = \"ipo\"\nbeta = 0.2\nmax_steps = 4",
             "method = \"kto\"\ndesirable_weight = 1.5\nprecompute_ref_log_probs = true",
             "method = \"orpo\"",
+            "method = \"dpo\"\nuse_weighting = true\nsync_ref_model = true\nref_model_mixup_alpha = 0.5",
             "method = \"reward\"\ncenter_rewards_coefficient = 0.01",
             "method = \"simpo\"\nsimpo_gamma = 1.0\nbeta = 2.0",
             "method = \"grpo\"\nloss_type = \"dr_grpo\"\nscale_rewards = false\nnum_generations = 4",
@@ -188,7 +189,7 @@ mod tests {
         for (train, expected) in [
             (
                 "method = \"dop\"",
-                "[train] key \"method\" = \"dop\": expected one of sft, dpo, ipo, kto, orpo, cpo, simpo, reward",
+                "[train] key \"method\" = \"dop\": expected one of sft, dpo, ipo, kto, orpo, cpo, simpo, grpo, rloo, reward",
             ),
             (
                 "beta = 0.1",
@@ -215,6 +216,20 @@ mod tests {
             ("method = \"reward\"\nbeta = 1", "\"beta\" has no effect with method = \"reward\""),
             ("method = \"reward\"\nsample_prompts = [\"q\"]", "writes no text; remove eval_samples and sample_prompts"),
             ("method = \"dpo\"\nbetaa = 1", "nearest: \"beta\""),
+            (
+                "method = \"dpo\"\nuse_weighting = true\nloss_type = \"aot\"",
+                "use_weighting = true gives each pair a weight",
+            ),
+            ("method = \"kto\"\nref_model_sync_steps = 4", "has no effect without sync_ref_model = true"),
+            (
+                "method = \"dpo\"\nsync_ref_model = true\nref_model_mixup_alpha = 0",
+                "ref_model_mixup_alpha is 0; it must be",
+            ),
+            (
+                "method = \"dpo\"\nsync_ref_model = true\nprecompute_ref_log_probs = true",
+                "cannot be computed before training",
+            ),
+            ("method = \"orpo\"\nsync_ref_model = true", "\"sync_ref_model\" has no effect with method = \"orpo\""),
             (
                 "method = \"grpo\"\nnum_generations = 1",
                 "num_generations is 1; it must be at least 2, because an advantage",

@@ -11,7 +11,6 @@ use rekindle_train::{OptimizerConfig, Preflight, Resume, Timetable, TrainReport,
 use super::adapter::{attach, continued_adapter};
 use super::{RunConfig, RunObserver};
 use crate::preflight::check_run;
-use crate::rewards::RewardSet;
 use crate::{
     DataSource, EncodedRows, Error, GradientCheckpointing, Loader, Model, ModelSource, RowEncoder, RunPlanner,
     SftTrainer, Tokenizer, TrainEvent, write_atomic,
@@ -353,7 +352,7 @@ impl TrainingRun {
             trainer = trainer.eval_dataset(eval.clone());
         }
         if config.train.method.has_rollouts() {
-            trainer = trainer.rewards(RewardSet::from_configs(&config.rewards)?);
+            trainer = trainer.rewards(config.reward_set(tokenizer.as_ref(), observer)?);
         }
         let report = trainer.train()?;
         written?;

@@ -23,6 +23,8 @@ struct Even {
     /// The group after which the run is asked to stop.
     stop_after: usize,
     stop: Arc<AtomicBool>,
+    /// If true, the reward fails there instead.
+    fails: bool,
 }
 
 impl Reward for Even {
@@ -32,6 +34,9 @@ impl Reward for Even {
 
     fn score(&mut self, samples: &[Sample]) -> Result<Vec<Option<f64>>, RewardError> {
         if self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.stop_after {
+            if self.fails {
+                return Err(RewardError::failed("even", "it fails"));
+            }
             self.stop.store(true, Ordering::Relaxed);
         }
         let score = |sample: &Sample| {
@@ -53,7 +58,7 @@ fn task<'a>(reward: impl Reward + 'static) -> RolloutTask<'a> {
 }
 
 fn even() -> Even {
-    Even { calls: Arc::default(), stop_after: 0, stop: Arc::default() }
+    Even { calls: Arc::default(), stop_after: 0, stop: Arc::default(), fails: false }
 }
 
 fn prompts() -> Dataset {
@@ -183,33 +188,87 @@ fn steps(model: &mut CausalLm, config: SftConfig) -> (Vec<(f64, f64, MetricValue
     (numbers(&report), model.params().all_values())
 }
 
-/// Loss and gradient do not depend on how a step is split into passes, and not on what is sampled at once.
+/// A run that ends without a checkpoint of its own, as a killed one does, has the bits of an uninterrupted one when it resumes
+/// from the last checkpoint, be that within a generation or before one.
+#[test]
+fn runs_that_die_while_they_sample_resume() {
+    for (method, dies_after, within) in [(grpo(), 4 + 1, false), (rloo(), 4 + 4 + 3, false), (grpo(), 4 + 1, true)] {
+        // Four steps use a generation.
+        let saves = if within { 3 } else { 1 };
+        let config = SftConfig { save_steps: Some(StepCount::Steps(saves)), ..config(method) };
+        let train = |model: &mut CausalLm, dir: &Path, resume: bool, reward: Even| {
+            let resume = resume.then_some(Resume::Latest);
+            let trainer = Trainer {
+                arguments: TrainerArguments { output_dir: Some(dir.to_owned()), resume, ..TrainerArguments::default() },
+                rollouts: Some(task(reward)),
+                ..Trainer::new(model, prompts(), config.clone())
+            };
+            trainer.train()
+        };
+        let [whole, killed] = [(); 2].map(|()| tempfile::tempdir().expect("a directory"));
+        let mut model = fresh();
+        let expected = train(&mut model, whole.path(), false, even()).expect("the run finishes");
+        let values = model.params().all_values();
+        let dying = Even { stop_after: dies_after, fails: true, ..even() };
+        let error = train(&mut fresh(), killed.path(), false, dying).expect_err("the reward fails").to_string();
+        assert!(error.contains("it fails"), "{error}");
+        let checkpoint = |done: &usize| killed.path().join(format!("checkpoint-{done}"));
+        let done = (0..6).rfind(|done| checkpoint(done).is_dir()).expect("a checkpoint");
+        assert_eq!(checkpoint(&done).join("rollouts.json").is_file(), within, "after {done} steps");
+        let mut model = fresh();
+        let report = train(&mut model, killed.path(), true, even()).expect("the run finishes");
+        assert_eq!(numbers(&report), numbers(&expected), "resumed after {done} steps");
+        assert!(model.params().all_values() == values, "resumed after {done} steps: other bits");
+    }
+}
+
+/// Loss and gradient do not depend on how a step is split into passes, and not on what is sampled at once, with and without
+/// completions that have no loss.
 #[test]
 fn a_step_does_not_depend_on_its_split() {
-    let of = |per_device, passes, max_sequences| {
-        let mut method = grpo();
-        let Method::Grpo(arguments) = &mut method else { panic!("GRPO") };
-        arguments.rollouts.max_sequences = max_sequences;
-        let config = SftConfig {
-            per_device_train_batch_size: per_device,
-            gradient_accumulation_steps: passes,
-            max_steps: Some(1),
-            ..config(method)
+    let with = |mut method: Method, masks: bool, max_sequences: usize| {
+        let rollouts = match &mut method {
+            Method::Grpo(arguments) => &mut arguments.rollouts,
+            Method::Rloo(arguments) => &mut arguments.rollouts,
+            _ => panic!("policy gradients"),
         };
-        steps(&mut without_dropout(), config).0
+        (rollouts.max_sequences, rollouts.mask_truncated_completions) = (max_sequences, masks);
+        method
     };
-    let whole = of(8, 1, 64);
     let reported = |step: &MetricValues, name: &str| step.get(name).expect("it is reported");
-    for other in [of(4, 2, 64), of(1, 8, 3)] {
-        super::assert_close("the loss", other[0].0, whole[0].0, 1e-6);
-        super::assert_close("grad_norm", other[0].1, whole[0].1, 1e-6);
-        for name in ["reward", "entropy", "clip_ratio/low_mean", "completions/max_length"] {
-            super::assert_close(name, reported(&other[0].2, name), reported(&whole[0].2, name), 1e-6);
+    let (mut differences, mut losses) = (Vec::new(), Vec::new());
+    for (method, masks) in [(grpo(), false), (grpo(), true), (rloo(), false), (rloo(), true)] {
+        let of = |per_device, passes, max_sequences| {
+            let config = SftConfig {
+                per_device_train_batch_size: per_device,
+                gradient_accumulation_steps: passes,
+                max_steps: Some(1),
+                ..config(with(method.clone(), masks, max_sequences))
+            };
+            // A fifth of the tokens end a completion, so that some are truncated.
+            let stop_ids = (0..131).step_by(5).collect();
+            let rollouts = Some(RolloutTask { stop_ids, ..task(even()) });
+            let mut model = without_dropout();
+            let report = Trainer { rollouts, ..Trainer::new(&mut model, prompts(), config) }.train();
+            numbers(&report.expect("the run finishes"))
+        };
+        let what = format!("{}, masked: {masks}", method.name());
+        let whole = of(8, 1, 64);
+        let truncated = reported(&whole[0].2, "completions/clipped_ratio");
+        assert!(truncated > 0.0 && truncated < 1.0 && whole[0].1 > 0.0, "{what}: {truncated}");
+        for other in [of(4, 2, 64), of(1, 8, 3)] {
+            super::assert_close(&format!("{what}: the loss"), other[0].0, whole[0].0, 1e-6);
+            super::assert_close(&format!("{what}: grad_norm"), other[0].1, whole[0].1, 1e-6);
+            for name in ["reward", "entropy", "completions/max_length"] {
+                super::assert_close(name, reported(&other[0].2, name), reported(&whole[0].2, name), 1e-6);
+            }
         }
+        losses.push((whole[0].0, whole[0].1));
+        differences.extend(whole[0].2.get("sampling/sampling_logp_difference/max"));
     }
+    assert!(losses[0] != losses[1] && losses[2] != losses[3], "masks have an effect: {losses:?}");
     // The engine and the training pass compute the same distribution.
-    let difference = reported(&whole[0].2, "sampling/sampling_logp_difference/max");
-    assert!(difference < 1e-5, "{difference}");
+    assert!(differences.len() >= 2 && differences.iter().all(|difference| *difference < 1e-5), "{differences:?}");
 }
 
 #[test]
