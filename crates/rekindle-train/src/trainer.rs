@@ -123,10 +123,11 @@ impl<'a> Trainer<'a> {
                 "method \"{name}\" needs a reward: add a section [[rewards]] with a type, such as type = \"exact\""
             ));
         }
-        if !self.model.device().is_cpu() {
+        let device = self.model.device();
+        if !device.is_cpu() && !matches!(device, rekindle_kernels::Device::Cuda(_)) {
             problems.push(format!(
-                "method \"{name}\" has not been measured on device \"{}\" and runs on the CPU only; set device = \"cpu\"",
-                self.model.device().name()
+                "method \"{name}\" runs on the CPU and on CUDA, not on device \"{}\"; set device = \"cpu\" or \"cuda\"",
+                device.name()
             ));
         }
         let beta = self.config.method.rollouts(&self.config).map_or(0.0, |settings| settings.beta);
