@@ -204,8 +204,8 @@ enum Prepared<'a> {
     Model(&'a ModelRewardConfig),
 }
 
-/// A loader of reward models, given the reward's name.
-type LoadRewardModel<'a> = &'a mut dyn FnMut(&str, &ModelRewardConfig) -> Result<Box<dyn Reward>, RewardError>;
+/// A loader of reward models, given the reward's name and options.
+pub type LoadRewardModel<'a> = &'a mut dyn FnMut(&str, &ModelRewardConfig) -> Result<Box<dyn Reward>, RewardError>;
 
 impl RewardSet {
     /// Returns the rewards of a run file. Commands are started here. Reward models need
@@ -225,10 +225,7 @@ impl RewardSet {
     /// # Errors
     ///
     /// As [`from_configs`](Self::from_configs), and those of `load`.
-    pub fn from_configs_with(
-        configs: &[RewardConfig],
-        load: &mut dyn FnMut(&str, &ModelRewardConfig) -> Result<Box<dyn Reward>, RewardError>,
-    ) -> Result<Self, RewardError> {
+    pub fn from_configs_with(configs: &[RewardConfig], load: LoadRewardModel<'_>) -> Result<Self, RewardError> {
         Self::check(configs)?;
         let mut set = Self::new();
         for config in configs {

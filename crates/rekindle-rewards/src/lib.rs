@@ -54,7 +54,7 @@ mod set;
 mod template;
 
 pub use command::{CommandReward, CommandRewardConfig};
-pub use config::{RewardConfig, RewardKind};
+pub use config::{LoadRewardModel, RewardConfig, RewardKind};
 pub use error::RewardError;
 pub use http::HttpRewardConfig;
 pub use model::ModelRewardConfig;
