@@ -7,6 +7,8 @@
 #[path = "cuda/attention.rs"]
 mod attention;
 mod common;
+#[path = "cuda/experts.rs"]
+mod decoded_experts;
 #[path = "cuda/suite.rs"]
 mod suite;
 
@@ -208,6 +210,11 @@ fn experts(suite: &mut Suite) -> Result<(), Lost> {
     for (tokens, experts, top_k, width) in [(1, 1, 1, 1), (3, 5, 2, 7), (37, 8, 3, 40), (130, 16, 8, 264)] {
         suite.dtypes(|dtype| Activation::new(tokens, experts, top_k, width, dtype))?;
         suite.dtypes(|dtype| Clamped::new(tokens, experts, top_k, width, dtype))?;
+    }
+    for dtype in ALL_DTYPES {
+        suite.property(&format!("quantized experts, some at a time {dtype:?}"), |device| {
+            decoded_experts::groups_compute_as_one(device, dtype);
+        })?;
     }
     Ok(())
 }

@@ -9,11 +9,12 @@ use crate::runtime::{Array, DType, Kernel, args, entry};
 const TILE: usize = 128;
 
 pub(super) fn product(product: Product<'_>) {
-    let Product { form, x, w, y, n, k, alpha, add, dispatch } = product;
-    let experts = dispatch.experts();
+    let offsets = product.offsets();
+    let Product { form, x, w, y, n, k, alpha, add, dispatch, experts } = product;
+    let experts = experts.len();
     // Every expert may end within a tile.
     let tiles = [blocks(n.div_ceil(TILE)), blocks(dispatch.rows() / TILE + experts.min(dispatch.rows())), 1];
-    kernel(form, w).launch(
+    kernel(form, &w).launch(
         tiles,
         [256, 1, 1],
         shared(w.dtype()),
@@ -21,7 +22,7 @@ pub(super) fn product(product: Product<'_>) {
             x.array.ptr(),
             w.ptr(),
             y.ptr(),
-            dispatch.cuda().offsets(),
+            offsets,
             x.selections(dispatch),
             0u64,
             int(experts),

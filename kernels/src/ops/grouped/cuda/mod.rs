@@ -3,6 +3,8 @@
 mod general;
 mod sm90;
 
+use core::ops::Range;
+
 use super::{GroupedRows, expert_dims};
 use crate::ops::routing::Dispatch;
 use crate::params::quantized::cuda::QuantizedArray;
@@ -35,7 +37,7 @@ impl Form {
 struct Product<'a> {
     form: Form,
     x: Rows,
-    w: &'a Array,
+    w: Array,
     y: &'a Array,
     /// Columns of y.
     n: usize,
@@ -44,6 +46,35 @@ struct Product<'a> {
     alpha: f32,
     add: bool,
     dispatch: &'a Dispatch,
+    /// The experts whose matrices `w` has. The rows of others are neither read nor written.
+    experts: Range<usize>,
+}
+
+impl<'a> Product<'a> {
+    /// Describes a product of all experts that is written to `y`.
+    fn new(form: Form, x: GroupedRows<'_>, w: &Array, y: &'a Array, dispatch: &'a Dispatch) -> Self {
+        let (x, w) = (Rows::of(x), w.aligned());
+        let (n, k, experts) = (y.cols(), x.array.cols(), 0..dispatch.experts());
+        Self { form, x, w, y, n, k, alpha: 1.0, add: false, dispatch, experts }
+    }
+
+    /// The address of the first rows of its experts.
+    fn offsets(&self) -> u64 {
+        self.dispatch.cuda().offsets() + (size_of::<i32>() * self.experts.start) as u64
+    }
+
+    fn launch(self) {
+        if self.dispatch.rows() == 0 {
+            return;
+        }
+        let dtypes = [self.x.array.dtype(), self.y.dtype()];
+        assert_eq!(dtypes, [self.w.dtype(); 2], "dtypes of a grouped product");
+        if sm90::takes(&self.w, self.dispatch) && self.y.is_aligned() && self.n.is_multiple_of(8) {
+            sm90::product(self);
+        } else {
+            general::product(self);
+        }
+    }
 }
 
 /// The rows of an operand in memory that the kernels take.
@@ -87,16 +118,46 @@ pub(super) fn nn_add(dx: Array, alpha: f32, dy: GroupedRows<'_>, w: &Array, disp
     dx
 }
 
+/// Bytes of the matrices that are decoded at a time.
+const SCRATCH: usize = 256 << 20;
+
 pub(super) fn quantized_nt(x: GroupedRows<'_>, w: &QuantizedArray, dispatch: &Dispatch) -> Array {
-    nt(x, &w.decode(x.tensor().cuda().dtype(), None), dispatch)
+    let [n, _] = expert_dims(w.dims(), dispatch);
+    let y = Array::empty(w.cuda(), [dispatch.rows(), n], x.tensor().cuda().dtype(), MemoryUse::Activations);
+    quantized(Form::Nt, &y, false, x, w, dispatch);
+    y
 }
 
 pub(super) fn quantized_nn(dy: GroupedRows<'_>, w: &QuantizedArray, dx: Option<Array>, dispatch: &Dispatch) -> Array {
-    let w = w.decode(dy.tensor().cuda().dtype(), None);
-    match dx {
-        Some(dx) => nn_add(dx, 1.0, dy, &w, dispatch),
-        None => nn(dy, &w, dispatch),
+    let add = dx.is_some();
+    let dtype = dy.tensor().cuda().dtype();
+    let new = || Array::empty(w.cuda(), [dispatch.rows(), w.dims()[1]], dtype, MemoryUse::Activations);
+    let dx = dx.map_or_else(new, owned);
+    quantized(Form::Nn, &dx, add, dy, w, dispatch);
+    dx
+}
+
+/// Computes a product with decoded matrices, some experts at a time in the same scratch memory: the stream orders a decoder
+/// after the product before it.
+fn quantized(form: Form, y: &Array, add: bool, x: GroupedRows<'_>, w: &QuantizedArray, dispatch: &Dispatch) {
+    let ([n, k], experts, dtype) = (expert_dims(w.dims(), dispatch), dispatch.experts(), y.dtype());
+    // Narrow products divide the rows of all experts among thread blocks.
+    let at_once = if y.cols() <= 64 { experts } else { experts_at_once(w, [n, k], experts, dtype) };
+    let scratch = Array::empty(w.cuda(), [at_once * n, k], dtype, MemoryUse::DecodedWeights);
+    for first in (0..experts).step_by(at_once) {
+        let group = first..experts.min(first + at_once);
+        let decoded = scratch.row_range(0, group.len() * n);
+        w.decode_rows(first * n, &decoded);
+        Product { add, experts: group, ..Product::new(form, x, &decoded, y, dispatch) }.launch();
     }
+}
+
+/// Returns how many experts are decoded at a time: as many as fit in [`SCRATCH`], or the next smaller number at which the
+/// codes can be divided; all if there is none.
+fn experts_at_once(w: &QuantizedArray, [n, k]: [usize; 2], experts: usize, dtype: DType) -> usize {
+    let fitting = (SCRATCH / (n * k * dtype.bytes())).clamp(1, experts);
+    let mut sizes = (experts.div_ceil(fitting)..=experts).map(|groups| experts.div_ceil(groups));
+    sizes.find(|&size| size == experts || w.splits_at(size * n)).unwrap_or(experts)
 }
 
 /// `grad += alpha · dy_eᵀ · x_e` for `grad` f32 `[experts · n, k]`, whoever else sees it.
@@ -118,27 +179,12 @@ pub(super) fn add_tn(grad: &Array, alpha: f32, dy: GroupedRows<'_>, x: GroupedRo
 
 fn product(form: Form, x: GroupedRows<'_>, w: &Array, n: usize, dispatch: &Dispatch) -> Array {
     let y = Array::empty(w.cuda(), [dispatch.rows(), n], w.dtype(), MemoryUse::Activations);
-    launch(form, &y, 1.0, false, x, w, dispatch);
+    Product::new(form, x, w, &y, dispatch).launch();
     y
 }
 
 fn add(form: Form, y: &Array, alpha: f32, x: GroupedRows<'_>, w: &Array, dispatch: &Dispatch) {
-    launch(form, y, alpha, true, x, w, dispatch);
-}
-
-fn launch(form: Form, y: &Array, alpha: f32, add: bool, x: GroupedRows<'_>, w: &Array, dispatch: &Dispatch) {
-    let (x, w) = (Rows::of(x), w.aligned());
-    let (n, k) = (y.cols(), x.array.cols());
-    if dispatch.rows() == 0 {
-        return;
-    }
-    assert_eq!([x.array.dtype(), y.dtype()], [w.dtype(); 2], "dtypes of a grouped product");
-    let product = Product { form, x, w: &w, y, n, k, alpha, add, dispatch };
-    if sm90::takes(&w, dispatch) && y.is_aligned() && n.is_multiple_of(8) {
-        sm90::product(product);
-    } else {
-        general::product(product);
-    }
+    Product { alpha, add: true, ..Product::new(form, x, w, y, dispatch) }.launch();
 }
 
 /// `y` itself where nothing else refers to it, and a copy where something does.

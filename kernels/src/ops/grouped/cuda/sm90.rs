@@ -56,8 +56,9 @@ impl Width {
 }
 
 pub(super) fn product(product: Product<'_>) {
-    let Product { form, x, w, y, n, k, alpha, add, dispatch } = product;
-    let (cuda, experts, width) = (w.cuda(), dispatch.experts(), Width::of(n));
+    let offsets = product.offsets();
+    let Product { form, x, w, y, n, k, alpha, add, dispatch, experts } = product;
+    let (cuda, experts, width) = (w.cuda(), experts.len(), Width::of(n));
     let mut defines = vec![("T", w.dtype().name()), ("FORM", form.name()), ("BN", width.name())];
     if add {
         defines.push(("ADD", ""));
@@ -72,7 +73,7 @@ pub(super) fn product(product: Product<'_>) {
         // They are summed over.
         _ => 64,
     };
-    let [x_map, w_map] = [map(&x.array, 64), map(w, w_rows)];
+    let [x_map, w_map] = [map(&x.array, 64), map(&w, w_rows)];
     cuda.kernel(entry!("grouped_sm90.cu", "grouped_sm90"), &defines).launch(
         [cuda.props().sm_count / 2 * 2, 1, 1],
         THREADS,
@@ -83,7 +84,7 @@ pub(super) fn product(product: Product<'_>) {
             x_map,
             w_map,
             y.ptr(),
-            dispatch.cuda().offsets(),
+            offsets,
             x.array.ptr(),
             x.selections(dispatch),
             int(dispatch.top_k()),
