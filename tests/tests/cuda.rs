@@ -33,10 +33,12 @@ const ADAPTER: &str = "adapter_model.safetensors";
 
 type Check = fn(&Device);
 
-const CHECKS: [(&str, Check); 21] = [
+const CHECKS: &[(&str, Check)] = &[
     ("losses of every model", losses),
     ("losses over quantized weights", losses_over_quantized_weights),
     ("blocks of GGUF files are decoded", blocks::decoding),
+    ("blocks of GGUF files: losses and gradients", blocks::models),
+    ("experts in MXFP4: losses and gradients of adapters", blocks::experts_in_mxfp4),
     ("losses of every LoRA option", losses_of_options),
     ("starts from the weights", starts),
     ("adapters by name", adapters_by_name),

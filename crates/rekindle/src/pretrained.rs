@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use rekindle_data::Tokenizer;
-use rekindle_hub::Checkpoint;
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::saved_rows;
@@ -12,7 +11,7 @@ use rekindle_models::{
     CausalLm, LoadOptions, ModelConfig, Positions, RopeScaling, is_quantized, loftq_base, open_checkpoint,
     saved_positions,
 };
-use rekindle_quant::{QuantConfig, mxfp4};
+use rekindle_quant::QuantConfig;
 
 use crate::run::ModelArguments;
 use crate::{Dtype, Error, Model, skip};
@@ -223,7 +222,7 @@ impl<'a> Loader<'a> {
             skip::check(modules, &config)?;
         }
         let (device, kind) = open_device(self.device)?;
-        check_device(&checkpoint, &config, &device)?;
+        check_device(&config, &device)?;
         let options = self.options(&config, files.adapter.as_deref(), device, kind)?;
         let (mut done, total) = (0, checkpoint.total_bytes());
         let mut model = CausalLm::load(&checkpoint, &options, &mut |bytes| {
@@ -325,18 +324,13 @@ pub(crate) fn supported_length(config: &ModelConfig) -> usize {
     }
 }
 
-/// Refuses a model whose operations or weight format have not been compared on the device.
-fn check_device(checkpoint: &Checkpoint, config: &ModelConfig, device: &Device) -> Result<(), Error> {
+/// Refuses a model whose operations have not been compared on the device.
+fn check_device(config: &ModelConfig, device: &Device) -> Result<(), Error> {
     if matches!(device, Device::Cuda(_)) && config.spec.layers.iter().any(|layer| layer.parallel) {
         return Err(Error::Argument(format!(
             "{} has not been compared with transformers on CUDA; use device \"cpu\"",
             config.architecture
         )));
     }
-    match checkpoint.names().find(|name| name.ends_with(mxfp4::BLOCKS)) {
-        Some(name) if matches!(device, Device::Cuda(_)) => Err(Error::Argument(format!(
-            "tensor \"{name}\" is in MXFP4, which has not been compared on CUDA; use a 16-bit checkpoint, or device \"cpu\""
-        ))),
-        _ => Ok(()),
-    }
+    Ok(())
 }

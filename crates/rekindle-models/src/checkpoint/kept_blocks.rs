@@ -36,7 +36,7 @@ impl KeptBlocks {
     /// because the model has none, another storage is asked for, or all weights are trained.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a device without a decoder, and for a type that has none.
+    /// [`Error::Argument`] for a type without a decoder on the device.
     pub(crate) fn of(json: &Value, options: &LoadOptions) -> Result<Option<Self>, Error> {
         let Some(types) =
             json.get(SECTION).filter(|section| is_gguf(section)).and_then(|section| section[TYPES].as_object())
@@ -48,7 +48,7 @@ impl KeptBlocks {
         }
         let kept = Self::read(types)?;
         if options.is_cuda()
-            && let Some((module, codec)) = kept.0.first_key_value()
+            && let Some((module, codec)) = kept.0.iter().find(|(_, codec)| !codec.has_cuda_decoder())
         {
             return Err(Error::Argument(format!(
                 "\"{module}\" is stored in blocks of {}, for which CUDA has no decoder; set load_in_16bit = true to decode \
