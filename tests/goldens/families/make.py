@@ -30,6 +30,7 @@ from transformers import (
     GlmConfig,
     GptOssConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     HunYuanDenseV1Config,
     Ministral3Config,
     MistralConfig,
@@ -304,6 +305,13 @@ FAMILIES |= {
         num_key_value_heads=2, max_position_embeddings=256, sliding_window=12, sliding_window_pattern=3, logit_scale=0.25,
         rope_parameters=base.rope(5e4), tie_word_embeddings=True, **NONE,
     ), SPLIT),
+    # Granite's multipliers around three of six experts.
+    "granite-moe": (GraniteMoeConfig(
+        vocab_size=105, hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        embedding_multiplier=0.6, attention_multiplier=0.2, residual_multiplier=1.3, logits_scaling=0.7,
+        num_local_experts=6, num_experts_per_tok=3, rope_parameters=base.rope(1e4), **NONE,
+    ), ATTENTION),
 }
 # Without rotation, a key bias shifts all scores of a query alike: its gradient is rounding error, which AdamW must not
 # blow up.
@@ -381,7 +389,7 @@ def make_family(directory, name, config, targets, seed):
         "all-linear": {"rows": base.make_adapter(directory, name, "all-linear", lora, rows, generator)}
     }
     if moe.is_mixture(config):
-        for adapter, experts in moe.EXPERT_ADAPTERS.items():
+        for adapter, experts in moe.expert_adapters(config).items():
             made = base.make_adapter(directory, name, adapter, experts, rows, generator)
             expect["adapters"][adapter] = {"rows": made}
         base.make_trajectory(directory, "experts", "experts", clipped(directory, "experts", LORA_RUN))

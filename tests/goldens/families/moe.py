@@ -5,19 +5,23 @@ import re
 
 from peft import LoraConfig
 
-# Adapters on the experts: PEFT puts one on each expert of a stacked parameter.
-EXPERT_ADAPTERS = {
-    # Gate and up of an expert share one; the router is not among the targets.
-    "experts": LoraConfig(
-        r=3, lora_alpha=6, task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    ),
-    "experts-rslora": LoraConfig(
-        r=2, lora_alpha=3, task_type="CAUSAL_LM", target_modules=["v_proj"], use_rslora=True,
-        target_parameters=["experts.down_proj"],
-    ),
-}
 STACKED = re.compile(r"(.*)\.experts\.(gate_up_proj|down_proj)$")
+
+
+def expert_adapters(config):
+    """Adapters on the experts: PEFT puts one on each expert of a stacked parameter."""
+    module = "block_sparse_moe" if config.model_type == "granitemoe" else "mlp"
+    return {
+        # Gate and up of an expert share one; the router is not among the targets.
+        "experts": LoraConfig(
+            r=3, lora_alpha=6, task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"],
+            target_parameters=[f"{module}.experts.gate_up_proj", f"{module}.experts.down_proj"],
+        ),
+        "experts-rslora": LoraConfig(
+            r=2, lora_alpha=3, task_type="CAUSAL_LM", target_modules=["v_proj"], use_rslora=True,
+            target_parameters=["experts.down_proj"],
+        ),
+    }
 
 
 def is_mixture(config):
@@ -32,6 +36,8 @@ def disk_names(tensors, config):
     """Named parameters under the names of checkpoints: one tensor for each linear of each expert, or for all of a layer."""
     if config["model_type"] == "gpt_oss":
         return tensors
+    if config["model_type"] == "granitemoe":
+        return {granite_name(name): tensor for name, tensor in tensors.items()}
     mixtral = config["model_type"] == "mixtral"
     linears = {"gate_up_proj": ["w1", "w3"] if mixtral else ["gate_proj", "up_proj"]}
     linears["down_proj"] = ["w2"] if mixtral else ["down_proj"]
@@ -48,6 +54,17 @@ def disk_names(tensors, config):
             for linear, part in zip(linears[parameter], weight.chunk(len(linears[parameter]))):
                 stored[f"{module}.experts.{expert}.{linear}.weight"] = part.contiguous()
     return stored
+
+
+def granite_name(name):
+    """The name in a file of a parameter of Granite MoE."""
+    for own, stored in (
+        ("experts.gate_up_proj", "input_linear.weight"),
+        ("experts.down_proj", "output_linear.weight"),
+        ("router.weight", "router.layer.weight"),
+    ):
+        name = name.replace(f".block_sparse_moe.{own}", f".block_sparse_moe.{stored}")
+    return name
 
 
 def router_names(tensors, config):

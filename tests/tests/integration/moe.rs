@@ -28,7 +28,7 @@ fn linear_by_linear() -> Vec<Golden> {
 }
 
 fn mixtures() -> Vec<Golden> {
-    let stacked = ["gpt-oss"].map(|name| Golden::open(&format!("families/{name}")));
+    let stacked = ["gpt-oss", "granite-moe"].map(|name| Golden::open(&format!("families/{name}")));
     linear_by_linear().into_iter().chain(stacked).collect()
 }
 

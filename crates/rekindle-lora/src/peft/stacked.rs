@@ -26,8 +26,13 @@ pub(crate) fn parameter_of(linear: &str) -> Option<(String, usize)> {
     let (rest, last) = linear.rsplit_once('.')?;
     let (module, expert) = rest.rsplit_once('.')?;
     // Mixtral's modules and linears have other names in its checkpoints.
-    let last = if last == "w2" { "down_proj" } else { last };
-    let module = module.replace(".block_sparse_moe.", ".mlp.");
+    let renamed = match last {
+        "w1_w3" => Some("gate_up_proj"),
+        "w2" => Some("down_proj"),
+        _ => None,
+    };
+    let module = if renamed.is_some() { module.replace(".block_sparse_moe.", ".mlp.") } else { module.to_owned() };
+    let last = renamed.unwrap_or(last);
     module.ends_with("experts").then_some((format!("{module}.{last}"), expert.parse().ok()?))
 }
 
@@ -126,6 +131,13 @@ mod tests {
         let of = |linear| parameter_of(linear).unwrap();
         assert_eq!(of("layers.0.mlp.experts.7.gate_up_proj"), ("layers.0.mlp.experts.gate_up_proj".to_owned(), 7));
         assert_eq!(of("layers.0.block_sparse_moe.experts.2.w2"), ("layers.0.mlp.experts.down_proj".to_owned(), 2));
+        assert_eq!(
+            of("layers.0.block_sparse_moe.experts.2.w1_w3"),
+            ("layers.0.mlp.experts.gate_up_proj".to_owned(), 2)
+        );
+        // Granite's modules keep their names.
+        let granite = "layers.0.block_sparse_moe.experts.3.down_proj";
+        assert_eq!(of(granite), ("layers.0.block_sparse_moe.experts.down_proj".to_owned(), 3));
         assert_eq!(parameter_of("layers.0.self_attn.q_proj"), None);
     }
 }

@@ -38,7 +38,7 @@ impl ModelConfig {
             for stack in ExpertStack::ALL {
                 let names = expert_names(&self.names, index, moe, stack, hidden);
                 let [_, input] = moe.expert_shape(stack, hidden);
-                let is_only_stacked = self.names.experts.transposed;
+                let is_only_stacked = self.names.experts.only_stacked;
                 let projection = ExpertProjection { names, experts: moe.experts, input, is_only_stacked };
                 linears.extend(projection.linears());
                 if projection.names.outputs.len() > 1 {

@@ -137,7 +137,7 @@ impl<'a> MergedTensors<'a> {
     /// Returns the tensors of the result: the base's, and a head of its own where the adapter unties it from the table.
     pub(super) fn tensors(&self) -> Vec<ParameterSpec> {
         let list = self.parameters();
-        if !self.was_stacked && !self.config.names.experts.transposed {
+        if !self.was_stacked && !self.config.names.experts.only_stacked {
             return list;
         }
         list.into_iter().filter_map(|needed| self.config.stacked_parameter(needed)).collect()
@@ -267,7 +267,7 @@ impl<'a> MergedTensors<'a> {
             return Some((Cow::Borrowed(found), lora.scale_of(module)));
         }
         let (role, _) = needed.role.expert()?;
-        let joined = format!("{}.gate_up_proj", module.rsplit_once('.')?.0);
+        let joined = format!("{}.{}", module.rsplit_once('.')?.0, self.config.names.experts.joined);
         let (stack, place) = role.place();
         let LoraFactors { r, a, b, .. } = factors.get(&joined).filter(|_| stack == ExpertStack::GateUp)?;
         // Where gate and up are one linear, the factors are under its own name.

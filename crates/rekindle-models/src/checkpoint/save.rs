@@ -74,7 +74,7 @@ impl CausalLm {
     /// A parameter as the checkpoint had it: the linears of experts that were one tensor are one again, in the place of the
     /// first. So are those of a family whose checkpoints have no others.
     fn as_it_was_read(&self, source: ParameterSpec) -> Option<ParameterSpec> {
-        if !self.provenance.stacked_experts && !self.config.names.experts.transposed {
+        if !self.provenance.stacked_experts && !self.config.names.experts.only_stacked {
             return Some(source);
         }
         self.config.stacked_parameter(source)

@@ -32,6 +32,8 @@ pub(crate) struct TensorNaming {
     lacks_prefix: bool,
     /// Beginnings of stored names with the model's own, for a checkpoint that has them.
     stored: &'static [(&'static str, &'static str)],
+    /// Parts of stored names with the model's own, for a checkpoint that has them.
+    parts: &'static [(&'static str, &'static str)],
 }
 
 impl TensorNaming {
@@ -39,22 +41,27 @@ impl TensorNaming {
     pub(crate) fn of<'a>(config: &Value, names: impl Iterator<Item = &'a str>) -> Self {
         let names: Vec<String> = names.map(unwrapped).collect();
         let has = |start: &str| names.iter().any(|name| name.starts_with(start));
-        let stored = families::of(config).map_or(&[][..], |family| family.names.stored);
+        let family = families::of(config).ok();
+        let stored = family.map_or(&[][..], |family| family.names.stored);
+        let parts = family.map_or(&[][..], |family| family.names.stored_parts);
+        let has_part = |part: &str| names.iter().any(|name| name.contains(part));
         Self {
             lacks_prefix: !has(PREFIX) && PARTS.iter().all(|part| has(part)),
             stored: if stored.iter().any(|(start, _)| has(start)) { stored } else { &[] },
+            parts: if parts.iter().any(|(part, _)| has_part(part)) { parts } else { &[] },
         }
     }
 
     /// The name in a file of a tensor of the model.
     pub(crate) fn stored(&self, own: &str) -> String {
         let renamed = |(stored, start): &(&str, &str)| Some(format!("{stored}{}", own.strip_prefix(start)?));
-        self.stored.iter().find_map(renamed).unwrap_or_else(|| own.to_owned())
+        let name = self.stored.iter().find_map(renamed).unwrap_or_else(|| own.to_owned());
+        self.parts.iter().fold(name, |name, (stored, own)| name.replace(own, stored))
     }
 
     /// The model's own name of a tensor in a file.
     pub(crate) fn name(&self, stored: &str) -> String {
-        let name = unwrapped(stored);
+        let name = self.parts.iter().fold(unwrapped(stored), |name, (stored, own)| name.replace(stored, own));
         let renamed = |(start, own): &(&str, &str)| Some(format!("{own}{}", name.strip_prefix(start)?));
         if let Some(name) = self.stored.iter().find_map(renamed) {
             return name;
@@ -123,6 +130,28 @@ mod tests {
         for (stored, own) in pairs {
             assert_eq!((old.name(stored).as_str(), old.stored(own).as_str()), (own, stored));
             assert_eq!((new.name(own).as_str(), new.stored(own).as_str()), (own, own));
+        }
+    }
+
+    /// transformers 5 has the experts of Granite's mixtures under other names than its files.
+    #[test]
+    fn parts_of_names_differ_in_files() {
+        let config = json!({ "architectures": ["GraniteMoeForCausalLM"] });
+        let pairs = [
+            (
+                "model.layers.1.block_sparse_moe.input_linear.weight",
+                "model.layers.1.block_sparse_moe.experts.gate_up_proj",
+            ),
+            (
+                "model.layers.1.block_sparse_moe.output_linear.weight",
+                "model.layers.1.block_sparse_moe.experts.down_proj",
+            ),
+            ("model.layers.1.block_sparse_moe.router.layer.weight", "model.layers.1.block_sparse_moe.router.weight"),
+            ("model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"),
+        ];
+        let naming = TensorNaming::of(&config, pairs.iter().map(|(stored, _)| *stored));
+        for (stored, own) in pairs {
+            assert_eq!((naming.name(stored).as_str(), naming.stored(own).as_str()), (own, stored));
         }
     }
 

@@ -38,7 +38,7 @@ pub(super) struct KeptTensors {
 impl KeptTensors {
     /// Those of the checkpoint at `path`.
     pub(super) fn of(path: &Path, config: &ModelConfig) -> Result<Self, Error> {
-        if !config.names.has_kept() {
+        if !config.names.has_kept() && config.names.stored_parts.is_empty() {
             return Ok(Self { checkpoint: None, names: Vec::new(), naming: TensorNaming::default() });
         }
         let stored = Checkpoint::open(path)?;

@@ -20,7 +20,7 @@ const NAMES: TensorNames = TensorNames {
         LinearRole::Router => "mlp.router",
         other => (TensorNames::LLAMA.linear)(other),
     },
-    experts: ExpertTensorNames { transposed: true, ..TensorNames::LLAMA.experts },
+    experts: ExpertTensorNames { transposed: true, only_stacked: true, ..TensorNames::LLAMA.experts },
     ..TensorNames::LLAMA
 };
 

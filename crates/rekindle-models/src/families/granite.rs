@@ -16,6 +16,12 @@ pub(super) const FAMILY: Family = Family {
 
 fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     let dimensions = Dimensions::read(config, ClassDefaults::default());
+    let gated = GatedSpec { bias: config.flag("mlp_bias", false), ..dimensions.gated() };
+    model(config, dimensions, gated)
+}
+
+/// Reads the multipliers, which Granite's mixtures have too.
+pub(super) fn model(config: &mut ConfigReader<'_>, dimensions: Dimensions, gated: GatedSpec) -> ModelSpec {
     let bias = config.flag("attention_bias", false);
     let attention = AttentionSpec {
         biases: AttentionBiases { qkv: bias, o: bias },
@@ -23,7 +29,6 @@ fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
         scale: config.number("attention_multiplier", 1.0) as f32,
         ..dimensions.attention()
     };
-    let gated = GatedSpec { bias: config.flag("mlp_bias", false), ..dimensions.gated() };
     let layer = LayerSpec {
         residual_multiplier: multiplier(config.number("residual_multiplier", 1.0)),
         ..dimensions.layer(attention, gated)

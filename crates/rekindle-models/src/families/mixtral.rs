@@ -25,6 +25,7 @@ const NAMES: TensorNames = TensorNames {
             ExpertRole::Down => "w2",
             other => (TensorNames::LLAMA.experts.linear)(other),
         },
+        joined: "w1_w3",
         ..TensorNames::LLAMA.experts
     },
     ..TensorNames::LLAMA

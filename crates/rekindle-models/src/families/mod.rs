@@ -12,6 +12,7 @@ mod gguf;
 mod glm;
 mod gpt_oss;
 mod granite;
+mod granitemoe;
 mod hunyuan_v1_dense;
 mod llama;
 mod ministral3;
@@ -70,6 +71,7 @@ const FAMILIES: &[&Family] = &[
     &phi3::FAMILY,
     &smollm3::FAMILY,
     &granite::FAMILY,
+    &granitemoe::FAMILY,
     &gemma2::FAMILY,
     &gemma3::TEXT,
     &gemma3::MULTIMODAL,

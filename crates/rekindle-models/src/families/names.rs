@@ -25,6 +25,8 @@ pub(crate) struct TensorNames {
     pub(crate) experts: ExpertTensorNames,
     /// Beginnings of names in files with what stands in their place in the model, where the two differ.
     pub(crate) stored: &'static [(&'static str, &'static str)],
+    /// Parts of names in files with what stands in their place in the model, where the two differ within layers.
+    pub(crate) stored_parts: &'static [(&'static str, &'static str)],
     /// Beginnings of names of tensors that are no part of the decoder. They are written as they were read.
     pub(crate) kept: &'static [&'static str],
 }
@@ -38,11 +40,14 @@ pub(crate) struct ExpertTensorNames {
     pub(crate) linear: fn(ExpertRole) -> &'static str,
     /// The tensors of all experts as one, `[experts, out, in]`, in checkpoints that have them.
     pub(crate) stacked: fn(ExpertStack) -> &'static str,
+    /// The name of an expert's gate and up together, which adapters on `target_parameters` are on.
+    pub(crate) joined: &'static str,
     /// The biases of all experts, `[experts, out]`.
     pub(crate) bias: fn(ExpertStack) -> &'static str,
-    /// True if the tensors of all experts are `[experts, in, out]`, and the experts have no tensors of their own in
-    /// checkpoints of other programs.
+    /// True if the tensors of all experts are `[experts, in, out]`.
     pub(crate) transposed: bool,
+    /// True if the experts have no tensors of their own in checkpoints of other programs.
+    pub(crate) only_stacked: bool,
 }
 
 impl TensorNames {
@@ -108,9 +113,12 @@ impl TensorNames {
                 ExpertStack::GateUp => "mlp.experts.gate_up_proj_bias",
                 ExpertStack::Down => "mlp.experts.down_proj_bias",
             },
+            joined: "gate_up_proj",
             transposed: false,
+            only_stacked: false,
         },
         stored: &[],
+        stored_parts: &[],
         kept: &[],
     };
 

@@ -327,7 +327,7 @@ pub(crate) fn expert_names(
     let [out, _] = spec.expert_shape(stack, hidden_size);
     let outputs: Vec<_> = spec.roles(stack).iter().map(|&role| ((names.experts.linear)(role), out)).collect();
     let joined = match stack {
-        ExpertStack::GateUp => "gate_up_proj",
+        ExpertStack::GateUp => names.experts.joined,
         ExpertStack::Down => outputs[0].0,
     };
     let parameter = names.tensor(crate::Role::Layer(layer, LayerRole::Experts(stack)));
