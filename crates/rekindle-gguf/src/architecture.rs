@@ -295,7 +295,6 @@ const QWEN35: GgufArchitecture = GgufArchitecture {
     name: "qwen35",
     has_linear_layers: true,
     names_post_attention_norm: true,
-    is_read: false,
     ..HALVES
 };
 

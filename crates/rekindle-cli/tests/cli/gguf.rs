@@ -33,6 +33,7 @@ fn a_gguf_file_is_a_base_in_every_command() {
     };
     let (stored, read, quantized) = (loss(&base, ""), loss(&exact, ""), loss(&small, ""));
     assert_eq!(stored, read);
+    assert_eq!(read, loss(&of("small-F32-00002-of-"), ""), "any file of a split model stands for it");
     assert!((stored - quantized).abs() < 2e-2, "{stored} {quantized}");
     // Decoding while loading does not change the values.
     assert!((quantized - loss(&small, " --load-in-16bit")).abs() < 1e-5);

@@ -3,8 +3,8 @@
 //! Metadata that a file leaves out has the value that llama.cpp takes for it.
 
 use super::{
-    ARCHITECTURES, AttentionScale, GgufArchitecture, GgufDecoder, GgufExperts, GgufLayer, GgufRope, GgufRopeScaling,
-    Mixtures, Windows,
+    ARCHITECTURES, AttentionScale, GgufArchitecture, GgufDecoder, GgufDelta, GgufExperts, GgufLayer, GgufRope,
+    GgufRopeScaling, Mixtures, Windows,
 };
 use crate::{Error, GgufModel, MetadataArray, MetadataValue};
 
@@ -131,13 +131,15 @@ impl DecoderReader<'_> {
         let window = if windows.contains(&true) { self.size("attention.sliding_window")? } else { None };
         let has_windows = window.is_some();
         let ropes = self.ropes(head_dim, has_windows)?;
+        let linear = self.linear_layers(count as usize)?;
         let layer = |(index, is_windowed): (usize, bool)| {
             let rotates = match self.architecture.windows {
                 Windows::ListedIn64Layers => !has_windows || is_windowed,
                 _ => no_rope_step == 0 || !(index + 1).is_multiple_of(no_rope_step),
             };
-            let id = if is_windowed { ropes.len() - 1 } else { 0 };
-            GgufLayer { window: window.filter(|_| is_windowed), rope: rotates.then_some(id), is_linear: false }
+            let (id, is_linear) = (if is_windowed { ropes.len() - 1 } else { 0 }, linear[index]);
+            let rope = (rotates && !is_linear).then_some(id);
+            GgufLayer { window: window.filter(|_| is_windowed), rope, is_linear }
         };
         let layers: Vec<GgufLayer> = windows.into_iter().enumerate().map(layer).collect();
         let implied_scale = (head_dim as f64).sqrt().recip();
@@ -160,7 +162,7 @@ impl DecoderReader<'_> {
             embedding_length,
             feed_forward_length: self.feed_forward_length()?,
             experts: self.experts()?,
-            delta: None,
+            delta: self.delta()?,
             heads,
             kv_heads: self.size("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
@@ -224,6 +226,42 @@ impl DecoderReader<'_> {
             normalizes,
             is_clamped: self.architecture.mixtures == Mixtures::GptOss,
         }))
+    }
+
+    /// Returns the sizes of linear attention, if the architecture has it.
+    fn delta(&self) -> Result<Option<GgufDelta>, Error> {
+        if !self.architecture.has_linear_layers {
+            return Ok(None);
+        }
+        let (key_heads, value_heads) = (self.needed_size("ssm.group_count")?, self.needed_size("ssm.time_step_rank")?);
+        let (key_dim, width) = (self.needed_size("ssm.state_size")?, self.needed_size("ssm.inner_size")?);
+        let name = self.architecture.name;
+        if !value_heads.is_multiple_of(key_heads) || !width.is_multiple_of(value_heads) {
+            return Err(self.malformed(format!(
+                "{name}.ssm.time_step_rank is {value_heads}, which must be a multiple of {name}.ssm.group_count {key_heads} \
+                 and divide {name}.ssm.inner_size {width}"
+            )));
+        }
+        let conv_width = self.needed_size("ssm.conv_kernel")?;
+        Ok(Some(GgufDelta { key_heads, value_heads, key_dim, value_dim: width / value_heads, conv_width }))
+    }
+
+    /// Returns for each layer if it has linear attention.
+    fn linear_layers(&self, layers: usize) -> Result<Vec<bool>, Error> {
+        if !self.architecture.has_linear_layers {
+            return Ok(vec![false; layers]);
+        }
+        match self.get("attention.recurrent_layers") {
+            None => {
+                let interval = self.size("full_attention_interval")?.unwrap_or(4);
+                Ok((1..=layers as u64).map(|number| !number.is_multiple_of(interval)).collect())
+            }
+            Some(MetadataValue::Array(MetadataArray::Bool(linear))) if linear.len() == layers => Ok(linear.clone()),
+            Some(value) => Err(self.malformed(format!(
+                "{}.attention.recurrent_layers is {value}; expected a list of {layers} booleans",
+                self.architecture.name
+            ))),
+        }
     }
 
     /// Returns for each layer if it has a window.

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use rekindle_gguf::{GgufModel, GgufTensor, GgufTokenizerFiles, interleave_rows};
+use rekindle_gguf::{GgufArchitecture, GgufModel, GgufTensor, GgufTokenizerFiles};
 use rekindle_hub::{
     ADDITIONAL_CHAT_TEMPLATES, Checkpoint, Dtype, TensorStore, TensorView, read_config, read_json, write_atomic,
     write_f32,
@@ -14,8 +14,8 @@ use rekindle_hub::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::gguf::rotates_halves;
-use super::gguf_decoder::{architecture, norm_shift, tensor_name};
+use super::gguf_decoder::{architecture, tensor_name};
+use super::gguf_tensors::{self, change};
 use super::kept_blocks;
 use crate::parameters::{ExpertStack, ParameterSpec};
 use crate::{Error, ModelConfig, Role, families};
@@ -78,8 +78,8 @@ pub fn unpack_gguf(file: &Path, dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Returns the types of the linears that can stay in their blocks, by module. The linears of the experts of a layer are one
-/// weight, so they stay if all have one type.
+/// Returns the types of the linears that can stay in their blocks, by module: those with the columns of the checkpoint. The
+/// linears of the experts of a layer are one weight, so they stay if all have one type.
 fn quantized_linears(model: &GgufModel, config: &Value, file: &Path) -> Result<BTreeMap<String, &'static str>, Error> {
     let config =
         ModelConfig::from_json(config).map_err(|problems| Error::Config { path: file.to_owned(), problems })?;
@@ -88,6 +88,9 @@ fn quantized_linears(model: &GgufModel, config: &Value, file: &Path) -> Result<B
     for needed in config.parameters() {
         let (true, &[_, input]) = (needed.role.is_linear(), needed.shape.as_slice()) else { continue };
         let Some(tensor) = model.tensor(&tensor_name(&architecture, needed.role)?) else { continue };
+        if change(&architecture, &config, &needed).columns.is_some() {
+            continue;
+        }
         if let Some(codec) = kept_blocks::codec(Some(tensor.kind)).filter(|codec| input.is_multiple_of(codec.elements))
         {
             let same_weight = match (needed.role, needed.role.expert()) {
@@ -143,8 +146,9 @@ struct StoredTensor {
 enum TensorContent {
     /// These bytes of the tensor in the file.
     InFile(Range<usize>),
-    /// Rows of queries or keys in the order of pairs, which are brought into the order of halves when they are first read.
-    Pairs { head_dim: usize, rows: OnceLock<Vec<u8>> },
+    /// Rows in another order, such as queries and keys in the order of pairs: those of the checkpoint in the order of the
+    /// file. They are put in their places when they are first read.
+    Rows { order: Vec<usize>, rows: OnceLock<Vec<u8>> },
     /// Values that differ from those in the file.
     Computed(Vec<u8>),
 }
@@ -157,8 +161,7 @@ impl GgufStore {
         for needed in config.parameters() {
             let name = tensor_name(&architecture, needed.role)?;
             let Some(found) = model.tensor(&name) else { continue };
-            let pairs = architecture.rotates_pairs() && rotates_halves(config, &needed);
-            let stored = StoredTensor::new(&found, &needed, config, pairs)?;
+            let stored = StoredTensor::new(&found, &needed, config, &architecture)?;
             tensors.insert(needed.name, stored);
             used.insert(name);
         }
@@ -181,7 +184,12 @@ impl StoredTensor {
         }
     }
 
-    fn new(found: &GgufTensor<'_>, needed: &ParameterSpec, config: &ModelConfig, pairs: bool) -> Result<Self, Error> {
+    fn new(
+        found: &GgufTensor<'_>,
+        needed: &ParameterSpec,
+        config: &ModelConfig,
+        architecture: &GgufArchitecture,
+    ) -> Result<Self, Error> {
         let mut stored = Self::as_it_is(found);
         let extents = |shape: &[usize]| shape.iter().copied().filter(|extent| *extent != 1).collect::<Vec<_>>();
         // The linears of all experts are one tensor.
@@ -199,28 +207,19 @@ impl StoredTensor {
             stored.content = TensorContent::InFile(expert * size..(expert + 1) * size);
             return Ok(stored);
         }
-        let shift = norm_shift(config, needed.role);
-        if shift != 0.0 {
-            let values: Vec<f32> = found.to_f32()?.into_iter().map(|value| value - shift).collect();
+        let change = change(architecture, config, needed);
+        if let Some(order) = change.of_rows_alone() {
+            stored.content = TensorContent::Rows { order: order.to_vec(), rows: OnceLock::new() };
+        } else if !change.is_identity() {
+            let columns = if needed.shape.len() == 1 { 1 } else { needed.shape.last().copied().unwrap_or(1) };
+            let values = change.undo(found.to_f32()?, columns);
             let mut bytes = Vec::with_capacity(4 * values.len());
             write_f32(&mut bytes, Dtype::F32, &values).expect("memory takes what is written");
             stored.dtype = Dtype::F32;
             stored.content = TensorContent::Computed(bytes);
-        } else if pairs {
-            stored.content = TensorContent::Pairs { head_dim: config.head_dim(), rows: OnceLock::new() };
         }
         Ok(stored)
     }
-}
-
-/// Returns the rows in the order of halves.
-fn in_halves(data: &[u8], rows: usize, head_dim: usize) -> Vec<u8> {
-    let mut out = vec![0; data.len()];
-    let width = data.len() / rows.max(1);
-    for (at, to) in interleave_rows(rows, head_dim).enumerate() {
-        out[to * width..][..width].copy_from_slice(&data[at * width..][..width]);
-    }
-    out
 }
 
 impl TensorStore for GgufStore {
@@ -233,8 +232,8 @@ impl TensorStore for GgufStore {
         let data = self.model.tensor(&stored.name)?.data;
         let data = match &stored.content {
             TensorContent::InFile(range) => data.get(range.clone())?,
-            TensorContent::Pairs { head_dim, rows } => {
-                rows.get_or_init(|| in_halves(data, stored.shape.first().copied().unwrap_or(1), *head_dim))
+            TensorContent::Rows { order, rows } => {
+                rows.get_or_init(|| gguf_tensors::in_place(data, order, data.len() / order.len().max(1)))
             }
             TensorContent::Computed(bytes) => bytes,
         };

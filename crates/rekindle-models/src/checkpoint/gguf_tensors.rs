@@ -65,6 +65,39 @@ impl ValueChange {
     }
 }
 
+impl ValueChange {
+    /// Returns the order of rows if that is all that changes.
+    pub(super) fn of_rows_alone(&self) -> Option<&[usize]> {
+        let is_alone = self.number == NumberChange::None && self.columns.is_none();
+        self.rows.as_deref().filter(|_| is_alone)
+    }
+
+    /// Returns the values of a checkpoint from those of a file, in a matrix with this number of columns.
+    pub(super) fn undo(&self, mut values: Vec<f32>, columns: usize) -> Vec<f32> {
+        if let Some(order) = &self.columns {
+            values = values.chunks_exact(columns).flat_map(|row| in_place(row, order, 1)).collect();
+        }
+        if let Some(rows) = &self.rows {
+            values = in_place(&values, rows, columns);
+        }
+        match self.number {
+            NumberChange::None => {}
+            NumberChange::Add(shift) => values.iter_mut().for_each(|value| *value -= shift),
+            NumberChange::NegativeExp => values.iter_mut().for_each(|value| *value = (-*value).ln()),
+        }
+        values
+    }
+}
+
+/// Puts the items of `width` elements back in the places from which `order` took them.
+pub(super) fn in_place<T: Copy + Default>(items: &[T], order: &[usize], width: usize) -> Vec<T> {
+    let mut out = vec![T::default(); items.len()];
+    for (item, &to) in items.chunks_exact(width.max(1)).zip(order) {
+        out[to * width..][..width].copy_from_slice(item);
+    }
+    out
+}
+
 /// Returns the tensors that a parameter becomes: one, or two for gate and up in one parameter whose rows alternate.
 ///
 /// # Errors
@@ -161,5 +194,14 @@ mod tests {
         let change = ValueChange { number: NumberChange::NegativeExp, rows: Some(vec![1, 0]), columns: Some(vec![1]) };
         assert_eq!(change.apply(vec![1.0, 0.0, 2.0, f32::NEG_INFINITY], 2), [0.0, -1.0]);
         assert!(!change.is_identity() && ValueChange::default().is_identity());
+        let changes = [
+            ValueChange { number: NumberChange::Add(1.0), rows: Some(vec![2, 0, 1]), columns: None },
+            ValueChange { number: NumberChange::NegativeExp, rows: None, columns: Some(vec![1, 0]) },
+        ];
+        for change in changes {
+            let values = vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0];
+            let undone = change.undo(change.apply(values.clone(), 2), 2);
+            assert!(undone.iter().zip(&values).all(|(a, b)| (a - b).abs() < 1e-6), "{undone:?}");
+        }
     }
 }

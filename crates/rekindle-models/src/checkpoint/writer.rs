@@ -7,6 +7,7 @@ use rekindle_hub::{Checkpoint, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec, Tensor
 use rekindle_quant::bnb::StoredWeight;
 use serde_json::Value;
 
+use super::gguf_base::open_checkpoint;
 use super::tensor_names::{TensorNaming, canonical};
 use crate::{Error, ModelConfig};
 
@@ -41,7 +42,7 @@ impl KeptTensors {
         if !config.names.has_kept() && config.names.stored_parts.is_empty() {
             return Ok(Self { checkpoint: None, names: Vec::new(), naming: TensorNaming::default() });
         }
-        let stored = Checkpoint::open(path)?;
+        let stored = open_checkpoint(path)?;
         let naming = TensorNaming::of(&config.json, stored.names());
         let checkpoint = canonical(&stored);
         let names = checkpoint.names().filter(|name| config.names.keeps(name)).map(str::to_owned).collect();

@@ -14,6 +14,9 @@ pub(crate) fn config(model: &GgufModel) -> Result<Value, rekindle_gguf::Error> {
     let has_windows = decoder.layers.iter().any(|layer| layer.window.is_some());
     let model_type = match architecture.name() {
         "olmo2" if has_windows => "olmo3",
+        // Files have the text part alone.
+        "qwen35" => "qwen3_5_text",
+        "qwen35moe" => "qwen3_5_moe_text",
         _ => architecture.model_type(),
     };
     let family = FAMILIES.iter().find(|family| family.model_type == model_type && family.section.is_none());
@@ -21,10 +24,11 @@ pub(crate) fn config(model: &GgufModel) -> Result<Value, rekindle_gguf::Error> {
         rekindle_gguf::Error::Model(format!("models of the type {model_type} cannot be loaded from GGUF"))
     })?;
     let has = |tensor: &str| model.tensor(tensor).is_some();
+    let attention = decoder.layers.iter().position(|layer| !layer.is_linear).unwrap_or(0);
     let mut json = json!({
         "architectures": [family.architecture],
         "model_type": model_type,
-        "dtype": model.tensor("blk.0.attn_output.weight").map_or("bfloat16", |tensor| match tensor.kind {
+        "dtype": model.tensor(&format!("blk.{attention}.attn_output.weight")).map_or("bfloat16", |tensor| match tensor.kind {
             rekindle_gguf::GgmlType::F32 => "float32",
             rekindle_gguf::GgmlType::F16 => "float16",
             _ => "bfloat16",
@@ -39,7 +43,7 @@ pub(crate) fn config(model: &GgufModel) -> Result<Value, rekindle_gguf::Error> {
         "max_position_embeddings": decoder.context_length,
         "rms_norm_eps": decoder.rms_epsilon,
         "tie_word_embeddings": !has("output.weight"),
-        "attention_bias": has("blk.0.attn_q.bias"),
+        "attention_bias": has(&format!("blk.{attention}.attn_q.bias")),
         "rope_parameters": rope_parameters(&decoder, model_type),
     });
     let mut set = |key: &str, value: Value| json[key] = value;
@@ -64,6 +68,15 @@ pub(crate) fn config(model: &GgufModel) -> Result<Value, rekindle_gguf::Error> {
             set("shared_expert_intermediate_size", experts.shared_feed_forward_length.into());
             set("norm_topk_prob", experts.normalizes.into());
         }
+    }
+    if let Some(delta) = decoder.delta {
+        set("linear_num_key_heads", delta.key_heads.into());
+        set("linear_num_value_heads", delta.value_heads.into());
+        set("linear_key_head_dim", delta.key_dim.into());
+        set("linear_value_head_dim", delta.value_dim.into());
+        set("linear_conv_kernel_dim", delta.conv_width.into());
+        let kind = |is_linear| if is_linear { "linear_attention" } else { "full_attention" };
+        set("layer_types", decoder.layers.iter().map(|layer| kind(layer.is_linear)).collect::<Vec<_>>().into());
     }
     if model_type == "granite" {
         set("attention_multiplier", decoder.attention_scale.into());
