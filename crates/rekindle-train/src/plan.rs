@@ -12,6 +12,7 @@ use core::fmt;
 use std::path::PathBuf;
 
 use rekindle_data::RowTask;
+use rekindle_kernels::runtime::NCCL_BYTES;
 use rekindle_kernels::{Device, MemoryUse};
 use rekindle_lora::LoraConfig;
 use rekindle_models::{
@@ -79,7 +80,8 @@ pub struct MemoryPlan {
     /// Free memory between tensors that could not be used.
     #[serde(rename = "gaps")]
     pub fragmentation: usize,
-    /// On a GPU, memory besides the tensors ([`CUDA_CONTEXT_BYTES`](rekindle_kernels::runtime::CUDA_CONTEXT_BYTES)).
+    /// On a GPU, memory besides the tensors ([`CUDA_CONTEXT_BYTES`](rekindle_kernels::runtime::CUDA_CONTEXT_BYTES)), with
+    /// several ranks also that of NCCL ([`NCCL_BYTES`]).
     #[serde(rename = "outside")]
     pub context: usize,
     /// The total, which must not exceed the available memory.
@@ -242,7 +244,8 @@ impl Planner {
         let saved = waiting.min(activations);
         bytes.add(MemoryCategory::SavedActivations, saved);
         bytes.add(MemoryCategory::Scratch, activations - saved);
-        let context = self.device.context_bytes();
+        let nccl = if self.job.ranks > 1 && matches!(self.device, Device::Cuda(_)) { NCCL_BYTES } else { 0 };
+        let context = self.device.context_bytes() + nccl;
         MemoryPlan {
             rows: rows.lengths.len(),
             tokens: rows.lengths.iter().sum::<usize>() * documents_per_row(&self.job.train.method),

@@ -63,7 +63,7 @@ pub use launch::{Arg, Kernel, KernelArg};
 pub(crate) use ledger::MemoryLedger;
 pub use ledger::MemoryStats;
 pub use memory_use::MemoryUse;
-pub use nccl::{NcclComm, NcclId, nccl_version};
+pub use nccl::{NCCL_BYTES, NcclComm, NcclId, nccl_version};
 pub use nvrtc::{Arch, Usage};
 pub use pinned::{PinnedBuffer, Ticket};
 pub use profile::ProfileEntry;

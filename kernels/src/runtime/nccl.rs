@@ -22,6 +22,11 @@ use std::time::Instant;
 use super::driver::Handle;
 use super::{Array, Cuda, CudaError, DType, Library, find};
 
+/// Device memory that NCCL takes on each of several devices.
+///
+/// 862 MiB were measured on each of two H200 with NCCL 2.28.3, for adapters and for all weights.
+pub const NCCL_BYTES: usize = 864 << 20;
+
 type Comm = *mut c_void;
 type Stream = *mut c_void;
 type Status = c_int;
