@@ -9,13 +9,14 @@
 mod advantages;
 mod arguments;
 mod generation;
+mod ranks;
 mod sampling;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use rekindle_data::{Dataset, Order, RowNumber, Tokenizer};
-use rekindle_dist::OneRank;
+use rekindle_dist::Communicator;
 use rekindle_hub::{read_json, write_atomic};
 use rekindle_models::{Batch, CausalLm, Objective};
 use rekindle_rewards::RewardSet;
@@ -23,6 +24,7 @@ use serde_json::{Map, Value};
 
 use crate::evaluate::{ObjectiveEvaluation, evaluate_objective_while};
 use crate::trainer::StepRows;
+use crate::world::share;
 use crate::{Error, RewardedCompletion, SftConfig};
 
 pub(crate) use arguments::{AdvantageRule, RolloutSettings};
@@ -141,6 +143,12 @@ impl<'a> Rollouts<'a> {
         Ok(())
     }
 
+    /// Gives all ranks the generation that rank 0 has restored.
+    pub(crate) fn share(&mut self, world: &dyn Communicator) -> Result<(), Error> {
+        self.generation = share(world, self.generation.take())?;
+        Ok(())
+    }
+
     /// Writes the generation that later steps still use into a checkpoint.
     pub(crate) fn save(&self, dir: &Path) -> Result<(), Error> {
         let Some(generation) = self.generation.as_ref().filter(|generation| !self.is_used_up(generation)) else {
@@ -171,17 +179,20 @@ impl<'a> Rollouts<'a> {
         model: &CausalLm,
         train: &Dataset,
         step: usize,
+        world: &dyn Communicator,
         go_on: &mut dyn FnMut() -> bool,
     ) -> Result<Option<RolloutStep>, Error> {
         let mut records = RolloutRecords::default();
         if self.generation.as_ref().is_none_or(|generation| self.is_used_up(generation)) {
             self.generation = None;
-            let Some((generation, of_generation)) = self.generate(model, train, step, go_on)? else { return Ok(None) };
+            let Some((generation, of_generation)) = self.generate(model, train, step, world, go_on)? else {
+                return Ok(None);
+            };
             records = of_generation;
             self.generation = Some(generation);
         }
         let generation = self.generation.as_mut().expect("sampled above");
-        let rows = generation.next_step(train, self.settings.steps, self.batch_size);
+        let rows = generation.next_step(train, self.settings.steps, self.batch_size, world.position());
         Ok(Some(RolloutStep { rows, records }))
     }
 
@@ -193,19 +204,24 @@ impl<'a> Rollouts<'a> {
         objective: &dyn Objective,
         eval: &Dataset,
         (batch_size, done): (usize, usize),
+        world: &dyn Communicator,
         go_on: &mut dyn FnMut() -> bool,
     ) -> Result<Option<(ObjectiveEvaluation, RolloutRecords)>, Error> {
         let prompts: Vec<(usize, u64)> = (0..eval.len()).map(|index| (index, index as u64)).collect();
         let settings = self.settings.for_evaluation();
         let seed = self.seed ^ sampling::EVALUATION;
-        let Some(sampled) = sampling::sample(&mut self.task, &settings, model, eval, &prompts, seed, go_on)? else {
+        let own = ranks::own_prompts(world, &prompts);
+        let sampled = sampling::sample(&mut self.task, &settings, model, eval, &own, seed, go_on)?;
+        let Some(groups) = ranks::gather_groups(world, sampled.map(|sampled| sampled.groups))? else {
             return Ok(None);
         };
-        let completions = sampled.groups.iter().take(RECORDED_PROMPTS).map(|group| group.first(done)).collect();
-        let (mut generation, metrics) = Generation::of(sampled.groups, &settings, model, eval, batch_size)?;
-        let rows = generation.next_step(eval, 1, batch_size);
+        let completions = groups.iter().take(RECORDED_PROMPTS).map(|group| group.first(done)).collect();
+        let (mut generation, metrics) = Generation::of(groups, &settings, model, eval, batch_size, world)?;
+        let rows = generation.next_step(eval, 1, batch_size, world.position());
         let batches: &[Batch] = &rows.batches;
-        let found = evaluate_objective_while(model, objective, batches, &OneRank, go_on)?;
+        // Ranks that evaluate together do not stop before the end, because the others would wait.
+        let go_on = &mut || world.size() > 1 || go_on();
+        let found = evaluate_objective_while(model, objective, batches, world, go_on)?;
         Ok(found.map(|found| (found, RolloutRecords { metrics, completions })))
     }
 
@@ -215,6 +231,7 @@ impl<'a> Rollouts<'a> {
         model: &CausalLm,
         train: &Dataset,
         step: usize,
+        world: &dyn Communicator,
         go_on: &mut dyn FnMut() -> bool,
     ) -> Result<Option<(Generation, RolloutRecords)>, Error> {
         let began = std::time::Instant::now();
@@ -228,13 +245,12 @@ impl<'a> Rollouts<'a> {
             seen += count as u64;
             sampled += count;
             let settings = &self.settings;
-            let Some(more) = sampling::sample(&mut self.task, settings, model, train, &prompts, self.seed, go_on)?
-            else {
-                return Ok(None);
-            };
+            let own = ranks::own_prompts(world, &prompts);
+            let more = sampling::sample(&mut self.task, settings, model, train, &own, self.seed, go_on)?;
+            scoring += more.as_ref().map_or(0.0, |more| more.scoring);
+            let Some(more) = ranks::gather_groups(world, more.map(|more| more.groups))? else { return Ok(None) };
             let is_kept = |group: &sampling::ScoredGroup| !settings.arguments.dynamic_sampling || group.has_spread();
-            let (kept, left): (Vec<_>, Vec<_>) = more.groups.into_iter().partition(is_kept);
-            scoring += more.scoring;
+            let (kept, left): (Vec<_>, Vec<_>) = more.into_iter().partition(is_kept);
             groups.extend(kept);
             spare.extend(left);
             if groups.len() == wanted {
@@ -252,7 +268,8 @@ impl<'a> Rollouts<'a> {
             None => Vec::new(),
         };
         let began = std::time::Instant::now();
-        let (mut generation, mut metrics) = Generation::of(groups, &self.settings, model, train, self.batch_size)?;
+        let (mut generation, mut metrics) =
+            Generation::of(groups, &self.settings, model, train, self.batch_size, world)?;
         if self.settings.steps > 1 {
             generation.shuffle(self.seed, seen);
         }

@@ -1,6 +1,7 @@
 //! Policy gradients: loss, metrics and gradient norm of every loss against TRL; runs that sample, stop and resume.
 
 mod model_reward;
+mod ranks;
 mod runs;
 
 use rekindle_models::objective::{Grpo, Rloo};

@@ -1,6 +1,7 @@
 //! A generation: completions that were sampled together, and the steps that use them.
 
 use rekindle_data::{Dataset, Order};
+use rekindle_dist::{Communicator, RankPosition, deal_by_length};
 use rekindle_kernels::linear_cross_entropy::LogProbValues;
 use rekindle_models::{Batch, CausalLm, IGNORED, SampledCompletion};
 use serde::{Deserialize, Serialize};
@@ -10,6 +11,7 @@ use super::arguments::{AdvantageRule, RolloutSettings};
 use super::sampling::{Sampled, ScoredGroup};
 use crate::Error;
 use crate::trainer::StepRows;
+use crate::world::{decode, encode, other_version};
 
 /// Completions that were sampled together. It is a part of checkpoints as long as steps use it, because later weights would
 /// sample others.
@@ -49,6 +51,7 @@ impl Generation {
         model: &CausalLm,
         dataset: &Dataset,
         batch_size: usize,
+        world: &dyn Communicator,
     ) -> Result<(Self, Vec<(String, f64)>), Error> {
         let mut table = RewardTable::default();
         let mut names = Vec::new();
@@ -71,7 +74,7 @@ impl Generation {
             rows.into_iter().map(|(example, completion)| RolloutRow::new(example, completion, settings)).collect();
         let counted: usize = generation.rows.iter().map(RolloutRow::counted).sum();
         generation.mean_tokens = counted.max(1) as f64 / generation.rows.len().max(1) as f64;
-        generation.add_log_probs(settings, model, dataset, batch_size)?;
+        generation.add_log_probs(settings, model, dataset, batch_size, world)?;
         if let (AdvantageRule::Rloo(_), true) = (&settings.advantages, settings.beta != 0.0) {
             table.divergences = generation.rows.iter().map(RolloutRow::divergence).collect();
             metrics.push(("kl".to_owned(), table.divergences.iter().sum::<f64>() / counted.max(1) as f64));
@@ -89,19 +92,33 @@ impl Generation {
         self.rows = order.into_iter().filter_map(|index| rows[index].take()).collect();
     }
 
-    /// Returns the rows of the next step, one of `steps` parts.
-    pub(super) fn next_step(&mut self, dataset: &Dataset, steps: usize, batch_size: usize) -> StepRows {
+    /// Returns the rows of the next step, one of `steps` parts, with those of this rank.
+    pub(super) fn next_step(
+        &mut self,
+        dataset: &Dataset,
+        steps: usize,
+        batch_size: usize,
+        position: RankPosition,
+    ) -> StepRows {
         let per_step = self.rows.len().div_ceil(steps).max(1);
         let first = self.used % steps * per_step;
         self.used += 1;
         let rows = &self.rows[first..(first + per_step).min(self.rows.len())];
-        let batches = rows.chunks(batch_size.max(1)).enumerate();
-        let batches = batches.map(|(part, rows)| self.batch(rows, dataset, part * batch_size)).collect();
-        StepRows::new(batches, rows.iter().map(|row| row.example).collect())
+        let batches = |numbers: &[usize]| -> Vec<Batch> {
+            numbers.chunks(batch_size.max(1)).map(|numbers| self.batch(rows, numbers, dataset)).collect()
+        };
+        let all: Vec<usize> = (0..rows.len()).collect();
+        let dealt = (position.world_size > 1).then(|| {
+            let tokens = |row: &RolloutRow| dataset.example(row.example).input_ids.len() + row.ids.len();
+            let lengths: Vec<usize> = rows.iter().map(tokens).collect();
+            batches(&deal_by_length(&lengths, position.world_size)[position.rank])
+        });
+        StepRows { batches: batches(&all), dealt, examples: rows.iter().map(|row| row.example).collect() }
     }
 
-    /// Returns a batch of rows, of which the first is row `first_row` of its step.
-    fn batch(&self, rows: &[RolloutRow], dataset: &Dataset, first_row: usize) -> Batch {
+    /// Returns a batch of some of `rows`, those of a step, by their numbers.
+    fn batch(&self, rows: &[RolloutRow], numbers: &[usize], dataset: &Dataset) -> Batch {
+        let rows: Vec<&RolloutRow> = numbers.iter().map(|&number| &rows[number]).collect();
         let documents: Vec<_> = rows.iter().map(|row| row.document(dataset)).collect();
         let documents = documents.iter().map(|(ids, labels)| (&ids[..], &labels[..]));
         let completions = rows.iter().map(|row| SampledCompletion {
@@ -111,40 +128,56 @@ impl Generation {
             sampler_log_probs: row.sampler_log_probs.clone(),
             reference_log_probs: row.reference_log_probs.clone(),
         });
-        Batch { completions: completions.collect(), ..Batch::from_rows(documents, first_row as u32) }
+        let numbers = numbers.iter().map(|&number| number as u32).collect();
+        Batch { completions: completions.collect(), rows: numbers, ..Batch::from_rows(documents, 0) }
     }
 
-    /// Computes the log-probabilities that steps need of the model as it is, and of the reference model.
+    /// Computes the log-probabilities that steps need of the model as it is, and of the reference model. Each rank computes
+    /// those of its batches.
     fn add_log_probs(
         &mut self,
         settings: &RolloutSettings,
         model: &CausalLm,
         dataset: &Dataset,
         batch_size: usize,
+        world: &dyn Communicator,
     ) -> Result<(), Error> {
         let (needs_old, needs_reference) = (settings.needs_old_log_probs(), settings.beta != 0.0);
         if !needs_old && !needs_reference {
             return Ok(());
         }
         let temperature = settings.temperature as f32;
-        for first in (0..self.rows.len()).step_by(batch_size.max(1)) {
-            let part = first..(first + batch_size.max(1)).min(self.rows.len());
-            let batch = self.batch(&self.rows[part.clone()], dataset, first);
+        let mut own: Vec<RowLogProbs> = Vec::new();
+        let numbers: Vec<usize> = (0..self.rows.len()).collect();
+        for part in numbers.chunks(batch_size.max(1)).skip(world.rank()).step_by(world.size()) {
+            let batch = self.batch(&self.rows, part, dataset);
             let old = needs_old.then(|| model.log_probs_at(&batch, temperature)).transpose()?;
             let reference = needs_reference.then(|| model.base_log_probs_at(&batch, temperature)).transpose()?;
             let (old, reference) = (old.map(|found| found.values()), reference.map(|found| found.values()));
-            for (row, document) in self.rows[part].iter_mut().zip(batch.documents()) {
+            for (&row, document) in part.iter().zip(batch.documents()) {
                 let tokens = || document.clone().filter(|&token| batch.targets[token] != IGNORED);
                 let of = |values: &Option<LogProbValues>| {
                     let values = values.as_ref()?;
-                    Some(tokens().map(|token| values.log_probs[token]).collect())
+                    Some(tokens().map(|token| values.log_probs[token].to_bits()).collect())
                 };
-                (row.old_log_probs, row.reference_log_probs) = (of(&old), of(&reference));
+                own.push((row, of(&old), of(&reference)));
             }
+        }
+        let values = |bits: Option<Vec<u32>>| bits.map(|bits| bits.into_iter().map(f32::from_bits).collect());
+        let all = match world.size() {
+            1 => vec![own],
+            _ => world.all_gather(&encode(&own))?.iter().map(|bytes| decode(bytes)).collect::<Result<_, _>>()?,
+        };
+        for (row, old, reference) in all.into_iter().flatten() {
+            let row = self.rows.get_mut(row).ok_or_else(other_version)?;
+            (row.old_log_probs, row.reference_log_probs) = (values(old), values(reference));
         }
         Ok(())
     }
 }
+
+/// The number of a row, and the bits of its log-probabilities under the model as it is and under the reference model.
+type RowLogProbs = (usize, Option<Vec<u32>>, Option<Vec<u32>>);
 
 impl RolloutRow {
     fn new(example: usize, completion: Sampled, settings: &RolloutSettings) -> Self {

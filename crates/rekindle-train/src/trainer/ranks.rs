@@ -15,18 +15,9 @@ impl Trainer<'_> {
         if self.world.size() == 1 {
             return Ok(());
         }
-        match &self.config.method {
-            // Their rows are known before the run. A method that samples rows must spread them over the ranks first.
-            Method::Sft | Method::Dpo(_) | Method::Kto(_) | Method::Orpo(_) | Method::Cpo(_) => {}
-            Method::Grpo(_) | Method::Rloo(_) => {
-                let name = self.config.method.name();
-                let problem = format!("method \"{name}\" trains on a single rank; start the run without --ranks");
-                return Err(Error::Config(vec![problem]));
-            }
-            Method::Reward(_) => {
-                let problem = "method \"reward\" has not been run on several ranks; train it with one rank";
-                return Err(Error::Config(vec![problem.to_owned()]));
-            }
+        if let Method::Reward(_) = self.config.method {
+            let problem = "method \"reward\" has not been run on several ranks; train it with one rank";
+            return Err(Error::Config(vec![problem.to_owned()]));
         }
         let own = RecordedSettings::for_ranks(self, total)?;
         let first = share(&*self.world, own.clone())?;

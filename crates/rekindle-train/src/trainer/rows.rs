@@ -24,19 +24,14 @@ pub(crate) struct StepRows {
     /// The micro-batches of all ranks, as one rank would have them.
     pub(crate) batches: Vec<Batch>,
     /// The micro-batches of this rank, if there are several.
-    dealt: Option<Vec<Batch>>,
+    pub(crate) dealt: Option<Vec<Batch>>,
     /// The example of each row of the step; [`Batch::rows`] are indices into it.
     pub(crate) examples: Vec<usize>,
 }
 
 impl StepRows {
-    /// Returns the rows of a step of a single rank.
-    pub(crate) fn new(batches: Vec<Batch>, examples: Vec<usize>) -> Self {
-        Self { batches, dealt: None, examples }
-    }
-
     /// Returns the micro-batches of this rank.
-    pub(super) fn own(&self) -> &[Batch] {
+    pub(crate) fn own(&self) -> &[Batch] {
         self.dealt.as_ref().unwrap_or(&self.batches)
     }
 }

@@ -34,6 +34,7 @@ impl<'a> StepSource<'a> {
         };
         let mut rollouts = Rollouts::new(task, &job.config, settings, &job.train, order, seen).recorded_of(steps);
         checkpoint.map(|checkpoint| rollouts.resume(checkpoint)).transpose()?;
+        rollouts.share(&*job.world)?;
         Ok(Self::Rollouts(Box::new(rollouts)))
     }
 
@@ -52,7 +53,7 @@ impl<'a> StepSource<'a> {
             }
             Self::Rollouts(rollouts) => {
                 let go_on = &mut || !job.stop.load(Ordering::Relaxed);
-                let step = rollouts.next_step(job.model, &job.train, step, go_on)?;
+                let step = rollouts.next_step(job.model, &job.train, step, &*job.world, go_on)?;
                 Ok(step.map(|RolloutStep { rows, records }| (rows, records)))
             }
         }
@@ -69,7 +70,7 @@ impl<'a> StepSource<'a> {
         let (Self::Rollouts(rollouts), Some(eval)) = (self, &job.eval) else { return Ok(None) };
         let go_on = &mut || !job.stop.load(Ordering::Relaxed);
         let size = job.config.per_device_eval_batch_size;
-        let found = rollouts.evaluate(job.model, objective, eval, (size, done), go_on)?;
+        let found = rollouts.evaluate(job.model, objective, eval, (size, done), &*job.world, go_on)?;
         Ok(found.map(|(found, RolloutRecords { metrics, completions })| {
             let metrics = EvalMetrics {
                 step: done,

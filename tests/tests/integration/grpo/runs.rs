@@ -17,7 +17,7 @@ use rekindle_train::{
 };
 
 /// The share of even token ids; null for a completion that begins with id 0.
-struct Even {
+pub(super) struct Even {
     /// Groups scored so far.
     calls: Arc<AtomicUsize>,
     /// The group after which the run is asked to stop.
@@ -51,17 +51,17 @@ impl Reward for Even {
     }
 }
 
-fn task<'a>(reward: impl Reward + 'static) -> RolloutTask<'a> {
+pub(super) fn task<'a>(reward: impl Reward + 'static) -> RolloutTask<'a> {
     let mut rewards = RewardSet::new();
     rewards.push(Box::new(reward), 1.0).expect("a new name");
     RolloutTask { rewards, columns: Default::default(), stop_ids: vec![130], tokenizer: None }
 }
 
-fn even() -> Even {
+pub(super) fn even() -> Even {
     Even { calls: Arc::default(), stop_after: 0, stop: Arc::default(), fails: false }
 }
 
-fn prompts() -> Dataset {
+pub(super) fn prompts() -> Dataset {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("prompts.jsonl");
     let row = |index: usize| {
@@ -73,7 +73,7 @@ fn prompts() -> Dataset {
     Dataset::load(&path, None, &options).expect("they load").0
 }
 
-fn fresh() -> CausalLm {
+pub(super) fn fresh() -> CausalLm {
     let mut model = Golden::open("qwen3-tied").load();
     model.add_adapter(&LoraConfig::new(4).lora_dropout(0.1)).expect("a valid configuration");
     model
@@ -86,7 +86,7 @@ fn without_dropout() -> CausalLm {
 }
 
 /// Four completions of at most 6 tokens for each of four prompts, which two passes of two steps use.
-fn grpo() -> Method {
+pub(super) fn grpo() -> Method {
     let loss = Grpo { beta: 0.04, max_completion_length: 6, ..Grpo::default() };
     let advantages = GrpoAdvantages { num_generations: 4, ..GrpoAdvantages::default() };
     let rollouts =
@@ -94,13 +94,13 @@ fn grpo() -> Method {
     Method::Grpo(Box::new(WithRollouts { loss, advantages, rollouts }))
 }
 
-fn rloo() -> Method {
+pub(super) fn rloo() -> Method {
     let loss = Rloo { max_completion_length: 6, temperature: 0.8, ..Rloo::default() };
     let rollouts = RolloutArguments { mask_truncated_completions: true, ..RolloutArguments::default() };
     Method::Rloo(Box::new(WithRollouts { loss, advantages: RlooAdvantages::default(), rollouts }))
 }
 
-fn config(method: Method) -> SftConfig {
+pub(super) fn config(method: Method) -> SftConfig {
     SftConfig {
         method,
         per_device_train_batch_size: 4,
@@ -135,7 +135,7 @@ fn run(model: &mut CausalLm, config: SftConfig, dir: &Path, resume: bool, stop_a
 }
 
 /// Returns the numbers of a report but for times.
-fn numbers(report: &TrainReport) -> Vec<(f64, f64, MetricValues)> {
+pub(super) fn numbers(report: &TrainReport) -> Vec<(f64, f64, MetricValues)> {
     let untimed = |metrics: &MetricValues| {
         MetricValues(
             metrics.0.iter().filter(|(name, _)| !name.starts_with("time/")).map(|(n, v)| (n.clone(), *v)).collect(),

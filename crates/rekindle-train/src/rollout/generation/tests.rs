@@ -4,6 +4,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use rekindle_dist::OneRank;
+
 use super::*;
 use crate::rollout::{GrpoAdvantages, RlooAdvantages};
 
@@ -104,12 +106,20 @@ fn a_generation_is_used_in_parts() {
     };
     let dataset = Dataset::load(&path, None, &options).unwrap().0;
     let mut examples = || {
-        let step = generation.next_step(&dataset, 3, 1);
+        let step = generation.next_step(&dataset, 3, 1, OneRank.position());
         assert_eq!((step.batches.len(), &step.batches[1].input_ids[..]), (2, &[1, 2, 7][..]));
         assert_eq!((&step.batches[1].rows[..], &step.batches[1].targets[..]), (&[1][..], &[IGNORED, 7, IGNORED][..]));
         step.examples
     };
     assert_eq!([examples(), examples(), examples(), examples()], [[0, 1], [2, 3], [4, 5], [0, 1]]);
+    // Every row of a step is dealt to one rank, with its number in the step.
+    let dealt = |rank: usize| {
+        let position = RankPosition { rank, world_size: 2, local_rank: rank, local_world_size: 2 };
+        let step = generation.clone().next_step(&dataset, 1, 2, position);
+        assert_eq!(step.batches.len(), 3);
+        step.own().iter().flat_map(|batch| batch.rows.clone()).collect::<Vec<u32>>()
+    };
+    assert_eq!([dealt(0), dealt(1)], [[0, 2, 4], [1, 3, 5]]);
     let before = generation.clone();
     generation.shuffle(3, 8);
     let mut order: Vec<usize> = generation.rows.iter().map(|row| row.example).collect();
