@@ -25,6 +25,8 @@ def arguments():
     parser.add_argument("--checkpointing", choices=list(CHECKPOINTING), default="block")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--bias", choices=["none", "all"], default="none")
+    parser.add_argument("--use-dora", action="store_true")
     return parser.parse_args()
 
 
@@ -61,7 +63,8 @@ def unsloth_model(job):
         r=16,
         lora_alpha=32,
         lora_dropout=0.0,
-        bias="none",
+        bias=job.bias,
+        use_dora=job.use_dora,
         target_modules=TARGETS,
         use_gradient_checkpointing=CHECKPOINTING[job.checkpointing],
         random_state=3407,
@@ -89,7 +92,9 @@ def peft_model(job):
             target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         )
         targets = experts if getattr(model.config, "num_experts", None) else dict(target_modules=TARGETS)
-        config = LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM", **targets)
+        config = LoraConfig(
+            r=16, lora_alpha=32, bias=job.bias, use_dora=job.use_dora, task_type="CAUSAL_LM", **targets
+        )
         model = get_peft_model(model, config)
     if job.checkpointing != "off":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

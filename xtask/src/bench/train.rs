@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use rekindle::LoraConfig;
+use rekindle::{Bias, LoraConfig};
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::runtime::{Cuda, ProfileEntry};
 use rekindle_kernels::{DType, Device, parse_device};
@@ -61,6 +61,15 @@ pub(crate) struct Train {
     /// The directory that keeps the weights for the next job of that shape; by default they are deleted.
     #[arg(long)]
     weights: Option<PathBuf>,
+    /// Gives q, k, v and o biases, as `attention_bias` in `config.json`.
+    #[arg(long)]
+    attention_bias: bool,
+    /// The biases trained with the adapter, as `bias` in `[lora]`.
+    #[arg(long, value_enum, default_value_t = TrainedBias::None)]
+    bias: TrainedBias,
+    /// Trains magnitudes, as `use_dora` in `[lora]`.
+    #[arg(long)]
+    use_dora: bool,
     /// The optimizer, as `optim` in `[train]`.
     #[arg(long, default_value = "adamw")]
     optim: String,
@@ -122,6 +131,14 @@ enum Checkpointing {
     Host,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TrainedBias {
+    /// None.
+    None,
+    /// Every bias of the model.
+    All,
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Peer {
     Unsloth,
@@ -154,6 +171,9 @@ pub(crate) fn table(weights: Option<&Path>, python: Option<&Path>) -> Result<Val
             steps,
             device: "cuda".to_owned(),
             weights: Some(weights.clone()),
+            attention_bias: false,
+            bias: TrainedBias::None,
+            use_dora: false,
             optim: "adamw".to_owned(),
             optimizer_in_bwd: false,
             loss: Loss::Sft,
@@ -212,7 +232,11 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
     options.load_in = job.mode.load_in();
     let mut model = CausalLm::load(&Checkpoint::open(at)?, &options, &mut |_| ())?;
     if !job.mode.is_full() {
-        model.add_adapter(&LoraConfig::new(16).lora_alpha(32.0))?;
+        let bias = match job.bias {
+            TrainedBias::None => Bias::None,
+            TrainedBias::All => Bias::All,
+        };
+        model.add_adapter(&LoraConfig::new(16).lora_alpha(32.0).bias(bias).use_dora(job.use_dora))?;
     }
     model.set_gradient_checkpointing(job.checkpointing.setting());
     device.synchronize()?;
@@ -272,10 +296,15 @@ impl Train {
     /// Returns our numbers and, if there is a Python, the peer's.
     fn measure(&self) -> Result<(Value, Option<Value>), Box<dyn Error>> {
         let scratch = tempfile::tempdir()?;
-        let at = self.weights.as_deref().unwrap_or(scratch.path()).join(name(self.shape));
+        let directory = name(self.shape) + if self.attention_bias { "-attention-bias" } else { "" };
+        let at = self.weights.as_deref().unwrap_or(scratch.path()).join(directory);
         if !at.join("config.json").exists() {
             std::fs::create_dir_all(&at)?;
-            random_checkpoint::write_bf16(&at, &self.shape.config(), 1)?;
+            let mut config = self.shape.config();
+            if self.attention_bias {
+                config["attention_bias"] = Value::from(true);
+            }
+            random_checkpoint::write_bf16(&at, &config, 1)?;
         }
         let mut ours = Command::new(std::env::current_exe()?);
         ours.args(["bench", "train", "--worker", "--device", &self.device, "--weights"]).arg(&at);
@@ -303,10 +332,13 @@ impl Train {
             ("--seq", self.seq.to_string()),
             ("--checkpointing", name(self.checkpointing)),
             ("--steps", self.steps.to_string()),
+            ("--bias", name(self.bias)),
             ("--loss", name(self.loss)),
         ];
+        let flag = self.use_dora.then(|| "--use-dora".to_owned());
         let of_loss = self.arguments.options().into_iter().filter(|_| self.loss != Loss::Sft);
-        options.into_iter().chain(of_loss).flat_map(|(option, value)| [option.to_owned(), value]).collect()
+        let options = options.into_iter().chain(of_loss);
+        options.flat_map(|(option, value)| [option.to_owned(), value]).chain(flag).collect()
     }
 
     fn name(&self) -> String {
@@ -314,7 +346,14 @@ impl Train {
         let (shape, mode, checkpointing) = (name(*shape), name(*mode), name(*checkpointing));
         let loss = if *loss == Loss::Sft { String::new() } else { format!(" {}", name(*loss)) };
         let in_bwd = if *optimizer_in_bwd { ", in the backward" } else { "" };
-        format!("{shape} {mode}{loss}, {batch} × {seq}, checkpointing {checkpointing}, {optim}{in_bwd}")
+        let mut lora = String::new();
+        if self.attention_bias {
+            lora += &format!(" with attention biases, bias {}", name(self.bias));
+        }
+        if self.use_dora {
+            lora += " DoRA";
+        }
+        format!("{shape} {mode}{lora}{loss}, {batch} × {seq}, checkpointing {checkpointing}, {optim}{in_bwd}")
     }
 
     /// Returns a row of the table in docs/benchmarks.md.

@@ -46,6 +46,9 @@ pub(crate) fn run(weights: Option<&Path>) -> Result<(), Box<dyn Error>> {
     println!("|---|---|---|---|---|---|---|---|---|---|---|");
     for (shape, mode, batch, seq, checkpointing) in JOBS {
         let job = Train {
+            attention_bias: false,
+            bias: super::TrainedBias::None,
+            use_dora: false,
             optim: "adamw".to_owned(),
             optimizer_in_bwd: false,
             loss: Loss::Sft,
