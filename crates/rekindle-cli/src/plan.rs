@@ -63,7 +63,7 @@ struct PlanReport<'a> {
     ranks: Option<RankPlan>,
 }
 
-/// What several GPUs hold and send.
+/// The memory and the traffic of several GPUs.
 #[derive(Serialize)]
 struct RankPlan {
     gpus: usize,

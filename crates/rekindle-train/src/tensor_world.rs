@@ -25,7 +25,7 @@ pub struct TensorWorld {
     is_planned: bool,
 }
 
-/// What a rank tells the others about its device.
+/// The device of a rank, as the other ranks learn of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct RankDevice {
     /// `cpu`, `cuda`, …

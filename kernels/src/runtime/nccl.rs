@@ -139,7 +139,7 @@ pub fn nccl_version() -> Result<String, CudaError> {
     Ok(format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100))
 }
 
-/// What the ranks of a communicator share before they are connected: the address of rank 0.
+/// An identifier that the ranks of a communicator share before they are connected: the address of rank 0.
 #[derive(Clone, Copy)]
 pub struct NcclId(UniqueId);
 

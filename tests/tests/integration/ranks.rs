@@ -218,7 +218,7 @@ fn all_weights_take_the_steps_of_one_rank() {
     with(Some(false)).check("full, whole state");
 }
 
-/// Whether the state is divided or not, the same number of ranks takes the same steps to the bit.
+/// The same number of ranks takes the same steps to the bit with a divided and with a whole state.
 #[test]
 fn a_divided_state_takes_the_steps_of_a_whole_one() {
     for (what, make) in [("full", full as fn() -> CausalLm), ("lora", lora_with_dropout)] {
