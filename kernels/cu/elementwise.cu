@@ -1,6 +1,6 @@
 // Scaling, products, casts and scattered rows; sums and aligned copies are in reduce.cu.
 //
-// y = factor·x in f32, rounded to T; y = a ∘ b; y[r, c] = x[r, c]·s[c]; y = x rounded to another dtype;
+// y = factor·x in f32, rounded to T; y = a ∘ b; y[r, c] = x[r, c]·s[c]; y = x rounded to another dtype; y = x + a in f32;
 // y[places[r]] = x[r].
 //
 // Layout: matrices [rows, width], row-major, each with its row stride in elements, any width, fewer than 2^32 groups of
@@ -10,6 +10,7 @@
 // Launch: grid ceil(rows·ceil(width / 8) / 256), block 256, dynamic shared memory 0
 //   scale(x, y, i32 rows, width, ldx, ldy, f32 factor)
 //   mul(a, b, y, i32 rows, width, lda, ldb, ldy): y may be a or b
+//   add_f32(x, a, y, i32 rows, width, ldx, lda, ldy): a and y f32; y may be a
 //   scale_columns(x, s, y, i32 rows, width, ldx, ldy): s T [width]; y may be x
 //   cast_bf16, cast_f16, cast_f32(x, y, i32 rows, width, ldx, ldy)
 //   scatter_rows(x, places, y, i32 rows, width, ldx, ldy): places u32 [rows], no two equal
@@ -86,6 +87,20 @@ mul(const T* a, const T* b, T* y, int rows, int width, int lda, int ldb, int ldy
     fetch(at(b, p.row, ldb, p.col), n, v);
 #pragma unroll
     for (int k = 0; k < 8; k++) v[k] *= u[k];
+    leave(at(y, p.row, ldy, p.col), n, v);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+add_f32(const T* x, const f32* a, f32* y, int rows, int width, int ldx, int lda, int ldy) {
+    const u32 i = blockIdx.x * 256 + threadIdx.x;
+    if (i >= (u32)rows * ((u32)(width + 7) / 8)) return;
+    const Place p = place<8>(i, width);
+    const int n = min(p.n, 8);
+    f32 u[8], v[8];
+    fetch(at(x, p.row, ldx, p.col), n, u);
+    fetch(at(a, p.row, lda, p.col), n, v);
+#pragma unroll
+    for (int k = 0; k < 8; k++) v[k] += u[k];
     leave(at(y, p.row, ldy, p.col), n, v);
 }
 

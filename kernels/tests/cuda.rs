@@ -135,6 +135,12 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
         for form in Form::ALL {
             suite.dtypes(|dtype| AddedNorm::new(form, shape, dtype))?;
         }
+        for form in [Form::Plain, Form::RoundedAfter, Form::OnePlus] {
+            for residual in [false, true] {
+                suite.dtypes(|dtype| RmsNorm::with(form, shape, residual, dtype).wide())?;
+            }
+            suite.dtypes(|dtype| AddedNorm::new(form, shape, dtype).wide())?;
+        }
     }
     // 64, 128 and 256 channels that all turn have kernels of their own.
     let ropes = [

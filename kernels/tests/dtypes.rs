@@ -45,6 +45,11 @@ fn rms_norm() {
         check(|dtype| RmsNorm::with(form, [40, 129], true, dtype));
         check(|dtype| AddedNorm::new(form, [40, 129], dtype));
     }
+    for form in [Form::Plain, Form::RoundedAfter, Form::OnePlus] {
+        check(|dtype| RmsNorm::with(form, [5, 24], false, dtype).wide());
+        check(|dtype| RmsNorm::with(form, [40, 129], true, dtype).wide());
+        check(|dtype| AddedNorm::new(form, [40, 129], dtype).wide());
+    }
 }
 
 #[test]

@@ -16,6 +16,19 @@ pub(crate) fn add(a: Array, b: &Array) -> Array {
     y
 }
 
+/// `a + b` for a of f32 and b of another dtype, in f32.
+pub(crate) fn add_narrow(a: Array, b: &Array) -> Array {
+    check_dims("b", b, a.dims());
+    let (y, a, b) = (target(&a), a.aligned(), b.aligned());
+    kernel(b.cuda(), entry!("elementwise.cu", "add_f32"), b.dtype()).launch(
+        octet_grid(&b),
+        [256, 1, 1],
+        0,
+        args![b.ptr(), a.ptr(), y.ptr(), int(b.rows()), int(b.cols()), int(b.ld()), int(a.ld()), int(y.ld())],
+    );
+    y
+}
+
 /// `out += x` for f32 vectors, whoever else sees `out`.
 pub(crate) fn accumulate(out: &Array, x: &Array) {
     check_dims("x", x, [1, out.cols()]);
@@ -80,6 +93,16 @@ pub(crate) fn cast(x: &Array, dtype: DType, usage: MemoryUse) -> Array {
         return x.clone();
     }
     let y = Array::empty(x.cuda(), x.dims(), dtype, usage);
+    copy_into(x, &y);
+    y
+}
+
+/// [`cast`] for activations, with `pad_cols` spare columns behind each row of a new matrix.
+pub(crate) fn cast_padded(x: &Array, dtype: DType, pad_cols: usize) -> Array {
+    if x.dtype() == dtype {
+        return x.clone();
+    }
+    let y = Array::padded(x.cuda(), x.dims(), pad_cols, dtype, MemoryUse::Activations);
     copy_into(x, &y);
     y
 }

@@ -69,7 +69,7 @@ sources! {
     "dequant_blocks.cu" with block_formats, ["dequant_blocks"];
     "dropout.cu" after "philox.cuh" with any_dtype, ["dropout", "neftune"];
     "elementwise.cu" with any_dtype, [
-        "cast_bf16", "cast_f16", "cast_f32", "mul",
+        "add_f32", "cast_bf16", "cast_f16", "cast_f32", "mul",
         "scale", "scale_columns", "scatter_rows"
     ];
     "embedding.cu" with any_dtype, ["embedding_bwd", "embedding_fwd"];
@@ -102,6 +102,10 @@ sources! {
     "reduce.cu" with any_dtype, ["add", "add_row_bias", "column_sums", "copy_2d", "sum_partials"];
     "rms_norm.cu" with any_gain, [
         "rms_norm_add", "rms_norm_bwd", "rms_norm_dw", "rms_norm_fwd", "rms_norm_recompute"
+    ];
+    "rms_norm_mixed.cu" with low_dtypes_gain, [
+        "rms_norm_mixed_bwd", "rms_norm_mixed_dw", "rms_norm_mixed_fwd", "rms_norm_mixed_recompute", "rms_norm_post_bwd",
+        "rms_norm_post_dw"
     ];
     "routing.cu" with any_dtype, [
         "dispatch_count", "dispatch_place", "dispatch_scan", "expert_row_sums", "router_bwd", "router_fwd", "router_pick",
@@ -231,8 +235,14 @@ fn few_rows_4bit(arch: Arch) -> Vec<Defines> {
     shapes.into_iter().flat_map(with).collect()
 }
 
+const GAINS: [&str; 4] = ["PLAIN", "ROUNDED_AFTER", "ONE_PLUS", "NO_WEIGHT"];
+
 fn any_gain(arch: Arch) -> Vec<Defines> {
-    any_dtype_with(arch, "GAIN", &["PLAIN", "ROUNDED_AFTER", "ONE_PLUS", "NO_WEIGHT"])
+    any_dtype_with(arch, "GAIN", &GAINS)
+}
+
+fn low_dtypes_gain(arch: Arch) -> Vec<Defines> {
+    low_dtypes_with(arch, "GAIN", &GAINS)
 }
 
 /// The combinations that models have.

@@ -50,7 +50,11 @@ impl Device {
     pub fn supports_dtype(&self, dtype: DType) -> bool {
         match self {
             Self::Burn(device) => device.supports_dtype(dtype),
-            Self::Cuda(_) => matches!(dtype, DType::F32 | DType::F16 | DType::BF16),
+            Self::Cuda(cuda) => match dtype {
+                DType::F32 | DType::F16 => true,
+                DType::BF16 => cuda.props().major >= 8,
+                _ => false,
+            },
             Self::Meta(_) => Self::cpu().supports_dtype(dtype),
         }
     }

@@ -68,13 +68,42 @@ impl<const D: usize> Tensor<D> {
         }
     }
 
-    /// Returns `self + other`, in this tensor's memory unless it is shared.
+    /// Returns `self + other`, in this tensor's memory unless it is shared. The sum of an f32 and a 16-bit tensor is f32.
     #[must_use]
     pub fn plus(self, other: &Self) -> Self {
+        match (self.dtype(), other.dtype()) {
+            (own, others) if own == others => {}
+            (DType::F32, _) => return self.plus_narrow(other),
+            (_, DType::F32) => return other.clone().plus_narrow(&self),
+            (own, others) => panic!("no sum of {own:?} and {others:?}"),
+        }
         match self {
             Self::Burn(a) => Self::Burn(a + other.burn().clone()),
             Self::Cuda(a) => Self::Cuda(elementwise::add(a, other.cuda())),
             Self::Meta(a) => Self::Meta(a.elementwise()),
+        }
+    }
+
+    /// `self + other` of an f32 tensor and one of 16 bits.
+    fn plus_narrow(self, other: &Self) -> Self {
+        match self {
+            Self::Burn(a) => Self::Burn(a + other.burn().clone().cast(DType::F32)),
+            Self::Cuda(a) => Self::Cuda(elementwise::add_narrow(a, other.cuda())),
+            Self::Meta(a) => {
+                let _wide = other.meta().clone().cast(DType::F32);
+                Self::Meta(a.elementwise())
+            }
+        }
+    }
+
+    /// Returns the values in a dtype, rounded to nearest; this tensor itself if it has the dtype.
+    #[must_use]
+    pub fn cast(self, dtype: DType) -> Self {
+        match self {
+            Self::Burn(a) if a.dtype() == dtype => Self::Burn(a),
+            Self::Burn(a) => Self::Burn(a.cast(dtype)),
+            Self::Cuda(a) => Self::Cuda(elementwise::cast(&a, cuda_dtype(dtype), MemoryUse::Activations)),
+            Self::Meta(a) => Self::Meta(a.cast(dtype)),
         }
     }
 
@@ -172,6 +201,16 @@ pub(crate) fn triple<T: Into<Tensor<2>>>((a, b, c): (T, T, T)) -> (Tensor<2>, Te
 }
 
 impl Tensor<2> {
+    /// Returns the values in a dtype as [`cast`](Self::cast) does; on CUDA a new matrix has `pad_cols` spare columns behind
+    /// each row.
+    #[must_use]
+    pub fn cast_padded(self, dtype: DType, pad_cols: usize) -> Self {
+        match self {
+            Self::Cuda(a) => Self::Cuda(elementwise::cast_padded(&a, cuda_dtype(dtype), pad_cols)),
+            other => other.cast(dtype),
+        }
+    }
+
     /// Returns some columns, sharing memory.
     pub fn columns(&self, first: usize, count: usize) -> Self {
         match self {

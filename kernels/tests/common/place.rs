@@ -48,8 +48,13 @@ impl Place {
     }
 
     /// A matrix in this place's layout.
-    pub(crate) fn matrix(&self, values: &[f32], [rows, cols]: [usize; 2]) -> Tensor<2> {
-        let packed = |values: Vec<f32>, shape| from_f32(values, shape, &self.device, self.dtype);
+    pub(crate) fn matrix(&self, values: &[f32], dims: [usize; 2]) -> Tensor<2> {
+        self.matrix_of(values, dims, self.dtype)
+    }
+
+    /// A matrix of another dtype in this place's layout.
+    pub(crate) fn matrix_of(&self, values: &[f32], [rows, cols]: [usize; 2], dtype: DType) -> Tensor<2> {
+        let packed = |values: Vec<f32>, shape| from_f32(values, shape, &self.device, dtype);
         /// Fills what the view must not read.
         const OUTSIDE: f32 = 3e4;
         match self.layout {

@@ -36,6 +36,8 @@ pub(crate) struct RmsNorm {
     dy: Vec<f32>,
     /// The addend before the norm, and the gradient that reaches the sum past the norm.
     residual: Option<(Vec<f32>, Vec<f32>)>,
+    /// True if x, the sum and the gradient to it are f32 in every dtype.
+    wide: bool,
 }
 
 const EPS: f64 = 1e-6;
@@ -55,7 +57,13 @@ impl RmsNorm {
             weight: input(2, hidden),
             dy: input(3, n),
             residual: residual.then(|| (input(4, n), input(5, n))),
+            wide: false,
         }
+    }
+
+    /// The same with a residual stream of f32.
+    pub(crate) fn wide(self) -> Self {
+        Self { wide: true, ..self }
     }
 
     fn graph(&self, dtype: DType, norm: impl Fn(&BurnTensor<2>, &BurnTensor<1>) -> BurnTensor<2>) -> Results {
@@ -100,7 +108,8 @@ impl Case for RmsNorm {
     }
 
     fn ours(&self, place: &Place) -> Results {
-        let (x, gain) = (place.matrix(&self.x, self.shape), self.form.gain(place.vector(&self.weight)));
+        let stream = |values: &[f32]| stream(place, self.wide, values, self.shape);
+        let (x, gain) = (stream(&self.x), self.form.gain(place.vector(&self.weight)));
         let dy = place.matrix(&self.dy, self.shape);
         let (sum, y, rstd) = match &self.residual {
             None => {
@@ -110,9 +119,11 @@ impl Case for RmsNorm {
             Some((delta, _)) => rms_norm::add_forward(&x, place.matrix(delta, self.shape), &gain, EPS, ROOM),
         };
         let again = rms_norm::recompute(&sum, &gain, &rstd);
-        let beside = self.residual.as_ref().map(|(_, beside)| place.matrix(beside, self.shape));
+        let beside = self.residual.as_ref().map(|(_, beside)| stream(beside));
         let dx = rms_norm::backward(&dy, &sum, &gain, &rstd, beside, ROOM);
         let dw = rms_norm::weight_grad(&dy, &sum, &rstd);
+        let expected = if self.wide { DType::F32 } else { place.dtype };
+        assert_eq!([sum.dtype(), dx.dtype(), y.dtype()], [expected, expected, place.dtype]);
         assert_eq!(values(y.clone()), values(again), "recomputing gives the same bits");
         let mut results = vec![("sum", values(sum)), ("y", values(y)), ("dx", values(dx))];
         if self.form != Form::None {
@@ -130,7 +141,8 @@ impl Case for RmsNorm {
 
 impl std::fmt::Debug for RmsNorm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "rms_norm {:?} {:?}, residual {}", self.form, self.shape, self.residual.is_some())
+        let wide = if self.wide { ", in f32" } else { "" };
+        write!(f, "rms_norm {:?} {:?}, residual {}{wide}", self.form, self.shape, self.residual.is_some())
     }
 }
 
@@ -143,6 +155,13 @@ pub(crate) struct AddedNorm {
     weights: [Vec<f32>; 2],
     dy: Vec<f32>,
     dh: Vec<f32>,
+    /// True if the residual and the sum are f32 in every dtype.
+    wide: bool,
+}
+
+/// A matrix of the residual stream.
+fn stream(place: &Place, wide: bool, values: &[f32], shape: [usize; 2]) -> Tensor<2> {
+    place.matrix_of(values, shape, if wide { DType::F32 } else { place.dtype })
 }
 
 impl AddedNorm {
@@ -157,7 +176,13 @@ impl AddedNorm {
             weights: [input(3, hidden), input(4, hidden)],
             dy: input(5, n),
             dh: input(6, n),
+            wide: false,
         }
+    }
+
+    /// The same with a residual stream of f32.
+    pub(crate) fn wide(self) -> Self {
+        Self { wide: true, ..self }
     }
 }
 
@@ -180,7 +205,8 @@ impl Case for AddedNorm {
 
     fn ours(&self, place: &Place) -> Results {
         let matrix = |values: &[f32]| place.matrix(values, self.shape);
-        let (x, residual) = (matrix(&self.x), matrix(&self.residual));
+        let stream = |values: &[f32]| stream(place, self.wide, values, self.shape);
+        let (x, residual) = (matrix(&self.x), stream(&self.residual));
         let [first, second] = self.weights.each_ref().map(|weight| self.form.gain(place.vector(weight)));
         let norm = |gain| GainEps { gain, eps: EPS };
         let (h, rstd1, y, rstd2) = rms_norm::forward_add_forward(&x, norm(&first), &residual, norm(&second), ROOM);
@@ -192,7 +218,7 @@ impl Case for AddedNorm {
         );
         let dy = matrix(&self.dy);
         let dw2 = rms_norm::weight_grad(&dy, &h, &rstd2);
-        let dh = rms_norm::backward(&dy, &h, &second, &rstd2, Some(matrix(&self.dh)), 0);
+        let dh = rms_norm::backward(&dy, &h, &second, &rstd2, Some(stream(&self.dh)), 0);
         let dw1 = rms_norm::weight_grad(&dh, &x, &rstd1);
         let dx = rms_norm::backward(&dh, &x, &first, &rstd1, None, ROOM);
         let mut results = vec![("h", values(h)), ("y", values(y)), ("dx", values(dx)), ("dresidual", values(dh))];
@@ -205,6 +231,7 @@ impl Case for AddedNorm {
 
 impl std::fmt::Debug for AddedNorm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "rms_norm {:?} {:?} before and after an addition", self.form, self.shape)
+        let wide = if self.wide { " in f32" } else { "" };
+        write!(f, "rms_norm {:?} {:?} before and after an addition{wide}", self.form, self.shape)
     }
 }

@@ -21,8 +21,8 @@ pub(crate) fn product_add(y: Array, alpha: f32, a: &Array, b: &Array, form: Form
     add_onto(y, alpha, a, b, form, None)
 }
 
-/// The product with `bias` `[1, n]` added to every row and `onto` to the whole, in the memory of that where it may be;
-/// a new matrix has `pad_cols` spare columns behind each row.
+/// The product with `bias` `[1, n]` added to every row and `onto`, of the operands' dtype or f32, to the whole, in the memory
+/// of that where it may be; a new matrix has `pad_cols` spare columns behind each row.
 pub(crate) fn linear(
     a: &Array,
     b: &Array,
@@ -61,10 +61,16 @@ fn add_onto(y: Array, alpha: f32, a: &Array, b: &Array, form: Form, bias: Option
             None => y,
         };
     }
-    if alpha == 1.0 && y.dtype() == a.dtype() && few_rows::takes(a, b, form) {
+    if alpha == 1.0 && few_rows::takes(a, b, form) {
+        if y.dtype() != a.dtype() {
+            return elementwise::add_narrow(y, &linear(a, b, form, bias, None, 0));
+        }
         let out = if y.is_unique() { y.clone() } else { like(&y) };
         few_rows::linear(&out, a, b, bias, Some(&y));
         return out;
+    }
+    if bias.is_some_and(|bias| bias.dtype() != y.dtype()) {
+        return elementwise::add_narrow(y, &linear(a, b, form, bias, None, 0));
     }
     // With a bias a product cannot be timed on y, whose values must stay what they are.
     let in_place = y.is_unique() && bias.is_none();

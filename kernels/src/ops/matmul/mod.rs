@@ -101,9 +101,11 @@ fn product(a: &Tensor<2>, b: &Tensor<2>, form: Form) -> Tensor<2> {
 }
 
 fn add(y: Tensor<2>, alpha: f32, a: &Tensor<2>, b: &Tensor<2>, form: Form) -> Tensor<2> {
-    match Backend::of(&y) {
+    // y may be f32 beside operands of 16 bits.
+    let backend = if y.dtype() == a.dtype() { Backend::of(&y) } else { Backend::of(a) };
+    match backend {
         Backend::Cpu => cpu::product_add(y.into_burn(), alpha, a.burn(), b.burn(), form).into(),
-        Backend::Portable => (y.into_burn() + portable::product(a.burn(), b.burn(), form) * alpha).into(),
+        Backend::Portable => portable::product_add(y.into_burn(), alpha, a.burn(), b.burn(), form).into(),
         Backend::Cuda => cuda::product_add(y.into_cuda(), alpha, a.cuda(), b.cuda(), form.into()).into(),
         Backend::Meta => meta::product_add(y.into_meta(), a.meta(), b.meta(), form).into(),
     }

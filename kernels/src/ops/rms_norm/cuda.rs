@@ -1,15 +1,19 @@
 //! Root-mean-square normalization of rows, with the residual addition before or after it.
 
-use super::GainForm;
+use super::{GainForm, mixed};
 use crate::runtime::limits::MAX_NORM_WIDTH;
 use crate::runtime::op::{blocks, check_dims, int, like, padded, target};
 use crate::runtime::{Array, DType, Entry, Kernel, MemoryUse, args, entry, reduce};
 
 /// Rows that one block sums for the weight's gradient.
-const CHUNK: usize = 64;
+pub(super) const CHUNK: usize = 64;
 
 /// `(y, rstd)`: y of `T` with `pad_cols` spare columns behind each row, rstd f32 `[1, rows]`.
 pub(crate) fn forward(x: &Array, form: GainForm, weight: Option<&Array>, eps: f32, pad_cols: usize) -> (Array, Array) {
+    if let Some(weight) = mixed::weight_of(x, weight) {
+        let (_, y, rstd) = mixed::forward(x, None, form, weight, eps, pad_cols);
+        return (y, rstd);
+    }
     let (_, y, rstd) = run(x, None, form, weight, eps, pad_cols);
     (y, rstd)
 }
@@ -24,6 +28,10 @@ pub(crate) fn add_forward(
     pad_cols: usize,
 ) -> (Array, Array, Array) {
     check_dims("delta", &delta, x.dims());
+    if let Some(weight) = mixed::weight_of(x, weight) {
+        let (sum, y, rstd) = mixed::forward(x, Some(&delta), form, weight, eps, pad_cols);
+        return (sum.expect("a sum was asked for"), y, rstd);
+    }
     let sum = target(&delta);
     let (sum, y, rstd) = run(x, Some((delta.aligned(), sum)), form, weight, eps, pad_cols);
     (sum.expect("a sum was asked for"), y, rstd)
@@ -58,6 +66,9 @@ pub(crate) fn forward_add_forward(
 
 /// y again, from what [`forward`] saved.
 pub(crate) fn recompute(x: &Array, form: GainForm, weight: Option<&Array>, rstd: &Array) -> Array {
+    if let Some(weight) = mixed::weight_of(x, weight) {
+        return mixed::recompute(x, form, weight, rstd);
+    }
     let weight = checked(x, weight);
     let (x, y) = (x.aligned(), like(x));
     kernel(&x, entry!("rms_norm.cu", "rms_norm_recompute"), form).launch(
@@ -89,6 +100,9 @@ pub(crate) fn backward(
     residual: Option<Array>,
     pad_cols: usize,
 ) -> Array {
+    if dy.dtype() != x.dtype() {
+        return mixed::backward(dy, x, form, weight, rstd, residual, pad_cols);
+    }
     let weight = checked(x, weight);
     check_dims("dy", dy, x.dims());
     let free = residual.as_ref().filter(|residual| residual.is_unique() && residual.is_aligned());
@@ -126,6 +140,9 @@ pub(crate) fn weight_grad(dy: &Array, x: &Array, rstd: &Array) -> Array {
 
 /// Adds the gradient to the weight to `out`, f32 `[1, width]`.
 pub(crate) fn add_weight_grad(dy: &Array, x: &Array, rstd: &Array, out: &Array) {
+    if dy.dtype() != x.dtype() {
+        return mixed::add_weight_grad(dy, x, rstd, out);
+    }
     check_dims("dy", dy, x.dims());
     let (dy, x) = (dy.aligned(), x.aligned());
     let partial = reduce::partials(&x, CHUNK);
@@ -234,28 +251,32 @@ fn kernel(x: &Array, entry: Entry, form: GainForm) -> Kernel {
     x.cuda().kernel(entry, &[("T", x.dtype().name()), ("GAIN", form.define())])
 }
 
-fn block(x: &Array) -> [u32; 3] {
+pub(super) fn block(x: &Array) -> [u32; 3] {
     [blocks(x.cols().div_ceil(16).next_multiple_of(32)), 1, 1]
 }
 
 /// An f32 for each row of x.
-fn rows_of_f32(x: &Array) -> Array {
+pub(super) fn rows_of_f32(x: &Array) -> Array {
     Array::empty(x.cuda(), [1, x.rows()], DType::F32, MemoryUse::Activations)
 }
 
-fn address(weight: Option<&Array>) -> u64 {
+pub(super) fn address(weight: Option<&Array>) -> u64 {
     weight.map_or(0, Array::ptr)
 }
 
 /// The weight at an address that the kernels take.
 fn checked(x: &Array, weight: Option<&Array>) -> Option<Array> {
+    check_width(x);
+    let weight = weight?;
+    check_dims("the norm's weight", weight, [1, x.cols()]);
+    assert_eq!(weight.dtype(), x.dtype(), "dtype of the norm's weight");
+    Some(weight.aligned())
+}
+
+pub(super) fn check_width(x: &Array) {
     assert!(
         (1..=MAX_NORM_WIDTH).contains(&x.cols()),
         "rows of {} values; the kernel takes 1 to {MAX_NORM_WIDTH}",
         x.cols()
     );
-    let weight = weight?;
-    check_dims("the norm's weight", weight, [1, x.cols()]);
-    assert_eq!(weight.dtype(), x.dtype(), "dtype of the norm's weight");
-    Some(weight.aligned())
 }

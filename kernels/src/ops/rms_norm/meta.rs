@@ -1,20 +1,22 @@
 //! Memory of RMSNorm over slices.
 
+use burn::tensor::DType;
+
 use super::cpu;
 use crate::tensor::MetaTensor;
 
-pub(super) fn forward(x: &MetaTensor) -> (MetaTensor, MetaTensor) {
+pub(super) fn forward(x: &MetaTensor, dtype: DType) -> (MetaTensor, MetaTensor) {
     let [rows, hidden] = x.dims();
     let _x = x.contiguous();
     let _gain = x.device().scratch(cpu::gain_scratch(hidden));
     let rstd = x.f32_sized([1, rows]);
-    (x.like(), rstd)
+    (x.like().cast(dtype), rstd)
 }
 
-pub(super) fn recompute(x: &MetaTensor, rstd: &MetaTensor) -> MetaTensor {
+pub(super) fn recompute(x: &MetaTensor, rstd: &MetaTensor, dtype: DType) -> MetaTensor {
     let _views = [x, rstd].map(MetaTensor::contiguous);
     let _gain = x.device().scratch(cpu::gain_scratch(x.dims()[1]));
-    x.like()
+    x.like().cast(dtype)
 }
 
 pub(super) fn backward(dy: &MetaTensor, x: &MetaTensor, rstd: &MetaTensor, residual: Option<MetaTensor>) -> MetaTensor {

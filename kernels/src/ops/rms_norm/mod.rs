@@ -10,6 +10,9 @@
 //! Statistics in `f32` whatever the dtype of x. With [`Gain::Plain`] the normalized row is rounded to that dtype before it
 //! is multiplied with the weight; otherwise y is rounded once.
 //!
+//! The residual stream may be f32 beside a weight of 16 bits: y has the weight's dtype, rounded once, and a gradient to x
+//! the dtype of x. For a norm before the residual addition, x has the weight's dtype, and the sum and dy are f32.
+//!
 //! # Gradients
 //! To x and, on demand, to the weight. Saved: x and rstd; y is cheap to recompute.
 
@@ -17,23 +20,39 @@ mod cpu;
 mod cuda;
 mod gain;
 mod meta;
+mod mixed;
 mod portable;
 
 pub use gain::Gain;
 pub(crate) use gain::GainForm;
 
+use burn::tensor::DType;
+
 use crate::tensor::pair;
 use crate::{Backend, Tensor};
+
+/// The path of an operation on `x` beside a tensor of this dtype: the CPU's loops take f32 alone.
+fn backend(x: &Tensor<2>, beside: DType) -> Backend {
+    match Backend::of(x) {
+        Backend::Cpu if beside != DType::F32 => Backend::Portable,
+        backend => backend,
+    }
+}
+
+/// The dtype of y.
+fn result(x: &Tensor<2>, gain: &Gain) -> DType {
+    gain.weight().map_or(x.dtype(), Tensor::dtype)
+}
 
 /// Normalizes each row and returns `(y, rstd)`; on CUDA y has `pad_cols` spare columns behind each row
 /// ([`stacked`](crate::ops::stacked)).
 pub fn forward(x: &Tensor<2>, gain: &Gain, eps: f64, pad_cols: usize) -> (Tensor<2>, Tensor<1>) {
-    let (form, weight) = (gain.form(), gain.weight());
-    match Backend::of(x) {
+    let (form, weight, dtype) = (gain.form(), gain.weight(), result(x, gain));
+    match backend(x, dtype) {
         Backend::Cpu => pair(cpu::forward(x.burn(), form, weight.map(Tensor::burn), eps as f32)),
         Backend::Portable => pair(portable::forward(x.burn(), form, weight.map(Tensor::burn), eps)),
         Backend::Cuda => pair(cuda::forward(x.cuda(), form, weight.map(Tensor::cuda), eps as f32, pad_cols)),
-        Backend::Meta => pair(meta::forward(x.meta())),
+        Backend::Meta => pair(meta::forward(x.meta(), dtype)),
     }
 }
 
@@ -46,7 +65,7 @@ pub fn add_forward(
     eps: f64,
     pad_cols: usize,
 ) -> (Tensor<2>, Tensor<2>, Tensor<1>) {
-    match Backend::of(x) {
+    match backend(x, result(x, gain)) {
         Backend::Cpu | Backend::Portable | Backend::Meta => {
             let sum = delta.plus(x);
             let (y, rstd) = forward(&sum, gain, eps, pad_cols);
@@ -63,13 +82,13 @@ pub fn add_forward(
 /// Normalizes each row of x, adds the result, rounded, to `residual`, and returns `(residual + y, rstd)`.
 pub fn forward_add(x: &Tensor<2>, gain: &Gain, eps: f64, residual: &Tensor<2>) -> (Tensor<2>, Tensor<1>) {
     match Backend::of(x) {
-        Backend::Cpu | Backend::Portable | Backend::Meta => {
-            let (y, rstd) = forward(x, gain, eps, 0);
-            (y.plus(residual), rstd)
-        }
-        Backend::Cuda => {
+        Backend::Cuda if residual.dtype() == x.dtype() => {
             let weight = gain.weight().map(Tensor::cuda);
             pair(cuda::forward_add(x.cuda(), gain.form(), weight, eps as f32, residual.cuda()))
+        }
+        Backend::Cpu | Backend::Portable | Backend::Cuda | Backend::Meta => {
+            let (y, rstd) = forward(x, gain, eps, 0);
+            (y.plus(residual), rstd)
         }
     }
 }
@@ -92,7 +111,8 @@ pub fn forward_add_forward(
     second: GainEps<'_>,
     pad_cols: usize,
 ) -> (Tensor<2>, Tensor<1>, Tensor<2>, Tensor<1>) {
-    if Backend::of(x) == Backend::Cuda && first.gain.form() == second.gain.form() {
+    let is_fused = first.gain.form() == second.gain.form() && residual.dtype() == x.dtype();
+    if Backend::of(x) == Backend::Cuda && is_fused {
         let weights = [first, second].map(|norm| norm.gain.weight().map(Tensor::cuda));
         let eps = [first, second].map(|norm| norm.eps as f32);
         let results = cuda::forward_add_forward(x.cuda(), first.gain.form(), weights, eps, residual.cuda(), pad_cols);
@@ -106,12 +126,12 @@ pub fn forward_add_forward(
 
 /// Recomputes y from what [`forward`] saved.
 pub fn recompute(x: &Tensor<2>, gain: &Gain, rstd: &Tensor<1>) -> Tensor<2> {
-    let (form, weight) = (gain.form(), gain.weight());
-    match Backend::of(x) {
+    let (form, weight, dtype) = (gain.form(), gain.weight(), result(x, gain));
+    match backend(x, dtype) {
         Backend::Cpu => cpu::recompute(x.burn(), form, weight.map(Tensor::burn), rstd.burn()).into(),
         Backend::Portable => portable::recompute(x.burn(), form, weight.map(Tensor::burn), rstd.burn()).into(),
         Backend::Cuda => cuda::recompute(x.cuda(), form, weight.map(Tensor::cuda), rstd.cuda()).into(),
-        Backend::Meta => meta::recompute(x.meta(), rstd.meta()).into(),
+        Backend::Meta => meta::recompute(x.meta(), rstd.meta(), dtype).into(),
     }
 }
 
@@ -126,7 +146,7 @@ pub fn backward(
     pad_cols: usize,
 ) -> Tensor<2> {
     let (form, weight) = (gain.form(), gain.weight());
-    match Backend::of(x) {
+    match backend(x, dy.dtype()) {
         Backend::Cpu => {
             let residual = residual.map(Tensor::into_burn);
             cpu::backward(dy.burn(), x.burn(), form, weight.map(Tensor::burn), rstd.burn(), residual).into()
@@ -148,7 +168,7 @@ pub fn backward(
 
 /// Returns the gradient to the weight, `[hidden]`, in `f32` on CUDA.
 pub fn weight_grad(dy: &Tensor<2>, x: &Tensor<2>, rstd: &Tensor<1>) -> Tensor<1> {
-    match Backend::of(x) {
+    match backend(x, dy.dtype()) {
         Backend::Cpu => cpu::weight_grad(dy.burn(), x.burn(), rstd.burn()).into(),
         Backend::Portable => portable::weight_grad(dy.burn(), x.burn(), rstd.burn()).into(),
         Backend::Cuda => cuda::weight_grad(dy.cuda(), x.cuda(), rstd.cuda()).into(),

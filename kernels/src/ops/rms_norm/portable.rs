@@ -14,9 +14,11 @@ pub(crate) fn forward(x: &Tensor<2>, form: GainForm, weight: Option<&Tensor<1>>,
 pub(crate) fn recompute(x: &Tensor<2>, form: GainForm, weight: Option<&Tensor<1>>, rstd: &Tensor<1>) -> Tensor<2> {
     let normalized = normalized(x, rstd);
     match (form, weight) {
-        (GainForm::Plain, Some(weight)) => normalized.cast(x.dtype()) * weight.clone().unsqueeze::<2>(),
+        (GainForm::Plain, Some(weight)) if weight.dtype() == x.dtype() => {
+            normalized.cast(x.dtype()) * weight.clone().unsqueeze::<2>()
+        }
         (_, None) => normalized.cast(x.dtype()),
-        (form, Some(weight)) => (normalized * gain(form, weight)).cast(x.dtype()),
+        (form, Some(weight)) => (normalized * gain(form, weight)).cast(weight.dtype()),
     }
 }
 
@@ -29,7 +31,9 @@ pub(crate) fn backward(
     residual: Option<Tensor<2>>,
 ) -> Tensor<2> {
     let g = match (form, weight) {
-        (GainForm::Plain, Some(weight)) => (dy.clone() * weight.clone().unsqueeze::<2>()).cast(DType::F32),
+        (GainForm::Plain, Some(weight)) if dy.dtype() == x.dtype() => {
+            (dy.clone() * weight.clone().unsqueeze::<2>()).cast(DType::F32)
+        }
         (_, None) => dy.clone().cast(DType::F32),
         (form, Some(weight)) => dy.clone().cast(DType::F32) * gain(form, weight),
     };
