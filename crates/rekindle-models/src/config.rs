@@ -124,6 +124,11 @@ impl ModelConfig {
         self.json.get("initializer_range").and_then(Value::as_f64).unwrap_or(0.02)
     }
 
+    /// Returns the reason why models of this family cannot be trained in f16, if there is one.
+    pub fn f16_training_obstacle(&self) -> Option<&'static str> {
+        families::f16_training_obstacle(&self.architecture)
+    }
+
     /// Returns this configuration for documents of up to `length` tokens, and the context extension. Within the model's
     /// window there is none, unless `rope_scaling` is a table. The rules are those of [`extend_context`].
     ///

@@ -33,6 +33,10 @@ use crate::{Batch, Error, GradientCheckpointing, LayerSpec, ModelConfig, Role};
 ///
 /// # Shapes
 /// ids `[tokens]`; every residual stream and the result `[tokens, hidden]`.
+///
+/// # Dtypes
+/// Weights, activations and the result have the compute dtype, the residual stream and its gradient
+/// [`residual_dtype`](Self::residual_dtype).
 #[derive(Clone, Debug)]
 pub struct Decoder {
     /// The layers in order.
@@ -142,6 +146,12 @@ impl Decoder {
     /// Returns the dtype of frozen weights and activations.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// Returns the dtype of the residual stream and of its gradient: f32 if activations are f16, whose range the sum of all
+    /// layers and its gradient leave first, and otherwise the dtype of activations.
+    pub fn residual_dtype(&self) -> DType {
+        if self.dtype == DType::F16 { DType::F32 } else { self.dtype }
     }
 
     /// Returns the maximum length of a document.
@@ -285,6 +295,7 @@ impl Decoder {
         mut layer: impl FnMut(usize, &Block, Tensor<2>) -> Tensor<2>,
         mut look: impl FnMut(usize, &Tensor<2>) -> Result<(), E>,
     ) -> Result<Tensor<2>, E> {
+        h = h.cast(self.residual_dtype());
         let (before, after) = if self.noise_after_multiplier { (None, noise) } else { (noise, None) };
         if let Some(noise) = before {
             h = neftune::apply(h, noise);

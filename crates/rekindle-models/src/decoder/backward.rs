@@ -114,7 +114,10 @@ impl Decoder {
         let DecoderSaved { end, layers, .. } = saved;
         let (h, rstd) = end.expect("the forward reached the end");
         self.norm.backward_weight(grads, d_hidden, &h, &rstd);
-        let room = self.layers.iter().map(crate::layers::Block::room).max().unwrap_or(0);
+        let room = match self.residual_dtype() == self.dtype() {
+            true => self.layers.iter().map(crate::layers::Block::room).max().unwrap_or(0),
+            false => 0,
+        };
         let dh = self.norm.backward_input(ctx.params, d_hidden, &h, &rstd, None, room);
         DecoderBackward { dh: Some(dh), layers }
     }

@@ -111,6 +111,23 @@ pub(crate) fn of(json: &Value) -> Result<&'static Family, String> {
     })
 }
 
+/// Returns the reason why models of an architecture cannot be trained in f16, if there is one.
+///
+/// An f32 residual stream suffices for Qwen3-MoE, where only the gradient along the stream leaves f16.
+pub(crate) fn f16_training_obstacle(architecture: &str) -> Option<&'static str> {
+    let is = |families: &[&Family]| families.iter().any(|family| family.architecture == architecture);
+    if is(&[&gemma3::TEXT, &gemma3::MULTIMODAL]) {
+        return Some("the results of its layers exceed 65,504, the largest value of f16");
+    }
+    if is(&[&gpt_oss::FAMILY]) {
+        return Some("gradients within its experts exceed 65,504, the largest value of f16");
+    }
+    if is(&[&qwen3_5::TEXT, &qwen3_5::MULTIMODAL, &qwen3_5_moe::TEXT, &qwen3_5_moe::MULTIMODAL]) {
+        return Some("its gated delta layers have not been compared with f32 in f16");
+    }
+    None
+}
+
 /// The supported architecture whose name shares the longest beginning with `name`, if that is more than a few letters.
 fn nearest(name: &str) -> Option<&'static str> {
     let shared = |known: &str| {

@@ -26,6 +26,11 @@ use crate::{DecodeBatch, Error};
 /// # Shapes
 /// x, h, y `[tokens, hidden]`.
 ///
+/// # Dtypes
+/// x, h, y and the gradients to them have the dtype of the residual stream, which may be f32 where everything else has the
+/// compute dtype. Then the halves read what the norms round, their results are added in f32, and their backward reads the
+/// gradient rounded to the compute dtype.
+///
 /// # Gradients
 /// To x and to what is trained. Saved: x, h, the norms' rstd, what N₂ and N₄ normalize, and what the parts save. The
 /// results of N₁ and N₃ are recomputed unless an adapter's x·Aᵀ shares their memory.
@@ -261,7 +266,7 @@ impl Block {
         let recompute = || match pre {
             _ if self.parallel => self.shared_input(ctx, &x, rstd.as_ref()),
             Some((norm, rstd)) => norm.recompute(params, &h, rstd),
-            None => h.clone(),
+            None => in_compute_dtype(ctx, &h, 0),
         };
         let dn = self.feed_forward.backward(ctx, grads, feed_forward, d_half.as_ref().unwrap_or(&dy), recompute);
         drop(d_half);
@@ -276,7 +281,8 @@ impl Block {
         let pending = self.mixer.backward_heads(ctx, grads, mixer, d_half.as_ref().unwrap_or(&dh));
         drop(d_half);
         let pre = self.norms.pre_attention.as_ref().zip(rstd.as_ref());
-        let recompute = || pre.map_or_else(|| x.clone(), |(norm, rstd)| norm.recompute(params, &x, rstd));
+        let recompute =
+            || pre.map_or_else(|| in_compute_dtype(ctx, &x, 0), |(norm, rstd)| norm.recompute(params, &x, rstd));
         let want_dn = want_dx || pre.is_some_and(|(norm, _)| norm.weight.trained().is_some());
         let dn = self.mixer.backward_projections(ctx, grads, pending, recompute, want_dn)?;
         let dn = match beside {
@@ -302,7 +308,7 @@ impl Block {
     fn shared_input(&self, ctx: Context<'_>, x: &Tensor<2>, rstd: Option<&Tensor<1>>) -> Tensor<2> {
         match self.norms.pre_attention.as_ref().zip(rstd) {
             Some((norm, rstd)) => norm.recompute(ctx.params, x, rstd),
-            None => x.clone(),
+            None => in_compute_dtype(ctx, x, 0),
         }
     }
 
@@ -338,11 +344,12 @@ impl Block {
             }
             (Some(post), None) => {
                 let (h, rstd) = post.forward_add(params, &delta, x);
-                Middle { post_attention: Some(Normalized { x: delta, rstd }), n: h.clone(), h, rstd: None }
+                let n = in_compute_dtype(ctx, &h, room);
+                Middle { post_attention: Some(Normalized { x: delta, rstd }), n, h, rstd: None }
             }
             (None, None) => {
                 let h = self.scaled(delta).plus(x);
-                Middle { post_attention: None, n: h.clone(), h, rstd: None }
+                Middle { post_attention: None, n: in_compute_dtype(ctx, &h, room), h, rstd: None }
             }
         }
     }
@@ -369,7 +376,8 @@ impl Block {
         (y, saved, None)
     }
 
-    /// The gradient to the result of a half, for the gradient to the residual stream; `None` where it is the same.
+    /// The gradient to the result of a half in the compute dtype, for the gradient to the residual stream; `None` where it
+    /// is the same.
     fn backward_half(
         &self,
         params: &Params,
@@ -380,7 +388,11 @@ impl Block {
         room: usize,
     ) -> Option<Tensor<2>> {
         let Some((norm, Normalized { x, rstd })) = post.as_ref().zip(saved) else {
-            return self.residual_multiplier.map(|m| dy.clone().scale(m));
+            let scaled = self.residual_multiplier.map(|m| dy.clone().scale(m));
+            if dy.dtype() == params.dtype() {
+                return scaled;
+            }
+            return Some(scaled.unwrap_or_else(|| dy.clone()).cast_padded(params.dtype(), room));
         };
         norm.backward_weight(grads, dy, &x, &rstd);
         Some(norm.backward_input(params, dy, &x, &rstd, None, room))
@@ -399,7 +411,8 @@ impl Block {
     ) -> Tensor<2> {
         let Some((norm, rstd)) = pre else { return dh.plus(dn) };
         norm.backward_weight(grads, dn, x, rstd);
-        norm.backward_input(params, dn, x, rstd, Some(dh), self.room())
+        let room = if dh.dtype() == params.dtype() { self.room() } else { 0 };
+        norm.backward_input(params, dn, x, rstd, Some(dh), room)
     }
 
     /// m·delta.
@@ -411,9 +424,14 @@ impl Block {
     }
 }
 
+/// The residual stream as a half without a norm reads it; on CUDA with room for `room` more columns if it is converted.
+fn in_compute_dtype(ctx: Context<'_>, x: &Tensor<2>, room: usize) -> Tensor<2> {
+    x.clone().cast_padded(ctx.params.dtype(), room)
+}
+
 /// The norm of x with its rstd, or x itself.
 fn normalized(ctx: Context<'_>, norm: &Option<RmsNorm>, x: &Tensor<2>, room: usize) -> (Tensor<2>, Option<Tensor<1>>) {
-    let Some(norm) = norm else { return (x.clone(), None) };
+    let Some(norm) = norm else { return (in_compute_dtype(ctx, x, room), None) };
     let (n, rstd) = norm.forward(ctx.params, x, room);
     (n, Some(rstd))
 }

@@ -146,12 +146,16 @@ impl FeedForward {
         }
     }
 
-    /// Returns the result for x, added to `onto`.
+    /// Returns the result for x, added to `onto`, which has the dtype of the residual stream.
     pub fn forward_onto(&self, ctx: Context<'_>, x: Tensor<2>, onto: &Tensor<2>) -> (Tensor<2>, FeedForwardSaved) {
         match self {
             Self::Gated(mlp) => {
                 let (y, saved) = mlp.forward_onto(ctx, x, onto);
                 (y, FeedForwardSaved::Gated(saved))
+            }
+            Self::Moe(moe) if onto.dtype() != x.dtype() => {
+                let (y, saved) = moe.forward(ctx, x, None);
+                (y.plus(onto), FeedForwardSaved::Moe(saved))
             }
             Self::Moe(moe) => {
                 let (y, saved) = moe.forward(ctx, x, Some(onto));
