@@ -54,9 +54,19 @@ impl Trajectory {
 
     /// Returns the differences of PyTorch's own bf16 run from this one.
     pub fn bf16_spread(&self) -> Tolerances {
-        let spread = read_json(&self.dir.join("bf16.json"))["spread"].clone();
+        self.spread("bf16.json").expect("a golden with a bf16 run")
+    }
+
+    /// Returns the differences of PyTorch's own f16 run with a gradient scaler from this one, if there is such a run.
+    pub fn f16_spread(&self) -> Option<Tolerances> {
+        self.spread("f16.json")
+    }
+
+    fn spread(&self, file: &str) -> Option<Tolerances> {
+        let path = self.dir.join(file);
+        let spread = path.is_file().then(|| read_json(&path)["spread"].clone())?;
         let of = |key: &str| spread[key].as_f64().expect("a number");
-        Tolerances { loss: of("loss"), grad_norm: of("grad_norm"), tensors: of("final") }
+        Some(Tolerances { loss: of("loss"), grad_norm: of("grad_norm"), tensors: of("final") })
     }
 
     /// Trains `model` as specified by the run and compares every step and the saved tensors.

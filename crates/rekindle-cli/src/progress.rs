@@ -192,8 +192,9 @@ fn style(template: &str) -> ProgressStyle {
 fn step_line(metrics: &StepMetrics, total: usize, speed: f64, left: f64) -> String {
     let StepMetrics { step, loss, grad_norm, learning_rate, .. } = metrics;
     let rewards = rewards(&metrics.metrics, "");
+    let skipped = skipped(&metrics.metrics);
     format!(
-        "step {step}/{total}  loss {loss:.3}{rewards}  grad_norm {grad_norm:.2}  lr {learning_rate:.1e}  {speed:.0} tok/s  eta {}",
+        "step {step}/{total}  loss {loss:.3}{rewards}  grad_norm {grad_norm:.2}{skipped}  lr {learning_rate:.1e}  {speed:.0} tok/s  eta {}",
         duration(left)
     )
 }
@@ -201,7 +202,8 @@ fn step_line(metrics: &StepMetrics, total: usize, speed: f64, left: f64) -> Stri
 fn bar_message(metrics: &StepMetrics) -> String {
     let speed = HumanCount(metrics.tokens_per_second.round() as u64);
     let memory = metrics.memory.map_or_else(String::new, |bytes| format!("  {}", BinaryBytes(bytes)));
-    format!("loss {:.3}{}  {speed} tok/s{memory}", metrics.loss, rewards(&metrics.metrics, ""))
+    let (rewards, skipped) = (rewards(&metrics.metrics, ""), skipped(&metrics.metrics));
+    format!("loss {:.3}{rewards}{skipped}  {speed} tok/s{memory}", metrics.loss)
 }
 
 /// The maximum number of characters of an answer.
@@ -233,6 +235,14 @@ fn rewards(metrics: &MetricValues, prefix: &str) -> String {
         |(name, key): (&str, &str)| metrics.get(&format!("{prefix}{key}")).map(|value| format!("  {name} {value:.3}"));
     let names = [("margin", "rewards/margins"), ("accuracy", "rewards/accuracies"), ("reward", "reward")];
     names.into_iter().filter_map(show).collect()
+}
+
+/// Returns the steps that an f16 run has skipped, and the scale of the loss.
+fn skipped(metrics: &MetricValues) -> String {
+    match (metrics.get("skipped_steps"), metrics.get("loss_scale")) {
+        (Some(skipped), Some(scale)) if skipped > 0.0 => format!("  skipped {skipped} (loss scale {scale})"),
+        _ => String::new(),
+    }
 }
 
 /// Returns the time of an evaluation in the run.
@@ -268,6 +278,10 @@ mod tests {
         };
         assert_eq!(eval_line(&eval(0)), "eval before step 1  loss 0.5000  perplexity 1.65  (1 token)");
         assert!(eval_line(&eval(7)).starts_with("eval after step 7  "));
+        let values = [("loss_scale".to_owned(), 32768.0), ("skipped_steps".to_owned(), 1.0)].into();
+        let skipped = StepMetrics { grad_norm: f64::INFINITY, metrics: MetricValues(values), ..metrics(10, 2.4) };
+        let line = step_line(&skipped, 60, 1234.4, 12.0);
+        assert!(line.contains("  grad_norm inf  skipped 1 (loss scale 32768)  lr"), "{line}");
         let values = [("eval_rewards/margins", 0.25), ("eval_rewards/accuracies", 0.5)];
         let values = values.map(|(name, value)| (name.to_owned(), value));
         let pairs = EvalMetrics { eval_perplexity: None, metrics: MetricValues(values.into()), ..eval(7) };

@@ -92,6 +92,9 @@ impl Checkpoint {
         let kept = if optimizer.world().ranks().size() > 1 { saved.clone() } else { Vec::new() };
         let restored = optimizer.resume(self.state.optimizer_steps, saved);
         restored.map_err(|error| Error::Checkpoint { path, problem: error.to_string() })?;
+        if let Some(scaler) = self.state.loss_scaler {
+            optimizer.set_loss_scaler(scaler);
+        }
         Ok(kept)
     }
 }

@@ -17,6 +17,7 @@ mod diverged;
 mod error;
 mod evaluate;
 mod event;
+mod loss_scaler;
 mod method;
 mod metrics;
 mod model_card;
@@ -47,6 +48,7 @@ pub use diverged::Diverged;
 pub use error::Error;
 pub use evaluate::{Evaluation, RowLoss, TokenLoss, evaluate, evaluate_tokens};
 pub use event::{TrainEnd, TrainEvent, TrainReport};
+pub use loss_scaler::LossScaler;
 pub use method::{Method, ReferenceArguments, WithReference, WithRollouts};
 pub use metrics::{
     EvalMetrics, MetricValues, MetricsFile, PromptSample, RecordedUntil, RewardedCompletion, RunHistory, StepMetrics,

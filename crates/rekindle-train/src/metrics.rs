@@ -18,7 +18,9 @@ pub struct StepMetrics {
     pub epoch: f64,
     /// The loss of the step: the mean over counted tokens, or that of the training method.
     pub loss: f64,
-    /// Global gradient norm before clipping.
+    /// Global gradient norm before clipping; infinite for a step that was skipped ([`LossScaler`](crate::LossScaler)), and
+    /// then `null` in the file.
+    #[serde(deserialize_with = "infinite_if_null")]
     pub grad_norm: f64,
     /// Learning rate of this step.
     pub learning_rate: f64,
@@ -40,6 +42,11 @@ pub struct StepMetrics {
     /// The loss's own metrics, such as `rewards/margins`.
     #[serde(flatten)]
     pub metrics: MetricValues,
+}
+
+/// Reads a number that JSON cannot hold unless it is finite.
+fn infinite_if_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(f64::INFINITY))
 }
 
 /// Numbers by name. Values of a line that are not numbers are ignored.
@@ -339,6 +346,16 @@ pub(crate) mod tests {
         let (_, history) = MetricsFile::resume(&path, RecordedUntil { steps: 2, evaluated: 0 }).unwrap();
         let completions = vec![completion(2, false)];
         assert_eq!(history, RunHistory { steps: vec![step(1), step(2)], completions, ..RunHistory::default() });
+    }
+
+    #[test]
+    fn a_skipped_step_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let skipped = StepMetrics { grad_norm: f64::INFINITY, ..step(1) };
+        MetricsFile::create(&path).unwrap().write(&skipped).unwrap();
+        assert!(std::fs::read_to_string(&path).unwrap().contains("\"grad_norm\":null"));
+        assert_eq!(RunHistory::read(&path).unwrap().steps, [skipped]);
     }
 
     #[test]

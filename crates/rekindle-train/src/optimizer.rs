@@ -5,7 +5,7 @@ use core::ops::Range;
 use rekindle_dist::Communicator;
 use rekindle_kernels::optimizer::{
     Clip, LearningRates, OptimizerState, StateBytes, StateError, StateFormat, StateTensor, UpdateRule, UpdateStep,
-    apply_shard, clipped_range_step, clipped_step,
+    apply, apply_shard, clipped_range_step,
 };
 use rekindle_kernels::{DType, Device, Grads, Params};
 use rekindle_models::objective::{Metric, PendingLoss};
@@ -13,7 +13,7 @@ use rekindle_models::spec::FeedForwardSpec;
 use rekindle_models::{Batch, CausalLm, Objective, StepKey};
 
 use crate::world::{gather_losses, gather_state};
-use crate::{Error, SftConfig, TensorWorld, show_bytes};
+use crate::{Error, LossScaler, SftConfig, TensorWorld, show_bytes};
 
 /// The configuration of an optimizer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -105,7 +105,8 @@ pub struct StepResult {
     pub counted: usize,
     /// Tokens of the step.
     pub tokens: usize,
-    /// The objective's other means, by name, and the auxiliary loss of mixtures (`aux_loss`) if it is on.
+    /// The objective's other means, by name, the auxiliary loss of mixtures (`aux_loss`) if it is on, and for an f16 model
+    /// the scale of this step's loss (`loss_scale`) and the steps skipped so far (`skipped_steps`).
     pub metrics: Vec<(&'static str, f64)>,
 }
 
@@ -128,14 +129,17 @@ pub struct Optimizer {
     world: TensorWorld,
     /// The elements that each rank updates, if the state is divided among the ranks.
     shards: Option<Vec<Range<usize>>>,
+    /// The scale of the loss, for a model in f16.
+    loss_scaler: Option<LossScaler>,
 }
 
 impl Optimizer {
-    /// Returns an optimizer with a zero state for the parameters of `model`. `seed` is the seed of dropout.
+    /// Returns an optimizer with a zero state for the parameters of `model`. `seed` is the seed of dropout. The loss of a
+    /// model in f16 is scaled ([`LossScaler`]).
     ///
     /// # Errors
-    /// [`Error::NothingToTrain`], and [`Error::Config`] for a model in f16, `optimizer_in_bwd` with an adapter, or
-    /// `router_aux_loss_coef` where it does not apply.
+    /// [`Error::NothingToTrain`], and [`Error::Config`] for a model that cannot be trained in its dtype,
+    /// `optimizer_in_bwd` with an adapter, or `router_aux_loss_coef` where it does not apply.
     pub fn new(model: &CausalLm, config: OptimizerConfig, seed: u64) -> Result<Self, Error> {
         Self::on_ranks(model, config, seed, TensorWorld::default())
     }
@@ -169,10 +173,9 @@ impl Optimizer {
         if model.params().numel() == 0 {
             return Err(Error::NothingToTrain);
         }
-        if model.dtype() == DType::F16 {
-            let problem = "dtype \"f16\" cannot be used for training: small gradients underflow, because the loss is \
-                 not scaled; use \"bf16\" or \"f32\"";
-            return Err(Error::Config(vec![problem.to_owned()]));
+        let is_f16 = model.dtype() == DType::F16;
+        if is_f16 {
+            check_f16(model, &config)?;
         }
         if config.optimizer_in_bwd && model.lora().is_some() {
             let problem = "optimizer_in_bwd saves memory only with full_finetuning, because an adapter's gradients \
@@ -186,7 +189,8 @@ impl Optimizer {
         let shards = shards(model, &config, ranks)?;
         let shard = shards.as_ref().map_or(0..model.params().numel(), |shards| shards[rank].clone());
         let state = OptimizerState::of_shard(infos, shard, device, config.rule, config.format);
-        Ok(Self { config, state, t: 0, seed, world, shards })
+        let loss_scaler = is_f16.then(LossScaler::default);
+        Ok(Self { config, state, t: 0, seed, world, shards, loss_scaler })
     }
 
     /// Returns the ranks that take the steps.
@@ -197,6 +201,18 @@ impl Optimizer {
     /// Returns true if each rank holds a part of the state.
     pub fn is_sharded(&self) -> bool {
         self.shards.is_some()
+    }
+
+    /// Returns the scale of the loss, for a model in f16.
+    pub fn loss_scaler(&self) -> Option<&LossScaler> {
+        self.loss_scaler.as_ref()
+    }
+
+    /// Replaces the scale of the loss, for example by that of a checkpoint. Does nothing unless the model is in f16.
+    pub fn set_loss_scaler(&mut self, scaler: LossScaler) {
+        if let Some(own) = &mut self.loss_scaler {
+            *own = scaler;
+        }
     }
 
     /// Returns the number of steps done: those with finite gradients.
@@ -241,6 +257,8 @@ impl Optimizer {
     /// Accumulates the gradient of the mean loss of `objective` over all of `batches`, clips it by its global norm (times
     /// min(1, max_grad_norm / (norm + 1e-6)), as in PyTorch), and updates the parameters.
     ///
+    /// For a model in f16, the gradient is that of the scaled loss, and is divided by the scale before it is clipped.
+    ///
     /// If the norm is not finite, the parameters do not change, and the result contains the norm. With
     /// [`optimizer_in_bwd`](OptimizerConfig::optimizer_in_bwd), blocks with finite gradients are already updated by
     /// then.
@@ -277,18 +295,20 @@ impl Optimizer {
         let step = UpdateStep { t: self.t + 1, rates, weight_decay };
         model.params_mut().set_rounding_seed(self.seed);
         let router_aux_loss_coef = self.config.router_aux_loss_coef;
-        model.set_router_aux_loss((router_aux_loss_coef / tokens.max(1) as f64) as f32);
+        let loss_scale = self.loss_scaler.map_or(1.0, |scaler| scaler.scale());
+        let grad_factor = (scale * loss_scale) as f32;
+        model.set_router_aux_loss((router_aux_loss_coef * loss_scale / tokens.max(1) as f64) as f32);
         let (losses, clips) = if optimizer_in_bwd {
-            self.move_in_backward(model, objective, own, scale as f32, &step)?
+            self.move_in_backward(model, objective, own, grad_factor, &step)?
         } else {
             let key = Some(self.key());
             let terms = model.step_terms(objective, all, key)?;
             let mut grads = model.params().zero_grads();
             let mut losses = Vec::with_capacity(own.len());
             for batch in own {
-                losses.push(model.objective_backward(objective, batch, &terms, scale as f32, &mut grads, key)?);
+                losses.push(model.objective_backward(objective, batch, &terms, grad_factor, &mut grads, key)?);
             }
-            let clip = self.apply(model, &mut grads, &step)?;
+            let clip = self.apply(model, &mut grads, &step, 1.0 / loss_scale)?;
             (losses, vec![clip])
         };
         // Everything is queued; from here on the host waits.
@@ -304,18 +324,28 @@ impl Optimizer {
         // Before the other ranks are waited for: after an error of its device, this rank has not taken part in their sums.
         model.device().check().map_err(rekindle_models::Error::from)?;
         let (loss, metrics) = sum_of_ranks(self.world.ranks(), loss, metrics)?;
-        let metrics = Metric::means(&metrics);
+        let mut metrics = Metric::means(&metrics);
         let aux_loss = metrics.iter().find(|(name, _)| *name == "aux_loss").map_or(0.0, |(_, mean)| *mean);
         let loss = loss * scale + router_aux_loss_coef * aux_loss;
-        let result = StepResult { loss, grad_norm, counted, tokens, metrics };
-        if result.grad_norm.is_finite() {
+        if let Some(scaler) = &mut self.loss_scaler {
+            scaler.update(grad_norm.is_finite());
+            metrics.extend([("loss_scale", loss_scale), ("skipped_steps", scaler.skipped() as f64)]);
+        }
+        if grad_norm.is_finite() {
             self.t += 1;
         }
-        Ok(result)
+        Ok(StepResult { loss, grad_norm, counted, tokens, metrics })
     }
 
-    /// Sums the gradients of all ranks, clips and applies them.
-    fn apply(&mut self, model: &mut CausalLm, grads: &mut Grads, step: &UpdateStep) -> Result<Clip, Error> {
+    /// Sums the gradients of all ranks, multiplies them by `grad_scale`, which is 1 where the state is divided, clips and
+    /// applies them.
+    fn apply(
+        &mut self,
+        model: &mut CausalLm,
+        grads: &mut Grads,
+        step: &UpdateStep,
+        grad_scale: f64,
+    ) -> Result<Clip, Error> {
         let max_grad_norm = self.config.max_grad_norm;
         let device = model.device().clone();
         let params = model.params_mut();
@@ -323,7 +353,9 @@ impl Optimizer {
             if self.world.ranks().size() > 1 {
                 self.world.all_reduce(grads)?;
             }
-            return Ok(clipped_step(params, grads, &mut self.state, step, max_grad_norm));
+            let clip = Clip::of(grads, grad_scale, max_grad_norm);
+            apply(params, grads, &mut self.state, step, &clip);
+            return Ok(clip);
         };
         self.world.reduce_scatter(grads, shards)?;
         let clip = self.world.clip(grads, shards, max_grad_norm, &device)?;
@@ -390,12 +422,43 @@ fn shards(model: &CausalLm, config: &OptimizerConfig, ranks: usize) -> Result<Op
              load_in_4bit",
         );
     }
+    let is_f16 = model.dtype() == DType::F16;
+    if is_f16 && config.shard_optimizer == Some(true) {
+        return refuse("shard_optimizer = true needs dtype \"bf16\" or \"f32\"; remove it, or use one of them");
+    }
+    if is_f16 {
+        return Ok(None);
+    }
     if !config.shard_optimizer.unwrap_or(model.lora().is_none() && !is_in_place) {
         return Ok(None);
     }
     let shards = OptimizerState::shards(model.params().infos(), config.rule, config.format, ranks);
     // A few values are not worth it.
     Ok(shards.iter().all(|shard| !shard.is_empty()).then_some(shards))
+}
+
+/// Refuses what cannot be trained in f16.
+fn check_f16(model: &CausalLm, config: &OptimizerConfig) -> Result<(), Error> {
+    let refuse = |problem: String| Err(Error::Config(vec![problem]));
+    if let Some(reason) = model.config().f16_training_obstacle() {
+        let architecture = &model.config().architecture;
+        return refuse(format!("{architecture} cannot be trained in f16: {reason}; use dtype \"bf16\" or \"f32\""));
+    }
+    if config.optimizer_in_bwd {
+        return refuse(
+            "optimizer_in_bwd = true applies gradients before it is known whether all are finite, which f16 needs; \
+             remove it, or use dtype \"bf16\""
+                .to_owned(),
+        );
+    }
+    if model.params().are_in_place() {
+        return refuse(
+            "weights that are trained in 16, 8 or 4 bits without an f32 copy need dtype \"bf16\"; use it, or train \
+             with an f32 copy"
+                .to_owned(),
+        );
+    }
+    Ok(())
 }
 
 /// Refuses the auxiliary loss of mixtures where there is none, and where its gradient has not been compared.

@@ -132,6 +132,11 @@ fn figures(history: &RunHistory) -> String {
     let steps = if last.step == 1 { "1 step".to_owned() } else { format!("{} steps", group(last.step as f64)) };
     tile("epochs", format!("{:.2}", last.epoch), steps);
     tile("tokens per second", group(curves::median_speed(history)), "median of the training steps".to_owned());
+    if let (Some(scale), Some(skipped)) = (last.metrics.get("loss_scale"), last.metrics.get("skipped_steps")) {
+        let note =
+            if skipped == 1.0 { "1 step skipped".to_owned() } else { format!("{} steps skipped", group(skipped)) };
+        tile("loss scale", group(scale), note);
+    }
     if let Some(peak) = history.steps.iter().filter_map(|step| step.peak_memory).max() {
         tile("peak memory", bytes(peak), String::new());
     }
@@ -200,6 +205,10 @@ mod tests {
         assert!(page(&[(0, 0.76), (4, 0.02), (8, 0.03)]).contains("best 0.0200 at step 4"));
         assert!(page(&[(0, 0.5), (8, 0.75)]).contains("<b>0.750</b><small>0.500 before step 1</small>"));
         assert!(page(&[(8, 0.75)]).contains("<b>0.750</b><small>perplexity"));
+        let values = [("loss_scale".to_owned(), 32768.0), ("skipped_steps".to_owned(), 1.0)].into();
+        let scaled = crate::StepMetrics { metrics: crate::MetricValues(values), grad_norm: f64::INFINITY, ..step(1) };
+        let scaled = report_html(&RunHistory { steps: vec![scaled], ..RunHistory::default() }, 8, &description());
+        assert!(scaled.contains("<span>loss scale</span><b>32,768</b><small>1 step skipped</small>"), "{scaled}");
         let one = report_html(&RunHistory { steps: vec![step(1)], ..RunHistory::default() }, 1, &description());
         assert!(one.contains("one step is done") && one.contains("<small>1 step</small>"), "{one}");
     }

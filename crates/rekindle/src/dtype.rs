@@ -9,14 +9,17 @@ use crate::Error;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
-    /// f32 on the CPU and wgpu, bf16 on CUDA. For a written checkpoint: the dtype of each tensor.
+    /// f32 on the CPU and wgpu; on CUDA bf16, or f16 on a GPU without bf16 (compute capability 7.5). For a written checkpoint: the dtype of each tensor.
     #[default]
     Auto,
     /// bfloat16.
+    #[serde(alias = "bfloat16")]
     Bf16,
     /// IEEE half precision.
+    #[serde(alias = "float16")]
     F16,
     /// Single precision.
+    #[serde(alias = "float32")]
     F32,
 }
 
@@ -24,7 +27,8 @@ impl Dtype {
     /// Returns the compute dtype on `device`.
     pub(crate) fn resolve(self, device: &Device, kind: DeviceKind) -> Result<DType, Error> {
         let dtype = match self {
-            Self::Auto if matches!(kind, DeviceKind::Cuda(_)) => DType::BF16,
+            Self::Auto if matches!(kind, DeviceKind::Cuda(_)) && device.supports_dtype(DType::BF16) => DType::BF16,
+            Self::Auto if matches!(kind, DeviceKind::Cuda(_)) => DType::F16,
             Self::Auto | Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,
             Self::F16 => DType::F16,

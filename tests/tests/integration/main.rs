@@ -9,6 +9,7 @@ mod diverged;
 mod dropout;
 mod engine;
 mod errors;
+mod f16;
 mod families;
 mod full;
 mod generate;

@@ -70,6 +70,9 @@ pub(crate) struct Train {
     /// Trains magnitudes, as `use_dora` in `[lora]`.
     #[arg(long)]
     use_dora: bool,
+    /// The dtype of activations and frozen weights.
+    #[arg(long, value_enum, default_value_t = ComputeDtype::Bf16)]
+    dtype: ComputeDtype,
     /// The optimizer, as `optim` in `[train]`.
     #[arg(long, default_value = "adamw")]
     optim: String,
@@ -139,6 +142,13 @@ enum TrainedBias {
     All,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ComputeDtype {
+    Bf16,
+    /// With a residual stream of f32 and a scaled loss.
+    F16,
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Peer {
     Unsloth,
@@ -174,6 +184,7 @@ pub(crate) fn table(weights: Option<&Path>, python: Option<&Path>) -> Result<Val
             attention_bias: false,
             bias: TrainedBias::None,
             use_dora: false,
+            dtype: ComputeDtype::Bf16,
             optim: "adamw".to_owned(),
             optimizer_in_bwd: false,
             loss: Loss::Sft,
@@ -226,7 +237,11 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
     let began = Instant::now();
     let (device, _) = rekindle_kernels::open_device(parse_device(&job.device)?)?;
     let Device::Cuda(cuda) = &device else { return Err(format!("{} is not a CUDA device", job.device).into()) };
-    let mut options = LoadOptions::new(device.clone(), DType::BF16, job.seq);
+    let dtype = match job.dtype {
+        ComputeDtype::Bf16 => DType::BF16,
+        ComputeDtype::F16 => DType::F16,
+    };
+    let mut options = LoadOptions::new(device.clone(), dtype, job.seq);
     options.full_finetuning = job.mode.is_full();
     options.stochastic_rounding = job.mode == Mode::FullBf16;
     options.load_in = job.mode.load_in();
@@ -312,6 +327,7 @@ impl Train {
         if self.optimizer_in_bwd {
             ours.arg("--optimizer-in-bwd");
         }
+        ours.args(["--dtype", &name(self.dtype)]);
         if self.profile {
             ours.arg("--profile");
         }
@@ -344,6 +360,7 @@ impl Train {
     fn name(&self) -> String {
         let Self { shape, mode, loss, batch, seq, checkpointing, optim, optimizer_in_bwd, .. } = self;
         let (shape, mode, checkpointing) = (name(*shape), name(*mode), name(*checkpointing));
+        let mode = if self.dtype == ComputeDtype::F16 { format!("{mode} in f16") } else { mode };
         let loss = if *loss == Loss::Sft { String::new() } else { format!(" {}", name(*loss)) };
         let in_bwd = if *optimizer_in_bwd { ", in the backward" } else { "" };
         let mut lora = String::new();

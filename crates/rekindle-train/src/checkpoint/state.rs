@@ -9,7 +9,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::fingerprint::hex;
-use crate::Error;
+use crate::{Error, LossScaler};
 
 /// The progress of a run, and the configuration that a resumed run must share.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,6 +20,9 @@ pub(crate) struct TrainerState {
     pub(crate) global_step: usize,
     /// Steps that updated the parameters; the optimizer's own count, on which dropout depends.
     pub(crate) optimizer_steps: u64,
+    /// The scale of the loss of an f16 model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) loss_scaler: Option<LossScaler>,
     /// Examples consumed since the beginning of the run, which determine the next rows.
     pub(crate) examples_seen: u64,
     /// Wall-clock time of the run up to here.
@@ -99,6 +102,7 @@ mod tests {
             format_version: TrainerState::FORMAT,
             global_step: 4,
             optimizer_steps: 4,
+            loss_scaler: Some(LossScaler::new(1.0 / 3.0)),
             examples_seen: 32,
             seconds: 0.1 + 0.2,
             last_evaluation: Some(4),

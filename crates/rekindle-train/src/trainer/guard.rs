@@ -21,6 +21,8 @@ pub(super) struct Pass<'a> {
     pub(super) examples: &'a [usize],
     /// The key of dropout; `None` in evaluation.
     pub(super) key: Option<StepKey>,
+    /// The factor of the loss in the backward pass.
+    pub(super) loss_scale: f64,
     pub(super) learning_rate: f64,
     pub(super) checkpoint: Option<PathBuf>,
 }
@@ -29,7 +31,7 @@ impl Pass<'_> {
     /// Repeats the pass to find the first non-finite value, and returns the error.
     pub(super) fn explain(self, model: &CausalLm, config: &SftConfig) -> Error {
         let objective = config.method.objective();
-        let scale = step_scale(&*objective, self.batches) as f32;
+        let scale = (step_scale(&*objective, self.batches) * self.loss_scale) as f32;
         let found = match model.first_non_finite(&*objective, self.batches, scale, self.key) {
             Ok(found) => found,
             Err(error) => return error.into(),

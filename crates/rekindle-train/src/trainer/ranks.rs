@@ -41,8 +41,11 @@ pub(super) fn share_start(
 ) -> Result<Option<TrainerState>, Error> {
     let progress = share(optimizer.world().ranks(), progress)?;
     share_parameters(optimizer.world(), model)?;
-    if progress.is_some() {
+    if let Some(progress) = &progress {
         share_optimizer(optimizer, saved)?;
+        if let Some(scaler) = progress.loss_scaler {
+            optimizer.set_loss_scaler(scaler);
+        }
     }
     Ok(progress)
 }

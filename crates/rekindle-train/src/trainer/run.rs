@@ -27,7 +27,7 @@ use crate::save::write_model_with;
 use crate::stopping::Stopping;
 use crate::world::{share, share_parameters};
 use crate::{
-    Error, EvalMetrics, Evaluation, Method, MetricValues, Optimizer, OptimizerConfig, Recorder, RunHistory,
+    Error, EvalMetrics, Evaluation, LossScaler, Method, MetricValues, Optimizer, OptimizerConfig, Recorder, RunHistory,
     SaveStrategy, Schedule, StepBatches, StepMetrics, TensorWorld, Timetable, TrainEnd, TrainEvent, TrainReport,
     write_result,
 };
@@ -248,15 +248,20 @@ impl<'a> Run<'a> {
         if let Some(reference) = &self.moving_reference {
             reference.add_to(self.job.model, &*self.objective, &mut rows.batches)?;
         }
-        let factor = self.schedule.factor(self.done);
+        // As in transformers, the schedule counts updates, and a step that is skipped is none.
+        let factor = self.schedule.factor(self.optimizer.steps() as usize);
         let rates = LearningRates { default: self.peaks.default * factor, embedding: self.peaks.embedding * factor };
         let key = self.optimizer.key();
         let batches = StepBatches { own: rows.own(), all: &rows.batches };
-        let result = self.optimizer.step_on_ranks(self.job.model, &*self.objective, batches, rates)?;
-        for (what, value) in [("loss", result.loss), ("grad_norm", result.grad_norm)] {
-            if !value.is_finite() {
-                return Err(self.diverged(what, value, rates.default, &rows, key));
-            }
+        let scaler = self.optimizer.loss_scaler().copied();
+        let mut result = self.optimizer.step_on_ranks(self.job.model, &*self.objective, batches, rates)?;
+        if !result.loss.is_finite() {
+            return Err(self.diverged("loss", result.loss, rates.default, &rows, (key, scaler)));
+        }
+        if !result.grad_norm.is_finite() && scaler.is_some_and(|scaler| scaler.can_shrink()) {
+            result.grad_norm = f64::INFINITY;
+        } else if !result.grad_norm.is_finite() {
+            return Err(self.diverged("grad_norm", result.grad_norm, rates.default, &rows, (key, scaler)));
         }
         self.done += 1;
         if let Some(reference) = &mut self.moving_reference {
@@ -384,6 +389,7 @@ impl<'a> Run<'a> {
             batches,
             examples,
             key: None,
+            loss_scale: 1.0,
             learning_rate: self.peaks.default,
             checkpoint: self.report.checkpoint.clone(),
         };
@@ -395,7 +401,14 @@ impl<'a> Run<'a> {
     }
 
     /// Returns the error for a step with a value that is not finite.
-    fn diverged(&self, what: &'static str, value: f64, lr: f64, rows: &StepRows, key: StepKey) -> Error {
+    fn diverged(
+        &self,
+        what: &'static str,
+        value: f64,
+        lr: f64,
+        rows: &StepRows,
+        (key, scaler): (StepKey, Option<LossScaler>),
+    ) -> Error {
         let pass = Pass {
             step: self.done + 1,
             what,
@@ -404,6 +417,7 @@ impl<'a> Run<'a> {
             batches: &rows.batches,
             examples: &rows.examples,
             key: Some(key),
+            loss_scale: scaler.map_or(1.0, |scaler| scaler.scale()),
             learning_rate: lr,
             checkpoint: self.report.checkpoint.clone(),
         };
@@ -423,6 +437,7 @@ impl<'a> Run<'a> {
             format_version: TrainerState::FORMAT,
             global_step: self.done,
             optimizer_steps: self.optimizer.steps(),
+            loss_scaler: self.optimizer.loss_scaler().copied(),
             examples_seen: self.rows.seen(),
             seconds: self.seconds(),
             last_evaluation: self.evaluated,

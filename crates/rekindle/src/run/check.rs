@@ -3,8 +3,8 @@
 use rekindle_kernels::parse_device;
 
 use super::{LoraArguments, RunConfig};
+use crate::Error;
 use crate::rewards::RewardSet;
-use crate::{Dtype, Error};
 
 impl RunConfig {
     /// Checks every value and every combination of values, as far as no file is needed for it.
@@ -54,13 +54,6 @@ impl RunConfig {
         }
         if let Err(error) = self.train.validate() {
             problems.push(format!("[train] {error}"));
-        }
-        if self.model.dtype == Dtype::F16 {
-            problems.push(
-                "[model] dtype = \"f16\" cannot be used for training: small gradients underflow, because the loss is \
-                 not scaled; use \"bf16\" or \"f32\""
-                    .to_owned(),
-            );
         }
         if let Err(error) = RewardSet::check(&self.rewards) {
             problems.push(format!("[[rewards]] {error}"));
