@@ -5,7 +5,7 @@
 Beside each `trajectory.json` it writes `f16.json`: the largest relative differences of loss, gradient norm and trained
 tensors. The run is that of transformers' `fp16=True`: `torch.autocast` to float16 and `torch.amp.GradScaler` with its
 defaults. Under an adapter the base weights are float16 and the adapter float32, as PEFT keeps it on such a base; if all
-weights are trained, they are float32. `scale` has the scale after each step; no step of these runs overflows.
+weights are trained, they are float32, and one run starts from weights that were rounded to float16. `scale` has the scale after each step; no step of these runs overflows.
 """
 
 import json
@@ -35,27 +35,33 @@ def main():
 
 
 def measure(directory, path):
+    if path.parent.name == "full" and "_experts" in (directory / "config.json").read_text():
+        return  # PyTorch's parameters hold all experts at once
     story, final = json.loads(path.read_text()), load_file(path.parent / "final.safetensors")
     adapter = story["adapter"] and pathlib.Path(story["adapter"]).name
     furthest, scales = {"loss": 0.0, "grad_norm": 0.0, "final": 0.0}, []
-    for attention, padded in [("eager", True), (make.other_attention(directory), False)]:
+    runs = [("eager", True, False), (make.other_attention(directory), False, False)]
+    for attention, padded, rounds in runs if adapter else [*runs, ("eager", True, True)]:
         with tempfile.TemporaryDirectory() as temporary:
             plain = decoded(directory, pathlib.Path(temporary)) if str(directory).endswith(NF4) else directory
-            steps, other = train(plain, adapter, story["run"], attention, padded)
+            steps, other = train(plain, adapter, story["run"], attention, padded, rounds)
         scales.append([step["scale"] for step in steps])
         for key in ("loss", "grad_norm"):
             distance = max(abs(a[key] / b[key] - 1) for a, b in zip(steps, story["steps"]))
             furthest[key] = max(furthest[key], distance)
         distance = max(((other[key] - final[key]).norm() / final[key].norm()).item() for key in final)
         furthest["final"] = max(furthest["final"], distance)
-    assert scales[0] == scales[1] and len(set(scales[0])) == 1, f"{path}: {scales}"
+    assert all(scale == scales[0] for scale in scales) and len(set(scales[0])) == 1, f"{path}: {scales}"
     print(path.relative_to(HERE).parent, furthest)
     make.write_json(path.parent / "f16.json", {"spread": furthest, "scale": scales[0], **make.versions()})
 
 
-def train(directory, adapter, run, attention, padded):
+def train(directory, adapter, run, attention, padded, rounds):
     """The loop of make.train as transformers' Trainer runs it with fp16=True."""
-    model = make.load(directory, dtype=torch.float16 if adapter else torch.float32, attention=attention)
+    model = make.load(directory, dtype=torch.float16 if adapter or rounds else torch.float32, attention=attention)
+    if rounds:
+        model = model.float()
+    model.set_experts_implementation("eager")
     if adapter:
         model = make.PeftModel.from_pretrained(model, directory / "adapters" / adapter, is_trainable=True)
     model.train()
