@@ -288,9 +288,11 @@ fn steps_in_f16(device: &Device) {
 
 fn family_steps_in_f16(device: &Device) {
     cuda(device).set_deterministic(true);
+    let mut checked = 0;
     for golden in families() {
         let trajectory = Trajectory::open(&golden.dir.join("train/lora"));
         let Some(spread) = trajectory.f16_spread() else { continue };
+        checked += 1;
         let batch = golden.packed();
         let mut model = in_f16(device, &golden, Some("all-linear"));
         let gradients = |model: &CausalLm| {
@@ -306,6 +308,7 @@ fn family_steps_in_f16(device: &Device) {
         let what = format!("{}/lora in f16", golden.name);
         trajectory.check_within(spread.times(2.0), &what, &golden, &mut model, ADAPTER);
     }
+    assert!(checked >= 10, "{checked} families have goldens of f16");
     cuda(device).set_deterministic(false);
 }
 

@@ -317,7 +317,7 @@ impl Optimizer {
             loss += sum;
             Metric::add(&mut metrics, more);
         }
-        let grad_norm = match &clips[..] {
+        let mut grad_norm = match &clips[..] {
             [clip] => clip.norm(),
             clips => clips.iter().map(|clip| clip.norm().powi(2)).sum::<f64>().sqrt(),
         };
@@ -329,6 +329,7 @@ impl Optimizer {
         let loss = loss * scale + router_aux_loss_coef * aux_loss;
         if let Some(scaler) = &mut self.loss_scaler {
             scaler.update(grad_norm.is_finite());
+            grad_norm = if grad_norm.is_finite() { grad_norm } else { f64::INFINITY };
             metrics.extend([("loss_scale", loss_scale), ("skipped_steps", scaler.skipped() as f64)]);
         }
         if grad_norm.is_finite() {

@@ -7,7 +7,7 @@ use rekindle_models::{Batch, CausalLm, NonFinite, StepKey};
 
 use crate::batches::batch;
 use crate::optimizer::step_scale;
-use crate::{Diverged, Error, Evaluation, SftConfig};
+use crate::{Diverged, Error, Evaluation, LossScaler, SftConfig, StepResult};
 
 /// A pass with a value that is not finite.
 pub(super) struct Pass<'a> {
@@ -25,6 +25,18 @@ pub(super) struct Pass<'a> {
     pub(super) loss_scale: f64,
     pub(super) learning_rate: f64,
     pub(super) checkpoint: Option<PathBuf>,
+}
+
+/// The name of a number that is not finite, and the number.
+pub(super) type Broken = (&'static str, f64);
+
+/// Returns the number of a step that ends the run: a loss that is not finite, and a gradient unless a smaller scale of the loss
+/// may help.
+pub(super) fn broken(result: &StepResult, scaler: Option<&LossScaler>) -> Option<Broken> {
+    let StepResult { loss, grad_norm, .. } = *result;
+    let is_skipped = scaler.is_some_and(LossScaler::can_shrink);
+    let fatal = [("loss", loss, true), ("grad_norm", grad_norm, !is_skipped)];
+    fatal.into_iter().find(|(_, value, ends)| *ends && !value.is_finite()).map(|(what, value, _)| (what, value))
 }
 
 impl Pass<'_> {
@@ -86,6 +98,17 @@ fn advice(found: Option<&NonFinite>, all_rows: bool, learning_rate: f64, config:
 mod tests {
     use super::*;
     use crate::StepCount;
+
+    #[test]
+    fn a_gradient_that_overflows_ends_a_run_unless_the_scale_can_shrink() {
+        let step = |loss, grad_norm| StepResult { loss, grad_norm, counted: 1, tokens: 1, metrics: Vec::new() };
+        let (large, small) = (LossScaler::default(), LossScaler::new(f64::powi(2.0, -13)));
+        assert_eq!(broken(&step(1.0, 1.0), None), None);
+        assert_eq!(broken(&step(1.0, f64::INFINITY), None), Some(("grad_norm", f64::INFINITY)));
+        assert_eq!(broken(&step(1.0, f64::INFINITY), Some(&large)), None);
+        assert_eq!(broken(&step(1.0, f64::INFINITY), Some(&small)), Some(("grad_norm", f64::INFINITY)));
+        assert_eq!(broken(&step(f64::INFINITY, 1.0), Some(&large)), Some(("loss", f64::INFINITY)));
+    }
 
     #[test]
     fn advice_follows_from_what_was_found() {

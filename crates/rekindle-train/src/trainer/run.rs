@@ -248,20 +248,15 @@ impl<'a> Run<'a> {
         if let Some(reference) = &self.moving_reference {
             reference.add_to(self.job.model, &*self.objective, &mut rows.batches)?;
         }
-        // As in transformers, the schedule counts updates, and a step that is skipped is none.
+        // As in transformers, skipped steps do not advance the schedule.
         let factor = self.schedule.factor(self.optimizer.steps() as usize);
         let rates = LearningRates { default: self.peaks.default * factor, embedding: self.peaks.embedding * factor };
         let key = self.optimizer.key();
         let batches = StepBatches { own: rows.own(), all: &rows.batches };
-        let scaler = self.optimizer.loss_scaler().copied();
-        let mut result = self.optimizer.step_on_ranks(self.job.model, &*self.objective, batches, rates)?;
-        if !result.loss.is_finite() {
-            return Err(self.diverged("loss", result.loss, rates.default, &rows, (key, scaler)));
-        }
-        if !result.grad_norm.is_finite() && scaler.is_some_and(|scaler| scaler.can_shrink()) {
-            result.grad_norm = f64::INFINITY;
-        } else if !result.grad_norm.is_finite() {
-            return Err(self.diverged("grad_norm", result.grad_norm, rates.default, &rows, (key, scaler)));
+        let scale = self.optimizer.loss_scaler().map_or(1.0, LossScaler::scale);
+        let result = self.optimizer.step_on_ranks(self.job.model, &*self.objective, batches, rates)?;
+        if let Some(broken) = guard::broken(&result, self.optimizer.loss_scaler()) {
+            return Err(self.diverged(broken, rates.default, &rows, key, scale));
         }
         self.done += 1;
         if let Some(reference) = &mut self.moving_reference {
@@ -401,14 +396,7 @@ impl<'a> Run<'a> {
     }
 
     /// Returns the error for a step with a value that is not finite.
-    fn diverged(
-        &self,
-        what: &'static str,
-        value: f64,
-        lr: f64,
-        rows: &StepRows,
-        (key, scaler): (StepKey, Option<LossScaler>),
-    ) -> Error {
+    fn diverged(&self, (what, value): guard::Broken, lr: f64, rows: &StepRows, key: StepKey, scale: f64) -> Error {
         let pass = Pass {
             step: self.done + 1,
             what,
@@ -417,7 +405,7 @@ impl<'a> Run<'a> {
             batches: &rows.batches,
             examples: &rows.examples,
             key: Some(key),
-            loss_scale: scaler.map_or(1.0, |scaler| scaler.scale()),
+            loss_scale: scale,
             learning_rate: lr,
             checkpoint: self.report.checkpoint.clone(),
         };
