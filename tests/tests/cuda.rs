@@ -7,6 +7,8 @@
 mod blocks;
 #[path = "cuda/engine.rs"]
 mod engine;
+#[path = "cuda/f16.rs"]
+mod f16;
 #[path = "cuda/ranks.rs"]
 mod ranks;
 #[path = "cuda/training_methods.rs"]
@@ -21,7 +23,7 @@ use rekindle_lora::{InitLoraWeights, LoraConfig};
 use rekindle_models::objective::{Dpo, StepTerms};
 use rekindle_models::{CausalLm, GenerationConfig, GradientCheckpointing, LoadIn, Sft};
 use rekindle_tests::{Golden, Tolerances, Trajectory, assert_nll, goldens, read_json, relative_distance, tensors};
-use rekindle_train::{LossScaler, Optimizer, OptimizerConfig, SftConfig};
+use rekindle_train::{Optimizer, OptimizerConfig, SftConfig};
 
 /// Tolerances for a different summation order than on the CPU.
 const CUDA_F32: Tolerances = Tolerances { loss: 1e-4, grad_norm: 1e-3, tensors: 1e-3 };
@@ -47,8 +49,8 @@ const CHECKS: &[(&str, Check)] = &[
     ("packed rows have the losses of rows alone", packing),
     ("optimizer steps", steps),
     ("optimizer steps in bf16", steps_in_bf16),
-    ("optimizer steps in f16", steps_in_f16),
-    ("f16: steps that overflow are skipped", overflow_in_f16),
+    ("optimizer steps in f16", f16::steps),
+    ("f16: steps that overflow are skipped", f16::overflow),
     ("gradients of all weights", all_weights),
     ("recomputed activations give the same bits", recomputation),
     ("objectives", objectives),
@@ -58,7 +60,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("families: losses and greedy tokens", family_losses),
     ("families: gradients of all weights, recomputed or not", family_gradients),
     ("families: optimizer steps", family_steps),
-    ("families in f16: optimizer steps and recomputation", family_steps_in_f16),
+    ("families in f16: optimizer steps and recomputation", f16::family_steps),
     ("memory does not grow", memory),
 ];
 
@@ -255,88 +257,6 @@ fn steps_in_bf16(device: &Device) {
         let bound = trajectory.bf16_spread().times(2.0);
         trajectory.check_within(bound, &format!("{name}/{run} in bf16"), &golden, &mut model, ADAPTER);
     }
-}
-
-fn in_f16(device: &Device, golden: &Golden, adapter: Option<&str>) -> CausalLm {
-    let mut model = golden.load_with(|options| {
-        options.device = device.clone();
-        options.dtype = DType::F16;
-        options.full_finetuning = adapter.is_none();
-    });
-    if let Some(adapter) = adapter {
-        model.load_adapter(&golden.dir.join("adapters").join(adapter)).expect("a golden adapter loads");
-    }
-    model
-}
-
-/// The difference from the f32 run must be at most twice that of PyTorch's own f16 run on the CPU.
-fn steps_in_f16(device: &Device) {
-    for (name, run) in [
-        ("qwen3-tied", "lora"),
-        ("llama3", "lora-fresh"),
-        ("quantized/qwen3-tied-nf4-double", "lora"),
-        ("families/smollm3", "full"),
-    ] {
-        let golden = Golden::open(name);
-        let trajectory = Trajectory::open(&golden.dir.join("train").join(run));
-        let mut model = in_f16(device, &golden, trajectory.adapter());
-        let file = if trajectory.adapter().is_some() { ADAPTER } else { "model.safetensors" };
-        let bound = trajectory.f16_spread().expect("an f16 run").times(2.0);
-        trajectory.check_within(bound, &format!("{name}/{run} in f16"), &golden, &mut model, file);
-    }
-}
-
-fn family_steps_in_f16(device: &Device) {
-    cuda(device).set_deterministic(true);
-    let mut checked = 0;
-    for golden in families() {
-        let trajectory = Trajectory::open(&golden.dir.join("train/lora"));
-        let Some(spread) = trajectory.f16_spread() else { continue };
-        checked += 1;
-        let batch = golden.packed();
-        let mut model = in_f16(device, &golden, Some("all-linear"));
-        let gradients = |model: &CausalLm| {
-            let mut grads = model.params().zero_grads();
-            model.forward_backward(&batch, 64.0, &mut grads, None).expect("golden rows fit").sum();
-            grads.all_values()
-        };
-        let whole = gradients(&model);
-        for recomputed in [GradientCheckpointing::Block, GradientCheckpointing::Host] {
-            model.set_gradient_checkpointing(recomputed);
-            assert!(gradients(&model) == whole, "{}, {recomputed:?}", golden.name);
-        }
-        let what = format!("{}/lora in f16", golden.name);
-        trajectory.check_within(spread.times(2.0), &what, &golden, &mut model, ADAPTER);
-    }
-    assert!(checked >= 10, "{checked} families have goldens of f16");
-    cuda(device).set_deterministic(false);
-}
-
-/// A step at a scale that overflows changes nothing but the scale, until a step fits.
-fn overflow_in_f16(device: &Device) {
-    let golden = Golden::open("qwen3-tied");
-    let batch = golden.packed();
-    let mut model = in_f16(device, &golden, Some("all-linear"));
-    let before = model.params().all_values();
-    let mut optimizer = Optimizer::new(&model, OptimizerConfig::from(&SftConfig::default()), 0).expect("trainable");
-    optimizer.set_loss_scaler(LossScaler::new(f64::powi(2.0, 60)));
-    let mut skipped = 0;
-    loop {
-        let step = optimizer.step(&mut model, &Sft, core::slice::from_ref(&batch), 1e-3).expect("golden rows fit");
-        assert!(step.loss.is_finite());
-        if step.grad_norm.is_finite() {
-            break;
-        }
-        skipped += 1;
-        assert!(model.params().all_values() == before, "a skipped step changes no parameter");
-    }
-    let scaler = optimizer.loss_scaler().expect("a model in f16");
-    println!("f16: {skipped} steps skipped, then the scale is {:e}", scaler.scale());
-    assert_eq!(
-        (scaler.skipped(), scaler.scale(), optimizer.steps()),
-        (skipped, f64::powi(2.0, 60 - skipped as i32), 1)
-    );
-    assert!(skipped > 0 && model.params().all_values() != before);
 }
 
 fn packing(device: &Device) {

@@ -215,7 +215,7 @@ impl Optimizer {
         }
     }
 
-    /// Returns the number of steps done: those with finite gradients.
+    /// Returns the number of steps done: those with finite gradients. As in transformers, the learning rate follows this number.
     pub fn steps(&self) -> u64 {
         self.t
     }

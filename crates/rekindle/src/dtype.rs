@@ -9,7 +9,8 @@ use crate::Error;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
-    /// f32 on the CPU and wgpu; on CUDA bf16, or f16 on a GPU without bf16 (compute capability 7.5). For a written checkpoint: the dtype of each tensor.
+    /// f32 on the CPU and wgpu; on CUDA bf16, or f16 where the GPU has no bf16. For a written checkpoint: the dtype of each
+    /// tensor.
     #[default]
     Auto,
     /// bfloat16.

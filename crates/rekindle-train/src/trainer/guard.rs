@@ -27,16 +27,25 @@ pub(super) struct Pass<'a> {
     pub(super) checkpoint: Option<PathBuf>,
 }
 
-/// The name of a number that is not finite, and the number.
-pub(super) type Broken = (&'static str, f64);
+/// A number of a step that ends the run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Broken {
+    /// `loss` or `grad_norm`.
+    pub(super) what: &'static str,
+    pub(super) value: f64,
+    /// The scale of the step's loss.
+    pub(super) loss_scale: f64,
+}
 
 /// Returns the number of a step that ends the run: a loss that is not finite, and a gradient unless a smaller scale of the loss
 /// may help.
 pub(super) fn broken(result: &StepResult, scaler: Option<&LossScaler>) -> Option<Broken> {
-    let StepResult { loss, grad_norm, .. } = *result;
+    let StepResult { loss, grad_norm, metrics, .. } = result;
     let is_skipped = scaler.is_some_and(LossScaler::can_shrink);
-    let fatal = [("loss", loss, true), ("grad_norm", grad_norm, !is_skipped)];
-    fatal.into_iter().find(|(_, value, ends)| *ends && !value.is_finite()).map(|(what, value, _)| (what, value))
+    let fatal = [("loss", *loss, true), ("grad_norm", *grad_norm, !is_skipped)];
+    let (what, value, _) = fatal.into_iter().find(|(_, value, ends)| *ends && !value.is_finite())?;
+    let scale = metrics.iter().find(|(name, _)| *name == "loss_scale");
+    Some(Broken { what, value, loss_scale: scale.map_or(1.0, |(_, scale)| *scale) })
 }
 
 impl Pass<'_> {
@@ -101,13 +110,17 @@ mod tests {
 
     #[test]
     fn a_gradient_that_overflows_ends_a_run_unless_the_scale_can_shrink() {
-        let step = |loss, grad_norm| StepResult { loss, grad_norm, counted: 1, tokens: 1, metrics: Vec::new() };
+        let step = |loss, grad_norm| {
+            let metrics = vec![("loss_scale", 4.0)];
+            StepResult { loss, grad_norm, counted: 1, tokens: 1, metrics }
+        };
+        let ends = |what| Some(Broken { what, value: f64::INFINITY, loss_scale: 4.0 });
         let (large, small) = (LossScaler::default(), LossScaler::new(f64::powi(2.0, -13)));
         assert_eq!(broken(&step(1.0, 1.0), None), None);
-        assert_eq!(broken(&step(1.0, f64::INFINITY), None), Some(("grad_norm", f64::INFINITY)));
+        assert_eq!(broken(&step(1.0, f64::INFINITY), None), ends("grad_norm"));
         assert_eq!(broken(&step(1.0, f64::INFINITY), Some(&large)), None);
-        assert_eq!(broken(&step(1.0, f64::INFINITY), Some(&small)), Some(("grad_norm", f64::INFINITY)));
-        assert_eq!(broken(&step(f64::INFINITY, 1.0), Some(&large)), Some(("loss", f64::INFINITY)));
+        assert_eq!(broken(&step(1.0, f64::INFINITY), Some(&small)), ends("grad_norm"));
+        assert_eq!(broken(&step(f64::INFINITY, 1.0), Some(&large)), ends("loss"));
     }
 
     #[test]

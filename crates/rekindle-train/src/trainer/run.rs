@@ -27,7 +27,7 @@ use crate::save::write_model_with;
 use crate::stopping::Stopping;
 use crate::world::{share, share_parameters};
 use crate::{
-    Error, EvalMetrics, Evaluation, LossScaler, Method, MetricValues, Optimizer, OptimizerConfig, Recorder, RunHistory,
+    Error, EvalMetrics, Evaluation, Method, MetricValues, Optimizer, OptimizerConfig, Recorder, RunHistory,
     SaveStrategy, Schedule, StepBatches, StepMetrics, TensorWorld, Timetable, TrainEnd, TrainEvent, TrainReport,
     write_result,
 };
@@ -248,15 +248,13 @@ impl<'a> Run<'a> {
         if let Some(reference) = &self.moving_reference {
             reference.add_to(self.job.model, &*self.objective, &mut rows.batches)?;
         }
-        // As in transformers, skipped steps do not advance the schedule.
         let factor = self.schedule.factor(self.optimizer.steps() as usize);
         let rates = LearningRates { default: self.peaks.default * factor, embedding: self.peaks.embedding * factor };
         let key = self.optimizer.key();
         let batches = StepBatches { own: rows.own(), all: &rows.batches };
-        let scale = self.optimizer.loss_scaler().map_or(1.0, LossScaler::scale);
         let result = self.optimizer.step_on_ranks(self.job.model, &*self.objective, batches, rates)?;
         if let Some(broken) = guard::broken(&result, self.optimizer.loss_scaler()) {
-            return Err(self.diverged(broken, rates.default, &rows, key, scale));
+            return Err(self.diverged(broken, rates.default, &rows, key));
         }
         self.done += 1;
         if let Some(reference) = &mut self.moving_reference {
@@ -396,16 +394,16 @@ impl<'a> Run<'a> {
     }
 
     /// Returns the error for a step with a value that is not finite.
-    fn diverged(&self, (what, value): guard::Broken, lr: f64, rows: &StepRows, key: StepKey, scale: f64) -> Error {
+    fn diverged(&self, broken: guard::Broken, lr: f64, rows: &StepRows, key: StepKey) -> Error {
         let pass = Pass {
             step: self.done + 1,
-            what,
-            value,
+            what: broken.what,
+            value: broken.value,
             dataset: &self.job.train,
             batches: &rows.batches,
             examples: &rows.examples,
             key: Some(key),
-            loss_scale: scale,
+            loss_scale: broken.loss_scale,
             learning_rate: lr,
             checkpoint: self.report.checkpoint.clone(),
         };
