@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::root;
 
 /// The workspace crates that each crate may depend on, excluding dev-dependencies.
-const LAYERS: [(&str, &[&str]); 17] = [
+const LAYERS: [(&str, &[&str]); 18] = [
     ("rekindle-dist", &[]),
     ("rekindle-hub", &[]),
     ("rekindle-rewards", &[]),
@@ -24,6 +24,7 @@ const LAYERS: [(&str, &[&str]); 17] = [
         "rekindle-models",
         &["rekindle-kernels", "rekindle-gguf", "rekindle-hub", "rekindle-quant", "rekindle-rope", "rekindle-lora"],
     ),
+    ("rekindle-burn", &["rekindle-kernels", "rekindle-lora", "rekindle-quant", "rekindle-rope"]),
     ("rekindle-engine", &["rekindle-kernels", "rekindle-models"]),
     (
         "rekindle-train",
@@ -63,7 +64,7 @@ const LAYERS: [(&str, &[&str]); 17] = [
 /// External crates that only some workspace crates may depend on.
 const OWNERS: [(&str, &[&str]); 11] = [
     ("cudarc", &["rekindle-kernels"]),
-    ("burn", &["rekindle-kernels", "rekindle-quant", "rekindle-tests"]),
+    ("burn", &["rekindle-burn", "rekindle-kernels", "rekindle-quant", "rekindle-tests"]),
     ("burn-flex", &["rekindle-kernels"]),
     ("gemm", &["rekindle-kernels"]),
     ("hf-hub", &["rekindle-hub"]),

@@ -47,6 +47,21 @@ impl Grads {
         Self { parts: ranges.into_iter().map(|range| GradPart::zeros(range, device)).collect() }
     }
 
+    /// Zeros for one matrix that belongs to no [`Params`](crate::Params), and its place.
+    pub fn of_matrix([rows, cols]: [usize; 2], device: &Device) -> (Self, ParamRef) {
+        let at = ParamRef { offset: 0, rows, cols };
+        (Self::zeros([at.range()], device), at)
+    }
+
+    /// Returns a gradient as a matrix, sharing memory.
+    pub fn matrix(&self, at: ParamRef) -> Tensor<2> {
+        match self.of(at.range()) {
+            Tensor::Burn(flat) => Tensor::Burn(flat.reshape(at.dims())),
+            Tensor::Cuda(_) => self.array(at).into(),
+            Tensor::Meta(flat) => flat.reshaped(at.dims()).into(),
+        }
+    }
+
     /// Adds a gradient.
     pub fn add(&mut self, at: ParamRef, grad: Tensor<2>) {
         assert_eq!(grad.dims(), at.dims(), "gradient and parameter shapes");
