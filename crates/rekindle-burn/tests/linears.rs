@@ -13,8 +13,8 @@ use burn::tensor::{DType, Device, Tensor};
 use burn_optim::{AdamWConfig, GradientsParams};
 use common::{bits, device, noise, plain, values};
 use rekindle_burn::{
-    Adapter, Error, LoraLinear, LoraLinearConfig, QuantLinear, QuantLinearConfig, WeightFormat, load_adapter,
-    save_adapter, wrap,
+    Adapter, Error, LoraLinear, LoraLinearConfig, QuantLinear, QuantLinearConfig, RmsNormConfig, WeightFormat,
+    load_adapter, save_adapter, wrap,
 };
 use rekindle_kernels::{Device as Place, ParamsBuilder, Weight, from_f32, to_f32};
 use rekindle_lora::{LinearContext, LinearGroup, LoraConfig, LoraFactors, LoraInit};
@@ -263,8 +263,21 @@ fn records_of_burns_linear_load() {
     }
 }
 
+/// A record of `burn::nn::RmsNorm` loads into [`RmsNorm`], which computes the same.
 #[test]
-fn quantized_codes_survive_what_maps_floats() {
+fn records_of_burns_norm_load() {
+    let mut burn = burn::nn::RmsNormConfig::new(INPUT).with_epsilon(1e-5).init(&device());
+    burn.gamma = Param::from_tensor(plain(4, [INPUT]));
+    let x = Tensor::<2>::from_data(plain(3, [5, INPUT]).to_data(), &device());
+    let want = values(burn.forward(x.clone()));
+    let ours = RmsNormConfig::new(INPUT).init(&device()).load_record(burn.into_record());
+    for (got, want) in values(ours.forward(x)).iter().zip(want) {
+        assert!((got - want).abs() <= 4.0 * f64::from(f32::EPSILON) * want.abs().max(1.0), "{got} {want}");
+    }
+}
+
+#[test]
+fn quantized_codes_survive_moves_and_forks() {
     let net = Net::new(&device());
     let codes = bits(net.layers[0].o_proj.dequantize());
     let cast = net.clone().valid().train().to_device(&Device::flex()).fork(&device());
