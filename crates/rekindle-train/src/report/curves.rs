@@ -33,17 +33,20 @@ pub(super) fn charts(history: &RunHistory) -> Vec<Chart> {
     charts
 }
 
+/// Returns the series of a metric in training, smoothed, and in evaluations.
+fn with_evaluations(history: &RunHistory, name: &str) -> Vec<Series> {
+    let mut series = smoothed("training data", points(history, |step| step.metrics.get(name)));
+    let name = format!("eval_{name}");
+    let evals = history.evals.iter().filter_map(|eval| Some((eval.step, eval.metrics.get(&name)?))).collect();
+    series.push(Series::dotted("evaluation data", "eval", evals));
+    series
+}
+
 /// Returns the charts of a preference loss: rewards, their margin, and the share of pairs in the right order. Without such
 /// metrics they have no points.
 fn rewards(history: &RunHistory) -> [Chart; 3] {
     let of = |name: &str| points(history, |step| step.metrics.get(name));
-    let both = |name: &str| {
-        let mut series = smoothed("training data", of(name));
-        let name = format!("eval_{name}");
-        let evals = history.evals.iter().filter_map(|eval| Some((eval.step, eval.metrics.get(&name)?))).collect();
-        series.push(Series::dotted("evaluation data", "eval", evals));
-        series
-    };
+    let both = |name: &str| with_evaluations(history, name);
     let sides = vec![
         Series::line("chosen", "train", smooth(&of("rewards/chosen"))),
         Series::line("rejected", "eval", smooth(&of("rewards/rejected"))),
@@ -61,13 +64,7 @@ fn rewards(history: &RunHistory) -> [Chart; 3] {
 /// have no points.
 fn scores(history: &RunHistory) -> [Chart; 3] {
     let of = |name: &str| points(history, |step| step.metrics.get(name));
-    let both = |name: &str| {
-        let mut series = smoothed("training data", of(name));
-        let name = format!("eval_{name}");
-        let evals = history.evals.iter().filter_map(|eval| Some((eval.step, eval.metrics.get(&name)?))).collect();
-        series.push(Series::dotted("evaluation data", "eval", evals));
-        series
-    };
+    let both = |name: &str| with_evaluations(history, name);
     let range = vec![
         Series::line("max", "peak", smooth(&of("max_reward"))),
         Series::line("mean", "train", smooth(&of("mean_reward"))),
