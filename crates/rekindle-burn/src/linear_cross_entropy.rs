@@ -26,7 +26,7 @@ impl LinearCrossEntropyConfig {
 }
 
 /// The mean cross-entropy of logits multiplier · h·Wᵀ, which never exist in full:
-/// L = (1/n) Σ_t −log softmax(logits_t)[target_t] over the n rows with a target (the idea of Wijmans et al.,
+/// L = (1/n) Σ_t −log softmax(logits_t)\[target_t\] over the n rows with a target (the idea of Wijmans et al.,
 /// arXiv:2411.09009). Target −100 means none.
 ///
 /// W is an input, because models share it with their embedding table: `embedding.weight.val()`, or

@@ -63,7 +63,7 @@ fn step_rows(tokens: usize) -> usize {
 }
 
 impl CausalLm {
-    /// Returns true if [`next_tokens`](Self::next_tokens) runs on this model's device and can compute its layers.
+    /// Returns true if [`begin_step`](Self::begin_step) runs on this model's device and can compute its layers.
     pub fn has_steps(&self) -> bool {
         matches!(self.device(), Device::Cuda(_)) && self.decoder.shares_prefixes()
     }
