@@ -105,11 +105,24 @@ pub(crate) fn backward(
     }
     let weight = checked(x, weight);
     check_dims("dy", dy, x.dims());
+    launch_backward(&kernel(x, entry!("rms_norm.cu", "rms_norm_bwd"), form), dy, x, weight, rstd, residual, pad_cols)
+}
+
+/// Launches a kernel of the backward; `weight` was checked.
+pub(super) fn launch_backward(
+    kernel: &Kernel,
+    dy: &Array,
+    x: &Array,
+    weight: Option<Array>,
+    rstd: &Array,
+    residual: Option<Array>,
+    pad_cols: usize,
+) -> Array {
     let free = residual.as_ref().filter(|residual| residual.is_unique() && residual.is_aligned());
     let dx = free.map_or_else(|| padded(x, pad_cols), Array::clone);
     let (dy, x, residual) = (dy.aligned(), x.aligned(), residual.map(|r| r.aligned()));
     let (residual, residual_ld) = residual.as_ref().map_or((0, 0), |r| (r.ptr(), r.ld()));
-    kernel(&x, entry!("rms_norm.cu", "rms_norm_bwd"), form).launch(
+    kernel.launch(
         [blocks(x.rows()), 1, 1],
         block(&x),
         0,
@@ -144,11 +157,17 @@ pub(crate) fn add_weight_grad(dy: &Array, x: &Array, rstd: &Array, out: &Array) 
         return mixed::add_weight_grad(dy, x, rstd, out);
     }
     check_dims("dy", dy, x.dims());
+    // The gradient does not depend on the form.
+    let kernel = kernel(x, entry!("rms_norm.cu", "rms_norm_dw"), GainForm::Plain);
+    launch_weight_grad(&kernel, reduce::column_grid(x, CHUNK), dy, x, rstd, out);
+}
+
+/// Launches a kernel of the gradient to the weight on `grid`, and adds its sums to `out`.
+pub(super) fn launch_weight_grad(kernel: &Kernel, grid: [u32; 3], dy: &Array, x: &Array, rstd: &Array, out: &Array) {
     let (dy, x) = (dy.aligned(), x.aligned());
     let partial = reduce::partials(&x, CHUNK);
-    // The gradient does not depend on the form.
-    kernel(&x, entry!("rms_norm.cu", "rms_norm_dw"), GainForm::Plain).launch(
-        reduce::column_grid(&x, CHUNK),
+    kernel.launch(
+        grid,
         [32, 8, 1],
         0,
         args![

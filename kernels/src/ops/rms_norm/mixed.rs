@@ -1,8 +1,8 @@
 //! Launches of `rms_norm_mixed.cu`: norms between an f32 residual stream and activations of 16 bits.
 
 use super::GainForm;
-use super::cuda::{CHUNK, address, block, check_width, rows_of_f32};
-use crate::runtime::op::{blocks, check_dims, int, like, padded};
+use super::cuda::{CHUNK, block, check_width, launch_backward, launch_weight_grad, rows_of_f32};
+use crate::runtime::op::{blocks, check_dims, int, like};
 use crate::runtime::{Array, Cuda, DType, Entry, Kernel, MemoryUse, args, entry, reduce};
 
 /// The weight, at an address that the kernels take, if x is f32 and the weight is not.
@@ -84,60 +84,20 @@ pub(super) fn backward(
         check_dims("the norm's weight", weight, [1, x.cols()]);
         assert_eq!(weight.dtype(), narrow, "dtype of the norm's weight");
     }
-    let weight = weight.map(Array::aligned);
-    let free = residual.as_ref().filter(|residual| residual.is_unique() && residual.is_aligned());
-    let dx = free.map_or_else(|| padded(x, pad_cols), Array::clone);
-    let (dy, x, residual) = (dy.aligned(), x.aligned(), residual.map(|r| r.aligned()));
-    let (residual, residual_ld) = residual.as_ref().map_or((0, 0), |r| (r.ptr(), r.ld()));
-    kernel(x.cuda(), entry, narrow, form).launch(
-        [blocks(x.rows()), 1, 1],
-        block(&x),
-        0,
-        args![
-            dy.ptr(),
-            x.ptr(),
-            address(weight.as_ref()),
-            rstd.ptr(),
-            residual,
-            dx.ptr(),
-            int(x.rows()),
-            int(x.cols()),
-            int(dy.ld()),
-            int(x.ld()),
-            int(residual_ld),
-            int(dx.ld())
-        ],
-    );
-    dx
+    let kernel = kernel(x.cuda(), entry, narrow, form);
+    launch_backward(&kernel, dy, x, weight.map(Array::aligned), rstd, residual, pad_cols)
 }
 
 /// Adds the gradient to the weight to `out`, f32 `[1, width]`.
 pub(super) fn add_weight_grad(dy: &Array, x: &Array, rstd: &Array, out: &Array) {
     check_dims("dy", dy, x.dims());
-    let (dy, x) = (dy.aligned(), x.aligned());
     let (narrow, wide, entry) = match x.dtype() {
-        DType::F32 => (dy.dtype(), &x, entry!("rms_norm_mixed.cu", "rms_norm_mixed_dw")),
-        narrow => (narrow, &dy, entry!("rms_norm_mixed.cu", "rms_norm_post_dw")),
+        DType::F32 => (dy.dtype(), x, entry!("rms_norm_mixed.cu", "rms_norm_mixed_dw")),
+        narrow => (narrow, dy, entry!("rms_norm_mixed.cu", "rms_norm_post_dw")),
     };
-    let partial = reduce::partials(&x, CHUNK);
     // The gradient does not depend on the form.
-    kernel(x.cuda(), entry, narrow, GainForm::Plain).launch(
-        reduce::column_grid(wide, CHUNK),
-        [32, 8, 1],
-        0,
-        args![
-            dy.ptr(),
-            x.ptr(),
-            rstd.ptr(),
-            partial.ptr(),
-            int(x.rows()),
-            int(x.cols()),
-            int(dy.ld()),
-            int(x.ld()),
-            int(CHUNK)
-        ],
-    );
-    reduce::sum_partials(&partial, out);
+    let kernel = kernel(x.cuda(), entry, narrow, GainForm::Plain);
+    launch_weight_grad(&kernel, reduce::column_grid(wide, CHUNK), dy, x, rstd, out);
 }
 
 /// The kernel for the dtype of 16 bits and a form of the gain.
