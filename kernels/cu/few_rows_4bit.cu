@@ -12,8 +12,8 @@
 // or null, y [m, n] of T (bf16 or f16) with row strides in elements; y may be onto. n a multiple of 16, k of 64; x and
 // packed 16-byte aligned, ldx a multiple of 8.
 //
-// packed and scales are read while the kernel before this one still runs, which must not write them. With one group the next
-// kernel begins at once, too; with more, its blocks would take the place of blocks that compute.
+// packed and scales are read while the kernel before this one still runs, which must not write them. With one group, the
+// next kernel may begin at once; with more groups, when the last tile is reached.
 //
 // GROUPS 1 with WARPS 10, or GROUPS 2 or 4 with WARPS 8, m <= 8·GROUPS; DOUBLE 0 or 1. Launch: grid BLOCKS for each SM, at
 // most n / 16, block 32·WARPS, dynamic shared memory 65,536 + 512·WARPS·GROUPS.

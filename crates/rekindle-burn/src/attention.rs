@@ -75,8 +75,7 @@ impl FlashAttention {
         self.attend(q, k, v, &cu_seqlens)
     }
 
-    /// Returns o of documents that lie one after another. `cu_seqlens` are their cumulative lengths, from 0 to the
-    /// number of tokens.
+    /// Returns o of packed documents. `cu_seqlens` are their cumulative lengths, from 0 to the number of tokens.
     ///
     /// # Panics
     /// If the shapes are not those of [`FlashAttention`], or `cu_seqlens` is not as described.

@@ -158,7 +158,7 @@ where
             (value, guard, is_tracked)
         }
         Ok(other) => panic!("an operation of rekindle-burn takes float tensors, not {}", other.name()),
-        Err(reason) => panic!("the tensors of one operation lie on one device: {reason}"),
+        Err(reason) => panic!("the tensors of an operation must be on the same device: {reason}"),
     }
 }
 
@@ -176,7 +176,7 @@ where
     match <DispatchTensor as DispatchKindConversion<B>>::try_into_backend(tensor) {
         Ok(BackendTensor::Float(tensor)) => tensor,
         Ok(other) => panic!("an operation of rekindle-burn takes float tensors, not {}", other.name()),
-        Err(reason) => panic!("the tensors of one operation lie on one device: {reason}"),
+        Err(reason) => panic!("the tensors of an operation must be on the same device: {reason}"),
     }
 }
 

@@ -277,7 +277,7 @@ fn balanced_checkpointing_gives_the_same_gradients() {
     let grad = |device: Device| {
         let x = common::tensor(&noise(1, 24), [3, 8], &device, DType::F32).require_grad();
         let layer = RmsNormConfig::new(8).init(&device);
-        // Ops that Burn recomputes lie on both sides of the layer.
+        // Burn recomputes the operations before and after the layer.
         let y = (layer.forward(x.clone().exp()) + 1.0).powi_scalar(2).sum();
         bits(x.grad(&y.backward()).unwrap())
     };

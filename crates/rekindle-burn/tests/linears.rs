@@ -245,7 +245,7 @@ fn records_hold_codes_and_factors() {
     assert_ne!(bits(other.forward(x.clone())), bits(net.forward(x.clone())));
     let loaded = other.load_record(ModuleRecord::from_bytes(bytes).unwrap());
     assert_eq!(bits(loaded.forward(x.clone())), bits(net.forward(x.clone())));
-    // The packed weight is in the record as it is, not dense.
+    // The record contains the quantized weight, not a dense one.
     let weights = |net: &Net| bits(net.layers[1].o_proj.dequantize());
     assert_eq!(weights(&loaded), weights(&net));
 }

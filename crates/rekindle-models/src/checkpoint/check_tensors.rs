@@ -54,7 +54,7 @@ pub(crate) fn check_tensors(
         if name.ends_with("rotary_emb.inv_freq") || config.names.keeps(name) {
             continue;
         }
-        // The head that a score takes the place of.
+        // A reward model does not use the head over the vocabulary.
         if config.has_score_head() && name == "lm_head.weight" {
             continue;
         }

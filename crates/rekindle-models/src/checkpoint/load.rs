@@ -47,8 +47,8 @@ pub struct LoadOptions {
     pub skip_modules: Option<Vec<String>>,
     /// Rows that the embedding table and the head are brought to. New ones are the mean of the old.
     pub resize_model_vocab: Option<usize>,
-    /// The seed of a score head, which takes the place of the vocabulary's; one in the checkpoint is loaded. `None` loads
-    /// the head that the checkpoint describes.
+    /// The seed of a score head, which replaces the head over the vocabulary. If the checkpoint has a score head, it is loaded
+    /// instead. `None` loads the head that the checkpoint describes.
     pub score_head: Option<u64>,
 }
 

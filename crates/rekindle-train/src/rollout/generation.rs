@@ -132,8 +132,8 @@ impl Generation {
         Batch { completions: completions.collect(), rows: numbers, ..Batch::from_rows(documents, 0) }
     }
 
-    /// Computes the log-probabilities that steps need of the model as it is, and of the reference model. Each rank computes
-    /// those of its batches.
+    /// Computes the log-probabilities that steps need, under the current model and under the reference model. Each rank
+    /// computes those of its batches.
     fn add_log_probs(
         &mut self,
         settings: &RolloutSettings,
@@ -176,7 +176,7 @@ impl Generation {
     }
 }
 
-/// The number of a row, and the bits of its log-probabilities under the model as it is and under the reference model.
+/// The number of a row, and the bits of its log-probabilities under the current model and under the reference model.
 type RowLogProbs = (usize, Option<Vec<u32>>, Option<Vec<u32>>);
 
 impl RolloutRow {

@@ -101,7 +101,7 @@ pub(super) struct SampledGroups {
 }
 
 /// Samples the completions of prompts, each given by its index and by the number that its seed follows from, and scores each
-/// group as soon as it is complete. Returns `None` if `go_on` returns false before the end.
+/// group when all of its completions are done. Returns `None` if `go_on` returns false before the end.
 pub(super) fn sample(
     task: &mut RolloutTask<'_>,
     settings: &RolloutSettings,

@@ -23,7 +23,7 @@ const FILE: &str = "reference_model.safetensors";
 const NAME: &str = "trained_parameters";
 
 impl MovingReference {
-    /// Returns the reference of a run that has one: `model` as it is, or that of the checkpoint that the run resumes from.
+    /// Returns the reference of a run that has one: a copy of `model`, or the reference in the checkpoint of a resumed run.
     pub(super) fn begin(
         config: &SftConfig,
         model: &CausalLm,

@@ -99,7 +99,7 @@ impl RunPlanner {
         let longest = |row: &[usize]| row.iter().copied().max().unwrap_or(0) + completion;
         let lengths = lengths.chunks(per_row).map(|row| longest(row).min(job.load.max_seq_length));
         let longest = PassRows::longest(job.train.per_device_train_batch_size, lengths);
-        // What is dealt to a rank has no more tokens than so many of the longest row.
+        // A rank gets at most as many tokens as this many copies of the longest row have.
         let dealt = PassRows::equal(self.planner.rows_in_pass(), longest.lengths.first().copied().unwrap_or(0));
         let tokens = |rows: &PassRows| rows.lengths.iter().sum::<usize>();
         if tokens(&dealt) < tokens(&longest) { dealt } else { longest }
