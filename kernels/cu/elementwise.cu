@@ -76,8 +76,9 @@ scale(const T* x, T* y, int rows, int width, int ldx, int ldy, f32 factor) {
     move<T, true>(x, nullptr, y, rows, width, ldx, ldy, factor);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-mul(const T* a, const T* b, T* y, int rows, int width, int lda, int ldb, int ldy) {
+// y = op(a, b), element by element.
+template <typename A, typename B, typename Y, typename Op>
+DEVICE void combine(const A* a, const B* b, Y* y, int rows, int width, int lda, int ldb, int ldy, Op op) {
     const u32 i = blockIdx.x * 256 + threadIdx.x;
     if (i >= (u32)rows * ((u32)(width + 7) / 8)) return;
     const Place p = place<8>(i, width);
@@ -86,22 +87,18 @@ mul(const T* a, const T* b, T* y, int rows, int width, int lda, int ldb, int ldy
     fetch(at(a, p.row, lda, p.col), n, u);
     fetch(at(b, p.row, ldb, p.col), n, v);
 #pragma unroll
-    for (int k = 0; k < 8; k++) v[k] *= u[k];
+    for (int k = 0; k < 8; k++) v[k] = op(u[k], v[k]);
     leave(at(y, p.row, ldy, p.col), n, v);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
+mul(const T* a, const T* b, T* y, int rows, int width, int lda, int ldb, int ldy) {
+    combine(a, b, y, rows, width, lda, ldb, ldy, [](f32 u, f32 v) { return u * v; });
+}
+
+extern "C" __global__ void __launch_bounds__(256)
 add_f32(const T* x, const f32* a, f32* y, int rows, int width, int ldx, int lda, int ldy) {
-    const u32 i = blockIdx.x * 256 + threadIdx.x;
-    if (i >= (u32)rows * ((u32)(width + 7) / 8)) return;
-    const Place p = place<8>(i, width);
-    const int n = min(p.n, 8);
-    f32 u[8], v[8];
-    fetch(at(x, p.row, ldx, p.col), n, u);
-    fetch(at(a, p.row, lda, p.col), n, v);
-#pragma unroll
-    for (int k = 0; k < 8; k++) v[k] += u[k];
-    leave(at(y, p.row, ldy, p.col), n, v);
+    combine(x, a, y, rows, width, ldx, lda, ldy, [](f32 u, f32 v) { return u + v; });
 }
 
 extern "C" __global__ void __launch_bounds__(256)
