@@ -24,15 +24,20 @@ impl Reparameterization for Adapter {
     /// # Panics
     /// For the adapter of a quantized weight, which has no dense form.
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        let (a, b) = (self.a.val(), self.b.val());
-        let ([input, _], [_, out]) = (a.dims(), b.dims());
-        let delta = a.matmul(b).mul_scalar(self.scale);
+        let delta = self.delta();
         assert_eq!(
             base.dims()[..],
-            [input, out],
-            "the adapter of a quantized weight cannot be merged; keep it, or dequantize the weight first"
+            delta.dims(),
+            "the adapter of a QuantLinear cannot be merged; keep it, or dequantize the weight first"
         );
         let (dtype, shape) = (base.dtype(), base.shape());
         base + delta.cast(dtype).reshape(shape)
+    }
+}
+
+impl Adapter {
+    /// Returns ΔW.
+    pub(crate) fn delta(&self) -> Tensor<2> {
+        self.a.val().matmul(self.b.val()).mul_scalar(self.scale)
     }
 }

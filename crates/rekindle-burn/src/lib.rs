@@ -2,8 +2,9 @@
 //!
 //! Each layer is a `Config` with `init`, a `Module` with records, and one node of Burn's autodiff graph, whose forward and
 //! backward are the hand-written pair of `rekindle-kernels` and which saves what that pair saves. The layers work with any
-//! optimizer and any other module of Burn. [`wrap`] puts adapters on the linears of a network, and [`save_adapter`] and
-//! [`load_adapter`] exchange them with PEFT.
+//! optimizer and any other module of Burn. [`quantize`] quantizes the linears of a network, [`wrap`] puts adapters on them,
+//! and [`save_adapter`] and [`load_adapter`] exchange the adapters with PEFT. [`Checkpointed`] recomputes the activations
+//! of a block in the backward.
 //!
 //! ```
 //! use burn::tensor::{Device, Tensor};
@@ -29,12 +30,14 @@
 
 mod adapter;
 mod attention;
+mod checkpointed;
 mod error;
 mod linear;
 mod linear_cross_entropy;
 mod lora_linear;
 mod node;
 mod quant_linear;
+mod quantize;
 mod rms_norm;
 mod rotary;
 mod swiglu;
@@ -42,10 +45,12 @@ mod wrap;
 
 pub use adapter::Adapter;
 pub use attention::{FlashAttention, FlashAttentionConfig};
+pub use checkpointed::Checkpointed;
 pub use error::Error;
 pub use linear_cross_entropy::{LinearCrossEntropy, LinearCrossEntropyConfig};
 pub use lora_linear::{LoraLinear, LoraLinearConfig};
 pub use quant_linear::{QuantLinear, QuantLinearConfig, QuantizedCodes, WeightFormat};
+pub use quantize::{QuantConfig, QuantizedParam, quantize};
 pub use rms_norm::{RmsNorm, RmsNormConfig};
 pub use rotary::{RotaryEmbedding, RotaryEmbeddingConfig};
 pub use swiglu::{SwiGlu, SwiGluConfig};

@@ -5,8 +5,8 @@ use burn::module::{Module, Param};
 use burn::nn::{Initializer, Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
 
-use crate::Adapter;
 use crate::linear::{LinearWeight, record_linear};
+use crate::{Adapter, QuantizedParam};
 
 /// Configuration of [`LoraLinear`].
 #[derive(Config, Debug)]
@@ -34,7 +34,8 @@ impl LoraLinearConfig {
 /// A linear layer with a place for an adapter (Hu et al., arXiv:2106.09685): y = x·W + b + s·(x·A)·B.
 ///
 /// It has the fields of `burn::nn::Linear`, so records of a network written with that type load into it. Without an
-/// adapter it is that layer; [`wrap`](crate::wrap) adds one. W + s·A·B is never formed.
+/// adapter it is that layer; [`wrap`](crate::wrap) adds one. W + s·A·B is never formed. [`quantize`](crate::quantize)
+/// quantizes W; products then decode a few rows at a time, and W is never formed either.
 ///
 /// # Shapes
 /// x `[.., d_input]`, y `[.., d_output]`; W `[d_input, d_output]`, b `[d_output]`, A `[d_input, r]`, B `[r, d_output]`.
@@ -61,13 +62,22 @@ impl LoraLinear {
     /// If the last axis of x is not `d_input`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let adapter = self.adapter();
-        let weight = if adapter.is_some() { self.weight.base() } else { self.weight.val() };
+        let weight = match self.quantized() {
+            Some(quantized) => LinearWeight::Quantized(quantized.weight.weight().clone()),
+            None if adapter.is_some() => LinearWeight::Dense(self.weight.base()),
+            None => LinearWeight::Dense(self.weight.val()),
+        };
         let bias = self.bias.as_ref().map(|bias| bias.val());
-        record_linear(x, LinearWeight::Dense(weight), bias, adapter)
+        record_linear(x, weight, bias, adapter)
     }
 
     /// Returns the adapter.
     pub fn adapter(&self) -> Option<&Adapter> {
+        self.quantized().map_or_else(|| self.weight.reparameterization(), QuantizedParam::adapter)
+    }
+
+    /// Returns W, if [`quantize`](crate::quantize) has quantized it.
+    pub fn quantized(&self) -> Option<&QuantizedParam> {
         self.weight.reparameterization()
     }
 }

@@ -1,7 +1,7 @@
 //! An operation as one node of Burn's autodiff graph.
 
 use core::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::{BalancedCheckpointing, CheckpointStrategy, NoCheckpointing};
@@ -49,6 +49,55 @@ pub(crate) fn record<const N: usize>(
              rekindle-burn for wgpu"
         ),
     }
+}
+
+/// The backward of [`record_any`]: the gradients of all inputs.
+pub(crate) type ManyPullback = Box<dyn FnOnce(DispatchTensor) -> Vec<Option<DispatchTensor>> + Send>;
+
+/// The inputs of a node of [`record_any`]. The last one stands for the inputs beyond.
+const SLOTS: usize = 32;
+
+/// Records `forward` as a function of any number of inputs, which it has already. The backward is called if any of them
+/// gets a gradient.
+///
+/// Burn's nodes have a fixed number of inputs. Those beyond it are inputs of a further node, which takes their gradients
+/// from where the backward has put them.
+pub(crate) fn record_any(
+    mut inputs: Vec<DispatchTensor>,
+    forward: Box<dyn FnOnce() -> (DispatchTensor, ManyPullback)>,
+) -> DispatchTensor {
+    let further = (inputs.len() > SLOTS).then(|| inputs.split_off(SLOTS - 1));
+    let direct = inputs.len();
+    let gradients = Arc::new(Mutex::new(Vec::new()));
+    let (further, token) = further
+        .map(|further| {
+            let device = BurnTensor::<1>::from_dispatch(further[0].clone()).device().without_autodiff();
+            let token = BurnTensor::<1>::zeros([1], &device).into_dispatch();
+            let (like, gradients) = (token.clone(), Arc::clone(&gradients));
+            let pullback: ManyPullback = Box::new(move |_| core::mem::take(&mut *lock(&gradients)));
+            let node = record_any(further, Box::new(move || (like, pullback)));
+            (node, token)
+        })
+        .unzip();
+    let mut inputs = inputs.into_iter().chain(further);
+    record::<SLOTS>(core::array::from_fn(|_| inputs.next()), move |_, _| {
+        let (result, pullback) = forward();
+        let pullback = move |gradient: DispatchTensor| {
+            let mut all = pullback(gradient).into_iter();
+            let mut own: Inputs<SLOTS> =
+                core::array::from_fn(|slot| (slot < direct).then(|| all.next()).flatten().flatten());
+            if let Some(token) = token {
+                *lock(&gradients) = all.collect();
+                own[direct] = Some(token);
+            }
+            own
+        };
+        (result, Box::new(pullback))
+    })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn on_backend<B: Backend, const N: usize>(
@@ -130,7 +179,7 @@ where
 
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
         let gradient = wrap::<B>(grads.consume::<B>(&ops.node));
-        let pullback = ops.state.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let pullback = lock(&ops.state.0).take();
         let pullback = pullback.expect("Burn takes a step from its graph when it runs it");
         for (parent, gradient) in ops.parents.into_iter().zip(pullback(gradient)) {
             if let (Some(parent), Some(gradient)) = (parent, gradient) {

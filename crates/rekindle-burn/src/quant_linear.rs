@@ -64,6 +64,11 @@ impl QuantLinearConfig {
     /// [`Error::Quant`] if `blocksize` is none of the sizes above, or the weight is empty.
     pub fn quantize(&self, linear: LoraLinear) -> Result<QuantLinear, Error> {
         let device = linear.weight.base().device();
+        self.quantize_on(&linear, &device)
+    }
+
+    /// Quantizes to a device, of which the weight of `linear` may be without the autodiff.
+    pub(crate) fn quantize_on(&self, linear: &LoraLinear, device: &Device) -> Result<QuantLinear, Error> {
         let weight = linear.weight.base().without_autodiff().transpose(); // [d_output, d_input]
         let shape = weight.dims();
         let values = weight.into_data_as::<f32>().try_into_vec::<f32>().expect("cast to f32 just before");
@@ -74,7 +79,7 @@ impl QuantLinearConfig {
                 StoredWeight::FourBit(FourBitWeight::new(tensor))
             }
         };
-        QuantLinear::from_stored(stored, linear.bias, &device)
+        QuantLinear::from_stored(stored, linear.bias.clone(), device)
     }
 
     fn format(&self) -> QuantFormat {
@@ -143,7 +148,7 @@ impl QuantLinear {
 
     /// Returns W decoded, `[d_input, d_output]`, on a device without autodiff.
     pub fn dequantize(&self) -> Tensor<2> {
-        Tensor::from(self.weight.weight().decode(DType::F32)).transpose()
+        self.weight.dequantize()
     }
 
     /// Returns the adapter.

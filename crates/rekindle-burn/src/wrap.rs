@@ -1,6 +1,6 @@
 //! Adapters on the linears of a network.
 
-mod linears;
+pub(crate) mod linears;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -109,7 +109,7 @@ pub fn load_adapter<M: Module>(model: M, dir: &Path) -> Result<(M, LoraConfig), 
 }
 
 /// The linears of a model without adapters.
-fn unwrapped<M: Module>(model: &M) -> Result<Vec<FoundLinear>, Error> {
+pub(crate) fn unwrapped<M: Module>(model: &M) -> Result<Vec<FoundLinear>, Error> {
     let linears = find_linears(model);
     match linears.iter().find(|linear| linear.factors.is_some()) {
         Some(linear) => Err(Error::Wrapped { module: linear.name.clone() }),

@@ -33,8 +33,13 @@ impl QuantizedCodes {
     }
 
     /// Returns the weight for products.
-    pub(super) fn weight(&self) -> &QuantizedWeight {
+    pub(crate) fn weight(&self) -> &QuantizedWeight {
         &self.weight
+    }
+
+    /// Returns the weight decoded and transposed, `[in, out]`, on a device without autodiff.
+    pub(crate) fn dequantize(&self) -> Tensor<2> {
+        Tensor::from(self.weight.decode(DType::F32)).transpose()
     }
 
     /// The parts that the format has, as parameters on the CPU that hold nothing until they are read.

@@ -6,20 +6,21 @@ use rekindle_lora::LoraFactors;
 
 /// A linear of a network.
 #[derive(Debug)]
-pub(super) struct FoundLinear {
+pub(crate) struct FoundLinear {
     /// The path of the module.
-    pub(super) name: String,
-    pub(super) input: usize,
-    pub(super) out: usize,
-    pub(super) has_bias: bool,
+    pub(crate) name: String,
+    pub(crate) input: usize,
+    pub(crate) out: usize,
+    pub(crate) has_bias: bool,
+    pub(crate) is_quantized: bool,
     /// The path of the parameter that carries its adapter.
-    pub(super) anchor: String,
+    pub(crate) anchor: String,
     /// Its adapter, in PEFT's orientation.
-    pub(super) factors: Option<LoraFactors>,
+    pub(crate) factors: Option<LoraFactors>,
 }
 
 /// Returns the linears in the order of the network's fields.
-pub(super) fn find_linears<M: Module>(model: &M) -> Vec<FoundLinear> {
+pub(crate) fn find_linears<M: Module>(model: &M) -> Vec<FoundLinear> {
     let mut finder = Finder { path: Vec::new(), containers: Vec::new(), found: Vec::new() };
     model.visit(&mut finder);
     finder.found
@@ -35,6 +36,9 @@ struct Finder {
 /// Types of linears, and their field that carries the adapter.
 const LINEARS: [(&str, &str); 3] =
     [("Struct:Linear", "weight"), ("Struct:LoraLinear", "weight"), ("Struct:QuantLinear", "features")];
+
+/// The field of a quantized weight that has its sizes and carries the adapter of its linear.
+const QUANTIZED: (&str, &str) = ("Struct:QuantizedParam", "features");
 
 impl Finder {
     /// Returns true if the current parameter is a field of a linear's adapter.
@@ -57,19 +61,21 @@ impl ModuleVisitor for Finder {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let (Some(field), Some(container)) = (self.path.last(), self.containers.last()) else { return };
         let is_factor = self.is_factor();
-        if LINEARS.contains(&(container.as_str(), field.as_str())) {
-            let [input, out] = match (container.as_str(), param.lazy_shape().as_slice()) {
-                ("Struct:QuantLinear", _) => {
-                    let sizes = param.val().into_data_as::<f32>().try_into_vec::<f32>().unwrap_or_default();
-                    let [input, out] = sizes[..] else { return };
-                    [input as usize, out as usize]
-                }
-                (_, &[input, out]) => [input, out],
+        let place = (container.as_str(), field.as_str());
+        if LINEARS.contains(&place) {
+            let is_quantized = place.1 == QUANTIZED.1;
+            let [input, out] = match param.lazy_shape().as_slice() {
+                _ if is_quantized => sizes(param),
+                &[input, out] => [input, out],
                 _ => return,
             };
             let name = self.path[..self.path.len() - 1].join(".");
             let anchor = self.path.join(".");
-            self.found.push(FoundLinear { name, input, out, has_bias: false, anchor, factors: None });
+            self.found.push(FoundLinear { name, input, out, has_bias: false, is_quantized, anchor, factors: None });
+        } else if let (Some(linear), true) = (self.found.last_mut(), place == QUANTIZED) {
+            [linear.input, linear.out] = sizes(param);
+            linear.anchor = self.path.join(".");
+            linear.is_quantized = true;
         } else if let (Some(linear), true) = (self.found.last_mut(), is_factor) {
             let is_its = self.path[..self.path.len() - 2].join(".") == linear.anchor;
             let &[rows, columns] = param.lazy_shape().as_slice() else { return };
@@ -95,4 +101,10 @@ impl ModuleVisitor for Finder {
             linear.has_bias |= self.path[..self.path.len() - 1].join(".") == linear.name;
         }
     }
+}
+
+/// The sizes `[d_input, d_output]` of a quantized weight.
+fn sizes<const D: usize>(features: &Param<Tensor<D>>) -> [usize; 2] {
+    let sizes = features.base().into_data_as::<f32>().try_into_vec::<f32>().expect("cast to f32 just before");
+    [0, 1].map(|axis| sizes[axis] as usize)
 }
