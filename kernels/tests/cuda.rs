@@ -121,6 +121,9 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
         for kind in [None, Some(Kind::FourBit), Some(Kind::FourBitDouble), Some(Kind::Int8)] {
             for bias in [false, true] {
                 suite.dtypes(|dtype| Stack::new(size, linears, kind, bias, dtype))?;
+                for (magnitudes, biases) in [(true, false), (false, true), (true, true)] {
+                    suite.dtypes(|dtype| Stack::new(size, linears, kind, bias, dtype).trained(magnitudes, biases))?;
+                }
             }
         }
     }

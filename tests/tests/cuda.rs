@@ -19,7 +19,7 @@ use std::process::ExitCode;
 
 use rekindle_kernels::runtime::Cuda;
 use rekindle_kernels::{DType, Device, DeviceKind, open_device};
-use rekindle_lora::{InitLoraWeights, LoraConfig};
+use rekindle_lora::{Bias, InitLoraWeights, LoraConfig};
 use rekindle_models::objective::{Dpo, StepTerms};
 use rekindle_models::{CausalLm, GenerationConfig, GradientCheckpointing, LoadIn, Sft};
 use rekindle_tests::{Golden, Tolerances, Trajectory, assert_nll, goldens, read_json, relative_distance, tensors};
@@ -42,6 +42,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("blocks of GGUF files: losses and gradients", blocks::models),
     ("experts in MXFP4: losses and gradients of adapters", blocks::experts_in_mxfp4),
     ("losses of every LoRA option", losses_of_options),
+    ("gradients of biases and magnitudes", gradients_of_options),
     ("starts from the weights", starts),
     ("adapters by name", adapters_by_name),
     ("greedy generation", generation),
@@ -141,6 +142,45 @@ fn losses_of_options(device: &Device) {
             let (got, want) = (losses(on(device, &golden)), losses(golden.load()));
             let near = got.iter().zip(&want).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs().max(1.0));
             assert!(near, "{base}/{adapter}");
+        }
+    }
+}
+
+/// Trained biases and DoRA against the CPU, over dense and quantized weights, with dropout and without.
+fn gradients_of_options(device: &Device) {
+    let golden = Golden::open("llama-bias");
+    let batch = golden.packed();
+    for load_in in [None, Some(LoadIn::FourBit(None)), Some(LoadIn::EightBit)] {
+        for (use_dora, bias, dropout) in [
+            (false, Bias::All, 0.0),
+            (false, Bias::LoraOnly, 0.2),
+            (true, Bias::None, 0.0),
+            (true, Bias::All, 0.0),
+            (true, Bias::LoraOnly, 0.2),
+        ] {
+            let gradients = |device: &Device| {
+                let mut model = golden.load_with(|options| {
+                    options.device = device.clone();
+                    options.load_in = load_in;
+                });
+                let config = LoraConfig::new(4).lora_dropout(dropout).use_dora(use_dora).bias(bias);
+                let config = config.target_modules(["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]);
+                let config = config.rank_pattern([("q_proj", 6)]).init_lora_weights(InitLoraWeights::Random);
+                model.add_adapter(&config).expect("a valid configuration");
+                let mut grads = model.params().zero_grads();
+                let key = rekindle_models::StepKey { seed: 7, step: 3, neftune_noise_alpha: 0.0 };
+                let losses = model.forward_backward(&batch, 0.5, &mut grads, Some(key)).expect("golden rows fit");
+                let infos = model.params().infos().to_vec();
+                let grads: Vec<_> = infos.into_iter().map(|info| (info.name, grads.values(info.at))).collect();
+                (losses.values(), grads)
+            };
+            let what = format!("{load_in:?}, use_dora {use_dora}, bias {bias:?}, dropout {dropout}");
+            let ((got_losses, got), (want_losses, want)) = (gradients(device), gradients(&Device::cpu()));
+            assert!(relative_distance(&got_losses, &want_losses) <= 1e-5, "{what}: losses");
+            for ((name, got), (_, want)) in got.iter().zip(&want) {
+                let error = relative_distance(got, want);
+                assert!(error <= 1e-4, "{what}: the gradient of {name} is off by {error:e}");
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 mod pass;
 
 pub use rekindle_kernels::dropout::Dropout;
-use rekindle_kernels::stacked::{Stacked, StackedLinear};
+use rekindle_kernels::stacked::{Stacked, StackedFactors, StackedLinear};
 use rekindle_kernels::{ParamRef, Params, ParamsBuilder, Tensor, Weight};
 
 pub use pass::{LinearContext, LinearPending, LinearSaved};
@@ -70,7 +70,8 @@ struct Placed {
 /// # Gradients
 /// dB_j = s_j·dy_jᵀ·(x·A_jᵀ); dA_j = s_j·(dy_j·B_j)ᵀ·x; dx = Σ_j dy_j·W_j + s_j·(dy_j·B_j)·A_j;
 /// dW_j = dy_jᵀ·x and db_j = Σ_rows dy_j where those are trained.
-/// Saved: x·Aᵀ, `[tokens, Σ r_j]`, and with DoRA one `[tokens, out_j]`. x itself is handed in again.
+/// Saved: x·Aᵀ, `[tokens, Σ r_j]`, and with DoRA one `[tokens, out_j]`. x itself is handed in again. On CUDA, DoRA's gains
+/// and trained biases are part of the group's product ([`Stacked`]).
 ///
 /// Equal to PEFT's `lora.Linear`, except that linears of a group share one dropout mask.
 #[derive(Clone, Debug)]
@@ -157,8 +158,7 @@ impl LinearGroup {
 
     /// Gives each linear what `adaptation` returns for it, replacing what it had.
     ///
-    /// `site` tells this group's dropout masks from those of all other groups. A magnitude needs the lengths of the
-    /// rows of W, which are measured here.
+    /// `site` tells this group's dropout masks from those of all other groups.
     pub fn adapt(&mut self, params: &mut ParamsBuilder, site: u32, adaptation: impl FnMut(&Linear) -> LoraInit) {
         self.site = site;
         let found: Vec<LoraInit> = self.linears.iter().map(adaptation).collect();
@@ -181,7 +181,7 @@ impl LinearGroup {
                 let magnitude = f.magnitude.map(|m| {
                     params.push(format!("{}{}", linear.name, TensorKey::Magnitude("").suffix()), &[out], true, &m)
                 });
-                let magnitude = magnitude.map(|at| Magnitude::new(at, &linear.weight));
+                let magnitude = magnitude.map(Magnitude::new);
                 Placed { a, b, scale: scale as f32, magnitude }
             });
             let name = format!("{}.bias", linear.name);
@@ -201,19 +201,22 @@ impl LinearGroup {
     /// Moves weights and factors into one matrix where there is such a product.
     fn stack(&mut self, params: &mut ParamsBuilder) {
         self.stack = None;
-        let has_magnitude = |linear: &Linear| linear.adapter.as_ref().is_some_and(|placed| placed.magnitude.is_some());
-        if self.linears.iter().any(|l| has_magnitude(l) || l.trained_bias.is_some()) {
-            return;
-        }
-        if self.a.is_none() {
-            return self.stack_weights();
-        }
         let parts = self.linears.iter_mut().map(|linear| StackedLinear {
-            factors: linear.adapter.as_ref().map(|placed| (placed.a, placed.b, placed.scale)),
+            factors: linear.adapter.as_ref().map(|&Placed { a, b, scale, ref magnitude }| {
+                let magnitude = magnitude.as_ref().map(|magnitude| magnitude.at);
+                StackedFactors { a, b, scale, magnitude }
+            }),
             weight: &mut linear.weight,
             bias: linear.bias.as_ref(),
+            trained_bias: linear.trained_bias,
         });
         self.stack = Stacked::new(parts.collect(), params);
+    }
+
+    /// Returns true if W, A and B of every linear are separate products. On CUDA this is slower, and so only where weights
+    /// are trained, or some are quantized and others are not.
+    pub fn has_separate_products(&self) -> bool {
+        self.stack.is_none()
     }
 
     /// Returns the current trained parameters of every linear, by the linear's name.

@@ -6,11 +6,11 @@ mod base_delta;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use rekindle_kernels::{Weight, to_f32};
+use rekindle_kernels::{Device, Weight, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{
-    Adapter, Combination, EmbeddingTable, InitLoraWeights, LoraConfig, LoraFactors, initial_magnitude, to_plain,
-    weighted,
+    Adaptable, Adapter, Combination, EmbeddingTable, InitLoraWeights, LoraConfig, LoraFactors, initial_magnitude,
+    to_plain, weighted,
 };
 
 pub(crate) use base_delta::{BaseDelta, quantization_plan};
@@ -66,6 +66,27 @@ impl InactiveAdapter {
 }
 
 impl CausalLm {
+    /// Returns one sentence for each kind of linears that an adapter on CUDA computes more slowly than others.
+    pub fn slower_on_cuda(&self) -> Vec<String> {
+        if !matches!(self.device(), Device::Cuda(_)) || self.adapters.active.is_none() {
+            return Vec::new();
+        }
+        let mut found: BTreeMap<String, usize> = BTreeMap::new();
+        let groups = self.decoder.adaptable().filter_map(Adaptable::linears);
+        for group in groups.filter(|group| group.has_separate_products()) {
+            let names = group.linears().iter().map(|linear| linear.name.rsplit('.').next().unwrap_or(&linear.name));
+            *found.entry(names.collect::<Vec<_>>().join(", ")).or_default() += 1;
+        }
+        let sentence = |(names, layers): (String, usize)| {
+            format!(
+                "{names} of {layers} {} are separate products on CUDA, which is slower than one for all of them: some are \
+                 quantized and others are not; load them alike (skip_modules)",
+                if layers == 1 { "layer" } else { "layers" }
+            )
+        };
+        found.into_iter().map(sentence).collect()
+    }
+
     /// Returns the names of all adapters, active and inactive, sorted.
     pub fn adapters(&self) -> Vec<&str> {
         let mut names: Vec<&str> =

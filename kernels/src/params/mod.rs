@@ -19,7 +19,9 @@ pub use grads::Grads;
 pub use quantized::QuantizedWeight;
 pub use weight::Weight;
 
+use core::fmt;
 use core::ops::Range;
+use std::sync::Arc;
 
 use burn::tensor::DType;
 
@@ -95,6 +97,15 @@ pub enum Group {
     Embedding,
 }
 
+/// Values on a CUDA device that are computed from parameters, and again whenever those change.
+pub(crate) trait DerivedValues: fmt::Debug + Send + Sync {
+    /// Returns the elements of the flat buffer that the values depend on.
+    fn reads(&self) -> Range<usize>;
+
+    /// Computes the values from the flat buffer, after its copies are up to date.
+    fn update(&self, values: &Array);
+}
+
 /// Collects parameters before the flat buffer is made.
 #[derive(Debug)]
 pub struct ParamsBuilder {
@@ -105,6 +116,7 @@ pub struct ParamsBuilder {
     values: Vec<f32>,
     numel: usize,
     param_copies: Vec<ParamCopy>,
+    derived: Vec<Arc<dyn DerivedValues>>,
     /// Instead of `values`.
     in_place: Option<Vec<ParamStorage>>,
 }
@@ -112,8 +124,8 @@ pub struct ParamsBuilder {
 impl ParamsBuilder {
     /// Returns a builder of parameters on `device`, whose views are in `dtype`.
     pub fn new(device: &Device, dtype: DType) -> Self {
-        let (infos, values, param_copies) = Default::default();
-        Self { device: device.clone(), dtype, infos, values, numel: 0, param_copies, in_place: None }
+        let (infos, values, param_copies, derived) = Default::default();
+        Self { device: device.clone(), dtype, infos, values, numel: 0, param_copies, derived, in_place: None }
     }
 
     /// Returns a builder of parameters that are stored in place, without an f32 buffer.
@@ -208,9 +220,14 @@ impl ParamsBuilder {
         self.param_copies.push(ParamCopy { first: at.offset, scale, target: target.clone() });
     }
 
+    /// Keeps values that are computed from parameters up to date.
+    pub(crate) fn derive(&mut self, derived: Arc<dyn DerivedValues>) {
+        self.derived.push(derived);
+    }
+
     /// Moves everything to the device.
     pub fn build(self) -> Params {
-        let Self { device, dtype, infos, mut values, numel, param_copies, in_place } = self;
+        let Self { device, dtype, infos, mut values, numel, param_copies, derived, in_place } = self;
         let numel = if in_place.is_some() { 0 } else { numel };
         values.shrink_to_fit();
         let values = match &device {
@@ -227,7 +244,7 @@ impl ParamsBuilder {
             Device::Burn(_) | Device::Meta(_) => None,
             Device::Cuda(cuda) => (!param_copies.is_empty()).then(|| ParamCopies::new(cuda, param_copies)),
         };
-        let mut params = Params { infos, values, in_place, seed: 0, dtype, compute: None, param_copies };
+        let mut params = Params { infos, values, in_place, seed: 0, dtype, compute: None, param_copies, derived };
         params.sync();
         params
     }
@@ -248,6 +265,8 @@ pub struct Params {
     compute: Option<Array>,
     /// The copies of some values elsewhere, on CUDA.
     param_copies: Option<ParamCopies>,
+    /// Values that follow from the copies, on CUDA.
+    derived: Vec<Arc<dyn DerivedValues>>,
 }
 
 impl Params {

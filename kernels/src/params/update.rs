@@ -86,12 +86,17 @@ impl Params {
                 let part = |all: &Array| all.part(range.start, [1, range.len()]);
                 elementwise::copy_into(&part(values), &part(compute));
             }
-            _ => self.sync(),
+            _ => self.sync_changed(&range),
         }
     }
 
     /// Brings the copies of the values up to date.
     pub(crate) fn sync(&mut self) {
+        self.sync_changed(&(0..usize::MAX));
+    }
+
+    /// [`sync`](Self::sync) after some values have changed.
+    fn sync_changed(&mut self, range: &Range<usize>) {
         let values = match &self.values {
             Tensor::Burn(_) | Tensor::Meta(_) => return,
             Tensor::Cuda(values) => values,
@@ -108,5 +113,7 @@ impl Params {
         if let Some(param_copies) = &self.param_copies {
             param_copies.sync(values);
         }
+        let changed = |reads: Range<usize>| reads.start < range.end && range.start < reads.end;
+        self.derived.iter().filter(|derived| changed(derived.reads())).for_each(|derived| derived.update(values));
     }
 }

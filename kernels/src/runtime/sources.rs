@@ -79,6 +79,7 @@ sources! {
     "few_rows.cu" after "mma.cuh", "few_rows.cuh" with few_rows, ["few_rows"];
     "few_rows_4bit.cu" after "mma.cuh", "few_rows.cuh" with few_rows_4bit, ["few_rows_4bit"];
     "gated_activation.cu" with any_activation, ["gated_activation_bwd", "gated_activation_fwd"];
+    "magnitude.cu" with any_dtype, ["magnitude_bwd", "magnitude_fwd", "magnitude_gain", "row_norms"];
     "grouped.cu" after "mma.cuh" with grouped, ["grouped"];
     "grouped_grad_sm90.cu" after "sm90.cuh" with grouped_grad_sm90, ["grouped_grad_sm90"];
     "grouped_sm90.cu" after "sm90.cuh" with grouped_sm90, ["grouped_sm90"];

@@ -1,4 +1,4 @@
-use super::{Bias, LoraConfig, TargetModules};
+use super::{LoraConfig, TargetModules};
 
 /// The linears of attention.
 const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
@@ -39,20 +39,6 @@ impl LoraConfig {
         }
         advice
     }
-
-    /// Returns the options that make training slower on CUDA, one sentence each.
-    pub fn slower_on_cuda(&self) -> Vec<String> {
-        const COST: &str = "is slower on CUDA: W, A and B of every linear are separate products, instead of one for \
-             all linears with the same input";
-        let mut slower = Vec::new();
-        if self.use_dora {
-            slower.push(format!("use_dora {COST}, and row norms are computed on the host"));
-        }
-        if self.bias != Bias::None {
-            slower.push(format!("bias = {} {COST}, where one of them has a bias", serde_json::json!(self.bias)));
-        }
-        slower
-    }
 }
 
 #[cfg(test)]
@@ -82,14 +68,5 @@ mod tests {
         assert!(advice[2].starts_with("r is 64 without use_rslora"));
         assert!(LoraConfig::new(8).lora_alpha(256.0).advice()[0].contains("a scale of 32"));
         assert!(LoraConfig::new(16).rank_pattern([("q_proj", 96)]).advice()[0].starts_with("r is 96"));
-    }
-
-    #[test]
-    fn what_leaves_the_fast_path_is_named() {
-        assert!(LoraConfig::new(8).lora_dropout(0.1).rank_pattern([("q_proj", 4)]).slower_on_cuda().is_empty());
-        let slower = LoraConfig::new(8).use_dora(true).bias(Bias::LoraOnly).slower_on_cuda();
-        assert_eq!(slower.len(), 2);
-        assert!(slower[0].starts_with("use_dora is slower on CUDA"), "{}", slower[0]);
-        assert!(slower[1].starts_with("bias = \"lora_only\" is slower on CUDA"), "{}", slower[1]);
     }
 }

@@ -7,9 +7,10 @@
 //! # Gradients
 //! dm = Σ_rows dy ∘ z / ‖W + s·B·A‖; dz = g ∘ dy. Saved: z, `[tokens, out]`.
 //!
-//! [`dora_norm`] computes the norms without forming W + s·B·A.
+//! [`dora_norm`] computes the norms without forming W + s·B·A. On CUDA, `rekindle_kernels::stacked` has this layer for all
+//! linears of a group.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rekindle_kernels::{Device, Grads, ParamRef, Params, Tensor, Weight, from_f32, to_f32};
 
@@ -20,8 +21,8 @@ use crate::LoraFactors;
 #[derive(Clone, Debug)]
 pub(crate) struct Magnitude {
     pub(crate) at: ParamRef,
-    /// ‖w‖² of every row of W.
-    row_norms: Arc<Vec<f32>>,
+    /// ‖w‖² of every row of W, once it was needed.
+    row_norms: Arc<OnceLock<Vec<f32>>>,
 }
 
 /// The factor g and the reciprocal norm, `[out]` each.
@@ -40,8 +41,8 @@ pub(crate) struct MagnitudeSaved {
 }
 
 impl Magnitude {
-    pub(crate) fn new(at: ParamRef, weight: &Weight) -> Self {
-        Self { at, row_norms: Arc::new(weight.row_norms_squared()) }
+    pub(crate) fn new(at: ParamRef) -> Self {
+        Self { at, row_norms: Arc::default() }
     }
 
     /// Returns g for the current factors.
@@ -52,7 +53,8 @@ impl Magnitude {
         let aw = to_f32(weight.nt(params, &matrix, None)); // [r, out]
         let wa: Vec<f32> = (0..out * r).map(|i| aw[i % r * out + i / r]).collect(); // [out, r]
         let factors = LoraFactors { r, a: params.values(a), b: params.values(b), magnitude: None };
-        let norms = dora_norm(&self.row_norms, &wa, &factors, f64::from(scale));
+        let row_norms = self.row_norms.get_or_init(|| weight.row_norms_squared());
+        let norms = dora_norm(row_norms, &wa, &factors, f64::from(scale));
         let magnitude = params.values(self.at);
         // A row of norm zero has no direction. It stays zero, as in a merge.
         let reciprocal: Vec<f32> = norms.iter().map(|&norm| if norm > 0.0 { norm.recip() } else { 0.0 }).collect();

@@ -1,6 +1,6 @@
 //! Forward and backward of a group.
 
-use rekindle_kernels::stacked::{InputGradient, Stacked};
+use rekindle_kernels::stacked::{InputGradient, Stacked, StackedSaved};
 use rekindle_kernels::{Grads, Params, Tensor, dropout, matmul};
 
 use super::{Dropout, Linear, LinearGroup, Placed};
@@ -35,6 +35,8 @@ impl<'a> LinearContext<'a> {
 #[derive(Clone, Debug)]
 pub struct LinearSaved {
     xa: Option<Tensor<2>>,
+    /// The results of a stack before their magnitudes.
+    z: Option<Tensor<2>>,
     /// One for each linear that has a magnitude, in order.
     magnitudes: Vec<magnitude::MagnitudeSaved>,
 }
@@ -53,7 +55,7 @@ pub struct LinearPending {
 impl LinearSaved {
     /// Returns true if this is no more than x·Aᵀ.
     pub fn is_small(&self) -> bool {
-        self.magnitudes.is_empty()
+        self.magnitudes.is_empty() && self.z.is_none()
     }
 
     /// The same without a reference to the memory of x, which x·Aᵀ may share.
@@ -86,13 +88,13 @@ impl LinearGroup {
 
     fn run(&self, ctx: LinearContext<'_>, x: &Tensor<2>, onto: Option<&Tensor<2>>) -> (Vec<Tensor<2>>, LinearSaved) {
         let LinearContext { params, dropout, adapters } = ctx;
-        if !adapters || self.stack.is_some() && self.a.is_none() {
-            return (self.run_base(params, x, onto), LinearSaved { xa: None, magnitudes: Vec::new() });
+        if !adapters {
+            return (self.run_base(params, x, onto), LinearSaved { xa: None, z: None, magnitudes: Vec::new() });
         }
         let dropped = self.dropped(x, dropout);
         if let Some(stack) = &self.stack {
-            let (ys, xa) = stack.forward(x, dropout.map(|_| &dropped), onto.cloned());
-            return (self.split(ys), LinearSaved { xa: Some(xa), magnitudes: Vec::new() });
+            let (ys, StackedSaved { xa, z }) = stack.forward(x, dropout.map(|_| &dropped), onto.cloned());
+            return (self.split(ys), LinearSaved { xa, z, magnitudes: Vec::new() });
         }
         let xa = self.a.map(|a| matmul::nt(&dropped, &params.matrix(a))); // [tokens, Σ r]
         let (mut first, mut saved) = (0, Vec::new());
@@ -124,7 +126,7 @@ impl LinearGroup {
             }
         });
         let ys = ys.map(|y| if let Some(onto) = onto { y.plus(onto) } else { y }).collect();
-        (self.split(ys), LinearSaved { xa, magnitudes: saved })
+        (self.split(ys), LinearSaved { xa, z: None, magnitudes: saved })
     }
 
     /// The results of the base model's weights and biases alone.
@@ -184,7 +186,7 @@ impl LinearGroup {
     ) -> (Option<Tensor<2>>, LinearPending) {
         let LinearContext { params, dropout, adapters } = ctx;
         if let Some(stack) = &self.stack {
-            return self.backward_stacked(stack, ctx, dys, want_dx);
+            return self.backward_stacked(stack, ctx, grads, saved, dys, want_dx);
         }
         let joined = self.joined(dys);
         let dys = joined.as_deref().unwrap_or(dys);
@@ -237,26 +239,38 @@ impl LinearGroup {
         &self,
         stack: &Stacked,
         ctx: LinearContext<'_>,
+        grads: &Grads,
+        saved: &LinearSaved,
         dys: &[Tensor<2>],
         want_dx: bool,
     ) -> (Option<Tensor<2>>, LinearPending) {
-        let direct = self.linears.iter().map(|_| None).collect();
+        let none = || self.linears.iter().map(|_| None).collect();
         let Some(a) = self.a.filter(|_| ctx.adapters) else {
             let dx = want_dx.then(|| stack.backward_base(dys));
-            return (dx, LinearPending { dxa: None, direct, joined: self.joined(dys) });
+            return (dx, LinearPending { dxa: None, direct: none(), joined: self.joined(dys) });
         };
-        let wanted = match (want_dx, ctx.dropout) {
-            (false, _) => InputGradient::No,
-            (true, None) => InputGradient::Whole,
-            (true, Some(_)) => InputGradient::Base,
+        let dzs = saved.z.as_ref().map(|z| stack.backward_magnitudes(dys, z, grads));
+        let wanted = match (want_dx, ctx.dropout, &dzs) {
+            (false, ..) => InputGradient::No,
+            (true, Some(_), None) => InputGradient::Base,
+            _ => InputGradient::Whole,
         };
-        let (dxa, mut dx) = stack.backward(dys, wanted);
+        let (dxa, mut dx) = stack.backward(dzs.as_deref().unwrap_or(dys), wanted);
         // Without the zeros that fill up its rank.
         let dxa = dxa.columns(0, a.dims()[0]);
-        if let (Some(base), Some(key)) = (&dx, ctx.dropout) {
-            let through_a = matmul::nn(&dxa, &ctx.params.matrix(a));
-            dx = Some(base.clone().plus(&dropout::apply(&through_a, key, self.site)));
+        if let (Some(found), Some(key)) = (&dx, ctx.dropout) {
+            // What reaches x beside the mask, and what goes through it.
+            let (beside, through) = match dzs {
+                None => (found.clone(), matmul::nn(&dxa, &ctx.params.matrix(a))),
+                Some(_) => {
+                    let base = stack.backward_base(dys);
+                    let through = found.clone().plus(&base.clone().scale(-1.0));
+                    (base, through)
+                }
+            };
+            dx = Some(beside.plus(&dropout::apply(&through, key, self.site)));
         }
+        let direct = dzs.map_or_else(none, |dzs| dzs.into_iter().map(Some).collect());
         (dx, LinearPending { dxa: Some(dxa), direct, joined: self.joined(dys) })
     }
 

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use rekindle_hub::Dtype;
-use rekindle_kernels::{DType, Group, Params, ParamsBuilder, Weight, from_f32, to_f32};
+use rekindle_kernels::{DType, Group, Params, ParamsBuilder, Weight, from_f32, stacked, to_f32};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{
     AdaptableModules, Adapter, EmbeddingTable, ExpertProjection, InitLoraWeights, Linear, LinearModule, LoraConfig,
-    LoraInit, initial_magnitude,
+    LoraFactors, LoraInit, initial_magnitude,
 };
 
 use super::{ActiveAdapter, DEFAULT_ADAPTER, InactiveAdapter};
@@ -91,10 +91,7 @@ impl CausalLm {
         let starts = self.initial_factors(config, &targets, source)?;
         for (target, mut start) in targets.iter().zip(starts) {
             if config.use_dora {
-                let linear = self.linear(target);
-                let [out, input] = linear.weight.dims();
-                let dense = to_f32(linear.weight.matrix(&self.params));
-                start.magnitude = Some(initial_magnitude(&dense, [out, input], &start, config.scale_of(target)));
+                start.magnitude = Some(self.initial_magnitude(target, &start, config.scale_of(target)));
             }
             factors.insert(target.clone(), start);
         }
@@ -130,6 +127,19 @@ impl CausalLm {
             config.modules_to_save.push(SCORE.to_owned());
         }
         config
+    }
+
+    /// Returns the magnitudes that leave a linear's function unchanged.
+    fn initial_magnitude(&self, target: &str, start: &LoraFactors, scale: f64) -> Vec<f32> {
+        let weight = &self.linear(target).weight;
+        // A CUDA device computes the norms of W, which are those of W + s·B·A where B is zero.
+        if start.b.iter().all(|&b| b == 0.0)
+            && let Some(norms) = stacked::row_norms_squared(weight)
+        {
+            return norms.into_iter().map(f32::sqrt).collect();
+        }
+        let dense = to_f32(weight.matrix(&self.params));
+        initial_magnitude(&dense, weight.dims(), start, scale)
     }
 
     /// Returns the tables that a new adapter has to carry because the checkpoint has them with other rows: those that it

@@ -304,9 +304,7 @@ impl TrainingRun {
         let continues = continued.is_some();
         if let Some(lora) = &mut config.lora {
             model = attach(model, lora, start, continued, observer)?;
-            if let DeviceKind::Cuda(_) = model.device() {
-                lora.config.slower_on_cuda().iter().for_each(|slower| observer.notice(&format!("[lora] {slower}")));
-            }
+            model.causal_lm().slower_on_cuda().iter().for_each(|slower| observer.notice(slower));
         }
         config.resolve(&model, continues);
         Ok(Self { config, model, tokenizer, train_rows, eval_rows, options })

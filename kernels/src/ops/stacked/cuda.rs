@@ -3,7 +3,7 @@
 use crate::ops::matmul::cuda as matmul;
 use crate::ops::quantized::cuda::few_rows;
 use crate::params::quantized::cuda::QuantizedArray;
-use crate::runtime::{Array, DType, Form, MemoryUse, elementwise};
+use crate::runtime::{Array, Cuda, DType, Form, MemoryUse, elementwise};
 
 /// Columns and rows for factors come in multiples of this many, so that rows begin at 16 bytes.
 const STEP: usize = 8;
@@ -12,8 +12,6 @@ const STEP: usize = 8;
 #[derive(Clone, Debug)]
 pub(crate) struct Stacked {
     base: Base,
-    /// `[1, Σ out]`.
-    bias: Option<Array>,
     out: usize,
     input: usize,
     /// Columns of S and rows of A; those beyond the factors' own are zero.
@@ -46,13 +44,13 @@ impl Stacked {
     ///
     /// The weights pass through scratch memory, so that the matrix can use the memory that they occupied: the matrices of a
     /// model then replace its weights and need no more memory.
-    pub(crate) fn dense(weights: &mut [&mut Array], bias: Option<Array>, rank: usize) -> Self {
+    pub(crate) fn dense(weights: &mut [&mut Array], rank: usize) -> Self {
         let [first, rest @ ..] = &*weights else { panic!("there is something to stack") };
         let (cuda, input, dtype) = (first.cuda().clone(), first.cols(), first.dtype());
         let out = weights.iter().map(|weight| weight.rows()).sum();
         let rank = rank.next_multiple_of(STEP);
         if rank == 0 && rest.is_empty() {
-            return Self { base: Base::Dense((*first).clone()), bias, out, input, rank };
+            return Self { base: Base::Dense((*first).clone()), out, input, rank };
         }
         let usage = if rank == 0 { MemoryUse::Weights } else { MemoryUse::FusedWeights };
         let move_into = |weights: &mut [&mut Array], matrix: &Array| {
@@ -69,7 +67,7 @@ impl Stacked {
         let whole =
             if rank == 0 { Array::empty(&cuda, dims, dtype, usage) } else { Array::zeros(&cuda, dims, dtype, usage) };
         move_into(weights, &whole.columns(0, input));
-        Self { base: Base::Dense(whole), bias, out, input, rank }
+        Self { base: Base::Dense(whole), out, input, rank }
     }
 
     /// Quantized weights, which are decoded one below another where they are used. `joined` are all of them as one weight,
@@ -77,7 +75,6 @@ impl Stacked {
     pub(crate) fn quantized(
         parts: Vec<QuantizedArray>,
         joined: Option<QuantizedArray>,
-        bias: Option<Array>,
         rank: usize,
         dtype: DType,
     ) -> Self {
@@ -88,7 +85,20 @@ impl Stacked {
         let zeros = |dims| Array::zeros(&cuda, dims, dtype, MemoryUse::FusedWeights);
         let factors = (rank > 0).then(|| Factors { s: zeros([out, rank]), a: zeros([rank, input]) });
         let adjacent = joined.map_or_else(|| parts.clone(), |joined| vec![joined]);
-        Self { base: Base::Quantized { parts, adjacent, factors }, bias, out, input, rank }
+        Self { base: Base::Quantized { parts, adjacent, factors }, out, input, rank }
+    }
+
+    /// The device that the weights are on.
+    pub(crate) fn cuda(&self) -> Cuda {
+        match &self.base {
+            Base::Dense(whole) => whole.cuda().clone(),
+            Base::Quantized { parts, .. } => parts[0].cuda().clone(),
+        }
+    }
+
+    /// Σ out.
+    pub(crate) fn out(&self) -> usize {
+        self.out
     }
 
     /// Returns the number of spare columns that x and dy should have.
@@ -119,52 +129,56 @@ impl Stacked {
     }
 
     /// `(onto + [x, xa]·[W, S]ᵀ + bias, xa)` with xa = dropped·Aᵀ, which lies in the spare columns of x if there are enough.
-    pub(crate) fn forward(&self, x: &Array, dropped: Option<&Array>, onto: Option<Array>) -> (Array, Array) {
+    /// `bias` is `[1, Σ out]`. Without factors there is no xa.
+    pub(crate) fn forward(
+        &self,
+        x: &Array,
+        dropped: Option<&Array>,
+        bias: Option<&Array>,
+        onto: Option<Array>,
+    ) -> (Array, Option<Array>) {
         let rank = self.rank;
+        if rank == 0 {
+            return (self.forward_base(x, bias, onto), None);
+        }
         let x = Array::side_by_side(core::slice::from_ref(x), rank);
         let both = x.with_padding(rank);
         let xa = both.columns(self.input, rank);
         matmul::product_into(&xa, dropped.unwrap_or(&x), &self.a(), Form::Nt);
-        if let Some(y) = self.few_rows(&x, onto.as_ref(), rank) {
-            return (matmul::product_add(y, 1.0, &xa, &self.s(), Form::Nt), xa);
+        if let Some(y) = self.few_rows(&x, bias, onto.as_ref(), rank) {
+            return (matmul::product_add(y, 1.0, &xa, &self.s(), Form::Nt), Some(xa));
         }
         let w = match &self.base {
             Base::Dense(whole) => whole.row_range(0, self.out),
             Base::Quantized { parts, .. } => self.decoded(parts, x.dtype(), Some(&self.s()), None),
         };
-        let y = matmul::linear(&both, &w, Form::Nt, self.bias.as_ref(), onto, rank);
-        (y, xa)
+        let y = matmul::linear(&both, &w, Form::Nt, bias, onto, rank);
+        (y, Some(xa))
     }
 
     /// `onto + x·Wᵀ + bias`, without the factors.
-    pub(crate) fn forward_base(&self, x: &Array, onto: Option<Array>) -> Array {
-        if let Some(y) = self.few_rows(x, onto.as_ref(), 0) {
+    pub(crate) fn forward_base(&self, x: &Array, bias: Option<&Array>, onto: Option<Array>) -> Array {
+        if let Some(y) = self.few_rows(x, bias, onto.as_ref(), 0) {
             return y;
         }
-        matmul::linear(x, &self.base_weight(x.dtype()), Form::Nt, self.bias.as_ref(), onto, 0)
+        matmul::linear(x, &self.base_weight(x.dtype()), Form::Nt, bias, onto, 0)
     }
 
     /// `onto + x·Wᵀ + bias` of a few rows with quantized weights, without decoding them; `None` for anything else.
-    fn few_rows(&self, x: &Array, onto: Option<&Array>, pad_cols: usize) -> Option<Array> {
+    fn few_rows(&self, x: &Array, bias: Option<&Array>, onto: Option<&Array>, pad_cols: usize) -> Option<Array> {
         let Base::Quantized { adjacent: parts, .. } = &self.base else { return None };
         if !parts.iter().all(|part| few_rows::takes(x, part)) {
             return None;
         }
         if let Some(onto) = onto.filter(|onto| onto.dtype() != x.dtype()) {
-            return Some(elementwise::add_narrow(onto.clone(), &self.few_rows(x, None, 0)?));
+            return Some(elementwise::add_narrow(onto.clone(), &self.few_rows(x, bias, None, 0)?));
         }
         let y = Array::padded(x.cuda(), [x.rows(), self.out], pad_cols, x.dtype(), MemoryUse::Activations);
         let mut first = 0;
         for part in parts {
             let rows = part.dims()[0];
             let columns = |array: &Array| array.columns(first, rows);
-            few_rows::linear(
-                &columns(&y),
-                x,
-                part,
-                self.bias.as_ref().map(columns).as_ref(),
-                onto.map(columns).as_ref(),
-            );
+            few_rows::linear(&columns(&y), x, part, bias.map(columns).as_ref(), onto.map(columns).as_ref());
             first += rows;
         }
         Some(y)
@@ -193,7 +207,7 @@ impl Stacked {
     }
 
     /// W, `[Σ out, in]`, decoded where it is quantized.
-    fn base_weight(&self, dtype: DType) -> Array {
+    pub(crate) fn base_weight(&self, dtype: DType) -> Array {
         match &self.base {
             Base::Dense(whole) => whole.row_range(0, self.out).columns(0, self.input),
             Base::Quantized { parts, .. } => self.decoded(parts, dtype, None, None),

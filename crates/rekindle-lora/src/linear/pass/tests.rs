@@ -1,7 +1,8 @@
+use rekindle_kernels::dropout::{Dropout, Token, Tokens};
 use rekindle_kernels::quantized::QuantizedData;
 use rekindle_kernels::runtime::{Cuda, DeviceProps, MemoryUse};
 use rekindle_kernels::{
-    DType, Device, Grads, Params, ParamsBuilder, QuantizedWeight, Tensor, Weight, from_f32, to_f32, unfilled,
+    DType, Device, Grads, Params, ParamsBuilder, QuantizedWeight, RngKey, Tensor, Weight, from_f32, to_f32, unfilled,
 };
 
 use super::LinearContext;
@@ -134,7 +135,7 @@ fn adapters_can_be_switched_off_for_one_pass() {
     }
 }
 
-/// On CUDA the weights of a group move into one matrix, which takes the memory that they had, with an adapter and after it.
+/// On CUDA the weights of a group move into one matrix, which takes the memory that they had, and so after every adapter.
 #[test]
 fn on_cuda_the_weights_of_a_group_need_no_more_memory_than_alone() {
     const WIDTH: usize = 256;
@@ -157,20 +158,37 @@ fn on_cuda_the_weights_of_a_group_need_no_more_memory_than_alone() {
         // Offsets of 4-bit scales are repeated: one for every 16 rows.
         assert!(alone.in_use <= before.in_use + 4096, "{alone:?} after {before:?}");
 
-        let mut params = ParamsBuilder::new(&device, DType::BF16);
-        group.adapt(&mut params, 0, |linear| {
-            let [out, input] = linear.weight.dims();
-            let factors = LoraFactors { r: 8, a: vec![0.0; 8 * input], b: vec![0.0; 8 * out], magnitude: None };
-            LoraInit { factors: Some((factors, 1.0)), bias: None }
-        });
-        assert!(group.keeps_input() && group.room() == 24);
-        drop(params.build());
+        for use_dora in [false, true] {
+            let mut params = ParamsBuilder::new(&device, DType::BF16);
+            group.adapt(&mut params, 0, |linear| {
+                let [out, input] = linear.weight.dims();
+                let magnitude = use_dora.then(|| vec![0.0; out]);
+                let factors = LoraFactors { r: 8, a: vec![0.0; 8 * input], b: vec![0.0; 8 * out], magnitude };
+                LoraInit { factors: Some((factors, 1.0)), bias: use_dora.then(|| vec![0.0; out]) }
+            });
+            assert!(group.keeps_input() && group.room() == 24 && !group.has_separate_products());
+            let params = params.build();
+            let x = unfilled([3, WIDTH], &device, DType::BF16);
+            let tokens = Tokens::new(vec![Token { row: 0, position: 0 }; 3], &device);
+            for p in [None, Some(0.5)] {
+                let dropout = p.map(|p| Dropout { p, key: RngKey { seed: 1, step: 1 }, tokens: &tokens });
+                let ctx = LinearContext::new(&params).with_dropout(dropout);
+                let (ys, saved) = group.forward(ctx, &x);
+                assert_eq!(saved.is_small(), !use_dora);
+                let mut grads = params.zero_grads();
+                let dx = group.backward(ctx, &mut grads, &x, &saved, &ys, true).expect("asked for");
+                assert_eq!(dx.dims(), [3, WIDTH]);
+            }
+        }
         let mut none = ParamsBuilder::new(&device, DType::BF16);
         group.adapt(&mut none, 0, |_| LoraInit::default());
         assert!(!group.keeps_input());
         group.replace_weights(|linear| linear.name == "1");
         device.check().expect("nothing failed");
-        assert_eq!((cuda.memory().in_use, cuda.memory().by_use), (alone.in_use, alone.by_use));
+        // The scratch memory of products stays.
+        let mut left = cuda.memory().by_use;
+        left.retain(|(usage, _)| *usage != MemoryUse::Workspace);
+        assert_eq!(left, alone.by_use);
 
         let none = none.build();
         let x = unfilled([3, WIDTH], &device, DType::BF16);
