@@ -10,8 +10,8 @@ use crate::GradientCheckpointing;
 #[derive(Debug)]
 pub struct Checkpointed {
     x: Offloaded,
-    /// The checkpoint of the mixer, and the middle of the residual stream unless a norm stands between the two: its
-    /// backward needs the result of attention's last linear, and the middle follows from that.
+    /// The checkpoint of the mixer, and the middle of the residual stream unless a norm stands between the two, whose
+    /// backward needs the result of attention's last linear, or the stream is f32. The middle follows from that result.
     middle: Option<(MixerCheckpoint<Offloaded>, Option<Offloaded>)>,
     feed_forward: Option<FeedForwardCheckpoint>,
     /// The rstd of the norm after the feed-forward half, whose last linear runs again.
@@ -42,7 +42,8 @@ impl Checkpointed {
             return Self { x: Offloaded::here(x), middle: None, feed_forward, post_feed_forward };
         }
         let saved_o = saved_o.is_small().then(|| saved_o.detached());
-        let h = Some(h).filter(|_| post_attention.is_none());
+        // In f32, the middle takes longer to the host and back than attention's last linear takes to make it again.
+        let h = Some(h).filter(|h| post_attention.is_none() && h.dtype() == o.dtype());
         let middle = saved_o.map(|saved_o| (MixerCheckpoint { o: put(o), lse, saved_o }, h.map(put)));
         Self { x: put(x), middle, feed_forward, post_feed_forward }
     }
