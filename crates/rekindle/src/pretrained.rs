@@ -6,7 +6,7 @@ use rekindle_data::Tokenizer;
 use rekindle_kernels::{Device, DeviceKind, open_device};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::saved_rows;
-use rekindle_models::spec::{AttentionMask, FeedForwardSpec, LayerSpec};
+use rekindle_models::spec::{AttentionMask, LayerSpec};
 use rekindle_models::{
     CausalLm, LoadOptions, ModelConfig, Positions, RopeScaling, is_quantized, loftq_base, open_checkpoint,
     saved_positions,
@@ -326,12 +326,7 @@ pub(crate) fn supported_length(config: &ModelConfig) -> usize {
 
 /// Refuses a model whose operations have not been compared on the device.
 fn check_device(config: &ModelConfig, device: &Device) -> Result<(), Error> {
-    // Cohere 2, and Granite's mixtures.
-    let is_new = |layer: &LayerSpec| {
-        let is_mixture = matches!(layer.feed_forward, FeedForwardSpec::Moe(_));
-        layer.parallel || is_mixture && layer.residual_multiplier.is_some()
-    };
-    if matches!(device, Device::Cuda(_)) && config.spec.layers.iter().any(is_new) {
+    if matches!(device, Device::Cuda(_)) && config.spec.layers.iter().any(|layer| layer.parallel) {
         return Err(Error::Argument(format!(
             "{} has not been compared with transformers on CUDA; use device \"cpu\"",
             config.architecture
