@@ -20,6 +20,9 @@ pub(crate) enum Shape {
     /// All layers of Qwen3-30B-A3B.
     #[value(name = "qwen3-30b-a3b")]
     Qwen3_30bA3b,
+    /// Three of four layers are gated delta layers.
+    #[value(name = "qwen3.5-4b")]
+    Qwen3_5_4b,
     /// With experts in MXFP4.
     #[value(name = "gpt-oss-20b")]
     GptOss20b,
@@ -62,6 +65,22 @@ impl Shape {
             ),
             Self::Qwen3_30bA3b12 => qwen3_moe(12),
             Self::Qwen3_30bA3b => qwen3_moe(48),
+            Self::Qwen3_5_4b => with(
+                qwen3(2560, 9216, 32, 16),
+                json!({
+                    "architectures": ["Qwen3_5ForCausalLM"],
+                    "model_type": "qwen3_5_text",
+                    "num_key_value_heads": 4,
+                    "head_dim": 256,
+                    "vocab_size": 248_320,
+                    "linear_num_key_heads": 16,
+                    "linear_num_value_heads": 32,
+                    "linear_key_head_dim": 128,
+                    "linear_value_head_dim": 128,
+                    "linear_conv_kernel_dim": 4,
+                    "full_attention_interval": 4
+                }),
+            ),
             Self::GptOss20b => with(
                 qwen3(2880, 2880, 24, 64),
                 json!({
