@@ -43,7 +43,7 @@ pub(super) fn decoding(device: &Device) {
 
 /// Models over kept blocks, of linears and of experts, compute as on the CPU.
 pub(super) fn models(device: &Device) {
-    let [dense, experts] = ["llama2", "families/qwen3-moe"].map(|name| goldens().join(name));
+    let [dense, experts] = ["llama-bias", "families/qwen2-moe"].map(|name| goldens().join(name));
     let ids: Vec<u32> = (0..40).map(|at| at * 37 % 80 + 3).collect();
     let labels: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
     let batch = Batch::from_rows([(ids.as_slice(), labels.as_slice())], 0);

@@ -25,7 +25,7 @@ pub(super) fn steps(device: &Device) {
         ("qwen3-tied", "lora"),
         ("llama3", "lora-fresh"),
         ("quantized/qwen3-tied-nf4-double", "lora"),
-        ("families/smollm3", "full"),
+        ("families/olmo2", "full"),
     ] {
         let golden = Golden::open(name);
         let trajectory = Trajectory::open(&golden.dir.join("train").join(run));
