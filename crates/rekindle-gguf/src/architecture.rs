@@ -1,14 +1,16 @@
 //! Architectures of llama.cpp: the names of tensors, the metadata that describes a decoder, and the limits of both.
 //!
-//! A family is one row of [`ARCHITECTURES`]. Tensors are named by their place in the decoder, which gives the same
+//! A family is one row of `rows.rs`. Tensors are named by their place in the decoder, which gives the same
 //! names in every architecture.
 
 mod describe;
 mod part;
 mod read;
+mod rows;
 
 pub use part::GgufPart;
 
+use self::rows::ARCHITECTURES;
 use crate::{Error, MetadataValue};
 
 /// A decoder, as metadata describes it. Values are those of the original model.
@@ -33,7 +35,13 @@ pub struct GgufDecoder {
     /// Channels of a head.
     pub head_dim: u64,
     /// The constant in norms.
-    pub rms_epsilon: f64,
+    pub norm_epsilon: f64,
+    /// True if both halves of a layer have the result of one LayerNorm as their input (Cohere 2).
+    pub is_parallel: bool,
+    /// True if the output layer is the embedding table.
+    pub is_tied: bool,
+    /// True if the linears of attention have biases.
+    pub has_attention_biases: bool,
     /// The factor on attention scores.
     pub attention_scale: f64,
     /// c in c·tanh(scores / c).
@@ -158,6 +166,30 @@ enum Windows {
     ListedIn64Layers,
 }
 
+/// Layers with rotary positions.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Rotation {
+    /// All of them.
+    All,
+    /// All but every layer with this number.
+    AllButEvery(usize),
+    /// Those with a window.
+    Windowed,
+    /// Those with a window in models with windows, and all in others.
+    WindowedIfAny,
+}
+
+/// The factors on embeddings, residuals and logits that a file has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Factors {
+    /// None.
+    None,
+    /// Those on embeddings and residuals, and the divisor of logits.
+    All,
+    /// The one on logits.
+    Logits,
+}
+
 /// The factor on attention scores.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum AttentionScale {
@@ -195,10 +227,8 @@ pub struct GgufArchitecture {
     attention_scale: AttentionScale,
     /// True if the file can divide each frequency by a factor of its own.
     has_divisors: bool,
-    /// The interval of layers without positions; 0 if all layers have them, or only those with a window.
-    no_rope_step: usize,
-    /// True if factors on embeddings, residuals and logits are stored.
-    has_scales: bool,
+    rotation: Rotation,
+    factors: Factors,
     mixtures: Mixtures,
     /// True if every token uses an expert beside the chosen ones.
     has_shared_expert: bool,
@@ -208,111 +238,10 @@ pub struct GgufArchitecture {
     names_post_attention_norm: bool,
     /// True if layers with a window have the scaled rotary positions of the others.
     scales_windowed: bool,
-    /// False for an architecture that is written but not read.
-    is_read: bool,
+    /// True for layers with one LayerNorm before both halves, without biases, and with the embedding table as the output
+    /// layer.
+    is_parallel: bool,
 }
-
-const LLAMA: GgufArchitecture = GgufArchitecture {
-    model_type: "llama",
-    name: "llama",
-    rotates_pairs: true,
-    windows: Windows::Ignored,
-    attention_scale: AttentionScale::Stored,
-    has_divisors: true,
-    no_rope_step: 0,
-    has_scales: false,
-    mixtures: Mixtures::None,
-    has_shared_expert: false,
-    has_linear_layers: false,
-    names_post_attention_norm: false,
-    scales_windowed: false,
-    is_read: true,
-};
-
-/// An architecture that rotates halves of heads, as most do.
-const HALVES: GgufArchitecture =
-    GgufArchitecture { rotates_pairs: false, attention_scale: AttentionScale::HeadDim, has_divisors: false, ..LLAMA };
-
-/// The families, each with its architecture.
-const ARCHITECTURES: [GgufArchitecture; 26] = [
-    LLAMA,
-    GgufArchitecture { model_type: "mistral", ..LLAMA },
-    GgufArchitecture { model_type: "ministral3", name: "mistral3", ..LLAMA },
-    GgufArchitecture { model_type: "smollm3", name: "smollm3", has_divisors: false, no_rope_step: 4, ..LLAMA },
-    GgufArchitecture { model_type: "granite", name: "granite", has_scales: true, ..LLAMA },
-    GgufArchitecture { model_type: "qwen2", name: "qwen2", ..HALVES },
-    GgufArchitecture { model_type: "qwen3", name: "qwen3", ..HALVES },
-    GgufArchitecture {
-        model_type: "gemma2",
-        name: "gemma2",
-        windows: Windows::Listed,
-        attention_scale: AttentionScale::Gemma(46),
-        ..HALVES
-    },
-    GEMMA3,
-    GgufArchitecture { model_type: "gemma3", ..GEMMA3 },
-    GgufArchitecture { model_type: "phi3", name: "phi3", ..HALVES },
-    GgufArchitecture { model_type: "olmo2", name: "olmo2", windows: Windows::Listed, ..HALVES },
-    GgufArchitecture { model_type: "olmo3", name: "olmo2", windows: Windows::Listed, ..HALVES },
-    GgufArchitecture {
-        model_type: "exaone4",
-        name: "exaone4",
-        windows: Windows::ListedIn64Layers,
-        has_divisors: true,
-        ..HALVES
-    },
-    GgufArchitecture { model_type: "glm4", name: "glm4", rotates_pairs: true, ..HALVES },
-    GgufArchitecture { model_type: "glm", name: "chatglm", rotates_pairs: true, ..HALVES },
-    GgufArchitecture { model_type: "hunyuan_v1_dense", name: "hunyuan-dense", ..HALVES },
-    GgufArchitecture { model_type: "mistral3", name: "mistral3", ..LLAMA },
-    GgufArchitecture { model_type: "mixtral", mixtures: Mixtures::Mixtral, ..LLAMA },
-    GgufArchitecture {
-        model_type: "qwen2_moe",
-        name: "qwen2moe",
-        mixtures: Mixtures::Qwen(false),
-        has_shared_expert: true,
-        ..HALVES
-    },
-    GgufArchitecture { model_type: "qwen3_moe", name: "qwen3moe", mixtures: Mixtures::Qwen(true), ..HALVES },
-    QWEN35,
-    GgufArchitecture { model_type: "qwen3_5_text", ..QWEN35 },
-    QWEN35_MOE,
-    GgufArchitecture { model_type: "qwen3_5_moe_text", ..QWEN35_MOE },
-    GgufArchitecture {
-        model_type: "gpt_oss",
-        name: "gpt-oss",
-        windows: Windows::Listed,
-        mixtures: Mixtures::GptOss,
-        names_post_attention_norm: true,
-        scales_windowed: true,
-        is_read: false,
-        ..HALVES
-    },
-];
-
-const QWEN35: GgufArchitecture = GgufArchitecture {
-    model_type: "qwen3_5",
-    name: "qwen35",
-    has_linear_layers: true,
-    names_post_attention_norm: true,
-    ..HALVES
-};
-
-const QWEN35_MOE: GgufArchitecture = GgufArchitecture {
-    model_type: "qwen3_5_moe",
-    name: "qwen35moe",
-    mixtures: Mixtures::Qwen(true),
-    has_shared_expert: true,
-    ..QWEN35
-};
-
-const GEMMA3: GgufArchitecture = GgufArchitecture {
-    model_type: "gemma3_text",
-    name: "gemma3",
-    windows: Windows::Listed,
-    attention_scale: AttentionScale::Gemma(62),
-    ..HALVES
-};
 
 /// The description of a decoder in a file.
 #[derive(Clone, Debug, PartialEq)]
@@ -370,6 +299,21 @@ impl GgufArchitecture {
         }
     }
 
+    /// Returns the key of the constant in norms.
+    fn epsilon_key(&self) -> &'static str {
+        if self.is_parallel { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" }
+    }
+
+    /// Returns true if a layer has rotary positions, in a model with windows or without.
+    fn rotates(&self, layer: usize, is_windowed: bool, has_windows: bool) -> bool {
+        match self.rotation {
+            Rotation::All => true,
+            Rotation::AllButEvery(step) => !(layer + 1).is_multiple_of(step),
+            Rotation::Windowed => is_windowed,
+            Rotation::WindowedIfAny => is_windowed || !has_windows,
+        }
+    }
+
     /// Returns the metadata of a decoder.
     ///
     /// # Errors
@@ -404,7 +348,10 @@ mod tests {
             heads: 4,
             kv_heads: 2,
             head_dim: 16,
-            rms_epsilon: 1e-6,
+            norm_epsilon: 1e-6,
+            is_parallel: false,
+            is_tied: true,
+            has_attention_biases: false,
             attention_scale: 0.25,
             attention_softcap: None,
             logit_softcap: None,

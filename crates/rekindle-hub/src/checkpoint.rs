@@ -141,6 +141,7 @@ impl Checkpoint {
         Some(match &location.part {
             None => TensorView { name, ..view },
             Some(Part { first, shape, transposed }) => {
+                debug_assert!(view.is_row_major(), "parts are those of a tensor that is stored as a whole");
                 let (block, size) = (view.dtype.block_elements(), view.dtype.size());
                 let bytes = first / block * size..(first + shape.iter().product::<usize>()) / block * size;
                 TensorView { name, shape, data: &view.data[bytes], transposed: *transposed, ..view }

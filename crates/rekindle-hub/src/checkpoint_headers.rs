@@ -77,6 +77,6 @@ impl CheckpointHeaders {
 }
 
 fn info(view: TensorView<'_>) -> (String, TensorInfo) {
-    let TensorView { name, dtype, shape, data, .. } = view;
-    (name.to_owned(), TensorInfo { dtype, shape: shape.to_vec(), bytes: data.len() as u64 })
+    let TensorView { name, dtype, shape, .. } = view;
+    (name.to_owned(), TensorInfo { dtype, shape: shape.to_vec(), bytes: view.bytes() as u64 })
 }

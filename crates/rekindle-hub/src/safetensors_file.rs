@@ -44,7 +44,14 @@ impl SafetensorsFile {
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let (name, entry) = self.header.tensors.get_key_value(name)?;
         let TensorEntry { dtype, shape, range } = entry;
-        Some(TensorView { name, dtype: *dtype, shape, data: &self.file.bytes()[range.clone()], transposed: false })
+        Some(TensorView {
+            name,
+            dtype: *dtype,
+            shape,
+            data: &self.file.bytes()[range.clone()],
+            transposed: false,
+            odd_rows: None,
+        })
     }
 
     /// Returns the size of all tensors in bytes.

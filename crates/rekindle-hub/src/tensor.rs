@@ -16,10 +16,12 @@ pub struct TensorView<'a> {
     /// The dimensions, outermost first; empty for a scalar.
     pub shape: &'a [usize],
     /// The stored elements or blocks, little-endian, with any alignment: row-major unless they are
-    /// [`transposed`](Self::transposed).
+    /// [`transposed`](Self::transposed), and every second row if there are [`odd_rows`](Self::odd_rows).
     pub data: &'a [u8],
     /// True if the last two dimensions are stored in the other order.
     pub transposed: bool,
+    /// The rows 1, 3, … if these are stored apart; `data` then has the rows 0, 2, ….
+    pub odd_rows: Option<&'a [u8]>,
 }
 
 impl<'a> TensorView<'a> {
@@ -44,8 +46,24 @@ impl<'a> TensorView<'a> {
         }
     }
 
+    /// Returns the stored size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.data.len() + self.odd_rows.map_or(0, <[u8]>::len)
+    }
+
+    /// Returns true if `data` has all elements, row-major.
+    pub fn is_row_major(&self) -> bool {
+        !self.transposed && self.odd_rows.is_none()
+    }
+
     /// Returns the stored elements, row-major.
     pub fn row_major(&self) -> Cow<'a, [u8]> {
+        if let Some(odd) = self.odd_rows {
+            let rows = self.shape.iter().rev().skip(1).product::<usize>();
+            let width = (self.bytes() / rows.max(1)).max(1);
+            let pairs = self.data.chunks_exact(width).zip(odd.chunks_exact(width));
+            return Cow::Owned(pairs.flat_map(|(even, odd)| [even, odd]).flatten().copied().collect());
+        }
         let &[.., rows, cols] = self.shape else { return Cow::Borrowed(self.data) };
         if !self.transposed {
             return Cow::Borrowed(self.data);
@@ -143,7 +161,7 @@ mod tests {
     use super::*;
 
     fn view(dtype: Dtype, data: &[u8]) -> TensorView<'_> {
-        TensorView { name: "w", dtype, shape: &[2], data, transposed: false }
+        TensorView { name: "w", dtype, shape: &[2], data, transposed: false, odd_rows: None }
     }
 
     /// Uses the hand-written bit patterns of 1.5 and −2.
@@ -222,7 +240,8 @@ mod tests {
         for dtype in [Dtype::F64, Dtype::F32, Dtype::F16] {
             let mut data = Vec::new();
             write_f32(&mut data, dtype, &stored).unwrap();
-            let view = TensorView { name: "w", dtype, shape: &[2, 3, 40], data: &data, transposed: true };
+            let view =
+                TensorView { name: "w", dtype, shape: &[2, 3, 40], data: &data, transposed: true, odd_rows: None };
             assert_eq!(view.to_f32().unwrap(), expected, "{dtype}");
         }
     }

@@ -1,8 +1,8 @@
 //! The metadata of a decoder, and the refusal of what an architecture does not compute.
 
 use super::{
-    AttentionScale, GgufArchitecture, GgufDecoder, GgufDelta, GgufDescription, GgufExperts, GgufLayer, GgufRopeScaling,
-    Mixtures, Windows,
+    AttentionScale, Factors, GgufArchitecture, GgufDecoder, GgufDelta, GgufDescription, GgufExperts, GgufLayer,
+    GgufRopeScaling, Mixtures, Windows,
 };
 use crate::{Error, MetadataValue};
 
@@ -53,12 +53,23 @@ impl Describer<'_> {
         self.set_size("attention.head_count_kv", decoder.kv_heads)?;
         self.set_size("attention.key_length", decoder.head_dim)?;
         self.set_size("attention.value_length", decoder.head_dim)?;
-        if self.architecture.name == "chatglm" && decoder.heads * decoder.head_dim != decoder.embedding_length {
+        let GgufArchitecture { name, is_parallel, .. } = *self.architecture;
+        if (name == "chatglm" || is_parallel) && decoder.heads * decoder.head_dim != decoder.embedding_length {
             let width = decoder.heads * decoder.head_dim;
             let embedding = decoder.embedding_length;
             return Err(self.refused(&format!("the heads have {width} channels and the embedding {embedding}")));
         }
-        self.set("attention.layer_norm_rms_epsilon", decoder.rms_epsilon as f32);
+        if decoder.is_parallel != is_parallel {
+            let what = if is_parallel { "do not have" } else { "have" };
+            return Err(self.refused(&format!("the halves of layers {what} one LayerNorm before them")));
+        }
+        if is_parallel && decoder.has_attention_biases {
+            return Err(self.refused("the linears of attention have biases"));
+        }
+        if is_parallel && !decoder.is_tied {
+            return Err(self.refused("the output layer is not the embedding table"));
+        }
+        self.set(self.architecture.epsilon_key(), decoder.norm_epsilon as f32);
         Ok(())
     }
 
@@ -150,7 +161,7 @@ impl Describer<'_> {
     }
 
     fn scales(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
-        let GgufArchitecture { name, has_scales, .. } = *self.architecture;
+        let GgufArchitecture { name, factors, .. } = *self.architecture;
         match decoder.attention_softcap {
             Some(cap) if name == "gemma2" => self.set("attn_logit_softcapping", cap as f32),
             Some(cap) => return Err(self.refused(&format!("attention scores are capped at {cap}"))),
@@ -163,18 +174,22 @@ impl Describer<'_> {
             None if name == "gemma2" => return Err(self.refused("logits are not capped")),
             None => {}
         }
-        if has_scales {
-            // A file has the divisor of logits.
+        if factors == Factors::All {
             self.set("logit_scale", decoder.logit_multiplier.map_or(1.0, f64::recip) as f32);
             self.set("residual_scale", decoder.residual_scale.unwrap_or(1.0) as f32);
             self.set("embedding_scale", decoder.embedding_scale.unwrap_or(1.0) as f32);
             return Ok(());
         }
+        let mut scales_logits = decoder.logit_multiplier.is_some();
+        if factors == Factors::Logits {
+            self.set("logit_scale", decoder.logit_multiplier.unwrap_or(1.0) as f32);
+            scales_logits = false;
+        }
         // Gemma's √embedding_length is a part of its architectures.
         let scales_embeddings = decoder.embedding_scale.is_some_and(|scale| {
             !(name.starts_with("gemma") && (scale / (decoder.embedding_length as f64).sqrt() - 1.0).abs() < 1e-6)
         });
-        if scales_embeddings || decoder.residual_scale.is_some() || decoder.logit_multiplier.is_some() {
+        if scales_embeddings || decoder.residual_scale.is_some() || scales_logits {
             return Err(self.refused("embeddings, residuals or logits are multiplied with a factor"));
         }
         Ok(())
@@ -218,11 +233,9 @@ impl Describer<'_> {
     }
 
     fn positions(&mut self, decoder: &GgufDecoder) -> Result<(), Error> {
-        let step = self.architecture.no_rope_step;
         let has_windows = decoder.layers.iter().any(|layer| layer.window.is_some());
-        let rotates = |(index, layer): (usize, &GgufLayer)| match self.architecture.windows {
-            Windows::ListedIn64Layers => !has_windows || layer.window.is_some(),
-            _ => !layer.is_linear && (step == 0 || (index + 1) % step != 0),
+        let rotates = |(index, layer): (usize, &GgufLayer)| {
+            !layer.is_linear && self.architecture.rotates(index, layer.window.is_some(), has_windows)
         };
         let wrong =
             decoder.layers.iter().enumerate().find(|(index, layer)| rotates((*index, layer)) != layer.rope.is_some());

@@ -3,7 +3,7 @@
 //! Metadata that a file leaves out has the value that llama.cpp takes for it.
 
 use super::{
-    ARCHITECTURES, AttentionScale, GgufArchitecture, GgufDecoder, GgufDelta, GgufExperts, GgufLayer, GgufRope,
+    ARCHITECTURES, AttentionScale, Factors, GgufArchitecture, GgufDecoder, GgufDelta, GgufExperts, GgufLayer, GgufRope,
     GgufRopeScaling, Mixtures, Windows,
 };
 use crate::{Error, GgufModel, MetadataArray, MetadataValue};
@@ -27,9 +27,8 @@ impl GgufArchitecture {
         let found = ARCHITECTURES
             .iter()
             .find(|architecture| architecture.name == name && is_mixture == (architecture.mixtures != Mixtures::None));
-        let architecture = *found.filter(|found| found.is_read).ok_or_else(|| {
-            let read = ARCHITECTURES.iter().filter(|architecture| architecture.is_read);
-            let mut names: Vec<_> = read.map(|architecture| architecture.name).collect();
+        let architecture = *found.ok_or_else(|| {
+            let mut names: Vec<_> = ARCHITECTURES.iter().map(|architecture| architecture.name).collect();
             names.sort_unstable();
             names.dedup();
             let experts = if is_mixture { " with experts" } else { "" };
@@ -112,7 +111,7 @@ impl DecoderReader<'_> {
     }
 
     fn decoder(&self) -> Result<GgufDecoder, Error> {
-        let GgufArchitecture { name, has_scales, no_rope_step, .. } = self.architecture;
+        let GgufArchitecture { name, factors, is_parallel, .. } = self.architecture;
         let table = self.model.tensor("token_embd.weight");
         let table = table.ok_or_else(|| self.malformed("the tensor token_embd.weight is missing".to_owned()))?;
         let embedding_length = self.needed_size("embedding_length")?;
@@ -133,10 +132,7 @@ impl DecoderReader<'_> {
         let ropes = self.ropes(head_dim, has_windows)?;
         let linear = self.linear_layers(count as usize)?;
         let layer = |(index, is_windowed): (usize, bool)| {
-            let rotates = match self.architecture.windows {
-                Windows::ListedIn64Layers => !has_windows || is_windowed,
-                _ => no_rope_step == 0 || !(index + 1).is_multiple_of(no_rope_step),
-            };
+            let rotates = self.architecture.rotates(index, is_windowed, has_windows);
             let (id, is_linear) = (if is_windowed { ropes.len() - 1 } else { 0 }, linear[index]);
             let rope = (rotates && !is_linear).then_some(id);
             GgufLayer { window: window.filter(|_| is_windowed), rope, is_linear }
@@ -150,7 +146,10 @@ impl DecoderReader<'_> {
             AttentionScale::Stored => self.positive("attention.scale")?.unwrap_or(implied_scale),
             _ => implied_scale,
         };
-        let scale = |key: &str| Ok::<_, Error>(self.positive(key)?.filter(|factor| has_scales && *factor != 1.0));
+        let scale = |key: &str| {
+            let found = self.positive(key)?;
+            Ok::<_, Error>(found.filter(|factor| factors == Factors::All && *factor != 1.0))
+        };
         let is_gemma = name.starts_with("gemma");
         let query_growth = match (name, self.positive("attention.temperature_scale")?, &ropes[0].scaling) {
             ("mistral3", Some(beta), &GgufRopeScaling::Yarn { original, .. }) => Some((beta, original)),
@@ -166,9 +165,12 @@ impl DecoderReader<'_> {
             heads,
             kv_heads: self.size("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
-            rms_epsilon: self
-                .number("attention.layer_norm_rms_epsilon")?
-                .ok_or_else(|| self.malformed(format!("{name}.attention.layer_norm_rms_epsilon is missing")))?,
+            norm_epsilon: self
+                .number(self.architecture.epsilon_key())?
+                .ok_or_else(|| self.malformed(format!("{name}.{} is missing", self.architecture.epsilon_key())))?,
+            is_parallel,
+            is_tied: self.model.tensor("output.weight").is_none(),
+            has_attention_biases: self.model.tensor("blk.0.attn_q.bias").is_some(),
             attention_scale,
             attention_softcap: match name {
                 "gemma2" => Some(self.positive("attn_logit_softcapping")?.unwrap_or(50.0)),
@@ -183,8 +185,11 @@ impl DecoderReader<'_> {
                 found => found,
             },
             residual_scale: scale("residual_scale")?,
-            // The file has the divisor.
-            logit_multiplier: scale("logit_scale")?.map(f64::recip),
+            logit_multiplier: match factors {
+                Factors::Logits => self.positive("logit_scale")?,
+                // The file has the divisor.
+                _ => scale("logit_scale")?.map(f64::recip),
+            },
             query_growth,
             layers,
             ropes,
@@ -195,10 +200,12 @@ impl DecoderReader<'_> {
     fn feed_forward_length(&self) -> Result<u64, Error> {
         let stacked = self.model.tensor("blk.0.ffn_gate_exps.weight");
         match (self.architecture.mixtures, self.size("expert_feed_forward_length")?) {
-            (Mixtures::Qwen(_), Some(width)) => Ok(width),
-            (Mixtures::Qwen(_), None) => stacked.and_then(|tensor| tensor.shape.get(1).copied()).ok_or_else(|| {
-                self.malformed(format!("{}.expert_feed_forward_length is missing", self.architecture.name))
-            }),
+            (Mixtures::Qwen(_) | Mixtures::GptOss, Some(width)) => Ok(width),
+            (Mixtures::Qwen(_) | Mixtures::GptOss, None) => {
+                stacked.and_then(|tensor| tensor.shape.get(1).copied()).ok_or_else(|| {
+                    self.malformed(format!("{}.expert_feed_forward_length is missing", self.architecture.name))
+                })
+            }
             _ => self.needed_size("feed_forward_length"),
         }
     }
@@ -268,7 +275,7 @@ impl DecoderReader<'_> {
     fn windows(&self, layers: usize) -> Result<Vec<bool>, Error> {
         let name = self.architecture.name;
         let every = match name {
-            "gemma2" => 2,
+            "gemma2" | "gpt-oss" => 2,
             "gemma3" => 6,
             "phi3" => 0,
             _ => 4,
@@ -301,7 +308,17 @@ impl DecoderReader<'_> {
             return Ok(vec![rope]);
         }
         let implied = if self.architecture.name == "gemma3" { 10_000.0 } else { base };
-        let base = self.positive("rope.freq_base_swa")?.unwrap_or(implied);
+        let windowed = self.positive("rope.freq_base_swa")?.unwrap_or(implied);
+        if self.architecture.scales_windowed {
+            if windowed != base {
+                return Err(Error::Model(format!(
+                    "{}: layers with a window have the rotary base {windowed} and others {base}, which is not supported",
+                    self.model.path().display()
+                )));
+            }
+            return Ok(vec![rope]);
+        }
+        let base = windowed;
         let windowed = GgufRope { base, dimensions, scaling: GgufRopeScaling::None };
         Ok(if windowed == rope { vec![rope] } else { vec![rope, windowed] })
     }
@@ -343,7 +360,8 @@ impl DecoderReader<'_> {
                 let beta_fast = self.positive("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0);
                 let beta_slow = self.positive("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0);
                 let (attention_factor, original) = (shortest(attention_factor), original()?);
-                let truncate = true;
+                // Files do not have it: llama.cpp always rounds, and OpenAI's models do not.
+                let truncate = self.architecture.mixtures != Mixtures::GptOss;
                 Ok(GgufRopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow, truncate })
             }
             (None | Some("linear"), Some(factor)) if factor != 1.0 => Ok(GgufRopeScaling::Linear { factor }),

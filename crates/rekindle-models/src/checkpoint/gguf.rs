@@ -71,14 +71,15 @@ pub fn export_gguf(
         positions.apply(config.decoder_json_mut());
         config = ModelConfig::from_json(&config.json).map_err(|problems| Error::Argument(problems.join("; ")))?;
     }
-    let spec = GgufModelSpec::new(&config)?;
+    let is_tied = config.tie_word_embeddings() && !source.unties();
+    let spec = GgufModelSpec::new(&config, is_tied)?;
     let recipe = Recipe::new(
         file_type,
         RecipeModel {
             layers: spec.decoder.layers.len() as u64,
             heads_per_kv_head: spec.decoder.heads / spec.decoder.kv_heads.max(1),
             experts: spec.decoder.experts.map_or(0, |experts| experts.count),
-            tied: config.tie_word_embeddings() && !source.unties(),
+            tied: is_tied,
             is_70b: spec.architecture.is_70b(&spec.decoder),
             has_importance: options.importance.is_some(),
         },
@@ -236,7 +237,7 @@ fn put_parameter(
         _ => needed.shape.last().copied().unwrap_or(1),
     };
     let columns: usize = columns.max(1);
-    if let Some(view) = source.unchanged(needed).filter(|_| change.is_identity()) {
+    if let Some(view) = source.unchanged(needed).filter(|view| change.is_identity() && view.is_row_major()) {
         let rows = (PIECE / columns).max(1);
         let (block, size) = (view.dtype.block_elements(), view.dtype.size());
         for bytes in view.data.chunks(rows * columns / block * size) {

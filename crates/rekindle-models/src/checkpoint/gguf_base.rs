@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use rekindle_gguf::{GgufArchitecture, GgufModel, GgufTensor, GgufTokenizerFiles};
+use rekindle_gguf::{GgufModel, GgufTensor, GgufTokenizerFiles};
 use rekindle_hub::{
     ADDITIONAL_CHAT_TEMPLATES, Checkpoint, Dtype, TensorStore, TensorView, read_config, read_json, write_atomic,
     write_f32,
@@ -14,8 +14,8 @@ use rekindle_hub::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::gguf_decoder::{architecture, tensor_name};
-use super::gguf_tensors::{self, change};
+use super::gguf_decoder::architecture;
+use super::gguf_tensors::{self, GgufTensorPart, tensors_of};
 use super::kept_blocks;
 use crate::parameters::{ExpertStack, ParameterSpec};
 use crate::{Error, ModelConfig, Role, families};
@@ -87,12 +87,13 @@ fn quantized_linears(model: &GgufModel, config: &Value, file: &Path) -> Result<B
     let (mut types, mut experts) = (BTreeMap::new(), BTreeMap::<_, BTreeMap<String, &str>>::new());
     for needed in config.parameters() {
         let (true, &[_, input]) = (needed.role.is_linear(), needed.shape.as_slice()) else { continue };
-        let Some(tensor) = model.tensor(&tensor_name(&architecture, needed.role)?) else { continue };
-        if change(&architecture, &config, &needed).columns.is_some() {
+        let parts = tensors_of(&architecture, &config, &needed)?;
+        let kinds: BTreeSet<_> = parts.iter().map(|part| model.tensor(&part.name).map(|tensor| tensor.kind)).collect();
+        if kinds.len() > 1 || parts.iter().any(|part| part.change.columns.is_some()) {
             continue;
         }
-        if let Some(codec) = kept_blocks::codec(Some(tensor.kind)).filter(|codec| input.is_multiple_of(codec.elements))
-        {
+        let codec = kept_blocks::codec(kinds.into_iter().next().flatten());
+        if let Some(codec) = codec.filter(|codec| input.is_multiple_of(codec.elements)) {
             let same_weight = match (needed.role, needed.role.expert()) {
                 (Role::Layer(layer, _), Some((role, _))) => {
                     experts.entry((layer, role.place().0 == ExpertStack::Down)).or_default()
@@ -149,6 +150,8 @@ enum TensorContent {
     /// Rows in another order, such as queries and keys in the order of pairs: those of the checkpoint in the order of the
     /// file. They are put in their places when they are first read.
     Rows { order: Vec<usize>, rows: OnceLock<Vec<u8>> },
+    /// Rows that alternate between these bytes of the tensor and those of another one.
+    Alternating { even: Range<usize>, other: String },
     /// Values that differ from those in the file.
     Computed(Vec<u8>),
 }
@@ -159,11 +162,15 @@ impl GgufStore {
         let mut tensors = BTreeMap::new();
         let mut used: BTreeSet<String> = IN_CONFIG.map(str::to_owned).into();
         for needed in config.parameters() {
-            let name = tensor_name(&architecture, needed.role)?;
-            let Some(found) = model.tensor(&name) else { continue };
-            let stored = StoredTensor::new(&found, &needed, config, &architecture)?;
+            let parts = tensors_of(&architecture, config, &needed)?;
+            let found: Option<Vec<_>> = parts.iter().map(|part| model.tensor(&part.name)).collect();
+            let Some(found) = found else { continue };
+            let stored = match &found[..] {
+                [found] => StoredTensor::new(found, &parts[0], &needed)?,
+                found => StoredTensor::alternating(found, &parts, &needed)?,
+            };
             tensors.insert(needed.name, stored);
-            used.insert(name);
+            used.extend(parts.into_iter().map(|part| part.name));
         }
         // Others keep their names, for the check of tensors to report.
         for other in model.tensors().filter(|tensor| !used.contains(tensor.name)) {
@@ -184,12 +191,7 @@ impl StoredTensor {
         }
     }
 
-    fn new(
-        found: &GgufTensor<'_>,
-        needed: &ParameterSpec,
-        config: &ModelConfig,
-        architecture: &GgufArchitecture,
-    ) -> Result<Self, Error> {
+    fn new(found: &GgufTensor<'_>, part: &GgufTensorPart, needed: &ParameterSpec) -> Result<Self, Error> {
         let mut stored = Self::as_it_is(found);
         let extents = |shape: &[usize]| shape.iter().copied().filter(|extent| *extent != 1).collect::<Vec<_>>();
         // The linears of all experts are one tensor.
@@ -207,7 +209,7 @@ impl StoredTensor {
             stored.content = TensorContent::InFile(expert * size..(expert + 1) * size);
             return Ok(stored);
         }
-        let change = change(architecture, config, needed);
+        let change = &part.change;
         if let Some(order) = change.of_rows_alone() {
             stored.content = TensorContent::Rows { order: order.to_vec(), rows: OnceLock::new() };
         } else if !change.is_identity() {
@@ -220,6 +222,37 @@ impl StoredTensor {
         }
         Ok(stored)
     }
+
+    /// Returns a parameter whose rows, or columns in the biases of experts, alternate between two tensors.
+    fn alternating(found: &[GgufTensor<'_>], parts: &[GgufTensorPart], needed: &ParameterSpec) -> Result<Self, Error> {
+        let (mut stored, odd) = (Self::as_it_is(&found[0]), Self::as_it_is(&found[1]));
+        let experts = match needed.role.expert() {
+            Some(_) => stored.shape.first().copied().unwrap_or(0),
+            None => 1,
+        };
+        let expected: Vec<usize> = match needed.role.expert() {
+            Some((_, expert)) if expert < experts => [&[experts], &parts[0].shape[..]].concat(),
+            _ => parts[0].shape.clone(),
+        };
+        if stored.shape != expected || odd.shape != expected || stored.dtype != odd.dtype {
+            // The check of tensors reports the shapes.
+            return Ok(stored);
+        }
+        stored.shape.clone_from(&needed.shape);
+        if let Some((_, expert)) = needed.role.expert() {
+            let size = found[0].data.len() / experts;
+            let even = expert * size..(expert + 1) * size;
+            stored.content = TensorContent::Alternating { even, other: odd.name };
+            return Ok(stored);
+        }
+        let (even, odd) = (found[0].to_f32()?, found[1].to_f32()?);
+        let values: Vec<f32> = even.into_iter().zip(odd).flat_map(|(even, odd)| [even, odd]).collect();
+        let mut bytes = Vec::with_capacity(4 * values.len());
+        write_f32(&mut bytes, Dtype::F32, &values).expect("memory takes what is written");
+        stored.dtype = Dtype::F32;
+        stored.content = TensorContent::Computed(bytes);
+        Ok(stored)
+    }
 }
 
 impl TensorStore for GgufStore {
@@ -230,14 +263,19 @@ impl TensorStore for GgufStore {
     fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let (name, stored) = self.tensors.get_key_value(name)?;
         let data = self.model.tensor(&stored.name)?.data;
+        let mut odd_rows = None;
         let data = match &stored.content {
             TensorContent::InFile(range) => data.get(range.clone())?,
+            TensorContent::Alternating { even, other } => {
+                odd_rows = Some(self.model.tensor(other)?.data.get(even.clone())?);
+                data.get(even.clone())?
+            }
             TensorContent::Rows { order, rows } => {
                 rows.get_or_init(|| gguf_tensors::in_place(data, order, data.len() / order.len().max(1)))
             }
             TensorContent::Computed(bytes) => bytes,
         };
-        Some(TensorView { name, dtype: stored.dtype, shape: &stored.shape, data, transposed: false })
+        Some(TensorView { name, dtype: stored.dtype, shape: &stored.shape, data, transposed: false, odd_rows })
     }
 
     fn total_bytes(&self) -> u64 {

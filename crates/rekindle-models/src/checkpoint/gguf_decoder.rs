@@ -8,7 +8,7 @@ use rekindle_rope::{RopeConfig, Scaling};
 
 use crate::parameters::{ExpertRole, ExpertStack};
 use crate::spec::{
-    Activation, AttentionMask, AttentionSpec, FeedForwardSpec, GatedDeltaSpec, MixerSpec, MoeSpec, NormSpec,
+    Activation, AttentionMask, AttentionSpec, FeedForwardSpec, GatedDeltaSpec, MixerSpec, MoeSpec, NormKind, NormSpec,
     NormWeight, RoutingForm,
 };
 use crate::{Error, LayerRole, LinearRole, ModelConfig, Role, families};
@@ -21,9 +21,10 @@ pub(super) struct GgufModelSpec {
 }
 
 impl GgufModelSpec {
-    pub(super) fn new(config: &ModelConfig) -> Result<Self, Error> {
+    /// Describes a model whose output layer is the embedding table (`is_tied`) or its own.
+    pub(super) fn new(config: &ModelConfig, is_tied: bool) -> Result<Self, Error> {
         let architecture = architecture(config)?;
-        let decoder = decoder(config)?;
+        let decoder = GgufDecoder { is_tied, ..decoder(config)? };
         let description = architecture.describe(&decoder)?;
         Ok(Self { architecture, decoder, description })
     }
@@ -180,7 +181,10 @@ fn decoder(config: &ModelConfig) -> Result<GgufDecoder, Error> {
         heads: attention.heads as u64,
         kv_heads: attention.kv_heads as u64,
         head_dim: attention.head_dim as u64,
-        rms_epsilon: eps,
+        norm_epsilon: eps,
+        is_parallel: first.parallel && spec.final_norm.kind == NormKind::Layer,
+        is_tied: spec.head.tied,
+        has_attention_biases: attention.biases.qkv || attention.biases.o,
         attention_scale: attention.scale.into(),
         attention_softcap: attention.softcap,
         logit_softcap: spec.head.softcap,

@@ -90,7 +90,10 @@ impl KeptBlocks {
             let problem = format!("tensor \"{name}\" is {} {dims:?} instead of rows in {}", view.dtype, codec.name);
             return Err(Error::Tensors { path: checkpoint.path().to_owned(), problems: vec![problem] });
         }
-        Ok(Some(QuantizedData { dims, format: QuantizedFormat::Blocks { bytes: view.data.to_vec(), codec } }))
+        Ok(Some(QuantizedData {
+            dims,
+            format: QuantizedFormat::Blocks { bytes: view.row_major().into_owned(), codec },
+        }))
     }
 }
 

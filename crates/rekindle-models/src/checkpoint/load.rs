@@ -277,7 +277,7 @@ impl CheckpointWeights<'_> {
     /// A tensor as it is read, with its dtype noted.
     fn view(&mut self, name: &str) -> TensorView<'_> {
         let view = self.checkpoint.get(name).expect("every needed tensor was checked to be there");
-        (self.progress)(view.data.len() as u64);
+        (self.progress)(view.bytes() as u64);
         if let Some(quantization) = &mut self.quantization {
             quantization.dtypes.insert(name.to_owned(), view.dtype);
         }
@@ -339,7 +339,7 @@ impl CheckpointWeights<'_> {
         }
         let (name, group) = (&tensor.name, group(tensor));
         let view = self.checkpoint.get(name).expect("every needed tensor was checked to be there");
-        (self.progress)(view.data.len() as u64);
+        (self.progress)(view.bytes() as u64);
         if let Some(quantization) = &mut self.quantization {
             quantization.dtypes.insert(name.clone(), view.dtype);
         }

@@ -215,7 +215,7 @@ impl<'a> MergedTensors<'a> {
 
     /// The bytes that a tensor has in the base, whatever it is there.
     pub(super) fn bytes(&self, needed: &ParameterSpec) -> u64 {
-        let bytes = |view: rekindle_hub::TensorView<'_>| view.data.len() as u64;
+        let bytes = |view: rekindle_hub::TensorView<'_>| view.bytes() as u64;
         let linears = self.linears(needed);
         if linears.is_empty() {
             return self.view(needed).map_or(0, bytes);

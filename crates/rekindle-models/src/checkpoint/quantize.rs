@@ -51,7 +51,7 @@ pub fn quantize(
         let view = checkpoint.get(&needed.name).expect("every needed tensor was checked to be there");
         let quantized =
             if needed.role.is_linear() { plan.weight(checkpoint, &needed.name, &needed.shape)? } else { None };
-        progress(view.data.len() as u64);
+        progress(view.bytes() as u64);
         match quantized {
             None => {
                 check_view(&view)?;

@@ -41,12 +41,15 @@ pub(crate) fn config(model: &GgufModel) -> Result<Value, rekindle_gguf::Error> {
         "num_key_value_heads": decoder.kv_heads,
         "head_dim": decoder.head_dim,
         "max_position_embeddings": decoder.context_length,
-        "rms_norm_eps": decoder.rms_epsilon,
-        "tie_word_embeddings": !has("output.weight"),
+        "tie_word_embeddings": decoder.is_tied,
         "attention_bias": has(&format!("blk.{attention}.attn_q.bias")),
         "rope_parameters": rope_parameters(&decoder, model_type),
     });
     let mut set = |key: &str, value: Value| json[key] = value;
+    set(if decoder.is_parallel { "layer_norm_eps" } else { "rms_norm_eps" }, decoder.norm_epsilon.into());
+    if model_type == "cohere2" {
+        set("logit_scale", decoder.logit_multiplier.unwrap_or(1.0).into());
+    }
     if model_type.starts_with("gemma") {
         set("hidden_activation", "gelu_pytorch_tanh".into());
         set("query_pre_attn_scalar", ((decoder.attention_scale.powi(-2) * 1e6).round() / 1e6).into());
@@ -60,7 +63,7 @@ pub(crate) fn config(model: &GgufModel) -> Result<Value, rekindle_gguf::Error> {
     }
     if let Some(experts) = decoder.experts {
         set("num_experts_per_tok", experts.used.into());
-        if model_type == "mixtral" {
+        if ["mixtral", "granitemoe", "gpt_oss"].contains(&model_type) {
             set("num_local_experts", experts.count.into());
         } else {
             set("num_experts", experts.count.into());
@@ -78,7 +81,7 @@ pub(crate) fn config(model: &GgufModel) -> Result<Value, rekindle_gguf::Error> {
         let kind = |is_linear| if is_linear { "linear_attention" } else { "full_attention" };
         set("layer_types", decoder.layers.iter().map(|layer| kind(layer.is_linear)).collect::<Vec<_>>().into());
     }
-    if model_type == "granite" {
+    if ["granite", "granitemoe"].contains(&model_type) {
         set("attention_multiplier", decoder.attention_scale.into());
         set("residual_multiplier", decoder.residual_scale.unwrap_or(1.0).into());
         set("embedding_multiplier", decoder.embedding_scale.unwrap_or(1.0).into());
@@ -88,7 +91,7 @@ pub(crate) fn config(model: &GgufModel) -> Result<Value, rekindle_gguf::Error> {
         let rotated: Vec<u8> = decoder.layers.iter().map(|layer| layer.rope.is_some().into()).collect();
         set("no_rope_layers", rotated.into());
     }
-    if ["gemma2", "gemma3_text", "olmo3", "exaone4", "phi3"].contains(&model_type) {
+    if ["gemma2", "gemma3_text", "olmo3", "exaone4", "phi3", "cohere2", "gpt_oss"].contains(&model_type) {
         let window = decoder.layers.iter().find_map(|layer| layer.window);
         set("sliding_window", window.into());
         if model_type != "phi3" {
@@ -118,9 +121,9 @@ fn rope_parameters(decoder: &GgufDecoder, model_type: &str) -> Value {
 fn parameters(rope: &GgufRope, head_dim: u64) -> Value {
     let mut parameters = match &rope.scaling {
         GgufRopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-        GgufRopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow, .. } => json!({
+        GgufRopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow, truncate } => json!({
             "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
-            "attention_factor": attention_factor, "beta_fast": beta_fast, "beta_slow": beta_slow,
+            "attention_factor": attention_factor, "beta_fast": beta_fast, "beta_slow": beta_slow, "truncate": truncate,
         }),
         GgufRopeScaling::Divisors(divisors) => divided(rope, divisors),
         GgufRopeScaling::Long { short, long, original, attention_factor } => json!({
