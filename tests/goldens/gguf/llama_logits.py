@@ -1,6 +1,6 @@
 """Compares the logits of llama.cpp for exported files with those of transformers.
 
-    python llama_logits.py REKINDLE LLAMA_CPP_PYTHON LIBRARIES [CHECKPOINT ...]
+    python llama_logits.py [--trained] REKINDLE LLAMA_CPP_PYTHON LIBRARIES [CHECKPOINT ...]
 
 REKINDLE is the built command, LLAMA_CPP_PYTHON the source distribution of the PyPI package llama-cpp-python 0.3.36, and
 LIBRARIES the directory with libllama, built from its vendor/llama.cpp. Needs torch, transformers, peft and numpy.
@@ -17,6 +17,12 @@ tokens, or of as many as a window that llama.cpp ignores. A line of the table ha
   that Rekindle computes from the file follow, against llama.cpp's from the same weights decoded to f32: the largest
   difference.
 
+Of a checkpoint with experts in MXFP4, a copy with dense experts follows.
+
+With --trained, each checkpoint is first trained by transformers to follow a permutation of its tokens, since the logits of
+random weights are nearly flat. The table then has, over 4 rows of 60 tokens, the largest difference of logits in f32 and the
+share of positions with the same most probable token in f32, f16 and q8_0.
+
 llama.cpp runs in a process of its own, and without its kernels for AMX.
 """
 
@@ -30,8 +36,10 @@ import tempfile
 import numpy as np
 
 root = pathlib.Path(__file__).resolve().parent.parent
-rekindle, package, libraries = sys.argv[1:4]
-LENGTH, NEW = 60, 20
+is_trained = "--trained" in sys.argv
+arguments = [argument for argument in sys.argv[1:] if argument != "--trained"]
+rekindle, package, libraries = arguments[:3]
+LENGTH, NEW, ROWS, STEPS = 60, 20, 4, 300
 
 
 def llama_worker():
@@ -102,7 +110,7 @@ import transformers  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 worker = subprocess.Popen(
-    [sys.executable, *sys.argv[:4]],
+    [sys.executable, sys.argv[0], *arguments[:3]],
     env={**os.environ, "LLAMA_WORKER": "1"},
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
@@ -141,6 +149,12 @@ def load(directory):
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     model = getattr(transformers, config["architectures"][0]).from_pretrained(directory, dtype=torch.float32, **options)
     return model.float().eval(), config
+
+
+def save_dense(model, directory):
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(directory)
 
 
 def greedy(predict, ids):
@@ -199,9 +213,55 @@ def agreement(a, b):
     return f"{100 * same.mean():.1f} %" + (f" (gap {gap:.1e})" if len(other) else "")
 
 
-def compare(name):
-    directory = root / name
+def train(model, permutation):
+    """Trains a model to answer each token with the next one of the permutation."""
+    torch.manual_seed(20)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for step in range(STEPS):
+        tokens = [torch.randint(len(permutation), (8,))]
+        for _ in range(31):
+            tokens.append(permutation[tokens[-1]])
+        ids = torch.stack(tokens, dim=1)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / STEPS)
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model.eval()
+
+
+def compare_trained(name):
+    model, config = load(root / name)
+    config = config.get("text_config") or config
+    torch.manual_seed(21)
+    permutation = torch.randperm(config["vocab_size"])
+    train(model, permutation)
+    with tempfile.TemporaryDirectory() as out:
+        out = pathlib.Path(out)
+        save_dense(model, out / "trained")
+        length = LENGTH
+        if "ignores the attention window" in export(out / "trained", out, "--quant", "f32,f16,q8_0"):
+            length = config["sliding_window"]
+        rows = []
+        for start in range(ROWS):
+            row = [start * 7 % len(permutation)]
+            while len(row) < length:
+                row.append(int(permutation[row[-1]]))
+            rows.append(row)
+        expected = np.concatenate([reference(model, row) for row in rows])
+        cells = []
+        for kind in ["F32", "F16", "Q8_0"]:
+            ours = np.concatenate([logits(out / f"tiny-{kind}.gguf", row) for row in rows])
+            cells.append(f"{largest(ours, expected)} {agreement(ours, expected)}")
+    print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def compare(name, directory=None):
+    directory = directory or root / name
     model, config = load(directory)
+    is_mxfp4 = "quantization_config" in config
     config = config.get("text_config") or config
     ids = np.random.default_rng(20).integers(0, config["vocab_size"], LENGTH)
     with tempfile.TemporaryDirectory() as out:
@@ -237,11 +297,15 @@ def compare(name):
             cells.append(f"{largest(ours, changed)} {agreement(ours, changed)} (changes logits by {largest(changed, expected)})")
         except RuntimeError as error:
             cells.append(str(error)[:80])
-    print(f"| {name} | " + " | ".join([*cells, *quantized]) + " |", flush=True)
+        print(f"| {name} | " + " | ".join([*cells, *quantized]) + " |", flush=True)
+        if is_mxfp4:
+            save_dense(load(directory)[0], out / "dense")
+            compare(f"{name}, dense", out / "dense")
 
 
-print("| checkpoint | f32 | greedy | adapter | f16 | q8_0 |\n|---|---|---|---|---|---|")
-names = sys.argv[4:] or sorted(
+columns = ["f32", "f16", "q8_0"] if is_trained else ["f32", "greedy", "adapter", "f16", "q8_0"]
+print("| checkpoint | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+names = arguments[3:] or sorted(
     str(path.parent.relative_to(root))
     for pattern in ["families/*/config.json", "*/config.json", "gguf/*/config.json"]
     for path in root.glob(pattern)
@@ -249,6 +313,6 @@ names = sys.argv[4:] or sorted(
 )
 for name in names:
     try:
-        compare(name)
+        compare_trained(name) if is_trained else compare(name)
     except RuntimeError as error:
         print(f"| {name} | {error} |", flush=True)

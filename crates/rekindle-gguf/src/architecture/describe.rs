@@ -6,6 +6,9 @@ use super::{
 };
 use crate::{Error, MetadataValue};
 
+/// The key that tells if YaRN rounds the dimensions between which it changes the frequencies.
+pub(super) const YARN_TRUNCATE: &str = "rope.scaling.yarn_truncate";
+
 /// Returns the metadata of a decoder as the architecture has it.
 pub(super) fn description(architecture: &GgufArchitecture, decoder: &GgufDecoder) -> Result<GgufDescription, Error> {
     let mut out = Describer { architecture, metadata: Vec::new(), vectors: Vec::new(), notices: Vec::new() };
@@ -290,6 +293,10 @@ impl Describer<'_> {
                 self.set("rope.scaling.factor", *factor as f32);
             }
             GgufRopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow, truncate } => {
+                if self.architecture.mixtures == Mixtures::GptOss {
+                    // Not a key of llama.cpp.
+                    self.set(YARN_TRUNCATE, *truncate);
+                }
                 if !truncate && self.architecture.mixtures == Mixtures::GptOss {
                     self.notices.push(
                         "llama.cpp rounds the dimensions between which YaRN changes the frequencies, and this model does not: \

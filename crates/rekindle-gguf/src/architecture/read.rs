@@ -2,6 +2,7 @@
 //!
 //! Metadata that a file leaves out has the value that llama.cpp takes for it.
 
+use super::describe::YARN_TRUNCATE;
 use super::{
     ARCHITECTURES, AttentionScale, Factors, GgufArchitecture, GgufDecoder, GgufDelta, GgufExperts, GgufLayer, GgufRope,
     GgufRopeScaling, Mixtures, Windows,
@@ -360,8 +361,9 @@ impl DecoderReader<'_> {
                 let beta_fast = self.positive("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0);
                 let beta_slow = self.positive("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0);
                 let (attention_factor, original) = (shortest(attention_factor), original()?);
-                // Files do not have it: llama.cpp always rounds, and OpenAI's models do not.
-                let truncate = self.architecture.mixtures != Mixtures::GptOss;
+                // llama.cpp's own files do not have it: it always rounds, and OpenAI's models do not.
+                let is_gpt_oss = self.architecture.mixtures == Mixtures::GptOss;
+                let truncate = !is_gpt_oss || self.get(YARN_TRUNCATE) == Some(&MetadataValue::Bool(true));
                 Ok(GgufRopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow, truncate })
             }
             (None | Some("linear"), Some(factor)) if factor != 1.0 => Ok(GgufRopeScaling::Linear { factor }),
