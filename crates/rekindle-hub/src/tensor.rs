@@ -230,6 +230,14 @@ mod tests {
     }
 
     #[test]
+    fn rows_that_are_stored_apart_take_turns() {
+        let (even, odd) = ([1, 2, 5, 6], [3, 4, 7, 8]);
+        let view = TensorView { odd_rows: Some(&odd), shape: &[4, 2], ..view(Dtype::U8, &even) };
+        assert_eq!(*view.row_major(), [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert!(view.bytes() == 8 && !view.is_row_major());
+    }
+
+    #[test]
     fn transposed_elements_come_back_in_rows() {
         // Two matrices [3, 40], stored as [40, 3]: more than one square.
         let value = |matrix: usize, row: usize, col: usize| (1000 * matrix + 100 * row + col) as f32;

@@ -41,6 +41,22 @@ fn ids(value: &Value) -> Vec<u32> {
     serde_json::from_value(value.clone()).expect("a list of ids")
 }
 
+/// Returns the most by which rounding of the merged weights to a precision may move the mean loss: at least twice what was
+/// measured. The weights are near the values of Q4_1, so other grids lose more than their bits suggest.
+fn rounding(file_type: GgufFileType) -> f64 {
+    use GgufFileType as T;
+    match file_type {
+        T::F32 => 1e-5,
+        T::F16 => 2e-3,
+        T::BF16 => 1e-2,
+        T::Q8_0 => 2e-2,
+        T::Q6_K | T::Q4_1 => 0.1,
+        T::Q4_K_M | T::Q4_K_S | T::Q5_K_M => 0.3,
+        T::Q2_K | T::Q3_K_S => 1.2,
+        _ => 0.7,
+    }
+}
+
 /// Returns the loss of every token of a text but the first.
 fn nll(model: &Model, ids: &[u32]) -> Vec<f32> {
     let labels: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
@@ -124,8 +140,9 @@ fn a_real_model_is_tuned_and_exported_and_read_again() {
     drop(model);
     let mut export = GgufExport::new(&adapter).base(dir.path()).name("tuned");
     export.fetch(&mut |_, _| ()).expect("all files are there");
-    // Rounding of the merged weights moves the mean loss by at most this. Measured: 2.6e-4, 4.6e-3, 0.096.
-    for (file_type, bound) in [(GgufFileType::F16, 2e-3), (GgufFileType::Q8_0, 2e-2), (GgufFileType::Q4_K_M, 0.3)] {
+    // mxfp4_moe needs experts.
+    for file_type in GgufFileType::all().filter(|file_type| *file_type != GgufFileType::MXFP4_MOE) {
+        let bound = rounding(file_type);
         let written = export.write(scratch.path(), &[file_type], &mut |_, _| ()).expect("it is supported");
         let dir = unpacked(&written[0].paths[0]);
         let (read, tokenizer) = load(dir.path());

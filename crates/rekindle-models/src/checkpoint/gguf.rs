@@ -257,14 +257,20 @@ fn put(
     importance: Option<&[f32]>,
     out: &mut dyn Write,
 ) -> Result<(), PutError> {
-    if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+    // The bits of absolute values have their order; those of infinity and NaN are the largest.
+    let largest = values.iter().fold(0, |largest, value| (value.to_bits() & i32::MAX as u32).max(largest));
+    let first_of = |least: f32| {
+        let is_beyond = |value: &&f32| value.to_bits() & i32::MAX as u32 >= least.to_bits();
+        if largest >= least.to_bits() { values.iter().find(is_beyond) } else { None }
+    };
+    if let Some(value) = first_of(f32::INFINITY) {
         let found = Some(NonFinite::Weight { name: tensor.name.clone(), trained: false, rows: Vec::new() });
         let what = format!("\"{}\" cannot be exported: it has the value {value}", tensor.name);
         return Err(Error::NonFinite { what, found }.into());
     }
     // Halves of precision store F16 itself, and the scales of quantized blocks.
     if !matches!(tensor.kind, GgmlType::F32 | GgmlType::BF16)
-        && let Some(value) = values.iter().find(|value| value.abs() >= 65_520.0)
+        && let Some(value) = first_of(65_520.0)
     {
         let what =
             format!("{value:e} in \"{}\" is beyond the range of {}: export to bf16 or f32", tensor.name, tensor.kind);

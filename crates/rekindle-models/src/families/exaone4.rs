@@ -21,7 +21,7 @@ fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     let norms = LayerNorms { post_attention: Some(norm), post_feed_forward: Some(norm), ..LayerNorms::default() };
     let layer = LayerSpec { norms, ..dimensions.layer(attention, dimensions.gated()) };
     let window = config.window(AttentionMask::Sliding(4096));
-    let pattern = pattern(config);
+    let pattern = pattern(config, window == AttentionMask::Full);
     let has_windows = window != AttentionMask::Full;
     let sliding = config
         .sliding_layers(dimensions.num_hidden_layers, |layer| has_windows && !(layer + 1).is_multiple_of(pattern));
@@ -34,9 +34,12 @@ fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
 }
 
 /// The distance between layers without a window: `sliding_window_pattern`, a number or a text such as "LLLG".
-fn pattern(config: &mut ConfigReader<'_>) -> usize {
-    match config.get("sliding_window_pattern").and_then(|value| value.as_str()) {
+fn pattern(config: &mut ConfigReader<'_>, is_unused: bool) -> usize {
+    let value = config.get("sliding_window_pattern");
+    match value.and_then(|value| value.as_str()) {
         Some(letters) => letters.len().max(1),
+        // transformers writes it for a model without windows.
+        None if is_unused && value == Some(&0.into()) => 1,
         None => config.size("sliding_window_pattern", Some(4)),
     }
 }
