@@ -41,11 +41,12 @@ pub use ops::{
     router_probabilities, routing, stacked,
 };
 pub use params::{
-    Grads, Group, ParamInfo, ParamRef, Params, ParamsBuilder, QuantizedWeight, Weight, quantized, stochastic,
+    BlockPass, FrozenShards, Grads, Group, ParamInfo, ParamRef, Params, ParamsBuilder, QuantizedWeight, ShardExchange,
+    ShardedWeight, Weight, quantized, stochastic,
 };
 pub use rng::RngKey;
 pub use runtime::{MemoryStats, MemoryUse};
 pub use tensor::{
     Backend, Device, DeviceError, DeviceKind, DeviceLimits, DeviceMemory, MetaDevice, MetaMemory, MetaTensor,
-    Offloaded, Tensor, from_f32, from_le_bytes, open_device, parse_device, to_f32, unfilled,
+    Offloaded, Tensor, from_f32, from_le_bytes, open_device, parse_device, to_f32, to_le_bytes, unfilled,
 };

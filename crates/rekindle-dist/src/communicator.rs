@@ -1,9 +1,10 @@
 //! The collectives of a run.
 
-use core::fmt::{Debug, Display};
+use core::fmt::{self, Debug, Display};
 use core::ops::Range;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 
 use crate::{Error, RankFailure};
 
@@ -143,6 +144,72 @@ impl Communicator for OneRank {
 
     fn finish(&self) -> Result<(), Error> {
         Ok(())
+    }
+}
+
+/// Ranks that call a function before each collective, which ends what they do together by other means.
+pub struct PrecededCommunicator {
+    world: Arc<dyn Communicator>,
+    before: Box<dyn Fn() + Send + Sync>,
+}
+
+impl PrecededCommunicator {
+    /// Returns the ranks of `world`, which call `before` before each collective.
+    pub fn new(world: Arc<dyn Communicator>, before: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { world, before: Box::new(before) }
+    }
+
+    fn world(&self) -> &dyn Communicator {
+        (self.before)();
+        &*self.world
+    }
+}
+
+impl Debug for PrecededCommunicator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PrecededCommunicator").field("world", &self.world).finish_non_exhaustive()
+    }
+}
+
+impl Communicator for PrecededCommunicator {
+    fn position(&self) -> RankPosition {
+        self.world.position()
+    }
+
+    fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), Error> {
+        self.world().all_reduce_sum(values)
+    }
+
+    fn reduce_scatter_sum(&self, values: &mut [f32], shards: &[Range<usize>]) -> Result<(), Error> {
+        self.world().reduce_scatter_sum(values, shards)
+    }
+
+    fn all_gather_shards(&self, values: &mut [f32], shards: &[Range<usize>]) -> Result<(), Error> {
+        self.world().all_gather_shards(values, shards)
+    }
+
+    fn gather(&self, bytes: Vec<u8>) -> Result<Option<Vec<Vec<u8>>>, Error> {
+        self.world().gather(bytes)
+    }
+
+    fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        self.world().all_gather(bytes)
+    }
+
+    fn broadcast(&self, bytes: Vec<u8>) -> Result<Vec<u8>, Error> {
+        self.world().broadcast(bytes)
+    }
+
+    fn fail(&self, message: &str) {
+        self.world.fail(message);
+    }
+
+    fn failure(&self) -> Option<RankFailure> {
+        self.world.failure()
+    }
+
+    fn finish(&self) -> Result<(), Error> {
+        self.world().finish()
     }
 }
 

@@ -22,7 +22,7 @@ mod error;
 mod launch;
 mod tcp;
 
-pub use communicator::{Communicator, OneRank, RankPosition, supervise};
+pub use communicator::{Communicator, OneRank, PrecededCommunicator, RankPosition, supervise};
 pub use deal::deal_by_length;
 pub use error::{Error, RankFailure};
 pub use launch::{Launch, LaunchRole, MasterAddress, NodeLaunch, RankLaunch};

@@ -1,6 +1,6 @@
 //! The parts of a layer that adapters can be on.
 
-use rekindle_kernels::{ParamRef, Params, ParamsBuilder};
+use rekindle_kernels::{ParamRef, Params, ParamsBuilder, Weight};
 
 use crate::{ExpertLinear, LinearGroup, LoraInit};
 
@@ -62,6 +62,14 @@ impl<'a> AdaptableMut<'a> {
         match self {
             Self::Linears(_) => None,
             Self::Experts(experts) => Some(experts),
+        }
+    }
+
+    /// Returns the weights, to be replaced by others of the same shape.
+    pub fn weights_mut(self) -> Vec<&'a mut Weight> {
+        match self {
+            Self::Linears(group) => group.weights_mut().collect(),
+            Self::Experts(experts) => vec![&mut experts.weight],
         }
     }
 

@@ -150,6 +150,12 @@ impl LinearGroup {
         }
     }
 
+    /// Returns the weights, to be replaced by others of the same shape; products then read each by itself.
+    pub fn weights_mut(&mut self) -> impl Iterator<Item = &mut Weight> {
+        self.stack = None;
+        self.linears.iter_mut().map(|linear| &mut linear.weight)
+    }
+
     /// Columns that x and the gradients to the results should have room for, side by side as the linears are; without
     /// it they are copied ([`rekindle_kernels::stacked`]).
     pub fn room(&self) -> usize {

@@ -9,12 +9,14 @@ mod decode;
 mod step;
 
 use core::convert::Infallible;
+use core::ops::Range;
+use std::sync::Arc;
 
 use rekindle_kernels::attention::Heads;
 use rekindle_kernels::linear_cross_entropy::LmHead;
 use rekindle_kernels::neftune::{self, Noise};
 use rekindle_kernels::rope::RopeTables;
-use rekindle_kernels::{DType, Device, Params, Tensor, Weight, embedding, from_f32, to_f32};
+use rekindle_kernels::{BlockPass, DType, Device, FrozenShards, Params, Tensor, Weight, embedding, from_f32, to_f32};
 use rekindle_lora::{Adaptable, AdaptableMut, ExpertLinear, Linear, LinearGroup};
 use rekindle_rope::RopeConfig;
 
@@ -55,6 +57,8 @@ pub struct Decoder {
     ropes: Vec<RopeTables>,
     /// The distinct layouts of attention; [`Attention::layout`](crate::layers::Attention::layout) is an index.
     layouts: Vec<Heads>,
+    /// The frozen weights of the layers, if several ranks hold them together.
+    shards: Option<Arc<FrozenShards>>,
     device: Device,
     dtype: DType,
 }
@@ -74,13 +78,15 @@ impl Vocabulary {
 }
 
 impl Decoder {
-    /// Builds the decoder of `config` from `source`, for documents of up to `max_seq_length` tokens.
+    /// Builds the decoder of `config` from `source`, for documents of up to `max_seq_length` tokens. `shards` divides the frozen
+    /// weights of its layers, one layer after another.
     pub(crate) fn build(
         config: &ModelConfig,
         source: &mut dyn WeightSource,
         device: &Device,
         dtype: DType,
         max_seq_length: usize,
+        shards: Option<Arc<FrozenShards>>,
     ) -> Result<Self, Error> {
         let spec = &config.spec;
         let names = &config.names;
@@ -93,7 +99,11 @@ impl Decoder {
             let heads = layer_spec.attention().map(AttentionSpec::layout);
             let layout = layouts.iter().position(|known| Some(*known) == heads);
             let mut builder = LayerBuilder { source: &mut *source, names, layer };
-            layers.push(Block::build(&mut builder, layer_spec, spec.hidden_size, layout)?);
+            let mut block = Block::build(&mut builder, layer_spec, spec.hidden_size, layout)?;
+            if let Some(shards) = &shards {
+                shards.push_block(block.weights_mut());
+            }
+            layers.push(block);
         }
         let norm = source.weight(&tensor(Role::FinalNorm, vec![spec.hidden_size]))?;
         let head =
@@ -133,6 +143,7 @@ impl Decoder {
             logit_softcap: spec.head.softcap.map(|c| c as f32),
             ropes,
             layouts,
+            shards,
             device: device.clone(),
             dtype,
         })
@@ -141,6 +152,16 @@ impl Decoder {
     /// Returns the device of the weights.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Returns the frozen weights of the layers, if several ranks hold them together.
+    pub fn shards(&self) -> Option<&Arc<FrozenShards>> {
+        self.shards.as_ref()
+    }
+
+    /// Begins a pass through layers whose weights several ranks hold together.
+    fn begin_pass(&self, layers: Range<usize>, is_backward: bool) -> Option<BlockPass> {
+        self.shards.as_ref().map(|shards| shards.begin(layers, is_backward))
     }
 
     /// Returns the dtype of frozen weights and activations.
@@ -307,8 +328,9 @@ impl Decoder {
             h = neftune::apply(h, noise);
         }
         look(0, &h)?;
+        let mut pass = self.begin_pass(0..self.layers.len(), false);
         for (index, block) in self.layers.iter().enumerate() {
-            h = layer(index, block, h);
+            h = layer(index, &block.gathered(pass.as_mut()), h);
             look(index + 1, &h)?;
         }
         Ok(h)

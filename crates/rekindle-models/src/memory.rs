@@ -151,6 +151,10 @@ impl CausalLm {
                     report.add(MemoryClass::PackedCodes, elements, codes);
                     report.add(MemoryClass::Scales, 0, scales);
                 }
+                Weight::Sharded(sharded) if sharded.is_quantized() => {
+                    report.add(MemoryClass::PackedCodes, elements, sharded.own_bytes());
+                }
+                Weight::Sharded(sharded) => report.add(MemoryClass::of(role), elements, sharded.own_bytes()),
                 Weight::Frozen(_) => report.add(MemoryClass::of(role), elements, size * elements),
                 Weight::Trained(at) => {
                     trained += elements;

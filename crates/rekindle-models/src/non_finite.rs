@@ -208,8 +208,8 @@ impl CausalLm {
             let part = self.weight(&needed);
             let is_finite = |rows: &Tensor<2>| to_f32(rows.clone()).iter().all(|w| w.is_finite());
             let rows = part.rows();
-            let broken = match part.weight {
-                Weight::Trained(_) => false,
+            let broken = match &*part.weight.whole() {
+                Weight::Trained(_) | Weight::Sharded(_) => false,
                 Weight::Frozen(whole) => !is_finite(&whole.rows(rows.start, rows.len())),
                 Weight::Quantized(codes) => !is_finite(&codes.decode_rows(rows.start, rows.len())),
             };

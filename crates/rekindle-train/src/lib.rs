@@ -34,6 +34,7 @@ mod rollout;
 mod sampler;
 mod save;
 mod schedule;
+mod shard_ranks;
 mod stopping;
 mod tensor_world;
 mod tensorboard;
@@ -71,6 +72,7 @@ pub use rollout::{
 pub use sampler::{SamplePrompt, Sampler};
 pub use save::{save_adapter, save_adapters, save_result, write_result};
 pub use schedule::{LrCurve, LrSchedulerKwargs, LrSchedulerType, Schedule};
+pub use shard_ranks::ShardRanks;
 pub use tensor_world::TensorWorld;
 pub use tensorboard::EventFile;
 pub use trainer::{Preflight, Resume, Trainer, TrainerArguments, check_output_dir};

@@ -193,6 +193,15 @@ impl Planner {
         8 * values / ranks * (ranks - 1)
     }
 
+    /// Returns the bytes of frozen weights that each rank receives in a step: (N − 1)/N of those of the blocks, for the forward
+    /// and again for the backward of each pass. 0 unless the ranks divide them.
+    pub fn gathered_bytes_per_step(&self) -> usize {
+        let Some(shards) = self.model.decoder().shards() else { return 0 };
+        let ranks = self.job.ranks;
+        let passes = self.job.train.rows_per_step().div_ceil(ranks * self.rows_in_pass().max(1));
+        2 * passes * (shards.bytes() / ranks * (ranks - 1))
+    }
+
     /// Returns the number of rows of the maximum length that have no fewer tokens than any pass of a rank. A step's rows are
     /// dealt by their tokens.
     pub fn rows_in_pass(&self) -> usize {

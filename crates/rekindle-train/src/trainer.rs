@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use rekindle_data::Dataset;
-use rekindle_dist::{Communicator, OneRank};
+use rekindle_dist::{Communicator, OneRank, PrecededCommunicator};
 use rekindle_models::CausalLm;
 
 use crate::{
@@ -90,8 +90,14 @@ impl<'a> Trainer<'a> {
     /// [`Error::Config`], [`Error::NothingToTrain`], [`Error::EarlierRun`], [`Error::FinishedRun`], [`Error::Differs`]
     /// and [`Error::Checkpoint`] before the first step; [`Error::Ranks`] if another rank failed; [`Error::Diverged`] if a value is not finite; [`Error::File`]
     /// and [`Error::Io`] if results cannot be written.
-    pub fn train(self) -> Result<TrainReport, Error> {
-        Run::begin(self)?.go()
+    pub fn train(mut self) -> Result<TrainReport, Error> {
+        let Some(shards) = self.model.decoder().shards().cloned() else { return Run::begin(self)?.go() };
+        // A rank that waits for others gives them its parts of the weights that they read meanwhile.
+        let world = Arc::new(PrecededCommunicator::new(self.world, move || shards.finish()));
+        self.world = Arc::clone(&world) as Arc<dyn Communicator>;
+        let report = Run::begin(self)?.go()?;
+        world.barrier()?;
+        Ok(report)
     }
 
     /// Refuses settings that need rows to evaluate or an output directory that is missing.

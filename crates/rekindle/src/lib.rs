@@ -69,7 +69,7 @@ pub use inspect::{Inspection, inspect};
 pub use merge::{Merge, Verified};
 pub use model::Model;
 pub use model_source::{FetchedFiles, HubAccess, HubToken, ModelSource};
-pub use pretrained::{EncodedRows, FastLanguageModel, Loader, ModelFiles, RowEncoder, RunPlanner};
+pub use pretrained::{EncodedRows, FastLanguageModel, Loader, ModelFiles, RankShares, RowEncoder, RunPlanner};
 #[cfg(feature = "network")]
 pub use push::{PreparedPush, Push, Pushed};
 pub use quantize::quantize;

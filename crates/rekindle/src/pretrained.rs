@@ -1,9 +1,10 @@
 //! `FastLanguageModel::from_pretrained`.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rekindle_data::Tokenizer;
-use rekindle_kernels::{Device, DeviceKind, open_device};
+use rekindle_kernels::{Device, DeviceKind, ShardExchange, open_device};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::saved_rows;
 use rekindle_models::spec::{AttentionMask, LayerSpec};
@@ -23,8 +24,8 @@ mod tokenizer;
 
 pub use files::ModelFiles;
 pub(crate) use files::base_directory;
-pub use plan::RunPlanner;
 pub(crate) use plan::saved_lora_config;
+pub use plan::{RankShares, RunPlanner};
 pub use rows::{EncodedRows, RowEncoder};
 
 /// The entry point, named as in Unsloth.
@@ -50,6 +51,8 @@ pub struct Loader<'a> {
     adapter: Option<PathBuf>,
     /// The seed of the head of a reward model, if that is wanted.
     score_head: Option<u64>,
+    /// The ranks that divide the frozen weights.
+    shard_base: Option<Arc<dyn ShardExchange>>,
     /// The files, once they are found.
     files: Option<ModelFiles>,
     on_download: Option<Box<dyn FnMut(u64, u64) + 'a>>,
@@ -67,6 +70,7 @@ impl<'a> Loader<'a> {
             device: DeviceKind::Auto,
             adapter: None,
             score_head: None,
+            shard_base: None,
             files: None,
             on_download: None,
             on_progress: None,
@@ -191,6 +195,13 @@ impl<'a> Loader<'a> {
         self
     }
 
+    /// Divides the frozen weights of the blocks among ranks; each keeps a part, and all must compute together
+    /// ([`ShardRanks`](rekindle_train::ShardRanks)). Default: each rank has all weights.
+    pub fn shard_base(mut self, ranks: Arc<dyn ShardExchange>) -> Self {
+        self.shard_base = Some(ranks);
+        self
+    }
+
     /// Sets a callback for the bytes read so far and in total.
     pub fn on_progress(mut self, on_progress: impl FnMut(u64, u64) + 'a) -> Self {
         self.on_progress = Some(Box::new(on_progress));
@@ -277,6 +288,7 @@ impl<'a> Loader<'a> {
             skip_modules,
             resize_model_vocab: self.args.resize_model_vocab.or(rows),
             score_head: self.score_head.or(brings_score.then_some(0)),
+            shard_base: self.shard_base.clone(),
         })
     }
 

@@ -10,6 +10,7 @@
 mod copies;
 mod grads;
 pub mod quantized;
+mod sharded;
 pub mod stochastic;
 mod storage;
 mod update;
@@ -17,6 +18,7 @@ mod weight;
 
 pub use grads::Grads;
 pub use quantized::QuantizedWeight;
+pub use sharded::{BlockPass, FrozenShards, ShardExchange, ShardedWeight};
 pub use weight::Weight;
 
 use core::fmt;

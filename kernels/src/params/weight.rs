@@ -1,5 +1,6 @@
-//! A weight of a layer: frozen, packed or trained.
+//! A weight of a layer: frozen, quantized, sharded or trained.
 
+use super::sharded::ShardedWeight;
 use crate::{ParamRef, Params, QuantizedWeight, Tensor, to_f32};
 
 /// Elements on the host at a time.
@@ -13,6 +14,8 @@ pub enum Weight {
     Frozen(Tensor<2>),
     /// Read only, as codes that are decoded where they are used.
     Quantized(QuantizedWeight),
+    /// Read only, and held by several ranks together.
+    Sharded(ShardedWeight),
     /// One of the trainable parameters.
     Trained(ParamRef),
 }
@@ -24,6 +27,7 @@ impl Weight {
         match self {
             Self::Frozen(tensor) => tensor.clone(),
             Self::Quantized(packed) => packed.decode(params.dtype()),
+            Self::Sharded(weight) => weight.gather().matrix(params),
             Self::Trained(at) => params.matrix(*at),
         }
     }
@@ -38,6 +42,7 @@ impl Weight {
         match self {
             Self::Frozen(tensor) => tensor.dims(),
             Self::Quantized(packed) => packed.dims(),
+            Self::Sharded(weight) => weight.dims(),
             Self::Trained(at) => at.dims(),
         }
     }
@@ -52,11 +57,13 @@ impl Weight {
             return vec![0.0; rows];
         }
         let step = (ROWS_AT_ONCE / cols.max(1)).max(1);
+        let whole = self.whole();
         let part = |first: usize| {
             let count = step.min(rows - first);
-            to_f32(match self {
+            to_f32(match &*whole {
                 Self::Frozen(tensor) => tensor.rows(first, count),
                 Self::Quantized(packed) => packed.decode_rows(first, count),
+                Self::Sharded(_) => unreachable!("a whole weight"),
                 Self::Trained(_) => panic!("the rows of a trained weight change"),
             })
         };
@@ -69,6 +76,7 @@ impl Weight {
         match self {
             Self::Frozen(tensor) => tensor.device().is_planned(),
             Self::Quantized(weight) => weight.is_planned(),
+            Self::Sharded(weight) => weight.is_planned(),
             Self::Trained(_) => false,
         }
     }
@@ -76,15 +84,24 @@ impl Weight {
     /// Returns the place of its gradient, if it is trained.
     pub fn trained(&self) -> Option<ParamRef> {
         match self {
-            Self::Frozen(_) | Self::Quantized(_) => None,
+            Self::Frozen(_) | Self::Quantized(_) | Self::Sharded(_) => None,
             Self::Trained(at) => Some(*at),
+        }
+    }
+
+    /// Returns true if it is frozen and quantized.
+    pub fn is_quantized(&self) -> bool {
+        match self {
+            Self::Quantized(_) => true,
+            Self::Sharded(weight) => weight.is_quantized(),
+            Self::Frozen(_) | Self::Trained(_) => false,
         }
     }
 
     /// The codes that the weight is kept in, if it is.
     pub(crate) fn quantized<'a>(&'a self, params: &'a Params) -> Option<&'a QuantizedWeight> {
         match self {
-            Self::Frozen(_) => None,
+            Self::Frozen(_) | Self::Sharded(_) => None,
             Self::Quantized(packed) => Some(packed),
             Self::Trained(at) => params.quantized(*at),
         }

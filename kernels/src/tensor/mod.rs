@@ -416,6 +416,21 @@ pub fn to_f32<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     }
 }
 
+/// The bits of `tensor`, little-endian and row-major, as [`from_le_bytes`] takes them. Waits for the device.
+pub fn to_le_bytes<const D: usize>(tensor: Tensor<D>) -> Vec<u8> {
+    if let Tensor::Burn(tensor) = tensor {
+        return tensor.into_data().as_bytes().to_vec();
+    }
+    let dtype = tensor.dtype();
+    // Exact for values that were rounded to 16 bits.
+    let values = to_f32(tensor).into_iter();
+    match dtype {
+        DType::BF16 => values.flat_map(|value| burn::tensor::bf16::from_f32(value).to_le_bytes()).collect(),
+        DType::F16 => values.flat_map(|value| burn::tensor::f16::from_f32(value).to_le_bytes()).collect(),
+        _ => values.flat_map(f32::to_le_bytes).collect(),
+    }
+}
+
 /// Row numbers for `select` and `select_assign`, beside `like` and outside its autodiff graph.
 pub(crate) fn indices(rows: impl Iterator<Item = usize>, like: &BurnTensor<2>) -> BurnTensor<1, Int> {
     let rows: Vec<i32> = rows.map(|row| i32::try_from(row).expect("row numbers fit i32")).collect();

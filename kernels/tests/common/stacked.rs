@@ -243,7 +243,7 @@ impl Case for Stack {
                     assert_eq!(values(weight), expected, "weights are what they were");
                 }
                 Weight::Quantized(weight) => assert_eq!(Some(&*weight.data()), linear.codes.as_ref()),
-                Weight::Trained(_) => unreachable!("the weights are frozen"),
+                Weight::Trained(_) | Weight::Sharded(_) => unreachable!("the weights are frozen"),
             }
         }
         results

@@ -42,6 +42,7 @@ mod router_loss;
 mod run;
 mod saved_tables;
 mod schedules;
+mod shard_base;
 mod smollm2;
 mod splits;
 mod tokenizers;

@@ -29,9 +29,12 @@ pub(crate) struct PlanArgs {
     /// Memory of the device, such as 24GiB [default: its free memory]; the device need not exist then
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub(crate) device_memory: Option<usize>,
-    /// Plan for N of these GPUs, on one machine or several: memory of each, and bytes that each sends in a step
+    /// Plan for N of these GPUs: memory of each, bytes that each sends in a step, and what they have to divide to fit
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub(crate) gpus: Option<usize>,
+    /// Plan for M machines with the GPUs of --gpus each
+    #[arg(long, value_name = "M", value_parser = at_least_one, requires = "gpus")]
+    pub(crate) nodes: Option<usize>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

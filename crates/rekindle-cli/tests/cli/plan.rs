@@ -135,8 +135,47 @@ fn several_gpus_divide_the_optimizer_state() {
     assert_eq!(json["plan"]["peak"], json["ranks"]["peak_divided_state"]);
     let text = scratch.plan(&full).ok().stdout;
     assert!(text.contains("with 1/4 of it (shard_optimizer = true)") && text.contains("as this run does"), "{text}");
+    assert!(text.contains("fits with everything on each GPU") && !text.contains("shard_base"), "{text}");
     let in_place = scratch.plan(&[&full[..], &["model.stochastic_rounding=true"]].concat()).ok().stdout;
     assert!(!in_place.contains("with 1/4"), "{in_place}");
+}
+
+/// A base that is too large for a GPU is divided among those of two machines.
+#[test]
+fn several_gpus_divide_the_base() {
+    let scratch = Scratch::new();
+    let model = scratch.outline(4096, 24);
+    let job = ["device=cuda", &*model, "model.max_seq_length=64", "--gpus", "4", "--nodes", "2", "--device-memory"];
+    let plan = |memory: &str, more: &[&str]| scratch.plan(&[&job[..], &[memory], more].concat());
+    let roomy = plan("80GiB", &["--json"]).json();
+    let ranks = &roomy["ranks"];
+    assert_eq!(
+        (&ranks["gpus"], &ranks["nodes"], &ranks["choice"]),
+        (&json!(8), &json!(2), &json!("replicate")),
+        "{roomy}"
+    );
+    let number = |name: &str| ranks[name].as_u64().unwrap();
+    // q, k, v, o and the three linears of the feed-forward half, in bf16.
+    let block = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 3 * 4096 * 4096);
+    let saved = number("peak_whole_state") - number("peak_divided_base");
+    // Of 24 blocks a GPU holds an eighth, and one or two whole ones.
+    let expected = 24 * block - 24 * block / 8;
+    assert!(saved < expected && saved > expected - 3 * block, "{saved} of {expected} bytes");
+    assert_eq!(number("gathered_bytes_per_step") % (2 * 24 * block / 8 * 7), 0);
+    let memory = format!("{}", number("peak_divided_base") + (1 << 28));
+    let tight = plan(&memory, &["--json"]);
+    assert_eq!(
+        serde_json::from_str::<Value>(&tight.stdout).unwrap()["ranks"]["choice"],
+        "shard_base",
+        "{}",
+        tight.stdout
+    );
+    let text = plan(&memory, &[]).stdout;
+    for part in ["8 GPUs on 2 machines", "1/8 of the frozen weights", "fits only with shard_base = true"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let least = plan("2GiB", &[]).stdout;
+    assert!(least.contains("does not fit, whatever is divided"), "{least}");
 }
 
 #[test]

@@ -98,6 +98,27 @@ fn ranks_of_this_machine_train_together() {
     assert_close(&three, &one);
 }
 
+/// The base is divided among the ranks, and nothing else changes.
+#[test]
+fn a_divided_base_has_the_result_of_a_whole_one() {
+    let scratch = Scratch::new();
+    let run = |name: &str, more: &[&str]| {
+        let out = scratch.path(name);
+        let result = done(&mut train(&scratch, &out, &[&["--ranks", "2", "train.max_steps=6"], more].concat())).ok();
+        (result.stderr, fs::read(out.join("adapter/adapter_model.safetensors")).unwrap())
+    };
+    let (_, whole) = run("whole", &[]);
+    for setting in ["model.shard_base=true", "model.shard_base=false"] {
+        let (_, divided) = run("divided", &[setting, "--overwrite"]);
+        assert!(divided == whole, "{setting}");
+    }
+    let (stderr, auto) = run("auto", &["model.shard_base=auto"]);
+    assert!(stderr.contains("shard_base = \"auto\" is false"), "{stderr}");
+    assert!(auto == whole);
+    let error = done(&mut train(&scratch, &scratch.path("full"), &["model.shard_base=sometimes"]));
+    error.fails(2, &["shard_base must be true, false or \"auto\""]);
+}
+
 /// Whenever a rank is killed, all end within seconds, and the run resumes on another number of ranks.
 #[test]
 fn a_killed_rank_ends_all_and_the_run_resumes() {

@@ -56,8 +56,13 @@ impl CausalLm {
         if !needs_codes && !init.changes_base() {
             return Ok(None);
         }
-        let in_codes = |name: &&String| matches!(self.linear(name).weight, Weight::Quantized(_));
+        let in_codes = |name: &&String| self.linear(name).weight.is_quantized();
         let name = json!(init);
+        if self.decoder.shards().is_some() {
+            return Err(Error::Argument(format!(
+                "init_lora_weights {name} starts from whole weights, and shard_base divides them; remove one of them"
+            )));
+        }
         if let (Some(linear), true) = (targets.iter().find(in_codes), init.changes_base()) {
             return Err(Error::Argument(format!(
                 "init_lora_weights {name} subtracts from the base weights, but {linear} is quantized; use \"loftq\" \
@@ -215,7 +220,9 @@ impl CausalLm {
 
     /// Returns the description of the format of `linear` that adapters record, or `None` for a dense weight.
     pub(crate) fn quantized_format(&self, linear: &str) -> Option<Map<String, Value>> {
-        let Weight::Quantized(_) = &self.linear(linear).weight else { return None };
+        if !self.linear(linear).weight.is_quantized() {
+            return None;
+        }
         let quantization = self.provenance.quantization.as_ref().expect("a model with codes says where they came from");
         let skipped = quantization.config.to_json()["llm_int8_skip_modules"].clone();
         let format = quantization.disk_metadata[&format!("{linear}.weight")].format();
@@ -250,7 +257,7 @@ impl CausalLm {
         }
         // The other linears too: it was trained beside them as they were.
         let skip = QuantizationConfig::new(QuantFormat::Int8, rekindle_hub::Dtype::F32, skip_modules);
-        let differs = |linear: &&Linear| matches!(linear.weight, Weight::Quantized(_)) == skip.skips(&linear.name);
+        let differs = |linear: &&Linear| linear.weight.is_quantized() == skip.skips(&linear.name);
         let Some(linear) = self.decoder.linears().find(differs) else { return Ok(()) };
         let (name, was) = (&linear.name, if skip.skips(&linear.name) { "dense" } else { "in codes" });
         let asked = match wanted.get("skip_modules").filter(|skipped| !skipped.is_null()) {

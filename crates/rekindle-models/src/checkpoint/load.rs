@@ -1,6 +1,7 @@
 //! Loads a model from a checkpoint, tensor by tensor.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -8,7 +9,8 @@ use rekindle_hub::{Checkpoint, Dtype, TensorView};
 use rekindle_kernels::gated_delta::DeltaHeads;
 use rekindle_kernels::quantized::{QuantizedData, QuantizedFormat};
 use rekindle_kernels::{
-    DType, Device, DeviceLimits, Group, ParamsBuilder, QuantizedWeight, Tensor, Weight, from_f32, from_le_bytes,
+    DType, Device, DeviceLimits, FrozenShards, Group, ParamsBuilder, QuantizedWeight, ShardExchange, Tensor, Weight,
+    from_f32, from_le_bytes,
 };
 use rekindle_quant::DiskMetadata;
 use rekindle_rope::{ContextExtension, RopeScaling};
@@ -50,6 +52,8 @@ pub struct LoadOptions {
     /// The seed of a score head, which replaces the head over the vocabulary. If the checkpoint has a score head, it is loaded
     /// instead. `None` loads the head that the checkpoint describes.
     pub score_head: Option<u64>,
+    /// The ranks that hold the frozen weights of the layers together, each a part. `None` loads all of them.
+    pub shard_base: Option<Arc<dyn ShardExchange>>,
 }
 
 impl LoadOptions {
@@ -66,6 +70,7 @@ impl LoadOptions {
             skip_modules: None,
             resize_model_vocab: None,
             score_head: None,
+            shard_base: None,
         }
     }
 }
@@ -116,7 +121,7 @@ impl CausalLm {
             progress,
         };
         source.load_vectors(&config)?;
-        let decoder = Decoder::build(&config, &mut source, device, *dtype, options.max_seq_length)?;
+        let decoder = Decoder::build(&config, &mut source, device, *dtype, options.max_seq_length, options.shards())?;
         debug_assert!(*full_finetuning || source.params.is_empty());
         device.check()?;
         let CheckpointWeights { params, quantization, .. } = source;
@@ -128,6 +133,32 @@ impl CausalLm {
 }
 
 impl LoadOptions {
+    /// The frozen weights that this rank shares with others.
+    pub(crate) fn shards(&self) -> Option<Arc<FrozenShards>> {
+        let exchange = self.shard_base.as_ref().filter(|exchange| exchange.size() > 1)?;
+        Some(FrozenShards::new(Arc::clone(exchange), &self.device))
+    }
+
+    /// Refuses to divide frozen weights where there are none, or where it has not been compared with whole ones.
+    fn check_shards(&self) -> Result<(), Error> {
+        if self.shard_base.as_ref().is_none_or(|exchange| exchange.size() == 1) {
+            return Ok(());
+        }
+        let refuse = |problem: &str| Err(Error::Argument(problem.to_owned()));
+        if self.full_finetuning {
+            return refuse(
+                "shard_base divides frozen weights, and full_finetuning trains all; remove shard_base, and use \
+                 shard_optimizer",
+            );
+        }
+        if !self.device.is_cpu() && !self.device.is_planned() {
+            return refuse(
+                "shard_base has been compared with whole weights only on CPUs; remove it, or use device \"cpu\"",
+            );
+        }
+        Ok(())
+    }
+
     /// The configuration for the length that is asked for, and what that took, after checks of what the device can.
     pub(crate) fn prepare(&self, config: ModelConfig) -> Result<(ModelConfig, Option<ContextExtension>), Error> {
         let config = if self.score_head.is_some() { config.with_score_head()? } else { config };
@@ -137,6 +168,7 @@ impl LoadOptions {
                 config.architecture
             )));
         }
+        self.check_shards()?;
         if self.max_seq_length == 0 {
             return Err(Error::Argument("max_seq_length is 0; it must be at least 1".to_owned()));
         }

@@ -327,10 +327,18 @@ impl CausalLm {
     /// active adapter nothing happens.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] for an adapter with an infinity or NaN, and the model is then as it was; [`Error::Device`] when
-    /// the device fails, as for lack of memory; the model is then of no use.
+    /// [`Error::NonFinite`] for an adapter with an infinity or NaN, and [`Error::Argument`] for a base that several ranks hold
+    /// together; the model is then as it was. [`Error::Device`] when the device fails, as for lack of memory; the model is then
+    /// of no use.
     pub fn merge_and_unload(&mut self) -> Result<(), Error> {
         let Some(adapter) = self.adapter() else { return Ok(()) };
+        if self.decoder.shards().is_some() {
+            return Err(Error::Argument(
+                "an adapter is not merged into a base that several ranks hold together (shard_base); save the adapter, \
+                 and merge it with one rank (rekindle merge)"
+                    .to_owned(),
+            ));
+        }
         check_adapter(&adapter)?;
         self.remove_adapter();
         self.adapters.inactive.clear();

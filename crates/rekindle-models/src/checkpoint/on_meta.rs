@@ -43,7 +43,7 @@ impl CausalLm {
         let kept = KeptBlocks::of(json, options)?;
         let mut source = MetaWeights { options, format, kept, in_place, params, vectors: BTreeMap::new() };
         source.make_vectors(&config);
-        let decoder = Decoder::build(&config, &mut source, device, dtype, options.max_seq_length)?;
+        let decoder = Decoder::build(&config, &mut source, device, dtype, options.max_seq_length, options.shards())?;
         options.device.check()?;
         Ok(Self::new(config, decoder, source.params, Provenance::new(path, extension)))
     }

@@ -36,14 +36,17 @@ impl ReadWeights {
     /// The codes of a quantized parameter.
     pub(crate) fn codes(&mut self, model: &CausalLm, role: Role) -> QuantizedData {
         let WeightPart { weight, part: (index, count) } = whole(model, role);
-        let Weight::Quantized(packed) = weight else { unreachable!("{role:?} is quantized") };
+        let data = || match &*weight.whole() {
+            Weight::Quantized(packed) => packed.data(),
+            _ => unreachable!("{role:?} is quantized"),
+        };
         if count == 1 {
-            return Arc::unwrap_or_clone(packed.data());
+            return Arc::unwrap_or_clone(data());
         }
         let key = address(weight);
         if self.codes.as_ref().is_none_or(|(last, _)| *last != key) {
             self.codes = None;
-            self.codes = Some((key, packed.data()));
+            self.codes = Some((key, data()));
         }
         self.codes.as_ref().expect("just read").1.part(index, count)
     }

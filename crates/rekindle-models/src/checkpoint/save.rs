@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use rekindle_hub::{Dtype, TensorSpec, write_f32};
-use rekindle_kernels::Weight;
 use rekindle_quant::bnb::StoredWeight;
 use rekindle_quant::{DiskMetadata, QuantFormat};
 
@@ -29,16 +28,14 @@ impl CausalLm {
     pub fn save(&self, dir: &Path, dtype: Dtype) -> Result<(), Error> {
         let (mut last, mut read) = (LastQuantized::default(), ReadWeights::default());
         let kept = KeptTensors::of(&self.provenance.path, &self.config)?;
-        writer::write_tensors(dir, &kept, self.files(dtype)?, |source, spec, out| match self.weight(source).weight {
-            Weight::Quantized(_) if self.keeps_codes(source) => {
+        writer::write_tensors(dir, &kept, self.files(dtype)?, |source, spec, out| {
+            if self.weight(source).weight.is_quantized() && self.keeps_codes(source) {
                 let stored = last.of(&source.name, || self.stored(source, &mut read)).map_err(std::io::Error::other)?;
-                writer::write_quantized(&source.name, stored, spec, out)
+                return writer::write_quantized(&source.name, stored, spec, out);
             }
             // Blocks of a GGUF file are written as what they decode to, and so are linears quantized beside MXFP4.
-            _ => {
-                let values = stored_order(read.values(self, source.role), &self.config, source.role);
-                write_f32(out, spec.dtype, &values)
-            }
+            let values = stored_order(read.values(self, source.role), &self.config, source.role);
+            write_f32(out, spec.dtype, &values)
         })?;
         // What is read from a device that failed is no weight.
         self.device().check()?;
@@ -56,7 +53,7 @@ impl CausalLm {
     fn files(&self, dtype: Dtype) -> Result<Vec<CheckpointTensor<ParameterSpec>>, Error> {
         let (mut list, mut read) = (Vec::new(), ReadWeights::default());
         for source in self.config.parameters() {
-            if matches!(self.weight(&source).weight, Weight::Quantized(_)) && self.keeps_codes(&source) {
+            if self.weight(&source).weight.is_quantized() && self.keeps_codes(&source) {
                 // MXFP4 has no other layout than the tensors of all experts.
                 let source = if self.is_mxfp4(&source) { self.config.stacked_parameter(source) } else { Some(source) };
                 let Some(source) = source else { continue };

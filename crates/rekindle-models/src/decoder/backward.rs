@@ -1,6 +1,6 @@
 //! The way back through a decoder.
 
-use rekindle_kernels::{Grads, Tensor, embedding};
+use rekindle_kernels::{BlockPass, Grads, Tensor, embedding};
 
 use super::Decoder;
 use crate::GradientCheckpointing;
@@ -43,6 +43,8 @@ pub struct DecoderBackward {
     /// The gradient to the residual stream before the layers that are done.
     dh: Option<Tensor<2>>,
     layers: SavedLayers,
+    /// The pass through weights that several ranks hold together.
+    pass: Option<BlockPass>,
 }
 
 impl DecoderSaved {
@@ -119,7 +121,8 @@ impl Decoder {
             false => 0,
         };
         let dh = self.norm.backward_input(ctx.params, d_hidden, &h, &rstd, None, room);
-        DecoderBackward { dh: Some(dh), layers }
+        let pass = self.begin_pass(layers.lowest..layers.lowest + layers.saved.len(), true);
+        DecoderBackward { dh: Some(dh), layers, pass }
     }
 
     /// The backward of the next layer, whose index is returned; `None` below the lowest trained one.
@@ -128,7 +131,7 @@ impl Decoder {
         let layers = &mut backward.layers;
         let entry = layers.saved.pop().expect("one entry for every layer from the lowest trained");
         layers.change_last(Checkpointed::coming);
-        let layer = &self.layers[index];
+        let layer = self.layers[index].gathered(backward.pass.as_mut());
         let saved = match entry {
             LayerSaved::Whole(saved) => *saved,
             LayerSaved::Checkpointed(kept) => layer.resume(ctx, kept),

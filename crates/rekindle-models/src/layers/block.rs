@@ -1,8 +1,9 @@
 //! One decoder layer, forward and backward.
 
 use core::ops::Range;
+use std::borrow::Cow;
 
-use rekindle_kernels::{Grads, ParamRef, Params, Tensor, Weight};
+use rekindle_kernels::{BlockPass, Grads, ParamRef, Params, Tensor, Weight};
 use rekindle_lora::{Adaptable, AdaptableMut};
 
 use super::checkpointed::CheckpointParts;
@@ -190,6 +191,19 @@ impl Block {
     /// Returns the same as [`adaptable`](Self::adaptable), mutably.
     pub fn adaptable_mut(&mut self) -> impl Iterator<Item = AdaptableMut<'_>> {
         self.mixer.groups_mut().map(AdaptableMut::Linears).into_iter().chain(self.feed_forward.adaptable_mut())
+    }
+
+    /// Returns the weights of everything that adapters can be on, to be replaced by others of the same shape.
+    pub(crate) fn weights_mut(&mut self) -> Vec<&mut Weight> {
+        self.adaptable_mut().flat_map(AdaptableMut::weights_mut).collect()
+    }
+
+    /// Returns the block with all its weights: itself, or a copy with those of the next block of `pass`, if there is one.
+    pub(crate) fn gathered(&self, pass: Option<&mut BlockPass>) -> Cow<'_, Self> {
+        let Some(pass) = pass else { return Cow::Borrowed(self) };
+        let mut block = self.clone();
+        pass.place_next(block.weights_mut());
+        Cow::Owned(block)
     }
 
     /// Columns that the gradient to the block's output should have room for.

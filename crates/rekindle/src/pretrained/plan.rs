@@ -1,15 +1,16 @@
 //! The memory plan of a run, before anything is loaded.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use rekindle_data::{Dataset, Tokenizer};
 use rekindle_hub::read_config;
 use rekindle_kernels::runtime::{self, CUDA_CONTEXT_BYTES, Cuda, DeviceProps};
-use rekindle_kernels::{Device, DeviceKind, open_device};
+use rekindle_kernels::{Device, DeviceKind, ShardExchange, open_device};
 use rekindle_lora::LoraConfig;
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_models::{GradientCheckpointing, LoadOptions, ModelConfig};
-use rekindle_train::{MemoryFit, MemoryPlan, MemoryVerdict, PassRows, PlannedRun, Planner, SftConfig};
+use rekindle_train::{MemoryFit, MemoryPlan, MemoryVerdict, PassRows, PlannedRun, Planner, SftConfig, ShardRanks};
 
 use crate::time_estimate::{Work, token_time};
 use crate::{DataSource, Error, Loader, Model, TokenTime};
@@ -33,6 +34,15 @@ pub struct RunPlanner {
     device: DeviceKind,
     card: Option<String>,
     available: Option<usize>,
+}
+
+/// The parts of a model that each of several ranks holds a share of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RankShares {
+    /// The optimizer's state; `None` is the setting of the run.
+    pub optimizer: Option<bool>,
+    /// The frozen weights of the blocks.
+    pub base: bool,
 }
 
 impl Loader<'_> {
@@ -111,13 +121,15 @@ impl RunPlanner {
         self
     }
 
-    /// Plans for one of `ranks` ranks, each with a device like this one. `shard_optimizer` replaces that of the run.
+    /// Plans for one of `ranks` ranks, each with a device like this one. `shares` are the parts of the model that each holds a
+    /// share of.
     ///
     /// # Errors
     /// [`Error::Train`] for a run that several ranks cannot train.
-    pub fn on_ranks(&self, ranks: usize, shard_optimizer: Option<bool>) -> Result<Self, Error> {
+    pub fn on_ranks(&self, ranks: usize, shares: RankShares) -> Result<Self, Error> {
         let mut job = PlannedRun { ranks, ..self.planner.job().clone() };
-        job.train.shard_optimizer = shard_optimizer.or(job.train.shard_optimizer);
+        job.train.shard_optimizer = shares.optimizer.or(job.train.shard_optimizer);
+        job.load.shard_base = shares.base.then(|| Arc::new(ShardRanks::Planned(ranks)) as Arc<dyn ShardExchange>);
         let (card, available) = (self.card.clone(), self.available);
         Ok(Self { planner: Planner::new(job)?, device: self.device, card, available })
     }
@@ -130,6 +142,11 @@ impl RunPlanner {
     /// Returns the bytes that each rank sends in a step, and receives as well.
     pub fn bytes_per_step(&self) -> usize {
         self.planner.bytes_per_step()
+    }
+
+    /// Returns the bytes of frozen weights that each rank receives in a step, if the ranks divide them.
+    pub fn gathered_bytes_per_step(&self) -> usize {
+        self.planner.gathered_bytes_per_step()
     }
 
     /// Returns the rows of a pass, each of the maximum length.
@@ -207,6 +224,11 @@ impl RunPlanner {
     /// Returns the device of the run, never [`DeviceKind::Auto`].
     pub fn device(&self) -> DeviceKind {
         self.device
+    }
+
+    /// Returns the available memory, if it is known.
+    pub fn available_memory(&self) -> Option<usize> {
+        self.available
     }
 
     /// Returns the name of the GPU, if the run uses one.

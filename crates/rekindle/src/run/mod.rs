@@ -33,6 +33,7 @@ mod observer;
 mod overrides;
 mod rewards;
 mod sections;
+mod shard_base;
 mod training_run;
 
 use std::path::{Path, PathBuf};
@@ -51,6 +52,7 @@ pub use model_arguments::ModelArguments;
 pub use nearest::nearest;
 pub use observer::RunObserver;
 pub use overrides::{ConfigOverride, parse_value};
+pub use shard_base::ShardBase;
 pub use training_run::{STOP_FILE, TrainOptions, TrainingRun};
 
 /// The configuration of a training run: the sections of a run file, with every default filled in.

@@ -6,6 +6,7 @@ use rekindle_models::{LoadIn, RopeScaling, is_quantized};
 use rekindle_quant::{Blocksize, QuantConfig};
 use serde::{Deserialize, Serialize};
 
+use super::ShardBase;
 use crate::{Dtype, Error, HubAccess, HubToken, Model, ModelSource};
 
 /// `[model]`: the arguments of `from_pretrained`.
@@ -53,6 +54,9 @@ pub struct ModelArguments {
     /// Vocabulary size after adding or removing rows of the embedding table and the head. Default: the checkpoint's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resize_model_vocab: Option<usize>,
+    /// The frozen weights on several ranks: whole on each, or divided among them. Default `false`.
+    #[serde(skip_serializing_if = "ShardBase::is_off")]
+    pub shard_base: ShardBase,
     /// Accepted for run files of other programs and without effect: every device has the engine. Default false.
     #[serde(skip_serializing_if = "is_false")]
     pub fast_inference: bool,

@@ -6,14 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rekindle_dist::{Communicator, OneRank, RankPosition};
 use rekindle_kernels::{DeviceKind, parse_device, runtime};
-use rekindle_train::{OptimizerConfig, Preflight, Resume, Timetable, TrainReport, TrainerArguments, check_output_dir};
+use rekindle_train::{
+    OptimizerConfig, Preflight, Resume, ShardRanks, Timetable, TrainReport, TrainerArguments, check_output_dir,
+};
 
 use super::adapter::{attach, continued_adapter};
-use super::{RunConfig, RunObserver};
+use super::{RunConfig, RunObserver, ShardBase};
 use crate::preflight::check_run;
 use crate::{
-    DataSource, EncodedRows, Error, GradientCheckpointing, Loader, Model, ModelSource, RowEncoder, RunPlanner,
-    SftTrainer, Tokenizer, TrainEvent, write_atomic,
+    DataSource, EncodedRows, Error, GradientCheckpointing, Loader, Model, ModelSource, RankShares, RowEncoder,
+    RunPlanner, SftTrainer, Tokenizer, TrainEvent, write_atomic,
 };
 
 /// The name of a file that ends a running run when it appears in the output directory, as [`TrainOptions::stop`] does.
@@ -178,13 +180,14 @@ impl RunConfig {
         Ok(())
     }
 
-    /// Gives all ranks the gradient checkpointing that `"auto"` became on rank 0.
-    fn share_gradient_checkpointing(&mut self, world: &dyn Communicator) -> Result<(), Error> {
+    /// Gives all ranks what `"auto"` became on rank 0.
+    fn share_choices(&mut self, world: &dyn Communicator) -> Result<(), Error> {
         if world.size() > 1 {
-            let own = serde_json::to_vec(&self.train.use_gradient_checkpointing).expect("a word");
-            let shared = world.broadcast(own)?;
+            let own = (self.train.use_gradient_checkpointing, self.model.shard_base);
+            let shared = world.broadcast(serde_json::to_vec(&own).expect("two words"))?;
             let other_version = |error| Error::Argument(format!("rank 0 is another version of Rekindle: {error}"));
-            self.train.use_gradient_checkpointing = serde_json::from_slice(&shared).map_err(other_version)?;
+            (self.train.use_gradient_checkpointing, self.model.shard_base) =
+                serde_json::from_slice(&shared).map_err(other_version)?;
         }
         Ok(())
     }
@@ -207,7 +210,18 @@ impl RunConfig {
         if let Some(available) = planner.available().filter(|_| sharing > 1) {
             planner = self.planner(loader, Some(available / sharing))?;
         }
-        planner = planner.on_ranks(ranks.world_size, None)?;
+        let several = ranks.world_size > 1;
+        let divided = RankShares { base: several, ..RankShares::default() };
+        let is_divided = several && self.model.shard_base == ShardBase::On;
+        planner = planner.on_ranks(ranks.world_size, if is_divided { divided } else { RankShares::default() })?;
+        if several && self.model.shard_base == ShardBase::Auto {
+            let fits = planner.decide(&planner.rows()).is_ok();
+            self.model.shard_base = ShardBase::from(!fits);
+            if !fits {
+                planner = planner.on_ranks(ranks.world_size, divided)?;
+            }
+            observer.notice(&format!("shard_base = \"auto\" is {}", !fits));
+        }
         let mut for_rows = |planner: &mut RunPlanner| {
             let tokenizer = loader.fetch()?.load_tokenizer()?;
             let rows = planner.rows_of(tokenizer.as_ref(), &self.train_source())?;
@@ -289,12 +303,15 @@ impl TrainingRun {
         if local_rank == 0 {
             world.barrier()?;
         }
-        config.share_gradient_checkpointing(&*world)?;
+        config.share_choices(&*world)?;
         let times = config.preflight(&encoder, &train_rows, eval_rows.as_ref(), &options)?;
         if let Some(notice) = config.steps_notice(&times) {
             observer.notice(&notice);
         }
         let tokenizer = encoder.into_tokenizer();
+        if world.size() > 1 && config.model.shard_base == ShardBase::On {
+            loader = loader.shard_base(Arc::new(ShardRanks::Connected(Arc::clone(&world))));
+        }
         let mut model = loader.load_model()?;
         if let Some(adapter) = &files.adapter {
             observer.notice(&format!("adapter {} on {}", adapter.display(), files.model.display()));

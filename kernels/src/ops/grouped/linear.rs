@@ -7,6 +7,9 @@ use crate::{Params, Tensor, Weight};
 impl Weight {
     /// A linear layer of every expert, for a weight `[experts · out, in]`: `x_e · W_eᵀ`, `[rows, in] → [rows, out]`.
     pub fn grouped_nt(&self, params: &Params, x: GroupedRows<'_>, dispatch: &Dispatch) -> Tensor<2> {
+        if let Self::Sharded(weight) = self {
+            return weight.gather().grouped_nt(params, x, dispatch);
+        }
         match self.quantized(params) {
             Some(quantized) => quantized.grouped_nt(x, dispatch),
             None => nt(x, &self.matrix(params), dispatch),
@@ -21,6 +24,9 @@ impl Weight {
         dx: Option<Tensor<2>>,
         dispatch: &Dispatch,
     ) -> Tensor<2> {
+        if let Self::Sharded(weight) = self {
+            return weight.gather().grouped_nn(params, dy, dx, dispatch);
+        }
         match (self.quantized(params), dx) {
             (Some(quantized), dx) => quantized.grouped_nn(dy, dx, dispatch),
             (None, None) => nn(dy, &self.matrix(params), dispatch),

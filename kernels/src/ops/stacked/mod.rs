@@ -250,6 +250,7 @@ pub fn row_norms_squared(weight: &Weight) -> Option<Vec<f32>> {
     let norms = match weight {
         Weight::Frozen(Tensor::Cuda(weight)) => magnitudes::row_norms(weight),
         Weight::Quantized(weight) => magnitudes::row_norms(&weight.cuda()?.decode(runtime::DType::F32, None)),
+        Weight::Sharded(weight) => return row_norms_squared(&weight.gather()),
         Weight::Frozen(_) | Weight::Trained(_) => return None,
     };
     Some(to_f32(Tensor::<1>::Cuda(norms)))

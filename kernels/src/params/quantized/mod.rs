@@ -28,6 +28,7 @@
 mod blocks;
 pub(crate) mod cpu;
 pub(crate) mod cuda;
+mod planned;
 pub(crate) mod portable;
 mod stacked;
 
@@ -36,6 +37,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Device as BurnDevice, Tensor as BurnTensor};
 
 pub use blocks::BlockCodec;
+pub(crate) use planned::PlannedQuantized;
 
 use crate::params::stochastic::RoundingRng;
 use crate::runtime::MemoryUse;
