@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rekindle_data::{Dataset, EncodeOptions};
 use rekindle_dist::{Communicator, OneRank};
+use rekindle_kernels::{DType, Device};
 use rekindle_lora::LoraConfig;
-use rekindle_models::objective::{Dpo, DpoLoss, Kto};
-use rekindle_models::{CausalLm, LoadIn};
+use rekindle_models::objective::{Dpo, DpoLoss, Kto, RewardModel};
+use rekindle_models::{CausalLm, LoadIn, LoadOptions, open_checkpoint};
 use rekindle_tests::{Golden, goldens, on_ranks, relative_distance};
 use rekindle_train::{
     Error, Method, Optim, Optimizer, OptimizerConfig, ReferenceArguments, Resume, SftConfig, StepCount, TensorWorld,
@@ -190,6 +191,15 @@ fn qlora() -> CausalLm {
     model
 }
 
+/// A reward model with an adapter, whose head is trained too.
+fn reward() -> CausalLm {
+    let checkpoint = open_checkpoint(&goldens().join("reward/model")).expect("a golden");
+    let options = LoadOptions::new(Device::cpu(), DType::F32, MAX_SEQ_LENGTH);
+    let mut model = CausalLm::load(&checkpoint, &options, &mut |_| ()).expect("it loads");
+    model.load_adapter(&goldens().join("reward/adapter")).expect("PEFT's adapter loads");
+    model
+}
+
 fn full() -> CausalLm {
     golden().load_full()
 }
@@ -301,6 +311,17 @@ fn preferences_take_the_steps_of_one_rank() {
     let reference = ReferenceArguments { precompute_ref_log_probs: Some(true), ..ReferenceArguments::default() };
     with(Method::Dpo(WithReference { loss: sorted, reference: reference.clone() })).check("aot_unpaired");
     with(Method::Kto(WithReference { loss: Kto::default(), reference })).check("kto");
+}
+
+/// The loss of a pair, and the square of the sum of its scores.
+#[test]
+fn reward_models_take_the_steps_of_one_rank() {
+    let job = RankJob::new(reward).config(|config| {
+        config.method = RewardModel { center_rewards_coefficient: Some(0.01), ..RewardModel::default() }.into();
+        config.per_device_train_batch_size = 1;
+        config.gradient_accumulation_steps = 3;
+    });
+    job.check("reward");
 }
 
 #[test]

@@ -7,17 +7,13 @@ use super::Trainer;
 use super::resume_compatibility::{RecordedSettings, first_difference};
 use crate::checkpoint::TrainerState;
 use crate::world::{share, share_optimizer, share_parameters};
-use crate::{Error, Method, Optimizer};
+use crate::{Error, Optimizer};
 
 impl Trainer<'_> {
-    /// Refuses what several ranks cannot train, and settings or rows that differ from those of rank 0.
+    /// Refuses settings or rows that differ from those of rank 0.
     pub(super) fn check_ranks(&self, total: usize) -> Result<(), Error> {
         if self.world.size() == 1 {
             return Ok(());
-        }
-        if let Method::Reward(_) = self.config.method {
-            let problem = "method \"reward\" has not been run on several ranks; train it with one rank";
-            return Err(Error::Config(vec![problem.to_owned()]));
         }
         let own = RecordedSettings::for_ranks(self, total)?;
         let first = share(&*self.world, own.clone())?;
