@@ -30,8 +30,13 @@ fn numbers(out: &Path) -> Vec<[f64; 2]> {
 }
 
 fn assert_close(out: &Path, expected: &Path) {
+    assert_steps_close(out, expected, 30);
+}
+
+/// Compares the losses and gradient norms of so many steps.
+fn assert_steps_close(out: &Path, expected: &Path, steps: usize) {
     let [ours, expected] = [out, expected].map(numbers);
-    assert_eq!((ours.len(), expected.len()), (30, 30));
+    assert_eq!((ours.len(), expected.len()), (steps, steps));
     for (ours, expected) in ours.iter().flatten().zip(expected.iter().flatten()) {
         assert!((ours - expected).abs() <= 1e-6 * expected.max(1.0), "{ours} is not {expected}");
     }
@@ -60,6 +65,19 @@ impl RunningRanks {
             self.text += &line;
             if line.starts_with(&start) {
                 return;
+            }
+        }
+    }
+
+    /// Reads until the line of a step, and returns its number.
+    fn wait_for_any_step(&mut self) -> usize {
+        loop {
+            let mut line = String::new();
+            assert!(self.stderr.read_line(&mut line).unwrap() > 0, "no step: {}", self.text);
+            self.text += &line;
+            let step = line.strip_prefix("step ").and_then(|rest| rest.split_once('/'));
+            if let Some(step) = step.and_then(|(step, _)| step.parse().ok()) {
+                return step;
             }
         }
     }
@@ -117,6 +135,55 @@ fn a_divided_base_has_the_result_of_a_whole_one() {
     assert!(auto == whole);
     let error = done(&mut train(&scratch, &scratch.path("full"), &["model.shard_base=sometimes"]));
     error.fails(2, &["shard_base must be true, false or \"auto\""]);
+}
+
+/// Twenty ranks are killed, each at a moment of its own between the start of the processes and the last steps. All ranks end
+/// within seconds with the cause, and in the end the run has taken the steps of one that was never killed.
+#[test]
+fn ranks_killed_at_random_moments_resume() {
+    let scratch = Scratch::new();
+    let [whole, out] = ["whole", "killed"].map(|name| scratch.path(name));
+    let steps = "train.max_steps=60";
+    done(&mut train(&scratch, &whole, &[steps])).ok();
+    // A generator of Numerical Recipes.
+    let mut state = 20_u32;
+    let mut random = |below: u32| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 16) % below
+    };
+    let mut done_steps = 0;
+    for kill in 0..20 {
+        let mut running = RunningRanks::start(train(&scratch, &out, &[steps, "--ranks", "3", "--resume"]));
+        // Some are killed while they load the model or connect.
+        let while_starting = random(5) == 0;
+        if while_starting {
+            while running.ranks().len() < 3 {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        } else {
+            let first = running.wait_for_any_step();
+            done_steps = (first + random(6) as usize).clamp(first, first.max(40));
+            if done_steps > first {
+                running.wait_for_step(done_steps);
+            }
+        }
+        std::thread::sleep(Duration::from_millis(random(30).into()));
+        let victim = random(3) as usize;
+        let process = running.ranks().swap_remove(victim);
+        let killed = Instant::now();
+        signal("KILL", &process);
+        let (code, text) = running.end();
+        let what = format!("kill {kill} of rank {victim} at step {done_steps}: {text}");
+        assert!(killed.elapsed() < Duration::from_secs(10), "{:?}, {what}", killed.elapsed());
+        assert_eq!(code, 1, "{what}");
+        assert!(text.contains(&format!("error: rank {victim} was ended by a signal: 9")), "{what}");
+        if !while_starting && victim > 0 {
+            assert!(text.contains(&format!("error: rank {victim} on ")) && text.contains("probably killed"), "{what}");
+        }
+    }
+    let result = done(&mut train(&scratch, &out, &[steps, "--ranks", "2", "--resume"])).ok();
+    assert!(result.stderr.contains("resuming from "), "{}", result.stderr);
+    assert_steps_close(&out, &whole, 60);
 }
 
 /// Whenever a rank is killed, all end within seconds, and the run resumes on another number of ranks.
