@@ -62,10 +62,13 @@ const LAYERS: [(&str, &[&str]); 18] = [
 ];
 
 /// External crates that only some workspace crates may depend on.
-const OWNERS: [(&str, &[&str]); 11] = [
+const OWNERS: [(&str, &[&str]); 14] = [
     ("cudarc", &["rekindle-kernels"]),
     ("burn", &["rekindle-burn", "rekindle-kernels", "rekindle-quant", "rekindle-tests"]),
+    ("burn-cubecl", &["rekindle-burn"]),
     ("burn-flex", &["rekindle-kernels"]),
+    ("cubecl", &["rekindle-burn"]),
+    ("cubecl-common", &["rekindle-burn"]),
     ("gemm", &["rekindle-kernels"]),
     ("hf-hub", &["rekindle-hub"]),
     ("ureq", &["rekindle-hub", "rekindle-rewards"]),

@@ -3,10 +3,11 @@
 use burn::config::Config;
 use burn::module::Module;
 use burn::tensor::Tensor;
+use rekindle_kernels::Tensor as Matrix;
 use rekindle_kernels::attention::{self, Documents, Heads, Saved};
-use rekindle_kernels::{Device, Tensor as Matrix};
 
-use crate::node::{record, rows, unrows};
+use crate::device::{operations_on, rows, unrows};
+use crate::node::record;
 
 /// Configuration of [`FlashAttention`].
 #[derive(Config, Debug)]
@@ -91,7 +92,7 @@ impl FlashAttention {
         let (wide, narrow) = (q.dims(), k.dims());
         assert_eq!(wide[..D - 1], narrow[..D - 1], "q {wide:?} and k {narrow:?} have the same tokens");
         let heads = Heads { heads, kv_heads, head_dim, scale, window, softcap };
-        let device = Device::Burn(q.device().without_autodiff());
+        let device = operations_on(&q.device());
         let documents = Documents::new(cu_seqlens, heads, &device, q.dtype());
         let inputs = [q, k, v].map(|x| Some(x.into_dispatch()));
         Tensor::from_dispatch(record(inputs, move |inputs, wanted| {

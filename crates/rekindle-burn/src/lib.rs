@@ -23,14 +23,15 @@
 //!
 //! # Devices
 //! `Device::flex()`, the CPU, has the loops of `rekindle-kernels` in `f32` and Burn's operations in other dtypes. With the
-//! feature `wgpu`, Burn's wgpu devices run every layer in Burn's operations. Tensors of Burn's CUDA device are not
-//! supported: Rekindle's CUDA kernels work on memory of their own.
+//! feature `wgpu`, Burn's wgpu devices run every layer in Burn's operations. With the feature `burn-cuda`, layers on
+//! Burn's CUDA device are Rekindle's CUDA kernels, which read the memory of Burn's tensors.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod adapter;
 mod attention;
 mod checkpointed;
+mod device;
 mod error;
 mod linear;
 mod linear_cross_entropy;

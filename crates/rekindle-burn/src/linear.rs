@@ -2,10 +2,11 @@
 
 use burn::backend::DispatchTensor;
 use burn::tensor::{DType, Tensor as BurnTensor};
-use rekindle_kernels::{Grads, QuantizedWeight, Tensor, matmul};
+use rekindle_kernels::{Device, Grads, QuantizedWeight, Tensor, matmul};
 
 use crate::Adapter;
-use crate::node::{record, rows, unrows, vector};
+use crate::device::{burn, operations_on, rows, unrows, vector};
+use crate::node::record;
 
 /// The weight of a linear of Burn.
 pub(crate) enum LinearWeight {
@@ -46,15 +47,14 @@ pub(crate) fn record_linear<const D: usize>(
         let [Some(x), dense, bias, a, b] = inputs else { unreachable!("x was given") };
         let x = rows::<D>(x);
         let compute = x.dtype();
-        // Burn's `[in, out]` read as `[out, in]`, without a copy.
-        let turned = |tensor| Tensor::from(BurnTensor::<2>::from_dispatch(tensor).transpose().cast(compute));
+        let stored = |tensor| Matrix::new(tensor, compute);
         let base = match (dense, quantized) {
             (_, Some(weight)) => Base::Quantized(weight),
-            (Some(weight), None) => Base::Dense(turned(weight)),
+            (Some(weight), None) => Base::Dense(stored(weight)),
             (None, None) => unreachable!("a linear has a weight"),
         };
-        let bias = bias.map(|bias| Tensor::from(BurnTensor::from(vector(bias)).cast(compute)));
-        let factors = a.zip(b).map(|(a, b)| Factors { a: turned(a), b: turned(b), scale });
+        let bias = bias.map(|bias| vector(bias).cast(compute));
+        let factors = a.zip(b).map(|(a, b)| Factors { a: stored(a), b: stored(b), scale });
         let (y, xa) = forward(&x, &base, bias.as_ref(), factors.as_ref());
         let x = (wanted.weight || wanted.a).then_some(x);
         let pullback = move |dy| {
@@ -62,10 +62,10 @@ pub(crate) fn record_linear<const D: usize>(
             let [weight, bias, a, b] = dtypes;
             [
                 grads.x.map(|dx| unrows(dx, shape)),
-                grads.weight.map(|grad| turned_back(grad, weight)),
-                grads.bias.map(|grad| BurnTensor::from(grad).squeeze_dim::<1>(0).cast(bias).into_dispatch()),
-                grads.a.map(|grad| turned_back(grad, a)),
-                grads.b.map(|grad| turned_back(grad, b)),
+                grads.weight.map(|grad| grad.cast(weight).into_dispatch()),
+                grads.bias.map(|grad| burn(grad.cast(bias).row_vector()).into_dispatch()),
+                grads.a.map(|grad| grad.cast(a).into_dispatch()),
+                grads.b.map(|grad| grad.cast(b).into_dispatch()),
             ]
         };
         let mut shape = shape;
@@ -74,22 +74,83 @@ pub(crate) fn record_linear<const D: usize>(
     }))
 }
 
-/// A gradient `[out, in]` in Burn's orientation.
-fn turned_back(grad: Tensor<2>, dtype: DType) -> DispatchTensor {
-    BurnTensor::from(grad).transpose().cast(dtype).into_dispatch()
+/// A matrix of a linear, and its orientation in memory.
+pub(crate) struct Matrix {
+    values: Tensor<2>,
+    /// True for Burn's `[in, out]`, false for `[out, in]`.
+    is_burns: bool,
 }
 
-/// A weight `[out, in]`.
+impl Matrix {
+    /// Reads Burn's `[in, out]` without a copy: as it is on CUDA, whose matrices are row-major, and elsewhere as the
+    /// transpose, which the other operations of this project take.
+    fn new(tensor: DispatchTensor, dtype: DType) -> Self {
+        let tensor = BurnTensor::<2>::from_dispatch(tensor);
+        match operations_on(&tensor.device()) {
+            Device::Cuda(_) => Self { values: rows::<2>(tensor.into_dispatch()).cast(dtype), is_burns: true },
+            _ => Self { values: Tensor::from(tensor.transpose().cast(dtype)), is_burns: false },
+        }
+    }
+
+    /// Returns x·W.
+    fn product(&self, x: &Tensor<2>) -> Tensor<2> {
+        if self.is_burns { matmul::nn(x, &self.values) } else { matmul::nt(x, &self.values) }
+    }
+
+    /// Returns y + alpha·x·W.
+    fn add_product(&self, y: Tensor<2>, alpha: f32, x: &Tensor<2>) -> Tensor<2> {
+        let add = if self.is_burns { matmul::nn_add } else { matmul::nt_add };
+        add(y, alpha, x, &self.values)
+    }
+
+    /// Returns dy·Wᵀ.
+    fn product_back(&self, dy: &Tensor<2>) -> Tensor<2> {
+        if self.is_burns { matmul::nt(dy, &self.values) } else { matmul::nn(dy, &self.values) }
+    }
+
+    /// Returns dx + dy·Wᵀ.
+    fn add_product_back(&self, dx: Tensor<2>, dy: &Tensor<2>) -> Tensor<2> {
+        let add = if self.is_burns { matmul::nt_add } else { matmul::nn_add };
+        add(dx, 1.0, dy, &self.values)
+    }
+
+    /// Returns the gradient alpha·xᵀ·dy of the matrix.
+    fn gradient(&self, alpha: f32, x: &Tensor<2>, dy: &Tensor<2>) -> MatrixGrad {
+        let (a, b) = if self.is_burns { (x, dy) } else { (dy, x) };
+        let (mut grads, at) = Grads::of_matrix([a.dims()[1], b.dims()[1]], &a.device());
+        grads.add_tn(at, alpha, a, b);
+        MatrixGrad { values: grads.matrix(at), is_burns: self.is_burns }
+    }
+}
+
+/// The gradient of a [`Matrix`], in its orientation.
+pub(crate) struct MatrixGrad {
+    values: Tensor<2>,
+    is_burns: bool,
+}
+
+impl MatrixGrad {
+    fn cast(self, dtype: DType) -> Self {
+        Self { values: self.values.cast(dtype), ..self }
+    }
+
+    fn into_dispatch(self) -> DispatchTensor {
+        let values = burn(self.values);
+        if self.is_burns { values.into_dispatch() } else { values.transpose().into_dispatch() }
+    }
+}
+
+/// A weight.
 pub(crate) enum Base {
-    Dense(Tensor<2>),
+    Dense(Matrix),
     Quantized(QuantizedWeight),
 }
 
-/// The factors of an adapter: A `[r, in]` and B `[out, r]` in the dtype of x.
+/// The factors of an adapter in the dtype of x.
 pub(crate) struct Factors {
-    pub(crate) a: Tensor<2>,
-    pub(crate) b: Tensor<2>,
-    pub(crate) scale: f32,
+    a: Matrix,
+    b: Matrix,
+    scale: f32,
 }
 
 /// The inputs of [`backward`] that get a gradient.
@@ -106,34 +167,32 @@ pub(crate) struct Wanted {
 #[derive(Default)]
 pub(crate) struct LinearGrads {
     pub(crate) x: Option<Tensor<2>>,
-    /// `[out, in]`.
-    pub(crate) weight: Option<Tensor<2>>,
+    pub(crate) weight: Option<MatrixGrad>,
     /// `[1, out]`.
     pub(crate) bias: Option<Tensor<2>>,
-    /// `[r, in]`.
-    pub(crate) a: Option<Tensor<2>>,
-    /// `[out, r]`.
-    pub(crate) b: Option<Tensor<2>>,
+    pub(crate) a: Option<MatrixGrad>,
+    pub(crate) b: Option<MatrixGrad>,
 }
 
 impl Base {
     fn nt(&self, x: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
         match (self, bias) {
             (Self::Quantized(weight), _) => weight.nt(x, bias),
-            (Self::Dense(weight), None) => matmul::nt(x, weight),
-            (Self::Dense(weight), Some(bias)) => matmul::nt_bias(x, weight, bias),
+            (Self::Dense(weight), None) => weight.product(x),
+            (Self::Dense(weight), Some(bias)) if weight.is_burns => weight.product(x).add_row(bias),
+            (Self::Dense(weight), Some(bias)) => matmul::nt_bias(x, &weight.values, bias),
         }
     }
 
     fn nn(&self, dy: &Tensor<2>) -> Tensor<2> {
         match self {
             Self::Quantized(weight) => weight.nn(dy, None),
-            Self::Dense(weight) => matmul::nn(dy, weight),
+            Self::Dense(weight) => weight.product_back(dy),
         }
     }
 }
 
-/// Returns y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ and x·Aᵀ, in the order of `rekindle_lora::LinearGroup`.
+/// Returns y = x·W + b + s·(x·A)·B and x·A, in the order of `rekindle_lora::LinearGroup`.
 pub(crate) fn forward(
     x: &Tensor<2>,
     base: &Base,
@@ -142,8 +201,8 @@ pub(crate) fn forward(
 ) -> (Tensor<2>, Option<Tensor<2>>) {
     let y = base.nt(x, bias);
     let Some(Factors { a, b, scale }) = factors else { return (y, None) };
-    let xa = matmul::nt(x, a); // [tokens, r]
-    (matmul::nt_add(y, *scale, &xa, b), Some(xa))
+    let xa = a.product(x); // [tokens, r]
+    (b.add_product(y, *scale, &xa), Some(xa))
 }
 
 /// Returns the gradients for dy. `xa` is that of [`forward`]; x is read for the gradients of W and A.
@@ -155,21 +214,18 @@ pub(crate) fn backward(
     factors: Option<&Factors>,
     wanted: Wanted,
 ) -> LinearGrads {
-    let product = |alpha, a: &Tensor<2>, b: &Tensor<2>| {
-        let (mut grads, at) = Grads::of_matrix([a.dims()[1], b.dims()[1]], &a.device());
-        grads.add_tn(at, alpha, a, b);
-        grads.matrix(at)
-    };
     let mut grads = LinearGrads { x: wanted.x.then(|| base.nn(dy)), ..LinearGrads::default() };
     if let (Some(Factors { a, b, scale }), Some(xa)) = (factors, xa) {
-        let dxa = (wanted.x || wanted.a).then(|| matmul::nn(dy, b).scale(*scale)); // [tokens, r]
+        let dxa = (wanted.x || wanted.a).then(|| b.product_back(dy).scale(*scale)); // [tokens, r]
         if let Some(dxa) = &dxa {
-            grads.x = grads.x.map(|dx| matmul::nn_add(dx, 1.0, dxa, a));
-            grads.a = x.filter(|_| wanted.a).map(|x| product(1.0, dxa, x));
+            grads.x = grads.x.map(|dx| a.add_product_back(dx, dxa));
+            grads.a = x.filter(|_| wanted.a).map(|x| a.gradient(1.0, x, dxa));
         }
-        grads.b = wanted.b.then(|| product(*scale, dy, xa));
+        grads.b = wanted.b.then(|| b.gradient(*scale, xa, dy));
     }
-    grads.weight = x.filter(|_| wanted.weight).map(|x| product(1.0, dy, x));
+    if let Base::Dense(weight) = base {
+        grads.weight = x.filter(|_| wanted.weight).map(|x| weight.gradient(1.0, x, dy));
+    }
     grads.bias = wanted.bias.then(|| {
         let (mut sum, at) = Grads::of_matrix([1, dy.dims()[1]], &dy.device());
         sum.add_row_sum(at, dy);

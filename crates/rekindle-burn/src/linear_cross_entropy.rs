@@ -2,11 +2,12 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use rekindle_kernels::linear_cross_entropy::{self, IGNORED, LmHead};
-use rekindle_kernels::{Device, Grads, Tensor as Matrix};
+use rekindle_kernels::{Grads, Tensor as Matrix};
 
-use crate::node::{record, rows, unrows};
+use crate::device::{burn, rows};
+use crate::node::record;
 
 /// Configuration of [`LinearCrossEntropy`].
 #[derive(Config, Debug)]
@@ -68,6 +69,7 @@ impl LinearCrossEntropy {
         let wrong = targets.iter().find(|&&t| t != IGNORED && !(0..vocab as i64).contains(&i64::from(t)));
         assert_eq!(wrong, None, "targets are {IGNORED} or below the vocabulary's size {vocab}");
         let (multiplier, softcap) = (self.multiplier, self.softcap);
+        let on = hidden.device().without_autodiff();
         let inputs = [Some(hidden.into_dispatch()), Some(weight.into_dispatch())];
         Tensor::from_dispatch(record(inputs, move |inputs, [want_hidden, want_weight]| {
             let [Some(hidden), Some(weight)] = inputs else { unreachable!("both inputs were given") };
@@ -77,7 +79,7 @@ impl LinearCrossEntropy {
             let counted = targets.iter().filter(|&&target| target != IGNORED).count().max(1);
             if !(want_hidden || want_weight) {
                 let sum = linear_cross_entropy::forward(&hidden, &head, &targets).sum();
-                return (scalar(sum / counted as f64, &device), Box::new(|_| [None, None]));
+                return (scalar(sum / counted as f64, &on), Box::new(|_| [None, None]));
             }
             let mut dweight = want_weight.then(|| Grads::of_matrix(head.weight.dims(), &device));
             let into = dweight.as_mut().map(|(grads, at)| (grads, *at));
@@ -85,22 +87,21 @@ impl LinearCrossEntropy {
             let (losses, dhidden) = linear_cross_entropy::forward_backward(&hidden, &head, &targets, each.into(), into);
             let pullback = move |dloss| {
                 let dloss = Tensor::<1>::from_dispatch(dloss);
-                let times = |grad: Matrix<2>, dtype| {
-                    let grad = Tensor::<2>::from(grad);
+                let times = |grad: Matrix<2>, dtype: DType| {
+                    let grad = burn(grad);
                     let dloss = dloss.clone().cast(grad.dtype());
-                    Matrix::from((grad * dloss.unsqueeze::<2>()).cast(dtype))
+                    (grad * dloss.unsqueeze::<2>()).cast(dtype)
                 };
                 let dtype = dhidden.dtype();
-                let dhidden = want_hidden.then(|| unrows(times(dhidden, dtype), shape));
-                let dweight = dweight.map(|(grads, at)| unrows(times(grads.matrix(at), weight_dtype), [vocab, width]));
+                let dhidden = want_hidden.then(|| times(dhidden, dtype).reshape(shape).into_dispatch());
+                let dweight = dweight.map(|(grads, at)| times(grads.matrix(at), weight_dtype).into_dispatch());
                 [dhidden, dweight]
             };
-            (scalar(losses.sum() / counted as f64, &device), Box::new(pullback))
+            (scalar(losses.sum() / counted as f64, &on), Box::new(pullback))
         }))
     }
 }
 
 fn scalar(value: f64, device: &Device) -> burn::backend::DispatchTensor {
-    let Device::Burn(device) = device else { unreachable!("tensors of Burn are on devices of Burn") };
     Tensor::<1>::from_data(TensorData::from([value as f32]), (device, DType::F32)).into_dispatch()
 }

@@ -13,7 +13,6 @@ use burn::backend::{
     DispatchTensorKind, Flex,
 };
 use burn::tensor::{GradientCheckpointingStrategy, Tensor as BurnTensor};
-use rekindle_kernels::Tensor;
 
 /// The backward of an operation with `N` inputs: from the gradient of the result to the gradients of the inputs. It runs
 /// at most once.
@@ -33,6 +32,18 @@ pub(crate) fn record<const N: usize>(
     inputs: Inputs<N>,
     forward: impl FnOnce(Inputs<N>, [bool; N]) -> (DispatchTensor, Pullback<N>),
 ) -> DispatchTensor {
+    record_unread(inputs, |inputs, wanted| {
+        #[cfg(feature = "burn-cuda")]
+        let _prepared = crate::device::prepare(inputs.iter().flatten());
+        forward(inputs, wanted)
+    })
+}
+
+/// [`record`] for a `forward` that does not read the inputs.
+pub(crate) fn record_unread<const N: usize>(
+    inputs: Inputs<N>,
+    forward: impl FnOnce(Inputs<N>, [bool; N]) -> (DispatchTensor, Pullback<N>),
+) -> DispatchTensor {
     let context = inputs.iter().flatten().fold(DispatchAutodiffContext::Disabled, |all, t| all.merge(t.autodiff));
     let DispatchAutodiffContext::Enabled(strategy) = context else { return forward(inputs, [false; N]).0 };
     let kind = inputs.iter().flatten().find_map(|tensor| match &tensor.kind {
@@ -42,11 +53,11 @@ pub(crate) fn record<const N: usize>(
     #[allow(unreachable_patterns, reason = "Burn has more backends with more of its features")]
     match kind.expect("a context with autodiff comes from a tensor with a graph") {
         DispatchTensorKind::Flex(_) => on_backend::<Flex, N>(strategy, inputs, forward),
-        #[cfg(feature = "wgpu")]
+        #[cfg(any(feature = "wgpu", feature = "burn-cuda"))]
         DispatchTensorKind::Cube(_) => on_backend::<burn::backend::Cube, N>(strategy, inputs, forward),
         _ => panic!(
-            "rekindle-burn has no autodiff on this backend; use the device flex, or turn on the feature `wgpu` of \
-             rekindle-burn for wgpu"
+            "rekindle-burn has no autodiff on this backend; use the device flex, or turn on the feature `wgpu` or \
+             `burn-cuda` of rekindle-burn for wgpu or CUDA"
         ),
     }
 }
@@ -80,7 +91,7 @@ pub(crate) fn record_any(
         })
         .unzip();
     let mut inputs = inputs.into_iter().chain(further);
-    record::<SLOTS>(core::array::from_fn(|_| inputs.next()), move |_, _| {
+    record_unread::<SLOTS>(core::array::from_fn(|_| inputs.next()), move |_, _| {
         let (result, pullback) = forward();
         let pullback = move |gradient: DispatchTensor| {
             let mut all = pullback(gradient).into_iter();
@@ -227,23 +238,4 @@ where
         Ok(other) => panic!("an operation of rekindle-burn takes float tensors, not {}", other.name()),
         Err(reason) => panic!("the tensors of an operation must be on the same device: {reason}"),
     }
-}
-
-/// The rows of a plain tensor with `D` axes, `[tokens, features]`.
-pub(crate) fn rows<const D: usize>(tensor: DispatchTensor) -> Tensor<2> {
-    let tensor = BurnTensor::<D>::from_dispatch(tensor);
-    let shape = tensor.dims();
-    let features = shape[D - 1];
-    let tokens = shape[..D - 1].iter().product::<usize>();
-    tensor.reshape([tokens, features]).into()
-}
-
-/// Puts rows back into `shape`.
-pub(crate) fn unrows<const D: usize>(rows: Tensor<2>, shape: [usize; D]) -> DispatchTensor {
-    BurnTensor::from(rows).reshape(shape).into_dispatch()
-}
-
-/// A plain vector.
-pub(crate) fn vector(tensor: DispatchTensor) -> Tensor<1> {
-    BurnTensor::<1>::from_dispatch(tensor).into()
 }

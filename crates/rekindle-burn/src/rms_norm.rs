@@ -5,7 +5,8 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use rekindle_kernels::rms_norm::{self, Gain};
 
-use crate::node::{record, rows, unrows, vector};
+use crate::device::{burn, rows, unrows, vector};
+use crate::node::record;
 
 /// Configuration of [`RmsNorm`].
 #[derive(Config, Debug)]
@@ -65,11 +66,13 @@ impl RmsNorm {
         Tensor::from_dispatch(record(inputs, move |inputs, [want_x, want_gamma]| {
             let [Some(x), Some(gamma)] = inputs else { unreachable!("both inputs were given") };
             let (x, gamma) = (rows::<D>(x), vector(gamma));
+            let (stored, gamma) = (gamma.dtype(), gamma.cast(x.dtype()));
             let gain = if one_plus { Gain::OnePlus(gamma) } else { Gain::Plain(gamma) };
             let (y, rstd) = rms_norm::forward(&x, &gain, eps, 0);
             let pullback = move |dy| {
                 let dy = rows::<D>(dy);
-                let dgamma = want_gamma.then(|| Tensor::from(rms_norm::weight_grad(&dy, &x, &rstd)).into_dispatch());
+                let dgamma = || burn(rms_norm::weight_grad(&dy, &x, &rstd).cast(stored)).into_dispatch();
+                let dgamma = want_gamma.then(dgamma);
                 let dx = want_x.then(|| unrows(rms_norm::backward(&dy, &x, &gain, &rstd, None, 0), shape));
                 [dx, dgamma]
             };

@@ -5,11 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use burn::config::Config;
 use burn::module::Module;
 use burn::tensor::Tensor;
+use rekindle_kernels::Device;
 use rekindle_kernels::rope::{self, Angles, RopeTables, Rotation};
-use rekindle_kernels::{Device, Tensor as Matrix};
 use rekindle_rope::{RopeConfig, Tables};
 
-use crate::node::{record, unrows};
+use crate::device::{operations_on, rows, unrows};
+use crate::node::record;
 
 /// Configuration of [`RotaryEmbedding`].
 #[derive(Config, Debug)]
@@ -103,15 +104,13 @@ impl RotaryEmbedding {
         assert!(width.is_multiple_of(head_dim), "the width {width} of x is a multiple of head_dim = {head_dim}");
         let tokens = shape[..D - 1].iter().product::<usize>();
         assert_eq!(tokens, positions.len(), "x {shape:?} has a position for each token");
-        let angles = self.angles(positions, Device::Burn(x.device().without_autodiff()));
+        let angles = self.angles(positions, operations_on(&x.device()));
         Tensor::from_dispatch(record([Some(x.into_dispatch())], move |inputs, _| {
             let [Some(x)] = inputs else { unreachable!("the input was given") };
-            let x: Matrix<2> = Tensor::<D>::from_dispatch(x).reshape([tokens, width]).into();
-            let (y, _) = rope::forward(x, head_dim, None, Some(Rotation { angles: &angles, interleaved }));
+            let (y, _) = rope::forward(rows::<D>(x), head_dim, None, Some(Rotation { angles: &angles, interleaved }));
             let pullback = move |dy| {
-                let dy: Matrix<2> = Tensor::<D>::from_dispatch(dy).reshape([tokens, width]).into();
                 let rotation = Rotation { angles: &angles, interleaved };
-                [Some(unrows(rope::backward(dy, head_dim, None, Some(rotation), false).0, shape))]
+                [Some(unrows(rope::backward(rows::<D>(dy), head_dim, None, Some(rotation), false).0, shape))]
             };
             (unrows(y, shape), Box::new(pullback))
         }))

@@ -5,7 +5,8 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use rekindle_kernels::gated_activation::{self, Activation};
 
-use crate::node::{record, rows, unrows};
+use crate::device::{rows, unrows};
+use crate::node::record;
 
 /// Configuration of [`SwiGlu`], which has no options.
 #[derive(Config, Debug)]

@@ -25,6 +25,8 @@ pub struct Buffer {
     address: u64,
     bytes: usize,
     usage: MemoryUse,
+    /// The owner of memory that is not of the arena.
+    owner: Option<Box<dyn Send + Sync>>,
 }
 
 pub(super) struct Arena {
@@ -49,7 +51,7 @@ impl Cuda {
     ///
     /// When there is not enough, the error sticks and the buffer has no memory.
     pub fn alloc(&self, bytes: usize, usage: MemoryUse) -> Buffer {
-        let mut buffer = Buffer { cuda: self.clone(), address: 0, bytes, usage };
+        let mut buffer = Buffer { cuda: self.clone(), address: 0, bytes, usage, owner: None };
         if bytes > 0 && !self.has_failed() {
             let taken = self.bind().and_then(|()| lock(&self.0.arena).alloc(block_size(bytes), usage));
             match taken {
@@ -110,6 +112,22 @@ impl Cuda {
 }
 
 impl Buffer {
+    /// Memory of another library, which `owner` keeps.
+    pub(super) fn foreign(
+        cuda: &Cuda,
+        address: u64,
+        bytes: usize,
+        usage: MemoryUse,
+        owner: Box<dyn Send + Sync>,
+    ) -> Self {
+        Self { cuda: cuda.clone(), address, bytes, usage, owner: Some(owner) }
+    }
+
+    /// Returns whether the memory belongs to another library.
+    pub(super) fn is_foreign(&self) -> bool {
+        self.owner.is_some()
+    }
+
     /// The device address; 0 in an empty buffer and after an error.
     pub fn ptr(&self) -> u64 {
         self.address
@@ -133,7 +151,7 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.address != 0 {
+        if self.address != 0 && !self.is_foreign() {
             lock(&self.cuda.0.arena).free(self.address, block_size(self.bytes), self.usage);
         }
     }

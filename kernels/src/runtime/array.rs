@@ -37,8 +37,11 @@ impl Array {
     /// The memory, if no other handle reaches it, and how the matrix lies there.
     ///
     /// # Errors
-    /// The matrix, when another handle reaches its memory.
+    /// The matrix, when another handle or another library reaches its memory.
     pub fn into_buffer(self) -> Result<(Buffer, ArrayShape), Self> {
+        if self.buffer.is_foreign() {
+            return Err(self);
+        }
         let Self { buffer, offset, rows, cols, ld, pad_cols, dtype } = self;
         let shape = ArrayShape { offset, rows, cols, ld, pad_cols, dtype };
         match Arc::try_unwrap(buffer) {
@@ -237,9 +240,12 @@ impl Array {
         Self::are_unique(&[self])
     }
 
-    /// Returns whether no handles but these refer to their memory, for example columns of one matrix.
+    /// Returns whether no handles but these refer to their memory, for example columns of one matrix, and no other library.
     pub fn are_unique(arrays: &[&Self]) -> bool {
         arrays.iter().all(|array| {
+            if array.buffer.is_foreign() {
+                return false;
+            }
             let here = arrays.iter().filter(|other| Arc::ptr_eq(&array.buffer, &other.buffer)).count();
             Arc::strong_count(&array.buffer) == here
         })
@@ -276,7 +282,7 @@ impl Array {
     }
 
     /// The same values where every row begins at 16 bytes, in the same memory where that is so already.
-    pub(crate) fn aligned(&self) -> Self {
+    pub fn aligned(&self) -> Self {
         if self.is_aligned() { self.clone() } else { elementwise::copy(self) }
     }
 
@@ -289,8 +295,12 @@ impl Array {
     }
 
     fn strided(cuda: &Cuda, [rows, cols]: [usize; 2], ld: usize, dtype: DType, usage: MemoryUse) -> Self {
-        let buffer = Arc::new(cuda.alloc(rows * ld * dtype.bytes(), usage));
-        Self { buffer, offset: 0, rows, cols, ld, pad_cols: 0, dtype }
+        Self::in_buffer(cuda.alloc(rows * ld * dtype.bytes(), usage), [rows, cols], ld, dtype)
+    }
+
+    /// A matrix at the beginning of a buffer.
+    pub(super) fn in_buffer(buffer: Buffer, [rows, cols]: [usize; 2], ld: usize, dtype: DType) -> Self {
+        Self { buffer: Arc::new(buffer), offset: 0, rows, cols, ld, pad_cols: 0, dtype }
     }
 }
 

@@ -9,6 +9,7 @@ use cudarc::driver::sys;
 use super::arena::Arena;
 use super::blaslt::Blas;
 use super::driver::{Failed, Handle, driver, lock};
+use super::foreign::Crossings;
 use super::kernels::Kernels;
 use super::pinned::Spare;
 use super::profile::Span;
@@ -41,6 +42,7 @@ pub(super) struct Inner {
     pub(super) card: Option<Card>,
     pub(super) arena: Mutex<Arena>,
     pub(super) pinned: Mutex<Spare>,
+    pub(super) crossings: Mutex<Crossings>,
     pub(super) kernels: Kernels,
     pub(super) blas: OnceLock<Option<Blas>>,
     /// The scratch memory of products, on a planned device.
@@ -289,6 +291,7 @@ impl Inner {
             card: None,
             arena: Mutex::new(arena),
             pinned: Mutex::default(),
+            crossings: Mutex::default(),
             kernels: Kernels::default(),
             blas: OnceLock::new(),
             workspace: OnceLock::new(),
@@ -329,6 +332,7 @@ impl Drop for Inner {
         self.blas.take();
         self.kernels.unload();
         lock(&self.pinned).release();
+        lock(&self.crossings).release();
         lock(&self.arena).release();
         for stream in [compute, copy] {
             let _ = driver!(cuStreamDestroy_v2(stream.0));

@@ -28,6 +28,7 @@ pub(crate) mod elementwise;
 mod error;
 mod event;
 mod find;
+mod foreign;
 mod gemm;
 mod graph;
 mod kernels;

@@ -5,7 +5,7 @@ use burn::backend::DispatchTensor;
 use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Distribution, Gradients, Tensor};
 
-use crate::node::record;
+use crate::node::record_unread;
 
 /// The place of a tensor in the graph of the program.
 #[derive(Clone, Copy, PartialEq)]
@@ -124,7 +124,7 @@ pub(super) fn replay<const E: usize>(
     let mut gradients = result.is_tracked().then(|| {
         let device = result.device().without_autodiff();
         // A root whose backward hands on the gradient, so that no product with it is needed.
-        let root = record([Some(result.into_dispatch())], move |_, _| {
+        let root = record_unread([Some(result.into_dispatch())], move |_, _| {
             (Tensor::<1>::zeros([1], &device).into_dispatch(), Box::new(move |_| [Some(gradient)]))
         });
         Tensor::<1>::from_dispatch(root).backward()

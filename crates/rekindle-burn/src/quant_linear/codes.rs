@@ -6,8 +6,10 @@ use burn::module::{
     Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param, ParamId,
 };
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use rekindle_kernels::QuantizedWeight;
 use rekindle_kernels::quantized::{Absmax, QuantizedData, QuantizedFormat};
-use rekindle_kernels::{Device as Place, QuantizedWeight};
+
+use crate::device::{burn, operations_on};
 
 /// The codes and scales of a quantized weight `[out, in]`.
 ///
@@ -39,7 +41,7 @@ impl QuantizedCodes {
 
     /// Returns the weight decoded and transposed, `[in, out]`, on a device without autodiff.
     pub(crate) fn dequantize(&self) -> Tensor<2> {
-        Tensor::from(self.weight.decode(DType::F32)).transpose()
+        burn(self.weight.decode(DType::F32)).transpose()
     }
 
     /// The parts that the format has, as parameters on the CPU that hold nothing until they are read.
@@ -66,7 +68,7 @@ impl QuantizedCodes {
 }
 
 fn on_device(codes: QuantizedData, device: &Device) -> QuantizedWeight {
-    QuantizedWeight::new(codes, &Place::Burn(device.clone().without_autodiff()))
+    QuantizedWeight::new(codes, &operations_on(device))
 }
 
 /// The bytes of a part, or `None` for one that the format does not have.
