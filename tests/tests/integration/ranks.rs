@@ -317,7 +317,7 @@ fn preferences_take_the_steps_of_one_rank() {
 #[test]
 fn reward_models_take_the_steps_of_one_rank() {
     let job = RankJob::new(reward).config(|config| {
-        config.method = RewardModel { center_rewards_coefficient: Some(0.01), ..RewardModel::default() }.into();
+        config.method = RewardModel { center_rewards_coefficient: Some(0.01) }.into();
         config.per_device_train_batch_size = 1;
         config.gradient_accumulation_steps = 3;
     });
