@@ -252,6 +252,44 @@ fn the_error_of_a_rank_is_that_of_the_run() {
     done(incomplete.env("RANK", "1")).fails(2, &["RANK is 1, but WORLD_SIZE is not set"]);
 }
 
+/// The variables of Open MPI, of MPICH, and of Kubeflow Trainer with one pod of two ranks and with two pods.
+#[test]
+fn mpi_and_kubeflow_start_ranks() {
+    let scratch = Scratch::new();
+    let whole = scratch.path("whole");
+    done(&mut train(&scratch, &whole, &[])).ok();
+    let check = |launcher: &str, variables: [&[(&str, &str)]; 2]| {
+        let out = scratch.path(launcher);
+        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+        let started = variables.into_iter().filter(|variables| !variables.is_empty()).map(|variables| {
+            let mut command = train(&scratch, &out, &[]);
+            command.envs(variables.iter().copied()).env("RAYON_NUM_THREADS", "1");
+            for name in ["MASTER", "PET_MASTER"] {
+                command.env(format!("{name}_ADDR"), "127.0.0.1").env(format!("{name}_PORT"), &free);
+            }
+            RunningRanks::start(command)
+        });
+        for running in started.collect::<Vec<_>>() {
+            let (code, text) = running.end();
+            assert_eq!(code, 0, "{launcher}: {text}");
+        }
+        assert_close(&out, &whole);
+    };
+    let open_mpi = |rank: &'static str| {
+        [("RANK", rank), ("SIZE", "2"), ("LOCAL_RANK", rank), ("LOCAL_SIZE", "2")]
+            .map(|(name, value)| (format!("OMPI_COMM_WORLD_{name}"), value))
+    };
+    let open_mpi = ["0", "1"].map(open_mpi);
+    let open_mpi = open_mpi.each_ref().map(|of| of.each_ref().map(|(name, value)| (name.as_str(), *value)));
+    check("open-mpi", [&open_mpi[0], &open_mpi[1]]);
+    let mpich = ["0", "1"]
+        .map(|rank| [("PMI_RANK", rank), ("PMI_SIZE", "2"), ("MPI_LOCALRANKID", rank), ("MPI_LOCALNRANKS", "2")]);
+    check("mpich", [&mpich[0], &mpich[1]]);
+    check("kubeflow", [&[("PET_NNODES", "1"), ("PET_NPROC_PER_NODE", "2"), ("PET_NODE_RANK", "0")], &[]]);
+    let pods = ["0", "1"].map(|node| [("PET_NNODES", "2"), ("PET_NPROC_PER_NODE", "1"), ("PET_NODE_RANK", node)]);
+    check("kubeflow-pods", [&pods[0], &pods[1]]);
+}
+
 /// The variables of a Slurm step, and of a restart by torchrun.
 #[test]
 fn launchers_start_and_restart_ranks() {
