@@ -123,6 +123,8 @@ fn cases() -> Vec<Case> {
         of("QLoRA", "qwen3", 2000, nf4, lora(), false, 4, 128),
         of("QLoRA, recomputed, large vocabulary", "llama", 40_000, nf4, lora(), true, 2, 256),
         of("8-bit", "llama", 2000, Some(LoadIn::EightBit), lora(), false, 2, 256),
+        of("fp8", "qwen3", 2000, Some(LoadIn::Fp8), lora(), false, 2, 256),
+        of("fp8 experts, recomputed", "qwen3_moe", 2000, Some(LoadIn::Fp8), lora(), true, 2, 256),
         of("large vocabulary", "llama", 40_000, None, lora(), false, 1, 300),
         of(
             "dropout and magnitudes",

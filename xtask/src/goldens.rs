@@ -15,6 +15,7 @@ const SCRIPTS: &[&str] = &[
     "tests/goldens/grpo/make.py",
     "tests/goldens/reward/make.py",
     "tests/goldens/rope/make.py",
+    "crates/rekindle-quant/goldens/fp8.py",
     "crates/rekindle-rope/goldens/make.py",
     "crates/rekindle-train/goldens/tensorboard/make.py",
     "crates/rekindle-data/goldens/chats/make.py",

@@ -12,6 +12,7 @@ mod notebook;
 mod plan;
 #[cfg(feature = "network")]
 mod push;
+mod quant;
 mod rewards;
 mod sampling;
 #[cfg(feature = "serve")]
@@ -39,6 +40,7 @@ pub(crate) use hub::{CacheCommand, CacheDir, ListArgs, PruneArgs};
 pub(crate) use plan::PlanArgs;
 #[cfg(feature = "network")]
 pub(crate) use push::PushArgs;
+pub(crate) use quant::QuantArgs;
 pub(crate) use rewards::{RewardsCommand, RewardsTestArgs, TemplateLanguage};
 pub(crate) use sampling::SamplingFilterArgs;
 #[cfg(feature = "serve")]
@@ -200,7 +202,7 @@ pub(crate) struct QuantizeArgs {
     /// A checkpoint with 16-bit or 32-bit weights: a directory, or a name on the hub
     #[arg(long, value_name = "M")]
     pub(crate) model: PathBuf,
-    /// nf4, fp4 or int8
+    /// nf4, fp4, int8 or fp8
     #[arg(long, value_name = "FORMAT")]
     pub(crate) to: String,
     /// Directory for the quantized checkpoint: new, or an earlier result, which is replaced
@@ -297,32 +299,6 @@ impl CombineArgs {
     }
 }
 
-/// The quantization of the linears.
-#[derive(Debug, Default, clap::Args)]
-pub(crate) struct QuantArgs {
-    /// Quantize the linears to 4 bits while loading; a quantized checkpoint needs no flag
-    #[arg(long = "load-in-4bit")]
-    pub(crate) load_in_4bit: bool,
-    /// Quantize the linears to LLM.int8() while loading
-    #[arg(long = "load-in-8bit")]
-    pub(crate) load_in_8bit: bool,
-    /// Decode the linears of a GGUF file while loading, instead of keeping their blocks
-    #[arg(long = "load-in-16bit")]
-    pub(crate) load_in_16bit: bool,
-    /// The 4-bit data type, nf4 or fp4 [default: nf4]
-    #[arg(long, value_name = "TYPE")]
-    pub(crate) quant_type: Option<String>,
-    /// Weights per scale, a power of two from 32 to 4096 [default: 64]
-    #[arg(long, value_name = "N")]
-    pub(crate) blocksize: Option<usize>,
-    /// Quantize the scales of 4-bit weights too [default: true]
-    #[arg(long, value_name = "BOOL")]
-    pub(crate) double_quant: Option<bool>,
-    /// Modules to leave unquantized, by commas: linears, or paths such as model.layers.0 [default: lm_head]
-    #[arg(long, value_name = "A,B", value_delimiter = ',')]
-    pub(crate) skip_modules: Option<Vec<String>>,
-}
-
 impl LoadArgs {
     /// Returns the arguments of `from_pretrained` for a model.
     pub(crate) fn arguments(&self, model: &Path) -> ModelArguments {
@@ -333,6 +309,7 @@ impl LoadArgs {
             dtype: self.dtype,
             load_in_4bit: self.quant.load_in_4bit,
             load_in_8bit: self.quant.load_in_8bit,
+            load_in_fp8: self.quant.load_in_fp8,
             load_in_16bit: self.quant.load_in_16bit,
             quant_type: self.quant.quant_type.clone(),
             blocksize: self.quant.blocksize,
@@ -421,7 +398,7 @@ const RUN_FILE: &str = r#"Example of a run file; commented keys are optional and
   # rope_scaling = "auto"           # beyond the model's window: auto | linear | dynamic | yarn | { rope_type = ... }
   # dtype = "auto"                  # auto | bf16 | f16 | f32
   # load_in_4bit = false            # true: QLoRA; with quant_type, blocksize, double_quant, skip_modules
-  # load_in_8bit = false
+  # load_in_8bit = false            # or load_in_fp8: half of bf16's memory
   # full_finetuning = false         # true: train all weights, without [lora]
   # resize_model_vocab = 152000     # rows of the embedding and the head
 

@@ -16,18 +16,24 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<(), Failure> {
 }
 
 fn format(args: &QuantizeArgs) -> Result<LoadIn, Failure> {
-    if args.to == "int8" {
+    let by_row = match args.to.as_str() {
+        "int8" => Some(LoadIn::EightBit),
+        "fp8" => Some(LoadIn::Fp8),
+        _ => None,
+    };
+    if let Some(load_in) = by_row {
         if args.blocksize.is_some() || args.double_quant.is_some() {
-            return Err(Failure::Configuration(
-                "--to int8 has one scale per row; omit --blocksize and --double-quant, or use --to nf4".to_owned(),
-            ));
+            return Err(Failure::Configuration(format!(
+                "--to {} has one scale per row; omit --blocksize and --double-quant, or use --to nf4",
+                args.to
+            )));
         }
-        return Ok(LoadIn::EightBit);
+        return Ok(load_in);
     }
     let quant_type = args
         .to
         .parse::<QuantType>()
-        .map_err(|_| Failure::Configuration(format!("--to {} is unknown; use one of nf4, fp4, int8", args.to)))?;
+        .map_err(|_| Failure::Configuration(format!("--to {} is unknown; use one of nf4, fp4, int8, fp8", args.to)))?;
     let mut config = QuantConfig { quant_type, ..QuantConfig::default() };
     if let Some(size) = args.blocksize {
         config.blocksize = Blocksize::new(size).map_err(|error| Error::Argument(error.to_string()))?;

@@ -77,6 +77,8 @@ pub enum Dtype {
     F8E5M2,
     /// 8-bit float with 4 exponent and 3 mantissa bits.
     F8E4M3,
+    /// 8-bit power of two, 2^(byte − 127); scales are stored as these.
+    F8E8M0,
     /// Signed 16-bit integer.
     I16,
     /// Unsigned 16-bit integer.
@@ -103,12 +105,13 @@ pub enum Dtype {
 
 impl Dtype {
     /// All of the safetensors format, in order.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Bool,
         Self::U8,
         Self::I8,
         Self::F8E5M2,
         Self::F8E4M3,
+        Self::F8E8M0,
         Self::I16,
         Self::U16,
         Self::F16,
@@ -125,7 +128,7 @@ impl Dtype {
     pub fn size(self) -> usize {
         match self {
             Dtype::Blocks(format) => format.bytes,
-            Dtype::Bool | Dtype::U8 | Dtype::I8 | Dtype::F8E5M2 | Dtype::F8E4M3 => 1,
+            Dtype::Bool | Dtype::U8 | Dtype::I8 | Dtype::F8E5M2 | Dtype::F8E4M3 | Dtype::F8E8M0 => 1,
             Dtype::I16 | Dtype::U16 | Dtype::F16 | Dtype::BF16 => 2,
             Dtype::I32 | Dtype::U32 | Dtype::F32 => 4,
             Dtype::F64 | Dtype::I64 | Dtype::U64 => 8,
@@ -154,6 +157,7 @@ impl Dtype {
             Dtype::I8 => "I8",
             Dtype::F8E5M2 => "F8_E5M2",
             Dtype::F8E4M3 => "F8_E4M3",
+            Dtype::F8E8M0 => "F8_E8M0",
             Dtype::I16 => "I16",
             Dtype::U16 => "U16",
             Dtype::F16 => "F16",
@@ -176,6 +180,7 @@ impl Dtype {
             Dtype::I8 => "int8",
             Dtype::F8E5M2 => "float8_e5m2",
             Dtype::F8E4M3 => "float8_e4m3fn",
+            Dtype::F8E8M0 => "float8_e8m0fnu",
             Dtype::I16 => "int16",
             Dtype::U16 => "uint16",
             Dtype::F16 => "float16",
@@ -223,6 +228,7 @@ mod tests {
             Reference::I8,
             Reference::F8_E5M2,
             Reference::F8_E4M3,
+            Reference::F8_E8M0,
             Reference::I16,
             Reference::U16,
             Reference::F16,

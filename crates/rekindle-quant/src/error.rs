@@ -61,9 +61,10 @@ pub enum Error {
         /// The key, the problem, and the expected value.
         reason: String,
     },
-    /// A checkpoint quantized by a method that is neither bitsandbytes nor MXFP4.
+    /// A checkpoint quantized by a method that is not supported.
     #[error(
-        "quant_method {got:?} is not supported; supported: \"bitsandbytes\" (nf4, fp4, int8), \"mxfp4\". \
+        "quant_method {got:?} is not supported; supported: \"bitsandbytes\" (nf4, fp4, int8), \"mxfp4\", \"fp8\", \
+         \"fbgemm_fp8\", \"compressed-tensors\" (float-quantized). \
          Use the unquantized checkpoint and quantize it while loading"
     )]
     QuantMethod {
@@ -71,14 +72,14 @@ pub enum Error {
         got: String,
     },
     /// A tensor missing from the checkpoint.
-    #[error("checkpoint has no {key:?}, which {name:?} needs; is this a bitsandbytes checkpoint with all its shards?")]
+    #[error("checkpoint has no {key:?}, which {name:?} needs; are all shards of the checkpoint there?")]
     MissingKey {
         /// The weight being read.
         name: String,
         /// The missing key.
         key: String,
     },
-    /// A stored tensor that is not as bitsandbytes writes it.
+    /// A stored tensor that is not as its format has it.
     #[error("{key:?} {reason}")]
     Stored {
         /// The key of the tensor.

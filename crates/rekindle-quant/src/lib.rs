@@ -1,4 +1,4 @@
-//! NF4, FP4 and 8-bit weight formats, bit-exact with bitsandbytes, and MXFP4.
+//! NF4, FP4 and 8-bit weight formats, bit-exact with bitsandbytes, and MXFP4 and fp8.
 //!
 //! This crate is a plain Rust implementation of what bitsandbytes' CUDA backend computes: the same codes, the same
 //! scales and the same decoded bits, including the rounding of the hardware's approximate reciprocal. It needs no GPU
@@ -22,6 +22,7 @@
 //! | [`blockwise`] | dynamic 8-bit blocks, the format of optimizer states |
 //! | [`int8`] | LLM.int8() weights with one scale per row, and their product with 8-bit activations |
 //! | [`mxfp4`] | 4-bit floating-point blocks whose scales are powers of two, as gpt-oss has its experts |
+//! | [`fp8`] | 8-bit floats with one scale per weight, row or block, as Qwen3-FP8 and vLLM's checkpoints have them |
 //! | [`bnb`] | the tensor names and JSON of these formats in a checkpoint |
 
 mod absmax;
@@ -34,6 +35,7 @@ mod element;
 mod error;
 mod format;
 pub mod four_bit;
+pub mod fp8;
 pub mod int8;
 #[cfg(feature = "linear")]
 mod linear;
@@ -49,6 +51,7 @@ pub use dynamic_map::DynamicMap;
 pub use element::Element;
 pub use error::Error;
 pub use format::QuantFormat;
+pub use fp8::{Fp8Scaling, Fp8Tensor, Fp8Weight};
 pub use int8::Int8Tensor;
 #[cfg(feature = "linear")]
 pub use linear::{DiskMetadata, QuantLinear};

@@ -6,12 +6,13 @@ use rekindle_kernels::{Device, Params, QuantizedWeight, Tensor, Weight, from_f32
 
 use crate::bnb::{FourBitWeight, StoredWeight};
 use crate::format::matrix;
+use crate::fp8::{Fp8Layout, Fp8Scaling, Fp8Tensor, Fp8Weight};
 use crate::{
     Absmax, Blocksize, DoubleQuant, Dtype, DynamicMap, Element, Error, Int8Tensor, Mxfp4Tensor, QuantConfig,
     QuantFormat, QuantizedTensor, mxfp4,
 };
 
-/// A frozen linear layer whose weight is NF4, FP4, MXFP4, 8-bit or dense: y = x·Wᵀ + b.
+/// A frozen linear layer whose weight is NF4, FP4, MXFP4, fp8, 8-bit or dense: y = x·Wᵀ + b.
 ///
 /// Only the quantized weight is kept; products decode a few rows of W at a time.
 ///
@@ -66,6 +67,11 @@ impl QuantLinear {
     /// [`Error::Stored`] if the weight is not a matrix.
     pub fn mxfp4(weight: Mxfp4Tensor, bias: Option<Tensor<1>>, device: &Device) -> Result<Self, Error> {
         Ok(Self::over(Weight::Quantized(QuantizedWeight::new(mxfp4_codes(weight)?, device)), bias, device))
+    }
+
+    /// Creates a layer over an fp8 weight.
+    pub fn fp8(weight: Fp8Tensor, bias: Option<Tensor<1>>, device: &Device) -> Self {
+        Self::over(Weight::Quantized(QuantizedWeight::new(fp8_codes(weight), device)), bias, device)
     }
 
     /// Creates a layer over a dense weight `[out, in]`.
@@ -142,6 +148,13 @@ pub enum DiskMetadata {
     Int8,
     /// MXFP4.
     Mxfp4,
+    /// fp8.
+    Fp8 {
+        /// The elements that share a scale.
+        scaling: Fp8Scaling,
+        /// The properties of the stored tensors.
+        layout: Fp8Layout,
+    },
 }
 
 impl DiskMetadata {
@@ -151,6 +164,7 @@ impl DiskMetadata {
             Self::FourBit { config, .. } => QuantFormat::FourBit(*config),
             Self::Int8 => QuantFormat::Int8,
             Self::Mxfp4 => QuantFormat::Mxfp4,
+            Self::Fp8 { scaling, .. } => QuantFormat::Fp8(*scaling),
         }
     }
 
@@ -162,6 +176,9 @@ impl DiskMetadata {
         let FourBitWeight { tensor, storage, packed_shape } = match weight {
             StoredWeight::Int8(tensor) => return Ok((Self::Int8, int8_codes(tensor))),
             StoredWeight::Mxfp4(tensor) => return Ok((Self::Mxfp4, mxfp4_codes(tensor)?)),
+            StoredWeight::Fp8(Fp8Weight { tensor, layout }) => {
+                return Ok((Self::Fp8 { scaling: tensor.scaling(), layout }, fp8_codes(tensor)));
+            }
             StoredWeight::FourBit(weight) => weight,
         };
         let config = tensor.config();
@@ -228,6 +245,10 @@ impl DiskMetadata {
                 let tensor = Mxfp4Tensor::from_parts(dims.to_vec(), mxfp4::swapped(codes), scales)?;
                 Ok(StoredWeight::Mxfp4(tensor))
             }
+            (Self::Fp8 { scaling, layout }, quantized::QuantizedFormat::Fp8 { codes, scales, .. }) => {
+                let tensor = Fp8Tensor::from_parts(dims, codes, scales, *scaling)?;
+                Ok(StoredWeight::Fp8(Fp8Weight { tensor, layout: layout.clone() }))
+            }
             (_, format) => Err(Error::Stored {
                 key: "weight".to_owned(),
                 reason: format!("was read as {self:?} but holds {}", format.name()),
@@ -252,6 +273,23 @@ fn int8_codes(tensor: Int8Tensor) -> quantized::QuantizedData {
     let dims = tensor.shape();
     let (codes, scales) = tensor.into_parts();
     quantized::QuantizedData { dims, format: quantized::QuantizedFormat::Int8 { codes, scales, factor: 1.0 / 127.0 } }
+}
+
+impl From<Fp8Scaling> for quantized::Fp8Scaling {
+    fn from(scaling: Fp8Scaling) -> Self {
+        match scaling {
+            Fp8Scaling::Tensor => Self::Tensor,
+            Fp8Scaling::Row => Self::Row,
+            Fp8Scaling::Block => Self::Block,
+        }
+    }
+}
+
+fn fp8_codes(tensor: Fp8Tensor) -> quantized::QuantizedData {
+    let (dims, scaling) = (tensor.shape(), tensor.scaling().into());
+    let (codes, scales) = tensor.into_parts();
+    let format = quantized::QuantizedFormat::Fp8 { codes, scales, scaling, section: dims[0] };
+    quantized::QuantizedData { dims, format }
 }
 
 /// Returns the device format: 4-bit codes whose scales are codes too, of a map of powers of two. Their nested scales are 1

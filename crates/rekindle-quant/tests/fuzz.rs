@@ -8,7 +8,10 @@ use std::borrow::Cow;
 use std::cell::Cell;
 
 use rekindle_quant::bnb::{FourBitWeight, QuantizationConfig, RawTensor, StoredWeight, read_int8, write_int8};
-use rekindle_quant::{Blocksize, Dtype, Int8Tensor, QuantConfig, QuantFormat, QuantType, QuantizedTensor};
+use rekindle_quant::{
+    Blocksize, Dtype, Fp8Scaling, Fp8Tensor, Fp8Weight, Int8Tensor, QuantConfig, QuantFormat, QuantType,
+    QuantizedTensor,
+};
 
 /// Number of damaged inputs per reader.
 const CASES: u64 = 20_000;
@@ -62,15 +65,41 @@ fn damaged_int8_weights() {
     assert!(accepted > CASES / 10, "only {accepted} were accepted");
 }
 
+#[test]
+fn damaged_fp8_weights() {
+    let seeds = [Fp8Scaling::Tensor, Fp8Scaling::Row, Fp8Scaling::Block].map(|scaling| {
+        let tensor = Fp8Tensor::quantize(&weights(130 * 9), [130, 9], scaling).expect("shape fits");
+        let mut tensors: Checkpoint =
+            Fp8Weight::new(tensor).write("w.weight").into_iter().map(|(key, raw)| (key, owned(raw))).collect();
+        let unused = RawTensor { dtype: Dtype::F32, shape: vec![1], bytes: Cow::Owned(vec![0; 4]) };
+        tensors.push(("w.input_scale".to_owned(), unused));
+        tensors
+    });
+    let mut accepted = 0;
+    damaged(&seeds, |checkpoint| {
+        if let Ok(Some(weight)) = Fp8Weight::read("w.weight", |key| find(checkpoint, key)) {
+            accepted += 1;
+            assert!(weight.tensor.dequantize::<f32>().iter().all(|value| !value.is_nan()));
+            for (key, raw) in weight.write("w.weight") {
+                assert_eq!(find(checkpoint, &key), Some(raw), "{key}");
+            }
+        }
+    });
+    assert!(accepted > CASES / 10, "only {accepted} were accepted");
+}
+
 /// Damages the text of `quantization_config` both as bytes and as JSON.
 #[test]
 fn damaged_quantization_configs() {
     let skip = ["lm_head", "model.layers.1", r"model\.layers\.\d+\.mlp"].map(str::to_owned).to_vec();
     let four_bit = QuantFormat::FourBit(QuantConfig::default());
     let dtype = Dtype::BF16;
-    let seeds = [(four_bit, Some(skip)), (QuantFormat::Int8, None)];
+    let fp8 = QuantFormat::Fp8(Fp8Scaling::Block);
+    let fine_grained = r#"{"activation_scheme":"dynamic","modules_to_not_convert":["lm_head","model.layers.1"],"quant_method":"fp8","weight_block_size":[128,128]}"#;
+    let seeds = [(four_bit, Some(skip)), (QuantFormat::Int8, None), (fp8, None)];
     let seeds = seeds.map(|(format, skip)| QuantizationConfig::new(format, dtype, skip));
-    let seeds = seeds.map(|config| config.to_json().to_string().into_bytes());
+    let mut seeds = seeds.map(|config| config.to_json().to_string().into_bytes()).to_vec();
+    seeds.push(fine_grained.as_bytes().to_vec());
     let mut accepted = 0;
     for case in 0..2 * CASES {
         let mut random = Random::new(case);

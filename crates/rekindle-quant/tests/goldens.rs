@@ -1,6 +1,7 @@
 //! Compares every format bit for bit with the output of bitsandbytes' CUDA backend for the same input.
 //!
-//! `goldens/make.py` wrote the files; `goldens/goldens.json` records the versions used.
+//! `goldens/make.py` wrote the files; `goldens/goldens.json` records the versions used. fp8 is compared with PyTorch's casts,
+//! whose files `goldens/fp8.py` wrote.
 
 use std::path::PathBuf;
 
@@ -9,8 +10,8 @@ use rekindle_quant::Dtype as StoredDtype;
 use rekindle_quant::bnb::{FourBitWeight, RawTensor};
 use rekindle_quant::int8::QuantizedActivations;
 use rekindle_quant::{
-    Absmax, Blocksize, DoubleQuant, DynamicMap, Element, Int8Tensor, QuantConfig, QuantType, QuantizedTensor,
-    blockwise, four_bit,
+    Absmax, Blocksize, DoubleQuant, DynamicMap, Element, Fp8Scaling, Fp8Tensor, Int8Tensor, QuantConfig, QuantType,
+    QuantizedTensor, blockwise, four_bit,
 };
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
@@ -159,6 +160,39 @@ fn int8_case<T: GoldenElement>(file: &Golden, case: &Case) {
     }
 }
 
+/// PyTorch's casts, instead of bitsandbytes.
+#[test]
+fn fp8_codes_and_values_equal_pytorch() {
+    let file = Golden::at("fp8", "fp8.json");
+    let mut cases = 0;
+    for case in file.cases() {
+        cases += 1;
+        match file.input_dtype(&case) {
+            Dtype::F32 => fp8_case::<f32>(&file, &case),
+            Dtype::F16 => fp8_case::<f16>(&file, &case),
+            _ => fp8_case::<bf16>(&file, &case),
+        }
+    }
+    assert_eq!(cases, 35);
+}
+
+fn fp8_case<T: GoldenElement>(file: &Golden, case: &Case) {
+    let scaling = match case.text("scaling") {
+        "tensor" => Fp8Scaling::Tensor,
+        "row" => Fp8Scaling::Row,
+        _ => Fp8Scaling::Block,
+    };
+    let (shape, values) = file.input::<T>(case);
+    let shape = [shape[0], shape[1]];
+    let fp8 = Fp8Tensor::quantize(&values, shape, scaling).expect("the values are finite");
+    same_floats(case, "scales", fp8.scales(), &file.floats(case, "scales"));
+    same_bytes(case, "codes", fp8.codes(), file.bytes(case, "codes"));
+    same_elements(case, "decoded", &fp8.dequantize::<T>(), &file.elements::<T>(case, "decoded"));
+    let bytes: Vec<u8> = file.input_view(case).data().to_vec();
+    let read = Fp8Tensor::quantize_le_bytes(&bytes, T::DTYPE, shape, scaling);
+    assert_eq!(read, Ok(fp8));
+}
+
 #[test]
 fn int8_activations_and_products_equal_bitsandbytes() {
     let file = Golden::open("int8_matmul");
@@ -232,6 +266,7 @@ fn wide<T: GoldenElement>(values: &[T]) -> Vec<f32> {
 /// A golden file.
 struct Golden {
     name: &'static str,
+    index: &'static str,
     bytes: Vec<u8>,
 }
 
@@ -261,9 +296,14 @@ impl GoldenElement for bf16 {
 
 impl Golden {
     fn open(name: &'static str) -> Self {
+        Self::at(name, "goldens.json")
+    }
+
+    /// The file of this name, whose cases are in `index`.
+    fn at(name: &'static str, index: &'static str) -> Self {
         let path = folder().join(format!("{name}.safetensors"));
         let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-        Self { name, bytes }
+        Self { name, index, bytes }
     }
 
     fn tensors(&self) -> SafeTensors<'_> {
@@ -271,7 +311,7 @@ impl Golden {
     }
 
     fn cases(&self) -> Vec<Case> {
-        let path = folder().join("goldens.json");
+        let path = folder().join(self.index);
         let json = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let index: Value = serde_json::from_str(&json).expect("JSON");
         let cases = index[self.name].as_array().expect("a list of cases");

@@ -7,8 +7,8 @@ use half::{bf16, f16};
 use rekindle_kernels::{Backend, Device as Place, QuantizedWeight, Tensor as Ours, quantized};
 use rekindle_quant::bnb::{FourBitWeight, StoredWeight};
 use rekindle_quant::{
-    Blocksize, DiskMetadata, Element, Int8Tensor, Mxfp4Tensor, QuantConfig, QuantLinear, QuantType, QuantizedTensor,
-    mxfp4,
+    Blocksize, DiskMetadata, Element, Fp8Scaling, Fp8Tensor, Fp8Weight, Int8Tensor, Mxfp4Tensor, QuantConfig,
+    QuantLinear, QuantType, QuantizedTensor, mxfp4,
 };
 
 /// `[tokens, out, in]`: all ones, all odd, whole blocks, and several tasks of the CPU path.
@@ -35,6 +35,9 @@ fn stored<T: Element>([out, input]: [usize; 2]) -> Vec<StoredWeight> {
     // Rows of MXFP4 are whole blocks.
     let whole = input.next_multiple_of(mxfp4::BLOCK) == input;
     weights.extend(whole.then(|| StoredWeight::Mxfp4(Mxfp4Tensor::quantize(&dense, &[out, input]).unwrap())));
+    for scaling in [Fp8Scaling::Tensor, Fp8Scaling::Row, Fp8Scaling::Block] {
+        weights.push(StoredWeight::Fp8(Fp8Weight::new(Fp8Tensor::quantize(&dense, [out, input], scaling).unwrap())));
+    }
     for quant_type in QuantType::ALL {
         for double_quant in [false, true] {
             for blocksize in [Blocksize::B64, Blocksize::new(32).unwrap()] {
@@ -52,6 +55,7 @@ fn decoded<T: Element>(weight: &StoredWeight) -> Vec<T> {
         StoredWeight::FourBit(weight) => weight.tensor.dequantize(),
         StoredWeight::Int8(weight) => weight.dequantize(),
         StoredWeight::Mxfp4(weight) => weight.dequantize(),
+        StoredWeight::Fp8(weight) => weight.tensor.dequantize(),
     }
 }
 
@@ -62,6 +66,7 @@ fn linear(weight: StoredWeight, bias: Option<Tensor<1>>) -> QuantLinear {
         }
         StoredWeight::Int8(weight) => QuantLinear::int8(weight, bias.map(Into::into), &Place::cpu()),
         StoredWeight::Mxfp4(weight) => QuantLinear::mxfp4(weight, bias.map(Into::into), &Place::cpu()).unwrap(),
+        StoredWeight::Fp8(weight) => QuantLinear::fp8(weight.tensor, bias.map(Into::into), &Place::cpu()),
     }
 }
 
@@ -118,6 +123,7 @@ fn forward_and_gradient_equal_those_of_the_decoded_weight() {
                 StoredWeight::FourBit(weight) => format!("{:?}", weight.tensor.config()),
                 StoredWeight::Int8(_) => "int8".to_owned(),
                 StoredWeight::Mxfp4(_) => "mxfp4".to_owned(),
+                StoredWeight::Fp8(weight) => format!("fp8, {}", weight.tensor.scaling().name()),
             };
             let dense = decoded(&weight);
             cases.push((name, linear(weight, bias()), dense));
@@ -159,7 +165,7 @@ fn split_and_restore_are_inverse() {
             assert_eq!(metadata.restore(quantized::QuantizedData::clone(&packed.data())).unwrap(), weight);
         }
     }
-    let [int8, nf4, ..] = &stored::<f32>([3, 8])[..] else { panic!("expected two formats") };
+    let [int8, .., nf4] = &stored::<f32>([3, 8])[..] else { panic!("expected two formats") };
     let (_, codes) = DiskMetadata::split(int8.clone()).unwrap();
     let error = DiskMetadata::split(nf4.clone()).unwrap().0.restore(codes).unwrap_err().to_string();
     assert!(error.contains("was read as FourBit") && error.contains("but holds 8-bit codes"), "{error}");

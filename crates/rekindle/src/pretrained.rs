@@ -154,6 +154,13 @@ impl<'a> Loader<'a> {
         self
     }
 
+    /// If true, linears of layers are quantized to fp8 (E4M3) with a scale per row while loading. An fp8 checkpoint is always
+    /// loaded as it is. Default false.
+    pub fn load_in_fp8(mut self, load_in_fp8: bool) -> Self {
+        self.args.load_in_fp8 = load_in_fp8;
+        self
+    }
+
     /// If true, all weights are dense, in [`dtype`](Self::dtype): the linears of a GGUF file are decoded while loading, and
     /// a quantized checkpoint is refused. Default false.
     pub fn load_in_16bit(mut self, load_in_16bit: bool) -> Self {

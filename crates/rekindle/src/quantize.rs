@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use crate::{Error, ModelSource, skip};
 
-/// Writes the checkpoint `model`, a directory or a name on the hub, to `out` with quantized linears in bitsandbytes'
-/// format, and the tokenizer's files. `skip_modules` are not quantized; `None` is `lm_head`. `progress` receives the
+/// Writes the checkpoint `model`, a directory or a name on the hub, to `out` with quantized linears in the format of
+/// bitsandbytes, or for fp8 that of compressed-tensors, and the tokenizer's files. `skip_modules` are not quantized; `None` is `lm_head`. `progress` receives the
 /// bytes read so far and in total.
 ///
 /// `out` is written atomically; an earlier quantized checkpoint there is replaced, a dense one never.

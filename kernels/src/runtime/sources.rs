@@ -67,6 +67,7 @@ sources! {
         "dequant_4bit", "dequant_4bit_double", "dequant_4bit_stacked", "dequant_int8"
     ];
     "dequant_blocks.cu" with block_formats, ["dequant_blocks"];
+    "dequant_fp8.cu" with any_dtype, ["dequant_fp8_block", "dequant_fp8_row", "dequant_fp8_tensor"];
     "dropout.cu" after "philox.cuh" with any_dtype, ["dropout", "neftune"];
     "elementwise.cu" with any_dtype, [
         "add_f32", "cast_bf16", "cast_f16", "cast_f32", "mul",

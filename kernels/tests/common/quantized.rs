@@ -2,7 +2,7 @@
 
 use burn::tensor::DType;
 use rekindle_kernels::QuantizedWeight;
-use rekindle_kernels::quantized::{Absmax, QuantizedData, QuantizedFormat};
+use rekindle_kernels::quantized::{Absmax, Fp8Scaling, QuantizedData, QuantizedFormat};
 
 use super::{Case, Oracle, Place, Results, grad, noise, rounded, values};
 
@@ -22,10 +22,18 @@ pub(crate) enum Kind {
     FourBit,
     FourBitDouble,
     Int8,
+    Fp8(Fp8Scaling),
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 3] = [Self::FourBit, Self::FourBitDouble, Self::Int8];
+    pub(crate) const ALL: [Self; 6] = [
+        Self::FourBit,
+        Self::FourBitDouble,
+        Self::Int8,
+        Self::Fp8(Fp8Scaling::Tensor),
+        Self::Fp8(Fp8Scaling::Row),
+        Self::Fp8(Fp8Scaling::Block),
+    ];
 }
 
 /// Scales that share a nested one.
@@ -61,6 +69,13 @@ impl Packed {
             Kind::Int8 => {
                 QuantizedFormat::Int8 { codes: bytes(own(7), n * k), scales: noise(own(8), n), factor: 1.0 / 127.0 }
             }
+            Kind::Fp8(scaling) => QuantizedFormat::Fp8 {
+                // No code is NaN, and values are at most 1.
+                codes: bytes(own(7), n * k).into_iter().map(|code| code.cast_unsigned() & 0xb7).collect(),
+                scales: noise(own(8), scaling.scales([n, k])),
+                scaling,
+                section: n,
+            },
             _ => QuantizedFormat::FourBit {
                 codes: bytes(own(7), (n * k).div_ceil(2)).into_iter().map(i8::cast_unsigned).collect(),
                 table: noise(11, 16).try_into().expect("16 values"),
@@ -91,6 +106,21 @@ impl Packed {
                     }
                 };
                 table[usize::from(code)] * scale
+            }
+            QuantizedFormat::Fp8 { codes, scales, scaling, .. } => {
+                let (row, col, code) = (i / cols, i % cols, codes[i]);
+                let at = match scaling {
+                    Fp8Scaling::Tensor => 0,
+                    Fp8Scaling::Row => row,
+                    Fp8Scaling::Block => row / 128 * cols.div_ceil(128) + col / 128,
+                };
+                let (exponent, fraction) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
+                let value = if exponent == 0 {
+                    fraction * 2.0_f32.powi(-6)
+                } else {
+                    (1.0 + fraction) * 2.0_f32.powi(exponent - 7)
+                };
+                if code < 128 { value * scales[at] } else { -value * scales[at] }
             }
             QuantizedFormat::Blocks { codec, .. } => panic!("{} is defined elsewhere", codec.name),
         };

@@ -2,7 +2,7 @@
 
 use burn::tensor::DType;
 use rekindle_kernels::grouped::{self, GroupedRows};
-use rekindle_kernels::quantized::{Absmax, BlockCodec, QuantizedData, QuantizedFormat};
+use rekindle_kernels::quantized::{Absmax, BlockCodec, Fp8Scaling, QuantizedData, QuantizedFormat};
 use rekindle_kernels::routing::Dispatch;
 use rekindle_kernels::{Device, QuantizedWeight, Tensor, from_f32, to_f32};
 
@@ -56,6 +56,12 @@ fn formats() -> Vec<QuantizedFormat> {
         scales: noise(8, EXPERTS * DIMS[0]),
         factor: 1.0 / 127.0,
     };
+    let fp8 = QuantizedFormat::Fp8 {
+        codes: bytes(elements).into_iter().map(|code| code & 0xf7).collect(),
+        scales: noise(10, EXPERTS * Fp8Scaling::Block.scales(DIMS)),
+        scaling: Fp8Scaling::Block,
+        section: DIMS[0],
+    };
     let codec =
         BlockCodec { name: "Q4_1", elements: 32, bytes: 20, decode: |_, _| unreachable!("decoded on the device") };
     // No byte has the bits of an infinite factor.
@@ -64,6 +70,7 @@ fn formats() -> Vec<QuantizedFormat> {
         four_bit(Absmax::Single(noise(9, blocks))),
         four_bit(double),
         int8,
+        fp8,
         QuantizedFormat::Blocks { bytes: stored, codec },
     ]
 }

@@ -150,7 +150,7 @@ fn a_saved_model_is_the_checkpoint_it_came_from() {
 #[test]
 fn quantizing_first_or_while_loading_is_the_same() {
     for golden in Golden::families() {
-        for load_in in [LoadIn::FourBit(None), LoadIn::EightBit] {
+        for load_in in [LoadIn::FourBit(None), LoadIn::EightBit, LoadIn::Fp8] {
             let checkpoint = Checkpoint::open(&golden.dir).expect("a golden checkpoint opens");
             let dir = tempfile::tempdir().expect("a temporary directory");
             quantize(&checkpoint, load_in, None, dir.path(), &mut |_| ()).expect("a golden checkpoint quantizes");

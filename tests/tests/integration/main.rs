@@ -11,6 +11,7 @@ mod engine;
 mod errors;
 mod f16;
 mod families;
+mod fp8;
 mod full;
 mod generate;
 mod generate_text;

@@ -278,7 +278,7 @@ fn quantized_experts_are_their_decoded_weights() {
     for golden in mixtures() {
         let (batch, base) = (golden.packed(), Checkpoint::open(&golden.dir).expect("a golden checkpoint opens"));
         let single = QuantConfig { double_quant: false, ..QuantConfig::default() };
-        for load_in in [LoadIn::FourBit(None), LoadIn::FourBit(Some(single)), LoadIn::EightBit] {
+        for load_in in [LoadIn::FourBit(None), LoadIn::FourBit(Some(single)), LoadIn::EightBit, LoadIn::Fp8] {
             let what = format!("{} {load_in:?}", golden.name);
             let quantized = tempfile::tempdir().expect("a temporary directory");
             quantize(&base, load_in, None, quantized.path(), &mut |_| ()).expect("it quantizes");

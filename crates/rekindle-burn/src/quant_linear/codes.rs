@@ -81,7 +81,8 @@ fn part_len(data: &QuantizedData, part: usize) -> Option<usize> {
             Some(4 * (map.len() + nested.len() + offsets.len()))
         }
         (QuantizedFormat::Int8 { codes, .. }, 0) => Some(codes.len()),
-        (QuantizedFormat::Int8 { scales, .. }, 1) => Some(4 * scales.len()),
+        (QuantizedFormat::Int8 { scales, .. } | QuantizedFormat::Fp8 { scales, .. }, 1) => Some(4 * scales.len()),
+        (QuantizedFormat::Fp8 { codes, .. }, 0) => Some(codes.len()),
         (QuantizedFormat::Blocks { bytes, .. }, 0) => Some(bytes.len()),
         _ => None,
     }
@@ -97,7 +98,8 @@ fn part_bytes(data: &QuantizedData, part: usize) -> Vec<u8> {
             floats(&[&map[..], nested, offsets].concat())
         }
         (QuantizedFormat::Int8 { codes, .. }, 0) => codes.iter().map(|code| code.cast_unsigned()).collect(),
-        (QuantizedFormat::Int8 { scales, .. }, 1) => floats(scales),
+        (QuantizedFormat::Int8 { scales, .. } | QuantizedFormat::Fp8 { scales, .. }, 1) => floats(scales),
+        (QuantizedFormat::Fp8 { codes, .. }, 0) => codes.clone(),
         (QuantizedFormat::Blocks { bytes, .. }, 0) => bytes.clone(),
         _ => Vec::new(),
     }
@@ -122,7 +124,8 @@ fn set_part(data: &mut QuantizedData, part: usize, bytes: Vec<u8>) {
             offsets.copy_from_slice(of_offsets);
         }
         (QuantizedFormat::Int8 { codes, .. }, 0) => *codes = bytes.into_iter().map(u8::cast_signed).collect(),
-        (QuantizedFormat::Int8 { scales, .. }, 1) => *scales = floats(&bytes),
+        (QuantizedFormat::Int8 { scales, .. } | QuantizedFormat::Fp8 { scales, .. }, 1) => *scales = floats(&bytes),
+        (QuantizedFormat::Fp8 { codes, .. }, 0) => *codes = bytes,
         (QuantizedFormat::Blocks { bytes: blocks, .. }, 0) => *blocks = bytes,
         _ => unreachable!("a part with a length is one of the above"),
     }
@@ -192,6 +195,7 @@ impl ModuleDisplayDefault for QuantizedCodes {
         let format = match &self.weight.data().format {
             QuantizedFormat::FourBit { .. } => "4 bits",
             QuantizedFormat::Int8 { .. } => "8 bits",
+            QuantizedFormat::Fp8 { .. } => "fp8",
             QuantizedFormat::Blocks { codec, .. } => codec.name,
         };
         content.add_formatted(&format!("{input} x {out} in {format}")).optional()

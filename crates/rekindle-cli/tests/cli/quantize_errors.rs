@@ -11,6 +11,8 @@ fn arguments_that_contradict_are_2() {
     let line = format!("eval --device cpu --model {} --data {}", model.display(), rows.display());
     for (flags, parts) in [
         ("--load-in-4bit --load-in-8bit", ["load_in_4bit and load_in_8bit", "exclude each other"]),
+        ("--load-in-8bit --load-in-fp8", ["load_in_8bit and load_in_fp8", "exclude each other"]),
+        ("--load-in-fp8 --quant-type fp4", ["quant_type", "apply only with load_in_4bit"]),
         ("--load-in-4bit --load-in-16bit", ["load_in_4bit and load_in_16bit", "exclude each other"]),
         ("--quant-type fp4", ["quant_type", "apply only with load_in_4bit"]),
         ("--load-in-8bit --blocksize 64", ["blocksize", "apply only with load_in_4bit"]),

@@ -75,6 +75,13 @@ impl CausalLm {
                  load_in_4bit or load_in_8bit, exclude the linear from the targets, or use \"pissa\""
             )));
         }
+        let format = self.provenance.quantization.as_ref().map(|quantization| quantization.config.format());
+        if let (Some(format @ QuantFormat::Fp8(_)), true) = (format, needs_codes) {
+            return Err(Error::Argument(format!(
+                "init_lora_weights {name} is not supported over {format}, whose quantization errors are small; remove it, \
+                 or set load_in_4bit or load_in_8bit"
+            )));
+        }
         let checkpoint = canonical(&open_checkpoint(&self.provenance.path)?);
         if needs_codes && is_quantized(checkpoint.config()) {
             return Err(Error::Argument(format!(

@@ -34,6 +34,10 @@ pub(crate) fn check_tensors(
             Some(view) if view.shape != shape.as_slice() => {
                 unfit.push(format!("\"{name}\" has shape {:?}, expected {shape:?}", view.shape));
             }
+            Some(view) if view.dtype == Dtype::F8E4M3 => unfit.push(format!(
+                "\"{name}\" is in fp8 (F8_E4M3) without \"{name}_scale_inv\" or \"{name}_scale\", or config.json has no \
+                 quantization_config; supported: quant_method \"fp8\", \"fbgemm_fp8\" and \"compressed-tensors\""
+            )),
             Some(view) if !is_float(view.dtype) => {
                 unfit.push(format!(
                     "\"{name}\" has dtype {}; supported: F32, F16, BF16 and blocks of GGUF with a decoder",

@@ -41,6 +41,9 @@ pub(crate) fn in_place(options: &LoadOptions, is_quantized: bool, config: &Model
         return Ok(false);
     }
     let asked = load_in.map(format).and_then(LoadIn::format);
+    if let Some(format @ QuantFormat::Fp8(_)) = asked {
+        return Err(fp8("load_in_fp8 = true", format));
+    }
     if asked.is_some_and(|format| !format.is_trainable()) {
         return Err(coded_scales("the format that was asked for"));
     }
@@ -72,8 +75,15 @@ pub(crate) fn untrainable(name: &str, format: QuantFormat) -> Error {
             "tensor \"{name}\" of the checkpoint is in MXFP4, which does not support training; use a 16-bit checkpoint, or \
              train an adapter"
         )),
+        QuantFormat::Fp8(_) => fp8(&format!("tensor \"{name}\" of the checkpoint"), format),
         _ => coded_scales(&format!("tensor \"{name}\" of the checkpoint")),
     }
+}
+
+fn fp8(what: &str, format: QuantFormat) -> Error {
+    Error::Argument(format!(
+        "{what}: {format} does not support full_finetuning; use a 16-bit checkpoint without load_in_fp8, or train an adapter"
+    ))
 }
 
 /// Returns the error for doubly quantized scales, which cannot change with the weights.

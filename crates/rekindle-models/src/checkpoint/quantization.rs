@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rekindle_hub::{Checkpoint, Dtype, TensorView, write_f32};
 use rekindle_quant::bnb::{self, QuantizationConfig, RawTensor, StoredWeight};
-use rekindle_quant::{DiskMetadata, QuantConfig, QuantFormat};
+use rekindle_quant::{DiskMetadata, Fp8Scaling, QuantConfig, QuantFormat};
 use serde_json::Value;
 
 use super::kept_blocks::is_gguf;
@@ -23,6 +23,8 @@ pub enum LoadIn {
     FourBit(Option<QuantConfig>),
     /// LLM.int8().
     EightBit,
+    /// fp8 (E4M3) with a scale per row, or whatever fp8 format a quantized checkpoint has.
+    Fp8,
 }
 
 impl LoadIn {
@@ -32,6 +34,7 @@ impl LoadIn {
             Self::SixteenBit => "load_in_16bit",
             Self::FourBit(_) => "load_in_4bit",
             Self::EightBit => "load_in_8bit",
+            Self::Fp8 => "load_in_fp8",
         }
     }
 
@@ -41,13 +44,16 @@ impl LoadIn {
             Self::SixteenBit => None,
             Self::FourBit(config) => Some(QuantFormat::FourBit(config.unwrap_or_default())),
             Self::EightBit => Some(QuantFormat::Int8),
+            Self::Fp8 => Some(QuantFormat::Fp8(Fp8Scaling::Row)),
         }
     }
 
     /// Returns the part of this request that a checkpoint in the format `stored` does not satisfy.
     fn conflict(self, stored: QuantFormat) -> Option<String> {
         match (self, stored) {
-            (Self::FourBit(None), QuantFormat::FourBit(_)) | (Self::EightBit, QuantFormat::Int8) => None,
+            (Self::FourBit(None), QuantFormat::FourBit(_))
+            | (Self::EightBit, QuantFormat::Int8)
+            | (Self::Fp8, QuantFormat::Fp8(_)) => None,
             // The linears beside the experts can be quantized.
             (Self::FourBit(_), QuantFormat::Mxfp4) => None,
             // Each weight says its own block size.
@@ -85,16 +91,13 @@ pub(crate) struct Quantization {
 impl Quantization {
     /// Lists `modules`, which were quantized, among those that are dense.
     pub(crate) fn keep_dense<'a>(&mut self, modules: impl IntoIterator<Item = &'a String>) {
-        if self.config.format() == QuantFormat::Mxfp4 {
-            // Which experts are in MXFP4 is said by their tensors alone.
-            return;
-        }
-        const SKIP: &str = "llm_int8_skip_modules";
+        // Which experts are in MXFP4 is said by their tensors alone.
+        let Some(skip) = self.config.skip_key() else { return };
         let mut json = self.config.to_json();
         // A list replaces the default, which is the head.
-        let mut names = json[SKIP].as_array().cloned().unwrap_or_else(|| vec![Value::from("lm_head")]);
+        let mut names = json[skip].as_array().cloned().unwrap_or_else(|| vec![Value::from("lm_head")]);
         names.extend(modules.into_iter().map(|name| Value::from(name.as_str())));
-        json[SKIP] = Value::Array(names);
+        json[skip] = Value::Array(names);
         self.config = QuantizationConfig::parse(&json).expect("only names were added");
     }
 }
@@ -119,7 +122,7 @@ impl LinearFormat {
     ///
     /// # Errors
     /// [`Error::Argument`] for a quantized checkpoint asked for in another format, [`Error::Config`] for a
-    /// `quantization_config` that is not bitsandbytes'.
+    /// `quantization_config` that is not supported.
     pub(crate) fn of(
         json: &Value,
         path: &Path,
@@ -133,7 +136,7 @@ impl LinearFormat {
                 return match skip_modules {
                     None => Ok(None),
                     Some(_) => Err(Error::Argument(
-                        "skip_modules has no effect because nothing is quantized; set load_in_4bit or load_in_8bit, \
+                        "skip_modules has no effect because nothing is quantized; set load_in_fp8, load_in_4bit or load_in_8bit, \
                          or remove it"
                             .to_owned(),
                     )),
@@ -159,7 +162,9 @@ impl LinearFormat {
             let beside = asked.map(|format| (QuantizationConfig::new(format, compute_dtype(json), dense), format));
             return Ok(Some(Self { config, format: found, is_stored: true, beside }));
         }
-        Ok(Some(Self { config, format: asked.unwrap_or(found), is_stored: true, beside: None }))
+        // A request for fp8 has no scales of its own.
+        let format = asked.filter(|asked| !matches!(asked, QuantFormat::Fp8(_))).unwrap_or(found);
+        Ok(Some(Self { config, format, is_stored: true, beside: None }))
     }
 
     /// Returns the format of the linear `module`; `None` if it stays dense.
@@ -237,6 +242,7 @@ impl QuantizationPlan {
                      {shape:?}"
                 )));
             }
+            self.check_fp8(module, &weight).map_err(|problem| fail(format!("tensor \"{name}\" {problem}")))?;
             let asked = self.asked.filter(|_| self.linears.beside.is_none());
             let blocksizes = weight.format().blocksize().zip(asked.and_then(QuantFormat::blocksize));
             if let Some((found, asked)) = blocksizes.filter(|(found, asked)| found != asked) {
@@ -249,6 +255,13 @@ impl QuantizationPlan {
             }
             return Ok(Some(weight));
         }
+        if let Some(format @ QuantFormat::Fp8(_)) = self.linears.of_module(module).filter(|_| self.linears.is_stored) {
+            return Err(fail(format!(
+                "tensor \"{name}\" has no scales, but quantization_config says {format} and does not list \"{module}\" in \
+                 {}",
+                self.skip_key()
+            )));
+        }
         let format =
             if self.linears.is_stored { self.linears.beside_experts(module) } else { self.linears.of_module(module) };
         let Some(format) = format else { return Ok(None) };
@@ -260,6 +273,30 @@ impl QuantizationPlan {
             return format.quantize(&bytes, Dtype::F32, view.shape).map(Some).map_err(failed);
         }
         format.quantize(&view.row_major(), view.dtype, view.shape).map(Some).map_err(failed)
+    }
+}
+
+impl QuantizationPlan {
+    /// Compares an fp8 weight of the checkpoint with its configuration, by which memory is planned.
+    fn check_fp8(&self, module: &str, weight: &StoredWeight) -> Result<(), String> {
+        let StoredWeight::Fp8(weight) = weight else { return Ok(()) };
+        let found = weight.tensor.scaling();
+        let key = self.skip_key();
+        match self.linears.of_module(module) {
+            None => {
+                Err(format!("is in fp8, but quantization_config lists \"{module}\" in {key}, or does not target it"))
+            }
+            Some(QuantFormat::Fp8(expected))
+                if expected.grid(weight.tensor.shape()) == found.grid(weight.tensor.shape()) =>
+            {
+                Ok(())
+            }
+            Some(other) => Err(format!("has {}, but quantization_config says {other}", found.name())),
+        }
+    }
+
+    fn skip_key(&self) -> &'static str {
+        self.linears.config.skip_key().unwrap_or("modules_to_not_convert")
     }
 }
 

@@ -16,7 +16,7 @@ use crate::non_finite::check_view;
 use crate::{Error, MemoryReport, ModelConfig, Role};
 
 /// Writes `checkpoint` with quantized linears into the existing directory `dir`: the tensors and the
-/// `config.json` that bitsandbytes would have written. Everything else stays as it is, bit for bit.
+/// `config.json` that bitsandbytes would have written, or for fp8 those of compressed-tensors. Everything else stays as it is, bit for bit.
 ///
 /// `skip_modules` are the linears that stay dense; `None` is `lm_head`. The codes are held in memory until all are
 /// made; of the dense weights no copy is. `progress` is told the bytes of each tensor as it is read.
@@ -42,7 +42,7 @@ pub fn quantize(
         )));
     }
     let plan = QuantizationPlan::of(checkpoint, Some(load_in), skip_modules, &config)?;
-    let plan = plan.ok_or_else(|| Error::Argument("quantizing needs a 4-bit or 8-bit format".to_owned()))?;
+    let plan = plan.ok_or_else(|| Error::Argument("quantizing needs a format of 4 or 8 bits".to_owned()))?;
     check_tensors(checkpoint, &config, None, false)?;
 
     let mut packed: BTreeMap<String, StoredWeight> = BTreeMap::new();

@@ -2,10 +2,11 @@ use serde_json::{Map, Value, json};
 
 use super::skip::SkipPattern;
 use crate::element::parse_float;
+use crate::fp8::Fp8Rules;
 use crate::{Dtype, Error, QuantConfig, QuantFormat, QuantType};
 
-/// The `quantization_config` of a checkpoint's config.json, with the keys of transformers' `BitsAndBytesConfig` or
-/// `Mxfp4Config`.
+/// The `quantization_config` of a checkpoint's config.json, with the keys of transformers' `BitsAndBytesConfig`,
+/// `Mxfp4Config`, `FineGrainedFP8Config` or `FbgemmFp8Config`, or of compressed-tensors.
 ///
 /// Unknown keys and the order of all keys are preserved when the value is written back. Absent keys have transformers'
 /// defaults. The block size is not among the keys: it is part of each weight's quant_state.
@@ -17,6 +18,7 @@ pub struct QuantizationConfig {
     threshold: f32,
     has_fp16_weight: bool,
     skip_modules: Option<Vec<SkipPattern>>,
+    fp8: Option<Fp8Rules>,
     entries: Map<String, Value>,
 }
 
@@ -47,7 +49,10 @@ impl QuantizationConfig {
             None => {}
             Some(Value::String(method)) if method == "bitsandbytes" => {}
             Some(Value::String(method)) if method == MXFP4 => return Ok(Self::mxfp4(entries.clone())),
-            Some(Value::String(method)) => return Err(Error::QuantMethod { got: shortened(method) }),
+            Some(Value::String(method)) => match Fp8Rules::parse(method, entries)? {
+                Some(rules) => return Ok(Self::fp8(rules, entries.clone())),
+                None => return Err(Error::QuantMethod { got: shortened(method) }),
+            },
             Some(other) => return Err(keys.expected("quant_method", other, "a string")),
         }
         let four_bit = keys.flag("load_in_4bit")?.or(keys.flag("_load_in_4bit")?).unwrap_or(false);
@@ -75,19 +80,30 @@ impl QuantizationConfig {
             },
             threshold: keys.threshold()?,
             has_fp16_weight: keys.flag("llm_int8_has_fp16_weight")?.unwrap_or(false),
-            skip_modules: keys.skip_modules()?,
+            skip_modules: keys.patterns("llm_int8_skip_modules")?,
+            fp8: None,
             entries: entries.clone(),
         })
     }
 
     fn mxfp4(entries: Map<String, Value>) -> Self {
+        Self::without_options(QuantFormat::Mxfp4, entries)
+    }
+
+    fn fp8(rules: Fp8Rules, entries: Map<String, Value>) -> Self {
+        Self { fp8: Some(rules.clone()), ..Self::without_options(QuantFormat::Fp8(rules.scaling), entries) }
+    }
+
+    /// A format that has none of bitsandbytes' options.
+    fn without_options(format: QuantFormat, entries: Map<String, Value>) -> Self {
         Self {
-            format: QuantFormat::Mxfp4,
+            format,
             compute_dtype: Dtype::BF16,
             quant_storage: Dtype::U8,
             threshold: THRESHOLD,
             has_fp16_weight: false,
             skip_modules: None,
+            fp8: None,
             entries,
         }
     }
@@ -101,6 +117,10 @@ impl QuantizationConfig {
             QuantFormat::Mxfp4 => {
                 let entries = [("modules_to_not_convert", json!(skip_modules)), ("quant_method", json!(MXFP4))];
                 return Self::mxfp4(entries.map(|(key, value)| (key.to_owned(), value)).into_iter().collect());
+            }
+            QuantFormat::Fp8(scaling) => {
+                let (rules, entries) = Fp8Rules::created(scaling, skip_modules.as_deref());
+                return Self::fp8(rules, entries);
             }
         };
         // All keys that transformers writes, in its sorted order.
@@ -128,6 +148,7 @@ impl QuantizationConfig {
             threshold: THRESHOLD,
             has_fp16_weight: false,
             skip_modules: skip_modules.as_ref().map(|names| names.iter().map(pattern).collect()),
+            fp8: None,
             entries: entries.map(|(key, value)| (key.to_owned(), value)).into_iter().collect(),
         }
     }
@@ -135,6 +156,15 @@ impl QuantizationConfig {
     /// Returns the value to write.
     pub fn to_json(&self) -> Value {
         Value::Object(self.entries.clone())
+    }
+
+    /// Returns the key of the list of modules that are not quantized; `None` where tensors alone say it.
+    pub fn skip_key(&self) -> Option<&'static str> {
+        match (self.format, &self.fp8) {
+            (_, Some(rules)) => Some(rules.skip_key),
+            (QuantFormat::Mxfp4, None) => None,
+            _ => Some("llm_int8_skip_modules"),
+        }
     }
 
     /// Returns the format of the linear layers. Block sizes are not among the keys: that of a parsed configuration is the
@@ -168,8 +198,12 @@ impl QuantizationConfig {
     /// The rule is that of transformers 5: an entry of `llm_int8_skip_modules` matches either as a regular expression
     /// from the start of the name to the end of a component (`model.layers.1` does not match in `model.layers.11`), or
     /// as a suffix of the name. Without a list, `lm_head` is skipped. Embeddings are not linears and are never
-    /// quantized. In MXFP4 are the experts alone, whatever the list says.
+    /// quantized. In MXFP4 are the experts alone, whatever the list says. compressed-tensors has
+    /// a rule of its own: names that match whole, or regular expressions from the start of the name.
     pub fn skips(&self, module: &str) -> bool {
+        if let Some(rules) = &self.fp8 {
+            return rules.skips(module);
+        }
         if self.format == QuantFormat::Mxfp4 {
             return !module.contains(".experts.");
         }
@@ -190,11 +224,12 @@ fn storage(name: &str) -> Result<Dtype, Error> {
     })
 }
 
-struct Keys<'a>(&'a Map<String, Value>);
+/// The keys of an object, with checked access.
+pub(crate) struct Keys<'a>(pub(crate) &'a Map<String, Value>);
 
 impl<'a> Keys<'a> {
     /// Returns `None` if the key is absent or null, which means the default.
-    fn get(&self, key: &str) -> Option<&'a Value> {
+    pub(crate) fn get(&self, key: &str) -> Option<&'a Value> {
         self.0.get(key).filter(|value| !value.is_null())
     }
 
@@ -215,23 +250,35 @@ impl<'a> Keys<'a> {
         threshold.map(|t| t as f32).ok_or_else(|| self.expected(key, value, "a number from 0 up"))
     }
 
-    fn skip_modules(&self) -> Result<Option<Vec<SkipPattern>>, Error> {
-        let key = "llm_int8_skip_modules";
+    /// Returns a list of module names.
+    pub(crate) fn names(&self, key: &str) -> Result<Option<Vec<&'a str>>, Error> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        let names = value.as_array().ok_or_else(|| self.expected(key, value, "a list of module names"))?;
-        let pattern = |name: &Value| {
-            SkipPattern::parse(name.as_str().ok_or_else(|| self.expected(key, name, "a list of module names"))?)
-        };
-        names.iter().map(pattern).collect::<Result<_, _>>().map(Some)
+        let wrong = |found: &Value| self.expected(key, found, "a list of module names");
+        let names = value.as_array().ok_or_else(|| wrong(value))?;
+        names.iter().map(|name| name.as_str().ok_or_else(|| wrong(name))).collect::<Result<_, _>>().map(Some)
     }
 
-    fn expected(&self, key: &str, value: &Value, expected: &str) -> Error {
+    /// Returns a list of modules to skip.
+    pub(crate) fn patterns(&self, key: &str) -> Result<Option<Vec<SkipPattern>>, Error> {
+        let Some(names) = self.names(key)? else { return Ok(None) };
+        names.into_iter().map(|name| SkipPattern::parse_in(key, name)).collect::<Result<_, _>>().map(Some)
+    }
+
+    /// Returns the value of a key that has one of `supported`, whatever its case.
+    pub(crate) fn one_of(&self, key: &str, supported: &[&'static str]) -> Result<Option<&'static str>, Error> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let found = value.as_str().and_then(|text| supported.iter().find(|name| name.eq_ignore_ascii_case(text)));
+        let list = || supported.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(" or ");
+        found.copied().map(Some).ok_or_else(|| self.expected(key, value, &list()))
+    }
+
+    pub(crate) fn expected(&self, key: &str, value: &Value, expected: &str) -> Error {
         Error::config(key, &format!("is {}, expected {expected}", shown(value)))
     }
 }
 
 /// Formats JSON for a message.
-fn shown(value: &Value) -> String {
+pub(crate) fn shown(value: &Value) -> String {
     match value {
         Value::Array(_) => "a list".to_owned(),
         Value::Object(_) => "an object".to_owned(),
@@ -314,7 +361,7 @@ mod tests {
             (
                 r#""bitsandbytes""#,
                 r#""gptq""#,
-                r#"quant_method "gptq" is not supported; supported: "bitsandbytes" (nf4, fp4, int8), "mxfp4""#,
+                r#"quant_method "gptq" is not supported; supported: "bitsandbytes" (nf4, fp4, int8), "mxfp4", "fp8","#,
             ),
             (r#""bitsandbytes""#, "7", "quant_method is 7, expected a string"),
             (r#""load_in_8bit":false"#, r#""load_in_8bit":true"#, "load_in_4bit and load_in_8bit are both true"),

@@ -2,7 +2,7 @@
 
 use crate::Error;
 
-/// An entry of `llm_int8_skip_modules`.
+/// An entry of `llm_int8_skip_modules`, or of `modules_to_not_convert` in the fp8 methods of transformers.
 ///
 /// The rule is that of transformers 5 (`should_convert_module`). A module is skipped when the entry
 /// - matches its name as a regular expression, from the start of the name to the end of a component: `model.layers.1`
@@ -12,7 +12,7 @@ use crate::Error;
 /// The supported regular expression syntax is `.`, `*`, `+`, `?`, `\d` and escaped punctuation, which covers all
 /// entries in use.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct SkipPattern {
+pub(crate) struct SkipPattern {
     text: String,
     atoms: Vec<(Atom, Repeat)>,
 }
@@ -36,7 +36,15 @@ impl SkipPattern {
     ///
     /// # Errors
     /// [`Error::Config`] for a regular expression with unsupported syntax.
-    pub(super) fn parse(text: &str) -> Result<Self, Error> {
+    pub(crate) fn parse(text: &str) -> Result<Self, Error> {
+        Self::parse_in("llm_int8_skip_modules", text)
+    }
+
+    /// Parses an entry of the list `key`.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse).
+    pub(crate) fn parse_in(key: &str, text: &str) -> Result<Self, Error> {
         let mut atoms: Vec<(Atom, Repeat)> = Vec::new();
         let mut repeatable = false;
         let mut chars = text.chars();
@@ -44,10 +52,7 @@ impl SkipPattern {
             let refuse = || {
                 let supported = r"names, '.', '*', '+', '?' and '\d'";
                 let text: String = text.chars().take(40).collect();
-                Error::config(
-                    "llm_int8_skip_modules",
-                    &format!("has {text:?}, in which {c:?} is not supported; use {supported}"),
-                )
+                Error::config(key, &format!("has {text:?}, in which {c:?} is not supported; use {supported}"))
             };
             let atom = match c {
                 '*' | '+' | '?' => {
@@ -75,11 +80,25 @@ impl SkipPattern {
     }
 
     /// Creates a pattern that matches `text` literally.
-    pub(super) fn literal(text: &str) -> Self {
+    pub(crate) fn literal(text: &str) -> Self {
         Self { text: text.to_owned(), atoms: text.chars().map(|c| (Atom::Literal(c), Repeat::Once)).collect() }
     }
 
-    pub(super) fn skips(&self, module: &str) -> bool {
+    /// Returns the entries of compressed-tensors' `ignore` that match the same modules.
+    pub(crate) fn to_ignore(&self) -> Vec<String> {
+        if self.text == "lm_head" {
+            return vec![self.text.clone()];
+        }
+        let expression = if Self::parse(&self.text).is_ok() { self.text.clone() } else { regex::escape(&self.text) };
+        // The boundary may also be the last point of the expression.
+        let start = match expression.strip_suffix('.') {
+            Some(before) => format!(r"re:(?:{before}\.|(?:{expression})(?:\.|$))"),
+            None => format!(r"re:(?:{expression})(?:\.|$)"),
+        };
+        vec![start, format!("re:.*{}$", regex::escape(&self.text))]
+    }
+
+    pub(crate) fn skips(&self, module: &str) -> bool {
         module.ends_with(&self.text) || self.matches_components(module)
     }
 

@@ -86,7 +86,7 @@ const NEUTRAL: [(&str, &[&str]); 12] = [
 ];
 
 /// Sections and names of keys, each with its names in other trainers.
-const SYNONYMS: [(&str, &str, &[&str]); 48] = [
+const SYNONYMS: [(&str, &str, &[&str]); 49] = [
     ("", "output_dir", &["output", "out_dir", "save_dir", "save_path"]),
     ("", "seed", &["data_seed", "random_seed"]),
     (
@@ -119,6 +119,7 @@ const SYNONYMS: [(&str, &str, &[&str]); 48] = [
     ("model", "dtype", &["torch_dtype", "precision", "compute_dtype", "mixed_precision"]),
     ("model", "load_in_4bit", &["load_4bit", "qlora", "use_4bit", "quantization_bit"]),
     ("model", "load_in_8bit", &["load_8bit", "use_8bit"]),
+    ("model", "load_in_fp8", &["load_fp8", "use_fp8"]),
     ("model", "full_finetuning", &["full_finetune", "full"]),
     ("model", "token", &["hf_token", "use_auth_token", "hub_token"]),
     ("model", "revision", &["model_revision"]),

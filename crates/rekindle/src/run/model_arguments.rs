@@ -33,6 +33,9 @@ pub struct ModelArguments {
     /// If true, linears are quantized to LLM.int8() while loading. Default false.
     #[serde(skip_serializing_if = "is_false")]
     pub load_in_8bit: bool,
+    /// If true, linears are quantized to fp8 (E4M3) with a scale per row while loading. Default false.
+    #[serde(skip_serializing_if = "is_false")]
+    pub load_in_fp8: bool,
     /// If true, the linears of a GGUF file are decoded while loading, and a quantized checkpoint is refused. Default false.
     #[serde(skip_serializing_if = "is_false")]
     pub load_in_16bit: bool,
@@ -113,6 +116,7 @@ impl ModelArguments {
         let formats = [
             (self.load_in_4bit, LoadIn::FourBit(quant_config)),
             (self.load_in_8bit, LoadIn::EightBit),
+            (self.load_in_fp8, LoadIn::Fp8),
             (self.load_in_16bit, LoadIn::SixteenBit),
         ];
         let requested: Vec<LoadIn> = formats.into_iter().filter_map(|(on, format)| on.then_some(format)).collect();

@@ -4,7 +4,7 @@ use core::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Absmax, QuantizedData, QuantizedFormat};
+use super::{Absmax, QuantizedData, QuantizedFormat, fp8};
 use crate::host::simd;
 
 /// Decodes some rows of the matrix.
@@ -31,6 +31,14 @@ pub(crate) fn decode_rows(codes: &QuantizedData, rows: Range<usize>, out: &mut [
             let step = 4096_usize.div_ceil(input.max(1));
             let bytes = bytes[rows.start * width..rows.end * width].par_chunks((step * width).max(1));
             out.par_chunks_mut((step * input).max(1)).zip(bytes).for_each(|(out, bytes)| (codec.decode)(bytes, out));
+        }
+        QuantizedFormat::Fp8 { codes, scales, scaling, section } => {
+            let (per_row, width) = (scaling.grid([1, input])[1], scaling.columns(input));
+            let codes = codes[rows.start * input..rows.end * input].par_chunks(input);
+            out.par_chunks_mut(input).zip(codes).zip(rows.into_par_iter()).for_each(|((out, codes), row)| {
+                let scales = &scales[scaling.scale_row(*section, row) * per_row..][..per_row];
+                fp8::decode_row(codes, scales, width, out);
+            });
         }
         QuantizedFormat::Int8 { codes, scales, factor } => {
             let codes = &codes[rows.start * input..rows.end * input];

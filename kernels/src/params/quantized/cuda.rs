@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Absmax, BlockCodec, QuantizedData, QuantizedFormat};
+use super::{Absmax, BlockCodec, Fp8Scaling, QuantizedData, QuantizedFormat};
 use crate::params::stochastic::RoundingRng;
 use crate::runtime::op::{blocks, check_dims, int, kernel};
 use crate::runtime::{Array, Buffer, Cuda, CudaError, DType, MemoryUse, args, entry};
@@ -34,7 +34,20 @@ enum Format {
         double: Option<Double>,
     },
     Int8,
+    Fp8 {
+        scaling: Fp8Scaling,
+        section: usize,
+    },
     Blocks(BlockCodec),
+}
+
+/// The addresses of an fp8 weight's codes `[out, in]` and f32 scales, as [`QuantizedFormat::Fp8`] has them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fp8Codes {
+    pub(crate) codes: u64,
+    pub(crate) scales: u64,
+    pub(crate) scaling: Fp8Scaling,
+    pub(crate) section: usize,
 }
 
 /// The addresses that a kernel reads 4-bit blocks of 64 values by.
@@ -161,6 +174,9 @@ impl QuantizedArray {
                 let none = stored.part(0, 0);
                 (stored, none, Format::Blocks(*codec))
             }
+            QuantizedFormat::Fp8 { codes, scales, scaling, section } => {
+                (uploaded(codes), floats(scales), Format::Fp8 { scaling: *scaling, section: *section })
+            }
             QuantizedFormat::Int8 { codes, scales, .. } => {
                 let placed = cuda.alloc(codes.len(), MemoryUse::QuantizedWeights);
                 if !cuda.is_planned() {
@@ -209,14 +225,14 @@ impl QuantizedArray {
     fn double(&self) -> Option<&Double> {
         match &self.format {
             Format::FourBit { double, .. } => double.as_ref(),
-            Format::Int8 | Format::Blocks(_) => None,
+            Format::Int8 | Format::Fp8 { .. } | Format::Blocks(_) => None,
         }
     }
 
     fn double_mut(&mut self) -> Option<&mut Double> {
         match &mut self.format {
             Format::FourBit { double, .. } => double.as_mut(),
-            Format::Int8 | Format::Blocks(_) => None,
+            Format::Int8 | Format::Fp8 { .. } | Format::Blocks(_) => None,
         }
     }
 
@@ -252,6 +268,12 @@ impl QuantizedArray {
         };
         let [codes, scales, table] = [&self.codes, &self.scales, table].map(Bytes::ptr);
         Some(FourBitBlocks { codes, scales, table, double })
+    }
+
+    /// The codes and scales of an fp8 weight; `None` for any other.
+    pub(crate) fn fp8(&self) -> Option<Fp8Codes> {
+        let Format::Fp8 { scaling, section } = self.format else { return None };
+        Some(Fp8Codes { codes: self.codes.ptr(), scales: self.scales.ptr(), scaling, section })
     }
 
     /// Returns the bytes of the codes, and of their scales.
@@ -304,7 +326,7 @@ impl QuantizedArray {
                 elements.is_multiple_of(1 << block_shift) && double.as_ref().is_none_or(divides)
             }
             // Kernels load up to 16 bytes at a time.
-            Format::Int8 => elements.is_multiple_of(16),
+            Format::Int8 | Format::Fp8 { .. } => elements.is_multiple_of(16),
             Format::Blocks(codec) => (elements / codec.elements * codec.bytes).is_multiple_of(16),
         }
     }
@@ -322,7 +344,24 @@ impl QuantizedArray {
         let [out, width, ld] = [int(rows), int(cols), int(w.ld())];
         let grid = |groups| [blocks((rows * cols.div_ceil(8)).div_ceil(groups)), 1, 1];
         let after = |bytes: &Bytes, first: usize| bytes.ptr() + first as u64;
+        if let Some(Fp8Codes { codes, scales, scaling, section }) = self.fp8() {
+            let [sections, per_row] = scaling.grid([section, cols]);
+            let entry = match scaling {
+                Fp8Scaling::Tensor => entry!("dequant_fp8.cu", "dequant_fp8_tensor"),
+                Fp8Scaling::Row => entry!("dequant_fp8.cu", "dequant_fp8_row"),
+                Fp8Scaling::Block => entry!("dequant_fp8.cu", "dequant_fp8_block"),
+            };
+            let [first, section, per_section, per_row] = [first, section, sections * per_row, per_row].map(int);
+            kernel(cuda, entry, dtype).launch(
+                grid(GROUPS),
+                [256, 1, 1],
+                0,
+                args![codes + element as u64, scales, w.ptr(), out, width, ld, first, section, per_section, per_row],
+            );
+            return;
+        }
         match &self.format {
+            Format::Fp8 { .. } => unreachable!("decoded above"),
             Format::FourBit { table, block_shift, double: None } => {
                 let scales = after(&self.scales, 4 * (element >> block_shift));
                 let codes = after(&self.codes, element / 2);
@@ -406,6 +445,7 @@ impl QuantizedArray {
                 );
             }
             Format::FourBit { .. } => panic!("scales in codes cannot follow values that change"),
+            Format::Fp8 { .. } => panic!("fp8 codes are only decoded"),
             Format::Blocks(codec) => panic!("blocks of {} are only decoded", codec.name),
             Format::Int8 => {
                 assert!(cols.is_multiple_of(4), "rows of {cols} codes; the kernel takes whole words");

@@ -1,13 +1,15 @@
 //! Frozen weights kept as codes: the codes are the only copy that stays. Products decode a few rows at a time, on CUDA the
 //! whole weight into scratch memory that the next product takes over.
 //!
-//! Two families of codes, which between them cover bitsandbytes' weights, and the blocks of other crates:
+//! Three families of codes, and the blocks of other crates:
 //!
 //! - [`QuantizedFormat::FourBit`]: value = table\[code\] · absmax of the code's block; blocks run over the flattened matrix,
 //!   two codes lie in a byte, the even element in the high nibble. absmax itself may be coded in 8 bits:
 //!   absmax = map\[code\] · nested + offset, a rounding after the product and one after the sum. A weight that is stacked
 //!   from several has an offset for each.
 //! - [`QuantizedFormat::Int8`]: value = (code · scale of the row) · factor.
+//! - [`QuantizedFormat::Fp8`]: value = code · scale, codes in E4M3; a scale for the weight, each row or each block of
+//!   128 × 128.
 //!
 //! [`QuantizedFormat::Blocks`] is for the block formats of other crates, such as those of GGUF files. A function of that crate
 //! decodes them on the CPU, and other devices of Burn get decoded rows. On CUDA, `cu/dequant_blocks.cu` decodes those that
@@ -19,8 +21,8 @@
 //! W `[out, in]`; x, dx `[tokens, in]`; y, dy `[tokens, out]`.
 //!
 //! # Dtypes
-//! Decoded in `f32`, subnormals flushed to zero as on a GPU (blocks of other crates are decoded as they define), rounded once to the dtype of x; products as in
-//! `ops/matmul`.
+//! Decoded in `f32`, subnormals flushed to zero as on a GPU (fp8 keeps them, and blocks of other
+//! crates are decoded as they define), rounded once to the dtype of x; products as in `ops/matmul`.
 //!
 //! # Gradients
 //! To x alone: dx = dy·W. Nothing is saved.
@@ -28,6 +30,8 @@
 mod blocks;
 pub(crate) mod cpu;
 pub(crate) mod cuda;
+mod data;
+mod fp8;
 mod planned;
 pub(crate) mod portable;
 mod stacked;
@@ -37,6 +41,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Device as BurnDevice, Tensor as BurnTensor};
 
 pub use blocks::BlockCodec;
+pub use fp8::Fp8Scaling;
 pub(crate) use planned::PlannedQuantized;
 
 use crate::params::stochastic::RoundingRng;
@@ -76,6 +81,17 @@ pub enum QuantizedFormat {
         /// The last factor of every value: 1/127.
         factor: f32,
     },
+    /// One code a byte, an 8-bit float (E4M3).
+    Fp8 {
+        /// `out · in` codes. None is NaN.
+        codes: Vec<u8>,
+        /// Those of the first section, row-major, then those of the next.
+        scales: Vec<f32>,
+        /// The elements that share a scale.
+        scaling: Fp8Scaling,
+        /// The rows of each weight that this one is stacked from.
+        section: usize,
+    },
     /// Blocks of several elements, each with its scales. A row is whole blocks.
     Blocks {
         /// The blocks of all rows.
@@ -91,6 +107,7 @@ impl QuantizedFormat {
         match self {
             Self::FourBit { .. } => "4-bit codes",
             Self::Int8 { .. } => "8-bit codes",
+            Self::Fp8 { .. } => "fp8 codes",
             Self::Blocks { codec, .. } => codec.name,
         }
     }
@@ -114,162 +131,6 @@ pub enum Absmax {
         /// Added last; each to as many blocks as the others.
         offsets: Vec<f32>,
     },
-}
-
-impl QuantizedData {
-    /// 4-bit codes of a weight `[out, in]` that is all zeros, stacked from `parts`; `blocksize` of them with one scale; with
-    /// `nested`, so many scales with one of their own.
-    pub fn four_bit_zeros(dims: [usize; 2], parts: usize, blocksize: usize, nested: Option<usize>) -> Self {
-        let elements = dims[0] * dims[1];
-        let blocks = elements.div_ceil(blocksize);
-        let absmax = match nested {
-            None => Absmax::Single(vec![0.0; blocks]),
-            Some(blocksize) => Absmax::Double {
-                codes: vec![0; blocks],
-                map: Box::new([0.0; 256]),
-                nested: vec![0.0; blocks.div_ceil(blocksize)],
-                blocksize,
-                offsets: vec![0.0; parts],
-            },
-        };
-        let codes = vec![0; elements.div_ceil(2)];
-        Self { dims, format: QuantizedFormat::FourBit { codes, table: [0.0; 16], blocksize, absmax } }
-    }
-
-    /// 8-bit codes of a weight `[out, in]` that is all zeros.
-    pub fn int8_zeros(dims: [usize; 2]) -> Self {
-        let (codes, scales) = (vec![0; dims[0] * dims[1]], vec![0.0; dims[0]]);
-        Self { dims, format: QuantizedFormat::Int8 { codes, scales, factor: 1.0 / 127.0 } }
-    }
-
-    /// Returns whether its values can be replaced: double-quantized scales cannot follow them, and blocks of other crates
-    /// are only decoded.
-    fn can_be_trained(&self) -> bool {
-        match &self.format {
-            QuantizedFormat::FourBit { absmax, .. } => matches!(absmax, Absmax::Single(_)),
-            QuantizedFormat::Int8 { .. } => true,
-            QuantizedFormat::Blocks { .. } => false,
-        }
-    }
-
-    /// Returns the bytes of the codes and the bytes of their scales. GGUF blocks hold both and count as codes.
-    pub fn bytes(&self) -> (usize, usize) {
-        match &self.format {
-            QuantizedFormat::Blocks { bytes, .. } => (bytes.len(), 0),
-            QuantizedFormat::FourBit { codes, absmax: Absmax::Single(absmax), .. } => (codes.len(), 4 * absmax.len()),
-            QuantizedFormat::FourBit {
-                codes, absmax: Absmax::Double { codes: absmax, nested, offsets, .. }, ..
-            } => (codes.len(), absmax.len() + 4 * nested.len() + 4 * offsets.len()),
-            QuantizedFormat::Int8 { codes, scales, .. } => (codes.len(), 4 * scales.len()),
-        }
-    }
-
-    /// The codes and their scales one after another, without what stays the same when values change.
-    pub(crate) fn to_bytes(&self) -> Vec<u8> {
-        let floats = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-        match &self.format {
-            QuantizedFormat::FourBit { codes, absmax: Absmax::Single(absmax), .. } => {
-                [codes.clone(), floats(absmax)].concat()
-            }
-            QuantizedFormat::FourBit { codes, absmax: Absmax::Double { codes: scales, nested, .. }, .. } => {
-                [codes.clone(), scales.clone(), floats(nested)].concat()
-            }
-            QuantizedFormat::Int8 { codes, scales, .. } => {
-                let codes = codes.iter().map(|code| code.cast_unsigned()).collect();
-                [codes, floats(scales)].concat()
-            }
-            QuantizedFormat::Blocks { bytes, .. } => bytes.clone(),
-        }
-    }
-
-    /// The same with what [`to_bytes`](Self::to_bytes) gave in its place; `None` when there are not as many bytes.
-    pub(crate) fn with_values(&self, bytes: &[u8]) -> Option<Self> {
-        let mut whole = self.clone();
-        let mut rest = bytes;
-        let mut take = |n: usize| rest.split_off(..n);
-        let floats =
-            |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect::<Vec<f32>>();
-        match &mut whole.format {
-            QuantizedFormat::FourBit { codes, absmax: Absmax::Single(absmax), .. } => {
-                *codes = take(codes.len())?.to_vec();
-                *absmax = floats(take(4 * absmax.len())?);
-            }
-            QuantizedFormat::FourBit { codes, absmax: Absmax::Double { codes: scales, nested, .. }, .. } => {
-                *codes = take(codes.len())?.to_vec();
-                *scales = take(scales.len())?.to_vec();
-                *nested = floats(take(4 * nested.len())?);
-            }
-            QuantizedFormat::Int8 { codes, scales, .. } => {
-                *codes = take(codes.len())?.iter().map(|code| code.cast_signed()).collect();
-                *scales = floats(take(4 * scales.len())?);
-            }
-            QuantizedFormat::Blocks { bytes, .. } => *bytes = take(bytes.len())?.to_vec(),
-        }
-        rest.is_empty().then_some(whole)
-    }
-
-    /// Leaves everything but the codes themselves.
-    fn take_bytes(&mut self) {
-        match &mut self.format {
-            QuantizedFormat::FourBit { codes, .. } => *codes = Vec::new(),
-            QuantizedFormat::Int8 { codes, .. } => *codes = Vec::new(),
-            QuantizedFormat::Blocks { bytes, .. } => *bytes = Vec::new(),
-        }
-    }
-
-    /// Undoes [`take_bytes`](Self::take_bytes), with the scales as they are now where they follow from values.
-    fn with_bytes(&self, bytes: Vec<u8>, now: Option<Vec<f32>>) -> Self {
-        let mut whole = self.clone();
-        match &mut whole.format {
-            QuantizedFormat::FourBit { codes, absmax, .. } => {
-                *codes = bytes;
-                if let (Absmax::Single(absmax), Some(now)) = (absmax, now) {
-                    *absmax = now;
-                }
-            }
-            QuantizedFormat::Int8 { codes, scales, .. } => {
-                *codes = bytes.into_iter().map(u8::cast_signed).collect();
-                *scales = now.unwrap_or_else(|| core::mem::take(scales));
-            }
-            QuantizedFormat::Blocks { bytes: blocks, .. } => *blocks = bytes,
-        }
-        whole
-    }
-
-    /// # Panics
-    /// If the lengths do not follow from `dims`.
-    fn check(&self) {
-        let [rows, cols] = self.dims;
-        let elements = rows * cols;
-        match &self.format {
-            QuantizedFormat::FourBit { codes, blocksize, absmax, .. } => {
-                assert!(blocksize.is_power_of_two() && *blocksize >= 32, "a block of {blocksize} codes");
-                assert_eq!(codes.len(), elements.div_ceil(2), "packed codes of {rows} × {cols}");
-                let blocks = elements.div_ceil(*blocksize);
-                match absmax {
-                    Absmax::Single(absmax) => assert_eq!(absmax.len(), blocks, "scales of {rows} × {cols}"),
-                    Absmax::Double { codes, nested, blocksize, offsets, .. } => {
-                        let sections = offsets.len();
-                        assert!(
-                            sections > 0 && blocks.is_multiple_of(sections),
-                            "{sections} offsets of {blocks} scales"
-                        );
-                        assert!(blocksize.is_power_of_two(), "a block of {blocksize} scales");
-                        assert_eq!(codes.len(), blocks, "scales of {rows} × {cols}");
-                        assert_eq!(nested.len(), blocks.div_ceil(*blocksize), "nested scales of {rows} × {cols}");
-                    }
-                }
-            }
-            QuantizedFormat::Int8 { codes, scales, factor } => {
-                assert!(*factor == 1.0 / 127.0, "LLM.int8()'s factor is 1/127, not {factor}");
-                assert_eq!((codes.len(), scales.len()), (elements, rows), "codes and scales of {rows} × {cols}");
-            }
-            QuantizedFormat::Blocks { bytes, codec } => {
-                assert!(cols.is_multiple_of(codec.elements), "rows of {cols} in blocks of {}", codec.elements);
-                assert_eq!(bytes.len(), elements / codec.elements * codec.bytes, "blocks of {rows} × {cols}");
-            }
-        }
-    }
 }
 
 /// Codes where they are used: in plain memory on the CPU, as words on another device of Burn, as bytes on CUDA.
@@ -392,7 +253,8 @@ impl QuantizedWeight {
         }
     }
 
-    /// Returns whether its values can be replaced: on the CPU and on CUDA, unless its scales are quantized too.
+    /// Returns whether its values can be replaced: on the CPU and on CUDA those of 4-bit codes with f32 scales and of 8-bit
+    /// integers.
     pub fn can_be_trained(&self) -> bool {
         match &self.0 {
             Place::Host(data) | Place::Cuda(_, data) => data.can_be_trained(),
@@ -446,7 +308,7 @@ mod tests {
         let device = BurnDevice::flex();
         let bytes = |seed, n| noise(seed, n).into_iter().map(|x| (x * 128.0) as i8).collect::<Vec<_>>();
         let unsigned = |seed, n| bytes(seed, n).into_iter().map(i8::cast_unsigned).collect::<Vec<u8>>();
-        for dims in [[1usize, 1], [5, 13], [9, 64], [16, 64], [33, 129]] {
+        for dims in [[1usize, 1], [5, 13], [9, 64], [16, 64], [33, 129], [130, 257]] {
             let n = dims[0] * dims[1];
             let blocks = n.div_ceil(32);
             let absmax = [
@@ -467,6 +329,13 @@ mod tests {
                     QuantizedFormat::FourBit { codes, table, blocksize: 32, absmax }
                 })
                 .to_vec();
+            let fp8 = [Fp8Scaling::Tensor, Fp8Scaling::Row, Fp8Scaling::Block].map(|scaling| QuantizedFormat::Fp8 {
+                codes: unsigned(9, n).into_iter().map(|code| code & 0xf7).collect(),
+                scales: noise(10, scaling.scales(dims)),
+                scaling,
+                section: dims[0],
+            });
+            formats.extend(fp8);
             formats.push(QuantizedFormat::Int8 { codes: bytes(7, n), scales: noise(8, dims[0]), factor: 1.0 / 127.0 });
             for format in formats {
                 let codes = QuantizedData { dims, format };

@@ -4,7 +4,7 @@ use core::ops::Range;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use super::{Absmax, QuantizedData, QuantizedFormat};
+use super::{Absmax, Fp8Scaling, QuantizedData, QuantizedFormat, fp8};
 
 /// Codes on a device, several in each 32-bit word: the one integer that every backend stores and shifts.
 #[derive(Clone, Debug)]
@@ -20,6 +20,7 @@ pub(crate) struct Words {
 enum WordFormat {
     FourBit { table: [f32; 16], blocksize: usize, absmax: WordAbsmax },
     Int8 { scales: Tensor<1>, factor: f32 },
+    Fp8 { scales: Tensor<1>, scaling: Fp8Scaling, section: usize },
 }
 
 #[derive(Clone, Debug)]
@@ -56,6 +57,10 @@ impl Words {
                     },
                 };
                 (words(codes, device), WordFormat::FourBit { table: *table, blocksize: *blocksize, absmax })
+            }
+            QuantizedFormat::Fp8 { codes, scales, scaling, section } => {
+                let format = WordFormat::Fp8 { scales: floats(scales), scaling: *scaling, section: *section };
+                (words(codes, device), format)
             }
             QuantizedFormat::Blocks { .. } => unreachable!("blocks stay in plain memory"),
             QuantizedFormat::Int8 { codes, scales, factor } => {
@@ -96,6 +101,9 @@ impl Words {
                 scales: floats(scales),
                 factor: *factor,
             },
+            WordFormat::Fp8 { scales, scaling, section } => {
+                QuantizedFormat::Fp8 { codes: bytes, scales: floats(scales), scaling: *scaling, section: *section }
+            }
         };
         QuantizedData { dims: self.dims, format }
     }
@@ -117,6 +125,12 @@ impl Words {
                 let table: [f32; 256] = core::array::from_fn(|code| f32::from((code as u8).cast_signed()));
                 let values = lookup(&BYTES, &self.codes, elements, &table);
                 values * repeat(scales.clone().narrow(0, rows.start, rows.len()), input) * *factor
+            }
+            WordFormat::Fp8 { scales, scaling, section } => {
+                let table: [f32; 256] = core::array::from_fn(|code| fp8::value(code as u8));
+                let values = lookup(&BYTES, &self.codes, elements, &table);
+                let scales = fp8::row_scales(scales, (*scaling, *section), rows, input);
+                return (values.reshape(shape) * scales).cast(dtype);
             }
         };
         values.reshape(shape).cast(dtype)

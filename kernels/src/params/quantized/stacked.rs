@@ -45,6 +45,20 @@ impl QuantizedData {
                 }
                 QuantizedFormat::Int8 { codes, scales, factor }
             }
+            QuantizedFormat::Fp8 { mut codes, mut scales, scaling, section } => {
+                for part in parts {
+                    match part.format {
+                        QuantizedFormat::Fp8 { codes: more, scales: of_more, scaling: other, section: size }
+                            if other == scaling && size == section =>
+                        {
+                            codes.extend(more);
+                            scales.extend(of_more);
+                        }
+                        _ => return None,
+                    }
+                }
+                QuantizedFormat::Fp8 { codes, scales, scaling, section }
+            }
             QuantizedFormat::Blocks { mut bytes, codec } => {
                 for part in parts {
                     match part.format {
@@ -93,6 +107,16 @@ impl QuantizedData {
                 scales: scales[scaled].to_vec(),
                 factor: *factor,
             },
+            QuantizedFormat::Fp8 { codes, scales, scaling, section } => {
+                let section = rows.min(*section);
+                let each = rows / section * scaling.scales([section, cols]);
+                QuantizedFormat::Fp8 {
+                    codes: codes[index * elements..][..elements].to_vec(),
+                    scales: scales[index * each..][..each].to_vec(),
+                    scaling: *scaling,
+                    section,
+                }
+            }
             QuantizedFormat::Blocks { bytes, codec } => {
                 let size = elements / codec.elements * codec.bytes;
                 QuantizedFormat::Blocks { bytes: bytes[index * size..][..size].to_vec(), codec: *codec }

@@ -29,6 +29,9 @@ impl QuantizedLayout {
             QuantizedFormat::Int8 { codes, scales, .. } => {
                 [core::mem::take(codes).len(), core::mem::take(scales).len(), 0]
             }
+            QuantizedFormat::Fp8 { codes, scales, .. } => {
+                [core::mem::take(codes).len(), core::mem::take(scales).len(), 0]
+            }
             QuantizedFormat::Blocks { bytes, .. } => [core::mem::take(bytes).len(), 0, 0],
         };
         (Self { rest: Some(rest), lengths, planned: None }, bytes)
@@ -51,6 +54,9 @@ impl QuantizedLayout {
                 (*codes, *scales, *nested) = (vec![0; codes_length], vec![0; scales_length], vec![0.0; nested_length]);
             }
             QuantizedFormat::Int8 { codes, scales, .. } => {
+                (*codes, *scales) = (vec![0; codes_length], vec![0.0; scales_length]);
+            }
+            QuantizedFormat::Fp8 { codes, scales, .. } => {
                 (*codes, *scales) = (vec![0; codes_length], vec![0.0; scales_length]);
             }
             QuantizedFormat::Blocks { bytes: blocks, .. } => *blocks = vec![0; codes_length],

@@ -3,7 +3,7 @@ use std::thread;
 
 use super::*;
 use crate::host::tests::noise;
-use crate::params::quantized::{Absmax, BlockCodec, QuantizedData, QuantizedFormat};
+use crate::params::quantized::{Absmax, BlockCodec, Fp8Scaling, QuantizedData, QuantizedFormat};
 use crate::{DType, Params, from_f32, to_f32};
 
 /// Ranks on threads of one process.
@@ -73,6 +73,13 @@ fn int8(seed: u64, [rows, cols]: [usize; 2]) -> Weight {
     Weight::Quantized(QuantizedWeight::new(QuantizedData { dims: [rows, cols], format }, &Device::cpu()))
 }
 
+fn fp8(seed: u64, dims: [usize; 2]) -> Weight {
+    let codes = codes(seed, dims[0] * dims[1]).into_iter().map(|code| code & 0xf7).collect();
+    let scaling = Fp8Scaling::Row;
+    let format = QuantizedFormat::Fp8 { codes, scales: noise(seed + 1, dims[0]), scaling, section: dims[0] };
+    Weight::Quantized(QuantizedWeight::new(QuantizedData { dims, format }, &Device::cpu()))
+}
+
 /// Blocks of four elements: a scale and four codes.
 fn blocks(seed: u64, [rows, cols]: [usize; 2]) -> Weight {
     const CODEC: BlockCodec = BlockCodec {
@@ -102,6 +109,7 @@ fn block(seed: u64) -> Vec<Weight> {
         four_bit(seed + 30, [4, 64], Some(4)),
         int8(seed + 40, [3, 11]),
         blocks(seed + 50, [3, 8]),
+        fp8(seed + 60, [3, 7]),
     ]
 }
 

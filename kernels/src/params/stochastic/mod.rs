@@ -113,6 +113,7 @@ impl QuantizedData {
                 cpu::four_bit(values, codes, absmax, &Sorted::new(table), *blocksize, rng);
             }
             QuantizedFormat::FourBit { .. } => panic!("scales in codes cannot follow values that change"),
+            QuantizedFormat::Fp8 { .. } => panic!("fp8 codes are only decoded"),
             QuantizedFormat::Blocks { codec, .. } => panic!("blocks of {} are only decoded", codec.name),
             QuantizedFormat::Int8 { codes, scales, .. } => cpu::int8(values, codes, scales, cols, rng),
         }
