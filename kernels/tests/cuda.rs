@@ -37,6 +37,7 @@ use common::stacked::Stack;
 use common::{Case, Layout, Place, properties};
 use rekindle_kernels::Device;
 use rekindle_kernels::optimizer::StateFormat;
+use rekindle_kernels::quantized::Fp8Scaling;
 use rekindle_kernels::routing::RoutingForm;
 use rekindle_kernels::runtime::Cuda;
 use suite::{FLOOR, Lost, Suite};
@@ -118,7 +119,8 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
         (&[(64, 0), (32, 0), (16, 0)], [12, 256]),
     ];
     for (linears, size) in groups.into_iter().zip(sizes).chain(few).chain(alone) {
-        for kind in [None, Some(Kind::FourBit), Some(Kind::FourBitDouble), Some(Kind::Int8)] {
+        let fp8 = Kind::Fp8(Fp8Scaling::Block);
+        for kind in [None, Some(Kind::FourBit), Some(Kind::FourBitDouble), Some(Kind::Int8), Some(fp8)] {
             for bias in [false, true] {
                 suite.dtypes(|dtype| Stack::new(size, linears, kind, bias, dtype))?;
                 for (magnitudes, biases) in [(true, false), (false, true), (true, true)] {

@@ -41,6 +41,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("blocks of GGUF files are decoded", blocks::decoding),
     ("blocks of GGUF files: losses and gradients", blocks::models),
     ("experts in MXFP4: losses and gradients of adapters", blocks::experts_in_mxfp4),
+    ("fp8: decoding, losses and optimizer steps", blocks::fp8::all),
     ("losses of every LoRA option", losses_of_options),
     ("gradients of biases and magnitudes", gradients_of_options),
     ("starts from the weights", starts),
@@ -150,7 +151,7 @@ fn losses_of_options(device: &Device) {
 fn gradients_of_options(device: &Device) {
     let golden = Golden::open("llama-bias");
     let batch = golden.packed();
-    for load_in in [None, Some(LoadIn::FourBit(None)), Some(LoadIn::EightBit)] {
+    for load_in in [None, Some(LoadIn::FourBit(None)), Some(LoadIn::EightBit), Some(LoadIn::Fp8)] {
         for (use_dora, bias, dropout) in [
             (false, Bias::All, 0.0),
             (false, Bias::LoraOnly, 0.2),

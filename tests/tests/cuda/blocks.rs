@@ -1,4 +1,7 @@
-//! Blocks of GGUF files, and MXFP4.
+//! Blocks of GGUF files, MXFP4 and fp8.
+
+#[path = "fp8.rs"]
+pub(super) mod fp8;
 
 use rekindle::{GgufExport, GgufFileType};
 use rekindle_gguf::GgmlType;

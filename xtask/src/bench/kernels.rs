@@ -10,7 +10,7 @@ use rekindle_kernels::gated_activation::{self, Activation};
 use rekindle_kernels::grouped::{self, GroupedRows};
 use rekindle_kernels::linear_cross_entropy::{self, LmHead, TokenWeights};
 use rekindle_kernels::optimizer::{self, Clip, OptimizerState, StateFormat, UpdateRule, UpdateStep};
-use rekindle_kernels::quantized::{Absmax, BlockCodec, QuantizedData, QuantizedFormat};
+use rekindle_kernels::quantized::{Absmax, BlockCodec, Fp8Scaling, QuantizedData, QuantizedFormat};
 use rekindle_kernels::rms_norm::{self, Gain, GainEps};
 use rekindle_kernels::rope::{self, HeadNorm, RopeTables, Rotation};
 use rekindle_kernels::routing::{self, Dispatch, RoutingForm};
@@ -210,7 +210,7 @@ impl Bench<'_> {
         self.rope(rows)?;
         self.loss(rows)?;
         self.optimizer(rows)?;
-        for kind in [Kind::FourBit, Kind::Int8] {
+        for kind in [Kind::FourBit, Kind::Int8, Kind::Fp8(Fp8Scaling::Row), Kind::Fp8(Fp8Scaling::Block)] {
             let packed = QuantizedWeight::new(kind.codes([INTERMEDIATE, HIDDEN]), self.device);
             let (codes, scales) = packed.bytes();
             let bytes = (codes + scales + 2 * INTERMEDIATE * HIDDEN) as f64;
@@ -414,6 +414,7 @@ impl Bench<'_> {
 enum Kind {
     FourBit,
     Int8,
+    Fp8(Fp8Scaling),
 }
 
 impl Kind {
@@ -421,6 +422,8 @@ impl Kind {
         match self {
             Self::FourBit => "NF4 decode, double quantization",
             Self::Int8 => "int8 decode",
+            Self::Fp8(Fp8Scaling::Block) => "fp8 decode, scales by block",
+            Self::Fp8(_) => "fp8 decode, scales by row",
         }
     }
 
@@ -432,6 +435,12 @@ impl Kind {
                 let codes = (0..n).map(|i| byte(i).cast_signed()).collect();
                 QuantizedFormat::Int8 { codes, scales: vec![0.5; dims[0]], factor: 1.0 / 127.0 }
             }
+            Self::Fp8(scaling) => QuantizedFormat::Fp8 {
+                codes: (0..n).map(|i| byte(i) & 0xf7).collect(),
+                scales: vec![0.5; scaling.scales(dims)],
+                scaling,
+                section: dims[0],
+            },
             Self::FourBit => QuantizedFormat::FourBit {
                 codes: (0..n / 2).map(byte).collect(),
                 table: core::array::from_fn(|i| i as f32 / 8.0 - 1.0),
