@@ -18,7 +18,8 @@ fn decoding(device: &Device) {
         for parts in [1, 3] {
             for scaling in [Fp8Scaling::Tensor, Fp8Scaling::Row, Fp8Scaling::Block] {
                 let rows = parts * section;
-                let codes: Vec<u8> = (0..rows * cols).map(|i| (i.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
+                let codes: Vec<u8> =
+                    (0..rows * cols).map(|i: usize| (i.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
                 let codes =
                     codes.into_iter().map(|code| if code & 0x7f == 0x7f { code & 0xf0 } else { code }).collect();
                 let scales =
