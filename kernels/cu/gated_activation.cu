@@ -28,42 +28,6 @@
 //
 // Tried: two and four vectors a thread instead of one: 1–2 % slower.
 
-const int N = Vec<T>::N;
-
-enum Activation { SILU, GELU_TANH, CLAMPED_SWIGLU };
-
-// 16-bit results hide what the approximate units lose (2^-22); f32 takes the exact functions.
-DEVICE f32 sigmoid(f32 x) {
-    if (sizeof(T) == 4) return 1.0f / (1.0f + expf(-x));
-    return __fdividef(1.0f, 1.0f + __expf(-x));
-}
-
-// g as it enters the product, σ(z(g)), 1 − σ(z(g)), and g·z'(g).
-struct Gate { f32 g, s, rest, along; };
-// σ(z), and 1 − σ(z) without cancellation.
-DEVICE Gate logistic(f32 g, f32 z, f32 along) {
-    const f32 x = fminf(-z, 80.0f), e = sizeof(T) == 4 ? expf(x) : __expf(x);
-    const f32 s = sizeof(T) == 4 ? 1.0f / (1.0f + e) : __fdividef(1.0f, 1.0f + e);
-    return {g, s, e * s, along};
-}
-DEVICE Gate gated(f32 g, f32 alpha, f32 limit) {
-    if (ACTIVATION == GELU_TANH) {
-        // σ is 0 or 1 in f32 beyond the bound, and the cube of larger gates could overflow.
-        const f32 b = fminf(fmaxf(g, -16.0f), 16.0f), square = b * b;
-        const f32 slope = 1.5957691f * b;
-        return logistic(g, slope * (1.0f + 0.044715f * square), slope * (1.0f + 0.134145f * square));
-    }
-    if (ACTIVATION == CLAMPED_SWIGLU) {
-        g = fminf(g, limit);
-        return logistic(g, alpha * g, alpha * g);
-    }
-    const f32 s = sigmoid(g);
-    return {g, s, 1.0f - s, g};
-}
-DEVICE f32 clamped_up(f32 u, f32 limit) {
-    return ACTIVATION == CLAMPED_SWIGLU ? fminf(fmaxf(u, -limit), limit) + 1.0f : u;
-}
-
 extern "C" __global__ void __launch_bounds__(256)
 gated_activation_fwd(const T* gate, const T* up, T* act, int rows, int width, int ldg, int ldu, int lda, f32 alpha,
                      f32 limit) {
@@ -97,16 +61,10 @@ gated_activation_bwd(const T* dact, const T* gate, const T* up, T* dgate, T* dup
     unpack16<T>(raw_u, u);
 #pragma unroll
     for (int e = 0; e < N; e++) {
-        const Gate v = gated(g[e], alpha, limit);
-        const f32 product = v.g * v.s, w = clamped_up(u[e], limit);
-        out[e] = product * w;
-        f32 dg = d[e] * w * v.s * (1.0f + v.along * v.rest), du = d[e] * product;
-        if (ACTIVATION == CLAMPED_SWIGLU) {
-            if (g[e] > limit) dg = 0.0f;
-            if (fabsf(u[e]) > limit) du = 0.0f;
-        }
-        g[e] = dg;
-        d[e] = du;
+        const GateGrads grads = gate_grads(d[e], g[e], u[e], alpha, limit);
+        out[e] = grads.act;
+        g[e] = grads.gate;
+        d[e] = grads.up;
     }
     store_part(at(dgate, p.row, lddg, p.col), p.n, pack16<T>(g));
     store_part(at(dup, p.row, lddu, p.col), p.n, pack16<T>(d));

@@ -36,7 +36,7 @@ mod tensor;
 /// The dtype of a tensor. Activations, weights in use and results are f32, f16 or bf16.
 pub use burn::tensor::DType;
 pub use ops::{
-    attention, causal_conv, center, decode_step, dropout, embedding, expert_act, gated_activation, gated_delta,
+    attention, causal_conv, center, decode_step, dropout, embedding, expert_act, fp8, gated_activation, gated_delta,
     gated_norm, grouped, linear_cross_entropy, matmul, neftune, output_gate, paged_attention, rms_norm, rope,
     router_probabilities, routing, stacked,
 };

@@ -22,6 +22,7 @@ use common::causal_conv::{self, CausalConv};
 use common::center::Center;
 use common::embedding::Embedding;
 use common::experts::{Activation, Clamped, Probabilities, Router};
+use common::fp8::Fp8Stack;
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
 use common::gated_delta::{self, GatedDelta};
 use common::gated_norm::GatedNorm;
@@ -36,6 +37,7 @@ use common::rope::Rope;
 use common::stacked::Stack;
 use common::{Case, Layout, Place, properties};
 use rekindle_kernels::Device;
+use rekindle_kernels::fp8::Fp8Products;
 use rekindle_kernels::optimizer::StateFormat;
 use rekindle_kernels::quantized::Fp8Scaling;
 use rekindle_kernels::routing::RoutingForm;
@@ -88,6 +90,33 @@ fn run(suite: &mut Suite) -> Result<(), Lost> {
     })
 }
 
+/// Tiles that end in the middle, sums of less than a stage and of several, ranks that take one stage and two, and a row of
+/// each number of vectors a thread.
+fn fp8_products(suite: &mut Suite) -> Result<(), Lost> {
+    if !rekindle_kernels::fp8::is_on(&suite.device) {
+        println!("not run: products in fp8, which need compute capability 9.0");
+        return Ok(());
+    }
+    let cases: [(&[(usize, usize)], _); 8] = [
+        (&[(16, 2)], [1, 16]),
+        (&[(48, 8)], [3, 144]),
+        (&[(272, 16)], [129, 640]),
+        (&[(64, 16), (32, 5), (256, 3)], [130, 96]),
+        (&[(256, 40), (256, 30)], [257, 272]),
+        (&[(32, 16)], [17, 4128]),
+        (&[(4096, 16), (4224, 8)], [9, 64]),
+        (&[(16, 4)], [5, 33_024]),
+    ];
+    for (linears, size) in cases {
+        for products in [Fp8Products::Forward, Fp8Products::ForwardAndBackward] {
+            for (dtype, rounding) in common::LOW_DTYPES {
+                suite.case(&Fp8Stack::new(size, linears, products, dtype), dtype, rounding, &Layout::ROW_MAJOR)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 fn operations(suite: &mut Suite) -> Result<(), Lost> {
     // Rows that begin at 16 bytes and rows that do not, below and above a tile of the products.
     for sizes in [[1, 1, 1], [3, 5, 7], [1, 200, 40], [129, 33, 65], [64, 128, 256], [33, 250, 48], [200, 264, 136]] {
@@ -129,6 +158,7 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
             }
         }
     }
+    fp8_products(suite)?;
     // One warp, several, and the widest row that one block takes.
     for shape in [[1, 2], [3, 5], [33, 16], [64, 40], [70, 129], [9, 2048], [3, 16_384]] {
         for residual in [false, true] {

@@ -10,6 +10,7 @@ use common::causal_conv::{self, CausalConv};
 use common::center::Center;
 use common::embedding::Embedding;
 use common::experts::{Activation, Clamped, Probabilities, Router};
+use common::fp8::Fp8Stack;
 use common::gated_activation::{ACTIVATIONS, GatedActivation};
 use common::gated_delta::{self, GatedDelta};
 use common::gated_norm::GatedNorm;
@@ -22,6 +23,7 @@ use common::quantized::{Kind, Packed};
 use common::rms_norm::{AddedNorm, Form, RmsNorm};
 use common::rope::Rope;
 use common::{Layout, Place, check, check_in};
+use rekindle_kernels::fp8::Fp8Products;
 use rekindle_kernels::optimizer::StateFormat;
 use rekindle_kernels::routing::RoutingForm;
 use rekindle_kernels::{Backend, Device};
@@ -42,6 +44,15 @@ fn packed() {
             check(&Packed::new(sizes, kind, F32));
         }
         check_in(&Packed::new([4, 700, 1001], kind, F32), &[Layout::Owned]);
+    }
+}
+
+#[test]
+fn fp8_products() {
+    let cases: [(&[(usize, usize)], _); 3] =
+        [(&[(16, 0)], [3, 48]), (&[(48, 0), (16, 0), (32, 0)], [7, 80]), (&[(256, 0)], [33, 160])];
+    for (linears, size) in cases {
+        check(&Fp8Stack::new(size, linears, Fp8Products::ForwardAndBackward, F32).without_factors());
     }
 }
 

@@ -11,6 +11,7 @@ const SCRIPTS: &[&str] = &[
     "tests/goldens/make.py",
     "tests/goldens/bf16.py",
     "tests/goldens/dpo/make.py",
+    "tests/goldens/fp8-products/make.py",
     "tests/goldens/preferences/make.py",
     "tests/goldens/grpo/make.py",
     "tests/goldens/reward/make.py",

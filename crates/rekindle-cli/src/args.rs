@@ -311,6 +311,7 @@ impl LoadArgs {
             load_in_8bit: self.quant.load_in_8bit,
             load_in_fp8: self.quant.load_in_fp8,
             load_in_16bit: self.quant.load_in_16bit,
+            fp8: self.quant.fp8.unwrap_or_default(),
             quant_type: self.quant.quant_type.clone(),
             blocksize: self.quant.blocksize,
             double_quant: self.quant.double_quant,
@@ -399,6 +400,7 @@ const RUN_FILE: &str = r#"Example of a run file; commented keys are optional and
   # dtype = "auto"                  # auto | bf16 | f16 | f32
   # load_in_4bit = false            # true: QLoRA; with quant_type, blocksize, double_quant, skip_modules
   # load_in_8bit = false            # or load_in_fp8: half of bf16's memory
+  # fp8 = false                     # true: products of frozen fp8 linears in fp8; "forward": not those of gradients
   # full_finetuning = false         # true: train all weights, without [lora]
   # resize_model_vocab = 152000     # rows of the embedding and the head
 

@@ -3,6 +3,7 @@
 mod pass;
 
 pub use rekindle_kernels::dropout::Dropout;
+use rekindle_kernels::fp8::{self, Fp8Products};
 use rekindle_kernels::stacked::{Stacked, StackedFactors, StackedLinear};
 use rekindle_kernels::{ParamRef, Params, ParamsBuilder, Tensor, Weight};
 
@@ -58,6 +59,9 @@ struct Placed {
 /// one matrix ([`Stacked`]): a group without adapters is one product, and a group with adapters one product more than
 /// x·Aᵀ.
 ///
+/// With [`multiply_in_fp8`](Self::multiply_in_fp8) the products with frozen fp8 weights are those of
+/// [`rekindle_kernels::fp8`]; those with A and B stay in the compute dtype.
+///
 /// A fused linear ([`Linear::fused`], such as Phi-3's `qkv_proj`) is one weight and one adapter with several outputs:
 /// the forward returns the outputs of all linears in order, and the backward takes a gradient for each.
 ///
@@ -82,6 +86,8 @@ pub struct LinearGroup {
     site: u32,
     /// Weights and factors as one matrix, where there is such a product; each weight is then a part of it.
     stack: Option<Stacked>,
+    /// The products that are in fp8.
+    fp8: Option<Fp8Products>,
 }
 
 impl Linear {
@@ -125,7 +131,7 @@ impl Linear {
 impl LinearGroup {
     /// A group without adapters. All weights have the same width.
     pub fn new(linears: Vec<Linear>) -> Self {
-        let mut group = Self { linears, a: None, site: 0, stack: None };
+        let mut group = Self { linears, a: None, site: 0, stack: None, fp8: None };
         group.stack_weights();
         group
     }
@@ -154,6 +160,37 @@ impl LinearGroup {
     pub fn weights_mut(&mut self) -> impl Iterator<Item = &mut Weight> {
         self.stack = None;
         self.linears.iter_mut().map(|linear| &mut linear.weight)
+    }
+
+    /// Multiplies with the frozen weights in fp8. Weights are stacked anew, so this comes before [`adapt`](Self::adapt).
+    ///
+    /// # Errors
+    /// The name of a linear and the reason, when a weight cannot be multiplied so
+    /// ([`refusal`](rekindle_kernels::fp8::refusal)).
+    ///
+    /// # Panics
+    /// With an adapter.
+    pub fn multiply_in_fp8(&mut self, products: Fp8Products) -> Result<(), (String, String)> {
+        assert!(self.a.is_none(), "the products are chosen while there is no adapter");
+        for linear in &self.linears {
+            if let Some(reason) = fp8::refusal(&linear.weight) {
+                return Err((linear.name.clone(), reason));
+            }
+        }
+        let rows: usize = self.linears.iter().map(|linear| linear.weight.dims()[0]).sum();
+        if rows > fp8::MAX_ROWS {
+            let name = self.linears[0].name.clone();
+            let most = fp8::MAX_ROWS;
+            return Err((name, format!("and the linears beside it have {rows} rows; fp8 products take up to {most}")));
+        }
+        self.fp8 = Some(products);
+        self.stack_weights();
+        Ok(())
+    }
+
+    /// Returns the products that are in fp8.
+    pub fn fp8(&self) -> Option<Fp8Products> {
+        self.fp8
     }
 
     /// Columns that x and the gradients to the results should have room for, side by side as the linears are; without
@@ -201,7 +238,7 @@ impl LinearGroup {
     fn stack_weights(&mut self) {
         self.stack = None;
         let weights = self.linears.iter_mut().map(|linear| (&mut linear.weight, linear.bias.as_ref()));
-        self.stack = Stacked::of_weights(weights.collect());
+        self.stack = Stacked::of_weights(weights.collect(), self.fp8);
     }
 
     /// Moves weights and factors into one matrix where there is such a product.
@@ -216,7 +253,7 @@ impl LinearGroup {
             bias: linear.bias.as_ref(),
             trained_bias: linear.trained_bias,
         });
-        self.stack = Stacked::new(parts.collect(), params);
+        self.stack = Stacked::new(parts.collect(), params, self.fp8);
     }
 
     /// Returns true if W, A and B of every linear are separate products. On CUDA this is slower, and so only where weights

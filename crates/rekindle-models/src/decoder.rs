@@ -6,6 +6,7 @@
 mod backward;
 mod batch_context;
 mod decode;
+mod fp8;
 mod step;
 
 use core::convert::Infallible;

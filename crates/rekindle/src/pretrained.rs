@@ -14,6 +14,7 @@ use rekindle_models::{
 };
 use rekindle_quant::QuantConfig;
 
+use crate::Fp8;
 use crate::run::ModelArguments;
 use crate::{Dtype, Error, Model, skip};
 
@@ -168,6 +169,13 @@ impl<'a> Loader<'a> {
         self
     }
 
+    /// Sets the products that are computed in fp8 by the linears of layers, which are kept in fp8. [`rekindle_kernels::fp8`]
+    /// has the equations: activations and, with [`Fp8::On`], their gradients are rounded row by row. Default [`Fp8::Off`].
+    pub fn fp8(mut self, fp8: Fp8) -> Self {
+        self.args.fp8 = fp8;
+        self
+    }
+
     /// Sets the 4-bit format; needs [`load_in_4bit`](Self::load_in_4bit). Quantized weights are decoded to
     /// [`dtype`](Self::dtype).
     pub fn quant_config(mut self, quant_config: QuantConfig) -> Self {
@@ -293,6 +301,7 @@ impl<'a> Loader<'a> {
             stochastic_rounding: self.args.stochastic_rounding,
             load_in,
             skip_modules,
+            fp8: self.args.fp8.products(),
             resize_model_vocab: self.args.resize_model_vocab.or(rows),
             score_head: self.score_head.or(brings_score.then_some(0)),
             shard_base: self.shard_base.clone(),

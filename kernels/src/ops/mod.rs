@@ -11,6 +11,7 @@ pub mod decode_step;
 pub mod dropout;
 pub mod embedding;
 pub mod expert_act;
+pub mod fp8;
 pub mod gated_activation;
 pub mod gated_delta;
 pub mod gated_norm;

@@ -20,6 +20,18 @@ pub struct Array {
     /// Spare columns: elements behind each row that belong to this matrix and hold nothing yet.
     pad_cols: usize,
     dtype: DType,
+    /// The rows as codes, where the operation that made them left them.
+    codes: Option<Arc<Fp8Rows>>,
+}
+
+/// Rows of a matrix as e4m3 codes with a scale each ([`crate::ops::fp8`]).
+#[derive(Debug)]
+pub(crate) struct Fp8Rows {
+    /// Rows begin at multiples of 16 bytes.
+    pub(crate) codes: Buffer,
+    /// f32.
+    pub(crate) scales: Buffer,
+    pub(crate) dims: [usize; 2],
 }
 
 /// The layout of an [`Array`] in its memory.
@@ -42,17 +54,17 @@ impl Array {
         if self.buffer.is_foreign() {
             return Err(self);
         }
-        let Self { buffer, offset, rows, cols, ld, pad_cols, dtype } = self;
+        let Self { buffer, offset, rows, cols, ld, pad_cols, dtype, codes } = self;
         let shape = ArrayShape { offset, rows, cols, ld, pad_cols, dtype };
         match Arc::try_unwrap(buffer) {
             Ok(buffer) => Ok((buffer, shape)),
-            Err(buffer) => Err(Self { buffer, offset, rows, cols, ld, pad_cols, dtype }),
+            Err(buffer) => Err(Self { buffer, offset, rows, cols, ld, pad_cols, dtype, codes }),
         }
     }
 
     /// A matrix that lies as another one did in memory as long as its.
     pub fn from_buffer(buffer: Buffer, ArrayShape { offset, rows, cols, ld, pad_cols, dtype }: ArrayShape) -> Self {
-        Self { buffer: Arc::new(buffer), offset, rows, cols, ld, pad_cols, dtype }
+        Self { buffer: Arc::new(buffer), offset, rows, cols, ld, pad_cols, dtype, codes: None }
     }
 
     /// A matrix that is not initialized; nothing reads what lies between its rows.
@@ -174,7 +186,18 @@ impl Array {
     pub fn columns(&self, first: usize, n: usize) -> Self {
         assert!(first + n <= self.cols, "columns {first}..{} of {}", first + n, self.cols);
         let pad_cols = if first + n == self.cols { self.pad_cols } else { 0 };
-        Self { offset: self.offset + first, cols: n, pad_cols, ..self.clone() }
+        let codes = self.codes.clone().filter(|_| n == self.cols);
+        Self { offset: self.offset + first, cols: n, pad_cols, codes, ..self.clone() }
+    }
+
+    /// Keeps the rows as codes beside the values. Views of other sizes do not have them.
+    pub(crate) fn with_codes(self, codes: Fp8Rows) -> Self {
+        Self { codes: Some(Arc::new(codes)), ..self }
+    }
+
+    /// Returns the rows as codes, if an operation left them.
+    pub(crate) fn codes(&self) -> Option<Arc<Fp8Rows>> {
+        self.codes.clone().filter(|codes| codes.dims == self.dims())
     }
 
     /// Returns the number of spare columns behind each row.
@@ -185,7 +208,8 @@ impl Array {
     /// Returns the matrix with `n` of its spare columns, whatever they hold.
     pub fn with_padding(&self, n: usize) -> Self {
         assert!(n <= self.pad_cols, "{n} more columns of {} spare ones", self.pad_cols);
-        Self { cols: self.cols + n, pad_cols: self.pad_cols - n, ..self.clone() }
+        let codes = self.codes.clone().filter(|_| n == 0);
+        Self { cols: self.cols + n, pad_cols: self.pad_cols - n, codes, ..self.clone() }
     }
 
     /// Matrices that lie side by side in one memory as one matrix, and otherwise copies of them in a new one; with
@@ -212,7 +236,8 @@ impl Array {
     /// `n` rows from `first` on, in the same memory.
     pub fn row_range(&self, first: usize, n: usize) -> Self {
         assert!(first + n <= self.rows, "rows {first}..{} of {}", first + n, self.rows);
-        Self { offset: self.offset + first * self.ld, rows: n, ..self.clone() }
+        let codes = self.codes.clone().filter(|_| n == self.rows);
+        Self { offset: self.offset + first * self.ld, rows: n, codes, ..self.clone() }
     }
 
     /// A part of a vector as a matrix without gaps, in the same memory: how a named weight lies in a flat buffer.
@@ -222,7 +247,7 @@ impl Array {
             "{rows} × {cols} from {first} of {:?}",
             self.dims()
         );
-        Self { offset: self.offset + first, rows, cols, ld: cols, pad_cols: 0, ..self.clone() }
+        Self { offset: self.offset + first, rows, cols, ld: cols, pad_cols: 0, codes: None, ..self.clone() }
     }
 
     /// All rows as one vector, in the same memory.
@@ -232,7 +257,7 @@ impl Array {
     pub fn flattened(self) -> Self {
         assert!(self.is_contiguous(), "rows of {} elements begin every {}", self.cols, self.ld);
         let n = self.rows * self.cols;
-        Self { rows: 1, cols: n, ld: n, pad_cols: 0, ..self }
+        Self { rows: 1, cols: n, ld: n, pad_cols: 0, codes: None, ..self }
     }
 
     /// Returns whether no other handle refers to this memory, so that it can be overwritten.
@@ -291,7 +316,7 @@ impl Array {
         assert!(dtype.bytes() <= self.dtype.bytes(), "{} over {}", dtype.name(), self.dtype.name());
         let times = self.dtype.bytes() / dtype.bytes();
         let offset = self.offset * times + (times - 1) * self.ld;
-        Self { offset, ld: self.ld * times, pad_cols: 0, dtype, ..self.clone() }
+        Self { offset, ld: self.ld * times, pad_cols: 0, dtype, codes: None, ..self.clone() }
     }
 
     fn strided(cuda: &Cuda, [rows, cols]: [usize; 2], ld: usize, dtype: DType, usage: MemoryUse) -> Self {
@@ -300,7 +325,7 @@ impl Array {
 
     /// A matrix at the beginning of a buffer.
     pub(super) fn in_buffer(buffer: Buffer, [rows, cols]: [usize; 2], ld: usize, dtype: DType) -> Self {
-        Self { buffer: Arc::new(buffer), offset: 0, rows, cols, ld, pad_cols: 0, dtype }
+        Self { buffer: Arc::new(buffer), offset: 0, rows, cols, ld, pad_cols: 0, dtype, codes: None }
     }
 }
 

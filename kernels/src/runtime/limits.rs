@@ -3,6 +3,9 @@
 /// The widest row that one block of the RMSNorm kernels holds in its registers.
 pub(crate) const MAX_NORM_WIDTH: usize = 16_384;
 
+/// The widest row that one block of the kernel for fp8 rows holds in its registers.
+pub(crate) const MAX_FP8_ROW: usize = 65_536;
+
 /// The most channels of an attention head.
 pub(crate) const MAX_HEAD_DIM: usize = 256;
 

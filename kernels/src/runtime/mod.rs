@@ -49,6 +49,7 @@ mod tensor_map;
 mod transfer;
 
 pub use arena::Buffer;
+pub(crate) use array::Fp8Rows;
 pub use array::{Array, ArrayShape, Ints, Word};
 pub use attention_tiles::{AttentionKernel, PagedTiles, Tiles};
 pub use compile_check::{Checked, compile_check};

@@ -79,7 +79,10 @@ sources! {
     ];
     "few_rows.cu" after "mma.cuh", "few_rows.cuh" with few_rows, ["few_rows"];
     "few_rows_4bit.cu" after "mma.cuh", "few_rows.cuh" with few_rows_4bit, ["few_rows_4bit"];
-    "gated_activation.cu" with any_activation, ["gated_activation_bwd", "gated_activation_fwd"];
+    "fp8_linear_sm90.cu" after "sm90.cuh" with fp8_linear_sm90, ["fp8_linear_sm90"];
+    "fp8_rows.cu" after "fp8.cuh" with fp8_rows, ["fp8_rows", "fp8_transpose"];
+    "gated_activation.cu" after "gated_activation.cuh" with any_activation, ["gated_activation_bwd", "gated_activation_fwd"];
+    "gated_activation_fp8.cu" after "fp8.cuh", "gated_activation.cuh" with gated_activation_fp8, ["gated_activation_fp8_fwd"];
     "magnitude.cu" with any_dtype, ["magnitude_bwd", "magnitude_fwd", "magnitude_gain", "row_norms"];
     "grouped.cu" after "mma.cuh" with grouped, ["grouped"];
     "grouped_grad_sm90.cu" after "sm90.cuh" with grouped_grad_sm90, ["grouped_grad_sm90"];
@@ -228,6 +231,19 @@ fn few_rows(arch: Arch) -> Vec<Defines> {
     with_warps.map(|defines| [defines, vec![("GROUPS", "1")]].concat()).collect()
 }
 
+/// Conversions to e4m3 exist from compute capability 8.9 on.
+fn fp8_rows(arch: Arch) -> Vec<Defines> {
+    if arch.sm >= 89 { low_dtypes_with(arch, "VECS", &["2", "4", "8", "16"]) } else { Vec::new() }
+}
+
+fn gated_activation_fp8(arch: Arch) -> Vec<Defines> {
+    if arch.sm >= 89 { low_dtypes_with(arch, "ACTIVATION", &ACTIVATIONS) } else { Vec::new() }
+}
+
+fn fp8_linear_sm90(arch: Arch) -> Vec<Defines> {
+    if arch.sm == 90 { low_dtypes_with(arch, "FORM", &["0", "1"]) } else { Vec::new() }
+}
+
 fn few_rows_4bit(arch: Arch) -> Vec<Defines> {
     let shapes = [("1", "10"), ("2", "8"), ("4", "8")];
     let with = |(groups, warps)| {
@@ -257,8 +273,10 @@ fn qk_norm_rope(arch: Arch) -> Vec<Defines> {
     all.into_iter().flat_map(with).collect()
 }
 
+const ACTIVATIONS: [&str; 3] = ["SILU", "GELU_TANH", "CLAMPED_SWIGLU"];
+
 fn any_activation(arch: Arch) -> Vec<Defines> {
-    any_dtype_with(arch, "ACTIVATION", &["SILU", "GELU_TANH", "CLAMPED_SWIGLU"])
+    any_dtype_with(arch, "ACTIVATION", &ACTIVATIONS)
 }
 
 /// Every dtype, with the width that models have.

@@ -15,12 +15,40 @@ const SWIZZLED: usize = 128;
 pub struct TensorMap(sys::CUtensorMap);
 
 impl Cuda {
-    /// Describes a tensor `[planes, rows, columns]`, its planes and rows `strides` elements apart, copied in boxes whose
+    /// Describes a tensor of `sizes` `[planes, rows, columns]`, its planes and rows `strides` elements apart, copied in `boxes` whose
     /// rows are swizzled within 128 bytes. Elements beyond the tensor read as zero and are not written.
     pub fn tensor_map(
         &self,
         address: u64,
         dtype: DType,
+        sizes: [usize; 3],
+        strides: [usize; 2],
+        boxes: [usize; 3],
+    ) -> TensorMap {
+        let element = match dtype {
+            DType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            DType::F32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        };
+        self.encode(address, element, dtype.bytes(), sizes, strides, boxes)
+    }
+
+    /// Describes a tensor of bytes as [`tensor_map`](Self::tensor_map) does.
+    pub(crate) fn tensor_map_of_bytes(
+        &self,
+        address: u64,
+        sizes: [usize; 3],
+        strides: [usize; 2],
+        boxes: [usize; 3],
+    ) -> TensorMap {
+        self.encode(address, sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, sizes, strides, boxes)
+    }
+
+    fn encode(
+        &self,
+        address: u64,
+        element: sys::CUtensorMapDataType,
+        bytes: usize,
         [planes, rows, columns]: [usize; 3],
         [plane_stride, row_stride]: [usize; 2],
         [box_planes, box_rows, box_columns]: [usize; 3],
@@ -33,7 +61,6 @@ impl Cuda {
         if self.has_failed() {
             return TensorMap(map);
         }
-        let bytes = dtype.bytes();
         let misplaced =
             (!address.is_multiple_of(16)).then(|| format!("the address {address:#x} is not a multiple of 16"));
         let stride = strides.iter().map(|stride| stride * bytes).find(|stride| !stride.is_multiple_of(16));
@@ -54,11 +81,7 @@ impl Cuda {
         self.run("tensor map", || {
             driver!(cuTensorMapEncodeTiled(
                 &mut map,
-                match dtype {
-                    DType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                    DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                    DType::F32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-                },
+                element,
                 sizes.len() as u32,
                 address as *mut core::ffi::c_void,
                 sizes.as_ptr(),

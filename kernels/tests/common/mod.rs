@@ -12,6 +12,7 @@ pub(crate) mod causal_conv;
 pub(crate) mod center;
 pub(crate) mod embedding;
 pub(crate) mod experts;
+pub(crate) mod fp8;
 pub(crate) mod gated_activation;
 pub(crate) mod gated_delta;
 pub(crate) mod gated_norm;

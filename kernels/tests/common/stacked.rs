@@ -185,9 +185,12 @@ impl Case for Stack {
                 StackedLinear { weight, bias: bias.as_ref(), trained_bias, factors }
             });
             let parts = parts.collect();
-            Stacked::new(parts, &mut builder)
+            Stacked::new(parts, &mut builder, None)
         } else {
-            Stacked::of_weights(weights.iter_mut().zip(&biases).map(|(weight, bias)| (weight, bias.as_ref())).collect())
+            Stacked::of_weights(
+                weights.iter_mut().zip(&biases).map(|(weight, bias)| (weight, bias.as_ref())).collect(),
+                None,
+            )
         };
         let stack = stack.expect("a CUDA device stacks what is frozen");
         let params = builder.build();

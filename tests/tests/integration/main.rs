@@ -12,6 +12,7 @@ mod errors;
 mod f16;
 mod families;
 mod fp8;
+mod fp8_products;
 mod full;
 mod generate;
 mod generate_text;

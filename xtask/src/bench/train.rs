@@ -14,7 +14,7 @@ use rekindle::{Bias, LoraConfig};
 use rekindle_hub::Checkpoint;
 use rekindle_kernels::runtime::{Cuda, ProfileEntry};
 use rekindle_kernels::{DType, Device, parse_device};
-use rekindle_models::{CausalLm, GradientCheckpointing, LoadIn, LoadOptions};
+use rekindle_models::{CausalLm, Fp8Products, GradientCheckpointing, LoadIn, LoadOptions};
 use rekindle_train::SftConfig;
 use serde_json::{Value, json};
 
@@ -70,6 +70,9 @@ pub(crate) struct Train {
     /// Trains magnitudes, as `use_dora` in `[lora]`.
     #[arg(long)]
     use_dora: bool,
+    /// Keeps the linears in fp8 and multiplies with them in fp8, as `fp8 = true`.
+    #[arg(long)]
+    fp8: bool,
     /// The dtype of activations and frozen weights.
     #[arg(long, value_enum, default_value_t = ComputeDtype::Bf16)]
     dtype: ComputeDtype,
@@ -184,6 +187,7 @@ pub(crate) fn table(weights: Option<&Path>, python: Option<&Path>) -> Result<Val
             attention_bias: false,
             bias: TrainedBias::None,
             use_dora: false,
+            fp8: false,
             dtype: ComputeDtype::Bf16,
             optim: "adamw".to_owned(),
             optimizer_in_bwd: false,
@@ -245,6 +249,9 @@ fn worker(job: &Train) -> Result<(), Box<dyn Error>> {
     options.full_finetuning = job.mode.is_full();
     options.stochastic_rounding = job.mode == Mode::FullBf16;
     options.load_in = job.mode.load_in();
+    if job.fp8 {
+        options.fp8 = Some(Fp8Products::ForwardAndBackward);
+    }
     let mut model = CausalLm::load(&Checkpoint::open(at)?, &options, &mut |_| ())?;
     if !job.mode.is_full() {
         let bias = match job.bias {
@@ -328,6 +335,9 @@ impl Train {
             ours.arg("--optimizer-in-bwd");
         }
         ours.args(["--dtype", &name(self.dtype)]);
+        if self.fp8 {
+            ours.arg("--fp8");
+        }
         if self.profile {
             ours.arg("--profile");
         }
@@ -369,6 +379,9 @@ impl Train {
         }
         if self.use_dora {
             lora += " DoRA";
+        }
+        if self.fp8 {
+            lora += " with fp8 products";
         }
         format!("{shape} {mode}{lora}{loss}, {batch} × {seq}, checkpointing {checkpointing}, {optim}{in_bwd}")
     }

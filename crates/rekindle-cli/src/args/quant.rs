@@ -1,5 +1,7 @@
 //! Arguments of quantizing while loading.
 
+use rekindle::Fp8;
+
 /// The quantization of the linears.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct QuantArgs {
@@ -15,6 +17,9 @@ pub(crate) struct QuantArgs {
     /// Decode the linears of a GGUF file while loading, instead of keeping their blocks
     #[arg(long = "load-in-16bit")]
     pub(crate) load_in_16bit: bool,
+    /// Multiply with the linears in fp8: true, or forward for the forward pass alone [default: false]
+    #[arg(long, value_name = "PRODUCTS", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(crate) fp8: Option<Fp8>,
     /// The 4-bit data type, nf4 or fp4 [default: nf4]
     #[arg(long, value_name = "TYPE")]
     pub(crate) quant_type: Option<String>,

@@ -1,7 +1,8 @@
 //! Forward and backward of a group.
 
+use rekindle_kernels::fp8::{self, Fp8Products};
 use rekindle_kernels::stacked::{InputGradient, Stacked, StackedSaved};
-use rekindle_kernels::{Grads, Params, Tensor, dropout, matmul};
+use rekindle_kernels::{Grads, Params, QuantizedWeight, Tensor, Weight, dropout, matmul};
 
 use super::{Dropout, Linear, LinearGroup, Placed};
 use crate::dora::layer as magnitude;
@@ -101,20 +102,20 @@ impl LinearGroup {
         let ys = self.linears.iter().map(|linear| {
             let bias = linear.bias(params);
             let (Some(adapter), Some(xa)) = (&linear.adapter, &xa) else {
-                return linear.weight.nt(params, x, bias.as_ref());
+                return self.product(linear, params, x, bias.as_ref());
             };
             let (part, b) = (adapter.columns(xa, &mut first), params.matrix(adapter.b));
             match &adapter.magnitude {
                 None => {
-                    let y = linear.weight.nt(params, x, bias.as_ref());
+                    let y = self.product(linear, params, x, bias.as_ref());
                     matmul::nt_add(y, adapter.scale, &part, &b)
                 }
                 Some(magnitude) => {
                     let gain = magnitude.gain(params, &linear.weight, adapter.a, adapter.b, adapter.scale);
-                    let z = matmul::nt_add(linear.weight.nt(params, &dropped, None), adapter.scale, &part, &b);
+                    let z = matmul::nt_add(self.product(linear, params, &dropped, None), adapter.scale, &part, &b);
                     let beside = dropout.map(|_| {
                         let difference = x.clone().plus(&dropped.clone().scale(-1.0));
-                        linear.weight.nt(params, &difference, None)
+                        self.product(linear, params, &difference, None)
                     });
                     let (y, kept) = magnitude::forward(z, beside, gain);
                     saved.push(kept);
@@ -136,10 +137,25 @@ impl LinearGroup {
         }
         let ys = self.linears.iter().map(|linear| {
             let bias = linear.bias.as_ref().map(|bias| bias.vector(params));
-            let y = linear.weight.nt(params, x, bias.as_ref());
+            let y = self.product(linear, params, x, bias.as_ref());
             if let Some(onto) = onto { y.plus(onto) } else { y }
         });
         self.split(ys.collect())
+    }
+
+    /// x·Wᵀ + bias.
+    fn product(&self, linear: &Linear, params: &Params, x: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
+        match self.fp8.and_then(|_| quantized(linear)) {
+            None => linear.weight.nt(params, x, bias),
+            Some(weight) => fp8::nt(weight, x, bias),
+        }
+    }
+
+    /// Σ_j dy_j·W_j in fp8, where it is in fp8.
+    fn fp8_input_gradient(&self, dys: &[Tensor<2>]) -> Option<Tensor<2>> {
+        self.fp8.filter(|products| *products == Fp8Products::ForwardAndBackward)?;
+        let weights: Vec<_> = self.linears.iter().filter_map(quantized).collect();
+        (weights.len() == dys.len()).then(|| fp8::input_gradient(&weights, dys))
     }
 
     /// The outputs of every linear, from one result each.
@@ -190,7 +206,10 @@ impl LinearGroup {
         }
         let joined = self.joined(dys);
         let dys = joined.as_deref().unwrap_or(dys);
-        let mut dx: Option<Tensor<2>> = None;
+        let has_magnitudes = saved.magnitudes.first().is_some();
+        let in_fp8 = if want_dx && !has_magnitudes { self.fp8_input_gradient(dys) } else { None };
+        let is_in_fp8 = in_fp8.is_some();
+        let mut dx = in_fp8;
         // DoRA with dropout has two ways back to x on the base's side; this is the one through dropout(x).
         let mut d_dropped: Option<Tensor<2>> = None;
         let (mut dxa, mut directs) = (Vec::new(), Vec::new());
@@ -206,7 +225,7 @@ impl LinearGroup {
                 let direct = direct.as_ref().unwrap_or(dy);
                 dxa.push(matmul::nn(direct, &params.matrix(adapter.b)).scale(adapter.scale)); // [tokens, r]
             }
-            if want_dx {
+            if want_dx && !is_in_fp8 {
                 let through = match (&direct, dropout) {
                     (Some(direct), Some(_)) => {
                         let rest = direct.clone().plus(&dy.clone().scale(-1.0));
@@ -324,6 +343,14 @@ impl LinearGroup {
             None => x.clone(),
             Some(key) => dropout::apply(x, key, self.site),
         }
+    }
+}
+
+/// The weight of a linear that is quantized and frozen.
+fn quantized(linear: &Linear) -> Option<&QuantizedWeight> {
+    match &linear.weight {
+        Weight::Quantized(weight) => Some(weight),
+        Weight::Frozen(_) | Weight::Trained(_) | Weight::Sharded(_) => None,
     }
 }
 

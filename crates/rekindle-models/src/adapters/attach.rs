@@ -258,6 +258,7 @@ impl CausalLm {
     /// Attaches an adapter to the base, and makes it the active one.
     pub(crate) fn attach(&mut self, name: &str, adapter: Adapter) -> Result<(), Error> {
         self.check_placeable()?;
+        self.check_fp8(&adapter)?;
         self.restore_vocabulary();
         self.drop_params();
         let mut params = ParamsBuilder::new(self.device(), self.dtype());
@@ -323,6 +324,20 @@ impl CausalLm {
             ));
         }
         Ok(())
+    }
+
+    /// Refuses what the products in fp8 do not compute.
+    fn check_fp8(&self, adapter: &Adapter) -> Result<(), Error> {
+        if self.decoder.fp8().is_none() {
+            return Ok(());
+        }
+        let has_magnitude = |factors: &LoraFactors| factors.magnitude.is_some();
+        let option = match adapter {
+            Adapter { factors, .. } if factors.values().any(has_magnitude) => "use_dora = true",
+            Adapter { biases, .. } if !biases.is_empty() => "bias = \"all\" or \"lora_only\"",
+            _ => return Ok(()),
+        };
+        Err(Error::Argument(format!("fp8 products do not support adapters with {option}; set fp8 = false")))
     }
 
     pub(crate) fn linear(&self, name: &str) -> &Linear {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rekindle_hub::{Checkpoint, Dtype, TensorView};
+use rekindle_kernels::fp8::Fp8Products;
 use rekindle_kernels::gated_delta::DeltaHeads;
 use rekindle_kernels::quantized::{QuantizedData, QuantizedFormat};
 use rekindle_kernels::{
@@ -47,6 +48,9 @@ pub struct LoadOptions {
     /// Linears to leave dense when the others are quantized, as transformers' `llm_int8_skip_modules`. `None` is
     /// `lm_head`.
     pub skip_modules: Option<Vec<String>>,
+    /// The products with frozen linears that are in fp8 ([`rekindle_kernels::fp8`]); a dense checkpoint is then loaded in fp8.
+    /// `None` multiplies in `dtype`.
+    pub fp8: Option<Fp8Products>,
     /// Rows that the embedding table and the head are brought to. New ones are the mean of the old.
     pub resize_model_vocab: Option<usize>,
     /// The seed of a score head, which replaces the head over the vocabulary. If the checkpoint has a score head, it is loaded
@@ -68,10 +72,19 @@ impl LoadOptions {
             stochastic_rounding: false,
             load_in: None,
             skip_modules: None,
+            fp8: None,
             resize_model_vocab: None,
             score_head: None,
             shard_base: None,
         }
+    }
+}
+
+impl LoadOptions {
+    /// Returns the options with dense weights quantized to fp8 where products in fp8 need that.
+    pub(super) fn with_fp8_weights(&self, is_quantized: bool) -> Self {
+        let in_fp8 = self.fp8.is_some() && !is_quantized && !self.full_finetuning;
+        Self { load_in: self.load_in.or(in_fp8.then_some(LoadIn::Fp8)), ..self.clone() }
     }
 }
 
@@ -82,8 +95,9 @@ impl CausalLm {
     /// [`Error::Config`] or [`Error::Tensors`], each a list of everything that is wrong; [`Error::Argument`]
     /// for a `max_seq_length` that `rope_scaling` does not reach.
     pub fn load(checkpoint: &Checkpoint, options: &LoadOptions, progress: &mut dyn FnMut(u64)) -> Result<Self, Error> {
-        let LoadOptions { device, dtype, full_finetuning, load_in, skip_modules, .. } = options;
         let checkpoint = &canonical(checkpoint);
+        let options = &options.with_fp8_weights(is_quantized(checkpoint.config()));
+        let LoadOptions { device, dtype, full_finetuning, load_in, skip_modules, .. } = options;
         let (mut config, extension) = options.prepare(ModelConfig::from_checkpoint(checkpoint)?)?;
         let ByExpert { checkpoint, was_stacked } = &by_expert(checkpoint, &config)?;
         let stored = is_quantized(checkpoint.config());
@@ -121,7 +135,11 @@ impl CausalLm {
             progress,
         };
         source.load_vectors(&config)?;
-        let decoder = Decoder::build(&config, &mut source, device, *dtype, options.max_seq_length, options.shards())?;
+        let mut decoder =
+            Decoder::build(&config, &mut source, device, *dtype, options.max_seq_length, options.shards())?;
+        if let Some(products) = options.fp8 {
+            decoder.multiply_in_fp8(products, *dtype)?;
+        }
         debug_assert!(*full_finetuning || source.params.is_empty());
         device.check()?;
         let CheckpointWeights { params, quantization, .. } = source;

@@ -32,6 +32,7 @@ impl CausalLm {
             config = config.resized(rows)?;
         }
         let stored = is_quantized(json);
+        let options = &options.with_fp8_weights(stored);
         let as_trained = options.full_finetuning && !stored;
         let load_in = if as_trained { options.load_in.map(master_weights::format) } else { options.load_in };
         let options = &LoadOptions { load_in, ..options.clone() };
@@ -43,7 +44,11 @@ impl CausalLm {
         let kept = KeptBlocks::of(json, options)?;
         let mut source = MetaWeights { options, format, kept, in_place, params, vectors: BTreeMap::new() };
         source.make_vectors(&config);
-        let decoder = Decoder::build(&config, &mut source, device, dtype, options.max_seq_length, options.shards())?;
+        let mut decoder =
+            Decoder::build(&config, &mut source, device, dtype, options.max_seq_length, options.shards())?;
+        if let Some(products) = options.fp8 {
+            decoder.multiply_in_fp8(products, dtype)?;
+        }
         options.device.check()?;
         Ok(Self::new(config, decoder, source.params, Provenance::new(path, extension)))
     }

@@ -123,7 +123,11 @@ impl GatedMlp {
     }
 
     fn act(&self, inputs: &GatedInputs) -> Tensor<2> {
-        gated_activation::forward(self.activation, &inputs.gate, &inputs.up, self.down.room())
+        let GatedInputs { gate, up, .. } = inputs;
+        match self.down.fp8() {
+            None => gated_activation::forward(self.activation, gate, up, self.down.room()),
+            Some(_) => gated_activation::forward_with_codes(self.activation, gate, up, self.down.room()),
+        }
     }
 }
 

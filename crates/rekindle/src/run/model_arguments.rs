@@ -7,7 +7,7 @@ use rekindle_quant::{Blocksize, QuantConfig};
 use serde::{Deserialize, Serialize};
 
 use super::ShardBase;
-use crate::{Dtype, Error, HubAccess, HubToken, Model, ModelSource};
+use crate::{Dtype, Error, Fp8, HubAccess, HubToken, Model, ModelSource};
 
 /// `[model]`: the arguments of `from_pretrained`.
 ///
@@ -39,6 +39,9 @@ pub struct ModelArguments {
     /// If true, the linears of a GGUF file are decoded while loading, and a quantized checkpoint is refused. Default false.
     #[serde(skip_serializing_if = "is_false")]
     pub load_in_16bit: bool,
+    /// The products with frozen linears that are computed in fp8. Default [`Fp8::Off`].
+    #[serde(skip_serializing_if = "Fp8::is_off")]
+    pub fp8: Fp8,
     /// The 4-bit data type, `nf4` or `fp4`. Default `nf4`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quant_type: Option<String>,

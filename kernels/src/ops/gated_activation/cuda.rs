@@ -1,8 +1,9 @@
 //! Gated activations; the formulas stand in [`super`].
 
 use super::Activation;
-use crate::runtime::op::{check_dims, int, padded, piece_grid, target};
-use crate::runtime::{Array, Entry, Kernel, args, entry};
+use crate::ops::fp8::cuda as fp8;
+use crate::runtime::op::{blocks, check_dims, int, padded, piece_grid, target};
+use crate::runtime::{Array, DType, Entry, Kernel, args, entry};
 
 /// act, with `pad_cols` spare columns behind each row.
 pub(crate) fn forward(activation: Activation, gate: &Array, up: &Array, pad_cols: usize) -> Array {
@@ -63,6 +64,49 @@ pub(crate) fn backward(activation: Activation, dact: Array, gate: Array, up: Arr
         ],
     );
     (dgate, dup, act)
+}
+
+/// [`forward`] with the rows of act as codes beside them; without them where the kernel does not take the sizes.
+pub(crate) fn forward_with_codes(activation: Activation, gate: &Array, up: &Array, pad_cols: usize) -> Array {
+    if !takes(gate) {
+        return forward(activation, gate, up, pad_cols);
+    }
+    check_dims("up", up, gate.dims());
+    let (gate, up, act) = (gate.aligned(), up.aligned(), padded(gate, pad_cols));
+    let codes = fp8::empty_rows(gate.cuda(), gate.dims());
+    let [alpha, limit] = parameters(activation);
+    kernel(&gate, entry!("gated_activation_fp8.cu", "gated_activation_fp8_fwd"), activation).launch(
+        [blocks(gate.rows()), 1, 1],
+        block(&gate),
+        0,
+        args![
+            gate.ptr(),
+            up.ptr(),
+            act.ptr(),
+            codes.codes.ptr(),
+            codes.scales.ptr(),
+            int(gate.cols()),
+            int(gate.ld()),
+            int(up.ld()),
+            int(act.ld()),
+            alpha,
+            limit
+        ],
+    );
+    act.with_codes(codes)
+}
+
+/// Columns that a thread of the kernel with codes has.
+const COLUMNS: usize = 32;
+
+/// Returns true for gates that the kernel with codes takes.
+fn takes(gate: &Array) -> bool {
+    let width = gate.cols();
+    gate.dtype() != DType::F32 && width.is_multiple_of(16) && width <= 512 * COLUMNS
+}
+
+fn block(gate: &Array) -> [u32; 3] {
+    [blocks(gate.cols().div_ceil(COLUMNS).next_multiple_of(32)), 1, 1]
 }
 
 /// The kernel for gate's dtype and an activation.

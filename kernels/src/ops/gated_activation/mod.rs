@@ -75,6 +75,14 @@ pub fn backward(
     }
 }
 
+/// [`forward`] for a linear that multiplies in fp8 ([`fp8`](crate::fp8)): on CUDA the rows of act as codes lie beside them.
+pub fn forward_with_codes(activation: Activation, gate: &Tensor<2>, up: &Tensor<2>, pad_cols: usize) -> Tensor<2> {
+    match gate {
+        Tensor::Cuda(gate) => cuda::forward_with_codes(activation, gate, up.cuda(), pad_cols).into(),
+        Tensor::Burn(_) | Tensor::Meta(_) => forward(activation, gate, up, pad_cols),
+    }
+}
+
 /// 2·√(2/π).
 const GELU_SLOPE: f32 = 1.595_769;
 

@@ -1,5 +1,7 @@
 //! Frozen weights that read the same input, with the low-rank factors of an adapter beside and below them; see [`super`].
 
+use crate::ops::fp8::Fp8Products;
+use crate::ops::fp8::cuda::{self as fp8, LowRank};
 use crate::ops::matmul::cuda as matmul;
 use crate::ops::quantized::cuda::few_rows;
 use crate::params::quantized::cuda::QuantizedArray;
@@ -27,6 +29,8 @@ enum Base {
         /// The parts that the kernel for a few rows of x reads: a single one where they are adjacent in memory.
         adjacent: Vec<QuantizedArray>,
         factors: Option<Factors>,
+        /// All parts as one weight, where products are in fp8.
+        fp8: Option<Box<(QuantizedArray, Fp8Products)>>,
     },
 }
 
@@ -85,7 +89,7 @@ impl Stacked {
         let zeros = |dims| Array::zeros(&cuda, dims, dtype, MemoryUse::FusedWeights);
         let factors = (rank > 0).then(|| Factors { s: zeros([out, rank]), a: zeros([rank, input]) });
         let adjacent = joined.map_or_else(|| parts.clone(), |joined| vec![joined]);
-        Self { base: Base::Quantized { parts, adjacent, factors }, out, input, rank }
+        Self { base: Base::Quantized { parts, adjacent, factors, fp8: None }, out, input, rank }
     }
 
     /// The device that the weights are on.
@@ -99,6 +103,21 @@ impl Stacked {
     /// Σ out.
     pub(crate) fn out(&self) -> usize {
         self.out
+    }
+
+    /// Multiplies in fp8. `joined` is all fp8 weights as one.
+    pub(crate) fn in_fp8(mut self, joined: QuantizedArray, products: Fp8Products) -> Self {
+        if let Base::Quantized { fp8, .. } = &mut self.base {
+            *fp8 = Some(Box::new((joined, products)));
+        }
+        self
+    }
+
+    /// The weight of products in fp8, for those that `wanted` takes.
+    fn fp8(&self, wanted: impl Fn(Fp8Products) -> bool) -> Option<&QuantizedArray> {
+        let Base::Quantized { fp8: Some(fp8), .. } = &self.base else { return None };
+        let (joined, products) = &**fp8;
+        wanted(*products).then_some(joined)
     }
 
     /// Returns the number of spare columns that x and dy should have.
@@ -145,6 +164,10 @@ impl Stacked {
         let both = x.with_padding(rank);
         let xa = both.columns(self.input, rank);
         matmul::product_into(&xa, dropped.unwrap_or(&x), &self.a(), Form::Nt);
+        if let Some(weight) = self.fp8(|_| true) {
+            let low_rank = LowRank { x: &xa, w: &self.s() };
+            return (fp8::forward(&x, weight, Some(low_rank), bias, onto, rank), Some(xa));
+        }
         if let Some(y) = self.few_rows(&x, bias, onto.as_ref(), rank) {
             return (matmul::product_add(y, 1.0, &xa, &self.s(), Form::Nt), Some(xa));
         }
@@ -158,6 +181,9 @@ impl Stacked {
 
     /// `onto + x·Wᵀ + bias`, without the factors.
     pub(crate) fn forward_base(&self, x: &Array, bias: Option<&Array>, onto: Option<Array>) -> Array {
+        if let Some(weight) = self.fp8(|_| true) {
+            return fp8::forward(x, weight, None, bias, onto, 0);
+        }
         if let Some(y) = self.few_rows(x, bias, onto.as_ref(), 0) {
             return y;
         }
@@ -194,6 +220,10 @@ impl Stacked {
 
     /// `[dy, dxa]·[W; A]` for a dy with dxa in its spare columns, as [`Stacked::backward_factors`] leaves it.
     pub(crate) fn backward(&self, dy: &Array) -> Array {
+        if let Some(weight) = self.fp8(|products| products == Fp8Products::ForwardAndBackward) {
+            let dxa = dy.with_padding(self.rank).columns(self.out, self.rank);
+            return fp8::backward(dy, weight, Some(LowRank { x: &dxa, w: &self.a() }));
+        }
         let w = match &self.base {
             Base::Dense(whole) => whole.columns(0, self.input),
             Base::Quantized { parts, .. } => self.decoded(parts, dy.dtype(), None, Some(&self.a())),
@@ -203,6 +233,9 @@ impl Stacked {
 
     /// `dy·W`, without the factors.
     pub(crate) fn backward_base(&self, dy: &Array) -> Array {
+        if let Some(weight) = self.fp8(|products| products == Fp8Products::ForwardAndBackward) {
+            return fp8::backward(dy, weight, None);
+        }
         matmul::product(dy, &self.base_weight(dy.dtype()), Form::Nn)
     }
 

@@ -40,6 +40,7 @@ mod magnitudes;
 use std::sync::Arc;
 
 use self::magnitudes::{MagnitudeRows, Magnitudes};
+use crate::ops::fp8::Fp8Products;
 use crate::runtime::{self, Array, MemoryUse, elementwise};
 use crate::tensor::cuda_dtype;
 use crate::{Grads, ParamRef, ParamsBuilder, QuantizedWeight, Tensor, Weight, to_f32};
@@ -95,21 +96,26 @@ pub struct StackedSaved {
 impl Stacked {
     /// Stacks frozen weights without factors.
     ///
-    /// `None` for what has no such product: other devices, trained weights, and dense weights beside quantized ones.
-    pub fn of_weights(linears: Vec<(&mut Weight, Option<&Weight>)>) -> Option<Self> {
+    /// `None` for what has no such product: other devices, trained weights, and dense weights beside quantized ones. With
+    /// `fp8`, products of weights that [`refusal`](crate::fp8::refusal) has nothing against are in fp8.
+    pub fn of_weights(linears: Vec<(&mut Weight, Option<&Weight>)>, fp8: Option<Fp8Products>) -> Option<Self> {
         let part = |(weight, bias)| StackedLinear { weight, bias, trained_bias: None, factors: None };
-        Self::place(linears.into_iter().map(part).collect(), None)
+        Self::place(linears.into_iter().map(part).collect(), None, fp8)
     }
 
     /// Stacks frozen weights and what is trained beside them, which follows the parameters from the building of `params`
     /// on.
     ///
     /// `None` as for [`of_weights`](Self::of_weights).
-    pub fn new(parts: Vec<StackedLinear<'_>>, params: &mut ParamsBuilder) -> Option<Self> {
-        Self::place(parts, Some(params))
+    pub fn new(parts: Vec<StackedLinear<'_>>, params: &mut ParamsBuilder, fp8: Option<Fp8Products>) -> Option<Self> {
+        Self::place(parts, Some(params), fp8)
     }
 
-    fn place(mut parts: Vec<StackedLinear<'_>>, params: Option<&mut ParamsBuilder>) -> Option<Self> {
+    fn place(
+        mut parts: Vec<StackedLinear<'_>>,
+        params: Option<&mut ParamsBuilder>,
+        fp8: Option<Fp8Products>,
+    ) -> Option<Self> {
         let rank = parts.iter().filter_map(|part| part.factors).map(|factors| factors.a.dims()[0]).sum();
         let outs: Vec<usize> = parts.iter().map(|part| part.weight.dims()[0]).collect();
         let biases = parts.iter().map(|part| part.bias.map(|bias| frozen(bias).ok_or(()))).map(Option::transpose);
@@ -128,8 +134,13 @@ impl Stacked {
             });
             let mut quantized = quantized.collect::<Option<Vec<_>>>()?;
             let joined = QuantizedWeight::adjoin(&mut quantized);
+            let in_fp8 = fp8.map(|products| (QuantizedWeight::adjoin_fp8(&mut quantized), products));
             let arrays = quantized.iter().map(|weight| weight.cuda().cloned()).collect::<Option<Vec<_>>>()?;
-            cuda::Stacked::quantized(arrays, joined, rank, dtype)
+            let stack = cuda::Stacked::quantized(arrays, joined, rank, dtype);
+            match in_fp8 {
+                None => stack,
+                Some((joined, products)) => stack.in_fp8(joined.expect("what is not in fp8 was refused"), products),
+            }
         };
         let base_bias = side_by_side(&stack, &biases, &outs, None);
         let mut stacked = Self { stack, outs, bias: base_bias.clone(), base_bias, magnitudes: None };

@@ -222,6 +222,21 @@ impl QuantizedArray {
         Some(Self { dims: [rows, cols], codes, scales, format })
     }
 
+    /// Moves fp8 weights with a scale for each row into adjacent memory and returns all of them as one weight; `None`, and
+    /// no weight is moved, for any other.
+    pub(crate) fn adjoin_fp8(parts: &mut [&mut Self]) -> Option<Self> {
+        let cols = parts.first()?.dims[1];
+        let is_by_row = |part: &Self| part.fp8().is_some_and(|codes| codes.scaling == Fp8Scaling::Row);
+        if parts.iter().any(|part| part.dims[1] != cols || !is_by_row(part)) {
+            return None;
+        }
+        let rows = parts.iter().map(|part| part.dims[0]).sum();
+        let codes = Bytes::adjoin(&mut parts.iter_mut().map(|part| &mut part.codes).collect::<Vec<_>>());
+        let scales = Bytes::adjoin(&mut parts.iter_mut().map(|part| &mut part.scales).collect::<Vec<_>>());
+        let format = Format::Fp8 { scaling: Fp8Scaling::Row, section: rows };
+        Some(Self { dims: [rows, cols], codes, scales, format })
+    }
+
     fn double(&self) -> Option<&Double> {
         match &self.format {
             Format::FourBit { double, .. } => double.as_ref(),

@@ -31,7 +31,7 @@ mod blocks;
 pub(crate) mod cpu;
 pub(crate) mod cuda;
 mod data;
-mod fp8;
+pub(crate) mod fp8;
 mod planned;
 pub(crate) mod portable;
 mod stacked;

@@ -18,6 +18,16 @@ impl QuantizedWeight {
         }
         QuantizedArray::adjoin(&mut arrays)
     }
+
+    /// Moves fp8 weights with a scale for each row on a CUDA device into adjacent memory and returns all of them as one
+    /// weight. `None` for anything else.
+    pub(crate) fn adjoin_fp8(parts: &mut [&mut Self]) -> Option<QuantizedArray> {
+        let arrays = parts.iter_mut().map(|part| match &mut part.0 {
+            Place::Cuda(array, _) => Some(array),
+            _ => None,
+        });
+        QuantizedArray::adjoin_fp8(&mut arrays.collect::<Option<Vec<_>>>()?)
+    }
 }
 
 impl QuantizedData {

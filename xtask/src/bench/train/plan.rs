@@ -49,6 +49,7 @@ pub(crate) fn run(weights: Option<&Path>) -> Result<(), Box<dyn Error>> {
             attention_bias: false,
             bias: super::TrainedBias::None,
             use_dora: false,
+            fp8: false,
             dtype: super::ComputeDtype::Bf16,
             optim: "adamw".to_owned(),
             optimizer_in_bwd: false,
