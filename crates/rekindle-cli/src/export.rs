@@ -39,7 +39,8 @@ fn gguf(args: &GgufArgs) -> Result<(), Failure> {
         export = export.pre_tokenizer(name);
     }
     fetch::say(&export.fetch(&mut progress::downloading())?);
-    if args.adapter_only {
+    // clap refuses both.
+    if args.adapter_only && !args.merge_adapters {
         let precisions = if args.quant.is_empty() { &[GgufFileType::F16][..] } else { &args.quant };
         for &precision in precisions {
             output::line(&export.write_adapter(&args.out, precision)?.display().to_string())?;

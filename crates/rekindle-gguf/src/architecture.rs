@@ -388,6 +388,7 @@ mod tests {
         let mut linear = GgufDecoder { delta, ..decoder() };
         linear.layers[0] = GgufLayer { window: None, rope: None, is_linear: true };
         let wide_values = linear.clone();
+        let parallel = GgufDecoder { is_parallel: true, ..decoder() };
         let cases = [
             ("qwen3", GgufDecoder { attention_scale: 0.5, ..decoder() }, "multiplied with 0.5 instead of 0.25"),
             ("qwen3", GgufDecoder { attention_softcap: Some(50.0), ..decoder() }, "capped at 50"),
@@ -402,6 +403,11 @@ mod tests {
             ("glm", GgufDecoder { embedding_length: 80, ..decoder() }, "heads have 64 channels and the embedding 80"),
             ("qwen3_5", wide_values, "values of 32 channels and keys of 16"),
             ("qwen3", linear, "layer 0 has linear attention"),
+            ("cohere2", decoder(), "the halves of layers do not have one LayerNorm before them"),
+            ("llama", parallel.clone(), "the halves of layers have one LayerNorm before them"),
+            ("cohere2", GgufDecoder { is_tied: false, ..parallel.clone() }, "is not the embedding table"),
+            ("cohere2", GgufDecoder { has_attention_biases: true, ..parallel.clone() }, "attention have biases"),
+            ("cohere2", parallel, "layer 0 has positions"),
         ];
         for (model_type, decoder, expected) in cases {
             let error = describe(model_type, &decoder).unwrap_err();

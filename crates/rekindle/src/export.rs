@@ -230,7 +230,8 @@ impl GgufExport {
     }
 
     /// Writes the adapter alone into the directory `out`, for llama.cpp's `--lora`, with factors in f32, f16 or bf16. The
-    /// file is named `NAME-adapter-F16.gguf` and so on. Returns the path.
+    /// file is named `NAME-adapter-F16.gguf` and so on. A `Modelfile-adapter` beside it applies the adapter to its base in
+    /// Ollama. Returns the path.
     ///
     /// # Errors
     /// [`Error::Argument`] if the model is no adapter, and for a quantized precision; [`Error::Model`] for an adapter with
@@ -249,6 +250,18 @@ impl GgufExport {
         create_directory(out.as_ref())?;
         let path = out.as_ref().join(format!("{}-adapter-{kind}.gguf", self.stem()));
         export_gguf_adapter(&loaded.checkpoint, adapter, kind, &self.general(), &path)?;
+        if let Some(tokenizer) = loaded.files.load_tokenizer()? {
+            let named = self.base.clone().or_else(|| adapter.config.base_model_name_or_path().map(PathBuf::from));
+            // A checkpoint of a GGUF file is a directory of the cache.
+            let base = named.filter(|base| base.is_file()).unwrap_or_else(|| loaded.checkpoint.path().to_owned());
+            let base = base.canonicalize().unwrap_or(base);
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let weights = format!("FROM {}\nADAPTER ./{name}\n", base.display());
+            let ends = end_tokens(&loaded.files.model, Some(&tokenizer))?;
+            // Without a template, Ollama uses the base's.
+            let (text, _) = modelfile(&weights, &tokenizer, &ends)?;
+            write_atomic(&out.as_ref().join("Modelfile-adapter"), text.as_bytes())?;
+        }
         Ok(path)
     }
 
@@ -313,7 +326,7 @@ impl GgufExport {
         let Some(tokenizer) = tokenizer else { return Ok(None) };
         let name = gguf.file_name().unwrap_or_default().to_string_lossy();
         let ends = end_tokens(&loaded.files.model, Some(tokenizer))?;
-        let (text, notice) = modelfile(&name, tokenizer, &ends)?;
+        let (text, notice) = modelfile(&format!("FROM ./{name}\n"), tokenizer, &ends)?;
         write_atomic(&out.join("Modelfile"), text.as_bytes())?;
         Ok(notice)
     }

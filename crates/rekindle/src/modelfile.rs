@@ -63,9 +63,9 @@ const FORMATS: [ChatFormat; 7] = [
     },
 ];
 
-/// Returns the text of a `Modelfile` for the file named `gguf`, and a notice if it has no template.
-pub(crate) fn modelfile(gguf: &str, tokenizer: &Tokenizer, ends: &[u32]) -> Result<(String, Option<String>), Error> {
-    let mut text = format!("FROM ./{gguf}\n");
+/// Returns the text of a `Modelfile` that begins with the lines `weights`, and a notice if it has no template.
+pub(crate) fn modelfile(weights: &str, tokenizer: &Tokenizer, ends: &[u32]) -> Result<(String, Option<String>), Error> {
+    let mut text = weights.to_owned();
     let format = format_of(tokenizer)?;
     if let Some(format) = format {
         text.push_str(&format!("TEMPLATE \"\"\"{}\"\"\"\n", format.template));

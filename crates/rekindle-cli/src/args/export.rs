@@ -59,6 +59,9 @@ pub(crate) struct GgufArgs {
     /// Directory for the files; files of the same name are replaced
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
+    /// Merge an adapter into its base, which is the default
+    #[arg(long, conflicts_with = "adapter_only")]
+    pub(crate) merge_adapters: bool,
     /// Write the adapter alone, as a GGUF adapter for llama.cpp's --lora, with --quant f16 (default), f32 or bf16
     #[arg(long, conflicts_with_all = ["imatrix", "split_max_size"])]
     pub(crate) adapter_only: bool,
@@ -87,7 +90,7 @@ pub(super) fn file_type(text: &str) -> Result<GgufFileType, String> {
 
 const GGUF: &str = "\
 Weights are quantized as llama.cpp's own tools do it, without a 16-bit file between. A Modelfile for `ollama create` is
-written beside the files.
+written beside the files; with --adapter-only it is named Modelfile-adapter.
 
 Examples:
   rekindle export gguf outputs/run --quant q4_k_m,q8_0 --out models/run-gguf

@@ -67,6 +67,15 @@ fn a_gguf_file_is_a_base_in_every_command() {
     run(&format!("export gguf {here}/out --quant f32 --out {here}/again --name tuned")).ok();
     assert!((loss(&format!("{here}/again/tuned-F32.gguf"), "") - tuned).abs() < 1e-4);
 
+    run(&format!("export gguf {here}/out --adapter-only --out {here}/lora --name tuned")).ok();
+    let modelfile = fs::read_to_string(scratch.path().join("lora/Modelfile-adapter")).unwrap();
+    let base = Path::new(&small).canonicalize().unwrap();
+    let expected = format!("FROM {}\nADAPTER ./tuned-adapter-F16.gguf\nTEMPLATE", base.display());
+    assert!(modelfile.starts_with(&expected), "{modelfile}");
+    assert!(scratch.path().join("lora/tuned-adapter-F16.gguf").is_file());
+    run(&format!("export gguf {here}/out --adapter-only --merge-adapters --out {here}/lora"))
+        .fails(2, &["cannot be used"]);
+
     run(&format!("inspect {small}")).ok();
     run(&format!("quantize --model {exact} --to nf4 --out {here}/nf4")).ok();
     assert!((loss(&format!("{here}/nf4"), "") - stored).abs() < 0.5);
