@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use rekindle_kernels::paged_attention::PAGE;
-use rekindle_models::{DecodeStates, DecodeSteps, Sampler};
+use rekindle_models::{DecodeStates, DecodeSteps, RowAdapter, Sampler};
 
 use self::ahead::StepAhead;
 use crate::pages::Node;
@@ -34,6 +34,8 @@ pub struct Engine<M> {
     sequences: BTreeMap<SampleId, Sequence>,
     /// The beginnings of the chains of pages, by adapter.
     roots: HashMap<Option<String>, Node>,
+    /// The adapters that steps with several can mix, on the device; `None` for one that cannot be mixed.
+    row_adapters: HashMap<String, Option<Arc<RowAdapter>>>,
     /// Events that the next step returns first.
     events: Vec<Event>,
     next_request: u64,
@@ -109,6 +111,7 @@ impl<M: EngineModel> Engine<M> {
             ahead: None,
             sequences: BTreeMap::new(),
             roots: HashMap::new(),
+            row_adapters: HashMap::new(),
             events: Vec::new(),
             next_request: 0,
             next_sequence: 0,
@@ -260,13 +263,14 @@ impl<M: EngineModel> Engine<M> {
             self.counts.steps += u64::from(!plan.parts.is_empty());
             let groups = self.by_adapter(plan.parts);
             let is_single = groups.len() == 1;
+            let groups = if is_single { groups } else { self.compute_mixed(groups) };
             for (adapter, parts) in groups {
                 if let Err(error) = self.prepare(adapter.as_deref()) {
                     self.fail_all(parts.iter().map(|part| part.id), &error);
                     continue;
                 }
                 let Some(step) = self.begin_step(&parts, adapter.is_some()) else {
-                    self.compute(&parts, adapter.is_some());
+                    self.compute(&parts, adapter.is_some(), &[]);
                     continue;
                 };
                 if is_single {
@@ -329,6 +333,38 @@ impl<M: EngineModel> Engine<M> {
         groups
     }
 
+    /// Computes parts with different adapters in one batch, those of the base included, and returns the groups that cannot be
+    /// mixed.
+    fn compute_mixed(&mut self, groups: Vec<(Option<String>, Vec<Part>)>) -> Vec<(Option<String>, Vec<Part>)> {
+        let (mut mixed, mut others) = (Vec::new(), Vec::new());
+        for (name, parts) in groups {
+            let adapter = match &name {
+                Some(name) => self.row_adapter(name).map(Some),
+                None => self.model.causal_lm().check_base().is_ok().then_some(None),
+            };
+            match adapter {
+                Some(adapter) => mixed.push((name, parts, adapter)),
+                None => others.push((name, parts)),
+            }
+        }
+        if mixed.len() < 2 {
+            // One group by itself is faster with its adapter active.
+            others.splice(0..0, mixed.into_iter().map(|(name, parts, _)| (name, parts)));
+            return others;
+        }
+        let adapters: Vec<_> = mixed.iter().flat_map(|(_, parts, own)| parts.iter().map(|_| own.clone())).collect();
+        let parts: Vec<Part> = mixed.into_iter().flat_map(|(_, parts, _)| parts).collect();
+        self.compute(&parts, false, &adapters);
+        others
+    }
+
+    /// Returns the factors of an adapter on the device; `None` if it cannot be mixed with others.
+    fn row_adapter(&mut self, name: &str) -> Option<Arc<RowAdapter>> {
+        let lm = self.model.causal_lm();
+        let load = || lm.row_adapter(name).ok().flatten().map(Arc::new);
+        self.row_adapters.entry(name.to_owned()).or_insert_with(load).clone()
+    }
+
     /// Makes the model ready for an adapter, or for the base.
     fn prepare(&mut self, adapter: Option<&str>) -> Result<(), Error> {
         match adapter {
@@ -380,5 +416,6 @@ impl<M: EngineModel> Engine<M> {
         self.ahead = None;
         self.scheduler.restart();
         self.steps = DecodeSteps::default();
+        self.row_adapters.clear();
     }
 }

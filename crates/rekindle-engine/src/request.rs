@@ -67,7 +67,8 @@ pub enum AdapterChoice {
     Active,
     /// The base model, even if an adapter is active.
     Base,
-    /// The adapter of this name. An inactive one is activated if the engine owns its model.
+    /// The adapter of this name. For an inactive one, the engine must own its model. One batch computes samples with different
+    /// adapters; an adapter that all samples of a step have is activated.
     Named(String),
 }
 

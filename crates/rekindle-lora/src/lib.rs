@@ -54,7 +54,9 @@ pub use expert_targets::ExpertProjection;
 pub use experts::{ExpertLinear, ExpertNames, ExpertPending, ExpertSaved};
 pub use init::from_weights::{WeightSplit, loftq, split_weight, to_plain};
 pub use init::initial_factors;
-pub use linear::{Dropout, Linear, LinearContext, LinearGroup, LinearPending, LinearSaved, LoraInit};
+pub use linear::{
+    AdapterRows, Dropout, Linear, LinearContext, LinearGroup, LinearPending, LinearSaved, LoraInit, RowAdapter,
+};
 pub use merge::merge;
 pub use targets::match_targets;
 pub use weighted::{Combination, weighted};

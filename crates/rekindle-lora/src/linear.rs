@@ -1,6 +1,7 @@
 //! Linears that read the same input, each with or without an adapter.
 
 mod pass;
+mod rows;
 
 pub use rekindle_kernels::dropout::Dropout;
 use rekindle_kernels::fp8::{self, Fp8Products};
@@ -8,6 +9,7 @@ use rekindle_kernels::stacked::{Stacked, StackedFactors, StackedLinear};
 use rekindle_kernels::{ParamRef, Params, ParamsBuilder, Tensor, Weight};
 
 pub use pass::{LinearContext, LinearPending, LinearSaved};
+pub use rows::{AdapterRows, RowAdapter};
 
 use crate::LoraFactors;
 use crate::dora::layer::Magnitude;

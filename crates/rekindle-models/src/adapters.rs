@@ -2,6 +2,7 @@
 
 mod attach;
 mod base_delta;
+mod rows;
 
 use std::collections::BTreeMap;
 use std::path::Path;

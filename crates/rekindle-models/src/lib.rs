@@ -54,6 +54,7 @@ pub use objective::{Objective, Sft};
 pub use parameters::{LayerRole, LinearRole, Parameter, ParameterSpec, Role};
 pub use positions::{save_positions, saved_positions};
 pub use rekindle_kernels::fp8::Fp8Products;
+pub use rekindle_lora::RowAdapter;
 pub use rekindle_rope::{ContextExtension, Error as RopeError, Positions, RopeScaling};
 pub use router_loss::RouterPass;
 pub use sample::{Sampled, Sampler, SamplingParams, TokenLimits, TokenMask, Unsampled};

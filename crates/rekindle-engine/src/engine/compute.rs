@@ -1,8 +1,10 @@
 //! The computation of a step: hidden states, and the choice of tokens from them.
 
+use std::sync::Arc;
+
 use rekindle_kernels::decode_step::Drawn;
 use rekindle_kernels::{Tensor, embedding};
-use rekindle_models::DecodeBatch;
+use rekindle_models::{DecodeBatch, RowAdapter};
 
 use super::Engine;
 use crate::request::{Event, FinishReason};
@@ -22,11 +24,12 @@ pub(super) enum Choice<'a> {
 const LOGIT_ROWS: usize = 32;
 
 impl<M: EngineModel> Engine<M> {
-    /// Computes parts of samples in a batch of its own, and chooses the next tokens of those that are complete.
-    pub(super) fn compute(&mut self, parts: &[Part], adapters: bool) {
+    /// Computes parts of samples in a batch of their own, and chooses the next tokens of those that are complete. With
+    /// `adapters`, all have the active one; in `own`, each part has its adapter, if any.
+    pub(super) fn compute(&mut self, parts: &[Part], adapters: bool, own: &[Option<Arc<RowAdapter>>]) {
         let mut batch = DecodeBatch::default();
         let mut rows = Vec::new();
-        for part in parts {
+        for (index, part) in parts.iter().enumerate() {
             let &Part { id, start, count } = part;
             let cached = self.scheduler.get(id).expect("it was scheduled");
             let prompt = self.sequences[&id].prompt_rows(start, count);
@@ -40,6 +43,9 @@ impl<M: EngineModel> Engine<M> {
             rows.extend(is_complete.then_some(Row::Next(id)));
             let ids = &cached.tokens[start..start + count];
             batch.push(self.sequences[&id].number, ids, start, &cached.pages, outputs);
+            if let Some(Some(adapter)) = own.get(index) {
+                batch.adapt(adapter);
+            }
         }
         assert_eq!(rows.len(), batch.outputs(), "a use for every row");
         let states = self.states.as_mut().expect("the engine is awake");

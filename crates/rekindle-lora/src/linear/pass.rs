@@ -4,7 +4,7 @@ use rekindle_kernels::fp8::{self, Fp8Products};
 use rekindle_kernels::stacked::{InputGradient, Stacked, StackedSaved};
 use rekindle_kernels::{Grads, Params, QuantizedWeight, Tensor, Weight, dropout, matmul};
 
-use super::{Dropout, Linear, LinearGroup, Placed};
+use super::{AdapterRows, Dropout, Linear, LinearGroup, Placed};
 use crate::dora::layer as magnitude;
 
 /// Everything a pass through linears shares.
@@ -17,12 +17,14 @@ pub struct LinearContext<'a> {
     /// True if adapters take part. Without them y = x·Wᵀ + b of the base model, and nothing of an adapter gets a
     /// gradient; no weight is moved or copied.
     pub adapters: bool,
+    /// Adapters of some rows each, in order and apart from each other; only in forward passes, and without `adapters`.
+    pub rows: &'a [AdapterRows<'a>],
 }
 
 impl<'a> LinearContext<'a> {
     /// A pass with adapters and without dropout.
     pub fn new(params: &'a Params) -> Self {
-        Self { params, dropout: None, adapters: true }
+        Self { params, dropout: None, adapters: true, rows: &[] }
     }
 
     /// The same pass with dropout before A.
@@ -88,9 +90,14 @@ impl LinearGroup {
     }
 
     fn run(&self, ctx: LinearContext<'_>, x: &Tensor<2>, onto: Option<&Tensor<2>>) -> (Vec<Tensor<2>>, LinearSaved) {
-        let LinearContext { params, dropout, adapters } = ctx;
+        let LinearContext { params, dropout, adapters, rows } = ctx;
+        let none = || LinearSaved { xa: None, z: None, magnitudes: Vec::new() };
+        if !rows.is_empty() {
+            debug_assert!(!adapters, "rows have their own adapters");
+            return (self.run_rows(params, rows, x, onto), none());
+        }
         if !adapters {
-            return (self.run_base(params, x, onto), LinearSaved { xa: None, z: None, magnitudes: Vec::new() });
+            return (self.run_base(params, x, onto), none());
         }
         let dropped = self.dropped(x, dropout);
         if let Some(stack) = &self.stack {
@@ -135,12 +142,20 @@ impl LinearGroup {
         if let Some(stack) = &self.stack {
             return self.split(stack.forward_base(x, onto.cloned()));
         }
-        let ys = self.linears.iter().map(|linear| {
+        let ys = self.base_products(params, x).into_iter();
+        self.split(ys.map(|y| if let Some(onto) = onto { y.plus(onto) } else { y }).collect())
+    }
+
+    /// x·Wᵀ + b of each linear.
+    pub(super) fn base_products(&self, params: &Params, x: &Tensor<2>) -> Vec<Tensor<2>> {
+        if let Some(stack) = &self.stack {
+            return stack.forward_base(x, None);
+        }
+        let product = |linear: &Linear| {
             let bias = linear.bias.as_ref().map(|bias| bias.vector(params));
-            let y = self.product(linear, params, x, bias.as_ref());
-            if let Some(onto) = onto { y.plus(onto) } else { y }
-        });
-        self.split(ys.collect())
+            self.product(linear, params, x, bias.as_ref())
+        };
+        self.linears.iter().map(product).collect()
     }
 
     /// x·Wᵀ + bias.
@@ -159,7 +174,7 @@ impl LinearGroup {
     }
 
     /// The outputs of every linear, from one result each.
-    fn split(&self, ys: Vec<Tensor<2>>) -> Vec<Tensor<2>> {
+    pub(super) fn split(&self, ys: Vec<Tensor<2>>) -> Vec<Tensor<2>> {
         let outputs = |(linear, y): (&Linear, Tensor<2>)| {
             if linear.outputs.is_empty() {
                 return vec![y];
@@ -200,7 +215,7 @@ impl LinearGroup {
         dys: &[Tensor<2>],
         want_dx: bool,
     ) -> (Option<Tensor<2>>, LinearPending) {
-        let LinearContext { params, dropout, adapters } = ctx;
+        let LinearContext { params, dropout, adapters, .. } = ctx;
         if let Some(stack) = &self.stack {
             return self.backward_stacked(stack, ctx, grads, saved, dys, want_dx);
         }

@@ -88,6 +88,7 @@ impl<'a> BatchContext<'a> {
             sequences: self.sequences.as_ref(),
             dropout,
             adapters,
+            rows: &[],
             router: RouterPass::Off,
         }
     }

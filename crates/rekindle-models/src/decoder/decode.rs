@@ -2,9 +2,11 @@
 
 use core::convert::Infallible;
 use core::ops::Range;
+use std::sync::Arc;
 
 use rekindle_kernels::paged_attention::{KvPages, PAGE, PagedBatch};
 use rekindle_kernels::{DeviceError, Params, Tensor, embedding};
+use rekindle_lora::{AdapterRows, RowAdapter};
 
 use super::Decoder;
 use crate::RouterPass;
@@ -18,6 +20,22 @@ pub struct DecodeBatch {
     pub(crate) pages: PagedBatch,
     /// The rows whose hidden states are wanted.
     outputs: Vec<u32>,
+    /// The adapters of tokens that have one of their own.
+    adapters: Vec<BatchAdapter>,
+}
+
+/// The adapter of some tokens of a batch.
+#[derive(Clone, Debug)]
+struct BatchAdapter {
+    first: usize,
+    count: usize,
+    adapter: Arc<RowAdapter>,
+}
+
+impl BatchAdapter {
+    fn rows(&self) -> AdapterRows<'_> {
+        AdapterRows { first: self.first, count: self.count, adapter: &self.adapter }
+    }
 }
 
 /// The rows of a batch that belong to one sequence.
@@ -49,6 +67,20 @@ impl DecodeBatch {
         self.sequences.push(SequenceRows { sequence, first, count: ids.len(), past });
         self.pages.push(past, ids.len(), pages);
         self.outputs.extend(outputs.map(|index| (first + index) as u32));
+    }
+
+    /// Applies an adapter to the tokens of the last sequence, for [`Decoder::decode`] without the active adapter.
+    ///
+    /// # Panics
+    /// In an empty batch.
+    pub fn adapt(&mut self, adapter: &Arc<RowAdapter>) {
+        let &SequenceRows { first, count, .. } = self.sequences.last().expect("a sequence was added");
+        match self.adapters.last_mut() {
+            Some(last) if last.first + last.count == first && Arc::ptr_eq(&last.adapter, adapter) => {
+                last.count += count;
+            }
+            _ => self.adapters.push(BatchAdapter { first, count, adapter: Arc::clone(adapter) }),
+        }
     }
 
     /// Returns the number of new tokens.
@@ -151,7 +183,17 @@ impl Decoder {
         let positions = batch.pages.positions();
         let ropes: Vec<_> = self.ropes.iter().map(|tables| tables.angles(&positions)).collect();
         let router = RouterPass::Off;
-        let ctx = Context { params, ropes: &ropes, documents: &[], sequences: None, dropout: None, adapters, router };
+        let rows: Vec<AdapterRows<'_>> = batch.adapters.iter().map(BatchAdapter::rows).collect();
+        let ctx = Context {
+            params,
+            ropes: &ropes,
+            documents: &[],
+            sequences: None,
+            dropout: None,
+            adapters,
+            rows: &rows,
+            router,
+        };
         let h = self.decode_layers(ctx, self.embed(ctx, &batch.ids), states, batch);
         let wanted = match *batch.outputs {
             // One row is read where it is.

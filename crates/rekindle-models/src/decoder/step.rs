@@ -129,7 +129,16 @@ impl Decoder {
     ) -> Tensor<2> {
         let ropes: Vec<_> = self.ropes.iter().map(|tables| inputs.angles(tables)).collect();
         let router = RouterPass::Off;
-        let ctx = Context { params, ropes: &ropes, documents: &[], sequences: None, dropout: None, adapters, router };
+        let ctx = Context {
+            params,
+            ropes: &ropes,
+            documents: &[],
+            sequences: None,
+            dropout: None,
+            adapters,
+            rows: &[],
+            router,
+        };
         let h = inputs.embed(&self.embedding(adapters).matrix(params));
         let h = self.decode_layers(ctx, h, states, batch);
         self.norm.forward(params, &h, 0).0

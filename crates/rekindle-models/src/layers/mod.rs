@@ -40,7 +40,7 @@ use rekindle_kernels::attention::Documents;
 use rekindle_kernels::gated_delta::Sequences;
 use rekindle_kernels::rope::Angles;
 use rekindle_kernels::{Params, Weight};
-use rekindle_lora::{Dropout, LinearContext};
+use rekindle_lora::{AdapterRows, Dropout, LinearContext};
 pub use shared_expert::{SharedExpert, SharedExpertSaved};
 
 use crate::RouterPass;
@@ -64,6 +64,8 @@ pub struct Context<'a> {
     pub dropout: Option<Dropout<'a>>,
     /// True if adapters take part.
     pub adapters: bool,
+    /// Adapters of some of the batch's tokens each, while decoding; empty otherwise.
+    pub rows: &'a [AdapterRows<'a>],
     /// The part in the auxiliary loss of mixtures.
     pub router: RouterPass<'a>,
 }
@@ -71,7 +73,7 @@ pub struct Context<'a> {
 impl<'a> Context<'a> {
     /// The part that linears need.
     pub fn linear(&self) -> LinearContext<'a> {
-        LinearContext { params: self.params, dropout: self.dropout, adapters: self.adapters }
+        LinearContext { params: self.params, dropout: self.dropout, adapters: self.adapters, rows: self.rows }
     }
 
     fn angles(&self, rope: RopeId) -> &'a Angles {

@@ -4,9 +4,10 @@ use rekindle_engine::{
     AdapterChoice, CacheSize, Engine, EngineConfig, Event, FinishReason, NewToken, Request, SamplingParams,
     TokenConstraint, TokenMask,
 };
+use rekindle_lora::LoraConfig;
 use rekindle_tests::{Golden, poisoned};
 
-use super::{alone, beginning, greedy, ids, run, sampled};
+use super::{alone, beginning, configurations, greedy, ids, prompts, run, sampled};
 
 #[test]
 fn a_sample_ends_at_stop_ids_but_not_before_min_tokens() {
@@ -101,6 +102,7 @@ fn a_request_chooses_its_adapter() {
         let (answers, _) = run(&mut engine);
         let tokens: Vec<_> = answers.values().map(|answer| &answer.tokens).collect();
         assert_eq!(tokens, [&second[0].tokens, &base[0].tokens, &first[0].tokens, &second[0].tokens]);
+        assert_eq!(engine.model().active_adapter(), Some("second"), "one batch for all, so none was activated");
     }
     let error = engine.submit(request(named("third"))).expect_err("it is unknown").to_string();
     assert!(error.contains("\"third\"") && error.contains("first"), "{error}");
@@ -110,6 +112,76 @@ fn a_request_chooses_its_adapter() {
     engine.with_model(|model| model.delete_adapter("first")).expect("it is known");
     let (answers, _) = run(&mut engine);
     assert!(answers.into_values().next().and_then(|answer| answer.error).is_some_and(|error| error.contains("first")));
+}
+
+/// A step computes samples of the base and of several adapters in one batch, whatever the lengths of their prompts and the
+/// order in which they run. On the CPU in f32 each request has the bits that it has alone.
+#[test]
+fn samples_with_different_adapters_run_in_one_batch() {
+    for (name, dirs) in [("qwen3-tied", ["all-linear", "qv-rslora"]), ("families/phi3", ["all-linear", "all-linear"])] {
+        let golden = Golden::open(name);
+        let known = golden.adapters();
+        let dirs =
+            dirs.map(|dir| if known.iter().any(|known| known == dir) { dir.to_owned() } else { known[0].clone() });
+        let mut model = golden.load();
+        for (name, dir) in ["first", "second"].into_iter().zip(dirs) {
+            model.load_adapter_as(name, &golden.dir.join("adapters").join(dir)).expect("a golden adapter loads");
+        }
+        let choices = [Some("first"), None, Some("second")];
+        let requests = || {
+            let prompts = prompts(&golden).into_iter().zip(choices.into_iter().cycle()).enumerate();
+            prompts.map(|(seed, (prompt, choice))| (choice, sampled(prompt, 9 + seed % 4, seed as u64)))
+        };
+        let mut want = Vec::new();
+        for (choice, request) in requests() {
+            let adapter = if choice.is_some() { AdapterChoice::Active } else { AdapterChoice::Base };
+            choice.into_iter().for_each(|name| model.set_adapter(name).expect("it is known"));
+            want.extend(alone(&model, Request { adapter, ..request }));
+        }
+        model.set_adapter("second").expect("it is known");
+        let mut model = Some(model);
+        for config in configurations() {
+            let mut engine = Engine::new(model.take().expect("it came back"), config).expect("a valid configuration");
+            for (choice, request) in requests() {
+                let adapter = choice.map_or(AdapterChoice::Base, |name| AdapterChoice::Named(name.to_owned()));
+                assert!(engine.submit(Request { adapter, ..request }).is_ok());
+            }
+            let (answers, _) = run(&mut engine);
+            assert_eq!(answers.len(), want.len());
+            for (got, want) in answers.into_values().zip(&want) {
+                assert_eq!((&got.tokens, got.end), (&want.tokens, want.end), "{name} {config:?}");
+            }
+            let mut back = engine.into_model();
+            back.set_adapter("second").expect("it is known");
+            model = Some(back);
+        }
+    }
+}
+
+/// An adapter with more than factors has batches of its own, beside a batch of the others.
+#[test]
+fn an_adapter_that_cannot_be_mixed_runs_by_itself() {
+    let golden = Golden::open("qwen3-tied");
+    let mut model = golden.load();
+    for (name, use_dora) in [("plain", false), ("other", false), ("dora", true)] {
+        let config = LoraConfig { use_dora, ..LoraConfig::new(4) };
+        model.add_adapter_as(name, &config).expect("a valid configuration");
+    }
+    assert!(model.row_adapter("dora").expect("it is known").is_none());
+    assert!(model.row_adapter("plain").expect("it is known").is_some());
+    assert!(model.row_adapter("none").is_err_and(|error| error.to_string().contains("none")));
+    let request = |adapter| Request { adapter, ..sampled(beginning(&golden, 20), 6, 1) };
+    let base = alone(&model, request(AdapterChoice::Base));
+    let mut engine = Engine::new(model, EngineConfig::default()).expect("a valid configuration");
+    for name in ["plain", "dora", "other"] {
+        engine.submit(request(AdapterChoice::Named(name.to_owned()))).expect("it is known");
+    }
+    let (answers, _) = run(&mut engine);
+    // Untrained adapters change nothing; DoRA's magnitudes are rounded.
+    for ((_, answer), exact) in answers.iter().zip([true, false, true]) {
+        assert_eq!(answer.ids(), base[0].ids());
+        assert!(!exact || answer.tokens == base[0].tokens);
+    }
 }
 
 #[test]
