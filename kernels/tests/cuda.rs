@@ -126,6 +126,10 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
     for sizes in [[1, 16, 8], [2, 33, 72], [8, 40, 2568], [5, 4100, 136], [1, 4096, 640]] {
         suite.dtypes(|dtype| Linear::new(sizes, dtype))?;
     }
+    // Up to 16 rows with a weight of few: pieces of k for some warps, for all and several for each; short tiles.
+    for sizes in [[1, 16, 512], [5, 33, 9728], [9, 48, 2560], [16, 7, 1000], [12, 100, 4096], [16, 256, 520]] {
+        suite.dtypes(|dtype| Linear::new(sizes, dtype))?;
+    }
     for kind in Kind::ALL {
         for sizes in [[1, 1, 1], [3, 5, 7], [4, 96, 130], [2, 33, 65], [33, 64, 40], [17, 256, 192]] {
             suite.dtypes(|dtype| Packed::new(sizes, kind, dtype))?;
@@ -139,7 +143,13 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
     let groups: [&[(usize, usize)]; 4] = [&[(5, 2)], &[(40, 8)], &[(48, 3), (16, 0)], &[(64, 16), (24, 8), (24, 5)]];
     let sizes = [[3, 7], [33, 24], [17, 64], [130, 96]];
     // Few rows of whole blocks and tiles.
-    let few: [(&[(usize, usize)], _); 2] = [(&[(48, 8)], [2, 128]), (&[(64, 16), (32, 0), (16, 5)], [12, 192])];
+    let few: [(&[(usize, usize)], _); 5] = [
+        (&[(48, 8)], [2, 128]),
+        (&[(64, 16), (32, 0), (16, 5)], [12, 192]),
+        (&[(300, 40), (20, 40)], [8, 1544]),
+        (&[(136, 16), (120, 64)], [33, 640]),
+        (&[(264, 72)], [64, 200]),
+    ];
     // Weights alone; the 4-bit ones of the last two are adjacent, with one offset for each part of 32 and 16 rows.
     let alone: [(&[(usize, usize)], _); 4] = [
         (&[(5, 0)], [3, 7]),

@@ -221,7 +221,7 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let mut batch = PagedBatch::default();
         batch.push(0, 280, &(0..20).collect::<Vec<u32>>());
         batch.push(500, 20, &(20..60).collect::<Vec<u32>>());
-        drop(paged_attention::forward(&q, &k, &v, None, heads, &mut pages, &batch));
+        drop(paged_attention::forward([&q, &k, &v], None, heads, &mut pages, &batch, 0));
     }),
     ("embedding", |device, begin| {
         let mut builder = ParamsBuilder::new(device, DType::F32);

@@ -39,6 +39,7 @@ macro_rules! sources {
 }
 
 sources! {
+    "add_factors.cu" after "mma.cuh", "few_rows.cuh" with add_factors, ["add_factors"];
     "attention_bwd_256_sm90.cu" after "attention_scores.cuh", "sm90.cuh" with attention_bwd_256_sm90, [
         "attention_bwd_dkdv_256_sm90", "attention_bwd_dq_256_sm90"
     ];
@@ -92,6 +93,7 @@ sources! {
     ];
     "gated_delta_bwd.cu" after "mma.cuh", "delta_tiles.cuh" with delta_grads, ["gated_delta_bwd"];
     "gated_norm.cu" with any_dtype, ["gated_norm_bwd", "gated_norm_fwd"];
+    "narrow.cu" after "mma.cuh", "few_rows.cuh" with narrow, ["narrow"];
     "optimizer.cu" with any_dtype, ["adamw", "lion", "sgd", "sum_squares", "sum_squares_finish"];
     "optimizer_8bit.cu" with f32_alone, ["adamw_8bit", "lion_8bit", "sgd_8bit"];
     "output_gate.cu" with any_dtype, ["output_gate_fwd", "output_gate_join", "output_gate_queries"];
@@ -242,6 +244,16 @@ fn gated_activation_fp8(arch: Arch) -> Vec<Defines> {
 
 fn fp8_linear_sm90(arch: Arch) -> Vec<Defines> {
     if arch.sm == 90 { low_dtypes_with(arch, "FORM", &["0", "1"]) } else { Vec::new() }
+}
+
+fn narrow(arch: Arch) -> Vec<Defines> {
+    let groups = low_dtypes_with(arch, "GROUPS", &["1", "2"]).into_iter().filter(|_| arch.sm >= 90);
+    groups.map(|defines| [defines, vec![("WARPS", "8")]].concat()).collect()
+}
+
+fn add_factors(arch: Arch) -> Vec<Defines> {
+    let groups = low_dtypes_with(arch, "GROUPS", &["1", "2", "4", "8"]);
+    groups.into_iter().map(|defines| [defines, vec![("WARPS", "8")]].concat()).collect()
 }
 
 fn few_rows_4bit(arch: Arch) -> Vec<Defines> {

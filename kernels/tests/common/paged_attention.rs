@@ -57,7 +57,8 @@ impl<'a> Paged<'a> {
             embedding::forward(tensor, &ids)
         };
         let [q, k, v] = self.operands.each_ref().map(pick);
-        let o = paged_attention::forward(&q, &k, &v, self.sinks.as_ref(), self.case.heads, &mut self.cache, &batch);
+        let o =
+            paged_attention::forward([&q, &k, &v], self.sinks.as_ref(), self.case.heads, &mut self.cache, &batch, 0);
         let width = o.dims()[1];
         let values = to_f32(o);
         rows.into_iter().zip(values.chunks(width).map(<[f32]>::to_vec)).collect()
@@ -139,7 +140,7 @@ pub(crate) fn copied_pages_part(place: impl Fn() -> Place) {
         let mut batch = PagedBatch::default();
         batch.push(first, count, pages);
         let [q, k, v] = [&q, &k, &v].map(|tensor| tensor.rows(first, count).scale(by));
-        to_f32(paged_attention::forward(&q, &k, &v, None, case.heads, &mut cache, &batch))
+        to_f32(paged_attention::forward([&q, &k, &v], None, case.heads, &mut cache, &batch, 0))
     };
     run(0, PAGE + 4, &[3, 1], 1.0, None);
     let other = run(PAGE + 4, 1, &[3, 0], -2.0, Some([1, 0]));

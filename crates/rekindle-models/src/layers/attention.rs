@@ -193,7 +193,8 @@ impl Attention {
         let Projected { q, k, v, qg, .. } = self.project(ctx, x);
         let sinks = self.sinks.as_ref().map(|sinks| sinks.vector(ctx.params));
         let LayerState::Pages(pages) = state else { unreachable!("the states of a layer are made for its kind") };
-        let o = paged_attention::forward(&q, &k, &v, sinks.as_ref(), self.heads, pages, &batch.pages);
+        let room = if self.output_gate { 0 } else { self.o.room() };
+        let o = paged_attention::forward([&q, &k, &v], sinks.as_ref(), self.heads, pages, &batch.pages, room);
         self.project_output(ctx, &o, qg.as_ref()).0
     }
 

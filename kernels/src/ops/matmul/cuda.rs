@@ -1,6 +1,7 @@
 //! Matrix products. [`Form`] says which operand is transposed; a linear layer is `y = product(x, w, Nt)`, its gradients
 //! `dx = product(dy, w, Nn)` and `dw = product(dy, x, Tn)`.
 
+pub(crate) mod factors;
 mod few_rows;
 
 use crate::runtime::op::{check_dims, like};
@@ -43,7 +44,7 @@ pub(crate) fn linear(
         };
     }
     let out = Array::padded(a.cuda(), [m, n], pad_cols, a.dtype(), MemoryUse::Activations);
-    if few_rows::takes(a, b, form) {
+    if few_rows::takes(a, b, form, bias.is_none()) {
         few_rows::linear(&out, a, b, bias, None);
         return out;
     }
@@ -61,7 +62,7 @@ fn add_onto(y: Array, alpha: f32, a: &Array, b: &Array, form: Form, bias: Option
             None => y,
         };
     }
-    if alpha == 1.0 && few_rows::takes(a, b, form) {
+    if alpha == 1.0 && few_rows::takes(a, b, form, false) {
         if y.dtype() != a.dtype() {
             return elementwise::add_narrow(y, &linear(a, b, form, bias, None, 0));
         }
@@ -107,7 +108,7 @@ pub(crate) fn product_into(out: &Array, a: &Array, b: &Array, form: Form) {
     let shape @ [m, n, k] = sizes(a, b, form);
     check_dims("the product", out, [m, n]);
     assert!(k > 0, "a product of nothing has no place");
-    if out.dtype() == a.dtype() && few_rows::takes(a, b, form) {
+    if out.dtype() == a.dtype() && few_rows::takes(a, b, form, true) {
         return few_rows::linear(out, a, b, None, None);
     }
     out.cuda().gemm(&Gemm::new(form, shape, a.operand(), b.operand(), out.operand()));

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::{FixedLists, PAGE, PagedBatch, PagedSequence};
 use crate::attention::Heads;
 use crate::ops::attention::cuda::{self as attention, Engine};
-use crate::runtime::op::{blocks, int, kernel, lanes, like};
+use crate::runtime::op::{blocks, int, kernel, lanes};
 use crate::runtime::{Arch, Array, Cuda, DType, Entry, Ints, Kernel, MemoryUse, PagedTiles, args, elementwise, entry};
 
 /// Query heads of a tile of the decoding kernel.
@@ -157,11 +157,12 @@ pub(super) fn forward(
     pools: [&Array; 2],
     heads: Heads,
     batch: &PagedBatch,
+    pad_cols: usize,
 ) -> Array {
     let cuda = q.cuda();
     let lists = batch.lists.get(heads, || Lists::new(cuda, heads, q.dtype(), batch));
     let [q, k, v] = [q, k, v].map(Array::aligned);
-    let o = like(&q);
+    let o = Array::padded(cuda, q.dims(), pad_cols, q.dtype(), MemoryUse::Activations);
     let call = Call { q, k, v, sinks: sinks.map(Array::contiguous), pools, heads, lists: &lists };
     match tiles(cuda, heads, call.q.dtype()) {
         Some(tiles) => {

@@ -177,18 +177,18 @@ impl PagedSequence {
     }
 }
 
-/// Writes the keys and values of the new tokens into `cache`; returns the attention of the new queries.
+/// Writes the keys and values of the new tokens into `cache`; returns the attention of the new queries, on CUDA with
+/// `pad_cols` spare columns behind each row.
 ///
 /// # Panics
 /// For shapes that do not belong together, and for pages that the pool does not have.
 pub fn forward(
-    q: &Tensor<2>,
-    k: &Tensor<2>,
-    v: &Tensor<2>,
+    [q, k, v]: [&Tensor<2>; 3],
     sinks: Option<&Tensor<1>>,
     heads: Heads,
     cache: &mut KvPages,
     batch: &PagedBatch,
+    pad_cols: usize,
 ) -> Tensor<2> {
     super::attention::check(q, k, v, sinks, heads);
     assert_eq!(q.dims()[0], batch.rows, "rows of q");
@@ -210,7 +210,7 @@ pub fn forward(
         }
         Backend::Cuda => {
             let pools = [k_pool.cuda(), v_pool.cuda()];
-            cuda::forward([q, k, v].map(Tensor::cuda), sinks.map(Tensor::cuda), pools, heads, batch).into()
+            cuda::forward([q, k, v].map(Tensor::cuda), sinks.map(Tensor::cuda), pools, heads, batch, pad_cols).into()
         }
         Backend::Meta => meta::forward(q.meta(), heads, batch).into(),
     }

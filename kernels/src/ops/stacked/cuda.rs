@@ -2,7 +2,7 @@
 
 use crate::ops::fp8::Fp8Products;
 use crate::ops::fp8::cuda::{self as fp8, LowRank};
-use crate::ops::matmul::cuda as matmul;
+use crate::ops::matmul::cuda::{self as matmul, factors, factors::Addends};
 use crate::ops::quantized::cuda::few_rows;
 use crate::params::quantized::cuda::QuantizedArray;
 use crate::runtime::{Array, Cuda, DType, Form, MemoryUse, elementwise};
@@ -161,12 +161,24 @@ impl Stacked {
             return (self.forward_base(x, bias, onto), None);
         }
         let x = Array::side_by_side(core::slice::from_ref(x), rank);
+        let addends = Addends { bias, onto: onto.as_ref() };
+        if let (Base::Dense(whole), None) = (&self.base, dropped)
+            && let Some((y, xa)) = factors::product(whole, self.out, &x, addends)
+        {
+            return (y, Some(xa));
+        }
         let both = x.with_padding(rank);
         let xa = both.columns(self.input, rank);
         matmul::product_into(&xa, dropped.unwrap_or(&x), &self.a(), Form::Nt);
         if let Some(weight) = self.fp8(|_| true) {
             let low_rank = LowRank { x: &xa, w: &self.s() };
             return (fp8::forward(&x, weight, Some(low_rank), bias, onto, rank), Some(xa));
+        }
+        if factors::takes(&x, self.out, addends)
+            && let Some(y) = self.few_rows(&x, None, None, rank)
+        {
+            factors::add(&y, &xa, &self.s(), addends);
+            return (y, Some(xa));
         }
         if let Some(y) = self.few_rows(&x, bias, onto.as_ref(), rank) {
             return (matmul::product_add(y, 1.0, &xa, &self.s(), Form::Nt), Some(xa));
