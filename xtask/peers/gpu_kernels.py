@@ -1,6 +1,10 @@
-"""Measures PyTorch for the rows of `cargo xtask bench kernels`; prints milliseconds as one line of JSON."""
+"""Measures PyTorch for the rows of `cargo xtask bench kernels`; prints milliseconds as one line of JSON.
+
+An argument names the part to measure. The gated delta rule is that of flash-linear-attention, where it is installed.
+"""
 
 import json
+import sys
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,6 +33,17 @@ def milliseconds(run, runs=20):
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / runs
+
+
+def kernel_milliseconds(run, runs=20):
+    """Returns the time in kernels alone, which the host queues more slowly than they run."""
+    for _ in range(3):
+        run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(runs):
+            run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / runs / 1e3
 
 
 def noise(*shape):
@@ -70,17 +85,56 @@ def experts(report):
         report[f"grouped tn {n} x {k}, {name}"] = milliseconds(lambda: torch._grouped_mm(dy.t(), x, offs=ends))
 
 
-def main():
-    report = {}
-    attention(report)
+def products(report):
     for m, n, k in PRODUCTS:
         x, w, dy = noise(m, k), noise(n, k), noise(m, n)
         report[f"product nt {m} x {n} x {k}"] = milliseconds(lambda: x @ w.t())
         report[f"product nn {m} x {k} x {n}"] = milliseconds(lambda: dy @ w)
-    experts(report)
+
+
+def bandwidth(report):
     large = noise(8 * TOKENS, 16 * 1024)
     target = torch.empty_like(large)
     report["copy"] = milliseconds(lambda: target.copy_(large))
+
+
+def delta(report):
+    """The chunked kernels, with the gates and the norms of queries and keys in them."""
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError:
+        return
+    key_heads, value_heads, channels = 16, 32, 128
+    q, k = (noise(1, TOKENS, key_heads, channels).requires_grad_() for _ in range(2))
+    v = noise(1, TOKENS, value_heads, channels).requires_grad_()
+    a, b = (noise(1, TOKENS, value_heads).requires_grad_() for _ in range(2))
+    a_log, dt_bias = (noise(value_heads).float().requires_grad_() for _ in range(2))
+    ends = torch.arange(5, device="cuda") * (TOKENS // 4)
+    ends_on_host = ends.cpu()
+    d_o = noise(1, TOKENS, value_heads, channels)
+
+    def run():
+        return chunk_gated_delta_rule(
+            q, k, v, a, b, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, A_log=a_log, dt_bias=dt_bias,
+            use_beta_sigmoid_in_kernel=True, cu_seqlens=ends, cu_seqlens_cpu=ends_on_host,
+        )[0]
+
+    with torch.no_grad():
+        report["gated delta rule forward 4 x 2048"] = kernel_milliseconds(run)
+    o = run()
+    operands = (q, k, v, a, b, a_log, dt_bias)
+    backward = kernel_milliseconds(lambda: torch.autograd.grad(o, operands, d_o, retain_graph=True))
+    report["gated delta rule backward 4 x 2048"] = backward
+
+
+PARTS = [attention, products, experts, bandwidth, delta]
+
+
+def main():
+    report = {}
+    for part in PARTS:
+        if not sys.argv[1:] or part.__name__ == sys.argv[1]:
+            part(report)
     print(json.dumps(report))
 
 

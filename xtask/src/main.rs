@@ -113,9 +113,12 @@ enum Bench {
         /// The device to use.
         #[arg(long, default_value = "cuda")]
         device: String,
-        /// A Python interpreter with torch.
+        /// A Python interpreter with torch, and with fla for the gated delta rule.
         #[arg(long)]
         python: Option<PathBuf>,
+        /// Measure one part alone: attention, bandwidth, products, experts or delta.
+        #[arg(long)]
+        only: Option<String>,
     },
     /// Runs all CUDA benchmarks of docs/benchmarks.md: kernels and whole steps.
     Gpu {
@@ -176,7 +179,9 @@ fn main() -> ExitCode {
             None => bench::cpu(steps, python.as_deref(), threads),
         },
         #[cfg(feature = "models")]
-        Task::Bench { what: Bench::Kernels { device, python } } => bench::kernels::run(&device, python.as_deref()),
+        Task::Bench { what: Bench::Kernels { device, python, only } } => {
+            bench::kernels::run(&device, python.as_deref(), only.as_deref())
+        }
         #[cfg(feature = "models")]
         Task::Bench { what: Bench::Gpu { weights, python, out } } => {
             bench::gpu(weights.as_deref(), python.as_deref(), &out)

@@ -7,6 +7,7 @@ use std::process::Command;
 use rekindle_kernels::attention::{self, Documents, Heads};
 use rekindle_kernels::expert_act::{self, ClampedSwiglu, ExpertActivation};
 use rekindle_kernels::gated_activation::{self, Activation};
+use rekindle_kernels::gated_delta::{self, DeltaHeads, DeltaInputs, Sequences};
 use rekindle_kernels::grouped::{self, GroupedRows};
 use rekindle_kernels::linear_cross_entropy::{self, LmHead, TokenWeights};
 use rekindle_kernels::optimizer::{self, Clip, OptimizerState, StateFormat, UpdateRule, UpdateStep};
@@ -61,6 +62,9 @@ const PRODUCTS: [[usize; 3]; 6] = [
 const EXPERTS: [(usize, [usize; 2]); 3] = [(128, [1536, 2048]), (128, [2048, 768]), (32, [5760, 2880])];
 const EXPERT_ROWS: usize = 65_536;
 
+/// Heads of the gated delta layers of Qwen3.5-4B, with [`TOKENS`] tokens in four documents.
+const DELTA: DeltaHeads = DeltaHeads { key_heads: 16, value_heads: 32, key_dim: 128, value_dim: 128 };
+
 /// One measured operation.
 struct Row {
     name: String,
@@ -74,18 +78,27 @@ enum Work {
     Flops(f64),
 }
 
-/// Prints a table, with PyTorch's figures if a Python is given, and ends with one JSON line.
-pub(crate) fn run(device: &str, python: Option<&Path>) -> Result<(), Box<dyn Error>> {
+/// Prints a table, with PyTorch's figures if a Python is given, and ends with one JSON line. `only` is a name of [`PARTS`].
+pub(crate) fn run(device: &str, python: Option<&Path>, only: Option<&str>) -> Result<(), Box<dyn Error>> {
+    if let Some(unknown) = only.filter(|only| !PARTS.contains(only)) {
+        let names = PARTS.join(", ");
+        return Err(format!("there is no part \"{unknown}\" of this benchmark; parts: {names}").into());
+    }
     let (device, _) = rekindle_kernels::open_device(parse_device(device)?)?;
     let Device::Cuda(cuda) = &device else { return Err("these kernels run on a CUDA device".into()) };
     let bench = Bench { device: &device, cuda };
     let mut rows = Vec::new();
-    bench.attention(&mut rows)?;
-    bench.bandwidth(&mut rows)?;
-    bench.products(&mut rows)?;
-    bench.experts(&mut rows)?;
+    for part in PARTS.into_iter().filter(|part| only.is_none_or(|only| only == *part)) {
+        match part {
+            "attention" => bench.attention(&mut rows)?,
+            "bandwidth" => bench.bandwidth(&mut rows)?,
+            "products" => bench.products(&mut rows)?,
+            "experts" => bench.experts(&mut rows)?,
+            _ => bench.delta(&mut rows)?,
+        }
+    }
     let card = cuda.props().name.clone();
-    let peers = python.map(peer).transpose()?.unwrap_or_default();
+    let peers = python.map(|python| peer(python, only)).transpose()?.unwrap_or_default();
     println!("{card}");
     println!("{:<56}{:>10}{:>16}{:>12}{:>8}", "", "ms", "", "PyTorch", "ratio");
     let mut report = serde_json::Map::new();
@@ -103,12 +116,15 @@ pub(crate) fn run(device: &str, python: Option<&Path>) -> Result<(), Box<dyn Err
     Ok(())
 }
 
+/// The parts of the benchmark.
+const PARTS: [&str; 5] = ["attention", "bandwidth", "products", "experts", "delta"];
+
 /// Returns PyTorch's milliseconds by row name.
-fn peer(python: &Path) -> Result<Value, Box<dyn Error>> {
+fn peer(python: &Path, only: Option<&str>) -> Result<Value, Box<dyn Error>> {
     let scratch = tempfile::tempdir()?;
     let script = scratch.path().join("gpu_kernels.py");
     std::fs::write(&script, PEER)?;
-    result(Command::new(python).arg("-B").arg(&script))
+    result(Command::new(python).arg("-B").arg(&script).args(only))
 }
 
 struct Bench<'a> {
@@ -353,6 +369,31 @@ impl Bench<'_> {
             })?;
         }
         self.routing(rows)
+    }
+
+    /// The gated delta rule with its gates and the norms of queries and keys.
+    fn delta(&self, rows: &mut Vec<Row>) -> Result<(), Box<dyn Error>> {
+        let cu_seqlens: Vec<u32> = (0..=4).map(|i| (i * TOKENS / 4) as u32).collect();
+        let sequences = Sequences::new(&cu_seqlens, self.device);
+        let gates = [TOKENS, DELTA.value_heads];
+        let vector = |seed| self.noise(seed, [1, DELTA.value_heads]).row_vector();
+        let inputs = DeltaInputs {
+            qkv: self.noise(1, [TOKENS, DELTA.width()]),
+            b: self.noise(2, gates),
+            a: self.noise(3, gates),
+            a_log: vector(4),
+            dt_bias: vector(5),
+        };
+        let d_o = self.noise(6, [TOKENS, DELTA.value_width()]);
+        // The operands are read and the results written once.
+        let bytes = |width: usize| Work::Bytes((2 * TOKENS * width) as f64);
+        let [width, values] = [DELTA.width(), DELTA.value_width()];
+        self.time(rows, "gated delta rule forward 4 x 2048", bytes(width + values), "", || {
+            gated_delta::forward(&inputs, DELTA, &sequences);
+        })?;
+        self.time(rows, "gated delta rule backward 4 x 2048", bytes(2 * width + values), "", || {
+            gated_delta::backward(&d_o, &inputs, DELTA, &sequences);
+        })
     }
 
     /// The operations between the products of Qwen3-30B-A3B's experts.
