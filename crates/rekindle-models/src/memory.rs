@@ -8,7 +8,7 @@ use rekindle_quant::bnb;
 use serde::Serialize;
 
 use crate::checkpoint::checkpoint_headers;
-use crate::parameters::Parameter;
+use crate::parameters::{LayerRole, Parameter};
 use crate::{CausalLm, ModelConfig, Role};
 
 /// A kind of weight.
@@ -19,8 +19,10 @@ pub enum MemoryClass {
     PackedCodes,
     /// Scales of quantized linears, with the code tables and metadata of a file.
     Scales,
-    /// Linears of the blocks that are not quantized.
+    /// Linears of the blocks that are not quantized, without those of experts.
     DenseLinears,
+    /// Experts that are not quantized.
+    DenseExperts,
     /// The embedding table and the output layer.
     EmbeddingsAndHead,
     /// Vectors.
@@ -30,10 +32,11 @@ pub enum MemoryClass {
 }
 
 impl MemoryClass {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::PackedCodes,
         Self::Scales,
         Self::DenseLinears,
+        Self::DenseExperts,
         Self::EmbeddingsAndHead,
         Self::NormsAndBiases,
         Self::Adapter,
@@ -44,6 +47,7 @@ impl MemoryClass {
             Self::PackedCodes => "packed codes",
             Self::Scales => "scales",
             Self::DenseLinears => "dense linears",
+            Self::DenseExperts => "dense experts",
             Self::EmbeddingsAndHead => "embeddings and head",
             Self::NormsAndBiases => "norms and biases",
             Self::Adapter => "adapter",
@@ -54,6 +58,7 @@ impl MemoryClass {
     fn of(role: Role) -> Self {
         match role {
             _ if role.is_vocabulary() => Self::EmbeddingsAndHead,
+            Role::Layer(_, LayerRole::Expert(..) | LayerRole::Experts(_)) => Self::DenseExperts,
             _ if role.is_linear() => Self::DenseLinears,
             _ => Self::NormsAndBiases,
         }

@@ -320,6 +320,25 @@ fn quantized_experts_are_their_decoded_weights() {
     }
 }
 
+/// What bitsandbytes does with stacked experts without a word.
+#[test]
+fn experts_that_stay_dense_are_a_line_of_the_memory_report() {
+    for golden in mixtures() {
+        let skip = vec![".*experts".to_owned()];
+        let model = golden.load_with(|options| {
+            options.load_in = Some(LoadIn::FourBit(None));
+            options.skip_modules = Some(skip);
+        });
+        let report = model.memory_report();
+        let of_experts = |(name, ..): &&(String, usize, usize)| name.contains(".experts.");
+        let elements: usize = model.linears().iter().filter(of_experts).map(|(_, input, out)| input * out).sum();
+        let line = report.line(MemoryClass::DenseExperts).expect("the experts are not quantized");
+        assert_eq!((line.weights, line.bytes), (elements as u64, 4 * elements as u64), "{}", golden.name);
+        assert!(report.to_string().contains("dense experts"), "{report}");
+        assert!(report.line(MemoryClass::PackedCodes).is_some(), "{}: attention is quantized", golden.name);
+    }
+}
+
 fn is_router(linear: &str) -> bool {
     linear.ends_with(".gate") || linear.ends_with(".router") || linear.ends_with(".shared_expert_gate")
 }
