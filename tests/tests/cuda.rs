@@ -9,6 +9,8 @@ mod blocks;
 mod engine;
 #[path = "cuda/f16.rs"]
 mod f16;
+#[path = "cuda/families.rs"]
+mod families;
 #[path = "cuda/ranks.rs"]
 mod ranks;
 #[path = "cuda/training_methods.rs"]
@@ -62,6 +64,8 @@ const CHECKS: &[(&str, Check)] = &[
     ("families: losses and greedy tokens", family_losses),
     ("families: gradients of all weights, recomputed or not", family_gradients),
     ("families: optimizer steps", family_steps),
+    ("families: the auxiliary loss of routers", families::router_losses),
+    ("families: quantized weights and generation", families::quantized),
     ("families in f16: optimizer steps and recomputation", f16::family_steps),
     ("memory does not grow", memory),
 ];
