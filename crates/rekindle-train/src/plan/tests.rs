@@ -152,6 +152,34 @@ fn codes_take_the_place_of_weights() {
     assert!((saved as f64 / expected - 1.0).abs() < 0.01, "{saved} and not {expected}");
 }
 
+/// All 48 layers of Qwen3-30B-A3B in NF4, with adapters on attention.
+#[test]
+fn a_mixture_of_30_billion_weights_fits_24_gb() {
+    let lora = LoraConfig::new(16).target_modules(["q_proj", "k_proj", "v_proj", "o_proj"]);
+    let mut job = job(Some(LoadIn::FourBit(None)), Some(lora), GradientCheckpointing::Host);
+    let differs = json!({
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": true,
+        "tie_word_embeddings": false
+    });
+    for (key, value) in differs.as_object().expect("an object") {
+        job.json[key] = value.clone();
+    }
+    let plan = plan(job);
+    println!("{plan}");
+    assert!(plan.peak <= 24_000_000_000, "{plan}");
+    // 29.9 billion weights of linears in 4.127 bits, and two tables in 16.
+    assert!(plan.bytes.of(MemoryCategory::Weights) > 16_000_000_000, "{plan}");
+}
+
 #[test]
 fn rows_of_a_pass_are_the_longest_ones() {
     assert_eq!(PassRows::longest(2, [3, 9, 1, 7]).lengths, [9, 7]);
