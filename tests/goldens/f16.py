@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 HERE = pathlib.Path(__file__).parent
 # Families that Rekindle refuses to train in f16, and checkpoints that the loader of make.py does not read.
-LEFT_OUT = ("gemma3", "gpt-oss", "qwen3_5", "multimodal")
+LEFT_OUT = ("gemma3", "gemma4", "gpt-oss", "qwen3_5", "multimodal")
 NF4 = "quantized/qwen3-tied-nf4-double"
 
 

@@ -147,19 +147,24 @@ def save_checkpoint(directory, name, generator):
     """Random weights that leave the logits far from uniform, in the Hugging Face layout."""
     model = AutoModelForCausalLM.from_config(CONFIGS[name])
     # Gemma's and Qwen3.5's norms multiply with 1 + w, but for that of a gated delta layer's result.
-    one = 0.0 if name.startswith(("gemma", "qwen3_5")) else 1.0
+    one = 0.0 if name.startswith(("gemma2", "gemma3", "qwen3_5")) else 1.0
     with torch.no_grad():
         for key, weight in sorted(model.named_parameters()):
             noise = torch.randn(weight.shape, generator=generator)
             if one == 0.0 and key.endswith(("model.norm.weight", "language_model.norm.weight")):
                 # Signs of both kinds: a tied head would otherwise repeat what the scaled embedding puts in.
                 weight.copy_(noise - 1.0)
+            elif name == "gemma4" and key == "model.norm.weight":
+                weight.copy_(noise)
             elif "norm" in key:
                 weight.copy_((1.0 if "linear_attn" in key else one) + 0.1 * noise)
             elif key.endswith("bias"):
                 weight.copy_(0.2 * noise)
             else:
                 weight.copy_((0.3 if "embed" in key or "lm_head" in key else 0.2) * noise)
+        for key, buffer in sorted(model.named_buffers()):
+            if key.endswith("layer_scalar"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
     if name == "llama2":
         model.to(torch.bfloat16)
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())

@@ -52,6 +52,8 @@ pub enum LayerRole {
     PreFeedForwardNorm,
     /// The norm of the result of the feed-forward half.
     PostFeedForwardNorm,
+    /// The factor on the layer's output, a buffer that no training changes.
+    OutputScalar,
     /// A linear of the expert with this index, as checkpoints have it.
     Expert(ExpertRole, usize),
     /// The linears of all experts as one weight, as models have them.
@@ -228,6 +230,11 @@ impl ParameterSpec {
         self.shape.len() == 1 || matches!(self.role, Role::Layer(_, LayerRole::ExpertBias(_)))
     }
 
+    /// Returns true for a buffer, which stays frozen where all weights are trained.
+    pub(crate) fn is_buffer(&self) -> bool {
+        matches!(self.role, Role::Layer(_, LayerRole::OutputScalar))
+    }
+
     /// Returns true for the weight of a score head.
     pub(crate) fn is_score(&self) -> bool {
         self.role == Role::Head && self.module() == SCORE
@@ -290,6 +297,9 @@ impl LayerSpec {
         norm(&mut list, LayerRole::PostAttentionNorm, &self.norms.post_attention);
         norm(&mut list, LayerRole::PreFeedForwardNorm, &self.norms.pre_feed_forward);
         norm(&mut list, LayerRole::PostFeedForwardNorm, &self.norms.post_feed_forward);
+        if self.output_scalar {
+            list.push((LayerRole::OutputScalar, vec![1]));
+        }
         list
     }
 }

@@ -1,7 +1,7 @@
 use serde_json::{Map, Value};
 
 use crate::parameter_reader::ParameterReader;
-use crate::parse::Window;
+use crate::parse::{PROPORTIONAL, Window};
 use crate::{Error, Scaling, Tables};
 
 /// The default of transformers when a configuration has no `rope_theta` (for example Llama 2's).
@@ -112,7 +112,9 @@ impl RopeConfig {
         }
         let partial = inner.positive("partial_rotary_factor");
         let partial = partial.or_else(|| outer.positive("partial_rotary_factor")).unwrap_or(1.0);
-        let rotary_dim = (head_dim as f64 * partial) as usize;
+        let rotated_dim = (head_dim as f64 * partial) as usize;
+        let is_proportional = inner.string("rope_type") == Some(PROPORTIONAL);
+        let rotary_dim = if is_proportional { head_dim } else { rotated_dim };
         if rotary_dim < 2 || !rotary_dim.is_multiple_of(2) || rotary_dim > head_dim {
             let what = format!(
                 "{partial} of head_dim {head_dim} makes {rotary_dim} rotary dimensions; expected an even number from 2 to {head_dim}"
@@ -124,7 +126,7 @@ impl RopeConfig {
             max: outer.count("max_position_embeddings"),
             outer_original: outer.count("original_max_position_embeddings"),
         };
-        let scaling = Scaling::read(&mut inner, parameters, window, rotary_dim)?;
+        let scaling = Scaling::read(&mut inner, parameters, window, [rotary_dim, rotated_dim.min(rotary_dim)])?;
 
         let problems = [inner.into_problems(), outer.into_problems()].concat();
         match scaling {
@@ -191,6 +193,15 @@ mod tests {
     }
 
     #[test]
+    fn proportional_dimensions_that_do_not_turn_stay_in_the_rotation() {
+        let parameters = json!({ "rope_type": "proportional", "rope_theta": 100.0, "partial_rotary_factor": 0.5 });
+        let rope = RopeConfig::from_config(&json!({ "rope_parameters": parameters }), 8).expect("valid");
+        assert_eq!(rope.rotary_dim(), 8);
+        // 100^(-2i / 8) for two of four pairs.
+        assert_eq!(rope.inv_freq(1), [1.0, 0.1_f64.sqrt() as f32, 0.0, 0.0]);
+    }
+
+    #[test]
     fn the_inner_theta_takes_precedence() {
         let config = json!({ "rope_theta": 7.0, "rope_parameters": { "rope_type": "default", "rope_theta": 100.0 } });
         assert_eq!(RopeConfig::from_config(&config, 4).expect("valid").theta(), 100.0);
@@ -212,7 +223,7 @@ mod tests {
         let text = message(json!({ "rope_scaling": { "type": "lineer", "factor": 2.0 } }));
         assert_eq!(
             text,
-            "rope_type \"lineer\" is not supported; supported: default, linear, dynamic, yarn, llama3, longrope"
+            "rope_type \"lineer\" is not supported; supported: default, linear, dynamic, yarn, llama3, longrope, proportional"
         );
     }
 

@@ -11,7 +11,7 @@ pub(crate) struct Window {
 }
 
 /// Each supported type with the parameters it uses.
-const TYPES: [(&str, &[&str]); 6] = [
+const TYPES: [(&str, &[&str]); 7] = [
     ("default", &[]),
     ("linear", &["factor"]),
     ("dynamic", &["factor"]),
@@ -21,6 +21,7 @@ const TYPES: [(&str, &[&str]); 6] = [
     ),
     ("llama3", &["factor", ORIGINAL, "low_freq_factor", "high_freq_factor"]),
     ("longrope", &["factor", ORIGINAL, "attention_factor", "short_factor", "long_factor"]),
+    (PROPORTIONAL, &["factor"]),
 ];
 
 /// Keys accepted with every type: settings read elsewhere, and annotations that never change a frequency.
@@ -35,15 +36,19 @@ const COMMON: [&str; 8] = [
     ORIGINAL,
 ];
 
+/// The type whose `partial_rotary_factor` leaves dimensions in the rotation, with a frequency of 0.
+pub(crate) const PROPORTIONAL: &str = "proportional";
+
 const ORIGINAL: &str = "original_max_position_embeddings";
 
 impl Scaling {
-    /// Reads the rule from `rope_parameters` or `rope_scaling`; returns `None` if the reader has problems to report.
+    /// Reads the rule from `rope_parameters` or `rope_scaling`; returns `None` if the reader has problems to report. Dimensions
+    /// of the rotary embedding, and those among them whose frequency is not 0.
     pub(crate) fn read(
         reader: &mut ParameterReader<'_>,
         parameters: &Map<String, Value>,
         window: Window,
-        rotary_dim: usize,
+        [rotary_dim, rotated_dim]: [usize; 2],
     ) -> Result<Option<Self>, Error> {
         let name = reader.string("rope_type").or_else(|| reader.string("type"));
         if name.is_none() && parameters.keys().any(|key| !COMMON.contains(&key.as_str())) {
@@ -68,6 +73,10 @@ impl Scaling {
             "dynamic" => read_dynamic(reader, window, rotary_dim),
             "yarn" => read_yarn(reader, window),
             "llama3" => read_llama3(reader, window),
+            PROPORTIONAL => {
+                let factor = reader.positive("factor").unwrap_or(1.0);
+                Some(Self::Proportional { factor, pairs: rotated_dim / 2 })
+            }
             "longrope" => read_longrope(reader, window, rotary_dim),
             _ => Some(Self::Default),
         })

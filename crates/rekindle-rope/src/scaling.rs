@@ -52,6 +52,14 @@ pub enum Scaling {
         /// P.
         original: usize,
     },
+    /// Gemma 4's full layers: `f / factor` for the first pairs, 0 for the others, which positions do not rotate. In contrast to a
+    /// partial rotary embedding, d is the whole head, and its halves are paired.
+    Proportional {
+        /// The divisor of frequencies.
+        factor: f64,
+        /// Pairs that are rotated.
+        pairs: usize,
+    },
     /// LongRoPE (arXiv:2402.13753): `f / short_factor` up to length P and `f / long_factor` beyond, elementwise.
     LongRope {
         /// Divisors for runs up to length P, one per pair.
@@ -72,6 +80,10 @@ impl Scaling {
         match self {
             Self::Default => unscaled(theta, rotary_dim),
             Self::Linear { factor } => unscaled(theta, rotary_dim).into_iter().map(|f| f / factor).collect(),
+            Self::Proportional { factor, pairs } => {
+                let all = unscaled(theta, rotary_dim).into_iter().enumerate();
+                all.map(|(i, f)| if i < *pairs { f / factor } else { 0.0 }).collect()
+            }
             Self::Dynamic { .. } => unscaled(self.theta_at(theta, rotary_dim, seq_len), rotary_dim),
             Self::Yarn { factor, original, beta_fast, beta_slow, truncate, .. } => {
                 let ramp = yarn_ramp(theta, d, *original as f64, [*beta_fast, *beta_slow], *truncate);
@@ -107,6 +119,7 @@ impl Scaling {
             Self::Default => "default",
             Self::Linear { .. } => "linear",
             Self::Dynamic { .. } => "dynamic",
+            Self::Proportional { .. } => "proportional",
             Self::Yarn { .. } => "yarn",
             Self::Llama3 { .. } => "llama3",
             Self::LongRope { .. } => "longrope",

@@ -359,7 +359,9 @@ fn check_device(config: &ModelConfig, fp8: Fp8, device: &Device) -> Result<(), E
             "fp8 = true and \"forward\" have not been compared on GPUs in whole training steps; set fp8 = false";
         return Err(Error::Argument(message.to_owned()));
     }
-    if matches!(device, Device::Cuda(_)) && config.spec.layers.iter().any(|layer| layer.parallel) {
+    // Cohere 2 and Gemma 4.
+    let is_new = |layer: &LayerSpec| layer.parallel || layer.output_scalar;
+    if matches!(device, Device::Cuda(_)) && config.spec.layers.iter().any(is_new) {
         return Err(Error::Argument(format!(
             "{} has not been compared with transformers on CUDA; use device \"cpu\"",
             config.architecture

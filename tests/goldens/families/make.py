@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +26,7 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GlmConfig,
     GptOssConfig,
@@ -301,7 +302,7 @@ FAMILIES |= {
     ), [*ATTENTION, *DELTA[7:]]),
     # LayerNorm, both halves on one norm, a window and interleaved positions in all layers but the third.
     "cohere2": (Cohere2Config(
-        vocab_size=83, hidden_size=48, intermediate_size=52, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=83, hidden_size=48, intermediate_size=52, num_hidden_layers=4, num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=256, sliding_window=12, sliding_window_pattern=3, logit_scale=0.25,
         rope_parameters=base.rope(5e4), tie_word_embeddings=True, **NONE,
     ), SPLIT),
@@ -312,6 +313,13 @@ FAMILIES |= {
         embedding_multiplier=0.6, attention_multiplier=0.2, residual_multiplier=1.3, logits_scaling=0.7,
         num_local_experts=6, num_experts_per_tok=3, rope_parameters=base.rope(1e4), **NONE,
     ), ATTENTION),
+    # Windows in two of three layers; in the third wider heads, whose keys are the values too.
+    "gemma4": (Gemma4TextConfig(
+        vocab_size=107, hidden_size=40, intermediate_size=52, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, global_head_dim=24, num_global_key_value_heads=1, attention_k_eq_v=True,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"], sliding_window=12,
+        hidden_size_per_layer_input=0, final_logit_softcapping=4.0, max_position_embeddings=256, **NONE,
+    ), SPLIT),
 }
 # Without rotation, a key bias shifts all scores of a query alike: its gradient is rounding error, which AdamW must not
 # blow up.
@@ -326,7 +334,12 @@ FULL_RUN = {
 def train(directory, adapter, run, **options):
     """base.train, with the trained weights under the names of checkpoints."""
     steps, final = TRAIN(directory, adapter, run, **options)
-    return steps, final if adapter else moe.disk_names(final, moe.read_config(directory))
+    if adapter:
+        return steps, final
+    # Buffers are saved with a model, as they were.
+    stored = load_file(directory / "model.safetensors")
+    final |= {name: tensor for name, tensor in stored.items() if name.endswith("layer_scalar")}
+    return steps, moe.disk_names(final, moe.read_config(directory))
 
 
 class MultimodalOrText:

@@ -87,7 +87,10 @@ pub(super) fn tensor_name(architecture: &GgufArchitecture, role: Role) -> Result
         LayerRole::DecayRate => (GgufPart::DecayRate(layer), ""),
         LayerRole::DecayBias => (GgufPart::DecayBias(layer), "bias"),
         LayerRole::GatedNorm => (GgufPart::DeltaNorm(layer), "weight"),
-        LayerRole::Expert(ExpertRole::GateUp, _) | LayerRole::Experts(_) | LayerRole::ExpertBias(_) => {
+        LayerRole::Expert(ExpertRole::GateUp, _)
+        | LayerRole::Experts(_)
+        | LayerRole::ExpertBias(_)
+        | LayerRole::OutputScalar => {
             return Err(Error::Argument(format!("{part:?} of layer {layer} is not one tensor of a GGUF file")));
         }
     };

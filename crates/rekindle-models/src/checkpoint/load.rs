@@ -9,6 +9,7 @@ use rekindle_hub::{Checkpoint, Dtype, TensorView};
 use rekindle_kernels::fp8::Fp8Products;
 use rekindle_kernels::gated_delta::DeltaHeads;
 use rekindle_kernels::quantized::{QuantizedData, QuantizedFormat};
+use rekindle_kernels::rope::HeadNorm;
 use rekindle_kernels::{
     DType, Device, DeviceLimits, FrozenShards, Group, ParamsBuilder, QuantizedWeight, ShardExchange, Tensor, Weight,
     from_f32, from_le_bytes,
@@ -23,7 +24,7 @@ use super::quantization::{LoadIn, Quantization, QuantizationPlan, is_quantized, 
 use super::tensor_names::canonical;
 use super::{master_weights, resize};
 use crate::causal_lm::Provenance;
-use crate::layers::{StackedTensors, WeightSource};
+use crate::layers::{StackedTensors, WeightSource, plain_head_norm};
 use crate::parameters::ParameterSpec;
 use crate::spec::MixerSpec;
 use crate::{CausalLm, Decoder, Error, ModelConfig, Role};
@@ -396,7 +397,7 @@ impl CheckpointWeights<'_> {
         if let (Some(rows), true) = (self.options.resize_model_vocab, tensor.is_vocabulary()) {
             return self.resized(tensor, &view, rows);
         }
-        if self.options.full_finetuning {
+        if self.options.full_finetuning && !tensor.is_buffer() {
             if self.in_place && !tensor.is_vector() {
                 let bytes = master_weights::bf16_bytes(&view)?;
                 return Ok(Weight::Trained(self.params.push_bf16(group, name, view.shape, &bytes)));
@@ -440,6 +441,10 @@ impl WeightSource for CheckpointWeights<'_> {
             return self.quantized(&tensor.name, codes);
         }
         self.dense(tensor)
+    }
+
+    fn ones(&self, head_dim: usize, eps: f64) -> HeadNorm {
+        plain_head_norm(head_dim, eps, &self.options.device, self.options.dtype)
     }
 
     fn stacked(&mut self, stack: &StackedTensors) -> Result<Weight, Error> {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use rekindle_kernels::quantized::QuantizedData;
+use rekindle_kernels::rope::HeadNorm;
 use rekindle_kernels::{Group, ParamsBuilder, QuantizedWeight, Weight, unfilled};
 use rekindle_lora::peft::AdapterConfig;
 use rekindle_lora::{Adapter, LoraConfig, LoraFactors};
@@ -13,7 +14,7 @@ use super::kept_blocks::KeptBlocks;
 use super::master_weights;
 use super::quantization::{LinearFormat, is_quantized};
 use crate::causal_lm::Provenance;
-use crate::layers::{StackedTensors, WeightSource};
+use crate::layers::{StackedTensors, WeightSource, plain_head_norm};
 use crate::parameters::ParameterSpec;
 use crate::{CausalLm, DEFAULT_ADAPTER, Decoder, Error, LoadOptions, ModelConfig};
 
@@ -130,7 +131,7 @@ impl MetaWeights<'_> {
             let bytes = vec![0; 2 * tensor.numel()];
             return Weight::Trained(self.params.push_bf16(Group::Default, &tensor.name, shape, &bytes));
         }
-        if self.options.full_finetuning {
+        if self.options.full_finetuning && !tensor.is_buffer() {
             let values = vec![0.0; tensor.numel()];
             return Weight::Trained(self.params.push(&tensor.name, shape, tensor.decays(), &values));
         }
@@ -157,6 +158,10 @@ impl WeightSource for MetaWeights<'_> {
             }
         }
         Ok(self.dense(tensor))
+    }
+
+    fn ones(&self, head_dim: usize, eps: f64) -> HeadNorm {
+        plain_head_norm(head_dim, eps, &self.options.device, self.options.dtype)
     }
 
     fn stacked(&mut self, StackedTensors { whole, parts }: &StackedTensors) -> Result<Weight, Error> {

@@ -23,7 +23,7 @@ pub(super) const MULTIMODAL: Family = Family {
 fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     let defaults = ClassDefaults { vocab_size: Some(262_208), max_position_embeddings: 131_072, ..gemma2::defaults() };
     let mut dimensions = Dimensions::without_ropes(config, defaults);
-    dimensions.ropes = config.ropes_by_layer_type(dimensions.head_dim, 1e6, "rope_local_base_freq", 1e4);
+    dimensions.ropes = config.ropes_by_layer_type([dimensions.head_dim; 2], 1e6, "rope_local_base_freq", 1e4);
     // transformers' modeling code never applies it.
     config.only("attn_logit_softcapping", serde_json::Value::Null);
     let attention = AttentionSpec {

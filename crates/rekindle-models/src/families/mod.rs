@@ -8,6 +8,7 @@ mod dimensions;
 mod exaone4;
 mod gemma2;
 mod gemma3;
+mod gemma4;
 mod gguf;
 mod glm;
 mod gpt_oss;
@@ -75,6 +76,8 @@ const FAMILIES: &[&Family] = &[
     &gemma2::FAMILY,
     &gemma3::TEXT,
     &gemma3::MULTIMODAL,
+    &gemma4::TEXT,
+    &gemma4::MULTIMODAL,
     &olmo2::FAMILY,
     &olmo3::FAMILY,
     &exaone4::FAMILY,
@@ -118,6 +121,9 @@ pub(crate) fn f16_training_obstacle(architecture: &str) -> Option<&'static str> 
     let is = |families: &[&Family]| families.iter().any(|family| family.architecture == architecture);
     if is(&[&gemma3::TEXT, &gemma3::MULTIMODAL]) {
         return Some("the results of its layers exceed 65,504, the largest value of f16");
+    }
+    if is(&[&gemma4::TEXT, &gemma4::MULTIMODAL]) {
+        return Some("its layers have not been compared with f32 in f16");
     }
     if is(&[&gpt_oss::FAMILY]) {
         return Some("gradients within its experts exceed 65,504, the largest value of f16");

@@ -164,6 +164,7 @@ impl TensorNames {
                 LayerRole::Sinks
                 | LayerRole::DecayRate
                 | LayerRole::DecayBias
+                | LayerRole::OutputScalar
                 | LayerRole::Experts(_)
                 | LayerRole::ExpertBias(_),
             ) => module,
@@ -188,6 +189,7 @@ impl TensorNames {
             LayerRole::DecayRate => "linear_attn.A_log",
             LayerRole::DecayBias => "linear_attn.dt_bias",
             LayerRole::GatedNorm => "linear_attn.norm",
+            LayerRole::OutputScalar => "layer_scalar",
             LayerRole::PostAttentionNorm => self.post_attention_norm,
             LayerRole::PreFeedForwardNorm => self.pre_feed_forward_norm,
             LayerRole::PostFeedForwardNorm => self.post_feed_forward_norm,

@@ -12,7 +12,7 @@ pub(super) const FAMILY: Family =
 fn spec(config: &mut ConfigReader<'_>) -> ModelSpec {
     const THETA: f64 = 5e5;
     let mut dimensions = Dimensions::without_ropes(config, ClassDefaults { ..olmo2::defaults() });
-    dimensions.ropes = config.ropes_by_layer_type(dimensions.head_dim, THETA, "rope_theta", THETA);
+    dimensions.ropes = config.ropes_by_layer_type([dimensions.head_dim; 2], THETA, "rope_theta", THETA);
     let layer = olmo2::layer(config, &dimensions);
     let window = config.window(AttentionMask::Sliding(4096));
     let sliding = config.sliding_layers(dimensions.num_hidden_layers, |layer| !(layer + 1).is_multiple_of(4));

@@ -69,6 +69,11 @@ impl<'a> ConfigReader<'a> {
         self.json.get(key).filter(|value| !value.is_null())
     }
 
+    /// Returns true if the file has `key`, null included.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.json.get(key).is_some()
+    }
+
     /// Adds a problem.
     pub(crate) fn problem(&mut self, problem: String) {
         self.problems.push(problem);
@@ -204,15 +209,16 @@ impl<'a> ConfigReader<'a> {
     /// wrong. `local_theta_key` is where older files have the theta of sliding layers.
     pub(crate) fn ropes_by_layer_type(
         &mut self,
-        head_dim: usize,
+        head_dims: [usize; 2],
         full_theta: f64,
         local_theta_key: &str,
         local_theta: f64,
     ) -> Vec<RopeConfig> {
         self.fix_context();
         let local_theta = self.number(local_theta_key, local_theta);
-        let kinds = [("full_attention", full_theta), ("sliding_attention", local_theta)];
-        let read = |(kind, theta)| RopeConfig::of_layer_type(self.json, head_dim.max(2), kind, theta);
+        let [full_dim, local_dim] = head_dims;
+        let kinds = [("full_attention", full_dim, full_theta), ("sliding_attention", local_dim, local_theta)];
+        let read = |(kind, dim, theta): (_, usize, _)| RopeConfig::of_layer_type(self.json, dim.max(2), kind, theta);
         let read: Result<Vec<RopeConfig>, rekindle_rope::Error> = kinds.into_iter().map(read).collect();
         read.unwrap_or_else(|error| {
             self.problem(error.to_string());

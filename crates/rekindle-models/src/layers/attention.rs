@@ -28,7 +28,7 @@ use crate::{DecodeBatch, Error};
 /// asks for it again.
 #[derive(Clone, Debug)]
 pub struct Attention {
-    /// The projections of q, k and v, one fused linear or three.
+    /// The projections of q, k and v: one fused linear, three, or those of q and k where values are keys before their norm.
     pub qkv: LinearGroup,
     /// True if `q_proj` makes, for each head, its query and then the logits of a gate on its result (Qwen3-Next).
     pub output_gate: bool,
@@ -36,6 +36,8 @@ pub struct Attention {
     pub qk_norm: Option<[RmsNorm; 2]>,
     /// The place of the query and key norms.
     pub qk_norm_place: QkNormPlace,
+    /// The norm of each head of the values, whose factor is 1 (Gemma 4).
+    pub value_norm: Option<HeadNorm>,
     /// A logit for each head that takes part in the softmax without a value, `[heads]` (gpt-oss).
     pub sinks: Option<Weight>,
     /// The projection of the result.
@@ -68,6 +70,8 @@ pub struct AttentionSaved {
     qkv: LinearSaved,
     /// q and k before their norms, with the norms' rstd.
     qk: Option<[(Tensor<2>, Tensor<1>); 2]>,
+    /// v before its norm, with the norm's rstd.
+    value: Option<(Tensor<2>, Tensor<1>)>,
     /// Queries and logits of the gate as `q_proj` made them, with a gate.
     qg: Option<Tensor<2>>,
     heads: attention::Saved,
@@ -81,7 +85,7 @@ pub struct AttentionSaved {
 pub struct AttentionPending {
     x: Option<Tensor<2>>,
     qkv: LinearSaved,
-    dqkv: [Tensor<2>; 3],
+    dqkv: Vec<Tensor<2>>,
 }
 
 impl AttentionSaved {
@@ -100,6 +104,7 @@ struct Projected {
     v: Tensor<2>,
     qkv: LinearSaved,
     qk: Option<[(Tensor<2>, Tensor<1>); 2]>,
+    value: Option<(Tensor<2>, Tensor<1>)>,
     qg: Option<Tensor<2>>,
 }
 
@@ -129,6 +134,7 @@ impl Attention {
             output_gate: spec.output_gate.is_some(),
             qk_norm,
             qk_norm_place,
+            value_norm: spec.value_norm.map(|norm| builder.source.ones(spec.head_dim, norm.eps)),
             sinks,
             o,
             heads: spec.layout(),
@@ -142,6 +148,7 @@ impl Attention {
     pub fn visit<'a>(&'a self, visit: VisitWeights<'_, 'a>) {
         let roles: &[LinearRole] = match self.qkv.linears() {
             [_] => &[LinearRole::Qkv],
+            [_, _] => &[LinearRole::Query, LinearRole::Key],
             _ => &[LinearRole::Query, LinearRole::Key, LinearRole::Value],
         };
         visit_linears(&self.qkv, roles, visit);
@@ -157,21 +164,21 @@ impl Attention {
 
     /// Returns the result for a whole batch, `[tokens, hidden]`.
     pub fn forward(&self, ctx: Context<'_>, x: Tensor<2>) -> (Tensor<2>, AttentionSaved) {
-        let Projected { x, q, k, v, qkv, qk, qg } = self.project(ctx, x);
+        let Projected { x, q, k, v, qkv, qk, value, qg } = self.project(ctx, x);
         let documents = ctx.documents(self.layout);
         let sinks = self.sinks.as_ref().map(|sinks| sinks.vector(ctx.params));
         let room = if self.output_gate { 0 } else { self.o.room() };
         let (o, lse) = attention::forward(&q, &k, &v, sinks.as_ref(), self.heads, documents, room);
         let (result, y, saved) = self.project_output(ctx, &o, qg.as_ref());
-        (result, AttentionSaved { x, qkv, qk, qg, heads: attention::Saved { q, k, v, o, lse }, y, o: saved })
+        (result, AttentionSaved { x, qkv, qk, value, qg, heads: attention::Saved { q, k, v, o, lse }, y, o: saved })
     }
 
     /// Returns what [`forward`](Self::forward) saved, from the part that was kept.
     pub fn resume(&self, ctx: Context<'_>, x: Tensor<2>, kept: MixerCheckpoint<Tensor<2>>) -> AttentionSaved {
-        let Projected { x, q, k, v, qkv, qk, qg } = self.project(ctx, x);
+        let Projected { x, q, k, v, qkv, qk, value, qg } = self.project(ctx, x);
         let MixerCheckpoint { o, lse, saved_o } = kept;
         let lse = lse.expect("attention keeps it");
-        AttentionSaved { x, qkv, qk, qg, heads: attention::Saved { q, k, v, o, lse }, y: None, o: saved_o }
+        AttentionSaved { x, qkv, qk, value, qg, heads: attention::Saved { q, k, v, o, lse }, y: None, o: saved_o }
     }
 
     /// [`resume`](Self::resume) with the result, from the kept result of attention.
@@ -181,11 +188,11 @@ impl Attention {
         x: Tensor<2>,
         kept: MixerCheckpoint<Tensor<2>>,
     ) -> (Tensor<2>, AttentionSaved) {
-        let Projected { x, q, k, v, qkv, qk, qg } = self.project(ctx, x);
+        let Projected { x, q, k, v, qkv, qk, value, qg } = self.project(ctx, x);
         let MixerCheckpoint { o, lse, .. } = kept;
         let lse = lse.expect("attention keeps it");
         let (result, y, saved) = self.project_output(ctx, &o, qg.as_ref());
-        (result, AttentionSaved { x, qkv, qk, qg, heads: attention::Saved { q, k, v, o, lse }, y, o: saved })
+        (result, AttentionSaved { x, qkv, qk, value, qg, heads: attention::Saved { q, k, v, o, lse }, y, o: saved })
     }
 
     /// Returns the result for new tokens of sequences whose earlier keys and values are in `state`.
@@ -218,7 +225,7 @@ impl Attention {
         saved: AttentionSaved,
         dy: &Tensor<2>,
     ) -> AttentionPending {
-        let AttentionSaved { x, qkv, qk, qg, heads, y, o } = saved;
+        let AttentionSaved { x, qkv, qk, value, qg, heads, y, o } = saved;
         let dys = core::slice::from_ref(dy);
         let head_dim = self.heads.head_dim;
         let gated = qg.as_ref().map(|qg| y.unwrap_or_else(|| output_gate::forward(&heads.o, qg, head_dim, 0)));
@@ -238,11 +245,19 @@ impl Attention {
         if let (Some((at, _)), Some(dsinks)) = (trained_sinks, dsinks) {
             grads.add(at, dsinks.as_row());
         }
+        let dv = match (&self.value_norm, value) {
+            (Some(norm), Some((v, rstd))) => rope::backward(dv, head_dim, Some((norm, v, &rstd)), None, false).0,
+            _ => dv,
+        };
         let (mut dq, dk) = self.rotate_backward(ctx, [dq, dk], &dv, qk, grads);
         if let Some((dy, o, qg)) = gate {
             dq = output_gate::join(&dq, &dy, &o, &qg, head_dim);
         }
-        AttentionPending { x, qkv, dqkv: [dq, dk, dv] }
+        let dqkv = match self.values_are_keys() {
+            true => vec![dq, dk.plus(&dv)],
+            false => vec![dq, dk, dv],
+        };
+        AttentionPending { x, qkv, dqkv }
     }
 
     /// The second half of the backward: adds the gradients of the projections, and returns that to x if `want_dx`. `x`
@@ -264,7 +279,11 @@ impl Attention {
     fn project(&self, ctx: Context<'_>, x: Tensor<2>) -> Projected {
         let (ys, qkv) = self.qkv.forward(ctx.linear(), &x);
         let x = Some(x).filter(|_| self.qkv.keeps_input());
-        let [mut q, k, v] = ys.try_into().expect("the projections are those of q, k and v");
+        let mut ys = ys.into_iter();
+        let mut next = || ys.next().expect("the projections are those of q, k and v");
+        let (mut q, k) = (next(), next());
+        let v = if self.values_are_keys() { k.clone() } else { next() };
+        let (v, value) = self.normalize_values(v);
         let mut qg = None;
         if self.output_gate {
             let both = q;
@@ -282,14 +301,14 @@ impl Attention {
         };
         let Some(layers) = &self.qk_norm else {
             let (q, k) = rotate(q, k);
-            return Projected { x, q, k, v, qkv, qk: None, qg };
+            return Projected { x, q, k, v, qkv, qk: None, value, qg };
         };
         if self.qk_norm_place == QkNormPlace::FullWidth {
             let before = (q, k);
             let (q, rstd_q) = layers[0].forward(ctx.params, &before.0, 0);
             let (k, rstd_k) = layers[1].forward(ctx.params, &before.1, 0);
             let (q, k) = rotate(q, k);
-            return Projected { x, q, k, v, qkv, qk: Some([(before.0, rstd_q), (before.1, rstd_k)]), qg };
+            return Projected { x, q, k, v, qkv, qk: Some([(before.0, rstd_q), (before.1, rstd_k)]), value, qg };
         }
         let norms = self.norms(ctx.params);
         let (before, rotation) = match self.qk_norm_place {
@@ -299,7 +318,19 @@ impl Attention {
         let (q, k) = (before.0.clone(), before.1.clone());
         let [(q, rstd_q), (k, rstd_k)] = rope::forward_qk(q, k, &v, head_dim, norms.as_ref(), rotation);
         let saved = |x, rstd: Option<Tensor<1>>| (x, rstd.expect("a norm leaves its rstd"));
-        Projected { x, q, k, v, qkv, qk: Some([saved(before.0, rstd_q), saved(before.1, rstd_k)]), qg }
+        Projected { x, q, k, v, qkv, qk: Some([saved(before.0, rstd_q), saved(before.1, rstd_k)]), value, qg }
+    }
+
+    /// True if there is no projection of values, which are keys before their norm.
+    fn values_are_keys(&self) -> bool {
+        self.qkv.linears().len() == 2
+    }
+
+    /// Values after their norm, with those before it and its rstd.
+    fn normalize_values(&self, v: Tensor<2>) -> (Tensor<2>, Option<(Tensor<2>, Tensor<1>)>) {
+        let Some(norm) = &self.value_norm else { return (v, None) };
+        let (normalized, rstd) = rope::forward(v.clone(), self.heads.head_dim, Some(norm), None);
+        (normalized, Some((v, rstd.expect("a norm leaves its rstd"))))
     }
 
     /// The gradients to q and k as the linears made them.

@@ -3,7 +3,7 @@
 use core::ops::Range;
 use std::borrow::Cow;
 
-use rekindle_kernels::{BlockPass, Grads, ParamRef, Params, Tensor, Weight};
+use rekindle_kernels::{BlockPass, Grads, ParamRef, Params, Tensor, Weight, to_f32};
 use rekindle_lora::{Adaptable, AdaptableMut};
 
 use super::checkpointed::CheckpointParts;
@@ -18,6 +18,8 @@ use crate::{DecodeBatch, Error};
 
 /// A decoder layer on the residual stream: h = x + m·N₂(attention(N₁(x))); y = h + m·N₄(feed_forward(N₃(h))), with those of
 /// the norms N₁ … N₄ that the spec has, and a residual multiplier m of 1 unless it has one.
+///
+/// A layer with an output scalar s (Gemma 4) computes s·y.
 ///
 /// In a parallel layer (Cohere) both halves read N₁(x): y = x + attention(N₁(x)) + feed_forward(N₁(x)).
 ///
@@ -47,6 +49,17 @@ pub struct Block {
     pub residual_multiplier: Option<f32>,
     /// True if both halves read N₁(x).
     pub parallel: bool,
+    /// s.
+    pub output_scalar: Option<OutputScalar>,
+}
+
+/// A factor on the output of a layer, which is never trained.
+#[derive(Clone, Debug)]
+pub struct OutputScalar {
+    /// The tensor, one element.
+    pub weight: Weight,
+    /// Its value; 0 in a model without values.
+    pub value: f32,
 }
 
 /// The norms of a [`Block`].
@@ -122,12 +135,14 @@ impl Block {
         let pre_feed_forward = norm(builder, LayerRole::PreFeedForwardNorm, &spec.norms.pre_feed_forward)?;
         let feed_forward = FeedForward::build(builder, &spec.feed_forward, hidden_size)?;
         let post_feed_forward = norm(builder, LayerRole::PostFeedForwardNorm, &spec.norms.post_feed_forward)?;
+        let output_scalar = spec.output_scalar.then(|| OutputScalar::build(builder)).transpose()?;
         Ok(Self {
             norms: BlockNorms { pre_attention, post_attention, pre_feed_forward, post_feed_forward },
             mixer,
             feed_forward,
             residual_multiplier: spec.residual_multiplier.map(|m| m as f32),
             parallel: spec.parallel,
+            output_scalar,
         })
     }
 
@@ -145,6 +160,9 @@ impl Block {
         norm(LayerRole::PreFeedForwardNorm, pre_feed_forward, visit);
         self.feed_forward.visit(visit);
         norm(LayerRole::PostFeedForwardNorm, post_feed_forward, visit);
+        if let Some(scalar) = &self.output_scalar {
+            visit(LayerRole::OutputScalar, &scalar.weight);
+        }
     }
 
     /// Returns the weight with a role.
@@ -217,6 +235,7 @@ impl Block {
         let (delta, mixer) = self.mixer.forward(ctx, n);
         let Middle { post_attention, h, n, rstd: rstd2 } = self.middle(ctx, &x, rstd.as_ref(), delta);
         let (y, feed_forward, post_feed_forward) = self.feed_forward_onto(ctx, n, &h);
+        let y = self.scaled_output(y);
         (y, BlockSaved { x, rstd, mixer, post_attention, h, rstd2, feed_forward, post_feed_forward })
     }
 
@@ -259,7 +278,7 @@ impl Block {
         let (n, rstd) = self.attention_input(ctx, &x);
         let delta = self.mixer.decode(ctx, n, state, batch);
         let Middle { h, n, .. } = self.middle(ctx, &x, rstd.as_ref(), delta);
-        self.feed_forward_onto(ctx, n, &h).0
+        self.scaled_output(self.feed_forward_onto(ctx, n, &h).0)
     }
 
     /// Adds the gradients of what is trained; returns the gradient to x if `want_dx`.
@@ -273,6 +292,7 @@ impl Block {
     ) -> Option<Tensor<2>> {
         let params = ctx.params;
         let BlockSaved { x, rstd, mixer, post_attention, h, rstd2, feed_forward, post_feed_forward } = saved;
+        let dy = self.scaled_output(dy);
 
         let room = self.feed_forward.output_room();
         let d_half = self.backward_half(params, grads, &self.norms.post_feed_forward, post_feed_forward, &dy, room);
@@ -429,12 +449,31 @@ impl Block {
         norm.backward_input(params, dn, x, rstd, Some(dh), room)
     }
 
+    /// s·y, and the gradient to y for that to s·y.
+    fn scaled_output(&self, y: Tensor<2>) -> Tensor<2> {
+        match &self.output_scalar {
+            None => y,
+            Some(scalar) => y.scale(scalar.value),
+        }
+    }
+
     /// m·delta.
     fn scaled(&self, delta: Tensor<2>) -> Tensor<2> {
         match self.residual_multiplier {
             None => delta,
             Some(m) => delta.scale(m),
         }
+    }
+}
+
+impl OutputScalar {
+    fn build(builder: &mut LayerBuilder<'_>) -> Result<Self, Error> {
+        let weight = builder.weight(LayerRole::OutputScalar, &[1])?;
+        let value = match &weight {
+            Weight::Frozen(tensor) if !tensor.device().is_planned() => to_f32(tensor.clone())[0],
+            _ => 0.0,
+        };
+        Ok(Self { weight, value })
     }
 }
 

@@ -36,9 +36,10 @@ pub use mixer::{Mixer, MixerCheckpoint, MixerPending, MixerSaved};
 pub(crate) use moe::expert_names;
 pub use moe::{Moe, MoeSaved};
 pub use norm::RmsNorm;
+pub(crate) use norm::plain_head_norm;
 use rekindle_kernels::attention::Documents;
 use rekindle_kernels::gated_delta::Sequences;
-use rekindle_kernels::rope::Angles;
+use rekindle_kernels::rope::{Angles, HeadNorm};
 use rekindle_kernels::{Params, Weight};
 use rekindle_lora::{AdapterRows, Dropout, LinearContext};
 pub use shared_expert::{SharedExpert, SharedExpertSaved};
@@ -96,6 +97,9 @@ pub type VisitWeights<'v, 'a> = &'v mut dyn FnMut(LayerRole, &'a Weight);
 pub(crate) trait WeightSource {
     /// Returns the weight of a tensor; called once for each, in the order of the forward pass.
     fn weight(&mut self, tensor: &ParameterSpec) -> Result<Weight, crate::Error>;
+
+    /// Returns a norm of heads whose factor is 1.
+    fn ones(&self, head_dim: usize, eps: f64) -> HeadNorm;
 
     /// Returns one weight with the rows of several tensors; called once, as [`weight`](Self::weight).
     fn stacked(&mut self, stack: &StackedTensors) -> Result<Weight, crate::Error>;

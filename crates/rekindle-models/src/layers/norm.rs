@@ -1,7 +1,8 @@
 //! RMSNorm and LayerNorm with their weight.
 
 use rekindle_kernels::rms_norm::{self, Gain, GainEps};
-use rekindle_kernels::{Grads, Params, Tensor, Weight, center};
+use rekindle_kernels::rope::HeadNorm;
+use rekindle_kernels::{DType, Device, Grads, Params, Tensor, Weight, center, from_f32};
 
 use super::LayerBuilder;
 use crate::Error;
@@ -31,6 +32,12 @@ pub struct RmsNorm {
     pub eps: f64,
     /// True for LayerNorm.
     pub centered: bool,
+}
+
+/// Returns a norm of heads without a weight: its factor is 1.
+pub(crate) fn plain_head_norm(head_dim: usize, eps: f64, device: &Device, dtype: DType) -> HeadNorm {
+    let factor = from_f32(vec![1.0; head_dim], [1, head_dim], device, dtype).row_vector();
+    HeadNorm { gain: Gain::Plain(factor), eps }
 }
 
 impl RmsNorm {

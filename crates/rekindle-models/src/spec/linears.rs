@@ -33,7 +33,8 @@ impl LinearSpec {
 }
 
 impl AttentionSpec {
-    /// The linears that read the normalized input; their outputs are q, k and v. Empty for projections that this
+    /// The linears that read the normalized input; their outputs are q, k and v, or q and k where
+    /// values are keys. Empty for projections that this
     /// version does not compute.
     pub fn inputs(&self, hidden_size: usize) -> Vec<LinearSpec> {
         let bias = self.biases.qkv;
@@ -46,7 +47,10 @@ impl AttentionSpec {
                 .map(|(role, out)| LinearSpec::new(role, [out, hidden_size], bias))
                 .to_vec(),
             Projections::Fused => vec![LinearSpec::fused(LinearRole::Qkv, hidden_size, bias, vec![q, kv, kv])],
-            Projections::ValuesAreKeys | Projections::SharedKeys { .. } | Projections::Latent { .. } => Vec::new(),
+            Projections::ValuesAreKeys => [(LinearRole::Query, q), (LinearRole::Key, kv)]
+                .map(|(role, out)| LinearSpec::new(role, [out, hidden_size], bias))
+                .to_vec(),
+            Projections::SharedKeys { .. } | Projections::Latent { .. } => Vec::new(),
         }
     }
 

@@ -82,7 +82,6 @@ impl LayerSpec {
         list.push(self.parallel && other, || {
             "attention and feed-forward in parallel with other norms than one before both".to_owned()
         });
-        list.push(self.output_scalar, || "a scalar on each layer's output".to_owned());
     }
 }
 
@@ -101,14 +100,16 @@ impl AttentionSpec {
                 "query and key norms over the whole width after the rotation".to_owned()
             });
         }
-        list.push(self.value_norm.is_some(), || "value norms".to_owned());
+        let known = self.value_norm.is_none_or(|norm| (norm.kind, norm.weight) == (NormKind::Rms, NormWeight::None));
+        list.push(!known, || "value norms other than RMSNorm without a weight".to_owned());
+        let fused = self.value_norm.is_some() && self.projections == Projections::Fused;
+        list.push(fused, || "value norms behind fused projections".to_owned());
         let scales = self.query_scale.is_some_and(|scale| scale.window < max_seq_length + scale.offset);
         list.push(scales && (self.rope.is_none() || self.qk_norm.is_some()), || {
             "queries scaled by position in layers without rotary positions or with query and key norms".to_owned()
         });
         let projections = match self.projections {
-            Projections::Separate | Projections::Fused => None,
-            Projections::ValuesAreKeys => Some("values taken from keys"),
+            Projections::Separate | Projections::Fused | Projections::ValuesAreKeys => None,
             Projections::SharedKeys { .. } => Some("keys and values shared between layers"),
             Projections::Latent { .. } => Some("multi-head latent attention"),
         };
