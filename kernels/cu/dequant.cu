@@ -15,7 +15,8 @@
 //   dequant_4bit(packed, absmax, codebook, w, i32 out, in, ldw, block_shift)
 //   dequant_4bit_double(packed, absmax8, map, nested, offsets, codebook, w, i32 out, in, ldw, block_shift,
 //     nested_shift, section), and dequant_4bit_stacked for several offsets
-//   dequant_int8(codes, scb, w, i32 out, in, ldw)
+//   dequant_int8(codes, scb, w, i32 out, in, ldw, Choice of chosen_experts.cuh, member by member); with a choice, grid.x is for
+//     the rows of one expert and grid.y the number of selections
 //
 // Bytes → floor on an H200 at the 4.25 TB/s that a large copy reaches, and measured to bf16, 2026-11-23; a launch of
 // this size loses about 2 µs in starting and ending (a plain copy of 84 MB: 3.9 TB/s):
@@ -154,9 +155,11 @@ dequant_4bit_stacked(const u8* packed, const u8* absmax8, const f32* map, const 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-dequant_int8(const signed char* codes, const f32* scb, T* w, int out, int in, int ldw) {
-    const u32 total = (u32)out * ((u32)(in + 7) / 8);
-    const u32 first = blockIdx.x * (THREADS * UNROLL) + threadIdx.x;
+dequant_int8(const signed char* codes, const f32* scb, T* w, int out, int in, int ldw, const int* expert_offsets, const int* sorted,
+             const int* chosen, int first_expert, int expert_rows) {
+    const Span span = Choice{expert_offsets, sorted, chosen, first_expert, expert_rows}.span((u32)out, (u32)(in + 7) / 8);
+    const u32 total = span.end;
+    const u32 first = span.begin + blockIdx.x * (THREADS * UNROLL) + threadIdx.x;
     const bool whole = in % 8 == 0;
     uint2 raw[UNROLL];
     Place to[UNROLL];

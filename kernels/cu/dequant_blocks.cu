@@ -10,7 +10,8 @@
 //
 // Compile with -DT=bf16|f16|f32 and -DFORMAT=Q4_0|Q4_1|Q5_0|Q5_1|Q8_0|Q2_K|Q3_K|Q4_K|Q5_K|Q6_K|IQ4_NL|MXFP4.
 // Launch: grid ceil(out * in / 8192), block 256, dynamic shared memory 0. Fewer than 2^32 groups of 8 elements.
-//   const u8* blocks, T* w, int out, in, ldw
+//   const u8* blocks, T* w, int out, in, ldw, Choice of chosen_experts.cuh, member by member; with a choice, grid.x is for the rows
+//   of one expert, which begin at 16 bytes, and grid.y the number of selections
 //
 // Blocks of 17 to 210 bytes begin at any address, so a thread block copies the bytes of 8,192 elements to shared memory in
 // 16-byte loads. Then a thread decodes 8 elements at a time. Four codes are bytes of a register, and one byte permutation
@@ -280,13 +281,17 @@ DEVICE void store_group(T* p, const f32 (&v)[8]) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 6)
-dequant_blocks(const u8* blocks, T* w, int out, int in, int ldw) {
+dequant_blocks(const u8* blocks, T* w, int out, int in, int ldw, const int* expert_offsets, const int* sorted, const int* chosen,
+               int first_expert, int expert_rows) {
     const int SPAN_BYTES = SPAN / FORMAT::ELEMENTS * FORMAT::BYTES;
     static_assert(SPAN % FORMAT::ELEMENTS == 0 && SPAN_BYTES % 16 == 0, "a thread block begins at 16 bytes");
     // load8 reads up to 4 bytes more.
     __shared__ uint4 staged[SPAN_BYTES / 16 + 1];
-    const u32 total = (u32)out * ((u32)in / 8), first = blockIdx.x * (SPAN / 8);
-    const u64 begin = (u64)blockIdx.x * SPAN_BYTES, end = (u64)total * 8 / FORMAT::ELEMENTS * FORMAT::BYTES;
+    const Span span = Choice{expert_offsets, sorted, chosen, first_expert, expert_rows}.span((u32)out, (u32)in / 8);
+    const u32 total = span.end, first = span.begin + blockIdx.x * (SPAN / 8);
+    if (first >= total) return;
+    const u64 begin = (u64)span.begin * 8 / FORMAT::ELEMENTS * FORMAT::BYTES + (u64)blockIdx.x * SPAN_BYTES;
+    const u64 end = (u64)total * 8 / FORMAT::ELEMENTS * FORMAT::BYTES;
     const int bytes = (int)min((u64)SPAN_BYTES, end - begin);
     const int LOADS = (SPAN_BYTES / 16 + THREADS - 1) / THREADS;
     uint4 raw[LOADS];

@@ -20,6 +20,11 @@
 //   few_rows_4bit(x, packed, absmax, map, nested, offsets, codebook, bias, onto, y, i32 m, n, k, ldx, ldonto, ldy,
 //     nested_shift, section)
 //
+// With EXPERTS, GROUPS 1 and m 1: row r of y is the product of one row of x with the n rows of W of expert chosen[sorted[r]]; the row of
+// x is r, or sorted[r] / top_k where top_k > 0. grid.y is the number of rows of y. It starts after the kernel before it has ended,
+// which writes the choice.
+//   few_rows_4bit(…, section, const int* sorted, const int* chosen, i32 top_k)
+//
 // The linears of the 36 blocks of Qwen3-4B (2.0 GB of NF4, double quantization; 0.46 ms at 4.3 TB/s) on an H200, in a CUDA
 // graph, 2026-11-30: 1 row 1.38 ms, 8 rows 1.55, 16 rows 2.02; with q, k and v, and gate and up, as one weight each 1 row 1.20,
 // 8 rows 1.37 (1.44 and 1.61 where the next kernel begins at the last tile). The time is that of instructions, about 200 a warp
@@ -27,6 +32,12 @@
 //
 // Tried: 8 bytes a thread without the exchange 1.60 ms for 1 row, 5 to 16 warps, 1 to 4 steps ahead.
 // No spills from sm_80 to sm_120.
+
+#ifdef EXPERTS
+#define EXPERT_PARAMETERS , const int* sorted, const int* chosen, int top_k
+#else
+#define EXPERT_PARAMETERS
+#endif
 
 static const int AHEAD = 2;
 static const int BLOCKS = GROUPS == 4 ? 1 : 2; // an SM
@@ -50,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 few_rows_4bit(const T* x, const u8* __restrict__ packed, const void* __restrict__ absmax, const f32* __restrict__ map,
               const f32* __restrict__ nested, const f32* __restrict__ offsets, const f32* __restrict__ codebook,
               const T* bias, const T* onto, T* y, int m, int n, int k, int ldx, int ldonto, int ldy, int nested_shift,
-              int section) {
+              int section EXPERT_PARAMETERS) {
     // A map of 1 KiB and sums, the table at a multiple of its size, so that addresses need no sum, and again sums.
     extern __shared__ __align__(128) u8 shared[];
     f32* map_values = reinterpret_cast<f32*>(shared);
@@ -65,10 +76,18 @@ few_rows_4bit(const T* x, const u8* __restrict__ packed, const void* __restrict_
     const int blocks = k / 64, pairs = (blocks + 1) / 2, tiles = n / TILE;
     const int from = pairs * warp / WARPS, to = pairs * (warp + 1) / WARPS;
 
+#ifdef EXPERTS
+    wait_for_previous();
+    const int selection = sorted[blockIdx.y], before = chosen[selection] * tiles; // tiles of the experts before
+    x += (u64)(top_k > 0 ? selection / top_k : blockIdx.y) * ldx;
+    y += (u64)blockIdx.y * ldy;
+#else
+    const int before = 0;
+#endif
     // Where the next step begins. A warp without a share has no steps.
     int fetch_tile = from < to ? (int)blockIdx.x : tiles, fetch_pair = from;
-    const u8* codes_at = packed + ((u64)(fetch_tile * TILE + g) * (k / 2) + 64 * from + 16 * t);
-    u32 scale_at = (u32)(fetch_tile * TILE + g + (right ? 8 : 0)) * (u32)blocks + 2 * from + t % 2;
+    const u8* codes_at = packed + ((u64)((before + fetch_tile) * TILE + g) * (k / 2) + 64 * from + 16 * t);
+    u32 scale_at = (u32)((before + fetch_tile) * TILE + g + (right ? 8 : 0)) * (u32)blocks + 2 * from + t % 2;
     const u64 lower = (u64)8 * (k / 2);
     const u64 next_codes = (u64)gridDim.x * TILE * (k / 2) - 64 * (to - from);
     const u32 next_scale = gridDim.x * TILE * (u32)blocks - 2 * (to - from);
@@ -100,7 +119,7 @@ few_rows_4bit(const T* x, const u8* __restrict__ packed, const void* __restrict_
     Step steps[AHEAD];
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) fetch(steps[a]);
-    f32 shift = DOUBLE ? __ldg(offsets + blockIdx.x / section) : 0.0f;
+    f32 shift = DOUBLE ? __ldg(offsets + (before + blockIdx.x) / section) : 0.0f;
     if (DOUBLE)
         for (int i = threadIdx.x; i < 256; i += 32 * WARPS) map_values[i] = __ldg(map + i);
     for (int i = threadIdx.x; i < 256 * 8; i += 32 * WARPS) {
@@ -183,7 +202,7 @@ few_rows_4bit(const T* x, const u8* __restrict__ packed, const void* __restrict_
             const int current = tile;
             pair = from;
             tile += gridDim.x;
-            if (DOUBLE && tile < tiles) shift = __ldg(offsets + tile / section);
+            if (DOUBLE && tile < tiles) shift = __ldg(offsets + (before + tile) / section);
             // Sums alternate between two places, so that one barrier a tile is enough.
             Sums& sums = parity ? odd : even;
             leave_sums(sums, c);

@@ -266,6 +266,9 @@ fn experts(suite: &mut Suite) -> Result<(), Lost> {
         suite.property(&format!("quantized experts, some at a time {dtype:?}"), |device| {
             decoded_experts::groups_compute_as_one(device, dtype);
         })?;
+        suite.property(&format!("quantized experts of a few selections {dtype:?}"), |device| {
+            decoded_experts::few_selections(device, dtype);
+        })?;
     }
     Ok(())
 }

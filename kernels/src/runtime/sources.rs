@@ -64,10 +64,10 @@ sources! {
     "cross_entropy.cu" with with_softcap_and_without, [
         "cross_entropy_bwd", "cross_entropy_fwd", "cross_entropy_fwd_bwd", "cross_entropy_statistics"
     ];
-    "dequant.cu" with any_dtype, [
+    "dequant.cu" after "chosen_experts.cuh" with any_dtype, [
         "dequant_4bit", "dequant_4bit_double", "dequant_4bit_stacked", "dequant_int8"
     ];
-    "dequant_blocks.cu" with block_formats, ["dequant_blocks"];
+    "dequant_blocks.cu" after "chosen_experts.cuh" with block_formats, ["dequant_blocks"];
     "dequant_fp8.cu" with any_dtype, ["dequant_fp8_block", "dequant_fp8_row", "dequant_fp8_tensor"];
     "dropout.cu" after "philox.cuh" with any_dtype, ["dropout", "neftune"];
     "elementwise.cu" with any_dtype, [
@@ -262,7 +262,9 @@ fn few_rows_4bit(arch: Arch) -> Vec<Defines> {
         let low = low_dtypes_with(arch, "DOUBLE", &["0", "1"]).into_iter();
         low.map(move |defines| [defines, vec![("GROUPS", groups), ("WARPS", warps)]].concat())
     };
-    shapes.into_iter().flat_map(with).collect()
+    let mut all: Vec<Defines> = shapes.into_iter().flat_map(with).collect();
+    all.extend(with(shapes[0]).map(|defines| [defines, vec![("EXPERTS", "")]].concat()));
+    all
 }
 
 const GAINS: [&str; 4] = ["PLAIN", "ROUNDED_AFTER", "ONE_PLUS", "NO_WEIGHT"];

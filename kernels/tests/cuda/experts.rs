@@ -37,6 +37,37 @@ pub(crate) fn groups_compute_as_one(device: &Device, dtype: DType) {
     }
 }
 
+/// Products of a few selections decode the chosen experts alone, or none: their rows must not depend on what the scratch
+/// memory holds.
+pub(crate) fn few_selections(device: &Device, dtype: DType) {
+    let [n, k] = DIMS;
+    // Four experts a token; experts 0, 4 and 8 have no rows.
+    let chosen = [9, 1, 3, 7, 2, 9, 5, 1];
+    for (tokens, format) in [1, 2].into_iter().flat_map(|tokens| formats().into_iter().map(move |f| (tokens, f))) {
+        let name = format.name();
+        let is_four_bit = matches!(format, QuantizedFormat::FourBit { .. });
+        let weight = QuantizedWeight::new(QuantizedData { dims: [EXPERTS * n, k], format }, device);
+        let dispatch = Dispatch::of(&chosen[..4 * tokens], EXPERTS, 4, device);
+        // Garbage for experts that are not decoded.
+        drop(from_f32(vec![f32::NAN; 1 << 26], [1 << 13, 1 << 13], device, dtype));
+        for (by_token, rows) in [(true, tokens), (false, 4 * tokens)] {
+            let x = from_f32(noise(3, rows * k), [rows, k], device, dtype);
+            let operand = |x| if by_token { GroupedRows::Tokens(x) } else { GroupedRows::Sorted(x) };
+            let ours = to_f32(weight.grouped_nt(operand(&x), &dispatch));
+            let plain = to_f32(grouped::nt(operand(&x), &weight.decode(dtype), &dispatch));
+            if !is_four_bit || dtype == DType::F32 {
+                assert!(ours == plain, "{name}, {tokens} tokens, by token {by_token}");
+                continue;
+            }
+            let wide = from_f32(to_f32(x.clone()), [rows, k], device, DType::F32);
+            let exact = to_f32(grouped::nt(operand(&wide), &weight.decode(DType::F32), &dispatch));
+            let error = |y: &[f32]| y.iter().zip(&exact).map(|(y, exact)| (y - exact).powi(2)).sum::<f32>().sqrt();
+            let [ours, plain] = [error(&ours), error(&plain)];
+            assert!(ours <= 2.0 * plain, "{name}, {tokens} tokens, by token {by_token}: {ours:e}, plain {plain:e}");
+        }
+    }
+}
+
 fn formats() -> Vec<QuantizedFormat> {
     let elements = EXPERTS * DIMS[0] * DIMS[1];
     let bytes = |count: usize| (0..count).map(|at| (at * 37 % 251) as u8).collect::<Vec<u8>>();

@@ -44,6 +44,11 @@ impl DeviceDispatch {
         self.offsets.ptr()
     }
 
+    /// The address of the experts of the selections.
+    pub(crate) fn chosen(&self) -> u64 {
+        self.chosen.ptr()
+    }
+
     /// The address of the selections of the rows.
     pub(crate) fn sorted(&self) -> u64 {
         self.sorted.ptr()

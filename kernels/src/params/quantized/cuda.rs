@@ -72,6 +72,22 @@ pub(crate) struct DoubleScales {
     pub(crate) section: usize,
 }
 
+/// The experts whose rows are decoded: those that a few tokens chose, by the arrays of a dispatch on the device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ChosenExperts {
+    /// The first row of each expert, `[experts + 1]`.
+    pub(crate) offsets: u64,
+    /// The selection of each row.
+    pub(crate) sorted: u64,
+    /// The expert of each selection.
+    pub(crate) chosen: u64,
+    pub(crate) selections: usize,
+    /// The expert whose rows are decoded first.
+    pub(crate) first: usize,
+    /// Rows of the matrix of an expert.
+    pub(crate) rows: usize,
+}
+
 /// The second level of scales.
 #[derive(Clone, Debug)]
 struct Double {
@@ -351,6 +367,12 @@ impl QuantizedArray {
     /// # Panics
     /// If `w` is not aligned or not as wide as the matrix, or no block begins at the row.
     pub(crate) fn decode_rows(&self, first: usize, w: &Array) {
+        self.decode_chosen(first, w, None);
+    }
+
+    /// [`decode_rows`](Self::decode_rows), of int8 and blocks only the rows of `experts` if they are given: other rows of `w`
+    /// stay as they are.
+    pub(crate) fn decode_chosen(&self, first: usize, w: &Array, experts: Option<ChosenExperts>) {
         let (cuda, rows, cols, dtype) = (self.cuda(), w.rows(), self.dims[1], w.dtype());
         assert!(first + rows <= self.dims[0] && w.cols() == cols, "rows {first}.. of {:?}", self.dims);
         assert!(w.is_aligned(), "scratch begins at 16 bytes");
@@ -358,6 +380,15 @@ impl QuantizedArray {
         let element = first * cols;
         let [out, width, ld] = [int(rows), int(cols), int(w.ld())];
         let grid = |groups| [blocks((rows * cols.div_ceil(8)).div_ceil(groups)), 1, 1];
+        let experts = experts.filter(|experts| self.splits_at(experts.rows));
+        let chosen_grid = |groups| match experts {
+            None => grid(groups),
+            Some(experts) => {
+                [blocks((experts.rows * cols.div_ceil(8)).div_ceil(groups)), blocks(experts.selections), 1]
+            }
+        };
+        let [offsets, sorted, chosen] = experts.map_or([0; 3], |e| [e.offsets, e.sorted, e.chosen]);
+        let [first_expert, expert_rows] = experts.map_or([0; 2], |e| [int(e.first), int(e.rows)]);
         let after = |bytes: &Bytes, first: usize| bytes.ptr() + first as u64;
         if let Some(Fp8Codes { codes, scales, scaling, section }) = self.fp8() {
             let [sections, per_row] = scaling.grid([section, cols]);
@@ -420,20 +451,20 @@ impl QuantizedArray {
             Format::Int8 => {
                 let (codes, scales) = (after(&self.codes, element), after(&self.scales, 4 * first));
                 kernel(cuda, entry!("dequant.cu", "dequant_int8"), dtype).launch(
-                    grid(GROUPS),
+                    chosen_grid(GROUPS),
                     [256, 1, 1],
                     0,
-                    args![codes, scales, w.ptr(), out, width, ld],
+                    args![codes, scales, w.ptr(), out, width, ld, offsets, sorted, chosen, first_expert, expert_rows],
                 );
             }
             Format::Blocks(codec) => {
                 let stored = after(&self.codes, element / codec.elements * codec.bytes);
                 let defines = [("T", dtype.name()), ("FORMAT", codec.name)];
                 cuda.kernel(entry!("dequant_blocks.cu", "dequant_blocks"), &defines).launch(
-                    grid(BLOCK_GROUPS),
+                    chosen_grid(BLOCK_GROUPS),
                     [256, 1, 1],
                     0,
-                    args![stored, w.ptr(), out, width, ld],
+                    args![stored, w.ptr(), out, width, ld, offsets, sorted, chosen, first_expert, expert_rows],
                 );
             }
         }

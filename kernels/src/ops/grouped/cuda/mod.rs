@@ -6,8 +6,9 @@ mod sm90;
 use core::ops::Range;
 
 use super::{GroupedRows, expert_dims};
+use crate::ops::quantized::cuda::few_rows;
 use crate::ops::routing::Dispatch;
-use crate::params::quantized::cuda::QuantizedArray;
+use crate::params::quantized::cuda::{ChosenExperts, QuantizedArray};
 use crate::runtime::op::check_dims;
 use crate::runtime::{Array, DType, MemoryUse, elementwise};
 
@@ -141,15 +142,30 @@ pub(super) fn quantized_nn(dy: GroupedRows<'_>, w: &QuantizedArray, dx: Option<A
 /// after the product before it.
 fn quantized(form: Form, y: &Array, add: bool, x: GroupedRows<'_>, w: &QuantizedArray, dispatch: &Dispatch) {
     let ([n, k], experts, dtype) = (expert_dims(w.dims(), dispatch), dispatch.experts(), y.dtype());
+    if form == Form::Nt && !add {
+        let rows = Rows::of(x);
+        if few_rows::takes_experts(&rows.array, w, n, dispatch) {
+            return few_rows::experts(y, &rows.array, rows.of_tokens, w, dispatch);
+        }
+    }
     // Narrow products divide the rows of all experts among thread blocks.
     let at_once = if y.cols() <= 64 { experts } else { experts_at_once(w, [n, k], experts, dtype) };
     let scratch = Array::empty(w.cuda(), [at_once * n, k], dtype, MemoryUse::DecodedWeights);
     for first in (0..experts).step_by(at_once) {
         let group = first..experts.min(first + at_once);
         let decoded = scratch.row_range(0, group.len() * n);
-        w.decode_rows(first * n, &decoded);
+        w.decode_chosen(first * n, &decoded, chosen(form, first, n, dispatch));
         Product { add, experts: group, ..Product::new(form, x, &decoded, y, dispatch) }.launch();
     }
+}
+
+/// Returns the choice of a few tokens, where the experts without rows need not be decoded: x_e · W_eᵀ reads none of their rows, which
+/// the other product sums over beside zeros.
+fn chosen(form: Form, first: usize, rows: usize, dispatch: &Dispatch) -> Option<ChosenExperts> {
+    let is_sparse = form == Form::Nt && (1..=dispatch.experts()).contains(&dispatch.rows());
+    let device = dispatch.cuda();
+    let [offsets, sorted, chosen] = [device.offsets(), device.sorted(), device.chosen()];
+    is_sparse.then_some(ChosenExperts { offsets, sorted, chosen, selections: dispatch.rows(), first, rows })
 }
 
 /// Returns how many experts are decoded at a time: as many as fit in [`SCRATCH`], or the next smaller number at which the
