@@ -281,7 +281,7 @@ mod tests {
         assert_eq!(parse(&tensor).expect("valid").format(), fp8(Fp8Scaling::Tensor));
         let config = parse(r#"{"quant_method":"fp8","ignored_layers":["q_proj"],"scale_fmt":"ue8m0"}"#).expect("valid");
         assert_eq!(config.format(), fp8(Fp8Scaling::Block));
-        assert!(config.skips("model.layers.0.self_attn.q_proj") && !config.skips("lm_head"));
+        assert!(config.skips("model.layers.0.attention.q_proj") && !config.skips("lm_head"));
         let config = parse(r#"{"quant_method":"fbgemm_fp8","activation_scale_ub":1200.0}"#).expect("valid");
         assert_eq!(config.format(), fp8(Fp8Scaling::Row));
         assert!(config.skips("lm_head") && !config.skips("model.layers.0.mlp.up_proj"));
@@ -291,7 +291,7 @@ mod tests {
         assert!(!config.skips("model.layers.3.mlp.gate_proj") && !config.skips("model.lm_head"), "names match whole");
         let some = CHANNEL.replace(r#"["Linear"]"#, r#"["re:model\\.layers\\.\\d+\\.mlp"]"#);
         let config = parse(&some).expect("valid");
-        assert!(config.skips("model.layers.3.self_attn.q_proj") && !config.skips("model.layers.3.mlp.up_proj"));
+        assert!(config.skips("model.layers.3.attention.q_proj") && !config.skips("model.layers.3.mlp.up_proj"));
         let block = CHANNEL.replace(r#""channel""#, r#""block","block_structure":[128,128]"#);
         assert_eq!(parse(&block).expect("valid").format(), fp8(Fp8Scaling::Block));
     }
@@ -305,9 +305,9 @@ mod tests {
                 let created = QuantizationConfig::new(format, Dtype::BF16, skip.map(<[_]>::to_vec));
                 let read = QuantizationConfig::parse(&created.to_json()).expect("valid");
                 assert_eq!((read.format(), read.to_json()), (format, created.to_json()));
-                for module in ["lm_head", "model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.q_proj"]
+                for module in ["lm_head", "model.layers.1.attention.v_proj", "model.layers.1.attention.q_proj"]
                     .into_iter()
-                    .chain(["model.layers.11.self_attn.q_proj", "model.layers.3.mlp.up_proj", "a(b.c", "ab"])
+                    .chain(["model.layers.11.attention.q_proj", "model.layers.3.mlp.up_proj", "a(b.c", "ab"])
                 {
                     assert_eq!(read.skips(module), created.skips(module), "{module} with {skip:?}");
                 }
