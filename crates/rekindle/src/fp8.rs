@@ -96,10 +96,10 @@ mod tests {
     #[test]
     fn values_of_a_run_file() {
         for (text, value) in [("true", Fp8::On), ("false", Fp8::Off), ("\"forward\"", Fp8::Forward)] {
-            assert_eq!(serde_json::from_str::<Fp8>(text).unwrap(), value);
-            assert_eq!(serde_json::to_string(&value).unwrap(), text);
+            assert_eq!(serde_json::from_str::<Fp8>(text).expect("a value"), value);
+            assert_eq!(serde_json::to_string(&value).expect("a value"), text);
         }
-        let error = serde_json::from_str::<Fp8>("\"backward\"").unwrap_err().to_string();
+        let error = serde_json::from_str::<Fp8>("\"backward\"").expect_err("no such value").to_string();
         assert!(error.contains("\"backward\"") && error.contains("\"forward\""), "{error}");
     }
 }

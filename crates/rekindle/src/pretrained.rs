@@ -248,7 +248,6 @@ impl<'a> Loader<'a> {
             skip::check(modules, &config)?;
         }
         let (device, kind) = open_device(self.device)?;
-        check_device(self.args.fp8, &device)?;
         let options = self.options(&config, files.adapter.as_deref(), device, kind)?;
         let (mut done, total) = (0, checkpoint.total_bytes());
         let mut model = CausalLm::load(&checkpoint, &options, &mut |bytes| {
@@ -350,14 +349,4 @@ pub(crate) fn supported_length(config: &ModelConfig) -> usize {
         Some(shortest) if shortest < window && !config.spec.unsupported(window).is_empty() => shortest,
         _ => window,
     }
-}
-
-/// Refuses what has not been compared on the device.
-fn check_device(fp8: Fp8, device: &Device) -> Result<(), Error> {
-    if matches!(device, Device::Cuda(_)) && fp8 != Fp8::Off {
-        let message =
-            "fp8 = true and \"forward\" have not been compared on GPUs in whole training steps; set fp8 = false";
-        return Err(Error::Argument(message.to_owned()));
-    }
-    Ok(())
 }

@@ -221,8 +221,7 @@ impl LinearGroup {
         }
         let joined = self.joined(dys);
         let dys = joined.as_deref().unwrap_or(dys);
-        let has_magnitudes = saved.magnitudes.first().is_some();
-        let in_fp8 = if want_dx && !has_magnitudes { self.fp8_input_gradient(dys) } else { None };
+        let in_fp8 = if want_dx && saved.magnitudes.is_empty() { self.fp8_input_gradient(dys) } else { None };
         let is_in_fp8 = in_fp8.is_some();
         let mut dx = in_fp8;
         // DoRA with dropout has two ways back to x on the base's side; this is the one through dropout(x).

@@ -35,9 +35,8 @@ mod tests {
         let codes: Vec<f32> = (0..0x7f).map(value).collect();
         let nearest = |x: f32| {
             let distance = |code: usize| (f64::from(codes[code]) - f64::from(x.abs())).abs();
-            let best =
-                (0..codes.len()).min_by(|&a, &b| (distance(a), a % 2).partial_cmp(&(distance(b), b % 2)).unwrap());
-            codes[best.unwrap()].copysign(x)
+            let closer = |a: usize, b: usize| if (distance(b), b % 2) < (distance(a), a % 2) { b } else { a };
+            codes[(0..codes.len()).reduce(closer).expect("there are codes")].copysign(x)
         };
         let halfway = codes.windows(2).map(|pair| f32::midpoint(pair[0], pair[1]));
         let some = noise(1, 4000).into_iter().flat_map(|x| [448.0 * x, x, x / 64.0, x / 512.0]);
