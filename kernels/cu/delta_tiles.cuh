@@ -16,12 +16,10 @@ DEVICE int lane_row() { return threadIdx.x % 32 / 4; }
 DEVICE int lane_col() { return threadIdx.x % 4 * 2; }
 
 DEVICE void copy16(E* to, const E* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from),
-                 "r"(valid ? 16 : 0)
-                 : "memory");
+    copy16_async((u32)__cvta_generic_to_shared(to), from, valid);
 }
-DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT> DEVICE void arrived() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+DEVICE void commit() { commit_copies(); }
+template <int LEFT> DEVICE void arrived() { copies_left<LEFT>(); }
 
 // The block copies `valid` rows of a matrix into a tile of ROWS rows and zeroes the others.
 template <int ROWS, int WIDTH> DEVICE void load_rows(E* tile, const E* from, long long ld, int valid, int threads) {

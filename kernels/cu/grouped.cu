@@ -38,8 +38,13 @@ const int TILE_BYTES = 128 * BK * (int)sizeof(T);
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 // The first `bytes` of 16, and zeros after them; of 0 nothing is read.
-DEVICE void copy16_async(u32 to, const void* from, int bytes) {
+DEVICE void copy_part_async(u32 to, const T* from, int bytes) {
+#if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+#else
+    const uint4 v = bytes > 0 ? load_part(from, bytes / (int)sizeof(T)) : make_uint4(0, 0, 0, 0);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+#endif
 }
 
 // A tile of 128 × BK (BY_SUM: BK × 128, its rows are summed over) as rows of 16-byte pieces, exchanged within a row so that
@@ -60,7 +65,7 @@ template <bool BY_SUM> struct Tile {
                 const int r = selections ? selections[first + row] / top_k : first + row;
                 piece_at = from + (long long)r * ld + col + piece * N;
             }
-            copy16_async(tile + at(row, piece), piece_at, n * (int)sizeof(T));
+            copy_part_async(tile + at(row, piece), piece_at, n * (int)sizeof(T));
         }
     }
 };
@@ -198,13 +203,13 @@ grouped(const T* a, const T* b, OUT* out, const int* offsets, const int* a_selec
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
         if (s < blocks) load(s);
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        commit_copies();
     }
     for (int block = 0; block < blocks; block++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        copies_left<STAGES - 2>();
         __syncthreads();
         if (block + STAGES - 1 < blocks) load(block + STAGES - 1);
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        commit_copies();
         const u32 stage = tiles + block % STAGES * 2 * TILE_BYTES;
         multiply(sums, stage, stage + TILE_BYTES);
     }

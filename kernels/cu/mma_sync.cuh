@@ -16,15 +16,6 @@ static const int D8 = HEAD_DIM / 8;
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Zeros where not `valid`; then nothing is read.
-DEVICE void copy16_async(u32 to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-DEVICE void copy4_async(u32 to, const void* from, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
-}
-DEVICE void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // The block copies rows 0 .. `valid` - 1 of a matrix into a tile of ROWS rows and zeroes the others.
 template <int ROWS> DEVICE void load_tile(u32 tile, const T* from, int ld, int valid) {
     static_assert(ROWS * PIECES % THREADS == 0 && THREADS % PIECES == 0, "every thread copies as many pieces");

@@ -64,9 +64,6 @@ template <int N8> DEVICE void mask(f32 (&s)[1][N8][4], int seen, int from, int h
         }
 }
 
-template <int PENDING> DEVICE void copies_left() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
-DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
 DEVICE void store4(T* to, const f32 (&x)[4]) {
     *reinterpret_cast<uint2*>(to) = make_uint2(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]));
 }

@@ -25,7 +25,12 @@ template <typename To> DEVICE To from_f32(f32 x);
 template <> DEVICE f32 from_f32<f32>(f32 x) { return x; }
 template <> DEVICE bf16 from_f32<bf16>(f32 x) {
     bf16 y;
+#if __CUDA_ARCH__ >= 800
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
+    const u32 bits = __float_as_uint(x);
+    y.bits = x == x ? (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fff;
+#endif
     return y;
 }
 template <> DEVICE f16 from_f32<f16>(f32 x) {
@@ -56,6 +61,7 @@ DEVICE void begin_early() {
 
 // Two values in one register, the first in the low half.
 template <typename To> DEVICE u32 pack2(f32 lo, f32 hi);
+#if __CUDA_ARCH__ >= 800
 template <> DEVICE u32 pack2<bf16>(f32 lo, f32 hi) {
     u32 y;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
@@ -65,6 +71,45 @@ template <> DEVICE u32 pack2<f16>(f32 lo, f32 hi) {
     u32 y;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
     return y;
+}
+#else
+template <> DEVICE u32 pack2<bf16>(f32 lo, f32 hi) { return from_f32<bf16>(lo).bits | (u32)from_f32<bf16>(hi).bits << 16; }
+template <> DEVICE u32 pack2<f16>(f32 lo, f32 hi) { return from_f32<f16>(lo).bits | (u32)from_f32<f16>(hi).bits << 16; }
+#endif
+
+// Copies 16 bytes, or 4, into shared memory while the thread goes on; zeros where not `valid`, and then nothing is read.
+// sm_75 has no such copies: there the bytes have arrived on return.
+DEVICE void copy16_async(u32 to, const void* from, bool valid) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+#else
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (valid) v = *reinterpret_cast<const uint4*>(from);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+#endif
+}
+DEVICE void copy4_async(u32 to, const void* from, bool valid) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
+#else
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(valid ? *reinterpret_cast<const u32*>(from) : 0) : "memory");
+#endif
+}
+DEVICE void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits until at most PENDING of this thread's groups of copies are still on their way.
+template <int PENDING> DEVICE void copies_left() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+DEVICE void copies_arrived() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }
 
 // 16 bytes of T: 8 values of a 16-bit dtype, 4 of f32.

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use rekindle_kernels::runtime::{Arch, Checked, CudaError, Usage, compile_check};
 
-/// Compute capabilities: Ampere, Ada, Hopper and both Blackwell variants.
-const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
+/// Compute capabilities: Turing, Ampere, Ada, Hopper and both Blackwell variants.
+const ARCHITECTURES: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
 
 pub(crate) fn check(require: bool) -> Result<(), Box<dyn Error>> {
     let began = Instant::now();

@@ -53,7 +53,8 @@ impl Tiles {
             90 if options && kernel == Fwd && head_dim < 256 => 3,
             90 => 2,
             100 | 103 => 3,
-            // 86, 89, 120: 99 KiB, the least that any card has.
+            75 => return Self::of_75(kernel, head_dim),
+            // 86, 89, 120: 99 KiB, the least that any card from 8.0 on has.
             _ => 1,
         };
         let row = match (kernel, head_dim) {
@@ -70,6 +71,22 @@ impl Tiles {
             (BwdDkdv, _) => [tiles!(64, 64, 4, 2), tiles!(64, 128, 8, 1), tiles!(64, 64, 4, 3), tiles!(64, 64, 4, 2)],
         };
         row[column]
+    }
+
+    /// Returns the tiles for compute capability 7.5: 64 KiB of shared memory a block, whatever the options are.
+    fn of_75(kernel: AttentionKernel, head_dim: u32) -> Self {
+        use AttentionKernel::{BwdDkdv, BwdDq, Fwd};
+        match (kernel, head_dim) {
+            (Fwd, 256) => tiles!(64, 16, 4, 1),
+            (Fwd, 128) => tiles!(64, 32, 4, 1),
+            (Fwd, _) => tiles!(128, 64, 4, 1),
+            (BwdDq, 256) => tiles!(32, 16, 2, 1),
+            (BwdDq, 128) => tiles!(64, 32, 4, 1),
+            (BwdDq, _) => tiles!(64, 64, 4, 1),
+            (BwdDkdv, 256) => tiles!(16, 16, 2, 1),
+            (BwdDkdv, 128) => tiles!(16, 64, 8, 1),
+            (BwdDkdv, _) => tiles!(32, 64, 4, 1),
+        }
     }
 
     /// The definitions to compile with.
@@ -119,6 +136,9 @@ impl PagedTiles {
         }
         // What a card has of shared memory decides.
         match (head_dim, arch.sm) {
+            (64, 75) => tiles!(4, 3, 64),
+            (128, 75) => tiles!(2, 3, 32),
+            (_, 75) => tiles!(1, 2, 16),
             (64, _) => tiles!(4, 4, 64),
             (128, 80 | 87 | 90 | 100 | 103) => tiles!(4, 3, 64),
             (128, _) => tiles!(4, 2, 64),
@@ -167,7 +187,18 @@ mod tests {
     fn tiles_fit_every_card() {
         use AttentionKernel::BwdDkdv;
         // Opt-in shared memory of a block, KiB.
-        let cards = [(80, 163), (86, 99), (87, 163), (89, 99), (90, 227), (100, 227), (103, 227), (120, 99), (999, 99)];
+        let cards = [
+            (75, 64),
+            (80, 163),
+            (86, 99),
+            (87, 163),
+            (89, 99),
+            (90, 227),
+            (100, 227),
+            (103, 227),
+            (120, 99),
+            (999, 99),
+        ];
         for (sm, kib) in cards {
             for kernel in [AttentionKernel::Fwd, AttentionKernel::BwdDq, AttentionKernel::BwdDkdv] {
                 for head_dim in [64, 128, 256] {

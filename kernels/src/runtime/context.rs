@@ -90,7 +90,7 @@ pub fn first() -> Result<Option<usize>, CudaError> {
         started => started?,
     }
     for index in 0..count() {
-        if device_props(index)?.major >= OLDEST {
+        if device_props(index)?.is_supported() {
             return Ok(Some(index));
         }
     }
@@ -102,8 +102,26 @@ pub fn first() -> Result<Option<usize>, CudaError> {
 /// `cargo xtask bench plan` measured 0.52 to 0.54 GiB on an H200 with driver 580 (docs/benchmarks.md).
 pub const CUDA_CONTEXT_BYTES: usize = 512 << 20;
 
-/// Major number of the oldest compute capability that the kernels are for.
-const OLDEST: u32 = 8;
+/// The oldest compute capability that the kernels are for.
+const OLDEST: [u32; 2] = [8, 0];
+
+/// The environment variable with the compute capability that a newer card stands for, as `7.5`.
+const STANDS_FOR: &str = "REKINDLE_CUDA_STANDS_FOR";
+
+/// Returns the older compute capability whose kernels are to run on this machine's cards, for tests: the driver compiles
+/// their PTX for the card.
+pub(super) fn stands_for() -> Option<[u32; 2]> {
+    let value = std::env::var(STANDS_FOR).ok()?;
+    let (major, minor) = value.split_once('.')?;
+    Some([major.parse().ok()?, minor.parse().ok()?])
+}
+
+impl DeviceProps {
+    /// Returns true if the kernels are for this device.
+    fn is_supported(&self) -> bool {
+        [self.major, self.minor] >= OLDEST || stands_for() == Some([self.major, self.minor])
+    }
+}
 
 impl Cuda {
     /// Opens a device by its index.
@@ -115,7 +133,7 @@ impl Cuda {
     /// If the driver, NVRTC, cuBLASLt, the device, or the memory for a context is missing, or the card is too old.
     pub fn open(index: usize) -> Result<Self, CudaError> {
         let props = device_props(index)?;
-        if props.major < OLDEST {
+        if !props.is_supported() {
             let capability = format!("{}.{}", props.major, props.minor);
             return Err(CudaError::CardTooOld { index, name: props.name, capability });
         }
@@ -360,13 +378,16 @@ pub fn device_props(index: usize) -> Result<DeviceProps, CudaError> {
         };
         let mut name = [0; 128];
         driver!(cuDeviceGetName(name.as_mut_ptr(), 127, device))?;
+        let own = [A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR];
+        let own = [attribute(own[0])?, attribute(own[1])?];
+        let [major, minor] = stands_for().filter(|older| *older < own).unwrap_or(own);
         let mut total_memory = 0;
         driver!(cuDeviceTotalMem_v2(&mut total_memory, device))?;
         Ok(DeviceProps {
             // SAFETY: the last byte is never written, so the text ends within the array.
             name: unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned(),
-            major: attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            minor: attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            major,
+            minor,
             sm_count: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             shared_per_block: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
             total_memory,

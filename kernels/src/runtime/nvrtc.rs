@@ -116,6 +116,9 @@ pub(super) fn usages(log: &str) -> Vec<Usage> {
 
 /// Returns the compiler's target, and whether it is machine code.
 fn target(arch: Arch) -> (String, bool) {
+    if super::context::stands_for().is_some() {
+        return (format!("compute_{}", arch.sm), false);
+    }
     let mut count = 0;
     // SAFETY: an integer to write to.
     unsafe { sys::nvrtcGetNumSupportedArchs(&mut count) };

@@ -202,7 +202,12 @@ impl Source {
 
 /// `T`, the dtype of activations.
 fn any_dtype(arch: Arch) -> Vec<Defines> {
-    let dtypes = if arch.sm >= 80 { &["bf16", "f16", "f32"][..] } else { &[] };
+    let dtypes = match arch.sm {
+        80.. => &["bf16", "f16", "f32"][..],
+        // Compute capability 7.5 has no bf16.
+        75.. => &["f16", "f32"],
+        _ => &[],
+    };
     dtypes.iter().map(|&dtype| vec![("T", dtype)]).collect()
 }
 
@@ -320,7 +325,7 @@ fn delta_heads(arch: Arch, shapes: &[Defines]) -> Vec<Defines> {
 
 /// The variants of a file that does not use `T`.
 fn f32_alone(arch: Arch) -> Vec<Defines> {
-    if arch.sm >= 80 { vec![vec![("T", "f32")]] } else { Vec::new() }
+    if arch.sm >= 75 { vec![vec![("T", "f32")]] } else { Vec::new() }
 }
 
 /// Every dtype, with the sizes of heads that models have; 80 stands for the unusual ones.
@@ -352,9 +357,14 @@ fn attention_f32(arch: Arch) -> Vec<Defines> {
 const TENSOR_CORES: [(&str, u32); 6] =
     [("bf16", 64), ("bf16", 128), ("bf16", 256), ("f16", 64), ("f16", 128), ("f16", 256)];
 
+/// Those of an architecture.
+fn tensor_cores(arch: Arch) -> impl Iterator<Item = (&'static str, u32)> {
+    TENSOR_CORES.into_iter().filter(move |(dtype, _)| arch.sm >= 80 || (arch.sm == 75 && *dtype == "f16"))
+}
+
 fn attention(kernel: AttentionKernel, arch: Arch) -> Vec<Defines> {
     let variants = |options: bool| -> Vec<Defines> {
-        let all = TENSOR_CORES.into_iter().filter(|_| arch.sm >= 80);
+        let all = tensor_cores(arch);
         all.map(|(dtype, head_dim)| Tiles::of(kernel, head_dim, arch, options).defines(dtype, head_dim)).collect()
     };
     let scores = if kernel == AttentionKernel::Fwd { FWD_SCORES } else { BWD_SCORES };
@@ -362,7 +372,7 @@ fn attention(kernel: AttentionKernel, arch: Arch) -> Vec<Defines> {
 }
 
 fn paged_attention(arch: Arch) -> Vec<Defines> {
-    let all = TENSOR_CORES.into_iter().filter(|_| arch.sm >= 80);
+    let all = tensor_cores(arch);
     let plain: Vec<Defines> =
         all.map(|(dtype, head_dim)| PagedTiles::of(head_dim, arch).defines(dtype, head_dim)).collect();
     [plain.clone(), with_each(&plain, FWD_SCORES)].concat()
