@@ -146,7 +146,7 @@ dequant_4bit_double(const u8* packed, const u8* absmax8, const f32* map, const f
 }
 
 // The division by `section` takes registers, so fewer blocks fit.
-extern "C" __global__ void __launch_bounds__(THREADS, 6)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT(THREADS, 6))
 dequant_4bit_stacked(const u8* packed, const u8* absmax8, const f32* map, const f32* nested, const f32* offsets,
                      const f32* codebook, T* w, int out, int in, int ldw, int block_shift, int nested_shift,
                      int section) {

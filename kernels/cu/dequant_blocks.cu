@@ -280,7 +280,7 @@ DEVICE void store_group(T* p, const f32 (&v)[8]) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 6)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT(THREADS, 6))
 dequant_blocks(const u8* blocks, T* w, int out, int in, int ldw, const int* expert_offsets, const int* sorted, const int* chosen,
                int first_expert, int expert_rows) {
     const int SPAN_BYTES = SPAN / FORMAT::ELEMENTS * FORMAT::BYTES;

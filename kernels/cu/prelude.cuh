@@ -12,6 +12,13 @@ struct f16 { u16 bits; };
 
 #define DEVICE __device__ __forceinline__
 
+// The blocks that a multiprocessor should hold: `wanted`, or fewer where it has 1,024 threads only (compute capability 7.5).
+#if __CUDA_ARCH__ >= 800
+#define RESIDENT(threads, wanted) (wanted)
+#else
+#define RESIDENT(threads, wanted) ((wanted) * (threads) > 1024 ? 1024 / (threads) : (wanted))
+#endif
+
 DEVICE f32 to_f32(f32 x) { return x; }
 DEVICE f32 to_f32(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
 DEVICE f32 to_f32(f16 x) {

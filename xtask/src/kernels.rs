@@ -9,9 +9,12 @@ use rekindle_kernels::runtime::{Arch, Checked, CudaError, Usage, compile_check};
 /// Compute capabilities: Turing, Ampere, Ada, Hopper and both Blackwell variants.
 const ARCHITECTURES: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
 
-pub(crate) fn check(require: bool) -> Result<(), Box<dyn Error>> {
+/// Compiles for the compute capabilities `only`, or for all if there are none.
+pub(crate) fn check(only: &[u32], require: bool) -> Result<(), Box<dyn Error>> {
     let began = Instant::now();
-    let checked = match compile_check(&ARCHITECTURES.map(|sm| Arch { sm })) {
+    let capabilities = if only.is_empty() { &ARCHITECTURES } else { only };
+    let architectures: Vec<Arch> = capabilities.iter().map(|&sm| Arch { sm }).collect();
+    let checked = match compile_check(&architectures) {
         Ok(checked) => checked,
         Err(error @ CudaError::LibraryMissing { .. }) if !require => {
             println!("not run: {error}");

@@ -49,6 +49,9 @@ enum Task {
     #[cfg(feature = "models")]
     /// Compiles every CUDA kernel for every architecture; needs no GPU.
     Kernels {
+        /// Compute capabilities to compile for, such as 75,90; by default all.
+        #[arg(long, value_delimiter = ',')]
+        arch: Vec<u32>,
         /// Fails if NVRTC is missing, instead of reporting "not run".
         #[arg(long)]
         require: bool,
@@ -166,7 +169,7 @@ fn main() -> ExitCode {
         Task::Goldens { python } => goldens::make(&python),
         Task::GpuBundle => gpu_bundle::make(),
         #[cfg(feature = "models")]
-        Task::Kernels { require } => kernels::check(require),
+        Task::Kernels { arch, require } => kernels::check(&arch, require),
         #[cfg(feature = "models")]
         Task::Quickstart { scratch, steps } => quickstart::make(&scratch, steps),
         #[cfg(feature = "models")]
