@@ -35,8 +35,9 @@ impl Dtype {
             Self::F16 => DType::F16,
         };
         if !device.supports_dtype(dtype) {
+            let other = if device.supports_dtype(DType::F16) { "f16" } else { "f32" };
             return Err(Error::Argument(format!(
-                "dtype {dtype:?} is not supported by device \"{kind}\"; use dtype \"f32\""
+                "dtype {dtype:?} is not supported by device \"{kind}\"; use dtype \"{other}\""
             )));
         }
         Ok(dtype)

@@ -67,11 +67,11 @@ impl Work<'_> {
     }
 
     /// Estimates from a GPU's multiprocessors: a step reaches 20 % (small batches) to 60 % (large ones) of the peak in
-    /// bf16, as measured on an H200 (docs/benchmarks.md).
+    /// 16 bits, as measured on an H200 (docs/benchmarks.md).
     pub(crate) fn on_card(&self, props: &DeviceProps) -> Option<TokenTime> {
         let peak = card_flops(props)?;
         let time = |share: f64| self.flops() / (share * peak);
-        let basis = format!("{} has about {:.0} TFLOP/s in bf16", props.name, peak / 1e12);
+        let basis = format!("{} has about {:.0} TFLOP/s in 16 bits", props.name, peak / 1e12);
         Some(TokenTime { low: time(0.6), high: time(0.2), basis })
     }
 }
@@ -171,10 +171,11 @@ fn cpu_flops(hidden: usize, inner: usize) -> f64 {
     (count * 2 * TOKENS * hidden * inner) as f64 / began.elapsed().as_secs_f64()
 }
 
-/// Returns the peak of dense bf16 products with f32 sums, from NVIDIA's data sheets: FLOPs per multiprocessor and
+/// Returns the peak of dense 16-bit products with f32 sums, from NVIDIA's data sheets: FLOPs per multiprocessor and
 /// cycle, at 1.7 GHz, a typical clock under load.
 fn card_flops(props: &DeviceProps) -> Option<f64> {
     let per_cycle = match (props.major, props.minor) {
+        (7, 5) => 1024.0,
         (8, 0) => 2048.0,
         (8 | 12, _) => 512.0,
         (9, _) => 4096.0,
@@ -196,8 +197,9 @@ mod tests {
 
     #[test]
     fn peaks_are_those_of_data_sheets() {
-        // TFLOP/s of dense bf16 with f32 sums that NVIDIA names.
+        // TFLOP/s of dense 16-bit products with f32 sums that NVIDIA names.
         for (props, peak) in [
+            (card("T4", (7, 5), 40), 65.0),
             (card("A100", (8, 0), 108), 312.0),
             (card("H200", (9, 0), 132), 989.0),
             (card("RTX 4090", (8, 9), 128), 165.0),
@@ -206,7 +208,7 @@ mod tests {
             let ours = card_flops(&props).unwrap() / 1e12;
             assert!((0.65..1.35).contains(&(ours / peak)), "{}: {ours} for {peak}", props.name);
         }
-        assert_eq!(card_flops(&card("older", (7, 5), 40)), None);
+        assert_eq!(card_flops(&card("older", (7, 0), 80)), None);
     }
 
     /// Tokens per second of docs/benchmarks.md.

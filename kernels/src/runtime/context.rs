@@ -103,7 +103,7 @@ pub fn first() -> Result<Option<usize>, CudaError> {
 pub const CUDA_CONTEXT_BYTES: usize = 512 << 20;
 
 /// The oldest compute capability that the kernels are for.
-const OLDEST: [u32; 2] = [8, 0];
+const OLDEST: [u32; 2] = [7, 5];
 
 /// The environment variable with the compute capability that a newer card stands for, as `7.5`.
 const STANDS_FOR: &str = "REKINDLE_CUDA_STANDS_FOR";

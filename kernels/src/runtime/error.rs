@@ -35,7 +35,7 @@ pub enum CudaError {
     },
     /// The kernels are not for a card this old.
     #[error(
-        "cuda:{index} ({name}) has compute capability {capability}, but the kernels need 8.0 or newer (Ampere); use \
+        "cuda:{index} ({name}) has compute capability {capability}, but the kernels need 7.5 or newer (Turing); use \
          another index or device \"cpu\""
     )]
     CardTooOld {

@@ -286,7 +286,7 @@ pub fn parse(name: &str) -> Result<DeviceKind, DeviceError> {
 
 /// Opens a device; also says which kind it is, never [`DeviceKind::Auto`].
 ///
-/// `auto` is the first NVIDIA GPU of compute capability 8.0 or newer, and the CPU where there is none. wgpu is taken by
+/// `auto` is the first NVIDIA GPU of compute capability 7.5 or newer, and the CPU where there is none. wgpu is taken by
 /// name: it also lists software renderers that are slower than the CPU's own path.
 ///
 /// # Errors
