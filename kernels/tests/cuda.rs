@@ -138,6 +138,10 @@ fn operations(suite: &mut Suite) -> Result<(), Lost> {
         for sizes in [[1, 16, 64], [8, 48, 1216], [9, 32, 640], [16, 16, 2560], [30, 48, 832], [3, 6512, 128]] {
             suite.dtypes(|dtype| Packed::new(sizes, kind, dtype))?;
         }
+        // Up to 64 rows: short tiles of 128 rows, steps with one block, more steps than buffers, several blocks of a cluster.
+        for sizes in [[64, 144, 832], [40, 272, 2560], [33, 128, 64], [17, 128, 4096], [5, 400, 1984]] {
+            suite.dtypes(|dtype| Packed::new(sizes, kind, dtype))?;
+        }
     }
     // Groups of one to three, ranks that fill the columns kept for them and that do not, a linear without factors.
     let groups: [&[(usize, usize)]; 4] = [&[(5, 2)], &[(40, 8)], &[(48, 3), (16, 0)], &[(64, 16), (24, 8), (24, 5)]];

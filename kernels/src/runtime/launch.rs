@@ -24,6 +24,8 @@ pub struct Kernel {
     function: Option<Arc<Function>>,
     /// True if it waits for the kernel before it by itself.
     early: bool,
+    /// Blocks along x that form a cluster.
+    cluster: u32,
 }
 
 pub(super) struct Function {
@@ -64,6 +66,13 @@ impl Kernel {
         Self { early: true, ..self }
     }
 
+    /// Launches clusters of `blocks` blocks along x, which must divide the grid; for kernels that do not fix their clusters
+    /// themselves, on compute capability 9.0 and newer.
+    #[must_use]
+    pub(crate) fn cluster(self, blocks: u32) -> Self {
+        Self { cluster: blocks, ..self }
+    }
+
     /// Queues the kernel on the compute stream.
     ///
     /// `shared` bytes of dynamic shared memory may be up to [`super::DeviceProps::shared_per_block`]. An empty grid is no
@@ -90,10 +99,12 @@ impl Kernel {
             let [bx, by, bz] = block;
             let (f, stream) = (function.function.0, self.cuda.compute());
             let extra = core::ptr::null_mut();
-            if !(self.early && self.cuda.is_overlapping()) {
+            let mut attributes: Vec<sys::CUlaunchAttribute> = Vec::new();
+            attributes.extend((self.early && self.cuda.is_overlapping()).then(overlap));
+            attributes.extend((self.cluster > 1).then(|| cluster(self.cluster)));
+            if attributes.is_empty() {
                 return driver!(cuLaunchKernel(f, gx, gy, gz, bx, by, bz, shared, stream, values.as_mut_ptr(), extra));
             }
-            let mut attribute = overlap();
             let config = sys::CUlaunchConfig {
                 gridDimX: gx,
                 gridDimY: gy,
@@ -103,15 +114,15 @@ impl Kernel {
                 blockDimZ: bz,
                 sharedMemBytes: shared,
                 hStream: stream,
-                attrs: &mut attribute,
-                numAttrs: 1,
+                attrs: attributes.as_mut_ptr(),
+                numAttrs: attributes.len() as u32,
             };
             driver!(cuLaunchKernelEx(&config, f, values.as_mut_ptr(), extra))
         });
     }
 
     pub(super) fn new(cuda: &Cuda, function: Option<Arc<Function>>) -> Self {
-        Self { cuda: cuda.clone(), function, early: false }
+        Self { cuda: cuda.clone(), function, early: false, cluster: 1 }
     }
 }
 
@@ -121,6 +132,17 @@ fn overlap() -> sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
         pad: [0; 4],
         value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    }
+}
+
+/// The attribute of a launch in clusters of this many blocks along x.
+fn cluster(blocks: u32) -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue {
+            clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 },
+        },
     }
 }
 

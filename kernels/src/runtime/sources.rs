@@ -80,6 +80,7 @@ sources! {
     ];
     "few_rows.cu" after "mma.cuh", "few_rows.cuh" with few_rows, ["few_rows"];
     "few_rows_4bit.cu" after "mma.cuh", "few_rows.cuh" with few_rows_4bit, ["few_rows_4bit"];
+    "few_rows_4bit_sm90.cu" after "sm90.cuh" with few_rows_4bit_sm90, ["few_rows_4bit_sm90"];
     "fp8_linear_sm90.cu" after "sm90.cuh" with fp8_linear_sm90, ["fp8_linear_sm90"];
     "fp8_rows.cu" after "fp8.cuh" with fp8_rows, ["fp8_rows", "fp8_transpose"];
     "gated_activation.cu" after "gated_activation.cuh" with any_activation, ["gated_activation_bwd", "gated_activation_fwd"];
@@ -270,6 +271,11 @@ fn few_rows_4bit(arch: Arch) -> Vec<Defines> {
     let mut all: Vec<Defines> = shapes.into_iter().flat_map(with).collect();
     all.extend(with(shapes[0]).map(|defines| [defines, vec![("EXPERTS", "")]].concat()));
     all
+}
+
+fn few_rows_4bit_sm90(arch: Arch) -> Vec<Defines> {
+    let groups = low_dtypes_with(arch, "GROUPS", &["2", "4", "8"]).into_iter().filter(|_| arch.sm == 90);
+    crossed(&groups.collect::<Vec<_>>(), &[&[("DOUBLE", "0")], &[("DOUBLE", "1")]])
 }
 
 const GAINS: [&str; 4] = ["PLAIN", "ROUNDED_AFTER", "ONE_PLUS", "NO_WEIGHT"];
