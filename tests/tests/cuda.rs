@@ -63,7 +63,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("training methods: rollouts", training_methods::rollouts),
     ("families: losses and greedy tokens", family_losses),
     ("families: gradients of all weights, recomputed or not", family_gradients),
-    ("families: optimizer steps", family_steps),
+    ("families: optimizer steps", families::steps),
     ("families: the auxiliary loss of routers", families::router_losses),
     ("families: quantized weights and generation", families::quantized),
     ("families in f16: optimizer steps and recomputation", f16::family_steps),
@@ -468,15 +468,6 @@ fn family_gradients(device: &Device) {
         }
     }
     cuda(device).set_deterministic(false);
-}
-
-fn family_steps(device: &Device) {
-    for golden in families() {
-        let trajectory = Trajectory::open(&golden.dir.join("train/lora"));
-        let mut model = on(device, &golden);
-        model.load_adapter(&golden.dir.join("adapters/all-linear")).expect("a golden adapter loads");
-        trajectory.check_within(CUDA_F32, &format!("{}/lora", golden.name), &golden, &mut model, ADAPTER);
-    }
 }
 
 fn memory(device: &Device) {

@@ -24,7 +24,7 @@ pub struct Array {
     codes: Option<Arc<Fp8Rows>>,
 }
 
-/// Rows of a matrix as e4m3 codes with a scale each ([`crate::ops::fp8`]).
+/// Rows of a matrix as e4m3 codes with a scale each; see `fp8_rows.cu`.
 #[derive(Debug)]
 pub(crate) struct Fp8Rows {
     /// Rows begin at multiples of 16 bytes.

@@ -1,10 +1,10 @@
-//! Families on CUDA: the auxiliary loss of routers, and quantized weights.
+//! Families on CUDA: optimizer steps, the auxiliary loss of routers, and quantized weights.
 
 use rekindle_kernels::Device;
 use rekindle_models::{CausalLm, GenerationConfig, LoadIn};
-use rekindle_tests::{Golden, read_json, relative_distance, tensors};
+use rekindle_tests::{Golden, Trajectory, read_json, relative_distance, tensors};
 
-use super::families;
+use super::{ADAPTER, CUDA_F32, families, on};
 
 /// Bound of gradients on CUDA, in L2 norm.
 const GRADIENTS: f64 = 1e-4;
@@ -62,5 +62,15 @@ pub(super) fn router_losses(device: &Device) {
             let error = relative_distance(&grads.values(info.at), want);
             assert!(error <= GRADIENTS, "{}: the gradient of {name} differs by {error:e}", golden.name);
         }
+    }
+}
+
+/// Twelve optimizer steps of every family have the losses and the adapter of transformers and PEFT.
+pub(super) fn steps(device: &Device) {
+    for golden in families() {
+        let trajectory = Trajectory::open(&golden.dir.join("train/lora"));
+        let mut model = on(device, &golden);
+        model.load_adapter(&golden.dir.join("adapters/all-linear")).expect("a golden adapter loads");
+        trajectory.check_within(CUDA_F32, &format!("{}/lora", golden.name), &golden, &mut model, ADAPTER);
     }
 }

@@ -320,7 +320,7 @@ fn quantized_experts_are_their_decoded_weights() {
     }
 }
 
-/// What bitsandbytes does with stacked experts without a word.
+/// The memory report shows experts in 16 bits, as bitsandbytes leaves stacked experts without a message.
 #[test]
 fn experts_that_stay_dense_are_a_line_of_the_memory_report() {
     for golden in mixtures() {

@@ -1,11 +1,13 @@
 //! Codes on a CUDA device: decoding and storing.
 
-use std::sync::Arc;
+mod bytes;
+
+use bytes::Bytes;
 
 use super::{Absmax, BlockCodec, Fp8Scaling, QuantizedData, QuantizedFormat};
 use crate::params::stochastic::RoundingRng;
 use crate::runtime::op::{blocks, check_dims, int, kernel};
-use crate::runtime::{Array, Buffer, Cuda, CudaError, DType, MemoryUse, args, entry};
+use crate::runtime::{Array, Cuda, CudaError, DType, MemoryUse, args, entry};
 
 /// Groups of eight values that a thread block of `dequant.cu` decodes, and one of `dequant_blocks.cu`.
 const GROUPS: usize = 512;
@@ -97,72 +99,6 @@ struct Double {
     /// Added to `section` blocks each.
     offsets: Bytes,
     section: usize,
-}
-
-/// Bytes of a buffer that may contain others too. Cloning gives another handle of the same memory.
-#[derive(Clone, Debug)]
-struct Bytes {
-    buffer: Arc<Buffer>,
-    first: usize,
-    len: usize,
-}
-
-impl Bytes {
-    fn whole(buffer: Buffer) -> Self {
-        Self { first: 0, len: buffer.bytes(), buffer: Arc::new(buffer) }
-    }
-
-    fn floats(cuda: &Cuda, values: &[f32]) -> Self {
-        let buffer = cuda.alloc(4 * values.len(), MemoryUse::QuantizedWeights);
-        if !cuda.is_planned() {
-            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-            cuda.upload(&buffer, &bytes);
-        }
-        Self::whole(buffer)
-    }
-
-    fn ptr(&self) -> u64 {
-        self.buffer.ptr() + self.first as u64
-    }
-
-    fn part(&self, first: usize, len: usize) -> Self {
-        assert!(first + len <= self.len, "bytes {first}..{} of {}", first + len, self.len);
-        Self { buffer: Arc::clone(&self.buffer), first: self.first + first, len }
-    }
-
-    /// The parts one behind another, in the same memory where they are adjacent already.
-    fn joined(parts: &[Self]) -> Self {
-        let touch = |[a, b]: &[Self; 2]| Arc::ptr_eq(&a.buffer, &b.buffer) && a.first + a.len == b.first;
-        let len = parts.iter().map(|part| part.len).sum();
-        if parts.array_windows().all(touch) {
-            return Self { len, ..parts[0].clone() };
-        }
-        let cuda = parts[0].buffer.cuda();
-        let whole = cuda.alloc(len, MemoryUse::QuantizedWeights);
-        let mut at = 0;
-        for part in parts {
-            cuda.copy(&part.buffer, part.first, &whole, at, part.len);
-            at += part.len;
-        }
-        Self::whole(whole)
-    }
-
-    /// Moves the parts into adjacent memory, which is returned.
-    fn adjoin(parts: &mut [&mut Self]) -> Self {
-        let whole = Self::joined(&parts.iter().map(|part| (**part).clone()).collect::<Vec<_>>());
-        let mut at = 0;
-        for part in parts {
-            **part = whole.part(at, part.len);
-            at += part.len;
-        }
-        whole
-    }
-
-    fn download(&self) -> Result<Vec<u8>, CudaError> {
-        let mut bytes = vec![0; self.len];
-        self.buffer.cuda().download_at(&self.buffer, self.first, &mut bytes)?;
-        Ok(bytes)
-    }
 }
 
 impl QuantizedArray {
