@@ -28,6 +28,9 @@ const SIGNAL_PAUSE: Duration = Duration::from_millis(500);
 /// Time in which all ranks end after the failure of one.
 const END: Duration = Duration::from_secs(20);
 
+/// The same after one was ended by a signal: ranks that wait for it to connect would not notice.
+const END_AFTER_SIGNAL: Duration = Duration::from_secs(4);
+
 /// Starts the ranks of this host with the arguments of this process, and waits until all have ended.
 ///
 /// The ranks share standard error, where rank 0 alone reports progress.
@@ -82,20 +85,31 @@ fn spawn(node: &NodeLaunch, position: RankPosition) -> io::Result<Child> {
 /// The number of threads of a process.
 const THREADS: &str = "RAYON_NUM_THREADS";
 
-/// Waits for all ranks. Returns the first that failed, if one did.
+/// How far a failed rank is from the first cause: a rank ended by a signal has no error of its own, a rank that says so ended
+/// because of another, and one that lost its connection to a killed rank may not have known the reason.
+fn distance_from_cause(status: ExitStatus) -> u8 {
+    match status.code() {
+        None => 0,
+        Some(code) if code != i32::from(OTHER_RANK) => 1,
+        Some(_) => 2,
+    }
+}
+
+/// Waits for all ranks. Returns the one whose failure is the first cause, if one failed.
 fn wait(ranks: &mut [StartedRank], stop: &AtomicBool) -> io::Result<Option<(usize, ExitStatus)>> {
     let mut failed: Option<(usize, ExitStatus)> = None;
     let mut signalled: Option<Instant> = None;
     let mut is_asked = false;
     let mut deadline: Option<Instant> = None;
+    let mut is_killing = false;
     while ranks.iter().any(|rank| rank.status.is_none()) {
         for rank in ranks.iter_mut().filter(|rank| rank.status.is_none()) {
             rank.status = rank.child.try_wait()?;
             let Some(status) = rank.status.filter(|status| !status.success()) else { continue };
-            deadline.get_or_insert(Instant::now() + END);
-            // A rank that ends because of another is not the first cause, even if it ends first.
-            let is_cause = status.code() != Some(OTHER_RANK.into());
-            if failed.is_none_or(|(_, first)| is_cause && first.code() == Some(OTHER_RANK.into())) {
+            deadline.get_or_insert(Instant::now() + if status.code().is_some() { END } else { END_AFTER_SIGNAL });
+            // Ranks that are killed here, after the deadline, have not failed by themselves.
+            let is_own = status.code().is_some() || !is_killing;
+            if is_own && failed.is_none_or(|(_, other)| distance_from_cause(status) < distance_from_cause(other)) {
                 failed = Some((rank.rank, status));
             }
         }
@@ -108,6 +122,7 @@ fn wait(ranks: &mut [StartedRank], stop: &AtomicBool) -> io::Result<Option<(usiz
         }
         let is_interrupted = failed.is_some_and(|(_, status)| status.code() == Some(INTERRUPTED.into()));
         if deadline.is_some_and(|deadline| Instant::now() > deadline) && !is_interrupted {
+            is_killing = true;
             kill(ranks);
         }
         sleep(Duration::from_millis(20));
