@@ -85,7 +85,7 @@ fn spawn(node: &NodeLaunch, position: RankPosition) -> io::Result<Child> {
 /// The number of threads of a process.
 const THREADS: &str = "RAYON_NUM_THREADS";
 
-/// How far a failed rank is from the first cause: a rank ended by a signal has no error of its own, a rank that says so ended
+/// Returns how far a failed rank is from the first cause: a rank ended by a signal has no error of its own, a rank that says so ended
 /// because of another, and one that lost its connection to a killed rank may not have known the reason.
 fn distance_from_cause(status: ExitStatus) -> u8 {
     match status.code() {
