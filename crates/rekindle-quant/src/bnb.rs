@@ -18,7 +18,7 @@
 //! | `q_proj.SCB` | f32 `[out]` | scales |
 //! | `q_proj.weight_format` | u8 `[]` | 0, row-major |
 //!
-//! [`StoredWeight`] and [`QuantizationConfig`] also know the formats [`mxfp4`](crate::mxfp4) and [`fp8`](crate::fp8).
+//! [`StoredWeight`] and [`QuantizationConfig`] also know the formats [`mxfp4`](crate::mxfp4) and [`fp8`].
 //!
 //! [`QuantizationConfig`] is the corresponding section of the checkpoint's config.json.
 //!

@@ -264,7 +264,10 @@ fn damaged_quantized_tensors_are_named() {
     for (dir, words) in [
         (damaged(nf4, &absmax, shorten), ["needs 60 absmax values, got 59", "[96, 40] with blocksize 64"]),
         (damaged(nf4, WEIGHT, shorten), ["needs 1920 packed bytes, got 1916", "damaged or of another shape"]),
-        (damaged(nf4, &absmax, drop), ["no \"model.layers.0.self_attn.q_proj.weight.absmax\"", "with all its shards?"]),
+        (
+            damaged(nf4, &absmax, drop),
+            ["no \"model.layers.0.self_attn.q_proj.weight.absmax\"", "are all shards of the checkpoint there?"],
+        ),
         (
             damaged("quantized/qwen2-int8", "model.layers.0.mlp.up_proj.SCB", shorten),
             ["SCB values", "mlp.up_proj.weight"],

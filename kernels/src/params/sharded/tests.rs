@@ -159,8 +159,8 @@ fn a_rank_holds_a_share() {
     };
     for size in [2, 3] {
         let held = on_ranks(size, |_, shards| bytes(&push(&shards, 7)));
-        let (f32, bf16, single, double, int8, blocks) = (140, 30, 80 + 20, 128 + 8 + 8, 33 + 12, 30);
-        let whole = f32 + bf16 + single + double + int8 + blocks;
+        let (f32, bf16, single, double, int8, fp8, blocks) = (140, 30, 80 + 20, 128 + 8 + 8, 33 + 12, 21 + 12, 30);
+        let whole = f32 + bf16 + single + double + int8 + fp8 + blocks;
         assert_eq!(held.iter().sum::<usize>(), whole, "{size} ranks");
         assert!(held.iter().all(|held| held.abs_diff(whole / size) <= 6 * size), "{size} ranks: {held:?}");
     }
