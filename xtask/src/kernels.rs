@@ -72,9 +72,10 @@ fn problems(variant: &Checked) -> Vec<String> {
 }
 
 /// Returns the bytes that kernels of a file may spill. Those of the gated delta rule keep more tiles than they have
-/// registers for, the forward only in f32.
+/// registers for, the forward only in f32. Rows of more than 32,768 values in f16 leave `fp8_rows.cu` two registers short.
 fn allowed_spill(file: &str) -> u32 {
     match file {
+        "fp8_rows.cu" => 8,
         "gated_delta.cu" => 64,
         "gated_delta_bwd.cu" => 1024,
         _ => 0,
