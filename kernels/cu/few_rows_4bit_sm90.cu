@@ -39,13 +39,6 @@ static const int CODES_AHEAD = 3;
 static const u32 X_BYTES = 256 * N;
 static const int PITCH = TILE + 4;                  // of sums in shared memory
 
-DEVICE void copy16(u32 to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-DEVICE void copy4(u32 to, const void* from, int bytes) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
 // d = or += a·b of 64 rows of W and N rows of x for 16 values of k.
 #define FEW_ROWS_WGMMA(n, list, add) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." STRING(T) "." STRING(T) " " list add
 #define ACC8 "{%0, %1, %2, %3, %4, %5, %6, %7}"
@@ -113,9 +106,10 @@ few_rows_4bit_sm90(const T* x, const u8* __restrict__ packed, const void* __rest
     }
     auto copy_codes = [&](int step) {
         if (step < steps) {
-            const int bytes = 2 * (from + step) + t / 2 < blocks ? 16 : 0;
+            const bool in = 2 * (from + step) + t / 2 < blocks;
 #pragma unroll
-            for (int h = 0; h < 2; h++) copy16(codes_to[h] + step % 4 * (64 * 256), codes_from[h] + (bytes ? step * 64 : 0), bytes);
+            for (int h = 0; h < 2; h++)
+                copy16_async(codes_to[h] + step % 4 * (64 * 256), codes_from[h] + (in ? step * 64 : 0), in);
         }
     };
     // x: a warp copies the row `warp` of each group of 8, a pair of values a lane.
@@ -127,8 +121,8 @@ few_rows_4bit_sm90(const T* x, const u8* __restrict__ packed, const void* __rest
             for (int i = 0; i < 2 * GROUPS; i++) {
                 const int d = i % 2, r = i / 2;
                 const bool in = 8 * r + warp < m && 2 * (from + step) + d < blocks;
-                copy4(x_to + step % X_BUFFERS * X_BYTES + d * (128 * N) + r * 1024,
-                      in ? at(x_from, 8 * r, ldx, step * STEP + 64 * d) : x, in ? 4 : 0);
+                copy4_async(x_to + step % X_BUFFERS * X_BYTES + d * (128 * N) + r * 1024,
+                            in ? at(x_from, 8 * r, ldx, step * STEP + 64 * d) : x, in);
             }
         }
     };

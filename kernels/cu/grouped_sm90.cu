@@ -180,7 +180,7 @@ DEVICE void make_tables(u32 tables, const int* offsets, int experts, int tiles) 
 }
 
 // The first `bytes` of 16, and zeros after them.
-DEVICE void copy16_async(u32 to, const void* from, int bytes) {
+DEVICE void copy_first_async(u32 to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
@@ -313,7 +313,7 @@ __launch_bounds__(384, 1)
                     const int at = b * BK + piece * 8, bytes = max(0, min(8, k - at)) * 2;
 #pragma unroll
                     for (int r = 0; r < BM / 16; r++)
-                        if (r < BM / 32 || has_second(item)) copy16_async(stage + place + r * 2048, bytes ? x + (u64)rows[r] * ldx + at : x, bytes);
+                        if (r < BM / 32 || has_second(item)) copy_first_async(stage + place + r * 2048, bytes ? x + (u64)rows[r] * ldx + at : x, bytes);
                 } else {
                     if (threadIdx.x < 32 && elect_one()) {
                         barrier_expect(full, bytes_of_a(item) + bytes_of_b(n));

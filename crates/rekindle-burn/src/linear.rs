@@ -82,8 +82,8 @@ pub(crate) struct Matrix {
 }
 
 impl Matrix {
-    /// Reads Burn's `[in, out]` without a copy: as it is on CUDA, whose matrices are row-major, and elsewhere as the
-    /// transpose, which the other operations of this project take.
+    /// Reads Burn's `[in, out]` without a copy: untransposed on CUDA, whose matrices are row-major, and transposed
+    /// elsewhere, where the operations of this project take `[out, in]`.
     fn new(tensor: DispatchTensor, dtype: DType) -> Self {
         let tensor = BurnTensor::<2>::from_dispatch(tensor);
         match operations_on(&tensor.device()) {

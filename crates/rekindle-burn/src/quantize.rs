@@ -56,7 +56,7 @@ impl QuantConfig {
     }
 }
 
-/// Quantizes the weights of the linears that `config` targets. Everything else stays as it is.
+/// Quantizes the weights of the linears that `config` targets. Other parameters are unchanged.
 ///
 /// The linears are the [`LoraLinear`] and `burn::nn::Linear` in `model`, named by their path as in [`wrap`](crate::wrap),
 /// which can add adapters afterwards (QLoRA, arXiv:2305.14314). Codes and scales are bit-exact with bitsandbytes.
@@ -66,7 +66,7 @@ impl QuantConfig {
 /// `burn::nn::Linear` works too, but Burn decodes the weight in every forward and keeps the result for the backward;
 /// in a [`Checkpointed`](crate::Checkpointed) block it does so for one block at a time.
 ///
-/// Records contain codes and scales. To load one, quantize the network with the same configuration first.
+/// Records contain codes and scales. Quantize a network with the same configuration before loading a record into it.
 /// [`materialize`](Module::materialize) decodes the weights for good.
 ///
 /// ```

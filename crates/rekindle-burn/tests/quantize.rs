@@ -100,7 +100,7 @@ fn names_choose_the_linears() {
     assert_eq!(quantized(&default.clone().target_modules(["down_proj"])), [false, false]);
     assert_eq!(quantized(&default.clone().exclude_modules(["layers.1.up_proj"])), [true, false]);
     let head = quantize(Net::new(&device()), &default).unwrap().lm_head;
-    assert_eq!(head.weight.base().dims(), [WIDTH, 3], "the output layer stays as it is");
+    assert_eq!(head.weight.base().dims(), [WIDTH, 3], "the output layer is not quantized");
 
     let error = quantize(Net::new(&device()), &default.clone().target_modules(["up_porj"])).unwrap_err().to_string();
     assert_eq!(error, "target_modules \"up_porj\" matches no linear of this model; nearest: \"up_proj\"");

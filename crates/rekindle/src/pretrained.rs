@@ -155,8 +155,8 @@ impl<'a> Loader<'a> {
         self
     }
 
-    /// If true, linears of layers are quantized to fp8 (E4M3) with a scale per row while loading. An fp8 checkpoint is always
-    /// loaded as it is. Default false.
+    /// If true, linears of layers are quantized to fp8 (E4M3) with a scale per row while loading. An fp8 checkpoint always
+    /// keeps its own codes and scales. Default false.
     pub fn load_in_fp8(mut self, load_in_fp8: bool) -> Self {
         self.args.load_in_fp8 = load_in_fp8;
         self

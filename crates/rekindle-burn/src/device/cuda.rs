@@ -142,18 +142,18 @@ fn primitive(tensor: &DispatchTensor) -> Option<CubeTensor> {
     matches!(tensor.device, CubeDevice::Cuda(_)).then(|| tensor.clone())
 }
 
-/// Returns a plain tensor as a matrix of its rows in the same memory, and `None` on other devices. A tensor whose rows do
-/// not lie at one distance, such as a transposed one, is copied first.
+/// Returns a plain tensor as a matrix of its rows in the same memory, and `None` on other devices. A tensor without a
+/// constant row stride, such as a transposed one, is copied first.
 pub(super) fn matrix<const D: usize>(tensor: &Tensor<D>) -> Option<Array> {
     let tensor = primitive(&tensor.clone().into_dispatch())?;
     let cuda = of_cube(&tensor.device)?;
     // A tiled tensor has more axes than its shape.
-    let distance = row_distance(&tensor).filter(|_| tensor.meta.shape().as_slice().len() == D);
+    let distance = row_stride(&tensor).filter(|_| tensor.meta.shape().as_slice().len() == D);
     let (tensor, ld) = match distance {
         Some(ld) => (tensor, ld),
         None => {
             let tensor = into_contiguous(tensor);
-            let ld = row_distance(&tensor).expect("contiguous rows lie at one distance");
+            let ld = row_stride(&tensor).expect("contiguous rows have one stride");
             (tensor, ld)
         }
     };
@@ -181,8 +181,8 @@ fn take_prepared(handle: &Handle) -> Option<Held> {
     })
 }
 
-/// Elements from row to row, if all rows of the tensor lie at one distance and their elements are adjacent.
-fn row_distance(tensor: &CubeTensor) -> Option<usize> {
+/// Returns the row stride in elements, if it is the same for all rows and the elements of a row are contiguous.
+fn row_stride(tensor: &CubeTensor) -> Option<usize> {
     let (shape, strides) = (tensor.meta.shape().as_slice(), tensor.meta.strides());
     if shape.len() != strides.len() {
         return None;
@@ -216,12 +216,12 @@ pub(super) fn tensor<const D: usize>(array: &Array, shape: [usize; D]) -> Tensor
     let device = device_of(&cuda);
     let result = Tensor::<D>::empty(shape, (&device, burn_dtype(array.dtype())));
     let target = primitive(&result.clone().into_dispatch()).expect("made on Burn's CUDA device");
-    let ld = row_distance(&target).expect("new tensors have their rows at one distance");
+    let ld = row_stride(&target).expect("new tensors have their rows at one distance");
     let (binding, stream) = (target.handle.clone().binding(), StreamId::current());
     let ours = cuda.stream();
     let done: Vec<_> = released().extract_if(.., |(stream, ..)| *stream == ours).collect();
     on_thread_of(&target.device).submit(move |server: &mut CudaServer| {
-        // Without memory the tensor stays as it is, and Burn reports the failed allocation when it is read.
+        // If the allocation failed, nothing is copied, and Burn reports the error when the tensor is read.
         let Ok(pinned) = server.get_resource(binding, stream) else { return cuda.context_waits() };
         cuda.wait_for_context();
         let address = pinned.resource().ptr;

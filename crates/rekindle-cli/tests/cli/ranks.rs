@@ -33,7 +33,7 @@ fn assert_close(out: &Path, expected: &Path) {
     assert_steps_close(out, expected, 30);
 }
 
-/// Compares the losses and gradient norms of so many steps.
+/// Asserts that both runs have `steps` steps with nearly the same losses and gradient norms.
 fn assert_steps_close(out: &Path, expected: &Path, steps: usize) {
     let [ours, expected] = [out, expected].map(numbers);
     assert_eq!((ours.len(), expected.len()), (steps, steps));

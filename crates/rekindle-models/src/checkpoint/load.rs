@@ -50,7 +50,7 @@ pub struct LoadOptions {
     /// `lm_head`.
     pub skip_modules: Option<Vec<String>>,
     /// The products with frozen linears that are in fp8 ([`rekindle_kernels::fp8`]); a dense checkpoint is then loaded in fp8.
-    /// `None` multiplies in `dtype`.
+    /// With `None`, they are computed in `dtype`.
     pub fp8: Option<Fp8Products>,
     /// Rows that the embedding table and the head are brought to. New ones are the mean of the old.
     pub resize_model_vocab: Option<usize>,

@@ -16,10 +16,11 @@ use crate::non_finite::check_view;
 use crate::{Error, MemoryReport, ModelConfig, Role};
 
 /// Writes `checkpoint` with quantized linears into the existing directory `dir`: the tensors and the
-/// `config.json` that bitsandbytes would have written, or for fp8 those of compressed-tensors. Everything else stays as it is, bit for bit.
+/// `config.json` that bitsandbytes would have written, or for fp8 those of compressed-tensors. All other tensors are
+/// copied unchanged.
 ///
 /// `skip_modules` are the linears that stay dense; `None` is `lm_head`. The codes are held in memory until all are
-/// made; of the dense weights no copy is. `progress` is told the bytes of each tensor as it is read.
+/// made; dense weights are read from the memory map. `progress` receives the bytes of each tensor as it is read.
 ///
 /// # Errors
 /// [`Error::Argument`] for a checkpoint that is quantized already, [`Error::Config`], [`Error::Tensors`] and

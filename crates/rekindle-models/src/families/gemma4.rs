@@ -1,6 +1,6 @@
 //! Gemma 4, dense: windows in five of six layers; in the others wider heads, whose keys are also the values in the largest
 //! checkpoints; norms of queries, keys and values; scores without a scale, and a stored factor on the output of each layer. Of the
-//! multimodal checkpoints the text part is computed; the rest is kept as it is when such a model is saved.
+//! multimodal checkpoints, the text part is computed; the other tensors are saved unchanged.
 
 use serde_json::Value;
 

@@ -44,9 +44,7 @@ pub(crate) fn takes_experts(x: &Array, w: &QuantizedArray, n: usize, dispatch: &
 pub(crate) fn experts(y: &Array, x: &Array, by_token: bool, w: &QuantizedArray, dispatch: &Dispatch) {
     let ([rows, n], k, dtype) = (y.dims(), x.cols(), x.dtype());
     assert_eq!((rows, y.dtype()), (dispatch.rows(), dtype), "rows and dtype of the result");
-    let blocks_of =
-        w.four_bit_blocks().unwrap_or_else(|| panic!("a weight of {:?} without blocks for the kernel", w.dims()));
-    let FourBitBlocks { codes, scales, table, double } = blocks_of;
+    let FourBitBlocks { codes, scales, table, double } = blocks_of(w);
     let [map, nested, offsets] = double.map_or([0; 3], |double| [double.map, double.nested, double.offsets]);
     let device = dispatch.cuda();
     // Blocks that run at once, two to a multiprocessor, divided among the rows.
@@ -81,14 +79,16 @@ pub(crate) fn experts(y: &Array, x: &Array, by_token: bool, w: &QuantizedArray, 
     );
 }
 
+fn blocks_of(w: &QuantizedArray) -> FourBitBlocks {
+    w.four_bit_blocks().unwrap_or_else(|| panic!("a weight of {:?} without blocks for the kernel", w.dims()))
+}
+
 /// `y = x · wᵀ + bias + onto`; y may be `onto`.
 pub(crate) fn linear(y: &Array, x: &Array, w: &QuantizedArray, bias: Option<&Array>, onto: Option<&Array>) {
     let ([m, k], [n, _], dtype) = (x.dims(), w.dims(), x.dtype());
     check_dims("the result", y, [m, n]);
     assert!([y].into_iter().chain(bias).chain(onto).all(|array| array.dtype() == dtype), "dtypes of the product");
-    let Some(FourBitBlocks { codes, scales, table, double }) = w.four_bit_blocks() else {
-        panic!("a weight of {:?} without blocks for the kernel", w.dims())
-    };
+    let FourBitBlocks { codes, scales, table, double } = blocks_of(w);
     let use_wgmma = is_sm90(x) && m > VERY_FEW;
     let Launch { kernel, grid, threads, shared } =
         if use_wgmma { wgmma(x, n, double.is_some()) } else { mma(x, n, double.is_some()) };
