@@ -133,7 +133,7 @@ impl LinearGroup {
                 }
             }
         });
-        let ys = ys.map(|y| if let Some(onto) = onto { y.plus(onto) } else { y }).collect();
+        let ys = ys.map(|y| sum(y, onto)).collect();
         (self.split(ys), LinearSaved { xa, z: None, magnitudes: saved })
     }
 
@@ -143,7 +143,7 @@ impl LinearGroup {
             return self.split(stack.forward_base(x, onto.cloned()));
         }
         let ys = self.base_products(params, x).into_iter();
-        self.split(ys.map(|y| if let Some(onto) = onto { y.plus(onto) } else { y }).collect())
+        self.split(ys.map(|y| sum(y, onto)).collect())
     }
 
     /// x·Wᵀ + b of each linear.
@@ -358,6 +358,11 @@ impl LinearGroup {
             Some(key) => dropout::apply(x, key, self.site),
         }
     }
+}
+
+/// `y + onto`, or y without one.
+pub(super) fn sum(y: Tensor<2>, onto: Option<&Tensor<2>>) -> Tensor<2> {
+    if let Some(onto) = onto { y.plus(onto) } else { y }
 }
 
 /// The weight of a linear that is quantized and frozen.

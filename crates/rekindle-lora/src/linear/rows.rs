@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use rekindle_kernels::{DType, Device, Params, Tensor, from_f32, matmul};
 
 use super::LinearGroup;
+use super::pass::sum;
 use crate::{Adapter, LoraFactors};
 
 /// The factors of an adapter on a device, for batches whose rows have different adapters ([`LinearContext::rows`]).
@@ -106,15 +107,13 @@ impl LinearGroup {
                 end = rows.first + rows.count;
             }
             let [all, _] = y.dims();
-            let y = match (parts.is_empty(), end < all) {
-                (true, _) => y,
-                (false, true) => {
-                    parts.push(y.rows(end, all - end));
-                    Tensor::cat_rows(parts)
-                }
-                (false, false) => Tensor::cat_rows(parts),
-            };
-            if let Some(onto) = onto { y.plus(onto) } else { y }
+            if parts.is_empty() {
+                return sum(y, onto);
+            }
+            if end < all {
+                parts.push(y.rows(end, all - end));
+            }
+            sum(Tensor::cat_rows(parts), onto)
         });
         self.split(ys.collect())
     }

@@ -80,17 +80,16 @@ fn quantize(x: &Array, by: u64) -> Arc<Fp8Rows> {
     let x = x.aligned();
     let cuda = x.cuda();
     let [rows, cols] = x.dims();
-    let vectors = match cols {
-        0..=4096 => 2,
-        4097..=8192 => 4,
-        8193..=32_768 => 8,
-        _ => 16,
+    let (vectors, name) = match cols {
+        0..=4096 => (2, "2"),
+        4097..=8192 => (4, "4"),
+        8193..=32_768 => (8, "8"),
+        _ => (16, "16"),
     };
     assert!(cols <= MAX_FP8_ROW, "rows of {cols} values; the kernel takes up to {MAX_FP8_ROW}");
     let ld = cols.next_multiple_of(16);
     let made = empty_rows(cuda, [rows, cols]);
-    let vectors_name = ["2", "4", "8", "16"][usize::ilog2(vectors) as usize - 1];
-    let defines = [("T", x.dtype().name()), ("VECS", vectors_name)];
+    let defines = [("T", x.dtype().name()), ("VECS", name)];
     cuda.kernel(entry!("fp8_rows.cu", "fp8_rows"), &defines).launch(
         [blocks(rows), 1, 1],
         [blocks(cols.div_ceil(8 * vectors).next_multiple_of(32)), 1, 1],
