@@ -147,14 +147,14 @@ impl Communicator for OneRank {
     }
 }
 
-/// Ranks that call a function before each collective, which ends what they do together by other means.
+/// A communicator that calls a function before each collective, to end an exchange of the ranks outside of it.
 pub struct PrecededCommunicator {
     world: Arc<dyn Communicator>,
     before: Box<dyn Fn() + Send + Sync>,
 }
 
 impl PrecededCommunicator {
-    /// Returns the ranks of `world`, which call `before` before each collective.
+    /// Returns a communicator over `world` that calls `before` before each collective.
     pub fn new(world: Arc<dyn Communicator>, before: impl Fn() + Send + Sync + 'static) -> Self {
         Self { world, before: Box::new(before) }
     }

@@ -28,7 +28,7 @@ const SIGNAL_PAUSE: Duration = Duration::from_millis(500);
 /// Time in which all ranks end after the failure of one.
 const END: Duration = Duration::from_secs(20);
 
-/// The same after one was ended by a signal: ranks that wait for it to connect would not notice.
+/// The same time after a signal ended one. It is shorter because ranks that wait for that rank to connect do not notice.
 const END_AFTER_SIGNAL: Duration = Duration::from_secs(4);
 
 /// Starts the ranks of this host with the arguments of this process, and waits until all have ended.
@@ -85,8 +85,8 @@ fn spawn(node: &NodeLaunch, position: RankPosition) -> io::Result<Child> {
 /// The number of threads of a process.
 const THREADS: &str = "RAYON_NUM_THREADS";
 
-/// Returns how far a failed rank is from the first cause: a rank ended by a signal has no error of its own, a rank that says so ended
-/// because of another, and one that lost its connection to a killed rank may not have known the reason.
+/// Returns a number that is smaller the closer a failure is to the first cause: a signal, then an error of the rank itself,
+/// then an error that another rank caused. A rank that loses its connection to a killed rank may report an error of its own.
 fn distance_from_cause(status: ExitStatus) -> u8 {
     match status.code() {
         None => 0,

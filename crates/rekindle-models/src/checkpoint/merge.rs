@@ -328,8 +328,8 @@ impl CausalLm {
     ///
     /// # Errors
     /// [`Error::NonFinite`] for an adapter with an infinity or NaN, and [`Error::Argument`] for a base that several ranks hold
-    /// together; the model is then as it was. [`Error::Device`] when the device fails, as for lack of memory; the model is then
-    /// of no use.
+    /// together; the model is unchanged. [`Error::Device`] when the device fails, for example without free memory; the model
+    /// must then be loaded again.
     pub fn merge_and_unload(&mut self) -> Result<(), Error> {
         let Some(adapter) = self.adapter() else { return Ok(()) };
         if self.decoder.shards().is_some() {
