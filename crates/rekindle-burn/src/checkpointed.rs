@@ -29,8 +29,9 @@ use crate::node::{ManyPullback, record_any};
 ///
 /// # Randomness
 /// A module with an enabled training flag, such as `burn::nn::Dropout`, draws the same numbers in both computations. To
-/// this end, the forward and the backward seed the device with numbers drawn from it. State that a module changes while
-/// it computes, such as the running statistics of a batch norm, changes twice.
+/// this end, the forward and the backward seed the device with numbers drawn from it. Burn's generator belongs to the
+/// process: no other thread may draw random numbers while such a module computes. State that a module changes while it
+/// computes, such as the running statistics of a batch norm, changes twice.
 ///
 /// ```
 /// use burn::module::Module;
