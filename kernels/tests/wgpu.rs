@@ -1,4 +1,6 @@
-//! The portable path on wgpu, forward and backward, against the same truth as the CPU's.
+//! The operations on wgpu, forward and backward, against the same truth as the CPU's.
+//!
+//! Arguments are parts of the names of cases to run, such as `attention`; without one, all run.
 //!
 //! A binary of its own: without an adapter it says so instead of passing. `REKINDLE_REQUIRE_WGPU=1` makes
 //! that a failure. It prefers a software adapter (Debian's `mesa-vulkan-drivers`), which every machine can have.
@@ -45,7 +47,7 @@ fn main() -> ExitCode {
     if let Some(identity) = device.identity() {
         println!("on {} ({})", identity.name, identity.fingerprint);
     }
-    let mut tally = Tally::default();
+    let mut tally = Tally { only: std::env::args().skip(1).collect(), ..Tally::default() };
     let device = device.into();
     let mut check = |case: &dyn Case| tally.add(case, &device);
 
@@ -101,6 +103,7 @@ fn adapter() -> Option<BurnDevice> {
 
 #[derive(Default)]
 struct Tally {
+    only: Vec<String>,
     passed: usize,
     failed: usize,
 }
@@ -109,6 +112,9 @@ impl Tally {
     /// 8-bit states are changed on the host: the bits of the CPU. The small parameter and all of SGD without momentum have
     /// an f32 state, which [`Steps`] is for.
     fn add_blocks(&mut self, rule: UpdateRule, device: &Device) {
+        if !self.only.is_empty() {
+            return;
+        }
         let of = |device: &Device| {
             let (_, state) = some_steps(device, rule, StateFormat::Blockwise8, By::All);
             state.into_iter().filter(|tensor| !tensor.name.starts_with("p2.")).collect::<Vec<_>>()
@@ -123,9 +129,13 @@ impl Tally {
     }
 
     fn add(&mut self, case: &dyn Case, device: &Device) {
+        let name = format!("{case:?}");
+        if !self.only.is_empty() && !self.only.iter().any(|part| name.contains(part)) {
+            return;
+        }
         let (truth, naive) = (case.naive(DType::F64), case.naive(F32));
         for layout in [Layout::Owned, Layout::Shared, Layout::Columns, Layout::Transposed] {
-            let what = format!("{case:?} {layout:?}");
+            let what = format!("{name} {layout:?}");
             let outcome = catch_unwind(AssertUnwindSafe(|| {
                 let place = Place::new(device.clone(), F32, layout);
                 let worst = judge(&what, &case.ours(&place), &naive, &truth, FACTOR, FLOOR);

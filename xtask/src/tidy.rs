@@ -65,9 +65,9 @@ const LAYERS: [(&str, &[&str]); 18] = [
 const OWNERS: [(&str, &[&str]); 14] = [
     ("cudarc", &["rekindle-kernels"]),
     ("burn", &["rekindle-burn", "rekindle-kernels", "rekindle-quant", "rekindle-tests"]),
-    ("burn-cubecl", &["rekindle-burn"]),
+    ("burn-cubecl", &["rekindle-burn", "rekindle-kernels"]),
     ("burn-flex", &["rekindle-kernels"]),
-    ("cubecl", &["rekindle-burn"]),
+    ("cubecl", &["rekindle-burn", "rekindle-kernels"]),
     ("cubecl-common", &["rekindle-burn"]),
     ("gemm", &["rekindle-kernels"]),
     ("hf-hub", &["rekindle-hub"]),

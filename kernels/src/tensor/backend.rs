@@ -37,7 +37,12 @@ impl Backend {
     pub(crate) fn of_burn<const D: usize>(tensor: &BurnTensor<D>) -> Self {
         // Devices compare equal with and without autodiff.
         let plain = tensor.dtype() == DType::F32 && tensor.device() == Device::flex() && !tensor.is_autodiff();
-        if plain && !PORTABLE_ONLY.get() { Self::Cpu } else { Self::Portable }
+        if plain && !Self::is_portable_only() { Self::Cpu } else { Self::Portable }
+    }
+
+    /// Returns whether this is inside of [`portable_only`](Self::portable_only).
+    pub(crate) fn is_portable_only() -> bool {
+        PORTABLE_ONLY.get()
     }
 
     /// Runs `f` with [`Backend::Portable`] for every operation that it calls on this thread.

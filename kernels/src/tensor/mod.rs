@@ -5,6 +5,8 @@ mod device;
 mod memory;
 mod meta;
 mod offload;
+#[cfg(feature = "wgpu")]
+pub(crate) mod wgpu;
 
 pub use backend::Backend;
 pub use device::{Device, DeviceError, DeviceKind, DeviceLimits, open as open_device, parse as parse_device};
@@ -15,6 +17,17 @@ pub use offload::Offloaded;
 use burn::tensor::{DType, Int, Tensor as BurnTensor, TensorData};
 
 use crate::runtime::{self, Array, MemoryUse, elementwise};
+
+/// Returns from an operation with the result of its kernel on wgpu, if it has one for these operands.
+macro_rules! on_wgpu {
+    ($result:expr) => {
+        #[cfg(feature = "wgpu")]
+        if let Some(result) = $result {
+            return result;
+        }
+    };
+}
+pub(crate) use on_wgpu;
 
 /// Activations, weights or statistics: a matrix or a vector of floats on a device.
 ///

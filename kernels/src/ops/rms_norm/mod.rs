@@ -22,13 +22,15 @@ mod gain;
 mod meta;
 mod mixed;
 mod portable;
+#[cfg(feature = "wgpu")]
+mod wgpu;
 
 pub use gain::Gain;
 pub(crate) use gain::GainForm;
 
 use burn::tensor::DType;
 
-use crate::tensor::pair;
+use crate::tensor::{on_wgpu, pair};
 use crate::{Backend, Tensor};
 
 /// The path of an operation on `x` beside a tensor of this dtype: the CPU's loops take f32 alone.
@@ -47,6 +49,7 @@ fn result(x: &Tensor<2>, gain: &Gain) -> DType {
 /// Normalizes each row and returns `(y, rstd)`; on CUDA y has `pad_cols` spare columns behind each row
 /// ([`stacked`](crate::ops::stacked)).
 pub fn forward(x: &Tensor<2>, gain: &Gain, eps: f64, pad_cols: usize) -> (Tensor<2>, Tensor<1>) {
+    on_wgpu!(wgpu::forward(x, gain, eps));
     let (form, weight, dtype) = (gain.form(), gain.weight(), result(x, gain));
     match backend(x, dtype) {
         Backend::Cpu => pair(cpu::forward(x.burn(), form, weight.map(Tensor::burn), eps as f32)),
@@ -65,6 +68,7 @@ pub fn add_forward(
     eps: f64,
     pad_cols: usize,
 ) -> (Tensor<2>, Tensor<2>, Tensor<1>) {
+    on_wgpu!(wgpu::add_forward(x, &delta, gain, eps));
     match backend(x, result(x, gain)) {
         Backend::Cpu | Backend::Portable | Backend::Meta => {
             let sum = delta.plus(x);
@@ -126,6 +130,7 @@ pub fn forward_add_forward(
 
 /// Recomputes y from what [`forward`] saved.
 pub fn recompute(x: &Tensor<2>, gain: &Gain, rstd: &Tensor<1>) -> Tensor<2> {
+    on_wgpu!(wgpu::recompute(x, gain, rstd));
     let (form, weight, dtype) = (gain.form(), gain.weight(), result(x, gain));
     match backend(x, dtype) {
         Backend::Cpu => cpu::recompute(x.burn(), form, weight.map(Tensor::burn), rstd.burn()).into(),
@@ -145,6 +150,7 @@ pub fn backward(
     residual: Option<Tensor<2>>,
     pad_cols: usize,
 ) -> Tensor<2> {
+    on_wgpu!(wgpu::backward(dy, x, gain, rstd, residual.as_ref()));
     let (form, weight) = (gain.form(), gain.weight());
     match backend(x, dy.dtype()) {
         Backend::Cpu => {

@@ -1,0 +1,56 @@
+//! Tensors of Burn on wgpu as buffers of kernels written in CubeCL.
+//!
+//! A kernel of an operation (`ops/<op>/wgpu.rs`) takes packed `f32` tensors. [`buffer`] returns `None` for all others, and the
+//! operation is then computed by its portable path.
+
+use burn::tensor::{DType, Tensor as BurnTensor};
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{Cube, CubeDevice};
+use cubecl::prelude::{BufferArg, CubeCount};
+
+use super::{Backend, Tensor};
+
+/// The most workgroups along an axis that WebGPU guarantees.
+const MAX_CUBES: u32 = 65_535;
+
+/// Returns the packed values of an f32 tensor on wgpu that is neither empty nor tracked by autodiff, outside of
+/// [`Backend::portable_only`].
+pub(crate) fn buffer<const D: usize>(tensor: &Tensor<D>) -> Option<CubeTensor> {
+    match tensor {
+        Tensor::Burn(tensor) => of_burn(tensor),
+        Tensor::Cuda(_) | Tensor::Meta(_) => None,
+    }
+}
+
+/// [`buffer`] of a tensor of Burn.
+pub(crate) fn of_burn<const D: usize>(tensor: &BurnTensor<D>) -> Option<CubeTensor> {
+    let is_empty = tensor.dims().contains(&0);
+    if tensor.dtype() != DType::F32 || is_empty || tensor.is_autodiff() || Backend::is_portable_only() {
+        return None;
+    }
+    let tensor = tensor.clone().try_into_primitive::<Cube>().ok()?;
+    matches!(tensor.device, CubeDevice::Wgpu(_)).then(|| into_contiguous(tensor))
+}
+
+/// Returns an `f32` tensor without defined values beside another.
+pub(crate) fn empty<const D: usize>(like: &CubeTensor, shape: [usize; D]) -> CubeTensor {
+    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape.into(), DType::F32)
+}
+
+/// Returns the argument of a kernel.
+pub(crate) fn arg(tensor: &CubeTensor) -> BufferArg {
+    tensor.clone().into_buffer_arg()
+}
+
+/// Returns a grid of at least `count` workgroups; those past it have nothing to do.
+pub(crate) fn cubes(count: usize) -> CubeCount {
+    let count = u32::try_from(count).expect("fewer than 2³² workgroups");
+    CubeCount::Static(count.min(MAX_CUBES), count.div_ceil(MAX_CUBES), 1)
+}
+
+/// Returns the result of a kernel.
+pub(crate) fn result<const D: usize>(tensor: CubeTensor) -> Tensor<D> {
+    BurnTensor::from_primitive::<Cube>(tensor).into()
+}
