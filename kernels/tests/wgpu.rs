@@ -72,6 +72,10 @@ fn main() -> ExitCode {
     check(&Attention::new(&[17, 1, 30], 4, 2, 24, F32));
     check(&Attention::new(&[2, 150], 4, 1, 64, F32));
     check(&Attention::new(&[2, 150], 4, 1, 64, F32).window(40).softcap(3.0).sinks());
+    check(&Attention::new(&[33, 1, 40], 6, 2, 73, F32).window(33));
+    check(&Attention::new(&[35], 2, 2, 128, F32).softcap(3.0));
+    // Wider than the kernels take.
+    check(&Attention::new(&[5, 9], 2, 1, 136, F32));
     check(&CausalConv::new(&[2, 1, 30], 7, 4, F32));
     check(&GatedDelta::new(&[3, 70], [1, 2], [8, 6], F32));
     check(&GatedNorm::new([40, 3, 16], F32));

@@ -30,7 +30,10 @@ pub(crate) fn of_burn<const D: usize>(tensor: &BurnTensor<D>) -> Option<CubeTens
     if tensor.dtype() != DType::F32 || is_empty || tensor.is_autodiff() || Backend::is_portable_only() {
         return None;
     }
-    let tensor = tensor.clone().try_into_primitive::<Cube>().ok()?;
+    packed(tensor.clone().try_into_primitive::<Cube>().ok()?)
+}
+
+fn packed(tensor: CubeTensor) -> Option<CubeTensor> {
     matches!(tensor.device, CubeDevice::Wgpu(_)).then(|| into_contiguous(tensor))
 }
 
@@ -42,6 +45,17 @@ pub(crate) fn empty<const D: usize>(like: &CubeTensor, shape: [usize; D]) -> Cub
 /// Returns the argument of a kernel.
 pub(crate) fn arg(tensor: &CubeTensor) -> BufferArg {
     tensor.clone().into_buffer_arg()
+}
+
+/// Copies integers to the device of a tensor, as the argument of a kernel.
+pub(crate) fn words(like: &CubeTensor, values: &[u32]) -> BufferArg {
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let handle = like.client.create_from_slice(&bytes);
+    // SAFETY: the buffer holds this many values.
+    #[allow(unsafe_code)]
+    unsafe {
+        BufferArg::from_raw_parts(handle, values.len())
+    }
 }
 
 /// Returns a grid of at least `count` workgroups; those past it have nothing to do.

@@ -26,13 +26,15 @@ pub(crate) mod cpu;
 pub(crate) mod cuda;
 mod meta;
 pub(crate) mod portable;
+#[cfg(feature = "wgpu")]
+mod wgpu;
 
 use core::ops::Range;
 
 use burn::tensor::{DType, Tensor as BurnTensor};
 
 use crate::runtime::Array;
-use crate::tensor::{MetaTensor, cuda_dtype, pair};
+use crate::tensor::{MetaTensor, cuda_dtype, on_wgpu, pair};
 use crate::{Backend, Device, Tensor};
 
 /// Queries whose scores are held at once on the CPU and in Burn's operations.
@@ -129,6 +131,7 @@ pub fn forward(
     let last = documents.cu_seqlens.last().map_or(0, |&n| n as usize);
     assert_eq!(last, q.dims()[0], "cu_seqlens end at the last token");
     let whole = documents.whole();
+    on_wgpu!(wgpu::forward(q, k, v, sinks, heads, &whole));
     match Backend::of(q) {
         Backend::Cpu => pair(cpu::forward(q.burn(), k.burn(), v.burn(), sinks.map(Tensor::burn), heads, &whole)),
         Backend::Portable => {
@@ -188,6 +191,7 @@ pub fn backward(
     pad_cols: usize,
 ) -> AttentionGrads {
     let whole = documents.whole();
+    on_wgpu!(wgpu::backward(d_o, saved, sinks, heads, &whole));
     match Backend::of(d_o) {
         Backend::Cpu => cpu::backward(d_o.burn(), &saved.burn(), sinks.map(Tensor::burn), heads, &whole).into_tensors(),
         Backend::Portable => {
