@@ -8,7 +8,7 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{Cube, CubeDevice};
-use cubecl::prelude::{BufferArg, CubeCount};
+use cubecl::prelude::*;
 
 use super::{Backend, Tensor};
 
@@ -67,4 +67,22 @@ pub(crate) fn cubes(count: usize) -> CubeCount {
 /// Returns the result of a kernel.
 pub(crate) fn result<const D: usize>(tensor: CubeTensor) -> Tensor<D> {
     BurnTensor::from_primitive::<Cube>(tensor).into()
+}
+
+/// The sum over the units of a workgroup, in each of them; `units` is a power of two.
+#[cube]
+pub(crate) fn total(value: f32, #[comptime] units: usize) -> f32 {
+    let mut sums = Shared::<[f32]>::new_slice(units);
+    let unit = UNIT_POS as usize;
+    sums[unit] = value;
+    sync_cube();
+    let mut half = comptime!(units / 2).runtime();
+    while half > 0 {
+        if unit < half {
+            sums[unit] += sums[unit + half];
+        }
+        sync_cube();
+        half /= 2;
+    }
+    sums[0]
 }

@@ -137,9 +137,15 @@ impl Case for Rope {
         let x = || place.matrix(&self.x, self.shape());
         let (y, rstd) = rope::forward(x(), self.head_dim, norm.as_ref(), self.rotation(&angles));
         let saved = norm.as_ref().map(|norm| (norm, x(), rstd.as_ref().expect("a norm saves rstd")));
-        let (dx, dw) =
-            rope::backward(place.matrix(&self.dy, self.shape()), self.head_dim, saved, self.rotation(&angles), true);
-        let mut results = vec![("y", values(y)), ("dx", values(dx))];
+        let backward = |weight_grad| {
+            let saved = saved.as_ref().map(|(norm, x, rstd)| (*norm, x.clone(), *rstd));
+            let dy = place.matrix(&self.dy, self.shape());
+            rope::backward(dy, self.head_dim, saved, self.rotation(&angles), weight_grad)
+        };
+        let (dx, dw) = backward(true);
+        let (frozen_dx, none) = backward(false);
+        assert!(none.is_none(), "a frozen weight has no gradient");
+        let mut results = vec![("y", values(y)), ("dx", values(dx)), ("dx", values(frozen_dx))];
         results.extend(dw.map(|dw| ("dw", values(dw))));
         results
     }

@@ -22,8 +22,10 @@ mod cpu;
 mod cuda;
 mod meta;
 mod portable;
+#[cfg(feature = "wgpu")]
+mod wgpu;
 
-use crate::tensor::triple;
+use crate::tensor::{on_wgpu, triple};
 use crate::{Backend, Tensor};
 
 /// The nonlinearity on the gate, and its product with up.
@@ -44,6 +46,7 @@ pub enum Activation {
 
 /// Returns act; on CUDA with `pad_cols` spare columns behind each row ([`stacked`](crate::ops::stacked)).
 pub fn forward(activation: Activation, gate: &Tensor<2>, up: &Tensor<2>, pad_cols: usize) -> Tensor<2> {
+    on_wgpu!(wgpu::forward(activation, gate, up));
     match Backend::of(gate) {
         Backend::Cpu => cpu::forward(activation, gate.burn(), up.burn()).into(),
         Backend::Portable => portable::forward(activation, gate.burn(), up.burn()).into(),
@@ -59,6 +62,7 @@ pub fn backward(
     gate: Tensor<2>,
     up: Tensor<2>,
 ) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
+    on_wgpu!(wgpu::backward(activation, &dact, &gate, &up));
     match Backend::of(&gate) {
         Backend::Cpu => {
             let act = cpu::forward(activation, gate.burn(), up.burn());

@@ -23,7 +23,7 @@ mod meta;
 mod mixed;
 mod portable;
 #[cfg(feature = "wgpu")]
-mod wgpu;
+pub(crate) mod wgpu;
 
 pub use gain::Gain;
 pub(crate) use gain::GainForm;

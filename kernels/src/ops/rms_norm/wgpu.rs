@@ -10,7 +10,7 @@ use cubecl::prelude::*;
 
 use super::{Gain, GainForm};
 use crate::Tensor;
-use crate::tensor::wgpu::{arg, buffer, cubes, empty, result};
+use crate::tensor::wgpu::{arg, buffer, cubes, empty, result, total};
 
 /// [`super::forward`].
 pub(super) fn forward(x: &Tensor<2>, gain: &Gain, eps: f64) -> Option<(Tensor<2>, Tensor<1>)> {
@@ -141,7 +141,7 @@ pub(super) fn backward(
 }
 
 /// The buffer of the weight, or any where there is none.
-fn factor(gain: &Gain, x: &CubeTensor) -> Option<(CubeTensor, Factor)> {
+pub(crate) fn factor(gain: &Gain, x: &CubeTensor) -> Option<(CubeTensor, Factor)> {
     let form = match gain.form() {
         GainForm::Plain | GainForm::RoundedAfter => Factor::Weight,
         GainForm::OnePlus => Factor::OnePlusWeight,
@@ -152,7 +152,7 @@ fn factor(gain: &Gain, x: &CubeTensor) -> Option<(CubeTensor, Factor)> {
 
 /// g.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Factor {
+pub(crate) enum Factor {
     One,
     Weight,
     OnePlusWeight,
@@ -300,28 +300,10 @@ fn backward_kernel(
 
 /// g of channel `i`.
 #[cube]
-fn gain(weight: &[f32], i: usize, #[comptime] factor: Factor) -> f32 {
+pub(crate) fn gain(weight: &[f32], i: usize, #[comptime] factor: Factor) -> f32 {
     match comptime!(factor) {
         Factor::One => 1.0f32.runtime(),
         Factor::Weight => weight[i],
         Factor::OnePlusWeight => 1.0 + weight[i],
     }
-}
-
-/// The sum over the units of a workgroup, in each of them.
-#[cube]
-fn total(value: f32, #[comptime] units: usize) -> f32 {
-    let mut sums = Shared::<[f32]>::new_slice(units);
-    let unit = UNIT_POS as usize;
-    sums[unit] = value;
-    sync_cube();
-    let mut half = comptime!(units / 2).runtime();
-    while half > 0 {
-        if unit < half {
-            sums[unit] = sums[unit] + sums[unit + half];
-        }
-        sync_cube();
-        half /= 2;
-    }
-    sums[0]
 }

@@ -16,6 +16,8 @@ mod cpu;
 mod cuda;
 mod meta;
 mod portable;
+#[cfg(feature = "wgpu")]
+mod wgpu;
 
 use std::sync::Arc;
 
@@ -23,7 +25,7 @@ use burn::tensor::{DType, Tensor as BurnTensor};
 
 use crate::ops::rms_norm::{self, Gain};
 use crate::runtime::{Array, Ints, MemoryUse};
-use crate::tensor::{MetaMemory, MetaTensor, two_devices};
+use crate::tensor::{MetaMemory, MetaTensor, on_wgpu, two_devices};
 use crate::{Backend, Device, Tensor, from_f32};
 
 /// Cosines and sines of every position up to the longest document, made once for a model.
@@ -172,6 +174,7 @@ pub type SavedNorm<'a> = (&'a HeadNorm, Tensor<2>, &'a Tensor<1>);
 
 /// Normalizes (if there is a norm) and rotates every head: `(y, rstd)`, rstd `[tokens · heads]`.
 pub fn forward(x: Tensor<2>, head_dim: usize, norm: Option<&HeadNorm>, rotation: Option<Rotation<'_>>) -> Rotated {
+    on_wgpu!(wgpu::forward(&x, head_dim, norm, rotation));
     match Backend::of(&x) {
         Backend::Cpu | Backend::Portable | Backend::Meta => {
             let [_, width] = x.dims();
@@ -201,6 +204,9 @@ pub fn backward(
     rotation: Option<Rotation<'_>>,
     weight_grad: bool,
 ) -> Rotated {
+    if !weight_grad {
+        on_wgpu!(wgpu::backward(&dy, head_dim, saved.as_ref(), rotation).map(|dx| (dx, None)));
+    }
     match Backend::of(&dy) {
         Backend::Cpu | Backend::Portable | Backend::Meta => {
             let [_, width] = dy.dims();
