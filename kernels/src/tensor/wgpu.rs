@@ -3,7 +3,7 @@
 //! A kernel of an operation (`ops/<op>/wgpu.rs`) takes packed `f32` tensors. [`buffer`] returns `None` for all others, and the
 //! operation is then computed by its portable path.
 
-use burn::tensor::{DType, Tensor as BurnTensor};
+use burn::tensor::{DType, Int, Tensor as BurnTensor};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
@@ -33,6 +33,14 @@ pub(crate) fn of_burn<const D: usize>(tensor: &BurnTensor<D>) -> Option<CubeTens
     packed(tensor.clone().try_into_primitive::<Cube>().ok()?)
 }
 
+/// Returns the packed values of 32-bit integers on wgpu.
+pub(crate) fn ints<const D: usize>(tensor: &BurnTensor<D, Int>) -> Option<CubeTensor> {
+    if tensor.dtype() != DType::I32 || tensor.dims().contains(&0) || Backend::is_portable_only() {
+        return None;
+    }
+    packed(tensor.clone().try_into_primitive::<Cube>().ok()?)
+}
+
 fn packed(tensor: CubeTensor) -> Option<CubeTensor> {
     matches!(tensor.device, CubeDevice::Wgpu(_)).then(|| into_contiguous(tensor))
 }
@@ -56,6 +64,12 @@ pub(crate) fn words(like: &CubeTensor, values: &[u32]) -> BufferArg {
     unsafe {
         BufferArg::from_raw_parts(handle, values.len())
     }
+}
+
+/// Copies floats to the device of a tensor, as the argument of a kernel.
+pub(crate) fn floats(like: &CubeTensor, values: &[f32]) -> BufferArg {
+    let bits: Vec<u32> = values.iter().map(|value| value.to_bits()).collect();
+    words(like, &bits)
 }
 
 /// Returns a grid of at least `count` workgroups; those past it have nothing to do.

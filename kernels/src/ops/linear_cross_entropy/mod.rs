@@ -29,6 +29,8 @@ mod meta;
 mod portable;
 mod token_log_probs;
 mod token_weights;
+#[cfg(feature = "wgpu")]
+mod wgpu;
 
 use crate::{Backend, Grads, ParamRef, Tensor};
 use chunks::chunks;

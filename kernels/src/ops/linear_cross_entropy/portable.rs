@@ -5,14 +5,17 @@ use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
 use super::LmHead;
 use super::token_log_probs::RowStatistics;
 use crate::ops::matmul::{Form, portable::product};
+use crate::tensor::on_wgpu;
 
 pub(super) fn forward(h: &Tensor<2>, head: &LmHead, targets: &[u32]) -> Vec<f32> {
+    on_wgpu!(super::wgpu::forward(h, head, targets));
     let Exponentials { logits, max, exps: _, sum } = Exponentials::of(h, head);
     host(sum.log() + max - logits.gather(1, indices(targets, h)))
 }
 
 /// The losses, and the gradient of `Σ weights · nll` to h·Wᵀ.
 pub(super) fn forward_dlogits(h: &Tensor<2>, head: &LmHead, targets: &[u32], weights: &[f32]) -> (Vec<f32>, Tensor<2>) {
+    on_wgpu!(super::wgpu::forward_dlogits(h, head, targets, weights));
     let Exponentials { logits, max, exps, sum } = Exponentials::of(h, head);
     let nll = sum.clone().log() + max - logits.clone().gather(1, indices(targets, h));
     let dlogits = gradient(logits, exps / sum, head, targets, weights);
@@ -20,6 +23,7 @@ pub(super) fn forward_dlogits(h: &Tensor<2>, head: &LmHead, targets: &[u32], wei
 }
 
 pub(super) fn statistics(h: &Tensor<2>, head: &LmHead, targets: &[u32]) -> Vec<RowStatistics> {
+    on_wgpu!(super::wgpu::statistics(h, head, targets));
     let Exponentials { logits, max, exps, sum } = Exponentials::of(h, head);
     let logit = logits.clone().gather(1, indices(targets, h));
     // e^(x − max) is 0 below −104.
@@ -37,6 +41,7 @@ pub(super) fn dlogits(
     weights: &[f32],
     statistics: &[RowStatistics],
 ) -> Tensor<2> {
+    on_wgpu!(super::wgpu::dlogits(h, head, targets, weights, statistics));
     let logits = logits(h, head);
     let max = column(statistics.iter().map(|row| row.max).collect(), h);
     let sum = column(statistics.iter().map(|row| row.sum).collect(), h);

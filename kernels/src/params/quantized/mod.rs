@@ -35,6 +35,8 @@ pub(crate) mod fp8;
 mod planned;
 pub(crate) mod portable;
 mod stacked;
+#[cfg(feature = "wgpu")]
+mod wgpu;
 
 use std::sync::Arc;
 

@@ -4,20 +4,23 @@ use core::ops::Range;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
+#[cfg(feature = "wgpu")]
+use super::wgpu;
 use super::{Absmax, Fp8Scaling, QuantizedData, QuantizedFormat, fp8};
+use crate::tensor::on_wgpu;
 
 /// Codes on a device, several in each 32-bit word: the one integer that every backend stores and shifts.
 #[derive(Clone, Debug)]
 pub(crate) struct Words {
     dims: [usize; 2],
-    codes: Tensor<1, Int>,
-    format: WordFormat,
+    pub(super) codes: Tensor<1, Int>,
+    pub(super) format: WordFormat,
     bytes: (usize, usize),
 }
 
 #[derive(Clone, Debug)]
 #[allow(clippy::large_enum_variant, reason = "a few hundred of them, each behind an `Arc`")]
-enum WordFormat {
+pub(super) enum WordFormat {
     FourBit { table: [f32; 16], blocksize: usize, absmax: WordAbsmax },
     Int8 { scales: Tensor<1>, factor: f32 },
     Fp8 { scales: Tensor<1>, scaling: Fp8Scaling, section: usize },
@@ -25,7 +28,7 @@ enum WordFormat {
 
 #[derive(Clone, Debug)]
 #[allow(clippy::large_enum_variant, reason = "as above")]
-enum WordAbsmax {
+pub(super) enum WordAbsmax {
     Single(Tensor<1>),
     Double {
         codes: Tensor<1, Int>,
@@ -110,6 +113,7 @@ impl Words {
 
     /// Some rows of the matrix in `dtype`.
     pub(crate) fn rows(&self, rows: Range<usize>, dtype: DType) -> Tensor<2> {
+        on_wgpu!(wgpu::rows(self, rows.clone(), dtype));
         let input = self.dims[1];
         let elements = rows.start * input..rows.end * input;
         let shape = [rows.len(), input];
