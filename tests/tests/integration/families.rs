@@ -9,7 +9,7 @@ use rekindle_lora::LoraConfig;
 use rekindle_models::{
     Batch, CausalLm, GenerationConfig, GradientCheckpointing, LoadIn, LoadOptions, MergeOptions, quantize,
 };
-use rekindle_tests::{Golden, Trajectory, assert_nll, relative_distance, tensors, worst_nll};
+use rekindle_tests::{Golden, Tolerances, Trajectory, assert_nll, relative_distance, tensors, worst_nll};
 use serde_json::Value;
 
 /// Bound of a gradient against transformers, in L2 norm. Measured: at most 7.2e-6.
@@ -79,7 +79,12 @@ fn training_follows_transformers_and_peft() {
                 Some(adapter) => golden.load_adapted(adapter),
                 None => golden.load_full(),
             };
-            trajectory.check(&format!("{}/{name}", golden.name), &golden, &mut model, file);
+            // A value of gpt-oss's clamped SwiGLU lies within 1e-6 of the limit at step 10 of `lora`. Its gradient is 0 on one
+            // side of the limit and not on the other, and rounding decides: without AVX-512, the norm is off by 9.6e-6.
+            let at_limit = golden.name == "families/gpt-oss" && name == "lora";
+            let grad_norm = if at_limit { 2e-5 } else { Tolerances::CPU.grad_norm };
+            let what = format!("{}/{name}", golden.name);
+            trajectory.check_within(Tolerances { grad_norm, ..Tolerances::CPU }, &what, &golden, &mut model, file);
         }
     }
 }
