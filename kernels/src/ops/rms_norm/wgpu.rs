@@ -1,8 +1,8 @@
 //! Kernels on wgpu; the formulas stand in [`super`]. Everything is `f32`.
 //!
 //! A workgroup computes one row: each unit sums every [`units`]-th channel, the sums meet in shared memory, and a second pass
-//! over the row, which is in cache, writes the result. Burn's operations take 7 launches for the forward and 9 for the
-//! backward, and write the row between them. Bytes a row: forward 2·hidden·4 read and written, with the residual 4·hidden·4;
+//! over the row, which is in cache, writes the result. Burn's operations take 8 launches each way, with the
+//! residual, and write the row between them. Bytes a row: forward 2·hidden·4 read and written, with the residual 4·hidden·4;
 //! backward 3·hidden·4, or 4·hidden·4 with a residual.
 
 use burn_cubecl::tensor::CubeTensor;
@@ -186,15 +186,8 @@ fn forward_kernel(
             squares += value * value;
             i += units;
         }
-        let r = 1.0 / (total(squares, units) / hidden as f32 + eps).sqrt();
-        if UNIT_POS == 0 {
-            rstd[row] = r;
-        }
-        let mut i = UNIT_POS as usize;
-        while i < width {
-            y[first + i] = x[first + i] * r * gain(weight, i, factor);
-            i += units;
-        }
+        let r = root(squares, rstd, row, width, eps, units);
+        scale_row(x, weight, y, first, width, r, factor, units);
     }
 }
 
@@ -224,15 +217,9 @@ fn add_forward_kernel(
             squares += value * value;
             i += units;
         }
-        let r = 1.0 / (total(squares, units) / hidden as f32 + eps).sqrt();
-        if UNIT_POS == 0 {
-            rstd[row] = r;
-        }
-        let mut i = UNIT_POS as usize;
-        while i < width {
-            y[first + i] = (x[first + i] + delta[first + i]) * r * gain(weight, i, factor);
-            i += units;
-        }
+        let r = root(squares, rstd, row, width, eps, units);
+        // A unit reads what it wrote.
+        scale_row(&*sum, weight, y, first, width, r, factor, units);
     }
 }
 
@@ -250,13 +237,36 @@ fn recompute_kernel(
     let row = CUBE_POS;
     if row < tokens as usize {
         let width = hidden as usize;
-        let first = row * width;
-        let r = rstd[row];
-        let mut i = UNIT_POS as usize;
-        while i < width {
-            y[first + i] = x[first + i] * r * gain(weight, i, factor);
-            i += units;
-        }
+        scale_row(x, weight, y, row * width, width, rstd[row], factor, units);
+    }
+}
+
+/// Returns 1 / √(mean + eps) of a row whose squares the units have summed, and writes it.
+#[cube]
+fn root(squares: f32, rstd: &mut [f32], row: usize, width: usize, eps: f32, #[comptime] units: usize) -> f32 {
+    let r = 1.0 / (total(squares, units) / width as f32 + eps).sqrt();
+    if UNIT_POS == 0 {
+        rstd[row] = r;
+    }
+    r
+}
+
+/// y = g ∘ x·r of the row from `first` on.
+#[cube]
+fn scale_row(
+    x: &[f32],
+    weight: &[f32],
+    y: &mut [f32],
+    first: usize,
+    width: usize,
+    r: f32,
+    #[comptime] factor: Factor,
+    #[comptime] units: usize,
+) {
+    let mut i = UNIT_POS as usize;
+    while i < width {
+        y[first + i] = x[first + i] * r * gain(weight, i, factor);
+        i += units;
     }
 }
 

@@ -192,7 +192,7 @@ fn backward_kernel(
         if comptime!(shape.has_norm) {
             scale = rstd[row];
         }
-        // The gradient to the normalized row lies in dx until its product with the row is known.
+        // dx first holds the gradient to the normalized row; its product with the row is summed meanwhile.
         let mut product = 0.0f32;
         let mut pair = UNIT_POS as usize;
         while pair < half {

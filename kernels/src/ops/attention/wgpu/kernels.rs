@@ -2,8 +2,8 @@
 
 use cubecl::prelude::*;
 
-use super::tile::{OWN, ROW, add_nn, add_nt, cap_slope, capped, clear, first_key, load, sees, store};
-use super::{COLS, KEY_FIELDS, LANES, Options, QUERY_FIELDS, ROWS, TILE};
+use super::tile::{OWN, Queries, ROW, add_nn, add_nt, cap_slope, capped, clear, first_key, load, queries, sees, store};
+use super::{COLS, KEY_FIELDS, LANES, Options, ROWS, TILE};
 
 /// Stands for −∞.
 const HIDDEN: f32 = -1e30;
@@ -26,13 +26,8 @@ pub(super) fn forward_kernel(
     #[comptime] head_dim: usize,
     #[comptime] options: Options,
 ) {
-    let head = CUBE_POS_X as usize;
-    let kv_head = head / (heads / kv_heads) as usize;
-    let at = CUBE_POS_Y as usize * QUERY_FIELDS;
-    let (query, rows) = (tiles[at] as usize, tiles[at + 1] as usize);
-    let (key, position) = (tiles[at + 2] as usize, tiles[at + 3] as usize);
-    let (q_width, kv_width) = (heads as usize * head_dim, kv_heads as usize * head_dim);
-    let (q_col, kv_col) = (head * head_dim, kv_head * head_dim);
+    let Queries { head, query, rows, key, position, q_width, kv_width, q_col, kv_col } =
+        queries(tiles, heads, kv_heads, head_dim);
     let unit = UNIT_POS as usize;
     let (row, col) = (unit / LANES * ROWS, unit % LANES * COLS);
     let chunks = comptime!(head_dim.div_ceil(TILE));
@@ -41,10 +36,7 @@ pub(super) fn forward_kernel(
     let mut right = Shared::<[f32]>::new_slice(TILE * ROW);
     let mut probs = Shared::<[f32]>::new_slice(TILE * ROW);
     let mut sums = Array::<f32>::new(comptime!(chunks * OWN));
-    #[unroll]
-    for i in 0..comptime!(chunks * OWN) {
-        sums[i] = 0.0;
-    }
+    clear(&mut sums, comptime!(chunks * OWN));
     let mut max = Array::<f32>::new(ROWS);
     let mut denominator = Array::<f32>::new(ROWS);
     #[unroll]
@@ -62,7 +54,7 @@ pub(super) fn forward_kernel(
     let mut first = first_key(position, window, options);
     while first < end {
         let mut scores = Array::<f32>::new(OWN);
-        clear(&mut scores);
+        clear(&mut scores, OWN);
         for chunk in 0..chunks {
             let channel = chunk * TILE;
             load(&mut left, q, query, rows, q_width, q_col, channel, head_dim);
@@ -122,23 +114,18 @@ pub(super) fn forward_kernel(
 
     #[unroll]
     for r in 0..ROWS {
-        if row + r < rows {
-            let token = query + row + r;
-            if col == 0 {
-                lse[head * tokens as usize + token] = max[r] + denominator[r].ln();
-            }
-            #[unroll]
-            for chunk in 0..chunks {
-                #[unroll]
-                for c in 0..COLS {
-                    let channel = chunk * TILE + col + c;
-                    if channel < head_dim {
-                        o[token * q_width + q_col + channel] = sums[chunk * OWN + r * COLS + c] / denominator[r];
-                    }
-                }
-            }
+        if row + r < rows && col == 0 {
+            lse[head * tokens as usize + query + row + r] = max[r] + denominator[r].ln();
         }
     }
+    #[unroll]
+    for chunk in 0..chunks {
+        #[unroll]
+        for i in 0..OWN {
+            sums[chunk * OWN + i] /= denominator[comptime!(i / COLS)];
+        }
+    }
+    store(o, &sums, query, rows, q_width, q_col, row, col, head_dim);
 }
 
 #[cube(launch_unchecked)]
@@ -161,13 +148,8 @@ pub(super) fn backward_q_kernel(
     #[comptime] head_dim: usize,
     #[comptime] options: Options,
 ) {
-    let head = CUBE_POS_X as usize;
-    let kv_head = head / (heads / kv_heads) as usize;
-    let at = CUBE_POS_Y as usize * QUERY_FIELDS;
-    let (query, rows) = (tiles[at] as usize, tiles[at + 1] as usize);
-    let (key, position) = (tiles[at + 2] as usize, tiles[at + 3] as usize);
-    let (q_width, kv_width) = (heads as usize * head_dim, kv_heads as usize * head_dim);
-    let (q_col, kv_col) = (head * head_dim, kv_head * head_dim);
+    let Queries { head, query, rows, key, position, q_width, kv_width, q_col, kv_col } =
+        queries(tiles, heads, kv_heads, head_dim);
     let unit = UNIT_POS as usize;
     let (row, col) = (unit / LANES * ROWS, unit % LANES * COLS);
     let chunks = comptime!(head_dim.div_ceil(TILE));
@@ -176,10 +158,7 @@ pub(super) fn backward_q_kernel(
     let mut right = Shared::<[f32]>::new_slice(TILE * ROW);
     let mut slopes = Shared::<[f32]>::new_slice(TILE * ROW);
     let mut sums = Array::<f32>::new(comptime!(chunks * OWN));
-    #[unroll]
-    for i in 0..comptime!(chunks * OWN) {
-        sums[i] = 0.0;
-    }
+    clear(&mut sums, comptime!(chunks * OWN));
 
     // dO·O of each row: every eighth channel by one unit, then their sum.
     #[unroll]
@@ -222,8 +201,8 @@ pub(super) fn backward_q_kernel(
     while first < end {
         let mut scores = Array::<f32>::new(OWN);
         let mut d_probs = Array::<f32>::new(OWN);
-        clear(&mut scores);
-        clear(&mut d_probs);
+        clear(&mut scores, OWN);
+        clear(&mut d_probs, OWN);
         for chunk in 0..chunks {
             let channel = chunk * TILE;
             load(&mut left, q, query, rows, q_width, q_col, channel, head_dim);
@@ -296,11 +275,8 @@ pub(super) fn backward_kv_kernel(
     let mut slopes = Shared::<[f32]>::new_slice(TILE * ROW);
     let mut sums_k = Array::<f32>::new(comptime!(chunks * OWN));
     let mut sums_v = Array::<f32>::new(comptime!(chunks * OWN));
-    #[unroll]
-    for i in 0..comptime!(chunks * OWN) {
-        sums_k[i] = 0.0;
-        sums_v[i] = 0.0;
-    }
+    clear(&mut sums_k, comptime!(chunks * OWN));
+    clear(&mut sums_v, comptime!(chunks * OWN));
 
     for member in 0..group {
         let head = kv_head * group + member;
@@ -310,8 +286,8 @@ pub(super) fn backward_kv_kernel(
             let rest = queries - first;
             let mut scores = Array::<f32>::new(OWN);
             let mut d_probs = Array::<f32>::new(OWN);
-            clear(&mut scores);
-            clear(&mut d_probs);
+            clear(&mut scores, OWN);
+            clear(&mut d_probs, OWN);
             for chunk in 0..chunks {
                 let channel = chunk * TILE;
                 load(&mut left, k, key, rows, kv_width, kv_col, channel, head_dim);

@@ -2,13 +2,51 @@
 
 use cubecl::prelude::*;
 
-use super::{COLS, Options, ROWS, TILE, UNITS};
+use super::{COLS, Options, QUERY_FIELDS, ROWS, TILE, UNITS};
 
 /// Distance of a tile's rows in shared memory: units that read different rows use different banks.
 pub(super) const ROW: usize = TILE + 1;
 
 /// Values of a tile that a unit has.
 pub(super) const OWN: usize = ROWS * COLS;
+
+/// The queries of one head that a workgroup computes, and where they lie.
+#[derive(CubeType)]
+pub(super) struct Queries {
+    pub(super) head: usize,
+    /// First row in q.
+    pub(super) query: usize,
+    pub(super) rows: usize,
+    /// Row of the document's first key in k and v.
+    pub(super) key: usize,
+    /// Position of the first query in its document.
+    pub(super) position: usize,
+    /// Columns of q, and of k and v.
+    pub(super) q_width: usize,
+    pub(super) kv_width: usize,
+    /// First channel of the head in q, and of its key/value head in k and v.
+    pub(super) q_col: usize,
+    pub(super) kv_col: usize,
+}
+
+/// The queries of this workgroup.
+#[cube]
+pub(super) fn queries(tiles: &[u32], heads: u32, kv_heads: u32, #[comptime] head_dim: usize) -> Queries {
+    let head = CUBE_POS_X as usize;
+    let kv_head = head / (heads / kv_heads) as usize;
+    let at = CUBE_POS_Y as usize * QUERY_FIELDS;
+    Queries {
+        head,
+        query: tiles[at] as usize,
+        rows: tiles[at + 1] as usize,
+        key: tiles[at + 2] as usize,
+        position: tiles[at + 3] as usize,
+        q_width: heads as usize * head_dim,
+        kv_width: kv_heads as usize * head_dim,
+        q_col: head * head_dim,
+        kv_col: kv_head * head_dim,
+    }
+}
 
 /// The first key of the first tile that the query at `position` or one after it sees.
 #[cube]
@@ -39,9 +77,9 @@ pub(super) fn cap_slope(score: f32, softcap: f32, #[comptime] options: Options) 
 }
 
 #[cube]
-pub(super) fn clear(values: &mut Array<f32>) {
+pub(super) fn clear(values: &mut Array<f32>, #[comptime] count: usize) {
     #[unroll]
-    for i in 0..OWN {
+    for i in 0..count {
         values[i] = 0.0;
     }
 }
